@@ -1,0 +1,344 @@
+"""Shapes and choices of every network, as data: frozen dataclasses that import neither torch nor pydantic.
+
+Each class carries ``__pydantic_config__``, so that ``pipeline.config`` can check a recipe against it: unknown
+keys and wrong types are refused there. What one field must be in view of another is checked here and raises
+ValueError. Defaults follow table 3 of arXiv:2204.06125 (appendix C), scaled down to one GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, dataclass_transform
+
+T = TypeVar("T")
+
+VOCAB_SIZE = 49408
+"""Entries of the CLIP byte-pair vocabulary, in tokens: a smaller table overflows with the real tokenizer."""
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
+def configclass(cls: type[T]) -> type[T]:
+    """Make ``cls`` a frozen, keyword-only dataclass that pydantic checks strictly (without pydantic)."""
+    made = dataclass(frozen=True, kw_only=True)(cls)
+    pydantic_config = {"extra": "forbid", "strict": True, "use_attribute_docstrings": True}
+    setattr(made, "__pydantic_config__", pydantic_config)  # noqa: B010  (pyright knows no such attribute)
+    return made
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_prob(name: str, value: float) -> None:
+    _require(0.0 <= value <= 1.0, f"{name} = {value}: a probability lies in [0, 1]")
+
+
+@configclass
+class DiffusionConfig:
+    """The noising process and what the network predicts: arXiv:2102.09672."""
+
+    num_timesteps: int = 1000
+    """Length T of the noising chain, in steps (table 3: 1000)."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """Noise schedule (table 3: linear for 256 -> 1024, cosine elsewhere)."""
+    prediction: Literal["eps", "x0", "v"] = "eps"
+    """What the network predicts: the noise, the clean sample (the prior), or v (arXiv:2202.00512)."""
+    variance: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_small"
+    """Variance of a reverse step; learned_range doubles the output channels (arXiv:2102.09672, eq. 15)."""
+    loss_weighting: Literal["none", "min_snr"] = "none"
+    """Weight of each timestep in the loss; min_snr is arXiv:2303.09556."""
+    min_snr_gamma: float = 5.0
+    """Clamp of the signal-to-noise ratio in min_snr, dimensionless (arXiv:2303.09556: 5)."""
+    vlb_weight: float = 0.001
+    """Weight lambda of the variational term of the hybrid loss (arXiv:2102.09672, section 3.1: 0.001)."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_timesteps >= 1, f"num_timesteps = {self.num_timesteps}: at least 1")
+        _require(self.min_snr_gamma > 0, f"min_snr_gamma = {self.min_snr_gamma}: must be positive")
+        _require(self.vlb_weight >= 0, f"vlb_weight = {self.vlb_weight}: must not be negative")
+
+
+@configclass
+class SamplerConfig:
+    """How a trained network is sampled; part of no weight, so it can be changed at any time."""
+
+    method: Literal["ddpm", "ddim", "analytic", "dpmpp_2m", "heun"] = "ddpm"
+    """Ancestral, DDIM (arXiv:2010.02502), Analytic-DPM (2201.06503), DPM-Solver++(2M) (2211.01095), Heun."""
+    num_steps: int = 250
+    """Steps taken, evenly strided over the chain, in steps."""
+    respacing: Literal["", "fast27"] = ""
+    """A named list of timesteps in place of the even stride: GLIDE's fast27 (sections 10,10,3,2,2)."""
+    eta: float = 0.0
+    """Noise of DDIM, dimensionless: 0 is deterministic, 1 is as noisy as the ancestral sampler."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance s in uncond + s (cond - uncond), dimensionless; 1 costs no second forward."""
+    clip_x0: bool = True
+    """Clip the predicted clean sample to [-1, 1] at each step (right for pixels, not for embeddings)."""
+    dynamic_threshold_prob: float = 0.0
+    """Quantile of |x0| for dynamic thresholding (arXiv:2205.11487, section 2.3: 0.995); 0 turns it off."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_steps >= 1, f"num_steps = {self.num_steps}: at least 1")
+        _require(
+            not self.respacing or self.num_steps == 27,
+            f"respacing = {self.respacing!r} takes 27 steps: set num_steps = 27, not {self.num_steps}",
+        )
+        _require(self.eta >= 0, f"eta = {self.eta}: must not be negative")
+        _require(self.guidance_scale >= 0, f"guidance_scale = {self.guidance_scale}: must not be negative")
+        _require_prob("dynamic_threshold_prob", self.dynamic_threshold_prob)
+
+
+@configclass
+class ClipDims:
+    """What the prior and the decoder take from the frozen CLIP; never repeated in a recipe."""
+
+    embed_dim: int = 768
+    """Width D of the joint space of z_image and z_text, in features (ViT-L/14: 768)."""
+    text_width: int = 768
+    """Width W of the text tower's hidden states, in features (ViT-L/14: 768)."""
+    context_length: int = 77
+    """Length L of a tokenised caption, in tokens."""
+
+    def __post_init__(self) -> None:
+        _require(
+            min(self.embed_dim, self.text_width, self.context_length) >= 1,
+            f"embed_dim = {self.embed_dim}, text_width = {self.text_width}, "
+            f"context_length = {self.context_length}: each at least 1",
+        )
+
+
+@configclass
+class ClipConfig:
+    """A small CLIP built by open_clip: ModifiedResNet and a text transformer (arXiv:2103.00020)."""
+
+    embed_dim: int = 128
+    """Width D of the joint space, in features."""
+    image_px: int = 64
+    """Side of the square input picture, in pixels; the ResNet divides it by 32."""
+    vision_layers: tuple[int, int, int, int] = (1, 1, 1, 1)
+    """Bottleneck blocks in each of the four stages of the ResNet."""
+    vision_width: int = 32
+    """Channels of the ResNet's first stage."""
+    text_width: int = 128
+    """Width W of the text transformer, in features."""
+    text_heads: int = 4
+    """Attention heads of the text transformer."""
+    text_layers: int = 2
+    """Blocks of the text transformer."""
+    context_length: int = 32
+    """Length L of a tokenised caption, in tokens, start and end included; longer captions are cut."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.image_px > 0 and self.image_px % 32 == 0,
+            f"image_px = {self.image_px}: the CLIP ResNet needs a multiple of 32",
+        )
+        _require(self.vision_width % 2 == 0, f"vision_width = {self.vision_width}: must be even")
+        _require(min(self.vision_layers) >= 1, f"vision_layers = {self.vision_layers}: each at least 1")
+        _require(
+            self.text_heads >= 1 and self.text_width % self.text_heads == 0,
+            f"text_width = {self.text_width} is not a multiple of text_heads = {self.text_heads}",
+        )
+        _require(self.context_length >= 3, f"context_length = {self.context_length}: at least 3")
+
+    def dims(self) -> ClipDims:
+        """What the prior and the decoder need to know of this CLIP."""
+        return ClipDims(
+            embed_dim=self.embed_dim, text_width=self.text_width, context_length=self.context_length
+        )
+
+    def to_open_clip(self) -> dict[str, Any]:
+        """The same model as an open_clip model configuration (the ``model_cfg`` of open_clip_config.json)."""
+        return {
+            "embed_dim": self.embed_dim,
+            "vision_cfg": {
+                "image_size": self.image_px,
+                "layers": list(self.vision_layers),
+                "width": self.vision_width,
+                "head_width": min(64, self.vision_width),
+                "patch_size": None,
+            },
+            "text_cfg": {
+                "context_length": self.context_length,
+                "vocab_size": VOCAB_SIZE,
+                "width": self.text_width,
+                "heads": self.text_heads,
+                "layers": self.text_layers,
+            },
+        }
+
+
+@configclass
+class PriorConfig:
+    """Diffusion prior P(z_image | caption): arXiv:2204.06125, section 2.2; CLIP's widths are in ClipDims."""
+
+    width: int = 512
+    """Width of the transformer, in features (table 3: 2048)."""
+    depth: int = 12
+    """Blocks of the transformer (table 3: 24)."""
+    num_heads: int = 8
+    """Attention heads (table 3: 32)."""
+    mlp_ratio: int = 4
+    """Hidden width of the feed-forward layers, as a multiple of ``width``."""
+    dropout: float = 0.0
+    """Dropout after attention and feed-forward, per feature (table 3 states none)."""
+    text_drop_prob: float = 0.1
+    """Probability of dropping the text conditioning, per sample (section 2.2: 0.1)."""
+    num_candidates: int = 2
+    """Samples of z_image per caption, of which the one nearest z_text is kept (section 2.2: 2)."""
+    diffusion: DiffusionConfig = field(default_factory=lambda: DiffusionConfig(prediction="x0"))
+    """Noising of z_image; the network predicts x0 (section 2.2)."""
+    sampler: SamplerConfig = field(
+        default_factory=lambda: SamplerConfig(method="ddpm", num_steps=64, clip_x0=False)
+    )
+    """Sampling of z_image (table 3: 64 steps)."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_heads >= 1 and self.width % self.num_heads == 0,
+            f"width = {self.width} is not a multiple of num_heads = {self.num_heads}",
+        )
+        _require(self.depth >= 1 and self.mlp_ratio >= 1, "depth and mlp_ratio: at least 1")
+        _require(self.num_candidates >= 1, f"num_candidates = {self.num_candidates}: at least 1")
+        _require_prob("dropout", self.dropout)
+        _require_prob("text_drop_prob", self.text_drop_prob)
+        _require(
+            self.diffusion.variance != "learned_range",
+            "diffusion.variance = 'learned_range': the prior predicts the embedding alone; use fixed_small",
+        )
+        _require_steps(self.sampler, self.diffusion)
+
+
+@configclass
+class UNetConfig:
+    """Shape of an ADM UNet: arXiv:2105.05233, with the key-value context of GLIDE (arXiv:2112.10741)."""
+
+    channels: int = 128
+    """Channels of the first level (table 3: 512 / 320 / 192)."""
+    channel_mults: tuple[int, ...] = (1, 2, 3, 4)
+    """Channels of each level as a multiple of ``channels``; each level halves the side (table 3: 1,2,3,4)."""
+    num_res_blocks: int = 3
+    """Residual blocks per level on the way down; one more on the way up (table 3: 3 / 3 / 2)."""
+    attention_resolutions: tuple[int, ...] = (32, 16, 8)
+    """Sides of the levels with attention, in pixels (table 3: 32,16,8); if none, the middle has none too."""
+    head_channels: int = 64
+    """Channels per attention head (table 3: 64)."""
+    norm_groups: int = 32
+    """Groups of each group normalisation."""
+    dropout: float = 0.1
+    """Dropout inside the residual blocks, per feature (table 3: 0.1)."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_res_blocks >= 1 and len(self.channel_mults) >= 1 and min(self.channel_mults) >= 1,
+            f"num_res_blocks = {self.num_res_blocks}, channel_mults = {self.channel_mults}: each at least 1",
+        )
+        _require(
+            self.norm_groups >= 1 and self.channels % self.norm_groups == 0,
+            f"channels = {self.channels} is not a multiple of norm_groups = {self.norm_groups}",
+        )
+        _require(self.channels % 2 == 0, f"channels = {self.channels}: must be even")
+        _require(self.head_channels >= 1, f"head_channels = {self.head_channels}: at least 1")
+        _require_prob("dropout", self.dropout)
+
+    def level_sides_px(self, image_px: int) -> tuple[int, ...]:
+        """Side of each level for pictures of side ``image_px``, in pixels."""
+        return tuple(image_px // 2**level for level in range(len(self.channel_mults)))
+
+    def require_fits(self, image_px: int) -> None:
+        """Raise ValueError unless pictures of side ``image_px`` pass through every level."""
+        factor = 2 ** (len(self.channel_mults) - 1)
+        _require(
+            image_px >= factor and image_px % factor == 0,
+            f"image_px = {image_px} cannot be halved {len(self.channel_mults) - 1} times (channel_mults)",
+        )
+        sides = self.level_sides_px(image_px)
+        missing = [side for side in self.attention_resolutions if side not in sides]
+        _require(not missing, f"attention_resolutions {missing} are not among the levels {sides}, in pixels")
+        for side, mult in zip(sides, self.channel_mults, strict=True):
+            if side in self.attention_resolutions:
+                self._require_heads(mult)
+        if self.attention_resolutions:
+            self._require_heads(self.channel_mults[-1])
+
+    def _require_heads(self, mult: int) -> None:
+        _require(
+            (self.channels * mult) % self.head_channels == 0,
+            f"{self.channels * mult} channels at a level with attention: not a multiple of "
+            f"head_channels = {self.head_channels}",
+        )
+
+
+@configclass
+class DecoderConfig:
+    """P(image | z_image, caption) at the lowest resolution: arXiv:2204.06125, section 2.1."""
+
+    image_px: int = 64
+    """Side of the generated picture, in pixels (table 3: 64)."""
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    """Shape of the UNet."""
+    num_image_tokens: int = 4
+    """Context tokens that z_image is projected to (section 2.1: 4)."""
+    image_drop_prob: float = 0.1
+    """Probability of dropping z_image, per sample (section 2.1: 0.1)."""
+    text_drop_prob: float = 0.5
+    """Probability of dropping the caption, per sample (section 2.1: 0.5)."""
+    diffusion: DiffusionConfig = field(default_factory=lambda: DiffusionConfig(variance="learned_range"))
+    """Noising of the picture; learned variance (table 3)."""
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(num_steps=250, guidance_scale=1.25))
+    """Sampling (table 3: 250 steps; figure 11: guidance 1.25 has the best FID)."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_image_tokens >= 1, f"num_image_tokens = {self.num_image_tokens}: at least 1")
+        _require_prob("image_drop_prob", self.image_drop_prob)
+        _require_prob("text_drop_prob", self.text_drop_prob)
+        self.unet.require_fits(self.image_px)
+        _require_steps(self.sampler, self.diffusion)
+
+
+@configclass
+class UpsamplerConfig:
+    """P(image | smaller image), convolution only and unguided: arXiv:2204.06125, section 2.1."""
+
+    image_px: int = 256
+    """Side of the generated picture, in pixels (table 3: 256, 1024)."""
+    low_res_px: int = 64
+    """Side of the picture it starts from, in pixels (table 3: 64, 256)."""
+    crop_px: int = 64
+    """Side of the training crops of the large picture, in pixels (table 3: a quarter of ``image_px``)."""
+    unet: UNetConfig = field(default_factory=lambda: UNetConfig(channels=96, attention_resolutions=()))
+    """Shape of the UNet; no attention."""
+    degradation: Literal["blur", "bsr", "none"] = "blur"
+    """Corruption of the small picture in training (section 2.1: blur for 64 -> 256, BSR for 256 -> 1024)."""
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    """Noising of the picture."""
+    sampler: SamplerConfig = field(
+        default_factory=lambda: SamplerConfig(method="ddim", num_steps=27, respacing="fast27")
+    )
+    """Sampling (table 3: DDIM, 27 and 15 steps)."""
+
+    def __post_init__(self) -> None:
+        _require(not self.unet.attention_resolutions, "unet.attention_resolutions: an upsampler has none")
+        _require(
+            0 < self.low_res_px < self.image_px and self.image_px % self.low_res_px == 0,
+            f"image_px = {self.image_px} is not a larger multiple of low_res_px = {self.low_res_px}",
+        )
+        factor = self.image_px // self.low_res_px
+        _require(
+            0 < self.crop_px <= self.image_px and self.crop_px % factor == 0,
+            f"crop_px = {self.crop_px}: at most image_px, and a multiple of {factor}",
+        )
+        self.unet.require_fits(self.image_px)
+        self.unet.require_fits(self.crop_px)
+        _require_steps(self.sampler, self.diffusion)
+        _require(
+            self.sampler.guidance_scale == 1.0, "sampler.guidance_scale: an upsampler is not guided; set 1.0"
+        )
+
+
+def _require_steps(sampler: SamplerConfig, diffusion: DiffusionConfig) -> None:
+    _require(
+        sampler.num_steps <= diffusion.num_timesteps,
+        f"sampler.num_steps = {sampler.num_steps} is above diffusion.num_timesteps = {diffusion.num_timesteps}",
+    )
