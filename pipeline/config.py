@@ -1,0 +1,321 @@
+"""The sections of a recipe, one for each step.
+
+What changes bytes stands in the section itself and is hashed into the step's key; what does not (workers, devices,
+cadence) stands in its ``resources`` table.
+"""
+
+from typing import Literal
+
+from models.config import ClipConfig, DecoderConfig, PriorConfig, UpsamplerConfig, configclass
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        if value <= 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
+
+
+@configclass
+class DrawnConfig:
+    """Captioned pictures that the project draws itself and serves on 127.0.0.1 while they are downloaded."""
+
+    num_pairs: int = 8000
+    """Pictures to draw, in images."""
+    image_px: int = 128
+    """Side of a picture, in pixels."""
+    port: int = 8976
+    """Port of the picture server on 127.0.0.1; part of every URL, so it changes the uids."""
+    num_faulty: int = 12
+    """URLs added that are dead, slow, corrupt or not pictures, in rows."""
+
+    def __post_init__(self) -> None:
+        _positive(num_pairs=self.num_pairs, image_px=self.image_px, port=self.port)
+
+
+@configclass
+class PairsConfig:
+    """Where the image-text pairs come from; the step writes one list of (uid, url, caption, split)."""
+
+    source: Literal["drawn", "list", "folder"] = "drawn"
+    """drawn: shapes drawn by the project; list: a file of URLs and captions; folder: pictures with captions."""
+    path: str = ""
+    """The list (csv, tsv, json, jsonl, txt, each also .gz, or parquet) or the folder."""
+    url_column: str = "url"
+    """Column that holds the URL (list)."""
+    caption_column: str = "caption"
+    """Column that holds the caption (list)."""
+    validation_prob: float = 0.02
+    """Share of rows set aside for validation, by hash of the uid."""
+    max_pairs: int = 0
+    """Rows to take, the first of the list; 0 takes all."""
+    drawn: DrawnConfig = DrawnConfig()
+    """Settings of the drawn source."""
+
+    def __post_init__(self) -> None:
+        if self.source != "drawn" and not self.path:
+            raise ValueError(f"path is required when source is {self.source!r}")
+        if not 0 <= self.validation_prob < 1:
+            raise ValueError(f"validation_prob must be in [0, 1), got {self.validation_prob}")
+
+
+@configclass
+class TaskResources:
+    """Where and how wide a data step runs; changes no bytes."""
+
+    num_workers: int = 2
+    """Tasks or actors at a time."""
+    cpus_per_worker: float = 1.0
+    """Logical CPUs that each holds."""
+    accelerator: Literal["cpu", "cuda"] = "cpu"
+    """Device of the networks in this step."""
+    max_retries: int = 2
+    """Tries again after a lost worker, per shard."""
+
+    def __post_init__(self) -> None:
+        _positive(num_workers=self.num_workers, cpus_per_worker=self.cpus_per_worker)
+
+
+@configclass
+class DownloadConfig:
+    """img2dataset's options, by our names with units; its shard format is unchanged."""
+
+    samples_per_shard: int = 1000
+    """Rows in a shard (img2dataset: number_sample_per_shard), in rows."""
+    image_px: int = 256
+    """Target side, in pixels (img2dataset: image_size)."""
+    resize_mode: Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"] = "center_crop"
+    """How a picture is brought to the target side."""
+    resize_only_if_bigger: bool = False
+    """Leave smaller pictures as they are."""
+    encode_format: Literal["jpg", "png", "webp"] = "jpg"
+    """Format of the stored picture."""
+    encode_quality: int = 95
+    """jpg and webp: quality 0..100; png: compression 0..9."""
+    skip_reencode: bool = False
+    """Store the bytes as downloaded when no resize is needed."""
+    min_image_px: int = 0
+    """Smallest shorter side taken, in pixels."""
+    max_image_area_px: float = 178_956_970.0
+    """Largest area decoded, in pixels: a decompression bomb is refused, not decoded."""
+    max_aspect_ratio: float = 20.0
+    """Largest longer side over shorter side."""
+    timeout_s: int = 10
+    """Longest wait for one socket operation, in seconds."""
+    retries: int = 1
+    """Further tries of a failed download."""
+    extra_columns: tuple[str, ...] = ()
+    """Columns of the pairs that travel into the shards, besides uid and split."""
+    user_agent_token: str = "unclip"
+    """Added to the user agent, so that hosts know who asks."""
+    disallowed_header_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
+    """X-Robots-Tag directives that opt a picture out."""
+    min_success_prob: float = 0.05
+    """Below this share of good rows the step fails: something is wrong with the list or the network."""
+    num_threads: int = 32
+    """Connections of one worker (img2dataset: thread_count)."""
+    resources: TaskResources = TaskResources()
+    """Workers of this step."""
+
+    def __post_init__(self) -> None:
+        _positive(samples_per_shard=self.samples_per_shard, image_px=self.image_px, num_threads=self.num_threads)
+        if self.encode_format == "png" and not 0 <= self.encode_quality <= 9:
+            raise ValueError(f"encode_quality must be 0..9 for png, got {self.encode_quality}")
+
+
+@configclass
+class TrainConfig:
+    """Optimisation of one network: what changes its weights."""
+
+    num_steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Global batch, over all workers, in samples."""
+    learning_rate: float = 1e-4
+    """Peak rate of AdamW."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """constant, or half a cosine down to zero over num_steps."""
+    warmup_steps: int = 0
+    """Linear rise of the rate, in steps (paper: none stated)."""
+    beta1: float = 0.9
+    """AdamW beta 1 (paper: 0.9)."""
+    beta2: float = 0.999
+    """AdamW beta 2."""
+    eps: float = 1e-8
+    """AdamW epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    grad_clip_norm: float = 1.0
+    """Largest gradient norm; 0 switches clipping off."""
+    ema_decay: float = 0.9999
+    """Decay of the weight average that is saved and sampled from; ramps up as (1 + step) / (10 + step)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the forward pass; weights, loss and optimizer stay float32."""
+
+    def __post_init__(self) -> None:
+        _positive(num_steps=self.num_steps, batch_size=self.batch_size, learning_rate=self.learning_rate)
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.warmup_steps < 0 or self.warmup_steps > self.num_steps:
+            raise ValueError(f"warmup_steps must be in 0..num_steps, got {self.warmup_steps}")
+
+
+@configclass
+class TrainResources:
+    """Where a training runs and how often it speaks; changes no sample and no order."""
+
+    num_workers: int = 1
+    """Data-parallel workers; each takes an equal slice of every global batch."""
+    cpus_per_worker: float = 1.0
+    """Logical CPUs that each holds; also its torch threads."""
+    accelerator: Literal["cpu", "cuda"] = "cpu"
+    """Device of the network; cuda takes one GPU a worker."""
+    save_every_steps: int = 200
+    """Steps between checkpoints."""
+    log_every_steps: int = 20
+    """Steps between reads of the loss from the device."""
+    num_checkpoints: int = 2
+    """Newest checkpoints kept while training."""
+    max_failures: int = 2
+    """Restarts from the newest checkpoint after a lost worker."""
+
+    def __post_init__(self) -> None:
+        _positive(num_workers=self.num_workers, cpus_per_worker=self.cpus_per_worker)
+        _positive(save_every_steps=self.save_every_steps, log_every_steps=self.log_every_steps)
+        _positive(num_checkpoints=self.num_checkpoints)
+
+
+@configclass
+class ClipStepConfig:
+    """The frozen CLIP: trained here on the shards, or taken as it is."""
+
+    source: Literal["train", "pretrained"] = "train"
+    """train: a new open_clip model on the shards; pretrained: an open_clip name with a tag, or a local folder."""
+    name: str = "ViT-L-14"
+    """pretrained: open_clip model name, or a folder in open_clip's local-dir layout."""
+    tag: str = "laion2b_s32b_b82k"
+    """pretrained: open_clip's pretrained tag, or the path of a checkpoint; ignored for a folder."""
+    model: ClipConfig = ClipConfig()
+    """train: the network."""
+    train: TrainConfig = TrainConfig()
+    """train: its optimisation."""
+    resources: TrainResources = TrainResources()
+    """train: its workers."""
+
+
+@configclass
+class EmbedConfig:
+    """z_image and z_text of every good row, as Parquet, one file a shard."""
+
+    batch_size: int = 256
+    """Images in one forward pass."""
+    resources: TaskResources = TaskResources(num_workers=1)
+    """Workers of this step."""
+
+    def __post_init__(self) -> None:
+        _positive(batch_size=self.batch_size)
+
+
+@configclass
+class IndexConfig:
+    """The neighbour index over z_image and z_text (FAISS, inner product)."""
+
+    kind: Literal["auto", "flat", "ivf_flat", "ivf_sq8", "hnsw"] = "auto"
+    """auto: flat below 20,000 rows, else ivf_sq8."""
+    num_train_rows: int = 200_000
+    """Random sample on which the lists and quantisers are trained, in rows."""
+    recall_target: float = 0.95
+    """Recall at 10 that the search effort is tuned to, measured against exact search."""
+    num_recall_queries: int = 200
+    """Queries held for that measurement, in rows."""
+    resources: TaskResources = TaskResources(num_workers=1)
+    """Workers of this step."""
+
+
+@configclass
+class PriorStepConfig:
+    """The prior: caption to z_image."""
+
+    model: PriorConfig = PriorConfig()
+    """The network, its diffusion and its sampler."""
+    train: TrainConfig = TrainConfig()
+    """Its optimisation."""
+    resources: TrainResources = TrainResources()
+    """Its workers."""
+
+
+@configclass
+class DecoderStepConfig:
+    """The decoder: z_image and caption to a small picture."""
+
+    model: DecoderConfig = DecoderConfig()
+    """The network, its diffusion and its sampler."""
+    train: TrainConfig = TrainConfig()
+    """Its optimisation."""
+    resources: TrainResources = TrainResources()
+    """Its workers."""
+
+
+@configclass
+class UpsamplerStepConfig:
+    """One upsampler: a picture to a larger one."""
+
+    model: UpsamplerConfig = UpsamplerConfig()
+    """The network, its diffusion and its sampler."""
+    train: TrainConfig = TrainConfig()
+    """Its optimisation."""
+    resources: TrainResources = TrainResources()
+    """Its workers."""
+
+
+@configclass
+class EvaluateConfig:
+    """Pictures and numbers from the finished cascade."""
+
+    num_prompts: int = 240
+    """Prompts sampled for the numbers; none of them was trained on."""
+    prompts_path: str = ""
+    """Text file of prompts, one a line; empty: the drawn source's held-out scenes, or validation captions."""
+    num_shown: int = 16
+    """Prompts shown in the picture grids."""
+    num_images_per_shown: int = 4
+    """Pictures of each shown prompt."""
+    batch_size: int = 64
+    """Pictures sampled at a time."""
+    resources: TaskResources = TaskResources(num_workers=2)
+    """Workers of this step."""
+
+    def __post_init__(self) -> None:
+        _positive(num_prompts=self.num_prompts, num_shown=self.num_shown, batch_size=self.batch_size)
+        _positive(num_images_per_shown=self.num_images_per_shown)
+
+
+@configclass
+class ServeConfig:
+    """The server; changes no artifact."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; loopback unless you put something in front."""
+    port: int = 8000
+    """Port to listen on."""
+    num_replicas: int = 1
+    """Copies of the cascade."""
+    cpus_per_replica: float = 1.0
+    """Logical CPUs of each; also its torch threads."""
+    accelerator: Literal["cpu", "cuda"] = "cpu"
+    """Device of each."""
+    max_batch_size: int = 16
+    """Pictures in one forward pass."""
+    max_queued_requests: int = 64
+    """Requests waiting before new ones get 503."""
+    api_key: str = ""
+    """When set, requests must carry it: Authorization: Bearer KEY."""
+
+
+@configclass
+class TrackingConfig:
+    """MLflow; changes no artifact."""
+
+    uri: str = ""
+    """Tracking server; empty: sqlite beside the workspace; "off": none."""
+    experiment: str = ""
+    """Experiment name; empty: the recipe's name."""

@@ -1,0 +1,43 @@
+"""What can go wrong, for people: every error that a user can cause or mend.
+
+UnclipError
+  ConfigError   2  the recipe or a flag is wrong; nothing has run
+  DataError     3  an input breaks its schema or checksum; names shard, row and column
+  StepError     4  a step failed after its retries; names step and output
+  ResumeError   5  a checkpoint does not match the recipe that asks for it
+
+The command prints the message without a traceback and exits with the number. Messages say what is wrong, where, and
+what to do.
+"""
+
+from typing import ClassVar
+
+
+class UnclipError(Exception):
+    """Base of the errors above; carries only its message, so that it survives pickling between processes."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(UnclipError):
+    """The recipe or a flag is wrong; nothing has run."""
+
+    exit_code = 2
+
+
+class DataError(UnclipError):
+    """An input breaks its schema or its checksum."""
+
+    exit_code = 3
+
+
+class StepError(UnclipError):
+    """A step failed after its retries, or something outside the project (disk, cluster, tracker) stopped it."""
+
+    exit_code = 4
+
+
+class ResumeError(UnclipError):
+    """A checkpoint does not match the recipe that asks for it."""
+
+    exit_code = 5

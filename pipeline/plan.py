@@ -1,0 +1,175 @@
+"""The recipe as steps: what is done, what remains, and why.
+
+A step is a pure description. Its key is the hash of the step's version, its section and the keys of its inputs, so a
+finished step is never run again and a changed field re-runs only what depends on it.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError
+from pipeline.recipe import Recipe, to_dict, without_resources
+from pipeline.schema import Manifest
+from pipeline.store import Artifact, Workspace, fingerprint
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One submittable job: reads the artifacts of its inputs, writes one artifact."""
+
+    name: str
+    version: int
+    section: Json
+    inputs: dict[str, str]
+    """Key of each input, by step name."""
+
+    @property
+    def key(self) -> str:
+        """16 hex digits over everything that can change the artifact's bytes."""
+        content = json.dumps([self.name, self.version, self.section, self.inputs], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class StepStatus:
+    """Where a step stands in a workspace."""
+
+    step: Step
+    state: str
+    """done, partial (committed shards or checkpoints wait to be continued), or todo."""
+    reasons: tuple[str, ...]
+    """Why it has to run: the fields that differ from the newest artifact of the step."""
+    manifest: Manifest | None
+
+
+@dataclass(frozen=True)
+class _Spec:
+    name: str
+    version: int
+    inputs: tuple[str, ...]
+    section: Callable[[Recipe], Any]
+    seeded: bool = True
+
+
+_SPECS = (
+    _Spec("pairs", 1, (), lambda r: r.pairs),
+    _Spec("download", 1, ("pairs",), lambda r: r.download, seeded=False),
+    _Spec("clip", 1, ("download",), lambda r: r.clip),
+    _Spec("embed", 1, ("download", "clip"), lambda r: r.embed, seeded=False),
+    _Spec("index", 1, ("embed",), lambda r: r.index),
+    _Spec("prior", 1, ("clip", "embed"), lambda r: r.prior),
+    _Spec("decoder", 1, ("download", "clip", "embed"), lambda r: r.decoder),
+    _Spec("upsampler_1", 1, ("download",), lambda r: r.upsampler_1),
+    _Spec("upsampler_2", 1, ("download",), lambda r: r.upsampler_2),
+    _Spec(
+        "evaluate",
+        1,
+        ("pairs", "download", "clip", "embed", "index", "prior", "decoder", "upsampler_1", "upsampler_2"),
+        lambda r: r.evaluate,
+    ),
+)
+
+STEP_NAMES = tuple(spec.name for spec in _SPECS)
+
+
+def make_plan(recipe: Recipe, *, until: str = "") -> list[Step]:
+    """The steps of a recipe, each after its inputs.
+
+    Args:
+        recipe: A checked recipe.
+        until: Last step wanted; the plan holds it and what it needs. Empty: all.
+
+    Raises:
+        ConfigError: If ``until`` is no step of this recipe, or a local input does not exist.
+    """
+    steps: dict[str, Step] = {}
+    for spec in _SPECS:
+        section = spec.section(recipe)
+        if section is None:
+            continue
+        tables = without_resources(to_dict(section))
+        if spec.seeded:
+            tables["seed"] = recipe.seed
+        tables |= _local_inputs(spec.name, tables)
+        inputs = {name: steps[name].key for name in spec.inputs if name in steps}
+        if spec.name == "clip" and recipe.clip.source == "pretrained":
+            inputs = {}
+        steps[spec.name] = Step(spec.name, spec.version, tables, inputs)
+    if not until:
+        return list(steps.values())
+    if until not in steps:
+        raise ConfigError(f"--until {until}: no such step in this recipe; it has {', '.join(steps)}")
+    wanted = {until}
+    for step in reversed(list(steps.values())):
+        if step.name in wanted:
+            wanted |= set(step.inputs)
+    return [step for step in steps.values() if step.name in wanted]
+
+
+def artifact_of(workspace: Workspace, step: Step) -> Artifact:
+    """Where a step's artifact stands."""
+    return workspace.artifact(step.name, step.key)
+
+
+def inputs_of(workspace: Workspace, step: Step) -> dict[str, Artifact]:
+    """The artifacts that a step reads, by step name."""
+    return {name: workspace.artifact(name, key) for name, key in step.inputs.items()}
+
+
+def plan_status(workspace: Workspace, steps: list[Step]) -> list[StepStatus]:
+    """What is done, what remains and why."""
+    statuses: list[StepStatus] = []
+    for step in steps:
+        artifact = artifact_of(workspace, step)
+        manifest = artifact.manifest()
+        if manifest is not None:
+            statuses.append(StepStatus(step, "done", (), manifest))
+            continue
+        newest = next(iter(workspace.artifacts(step.name)), None)
+        previous = newest.manifest() if newest else None
+        reasons = _differences(previous, step) if previous else ("never run",)
+        state = "partial" if artifact.names() else "todo"
+        statuses.append(StepStatus(step, state, tuple(reasons), None))
+    return statuses
+
+
+def _local_inputs(name: str, tables: Json) -> Json:
+    """Content of the user's files that a section names by path."""
+    paths = {
+        "pairs": tables.get("path", ""),
+        "clip": tables.get("name", "")
+        if tables.get("source") == "pretrained" and "/" in tables.get("name", "")
+        else "",
+        "evaluate": tables.get("prompts_path", ""),
+    }
+    path = paths.get(name, "")
+    if not path or "://" in path:
+        return {}
+    if not Path(path).exists():
+        raise ConfigError(f"{name}: {path} does not exist; relative paths start at the folder where you run unclip")
+    return {"content": fingerprint(path)}
+
+
+def _differences(previous: Manifest, step: Step) -> list[str]:
+    reasons = [f"{name} changed" for name, key in step.inputs.items() if previous.inputs.get(name) != key]
+    if previous.step_version != step.version:
+        reasons.append(f"step version {previous.step_version} -> {step.version}")
+    old, new = _flatten(previous.section, step.name), _flatten(step.section, step.name)
+    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    return reasons + [f"{name}: {old.get(name)} -> {new.get(name)}" for name in changed]
+
+
+def _flatten(tables: Json, prefix: str) -> Json:
+    flat: Json = {}
+    for name, value in tables.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}.{name}")
+        else:
+            flat[f"{prefix}.{name}"] = value
+    return flat

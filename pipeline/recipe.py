@@ -1,0 +1,217 @@
+"""The recipe: typed, frozen, checked before anything runs.
+
+Layers: defaults < recipe file (TOML or resolved JSON) < ``--set a.b=c``. Relative paths are relative to the folder in
+which the command runs.
+"""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import TypeAdapter, ValidationError
+
+from models.config import configclass
+from pipeline.config import (
+    ClipStepConfig,
+    DecoderStepConfig,
+    DownloadConfig,
+    EmbedConfig,
+    EvaluateConfig,
+    IndexConfig,
+    PairsConfig,
+    PriorStepConfig,
+    ServeConfig,
+    TrackingConfig,
+    UpsamplerStepConfig,
+)
+from pipeline.errors import ConfigError
+
+Json = dict[str, Any]
+TrainedSection = ClipStepConfig | PriorStepConfig | DecoderStepConfig | UpsamplerStepConfig
+
+
+@configclass
+class Recipe:
+    """Everything that one run needs; sections are steps, in the order of docs/architecture.md."""
+
+    name: str = "unclip"
+    """Name of the recipe: of its experiment, its jobs and its report."""
+    workspace: str = "workspace"
+    """Folder or object-store URI that holds every artifact."""
+    seed: int = 0
+    """Seed of everything random."""
+    pairs: PairsConfig = PairsConfig()
+    """Where the pairs come from."""
+    download: DownloadConfig = DownloadConfig()
+    """Pairs to shards."""
+    clip: ClipStepConfig = ClipStepConfig()
+    """The frozen CLIP."""
+    embed: EmbedConfig = EmbedConfig()
+    """Shards to embeddings."""
+    index: IndexConfig = IndexConfig()
+    """Embeddings to the neighbour index."""
+    prior: PriorStepConfig = PriorStepConfig()
+    """Caption to z_image."""
+    decoder: DecoderStepConfig = DecoderStepConfig()
+    """z_image and caption to a small picture."""
+    upsampler_1: UpsamplerStepConfig | None = None
+    """The small picture to a larger one; without the table the cascade ends at the decoder."""
+    upsampler_2: UpsamplerStepConfig | None = None
+    """The larger picture to the final one; without the table the cascade ends before it."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Pictures and numbers."""
+    serve: ServeConfig = ServeConfig()
+    """The server."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+
+    def __post_init__(self) -> None:
+        low_res = ("decoder.model.image_px", self.decoder.model.image_px)
+        for name in ("upsampler_1", "upsampler_2"):
+            section: UpsamplerStepConfig | None = getattr(self, name)
+            if section is None:
+                continue
+            if section.model.low_res_px != low_res[1]:
+                raise ValueError(
+                    f"{name}.model.low_res_px is {section.model.low_res_px} px but {low_res[0]} is {low_res[1]} px: "
+                    "the cascade does not fit together"
+                )
+            low_res = (f"{name}.model.image_px", section.model.image_px)
+        if self.upsampler_2 is not None and self.upsampler_1 is None:
+            raise ValueError("upsampler_2 is set without upsampler_1")
+        if low_res[1] > self.download.image_px and self.download.resize_mode != "no":
+            raise ValueError(
+                f"{low_res[0]} is {low_res[1]} px but download.image_px stores only {self.download.image_px} px"
+            )
+        for name, trained in self.trained().items():
+            workers, batch = trained.resources.num_workers, trained.train.batch_size
+            if batch % workers:
+                raise ValueError(f"{name}.train.batch_size {batch} does not divide among {workers} workers")
+
+    def trained(self) -> dict[str, TrainedSection]:
+        """The sections that train a network, by step name, in the order of the cascade."""
+        sections: dict[str, TrainedSection | None] = {
+            "clip": self.clip,
+            "prior": self.prior,
+            "decoder": self.decoder,
+            "upsampler_1": self.upsampler_1,
+            "upsampler_2": self.upsampler_2,
+        }
+        return {name: section for name, section in sections.items() if section is not None}
+
+
+_RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and check it.
+
+    Args:
+        path: A ``.toml`` recipe, or a resolved ``.json`` one.
+        overrides: ``a.b=value`` strings; the value is TOML, a bare word is a string.
+
+    Raises:
+        ConfigError: If the file is missing or malformed, a key is unknown or a value is of the wrong type or
+            impossible; names the dotted key.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such recipe; see configs/ or write one with `unclip init`") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from None
+    try:
+        data: Json = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{file}: not a valid recipe: {error}") from None
+    for override in overrides:
+        _apply_override(data, override)
+    return parse_recipe(data, where=str(file))
+
+
+def parse_recipe(data: Json, *, where: str = "recipe") -> Recipe:
+    """Check nested tables against the recipe's types.
+
+    Raises:
+        ConfigError: As ``load_recipe``.
+    """
+    try:
+        # JSON mode is strict about types yet takes a list for a tuple and an integer for a float, as TOML writes them.
+        return _RECIPE.validate_json(json.dumps(data))
+    except ValidationError as error:
+        lines = [_explain(item, data) for item in error.errors(include_url=False)]
+        raise ConfigError(f"{where}: " + "; ".join(lines)) from None
+    except TypeError as error:
+        raise ConfigError(f"{where}: dates and times have no place in a recipe ({error})") from None
+
+
+def to_dict(config: object) -> Json:
+    """The plain tables of a config object, in field order; tuples become lists."""
+    return cast("Json", json.loads(json.dumps(dataclasses.asdict(cast("Any", config)))))
+
+
+def without_resources(tables: Json) -> Json:
+    """The tables less every ``resources`` table: what changes bytes."""
+    return {
+        key: without_resources(cast("Json", value)) if isinstance(value, dict) else value
+        for key, value in tables.items()
+        if key != "resources"
+    }
+
+
+def json_schema() -> Json:
+    """JSON schema of the recipe, with every field's description and default."""
+    return _RECIPE.json_schema()
+
+
+def _apply_override(data: Json, override: str) -> None:
+    name, equals, raw = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(
+            f"--set {override}: write it as section.key=value, for example --set prior.train.num_steps=500"
+        )
+    try:
+        value: Any = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    table = data
+    for depth, key in enumerate(keys[:-1]):
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override}: {'.'.join(keys[: depth + 1])} is a value, not a table")
+    table[keys[-1]] = value
+
+
+def _explain(item: Any, data: Json) -> str:
+    location = [str(part) for part in item["loc"]]
+    name = ".".join(location)
+    kind: str = item["type"]
+    if kind in {"unexpected_keyword_argument", "extra_forbidden"}:
+        close = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1)
+        return f"unknown key {name}" + (f"; did you mean {close[0]}?" if close else "")
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{name}: {message}" if name else message
+    return f"{name}: {message}, got {_value_at(data, location)!r}"
+
+
+def _value_at(data: Any, location: list[str]) -> Any:
+    for part in location:
+        if isinstance(data, dict) and part in data:
+            data = cast("Json", data)[part]
+        elif isinstance(data, list) and part.isdigit():
+            data = cast("list[Any]", data)[int(part)]
+    return data
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    config: Any = Recipe()
+    for part in location:
+        config = getattr(config, part, None)
+    return [field.name for field in dataclasses.fields(config)] if dataclasses.is_dataclass(config) else []

@@ -1,0 +1,45 @@
+"""What a step is given and what it gives back; shared by everything that places steps on Ray."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.plan import Step, artifact_of, inputs_of
+from pipeline.recipe import Recipe
+from pipeline.store import Artifact, Workspace
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """One step to run; travels between processes."""
+
+    recipe: Recipe
+    step: Step
+    root: str
+    """The workspace's root."""
+
+    @property
+    def workspace(self) -> Workspace:
+        """The workspace."""
+        return Workspace(self.root)
+
+    @property
+    def output(self) -> Artifact:
+        """The artifact to write."""
+        return artifact_of(self.workspace, self.step)
+
+    @property
+    def inputs(self) -> dict[str, Artifact]:
+        """The committed artifacts to read, by step name."""
+        return inputs_of(self.workspace, self.step)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What goes into the manifest."""
+
+    counts: dict[str, int] = field(default_factory=dict[str, int])
+    """Rows: ``in`` = ``ok`` + each kind of failure."""
+    metrics: dict[str, Any] = field(default_factory=dict[str, Any])
+    """What the step measured."""
+    num_workers: int = 1
+    """Workers at a time, for node seconds."""

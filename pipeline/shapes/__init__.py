@@ -1,0 +1,1 @@
+"""The project's own captioned pictures: one or two plain shapes, and a check on pixels that knows no network."""
