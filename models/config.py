@@ -144,9 +144,7 @@ class ClipConfig:
 
     def dims(self) -> ClipDims:
         """What the prior and the decoder need to know of this CLIP."""
-        return ClipDims(
-            embed_dim=self.embed_dim, text_width=self.text_width, context_length=self.context_length
-        )
+        return ClipDims(embed_dim=self.embed_dim, text_width=self.text_width, context_length=self.context_length)
 
     def to_open_clip(self) -> dict[str, Any]:
         """The same model as an open_clip model configuration (the ``model_cfg`` of open_clip_config.json)."""
@@ -189,9 +187,7 @@ class PriorConfig:
     """Samples of z_image per caption, of which the one nearest z_text is kept (section 2.2: 2)."""
     diffusion: DiffusionConfig = field(default_factory=lambda: DiffusionConfig(prediction="x0"))
     """Noising of z_image; the network predicts x0 (section 2.2)."""
-    sampler: SamplerConfig = field(
-        default_factory=lambda: SamplerConfig(method="ddpm", num_steps=64, clip_x0=False)
-    )
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(method="ddpm", num_steps=64, clip_x0=False))
     """Sampling of z_image (table 3: 64 steps)."""
 
     def __post_init__(self) -> None:
@@ -226,6 +222,8 @@ class UNetConfig:
     """Channels per attention head (table 3: 64)."""
     norm_groups: int = 32
     """Groups of each group normalisation."""
+    time_norm: Literal["scale_shift", "add"] = "scale_shift"
+    """How the timestep enters a residual block: after the norm as scale and shift (ADM), or added before it."""
     dropout: float = 0.1
     """Dropout inside the residual blocks, per feature (table 3: 0.1)."""
 
@@ -280,6 +278,8 @@ class DecoderConfig:
     """Shape of the UNet."""
     num_image_tokens: int = 4
     """Context tokens that z_image is projected to (section 2.1: 4)."""
+    context_width: int = 512
+    """Width of the tokens that the attention of the UNet reads, in features (GLIDE: 512)."""
     image_drop_prob: float = 0.1
     """Probability of dropping z_image, per sample (section 2.1: 0.1)."""
     text_drop_prob: float = 0.5
@@ -291,6 +291,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         _require(self.num_image_tokens >= 1, f"num_image_tokens = {self.num_image_tokens}: at least 1")
+        _require(self.context_width >= 1, f"context_width = {self.context_width}: at least 1")
         _require_prob("image_drop_prob", self.image_drop_prob)
         _require_prob("text_drop_prob", self.text_drop_prob)
         self.unet.require_fits(self.image_px)
@@ -332,13 +333,11 @@ class UpsamplerConfig:
         self.unet.require_fits(self.image_px)
         self.unet.require_fits(self.crop_px)
         _require_steps(self.sampler, self.diffusion)
-        _require(
-            self.sampler.guidance_scale == 1.0, "sampler.guidance_scale: an upsampler is not guided; set 1.0"
-        )
+        _require(self.sampler.guidance_scale == 1.0, "sampler.guidance_scale: an upsampler is not guided; set 1.0")
 
 
 def _require_steps(sampler: SamplerConfig, diffusion: DiffusionConfig) -> None:
     _require(
         sampler.num_steps <= diffusion.num_timesteps,
-        f"sampler.num_steps = {sampler.num_steps} is above diffusion.num_timesteps = {diffusion.num_timesteps}",
+        f"sampler.num_steps = {sampler.num_steps} is above num_timesteps = {diffusion.num_timesteps}",
     )

@@ -1,0 +1,304 @@
+"""CLIP: the one module that imports open_clip, and the one module of this room that reads and writes files.
+
+Legend: B batch, L text tokens, D joint space, W text width, H W picture. A checkpoint is a folder in open_clip's own
+``local-dir:`` layout: open_clip_config.json and open_clip_model.safetensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models.condition import TextEncoding
+from models.config import ClipConfig, ClipDims
+from models.pixels import resize_crop, to_pixels
+
+
+def _declare_torchvision_operators() -> torch.library.Library | None:
+    """Let torchvision be imported where its CUDA build stands beside a CPU-only torch.
+
+    Its compiled operators cannot load there, and ``import torchvision`` (so open_clip) dies with "operator
+    torchvision::nms does not exist". Declaring the two schemas is all that the import needs.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    folder = Path(spec.origin).parent if spec is not None and spec.origin is not None else Path()
+    for binary in [*folder.glob("_C.so"), *folder.glob("_C.*.so")]:
+        try:
+            ctypes.CDLL(str(binary))
+        except OSError:
+            library = torch.library.Library("torchvision", "DEF")
+            library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            return library
+    return None
+
+
+_TORCHVISION_SCHEMAS = _declare_torchvision_operators()  # dropping the reference would remove the schemas
+
+import open_clip  # noqa: E402  (after the schemas)
+from open_clip.loss import ClipLoss  # noqa: E402
+from open_clip.tokenizer import SimpleTokenizer  # noqa: E402
+from open_clip.transformer import TextTransformer, text_global_pool  # noqa: E402
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+_LENGTH_MULTIPLE = 8
+"""Captions are cut to a multiple of this many tokens, so that few different shapes reach the kernels."""
+
+
+@dataclass(frozen=True)
+class OpenClip:
+    """An open_clip model with what is needed to feed it and to save it again."""
+
+    model: open_clip.CLIP | open_clip.CustomTextCLIP
+    tokenizer: SimpleTokenizer
+    model_config: dict[str, Any]
+    """open_clip's model configuration, as in open_clip_config.json."""
+    mean: tuple[float, ...]
+    """Mean of each colour channel that the model expects to be subtracted, of values in [0, 1]."""
+    std: tuple[float, ...]
+    """Deviation of each colour channel that the model expects to be divided by."""
+
+    @property
+    def image_px(self) -> int:
+        """Side of the square picture that the image tower takes, in pixels."""
+        size = self.model.visual.image_size
+        return int(size[0] if isinstance(size, tuple) else size)
+
+    @property
+    def dims(self) -> ClipDims:
+        """What the prior and the decoder need to know."""
+        text = self.model_config["text_cfg"]
+        return ClipDims(
+            embed_dim=self.model_config["embed_dim"],
+            text_width=text.get("width", 512),
+            context_length=text.get("context_length", 77),
+        )
+
+    def tokenize(self, captions: Sequence[str]) -> Int[Tensor, "B L"]:
+        """Token ids of captions, L = context length, zero after the end; longer captions are cut."""
+        return self.tokenizer(list(captions), context_length=self.dims.context_length)
+
+    def prepare(self, images: Tensor) -> Float[Tensor, "B 3 px px"]:
+        """Pictures as the image tower takes them: resized (bicubic, antialiased), centre-cropped, standardised.
+
+        Args:
+            images: uint8 (B, H, W, 3), or float (B, 3, H, W) in [-1, 1].
+        """
+        pixels = to_pixels(images) if images.dtype == torch.uint8 else images
+        pixels = resize_crop(pixels, self.image_px)
+        mean = pixels.new_tensor(self.mean).view(1, 3, 1, 1)
+        std = pixels.new_tensor(self.std).view(1, 3, 1, 1)
+        return (pixels.add(1).div_(2) - mean) / std
+
+
+class FrozenClip(nn.Module):
+    """The frozen CLIP of the cascade: pictures and captions to embeddings, without gradients."""
+
+    def __init__(self, clip: OpenClip) -> None:
+        super().__init__()
+        self.clip = clip
+        self.model = clip.model.eval().requires_grad_(requires_grad=False)
+        self.tower = _text_tower(clip.model)
+
+    @property
+    def dims(self) -> ClipDims:
+        """What the prior and the decoder need to know."""
+        return self.clip.dims
+
+    @property
+    def image_px(self) -> int:
+        """Side of the picture that the image tower takes, in pixels; others are resized to it."""
+        return self.clip.image_px
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.logit_scale.device
+
+    def train(self, mode: bool = True) -> FrozenClip:  # noqa: ARG002  (nn.Module's signature)
+        """Stay in evaluation mode: batch statistics of a frozen tower must not move."""
+        return self
+
+    @torch.no_grad()
+    def encode_image(self, images: Tensor) -> Float[Tensor, "B D"]:
+        """Embed pictures.
+
+        Args:
+            images: uint8 (B, H, W, 3), or float (B, 3, H, W) in [-1, 1], of any size.
+
+        Returns:
+            z_image, of length one.
+        """
+        pixels = self.clip.prepare(images.to(self.device))
+        return F.normalize(self.model.encode_image(pixels).float(), dim=-1)
+
+    @torch.no_grad()
+    def encode_text(self, captions: Sequence[str]) -> TextEncoding:
+        """Encode B captions; L is the longest of them rounded up to a multiple of 8 tokens."""
+        return self.encode_tokens(self.clip.tokenize(captions))
+
+    @torch.no_grad()
+    def encode_tokens(self, tokens: Int[Tensor, "B L"]) -> TextEncoding:
+        """Encode token ids made by ``tokenize``.
+
+        The text tower is causal, so what follows the end of the longest caption is cut before it costs anything.
+        """
+        mask = _token_mask(tokens, self.clip.tokenizer.eot_token_id)
+        longest = int(mask.sum(1).max())
+        length = min(tokens.shape[1], -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE)
+        tokens = tokens[:, :length].to(self.device)
+        hidden = self._hidden(tokens).float()
+        return TextEncoding(
+            z_text=F.normalize(self._pool(hidden, tokens), dim=-1),
+            hidden=hidden,
+            mask=mask[:, :length].to(self.device),
+        )
+
+    def _hidden(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L W"]:
+        tower, length = self.tower, tokens.shape[1]
+        dtype = tower.transformer.get_cast_dtype()
+        x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
+        x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
+        return tower.ln_final(x)
+
+    def _pool(self, hidden: Float[Tensor, "B L W"], tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B D"]:
+        pooled = text_global_pool(hidden, tokens, "argmax")
+        projection = self.tower.text_projection
+        if projection is None:
+            return pooled
+        return projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+
+
+def create_clip(config: ClipConfig) -> OpenClip:
+    """A small CLIP with random weights (of torch's global generator), to be trained."""
+    return _assemble(config.to_open_clip())
+
+
+def clip_loss(
+    clip: OpenClip,
+    images: Tensor,
+    tokens: Int[Tensor, "B L"],
+    *,
+    wrapped: nn.Module | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Float[Tensor, ""]:
+    """open_clip's contrastive loss of B pairs (arXiv:2103.00020, figure 3).
+
+    Args:
+        clip: The model in training.
+        images: Pictures, as ``OpenClip.prepare`` takes them.
+        tokens: Their captions' token ids, (B, context length).
+        wrapped: ``clip.model`` inside a wrapper for data parallelism, if there is one.
+        rank: This process among those that share the batch.
+        world_size: Their number; above 1, features are gathered with their gradients.
+    """
+    image_features, text_features, logit_scale, *bias = (wrapped or clip.model)(clip.prepare(images), tokens)
+    loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
+    return loss(image_features, text_features, logit_scale, *bias)
+
+
+def clamp_logit_scale(clip: OpenClip) -> None:
+    """Keep the temperature above 1/100, after each optimizer step (arXiv:2103.00020, section 2.5)."""
+    with torch.no_grad():
+        clip.model.logit_scale.clamp_(0, 4.6052)
+
+
+def save_clip(clip: OpenClip, folder: Path) -> None:
+    """Write ``folder`` in open_clip's ``local-dir:`` layout; the same weights give the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "model_cfg": clip.model_config,
+        "preprocess_cfg": {"size": clip.image_px, "mean": list(clip.mean), "std": list(clip.std)},
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in clip.model.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS_FILE)
+
+
+def load_clip(folder: Path) -> OpenClip:
+    """Read a folder that ``save_clip`` or open_clip wrote.
+
+    Raises:
+        ValueError: If a file is missing or unreadable, or the weights are not those of the configuration.
+    """
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        preprocess = config.get("preprocess_cfg", {})
+        clip = _assemble(config["model_cfg"], preprocess.get("mean"), preprocess.get("std"))
+        clip.model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    except (OSError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+        message = (
+            f"{folder} is not an open_clip folder ({CONFIG_FILE}, {WEIGHTS_FILE}): {type(error).__name__}: {error}"
+        )
+        raise ValueError(message) from error
+    return clip
+
+
+def load_pretrained(name: str, pretrained: str | None = None) -> OpenClip:
+    """Resolve public or local weights through open_clip.
+
+    Args:
+        name: An architecture ("ViT-L-14"), "hf-hub:owner/repository" or "local-dir:/folder".
+        pretrained: For an architecture: a tag ("laion2b_s32b_b82k") or a weights file; else None.
+
+    Raises:
+        ValueError: If the name or tag is unknown, the hub does not answer, or the model is of a kind that has no
+            CLIP token states.
+    """
+    try:
+        model: Any = open_clip.create_model(name, pretrained=pretrained, require_pretrained=True)
+        model_config = open_clip.get_model_config(name)
+        tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:  # open_clip, the hub client and the socket each raise their own
+        weights = f" with weights {pretrained!r}" if pretrained else ""
+        reason = (str(error).strip().splitlines() or [""])[0]
+        message = (
+            f"CLIP {name!r}{weights} could not be loaded through open_clip. Without a network, download it once "
+            f"and give 'local-dir:/folder' or a weights file. Reason: {type(error).__name__}: {reason}"
+        )
+        raise ValueError(message) from error
+    if not isinstance(tokenizer, SimpleTokenizer) or model_config is None:
+        raise ValueError(f"CLIP {name!r} does not use CLIP's own tokenizer; choose one that does")
+    _text_tower(model)
+    preprocess = model.visual.preprocess_cfg
+    return OpenClip(model, tokenizer, model_config, tuple(preprocess["mean"]), tuple(preprocess["std"]))
+
+
+def _assemble(
+    model_config: dict[str, Any], mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> OpenClip:
+    arguments = {key: value for key, value in model_config.items() if key != "custom_text"}
+    kind = open_clip.CustomTextCLIP if model_config.get("custom_text") else open_clip.CLIP
+    model = kind(**arguments)
+    mean = tuple(mean or open_clip.OPENAI_DATASET_MEAN)
+    std = tuple(std or open_clip.OPENAI_DATASET_STD)
+    tokenizer = SimpleTokenizer(context_length=model_config["text_cfg"].get("context_length", 77))
+    return OpenClip(model, tokenizer, model_config, mean, std)
+
+
+def _text_tower(model: nn.Module) -> Any:
+    """The module that holds the text tower's layers: the model itself in open_clip's CLIP, its ``text`` elsewhere."""
+    tower: Any = getattr(model, "text", model)
+    known = isinstance(tower, open_clip.CLIP | TextTransformer)
+    if not known or tower.attn_mask is None or getattr(tower, "cls_emb", None) is not None:
+        raise ValueError("this model's text tower has no causal CLIP token states; choose a plain CLIP")
+    return tower
+
+
+def _token_mask(tokens: Int[Tensor, "B L"], end: int) -> Tensor:
+    """True up to and including the first end token of each row, (B, L)."""
+    ends = (tokens == end).int()
+    return ends.cumsum(1) - ends == 0

@@ -1,0 +1,106 @@
+"""What the networks are conditioned on, as plain tensors.
+
+Legend: B batch, L text tokens, D joint space, W text width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from models.config import ClipDims
+
+
+@dataclass(frozen=True)
+class TextEncoding:
+    """Captions as the frozen CLIP reads them; L is the longest caption of the batch, at most the context length."""
+
+    z_text: Float[Tensor, "B D"]
+    """Pooled embedding of each caption, of length one."""
+    hidden: Float[Tensor, "B L W"]
+    """Token states after the final layer norm."""
+    mask: Bool[Tensor, "B L"]
+    """True at the caption's own tokens, start and end included: a prefix of each row, never empty."""
+
+    def __len__(self) -> int:
+        return self.z_text.shape[0]
+
+    def __getitem__(self, index: slice | Tensor) -> TextEncoding:
+        return TextEncoding(self.z_text[index], self.hidden[index], self.mask[index])
+
+    def to(self, device: torch.device | str) -> TextEncoding:
+        """The same encoding on another device."""
+        return TextEncoding(
+            self.z_text.to(device, non_blocking=True),
+            self.hidden.to(device, non_blocking=True),
+            self.mask.to(device, non_blocking=True),
+        )
+
+    def repeat_interleave(self, repeats: int) -> TextEncoding:
+        """Each caption ``repeats`` times in a row: [a, b] becomes [a, a, b, b]."""
+        return TextEncoding(
+            self.z_text.repeat_interleave(repeats, 0),
+            self.hidden.repeat_interleave(repeats, 0),
+            self.mask.repeat_interleave(repeats, 0),
+        )
+
+    def padded(self, length: int) -> TextEncoding:
+        """The same captions with L = ``length`` tokens; the added ones are masked.
+
+        Raises:
+            ValueError: If ``length`` is below L.
+        """
+        extra = length - self.mask.shape[1]
+        if extra < 0:
+            raise ValueError(f"cannot pad {self.mask.shape[1]} text tokens to {length}")
+        if extra == 0:
+            return self
+        return TextEncoding(self.z_text, F.pad(self.hidden, (0, 0, 0, extra)), F.pad(self.mask, (0, extra)))
+
+
+NUM_NULL_TOKENS = 2
+"""Tokens of the empty caption: start and end of text."""
+
+
+class NullText(nn.Module):
+    """What stands for "no caption": the frozen CLIP's own encoding of the empty caption, kept with the weights.
+
+    It is not learned, so that a pipeline which encodes "" for its unconditional half (diffusers' UnCLIPPipeline,
+    Karlo) computes the same. Until ``set`` is called it is zero, which serves as well where nothing is exported.
+    """
+
+    z_text: Tensor
+    hidden: Tensor
+
+    def __init__(self, dims: ClipDims) -> None:
+        super().__init__()
+        self.register_buffer("z_text", torch.zeros(1, dims.embed_dim))
+        self.register_buffer("hidden", torch.zeros(1, NUM_NULL_TOKENS, dims.text_width))
+
+    def set(self, empty: TextEncoding) -> None:
+        """Take ``clip.encode_text([""])``; raises ValueError if that is not one empty caption."""
+        if len(empty) != 1 or int(empty.mask.sum()) != NUM_NULL_TOKENS:
+            raise ValueError('the null caption is clip.encode_text([""]): one caption of two tokens')
+        self.z_text.copy_(empty.z_text)
+        self.hidden.copy_(empty.hidden[:, :NUM_NULL_TOKENS])
+
+    def encoding(self, batch_size: int) -> TextEncoding:
+        """The empty caption ``batch_size`` times, L = 2."""
+        mask = torch.ones(batch_size, NUM_NULL_TOKENS, dtype=torch.bool, device=self.hidden.device)
+        return TextEncoding(self.z_text.expand(batch_size, -1), self.hidden.expand(batch_size, -1, -1), mask)
+
+    def drop(self, text: TextEncoding, keep: Bool[Tensor, " B"] | None) -> TextEncoding:
+        """Replace the captions that are not kept by the empty one; ``keep`` None keeps all."""
+        if keep is None:
+            return text
+        length = max(text.mask.shape[1], NUM_NULL_TOKENS)
+        text, null = text.padded(length), self.encoding(1).padded(length)
+        return TextEncoding(
+            torch.where(keep[:, None], text.z_text, null.z_text.to(text.z_text.dtype)),
+            torch.where(keep[:, None, None], text.hidden, null.hidden.to(text.hidden.dtype)),
+            torch.where(keep[:, None], text.mask, null.mask),
+        )
