@@ -107,31 +107,21 @@ class Recipe:
 _RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and check it.
 
     Args:
-        path: A ``.toml`` recipe, or a resolved ``.json`` one.
+        path: A ``.toml`` recipe, or a resolved ``.json`` one; None: the defaults alone.
         overrides: ``a.b=value`` strings; the value is TOML, a bare word is a string.
 
     Raises:
         ConfigError: If the file is missing or malformed, a key is unknown or a value is of the wrong type or
             impossible; names the dotted key.
     """
-    file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such recipe; see configs/ or write one with `unclip init`") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read: {error}") from None
-    try:
-        data: Json = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{file}: not a valid recipe: {error}") from None
+    data = _read_tables(Path(path)) if path is not None else {}
     for override in overrides:
         _apply_override(data, override)
-    return parse_recipe(data, where=str(file))
+    return parse_recipe(data, where=str(path or "defaults"))
 
 
 def parse_recipe(data: Json, *, where: str = "recipe") -> Recipe:
@@ -167,6 +157,19 @@ def without_resources(tables: Json) -> Json:
 def json_schema() -> Json:
     """JSON schema of the recipe, with every field's description and default."""
     return _RECIPE.json_schema()
+
+
+def _read_tables(file: Path) -> Json:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such recipe; see configs/ or write one with `unclip init`") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from None
+    try:
+        return json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{file}: not a valid recipe: {error}") from None
 
 
 def _apply_override(data: Json, override: str) -> None:

@@ -1,0 +1,36 @@
+# Two commands: `make demo` trains and shows everything, `make test` checks everything. Both make .venv first.
+PYTHON ?= python3
+EXTRA ?= cpu
+BIN := .venv/bin
+# uv is several times faster than pip, and does not read pip's own setting for local wheels.
+INSTALL = $(BIN)/uv pip install --python $(BIN)/python -q $(foreach place,$(PIP_FIND_LINKS),--find-links $(place)) -c constraints.txt
+
+.PHONY: demo test lint check clean setup
+
+demo: .venv/.ready
+	$(BIN)/unclip run configs/demo.toml
+
+test: .venv/.dev lint
+	$(BIN)/pytest --cov --cov-report=term -n 2 --dist loadgroup
+
+lint: .venv/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "unclip needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q uv
+	$(INSTALL) -e '.[$(EXTRA)]'
+	touch $@
+
+.venv/.dev: .venv/.ready
+	$(INSTALL) -e '.[$(EXTRA),dev]'
+	touch $@
+
+clean:
+	rm -rf .venv workspace out

@@ -1,0 +1,72 @@
+"""``unclip submit``, ``jobs``, ``logs`` and ``stop``: the same recipe as a job on a Ray cluster."""
+
+from typing import Annotated
+
+import typer
+
+from jobs.options import DASHBOARD, AsJson, JobAddress, Overrides, RecipePath, Until, print_json
+from pipeline.recipe import load_recipe
+
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="Job id, as `unclip jobs` lists it.")]
+
+
+def submit(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    until: Until = "",
+    address: JobAddress = DASHBOARD,
+    follow: Annotated[bool, typer.Option("--follow", help="Print the job's log and wait for its end.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Run a recipe as a job on a Ray cluster; the same recipe is not run twice.
+
+    Example: unclip submit configs/demo.toml --address http://127.0.0.1:8265 --follow
+    """
+    from pipeline.runtime.jobs import submit_recipe
+
+    submitted = submit_recipe(load_recipe(recipe, overrides or []), address=address, until=until)
+    if json:
+        print_json(submitted.to_dict())
+    else:
+        typer.echo(f"{submitted.job_id}: {submitted.message}")
+    if follow:
+        from pipeline.runtime.jobs import follow_job
+
+        raise typer.Exit(follow_job(submitted.job_id, address=address, write=lambda text: typer.echo(text, nl=False)))
+
+
+def jobs(address: JobAddress = DASHBOARD, json: AsJson = False) -> None:
+    """List the cluster's unclip jobs, the newest first.
+
+    Example: unclip jobs --address http://127.0.0.1:8265
+    """
+    from pipeline.runtime.jobs import list_jobs
+
+    rows = list_jobs(address=address)
+    if json:
+        print_json([row.to_dict() for row in rows])
+        return
+    for row in rows:
+        typer.echo(f"{row.job_id:<40} {row.status:<10} {row.started}")
+    if not rows:
+        typer.echo("no jobs")
+
+
+def logs(job: JobId, address: JobAddress = DASHBOARD) -> None:
+    """Print a job's log.
+
+    Example: unclip logs unclip-demo-1a2b3c4d
+    """
+    from pipeline.runtime.jobs import job_logs
+
+    typer.echo(job_logs(job, address=address), nl=False)
+
+
+def stop(job: JobId, address: JobAddress = DASHBOARD) -> None:
+    """Stop a job; what it finished is kept and the next submit continues.
+
+    Example: unclip stop unclip-demo-1a2b3c4d
+    """
+    from pipeline.runtime.jobs import stop_job
+
+    typer.echo(f"{job}: {stop_job(job, address=address)}")

@@ -1,0 +1,85 @@
+"""``unclip sample``, ``evaluate`` and ``serve``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.options import AsJson, Overrides, RayAddress, RecipePath, print_json
+from pipeline.errors import ConfigError
+from pipeline.recipe import load_recipe
+
+
+def sample(
+    recipe: RecipePath,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar='"PROMPT"...', help="What to draw.")] = None,
+    prompts_path: Annotated[str, typer.Option("--prompts", help="Text file of prompts, one a line.")] = "",
+    num_images: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 4,
+    seed: Annotated[int, typer.Option("--seed", help="The same seed draws the same pictures.")] = 0,
+    out: Annotated[str, typer.Option("--out", help="Folder for the pictures, grid.png and samples.jsonl.")] = "out",
+    overrides: Overrides = None,
+    json: AsJson = False,
+) -> None:
+    """Draw prompts with the trained cascade.
+
+    Example: unclip sample configs/demo.toml "a large red star on a white background" -n 4 --out out
+    """
+    wanted = list(prompts or [])
+    if prompts_path:
+        if not Path(prompts_path).is_file():
+            raise ConfigError(f"--prompts {prompts_path}: no such file")
+        wanted += [line.strip() for line in Path(prompts_path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not wanted:
+        raise ConfigError('sample: give at least one prompt, for example: unclip sample RECIPE "a red circle"')
+    resolved = load_recipe(recipe, overrides or [])
+
+    from pipeline.evaluate.sample import sample_recipe
+
+    rows = sample_recipe(resolved, wanted, num_images=num_images, seed=seed, out_dir=Path(out))
+    if json:
+        print_json(rows)
+        return
+    typer.echo(f"{len(rows)} pictures in {out}; all at a glance: {Path(out) / 'grid.png'}")
+
+
+def evaluate(recipe: RecipePath, overrides: Overrides = None, address: RayAddress = "", json: AsJson = False) -> None:
+    """Measure the trained cascade; what it needs and is not done yet is run first.
+
+    Example: unclip evaluate configs/demo.toml
+    """
+    from jobs.watch import Watcher
+    from pipeline.plan import artifact_of, make_plan
+    from pipeline.runtime.run import run_recipe
+    from pipeline.store import Workspace
+
+    resolved = load_recipe(recipe, overrides or [])
+    watcher = Watcher()
+    try:
+        run_recipe(resolved, watcher, until="evaluate", address=address)
+    finally:
+        watcher.close()
+    artifact = artifact_of(Workspace(resolved.workspace), make_plan(resolved, until="evaluate")[-1])
+    metrics = artifact.read_json("metrics.json")
+    if json:
+        print_json(metrics)
+        return
+    from pipeline.evaluate.report import format_metrics
+
+    typer.echo(format_metrics(metrics))
+    typer.echo(f"pictures: {artifact.uri}")
+
+
+def serve(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    address: RayAddress = "",
+) -> None:
+    """Serve pictures (OpenAI's image API), neighbours (clip-retrieval's API) and a page, until Ctrl-C.
+
+    Example: unclip serve configs/demo.toml --set serve.port=8000
+    """
+    resolved = load_recipe(recipe, overrides or [])
+
+    from pipeline.runtime.serve import serve_recipe
+
+    serve_recipe(resolved, address=address)

@@ -1,0 +1,24 @@
+"""Arguments and options that several commands share."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, for example configs/demo.toml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=C", help="Change one field, for example --set prior.train.num_steps=500."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
+Until = Annotated[str, typer.Option("--until", metavar="STEP", help="Stop after this step and what it needs.")]
+RayAddress = Annotated[
+    str, typer.Option("--address", help="Ray cluster to join, for example auto; default: one of its own, here.")
+]
+DASHBOARD = "http://127.0.0.1:8265"
+JobAddress = Annotated[str, typer.Option("--address", help="Dashboard URL of the Ray cluster.")]
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    typer.echo(json.dumps(value, indent=1))

@@ -1,0 +1,81 @@
+"""``unclip init`` and ``unclip run``."""
+
+import time
+from typing import Annotated, Any
+
+import typer
+
+from jobs.options import AsJson, Overrides, RayAddress, RecipePath, Until, print_json
+from pipeline.plan import make_plan, plan_status
+from pipeline.recipe import load_recipe
+from pipeline.store import Workspace
+
+
+def init(
+    source: Annotated[str, typer.Argument(metavar="LIST", help="List of URLs and captions, or a folder of pictures.")],
+    out: Annotated[str, typer.Option("--out", help="Recipe file to write.")] = "my.toml",
+    url_column: Annotated[str, typer.Option("--url-column", help="Column of the URLs; default: found by name.")] = "",
+    caption_column: Annotated[
+        str, typer.Option("--caption-column", help="Column of the captions; default: found by name.")
+    ] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace the recipe file if it is there.")] = False,
+) -> None:
+    """Look at your pairs and write a short recipe for them and for this machine.
+
+    Example: unclip init pairs.parquet --out my.toml
+    """
+    from pipeline.stages.init import write_recipe
+
+    summary = write_recipe(source, out, url_column=url_column, caption_column=caption_column, force=force)
+    typer.echo(f"{out}: {summary}")
+    typer.echo(f"next: unclip plan {out}; unclip run {out}")
+
+
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    until: Until = "",
+    address: RayAddress = "",
+    json: AsJson = False,
+) -> None:
+    """Run every step that is not done; run it again after a stop of any kind and it continues.
+
+    Example: unclip run configs/demo.toml
+    """
+    start = time.monotonic()
+    resolved = load_recipe(recipe, overrides or [])
+    workspace = Workspace(resolved.workspace)
+    before = plan_status(workspace, make_plan(resolved, until=until))
+    ran = [status.step.name for status in before if status.state != "done"]
+    report = workspace.local_root / "report.html"
+    if ran:
+        from jobs.watch import Watcher
+        from pipeline.runtime.run import run_recipe
+
+        watcher = Watcher()
+        try:
+            run_recipe(resolved, watcher, until=until, address=address)
+        finally:
+            watcher.close()
+        from pipeline.evaluate.report import write_report
+
+        write_report(workspace, make_plan(resolved), resolved, report)
+    wall_s = round(time.monotonic() - start, 1)
+    if json:
+        print_json({"ran": ran, "wall_s": wall_s, "workspace": workspace.root, "report": str(report)})
+        return
+    typer.echo(f"ran {len(ran)} steps in {wall_s:.0f} s" if ran else f"nothing to do: all {len(before)} steps are done")
+    _say_next(recipe, report, {status.step.name: None for status in before})
+
+
+def _say_next(recipe: str, report: Any, steps: dict[str, None]) -> None:
+    if report.exists():
+        typer.echo(f"report: {report}")
+    typer.echo("next:")
+    if "evaluate" in steps:
+        typer.echo(f'  unclip sample {recipe} "a large red star on a white background" -n 4 --out out')
+    if "index" in steps:
+        typer.echo(f'  unclip search {recipe} "a blue circle" -k 10')
+    if "evaluate" in steps:
+        typer.echo(f"  unclip serve {recipe}")
+    typer.echo(f"  unclip status {recipe}")

@@ -1,0 +1,228 @@
+"""Run a recipe: every step that is not done, as soon as its inputs are, on Ray."""
+
+import contextlib
+import fcntl
+import importlib
+import logging
+import os
+import platform
+import time
+import traceback
+from collections.abc import Callable, Generator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+import ray.exceptions
+
+from pipeline.errors import StepError, UnclipError
+from pipeline.plan import Step, StepStatus, make_plan, plan_status
+from pipeline.progress import Progress, ProgressState, read_progress
+from pipeline.recipe import Recipe, to_dict
+from pipeline.runtime.context import StepContext, StepResult
+from pipeline.runtime.track import Tracking
+from pipeline.schema import Manifest
+from pipeline.store import LIVE, Workspace, translate_os_errors
+
+_STEP_FUNCTIONS = {
+    "pairs": "pipeline.runtime.data:run_pairs",
+    "download": "pipeline.runtime.data:run_download",
+    "clip": "pipeline.runtime.train:run_clip",
+    "embed": "pipeline.runtime.data:run_embed",
+    "index": "pipeline.runtime.data:run_index",
+    "prior": "pipeline.runtime.train:run_prior",
+    "decoder": "pipeline.runtime.train:run_decoder",
+    "upsampler_1": "pipeline.runtime.train:run_upsampler_1",
+    "upsampler_2": "pipeline.runtime.train:run_upsampler_2",
+    "evaluate": "pipeline.runtime.evaluate:run_evaluate",
+}
+_PACKAGES = ("unclip", "torch", "open_clip_torch", "ray", "pyarrow", "img2dataset", "numpy")
+_POLL_S = 0.5
+_STEP_RETRIES = 2
+
+
+class Observer(Protocol):
+    """Who watches a run."""
+
+    def started(self, step: Step) -> None:
+        """A step was given to Ray."""
+
+    def progressed(self, step: Step, state: ProgressState) -> None:
+        """A running step was read."""
+
+    def finished(self, step: Step, manifest: Manifest) -> None:
+        """A step was committed."""
+
+    def warned(self, message: str) -> None:
+        """Something went wrong that does not stop the run."""
+
+
+def run_recipe(recipe: Recipe, observer: Observer, *, until: str = "", address: str = "") -> list[StepStatus]:
+    """Bring a workspace up to its recipe.
+
+    Args:
+        recipe: A checked recipe.
+        observer: Hears of starts, readings and commits.
+        until: Last step wanted; empty: all.
+        address: Ray cluster; empty: one of our own on this machine, ended with the run.
+
+    Returns:
+        The state before the run: all ``done`` means that nothing was run.
+
+    Raises:
+        ConfigError: If the recipe's inputs are not there, or the tracker does not answer.
+        StepError: If a step failed, the cluster does not answer, or another run holds the workspace.
+    """
+    workspace = Workspace(recipe.workspace)
+    steps = make_plan(recipe, until=until)
+    statuses = plan_status(workspace, steps)
+    if all(status.state == "done" for status in statuses):
+        return statuses
+    with _locked(workspace), Tracking(recipe, workspace, observer.warned) as tracking, connect(address):
+        workspace.artifact("recipes", recipe.name).write_json("resolved.json", to_dict(recipe))
+        _run_steps(recipe, workspace, statuses, observer, tracking)
+    return statuses
+
+
+def _run_steps(
+    recipe: Recipe, workspace: Workspace, statuses: list[StepStatus], observer: Observer, tracking: Tracking
+) -> None:
+    done = {status.step.name for status in statuses if status.state == "done"}
+    waiting = [status.step for status in statuses if status.state != "done"]
+    running: dict[Any, StepContext] = {}
+    try:
+        while waiting or running:
+            for step in [step for step in waiting if set(step.inputs) <= done]:
+                waiting.remove(step)
+                context = StepContext(recipe, step, workspace.root)
+                context.output.clear_temporaries()
+                Progress(context.output).update(0, 1, "", "starting", force=True)
+                running[_run_step.remote(context)] = context
+                tracking.started(context)
+                observer.started(step)
+            ready, _ = ray.wait(list(running), timeout=_POLL_S, num_returns=1)
+            for context in running.values():
+                tracking.forward(context)
+                state = read_progress(context.output)
+                if state:
+                    observer.progressed(context.step, state)
+            for reference in ready:
+                context = running.pop(reference)
+                manifest = _commit(context, _result(reference, context), tracking)
+                done.add(context.step.name)
+                observer.finished(context.step, manifest)
+    except BaseException:
+        for reference, context in running.items():
+            ray.cancel(reference, force=True)
+            tracking.failed(context)
+        raise
+
+
+@ray.remote(num_cpus=0, max_retries=_STEP_RETRIES)
+def _run_step(context: StepContext) -> StepResult:
+    module, _, name = _STEP_FUNCTIONS[context.step.name].partition(":")
+    function: Callable[[StepContext], StepResult] = getattr(importlib.import_module(module), name)
+    return function(context)
+
+
+def _result(reference: Any, context: StepContext) -> StepResult:
+    name, output = context.step.name, context.output
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, UnclipError):
+            raise cause from None
+        details = f"{LIVE}error.txt"
+        output.write_bytes(details, "".join(traceback.format_exception(error)).encode())
+        raise StepError(f"{name}: {type(cause).__name__}: {cause}; details in {output.uri}/{details}") from None
+    except ray.exceptions.RayError as error:
+        raise StepError(
+            f"{name}: lost its worker {_STEP_RETRIES + 1} times ({type(error).__name__}); "
+            f"what it finished is kept in {output.uri}; run again to continue"
+        ) from None
+
+
+def _commit(context: StepContext, result: StepResult, tracking: Tracking) -> Manifest:
+    step, output = context.step, context.output
+    wall_s = Progress(output).wall_s
+    manifest = Manifest(
+        step=step.name,
+        key=step.key,
+        step_version=step.version,
+        section=step.section,
+        inputs=step.inputs,
+        counts=result.counts,
+        metrics=result.metrics,
+        files=output.describe_files(),
+        wall_s=round(wall_s, 3),
+        node_s=round(wall_s * result.num_workers, 3),
+        created=time.time(),
+        versions={name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        tracking_run_id=tracking.finished(context, result),
+    )
+    output.commit(manifest)
+    return manifest
+
+
+@contextlib.contextmanager
+def connect(address: str = "") -> Generator[None]:
+    """Ray, for the length of a block: a cluster's, or one of our own that ends with the block.
+
+    Args:
+        address: Cluster address (``auto``, ``host:port``, ``ray://...``); empty: our own, on this machine's loopback.
+
+    Raises:
+        StepError: If no cluster answers at the address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    # Workers import this tree by name, whatever folder the command runs in.
+    environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2]), "RAY_USAGE_STATS_ENABLED": "0"}}
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            # Two logical CPUs at least: a data step's readers and a training must be able to stand side by side.
+            ray.init(
+                address="local",
+                num_cpus=max(2, os.cpu_count() or 1),
+                include_dashboard=False,
+                runtime_env=environment,
+                **quiet,
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"at {address}" if address else "on this machine"
+        raise StepError(f"no Ray cluster {where}: {str(error).splitlines()[0]}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _locked(workspace: Workspace) -> Generator[None]:
+    """One run at a time in a local workspace; the lock dies with its process."""
+    if not workspace.is_local:
+        yield
+        return
+    root = workspace.local_root
+    with translate_os_errors(str(root)):
+        root.mkdir(parents=True, exist_ok=True)
+        lock = (root / ".lock").open("a+")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise StepError(
+                f"{root}: another run is using this workspace ({lock.read().strip()}); wait for it"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}")
+        lock.flush()
+        yield
