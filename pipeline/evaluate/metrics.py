@@ -1,0 +1,168 @@
+"""Numbers about pictures and embeddings, each from sums that merge across workers.
+
+Legend: N samples, D features of an embedding, K neighbours. Sums are float64: a whole and its merged parts agree to
+rounding, whatever the number of workers.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Json = dict[str, Any]
+
+_Z95 = 1.959963984540054
+"""Two-sided 95 % quantile of the standard normal distribution."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How often something held."""
+
+    hits: int
+    total: int
+
+    def __add__(self, other: "Rate") -> "Rate":
+        return Rate(self.hits + other.hits, self.total + other.total)
+
+    @property
+    def value(self) -> float:
+        """Share of hits, 0 to 1; nan without trials."""
+        return self.hits / self.total if self.total else math.nan
+
+    def to_dict(self) -> Json:
+        """The rate with its counts and its 95 % Wilson interval."""
+        low, high = wilson_interval(self.hits, self.total)
+        return {"rate": self.value, "hits": self.hits, "total": self.total, "low": low, "high": high}
+
+
+def rate_of(flags: Iterable[bool]) -> Rate:
+    """Count hits."""
+    values = list(flags)
+    return Rate(sum(values), len(values))
+
+
+def wilson_interval(hits: int, total: int, z: float = _Z95) -> tuple[float, float]:
+    """Interval of a rate (Wilson, 1927): stays inside [0, 1] and keeps its coverage for few trials.
+
+    Args:
+        hits: Successes, 0..total.
+        total: Trials; without any, the interval is (0, 1).
+        z: Quantile of the standard normal distribution; 1.96 gives 95 %.
+
+    Raises:
+        ValueError: If ``hits`` is not in 0..total.
+    """
+    if not 0 <= hits <= total:
+        raise ValueError(f"hits = {hits} is not in 0..{total}")
+    if total == 0:
+        return 0.0, 1.0
+    share = hits / total
+    scale = 1 + z**2 / total
+    centre = (share + z**2 / (2 * total)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    low = 0.0 if hits == 0 else centre - half
+    high = 1.0 if hits == total else centre + half
+    return low, high
+
+
+def mean_of(values: Sequence[float] | Array) -> Json:
+    """Mean with its count, standard deviation and 95 % interval (normal); ``mean`` is None without values."""
+    data = np.asarray(values, np.float64)
+    if data.size == 0:
+        return {"mean": None, "std": None, "count": 0, "low": None, "high": None}
+    mean, std = float(data.mean()), float(data.std(ddof=1)) if data.size > 1 else 0.0
+    half = _Z95 * std / math.sqrt(data.size)
+    return {"mean": mean, "std": std, "count": int(data.size), "low": mean - half, "high": mean + half}
+
+
+def cosine(a: Array, b: Array) -> Array:
+    """Cosine of each row of ``a`` with the same row of ``b``: (N, D), (N, D) -> (N,), float64.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"cosine of {a.shape} with {b.shape}: one row for each row")
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    lengths = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+    return (x * y).sum(axis=1) / np.maximum(lengths, 1e-12)
+
+
+def psnr_db(a: Array, b: Array) -> Array:
+    """Peak signal-to-noise ratio of each picture: uint8 (N, H, W, 3) twice -> (N,), in dB; equal pictures give inf.
+
+    Raises:
+        ValueError: If a shape or type differs.
+    """
+    if a.shape != b.shape or a.dtype != np.uint8 or b.dtype != np.uint8:
+        raise ValueError(f"psnr of {a.dtype}{a.shape} with {b.dtype}{b.shape}: uint8 pictures of equal shape")
+    errors = ((a.astype(np.float64) - b.astype(np.float64)) ** 2).mean(axis=(1, 2, 3))
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(255.0**2 / errors)
+
+
+def r_precision(z_image: Array, z_text: Array, own: Sequence[int] | Array) -> Rate:
+    """How often a picture's own caption is the nearest of all captions (R-precision at 1).
+
+    Args:
+        z_image: (N, D), unit rows.
+        z_text: (M, D), unit rows, the distinct captions.
+        own: (N,), the row of each picture's caption.
+    """
+    nearest = (z_image @ z_text.T).argmax(axis=1)
+    return rate_of(bool(hit) for hit in nearest == np.asarray(own))
+
+
+@dataclass(frozen=True)
+class FeatureSums:
+    """Sums from which mean and covariance of features follow; sums of parts add up to the sums of the whole."""
+
+    count: int
+    total: NDArray[np.float64]
+    """Sum of the rows, (D,)."""
+    outer: NDArray[np.float64]
+    """Sum of the rows' outer products, (D, D)."""
+
+    @classmethod
+    def of(cls, features: Array) -> "FeatureSums":
+        """Sums of the rows of ``features``, (N, D)."""
+        rows = features.astype(np.float64)
+        return cls(rows.shape[0], rows.sum(axis=0), rows.T @ rows)
+
+    def __add__(self, other: "FeatureSums") -> "FeatureSums":
+        return FeatureSums(self.count + other.count, self.total + other.total, self.outer + other.outer)
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """Mean, (D,)."""
+        return self.total / self.count
+
+    @property
+    def covariance(self) -> NDArray[np.float64]:
+        """Unbiased covariance, (D, D); needs two rows.
+
+        Raises:
+            ValueError: If there are fewer than two rows.
+        """
+        if self.count < 2:
+            raise ValueError(f"covariance of {self.count} rows: at least 2")
+        return (self.outer - np.outer(self.total, self.total) / self.count) / (self.count - 1)
+
+
+def frechet_distance(a: FeatureSums, b: FeatureSums) -> float:
+    """Squared Frechet distance of the two normal distributions (arXiv:1706.08500, eq. 6).
+
+    The trace of the product's square root is taken from the symmetric matrix A^(1/2) B A^(1/2), whose eigenvalues are
+    those of A B: real and non-negative even where fewer rows than features leave a covariance singular.
+    """
+    shift = a.mean - b.mean
+    values, vectors = np.linalg.eigh(a.covariance)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ b.covariance @ root), 0)).sum()
+    distance = shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross
+    return max(0.0, float(distance))
