@@ -1,0 +1,249 @@
+"""What is in a picture: one or two objects on a plain background, drawn from (seed, index) alone.
+
+Legend: lengths are fractions of the picture's width (it is square); x grows to the right and y downwards, from 0 to 1.
+A combination of attributes in ``HELD_OUT`` is never in training; evaluation prompts are made of them alone.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (230, 20, 20),
+    "orange": (255, 136, 0),
+    "yellow": (255, 228, 0),
+    "green": (10, 160, 50),
+    "blue": (20, 60, 235),
+    "purple": (140, 25, 185),
+    "pink": (255, 120, 190),
+}
+"""Colours of objects, sRGB 0-255, each at its plain hue (0, 32, 54, 136, 229, 283 and 329 degrees)."""
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+    "gray": (128, 128, 128),
+    "beige": (232, 212, 170),
+    "cyan": (150, 226, 232),
+}
+"""Backgrounds, sRGB 0-255; the two that have a hue are pale, so that no object is mistaken for them."""
+RADIUS: dict[str, float] = {"small": 0.14, "medium": 0.185, "large": 0.23}
+"""Half the extent of an object, whether it is alone or not; two large ones just fit side by side."""
+RELATIONS: dict[str, tuple[int, int]] = {
+    "to the left of": (-1, 0),
+    "to the right of": (1, 0),
+    "above": (0, -1),
+    "below": (0, 1),
+}
+"""Direction from the second object to the first, as the signs of x and y."""
+
+TWO_OBJECTS_PROB = 0.5
+_MARGIN = 0.02  # no object comes nearer to the border
+_GAP = 0.04  # nor nearer to the other object
+_ACROSS = 0.07  # largest shift across the direction of the relation, of each object
+_WANDER = 0.14  # largest shift of a single object from the middle
+
+
+@dataclass(frozen=True)
+class Object:
+    """One shape: names from SHAPES, COLOURS and RADIUS, and its centre."""
+
+    shape: str
+    colour: str
+    size: str
+    x: float
+    y: float
+
+    @property
+    def radius(self) -> float:
+        """Half the extent, as a fraction of the picture's width."""
+        return RADIUS[self.size]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One or two objects on a background; ``relation`` says where the first is, seen from the second (None for one)."""
+
+    objects: tuple[Object, ...]
+    background: str
+    relation: str | None = None
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Combinations that training never shows."""
+
+    objects: tuple[tuple[str, str], ...]
+    """(colour, shape), on any background, alone or not."""
+    settings: tuple[tuple[str, str, str], ...]
+    """(colour, shape, background), alone or not."""
+    pairs: tuple[tuple[tuple[str, str], tuple[str, str]], ...]
+    """((colour, shape), (colour, shape)) in one picture, in either order."""
+
+
+@dataclass(frozen=True)
+class EvaluationScene:
+    """A scene that was not trained on, and why: one of EVALUATION_KINDS."""
+
+    scene: Scene
+    kind: str
+
+
+EVALUATION_KINDS: dict[str, int] = {
+    "one object, new setting": 3,
+    "one object, new colour of the shape": 1,
+    "two objects, new pair": 3,
+    "two objects, new colour of a shape": 1,
+}
+"""Kinds of evaluation prompts and their shares, in eighths."""
+
+
+def _held_out() -> HeldOut:
+    """Build the lists by rules that touch every colour, shape and background about equally often."""
+    colours, backgrounds = tuple(COLOURS), tuple(BACKGROUNDS)
+    objects = (("orange", "star"), ("green", "diamond"), ("purple", "triangle"), ("pink", "cross"))
+    settings = [
+        (colours[(2 * j + 3 * k + step) % len(colours)], shape, background)
+        for (j, shape), (k, background), step in product(enumerate(SHAPES), enumerate(backgrounds), (1, 4))
+        if step == 1 or (j + k) % 2 == 0
+    ]
+    pairs = [
+        (
+            (colour, SHAPES[(i + step) % len(SHAPES)]),
+            (colours[(i + step) % len(colours)], SHAPES[(2 * i + 3 * step + turn) % len(SHAPES)]),
+        )
+        for (i, colour), step, turn in product(enumerate(colours), (1, 2, 3), (0, 1))
+    ]
+    return HeldOut(
+        objects=objects,
+        settings=tuple(setting for setting in settings if setting[:2] not in objects),
+        pairs=tuple(pair for pair in pairs if not set(pair) & set(objects)),
+    )
+
+
+HELD_OUT = _held_out()
+_HELD_OUT_OBJECTS = frozenset(HELD_OUT.objects)
+_HELD_OUT_SETTINGS = frozenset(HELD_OUT.settings)
+_HELD_OUT_PAIRS = frozenset(frozenset(pair) for pair in HELD_OUT.pairs)
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Say whether the scene holds a combination that training must never show."""
+    looks = [(item.colour, item.shape) for item in scene.objects]
+    return (
+        any(look in _HELD_OUT_OBJECTS for look in looks)
+        or any((*look, scene.background) in _HELD_OUT_SETTINGS for look in looks)
+        or frozenset(looks) in _HELD_OUT_PAIRS
+    )
+
+
+def training_scene(seed: int, index: int) -> Scene:
+    """Draw training scene ``index``: a function of (seed, index) alone, never held out.
+
+    Args:
+        seed: Seed of the whole set; >= 0.
+        index: Number of the scene in the set; >= 0.
+
+    Returns:
+        One object or two, with equal odds; two never look the same (colour and shape).
+    """
+    rng = np.random.default_rng((seed, index))
+    while True:
+        num_objects = 2 if rng.random() < TWO_OBJECTS_PROB else 1
+        scene = _place(rng, [_look(rng) for _ in range(num_objects)], _pick(rng, BACKGROUNDS))
+        if not is_held_out(scene) and not _are_twins(scene):
+            return scene
+
+
+def evaluation_scenes(num_scenes: int, seed: int) -> list[EvaluationScene]:
+    """Draw scenes of held-out combinations alone, each with another prompt, half of them with one object.
+
+    Args:
+        num_scenes: How many; at most 300, for want of other prompts of one object.
+        seed: Seed of the choice and the places; the same seed and number give the same scenes.
+
+    Returns:
+        Scenes with their kinds, in the proportions of EVALUATION_KINDS, the kinds taking turns.
+
+    Raises:
+        ValueError: If ``num_scenes`` is not in [1, 300].
+    """
+    if not 1 <= num_scenes <= 300:
+        message = f"num_scenes must be from 1 to 300, not {num_scenes}"
+        raise ValueError(message)
+    rng = np.random.default_rng((seed, num_scenes, 1))
+    turns = [kind for kind, share in EVALUATION_KINDS.items() for _ in range(share)]
+    seen: set[object] = set()
+    scenes: list[EvaluationScene] = []
+    while len(scenes) < num_scenes:
+        kind = turns[(3 * len(scenes)) % len(turns)]  # 3 is prime to 8: one and two objects take turns
+        scene = _held_out_scene(rng, kind)
+        prompt = (scene.background, scene.relation, *((o.size, o.colour, o.shape) for o in scene.objects))
+        if prompt not in seen and not _are_twins(scene):
+            seen.add(prompt)
+            scenes.append(EvaluationScene(scene, kind))
+    return scenes
+
+
+def _held_out_scene(rng: np.random.Generator, kind: str) -> Scene:
+    background = _pick(rng, BACKGROUNDS)
+    if kind == "one object, new setting":
+        colour, shape, background = HELD_OUT.settings[int(rng.integers(len(HELD_OUT.settings)))]
+        looks = [(colour, shape)]
+    elif kind == "two objects, new pair":
+        looks = list(HELD_OUT.pairs[int(rng.integers(len(HELD_OUT.pairs)))])
+    else:
+        looks = [HELD_OUT.objects[int(rng.integers(len(HELD_OUT.objects)))]]
+        if kind.startswith("two"):
+            looks.append(_look(rng))
+    if rng.random() < 0.5:
+        looks.reverse()
+    return _place(rng, looks, background)
+
+
+def _pick(rng: np.random.Generator, names: dict[str, tuple[int, int, int]]) -> str:
+    return tuple(names)[int(rng.integers(len(names)))]
+
+
+def _look(rng: np.random.Generator) -> tuple[str, str]:
+    return _pick(rng, COLOURS), SHAPES[int(rng.integers(len(SHAPES)))]
+
+
+def _are_twins(scene: Scene) -> bool:
+    looks = [(item.colour, item.shape) for item in scene.objects]
+    return len(set(looks)) < len(looks)
+
+
+def _place(rng: np.random.Generator, looks: list[tuple[str, str]], background: str) -> Scene:
+    """Give each look a size and a place, and two looks a relation."""
+    sizes = [tuple(RADIUS)[int(rng.integers(len(RADIUS)))] for _ in looks]
+    if len(looks) == 1:
+        reach = min(_WANDER, 0.5 - _MARGIN - RADIUS[sizes[0]])
+        x, y = 0.5 + rng.uniform(-reach, reach, size=2)
+        return Scene((Object(looks[0][1], looks[0][0], sizes[0], float(x), float(y)),), background)
+    relation = tuple(RELATIONS)[int(rng.integers(len(RELATIONS)))]
+    sign_x, sign_y = RELATIONS[relation]
+    first, second = (RADIUS[size] for size in sizes)
+    slack = 1 - 2 * _MARGIN - _GAP - 2 * (first + second)
+    gap = _GAP + slack * rng.uniform(0, 0.6)
+    length = 2 * (first + second) + gap
+    start = 0.5 - length / 2 + (slack + _GAP - gap) / 2 * rng.uniform(-1, 1)
+    # Along the axis: the object that comes first in the direction of growing x or y, then the other.
+    low, high = (first, second) if sign_x + sign_y < 0 else (second, first)
+    along = [start + low, start + length - high]
+    if sign_x + sign_y > 0:
+        along.reverse()
+    across = [float(0.5 + rng.uniform(-1, 1) * min(_ACROSS, 0.5 - _MARGIN - r)) for r in (first, second)]
+    xs, ys = (along, across) if sign_x else (across, along)
+    objects = tuple(
+        Object(shape, colour, size, float(x), float(y))
+        for (colour, shape), size, x, y in zip(looks, sizes, xs, ys, strict=True)
+    )
+    return Scene(objects, background, relation)
+
+
+def training_scenes(num_scenes: int, seed: int) -> Iterator[Scene]:
+    """Yield training scenes 0 .. num_scenes - 1."""
+    return (training_scene(seed, index) for index in range(num_scenes))
