@@ -161,7 +161,7 @@ class FrozenClip(nn.Module):
         tokens = tokens[:, :length].to(self.device)
         hidden = self._hidden(tokens).float()
         return TextEncoding(
-            z_text=F.normalize(self._pool(hidden, tokens), dim=-1),
+            pooled=self._pool(hidden, tokens),
             hidden=hidden,
             mask=mask[:, :length].to(self.device),
         )

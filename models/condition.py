@@ -5,6 +5,7 @@ Legend: B batch, L text tokens, D joint space, W text width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,23 +20,28 @@ from models.config import ClipDims
 class TextEncoding:
     """Captions as the frozen CLIP reads them; L is the longest caption of the batch, at most the context length."""
 
-    z_text: Float[Tensor, "B D"]
-    """Pooled embedding of each caption, of length one."""
+    pooled: Float[Tensor, "B D"]
+    """Text embedding before it is made of length one: what the networks read (as in Karlo and diffusers)."""
     hidden: Float[Tensor, "B L W"]
     """Token states after the final layer norm."""
     mask: Bool[Tensor, "B L"]
     """True at the caption's own tokens, start and end included: a prefix of each row, never empty."""
 
+    @property
+    def z_text(self) -> Float[Tensor, "B D"]:
+        """Embedding of each caption in the joint space, of length one."""
+        return F.normalize(self.pooled, dim=-1)
+
     def __len__(self) -> int:
-        return self.z_text.shape[0]
+        return self.pooled.shape[0]
 
     def __getitem__(self, index: slice | Tensor) -> TextEncoding:
-        return TextEncoding(self.z_text[index], self.hidden[index], self.mask[index])
+        return TextEncoding(self.pooled[index], self.hidden[index], self.mask[index])
 
     def to(self, device: torch.device | str) -> TextEncoding:
         """The same encoding on another device."""
         return TextEncoding(
-            self.z_text.to(device, non_blocking=True),
+            self.pooled.to(device, non_blocking=True),
             self.hidden.to(device, non_blocking=True),
             self.mask.to(device, non_blocking=True),
         )
@@ -43,7 +49,7 @@ class TextEncoding:
     def repeat_interleave(self, repeats: int) -> TextEncoding:
         """Each caption ``repeats`` times in a row: [a, b] becomes [a, a, b, b]."""
         return TextEncoding(
-            self.z_text.repeat_interleave(repeats, 0),
+            self.pooled.repeat_interleave(repeats, 0),
             self.hidden.repeat_interleave(repeats, 0),
             self.mask.repeat_interleave(repeats, 0),
         )
@@ -59,7 +65,18 @@ class TextEncoding:
             raise ValueError(f"cannot pad {self.mask.shape[1]} text tokens to {length}")
         if extra == 0:
             return self
-        return TextEncoding(self.z_text, F.pad(self.hidden, (0, 0, 0, extra)), F.pad(self.mask, (0, extra)))
+        return TextEncoding(self.pooled, F.pad(self.hidden, (0, 0, 0, extra)), F.pad(self.mask, (0, extra)))
+
+
+def concat_text(parts: Sequence[TextEncoding]) -> TextEncoding:
+    """Captions of several batches in one, padded to the longest."""
+    length = max(part.mask.shape[1] for part in parts)
+    padded = [part.padded(length) for part in parts]
+    return TextEncoding(
+        torch.cat([part.pooled for part in padded]),
+        torch.cat([part.hidden for part in padded]),
+        torch.cat([part.mask for part in padded]),
+    )
 
 
 NUM_NULL_TOKENS = 2
@@ -73,25 +90,25 @@ class NullText(nn.Module):
     Karlo) computes the same. Until ``set`` is called it is zero, which serves as well where nothing is exported.
     """
 
-    z_text: Tensor
+    pooled: Tensor
     hidden: Tensor
 
     def __init__(self, dims: ClipDims) -> None:
         super().__init__()
-        self.register_buffer("z_text", torch.zeros(1, dims.embed_dim))
+        self.register_buffer("pooled", torch.zeros(1, dims.embed_dim))
         self.register_buffer("hidden", torch.zeros(1, NUM_NULL_TOKENS, dims.text_width))
 
     def set(self, empty: TextEncoding) -> None:
         """Take ``clip.encode_text([""])``; raises ValueError if that is not one empty caption."""
         if len(empty) != 1 or int(empty.mask.sum()) != NUM_NULL_TOKENS:
             raise ValueError('the null caption is clip.encode_text([""]): one caption of two tokens')
-        self.z_text.copy_(empty.z_text)
+        self.pooled.copy_(empty.pooled)
         self.hidden.copy_(empty.hidden[:, :NUM_NULL_TOKENS])
 
     def encoding(self, batch_size: int) -> TextEncoding:
         """The empty caption ``batch_size`` times, L = 2."""
         mask = torch.ones(batch_size, NUM_NULL_TOKENS, dtype=torch.bool, device=self.hidden.device)
-        return TextEncoding(self.z_text.expand(batch_size, -1), self.hidden.expand(batch_size, -1, -1), mask)
+        return TextEncoding(self.pooled.expand(batch_size, -1), self.hidden.expand(batch_size, -1, -1), mask)
 
     def drop(self, text: TextEncoding, keep: Bool[Tensor, " B"] | None) -> TextEncoding:
         """Replace the captions that are not kept by the empty one; ``keep`` None keeps all."""
@@ -100,7 +117,7 @@ class NullText(nn.Module):
         length = max(text.mask.shape[1], NUM_NULL_TOKENS)
         text, null = text.padded(length), self.encoding(1).padded(length)
         return TextEncoding(
-            torch.where(keep[:, None], text.z_text, null.z_text.to(text.z_text.dtype)),
+            torch.where(keep[:, None], text.pooled, null.pooled.to(text.pooled.dtype)),
             torch.where(keep[:, None, None], text.hidden, null.hidden.to(text.hidden.dtype)),
             torch.where(keep[:, None], text.mask, null.mask),
         )

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from models.degradation import resize
+
 
 def to_pixels(images: UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B 3 H W"]:
     """Pictures to network values: 0 becomes -1, 255 becomes 1 (a channels-last view, no copy to reorder)."""
@@ -20,14 +22,6 @@ def to_uint8(pixels: Float[Tensor, "B 3 H W"]) -> UInt8[Tensor, "B H W 3"]:
     """Network values to pictures, clipped and rounded to the nearest level; inverse of ``to_pixels``."""
     levels = pixels.detach().float().clamp(-1, 1).add(1).mul_(127.5).round_()
     return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def resize(pixels: Float[Tensor, "B C H W"], side_px: int) -> Float[Tensor, "B C side side"]:
-    """Bicubic with antialiasing to a square; values may overshoot [-1, 1] a little and are clipped to it."""
-    if pixels.shape[-2:] == (side_px, side_px):
-        return pixels
-    size = (side_px, side_px)
-    return F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False).clamp_(-1, 1)
 
 
 def resize_crop(pixels: Float[Tensor, "B C H W"], side_px: int) -> Float[Tensor, "B C side side"]:

@@ -1,0 +1,118 @@
+"""The decoder, P(image | z_image, caption): arXiv:2204.06125, section 2.1, with Karlo's conditioning.
+
+z_image and the pooled caption are added to the timestep embedding; z_image becomes a few tokens, which the caption's
+token states follow in the context of every attention. Legend: B batch, D joint space, E timestep embedding, L text
+tokens, K image tokens, M = K + L context tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from models.condition import NullText, TextEncoding
+from models.config import ClipDims, DecoderConfig
+from models.transformer import KeysValues
+from models.unet import UNet
+
+NUM_COLOURS = 3
+
+
+@dataclass(frozen=True)
+class DecoderCondition:
+    """z_image and caption as the decoder reads them, computed once for all steps of a chain."""
+
+    embedding: Float[Tensor, "B E"]
+    """Added to the timestep embedding."""
+    context: tuple[KeysValues, ...]
+    """Keys and values of the context tokens, for each attention."""
+    valid: Bool[Tensor, "B M"]
+    """False at padding."""
+
+    def __len__(self) -> int:
+        return self.embedding.shape[0]
+
+    def __getitem__(self, index: slice | Tensor) -> DecoderCondition:
+        context = tuple(KeysValues(layer.keys[index], layer.values[index]) for layer in self.context)
+        return DecoderCondition(self.embedding[index], context, self.valid[index])
+
+
+def concat_decoder_conditions(parts: Sequence[DecoderCondition]) -> DecoderCondition:
+    """Conditions of several batches in one, padded to the longest context."""
+    longest = max(part.valid.shape[1] for part in parts)
+    extra = [longest - part.valid.shape[1] for part in parts]
+
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([F.pad(one, (0, 0, 0, count)) for one, count in zip(tensors, extra, strict=True)])
+
+    context = tuple(
+        KeysValues(joined([layer.keys for layer in layers]), joined([layer.values for layer in layers]))
+        for layers in zip(*(part.context for part in parts), strict=True)
+    )
+    valid = torch.cat([F.pad(part.valid, (0, count)) for part, count in zip(parts, extra, strict=True)])
+    return DecoderCondition(torch.cat([part.embedding for part in parts]), context, valid)
+
+
+class Decoder(nn.Module):
+    """A UNet on pictures of ``config.image_px``, conditioned on z_image and a caption."""
+
+    def __init__(self, config: DecoderConfig, dims: ClipDims) -> None:
+        super().__init__()
+        self.config = config
+        self.dims = dims
+        self.out_channels = NUM_COLOURS * (2 if config.diffusion.variance == "learned_range" else 1)
+        width = config.context_width
+        self.unet = UNet(config.unet, config.image_px, NUM_COLOURS, self.out_channels, context_width=width)
+        self.image_to_embedding = nn.Linear(dims.embed_dim, self.unet.width)
+        self.pooled_to_embedding = nn.Linear(dims.embed_dim, self.unet.width)
+        self.image_to_tokens = nn.Linear(dims.embed_dim, config.num_image_tokens * width)
+        self.text_to_tokens = nn.Linear(dims.text_width, width)
+        self.norm_text = nn.LayerNorm(width)
+        self.null_image = nn.Parameter(torch.zeros(dims.embed_dim))
+        self.null_text = NullText(dims)
+
+    def encode_condition(
+        self,
+        z_image: Float[Tensor, "B D"],
+        text: TextEncoding,
+        *,
+        keep_image: Bool[Tensor, " B"] | None = None,
+        keep_text: Bool[Tensor, " B"] | None = None,
+    ) -> DecoderCondition:
+        """What does not change from step to step.
+
+        Args:
+            z_image: Image embeddings of length one.
+            text: The captions.
+            keep_image: False where z_image is replaced by its learned null (all are kept if None).
+            keep_text: False where the caption is replaced by the empty one (all are kept if None).
+        """
+        # Features of about unit size: a vector of length one has them at 1 / sqrt(D).
+        image = z_image * math.sqrt(self.dims.embed_dim)
+        if keep_image is not None:
+            image = torch.where(keep_image[:, None], image, self.null_image.to(image.dtype))
+        return self._encode(image, self.null_text.drop(text, keep_text))
+
+    def null_condition(self, batch_size: int) -> DecoderCondition:
+        """The condition of neither z_image nor caption, for classifier-free guidance."""
+        return self._encode(self.null_image.expand(batch_size, -1), self.null_text.encoding(batch_size))
+
+    def _encode(self, image: Float[Tensor, "B D"], text: TextEncoding) -> DecoderCondition:
+        embedding = self.image_to_embedding(image) + self.pooled_to_embedding(text.pooled)
+        # Feature c of token k is row c * K + k of the projection, as in diffusers' UnCLIPTextProjModel.
+        tokens = self.image_to_tokens(image).unflatten(1, (-1, self.config.num_image_tokens)).transpose(1, 2)
+        tokens = torch.cat([tokens, self.norm_text(self.text_to_tokens(text.hidden))], dim=1)
+        valid = F.pad(text.mask, (self.config.num_image_tokens, 0), value=True)
+        return DecoderCondition(embedding, self.unet.encode_context(tokens), valid)
+
+    def forward(
+        self, x: Float[Tensor, "B 3 H W"], t: Int[Tensor, " B"], condition: DecoderCondition
+    ) -> Float[Tensor, "B C H W"]:
+        """The network's output at noised pictures ``x``: C is 3, or 6 where the variance is learned."""
+        return self.unet(x, t, embedding=condition.embedding, context=condition.context, valid=condition.valid)

@@ -1,0 +1,125 @@
+"""A causal pre-norm transformer with a cache of keys and values.
+
+Legend: B batch, S new tokens, K all tokens (cached and new), W width, H heads, C = W / H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class KeysValues(NamedTuple):
+    """What later tokens need of earlier ones, in one layer."""
+
+    keys: Float[Tensor, "B H K C"]
+    values: Float[Tensor, "B H K C"]
+
+
+def causal_mask(valid: Bool[Tensor, "B K"], num_new: int, *, num_appended: int = 0) -> Bool[Tensor, "B 1 S K_all"]:
+    """Which tokens the last ``num_new`` of a sequence may read: valid ones, and none after themselves.
+
+    Args:
+        valid: Tokens that may be read at all.
+        num_new: S, of the tokens in ``valid`` and those appended.
+        num_appended: Tokens after those of ``valid``, all of them valid.
+    """
+    valid = F.pad(valid, (0, num_appended), value=True)
+    total = valid.shape[1]
+    order = torch.ones(num_new, total, dtype=torch.bool, device=valid.device).tril(total - num_new)
+    return order[None, None] & valid[:, None, None]
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each after its norm and added to its input."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm_attention = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp_in = nn.Linear(width, mlp_ratio * width)
+        self.mlp_out = nn.Linear(mlp_ratio * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, x: Float[Tensor, "B S W"], mask: Bool[Tensor, "B 1 S K"], past: KeysValues | None, num_out: int
+    ) -> tuple[Float[Tensor, "B n W"], KeysValues]:
+        """The last ``num_out`` tokens after this block, and the keys and values of all K tokens."""
+        normed = self.norm_attention(x)
+        query = self._heads(self.query(normed[:, -num_out:]))
+        keys, values = (self._heads(part) for part in self.key_value(normed).chunk(2, dim=-1))
+        if past is not None:
+            keys, values = torch.cat([past.keys, keys], dim=2), torch.cat([past.values, values], dim=2)
+        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask[:, :, -num_out:])
+        x = x[:, -num_out:] + self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))
+        hidden = F.gelu(self.mlp_in(self.norm_mlp(x)))
+        return x + self.dropout(self.mlp_out(hidden)), KeysValues(keys, values)
+
+    def _heads(self, x: Float[Tensor, "B S W"]) -> Float[Tensor, "B H S C"]:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class CausalTransformer(nn.Module):
+    """A stack of blocks and a final norm; initialised as CLIP's text tower is."""
+
+    def __init__(self, width: int, depth: int, num_heads: int, mlp_ratio: int, dropout: float) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.checkpointing = False
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        residual_std = width**-0.5 * (2 * depth) ** -0.5
+        for name, parameter in self.blocks.named_parameters():
+            if name.endswith(("query.weight", "key_value.weight")):
+                nn.init.normal_(parameter, std=width**-0.5)
+            elif name.endswith("mlp_in.weight"):
+                nn.init.normal_(parameter, std=(2 * width) ** -0.5)
+            elif name.endswith(("out.weight", "mlp_out.weight")):
+                nn.init.normal_(parameter, std=residual_std)
+            elif name.endswith("bias") and "norm" not in name:
+                nn.init.zeros_(parameter)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B S W"],
+        mask: Bool[Tensor, "B 1 S K"],
+        past: Sequence[KeysValues] | None = None,
+        *,
+        num_out: int | None = None,
+    ) -> Float[Tensor, "B n W"]:
+        """Run S new tokens.
+
+        Args:
+            x: The new tokens, positions added.
+            mask: True where a new token may read one of the K = cached + S tokens.
+            past: Cached keys and values of each block, from ``cache``.
+            num_out: How many of the last tokens are wanted (all if None); the last block computes no others.
+        """
+        for index, block in enumerate(self.blocks):
+            wanted = x.shape[1] if num_out is None or index + 1 < len(self.blocks) else num_out
+            layer = None if past is None else past[index]
+            if self.checkpointing and torch.is_grad_enabled():
+                x, _ = checkpoint(block, x, mask, layer, wanted, use_reentrant=False)
+            else:
+                x, _ = block(x, mask, layer, wanted)
+        return self.norm(x)
+
+    def cache(
+        self, x: Float[Tensor, "B S W"], mask: Bool[Tensor, "B 1 S K"], past: Sequence[KeysValues] | None = None
+    ) -> tuple[KeysValues, ...]:
+        """Keys and values of each block after S new tokens, for those that will follow."""
+        layers: list[KeysValues] = []
+        for index, block in enumerate(self.blocks):
+            x, layer = block(x, mask, None if past is None else past[index], x.shape[1])
+            layers.append(layer)
+        return tuple(layers)

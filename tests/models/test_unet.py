@@ -1,0 +1,119 @@
+"""The UNet: shapes, context, and what starts at zero."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import UNET, randomise
+
+from models.config import UNetConfig
+from models.unet import UNet
+
+CONFIG = replace(UNET, num_res_blocks=2)
+
+
+@pytest.fixture
+def unet() -> UNet:
+    torch.manual_seed(0)
+    model = UNet(CONFIG, 8, 3, 6, context_width=10).eval()
+    randomise(model)
+    return model
+
+
+def inputs(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(batch, 3, 8, 8), torch.arange(batch) * 10
+
+
+def test_unet_starts_at_zero_with_identity_blocks() -> None:
+    model = UNet(CONFIG, 8, 3, 6, context_width=10)
+    x, t = inputs()
+    assert not model(x, t, context=model.encode_context(torch.randn(2, 5, 10))).any()
+    block = model.down[0].block
+    features = torch.randn(2, 8, 8, 8)
+    assert torch.equal(block(features, torch.randn(2, model.width)), features)
+
+
+def test_unet_shape_at_other_sizes_and_channels(unet: UNet) -> None:
+    x = torch.randn(1, 3, 12, 20)
+    context = unet.encode_context(torch.randn(1, 5, 10))
+    assert unet(x, torch.zeros(1, dtype=torch.long), context=context).shape == (1, 6, 12, 20)
+
+
+def test_unet_has_attention_where_the_paper_has() -> None:
+    sides = (64, 32, 16, 8)
+    config = UNetConfig(channels=8, head_channels=8, norm_groups=4, attention_resolutions=(32, 16, 8))
+    model = UNet(config, 64, 3, 6, context_width=4)
+    with_attention = [stage.attention is not None for stage in model.down]
+    level = [True] * config.num_res_blocks
+    expected = [[side in (32, 16, 8)] * len(level) + [False] for side in sides]
+    assert with_attention == [one for part in expected for one in part][:-1]
+    assert model.middle[0].attention is not None
+    assert model.middle[1].attention is None
+
+
+def test_unet_without_attention_has_none_in_the_middle_either() -> None:
+    config = UNetConfig(channels=8, norm_groups=4, attention_resolutions=())
+    model = UNet(config, 64, 6, 3)
+    assert not any("attention" in name for name, _ in model.named_parameters())
+
+
+def test_unet_reads_valid_context_tokens_only(unet: UNet) -> None:
+    x, t = inputs()
+    context = torch.randn(2, 5, 10)
+    valid = torch.tensor([[True] * 3 + [False] * 2] * 2)
+    changed = context.clone()
+    changed[:, 3:] += 1
+    before = unet(x, t, context=unet.encode_context(context), valid=valid)
+    masked = unet(x, t, context=unet.encode_context(changed), valid=valid)
+    read = unet(x, t, context=unet.encode_context(changed), valid=torch.ones_like(valid))
+    torch.testing.assert_close(before, masked, rtol=0, atol=1e-5)
+    assert (before - read).abs().max() > 1e-3
+
+
+def test_unet_items_do_not_depend_on_their_batch(unet: UNet) -> None:
+    x, t = inputs(3)
+    context = torch.randn(3, 5, 10)
+    together = unet(x, t, context=unet.encode_context(context))
+    alone = unet(x[1:2], t[1:2], context=unet.encode_context(context[1:2]))
+    torch.testing.assert_close(together[1:2], alone, rtol=0, atol=1e-5)
+
+
+def test_unet_memory_order_changes_no_number(unet: UNet) -> None:
+    x, t = inputs()
+    context = unet.encode_context(torch.randn(2, 5, 10))
+    plain = unet(x, t, context=context)
+    last = unet.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), t, context=context)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(plain, last, rtol=0, atol=1e-4)
+
+
+def test_unet_checkpointing_changes_no_gradient(unet: UNet) -> None:
+    x, t = inputs()
+    context = torch.randn(2, 5, 10)
+    gradients = []
+    for enabled in (False, True):
+        unet.set_checkpointing(enabled=enabled)
+        unet.zero_grad()
+        unet(x, t, context=unet.encode_context(context)).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in unet.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_unet_scale_shift_and_added_time_differ() -> None:
+    shapes = []
+    for time_norm in ("scale_shift", "add"):
+        config = UNetConfig(channels=8, norm_groups=4, attention_resolutions=(), time_norm=time_norm)
+        model = UNet(config, 64, 3, 3)
+        randomise(model)
+        x = torch.randn(1, 3, 16, 16)
+        early, late = (model(x, torch.tensor([t])) for t in (0, 900))
+        assert (early - late).abs().max() > 1e-3
+        shapes.append(model.down[0].block.embedding.weight.shape)
+    assert shapes == [(16, 32), (8, 32)]
+
+
+def test_unet_refuses_a_context_it_was_not_built_for() -> None:
+    model = UNet(CONFIG, 8, 3, 3)
+    with pytest.raises(ValueError, match="without a context"):
+        model.encode_context(torch.randn(1, 2, 10))

@@ -1,0 +1,32 @@
+"""Tiny networks and captions, shared by the tests of this folder."""
+
+import torch
+
+from models.condition import TextEncoding
+from models.config import ClipDims, UNetConfig
+
+DIMS = ClipDims(embed_dim=12, text_width=10, context_length=9)
+UNET = UNetConfig(
+    channels=8,
+    channel_mults=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(4,),
+    head_channels=4,
+    norm_groups=4,
+    dropout=0.0,
+)
+
+
+def make_text(lengths: tuple[int, ...], width: int = 7, dims: ClipDims = DIMS) -> TextEncoding:
+    """Random captions of ``lengths`` tokens; the same lengths give the same captions."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    mask = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
+    hidden = torch.randn(len(lengths), width, dims.text_width, generator=generator)
+    return TextEncoding(torch.randn(len(lengths), dims.embed_dim, generator=generator), hidden, mask)
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Random weights in place of those that start at zero, norms apart."""
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, std=0.1)
