@@ -68,11 +68,6 @@ def random_blur(
     return gaussian_blur(image, sigma_px * blurred.to(image.dtype), kernel_size)
 
 
-def low_res_condition(small: Tensor, image_px: int) -> Tensor:
-    """What an upsampler sees of a small picture: 8 bits deep, resized to (B, C, image_px, image_px)."""
-    return resize(quantise_8bit(small), image_px)
-
-
 def random_crop(image: Tensor, size_px: int, generator: torch.Generator, *, multiple_px: int = 1) -> Tensor:
     """One random square of each picture, (B, C, size_px, size_px).
 
@@ -93,3 +88,15 @@ def random_crop(image: Tensor, size_px: int, generator: torch.Generator, *, mult
     lefts = torch.randint((width - size_px) // multiple_px + 1, (batch,), generator=generator) * multiple_px
     corners = zip(image, tops.tolist(), lefts.tolist(), strict=True)
     return torch.stack([one[:, y : y + size_px, x : x + size_px] for one, y, x in corners])
+
+
+def augment_noise(condition: Tensor, level: Tensor, noise: Tensor) -> Tensor:
+    """Conditioning noised to a level of its own: noise conditioning augmentation, arXiv:2106.15282, section 3.
+
+    Args:
+        condition: (B, C, H, W).
+        level: (B,), share of noise in [0, 1], which the network is told; 0 leaves a picture as it is.
+        noise: Standard normal, in the shape of ``condition``.
+    """
+    share = level.to(condition)[:, None, None, None]
+    return (1 - share**2).sqrt() * condition + share * noise
