@@ -5,7 +5,7 @@ BIN := .venv/bin
 # uv is several times faster than pip, and does not read pip's own setting for local wheels.
 INSTALL = $(BIN)/uv pip install --python $(BIN)/python -q $(foreach place,$(PIP_FIND_LINKS),--find-links $(place)) -c constraints.txt
 
-.PHONY: demo test lint check clean setup
+.PHONY: demo test lint docs clean setup
 
 demo: .venv/.ready
 	$(BIN)/unclip run configs/demo.toml
@@ -18,6 +18,9 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
+
+docs: .venv/.ready
+	$(BIN)/python -m jobs.reference > docs/config.md
 
 setup: .venv/.ready
 

@@ -1,0 +1,107 @@
+"""Keys, order, reasons."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ConfigError
+from pipeline.plan import Step, artifact_of, make_plan, plan_status
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.schema import Manifest
+from pipeline.store import Workspace
+
+
+def _commit(workspace: Workspace, step: Step) -> None:
+    manifest = Manifest(
+        step=step.name,
+        key=step.key,
+        step_version=step.version,
+        section=step.section,
+        inputs=step.inputs,
+        created=time.time(),
+    )
+    artifact_of(workspace, step).commit(manifest)
+
+
+def _keys(recipe: Recipe) -> dict[str, str]:
+    return {step.name: step.key for step in make_plan(recipe)}
+
+
+def test_make_plan_puts_every_step_after_its_inputs() -> None:
+    seen: set[str] = set()
+    for step in make_plan(load_recipe("configs/demo.toml")):
+        assert set(step.inputs) <= seen
+        seen.add(step.name)
+    assert {"pairs", "upsampler_2", "evaluate"} <= seen
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("prior.train.num_steps=7", {"prior", "evaluate"}),
+        ("evaluate.num_shown=3", {"evaluate"}),
+        ("index.kind=hnsw", {"index", "evaluate"}),
+        ("embed.batch_size=3", {"embed", "index", "prior", "decoder", "evaluate"}),
+        ("prior.resources.num_workers=2", set()),
+        ("serve.port=1", set()),
+        ("name=other", set()),
+    ],
+)
+def test_make_plan_changed_field_changes_only_what_depends_on_it(override: str, changed: set[str]) -> None:
+    before, after = _keys(load_recipe(None)), _keys(load_recipe(None, [override]))
+    assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_make_plan_seed_changes_everything_downstream() -> None:
+    before, after = _keys(load_recipe(None)), _keys(load_recipe(None, ["seed=1"]))
+    assert all(before[name] != after[name] for name in before)
+
+
+def test_make_plan_until_keeps_only_what_is_needed() -> None:
+    assert [step.name for step in make_plan(load_recipe(None), until="index")] == [
+        "pairs",
+        "download",
+        "clip",
+        "embed",
+        "index",
+    ]
+    with pytest.raises(ConfigError, match="upsampler_1"):
+        make_plan(load_recipe(None), until="upsampler_1")
+
+
+def test_make_plan_content_of_the_list_is_part_of_the_key(tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.csv"
+    recipe = load_recipe(None, ["pairs.source=list", f"pairs.path={pairs}"])
+    with pytest.raises(ConfigError, match="does not exist"):
+        make_plan(recipe)
+    pairs.write_text("url,caption\nu,c\n")
+    first = _keys(recipe)
+    pairs.write_text("url,caption\nu,d\n")
+    assert _keys(recipe)["pairs"] != first["pairs"]
+
+
+def test_make_plan_pretrained_clip_does_not_wait_for_the_download() -> None:
+    steps = {step.name: step for step in make_plan(load_recipe(None, ["clip.source=pretrained"]))}
+    assert steps["clip"].inputs == {}
+
+
+def test_plan_status_names_the_field_and_the_input_that_changed(tmp_path: Path) -> None:
+    workspace = Workspace(str(tmp_path))
+    for step in make_plan(load_recipe(None)):
+        _commit(workspace, step)
+    assert {status.state for status in plan_status(workspace, make_plan(load_recipe(None)))} == {"done"}
+    changed = make_plan(load_recipe(None, ["prior.train.num_steps=7"]))
+    statuses = {status.step.name: status for status in plan_status(workspace, changed)}
+    assert statuses["prior"].reasons == ("prior.train.num_steps: 1000 -> 7",)
+    assert statuses["evaluate"].reasons == ("prior changed",)
+    assert statuses["decoder"].state == "done"
+
+
+def test_plan_status_tells_todo_from_partial(tmp_path: Path) -> None:
+    workspace = Workspace(str(tmp_path))
+    steps = make_plan(load_recipe(None))
+    artifact_of(workspace, steps[1]).write_json("live/progress.json", {})
+    states = [status.state for status in plan_status(workspace, steps)]
+    assert states[:3] == ["todo", "partial", "todo"]
+    assert plan_status(workspace, steps)[0].reasons == ("never run",)

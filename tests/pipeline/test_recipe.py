@@ -1,0 +1,96 @@
+"""The recipe: layers, strictness, messages."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ConfigError
+from pipeline.recipe import Recipe, json_schema, load_recipe, parse_recipe, to_dict, without_resources
+
+
+def test_load_recipe_layers_defaults_file_and_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text("seed = 3\n[prior.train]\nnum_steps = 10\nbatch_size = 8\n")
+    recipe = load_recipe(file, ["prior.train.num_steps=20", "name=mine", 'workspace="w"'])
+    assert (recipe.seed, recipe.prior.train.num_steps, recipe.prior.train.batch_size) == (3, 20, 8)
+    assert (recipe.name, recipe.workspace) == ("mine", "w")
+    assert recipe.decoder == Recipe().decoder
+
+
+def test_load_recipe_round_trips_through_resolved_json(tmp_path: Path) -> None:
+    import json
+
+    recipe = parse_recipe({"seed": 5, "upsampler_1": {"model": {"image_px": 128, "low_res_px": 64, "crop_px": 64}}})
+    file = tmp_path / "resolved.json"
+    file.write_text(json.dumps(to_dict(recipe)))
+    assert load_recipe(file) == recipe
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ({"prior": {"train": {"num_step": 3}}}, ["unknown key prior.train.num_step", "did you mean num_steps"]),
+        ({"nonsense": 1}, ["unknown key nonsense"]),
+        ({"prior": {"train": {"num_steps": "many"}}}, ["prior.train.num_steps", "integer", "'many'"]),
+        ({"prior": {"train": {"num_steps": 1.5}}}, ["prior.train.num_steps"]),
+        ({"seed": True}, ["seed"]),
+        ({"pairs": {"source": "list"}}, ["pairs", "path is required"]),
+        ({"pairs": {"source": "ftp"}}, ["pairs.source", "'list'"]),
+        ({"download": {"image_px": 8}}, ["decoder.model.image_px", "download.image_px"]),
+        (
+            {"upsampler_1": {"model": {"image_px": 96, "low_res_px": 32, "crop_px": 48}}},
+            ["upsampler_1.model.low_res_px"],
+        ),
+        (
+            {"prior": {"train": {"batch_size": 9}, "resources": {"num_workers": 2}}},
+            ["prior.train.batch_size", "2 workers"],
+        ),
+        ({"prior": {"resources": {"num_workers": 0}}}, ["num_workers", "above 0"]),
+        ({"upsampler_2": {}}, ["upsampler_2"]),
+    ],
+)
+def test_parse_recipe_refuses_and_names_the_key(tables: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_recipe(tables)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("seed = ", "not a valid recipe"), ("when = 2020-01-01", "dates"), ("seed = 1\nseed = 2", "valid")],
+)
+def test_load_recipe_malformed_file_is_one_message(tmp_path: Path, text: str, word: str) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=word) as caught:
+        load_recipe(file)
+    assert str(file) in str(caught.value)
+
+
+def test_load_recipe_missing_file_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unclip init"):
+        load_recipe(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", "a..b=1"])
+def test_load_recipe_malformed_override_shows_the_form(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"section\.key=value"):
+        load_recipe(None, [override])
+
+
+def test_load_recipe_override_through_a_value_is_refused() -> None:
+    with pytest.raises(ConfigError, match="seed is a value"):
+        load_recipe(None, ["seed=1", "seed.x=2"])
+
+
+def test_without_resources_drops_only_resources_at_every_depth() -> None:
+    tables = {"a": 1, "resources": {"b": 2}, "c": {"resources": {}, "d": 3}}
+    assert without_resources(tables) == {"a": 1, "c": {"d": 3}}
+
+
+def test_json_schema_describes_every_field() -> None:
+    schema = json_schema()
+    for name, definition in schema["$defs"].items():
+        for field, description in definition["properties"].items():
+            assert "description" in description or "$ref" in description, f"{name}.{field} has no docstring"

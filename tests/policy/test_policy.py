@@ -1,0 +1,105 @@
+"""Rules of the house that no linter knows."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.plan import make_plan
+from pipeline.recipe import load_recipe
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "configs").glob("*.toml"))
+
+
+def _tracked() -> list[str]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads_and_plans(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert make_plan(recipe)
+    assert recipe.name
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["plan", "configs/demo.toml"], ["status", "configs/demo.toml"], ["config"]]
+)
+def test_light_commands_load_neither_torch_nor_ray(arguments: list[str]) -> None:
+    code = (
+        "import sys; from jobs.cli import main; sys.argv = ['unclip', *sys.argv[1:]]\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'faiss', 'pyarrow', 'open_clip'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_top_level_packages_are_ours() -> None:
+    import jobs
+    import models
+    import pipeline
+
+    for package in (jobs, models, pipeline):
+        assert Path(str(package.__file__)).is_relative_to(ROOT)
+
+
+def test_readme_file_tree_matches_the_repository() -> None:
+    text = (ROOT / "README.md").read_text()
+    block = re.search(r"<!-- tree -->\n```\n(.*?)```", text, re.DOTALL)
+    assert block is not None
+    named = {line.split()[0].rstrip("/") for line in block.group(1).splitlines() if line and not line.startswith(" ")}
+    top = {name.split("/")[0] for name in _tracked() if not name.startswith(".")}
+    assert named == top
+
+
+def test_readme_commands_exist() -> None:
+    text = (ROOT / "README.md").read_text() + "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
+    listed = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    known = set(re.findall(r"^  ([a-z]+) {2,}", listed, re.MULTILINE))
+    used = set(re.findall(r"^(?:\$ )?unclip ([a-z]+)", text, re.MULTILINE))
+    assert used
+    assert used <= known
+
+
+def test_config_reference_is_current() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.reference"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert (ROOT / "docs/config.md").read_text() == done.stdout, "run: make docs"
+
+
+def test_python_files_stay_short() -> None:
+    long = {
+        name: count
+        for name in _tracked()
+        if name.endswith(".py") and (count := len((ROOT / name).read_text().splitlines())) > 400
+    }
+    assert not long
+
+
+def test_nothing_names_a_machine_or_a_registry() -> None:
+    pattern = re.compile(r"(^|[^A-Za-z0-9_.])/(work|root|farm)/|index-url|extra-index|find-links *=")
+    found = [
+        f"{name}:{number}"
+        for name in _tracked()
+        if Path(name).suffix in {".py", ".toml", ".md", ".yaml", ".txt", ""} and name != "tests/policy/test_policy.py"
+        for number, line in enumerate((ROOT / name).read_text(errors="ignore").splitlines(), 1)
+        if pattern.search(line)
+    ]
+    assert not found
+
+
+def test_text_is_ascii() -> None:
+    for name in _tracked():
+        if name.endswith((".py", ".toml")):
+            assert (ROOT / name).read_bytes().isascii(), name
