@@ -101,6 +101,8 @@ class DownloadConfig:
     """Largest longer side over shorter side."""
     timeout_s: int = 10
     """Longest wait for one socket operation, in seconds."""
+    deadline_s: float = 30.0
+    """Longest time for one try of one URL, redirects included, in seconds: a dripping server must not hold a shard."""
     retries: int = 1
     """Further tries of a failed download."""
     extra_columns: tuple[str, ...] = ()
@@ -118,6 +120,7 @@ class DownloadConfig:
 
     def __post_init__(self) -> None:
         _positive(samples_per_shard=self.samples_per_shard, image_px=self.image_px, num_threads=self.num_threads)
+        _positive(timeout_s=self.timeout_s, deadline_s=self.deadline_s)
         if self.encode_format == "png" and not 0 <= self.encode_quality <= 9:
             raise ValueError(f"encode_quality must be 0..9 for png, got {self.encode_quality}")
 

@@ -1,0 +1,152 @@
+"""The embed step: z_image and z_text of every good row of a shard."""
+
+import io
+import itertools
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from models.clip import FrozenClip, load_clip
+from models.pixels import resize_crop, to_pixels
+from pipeline.errors import DataError
+from pipeline.schema import embeddings_schema, require_columns
+from pipeline.stages.shards import Sample, read_samples
+
+ROW_GROUP_ROWS = 1024
+"""Rows of a row group: small, so that the exact vectors of a few neighbours are read without their whole shard."""
+
+
+class Embedder:
+    """CLIP, loaded once for each worker.
+
+    Args:
+        folder: The clip step's artifact, a folder in open_clip's local-dir layout.
+        batch_size: Pictures in one forward pass.
+        device: Torch device of the network.
+
+    Raises:
+        DataError: If the folder holds no readable CLIP.
+    """
+
+    def __init__(self, folder: Path, batch_size: int, device: str = "cpu") -> None:
+        try:
+            self._clip = FrozenClip(load_clip(folder)).to(device)
+        except ValueError as error:
+            raise DataError(f"embed: {error}") from error
+        self._batch_size = batch_size
+
+    def __call__(self, tar: Path, parquet: Path, shard: str, target: Path) -> Counter[str]:
+        """Embed one shard of the download step.
+
+        Args:
+            tar: Its pictures.
+            parquet: Its table.
+            shard: Its name.
+            target: Parquet file to write, in ``schema.embeddings_schema``, sorted by key.
+
+        Returns:
+            Rows: ``in`` (good rows of the download) = ``ok`` + ``corrupt``.
+
+        Raises:
+            DataError: If the shard is damaged, or tar and table do not belong together; names shard, row and uid.
+        """
+        counts: Counter[str] = Counter({"in": 0, "ok": 0, "corrupt": 0})
+        schema = embeddings_schema(self._clip.dims.embed_dim)
+        # Vectors do not compress, and without a dictionary one row group is one read.
+        with pq.ParquetWriter(target, schema, compression="none", use_dictionary=False) as writer:
+            decoded = self._decode(read_samples(tar, parquet, shard), counts)
+            embedded = [self._embed(batch, schema) for batch in _batches(decoded, self._batch_size)]
+            writer.write_table(pa.Table.from_batches(embedded, schema), row_group_size=ROW_GROUP_ROWS)
+        return counts
+
+    def _decode(self, samples: Iterator[Sample], counts: Counter[str]) -> Iterator["_Decoded"]:
+        for sample in samples:
+            counts["in"] += 1
+            pixels = decode_picture(sample.picture)
+            if pixels is None:
+                counts["corrupt"] += 1
+                continue
+            counts["ok"] += 1
+            square = resize_crop(to_pixels(torch.from_numpy(pixels)[None]), self._clip.image_px)
+            yield _Decoded(sample, square)
+
+    def _embed(self, batch: list["_Decoded"], schema: pa.Schema) -> pa.RecordBatch:
+        z_image = self._clip.encode_image(torch.cat([item.pixels for item in batch]))
+        z_text = self._clip.encode_text([item.sample.caption for item in batch]).z_text
+        columns: list[Any] = [
+            pa.array([getattr(item.sample, name) for item in batch], pa.string())
+            for name in ("uid", "key", "url", "caption", "split")
+        ]
+        columns += [to_arrow(z.cpu().numpy()) for z in (z_image, z_text)]
+        return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+@dataclass
+class _Decoded:
+    sample: Sample
+    pixels: torch.Tensor
+    """(1, 3, px, px) in [-1, 1]."""
+
+
+@dataclass
+class Vectors:
+    """The rows of one shard of embeddings."""
+
+    z_image: NDArray[np.float16]
+    """(N, D), rows of length one."""
+    z_text: NDArray[np.float16]
+    """(N, D), rows of length one."""
+    table: pa.Table = field(repr=False)
+    """uid, key, url, caption, split."""
+
+
+def decode_picture(data: bytes) -> NDArray[np.uint8] | None:
+    """Pixels of a picture file, (H, W, 3) RGB; None where it is corrupt."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+def to_arrow(vectors: NDArray[Any]) -> pa.FixedSizeListArray:
+    """(N, D) numbers as a column of fixed-size lists of halves."""
+    halves = np.ascontiguousarray(vectors, dtype=np.float16)
+    return pa.FixedSizeListArray.from_arrays(pa.array(halves.reshape(-1)), halves.shape[1])
+
+
+def to_numpy(column: pa.ChunkedArray) -> NDArray[np.float16]:
+    """The inverse of ``to_arrow``, for a column of a table."""
+    chunks = [chunk.flatten().to_numpy().reshape(-1, chunk.type.list_size) for chunk in column.chunks]
+    return np.concatenate(chunks) if chunks else np.zeros((0, column.type.list_size), np.float16)
+
+
+def read_vectors(path: Path) -> Vectors:
+    """One shard of the embed step.
+
+    Raises:
+        DataError: If the file is damaged or lacks a column; names it.
+    """
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: damaged ({error}); remove it and its .done.json, run again") from error
+    require_columns(table.column_names, embeddings_schema(1).names, where=str(path))
+    z_image, z_text = to_numpy(table.column("z_image")), to_numpy(table.column("z_text"))
+    return Vectors(z_image, z_text, table.drop_columns(["z_image", "z_text"]))
+
+
+def _batches(items: Iterator["_Decoded"], size: int) -> Iterator[list["_Decoded"]]:
+    while batch := list(itertools.islice(items, size)):
+        yield batch

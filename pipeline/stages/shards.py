@@ -1,0 +1,128 @@
+"""Reading img2dataset's shards: a tar of pictures joined with its table, by key and by uid, never by position."""
+
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.errors import DataError
+from pipeline.schema import require_columns
+
+_SIDECARS = frozenset({"json", "txt"})
+SHARD_COLUMNS = ("uid", "key", "url", "caption", "split", "status")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One good row of a shard."""
+
+    uid: str
+    key: str
+    url: str
+    caption: str
+    split: str
+    picture: bytes
+    """The file as it is stored."""
+
+
+Members = dict[str, dict[str, tuple[int, int]]]
+"""Place of each file in a tar, (offset, size) in bytes, by key and by extension."""
+
+
+def index_tar(path: Path) -> Members:
+    """Where each file of a tar stands.
+
+    Raises:
+        DataError: If the tar is truncated or not a tar; names it.
+    """
+    members: Members = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                members.setdefault(key, {})[extension] = (member.offset_data, member.size)
+                last = member.offset_data + member.size
+                if last > path.stat().st_size:
+                    raise DataError(f"{path}: truncated inside {member.name}; remove it and its .done.json, run again")
+    except tarfile.TarError as error:
+        raise DataError(f"{path}: damaged tar ({error}); remove it and its .done.json, run again") from error
+    return members
+
+
+def picture_extension(files: dict[str, tuple[int, int]]) -> str | None:
+    """The extension of the picture among one sample's files; None where there is no picture."""
+    return next((name for name in files if name not in _SIDECARS), None)
+
+
+def read_table(path: Path, shard: str, extra_columns: tuple[str, ...] = ()) -> pa.Table:
+    """The rows of a shard's table, sorted by key.
+
+    Raises:
+        DataError: If it is damaged or lacks a column; names the file.
+    """
+    try:
+        names = pq.read_schema(path).names
+        require_columns(list(names), [*SHARD_COLUMNS, *extra_columns], where=str(path))
+        return pq.read_table(path, columns=[*SHARD_COLUMNS, *extra_columns]).sort_by("key")
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(
+            f"shard {shard}: {path} is damaged ({error}); remove it and its .done.json, run again"
+        ) from error
+
+
+def good_rows(table: pa.Table) -> pa.Table:
+    """The rows whose picture was stored."""
+    return table.filter(pc.field("status") == "success")
+
+
+def read_samples(tar: Path, parquet: Path, shard: str) -> Iterator[Sample]:
+    """Every good row of a shard with its picture, sorted by key.
+
+    Raises:
+        DataError: If table and tar do not hold the same keys and uids; names shard, row and uid.
+    """
+    table = good_rows(read_table(parquet, shard))
+    members = index_tar(tar)
+    strangers = members.keys() - set(table.column("key").to_pylist())
+    if strangers:
+        raise DataError(f"shard {shard}: {tar} holds key {min(strangers)}, which is no good row of {parquet.name}")
+    with tar.open("rb") as stream:
+        for row, values in enumerate(table.to_pylist()):
+            yield _join(stream, members, values, f"shard {shard}: row {row}: uid {values['uid']}")
+
+
+def _join(stream: Any, members: Members, values: dict[str, Any], where: str) -> Sample:
+    files = members.get(values["key"], {})
+    extension = picture_extension(files)
+    if extension is None or "json" not in files:
+        raise DataError(f"{where}: its key {values['key']} has no picture and json in the tar")
+    told = _read_json(read_member(stream, files["json"]), where).get("uid")
+    if told != values["uid"]:
+        raise DataError(f"{where}: key {values['key']} has uid {told} in the tar: table and tar do not belong together")
+    return Sample(
+        uid=values["uid"],
+        key=values["key"],
+        url=values["url"],
+        caption=values["caption"] or "",
+        split=values["split"],
+        picture=read_member(stream, files[extension]),
+    )
+
+
+def read_member(stream: Any, place: tuple[int, int]) -> bytes:
+    """The bytes of one file of a tar."""
+    stream.seek(place[0])
+    return stream.read(place[1])
+
+
+def _read_json(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise DataError(f"{where}: its json in the tar is malformed ({error})") from None
