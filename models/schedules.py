@@ -114,8 +114,10 @@ def strided_timesteps(num_timesteps: int, num_steps: int, spacing: Spacing = "li
         raise ValueError(f"num_steps = {num_steps}: from 1 to num_timesteps = {num_timesteps}")
     last = num_timesteps - 1
     if spacing == "linspace":
-        gaps = max(num_steps - 1, 1)
-        return tuple(last - round(i * last / gaps) for i in range(num_steps))
+        if num_steps == 1:
+            return (last,)
+        stride = last / (num_steps - 1)  # rounded before the product, so that halves fall as they do in diffusers
+        return tuple(round(i * stride) for i in reversed(range(num_steps)))
     if spacing == "trailing":
         return tuple(round(num_timesteps - i * num_timesteps / num_steps) - 1 for i in range(num_steps))
     raise ValueError(f"spacing {spacing!r}: choose 'linspace' or 'trailing'")
@@ -157,7 +159,7 @@ def fast27_timesteps(num_timesteps: int) -> tuple[int, ...]:
     worst-conditioned step.
 
     Args:
-        num_timesteps: Length T of the chain, in steps; at least 50.
+        num_timesteps: Length T of the chain, in steps; at least 47.
 
     Returns:
         27 distinct timesteps, strictly decreasing from T - 3.
@@ -166,8 +168,6 @@ def fast27_timesteps(num_timesteps: int) -> tuple[int, ...]:
         ValueError: If the chain is too short for the sections.
     """
     steps = section_timesteps(num_timesteps, FAST27_SECTIONS)
-    if steps[0] != num_timesteps - 1 or steps[1] >= num_timesteps - 3:
-        raise ValueError(f"num_timesteps = {num_timesteps}: fast27 needs a longer chain (at least 50)")
     return (num_timesteps - 3, *steps[1:])
 
 
