@@ -1,0 +1,379 @@
+"""The same recipe on a cluster: a Ray job that runs ``unclip run`` beside the data.
+
+A job's id follows from what it will make, so that submitting a recipe twice does not run it twice. The source tree and
+the resolved recipe travel with the job; the cluster's machines need the dependencies alone.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import json
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import aiohttp
+import requests
+from ray.dashboard.modules.job.pydantic_models import JobDetails
+from ray.job_submission import JobSubmissionClient
+
+from pipeline.errors import ConfigError, StepError
+from pipeline.plan import make_plan
+from pipeline.recipe import Recipe, to_dict
+from pipeline.runtime.cluster import DEFAULT_ADDRESS, dashboard_client, is_loopback
+
+PACKAGES = ("models", "pipeline", "jobs")
+_SHIPPED_SUFFIXES = {".py", ".html", ".typed"}
+_AGENT_TIMEOUT_S = 60.0
+_STOP_WAIT_S = 30
+_FINAL = {"SUCCEEDED", "FAILED", "STOPPED"}
+_STOPPED_EXIT_CODE = 130
+
+
+@dataclass(frozen=True)
+class Job:
+    """One submitted recipe, as the cluster knows it."""
+
+    job_id: str
+    recipe: str
+    """Name of the recipe."""
+    status: Literal["pending", "running", "succeeded", "failed", "stopped"]
+    message: str
+    """The cluster's own words on the status."""
+    started: str
+    """UTC, ISO 8601; empty before."""
+    ended: str
+    """UTC, ISO 8601; empty before."""
+    exit_code: int | None
+    """What ``unclip run`` ended with, 130 if it was stopped; None before."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What became of a request to run a recipe."""
+
+    job_id: str
+    state: Literal["submitted", "attached", "succeeded"]
+    """submitted: a new job; attached: it was on its way already; succeeded: it is done, nothing was started."""
+    address: str
+
+    @property
+    def message(self) -> str:
+        """One line for people."""
+        return {
+            "submitted": f"submitted to {self.address}",
+            "attached": f"already on its way at {self.address}, nothing new was started",
+            "succeeded": f"has succeeded at {self.address}, nothing was started",
+        }[self.state]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return dataclasses.asdict(self) | {"message": self.message}
+
+
+def submit_recipe(
+    recipe: Recipe,
+    *,
+    address: str = DEFAULT_ADDRESS,
+    until: str = "",
+    python: str = "",
+    again: bool = False,
+    source: Path | None = None,
+) -> Submission:
+    """Run a recipe on a cluster, unless the same is running there or has succeeded there.
+
+    Args:
+        recipe: A checked recipe. Relative local paths are taken from the present folder.
+        address: URL of the cluster's dashboard.
+        until: Last step wanted; empty: all.
+        python: Interpreter on the cluster. Empty: the one of this process where the cluster has it (this machine, or
+            machines set up alike), else ``python``.
+        again: Start a new attempt although one has succeeded (the workspace was removed, say).
+        source: Root of the tree to ship; None: the tree of this process.
+
+    Raises:
+        ConfigError: If the address is no URL, ``until`` no step, or a local input is missing.
+        StepError: If no cluster answers, it refuses, or it gets no agent ready in time.
+    """
+    recipe = with_absolute_paths(recipe)
+    base = job_name(recipe, until)
+    client, url = dashboard_client(address)
+    attempts = _attempts(client, base)
+    if attempts:
+        newest = attempts[max(attempts)]
+        status = _status(newest)
+        if status in {"pending", "running"}:
+            return Submission(str(newest.submission_id), "attached", url)
+        if status == "succeeded" and not again:
+            return Submission(str(newest.submission_id), "succeeded", url)
+    number = max(attempts, default=0) + 1
+    job_id = base if number == 1 else f"{base}-{number}"
+    with tempfile.TemporaryDirectory(prefix="unclip-") as folder:
+        _pack(source or Path(__file__).parents[2], recipe, Path(folder))
+        started = _retrying(
+            lambda: client.submit_job(
+                entrypoint=_entrypoint(python, until, on_this_machine=is_loopback(url)),
+                submission_id=job_id,
+                runtime_env={"working_dir": folder, "env_vars": _environment()},
+                metadata={"unclip": "1", "recipe": recipe.name, "until": until, "workspace": recipe.workspace},
+            ),
+            job_id,
+        )
+    return Submission(job_id, "submitted" if started else "attached", url)
+
+
+def list_jobs(address: str = DEFAULT_ADDRESS) -> list[Job]:
+    """The recipes submitted to a cluster, the newest first.
+
+    Raises:
+        ConfigError: If the address is no URL.
+        StepError: If no cluster answers.
+    """
+    client, _ = dashboard_client(address)
+    jobs = [_view(details) for details in client.list_jobs() if _is_ours(details)]
+    return sorted(jobs, key=lambda job: job.started, reverse=True)
+
+
+def job_logs(job_id: str, address: str = DEFAULT_ADDRESS) -> str:
+    """What a job has printed so far.
+
+    Args:
+        job_id: Its id, or enough of the beginning to tell it from others.
+        address: URL of the cluster's dashboard.
+
+    Raises:
+        ConfigError: If there is no such job, or more than one; names those there are.
+        StepError: If no cluster answers.
+    """
+    client, _ = dashboard_client(address)
+    return _logs(client, _find(client, job_id))
+
+
+def follow_job(job_id: str, write: Callable[[str], None], address: str = DEFAULT_ADDRESS) -> int:
+    """Pass on what a job prints, from its start to its end; an interrupt ends the following, not the job.
+
+    Args:
+        job_id: Its id, or enough of the beginning to tell it from others.
+        write: Takes pieces of text, line ends included.
+        address: URL of the cluster's dashboard.
+
+    Returns:
+        The job's exit code; 130 if it was stopped.
+
+    Raises:
+        ConfigError: If there is no such job, or more than one; names those there are.
+        StepError: If no cluster answers, or it went away meanwhile.
+    """
+    client, url = dashboard_client(address)
+    name = str(_find(client, job_id).submission_id)
+    num_written = 0
+    while True:
+        details = _details(client, name, url)
+        if details.status.value in _FINAL:
+            break
+        num_written = asyncio.run(_tail(client, name, num_written, write))
+        time.sleep(0.3)
+    job, text = _view(details), _logs(client, details)
+    write(text[num_written:])
+    if job.status == "failed" and not text:
+        write(job.message.rstrip() + "\n")
+    return job.exit_code if job.exit_code is not None else StepError.exit_code
+
+
+def stop_job(job_id: str, address: str = DEFAULT_ADDRESS) -> str:
+    """Interrupt a job, wait for its end and give its last status; finished work is kept.
+
+    Args:
+        job_id: Its id, or enough of the beginning to tell it from others.
+        address: URL of the cluster's dashboard.
+
+    Raises:
+        ConfigError: If there is no such job, or more than one; names those there are.
+        StepError: If no cluster answers, or the job outlives its time to stop.
+    """
+    client, url = dashboard_client(address)
+    name = str(_find(client, job_id).submission_id)
+    client.stop_job(name)
+    deadline = time.monotonic() + _STOP_WAIT_S + 15
+    while time.monotonic() < deadline:
+        details = _details(client, name, url)
+        if details.status.value in _FINAL:
+            return _status(details)
+        time.sleep(0.2)
+    raise StepError(f"job {name} did not stop within {_STOP_WAIT_S + 15} s; see `unclip logs {name}`")
+
+
+def job_name(recipe: Recipe, until: str = "") -> str:
+    """The id of a recipe's first attempt: its name, and a digest of the plan's keys and the workspace."""
+    keys = [[step.name, step.key] for step in make_plan(recipe, until=until)]
+    digest = hashlib.sha256(json.dumps([keys, recipe.workspace]).encode()).hexdigest()[:10]
+    return f"{re.sub(r'[^A-Za-z0-9_]+', '-', recipe.name).strip('-') or 'unclip'}-{digest}"
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with its local paths made absolute: a job starts in another folder."""
+    clip = recipe.clip
+    if clip.source == "pretrained":
+        clip = dataclasses.replace(clip, name=_existing(clip.name), tag=_existing(clip.tag))
+    return dataclasses.replace(
+        recipe,
+        workspace=_absolute(recipe.workspace),
+        pairs=dataclasses.replace(recipe.pairs, path=_absolute(recipe.pairs.path)),
+        clip=clip,
+        evaluate=dataclasses.replace(recipe.evaluate, prompts_path=_absolute(recipe.evaluate.prompts_path)),
+        tracking=dataclasses.replace(recipe.tracking, uri=_absolute_database(recipe.tracking.uri)),
+    )
+
+
+def _absolute(path: str) -> str:
+    return path if not path or "://" in path else str(Path(path).absolute())
+
+
+def _existing(path: str) -> str:
+    return _absolute(path) if path and Path(path).exists() else path
+
+
+def _absolute_database(uri: str) -> str:
+    scheme, separator, path = uri.partition(":///")
+    if separator and scheme == "sqlite" and not path.startswith("/"):
+        return f"{scheme}:///{Path(path).absolute()}"
+    return uri
+
+
+def _pack(source: Path, recipe: Recipe, folder: Path) -> None:
+    for package in PACKAGES:
+        for path in sorted((source / package).rglob("*")):
+            if path.suffix in _SHIPPED_SUFFIXES and "__pycache__" not in path.parts:
+                target = folder / path.relative_to(source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+    (folder / "recipe.json").write_text(json.dumps(to_dict(recipe), indent=1, sort_keys=True), encoding="utf-8")
+
+
+def _entrypoint(python: str, until: str, *, on_this_machine: bool) -> str:
+    arguments = "-m jobs.cli run recipe.json --address auto" + (f" --until {shlex.quote(until)}" if until else "")
+    if python:
+        return f"exec {shlex.quote(python)} {arguments}"
+    if not on_this_machine:
+        return f"exec python {arguments}"
+    # A loopback address may be the end of an SSH tunnel: the interpreter of this process need not exist there.
+    here = shlex.quote(sys.executable)
+    return f"if [ -x {here} ]; then exec {here} {arguments}; else exec python {arguments}; fi"
+
+
+def _environment() -> dict[str, str]:
+    # Ray's own way to stop is SIGTERM, then SIGKILL after 3 s: too short for a checkpoint.
+    return {
+        "RAY_JOB_STOP_SIGNAL": "SIGINT",
+        "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+def _retrying(start: Callable[[], Any], job_id: str) -> bool:
+    """Submit, waiting for a cluster that has just come up; False if another submitter was quicker."""
+    deadline = time.monotonic() + _AGENT_TIMEOUT_S
+    while True:
+        try:
+            start()
+        except RuntimeError as error:
+            text = str(error)
+            if "already exists" in text or "already been used" in text:
+                return False
+            if "No available agent" not in text or time.monotonic() > deadline:
+                raise StepError(f"job {job_id} was not accepted: {text.splitlines()[0]}") from None
+            time.sleep(1)
+        else:
+            return True
+
+
+def _attempts(client: JobSubmissionClient, base: str) -> dict[int, JobDetails]:
+    pattern = re.compile(re.escape(base) + r"(?:-(\d+))?")
+    found: dict[int, JobDetails] = {}
+    for details in client.list_jobs():
+        match = pattern.fullmatch(details.submission_id or "")
+        if match:
+            found[int(match[1] or 1)] = details
+    return found
+
+
+def _find(client: JobSubmissionClient, job_id: str) -> JobDetails:
+    ours = {str(details.submission_id): details for details in client.list_jobs() if _is_ours(details)}
+    matches = [job_id] if job_id in ours else [name for name in ours if name.startswith(job_id)]
+    if len(matches) == 1:
+        return ours[matches[0]]
+    if matches:
+        raise ConfigError(f"job {job_id}: more than one begins like that: {', '.join(sorted(matches))}")
+    raise ConfigError(f"job {job_id}: no such job; there are {', '.join(sorted(ours)) or 'none'}")
+
+
+def _details(client: JobSubmissionClient, name: str, url: str) -> JobDetails:
+    try:
+        return client.get_job_info(name)
+    except (RuntimeError, requests.exceptions.RequestException) as error:
+        raise StepError(
+            f"the cluster at {url} went away while job {name} ran ({type(error).__name__}); finished work is kept: "
+            "submit again when it is back"
+        ) from None
+
+
+def _logs(client: JobSubmissionClient, details: JobDetails) -> str:
+    # A job that never reached its machine has no log file there.
+    with contextlib.suppress(RuntimeError):
+        return client.get_job_logs(str(details.submission_id))
+    return ""
+
+
+async def _tail(client: JobSubmissionClient, name: str, num_written: int, write: Callable[[str], None]) -> int:
+    """Pass on a log from its character ``num_written`` until the connection ends; returns how far it came."""
+    position = 0
+    # The connection also ends when the job does, or for a moment when its machine is not known yet.
+    with contextlib.suppress(RuntimeError, OSError, aiohttp.ClientError):
+        async for text in client.tail_job_logs(name):
+            fresh = text[max(0, num_written - position) :]
+            position += len(text)
+            if fresh:
+                write(fresh)
+                num_written = position
+    return num_written
+
+
+def _is_ours(details: JobDetails) -> bool:
+    return bool(details.submission_id) and "unclip" in (details.metadata or {})
+
+
+def _status(details: JobDetails) -> Literal["pending", "running", "succeeded", "failed", "stopped"]:
+    return cast("Any", details.status.value.lower())
+
+
+def _view(details: JobDetails) -> Job:
+    status = _status(details)
+    exit_code = details.driver_exit_code
+    if status == "stopped":
+        exit_code = _STOPPED_EXIT_CODE
+    return Job(
+        job_id=str(details.submission_id),
+        recipe=(details.metadata or {}).get("recipe", ""),
+        status=status,
+        message=details.message or "",
+        started=_utc(details.start_time),
+        ended=_utc(details.end_time),
+        exit_code=exit_code,
+    )
+
+
+def _utc(time_ms: int | None) -> str:
+    return datetime.fromtimestamp(time_ms / 1000, tz=UTC).isoformat(timespec="seconds") if time_ms else ""
