@@ -72,6 +72,7 @@ class Prior(nn.Module):
 
     z_mean: Tensor
     z_std: Tensor
+    x0_variance: Tensor
 
     def __init__(self, config: PriorConfig, dims: ClipDims) -> None:
         super().__init__()
@@ -93,6 +94,8 @@ class Prior(nn.Module):
         std = 1 / (EMBEDDING_SCALE * math.sqrt(dims.embed_dim))
         self.register_buffer("z_mean", torch.zeros(dims.embed_dim))
         self.register_buffer("z_std", torch.full((dims.embed_dim,), std))
+        # Variance of x0 given x_t at each step, for analytic sampling: measured after training (models/analytic.py).
+        self.register_buffer("x0_variance", torch.zeros(config.diffusion.num_timesteps, dtype=torch.float64))
 
     def scale(self, z_image: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         """Embeddings of length one to the values that are noised: times 0.5375 sqrt(D) (17.2 at D = 1024)."""

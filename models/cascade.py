@@ -1,0 +1,225 @@
+"""The cascade: caption -> z_image -> small picture -> larger pictures. arXiv:2204.06125, section 2.
+
+Legend: B items, D joint space, H W pixels. Every item has its own seed and every stage its own stream of it, so that
+a picture depends on its caption, its seed and the settings, and not on what else is drawn with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from models.condition import TextEncoding, concat_text
+from models.config import ClipDims, SamplerConfig
+from models.decoder import Decoder, concat_decoder_conditions
+from models.diffusion import Denoise, Diffusion
+from models.guidance import classifier_free
+from models.noise import NoiseSource
+from models.pixels import to_uint8
+from models.prior import Prior
+from models.samplers import sample
+from models.upsampler import Upsampler
+
+
+class TextEncoder(Protocol):
+    """The part of the frozen CLIP that sampling needs (models.clip.FrozenClip)."""
+
+    @property
+    def dims(self) -> ClipDims:
+        """Widths of the text tower."""
+        ...
+
+    def encode_text(self, captions: Sequence[str]) -> TextEncoding:
+        """Encode captions."""
+        ...
+
+
+@dataclass(frozen=True)
+class CascadeSettings:
+    """How a cascade is sampled."""
+
+    prior: SamplerConfig
+    """Of z_image."""
+    decoder: SamplerConfig
+    """Of the smallest picture."""
+    upsamplers: tuple[SamplerConfig, ...]
+    """Of each larger picture; with fewer than there are upsamplers, the cascade stops early."""
+    num_candidates: int = 2
+    """Samples of z_image per caption, of which the one nearest the caption is kept."""
+    micro_batch: int = 64
+    """Most items at a time in one stage, which bounds its memory; guidance and candidates each multiply it."""
+
+
+@dataclass(frozen=True)
+class CascadeResult:
+    """What came out, item by item."""
+
+    z_image: Float[Tensor, "B D"]
+    """Image embeddings that the prior drew."""
+    stages: tuple[UInt8[Tensor, "B H W 3"], ...]
+    """Pictures of each resolution, smallest first, on the CPU."""
+
+    @property
+    def images(self) -> UInt8[Tensor, "B H W 3"]:
+        """The largest pictures."""
+        return self.stages[-1]
+
+
+class Cascade:
+    """A prior, a decoder and upsamplers, ready to sample; the stages can be called one by one."""
+
+    def __init__(self, clip: TextEncoder, prior: Prior, decoder: Decoder, upsamplers: Sequence[Upsampler] = ()) -> None:
+        """Check that the pieces fit together, and put the networks in evaluation mode.
+
+        Raises:
+            ValueError: If a piece was made for another CLIP or another picture size.
+        """
+        for name, network in (("prior", prior), ("decoder", decoder)):
+            if network.dims != clip.dims:
+                raise ValueError(f"the {name} was made for {network.dims}, but this CLIP has {clip.dims}")
+        side_px = decoder.config.image_px
+        for number, upsampler in enumerate(upsamplers, start=1):
+            if upsampler.config.low_res_px != side_px:
+                raise ValueError(
+                    f"upsampler {number} starts from {upsampler.config.low_res_px} px, "
+                    f"but the stage before it draws {side_px} px"
+                )
+            side_px = upsampler.config.image_px
+        self.clip = clip
+        self.prior = prior.eval()
+        self.decoder = decoder.eval()
+        self.upsamplers = tuple(upsampler.eval() for upsampler in upsamplers)
+
+    def default_settings(self) -> CascadeSettings:
+        """The settings that the networks' own configurations carry."""
+        return CascadeSettings(
+            prior=self.prior.config.sampler,
+            decoder=self.decoder.config.sampler,
+            upsamplers=tuple(upsampler.config.sampler for upsampler in self.upsamplers),
+            num_candidates=self.prior.config.num_candidates,
+        )
+
+    def sample(
+        self, prompts: Sequence[str], seeds: Sequence[int], settings: CascadeSettings | None = None
+    ) -> CascadeResult:
+        """Draw one picture for each prompt and seed.
+
+        Args:
+            prompts: B captions.
+            seeds: B seeds; the same prompt with another seed is another picture.
+            settings: How; ``default_settings`` if None.
+
+        Raises:
+            ValueError: If the numbers of prompts and seeds differ, or there are none.
+        """
+        if not prompts or len(prompts) != len(seeds):
+            raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed per prompt")
+        settings = settings or self.default_settings()
+        text = self.clip.encode_text(prompts)
+        z_image = self.sample_prior(text, seeds, settings)
+        pixels = self.decode(z_image, text, seeds, settings)
+        stages = [to_uint8(pixels).cpu()]
+        for number in range(len(settings.upsamplers)):
+            pixels = self.upsample(pixels, number, seeds, settings)
+            stages.append(to_uint8(pixels).cpu())
+        return CascadeResult(z_image, tuple(stages))
+
+    def sample_prior(self, text: TextEncoding, seeds: Sequence[int], settings: CascadeSettings) -> Float[Tensor, "B D"]:
+        """Draw image embeddings: of ``num_candidates`` each, the one with the largest product with z_text."""
+        count, config = settings.num_candidates, settings.prior
+
+        def draw(part: slice) -> Tensor:
+            texts = concat_text([text[part]] * count)
+            noise = NoiseSource(())
+            for candidate in range(count):
+                noise = noise + NoiseSource.from_seeds(seeds[part], f"prior-{candidate}")
+            x = noise.normal((self.prior.dims.embed_dim,), device=texts.pooled.device)
+            denoise = prior_denoiser(self.prior, texts, config.guidance_scale)
+            diffusion = Diffusion(self.prior.config.diffusion)
+            measured = self.prior.x0_variance if self.prior.x0_variance.any() else None
+            x = sample(denoise, x, diffusion, config, noise, x0_variance=measured)
+            z_image = self.prior.unscale(x)
+            best = (z_image * texts.z_text).sum(1).view(count, -1).argmax(0)
+            return z_image.view(count, -1, z_image.shape[1])[best, torch.arange(len(best), device=best.device)]
+
+        return _in_parts(draw, len(text), settings.micro_batch)
+
+    def decode(
+        self,
+        z_image: Float[Tensor, "B D"],
+        text: TextEncoding,
+        seeds: Sequence[int],
+        settings: CascadeSettings,
+    ) -> Float[Tensor, "B 3 H W"]:
+        """Draw the smallest pictures, in [-1, 1], from image embeddings and captions."""
+        config, side_px = settings.decoder, self.decoder.config.image_px
+
+        def draw(part: slice) -> Tensor:
+            noise = NoiseSource.from_seeds(seeds[part], "decoder")
+            x = noise.normal((3, side_px, side_px), device=z_image.device)
+            denoise = decoder_denoiser(self.decoder, z_image[part], text[part], config.guidance_scale)
+            return sample(denoise, x, Diffusion(self.decoder.config.diffusion), config, noise)
+
+        return _in_parts(draw, len(text), settings.micro_batch)
+
+    def upsample(
+        self, pixels: Float[Tensor, "B 3 h w"], number: int, seeds: Sequence[int], settings: CascadeSettings
+    ) -> Float[Tensor, "B 3 H W"]:
+        """Enlarge pictures in [-1, 1] with upsampler ``number`` (from 0)."""
+        upsampler, config = self.upsamplers[number], settings.upsamplers[number]
+
+        def draw(part: slice) -> Tensor:
+            noise = NoiseSource.from_seeds(seeds[part], f"upsampler-{number}")
+            condition = upsampler.encode_condition(pixels[part])
+            x = noise.normal_like(condition)
+
+            def denoise(x: Tensor, t: Tensor) -> Tensor:
+                return upsampler(x, t, condition)
+
+            return sample(denoise, x, Diffusion(upsampler.config.diffusion), config, noise)
+
+        return _in_parts(draw, len(pixels), settings.micro_batch)
+
+
+def prior_denoiser(prior: Prior, text: TextEncoding, guidance_scale: float | Tensor = 1.0) -> Denoise:
+    """The prior conditioned on captions, guided unless the scale is 1; what no step changes is computed here."""
+    with torch.no_grad():
+        if isinstance(guidance_scale, Tensor) or guidance_scale != 1.0:
+            both = concat_text([prior.null_text.encoding(len(text)), text])
+            condition = prior.encode_condition(both, cache=True)
+        else:
+            condition = prior.encode_condition(text, cache=True)
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        return prior(x, t, condition)
+
+    return denoise if len(condition) == len(text) else classifier_free(denoise, guidance_scale)
+
+
+def decoder_denoiser(
+    decoder: Decoder, z_image: Float[Tensor, "B D"], text: TextEncoding, guidance_scale: float | Tensor = 1.0
+) -> Denoise:
+    """The decoder conditioned on image embeddings and captions, guided unless the scale is 1."""
+    with torch.no_grad():
+        condition = decoder.encode_condition(z_image, text)
+        if isinstance(guidance_scale, Tensor) or guidance_scale != 1.0:
+            condition = concat_decoder_conditions([decoder.null_condition(len(text)), condition])
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        return decoder(x, t, condition)
+
+    return denoise if len(condition) == len(text) else classifier_free(denoise, guidance_scale)
+
+
+def _in_parts(draw: Callable[[slice], Tensor], num_items: int, micro_batch: int) -> Tensor:
+    """``draw`` on at most ``micro_batch`` items at a time."""
+    if micro_batch < 1:
+        raise ValueError(f"micro_batch = {micro_batch}: at least 1")
+    starts = range(0, num_items, micro_batch)
+    with torch.no_grad():
+        return torch.cat([draw(slice(start, start + micro_batch)) for start in starts])

@@ -1,0 +1,157 @@
+"""The cascade: what a picture depends on."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import DIMS, UNET, make_text, randomise
+
+from models.cascade import Cascade, CascadeSettings, decoder_denoiser, prior_denoiser
+from models.condition import TextEncoding
+from models.config import ClipDims, DecoderConfig, PriorConfig, SamplerConfig, UNetConfig, UpsamplerConfig
+from models.decoder import Decoder
+from models.prior import Prior
+from models.upsampler import Upsampler
+
+CONVOLUTION = replace(UNET, attention_resolutions=())
+PROMPTS = ["abc", "abcde", "abc", "ab"]
+
+
+class Captions:
+    """Stands for a CLIP: a caption of n letters is encoded as n random tokens."""
+
+    def __init__(self, dims: ClipDims = DIMS) -> None:
+        self.dims = dims
+
+    def encode_text(self, captions: Sequence[str]) -> TextEncoding:
+        parts = [make_text((len(caption),)) for caption in captions]
+        return TextEncoding(
+            torch.cat([part.pooled for part in parts]),
+            torch.cat([part.hidden for part in parts]),
+            torch.cat([part.mask for part in parts]),
+        )
+
+
+def make_upsampler(low_res_px: int, image_px: int, unet: UNetConfig = CONVOLUTION) -> Upsampler:
+    config = UpsamplerConfig(
+        image_px=image_px,
+        low_res_px=low_res_px,
+        crop_px=image_px // 2,
+        unet=unet,
+        sampler=SamplerConfig(method="ddim", num_steps=3, eta=0.5),
+    )
+    model = Upsampler(config)
+    randomise(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def cascade() -> Cascade:
+    torch.manual_seed(0)
+    prior_sampler = SamplerConfig(num_steps=3, clip_x0=False, guidance_scale=2.0)
+    prior = Prior(PriorConfig(width=16, depth=2, num_heads=4, sampler=prior_sampler), DIMS)
+    decoder_sampler = SamplerConfig(num_steps=4, guidance_scale=1.5)
+    decoder = Decoder(DecoderConfig(image_px=8, context_width=6, unet=UNET, sampler=decoder_sampler), DIMS)
+    for network in (prior, decoder):
+        randomise(network)
+        network.null_text.set(make_text((2,)))
+    return Cascade(Captions(), prior, decoder, [make_upsampler(8, 16), make_upsampler(16, 32)])
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> int:
+    return int((one.int() - other.int()).abs().max())
+
+
+def test_sample_returns_every_resolution_and_the_embeddings(cascade: Cascade) -> None:
+    result = cascade.sample(PROMPTS, [1, 2, 3, 4])
+    assert [tuple(stage.shape) for stage in result.stages] == [(4, 8, 8, 3), (4, 16, 16, 3), (4, 32, 32, 3)]
+    assert result.images.dtype == torch.uint8
+    assert result.z_image.shape == (4, DIMS.embed_dim)
+
+
+def test_sample_depends_on_seed_and_caption_and_not_on_the_batch(cascade: Cascade) -> None:
+    result = cascade.sample(PROMPTS, [1, 1, 2, 1])
+    alone = cascade.sample(PROMPTS[1:2], [1])
+    assert difference(result.images[1:2], alone.images) <= 1
+    assert difference(result.images[0], result.images[2]) > 8
+    assert difference(result.images[0], result.images[1]) > 8
+
+
+def test_sample_in_micro_batches_is_the_same(cascade: Cascade) -> None:
+    settings = cascade.default_settings()
+    whole = cascade.sample(PROMPTS, [1, 2, 3, 4], settings)
+    parts = cascade.sample(PROMPTS, [1, 2, 3, 4], replace(settings, micro_batch=3))
+    assert difference(whole.images, parts.images) <= 1
+
+
+def test_sample_stops_at_the_settings_resolution(cascade: Cascade) -> None:
+    settings = cascade.default_settings()
+    result = cascade.sample(PROMPTS[:1], [1], replace(settings, upsamplers=settings.upsamplers[:1]))
+    assert result.images.shape == (1, 16, 16, 3)
+
+
+def test_sample_prior_keeps_the_candidate_nearest_the_caption(cascade: Cascade) -> None:
+    text = cascade.clip.encode_text(PROMPTS)
+    settings = replace(cascade.default_settings(), num_candidates=1)
+    scores = [
+        (cascade.sample_prior(text, [7] * 4, replace(settings, num_candidates=count)) * text.z_text).sum(1)
+        for count in (1, 8)
+    ]
+    assert (scores[1] >= scores[0] - 1e-5).all()
+    assert (scores[1] > scores[0] + 1e-3).any()
+
+
+def test_stages_called_apart_are_those_of_sample(cascade: Cascade) -> None:
+    settings, seeds = cascade.default_settings(), [1, 2, 3, 4]
+    result = cascade.sample(PROMPTS, seeds)
+    text = cascade.clip.encode_text(PROMPTS)
+    z_image = cascade.sample_prior(text, seeds, settings)
+    pixels = cascade.upsample(cascade.decode(z_image, text, seeds, settings), 0, seeds, settings)
+    assert torch.equal(z_image, result.z_image)
+    levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1)
+    assert difference(levels, result.stages[1]) == 0
+
+
+def test_guidance_of_one_is_the_conditional_network(cascade: Cascade) -> None:
+    text, t = make_text((3, 7)), torch.tensor([5, 900])
+    x, pixels = torch.randn(2, DIMS.embed_dim), torch.randn(2, 3, 8, 8)
+    z_image = torch.nn.functional.normalize(torch.randn(2, DIMS.embed_dim), dim=-1)
+    per_item = torch.tensor([1.0, 3.0])
+    with torch.no_grad():
+        plain = prior_denoiser(cascade.prior, text)(x, t)
+        guided = prior_denoiser(cascade.prior, text, per_item)(x, t)
+        torch.testing.assert_close(guided[0], plain[0], rtol=0, atol=1e-5)
+        assert (guided[1] - plain[1]).abs().max() > 1e-3
+        plain = decoder_denoiser(cascade.decoder, z_image, text)(pixels, t)
+        guided = decoder_denoiser(cascade.decoder, z_image, text, per_item)(pixels, t)
+        torch.testing.assert_close(guided[0], plain[0], rtol=0, atol=1e-5)
+        assert (guided[1] - plain[1]).abs().max() > 1e-3
+
+
+def test_guidance_goes_away_from_the_null_condition(cascade: Cascade) -> None:
+    text, t, x = make_text((3, 7)), torch.tensor([5, 900]), torch.randn(2, DIMS.embed_dim)
+    with torch.no_grad():
+        null = cascade.prior(x, t, cascade.prior.null_condition(2))
+        plain = prior_denoiser(cascade.prior, text)(x, t)
+        guided = prior_denoiser(cascade.prior, text, 3.0)(x, t)
+    torch.testing.assert_close(guided, null + 3.0 * (plain - null), rtol=0, atol=1e-4)
+
+
+def test_cascade_refuses_pieces_that_do_not_fit(cascade: Cascade) -> None:
+    with pytest.raises(ValueError, match="upsampler 1 starts from 16 px, but the stage before it draws 8 px"):
+        Cascade(cascade.clip, cascade.prior, cascade.decoder, [make_upsampler(16, 32)])
+    with pytest.raises(ValueError, match="the prior was made for"):
+        Cascade(Captions(replace(DIMS, embed_dim=99)), cascade.prior, cascade.decoder)
+
+
+def test_sample_refuses_prompts_without_their_seeds(cascade: Cascade) -> None:
+    with pytest.raises(ValueError, match="2 prompts and 1 seeds"):
+        cascade.sample(PROMPTS[:2], [1])
+
+
+def test_default_settings_are_those_of_the_configurations(cascade: Cascade) -> None:
+    settings = cascade.default_settings()
+    assert isinstance(settings, CascadeSettings)
+    assert settings.prior.guidance_scale == 2.0
+    assert [sampler.num_steps for sampler in settings.upsamplers] == [3, 3]

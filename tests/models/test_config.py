@@ -1,0 +1,95 @@
+"""Configurations: cross checks, strictness, and no heavy imports."""
+
+import ast
+import dataclasses
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from models import config as configs
+from models.config import (
+    ClipConfig,
+    DecoderConfig,
+    DiffusionConfig,
+    PriorConfig,
+    SamplerConfig,
+    UNetConfig,
+    UpsamplerConfig,
+)
+
+CLASSES = [value for value in vars(configs).values() if dataclasses.is_dataclass(value)]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_config_defaults_are_valid_and_hashable(cls: type) -> None:
+    assert hash(cls()) == hash(cls())
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_config_documents_every_field(cls: type) -> None:
+    tree = ast.parse(Path(configs.__file__).read_text())
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
+    for statement, following in pairwise(body):
+        if isinstance(statement, ast.AnnAssign):
+            documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            assert documented, f"{cls.__name__}.{ast.unparse(statement.target)} has no docstring"
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_config_refuses_unknown_keys_and_converts_nothing(cls: type) -> None:
+    adapter = TypeAdapter(cls)
+    assert adapter.validate_json("{}") == cls()
+    with pytest.raises(ValidationError, match="no_such_key"):
+        adapter.validate_json('{"no_such_key": 1}')
+    first_int = next(field.name for field in dataclasses.fields(cls) if isinstance(field.default, int))
+    with pytest.raises(ValidationError, match=first_int):
+        adapter.validate_json(f'{{"{first_int}": "1"}}')
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SamplerConfig(num_steps=0), "num_steps = 0"),
+        (lambda: SamplerConfig(respacing="fast27", num_steps=50), "takes 27 steps"),
+        (lambda: ClipConfig(image_px=50), "multiple of 32"),
+        (lambda: ClipConfig(text_width=100, text_heads=3), "multiple of text_heads"),
+        (lambda: PriorConfig(width=100, num_heads=3), "multiple of num_heads"),
+        (lambda: PriorConfig(text_drop_prob=1.5), "probability"),
+        (lambda: PriorConfig(diffusion=DiffusionConfig(variance="learned_range")), "the prior predicts"),
+        (lambda: PriorConfig(diffusion=DiffusionConfig(num_timesteps=10)), "above num_timesteps"),
+        (lambda: UNetConfig(channels=100, norm_groups=32), "multiple of norm_groups"),
+        (lambda: DecoderConfig(image_px=36), "cannot be halved 3 times"),
+        (lambda: DecoderConfig(image_px=128), "not among the levels"),
+        (lambda: DecoderConfig(unet=UNetConfig(channels=96, channel_mults=(1, 2, 3, 5))), "head_channels"),
+        (lambda: UpsamplerConfig(low_res_px=100), "larger multiple"),
+        (lambda: UpsamplerConfig(crop_px=66), "multiple of 4"),
+        (lambda: UpsamplerConfig(unet=UNetConfig()), "an upsampler has none"),
+        (lambda: UpsamplerConfig(sampler=SamplerConfig(guidance_scale=2.0)), "not guided"),
+    ],
+)
+def test_config_refuses_what_cannot_be(make: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_config_of_the_paper_is_valid() -> None:
+    decoder = UNetConfig(channels=512)
+    DecoderConfig(unet=decoder)
+    UpsamplerConfig(unet=UNetConfig(channels=320, attention_resolutions=()))
+    UpsamplerConfig(
+        image_px=1024,
+        low_res_px=256,
+        crop_px=256,
+        unet=UNetConfig(channels=192, num_res_blocks=2, channel_mults=(1, 1, 2, 2, 4, 4), attention_resolutions=()),
+        degradation="bsr",
+    )
+
+
+def test_config_imports_neither_torch_nor_pydantic() -> None:
+    code = "import sys, models.config; print(sorted({'torch', 'pydantic', 'ray'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
