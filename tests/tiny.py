@@ -1,0 +1,137 @@
+"""The demo's recipe, shrunken: every step real, every size tiny. Used by the end-to-end and the fault tests."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+_TRAIN = """
+num_steps = {num_steps}
+batch_size = 8
+learning_rate = 1e-3
+ema_decay = 0.9
+[{name}.resources]
+save_every_steps = {save_every}
+log_every_steps = 2
+"""
+
+_UNET = """
+[{name}.model.unet]
+channels = 8
+channel_mults = [1, 2]
+num_res_blocks = 1
+attention_resolutions = [{attention}]
+head_channels = 8
+norm_groups = 4
+dropout = 0.1
+[{name}.model.sampler]
+method = "ddim"
+num_steps = 3
+"""
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def tiny_recipe(folder: Path, *, port: int, num_steps: int = 4, num_pairs: int = 64, save_every: int = 2) -> Path:
+    """Write the shrunken recipe into ``folder``; its workspace is beside it."""
+    text = f"""
+name = "tiny"
+workspace = {json.dumps(str(folder / "workspace"))}
+[pairs]
+validation_prob = 0.15
+[pairs.drawn]
+num_pairs = {num_pairs}
+image_px = 32
+port = {port}
+num_faulty = 5
+[download]
+samples_per_shard = 24
+image_px = 32
+timeout_s = 2
+deadline_s = 4.0
+retries = 0
+[clip.model]
+embed_dim = 16
+image_px = 32
+vision_layers = [1, 1, 1, 1]
+vision_width = 8
+text_width = 16
+text_heads = 2
+text_layers = 1
+context_length = 24
+[embed]
+batch_size = 8
+[index]
+num_recall_queries = 8
+[prior.model]
+width = 32
+depth = 1
+num_heads = 2
+[prior.model.sampler]
+method = "ddim"
+num_steps = 3
+[decoder.model]
+image_px = 8
+[upsampler_1.model]
+low_res_px = 8
+image_px = 16
+crop_px = 8
+[upsampler_2.model]
+low_res_px = 16
+image_px = 32
+crop_px = 16
+[evaluate]
+num_prompts = 8
+num_shown = 2
+num_images_per_shown = 2
+batch_size = 4
+"""
+    for name, attention in (("decoder", "4"), ("upsampler_1", ""), ("upsampler_2", "")):
+        text += _UNET.format(name=name, attention=attention)
+    for name in ("clip", "prior", "decoder", "upsampler_1", "upsampler_2"):
+        text += f"[{name}.train]" + _TRAIN.format(name=name, num_steps=num_steps, save_every=save_every)
+    path = folder / "tiny.toml"
+    path.write_text(text)
+    return path
+
+
+def start_unclip(*arguments: str, cwd: Path = ROOT) -> subprocess.Popen[str]:
+    """Start the command in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def unclip(*arguments: str, cwd: Path = ROOT, timeout_s: float = 280) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end; its output, both streams in order, is in ``stdout``."""
+    process = start_unclip(*arguments, cwd=cwd)
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(arguments, process.returncode, output)
+
+
+def unclip_json(*arguments: str) -> Any:
+    """Run the command with ``--json``; what it printed on standard output."""
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", *arguments, "--json"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
