@@ -1,6 +1,7 @@
 """Noise schedules and lists of timesteps against formulas worked out here."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def test_strided_timesteps_start_at_the_noisiest_step_and_fall_strictly(sizes: t
     steps = strided_timesteps(num_timesteps, num_steps, spacing)  # type: ignore[arg-type]
     assert len(steps) == num_steps
     assert steps[0] == num_timesteps - 1
-    assert all(b < a for a, b in zip(steps, steps[1:], strict=False))
+    assert all(b < a for a, b in pairwise(steps))
     assert steps[-1] >= 0
     if spacing == "linspace" and num_steps > 1:
         assert steps[-1] == 0
