@@ -5,7 +5,7 @@ import itertools
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,9 @@ from PIL import Image
 from models.clip import FrozenClip, load_clip
 from models.pixels import resize_crop, to_pixels
 from pipeline.errors import DataError
-from pipeline.schema import embeddings_schema, require_columns
+from pipeline.schema import embeddings_schema
 from pipeline.stages.shards import Sample, read_samples
-
-ROW_GROUP_ROWS = 1024
-"""Rows of a row group: small, so that the exact vectors of a few neighbours are read without their whole shard."""
+from pipeline.stages.vectors import ROW_GROUP_ROWS, to_arrow
 
 
 class Embedder:
@@ -98,18 +96,6 @@ class _Decoded:
     """(1, 3, px, px) in [-1, 1]."""
 
 
-@dataclass
-class Vectors:
-    """The rows of one shard of embeddings."""
-
-    z_image: NDArray[np.float16]
-    """(N, D), rows of length one."""
-    z_text: NDArray[np.float16]
-    """(N, D), rows of length one."""
-    table: pa.Table = field(repr=False)
-    """uid, key, url, caption, split."""
-
-
 def decode_picture(data: bytes) -> NDArray[np.uint8] | None:
     """Pixels of a picture file, (H, W, 3) RGB; None where it is corrupt."""
     try:
@@ -118,33 +104,6 @@ def decode_picture(data: bytes) -> NDArray[np.uint8] | None:
             return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
-
-
-def to_arrow(vectors: NDArray[Any]) -> pa.FixedSizeListArray:
-    """(N, D) numbers as a column of fixed-size lists of halves."""
-    halves = np.ascontiguousarray(vectors, dtype=np.float16)
-    return pa.FixedSizeListArray.from_arrays(pa.array(halves.reshape(-1)), halves.shape[1])
-
-
-def to_numpy(column: pa.ChunkedArray) -> NDArray[np.float16]:
-    """The inverse of ``to_arrow``, for a column of a table."""
-    chunks = [chunk.flatten().to_numpy().reshape(-1, chunk.type.list_size) for chunk in column.chunks]
-    return np.concatenate(chunks) if chunks else np.zeros((0, column.type.list_size), np.float16)
-
-
-def read_vectors(path: Path) -> Vectors:
-    """One shard of the embed step.
-
-    Raises:
-        DataError: If the file is damaged or lacks a column; names it.
-    """
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: damaged ({error}); remove it and its .done.json, run again") from error
-    require_columns(table.column_names, embeddings_schema(1).names, where=str(path))
-    z_image, z_text = to_numpy(table.column("z_image")), to_numpy(table.column("z_text"))
-    return Vectors(z_image, z_text, table.drop_columns(["z_image", "z_text"]))
 
 
 def _batches(items: Iterator["_Decoded"], size: int) -> Iterator[list["_Decoded"]]:

@@ -1,0 +1,124 @@
+"""Exact similarities from the embeddings themselves: re-ranking, and the measure of what an index misses.
+
+Legend: Q queries, N rows, D features, K neighbours.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.errors import DataError
+from pipeline.stages.vectors import ROW_GROUP_ROWS, Vectors, read_vectors, to_numpy
+from pipeline.store import Artifact
+
+_CACHED_GROUPS = 256
+_TIE = 1e-6  # what two float32 sums of the same vectors may differ by
+
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class EmbeddedShards:
+    """The embed step's rows, numbered through: shards by name, rows by key."""
+
+    embed: Artifact
+    names: tuple[str, ...]
+    starts: Ids
+    """First row number of each shard, then N."""
+    embed_dim: int
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return int(self.starts[-1])
+
+    @classmethod
+    def open(cls, embed: Artifact) -> "EmbeddedShards":
+        """Count the rows of every committed shard.
+
+        Raises:
+            DataError: If there are none.
+        """
+        records = embed.shard_records()
+        sizes = [record.counts["ok"] for record in records.values()]
+        if not sum(sizes):
+            raise DataError(f"index: {embed.uri} holds no embeddings: every picture failed")
+        schema = pq.read_schema(embed.path(f"{next(iter(records))}.parquet"))
+        starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        return cls(embed, tuple(records), starts, int(schema.field("z_image").type.list_size))
+
+    def __iter__(self) -> Iterator[tuple[str, int, Vectors]]:
+        for name, start, stop in zip(self.names, self.starts[:-1], self.starts[1:], strict=True):
+            vectors = read_vectors(self.embed.path(f"{name}.parquet"))
+            if len(vectors.z_image) != stop - start:
+                raise DataError(
+                    f"index: {self.embed.uri}/{name}.parquet has {len(vectors.z_image)} rows, its record says "
+                    f"{stop - start}; remove both and run the step again"
+                )
+            yield name, int(start), vectors
+
+
+class ExactVectors:
+    """Reads single vectors by row number, a row group at a time."""
+
+    def __init__(self, shards: EmbeddedShards) -> None:
+        self._shards = shards
+        self._group = functools.lru_cache(_CACHED_GROUPS)(self._read_group)
+
+    def gather(self, ids: Ids, column: str) -> Floats:
+        """Vectors (len(ids), D) of rows ``ids`` of ``z_image`` or ``z_text``."""
+        found = np.empty((len(ids), self._shards.embed_dim), np.float32)
+        shards = np.searchsorted(self._shards.starts, ids, side="right") - 1
+        for place, (row, shard) in enumerate(zip(ids, shards, strict=True)):
+            offset = int(row - self._shards.starts[shard])
+            found[place] = self._group(int(shard), offset // ROW_GROUP_ROWS, column)[offset % ROW_GROUP_ROWS]
+        return found
+
+    def _read_group(self, shard: int, group: int, column: str) -> NDArray[np.float16]:
+        path = self._shards.embed.path(f"{self._shards.names[shard]}.parquet")
+        with pq.ParquetFile(path, memory_map=True) as parquet:
+            return to_numpy(parquet.read_row_group(group, columns=[column]).column(column))
+
+
+def kth_similarity(shards: EmbeddedShards, queries: Floats, column: str, k: int) -> Floats:
+    """The exact similarity of the K-th neighbour of each query, (Q,)."""
+    best = np.full((len(queries), k), -np.inf, np.float32)
+    for _, _, vectors in shards:
+        scores = _scores(vectors, queries, column)
+        best = -np.partition(-np.concatenate([best, scores], axis=1), k - 1, axis=1)[:, :k]
+    return best.min(axis=1)
+
+
+def true_neighbours(shards: EmbeddedShards, queries: Floats, column: str, k: int) -> list[set[int]]:
+    """For each query, every row at least as near as its exact K-th neighbour: more than K where rows tie.
+
+    Rows tie often: pictures with one caption share one z_text, and any of them is a right answer.
+    """
+    least = kth_similarity(shards, queries, column, k) - _TIE
+    found: list[set[int]] = [set() for _ in queries]
+    for _, start, vectors in shards:
+        for query, row in np.argwhere(_scores(vectors, queries, column) >= least[:, None]):
+            found[query].add(start + int(row))
+    return found
+
+
+def recall(returned: NDArray[Any], true: list[set[int]], k: int) -> float:
+    """Share of the K true neighbours among the returned candidates, of which the best K are kept.
+
+    Args:
+        returned: Row numbers, (Q, candidates); -1 where there was none.
+        true: As ``true_neighbours`` gives them.
+        k: K.
+    """
+    hits = [min(k, sum(int(row) in wanted for row in rows)) for rows, wanted in zip(returned, true, strict=True)]
+    return float(np.mean(hits)) / k
+
+
+def _scores(vectors: Vectors, queries: Floats, column: str) -> Floats:
+    return queries @ getattr(vectors, column).astype(np.float32).T
