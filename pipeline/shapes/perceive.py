@@ -26,7 +26,8 @@ _MIN_AREA = 0.006  # of the picture; a small star covers 0.027, less where it is
 _MIN_SHARE = 0.3  # of a neighbouring larger object: less is a stain on it, not an object
 _MIN_ALPHA = 0.55  # share of the hue in a pixel that counts as inside
 _MIN_CONTRAST = 30.0  # sRGB distance from the background
-_MAX_UNEXPLAINED = 0.45  # of an object's contrast: more is none of the plain hues
+_MAX_UNEXPLAINED = 0.3  # of an object's contrast: more is none of the plain hues (a dark gray on white leaves 0.33),
+_NOISE = 30.0  # unless it is less than this sRGB distance, for what stands out little (pink on beige: 88)
 _MAX_BACKGROUND_DELTA = 24.0  # CIE76 in Lab; the nearest two backgrounds are 26 apart
 _MIN_LIKENESS = 0.9  # cosine to the nearest template: less is no shape
 _OUTLINE_PX = 24
@@ -92,9 +93,9 @@ def perceive(image: NDArray[np.uint8]) -> Perception:
     found: list[Seen] = []
     for position, (mask, hue) in enumerate(masks):
         others = [other for i, (other, _) in enumerate(masks) if i != position]
-        share = _unexplained_share(mask, unexplained, contrast)
+        is_plain = unexplained[mask].mean() <= max(_NOISE, _MAX_UNEXPLAINED * contrast[mask].mean())
         soft = _soft_mask(mask, others, alpha[..., hue], label == hue)
-        found.append(_describe(soft, _NAMES[hue] if share <= _MAX_UNEXPLAINED else None))
+        found.append(_describe(soft, _NAMES[hue] if is_plain else None))
     return Perception(_background_name(border), tuple(sorted(found, key=lambda seen: -seen.area)))
 
 
@@ -151,13 +152,16 @@ def _erode(mask: _Mask) -> _Mask:
 
 
 def _dilate(mask: _Mask, reach_px: int) -> _Mask:
-    """Add every pixel within ``reach_px`` along either axis."""
-    picture = Image.fromarray(mask.astype(np.uint8) * 255)
-    return np.asarray(picture.filter(ImageFilter.MaxFilter(2 * reach_px + 1))) > 0
-
-
-def _unexplained_share(mask: _Mask, unexplained: _Floats, contrast: _Floats) -> float:
-    return float(unexplained[mask].sum() / max(float(contrast[mask].sum()), 1e-6))
+    """Add every pixel within ``reach_px`` along both axes (numpy's shifts: 10 times quicker than Pillow's filter)."""
+    for axis in (0, 1):
+        swept = mask.copy()
+        for shift in range(1, reach_px + 1):
+            ahead, behind = [slice(None)] * 2, [slice(None)] * 2
+            ahead[axis], behind[axis] = slice(shift, None), slice(None, -shift)
+            swept[tuple(ahead)] |= mask[tuple(behind)]
+            swept[tuple(behind)] |= mask[tuple(ahead)]
+        mask = swept
+    return mask
 
 
 def _soft_mask(mask: _Mask, others: list[_Mask], share: _Floats, is_hue: _Mask) -> _Floats:

@@ -150,8 +150,8 @@ def training_scene(seed: int, index: int) -> Scene:
         One object or two, with equal odds; two never look the same (colour and shape).
     """
     rng = np.random.default_rng((seed, index))
+    num_objects = 2 if rng.random() < TWO_OBJECTS_PROB else 1  # before the loop: more scenes of two are refused
     while True:
-        num_objects = 2 if rng.random() < TWO_OBJECTS_PROB else 1
         scene = _place(rng, [_look(rng) for _ in range(num_objects)], _pick(rng, BACKGROUNDS))
         if not is_held_out(scene) and not _are_twins(scene):
             return scene

@@ -1,0 +1,114 @@
+import pytest
+
+from pipeline.shapes.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    EVALUATION_KINDS,
+    HELD_OUT,
+    RADIUS,
+    RELATIONS,
+    SHAPES,
+    Object,
+    Scene,
+    evaluation_scenes,
+    is_held_out,
+    training_scene,
+    training_scenes,
+)
+
+
+def test_training_scene_depends_on_seed_and_index_alone() -> None:
+    scenes = list(training_scenes(40, seed=3))
+    assert scenes == [training_scene(3, index) for index in range(40)]
+    assert scenes[::-1] == [training_scene(3, index) for index in reversed(range(40))]
+    assert scenes != list(training_scenes(40, seed=4))
+    assert len({str(scene) for scene in scenes}) == 40
+
+
+GOLDEN_OBJECTS = [("large", "red", "square", 0.3601, 0.5632)]
+GOLDEN_REST = ("black", None)
+
+
+def test_training_scene_is_the_same_in_every_version() -> None:
+    # A changed draw changes every picture of a workspace without changing any key: change the step's version with it.
+    scene = training_scene(0, 1)
+    assert [(o.size, o.colour, o.shape, round(o.x, 4), round(o.y, 4)) for o in scene.objects] == GOLDEN_OBJECTS
+    assert (scene.background, scene.relation) == GOLDEN_REST
+
+
+def test_training_scenes_never_hold_a_held_out_combination() -> None:
+    for scene in training_scenes(3000, seed=1):
+        looks = [(item.colour, item.shape) for item in scene.objects]
+        assert not set(looks) & set(HELD_OUT.objects)
+        assert not {(*look, scene.background) for look in looks} & set(HELD_OUT.settings)
+        assert tuple(looks) not in HELD_OUT.pairs
+        assert tuple(reversed(looks)) not in HELD_OUT.pairs
+
+
+@pytest.mark.parametrize(
+    ("looks", "background", "expected"),
+    [
+        ([HELD_OUT.objects[0]], "white", True),
+        ([("red", "circle"), HELD_OUT.objects[1]], "white", True),
+        ([HELD_OUT.settings[0][:2]], HELD_OUT.settings[0][2], True),
+        (list(HELD_OUT.pairs[0]), "white", True),
+        (list(reversed(HELD_OUT.pairs[0])), "white", True),
+        ([("blue", "circle")], "gray", False),
+    ],
+)
+def test_is_held_out_finds_each_kind_of_combination(
+    looks: list[tuple[str, str]], background: str, expected: bool
+) -> None:
+    objects = tuple(Object(shape, colour, "small", 0.3 + 0.4 * i, 0.5) for i, (colour, shape) in enumerate(looks))
+    assert is_held_out(Scene(objects, background, "above" if len(looks) == 2 else None)) is expected
+
+
+def test_training_scenes_cover_every_attribute_about_evenly() -> None:
+    scenes = list(training_scenes(3000, seed=0))
+    items = [item for scene in scenes for item in scene.objects]
+    assert 0.45 < sum(len(scene.objects) == 2 for scene in scenes) / 3000 < 0.55
+    for names, values in (
+        (SHAPES, [item.shape for item in items]),
+        (COLOURS, [item.colour for item in items]),
+        (RADIUS, [item.size for item in items]),
+        (BACKGROUNDS, [scene.background for scene in scenes]),
+        (RELATIONS, [scene.relation for scene in scenes if scene.relation]),
+    ):
+        for name in names:
+            assert 0.6 < values.count(name) * len(names) / len(values) < 1.4, name
+
+
+def test_scenes_keep_objects_inside_apart_and_in_their_relation() -> None:
+    scenes = [*training_scenes(1500, seed=2), *(each.scene for each in evaluation_scenes(300, seed=2))]
+    for scene in scenes:
+        for item in scene.objects:
+            assert 0.0199 <= item.x - item.radius < item.x + item.radius <= 0.9801
+            assert 0.0199 <= item.y - item.radius < item.y + item.radius <= 0.9801
+        assert (scene.relation is None) == (len(scene.objects) == 1)
+        if scene.relation:
+            first, second = scene.objects
+            assert (first.colour, first.shape) != (second.colour, second.shape)
+            sign_x, sign_y = RELATIONS[scene.relation]
+            dx, dy = first.x - second.x, first.y - second.y
+            assert sign_x * dx + sign_y * dy >= first.radius + second.radius + 0.0399
+            assert (abs(dx) > abs(dy)) == bool(sign_x)
+
+
+def test_evaluation_scenes_are_held_out_distinct_and_half_of_one_object() -> None:
+    scenes = evaluation_scenes(240, seed=0)
+    assert scenes == evaluation_scenes(240, seed=0)
+    assert all(is_held_out(each.scene) for each in scenes)
+    prompts = {
+        (each.scene.background, each.scene.relation, *((o.size, o.colour, o.shape) for o in each.scene.objects))
+        for each in scenes
+    }
+    assert len(prompts) == 240
+    assert sum(len(each.scene.objects) == 1 for each in scenes) == 120
+    assert all(each.kind.startswith("one") == (len(each.scene.objects) == 1) for each in scenes)
+    assert {each.kind for each in scenes} == set(EVALUATION_KINDS)
+
+
+def test_evaluation_scenes_refuse_more_than_there_are() -> None:
+    with pytest.raises(ValueError, match="from 1 to 300, not 301"):
+        evaluation_scenes(301, seed=0)
+    assert len(evaluation_scenes(300, seed=5)) == 300
