@@ -56,7 +56,7 @@ class Draws:
 
     def chance(self, prob: float) -> bool:
         """True with probability ``prob``."""
-        return self.uniform(0, 1) < prob
+        return self.uniform(0.0, 1.0) < prob
 
     def integer(self, low: int, high: int) -> int:
         """A whole number, low .. high, both included."""
@@ -107,7 +107,7 @@ def _shrink(image: Tensor, scale: int, draws: Draws) -> Tensor:
     """Downsample by a random factor, or blur and keep every ``scale``-th pixel."""
     side = image.shape[-1]
     if draws.chance(0.8):
-        return _resized(image, max(1, int(side / draws.uniform(1, 2 * scale))), draws)
+        return _resized(image, max(1, int(side / draws.uniform(1.0, 2.0 * scale))), draws)
     sigma = draws.uniform(0.1, 0.6 * scale)
     # The kernel is centred on the block of pixels that each kept pixel stands for.
     kernel = _gaussian(sigma**2, sigma**2, 0.0, radius=min(12, side - 1), centre=(scale - 1) / 2)
@@ -132,9 +132,9 @@ def blur_kernel(scale: int, draws: Draws, side_px: int) -> Tensor:
     radius = min(7, side_px - 1)
     if draws.chance(0.5):
         widest = (4 + scale) / 4
-        long, short = draws.uniform(0, widest), draws.uniform(0, widest)
-        return _gaussian(long, short, draws.uniform(0, math.pi), radius=radius)
-    sigma = draws.uniform(0, (2 + 0.2 * scale) / 4)
+        long, short = draws.uniform(0.0, widest), draws.uniform(0.0, widest)
+        return _gaussian(long, short, draws.uniform(0.0, math.pi), radius=radius)
+    sigma = draws.uniform(0.0, (2 + 0.2 * scale) / 4)
     return _gaussian(sigma**2, sigma**2, 0.0, radius=radius)
 
 
@@ -154,7 +154,7 @@ def add_noise(image: Tensor, draws: Draws) -> Tensor:
     """Add Gaussian noise of one or two grey levels: coloured, grey, or correlated between colours (40, 40, 20 %)."""
     level = draws.integer(1, 2) * GREY_LEVEL
     _, channels, height, width = image.shape
-    kind = draws.uniform(0, 1)
+    kind = draws.uniform(0.0, 1.0)
     if kind > 0.6:
         noise = level * draws.normal(1, channels, height, width)
     elif kind < 0.4:
