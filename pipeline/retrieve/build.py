@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import IndexConfig
 from pipeline.retrieve.exact import EmbeddedShards, Floats, Ids, recall, true_neighbours
+from pipeline.stages.vectors import to_unit
 from pipeline.store import Artifact
 
 Kind = Literal["flat", "ivf_flat", "ivf_sq8", "hnsw"]
@@ -158,7 +159,7 @@ def _fill(
     with pq.ParquetWriter(path, pa.schema([(name, pa.string()) for name in ROW_COLUMNS])) as writer:
         for name, start, vectors in shards:
             for modality, index in indices.items():
-                index.add(getattr(vectors, f"z_{modality}").astype(np.float32))
+                index.add(to_unit(getattr(vectors, f"z_{modality}")))
             table = vectors.table.append_column("shard", pa.array([name] * vectors.table.num_rows, pa.string()))
             writer.write_table(table.select(list(ROW_COLUMNS)))
             on_rows(start + vectors.table.num_rows, shards.num_rows)
@@ -170,7 +171,7 @@ def _gather(shards: EmbeddedShards, ids: Ids, column: str) -> Floats:
     for _, start, vectors in shards:
         rows = getattr(vectors, column)
         first, last = np.searchsorted(ids, [start, start + len(rows)])
-        parts.append(rows[ids[first:last] - start].astype(np.float32))
+        parts.append(to_unit(rows[ids[first:last] - start]))
     return np.concatenate(parts)
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError
-from pipeline.stages.vectors import ROW_GROUP_ROWS, Vectors, read_vectors, to_numpy
+from pipeline.stages.vectors import ROW_GROUP_ROWS, Vectors, read_vectors, to_numpy, to_unit
 from pipeline.store import Artifact
 
 _CACHED_GROUPS = 256
@@ -73,12 +73,12 @@ class ExactVectors:
 
     def gather(self, ids: Ids, column: str) -> Floats:
         """Vectors (len(ids), D) of rows ``ids`` of ``z_image`` or ``z_text``."""
-        found = np.empty((len(ids), self._shards.embed_dim), np.float32)
+        rows = np.empty((len(ids), self._shards.embed_dim), np.float16)
         shards = np.searchsorted(self._shards.starts, ids, side="right") - 1
         for place, (row, shard) in enumerate(zip(ids, shards, strict=True)):
             offset = int(row - self._shards.starts[shard])
-            found[place] = self._group(int(shard), offset // ROW_GROUP_ROWS, column)[offset % ROW_GROUP_ROWS]
-        return found
+            rows[place] = self._group(int(shard), offset // ROW_GROUP_ROWS, column)[offset % ROW_GROUP_ROWS]
+        return to_unit(rows)
 
     def _read_group(self, shard: int, group: int, column: str) -> NDArray[np.float16]:
         path = self._shards.embed.path(f"{self._shards.names[shard]}.parquet")
@@ -121,4 +121,4 @@ def recall(returned: NDArray[Any], true: list[set[int]], k: int) -> float:
 
 
 def _scores(vectors: Vectors, queries: Floats, column: str) -> Floats:
-    return queries @ getattr(vectors, column).astype(np.float32).T
+    return queries @ to_unit(getattr(vectors, column)).T

@@ -48,7 +48,7 @@ def write_pairs(
     try:
         for batch in batches:
             table = to_pairs(batch, config.validation_prob, seen, summary)
-            writer = writer or pq.ParquetWriter(path, table.schema)
+            writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
             try:
                 writer.write_table(table.cast(writer.schema))
             except (pa.ArrowInvalid, ValueError) as error:

@@ -40,6 +40,12 @@ def to_numpy(column: pa.ChunkedArray) -> NDArray[np.float16]:
     return np.concatenate(chunks) if chunks else np.zeros((0, column.type.list_size), np.float16)
 
 
+def to_unit(vectors: NDArray[np.float16]) -> NDArray[np.float32]:
+    """Rows (N, D) in single precision, of length one again: halves are off by up to 1e-3."""
+    rows = vectors.astype(np.float32)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
 def read_vectors(path: Path) -> Vectors:
     """One shard of the embed step.
 

@@ -1,0 +1,219 @@
+"""The data steps: pairs, download, embed, index."""
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Generator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import ray
+import ray.exceptions
+
+from pipeline.config import DownloadConfig
+from pipeline.errors import ConfigError, DataError, StepError
+from pipeline.progress import Progress
+from pipeline.runtime.context import StepContext, StepResult
+from pipeline.runtime.shards import ShardJob, map_shards, total_counts
+from pipeline.schema import ShardRecord
+from pipeline.store import Artifact
+
+_PORT_WAIT_S = 10.0
+_MIN_ROWS_TO_JUDGE = 1000
+_NUM_CAUSES = 20
+
+
+def run_pairs(context: StepContext) -> StepResult:
+    """Write the list of pairs; one pass, in this process."""
+    from pipeline.stages.drawn import drawn_batches, write_evaluation
+    from pipeline.stages.pairs import PairsSummary, source_batches, write_pairs
+
+    config, seed = context.recipe.pairs, context.recipe.seed
+    summary, progress = PairsSummary(), Progress(context.output)
+    drawn = config.source == "drawn"
+    total = config.drawn.num_pairs + config.drawn.num_faulty if drawn else config.max_pairs
+    batches = drawn_batches(config.drawn, seed) if drawn else source_batches(config, summary)
+    with context.output.write("pairs.parquet") as path:
+        write_pairs(batches, config, path, summary, lambda done: progress.update(done, max(done, total), "rows"))
+    if drawn:
+        with context.output.write("evaluation.parquet") as path:
+            summary.metrics["evaluation_prompts"] = write_evaluation(path, seed)
+    return StepResult(counts=dict(summary.counts), metrics=summary.metrics)
+
+
+def run_download(context: StepContext) -> StepResult:
+    """Download every shard of pairs with img2dataset; the drawn source's pictures are served meanwhile."""
+    from pipeline.stages.download import check_columns, shard_names
+
+    config, output = context.recipe.download, context.output
+    pairs = context.inputs["pairs"].path("pairs.parquet")
+    with pq.ParquetFile(pairs) as parquet:
+        num_rows, columns = parquet.metadata.num_rows, list(parquet.schema_arrow.names)
+    check_columns(config, columns, str(pairs))
+    shards = shard_names(num_rows, config.samples_per_shard)
+
+    def judge(records: list[ShardRecord]) -> None:
+        _require_success(records, config, output, is_last=len(records) == len(shards))
+
+    missing = set(shards) - set(output.shard_records())
+    with _pictures(context) if missing else contextlib.nullcontext():
+        limit_s = _shard_limit_s(config)
+        job = ShardJob(DownloadStage, shards, num_rows, config.resources, limit_s=limit_s, on_record=judge)
+        records = map_shards(context, job)
+    counts = total_counts(records)
+    metrics = {
+        "success": counts["ok"] / counts["in"],
+        "failures": dict(_causes(output, shards).most_common(_NUM_CAUSES)),
+    }
+    return StepResult(counts=counts, metrics=metrics, num_workers=config.resources.num_workers)
+
+
+def run_embed(context: StepContext) -> StepResult:
+    """Embed every shard of the download with the frozen CLIP."""
+    config, download = context.recipe.embed, context.inputs["download"].shard_records()
+    num_rows = sum(record.counts["ok"] for record in download.values())
+    records = map_shards(context, ShardJob(EmbedStage, list(download), num_rows, config.resources))
+    return StepResult(counts=total_counts(records), num_workers=config.resources.num_workers)
+
+
+def run_index(context: StepContext) -> StepResult:
+    """Build the neighbour index, in one worker."""
+    needs = context.recipe.index.resources
+    task = _build_index.options(num_cpus=needs.cpus_per_worker, max_retries=needs.max_retries)
+    try:
+        return ray.get(task.remote(context))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+
+
+class DownloadStage:
+    """Makes shards of the download step."""
+
+    def __init__(self, context: StepContext) -> None:
+        import pipeline.stages.download as stage
+
+        self._stage = stage
+        self._config = context.recipe.download
+        self._output = context.output
+        self._pairs = context.inputs["pairs"].path("pairs.parquet")
+
+    def __call__(self, shard: str) -> ShardRecord:
+        """Download one shard and commit it."""
+        start, output = time.monotonic(), self._output
+        rows = self._stage.read_rows(self._pairs, shard, self._config)
+        names = [f"{shard}.tar", f"{shard}.parquet", f"{shard}_stats.json"]
+        with output.write(names[0]) as tar, output.write(names[1]) as parquet, output.write(names[2]) as stats:
+            counts = self._stage.download_shard(rows, shard, self._config, tar, parquet, stats)
+        return _commit(output, shard, dict(counts), names, start)
+
+
+class EmbedStage:
+    """Makes shards of the embed step."""
+
+    def __init__(self, context: StepContext) -> None:
+        import torch
+
+        from pipeline.stages.embed import Embedder
+
+        config, clip = context.recipe.embed, context.inputs["clip"]
+        torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
+        self._embedder = Embedder(_clip_folder(clip), config.batch_size, config.resources.accelerator)
+        self._download = context.inputs["download"]
+        self._records = self._download.shard_records()
+        self._output = context.output
+
+    def __call__(self, shard: str) -> ShardRecord:
+        """Embed one shard and commit it."""
+        start, name, paths = time.monotonic(), f"{shard}.parquet", []
+        for source in (f"{shard}.tar", name):
+            paths.append(self._download.path(source))
+            if self._download.describe(source) != self._records[shard].files[source]:
+                raise DataError(
+                    f"embed: shard {shard}: {self._download.uri}/{source} does not match its checksum; remove "
+                    f"manifest.json and {shard}.done.json there and run again: that shard alone is downloaded again"
+                )
+        with self._output.write(name) as target:
+            counts = self._embedder(paths[0], paths[1], shard, target)
+        return _commit(self._output, shard, dict(counts), [name], start)
+
+
+@ray.remote
+def _build_index(context: StepContext) -> StepResult:
+    from pipeline.retrieve.build import build_index
+
+    config, progress = context.recipe.index, Progress(context.output)
+    built = build_index(
+        context.inputs["embed"],
+        context.output,
+        config,
+        seed=context.recipe.seed,
+        num_threads=max(1, int(config.resources.cpus_per_worker)),
+        on_rows=lambda done, total: progress.update(done, total, "rows"),
+    )
+    return StepResult(counts={"in": built.num_rows, "ok": built.num_rows}, metrics=built.metrics)
+
+
+def _commit(output: Artifact, shard: str, counts: dict[str, int], names: list[str], start: float) -> ShardRecord:
+    files = {name: output.describe(name) for name in names}
+    wall_s = round(time.monotonic() - start, 3)
+    record = ShardRecord(shard=shard, counts=counts, files=files, wall_s=wall_s)
+    output.commit_shard(record)
+    return record
+
+
+def _clip_folder(clip: Artifact) -> Path:
+    from models.clip import CONFIG_FILE, WEIGHTS_FILE
+
+    clip.path(WEIGHTS_FILE)
+    return clip.path(CONFIG_FILE).parent
+
+
+@contextlib.contextmanager
+def _pictures(context: StepContext) -> Generator[None]:
+    """The drawn source's picture server; a killed run's own server needs a moment to notice and free the port."""
+    from pipeline.shapes.server import serve_pictures
+
+    if context.recipe.pairs.source != "drawn":
+        yield
+        return
+    give_up = time.monotonic() + _PORT_WAIT_S
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(serve_pictures(context.recipe.pairs.drawn.port))
+                break
+            except ConfigError:
+                if time.monotonic() > give_up:
+                    raise
+                time.sleep(0.3)
+        yield
+
+
+def _shard_limit_s(config: DownloadConfig) -> float:
+    """Every URL at its slowest, twice over, and a second a row for the resizing: beyond that a worker hangs."""
+    rounds = -(-config.samples_per_shard // config.num_threads)
+    return 600 + config.samples_per_shard + 2 * rounds * (config.retries + 1) * config.deadline_s
+
+
+def _require_success(records: list[ShardRecord], config: DownloadConfig, output: Artifact, *, is_last: bool) -> None:
+    counts = total_counts(records)
+    if not counts or (counts["in"] < _MIN_ROWS_TO_JUDGE and not is_last):
+        return
+    if counts["ok"] and counts["ok"] >= config.min_success_prob * counts["in"]:
+        return
+    causes = _causes(output, [record.shard for record in records]).most_common(5)
+    for record in records:  # bad shards are tried again by the next run, since the cause may be gone by then
+        if record.counts["ok"] < max(1, config.min_success_prob * record.counts["in"]):
+            for name in (f"{record.shard}.done.json", *record.files):
+                output.remove(name)
+    told = "; ".join(f"{count} x {cause}" for cause, count in causes)
+    raise StepError(
+        f"download: only {counts['ok']} of {counts['in']} rows came through (download.min_success_prob is "
+        f"{config.min_success_prob}); most frequent causes: {told}. Mend the list or the network and run again"
+    )
+
+
+def _causes(output: Artifact, shards: list[str]) -> Counter[str]:
+    from pipeline.stages.download import failure_causes
+
+    return failure_causes([output.read_json(f"{shard}_stats.json") for shard in shards])
