@@ -1,0 +1,253 @@
+"""All parts of an evaluation together: the numbers, and the list of samples.
+
+Legend: N drawings (the first of each prompt), M validation rows, D features of an embedding.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.errors import DataError
+from pipeline.evaluate.metrics import FeatureSums, Rate, cosine, frechet_distance, mean_of, r_precision, rate_of
+from pipeline.evaluate.parts import Part
+from pipeline.evaluate.prompts import PromptSet, choose_rows
+from pipeline.retrieve import Neighbour, NeighbourIndex
+from pipeline.store import Artifact
+
+Json = dict[str, Any]
+Rows = list[Json]
+Vectors = NDArray[np.float64]
+
+_KINDS = ("drawings", "validation")
+_GROUPS = {1: "one object", 2: "two objects"}
+_NEIGHBOURS_ASKED = 24
+"""Neighbours asked of the index, so that enough of them are training rows."""
+_CLOSE_QUANTILE = 0.95
+
+
+class Aggregate:
+    """The committed parts of one evaluation.
+
+    Args:
+        output: The evaluate step's artifact.
+        parts: All its parts, committed.
+        prompts: What was drawn.
+    """
+
+    def __init__(self, output: Artifact, parts: Sequence[Part], prompts: PromptSet) -> None:
+        self._prompts = prompts
+        tables = {kind: [read_part(output, part) for part in parts if part.kind == kind] for kind in _KINDS}
+        self._parts = [[row for row in rows if row["image_number"] == 0] for rows in tables["drawings"]]
+        self.drawings = sorted(
+            (row for rows in tables["drawings"] for row in rows), key=lambda r: (r["prompt_number"], r["image_number"])
+        )
+        self.firsts = [row for row in self.drawings if row["image_number"] == 0]
+        self.rows = [row for rows in tables["validation"] for row in rows]
+
+    def measure(self, embed: Artifact, neighbours: "TrainingNeighbours") -> Json:
+        """Every number, as metrics.json holds it; what cannot be measured on this source is left out."""
+        metrics: Json = {"num_prompts": len(self.firsts), "prompts": self._prompts.source}
+        metrics["pixel_check"] = self._pixel_check()
+        metrics["kinds"] = self._kinds()
+        metrics["clip_score"] = self._clip_scores()
+        metrics["r_precision"] = self._r_precision()
+        metrics["frechet_clip"] = self._frechet(embed)
+        metrics["prior"] = self._prior()
+        metrics["decoder"] = self._decoder()
+        metrics |= self._upsamplers()
+        metrics["memorisation"] = self._memorisation(neighbours)
+        return {name: value for name, value in metrics.items() if value}
+
+    def samples(self) -> Rows:
+        """One row for each picture: file, prompt, seed and settings, and what was checked."""
+        return [
+            {
+                "file": row["file"],
+                "prompt": row["prompt"],
+                "kind": row["kind"],
+                "seed": row["seed"],
+                "settings": json.loads(row["settings"]),
+                "check": parse_flags(row["check"]),
+            }
+            for row in self.drawings
+        ]
+
+    def _pixel_check(self) -> Json:
+        """Number of objects -> attribute -> generated, real and shuffled, as rates."""
+        table: Json = {}
+        columns = {"generated": "check", "real": "check_real", "shuffled": "check_shuffled"}
+        for row in self.firsts:
+            prompt = self._prompts.prompts[row["prompt_number"]]
+            if prompt.scene is None:
+                continue
+            group = table.setdefault(_GROUPS[len(prompt.scene.objects)], {})
+            for kind, column in columns.items():
+                for name, hit in (parse_flags(row[column]) or {}).items():
+                    rates = group.setdefault(name, {})
+                    rates[kind] = rates.get(kind, Rate(0, 0)) + rate_of([hit])
+        return {
+            group: {
+                name: {kind: rate.to_dict() for kind, rate in rates.items()} for name, rates in sorted(names.items())
+            }
+            for group, names in table.items()
+        }
+
+    def _kinds(self) -> Json:
+        """How often everything was right, for each kind of prompt."""
+        kinds: dict[str, Rate] = {}
+        for row in self.firsts:
+            flags = parse_flags(row["check"])
+            if flags is not None:
+                kinds[row["kind"]] = kinds.get(row["kind"], Rate(0, 0)) + rate_of([flags["everything"]])
+        return {kind: rate.to_dict() for kind, rate in sorted(kinds.items())}
+
+    def _clip_scores(self) -> Json:
+        z_image, z_text = matrix(self.firsts, "z_image"), matrix(self.firsts, "z_text")
+        scores = {"generated": mean_of(cosine(z_image, z_text))}
+        partners = [self._prompts.partners[row["prompt_number"]] for row in self.firsts]
+        pairs = [(n, other) for n, other in enumerate(partners) if other is not None]
+        if pairs:
+            scores["shuffled"] = mean_of(cosine(z_image[[n for n, _ in pairs]], z_text[[o for _, o in pairs]]))
+        if self._has_real():
+            scores["real"] = mean_of(cosine(matrix(self.firsts, "z_real"), z_text))
+        return scores
+
+    def _r_precision(self) -> Json:
+        texts = list(dict.fromkeys(row["prompt"] for row in self.firsts))
+        if len(texts) < 2:
+            return {}
+        first = {row["prompt"]: row["z_text"] for row in reversed(self.firsts)}
+        z_text = np.array([first[text] for text in texts])
+        numbers = {text: number for number, text in enumerate(texts)}
+        own = [numbers[row["prompt"]] for row in self.firsts]
+        rates: Json = {
+            "generated": r_precision(matrix(self.firsts, "z_image"), z_text, own).to_dict(),
+            "chance": 1 / len(texts),
+        }
+        if self._has_real():
+            rates["real"] = r_precision(matrix(self.firsts, "z_real"), z_text, own).to_dict()
+        return rates
+
+    def _frechet(self, embed: Artifact) -> Json:
+        """Drawings against real pictures of the same prompts; beside it, two samples of training pictures."""
+        count = len(self.firsts)
+        if not self._has_real() or count < 2:
+            return {}
+        distances: Json = {
+            "generated": frechet_distance(self._sums("z_image"), self._sums("z_real")),
+            "count": count,
+        }
+        train = choose_rows(embed, 2 * count, "train")
+        if len(train) == 2 * count:
+            z_image = np.array([row.z_image for row in train], np.float64)
+            distances["real"] = frechet_distance(FeatureSums.of(z_image[::2]), FeatureSums.of(z_image[1::2]))
+        return distances
+
+    def _sums(self, column: str) -> FeatureSums:
+        sums = [FeatureSums.of(matrix(rows, column)) for rows in self._parts if rows]
+        return sum(sums[1:], start=sums[0])
+
+    def _prior(self) -> Json:
+        """Cosines of what the prior draws for validation captions."""
+        if not self.rows:
+            return {}
+        z_prior, z_image, z_text = (matrix(self.rows, name) for name in ("z_prior", "z_image", "z_text"))
+        measured: Json = {
+            "z_image": mean_of(cosine(z_prior, z_image)),
+            "z_text": mean_of(cosine(z_prior, z_text)),
+            "true_z_text": mean_of(cosine(z_image, z_text)),
+        }
+        if len(self.rows) > 1:
+            measured["unrelated_image"] = mean_of(cosine(z_prior, np.roll(z_image, 1, axis=0)))
+            measured["unrelated_text"] = mean_of(cosine(z_prior, np.roll(z_text, 1, axis=0)))
+        return measured
+
+    def _decoder(self) -> Json:
+        rows = [row for row in self.rows if row["z_reconstruction"] is not None]
+        if not rows:
+            return {}
+        drawn, real = matrix(rows, "z_reconstruction"), matrix(rows, "z_image")
+        measured: Json = {"reconstruction": mean_of(cosine(drawn, real))}
+        if len(rows) > 1:
+            measured["unrelated"] = mean_of(cosine(drawn, np.roll(real, 1, axis=0)))
+        return measured
+
+    def _upsamplers(self) -> Json:
+        rows = [row for row in self.rows if row["psnr_db"]]
+        return {
+            f"upsampler_{number + 1}": {
+                name: mean_of([row[name][number] for row in rows]) for name in ("psnr_db", "bicubic_psnr_db")
+            }
+            for number in range(len(rows[0]["psnr_db"]) if rows else 0)
+        }
+
+    def _memorisation(self, neighbours: "TrainingNeighbours") -> Json:
+        """Similarity of drawings, and of real unseen pictures, to their nearest training pictures."""
+        real = matrix(self.firsts, "z_real") if self._has_real() else matrix(self.rows, "z_image")
+        nearest = neighbours.similarity(matrix(self.firsts, "z_image"))
+        if not nearest.size or not real.size:
+            return {}
+        nearest_real = neighbours.similarity(real)
+        bound = float(np.quantile(nearest_real, _CLOSE_QUANTILE))
+        return {
+            "generated": mean_of(nearest),
+            "real": mean_of(nearest_real),
+            "closer_than_real": rate_of(bool(value > bound) for value in nearest).to_dict(),
+        }
+
+    def _has_real(self) -> bool:
+        return all(row["z_real"] is not None for row in self.firsts)
+
+
+class TrainingNeighbours:
+    """Nearest training rows of embeddings, the most similar first.
+
+    Args:
+        index: The index step.
+    """
+
+    def __init__(self, index: Artifact) -> None:
+        self._index = NeighbourIndex.open(index)
+
+    def find(self, vectors: Vectors) -> list[list[Neighbour]]:
+        """Training rows among the nearest rows of all, for each of (Q, D) vectors."""
+        if not vectors.size:
+            return []
+        found = self._index.search(vectors.astype(np.float32), _NEIGHBOURS_ASKED, modality="image")
+        return [self._trained(row) for row in found]
+
+    def similarity(self, vectors: Vectors) -> Vectors:
+        """Cosine to the nearest training row, of those vectors that have one."""
+        return np.array([row[0].similarity for row in self.find(vectors) if row])
+
+    def _trained(self, row: list[Neighbour]) -> list[Neighbour]:
+        told = self._index.rows([near.id for near in row])
+        return [near for near, columns in zip(row, told, strict=True) if columns["split"] == "train"]
+
+
+def read_part(output: Artifact, part: Part) -> Rows:
+    """The rows of a committed part.
+
+    Raises:
+        DataError: If its file is damaged; names it.
+    """
+    path = output.path(f"{part.name}.parquet")
+    try:
+        return pq.read_table(path).to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: damaged ({error}); remove it and its .done.json, run again") from None
+
+
+def matrix(rows: Rows, column: str) -> Vectors:
+    """A column of vectors as (N, D)."""
+    return np.array([row[column] for row in rows], np.float64)
+
+
+def parse_flags(text: str | None) -> dict[str, bool] | None:
+    """What a pixel check said, from its column; None where there was none."""
+    return None if text is None else json.loads(text)

@@ -1,0 +1,85 @@
+"""The evaluate step without Ray: what there is to do, a worker that does parts of it, and what is made of the parts."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.evaluate.aggregate import Aggregate, TrainingNeighbours
+from pipeline.evaluate.gallery import Gallery
+from pipeline.evaluate.parts import Part, PartRunner, drawings_of, plan_parts
+from pipeline.evaluate.prompts import PromptSet, Row, choose_prompts, held_out_rows
+from pipeline.evaluate.sample import SAMPLES
+from pipeline.recipe import Recipe
+from pipeline.store import Artifact
+from pipeline.weights import load_cascade
+
+Json = dict[str, Any]
+
+METRICS_FILE = "metrics.json"
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that an evaluation draws and measures; a function of the recipe and its inputs."""
+
+    prompts: PromptSet
+    rows: Sequence[Row]
+    """Validation rows, for the measures of each network."""
+    drawings: Sequence[tuple[int, int]]
+    """(prompt, picture) of everything that is drawn."""
+    parts: Sequence[Part]
+
+    @property
+    def num_items(self) -> int:
+        """Drawings and rows together."""
+        return len(self.drawings) + len(self.rows)
+
+
+def plan_work(recipe: Recipe, inputs: Mapping[str, Artifact]) -> Work:
+    """Choose prompts and rows, and cut them into parts.
+
+    Raises:
+        DataError: If there is not one prompt, or an input breaks its schema.
+    """
+    config = recipe.evaluate
+    prompts = choose_prompts(config.prompts_path, inputs["pairs"], inputs["embed"], config.num_prompts)
+    rows, _ = held_out_rows(inputs["embed"], config.num_prompts)
+    drawings = drawings_of(len(prompts.prompts), config.num_shown, config.num_images_per_shown)
+    return Work(prompts, rows, drawings, plan_parts(len(drawings), len(rows), config.batch_size))
+
+
+def make_runner(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact, work: Work) -> PartRunner:
+    """Load the cascade and make a worker for any part."""
+    networks = {name: inputs[name] for name in recipe.trained()}
+    cascade = load_cascade(networks, recipe.evaluate.resources.accelerator)
+    return PartRunner(cascade, work.prompts, work.rows, inputs["download"], output, recipe.seed, work.drawings)
+
+
+def finish(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact, work: Work) -> Json:
+    """Write metrics.json, samples.jsonl, pictures.json and the grids from the committed parts; returns the metrics."""
+    aggregate = Aggregate(output, work.parts, work.prompts)
+    neighbours = TrainingNeighbours(inputs["index"])
+    metrics = aggregate.measure(inputs["embed"], neighbours)
+    Gallery(aggregate, output, recipe.evaluate.num_shown).write(neighbours, inputs["download"])
+    lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in aggregate.samples())
+    output.write_bytes(SAMPLES, lines.encode())
+    output.write_json(METRICS_FILE, metrics)
+    return metrics
+
+
+def summarise(metrics: Json) -> dict[str, float]:
+    """The numbers of metrics.json without their counts and intervals, by dotted name: for manifest and tracker."""
+    return dict(_walk(metrics, ""))
+
+
+def _walk(tables: Json, prefix: str) -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for name, value in tables.items():
+        path = f"{prefix}{name}".replace(" ", "_").replace(",", "")
+        if isinstance(value, dict):
+            number: Any = value.get("rate", value.get("mean"))
+            found += [(path, float(number))] if number is not None else _walk(value, f"{path}.")
+        elif isinstance(value, int | float):
+            found.append((path, float(value)))
+    return found

@@ -1,0 +1,114 @@
+"""The pictures of an evaluation: ``pictures.json``, which the report reads, what it names, and the grids."""
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipeline.evaluate.aggregate import Aggregate, TrainingNeighbours, matrix, parse_flags
+from pipeline.evaluate.metrics import cosine
+from pipeline.evaluate.parts import NUM_RECONSTRUCTIONS_SHOWN, NUM_STAGES
+from pipeline.evaluate.pictures import Block, draw_grid, from_bytes, thumbnail, to_png
+from pipeline.evaluate.sample import sample_grid
+from pipeline.retrieve import read_picture
+from pipeline.store import Artifact
+
+Json = dict[str, Any]
+Rows = list[Json]
+
+PICTURES = "pictures.json"
+_GRIDS = {
+    "shown": "grid.png",
+    "stages": "stages.png",
+    "reconstructions": "reconstructions.png",
+    "neighbours": "neighbours.png",
+}
+_NUM_NEIGHBOURS = 3
+
+
+class Gallery:
+    """Writes the pictures of an evaluation.
+
+    Args:
+        aggregate: The committed parts.
+        output: The evaluate step's artifact.
+        num_shown: Prompts in the grid of samples.
+    """
+
+    def __init__(self, aggregate: Aggregate, output: Artifact, num_shown: int) -> None:
+        self._drawings = aggregate.drawings
+        self._firsts = aggregate.firsts
+        self._rows = aggregate.rows
+        self._output = output
+        self._num_shown = num_shown
+
+    def write(self, neighbours: TrainingNeighbours, download: Artifact) -> None:
+        """Write everything; the same parts give the same bytes."""
+        pictures: dict[str, Rows] = {
+            "shown": self._shown(),
+            "stages": self._stages(),
+            "reconstructions": self._reconstructions(),
+            "neighbours": self._neighbours(neighbours, download),
+        }
+        self._output.write_json(PICTURES, pictures)
+        for key, name in _GRIDS.items():
+            blocks = [self._block(entry) for entry in pictures[key]]
+            if blocks:
+                grid = sample_grid(blocks) if key == "shown" else draw_grid(blocks, columns=2, cell_px=128)
+                self._output.write_bytes(name, to_png(grid))
+
+    def _shown(self) -> Rows:
+        numbers = range(min(self._num_shown, len(self._firsts)))
+        entries: Rows = [{"prompt": self._firsts[number]["prompt"], "pictures": []} for number in numbers]
+        for row in self._drawings:
+            if row["prompt_number"] in numbers:
+                flags = parse_flags(row["check"])
+                check = None if flags is None else flags["everything"]
+                picture = {"file": row["file"], "seed": row["seed"], "check": check}
+                entries[row["prompt_number"]]["pictures"].append(picture)
+        return entries
+
+    def _block(self, entry: Json) -> Block:
+        names = [picture["file"] for picture in entry["pictures"]]
+        tags = [picture["label"] for picture in entry["pictures"] if "label" in picture]
+        return Block([self._open(name) for name in names], entry["prompt"], tags)
+
+    def _open(self, name: str) -> Image.Image:
+        return from_bytes(self._output.path(name).read_bytes(), where=f"{self._output.uri}/{name}")
+
+    def _stages(self) -> Rows:
+        names = [name for name in self._output.names() if name.startswith("stages/")]
+        entries: Rows = []
+        for row in self._firsts[:NUM_STAGES]:
+            prefix = f"stages/{row['prompt_number']:05d}-"
+            sides = sorted(int(name[len(prefix) : -4]) for name in names if name.startswith(prefix))
+            stages = [{"file": f"{prefix}{side}.png", "label": f"{side} px"} for side in sides]
+            entries.append({"prompt": row["prompt"], "pictures": stages})
+        return entries
+
+    def _reconstructions(self) -> Rows:
+        entries: Rows = []
+        for number, row in enumerate(self._rows[:NUM_RECONSTRUCTIONS_SHOWN]):
+            similarity = cosine(np.array([row["z_reconstruction"]]), np.array([row["z_image"]]))
+            pictures = [
+                {"file": f"reconstructions/{number:05d}-{label}.png", "label": label}
+                for label in ("real", "decoded", "upsampled")
+            ]
+            entries.append({"prompt": row["caption"], "similarity": float(similarity[0]), "pictures": pictures})
+        return entries
+
+    def _neighbours(self, neighbours: TrainingNeighbours, download: Artifact) -> Rows:
+        entries: Rows = []
+        rows = self._firsts[:NUM_STAGES]
+        for row, found in zip(rows, neighbours.find(matrix(rows, "z_image")), strict=True):
+            pictures: Rows = [{"file": row["file"], "label": "drawn", "caption": row["prompt"]}]
+            for rank, near in enumerate(found[:_NUM_NEIGHBOURS]):
+                name = f"neighbours/{row['prompt_number']:05d}-{rank}.png"
+                data = read_picture(download, near.shard, near.key)
+                picture = thumbnail(from_bytes(data, where=f"shard {near.shard}: key {near.key}: uid {near.uid}"))
+                self._output.write_bytes(name, to_png(picture))
+                pictures.append(
+                    {"file": name, "label": f"{near.similarity:.3f}", "caption": near.caption, "uid": near.uid}
+                )
+            entries.append({"prompt": row["prompt"], "pictures": pictures})
+        return entries

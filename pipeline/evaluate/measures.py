@@ -1,0 +1,190 @@
+"""``metrics.json`` as tables for people: what each number is called, its ceiling, its floor and its goal."""
+
+import math
+from typing import Any
+
+Json = dict[str, Any]
+
+_NAMES = {
+    "colour": "Colour",
+    "both colours": "Both colours",
+    "shape": "Shape",
+    "both shapes": "Both shapes",
+    "binding": "Colour on its shape",
+    "relation": "Relation",
+    "size": "Size",
+    "sizes": "Both sizes",
+    "background": "Background",
+    "count": "Number of objects",
+    "everything": "Everything",
+}
+_GOALS = {
+    ("one object", "colour"): 0.9,
+    ("one object", "shape"): 0.8,
+    ("one object", "background"): 0.9,
+    ("two objects", "both colours"): 0.75,
+}
+
+
+def quality_groups(metrics: Json) -> list[Json]:
+    """The pixel check, one table for each number of objects."""
+    groups: list[Json] = []
+    tables: Json = metrics.get("pixel_check", {})
+    for title in sorted(tables):
+        checks: Json = tables[title]
+        rows: list[Json] = [
+            {
+                "name": _NAMES.get(name, name),
+                "generated": checks[name]["generated"],
+                "real": checks[name].get("real"),
+                "shuffled": checks[name].get("shuffled"),
+                "goal": _GOALS.get((title, name)),
+            }
+            for name in sorted(checks, key=_rank)
+            if checks[name]["generated"]["total"]
+        ]
+        if rows:
+            total = rows[0]["generated"]["total"]
+            groups.append({"title": f"{title.capitalize()}, {total} pictures", "rows": rows})
+    return groups
+
+
+def tiles_of(metrics: Json) -> list[Json]:
+    """The four numbers at the top of the page."""
+    checks: Json = metrics.get("pixel_check", {})
+    tiles: list[Json] = []
+    for group, name, label in (
+        ("one object", "colour", "One object: colour"),
+        ("one object", "shape", "One object: shape"),
+        ("one object", "background", "One object: background"),
+        ("two objects", "both colours", "Two objects: both colours"),
+    ):
+        rates: Json | None = checks.get(group, {}).get(name)
+        if rates and rates["generated"]["total"]:
+            note = f"real {_whole(rates.get('real'))}, shuffled {_whole(rates.get('shuffled'))}"
+            tiles.append(
+                {"label": label, "value": f"{100 * rates['generated']['rate']:.1f}", "unit": "%", "note": note}
+            )
+    if tiles:
+        return tiles
+    for row in measure_rows(metrics)[:4]:
+        note = ", ".join(f"{kind} {row[kind]}" for kind in ("ceiling", "floor") if row[kind])
+        tiles.append({"label": row["name"], "value": row["value"], "unit": "", "note": note})
+    return tiles
+
+
+def measure_rows(metrics: Json) -> list[Json]:
+    """The measures that need no drawn scenes, each between its floor and its ceiling."""
+    rows = [
+        _row(
+            metrics,
+            "clip_score",
+            ("generated", "real", "shuffled"),
+            "CLIP score",
+            "Cosine of a drawing with its own prompt; ceiling: the real picture; floor: somebody else's prompt.",
+        ),
+        _row(
+            metrics,
+            "r_precision",
+            ("generated", "real", "chance"),
+            "R-precision",
+            "How often its own prompt is the nearest of all prompts; ceiling: the real picture; floor: chance.",
+            percent=True,
+        ),
+        _row(
+            metrics,
+            "frechet_clip",
+            ("generated", "real", "shuffled"),
+            "Frechet distance, CLIP features",
+            "Drawings against real pictures, lower is better; ceiling: two halves of real pictures of the same number.",
+        ),
+        _row(
+            metrics,
+            "prior",
+            ("z_image", "", "unrelated_image"),
+            "Prior: similarity to the true z_image",
+            "On validation captions; floor: the z_image of another picture.",
+        ),
+        _row(
+            metrics,
+            "prior",
+            ("z_text", "true_z_text", "unrelated_text"),
+            "Prior: similarity to z_text",
+            "Ceiling: the true z_image with its own caption; floor: another caption.",
+        ),
+        _row(
+            metrics,
+            "decoder",
+            ("reconstruction", "", "unrelated"),
+            "Decoder: similarity of reconstructions",
+            "Drawn from a true z_image, seen by CLIP again; floor: another picture's z_image.",
+        ),
+        _upsampler(metrics, "upsampler_1", "Upsampler 1: PSNR"),
+        _upsampler(metrics, "upsampler_2", "Upsampler 2: PSNR"),
+        _row(
+            metrics,
+            "memorisation",
+            ("generated", "", "real"),
+            "Nearest training picture",
+            "Similarity of each drawing to the nearest picture it was trained on; beside it: real unseen pictures.",
+            ranged=False,
+        ),
+    ]
+    return [row for row in rows if row is not None]
+
+
+def _rank(name: str) -> tuple[int, str]:
+    known = list(_NAMES)
+    return (known.index(name) if name in known else len(known), name)
+
+
+def _row(
+    metrics: Json,
+    key: str,
+    kinds: tuple[str, str, str],
+    name: str,
+    why: str,
+    *,
+    percent: bool = False,
+    ranged: bool = True,
+) -> Json | None:
+    found = metrics.get(key, {})
+    value, ceiling, floor = (_number(found.get(kind)) for kind in kinds)
+    if value is None:
+        return None
+    place = None
+    if ranged and ceiling is not None and floor is not None and ceiling != floor:
+        place = (value - floor) / (ceiling - floor)
+    texts = ["" if number is None else _text(number, percent=percent) for number in (value, ceiling, floor)]
+    return {"name": name, "why": why, "value": texts[0], "ceiling": texts[1], "floor": texts[2], "place": place}
+
+
+def _upsampler(metrics: Json, key: str, name: str) -> Json | None:
+    found = metrics.get(key, {})
+    value, bicubic = _number(found.get("psnr_db")), _number(found.get("bicubic_psnr_db"))
+    if value is None or bicubic is None:
+        return None
+    why = "Validation pictures made small and enlarged again; floor: bicubic enlargement."
+    return {
+        "name": name,
+        "why": why,
+        "value": f"{value:.1f} dB",
+        "ceiling": "",
+        "floor": f"{bicubic:.1f} dB",
+        "place": None,
+    }
+
+
+def _whole(rate: Json | None) -> str:
+    return f"{100 * rate['rate']:.0f} %" if rate else "-"
+
+
+def _number(value: Any) -> float | None:
+    """The number of a rate, of a mean, or itself."""
+    if isinstance(value, dict):
+        value = value.get("rate", value.get("mean"))
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _text(number: float, *, percent: bool) -> str:
+    return f"{100 * number:.1f} %" if percent else f"{number:.3f}"

@@ -1,0 +1,272 @@
+"""The work of an evaluation, part by part: a part is drawn, measured and committed whole, by any worker.
+
+Legend: N items of a part, D features of an embedding. ``parts/<name>.parquet`` holds the measurements of one part;
+what is made of all parts together stands in aggregate.py.
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from models.cascade import Cascade, CascadeSettings
+from models.clip import FrozenClip
+from models.pixels import resize, to_pixels, to_uint8
+from pipeline.errors import DataError
+from pipeline.evaluate.metrics import psnr_db
+from pipeline.evaluate.pictures import centre_square, from_bytes, to_png
+from pipeline.evaluate.prompts import PromptSet, Row
+from pipeline.retrieve import read_picture
+from pipeline.schema import ShardRecord
+from pipeline.shapes.check import check
+from pipeline.shapes.draw import draw_array
+from pipeline.shapes.scene import Scene
+from pipeline.store import Artifact
+
+Json = dict[str, Any]
+Pixels = NDArray[np.uint8]
+
+NUM_STAGES = 6
+"""Prompts whose picture is kept at every stage of the cascade."""
+NUM_RECONSTRUCTIONS = 32
+"""Validation rows that are drawn again from their z_image and enlarged, for the measures."""
+NUM_RECONSTRUCTIONS_SHOWN = 6
+"""Of these, how many are kept as pictures."""
+_PROMPT_SEED_STRIDE = 1000
+"""Seeds of two prompts are this far apart, so that no two pictures of an evaluation share their noise."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of consecutive items of one kind."""
+
+    kind: str
+    """``drawings`` or ``validation``."""
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        """Name of the part's files and of its record."""
+        return f"parts/{self.kind}-{self.number:05d}"
+
+
+def plan_parts(num_drawings: int, num_validation: int, batch_size: int) -> list[Part]:
+    """Cut the work into parts of nearly equal size, of at most ``batch_size`` items each."""
+    parts: list[Part] = []
+    for kind, total in (("drawings", num_drawings), ("validation", num_validation)):
+        count = math.ceil(total / batch_size)
+        ends = [total * i // count for i in range(count + 1)] if count else [0]
+        parts += [Part(kind, i, start, stop) for i, (start, stop) in enumerate(pairwise(ends))]
+    return parts
+
+
+def drawings_of(num_prompts: int, num_shown: int, num_images: int) -> list[tuple[int, int]]:
+    """(prompt, picture) of everything that is drawn: each prompt once, then the further pictures of the shown ones."""
+    shown = range(min(num_shown, num_prompts))
+    return [(i, 0) for i in range(num_prompts)] + [(i, j) for i in shown for j in range(1, num_images)]
+
+
+class PartRunner:
+    """Draws and measures parts; built once in each worker.
+
+    Args:
+        cascade: The trained networks; its ``clip`` is the frozen CLIP.
+        prompts: What to draw.
+        rows: Validation rows.
+        download: Shards of pictures.
+        output: The evaluate step's artifact.
+        seed: The recipe's seed.
+        drawings: From ``drawings_of``.
+    """
+
+    def __init__(
+        self,
+        cascade: Cascade,
+        prompts: PromptSet,
+        rows: Sequence[Row],
+        download: Artifact,
+        output: Artifact,
+        seed: int,
+        drawings: Sequence[tuple[int, int]],
+    ) -> None:
+        self._cascade = cascade
+        self._clip = cast("FrozenClip", cascade.clip)
+        self._settings: CascadeSettings = cascade.default_settings()
+        self._prompts = prompts
+        self._rows = rows
+        self._download = download
+        self._output = output
+        self._seed = seed
+        self._drawings = drawings
+        networks = [cascade.decoder, *cascade.upsamplers]
+        self._sides_px = [network.config.image_px for network in networks]
+
+    def run(self, part: Part) -> ShardRecord:
+        """Do one part, commit it and return its record.
+
+        Raises:
+            DataError: If a picture of a shard cannot be read, or a network draws numbers that are not finite.
+        """
+        start, names = time.monotonic(), list[str]()
+        rows = self._draw(part, names) if part.kind == "drawings" else self._measure_rows(part, names)
+        with self._output.write(f"{part.name}.parquet") as path:
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        files = {name: self._output.describe(name) for name in [f"{part.name}.parquet", *names]}
+        counts = {"in": len(rows), "ok": len(rows)}
+        record = ShardRecord(shard=part.name, counts=counts, files=files, wall_s=round(time.monotonic() - start, 3))
+        self._output.commit_shard(record)
+        return record
+
+    def _draw(self, part: Part, names: list[str]) -> list[Json]:
+        drawings = self._drawings[part.start : part.stop]
+        prompts = [self._prompts.prompts[i] for i, _ in drawings]
+        seeds = [picture_seed(self._seed, i, j) for i, j in drawings]
+        result = self._cascade.sample([prompt.text for prompt in prompts], seeds, self._settings)
+        z_image = self._embed(result.images.numpy())
+        z_text = self._clip.encode_text([prompt.text for prompt in prompts]).z_text.cpu().numpy()
+        rows: list[Json] = []
+        for n, ((i, j), prompt) in enumerate(zip(drawings, prompts, strict=True)):
+            picture = result.images[n].numpy()
+            row: Json = {
+                "prompt_number": i,
+                "image_number": j,
+                "prompt": prompt.text,
+                "kind": prompt.kind,
+                "seed": seeds[n],
+                "file": f"samples/{i:05d}-{j}.png",
+                "settings": json.dumps(asdict(self._settings), sort_keys=True),
+                "z_image": z_image[n].tolist(),
+                "z_text": z_text[n].tolist(),
+                "z_prior": result.z_image[n].cpu().tolist(),
+            }
+            row |= self._look(i, picture)
+            rows.append(row)
+            self._write_picture(row["file"], picture, names)
+            if j == 0 and i < NUM_STAGES:
+                for side_px, stage in zip(self._sides_px, result.stages, strict=True):
+                    self._write_picture(f"stages/{i:05d}-{side_px}.png", stage[n].numpy(), names)
+        self._add_real(rows)
+        return rows
+
+    def _look(self, number: int, picture: Pixels) -> Json:
+        """What the pixel check says of a drawing, and of the same drawing beside another prompt."""
+        scene, partner = self._prompts.prompts[number].scene, self._prompts.partners[number]
+        other = None if partner is None else self._prompts.prompts[partner].scene
+        return {
+            "check": None if scene is None else _checked(picture, scene),
+            "check_shuffled": None if other is None else _checked(picture, other),
+        }
+
+    def _add_real(self, rows: list[Json]) -> None:
+        """Beside the first drawing of each prompt, the real picture of its scene, or the one whose caption it is."""
+        drawn: list[Json] = []
+        pictures: list[Pixels] = []
+        for row in rows:
+            row |= {"check_real": None, "z_real": None}
+            prompt = self._prompts.prompts[row["prompt_number"]]
+            if row["image_number"] != 0:
+                continue
+            if prompt.scene is not None:
+                pictures.append(draw_array(prompt.scene, self._sides_px[-1]))
+                row["check_real"] = _checked(pictures[-1], prompt.scene)
+                drawn.append(row)
+            elif prompt.row is not None:
+                row["z_real"] = prompt.row.z_image.astype(np.float32).tolist()
+        if drawn:
+            for row, z_image in zip(drawn, self._embed(np.stack(pictures)), strict=True):
+                row["z_real"] = z_image.tolist()
+
+    def _measure_rows(self, part: Part, names: list[str]) -> list[Json]:
+        rows = self._rows[part.start : part.stop]
+        seeds = [picture_seed(self._seed, number, 0) for number in range(part.start, part.stop)]
+        text = self._clip.encode_text([row.caption for row in rows])
+        z_prior = self._cascade.sample_prior(text, seeds, self._settings).cpu().numpy()
+        columns: list[Json] = [
+            {
+                "uid": row.uid,
+                "caption": row.caption,
+                "z_image": row.z_image.astype(np.float32).tolist(),
+                "z_text": row.z_text.astype(np.float32).tolist(),
+                "z_prior": z.tolist(),
+                "z_reconstruction": None,
+                "psnr_db": None,
+                "bicubic_psnr_db": None,
+            }
+            for row, z in zip(rows, z_prior, strict=True)
+        ]
+        count = max(0, min(NUM_RECONSTRUCTIONS - part.start, len(rows)))
+        if count:
+            pictures = np.stack([self._real_picture(row) for row in rows[:count]])
+            self._reconstruct(part.start, rows[:count], pictures, columns, names)
+            self._enlarge(pictures, seeds[:count], columns)
+        return columns
+
+    def _reconstruct(
+        self, start: int, rows: Sequence[Row], pictures: Pixels, columns: list[Json], names: list[str]
+    ) -> None:
+        """Draw pictures again from their true z_image and their captions."""
+        count = len(rows)
+        text = self._clip.encode_text([row.caption for row in rows])
+        z_image = torch.from_numpy(np.stack([row.z_image for row in rows]).astype(np.float32)).to(self._clip.device)
+        seeds = [picture_seed(self._seed, start + n, 0) for n in range(count)]
+        pixels = self._cascade.decode(z_image, text, seeds, self._settings)
+        stages = [pixels]
+        for number in range(len(self._cascade.upsamplers)):
+            stages.append(self._cascade.upsample(stages[-1], number, seeds, self._settings))
+        drawn = [to_uint8(stage).cpu().numpy() for stage in (stages[0], stages[-1])]
+        for n, z in enumerate(self._embed(drawn[1])):
+            columns[n]["z_reconstruction"] = z.tolist()
+            if start + n < NUM_RECONSTRUCTIONS_SHOWN:
+                for label, picture in (("real", pictures), ("decoded", drawn[0]), ("upsampled", drawn[1])):
+                    self._write_picture(f"reconstructions/{start + n:05d}-{label}.png", picture[n], names)
+
+    def _enlarge(self, pictures: Pixels, seeds: Sequence[int], columns: list[Json]) -> None:
+        """Make real pictures small and enlarge them again, with each upsampler and by bicubic interpolation."""
+        pixels = to_pixels(torch.from_numpy(pictures)).to(self._clip.device)
+        ratios: list[list[NDArray[np.float64]]] = [[], []]
+        for number, upsampler in enumerate(self._cascade.upsamplers):
+            large = to_uint8(resize(pixels, upsampler.config.image_px)).cpu().numpy()
+            small = resize(pixels, upsampler.config.low_res_px)
+            ours = self._cascade.upsample(small, number, seeds, self._settings)
+            bicubic = resize(small, upsampler.config.image_px)
+            for ratio, enlarged in zip(ratios, (ours, bicubic), strict=True):
+                ratio.append(psnr_db(to_uint8(enlarged).cpu().numpy(), large))
+        for n, column in enumerate(columns[: len(pictures)]):
+            column["psnr_db"] = [float(ratio[n]) for ratio in ratios[0]]
+            column["bicubic_psnr_db"] = [float(ratio[n]) for ratio in ratios[1]]
+
+    def _real_picture(self, row: Row) -> Pixels:
+        where = f"shard {row.shard}: key {row.key}: uid {row.uid}"
+        return centre_square(
+            from_bytes(read_picture(self._download, row.shard, row.key), where=where), self._sides_px[-1]
+        )
+
+    def _embed(self, pictures: Pixels) -> NDArray[np.float32]:
+        vectors = self._clip.encode_image(torch.from_numpy(np.array(pictures))).cpu().numpy()
+        if not np.isfinite(vectors).all():
+            raise DataError("evaluate: CLIP gives numbers that are not finite: train CLIP again with a lower rate")
+        return vectors
+
+    def _write_picture(self, name: str, picture: Pixels, names: list[str]) -> None:
+        self._output.write_bytes(name, to_png(picture))
+        names.append(name)
+
+
+def picture_seed(seed: int, prompt_number: int, image_number: int) -> int:
+    """Seed of one picture of an evaluation; ``unclip sample --seed`` draws it again."""
+    return seed + _PROMPT_SEED_STRIDE * prompt_number + image_number
+
+
+def _checked(picture: Pixels, scene: Scene) -> str:
+    return json.dumps(check(picture, scene).right, sort_keys=True)

@@ -1,0 +1,252 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from models.cascade import Cascade
+from pipeline.errors import DataError
+from pipeline.evaluate import metrics as m
+from pipeline.evaluate.aggregate import read_part
+from pipeline.evaluate.evaluate import Work, finish, make_runner, plan_work, summarise
+from pipeline.evaluate.parts import Part, drawings_of, picture_seed, plan_parts
+from pipeline.evaluate.prompts import choose_prompts, choose_rows
+from pipeline.plan import inputs_of
+from pipeline.recipe import Recipe, parse_recipe
+from pipeline.shapes.check import check
+from pipeline.stages.vectors import read_vectors
+from pipeline.store import Artifact, Workspace
+from tests.evaluate.workspaces import NUM_PICTURES, build_tiny_workspace, evaluate_step, tiny_tables
+
+
+def _inputs(recipe: Recipe) -> dict[str, Artifact]:
+    return inputs_of(Workspace(recipe.workspace), evaluate_step(recipe))
+
+
+def _run(recipe: Recipe, output: Artifact) -> tuple[Work, dict[str, Any]]:
+    work = plan_work(recipe, _inputs(recipe))
+    runner = make_runner(recipe, _inputs(recipe), output, work)
+    for part in work.parts:
+        runner.run(part)
+    return work, finish(recipe, _inputs(recipe), output, work)
+
+
+@pytest.fixture(scope="session")
+def evaluated(tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Work, dict[str, Any]]:
+    output = Artifact(str(tmp_path_factory.mktemp("evaluated")))
+    return (output, *_run(tiny, output))
+
+
+def test_plan_parts_covers_every_item_once_in_parts_of_nearly_equal_size() -> None:
+    parts = plan_parts(23, 4, 8)
+    for kind, total in (("drawings", 23), ("validation", 4)):
+        mine = [part for part in parts if part.kind == kind]
+        assert [i for part in mine for i in range(part.start, part.stop)] == list(range(total))
+        sizes = [part.stop - part.start for part in mine]
+        assert max(sizes) <= 8
+        assert max(sizes) - min(sizes) <= 1
+    assert len({part.name for part in parts}) == len(parts)
+    assert plan_parts(0, 0, 8) == []
+
+
+def test_drawings_draw_every_prompt_once_and_the_shown_ones_again() -> None:
+    assert drawings_of(3, 2, 3) == [(0, 0), (1, 0), (2, 0), (0, 1), (0, 2), (1, 1), (1, 2)]
+    assert drawings_of(1, 16, 1) == [(0, 0)]
+    seeds = [picture_seed(5, i, j) for i, j in drawings_of(50, 50, 4)]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_drawn_prompts_come_with_their_scenes_and_a_partner_of_as_many_objects(tiny: Recipe) -> None:
+    prompts = plan_work(tiny, _inputs(tiny)).prompts
+    assert prompts.source == "drawn"
+    assert len(prompts.prompts) == 10
+    for number, prompt in enumerate(prompts.prompts):
+        assert prompt.scene is not None
+        partner = prompts.partners[number]
+        assert partner is not None
+        other = prompts.prompts[partner].scene
+        assert other is not None
+        assert partner != number
+        assert len(other.objects) == len(prompt.scene.objects)
+    assert sorted(number for number in prompts.partners if number is not None) == list(range(10))
+
+
+def test_metrics_of_the_pixel_check_agree_with_the_pictures_that_were_written(
+    evaluated: tuple[Artifact, Work, dict[str, Any]],
+) -> None:
+    output, work, metrics = evaluated
+    hits: dict[str, list[bool]] = {}
+    for number, prompt in enumerate(work.prompts.prompts):
+        assert prompt.scene is not None
+        if len(prompt.scene.objects) == 1:
+            with Image.open(output.path(f"samples/{number:05d}-0.png")) as image:
+                right = check(np.asarray(image), prompt.scene).right
+            for name, hit in right.items():
+                hits.setdefault(name, []).append(hit)
+    table = metrics["pixel_check"]["one object"]
+    assert set(table) == set(hits)
+    for name, flags in hits.items():
+        assert (table[name]["generated"]["hits"], table[name]["generated"]["total"]) == (sum(flags), len(flags))
+        assert table[name]["shuffled"]["total"] == len(flags)
+    assert table["background"]["real"]["rate"] == 1.0
+    assert metrics["num_prompts"] == 10
+
+
+def test_general_metrics_agree_with_their_definitions(evaluated: tuple[Artifact, Work, dict[str, Any]]) -> None:
+    output, work, metrics = evaluated
+    rows = [row for part in work.parts if part.kind == "drawings" for row in read_part(output, part)]
+    firsts = {row["prompt_number"]: row for row in rows if row["image_number"] == 0}
+    z_image = np.array([firsts[i]["z_image"] for i in range(10)])
+    z_text = np.array([firsts[i]["z_text"] for i in range(10)])
+    z_real = np.array([firsts[i]["z_real"] for i in range(10)])
+    assert metrics["clip_score"]["generated"]["mean"] == pytest.approx((z_image * z_text).sum(1).mean(), abs=1e-6)
+    shuffled = np.mean([z_image[i] @ z_text[j] for i, j in enumerate(work.prompts.partners) if j is not None])
+    assert metrics["clip_score"]["shuffled"]["mean"] == pytest.approx(shuffled, abs=1e-6)
+    whole = m.frechet_distance(m.FeatureSums.of(z_image), m.FeatureSums.of(z_real))
+    assert metrics["frechet_clip"]["generated"] == pytest.approx(whole, rel=1e-6)
+    assert metrics["prior"]["z_image"]["count"] == NUM_PICTURES // 5
+    assert set(metrics) >= {"decoder", "upsampler_1", "upsampler_2", "memorisation", "r_precision", "kinds"}
+
+
+def test_bicubic_psnr_is_that_of_the_stored_picture(
+    tiny: Recipe, evaluated: tuple[Artifact, Work, dict[str, Any]]
+) -> None:
+    """32 -> 16 -> 32 px by Pillow's bicubic filter, an implementation apart from torch's."""
+    output, work, _ = evaluated
+    part = next(part for part in work.parts if part.kind == "validation")
+    row = read_part(output, part)[0]
+    with Image.open(output.path("reconstructions/00000-real.png")) as image:
+        small = image.resize((16, 16), Image.Resampling.BICUBIC)
+        again = np.asarray(small.resize((32, 32), Image.Resampling.BICUBIC))
+        expected = m.psnr_db(again[None], np.asarray(image)[None])[0]
+    assert row["bicubic_psnr_db"][1] == pytest.approx(expected, abs=0.3)
+
+
+def test_nearest_training_pictures_are_training_rows_found_by_brute_force(
+    tiny: Recipe, evaluated: tuple[Artifact, Work, dict[str, Any]]
+) -> None:
+    output, work, metrics = evaluated
+    vectors = read_vectors(_inputs(tiny)["embed"].path("00000.parquet"))
+    is_train = np.array(vectors.table.column("split").to_pylist()) == "train"
+    train = vectors.z_image[is_train].astype(np.float64)
+    rows = [row for part in work.parts if part.kind == "drawings" for row in read_part(output, part)]
+    z_image = np.array([row["z_image"] for row in rows if row["image_number"] == 0])
+    assert metrics["memorisation"]["generated"]["mean"] == pytest.approx((z_image @ train.T).max(1).mean(), abs=1e-3)
+    uids = set(np.array(vectors.table.column("uid").to_pylist())[is_train])
+    pictures = output.read_json("pictures.json")
+    found = [picture["uid"] for entry in pictures["neighbours"] for picture in entry["pictures"][1:]]
+    assert len(found) == 3 * 6
+    assert set(found) <= uids
+
+
+def test_evaluation_writes_samples_grids_and_every_picture_it_names(
+    evaluated: tuple[Artifact, Work, dict[str, Any]],
+) -> None:
+    output, _, _ = evaluated
+    rows = [json.loads(line) for line in output.path("samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 10 + 3
+    assert {"file", "prompt", "seed", "settings", "check"} <= set(rows[0])
+    pictures = output.read_json("pictures.json")
+    named = {p["file"] for entries in pictures.values() for entry in entries for p in entry["pictures"]}
+    named |= {row["file"] for row in rows} | {"grid.png", "stages.png", "reconstructions.png", "neighbours.png"}
+    for name in named:
+        with Image.open(output.path(name)) as image:
+            image.load()
+    sides = [Image.open(output.path(p["file"])).size for p in pictures["stages"][0]["pictures"]]
+    assert sides == [(8, 8), (16, 16), (32, 32)]
+    assert [len(entry["pictures"]) for entry in pictures["shown"]] == [2, 2, 2]
+
+
+def test_a_sample_can_be_drawn_again_alone_from_its_seed(
+    cascade: Cascade, evaluated: tuple[Artifact, Work, dict[str, Any]]
+) -> None:
+    output, _, _ = evaluated
+    row = json.loads(output.path("samples.jsonl").read_text().splitlines()[4])
+    alone = cascade.sample([row["prompt"]], [row["seed"]]).images[0].numpy().astype(int)
+    with Image.open(output.path(row["file"])) as image:
+        assert np.abs(alone - np.asarray(image).astype(int)).max() <= 1
+
+
+def test_evaluation_in_another_order_gives_the_same_bytes(
+    tiny: Recipe, evaluated: tuple[Artifact, Work, dict[str, Any]], tmp_path: Path
+) -> None:
+    first, work, _ = evaluated
+    output, inputs = Artifact(str(tmp_path)), _inputs(tiny)
+    runner = make_runner(tiny, inputs, output, plan_work(tiny, inputs))
+    for part in reversed(work.parts):
+        record = runner.run(part)
+        assert output.shard_records()[part.name] == record
+        assert record.counts["ok"] == part.stop - part.start
+    finish(tiny, inputs, output, work)
+    told = {name: info for name, info in first.describe_files().items() if not name.endswith(".done.json")}
+    again = {name: info for name, info in output.describe_files().items() if not name.endswith(".done.json")}
+    assert told == again
+
+
+def test_summary_is_flat_numbers(evaluated: tuple[Artifact, Work, dict[str, Any]]) -> None:
+    summary = summarise(evaluated[2])
+    rate = evaluated[2]["pixel_check"]["one object"]["colour"]["generated"]["rate"]
+    assert summary["pixel_check.one_object.colour.generated"] == rate
+    assert all(isinstance(value, float) for value in summary.values())
+    assert not any(" " in name for name in summary)
+
+
+def test_other_sources_are_measured_on_validation_captions_without_a_pixel_check(tmp_path: Path) -> None:
+    pairs = {"source": "list", "path": str(tmp_path / "list.csv")}
+    (tmp_path / "list.csv").write_text("url,caption\n")
+    tables = tiny_tables(tmp_path / "workspace") | {"pairs": pairs, "upsampler_1": None, "upsampler_2": None}
+    recipe = parse_recipe(tables)
+    build_tiny_workspace(recipe)
+    work, metrics = _run(recipe, Artifact(str(tmp_path / "out")))
+    validation = choose_rows(_inputs(recipe)["embed"], 100, "validation")
+    assert {prompt.text for prompt in work.prompts.prompts} <= {row.caption for row in validation}
+    assert metrics["prompts"] == "captions"
+    assert "pixel_check" not in metrics
+    assert "upsampler_1" not in metrics
+    assert metrics["clip_score"]["real"]["count"] == len(work.prompts.prompts)
+
+
+def test_prompts_of_a_file_are_drawn_in_its_order(tiny: Recipe, tmp_path: Path) -> None:
+    inputs, path = _inputs(tiny), tmp_path / "prompts.txt"
+    path.write_text("a red circle\n\n  a blue star \n")
+    prompts = choose_prompts(str(path), inputs["pairs"], inputs["embed"], 10)
+    assert [prompt.text for prompt in prompts.prompts] == ["a red circle", "a blue star"]
+    assert prompts.source == "file"
+    path.write_text("\n")
+    with pytest.raises(DataError, match="no prompts"):
+        choose_prompts(str(path), inputs["pairs"], inputs["embed"], 10)
+
+
+def test_rows_are_chosen_by_uid_whatever_the_number_asked(tiny: Recipe) -> None:
+    embed = _inputs(tiny)["embed"]
+    few, many = choose_rows(embed, 3, "train"), choose_rows(embed, 9, "train")
+    assert [row.uid for row in few] == [row.uid for row in many][:3]
+    assert [row.uid for row in many] == sorted(row.uid for row in many)
+    captions = [row.caption for row in choose_rows(embed, 30, "train", distinct=True)]
+    assert len(set(captions)) == len(captions)
+
+
+@pytest.mark.parametrize("damage", ["column", "scene", "bytes"])
+def test_a_broken_evaluation_table_is_a_data_error_that_names_it(tiny: Recipe, tmp_path: Path, damage: str) -> None:
+    pairs = Artifact(str(tmp_path))
+    rows = {"prompt": ["x"], "kind": ["k"], "scene": ['{"objects": [{}], "background": "red"}']}
+    if damage == "column":
+        del rows["scene"]
+    with pairs.write("evaluation.parquet") as path:
+        if damage == "bytes":
+            path.write_bytes(b"PAR1 not parquet")
+        else:
+            pq.write_table(pa.table(rows), path)
+    with pytest.raises(DataError, match=r"evaluation\.parquet"):
+        choose_prompts("", pairs, _inputs(tiny)["embed"], 5)
+
+
+def test_a_broken_part_is_a_data_error_that_names_it(tmp_path: Path) -> None:
+    output = Artifact(str(tmp_path))
+    output.write_bytes("parts/drawings-00002.parquet", b"nothing")
+    with pytest.raises(DataError, match="drawings-00002"):
+        read_part(output, Part("drawings", 2, 0, 1))
