@@ -9,7 +9,7 @@ alpha_bar and the factors a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar) are those
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,6 +39,17 @@ def start(x: Tensor, diffusion: Diffusion) -> SamplerState:
     """The state of a chain that has not made a step, from its noised sample (B, C, ...)."""
     t_last = torch.full((x.shape[0],), diffusion.num_timesteps, device=x.device)
     return SamplerState(x, torch.zeros_like(x), t_last)
+
+
+def join_states(states: Sequence[SamplerState]) -> SamplerState:
+    """One state of the items of several, in order; each may stand at a different timestep."""
+    return SamplerState(*(torch.cat(parts) for parts in zip(*states, strict=True)))
+
+
+def select_items(state: SamplerState, items: Sequence[int]) -> SamplerState:
+    """The state of some of the items, in the order given."""
+    rows = torch.tensor(items, dtype=torch.int64, device=state.x.device)
+    return SamplerState(*(part[rows] for part in state))
 
 
 def predict(

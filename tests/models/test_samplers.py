@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -20,6 +21,9 @@ from models.sampler_steps import (
     ddpm_step,
     dpmpp_2m_step,
     heun_step,
+    join_states,
+    select_items,
+    start,
 )
 from models.samplers import (
     config_timesteps,
@@ -201,6 +205,31 @@ def test_step_on_items_at_different_timesteps_equals_one_by_one(method: str, sha
         alone = step(denoise, SamplerState(*(part[one] for part in state)), t[one], t_prev[one], diffusion)
         for part, part_alone in zip(batched, alone, strict=True):
             assert torch.equal(part[one], part_alone)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_requests_that_share_a_batch_for_some_steps_get_what_they_get_alone(method: str) -> None:
+    diffusion = make_diffusion()
+    denoise = DATA.denoiser(diffusion)
+    lists = {1: strided_timesteps(1000, 6), 2: strided_timesteps(1000, 4)}
+    alone, sources, states = {}, {}, {}
+    for seed, steps in lists.items():
+        x_T = NoiseSource.from_seeds([seed], "start").normal((3, 2, 2))
+        step = steps_of_every_kind(NoiseSource.from_seeds([seed]), diffusion)[method]
+        alone[seed] = list(iterate_steps(step, denoise, x_T, diffusion, steps))[-1].x
+        sources[seed], states[seed] = NoiseSource.from_seeds([seed]), start(x_T, diffusion)
+
+    # the second request joins after two steps of the first, and both end together
+    left = {seed: list(pairwise((*steps, -1))) for seed, steps in lists.items()}
+    for members in ([1], [1], [1, 2], [1, 2], [1, 2], [1, 2]):
+        now = [left[seed].pop(0) for seed in members]
+        noise = sum((sources[seed] for seed in members), NoiseSource([]))
+        t, t_prev = torch.tensor(now).unbind(dim=1)
+        joined = join_states([states[seed] for seed in members])
+        after = steps_of_every_kind(noise, diffusion)[method](denoise, joined, t, t_prev, diffusion)
+        states.update({seed: select_items(after, [row]) for row, seed in enumerate(members)})
+    for seed in lists:
+        assert torch.equal(states[seed].x, alone[seed])
 
 
 @pytest.mark.parametrize("method", METHODS)
