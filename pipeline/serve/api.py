@@ -1,0 +1,151 @@
+"""The HTTP interface, as a FastAPI application around plain objects.
+
+GET /                        the page
+POST /v1/images/generations  pictures, as OpenAI's Images API
+GET /v1/models               the one model
+POST /knn-service            neighbours, as clip-retrieval
+POST /metadata, GET /indices-list
+GET /healthz, GET /metrics
+"""
+
+import base64
+import hashlib
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+
+from pipeline.serve.contract import Library, Painter
+from pipeline.serve.images import GenerationRequest, generate
+from pipeline.serve.knn import KnnRequest, MetadataRequest, find, metadata
+from pipeline.serve.web import ApiError, install_error_handlers, parse, read_json, require_key, while_connected
+
+TEXT_BODY_LIMIT_BYTES = 1 << 20
+PICTURE_BODY_LIMIT_BYTES = 24 << 20
+
+
+@dataclass(frozen=True)
+class ApiSettings:
+    """What the interface shows of a recipe."""
+
+    name: str
+    """Name of the model and of the index."""
+    image_px: int
+    """Side of the cascade's pictures, in pixels."""
+    api_key: str = ""
+    """When set, every route but the page and the health check asks for it."""
+    created: int = 0
+    """When the model was finished, in seconds since the epoch."""
+
+
+def create_app(painter: Painter, library: Library | None, settings: ApiSettings) -> FastAPI:
+    """Build the application.
+
+    Args:
+        painter: The networks.
+        library: The neighbours; None leaves their routes out.
+        settings: Names, sizes and the key.
+    """
+    app = FastAPI(title="unclip", docs_url=None, redoc_url=None, openapi_url=None)
+    install_error_handlers(app)
+    app.include_router(_pages(painter, settings, has_library=library is not None))
+    guarded = [Depends(require_key(settings.api_key))]
+    app.include_router(_openai(painter, settings), dependencies=guarded)
+    if library is not None:
+        app.include_router(_clip_retrieval(painter, library, settings), dependencies=guarded)
+    return app
+
+
+def _pages(painter: Painter, settings: ApiSettings, *, has_library: bool) -> APIRouter:
+    router = APIRouter()
+    page, policy = _page(settings, has_library=has_library)
+
+    @router.get("/")
+    async def show() -> HTMLResponse:
+        return HTMLResponse(page, headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"})
+
+    @router.get("/healthz")
+    async def healthz() -> JSONResponse:
+        stats = await painter.stats()
+        if not stats:
+            raise ApiError(503, "the engine is not running", code="not_ready")
+        return JSONResponse({"status": "ok", "model": settings.name, **stats})
+
+    @router.get("/metrics", dependencies=[Depends(require_key(settings.api_key))])
+    async def metrics() -> PlainTextResponse:
+        stats = await painter.stats()
+        lines = [f"unclip_{name} {value}\n" for name, value in sorted(stats.items())]
+        return PlainTextResponse("".join(lines), media_type="text/plain; version=0.0.4")
+
+    return router
+
+
+def _openai(painter: Painter, settings: ApiSettings) -> APIRouter:
+    router = APIRouter(prefix="/v1")
+    model = {"id": settings.name, "object": "model", "created": settings.created, "owned_by": "unclip"}
+
+    @router.get("/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model]}
+
+    @router.get("/models/{name}")
+    async def one_model(name: str) -> dict[str, Any]:
+        if name != settings.name:
+            message = f"model {name!r} does not exist; this server has {settings.name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return model
+
+    @router.post("/images/generations")
+    async def generations(request: Request) -> JSONResponse:
+        asked = parse(GenerationRequest, await read_json(request, TEXT_BODY_LIMIT_BYTES))
+        work = generate(painter, asked, model=settings.name, image_px=settings.image_px)
+        return JSONResponse(await while_connected(request, work))
+
+    return router
+
+
+def _clip_retrieval(painter: Painter, library: Library, settings: ApiSettings) -> APIRouter:
+    router = APIRouter()
+
+    def require_index(name: str | None) -> None:
+        if name and name != settings.name:
+            message = f"no index {name!r}; this server has {settings.name!r}"
+            raise ApiError(404, message, param="indice_name", code="index_not_found")
+
+    @router.get("/indices-list")
+    async def indices() -> list[str]:
+        return [settings.name]
+
+    @router.post("/knn-service")
+    async def knn(request: Request) -> JSONResponse:
+        asked = parse(KnnRequest, await read_json(request, PICTURE_BODY_LIMIT_BYTES))
+        require_index(asked.indice_name)
+        return JSONResponse(await while_connected(request, find(painter, library, asked)))
+
+    @router.post("/metadata")
+    async def rows(request: Request) -> JSONResponse:
+        asked = parse(MetadataRequest, await read_json(request, TEXT_BODY_LIMIT_BYTES))
+        require_index(asked.indice_name)
+        return JSONResponse(metadata(library, asked))
+
+    return router
+
+
+def _page(settings: ApiSettings, *, has_library: bool) -> tuple[str, str]:
+    """The page, and a policy that lets it run its own script, show inline pictures and call this server alone."""
+    page = files("pipeline.serve").joinpath("page.html").read_text(encoding="utf-8")
+    facts = {"SIDE_PX": str(settings.image_px), "HAS_LIBRARY": str(has_library).lower()}
+    for name, value in facts.items():
+        page = page.replace(f"{{{{{name}}}}}", value)
+    digests: dict[str, str] = {}
+    for tag in ("script", "style"):
+        inside = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        text = inside[1] if inside else ""
+        digests[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return page, (
+        f"default-src 'none'; script-src 'sha256-{digests['script']}'; style-src 'sha256-{digests['style']}'; "
+        "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )

@@ -1,0 +1,87 @@
+"""What stands between the API and the networks: plain calls, which Ray Serve may place in another process.
+
+This module loads numpy alone, so that the process that speaks HTTP needs no torch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Images = NDArray[np.uint8]
+Vectors = NDArray[np.float32]
+
+
+class Overloaded(Exception):
+    """Too many requests wait; come back later."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a request for pictures gets back."""
+
+    images: Images
+    """(n, H, W, 3)."""
+    z_image: Vectors
+    """(n, D), the embeddings that the prior drew, of about length one."""
+
+
+class Painter(Protocol):
+    """The networks."""
+
+    async def draw(self, prompt: str, seeds: Sequence[int]) -> Drawn:
+        """One picture of ``prompt`` for each seed; cancelling drops the request.
+
+        Raises:
+            Overloaded: If too many requests wait.
+        """
+        ...
+
+    async def embed_text(self, text: str) -> Vectors:
+        """z_text, (D,), of length one."""
+        ...
+
+    async def embed_image(self, image: Images) -> Vectors:
+        """z_image of a picture (H, W, 3), (D,), of length one."""
+        ...
+
+    async def stats(self) -> dict[str, int]:
+        """Counts of the engine; empty where it is not alive."""
+        ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """One neighbour."""
+
+    id: int
+    similarity: float
+    columns: dict[str, Any]
+    """What is known of the row: uid, url, caption, key, shard, split."""
+
+
+class Library(Protocol):
+    """The pictures that the networks were trained on, by nearness."""
+
+    @property
+    def embed_dim(self) -> int:
+        """Width D of a query, in features."""
+        ...
+
+    def search(self, vector: Vectors, k: int, modality: Literal["image", "text"]) -> list[Found]:
+        """The ``k`` rows nearest to a vector (D,) of length one, the nearest first."""
+        ...
+
+    def rows(self, ids: Sequence[int]) -> list[dict[str, Any]]:
+        """The columns of rows by number.
+
+        Raises:
+            ValueError: If there is no such row.
+        """
+        ...
+
+    def picture(self, found: Found) -> bytes | None:
+        """The stored picture as a JPEG file; None where it cannot be read."""
+        ...

@@ -1,0 +1,109 @@
+"""``POST /v1/images/generations`` as OpenAI's Images API has it; ``seed`` is an addition."""
+
+import base64
+import io
+import re
+import secrets
+import time
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from pipeline.serve.contract import Images, Painter
+from pipeline.serve.web import ApiError
+
+MAX_IMAGES = 10
+MAX_PROMPT_CHARS = 4000
+MIN_SIDE_PX = 8
+_MAX_SEED = 2**63 - 1 - MAX_IMAGES
+
+
+class GenerationRequest(BaseModel):
+    """The body of a request; None stands for the default, as in OpenAI's clients."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str = Field(max_length=MAX_PROMPT_CHARS)
+    model: str | None = None
+    n: int | None = Field(default=None, ge=1, le=MAX_IMAGES)
+    size: str | None = None
+    response_format: Literal["b64_json", "url"] | None = None
+    user: str | None = None
+    seed: int | None = Field(default=None, ge=0, le=_MAX_SEED)
+    # Of OpenAI's other fields, what asks for the only thing there is.
+    quality: Literal["auto", "standard"] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    output_format: Literal["png"] | None = None
+    output_compression: Literal[100] | None = None
+    stream: Literal[False] | None = None
+    partial_images: Literal[0] | None = None
+
+    @field_validator("prompt")
+    @classmethod
+    def _not_blank(cls, prompt: str) -> str:
+        if not prompt.strip():
+            raise ValueError("is empty; say what to draw")
+        return prompt
+
+
+def side_of(size: str | None, image_px: int) -> int:
+    """The side that a request's ``size`` asks for, in pixels.
+
+    Args:
+        size: "WxH", "auto" or None.
+        image_px: Side of the cascade's pictures, the largest there is.
+
+    Raises:
+        ApiError: 400, if it is no size, not square, or larger than the cascade draws.
+    """
+    if size in {None, "auto"}:
+        return image_px
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size or "")
+    width, height = (int(match[1]), int(match[2])) if match else (0, 1)
+    if width != height or not MIN_SIDE_PX <= width <= image_px:
+        message = f"size: {size!r}: pictures are square, from {MIN_SIDE_PX}x{MIN_SIDE_PX} to {image_px}x{image_px}"
+        raise ApiError(400, message, param="size", code="invalid_value")
+    return width
+
+
+async def generate(painter: Painter, asked: GenerationRequest, *, model: str, image_px: int) -> dict[str, Any]:
+    """Answer a request.
+
+    Args:
+        painter: The networks.
+        asked: The checked body.
+        model: The only model that may be named.
+        image_px: Side of the cascade's pictures, in pixels.
+
+    Raises:
+        ApiError: 404 for another model, 400 for an impossible size.
+        Overloaded: If too many requests wait.
+    """
+    if asked.model not in {None, model}:
+        message = f"model {asked.model!r} does not exist; this server has {model!r}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+    side_px = side_of(asked.size, image_px)
+    first = secrets.randbelow(2**31) if asked.seed is None else asked.seed
+    seeds = [first + number for number in range(asked.n or 1)]
+    drawn = await painter.draw(asked.prompt, seeds)
+    data: list[dict[str, Any]] = []
+    for image, seed in zip(drawn.images, seeds, strict=True):
+        encoded = base64.b64encode(to_png(image, side_px)).decode()
+        if asked.response_format == "url":
+            data.append({"url": f"data:image/png;base64,{encoded}", "seed": seed})
+        else:
+            data.append({"b64_json": encoded, "seed": seed})
+    return {"created": int(time.time()), "data": data}
+
+
+def to_png(image: Images, side_px: int) -> bytes:
+    """A picture (H, W, 3) as a PNG file of side ``side_px``, made smaller with antialiasing."""
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    if picture.width != side_px:
+        picture = picture.resize((side_px, side_px), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return stream.getvalue()

@@ -1,0 +1,148 @@
+"""What every route needs: errors in OpenAI's form, the key, bodies with a limit, and clients who leave."""
+
+import asyncio
+import hmac
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar, cast
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+
+from pipeline.serve.contract import Overloaded
+
+Json = dict[str, Any]
+T = TypeVar("T")
+Model = TypeVar("Model", bound=BaseModel)
+
+_RETRY_AFTER_S = 2
+_LEFT_STATUS = 499
+_DISCONNECT_POLL_S = 0.2
+_TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "overloaded_error", 500: "server_error"}
+
+
+class ApiError(Exception):
+    """An answer that is an error, in the form of OpenAI's API.
+
+    Args:
+        status: HTTP status.
+        message: What is wrong and what to do.
+        param: Field that is at fault.
+        code: Short name for programs.
+    """
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+
+    def response(self) -> JSONResponse:
+        """As an answer."""
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        headers = {"Retry-After": str(_RETRY_AFTER_S)} if self.status in {429, 503} else {}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse({"error": error}, self.status, headers)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Give every error, the framework's own too, OpenAI's form."""
+
+    async def on_api_error(_: Request, error: Exception) -> JSONResponse:
+        return cast("ApiError", error).response()
+
+    async def on_http_error(request: Request, error: Exception) -> JSONResponse:
+        status = cast("HTTPException", error).status_code
+        what = f"{request.method} {request.url.path}"
+        message = f"no such route: {what}" if status == 404 else f"{what}: {cast('HTTPException', error).detail}"
+        return ApiError(status, message, code="unknown_url" if status == 404 else None).response()
+
+    async def on_overload(_: Request, error: Exception) -> JSONResponse:
+        return ApiError(503, f"{error}; try again shortly", code="overloaded").response()
+
+    async def on_bug(_: Request, error: Exception) -> JSONResponse:
+        return ApiError(500, f"{type(error).__name__}: see the server's log", code="internal_error").response()
+
+    app.add_exception_handler(ApiError, on_api_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(Overloaded, on_overload)
+    app.add_exception_handler(Exception, on_bug)
+
+
+def require_key(api_key: str) -> Callable[[Request], None]:
+    """A dependency that refuses requests without the key; with an empty key, none."""
+
+    def check(request: Request) -> None:
+        origin = request.headers.get("origin")
+        if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
+            raise ApiError(403, f"requests from pages of {origin} are refused", code="foreign_origin")
+        given = request.headers.get("authorization", "")
+        if api_key and not hmac.compare_digest(given.encode(), f"Bearer {api_key}".encode()):
+            message = "wrong API key" if given else "no API key: send the header Authorization: Bearer KEY"
+            raise ApiError(401, message, code="invalid_api_key")
+
+    return check
+
+
+async def read_json(request: Request, limit_bytes: int) -> Json:
+    """The body as a JSON object, whatever its content type says.
+
+    Raises:
+        ApiError: 413 above the limit, 400 for anything else than a JSON object.
+    """
+    too_large = ApiError(413, f"the body is above {limit_bytes} bytes", code="body_too_large")
+    declared = request.headers.get("content-length", "0")
+    if not declared.isdigit() or int(declared) > limit_bytes:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit_bytes:
+            raise too_large
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the body is not JSON", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, "the body is not a JSON object", code="invalid_json")
+    return cast("Json", value)
+
+
+def parse(model: type[Model], body: Json) -> Model:
+    """The body as a checked object.
+
+    Raises:
+        ApiError: 400, naming the first field at fault.
+    """
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        param = ".".join(str(part) for part in first["loc"]) or None
+        if first["type"] == "extra_forbidden":
+            raise ApiError(400, f"unknown parameter: {param}", param=param, code="unknown_parameter") from None
+        if first["type"] == "missing":
+            raise ApiError(400, f"{param} is required", param=param, code="missing_parameter") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise ApiError(400, f"{param}: {message}", param=param, code="invalid_value") from None
+
+
+async def while_connected(request: Request, work: Awaitable[T]) -> T:
+    """Wait for ``work``, and cancel it when the client goes away.
+
+    Raises:
+        ApiError: 499, which nobody reads, when the client has gone.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            await asyncio.wait({task}, timeout=_DISCONNECT_POLL_S)
+            if not task.done() and await request.is_disconnected():
+                raise ApiError(_LEFT_STATUS, "the client has left")
+        return task.result()
+    finally:
+        task.cancel()

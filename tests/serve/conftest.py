@@ -1,0 +1,141 @@
+"""Real networks with random weights, small enough to draw a picture in a fraction of a second."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+import uvicorn
+from fastapi import FastAPI
+
+from models.cascade import Cascade
+from models.clip import FrozenClip, create_clip
+from models.config import (
+    ClipConfig,
+    DecoderConfig,
+    DiffusionConfig,
+    PriorConfig,
+    SamplerConfig,
+    UNetConfig,
+    UpsamplerConfig,
+)
+from models.decoder import Decoder
+from models.prior import Prior
+from models.upsampler import Upsampler
+from pipeline.evaluate.sample import cascade_artifacts
+from pipeline.plan import artifact_of, make_plan
+from pipeline.recipe import Recipe
+from pipeline.retrieve import NeighbourIndex
+from pipeline.serve.api import ApiSettings, create_app
+from pipeline.serve.engine import Engine
+from pipeline.serve.library import LocalLibrary
+from pipeline.serve.painter import LocalPainter
+from pipeline.store import Workspace
+from pipeline.weights import load_cascade
+from tests.tiny_cascade import finished_workspace, randomise
+
+CLIP = ClipConfig(
+    embed_dim=16, image_px=32, vision_width=8, text_width=16, text_heads=2, text_layers=1, context_length=16
+)
+
+
+def unet(*attention_px: int) -> UNetConfig:
+    return UNetConfig(
+        channels=8,
+        channel_mults=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=attention_px,
+        head_channels=8,
+        norm_groups=4,
+        dropout=0.0,
+    )
+
+
+@pytest.fixture(scope="session")
+def cascade() -> Cascade:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    clip = FrozenClip(create_clip(CLIP))
+    ddpm = SamplerConfig(method="ddpm", num_steps=6, clip_x0=False, guidance_scale=2.0)
+    prior = Prior(PriorConfig(width=16, depth=2, num_heads=2, sampler=ddpm), clip.dims)
+    dpmpp = SamplerConfig(method="dpmpp_2m", num_steps=7, guidance_scale=1.5)
+    learned = DiffusionConfig(variance="learned_range")
+    decoder = Decoder(
+        DecoderConfig(image_px=8, context_width=8, unet=unet(4), sampler=dpmpp, diffusion=learned), clip.dims
+    )
+    ddim = SamplerConfig(method="ddim", num_steps=4, eta=0.5)
+    upsampler = Upsampler(UpsamplerConfig(image_px=32, low_res_px=8, crop_px=16, unet=unet(), sampler=ddim))
+    for network in (prior, decoder, upsampler):
+        randomise(network)
+    for network in (prior, decoder):
+        network.null_text.set(clip.encode_text([""]))
+    return Cascade(clip, prior, decoder, [upsampler])
+
+
+@pytest.fixture
+def make_engine(cascade: Cascade) -> Iterator[Callable[..., Engine]]:
+    made: list[Engine] = []
+
+    def make(**limits: int) -> Engine:
+        made.append(Engine(cascade, **limits))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server and what stands behind it."""
+
+    url: str
+    recipe: Recipe
+    cascade: Cascade
+    painter: LocalPainter
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[[FastAPI], contextlib.AbstractContextManager[str]]:
+    """``with serving(app) as url``."""
+    return _serving
+
+
+@contextlib.contextmanager
+def _serving(app: FastAPI) -> Generator[str]:
+    """Run an application on a free port, over real sockets."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="off"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    torch.set_num_threads(1)
+    return finished_workspace(tmp_path_factory.mktemp("serving"))
+
+
+@pytest.fixture(scope="session")
+def library(recipe: Recipe) -> LocalLibrary:
+    workspace = Workspace(recipe.workspace)
+    artifacts = {step.name: artifact_of(workspace, step) for step in make_plan(recipe)}
+    return LocalLibrary(NeighbourIndex.open(artifacts["index"]), artifacts["download"])
+
+
+@pytest.fixture(scope="session")
+def server(recipe: Recipe, library: LocalLibrary) -> Iterator[Server]:
+    cascade = load_cascade(cascade_artifacts(recipe))
+    painter = LocalPainter(cascade, max_batch_size=4, max_waiting=3)
+    with _serving(create_app(painter, library, ApiSettings(recipe.name, 32, created=1_700_000_000))) as url:
+        yield Server(url, recipe, cascade, painter)
+    painter.close()

@@ -1,0 +1,237 @@
+import base64
+import concurrent.futures
+import contextlib
+import socket
+import time
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+
+from models.cascade import CascadeResult
+from pipeline.serve.api import ApiSettings, create_app
+from pipeline.serve.images import to_png
+from pipeline.serve.painter import LocalPainter
+from tests.tiny_cascade import pixels
+
+PROMPT = "a large red circle on a white background"
+
+
+@pytest.fixture
+def client(server: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+
+
+def expected(server: Any, prompt: str, seeds: list[int]) -> CascadeResult:
+    return server.cascade.sample([prompt] * len(seeds), seeds)
+
+
+def close_to(drawn: Any, wanted: Any) -> bool:
+    difference = np.abs(drawn.astype(int) - wanted)
+    return bool(difference.mean() < 0.1 and difference.max() < 16)
+
+
+def post(server: Any, body: Any = None, **arguments: Any) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/images/generations", json=body, timeout=60, **arguments)
+
+
+def test_openai_client_gets_the_pictures_that_the_cascade_draws(server: Any, client: openai.OpenAI) -> None:
+    answer = client.images.generate(
+        prompt=PROMPT, n=3, size="32x32", model="tiny", response_format="b64_json", user="me", extra_body={"seed": 5}
+    )
+    assert abs(answer.created - time.time()) < 60
+    assert answer.data is not None
+    drawn = [pixels(base64.b64decode(image.b64_json or "")) for image in answer.data]
+    for picture, wanted in zip(drawn, expected(server, PROMPT, [5, 6, 7]).images.numpy(), strict=True):
+        assert close_to(picture, wanted)
+    assert [image.model_extra for image in answer.data] == [{"seed": 5}, {"seed": 6}, {"seed": 7}]
+
+
+def test_defaults_are_one_picture_of_full_size_and_a_new_seed_each_time(client: openai.OpenAI) -> None:
+    first, second = (client.images.generate(prompt=PROMPT).data or [] for _ in range(2))
+    assert (len(first), len(second)) == (1, 1)
+    assert pixels(base64.b64decode(first[0].b64_json or "")).shape == (32, 32, 3)
+    assert first[0].b64_json != second[0].b64_json
+
+
+def test_smaller_sizes_are_the_same_picture_made_smaller(server: Any, client: openai.OpenAI) -> None:
+    seed = {"seed": 3}
+    small = client.images.generate(prompt=PROMPT, size="16x16", extra_body=seed).data or []
+    large = client.images.generate(prompt=PROMPT, size="auto", extra_body=seed).data or []
+    picture = pixels(base64.b64decode(small[0].b64_json or ""))
+    assert picture.shape == (16, 16, 3)
+    whole = pixels(base64.b64decode(large[0].b64_json or "")).astype(float)
+    averaged = whole.reshape(16, 2, 16, 2, 3).mean((1, 3))
+    assert np.corrcoef(picture.ravel(), averaged.ravel())[0, 1] > 0.9
+
+
+def test_to_png_shrinks_with_antialiasing() -> None:
+    checkers = np.indices((32, 32)).sum(0)[..., None].repeat(3, 2) % 2 * 255
+    shrunk = pixels(to_png(checkers.astype(np.uint8), 16))[2:-2, 2:-2]
+    assert np.abs(shrunk.astype(int) - 127).max() <= 2  # grey; taking every second pixel would be black or white
+
+
+def test_url_answers_carry_the_picture_in_the_url(client: openai.OpenAI) -> None:
+    [image] = client.images.generate(prompt=PROMPT, response_format="url").data or []
+    kind, _, data = (image.url or "").partition(",")
+    assert kind == "data:image/png;base64"
+    assert pixels(base64.b64decode(data)).shape == (32, 32, 3)
+    assert image.b64_json is None
+
+
+def test_models_are_listed_and_an_unknown_one_is_404(client: openai.OpenAI) -> None:
+    assert [(model.id, model.owned_by) for model in client.models.list()] == [("tiny", "unclip")]
+    assert client.models.retrieve("tiny").created == 1_700_000_000
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.images.generate(prompt=PROMPT, model="dall-e-2")
+    assert caught.value.body == {
+        "message": "model 'dall-e-2' does not exist; this server has 'tiny'",
+        "type": "invalid_request_error",
+        "param": "model",
+        "code": "model_not_found",
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({}, "prompt", "missing_parameter"),
+        ({"prompt": " "}, "prompt", "invalid_value"),
+        ({"prompt": "x" * 4001}, "prompt", "invalid_value"),
+        ({"prompt": 3}, "prompt", "invalid_value"),
+        ({"prompt": "x", "n": 0}, "n", "invalid_value"),
+        ({"prompt": "x", "n": 11}, "n", "invalid_value"),
+        ({"prompt": "x", "n": "2"}, "n", "invalid_value"),
+        ({"prompt": "x", "size": "64x64"}, "size", "invalid_value"),
+        ({"prompt": "x", "size": "16x32"}, "size", "invalid_value"),
+        ({"prompt": "x", "size": "large"}, "size", "invalid_value"),
+        ({"prompt": "x", "size": "2x2"}, "size", "invalid_value"),
+        ({"prompt": "x", "response_format": "png"}, "response_format", "invalid_value"),
+        ({"prompt": "x", "seed": -1}, "seed", "invalid_value"),
+        ({"prompt": "x", "stream": True}, "stream", "invalid_value"),
+        ({"prompt": "x", "quality": "hd"}, "quality", "invalid_value"),
+        ({"prompt": "x", "steps": 3}, "steps", "unknown_parameter"),
+        ([], None, "invalid_json"),
+    ],
+)
+def test_wrong_requests_are_400_and_name_the_parameter(server: Any, body: Any, param: str, code: str) -> None:
+    answer = post(server, body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["param"], error["code"]) == (
+        400,
+        "invalid_request_error",
+        param,
+        code,
+    )
+    assert not param or param in error["message"]
+
+
+def test_bodies_that_are_no_json_are_400_and_large_ones_413(server: Any) -> None:
+    assert post(server, content=b"{").json()["error"]["code"] == "invalid_json"
+    declared = post(server, content=b" " * ((1 << 20) + 1))
+    assert (declared.status_code, declared.json()["error"]["code"]) == (413, "body_too_large")
+
+    def chunks() -> Any:
+        for _ in range(20):
+            yield b" " * (1 << 16)
+
+    chunked = post(server, content=chunks())  # no length is declared
+    assert (chunked.status_code, chunked.json()["error"]["code"]) == (413, "body_too_large")
+
+
+def test_any_content_type_is_read_as_json(server: Any) -> None:
+    answer = post(server, content=b'{"prompt": "a"}', headers={"Content-Type": "text/plain"})
+    assert answer.status_code == 200
+
+
+def test_unknown_routes_and_methods_are_errors_of_the_same_form(server: Any) -> None:
+    missing = httpx.post(f"{server.url}/v1/images/nothing")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "unknown_url")
+    assert httpx.get(f"{server.url}/v1/images/generations").status_code == 405
+    assert "error" in httpx.get(f"{server.url}/v1/images/generations").json()
+
+
+def test_pages_of_other_origins_are_refused(server: Any) -> None:
+    assert post(server, {"prompt": "a"}, headers={"Origin": server.url}).status_code == 200
+    answer = post(server, {"prompt": "a"}, headers={"Origin": "https://elsewhere.example"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "foreign_origin")
+
+
+def test_a_key_is_asked_for_when_one_is_set(server: Any, serving: Any) -> None:
+    app = create_app(server.painter, None, ApiSettings("tiny", 32, api_key="secret"))
+    with serving(app) as url:
+        right = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
+        wrong = openai.OpenAI(base_url=f"{url}/v1", api_key="secret2", max_retries=0)
+        assert len(right.images.generate(prompt="a").data or []) == 1
+        with pytest.raises(openai.AuthenticationError) as caught:
+            wrong.images.generate(prompt="a")
+        assert caught.value.code == "invalid_api_key"
+        nothing = httpx.get(f"{url}/v1/models")
+        assert (nothing.status_code, nothing.headers["WWW-Authenticate"]) == (401, "Bearer")
+        assert httpx.get(f"{url}/metrics").status_code == 401
+        assert httpx.get(f"{url}/").status_code == 200
+        assert httpx.get(f"{url}/healthz").status_code == 200
+        assert httpx.post(f"{url}/knn-service", json={}).status_code == 404  # no library, no route
+
+
+def test_overload_is_503_with_a_time_to_come_back(server: Any) -> None:
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda number: post(server, {"prompt": f"{number}", "n": 10}), range(12)))
+    refused = [answer for answer in answers if answer.status_code == 503]
+    assert refused
+    assert all(answer.headers["Retry-After"] == "2" for answer in refused)
+    assert refused[0].json()["error"]["code"] == "overloaded"
+    done = [answer for answer in answers if answer.status_code == 200]
+    assert len(done) >= 3  # as many as may wait
+    assert len(done) + len(refused) == 12
+
+
+def test_a_client_that_leaves_is_dropped(server: Any) -> None:
+    before = httpx.get(f"{server.url}/healthz").json()
+    host, port = server.url.removeprefix("http://").split(":")
+    body = b'{"prompt": "a", "n": 10}'
+    with contextlib.closing(socket.create_connection((host, int(port)))) as link:
+        link.sendall(
+            b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        )
+        while httpx.get(f"{server.url}/healthz").json()["requests"] == before["requests"]:
+            time.sleep(0.01)
+    deadline = time.monotonic() + 20
+    while (now := httpx.get(f"{server.url}/healthz").json())["dropped"] == before["dropped"]:
+        assert time.monotonic() < deadline, now
+        time.sleep(0.02)
+    assert now["active"] == now["waiting"] == 0
+
+
+def test_health_and_metrics_count_what_was_drawn(server: Any) -> None:
+    before = httpx.get(f"{server.url}/healthz").json()
+    assert (before["status"], before["model"]) == ("ok", "tiny")
+    post(server, {"prompt": "a", "n": 2})
+    lines = dict(line.split() for line in httpx.get(f"{server.url}/metrics").text.splitlines())
+    assert int(lines["unclip_pictures"]) == before["pictures"] + 2
+    assert int(lines["unclip_requests"]) == before["requests"] + 1
+
+
+def test_a_dead_engine_is_not_healthy(server: Any, serving: Any) -> None:
+    painter = LocalPainter(server.cascade)
+    painter.close()
+    with serving(create_app(painter, None, ApiSettings("tiny", 32))) as url:
+        assert httpx.get(f"{url}/healthz").status_code == 503
+        assert post_to(url, {"prompt": "a"}).json()["error"]["type"] == "overloaded_error"
+
+
+def post_to(url: str, body: Any) -> httpx.Response:
+    return httpx.post(f"{url}/v1/images/generations", json=body, timeout=60)
+
+
+def test_the_page_is_allowed_its_own_script_and_nothing_else(server: Any) -> None:
+    answer = httpx.get(server.url)
+    policy = answer.headers["Content-Security-Policy"]
+    assert answer.headers["Content-Type"].startswith("text/html")
+    assert "const SIDE_PX = 32, HAS_LIBRARY = true;" in answer.text
+    assert "{{" not in answer.text
+    assert "default-src 'none'" in policy
+    assert "'unsafe-inline'" not in policy
+    assert "src=" not in answer.text  # nothing comes from elsewhere

@@ -1,0 +1,115 @@
+import base64
+import json
+from typing import Any
+
+import httpx
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.plan import artifact_of, make_plan
+from pipeline.schema import make_uid
+from pipeline.store import Workspace
+from tests.tiny_cascade import COLOURS, pixels, png
+
+
+def post(server: Any, path: str = "/knn-service", **body: Any) -> httpx.Response:
+    # As clip-retrieval's own client sends it: JSON without a content type, every field there, null where unused.
+    fields = {
+        "text": None, "image": None, "image_url": None, "embedding_input": None,
+        "modality": "image", "num_images": 3, "indice_name": "tiny", "use_mclip": False, "deduplicate": True,
+        "use_safety_model": True, "use_violence_detector": True, "aesthetic_score": "", "aesthetic_weight": 0.5,
+    }  # fmt: skip
+    return httpx.post(f"{server.url}{path}", content=json.dumps(fields | body))
+
+
+def embeddings(server: Any) -> Any:
+    steps = {step.name: step for step in make_plan(server.recipe)}
+    embed = artifact_of(Workspace(server.recipe.workspace), steps["embed"])
+    return pq.read_table(embed.path("00000.parquet"))
+
+
+def test_a_picture_finds_itself_first_with_its_row_and_its_pixels(server: Any) -> None:
+    for colour in ("red", "blue"):
+        found = post(server, image=base64.b64encode(png(colour, 40)).decode()).json()
+        assert len(found) == 3
+        assert found[0]["caption"] == f"a {colour} picture"
+        assert found[0]["uid"] == make_uid(found[0]["url"], found[0]["caption"])
+        assert found[0]["similarity"] > 0.999
+        assert found[0]["similarity"] >= found[1]["similarity"] >= found[2]["similarity"]
+        stored = base64.b64decode(found[0]["image"])
+        assert stored.startswith(b"\xff\xd8")
+        assert np.abs(pixels(stored).astype(int) - pixels(png(colour))).max() < 4
+
+
+def test_an_embedding_finds_what_is_nearest_by_arithmetic(server: Any) -> None:
+    table = embeddings(server)
+    for modality in ("image", "text"):
+        vectors = np.array(table.column(f"z_{modality}").to_pylist(), np.float32)
+        query = vectors[4] + 0.3 * vectors[7]
+        found = post(server, embedding_input=(5 * query).tolist(), modality=modality, num_images=10).json()
+        cosines = vectors @ query / np.linalg.norm(query) / np.linalg.norm(vectors, axis=1)
+        order = np.argsort(-cosines)
+        assert [one["similarity"] for one in found] == pytest.approx(cosines[order], abs=2e-3)
+        assert found[0]["uid"] == table.column("uid")[int(order[0])].as_py()
+
+
+def test_a_text_finds_its_own_caption_and_comes_before_a_picture(server: Any) -> None:
+    red = base64.b64encode(png("red")).decode()
+    found = post(server, text="a green picture", image=red, modality="text").json()
+    assert found[0]["caption"] == "a green picture"
+    assert found[0]["similarity"] > 0.999
+
+
+def test_results_past_num_images_carry_their_number_alone(server: Any) -> None:
+    found = post(server, text="a green picture", num_images=2, num_result_ids=5).json()
+    assert [set(one) == {"id", "similarity"} for one in found] == [False, False, True, True, True]
+    assert "image" in found[1]
+    rows = post(server, "/metadata", ids=[one["id"] for one in found]).json()
+    assert [row["id"] for row in rows] == [one["id"] for one in found]
+    assert rows[0]["metadata"]["caption"] == found[0]["caption"]
+    assert {row["metadata"]["caption"] for row in rows} <= {f"a {colour} picture" for colour in COLOURS}
+
+
+def test_nothing_asked_for_is_an_empty_list(server: Any) -> None:
+    assert post(server, text="a", num_images=0).json() == []
+    assert post(server, "/metadata", ids=[]).json() == []
+
+
+def test_the_index_has_the_name_of_the_recipe(server: Any) -> None:
+    assert httpx.get(f"{server.url}/indices-list").json() == ["tiny"]
+    assert post(server, text="a", indice_name=None).status_code == 200
+    answer = post(server, text="a", indice_name="laion5B")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "index_not_found")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({}, "give one of text, image, embedding_input"),
+        ({"image_url": "http://169.254.169.254/latest"}, "fetches no URLs"),
+        ({"image": "not base64!"}, "not a picture in base64"),
+        ({"image": base64.b64encode(b"GIF89a nonsense").decode()}, "not a picture in base64"),
+        ({"embedding_input": [1.0, 2.0]}, "2 numbers; this index takes 16"),
+        ({"embedding_input": [0.0] * 16}, "all zero"),
+        ({"text": "a", "modality": "sound"}, "modality"),
+        ({"text": "a", "num_images": 100_000}, "num_images"),
+        ({"text": "a", "num_images": None}, "num_images"),
+    ],
+)
+def test_wrong_searches_are_400_and_say_why(server: Any, body: dict[str, Any], words: str) -> None:
+    answer = post(server, **body)
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]["message"]
+
+
+def test_unknown_rows_are_400(server: Any) -> None:
+    answer = post(server, "/metadata", ids=[0, 10])
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "ids: no row 10: the index has 10")
+
+
+def test_a_picture_that_would_fill_the_memory_is_not_decoded(server: Any) -> None:
+    bomb = png("red", 6400)  # a few kilobytes, 41 million pixels
+    answer = post(server, image=base64.b64encode(bomb).decode())
+    assert answer.status_code == 400
+    assert "6400x6400 is above" in answer.json()["error"]["message"]
