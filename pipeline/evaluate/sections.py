@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config import UpsamplerStepConfig
 from pipeline.errors import DataError
 from pipeline.evaluate.charts import Curve, line_chart
 from pipeline.evaluate.pictures import from_bytes, thumbnail
@@ -204,8 +205,11 @@ def covered_s(spans: list[tuple[float, float]]) -> float:
 
 
 def recipe_changes(recipe: Recipe) -> list[tuple[str, str, str]]:
-    """Fields of the recipe that are not at their default: dotted name, value, default (empty: the table is new)."""
-    defaults, values = _flatten(to_dict(Recipe())), _flatten(to_dict(recipe))
+    """Fields of the recipe that are not at their default: dotted name, value, default."""
+    # Upsamplers have no table by default; what they have is compared with the defaults of such a table.
+    upsampler = to_dict(UpsamplerStepConfig())
+    defaults = _flatten(to_dict(Recipe()) | {"upsampler_1": upsampler, "upsampler_2": upsampler})
+    values = _flatten(to_dict(recipe))
     return [
         (name, _text(value), _text(defaults[name]) if name in defaults else "")
         for name, value in values.items()

@@ -176,7 +176,8 @@ def test_covered_time_counts_steps_that_run_side_by_side_once() -> None:
 def test_recipe_changes_are_the_fields_that_differ(recipe: Recipe) -> None:
     changes = {name: (value, default) for name, value, default in recipe_changes(recipe)}
     assert changes["decoder.train.num_steps"] == ("1200", "1000")
-    assert changes["upsampler_1.model.image_px"] == ("64", "")
+    assert changes["upsampler_1.model.image_px"] == ("64", "256")
+    assert "upsampler_1.train.num_steps" not in changes
     assert "prior.train.num_steps" not in changes
 
 
