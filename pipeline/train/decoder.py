@@ -1,0 +1,44 @@
+"""The decoder's part of a training: the loss of one batch (arXiv:2204.06125, section 2.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.decoder import Decoder
+from models.diffusion import Diffusion
+from models.pixels import resize_crop, to_pixels
+from pipeline.train.batches import Batch, TextEncoder
+from pipeline.train.draws import draw_keep, draw_normal, draw_timesteps
+
+
+class DecoderObjective(nn.Module):
+    """Diffusion loss of the small picture given z_image and caption, each dropped at times.
+
+    Args:
+        network: The decoder.
+        encode_text: The frozen CLIP's text tower.
+    """
+
+    def __init__(self, network: Decoder, encode_text: TextEncoder) -> None:
+        super().__init__()
+        self.network = network
+        self._encode_text = encode_text
+        self._diffusion = Diffusion(network.config.diffusion)
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Mean loss of the batch."""
+        network, config, z_image = self.network, self.network.config, batch.require_z_image()
+        size, device = len(batch), z_image.device
+        x0 = resize_crop(to_pixels(batch.require_images()), config.image_px)
+        text = self._encode_text(batch.captions)
+        keep_image = draw_keep(size, config.image_drop_prob, generator, device) if self.training else None
+        keep_text = draw_keep(size, config.text_drop_prob, generator, device) if self.training else None
+        t = draw_timesteps(size, self._diffusion.num_timesteps, generator, device)
+        noise = draw_normal(x0, generator)
+        condition = network.encode_condition(z_image, text, keep_image=keep_image, keep_text=keep_text)
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            return network(x, t, condition)
+
+        return self._diffusion.training_losses(denoise, x0, t, noise).loss.mean()

@@ -1,0 +1,153 @@
+"""One network from its first weights, or its newest checkpoint, to its artifact: on one worker, with no Ray."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models.noise import derive_seed
+from pipeline.errors import ResumeError
+from pipeline.progress import METRICS
+from pipeline.store import Artifact
+from pipeline.train.assemble import Parts, TrainJob, assemble, part_of
+from pipeline.train.batches import Share, iterate_batches, plan_order
+from pipeline.train.loop import learning_rate, make_step, train
+from pipeline.train.state import TrainState, create_state, load_newest_checkpoint, save_checkpoint
+from pipeline.weights import num_parameters
+
+Json = dict[str, Any]
+Watch = Callable[[int, int, str], None]
+"""Told (steps done, steps in all, message) by rank 0 at every log line."""
+_VALIDATION_ROWS = 128
+
+
+def run_job(job: TrainJob, watch: Watch) -> Json:
+    """Train, or continue, and publish the averaged network; every worker of the training calls this.
+
+    Args:
+        job: What to train, and which worker this is.
+        watch: Hears of progress; called on rank 0 alone.
+
+    Returns:
+        What was measured: the last losses, parameters, steps; empty on ranks above 0.
+
+    Raises:
+        DataError: If the input artifacts are damaged, or hold no row.
+        StepError: If a loss is not finite.
+        ResumeError: If a checkpoint does not fit.
+    """
+    section, is_first = job.section, job.rank == 0
+    config, resources = section.train, section.resources
+    parts = assemble(job)
+    state = create_state(parts.network, config, job.device)
+    load_newest_checkpoint(state, job.output, job.digest)
+    _require_same_step(state)
+    objective = parts.objective(state.network).train()
+    if job.world_size > 1:
+        objective = DistributedDataParallel(objective)
+    order = plan_order(parts.train, job.seed, where=job.name)
+    share = Share(config.batch_size, job.rank, job.world_size)
+    prefetch = job.num_threads > 1 or job.device.type != "cpu"
+    log = MetricsLog(job.output, state.step)
+
+    def report(state: TrainState) -> None:
+        if is_first:
+            loss = log.add_losses(state, learning_rate(config, state.step - 1))
+            watch(state.step, config.num_steps, f"loss {loss:.4f}")
+
+    def save(state: TrainState) -> None:
+        if is_first:
+            log.add_validation(state.step, _validation_loss(parts, state.ema, job))
+            log.flush()
+            save_checkpoint(state, job.output, job.digest, resources.num_checkpoints)
+
+    if is_first:
+        watch(state.step, config.num_steps, "training")
+    step_fn = make_step(objective, config, seed=job.seed, rank=job.rank)
+    with closing(iterate_batches(parts.train, order, share, state.step, prefetch=prefetch)) as batches:
+        train(state, step_fn, batches, config, resources, save, report)
+    if not is_first:
+        return {}
+    log.add_validation(state.step, _validation_loss(parts, state.ema, job))
+    log.flush()
+    parts.publish(state.ema)
+    return log.summary() | {"num_parameters": num_parameters(state.network), "num_steps": state.step}
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one row a log line; a resumed run continues it as if it had never stopped.
+
+    Args:
+        artifact: The artifact of the running step.
+        step: Step of the checkpoint that is continued; rows beyond it are dropped.
+    """
+
+    def __init__(self, artifact: Artifact, step: int) -> None:
+        self._artifact = artifact
+        lines = (
+            artifact.path(METRICS).read_text(encoding="utf-8").splitlines() if step and artifact.exists(METRICS) else []
+        )
+        self.rows: list[Json] = [row for row in map(json.loads, lines) if row["step"] <= step]
+
+    def add_losses(self, state: TrainState, rate: float) -> float:
+        """Add the mean loss since the last log line, with the last gradient norm and rate; returns the loss."""
+        total, count = state.loss_sum.tolist()
+        loss = total / max(count, 1)
+        self.rows.append({"step": state.step, "loss": loss, "grad_norm": float(state.grad_norm), "lr": rate})
+        return loss
+
+    def add_validation(self, step: int, loss: float | None) -> None:
+        """Add the loss on the validation split, if there is one."""
+        if loss is not None:
+            self.rows.append({"step": step, "val_loss": loss})
+
+    def flush(self) -> None:
+        """Publish all rows."""
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        self._artifact.write_bytes(METRICS, text.encode())
+
+    def summary(self) -> Json:
+        """The last loss of each kind."""
+        last: Json = {}
+        for row in self.rows:
+            last |= {name: row[name] for name in ("loss", "val_loss") if name in row}
+        return last
+
+
+@torch.no_grad()
+def _validation_loss(parts: Parts, average: nn.Module, job: TrainJob) -> float | None:
+    """Mean loss of the averaged network on the first validation rows, with the same draws at every call."""
+    rows = parts.validation.first(_VALIDATION_ROWS)
+    if rows is None:
+        return None
+    objective, size = parts.objective(average).eval(), job.section.train.batch_size
+    generator = torch.Generator().manual_seed(derive_seed(job.seed, "validation"))
+    total = 0.0
+    for start in range(0, len(rows), size):
+        batch = part_of(rows, slice(start, start + size)).to(job.device)
+        total += float(objective(batch, generator)) * len(batch)
+    return total / len(rows)
+
+
+def _require_same_step(state: TrainState) -> None:
+    """All workers must continue from the same checkpoint; they do not where the workspace is not shared.
+
+    Raises:
+        ResumeError: If they do not.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return
+    steps = torch.tensor([state.step, -state.step], device=state.bad_step.device)
+    torch.distributed.all_reduce(steps, torch.distributed.ReduceOp.MAX)
+    if steps.sum() != 0:
+        raise ResumeError(
+            f"workers see different checkpoints (steps {-int(steps[1])} and {int(steps[0])}): "
+            "put the workspace on storage that all nodes share"
+        )

@@ -1,0 +1,42 @@
+"""The prior's part of a training: the loss of one batch (arXiv:2204.06125, section 2.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.diffusion import Diffusion
+from models.prior import Prior
+from pipeline.train.batches import Batch, TextEncoder
+from pipeline.train.draws import draw_keep, draw_normal, draw_timesteps
+
+
+class PriorObjective(nn.Module):
+    """Squared error of the un-noised z_image that the network predicts, captions dropped at times.
+
+    Args:
+        network: The prior.
+        encode_text: The frozen CLIP's text tower.
+    """
+
+    def __init__(self, network: Prior, encode_text: TextEncoder) -> None:
+        super().__init__()
+        self.network = network
+        self._encode_text = encode_text
+        self._diffusion = Diffusion(network.config.diffusion)
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Mean loss of the batch."""
+        network, z_image = self.network, batch.require_z_image()
+        size, device = len(batch), z_image.device
+        text = self._encode_text(batch.captions)
+        keep = draw_keep(size, network.config.text_drop_prob, generator, device) if self.training else None
+        t = draw_timesteps(size, self._diffusion.num_timesteps, generator, device)
+        x0 = network.scale(z_image)
+        noise = draw_normal(x0, generator)
+        condition = network.encode_condition(text, keep=keep)
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            return network(x, t, condition)
+
+        return self._diffusion.training_losses(denoise, x0, t, noise).loss.mean()

@@ -1,0 +1,42 @@
+"""An upsampler's part of a training: the loss of one batch of crops (arXiv:2204.06125, section 2.1 and appendix C)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.degradation import random_crop
+from models.diffusion import Diffusion
+from models.low_res import spoilt_low_res
+from models.pixels import resize_crop, to_pixels
+from models.upsampler import Upsampler
+from pipeline.train.batches import Batch
+from pipeline.train.draws import draw_normal, draw_timesteps
+
+
+class UpsamplerObjective(nn.Module):
+    """Diffusion loss of crops of the large picture given the same crops of the spoilt small one.
+
+    Args:
+        network: The upsampler.
+    """
+
+    def __init__(self, network: Upsampler) -> None:
+        super().__init__()
+        self.network = network
+        self._diffusion = Diffusion(network.config.diffusion)
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Mean loss of the batch."""
+        network, config = self.network, self.network.config
+        pictures = resize_crop(to_pixels(batch.require_images()), config.image_px)
+        x0 = random_crop(pictures, config.crop_px, generator, multiple_px=network.factor)
+        low_res = spoilt_low_res(x0, config.crop_px // network.factor, config.degradation, generator)
+        t = draw_timesteps(len(batch), self._diffusion.num_timesteps, generator, x0.device)
+        noise = draw_normal(x0, generator)
+        condition = network.encode_condition(low_res)
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            return network(x, t, condition)
+
+        return self._diffusion.training_losses(denoise, x0, t, noise).loss.mean()

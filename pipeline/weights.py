@@ -1,0 +1,148 @@
+"""Networks in artifacts: ``config.json`` beside ``model.safetensors``, and CLIP in open_clip's own layout."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models.cascade import Cascade
+from models.clip import CONFIG_FILE as CLIP_CONFIG
+from models.clip import WEIGHTS_FILE as CLIP_WEIGHTS
+from models.clip import FrozenClip, OpenClip, load_clip, save_clip
+from models.config import ClipDims, DecoderConfig, PriorConfig, UpsamplerConfig
+from models.decoder import Decoder
+from models.prior import Prior
+from models.upsampler import Upsampler
+from pipeline.errors import DataError
+from pipeline.recipe import to_dict
+from pipeline.store import Artifact
+
+SCHEMA_VERSION = 1
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+
+Network = Prior | Decoder | Upsampler
+NetworkConfig = PriorConfig | DecoderConfig | UpsamplerConfig
+_CONFIGS: dict[str, type[Any]] = {"prior": PriorConfig, "decoder": DecoderConfig, "upsampler": UpsamplerConfig}
+
+
+def build_network(config: NetworkConfig, dims: ClipDims) -> Network:
+    """A network with random weights (of torch's global generator); an upsampler does not depend on CLIP's widths."""
+    if isinstance(config, PriorConfig):
+        return Prior(config, dims)
+    if isinstance(config, DecoderConfig):
+        return Decoder(config, dims)
+    return Upsampler(config)
+
+
+def save_network(
+    artifact: Artifact, kind: str, config: NetworkConfig, dims: ClipDims | None, state_dict: dict[str, Tensor]
+) -> None:
+    """Write ``config.json`` and ``model.safetensors``; the same weights give the same bytes.
+
+    Args:
+        artifact: Where to.
+        kind: ``prior``, ``decoder`` or ``upsampler``.
+        config: The network's configuration.
+        dims: CLIP's widths; None for an upsampler.
+        state_dict: The weights, on any device.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    with artifact.write(WEIGHTS) as path:
+        save_file(tensors, path, metadata={"format": "pt"})
+    described = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": kind,
+        "config": to_dict(config),
+        "dims": None if dims is None else to_dict(dims),
+    }
+    artifact.write_json(CONFIG, described)
+
+
+def load_network(artifact: Artifact, device: torch.device | str = "cpu") -> Network:
+    """Read what ``save_network`` wrote, in evaluation mode.
+
+    Raises:
+        DataError: If a file is missing, of a newer schema, damaged, or the weights are not those of the configuration.
+    """
+    described: dict[str, Any] = artifact.read_json(CONFIG)
+    where = f"{artifact.uri}/{CONFIG}"
+    version, kind = described.get("schema_version"), str(described.get("kind"))
+    if version != SCHEMA_VERSION or kind not in _CONFIGS:
+        raise DataError(f"{where}: {kind} of schema version {version}; this unclip reads version {SCHEMA_VERSION}")
+    try:
+        config = TypeAdapter(_CONFIGS[kind]).validate_json(json.dumps(described["config"]))
+        dims = TypeAdapter(ClipDims).validate_json(json.dumps(described["dims"] or {}))
+        network = build_network(cast("NetworkConfig", config), dims)
+    except (ValidationError, ValueError, KeyError) as error:
+        raise DataError(f"{where}: {error}; train the step again") from error
+    path = artifact.path(WEIGHTS)
+    try:
+        network.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise DataError(f"{path}: not the weights of {where}: {error}; remove {artifact.uri} and run again") from error
+    return network.to(device).eval().requires_grad_(requires_grad=False)
+
+
+def save_clip_artifact(artifact: Artifact, clip: OpenClip) -> None:
+    """Write CLIP in open_clip's ``local-dir:`` layout, the configuration last."""
+    with tempfile.TemporaryDirectory(prefix="unclip-") as name:
+        folder = Path(name)
+        save_clip(clip, folder)
+        for file in (CLIP_WEIGHTS, CLIP_CONFIG):
+            artifact.write_bytes(file, (folder / file).read_bytes())
+
+
+def load_clip_artifact(artifact: Artifact, device: torch.device | str = "cpu") -> FrozenClip:
+    """Read the frozen CLIP.
+
+    Raises:
+        DataError: If it is missing or damaged.
+    """
+    config, weights = artifact.path(CLIP_CONFIG), artifact.path(CLIP_WEIGHTS)
+    assert config.parent == weights.parent
+    try:
+        return FrozenClip(load_clip(config.parent)).to(device)
+    except ValueError as error:
+        raise DataError(f"{artifact.uri}: {error}; remove it and run again") from error
+
+
+def load_cascade(artifacts: dict[str, Artifact], device: torch.device | str = "cpu") -> Cascade:
+    """Load everything that draws pictures.
+
+    Args:
+        artifacts: By step name: ``clip``, ``prior``, ``decoder`` and, where the recipe has them, ``upsampler_1`` and
+            ``upsampler_2``; others are not read.
+        device: Where to.
+
+    Raises:
+        DataError: If an artifact is missing or damaged, or the networks do not fit together.
+    """
+    clip = load_clip_artifact(artifacts["clip"], device)
+    networks = {
+        name: load_network(artifacts[name], device)
+        for name in ("prior", "decoder", "upsampler_1", "upsampler_2")
+        if name in artifacts
+    }
+    prior, decoder = networks.pop("prior"), networks.pop("decoder")
+    upsamplers = [network for network in networks.values() if isinstance(network, Upsampler)]
+    if not isinstance(prior, Prior) or not isinstance(decoder, Decoder) or len(upsamplers) < len(networks):
+        kinds = {name: type(network).__name__ for name, network in networks.items()}
+        raise DataError(f"the artifacts are not a cascade: {kinds}")
+    try:
+        return Cascade(clip, prior, decoder, upsamplers)
+    except ValueError as error:
+        raise DataError(f"the networks do not fit together: {error}; run the recipe again") from error
+
+
+def num_parameters(network: nn.Module) -> int:
+    """Parameters of a network."""
+    return sum(parameter.numel() for parameter in network.parameters())
