@@ -54,6 +54,7 @@ def _train(context: StepContext) -> StepResult:
         output.remove(file)
     os.environ.update({key: value for key, value in _RAY_TRAIN_SETTINGS.items() if key not in os.environ})
     use_gpu = resources.accelerator == "cuda"
+    progress, num_steps = Progress(output), context.recipe.trained()[name].train.num_steps
     trainer = TorchTrainer(
         _run_worker,
         train_loop_config={"context": context},
@@ -78,6 +79,7 @@ def _train(context: StepContext) -> StepResult:
             f"its checkpoints are kept in {output.uri}; run again to continue"
         ) from error
     _raise_reported(context)
+    progress.update(num_steps, num_steps, "steps", "trained", force=True)  # with the time that Ray Train takes to start
     return StepResult(metrics=output.read_json(_RESULT), num_workers=resources.num_workers)
 
 
