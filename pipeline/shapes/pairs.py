@@ -17,12 +17,12 @@ from pipeline.shapes.scene import Scene, training_scene
 
 FAULTS: dict[str, str] = {
     "missing": "404, a dead link",
-    "broken": "500, a server in trouble",
-    "refused": "nobody listens at the address (port 1)",
-    "slow": "accepts the request and says nothing for a minute",
-    "drip": "sends a picture at 8 bytes a second",
+    "slow": "accepts the request and says nothing for half a minute",
     "corrupt": "a JPEG cut off in its header",
     "html": "200, a page of text with the name of a picture",
+    "broken": "500, a server in trouble",
+    "refused": "nobody listens at the address (port 1)",
+    "drip": "sends four bytes a second, which outwits a timeout per read, and hangs up unfinished after 20 s",
 }
 """Kinds of faulty URLs, and what each does."""
 MIN_IMAGE_PX, MAX_IMAGE_PX = 16, 1024

@@ -17,16 +17,16 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "yellow": (255, 228, 0),
     "green": (10, 160, 50),
     "blue": (20, 60, 235),
-    "purple": (140, 25, 185),
+    "purple": (145, 25, 180),
     "pink": (255, 120, 190),
 }
-"""Colours of objects, sRGB 0-255, each at its plain hue (0, 32, 54, 136, 229, 283 and 329 degrees)."""
+"""Colours of objects, sRGB 0-255, each at its plain hue (0, 32, 54, 136, 229, 286 and 329 degrees)."""
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
     "black": (0, 0, 0),
     "gray": (128, 128, 128),
-    "beige": (232, 212, 170),
-    "cyan": (150, 226, 232),
+    "beige": (226, 202, 152),
+    "cyan": (130, 218, 226),
 }
 """Backgrounds, sRGB 0-255; the two that have a hue are pale, so that no object is mistaken for them."""
 RADIUS: dict[str, float] = {"small": 0.14, "medium": 0.185, "large": 0.23}
@@ -162,7 +162,7 @@ def evaluation_scenes(num_scenes: int, seed: int) -> list[EvaluationScene]:
 
     Args:
         num_scenes: How many; at most 300, for want of other prompts of one object.
-        seed: Seed of the choice and the places; the same seed and number give the same scenes.
+        seed: Seed of the choice and the places; of two numbers, the smaller gives the first scenes of the larger.
 
     Returns:
         Scenes with their kinds, in the proportions of EVALUATION_KINDS, the kinds taking turns.
@@ -173,7 +173,7 @@ def evaluation_scenes(num_scenes: int, seed: int) -> list[EvaluationScene]:
     if not 1 <= num_scenes <= 300:
         message = f"num_scenes must be from 1 to 300, not {num_scenes}"
         raise ValueError(message)
-    rng = np.random.default_rng((seed, num_scenes, 1))
+    rng = np.random.default_rng((seed, 1))
     turns = [kind for kind, share in EVALUATION_KINDS.items() for _ in range(share)]
     seen: set[object] = set()
     scenes: list[EvaluationScene] = []

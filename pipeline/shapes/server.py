@@ -27,8 +27,9 @@ from pipeline.shapes.pairs import MAX_IMAGE_PX, MIN_IMAGE_PX
 from pipeline.shapes.scene import training_scene
 
 HOST = "127.0.0.1"
-SLOW_S = 60.0
-_DRIP_BYTES, _DRIP_PAUSE_S = 4, 0.5
+SLOW_S = 30.0
+DRIP_S = 20.0  # bounded, for img2dataset has no limit on the whole: a drip of 3 minutes held its shard for as long
+_DRIP_PAUSE_S = 0.25
 _START_TIMEOUT_S = 60.0
 _WATCH_EVERY_S = 0.25
 _PORT_REFUSED = {errno.EADDRINUSE, errno.EACCES}  # exit statuses of a child that could not have its port
@@ -93,11 +94,11 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(SLOW_S)
 
     def answer_drip(self, index: int) -> None:
-        """Send a picture a few bytes at a time: each wait is short, the whole takes minutes."""
+        """Send a picture byte by byte: each wait is short, and after DRIP_S it is still not whole."""
         body = encode(draw(training_scene(0, index)))
         self._send_head(len(body), "image/png")
-        for start in range(0, len(body), _DRIP_BYTES):
-            self.wfile.write(body[start : start + _DRIP_BYTES])
+        for place in range(int(DRIP_S / _DRIP_PAUSE_S)):  # a picture has hundreds of bytes
+            self.wfile.write(body[place : place + 1])
             time.sleep(_DRIP_PAUSE_S)
 
     def answer_corrupt(self, index: int) -> None:

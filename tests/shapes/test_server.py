@@ -17,9 +17,9 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import ConfigError
 from pipeline.shapes.draw import draw_array
-from pipeline.shapes.pairs import FAULTS, url_table
+from pipeline.shapes.pairs import url_table
 from pipeline.shapes.scene import training_scene
-from pipeline.shapes.server import serve_pictures
+from pipeline.shapes.server import DRIP_S, serve_pictures
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +71,12 @@ def test_slow_url_says_nothing_in_time(base_url: str) -> None:
         get(f"{base_url}/faulty/slow/5.png", timeout_s=0.5)
 
 
-def test_drip_url_outlasts_a_timeout_per_read(base_url: str) -> None:
+def test_drip_url_outlasts_a_timeout_per_read_and_never_ends(base_url: str) -> None:
     start = time.monotonic()
     with get(f"{base_url}/faulty/drip/5.png", timeout_s=2) as response:
         assert len(response.read(10)) == 10
-        assert int(response.headers["Content-Length"]) > 300
-    assert time.monotonic() - start > 0.9
+        assert int(response.headers["Content-Length"]) > 2 * DRIP_S / 0.25
+    assert time.monotonic() - start > 2
 
 
 def test_refused_url_finds_nobody(base_url: str) -> None:
@@ -100,11 +100,6 @@ def test_other_urls_are_refused(base_url: str, path: str, status: int) -> None:
         get(f"{base_url}/{path}")
     assert caught.value.code == status
     caught.value.close()
-
-
-def test_every_fault_is_answered_somewhere(base_url: str) -> None:
-    known = {"missing": 404, "broken": 500, "refused": None, "slow": None, "drip": 200, "corrupt": 200, "html": 200}
-    assert set(FAULTS) == set(known)
 
 
 def test_serve_pictures_says_that_the_port_is_taken() -> None:
