@@ -1,4 +1,7 @@
-"""docs/pairs.md, written from the code: ``python -m pipeline.shapes.describe > docs/pairs.md`` (a test compares them)."""
+"""Write docs/pairs.md from the code (a test compares them).
+
+python -m pipeline.shapes.describe > docs/pairs.md
+"""
 
 import sys
 
@@ -16,7 +19,8 @@ def describe() -> str:
             "",
             "Written by `python -m pipeline.shapes.describe`; do not edit.",
             "",
-            "One object or two, with equal odds, on a plain background; a picture and its caption follow from (seed, index).",
+            "One object or two, with equal odds, on a plain background. A picture and its caption follow from the",
+            "seed and the index.",
             "",
             f"- Shapes: {', '.join(SHAPES)}.",
             f"- Colours (sRGB): {_colours(COLOURS)}.",
