@@ -197,6 +197,22 @@ def test_hybrid_loss_in_float32_follows_float64_at_both_ends(prediction: str) ->
     torch.testing.assert_close(found.vlb.double(), exact.vlb, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_hybrid_loss_is_the_same_on_a_gpu() -> None:
+    # the decoder term is worked out for t = 0 alone on the CPU, for every item on a GPU
+    diffusion = make_diffusion(variance="learned_range")
+    t = torch.tensor([0, 5, 0, 999])
+    x0, noise, x_t = noised(diffusion, t)
+    output = torch.randn(4, 6, 4, 4, dtype=torch.float64)
+    here = diffusion.losses_from_output(output, x0, x_t, t, noise)
+    there = diffusion.losses_from_output(*(part.cuda() for part in (output, x0, x_t, t, noise)))
+    assert here.vlb is not None
+    assert there.vlb is not None
+    torch.testing.assert_close(there.vlb.cpu(), here.vlb)
+    torch.testing.assert_close(there.loss.cpu(), here.loss)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_prior_bpd_equals_a_numerical_integral(schedule: str) -> None:
     diffusion = make_diffusion(schedule=schedule, num_timesteps=50)

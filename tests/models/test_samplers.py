@@ -269,6 +269,21 @@ def test_ddim_with_eta_1_is_the_ancestral_step() -> None:
     torch.testing.assert_close(ddim, ancestral)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_ddim_step_draws_eta_times_the_posterior_std(eta: float) -> None:
+    # arXiv:2010.02502, equations 12 and 16, with plain floats
+    diffusion, noise = make_diffusion(), NoiseSource.from_seeds([4])
+    t, t_prev = torch.tensor([500]), torch.tensor([461])
+    alpha_bar, alpha_bar_prev = diffusion.alpha_bar(t).item(), diffusion.alpha_bar(t_prev).item()
+    sigma = eta * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * math.sqrt(1 - alpha_bar / alpha_bar_prev)
+    x, eps = torch.randn(2, 1, 8, dtype=torch.float64).unbind(0)
+    x0 = (x - math.sqrt(1 - alpha_bar) * eps) / math.sqrt(alpha_bar)
+    drawn = NoiseSource.from_seeds([4]).normal((8,), dtype=torch.float64)
+    expected = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(1 - alpha_bar_prev - sigma**2) * eps + sigma * drawn
+    after = ddim_step(lambda _x, _t: eps, start(x, diffusion), t, t_prev, diffusion, noise=noise, eta=eta)
+    torch.testing.assert_close(after.x, expected)
+
+
 def test_dpmpp_2m_equals_its_recursion_in_sigma() -> None:
     # the recursion of k-diffusion's sample_dpmpp_2m on y = x / a, sigma = s / a, written with plain floats
     diffusion, data = make_diffusion(), GaussianData(std=0.5, mean=0.2)
@@ -417,6 +432,21 @@ def test_ddim_invert_step_takes_a_timestep_per_item() -> None:
         alone = SamplerState(*(part[one] for part in state))
         found = ddim_invert_step(denoise, alone, t[one], t_next[one], diffusion, num_refinements=1)
         assert torch.equal(found.x, batched.x[one])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", METHODS)
+def test_sample_is_the_same_on_a_gpu(method: str) -> None:
+    diffusion = make_diffusion()
+    config = SamplerConfig(method=method, num_steps=9, eta=0.5)  # type: ignore[arg-type]
+    found = []
+    for device in ("cpu", "cuda"):
+        x_T = NoiseSource.from_seeds([1, 2]).normal((3, 8, 8), device=device)
+        noise, x0_variance = NoiseSource.from_seeds([3, 4]), DATA.posterior_variance(diffusion)
+        drawn = sample(DATA.denoiser(diffusion), x_T, diffusion, config, noise, x0_variance=x0_variance)
+        found.append(drawn.cpu())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
 def test_samplers_share_one_signature() -> None:
