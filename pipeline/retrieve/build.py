@@ -57,7 +57,8 @@ def build_index(
         output: The artifact to write.
         config: The recipe's section.
         seed: Seed of the training sample, the lists and the queries of the measurement.
-        num_threads: Threads of FAISS; HNSW is always built by one, since its graph depends on the order.
+        num_threads: Threads of FAISS. The same number gives the same bytes (rows that lie between two lists fall by
+            rounding); HNSW is always built by one, since its graph depends on the order.
         on_rows: Called with rows added and rows in all.
 
     Raises:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError
+from pipeline.stages.shards import MEND
 from pipeline.stages.vectors import ROW_GROUP_ROWS, Vectors, read_vectors, to_numpy, to_unit
 from pipeline.store import Artifact
 
@@ -59,7 +60,7 @@ class EmbeddedShards:
             if len(vectors.z_image) != stop - start:
                 raise DataError(
                     f"index: {self.embed.uri}/{name}.parquet has {len(vectors.z_image)} rows, its record says "
-                    f"{stop - start}; remove both and run the step again"
+                    f"{stop - start}; {MEND}"
                 )
             yield name, int(start), vectors
 

@@ -16,6 +16,7 @@ from pipeline.progress import Progress
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.shards import ShardJob, map_shards, total_counts
 from pipeline.schema import ShardRecord
+from pipeline.stages.shards import MEND
 from pipeline.store import Artifact
 
 _PORT_WAIT_S = 10.0
@@ -128,10 +129,8 @@ class EmbedStage:
         for source in (f"{shard}.tar", name):
             paths.append(self._download.path(source))
             if self._download.describe(source) != self._records[shard].files[source]:
-                raise DataError(
-                    f"embed: shard {shard}: {self._download.uri}/{source} does not match its checksum; remove "
-                    f"manifest.json and {shard}.done.json there and run again: that shard alone is downloaded again"
-                )
+                where = f"embed: shard {shard}: {self._download.uri}/{source}"
+                raise DataError(f"{where} does not match its checksum; {MEND}")
         with self._output.write(name) as target:
             counts = self._embedder(paths[0], paths[1], shard, target)
         return _commit(self._output, shard, dict(counts), [name], start)

@@ -15,6 +15,7 @@ from pipeline.errors import DataError
 from pipeline.schema import require_columns
 
 _SIDECARS = frozenset({"json", "txt"})
+MEND = "remove manifest.json and the shard's .done.json beside it and run again: that shard alone is made again"
 SHARD_COLUMNS = ("uid", "key", "url", "caption", "split", "status")
 
 
@@ -49,9 +50,9 @@ def index_tar(path: Path) -> Members:
                 members.setdefault(key, {})[extension] = (member.offset_data, member.size)
                 last = member.offset_data + member.size
                 if last > path.stat().st_size:
-                    raise DataError(f"{path}: truncated inside {member.name}; remove it and its .done.json, run again")
+                    raise DataError(f"{path}: truncated inside {member.name}; {MEND}")
     except tarfile.TarError as error:
-        raise DataError(f"{path}: damaged tar ({error}); remove it and its .done.json, run again") from error
+        raise DataError(f"{path}: damaged tar ({error}); {MEND}") from error
     return members
 
 
@@ -71,9 +72,7 @@ def read_table(path: Path, shard: str, extra_columns: tuple[str, ...] = ()) -> p
         require_columns(list(names), [*SHARD_COLUMNS, *extra_columns], where=str(path))
         return pq.read_table(path, columns=[*SHARD_COLUMNS, *extra_columns]).sort_by("key")
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(
-            f"shard {shard}: {path} is damaged ({error}); remove it and its .done.json, run again"
-        ) from error
+        raise DataError(f"shard {shard}: {path} is damaged ({error}); {MEND}") from error
 
 
 def good_rows(table: pa.Table) -> pa.Table:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import DataError
 from pipeline.schema import embeddings_schema, require_columns
+from pipeline.stages.shards import MEND
 
 ROW_GROUP_ROWS = 1024
 """Rows of a row group: small, so that the exact vectors of a few neighbours are read without their whole shard."""
@@ -55,7 +56,7 @@ def read_vectors(path: Path) -> Vectors:
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: damaged ({error}); remove it and its .done.json, run again") from error
+        raise DataError(f"{path}: damaged ({error}); {MEND}") from error
     require_columns(table.column_names, embeddings_schema(1).names, where=str(path))
     z_image, z_text = to_numpy(table.column("z_image")), to_numpy(table.column("z_text"))
     return Vectors(z_image, z_text, table.drop_columns(["z_image", "z_text"]))

@@ -1,0 +1,100 @@
+"""A real web server of pictures that fails in the ways of the real web."""
+
+import io
+import threading
+import time
+from collections import Counter
+from collections.abc import Generator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def make_picture(seed: int, *, kind: str = "JPEG", size: tuple[int, int] = (96, 64)) -> bytes:
+    """A blocky picture, as the bytes of a file."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def _bomb() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("1", (2000, 2000)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class PictureServer(ThreadingHTTPServer):
+    """Answers /KIND/SEED: jpg, png, slow, drip, cut, cutpng, short, html, noai, bomb, moved, big; others are 404."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.requests: Counter[str] = Counter()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients hang up on slow answers: no news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: PictureServer
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.server.requests[self.path] += 1
+        kind, _, seed = self.path.strip("/").partition("/")
+        if kind == "moved":
+            self.send_response(302)
+            self.send_header("Location", f"/drip/{seed}")
+            self.end_headers()
+            return
+        bodies = {
+            "jpg": lambda: make_picture(int(seed)),
+            "png": lambda: make_picture(int(seed), kind="PNG"),
+            "slow": lambda: make_picture(int(seed)),
+            "drip": lambda: make_picture(int(seed)),
+            "cut": lambda: make_picture(int(seed))[:-200],
+            "cutpng": lambda: make_picture(int(seed), kind="PNG")[:-200],
+            "short": lambda: make_picture(int(seed)),
+            "noai": lambda: make_picture(int(seed)),
+            "html": lambda: b"<html>for sale</html>",
+            "bomb": _bomb,
+            "big": lambda: b"x" * 300_000,
+        }
+        if kind not in bodies:
+            self.send_error(404)
+            return
+        body = bodies[kind]()
+        if kind == "slow":
+            time.sleep(8)
+        self.send_response(200)
+        if kind == "noai":
+            self.send_header("X-Robots-Tag", "noai")
+        if kind not in {"big", "drip"}:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if kind == "short":
+            body = body[:100]
+        if kind == "drip":
+            for value in body:
+                self.wfile.write(bytes([value]))
+                time.sleep(0.2)
+        self.wfile.write(body)
+
+
+@pytest.fixture(scope="module")
+def server() -> Generator[PictureServer]:
+    """A running server; ``requests`` counts by path."""
+    with PictureServer() as running:
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
