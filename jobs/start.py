@@ -59,7 +59,7 @@ def run(
             watcher.close()
         from pipeline.evaluate.report import write_report
 
-        write_report(workspace, make_plan(resolved), resolved, report)
+        write_report(workspace, make_plan(resolved), resolved, report, recipe)
     wall_s = round(time.monotonic() - start, 1)
     if json:
         print_json({"ran": ran, "wall_s": wall_s, "workspace": workspace.root, "report": str(report)})

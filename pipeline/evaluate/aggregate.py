@@ -8,13 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.errors import DataError
 from pipeline.evaluate.metrics import FeatureSums, Rate, cosine, frechet_distance, mean_of, r_precision, rate_of
-from pipeline.evaluate.parts import Part
+from pipeline.evaluate.parts import Part, read_part
 from pipeline.evaluate.prompts import PromptSet, choose_rows
 from pipeline.retrieve import Neighbour, NeighbourIndex
 from pipeline.store import Artifact
@@ -178,7 +175,7 @@ class Aggregate:
         return measured
 
     def _upsamplers(self) -> Json:
-        rows = [row for row in self.rows if row["psnr_db"]]
+        rows = [row for row in self.rows if row["psnr_db"] is not None]
         return {
             f"upsampler_{number + 1}": {
                 name: mean_of([row[name][number] for row in rows]) for name in ("psnr_db", "bicubic_psnr_db")
@@ -228,19 +225,6 @@ class TrainingNeighbours:
     def _trained(self, row: list[Neighbour]) -> list[Neighbour]:
         told = self._index.rows([near.id for near in row])
         return [near for near, columns in zip(row, told, strict=True) if columns["split"] == "train"]
-
-
-def read_part(output: Artifact, part: Part) -> Rows:
-    """The rows of a committed part.
-
-    Raises:
-        DataError: If its file is damaged; names it.
-    """
-    path = output.path(f"{part.name}.parquet")
-    try:
-        return pq.read_table(path).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: damaged ({error}); remove it and its .done.json, run again") from None
 
 
 def matrix(rows: Rows, column: str) -> Vectors:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 Json = dict[str, Any]
 
+_ROWS_AT_A_TIME = 1024
 _Z95 = 1.959963984540054
 """Two-sided 95 % quantile of the standard normal distribution."""
 
@@ -114,8 +115,9 @@ def r_precision(z_image: Array, z_text: Array, own: Sequence[int] | Array) -> Ra
         z_text: (M, D), unit rows, the distinct captions.
         own: (N,), the row of each picture's caption.
     """
-    nearest = (z_image @ z_text.T).argmax(axis=1)
-    return rate_of(bool(hit) for hit in nearest == np.asarray(own))
+    starts = range(0, len(z_image), _ROWS_AT_A_TIME)
+    nearest = [(z_image[start : start + _ROWS_AT_A_TIME] @ z_text.T).argmax(axis=1) for start in starts]
+    return rate_of(bool(hit) for hit in np.concatenate(nearest) == np.asarray(own))
 
 
 @dataclass(frozen=True)

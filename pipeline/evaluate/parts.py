@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -37,12 +38,17 @@ Pixels = NDArray[np.uint8]
 
 NUM_STAGES = 6
 """Prompts whose picture is kept at every stage of the cascade."""
-NUM_RECONSTRUCTIONS = 32
+NUM_RECONSTRUCTIONS = 16
 """Validation rows that are drawn again from their z_image and enlarged, for the measures."""
 NUM_RECONSTRUCTIONS_SHOWN = 6
 """Of these, how many are kept as pictures."""
+_MAX_PSNR_DB = 99.0
+"""Equal pictures (a blank page) have no finite ratio; they count as this."""
 _PROMPT_SEED_STRIDE = 1000
 """Seeds of two prompts are this far apart, so that no two pictures of an evaluation share their noise."""
+
+
+_VECTORS = frozenset({"z_image", "z_text", "z_prior", "z_real", "z_reconstruction", "psnr_db", "bicubic_psnr_db"})
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,7 @@ class PartRunner:
         start, names = time.monotonic(), list[str]()
         rows = self._draw(part, names) if part.kind == "drawings" else self._measure_rows(part, names)
         with self._output.write(f"{part.name}.parquet") as path:
-            pq.write_table(pa.Table.from_pylist(rows), path)
+            write_rows(rows, path)
         files = {name: self._output.describe(name) for name in [f"{part.name}.parquet", *names]}
         counts = {"in": len(rows), "ok": len(rows)}
         record = ShardRecord(shard=part.name, counts=counts, files=files, wall_s=round(time.monotonic() - start, 3))
@@ -133,6 +139,7 @@ class PartRunner:
         prompts = [self._prompts.prompts[i] for i, _ in drawings]
         seeds = [picture_seed(self._seed, i, j) for i, j in drawings]
         result = self._cascade.sample([prompt.text for prompt in prompts], seeds, self._settings)
+        z_prior = _finite(result.z_image.cpu().numpy(), "prior")
         z_image = self._embed(result.images.numpy())
         z_text = self._clip.encode_text([prompt.text for prompt in prompts]).z_text.cpu().numpy()
         rows: list[Json] = []
@@ -146,9 +153,9 @@ class PartRunner:
                 "seed": seeds[n],
                 "file": f"samples/{i:05d}-{j}.png",
                 "settings": json.dumps(asdict(self._settings), sort_keys=True),
-                "z_image": z_image[n].tolist(),
-                "z_text": z_text[n].tolist(),
-                "z_prior": result.z_image[n].cpu().tolist(),
+                "z_image": z_image[n],
+                "z_text": z_text[n],
+                "z_prior": z_prior[n],
             }
             row |= self._look(i, picture)
             rows.append(row)
@@ -182,23 +189,23 @@ class PartRunner:
                 row["check_real"] = _checked(pictures[-1], prompt.scene)
                 drawn.append(row)
             elif prompt.row is not None:
-                row["z_real"] = prompt.row.z_image.astype(np.float32).tolist()
+                row["z_real"] = prompt.row.z_image.astype(np.float32)
         if drawn:
             for row, z_image in zip(drawn, self._embed(np.stack(pictures)), strict=True):
-                row["z_real"] = z_image.tolist()
+                row["z_real"] = z_image
 
     def _measure_rows(self, part: Part, names: list[str]) -> list[Json]:
         rows = self._rows[part.start : part.stop]
         seeds = [picture_seed(self._seed, number, 0) for number in range(part.start, part.stop)]
         text = self._clip.encode_text([row.caption for row in rows])
-        z_prior = self._cascade.sample_prior(text, seeds, self._settings).cpu().numpy()
+        z_prior = _finite(self._cascade.sample_prior(text, seeds, self._settings).cpu().numpy(), "prior")
         columns: list[Json] = [
             {
                 "uid": row.uid,
                 "caption": row.caption,
-                "z_image": row.z_image.astype(np.float32).tolist(),
-                "z_text": row.z_text.astype(np.float32).tolist(),
-                "z_prior": z.tolist(),
+                "z_image": row.z_image.astype(np.float32),
+                "z_text": row.z_text.astype(np.float32),
+                "z_prior": z,
                 "z_reconstruction": None,
                 "psnr_db": None,
                 "bicubic_psnr_db": None,
@@ -226,7 +233,7 @@ class PartRunner:
             stages.append(self._cascade.upsample(stages[-1], number, seeds, self._settings))
         drawn = [to_uint8(stage).cpu().numpy() for stage in (stages[0], stages[-1])]
         for n, z in enumerate(self._embed(drawn[1])):
-            columns[n]["z_reconstruction"] = z.tolist()
+            columns[n]["z_reconstruction"] = z
             if start + n < NUM_RECONSTRUCTIONS_SHOWN:
                 for label, picture in (("real", pictures), ("decoded", drawn[0]), ("upsampled", drawn[1])):
                     self._write_picture(f"reconstructions/{start + n:05d}-{label}.png", picture[n], names)
@@ -243,8 +250,8 @@ class PartRunner:
             for ratio, enlarged in zip(ratios, (ours, bicubic), strict=True):
                 ratio.append(psnr_db(to_uint8(enlarged).cpu().numpy(), large))
         for n, column in enumerate(columns[: len(pictures)]):
-            column["psnr_db"] = [float(ratio[n]) for ratio in ratios[0]]
-            column["bicubic_psnr_db"] = [float(ratio[n]) for ratio in ratios[1]]
+            column["psnr_db"] = [min(float(ratio[n]), _MAX_PSNR_DB) for ratio in ratios[0]]
+            column["bicubic_psnr_db"] = [min(float(ratio[n]), _MAX_PSNR_DB) for ratio in ratios[1]]
 
     def _real_picture(self, row: Row) -> Pixels:
         where = f"shard {row.shard}: key {row.key}: uid {row.uid}"
@@ -253,10 +260,7 @@ class PartRunner:
         )
 
     def _embed(self, pictures: Pixels) -> NDArray[np.float32]:
-        vectors = self._clip.encode_image(torch.from_numpy(np.array(pictures))).cpu().numpy()
-        if not np.isfinite(vectors).all():
-            raise DataError("evaluate: CLIP gives numbers that are not finite: train CLIP again with a lower rate")
-        return vectors
+        return _finite(self._clip.encode_image(torch.from_numpy(np.array(pictures))).cpu().numpy(), "clip")
 
     def _write_picture(self, name: str, picture: Pixels, names: list[str]) -> None:
         self._output.write_bytes(name, to_png(picture))
@@ -266,6 +270,42 @@ class PartRunner:
 def picture_seed(seed: int, prompt_number: int, image_number: int) -> int:
     """Seed of one picture of an evaluation; ``unclip sample --seed`` draws it again."""
     return seed + _PROMPT_SEED_STRIDE * prompt_number + image_number
+
+
+def write_rows(rows: Sequence[Json], path: Path) -> None:
+    """Write rows as Parquet; vectors become lists of float32."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    vector = pa.list_(pa.float32())
+    arrays = {n: pa.array(values, vector if n in _VECTORS else None) for n, values in columns.items()}
+    pq.write_table(pa.table(arrays), path)
+
+
+def read_part(output: Artifact, part: Part) -> list[Json]:
+    """The rows of a committed part; vectors as arrays, None where there is none.
+
+    Raises:
+        DataError: If its file is damaged; names it.
+    """
+    path = output.path(f"{part.name}.parquet")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: damaged ({error}); remove it and its .done.json, run again") from None
+    vectors = [name for name in table.column_names if name in _VECTORS]
+    rows: list[Json] = table.drop_columns(vectors).to_pylist()
+    for name in vectors:  # not through Python numbers: tens of thousands of rows have tens of millions of them
+        column = table.column(name).combine_chunks()
+        values, ends = column.values.to_numpy(), column.offsets.to_numpy()
+        valid = column.is_valid().to_numpy(zero_copy_only=False)
+        for n, row in enumerate(rows):
+            row[name] = values[ends[n] : ends[n + 1]] if valid[n] else None
+    return rows
+
+
+def _finite(vectors: NDArray[np.float32], step: str) -> NDArray[np.float32]:
+    if not np.isfinite(vectors).all():
+        raise DataError(f"evaluate: the {step} gives numbers that are not finite; train it again with a lower rate")
+    return vectors
 
 
 def _checked(picture: Pixels, scene: Scene) -> str:

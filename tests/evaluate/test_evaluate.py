@@ -11,15 +11,15 @@ from PIL import Image
 from models.cascade import Cascade
 from pipeline.errors import DataError
 from pipeline.evaluate import metrics as m
-from pipeline.evaluate.aggregate import read_part
 from pipeline.evaluate.evaluate import Work, finish, make_runner, plan_work, summarise
-from pipeline.evaluate.parts import Part, drawings_of, picture_seed, plan_parts
+from pipeline.evaluate.parts import Part, PartRunner, drawings_of, picture_seed, plan_parts, read_part
 from pipeline.evaluate.prompts import choose_prompts, choose_rows
 from pipeline.plan import inputs_of
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.shapes.check import check
 from pipeline.stages.vectors import read_vectors
 from pipeline.store import Artifact, Workspace
+from pipeline.weights import load_cascade
 from tests.evaluate.workspaces import NUM_PICTURES, build_tiny_workspace, evaluate_step, tiny_tables
 
 
@@ -250,3 +250,14 @@ def test_a_broken_part_is_a_data_error_that_names_it(tmp_path: Path) -> None:
     output.write_bytes("parts/drawings-00002.parquet", b"nothing")
     with pytest.raises(DataError, match="drawings-00002"):
         read_part(output, Part("drawings", 2, 0, 1))
+
+
+def test_a_network_that_draws_nan_is_a_data_error_that_names_it(tiny: Recipe, tmp_path: Path) -> None:
+    output, inputs = Artifact(str(tmp_path)), _inputs(tiny)
+    work = plan_work(tiny, inputs)
+    cascade = load_cascade({name: inputs[name] for name in tiny.trained()})
+    cascade.prior.out.bias.fill_(float("nan"))
+    runner = PartRunner(cascade, work.prompts, work.rows, inputs["download"], output, tiny.seed, work.drawings)
+    with pytest.raises(DataError, match="the prior gives numbers that are not finite"):
+        runner.run(work.parts[0])
+    assert output.shard_records() == {}
