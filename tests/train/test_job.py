@@ -1,0 +1,149 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.clip import create_clip
+from models.config import ClipConfig
+from pipeline.errors import DataError, ResumeError
+from pipeline.progress import METRICS
+from pipeline.recipe import Recipe, parse_recipe
+from pipeline.store import Artifact
+from pipeline.train.assemble import TrainJob
+from pipeline.train.job import run_job
+from pipeline.train.state import checkpoint_name
+from pipeline.weights import load_cascade, load_clip_artifact, load_network, save_clip_artifact
+from tests.train.data import EMBED_DIM, write_download, write_embed
+
+_UNET = {
+    "channels": 8,
+    "channel_mults": [1, 2],
+    "num_res_blocks": 1,
+    "head_channels": 8,
+    "norm_groups": 4,
+    "dropout": 0.1,
+}
+_SAMPLER = {"method": "ddim", "num_steps": 2}
+_CLIP = {"embed_dim": EMBED_DIM, "image_px": 32, "vision_width": 8, "text_width": 16, "text_heads": 2, "text_layers": 1}
+
+
+def _recipe(num_steps: int = 6) -> Recipe:
+    trained = {
+        "train": {"num_steps": num_steps, "batch_size": 4, "learning_rate": 1e-3, "ema_decay": 0.9},
+        "resources": {"save_every_steps": 2, "log_every_steps": 1},
+    }
+    upsampler = {"crop_px": 8, "unet": _UNET | {"attention_resolutions": []}, "sampler": _SAMPLER}
+    return parse_recipe(
+        {
+            "download": {"image_px": 32},
+            "clip": {"model": _CLIP | {"context_length": 32}} | trained,
+            "prior": {
+                "model": {
+                    "width": 16, "depth": 1, "num_heads": 2,
+                    "sampler": {"method": "analytic", "num_steps": 3, "clip_x0": False},
+                }
+            } | trained,
+            "decoder": {
+                "model": {"image_px": 8, "unet": _UNET | {"attention_resolutions": [4]}, "sampler": _SAMPLER}
+            } | trained,
+            "upsampler_1": {"model": upsampler | {"low_res_px": 8, "image_px": 16}} | trained,
+            "upsampler_2": {"model": upsampler | {"low_res_px": 16, "image_px": 32}} | trained,
+        }
+    )  # fmt: skip
+
+
+def _inputs(folder: Path) -> dict[str, Artifact]:
+    download = write_download(folder / "download")
+    clip = Artifact(str(folder / "clip"))
+    torch.manual_seed(0)
+    save_clip_artifact(clip, create_clip(ClipConfig(**_CLIP)))
+    return {"download": download, "embed": write_embed(folder / "embed", download), "clip": clip}
+
+
+def _job(name: str, inputs: dict[str, Artifact], output: Path, recipe: Recipe | None = None) -> TrainJob:
+    return TrainJob(name, recipe or _recipe(), inputs, Artifact(str(output)), "key", torch.device("cpu"))
+
+
+def _no_watch(done: int, total: int, message: str) -> None:
+    """Nobody watches."""
+
+
+def _contents(output: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+
+
+class _KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", ["clip", "prior", "decoder", "upsampler_1"])
+def test_a_killed_training_ends_in_the_same_bytes(tmp_path: Path, name: str) -> None:
+    inputs = _inputs(tmp_path)
+    metrics = run_job(_job(name, inputs, tmp_path / "calm"), _no_watch)
+    calm = _contents(tmp_path / "calm")
+
+    def kill(done: int, total: int, message: str) -> None:
+        if done == 5:
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        run_job(_job(name, inputs, tmp_path / "wild"), kill)
+    assert Artifact(str(tmp_path / "wild")).exists(checkpoint_name(4))
+    seen: list[int] = []
+    assert run_job(_job(name, inputs, tmp_path / "wild"), lambda done, total, message: seen.append(done)) == metrics
+    assert seen == [4, 5, 6]  # what the checkpoint holds is not done again
+    assert _contents(tmp_path / "wild") == calm
+
+    rows = [json.loads(line) for line in calm[METRICS].decode().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "val_loss" in row] == [2, 4, 6]
+    assert metrics["num_steps"] == 6
+    assert metrics["val_loss"] > 0
+
+
+def test_trained_networks_make_a_cascade(tmp_path: Path) -> None:
+    inputs = _inputs(tmp_path)
+    for name in ("prior", "decoder", "upsampler_1", "upsampler_2"):
+        run_job(_job(name, inputs, tmp_path / name, _recipe(1)), _no_watch)
+    artifacts = {name: Artifact(str(tmp_path / name)) for name in ("clip", "prior", "decoder", "upsampler_1")}
+    assert load_cascade(artifacts).sample(["a red circle"], [0]).images.shape == (1, 16, 16, 3)
+    artifacts["upsampler_2"] = Artifact(str(tmp_path / "upsampler_2"))
+    cascade = load_cascade(artifacts)
+    assert cascade.sample(["a red circle"], [0]).images.shape == (1, 32, 32, 3)
+    assert cascade.prior.x0_variance.min() > 0  # measured, since the recipe samples analytically
+    empty = load_clip_artifact(inputs["clip"]).encode_text([""])
+    assert torch.equal(cascade.decoder.null_text.hidden, empty.hidden[:, :2])
+    assert torch.equal(cascade.prior.null_text.pooled, empty.pooled)
+
+
+def test_job_refuses_a_checkpoint_of_another_recipe(tmp_path: Path) -> None:
+    inputs = _inputs(tmp_path)
+    job = _job("upsampler_1", inputs, tmp_path / "out")
+    run_job(job, _no_watch)
+    job = TrainJob("upsampler_1", _recipe(), inputs, job.output, "another key", job.device)
+    with pytest.raises(ResumeError, match="another recipe"):
+        run_job(job, _no_watch)
+
+
+def test_a_seed_of_its_own_for_every_network(tmp_path: Path) -> None:
+    jobs = [_job(name, {}, tmp_path) for name in ("upsampler_1", "upsampler_2")]
+    assert jobs[0].seed != jobs[1].seed
+
+
+def test_load_network_names_a_damaged_file(tmp_path: Path) -> None:
+    inputs = _inputs(tmp_path)
+    output = Artifact(str(tmp_path / "out"))
+    run_job(_job("upsampler_1", inputs, tmp_path / "out", _recipe(1)), _no_watch)
+    weights = output.path("model.safetensors").read_bytes()
+    output.write_bytes("model.safetensors", weights[:-100])
+    with pytest.raises(DataError, match=r"model\.safetensors: not the weights of"):
+        load_network(output)
+    output.write_json("config.json", {"schema_version": 99, "kind": "upsampler"})
+    with pytest.raises(DataError, match="schema version 99"):
+        load_network(output)
+    with pytest.raises(DataError, match="not a cascade|schema version"):
+        load_cascade(dict.fromkeys(("prior", "decoder"), output) | {"clip": inputs["clip"]})
+    output.remove("config.json")
+    with pytest.raises(DataError, match=r"no file config\.json"):
+        load_network(output)

@@ -1,0 +1,205 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+from torch import Tensor, nn
+
+from models.ema import create_average
+from pipeline.config import TrainConfig, TrainResources
+from pipeline.errors import ResumeError, StepError
+from pipeline.store import Artifact
+from pipeline.train.batches import Batch
+from pipeline.train.loop import StepFunction, learning_rate, make_step, train
+from pipeline.train.state import (
+    TrainState,
+    checkpoint_name,
+    create_state,
+    load_newest_checkpoint,
+    save_checkpoint,
+)
+
+_RESOURCES = TrainResources(save_every_steps=4, log_every_steps=3)
+
+
+class _Regression(nn.Module):
+    """Mean squared error of a small network with dropout, on numbers made from the batch's uids."""
+
+    def __init__(self, *, dropout: float = 0.5, noise: float = 1.0) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Dropout(dropout), nn.Linear(8, 1))
+        self.noise = noise
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        x = torch.tensor([[float(uid), float(uid) ** 2, 1.0] for uid in batch.uids]) / 10
+        target = x.sum(1, keepdim=True) + self.noise * torch.randn(len(batch), 1, generator=generator)
+        return ((self.network(x) - target) ** 2).mean()
+
+
+def _batches(start: int, share: slice = slice(None)):
+    for step in range(start, 1000):
+        uids = tuple(str((step * 4 + i) % 7) for i in range(4))
+        yield Batch(uids[share], ("",) * len(uids[share]))
+
+
+def _start(config: TrainConfig, **options: float) -> tuple[TrainState, StepFunction]:
+    torch.manual_seed(0)
+    objective = _Regression(**options).train()
+    return create_state(objective.network, config, torch.device("cpu")), make_step(objective, config, seed=1)
+
+
+def _run(state: TrainState, step: StepFunction, config: TrainConfig, save: Callable[[TrainState], None]) -> None:
+    train(state, step, _batches(state.step), config, _RESOURCES, save, lambda state: None)
+
+
+def _same(one: nn.Module, two: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, precision: str) -> None:
+    config = TrainConfig(num_steps=10, precision=precision, lr_schedule="cosine", warmup_steps=3, weight_decay=0.1)  # pyright: ignore[reportArgumentType]
+    whole, step = _start(config)
+    artifact = Artifact(str(tmp_path))
+    _run(whole, step, config, lambda state: save_checkpoint(state, artifact, "key", 2))
+    assert [name for name in artifact.names() if "checkpoints" in name] == [checkpoint_name(4), checkpoint_name(8)]
+
+    artifact.remove(checkpoint_name(8))
+    resumed, step = _start(config)
+    with torch.no_grad():
+        resumed.network[0].weight.zero_()  # pyright: ignore  (what is loaded must replace it)
+    assert load_newest_checkpoint(resumed, artifact, "key")
+    assert resumed.step == 4
+    _run(resumed, step, config, lambda state: None)
+    assert _same(whole.network, resumed.network)
+    assert _same(whole.ema, resumed.ema)
+
+
+def test_load_newest_checkpoint_passes_over_a_damaged_one(tmp_path: Path) -> None:
+    config = TrainConfig(num_steps=10)
+    state, step = _start(config)
+    artifact = Artifact(str(tmp_path))
+    assert not load_newest_checkpoint(state, artifact, "key")
+    _run(state, step, config, lambda state: save_checkpoint(state, artifact, "key", 2))
+    whole = artifact.path(checkpoint_name(8)).read_bytes()
+    artifact.write_bytes(checkpoint_name(8), whole[: len(whole) // 2])
+    assert load_newest_checkpoint(state, artifact, "key")
+    assert state.step == 4
+
+
+def test_load_newest_checkpoint_refuses_what_belongs_to_another_recipe(tmp_path: Path) -> None:
+    config = TrainConfig(num_steps=10)
+    state, _ = _start(config)
+    artifact = Artifact(str(tmp_path))
+    save_checkpoint(state, artifact, "key", 2)
+    with pytest.raises(ResumeError, match="another recipe"):
+        load_newest_checkpoint(state, artifact, "other")
+    with pytest.raises(ResumeError, match="does not fit the network"):
+        load_newest_checkpoint(create_state(nn.Linear(2, 2), config, torch.device("cpu")), artifact, "key")
+
+
+def test_checkpoint_keeps_the_memory_order_of_kernels(tmp_path: Path) -> None:
+    config = TrainConfig()
+    network = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    state = create_state(network, config, torch.device("cpu"))
+    network(torch.randn(1, 3, 8, 8)).sum().backward()
+    state.optimizer.step()
+    moment = state.optimizer.state[network.weight]["exp_avg"].clone()
+    artifact = Artifact(str(tmp_path))
+    save_checkpoint(state, artifact, "key", 1)
+    assert load_newest_checkpoint(state, artifact, "key")
+    loaded = state.optimizer.state[network.weight]["exp_avg"]
+    assert torch.equal(loaded, moment)
+    assert loaded.stride() == network.weight.stride()
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change() -> None:
+    config = TrainConfig(num_steps=10, learning_rate=0.1)
+    state, step = _start(config)
+    before: dict[int, nn.Module] = {}
+
+    def poisoned(state: TrainState, batch: Batch) -> None:
+        before[state.step] = create_average(state.network)
+        uids = ("nan", *batch.uids[1:]) if state.step == 5 else batch.uids
+        step(state, Batch(uids, batch.captions))
+
+    with pytest.raises(StepError, match="step 6: loss or gradient is not finite"):
+        train(state, poisoned, _batches(0), config, _RESOURCES, lambda state: None, lambda state: None)
+    assert _same(before[5], state.network)
+    assert not _same(before[4], state.network)
+
+
+def test_steps_after_a_bad_one_change_nothing_either() -> None:
+    # On a GPU the loop reads the flag only at log lines: until then the steps must be idle.
+    config = TrainConfig(learning_rate=0.1)
+    state, step = _start(config)
+    step(state, Batch(("nan",), ("",)))
+    frozen = create_average(state.network)
+    step(state, Batch(("1",), ("",)))
+    assert int(state.bad_step) == 1
+    assert _same(frozen, state.network)
+
+
+def test_train_saves_and_reports_when_due() -> None:
+    config = TrainConfig(num_steps=8)
+    state, step = _start(config)
+    saved: list[int] = []
+    means: list[float] = []
+    train(
+        state, step, _batches(0), config, _RESOURCES,
+        lambda state: saved.append(state.step),
+        lambda state: means.append(float(state.loss_sum[1])),
+    )  # fmt: skip
+    assert saved == [4]  # not after the last step: the artifact follows
+    assert means == [3, 3, 2]  # losses since the last log line
+
+
+def test_the_average_follows_the_network() -> None:
+    config = TrainConfig(num_steps=6, learning_rate=0.05, ema_decay=0.0)
+    state, step = _start(config)
+    _run(state, step, config, lambda state: None)
+    assert _same(state.ema, state.network)
+
+
+def test_learning_rate_rises_then_falls() -> None:
+    config = TrainConfig(num_steps=110, warmup_steps=10, learning_rate=1.0, lr_schedule="cosine")
+    rates = [learning_rate(config, step) for step in range(110)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.5)
+    assert rates[-1] < 0.001
+    assert learning_rate(TrainConfig(learning_rate=1.0), 900) == 1.0
+
+
+def _train_ranked(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    config = TrainConfig(num_steps=6, learning_rate=0.05, batch_size=4)
+    torch.manual_seed(0)
+    objective = _Regression(dropout=0.0, noise=0.0).train()
+    state = create_state(objective.network, config, torch.device("cpu"))
+    step = make_step(nn.parallel.DistributedDataParallel(objective), config, seed=1, rank=rank)
+    losses: list[float] = []
+    train(
+        state, step, _batches(0, slice(2 * rank, 2 * rank + 2)), config, TrainResources(log_every_steps=1),
+        lambda state: None, lambda state: losses.append(float(state.loss_sum[0])),
+    )  # fmt: skip
+    torch.save({"weights": state.network.state_dict(), "losses": losses}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_workers_train_as_one_does(tmp_path: Path) -> None:
+    config = TrainConfig(num_steps=6, learning_rate=0.05, batch_size=4)
+    alone, step = _start(config, dropout=0.0, noise=0.0)
+    losses: list[float] = []
+    train(
+        alone, step, _batches(0), config, TrainResources(log_every_steps=1),
+        lambda state: None, lambda state: losses.append(float(state.loss_sum[0])),
+    )  # fmt: skip
+    torch.multiprocessing.spawn(_train_ranked, (str(tmp_path),), nprocs=2)  # pyright: ignore
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found["losses"] == pytest.approx(losses, rel=1e-5)
+        for name, weight in alone.network.state_dict().items():
+            assert torch.allclose(found["weights"][name], weight, atol=1e-6)
