@@ -132,7 +132,7 @@ def parse_recipe(data: Json, *, where: str = "recipe") -> Recipe:
     """
     try:
         # JSON mode is strict about types yet takes a list for a tuple and an integer for a float, as TOML writes them.
-        return _RECIPE.validate_json(json.dumps(data))
+        return _RECIPE.validate_json(json.dumps(_merge(_defaults(data), data)))
     except ValidationError as error:
         lines = [_explain(item, data) for item in error.errors(include_url=False)]
         raise ConfigError(f"{where}: " + "; ".join(lines)) from None
@@ -157,6 +157,25 @@ def without_resources(tables: Json) -> Json:
 def json_schema() -> Json:
     """JSON schema of the recipe, with every field's description and default."""
     return _RECIPE.json_schema()
+
+
+def _defaults(data: Json) -> Json:
+    """The defaults that ``data`` is laid upon: a table that names one key keeps its parent's choice of the others."""
+    tables = to_dict(Recipe())
+    for name in ("upsampler_1", "upsampler_2"):
+        if isinstance(data.get(name), dict):
+            tables[name] = to_dict(UpsamplerStepConfig())
+    return tables
+
+
+def _merge(below: Json, above: Json) -> Json:
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        merged[key] = (
+            _merge(under, cast("Json", value)) if isinstance(under, dict) and isinstance(value, dict) else value
+        )
+    return merged
 
 
 def _read_tables(file: Path) -> Json:

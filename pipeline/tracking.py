@@ -5,6 +5,7 @@ tracker that goes away costs nothing but its own copy of the numbers.
 """
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from pipeline.errors import StepError
+
+for _name in ("mlflow", "alembic"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 _MAX_BATCH = 1000
 _MAX_PARAMS = 100

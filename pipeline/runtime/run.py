@@ -180,6 +180,8 @@ def connect(address: str = "") -> Generator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A Ray of our own is closed by a token without being asked; its long notice about that helps nobody here.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     # Workers import this tree by name, whatever folder the command runs in.
     environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2]), "RAY_USAGE_STATS_ENABLED": "0"}}

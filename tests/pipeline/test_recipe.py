@@ -17,6 +17,13 @@ def test_load_recipe_layers_defaults_file_and_overrides(tmp_path: Path) -> None:
     assert recipe.decoder == Recipe().decoder
 
 
+def test_parse_recipe_table_that_names_one_key_keeps_its_parents_choices() -> None:
+    recipe = parse_recipe({"prior": {"model": {"diffusion": {"num_timesteps": 100}}}, "embed": {"resources": {}}})
+    assert recipe.prior.model.diffusion.prediction == Recipe().prior.model.diffusion.prediction == "x0"
+    assert recipe.prior.model.diffusion.num_timesteps == 100
+    assert recipe.embed == Recipe().embed
+
+
 def test_load_recipe_round_trips_through_resolved_json(tmp_path: Path) -> None:
     import json
 
