@@ -31,6 +31,7 @@ norm_groups = 4
 dropout = 0.1
 [{name}.model.sampler]
 method = "ddim"
+respacing = ""
 num_steps = 3
 """
 

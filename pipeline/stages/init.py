@@ -77,6 +77,7 @@ norm_groups = 8
 dropout = 0.0
 [upsampler_1.model.sampler]
 method = "dpmpp_2m"
+respacing = ""
 num_steps = 10
 [upsampler_1.train]
 num_steps = {upsampler_steps}
@@ -98,6 +99,7 @@ norm_groups = 8
 dropout = 0.0
 [upsampler_2.model.sampler]
 method = "dpmpp_2m"
+respacing = ""
 num_steps = 8
 [upsampler_2.train]
 num_steps = {upsampler_steps}
