@@ -1,0 +1,130 @@
+"""The data steps on a real Ray."""
+
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from pipeline.errors import DataError, StepError
+from pipeline.plan import artifact_of, make_plan
+from pipeline.recipe import parse_recipe
+from pipeline.retrieve import NeighbourIndex, read_picture
+from pipeline.runtime import data
+from pipeline.runtime.context import StepContext, StepResult
+from pipeline.schema import Manifest, ShardRecord
+from pipeline.store import Artifact, Workspace
+from tests.tiny import ROOT, free_port
+from tests.tiny_shards import make_clip
+
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Generator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("PYTHONPATH", str(ROOT))  # inherited by the workers; a runtime_env would cost them their pool
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
+
+
+def _context(folder: Path, name: str = "download", **sections: Any) -> StepContext:
+    recipe = parse_recipe({"workspace": str(folder / "workspace")} | sections)
+    step = next(step for step in make_plan(recipe) if step.name == name)
+    return StepContext(recipe, step, recipe.workspace)
+
+
+def _commit(context: StepContext, result: StepResult) -> Artifact:
+    step, output = context.step, context.output
+    output.commit(
+        Manifest(
+            step=step.name,
+            key=step.key,
+            step_version=step.version,
+            section=step.section,
+            inputs=step.inputs,
+            counts=result.counts,
+            files=output.describe_files(),
+        )
+    )
+    return output
+
+
+@pytest.mark.timeout(240)
+def test_data_steps_from_pairs_to_index(tmp_path: Path) -> None:
+    resources = {"num_workers": 2, "cpus_per_worker": 0.5}
+    sections: dict[str, Any] = {
+        "pairs": {"drawn": {"num_pairs": 50, "image_px": 48, "port": free_port(), "num_faulty": 7}},
+        "download": {"samples_per_shard": 20, "image_px": 32, "timeout_s": 1, "deadline_s": 2, "resources": resources},
+        "embed": {"batch_size": 8, "resources": resources},
+        "decoder": {"model": {"image_px": 32, "unet": {"attention_resolutions": [16, 8]}}},
+    }
+    steps = {name: _context(tmp_path, name, **sections) for name in ("pairs", "download", "clip", "embed", "index")}
+    _commit(steps["pairs"], data.run_pairs(steps["pairs"]))
+    result = data.run_download(steps["download"])
+    assert result.counts == {"in": 57, "ok": 50, "failed_to_download": 5, "failed_to_resize": 2}
+    assert result.metrics["failures"]["HTTP Error 404: Not Found"] == 1
+    download = _commit(steps["download"], result)
+    assert list(download.shard_records()) == ["00000", "00001", "00002"]
+
+    for path in make_clip(tmp_path / "clip").iterdir():
+        steps["clip"].output.write_bytes(path.name, path.read_bytes())
+    result = data.run_embed(steps["embed"])
+    assert result.counts == {"in": 50, "ok": 50, "corrupt": 0}
+    embed = _commit(steps["embed"], result)
+    whole = {name: embed.describe(name) for name in embed.names() if name.endswith(".parquet")}
+    embed.remove("00001.parquet")
+    embed.remove("00001.done.json")
+    kept = embed.path("00000.parquet").stat().st_mtime_ns
+    data.run_embed(steps["embed"])
+    assert {name: embed.describe(name) for name in whole} == whole
+    assert embed.path("00000.parquet").stat().st_mtime_ns == kept
+
+    index = _commit(steps["index"], data.run_index(steps["index"]))
+    neighbours = NeighbourIndex.open(index)
+    rows = pq.read_table(embed.path("00001.parquet"))
+    query = rows.column("z_image").combine_chunks().flatten().to_numpy().reshape(-1, 16)[:1].astype("float32")
+    best = neighbours.search(query, 3)[0][0]
+    assert best.similarity == pytest.approx(1, abs=1e-3)
+    assert read_picture(download, best.shard, best.key).startswith(b"\xff\xd8")
+
+
+def test_run_embed_refuses_a_shard_that_changed(tmp_path: Path) -> None:
+    sections = {"embed": {"batch_size": 8}}
+    download, embed = _context(tmp_path, "download", **sections), _context(tmp_path, "embed", **sections)
+    for path in make_clip(tmp_path / "clip").iterdir():
+        embed.inputs["clip"].write_bytes(path.name, path.read_bytes())
+    for name in ("00000.tar", "00000.parquet"):
+        download.output.write_bytes(name, b"bytes")
+    files = {name: download.output.describe(name) for name in ("00000.tar", "00000.parquet")}
+    download.output.commit_shard(ShardRecord(shard="00000", counts={"in": 1, "ok": 1}, files=files))
+    download.output.write_bytes("00000.tar", b"bites")
+    with pytest.raises(DataError, match=r"embed: shard 00000: .*00000.tar does not match its checksum"):
+        data.run_embed(embed)
+
+
+def test_run_download_explains_a_dead_list_and_tries_again(tmp_path: Path) -> None:
+    urls = [f"http://127.0.0.1:{free_port()}/{i}.jpg" for i in range(6)]
+    (tmp_path / "list.csv").write_text("\n".join(["url,caption", *(f"{url},a caption" for url in urls)]))
+    sections = {
+        "pairs": {"source": "list", "path": str(tmp_path / "list.csv")},
+        "download": {"samples_per_shard": 4, "resources": {"num_workers": 1, "cpus_per_worker": 0.5}},
+    }
+    pairs, download = _context(tmp_path, "pairs", **sections), _context(tmp_path, "download", **sections)
+    _commit(pairs, data.run_pairs(pairs))
+    with pytest.raises(StepError, match=r"only 0 of 6 rows came through .*6 x <urlopen error .*Connection refused"):
+        data.run_download(download)
+    assert download.output.shard_records() == {}
+    assert artifact_of(Workspace(download.root), download.step).manifest() is None
+
+
+def test_run_pairs_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("url,caption\n,no url\n")
+    context = _context(tmp_path, "pairs", pairs={"source": "list", "path": str(tmp_path / "list.csv")})
+    with pytest.raises(DataError, match="no usable row"):
+        data.run_pairs(context)
+    assert [name for name in context.output.names() if not name.startswith("live/")] == []
