@@ -26,6 +26,10 @@ _GOALS = {
 }
 
 
+_LEAST_RANGE = 0.01
+"""A floor as near as this to its ceiling says nothing, and no bar is drawn between them."""
+
+
 def quality_groups(metrics: Json) -> list[Json]:
     """The pixel check, one table for each number of objects."""
     groups: list[Json] = []
@@ -94,9 +98,10 @@ def measure_rows(metrics: Json) -> list[Json]:
         _row(
             metrics,
             "frechet_clip",
-            ("generated", "real", "shuffled"),
+            ("generated", "real", ""),
             "Frechet distance, CLIP features",
-            "Drawings against real pictures, lower is better; ceiling: two halves of real pictures of the same number.",
+            "Drawings against real pictures, lower is better; ceiling: two samples of real pictures, each as many.",
+            ranged=False,
         ),
         _row(
             metrics,
@@ -124,9 +129,9 @@ def measure_rows(metrics: Json) -> list[Json]:
         _row(
             metrics,
             "memorisation",
-            ("generated", "", "real"),
+            ("generated", "real", ""),
             "Nearest training picture",
-            "Similarity of each drawing to the nearest picture it was trained on; beside it: real unseen pictures.",
+            "Similarity of each drawing to the nearest picture that was trained on; beside it: real, unseen pictures.",
             ranged=False,
         ),
     ]
@@ -153,7 +158,7 @@ def _row(
     if value is None:
         return None
     place = None
-    if ranged and ceiling is not None and floor is not None and ceiling != floor:
+    if ranged and ceiling is not None and floor is not None and ceiling > floor + _LEAST_RANGE:
         place = (value - floor) / (ceiling - floor)
     texts = ["" if number is None else _text(number, percent=percent) for number in (value, ceiling, floor)]
     return {"name": name, "why": why, "value": texts[0], "ceiling": texts[1], "floor": texts[2], "place": place}
@@ -187,4 +192,6 @@ def _number(value: Any) -> float | None:
 
 
 def _text(number: float, *, percent: bool) -> str:
-    return f"{100 * number:.1f} %" if percent else f"{number:.3f}"
+    if percent:
+        return f"{100 * number:.1f} %"
+    return f"{number:.3f}" if abs(number) >= 0.01 or number == 0 else f"{number:.2g}"

@@ -45,7 +45,7 @@ _CREATED = 1_760_000_000.0
 def make_recipe(workspace: Path, **tables: Any) -> Recipe:
     """A recipe of the demo's shape: 16 px decoder, upsamplers to 64 and 128 px."""
     unet = {"channels": 32, "channel_mults": [1, 2], "num_res_blocks": 1, "attention_resolutions": []}
-    upsampler = {"crop_px": 16, "unet": unet, "sampler": {"method": "ddim", "num_steps": 8}}
+    upsampler = {"crop_px": 16, "unet": unet, "sampler": {"num_steps": 8, "respacing": ""}}
     data = {
         "name": "demo",
         "workspace": str(workspace),
@@ -222,7 +222,7 @@ TINY: dict[str, Any] = {
     "evaluate": {"num_prompts": 10, "num_shown": 3, "num_images_per_shown": 2, "batch_size": 5},
 }
 _UNET = {"channels": 8, "channel_mults": [1, 2], "num_res_blocks": 1, "norm_groups": 4, "attention_resolutions": []}
-_DDIM = {"method": "ddim", "num_steps": 2}
+_DDIM = {"method": "ddim", "num_steps": 2, "respacing": ""}
 
 
 def tiny_tables(workspace: Path) -> dict[str, Any]:
