@@ -22,7 +22,7 @@ from models.diffusion import Denoise, Diffusion
 from models.guidance import classifier_free
 from models.noise import NoiseSource
 from models.prior import PriorCondition, concat_prior_conditions
-from models.sampler_steps import SamplerState, start
+from models.sampler_steps import SamplerState, join_states, start
 from models.samplers import config_timesteps, make_step
 
 
@@ -214,7 +214,7 @@ class Stepper:
             picture.chain = picture.chain or stage.enter(picture)
         chains = [picture.chain for picture in pictures if picture.chain is not None]
         denoise = self._denoiser(chains)
-        state = SamplerState(*(torch.cat(parts) for parts in zip(*(chain.state for chain in chains), strict=True)))
+        state = join_states([chain.state for chain in chains])
         noise = NoiseSource(generator for chain in chains for generator in chain.noise.generators)
         timesteps = (*stage.timesteps, -1)
         rows = [(chain.position, len(chain.noise)) for chain in chains]

@@ -1,0 +1,312 @@
+"""Ray Serve: the API in one process, the networks in replicas, both made of the plain classes of pipeline.serve.
+
+The API's process loads no torch. One replica holds one cascade with its engine; requests reach it through Ray, and a
+client that leaves is dropped there too.
+"""
+
+import asyncio
+import logging
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray import serve
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from pipeline.config import ServeConfig
+from pipeline.errors import ConfigError, StepError
+from pipeline.plan import artifact_of, make_plan
+from pipeline.recipe import Recipe
+from pipeline.runtime.run import connect
+from pipeline.serve.contract import Drawn, Images, Overloaded, Vectors
+from pipeline.store import Artifact, Workspace
+
+APPLICATION = "unclip"
+_NETWORKS = ("clip", "prior", "decoder", "upsampler_1", "upsampler_2")
+_NEIGHBOURS = ("download", "embed", "index")
+_WATCH_EVERY_S = 1.0
+_SPARE_REQUESTS = 64
+_UNAVAILABLE = (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+    ray.exceptions.RayActorError,
+)
+
+
+class PainterReplica:
+    """One copy of the cascade; a ``contract.Painter`` that Ray Serve places."""
+
+    def __init__(self, artifacts: dict[str, Artifact], config: ServeConfig) -> None:
+        import torch
+
+        from pipeline.serve.painter import LocalPainter
+        from pipeline.weights import load_cascade
+
+        torch.set_num_threads(max(1, int(config.cpus_per_replica)))
+        self._painter = LocalPainter(
+            load_cascade(artifacts, config.accelerator),
+            max_batch_size=config.max_batch_size,
+            max_waiting=config.max_queued_requests,
+        )
+
+    async def draw(self, prompt: str, seeds: Sequence[int]) -> Drawn:
+        """See ``contract.Painter``."""
+        return await self._painter.draw(prompt, seeds)
+
+    async def embed_text(self, text: str) -> Vectors:
+        """See ``contract.Painter``."""
+        return await self._painter.embed_text(text)
+
+    async def embed_image(self, image: Images) -> Vectors:
+        """See ``contract.Painter``."""
+        return await self._painter.embed_image(image)
+
+    async def stats(self) -> dict[str, int]:
+        """See ``contract.Painter``."""
+        return await self._painter.stats()
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve, which replaces a replica that raises."""
+        if not await self._painter.stats():
+            raise RuntimeError("the engine has ended")
+
+    def __del__(self) -> None:
+        if hasattr(self, "_painter"):
+            self._painter.close()
+
+
+class RemotePainter:
+    """A ``contract.Painter`` that asks the replicas.
+
+    Args:
+        handle: Of the deployment of ``PainterReplica``.
+    """
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+
+    async def draw(self, prompt: str, seeds: Sequence[int]) -> Drawn:
+        """See ``contract.Painter``."""
+        return await self._ask("draw", prompt, list(seeds))
+
+    async def embed_text(self, text: str) -> Vectors:
+        """See ``contract.Painter``."""
+        return await self._ask("embed_text", text)
+
+    async def embed_image(self, image: Images) -> Vectors:
+        """See ``contract.Painter``."""
+        return await self._ask("embed_image", image)
+
+    async def stats(self) -> dict[str, int]:
+        """See ``contract.Painter``; of one replica where there are several."""
+        try:
+            return await self._ask("stats")
+        except Overloaded:
+            return {}
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
+        response = getattr(self._handle, method).remote(*arguments)
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, Overloaded):
+                raise error.cause from None
+            raise
+        except _UNAVAILABLE as error:
+            raise Overloaded(f"no replica is ready ({type(error).__name__})") from None
+
+
+class Front:
+    """The HTTP interface; Ray Serve takes the application that it builds.
+
+    Args:
+        painter: Handle of the networks.
+        artifacts: The finished steps, by name.
+        recipe: The recipe that is served.
+    """
+
+    def __init__(self, painter: DeploymentHandle[Any], artifacts: dict[str, Artifact], recipe: Recipe) -> None:
+        self._painter = painter
+        self._artifacts = artifacts
+        self._recipe = recipe
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """The FastAPI application, built where it runs."""
+        from pipeline.retrieve import NeighbourIndex
+        from pipeline.serve.api import ApiSettings, create_app
+        from pipeline.serve.library import LocalLibrary
+
+        index = NeighbourIndex.open(self._artifacts["index"], self._artifacts["embed"])
+        manifest = self._artifacts["decoder"].manifest()
+        settings = ApiSettings(
+            name=self._recipe.name,
+            image_px=final_image_px(self._recipe),
+            api_key=self._recipe.serve.api_key,
+            created=int(manifest.created) if manifest else 0,
+        )
+        return create_app(RemotePainter(self._painter), LocalLibrary(index, self._artifacts["download"]), settings)
+
+
+def serve_recipe(recipe: Recipe, *, address: str = "", announce: Callable[[str], None] | None = None) -> None:
+    """Serve the trained cascade of a recipe until Ctrl-C (or SIGTERM).
+
+    Args:
+        recipe: A checked recipe whose steps up to the networks and the index are finished.
+        address: Ray cluster; empty: one of our own on this machine, ended with the server.
+        announce: Takes lines for people; None writes them to standard output.
+
+    Raises:
+        ConfigError: If a step is not finished; names the command that finishes it.
+        StepError: If the port is taken, the cluster lacks CPUs or GPUs, a replica cannot start, or Ray goes away.
+    """
+    config = recipe.serve
+    announce = announce or _write_line
+    artifacts = _finished_artifacts(recipe)
+    _quieten()
+    if not address:
+        _require_free_port(config.host, config.port)
+    # Ray puts handlers of its own in place when it starts: ours come after.
+    with connect(address), _termination_as_interrupt():
+        _require_room(config)
+        try:
+            try:
+                serve.start(
+                    proxy_location="HeadOnly",
+                    http_options={"host": config.host, "port": config.port},
+                    logging_config={"log_level": "WARNING", "enable_access_log": False},
+                )
+                serve.run(build_application(recipe, artifacts), name=APPLICATION, route_prefix="/")
+            except RuntimeError as error:
+                raise StepError(f"serve: a replica could not start: {_reason(str(error))}") from None
+            host = "127.0.0.1" if config.host in {"0.0.0.0", "::"} else config.host  # noqa: S104  (compared, not bound)
+            announce(f"{recipe.name} is served at http://{host}:{config.port} - Ctrl-C ends it")
+            _watch()
+        except KeyboardInterrupt:
+            announce("stopping")
+        finally:
+            if address:  # a Ray of our own ends with its processes
+                with suppress(ray.exceptions.RayError):
+                    serve.shutdown()
+
+
+def build_application(recipe: Recipe, artifacts: dict[str, Artifact]) -> serve.Application:
+    """The two deployments of a recipe, connected."""
+    config = recipe.serve
+    num_gpus = 1 if config.accelerator == "cuda" else 0
+    painter: Any = serve.deployment(
+        PainterReplica,
+        num_replicas=config.num_replicas,
+        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": num_gpus},
+        # The engine decides how many may wait; Ray must not stop them before.
+        max_ongoing_requests=config.max_batch_size + config.max_queued_requests + _SPARE_REQUESTS,
+        graceful_shutdown_timeout_s=5,
+    )
+    front: Any = serve.deployment(
+        serve.ingress()(Front),
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=config.num_replicas * (config.max_batch_size + config.max_queued_requests) * 4 + 256,
+        graceful_shutdown_timeout_s=5,
+    )
+    networks = {name: artifact for name, artifact in artifacts.items() if name in _NETWORKS}
+    return front.bind(painter.bind(networks, config), artifacts, recipe)
+
+
+def final_image_px(recipe: Recipe) -> int:
+    """Side of the pictures at the end of the cascade, in pixels."""
+    for section in (recipe.upsampler_2, recipe.upsampler_1):
+        if section is not None:
+            return section.model.image_px
+    return recipe.decoder.model.image_px
+
+
+def _finished_artifacts(recipe: Recipe) -> dict[str, Artifact]:
+    workspace = Workspace(recipe.workspace)
+    artifacts: dict[str, Artifact] = {}
+    for step in make_plan(recipe):
+        if step.name in {*_NETWORKS, *_NEIGHBOURS}:
+            artifacts[step.name] = artifact_of(workspace, step)
+            if artifacts[step.name].manifest() is None:
+                raise ConfigError(f"serve: {step.name} is not finished under this recipe; first: unclip run RECIPE")
+    return artifacts
+
+
+def _require_free_port(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise StepError(
+                f"serve: {host}:{port} cannot be listened on ({error.strerror}); choose another: --set serve.port=8001"
+            ) from None
+
+
+def _require_room(config: ServeConfig) -> None:
+    """Refuse what Ray would wait for without end."""
+    there = ray.cluster_resources()
+    wanted = {"CPU": config.num_replicas * config.cpus_per_replica}
+    if config.accelerator == "cuda":
+        wanted["GPU"] = float(config.num_replicas)
+    for name, number in wanted.items():
+        if there.get(name, 0.0) < number:
+            raise StepError(
+                f"serve: {config.num_replicas} replicas want {number:g} {name}, Ray has {there.get(name, 0.0):g}; "
+                "see serve.num_replicas, serve.cpus_per_replica and serve.accelerator"
+            )
+
+
+def _watch() -> None:
+    while True:
+        time.sleep(_WATCH_EVERY_S)
+        try:
+            application = serve.status().applications.get(APPLICATION)
+        except ray.exceptions.RayError as error:
+            raise StepError(f"serve: Ray went away ({type(error).__name__})") from None
+        if application is None:
+            raise StepError("serve: the application was ended from elsewhere")
+
+
+@contextmanager
+def _termination_as_interrupt() -> Generator[None]:
+    """SIGTERM ends the server as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(_signal: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _reason(text: str) -> str:
+    """The last error that a replica's traceback names."""
+    found = re.findall(r"^(?:\w+\.)*(\w*(?:Error|Exception)): (.+)$", text, re.MULTILINE)
+    return f"{found[-1][0]}: {found[-1][1]}" if found else text.strip().splitlines()[-1]
+
+
+def _quieten() -> None:
+    for name in ("ray.serve", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _write_line(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
