@@ -226,8 +226,12 @@ class UNetConfig:
     """How the timestep enters a residual block: after the norm as scale and shift (ADM), or added before it."""
     dropout: float = 0.1
     """Dropout inside the residual blocks, per feature (table 3: 0.1)."""
+    patch_px: int = 1
+    """Side of the square of pixels folded into the channels before the first level and unfolded after the last, in
+    pixels (arXiv:1609.05158): 1 is the paper's network; 2 and 4 trade the finest level for speed."""
 
     def __post_init__(self) -> None:
+        _require(self.patch_px >= 1, f"patch_px = {self.patch_px}: at least 1")
         _require(
             self.num_res_blocks >= 1 and len(self.channel_mults) >= 1 and min(self.channel_mults) >= 1,
             f"num_res_blocks = {self.num_res_blocks}, channel_mults = {self.channel_mults}: each at least 1",
@@ -242,14 +246,14 @@ class UNetConfig:
 
     def level_sides_px(self, image_px: int) -> tuple[int, ...]:
         """Side of each level for pictures of side ``image_px``, in pixels."""
-        return tuple(image_px // 2**level for level in range(len(self.channel_mults)))
+        return tuple(image_px // self.patch_px // 2**level for level in range(len(self.channel_mults)))
 
     def require_fits(self, image_px: int) -> None:
         """Raise ValueError unless pictures of side ``image_px`` pass through every level."""
-        factor = 2 ** (len(self.channel_mults) - 1)
+        factor = self.patch_px * 2 ** (len(self.channel_mults) - 1)
         _require(
             image_px >= factor and image_px % factor == 0,
-            f"image_px = {image_px} cannot be halved {len(self.channel_mults) - 1} times (channel_mults)",
+            f"image_px = {image_px} is not a multiple of {factor} (patch_px times a halving for each further level)",
         )
         sides = self.level_sides_px(image_px)
         missing = [side for side in self.attention_resolutions if side not in sides]

@@ -62,7 +62,7 @@ def test_config_refuses_unknown_keys_and_converts_nothing(cls: type) -> None:
         (lambda: PriorConfig(diffusion=DiffusionConfig(variance="learned_range")), "the prior predicts"),
         (lambda: PriorConfig(diffusion=DiffusionConfig(num_timesteps=10)), "above num_timesteps"),
         (lambda: UNetConfig(channels=100, norm_groups=32), "multiple of norm_groups"),
-        (lambda: DecoderConfig(image_px=36), "cannot be halved 3 times"),
+        (lambda: DecoderConfig(image_px=36), "is not a multiple of 8"),
         (lambda: DecoderConfig(image_px=128), "not among the levels"),
         (lambda: DecoderConfig(unet=UNetConfig(channels=96, channel_mults=(1, 2, 3, 5))), "head_channels"),
         (lambda: UpsamplerConfig(low_res_px=100), "larger multiple"),

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_models import UNET, randomise
 
 from models.config import UNetConfig
@@ -112,6 +113,27 @@ def test_unet_scale_shift_and_added_time_differ() -> None:
         assert (early - late).abs().max() > 1e-3
         shapes.append(model.down[0].block.embedding.weight.shape)
     assert shapes == [(16, 32), (8, 32)]
+
+
+def test_unet_with_patches_is_the_network_on_the_folded_picture() -> None:
+    config = UNetConfig(channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(), norm_groups=4)
+    folded = UNet(replace(config, patch_px=2), 16, 3, 6).eval()
+    plain = UNet(config, 8, 12, 24).eval()
+    randomise(folded)
+    plain.load_state_dict(folded.state_dict())
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 500])
+    expected = F.pixel_shuffle(plain(F.pixel_unshuffle(x, 2), t), 2)
+    torch.testing.assert_close(folded(x, t), expected)
+    assert folded(x, t).shape == (2, 6, 16, 16)
+
+
+def test_unet_with_patches_counts_levels_in_picture_pixels_over_the_patch() -> None:
+    config = UNetConfig(channels=8, channel_mults=(1, 2), attention_resolutions=(4,), head_channels=4, norm_groups=4)
+    replace(config, patch_px=2).require_fits(16)
+    with pytest.raises(ValueError, match="attention_resolutions"):
+        replace(config, patch_px=2).require_fits(8)
+    with pytest.raises(ValueError, match="not a multiple of 8"):
+        replace(config, patch_px=4, attention_resolutions=()).require_fits(20)
 
 
 def test_unet_refuses_a_context_it_was_not_built_for() -> None:
