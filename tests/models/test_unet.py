@@ -131,7 +131,7 @@ def test_unet_with_patches_counts_levels_in_picture_pixels_over_the_patch() -> N
     config = UNetConfig(channels=8, channel_mults=(1, 2), attention_resolutions=(4,), head_channels=4, norm_groups=4)
     replace(config, patch_px=2).require_fits(16)
     with pytest.raises(ValueError, match="attention_resolutions"):
-        replace(config, patch_px=2).require_fits(8)
+        replace(config, patch_px=2).require_fits(32)
     with pytest.raises(ValueError, match="not a multiple of 8"):
         replace(config, patch_px=4, attention_resolutions=()).require_fits(20)
 
