@@ -30,6 +30,7 @@ _HNSW_LINKS = 32
 _HNSW_BUILD_EFFORT = 80
 _HNSW_EFFORTS = (16, 32, 64, 128, 256, 512, 1024)
 _MIN_ROWS_PER_LIST = 39  # below it FAISS calls the training sample too small
+_WRITE_BYTES = 1 << 20
 _CANDIDATES = {"ivf_sq8": 4}  # how many times K are taken from a quantised index and re-ranked
 
 
@@ -93,8 +94,10 @@ def build_index(
         true = true_neighbours(shards, queries, f"z_{modality}", k)
         effort, reached = tune(index, kind, queries, true, k, config.recall_target)
         description[modality] = {"effort": effort, "recall_at_10": round(reached, 4)}
-        with output.write(f"{modality}.faiss") as path:
-            faiss.write_index(index, str(path))
+        # Through Python's own file: FAISS's writer does not notice a disk that fills while it closes.
+        with output.write(f"{modality}.faiss") as path, path.open("wb") as file:
+            writer: Any = getattr(faiss, "PyCallbackIOWriter")  # noqa: B009  (faiss has no type for it)
+            faiss.write_index(index, writer(file.write, _WRITE_BYTES))
     output.write_json("index.json", description)
     return BuiltIndex(shards.num_rows, _metrics(description))
 

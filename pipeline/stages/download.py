@@ -28,7 +28,7 @@ from pipeline.config import DownloadConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.schema import require_columns
 from pipeline.stages.fetch import limited_urlopen
-from pipeline.stages.shards import good_rows, index_tar, read_member
+from pipeline.stages.shards import Members, good_rows, index_tar, read_member
 from pipeline.store import translate_os_errors
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for a newer release
@@ -112,8 +112,9 @@ def download_shard(
     try:
         with translate_os_errors(f"download: shard {shard}: {scratch.parent}"):
             _run_img2dataset(_plain(rows), shard, config, scratch)
-            table, counts = _check(scratch, shard, rows)
-            _write_in_order(scratch / f"{shard}.tar", tar)
+            members = index_tar(scratch / f"{shard}.tar")
+            table, counts = _check(scratch, shard, rows, members)
+            _write_in_order(scratch / f"{shard}.tar", tar, members)
             pq.write_table(table, parquet)
             shutil.copyfile(scratch / f"{shard}_stats.json", stats)
     finally:
@@ -247,7 +248,7 @@ def _plain(rows: pa.Table) -> pa.Table:
     return rows
 
 
-def _check(scratch: Path, shard: str, rows: pa.Table) -> tuple[pa.Table, Counter[str]]:
+def _check(scratch: Path, shard: str, rows: pa.Table, members: Members) -> tuple[pa.Table, Counter[str]]:
     table = pq.read_table(scratch / f"{shard}.parquet").sort_by("key")
     if sorted(table.column("uid").to_pylist()) != sorted(rows.column("uid").to_pylist()):
         raise DataError(
@@ -256,7 +257,6 @@ def _check(scratch: Path, shard: str, rows: pa.Table) -> tuple[pa.Table, Counter
         )
     stats = json.loads((scratch / f"{shard}_stats.json").read_text())
     statuses = Counter(table.column("status").to_pylist())
-    members = index_tar(scratch / f"{shard}.tar")
     good = good_rows(table)
     if stats["successes"] != good.num_rows or members.keys() != set(good.column("key").to_pylist()):
         raise DataError(
@@ -273,8 +273,10 @@ def _check(scratch: Path, shard: str, rows: pa.Table) -> tuple[pa.Table, Counter
     return table, Counter({"in": table.num_rows, "ok": good.num_rows, **failures})
 
 
-def _write_in_order(source: Path, target: Path) -> None:
-    with tarfile.open(source, "r:") as old, tarfile.open(target, "w", format=tarfile.USTAR_FORMAT) as new:
-        for member in sorted(old.getmembers(), key=lambda member: member.name.partition(".")[0]):
-            member.mtime = 0
-            new.addfile(member, old.extractfile(member))
+def _write_in_order(source: Path, target: Path, members: Members) -> None:
+    with source.open("rb") as old, tarfile.open(target, "w", format=tarfile.USTAR_FORMAT) as new:
+        for key in sorted(members):
+            for extension, place in members[key].items():
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size, member.mode, member.uname, member.gname = place[1], 0o444, "bigdata", "bigdata"
+                new.addfile(member, io.BytesIO(read_member(old, place)))  # as webdataset writes it, at time zero
