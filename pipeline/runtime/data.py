@@ -3,7 +3,6 @@
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Generator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,15 +10,15 @@ import ray
 import ray.exceptions
 
 from pipeline.config import DownloadConfig
-from pipeline.errors import ConfigError, DataError, StepError
+from pipeline.errors import DataError, StepError
 from pipeline.progress import Progress
 from pipeline.runtime.context import StepContext, StepResult
+from pipeline.runtime.pictures import served_pictures
 from pipeline.runtime.shards import ShardJob, map_shards, total_counts
 from pipeline.schema import ShardRecord
 from pipeline.stages.shards import MEND
 from pipeline.store import Artifact
 
-_PORT_WAIT_S = 10.0
 _MIN_ROWS_TO_JUDGE = 1000
 _NUM_CAUSES = 20
 
@@ -57,7 +56,8 @@ def run_download(context: StepContext) -> StepResult:
         _require_success(records, config, output, is_last=len(records) == len(shards))
 
     missing = set(shards) - set(output.shard_records())
-    with _pictures(context) if missing else contextlib.nullcontext():
+    drawn = context.recipe.pairs.source == "drawn"
+    with served_pictures(context.recipe.pairs.drawn.port) if drawn and missing else contextlib.nullcontext():
         limit_s = _shard_limit_s(config)
         job = ShardJob(DownloadStage, shards, num_rows, config.resources, limit_s=limit_s, on_record=judge)
         records = map_shards(context, job)
@@ -165,27 +165,6 @@ def _clip_folder(clip: Artifact) -> Path:
 
     clip.path(WEIGHTS_FILE)
     return clip.path(CONFIG_FILE).parent
-
-
-@contextlib.contextmanager
-def _pictures(context: StepContext) -> Generator[None]:
-    """The drawn source's picture server; a killed run's own server needs a moment to notice and free the port."""
-    from pipeline.shapes.server import serve_pictures
-
-    if context.recipe.pairs.source != "drawn":
-        yield
-        return
-    give_up = time.monotonic() + _PORT_WAIT_S
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(serve_pictures(context.recipe.pairs.drawn.port))
-                break
-            except ConfigError:
-                if time.monotonic() > give_up:
-                    raise
-                time.sleep(0.3)
-        yield
 
 
 def _shard_limit_s(config: DownloadConfig) -> float:
