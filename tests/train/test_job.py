@@ -91,7 +91,11 @@ def test_a_killed_training_ends_in_the_same_bytes(tmp_path: Path, name: str) -> 
         run_job(_job(name, inputs, tmp_path / "wild"), kill)
     assert Artifact(str(tmp_path / "wild")).exists(checkpoint_name(4))
     seen: list[int] = []
-    assert run_job(_job(name, inputs, tmp_path / "wild"), lambda done, total, message: seen.append(done)) == metrics
+
+    def note(done: int, total: int, message: str) -> None:
+        seen.append(done)
+
+    assert run_job(_job(name, inputs, tmp_path / "wild"), note) == metrics
     assert seen == [4, 5, 6]  # what the checkpoint holds is not done again
     assert _contents(tmp_path / "wild") == calm
 
@@ -142,7 +146,7 @@ def test_load_network_names_a_damaged_file(tmp_path: Path) -> None:
     output.write_json("config.json", {"schema_version": 99, "kind": "upsampler"})
     with pytest.raises(DataError, match="schema version 99"):
         load_network(output)
-    with pytest.raises(DataError, match="not a cascade|schema version"):
+    with pytest.raises(DataError, match="schema version"):
         load_cascade(dict.fromkeys(("prior", "decoder"), output) | {"clip": inputs["clip"]})
     output.remove("config.json")
     with pytest.raises(DataError, match=r"no file config\.json"):

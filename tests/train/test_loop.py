@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,7 +38,11 @@ class _Regression(nn.Module):
         return ((self.network(x) - target) ** 2).mean()
 
 
-def _batches(start: int, share: slice = slice(None)):
+def _nothing(state: TrainState) -> None:
+    """Neither saves nor reports."""
+
+
+def _batches(start: int, share: slice = slice(None)) -> Iterator[Batch]:
     for step in range(start, 1000):
         uids = tuple(str((step * 4 + i) % 7) for i in range(4))
         yield Batch(uids[share], ("",) * len(uids[share]))
@@ -51,7 +55,7 @@ def _start(config: TrainConfig, **options: float) -> tuple[TrainState, StepFunct
 
 
 def _run(state: TrainState, step: StepFunction, config: TrainConfig, save: Callable[[TrainState], None]) -> None:
-    train(state, step, _batches(state.step), config, _RESOURCES, save, lambda state: None)
+    train(state, step, _batches(state.step), config, _RESOURCES, save, _nothing)
 
 
 def _same(one: nn.Module, two: nn.Module) -> bool:
@@ -72,7 +76,7 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, precision:
         resumed.network[0].weight.zero_()  # pyright: ignore  (what is loaded must replace it)
     assert load_newest_checkpoint(resumed, artifact, "key")
     assert resumed.step == 4
-    _run(resumed, step, config, lambda state: None)
+    _run(resumed, step, config, _nothing)
     assert _same(whole.network, resumed.network)
     assert _same(whole.ema, resumed.ema)
 
@@ -126,7 +130,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change() -> None:
         step(state, Batch(uids, batch.captions))
 
     with pytest.raises(StepError, match="step 6: loss or gradient is not finite"):
-        train(state, poisoned, _batches(0), config, _RESOURCES, lambda state: None, lambda state: None)
+        train(state, poisoned, _batches(0), config, _RESOURCES, _nothing, _nothing)
     assert _same(before[5], state.network)
     assert not _same(before[4], state.network)
 
@@ -159,7 +163,7 @@ def test_train_saves_and_reports_when_due() -> None:
 def test_the_average_follows_the_network() -> None:
     config = TrainConfig(num_steps=6, learning_rate=0.05, ema_decay=0.0)
     state, step = _start(config)
-    _run(state, step, config, lambda state: None)
+    _run(state, step, config, _nothing)
     assert _same(state.ema, state.network)
 
 
@@ -183,7 +187,7 @@ def _train_ranked(rank: int, folder: str) -> None:
     losses: list[float] = []
     train(
         state, step, _batches(0, slice(2 * rank, 2 * rank + 2)), config, TrainResources(log_every_steps=1),
-        lambda state: None, lambda state: losses.append(float(state.loss_sum[0])),
+        _nothing, lambda state: losses.append(float(state.loss_sum[0])),
     )  # fmt: skip
     torch.save({"weights": state.network.state_dict(), "losses": losses}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -195,7 +199,7 @@ def test_two_workers_train_as_one_does(tmp_path: Path) -> None:
     losses: list[float] = []
     train(
         alone, step, _batches(0), config, TrainResources(log_every_steps=1),
-        lambda state: None, lambda state: losses.append(float(state.loss_sum[0])),
+        _nothing, lambda state: losses.append(float(state.loss_sum[0])),
     )  # fmt: skip
     torch.multiprocessing.spawn(_train_ranked, (str(tmp_path),), nprocs=2)  # pyright: ignore
     for rank in range(2):

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -23,9 +25,7 @@ def test_places_visits_every_row_once_an_epoch(shards: list[int], window: int, s
 def test_places_do_not_depend_on_how_they_are_asked_for(shards: list[int], window: int, cuts: list[int]) -> None:
     whole = SampleOrder(shards, 3, window_rows=window).places(0, 60)
     borders = [0, *sorted(cuts), 60]
-    pieces = [
-        SampleOrder(shards, 3, window_rows=window).places(a, b) for a, b in zip(borders, borders[1:], strict=False)
-    ]
+    pieces = [SampleOrder(shards, 3, window_rows=window).places(a, b) for a, b in pairwise(borders)]
     assert np.array_equal(np.concatenate(pieces), whole)
 
 

@@ -71,10 +71,10 @@ def test_pictures_name_a_damaged_tar_and_a_missing_key(tmp_path: Path) -> None:
     data[at : at + 40] = bytes(40)
     path.write_bytes(data)
     key = reader.table("00000").keys[0]
-    with pytest.raises(DataError, match=f"key {key}: .*cannot be decoded"):
+    with pytest.raises(DataError, match=rf"key {key}: .*cannot be decoded"):
         reader.pictures("00000").decode(key, "abc", 32)
     path.write_bytes(b"no tar" * 200)
-    with pytest.raises(DataError, match="shard 00000: .*not a readable tar"):
+    with pytest.raises(DataError, match=r"shard 00000: .*not a readable tar"):
         reader.pictures("00000")
 
 

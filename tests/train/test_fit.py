@@ -1,0 +1,73 @@
+"""Trainings through a real Ray: a task for one worker, Ray Train for two."""
+
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+
+from pipeline.errors import DataError, StepError
+from pipeline.plan import make_plan
+from pipeline.recipe import Recipe, parse_recipe
+from pipeline.runtime.context import StepContext
+from pipeline.runtime.run import connect
+from pipeline.runtime.train import run_upsampler_1
+from pipeline.store import Artifact
+from tests.train.data import write_download
+
+
+def _recipe(workspace: Path, *, num_workers: int, learning_rate: float = 1e-3) -> Recipe:
+    unet = {"channels": 8, "channel_mults": [1, 2], "num_res_blocks": 1, "attention_resolutions": [], "norm_groups": 4}
+    return parse_recipe(
+        {
+            "workspace": str(workspace),
+            "download": {"image_px": 32},
+            "decoder": {"model": {"image_px": 8, "unet": {"attention_resolutions": [], "channel_mults": [1, 2]}}},
+            "upsampler_1": {
+                "model": {"low_res_px": 8, "image_px": 16, "crop_px": 8, "unet": unet},
+                "train": {"num_steps": 4, "batch_size": 4, "learning_rate": learning_rate},
+                "resources": {"num_workers": num_workers, "cpus_per_worker": 0.5, "save_every_steps": 2},
+            },
+        }
+    )
+
+
+def _context(recipe: Recipe) -> StepContext:
+    step = next(step for step in make_plan(recipe) if step.name == "upsampler_1")
+    context = StepContext(recipe, step, recipe.workspace)
+    write_download(Path(context.inputs["download"].uri))
+    return context
+
+
+def _step(context: StepContext) -> object:
+    """Run the step as the executor does: inside a task that holds no CPU."""
+    task = ray.remote(num_cpus=0, max_retries=0)(run_upsampler_1)
+    try:
+        return ray.get(task.remote(context))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+
+
+@pytest.mark.ray
+def test_fit_trains_on_one_worker_and_on_two(tmp_path: Path) -> None:
+    with connect():
+        weights = {}
+        for num_workers in (1, 2):
+            context = _context(_recipe(tmp_path / str(num_workers), num_workers=num_workers))
+            result = _step(context)
+            assert result.num_workers == num_workers
+            assert result.metrics["num_steps"] == 4
+            weights[num_workers] = load_file(context.output.path("model.safetensors"))
+        # The same samples in the same order, with draws of their own: close, and not the same.
+        gaps = [float((weights[1][name] - weights[2][name]).abs().max()) for name in weights[1]]
+        assert 0 < max(gaps) < 0.02
+
+        context = _context(_recipe(tmp_path / "nan", num_workers=1, learning_rate=1e38))
+        with pytest.raises(StepError, match="upsampler_1: step 2: loss or gradient is not finite"):
+            _step(context)
+        context = _context(_recipe(tmp_path / "torn", num_workers=2))
+        Artifact(context.inputs["download"].uri).write_bytes("00001.tar", b"no tar")
+        with pytest.raises(DataError, match=r"upsampler_1: shard 00001: .*not a readable tar"):
+            _step(context)
+        assert torch.get_num_threads() >= 1
