@@ -1,5 +1,6 @@
 """The pool of workers on a real Ray. Workers import this module: it stays light."""
 
+import contextlib
 import os
 import signal
 import time
@@ -114,12 +115,19 @@ def test_map_shards_stops_when_told_to(tmp_path: Path) -> None:
     assert len(context.output.shard_records()) < 40
 
 
+def _worker_names() -> list[str]:
+    names: list[str] = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it may end while we look
+            names += [part for part in child.cmdline() if "_Worker" in part]
+    return names
+
+
 def test_no_worker_is_left_behind(tmp_path: Path) -> None:
-    _map(_context(tmp_path), "a", "b", resources=_TWO)
+    seen: list[str] = []
+    _map(_context(tmp_path), "a", "b", resources=_TWO, on_record=lambda _records: seen.extend(_worker_names()))
+    assert seen
     give_up = time.monotonic() + 10
-    while time.monotonic() < give_up:
-        names = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
-        if not any("_Worker" in name for name in names):
-            return
+    while _worker_names() and time.monotonic() < give_up:
         time.sleep(0.1)
-    raise AssertionError(names)
+    assert _worker_names() == []
