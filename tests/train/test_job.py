@@ -24,7 +24,7 @@ _UNET = {
     "norm_groups": 4,
     "dropout": 0.1,
 }
-_SAMPLER = {"method": "ddim", "num_steps": 2}
+_SAMPLER = {"method": "ddim", "num_steps": 2, "respacing": ""}
 _CLIP = {"embed_dim": EMBED_DIM, "image_px": 32, "vision_width": 8, "text_width": 16, "text_heads": 2, "text_layers": 1}
 
 
