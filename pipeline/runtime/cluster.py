@@ -1,6 +1,7 @@
 """The dashboard of a Ray cluster: where jobs are sent, and the errors on the way there in words."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Generator
 from urllib.parse import urlsplit
@@ -14,6 +15,11 @@ from pipeline.errors import ConfigError, StepError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _CONNECT_TIMEOUT_S = 5.0
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 
 
 def is_loopback(url: str) -> bool:
@@ -50,6 +56,8 @@ def dashboard_client(address: str) -> tuple[JobSubmissionClient, str]:
         raise StepError(f"{nothing} ({type(error).__name__})") from None
     if reply.status_code not in {200, 401, 403}:
         raise StepError(f"{nothing} (something else does: HTTP {reply.status_code})")
+    for name in _TALKATIVE:  # they tell of every upload and every closed connection
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         with _address_is_final():
             return _client(url), url

@@ -199,7 +199,7 @@ def serve_recipe(recipe: Recipe, *, address: str = "", announce: Callable[[str],
         finally:
             if address:  # a Ray of our own ends with its processes
                 with suppress(ray.exceptions.RayError):
-                    serve.shutdown()
+                    _end_on_cluster()
 
 
 def build_application(recipe: Recipe, artifacts: dict[str, Artifact]) -> serve.Application:
@@ -266,6 +266,14 @@ def _require_room(config: ServeConfig) -> None:
                 f"serve: {config.num_replicas} replicas want {number:g} {name}, Ray has {there.get(name, 0.0):g}; "
                 "see serve.num_replicas, serve.cpus_per_replica and serve.accelerator"
             )
+
+
+def _end_on_cluster() -> None:
+    """End our application, and Ray Serve with it unless others use it."""
+    if set(serve.status().applications) - {APPLICATION}:
+        serve.delete(APPLICATION)
+    else:
+        serve.shutdown()
 
 
 def _watch() -> None:

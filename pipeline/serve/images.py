@@ -1,5 +1,6 @@
 """``POST /v1/images/generations`` as OpenAI's Images API has it; ``seed`` is an addition."""
 
+import asyncio
 import base64
 import io
 import re
@@ -89,9 +90,10 @@ async def generate(painter: Painter, asked: GenerationRequest, *, model: str, im
     first = secrets.randbelow(2**31) if asked.seed is None else asked.seed
     seeds = [first + number for number in range(asked.n or 1)]
     drawn = await painter.draw(asked.prompt, seeds)
+    files = await asyncio.to_thread(lambda: [to_png(image, side_px) for image in drawn.images])
     data: list[dict[str, Any]] = []
-    for image, seed in zip(drawn.images, seeds, strict=True):
-        encoded = base64.b64encode(to_png(image, side_px)).decode()
+    for file, seed in zip(files, seeds, strict=True):
+        encoded = base64.b64encode(file).decode()
         if asked.response_format == "url":
             data.append({"url": f"data:image/png;base64,{encoded}", "seed": seed})
         else:
