@@ -140,20 +140,20 @@ def plan_status(workspace: Workspace, steps: list[Step]) -> list[StepStatus]:
 
 
 def _local_inputs(name: str, tables: Json) -> Json:
-    """Content of the user's files that a section names by path."""
-    paths = {
-        "pairs": tables.get("path", ""),
-        "clip": tables.get("name", "")
-        if tables.get("source") == "pretrained" and "/" in tables.get("name", "")
-        else "",
-        "evaluate": tables.get("prompts_path", ""),
-    }
-    path = paths.get(name, "")
+    """Content of the user's files that a section names by path: it stands in the key in place of the path.
+
+    A folder of pictures keeps its (absolute) path too, for that is what its URLs are made of.
+    """
+    is_folder_name = tables.get("source") == "pretrained" and "/" in tables.get("name", "")
+    fields = {"pairs": "path", "clip": "name" if is_folder_name else "", "evaluate": "prompts_path"}
+    field = fields.get(name, "")
+    path = tables.get(field, "") if field else ""
     if not path or "://" in path:
         return {}
     if not Path(path).exists():
         raise ConfigError(f"{name}: {path} does not exist; relative paths start at the folder where you run unclip")
-    return {"content": fingerprint(path)}
+    kept = str(Path(path).resolve()) if tables.get("source") == "folder" else ""
+    return {field: kept, "content": fingerprint(path)}
 
 
 def _differences(previous: Manifest, step: Step) -> list[str]:

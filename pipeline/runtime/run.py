@@ -183,8 +183,10 @@ def connect(address: str = "") -> Generator[None]:
     # A Ray of our own is closed by a token without being asked; its long notice about that helps nobody here.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
-    # Workers import this tree by name, whatever folder the command runs in.
-    environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2]), "RAY_USAGE_STATS_ENABLED": "0"}}
+    # Workers import this tree by name, whatever folder the command runs in. In the environment that they inherit, not
+    # in Ray's runtime_env, for that would turn away the workers that Ray starts ahead of time.
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     try:
         if address:
             ray.init(address=address, **quiet)
@@ -194,7 +196,6 @@ def connect(address: str = "") -> Generator[None]:
                 address="local",
                 num_cpus=max(2, os.cpu_count() or 1),
                 include_dashboard=False,
-                runtime_env=environment,
                 **quiet,
             )
     except (ConnectionError, RuntimeError, ValueError) as error:

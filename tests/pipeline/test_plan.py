@@ -78,7 +78,10 @@ def test_make_plan_content_of_the_list_is_part_of_the_key(tmp_path: Path) -> Non
     pairs.write_text("url,caption\nu,c\n")
     first = _keys(recipe)
     pairs.write_text("url,caption\nu,d\n")
-    assert _keys(recipe)["pairs"] != first["pairs"]
+    changed = _keys(recipe)["pairs"]
+    assert changed != first["pairs"]
+    moved = pairs.rename(tmp_path / "moved.csv")
+    assert _keys(load_recipe(None, ["pairs.source=list", f"pairs.path={moved}"]))["pairs"] == changed
 
 
 def test_make_plan_pretrained_clip_does_not_wait_for_the_download() -> None:
