@@ -1,0 +1,145 @@
+"""One shrunken recipe through real Ray, from drawn pairs to pictures, and every command upon what it leaves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline.plan import artifact_of, make_plan
+from pipeline.recipe import load_recipe
+from pipeline.store import Artifact, Workspace
+from tests.tiny import free_port, tiny_recipe, unclip, unclip_json
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.xdist_group("end-to-end")]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tiny_recipe(tmp_path_factory.mktemp("tiny"), port=free_port())
+    done = unclip("run", str(path))
+    assert done.returncode == 0, done.stdout
+    assert "report:" in done.stdout
+    assert "unclip sample" in done.stdout
+    return path
+
+
+def _artifacts(recipe: Path) -> dict[str, Artifact]:
+    loaded = load_recipe(recipe)
+    return {step.name: artifact_of(Workspace(loaded.workspace), step) for step in make_plan(loaded)}
+
+
+def test_run_commits_every_step_with_counts_checksums_and_a_tracking_run(recipe: Path) -> None:
+    for name, artifact in _artifacts(recipe).items():
+        manifest = artifact.manifest()
+        assert manifest is not None, name
+        assert manifest.files, name
+        assert manifest.wall_s > 0, name
+        assert manifest.tracking_run_id, name
+        for file in manifest.files:
+            artifact.verify(file)
+        assert not [file for file in artifact.names() if file.startswith("live/")]
+
+
+def test_run_counts_every_row_from_list_to_embedding(recipe: Path) -> None:
+    manifests = {name: artifact.manifest() for name, artifact in _artifacts(recipe).items()}
+    pairs, download, embed = (manifests[name].counts for name in ("pairs", "download", "embed"))  # type: ignore[union-attr]
+    assert pairs["ok"] == download["in"] == 64 + 5
+    assert download["ok"] == embed["in"] == 64
+    assert download["failed_to_download"] + download["failed_to_resize"] == 5
+    assert embed["ok"] == 64
+
+
+def test_run_carries_the_uid_from_the_list_to_the_index(recipe: Path) -> None:
+    artifacts = _artifacts(recipe)
+    listed = pq.read_table(artifacts["pairs"].path("pairs.parquet")).to_pylist()
+    indexed = pq.read_table(artifacts["index"].path("rows.parquet")).to_pylist()
+    by_uid = {row["uid"]: row for row in listed}
+    assert len(indexed) == 64
+    assert all(by_uid[row["uid"]]["caption"] == row["caption"] for row in indexed)
+    assert all(by_uid[row["uid"]]["url"] == row["url"] for row in indexed)
+
+
+def test_run_again_does_nothing(recipe: Path) -> None:
+    result = unclip_json("run", str(recipe))
+    assert result["ran"] == []
+    assert result["wall_s"] < 10
+
+
+def test_plan_after_a_change_names_the_field_and_what_follows(recipe: Path) -> None:
+    rows = unclip_json("plan", str(recipe), "--set", "prior.train.num_steps=5")
+    todo = {row["step"]: row["reasons"] for row in rows if row["state"] != "done"}
+    assert todo == {"prior": ["prior.train.num_steps: 4 -> 5"], "evaluate": ["prior changed"]}
+
+
+def test_status_tells_time_and_rows(recipe: Path) -> None:
+    rows: list[dict[str, Any]] = unclip_json("status", str(recipe))
+    assert {row["state"] for row in rows} == {"done"}
+    assert next(row for row in rows if row["step"] == "download")["counts"]["in"] == 69
+
+
+def test_report_is_one_page_with_pictures_and_numbers(recipe: Path) -> None:
+    page = (Path(load_recipe(recipe).workspace) / "report.html").read_text()
+    assert page.count("data:image/") >= 3
+    for word in ("recall", "download", "upsampler_2"):
+        assert word in page.lower()
+    assert "http://" not in page.replace("http://127.0.0.1", "").replace("http://www.w3.org", "")
+
+
+def test_sample_writes_pictures_grid_and_rows_and_repeats_with_the_seed(recipe: Path, tmp_path: Path) -> None:
+    prompts = ["a red circle", "a large blue star on a white background"]
+    for name in ("one", "two"):
+        rows = unclip_json("sample", str(recipe), *prompts, "-n", "2", "--seed", "7", "--out", str(tmp_path / name))
+        assert len(rows) == 4
+    lines = [json.loads(line) for line in (tmp_path / "one/samples.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == [prompts[0]] * 2 + [prompts[1]] * 2
+    for line in lines:
+        picture = tmp_path / "one" / line["file"]
+        assert Image.open(picture).size == (32, 32)
+        assert picture.read_bytes() == (tmp_path / "two" / line["file"]).read_bytes()
+        assert {"seed", "settings"} <= line.keys()
+    assert Image.open(tmp_path / "one/grid.png").width > 64
+
+
+def test_search_by_text_and_by_image_returns_pairs(recipe: Path, tmp_path: Path) -> None:
+    found = unclip_json("search", str(recipe), "a red circle", "-k", "3")
+    assert len(found) == 3
+    assert found[0]["similarity"] >= found[-1]["similarity"]
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "query.png")
+    out = tmp_path / "found"
+    found = unclip_json("search", str(recipe), "--image", str(tmp_path / "query.png"), "-k", "2", "--out", str(out))
+    assert len(found) == 2
+    assert (out / "grid.png").exists()
+
+
+def test_evaluate_prints_the_quality_with_ceiling_and_floor(recipe: Path) -> None:
+    done = unclip("evaluate", str(recipe))
+    assert done.returncode == 0, done.stdout
+    for word in ("colour", "shape", "background", "real", "shuffled"):
+        assert word in done.stdout.lower()
+
+
+def test_tracker_holds_the_curves(recipe: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client: Any = MlflowClient(tracking_uri=f"sqlite:///{load_recipe(recipe).workspace}/mlflow.db")
+    manifest = _artifacts(recipe)["prior"].manifest()
+    assert manifest is not None
+    points = client.get_metric_history(manifest.tracking_run_id, "loss")
+    assert [point.step for point in points] == [2, 4]
+
+
+def test_corrupt_shard_is_one_message_that_names_it(recipe: Path) -> None:
+    """Last in this file: it breaks the workspace's first shard and asks for an embedding of it."""
+    tar = _artifacts(recipe)["download"].path("00000.tar")
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[: len(whole) // 2])
+    try:
+        done = unclip("run", str(recipe), "--set", "embed.batch_size=3", "--until", "embed")
+    finally:
+        tar.write_bytes(whole)
+    assert done.returncode == 3, done.stdout
+    assert "00000" in done.stdout
+    assert "Traceback" not in done.stdout

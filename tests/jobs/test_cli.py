@@ -1,0 +1,104 @@
+"""The command: help, usage, exit codes, one message for each mistake."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import ROOT, free_port, tiny_recipe
+
+COMMANDS = [
+    *("init", "run", "plan", "status", "config", "sample", "search", "evaluate", "serve"),
+    *("submit", "jobs", "logs", "stop"),
+]
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "jobs.cli", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    done = _run(command, "--help")
+    assert done.returncode == 0
+    assert f"Example: unclip {command}" in " ".join(done.stdout.split())
+
+
+def test_version_is_the_package_version() -> None:
+    from importlib.metadata import version
+
+    assert _run("--version").stdout.strip() == f"unclip {version('unclip')}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["frob"], 2, ["frob"]),
+        (["plan"], 2, ["RECIPE"]),
+        (["plan", "none.toml"], 2, ["none.toml", "unclip init"]),
+        (["plan", "configs/demo.toml", "--set", "prior.train.num_step=3"], 2, ["prior.train.num_step", "num_steps"]),
+        (["plan", "configs/demo.toml", "--set", "decoder.model.image_px=24"], 2, ["px"]),
+        (["plan", "configs/demo.toml", "--until", "nowhere"], 2, ["nowhere", "embed"]),
+        (["run", "configs/demo.toml", "--set", "pairs.source=list", "--set", "pairs.path=none.csv"], 2, ["none.csv"]),
+        (["sample", "configs/demo.toml"], 2, ["at least one prompt"]),
+        (["sample", "configs/demo.toml", "--prompts", "none.txt"], 2, ["none.txt"]),
+        (["search", "configs/demo.toml"], 2, ["--image"]),
+        (["init", "none.csv"], 2, ["none.csv"]),
+        (["submit", "configs/demo.toml", "--address", "http://127.0.0.1:1"], 4, ["127.0.0.1:1"]),
+        (["jobs", "--address", "http://127.0.0.1:1"], 4, ["127.0.0.1:1"]),
+    ],
+)
+def test_mistakes_are_one_message_and_an_exit_code(arguments: list[str], code: int, words: list[str]) -> None:
+    done = _run(*arguments)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_sample_before_the_training_says_what_is_missing(tmp_path: Path) -> None:
+    done = _run("sample", str(tiny_recipe(tmp_path, port=free_port())), "a red circle")
+    assert done.returncode in {2, 3, 4}
+    assert "unclip run" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_run_with_no_cluster_at_the_address_is_one_message(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, port=free_port())
+    done = _run("run", str(recipe), "--address", f"127.0.0.1:{free_port()}", "--set", "tracking.uri=off")
+    assert done.returncode == 4, done.stderr
+    assert "no Ray cluster at" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_second_run_in_the_same_workspace_waits_its_turn(tmp_path: Path) -> None:
+    import fcntl
+
+    (tmp_path / "workspace").mkdir()
+    with (tmp_path / "workspace/.lock").open("w") as lock:
+        lock.write("process 1 on here")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = _run("run", str(tiny_recipe(tmp_path, port=free_port())), "--set", "tracking.uri=off")
+    assert done.returncode == 4
+    assert "another run is using this workspace (process 1 on here)" in done.stderr
+
+
+def test_run_with_an_unreachable_tracker_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    done = _run(
+        "run", str(tiny_recipe(tmp_path, port=free_port())), "--set", f"tracking.uri=http://127.0.0.1:{free_port()}"
+    )
+    assert done.returncode == 2
+    assert "tracking.uri" in done.stderr
+    assert not list((tmp_path / "workspace").glob("pairs/*"))
+
+
+def test_config_prints_toml_that_loads_to_the_same_recipe(tmp_path: Path) -> None:
+    from pipeline.recipe import load_recipe
+
+    resolved = tmp_path / "resolved.toml"
+    resolved.write_text(_run("config", "configs/demo.toml", "--set", "seed=9").stdout)
+    assert load_recipe(resolved) == load_recipe("configs/demo.toml", ["seed=9"])
