@@ -229,9 +229,14 @@ class UNetConfig:
     patch_px: int = 1
     """Side of the square of pixels folded into the channels before the first level and unfolded after the last, in
     pixels (arXiv:1609.05158): 1 is the paper's network; 2 and 4 trade the finest level for speed."""
+    position_bands: int = 0
+    """Octaves of sines and cosines of a pixel's place that are appended to the input (arXiv:1807.03247, with the
+    features of arXiv:2006.10739): 0 is the paper's network; a few let a small network place and outline what the
+    condition asks for after fewer steps. Not for networks that are trained on crops."""
 
     def __post_init__(self) -> None:
         _require(self.patch_px >= 1, f"patch_px = {self.patch_px}: at least 1")
+        _require(self.position_bands >= 0, f"position_bands = {self.position_bands}: must not be negative")
         _require(
             self.num_res_blocks >= 1 and len(self.channel_mults) >= 1 and min(self.channel_mults) >= 1,
             f"num_res_blocks = {self.num_res_blocks}, channel_mults = {self.channel_mults}: each at least 1",
@@ -324,6 +329,9 @@ class UpsamplerConfig:
     """Sampling (table 3: DDIM, 27 and 15 steps)."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.unet.position_bands == 0, "unet.position_bands: an upsampler is trained on crops, where places differ"
+        )
         _require(not self.unet.attention_resolutions, "unet.attention_resolutions: an upsampler has none")
         _require(
             0 < self.low_res_px < self.image_px and self.image_px % self.low_res_px == 0,

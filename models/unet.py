@@ -148,7 +148,8 @@ class UNet(nn.Module):
         self._context_width = context_width
         self.timestep = TimestepEmbedding(config.channels, self.width)
         patch_area = config.patch_px**2
-        self.conv_in = nn.Conv2d(in_channels * patch_area, config.channels, 3, padding=1)
+        num_in = in_channels * patch_area + 4 * config.position_bands
+        self.conv_in = nn.Conv2d(num_in, config.channels, 3, padding=1)
         sides = config.level_sides_px(image_px)
         attends = [side in config.attention_resolutions for side in sides]
         widths = [config.channels * mult for mult in config.channel_mults]
@@ -233,7 +234,10 @@ class UNet(nn.Module):
             return stage(hidden, activated, layer, valid)
 
         patch_px = self.config.patch_px
-        hidden = self.conv_in(x if patch_px == 1 else F.pixel_unshuffle(x, patch_px))
+        x = x if patch_px == 1 else F.pixel_unshuffle(x, patch_px)
+        if self.config.position_bands:
+            x = torch.cat([x, _positions(x, self.config.position_bands)], dim=1)
+        hidden = self.conv_in(x)
         skips = [hidden]
         for stage in self.down:
             hidden = run(cast(Stage, stage), hidden)
@@ -249,6 +253,20 @@ class UNet(nn.Module):
 
     def _stages(self) -> list[Stage]:
         return [cast(Stage, stage) for part in (self.down, self.middle, self.up) for stage in part]
+
+
+def _positions(x: Float[Tensor, "B C H W"], num_bands: int) -> Float[Tensor, "B P H W"]:
+    """Sine and cosine of each pixel's place, in [-1, 1] times pi / 2, pi, 2 pi ...: P is 4 a band."""
+    planes: list[Tensor] = []
+    for axis in (2, 3):
+        size = x.shape[axis]
+        place = (2 * torch.arange(size, device=x.device, dtype=x.dtype) + 1) / size - 1
+        octaves = 2.0 ** torch.arange(-1, num_bands - 1, device=x.device, dtype=x.dtype)
+        angles = torch.pi * octaves[:, None] * place[None]  # (bands, size)
+        waves = torch.cat([angles.sin(), angles.cos()])
+        planes.append(waves[:, :, None] if axis == 2 else waves[:, None, :])
+    both = torch.cat([plane.expand(-1, x.shape[2], x.shape[3]) for plane in planes])
+    return both.expand(x.shape[0], -1, -1, -1)
 
 
 def _takes_skip(num_levels: int, num_res_blocks: int) -> tuple[bool, ...]:

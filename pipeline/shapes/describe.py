@@ -7,7 +7,17 @@ import sys
 
 from pipeline.shapes.captions import TEMPLATES_ONE, TEMPLATES_TWO
 from pipeline.shapes.pairs import FAULTS
-from pipeline.shapes.scene import BACKGROUNDS, COLOURS, EVALUATION_KINDS, HELD_OUT, RADIUS, RELATIONS, SHAPES
+from pipeline.shapes.scene import (
+    ALONE,
+    BACKGROUNDS,
+    COLOURS,
+    EVALUATION_KINDS,
+    HELD_OUT,
+    RADIUS,
+    RELATIONS,
+    SHAPES,
+    TWO_OBJECTS_PROB,
+)
 
 
 def describe() -> str:
@@ -19,15 +29,15 @@ def describe() -> str:
             "",
             "Written by `python -m pipeline.shapes.describe`; do not edit.",
             "",
-            "One object or two, with equal odds, on a plain background. A picture and its caption follow from the",
-            "seed and the index.",
+            f"Two objects ({TWO_OBJECTS_PROB:.0%}) or one, on a plain background. A picture and its caption follow",
+            "from the seed and the index.",
             "",
             f"- Shapes: {', '.join(SHAPES)}.",
             f"- Colours (sRGB): {_colours(COLOURS)}.",
             f"- Backgrounds (sRGB): {_colours(BACKGROUNDS)}.",
             "- Sizes (half the extent, in widths of the picture): "
             + ", ".join(f"{size} {radius}" for size, radius in RADIUS.items())
-            + ".",
+            + f"; an object alone is {ALONE} times as large.",
             f"- Relations: {', '.join(RELATIONS)}.",
             "",
             "## Captions",

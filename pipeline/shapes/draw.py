@@ -15,7 +15,6 @@ from pipeline.shapes.scene import BACKGROUNDS, COLOURS, Scene
 _SUPERSAMPLE = 4
 _SQUARE = 0.88  # the other shapes reach 1; sides are shortened so that all look equally large
 _ARM = 0.36
-_RHOMBUS = 0.8
 _STAR_INNER = 0.42
 
 
@@ -44,7 +43,6 @@ _POLYGONS: dict[str, list[tuple[float, float]]] = {
         (-_W, -1), (_W, -1), (_W, -_W), (1, -_W), (1, _W), (_W, _W),
         (_W, 1), (-_W, 1), (-_W, _W), (-1, _W), (-1, -_W), (-_W, -_W),
     ],
-    "diamond": [(0, -1), (_RHOMBUS, 0), (0, 1), (-_RHOMBUS, 0)],
 }  # fmt: skip
 
 
@@ -84,7 +82,7 @@ def draw(scene: Scene, image_px: int = 128) -> Image.Image:
     picture = Image.new("RGB", (image_px, image_px), BACKGROUNDS[scene.background])
     for item in scene.objects:
         # Only the object's own corner of the picture is drawn large: 5 times quicker than the whole.
-        x, y, radius = item.x * image_px, item.y * image_px, item.radius * image_px
+        x, y, radius = item.x * image_px, item.y * image_px, scene.radius(item) * image_px
         left, top = math.floor(x - radius) - 1, math.floor(y - radius) - 1
         side = math.ceil(2 * radius) + 3
         mask = coverage(item.shape, radius, x - left, y - top, (side, side))

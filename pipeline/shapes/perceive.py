@@ -18,7 +18,7 @@ from PIL import Image, ImageFilter
 
 from pipeline.shapes.components import connected_components
 from pipeline.shapes.draw import coverage, unit_area
-from pipeline.shapes.scene import BACKGROUNDS, COLOURS, RADIUS, SHAPES
+from pipeline.shapes.scene import ALONE, BACKGROUNDS, COLOURS, RADIUS, SHAPES
 
 _WORK_PX = 96  # every picture is looked at in this size, whatever its own
 _BORDER_PX = 3
@@ -95,7 +95,7 @@ def perceive(image: NDArray[np.uint8]) -> Perception:
         others = [other for i, (other, _) in enumerate(masks) if i != position]
         is_plain = unexplained[mask].mean() <= max(_NOISE, _MAX_UNEXPLAINED * contrast[mask].mean())
         soft = _soft_mask(mask, others, alpha[..., hue], label == hue)
-        found.append(_describe(soft, _NAMES[hue] if is_plain else None))
+        found.append(_describe(soft, _NAMES[hue] if is_plain else None, ALONE if len(masks) == 1 else 1.0))
     return Perception(_background_name(border), tuple(sorted(found, key=lambda seen: -seen.area)))
 
 
@@ -175,7 +175,7 @@ def _soft_mask(mask: _Mask, others: list[_Mask], share: _Floats, is_hue: _Mask) 
     return np.where(soft < 0.06, 0, np.minimum(soft / max(level, 0.3), 1)).astype(np.float32)
 
 
-def _describe(soft: _Floats, colour: str | None) -> Seen:
+def _describe(soft: _Floats, colour: str | None, scale: float) -> Seen:
     """Name the outline and the size of a soft mask."""
     outline, x_px, y_px, area_px = _outline(soft)
     likeness = _templates() @ outline  # (N,)
@@ -186,7 +186,7 @@ def _describe(soft: _Floats, colour: str | None) -> Seen:
     return Seen(
         colour=colour,
         shape=shape if known else None,
-        size=min(RADIUS, key=lambda size: abs(RADIUS[size] - radius)) if known else None,
+        size=min(RADIUS, key=lambda size: abs(scale * RADIUS[size] - radius)) if known else None,
         x=x_px / _WORK_PX,
         y=y_px / _WORK_PX,
         area=area_px / _WORK_PX**2,

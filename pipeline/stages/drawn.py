@@ -17,7 +17,7 @@ from pipeline.shapes.scene import evaluation_scenes
 from pipeline.shapes.server import HOST
 from pipeline.stages.lists import BATCH_ROWS
 
-_NUM_EVALUATION_SCENES = 300  # all that there are room for; evaluate takes the first of them, kinds taking turns
+_NUM_EVALUATION_SCENES = 280  # all that there are room for; evaluate takes the first of them, kinds taking turns
 
 
 def drawn_batches(config: DrawnConfig, seed: int) -> Iterator[pa.Table]:

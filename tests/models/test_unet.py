@@ -136,6 +136,17 @@ def test_unet_with_patches_counts_levels_in_picture_pixels_over_the_patch() -> N
         replace(config, patch_px=4, attention_resolutions=()).require_fits(20)
 
 
+def test_unet_tells_places_apart_only_with_position_bands() -> None:
+    config = UNetConfig(channels=8, channel_mults=(1,), num_res_blocks=1, attention_resolutions=(), norm_groups=4)
+    flat, t = torch.ones(1, 3, 48, 48), torch.tensor([5])
+    for bands, tells in ((0, False), (2, True)):
+        torch.manual_seed(0)
+        net = UNet(replace(config, position_bands=bands), 48, 3, 3).eval()
+        randomise(net)
+        middle = net(flat, t)[0, :, 20:28, 20:28]  # farther from the border than the network reads
+        assert bool((middle - middle[:, :1, :1]).abs().max() > 1e-3) is tells
+
+
 def test_unet_refuses_a_context_it_was_not_built_for() -> None:
     model = UNet(CONFIG, 8, 3, 3)
     with pytest.raises(ValueError, match="without a context"):
