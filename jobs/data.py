@@ -1,5 +1,6 @@
 """``unclip search``."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +37,7 @@ def search(
 
     neighbours = search_recipe(resolved, text=text, image=image, k=num_results, modality=modality, out=out)
     if json:
-        print_json([neighbour.to_dict() for neighbour in neighbours])
+        print_json([dataclasses.asdict(neighbour) for neighbour in neighbours])
         return
     for neighbour in neighbours:
         typer.echo(f"{neighbour.similarity:.4f}  {neighbour.uid}  {neighbour.caption}  {neighbour.url}")
