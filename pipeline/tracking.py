@@ -88,7 +88,8 @@ class Tracker:
 
     def finish(self, run_id: str, metrics: dict[str, Any], tags: dict[str, str], time_ms: int) -> None:
         """Log what the step measured and close its run."""
-        flat = {name: float(value) for name, value in flatten(metrics).items() if isinstance(value, int | float)}
+        # Under a name of its own, so that no point is added to a curve.
+        flat = {f"final.{name}": float(v) for name, v in flatten(metrics).items() if isinstance(v, int | float)}
         entries = [Metric(name, value, time_ms, 0) for name, value in flat.items()][:_MAX_BATCH]
         self._client.log_batch(run_id, metrics=entries, tags=[RunTag(name, value) for name, value in tags.items()])
         self._client.set_terminated(run_id, "FINISHED", end_time=time_ms)

@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import platform
+import socket
 import time
 import traceback
 from collections.abc import Callable, Generator
@@ -39,6 +40,7 @@ _STEP_FUNCTIONS = {
 }
 _PACKAGES = ("unclip", "torch", "open_clip_torch", "ray", "pyarrow", "img2dataset", "numpy")
 _POLL_S = 0.5
+_CONNECT_TIMEOUT_S = 5.0
 _STEP_RETRIES = 2
 
 
@@ -187,6 +189,8 @@ def connect(address: str = "") -> Generator[None]:
     # in Ray's runtime_env, for that would turn away the workers that Ray starts ahead of time.
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    if address:
+        _require_listener(address)
     try:
         if address:
             ray.init(address=address, **quiet)
@@ -205,6 +209,21 @@ def connect(address: str = "") -> Generator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    """Look before Ray does, which waits for minutes where nobody listens.
+
+    Raises:
+        StepError: If nobody listens at ``host:port``.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise StepError(f"no Ray cluster at {address}: {error}; start one with `ray start --head`") from None
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ def test_version_is_the_package_version() -> None:
         (["plan"], 2, ["RECIPE"]),
         (["plan", "none.toml"], 2, ["none.toml", "unclip init"]),
         (["plan", "configs/demo.toml", "--set", "prior.train.num_step=3"], 2, ["prior.train.num_step", "num_steps"]),
-        (["plan", "configs/demo.toml", "--set", "decoder.model.image_px=24"], 2, ["px"]),
+        (["plan", "configs/demo.toml", "--set", "upsampler_1.model.image_px=32"], 2, ["upsampler_2.model.low_res_px"]),
         (["plan", "configs/demo.toml", "--until", "nowhere"], 2, ["nowhere", "embed"]),
         (["run", "configs/demo.toml", "--set", "pairs.source=list", "--set", "pairs.path=none.csv"], 2, ["none.csv"]),
         (["sample", "configs/demo.toml"], 2, ["at least one prompt"]),

@@ -16,7 +16,6 @@ from models.noise import NoiseSource
 from models.sampler_steps import (
     SamplerState,
     analytic_step,
-    ddim_invert_step,
     ddim_step,
     ddpm_step,
     dpmpp_2m_step,
@@ -38,7 +37,7 @@ from models.samplers import (
     sample_heun,
 )
 from models.schedules import strided_timesteps
-from models.thresholds import ClipRange, DynamicThreshold
+from models.thresholds import ClipRange
 
 METHODS = ("ddpm", "ddim", "analytic", "dpmpp_2m", "heun")
 DATA = GaussianData(std=0.5)
@@ -356,82 +355,6 @@ def test_analytic_refuses_to_go_without_its_statistic() -> None:
     config, noise = SamplerConfig(method="analytic", num_steps=2), NoiseSource.from_seeds([0])
     with pytest.raises(ValueError, match="x0_variance"):
         sample(DATA.denoiser(make_diffusion()), torch.zeros(1, 2), make_diffusion(), config, noise)
-
-
-def test_limited_x0_comes_with_the_eps_that_agrees_with_it() -> None:
-    diffusion = make_diffusion()
-    t, t_prev = torch.tensor([700]), torch.tensor([600])
-    x = torch.randn(1, 5, dtype=torch.float64)
-    state = SamplerState(x, x, torch.tensor([1000]))
-    after = ddim_step(lambda x, _t: torch.zeros_like(x) - 2, state, t, t_prev, diffusion, limit=ClipRange(-0.5, 0.5))
-    a, s = (diffusion.alpha_bar(t) ** 0.5).item(), ((1 - diffusion.alpha_bar(t)) ** 0.5).item()
-    x0 = ((x + 2 * s) / a).clamp(-0.5, 0.5)
-    torch.testing.assert_close(after.x0, x0)
-    torch.testing.assert_close(after.x, diffusion.q_sample(x0, t_prev, (x - a * x0) / s))
-
-
-def test_dynamic_threshold_rescales_each_item_by_its_own_quantile() -> None:
-    x0 = torch.stack([torch.linspace(-4, 4, 201), torch.linspace(-0.5, 0.5, 201)])
-    found = DynamicThreshold(0.9)(x0)
-    threshold = torch.quantile(x0[0].abs(), 0.9)
-    torch.testing.assert_close(found[0], x0[0].clamp(-threshold, threshold) / threshold)
-    assert found[0].abs().max() == 1
-    assert torch.equal(found[1], x0[1])  # a quantile below 1 leaves a picture alone
-
-
-@pytest.mark.parametrize(
-    ("settings", "largest"), [({"clip_x0": True}, 1), ({"clip_x0": False, "dynamic_threshold_prob": 0.9}, 1)]
-)
-def test_config_limits_the_predicted_x0(settings: dict[str, object], largest: float) -> None:
-    config = SamplerConfig(method="ddim", num_steps=3, **settings)  # type: ignore[arg-type]
-    diffusion = make_diffusion(prediction="x0")
-    found = sample(lambda x, _t: 5 * x, torch.randn(2, 50), diffusion, config)
-    assert found.abs().max().item() == pytest.approx(largest)
-
-
-# ---- inversion -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("num_steps", "bound"), [(27, 0.112), (50, 0.061), (250, 0.0125)])
-def test_ddim_inversion_reconstructs_within_a_bound(num_steps: int, bound: float) -> None:
-    diffusion, steps = make_diffusion(), strided_timesteps(1000, num_steps)
-    x0 = DATA.std * torch.linspace(-1, 1, 101, dtype=torch.float64)[None]
-    denoise = DATA.denoiser(diffusion)
-    back = sample_ddim(denoise, invert_ddim(denoise, x0, diffusion, steps), diffusion, steps)
-    assert (back - x0).abs().max().item() / DATA.std < bound
-
-
-def test_ddim_inversion_with_refinements_converges_to_the_exact_inverse() -> None:
-    diffusion, steps = make_diffusion(), strided_timesteps(1000, 27)
-    x0 = DATA.std * torch.linspace(-1, 1, 101, dtype=torch.float64)[None]
-    denoise, errors = DATA.denoiser(diffusion), []
-    for num_refinements in (0, 1, 2, 20):
-        x_T = invert_ddim(denoise, x0, diffusion, steps, num_refinements=num_refinements)
-        errors.append((sample_ddim(denoise, x_T, diffusion, steps) - x0).abs().max().item() / DATA.std)
-    assert errors[1] < 0.0045
-    assert errors[2] < 2e-4
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 1e-12
-
-
-def test_ddim_inversion_ends_in_standard_noise() -> None:
-    diffusion = make_diffusion()
-    x0 = DATA.std * NoiseSource.from_seeds([0]).normal((20_000,))
-    x_T = invert_ddim(DATA.denoiser(diffusion), x0, diffusion, strided_timesteps(1000, 250))
-    assert x_T.std().item() == pytest.approx(1, abs=0.02)
-
-
-def test_ddim_invert_step_takes_a_timestep_per_item() -> None:
-    diffusion, denoise = make_diffusion(), DATA.denoiser(make_diffusion())
-    t, t_next = torch.tensor([-1, 0, 500]), torch.tensor([37, 40, 999])
-    x = torch.randn(3, 4, dtype=torch.float64)
-    state = SamplerState(x, x, t)
-    batched = ddim_invert_step(denoise, state, t, t_next, diffusion, num_refinements=1)
-    for i in range(3):
-        one = slice(i, i + 1)
-        alone = SamplerState(*(part[one] for part in state))
-        found = ddim_invert_step(denoise, alone, t[one], t_next[one], diffusion, num_refinements=1)
-        assert torch.equal(found.x, batched.x[one])
 
 
 @pytest.mark.gpu

@@ -53,14 +53,17 @@ def test_write_killed_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:
     assert len(list((tmp_path / "step/key").iterdir())) == 1
 
 
+def _write_half(artifact: Artifact) -> None:
+    with artifact.write("big.bin") as path:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_write_full_disk_is_one_message_and_loses_nothing(tmp_path: Path) -> None:
-    """A file size limit stands in for a full disk: the kernel refuses the write as it would there."""
     artifact = Artifact(f"{tmp_path}/step/key")
     artifact.write_bytes("kept.bin", b"kept")
-    full = tmp_path / "full"
-    full.symlink_to("/dev/full")
-    with pytest.raises(StepError, match="disk is full") as caught, artifact.write("big.bin"):
-        full.write_bytes(b"x" * 1_000_000)
+    with pytest.raises(StepError, match="disk is full") as caught:
+        _write_half(artifact)
     assert "big.bin" in str(caught.value)
     assert artifact.names() == ["kept.bin"]
 

@@ -56,8 +56,8 @@ def test_tracking_continues_the_run_of_a_continued_step_without_doubles(database
     assert _history(database, run_id) == [(step, 1 / (step + 1)) for step in range(5)]
     run: Any = MlflowClient(tracking_uri=database).get_run(run_id)
     assert run.info.status == "FINISHED"
-    assert run.data.metrics["quality.colour"] == 0.5
-    assert run.data.metrics["rows.ok"] == 2
+    assert run.data.metrics["final.quality.colour"] == 0.5
+    assert run.data.metrics["final.rows.ok"] == 2
     assert run.data.params["train.num_steps"] == "1"
     assert run.data.tags["input.embed"] == "abc"
 

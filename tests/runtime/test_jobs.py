@@ -55,6 +55,9 @@ def head(tmp_path_factory: pytest.TempPathFactory, ray_head: Any) -> Iterator[An
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_AUTH_MODE", raising=False)
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        # An earlier ray.init in this process has read the settings; Ray keeps them.
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
         with ray_head(environment={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}) as head:
             yield head
         os.environ.pop("RAY_AUTH_MODE", None)

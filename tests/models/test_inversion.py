@@ -1,0 +1,54 @@
+"""DDIM inversion on data whose perfect denoiser is known: how exactly it comes back, and where it ends."""
+
+import pytest
+import torch
+from gaussian_data import GaussianData, make_diffusion
+
+from models.noise import NoiseSource
+from models.sampler_steps import SamplerState, ddim_invert_step
+from models.samplers import invert_ddim, sample_ddim
+from models.schedules import strided_timesteps
+
+DATA = GaussianData(std=0.5)
+
+
+@pytest.mark.parametrize(("num_steps", "bound"), [(27, 0.112), (50, 0.061), (250, 0.0125)])
+def test_ddim_inversion_reconstructs_within_a_bound(num_steps: int, bound: float) -> None:
+    diffusion, steps = make_diffusion(), strided_timesteps(1000, num_steps)
+    x0 = DATA.std * torch.linspace(-1, 1, 101, dtype=torch.float64)[None]
+    denoise = DATA.denoiser(diffusion)
+    back = sample_ddim(denoise, invert_ddim(denoise, x0, diffusion, steps), diffusion, steps)
+    assert (back - x0).abs().max().item() / DATA.std < bound
+
+
+def test_ddim_inversion_with_refinements_converges_to_the_exact_inverse() -> None:
+    diffusion, steps = make_diffusion(), strided_timesteps(1000, 27)
+    x0 = DATA.std * torch.linspace(-1, 1, 101, dtype=torch.float64)[None]
+    denoise, errors = DATA.denoiser(diffusion), []
+    for num_refinements in (0, 1, 2, 20):
+        x_T = invert_ddim(denoise, x0, diffusion, steps, num_refinements=num_refinements)
+        errors.append((sample_ddim(denoise, x_T, diffusion, steps) - x0).abs().max().item() / DATA.std)
+    assert errors[1] < 0.0045
+    assert errors[2] < 2e-4
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-12
+
+
+def test_ddim_inversion_ends_in_standard_noise() -> None:
+    diffusion = make_diffusion()
+    x0 = DATA.std * NoiseSource.from_seeds([0]).normal((20_000,))
+    x_T = invert_ddim(DATA.denoiser(diffusion), x0, diffusion, strided_timesteps(1000, 250))
+    assert x_T.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_ddim_invert_step_takes_a_timestep_per_item() -> None:
+    diffusion, denoise = make_diffusion(), DATA.denoiser(make_diffusion())
+    t, t_next = torch.tensor([-1, 0, 500]), torch.tensor([37, 40, 999])
+    x = torch.randn(3, 4, dtype=torch.float64)
+    state = SamplerState(x, x, t)
+    batched = ddim_invert_step(denoise, state, t, t_next, diffusion, num_refinements=1)
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone = SamplerState(*(part[one] for part in state))
+        found = ddim_invert_step(denoise, alone, t[one], t_next[one], diffusion, num_refinements=1)
+        assert torch.equal(found.x, batched.x[one])

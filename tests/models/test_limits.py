@@ -1,0 +1,41 @@
+"""Limits on the predicted x0: what they keep, rescale and agree with."""
+
+import pytest
+import torch
+from gaussian_data import make_diffusion
+
+from models.config import SamplerConfig
+from models.sampler_steps import SamplerState, ddim_step
+from models.samplers import sample
+from models.thresholds import ClipRange, DynamicThreshold
+
+
+def test_limited_x0_comes_with_the_eps_that_agrees_with_it() -> None:
+    diffusion = make_diffusion()
+    t, t_prev = torch.tensor([700]), torch.tensor([600])
+    x = torch.randn(1, 5, dtype=torch.float64)
+    state = SamplerState(x, x, torch.tensor([1000]))
+    after = ddim_step(lambda x, _t: torch.zeros_like(x) - 2, state, t, t_prev, diffusion, limit=ClipRange(-0.5, 0.5))
+    a, s = (diffusion.alpha_bar(t) ** 0.5).item(), ((1 - diffusion.alpha_bar(t)) ** 0.5).item()
+    x0 = ((x + 2 * s) / a).clamp(-0.5, 0.5)
+    torch.testing.assert_close(after.x0, x0)
+    torch.testing.assert_close(after.x, diffusion.q_sample(x0, t_prev, (x - a * x0) / s))
+
+
+def test_dynamic_threshold_rescales_each_item_by_its_own_quantile() -> None:
+    x0 = torch.stack([torch.linspace(-4, 4, 201), torch.linspace(-0.5, 0.5, 201)])
+    found = DynamicThreshold(0.9)(x0)
+    threshold = torch.quantile(x0[0].abs(), 0.9)
+    torch.testing.assert_close(found[0], x0[0].clamp(-threshold, threshold) / threshold)
+    assert found[0].abs().max() == 1
+    assert torch.equal(found[1], x0[1])  # a quantile below 1 leaves a picture alone
+
+
+@pytest.mark.parametrize(
+    ("settings", "largest"), [({"clip_x0": True}, 1), ({"clip_x0": False, "dynamic_threshold_prob": 0.9}, 1)]
+)
+def test_config_limits_the_predicted_x0(settings: dict[str, object], largest: float) -> None:
+    config = SamplerConfig(method="ddim", num_steps=3, **settings)  # type: ignore[arg-type]
+    diffusion = make_diffusion(prediction="x0")
+    found = sample(lambda x, _t: 5 * x, torch.randn(2, 50), diffusion, config)
+    assert found.abs().max().item() == pytest.approx(largest)
