@@ -11,7 +11,7 @@ demo: .venv/.ready
 	$(BIN)/unclip run configs/demo.toml
 
 test: .venv/.dev lint
-	$(BIN)/pytest --cov --cov-report=term -n 2 --dist loadgroup
+	$(BIN)/pytest
 
 lint: .venv/.dev
 	$(BIN)/ruff format --check .

@@ -7,6 +7,7 @@ tracker that goes away costs nothing but its own copy of the numbers.
 import json
 import logging
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,7 +90,7 @@ class Tracker:
     def finish(self, run_id: str, metrics: dict[str, Any], tags: dict[str, str], time_ms: int) -> None:
         """Log what the step measured and close its run."""
         # Under a name of its own, so that no point is added to a curve.
-        flat = {f"final.{name}": float(v) for name, v in flatten(metrics).items() if isinstance(v, int | float)}
+        flat = {_metric_name(name): float(v) for name, v in flatten(metrics).items() if isinstance(v, int | float)}
         entries = [Metric(name, value, time_ms, 0) for name, value in flat.items()][:_MAX_BATCH]
         self._client.log_batch(run_id, metrics=entries, tags=[RunTag(name, value) for name, value in tags.items()])
         self._client.set_terminated(run_id, "FINISHED", end_time=time_ms)
@@ -97,6 +98,11 @@ class Tracker:
     def fail(self, run_id: str) -> None:
         """Close a run as failed."""
         self._client.set_terminated(run_id, "FAILED")
+
+
+def _metric_name(name: str) -> str:
+    """A dotted name as MLflow takes it: what people's errors and prompts bring along becomes an underscore."""
+    return "final." + re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)
 
 
 def flatten(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:

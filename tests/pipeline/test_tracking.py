@@ -51,13 +51,16 @@ def test_tracking_continues_the_run_of_a_continued_step_without_doubles(database
     with Tracking(recipe, Workspace(str(tmp_path)), pytest.fail) as tracking:
         tracking.started(context)
         _write_rows(context, 5)
-        result = StepResult(counts={"in": 2, "ok": 2}, metrics={"quality": {"colour": 0.5}})
+        result = StepResult(
+            counts={"in": 2, "ok": 2}, metrics={"quality": {"colour": 0.5}, "failures": {"<urlopen [Errno 111]>": 3}}
+        )
         run_id = tracking.finished(context, result)
     assert _history(database, run_id) == [(step, 1 / (step + 1)) for step in range(5)]
     run: Any = MlflowClient(tracking_uri=database).get_run(run_id)
     assert run.info.status == "FINISHED"
     assert run.data.metrics["final.quality.colour"] == 0.5
     assert run.data.metrics["final.rows.ok"] == 2
+    assert run.data.metrics["final.failures._urlopen _Errno 111__"] == 3
     assert run.data.params["train.num_steps"] == "1"
     assert run.data.tags["input.embed"] == "abc"
 
