@@ -15,6 +15,8 @@ from pipeline.errors import UnclipError
 # Typer carries a click of its own, and shows only some of its exceptions; this is its base of all wrong usage.
 _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     help="Train, search and serve your own DALL-E 2 (unCLIP) on a Ray cluster.",
     no_args_is_help=True,
@@ -52,7 +54,7 @@ def _main(  # pyright: ignore[reportUnusedFunction]  (typer keeps it)
 def main() -> None:
     """Run the command; turn errors into messages and exit codes."""
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
     except UnclipError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
@@ -60,8 +62,10 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
+    if code == _INTERRUPTED:  # typer turns Ctrl-C into this code itself, without a word
         typer.echo("interrupted; what is finished is kept, run the same command again to continue", err=True)
-        sys.exit(130)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
