@@ -86,7 +86,8 @@ def _as_row(workspace: Workspace, status: StepStatus) -> dict[str, Any]:
 
 def _describe(row: dict[str, Any]) -> str:
     if row["state"] == "done":
-        counts = ", ".join(f"{value} {name}" for name, value in row["counts"].items())
+        known_first = sorted(row["counts"].items(), key=lambda item: (item[0] not in {"in", "ok"}, item[0]))
+        counts = ", ".join(f"{value} {name}" for name, value in known_first)
         return f"{row['wall_s']:7.1f} s  {counts}"
     if row["progress"]:
         now = row["progress"]
