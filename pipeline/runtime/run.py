@@ -114,7 +114,7 @@ def _run_steps(
                 manifest = _commit(context, _result(reference, context), tracking)
                 done.add(context.step.name)
                 observer.finished(context.step, manifest)
-    except BaseException:
+    except BaseException:  # Ctrl-C too: whatever ends the run, no step goes on without its driver
         for reference, context in running.items():
             ray.cancel(reference, force=True)
             tracking.failed(context)

@@ -181,7 +181,7 @@ class _Writer(WebDatasetSampleWriter):
     def write(self, img_str: bytes | None, key: str, caption: str | None, meta: dict[str, Any]) -> None:
         try:
             super().write(img_str, key, caption, meta)
-        except Exception as error:
+        except Exception as error:  # kept, for img2dataset swallows what its writer raises; raised again
             self.error = self.error or error
             raise
 

@@ -77,8 +77,8 @@ def test_config_refuses_what_cannot_be(make: object, message: str) -> None:
 
 
 def test_config_of_the_paper_is_valid() -> None:
-    decoder = UNetConfig(channels=512)
-    DecoderConfig(unet=decoder)
+    decoder = DecoderConfig(unet=UNetConfig(channels=512))
+    assert decoder.unet.level_sides_px(decoder.image_px) == (64, 32, 16, 8)
     UpsamplerConfig(unet=UNetConfig(channels=320, attention_resolutions=()))
     UpsamplerConfig(
         image_px=1024,
