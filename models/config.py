@@ -7,31 +7,24 @@ ValueError. Defaults follow table 3 of arXiv:2204.06125 (appendix C), scaled dow
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, dataclass_transform
+from dataclasses import field
+from typing import Literal
 
-T = TypeVar("T")
+from models.config_base import configclass, require, require_prob
+from models.config_clip import VOCAB_SIZE, ClipConfig, ClipDims
 
-VOCAB_SIZE = 49408
-"""Entries of the CLIP byte-pair vocabulary, in tokens: a smaller table overflows with the real tokenizer."""
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
-def configclass(cls: type[T]) -> type[T]:
-    """Make ``cls`` a frozen, keyword-only dataclass that pydantic checks strictly (without pydantic)."""
-    made = dataclass(frozen=True, kw_only=True)(cls)
-    pydantic_config = {"extra": "forbid", "strict": True, "use_attribute_docstrings": True}
-    setattr(made, "__pydantic_config__", pydantic_config)  # noqa: B010  (pyright knows no such attribute)
-    return made
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _require_prob(name: str, value: float) -> None:
-    _require(0.0 <= value <= 1.0, f"{name} = {value}: a probability lies in [0, 1]")
+__all__ = [
+    "VOCAB_SIZE",
+    "ClipConfig",
+    "ClipDims",
+    "DecoderConfig",
+    "DiffusionConfig",
+    "PriorConfig",
+    "SamplerConfig",
+    "UNetConfig",
+    "UpsamplerConfig",
+    "configclass",
+]
 
 
 @configclass
@@ -54,9 +47,9 @@ class DiffusionConfig:
     """Weight lambda of the variational term of the hybrid loss (arXiv:2102.09672, section 3.1: 0.001)."""
 
     def __post_init__(self) -> None:
-        _require(self.num_timesteps >= 1, f"num_timesteps = {self.num_timesteps}: at least 1")
-        _require(self.min_snr_gamma > 0, f"min_snr_gamma = {self.min_snr_gamma}: must be positive")
-        _require(self.vlb_weight >= 0, f"vlb_weight = {self.vlb_weight}: must not be negative")
+        require(self.num_timesteps >= 1, f"num_timesteps = {self.num_timesteps}: at least 1")
+        require(self.min_snr_gamma > 0, f"min_snr_gamma = {self.min_snr_gamma}: must be positive")
+        require(self.vlb_weight >= 0, f"vlb_weight = {self.vlb_weight}: must not be negative")
 
 
 @configclass
@@ -79,92 +72,14 @@ class SamplerConfig:
     """Quantile of |x0| for dynamic thresholding (arXiv:2205.11487, section 2.3: 0.995); 0 turns it off."""
 
     def __post_init__(self) -> None:
-        _require(self.num_steps >= 1, f"num_steps = {self.num_steps}: at least 1")
-        _require(
+        require(self.num_steps >= 1, f"num_steps = {self.num_steps}: at least 1")
+        require(
             not self.respacing or self.num_steps == 27,
             f"respacing = {self.respacing!r} takes 27 steps: set num_steps = 27, not {self.num_steps}",
         )
-        _require(self.eta >= 0, f"eta = {self.eta}: must not be negative")
-        _require(self.guidance_scale >= 0, f"guidance_scale = {self.guidance_scale}: must not be negative")
-        _require_prob("dynamic_threshold_prob", self.dynamic_threshold_prob)
-
-
-@configclass
-class ClipDims:
-    """What the prior and the decoder take from the frozen CLIP; never repeated in a recipe."""
-
-    embed_dim: int = 768
-    """Width D of the joint space of z_image and z_text, in features (ViT-L/14: 768)."""
-    text_width: int = 768
-    """Width W of the text tower's hidden states, in features (ViT-L/14: 768)."""
-    context_length: int = 77
-    """Length L of a tokenised caption, in tokens."""
-
-    def __post_init__(self) -> None:
-        _require(
-            min(self.embed_dim, self.text_width, self.context_length) >= 1,
-            f"embed_dim = {self.embed_dim}, text_width = {self.text_width}, "
-            f"context_length = {self.context_length}: each at least 1",
-        )
-
-
-@configclass
-class ClipConfig:
-    """A small CLIP built by open_clip: ModifiedResNet and a text transformer (arXiv:2103.00020)."""
-
-    embed_dim: int = 128
-    """Width D of the joint space, in features."""
-    image_px: int = 64
-    """Side of the square input picture, in pixels; the ResNet divides it by 32."""
-    vision_layers: tuple[int, int, int, int] = (1, 1, 1, 1)
-    """Bottleneck blocks in each of the four stages of the ResNet."""
-    vision_width: int = 32
-    """Channels of the ResNet's first stage."""
-    text_width: int = 128
-    """Width W of the text transformer, in features."""
-    text_heads: int = 4
-    """Attention heads of the text transformer."""
-    text_layers: int = 2
-    """Blocks of the text transformer."""
-    context_length: int = 32
-    """Length L of a tokenised caption, in tokens, start and end included; longer captions are cut."""
-
-    def __post_init__(self) -> None:
-        _require(
-            self.image_px > 0 and self.image_px % 32 == 0,
-            f"image_px = {self.image_px}: the CLIP ResNet needs a multiple of 32",
-        )
-        _require(self.vision_width % 2 == 0, f"vision_width = {self.vision_width}: must be even")
-        _require(min(self.vision_layers) >= 1, f"vision_layers = {self.vision_layers}: each at least 1")
-        _require(
-            self.text_heads >= 1 and self.text_width % self.text_heads == 0,
-            f"text_width = {self.text_width} is not a multiple of text_heads = {self.text_heads}",
-        )
-        _require(self.context_length >= 3, f"context_length = {self.context_length}: at least 3")
-
-    def dims(self) -> ClipDims:
-        """What the prior and the decoder need to know of this CLIP."""
-        return ClipDims(embed_dim=self.embed_dim, text_width=self.text_width, context_length=self.context_length)
-
-    def to_open_clip(self) -> dict[str, Any]:
-        """The same model as an open_clip model configuration (the ``model_cfg`` of open_clip_config.json)."""
-        return {
-            "embed_dim": self.embed_dim,
-            "vision_cfg": {
-                "image_size": self.image_px,
-                "layers": list(self.vision_layers),
-                "width": self.vision_width,
-                "head_width": min(64, self.vision_width),
-                "patch_size": None,
-            },
-            "text_cfg": {
-                "context_length": self.context_length,
-                "vocab_size": VOCAB_SIZE,
-                "width": self.text_width,
-                "heads": self.text_heads,
-                "layers": self.text_layers,
-            },
-        }
+        require(self.eta >= 0, f"eta = {self.eta}: must not be negative")
+        require(self.guidance_scale >= 0, f"guidance_scale = {self.guidance_scale}: must not be negative")
+        require_prob("dynamic_threshold_prob", self.dynamic_threshold_prob)
 
 
 @configclass
@@ -191,15 +106,15 @@ class PriorConfig:
     """Sampling of z_image (table 3: 64 steps)."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.num_heads >= 1 and self.width % self.num_heads == 0,
             f"width = {self.width} is not a multiple of num_heads = {self.num_heads}",
         )
-        _require(self.depth >= 1 and self.mlp_ratio >= 1, "depth and mlp_ratio: at least 1")
-        _require(self.num_candidates >= 1, f"num_candidates = {self.num_candidates}: at least 1")
-        _require_prob("dropout", self.dropout)
-        _require_prob("text_drop_prob", self.text_drop_prob)
-        _require(
+        require(self.depth >= 1 and self.mlp_ratio >= 1, "depth and mlp_ratio: at least 1")
+        require(self.num_candidates >= 1, f"num_candidates = {self.num_candidates}: at least 1")
+        require_prob("dropout", self.dropout)
+        require_prob("text_drop_prob", self.text_drop_prob)
+        require(
             self.diffusion.variance != "learned_range",
             "diffusion.variance = 'learned_range': the prior predicts the embedding alone; use fixed_small",
         )
@@ -235,19 +150,19 @@ class UNetConfig:
     condition asks for after fewer steps. Not for networks that are trained on crops."""
 
     def __post_init__(self) -> None:
-        _require(self.patch_px >= 1, f"patch_px = {self.patch_px}: at least 1")
-        _require(self.position_bands >= 0, f"position_bands = {self.position_bands}: must not be negative")
-        _require(
+        require(self.patch_px >= 1, f"patch_px = {self.patch_px}: at least 1")
+        require(self.position_bands >= 0, f"position_bands = {self.position_bands}: must not be negative")
+        require(
             self.num_res_blocks >= 1 and len(self.channel_mults) >= 1 and min(self.channel_mults) >= 1,
             f"num_res_blocks = {self.num_res_blocks}, channel_mults = {self.channel_mults}: each at least 1",
         )
-        _require(
+        require(
             self.norm_groups >= 1 and self.channels % self.norm_groups == 0,
             f"channels = {self.channels} is not a multiple of norm_groups = {self.norm_groups}",
         )
-        _require(self.channels % 2 == 0, f"channels = {self.channels}: must be even")
-        _require(self.head_channels >= 1, f"head_channels = {self.head_channels}: at least 1")
-        _require_prob("dropout", self.dropout)
+        require(self.channels % 2 == 0, f"channels = {self.channels}: must be even")
+        require(self.head_channels >= 1, f"head_channels = {self.head_channels}: at least 1")
+        require_prob("dropout", self.dropout)
 
     def level_sides_px(self, image_px: int) -> tuple[int, ...]:
         """Side of each level for pictures of side ``image_px``, in pixels."""
@@ -256,13 +171,13 @@ class UNetConfig:
     def require_fits(self, image_px: int) -> None:
         """Raise ValueError unless pictures of side ``image_px`` pass through every level."""
         factor = self.patch_px * 2 ** (len(self.channel_mults) - 1)
-        _require(
+        require(
             image_px >= factor and image_px % factor == 0,
             f"image_px = {image_px} is not a multiple of {factor} (patch_px times a halving for each further level)",
         )
         sides = self.level_sides_px(image_px)
         missing = [side for side in self.attention_resolutions if side not in sides]
-        _require(not missing, f"attention_resolutions {missing} are not among the levels {sides}, in pixels")
+        require(not missing, f"attention_resolutions {missing} are not among the levels {sides}, in pixels")
         for side, mult in zip(sides, self.channel_mults, strict=True):
             if side in self.attention_resolutions:
                 self._require_heads(mult)
@@ -270,7 +185,7 @@ class UNetConfig:
             self._require_heads(self.channel_mults[-1])
 
     def _require_heads(self, mult: int) -> None:
-        _require(
+        require(
             (self.channels * mult) % self.head_channels == 0,
             f"{self.channels * mult} channels at a level with attention: not a multiple of "
             f"head_channels = {self.head_channels}",
@@ -299,10 +214,10 @@ class DecoderConfig:
     """Sampling (table 3: 250 steps; figure 11: guidance 1.25 has the best FID)."""
 
     def __post_init__(self) -> None:
-        _require(self.num_image_tokens >= 1, f"num_image_tokens = {self.num_image_tokens}: at least 1")
-        _require(self.context_width >= 1, f"context_width = {self.context_width}: at least 1")
-        _require_prob("image_drop_prob", self.image_drop_prob)
-        _require_prob("text_drop_prob", self.text_drop_prob)
+        require(self.num_image_tokens >= 1, f"num_image_tokens = {self.num_image_tokens}: at least 1")
+        require(self.context_width >= 1, f"context_width = {self.context_width}: at least 1")
+        require_prob("image_drop_prob", self.image_drop_prob)
+        require_prob("text_drop_prob", self.text_drop_prob)
         self.unet.require_fits(self.image_px)
         _require_steps(self.sampler, self.diffusion)
 
@@ -329,27 +244,27 @@ class UpsamplerConfig:
     """Sampling (table 3: DDIM, 27 and 15 steps)."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.unet.position_bands == 0, "unet.position_bands: an upsampler is trained on crops, where places differ"
         )
-        _require(not self.unet.attention_resolutions, "unet.attention_resolutions: an upsampler has none")
-        _require(
+        require(not self.unet.attention_resolutions, "unet.attention_resolutions: an upsampler has none")
+        require(
             0 < self.low_res_px < self.image_px and self.image_px % self.low_res_px == 0,
             f"image_px = {self.image_px} is not a larger multiple of low_res_px = {self.low_res_px}",
         )
         factor = self.image_px // self.low_res_px
-        _require(
+        require(
             0 < self.crop_px <= self.image_px and self.crop_px % factor == 0,
             f"crop_px = {self.crop_px}: at most image_px, and a multiple of {factor}",
         )
         self.unet.require_fits(self.image_px)
         self.unet.require_fits(self.crop_px)
         _require_steps(self.sampler, self.diffusion)
-        _require(self.sampler.guidance_scale == 1.0, "sampler.guidance_scale: an upsampler is not guided; set 1.0")
+        require(self.sampler.guidance_scale == 1.0, "sampler.guidance_scale: an upsampler is not guided; set 1.0")
 
 
 def _require_steps(sampler: SamplerConfig, diffusion: DiffusionConfig) -> None:
-    _require(
+    require(
         sampler.num_steps <= diffusion.num_timesteps,
         f"sampler.num_steps = {sampler.num_steps} is above num_timesteps = {diffusion.num_timesteps}",
     )

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import inspect
 import subprocess
 import sys
 from itertools import pairwise
@@ -31,7 +32,7 @@ def test_config_defaults_are_valid_and_hashable(cls: type) -> None:
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_config_documents_every_field(cls: type) -> None:
-    tree = ast.parse(Path(configs.__file__).read_text())
+    tree = ast.parse(Path(inspect.getfile(cls)).read_text())
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
     for statement, following in pairwise(body):
         if isinstance(statement, ast.AnnAssign):
