@@ -7,7 +7,7 @@ import typer
 
 from jobs.options import AsJson, Overrides, RecipePath, Until, print_json
 from pipeline.plan import StepStatus, artifact_of, make_plan, plan_status
-from pipeline.progress import read_progress
+from pipeline.progress import ProgressState, read_progress
 from pipeline.recipe import json_schema, load_recipe, to_dict
 from pipeline.store import Workspace
 
@@ -90,8 +90,7 @@ def _describe(row: dict[str, Any]) -> str:
         counts = ", ".join(f"{value} {name}" for name, value in known_first)
         return f"{row['wall_s']:7.1f} s  {counts}"
     if row["progress"]:
-        now = row["progress"]
-        return f"{now['done']}/{now['total']} {now['unit']}, {now['rate']:.1f}/s, {now['eta_s']:.0f} s to go"
+        return ProgressState(**row["progress"]).text
     return "; ".join(row["reasons"])
 
 

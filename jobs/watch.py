@@ -35,11 +35,11 @@ class Watcher:
         """A running step was read."""
         self._states[step.name] = state
         if self._live:
-            line = "  ".join(f"{name} {_reading(reading)}" for name, reading in self._states.items())
+            line = "  ".join(f"{name} {reading.text}" for name, reading in self._states.items())
             self._rewrite(line[:118])
         elif state.unit and time.monotonic() - self._said[step.name] > _EVERY_S:
             self._said[step.name] = time.monotonic()
-            self._print(f"{step.name}: {_reading(state)}")
+            self._print(f"{step.name}: {state.text}")
 
     def finished(self, step: Step, manifest: Manifest) -> None:
         """A step was committed."""
@@ -65,12 +65,3 @@ class Watcher:
     def _rewrite(self, line: str) -> None:
         typer.echo("\r" + line.ljust(self._width) + ("\r" if not line else ""), err=True, nl=False)
         self._width = len(line)
-
-
-def _reading(state: ProgressState) -> str:
-    if not state.unit:
-        return state.message
-    share = 100 * state.done / max(state.total, 1)
-    rest = f", {state.eta_s:.0f} s to go" if state.eta_s else ""
-    message = f", {state.message}" if state.message else ""
-    return f"{state.done}/{state.total} {state.unit} ({share:.0f} %), {state.rate:.1f}/s{rest}{message}"

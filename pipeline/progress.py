@@ -18,14 +18,24 @@ class ProgressState:
     total: int
     unit: str
     rate: float
-    """Units per second since this start of the step."""
+    """Units per second since this start of the step's work."""
     eta_s: float
     """Seconds to go at that rate; 0 while unknown."""
     message: str
     wall_s: float
-    """Seconds spent on the step by all its starts."""
+    """Seconds of work on the step by all its starts; waiting for CPUs or GPUs is none."""
     updated: float
     """Seconds since the epoch."""
+
+    @property
+    def text(self) -> str:
+        """One line for people: how far, how fast, how long still."""
+        if not self.unit:
+            return self.message
+        share = 100 * self.done / max(self.total, 1)
+        rest = f", {_duration(self.eta_s)} to go" if self.eta_s else ""
+        message = f", {self.message}" if self.message else ""
+        return f"{self.done}/{self.total} {self.unit} ({share:.0f} %), {self.rate:.1f}/s{rest}{message}"
 
 
 class Progress:
@@ -34,12 +44,13 @@ class Progress:
     Args:
         artifact: The step's artifact.
         every_s: Least time between two writes, in seconds.
+        waits: Whether the work still waits for its CPUs or GPUs: the clock stands until `begin`.
     """
 
-    def __init__(self, artifact: Artifact, *, every_s: float = 1.0) -> None:
+    def __init__(self, artifact: Artifact, *, every_s: float = 1.0, waits: bool = False) -> None:
         self._artifact = artifact
         self._every_s = every_s
-        self._start = time.monotonic()
+        self._start = None if waits else time.monotonic()
         self._written = float("-inf")
         self._first_done: int | None = None
         previous = read_progress(artifact)
@@ -47,8 +58,13 @@ class Progress:
 
     @property
     def wall_s(self) -> float:
-        """Seconds spent on the step by all its starts."""
-        return self._earlier_s + time.monotonic() - self._start
+        """Seconds of work on the step by all its starts."""
+        return self._earlier_s + self._worked_s()
+
+    def begin(self, *, ago_s: float = 0.0) -> None:
+        """Start the clock of a step that waited; the work began ``ago_s`` seconds before this call."""
+        if self._start is None:
+            self._start = time.monotonic() - ago_s
 
     def update(self, done: int, total: int, unit: str, message: str = "", *, force: bool = False) -> None:
         """Say that ``done`` of ``total`` units are finished."""
@@ -57,11 +73,14 @@ class Progress:
             self._first_done = done
         if now - self._written < self._every_s and not force and done < total:
             return
-        rate = (done - self._first_done) / max(now - self._start, 1e-9)
+        rate = (done - self._first_done) / max(self._worked_s(), 1e-9)
         eta_s = (total - done) / rate if rate > 0 else 0.0
         state = ProgressState(done, total, unit, rate, eta_s, message, self.wall_s, time.time())
         self._artifact.write_json(PROGRESS, asdict(state))
         self._written = now
+
+    def _worked_s(self) -> float:
+        return 0.0 if self._start is None else time.monotonic() - self._start
 
 
 def read_progress(artifact: Artifact) -> ProgressState | None:
@@ -70,3 +89,10 @@ def read_progress(artifact: Artifact) -> ProgressState | None:
         return None
     data: dict[str, Any] = artifact.read_json(PROGRESS)
     return ProgressState(**data)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

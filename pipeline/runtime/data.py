@@ -25,11 +25,11 @@ _NUM_CAUSES = 20
 
 def run_pairs(context: StepContext) -> StepResult:
     """Write the list of pairs; one pass, in this process."""
+    progress = Progress(context.output)
     from pipeline.stages.drawn import drawn_batches, write_evaluation
     from pipeline.stages.pairs import PairsSummary, source_batches, write_pairs
 
-    config, seed = context.recipe.pairs, context.recipe.seed
-    summary, progress = PairsSummary(), Progress(context.output)
+    config, seed, summary = context.recipe.pairs, context.recipe.seed, PairsSummary()
     drawn = config.source == "drawn"
     total = config.drawn.num_pairs + config.drawn.num_faulty if drawn else config.max_pairs
     batches = drawn_batches(config.drawn, seed) if drawn else source_batches(config, summary)
@@ -38,6 +38,7 @@ def run_pairs(context: StepContext) -> StepResult:
     if drawn:
         with context.output.write("evaluation.parquet") as path:
             summary.metrics["evaluation_prompts"] = write_evaluation(path, seed)
+    progress.update(summary.counts["ok"], summary.counts["ok"], "rows", force=True)
     return StepResult(counts=dict(summary.counts), metrics=summary.metrics)
 
 
@@ -138,9 +139,10 @@ class EmbedStage:
 
 @ray.remote
 def _build_index(context: StepContext) -> StepResult:
+    progress = Progress(context.output)
     from pipeline.retrieve.build import build_index
 
-    config, progress = context.recipe.index, Progress(context.output)
+    config = context.recipe.index
     built = build_index(
         context.inputs["embed"],
         context.output,
@@ -149,6 +151,7 @@ def _build_index(context: StepContext) -> StepResult:
         num_threads=max(1, int(config.resources.cpus_per_worker)),
         on_rows=lambda done, total: progress.update(done, total, "rows"),
     )
+    progress.update(built.num_rows, built.num_rows, "rows", force=True)
     return StepResult(counts={"in": built.num_rows, "ok": built.num_rows}, metrics=built.metrics)
 
 

@@ -20,9 +20,10 @@ def run_evaluate(context: StepContext) -> StepResult:
     work = plan_work(context.recipe, context.inputs)
     job = ShardJob(EvaluateStage, [part.name for part in work.parts], work.num_items, resources)
     records = map_shards(context, job)
-    message = "putting numbers and pictures together"
-    Progress(context.output).update(work.num_items, work.num_items, "rows", message, force=True)
+    progress = Progress(context.output)
+    progress.update(work.num_items, work.num_items, "rows", "putting numbers and pictures together", force=True)
     metrics = finish(context.recipe, context.inputs, context.output, work)
+    progress.update(work.num_items, work.num_items, "rows", force=True)
     return StepResult(counts=total_counts(records), metrics=summarise(metrics), num_workers=resources.num_workers)
 
 

@@ -99,7 +99,7 @@ def _run_steps(
                 waiting.remove(step)
                 context = StepContext(recipe, step, workspace.root)
                 context.output.clear_temporaries()
-                Progress(context.output).update(0, 1, "", "starting", force=True)
+                Progress(context.output, waits=True).update(0, 1, "", "starting", force=True)
                 running[_run_step.remote(context)] = context
                 tracking.started(context)
                 observer.started(step)
@@ -148,7 +148,7 @@ def _result(reference: Any, context: StepContext) -> StepResult:
 
 def _commit(context: StepContext, result: StepResult, tracking: Tracking) -> Manifest:
     step, output = context.step, context.output
-    wall_s = Progress(output).wall_s
+    wall_s = Progress(output, waits=True).wall_s
     manifest = Manifest(
         step=step.name,
         key=step.key,

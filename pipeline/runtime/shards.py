@@ -54,8 +54,11 @@ class _Worker:
     def __init__(self) -> None:
         self._stage: Stage | None = None
 
-    def start(self, stage: type[Stage], context: StepContext) -> None:
-        self._stage = stage(context)  # not in __init__, where Ray would hide the error's class
+    def start(self, stage: type[Stage], context: StepContext) -> float:
+        """Build the stage; not in __init__, where Ray would hide the error's class. Returns how long it took, in s."""
+        begun = time.monotonic()
+        self._stage = stage(context)
+        return time.monotonic() - begun
 
     def make(self, shard: str) -> ShardRecord:
         assert self._stage is not None
@@ -86,9 +89,11 @@ def map_shards(context: StepContext, job: ShardJob) -> list[ShardRecord]:
     """
     records = {name: one for name, one in context.output.shard_records().items() if name in set(job.shards)}
     pool = _Pool(context, job, deque(name for name in job.shards if name not in records))
-    progress = Progress(context.output)
+    progress = Progress(context.output, waits=True)
     try:
         while pool.is_busy:
+            if pool.first_start_s is not None:
+                progress.begin(ago_s=pool.first_start_s)
             done = sum(record.counts["in"] for record in records.values())
             progress.update(done, job.num_rows, "rows", pool.message())
             for record in pool.step():
@@ -116,7 +121,8 @@ class _Pool:
         self._losses: Counter[str] = Counter()
         self._running: dict[Any, _Running] = {}
         self._begun = time.monotonic()
-        self._has_started = False
+        self.first_start_s: float | None = None
+        """Seconds that the first worker took to get ready once it had its place; None while all wait."""
         self._stage = ray.put(job.stage)
         for _ in range(min(job.resources.num_workers, len(waiting))):
             self._add_worker()
@@ -128,7 +134,7 @@ class _Pool:
 
     def message(self) -> str:
         """What is worth telling: a cluster that gives no worker."""
-        if self._has_started or time.monotonic() - self._begun < _SLOW_START_S:
+        if self.first_start_s is not None or time.monotonic() - self._begun < _SLOW_START_S:
             return ""
         needs, free = self._job.resources, ray.available_resources()
         wanted = f"{needs.cpus_per_worker:g} CPU" + (" and 1 GPU" if needs.accelerator == "cuda" else "")
@@ -154,7 +160,7 @@ class _Pool:
     def _take(self, reference: Any) -> ShardRecord | None:
         running = self._running.pop(reference)
         try:
-            record: ShardRecord | None = ray.get(reference)
+            result: ShardRecord | float = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             ray.kill(running.actor)
             raise _explain(error, running.shard) from (None if isinstance(error.cause, UnclipError) else error)
@@ -162,9 +168,11 @@ class _Pool:
             ray.kill(running.actor)
             self._lose(running.shard or "", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
             return None
-        self._has_started = True
         self._give(running.actor)
-        return record
+        if isinstance(result, ShardRecord):
+            return result
+        self.first_start_s = result if self.first_start_s is None else self.first_start_s
+        return None
 
     def _give(self, actor: Any) -> None:
         if not self._waiting:

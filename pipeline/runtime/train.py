@@ -58,12 +58,11 @@ def run_upsampler_2(context: StepContext) -> StepResult:
 
 def _train(context: StepContext) -> StepResult:
     section = context.recipe.trained()[context.step.name]
-    progress = Progress(context.output)
-    fit = _fit_one if section.resources.num_workers == 1 else _fit_many
-    metrics = fit(context, section.resources)
-    # The worker's own clock knows nothing of the time that Ray took to start it.
-    progress.update(section.train.num_steps, section.train.num_steps, "steps", "trained", force=True)
-    return StepResult(metrics=metrics, num_workers=section.resources.num_workers)
+    needs = section.resources
+    wanted = f"{needs.num_workers} x {needs.cpus_per_worker:g} CPU" + (" and 1 GPU" if _num_gpus(needs) else "")
+    Progress(context.output, waits=True).update(0, 1, "", f"waiting for {wanted}", force=True)
+    fit = _fit_one if needs.num_workers == 1 else _fit_many
+    return StepResult(metrics=fit(context, needs), num_workers=needs.num_workers)
 
 
 def _fit_one(context: StepContext, resources: TrainResources) -> Json:
@@ -136,7 +135,8 @@ def _run_ranked(config: dict[str, Any]) -> None:
 
 
 def _run_worker(context: StepContext, rank: int = 0, world_size: int = 1) -> Json:
-    """Train on one worker; runs in a process of its own."""
+    """Train on one worker; runs in a process of its own, from the moment that it is given its CPUs."""
+    progress = Progress(context.output)
     import torch
 
     from pipeline.train.assemble import TrainJob
@@ -157,11 +157,13 @@ def _run_worker(context: StepContext, rank: int = 0, world_size: int = 1) -> Jso
         world_size=world_size,
         num_threads=num_threads,
     )
-    progress = Progress(output)
     try:
-        return run_job(job, lambda done, total, message: progress.update(done, total, "steps", message))
+        metrics = run_job(job, lambda done, total, message: progress.update(done, total, "steps", message))
     except UnclipError as error:
         raise type(error)(f"{name}: {error}") from error
+    if rank == 0:
+        progress.update(job.section.train.num_steps, job.section.train.num_steps, "steps", "trained", force=True)
+    return metrics
 
 
 def _device(resources: TrainResources, world_size: int) -> "torch.device":
@@ -208,7 +210,8 @@ def _take_pretrained(context: StepContext) -> StepResult:
     from models.clip import load_pretrained
     from pipeline.weights import num_parameters, save_clip_artifact
 
-    section = context.recipe.clip
+    section, progress = context.recipe.clip, Progress(context.output)
+    progress.update(0, 1, "networks", f"loading {section.name}", force=True)
     is_folder = os.path.isdir(section.name)  # noqa: PTH112  (a name may also be a URI)
     name = f"local-dir:{section.name}" if is_folder else section.name
     has_own_weights = name.startswith(("local-dir:", "hf-hub:"))
@@ -217,4 +220,5 @@ def _take_pretrained(context: StepContext) -> StepResult:
     except ValueError as error:
         raise ConfigError(f"clip.name, clip.tag: {error}") from error
     save_clip_artifact(context.output, clip)
+    progress.update(1, 1, "networks", force=True)
     return StepResult(metrics={"num_parameters": num_parameters(clip.model)})

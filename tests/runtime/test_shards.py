@@ -15,6 +15,7 @@ import ray
 from pipeline.config import TaskResources
 from pipeline.errors import DataError, StepError
 from pipeline.plan import make_plan
+from pipeline.progress import read_progress
 from pipeline.recipe import parse_recipe
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.shards import ShardJob, map_shards
@@ -102,6 +103,23 @@ def test_map_shards_raises_what_a_worker_raised(tmp_path: Path) -> None:
     with pytest.raises(KeyError) as unforeseen:
         _map(_context(tmp_path / "other"), "bug")
     assert unforeseen.value.__notes__ == ["while making shard bug"]
+
+
+def test_map_shards_counts_no_time_before_its_workers_have_a_place(tmp_path: Path) -> None:
+    context = _context(tmp_path)
+
+    @ray.remote(num_cpus=2)
+    def occupy(seconds: float) -> None:
+        time.sleep(seconds)
+
+    busy = [occupy.remote(0.1), occupy.remote(3)]
+    ray.wait(busy, num_returns=1)
+    begun = time.monotonic()
+    _map(context, "a")
+    assert time.monotonic() - begun > 2.5
+    state = read_progress(context.output)
+    assert state is not None
+    assert 0 < state.wall_s < 2
 
 
 def test_map_shards_stops_when_told_to(tmp_path: Path) -> None:

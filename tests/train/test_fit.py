@@ -1,5 +1,8 @@
 """Trainings through a real Ray: a task for one worker, Ray Train for two."""
 
+import contextlib
+import time
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from safetensors.torch import load_file
 
 from pipeline.errors import DataError, StepError
 from pipeline.plan import make_plan
+from pipeline.progress import read_progress
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.run import connect
@@ -49,13 +53,34 @@ def _step(context: StepContext) -> object:
         raise error.cause from None
 
 
+@contextlib.contextmanager
+def _cpus_taken(*, seconds: float) -> Generator[None]:
+    """Every CPU is held by somebody else for a while."""
+
+    @ray.remote(num_cpus=int(ray.cluster_resources()["CPU"]))
+    def hold(seconds: float) -> None:
+        time.sleep(seconds)
+
+    first, then = hold.remote(0), hold.remote(seconds)
+    ray.wait([first])
+    yield
+    ray.get(then)
+
+
 @pytest.mark.ray
 def test_fit_trains_on_one_worker_and_on_two(tmp_path: Path) -> None:
     with connect():
         weights = {}
         for num_workers in (1, 2):
             context = _context(_recipe(tmp_path / str(num_workers), num_workers=num_workers))
-            result = _step(context)
+            with _cpus_taken(seconds=4):
+                begun = time.monotonic()
+                result = _step(context)
+            waited_and_worked_s = time.monotonic() - begun
+            progress = read_progress(context.output)
+            assert progress is not None
+            assert (progress.done, progress.unit) == (4, "steps")
+            assert 0 < progress.wall_s < waited_and_worked_s - 3
             assert result.num_workers == num_workers
             assert result.metrics["num_steps"] == 4
             weights[num_workers] = load_file(context.output.path("model.safetensors"))
