@@ -86,6 +86,8 @@ class SamplerConfig:
 class PriorConfig:
     """Diffusion prior P(z_image | caption): arXiv:2204.06125, section 2.2; CLIP's widths are in ClipDims."""
 
+    kind: Literal["diffusion"] = "diffusion"
+    """Removes noise from z_image; models/config_ar_prior.py is the other kind."""
     width: int = 512
     """Width of the transformer, in features (table 3: 2048)."""
     depth: int = 12

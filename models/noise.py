@@ -77,3 +77,8 @@ class NoiseSource:
         if x.shape[0] != len(self):
             raise ValueError(f"{x.shape[0]} items, but noise for {len(self)}: give one seed per item")
         return self.normal(x.shape[1:], device=x.device, dtype=x.dtype)
+
+    def uniform(self, count: int, *, device: torch.device | str = "cpu") -> Tensor:
+        """Independent numbers in [0, 1), (B, count) float64: in single precision some tokens could not be drawn."""
+        items = [torch.rand(count, generator=generator, dtype=torch.float64) for generator in self.generators]
+        return torch.stack(items).to(device)

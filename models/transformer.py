@@ -1,16 +1,18 @@
 """A causal pre-norm transformer with a cache of keys and values.
 
-Legend: B batch, S new tokens, K all tokens (cached and new), W width, H heads, C = W / H.
+Two caches: a prefix that grows by whole pieces (``cache``), and places that are filled token by token (``TokenCache``).
+Legend: B batch, S new tokens, K all tokens (cached and new), N places, W width, H heads, C = W / H.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,6 +22,30 @@ class KeysValues(NamedTuple):
 
     keys: Float[Tensor, "B H K C"]
     values: Float[Tensor, "B H K C"]
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """N places for the tokens of each of B sequences, filled in place, so that each may be at a place of its own."""
+
+    layers: tuple[KeysValues, ...]
+    """Of each block, (B, H, N, C)."""
+    filled: Bool[Tensor, "B N"]
+    """True at places that may be read."""
+
+    def __getitem__(self, rows: slice) -> TokenCache:
+        """Some of the sequences; the same memory, so what is filled here is filled there."""
+        layers = tuple(KeysValues(layer.keys[rows], layer.values[rows]) for layer in self.layers)
+        return TokenCache(layers, self.filled[rows])
+
+
+def join_token_caches(parts: Sequence[TokenCache]) -> TokenCache:
+    """The sequences of several caches in one, copied."""
+    layers = tuple(
+        KeysValues(torch.cat([layer.keys for layer in layers]), torch.cat([layer.values for layer in layers]))
+        for layers in zip(*(part.layers for part in parts), strict=True)
+    )
+    return TokenCache(layers, torch.cat([part.filled for part in parts]))
 
 
 def causal_mask(valid: Bool[Tensor, "B K"], num_new: int, *, num_appended: int = 0) -> Bool[Tensor, "B 1 S K_all"]:
@@ -60,10 +86,25 @@ class Block(nn.Module):
         keys, values = (self._heads(part) for part in self.key_value(normed).chunk(2, dim=-1))
         if past is not None:
             keys, values = torch.cat([past.keys, keys], dim=2), torch.cat([past.values, values], dim=2)
-        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask[:, :, -num_out:])
-        x = x[:, -num_out:] + self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))
+        x = self._mix(x[:, -num_out:], query, KeysValues(keys, values), mask[:, :, -num_out:])
+        return x, KeysValues(keys, values)
+
+    def step(
+        self, x: Float[Tensor, "B 1 W"], mask: Bool[Tensor, "B 1 1 N"], cached: KeysValues, places: Int[Tensor, " B"]
+    ) -> Float[Tensor, "B 1 W"]:
+        """One token of each sequence after this block; its keys and values are put at its place."""
+        normed = self.norm_attention(x)
+        query = self._heads(self.query(normed))
+        rows = torch.arange(len(x), device=x.device)
+        for kept, part in zip(cached, self.key_value(normed).chunk(2, dim=-1), strict=True):
+            kept[rows, :, places] = self._heads(part)[:, :, 0].to(kept.dtype)
+        return self._mix(x, query, cached, mask)
+
+    def _mix(self, x: Float[Tensor, "B n W"], query: Tensor, read: KeysValues, mask: Tensor) -> Float[Tensor, "B n W"]:
+        mixed = F.scaled_dot_product_attention(query, read.keys, read.values, attn_mask=mask)
+        x = x + self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))
         hidden = F.gelu(self.mlp_in(self.norm_mlp(x)))
-        return x + self.dropout(self.mlp_out(hidden)), KeysValues(keys, values)
+        return x + self.dropout(self.mlp_out(hidden))
 
     def _heads(self, x: Float[Tensor, "B S W"]) -> Float[Tensor, "B H S C"]:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -123,3 +164,41 @@ class CausalTransformer(nn.Module):
             x, layer = block(x, mask, None if past is None else past[index], x.shape[1])
             layers.append(layer)
         return tuple(layers)
+
+    def prefill(
+        self, x: Float[Tensor, "B S W"], valid: Bool[Tensor, "B S"], places: Int[Tensor, " S"], num_places: int
+    ) -> TokenCache:
+        """A cache with room for ``num_places`` tokens that holds the first S of each sequence.
+
+        Args:
+            x: The tokens, positions added.
+            valid: Tokens that may be read.
+            places: Where each is put, the same for all sequences.
+            num_places: N.
+        """
+        layers: list[KeysValues] = []
+        for layer in self.cache(x, causal_mask(valid, x.shape[1])):
+            rooms = [part.new_zeros(*part.shape[:2], num_places, part.shape[3]) for part in layer]
+            for room, part in zip(rooms, layer, strict=True):
+                room[:, :, places] = part
+            layers.append(KeysValues(*rooms))
+        filled = valid.new_zeros(len(valid), num_places)
+        filled[:, places] = valid
+        return TokenCache(tuple(layers), filled)
+
+    def step(self, x: Float[Tensor, "B W"], cache: TokenCache, places: Int[Tensor, " B"]) -> Float[Tensor, "B W"]:
+        """Run one further token of each sequence, and put it into the cache.
+
+        Args:
+            x: The tokens, positions added.
+            cache: What they may read; changed in place.
+            places: Where each is put; all that is filled may be read, so it is the last of its sequence.
+        """
+        cache.filled[torch.arange(len(x), device=x.device), places] = True
+        mask, hidden = cache.filled[:, None, None], x[:, None]
+        for block, layer in zip(self._blocks(), cache.layers, strict=True):
+            hidden = block.step(hidden, mask, layer, places)
+        return self.norm(hidden)[:, 0]
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]

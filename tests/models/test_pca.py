@@ -1,0 +1,110 @@
+"""Principal components against scikit-learn, merging, and the numbers as tokens."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+
+from models.buckets import DotHistogram, from_buckets, to_buckets
+from models.pca import Pca, PcaSums
+
+
+def embeddings(count: int = 300, features: int = 12) -> torch.Tensor:
+    """Of length one, around a mean, with a falling spectrum."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, features, generator=generator, dtype=torch.float64) * 0.7 ** torch.arange(features)
+    turn = torch.linalg.qr(torch.randn(features, features, generator=generator, dtype=torch.float64))[0]
+    return torch.nn.functional.normalize(x @ turn + 0.3, dim=-1)
+
+
+def measured(x: torch.Tensor) -> Pca:
+    sums = PcaSums(x.shape[1])
+    sums.update(x)
+    return sums.pca()
+
+
+def test_pca_is_that_of_scikit_learn() -> None:
+    x = embeddings()
+    ours, theirs = measured(x).keep(5), PCA(5, svd_solver="full").fit(x.numpy())
+    np.testing.assert_allclose(ours.mean, theirs.mean_, atol=1e-12)
+    np.testing.assert_allclose(ours.variance, theirs.explained_variance_, rtol=1e-9)
+    np.testing.assert_allclose(ours.components, theirs.components_, atol=1e-9)  # signs too
+    np.testing.assert_allclose(ours.project(x), theirs.transform(x.numpy()), atol=1e-9)
+    np.testing.assert_allclose(
+        ours.reconstruct(ours.project(x)), theirs.inverse_transform(theirs.transform(x.numpy())), atol=1e-9
+    )
+    assert ours.error == pytest.approx(1 - theirs.explained_variance_ratio_.sum(), abs=1e-10)
+
+
+def test_pca_of_merged_sums_is_that_of_all_rows() -> None:
+    x = embeddings()
+    parts = []
+    for rows in (x[:7], x[7:7], x[7:150], x[150:]):
+        sums = PcaSums(12)
+        for start in range(0, len(rows), 40):
+            sums.update(rows[start : start + 40])
+        parts.append(sums)
+    whole = PcaSums(12)
+    for part in parts:
+        whole.merge(part)
+    assert whole.num_rows == 300
+    pca, expected = whole.pca(), measured(x)
+    torch.testing.assert_close(pca.components, expected.components, rtol=0, atol=1e-9)
+    torch.testing.assert_close(pca.variance, expected.variance, rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(pca.mean, expected.mean)
+
+
+def test_pca_survives_a_mean_far_larger_than_the_spread() -> None:
+    x = embeddings()
+    near, far = measured(x), measured(x + 1e6)
+    torch.testing.assert_close(far.variance, near.variance, rtol=1e-6, atol=1e-12)
+
+
+def test_keep_by_energy_keeps_the_fewest_components_within_the_error() -> None:
+    x = embeddings()
+    pca = measured(x)
+    for max_error in (0.5, 0.1, 0.01):
+        kept = pca.keep_by_energy(max_error)
+        residual = (kept.reconstruct(kept.project(x)) - x).square().sum() / (x - x.mean(0)).square().sum()
+        assert residual <= max_error + 1e-12
+        assert kept.error == pytest.approx(float(residual), abs=1e-9)
+        assert pca.keep(len(kept.components) - 1).error > max_error
+    assert pca.keep_by_energy(0.01).components.shape[0] > pca.keep_by_energy(0.5).components.shape[0]
+
+
+def test_pca_refuses_what_has_no_components() -> None:
+    with pytest.raises(ValueError, match="at least two"):
+        measured(embeddings(1))
+    with pytest.raises(ValueError, match="13 components"):
+        measured(embeddings()).keep(13)
+    with pytest.raises(ValueError, match="4 features"):
+        PcaSums(12).merge(PcaSums(4))
+
+
+def test_buckets_are_of_equal_width_and_ends_take_the_rest() -> None:
+    x = torch.tensor([-9.0, -5.0, -4.99, -0.001, 0.0, 4.999, 5.0, 9.0])
+    assert to_buckets(x, 5.0, 10).tolist() == [0, 0, 0, 4, 5, 9, 9, 9]
+    grid = torch.linspace(-5, 5, 10_001)
+    again = from_buckets(to_buckets(grid, 5.0, 1024), 5.0, 1024)
+    assert (again - grid).abs().max() <= 5 / 1024 + 1e-6
+    every = torch.arange(1024)
+    assert torch.equal(to_buckets(from_buckets(every, 5.0, 1024), 5.0, 1024), every)
+
+
+def test_dot_edges_cut_the_data_into_equally_frequent_buckets() -> None:
+    dot = torch.rand(5000, generator=torch.Generator().manual_seed(0)) ** 3 - 0.4
+    first, second = DotHistogram(), DotHistogram()
+    first.update(dot[:1000])
+    second.update(dot[1000:])
+    first.merge(second)
+    edges = first.edges(8)
+    assert edges.tolist() == sorted(edges.tolist())
+    np.testing.assert_allclose(edges, np.quantile(dot.numpy(), np.arange(1, 8) / 8), atol=1e-3)
+    counts = torch.bincount(torch.bucketize(dot, edges), minlength=8)
+    assert counts.min() > 0.97 * 625
+    assert counts.max() < 1.03 * 625
+    assert DotHistogram().counts.sum() == 0
+    with pytest.raises(ValueError, match="no dot product"):
+        DotHistogram().edges(8)
+    with pytest.raises(ValueError, match="bins"):
+        first.merge(DotHistogram(4))
