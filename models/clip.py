@@ -164,6 +164,7 @@ class FrozenClip(nn.Module):
             pooled=self._pool(hidden, tokens),
             hidden=hidden,
             mask=mask[:, :length].to(self.device),
+            tokens=tokens,
         )
 
     def _hidden(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L W"]:

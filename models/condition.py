@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from models.config import ClipDims
+from models.config import END_TOKEN, START_TOKEN, ClipDims
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class TextEncoding:
     """Token states after the final layer norm."""
     mask: Bool[Tensor, "B L"]
     """True at the caption's own tokens, start and end included: a prefix of each row, never empty."""
+    tokens: Int[Tensor, "B L"]
+    """Token ids in CLIP's vocabulary, zero at padding: for a decoder with a text transformer of its own."""
 
     @property
     def z_text(self) -> Float[Tensor, "B D"]:
@@ -36,7 +38,7 @@ class TextEncoding:
         return self.pooled.shape[0]
 
     def __getitem__(self, index: slice | Tensor) -> TextEncoding:
-        return TextEncoding(self.pooled[index], self.hidden[index], self.mask[index])
+        return TextEncoding(self.pooled[index], self.hidden[index], self.mask[index], self.tokens[index])
 
     def to(self, device: torch.device | str) -> TextEncoding:
         """The same encoding on another device."""
@@ -44,6 +46,7 @@ class TextEncoding:
             self.pooled.to(device, non_blocking=True),
             self.hidden.to(device, non_blocking=True),
             self.mask.to(device, non_blocking=True),
+            self.tokens.to(device, non_blocking=True),
         )
 
     def repeat_interleave(self, repeats: int) -> TextEncoding:
@@ -52,6 +55,7 @@ class TextEncoding:
             self.pooled.repeat_interleave(repeats, 0),
             self.hidden.repeat_interleave(repeats, 0),
             self.mask.repeat_interleave(repeats, 0),
+            self.tokens.repeat_interleave(repeats, 0),
         )
 
     def padded(self, length: int) -> TextEncoding:
@@ -65,7 +69,8 @@ class TextEncoding:
             raise ValueError(f"cannot pad {self.mask.shape[1]} text tokens to {length}")
         if extra == 0:
             return self
-        return TextEncoding(self.pooled, F.pad(self.hidden, (0, 0, 0, extra)), F.pad(self.mask, (0, extra)))
+        mask, tokens = F.pad(self.mask, (0, extra)), F.pad(self.tokens, (0, extra))
+        return TextEncoding(self.pooled, F.pad(self.hidden, (0, 0, 0, extra)), mask, tokens)
 
 
 def concat_text(parts: Sequence[TextEncoding]) -> TextEncoding:
@@ -76,6 +81,7 @@ def concat_text(parts: Sequence[TextEncoding]) -> TextEncoding:
         torch.cat([part.pooled for part in padded]),
         torch.cat([part.hidden for part in padded]),
         torch.cat([part.mask for part in padded]),
+        torch.cat([part.tokens for part in padded]),
     )
 
 
@@ -92,11 +98,13 @@ class NullText(nn.Module):
 
     pooled: Tensor
     hidden: Tensor
+    tokens: Tensor
 
     def __init__(self, dims: ClipDims) -> None:
         super().__init__()
         self.register_buffer("pooled", torch.zeros(1, dims.embed_dim))
         self.register_buffer("hidden", torch.zeros(1, NUM_NULL_TOKENS, dims.text_width))
+        self.register_buffer("tokens", torch.tensor([[START_TOKEN, END_TOKEN]]), persistent=False)
 
     def set(self, empty: TextEncoding) -> None:
         """Take ``clip.encode_text([""])``; raises ValueError if that is not one empty caption."""
@@ -108,7 +116,8 @@ class NullText(nn.Module):
     def encoding(self, batch_size: int) -> TextEncoding:
         """The empty caption ``batch_size`` times, L = 2."""
         mask = torch.ones(batch_size, NUM_NULL_TOKENS, dtype=torch.bool, device=self.hidden.device)
-        return TextEncoding(self.pooled.expand(batch_size, -1), self.hidden.expand(batch_size, -1, -1), mask)
+        hidden, tokens = self.hidden.expand(batch_size, -1, -1), self.tokens.expand(batch_size, -1)
+        return TextEncoding(self.pooled.expand(batch_size, -1), hidden, mask, tokens)
 
     def drop(self, text: TextEncoding, keep: Bool[Tensor, " B"] | None) -> TextEncoding:
         """Replace the captions that are not kept by the empty one; ``keep`` None keeps all."""
@@ -120,4 +129,5 @@ class NullText(nn.Module):
             torch.where(keep[:, None], text.pooled, null.pooled.to(text.pooled.dtype)),
             torch.where(keep[:, None, None], text.hidden, null.hidden.to(text.hidden.dtype)),
             torch.where(keep[:, None], text.mask, null.mask),
+            torch.where(keep[:, None], text.tokens, null.tokens),
         )

@@ -11,9 +11,11 @@ from dataclasses import field
 from typing import Literal
 
 from models.config_base import configclass, require, require_prob
-from models.config_clip import VOCAB_SIZE, ClipConfig, ClipDims
+from models.config_clip import END_TOKEN, START_TOKEN, VOCAB_SIZE, ClipConfig, ClipDims
 
 __all__ = [
+    "END_TOKEN",
+    "START_TOKEN",
     "VOCAB_SIZE",
     "ClipConfig",
     "ClipDims",
@@ -21,6 +23,7 @@ __all__ = [
     "DiffusionConfig",
     "PriorConfig",
     "SamplerConfig",
+    "TextTransformerConfig",
     "UNetConfig",
     "UpsamplerConfig",
     "configclass",
@@ -195,6 +198,27 @@ class UNetConfig:
 
 
 @configclass
+class TextTransformerConfig:
+    """GLIDE's text transformer (arXiv:2112.10741, section 4.1), trained with the decoder that reads it."""
+
+    width: int = 512
+    """Width, in features (table 3: 2048)."""
+    depth: int = 12
+    """Blocks (table 3: 24)."""
+    num_heads: int = 8
+    """Attention heads (table 3: 32)."""
+    mlp_ratio: int = 4
+    """Hidden width of the feed-forward layers, as a multiple of ``width``."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.num_heads >= 1 and self.width % self.num_heads == 0,
+            f"width = {self.width} is not a multiple of num_heads = {self.num_heads}",
+        )
+        require(self.depth >= 1 and self.mlp_ratio >= 1, "depth and mlp_ratio: at least 1")
+
+
+@configclass
 class DecoderConfig:
     """P(image | z_image, caption) at the lowest resolution: arXiv:2204.06125, section 2.1."""
 
@@ -206,6 +230,9 @@ class DecoderConfig:
     """Context tokens that z_image is projected to (section 2.1: 4)."""
     context_width: int = 512
     """Width of the tokens that the attention of the UNet reads, in features (GLIDE: 512)."""
+    text_transformer: TextTransformerConfig | None = None
+    """The paper's text path: a transformer on the caption's tokens, trained with the decoder. Without the table the
+    decoder reads the token states of the frozen CLIP, as Karlo does: cheaper, and exportable to diffusers."""
     image_drop_prob: float = 0.1
     """Probability of dropping z_image, per sample (section 2.1: 0.1)."""
     text_drop_prob: float = 0.5

@@ -1,8 +1,9 @@
-"""The decoder, P(image | z_image, caption): arXiv:2204.06125, section 2.1, with Karlo's conditioning.
+"""The decoder, P(image | z_image, caption): arXiv:2204.06125, section 2.1, with Karlo's conditioning or GLIDE's.
 
 z_image and the pooled caption are added to the timestep embedding; z_image becomes a few tokens, which the caption's
-token states follow in the context of every attention. Legend: B batch, D joint space, E timestep embedding, L text
-tokens, K image tokens, M = K + L context tokens.
+token states follow in the context of every attention. The caption's states are those of the frozen CLIP (Karlo), or of
+a text transformer that is trained with the decoder (GLIDE, and the paper). Legend: B batch, D joint space, E timestep
+embedding, L text tokens, K image tokens, M = K + L context tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from models.condition import NullText, TextEncoding
 from models.config import ClipDims, DecoderConfig
+from models.text_transformer import TextTransformer
 from models.transformer import KeysValues
 from models.unet import UNet
 
@@ -70,9 +72,12 @@ class Decoder(nn.Module):
         width = config.context_width
         self.unet = UNet(config.unet, config.image_px, NUM_COLOURS, self.out_channels, context_width=width)
         self.image_to_embedding = nn.Linear(dims.embed_dim, self.unet.width)
-        self.pooled_to_embedding = nn.Linear(dims.embed_dim, self.unet.width)
+        text = config.text_transformer
+        self.text_transformer = None if text is None else TextTransformer(text, dims.context_length)
+        pooled_width, text_width = (dims.embed_dim, dims.text_width) if text is None else (text.width, text.width)
+        self.pooled_to_embedding = nn.Linear(pooled_width, self.unet.width)
         self.image_to_tokens = nn.Linear(dims.embed_dim, config.num_image_tokens * width)
-        self.text_to_tokens = nn.Linear(dims.text_width, width)
+        self.text_to_tokens = nn.Linear(text_width, width)
         self.norm_text = nn.LayerNorm(width)
         self.null_image = nn.Parameter(torch.zeros(dims.embed_dim))
         self.null_text = NullText(dims)
@@ -104,10 +109,13 @@ class Decoder(nn.Module):
         return self._encode(self.null_image.expand(batch_size, -1), self.null_text.encoding(batch_size))
 
     def _encode(self, image: Float[Tensor, "B D"], text: TextEncoding) -> DecoderCondition:
-        embedding = self.image_to_embedding(image) + self.pooled_to_embedding(text.pooled)
+        pooled, hidden = text.pooled, text.hidden
+        if self.text_transformer is not None:
+            pooled, hidden = self.text_transformer(text.tokens, text.mask)
+        embedding = self.image_to_embedding(image) + self.pooled_to_embedding(pooled)
         # Feature c of token k is row c * K + k of the projection, as in diffusers' UnCLIPTextProjModel.
         tokens = self.image_to_tokens(image).unflatten(1, (-1, self.config.num_image_tokens)).transpose(1, 2)
-        tokens = torch.cat([tokens, self.norm_text(self.text_to_tokens(text.hidden))], dim=1)
+        tokens = torch.cat([tokens, self.norm_text(self.text_to_tokens(hidden))], dim=1)
         valid = F.pad(text.mask, (self.config.num_image_tokens, 0), value=True)
         return DecoderCondition(embedding, self.unet.encode_context(tokens), valid)
 

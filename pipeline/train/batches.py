@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.condition import TextEncoding
+from models.condition import TextEncoding, concat_text
 from pipeline.errors import DataError
 from pipeline.train.order import SampleOrder, worker_slice
 from pipeline.train.shards import ShardReader, ShardTable, TarPictures
@@ -212,13 +212,7 @@ class CaptionTable:
         self._table: TextEncoding | None = None
         if captions:
             parts = [encode(captions[i : i + batch_size]) for i in range(0, len(captions), batch_size)]
-            length = max(part.mask.shape[1] for part in parts)
-            padded = [part.padded(length) for part in parts]
-            self._table = TextEncoding(
-                torch.cat([part.pooled for part in padded]),
-                torch.cat([part.hidden for part in padded]),
-                torch.cat([part.mask for part in padded]),
-            )
+            self._table = concat_text(parts)
             self._row_of = {caption: row for row, caption in enumerate(captions)}
 
     def __call__(self, captions: Sequence[str]) -> TextEncoding:
@@ -230,4 +224,4 @@ class CaptionTable:
         found: Any = table[rows]
         longest = int(found.mask.sum(1).max())
         length = min(found.mask.shape[1], -(-longest // 8) * 8)
-        return TextEncoding(found.pooled, found.hidden[:, :length], found.mask[:, :length])
+        return TextEncoding(found.pooled, found.hidden[:, :length], found.mask[:, :length], found.tokens[:, :length])

@@ -30,6 +30,7 @@ class Captions:
             torch.cat([part.pooled for part in parts]),
             torch.cat([part.hidden for part in parts]),
             torch.cat([part.mask for part in parts]),
+            torch.cat([part.tokens for part in parts]),
         )
 
 

@@ -1,6 +1,7 @@
 """CLIP: our reading of open_clip's models against open_clip itself."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,16 @@ def test_open_clip_config_builds_the_same_model_in_open_clip(tmp_path: Path) -> 
     assert {k: v.shape for k, v in theirs.state_dict().items()} == {
         k: v.shape for k, v in create_clip(CONFIG).model.state_dict().items()
     }
+
+
+def test_create_clip_builds_the_vit_that_the_configuration_describes(tmp_path: Path) -> None:
+    config = replace(CONFIG, vision="vit", image_px=24, patch_px=8, vision_width=16, vision_depth=3, vision_heads=4)
+    clip = create_clip(config)
+    assert len(clip.model.visual.transformer.resblocks) == 3
+    assert clip.model.visual.conv1.weight.shape == (16, 3, 8, 8)
+    assert clip.model.visual.transformer.resblocks[0].attn.num_heads == 4
+    save_clip(clip, tmp_path)
+    images = torch.randint(0, 256, (2, 24, 24, 3), dtype=torch.uint8)
+    again = FrozenClip(load_clip(tmp_path)).encode_image(images)
+    torch.testing.assert_close(again, FrozenClip(clip).encode_image(images))
+    assert again.shape == (2, config.embed_dim)

@@ -1,10 +1,12 @@
 """The diffusion prior: conditioning, dropping, and its cache."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import DIMS, make_text
 
-from models.condition import TextEncoding, concat_text
+from models.condition import concat_text
 from models.config import ClipDims, PriorConfig
 from models.prior import Prior, concat_prior_conditions
 
@@ -47,7 +49,7 @@ def test_prior_cached_condition_gives_the_same_output(prior: Prior) -> None:
 def test_prior_output_does_not_depend_on_padding(prior: Prior) -> None:
     text = make_text((3, 5))
     x, t = batch(2)
-    garbage = TextEncoding(text.pooled, text.hidden.masked_fill(~text.mask[..., None], 9.0), text.mask)
+    garbage = replace(text, hidden=text.hidden.masked_fill(~text.mask[..., None], 9.0))
     plain = prior(x, t, prior.encode_condition(text))
     for other in (garbage, text.padded(9)):
         torch.testing.assert_close(prior(x, t, prior.encode_condition(other)), plain, rtol=0, atol=1e-5)
@@ -57,8 +59,8 @@ def test_prior_reads_caption_timestep_and_noised_embedding(prior: Prior) -> None
     text, (x, t) = make_text((3, 7)), batch(2)
     condition = prior.encode_condition(text)
     plain = prior(x, t, condition)
-    hidden = TextEncoding(text.pooled, text.hidden + 1, text.mask)
-    pooled = TextEncoding(text.pooled + 1, text.hidden, text.mask)
+    hidden = replace(text, hidden=text.hidden + 1)
+    pooled = replace(text, pooled=text.pooled + 1)
     others = [
         prior(x, t, prior.encode_condition(hidden)),
         prior(x, t, prior.encode_condition(pooled)),

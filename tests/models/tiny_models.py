@@ -22,7 +22,9 @@ def make_text(lengths: tuple[int, ...], width: int = 7, dims: ClipDims = DIMS) -
     generator = torch.Generator().manual_seed(sum(lengths))
     mask = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
     hidden = torch.randn(len(lengths), width, dims.text_width, generator=generator)
-    return TextEncoding(torch.randn(len(lengths), dims.embed_dim, generator=generator), hidden, mask)
+    pooled = torch.randn(len(lengths), dims.embed_dim, generator=generator)
+    tokens = torch.randint(1, 1000, mask.shape, generator=generator) * mask
+    return TextEncoding(pooled, hidden, mask, tokens)
 
 
 def randomise(model: torch.nn.Module) -> None:

@@ -66,7 +66,7 @@ def _encode(captions: Sequence[str]) -> TextEncoding:
     for row, caption in enumerate(captions):
         hidden[row, : len(caption), 0] = torch.tensor([float(ord(letter)) for letter in caption])
         mask[row, : len(caption)] = True
-    return TextEncoding(hidden.sum(1), hidden, mask)
+    return TextEncoding(hidden.sum(1), hidden, mask, hidden[..., 0].long())
 
 
 def test_caption_table_gives_what_the_tower_gives() -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -5,7 +6,7 @@ import pytest
 import torch
 
 from models.clip import create_clip
-from models.config import ClipConfig
+from models.config import ClipConfig, TextTransformerConfig
 from pipeline.errors import DataError, ResumeError
 from pipeline.progress import METRICS
 from pipeline.recipe import Recipe, parse_recipe
@@ -119,6 +120,25 @@ def test_trained_networks_make_a_cascade(tmp_path: Path) -> None:
     empty = load_clip_artifact(inputs["clip"]).encode_text([""])
     assert torch.equal(cascade.decoder.null_text.hidden, empty.hidden[:, :2])
     assert torch.equal(cascade.prior.null_text.pooled, empty.pooled)
+
+
+def test_a_text_transformer_is_trained_with_its_decoder_and_draws(tmp_path: Path) -> None:
+    inputs, recipe = _inputs(tmp_path), _recipe(2)
+    text = TextTransformerConfig(width=16, depth=1, num_heads=2)
+    model = dataclasses.replace(recipe.decoder.model, text_transformer=text)
+    with_text = dataclasses.replace(recipe, decoder=dataclasses.replace(recipe.decoder, model=model))
+    run_job(_job("prior", inputs, tmp_path / "prior", recipe), _no_watch)
+    outputs = {num: Artifact(str(tmp_path / f"decoder-{num}")) for num in (1, 6)}
+    for num_steps, output in outputs.items():
+        train = dataclasses.replace(recipe.decoder.train, num_steps=num_steps)
+        section = dataclasses.replace(with_text.decoder, train=train)
+        short = dataclasses.replace(with_text, decoder=section)
+        run_job(TrainJob("decoder", short, inputs, output, "key", torch.device("cpu")), _no_watch)
+    networks = [load_network(output) for output in outputs.values()]
+    embeddings = [network.state_dict()["text_transformer.embedding.weight"] for network in networks]
+    assert (embeddings[0] - embeddings[1]).abs().max() > 0
+    cascade = load_cascade(inputs | {"prior": Artifact(str(tmp_path / "prior")), "decoder": outputs[6]})
+    assert cascade.sample(["a red circle"], [0]).images.shape == (1, 8, 8, 3)
 
 
 def test_job_refuses_a_checkpoint_of_another_recipe(tmp_path: Path) -> None:
