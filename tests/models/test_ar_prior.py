@@ -2,13 +2,13 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_models import DIMS, make_text, randomise
 
 from models.ar_prior import ArPrior
-from models.condition import TextEncoding
 from models.config import ClipDims
 from models.config_ar_prior import ArPriorConfig
 from models.pca import PcaSums
@@ -98,8 +98,8 @@ def test_prior_reads_caption_and_dot_product(prior: ArPrior) -> None:
     tokens, dot = batch(2)
     text = make_text((3, 7))
     plain = prior(tokens, dot, prior.encode_condition(text))
-    hidden = TextEncoding(text.pooled, text.hidden + 1, text.mask)
-    pooled = TextEncoding(text.pooled + 1, text.hidden, text.mask)
+    hidden = replace(text, hidden=text.hidden + 1)
+    pooled = replace(text, pooled=text.pooled + 1)
     others = [
         prior(tokens, dot, prior.encode_condition(hidden)),
         prior(tokens, dot, prior.encode_condition(pooled)),
@@ -111,7 +111,7 @@ def test_prior_reads_caption_and_dot_product(prior: ArPrior) -> None:
 def test_output_does_not_depend_on_padding(prior: ArPrior) -> None:
     tokens, dot = batch(2)
     text = make_text((3, 5))
-    garbage = TextEncoding(text.pooled, text.hidden.masked_fill(~text.mask[..., None], 9.0), text.mask)
+    garbage = replace(text, hidden=text.hidden.masked_fill(~text.mask[..., None], 9.0))
     plain = prior(tokens, dot, prior.encode_condition(text))
     for other in (garbage, text.padded(9)):
         torch.testing.assert_close(prior(tokens, dot, prior.encode_condition(other)), plain, rtol=0, atol=1e-5)
