@@ -1,4 +1,7 @@
-"""``unclip plan``, ``status`` and ``config``: answers in well under a second, with neither torch nor ray."""
+"""``unclip plan``, ``status`` and ``config``: answers in well under a second, with neither torch nor ray.
+
+``plan --cost`` alone loads torch, to build the networks without data.
+"""
 
 import dataclasses
 from typing import Annotated, Any
@@ -12,12 +15,29 @@ from pipeline.recipe import json_schema, load_recipe, to_dict
 from pipeline.store import Workspace
 
 
-def plan(recipe: RecipePath, overrides: Overrides = None, until: Until = "", json: AsJson = False) -> None:
-    """Show which steps would run, and why.
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    until: Until = "",
+    cost: Annotated[
+        bool, typer.Option("--cost", help="Count parameters, arithmetic, GPU hours and memory instead; loads torch.")
+    ] = False,
+    json: AsJson = False,
+) -> None:
+    """Show which steps would run, and why; or what its networks cost.
 
     Example: unclip plan configs/demo.toml --set decoder.train.num_steps=2000
     """
     resolved = load_recipe(recipe, overrides or [])
+    if cost:
+        from pipeline.train.cost import format_costs, recipe_costs
+
+        costs = recipe_costs(resolved)
+        if json:
+            print_json([network.to_dict() for network in costs])
+        else:
+            typer.echo(format_costs(costs))
+        return
     workspace = Workspace(resolved.workspace)
     statuses = plan_status(workspace, make_plan(resolved, until=until))
     if json:

@@ -278,6 +278,23 @@ def load_pretrained(name: str, pretrained: str | None = None) -> OpenClip:
     return OpenClip(model, tokenizer, model_config, tuple(preprocess["mean"]), tuple(preprocess["std"]))
 
 
+def describe_clip(name: str) -> OpenClip:
+    """The architecture of a public or local CLIP, with random weights: for counting, not for use.
+
+    Args:
+        name: An architecture ("ViT-L-14"), or "local-dir:/folder".
+
+    Raises:
+        ValueError: If it is not known on this machine, or has no CLIP token states.
+    """
+    model_config = open_clip.get_model_config(name) if not name.startswith("hf-hub:") else None
+    if model_config is None:
+        raise ValueError(f"the shape of CLIP {name!r} is not known here; choose an open_clip architecture or a folder")
+    clip = _assemble(model_config)
+    _text_tower(clip.model)
+    return clip
+
+
 def _assemble(
     model_config: dict[str, Any], mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> OpenClip:
