@@ -6,9 +6,9 @@ a picture depends on its caption, its seed and the settings, and not on what els
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, UInt8
@@ -22,7 +22,8 @@ from models.guidance import classifier_free
 from models.noise import NoiseSource
 from models.pixels import to_uint8
 from models.prior import Prior
-from models.samplers import sample
+from models.sampler_steps import SamplerState
+from models.samplers import config_timesteps, iterate
 from models.upsampler import Upsampler
 
 
@@ -70,6 +71,22 @@ class CascadeResult:
         return self.stages[-1]
 
 
+class StageStep(NamedTuple):
+    """One step of one stage, for whoever watches a picture come."""
+
+    stage: str
+    """prior, decoder, upsampler_1, upsampler_2."""
+    done: int
+    """Steps taken, by this many items at a time."""
+    total: int
+    """Steps of the stage."""
+    x0: Tensor
+    """What it comes to, as far as the network sees: (B, 3, H, W) pictures in [-1, 1], (B, D) in the prior."""
+
+
+Watch = Callable[[StageStep], None]
+
+
 class Cascade:
     """A prior, a decoder and upsamplers, ready to sample; the stages can be called one by one."""
 
@@ -105,7 +122,11 @@ class Cascade:
         )
 
     def sample(
-        self, prompts: Sequence[str], seeds: Sequence[int], settings: CascadeSettings | None = None
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: CascadeSettings | None = None,
+        watch: Watch | None = None,
     ) -> CascadeResult:
         """Draw one picture for each prompt and seed.
 
@@ -113,6 +134,7 @@ class Cascade:
             prompts: B captions.
             seeds: B seeds; the same prompt with another seed is another picture.
             settings: How; ``default_settings`` if None.
+            watch: Called after each step.
 
         Raises:
             ValueError: If the numbers of prompts and seeds differ, or there are none.
@@ -121,15 +143,17 @@ class Cascade:
             raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed per prompt")
         settings = settings or self.default_settings()
         text = self.clip.encode_text(prompts)
-        z_image = self.sample_prior(text, seeds, settings)
-        pixels = self.decode(z_image, text, seeds, settings)
+        z_image = self.sample_prior(text, seeds, settings, watch)
+        pixels = self.decode(z_image, text, seeds, settings, watch)
         stages = [to_uint8(pixels).cpu()]
         for number in range(len(settings.upsamplers)):
-            pixels = self.upsample(pixels, number, seeds, settings)
+            pixels = self.upsample(pixels, number, seeds, settings, watch)
             stages.append(to_uint8(pixels).cpu())
         return CascadeResult(z_image, tuple(stages))
 
-    def sample_prior(self, text: TextEncoding, seeds: Sequence[int], settings: CascadeSettings) -> Float[Tensor, "B D"]:
+    def sample_prior(
+        self, text: TextEncoding, seeds: Sequence[int], settings: CascadeSettings, watch: Watch | None = None
+    ) -> Float[Tensor, "B D"]:
         """Draw image embeddings: of ``num_candidates`` each, the one with the largest product with z_text."""
         count, config = settings.num_candidates, settings.prior
 
@@ -142,12 +166,13 @@ class Cascade:
             denoise = prior_denoiser(self.prior, texts, config.guidance_scale)
             diffusion = Diffusion(self.prior.config.diffusion)
             measured = self.prior.x0_variance if self.prior.x0_variance.any() else None
-            x = sample(denoise, x, diffusion, config, noise, x0_variance=measured)
+            states = iterate(denoise, x, diffusion, config, noise, x0_variance=measured)
+            x = run_stage("prior", states, len(config_timesteps(config, diffusion)), watch)
             z_image = self.prior.unscale(x)
             best = (z_image * texts.z_text).sum(1).view(count, -1).argmax(0)
             return z_image.view(count, -1, z_image.shape[1])[best, torch.arange(len(best), device=best.device)]
 
-        return _in_parts(draw, len(text), settings.micro_batch)
+        return in_parts(draw, len(text), settings.micro_batch)
 
     def decode(
         self,
@@ -155,23 +180,32 @@ class Cascade:
         text: TextEncoding,
         seeds: Sequence[int],
         settings: CascadeSettings,
+        watch: Watch | None = None,
     ) -> Float[Tensor, "B 3 H W"]:
         """Draw the smallest pictures, in [-1, 1], from image embeddings and captions."""
         config, side_px = settings.decoder, self.decoder.config.image_px
+        diffusion = Diffusion(self.decoder.config.diffusion)
 
         def draw(part: slice) -> Tensor:
             noise = NoiseSource.from_seeds(seeds[part], "decoder")
             x = noise.normal((3, side_px, side_px), device=z_image.device)
             denoise = decoder_denoiser(self.decoder, z_image[part], text[part], config.guidance_scale)
-            return sample(denoise, x, Diffusion(self.decoder.config.diffusion), config, noise)
+            states = iterate(denoise, x, diffusion, config, noise)
+            return run_stage("decoder", states, len(config_timesteps(config, diffusion)), watch)
 
-        return _in_parts(draw, len(text), settings.micro_batch)
+        return in_parts(draw, len(text), settings.micro_batch)
 
     def upsample(
-        self, pixels: Float[Tensor, "B 3 h w"], number: int, seeds: Sequence[int], settings: CascadeSettings
+        self,
+        pixels: Float[Tensor, "B 3 h w"],
+        number: int,
+        seeds: Sequence[int],
+        settings: CascadeSettings,
+        watch: Watch | None = None,
     ) -> Float[Tensor, "B 3 H W"]:
         """Enlarge pictures in [-1, 1] with upsampler ``number`` (from 0)."""
         upsampler, config = self.upsamplers[number], settings.upsamplers[number]
+        diffusion = Diffusion(upsampler.config.diffusion)
 
         def draw(part: slice) -> Tensor:
             noise = NoiseSource.from_seeds(seeds[part], f"upsampler-{number}")
@@ -181,9 +215,10 @@ class Cascade:
             def denoise(x: Tensor, t: Tensor) -> Tensor:
                 return upsampler(x, t, condition)
 
-            return sample(denoise, x, Diffusion(upsampler.config.diffusion), config, noise)
+            states = iterate(denoise, x, diffusion, config, noise)
+            return run_stage(f"upsampler_{number + 1}", states, len(config_timesteps(config, diffusion)), watch)
 
-        return _in_parts(draw, len(pixels), settings.micro_batch)
+        return in_parts(draw, len(pixels), settings.micro_batch)
 
 
 def prior_denoiser(prior: Prior, text: TextEncoding, guidance_scale: float | Tensor = 1.0) -> Denoise:
@@ -202,13 +237,17 @@ def prior_denoiser(prior: Prior, text: TextEncoding, guidance_scale: float | Ten
 
 
 def decoder_denoiser(
-    decoder: Decoder, z_image: Float[Tensor, "B D"], text: TextEncoding, guidance_scale: float | Tensor = 1.0
+    decoder: Decoder,
+    z_image: Float[Tensor, "B D"],
+    text: TextEncoding,
+    guidance_scale: float | Tensor = 1.0,
+    known: Float[Tensor, "B 4 H W"] | None = None,
 ) -> Denoise:
-    """The decoder conditioned on image embeddings and captions, guided unless the scale is 1."""
+    """The decoder conditioned on image embeddings, captions and known parts, guided unless the scale is 1."""
     with torch.no_grad():
-        condition = decoder.encode_condition(z_image, text)
+        condition = decoder.encode_condition(z_image, text, known=known)
         if isinstance(guidance_scale, Tensor) or guidance_scale != 1.0:
-            condition = concat_decoder_conditions([decoder.null_condition(len(text)), condition])
+            condition = concat_decoder_conditions([decoder.null_condition(len(text), known), condition])
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         return decoder(x, t, condition)
@@ -216,7 +255,18 @@ def decoder_denoiser(
     return denoise if len(condition) == len(text) else classifier_free(denoise, guidance_scale)
 
 
-def _in_parts(draw: Callable[[slice], Tensor], num_items: int, micro_batch: int) -> Tensor:
+def run_stage(stage: str, states: Iterator[SamplerState], num_steps: int, watch: Watch | None = None) -> Tensor:
+    """Take all steps of one stage, telling ``watch`` of each; the sample, (B, ...)."""
+    x = None
+    for done, state in enumerate(states, start=1):
+        x = state.x
+        if watch is not None:
+            watch(StageStep(stage, done, num_steps, state.x0))
+    assert x is not None, "a stage takes at least one step"
+    return x
+
+
+def in_parts(draw: Callable[[slice], Tensor], num_items: int, micro_batch: int) -> Tensor:
     """``draw`` on at most ``micro_batch`` items at a time."""
     if micro_batch < 1:
         raise ValueError(f"micro_batch = {micro_batch}: at least 1")

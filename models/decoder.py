@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from models.condition import NullText, TextEncoding
 from models.config import ClipDims, DecoderConfig
+from models.inpainting import NUM_KNOWN_CHANNELS
 from models.text_transformer import TextTransformer
 from models.transformer import KeysValues
 from models.unet import UNet
@@ -36,13 +37,16 @@ class DecoderCondition:
     """Keys and values of the context tokens, for each attention."""
     valid: Bool[Tensor, "B M"]
     """False at padding."""
+    known: Float[Tensor, "B 4 H W"] | None = None
+    """The known part of the pictures (models/inpainting.py); None where nothing is known."""
 
     def __len__(self) -> int:
         return self.embedding.shape[0]
 
     def __getitem__(self, index: slice | Tensor) -> DecoderCondition:
         context = tuple(KeysValues(layer.keys[index], layer.values[index]) for layer in self.context)
-        return DecoderCondition(self.embedding[index], context, self.valid[index])
+        known = None if self.known is None else self.known[index]
+        return DecoderCondition(self.embedding[index], context, self.valid[index], known)
 
 
 def concat_decoder_conditions(parts: Sequence[DecoderCondition]) -> DecoderCondition:
@@ -58,7 +62,14 @@ def concat_decoder_conditions(parts: Sequence[DecoderCondition]) -> DecoderCondi
         for layers in zip(*(part.context for part in parts), strict=True)
     )
     valid = torch.cat([F.pad(part.valid, (0, count)) for part, count in zip(parts, extra, strict=True)])
-    return DecoderCondition(torch.cat([part.embedding for part in parts]), context, valid)
+    shown = next((part.known for part in parts if part.known is not None), None)
+    known = None
+    if shown is not None:
+        blanks = (part.embedding.new_zeros(len(part), *shown.shape[1:]) for part in parts)
+        known = torch.cat(
+            [blank if part.known is None else part.known for part, blank in zip(parts, blanks, strict=True)]
+        )
+    return DecoderCondition(torch.cat([part.embedding for part in parts]), context, valid, known)
 
 
 class Decoder(nn.Module):
@@ -70,7 +81,8 @@ class Decoder(nn.Module):
         self.dims = dims
         self.out_channels = NUM_COLOURS * (2 if config.diffusion.variance == "learned_range" else 1)
         width = config.context_width
-        self.unet = UNet(config.unet, config.image_px, NUM_COLOURS, self.out_channels, context_width=width)
+        in_channels = NUM_COLOURS + (NUM_KNOWN_CHANNELS if config.inpainting else 0)
+        self.unet = UNet(config.unet, config.image_px, in_channels, self.out_channels, context_width=width)
         self.image_to_embedding = nn.Linear(dims.embed_dim, self.unet.width)
         text = config.text_transformer
         self.text_transformer = None if text is None else TextTransformer(text, dims.context_length)
@@ -89,6 +101,7 @@ class Decoder(nn.Module):
         *,
         keep_image: Bool[Tensor, " B"] | None = None,
         keep_text: Bool[Tensor, " B"] | None = None,
+        known: Float[Tensor, "B 4 H W"] | None = None,
     ) -> DecoderCondition:
         """What does not change from step to step.
 
@@ -97,18 +110,26 @@ class Decoder(nn.Module):
             text: The captions.
             keep_image: False where z_image is replaced by its learned null (all are kept if None).
             keep_text: False where the caption is replaced by the empty one (all are kept if None).
+            known: The known part of the pictures, from ``inpainting.known_planes``; None: nothing is known.
+
+        Raises:
+            ValueError: If a part is known and the decoder was built without inpainting channels.
         """
+        if known is not None and not self.config.inpainting:
+            raise ValueError("this decoder has no inpainting channels to read a known part with")
         # Features of about unit size: a vector of length one has them at 1 / sqrt(D).
         image = z_image * math.sqrt(self.dims.embed_dim)
         if keep_image is not None:
             image = torch.where(keep_image[:, None], image, self.null_image.to(image.dtype))
-        return self._encode(image, self.null_text.drop(text, keep_text))
+        return self._encode(image, self.null_text.drop(text, keep_text), known)
 
-    def null_condition(self, batch_size: int) -> DecoderCondition:
-        """The condition of neither z_image nor caption, for classifier-free guidance."""
-        return self._encode(self.null_image.expand(batch_size, -1), self.null_text.encoding(batch_size))
+    def null_condition(self, batch_size: int, known: Float[Tensor, "B 4 H W"] | None = None) -> DecoderCondition:
+        """The condition of neither z_image nor caption, for classifier-free guidance; a known part stays known."""
+        return self._encode(self.null_image.expand(batch_size, -1), self.null_text.encoding(batch_size), known)
 
-    def _encode(self, image: Float[Tensor, "B D"], text: TextEncoding) -> DecoderCondition:
+    def _encode(
+        self, image: Float[Tensor, "B D"], text: TextEncoding, known: Float[Tensor, "B 4 H W"] | None
+    ) -> DecoderCondition:
         pooled, hidden = text.pooled, text.hidden
         if self.text_transformer is not None:
             pooled, hidden = self.text_transformer(text.tokens, text.mask)
@@ -117,10 +138,14 @@ class Decoder(nn.Module):
         tokens = self.image_to_tokens(image).unflatten(1, (-1, self.config.num_image_tokens)).transpose(1, 2)
         tokens = torch.cat([tokens, self.norm_text(self.text_to_tokens(hidden))], dim=1)
         valid = F.pad(text.mask, (self.config.num_image_tokens, 0), value=True)
-        return DecoderCondition(embedding, self.unet.encode_context(tokens), valid)
+        return DecoderCondition(embedding, self.unet.encode_context(tokens), valid, known)
 
     def forward(
         self, x: Float[Tensor, "B 3 H W"], t: Int[Tensor, " B"], condition: DecoderCondition
     ) -> Float[Tensor, "B C H W"]:
         """The network's output at noised pictures ``x``: C is 3, or 6 where the variance is learned."""
+        if self.config.inpainting:
+            known = condition.known
+            blank = x.new_zeros(x.shape[0], NUM_KNOWN_CHANNELS, *x.shape[2:])
+            x = torch.cat([x, blank if known is None else known.to(x.dtype)], dim=1)
         return self.unet(x, t, embedding=condition.embedding, context=condition.context, valid=condition.valid)

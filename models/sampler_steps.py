@@ -232,6 +232,7 @@ def ddim_invert_step(
     diffusion: Diffusion,
     *,
     num_refinements: int = 0,
+    limit: Limit | None = None,
 ) -> SamplerState:
     """DDIM backwards, from t (-1 the clean sample) to a noisier t_next: arXiv:2105.05233, appendix F.
 
@@ -248,14 +249,15 @@ def ddim_invert_step(
         t_next: Timestep to go to, per item; above t.
         diffusion: The process.
         num_refinements: Further network calls per step.
+        limit: Limit on the predicted x0: that of the steps forwards, or they walk another trajectory.
     """
     a, s = diffusion.signal_noise(state.x, t)
     a_next, s_next = diffusion.signal_noise(state.x, t_next)
     cosine, sine = a * a_next + s * s_next, s_next * a - a_next * s
     seen_t = t.clamp(min=0)
-    first = predict(denoise, state.x, seen_t, seen_t - 1, diffusion)
+    first = predict(denoise, state.x, seen_t, seen_t - 1, diffusion, limit)
     x = cosine * state.x + sine * (a * first.eps - s * first.x0)
     for _ in range(num_refinements):
-        there = predict(denoise, x, t_next, t_next - 1, diffusion)
+        there = predict(denoise, x, t_next, t_next - 1, diffusion, limit)
         x = cosine * state.x + sine * (a * there.eps - s * there.x0)
     return SamplerState(x, first.x0, seen_t)

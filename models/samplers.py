@@ -144,6 +144,7 @@ def invert_ddim(
     timesteps: Sequence[int],
     *,
     num_refinements: int = 0,
+    limit: Limit | None = None,
 ) -> Tensor:
     """The x_T from which ``sample_ddim`` with the same timesteps draws ``x0``, (B, C, ...).
 
@@ -153,6 +154,7 @@ def invert_ddim(
         diffusion: The process.
         timesteps: As for sampling: strictly decreasing.
         num_refinements: Further network calls per step: the reconstruction error falls with each.
+        limit: As for sampling.
 
     Raises:
         ValueError: If the timesteps are not strictly decreasing within the chain.
@@ -169,6 +171,7 @@ def invert_ddim(
                 _filled(t_next, x0),
                 diffusion,
                 num_refinements=num_refinements,
+                limit=limit,
             )
     return state.x
 

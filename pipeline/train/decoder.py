@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from models.decoder import Decoder
 from models.diffusion import Diffusion
+from models.inpainting import draw_regions, known_planes
 from models.pixels import resize_crop, to_pixels
 from pipeline.train.batches import Batch, TextEncoder
 from pipeline.train.draws import draw_keep, draw_normal, draw_timesteps
@@ -14,6 +15,9 @@ from pipeline.train.draws import draw_keep, draw_normal, draw_timesteps
 
 class DecoderObjective(nn.Module):
     """Diffusion loss of the small picture given z_image and caption, each dropped at times.
+
+    A decoder with inpainting channels is shown random parts of the picture too, in training alone: the validation loss
+    stays that of drawing whole pictures.
 
     Args:
         network: The decoder.
@@ -36,7 +40,11 @@ class DecoderObjective(nn.Module):
         keep_text = draw_keep(size, config.text_drop_prob, generator, device) if self.training else None
         t = draw_timesteps(size, self._diffusion.num_timesteps, generator, device)
         noise = draw_normal(x0, generator)
-        condition = network.encode_condition(z_image, text, keep_image=keep_image, keep_text=keep_text)
+        known = None
+        if config.inpainting and self.training:
+            drawn = draw_regions(size, config.image_px, config.unknown_prob, generator).to(device)
+            known = known_planes(x0, drawn)
+        condition = network.encode_condition(z_image, text, keep_image=keep_image, keep_text=keep_text, known=known)
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             return network(x, t, condition)
