@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from jobs.drawing import DrawingWatcher
 from jobs.options import AsJson, Overrides, RayAddress, RecipePath, print_json
 from pipeline.errors import ConfigError
 from pipeline.recipe import load_recipe
@@ -17,6 +18,9 @@ def sample(
     num_images: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 4,
     seed: Annotated[int, typer.Option("--seed", help="The same seed draws the same pictures.")] = 0,
     out: Annotated[str, typer.Option("--out", help="Folder for the pictures, grid.png and samples.jsonl.")] = "out",
+    candidates: Annotated[
+        int, typer.Option("--candidates", min=0, help="Draw this many of each, keep those nearest the prompt to CLIP.")
+    ] = 0,
     overrides: Overrides = None,
     json: AsJson = False,
 ) -> None:
@@ -35,7 +39,16 @@ def sample(
 
     from pipeline.evaluate.sample import sample_recipe
 
-    rows = sample_recipe(resolved, wanted, num_images=num_images, seed=seed, out_dir=Path(out))
+    with DrawingWatcher() as watcher:
+        rows = sample_recipe(
+            resolved,
+            wanted,
+            num_images=num_images,
+            seed=seed,
+            out_dir=Path(out),
+            num_candidates=candidates,
+            watch=watcher,
+        )
     if json:
         print_json(rows)
         return

@@ -32,6 +32,10 @@ _PARALLEL = 1e-6
 """Below this angle, in radians, slerp is a straight line; this close to half a turn it has no direction."""
 
 
+class EditError(ValueError):
+    """What was asked for cannot be done with these pictures, texts or networks; says why."""
+
+
 @runtime_checkable
 class ImageEncoder(TextEncoder, Protocol):
     """A CLIP with its image tower (models.clip.FrozenClip)."""
@@ -50,8 +54,7 @@ class EditSettings:
     num_refinements: int = 3
     """Further network calls per step of the inversion, each of which brings it nearer to its inverse."""
     latent_guidance: float = 1.0
-    """Guidance scale of edits that start from an inverted picture: the inversion is guided as well, and strays above
-    about 2."""
+    """Guidance scale of edits that start from an inverted picture: the inversion is guided as well."""
     prompt_guidance: float | None = None
     """Guidance scale of edits that draw a prompt; the decoder's own if None."""
 
@@ -91,27 +94,36 @@ class Editor:
         watch: Called after each step of each stage.
 
     Raises:
-        ValueError: If CLIP has no image tower, or there are more steps than the decoder's chain has.
+        EditError: If CLIP has no image tower, or there are more steps than the decoder's chain has.
     """
 
     def __init__(self, cascade: Cascade, settings: EditSettings | None = None, watch: Watch | None = None) -> None:
         clip = cascade.clip
         if not isinstance(clip, ImageEncoder):
-            raise ValueError("this cascade's CLIP has no image tower, and an edit begins with z_image")
+            raise EditError("this cascade's CLIP has no image tower, and an edit begins with z_image")
         self.cascade = cascade
         self.settings = settings or EditSettings()
         self._clip: ImageEncoder = clip
         self._watch = watch
         self._decoder = cascade.decoder
         self._diffusion = Diffusion(self._decoder.config.diffusion)
+        longest = self._diffusion.num_timesteps
+        if not 1 <= self.settings.num_steps <= longest:
+            raise EditError(f"{self.settings.num_steps} steps: this decoder's chain has 1 to {longest}")
         self._limit = make_limit(self._decoder.config.sampler)
         self.timesteps = strided_timesteps(self._diffusion.num_timesteps, self.settings.num_steps)
         self._cascade_settings = cascade.default_settings()
+        self._sides_px = [network.config.image_px for network in (cascade.decoder, *cascade.upsamplers)]
 
     @property
     def side_px(self) -> int:
         """Side of the finished pictures, in pixels."""
-        return [network.config.image_px for network in (self._decoder, *self.cascade.upsamplers)][-1]
+        return self._sides_px[-1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self._decoder.parameters()).device
 
     @property
     def inpaint_method(self) -> Literal["channels", "replacement"]:
@@ -120,10 +132,14 @@ class Editor:
 
     # ---- latents -----------------------------------------------------------------------------
 
+    def embed(self, images: UInt8[Tensor, "F H W 3"]) -> Float[Tensor, "F D"]:
+        """z_image of pictures of any size."""
+        return self._clip.encode_image(images)
+
     def encode(self, images: UInt8[Tensor, "F H W 3"]) -> Latents:
         """z_image by CLIP, x_T by DDIM inversion of the decoder under it: section 3, first paragraph."""
-        z_image = self._clip.encode_image(images)
-        x0 = resize_crop(to_pixels(images.to(z_image.device)), self._decoder.config.image_px)
+        z_image = self.embed(images)
+        x0 = resize_crop(to_pixels(images.to(z_image.device)), self._sides_px[0])
 
         def invert(part: slice) -> Tensor:
             denoise = self._denoiser(z_image[part], Walk(guidance_scale=self.settings.latent_guidance), part)
@@ -140,9 +156,8 @@ class Editor:
 
     def noise(self, seeds: Sequence[int]) -> Float[Tensor, "F 3 H W"]:
         """The x_T from which ``Cascade.sample`` would begin with these seeds."""
-        side_px = self._decoder.config.image_px
-        device = next(self._decoder.parameters()).device
-        return NoiseSource.from_seeds(seeds, "decoder").normal((3, side_px, side_px), device=device)
+        side_px = self._sides_px[0]
+        return NoiseSource.from_seeds(seeds, "decoder").normal((3, side_px, side_px), device=self.device)
 
     # ---- edits -------------------------------------------------------------------------------
 
@@ -185,15 +200,20 @@ class Editor:
             seed: Of every frame.
 
         Raises:
-            ValueError: If CLIP sees no difference between the texts.
+            EditError: If CLIP sees no difference between the texts.
         """
         of_source, of_target = self._clip.encode_text([source, target]).z_text
         difference = of_target - of_source
         if difference.norm() < _PARALLEL:
-            raise ValueError(f"CLIP reads {source!r} and {target!r} as the same: there is no direction to turn to")
+            raise EditError(f"CLIP reads {source!r} and {target!r} as the same: there is no direction to turn to")
         z_image = slerp(latents.z_image, F.normalize(difference, dim=0)[None], thetas)
         x_T = latents.x_T.expand(len(thetas), -1, -1, -1)
         return self.draw(z_image, x_T, [seed] * len(thetas), self._latent_walk())
+
+    def draw_embeddings(self, z_image: Float[Tensor, "F D"], seed: int) -> CascadeResult:
+        """Pictures of embeddings of length one, all from the noise of ``seed``: what each of them holds, section 4."""
+        x_T = self.noise([seed]).expand(len(z_image), -1, -1, -1)
+        return self.draw(z_image, x_T, [seed] * len(z_image), self._latent_walk())
 
     def inpaint(self, known: PartlyKnown, prompt: str, seeds: Sequence[int]) -> CascadeResult:
         """Draw a part of one picture anew, as a caption of the whole says; the rest stays as it is at every side.
@@ -219,12 +239,10 @@ class Editor:
             strength: Share of the walk that is walked, in [0, 1]; where that is no step, the picture itself comes back.
         """
         z_image, walk = self._prompted(prompt, seeds, None, num_steps=round(strength * len(self.timesteps)))
-        images = image.to(z_image.device).expand(len(seeds), -1, -1, -1)
+        pixels = to_pixels(image.to(self.device)).expand(len(seeds), -1, -1, -1)
         if not walk.num_steps:
-            kept = PartlyKnown(images, torch.zeros(images.shape[:3], dtype=torch.bool, device=images.device))
-            sides = [network.config.image_px for network in (self._decoder, *self.cascade.upsamplers)]
-            return CascadeResult(z_image, tuple(to_uint8(kept.at(side)[0]).cpu() for side in sides))
-        x0 = resize_crop(to_pixels(images), self._decoder.config.image_px)
+            return CascadeResult(z_image, tuple(to_uint8(resize_crop(pixels, side)).cpu() for side in self._sides_px))
+        x0 = resize_crop(pixels, self._sides_px[0])
         t = torch.full((len(seeds),), self.timesteps[-walk.num_steps], device=x0.device)
         x = self._diffusion.q_sample(x0, t, self.noise(seeds))
         return self.draw(z_image, x, seeds, walk)
@@ -265,14 +283,14 @@ class Editor:
         step: Step = partial(ddim_step, noise=noise, eta=walk.eta, limit=self._limit)
         if walk.known is None or self._decoder.config.inpainting:
             return step
-        known, drawn = walk.known[part].at(self._decoder.config.image_px)
+        known, drawn = walk.known[part].at(self._sides_px[0])
         return replacing(step, known, drawn, noise)
 
     def _denoiser(self, z_image: Tensor, walk: Walk, part: slice) -> Denoise:
         text = self._decoder.null_text.encoding(len(z_image)) if walk.text is None else walk.text[part]
         planes = None
         if walk.known is not None and self._decoder.config.inpainting:
-            planes = known_planes(*walk.known[part].at(self._decoder.config.image_px))
+            planes = known_planes(*walk.known[part].at(self._sides_px[0]))
         return decoder_denoiser(self._decoder, z_image, text, walk.guidance_scale, planes)
 
     def _latent_walk(self, eta: float = 0.0) -> Walk:
@@ -293,13 +311,13 @@ def slerp(a: Float[Tensor, "1 ..."], b: Float[Tensor, "1 ..."], shares: Sequence
     """Spherical interpolation, one frame for each share in [0, 1]: 0 is ``a``, 1 is ``b``.
 
     Raises:
-        ValueError: If the two point in opposite directions, between which there is no one way.
+        EditError: If the two point in opposite directions, between which there is no one way.
     """
     cosine = F.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).clamp(-1, 1)
     angle = cosine.arccos()
     share = torch.tensor(list(shares), dtype=torch.float64, device=a.device).view(-1, *[1] * (a.ndim - 1))
     if torch.pi - angle < _PARALLEL:
-        raise ValueError("the two ends are opposite to each other: there is no one way between them")
+        raise EditError("the two ends are opposite to each other: there is no one way between them")
     if angle < _PARALLEL:
         return ((1 - share) * a + share * b).to(a.dtype)
     return ((((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()).to(a.dtype)

@@ -30,10 +30,10 @@ _SIDE_SHARE = (0.25, 0.9)
 
 @dataclass(frozen=True)
 class PartlyKnown:
-    """Pictures and where they are to be drawn anew, at any resolution."""
+    """Square pictures and where they are to be drawn anew; the sides of the two may differ."""
 
     images: UInt8[Tensor, "B H W 3"]
-    drawn: Bool[Tensor, "B H W"]
+    drawn: Bool[Tensor, "B h w"]
 
     def __len__(self) -> int:
         return self.images.shape[0]

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 
 Picture = Image.Image | NDArray[np.uint8]
 
@@ -134,6 +134,22 @@ def from_bytes(data: bytes, *, where: str) -> Image.Image:
             return image.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{where}: not a readable picture ({error})") from None
+
+
+def read_file(path: str, *, alpha: bool = False) -> Image.Image:
+    """A user's picture, turned as its camera says: RGB, or RGBA where ``alpha`` is asked for and the file has it.
+
+    Raises:
+        ConfigError: If there is no such file, or it is not a picture.
+    """
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            return upright.convert("RGBA" if alpha and upright.has_transparency_data else "RGB")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"{path}: not a picture that can be read ({error})") from None
 
 
 def centre_square(image: Image.Image, side_px: int) -> NDArray[np.uint8]:

@@ -5,17 +5,20 @@ other words change.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from models.cascade import Cascade, CascadeSettings
+from models.cascade import Cascade, Watch
+from models.edits import ImageEncoder
 from pipeline.errors import ConfigError
 from pipeline.evaluate.pictures import Block, draw_grid, to_png
+from pipeline.evaluate.preview import Preview
 from pipeline.plan import artifact_of, make_plan
 from pipeline.recipe import Recipe
 from pipeline.store import Artifact, Workspace, translate_os_errors
@@ -29,7 +32,16 @@ _CELL_PX = (128, 256)
 """Smallest and largest side of a picture in the grid, in pixels."""
 
 
-def sample_recipe(recipe: Recipe, prompts: Sequence[str], *, num_images: int, seed: int, out_dir: Path) -> list[Json]:
+def sample_recipe(
+    recipe: Recipe,
+    prompts: Sequence[str],
+    *,
+    num_images: int,
+    seed: int,
+    out_dir: Path,
+    num_candidates: int = 0,
+    watch: Watch | None = None,
+) -> list[Json]:
     """Draw prompts with the trained cascade of a recipe; see ``sample_prompts``.
 
     Raises:
@@ -37,7 +49,14 @@ def sample_recipe(recipe: Recipe, prompts: Sequence[str], *, num_images: int, se
     """
     cascade = load_cascade(cascade_artifacts(recipe), recipe.evaluate.resources.accelerator)
     return sample_prompts(
-        cascade, prompts, num_images=num_images, seed=seed, out_dir=out_dir, batch_size=recipe.evaluate.batch_size
+        cascade,
+        prompts,
+        num_images=num_images,
+        seed=seed,
+        out_dir=out_dir,
+        num_candidates=num_candidates,
+        batch_size=recipe.evaluate.batch_size,
+        watch=watch,
     )
 
 
@@ -65,8 +84,9 @@ def sample_prompts(
     num_images: int,
     seed: int,
     out_dir: Path,
-    settings: CascadeSettings | None = None,
+    num_candidates: int = 0,
     batch_size: int = 16,
+    watch: Watch | None = None,
 ) -> list[Json]:
     """Draw each prompt ``num_images`` times and write the pictures, ``grid.png`` and ``samples.jsonl``.
 
@@ -76,43 +96,81 @@ def sample_prompts(
         num_images: Pictures of each prompt.
         seed: Seed of each prompt's first picture; its others have the next ones.
         out_dir: Folder, made when missing; files of an earlier call are replaced.
-        settings: How to sample; the cascade's own if None.
+        num_candidates: Pictures drawn of each prompt, of which those with the highest CLIP score are kept, the best
+            first; 0: as many as are wanted, in the order of their seeds, without scores.
         batch_size: Pictures drawn at a time.
+        watch: Called after each step of each stage; ``preview.png`` shows them meanwhile.
 
     Returns:
-        The rows of ``samples.jsonl``: file, prompt, seed and settings of each picture.
+        The rows of ``samples.jsonl``: file, prompt, seed, settings and, where they were chosen, ``clip_score`` of each.
 
     Raises:
-        ConfigError: If there is nothing to draw.
+        ConfigError: If there is nothing to draw, or there are fewer candidates than pictures to keep.
         StepError: If the folder cannot be written.
     """
     if not prompts or num_images < 1:
         raise ConfigError(f"nothing to draw: {len(prompts)} prompts, {num_images} pictures of each")
-    settings = settings or cascade.default_settings()
-    wanted = [(number, image) for number in range(len(prompts)) for image in range(num_images)]
+    if num_candidates and num_candidates < num_images:
+        raise ConfigError(f"--candidates {num_candidates}: fewer than the {num_images} pictures to keep of each prompt")
+    settings = cascade.default_settings()
+    seeds = range(seed, seed + (num_candidates or num_images))
     rows: list[Json] = []
-    pictures: list[NDArray[np.uint8]] = []
+    blocks: list[Block] = []
     with translate_os_errors(str(out_dir)):
         out_dir.mkdir(parents=True, exist_ok=True)
-        for start in range(0, len(wanted), batch_size):
-            batch = wanted[start : start + batch_size]
-            seeds = [seed + image for _, image in batch]
-            drawn = cascade.sample([prompts[number] for number, _ in batch], seeds, settings).images.numpy()
-            for (number, image), picture in zip(batch, drawn, strict=True):
-                name = f"{number:03d}-{image}.png"
-                (out_dir / name).write_bytes(to_png(picture))
-                pictures.append(picture)
-                rows.append(
-                    {"file": name, "prompt": prompts[number], "seed": seed + image, "settings": asdict(settings)}
-                )
+        with Preview(out_dir, watch) as preview:
+            groups = _draw(cascade, prompts, seeds, batch_size, preview, scored=num_candidates > 0)
+            for number, (prompt, drawn) in enumerate(zip(prompts, groups, strict=True)):
+                best = sorted(drawn, key=lambda one: -(one.score or 0.0))[:num_images]  # a stable sort
+                for rank, one in enumerate(best):
+                    name = f"{number:03d}-{rank}.png"
+                    (out_dir / name).write_bytes(to_png(one.picture))
+                    row: Json = {"file": name, "prompt": prompt, "seed": one.seed, "settings": asdict(settings)}
+                    rows.append(row if one.score is None else row | {"clip_score": one.score})
+                tags = [f"{one.score:.3f}" for one in best if one.score is not None]
+                blocks.append(Block([one.picture for one in best], prompt, tags))
         lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
         (out_dir / SAMPLES).write_text(lines, encoding="utf-8")
-        blocks = [
-            Block(pictures[number * num_images : (number + 1) * num_images], prompt)
-            for number, prompt in enumerate(prompts)
-        ]
         (out_dir / GRID).write_bytes(to_png(sample_grid(blocks)))
     return rows
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """One picture of a prompt."""
+
+    seed: int
+    picture: NDArray[np.uint8]
+    score: float | None
+
+
+def _draw(
+    cascade: Cascade, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, watch: Watch, *, scored: bool
+) -> Iterator[list[_Drawn]]:
+    """The pictures of each prompt in turn, one for each seed; a batch may hold those of several prompts."""
+    wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
+    group: list[_Drawn] = []
+    for start in range(0, len(wanted), batch_size):
+        texts, batch_seeds = zip(*wanted[start : start + batch_size], strict=True)
+        drawn = cascade.sample(texts, batch_seeds, watch=watch).images
+        scores = clip_scores(cascade, drawn, texts) if scored else [None] * len(drawn)
+        for seed, picture, score in zip(batch_seeds, drawn.numpy(), scores, strict=True):
+            group.append(_Drawn(seed, picture, score))
+            if len(group) == len(seeds):
+                yield group
+                group = []
+
+
+def clip_scores(cascade: Cascade, images: Tensor, texts: Sequence[str]) -> list[float]:
+    """Cosine between each picture, uint8 (B, H, W, 3), and its text, as CLIP sees them.
+
+    Raises:
+        ConfigError: If the cascade's CLIP has no image tower.
+    """
+    clip = cascade.clip
+    if not isinstance(clip, ImageEncoder):
+        raise ConfigError("--candidates: this cascade's CLIP has no image tower to choose with")
+    return (clip.encode_image(images) * clip.encode_text(texts).z_text).sum(1).tolist()
 
 
 def sample_grid(blocks: Sequence[Block]) -> Any:

@@ -6,10 +6,10 @@ from typing import cast
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from pipeline.errors import ConfigError
-from pipeline.evaluate.pictures import Block, draw_grid
+from pipeline.evaluate.pictures import Block, draw_grid, read_file
 from pipeline.plan import artifact_of, make_plan
 from pipeline.recipe import Recipe
 from pipeline.retrieve.build import Modality
@@ -38,7 +38,7 @@ def search_recipe(
     artifacts = _artifacts(recipe)
     clip = load_clip_artifact(artifacts["clip"])
     with torch.no_grad():
-        z = clip.encode_image(_read_query(image)[None]) if image else clip.encode_text([text]).z_text
+        z = clip.encode_image(torch.from_numpy(np.array(read_file(image)))[None]) if image else clip.encode_text([text]).z_text
     index = NeighbourIndex.open(artifacts["index"])
     [neighbours] = index.search(z.cpu().numpy(), k, cast("Modality", modality))
     if out:
@@ -55,16 +55,6 @@ def _artifacts(recipe: Recipe) -> dict[str, Artifact]:
                 f"{name}: not done yet under this recipe; `unclip run RECIPE --until index` builds the index"
             )
     return artifacts
-
-
-def _read_query(path: str) -> torch.Tensor:
-    try:
-        picture = Image.open(path).convert("RGB")
-    except FileNotFoundError:
-        raise ConfigError(f"--image {path}: no such file") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"--image {path}: not a picture that can be read ({error})") from None
-    return torch.from_numpy(np.array(picture))
 
 
 def _write_pictures(neighbours: list[Neighbour], download: Artifact, folder: Path, title: str) -> None:
