@@ -20,7 +20,9 @@ Out = Annotated[str, typer.Option("--out", help="Folder for the pictures, grid.p
 NumSteps = Annotated[int, typer.Option("--steps", min=1, help="DDIM steps of the decoder, there and back.")]
 Guidance = Annotated[
     float | None,
-    typer.Option("--guidance", min=0.0, help="Guidance scale; default: 1 from an inverted picture, else the decoder's."),
+    typer.Option(
+        "--guidance", min=0.0, help="Guidance scale; default: 1 from an inverted picture, else the decoder's."
+    ),
 ]
 
 
@@ -45,7 +47,9 @@ def vary(
     recipe: RecipePath,
     image: ImagePath,
     num_images: NumImages = 6,
-    eta: Annotated[float, typer.Option("--eta", min=0.0, max=1.0, help="Noise of DDIM; 0 is the reconstruction.")] = 0.8,
+    eta: Annotated[
+        float, typer.Option("--eta", min=0.0, max=1.0, help="Noise of DDIM; 0 is the reconstruction.")
+    ] = 0.8,
     steps: NumSteps = 50,
     guidance: Guidance = None,
     seed: Seed = 0,
@@ -112,7 +116,9 @@ def text_diff(
 def inpaint(
     recipe: RecipePath,
     image: ImagePath,
-    mask: Annotated[str, typer.Argument(metavar="MASK", help="Picture of the same size: white or transparent is drawn.")],
+    mask: Annotated[
+        str, typer.Argument(metavar="MASK", help="Picture of the same size: white or transparent is drawn.")
+    ],
     prompt: Prompt,
     num_images: NumImages = 4,
     steps: NumSteps = 50,
@@ -124,8 +130,8 @@ def inpaint(
 ) -> None:
     """Draw the masked part of a picture anew; every other pixel stays as it is.
 
-    A decoder trained with inpainting channels (decoder.model.inpainting) reads the rest of the picture; any other has it
-    put back, noised, after each step ("replacement"). The output says which.
+    A decoder trained with inpainting channels (decoder.model.inpainting) reads the rest of the picture ("channels");
+    any other has it put back, noised, after each step ("replacement"). The output says which.
 
     Example: unclip inpaint configs/demo.toml photo.png mask.png "a red circle on a white background"
     """
@@ -221,11 +227,10 @@ def _edit(
     scale = 1.0 if guidance is None else guidance
     settings = EditSettings(num_steps=num_steps, latent_guidance=scale, prompt_guidance=guidance)
     with DrawingWatcher() as watcher:
-        rows = edit_recipe(
-            resolved, name, files, EditOptions(**options), settings, out_dir=Path(out), watch=watcher
-        )
+        rows = edit_recipe(resolved, name, files, EditOptions(**options), settings, out_dir=Path(out), watch=watcher)
     if json:
         print_json(rows)
         return
     method = f", drawn by {rows[0]['method']}" if "method" in rows[0] else ""
-    typer.echo(f"{len(rows)} pictures in {out}{method}; all at a glance: {Path(out) / 'grid.png'}")
+    count = "1 picture" if len(rows) == 1 else f"{len(rows)} pictures"
+    typer.echo(f"{count} in {out}{method}; all at a glance: {Path(out) / 'grid.png'}")

@@ -35,7 +35,7 @@ Pixels = NDArray[np.uint8]
 
 EDITS_FILE = "edits.jsonl"
 _CELL_PX = (128, 256)
-_COLUMNS = 8
+_COLUMNS = 10
 """Most pictures side by side in the grid."""
 _THRESHOLD = 128
 """A mask's grey level from which a pixel is drawn anew."""
@@ -81,6 +81,11 @@ class Sources:
     pictures: tuple[Image.Image, ...]
     embed: Artifact
     """The embed step, for its principal components."""
+
+    @property
+    def names(self) -> list[str]:
+        """File names without their folders, for labels."""
+        return [Path(file).name for file in self.files]
 
     def square(self, side_px: int, device: torch.device) -> torch.Tensor:
         """The first picture's centre, uint8 (1, side, side, 3)."""
@@ -172,14 +177,14 @@ def _write(out_dir: Path, edit: str, editor: Editor, sources: Sources, frames: F
 
 def _reconstruct(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
     result = editor.reconstruct(_encode(editor, sources.pictures[0]), [options.seed])
-    return Frames(result, sources.files[0], ["reconstruction"], [{"seed": options.seed}])
+    return Frames(result, sources.names[0], ["reconstruction"], [{"seed": options.seed}])
 
 
 def _vary(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
     seeds = _seeds(options)
     result = editor.vary(_encode(editor, sources.pictures[0]), seeds, eta=options.eta)
     rows: list[Json] = [{"seed": seed, "eta": options.eta} for seed in seeds]
-    return Frames(result, f"{sources.files[0]}, eta {options.eta:g}", _seed_tags(seeds), rows)
+    return Frames(result, f"{sources.names[0]}, eta {options.eta:g}", _seed_tags(seeds), rows)
 
 
 def _interpolate(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
@@ -187,7 +192,7 @@ def _interpolate(editor: Editor, sources: Sources, options: EditOptions) -> Fram
     shares = _evenly(1.0, options.num_frames)
     result = editor.interpolate(a, b, shares, options.seed, noise=options.noise)
     rows: list[Json] = [{"seed": options.seed, "share": share, "noise": options.noise} for share in shares]
-    label = f"{sources.files[0]} -> {sources.files[1]}, noise {options.noise}"
+    label = f"{sources.names[0]} -> {sources.names[1]}, noise {options.noise}"
     return Frames(result, label, [f"{share:.2f}" for share in shares], rows)
 
 
@@ -246,7 +251,7 @@ def _pca_reconstruct(editor: Editor, sources: Sources, options: EditOptions) -> 
     counts = [*options.components, z_image.shape[1]]
     result = editor.draw_embeddings(torch.cat([*kept, z_image]), options.seed)
     rows: list[Json] = [{"seed": options.seed, "components": count} for count in counts]
-    return Frames(result, sources.files[0], [*(str(count) for count in options.components), "all"], rows)
+    return Frames(result, sources.names[0], [*(str(count) for count in options.components), "all"], rows)
 
 
 EDITS: dict[str, Callable[[Editor, Sources, EditOptions], Frames]] = {

@@ -42,7 +42,9 @@ class Preview:
         if step.x0.ndim != 4 or time.monotonic() - self._written < self._every_s:
             return
         pictures = list(to_uint8(step.x0[:_MOST_PICTURES]).cpu().numpy())
-        page = draw_grid([Block([picture]) for picture in pictures], columns=4, title=f"{step.stage} {step.done}/{step.total}")
+        page = draw_grid(
+            [Block([picture]) for picture in pictures], columns=4, title=f"{step.stage} {step.done}/{step.total}"
+        )
         new = self._path.with_suffix(".tmp")
         new.write_bytes(to_png(page))
         new.replace(self._path)  # whoever looks sees a whole picture

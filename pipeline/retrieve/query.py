@@ -38,7 +38,11 @@ def search_recipe(
     artifacts = _artifacts(recipe)
     clip = load_clip_artifact(artifacts["clip"])
     with torch.no_grad():
-        z = clip.encode_image(torch.from_numpy(np.array(read_file(image)))[None]) if image else clip.encode_text([text]).z_text
+        z = (
+            clip.encode_image(torch.from_numpy(np.array(read_file(image)))[None])
+            if image
+            else clip.encode_text([text]).z_text
+        )
     index = NeighbourIndex.open(artifacts["index"])
     [neighbours] = index.search(z.cpu().numpy(), k, cast("Modality", modality))
     if out:

@@ -65,8 +65,8 @@ def test_readme_commands_exist() -> None:
     listed = subprocess.run(
         [sys.executable, "-m", "jobs.cli", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    known = set(re.findall(r"^  ([a-z]+) {2,}", listed, re.MULTILINE))
-    used = set(re.findall(r"^(?:\$ )?unclip ([a-z]+)", text, re.MULTILINE))
+    known = set(re.findall(r"^  ([a-z-]+) {2,}", listed, re.MULTILINE))
+    used = set(re.findall(r"^(?:\$ )?unclip ([a-z-]+)", text, re.MULTILINE))
     assert used
     assert used <= known
 

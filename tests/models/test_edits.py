@@ -1,0 +1,240 @@
+"""Edits of pictures: what each of them keeps, and what it changes."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import DIMS, UNET, make_text, randomise
+
+from models.cascade import Cascade, CascadeResult, StageStep
+from models.condition import TextEncoding, concat_text
+from models.config import ClipDims, DecoderConfig, DiffusionConfig, PriorConfig, SamplerConfig, UpsamplerConfig
+from models.decoder import Decoder
+from models.edits import EditError, Editor, EditSettings, Latents, slerp
+from models.inpainting import PartlyKnown
+from models.pixels import resize_crop, to_pixels, to_uint8
+from models.prior import Prior
+from models.upsampler import Upsampler
+
+SETTINGS = EditSettings(num_steps=20, num_refinements=4)
+
+
+class Captions:
+    """Stands for a CLIP without its image tower: a caption of n letters is encoded as n random tokens."""
+
+    def __init__(self, dims: ClipDims = DIMS) -> None:
+        self.dims = dims
+
+    def encode_text(self, captions: Sequence[str]) -> TextEncoding:
+        return concat_text([make_text((len(caption),)) for caption in captions])
+
+
+class Pictures(Captions):
+    """Stands for a CLIP: z_image is a random projection of the picture."""
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        small = resize_crop(to_pixels(images), 4).flatten(1)
+        matrix = torch.randn(small.shape[1], DIMS.embed_dim, generator=torch.Generator().manual_seed(0))
+        return F.normalize(small @ matrix, dim=1)
+
+
+def make_cascade(*, inpainting: bool = False, clip: Captions | None = None) -> Cascade:
+    torch.manual_seed(0)
+    prior = Prior(PriorConfig(width=16, depth=1, num_heads=2, sampler=SamplerConfig(num_steps=2, clip_x0=False)), DIMS)
+    config = DecoderConfig(
+        image_px=8,
+        context_width=6,
+        unet=UNET,
+        inpainting=inpainting,
+        diffusion=DiffusionConfig(prediction="v", variance="learned_range"),
+        sampler=SamplerConfig(num_steps=4, guidance_scale=1.5),
+    )
+    decoder = Decoder(config, DIMS)
+    ddim = SamplerConfig(method="ddim", num_steps=2, eta=0.5)
+    unet = replace(UNET, attention_resolutions=())
+    upsampler = Upsampler(UpsamplerConfig(image_px=16, low_res_px=8, crop_px=8, unet=unet, sampler=ddim))
+    for network in (prior, decoder, upsampler):
+        randomise(network)
+    for network in (prior, decoder):
+        network.null_text.set(make_text((2,)))
+    return Cascade(clip or Pictures(), prior, decoder, [upsampler])
+
+
+@pytest.fixture(scope="module")
+def editor() -> Editor:
+    return Editor(make_cascade(), SETTINGS)
+
+
+def picture(seed: int, side_px: int = 16) -> torch.Tensor:
+    """A smooth random picture, uint8 (1, side, side, 3)."""
+    coarse = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return to_uint8(resize_crop(coarse, side_px))
+
+
+@pytest.fixture(scope="module")
+def latents(editor: Editor) -> Latents:
+    return editor.encode(picture(0))
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> int:
+    return int((one.int() - other.int()).abs().max())
+
+
+def same(one: CascadeResult, other: CascadeResult) -> bool:
+    """Equal to the rounding of a batched matrix product."""
+    return all(difference(a, b) <= 1 for a, b in zip(one.stages, other.stages, strict=True))
+
+
+def half(image: torch.Tensor) -> PartlyKnown:
+    """The right half of a picture is to be drawn."""
+    drawn = torch.zeros(image.shape[:3], dtype=torch.bool)
+    drawn[:, :, image.shape[2] // 2 :] = True
+    return PartlyKnown(image, drawn)
+
+
+def test_inversion_reconstructs_within_a_bound_and_refinements_tighten_it() -> None:
+    source = to_uint8(resize_crop(to_pixels(picture(0)), 8)).float()
+    errors = []
+    for num_refinements in (0, 1, 4):
+        editor = Editor(make_cascade(), replace(SETTINGS, num_refinements=num_refinements))
+        again = editor.reconstruct(editor.encode(picture(0)), [0])
+        errors.append((again.stages[0].float() - source).pow(2).mean().sqrt().item())
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1.0  # of 255 levels
+
+
+def test_reconstruction_depends_on_both_latents(editor: Editor, latents: Latents) -> None:
+    again, other = editor.reconstruct(latents, [0]), editor.encode(picture(1))
+    assert not same(again, editor.reconstruct(replace(latents, z_image=other.z_image), [0]))
+    assert not same(again, editor.reconstruct(replace(latents, x_T=other.x_T), [0]))
+
+
+def test_guided_walk_is_inverted_with_its_guidance() -> None:
+    editor = Editor(make_cascade(), replace(SETTINGS, latent_guidance=1.5))
+    again = editor.reconstruct(editor.encode(picture(0)), [0]).stages[0]
+    assert difference(again, to_uint8(resize_crop(to_pixels(picture(0)), 8))) <= 3
+
+
+def test_variation_without_noise_is_the_reconstruction(editor: Editor, latents: Latents) -> None:
+    assert same(editor.vary(latents, [5], eta=0.0), editor.reconstruct(latents, [5]))
+
+
+def test_variations_share_the_embedding_and_differ_by_seed_alone(editor: Editor, latents: Latents) -> None:
+    three = editor.vary(latents, [5, 6, 7], eta=0.8)
+    assert torch.equal(three.z_image, latents.z_image.expand(3, -1))
+    assert difference(three.stages[0][0], three.stages[0][1]) > 5
+    alone = editor.vary(latents, [6], eta=0.8)
+    assert difference(alone.images[0], three.images[1]) <= 1
+
+
+def test_ends_of_an_interpolation_are_the_reconstructions(editor: Editor, latents: Latents) -> None:
+    other = editor.encode(picture(1))
+    way = editor.interpolate(latents, other, [0.0, 0.5, 1.0], 3)
+    for frame, end in ((0, latents), (2, other)):
+        assert difference(way.images[frame : frame + 1], editor.reconstruct(end, [3]).images) <= 1
+    torch.testing.assert_close(way.z_image.norm(dim=1), torch.ones(3))
+    turned = way.z_image[1] @ torch.cat([latents.z_image, other.z_image]).T
+    torch.testing.assert_close(turned[0], turned[1])
+
+
+def test_interpolation_from_fixed_noise_draws_all_frames_from_the_seed(editor: Editor, latents: Latents) -> None:
+    other = editor.encode(picture(1))
+    way = editor.interpolate(latents, other, [0.0, 1.0], 3, noise="fixed")
+    drawn = editor.draw(latents.z_image, editor.noise([3]), [3])
+    assert difference(way.images[:1], drawn.images) <= 1
+    assert not same(drawn, editor.reconstruct(latents, [3]))
+
+
+def test_text_diff_starts_at_the_reconstruction_and_turns_towards_the_difference(
+    editor: Editor, latents: Latents
+) -> None:
+    turned = editor.text_diff(latents, "abc", "abcde", [0.0, 0.25, 1.0], 3)
+    assert difference(turned.images[:1], editor.reconstruct(latents, [3]).images) <= 1
+    source, target = Pictures().encode_text(["abc", "abcde"]).z_text
+    cosine = turned.z_image @ F.normalize(target - source, dim=0)
+    assert cosine[0] < cosine[1] < cosine[2]
+    assert cosine[2].item() == pytest.approx(1, abs=1e-5)
+    assert difference(turned.images[0], turned.images[2]) > 5
+
+
+@pytest.mark.parametrize("inpainting", [False, True])
+def test_inpainting_keeps_the_known_pixels_exactly(inpainting: bool) -> None:
+    editor, image = Editor(make_cascade(inpainting=inpainting), SETTINGS), picture(0)
+    result = editor.inpaint(half(image), "abcd", [1, 2])
+    assert editor.inpaint_method == ("channels" if inpainting else "replacement")
+    for drawn in result.images:
+        assert torch.equal(drawn[:, :8], image[0, :, :8])
+        assert difference(drawn[:, 8:], image[0, :, 8:]) > 5
+    small = to_uint8(resize_crop(to_pixels(image), 8))
+    assert torch.equal(result.stages[0][:, :, :4], small[:, :, :4].expand(2, -1, -1, -1))
+    assert difference(result.images[0], result.images[1]) > 5
+
+
+@pytest.mark.parametrize("inpainting", [False, True])
+def test_inpainted_part_depends_on_the_known_part(inpainting: bool) -> None:
+    """Both methods let the network see what stays: another left half is another right half."""
+    editor = Editor(make_cascade(inpainting=inpainting), SETTINGS)
+    one, other = (editor.inpaint(half(picture(seed)), "abcd", [1]).stages[0][:, :, 4:] for seed in (0, 1))
+    assert difference(one, other) > 2
+
+
+def test_inpainting_everything_by_replacement_is_drawing_the_prompt(editor: Editor) -> None:
+    image = picture(0)
+    everything = PartlyKnown(image, torch.ones(image.shape[:3], dtype=torch.bool))
+    nothing_left = editor.inpaint(everything, "abcd", [1])
+    other = editor.inpaint(PartlyKnown(picture(1), everything.drawn), "abcd", [1])
+    assert same(nothing_left, other)
+
+
+def test_a_mask_of_another_size_covers_every_pixel_that_it_touches() -> None:
+    drawn = torch.zeros(1, 32, 32, dtype=torch.bool)
+    drawn[0, 9, 20] = True
+    _, small = PartlyKnown(picture(0), drawn).at(8)
+    assert small.nonzero().tolist() == [[0, 0, 2, 5]]
+    _, large = PartlyKnown(picture(0), small[:, 0]).at(16)
+    assert large.sum() == 4
+
+
+def test_sdedit_returns_the_picture_at_strength_0_and_forgets_it_at_1(editor: Editor) -> None:
+    untouched = editor.sdedit(picture(0), "abcd", [1, 2], strength=0.0)
+    assert torch.equal(untouched.images, picture(0).expand(2, -1, -1, -1))
+    whole = [editor.sdedit(picture(seed), "abcd", [1], strength=1.0) for seed in (0, 1)]
+    assert difference(whole[0].stages[0], whole[1].stages[0]) <= 2  # 6e-5 of the picture is left in x_T
+    source = to_uint8(resize_crop(to_pixels(picture(0)), 8)).float()
+    distances = [
+        (editor.sdedit(picture(0), "abcd", [1], strength=s).stages[0] - source).abs().mean() for s in (0.1, 0.4, 1.0)
+    ]
+    assert distances == sorted(distances)
+
+
+def test_editor_reports_every_step() -> None:
+    steps: list[StageStep] = []
+    editor = Editor(make_cascade(), SETTINGS, steps.append)
+    editor.inpaint(half(picture(0)), "abcd", [1])
+    assert [(step.stage, step.done, step.total) for step in steps] == [
+        *(("prior", done, 2) for done in (1, 2)),
+        *(("decoder", done, 20) for done in range(1, 21)),
+        *(("upsampler_1", done, 2) for done in (1, 2)),
+    ]
+    assert steps[-1].x0.shape == (1, 3, 16, 16)
+
+
+def test_what_cannot_be_edited_is_refused_in_words(editor: Editor, latents: Latents) -> None:
+    with pytest.raises(EditError, match="no image tower"):
+        Editor(make_cascade(clip=Captions()))
+    with pytest.raises(EditError, match="1001 steps"):
+        Editor(make_cascade(), EditSettings(num_steps=1001))
+    with pytest.raises(EditError, match="no direction"):
+        editor.text_diff(latents, "abc", "abc", [0.1], 0)
+    with pytest.raises(EditError, match="opposite"):
+        slerp(latents.z_image, -latents.z_image, [0.5])
+
+
+def test_slerp_keeps_to_the_sphere_at_even_angles() -> None:
+    a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    way = slerp(a, b, [0, 1 / 3, 0.5, 1])
+    torch.testing.assert_close(way.norm(dim=1), torch.ones(4))
+    torch.testing.assert_close(way[1], torch.tensor([3**0.5 / 2, 0.5]))
+    torch.testing.assert_close(slerp(a, a, [0.3]), a)

@@ -1,0 +1,77 @@
+"""Known parts of pictures: the random regions of training, and what the decoder makes of them."""
+
+import pytest
+import torch
+from tiny_models import DIMS, UNET, make_text, randomise
+
+from models.config import DecoderConfig
+from models.decoder import Decoder, concat_decoder_conditions
+from models.inpainting import draw_regions, known_planes
+
+
+def test_regions_are_everything_rectangles_or_what_is_around_them() -> None:
+    drawn = draw_regions(4000, 16, 0.4, torch.Generator().manual_seed(0))[:, 0]
+    everything = drawn.flatten(1).all(1)
+    assert everything.float().mean().item() == pytest.approx(0.4, abs=0.03)
+    kinds = [(_is_rectangle(region), _is_rectangle(~region)) for region in drawn[~everything][:300]]
+    assert all(inside or outside for inside, outside in kinds)
+    assert 100 < sum(inside for inside, _ in kinds) < 200
+
+
+def _is_rectangle(region: torch.Tensor) -> bool:
+    """Whether it is one whose sides are a quarter to nine tenths of 16 px."""
+    rows, columns = region.any(1), region.any(0)
+    sides = (int(rows.sum()), int(columns.sum()))
+    return torch.equal(region, rows[:, None] & columns[None]) and 4 <= min(sides) and max(sides) <= 14
+
+
+def test_regions_differ_from_sample_to_sample_and_follow_the_generator() -> None:
+    first, again = (draw_regions(8, 16, 0.0, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert len({region.numpy().tobytes() for region in first}) == 8
+    assert draw_regions(8, 16, 1.0, torch.Generator().manual_seed(3)).all()
+
+
+@pytest.fixture
+def decoder() -> Decoder:
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(image_px=8, context_width=6, unet=UNET, inpainting=True), DIMS).eval()
+    randomise(model)
+    return model
+
+
+def test_decoder_reads_the_known_part_and_nothing_of_the_rest(decoder: Decoder) -> None:
+    text, z_image, t = make_text((3,)), torch.ones(1, DIMS.embed_dim), torch.tensor([500])
+    x, pixels = torch.randn(1, 3, 8, 8), torch.rand(1, 3, 8, 8)
+    drawn = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    drawn[..., 4:] = True
+    other_left, other_right = pixels.clone(), pixels.clone()
+    other_left[..., :4], other_right[..., 4:] = 0.5, 0.5
+
+    def output(shown: torch.Tensor | None) -> torch.Tensor:
+        known = None if shown is None else known_planes(shown, drawn)
+        return decoder(x, t, decoder.encode_condition(z_image, text, known=known))
+
+    assert torch.equal(output(pixels), output(other_right))
+    assert not torch.allclose(output(pixels), output(other_left))
+    nothing = known_planes(pixels, torch.ones_like(drawn))
+    condition = decoder.encode_condition(z_image, text, known=nothing)
+    assert torch.equal(decoder(x, t, condition), output(None))
+
+
+def test_conditions_with_and_without_a_known_part_can_be_joined(decoder: Decoder) -> None:
+    text, z_image, t = make_text((3,)), torch.ones(1, DIMS.embed_dim), torch.tensor([500, 20])
+    planes = known_planes(torch.rand(1, 3, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.bool))
+    parts = [decoder.encode_condition(z_image, text, known=known) for known in (None, planes)]
+    x = torch.randn(2, 3, 8, 8)
+    joined = concat_decoder_conditions(parts)
+    together = decoder(x, t, joined)
+    for i, part in enumerate(parts):
+        torch.testing.assert_close(together[i : i + 1], decoder(x[i : i + 1], t[i : i + 1], part), rtol=0, atol=1e-5)
+        torch.testing.assert_close(joined[i : i + 1].known, planes if i else torch.zeros_like(planes))
+
+
+def test_decoder_without_the_channels_refuses_a_known_part() -> None:
+    plain = Decoder(DecoderConfig(image_px=8, context_width=6, unet=UNET), DIMS)
+    with pytest.raises(ValueError, match="no inpainting channels"):
+        plain.encode_condition(torch.ones(1, DIMS.embed_dim), make_text((3,)), known=torch.zeros(1, 4, 8, 8))
