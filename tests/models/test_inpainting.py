@@ -22,7 +22,7 @@ def _is_rectangle(region: torch.Tensor) -> bool:
     """Whether it is one whose sides are a quarter to nine tenths of 16 px."""
     rows, columns = region.any(1), region.any(0)
     sides = (int(rows.sum()), int(columns.sum()))
-    return torch.equal(region, rows[:, None] & columns[None]) and 4 <= min(sides) and max(sides) <= 14
+    return torch.equal(region, rows[:, None] & columns[None]) and min(sides) >= 4 and max(sides) <= 14
 
 
 def test_regions_differ_from_sample_to_sample_and_follow_the_generator() -> None:
