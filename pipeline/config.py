@@ -278,6 +278,8 @@ class EvaluateConfig:
     """Prompts sampled for the numbers; none of them was trained on."""
     prompts_path: str = ""
     """Text file of prompts, one a line; empty: the drawn source's held-out scenes, or validation captions."""
+    features_path: str = ""
+    """TorchScript file of a feature extractor, for a Frechet distance beside CLIP's (Inception: FID); runs its code."""
     num_shown: int = 16
     """Prompts shown in the picture grids."""
     num_images_per_shown: int = 4

@@ -70,7 +70,7 @@ _SPECS = (
     _Spec("upsampler_2", 1, ("download",), lambda r: r.upsampler_2),
     _Spec(
         "evaluate",
-        1,
+        2,
         ("pairs", "download", "clip", "embed", "index", "prior", "decoder", "upsampler_1", "upsampler_2"),
         lambda r: r.evaluate,
     ),
@@ -146,15 +146,21 @@ def _local_inputs(name: str, tables: Json) -> Json:
     A folder of pictures keeps its (absolute) path too, for that is what its URLs are made of.
     """
     is_folder_name = tables.get("source") == "pretrained" and "/" in tables.get("name", "")
-    fields = {"pairs": "path", "clip": "name" if is_folder_name else "", "evaluate": "prompts_path"}
-    field = fields.get(name, "")
-    path = tables.get(field, "") if field else ""
-    if not path or "://" in path:
-        return {}
-    if not Path(path).exists():
-        raise ConfigError(f"{name}: {path} does not exist; relative paths start at the folder where you run unclip")
-    kept = str(Path(path).resolve()) if tables.get("source") == "folder" else ""
-    return {field: kept, "content": fingerprint(path)}
+    named = {
+        "pairs": {"path": "content"},
+        "clip": {"name": "content"} if is_folder_name else {},
+        "evaluate": {"prompts_path": "content", "features_path": "features_content"},
+    }
+    found: Json = {}
+    for field, content in named.get(name, {}).items():
+        path = tables.get(field, "")
+        if not path or "://" in path:
+            continue
+        if not Path(path).exists():
+            raise ConfigError(f"{name}: {path} does not exist; relative paths start at the folder where you run unclip")
+        found |= {field: str(Path(path).resolve()) if tables.get("source") == "folder" else ""}
+        found[content] = fingerprint(path)
+    return found
 
 
 def _differences(previous: Manifest, step: Step) -> list[str]:

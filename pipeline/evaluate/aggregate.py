@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.evaluate.metrics import FeatureSums, Rate, cosine, frechet_distance, mean_of, r_precision, rate_of
-from pipeline.evaluate.parts import Part, read_part
+from pipeline.evaluate.parts import ENLARGED, Part, read_part
 from pipeline.evaluate.prompts import PromptSet, choose_rows
+from pipeline.evaluate.sets import NUM_NEIGHBOURS, cmmd, precision_recall
 from pipeline.retrieve import Neighbour, NeighbourIndex
 from pipeline.store import Artifact
 
@@ -53,7 +54,8 @@ class Aggregate:
         metrics["kinds"] = self._kinds()
         metrics["clip_score"] = self._clip_scores()
         metrics["r_precision"] = self._r_precision()
-        metrics["frechet_clip"] = self._frechet(embed)
+        metrics |= self._distances(embed)
+        metrics["frechet_features"] = self._frechet_features()
         metrics["prior"] = self._prior()
         metrics["decoder"] = self._decoder()
         metrics |= self._upsamplers()
@@ -130,20 +132,35 @@ class Aggregate:
             rates["real"] = r_precision(matrix(self.firsts, "z_real"), z_text, own).to_dict()
         return rates
 
-    def _frechet(self, embed: Artifact) -> Json:
-        """Drawings against real pictures of the same prompts; beside it, two samples of training pictures."""
+    def _distances(self, embed: Artifact) -> Json:
+        """Drawings against real pictures of the same prompts; ``real``: as many training pictures twice."""
         count = len(self.firsts)
         if not self._has_real() or count < 2:
             return {}
-        distances: Json = {
-            "generated": frechet_distance(self._sums("z_image"), self._sums("z_real")),
-            "count": count,
-        }
+        drawn, real = matrix(self.firsts, "z_image"), matrix(self.firsts, "z_real")
+        frechet: Json = {"generated": frechet_distance(self._sums("z_image"), self._sums("z_real")), "count": count}
+        mmd: Json = {"generated": cmmd(drawn, real), "count": count}
+        manifolds = {"generated": (drawn, real)}
         train = choose_rows(embed, 2 * count, "train")
         if len(train) == 2 * count:
             z_image = np.array([row.z_image for row in train], np.float64)
-            distances["real"] = frechet_distance(FeatureSums.of(z_image[::2]), FeatureSums.of(z_image[1::2]))
-        return distances
+            halves = (z_image[::2], z_image[1::2])
+            frechet["real"] = frechet_distance(*(FeatureSums.of(half) for half in halves))
+            mmd["real"] = cmmd(*halves)
+            manifolds["real"] = halves
+        measured: Json = {"frechet_clip": frechet, "cmmd": mmd}
+        if count > NUM_NEIGHBOURS:
+            rates = {name: precision_recall(*sets) for name, sets in manifolds.items()}
+            for place, name in enumerate(("precision", "recall")):
+                measured[name] = {kind: rate[place].to_dict() for kind, rate in rates.items()}
+        return measured
+
+    def _frechet_features(self) -> Json:
+        """The same on the features of the recipe's own extractor, where it names one."""
+        if len(self.firsts) < 2 or any(row["features_real"] is None for row in self.firsts):
+            return {}
+        distance = frechet_distance(self._sums("features"), self._sums("features_real"))
+        return {"generated": distance, "count": len(self.firsts)}
 
     def _sums(self, column: str) -> FeatureSums:
         sums = [FeatureSums.of(matrix(rows, column)) for rows in self._parts if rows]
@@ -178,7 +195,8 @@ class Aggregate:
         rows = [row for row in self.rows if row["psnr_db"] is not None]
         return {
             f"upsampler_{number + 1}": {
-                name: mean_of([row[name][number] for row in rows]) for name in ("psnr_db", "bicubic_psnr_db")
+                name: mean_of([row[name][number] for row in rows])
+                for name in ("real_sharpness", *ENLARGED, *(f"bicubic_{name}" for name in ENLARGED))
             }
             for number in range(len(rows[0]["psnr_db"]) if rows else 0)
         }

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.evaluate.aggregate import Aggregate, TrainingNeighbours
+from pipeline.evaluate.features import FeatureExtractor
 from pipeline.evaluate.gallery import Gallery
 from pipeline.evaluate.parts import Part, PartRunner, drawings_of, plan_parts
 from pipeline.evaluate.prompts import PromptSet, Row, choose_prompts, held_out_rows
@@ -52,8 +53,19 @@ def plan_work(recipe: Recipe, inputs: Mapping[str, Artifact]) -> Work:
 def make_runner(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact, work: Work) -> PartRunner:
     """Load the cascade and make a worker for any part."""
     networks = {name: inputs[name] for name in recipe.trained()}
-    cascade = load_cascade(networks, recipe.evaluate.resources.accelerator)
-    return PartRunner(cascade, work.prompts, work.rows, inputs["download"], output, recipe.seed, work.drawings)
+    device = recipe.evaluate.resources.accelerator
+    path = recipe.evaluate.features_path
+    extractor = FeatureExtractor(path, device) if path else None
+    return PartRunner(
+        load_cascade(networks, device),
+        work.prompts,
+        work.rows,
+        inputs["download"],
+        output,
+        recipe.seed,
+        work.drawings,
+        extractor,
+    )
 
 
 def finish(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact, work: Work) -> Json:

@@ -1,6 +1,7 @@
 """``metrics.json`` as tables for people: what each number is called, its ceiling, its floor and its goal."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 Json = dict[str, Any]
@@ -105,6 +106,38 @@ def measure_rows(metrics: Json) -> list[Json]:
         ),
         _row(
             metrics,
+            "frechet_features",
+            ("generated", "", ""),
+            "Frechet distance, own features",
+            "The same on features of evaluate.features_path; with the usual Inception, the FID of this many pictures.",
+            ranged=False,
+        ),
+        _row(
+            metrics,
+            "cmmd",
+            ("generated", "real", ""),
+            "CMMD",
+            "Kernel distance on CLIP embeddings, times 1000, lower is better; ceiling: two samples of real pictures.",
+            ranged=False,
+        ),
+        _row(
+            metrics,
+            "precision",
+            ("generated", "real", ""),
+            "Precision",
+            "Share of drawings among the real pictures' nearest neighbours in the CLIP space: how real they are.",
+            percent=True,
+        ),
+        _row(
+            metrics,
+            "recall",
+            ("generated", "real", ""),
+            "Recall",
+            "Share of real pictures among the drawings' nearest neighbours in the CLIP space: how varied these are.",
+            percent=True,
+        ),
+        _row(
+            metrics,
             "prior",
             ("z_image", "", "unrelated_image"),
             "Prior: similarity to the true z_image",
@@ -124,8 +157,7 @@ def measure_rows(metrics: Json) -> list[Json]:
             "Decoder: similarity of reconstructions",
             "Drawn from a true z_image, seen by CLIP again; floor: another picture's z_image.",
         ),
-        _upsampler(metrics, "upsampler_1", "Upsampler 1: PSNR"),
-        _upsampler(metrics, "upsampler_2", "Upsampler 2: PSNR"),
+        *(row for number in (1, 2) for row in _upsampler(metrics, number)),
         _row(
             metrics,
             "memorisation",
@@ -164,20 +196,31 @@ def _row(
     return {"name": name, "why": why, "value": texts[0], "ceiling": texts[1], "floor": texts[2], "place": place}
 
 
-def _upsampler(metrics: Json, key: str, name: str) -> Json | None:
-    found = metrics.get(key, {})
-    value, bicubic = _number(found.get("psnr_db")), _number(found.get("bicubic_psnr_db"))
-    if value is None or bicubic is None:
-        return None
-    why = "Validation pictures made small and enlarged again; floor: bicubic enlargement."
-    return {
-        "name": name,
-        "why": why,
-        "value": f"{value:.1f} dB",
-        "ceiling": "",
-        "floor": f"{bicubic:.1f} dB",
-        "place": None,
-    }
+def _upsampler(metrics: Json, number: int) -> list[Json]:
+    """Likeness to the real picture, with bicubic enlargement as the floor, and sharpness beside that of both."""
+    found = metrics.get(f"upsampler_{number}", {})
+    about = "Validation pictures made small and enlarged again; floor: bicubic enlargement."
+    rows: list[Json] = []
+    for key, name, why in (
+        ("psnr_db", "PSNR", about),
+        ("ssim", "SSIM", about),
+        ("sharpness", "sharpness", "Variance of the Laplacian, in grey levels squared; ceiling: the real pictures."),
+    ):
+        value, bicubic = _number(found.get(key)), _number(found.get(f"bicubic_{key}"))
+        if value is None or bicubic is None:
+            continue
+        real = _number(found.get(f"real_{key}"))
+        texts = ["" if one is None else _UPSAMPLER_TEXTS[key](one) for one in (value, real, bicubic)]
+        row = {"name": f"Upsampler {number}: {name}", "why": why, "value": texts[0], "ceiling": texts[1]}
+        rows.append(row | {"floor": texts[2], "place": None})
+    return rows
+
+
+_UPSAMPLER_TEXTS: dict[str, Callable[[float], str]] = {
+    "psnr_db": "{:.1f} dB".format,
+    "ssim": "{:.3f}".format,
+    "sharpness": "{:.0f}".format,
+}
 
 
 def _whole(rate: Json | None) -> str:

@@ -23,9 +23,11 @@ from models.cascade import Cascade, CascadeSettings
 from models.clip import FrozenClip
 from models.pixels import resize, to_pixels, to_uint8
 from pipeline.errors import DataError
+from pipeline.evaluate.features import FeatureExtractor
 from pipeline.evaluate.metrics import psnr_db
 from pipeline.evaluate.pictures import centre_square, from_bytes, to_png
 from pipeline.evaluate.prompts import PromptSet, Row
+from pipeline.evaluate.quality import sharpness, ssim
 from pipeline.retrieve import read_picture
 from pipeline.schema import ShardRecord
 from pipeline.shapes.check import check
@@ -34,6 +36,7 @@ from pipeline.shapes.scene import Scene
 from pipeline.store import Artifact
 
 Json = dict[str, Any]
+Array = NDArray[Any]
 Pixels = NDArray[np.uint8]
 
 NUM_STAGES = 6
@@ -48,7 +51,12 @@ _PROMPT_SEED_STRIDE = 1000
 """Seeds of two prompts are this far apart, so that no two pictures of an evaluation share their noise."""
 
 
-_VECTORS = frozenset({"z_image", "z_text", "z_prior", "z_real", "z_reconstruction", "psnr_db", "bicubic_psnr_db"})
+ENLARGED = ("psnr_db", "ssim", "sharpness")
+"""What is measured of enlarged pictures, for each upsampler; ``bicubic_`` before it: of bicubic enlargement."""
+_VECTORS = frozenset(
+    {"z_image", "z_text", "z_prior", "z_real", "z_reconstruction", "features", "features_real", "real_sharpness"}
+    | {f"{prefix}{name}" for prefix in ("", "bicubic_") for name in ENLARGED}
+)
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,7 @@ class PartRunner:
         output: The evaluate step's artifact.
         seed: The recipe's seed.
         drawings: From ``drawings_of``.
+        extractor: Features for a further Frechet distance; None: only CLIP's.
     """
 
     def __init__(
@@ -105,6 +114,7 @@ class PartRunner:
         output: Artifact,
         seed: int,
         drawings: Sequence[tuple[int, int]],
+        extractor: FeatureExtractor | None = None,
     ) -> None:
         self._cascade = cascade
         self._clip = cast("FrozenClip", cascade.clip)
@@ -115,6 +125,7 @@ class PartRunner:
         self._output = output
         self._seed = seed
         self._drawings = drawings
+        self._extractor = extractor
         networks = [cascade.decoder, *cascade.upsamplers]
         self._sides_px = [network.config.image_px for network in networks]
 
@@ -142,6 +153,7 @@ class PartRunner:
         z_prior = _finite(result.z_image.cpu().numpy(), "prior")
         z_image = self._embed(result.images.numpy())
         z_text = self._clip.encode_text([prompt.text for prompt in prompts]).z_text.cpu().numpy()
+        features = self._features([picture.numpy() for picture in result.images])
         rows: list[Json] = []
         for n, ((i, j), prompt) in enumerate(zip(drawings, prompts, strict=True)):
             picture = result.images[n].numpy()
@@ -156,6 +168,7 @@ class PartRunner:
                 "z_image": z_image[n],
                 "z_text": z_text[n],
                 "z_prior": z_prior[n],
+                "features": features[n],
             }
             row |= self._look(i, picture)
             rows.append(row)
@@ -179,8 +192,9 @@ class PartRunner:
         """Beside the first drawing of each prompt, the real picture of its scene, or the one whose caption it is."""
         drawn: list[Json] = []
         pictures: list[Pixels] = []
+        others: list[Json] = []
         for row in rows:
-            row |= {"check_real": None, "z_real": None}
+            row |= {"check_real": None, "z_real": None, "features_real": None}
             prompt = self._prompts.prompts[row["prompt_number"]]
             if row["image_number"] != 0:
                 continue
@@ -190,9 +204,15 @@ class PartRunner:
                 drawn.append(row)
             elif prompt.row is not None:
                 row["z_real"] = prompt.row.z_image.astype(np.float32)
+                others.append(row)
         if drawn:
             for row, z_image in zip(drawn, self._embed(np.stack(pictures)), strict=True):
                 row["z_real"] = z_image
+        if self._extractor is not None:
+            stored = [self._prompts.prompts[row["prompt_number"]].row for row in others]
+            pictures += [self._real_picture(row) for row in stored if row is not None]
+            for row, features in zip(drawn + others, self._features(pictures), strict=True):
+                row["features_real"] = features
 
     def _measure_rows(self, part: Part, names: list[str]) -> list[Json]:
         rows = self._rows[part.start : part.stop]
@@ -207,9 +227,9 @@ class PartRunner:
                 "z_text": row.z_text.astype(np.float32),
                 "z_prior": z,
                 "z_reconstruction": None,
-                "psnr_db": None,
-                "bicubic_psnr_db": None,
+                "real_sharpness": None,
             }
+            | dict.fromkeys(f"{prefix}{name}" for prefix in ("", "bicubic_") for name in ENLARGED)
             for row, z in zip(rows, z_prior, strict=True)
         ]
         count = max(0, min(NUM_RECONSTRUCTIONS - part.start, len(rows)))
@@ -241,23 +261,31 @@ class PartRunner:
     def _enlarge(self, pictures: Pixels, seeds: Sequence[int], columns: list[Json]) -> None:
         """Make real pictures small and enlarge them again, with each upsampler and by bicubic interpolation."""
         pixels = to_pixels(torch.from_numpy(pictures)).to(self._clip.device)
-        ratios: list[list[NDArray[np.float64]]] = [[], []]
+        found: dict[str, list[Array]] = {}
         for number, upsampler in enumerate(self._cascade.upsamplers):
             large = to_uint8(resize(pixels, upsampler.config.image_px)).cpu().numpy()
             small = resize(pixels, upsampler.config.low_res_px)
             ours = self._cascade.upsample(small, number, seeds, self._settings)
             bicubic = resize(small, upsampler.config.image_px)
-            for ratio, enlarged in zip(ratios, (ours, bicubic), strict=True):
-                ratio.append(psnr_db(to_uint8(enlarged).cpu().numpy(), large))
+            found.setdefault("real_sharpness", []).append(sharpness(large))
+            for prefix, enlarged in (("", ours), ("bicubic_", bicubic)):
+                seen = to_uint8(enlarged).cpu().numpy()
+                measured = (np.minimum(psnr_db(seen, large), _MAX_PSNR_DB), ssim(seen, large), sharpness(seen))
+                for name, values in zip(ENLARGED, measured, strict=True):
+                    found.setdefault(f"{prefix}{name}", []).append(values)
         for n, column in enumerate(columns[: len(pictures)]):
-            column["psnr_db"] = [min(float(ratio[n]), _MAX_PSNR_DB) for ratio in ratios[0]]
-            column["bicubic_psnr_db"] = [min(float(ratio[n]), _MAX_PSNR_DB) for ratio in ratios[1]]
+            column |= {name: [float(values[n]) for values in of_each] for name, of_each in found.items()}
 
     def _real_picture(self, row: Row) -> Pixels:
         where = f"shard {row.shard}: key {row.key}: uid {row.uid}"
         return centre_square(
             from_bytes(read_picture(self._download, row.shard, row.key), where=where), self._sides_px[-1]
         )
+
+    def _features(self, pictures: Sequence[Pixels]) -> Sequence[NDArray[np.float32] | None]:
+        if self._extractor is None or not pictures:
+            return [None] * len(pictures)
+        return list(self._extractor(np.stack(pictures)))
 
     def _embed(self, pictures: Pixels) -> NDArray[np.float32]:
         return _finite(self._clip.encode_image(torch.from_numpy(np.array(pictures))).cpu().numpy(), "clip")

@@ -233,7 +233,11 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         workspace=_absolute(recipe.workspace),
         pairs=dataclasses.replace(recipe.pairs, path=_absolute(recipe.pairs.path)),
         clip=clip,
-        evaluate=dataclasses.replace(recipe.evaluate, prompts_path=_absolute(recipe.evaluate.prompts_path)),
+        evaluate=dataclasses.replace(
+            recipe.evaluate,
+            prompts_path=_absolute(recipe.evaluate.prompts_path),
+            features_path=_absolute(recipe.evaluate.features_path),
+        ),
         tracking=dataclasses.replace(recipe.tracking, uri=_absolute_database(recipe.tracking.uri)),
     )
 

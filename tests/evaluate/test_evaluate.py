@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -6,17 +7,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from models.cascade import Cascade
 from pipeline.errors import DataError
 from pipeline.evaluate import metrics as m
 from pipeline.evaluate.evaluate import Work, finish, make_runner, plan_work, summarise
+from pipeline.evaluate.features import FeatureExtractor
 from pipeline.evaluate.parts import Part, PartRunner, drawings_of, picture_seed, plan_parts, read_part
 from pipeline.evaluate.prompts import choose_prompts, choose_rows
+from pipeline.evaluate.quality import sharpness
+from pipeline.evaluate.sets import cmmd, precision_recall
 from pipeline.plan import inputs_of
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.shapes.check import check
+from pipeline.shapes.draw import draw_array
 from pipeline.stages.vectors import read_vectors
 from pipeline.store import Artifact, Workspace
 from pipeline.weights import load_cascade
@@ -261,3 +267,65 @@ def test_a_network_that_draws_nan_is_a_data_error_that_names_it(tiny: Recipe, tm
     with pytest.raises(DataError, match="the prior gives numbers that are not finite"):
         runner.run(work.parts[0])
     assert output.shard_records() == {}
+
+
+class _Patches(torch.nn.Module):
+    """Stands for an Inception: uint8 pictures to features, with the option that the published file has."""
+
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        features = torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1)
+        return features if return_features else features.sum(1)
+
+
+def test_a_recipes_own_features_give_a_frechet_distance(tiny: Recipe, tmp_path: Path) -> None:
+    file = tmp_path / "features.pt"
+    torch.jit.script(_Patches()).save(str(file))
+    evaluate = dataclasses.replace(tiny.evaluate, features_path=str(file))
+    recipe, output = dataclasses.replace(tiny, evaluate=evaluate), Artifact(str(tmp_path / "out"))
+    assert evaluate_step(recipe).key != evaluate_step(tiny).key
+    work, metrics = _run(recipe, output)
+    assert metrics["frechet_features"]["count"] == 10
+
+    def features(picture: Any) -> Any:
+        planes = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+        return _Patches()(planes, return_features=True).numpy()[0]
+
+    drawn, real = [], []
+    for number, prompt in enumerate(work.prompts.prompts):
+        with Image.open(output.path(f"samples/{number:05d}-0.png")) as image:
+            drawn.append(features(image))
+        assert prompt.scene is not None
+        real.append(features(draw_array(prompt.scene, 32)))
+    expected = m.frechet_distance(m.FeatureSums.of(np.array(drawn)), m.FeatureSums.of(np.array(real)))
+    assert metrics["frechet_features"]["generated"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_feature_file_that_is_none_is_a_data_error_that_names_it(tmp_path: Path) -> None:
+    file = tmp_path / "features.pt"
+    file.write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"features\.pt: not a TorchScript file"):
+        FeatureExtractor(str(file))
+    torch.jit.script(_Patches()).save(str(file))
+    with pytest.raises(DataError, match=r"one vector each|fails on"):
+        FeatureExtractor(str(file))(np.zeros((2, 0, 0, 3), np.uint8))
+
+
+def test_set_measures_and_upsampler_measures_agree_with_their_parts(
+    evaluated: tuple[Artifact, Work, dict[str, Any]],
+) -> None:
+    output, work, metrics = evaluated
+    rows = [row for part in work.parts if part.kind == "drawings" for row in read_part(output, part)]
+    firsts = [row for row in rows if row["image_number"] == 0]
+    drawn, real = (np.array([row[name] for row in firsts], np.float64) for name in ("z_image", "z_real"))
+    assert metrics["cmmd"]["generated"] == pytest.approx(cmmd(drawn, real))
+    precision, recall = precision_recall(drawn, real)
+    assert metrics["precision"]["generated"]["hits"] == precision.hits
+    assert metrics["recall"]["generated"]["hits"] == recall.hits
+    seen = [row for part in work.parts if part.kind == "validation" for row in read_part(output, part)]
+    with Image.open(output.path("reconstructions/00000-real.png")) as image:
+        assert seen[0]["real_sharpness"][1] == pytest.approx(sharpness(np.asarray(image)[None])[0], rel=1e-6)
+    known = [row["bicubic_ssim"][1] for row in seen if row["bicubic_ssim"] is not None]
+    assert metrics["upsampler_2"]["bicubic_ssim"]["mean"] == pytest.approx(np.mean(known), rel=1e-6)
+    assert (
+        metrics["upsampler_2"]["bicubic_ssim"]["mean"] > metrics["upsampler_2"]["ssim"]["mean"]
+    )  # nothing was learned
