@@ -10,7 +10,7 @@ from models.diffusion import Diffusion
 from models.inpainting import draw_regions, known_planes
 from models.pixels import resize_crop, to_pixels
 from pipeline.train.batches import Batch, TextEncoder
-from pipeline.train.draws import draw_keep, draw_normal, draw_timesteps
+from pipeline.train.draws import diffusion_loss, draw_keep
 
 
 class DecoderObjective(nn.Module):
@@ -38,15 +38,9 @@ class DecoderObjective(nn.Module):
         text = self._encode_text(batch.captions)
         keep_image = draw_keep(size, config.image_drop_prob, generator, device) if self.training else None
         keep_text = draw_keep(size, config.text_drop_prob, generator, device) if self.training else None
-        t = draw_timesteps(size, self._diffusion.num_timesteps, generator, device)
-        noise = draw_normal(x0, generator)
         known = None
         if config.inpainting and self.training:
             drawn = draw_regions(size, config.image_px, config.unknown_prob, generator).to(device)
             known = known_planes(x0, drawn)
         condition = network.encode_condition(z_image, text, keep_image=keep_image, keep_text=keep_text, known=known)
-
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            return network(x, t, condition)
-
-        return self._diffusion.training_losses(denoise, x0, t, noise).loss.mean()
+        return diffusion_loss(self._diffusion, lambda x, t: network(x, t, condition), x0, generator)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from models.diffusion import Denoise, Diffusion
 from models.noise import derive_seed
 
 
@@ -29,3 +30,9 @@ def draw_normal(like: Tensor, generator: torch.Generator) -> Tensor:
         seed = int(torch.randint(2**62, (1,), generator=generator))
         generator = torch.Generator(like.device).manual_seed(seed)
     return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+
+
+def diffusion_loss(diffusion: Diffusion, denoise: Denoise, x0: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean loss of clean samples (B, C, ...), each at a timestep and with noise of its own."""
+    t = draw_timesteps(len(x0), diffusion.num_timesteps, generator, x0.device)
+    return diffusion.training_losses(denoise, x0, t, draw_normal(x0, generator)).loss.mean()

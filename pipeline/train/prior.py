@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from models.diffusion import Diffusion
 from models.prior import Prior
 from pipeline.train.batches import Batch, TextEncoder
-from pipeline.train.draws import draw_keep, draw_normal, draw_timesteps
+from pipeline.train.draws import diffusion_loss, draw_keep
 
 
 class PriorObjective(nn.Module):
@@ -31,12 +31,6 @@ class PriorObjective(nn.Module):
         size, device = len(batch), z_image.device
         text = self._encode_text(batch.captions)
         keep = draw_keep(size, network.config.text_drop_prob, generator, device) if self.training else None
-        t = draw_timesteps(size, self._diffusion.num_timesteps, generator, device)
         x0 = network.scale(z_image)
-        noise = draw_normal(x0, generator)
         condition = network.encode_condition(text, keep=keep)
-
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            return network(x, t, condition)
-
-        return self._diffusion.training_losses(denoise, x0, t, noise).loss.mean()
+        return diffusion_loss(self._diffusion, lambda x, t: network(x, t, condition), x0, generator)

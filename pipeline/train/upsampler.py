@@ -11,7 +11,7 @@ from models.low_res import spoilt_low_res
 from models.pixels import resize_crop, to_pixels
 from models.upsampler import Upsampler
 from pipeline.train.batches import Batch
-from pipeline.train.draws import draw_normal, draw_timesteps
+from pipeline.train.draws import diffusion_loss
 
 
 class UpsamplerObjective(nn.Module):
@@ -32,11 +32,5 @@ class UpsamplerObjective(nn.Module):
         pictures = resize_crop(to_pixels(batch.require_images()), config.image_px)
         x0 = random_crop(pictures, config.crop_px, generator, multiple_px=network.factor)
         low_res = spoilt_low_res(x0, config.crop_px // network.factor, config.degradation, generator)
-        t = draw_timesteps(len(batch), self._diffusion.num_timesteps, generator, x0.device)
-        noise = draw_normal(x0, generator)
         condition = network.encode_condition(low_res)
-
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            return network(x, t, condition)
-
-        return self._diffusion.training_losses(denoise, x0, t, noise).loss.mean()
+        return diffusion_loss(self._diffusion, lambda x, t: network(x, t, condition), x0, generator)

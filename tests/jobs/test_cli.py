@@ -1,5 +1,6 @@
 """The command: help, usage, exit codes, one message for each mistake."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,14 @@ COMMANDS = [
 ]
 
 
-def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "jobs.cli", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "jobs.cli", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -71,6 +77,16 @@ def test_run_with_no_cluster_at_the_address_is_one_message(tmp_path: Path) -> No
     done = _run("run", str(recipe), "--address", f"127.0.0.1:{free_port()}", "--set", "tracking.uri=off")
     assert done.returncode == 4, done.stderr
     assert "no Ray cluster at" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_run_where_ray_cannot_start_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = _run(
+        "run", str(tiny_recipe(tmp_path, port=free_port())), "--set", "tracking.uri=off", RAY_TMPDIR=f"{tmp_path}/file"
+    )
+    assert done.returncode == 4, done.stderr
+    assert "error: Ray did not start on this machine: " in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -1,0 +1,145 @@
+"""How large a cascade `unclip init` proposes for a number of pairs: tables of a recipe, for a CPU and for one GPU."""
+
+import json
+from typing import Any
+
+Tables = dict[str, Any]
+
+_CPU_SIDES_PX = (32, 64, 128)
+_MIN_STEPS, _MAX_CPU_STEPS = 200, 4_000
+_MIN_GPU_STEPS, _MAX_GPU_STEPS = 5_000, 200_000
+
+
+def cpu_tables(num_pairs: int, validation_prob: float) -> Tables:
+    """A small cascade, 32 -> 64 -> 128 px, with what the demo taught (docs/decisions.md).
+
+    Steps grow with the pairs and stay within an evening.
+    """
+    steps = max(_MIN_STEPS, min(_MAX_CPU_STEPS, num_pairs // 4))
+    base_px, mid_px, final_px = _CPU_SIDES_PX
+    return {
+        "download": _download(num_pairs, final_px),
+        "clip": {
+            "model": {
+                "embed_dim": 64,
+                "image_px": 32,
+                "vision_layers": [1, 1, 1, 1],
+                "vision_width": 24,
+                "text_width": 64,
+                "text_heads": 2,
+                "text_layers": 2,
+                "context_length": 32,
+            },
+            "train": _cpu_training(steps, _clip_batch(num_pairs, validation_prob), weight_decay=0.05, ema_decay=0.98),
+        },
+        "prior": {
+            "model": {
+                "width": 192,
+                "depth": 4,
+                "num_heads": 4,
+                "sampler": {"method": "ddim", "num_steps": 16, "clip_x0": False},
+            },
+            "train": _cpu_training(2 * steps, 128, learning_rate=1e-3, ema_decay=0.995),
+        },
+        "decoder": {
+            "model": {
+                "image_px": base_px,
+                "context_width": 64,
+                "text_drop_prob": 0.1,
+                "unet": _unet(64, base_px // 4, patch_px=2) | {"head_channels": 32, "position_bands": 3},
+                "diffusion": {"prediction": "v", "variance": "fixed_small", "loss_weighting": "min_snr"},
+                "sampler": {"method": "dpmpp_2m", "num_steps": 20, "guidance_scale": 2.0},
+            },
+            "train": _cpu_training(2 * steps, 32, ema_decay=0.995),
+        },
+        "upsampler_1": _cpu_upsampler(base_px, mid_px, steps, patch_px=2, sampling_steps=8),
+        "upsampler_2": _cpu_upsampler(mid_px, final_px, steps, patch_px=4, sampling_steps=6),
+    }
+
+
+def gpu_tables(num_pairs: int) -> Tables:
+    """A 64 -> 256 px cascade for one GPU, with the networks of configs/single-gpu.toml over a frozen public CLIP.
+
+    A CLIP of one's own needs millions of pairs to know the world; the preset trains one since shapes are all it draws.
+    """
+    steps = max(_MIN_GPU_STEPS, min(_MAX_GPU_STEPS, num_pairs // 2))
+    unet = {"num_res_blocks": 2}
+    return {
+        "download": _download(num_pairs, 256),
+        "clip": {"source": "pretrained", "name": "ViT-L-14", "tag": "laion2b_s32b_b82k"},
+        "embed": {"resources": {"accelerator": "cuda"}},
+        "prior": _on_gpu(steps, 512, 3e-4),
+        "decoder": {
+            "model": {
+                "unet": unet | {"channels": 96, "head_channels": 48},
+                "sampler": {"method": "dpmpp_2m", "num_steps": 25, "guidance_scale": 2.0},
+            },
+            **_on_gpu(steps, 64, 2e-4),
+        },
+        "upsampler_1": {
+            "model": {"unet": unet | {"channels": 64, "channel_mults": [1, 2, 3]}},
+            **_on_gpu(steps // 2, 32, 2e-4),
+        },
+        "evaluate": {"resources": {"num_workers": 1, "accelerator": "cuda"}},
+        "serve": {"accelerator": "cuda"},
+    }
+
+
+def _on_gpu(num_steps: int, batch_size: int, learning_rate: float) -> Tables:
+    fixed = {"lr_schedule": "cosine", "warmup_steps": 500, "ema_decay": 0.999, "precision": "bfloat16"}
+    return {
+        "train": {"num_steps": num_steps, "batch_size": batch_size, "learning_rate": learning_rate} | fixed,
+        "resources": {"accelerator": "cuda", "cpus_per_worker": 4.0, "save_every_steps": 1000},
+    }
+
+
+def as_toml(tables: Tables, name: str = "") -> str:
+    """Tables as TOML with short lists on one line, which JSON's values happen to be too."""
+    lines = [f"{key} = {json.dumps(value)}\n" for key, value in tables.items() if not isinstance(value, dict)]
+    head = f"\n[{name}]\n" if lines and name else ""
+    prefix = f"{name}." if name else ""
+    inner = [as_toml(value, f"{prefix}{key}") for key, value in tables.items() if isinstance(value, dict)]
+    return head + "".join(lines) + "".join(inner)
+
+
+def _download(num_pairs: int, image_px: int) -> Tables:
+    """A shard holds a few minutes of work, and there are some to share out."""
+    return {"samples_per_shard": max(16, min(10_000, num_pairs // 8)), "image_px": image_px}
+
+
+def _clip_batch(num_pairs: int, validation_prob: float) -> int:
+    """128 rows; fewer where a batch would hold a pair twice, which the contrastive loss takes for two."""
+    num_train = int(num_pairs * (1 - validation_prob))
+    return next((size for size in (128, 64, 32, 16, 8) if size <= num_train), 4)
+
+
+def _cpu_training(num_steps: int, batch_size: int, *, learning_rate: float = 2e-3, **other: float) -> Tables:
+    fixed = {"lr_schedule": "cosine", "warmup_steps": 20, "beta2": 0.99}
+    return {"num_steps": num_steps, "batch_size": batch_size, "learning_rate": learning_rate} | fixed | other
+
+
+def _unet(channels: int, attention_px: int | None, *, patch_px: int) -> Tables:
+    return {
+        "channels": channels,
+        "channel_mults": [1, 2],
+        "num_res_blocks": 1,
+        "attention_resolutions": [] if attention_px is None else [attention_px],
+        "norm_groups": 8,
+        "dropout": 0.0,
+        "patch_px": patch_px,
+    }
+
+
+def _cpu_upsampler(low_res_px: int, image_px: int, num_steps: int, *, patch_px: int, sampling_steps: int) -> Tables:
+    return {
+        "model": {
+            "low_res_px": low_res_px,
+            "image_px": image_px,
+            "crop_px": image_px // 2,
+            "degradation": "blur",
+            "unet": _unet(32, None, patch_px=patch_px),
+            "diffusion": {"prediction": "x0", "loss_weighting": "min_snr"},
+            "sampler": {"method": "dpmpp_2m", "respacing": "", "num_steps": sampling_steps},
+        },
+        "train": _cpu_training(num_steps, 32, ema_decay=0.99),
+    }
