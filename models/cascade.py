@@ -209,8 +209,7 @@ class Cascade:
 
         def draw(part: slice) -> Tensor:
             noise = NoiseSource.from_seeds(seeds[part], f"upsampler-{number}")
-            condition = upsampler.encode_condition(pixels[part])
-            x = noise.normal_like(condition)
+            x, condition = upsampler.begin(pixels[part], noise)
 
             def denoise(x: Tensor, t: Tensor) -> Tensor:
                 return upsampler(x, t, condition)

@@ -270,6 +270,11 @@ class UpsamplerConfig:
     """Shape of the UNet; no attention."""
     degradation: Literal["blur", "bsr", "none"] = "blur"
     """Corruption of the small picture in training (section 2.1: blur for 64 -> 256, BSR for 256 -> 1024)."""
+    noise_level_max: float = 0.0
+    """Largest share of noise in the enlarged small picture in training, drawn per sample from 0 on and told to the
+    network in a further input channel (arXiv:2106.15282, section 3): 0 is the paper's upsampler, without either."""
+    noise_level: float = 0.0
+    """Share of noise in the enlarged small picture in sampling; at most ``noise_level_max``."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     """Noising of the picture."""
     sampler: SamplerConfig = field(
@@ -293,6 +298,11 @@ class UpsamplerConfig:
         )
         self.unet.require_fits(self.image_px)
         self.unet.require_fits(self.crop_px)
+        require(0 <= self.noise_level_max < 1, f"noise_level_max = {self.noise_level_max}: must be in [0, 1)")
+        require(
+            0 <= self.noise_level <= self.noise_level_max,
+            f"noise_level = {self.noise_level}: between 0 and noise_level_max = {self.noise_level_max}",
+        )
         _require_steps(self.sampler, self.diffusion)
         require(self.sampler.guidance_scale == 1.0, "sampler.guidance_scale: an upsampler is not guided; set 1.0")
 

@@ -173,8 +173,8 @@ class UpsamplerStage:
     def enter(self, picture: Picture) -> Chain:
         """See ``Stage``."""
         noise = NoiseSource.from_seeds([picture.seed], self.stream)
-        condition = self.upsampler.encode_condition(picture.pixels)
-        return Chain(start(noise.normal_like(condition), self.diffusion), condition, noise)
+        x, condition = self.upsampler.begin(picture.pixels, noise)
+        return Chain(start(x, self.diffusion), condition, noise)
 
     def denoiser(self, conditions: Sequence[Tensor]) -> Denoise:
         """See ``Stage``."""

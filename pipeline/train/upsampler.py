@@ -11,7 +11,7 @@ from models.low_res import spoilt_low_res
 from models.pixels import resize_crop, to_pixels
 from models.upsampler import Upsampler
 from pipeline.train.batches import Batch
-from pipeline.train.draws import diffusion_loss
+from pipeline.train.draws import diffusion_loss, draw_normal
 
 
 class UpsamplerObjective(nn.Module):
@@ -32,5 +32,12 @@ class UpsamplerObjective(nn.Module):
         pictures = resize_crop(to_pixels(batch.require_images()), config.image_px)
         x0 = random_crop(pictures, config.crop_px, generator, multiple_px=network.factor)
         low_res = spoilt_low_res(x0, config.crop_px // network.factor, config.degradation, generator)
-        condition = network.encode_condition(low_res)
+        condition = network.encode_condition(low_res, *self._level(x0, generator))
         return diffusion_loss(self._diffusion, lambda x, t: network(x, t, condition), x0, generator)
+
+    def _level(self, x0: Tensor, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
+        """The share of noise of each sample's condition, and that noise; None where there is none."""
+        largest = self.network.config.noise_level_max
+        if not largest:
+            return None, None
+        return torch.rand(len(x0), generator=generator).to(x0.device) * largest, draw_normal(x0, generator)

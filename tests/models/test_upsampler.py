@@ -7,6 +7,7 @@ import torch
 from tiny_models import UNET, randomise
 
 from models.config import UpsamplerConfig
+from models.noise import NoiseSource
 from models.upsampler import Upsampler
 
 CONFIG = UpsamplerConfig(image_px=32, low_res_px=16, crop_px=16, unet=replace(UNET, attention_resolutions=()))
@@ -44,3 +45,50 @@ def test_upsampler_reads_its_condition(upsampler: Upsampler) -> None:
 
 def test_upsampler_has_no_attention(upsampler: Upsampler) -> None:
     assert all(stage.attention is None for stage in [*upsampler.unet.down, *upsampler.unet.middle])
+
+
+@pytest.fixture
+def levelled() -> Upsampler:
+    torch.manual_seed(0)
+    model = Upsampler(replace(CONFIG, noise_level_max=0.5, noise_level=0.2)).eval()
+    randomise(model)
+    return model
+
+
+def test_condition_is_noised_to_the_level_of_each_sample_and_says_so(levelled: Upsampler) -> None:
+    low_res, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 3, 32, 32)
+    plain = levelled.encode_condition(low_res)
+    noised = levelled.encode_condition(low_res, torch.tensor([0.0, 0.4]), noise)
+    assert torch.equal(noised[0], plain[0])
+    torch.testing.assert_close(noised[1, :3], 0.84**0.5 * plain[1, :3] + 0.4 * noise[1])
+    assert (noised[:, 3] == torch.tensor([0.0, 0.4])[:, None, None]).all()
+
+
+def test_network_reads_the_level(levelled: Upsampler) -> None:
+    x, t, condition = torch.randn(1, 3, 32, 32), torch.tensor([500]), torch.zeros(1, 4, 32, 32)
+    told = condition.clone()
+    told[:, 3] = 0.4
+    assert (levelled(x, t, condition) - levelled(x, t, told)).abs().max() > 1e-3
+
+
+def test_sampling_begins_at_the_configured_level_from_each_seed(levelled: Upsampler, upsampler: Upsampler) -> None:
+    low_res = torch.rand(1, 3, 16, 16).expand(2, -1, -1, -1)
+    x, condition = levelled.begin(low_res, NoiseSource.from_seeds([1, 2]))
+    plain = levelled.encode_condition(low_res)
+    added = (condition[:, :3] - 0.96**0.5 * plain[:, :3]) / 0.2
+    assert (condition[:, 3] == 0.2).all()
+    torch.testing.assert_close(added, NoiseSource.from_seeds([1, 2]).normal((3, 32, 32)), rtol=0, atol=1e-5)
+    assert not torch.allclose(x, added)
+    x_alone, alone = levelled.begin(low_res[:1], NoiseSource.from_seeds([2]))
+    assert torch.equal(x_alone[0], x[1])
+    assert torch.equal(alone[0], condition[1])
+    x, condition = upsampler.begin(low_res, NoiseSource.from_seeds([1, 2]))  # off, the noise is x_T alone
+    assert torch.equal(x, NoiseSource.from_seeds([1, 2]).normal((3, 32, 32)))
+    assert torch.equal(condition, upsampler.encode_condition(low_res))
+
+
+def test_level_and_network_must_fit(upsampler: Upsampler) -> None:
+    with pytest.raises(ValueError, match="noise_level_max above 0"):
+        upsampler.encode_condition(torch.zeros(1, 3, 16, 16), torch.tensor([0.1]), torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ValueError, match=r"noise_level = 0\.3: between 0 and noise_level_max = 0\.2"):
+        replace(CONFIG, noise_level_max=0.2, noise_level=0.3)
