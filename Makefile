@@ -3,7 +3,10 @@ PYTHON ?= python3
 EXTRA ?= cpu
 BIN := .venv/bin
 # uv is several times faster than pip, and does not read pip's own setting for local wheels.
-INSTALL = $(BIN)/uv pip install --python $(BIN)/python -q $(foreach place,$(PIP_FIND_LINKS),--find-links $(place)) -c constraints.txt
+UV = $(BIN)/uv pip install --python $(BIN)/python -q $(foreach place,$(PIP_FIND_LINKS),--find-links $(place))
+INSTALL = $(UV) -c constraints.txt
+# Oracles whose own pins do not go with the project's; tests load them from a folder apart, without their dependencies.
+ORACLES = diffusers==0.37.1 k-diffusion==0.1.1.post1
 
 .PHONY: demo test lint docs clean setup
 
@@ -33,6 +36,7 @@ setup: .venv/.ready
 
 .venv/.dev: .venv/.ready
 	$(INSTALL) -e '.[$(EXTRA),dev]'
+	$(UV) --no-deps --target .venv/oracles $(ORACLES)
 	touch $@
 
 clean:

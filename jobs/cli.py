@@ -9,7 +9,7 @@ from typing import Annotated, cast
 
 import typer
 
-from jobs import cluster, data, edits, generate, inspect, start
+from jobs import cluster, data, edits, exchange, generate, inspect, start
 from pipeline.errors import UnclipError
 
 # Typer carries a click of its own, and shows only some of its exceptions; this is its base of all wrong usage.
@@ -30,11 +30,13 @@ for command in (
     *(start.init, start.run),
     *(inspect.plan, inspect.status, inspect.config),
     *(generate.sample, data.search, generate.evaluate, generate.serve),
+    exchange.export,
     *(cluster.submit, cluster.jobs, cluster.logs, cluster.stop),
     *(edits.reconstruct, edits.vary, edits.interpolate, edits.text_diff, edits.inpaint, edits.outpaint),
     *(edits.sdedit, edits.pca_reconstruct),
 ):
     app.command()(command)
+app.command("import")(exchange.import_)
 
 
 def _print_version(value: bool) -> None:

@@ -70,7 +70,9 @@ class SamplerConfig:
     guidance_scale: float = 1.0
     """Classifier-free guidance s in uncond + s (cond - uncond), dimensionless; 1 costs no second forward."""
     clip_x0: bool = True
-    """Clip the predicted clean sample to [-1, 1] at each step (right for pixels, not for embeddings)."""
+    """Clip the predicted clean sample to [-clip_range, clip_range] at each step."""
+    clip_range: float = 1.0
+    """Half width of that range: 1 for pixels; for scaled embeddings Karlo's 5, which bounds outliers alone."""
     dynamic_threshold_prob: float = 0.0
     """Quantile of |x0| for dynamic thresholding (arXiv:2205.11487, section 2.3: 0.995); 0 turns it off."""
 
@@ -80,6 +82,7 @@ class SamplerConfig:
             not self.respacing or self.num_steps == 27,
             f"respacing = {self.respacing!r} takes 27 steps: set num_steps = 27, not {self.num_steps}",
         )
+        require(self.clip_range > 0, f"clip_range = {self.clip_range}: must be positive")
         require(self.eta >= 0, f"eta = {self.eta}: must not be negative")
         require(self.guidance_scale >= 0, f"guidance_scale = {self.guidance_scale}: must not be negative")
         require_prob("dynamic_threshold_prob", self.dynamic_threshold_prob)
@@ -268,6 +271,9 @@ class UpsamplerConfig:
     """Side of the training crops of the large picture, in pixels (table 3: a quarter of ``image_px``)."""
     unet: UNetConfig = field(default_factory=lambda: UNetConfig(channels=96, attention_resolutions=()))
     """Shape of the UNet; no attention."""
+    rounded: bool = True
+    """Whether the small picture is rounded to 256 levels, and its enlargement clipped to [-1, 1], as if it came from
+    a file (GLIDE's sampling does the former). Off: as diffusers' pipeline and Karlo have it; see ``unclip export``."""
     degradation: Literal["blur", "bsr", "none"] = "blur"
     """Corruption of the small picture in training (section 2.1: blur for 64 -> 256, BSR for 256 -> 1024)."""
     noise_level_max: float = 0.0

@@ -72,6 +72,15 @@ def concat_decoder_conditions(parts: Sequence[DecoderCondition]) -> DecoderCondi
     return DecoderCondition(torch.cat([part.embedding for part in parts]), context, valid, known)
 
 
+def image_scale(dims: ClipDims) -> float:
+    """Factor that brings features of a z_image, of size 1 / sqrt(D), to about one: sqrt(D) to the nearest power of two.
+
+    A power of two, because diffusers' layout has no such factor: multiplied into the weights that read z_image
+    (models/export.py) it changes their exponents alone, and can be taken out again without a rounding error.
+    """
+    return 2.0 ** round(math.log2(dims.embed_dim) / 2)
+
+
 class Decoder(nn.Module):
     """A UNet on pictures of ``config.image_px``, conditioned on z_image and a caption."""
 
@@ -117,8 +126,7 @@ class Decoder(nn.Module):
         """
         if known is not None and not self.config.inpainting:
             raise ValueError("this decoder has no inpainting channels to read a known part with")
-        # Features of about unit size: a vector of length one has them at 1 / sqrt(D).
-        image = z_image * math.sqrt(self.dims.embed_dim)
+        image = z_image * image_scale(self.dims)
         if keep_image is not None:
             image = torch.where(keep_image[:, None], image, self.null_image.to(image.dtype))
         return self._encode(image, self.null_text.drop(text, keep_text), known)

@@ -11,15 +11,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def resize(image: Tensor, size_px: int) -> Tensor:
-    """Bicubic with antialiasing to (B, C, size_px, size_px), up or down.
+def bicubic(image: Tensor, size_px: int) -> Tensor:
+    """Bicubic with antialiasing to (B, C, size_px, size_px), up or down; edges overshoot [-1, 1].
 
     Antialiased also upwards, where it changes the kernel alone (a = -0.5, as Pillow): diffusers' ``UnCLIPPipeline``
-    does so, and a network must see the same kernel in training and sampling. Overshoot is clipped to [-1, 1].
+    does so, and a network must see the same kernel in training and sampling.
     """
     size = (size_px, size_px)
-    resized = F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False)
-    return resized.clamp(-1, 1)
+    return F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False)
+
+
+def resize(image: Tensor, size_px: int) -> Tensor:
+    """``bicubic`` with the overshoot clipped to [-1, 1]."""
+    return bicubic(image, size_px).clamp(-1, 1)
 
 
 def quantise_8bit(image: Tensor) -> Tensor:

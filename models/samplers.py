@@ -252,8 +252,8 @@ def make_step(config: SamplerConfig, noise: NoiseSource | None = None, *, x0_var
 def make_limit(config: SamplerConfig) -> Limit | None:
     """The limit on x0 that ``config`` asks for: dynamic thresholding before clipping, None for neither."""
     if config.dynamic_threshold_prob > 0:
-        return DynamicThreshold(config.dynamic_threshold_prob)
-    return ClipRange() if config.clip_x0 else None
+        return DynamicThreshold(config.dynamic_threshold_prob, config.clip_range)
+    return ClipRange(-config.clip_range, config.clip_range) if config.clip_x0 else None
 
 
 def _last(states: Iterator[SamplerState]) -> Tensor:

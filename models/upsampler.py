@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from models.config import UpsamplerConfig
-from models.degradation import augment_noise, quantise_8bit, resize
+from models.degradation import augment_noise, bicubic, quantise_8bit, resize
 from models.noise import NoiseSource
 from models.unet import UNet
 
@@ -42,7 +42,7 @@ class Upsampler(nn.Module):
     ) -> Float[Tensor, "B C H W"]:
         """The small picture, rounded to 256 levels and enlarged; computed once for all steps of a chain.
 
-        In training, spoil ``low_res`` first (models/degradation.py). Where ``noise_level_max`` is set, the result is
+        In training, spoil ``low_res`` first (models/low_res.py). Where ``noise_level_max`` is set, the result is
         noised to ``level``, and a fourth channel says so (a plane, as in arXiv:1710.04026).
 
         Args:
@@ -53,7 +53,11 @@ class Upsampler(nn.Module):
         Raises:
             ValueError: If a level is given without noise, or to an upsampler that was not built for it.
         """
-        enlarged = resize(quantise_8bit(low_res), low_res.shape[-1] * self.factor)
+        side_px = low_res.shape[-1] * self.factor
+        if self.config.rounded:
+            enlarged = resize(quantise_8bit(low_res), side_px)
+        else:
+            enlarged = bicubic(low_res.clamp(-1, 1), side_px)
         if level is not None and (noise is None or not self.takes_level):
             raise ValueError("a noise level needs noise, and an upsampler with noise_level_max above 0")
         if not self.takes_level:

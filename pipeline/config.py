@@ -130,7 +130,7 @@ class TrainConfig:
     """Optimisation of one network: what changes its weights."""
 
     num_steps: int = 1000
-    """Optimizer steps."""
+    """Optimizer steps; 0 takes the weights of ``init_from`` as they are."""
     batch_size: int = 64
     """Global batch, over all workers, in samples."""
     learning_rate: float = 1e-4
@@ -155,7 +155,9 @@ class TrainConfig:
     """Arithmetic of the forward pass; weights, loss and optimizer stay float32."""
 
     def __post_init__(self) -> None:
-        _positive(num_steps=self.num_steps, batch_size=self.batch_size, learning_rate=self.learning_rate)
+        _positive(batch_size=self.batch_size, learning_rate=self.learning_rate)
+        if self.num_steps < 0:
+            raise ValueError(f"num_steps must not be negative, got {self.num_steps}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if self.warmup_steps < 0 or self.warmup_steps > self.num_steps:
@@ -187,6 +189,11 @@ class TrainResources:
         _positive(num_checkpoints=self.num_checkpoints)
 
 
+def _require_start(train: TrainConfig, init_from: str) -> None:
+    if train.num_steps == 0 and not init_from:
+        raise ValueError("train.num_steps is 0, which needs init_from: random weights draw nothing")
+
+
 @configclass
 class ClipStepConfig:
     """The frozen CLIP: trained here on the shards, or taken as it is."""
@@ -203,6 +210,10 @@ class ClipStepConfig:
     """train: its optimisation."""
     resources: TrainResources = TrainResources()
     """train: its workers."""
+
+    def __post_init__(self) -> None:
+        if self.source == "train" and self.train.num_steps == 0:
+            raise ValueError("train.num_steps is 0: random weights tell nothing apart; set source = 'pretrained'")
 
 
 @configclass
@@ -240,10 +251,16 @@ class PriorStepConfig:
 
     model: PriorConfig = PriorConfig()
     """The network, its diffusion and its sampler."""
+    init_from: str = ""
+    """Folder of a trained network (config.json, model.safetensors) to start from, of the same shape: from `unclip
+    import`, or another run's artifact. Empty: random weights."""
     train: TrainConfig = TrainConfig()
     """Its optimisation."""
     resources: TrainResources = TrainResources()
     """Its workers."""
+
+    def __post_init__(self) -> None:
+        _require_start(self.train, self.init_from)
 
 
 @configclass
@@ -252,10 +269,16 @@ class DecoderStepConfig:
 
     model: DecoderConfig = DecoderConfig()
     """The network, its diffusion and its sampler."""
+    init_from: str = ""
+    """Folder of a trained network (config.json, model.safetensors) to start from, of the same shape: from `unclip
+    import`, or another run's artifact. Empty: random weights."""
     train: TrainConfig = TrainConfig()
     """Its optimisation."""
     resources: TrainResources = TrainResources()
     """Its workers."""
+
+    def __post_init__(self) -> None:
+        _require_start(self.train, self.init_from)
 
 
 @configclass
@@ -264,10 +287,16 @@ class UpsamplerStepConfig:
 
     model: UpsamplerConfig = UpsamplerConfig()
     """The network, its diffusion and its sampler."""
+    init_from: str = ""
+    """Folder of a trained network (config.json, model.safetensors) to start from, of the same shape: from `unclip
+    import`, or another run's artifact. Empty: random weights."""
     train: TrainConfig = TrainConfig()
     """Its optimisation."""
     resources: TrainResources = TrainResources()
     """Its workers."""
+
+    def __post_init__(self) -> None:
+        _require_start(self.train, self.init_from)
 
 
 @configclass

@@ -152,7 +152,8 @@ def _local_inputs(name: str, tables: Json) -> Json:
         "evaluate": {"prompts_path": "content", "features_path": "features_content"},
     }
     found: Json = {}
-    for field, content in named.get(name, {}).items():
+    fields = named.get(name, {"init_from": "content"})
+    for field, content in fields.items():
         path = tables.get(field, "")
         if not path or "://" in path:
             continue

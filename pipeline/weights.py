@@ -92,6 +92,35 @@ def load_network(artifact: Artifact, device: torch.device | str = "cpu") -> Netw
     return network.to(device).eval().requires_grad_(requires_grad=False)
 
 
+def load_initial(network: Network, folder: str) -> None:
+    """Give a new network the weights of ``folder``, an artifact or one that ``unclip import`` wrote.
+
+    Raises:
+        DataError: If they are not there, or of a network of another kind, shape, schedule or prediction.
+    """
+    found = load_network(Artifact(folder))
+    ours, theirs = network.state_dict(), found.state_dict()
+    differs = sorted(name for name in ours.keys() | theirs.keys() if _shape(ours, name) != _shape(theirs, name))
+    if differs:
+        raise DataError(
+            f"init_from {folder}: a {type(found).__name__} of another shape: {differs[0]} is "
+            f"{_shape(theirs, differs[0])} there and {_shape(ours, differs[0])} in the recipe; "
+            f"take `model` from {folder}/{CONFIG}"
+        )
+    process, their_process = network.config.diffusion, found.config.diffusion
+    for name in ("schedule", "prediction", "num_timesteps"):
+        if getattr(process, name) != getattr(their_process, name):
+            raise DataError(
+                f"init_from {folder}: was trained with diffusion.{name} = {getattr(their_process, name)!r}, "
+                f"the recipe says {getattr(process, name)!r}"
+            )
+    network.load_state_dict(theirs)
+
+
+def _shape(state: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(state[name].shape) if name in state else None
+
+
 def save_clip_artifact(artifact: Artifact, clip: OpenClip) -> None:
     """Write CLIP in open_clip's ``local-dir:`` layout, the configuration last."""
     with tempfile.TemporaryDirectory(prefix="unclip-") as name:

@@ -26,7 +26,7 @@ from pipeline.train.decoder import DecoderObjective
 from pipeline.train.prior import PriorObjective
 from pipeline.train.shards import ShardReader
 from pipeline.train.upsampler import UpsamplerObjective
-from pipeline.weights import build_network, load_clip_artifact, save_clip_artifact, save_network
+from pipeline.weights import Network, build_network, load_clip_artifact, load_initial, save_clip_artifact, save_network
 
 CAPTION_TABLE_BYTES = 512 << 20
 """Encodings of all captions are kept when they take no more than this."""
@@ -106,7 +106,7 @@ def _assemble_clip(job: TrainJob) -> Parts:
 def _assemble_prior(job: TrainJob) -> Parts:
     clip = load_clip_artifact(job.inputs["clip"], job.device)
     config = job.recipe.prior.model
-    network = build_network(config, clip.dims)
+    network = _start(build_network(config, clip.dims), job.recipe.prior.init_from)
     assert isinstance(network, Prior)
     network.null_text.set(clip.encode_text([""]))
     train, validation = _samples(job, embeddings=True)
@@ -128,7 +128,7 @@ def _assemble_prior(job: TrainJob) -> Parts:
 def _assemble_decoder(job: TrainJob) -> Parts:
     clip = load_clip_artifact(job.inputs["clip"], job.device)
     config = job.recipe.decoder.model
-    network = build_network(config, clip.dims)
+    network = _start(build_network(config, clip.dims), job.recipe.decoder.init_from)
     assert isinstance(network, Decoder)
     network.null_text.set(clip.encode_text([""]))
     train, validation = _samples(job, image_px=config.image_px, embeddings=True)
@@ -148,7 +148,7 @@ def _assemble_upsampler(job: TrainJob) -> Parts:
     section = job.recipe.upsampler_1 if job.name == "upsampler_1" else job.recipe.upsampler_2
     assert section is not None
     config = section.model
-    network = build_network(config, ClipDims())
+    network = _start(build_network(config, ClipDims()), section.init_from)
     train, validation = _samples(job, image_px=config.image_px)
 
     def publish(trained: nn.Module) -> None:
@@ -159,6 +159,12 @@ def _assemble_upsampler(job: TrainJob) -> Parts:
         return UpsamplerObjective(network)
 
     return Parts(_channels_last(network), objective, train, validation, publish)
+
+
+def _start(network: Network, init_from: str) -> Network:
+    if init_from:
+        load_initial(network, init_from)
+    return network
 
 
 def _channels_last(network: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from tests.tiny import ROOT, free_port, tiny_recipe
 
 COMMANDS = [
     *("init", "run", "plan", "status", "config", "sample", "search", "evaluate", "serve"),
-    *("submit", "jobs", "logs", "stop"),
+    *("export", "import", "submit", "jobs", "logs", "stop"),
 ]
 
 
@@ -53,6 +53,8 @@ def test_version_is_the_package_version() -> None:
         (["sample", "configs/demo.toml", "--prompts", "none.txt"], 2, ["none.txt"]),
         (["search", "configs/demo.toml"], 2, ["--image"]),
         (["init", "none.csv"], 2, ["none.csv"]),
+        (["export", "configs/demo.toml"], 2, ["--diffusers", "--native"]),
+        (["import", "none", "--out", "none"], 3, ["none/model_index.json"]),
         (["submit", "configs/demo.toml", "--address", "http://127.0.0.1:1"], 4, ["127.0.0.1:1"]),
         (["jobs", "--address", "http://127.0.0.1:1"], 4, ["127.0.0.1:1"]),
     ],

@@ -36,6 +36,14 @@ def test_upsampler_condition_is_what_a_file_would_hold(upsampler: Upsampler) -> 
     assert torch.equal(upsampler.encode_condition(low_res), upsampler.encode_condition(stored))
 
 
+def test_upsampler_condition_that_is_not_rounded_is_plain_bicubic() -> None:
+    upsampler = Upsampler(replace(CONFIG, rounded=False))
+    low_res = torch.rand(1, 3, 16, 16) * 2 - 1
+    plain = torch.nn.functional.interpolate(low_res, size=(32, 32), mode="bicubic", antialias=True)
+    assert torch.equal(upsampler.encode_condition(low_res), plain)
+    assert plain.abs().max() > 1  # it overshoots, and that is kept
+
+
 def test_upsampler_reads_its_condition(upsampler: Upsampler) -> None:
     x, t = torch.randn(1, 3, 32, 32), torch.tensor([500])
     one = upsampler.encode_condition(torch.full((1, 3, 16, 16), -0.5))

@@ -1,0 +1,56 @@
+"""``unclip export`` and ``unclip import``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.options import Overrides, RecipePath
+from pipeline.errors import ConfigError
+from pipeline.recipe import load_recipe
+
+
+def export(
+    recipe: RecipePath,
+    diffusers: Annotated[str, typer.Option("--diffusers", help="Folder for diffusers' UnCLIPPipeline.")] = "",
+    native: Annotated[str, typer.Option("--native", help="Folder for every network in our own layout.")] = "",
+    overrides: Overrides = None,
+) -> None:
+    """Write the trained cascade for other programs: as diffusers' UnCLIPPipeline, or as safetensors with JSON.
+
+    Example: unclip export my.toml --diffusers my-unclip
+    """
+    if bool(diffusers) == bool(native):
+        raise ConfigError("export: give either --diffusers DIR or --native DIR")
+    resolved = load_recipe(recipe, overrides or [])
+
+    from models.clip import FrozenClip
+    from pipeline.evaluate.sample import cascade_artifacts
+    from pipeline.export import export_diffusers, export_native
+    from pipeline.weights import load_cascade
+
+    artifacts = cascade_artifacts(resolved)
+    if native:
+        export_native(artifacts, Path(native))
+        typer.echo(f"{', '.join(artifacts)} in {native}")
+        return
+    cascade = load_cascade(artifacts)
+    assert isinstance(cascade.clip, FrozenClip)
+    for note in export_diffusers(cascade, cascade.clip, Path(diffusers)):
+        typer.echo(f"note: {note}")
+    typer.echo(f"diffusers' UnCLIPPipeline loads {diffusers}")
+
+
+def import_(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder in the layout of UnCLIPPipeline.")],
+    out: Annotated[str, typer.Option("--out", help="Folder for the networks and a recipe that starts from them.")],
+) -> None:
+    """Take over networks in diffusers' layout (Karlo's public weights are) to fine-tune or to serve.
+
+    Example: unclip import karlo-v1-alpha --out karlo
+    """
+    from pipeline.export import import_diffusers
+
+    for note in import_diffusers(Path(folder), Path(out)):
+        typer.echo(f"note: {note}")
+    typer.echo(f"networks in {out}; fill in [pairs] of {Path(out) / 'recipe.toml'}, then: unclip run {out}/recipe.toml")

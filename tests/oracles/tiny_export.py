@@ -1,0 +1,93 @@
+"""A tiny cascade that diffusers' layout can hold, random throughout."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.cascade import Cascade
+from models.clip import FrozenClip, create_clip
+from models.config import (
+    ClipConfig,
+    DecoderConfig,
+    DiffusionConfig,
+    PriorConfig,
+    SamplerConfig,
+    UNetConfig,
+    UpsamplerConfig,
+)
+from models.decoder import Decoder
+from models.prior import Prior
+from models.upsampler import Upsampler
+from pipeline.store import Artifact
+from pipeline.weights import save_clip_artifact, save_network
+
+CLIP = ClipConfig(
+    embed_dim=16, image_px=32, vision_width=8, text_width=16, text_heads=2, text_layers=2, context_length=24
+)
+UNET = UNetConfig(
+    channels=8,
+    channel_mults=(1, 2, 3),
+    num_res_blocks=2,
+    attention_resolutions=(8, 4),
+    head_channels=4,
+    norm_groups=4,
+    dropout=0.1,
+)
+PRIOR = PriorConfig(
+    width=32,
+    depth=2,
+    num_heads=4,
+    num_candidates=1,
+    sampler=SamplerConfig(num_steps=6, guidance_scale=3.0, clip_x0=True, clip_range=5.0),
+)
+DECODER = DecoderConfig(
+    image_px=16,
+    unet=UNET,
+    context_width=20,
+    diffusion=DiffusionConfig(variance="learned_range"),
+    sampler=SamplerConfig(num_steps=7, guidance_scale=2.0),
+)
+UPSAMPLER = UpsamplerConfig(
+    image_px=32,
+    low_res_px=16,
+    crop_px=16,
+    rounded=False,
+    unet=replace(UNET, attention_resolutions=(), time_norm="add"),
+    sampler=SamplerConfig(num_steps=5),
+)
+
+
+def randomise(network: torch.nn.Module) -> None:
+    """Random weights in place of those that start at zero, small, so that rounding errors do not grow."""
+    for name, parameter in network.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, std=0.03)
+
+
+def make_cascade(upsampler: UpsamplerConfig = UPSAMPLER, **clip_changes: Any) -> Cascade:
+    """A cascade of one upsampler; the same arguments give the same weights."""
+    torch.manual_seed(0)
+    clip = FrozenClip(create_clip(replace(CLIP, **clip_changes)))
+    prior, decoder = Prior(PRIOR, clip.dims), Decoder(DECODER, clip.dims)
+    for network in (prior, decoder):
+        randomise(network)
+        network.null_text.set(clip.encode_text([""]))
+    last = Upsampler(upsampler)
+    randomise(last)
+    return Cascade(clip, prior, decoder, [last])
+
+
+def save_cascade(cascade: Cascade, folder: Path) -> dict[str, Artifact]:
+    """Write our own layout, one folder a network."""
+    assert isinstance(cascade.clip, FrozenClip)
+    names = ("clip", "prior", "decoder", *(f"upsampler_{i + 1}" for i in range(len(cascade.upsamplers))))
+    artifacts = {name: Artifact(str(folder / name)) for name in names}
+    save_clip_artifact(artifacts["clip"], cascade.clip.clip)
+    dims = cascade.clip.dims
+    save_network(artifacts["prior"], "prior", cascade.prior.config, dims, cascade.prior.state_dict())
+    save_network(artifacts["decoder"], "decoder", cascade.decoder.config, dims, cascade.decoder.state_dict())
+    for number, network in enumerate(cascade.upsamplers, start=1):
+        save_network(artifacts[f"upsampler_{number}"], "upsampler", network.config, None, network.state_dict())
+    return artifacts
