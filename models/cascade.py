@@ -75,7 +75,7 @@ class StageStep(NamedTuple):
     """One step of one stage, for whoever watches a picture come."""
 
     stage: str
-    """prior, decoder, upsampler_1, upsampler_2."""
+    """prior, decoder, upsampler_1, upsampler_2; inversion in an edit."""
     done: int
     """Steps taken, by this many items at a time."""
     total: int

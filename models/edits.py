@@ -25,7 +25,7 @@ from models.inpainting import PartlyKnown, known_planes, replacing
 from models.noise import NoiseSource
 from models.pixels import resize_crop, to_pixels, to_uint8
 from models.sampler_steps import Step, ddim_step
-from models.samplers import invert_ddim, iterate_steps, make_limit
+from models.samplers import iterate_inversion, iterate_steps, make_limit
 from models.schedules import strided_timesteps
 
 _PARALLEL = 1e-6
@@ -143,14 +143,11 @@ class Editor:
 
         def invert(part: slice) -> Tensor:
             denoise = self._denoiser(z_image[part], Walk(guidance_scale=self.settings.latent_guidance), part)
-            return invert_ddim(
-                denoise,
-                x0[part],
-                self._diffusion,
-                self.timesteps,
-                num_refinements=self.settings.num_refinements,
-                limit=self._limit,
+            refinements = self.settings.num_refinements
+            states = iterate_inversion(
+                denoise, x0[part], self._diffusion, self.timesteps, num_refinements=refinements, limit=self._limit
             )
+            return run_stage("inversion", states, len(self.timesteps), self._watch)
 
         return Latents(z_image, in_parts(invert, len(x0), self._cascade_settings.micro_batch))
 

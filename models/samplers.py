@@ -5,10 +5,9 @@ conditioned network (models/guidance.py wraps guidance around it); ``timesteps``
 for pure noise (models/schedules.py makes lists), and the step after its last one goes to the clean sample.
 
     sample_ddpm, sample_analytic, sample_ddim, sample_dpmpp_2m, sample_heun    the samplers
-    invert_ddim                                                               from a sample back to its noise
-    sample, iterate                                                           the one that a SamplerConfig
-    names iterate_steps                                                             any step of
-    models/sampler_steps.py, with previews
+    invert_ddim, iterate_inversion                                            from a sample back to its noise
+    sample, iterate                                                           the one that a SamplerConfig names
+    iterate_steps                                                             any step of sampler_steps.py
 
 The steps themselves take one timestep per item, for a server that batches requests at different steps.
 """
@@ -146,7 +145,21 @@ def invert_ddim(
     num_refinements: int = 0,
     limit: Limit | None = None,
 ) -> Tensor:
-    """The x_T from which ``sample_ddim`` with the same timesteps draws ``x0``, (B, C, ...).
+    """The x_T from which ``sample_ddim`` with the same timesteps draws ``x0``, (B, C, ...): ``iterate_inversion``."""
+    states = iterate_inversion(denoise, x0, diffusion, timesteps, num_refinements=num_refinements, limit=limit)
+    return _last(states)
+
+
+def iterate_inversion(
+    denoise: Denoise,
+    x0: Tensor,
+    diffusion: Diffusion,
+    timesteps: Sequence[int],
+    *,
+    num_refinements: int = 0,
+    limit: Limit | None = None,
+) -> Iterator[SamplerState]:
+    """Walk DDIM backwards and yield the state after each step; the last ``x`` is x_T.
 
     Args:
         denoise: The network, conditioned as it will be for sampling.
@@ -160,20 +173,12 @@ def invert_ddim(
         ValueError: If the timesteps are not strictly decreasing within the chain.
     """
     _require_decreasing(timesteps, diffusion)
+    step = partial(ddim_invert_step, num_refinements=num_refinements, limit=limit)
     state = start(x0, diffusion)
-    ascending = (-1, *reversed(timesteps))
-    for t, t_next in pairwise(ascending):
+    for t, t_next in pairwise((-1, *reversed(timesteps))):
         with torch.no_grad():
-            state = ddim_invert_step(
-                denoise,
-                state,
-                _filled(t, x0),
-                _filled(t_next, x0),
-                diffusion,
-                num_refinements=num_refinements,
-                limit=limit,
-            )
-    return state.x
+            state = step(denoise, state, _filled(t, x0), _filled(t_next, x0), diffusion)
+        yield state
 
 
 def sample(

@@ -212,8 +212,10 @@ def test_sdedit_returns_the_picture_at_strength_0_and_forgets_it_at_1(editor: Ed
 def test_editor_reports_every_step() -> None:
     steps: list[StageStep] = []
     editor = Editor(make_cascade(), SETTINGS, steps.append)
+    editor.encode(picture(0))
     editor.inpaint(half(picture(0)), "abcd", [1])
     assert [(step.stage, step.done, step.total) for step in steps] == [
+        *(("inversion", done, 20) for done in range(1, 21)),
         *(("prior", done, 2) for done in (1, 2)),
         *(("decoder", done, 20) for done in range(1, 21)),
         *(("upsampler_1", done, 2) for done in (1, 2)),
