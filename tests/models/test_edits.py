@@ -18,7 +18,7 @@ from models.pixels import resize_crop, to_pixels, to_uint8
 from models.prior import Prior
 from models.upsampler import Upsampler
 
-SETTINGS = EditSettings(num_steps=20, num_refinements=4)
+SETTINGS = EditSettings(num_steps=12, num_refinements=4)
 
 
 class Captions:
@@ -215,9 +215,9 @@ def test_editor_reports_every_step() -> None:
     editor.encode(picture(0))
     editor.inpaint(half(picture(0)), "abcd", [1])
     assert [(step.stage, step.done, step.total) for step in steps] == [
-        *(("inversion", done, 20) for done in range(1, 21)),
+        *(("inversion", done, 12) for done in range(1, 13)),
         *(("prior", done, 2) for done in (1, 2)),
-        *(("decoder", done, 20) for done in range(1, 21)),
+        *(("decoder", done, 12) for done in range(1, 13)),
         *(("upsampler_1", done, 2) for done in (1, 2)),
     ]
     assert steps[-1].x0.shape == (1, 3, 16, 16)
