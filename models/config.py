@@ -281,6 +281,9 @@ class UpsamplerConfig:
     network in a further input channel (arXiv:2106.15282, section 3): 0 is the paper's upsampler, without either."""
     noise_level: float = 0.0
     """Share of noise in the enlarged small picture in sampling; at most ``noise_level_max``."""
+    residual: bool = False
+    """Whether the network predicts what the enlarged small picture lacks, instead of the large picture (with
+    ``diffusion.prediction`` x0 alone): off is the paper's; on, a small network starts from bicubic enlargement."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     """Noising of the picture."""
     sampler: SamplerConfig = field(
@@ -308,6 +311,10 @@ class UpsamplerConfig:
         require(
             0 <= self.noise_level <= self.noise_level_max,
             f"noise_level = {self.noise_level}: between 0 and noise_level_max = {self.noise_level_max}",
+        )
+        require(
+            not self.residual or self.diffusion.prediction == "x0",
+            f"residual = true needs diffusion.prediction = 'x0', not {self.diffusion.prediction!r}",
         )
         _require_steps(self.sampler, self.diffusion)
         require(self.sampler.guidance_scale == 1.0, "sampler.guidance_scale: an upsampler is not guided; set 1.0")

@@ -83,4 +83,8 @@ class Upsampler(nn.Module):
         self, x: Float[Tensor, "B 3 H W"], t: Int[Tensor, " B"], condition: Float[Tensor, "B C H W"]
     ) -> Float[Tensor, "B O H W"]:
         """The network's output at noised pictures ``x``: O is 3, or 6 where the variance is learned."""
-        return self.unet(torch.cat([x, condition.to(x.dtype)], dim=1), t)
+        condition = condition.to(x.dtype)
+        out = self.unet(torch.cat([x, condition], dim=1), t)
+        if not self.config.residual:
+            return out
+        return torch.cat([out[:, :NUM_COLOURS] + condition[:, :NUM_COLOURS], out[:, NUM_COLOURS:]], dim=1)

@@ -133,8 +133,11 @@ class TrainConfig:
     """Optimizer steps; 0 takes the weights of ``init_from`` as they are."""
     batch_size: int = 64
     """Global batch, over all workers, in samples."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw (the paper's), or muon for the kernels and matrices inside the network and adamw for the rest: fewer steps
+    for a small network, a little more work a step."""
     learning_rate: float = 1e-4
-    """Peak rate of AdamW."""
+    """Peak rate; an update of muon is about as large as one of adamw at the same rate."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """constant, or half a cosine down to zero over num_steps."""
     warmup_steps: int = 0

@@ -58,7 +58,7 @@ class _Spec:
 
 
 _SPECS = (
-    _Spec("pairs", 1, (), lambda r: r.pairs),
+    _Spec("pairs", 2, (), lambda r: r.pairs),
     _Spec("download", 1, ("pairs",), lambda r: r.download, seeded=False),
     _Spec("clip", 1, ("download",), lambda r: r.clip),
     _Spec("embed", 1, ("download", "clip"), lambda r: r.embed, seeded=False),

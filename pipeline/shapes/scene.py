@@ -29,9 +29,9 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "cyan": (130, 218, 226),
 }
 """Backgrounds, sRGB 0-255; the two that have a hue are pale, so that no object is mistaken for them."""
-RADIUS: dict[str, float] = {"small": 0.14, "medium": 0.185, "large": 0.23}
+RADIUS: dict[str, float] = {"small": 0.135, "medium": 0.17, "large": 0.21}
 """Half the extent of an object beside another; two large ones just fit side by side."""
-ALONE = 1.3
+ALONE = 1.4
 """An object alone in its picture is this much larger: sizes are relative to the room there is."""
 RELATIONS: dict[str, tuple[int, int]] = {
     "to the left of": (-1, 0),
@@ -43,7 +43,7 @@ RELATIONS: dict[str, tuple[int, int]] = {
 
 TWO_OBJECTS_PROB = 0.5
 _MARGIN = 0.02  # no object comes nearer to the border
-_GAP = 0.04  # nor nearer to the other object
+_GAP = 0.08  # nor nearer to the other object: a pixel and more at 16 px, where the decoder draws
 _ACROSS = 0.04  # largest shift across the direction of the relation, of each object
 _WANDER = 0.05  # largest shift of a single object from the middle
 

@@ -97,7 +97,7 @@ def make_step(objective: nn.Module, config: TrainConfig, *, seed: int, rank: int
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Rate of AdamW in step ``step`` (0-based): a linear rise, then constant or half a cosine down to zero."""
+    """Rate in step ``step`` (0-based): a linear rise, then constant or half a cosine down to zero."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.lr_schedule == "constant":

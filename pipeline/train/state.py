@@ -19,6 +19,7 @@ from models.ema import create_average
 from pipeline.config import TrainConfig
 from pipeline.errors import ResumeError
 from pipeline.store import LIVE, Artifact
+from pipeline.train.muon import Muon, kernels_of
 
 FORMAT = "unclip-checkpoint-1"
 CHECKPOINTS = f"{LIVE}checkpoints/"
@@ -32,7 +33,8 @@ class TrainState:
     """The network in training, float32."""
     ema: nn.Module
     """Its moving average: what is saved and sampled from."""
-    optimizer: torch.optim.AdamW
+    optimizer: Muon
+    """AdamW, or Muon for the kernels and AdamW for the rest."""
     step: int = 0
     """Optimizer steps done."""
     loss_sum: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
@@ -48,11 +50,15 @@ def create_state(network: nn.Module, config: TrainConfig, device: torch.device) 
     network.to(device)
     ema = create_average(network)
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    kernels = kernels_of(network) if config.optimizer == "muon" else []
+    known = set(kernels)
+    others = [parameter for parameter in parameters if parameter not in known]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": kernels, "weight_decay": config.weight_decay, "muon": True},
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay, "muon": False},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, "muon": False},
     ]
-    optimizer = torch.optim.AdamW(
+    optimizer = Muon(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
@@ -155,10 +161,12 @@ def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
 def _load_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
     state.optimizer.state.clear()
     for parameter, name in _names(state).items():
+        keys = [key for key in ("exp_avg", "exp_avg_sq", "momentum") if f"{name}.{key}" in tensors]
+        # The fused kernel walks parameter and moments in memory order: they must have the same one.
+        kept = {key: torch.empty_like(parameter).detach() for key in keys}
+        for key, moment in kept.items():
+            moment.copy_(tensors[f"{name}.{key}"])
         if f"{name}.step" in tensors:
-            # The fused kernel walks parameter and moments in memory order: they must have the same one.
-            moments = {key: torch.empty_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-            for key, moment in moments.items():
-                moment.detach().copy_(tensors[f"{name}.{key}"])
-            steps = tensors[f"{name}.step"].to(parameter.device, copy=True)
-            state.optimizer.state[parameter] = {"step": steps} | {k: m.detach() for k, m in moments.items()}
+            kept["step"] = tensors[f"{name}.step"].to(parameter.device, copy=True)
+        if kept:
+            state.optimizer.state[parameter] = kept

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import UNET, randomise
 
-from models.config import UpsamplerConfig
+from models.config import DiffusionConfig, UpsamplerConfig
 from models.noise import NoiseSource
 from models.upsampler import Upsampler
 
@@ -100,3 +100,23 @@ def test_level_and_network_must_fit(upsampler: Upsampler) -> None:
         upsampler.encode_condition(torch.zeros(1, 3, 16, 16), torch.tensor([0.1]), torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match=r"noise_level = 0\.3: between 0 and noise_level_max = 0\.2"):
         replace(CONFIG, noise_level_max=0.2, noise_level=0.3)
+
+
+def test_residual_upsampler_starts_from_enlargement() -> None:
+    torch.manual_seed(0)
+    config = replace(CONFIG, residual=True, diffusion=DiffusionConfig(prediction="x0"))
+    model = Upsampler(config).eval()
+    condition = model.encode_condition(torch.rand(2, 3, 16, 16) * 2 - 1)
+    x, t = torch.randn(2, 3, 32, 32), torch.tensor([0, 5])
+    assert torch.equal(model(x, t, condition), condition)  # its last layer starts at zero
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.05)
+        plain = Upsampler(replace(config, residual=False)).eval()
+        plain.load_state_dict(model.state_dict())
+        assert torch.allclose(model(x, t, condition), plain(x, t, condition) + condition)
+
+
+def test_residual_is_refused_where_the_network_does_not_predict_the_picture() -> None:
+    with pytest.raises(ValueError, match=r"residual = true needs diffusion\.prediction = 'x0', not 'eps'"):
+        replace(CONFIG, residual=True)

@@ -1,5 +1,6 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ class _Regression(nn.Module):
 
     def __init__(self, *, dropout: float = 0.5, noise: float = 1.0) -> None:
         super().__init__()
-        self.network = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Dropout(dropout), nn.Linear(8, 1))
+        hidden = [nn.Linear(3, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Dropout(dropout), nn.Linear(32, 1)]
+        self.network = nn.Sequential(*hidden)
         self.noise = noise
 
     def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
@@ -62,9 +64,18 @@ def _same(one: nn.Module, two: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, precision: str) -> None:
-    config = TrainConfig(num_steps=10, precision=precision, lr_schedule="cosine", warmup_steps=3, weight_decay=0.1)  # pyright: ignore[reportArgumentType]
+@pytest.mark.parametrize(("optimizer", "precision"), [("adamw", "float32"), ("adamw", "bfloat16"), ("muon", "float32")])
+def test_resumed_training_equals_an_uninterrupted_one(
+    tmp_path: Path, optimizer: Literal["adamw", "muon"], precision: Literal["float32", "bfloat16"]
+) -> None:
+    config = TrainConfig(
+        num_steps=10,
+        optimizer=optimizer,
+        precision=precision,
+        lr_schedule="cosine",
+        warmup_steps=3,
+        weight_decay=0.1,
+    )
     whole, step = _start(config)
     artifact = Artifact(str(tmp_path))
     _run(whole, step, config, lambda state: save_checkpoint(state, artifact, "key", 2))
@@ -119,8 +130,9 @@ def test_checkpoint_keeps_the_memory_order_of_kernels(tmp_path: Path) -> None:
     assert loaded.stride() == network.weight.stride()
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change() -> None:
-    config = TrainConfig(num_steps=10, learning_rate=0.1)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(optimizer: Literal["adamw", "muon"]) -> None:
+    config = TrainConfig(num_steps=10, learning_rate=0.1, optimizer=optimizer)
     state, step = _start(config)
     before: dict[int, nn.Module] = {}
 
