@@ -117,6 +117,12 @@ def _held_out() -> HeldOut:
         )
         for (i, colour), step, turn in product(enumerate(colours), (1, 2, 3), (0, 1))
     ]
+    # One pair in seven has one colour twice, as when two colours are drawn.
+    pairs += [
+        ((colour, SHAPES[i % len(SHAPES)]), (colour, SHAPES[(2 * i + 1) % len(SHAPES)]))
+        for i, colour in enumerate(colours)
+        if i % len(SHAPES) != (2 * i + 1) % len(SHAPES)
+    ]
     return HeldOut(
         objects=objects,
         settings=tuple(setting for setting in settings if setting[:2] not in objects),

