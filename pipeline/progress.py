@@ -28,6 +28,11 @@ class ProgressState:
     """Seconds since the epoch."""
 
     @property
+    def has_begun(self) -> bool:
+        """Whether the step has its CPUs or GPUs and works: only then it counts something."""
+        return bool(self.unit)
+
+    @property
     def text(self) -> str:
         """One line for people: how far, how fast, how long still."""
         if not self.unit:

@@ -42,6 +42,7 @@ _PACKAGES = ("unclip", "torch", "open_clip_torch", "ray", "pyarrow", "img2datase
 _POLL_S = 0.5
 _CONNECT_TIMEOUT_S = 5.0
 _STEP_RETRIES = 2
+_HEAD_START_S = 20.0
 
 
 class Observer(Protocol):
@@ -96,6 +97,8 @@ def _run_steps(
     try:
         while waiting or running:
             for step in [step for step in waiting if set(step.inputs) <= done]:
+                if any(_may_still_be_first(context) for context in running.values()):
+                    break
                 waiting.remove(step)
                 context = StepContext(recipe, step, workspace.root)
                 context.output.clear_temporaries()
@@ -119,6 +122,13 @@ def _run_steps(
             ray.cancel(reference, force=True)
             tracking.failed(context)
         raise
+
+
+def _may_still_be_first(context: StepContext) -> bool:
+    """Whether a step has not got its CPUs or GPUs yet, and not long ago asked: Ray places in no order of its own, and
+    a short step that is placed before the longest would make the whole run longer."""
+    state = read_progress(context.output)
+    return state is not None and not state.has_begun and time.time() - state.updated < _HEAD_START_S
 
 
 @ray.remote(num_cpus=0, max_retries=_STEP_RETRIES)

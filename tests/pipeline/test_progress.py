@@ -62,3 +62,16 @@ def test_progress_writes_at_its_own_pace_and_at_the_end(tmp_path: Path) -> None:
 )
 def test_progress_reads_well(state: ProgressState, text: str) -> None:
     assert state.text == text
+
+
+def test_progress_has_begun_when_it_counts_something(tmp_path: Path) -> None:
+    artifact = Artifact(str(tmp_path))
+    progress = Progress(artifact, waits=True)
+    progress.update(0, 1, "", "waiting for 1 x 1 CPU", force=True)
+    state = read_progress(artifact)
+    assert state is not None
+    assert not state.has_begun
+    progress.update(0, 500, "steps", "training", force=True)
+    state = read_progress(artifact)
+    assert state is not None
+    assert state.has_begun
