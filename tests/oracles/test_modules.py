@@ -1,0 +1,123 @@
+"""Networks against diffusers' modules with the same weights: outputs and gradients."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import PriorTransformer, UNet2DConditionModel, UNet2DModel
+from tiny_models import make_text
+from torch import Tensor
+
+from models.config import ClipDims
+from models.decoder import Decoder
+from models.export import Component, export_decoder, export_prior, export_upsampler
+from models.export_unet import rename
+from models.prior import Prior
+from models.upsampler import Upsampler
+from tests.oracles.tiny_export import DECODER, PRIOR, UPSAMPLER, randomise
+
+DIMS = ClipDims(embed_dim=12, text_width=12, context_length=9)
+TEXT = make_text((3, 7, 9), 9, DIMS)
+T = torch.tensor([0, 500, 999])
+
+
+def theirs(kind: Any, component: Component) -> Any:
+    module = kind.from_config(component.config).eval()
+    module.load_state_dict(component.tensors)
+    return module
+
+
+def seeded(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def assert_equal_outputs(ours: Tensor, reference: Tensor) -> None:
+    assert ours.std() > 0.05  # a network of zeros would agree with anything
+    torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def text_proj() -> Any:
+    from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+
+    import models.clip  # noqa: F401  (it lets torchvision be imported, which the pipelines' modules want)
+
+    return UnCLIPTextProjModel
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_prior_is_diffusers_prior_transformer(cache: bool) -> None:
+    torch.manual_seed(0)
+    prior = Prior(PRIOR, DIMS).eval()
+    randomise(prior)
+    reference = theirs(PriorTransformer, export_prior(prior))
+    x = seeded(3, 12)
+    ours = prior(x, T, prior.encode_condition(TEXT, cache=cache))
+    found = reference(x, T, TEXT.pooled, TEXT.hidden, TEXT.mask).predicted_image_embedding
+    assert_equal_outputs(ours, found)
+    torch.testing.assert_close(prior.unscale(ours), reference.post_process_latents(found), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("time_norm", ["scale_shift", "add"])
+def test_decoder_is_diffusers_unet_with_text_projection(text_proj: Any, time_norm: str) -> None:
+    torch.manual_seed(0)
+    config = replace(DECODER, unet=replace(DECODER.unet, time_norm=time_norm))
+    decoder = Decoder(config, DIMS).eval()
+    randomise(decoder)
+    torch.nn.init.normal_(decoder.null_image)
+    unet, projection = (
+        theirs(kind, part)
+        for kind, part in zip((UNet2DConditionModel, text_proj), export_decoder(decoder), strict=True)
+    )
+    x, z_image = seeded(3, 3, 16, 16), F.normalize(seeded(3, 12), dim=-1)
+    for dropped in (False, True):
+        keep = torch.full((3,), not dropped)
+        ours = decoder(x, T, decoder.encode_condition(z_image, TEXT, keep_image=keep))
+        given = projection.learned_classifier_free_guidance_embeddings.expand(3, -1) if dropped else z_image
+        context, embedding = projection(
+            image_embeddings=given,
+            prompt_embeds=TEXT.pooled,
+            text_encoder_hidden_states=TEXT.hidden,
+            do_classifier_free_guidance=False,
+        )
+        mask = F.pad(TEXT.mask, (4, 0), value=True)
+        found = unet(x, T, context, class_labels=embedding, attention_mask=mask).sample
+        assert_equal_outputs(ours, found)
+
+
+def test_decoder_gradients_are_those_of_diffusers_unet(text_proj: Any) -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(DECODER, DIMS).eval()
+    randomise(decoder)
+    component, projected = export_decoder(decoder)
+    unet, projection = theirs(UNet2DConditionModel, component), theirs(text_proj, projected)
+    x, z_image = seeded(3, 3, 16, 16), F.normalize(seeded(3, 12), dim=-1)
+    decoder(x, T, decoder.encode_condition(z_image, TEXT)).square().mean().backward()
+    context, embedding = projection(
+        image_embeddings=z_image,
+        prompt_embeds=TEXT.pooled,
+        text_encoder_hidden_states=TEXT.hidden,
+        do_classifier_free_guidance=False,
+    )
+    mask = F.pad(TEXT.mask, (4, 0), value=True)
+    unet(x, T, context, class_labels=embedding, attention_mask=mask).sample.square().mean().backward()
+    from models.export_unet import unet_keys
+
+    gradients = {name: parameter.grad for name, parameter in decoder.named_parameters() if parameter.grad is not None}
+    renamed = rename(gradients, unet_keys(DECODER.unet, DECODER.image_px), prefix="unet.")
+    reference = {name: parameter.grad for name, parameter in unet.named_parameters()}
+    assert renamed.keys() == reference.keys()
+    for name, gradient in renamed.items():
+        torch.testing.assert_close(gradient, reference[name], rtol=1e-3, atol=1e-5)
+
+
+def test_upsampler_is_diffusers_unet_without_attention() -> None:
+    torch.manual_seed(0)
+    upsampler = Upsampler(UPSAMPLER).eval()
+    randomise(upsampler)
+    reference = theirs(UNet2DModel, export_upsampler(upsampler))
+    x, low_res = seeded(3, 3, 32, 32), seeded(3, 3, 16, 16).clamp(-1, 1)
+    condition = upsampler.encode_condition(low_res)
+    assert_equal_outputs(upsampler(x, T, condition), reference(torch.cat([x, condition], 1), T).sample)
