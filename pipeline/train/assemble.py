@@ -14,6 +14,7 @@ from models.clip import FrozenClip, create_clip
 from models.config import ClipDims
 from models.decoder import Decoder
 from models.diffusion import Diffusion
+from models.memory import set_checkpointing
 from models.noise import NoiseSource, derive_seed
 from models.prior import Prior
 from models.samplers import config_timesteps
@@ -85,10 +86,11 @@ def assemble(job: TrainJob) -> Parts:
     if job.name == "clip":
         return _assemble_clip(job)
     if job.name == "prior":
-        return _assemble_prior(job)
-    if job.name == "decoder":
-        return _assemble_decoder(job)
-    return _assemble_upsampler(job)
+        parts = _assemble_prior(job)
+    else:
+        parts = _assemble_decoder(job) if job.name == "decoder" else _assemble_upsampler(job)
+    set_checkpointing(parts.network, enabled=job.section.resources.checkpointing)
+    return parts
 
 
 def _assemble_clip(job: TrainJob) -> Parts:

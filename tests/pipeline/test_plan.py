@@ -36,6 +36,18 @@ def test_make_plan_puts_every_step_after_its_inputs() -> None:
     assert {"pairs", "upsampler_2", "evaluate"} <= seen
 
 
+def test_initial_weights_count_by_their_content_and_not_by_their_place(tmp_path: Path) -> None:
+    def key(folder: str) -> str:
+        return _keys(load_recipe("configs/demo.toml", [f"decoder.init_from={tmp_path / folder}"]))["decoder"]
+
+    for folder, content in (("one", "a"), ("same", "a"), ("other", "b")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.safetensors").write_text(content)
+    assert key("one") == key("same") != key("other")
+    with pytest.raises(ConfigError, match="nowhere does not exist"):
+        key("nowhere")
+
+
 @pytest.mark.parametrize(
     ("override", "changed"),
     [

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from pipeline.errors import DataError, ResumeError
 from pipeline.progress import METRICS
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.store import Artifact
-from pipeline.train.assemble import TrainJob
+from pipeline.train.assemble import TrainJob, assemble
 from pipeline.train.job import run_job
 from pipeline.train.state import checkpoint_name
 from pipeline.weights import load_cascade, load_clip_artifact, load_network, save_clip_artifact
@@ -105,6 +106,40 @@ def test_a_killed_training_ends_in_the_same_bytes(tmp_path: Path, name: str) -> 
     assert [row["step"] for row in rows if "val_loss" in row] == [2, 4, 6]
     assert metrics["num_steps"] == 6
     assert metrics["val_loss"] > 0
+
+
+def _changed(name: str, **changes: Any) -> Recipe:
+    """The recipe with fields of one step's section changed, ``section__field`` inside its tables."""
+    section: Any = getattr(_recipe(), name)
+    for path, value in changes.items():
+        table, _, field = path.rpartition("__")
+        inner = dataclasses.replace(getattr(section, table), **{field: value}) if table else value
+        section = dataclasses.replace(section, **{table or field: inner})
+    return dataclasses.replace(_recipe(), **{name: section})
+
+
+@pytest.mark.parametrize("name", ["prior", "decoder"])
+def test_checkpointing_changes_no_byte(tmp_path: Path, name: str) -> None:
+    inputs = _inputs(tmp_path)
+    run_job(_job(name, inputs, tmp_path / "kept"), _no_watch)
+    job = _job(name, inputs, tmp_path / "recomputed", _changed(name, resources__checkpointing=True))
+    run_job(job, _no_watch)
+    assert _contents(tmp_path / "recomputed") == _contents(tmp_path / "kept")
+    assert any(getattr(module, "checkpointing", False) for module in assemble(job).network.modules())
+
+
+@pytest.mark.parametrize("name", ["prior", "decoder", "upsampler_1"])
+def test_training_starts_from_given_weights(tmp_path: Path, name: str) -> None:
+    inputs, first = _inputs(tmp_path), tmp_path / "first"
+    run_job(_job(name, inputs, first), _no_watch)
+    as_they_are = _changed(name, init_from=str(first), train__num_steps=0)
+    run_job(_job(name, inputs, tmp_path / "same", as_they_are), _no_watch)
+    weights = "model.safetensors"
+    assert (tmp_path / "same" / weights).read_bytes() == (first / weights).read_bytes()
+    tuned = _changed(name, init_from=str(first))
+    metrics = run_job(_job(name, inputs, tmp_path / "tuned", tuned), _no_watch)
+    assert metrics["num_steps"] == 6
+    assert (tmp_path / "tuned" / weights).read_bytes() != (first / weights).read_bytes()
 
 
 def test_trained_networks_make_a_cascade(tmp_path: Path) -> None:
