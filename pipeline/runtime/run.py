@@ -125,8 +125,10 @@ def _run_steps(
 
 
 def _may_still_be_first(context: StepContext) -> bool:
-    """Whether a step has not got its CPUs or GPUs yet, and not long ago asked: Ray places in no order of its own, and
-    a short step that is placed before the longest would make the whole run longer."""
+    """Whether a step asked for its CPUs or GPUs just now and has not got them yet.
+
+    Ray places in no order of its own; a short step that is placed before the longest makes the whole run longer.
+    """
     state = read_progress(context.output)
     return state is not None and not state.has_begun and time.time() - state.updated < _HEAD_START_S
 

@@ -33,8 +33,8 @@ def test_draw_keeps_places_at_every_size(image_px: int) -> None:
     scene = Scene((Object("square", "blue", "medium", 0.3, 0.7),), "black")
     blue = draw_array(scene, image_px)[..., 2].astype(np.float64)
     middles = (np.arange(image_px) + 0.5) / image_px
-    assert blue.sum(axis=0) @ middles / blue.sum() == pytest.approx(0.3, abs=0.005)
-    assert blue.sum(axis=1) @ middles / blue.sum() == pytest.approx(0.7, abs=0.005)
+    assert blue.sum(axis=0) @ middles / blue.sum() == pytest.approx(0.3, abs=0.25 / image_px)
+    assert blue.sum(axis=1) @ middles / blue.sum() == pytest.approx(0.7, abs=0.25 / image_px)
 
 
 def test_encode_png_is_lossless_and_jpeg_is_a_jpeg() -> None:
