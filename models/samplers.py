@@ -1,13 +1,12 @@
-"""Samplers: from noise to a sample along a list of timesteps, one function each and one signature.
+"""Samplers: from noise to a sample along a list of timesteps, by one step or another.
 
 Legend: B batch, T diffusion steps. ``x_T`` is (B, C, H, W) or (B, D), standard normal; ``denoise(x, t)`` is a
 conditioned network (models/guidance.py wraps guidance around it); ``timesteps`` falls strictly, from T - 1
 for pure noise (models/schedules.py makes lists), and the step after its last one goes to the clean sample.
 
-    sample_ddpm, sample_analytic, sample_ddim, sample_dpmpp_2m, sample_heun    the samplers
-    invert_ddim, iterate_inversion                                            from a sample back to its noise
-    sample, iterate                                                           the one that a SamplerConfig names
-    iterate_steps                                                             any step of sampler_steps.py
+    sample, iterate                   the sampler that a SamplerConfig names
+    sample_along, iterate_steps       any step of models/sampler_steps.py: ddpm, analytic, ddim, dpmpp_2m, heun
+    invert_ddim, iterate_inversion    from a sample back to its noise
 
 The steps themselves take one timestep per item, for a server that batches requests at different steps.
 """
@@ -62,77 +61,8 @@ def iterate_steps(
         yield state
 
 
-def sample_ddpm(
-    denoise: Denoise,
-    x_T: Tensor,
-    diffusion: Diffusion,
-    timesteps: Sequence[int],
-    *,
-    noise: NoiseSource,
-    limit: Limit | None = None,
-) -> Tensor:
-    """Ancestral sampling (arXiv:2006.11239), strided as in arXiv:2102.09672; (B, C, ...)."""
-    step = partial(ddpm_step, noise=noise, limit=limit)
-    return _last(iterate_steps(step, denoise, x_T, diffusion, timesteps))
-
-
-def sample_analytic(
-    denoise: Denoise,
-    x_T: Tensor,
-    diffusion: Diffusion,
-    timesteps: Sequence[int],
-    *,
-    noise: NoiseSource,
-    x0_variance: Tensor,
-    limit: Limit | None = None,
-) -> Tensor:
-    """Ancestral sampling with the analytic variance (arXiv:2201.06503), (B, C, ...)."""
-    step = partial(analytic_step, noise=noise, x0_variance=x0_variance, limit=limit)
-    return _last(iterate_steps(step, denoise, x_T, diffusion, timesteps))
-
-
-def sample_ddim(
-    denoise: Denoise,
-    x_T: Tensor,
-    diffusion: Diffusion,
-    timesteps: Sequence[int],
-    *,
-    noise: NoiseSource | None = None,
-    eta: float = 0.0,
-    limit: Limit | None = None,
-) -> Tensor:
-    """DDIM (arXiv:2010.02502), (B, C, ...); deterministic at eta = 0, and needs noise above."""
-    step = partial(ddim_step, noise=noise, eta=eta, limit=limit)
-    return _last(iterate_steps(step, denoise, x_T, diffusion, timesteps))
-
-
-def sample_dpmpp_2m(
-    denoise: Denoise,
-    x_T: Tensor,
-    diffusion: Diffusion,
-    timesteps: Sequence[int],
-    *,
-    noise: NoiseSource | None = None,
-    limit: Limit | None = None,
-) -> Tensor:
-    """DPM-Solver++(2M) (arXiv:2211.01095), (B, C, ...); deterministic, ``noise`` is not used."""
-    del noise
-    step = partial(dpmpp_2m_step, limit=limit)
-    return _last(iterate_steps(step, denoise, x_T, diffusion, timesteps))
-
-
-def sample_heun(
-    denoise: Denoise,
-    x_T: Tensor,
-    diffusion: Diffusion,
-    timesteps: Sequence[int],
-    *,
-    noise: NoiseSource | None = None,
-    limit: Limit | None = None,
-) -> Tensor:
-    """Heun along the angle of the flow, (B, C, ...); 2 n - 1 network calls, deterministic, ``noise`` is not used."""
-    del noise
-    step = partial(heun_step, limit=limit)
+def sample_along(step: Step, denoise: Denoise, x_T: Tensor, diffusion: Diffusion, timesteps: Sequence[int]) -> Tensor:
+    """The sample that ``iterate_steps`` ends in, (B, C, ...)."""
     return _last(iterate_steps(step, denoise, x_T, diffusion, timesteps))
 
 
@@ -145,7 +75,7 @@ def invert_ddim(
     num_refinements: int = 0,
     limit: Limit | None = None,
 ) -> Tensor:
-    """The x_T from which ``sample_ddim`` with the same timesteps draws ``x0``, (B, C, ...): ``iterate_inversion``."""
+    """The x_T from which DDIM with the same timesteps draws ``x0``, (B, C, ...): ``iterate_inversion``."""
     states = iterate_inversion(denoise, x0, diffusion, timesteps, num_refinements=num_refinements, limit=limit)
     return _last(states)
 

@@ -5,8 +5,8 @@ import torch
 from gaussian_data import GaussianData, make_diffusion
 
 from models.noise import NoiseSource
-from models.sampler_steps import SamplerState, ddim_invert_step
-from models.samplers import invert_ddim, sample_ddim
+from models.sampler_steps import SamplerState, ddim_invert_step, ddim_step
+from models.samplers import invert_ddim, sample_along
 from models.schedules import strided_timesteps
 
 DATA = GaussianData(std=0.5)
@@ -17,7 +17,7 @@ def test_ddim_inversion_reconstructs_within_a_bound(num_steps: int, bound: float
     diffusion, steps = make_diffusion(), strided_timesteps(1000, num_steps)
     x0 = DATA.std * torch.linspace(-1, 1, 101, dtype=torch.float64)[None]
     denoise = DATA.denoiser(diffusion)
-    back = sample_ddim(denoise, invert_ddim(denoise, x0, diffusion, steps), diffusion, steps)
+    back = sample_along(ddim_step, denoise, invert_ddim(denoise, x0, diffusion, steps), diffusion, steps)
     assert (back - x0).abs().max().item() / DATA.std < bound
 
 
@@ -27,7 +27,7 @@ def test_ddim_inversion_with_refinements_converges_to_the_exact_inverse() -> Non
     denoise, errors = DATA.denoiser(diffusion), []
     for num_refinements in (0, 1, 2, 20):
         x_T = invert_ddim(denoise, x0, diffusion, steps, num_refinements=num_refinements)
-        errors.append((sample_ddim(denoise, x_T, diffusion, steps) - x0).abs().max().item() / DATA.std)
+        errors.append((sample_along(ddim_step, denoise, x_T, diffusion, steps) - x0).abs().max().item() / DATA.std)
     assert errors[1] < 0.0045
     assert errors[2] < 2e-4
     assert errors == sorted(errors, reverse=True)

@@ -15,6 +15,7 @@ from models.diffusion import Diffusion
 from models.noise import NoiseSource
 from models.sampler_steps import (
     SamplerState,
+    Step,
     analytic_step,
     ddim_step,
     ddpm_step,
@@ -30,25 +31,18 @@ from models.samplers import (
     iterate,
     iterate_steps,
     sample,
-    sample_analytic,
-    sample_ddim,
-    sample_ddpm,
-    sample_dpmpp_2m,
-    sample_heun,
+    sample_along,
 )
 from models.schedules import strided_timesteps
-from models.thresholds import ClipRange
 
 METHODS = ("ddpm", "ddim", "analytic", "dpmpp_2m", "heun")
 DATA = GaussianData(std=0.5)
 
 
-def final_scale(
-    sampler: Callable[..., Tensor], diffusion: Diffusion, steps: Sequence[int], data: GaussianData
-) -> float:
+def final_scale(step: Step, diffusion: Diffusion, steps: Sequence[int], data: GaussianData) -> float:
     """A deterministic sampler on centred Gaussian data multiplies x_T: by the data's std where it is right."""
     x = torch.ones(1, 1, dtype=torch.float64)
-    return sampler(data.denoiser(diffusion), x, diffusion, steps).item() / data.std
+    return sample_along(step, data.denoiser(diffusion), x, diffusion, steps).item() / data.std
 
 
 # ---- analytic Gaussian data ----------------------------------------------------------------
@@ -79,10 +73,10 @@ def test_sampler_ends_in_the_data_distribution(
 def test_ddim_at_few_steps_loses_the_spread_that_theory_says() -> None:
     # std .945 at 27 steps and .900 at 15 were measured for an aligned DDIM: below, the list is misread somewhere
     diffusion = make_diffusion()
-    assert final_scale(sample_ddim, diffusion, strided_timesteps(1000, 27, "trailing"), DATA) == pytest.approx(
+    assert final_scale(ddim_step, diffusion, strided_timesteps(1000, 27, "trailing"), DATA) == pytest.approx(
         0.943, abs=0.002
     )
-    assert final_scale(sample_ddim, diffusion, strided_timesteps(1000, 15, "trailing"), DATA) == pytest.approx(
+    assert final_scale(ddim_step, diffusion, strided_timesteps(1000, 15, "trailing"), DATA) == pytest.approx(
         0.900, abs=0.002
     )
 
@@ -91,12 +85,12 @@ def test_dpmpp_2m_keeps_the_spread_at_few_steps() -> None:
     diffusion = make_diffusion()
     for num_steps, expected in ((27, 1.001), (15, 0.986)):
         config = SamplerConfig(method="dpmpp_2m", num_steps=num_steps)
-        found = final_scale(sample_dpmpp_2m, diffusion, config_timesteps(config, diffusion), DATA)
+        found = final_scale(dpmpp_2m_step, diffusion, config_timesteps(config, diffusion), DATA)
         assert found == pytest.approx(expected, abs=0.001)
 
 
 def test_heun_keeps_the_spread_at_few_steps() -> None:
-    assert final_scale(sample_heun, make_diffusion(), strided_timesteps(1000, 15), DATA) == pytest.approx(1, abs=0.006)
+    assert final_scale(heun_step, make_diffusion(), strided_timesteps(1000, 15), DATA) == pytest.approx(1, abs=0.006)
 
 
 @pytest.mark.parametrize(("step", "least_order"), [(ddim_step, 0.9), (dpmpp_2m_step, 1.8), (heun_step, 1.8)])
@@ -126,20 +120,17 @@ def perfect_for(x0: Tensor, diffusion: Diffusion) -> Denoise:
 
 
 @pytest.mark.parametrize("num_steps", [7, 27, 64])
-@pytest.mark.parametrize("sampler", [sample_ddim, sample_dpmpp_2m, sample_heun])
-def test_deterministic_step_goes_to_the_next_timestep_of_its_own_list(
-    sampler: Callable[..., Tensor], num_steps: int
-) -> None:
+@pytest.mark.parametrize("step", [ddim_step, dpmpp_2m_step, heun_step])
+def test_deterministic_step_goes_to_the_next_timestep_of_its_own_list(step: Step, num_steps: int) -> None:
     # public DDIMs step to t - T // n, which leaves the list wherever n does not divide T
     diffusion = make_diffusion(prediction="v")
     x0, eps = torch.randn(2, 3, 6, dtype=torch.float64).unbind(0)
     steps = strided_timesteps(1000, num_steps)
-    step = {sample_ddim: ddim_step, sample_dpmpp_2m: dpmpp_2m_step, sample_heun: heun_step}[sampler]
     x_T = diffusion.q_sample(x0, torch.full((3,), steps[0]), eps)
     states = list(iterate_steps(step, perfect_for(x0, diffusion), x_T, diffusion, steps))
     for state, t_prev in zip(states, (*steps[1:], -1), strict=True):
         torch.testing.assert_close(state.x, diffusion.q_sample(x0, torch.full((3,), t_prev), eps))
-    assert torch.equal(states[-1].x, sampler(perfect_for(x0, diffusion), x_T, diffusion, steps))
+    assert torch.equal(states[-1].x, sample_along(step, perfect_for(x0, diffusion), x_T, diffusion, steps))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -170,7 +161,7 @@ def test_fast27_of_a_config_is_visited() -> None:
 def test_samplers_refuse_lists_that_do_not_fall(steps: tuple[int, ...]) -> None:
     diffusion, x = make_diffusion(), torch.zeros(1, 2)
     with pytest.raises(ValueError, match="timesteps"):
-        sample_ddim(DATA.denoiser(diffusion), x, diffusion, steps)
+        sample_along(ddim_step, DATA.denoiser(diffusion), x, diffusion, steps)
     with pytest.raises(ValueError, match="timesteps"):
         invert_ddim(DATA.denoiser(diffusion), x, diffusion, steps)
 
@@ -263,8 +254,10 @@ def test_ddim_with_eta_1_is_the_ancestral_step() -> None:
     # arXiv:2010.02502, section 4.1
     diffusion = make_diffusion()
     steps, x = strided_timesteps(1000, 25), torch.randn(2, 9, dtype=torch.float64)
-    ancestral = sample_ddpm(DATA.denoiser(diffusion), x, diffusion, steps, noise=NoiseSource.from_seeds([1, 2]))
-    ddim = sample_ddim(DATA.denoiser(diffusion), x, diffusion, steps, noise=NoiseSource.from_seeds([1, 2]), eta=1.0)
+    ddpm = partial(ddpm_step, noise=NoiseSource.from_seeds([1, 2]))
+    ancestral = sample_along(ddpm, DATA.denoiser(diffusion), x, diffusion, steps)
+    eta_1 = partial(ddim_step, noise=NoiseSource.from_seeds([1, 2]), eta=1.0)
+    ddim = sample_along(eta_1, DATA.denoiser(diffusion), x, diffusion, steps)
     torch.testing.assert_close(ddim, ancestral)
 
 
@@ -304,7 +297,8 @@ def test_dpmpp_2m_equals_its_recursion_in_sigma() -> None:
         y = sigma_next / sigma * y - math.expm1(-h) * used
         old = denoised
     x = torch.full((1, 1), x_T, dtype=torch.float64)
-    assert sample_dpmpp_2m(data.denoiser(diffusion), x, diffusion, steps).item() == pytest.approx(y, rel=1e-6)
+    found = sample_along(dpmpp_2m_step, data.denoiser(diffusion), x, diffusion, steps)
+    assert found.item() == pytest.approx(y, rel=1e-6)
 
 
 # ---- seeds, previews, limits ---------------------------------------------------------------
@@ -348,7 +342,9 @@ def test_stochastic_samplers_refuse_to_go_without_noise(method: str) -> None:
     with pytest.raises(ValueError, match="NoiseSource"):
         sample(DATA.denoiser(make_diffusion()), torch.zeros(1, 2), make_diffusion(), config)
     with pytest.raises(ValueError, match="eta"):
-        sample_ddim(DATA.denoiser(make_diffusion()), torch.zeros(1, 2), make_diffusion(), (999,), eta=0.1)
+        sample(
+            DATA.denoiser(make_diffusion()), torch.zeros(1, 2), make_diffusion(), SamplerConfig(method="ddim", eta=0.1)
+        )
 
 
 def test_analytic_refuses_to_go_without_its_statistic() -> None:
@@ -370,12 +366,3 @@ def test_sample_is_the_same_on_a_gpu(method: str) -> None:
         drawn = sample(DATA.denoiser(diffusion), x_T, diffusion, config, noise, x0_variance=x0_variance)
         found.append(drawn.cpu())
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
-
-
-def test_samplers_share_one_signature() -> None:
-    diffusion, noise = make_diffusion(), NoiseSource.from_seeds([0, 1])
-    denoise, x = DATA.denoiser(diffusion), torch.randn(2, 3)
-    for sampler in (sample_ddpm, sample_ddim, sample_dpmpp_2m, sample_heun):
-        assert sampler(denoise, x, diffusion, (999, 500, 0), noise=noise, limit=ClipRange()).shape == x.shape
-    variance = DATA.posterior_variance(diffusion)
-    assert sample_analytic(denoise, x, diffusion, (999, 500, 0), noise=noise, x0_variance=variance).shape == x.shape
