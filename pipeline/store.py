@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import fsspec
 
-from pipeline.errors import DataError, StepError
+from pipeline.errors import DataError, StepError, UnclipError
 from pipeline.schema import Manifest, ShardRecord
 
 Json = dict[str, Any]
@@ -29,6 +29,13 @@ MANIFEST = "manifest.json"
 RECORD_SUFFIX = ".done.json"
 LIVE = "live/"
 _TEMPORARY = ".tmp-"
+_DISK_REASONS = {
+    errno.ENOSPC: "the disk is full; free some space and run again, finished work is kept",
+    errno.EDQUOT: "the disk quota is used up; free some space and run again, finished work is kept",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.ENOTDIR: "a part of this path is a file, not a folder",
+}
 
 
 class Workspace:
@@ -244,21 +251,22 @@ def translate_os_errors(where: str) -> Generator[None]:
     """Turn a full or forbidden disk into a message.
 
     Raises:
-        StepError: In place of OSError for no space, quota, read-only and permission.
+        StepError: In place of an error for no space, quota, read-only and permission: an OSError, or a library's own
+            that quotes one (safetensors: SafetensorError, FAISS: RuntimeError).
     """
     try:
         yield
+    except UnclipError:
+        raise
     except OSError as error:
-        reasons = {
-            errno.ENOSPC: "the disk is full; free some space and run again, finished work is kept",
-            errno.EDQUOT: "the disk quota is used up; free some space and run again, finished work is kept",
-            errno.EROFS: "the file system is read-only",
-            errno.EACCES: "permission denied",
-            errno.ENOTDIR: "a part of this path is a file, not a folder",
-        }
-        if error.errno not in reasons:
+        if error.errno not in _DISK_REASONS:
             raise
-        raise StepError(f"{where}: {reasons[error.errno]}") from error
+        raise StepError(f"{where}: {_DISK_REASONS[error.errno]}") from error
+    except Exception as error:
+        quoted = [reason for code, reason in _DISK_REASONS.items() if os.strerror(code) in str(error)]
+        if not quoted:
+            raise
+        raise StepError(f"{where}: {quoted[0]}") from error
 
 
 def fingerprint(path: str) -> str:

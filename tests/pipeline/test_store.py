@@ -8,9 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from safetensors import SafetensorError
 
 from pipeline.errors import DataError, StepError
 from pipeline.schema import Manifest, ShardRecord, add_counts, check_counts, make_uid, split_of
@@ -66,6 +72,36 @@ def test_write_full_disk_is_one_message_and_loses_nothing(tmp_path: Path) -> Non
         _write_half(artifact)
     assert "big.bin" in str(caught.value)
     assert artifact.names() == ["kept.bin"]
+
+
+def _save_weights(path: Path) -> None:
+    """Writes beside the path, so /dev/full does not stop it: what it says on a full tmpfs."""
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def _save_index(path: Path) -> None:
+    index = faiss.IndexFlatIP(8)
+    index.add(np.zeros((10_000, 8), np.float32))
+    with path.open("wb", buffering=0) as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+
+
+def _save_table(path: Path) -> None:
+    pq.write_table(pa.table({"row": np.random.default_rng(0).random(10_000)}), path)
+
+
+@pytest.mark.parametrize("save", [_save_weights, _save_index, _save_table])
+def test_write_full_disk_is_told_alike_by_every_library(save: Callable[[Path], None], tmp_path: Path) -> None:
+    artifact = Artifact(str(tmp_path))
+
+    def write() -> None:
+        with artifact.write("file") as path:
+            path.symlink_to("/dev/full")
+            save(path)
+
+    with pytest.raises(StepError, match=rf"^{tmp_path}/file: the disk is full"):
+        write()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
