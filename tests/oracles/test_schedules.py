@@ -8,8 +8,8 @@ from gaussian_data import GaussianData, make_diffusion
 from torch import Tensor
 
 from models.noise import NoiseSource
-from models.sampler_steps import ddpm_step, start
-from models.samplers import sample_ddim
+from models.sampler_steps import ddim_step, ddpm_step, start
+from models.samplers import sample_along
 from models.schedules import alpha_bar_table, cosine_betas, strided_timesteps
 from models.thresholds import ClipRange
 
@@ -107,7 +107,7 @@ def test_ddim_is_that_of_diffusers_where_its_previous_step_is_right(num_steps: i
     theirs = x
     for t in scheduler.timesteps:
         theirs = scheduler.step(denoise(theirs, t.expand(2)), t, theirs, eta=0.0).prev_sample
-    ours = sample_ddim(denoise, x, diffusion, strided_timesteps(1000, num_steps, "trailing"))
+    ours = sample_along(ddim_step, denoise, x, diffusion, strided_timesteps(1000, num_steps, "trailing"))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
 
 

@@ -11,7 +11,8 @@ from diffusers import DPMSolverMultistepScheduler
 from gaussian_data import GaussianData, make_diffusion
 from torch import Tensor
 
-from models.samplers import sample_dpmpp_2m
+from models.sampler_steps import dpmpp_2m_step
+from models.samplers import sample_along
 from models.schedules import strided_timesteps
 
 PINNED = Path(sys.prefix) / "oracles"
@@ -57,7 +58,7 @@ def test_dpmpp_2m_is_that_of_diffusers(schedule: str, theirs: str, num_steps: in
     state = x
     for t in scheduler.timesteps:
         state = scheduler.step(denoise(state, t.expand(2)), t, state).prev_sample
-    ours = sample_dpmpp_2m(denoise, x, diffusion, timesteps)
+    ours = sample_along(dpmpp_2m_step, denoise, x, diffusion, timesteps)
     torch.testing.assert_close(ours, state, rtol=0, atol=TOLERANCE[schedule])
 
 
@@ -82,5 +83,5 @@ def test_dpmpp_2m_is_that_of_k_diffusion(num_steps: int) -> None:
 
     x = noise().double()
     theirs = sampling.sample_dpmpp_2m(denoised, x / alpha_bar[0].sqrt(), sigmas, disable=True)
-    ours = sample_dpmpp_2m(data.denoiser(diffusion), x, diffusion, timesteps)
+    ours = sample_along(dpmpp_2m_step, data.denoiser(diffusion), x, diffusion, timesteps)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
