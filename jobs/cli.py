@@ -9,7 +9,7 @@ from typing import Annotated, cast
 
 import typer
 
-from jobs import cluster, data, edits, exchange, generate, inspect, start
+from jobs import ablate, cluster, data, edits, exchange, generate, inspect, start
 from pipeline.errors import UnclipError
 
 # Typer carries a click of its own, and shows only some of its exceptions; this is its base of all wrong usage.
@@ -29,7 +29,7 @@ app = typer.Typer(
 for command in (
     *(start.init, start.run),
     *(inspect.plan, inspect.status, inspect.config),
-    *(generate.sample, data.search, generate.evaluate, generate.serve),
+    *(generate.sample, data.search, generate.evaluate, ablate.ablate, generate.serve),
     exchange.export,
     *(cluster.submit, cluster.jobs, cluster.logs, cluster.stop),
     *(edits.reconstruct, edits.vary, edits.interpolate, edits.text_diff, edits.inpaint, edits.outpaint),

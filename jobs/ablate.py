@@ -1,0 +1,34 @@
+"""``unclip ablate``."""
+
+from typing import Annotated
+
+import typer
+
+from jobs.options import AsJson, Overrides, RecipePath, print_json
+from pipeline.recipe import load_recipe
+
+
+def ablate(
+    recipe: RecipePath,
+    num_prompts: Annotated[int, typer.Option("-n", min=1, help="Prompts for the numbers, of those of evaluate.")] = 60,
+    num_shown: Annotated[int, typer.Option("--shown", min=1, help="Prompts in the picture.")] = 8,
+    overrides: Overrides = None,
+    json: AsJson = False,
+) -> None:
+    """Show what the prior is for: caption only, z_text as z_image, the prior, the true z_image; same seeds.
+
+    Example: unclip ablate configs/demo.toml -n 60
+    """
+    resolved = load_recipe(recipe, overrides or [])
+
+    from pipeline.evaluate.ablate import ablate_recipe, format_ablation
+
+    def watch(variant: str, done: int, total: int) -> None:
+        typer.echo(f"{variant}: {done}/{total}", err=True)
+
+    output, result = ablate_recipe(resolved, num_prompts=num_prompts, num_shown=num_shown, watch=watch)
+    if json:
+        print_json(result | {"artifact": output.uri})
+        return
+    typer.echo(format_ablation(result))
+    typer.echo(f"pictures: {output.path('ablation.png')}")

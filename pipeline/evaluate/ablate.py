@@ -1,0 +1,261 @@
+"""What the prior is for: the same prompts and seeds drawn with different image embeddings, side by side.
+
+The paper's "importance of the prior" (arXiv:2204.06125, section 5.1 and figure 8). Variants of what stands in the
+place of z_image; the caption is there in all of them:
+
+    caption    nothing: the decoder's null embedding
+    z_text     the embedding of the caption
+    prior      what the prior draws
+    z_image    the embedding of the real picture of the prompt, where there is one: the ceiling
+
+Each variant is drawn part by part; a part is committed whole, so that a run that was killed goes on. Legend: N prompts.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.cascade import Cascade
+from models.clip import FrozenClip
+from models.condition import TextEncoding
+from models.pixels import to_uint8
+from pipeline.errors import ConfigError
+from pipeline.evaluate.metrics import FeatureSums, Rate, cosine, frechet_distance, mean_of, r_precision, rate_of
+from pipeline.evaluate.parts import Part, picture_seed, read_part, write_rows
+from pipeline.evaluate.pictures import Block, draw_grid, from_bytes, to_png
+from pipeline.evaluate.prompts import PromptSet, choose_prompts
+from pipeline.plan import Step, artifact_of, inputs_of, make_plan
+from pipeline.recipe import Recipe
+from pipeline.schema import Manifest, ShardRecord, add_counts
+from pipeline.shapes.check import check
+from pipeline.shapes.draw import draw_array
+from pipeline.store import Artifact, Workspace
+from pipeline.weights import load_cascade
+
+Json = dict[str, Any]
+Watch = Callable[[str, int, int], None]
+"""Told (variant, pictures done, pictures in all) after each part."""
+
+VARIANTS = ("caption", "z_text", "prior", "z_image")
+RESULT = "ablation.json"
+GRID = "ablation.png"
+_LABELS = {"caption": "caption only", "z_text": "z_text as z_image", "prior": "prior", "z_image": "true z_image"}
+_SHOWN_CHECKS = ("colour", "shape", "background", "both colours", "both shapes")
+_STEP = "ablate"
+_INPUTS = ("pairs", "embed")
+
+
+def ablate_recipe(recipe: Recipe, *, num_prompts: int, num_shown: int, watch: Watch) -> tuple[Artifact, Json]:
+    """Draw and measure every variant, or what is not done yet of it.
+
+    Args:
+        recipe: Its networks are trained.
+        num_prompts: Prompts for the numbers: those that ``unclip evaluate`` draws, in their order.
+        num_shown: Of these, rows of the grid.
+        watch: Hears of progress.
+
+    Returns:
+        The artifact, with ``ablation.json``, ``ablation.png`` and the shown pictures; and the numbers.
+
+    Raises:
+        ConfigError: If a step that this needs is not finished.
+        DataError: If an input is damaged.
+    """
+    workspace = Workspace(recipe.workspace)
+    step = ablation_step(recipe, num_prompts=num_prompts, num_shown=num_shown)
+    output, inputs = artifact_of(workspace, step), inputs_of(workspace, step)
+    for name, artifact in inputs.items():
+        if artifact.manifest() is None:
+            raise ConfigError(f"ablate: {name} is not finished under this recipe; first: unclip run RECIPE")
+    if output.manifest() is None:
+        start = time.monotonic()
+        output.clear_temporaries()
+        prompts = choose_prompts(recipe.evaluate.prompts_path, inputs["pairs"], inputs["embed"], num_prompts)
+        networks = {name: inputs[name] for name in recipe.trained()}
+        runner = AblationRunner(load_cascade(networks, recipe.evaluate.resources.accelerator), prompts, output)
+        parts = plan_variants(runner.variants, len(prompts.prompts), recipe.evaluate.batch_size)
+        for part in parts:
+            if part.name not in output.shard_records():
+                runner.run(part, recipe.seed, num_shown)
+            watch(part.kind, part.stop, len(prompts.prompts))
+        output.write_json(RESULT, summarise(output, parts, prompts, runner.references()))
+        output.write_bytes(GRID, to_png(_grid(output, runner.variants, prompts, num_shown)))
+        counts = add_counts([record.counts for record in output.shard_records().values()])
+        manifest = Manifest(
+            step=step.name,
+            key=step.key,
+            step_version=step.version,
+            section=step.section,
+            inputs=step.inputs,
+            counts=counts,
+            files=output.describe_files(),
+            wall_s=round(time.monotonic() - start, 3),
+            created=time.time(),
+        )
+        output.commit(manifest)
+    return output, output.read_json(RESULT)
+
+
+def ablation_step(recipe: Recipe, *, num_prompts: int, num_shown: int) -> Step:
+    """The ablation as a step: keyed by the networks, the prompts and the seed."""
+    steps = {step.name: step for step in make_plan(recipe)}
+    kept = {name: steps["evaluate"].section.get(name) for name in ("prompts_path", "content", "seed")}
+    inputs = {name: steps[name].key for name in (*_INPUTS, *recipe.trained())}
+    return Step(_STEP, 1, kept | {"num_prompts": num_prompts, "num_shown": num_shown}, inputs)
+
+
+def plan_variants(variants: tuple[str, ...], num_prompts: int, batch_size: int) -> list[Part]:
+    """Cut every variant into the same parts, of at most ``batch_size`` prompts."""
+    count = math.ceil(num_prompts / batch_size)
+    ends = [num_prompts * i // count for i in range(count + 1)]
+    return [Part(name, i, *span) for name in variants for i, span in enumerate(pairwise(ends))]
+
+
+class AblationRunner:
+    """Draws parts of variants.
+
+    Args:
+        cascade: The trained networks.
+        prompts: What to draw.
+        output: Where to.
+    """
+
+    def __init__(self, cascade: Cascade, prompts: PromptSet, output: Artifact) -> None:
+        self._cascade = cascade
+        self._clip = cast("FrozenClip", cascade.clip)
+        self._settings = cascade.default_settings()
+        self._prompts = prompts
+        self._output = output
+        self._side_px = [cascade.decoder, *cascade.upsamplers][-1].config.image_px
+        self._real = self._embed_real()
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Those that can be drawn: without real pictures there is no true z_image."""
+        return VARIANTS if self._real is not None else VARIANTS[:-1]
+
+    def references(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
+        """z_text of every prompt, and z_image of the real pictures, (N, D) each."""
+        z_text = self._clip.encode_text([prompt.text for prompt in self._prompts.prompts]).z_text
+        return z_text.cpu().numpy(), None if self._real is None else self._real.cpu().numpy()
+
+    def run(self, part: Part, seed: int, num_shown: int) -> None:
+        """Draw one part with the seeds of ``unclip evaluate``, measure and commit it."""
+        start, names = time.monotonic(), [f"{part.name}.parquet"]
+        prompts = self._prompts.prompts[part.start : part.stop]
+        seeds = [picture_seed(seed, number, 0) for number in range(part.start, part.stop)]
+        with torch.no_grad():
+            text = self._clip.encode_text([prompt.text for prompt in prompts])
+            pixels = self._cascade.decode(self._embedding(part, text, seeds), text, seeds, self._settings)
+            for number in range(len(self._cascade.upsamplers)):
+                pixels = self._cascade.upsample(pixels, number, seeds, self._settings)
+            pictures = to_uint8(pixels).cpu()
+            z_image = self._clip.encode_image(pictures).cpu().numpy()
+        rows: list[Json] = []
+        for n, prompt in enumerate(prompts):
+            picture = pictures[n].numpy()
+            right = None if prompt.scene is None else json.dumps(check(picture, prompt.scene).right, sort_keys=True)
+            rows.append({"prompt_number": part.start + n, "seed": seeds[n], "z_image": z_image[n], "check": right})
+            if part.start + n < num_shown:
+                names.append(_picture_name(part.kind, part.start + n))
+                self._output.write_bytes(names[-1], to_png(picture))
+        with self._output.write(names[0]) as path:
+            write_rows(rows, path)
+        files = {name: self._output.describe(name) for name in names}
+        counts = {"in": len(rows), "ok": len(rows)}
+        record = ShardRecord(shard=part.name, counts=counts, files=files, wall_s=round(time.monotonic() - start, 3))
+        self._output.commit_shard(record)
+
+    def _embedding(self, part: Part, text: TextEncoding, seeds: list[int]) -> Tensor:
+        """What stands in the place of z_image."""
+        if part.kind == "z_text":
+            return text.z_text
+        if part.kind == "prior":
+            return self._cascade.sample_prior(text, seeds, self._settings)
+        if part.kind == "z_image":
+            assert self._real is not None
+            return self._real[part.start : part.stop].to(text.pooled.device)
+        # The decoder multiplies embeddings by sqrt(D) before it reads them: so this is its null exactly.
+        decoder = self._cascade.decoder
+        return (decoder.null_image / math.sqrt(decoder.dims.embed_dim)).expand(len(seeds), -1)
+
+    def _embed_real(self) -> Tensor | None:
+        """z_image of the real picture of each prompt, (N, D); None where a prompt has none."""
+        prompts = self._prompts.prompts
+        if all(prompt.scene is not None for prompt in prompts):
+            pictures = [draw_array(prompt.scene, self._side_px) for prompt in prompts if prompt.scene is not None]
+            parts = [torch.from_numpy(np.stack(pictures[i : i + 64])) for i in range(0, len(pictures), 64)]
+            return torch.cat([self._clip.encode_image(part) for part in parts])
+        stored = [torch.from_numpy(prompt.row.z_image.astype(np.float32)) for prompt in prompts if prompt.row]
+        return torch.stack(stored) if len(stored) == len(prompts) else None
+
+
+def summarise(
+    output: Artifact,
+    parts: list[Part],
+    prompts: PromptSet,
+    references: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None],
+) -> Json:
+    """The numbers of every variant, from its committed parts."""
+    z_text, real = references
+    texts = list(dict.fromkeys(prompt.text for prompt in prompts.prompts))
+    own = [texts.index(prompt.text) for prompt in prompts.prompts]
+    first = np.array([z_text[own.index(number)] for number in range(len(texts))])
+    table: Json = {}
+    for variant in dict.fromkeys(part.kind for part in parts):
+        rows = [row for part in parts if part.kind == variant for row in read_part(output, part)]
+        z_image = np.array([row["z_image"] for row in rows], np.float64)
+        measured: Json = {
+            "clip_score": mean_of(cosine(z_image, z_text)),
+            "r_precision": r_precision(z_image, first, own).to_dict(),
+        }
+        if real is not None and len(rows) > 1:
+            sums = [FeatureSums.of(np.array([row["z_image"] for row in read_part(output, part)], np.float64))
+                    for part in parts if part.kind == variant]  # fmt: skip
+            measured["frechet_clip"] = frechet_distance(sum(sums[1:], start=sums[0]), FeatureSums.of(real))
+        rates: dict[str, Rate] = {}
+        for row in rows:
+            for name, hit in json.loads(row["check"] or "{}").items():
+                rates[name] = rates.get(name, Rate(0, 0)) + rate_of([hit])
+        if rates:
+            measured["pixel_check"] = {name: rate.to_dict() for name, rate in sorted(rates.items())}
+        table[variant] = measured
+    return {"num_prompts": len(prompts.prompts), "prompts": prompts.source, "variants": table}
+
+
+def format_ablation(result: Json) -> str:
+    """The numbers as a table for a terminal: a row for each variant."""
+    variants: dict[str, Json] = result["variants"]
+    checks = [
+        name for name in _SHOWN_CHECKS if any(name in found.get("pixel_check", {}) for found in variants.values())
+    ]
+    head = f"{'in place of z_image':<20}{'CLIP score':>12}{'R-precision':>13}{'Frechet':>10}"
+    lines = [head + "".join(f"{name:>14}" for name in checks)]
+    for variant, found in variants.items():
+        distance = f"{found['frechet_clip']:.4f}" if "frechet_clip" in found else ""
+        cells = f"{found['clip_score']['mean']:>12.3f}{100 * found['r_precision']['rate']:>12.1f}%{distance:>10}"
+        rates: Mapping[str, Json] = found.get("pixel_check", {})
+        line = f"{_LABELS[variant]:<20}{cells}"
+        lines.append(line + "".join(f"{100 * rates[name]['rate']:>13.1f}%" for name in checks))
+    return "\n".join(lines)
+
+
+def _grid(output: Artifact, variants: tuple[str, ...], prompts: PromptSet, num_shown: int) -> Any:
+    """Rows are prompts, columns are variants."""
+    blocks: list[Block] = []
+    for number, prompt in enumerate(prompts.prompts[:num_shown]):
+        names = [_picture_name(variant, number) for variant in variants]
+        pictures = [from_bytes(output.path(name).read_bytes(), where=f"{output.uri}/{name}") for name in names]
+        blocks.append(Block(pictures, prompt.text, [_LABELS[variant] for variant in variants]))
+    return draw_grid(blocks, columns=1, cell_px=160)
+
+
+def _picture_name(variant: str, number: int) -> str:
+    return f"samples/{variant}/{number:05d}.png"

@@ -1,0 +1,151 @@
+"""The ablation of the prior on a cascade that has learned nothing: what is drawn, from what, and going on after a kill."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.cascade import Cascade
+from models.diffusion import Diffusion
+from models.guidance import classifier_free
+from models.noise import NoiseSource
+from models.pixels import to_uint8
+from models.samplers import sample
+from pipeline.errors import ConfigError
+from pipeline.evaluate import metrics as m
+from pipeline.evaluate.ablate import AblationRunner, ablate_recipe, ablation_step, format_ablation, plan_variants
+from pipeline.evaluate.parts import Part, picture_seed, read_part
+from pipeline.evaluate.prompts import Prompt, PromptSet, choose_prompts
+from pipeline.plan import artifact_of, inputs_of
+from pipeline.recipe import Recipe, parse_recipe
+from pipeline.shapes.draw import draw_array
+from pipeline.store import Artifact, Workspace
+from tests.evaluate.workspaces import tiny_tables
+
+
+class _StopError(Exception):
+    pass
+
+
+def _quiet(variant: str, done: int, total: int) -> None:
+    """Nobody watches."""
+
+
+@pytest.fixture(scope="module")
+def ablated(tiny: Recipe) -> tuple[Artifact, dict[str, Any]]:
+    return ablate_recipe(tiny, num_prompts=7, num_shown=2, watch=_quiet)
+
+
+def test_ablation_measures_every_variant_on_the_same_prompts(ablated: tuple[Artifact, dict[str, Any]]) -> None:
+    output, result = ablated
+    assert list(result["variants"]) == ["caption", "z_text", "prior", "z_image"]
+    for found in result["variants"].values():
+        assert found["clip_score"]["count"] == 7
+        assert found["r_precision"]["total"] == 7
+        assert found["pixel_check"]["background"]["total"] == 7
+        assert found["frechet_clip"] > 0
+    scores = [found["clip_score"]["mean"] for found in result["variants"].values()]
+    assert len(set(scores)) == 4
+    with Image.open(output.path("ablation.png")) as grid:
+        assert grid.width == 2 * 18 + 4 * 160 + 3 * 6
+        assert grid.height > 2 * 160
+    text = format_ablation(result)
+    assert [line.split("  ")[0] for line in text.splitlines()[1:]] == [
+        "caption only",
+        "z_text as z_image",
+        "prior",
+        "true z_image",
+    ]
+
+
+def test_ablation_numbers_agree_with_their_definitions(
+    tiny: Recipe, cascade: Cascade, ablated: tuple[Artifact, dict[str, Any]]
+) -> None:
+    output, result = ablated
+    inputs = inputs_of(Workspace(tiny.workspace), ablation_step(tiny, num_prompts=7, num_shown=2))
+    prompts = choose_prompts("", inputs["pairs"], inputs["embed"], 7).prompts
+    parts = list(plan_variants(("prior",), 7, tiny.evaluate.batch_size))
+    z_drawn = np.array([row["z_image"] for part in parts for row in read_part(output, part)], np.float64)
+    clip: Any = cascade.clip
+    z_text = clip.encode_text([prompt.text for prompt in prompts]).z_text.numpy()
+    real = [draw_array(prompt.scene, 32) for prompt in prompts if prompt.scene is not None]
+    z_real = clip.encode_image(torch.from_numpy(np.stack(real))).numpy()
+    found = result["variants"]["prior"]
+    assert found["clip_score"]["mean"] == pytest.approx((z_drawn * z_text).sum(1).mean(), abs=1e-6)
+    expected = m.frechet_distance(m.FeatureSums.of(z_drawn), m.FeatureSums.of(z_real))
+    assert found["frechet_clip"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_caption_only_is_the_decoder_with_its_null_embedding(
+    tiny: Recipe, cascade: Cascade, ablated: tuple[Artifact, dict[str, Any]]
+) -> None:
+    """Drawn again with the flag that training drops z_image with, and by the prior as ``unclip sample`` draws."""
+    output, _ = ablated
+    inputs = inputs_of(Workspace(tiny.workspace), ablation_step(tiny, num_prompts=7, num_shown=2))
+    prompt = choose_prompts("", inputs["pairs"], inputs["embed"], 7).prompts[1]
+    seed, decoder, settings = picture_seed(tiny.seed, 1, 0), cascade.decoder, cascade.default_settings()
+    text = cascade.clip.encode_text([prompt.text])
+    with torch.no_grad():
+        condition = decoder.encode_condition(torch.ones(1, 16), text, keep_image=torch.tensor([False]))
+        null = decoder.null_condition(1)
+
+        def both(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return torch.cat([decoder(x[:1], t[:1], null), decoder(x[1:], t[1:], condition)])
+
+        noise = NoiseSource.from_seeds([seed], "decoder")
+        x = noise.normal((3, 8, 8))
+        denoise = classifier_free(both, settings.decoder.guidance_scale)
+        pixels = sample(denoise, x, Diffusion(decoder.config.diffusion), settings.decoder, noise)
+        for number in range(2):
+            pixels = cascade.upsample(pixels, number, [seed], settings)
+    expected = {"caption": to_uint8(pixels)[0], "prior": cascade.sample([prompt.text], [seed]).images[0]}
+    for variant, picture in expected.items():
+        with Image.open(output.path(f"samples/{variant}/00001.png")) as image:
+            assert np.abs(np.asarray(image).astype(int) - picture.numpy().astype(int)).max() <= 1
+
+
+def test_a_killed_ablation_goes_on_and_ends_in_the_same_bytes(
+    tiny: Recipe, ablated: tuple[Artifact, dict[str, Any]]
+) -> None:
+    output, result = ablated
+    kept = {name: output.describe(name) for name in output.names() if name.endswith((".png", ".parquet"))}
+    drawn: list[str] = []
+
+    def stop(variant: str, done: int, total: int) -> None:
+        drawn.append(variant)
+        if variant == "prior":
+            raise _StopError
+
+    other = parse_recipe(tiny_tables(Path(tiny.workspace)) | {"name": "other"})
+    again = artifact_of(Workspace(tiny.workspace), ablation_step(other, num_prompts=7, num_shown=2))
+    assert again.uri == output.uri  # the name of a recipe changes nothing
+    assert ablate_recipe(other, num_prompts=7, num_shown=2, watch=stop)[1] == result
+    assert drawn == []
+    for name in ["manifest.json", *(name for name in output.names() if "prior" in name or "z_image-" in name)]:
+        output.remove(name)
+    with pytest.raises(_StopError):
+        ablate_recipe(tiny, num_prompts=7, num_shown=2, watch=stop)
+    assert output.manifest() is None
+    assert ablate_recipe(tiny, num_prompts=7, num_shown=2, watch=_quiet)[1] == result
+    assert {name: output.describe(name) for name in kept} == kept
+
+
+def test_prompts_without_real_pictures_have_no_true_embedding(cascade: Cascade, tmp_path: Path) -> None:
+    prompts = PromptSet((Prompt("a red circle"), Prompt("a blue star")), "file")
+    runner = AblationRunner(cascade, prompts, Artifact(str(tmp_path)))
+    assert runner.variants == ("caption", "z_text", "prior")
+    assert runner.references()[1] is None
+    runner.run(Part("z_text", 0, 0, 2), 0, 1)
+    assert math.isclose(
+        np.linalg.norm(read_part(Artifact(str(tmp_path)), Part("z_text", 0, 0, 2))[0]["z_image"]), 1, rel_tol=1e-5
+    )
+
+
+def test_ablation_before_training_says_what_is_missing(tmp_path: Path) -> None:
+    recipe = parse_recipe(tiny_tables(tmp_path / "empty"))
+    with pytest.raises(ConfigError, match="ablate: pairs is not finished"):
+        ablate_recipe(recipe, num_prompts=2, num_shown=1, watch=_quiet)
