@@ -31,6 +31,7 @@ _TITLES = {
     "index": "Index",
     "prior": "Prior",
     "decoder": "Decoder",
+    "noisy_clip": "Noise-aware CLIP",
     "upsampler_1": "Upsampler 1",
     "upsampler_2": "Upsampler 2",
     "evaluate": "Evaluation",
@@ -103,6 +104,7 @@ def training_of(done: Done, recipe: Recipe) -> list[Json]:
         curve = Curve([row["step"] for row in rows if "loss" in row], [row["loss"] for row in rows if "loss" in row])
         if len(curve.steps) < 2:
             continue
+        validation = [row["val_loss"] for row in rows if "val_loss" in row]
         networks.append(
             {
                 "title": finished.title,
@@ -112,6 +114,7 @@ def training_of(done: Done, recipe: Recipe) -> list[Json]:
                 "num_parameters": num_parameters(finished.artifact),
                 "wall_s": finished.manifest.wall_s,
                 "loss": curve.values[-1],
+                "val_loss": validation[-1] if validation else None,
             }
         )
     return networks

@@ -203,3 +203,23 @@ def test_duration_for_people(seconds: float, text: str) -> None:
 
 def test_counts_for_people() -> None:
     assert [short_count(n) for n in (950, 12_300, 1_800_000, 3.5e9)] == ["950", "12.3k", "1.8M", "3.5B"]
+
+
+def test_every_measure_is_told_on_the_page_and_in_the_terminal(recipe: Recipe, tmp_path: Path) -> None:
+    fill_workspace(recipe)
+    page, text = _report(recipe, tmp_path / "report.html"), format_metrics(METRICS)
+    told = {
+        "Frechet distance, own features": ["31.250"],
+        "CMMD": ["1.750", "0.250"],
+        "Precision": ["75.0 %", "90.0 %"],
+        "Recall": ["50.0 %", "89.2 %"],
+        "Upsampler 1: PSNR": ["27.4 dB", "23.2 dB"],
+        "Upsampler 1: SSIM": ["0.912", "0.871"],
+        "Upsampler 1: sharpness": ["812", "934", "205"],
+    }
+    for name, values in told.items():
+        line = next(line for line in text.splitlines() if line.strip().startswith(name))
+        assert [value for value in values if value in line] == values
+        assert name in page
+        assert all(value in page for value in values)
+    assert "validation 0.0457" in page
