@@ -232,7 +232,7 @@ def summarise(
 
 def format_ablation(result: Json) -> str:
     """The numbers as a table for a terminal: a row for each variant."""
-    variants: dict[str, Json] = result["variants"]
+    variants: dict[str, Json] = {name: result["variants"][name] for name in VARIANTS if name in result["variants"]}
     checks = [
         name for name in _SHOWN_CHECKS if any(name in found.get("pixel_check", {}) for found in variants.values())
     ]

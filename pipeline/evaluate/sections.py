@@ -31,7 +31,6 @@ _TITLES = {
     "index": "Index",
     "prior": "Prior",
     "decoder": "Decoder",
-    "noisy_clip": "Noise-aware CLIP",
     "upsampler_1": "Upsampler 1",
     "upsampler_2": "Upsampler 2",
     "evaluate": "Evaluation",

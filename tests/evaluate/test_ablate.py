@@ -42,7 +42,7 @@ def ablated(tiny: Recipe) -> tuple[Artifact, dict[str, Any]]:
 
 def test_ablation_measures_every_variant_on_the_same_prompts(ablated: tuple[Artifact, dict[str, Any]]) -> None:
     output, result = ablated
-    assert list(result["variants"]) == ["caption", "z_text", "prior", "z_image"]
+    assert set(result["variants"]) == {"caption", "z_text", "prior", "z_image"}
     for found in result["variants"].values():
         assert found["clip_score"]["count"] == 7
         assert found["r_precision"]["total"] == 7
