@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tiny_models import UNET, randomise
 
 from models.config import UNetConfig
-from models.unet import UNet
+from models.unet import ResBlock, UNet
 
 CONFIG = replace(UNET, num_res_blocks=2)
 
@@ -151,3 +151,17 @@ def test_unet_refuses_a_context_it_was_not_built_for() -> None:
     model = UNet(CONFIG, 8, 3, 3)
     with pytest.raises(ValueError, match="without a context"):
         model.encode_context(torch.randn(1, 2, 10))
+
+
+def test_res_block_that_enlarges_is_a_convolution_of_the_enlarged_picture() -> None:
+    config = UNetConfig(channels=8, norm_groups=4, dropout=0.0)
+    block = ResBlock((8, 8), 32, config, "up")
+    randomise(block)
+    wide = torch.nn.functional.interpolate
+    for side in (8, 16):  # below and above the side from which the two are one kernel
+        x, embedding = torch.randn(2, 8, side, side), torch.randn(2, 32)
+        plain = block.conv_in(wide(torch.nn.functional.silu(block.norm_in(x)), scale_factor=2.0, mode="nearest"))
+        scale, shift = block.embedding(embedding)[:, :, None, None].chunk(2, dim=1)
+        hidden = torch.nn.functional.silu(block.norm_out(plain) * (scale + 1) + shift)
+        expected = wide(x, scale_factor=2.0, mode="nearest") + block.conv_out(hidden)
+        torch.testing.assert_close(block(x, embedding), expected, rtol=1e-5, atol=1e-5)
