@@ -42,10 +42,10 @@ class AliveBytes(TorchDispatchMode):
 
     def know(self, network: nn.Module) -> None:
         """Leave out what was there before."""
-        self._known |= {parameter.untyped_storage()._cdata for parameter in network.parameters()}  # noqa: SLF001
+        self._known |= {parameter.untyped_storage()._cdata for parameter in network.parameters()}
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        place, num_bytes = storage._cdata, storage.nbytes()  # noqa: SLF001
+        place, num_bytes = storage._cdata, storage.nbytes()
         if place in self._known:
             return
         self._known.add(place)
@@ -59,7 +59,7 @@ class AliveBytes(TorchDispatchMode):
 
 
 def peak_bytes(network: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """The most that one step needs beside its weights, in bytes; gradients stand ready, as the optimizer's state does."""
+    """Most bytes that one step needs beside its weights; gradients stand ready, as the optimizer's state does."""
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     counter = AliveBytes()
@@ -89,7 +89,8 @@ def run(config: DecoderConfig, batch_size: int) -> list[dict[str, Any]]:
         ("ours, recomputed", recomputed, 0.5),
     )
     return [
-        {"way": way, "peak_bytes": peak, "of_diffusers_kept": peak / theirs, "at_most": most} for way, peak, most in rows
+        {"way": way, "peak_bytes": peak, "of_diffusers_kept": peak / theirs, "at_most": most}
+        for way, peak, most in rows
     ]
 
 

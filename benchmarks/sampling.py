@@ -1,7 +1,7 @@
 """Sampling an exported cascade here against diffusers' UnCLIPPipeline: same weights, steps, guidance and prompts.
 
-    python -m benchmarks.sampling [--rounds 5] [--threads 1]          whole cascades at the demo's size; floor 1.2x
-    python -m benchmarks.sampling --karlo [--rounds 3]                one guided decoder step at Karlo's width; floor 1.0x
+    python -m benchmarks.sampling [--rounds 5] [--threads 1]    whole cascades at the demo's size; floor 1.2x
+    python -m benchmarks.sampling --karlo [--rounds 3]         one guided decoder step at Karlo's width; floor 1.0x
 
 The pipeline is the installed diffusers', loaded from the folder that `unclip export` would write. Karlo's width takes
 about 8 GB: the two libraries share the weights.
@@ -37,7 +37,13 @@ from pipeline.export import export_diffusers
 PROMPTS = ["a large red star on a white background", "a small blue circle above a large yellow square"]
 CLIP = ClipConfig(embed_dim=64, image_px=32, vision_width=20, text_width=64, text_heads=2, context_length=24)
 SMALL = UNetConfig(
-    channels=64, channel_mults=(1, 1), num_res_blocks=1, attention_resolutions=(16, 8), head_channels=32, norm_groups=8, dropout=0.0
+    channels=64,
+    channel_mults=(1, 1),
+    num_res_blocks=1,
+    attention_resolutions=(16, 8),
+    head_channels=32,
+    norm_groups=8,
+    dropout=0.0,
 )
 PLAIN = UNetConfig(
     channels=32, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(), norm_groups=8, dropout=0.0
@@ -45,7 +51,9 @@ PLAIN = UNetConfig(
 KARLO = DecoderConfig(
     image_px=64,
     context_width=1536,
-    unet=UNetConfig(channels=320, channel_mults=(1, 2, 3, 4), num_res_blocks=3, attention_resolutions=(32, 16, 8), dropout=0.0),
+    unet=UNetConfig(
+        channels=320, channel_mults=(1, 2, 3, 4), num_res_blocks=3, attention_resolutions=(32, 16, 8), dropout=0.0
+    ),
 )
 
 
@@ -57,7 +65,11 @@ def make_cascade(num_steps: int) -> Cascade:
     prior = Prior(PriorConfig(width=128, depth=4, num_heads=4, num_candidates=1, sampler=sampler), clip.dims)
     decoder = Decoder(
         DecoderConfig(
-            image_px=16, context_width=64, unet=SMALL, diffusion=DiffusionConfig(variance="learned_range"), sampler=sampler
+            image_px=16,
+            context_width=64,
+            unet=SMALL,
+            diffusion=DiffusionConfig(variance="learned_range"),
+            sampler=sampler,
         ),
         clip.dims,
     )

@@ -81,7 +81,9 @@ def publish(name: str, rows: Sequence[Comparison | dict[str, Any]], settings: di
         "settings": settings,
         "rows": tables,
         "machine": {"processor": platform.machine(), "system": platform.system(), "threads": torch.get_num_threads()},
-        "versions": {package: found for package in ("torch", "diffusers", "dalle2-pytorch") if (found := _version(package))},
+        "versions": {
+            package: found for package in ("torch", "diffusers", "dalle2-pytorch") if (found := _version(package))
+        },
         "created_s": int(time.time()),
     }
     RESULTS.mkdir(exist_ok=True)

@@ -21,7 +21,12 @@ DECODER = DecoderConfig(
     image_px=32,
     context_width=128,
     unet=UNetConfig(
-        channels=64, channel_mults=(1, 2, 3), num_res_blocks=1, attention_resolutions=(16, 8), head_channels=32, dropout=0.0
+        channels=64,
+        channel_mults=(1, 2, 3),
+        num_res_blocks=1,
+        attention_resolutions=(16, 8),
+        head_channels=32,
+        dropout=0.0,
     ),
     diffusion=DiffusionConfig(variance="learned_range"),
 )

@@ -1,0 +1,135 @@
+"""Network calls that the decoder of a finished recipe needs: a table of samplers, steps and Frechet distances.
+
+    python -m benchmarks.sampler_steps configs/demo.toml [--images 512] [--steps 5 8 10 15 20 25 50]
+
+Draws validation rows' pictures from their own z_image and caption with every sampler, and measures the squared Frechet
+distance of their CLIP features to those of the real pictures. The reference is the ancestral sampler at 250 steps; the
+fewest steps within 2 % of it are marked. Floor: at most 25 with the best sampler. Heun calls the network twice a step.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks.side_by_side import publish
+from models.analytic import X0Variance
+from models.cascade import decoder_denoiser
+from models.clip import FrozenClip
+from models.condition import TextEncoding
+from models.config import SamplerConfig
+from models.decoder import Decoder
+from models.diffusion import Diffusion
+from models.noise import NoiseSource
+from models.samplers import config_timesteps, make_limit, sample
+from pipeline.evaluate.metrics import FeatureSums, frechet_distance
+from pipeline.plan import artifact_of, make_plan
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.store import Workspace
+from pipeline.train.batches import Batch, Samples
+from pipeline.train.shards import ShardReader
+from pipeline.weights import load_clip_artifact, load_network
+
+METHODS = ("ddpm", "analytic", "ddim", "dpmpp_2m", "heun")
+WITHIN = 1.02
+_VARIANCE_ROWS = 64
+
+
+class Drawer:
+    """Draws the rows of one split of a recipe with its decoder."""
+
+    def __init__(self, recipe: Recipe, num_images: int, batch_size: int, split: str = "validation") -> None:
+        workspace = Workspace(recipe.workspace)
+        artifacts = {step.name: artifact_of(workspace, step) for step in make_plan(recipe)}
+        decoder = load_network(artifacts["decoder"])
+        assert isinstance(decoder, Decoder)
+        self.decoder: Decoder = decoder
+        self.clip: FrozenClip = load_clip_artifact(artifacts["clip"])
+        self.batch_size = batch_size
+        reader = ShardReader(artifacts["download"], artifacts["embed"], split)
+        rows = Samples(reader, decoder.config.image_px).first(num_images)
+        assert rows is not None, f"the recipe has no {split} row"
+        self.rows: Batch = rows
+        self.text = self.clip.encode_text(rows.captions)
+        self.diffusion = Diffusion(decoder.config.diffusion)
+        real = self.clip.encode_image(rows.require_images())
+        self.real = FeatureSums.of(real.numpy())
+
+    def distance(self, config: SamplerConfig) -> float:
+        """Squared Frechet distance of the drawn pictures to the real ones."""
+        features: list[torch.Tensor] = []
+        measured = self._x0_variance(config) if config.method == "analytic" else None
+        with torch.no_grad():
+            for start in range(0, len(self.rows), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                noise = NoiseSource.from_seeds(range(start, min(start + self.batch_size, len(self.rows))), "decoder")
+                side_px = self.decoder.config.image_px
+                x = sample(
+                    decoder_denoiser(self.decoder, *self._conditions(part), config.guidance_scale),
+                    noise.normal((3, side_px, side_px)),
+                    self.diffusion,
+                    config,
+                    noise,
+                    x0_variance=measured,
+                )
+                features.append(self.clip.encode_image(x.clamp(-1, 1)))
+        return frechet_distance(FeatureSums.of(torch.cat(features).numpy()), self.real)
+
+    def _conditions(self, part: slice) -> tuple[torch.Tensor, TextEncoding]:
+        return self.rows.require_z_image()[part], self.text[part]
+
+    def _x0_variance(self, config: SamplerConfig) -> torch.Tensor:
+        part = slice(0, _VARIANCE_ROWS)
+        pictures = self.rows.require_images()[part].permute(0, 3, 1, 2).float() / 127.5 - 1
+        measure = X0Variance(self.diffusion, config_timesteps(config, self.diffusion))
+        denoise = decoder_denoiser(self.decoder, *self._conditions(part), config.guidance_scale)
+        measure.update(denoise, pictures, NoiseSource.from_seeds(range(len(pictures))), make_limit(config))
+        return measure.table()
+
+
+def run(drawer: Drawer, steps: Sequence[int], reference_steps: int) -> list[dict[str, Any]]:
+    """One row for each sampler and number of steps, the reference first."""
+    base = replace(drawer.decoder.config.sampler, respacing="", eta=0.0)
+    reference = drawer.distance(replace(base, method="ddpm", num_steps=reference_steps))
+    rows: list[dict[str, Any]] = [_row("ddpm", reference_steps, reference, reference, is_first=False)]
+    for method in METHODS:
+        found = False
+        for num_steps in sorted(steps):
+            distance = drawer.distance(replace(base, method=method, num_steps=num_steps))
+            is_first = not found and distance <= WITHIN * reference
+            found |= is_first
+            rows.append(_row(method, num_steps, distance, reference, is_first=is_first))
+    return rows
+
+
+def _row(method: str, num_steps: int, distance: float, reference: float, *, is_first: bool) -> dict[str, Any]:
+    return {
+        "sampler": method,
+        "steps": num_steps,
+        "network_calls": 2 * num_steps - 1 if method == "heun" else num_steps,
+        "frechet_distance": distance,
+        "of_reference": distance / reference,
+        "fewest_within_2_percent": is_first,
+    }
+
+
+def main() -> None:
+    """Parse, run, publish."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10, 15, 20, 25, 50])
+    parser.add_argument("--reference-steps", type=int, default=250)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    drawer = Drawer(load_recipe(arguments.recipe, arguments.overrides), arguments.images, arguments.batch_size)
+    publish("sampler_steps", run(drawer, arguments.steps, arguments.reference_steps), vars(arguments))
+
+
+if __name__ == "__main__":
+    main()

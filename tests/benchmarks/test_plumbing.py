@@ -1,0 +1,86 @@
+"""Every benchmark runs, at a size at which its numbers mean nothing, and says what its JSON holds."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import side_by_side
+from benchmarks.memory import run as run_memory
+from benchmarks.sampler_steps import METHODS, Drawer
+from benchmarks.sampler_steps import run as run_sampler_steps
+from benchmarks.sampling import run_unet_step
+from benchmarks.side_by_side import compare, publish
+from benchmarks.train_step import DECODER, DIMS, PRIOR
+from benchmarks.train_step import run as run_train_step
+from tests.tiny import ROOT, free_port
+from tests.tiny_cascade import finished_workspace
+
+DECODER_TINY = replace(
+    DECODER, image_px=8, unet=replace(DECODER.unet, channels=8, channel_mults=(1, 2), attention_resolutions=(4,),
+                                      head_channels=8, norm_groups=4),
+)  # fmt: skip
+
+
+def test_compare_takes_turns_and_gives_the_median_of_the_ratios() -> None:
+    calls: list[str] = []
+
+    def wait(name: str, seconds: float) -> None:
+        calls.append(name)
+        time.sleep(seconds)
+
+    found = compare("sleep", lambda: wait("ours", 0.01), lambda: wait("theirs", 0.02), rounds=4, floor=1.0)
+    assert calls[2:] == ["ours", "theirs", "theirs", "ours"] * 2
+    assert 1.2 < found.ratio < 3
+    assert found.low <= found.ratio <= found.high
+
+
+def test_publish_prints_a_table_and_writes_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(side_by_side, "RESULTS", tmp_path)
+    found = json.loads(publish("some", [{"way": "a", "ratio": 1.23456}], {"rounds": 1}).read_text())
+    assert found["rows"] == [{"way": "a", "ratio": 1.23456}]
+    assert found["versions"]["torch"] == torch.__version__
+    assert "1.235" in capsys.readouterr().out
+
+
+def test_train_step_compares_equal_networks() -> None:
+    rows = run_train_step(1, 2, replace(PRIOR, width=16, depth=1, num_heads=2), DECODER_TINY)
+    assert [row.name for row in rows] == ["prior", "decoder"]
+    assert all(row.ratio > 0 for row in rows)
+
+
+def test_sampling_step_runs_on_shared_weights() -> None:
+    assert run_unet_step(DECODER_TINY, DIMS, 1, "tiny")[0].ratio > 0
+
+
+def test_memory_of_recomputed_activations_is_below_that_of_kept_ones() -> None:
+    rows = {row["way"]: row["peak_bytes"] for row in run_memory(DECODER_TINY, 8)}
+    assert 0 < rows["ours, recomputed"] < rows["ours, kept"]
+
+
+def test_sampler_steps_compares_every_sampler(tmp_path: Path) -> None:
+    recipe = finished_workspace(tmp_path, port=free_port(), overrides=("pairs.validation_prob=0",))
+    drawer = Drawer(recipe, 8, 4, split="train")
+    rows = run_sampler_steps(drawer, [2], 3)
+    assert [row["sampler"] for row in rows] == ["ddpm", *METHODS]
+    assert all(row["frechet_distance"] >= 0 for row in rows)
+    assert rows[0]["of_reference"] == 1
+
+
+def test_gpu_benchmark_counts_and_times_on_any_device(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    sizes = ["--steps", "1", "--batch-size-decoder", "2", "--batch-size-prior", "2"]
+    arguments = ["-m", "benchmarks.gpu", "--tiny", "--eager", "--device", "cpu", *sizes, "--out", str(out)]
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
+    found = json.loads(out.read_text())
+    assert [row["network"] for row in found["rows"]] == ["decoder", "prior"]
+    for row in found["rows"]:
+        assert row["tflop_s"] == pytest.approx(row["tflop_a_step"] / row["step_s"])
+        assert row["of_measured_peak"] > 0
