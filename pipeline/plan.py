@@ -62,9 +62,9 @@ _SPECS = (
     _Spec("download", 1, ("pairs",), lambda r: r.download, seeded=False),
     _Spec("clip", 1, ("download",), lambda r: r.clip),
     _Spec("embed", 1, ("download", "clip"), lambda r: r.embed, seeded=False),
-    _Spec("index", 1, ("embed",), lambda r: r.index),
     # The decoder is the longest: where workers are short, steps that become ready together run in this order.
     _Spec("decoder", 1, ("download", "clip", "embed"), lambda r: r.decoder),
+    _Spec("index", 1, ("embed",), lambda r: r.index),
     _Spec("prior", 1, ("clip", "embed"), lambda r: r.prior),
     _Spec("upsampler_1", 1, ("download",), lambda r: r.upsampler_1),
     _Spec("upsampler_2", 1, ("download",), lambda r: r.upsampler_2),

@@ -21,6 +21,7 @@ from pipeline.errors import StepError, UnclipError
 from pipeline.plan import Step, StepStatus, make_plan, plan_status
 from pipeline.progress import Progress, ProgressState, read_progress
 from pipeline.recipe import Recipe, to_dict
+from pipeline.runtime.admission import Admission, fits_now, told_at_once
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.track import Tracking
 from pipeline.schema import Manifest
@@ -42,7 +43,6 @@ _PACKAGES = ("unclip", "torch", "open_clip_torch", "ray", "pyarrow", "img2datase
 _POLL_S = 0.5
 _CONNECT_TIMEOUT_S = 5.0
 _STEP_RETRIES = 2
-_HEAD_START_S = 20.0
 
 
 class Observer(Protocol):
@@ -84,12 +84,18 @@ def run_recipe(recipe: Recipe, observer: Observer, *, until: str = "", address: 
         return statuses
     with _locked(workspace), Tracking(recipe, workspace, observer.warned) as tracking, connect(address):
         workspace.artifact("recipes", recipe.name).write_json("resolved.json", to_dict(recipe))
-        _run_steps(recipe, workspace, statuses, observer, tracking)
+        may_start = told_at_once if address else fits_now
+        _run_steps(recipe, workspace, statuses, observer, tracking, may_start)
     return statuses
 
 
 def _run_steps(
-    recipe: Recipe, workspace: Workspace, statuses: list[StepStatus], observer: Observer, tracking: Tracking
+    recipe: Recipe,
+    workspace: Workspace,
+    statuses: list[StepStatus],
+    observer: Observer,
+    tracking: Tracking,
+    may_start: Admission,
 ) -> None:
     done = {status.step.name for status in statuses if status.state == "done"}
     waiting = [status.step for status in statuses if status.state != "done"]
@@ -97,10 +103,10 @@ def _run_steps(
     try:
         while waiting or running:
             for step in [step for step in waiting if set(step.inputs) <= done]:
-                if any(_may_still_be_first(context) for context in running.values()):
-                    break
-                waiting.remove(step)
                 context = StepContext(recipe, step, workspace.root)
+                if not may_start(context, running.values()):
+                    continue
+                waiting.remove(step)
                 context.output.clear_temporaries()
                 Progress(context.output, waits=True).update(0, 1, "", "starting", force=True)
                 running[_run_step.remote(context)] = context
@@ -122,15 +128,6 @@ def _run_steps(
             ray.cancel(reference, force=True)
             tracking.failed(context)
         raise
-
-
-def _may_still_be_first(context: StepContext) -> bool:
-    """Whether a step asked for its CPUs or GPUs just now and has not got them yet.
-
-    Ray places in no order of its own; a short step that is placed before the longest makes the whole run longer.
-    """
-    state = read_progress(context.output)
-    return state is not None and not state.has_begun and time.time() - state.updated < _HEAD_START_S
 
 
 @ray.remote(num_cpus=0, max_retries=_STEP_RETRIES)

@@ -1,0 +1,61 @@
+from pathlib import Path
+
+import pytest
+import ray
+
+from pipeline.plan import make_plan
+from pipeline.progress import Progress
+from pipeline.recipe import load_recipe
+from pipeline.runtime.admission import fits_now, told_at_once
+from pipeline.runtime.context import StepContext
+
+_DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
+
+
+def _contexts(workspace: Path, *overrides: str) -> dict[str, StepContext]:
+    recipe = load_recipe(_DEMO, [f"workspace={workspace}", *overrides])
+    return {step.name: StepContext(recipe, step, recipe.workspace) for step in make_plan(recipe)}
+
+
+def _works(context: StepContext) -> StepContext:
+    Progress(context.output).update(1, 10, "steps", force=True)
+    return context
+
+
+def _free(monkeypatch: pytest.MonkeyPatch, **resources: float) -> None:
+    monkeypatch.setattr(ray, "available_resources", lambda: resources)
+
+
+def test_a_step_waits_for_room_on_this_machine_but_not_where_the_cluster_may_grow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = _contexts(tmp_path)
+    running = [_works(steps["clip"]), _works(steps["upsampler_1"])]
+    _free(monkeypatch, memory=1.0)
+    assert not fits_now(steps["upsampler_2"], running)
+    assert told_at_once(steps["upsampler_2"], running)
+    _free(monkeypatch, CPU=1.0)
+    assert fits_now(steps["upsampler_2"], running)
+
+
+def test_a_step_lets_the_one_before_it_take_its_room_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = _contexts(tmp_path)
+    _free(monkeypatch, CPU=1.0)
+    Progress(steps["decoder"].output, waits=True).update(0, 1, "", "waiting for 1 x 1 CPU", force=True)
+    assert not fits_now(steps["prior"], [steps["decoder"]])
+    assert fits_now(steps["prior"], [_works(steps["decoder"])])
+
+
+def test_all_workers_of_a_training_and_their_gpus_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = _contexts(tmp_path, "decoder.resources.num_workers=2", "decoder.resources.accelerator=cuda")
+    running = [_works(steps["upsampler_1"])]
+    for cpus, gpus, fits in ((2.0, 1.0, False), (1.0, 2.0, False), (2.0, 2.0, True)):
+        _free(monkeypatch, CPU=cpus, GPU=gpus)
+        assert fits_now(steps["decoder"], running) is fits
+
+
+def test_a_step_that_never_fits_is_handed_over_when_nothing_else_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _free(monkeypatch)
+    assert fits_now(_contexts(tmp_path)["decoder"], [])  # Ray's own words then say what is missing
