@@ -102,10 +102,15 @@ class ArPrior(nn.Module):
         scores = ((z_image - self.z_mean) @ self.components.T) / self.component_std.clamp(min=1e-12)
         return to_buckets(scores, self.config.bucket_range_std, self.config.num_buckets)
 
-    def detokenize(self, tokens: Int[Tensor, "B K"]) -> Float[Tensor, "B D"]:
-        """The embedding in the middle of the buckets, of length one as z_image is."""
+    def detokenize(self, tokens: Int[Tensor, "B k"]) -> Float[Tensor, "B D"]:
+        """The embedding in the middle of the buckets, of length one as z_image is.
+
+        Args:
+            tokens: The first k components; those that are not given are at their mean.
+        """
         scores = from_buckets(tokens, self.config.bucket_range_std, self.config.num_buckets)
-        return F.normalize((scores * self.component_std) @ self.components + self.z_mean, dim=-1)
+        known = slice(tokens.shape[1])
+        return F.normalize((scores * self.component_std[known]) @ self.components[known] + self.z_mean, dim=-1)
 
     def dot_tokens(
         self, z_image: Float[Tensor, "B D"], z_text: Float[Tensor, "B D"], keep: Bool[Tensor, " B"] | None = None

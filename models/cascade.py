@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from models.ar_prior import ArPrior
 from models.condition import TextEncoding, concat_text
 from models.config import ClipDims, SamplerConfig
+from models.config_ar_prior import TokenSamplerConfig
 from models.decoder import Decoder, concat_decoder_conditions
 from models.diffusion import Denoise, Diffusion
 from models.guidance import classifier_free
@@ -24,7 +26,12 @@ from models.pixels import to_uint8
 from models.prior import Prior
 from models.sampler_steps import SamplerState
 from models.samplers import config_timesteps, iterate
+from models.token_sampling import iterate_embeddings
 from models.upsampler import Upsampler
+
+AnyPrior = Prior | ArPrior
+PriorSampler = SamplerConfig | TokenSamplerConfig
+_Sampler = TypeVar("_Sampler", SamplerConfig, TokenSamplerConfig)
 
 
 class TextEncoder(Protocol):
@@ -44,8 +51,8 @@ class TextEncoder(Protocol):
 class CascadeSettings:
     """How a cascade is sampled."""
 
-    prior: SamplerConfig
-    """Of z_image."""
+    prior: PriorSampler
+    """Of z_image; which of the two depends on the kind of the prior."""
     decoder: SamplerConfig
     """Of the smallest picture."""
     upsamplers: tuple[SamplerConfig, ...]
@@ -54,6 +61,16 @@ class CascadeSettings:
     """Samples of z_image per caption, of which the one nearest the caption is kept."""
     micro_batch: int = 64
     """Most items at a time in one stage, which bounds its memory; guidance and candidates each multiply it."""
+
+    def prior_as(self, kind: type[_Sampler]) -> _Sampler:
+        """The settings of the prior, as its kind of prior takes them.
+
+        Raises:
+            TypeError: If they are for the other kind.
+        """
+        if not isinstance(self.prior, kind):
+            raise TypeError(f"this prior takes a {kind.__name__}, the settings hold a {type(self.prior).__name__}")
+        return self.prior
 
 
 @dataclass(frozen=True)
@@ -90,7 +107,9 @@ Watch = Callable[[StageStep], None]
 class Cascade:
     """A prior, a decoder and upsamplers, ready to sample; the stages can be called one by one."""
 
-    def __init__(self, clip: TextEncoder, prior: Prior, decoder: Decoder, upsamplers: Sequence[Upsampler] = ()) -> None:
+    def __init__(
+        self, clip: TextEncoder, prior: AnyPrior, decoder: Decoder, upsamplers: Sequence[Upsampler] = ()
+    ) -> None:
         """Check that the pieces fit together, and put the networks in evaluation mode.
 
         Raises:
@@ -155,20 +174,15 @@ class Cascade:
         self, text: TextEncoding, seeds: Sequence[int], settings: CascadeSettings, watch: Watch | None = None
     ) -> Float[Tensor, "B D"]:
         """Draw image embeddings: of ``num_candidates`` each, the one with the largest product with z_text."""
-        count, config = settings.num_candidates, settings.prior
+        count = settings.num_candidates
 
         def draw(part: slice) -> Tensor:
             texts = concat_text([text[part]] * count)
-            noise = NoiseSource(())
-            for candidate in range(count):
-                noise = noise + NoiseSource.from_seeds(seeds[part], f"prior-{candidate}")
-            x = noise.normal((self.prior.dims.embed_dim,), device=texts.pooled.device)
-            denoise = prior_denoiser(self.prior, texts, config.guidance_scale)
-            diffusion = Diffusion(self.prior.config.diffusion)
-            measured = self.prior.x0_variance if self.prior.x0_variance.any() else None
-            states = iterate(denoise, x, diffusion, config, noise, x0_variance=measured)
-            x = run_stage("prior", states, len(config_timesteps(config, diffusion)), watch)
-            z_image = self.prior.unscale(x)
+            noise = prior_noise(seeds[part], count)
+            if isinstance(self.prior, ArPrior):
+                z_image = _draw_embeddings(self.prior, texts, noise, settings.prior_as(TokenSamplerConfig), watch)
+            else:
+                z_image = _denoise_embeddings(self.prior, texts, noise, settings.prior_as(SamplerConfig), watch)
             best = (z_image * texts.z_text).sum(1).view(count, -1).argmax(0)
             return z_image.view(count, -1, z_image.shape[1])[best, torch.arange(len(best), device=best.device)]
 
@@ -218,6 +232,35 @@ class Cascade:
             return run_stage(f"upsampler_{number + 1}", states, len(config_timesteps(config, diffusion)), watch)
 
         return in_parts(draw, len(pixels), settings.micro_batch)
+
+
+def prior_noise(seeds: Sequence[int], num_candidates: int) -> NoiseSource:
+    """Noise of the prior: of the first candidate of every seed, then of the second, and so on."""
+    noise = NoiseSource(())
+    for candidate in range(num_candidates):
+        noise = noise + NoiseSource.from_seeds(seeds, f"prior-{candidate}")
+    return noise
+
+
+def _denoise_embeddings(
+    prior: Prior, text: TextEncoding, noise: NoiseSource, config: SamplerConfig, watch: Watch | None
+) -> Float[Tensor, "B D"]:
+    x = noise.normal((prior.dims.embed_dim,), device=text.pooled.device)
+    denoise = prior_denoiser(prior, text, config.guidance_scale)
+    diffusion = Diffusion(prior.config.diffusion)
+    measured = prior.x0_variance if prior.x0_variance.any() else None
+    states = iterate(denoise, x, diffusion, config, noise, x0_variance=measured)
+    return prior.unscale(run_stage("prior", states, len(config_timesteps(config, diffusion)), watch))
+
+
+def _draw_embeddings(
+    prior: ArPrior, text: TextEncoding, noise: NoiseSource, config: TokenSamplerConfig, watch: Watch | None
+) -> Float[Tensor, "B D"]:
+    z_image = text.z_text
+    for done, z_image in enumerate(iterate_embeddings(prior, text, noise, config), start=1):
+        if watch is not None:
+            watch(StageStep("prior", done, prior.num_components, z_image))
+    return z_image
 
 
 def prior_denoiser(prior: Prior, text: TextEncoding, guidance_scale: float | Tensor = 1.0) -> Denoise:

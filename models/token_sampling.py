@@ -7,7 +7,7 @@ Legend: B chains, R sequences (R = B, or 2 B with guidance: [uncond, cond] of ea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -124,10 +124,10 @@ def step(prior: ArPrior, state: TokenState, config: TokenSamplerConfig) -> None:
     state.position.add_(1)
 
 
-def sample_embeddings(
+def iterate_embeddings(
     prior: ArPrior, text: TextEncoding, noise: NoiseSource, config: TokenSamplerConfig
-) -> Float[Tensor, "B D"]:
-    """One z_image for each caption, of length one.
+) -> Iterator[Float[Tensor, "B D"]]:
+    """One z_image for each caption, of length one, after each component; the last is the sample.
 
     Args:
         prior: The network.
@@ -136,6 +136,6 @@ def sample_embeddings(
         config: How to draw.
     """
     state = start(prior, text, noise, config)
-    for _ in range(prior.num_components):
+    for done in range(1, prior.num_components + 1):
         step(prior, state, config)
-    return prior.detokenize(state.tokens)
+        yield prior.detokenize(state.tokens[:, :done])

@@ -4,9 +4,15 @@ What changes bytes stands in the section itself and is hashed into the step's ke
 cadence) stands in its ``resources`` table.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from models.config import ClipConfig, DecoderConfig, PriorConfig, UpsamplerConfig, configclass
+from models.config_ar_prior import ArPriorConfig
+
+PriorModel = Annotated[PriorConfig | ArPriorConfig, Field(discriminator="kind")]
+"""A prior of either kind; ``kind`` in its table says which."""
 
 
 def _positive(**values: float) -> None:
@@ -255,8 +261,8 @@ class IndexConfig:
 class PriorStepConfig:
     """The prior: caption to z_image."""
 
-    model: PriorConfig = PriorConfig()
-    """The network, its diffusion and its sampler."""
+    model: PriorModel = PriorConfig()
+    """The network and its sampler; ``kind`` chooses a diffusion or an autoregressive prior."""
     init_from: str = ""
     """Folder of a trained network (config.json, model.safetensors) to start from, of the same shape: from `unclip
     import`, or another run's artifact. Empty: random weights."""

@@ -15,6 +15,7 @@ from typing import Any, cast
 from pydantic import TypeAdapter, ValidationError
 
 from models.config import configclass
+from models.config_ar_prior import ArPriorConfig
 from pipeline.config import (
     ClipStepConfig,
     DecoderStepConfig,
@@ -31,6 +32,8 @@ from pipeline.config import (
 from pipeline.errors import ConfigError
 
 Json = dict[str, Any]
+_PRIORS = ("prior", "prior_2")
+_OPTIONAL = {"prior_2": PriorStepConfig(), "upsampler_1": UpsamplerStepConfig(), "upsampler_2": UpsamplerStepConfig()}
 TrainedSection = ClipStepConfig | PriorStepConfig | DecoderStepConfig | UpsamplerStepConfig
 
 
@@ -56,6 +59,8 @@ class Recipe:
     """Embeddings to the neighbour index."""
     prior: PriorStepConfig = PriorStepConfig()
     """Caption to z_image."""
+    prior_2: PriorStepConfig | None = None
+    """A second prior, to compare: the evaluation measures both, and the cascade draws with ``prior``."""
     decoder: DecoderStepConfig = DecoderStepConfig()
     """z_image and caption to a small picture."""
     upsampler_1: UpsamplerStepConfig | None = None
@@ -97,6 +102,7 @@ class Recipe:
         sections: dict[str, TrainedSection | None] = {
             "clip": self.clip,
             "prior": self.prior,
+            "prior_2": self.prior_2,
             "decoder": self.decoder,
             "upsampler_1": self.upsampler_1,
             "upsampler_2": self.upsampler_2,
@@ -132,7 +138,7 @@ def parse_recipe(data: Json, *, where: str = "recipe") -> Recipe:
     """
     try:
         # JSON mode is strict about types yet takes a list for a tuple and an integer for a float, as TOML writes them.
-        return _RECIPE.validate_json(json.dumps(_merge(_defaults(data), data)))
+        return _RECIPE.validate_json(json.dumps(_merge(default_tables(data), data)))
     except ValidationError as error:
         lines = [_explain(item, data) for item in error.errors(include_url=False)]
         raise ConfigError(f"{where}: " + "; ".join(lines)) from None
@@ -159,12 +165,20 @@ def json_schema() -> Json:
     return _RECIPE.json_schema()
 
 
-def _defaults(data: Json) -> Json:
-    """The defaults that ``data`` is laid upon: a table that names one key keeps its parent's choice of the others."""
+def default_tables(data: Json) -> Json:
+    """The defaults that ``data`` is laid upon: a table that names one key keeps its parent's choice of the others.
+
+    They depend on ``data`` where a table may be left out (the upsamplers), and where it says which kind it is.
+    """
     tables = to_dict(Recipe())
-    for name in ("upsampler_1", "upsampler_2"):
+    for name, section in _OPTIONAL.items():
         if isinstance(data.get(name), dict):
-            tables[name] = to_dict(UpsamplerStepConfig())
+            tables[name] = to_dict(section)
+    for name in _PRIORS:
+        section = data.get(name)
+        model = section.get("model") if isinstance(section, dict) else None
+        if isinstance(model, dict) and model.get("kind") == ArPriorConfig().kind:
+            tables[name]["model"] = to_dict(ArPriorConfig())
     return tables
 
 
@@ -212,11 +226,18 @@ def _apply_override(data: Json, override: str) -> None:
 
 def _explain(item: Any, data: Json) -> str:
     location = [str(part) for part in item["loc"]]
+    of_kind = ""
+    if location[1:2] == ["model"] and location[0] in _PRIORS and len(location) > 2:
+        of_kind = f' (kind = "{location.pop(2)}")'  # pydantic puts the kind among the keys
     name = ".".join(location)
     kind: str = item["type"]
     if kind in {"unexpected_keyword_argument", "extra_forbidden"}:
-        close = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1)
-        return f"unknown key {name}" + (f"; did you mean {close[0]}?" if close else "")
+        known = _value_at(default_tables(data), location[:-1])
+        close = difflib.get_close_matches(location[-1], list(known) if isinstance(known, dict) else [], n=1)
+        return f"unknown key {name}{of_kind}" + (f"; did you mean {close[0]}?" if close else "")
+    if kind == "union_tag_invalid":
+        kinds = str(item["ctx"]["expected_tags"]).replace(", ", " or ")
+        return f"{name}.kind: must be {kinds}, got {item['ctx']['tag']!r}"
     message = str(item["msg"]).removeprefix("Value error, ")
     if kind == "value_error":
         return f"{name}: {message}" if name else message
@@ -230,10 +251,3 @@ def _value_at(data: Any, location: list[str]) -> Any:
         elif isinstance(data, list) and part.isdigit():
             data = cast("list[Any]", data)[int(part)]
     return data
-
-
-def _known_keys(location: list[str]) -> list[str]:
-    config: Any = Recipe()
-    for part in location:
-        config = getattr(config, part, None)
-    return [field.name for field in dataclasses.fields(config)] if dataclasses.is_dataclass(config) else []

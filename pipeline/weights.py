@@ -13,11 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from models.ar_prior import ArPrior
 from models.cascade import Cascade
 from models.clip import CONFIG_FILE as CLIP_CONFIG
 from models.clip import WEIGHTS_FILE as CLIP_WEIGHTS
 from models.clip import FrozenClip, OpenClip, load_clip, save_clip
 from models.config import ClipDims, DecoderConfig, PriorConfig, UpsamplerConfig
+from models.config_ar_prior import ArPriorConfig
 from models.decoder import Decoder
 from models.prior import Prior
 from models.upsampler import Upsampler
@@ -29,15 +31,22 @@ SCHEMA_VERSION = 1
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 
-Network = Prior | Decoder | Upsampler
-NetworkConfig = PriorConfig | DecoderConfig | UpsamplerConfig
-_CONFIGS: dict[str, type[Any]] = {"prior": PriorConfig, "decoder": DecoderConfig, "upsampler": UpsamplerConfig}
+Network = Prior | ArPrior | Decoder | Upsampler
+NetworkConfig = PriorConfig | ArPriorConfig | DecoderConfig | UpsamplerConfig
+_CONFIGS: dict[str, type[Any]] = {
+    "prior": PriorConfig,
+    "ar_prior": ArPriorConfig,
+    "decoder": DecoderConfig,
+    "upsampler": UpsamplerConfig,
+}
 
 
 def build_network(config: NetworkConfig, dims: ClipDims) -> Network:
     """A network with random weights (of torch's global generator); an upsampler does not depend on CLIP's widths."""
     if isinstance(config, PriorConfig):
         return Prior(config, dims)
+    if isinstance(config, ArPriorConfig):
+        return ArPrior(config, dims)
     if isinstance(config, DecoderConfig):
         return Decoder(config, dims)
     return Upsampler(config)
@@ -50,7 +59,7 @@ def save_network(
 
     Args:
         artifact: Where to.
-        kind: ``prior``, ``decoder`` or ``upsampler``.
+        kind: ``prior``, ``ar_prior``, ``decoder`` or ``upsampler``.
         config: The network's configuration.
         dims: CLIP's widths; None for an upsampler.
         state_dict: The weights, on any device.
@@ -107,14 +116,22 @@ def load_initial(network: Network, folder: str) -> None:
             f"{_shape(theirs, differs[0])} there and {_shape(ours, differs[0])} in the recipe; "
             f"take `model` from {folder}/{CONFIG}"
         )
-    process, their_process = network.config.diffusion, found.config.diffusion
-    for name in ("schedule", "prediction", "num_timesteps"):
-        if getattr(process, name) != getattr(their_process, name):
+    meaning, their_meaning = _meaning(network), _meaning(found)
+    for name in meaning:
+        if meaning[name] != their_meaning[name]:
             raise DataError(
-                f"init_from {folder}: was trained with diffusion.{name} = {getattr(their_process, name)!r}, "
-                f"the recipe says {getattr(process, name)!r}"
+                f"init_from {folder}: was trained with {name} = {their_meaning[name]!r}, "
+                f"the recipe says {meaning[name]!r}"
             )
     network.load_state_dict(theirs)
+
+
+def _meaning(network: Network) -> dict[str, Any]:
+    """What weights of the same shape may mean differently."""
+    if isinstance(network, ArPrior):
+        return {"bucket_range_std": network.config.bucket_range_std}
+    process = network.config.diffusion
+    return {f"diffusion.{name}": getattr(process, name) for name in ("schedule", "prediction", "num_timesteps")}
 
 
 def _shape(state: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
@@ -163,13 +180,28 @@ def load_cascade(artifacts: dict[str, Artifact], device: torch.device | str = "c
     }
     prior, decoder = networks.pop("prior"), networks.pop("decoder")
     upsamplers = [network for network in networks.values() if isinstance(network, Upsampler)]
-    if not isinstance(prior, Prior) or not isinstance(decoder, Decoder) or len(upsamplers) < len(networks):
+    if not isinstance(prior, Prior | ArPrior) or not isinstance(decoder, Decoder) or len(upsamplers) < len(networks):
         kinds = {name: type(network).__name__ for name, network in networks.items()}
         raise DataError(f"the artifacts are not a cascade: {kinds}")
     try:
         return Cascade(clip, prior, decoder, upsamplers)
     except ValueError as error:
         raise DataError(f"the networks do not fit together: {error}; run the recipe again") from error
+
+
+def with_prior(cascade: Cascade, artifact: Artifact, device: torch.device | str = "cpu") -> Cascade:
+    """The same cascade with another prior; the other networks are shared.
+
+    Raises:
+        DataError: If the artifact is damaged, no prior, or made for another CLIP.
+    """
+    prior = load_network(artifact, device)
+    if not isinstance(prior, Prior | ArPrior):
+        raise DataError(f"{artifact.uri}: holds a {type(prior).__name__}, not a prior; run the recipe again")
+    try:
+        return Cascade(cascade.clip, prior, cascade.decoder, cascade.upsamplers)
+    except ValueError as error:
+        raise DataError(f"{artifact.uri}: {error}; run the recipe again") from error
 
 
 def num_parameters(network: nn.Module) -> int:

@@ -56,7 +56,8 @@ class Aggregate:
         metrics["r_precision"] = self._r_precision()
         metrics |= self._distances(embed)
         metrics["frechet_features"] = self._frechet_features()
-        metrics["prior"] = self._prior()
+        metrics["prior"] = self._prior("z_prior")
+        metrics["prior_2"] = self._prior("z_prior_2")
         metrics["decoder"] = self._decoder()
         metrics |= self._upsamplers()
         metrics["memorisation"] = self._memorisation(neighbours)
@@ -166,11 +167,11 @@ class Aggregate:
         sums = [FeatureSums.of(matrix(rows, column)) for rows in self._parts if rows]
         return sum(sums[1:], start=sums[0])
 
-    def _prior(self) -> Json:
-        """Cosines of what the prior draws for validation captions."""
-        if not self.rows:
+    def _prior(self, column: str) -> Json:
+        """Cosines of what a prior draws for validation captions."""
+        if not self.rows or column not in self.rows[0]:
             return {}
-        z_prior, z_image, z_text = (matrix(self.rows, name) for name in ("z_prior", "z_image", "z_text"))
+        z_prior, z_image, z_text = (matrix(self.rows, name) for name in (column, "z_image", "z_text"))
         measured: Json = {
             "z_image": mean_of(cosine(z_prior, z_image)),
             "z_text": mean_of(cosine(z_prior, z_text)),

@@ -13,7 +13,7 @@ from pipeline.evaluate.prompts import PromptSet, Row, choose_prompts, held_out_r
 from pipeline.evaluate.sample import SAMPLES
 from pipeline.recipe import Recipe
 from pipeline.store import Artifact
-from pipeline.weights import load_cascade
+from pipeline.weights import load_cascade, with_prior
 
 Json = dict[str, Any]
 
@@ -56,8 +56,9 @@ def make_runner(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact
     device = recipe.evaluate.resources.accelerator
     path = recipe.evaluate.features_path
     extractor = FeatureExtractor(path, device) if path else None
-    return PartRunner(
-        load_cascade(networks, device),
+    cascade = load_cascade(networks, device)
+    runner = PartRunner(
+        cascade,
         work.prompts,
         work.rows,
         inputs["download"],
@@ -66,6 +67,9 @@ def make_runner(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact
         work.drawings,
         extractor,
     )
+    if recipe.prior_2 is not None:
+        runner.second = with_prior(cascade, inputs["prior_2"], device)
+    return runner
 
 
 def finish(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact, work: Work) -> Json:
@@ -73,6 +77,9 @@ def finish(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact, wor
     aggregate = Aggregate(output, work.parts, work.prompts)
     neighbours = TrainingNeighbours(inputs["index"])
     metrics = aggregate.measure(inputs["embed"], neighbours)
+    for name, section in (("prior", recipe.prior), ("prior_2", recipe.prior_2)):
+        if section is not None and name in metrics:
+            metrics[name]["kind"] = section.model.kind
     Gallery(aggregate, output, recipe.evaluate.num_shown).write(neighbours, inputs["download"])
     lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in aggregate.samples())
     output.write_bytes(SAMPLES, lines.encode())

@@ -136,20 +136,8 @@ def measure_rows(metrics: Json) -> list[Json]:
             "Share of real pictures among the drawings' nearest neighbours in the CLIP space: how varied these are.",
             percent=True,
         ),
-        _row(
-            metrics,
-            "prior",
-            ("z_image", "", "unrelated_image"),
-            "Prior: similarity to the true z_image",
-            "On validation captions; floor: the z_image of another picture.",
-        ),
-        _row(
-            metrics,
-            "prior",
-            ("z_text", "true_z_text", "unrelated_text"),
-            "Prior: similarity to z_text",
-            "Ceiling: the true z_image with its own caption; floor: another caption.",
-        ),
+        *_prior(metrics, "prior", "Prior"),
+        *_prior(metrics, "prior_2", "Prior 2"),
         _row(
             metrics,
             "decoder",
@@ -194,6 +182,27 @@ def _row(
         place = (value - floor) / (ceiling - floor)
     texts = ["" if number is None else _text(number, percent=percent) for number in (value, ceiling, floor)]
     return {"name": name, "why": why, "value": texts[0], "ceiling": texts[1], "floor": texts[2], "place": place}
+
+
+def _prior(metrics: Json, key: str, title: str) -> list[Json | None]:
+    kind = metrics.get(key, {}).get("kind", "")
+    title = f"{title} ({kind})" if kind else title
+    return [
+        _row(
+            metrics,
+            key,
+            ("z_image", "", "unrelated_image"),
+            f"{title}: to z_image",
+            "Cosine to the true z_image of validation captions; floor: the z_image of another picture.",
+        ),
+        _row(
+            metrics,
+            key,
+            ("z_text", "true_z_text", "unrelated_text"),
+            f"{title}: to z_text",
+            "Cosine to z_text; ceiling: the true z_image with its own caption; floor: another caption.",
+        ),
+    ]
 
 
 def _upsampler(metrics: Json, number: int) -> list[Json]:

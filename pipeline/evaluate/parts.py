@@ -54,7 +54,17 @@ _PROMPT_SEED_STRIDE = 1000
 ENLARGED = ("psnr_db", "ssim", "sharpness")
 """What is measured of enlarged pictures, for each upsampler; ``bicubic_`` before it: of bicubic enlargement."""
 _VECTORS = frozenset(
-    {"z_image", "z_text", "z_prior", "z_real", "z_reconstruction", "features", "features_real", "real_sharpness"}
+    {
+        "z_image",
+        "z_text",
+        "z_prior",
+        "z_prior_2",
+        "z_real",
+        "z_reconstruction",
+        "features",
+        "features_real",
+        "real_sharpness",
+    }
     | {f"{prefix}{name}" for prefix in ("", "bicubic_") for name in ENLARGED}
 )
 
@@ -128,6 +138,8 @@ class PartRunner:
         self._extractor = extractor
         networks = [cascade.decoder, *cascade.upsamplers]
         self._sides_px = [network.config.image_px for network in networks]
+        self.second: Cascade | None = None
+        """The cascade with the recipe's second prior, where it has one; its embeddings are measured, not drawn."""
 
     def run(self, part: Part) -> ShardRecord:
         """Do one part, commit it and return its record.
@@ -232,6 +244,10 @@ class PartRunner:
             | dict.fromkeys(f"{prefix}{name}" for prefix in ("", "bicubic_") for name in ENLARGED)
             for row, z in zip(rows, z_prior, strict=True)
         ]
+        if self.second is not None:
+            drawn = self.second.sample_prior(text, seeds, self.second.default_settings())
+            for column, z in zip(columns, _finite(drawn.cpu().numpy(), "prior_2"), strict=True):
+                column["z_prior_2"] = z
         count = max(0, min(NUM_RECONSTRUCTIONS - part.start, len(rows)))
         if count:
             pictures = np.stack([self._real_picture(row) for row in rows[:count]])

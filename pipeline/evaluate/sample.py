@@ -19,7 +19,7 @@ from models.edits import ImageEncoder
 from pipeline.errors import ConfigError
 from pipeline.evaluate.pictures import Block, draw_grid, to_png
 from pipeline.evaluate.preview import Preview
-from pipeline.plan import artifact_of, make_plan
+from pipeline.plan import CASCADE_STEPS, artifact_of, make_plan
 from pipeline.recipe import Recipe
 from pipeline.store import Artifact, Workspace, translate_os_errors
 from pipeline.weights import load_cascade
@@ -68,7 +68,7 @@ def cascade_artifacts(recipe: Recipe) -> dict[str, Artifact]:
     """
     workspace, artifacts = Workspace(recipe.workspace), dict[str, Artifact]()
     for step in make_plan(recipe):
-        if step.name in recipe.trained():
+        if step.name in CASCADE_STEPS:
             artifacts[step.name] = artifact_of(workspace, step)
             if artifacts[step.name].manifest() is None:
                 raise ConfigError(

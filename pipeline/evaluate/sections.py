@@ -10,13 +10,12 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import UpsamplerStepConfig
 from pipeline.errors import DataError
 from pipeline.evaluate.charts import Curve, line_chart
 from pipeline.evaluate.pictures import from_bytes, thumbnail
 from pipeline.plan import Step
 from pipeline.progress import METRICS
-from pipeline.recipe import Recipe, to_dict
+from pipeline.recipe import Recipe, default_tables, to_dict
 from pipeline.schema import Manifest
 from pipeline.store import Artifact
 
@@ -30,6 +29,7 @@ _TITLES = {
     "embed": "Embeddings",
     "index": "Index",
     "prior": "Prior",
+    "prior_2": "Prior 2",
     "decoder": "Decoder",
     "upsampler_1": "Upsampler 1",
     "upsampler_2": "Upsampler 2",
@@ -208,10 +208,8 @@ def covered_s(spans: list[tuple[float, float]]) -> float:
 
 def recipe_changes(recipe: Recipe) -> list[tuple[str, str, str]]:
     """Fields of the recipe that are not at their default: dotted name, value, default."""
-    # Upsamplers have no table by default; what they have is compared with the defaults of such a table.
-    upsampler = to_dict(UpsamplerStepConfig())
-    defaults = _flatten(to_dict(Recipe()) | {"upsampler_1": upsampler, "upsampler_2": upsampler})
-    values = _flatten(to_dict(recipe))
+    tables = to_dict(recipe)
+    defaults, values = _flatten(default_tables(tables)), _flatten(tables)
     return [
         (name, _text(value), _text(defaults[name]) if name in defaults else "")
         for name, value in values.items()

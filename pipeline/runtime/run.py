@@ -34,6 +34,7 @@ _STEP_FUNCTIONS = {
     "embed": "pipeline.runtime.data:run_embed",
     "index": "pipeline.runtime.data:run_index",
     "prior": "pipeline.runtime.train:run_prior",
+    "prior_2": "pipeline.runtime.train:run_prior_2",
     "decoder": "pipeline.runtime.train:run_decoder",
     "upsampler_1": "pipeline.runtime.train:run_upsampler_1",
     "upsampler_2": "pipeline.runtime.train:run_upsampler_2",

@@ -24,14 +24,13 @@ from ray.serve.handle import DeploymentHandle
 
 from pipeline.config import ServeConfig
 from pipeline.errors import ConfigError, StepError
-from pipeline.plan import artifact_of, make_plan
+from pipeline.plan import CASCADE_STEPS, artifact_of, make_plan
 from pipeline.recipe import Recipe
 from pipeline.runtime.run import connect
 from pipeline.serve.contract import Drawn, Images, Overloaded, Vectors
 from pipeline.store import Artifact, Workspace
 
 APPLICATION = "unclip"
-_NETWORKS = ("clip", "prior", "decoder", "upsampler_1", "upsampler_2")
 _NEIGHBOURS = ("download", "embed", "index")
 _WATCH_EVERY_S = 1.0
 _SPARE_REQUESTS = 64
@@ -220,7 +219,7 @@ def build_application(recipe: Recipe, artifacts: dict[str, Artifact]) -> serve.A
         max_ongoing_requests=config.num_replicas * (config.max_batch_size + config.max_queued_requests) * 4 + 256,
         graceful_shutdown_timeout_s=5,
     )
-    networks = {name: artifact for name, artifact in artifacts.items() if name in _NETWORKS}
+    networks = {name: artifact for name, artifact in artifacts.items() if name in CASCADE_STEPS}
     return front.bind(painter.bind(networks, config), artifacts, recipe)
 
 
@@ -236,7 +235,7 @@ def _finished_artifacts(recipe: Recipe) -> dict[str, Artifact]:
     workspace = Workspace(recipe.workspace)
     artifacts: dict[str, Artifact] = {}
     for step in make_plan(recipe):
-        if step.name in {*_NETWORKS, *_NEIGHBOURS}:
+        if step.name in {*CASCADE_STEPS, *_NEIGHBOURS}:
             artifacts[step.name] = artifact_of(workspace, step)
             if artifacts[step.name].manifest() is None:
                 raise ConfigError(f"serve: {step.name} is not finished under this recipe; first: unclip run RECIPE")

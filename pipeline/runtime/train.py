@@ -41,6 +41,11 @@ def run_prior(context: StepContext) -> StepResult:
     return _train(context)
 
 
+def run_prior_2(context: StepContext) -> StepResult:
+    """Train the second prior."""
+    return _train(context)
+
+
 def run_decoder(context: StepContext) -> StepResult:
     """Train the decoder."""
     return _train(context)

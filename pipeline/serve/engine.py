@@ -18,7 +18,8 @@ import torch
 from models.cascade import Cascade, CascadeSettings
 from models.pixels import to_uint8
 from pipeline.serve.contract import Drawn, Overloaded
-from pipeline.serve.stages import Picture, Stepper, make_stages
+from pipeline.serve.stages import Picture
+from pipeline.serve.steppers import make_steppers
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class Engine:
     ) -> None:
         settings = settings or cascade.default_settings()
         self._clip = cascade.clip
-        self._steppers = [Stepper(stage) for stage in make_stages(cascade, settings)]
+        self._steppers = make_steppers(cascade, settings)
         self._max_batch_size = max_batch_size
         self._max_waiting = max_waiting
         self._stats = EngineStats()

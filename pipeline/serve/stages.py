@@ -14,14 +14,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from models.cascade import Cascade, CascadeSettings
+from models.cascade import Cascade, CascadeSettings, prior_noise
 from models.condition import TextEncoding
 from models.config import SamplerConfig
 from models.decoder import DecoderCondition, concat_decoder_conditions
 from models.diffusion import Denoise, Diffusion
 from models.guidance import classifier_free
 from models.noise import NoiseSource
-from models.prior import PriorCondition, concat_prior_conditions
+from models.prior import Prior, PriorCondition, concat_prior_conditions
 from models.sampler_steps import SamplerState, join_states, start
 from models.samplers import config_timesteps, make_step
 
@@ -50,8 +50,8 @@ class Picture:
     """Its caption, one row."""
     stage: int = 0
     """Number of the stage that it is in, or has to enter."""
-    chain: Chain | None = None
-    """Where it stands there; None before the first step."""
+    chain: Any = None
+    """Where it stands there, as that stage's stepper keeps it; None before the first step."""
     z_image: Tensor = field(default_factory=lambda: torch.empty(0))
     """(1, D), once the prior is through."""
     pixels: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -86,9 +86,9 @@ class PriorStage:
 
     name = "prior"
 
-    def __init__(self, cascade: Cascade, settings: CascadeSettings) -> None:
-        self.prior = cascade.prior
-        self.config = settings.prior
+    def __init__(self, prior: Prior, settings: CascadeSettings) -> None:
+        self.prior = prior
+        self.config = settings.prior_as(SamplerConfig)
         self.num_candidates = settings.num_candidates
         self.diffusion = Diffusion(self.prior.config.diffusion)
         self.timesteps = config_timesteps(self.config, self.diffusion)
@@ -96,9 +96,7 @@ class PriorStage:
 
     def enter(self, picture: Picture) -> Chain:
         """See ``Stage``."""
-        noise = NoiseSource(())
-        for candidate in range(self.num_candidates):
-            noise = noise + NoiseSource.from_seeds([picture.seed], f"prior-{candidate}")
+        noise = prior_noise([picture.seed], self.num_candidates)
         x = noise.normal((self.prior.dims.embed_dim,), device=picture.text.pooled.device)
         text = picture.text.repeat_interleave(self.num_candidates)
         return Chain(start(x, self.diffusion), self.prior.encode_condition(text, cache=True), noise)
@@ -116,9 +114,7 @@ class PriorStage:
 
     def leave(self, picture: Picture, x: Tensor) -> None:
         """See ``Stage``."""
-        candidates = self.prior.unscale(x)
-        best = int((candidates * picture.text.z_text).sum(1).argmax())
-        picture.z_image = candidates[best : best + 1]
+        keep_best(picture, self.prior.unscale(x))
 
 
 class DecoderStage:
@@ -191,9 +187,16 @@ class UpsamplerStage:
 
 
 def make_stages(cascade: Cascade, settings: CascadeSettings) -> tuple[Stage, ...]:
-    """The stages that a picture passes, in order."""
+    """The stages of diffusion that a picture passes, in order; an autoregressive prior is none."""
+    prior = [PriorStage(cascade.prior, settings)] if isinstance(cascade.prior, Prior) else []
     upsamplers = [UpsamplerStage(cascade, settings, number) for number in range(len(settings.upsamplers))]
-    return (PriorStage(cascade, settings), DecoderStage(cascade, settings), *upsamplers)
+    return (*prior, DecoderStage(cascade, settings), *upsamplers)
+
+
+def keep_best(picture: Picture, candidates: Tensor) -> None:
+    """Give a picture the candidate (R, D) that is nearest its caption."""
+    best = int((candidates * picture.text.z_text).sum(1).argmax())
+    picture.z_image = candidates[best : best + 1]
 
 
 class Stepper:
@@ -212,7 +215,7 @@ class Stepper:
         stage = self.stage
         for picture in pictures:
             picture.chain = picture.chain or stage.enter(picture)
-        chains = [picture.chain for picture in pictures if picture.chain is not None]
+        chains: list[Chain] = [picture.chain for picture in pictures]
         denoise = self._denoiser(chains)
         state = join_states([chain.state for chain in chains])
         noise = NoiseSource(generator for chain in chains for generator in chain.noise.generators)

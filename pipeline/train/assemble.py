@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from models.analytic import X0Variance
+from models.ar_prior import ArPrior
 from models.cascade import prior_denoiser
 from models.clip import FrozenClip, create_clip
-from models.config import ClipDims
+from models.config import ClipDims, PriorConfig
+from models.config_ar_prior import ArPriorConfig
 from models.decoder import Decoder
 from models.diffusion import Diffusion
 from models.memory import set_checkpointing
@@ -19,8 +21,10 @@ from models.noise import NoiseSource, derive_seed
 from models.prior import Prior
 from models.samplers import config_timesteps
 from models.upsampler import Upsampler
+from pipeline.config import PriorStepConfig
 from pipeline.recipe import Recipe, TrainedSection
 from pipeline.store import Artifact
+from pipeline.train.ar_prior import ArPriorObjective, build_ar_prior
 from pipeline.train.batches import Batch, CaptionTable, Samples
 from pipeline.train.clip import ClipObjective
 from pipeline.train.decoder import DecoderObjective
@@ -85,8 +89,8 @@ def assemble(job: TrainJob) -> Parts:
     torch.manual_seed(derive_seed(job.seed, "weights"))
     if job.name == "clip":
         return _assemble_clip(job)
-    if job.name == "prior":
-        parts = _assemble_prior(job)
+    if job.name in {"prior", "prior_2"}:
+        parts = _assemble_either_prior(job)
     else:
         parts = _assemble_decoder(job) if job.name == "decoder" else _assemble_upsampler(job)
     set_checkpointing(parts.network, enabled=job.section.resources.checkpointing)
@@ -105,10 +109,17 @@ def _assemble_clip(job: TrainJob) -> Parts:
     return Parts(clip.model, lambda network: ClipObjective(clip, network), train, validation, publish)
 
 
-def _assemble_prior(job: TrainJob) -> Parts:
+def _assemble_either_prior(job: TrainJob) -> Parts:
+    section = job.recipe.prior if job.name == "prior" else job.recipe.prior_2
+    assert section is not None
+    if isinstance(section.model, PriorConfig):
+        return _assemble_prior(job, section, section.model)
+    return _assemble_ar_prior(job, section, section.model)
+
+
+def _assemble_prior(job: TrainJob, section: PriorStepConfig, config: PriorConfig) -> Parts:
     clip = load_clip_artifact(job.inputs["clip"], job.device)
-    config = job.recipe.prior.model
-    network = _start(build_network(config, clip.dims), job.recipe.prior.init_from)
+    network = _start(build_network(config, clip.dims), section.init_from)
     assert isinstance(network, Prior)
     network.null_text.set(clip.encode_text([""]))
     train, validation = _samples(job, embeddings=True)
@@ -123,6 +134,24 @@ def _assemble_prior(job: TrainJob) -> Parts:
     def objective(network: nn.Module) -> nn.Module:
         assert isinstance(network, Prior)
         return PriorObjective(network, encode)
+
+    return Parts(network, objective, train, validation, publish)
+
+
+def _assemble_ar_prior(job: TrainJob, section: PriorStepConfig, config: ArPriorConfig) -> Parts:
+    clip = load_clip_artifact(job.inputs["clip"], job.device)
+    network = build_ar_prior(config, clip.dims, job.inputs["embed"])
+    _start(network, section.init_from)  # with the code that those weights were trained on
+    network.null_text.set(clip.encode_text([""]))
+    train, validation = _samples(job, embeddings=True)
+    encode = _caption_table(clip, train)
+
+    def publish(trained: nn.Module) -> None:
+        save_network(job.output, "ar_prior", network.config, clip.dims, trained.state_dict())
+
+    def objective(network: nn.Module) -> nn.Module:
+        assert isinstance(network, ArPrior)
+        return ArPriorObjective(network, encode)
 
     return Parts(network, objective, train, validation, publish)
 

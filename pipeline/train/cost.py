@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from models.ar_prior import ArPrior
 from models.cascade import decoder_denoiser, prior_denoiser
 from models.clip import OpenClip, create_clip, describe_clip
 from models.condition import TextEncoding
@@ -28,11 +29,12 @@ from models.decoder import Decoder
 from models.diffusion import Denoise, Diffusion
 from models.prior import Prior
 from models.samplers import config_timesteps
+from models.transformer import TokenCache
 from models.upsampler import Upsampler
-from pipeline.config import TrainConfig, TrainResources, UpsamplerStepConfig
+from pipeline.config import PriorStepConfig, TrainConfig, TrainResources, UpsamplerStepConfig
 from pipeline.errors import ConfigError
 from pipeline.recipe import Recipe
-from pipeline.weights import Network
+from pipeline.weights import build_network
 
 Json = dict[str, Any]
 
@@ -95,7 +97,9 @@ def recipe_costs(recipe: Recipe) -> list[NetworkCost]:
     with torch.device("meta"), _FlashLikeAttention():
         clip = _build_clip(recipe)
         costs = [_clip_cost(recipe, clip)]
-        costs.append(_prior_cost(recipe, Prior(recipe.prior.model, clip.dims)))
+        for name, section in (("prior", recipe.prior), ("prior_2", recipe.prior_2)):
+            if section is not None:
+                costs.append(_prior_cost(name, build_network(section.model, clip.dims), section))
         costs.append(_decoder_cost(recipe, Decoder(recipe.decoder.model, clip.dims)))
         for name, section in (("upsampler_1", recipe.upsampler_1), ("upsampler_2", recipe.upsampler_2)):
             if section is not None:
@@ -155,7 +159,10 @@ def _clip_cost(recipe: Recipe, clip: OpenClip) -> NetworkCost:
     return _trained("clip", clip.model, run, section.train, section.resources, (embedding, 1))
 
 
-def _prior_cost(recipe: Recipe, prior: Prior) -> NetworkCost:
+def _prior_cost(name: str, prior: nn.Module, section: PriorStepConfig) -> NetworkCost:
+    if isinstance(prior, ArPrior):
+        return _ar_prior_cost(name, prior, section)
+    assert isinstance(prior, Prior)
     config, dims = prior.config, prior.dims
 
     def run(size: int) -> Tensor:
@@ -167,8 +174,23 @@ def _prior_cost(recipe: Recipe, prior: Prior) -> NetworkCost:
 
     x = torch.zeros(1, dims.embed_dim)
     flops, calls = _sampling(prior, denoiser, x)
-    section = recipe.prior
-    return _trained("prior", prior, run, section.train, section.resources, (flops * config.num_candidates, calls))
+    return _trained(name, prior, run, section.train, section.resources, (flops * config.num_candidates, calls))
+
+
+def _ar_prior_cost(name: str, prior: ArPrior, section: PriorStepConfig) -> NetworkCost:
+    """Where the recipe leaves the number of components to the data, all of them are counted."""
+    config, calls = prior.config, prior.num_components
+    caches: list[TokenCache] = []
+
+    def run(size: int) -> Tensor:
+        tokens = torch.zeros(size, calls, dtype=torch.int64)
+        return prior(tokens, _steps(size), prior.encode_condition(_text(prior.dims, size))).sum()
+
+    with torch.no_grad():
+        before = _count(lambda: caches.append(prior.start(prior.encode_condition(_text(prior.dims, 1)))))
+        flops = before + calls * _count(lambda: prior.next_logits(caches[0], _steps(1), _steps(1)))
+    sequences = config.num_candidates * (1 if config.sampler.guidance_scale == 1 else 2)
+    return _trained(name, prior, run, section.train, section.resources, (flops * sequences, calls))
 
 
 def _decoder_cost(recipe: Recipe, decoder: Decoder) -> NetworkCost:
@@ -258,7 +280,7 @@ def _training_pass(network: nn.Module, run: Callable[[int], Tensor]) -> tuple[fl
     return counter.flops / _COUNTED, kept.num_bytes / _COUNTED
 
 
-def _sampling(network: Network, make: Callable[[], Denoise], x: Tensor) -> tuple[float, int]:
+def _sampling(network: Prior | Decoder | Upsampler, make: Callable[[], Denoise], x: Tensor) -> tuple[float, int]:
     """Operations of a whole chain, and its network calls."""
     config, diffusion = network.config.sampler, Diffusion(network.config.diffusion)
     network.eval()

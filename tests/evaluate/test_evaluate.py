@@ -15,6 +15,7 @@ from pipeline.errors import DataError
 from pipeline.evaluate import metrics as m
 from pipeline.evaluate.evaluate import Work, finish, make_runner, plan_work, summarise
 from pipeline.evaluate.features import FeatureExtractor
+from pipeline.evaluate.measures import measure_rows
 from pipeline.evaluate.parts import Part, PartRunner, drawings_of, picture_seed, plan_parts, read_part
 from pipeline.evaluate.prompts import choose_prompts, choose_rows
 from pipeline.evaluate.quality import sharpness
@@ -118,6 +119,24 @@ def test_general_metrics_agree_with_their_definitions(evaluated: tuple[Artifact,
     assert set(metrics) >= {"decoder", "upsampler_1", "upsampler_2", "memorisation", "r_precision", "kinds"}
 
 
+def test_both_priors_are_measured_on_the_same_captions(evaluated: tuple[Artifact, Work, dict[str, Any]]) -> None:
+    output, work, metrics = evaluated
+    rows = [row for part in work.parts if part.kind == "validation" for row in read_part(output, part)]
+    z_text = np.array([row["z_text"] for row in rows], np.float64)
+    z_text /= np.linalg.norm(z_text, axis=1, keepdims=True)
+    for name, column, kind in (("prior", "z_prior", "diffusion"), ("prior_2", "z_prior_2", "autoregressive")):
+        drawn = np.array([row[column] for row in rows], np.float64)
+        drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
+        assert metrics[name]["kind"] == kind
+        assert metrics[name]["z_text"]["mean"] == pytest.approx((drawn * z_text).sum(1).mean(), abs=1e-5)
+        unrelated = (drawn * np.roll(z_text, 1, axis=0)).sum(1).mean()
+        assert metrics[name]["unrelated_text"]["mean"] == pytest.approx(unrelated, abs=1e-5)
+    assert metrics["prior"]["z_image"]["mean"] != metrics["prior_2"]["z_image"]["mean"]
+    named = [row["name"] for row in measure_rows(metrics)]
+    for name in ("Prior (diffusion)", "Prior 2 (autoregressive)"):
+        assert [f"{name}: to z_image", f"{name}: to z_text"] == [row for row in named if row.startswith(name)]
+
+
 def test_bicubic_psnr_is_that_of_the_stored_picture(
     tiny: Recipe, evaluated: tuple[Artifact, Work, dict[str, Any]]
 ) -> None:
@@ -205,6 +224,7 @@ def test_other_sources_are_measured_on_validation_captions_without_a_pixel_check
     pairs = {"source": "list", "path": str(tmp_path / "list.csv")}
     (tmp_path / "list.csv").write_text("url,caption\n")
     tables = tiny_tables(tmp_path / "workspace") | {"pairs": pairs, "upsampler_1": None, "upsampler_2": None}
+    tables["prior_2"] = None
     recipe = parse_recipe(tables)
     build_tiny_workspace(recipe)
     work, metrics = _run(recipe, Artifact(str(tmp_path / "out")))
@@ -213,6 +233,7 @@ def test_other_sources_are_measured_on_validation_captions_without_a_pixel_check
     assert metrics["prompts"] == "captions"
     assert "pixel_check" not in metrics
     assert "upsampler_1" not in metrics
+    assert "prior_2" not in metrics
     assert metrics["clip_score"]["real"]["count"] == len(work.prompts.prompts)
 
 

@@ -34,6 +34,7 @@ SECONDS = {
     "embed": 9.0,
     "index": 1.2,
     "prior": 83.0,
+    "prior_2": 83.0,
     "decoder": 241.0,
     "upsampler_1": 118.0,
     "upsampler_2": 96.0,
@@ -232,6 +233,7 @@ TINY: dict[str, Any] = {
         }
     },
     "prior": {"model": {"width": 16, "depth": 1, "num_heads": 2, "sampler": {"num_steps": 3, "clip_x0": False}}},
+    "prior_2": {"model": {"kind": "autoregressive", "width": 16, "depth": 1, "num_heads": 2, "num_components": 4}},
     "evaluate": {"num_prompts": 10, "num_shown": 3, "num_images_per_shown": 2, "batch_size": 5},
 }
 _UNET = {"channels": 8, "channel_mults": [1, 2], "num_res_blocks": 1, "norm_groups": 4, "attention_resolutions": []}
@@ -277,7 +279,7 @@ def _write_networks(recipe: Recipe, artifacts: dict[str, Artifact]) -> None:
             network = build_network(config, recipe.clip.model.dims())
             for parameter in network.parameters():  # those that start at zero too
                 torch.nn.init.normal_(parameter, std=0.1)
-            kind = name.split("_")[0]
+            kind = "ar_prior" if name == "prior_2" else name.split("_")[0]
             dims = None if kind == "upsampler" else recipe.clip.model.dims()
             save_network(artifacts[name], kind, config, dims, network.state_dict())
 

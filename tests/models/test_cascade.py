@@ -7,9 +7,11 @@ import pytest
 import torch
 from tiny_models import DIMS, UNET, make_text, randomise
 
+from models.ar_prior import ArPrior
 from models.cascade import Cascade, CascadeSettings, decoder_denoiser, prior_denoiser
 from models.condition import TextEncoding
 from models.config import ClipDims, DecoderConfig, PriorConfig, SamplerConfig, UNetConfig, UpsamplerConfig
+from models.config_ar_prior import ArPriorConfig, TokenSamplerConfig
 from models.decoder import Decoder
 from models.prior import Prior
 from models.upsampler import Upsampler
@@ -112,6 +114,29 @@ def test_stages_called_apart_are_those_of_sample(cascade: Cascade) -> None:
     assert torch.equal(z_image, result.z_image)
     levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1)
     assert difference(levels, result.stages[1]) == 0
+
+
+def test_an_autoregressive_prior_draws_in_a_cascade_as_the_other_does(cascade: Cascade) -> None:
+    config = ArPriorConfig(
+        width=16, depth=2, num_heads=4, num_components=6, num_buckets=32, sampler=TokenSamplerConfig(guidance_scale=2.0)
+    )
+    torch.manual_seed(0)
+    prior = ArPrior(config, DIMS)
+    randomise(prior)
+    autoregressive = Cascade(cascade.clip, prior, cascade.decoder, cascade.upsamplers)
+    result = autoregressive.sample(PROMPTS, [1, 1, 2, 1])
+    alone = autoregressive.sample(PROMPTS[1:2], [1])
+    torch.testing.assert_close(result.z_image[1:2], alone.z_image, rtol=0, atol=1e-5)
+    assert (result.z_image[0] - result.z_image[2]).abs().max() > 0.01
+    settings, text = autoregressive.default_settings(), cascade.clip.encode_text(PROMPTS)
+    scores = [
+        (autoregressive.sample_prior(text, [7] * 4, replace(settings, num_candidates=count)) * text.z_text).sum(1)
+        for count in (1, 8)
+    ]
+    assert (scores[1] >= scores[0] - 1e-5).all()
+    assert (scores[1] > scores[0] + 1e-3).any()
+    with pytest.raises(TypeError, match="takes a SamplerConfig, the settings hold a TokenSamplerConfig"):
+        cascade.sample(PROMPTS, [1, 2, 3, 4], settings)
 
 
 def test_guidance_of_one_is_the_conditional_network(cascade: Cascade) -> None:

@@ -15,8 +15,8 @@ from models.noise import NoiseSource
 from models.token_sampling import (
     draw_tokens,
     guide_logits,
+    iterate_embeddings,
     join_token_states,
-    sample_embeddings,
     start,
     step,
     token_probs,
@@ -121,9 +121,9 @@ def test_guidance_of_one_is_no_guidance(prior: ArPrior) -> None:
 def test_a_sample_depends_on_its_seed_and_caption_and_not_on_its_batch(prior: ArPrior) -> None:
     text, seeds = make_text((3, 7, 5, 3)), [5, 6, 7, 8]
     for config in (PLAIN, TokenSamplerConfig(guidance_scale=2.0)):
-        together = sample_embeddings(prior, text, NoiseSource.from_seeds(seeds), config)
+        *_, together = iterate_embeddings(prior, text, NoiseSource.from_seeds(seeds), config)
         for row in range(4):
-            alone = sample_embeddings(prior, text[row : row + 1], NoiseSource.from_seeds([seeds[row]]), config)
+            *_, alone = iterate_embeddings(prior, text[row : row + 1], NoiseSource.from_seeds([seeds[row]]), config)
             torch.testing.assert_close(alone, together[row : row + 1])
     many = draw(prior, concat_text([make_text((4,))] * 50), list(range(50)), PLAIN)
     assert len(many.unique(dim=0)) > 5

@@ -52,6 +52,7 @@ def test_initial_weights_count_by_their_content_and_not_by_their_place(tmp_path:
     ("override", "changed"),
     [
         ("prior.train.num_steps=7", {"prior", "evaluate"}),
+        ("prior.model.kind=autoregressive", {"prior", "evaluate"}),
         ("evaluate.num_shown=3", {"evaluate"}),
         ("index.kind=hnsw", {"index", "evaluate"}),
         ("embed.batch_size=3", {"embed", "index", "prior", "decoder", "evaluate"}),
@@ -63,6 +64,19 @@ def test_initial_weights_count_by_their_content_and_not_by_their_place(tmp_path:
 def test_make_plan_changed_field_changes_only_what_depends_on_it(override: str, changed: set[str]) -> None:
     before, after = _keys(load_recipe(None)), _keys(load_recipe(None, [override]))
     assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_make_plan_trains_a_second_prior_where_the_recipe_has_one() -> None:
+    before, after = _keys(load_recipe(None)), _keys(load_recipe(None, ["prior_2.model.kind=autoregressive"]))
+    assert set(after) - set(before) == {"prior_2"}
+    assert {name for name in before if before[name] != after[name]} == {"evaluate"}
+    assert [step.name for step in make_plan(load_recipe(None, ["prior_2.train.num_steps=3"]), until="prior_2")] == [
+        "pairs",
+        "download",
+        "clip",
+        "embed",
+        "prior_2",
+    ]
 
 
 def test_make_plan_seed_changes_everything_downstream() -> None:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from models.config_ar_prior import ArPriorConfig, TokenSamplerConfig
+from pipeline.config import PriorStepConfig
 from pipeline.errors import ConfigError
 from pipeline.recipe import Recipe, json_schema, load_recipe, parse_recipe, to_dict, without_resources
 
@@ -22,6 +24,15 @@ def test_parse_recipe_table_that_names_one_key_keeps_its_parents_choices() -> No
     assert recipe.prior.model.diffusion.prediction == Recipe().prior.model.diffusion.prediction == "x0"
     assert recipe.prior.model.diffusion.num_timesteps == 100
     assert recipe.embed == Recipe().embed
+
+
+def test_parse_recipe_kind_of_the_prior_chooses_its_fields_and_their_defaults() -> None:
+    recipe = parse_recipe({"prior": {"model": {"kind": "autoregressive", "sampler": {"top_k": 5}}}, "prior_2": {}})
+    assert recipe.prior.model == ArPriorConfig(sampler=TokenSamplerConfig(top_k=5))
+    assert recipe.prior_2 == PriorStepConfig()
+    assert Recipe().prior_2 is None
+    assert list(recipe.trained()) == ["clip", "prior", "prior_2", "decoder"]
+    assert parse_recipe(to_dict(recipe)) == recipe
 
 
 def test_load_recipe_round_trips_through_resolved_json(tmp_path: Path) -> None:
@@ -54,6 +65,22 @@ def test_load_recipe_round_trips_through_resolved_json(tmp_path: Path) -> None:
         ),
         ({"prior": {"resources": {"num_workers": 0}}}, ["num_workers", "above 0"]),
         ({"upsampler_2": {}}, ["upsampler_2"]),
+        (
+            {"prior": {"model": {"kind": "magic"}}},
+            ["prior.model.kind: must be 'diffusion' or 'autoregressive'", "'magic'"],
+        ),
+        ({"prior": {"model": {"widht": 8}}}, ["prior.model.widht", "diffusion", "did you mean width?"]),
+        (
+            {"prior": {"model": {"kind": "autoregressive", "sampler": {"method": "ddim"}}}},
+            ['unknown key prior.model.sampler.method (kind = "autoregressive")'],
+        ),
+        (
+            {"prior_2": {"model": {"kind": "autoregressive", "num_bucket": 8}}},
+            ["prior_2.model.num_bucket", "did you mean num_buckets?"],
+        ),
+        ({"prior_2": {"model": {"kind": "autoregressive", "num_heads": 3}}}, ["prior_2.model: width = 512"]),
+        ({"prior_2": {"model": {"kind": "autoregressive", "width": "x"}}}, ["prior_2.model.width: ", "'x'"]),
+        ({"prior_2": "autoregressive"}, ["prior_2: ", "'autoregressive'"]),
     ],
 )
 def test_parse_recipe_refuses_and_names_the_key(tables: dict[str, object], words: list[str]) -> None:

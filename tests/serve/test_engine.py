@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from models.ar_prior import ArPrior
 from models.cascade import Cascade, CascadeSettings
 from models.config import SamplerConfig
+from models.config_ar_prior import ArPriorConfig, TokenSamplerConfig
 from pipeline.serve.contract import Overloaded
 from pipeline.serve.engine import Engine
-from pipeline.serve.stages import Picture, Stepper, make_stages
+from pipeline.serve.stages import Picture
+from pipeline.serve.steppers import make_steppers
+from tests.tiny_cascade import randomise
 
 PROMPTS = ["a red circle", "a large blue square above a small green star", "two", "a red circle"]
 SEEDS = [1, 2, 3, 4]
@@ -41,7 +45,26 @@ def test_stepper_draws_staggered_pictures_as_the_cascade_draws_them_alone(cascad
     config = SamplerConfig(method=method, num_steps=5, guidance_scale=1.7)
     upsampler = dataclasses.replace(config, guidance_scale=1.0)
     settings = CascadeSettings(dataclasses.replace(config, clip_x0=False), config, (upsampler,), num_candidates=2)
-    steppers = [Stepper(stage) for stage in make_stages(cascade, settings)]
+    draw_staggered(cascade, settings)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 1.7])
+def test_stepper_draws_tokens_of_staggered_pictures_too(cascade: Cascade, guidance_scale: float) -> None:
+    torch.manual_seed(1)
+    prior = ArPrior(ArPriorConfig(width=16, depth=2, num_heads=2, num_components=9, num_buckets=16), cascade.clip.dims)
+    randomise(prior)
+    autoregressive = Cascade(cascade.clip, prior, cascade.decoder, cascade.upsamplers)
+    config = SamplerConfig(method="ddim", num_steps=2)
+    tokens = TokenSamplerConfig(guidance_scale=guidance_scale, top_k=8)
+    draw_staggered(autoregressive, CascadeSettings(tokens, config, (config,), num_candidates=2))
+    with pytest.raises(TypeError, match="takes a TokenSamplerConfig, the settings hold a SamplerConfig"):
+        make_steppers(autoregressive, CascadeSettings(config, config, (config,)))
+    with pytest.raises(TypeError, match="takes a SamplerConfig"):
+        make_steppers(cascade, CascadeSettings(tokens, config, (config,)))
+
+
+def draw_staggered(cascade: Cascade, settings: CascadeSettings) -> None:
+    steppers = make_steppers(cascade, settings)
     pictures: list[Picture] = []
     waiting = list(zip(PROMPTS, SEEDS, strict=True))
     turn = 0

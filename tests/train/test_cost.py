@@ -8,10 +8,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.ar_prior import ArPrior
 from models.clip import create_clip
 from models.condition import TextEncoding
+from models.config_ar_prior import ArPriorConfig
 from models.decoder import Decoder
+from models.noise import NoiseSource
 from models.prior import Prior
+from models.token_sampling import start, step
 from models.upsampler import Upsampler
 from pipeline.errors import ConfigError
 from pipeline.recipe import Recipe, load_recipe
@@ -131,6 +135,30 @@ def test_sampling_counts_steps_guidance_and_candidates(tiny: Recipe, tmp_path: P
     assert more["prior"].sampling_flops == 4 * base["prior"].sampling_flops
     assert more["upsampler_1"].sampling_flops == 2 * base["upsampler_1"].sampling_flops
     assert (base["upsampler_1"].num_calls, more["upsampler_1"].num_calls) == (3, 6)
+
+
+def test_cost_of_an_autoregressive_prior_equals_what_real_tensors_take(tmp_path: Path) -> None:
+    def cost(*overrides: str) -> NetworkCost:
+        model = ["kind=autoregressive", "width=16", "depth=2", "num_heads=2", "num_components=5", *overrides]
+        recipe = load_recipe(tiny_recipe(tmp_path, port=1), [f"prior_2.model.{field}" for field in model])
+        return next(cost for cost in recipe_costs(recipe) if cost.name == "prior_2")
+
+    recipe = load_recipe(tiny_recipe(tmp_path, port=1))
+    config = ArPriorConfig(width=16, depth=2, num_heads=2, num_components=5)
+    prior, base = ArPrior(config, recipe.clip.model.dims()), cost()
+    tokens, dot = torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        prior(tokens, dot, prior.encode_condition(_text(recipe, 2))).sum().backward()
+    assert base.training_flops == counter.get_total_flops() / 2
+    assert base.num_parameters == sum(p.numel() for p in prior.parameters())
+    noise = NoiseSource.from_seeds([0])
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        state = start(prior, _text(recipe, 1), noise, config.sampler)
+        for _ in range(5):
+            step(prior, state, config.sampler)
+    assert (base.sampling_flops, base.num_calls) == (counter.get_total_flops(), 5)
+    assert cost("num_candidates=3", "sampler.guidance_scale=2.0").sampling_flops == 6 * base.sampling_flops
+    assert cost("num_components=0").num_calls == recipe.clip.model.embed_dim
 
 
 def test_plan_prints_costs_as_json() -> None:

@@ -15,7 +15,7 @@ from pipeline.store import Artifact
 from pipeline.train.assemble import TrainJob, assemble
 from pipeline.train.job import run_job
 from pipeline.train.state import checkpoint_name
-from pipeline.weights import load_cascade, load_clip_artifact, load_network, save_clip_artifact
+from pipeline.weights import load_cascade, load_clip_artifact, load_network, save_clip_artifact, with_prior
 from tests.train.data import EMBED_DIM, write_download, write_embed
 
 _UNET = {
@@ -44,6 +44,12 @@ def _recipe(num_steps: int = 6) -> Recipe:
                 "model": {
                     "width": 16, "depth": 1, "num_heads": 2,
                     "sampler": {"method": "analytic", "num_steps": 3, "clip_x0": False},
+                }
+            } | trained,
+            "prior_2": {
+                "model": {
+                    "kind": "autoregressive", "width": 16, "depth": 1, "num_heads": 2, "num_buckets": 16,
+                    "num_dot_buckets": 4, "max_pca_error": 0.2,
                 }
             } | trained,
             "decoder": {
@@ -79,7 +85,7 @@ class _KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", ["clip", "prior", "decoder", "upsampler_1"])
+@pytest.mark.parametrize("name", ["clip", "prior", "prior_2", "decoder", "upsampler_1"])
 def test_a_killed_training_ends_in_the_same_bytes(tmp_path: Path, name: str) -> None:
     inputs = _inputs(tmp_path)
     metrics = run_job(_job(name, inputs, tmp_path / "calm"), _no_watch)
@@ -174,6 +180,26 @@ def test_a_text_transformer_is_trained_with_its_decoder_and_draws(tmp_path: Path
     assert (embeddings[0] - embeddings[1]).abs().max() > 0
     cascade = load_cascade(inputs | {"prior": Artifact(str(tmp_path / "prior")), "decoder": outputs[6]})
     assert cascade.sample(["a red circle"], [0]).images.shape == (1, 8, 8, 3)
+
+
+def test_an_autoregressive_prior_takes_the_place_of_the_other(tmp_path: Path) -> None:
+    inputs = _inputs(tmp_path)
+    for name in ("prior", "prior_2", "decoder"):
+        run_job(_job(name, inputs, tmp_path / name, _recipe(1)), _no_watch)
+    diffusion = load_cascade({name: Artifact(str(tmp_path / name)) for name in ("clip", "prior", "decoder")})
+    autoregressive = with_prior(diffusion, Artifact(str(tmp_path / "prior_2")))
+    config = Artifact(str(tmp_path / "prior_2")).read_json("config.json")
+    assert config["kind"] == "ar_prior"
+    assert 1 < config["config"]["num_components"] < EMBED_DIM  # measured: the recipe leaves it open
+    drawn = [cascade.sample(["a red circle"], [0]) for cascade in (diffusion, autoregressive)]
+    assert [result.images.shape for result in drawn] == [(1, 8, 8, 3)] * 2
+    torch.testing.assert_close(drawn[1].z_image.norm(dim=1), torch.ones(1))
+    assert (drawn[0].z_image - drawn[1].z_image).abs().max() > 0.01
+    with pytest.raises(DataError, match="holds a Decoder, not a prior"):
+        with_prior(diffusion, Artifact(str(tmp_path / "decoder")))
+    swapped = {"prior": Artifact(str(tmp_path / "prior_2"))} | inputs | {"decoder": Artifact(str(tmp_path / "decoder"))}
+    again = load_cascade(swapped).sample(["a red circle"], [0])
+    assert torch.equal(again.z_image, drawn[1].z_image)
 
 
 def test_job_refuses_a_checkpoint_of_another_recipe(tmp_path: Path) -> None:
