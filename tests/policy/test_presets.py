@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from models.config_ar_prior import ArPriorConfig
 from pipeline.recipe import Recipe, load_recipe
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -64,12 +65,24 @@ def test_paper_recipe_reads_text_as_table_3_says(paper: Recipe) -> None:
     assert paper.clip.model.dims().embed_dim == 1024
 
 
+def test_paper_recipe_has_the_autoregressive_prior_of_table_3(paper: Recipe) -> None:
+    section = paper.prior_2
+    assert section is not None
+    assert isinstance(section.model, ArPriorConfig)
+    model, train = section.model, section.train
+    assert (model.width, model.depth, model.num_heads) == (1664, 24, 26)
+    assert (model.num_components, model.num_buckets, model.text_drop_prob) == (319, 1024, 0.1)
+    assert (train.num_steps, train.batch_size, train.learning_rate) == (1_000_000, 4096, 1.6e-4)
+    assert (train.beta1, train.beta2, train.eps) == (0.9, 0.91, 1e-10)
+    assert (train.ema_decay, train.weight_decay) == (0.999, 0.04)
+
+
 def test_paper_recipe_gives_the_source_of_every_value_of_its_networks() -> None:
     table = ""
     for line in (CONFIGS / "dalle2-paper.toml").read_text().splitlines():
         if line.startswith("["):
             table = line.strip("[]")
-        elif re.match(r"(prior|decoder|upsampler_\d)\.(model|train)", table) and "=" in line.partition("#")[0]:
+        elif re.match(r"(prior|prior_2|decoder|upsampler_\d)\.(model|train)", table) and "=" in line.partition("#")[0]:
             assert "# " in line, f"{table}: {line}"
 
 
