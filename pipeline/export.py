@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models.cascade import Cascade
 from models.clip import FrozenClip
-from models.config import ClipDims
+from models.config import ClipDims, SamplerConfig
 from models.export import (
     DIFFUSERS_VERSION,
     Component,
@@ -32,6 +32,7 @@ from models.export import (
     scheduler_config,
 )
 from models.export_text import export_text, export_tokenizer
+from models.prior import Prior
 from pipeline.config import UpsamplerStepConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe import Recipe, to_dict
@@ -107,17 +108,21 @@ def _components(cascade: Cascade, clip: FrozenClip) -> tuple[dict[str, Component
             problems.append(str(error))
 
     add(lambda: {"text_encoder": export_text(clip.clip.model_config, clip.clip.model.state_dict())})
-    add(lambda: {"prior": export_prior(cascade.prior)})
+    prior = cascade.prior
+    if isinstance(prior, Prior):
+        add(lambda: {"prior": export_prior(prior)})
+    else:
+        problems.append(f"prior.model.kind = {prior.config.kind!r}: the layout has a diffusion prior")
     add(lambda: dict(zip(("decoder", "text_proj"), export_decoder(cascade.decoder), strict=True)))
     if cascade.upsamplers:
         # The same network for the last step too: the pipeline would take another one there, as Karlo has.
         add(lambda: dict.fromkeys(("super_res_first", "super_res_last"), export_upsampler(cascade.upsamplers[0])))
     else:
         problems.append("upsampler_1: the layout needs one, and this recipe has none")
-    if problems:
+    if problems or not isinstance(prior, Prior):
         hint = "`unclip export RECIPE --native DIR` writes any cascade in our own layout"
         raise ConfigError(f"export: {'; '.join(problems)}. {hint}")
-    networks = {"prior": cascade.prior, "decoder": cascade.decoder, "super_res": cascade.upsamplers[0]}
+    networks = {"prior": prior, "decoder": cascade.decoder, "super_res": cascade.upsamplers[0]}
     schedulers = {
         f"{name}_scheduler": scheduler_config(network.config.diffusion, network.config.sampler)
         for name, network in networks.items()
@@ -127,14 +132,14 @@ def _components(cascade: Cascade, clip: FrozenClip) -> tuple[dict[str, Component
 
 def _notes(cascade: Cascade) -> list[str]:
     settings = cascade.default_settings()
-    upsampler = settings.upsamplers[0]
+    prior, upsampler = settings.prior_as(SamplerConfig), settings.upsamplers[0]
     notes = [
         "UnCLIPPipeline samples by the ancestral sampler alone; give it prior_num_inference_steps="
-        f"{settings.prior.num_steps}, decoder_num_inference_steps={settings.decoder.num_steps}, "
-        f"super_res_num_inference_steps={upsampler.num_steps}, prior_guidance_scale={settings.prior.guidance_scale}, "
+        f"{prior.num_steps}, decoder_num_inference_steps={settings.decoder.num_steps}, "
+        f"super_res_num_inference_steps={upsampler.num_steps}, prior_guidance_scale={prior.guidance_scale}, "
         f"decoder_guidance_scale={settings.decoder.guidance_scale}"
     ]
-    methods = {"prior": settings.prior, "decoder": settings.decoder, "upsampler_1": upsampler}
+    methods = {"prior": prior, "decoder": settings.decoder, "upsampler_1": upsampler}
     notes += [
         f"{name} is sampled here by {sampler.method}: with as few steps the ancestral sampler may draw worse pictures"
         for name, sampler in methods.items()

@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from models.ar_prior import ArPrior
 from models.cascade import Cascade
 from models.clip import FrozenClip
 from models.config import DiffusionConfig
+from models.config_ar_prior import ArPriorConfig
 from models.decoder import Decoder
 from models.export import import_diffusion
 from models.prior import Prior
@@ -19,7 +21,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.export import export_diffusers, export_native, import_diffusers
 from pipeline.recipe import load_recipe
 from pipeline.store import Artifact
-from pipeline.weights import load_initial, load_network
+from pipeline.weights import load_initial, load_network, save_network
 from tests.oracles.tiny_export import DECODER, PRIOR, UPSAMPLER, make_cascade, save_cascade
 
 
@@ -127,6 +129,14 @@ def test_a_cascade_without_an_upsampler_and_a_full_folder_are_refused(tmp_path: 
         write(cascade, tmp_path / "full")
 
 
+def test_an_autoregressive_prior_is_refused(tmp_path: Path) -> None:
+    cascade = make_cascade()
+    prior = ArPrior(ArPriorConfig(width=8, depth=1, num_heads=2, num_components=2), cascade.clip.dims)
+    other = Cascade(cascade.clip, prior, cascade.decoder, cascade.upsamplers)
+    with pytest.raises(ConfigError, match=r"prior\.model\.kind = 'autoregressive'"):
+        write(other, tmp_path / "out")
+
+
 def test_text_towers_that_transformers_cannot_hold_are_refused_by_field() -> None:
     from models.export_text import export_text
 
@@ -227,3 +237,11 @@ def test_initial_weights_of_another_shape_or_process_are_refused(tmp_path: Path)
     process = replace(DECODER.diffusion, prediction="v")
     with pytest.raises(DataError, match=r"diffusion\.prediction"):
         load_initial(Decoder(replace(DECODER, diffusion=process), cascade.clip.dims), str(tmp_path / "decoder"))
+    config = ArPriorConfig(width=8, depth=1, num_heads=2, num_components=2)
+    prior, artifact = ArPrior(config, cascade.clip.dims), Artifact(str(tmp_path / "tokens"))
+    save_network(artifact, "ar_prior", config, cascade.clip.dims, prior.state_dict())
+    with pytest.raises(DataError, match=r"bucket_range_std = 5\.0, the recipe says 4\.0"):
+        load_initial(ArPrior(replace(config, bucket_range_std=4.0), cascade.clip.dims), artifact.uri)
+    started = ArPrior(config, cascade.clip.dims)
+    load_initial(started, artifact.uri)
+    assert torch.equal(started.positions, prior.positions)
