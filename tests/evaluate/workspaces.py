@@ -273,7 +273,8 @@ def _write_networks(recipe: Recipe, artifacts: dict[str, Artifact]) -> None:
     torch.manual_seed(recipe.seed)
     clip = create_clip(recipe.clip.model)
     save_clip_artifact(artifacts["clip"], clip)
-    for name, section in recipe.trained().items():
+    # The second prior comes last, so that the others have the weights that they would have without it.
+    for name, section in sorted(recipe.trained().items(), key=lambda item: item[0] == "prior_2"):
         if name != "clip":
             config: Any = section.model
             network = build_network(config, recipe.clip.model.dims())
