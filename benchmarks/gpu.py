@@ -3,7 +3,7 @@
     python -m benchmarks.gpu [--batch-size-decoder 64] [--batch-size-prior 256] [--steps 20]
     python -m benchmarks.gpu --tiny --device cpu        the same path at tiny sizes, to see that it runs
 
-Needs torch and jaxtyping alone. FLOPs are counted on the meta device: forward and backward, nothing recomputed. The peak
+Needs torch and jaxtyping alone. FLOPs are counted on the meta device: forward and backward, none of it twice. The peak
 is measured in the same run, on the best of a few square bf16 products. Floors on an H100: decoder (192 channels, 64 px)
 45 %, prior (1B parameters) 50 %.
 """
