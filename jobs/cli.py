@@ -26,17 +26,34 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (
-    *(start.init, start.run),
-    *(inspect.plan, inspect.status, inspect.config),
-    *(generate.sample, data.search, generate.evaluate, ablate.ablate, generate.serve),
-    exchange.export,
-    *(cluster.submit, cluster.jobs, cluster.logs, cluster.stop),
-    *(edits.reconstruct, edits.vary, edits.interpolate, edits.text_diff, edits.inpaint, edits.outpaint),
-    *(edits.sdedit, edits.pca_reconstruct),
+# One line of 80 columns each in `unclip --help`; the whole sentence stands in `unclip COMMAND --help`.
+for command, line in (
+    (start.init, "Look at your pairs, write a recipe."),
+    (start.run, "Run every step that is not done."),
+    (inspect.plan, "Show which steps would run and why, or the cost."),
+    (inspect.status, "Show where every step stands."),
+    (inspect.config, "Print the resolved recipe, or the schema."),
+    (generate.sample, "Draw prompts with the trained cascade."),
+    (data.search, "Find the nearest pairs to a text or a picture."),
+    (generate.evaluate, "Measure the trained cascade."),
+    (ablate.ablate, "Show what the prior is for."),
+    (generate.serve, "Serve pictures, neighbours and a page over HTTP."),
+    (edits.reconstruct, "Draw a picture again from its latents."),
+    (edits.vary, "Draw variations of a picture."),
+    (edits.interpolate, "Draw the way from one picture to another."),
+    (edits.text_diff, "Turn a picture from one text towards another."),
+    (edits.inpaint, "Draw the masked part of a picture anew."),
+    (edits.outpaint, "Draw what is around a picture."),
+    (edits.sdedit, "Noise a picture, draw it from there."),
+    (edits.pca_reconstruct, "Draw what components of z_image hold."),
+    (cluster.submit, "Run a recipe as a job on a Ray cluster."),
+    (cluster.jobs, "List the cluster's unclip jobs."),
+    (cluster.logs, "Print a job's log."),
+    (cluster.stop, "Stop a job; what it finished is kept."),
+    (exchange.export, "Write the trained cascade for other programs."),
 ):
-    app.command()(command)
-app.command("import")(exchange.import_)
+    app.command(short_help=line)(command)
+app.command("import", short_help="Take over networks in diffusers' layout.")(exchange.import_)
 
 
 def _print_version(value: bool) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import DASHBOARD, AsJson, JobAddress, Overrides, RecipePath, Until, print_json
+from jobs.options import DASHBOARD, AsJson, JobAddress, Overrides, RecipePath, Until, print_json, recipe_words
 from pipeline.recipe import load_recipe
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Job id, as `unclip jobs` lists it.")]
@@ -24,7 +24,8 @@ def submit(
     """
     from pipeline.runtime.jobs import submit_recipe
 
-    submitted = submit_recipe(load_recipe(recipe, overrides or []), address=address, until=until)
+    resolved, words = load_recipe(recipe, overrides or []), recipe_words(recipe, overrides)
+    submitted = submit_recipe(resolved, address=address, until=until, shown_as=words)
     if json:
         print_json(submitted.to_dict())
     else:
@@ -55,7 +56,7 @@ def jobs(address: JobAddress = DASHBOARD, json: AsJson = False) -> None:
 def logs(job: JobId, address: JobAddress = DASHBOARD) -> None:
     """Print a job's log.
 
-    Example: unclip logs unclip-demo-1a2b3c4d
+    Example: unclip logs demo-1a2b3c4d5e
     """
     from pipeline.runtime.jobs import job_logs
 
@@ -65,7 +66,7 @@ def logs(job: JobId, address: JobAddress = DASHBOARD) -> None:
 def stop(job: JobId, address: JobAddress = DASHBOARD) -> None:
     """Stop a job; what it finished is kept and the next submit continues.
 
-    Example: unclip stop unclip-demo-1a2b3c4d
+    Example: unclip stop demo-1a2b3c4d5e
     """
     from pipeline.runtime.jobs import stop_job
 

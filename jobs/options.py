@@ -1,6 +1,7 @@
 """Arguments and options that several commands share."""
 
 import json
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,11 @@ RayAddress = Annotated[
 ]
 DASHBOARD = "http://127.0.0.1:8265"
 JobAddress = Annotated[str, typer.Option("--address", help="Dashboard URL of the Ray cluster.")]
+
+
+def recipe_words(recipe: str, overrides: list[str] | None) -> str:
+    """A recipe and its changes as words of a shell command."""
+    return shlex.join([recipe, *(word for override in overrides or [] for word in ("--set", override))])
 
 
 def print_json(value: Any) -> None:

@@ -1,11 +1,11 @@
 """``unclip init`` and ``unclip run``."""
 
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from jobs.options import AsJson, Overrides, RayAddress, RecipePath, Until, print_json
+from jobs.options import AsJson, Overrides, RayAddress, RecipePath, Until, print_json, recipe_words
 from pipeline.plan import make_plan, plan_status
 from pipeline.recipe import load_recipe
 from pipeline.store import Workspace
@@ -37,6 +37,7 @@ def run(
     until: Until = "",
     address: RayAddress = "",
     json: AsJson = False,
+    shown_as: Annotated[str, typer.Option(hidden=True, help="The recipe in the commands that are proposed.")] = "",
 ) -> None:
     """Run every step that is not done; run it again after a stop of any kind and it continues.
 
@@ -44,6 +45,7 @@ def run(
     """
     start = time.monotonic()
     resolved = load_recipe(recipe, overrides or [])
+    words = shown_as or recipe_words(recipe, overrides)
     workspace = Workspace(resolved.workspace)
     before = plan_status(workspace, make_plan(resolved, until=until))
     ran = [status.step.name for status in before if status.state != "done"]
@@ -59,23 +61,24 @@ def run(
             watcher.close()
         from pipeline.evaluate.report import write_report
 
-        write_report(workspace, make_plan(resolved), resolved, report, recipe)
+        write_report(workspace, make_plan(resolved), resolved, report, words)
     wall_s = round(time.monotonic() - start, 1)
     if json:
         print_json({"ran": ran, "wall_s": wall_s, "workspace": workspace.root, "report": str(report)})
         return
     typer.echo(f"ran {len(ran)} steps in {wall_s:.0f} s" if ran else f"nothing to do: all {len(before)} steps are done")
-    _say_next(recipe, report, {status.step.name: None for status in before})
-
-
-def _say_next(recipe: str, report: Any, steps: dict[str, None]) -> None:
     if report.exists():
         typer.echo(f"report: {report}")
+    _say_next(words, {status.step.name for status in before}, drawn=resolved.pairs.source == "drawn")
+
+
+def _say_next(recipe: str, steps: set[str], *, drawn: bool) -> None:
     typer.echo("next:")
     if "evaluate" in steps:
-        typer.echo(f'  unclip sample {recipe} "a large red star on a white background" -n 4 --out out')
+        prompt = "a large red star on a white background" if drawn else "your prompt"
+        typer.echo(f'  unclip sample {recipe} "{prompt}" -n 4 --out out')
     if "index" in steps:
-        typer.echo(f'  unclip search {recipe} "a blue circle" -k 10')
+        typer.echo(f'  unclip search {recipe} "{"a blue circle" if drawn else "your words"}" -k 10')
     if "evaluate" in steps:
         typer.echo(f"  unclip serve {recipe}")
     typer.echo(f"  unclip status {recipe}")

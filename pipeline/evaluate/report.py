@@ -35,14 +35,16 @@ def write_report(workspace: Workspace, steps: list[Step], recipe: Recipe, path: 
         steps: The plan.
         recipe: Names the page and its settings.
         path: The file to write.
-        recipe_file: How the commands at the end name the recipe.
+        recipe_file: How the commands at the end name the recipe, as words of a shell command.
 
     Raises:
         DataError: If an artifact's file is damaged; names it.
         StepError: If the page cannot be written.
     """
     done = finished_steps(workspace, steps)
-    view = build_view(done, [step.name for step in steps], recipe, recipe_file or f"configs/{recipe.name}.toml")
+    view = build_view(
+        done, [step.name for step in steps], recipe, recipe_file or shlex.quote(f"configs/{recipe.name}.toml")
+    )
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=False
     )
@@ -103,7 +105,7 @@ def build_view(done: Done, step_names: list[str], recipe: Recipe, recipe_file: s
 
 def next_commands(recipe: Recipe, recipe_file: str, prompt: str, done: set[str]) -> list[tuple[str, str]]:
     """A few commands worth trying after this run, each with what it does."""
-    file, words = shlex.quote(recipe_file), shlex.quote(prompt)
+    file, words = recipe_file, shlex.quote(prompt)
     if "evaluate" not in done:
         return [
             ("what is done, what remains and why", f"unclip plan {file}"),

@@ -92,6 +92,7 @@ def submit_recipe(
     python: str = "",
     again: bool = False,
     source: Path | None = None,
+    shown_as: str = "",
 ) -> Submission:
     """Run a recipe on a cluster, unless the same is running there or has succeeded there.
 
@@ -103,6 +104,7 @@ def submit_recipe(
             machines set up alike), else ``python``.
         again: Start a new attempt although one has succeeded (the workspace was removed, say).
         source: Root of the tree to ship; None: the tree of this process.
+        shown_as: The recipe in the commands that the job proposes at its end; empty: the shipped file.
 
     Raises:
         ConfigError: If the address is no URL, ``until`` no step, or a local input is missing.
@@ -125,7 +127,7 @@ def submit_recipe(
         _pack(source or Path(__file__).parents[2], recipe, Path(folder))
         started = _retrying(
             lambda: client.submit_job(
-                entrypoint=_entrypoint(python, until, on_this_machine=is_loopback(url)),
+                entrypoint=_entrypoint(python, until, shown_as, on_this_machine=is_loopback(url)),
                 submission_id=job_id,
                 runtime_env={"working_dir": folder, "env_vars": _environment()},
                 metadata={"unclip": "1", "recipe": recipe.name, "until": until, "workspace": recipe.workspace},
@@ -267,8 +269,10 @@ def _pack(source: Path, recipe: Recipe, folder: Path) -> None:
     (folder / "recipe.json").write_text(json.dumps(to_dict(recipe), indent=1, sort_keys=True), encoding="utf-8")
 
 
-def _entrypoint(python: str, until: str, *, on_this_machine: bool) -> str:
-    arguments = "-m jobs.cli run recipe.json --address auto" + (f" --until {shlex.quote(until)}" if until else "")
+def _entrypoint(python: str, until: str, shown_as: str, *, on_this_machine: bool) -> str:
+    options = {"--until": until, "--shown-as": shown_as}
+    named = [word for name, value in options.items() if value for word in (name, value)]
+    arguments = shlex.join(["-m", "jobs.cli", "run", "recipe.json", "--address", "auto", *named])
     if python:
         return f"exec {shlex.quote(python)} {arguments}"
     if not on_this_machine:

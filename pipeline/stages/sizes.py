@@ -39,7 +39,7 @@ def cpu_tables(num_pairs: int, validation_prob: float) -> Tables:
                 "num_heads": 4,
                 "sampler": {"method": "ddim", "num_steps": 16, "clip_x0": False},
             },
-            "train": _cpu_training(2 * steps, 128, learning_rate=1e-3, ema_decay=0.995),
+            "train": _cpu_training(2 * steps, 128, optimizer="muon", ema_decay=0.99),
         },
         "decoder": {
             "model": {
@@ -48,9 +48,9 @@ def cpu_tables(num_pairs: int, validation_prob: float) -> Tables:
                 "text_drop_prob": 0.1,
                 "unet": _unet(64, base_px // 4, patch_px=2) | {"head_channels": 32, "position_bands": 3},
                 "diffusion": {"prediction": "v", "variance": "fixed_small", "loss_weighting": "min_snr"},
-                "sampler": {"method": "dpmpp_2m", "num_steps": 20, "guidance_scale": 2.0},
+                "sampler": {"method": "ddpm", "num_steps": 50, "guidance_scale": 2.0},
             },
-            "train": _cpu_training(2 * steps, 32, ema_decay=0.995),
+            "train": _cpu_training(2 * steps, 64, optimizer="muon", learning_rate=4e-3, ema_decay=0.995),
         },
         "upsampler_1": _cpu_upsampler(base_px, mid_px, steps, patch_px=2, sampling_steps=8),
         "upsampler_2": _cpu_upsampler(mid_px, final_px, steps, patch_px=4, sampling_steps=6),
@@ -113,7 +113,7 @@ def _clip_batch(num_pairs: int, validation_prob: float) -> int:
     return next((size for size in (128, 64, 32, 16, 8) if size <= num_train), 4)
 
 
-def _cpu_training(num_steps: int, batch_size: int, *, learning_rate: float = 2e-3, **other: float) -> Tables:
+def _cpu_training(num_steps: int, batch_size: int, *, learning_rate: float = 2e-3, **other: Any) -> Tables:
     fixed = {"lr_schedule": "cosine", "warmup_steps": 20, "beta2": 0.99}
     return {"num_steps": num_steps, "batch_size": batch_size, "learning_rate": learning_rate} | fixed | other
 
@@ -137,9 +137,10 @@ def _cpu_upsampler(low_res_px: int, image_px: int, num_steps: int, *, patch_px: 
             "image_px": image_px,
             "crop_px": image_px // 2,
             "degradation": "blur",
+            "residual": True,
             "unet": _unet(32, None, patch_px=patch_px),
             "diffusion": {"prediction": "x0", "loss_weighting": "min_snr"},
             "sampler": {"method": "dpmpp_2m", "respacing": "", "num_steps": sampling_steps},
         },
-        "train": _cpu_training(num_steps, 32, ema_decay=0.99),
+        "train": _cpu_training(num_steps, 32, optimizer="muon", ema_decay=0.99),
     }

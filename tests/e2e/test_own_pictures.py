@@ -16,6 +16,7 @@ _SHRINK = [
     *("clip.train.batch_size=8", "prior.train.batch_size=8", "decoder.train.batch_size=8"),
     *("upsampler_1.train.batch_size=4", "upsampler_2.train.batch_size=4", "evaluate.num_shown=2"),
     *("decoder.model.sampler.num_steps=2", "evaluate.num_images_per_shown=1", "tracking.uri=off"),
+    *(f"{name}.train.warmup_steps=0" for name in ("clip", "prior", "decoder", "upsampler_1", "upsampler_2")),
     *("upsampler_1.model.sampler.num_steps=2", "upsampler_2.model.sampler.num_steps=2"),
 ]
 
@@ -41,7 +42,6 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.e2e
 @pytest.mark.timeout(600)
-@pytest.mark.xdist_group("own")
 def test_init_and_run_on_a_folder_of_photographs(photographs: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.toml"
     done = unclip("init", str(photographs), "--out", str(recipe))
@@ -61,7 +61,6 @@ def test_init_and_run_on_a_folder_of_photographs(photographs: Path, tmp_path: Pa
 
 @pytest.mark.e2e
 @pytest.mark.timeout(300)
-@pytest.mark.xdist_group("own")
 def test_init_and_download_a_list_with_other_column_names(photographs: Path, tmp_path: Path) -> None:
     listed = tmp_path / "pairs.csv"
     with listed.open("w", newline="") as stream:

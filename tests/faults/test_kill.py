@@ -71,7 +71,6 @@ def _wait_for(step: Step, workspace: Workspace, driver: psutil.Process) -> None:
 
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
-@pytest.mark.xdist_group("heavy")
 def test_kill_anywhere_ends_in_the_same_bytes(tmp_path: Path) -> None:
     port = free_port()
     calm_folder, wild_folder = tmp_path / "calm", tmp_path / "wild"
@@ -125,7 +124,6 @@ def test_kill_anywhere_ends_in_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.xdist_group("heavy")
 def test_interrupt_is_one_line_and_exit_code_130(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, port=free_port(), num_steps=2000)
     workspace = Workspace(load_recipe(recipe).workspace)

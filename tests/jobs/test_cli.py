@@ -33,6 +33,12 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
     assert f"Example: unclip {command}" in " ".join(done.stdout.split())
 
 
+def test_help_says_each_command_in_one_whole_line() -> None:
+    lines = _run("--help").stdout.partition("Commands:\n")[2].strip().splitlines()
+    assert {line.split()[0] for line in lines} >= set(COMMANDS)
+    assert not [line for line in lines if not line.endswith(".") or line.endswith("...")]
+
+
 def test_version_is_the_package_version() -> None:
     from importlib.metadata import version
 
@@ -46,6 +52,7 @@ def test_version_is_the_package_version() -> None:
         (["plan"], 2, ["RECIPE"]),
         (["plan", "none.toml"], 2, ["none.toml", "unclip init"]),
         (["plan", "configs/demo.toml", "--set", "prior.train.num_step=3"], 2, ["prior.train.num_step", "num_steps"]),
+        (["plan", "configs/demo.toml", "--set", "prior.train.num_steps=many"], 2, ["prior.train.num_steps", "integer"]),
         (["plan", "configs/demo.toml", "--set", "upsampler_1.model.image_px=32"], 2, ["upsampler_2.model.low_res_px"]),
         (["plan", "configs/demo.toml", "--until", "nowhere"], 2, ["nowhere", "embed"]),
         (["run", "configs/demo.toml", "--set", "pairs.source=list", "--set", "pairs.path=none.csv"], 2, ["none.csv"]),

@@ -19,7 +19,7 @@ from pipeline.store import Artifact, Workspace
 from tests.tiny import ROOT, free_port
 from tests.tiny_shards import make_clip
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.ray]
 
 
 @pytest.fixture(scope="module", autouse=True)

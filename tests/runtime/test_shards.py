@@ -22,7 +22,7 @@ from pipeline.runtime.shards import ShardJob, map_shards
 from pipeline.schema import ShardRecord
 from tests.tiny import ROOT
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.ray]
 _TWO = TaskResources(num_workers=2, cpus_per_worker=0.5, max_retries=1)
 _ONE = TaskResources(num_workers=1, cpus_per_worker=0.5, max_retries=1)
 

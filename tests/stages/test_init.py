@@ -54,6 +54,8 @@ def test_write_recipe_sizes_a_cpu_cascade_that_fits_together(tmp_path: Path) -> 
     assert sides == (recipe.upsampler_1.model.low_res_px, recipe.upsampler_2.model.low_res_px, recipe.download.image_px)
     assert recipe.clip.model.image_px == 32
     assert (recipe.decoder.model.diffusion.prediction, recipe.decoder.train.beta2) == ("v", 0.99)
+    assert recipe.upsampler_1.model.residual
+    assert recipe.upsampler_2.model.residual
     networks = (recipe.decoder.model, recipe.upsampler_1.model, recipe.upsampler_2.model)
     assert {network.diffusion.loss_weighting for network in networks} == {"min_snr"}
 
