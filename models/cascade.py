@@ -22,6 +22,7 @@ from models.decoder import Decoder, concat_decoder_conditions
 from models.diffusion import Denoise, Diffusion
 from models.guidance import classifier_free
 from models.noise import NoiseSource
+from models.noisy_clip import NoisyClip, clip_guided
 from models.pixels import to_uint8
 from models.prior import Prior
 from models.sampler_steps import SamplerState
@@ -108,7 +109,12 @@ class Cascade:
     """A prior, a decoder and upsamplers, ready to sample; the stages can be called one by one."""
 
     def __init__(
-        self, clip: TextEncoder, prior: AnyPrior, decoder: Decoder, upsamplers: Sequence[Upsampler] = ()
+        self,
+        clip: TextEncoder,
+        prior: AnyPrior,
+        decoder: Decoder,
+        upsamplers: Sequence[Upsampler] = (),
+        noisy_clip: NoisyClip | None = None,
     ) -> None:
         """Check that the pieces fit together, and put the networks in evaluation mode.
 
@@ -126,10 +132,17 @@ class Cascade:
                     f"but the stage before it draws {side_px} px"
                 )
             side_px = upsampler.config.image_px
+        if noisy_clip is not None and noisy_clip.config.image_px != decoder.config.image_px:
+            raise ValueError(
+                f"the noise-aware CLIP sees {noisy_clip.config.image_px} px, "
+                f"but the decoder draws {decoder.config.image_px} px"
+            )
         self.clip = clip
         self.prior = prior.eval()
         self.decoder = decoder.eval()
         self.upsamplers = tuple(upsampler.eval() for upsampler in upsamplers)
+        self.noisy_clip = None if noisy_clip is None else noisy_clip.eval()
+        """For CLIP guidance of the decoder; None: it cannot be asked for."""
 
     def default_settings(self) -> CascadeSettings:
         """The settings that the networks' own configurations carry."""
@@ -204,10 +217,24 @@ class Cascade:
             noise = NoiseSource.from_seeds(seeds[part], "decoder")
             x = noise.normal((3, side_px, side_px), device=z_image.device)
             denoise = decoder_denoiser(self.decoder, z_image[part], text[part], config.guidance_scale)
+            denoise = self.led_by_clip(denoise, text[part].z_text, config)
             states = iterate(denoise, x, diffusion, config, noise)
             return run_stage("decoder", states, len(config_timesteps(config, diffusion)), watch)
 
         return in_parts(draw, len(text), settings.micro_batch)
+
+    def led_by_clip(self, denoise: Denoise, z_text: Float[Tensor, "B D"], config: SamplerConfig) -> Denoise:
+        """The decoder's denoiser with the CLIP guidance that ``config`` asks for.
+
+        Raises:
+            ValueError: If it asks for some, and this cascade has no noise-aware CLIP for the decoder's pictures.
+        """
+        if config.clip_guidance_scale == 0:
+            return denoise
+        if self.noisy_clip is None:
+            raise ValueError("clip_guidance_scale is above 0, and there is no noise-aware CLIP; train one")
+        process = Diffusion(self.decoder.config.diffusion)
+        return clip_guided(denoise, self.noisy_clip, z_text, process, config.clip_guidance_scale)
 
     def upsample(
         self,

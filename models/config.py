@@ -69,6 +69,9 @@ class SamplerConfig:
     """Noise of DDIM, dimensionless: 0 is deterministic, 1 is as noisy as the ancestral sampler."""
     guidance_scale: float = 1.0
     """Classifier-free guidance s in uncond + s (cond - uncond), dimensionless; 1 costs no second forward."""
+    clip_guidance_scale: float = 0.0
+    """Strength of the gradient of a noise-aware CLIP, dimensionless, for the decoder alone (arXiv:2112.10741, equation
+    9); needs ``[noisy_clip]``. 0 turns it off. Prompts are drawn with it; edits of pictures do without."""
     clip_x0: bool = True
     """Clip the predicted clean sample to [-clip_range, clip_range] at each step."""
     clip_range: float = 1.0
@@ -85,6 +88,7 @@ class SamplerConfig:
         require(self.clip_range > 0, f"clip_range = {self.clip_range}: must be positive")
         require(self.eta >= 0, f"eta = {self.eta}: must not be negative")
         require(self.guidance_scale >= 0, f"guidance_scale = {self.guidance_scale}: must not be negative")
+        require(self.clip_guidance_scale >= 0, f"clip_guidance_scale = {self.clip_guidance_scale}: not negative")
         require_prob("dynamic_threshold_prob", self.dynamic_threshold_prob)
 
 
@@ -126,6 +130,7 @@ class PriorConfig:
             self.diffusion.variance != "learned_range",
             "diffusion.variance = 'learned_range': the prior predicts the embedding alone; use fixed_small",
         )
+        require(self.sampler.clip_guidance_scale == 0, "sampler.clip_guidance_scale: of the decoder alone; set 0.0")
         _require_steps(self.sampler, self.diffusion)
 
 
@@ -257,6 +262,7 @@ class DecoderConfig:
         require_prob("text_drop_prob", self.text_drop_prob)
         self.unet.require_fits(self.image_px)
         _require_steps(self.sampler, self.diffusion)
+        _require_measured(self.sampler)
 
 
 @configclass
@@ -317,11 +323,20 @@ class UpsamplerConfig:
             f"residual = true needs diffusion.prediction = 'x0', not {self.diffusion.prediction!r}",
         )
         _require_steps(self.sampler, self.diffusion)
+        _require_measured(self.sampler)
         require(self.sampler.guidance_scale == 1.0, "sampler.guidance_scale: an upsampler is not guided; set 1.0")
+        require(self.sampler.clip_guidance_scale == 0, "sampler.clip_guidance_scale: of the decoder alone; set 0.0")
 
 
 def _require_steps(sampler: SamplerConfig, diffusion: DiffusionConfig) -> None:
     require(
         sampler.num_steps <= diffusion.num_timesteps,
         f"sampler.num_steps = {sampler.num_steps} is above num_timesteps = {diffusion.num_timesteps}",
+    )
+
+
+def _require_measured(sampler: SamplerConfig) -> None:
+    require(
+        sampler.method != "analytic",
+        "sampler.method = 'analytic': its variance is measured for the prior alone; use ddpm, ddim or dpmpp_2m",
     )

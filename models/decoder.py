@@ -37,6 +37,8 @@ class DecoderCondition:
     """Keys and values of the context tokens, for each attention."""
     valid: Bool[Tensor, "B M"]
     """False at padding."""
+    z_text: Float[Tensor, "B D"]
+    """Embedding of the caption, of length one: where CLIP guidance leads."""
     known: Float[Tensor, "B 4 H W"] | None = None
     """The known part of the pictures (models/inpainting.py); None where nothing is known."""
 
@@ -46,7 +48,7 @@ class DecoderCondition:
     def __getitem__(self, index: slice | Tensor) -> DecoderCondition:
         context = tuple(KeysValues(layer.keys[index], layer.values[index]) for layer in self.context)
         known = None if self.known is None else self.known[index]
-        return DecoderCondition(self.embedding[index], context, self.valid[index], known)
+        return DecoderCondition(self.embedding[index], context, self.valid[index], self.z_text[index], known)
 
 
 def concat_decoder_conditions(parts: Sequence[DecoderCondition]) -> DecoderCondition:
@@ -69,7 +71,8 @@ def concat_decoder_conditions(parts: Sequence[DecoderCondition]) -> DecoderCondi
         known = torch.cat(
             [blank if part.known is None else part.known for part, blank in zip(parts, blanks, strict=True)]
         )
-    return DecoderCondition(torch.cat([part.embedding for part in parts]), context, valid, known)
+    embedding, z_text = (torch.cat(tensors) for tensors in zip(*((p.embedding, p.z_text) for p in parts), strict=True))
+    return DecoderCondition(embedding, context, valid, z_text, known)
 
 
 def image_scale(dims: ClipDims) -> float:
@@ -146,7 +149,7 @@ class Decoder(nn.Module):
         tokens = self.image_to_tokens(image).unflatten(1, (-1, self.config.num_image_tokens)).transpose(1, 2)
         tokens = torch.cat([tokens, self.norm_text(self.text_to_tokens(hidden))], dim=1)
         valid = F.pad(text.mask, (self.config.num_image_tokens, 0), value=True)
-        return DecoderCondition(embedding, self.unet.encode_context(tokens), valid, known)
+        return DecoderCondition(embedding, self.unet.encode_context(tokens), valid, text.z_text, known)
 
     def forward(
         self, x: Float[Tensor, "B 3 H W"], t: Int[Tensor, " B"], condition: DecoderCondition

@@ -54,8 +54,8 @@ def score_guided(denoise: Denoise, log_prob: LogProb, diffusion: Diffusion, scal
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         output = denoise(x, t)
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_(True)
+        with torch.inference_mode(False), torch.enable_grad():  # a server draws in inference mode
+            leaf = x.clone().detach().requires_grad_(True)
             gradient = torch.autograd.grad(log_prob(leaf, t).sum(), leaf)[0]
         strength = spread(scale, x) if isinstance(scale, Tensor) else scale
         _, s = diffusion.signal_noise(x, t)
@@ -90,6 +90,7 @@ def clip_log_prob(encode_image: Callable[[Tensor, Tensor], Tensor], z_wanted: Te
     """
 
     def log_prob(x: Tensor, t: Tensor) -> Tensor:
-        return logit_scale * torch.cosine_similarity(encode_image(x, t), z_wanted, dim=-1)
+        # A copy: what was made in inference mode cannot be kept for a gradient.
+        return logit_scale * torch.cosine_similarity(encode_image(x, t), z_wanted.clone(), dim=-1)
 
     return log_prob

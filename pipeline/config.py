@@ -10,6 +10,7 @@ from pydantic import Field
 
 from models.config import ClipConfig, DecoderConfig, PriorConfig, UpsamplerConfig, configclass
 from models.config_ar_prior import ArPriorConfig
+from models.config_noisy_clip import NoisyClipConfig
 
 PriorModel = Annotated[PriorConfig | ArPriorConfig, Field(discriminator="kind")]
 """A prior of either kind; ``kind`` in its table says which."""
@@ -291,6 +292,18 @@ class DecoderStepConfig:
 
     def __post_init__(self) -> None:
         _require_start(self.train, self.init_from)
+
+
+@configclass
+class NoisyClipStepConfig:
+    """The noise-aware CLIP, for CLIP guidance of the decoder: an optional step."""
+
+    model: NoisyClipConfig = NoisyClipConfig()
+    """The image tower and the noise it sees."""
+    train: TrainConfig = TrainConfig()
+    """Its optimisation."""
+    resources: TrainResources = TrainResources()
+    """Its workers; each contrasts its own share of the batch."""
 
 
 @configclass

@@ -67,18 +67,22 @@ _SPECS = (
     _Spec("index", 1, ("embed",), lambda r: r.index),
     _Spec("prior", 1, ("clip", "embed"), lambda r: r.prior),
     _Spec("prior_2", 1, ("clip", "embed"), lambda r: r.prior_2),
+    _Spec("noisy_clip", 1, ("download", "clip"), lambda r: r.noisy_clip),
     _Spec("upsampler_1", 1, ("download",), lambda r: r.upsampler_1),
     _Spec("upsampler_2", 1, ("download",), lambda r: r.upsampler_2),
     _Spec(
         "evaluate",
         2,
-        ("pairs", "download", "clip", "embed", "index", "prior", "prior_2", "decoder", "upsampler_1", "upsampler_2"),
+        (
+            *("pairs", "download", "clip", "embed", "index", "prior", "prior_2"),
+            *("decoder", "noisy_clip", "upsampler_1", "upsampler_2"),
+        ),
         lambda r: r.evaluate,
     ),
 )
 
 STEP_NAMES = tuple(spec.name for spec in _SPECS)
-CASCADE_STEPS = ("clip", "prior", "decoder", "upsampler_1", "upsampler_2")
+CASCADE_STEPS = ("clip", "prior", "decoder", "noisy_clip", "upsampler_1", "upsampler_2")
 """Steps whose networks draw a picture."""
 
 

@@ -23,6 +23,7 @@ from pipeline.config import (
     EmbedConfig,
     EvaluateConfig,
     IndexConfig,
+    NoisyClipStepConfig,
     PairsConfig,
     PriorStepConfig,
     ServeConfig,
@@ -33,8 +34,13 @@ from pipeline.errors import ConfigError
 
 Json = dict[str, Any]
 _PRIORS = ("prior", "prior_2")
-_OPTIONAL = {"prior_2": PriorStepConfig(), "upsampler_1": UpsamplerStepConfig(), "upsampler_2": UpsamplerStepConfig()}
-TrainedSection = ClipStepConfig | PriorStepConfig | DecoderStepConfig | UpsamplerStepConfig
+_OPTIONAL = {
+    "prior_2": PriorStepConfig(),
+    "noisy_clip": NoisyClipStepConfig(),
+    "upsampler_1": UpsamplerStepConfig(),
+    "upsampler_2": UpsamplerStepConfig(),
+}
+TrainedSection = ClipStepConfig | PriorStepConfig | DecoderStepConfig | NoisyClipStepConfig | UpsamplerStepConfig
 
 
 @configclass
@@ -63,6 +69,8 @@ class Recipe:
     """A second prior, to compare: the evaluation measures both, and the cascade draws with ``prior``."""
     decoder: DecoderStepConfig = DecoderStepConfig()
     """z_image and caption to a small picture."""
+    noisy_clip: NoisyClipStepConfig | None = None
+    """A CLIP that sees noised pictures, to guide the decoder by (decoder.model.sampler.clip_guidance_scale)."""
     upsampler_1: UpsamplerStepConfig | None = None
     """The small picture to a larger one; without the table the cascade ends at the decoder."""
     upsampler_2: UpsamplerStepConfig | None = None
@@ -97,6 +105,24 @@ class Recipe:
             if batch % workers:
                 raise ValueError(f"{name}.train.batch_size {batch} does not divide among {workers} workers")
 
+        self._require_noisy_clip()
+
+    def _require_noisy_clip(self) -> None:
+        """The tower that guides must see what the decoder draws, noised as the decoder noises it."""
+        wanted = self.decoder.model
+        if self.noisy_clip is None:
+            if wanted.sampler.clip_guidance_scale > 0:
+                raise ValueError("decoder.model.sampler.clip_guidance_scale is above 0 without a [noisy_clip] table")
+            return
+        tower = self.noisy_clip.model
+        seen = (tower.image_px, tower.diffusion.num_timesteps, tower.diffusion.schedule)
+        drawn = (wanted.image_px, wanted.diffusion.num_timesteps, wanted.diffusion.schedule)
+        if seen != drawn:
+            raise ValueError(
+                f"noisy_clip.model sees {seen[0]} px, {seen[1]} steps, {seen[2]}, "
+                f"but decoder.model draws {drawn[0]} px, {drawn[1]} steps, {drawn[2]}"
+            )
+
     def trained(self) -> dict[str, TrainedSection]:
         """The sections that train a network, by step name, in the order of the cascade."""
         sections: dict[str, TrainedSection | None] = {
@@ -104,6 +130,7 @@ class Recipe:
             "prior": self.prior,
             "prior_2": self.prior_2,
             "decoder": self.decoder,
+            "noisy_clip": self.noisy_clip,
             "upsampler_1": self.upsampler_1,
             "upsampler_2": self.upsampler_2,
         }

@@ -20,7 +20,9 @@ from models.clip import WEIGHTS_FILE as CLIP_WEIGHTS
 from models.clip import FrozenClip, OpenClip, load_clip, save_clip
 from models.config import ClipDims, DecoderConfig, PriorConfig, UpsamplerConfig
 from models.config_ar_prior import ArPriorConfig
+from models.config_noisy_clip import NoisyClipConfig
 from models.decoder import Decoder
+from models.noisy_clip import NoisyClip
 from models.prior import Prior
 from models.upsampler import Upsampler
 from pipeline.errors import DataError
@@ -31,12 +33,13 @@ SCHEMA_VERSION = 1
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 
-Network = Prior | ArPrior | Decoder | Upsampler
-NetworkConfig = PriorConfig | ArPriorConfig | DecoderConfig | UpsamplerConfig
+Network = Prior | ArPrior | Decoder | NoisyClip | Upsampler
+NetworkConfig = PriorConfig | ArPriorConfig | DecoderConfig | NoisyClipConfig | UpsamplerConfig
 _CONFIGS: dict[str, type[Any]] = {
     "prior": PriorConfig,
     "ar_prior": ArPriorConfig,
     "decoder": DecoderConfig,
+    "noisy_clip": NoisyClipConfig,
     "upsampler": UpsamplerConfig,
 }
 
@@ -49,6 +52,8 @@ def build_network(config: NetworkConfig, dims: ClipDims) -> Network:
         return ArPrior(config, dims)
     if isinstance(config, DecoderConfig):
         return Decoder(config, dims)
+    if isinstance(config, NoisyClipConfig):
+        return NoisyClip(config, dims)
     return Upsampler(config)
 
 
@@ -59,7 +64,7 @@ def save_network(
 
     Args:
         artifact: Where to.
-        kind: ``prior``, ``ar_prior``, ``decoder`` or ``upsampler``.
+        kind: ``prior``, ``ar_prior``, ``decoder``, ``noisy_clip`` or ``upsampler``.
         config: The network's configuration.
         dims: CLIP's widths; None for an upsampler.
         state_dict: The weights, on any device.
@@ -165,8 +170,8 @@ def load_cascade(artifacts: dict[str, Artifact], device: torch.device | str = "c
     """Load everything that draws pictures.
 
     Args:
-        artifacts: By step name: ``clip``, ``prior``, ``decoder`` and, where the recipe has them, ``upsampler_1`` and
-            ``upsampler_2``; others are not read.
+        artifacts: By step name: ``clip``, ``prior``, ``decoder`` and, where the recipe has them, ``noisy_clip``,
+            ``upsampler_1`` and ``upsampler_2``; others are not read.
         device: Where to.
 
     Raises:
@@ -175,16 +180,17 @@ def load_cascade(artifacts: dict[str, Artifact], device: torch.device | str = "c
     clip = load_clip_artifact(artifacts["clip"], device)
     networks = {
         name: load_network(artifacts[name], device)
-        for name in ("prior", "decoder", "upsampler_1", "upsampler_2")
+        for name in ("prior", "decoder", "noisy_clip", "upsampler_1", "upsampler_2")
         if name in artifacts
     }
     prior, decoder = networks.pop("prior"), networks.pop("decoder")
+    noisy_clip = networks.pop("noisy_clip", None)
     upsamplers = [network for network in networks.values() if isinstance(network, Upsampler)]
     if not isinstance(prior, Prior | ArPrior) or not isinstance(decoder, Decoder) or len(upsamplers) < len(networks):
         kinds = {name: type(network).__name__ for name, network in networks.items()}
         raise DataError(f"the artifacts are not a cascade: {kinds}")
     try:
-        return Cascade(clip, prior, decoder, upsamplers)
+        return Cascade(clip, prior, decoder, upsamplers, noisy_clip if isinstance(noisy_clip, NoisyClip) else None)
     except ValueError as error:
         raise DataError(f"the networks do not fit together: {error}; run the recipe again") from error
 
@@ -199,7 +205,7 @@ def with_prior(cascade: Cascade, artifact: Artifact, device: torch.device | str 
     if not isinstance(prior, Prior | ArPrior):
         raise DataError(f"{artifact.uri}: holds a {type(prior).__name__}, not a prior; run the recipe again")
     try:
-        return Cascade(cascade.clip, prior, cascade.decoder, cascade.upsamplers)
+        return Cascade(cascade.clip, prior, cascade.decoder, cascade.upsamplers, cascade.noisy_clip)
     except ValueError as error:
         raise DataError(f"{artifact.uri}: {error}; run the recipe again") from error
 

@@ -31,7 +31,7 @@ from pipeline.evaluate.metrics import FeatureSums, Rate, cosine, frechet_distanc
 from pipeline.evaluate.parts import Part, picture_seed, read_part, write_rows
 from pipeline.evaluate.pictures import Block, draw_grid, from_bytes, to_png
 from pipeline.evaluate.prompts import PromptSet, choose_prompts
-from pipeline.plan import Step, artifact_of, inputs_of, make_plan
+from pipeline.plan import CASCADE_STEPS, Step, artifact_of, inputs_of, make_plan
 from pipeline.recipe import Recipe
 from pipeline.schema import Manifest, ShardRecord, add_counts
 from pipeline.shapes.check import check
@@ -78,7 +78,7 @@ def ablate_recipe(recipe: Recipe, *, num_prompts: int, num_shown: int, watch: Wa
         start = time.monotonic()
         output.clear_temporaries()
         prompts = choose_prompts(recipe.evaluate.prompts_path, inputs["pairs"], inputs["embed"], num_prompts)
-        networks = {name: inputs[name] for name in recipe.trained()}
+        networks = {name: artifact for name, artifact in inputs.items() if name in CASCADE_STEPS}
         runner = AblationRunner(load_cascade(networks, recipe.evaluate.resources.accelerator), prompts, output)
         parts = plan_variants(runner.variants, len(prompts.prompts), recipe.evaluate.batch_size)
         for part in parts:
@@ -107,7 +107,7 @@ def ablation_step(recipe: Recipe, *, num_prompts: int, num_shown: int) -> Step:
     """The ablation as a step: keyed by the networks, the prompts and the seed."""
     steps = {step.name: step for step in make_plan(recipe)}
     kept = {name: steps["evaluate"].section.get(name) for name in ("prompts_path", "content", "seed")}
-    inputs = {name: steps[name].key for name in (*_INPUTS, *recipe.trained())}
+    inputs = {name: steps[name].key for name in (*_INPUTS, *CASCADE_STEPS) if name in steps}
     return Step(_STEP, 1, kept | {"num_prompts": num_prompts, "num_shown": num_shown}, inputs)
 
 

@@ -36,6 +36,7 @@ _STEP_FUNCTIONS = {
     "prior": "pipeline.runtime.train:run_prior",
     "prior_2": "pipeline.runtime.train:run_prior_2",
     "decoder": "pipeline.runtime.train:run_decoder",
+    "noisy_clip": "pipeline.runtime.train:run_noisy_clip",
     "upsampler_1": "pipeline.runtime.train:run_upsampler_1",
     "upsampler_2": "pipeline.runtime.train:run_upsampler_2",
     "evaluate": "pipeline.runtime.evaluate:run_evaluate",

@@ -51,6 +51,11 @@ def run_decoder(context: StepContext) -> StepResult:
     return _train(context)
 
 
+def run_noisy_clip(context: StepContext) -> StepResult:
+    """Train the noise-aware CLIP."""
+    return _train(context)
+
+
 def run_upsampler_1(context: StepContext) -> StepResult:
     """Train the first upsampler."""
     return _train(context)

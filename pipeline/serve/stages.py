@@ -124,6 +124,7 @@ class DecoderStage:
     x0_variance: Tensor | None = None
 
     def __init__(self, cascade: Cascade, settings: CascadeSettings) -> None:
+        self.cascade = cascade
         self.decoder = cascade.decoder
         self.config = settings.decoder
         self.diffusion = Diffusion(self.decoder.config.diffusion)
@@ -146,7 +147,9 @@ class DecoderStage:
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             return self.decoder(x, t, condition)
 
-        return classifier_free(denoise, self.config.guidance_scale) if guided else denoise
+        z_text = torch.cat([one.z_text for one in conditions])
+        free = classifier_free(denoise, self.config.guidance_scale) if guided else denoise
+        return self.cascade.led_by_clip(free, z_text, self.config)
 
     def leave(self, picture: Picture, x: Tensor) -> None:
         """See ``Stage``."""

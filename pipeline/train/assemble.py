@@ -18,6 +18,7 @@ from models.decoder import Decoder
 from models.diffusion import Diffusion
 from models.memory import set_checkpointing
 from models.noise import NoiseSource, derive_seed
+from models.noisy_clip import NoisyClip
 from models.prior import Prior
 from models.samplers import config_timesteps
 from models.upsampler import Upsampler
@@ -28,6 +29,7 @@ from pipeline.train.ar_prior import ArPriorObjective, build_ar_prior
 from pipeline.train.batches import Batch, CaptionTable, Samples
 from pipeline.train.clip import ClipObjective
 from pipeline.train.decoder import DecoderObjective
+from pipeline.train.noisy_clip import NoisyClipObjective
 from pipeline.train.prior import PriorObjective
 from pipeline.train.shards import ShardReader
 from pipeline.train.upsampler import UpsamplerObjective
@@ -91,6 +93,8 @@ def assemble(job: TrainJob) -> Parts:
         return _assemble_clip(job)
     if job.name in {"prior", "prior_2"}:
         parts = _assemble_either_prior(job)
+    elif job.name == "noisy_clip":
+        parts = _assemble_noisy_clip(job)
     else:
         parts = _assemble_decoder(job) if job.name == "decoder" else _assemble_upsampler(job)
     set_checkpointing(parts.network, enabled=job.section.resources.checkpointing)
@@ -171,6 +175,24 @@ def _assemble_decoder(job: TrainJob) -> Parts:
     def objective(network: nn.Module) -> nn.Module:
         assert isinstance(network, Decoder)
         return DecoderObjective(network, encode)
+
+    return Parts(_channels_last(network), objective, train, validation, publish)
+
+
+def _assemble_noisy_clip(job: TrainJob) -> Parts:
+    section = job.recipe.noisy_clip
+    assert section is not None
+    clip, config = load_clip_artifact(job.inputs["clip"], job.device), section.model
+    network = build_network(config, clip.dims)
+    train, validation = _samples(job, image_px=config.image_px)
+    encode = _caption_table(clip, train)
+
+    def publish(trained: nn.Module) -> None:
+        save_network(job.output, "noisy_clip", config, clip.dims, trained.state_dict())
+
+    def objective(network: nn.Module) -> nn.Module:
+        assert isinstance(network, NoisyClip)
+        return NoisyClipObjective(network, encode)
 
     return Parts(_channels_last(network), objective, train, validation, publish)
 

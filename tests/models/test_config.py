@@ -70,6 +70,11 @@ def test_config_refuses_unknown_keys_and_converts_nothing(cls: type) -> None:
         (lambda: UpsamplerConfig(crop_px=66), "multiple of 4"),
         (lambda: UpsamplerConfig(unet=UNetConfig()), "an upsampler has none"),
         (lambda: UpsamplerConfig(sampler=SamplerConfig(guidance_scale=2.0)), "not guided"),
+        (lambda: UpsamplerConfig(sampler=SamplerConfig(clip_guidance_scale=2.0)), "decoder alone"),
+        (lambda: PriorConfig(sampler=SamplerConfig(num_steps=64, clip_guidance_scale=2.0)), "decoder alone"),
+        (lambda: DecoderConfig(sampler=SamplerConfig(method="analytic")), "for the prior alone"),
+        (lambda: UpsamplerConfig(sampler=SamplerConfig(method="analytic")), "for the prior alone"),
+        (lambda: SamplerConfig(clip_guidance_scale=-1.0), "not negative"),
     ],
 )
 def test_config_refuses_what_cannot_be(make: object, message: str) -> None:

@@ -12,10 +12,13 @@ from models.ar_prior import ArPrior
 from models.cascade import Cascade, CascadeSettings
 from models.config import SamplerConfig
 from models.config_ar_prior import ArPriorConfig, TokenSamplerConfig
+from models.config_noisy_clip import NoisyClipConfig
+from models.noisy_clip import NoisyClip
 from pipeline.serve.contract import Overloaded
 from pipeline.serve.engine import Engine
 from pipeline.serve.stages import Picture
 from pipeline.serve.steppers import make_steppers
+from tests.serve.conftest import unet
 from tests.tiny_cascade import randomise
 
 PROMPTS = ["a red circle", "a large blue square above a small green star", "two", "a red circle"]
@@ -83,6 +86,29 @@ def draw_staggered(cascade: Cascade, settings: CascadeSettings) -> None:
         torch.testing.assert_close(picture.z_image, alone.z_image, atol=2e-4, rtol=1e-3)
         drawn = (picture.pixels[0].permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5
         assert almost_equal(drawn.round().numpy(), alone.images[0].numpy())
+
+
+def test_stepper_leads_pictures_by_clip_as_the_cascade_does(cascade: Cascade) -> None:
+    torch.manual_seed(3)
+    config = NoisyClipConfig(image_px=cascade.decoder.config.image_px, tower=unet())
+    tower = NoisyClip(config, cascade.clip.dims).requires_grad_(requires_grad=False)
+    led = Cascade(cascade.clip, cascade.prior, cascade.decoder, cascade.upsamplers, tower)
+    sampler = SamplerConfig(method="ddim", num_steps=4, guidance_scale=1.7, clip_guidance_scale=30.0)
+    prior = dataclasses.replace(sampler, clip_x0=False, clip_guidance_scale=0.0)
+    settings = CascadeSettings(prior, sampler, (), num_candidates=1)
+    steppers = make_steppers(led, settings)
+    with torch.inference_mode():
+        pictures = [Picture(p, s, led.clip.encode_text([p])) for p, s in zip(PROMPTS[:2], SEEDS[:2], strict=True)]
+        while any(picture.stage < len(steppers) for picture in pictures):
+            steppers[pictures[0].stage].advance(pictures)
+    unled = dataclasses.replace(settings, decoder=dataclasses.replace(sampler, clip_guidance_scale=0.0))
+    for picture in pictures:
+        alone = led.sample([picture.prompt], [picture.seed], settings).images[0].numpy()
+        drawn = (picture.pixels[0].permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5
+        assert almost_equal(drawn.round().numpy(), alone)
+        assert (
+            np.abs(led.sample([picture.prompt], [picture.seed], unled).images[0].numpy().astype(int) - alone).max() > 1
+        )
 
 
 def test_engine_gives_each_request_its_own_pictures_in_the_order_of_its_seeds(

@@ -1,0 +1,36 @@
+"""The noise-aware CLIP's part of a training: the contrastive loss of one batch of noised pictures."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.diffusion import Diffusion
+from models.noisy_clip import NoisyClip, noisy_clip_loss
+from models.pixels import resize_crop, to_pixels
+from pipeline.train.batches import Batch, TextEncoder
+from pipeline.train.draws import draw_normal, draw_timesteps
+
+
+class NoisyClipObjective(nn.Module):
+    """Pictures at random timesteps against their captions, as the frozen CLIP embeds these.
+
+    Each worker contrasts its own share of the batch: what it learns from is a worker's share, not the global batch.
+
+    Args:
+        network: The noise-aware tower.
+        encode_text: The frozen CLIP's text tower.
+    """
+
+    def __init__(self, network: NoisyClip, encode_text: TextEncoder) -> None:
+        super().__init__()
+        self.network = network
+        self._encode_text = encode_text
+        self._diffusion = Diffusion(network.config.diffusion)
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Mean loss of the batch."""
+        x0 = resize_crop(to_pixels(batch.require_images()), self.network.config.image_px)
+        t = draw_timesteps(len(batch), self._diffusion.num_timesteps, generator, x0.device)
+        x_t = self._diffusion.q_sample(x0, t, draw_normal(x0, generator))
+        return noisy_clip_loss(self.network, x_t, t, self._encode_text(batch.captions).z_text)
