@@ -27,11 +27,12 @@ from models.condition import TextEncoding
 from models.config import ClipDims
 from models.decoder import Decoder
 from models.diffusion import Denoise, Diffusion
+from models.noisy_clip import NoisyClip
 from models.prior import Prior
 from models.samplers import config_timesteps
 from models.transformer import TokenCache
 from models.upsampler import Upsampler
-from pipeline.config import PriorStepConfig, TrainConfig, TrainResources, UpsamplerStepConfig
+from pipeline.config import NoisyClipStepConfig, PriorStepConfig, TrainConfig, TrainResources, UpsamplerStepConfig
 from pipeline.errors import ConfigError
 from pipeline.recipe import Recipe
 from pipeline.weights import build_network
@@ -101,6 +102,8 @@ def recipe_costs(recipe: Recipe) -> list[NetworkCost]:
             if section is not None:
                 costs.append(_prior_cost(name, build_network(section.model, clip.dims), section))
         costs.append(_decoder_cost(recipe, Decoder(recipe.decoder.model, clip.dims)))
+        if recipe.noisy_clip is not None:
+            costs.append(_noisy_clip_cost(NoisyClip(recipe.noisy_clip.model, clip.dims), recipe.noisy_clip))
         for name, section in (("upsampler_1", recipe.upsampler_1), ("upsampler_2", recipe.upsampler_2)):
             if section is not None:
                 costs.append(_upsampler_cost(name, Upsampler(section.model), section))
@@ -208,6 +211,23 @@ def _decoder_cost(recipe: Recipe, decoder: Decoder) -> NetworkCost:
     sampling = _sampling(decoder, denoiser, torch.zeros(1, *shape))
     section = recipe.decoder
     return _trained("decoder", decoder, run, section.train, section.resources, sampling)
+
+
+def _noisy_clip_cost(network: NoisyClip, section: NoisyClipStepConfig) -> NetworkCost:
+    """``sampling``: one call and its gradient, which every guided step of the decoder adds."""
+    side_px = network.config.image_px
+
+    def run(size: int) -> Tensor:
+        return network(torch.zeros(size, 3, side_px, side_px), _steps(size)).sum()
+
+    def led() -> None:
+        x = torch.zeros(1, 3, side_px, side_px, requires_grad=True)
+        torch.autograd.grad(network(x, _steps(1)).sum(), x)
+
+    network.eval().requires_grad_(requires_grad=False)
+    flops = _count(led)
+    network.requires_grad_(requires_grad=True)
+    return _trained("noisy_clip", network, run, section.train, section.resources, (flops, 1))
 
 
 def _upsampler_cost(name: str, network: Upsampler, section: UpsamplerStepConfig) -> NetworkCost:

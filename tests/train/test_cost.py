@@ -11,12 +11,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.ar_prior import ArPrior
 from models.clip import create_clip
 from models.condition import TextEncoding
+from models.config import UNetConfig
 from models.config_ar_prior import ArPriorConfig
+from models.config_noisy_clip import NoisyClipConfig
 from models.decoder import Decoder
 from models.noise import NoiseSource
+from models.noisy_clip import NoisyClip
 from models.prior import Prior
 from models.token_sampling import start, step
 from models.upsampler import Upsampler
+from pipeline.config import NoisyClipStepConfig
 from pipeline.errors import ConfigError
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.train.cost import NetworkCost, format_costs, recipe_costs
@@ -166,3 +170,17 @@ def test_plan_prints_costs_as_json() -> None:
     assert [row["name"] for row in rows] == ["clip", "prior", "decoder", "upsampler_1", "upsampler_2"]
     assert all(row["training_bytes"] > row["activations_bytes"] > 0 for row in rows)
     assert rows[2]["h100_hours"] < rows[2]["a100_hours"]
+
+
+def test_a_noise_aware_clip_is_counted_with_the_gradient_of_its_guidance(tiny: Recipe) -> None:
+    tower = UNetConfig(channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(), norm_groups=4)
+    section = NoisyClipStepConfig(model=NoisyClipConfig(image_px=8, tower=tower))
+    costs = {cost.name: cost for cost in recipe_costs(dataclasses.replace(tiny, noisy_clip=section))}
+    network = NoisyClip(section.model, tiny.clip.model.dims())
+    assert costs["noisy_clip"].num_parameters == sum(p.numel() for p in network.parameters())
+    network.requires_grad_(requires_grad=False)
+    x = torch.randn(1, 3, 8, 8, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        network(x, torch.zeros(1, dtype=torch.int64)).sum().backward()
+    assert costs["noisy_clip"].sampling_flops == counter.get_total_flops()
+    assert costs["noisy_clip"].sampling_flops < costs["noisy_clip"].training_flops
