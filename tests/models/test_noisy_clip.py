@@ -5,12 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.config import ClipDims, DiffusionConfig, UNetConfig
+from models.config import ClipDims, DiffusionConfig, SamplerConfig, UNetConfig
 from models.config_noisy_clip import NoisyClipConfig
 from models.diffusion import Diffusion
 from models.noisy_clip import NoisyClip, clip_guided, noisy_clip_loss
-from models.samplers import sample_ddim
-from models.schedules import strided_timesteps
+from models.samplers import sample
 
 DIMS = ClipDims(embed_dim=4)
 TOWER = UNetConfig(channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(), norm_groups=4, dropout=0.0)  # fmt: skip
@@ -87,15 +86,15 @@ def test_guidance_turns_pictures_towards_the_caption(trained: NoisyClip) -> None
         x0 = mean + a * 0.01 / variance * (x - a * mean)
         return DIFFUSION.eps_from_x0(x0, x, t)
 
-    steps = strided_timesteps(100, 10)
+    config = SamplerConfig(method="ddim", num_steps=10, clip_x0=False)
     brightness: list[float] = []
     for wanted in (0, 1):
         z_text = Z_TEXT[wanted : wanted + 1].expand(16, -1)
         guided = clip_guided(mixture, trained, z_text, DIFFUSION, scale=3.0)
         with torch.no_grad():
-            pictures = sample_ddim(guided, x_T, DIFFUSION, steps)
+            pictures = sample(guided, x_T, DIFFUSION, config)
         brightness.append(float((pictures.mean((1, 2, 3)) > 0).float().mean()))
-    plain = sample_ddim(mixture, x_T, DIFFUSION, steps)
+    plain = sample(mixture, x_T, DIFFUSION, config)
     assert 0.2 < (plain.mean((1, 2, 3)) > 0).float().mean() < 0.8
     assert brightness[0] < 0.15
     assert brightness[1] > 0.85
