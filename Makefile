@@ -14,7 +14,7 @@ demo: .venv/.ready
 	$(BIN)/unclip run configs/demo.toml
 
 test: .venv/.dev lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov
 
 lint: .venv/.dev
 	$(BIN)/ruff format --check .

@@ -1,6 +1,7 @@
 """One shrunken recipe through real Ray, from drawn pairs to pictures, and every command upon what it leaves."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from PIL import Image
 from pipeline.plan import artifact_of, make_plan
 from pipeline.recipe import load_recipe
 from pipeline.store import Artifact, Workspace
+from tests.readme import shell_commands
 from tests.tiny import free_port, tiny_recipe, unclip, unclip_json
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.xdist_group("end-to-end")]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +114,30 @@ def test_search_by_text_and_by_image_returns_pairs(recipe: Path, tmp_path: Path)
     found = unclip_json("search", str(recipe), "--image", str(tmp_path / "query.png"), "-k", "2", "--out", str(out))
     assert len(found) == 2
     assert (out / "grid.png").exists()
+
+
+def test_readme_commands_do_what_they_say(recipe: Path, tmp_path: Path) -> None:
+    """The README's lines as they stand, in a folder that has this recipe in the demo's place."""
+    (tmp_path / "configs").mkdir()
+    shutil.copy(recipe, tmp_path / "configs/demo.toml")
+    shutil.copy(_artifacts(recipe)["pairs"].path("pairs.parquet"), tmp_path / "pairs.parquet")
+    ran: set[str] = set()
+    for words in shell_commands():
+        if words[0] in {
+            "serve",
+            "submit",
+            "jobs",
+            "logs",
+            "stop",
+        }:  # tests/runtime types them, at a server and a cluster
+            continue
+        first_step = ["--until", "pairs", "--set", "tracking.uri=off"] if words[0] == "run" else []
+        done = unclip(*words, *first_step, cwd=tmp_path)
+        assert done.returncode == 0, f"{words}: {done.stdout}"
+        if "--out" in words:
+            assert (tmp_path / words[words.index("--out") + 1]).exists(), words
+        ran.add(words[0])
+    assert {"plan", "status", "sample", "search", "init", "run"} <= ran
 
 
 def test_evaluate_prints_the_quality_with_ceiling_and_floor(recipe: Path) -> None:

@@ -25,6 +25,7 @@ from pipeline.evaluate.sample import cascade_artifacts
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.runtime.serve import serve_recipe
 from pipeline.weights import load_cascade
+from tests.readme import python_blocks
 from tests.tiny import start_unclip
 from tests.tiny_cascade import finished_workspace, pixels, png
 
@@ -70,6 +71,18 @@ def test_served_pictures_are_those_of_the_cascade(served: Served) -> None:
     for image, wanted in zip(answer.data or [], expected, strict=True):
         difference = np.abs(pixels(base64.b64decode(image.b64_json or "")).astype(int) - wanted)
         assert difference.mean() < 0.1
+
+
+def test_readme_client_gets_its_picture(served: Served) -> None:
+    [block] = python_blocks()
+    assert served.recipe.upsampler_2 is not None
+    size = served.recipe.upsampler_2.model.image_px
+    for told, here in (("http://127.0.0.1:8000", served.url), ("128x128", f"{size}x{size}")):
+        assert block.count(told) == 1
+        block = block.replace(told, here)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert pixels(base64.b64decode(names["picture"].data[0].b64_json)).shape == (size, size, 3)
 
 
 def test_served_neighbours_come_with_their_pictures(served: Served) -> None:
