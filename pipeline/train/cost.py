@@ -7,18 +7,13 @@ products, convolutions and attention are counted, element-wise work (a few perce
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from models.ar_prior import ArPrior
 from models.cascade import decoder_denoiser, prior_denoiser
@@ -35,6 +30,7 @@ from models.upsampler import Upsampler
 from pipeline.config import NoisyClipStepConfig, PriorStepConfig, TrainConfig, TrainResources, UpsamplerStepConfig
 from pipeline.errors import ConfigError
 from pipeline.recipe import Recipe
+from pipeline.train.counting import Counter, FlashLikeAttention, Kept
 from pipeline.weights import build_network
 
 Json = dict[str, Any]
@@ -95,7 +91,7 @@ def recipe_costs(recipe: Recipe) -> list[NetworkCost]:
     Raises:
         ConfigError: If the shape of the recipe's pretrained CLIP is not known on this machine.
     """
-    with torch.device("meta"), _FlashLikeAttention():
+    with torch.device("meta"), FlashLikeAttention():
         clip = _build_clip(recipe)
         costs = [_clip_cost(recipe, clip)]
         for name, section in (("prior", recipe.prior), ("prior_2", recipe.prior_2)):
@@ -292,8 +288,8 @@ def _trained(
 def _training_pass(network: nn.Module, run: Callable[[int], Tensor]) -> tuple[float, float]:
     """Operations of a forward and a backward pass of one sample, and the bytes kept between them."""
     network.train()
-    with _Counter() as counter:
-        with _Kept(network) as kept:
+    with Counter() as counter:
+        with Kept(network) as kept:
             loss = run(_COUNTED)
         loss.backward()
     network.zero_grad(set_to_none=True)
@@ -312,82 +308,9 @@ def _sampling(network: Prior | Decoder | Upsampler, make: Callable[[], Denoise],
 
 
 def _count(run: Callable[[], object]) -> float:
-    with _Counter() as counter:
+    with Counter() as counter:
         run()
     return counter.flops
-
-
-class _Counter(TorchDispatchMode):
-    """Adds up the operations of every matrix product and convolution, by torch's own formulas."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func.overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
-class _FlashLikeAttention(TorchFunctionMode):
-    """Attention that keeps what a fused kernel keeps: on the meta device torch would keep every attention weight."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return _Attention.apply(*args[:3])
-        return func(*args, **(kwargs or {}))
-
-
-class _Attention(torch.autograd.Function):
-    """The matrix products of attention and of its gradient; what stands between them costs next to nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Two products, (B, H, S, C) each side."""
-        out = (query @ key.mT) @ value
-        ctx.save_for_backward(query, key, value, out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Four products; a kernel that computes the weights again makes a fifth, which is not counted."""
-        query, key, value, _ = ctx.saved_tensors
-        weights = query.new_empty(*query.shape[:-1], key.shape[-2])
-        by_weights = grads[0] @ value.mT
-        return by_weights @ key, by_weights.mT @ query, weights.mT @ grads[0]
-
-
-class _Kept(contextlib.AbstractContextManager["_Kept"]):
-    """Adds up what autograd keeps for the backward pass, each piece of memory once, the parameters left out."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self._own = {_identity(tensor) for tensor in [*network.parameters(), *network.buffers()]}
-        self._seen: dict[int, Tensor] = {}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self.num_bytes = 0
-
-    def __enter__(self) -> _Kept:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        identity = _identity(tensor)
-        if identity not in self._own and identity not in self._seen:
-            self._seen[identity] = tensor  # alive, so that no other piece of memory gets its number
-            self.num_bytes += tensor.untyped_storage().nbytes()
-        return tensor
-
-
-def _identity(tensor: Tensor) -> int:
-    storage: Any = tensor.untyped_storage()
-    return int(storage._cdata)  # tensors without data have no address
 
 
 def _text(dims: ClipDims, size: int) -> TextEncoding:

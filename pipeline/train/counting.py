@@ -1,0 +1,86 @@
+"""How operations and kept activations are counted while a network runs, on the meta device too."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+class Counter(TorchDispatchMode):
+    """Adds up the operations of every matrix product and convolution, by torch's own formulas."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+class FlashLikeAttention(TorchFunctionMode):
+    """Attention that keeps what a fused kernel keeps: on the meta device torch would keep every attention weight."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _Attention.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+class _Attention(torch.autograd.Function):
+    """The matrix products of attention and of its gradient; what stands between them costs next to nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Two products, (B, H, S, C) each side."""
+        out = (query @ key.mT) @ value
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Four products; a kernel that computes the weights again makes a fifth, which is not counted."""
+        query, key, value, _ = ctx.saved_tensors
+        weights = query.new_empty(*query.shape[:-1], key.shape[-2])
+        by_weights = grads[0] @ value.mT
+        return by_weights @ key, by_weights.mT @ query, weights.mT @ grads[0]
+
+
+class Kept(contextlib.AbstractContextManager["Kept"]):
+    """Adds up what autograd keeps for the backward pass, each piece of memory once, the parameters left out."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._own = {_identity(tensor) for tensor in [*network.parameters(), *network.buffers()]}
+        self._seen: dict[int, Tensor] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self.num_bytes = 0
+
+    def __enter__(self) -> Kept:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        identity = _identity(tensor)
+        if identity not in self._own and identity not in self._seen:
+            self._seen[identity] = tensor  # alive, so that no other piece of memory gets its number
+            self.num_bytes += tensor.untyped_storage().nbytes()
+        return tensor
+
+
+def _identity(tensor: Tensor) -> int:
+    storage: Any = tensor.untyped_storage()
+    return int(storage._cdata)  # tensors without data have no address
