@@ -27,8 +27,8 @@ def test_training_scene_depends_on_seed_and_index_alone() -> None:
 
 
 GOLDEN_OBJECTS = [
-    ("small", "green", "square", 0.4628, 0.6725),
-    ("medium", "blue", "square", 0.4663, 0.2619),
+    ("small", "green", "square", 0.4628, 0.6775),
+    ("medium", "blue", "square", 0.4663, 0.2469),
 ]
 GOLDEN_REST = ("beige", "below")
 
