@@ -1,7 +1,10 @@
-"""One shrunken recipe through real Ray, from drawn pairs to pictures, and every command upon what it leaves."""
+"""One shrunken recipe as a job on a real Ray cluster, from drawn pairs to pictures, and every command upon what it leaves."""
 
 import json
 import shutil
+import subprocess
+from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +15,69 @@ from PIL import Image
 from pipeline.plan import artifact_of, make_plan
 from pipeline.recipe import load_recipe
 from pipeline.store import Artifact, Workspace
+from tests.ray_head import ray_head
 from tests.readme import shell_commands
 from tests.tiny import free_port, tiny_recipe, unclip, unclip_here, unclip_json
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+_CHANGES = ("--set", "evaluate.resources.max_retries=3")
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A recipe in the place of the demo's, and the cluster that it was submitted to."""
+
+    recipe: Path
+    dashboard: str
+    output: str
+
+    def typed(self, name: str, *more: str) -> subprocess.CompletedProcess[str]:
+        """The README's line for this command, at this cluster."""
+        [words] = [words for words in shell_commands() if words[0] == name]
+        words = [word for word in words if word not in {"--address", "http://127.0.0.1:8265"}]
+        folder = self.recipe.parents[1]
+        return unclip(*words, *more, "--address", self.dashboard, cwd=folder, timeout_s=500)
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tiny_recipe(tmp_path_factory.mktemp("tiny"), port=free_port())
-    done = unclip("run", str(path))
-    assert done.returncode == 0, done.stdout
-    assert "report:" in done.stdout
-    assert "unclip sample" in done.stdout
-    return path
+def submitted(tmp_path_factory: pytest.TempPathFactory) -> Generator[Submitted]:
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "configs").mkdir()
+    path = folder / "configs/demo.toml"
+    path.write_text(tiny_recipe(folder, port=free_port()).read_text().replace('"tiny"', '"demo"'))
+    with ray_head() as head:
+        done = Submitted(path, head.dashboard, "").typed("submit", *_CHANGES)
+        assert done.returncode == 0, done.stdout
+        yield Submitted(path, head.dashboard, done.stdout)
+
+
+@pytest.fixture(scope="module")
+def recipe(submitted: Submitted) -> Path:
+    return submitted.recipe
+
+
+def test_submit_follows_the_whole_recipe(submitted: Submitted) -> None:
+    report = submitted.recipe.parents[1] / "workspace/report.html"
+    for line in ("evaluate: done in", "ran 10 steps in", f"report: {report}"):
+        assert line in submitted.output
+    # What the job proposes is for the folder that it was submitted from.
+    assert f"\n  unclip serve configs/demo.toml {' '.join(_CHANGES)}\n" in submitted.output
+
+
+def test_submit_again_runs_nothing_again(submitted: Submitted) -> None:
+    def commits() -> dict[str, int]:
+        artifacts = _artifacts(submitted.recipe)
+        return {name: artifact.path("manifest.json").stat().st_mtime_ns for name, artifact in artifacts.items()}
+
+    before = commits()
+    second = submitted.typed("submit", *_CHANGES)
+    assert second.returncode == 0, second.stdout
+    assert "has succeeded" in second.stdout
+    assert len(before) == 10
+    assert commits() == before
+    assert submitted.typed("jobs").stdout.count("succeeded") == 1
+    assert "evaluate: done in" in submitted.typed("logs").stdout
+    assert submitted.typed("stop").stdout == "demo: succeeded\n"
 
 
 def _artifacts(recipe: Path) -> dict[str, Artifact]:
@@ -123,13 +175,7 @@ def test_readme_commands_do_what_they_say(recipe: Path, tmp_path: Path) -> None:
     shutil.copy(_artifacts(recipe)["pairs"].path("pairs.parquet"), tmp_path / "pairs.parquet")
     ran: set[str] = set()
     for words in shell_commands():
-        if words[0] in {
-            "serve",
-            "submit",
-            "jobs",
-            "logs",
-            "stop",
-        }:  # tests/runtime types them, at a server and a cluster
+        if words[0] in {"serve", "submit", "jobs", "logs", "stop"}:  # typed above, and by tests/runtime/test_serve.py
             continue
         first_step = ["--until", "pairs", "--set", "tracking.uri=off"] if words[0] == "run" else []
         done = unclip_here(*words, *first_step, cwd=tmp_path)

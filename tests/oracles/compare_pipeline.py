@@ -1,8 +1,8 @@
 """Draw with diffusers' UnCLIPPipeline and with our cascade at equal noise; print the largest differences as JSON.
 
 A program of its own, because two releases of diffusers cannot be loaded into one process. Arguments: the exported
-folder, the folder of our networks. Which diffusers: the one that PYTHONPATH names, else the installed one. With
---float64-schedules its schedulers are given float64 tables in place of their float32 ones.
+folder, the folder of our networks. Which diffusers: the one that PYTHONPATH names, else the installed one. Compared twice:
+with its schedulers' own float32 tables ("own"), and with float64 tables in their place ("float64").
 """
 
 import json
@@ -37,7 +37,7 @@ def load_pipeline(folder: str) -> Any:
     return pipe
 
 
-def share_noise(pipe: Any) -> dict[str, Tensor]:
+def share_noise(pipe: Any, *, is_float64: bool) -> dict[str, Tensor]:
     """Let every stage of the pipeline draw what the same stage of our cascade draws; returns the first latents."""
     sides = {"decoder": pipe.decoder.config.sample_size, "super_res": pipe.super_res_first.config.sample_size}
     latents: dict[str, Tensor] = {}
@@ -47,7 +47,7 @@ def share_noise(pipe: Any) -> dict[str, Tensor]:
         shape = (3, side, side) if side else (pipe.prior.config.embedding_dim,)
         latents[f"{stage}_latents"] = noise.normal(shape)
         scheduler = getattr(pipe, f"{stage}_scheduler")
-        if "--float64-schedules" in sys.argv:
+        if is_float64:
             scheduler.betas = cosine_betas(scheduler.config.num_train_timesteps)
             scheduler.alphas = 1 - scheduler.betas
             scheduler.alphas_cumprod = scheduler.alphas.cumprod(0)
@@ -66,8 +66,8 @@ def _drawing_from(noise: NoiseSource, step: Any) -> Any:
     return drawing
 
 
-def main() -> None:
-    """Compare text states, embeddings, and pictures."""
+def compare(*, is_float64: bool) -> dict[str, Any]:
+    """The largest differences of text states, embeddings, and pictures."""
     torch.manual_seed(0)
     pipe = load_pipeline(sys.argv[1])
     ours = Path(sys.argv[2]).resolve()
@@ -80,7 +80,7 @@ def main() -> None:
     embeddings: list[Tensor] = []
     keep = pipe.prior.post_process_latents
     pipe.prior.post_process_latents = lambda x: embeddings.append(keep(x)) or embeddings[-1]
-    latents = share_noise(pipe)
+    latents = share_noise(pipe, is_float64=is_float64)
     step, decoded = pipe.decoder_scheduler.step, list[Tensor]()
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -103,7 +103,7 @@ def main() -> None:
     small = cascade.decode(z_image, text, SEEDS, settings)
     large = cascade.upsample(small, 0, SEEDS, settings).clamp(-1, 1).permute(0, 2, 3, 1)
     valid = text.mask[:, :, None]
-    found = {
+    return {
         "diffusers": diffusers.__version__,
         "mask": int((mask[:, :length].bool() ^ text.mask).sum() + mask[:, length:].sum()),
         "pooled": (embeds - text.pooled).abs().max().item(),
@@ -113,8 +113,7 @@ def main() -> None:
         "small": (decoded[-1] - small).abs().max().item(),
         "spread": large.std().item(),
     }
-    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps({"float64": compare(is_float64=True), "own": compare(is_float64=False)}))

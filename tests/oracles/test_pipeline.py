@@ -28,12 +28,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return base / "diffusers", base / "ours"
 
 
-def compare(folders: tuple[Path, Path], release: str, *flags: str) -> dict[str, Any]:
+def compare(folders: tuple[Path, Path], release: str) -> dict[str, Any]:
     if release == "pinned":
         assert (PINNED / "diffusers").is_dir(), f"{PINNED} holds no diffusers: make test puts it there"
     path = f"{ROOT}{os.pathsep}{PINNED}" if release == "pinned" else str(ROOT)
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("compare_pipeline.py")), *map(str, folders), *flags],
+        [sys.executable, str(Path(__file__).with_name("compare_pipeline.py")), *map(str, folders)],
         env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,
@@ -46,16 +46,13 @@ def compare(folders: tuple[Path, Path], release: str, *flags: str) -> dict[str, 
 
 @pytest.mark.parametrize("release", ["pinned", "installed"])
 def test_exported_cascade_draws_in_diffusers_what_it_draws_here(folders: tuple[Path, Path], release: str) -> None:
-    found = compare(folders, release, "--float64-schedules")
-    assert found["diffusers"].startswith("0.37.1") == (release == "pinned")
-    assert found["mask"] == 0
-    assert found["spread"] > 0.1
+    found = compare(folders, release)
+    exact, own = found["float64"], found["own"]
+    assert exact["diffusers"].startswith("0.37.1") == (release == "pinned")
+    assert exact["mask"] == 0
+    assert exact["spread"] > 0.1
     for name in ("pooled", "hidden", "z_image", "small", "pictures"):
-        assert found[name] < 1e-4, (name, found)
-
-
-def test_exported_cascade_agrees_up_to_the_rounding_of_diffusers_own_schedule(folders: tuple[Path, Path]) -> None:
+        assert exact[name] < 1e-4, (name, exact)
     # UnCLIPScheduler keeps beta_0 = 4e-5 and 1 - alpha_bar_0 in float32, whose ratio should be 1 and is 1.0005
-    found = compare(folders, "pinned")
     for name in ("z_image", "small", "pictures"):
-        assert found[name] < 3e-3, (name, found)
+        assert own[name] < 3e-3, (name, own)

@@ -1,106 +1,18 @@
-"""A real Ray cluster on one machine: on free ports, in a folder of its own, ended by its processes."""
-
 import contextlib
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 
-import psutil
 import pytest
 
-
-@dataclass(frozen=True)
-class RayHead:
-    """Where it can be reached: ``address`` for ray.init, ``dashboard`` for jobs."""
-
-    address: str
-    dashboard: str
-    folder: Path
-
-
-def _free_ports(number: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for item in sockets:
-            item.bind(("127.0.0.1", 0))
-        return [item.getsockname()[1] for item in sockets]
+from tests import ray_head as heads
 
 
 @pytest.fixture(scope="session")
 def unused_ports() -> Callable[[int], list[int]]:
     """Numbers of ports that nobody listens on."""
-    return _free_ports
+    return heads.free_ports
 
 
 @pytest.fixture(scope="session")
-def ray_head() -> Callable[..., contextlib.AbstractContextManager[RayHead]]:
+def ray_head() -> Callable[..., contextlib.AbstractContextManager[heads.RayHead]]:
     """``with ray_head(num_cpus=2, environment={}) as head``."""
-    return _ray_head
-
-
-@contextlib.contextmanager
-def _ray_head(*, num_cpus: int = 2, environment: dict[str, str] | None = None) -> Generator[RayHead]:
-    """``ray start --head --block``; RAY_AUTH_MODE is off unless ``environment`` says otherwise."""
-    folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # socket paths must stay short
-    gcs, dashboard, agent, agent_grpc, client, metrics = _free_ports(6)
-    command = [
-        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block",
-        "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--temp-dir={folder}", f"--num-cpus={num_cpus}",
-        "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
-        f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}",
-        f"--ray-client-server-port={client}", f"--metrics-export-port={metrics}",
-        "--object-store-memory=100000000", "--disable-usage-stats",
-    ]  # fmt: skip
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    settings = inherited | {"RAY_AUTH_MODE": "disabled"} | (environment or {})
-    with (folder / "start.log").open("wb") as log:
-        process = subprocess.Popen(command, env=settings, stdout=log, stderr=log, start_new_session=True)
-    try:
-        url = f"http://127.0.0.1:{dashboard}"
-        _wait_until_up(url, process, folder / "start.log")
-        yield RayHead(f"127.0.0.1:{gcs}", url, folder)
-    finally:
-        _end(process)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(log.read_text())
-        try:
-            urllib.request.urlopen(f"{url}/api/version", timeout=2).close()
-        except urllib.error.HTTPError:  # it asks for its token: it is up
-            return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.2)
-        else:
-            return
-    raise RuntimeError(f"no dashboard after 60 s: {log.read_text()}")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the head and every process that it started, and no other."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        family = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-        for member in psutil.wait_procs(family, timeout=3)[1]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        psutil.wait_procs(family, timeout=5)
-    if process.poll() is None:
-        process.kill()
-        process.wait(5)
+    return heads.ray_head
