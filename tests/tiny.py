@@ -1,4 +1,7 @@
-"""The demo's recipe, shrunken: every step real, every size tiny. Used by the end-to-end and the fault tests."""
+"""The demo's recipe, shrunken: every step real, every size tiny. Used by the end-to-end and the fault tests.
+
+One worker a step, for each of them loads torch and open_clip for five seconds: that is what such a run takes its time for.
+"""
 
 import contextlib
 import io
@@ -68,6 +71,7 @@ image_px = 32
 timeout_s = 2
 deadline_s = 4.0
 retries = 0
+resources.num_workers = 1
 [clip.model]
 embed_dim = 16
 image_px = 32
@@ -79,6 +83,7 @@ text_layers = 1
 context_length = 24
 [embed]
 batch_size = 8
+resources.num_workers = 1
 [index]
 num_recall_queries = 8
 [prior.model]
@@ -103,6 +108,7 @@ num_prompts = 8
 num_shown = 2
 num_images_per_shown = 2
 batch_size = 4
+resources.num_workers = 1
 """
     for name, attention in (("decoder", "4"), ("upsampler_1", ""), ("upsampler_2", "")):
         text += _UNET.format(name=name, attention=attention)

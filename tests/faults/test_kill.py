@@ -69,7 +69,7 @@ _KILLS: dict[str, tuple[Callable[[psutil.Process], None], int]] = {
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_kill_anywhere_ends_in_the_same_bytes(tmp_path: Path) -> None:
     port = free_port()
     calm_folder, wild_folder = tmp_path / "calm", tmp_path / "wild"
