@@ -6,20 +6,23 @@ from typing import Annotated
 import typer
 
 from jobs.drawing import DrawingWatcher
-from jobs.options import AsJson, Overrides, RayAddress, RecipePath, print_json
+from jobs.options import AsJson, Overrides, RayAddress, RecipePath, Seed, print_json
 from pipeline.errors import ConfigError
 from pipeline.recipe import load_recipe
 
 
 def sample(
     recipe: RecipePath,
-    prompts: Annotated[list[str] | None, typer.Argument(metavar='"PROMPT"...', help="What to draw.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar='"PROMPT"', help="What to draw.")] = None,
     prompts_path: Annotated[str, typer.Option("--prompts", help="Text file of prompts, one a line.")] = "",
     num_images: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 4,
-    seed: Annotated[int, typer.Option("--seed", help="The same seed draws the same pictures.")] = 0,
+    seed: Seed = 0,
     out: Annotated[str, typer.Option("--out", help="Folder for the pictures, grid.png and samples.jsonl.")] = "out",
     candidates: Annotated[
-        int, typer.Option("--candidates", min=0, help="Draw this many of each, keep those nearest the prompt to CLIP.")
+        int,
+        typer.Option(
+            "--candidates", min=0, help="Draw this many of each and keep the -n that CLIP finds nearest; 0: draw -n."
+        ),
     ] = 0,
     overrides: Overrides = None,
     json: AsJson = False,

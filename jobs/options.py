@@ -11,6 +11,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=C", help="Change one field, for example --set prior.train.num_steps=500."),
 ]
+Seed = Annotated[int, typer.Option("--seed", help="The same seed draws the same pictures.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 Until = Annotated[str, typer.Option("--until", metavar="STEP", help="Stop after this step and what it needs.")]
 RayAddress = Annotated[

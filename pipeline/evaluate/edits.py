@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from models.edits import EditError, Editor, EditSettings, Latents
 from models.inpainting import PartlyKnown
 from models.pca import Pca, PcaSums
 from pipeline.errors import ConfigError
+from pipeline.evaluate.edit_options import EditOptions
 from pipeline.evaluate.pictures import Block, centre_square, draw_grid, read_file, to_png
 from pipeline.evaluate.preview import Preview
 from pipeline.evaluate.sample import GRID, cascade_artifacts
@@ -37,40 +38,10 @@ EDITS_FILE = "edits.jsonl"
 _CELL_PX = (128, 256)
 _COLUMNS = 10
 """Most pictures side by side in the grid."""
+_NUM_COMPONENTS = (20, 40, 80, 160)
+"""Principal components shown where none are asked for; the paper's figure 7 goes from 20 to 320."""
 _THRESHOLD = 128
 """A mask's grey level from which a pixel is drawn anew."""
-
-
-@dataclass(frozen=True)
-class EditOptions:
-    """What the edits read, each what it needs; ranges are checked by the command."""
-
-    seed: int = 0
-    """Of the first frame; where frames are several draws of one thing, the others have the next ones."""
-    num_images: int = 4
-    """vary, inpaint, outpaint, sdedit: pictures."""
-    num_frames: int = 8
-    """interpolate, text-diff: pictures on the way, both ends included."""
-    eta: float = 0.8
-    """vary: noise of DDIM."""
-    noise: Literal["slerp", "fixed"] = "slerp"
-    """interpolate: whether x_T turns along."""
-    source: str = ""
-    """text-diff: what the picture shows."""
-    target: str = ""
-    """text-diff: what it should show."""
-    theta: float = 0.4
-    """text-diff: how far the last frame is turned."""
-    prompt: str = ""
-    """inpaint, outpaint, sdedit: what the finished picture shows."""
-    mask: str = ""
-    """inpaint: file of the mask."""
-    margin: float = 0.25
-    """outpaint: width of the border on each side, as a share of the finished picture."""
-    strength: float = 0.6
-    """sdedit: share of the walk."""
-    components: tuple[int, ...] = ()
-    """pca-reconstruct: numbers of components."""
 
 
 @dataclass(frozen=True)
@@ -244,14 +215,15 @@ def _pca_reconstruct(editor: Editor, sources: Sources, options: EditOptions) -> 
     """Section 4 and figure 7: more and more components of z_image, drawn from one noise; at last all of it."""
     pca, z_image = training_pca(sources.embed), editor.embed(_as_tensor(sources.pictures[0]))
     most = len(pca.components)
-    if max(options.components) > most:
-        raise ConfigError(f"--components {max(options.components)}: these embeddings have {most} components")
-    cut = [pca.keep(count) for count in options.components]
+    shown = options.components or tuple(count for count in _NUM_COMPONENTS if count < most)
+    if max(shown, default=0) > most:
+        raise ConfigError(f"--components {max(shown)}: these embeddings have {most} components")
+    cut = [pca.keep(count) for count in shown]
     kept = [F.normalize(part.reconstruct(part.project(z_image)), dim=1) for part in cut]
-    counts = [*options.components, z_image.shape[1]]
+    counts = [*shown, z_image.shape[1]]
     result = editor.draw_embeddings(torch.cat([*kept, z_image]), options.seed)
     rows: list[Json] = [{"seed": options.seed, "components": count} for count in counts]
-    return Frames(result, sources.names[0], [*(str(count) for count in options.components), "all"], rows)
+    return Frames(result, sources.names[0], [*(str(count) for count in shown), "all"], rows)
 
 
 EDITS: dict[str, Callable[[Editor, Sources, EditOptions], Frames]] = {

@@ -11,7 +11,9 @@ from PIL import Image
 from models.edits import EditSettings
 from models.pca import PcaSums
 from pipeline.errors import ConfigError
-from pipeline.evaluate.edits import EDITS, EditOptions, edit_recipe, read_mask, training_pca
+from pipeline.evaluate import edits
+from pipeline.evaluate.edit_options import EditOptions
+from pipeline.evaluate.edits import EDITS, edit_recipe, read_mask, training_pca
 from pipeline.evaluate.sample import sample_recipe
 from pipeline.plan import artifact_of, make_plan
 from pipeline.recipe import Recipe, parse_recipe
@@ -89,6 +91,14 @@ def test_outpainting_keeps_the_whole_picture_in_the_middle(tiny: Recipe, files: 
     drawn = _pixels(tmp_path / rows[0]["file"])
     assert np.abs(drawn[8:24, 8:24] - np.asarray(small).astype(int)).max() <= 12  # cut and shrunk in the other order
     assert np.abs(drawn[:8] - drawn[8, 8]).max() > 5
+
+
+def test_components_that_nobody_named_are_those_that_there_are(
+    tiny: Recipe, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edits, "_NUM_COMPONENTS", (2, 5, 16, 20))
+    rows = edit_recipe(tiny, "pca-reconstruct", files[:1], EditOptions(), QUICK, out_dir=tmp_path)
+    assert [row["components"] for row in rows] == [2, 5, 16]  # the last is all of them
 
 
 def test_components_are_those_of_the_training_embeddings(tiny: Recipe) -> None:

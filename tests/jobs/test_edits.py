@@ -1,6 +1,7 @@
 """The commands that edit pictures, in this process: help, options, mistakes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,26 @@ ARGUMENTS = {
     "outpaint": ["a.png", "a red circle"],
     "sdedit": ["a.png", "a red circle"],
 }
+OPTIONS = {
+    "reconstruct": set[str](),
+    "vary": {"-n", "--eta"},
+    "interpolate": {"--frames", "--noise"},
+    "text-diff": {"--from", "--to", "--theta", "--frames"},
+    "inpaint": {"-n"},
+    "outpaint": {"-n", "--margin"},
+    "sdedit": {"-n", "--strength"},
+    "pca-reconstruct": {"--components"},
+}
+SHARED = {"--steps", "--guidance", "--seed", "--out", "--set", "--json", "-h"}
 
 
 @pytest.mark.parametrize("command", EDITS)
-def test_every_edit_is_a_command_with_an_example(command: str) -> None:
+def test_every_edit_is_a_command_with_an_example_its_options_and_those_of_all(command: str) -> None:
     shown = CliRunner().invoke(app, [command, "--help"])
     assert shown.exit_code == 0
     assert f"Example: unclip {command}" in " ".join(shown.output.split())
+    assert "  RECIPE <str>" in shown.output
+    assert set(re.findall(r"^  (--?\w+)", shown.output, re.MULTILINE)) == OPTIONS[command] | SHARED
 
 
 @pytest.mark.parametrize("command", EDITS)
