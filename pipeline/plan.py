@@ -6,6 +6,7 @@ finished step is never run again and a changed field re-runs only what depends o
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,28 @@ def artifact_of(workspace: Workspace, step: Step) -> Artifact:
 def inputs_of(workspace: Workspace, step: Step) -> dict[str, Artifact]:
     """The artifacts that a step reads, by step name."""
     return {name: workspace.artifact(name, key) for name, key in step.inputs.items()}
+
+
+def manifest_of(step: Step, output: Artifact, counts: dict[str, int] | None = None, *, wall_s: float = 0.0) -> Manifest:
+    """The commit of a step whose files are all written: what it was made from, and what stands there.
+
+    Args:
+        step: The step.
+        output: Where its files are.
+        counts: Rows, of a step that has some.
+        wall_s: Time it took, in seconds.
+    """
+    return Manifest(
+        step=step.name,
+        key=step.key,
+        step_version=step.version,
+        section=step.section,
+        inputs=step.inputs,
+        counts=counts or {},
+        files=output.describe_files(),
+        wall_s=round(wall_s, 3),
+        created=time.time(),
+    )
 
 
 def plan_status(workspace: Workspace, steps: list[Step]) -> list[StepStatus]:

@@ -3,7 +3,6 @@
 import io
 import json
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,10 @@ import torch
 from PIL import Image
 
 from models.clip import create_clip
-from pipeline.plan import artifact_of, make_plan
+from pipeline.plan import artifact_of, make_plan, manifest_of
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.retrieve.build import build_index
-from pipeline.schema import Manifest, ShardRecord, make_uid
+from pipeline.schema import ShardRecord, make_uid
 from pipeline.stages.embed import Embedder
 from pipeline.store import Artifact, Workspace
 from pipeline.weights import build_network, load_clip_artifact, save_clip_artifact, save_network
@@ -52,17 +51,7 @@ def finished_workspace(folder: Path, *, port: int = 8976, overrides: tuple[str, 
             kind, dims = name.partition("_")[0], recipe.clip.model.dims()
             save_network(outputs[name], kind, section.model, dims, network.state_dict())
     for name in ("download", "clip", "embed", "index", *recipe.trained()):
-        step = steps[name]
-        outputs[name].commit(
-            Manifest(
-                step=name,
-                key=step.key,
-                step_version=step.version,
-                section=step.section,
-                inputs=step.inputs,
-                created=time.time(),
-            )
-        )
+        outputs[name].commit(manifest_of(steps[name], outputs[name]))
     return recipe
 
 

@@ -31,9 +31,9 @@ from pipeline.evaluate.metrics import FeatureSums, Rate, cosine, frechet_distanc
 from pipeline.evaluate.parts import Part, picture_seed, read_part, write_rows
 from pipeline.evaluate.pictures import Block, draw_grid, from_bytes, to_png
 from pipeline.evaluate.prompts import PromptSet, choose_prompts
-from pipeline.plan import CASCADE_STEPS, Step, artifact_of, inputs_of, make_plan
+from pipeline.plan import CASCADE_STEPS, Step, artifact_of, inputs_of, make_plan, manifest_of
 from pipeline.recipe import Recipe
-from pipeline.schema import Manifest, ShardRecord, add_counts
+from pipeline.schema import ShardRecord, add_counts
 from pipeline.shapes.check import check
 from pipeline.shapes.draw import draw_array
 from pipeline.store import Artifact, Workspace
@@ -88,18 +88,7 @@ def ablate_recipe(recipe: Recipe, *, num_prompts: int, num_shown: int, watch: Wa
         output.write_json(RESULT, summarise(output, parts, prompts, runner.references()))
         output.write_bytes(GRID, to_png(_grid(output, runner.variants, prompts, num_shown)))
         counts = add_counts([record.counts for record in output.shard_records().values()])
-        manifest = Manifest(
-            step=step.name,
-            key=step.key,
-            step_version=step.version,
-            section=step.section,
-            inputs=step.inputs,
-            counts=counts,
-            files=output.describe_files(),
-            wall_s=round(time.monotonic() - start, 3),
-            created=time.time(),
-        )
-        output.commit(manifest)
+        output.commit(manifest_of(step, output, counts, wall_s=time.monotonic() - start))
     return output, output.read_json(RESULT)
 
 

@@ -1,6 +1,7 @@
 """Run a recipe: every step that is not done, as soon as its inputs are, on Ray."""
 
 import contextlib
+import dataclasses
 import fcntl
 import importlib
 import logging
@@ -19,7 +20,7 @@ import ray
 import ray.exceptions
 
 from pipeline.errors import StepError, UnclipError
-from pipeline.plan import Step, StepStatus, make_plan, plan_status
+from pipeline.plan import Step, StepStatus, make_plan, manifest_of, plan_status
 from pipeline.progress import Progress, ProgressState, read_progress
 from pipeline.recipe import Recipe, to_dict
 from pipeline.runtime.admission import Admission, fits_now, told_at_once
@@ -190,18 +191,10 @@ def _result(reference: Any, context: StepContext) -> StepResult:
 def _commit(context: StepContext, result: StepResult, tracking: Tracking) -> Manifest:
     step, output = context.step, context.output
     wall_s = Progress(output, waits=True).wall_s
-    manifest = Manifest(
-        step=step.name,
-        key=step.key,
-        step_version=step.version,
-        section=step.section,
-        inputs=step.inputs,
-        counts=result.counts,
+    manifest = dataclasses.replace(
+        manifest_of(step, output, result.counts, wall_s=wall_s),
         metrics=result.metrics,
-        files=output.describe_files(),
-        wall_s=round(wall_s, 3),
         node_s=round(wall_s * result.num_workers, 3),
-        created=time.time(),
         versions={name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         tracking_run_id=tracking.finished(context, result),
     )

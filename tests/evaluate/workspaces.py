@@ -1,5 +1,6 @@
 """Two workspaces: one as a finished run leaves it, with invented numbers; one with real files and untrained networks."""
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -15,10 +16,10 @@ from PIL import Image, ImageFilter
 from models.clip import create_clip
 from pipeline.evaluate.metrics import Rate
 from pipeline.evaluate.pictures import to_png
-from pipeline.plan import Step, artifact_of, make_plan
+from pipeline.plan import Step, artifact_of, make_plan, manifest_of
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.retrieve.build import build_index
-from pipeline.schema import Manifest, ShardRecord, make_uid
+from pipeline.schema import ShardRecord, make_uid
 from pipeline.shapes.captions import canonical_caption, training_caption
 from pipeline.shapes.draw import draw
 from pipeline.shapes.scene import Scene, evaluation_scenes, training_scene
@@ -62,20 +63,9 @@ def make_recipe(workspace: Path, **tables: Any) -> Recipe:
 
 
 def commit(artifact: Artifact, step: Step, *, end_s: float, counts: dict[str, int] | None = None) -> None:
-    artifact.commit(
-        Manifest(
-            step=step.name,
-            key=step.key,
-            step_version=step.version,
-            section=step.section,
-            inputs=step.inputs,
-            counts=counts or {},
-            files=artifact.describe_files(),
-            wall_s=SECONDS[step.name],
-            created=_CREATED + end_s,
-            versions={"unclip": "0.1.0", "torch": "2.13.0"},
-        )
-    )
+    manifest = manifest_of(step, artifact, counts, wall_s=SECONDS[step.name])
+    versions = {"unclip": "0.1.0", "torch": "2.13.0"}
+    artifact.commit(dataclasses.replace(manifest, created=_CREATED + end_s, versions=versions))
 
 
 def _soft(scene: Scene, seed: int, side_px: int = 128) -> Image.Image:

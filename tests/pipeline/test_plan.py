@@ -1,27 +1,18 @@
 """Keys, order, reasons."""
 
-import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.plan import Step, artifact_of, make_plan, plan_status
+from pipeline.plan import Step, artifact_of, make_plan, manifest_of, plan_status
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.schema import Manifest
 from pipeline.store import Workspace
 
 
 def _commit(workspace: Workspace, step: Step) -> None:
-    manifest = Manifest(
-        step=step.name,
-        key=step.key,
-        step_version=step.version,
-        section=step.section,
-        inputs=step.inputs,
-        created=time.time(),
-    )
-    artifact_of(workspace, step).commit(manifest)
+    artifact = artifact_of(workspace, step)
+    artifact.commit(manifest_of(step, artifact))
 
 
 def _keys(recipe: Recipe) -> dict[str, str]:
@@ -134,3 +125,11 @@ def test_plan_status_tells_todo_from_partial(tmp_path: Path) -> None:
     states = [status.state for status in plan_status(workspace, steps)]
     assert states[:3] == ["todo", "partial", "todo"]
     assert plan_status(workspace, steps)[0].reasons == ("never run",)
+
+
+def test_sparing_hosts_changes_no_key() -> None:
+    plain, sparing = (load_recipe("configs/demo.toml", [f"download.resources.max_per_host={most}"]) for most in (0, 4))
+    assert plain.download != sparing.download
+    assert _keys(plain) == _keys(sparing)
+    with pytest.raises(ConfigError, match="max_per_host must not be negative"):
+        load_recipe("configs/demo.toml", ["download.resources.max_per_host=-1"])

@@ -1,15 +1,28 @@
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import pytest
+import ray
 
 from tests import ray_head as heads
+from tests.tiny import ROOT
 
 
 @pytest.fixture(scope="session")
 def unused_ports() -> Callable[[int], list[int]]:
     """Numbers of ports that nobody listens on."""
     return heads.free_ports
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Generator[None]:
+    """Two CPUs in this process' own Ray, for the tests of one file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("PYTHONPATH", str(ROOT))  # inherited by the workers; a runtime_env would cost them their pool
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -1,35 +1,23 @@
 """The data steps on a real Ray."""
 
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from pipeline.errors import DataError, StepError
-from pipeline.plan import artifact_of, make_plan
+from pipeline.plan import artifact_of, make_plan, manifest_of
 from pipeline.recipe import parse_recipe
 from pipeline.retrieve import NeighbourIndex, read_picture
 from pipeline.runtime import data
 from pipeline.runtime.context import StepContext, StepResult
-from pipeline.schema import Manifest, ShardRecord
+from pipeline.schema import ShardRecord
 from pipeline.store import Artifact, Workspace
-from tests.tiny import ROOT, free_port
+from tests.tiny import free_port
 from tests.tiny_shards import make_clip
 
-pytestmark = [pytest.mark.ray]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ray() -> Generator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("PYTHONPATH", str(ROOT))  # inherited by the workers; a runtime_env would cost them their pool
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-        yield
-        ray.shutdown()
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
 
 def _context(folder: Path, name: str = "download", **sections: Any) -> StepContext:
@@ -39,19 +27,8 @@ def _context(folder: Path, name: str = "download", **sections: Any) -> StepConte
 
 
 def _commit(context: StepContext, result: StepResult) -> Artifact:
-    step, output = context.step, context.output
-    output.commit(
-        Manifest(
-            step=step.name,
-            key=step.key,
-            step_version=step.version,
-            section=step.section,
-            inputs=step.inputs,
-            counts=result.counts,
-            files=output.describe_files(),
-        )
-    )
-    return output
+    context.output.commit(manifest_of(context.step, context.output, result.counts))
+    return context.output
 
 
 @pytest.mark.timeout(240)

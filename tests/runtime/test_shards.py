@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +19,10 @@ from pipeline.recipe import parse_recipe
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.shards import ShardJob, map_shards
 from pipeline.schema import ShardRecord
-from tests.tiny import ROOT
 
-pytestmark = [pytest.mark.ray]
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 _TWO = TaskResources(num_workers=2, cpus_per_worker=0.5, max_retries=1)
 _ONE = TaskResources(num_workers=1, cpus_per_worker=0.5, max_retries=1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ray() -> Generator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("PYTHONPATH", str(ROOT))  # inherited by the workers; a runtime_env would cost them their pool
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-        yield
-        ray.shutdown()
 
 
 def _context(folder: Path) -> StepContext:

@@ -49,6 +49,7 @@ def tiny_recipe(num_steps: int = 6) -> Recipe:
             "decoder": {
                 "model": {"image_px": 8, "unet": _UNET | {"attention_resolutions": [4]}, "sampler": _SAMPLER}
             } | trained,
+            "noisy_clip": {"model": {"image_px": 8, "tower": _UNET | {"attention_resolutions": []}}} | trained,
             "upsampler_1": {"model": upsampler | {"low_res_px": 8, "image_px": 16}} | trained,
             "upsampler_2": {"model": upsampler | {"low_res_px": 16, "image_px": 32}} | trained,
         }

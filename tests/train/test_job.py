@@ -6,82 +6,18 @@ from typing import Any
 import pytest
 import torch
 
-from models.clip import create_clip
-from models.config import ClipConfig, TextTransformerConfig
+from models.config import TextTransformerConfig
 from models.prior import EMBEDDING_SCALE
 from pipeline.errors import DataError, ResumeError
 from pipeline.progress import METRICS
-from pipeline.recipe import Recipe, parse_recipe
+from pipeline.recipe import Recipe
 from pipeline.store import Artifact
 from pipeline.train.assemble import TrainJob, assemble
 from pipeline.train.job import run_job
 from pipeline.train.state import checkpoint_name
-from pipeline.weights import load_cascade, load_clip_artifact, load_network, save_clip_artifact, with_prior
-from tests.train.data import EMBED_DIM, write_download, write_embed
-
-_UNET = {
-    "channels": 8,
-    "channel_mults": [1, 2],
-    "num_res_blocks": 1,
-    "head_channels": 8,
-    "norm_groups": 4,
-    "dropout": 0.1,
-}
-_SAMPLER = {"method": "ddim", "num_steps": 2, "respacing": ""}
-_CLIP = {"embed_dim": EMBED_DIM, "image_px": 32, "vision_width": 8, "text_width": 16, "text_heads": 2, "text_layers": 1}
-
-
-def _recipe(num_steps: int = 6) -> Recipe:
-    trained = {
-        "train": {"num_steps": num_steps, "batch_size": 4, "learning_rate": 1e-3, "ema_decay": 0.9},
-        "resources": {"save_every_steps": 2, "log_every_steps": 1},
-    }
-    upsampler = {"crop_px": 8, "unet": _UNET | {"attention_resolutions": []}, "sampler": _SAMPLER}
-    return parse_recipe(
-        {
-            "download": {"image_px": 32},
-            "clip": {"model": _CLIP | {"context_length": 32}} | trained,
-            "prior": {
-                "model": {
-                    "width": 16, "depth": 1, "num_heads": 2,
-                    "sampler": {"method": "analytic", "num_steps": 3, "clip_x0": False},
-                }
-            } | trained,
-            "prior_2": {
-                "model": {
-                    "kind": "autoregressive", "width": 16, "depth": 1, "num_heads": 2, "num_buckets": 16,
-                    "num_dot_buckets": 4, "max_pca_error": 0.2,
-                }
-            } | trained,
-            "decoder": {
-                "model": {"image_px": 8, "unet": _UNET | {"attention_resolutions": [4]}, "sampler": _SAMPLER}
-            } | trained,
-            "noisy_clip": {
-                "model": {
-                    "image_px": 8,
-                    "tower": _UNET | {"attention_resolutions": []},
-                }
-            } | trained,
-            "upsampler_1": {"model": upsampler | {"low_res_px": 8, "image_px": 16}} | trained,
-            "upsampler_2": {"model": upsampler | {"low_res_px": 16, "image_px": 32}} | trained,
-        }
-    )  # fmt: skip
-
-
-def _inputs(folder: Path) -> dict[str, Artifact]:
-    download = write_download(folder / "download")
-    clip = Artifact(str(folder / "clip"))
-    torch.manual_seed(0)
-    save_clip_artifact(clip, create_clip(ClipConfig(**_CLIP)))
-    return {"download": download, "embed": write_embed(folder / "embed", download), "clip": clip}
-
-
-def _job(name: str, inputs: dict[str, Artifact], output: Path, recipe: Recipe | None = None) -> TrainJob:
-    return TrainJob(name, recipe or _recipe(), inputs, Artifact(str(output)), "key", torch.device("cpu"))
-
-
-def _no_watch(done: int, total: int, message: str) -> None:
-    """Nobody watches."""
+from pipeline.weights import load_cascade, load_clip_artifact, load_network, with_prior
+from tests.train.data import EMBED_DIM
+from tests.train.jobs import no_watch, tiny_inputs, tiny_job, tiny_recipe
 
 
 def _contents(output: Path) -> dict[str, bytes]:
@@ -94,8 +30,8 @@ class _KilledError(Exception):
 
 @pytest.mark.parametrize("name", ["clip", "prior", "prior_2", "decoder", "noisy_clip", "upsampler_1"])
 def test_a_killed_training_ends_in_the_same_bytes(tmp_path: Path, name: str) -> None:
-    inputs = _inputs(tmp_path)
-    metrics = run_job(_job(name, inputs, tmp_path / "calm"), _no_watch)
+    inputs = tiny_inputs(tmp_path)
+    metrics = run_job(tiny_job(name, inputs, tmp_path / "calm"), no_watch)
     calm = _contents(tmp_path / "calm")
 
     def kill(done: int, total: int, message: str) -> None:
@@ -103,14 +39,14 @@ def test_a_killed_training_ends_in_the_same_bytes(tmp_path: Path, name: str) -> 
             raise _KilledError
 
     with pytest.raises(_KilledError):
-        run_job(_job(name, inputs, tmp_path / "wild"), kill)
+        run_job(tiny_job(name, inputs, tmp_path / "wild"), kill)
     assert Artifact(str(tmp_path / "wild")).exists(checkpoint_name(4))
     seen: list[int] = []
 
     def note(done: int, total: int, message: str) -> None:
         seen.append(done)
 
-    assert run_job(_job(name, inputs, tmp_path / "wild"), note) == metrics
+    assert run_job(tiny_job(name, inputs, tmp_path / "wild"), note) == metrics
     assert seen == [4, 5, 6]  # what the checkpoint holds is not done again
     assert _contents(tmp_path / "wild") == calm
 
@@ -123,42 +59,42 @@ def test_a_killed_training_ends_in_the_same_bytes(tmp_path: Path, name: str) -> 
 
 def _changed(name: str, **changes: Any) -> Recipe:
     """The recipe with fields of one step's section changed, ``section__field`` inside its tables."""
-    section: Any = getattr(_recipe(), name)
+    section: Any = getattr(tiny_recipe(), name)
     for path, value in changes.items():
         table, _, field = path.rpartition("__")
         inner = dataclasses.replace(getattr(section, table), **{field: value}) if table else value
         section = dataclasses.replace(section, **{table or field: inner})
-    return dataclasses.replace(_recipe(), **{name: section})
+    return dataclasses.replace(tiny_recipe(), **{name: section})
 
 
 @pytest.mark.parametrize("name", ["prior", "decoder"])
 def test_checkpointing_changes_no_byte(tmp_path: Path, name: str) -> None:
-    inputs = _inputs(tmp_path)
-    run_job(_job(name, inputs, tmp_path / "kept"), _no_watch)
-    job = _job(name, inputs, tmp_path / "recomputed", _changed(name, resources__checkpointing=True))
-    run_job(job, _no_watch)
+    inputs = tiny_inputs(tmp_path)
+    run_job(tiny_job(name, inputs, tmp_path / "kept"), no_watch)
+    job = tiny_job(name, inputs, tmp_path / "recomputed", _changed(name, resources__checkpointing=True))
+    run_job(job, no_watch)
     assert _contents(tmp_path / "recomputed") == _contents(tmp_path / "kept")
     assert any(getattr(module, "checkpointing", False) for module in assemble(job).network.modules())
 
 
 @pytest.mark.parametrize("name", ["prior", "decoder", "upsampler_1"])
 def test_training_starts_from_given_weights(tmp_path: Path, name: str) -> None:
-    inputs, first = _inputs(tmp_path), tmp_path / "first"
-    run_job(_job(name, inputs, first), _no_watch)
+    inputs, first = tiny_inputs(tmp_path), tmp_path / "first"
+    run_job(tiny_job(name, inputs, first), no_watch)
     as_they_are = _changed(name, init_from=str(first), train__num_steps=0)
-    run_job(_job(name, inputs, tmp_path / "same", as_they_are), _no_watch)
+    run_job(tiny_job(name, inputs, tmp_path / "same", as_they_are), no_watch)
     weights = "model.safetensors"
     assert (tmp_path / "same" / weights).read_bytes() == (first / weights).read_bytes()
     tuned = _changed(name, init_from=str(first))
-    metrics = run_job(_job(name, inputs, tmp_path / "tuned", tuned), _no_watch)
+    metrics = run_job(tiny_job(name, inputs, tmp_path / "tuned", tuned), no_watch)
     assert metrics["num_steps"] == 6
     assert (tmp_path / "tuned" / weights).read_bytes() != (first / weights).read_bytes()
 
 
 def test_trained_networks_make_a_cascade(tmp_path: Path) -> None:
-    inputs = _inputs(tmp_path)
+    inputs = tiny_inputs(tmp_path)
     for name in ("prior", "decoder", "upsampler_1", "upsampler_2"):
-        run_job(_job(name, inputs, tmp_path / name, _recipe(1)), _no_watch)
+        run_job(tiny_job(name, inputs, tmp_path / name, tiny_recipe(1)), no_watch)
     artifacts = {name: Artifact(str(tmp_path / name)) for name in ("clip", "prior", "decoder", "upsampler_1")}
     assert load_cascade(artifacts).sample(["a red circle"], [0]).images.shape == (1, 16, 16, 3)
     artifacts["upsampler_2"] = Artifact(str(tmp_path / "upsampler_2"))
@@ -173,17 +109,17 @@ def test_trained_networks_make_a_cascade(tmp_path: Path) -> None:
 
 
 def test_a_text_transformer_is_trained_with_its_decoder_and_draws(tmp_path: Path) -> None:
-    inputs, recipe = _inputs(tmp_path), _recipe(2)
+    inputs, recipe = tiny_inputs(tmp_path), tiny_recipe(2)
     text = TextTransformerConfig(width=16, depth=1, num_heads=2)
     model = dataclasses.replace(recipe.decoder.model, text_transformer=text)
     with_text = dataclasses.replace(recipe, decoder=dataclasses.replace(recipe.decoder, model=model))
-    run_job(_job("prior", inputs, tmp_path / "prior", recipe), _no_watch)
+    run_job(tiny_job("prior", inputs, tmp_path / "prior", recipe), no_watch)
     outputs = {num: Artifact(str(tmp_path / f"decoder-{num}")) for num in (1, 6)}
     for num_steps, output in outputs.items():
         train = dataclasses.replace(recipe.decoder.train, num_steps=num_steps)
         section = dataclasses.replace(with_text.decoder, train=train)
         short = dataclasses.replace(with_text, decoder=section)
-        run_job(TrainJob("decoder", short, inputs, output, "key", torch.device("cpu")), _no_watch)
+        run_job(TrainJob("decoder", short, inputs, output, "key", torch.device("cpu")), no_watch)
     networks = [load_network(output) for output in outputs.values()]
     embeddings = [network.state_dict()["text_transformer.embedding.weight"] for network in networks]
     assert (embeddings[0] - embeddings[1]).abs().max() > 0
@@ -192,9 +128,9 @@ def test_a_text_transformer_is_trained_with_its_decoder_and_draws(tmp_path: Path
 
 
 def test_an_autoregressive_prior_takes_the_place_of_the_other(tmp_path: Path) -> None:
-    inputs = _inputs(tmp_path)
+    inputs = tiny_inputs(tmp_path)
     for name in ("prior", "prior_2", "decoder"):
-        run_job(_job(name, inputs, tmp_path / name, _recipe(1)), _no_watch)
+        run_job(tiny_job(name, inputs, tmp_path / name, tiny_recipe(1)), no_watch)
     diffusion = load_cascade({name: Artifact(str(tmp_path / name)) for name in ("clip", "prior", "decoder")})
     autoregressive = with_prior(diffusion, Artifact(str(tmp_path / "prior_2")))
     config = Artifact(str(tmp_path / "prior_2")).read_json("config.json")
@@ -212,9 +148,9 @@ def test_an_autoregressive_prior_takes_the_place_of_the_other(tmp_path: Path) ->
 
 
 def test_a_noise_aware_clip_leads_the_cascade_it_is_trained_for(tmp_path: Path) -> None:
-    inputs, recipe = _inputs(tmp_path), _recipe(2)
+    inputs, recipe = tiny_inputs(tmp_path), tiny_recipe(2)
     for name in ("prior", "decoder", "noisy_clip"):
-        run_job(_job(name, inputs, tmp_path / name, recipe), _no_watch)
+        run_job(tiny_job(name, inputs, tmp_path / name, recipe), no_watch)
     artifacts = {name: Artifact(str(tmp_path / name)) for name in ("clip", "prior", "decoder", "noisy_clip")}
     cascade = load_cascade(artifacts)
     for parameter in cascade.decoder.parameters():  # those that start at zero too
@@ -229,23 +165,23 @@ def test_a_noise_aware_clip_leads_the_cascade_it_is_trained_for(tmp_path: Path) 
 
 
 def test_job_refuses_a_checkpoint_of_another_recipe(tmp_path: Path) -> None:
-    inputs = _inputs(tmp_path)
-    job = _job("upsampler_1", inputs, tmp_path / "out")
-    run_job(job, _no_watch)
-    job = TrainJob("upsampler_1", _recipe(), inputs, job.output, "another key", job.device)
+    inputs = tiny_inputs(tmp_path)
+    job = tiny_job("upsampler_1", inputs, tmp_path / "out")
+    run_job(job, no_watch)
+    job = TrainJob("upsampler_1", tiny_recipe(), inputs, job.output, "another key", job.device)
     with pytest.raises(ResumeError, match="another recipe"):
-        run_job(job, _no_watch)
+        run_job(job, no_watch)
 
 
 def test_a_seed_of_its_own_for_every_network(tmp_path: Path) -> None:
-    jobs = [_job(name, {}, tmp_path) for name in ("upsampler_1", "upsampler_2")]
+    jobs = [tiny_job(name, {}, tmp_path) for name in ("upsampler_1", "upsampler_2")]
     assert jobs[0].seed != jobs[1].seed
 
 
 def test_load_network_names_a_damaged_file(tmp_path: Path) -> None:
-    inputs = _inputs(tmp_path)
+    inputs = tiny_inputs(tmp_path)
     output = Artifact(str(tmp_path / "out"))
-    run_job(_job("upsampler_1", inputs, tmp_path / "out", _recipe(1)), _no_watch)
+    run_job(tiny_job("upsampler_1", inputs, tmp_path / "out", tiny_recipe(1)), no_watch)
     weights = output.path("model.safetensors").read_bytes()
     output.write_bytes("model.safetensors", weights[:-100])
     with pytest.raises(DataError, match=r"model\.safetensors: not the weights of"):
