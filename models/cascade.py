@@ -18,7 +18,7 @@ from models.ar_prior import ArPrior
 from models.condition import TextEncoding, concat_text
 from models.config import ClipDims, SamplerConfig
 from models.config_ar_prior import TokenSamplerConfig
-from models.decoder import Decoder, concat_decoder_conditions
+from models.decoder import Decoder, DecoderCondition, concat_decoder_conditions
 from models.diffusion import Denoise, Diffusion
 from models.guidance import classifier_free
 from models.noise import NoiseSource
@@ -216,25 +216,31 @@ class Cascade:
         def draw(part: slice) -> Tensor:
             noise = NoiseSource.from_seeds(seeds[part], "decoder")
             x = noise.normal((3, side_px, side_px), device=z_image.device)
-            denoise = decoder_denoiser(self.decoder, z_image[part], text[part], config.guidance_scale)
-            denoise = self.led_by_clip(denoise, text[part].z_text, config)
+            condition = self.decoder.encode_condition(z_image[part], text[part])
+            denoise = self.denoiser(condition, config.guidance_scale, config.clip_guidance_scale)
             states = iterate(denoise, x, diffusion, config, noise)
             return run_stage("decoder", states, len(config_timesteps(config, diffusion)), watch)
 
         return in_parts(draw, len(text), settings.micro_batch)
 
-    def led_by_clip(self, denoise: Denoise, z_text: Float[Tensor, "B D"], config: SamplerConfig) -> Denoise:
-        """The decoder's denoiser with the CLIP guidance that ``config`` asks for.
+    def denoiser(self, condition: DecoderCondition, guidance_scale: float, clip_guidance_scale: float) -> Denoise:
+        """The decoder under a condition, with guidance of either kind: what every picture and every edit is drawn by.
+
+        Args:
+            condition: z_image, caption and known part of B items.
+            guidance_scale: Classifier-free guidance; 1 is none.
+            clip_guidance_scale: Guidance by the noise-aware CLIP towards the captions; 0 is none.
 
         Raises:
-            ValueError: If it asks for some, and this cascade has no noise-aware CLIP for the decoder's pictures.
+            ValueError: If CLIP guidance is asked for, and this cascade has no noise-aware CLIP.
         """
-        if config.clip_guidance_scale == 0:
+        denoise = guided_decoder(self.decoder, condition, guidance_scale)
+        if clip_guidance_scale == 0:
             return denoise
         if self.noisy_clip is None:
             raise ValueError("clip_guidance_scale is above 0, and there is no noise-aware CLIP; train one")
         process = Diffusion(self.decoder.config.diffusion)
-        return clip_guided(denoise, self.noisy_clip, z_text, process, config.clip_guidance_scale)
+        return clip_guided(denoise, self.noisy_clip, condition.z_text, process, clip_guidance_scale)
 
     def upsample(
         self,
@@ -310,18 +316,24 @@ def decoder_denoiser(
     z_image: Float[Tensor, "B D"],
     text: TextEncoding,
     guidance_scale: float | Tensor = 1.0,
-    known: Float[Tensor, "B 4 H W"] | None = None,
 ) -> Denoise:
-    """The decoder conditioned on image embeddings, captions and known parts, guided unless the scale is 1."""
+    """The decoder conditioned on image embeddings and captions, guided unless the scale is 1."""
     with torch.no_grad():
-        condition = decoder.encode_condition(z_image, text, known=known)
-        if isinstance(guidance_scale, Tensor) or guidance_scale != 1.0:
-            condition = concat_decoder_conditions([decoder.null_condition(len(text), known), condition])
+        condition = decoder.encode_condition(z_image, text)
+    return guided_decoder(decoder, condition, guidance_scale)
+
+
+def guided_decoder(decoder: Decoder, condition: DecoderCondition, guidance_scale: float | Tensor = 1.0) -> Denoise:
+    """The decoder under a condition of B items, guided unless the scale is 1; a known part is known to both halves."""
+    both = condition
+    if isinstance(guidance_scale, Tensor) or guidance_scale != 1.0:
+        with torch.no_grad():
+            both = concat_decoder_conditions([decoder.null_condition(len(condition), condition.known), condition])
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        return decoder(x, t, condition)
+        return decoder(x, t, both)
 
-    return denoise if len(condition) == len(text) else classifier_free(denoise, guidance_scale)
+    return denoise if both is condition else classifier_free(denoise, guidance_scale)
 
 
 def run_stage(stage: str, states: Iterator[SamplerState], num_steps: int, watch: Watch | None = None) -> Tensor:

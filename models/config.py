@@ -71,7 +71,7 @@ class SamplerConfig:
     """Classifier-free guidance s in uncond + s (cond - uncond), dimensionless; 1 costs no second forward."""
     clip_guidance_scale: float = 0.0
     """Strength of the gradient of a noise-aware CLIP, dimensionless, for the decoder alone (arXiv:2112.10741, equation
-    9); needs ``[noisy_clip]``. 0 turns it off. Prompts are drawn with it; edits of pictures do without."""
+    9); needs ``[noisy_clip]``. 0 turns it off. Prompts are drawn with it, and edits of pictures that have a prompt."""
     clip_x0: bool = True
     """Clip the predicted clean sample to [-clip_range, clip_range] at each step."""
     clip_range: float = 1.0

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from models.cascade import Cascade, CascadeResult, TextEncoder, Watch, decoder_denoiser, in_parts, run_stage
+from models.cascade import Cascade, CascadeResult, TextEncoder, Watch, in_parts, run_stage
 from models.condition import TextEncoding
 from models.diffusion import Denoise, Diffusion
 from models.inpainting import PartlyKnown, known_planes, replacing
@@ -81,6 +81,8 @@ class Walk:
     """Noise of DDIM."""
     guidance_scale: float = 1.0
     """Classifier-free guidance."""
+    clip_guidance_scale: float = 0.0
+    """Guidance towards the captions by the cascade's noise-aware CLIP."""
     known: PartlyKnown | None = None
     """What must stay."""
 
@@ -288,7 +290,8 @@ class Editor:
         planes = None
         if walk.known is not None and self._decoder.config.inpainting:
             planes = known_planes(*walk.known[part].at(self._sides_px[0]))
-        return decoder_denoiser(self._decoder, z_image, text, walk.guidance_scale, planes)
+        condition = self._decoder.encode_condition(z_image, text, known=planes)
+        return self.cascade.denoiser(condition, walk.guidance_scale, walk.clip_guidance_scale)
 
     def _latent_walk(self, eta: float = 0.0) -> Walk:
         return Walk(eta=eta, guidance_scale=self.settings.latent_guidance)
@@ -298,10 +301,15 @@ class Editor:
     ) -> tuple[Tensor, Walk]:
         """z_image of a prompt by the prior, and the walk that draws it."""
         text = self._clip.encode_text([prompt] * len(seeds))
-        scale = self.settings.prompt_guidance
-        scale = self._cascade_settings.decoder.guidance_scale if scale is None else scale
+        sampler, scale = self._cascade_settings.decoder, self.settings.prompt_guidance
         z_image = self.cascade.sample_prior(text, seeds, self._cascade_settings, self._watch)
-        return z_image, Walk(text=text, num_steps=num_steps, guidance_scale=scale, known=known)
+        return z_image, Walk(
+            text=text,
+            num_steps=num_steps,
+            guidance_scale=sampler.guidance_scale if scale is None else scale,
+            clip_guidance_scale=sampler.clip_guidance_scale,
+            known=known,
+        )
 
 
 def slerp(a: Float[Tensor, "1 ..."], b: Float[Tensor, "1 ..."], shares: Sequence[float]) -> Float[Tensor, "F ..."]:

@@ -140,16 +140,8 @@ class DecoderStage:
 
     def denoiser(self, conditions: Sequence[DecoderCondition]) -> Denoise:
         """See ``Stage``."""
-        guided = self.config.guidance_scale != 1.0
-        nulls = [self.decoder.null_condition(len(conditions))] if guided else []
-        condition = concat_decoder_conditions([*nulls, *conditions])
-
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            return self.decoder(x, t, condition)
-
-        z_text = torch.cat([one.z_text for one in conditions])
-        free = classifier_free(denoise, self.config.guidance_scale) if guided else denoise
-        return self.cascade.led_by_clip(free, z_text, self.config)
+        config, condition = self.config, concat_decoder_conditions(conditions)
+        return self.cascade.denoiser(condition, config.guidance_scale, config.clip_guidance_scale)
 
     def leave(self, picture: Picture, x: Tensor) -> None:
         """See ``Stage``."""
