@@ -83,6 +83,20 @@ class TaskResources:
 
 
 @configclass
+class DownloadResources(TaskResources):
+    """Where and how wide the download runs; changes no bytes."""
+
+    max_per_host: int = 0
+    """Most connections of one worker to one host at once; 0: no limit. URLs that wait for their host keep their thread,
+    so give a list of few hosts more ``num_threads``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_per_host < 0:
+            raise ValueError(f"max_per_host must not be negative, got {self.max_per_host}")
+
+
+@configclass
 class DownloadConfig:
     """img2dataset's options, by our names with units; its shard format is unchanged."""
 
@@ -122,7 +136,7 @@ class DownloadConfig:
     """Below this share of good rows the step fails: something is wrong with the list or the network."""
     num_threads: int = 32
     """Connections of one worker (img2dataset: thread_count)."""
-    resources: TaskResources = TaskResources()
+    resources: DownloadResources = DownloadResources()
     """Workers of this step."""
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ from pipeline.config import (
     ClipStepConfig,
     DecoderStepConfig,
     DownloadConfig,
+    DownloadResources,
     EmbedConfig,
     EvaluateConfig,
     IndexConfig,
@@ -27,6 +28,7 @@ from pipeline.config import (
     PairsConfig,
     PriorStepConfig,
     ServeConfig,
+    TaskResources,
     TrackingConfig,
     UpsamplerStepConfig,
 )
@@ -189,7 +191,14 @@ def without_resources(tables: Json) -> Json:
 
 def json_schema() -> Json:
     """JSON schema of the recipe, with every field's description and default."""
-    return _RECIPE.json_schema()
+    schema = _RECIPE.json_schema()
+    # pydantic reads the docstrings of the fields that a class declares itself.
+    tables = schema["$defs"]
+    inherited = tables[TaskResources.__name__]["properties"]
+    for name, field in tables[DownloadResources.__name__]["properties"].items():
+        if name in inherited:
+            field["description"] = inherited[name]["description"]
+    return schema
 
 
 def default_tables(data: Json) -> Json:

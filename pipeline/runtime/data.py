@@ -171,8 +171,12 @@ def _clip_folder(clip: Artifact) -> Path:
 
 
 def _shard_limit_s(config: DownloadConfig) -> float:
-    """Every URL at its slowest, twice over, and a second a row for the resizing: beyond that a worker hangs."""
-    rounds = -(-config.samples_per_shard // config.num_threads)
+    """Every URL at its slowest, twice over, and a second a row for the resizing: beyond that a worker hangs.
+
+    They may all be of one host.
+    """
+    at_once = min(config.num_threads, config.resources.max_per_host or config.num_threads)
+    rounds = -(-config.samples_per_shard // at_once)
     return 600 + config.samples_per_shard + 2 * rounds * (config.retries + 1) * config.deadline_s
 
 

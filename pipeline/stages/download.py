@@ -1,7 +1,7 @@
 """The download step: img2dataset's own Downloader, resizer and WebDataset writer on one shard, checked by us.
 
 What img2dataset is given from outside, and why:
-- ``limited_urlopen``: one deadline and one largest size per URL.
+- ``limited_urlopen``: one deadline and one largest size per URL, and a limit of connections per host.
 - ``GuardedResizer``: a decompression bomb is refused by its header (img2dataset decodes first: 1.7 GB for a PNG of
   748 KB), and a picture that was cut short is a failure (OpenCV fills the rest with gray).
 - ``_Writer``: remembers the first error of the disk, which img2dataset prints and passes over.
@@ -224,7 +224,7 @@ def _run_img2dataset(rows: pa.Table, shard: str, config: DownloadConfig, scratch
         user_agent_token=config.user_agent_token or None,
         disallowed_header_directives=list(config.disallowed_header_directives) or None,
     )
-    with limited_urlopen(config.deadline_s):
+    with limited_urlopen(config.deadline_s, max_per_host=config.resources.max_per_host):
         downloader.download_shard((int(shard), str(scratch / "rows.arrow")))
     for writer in writers:
         if isinstance(writer.error, OSError):

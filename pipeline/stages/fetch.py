@@ -2,8 +2,11 @@
 
 img2dataset calls ``urllib.request.urlopen``, whose ``timeout`` bounds one socket operation: a server that sends a byte
 a second holds a shard for as long as it likes, and a body has no largest size. ``limited_urlopen`` installs an opener
-that bounds the whole of a URL, redirects included, in seconds and in bytes, and answers a repeated request for what is
-gone for good (404 and the like) from memory, since img2dataset retries those too.
+that bounds the whole of a URL, redirects included, in seconds and in bytes, and the connections to one host; it answers
+a repeated request for what is gone for good (404 and the like) from memory, since img2dataset retries those too.
+
+A connection takes its place at the host before it is made and gives it back when its socket is closed: with the answer,
+or where no answer came of it. One that a redirect leads to follows that close, so nobody waits for a place in one.
 """
 
 import contextlib
@@ -14,8 +17,9 @@ import socket
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, cast
 
 MAX_BODY_BYTES = 64 << 20
@@ -23,14 +27,16 @@ _GONE = frozenset({400, 401, 403, 404, 405, 410, 451})
 
 
 @contextlib.contextmanager
-def limited_urlopen(deadline_s: float, max_bytes: int = MAX_BODY_BYTES) -> Generator[None]:
+def limited_urlopen(deadline_s: float, max_bytes: int = MAX_BODY_BYTES, *, max_per_host: int = 0) -> Generator[None]:
     """Make ``urllib.request.urlopen`` obey the limits, in this process, inside the block.
 
     Args:
-        deadline_s: Longest time for one URL from its first byte sent to its last received, in seconds.
+        deadline_s: Longest time for one URL from its first byte sent to its last received, in seconds; time that it
+            waits for a place at its host is not counted.
         max_bytes: Largest body, in bytes.
+        max_per_host: Most connections to one host at once; 0: no limit.
     """
-    opener = LimitedOpener(deadline_s)
+    opener = LimitedOpener(deadline_s, max_per_host)
     connection = functools.partial(_Connection, opener=opener, max_bytes=max_bytes)
     secure = functools.partial(_SecureConnection, opener=opener, max_bytes=max_bytes)
     for handler in (
@@ -55,9 +61,12 @@ def limited_urlopen(deadline_s: float, max_bytes: int = MAX_BODY_BYTES) -> Gener
 class LimitedOpener(urllib.request.OpenerDirector):
     """An opener that gives each URL one deadline, whatever it redirects to."""
 
-    def __init__(self, deadline_s: float) -> None:
+    def __init__(self, deadline_s: float, max_per_host: int = 0) -> None:
         super().__init__()
         self._deadline_s = deadline_s
+        self._max_per_host = max_per_host
+        self._hosts: dict[str, threading.BoundedSemaphore] = {}
+        self._lock = threading.Lock()
         self._thread = threading.local()
         self._gone: dict[str, tuple[int, str]] = {}
 
@@ -73,6 +82,7 @@ class LimitedOpener(urllib.request.OpenerDirector):
         try:
             return super().open(fullurl, data, timeout)
         except urllib.error.HTTPError as error:
+            error.close()  # its answer holds a connection, and nobody reads it
             if error.code in _GONE:
                 self._gone[url] = (error.code, error.reason)
             raise
@@ -84,6 +94,25 @@ class LimitedOpener(urllib.request.OpenerDirector):
         """When the URL that this thread is opening must be done, on the monotonic clock."""
         return self._thread.ends
 
+    def take_place(self, host: str) -> Callable[[], None]:
+        """Wait until this thread may connect to ``host``; what gives the place back, to be called once."""
+        if not self._max_per_host:
+            return _nothing
+        with self._lock:
+            places = self._hosts.setdefault(host, threading.BoundedSemaphore(self._max_per_host))
+        start = time.monotonic()
+        places.acquire()
+        self._thread.ends += time.monotonic() - start
+        return places.release
+
+
+def _nothing() -> None:
+    """Nothing is given back."""
+
+
+def _host(request: urllib.request.Request) -> str:
+    return urllib.parse.urlsplit(request.full_url).hostname or ""
+
 
 class _HttpHandler(urllib.request.HTTPHandler):
     def __init__(self, connection: Any) -> None:
@@ -91,7 +120,7 @@ class _HttpHandler(urllib.request.HTTPHandler):
         self._connection = connection
 
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(self._connection, req)
+        return self.do_open(self._connection, req, site=_host(req))
 
 
 class _HttpsHandler(urllib.request.HTTPSHandler):
@@ -100,26 +129,60 @@ class _HttpsHandler(urllib.request.HTTPSHandler):
         self._connection = connection
 
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(self._connection, req)
+        return self.do_open(self._connection, req, site=_host(req))
 
 
 class _Connection(http.client.HTTPConnection):
-    def __init__(self, host: str, *, opener: LimitedOpener, max_bytes: int, **options: Any) -> None:
+    """A connection that waits for its place at ``site``: the URL's host, also where a proxy is connected to."""
+
+    def __init__(self, host: str, *, opener: LimitedOpener, max_bytes: int, site: str, **options: Any) -> None:
         super().__init__(host, **options)
-        self.response_class = cast("Any", functools.partial(_Response, ends=opener.ends, max_bytes=max_bytes))
+        self._opener = opener
+        self._max_bytes = max_bytes
+        self._site = site
+        self._give_back = _nothing
+        self.response_class = cast("Any", self._respond)
+
+    def connect(self) -> None:
+        give_back = self._opener.take_place(self._site)
+        try:
+            super().connect()
+        except BaseException:
+            give_back()
+            raise
+        self._give_back = give_back
+
+    def close(self) -> None:
+        super().close()
+        self._take_give_back()()
+
+    def _respond(self, sock: socket.socket, *args: Any, **options: Any) -> "_Response":
+        """The answer, which holds the place from here on: http.client closes the connection before it is read."""
+        ends, give_back = self._opener.ends, self._take_give_back()
+        return _Response(sock, *args, ends=ends, max_bytes=self._max_bytes, give_back=give_back, **options)
+
+    def _take_give_back(self) -> Callable[[], None]:
+        give_back, self._give_back = self._give_back, _nothing
+        return give_back
 
 
-class _SecureConnection(http.client.HTTPSConnection):
-    def __init__(self, host: str, *, opener: LimitedOpener, max_bytes: int, **options: Any) -> None:
-        super().__init__(host, **options)
-        self.response_class = cast("Any", functools.partial(_Response, ends=opener.ends, max_bytes=max_bytes))
+class _SecureConnection(_Connection, http.client.HTTPSConnection):
+    """The same over TLS."""
 
 
 class _Response(http.client.HTTPResponse):
-    def __init__(self, sock: socket.socket, *args: Any, ends: float, max_bytes: int, **options: Any) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        *args: Any,
+        ends: float,
+        max_bytes: int,
+        give_back: Callable[[], None],
+        **options: Any,
+    ) -> None:
         super().__init__(sock, *args, **options)
         raw: io.RawIOBase = cast("Any", self.fp).detach()
-        self.fp = io.BufferedReader(_TimedReader(raw, sock, ends))
+        self.fp = io.BufferedReader(_TimedReader(raw, sock, ends, give_back))
         self._max_bytes = max_bytes
 
     def read(self, amt: int | None = None) -> bytes:
@@ -133,10 +196,11 @@ class _Response(http.client.HTTPResponse):
 
 
 class _TimedReader(io.RawIOBase):
-    def __init__(self, raw: io.RawIOBase, sock: socket.socket, ends: float) -> None:
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, ends: float, give_back: Callable[[], None]) -> None:
         self._raw = raw
         self._sock = sock
         self._ends = ends
+        self._give_back = give_back
         self._operation_s = sock.gettimeout()
 
     def readable(self) -> bool:
@@ -153,5 +217,10 @@ class _TimedReader(io.RawIOBase):
             raise TimeoutError("too slow: not finished by its deadline") from None
 
     def close(self) -> None:
-        self._raw.close()
-        super().close()
+        if self.closed:
+            return
+        try:
+            self._raw.close()
+        finally:
+            super().close()
+            self._give_back()

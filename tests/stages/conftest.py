@@ -27,7 +27,7 @@ def _bomb() -> bytes:
 
 
 class PictureServer(ThreadingHTTPServer):
-    """Answers /KIND/SEED: jpg, png, slow, drip, cut, cutpng, short, html, noai, bomb, moved, big; others are 404."""
+    """Answers /KIND/SEED: jpg, png, slow, pause, drip, cut, cutpng, short, html, noai, bomb, moved, big; others are 404."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -35,6 +35,9 @@ class PictureServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.requests: Counter[str] = Counter()
+        self.now: Counter[str] = Counter()
+        self.most: Counter[str] = Counter()
+        self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -59,6 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
             "jpg": lambda: make_picture(int(seed)),
             "png": lambda: make_picture(int(seed), kind="PNG"),
             "slow": lambda: make_picture(int(seed)),
+            "pause": lambda: make_picture(int(seed)),
             "drip": lambda: make_picture(int(seed)),
             "cut": lambda: make_picture(int(seed))[:-200],
             "cutpng": lambda: make_picture(int(seed), kind="PNG")[:-200],
@@ -74,6 +78,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = bodies[kind]()
         if kind == "slow":
             time.sleep(8)
+        if kind == "pause":
+            self._pause(str(self.headers["Host"]).partition(":")[0])
         self.send_response(200)
         if kind == "noai":
             self.send_header("X-Robots-Tag", "noai")
@@ -88,10 +94,19 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(0.2)
         self.wfile.write(body)
 
+    def _pause(self, host: str) -> None:
+        """Take 0.15 s, and note how many requests to the same name do so at once."""
+        with self.server.lock:
+            self.server.now[host] += 1
+            self.server.most[host] = max(self.server.most[host], self.server.now[host])
+        time.sleep(0.15)
+        with self.server.lock:
+            self.server.now[host] -= 1
+
 
 @pytest.fixture(scope="module")
 def server() -> Generator[PictureServer]:
-    """A running server; ``requests`` counts by path."""
+    """A running server; ``requests`` counts by path, ``most`` the paused ones at once by the host's name."""
     with PictureServer() as running:
         thread = threading.Thread(target=running.serve_forever, daemon=True)
         thread.start()

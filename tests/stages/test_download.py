@@ -3,6 +3,7 @@ import json
 import tarfile
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 
-from pipeline.config import DownloadConfig
+from pipeline.config import DownloadConfig, DownloadResources
 from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.schema import make_uid
 from pipeline.stages import download
@@ -100,6 +101,19 @@ def test_download_shard_gives_the_same_bytes_again(server: PictureServer, tmp_pa
         files = _files(tmp_path / name)
         download_shard(rows, "00003", _CONFIG, *files)
         made.append([path.read_bytes() for path in files[:2]])
+    assert made[0] == made[1]
+
+
+def test_download_shard_spares_a_host_and_gives_the_same_bytes(server: PictureServer, tmp_path: Path) -> None:
+    rows = _rows(server.url, [f"pause/{i}" for i in range(12)])
+    made: list[bytes] = []
+    for max_per_host in (0, 2):
+        server.most.clear()
+        files = _files(tmp_path / str(max_per_host))
+        config = replace(_CONFIG, resources=DownloadResources(max_per_host=max_per_host))
+        assert download_shard(rows, "00003", config, *files)["ok"] == 12
+        assert (server.most["127.0.0.1"] <= 2) == (max_per_host == 2)
+        made.append(files[0].read_bytes())
     assert made[0] == made[1]
 
 

@@ -2,6 +2,8 @@ import http.client
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,56 @@ def test_limited_urlopen_asks_once_for_what_is_gone(server: PictureServer) -> No
             with pytest.raises(urllib.error.HTTPError, match="404"):
                 _get(f"{server.url}/gone/1")
     assert server.requests["/gone/1"] == 1
+
+
+def _fetch_all(urls: list[str], num_threads: int) -> list[str]:
+    """The errors, as img2dataset's threads meet them; empty where the picture came."""
+
+    def fetch(url: str) -> str:
+        try:
+            _get(url, timeout=0.5)
+        except Exception as error:  # noqa: BLE001  (as img2dataset does)
+            return str(error) or type(error).__name__
+        return ""
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        return list(pool.map(fetch, urls))
+
+
+def test_a_host_has_no_more_connections_than_allowed_and_another_has_its_own(server: PictureServer) -> None:
+    names = ("127.0.0.1", "localhost")
+    urls = [f"http://{name}:{server.server_port}/pause/{i}" for i in range(8) for name in names]
+    most: list[list[int]] = []
+    for max_per_host in (0, 2):
+        server.most.clear()
+        with limited_urlopen(5, max_per_host=max_per_host):
+            assert _fetch_all(urls, num_threads=16) == [""] * 16
+        most.append([server.most[name] for name in names])
+    assert min(most[0]) > 2
+    assert most[1] == [2, 2]
+
+
+def test_every_end_of_a_connection_gives_its_place_back(server: PictureServer) -> None:
+    kinds = ["jpg", "gone", "slow", "drip", "short", "big", "moved", "noai"]
+    urls = [*(f"{server.url}/{kind}/7" for kind in kinds), "http://127.0.0.1:1/refused", f"{server.url}/jpg/8"]
+
+    def broken() -> Generator[bytes]:
+        yield b"a body that ends in an error"
+        raise OSError("no more")
+
+    with limited_urlopen(0.7, max_bytes=200_000, max_per_host=1):
+        with pytest.raises(urllib.error.URLError, match="no more"):
+            urllib.request.urlopen(urllib.request.Request(urls[0], data=broken()))
+        told = _fetch_all(urls, num_threads=6)
+    failed = [url.split("/")[3] for url, error in zip(urls, told, strict=True) if error]
+    assert failed == ["gone", "slow", "drip", "short", "big", "moved", "refused"]
+
+
+def test_waiting_for_a_place_is_not_counted_as_slowness(server: PictureServer) -> None:
+    start = time.monotonic()
+    with limited_urlopen(0.6, max_per_host=1):
+        assert _fetch_all([f"{server.url}/pause/{i}" for i in range(8)], num_threads=8) == [""] * 8
+    assert time.monotonic() - start > 1.2
 
 
 def test_limited_urlopen_leaves_urllib_as_it_was(server: PictureServer) -> None:
