@@ -10,8 +10,10 @@ from pipeline.recipe import load_recipe
 
 def ablate(
     recipe: RecipePath,
-    num_prompts: Annotated[int, typer.Option("-n", min=1, help="Prompts for the numbers, of those of evaluate.")] = 60,
-    num_shown: Annotated[int, typer.Option("--shown", min=1, help="Prompts in the picture.")] = 8,
+    num_prompts: Annotated[
+        int, typer.Option("-n", min=1, help="Prompts that are measured: the first of those of evaluate.")
+    ] = 60,
+    num_shown: Annotated[int, typer.Option("--shown", min=1, help="Of these, rows of the picture.")] = 8,
     overrides: Overrides = None,
     json: AsJson = False,
 ) -> None:

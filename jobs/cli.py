@@ -18,7 +18,6 @@ _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 _INTERRUPTED = 130
 
 app = typer.Typer(
-    help="Train, search and serve your own DALL-E 2 (unCLIP) on a Ray cluster.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -7,7 +7,7 @@ import typer
 from jobs.options import DASHBOARD, AsJson, JobAddress, Overrides, RecipePath, Until, print_json, recipe_words
 from pipeline.recipe import load_recipe
 
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="Job id, as `unclip jobs` lists it.")]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="Job id, as `unclip jobs` lists it, or its beginning.")]
 
 
 def submit(

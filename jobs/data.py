@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,10 +13,12 @@ from pipeline.recipe import load_recipe
 
 def search(
     recipe: RecipePath,
-    text: Annotated[str, typer.Argument(metavar="[TEXT]", help="What to look for.")] = "",
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="What to look for.")] = "",
     image: Annotated[str, typer.Option("--image", help="Picture to look for, in place of a text.")] = "",
-    num_results: Annotated[int, typer.Option("-k", min=1, help="Neighbours to return.")] = 10,
-    modality: Annotated[str, typer.Option("--modality", help="Search pictures (image) or captions (text).")] = "image",
+    num_results: Annotated[int, typer.Option("-k", min=1, help="Neighbours to find.")] = 10,
+    modality: Annotated[
+        Literal["image", "text"], typer.Option("--modality", help="Search pictures (image) or captions (text).")
+    ] = "image",
     out: Annotated[str, typer.Option("--out", help="Folder for the neighbours' pictures and their grid.")] = "",
     overrides: Overrides = None,
     json: AsJson = False,
@@ -29,8 +31,6 @@ def search(
         raise ConfigError(
             'search: give either a text or --image FILE, for example: unclip search RECIPE "a blue circle"'
         )
-    if modality not in {"image", "text"}:
-        raise ConfigError(f"--modality {modality}: must be image or text")
     resolved = load_recipe(recipe, overrides or [])
 
     from pipeline.retrieve.query import search_recipe

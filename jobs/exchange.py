@@ -12,8 +12,8 @@ from pipeline.recipe import load_recipe
 
 def export(
     recipe: RecipePath,
-    diffusers: Annotated[str, typer.Option("--diffusers", help="Folder for diffusers' UnCLIPPipeline.")] = "",
-    native: Annotated[str, typer.Option("--native", help="Folder for every network in our own layout.")] = "",
+    diffusers: Annotated[str, typer.Option("--diffusers", help="Folder to write for diffusers' UnCLIPPipeline.")] = "",
+    native: Annotated[str, typer.Option("--native", help="Folder to write every network to, in our own layout.")] = "",
     overrides: Overrides = None,
 ) -> None:
     """Write the trained cascade for other programs: as diffusers' UnCLIPPipeline, or as safetensors with JSON.

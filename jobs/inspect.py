@@ -67,7 +67,7 @@ def status(recipe: RecipePath, overrides: Overrides = None, json: AsJson = False
 
 
 def config(
-    recipe: Annotated[str, typer.Argument(metavar="[RECIPE]", help="Recipe file; without one, the defaults.")] = "",
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file; without one, the defaults.")] = "",
     overrides: Overrides = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of all recipes.")] = False,
     json: AsJson = False,
