@@ -4,6 +4,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from pipeline.evaluate import metrics
 from pipeline.evaluate.metrics import (
     FeatureSums,
     Rate,
@@ -36,6 +37,8 @@ def test_wilson_interval_at_the_borders_stays_in_0_1() -> None:
     assert wilson_interval(0, 20) == (0.0, pytest.approx(z2 / (20 + z2)))
     assert wilson_interval(20, 20) == (pytest.approx(20 / (20 + z2)), 1.0)
     assert wilson_interval(0, 0) == (0.0, 1.0)
+    assert {wilson_interval(0, total)[0] for total in range(1, 300)} == {0.0}  # to the bit
+    assert {wilson_interval(total, total)[1] for total in range(1, 300)} == {1.0}
 
 
 @pytest.mark.parametrize(("hits", "total"), [(-1, 3), (4, 3)])
@@ -64,6 +67,7 @@ def test_cosine_is_the_angle_between_rows() -> None:
     a = np.array([[1.0, 0.0], [1.0, 1.0], [2.0, 0.0]])
     b = np.array([[0.0, 3.0], [1.0, 0.0], [-1.0, 0.0]])
     np.testing.assert_allclose(cosine(a, b), [0, math.sqrt(0.5), -1])
+    assert cosine(np.zeros((1, 2)), b[:1])[0] == 0  # no direction, and no division by zero
     with pytest.raises(ValueError, match="one row"):
         cosine(a, b[:2])
 
@@ -85,9 +89,11 @@ def test_psnr_does_not_wrap_around_in_uint8() -> None:
     assert psnr_db(white, black)[0] == 0.0
 
 
-def test_r_precision_counts_pictures_nearest_to_their_own_caption() -> None:
+def test_r_precision_counts_pictures_nearest_to_their_own_caption(monkeypatch: pytest.MonkeyPatch) -> None:
     z_text = np.eye(3)
     z_image = np.array([[0.9, 0.1, 0.0], [0.8, 0.6, 0.0], [0.0, 0.0, 1.0]])
+    assert r_precision(z_image, z_text, [0, 1, 2]) == Rate(2, 3)
+    monkeypatch.setattr(metrics, "_ROWS_AT_A_TIME", 2)  # several blocks
     assert r_precision(z_image, z_text, [0, 1, 2]) == Rate(2, 3)
 
 
@@ -132,5 +138,7 @@ def test_frechet_distance_agrees_with_the_square_root_of_the_product() -> None:
 def test_frechet_distance_is_symmetric_and_zero_to_itself_even_when_singular() -> None:
     few, others = FeatureSums.of(_features(4, 12, seed=6)), FeatureSums.of(_features(5, 12, seed=7))
     assert frechet_distance(few, few) == pytest.approx(0, abs=1e-6)
+    same = [FeatureSums.of(_features(9, 3, seed)) for seed in range(20)]
+    assert all(0 <= frechet_distance(sums, sums) < 1e-9 for sums in same)
     assert frechet_distance(few, others) == pytest.approx(frechet_distance(others, few), rel=1e-6)
     assert frechet_distance(few, others) > 1

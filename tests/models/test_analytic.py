@@ -107,3 +107,13 @@ def test_x0_variance_measures_the_limited_prediction() -> None:
     assert measured.table().max() == 0
     with pytest.raises(ValueError, match="no batch"):
         X0Variance(diffusion, [5]).table()
+
+
+def test_x0_variance_lies_between_zero_and_the_power_of_x0_whatever_the_network_says() -> None:
+    diffusion, x0 = make_diffusion(prediction="x0"), torch.full((2, 4), 0.5)
+    far = X0Variance(diffusion, [100, 900])
+    far.update(lambda x, _t: torch.full_like(x, 3.0), x0, NoiseSource.from_seeds([0, 1]))
+    assert far.table().tolist() == [0.25] * 1000
+    loud = X0Variance(make_diffusion(prediction="eps"), [100, 900], "score")
+    loud.update(lambda x, _t: torch.full_like(x, 3.0), x0, NoiseSource.from_seeds([0, 1]))
+    assert loud.table().tolist() == [0.0] * 1000

@@ -69,6 +69,19 @@ def test_tokens_hold_an_embedding_to_the_precision_of_a_bucket() -> None:
     torch.testing.assert_close(model.detokenize(tokens).norm(dim=1), torch.ones(400))
 
 
+def test_components_without_variance_are_tokens_too() -> None:
+    z_image = embeddings(50)
+    z_image[:, 6:] = 0
+    z_image = torch.nn.functional.normalize(z_image, dim=-1)
+    sums = PcaSums(DIMS.embed_dim)
+    sums.update(z_image)
+    model = make(ArPriorConfig(width=8, depth=1, num_heads=2))
+    model.set_code(sums.pca(), torch.linspace(0, 1, 65)[1:-1])
+    tokens = model.tokenize(z_image)
+    assert int(tokens.min()) >= 0
+    torch.testing.assert_close(model.detokenize(tokens), z_image, rtol=0, atol=0.005)
+
+
 def test_dot_tokens_count_the_edges_below_and_hide_dropped_captions(prior: ArPrior) -> None:
     z_image = torch.nn.functional.one_hot(torch.tensor([0, 0, 0]), DIMS.embed_dim).float()
     z_text = torch.zeros_like(z_image)
@@ -128,8 +141,10 @@ def test_dropped_caption_is_the_null_caption(prior: ArPrior) -> None:
     assert (mixed[1] - kept[1]).abs().max() > 1e-4
 
 
-def test_cached_logits_are_those_of_one_pass(prior: ArPrior) -> None:
-    tokens, dot = batch(3)
+@pytest.mark.parametrize(("num_buckets", "num_dot_buckets"), [(7, 4), (7, 20)])
+def test_cached_logits_are_those_of_one_pass(num_buckets: int, num_dot_buckets: int) -> None:
+    prior = make(replace(CONFIG, num_buckets=num_buckets, num_dot_buckets=num_dot_buckets))
+    tokens, dot = batch(3)[0], torch.tensor([0, num_dot_buckets - 1, num_dot_buckets])
     prefix = prior.encode_condition(make_text((3, 7, 5)))
     whole = prior(tokens, dot, prefix)
     cache, last = prior.start(prefix), dot

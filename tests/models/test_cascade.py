@@ -8,11 +8,14 @@ import torch
 from tiny_models import DIMS, UNET, make_text, randomise
 
 from models.ar_prior import ArPrior
-from models.cascade import Cascade, CascadeSettings, decoder_denoiser, prior_denoiser
+from models.cascade import Cascade, CascadeSettings, StageStep, decoder_denoiser, prior_denoiser
 from models.condition import TextEncoding
 from models.config import ClipDims, DecoderConfig, PriorConfig, SamplerConfig, UNetConfig, UpsamplerConfig
 from models.config_ar_prior import ArPriorConfig, TokenSamplerConfig
+from models.config_noisy_clip import NoisyClipConfig
 from models.decoder import Decoder
+from models.noisy_clip import NoisyClip
+from models.pixels import to_uint8
 from models.prior import Prior
 from models.upsampler import Upsampler
 
@@ -94,6 +97,69 @@ def test_sample_stops_at_the_settings_resolution(cascade: Cascade) -> None:
     assert result.images.shape == (1, 16, 16, 3)
 
 
+def test_watch_is_told_of_every_step_and_of_what_it_comes_to(cascade: Cascade) -> None:
+    settings, steps = cascade.default_settings(), list[StageStep]()
+    fewer = replace(settings.upsamplers[1], num_steps=2)
+    result = cascade.sample(
+        PROMPTS[:2], [1, 2], replace(settings, upsamplers=(settings.upsamplers[0], fewer)), steps.append
+    )
+    totals = {"prior": 3, "decoder": 4, "upsampler_1": 3, "upsampler_2": 2}
+    assert [(step.stage, step.done, step.total) for step in steps] == [
+        (stage, done, total) for stage, total in totals.items() for done in range(1, total + 1)
+    ]
+    assert all(step.x0.abs().max() <= 1 for step in steps if step.stage != "prior")  # clipped, unlike what is noised
+    assert difference(to_uint8(steps[-1].x0), result.images) == 0
+
+
+def test_upsamplers_draw_from_streams_of_their_own(cascade: Cascade) -> None:
+    one, other = make_upsampler(8, 16), make_upsampler(16, 32)
+    other.load_state_dict(one.state_dict())
+    twice = Cascade(cascade.clip, cascade.prior, cascade.decoder, [one, other])
+    pixels, settings = torch.zeros(1, 3, 8, 8), twice.default_settings()
+    first, second = (twice.upsample(pixels, number, [1], settings) for number in (0, 1))
+    assert first.shape == second.shape
+    assert not torch.allclose(first, second)
+
+
+def test_prior_draws_in_its_scale_and_from_its_measured_variance(cascade: Cascade) -> None:
+    torch.manual_seed(1)
+    prior = Prior(PriorConfig(width=16, depth=1, num_heads=2, dropout=0.5), DIMS)
+    randomise(prior)
+    torch.nn.init.zeros_(prior.out.weight)  # it always predicts its bias
+    prior.z_mean.fill_(0.25)
+    prior.z_std.mul_(2)
+    fixed = Cascade(cascade.clip, prior, cascade.decoder)
+    assert not any(module.training for module in (*prior.modules(), *fixed.decoder.modules()))
+    text = cascade.clip.encode_text(PROMPTS[:1])
+    settings = replace(fixed.default_settings(), num_candidates=1)
+    settings = replace(settings, prior=SamplerConfig(method="analytic", num_steps=3, clip_x0=False))
+    with pytest.raises(ValueError, match="needs x0_variance"):
+        fixed.sample_prior(text, [1], settings)
+    prior.x0_variance.fill_(0.1)
+    torch.testing.assert_close(fixed.sample_prior(text, [1], settings)[0], prior.unscale(prior.out.bias))
+
+
+def test_decoder_is_led_by_the_noisy_clip_towards_each_caption(cascade: Cascade) -> None:
+    torch.manual_seed(2)
+    noisy_clip = NoisyClip(NoisyClipConfig(image_px=8, tower=CONVOLUTION), DIMS)
+    randomise(noisy_clip)
+    led = Cascade(cascade.clip, cascade.prior, cascade.decoder, noisy_clip=noisy_clip)
+    text, seeds = cascade.clip.encode_text(PROMPTS[:3]), [1, 2, 3]
+    z_image = torch.nn.functional.normalize(torch.randn(3, DIMS.embed_dim), dim=-1)
+
+    def drawn(scale: float, micro_batch: int = 64) -> torch.Tensor:
+        settings = replace(led.default_settings(), micro_batch=micro_batch)
+        settings = replace(settings, decoder=replace(settings.decoder, clip_guidance_scale=scale))
+        return led.decode(z_image, text, seeds, settings)
+
+    pictures = [drawn(scale) for scale in (0.0, 1.0, 4.0)]
+    assert (pictures[0] - pictures[1]).abs().max() > 1e-3
+    assert (pictures[1] - pictures[2]).abs().max() > 1e-3
+    torch.testing.assert_close(drawn(4.0, micro_batch=2), pictures[2], rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="no noise-aware CLIP"):
+        cascade.led_by_clip(lambda x, _t: x, text.z_text, SamplerConfig(clip_guidance_scale=1.0))
+
+
 def test_sample_prior_keeps_the_candidate_nearest_the_caption(cascade: Cascade) -> None:
     text = cascade.clip.encode_text(PROMPTS)
     settings = replace(cascade.default_settings(), num_candidates=1)
@@ -167,6 +233,11 @@ def test_guidance_goes_away_from_the_null_condition(cascade: Cascade) -> None:
 def test_cascade_refuses_pieces_that_do_not_fit(cascade: Cascade) -> None:
     with pytest.raises(ValueError, match="upsampler 1 starts from 16 px, but the stage before it draws 8 px"):
         Cascade(cascade.clip, cascade.prior, cascade.decoder, [make_upsampler(16, 32)])
+    with pytest.raises(ValueError, match="upsampler 2 starts from 16 px, but the stage before it draws 32 px"):
+        Cascade(cascade.clip, cascade.prior, cascade.decoder, [make_upsampler(8, 32), make_upsampler(16, 32)])
+    noisy_clip = NoisyClip(NoisyClipConfig(image_px=16, tower=CONVOLUTION), DIMS)
+    with pytest.raises(ValueError, match="sees 16 px, but the decoder draws 8 px"):
+        Cascade(cascade.clip, cascade.prior, cascade.decoder, noisy_clip=noisy_clip)
     with pytest.raises(ValueError, match="the prior was made for"):
         Cascade(Captions(replace(DIMS, embed_dim=99)), cascade.prior, cascade.decoder)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_models import DIMS, UNET, make_text, randomise
 
-from models.config import DecoderConfig, DiffusionConfig
-from models.decoder import Decoder, concat_decoder_conditions
+from models.config import ClipDims, DecoderConfig, DiffusionConfig
+from models.decoder import Decoder, concat_decoder_conditions, image_scale
 
 CONFIG = DecoderConfig(image_px=8, context_width=6, unet=UNET)
 
@@ -52,6 +52,15 @@ def test_decoder_image_reaches_both_embedding_and_tokens(decoder: Decoder) -> No
     assert (one.embedding != other.embedding).any()
     assert (one.context[0].keys[:, :, :4] != other.context[0].keys[:, :, :4]).all()
     assert torch.equal(one.context[0].keys[:, :, 4:], other.context[0].keys[:, :, 4:])
+
+
+def test_decoder_reads_z_image_at_the_size_of_one_per_feature(decoder: Decoder) -> None:
+    assert [image_scale(ClipDims(embed_dim=width)) for width in (16, 64, 768, 1024)] == [4, 8, 32, 32]
+    (_, _, z_image), text = batch(2), make_text((3, 5))
+    condition = decoder.encode_condition(z_image, text)
+    expected = decoder.image_to_embedding(4 * z_image) + decoder.pooled_to_embedding(text.pooled)
+    torch.testing.assert_close(condition.embedding, expected)
+    torch.testing.assert_close(condition.z_text.norm(dim=1), torch.ones(2))
 
 
 def test_decoder_both_dropped_is_the_null_condition(decoder: Decoder) -> None:

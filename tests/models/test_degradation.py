@@ -85,6 +85,7 @@ def test_random_blur_is_drawn_per_picture_and_not_per_batch(photo: Tensor) -> No
     assert 60 < int(blurred.sum()) < 140
     assert torch.equal(random_blur(batch, seeded(3)), random_blur(batch, seeded(3)))
     assert torch.equal(random_blur(batch, seeded(), prob=0.0), batch)
+    torch.testing.assert_close(random_blur(batch, seeded(), prob=1.0), gaussian_blur(batch, torch.full((200,), 0.6)))
 
 
 def test_filter_each_correlates_with_the_kernel_of_each_picture() -> None:
@@ -106,6 +107,8 @@ def test_random_crop_cuts_on_the_grid_of_the_small_picture() -> None:
     assert set(tops.tolist()) == set(range(0, 25, 4)) == set(lefts.tolist())
     torch.testing.assert_close(found[0, 1, 3, 5], found[0, 0, 0, 0] + 3 * 32 + 5)
     assert torch.equal(found, random_crop(place, 8, seeded(), multiple_px=4))
+    wide = torch.arange(8 * 40, dtype=torch.float32).reshape(1, 1, 8, 40).expand(50, -1, -1, -1)
+    assert set(random_crop(wide, 8, seeded(), multiple_px=8)[:, 0, 0, 0].tolist()) == {0, 8, 16, 24, 32}
     with pytest.raises(ValueError, match="33 px"):
         random_crop(place, 33, seeded())
 

@@ -12,7 +12,7 @@ from models.cascade import Cascade, CascadeResult, StageStep
 from models.condition import TextEncoding, concat_text
 from models.config import ClipDims, DecoderConfig, DiffusionConfig, PriorConfig, SamplerConfig, UpsamplerConfig
 from models.decoder import Decoder
-from models.edits import EditError, Editor, EditSettings, Latents, slerp
+from models.edits import EditError, Editor, EditSettings, Latents, Walk, slerp
 from models.inpainting import PartlyKnown
 from models.pixels import resize_crop, to_pixels, to_uint8
 from models.prior import Prior
@@ -207,6 +207,27 @@ def test_sdedit_returns_the_picture_at_strength_0_and_forgets_it_at_1(editor: Ed
         (editor.sdedit(picture(0), "abcd", [1], strength=s).stages[0] - source).abs().mean() for s in (0.1, 0.4, 1.0)
     ]
     assert distances == sorted(distances)
+    assert distances[0] < 4  # one step, from the noise of t = 0
+
+
+def test_prompts_are_drawn_with_their_own_guidance() -> None:
+    stages = [
+        Editor(make_cascade(), replace(SETTINGS, prompt_guidance=scale)).sdedit(picture(0), "abcd", [1], strength=0.5)
+        for scale in (None, 1.5, 4.0)
+    ]
+    assert same(stages[0], stages[1])  # the decoder's own
+    assert not same(stages[0], stages[2])
+
+
+def test_frames_do_not_depend_on_how_many_are_drawn_at_a_time(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
+    cascade, seeds = make_cascade(), [5, 6, 7]
+    settings = replace(cascade.default_settings(), micro_batch=2)
+    monkeypatch.setattr(cascade, "default_settings", lambda: settings)
+    few = Editor(cascade, SETTINGS)
+    assert same(few.inpaint(half(picture(0)), "abcd", seeds), editor.inpaint(half(picture(0)), "abcd", seeds))
+    walk = Walk(text=Captions().encode_text(["ab", "abcd", "abcdef"]), eta=0.8)
+    z_image, x = editor.embed(torch.cat([picture(i) for i in range(3)])), editor.noise(seeds)
+    assert same(few.draw(z_image, x, seeds, walk), editor.draw(z_image, x, seeds, walk))
 
 
 def test_editor_reports_every_step() -> None:
@@ -214,6 +235,10 @@ def test_editor_reports_every_step() -> None:
     editor = Editor(make_cascade(), SETTINGS, steps.append)
     editor.encode(picture(0))
     editor.inpaint(half(picture(0)), "abcd", [1])
+    walked = len(steps)
+    editor.sdedit(picture(0), "abcd", [1], strength=0.4)
+    assert [step.total for step in steps[walked:] if step.stage == "decoder"] == [5] * 5  # 0.4 of 12, rounded
+    del steps[walked:]
     assert [(step.stage, step.done, step.total) for step in steps] == [
         *(("inversion", done, 12) for done in range(1, 13)),
         *(("prior", done, 2) for done in (1, 2)),

@@ -110,3 +110,20 @@ def test_clip_guidance_moves_the_sample_towards_the_caption() -> None:
     before = torch.cosine_similarity(encode(x, t), z_text)
     moved = x + 0.05 * (guided(x, t) - x0)
     assert bool((torch.cosine_similarity(encode(moved, t), z_text) > before).all())
+    twice = score_guided(lambda _x, _t: x0, clip_log_prob(encode, z_text, 20.0), diffusion, 1.0)
+    torch.testing.assert_close(twice(x, t) - x0, 2 * (guided(x, t) - x0))
+
+
+def test_clip_guidance_is_the_same_in_inference_mode() -> None:
+    """A server draws in inference mode, in which nothing can be differentiated without leave."""
+    diffusion, t = make_diffusion(prediction="x0"), torch.tensor([200, 500])
+
+    def moved() -> Tensor:
+        x, z_text = torch.arange(24.0).view(2, 3, 2, 2) / 10 - 1, torch.eye(12)[:2].clone()
+        return score_guided(lambda x, _t: x, clip_log_prob(lambda x, _t: x.flatten(1), z_text, 10.0), diffusion, 1.0)(
+            x, t
+        )
+
+    with torch.inference_mode():
+        found = moved()
+    torch.testing.assert_close(found.clone(), moved())

@@ -1,5 +1,7 @@
 """The noise-aware CLIP: what it reads, what it learns, and that its guidance turns pictures towards a caption."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from torch import Tensor
 from models.config import ClipDims, DiffusionConfig, SamplerConfig, UNetConfig
 from models.config_noisy_clip import NoisyClipConfig
 from models.diffusion import Diffusion
+from models.guidance import clip_log_prob, score_guided
 from models.noisy_clip import NoisyClip, clip_guided, noisy_clip_loss
 from models.samplers import sample
 
@@ -63,6 +66,16 @@ def test_noisy_clip_embeds_pictures_at_their_timestep_with_length_one() -> None:
     assert (early - late).abs().max() > 1e-3
 
 
+def test_noisy_clip_folds_patches_and_halves_the_side_between_levels() -> None:
+    torch.manual_seed(3)
+    folded = NoisyClip(replace(CONFIG, tower=replace(TOWER, patch_px=2)), DIMS)
+    sides: list[int] = []
+    for stage in folded.stages:
+        stage.register_forward_hook(lambda _stage, _given, found: sides.append(found.shape[-1]))
+    folded(torch.randn(2, 3, 8, 8), torch.tensor([1, 90]))
+    assert sides == [4, 2, 2]
+
+
 def test_noisy_clip_tells_kinds_apart_through_noise(trained: NoisyClip) -> None:
     generator = torch.Generator().manual_seed(5)
     kinds = torch.arange(64) % 2
@@ -98,6 +111,9 @@ def test_guidance_turns_pictures_towards_the_caption(trained: NoisyClip) -> None
     assert 0.2 < (plain.mean((1, 2, 3)) > 0).float().mean() < 0.8
     assert brightness[0] < 0.15
     assert brightness[1] > 0.85
+    t = torch.full((16,), 50)
+    by_clip = score_guided(mixture, clip_log_prob(trained, z_text, float(trained.logit_scale)), DIFFUSION, 3.0)
+    torch.testing.assert_close(guided(x_T, t), by_clip(x_T, t))  # as sharp as it was trained to be
     torch.testing.assert_close(
         clip_guided(mixture, trained, Z_TEXT[:1].expand(16, -1), DIFFUSION, scale=0.0)(x_T, torch.full((16,), 50)),
         mixture(x_T, torch.full((16,), 50)),

@@ -29,6 +29,8 @@ def test_pca_is_that_of_scikit_learn() -> None:
     np.testing.assert_allclose(ours.mean, theirs.mean_, atol=1e-12)
     np.testing.assert_allclose(ours.variance, theirs.explained_variance_, rtol=1e-9)
     np.testing.assert_allclose(ours.components, theirs.components_, atol=1e-9)  # signs too
+    every = measured(x).components
+    assert (every.gather(1, every.abs().argmax(1, keepdim=True)) > 0).all()
     np.testing.assert_allclose(ours.project(x), theirs.transform(x.numpy()), atol=1e-9)
     np.testing.assert_allclose(
         ours.reconstruct(ours.project(x)), theirs.inverse_transform(theirs.transform(x.numpy())), atol=1e-9
@@ -70,6 +72,24 @@ def test_keep_by_energy_keeps_the_fewest_components_within_the_error() -> None:
         assert kept.error == pytest.approx(float(residual), abs=1e-9)
         assert pca.keep(len(kept.components) - 1).error > max_error
     assert pca.keep_by_energy(0.01).components.shape[0] > pca.keep_by_energy(0.5).components.shape[0]
+
+
+def test_keep_by_energy_takes_a_share_to_the_bound_and_all_where_none_suffices() -> None:
+    pca = Pca(torch.zeros(3), torch.eye(3), torch.tensor([0.5, 0.25, 0.25]), 1.0)
+    assert [len(pca.keep_by_energy(error).components) for error in (0.5, 0.4, 0.2)] == [1, 2, 3]
+    assert len(pca.keep(2).keep_by_energy(0.1).components) == 2
+
+
+def test_directions_and_workers_without_rows_count_as_nothing() -> None:
+    flat = embeddings() @ torch.linalg.qr(torch.randn(12, 5, generator=torch.Generator().manual_seed(1)).double())[0]
+    turned = flat @ torch.linalg.qr(torch.randn(12, 5, generator=torch.Generator().manual_seed(2)).double())[0].T
+    sums, idle = PcaSums(12), PcaSums(12)
+    idle.update(turned[:0])
+    sums.update(turned)
+    sums.merge(idle)
+    variance = sums.pca().variance
+    assert (variance >= 0).all()
+    assert variance[5:].max() < 1e-12
 
 
 def test_pca_refuses_what_has_no_components() -> None:

@@ -105,9 +105,34 @@ def test_dot_product_is_drawn_from_the_top_half(prior: ArPrior) -> None:
     assert float(whole) == pytest.approx(0.5, abs=0.1)
 
 
+def test_dot_product_and_components_have_random_numbers_of_their_own() -> None:
+    prior = ArPrior(
+        ArPriorConfig(width=8, depth=1, num_heads=2, num_components=2, num_buckets=3, num_dot_buckets=6), DIMS
+    )
+    state = start(prior, concat_text([make_text((4,))] * 600), NoiseSource.from_seeds(list(range(600))), PLAIN)
+    step(prior, state, PLAIN)  # untrained: every token is as likely
+    together = torch.bincount(state.dot * 3 + state.tokens[:, 0], minlength=18).view(6, 3)
+    assert together[:3].sum() == 0
+    assert chisquare(together[3:].flatten().numpy()).pvalue > 0.001
+
+
 def test_guided_chains_hide_the_dot_product_from_the_unconditional_half(prior: ArPrior) -> None:
     state = start(prior, make_text((3, 7)), NoiseSource.from_seeds([1, 2]), replace(PLAIN, guidance_scale=2.0))
     assert state.dot.tolist() == [2, 1, 2, 1]
+
+
+def test_guided_chains_set_the_null_caption_before_their_own(prior: ArPrior) -> None:
+    text, null = make_text((3, 7)), prior.null_text.encoding(1)
+    state = start(prior, text, NoiseSource.from_seeds([1, 2]), replace(PLAIN, guidance_scale=2.0))
+    with torch.no_grad():
+        found = prior.next_logits(state.cache, state.dot, torch.zeros(4, dtype=torch.int64))
+        blank = torch.zeros(1, NUM_COMPONENTS, dtype=torch.int64)
+        expected = [
+            prior(blank, torch.tensor([dot]), prior.encode_condition(one))[:, 0]
+            for one, dot in ((null, 2), (text[:1], 1), (null, 2), (text[1:], 1))
+        ]
+    torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-5)
+    assert (found[1] - found[3]).abs().max() > 1e-3
 
 
 def test_guidance_of_one_is_no_guidance(prior: ArPrior) -> None:
@@ -169,6 +194,8 @@ def test_top_p_keeps_the_smallest_likeliest_set_that_reaches_p() -> None:
         assert ((kept.sum(1) - least < top_p) | (top_p == 1)).all()
         torch.testing.assert_close(cut, kept / kept.sum(1, keepdim=True))
     assert ((token_probs(logits, replace(PLAIN, top_p=1e-6)) > 0).sum(1) == 1).all()
+    even = token_probs(torch.zeros(1, 4), replace(PLAIN, top_p=0.5))
+    assert int((even > 0).sum()) == 2  # two reach it; the third is one too many
     both = token_probs(logits, replace(PLAIN, top_k=4, top_p=0.9))
     assert ((both > 0).sum(1) <= 4).all()
 

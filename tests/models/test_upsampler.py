@@ -42,6 +42,9 @@ def test_upsampler_condition_that_is_not_rounded_is_plain_bicubic() -> None:
     plain = torch.nn.functional.interpolate(low_res, size=(32, 32), mode="bicubic", antialias=True)
     assert torch.equal(upsampler.encode_condition(low_res), plain)
     assert plain.abs().max() > 1  # it overshoots, and that is kept
+    assert torch.equal(upsampler.encode_condition(2 * low_res), upsampler.encode_condition((2 * low_res).clamp(-1, 1)))
+    fourfold = Upsampler(replace(CONFIG, low_res_px=8, crop_px=32))
+    assert fourfold.encode_condition(low_res).shape == (1, 3, 64, 64)
 
 
 def test_upsampler_reads_its_condition(upsampler: Upsampler) -> None:

@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,11 @@ def test_a_step_lets_the_one_before_it_take_its_room_first(tmp_path: Path, monke
     _free(monkeypatch, CPU=1.0)
     Progress(steps["decoder"].output, waits=True).update(0, 1, "", "waiting for 1 x 1 CPU", force=True)
     assert not fits_now(steps["prior"], [steps["decoder"]])
+    assert not fits_now(steps["prior"], [_works(steps["upsampler_1"]), steps["decoder"]])
+    later = time.time() + 21.0
+    with monkeypatch.context() as clock:
+        clock.setattr(time, "time", lambda: later)
+        assert fits_now(steps["prior"], [steps["decoder"]])  # it had its head start
     assert fits_now(steps["prior"], [_works(steps["decoder"])])
 
 

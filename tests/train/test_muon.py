@@ -46,3 +46,25 @@ def test_muon_moves_a_kernel_by_the_orthogonal_matrix_of_its_gradient_and_the_re
     assert torch.allclose(before - layer.weight.detach(), expected.view_as(before), atol=1e-5)
     assert torch.allclose((bias - layer.bias.detach()).abs(), torch.full_like(bias, 0.01), atol=1e-4)  # pyright: ignore
     assert expected.square().mean().sqrt() == pytest.approx(0.01 * 0.2 * (288 / 40 / 7.2) ** 0.5, rel=0.2)
+
+
+def test_muon_looks_ahead_decays_and_leaves_all_as_it_is_where_a_gradient_is_not_finite() -> None:
+    generator = torch.Generator().manual_seed(3)
+    kernel, unused = nn.Parameter(torch.randn(40, 48, generator=generator)), nn.Parameter(torch.ones(32, 32))
+    group = {"params": [kernel, unused], "weight_decay": 0.1, "muon": True}
+    optimizer = Muon([group], lr=0.01, fused=True)
+    expected, momentum = kernel.detach().clone(), torch.zeros(40, 48)
+    for _ in range(3):
+        kernel.grad = torch.randn(40, 48, generator=generator)
+        momentum = 0.95 * momentum + 0.05 * kernel.grad
+        ahead = 0.95 * momentum + 0.05 * kernel.grad
+        expected = expected * (1 - 0.01 * 0.1) - 0.01 * 0.2 * 48**0.5 * orthogonal(ahead[None])[0]
+        optimizer.step()
+        torch.testing.assert_close(kernel.detach(), expected, rtol=0, atol=1e-5)
+    kernel.grad = torch.full((40, 48), torch.inf)
+    optimizer.found_inf = torch.ones(())
+    before = kernel.detach().clone()
+    optimizer.step()
+    assert torch.equal(kernel, before)
+    torch.testing.assert_close(optimizer.state[kernel]["momentum"], momentum)
+    assert torch.equal(unused, torch.ones(32, 32))
