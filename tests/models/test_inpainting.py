@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import DIMS, UNET, make_text, randomise
 
-from models.cascade import decoder_denoiser
+from models.cascade import guided_decoder
 from models.config import DecoderConfig
 from models.decoder import Decoder, concat_decoder_conditions
 from models.diffusion import Diffusion
@@ -91,8 +91,8 @@ def test_guidance_tells_both_halves_of_the_known_part(decoder: Decoder) -> None:
     x, planes = torch.randn(1, 3, 8, 8), known_planes(torch.rand(1, 3, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.bool))
     with torch.no_grad():
         null = decoder(x, t, decoder.null_condition(1, planes))
-        plain = decoder(x, t, decoder.encode_condition(z_image, text, known=planes))
-        guided = decoder_denoiser(decoder, z_image, text, 3.0, planes)(x, t)
+        condition = decoder.encode_condition(z_image, text, known=planes)
+        plain, guided = decoder(x, t, condition), guided_decoder(decoder, condition, 3.0)(x, t)
     torch.testing.assert_close(guided[:, :3], (null + 3 * (plain - null))[:, :3], rtol=0, atol=1e-4)
 
 
