@@ -43,7 +43,7 @@ class Drawer:
     def __init__(self, recipe: Recipe, num_images: int, batch_size: int, split: str = "validation") -> None:
         workspace = Workspace(recipe.workspace)
         artifacts = {step.name: artifact_of(workspace, step) for step in make_plan(recipe)}
-        decoder = load_network(artifacts["decoder"])
+        decoder = load_network(artifacts["decoder"], wanted=recipe.decoder.model)
         assert isinstance(decoder, Decoder)
         self.decoder: Decoder = decoder
         self.clip: FrozenClip = load_clip_artifact(artifacts["clip"])

@@ -27,14 +27,14 @@ def export(
     from models.clip import FrozenClip
     from pipeline.evaluate.sample import cascade_artifacts
     from pipeline.export import export_diffusers, export_native
-    from pipeline.weights import load_cascade
+    from pipeline.weights import load_cascade, network_configs
 
     artifacts = cascade_artifacts(resolved)
     if native:
         export_native(artifacts, Path(native))
         typer.echo(f"{', '.join(artifacts)} in {native}")
         return
-    cascade = load_cascade(artifacts)
+    cascade = load_cascade(artifacts, wanted=network_configs(resolved))
     assert isinstance(cascade.clip, FrozenClip)
     for note in export_diffusers(cascade, cascade.clip, Path(diffusers)):
         typer.echo(f"note: {note}")

@@ -57,7 +57,10 @@ class DiffusionConfig:
 
 @configclass
 class SamplerConfig:
-    """How a trained network is sampled; part of no weight, so it can be changed at any time."""
+    """How a trained network is sampled; part of no weight, so it can be changed at any time.
+
+    But for the prior's analytic sampler, whose variance the end of the training measures, step by step of its walk.
+    """
 
     method: Literal["ddpm", "ddim", "analytic", "dpmpp_2m", "heun"] = "ddpm"
     """Ancestral, DDIM (arXiv:2010.02502), Analytic-DPM (2201.06503), DPM-Solver++(2M) (2211.01095), Heun."""

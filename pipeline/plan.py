@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
-from pipeline.recipe import Recipe, to_dict, without_resources
+from pipeline.recipe import SAMPLING, Recipe, to_dict, without_resources
 from pipeline.schema import Manifest
 from pipeline.store import Artifact, Workspace, fingerprint
 
@@ -106,6 +106,7 @@ def make_plan(recipe: Recipe, *, until: str = "") -> list[Step]:
         if spec.seeded:
             tables["seed"] = recipe.seed
         tables |= _local_inputs(spec.name, tables)
+        tables = tables | sampling_tables(recipe) if spec.name == "evaluate" else _without_sampling(tables)
         inputs = {name: steps[name].key for name in spec.inputs if name in steps}
         if spec.name == "clip" and recipe.clip.source == "pretrained":
             inputs = {}
@@ -119,6 +120,26 @@ def make_plan(recipe: Recipe, *, until: str = "") -> list[Step]:
         if step.name in wanted:
             wanted |= set(step.inputs)
     return [step for step in steps.values() if step.name in wanted]
+
+
+def sampling_tables(recipe: Recipe) -> Json:
+    """How every network of a recipe is sampled: what those steps depend on that draw."""
+    models = {name: to_dict(section)["model"] for name, section in recipe.trained().items()}
+    found = {name: {field: model[field] for field in SAMPLING if field in model} for name, model in models.items()}
+    return {name: {"model": fields} for name, fields in found.items() if fields}
+
+
+def _without_sampling(tables: Json) -> Json:
+    """The tables less how the trained network is sampled: no weight depends on that.
+
+    Of the analytic sampler the training measures the variance, step by step of its walk.
+    """
+    model = tables.get("model", {})
+    if model.get("sampler", {}).get("method") == "analytic":
+        return tables
+    return (
+        tables | {"model": {name: value for name, value in model.items() if name not in SAMPLING}} if model else tables
+    )
 
 
 def artifact_of(workspace: Workspace, step: Step) -> Artifact:

@@ -42,6 +42,8 @@ _OPTIONAL = {
     "upsampler_1": UpsamplerStepConfig(),
     "upsampler_2": UpsamplerStepConfig(),
 }
+SAMPLING = ("sampler", "num_candidates")
+"""Fields of a model's table that say how it is sampled once it is trained."""
 TrainedSection = ClipStepConfig | PriorStepConfig | DecoderStepConfig | NoisyClipStepConfig | UpsamplerStepConfig
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,8 +27,9 @@ from models.decoder import Decoder
 from models.noisy_clip import NoisyClip
 from models.prior import Prior
 from models.upsampler import Upsampler
+from pipeline.config import ClipStepConfig
 from pipeline.errors import DataError
-from pipeline.recipe import to_dict
+from pipeline.recipe import SAMPLING, Recipe, to_dict
 from pipeline.store import Artifact
 
 SCHEMA_VERSION = 1
@@ -81,8 +84,15 @@ def save_network(
     artifact.write_json(CONFIG, described)
 
 
-def load_network(artifact: Artifact, device: torch.device | str = "cpu") -> Network:
+def load_network(
+    artifact: Artifact, device: torch.device | str = "cpu", wanted: NetworkConfig | None = None
+) -> Network:
     """Read what ``save_network`` wrote, in evaluation mode.
+
+    Args:
+        artifact: Where it stands.
+        device: Where to.
+        wanted: The recipe's configuration of it, which says how it is sampled now; None: as when it was trained.
 
     Raises:
         DataError: If a file is missing, of a newer schema, damaged, or the weights are not those of the configuration.
@@ -95,7 +105,7 @@ def load_network(artifact: Artifact, device: torch.device | str = "cpu") -> Netw
     try:
         config = TypeAdapter(_CONFIGS[kind]).validate_json(json.dumps(described["config"]))
         dims = TypeAdapter(ClipDims).validate_json(json.dumps(described["dims"] or {}))
-        network = build_network(cast("NetworkConfig", config), dims)
+        network = build_network(_sampled_as(cast("NetworkConfig", config), wanted), dims)
     except (ValidationError, ValueError, KeyError) as error:
         raise DataError(f"{where}: {error}; train the step again") from error
     path = artifact.path(WEIGHTS)
@@ -104,6 +114,14 @@ def load_network(artifact: Artifact, device: torch.device | str = "cpu") -> Netw
     except (SafetensorError, RuntimeError, OSError) as error:
         raise DataError(f"{path}: not the weights of {where}: {error}; remove {artifact.uri} and run again") from error
     return network.to(device).eval().requires_grad_(requires_grad=False)
+
+
+def _sampled_as(config: NetworkConfig, wanted: NetworkConfig | None) -> NetworkConfig:
+    """The configuration with the other's ways of sampling, where both are of one kind."""
+    if type(wanted) is not type(config):
+        return config
+    names = [field.name for field in fields(config) if field.name in SAMPLING]
+    return replace(config, **{name: getattr(wanted, name) for name in names})
 
 
 def load_initial(network: Network, folder: str) -> None:
@@ -166,20 +184,25 @@ def load_clip_artifact(artifact: Artifact, device: torch.device | str = "cpu") -
         raise DataError(f"{artifact.uri}: {error}; remove it and run again") from error
 
 
-def load_cascade(artifacts: dict[str, Artifact], device: torch.device | str = "cpu") -> Cascade:
+def load_cascade(
+    artifacts: dict[str, Artifact],
+    device: torch.device | str = "cpu",
+    wanted: Mapping[str, NetworkConfig] | None = None,
+) -> Cascade:
     """Load everything that draws pictures.
 
     Args:
         artifacts: By step name: ``clip``, ``prior``, ``decoder`` and, where the recipe has them, ``noisy_clip``,
             ``upsampler_1`` and ``upsampler_2``; others are not read.
         device: Where to.
+        wanted: By step name, the recipe's configurations (`network_configs`): they say how each is sampled now.
 
     Raises:
         DataError: If an artifact is missing or damaged, or the networks do not fit together.
     """
     clip = load_clip_artifact(artifacts["clip"], device)
     networks = {
-        name: load_network(artifacts[name], device)
+        name: load_network(artifacts[name], device, (wanted or {}).get(name))
         for name in ("prior", "decoder", "noisy_clip", "upsampler_1", "upsampler_2")
         if name in artifacts
     }
@@ -195,13 +218,21 @@ def load_cascade(artifacts: dict[str, Artifact], device: torch.device | str = "c
         raise DataError(f"the networks do not fit together: {error}; run the recipe again") from error
 
 
-def with_prior(cascade: Cascade, artifact: Artifact, device: torch.device | str = "cpu") -> Cascade:
+def network_configs(recipe: Recipe) -> dict[str, NetworkConfig]:
+    """The configuration of every network of a recipe but CLIP, by step name."""
+    sections = recipe.trained().items()
+    return {name: section.model for name, section in sections if not isinstance(section, ClipStepConfig)}
+
+
+def with_prior(
+    cascade: Cascade, artifact: Artifact, device: torch.device | str = "cpu", wanted: NetworkConfig | None = None
+) -> Cascade:
     """The same cascade with another prior; the other networks are shared.
 
     Raises:
         DataError: If the artifact is damaged, no prior, or made for another CLIP.
     """
-    prior = load_network(artifact, device)
+    prior = load_network(artifact, device, wanted)
     if not isinstance(prior, Prior | ArPrior):
         raise DataError(f"{artifact.uri}: holds a {type(prior).__name__}, not a prior; run the recipe again")
     try:

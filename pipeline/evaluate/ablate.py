@@ -31,13 +31,13 @@ from pipeline.evaluate.metrics import FeatureSums, Rate, cosine, frechet_distanc
 from pipeline.evaluate.parts import Part, picture_seed, read_part, write_rows
 from pipeline.evaluate.pictures import Block, draw_grid, from_bytes, to_png
 from pipeline.evaluate.prompts import PromptSet, choose_prompts
-from pipeline.plan import CASCADE_STEPS, Step, artifact_of, inputs_of, make_plan, manifest_of
+from pipeline.plan import CASCADE_STEPS, Step, artifact_of, inputs_of, make_plan, manifest_of, sampling_tables
 from pipeline.recipe import Recipe
 from pipeline.schema import ShardRecord, add_counts
 from pipeline.shapes.check import check
 from pipeline.shapes.draw import draw_array
 from pipeline.store import Artifact, Workspace
-from pipeline.weights import load_cascade
+from pipeline.weights import load_cascade, network_configs
 
 Json = dict[str, Any]
 Watch = Callable[[str, int, int], None]
@@ -79,7 +79,8 @@ def ablate_recipe(recipe: Recipe, *, num_prompts: int, num_shown: int, watch: Wa
         output.clear_temporaries()
         prompts = choose_prompts(recipe.evaluate.prompts_path, inputs["pairs"], inputs["embed"], num_prompts)
         networks = {name: artifact for name, artifact in inputs.items() if name in CASCADE_STEPS}
-        runner = AblationRunner(load_cascade(networks, recipe.evaluate.resources.accelerator), prompts, output)
+        accelerator = recipe.evaluate.resources.accelerator
+        runner = AblationRunner(load_cascade(networks, accelerator, network_configs(recipe)), prompts, output)
         parts = plan_variants(runner.variants, len(prompts.prompts), recipe.evaluate.batch_size)
         for part in parts:
             if part.name not in output.shard_records():
@@ -97,6 +98,7 @@ def ablation_step(recipe: Recipe, *, num_prompts: int, num_shown: int) -> Step:
     steps = {step.name: step for step in make_plan(recipe)}
     kept = {name: steps["evaluate"].section.get(name) for name in ("prompts_path", "content", "seed")}
     inputs = {name: steps[name].key for name in (*_INPUTS, *CASCADE_STEPS) if name in steps}
+    kept |= sampling_tables(recipe)
     return Step(_STEP, 1, kept | {"num_prompts": num_prompts, "num_shown": num_shown}, inputs)
 
 

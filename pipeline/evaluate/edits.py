@@ -29,7 +29,7 @@ from pipeline.plan import artifact_of, make_plan
 from pipeline.recipe import Recipe
 from pipeline.stages.vectors import read_vectors, to_unit
 from pipeline.store import Artifact, Workspace, translate_os_errors
-from pipeline.weights import load_cascade
+from pipeline.weights import load_cascade, network_configs
 
 Json = dict[str, Any]
 Pixels = NDArray[np.uint8]
@@ -107,7 +107,7 @@ def edit_recipe(
     artifacts = cascade_artifacts(recipe)
     embed = next(step for step in make_plan(recipe, until="embed") if step.name == "embed")
     sources = Sources(tuple(files), pictures, artifact_of(Workspace(recipe.workspace), embed))
-    cascade = load_cascade(artifacts, recipe.evaluate.resources.accelerator)
+    cascade = load_cascade(artifacts, recipe.evaluate.resources.accelerator, network_configs(recipe))
     with translate_os_errors(str(out_dir)):
         out_dir.mkdir(parents=True, exist_ok=True)
         with Preview(out_dir, watch) as preview:

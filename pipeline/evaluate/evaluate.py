@@ -13,7 +13,7 @@ from pipeline.evaluate.prompts import PromptSet, Row, choose_prompts, held_out_r
 from pipeline.evaluate.sample import SAMPLES
 from pipeline.recipe import Recipe
 from pipeline.store import Artifact
-from pipeline.weights import load_cascade, with_prior
+from pipeline.weights import load_cascade, network_configs, with_prior
 
 Json = dict[str, Any]
 
@@ -56,7 +56,8 @@ def make_runner(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact
     device = recipe.evaluate.resources.accelerator
     path = recipe.evaluate.features_path
     extractor = FeatureExtractor(path, device) if path else None
-    cascade = load_cascade(networks, device)
+    wanted = network_configs(recipe)
+    cascade = load_cascade(networks, device, wanted)
     runner = PartRunner(
         cascade,
         work.prompts,
@@ -68,7 +69,7 @@ def make_runner(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact
         extractor,
     )
     if recipe.prior_2 is not None:
-        runner.second = with_prior(cascade, inputs["prior_2"], device)
+        runner.second = with_prior(cascade, inputs["prior_2"], device, wanted["prior_2"])
     return runner
 
 

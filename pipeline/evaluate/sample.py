@@ -22,7 +22,7 @@ from pipeline.evaluate.preview import Preview
 from pipeline.plan import CASCADE_STEPS, artifact_of, make_plan
 from pipeline.recipe import Recipe
 from pipeline.store import Artifact, Workspace, translate_os_errors
-from pipeline.weights import load_cascade
+from pipeline.weights import load_cascade, network_configs
 
 Json = dict[str, Any]
 
@@ -47,7 +47,8 @@ def sample_recipe(
     Raises:
         ConfigError: If a network is not trained yet; names the command that trains it.
     """
-    cascade = load_cascade(cascade_artifacts(recipe), recipe.evaluate.resources.accelerator)
+    accelerator = recipe.evaluate.resources.accelerator
+    cascade = load_cascade(cascade_artifacts(recipe), accelerator, network_configs(recipe))
     return sample_prompts(
         cascade,
         prompts,

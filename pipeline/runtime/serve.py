@@ -45,15 +45,16 @@ _UNAVAILABLE = (
 class PainterReplica:
     """One copy of the cascade; a ``contract.Painter`` that Ray Serve places."""
 
-    def __init__(self, artifacts: dict[str, Artifact], config: ServeConfig) -> None:
+    def __init__(self, artifacts: dict[str, Artifact], recipe: Recipe) -> None:
         import torch
 
         from pipeline.serve.painter import LocalPainter
-        from pipeline.weights import load_cascade
+        from pipeline.weights import load_cascade, network_configs
 
+        config = recipe.serve
         torch.set_num_threads(max(1, int(config.cpus_per_replica)))
         self._painter = LocalPainter(
-            load_cascade(artifacts, config.accelerator),
+            load_cascade(artifacts, config.accelerator, network_configs(recipe)),
             max_batch_size=config.max_batch_size,
             max_waiting=config.max_queued_requests,
         )
@@ -220,7 +221,7 @@ def build_application(recipe: Recipe, artifacts: dict[str, Artifact]) -> serve.A
         graceful_shutdown_timeout_s=5,
     )
     networks = {name: artifact for name, artifact in artifacts.items() if name in CASCADE_STEPS}
-    return front.bind(painter.bind(networks, config), artifacts, recipe)
+    return front.bind(painter.bind(networks, recipe), artifacts, recipe)
 
 
 def final_image_px(recipe: Recipe) -> int:

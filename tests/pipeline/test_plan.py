@@ -47,6 +47,10 @@ def test_initial_weights_count_by_their_content_and_not_by_their_place(tmp_path:
         ("evaluate.num_shown=3", {"evaluate"}),
         ("index.kind=hnsw", {"index", "evaluate"}),
         ("embed.batch_size=3", {"embed", "index", "prior", "decoder", "evaluate"}),
+        ("prior.model.depth=3", {"prior", "evaluate"}),
+        ("decoder.model.sampler.num_steps=7", {"evaluate"}),
+        ("prior.model.num_candidates=3", {"evaluate"}),
+        ("prior.model.sampler.method=analytic", {"prior", "evaluate"}),  # its variance is measured in training
         ("prior.resources.num_workers=2", set()),
         ("serve.port=1", set()),
         ("name=other", set()),
