@@ -8,12 +8,15 @@ INSTALL = $(UV) -c constraints.txt
 # Oracles whose own pins do not go with the project's; tests load them from a folder apart, without their dependencies.
 ORACLES = diffusers==0.37.1 k-diffusion==0.1.1.post1
 
-.PHONY: demo test lint docs clean setup
+.PHONY: demo test test-all lint docs clean setup
 
 demo: .venv/.ready
 	$(BIN)/unclip run configs/demo.toml
 
 test: .venv/.dev lint
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov -m "not slow"
+
+test-all: .venv/.dev lint
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov
 
 lint: .venv/.dev
