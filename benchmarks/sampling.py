@@ -8,6 +8,7 @@ about 8 GB: the two libraries share the weights.
 """
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +87,7 @@ def make_cascade(num_steps: int) -> Cascade:
 
 def load_pipeline(folder: Path) -> Any:
     """The exported folder in diffusers, with the shim of docs/formats.md."""
+    sys.path.append(str(Path(sys.prefix) / "oracles"))  # transformers stands there alone
     import diffusers
     from diffusers.pipelines.deprecated import unclip
 

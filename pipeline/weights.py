@@ -1,4 +1,7 @@
-"""Networks in artifacts: ``config.json`` beside ``model.safetensors``, and CLIP in open_clip's own layout."""
+"""Networks in artifacts: ``config.json`` beside ``model.safetensors``, and CLIP in open_clip's own layout.
+
+open_clip takes longer to import than torch; it is imported where a CLIP is, so that upsamplers start without it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -17,9 +20,6 @@ from torch import Tensor, nn
 
 from models.ar_prior import ArPrior
 from models.cascade import Cascade
-from models.clip import CONFIG_FILE as CLIP_CONFIG
-from models.clip import WEIGHTS_FILE as CLIP_WEIGHTS
-from models.clip import FrozenClip, OpenClip, load_clip, save_clip
 from models.config import ClipDims, DecoderConfig, PriorConfig, UpsamplerConfig
 from models.config_ar_prior import ArPriorConfig
 from models.config_noisy_clip import NoisyClipConfig
@@ -31,6 +31,9 @@ from pipeline.config import ClipStepConfig
 from pipeline.errors import DataError
 from pipeline.recipe import SAMPLING, Recipe, to_dict
 from pipeline.store import Artifact
+
+if TYPE_CHECKING:
+    from models.clip import FrozenClip, OpenClip
 
 SCHEMA_VERSION = 1
 CONFIG = "config.json"
@@ -163,10 +166,12 @@ def _shape(state: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
 
 def save_clip_artifact(artifact: Artifact, clip: OpenClip) -> None:
     """Write CLIP in open_clip's ``local-dir:`` layout, the configuration last."""
+    from models.clip import CONFIG_FILE, WEIGHTS_FILE, save_clip
+
     with tempfile.TemporaryDirectory(prefix="unclip-") as name:
         folder = Path(name)
         save_clip(clip, folder)
-        for file in (CLIP_WEIGHTS, CLIP_CONFIG):
+        for file in (WEIGHTS_FILE, CONFIG_FILE):
             artifact.write_bytes(file, (folder / file).read_bytes())
 
 
@@ -176,7 +181,9 @@ def load_clip_artifact(artifact: Artifact, device: torch.device | str = "cpu") -
     Raises:
         DataError: If it is missing or damaged.
     """
-    config, weights = artifact.path(CLIP_CONFIG), artifact.path(CLIP_WEIGHTS)
+    from models.clip import CONFIG_FILE, WEIGHTS_FILE, FrozenClip, load_clip
+
+    config, weights = artifact.path(CONFIG_FILE), artifact.path(WEIGHTS_FILE)
     assert config.parent == weights.parent
     try:
         return FrozenClip(load_clip(config.parent)).to(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,7 +12,6 @@ from torch import nn
 from models.analytic import X0Variance
 from models.ar_prior import ArPrior
 from models.cascade import prior_denoiser
-from models.clip import FrozenClip, create_clip
 from models.config import ClipDims, PriorConfig
 from models.config_ar_prior import ArPriorConfig
 from models.decoder import Decoder
@@ -27,13 +27,15 @@ from pipeline.recipe import Recipe, TrainedSection
 from pipeline.store import Artifact
 from pipeline.train.ar_prior import ArPriorObjective, build_ar_prior
 from pipeline.train.batches import Batch, CaptionTable, Samples
-from pipeline.train.clip import ClipObjective
 from pipeline.train.decoder import DecoderObjective
 from pipeline.train.noisy_clip import NoisyClipObjective
 from pipeline.train.prior import PriorObjective
 from pipeline.train.shards import ShardReader
 from pipeline.train.upsampler import UpsamplerObjective
 from pipeline.weights import Network, build_network, load_clip_artifact, load_initial, save_clip_artifact, save_network
+
+if TYPE_CHECKING:
+    from models.clip import FrozenClip
 
 CAPTION_TABLE_BYTES = 512 << 20
 """Encodings of all captions are kept when they take no more than this."""
@@ -102,6 +104,9 @@ def assemble(job: TrainJob) -> Parts:
 
 
 def _assemble_clip(job: TrainJob) -> Parts:
+    from models.clip import create_clip  # not needed by an upsampler, and longer to import than torch
+    from pipeline.train.clip import ClipObjective
+
     config = job.recipe.clip.model
     clip = create_clip(config)
 

@@ -1,7 +1,7 @@
 """``kill -9`` of the workers, of the driver and of the whole Ray cluster in the middle of every step, and a Ctrl-C.
 
 One workspace is taken through all the kills, step after step; in the end its bytes are those of a run that nobody
-disturbed, and no commit was made twice. `make test` kills each step in one of the ways, `make test-all` in all of them.
+disturbed, and no commit was made twice.
 """
 
 import contextlib
@@ -68,14 +68,9 @@ _KILLS: dict[str, tuple[Callable[[psutil.Process], None], int]] = {
 """How, and the exit code of the driver."""
 
 
-_ROTATED = {(name, ("workers", "cluster", "driver")[number % 3]) for number, name in enumerate(_STEPS)}
-_ALL = {(name, kind) for name in _STEPS for kind in ("workers", "cluster", "driver")}
-
-
 @pytest.mark.e2e
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kills", [_ROTATED, pytest.param(_ALL, marks=pytest.mark.slow)], ids=["rotated", "all"])
-def test_kill_anywhere_ends_in_the_same_bytes(tmp_path: Path, kills: set[tuple[str, str]]) -> None:
+def test_kill_anywhere_ends_in_the_same_bytes(tmp_path: Path) -> None:
     port = free_port()
     calm_folder, wild_folder = tmp_path / "calm", tmp_path / "wild"
     calm_folder.mkdir()
@@ -84,7 +79,7 @@ def test_kill_anywhere_ends_in_the_same_bytes(tmp_path: Path, kills: set[tuple[s
     wild = tiny_recipe(wild_folder, port=port, num_steps=30, save_every=3)
     steps = {step.name: step for step in make_plan(load_recipe(wild))}
     artifacts = {name: artifact_of(Workspace(load_recipe(wild).workspace), step) for name, step in steps.items()}
-    todo = kills | {("prior", "interrupt")}
+    todo = {(name, kind) for name in _STEPS for kind in ("workers", "cluster", "driver")} | {("prior", "interrupt")}
     committed: dict[str, float] = {}
     started: list[psutil.Process] = []
 
@@ -96,7 +91,7 @@ def test_kill_anywhere_ends_in_the_same_bytes(tmp_path: Path, kills: set[tuple[s
     while target:
         with start_unclip("run", str(wild), "--set", "tracking.uri=off", "--until", target) as process:
             driver = psutil.Process(process.pid)
-            since, wanted = driver.create_time() + 2, ""  # a worker of the driver before may write for a moment longer
+            since, wanted = driver.create_time() + 4, ""  # a worker of the driver before may write for a moment longer
             while process.poll() is None and wanted in {"", "workers"}:
                 names = in_the_middle(since)
                 wanted = next((kind for kind in _KILLS if any((name, kind) in todo for name in names)), "")
@@ -116,7 +111,8 @@ def test_kill_anywhere_ends_in_the_same_bytes(tmp_path: Path, kills: set[tuple[s
                 assert committed.setdefault(name, manifest.created) == manifest.created, name
         left = [name for name in _STEPS if any((name, kind) in todo for kind in _KILLS) and name not in committed]
         target = left[0] if left else "evaluate" if "evaluate" not in committed else ""
-    assert len(todo) <= len(kills) // 9, f"over before it could be killed: {todo}"
+    print(f"over before it could be killed: {todo or 'none'}")
+    assert len(todo) <= 3
     done = unclip("run", str(calm), "--set", "tracking.uri=off")
     assert done.returncode == 0, done.stdout
     other = Workspace(load_recipe(calm).workspace)

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(sys.prefix) / "oracles"))  # transformers stands there alone; what is installed goes first
+
 import diffusers
 import torch
 from diffusers.schedulers import scheduling_unclip
