@@ -44,6 +44,8 @@ def test_prior_is_uniform_before_training() -> None:
     model = ArPrior(CONFIG, DIMS)
     tokens, dot = batch(2)
     assert not model(tokens, dot, model.encode_condition(make_text((3, 7)))).any()
+    anywhere = torch.nn.functional.normalize(torch.randn(1000, 12, generator=torch.Generator().manual_seed(0)), dim=1)
+    assert model.tokenize(anywhere).unique().tolist() == [1, 2, 3, 4, 5]  # a bucket is 1.4 deviations, 7 are 10
 
 
 def test_prior_without_a_number_of_components_has_room_for_all() -> None:

@@ -156,6 +156,10 @@ def test_decoder_is_led_by_the_noisy_clip_towards_each_caption(cascade: Cascade)
     assert (pictures[0] - pictures[1]).abs().max() > 1e-3
     assert (pictures[1] - pictures[2]).abs().max() > 1e-3
     torch.testing.assert_close(drawn(4.0, micro_batch=2), pictures[2], rtol=0, atol=1e-4)
+    settings = cascade.default_settings()
+    asked = replace(settings, decoder=replace(settings.decoder, clip_guidance_scale=1.0))
+    with pytest.raises(ValueError, match="clip_guidance_scale is above 0, and there is no noise-aware CLIP"):
+        cascade.decode(z_image, text, seeds, asked)
 
 
 def test_sample_prior_keeps_the_candidate_nearest_the_caption(cascade: Cascade) -> None:

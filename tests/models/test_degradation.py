@@ -121,7 +121,7 @@ def test_augment_noise_keeps_the_variance_and_has_a_level_per_picture() -> None:
     assert found[1].std().item() == pytest.approx(1, abs=0.03)
 
 
-@pytest.mark.parametrize("quality", [30, 50, 80, 95])
+@pytest.mark.parametrize("quality", [30, 57, 80, 95])
 def test_jpeg_gives_what_pillows_decoder_gives(photo: Tensor, quality: int) -> None:
     levels = ((photo[0].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
     file = io.BytesIO()
@@ -173,6 +173,39 @@ def test_blur_kernels_sum_to_one_and_are_round_or_stretched() -> None:
         assert kernel.sum().item() == pytest.approx(1, abs=1e-5)
     round_ones = sum(bool((kernel - kernel.mT).abs().max() < 1e-6) for kernel in kernels)
     assert 8 < round_ones < 32
+
+
+def test_blur_kernels_are_turned_and_no_wider_than_their_scale_allows() -> None:
+    place = torch.arange(-7.0, 8.0)
+    at = torch.stack(torch.meshgrid(place, place, indexing="ij"))
+    kernels = torch.cat([blur_kernel(4, Draws(seeded(seed)), 64) for seed in range(200)])
+    moments = torch.einsum("nij,aij,bij->nab", kernels, at, at)
+    widest = torch.linalg.eigvalsh(moments).amax(1)  # along the long axis, px squared
+    assert 1.8 < widest.max() < 2.01  # (4 + scale) / 4
+    assert moments[:, 0, 1].min() < -0.3  # turned to either side
+    assert moments[:, 0, 1].max() > 0.3
+
+
+def test_draws_are_whole_numbers_with_both_ends_and_orders_of_all() -> None:
+    draws = Draws(seeded())
+    assert {draws.integer(80, 83) for _ in range(60)} == {80, 81, 82, 83}
+    assert {draws.choice("abc") for _ in range(60)} == set("abc")
+    assert sorted(draws.order(5)) == [0, 1, 2, 3, 4]
+
+
+def test_bsr_blurs_a_picture_that_it_has_halved_by_the_scale_that_is_left(
+    photo: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[tuple[int, int]] = set()
+
+    def watched(scale: int, draws: Draws, side_px: int) -> Tensor:
+        seen.add((scale, side_px))
+        return blur_kernel(scale, draws, side_px)
+
+    monkeypatch.setattr("models.bsr.blur_kernel", watched)
+    bsr_light(photo[..., :32, :32].expand(24, -1, -1, -1), 8, seeded())
+    whole_or_halved = {(scale, side_px) for scale, side_px in seen if side_px in {16, 32}}
+    assert whole_or_halved == {(4, 32), (2, 16)}
 
 
 def test_noise_of_bsr_is_one_or_two_levels() -> None:
