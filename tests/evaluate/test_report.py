@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pipeline.shapes.scene import evaluation_scenes
 from pipeline.store import Artifact, Workspace
 from tests.evaluate.workspaces import METRICS, fill_workspace, make_recipe
 
+_COLOUR = {"colour": METRICS["pixel_check"]["one object"]["colour"]}
 SECTIONS = ("samples", "quality", "stages", "reconstructions", "neighbours", "training", "data", "next")
 
 
@@ -154,10 +156,30 @@ def test_format_metrics_prints_every_rate_with_ceiling_and_floor() -> None:
 
 
 def test_measures_stand_between_floor_and_ceiling() -> None:
-    row = next(row for row in measure_rows(METRICS) if row["name"] == "CLIP score")
-    assert row["place"] == pytest.approx((0.612 - 0.082) / (0.671 - 0.082))
-    psnr = next(row for row in measure_rows(METRICS) if row["name"].startswith("Upsampler 1"))
-    assert (psnr["value"], psnr["floor"]) == ("27.4 dB", "23.2 dB")
+    rows = {row["name"]: row for row in measure_rows(METRICS)}
+    assert rows["CLIP score"]["place"] == pytest.approx((0.612 - 0.082) / (0.671 - 0.082))
+    assert rows["R-precision"]["place"] == pytest.approx(150 / 189)
+    for name, texts in (
+        ("R-precision", ("62.9 %", "79.2 %", "0.4 %")),
+        ("Upsampler 1: PSNR", ("27.4 dB", "", "23.2 dB")),
+        ("Upsampler 1: sharpness", ("812", "934", "205")),
+    ):
+        assert tuple(rows[name][kind] for kind in ("value", "ceiling", "floor")) == texts
+
+
+def test_measures_that_say_nothing_have_no_bar_or_no_row() -> None:
+    (row,) = measure_rows({"clip_score": {"generated": 0.502, "real": 0.505, "shuffled": 0.5}})
+    assert (row["value"], row["place"]) == ("0.502", None)
+    assert measure_rows({"cmmd": {"generated": math.inf}, "recall": {"generated": math.nan}}) == []
+
+
+def test_pixel_check_is_told_in_its_order_and_only_where_something_was_checked() -> None:
+    one, two = quality_groups(METRICS)
+    assert [row["name"] for row in one["rows"]] == ["Colour", "Shape", "Size", "Background"]
+    assert two["title"] == "Two objects, 120 pictures"
+    unchecked = {"generated": {"rate": 0.0, "total": 0}}
+    (half,) = quality_groups({"pixel_check": {"a": {"shape": unchecked}, "b": {"shape": unchecked, **_COLOUR}}})
+    assert [row["name"] for row in half["rows"]] == ["Colour"]
 
 
 def test_tiles_show_the_pixel_check_or_else_the_measures() -> None:

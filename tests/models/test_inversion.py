@@ -1,5 +1,7 @@
 """DDIM inversion on data whose perfect denoiser is known: how exactly it comes back, and where it ends."""
 
+from functools import partial
+
 import pytest
 import torch
 from gaussian_data import GaussianData, make_diffusion
@@ -8,6 +10,7 @@ from models.noise import NoiseSource
 from models.sampler_steps import SamplerState, ddim_invert_step, ddim_step
 from models.samplers import invert_ddim, sample_along
 from models.schedules import strided_timesteps
+from models.thresholds import ClipRange
 
 DATA = GaussianData(std=0.5)
 
@@ -32,6 +35,20 @@ def test_ddim_inversion_with_refinements_converges_to_the_exact_inverse() -> Non
     assert errors[2] < 2e-4
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-12
+
+
+def test_ddim_inversion_limits_every_prediction_as_the_steps_forwards_do() -> None:
+    diffusion, steps, limit = make_diffusion(), strided_timesteps(1000, 27), ClipRange(-0.3, 0.3)
+    x0 = DATA.std * torch.linspace(-1, 1, 101, dtype=torch.float64)[None]
+
+    def limited(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return diffusion.output_from_x0(limit(DATA.posterior_mean(diffusion, x, t)), x, t)
+
+    for num_refinements in (0, 2):
+        walk = partial(invert_ddim, x0=x0, diffusion=diffusion, timesteps=steps, num_refinements=num_refinements)
+        found = walk(DATA.denoiser(diffusion), limit=limit)
+        torch.testing.assert_close(found, walk(limited), rtol=0, atol=1e-9)
+        assert (found - walk(DATA.denoiser(diffusion))).abs().max() > 0.1
 
 
 def test_ddim_inversion_ends_in_standard_noise() -> None:

@@ -1,13 +1,15 @@
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.shapes.check import CheckResult, aggregate, check, wilson_rate
+from pipeline.shapes.check import CheckResult, aggregate, check, compare, wilson_rate
 from pipeline.shapes.draw import draw_array
+from pipeline.shapes.perceive import Seen, perceive
 from pipeline.shapes.scene import Object, Scene, evaluation_scenes
 
 Picture = NDArray[np.uint8]
@@ -81,6 +83,13 @@ def test_check_of_two_objects_names_what_is_wrong() -> None:
     assert wrong(Scene((circle,), "white")) == alone
 
 
+def test_a_third_object_is_one_too_many_and_is_not_compared() -> None:
+    seen = perceive(draw_array(RED_CIRCLE_LEFT))
+    stained = replace(seen, objects=(*seen.objects, Seen("green", "star", "small", 0.5, 0.1, 0.01)))
+    right = compare(stained, RED_CIRCLE_LEFT).right
+    assert {name for name, is_right in right.items() if not is_right} == {"count", "everything"}
+
+
 def test_check_tells_objects_of_one_colour_apart_by_shape() -> None:
     objects = (Object("star", "green", "medium", 0.5, 0.25), Object("circle", "green", "medium", 0.5, 0.75))
     picture = draw_array(Scene(objects, "gray"))
@@ -118,7 +127,7 @@ def test_aggregate_counts_each_number_of_objects_apart() -> None:
 def test_wilson_rate_has_the_published_interval() -> None:
     rate = wilson_rate(81, 263)  # R. G. Newcombe, Statistics in Medicine 17 (1998), table I: 0.2553 to 0.3662
     assert (round(rate.low, 4), round(rate.high, 4)) == (0.2553, 0.3662)
-    assert wilson_rate(0, 20).low == 0.0
+    assert all(0 <= wilson_rate(0, n).low < 1e-12 and 1 - 1e-12 < wilson_rate(n, n).high <= 1 for n in range(1, 200))
     assert round(wilson_rate(0, 20).high, 4) == 0.1611
     with pytest.raises(ValueError, match="at least one"):
         wilson_rate(0, 0)
