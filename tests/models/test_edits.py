@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,10 +13,15 @@ from models.cascade import Cascade, CascadeResult, StageStep
 from models.condition import TextEncoding, concat_text
 from models.config import ClipDims, DecoderConfig, DiffusionConfig, PriorConfig, SamplerConfig, UpsamplerConfig
 from models.decoder import Decoder
+from models.diffusion import Diffusion
 from models.edits import EditError, Editor, EditSettings, Latents, Walk, slerp
 from models.inpainting import PartlyKnown
+from models.noise import NoiseSource
 from models.pixels import resize_crop, to_pixels, to_uint8
 from models.prior import Prior
+from models.sampler_steps import ddim_step
+from models.samplers import sample_along
+from models.thresholds import ClipRange
 from models.upsampler import Upsampler
 
 SETTINGS = EditSettings(num_steps=12, num_refinements=4)
@@ -127,6 +133,16 @@ def test_variations_share_the_embedding_and_differ_by_seed_alone(editor: Editor,
     assert difference(three.stages[0][0], three.stages[0][1]) > 5
     alone = editor.vary(latents, [6], eta=0.8)
     assert difference(alone.images[0], three.images[1]) <= 1
+
+
+def test_noise_of_a_variation_is_its_own_and_not_that_of_its_start(editor: Editor, latents: Latents) -> None:
+    decoder, x = editor.cascade.decoder, editor.noise([5])
+    condition = decoder.encode_condition(latents.z_image, decoder.null_text.encoding(1))
+    step = partial(ddim_step, noise=NoiseSource.from_seeds([5], "edit"), eta=0.8, limit=ClipRange())
+    diffusion = Diffusion(decoder.config.diffusion)
+    expected = sample_along(step, lambda x, t: decoder(x, t, condition), x, diffusion, editor.timesteps)
+    found = editor.draw(latents.z_image, x, [5], Walk(eta=0.8))
+    assert difference(found.stages[0], to_uint8(expected)) <= 1
 
 
 def test_ends_of_an_interpolation_are_the_reconstructions(editor: Editor, latents: Latents) -> None:

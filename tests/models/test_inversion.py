@@ -59,11 +59,17 @@ def test_ddim_inversion_ends_in_standard_noise() -> None:
 
 
 def test_ddim_invert_step_takes_a_timestep_per_item() -> None:
-    diffusion, denoise = make_diffusion(), DATA.denoiser(make_diffusion())
+    diffusion, asked = make_diffusion(), list[list[int]]()
     t, t_next = torch.tensor([-1, 0, 500]), torch.tensor([37, 40, 999])
+
+    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        asked.append(t.tolist())
+        return DATA.denoiser(diffusion)(x, t)
+
     x = torch.randn(3, 4, dtype=torch.float64)
     state = SamplerState(x, x, t)
     batched = ddim_invert_step(denoise, state, t, t_next, diffusion, num_refinements=1)
+    assert asked == [[0, 0, 500], [37, 40, 999]]  # where each stands, then where it arrives
     for i in range(3):
         one = slice(i, i + 1)
         alone = SamplerState(*(part[one] for part in state))
