@@ -1,12 +1,13 @@
 """The sections of a recipe, one for each step.
 
 What changes bytes stands in the section itself and is hashed into the step's key; what does not (workers, devices,
-cadence) stands in its ``resources`` table.
+cadence) stands in its ``resources`` table. What a field must be by itself is its type; what it must be in view of
+another is checked in ``__post_init__``.
 """
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from models.config import ClipConfig, DecoderConfig, PriorConfig, UpsamplerConfig, configclass
 from models.config_ar_prior import ArPriorConfig
@@ -16,27 +17,24 @@ PriorModel = Annotated[PriorConfig | ArPriorConfig, Field(discriminator="kind")]
 """A prior of either kind; ``kind`` in its table says which."""
 
 
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        if value <= 0:
-            raise ValueError(f"{name} must be above 0, got {value}")
+Port = Annotated[int, Field(ge=1, le=65535)]
+Prob = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+"""Below 1."""
 
 
 @configclass
 class DrawnConfig:
     """Captioned pictures that the project draws itself and serves on 127.0.0.1 while they are downloaded."""
 
-    num_pairs: int = 8000
+    num_pairs: PositiveInt = 8000
     """Pictures to draw, in images."""
-    image_px: int = 128
+    image_px: Annotated[int, Field(ge=16, le=1024)] = 128
     """Side of a picture, in pixels."""
-    port: int = 8976
+    port: Port = 8976
     """Port of the picture server on 127.0.0.1; part of every URL, so it changes the uids."""
-    num_faulty: int = 12
+    num_faulty: NonNegativeInt = 12
     """URLs added that are dead, slow, corrupt or not pictures, in rows."""
-
-    def __post_init__(self) -> None:
-        _positive(num_pairs=self.num_pairs, image_px=self.image_px, port=self.port)
 
 
 @configclass
@@ -51,9 +49,9 @@ class PairsConfig:
     """Column that holds the URL (list)."""
     caption_column: str = "caption"
     """Column that holds the caption (list)."""
-    validation_prob: float = 0.02
+    validation_prob: Share = 0.02
     """Share of rows set aside for validation, by hash of the uid."""
-    max_pairs: int = 0
+    max_pairs: NonNegativeInt = 0
     """Rows to take, the first of the list; 0 takes all."""
     drawn: DrawnConfig = DrawnConfig()
     """Settings of the drawn source."""
@@ -61,48 +59,38 @@ class PairsConfig:
     def __post_init__(self) -> None:
         if self.source != "drawn" and not self.path:
             raise ValueError(f"path is required when source is {self.source!r}")
-        if not 0 <= self.validation_prob < 1:
-            raise ValueError(f"validation_prob must be in [0, 1), got {self.validation_prob}")
 
 
 @configclass
 class TaskResources:
     """Where and how wide a data step runs; changes no bytes."""
 
-    num_workers: int = 2
+    num_workers: PositiveInt = 2
     """Tasks or actors at a time."""
-    cpus_per_worker: float = 1.0
+    cpus_per_worker: PositiveFloat = 1.0
     """Logical CPUs that each holds."""
     accelerator: Literal["cpu", "cuda"] = "cpu"
     """Device of the networks in this step."""
-    max_retries: int = 2
+    max_retries: NonNegativeInt = 2
     """Tries again after a lost worker, per shard."""
-
-    def __post_init__(self) -> None:
-        _positive(num_workers=self.num_workers, cpus_per_worker=self.cpus_per_worker)
 
 
 @configclass
 class DownloadResources(TaskResources):
     """Where and how wide the download runs; changes no bytes."""
 
-    max_per_host: int = 0
+    max_per_host: NonNegativeInt = 0
     """Most connections of one worker to one host at once; 0: no limit. URLs that wait for their host keep their thread,
     so give a list of few hosts more ``num_threads``."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_per_host < 0:
-            raise ValueError(f"max_per_host must not be negative, got {self.max_per_host}")
 
 
 @configclass
 class DownloadConfig:
     """img2dataset's options, by our names with units; its shard format is unchanged."""
 
-    samples_per_shard: int = 1000
+    samples_per_shard: PositiveInt = 1000
     """Rows in a shard (img2dataset: number_sample_per_shard), in rows."""
-    image_px: int = 256
+    image_px: PositiveInt = 256
     """Target side, in pixels (img2dataset: image_size)."""
     resize_mode: Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"] = "center_crop"
     """How a picture is brought to the target side."""
@@ -110,21 +98,21 @@ class DownloadConfig:
     """Leave smaller pictures as they are."""
     encode_format: Literal["jpg", "png", "webp"] = "jpg"
     """Format of the stored picture."""
-    encode_quality: int = 95
+    encode_quality: Annotated[int, Field(ge=0, le=100)] = 95
     """jpg and webp: quality 0..100; png: compression 0..9."""
     skip_reencode: bool = False
     """Store the bytes as downloaded when no resize is needed."""
-    min_image_px: int = 0
+    min_image_px: NonNegativeInt = 0
     """Smallest shorter side taken, in pixels."""
-    max_image_area_px: float = 178_956_970.0
+    max_image_area_px: PositiveFloat = 178_956_970.0
     """Largest area decoded, in pixels: a decompression bomb is refused, not decoded."""
-    max_aspect_ratio: float = 20.0
+    max_aspect_ratio: Annotated[float, Field(ge=1)] = 20.0
     """Largest longer side over shorter side."""
-    timeout_s: int = 10
+    timeout_s: PositiveInt = 10
     """Longest wait for one socket operation, in seconds."""
-    deadline_s: float = 30.0
+    deadline_s: PositiveFloat = 30.0
     """Longest time for one try of one URL, redirects included, in seconds: a dripping server must not hold a shard."""
-    retries: int = 1
+    retries: NonNegativeInt = 1
     """Further tries of a failed download."""
     extra_columns: tuple[str, ...] = ()
     """Columns of the pairs that travel into the shards, besides uid and split."""
@@ -132,17 +120,15 @@ class DownloadConfig:
     """Added to the user agent, so that hosts know who asks."""
     disallowed_header_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
     """X-Robots-Tag directives that opt a picture out."""
-    min_success_prob: float = 0.05
+    min_success_prob: Prob = 0.05
     """Below this share of good rows the step fails: something is wrong with the list or the network."""
-    num_threads: int = 32
+    num_threads: PositiveInt = 32
     """Connections of one worker (img2dataset: thread_count)."""
     resources: DownloadResources = DownloadResources()
     """Workers of this step."""
 
     def __post_init__(self) -> None:
-        _positive(samples_per_shard=self.samples_per_shard, image_px=self.image_px, num_threads=self.num_threads)
-        _positive(timeout_s=self.timeout_s, deadline_s=self.deadline_s)
-        if self.encode_format == "png" and not 0 <= self.encode_quality <= 9:
+        if self.encode_format == "png" and self.encode_quality > 9:
             raise ValueError(f"encode_quality must be 0..9 for png, got {self.encode_quality}")
 
 
@@ -150,41 +136,36 @@ class DownloadConfig:
 class TrainConfig:
     """Optimisation of one network: what changes its weights."""
 
-    num_steps: int = 1000
+    num_steps: NonNegativeInt = 1000
     """Optimizer steps; 0 takes the weights of ``init_from`` as they are."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Global batch, over all workers, in samples."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw (the paper's), or muon for the kernels and matrices inside the network and adamw for the rest: fewer steps
     for a small network, a little more work a step."""
-    learning_rate: float = 1e-4
+    learning_rate: PositiveFloat = 1e-4
     """Peak rate; an update of muon is about as large as one of adamw at the same rate."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """constant, or half a cosine down to zero over num_steps."""
-    warmup_steps: int = 0
+    warmup_steps: NonNegativeInt = 0
     """Linear rise of the rate, in steps (paper: none stated)."""
-    beta1: float = 0.9
+    beta1: Share = 0.9
     """AdamW beta 1 (paper: 0.9)."""
-    beta2: float = 0.999
+    beta2: Share = 0.999
     """AdamW beta 2."""
-    eps: float = 1e-8
+    eps: NonNegativeFloat = 1e-8
     """AdamW epsilon."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
-    grad_clip_norm: float = 1.0
+    grad_clip_norm: NonNegativeFloat = 1.0
     """Largest gradient norm; 0 switches clipping off."""
-    ema_decay: float = 0.9999
+    ema_decay: Share = 0.9999
     """Decay of the weight average that is saved and sampled from; ramps up as (1 + step) / (10 + step)."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward pass; weights, loss and optimizer stay float32."""
 
     def __post_init__(self) -> None:
-        _positive(batch_size=self.batch_size, learning_rate=self.learning_rate)
-        if self.num_steps < 0:
-            raise ValueError(f"num_steps must not be negative, got {self.num_steps}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
-        if self.warmup_steps < 0 or self.warmup_steps > self.num_steps:
+        if self.warmup_steps > self.num_steps:
             raise ValueError(f"warmup_steps must be in 0..num_steps, got {self.warmup_steps}")
 
 
@@ -192,28 +173,23 @@ class TrainConfig:
 class TrainResources:
     """Where a training runs and how often it speaks; changes no sample and no order."""
 
-    num_workers: int = 1
+    num_workers: PositiveInt = 1
     """Data-parallel workers; each takes an equal slice of every global batch."""
-    cpus_per_worker: float = 1.0
+    cpus_per_worker: PositiveFloat = 1.0
     """Logical CPUs that each holds; also its torch threads."""
     accelerator: Literal["cpu", "cuda"] = "cpu"
     """Device of the network; cuda takes one GPU a worker."""
-    save_every_steps: int = 200
+    save_every_steps: PositiveInt = 200
     """Steps between checkpoints."""
-    log_every_steps: int = 20
+    log_every_steps: PositiveInt = 20
     """Steps between reads of the loss from the device."""
-    num_checkpoints: int = 2
+    num_checkpoints: PositiveInt = 2
     """Newest checkpoints kept while training."""
-    max_failures: int = 2
+    max_failures: NonNegativeInt = 2
     """Restarts from the newest checkpoint after a lost worker."""
     checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them: the same numbers from less memory, in about a
     third more time. Not for CLIP, whose network is open_clip's."""
-
-    def __post_init__(self) -> None:
-        _positive(num_workers=self.num_workers, cpus_per_worker=self.cpus_per_worker)
-        _positive(save_every_steps=self.save_every_steps, log_every_steps=self.log_every_steps)
-        _positive(num_checkpoints=self.num_checkpoints)
 
 
 def _require_start(train: TrainConfig, init_from: str) -> None:
@@ -247,13 +223,10 @@ class ClipStepConfig:
 class EmbedConfig:
     """z_image and z_text of every good row, as Parquet, one file a shard."""
 
-    batch_size: int = 256
+    batch_size: PositiveInt = 256
     """Images in one forward pass."""
     resources: TaskResources = TaskResources(num_workers=1)
     """Workers of this step."""
-
-    def __post_init__(self) -> None:
-        _positive(batch_size=self.batch_size)
 
 
 @configclass
@@ -262,11 +235,11 @@ class IndexConfig:
 
     kind: Literal["auto", "flat", "ivf_flat", "ivf_sq8", "hnsw"] = "auto"
     """auto: flat below 20,000 rows, else ivf_sq8."""
-    num_train_rows: int = 200_000
+    num_train_rows: PositiveInt = 200_000
     """Random sample on which the lists and quantisers are trained, in rows."""
-    recall_target: float = 0.95
+    recall_target: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Recall at 10 that the search effort is tuned to, measured against exact search."""
-    num_recall_queries: int = 200
+    num_recall_queries: PositiveInt = 200
     """Queries held for that measurement, in rows."""
     resources: TaskResources = TaskResources(num_workers=1)
     """Workers of this step."""
@@ -342,24 +315,20 @@ class UpsamplerStepConfig:
 class EvaluateConfig:
     """Pictures and numbers from the finished cascade."""
 
-    num_prompts: int = 240
+    num_prompts: PositiveInt = 240
     """Prompts sampled for the numbers; none of them was trained on."""
     prompts_path: str = ""
     """Text file of prompts, one a line; empty: the drawn source's held-out scenes, or validation captions."""
     features_path: str = ""
     """TorchScript file of a feature extractor, for a Frechet distance beside CLIP's (Inception: FID); runs its code."""
-    num_shown: int = 16
+    num_shown: PositiveInt = 16
     """Prompts shown in the picture grids."""
-    num_images_per_shown: int = 4
+    num_images_per_shown: PositiveInt = 4
     """Pictures of each shown prompt."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Pictures sampled at a time."""
     resources: TaskResources = TaskResources(num_workers=2)
     """Workers of this step."""
-
-    def __post_init__(self) -> None:
-        _positive(num_prompts=self.num_prompts, num_shown=self.num_shown, batch_size=self.batch_size)
-        _positive(num_images_per_shown=self.num_images_per_shown)
 
 
 @configclass
@@ -368,17 +337,17 @@ class ServeConfig:
 
     host: str = "127.0.0.1"
     """Address to listen on; loopback unless you put something in front."""
-    port: int = 8000
+    port: Port = 8000
     """Port to listen on."""
-    num_replicas: int = 1
+    num_replicas: PositiveInt = 1
     """Copies of the cascade."""
-    cpus_per_replica: float = 1.0
+    cpus_per_replica: PositiveFloat = 1.0
     """Logical CPUs of each; also its torch threads."""
     accelerator: Literal["cpu", "cuda"] = "cpu"
     """Device of each."""
-    max_batch_size: int = 16
+    max_batch_size: PositiveInt = 16
     """Pictures in one forward pass."""
-    max_queued_requests: int = 64
+    max_queued_requests: PositiveInt = 64
     """Requests waiting before new ones get 503."""
     api_key: str = ""
     """When set, requests must carry it: Authorization: Bearer KEY."""

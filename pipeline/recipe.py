@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
 from models.config import configclass
 from models.config_ar_prior import ArPriorConfig
@@ -55,7 +55,7 @@ class Recipe:
     """Name of the recipe: of its experiment, its jobs and its report."""
     workspace: str = "workspace"
     """Folder or object-store URI that holds every artifact."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of everything random."""
     pairs: PairsConfig = PairsConfig()
     """Where the pairs come from."""
@@ -87,6 +87,10 @@ class Recipe:
     """MLflow."""
 
     def __post_init__(self) -> None:
+        if not self.name or self.name.startswith(".") or "/" in self.name:
+            raise ValueError(f"name {self.name!r} is part of a path: not empty, no slash, no dot in front")
+        if not self.workspace:
+            raise ValueError("workspace is empty; name a folder or a URI")
         low_res = ("decoder.model.image_px", self.decoder.model.image_px)
         for name in ("upsampler_1", "upsampler_2"):
             section: UpsamplerStepConfig | None = getattr(self, name)
@@ -238,9 +242,12 @@ def _read_tables(file: Path) -> Json:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from None
     try:
-        return json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+        tables: Any = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{file}: not a valid recipe: {error}") from None
+    if not isinstance(tables, dict):
+        raise ConfigError(f"{file}: not a valid recipe: it holds no tables")
+    return cast("Json", tables)
 
 
 def _apply_override(data: Json, override: str) -> None:

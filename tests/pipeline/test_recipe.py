@@ -1,5 +1,6 @@
 """The recipe: layers, strictness, messages."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def test_load_recipe_round_trips_through_resolved_json(tmp_path: Path) -> None:
             {"prior": {"train": {"batch_size": 9}, "resources": {"num_workers": 2}}},
             ["prior.train.batch_size", "2 workers"],
         ),
-        ({"prior": {"resources": {"num_workers": 0}}}, ["num_workers", "above 0"]),
+        ({"prior": {"resources": {"num_workers": 0}}}, ["prior.resources.num_workers", "greater than 0"]),
         ({"upsampler_2": {}}, ["upsampler_2"]),
         (
             {"prior": {"model": {"kind": "magic"}}},
@@ -103,6 +104,54 @@ def test_load_recipe_malformed_file_is_one_message(tmp_path: Path, text: str, wo
     with pytest.raises(ConfigError, match=word) as caught:
         load_recipe(file)
     assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("seed=-1", "pairs.drawn.num_pairs=0", "pairs.drawn.image_px=8", "pairs.drawn.port=70000"),
+        *("pairs.drawn.num_faulty=-1", "pairs.max_pairs=-1", "pairs.validation_prob=1.0", "download.image_px=0"),
+        *("download.retries=-1", "download.min_success_prob=1.5", "download.encode_quality=101"),
+        *("download.max_aspect_ratio=0.5", "download.deadline_s=0", "download.resources.max_per_host=-1"),
+        *(
+            "embed.batch_size=0",
+            "embed.resources.max_retries=-1",
+            "index.recall_target=2",
+            "index.num_recall_queries=0",
+        ),
+        *("index.num_train_rows=-1", "prior.train.learning_rate=0", "prior.train.num_steps=-1", "prior.train.beta1=1"),
+        *("decoder.train.ema_decay=1", "decoder.train.weight_decay=-1", "decoder.resources.save_every_steps=0"),
+        *("decoder.resources.max_failures=-1", "evaluate.num_shown=0", "serve.port=0", "serve.port=65536"),
+        *("serve.num_replicas=0", "serve.max_batch_size=0", "serve.max_queued_requests=0"),
+    ],
+)
+def test_load_recipe_refuses_an_impossible_number_by_its_name(override: str) -> None:
+    name, _, value = override.partition("=")
+    with pytest.raises(ConfigError, match=rf"{re.escape(name)}: Input should be .*, got {re.escape(value)}"):
+        load_recipe(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("name=", "name '' is part of a path"),
+        ("name=../elsewhere", "name '../elsewhere' is part of a path"),
+        ("workspace=", "workspace is empty"),
+        ("download.encode_format=png", r"encode_quality must be 0\.\.9 for png, got 95"),
+        ("prior.train.warmup_steps=1001", r"warmup_steps must be in 0\.\.num_steps, got 1001"),
+    ],
+)
+def test_load_recipe_refuses_what_does_not_go_together(override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_recipe(None, [override])
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '"seed"', "null"])
+def test_load_recipe_json_without_tables_is_one_message(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "recipe.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"recipe\.json: not a valid recipe: it holds no tables"):
+        load_recipe(file)
 
 
 def test_load_recipe_missing_file_says_what_to_do(tmp_path: Path) -> None:
