@@ -33,9 +33,11 @@ def sample(
     """
     wanted = list(prompts or [])
     if prompts_path:
-        if not Path(prompts_path).is_file():
-            raise ConfigError(f"--prompts {prompts_path}: no such file")
-        wanted += [line.strip() for line in Path(prompts_path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = Path(prompts_path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--prompts {prompts_path}: cannot be read: {error}") from None
+        wanted += [line.strip() for line in lines if line.strip()]
     if not wanted:
         raise ConfigError('sample: give at least one prompt, for example: unclip sample RECIPE "a red circle"')
     resolved = load_recipe(recipe, overrides or [])
@@ -55,7 +57,8 @@ def sample(
     if json:
         print_json(rows)
         return
-    typer.echo(f"{len(rows)} pictures in {out}; all at a glance: {Path(out) / 'grid.png'}")
+    count = "1 picture" if len(rows) == 1 else f"{len(rows)} pictures"
+    typer.echo(f"{count} in {out}; all at a glance: {Path(out) / 'grid.png'}")
 
 
 def evaluate(recipe: RecipePath, overrides: Overrides = None, address: RayAddress = "", json: AsJson = False) -> None:

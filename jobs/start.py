@@ -66,7 +66,8 @@ def run(
     if json:
         print_json({"ran": ran, "wall_s": wall_s, "workspace": workspace.root, "report": str(report)})
         return
-    typer.echo(f"ran {len(ran)} steps in {wall_s:.0f} s" if ran else f"nothing to do: all {len(before)} steps are done")
+    steps = "1 step" if len(ran) == 1 else f"{len(ran)} steps"
+    typer.echo(f"ran {steps} in {wall_s:.0f} s" if ran else f"nothing to do: all {len(before)} steps are done")
     if report.exists():
         typer.echo(f"report: {report}")
     _say_next(words, {status.step.name for status in before}, drawn=resolved.pairs.source == "drawn")

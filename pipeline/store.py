@@ -35,6 +35,7 @@ _DISK_REASONS = {
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "permission denied",
     errno.ENOTDIR: "a part of this path is a file, not a folder",
+    errno.EEXIST: "a file is where a folder should be",
 }
 
 
@@ -251,8 +252,8 @@ def translate_os_errors(where: str) -> Generator[None]:
     """Turn a full or forbidden disk into a message.
 
     Raises:
-        StepError: In place of an error for no space, quota, read-only and permission: an OSError, or a library's own
-            that quotes one (safetensors: SafetensorError, FAISS: RuntimeError).
+        StepError: In place of an error for no space, quota, read-only, permission and a file in the place of a folder:
+            an OSError, or a library's own that quotes one (safetensors: SafetensorError, FAISS: RuntimeError).
     """
     try:
         yield
@@ -262,7 +263,7 @@ def translate_os_errors(where: str) -> Generator[None]:
         if error.errno not in _DISK_REASONS:
             raise
         raise StepError(f"{where}: {_DISK_REASONS[error.errno]}") from error
-    except Exception as error:
+    except Exception as error:  # each library raises its own; what quotes none of the reasons goes on as it was
         quoted = [reason for code, reason in _DISK_REASONS.items() if os.strerror(code) in str(error)]
         if not quoted:
             raise

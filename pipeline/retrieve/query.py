@@ -14,7 +14,7 @@ from pipeline.plan import artifact_of, make_plan
 from pipeline.recipe import Recipe
 from pipeline.retrieve.build import Modality
 from pipeline.retrieve.index import Neighbour, NeighbourIndex, read_picture
-from pipeline.store import Artifact, Workspace
+from pipeline.store import Artifact, Workspace, translate_os_errors
 from pipeline.weights import load_clip_artifact
 
 
@@ -34,6 +34,7 @@ def search_recipe(
     Raises:
         ConfigError: If the index is not built yet, or the picture cannot be read.
         DataError: If an artifact is damaged.
+        StepError: If the folder cannot be written.
     """
     artifacts = _artifacts(recipe)
     clip = load_clip_artifact(artifacts["clip"])
@@ -46,7 +47,8 @@ def search_recipe(
     index = NeighbourIndex.open(artifacts["index"])
     [neighbours] = index.search(z.cpu().numpy(), k, cast("Modality", modality))
     if out:
-        _write_pictures(neighbours, artifacts["download"], Path(out), text or image)
+        with translate_os_errors(out):
+            _write_pictures(neighbours, artifacts["download"], Path(out), text or image)
     return neighbours
 
 

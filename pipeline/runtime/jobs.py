@@ -26,6 +26,7 @@ import requests
 from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.job_submission import JobSubmissionClient
 
+from pipeline.config import ClipStepConfig, NoisyClipStepConfig
 from pipeline.errors import ConfigError, StepError
 from pipeline.plan import make_plan
 from pipeline.recipe import Recipe, to_dict
@@ -230,8 +231,14 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     clip = recipe.clip
     if clip.source == "pretrained":
         clip = dataclasses.replace(clip, name=_existing(clip.name), tag=_existing(clip.tag))
+    started = {
+        name: dataclasses.replace(section, init_from=_absolute(section.init_from))
+        for name, section in recipe.trained().items()
+        if not isinstance(section, ClipStepConfig | NoisyClipStepConfig)
+    }
     return dataclasses.replace(
         recipe,
+        **started,
         workspace=_absolute(recipe.workspace),
         pairs=dataclasses.replace(recipe.pairs, path=_absolute(recipe.pairs.path)),
         clip=clip,

@@ -281,6 +281,8 @@ def _locked(workspace: Workspace) -> Generator[None]:
                 f"{root}: another run is using this workspace ({lock.read().strip()}); wait for it"
             ) from None
         lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}")
-        lock.flush()
+        with translate_os_errors(str(root)):
+            os.write(
+                lock.fileno(), f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}".encode()
+            )
         yield

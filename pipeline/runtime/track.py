@@ -85,7 +85,8 @@ class Tracking:
             action(self._tracker)
         except Exception as error:  # noqa: BLE001  (whatever a tracker throws must not stop a training)
             self._on = False
-            self._warn(f"tracker {self._uri} failed ({error}); the run goes on; curves stay in metrics.jsonl")
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            self._warn(f"tracker {self._uri} failed ({reason}); the run goes on; curves stay in metrics.jsonl")
 
     def _start(self, tracker: "Tracker", context: StepContext) -> None:
         step = context.step

@@ -147,7 +147,7 @@ class _Connection(http.client.HTTPConnection):
         give_back = self._opener.take_place(self._site)
         try:
             super().connect()
-        except BaseException:
+        except BaseException:  # whatever kept the connection from being made, its place is free again
             give_back()
             raise
         self._give_back = give_back

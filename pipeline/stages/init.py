@@ -10,6 +10,7 @@ from pipeline.stages.folders import PICTURES
 from pipeline.stages.lists import list_columns, list_files
 from pipeline.stages.pairs import PairsSummary, source_batches
 from pipeline.stages.sizes import Tables, as_toml, cpu_tables, gpu_tables
+from pipeline.store import translate_os_errors
 
 _URL_COLUMNS = ("url", "image_url", "img_url", "link", "image", "src")
 _CAPTION_COLUMNS = ("caption", "text", "title", "description", "alt_text", "alt", "prompt", "top_caption")
@@ -40,6 +41,7 @@ def write_recipe(
     Raises:
         ConfigError: If ``out`` exists or its folder does not, or the columns are not found; names those there are.
         DataError: If the source cannot be read, or holds no pair.
+        StepError: If ``out`` cannot be written.
     """
     target, path = Path(out), Path(source)
     if target.exists() and not force:
@@ -62,7 +64,8 @@ def write_recipe(
     on_gpu = Path("/proc/driver/nvidia/version").exists() if gpu is None else gpu
     machine = "one GPU" if on_gpu else f"{os.cpu_count()} CPU cores"
     header = f"# {source}: {num_pairs} pairs, sized for {machine}. `unclip config {out}` prints every field.\n"
-    target.write_text(header + as_toml(_tables(target.stem, pairs, num_pairs, on_gpu=on_gpu)), encoding="utf-8")
+    with translate_os_errors(out):
+        target.write_text(header + as_toml(_tables(target.stem, pairs, num_pairs, on_gpu=on_gpu)), encoding="utf-8")
     load_recipe(target)
     kind = "pictures in a folder" if folder else f"rows (url: {pairs.url_column}, caption: {pairs.caption_column})"
     return f"{num_pairs} {kind}; sized for {machine}"
@@ -76,7 +79,7 @@ def _find(names: list[str], wanted: str, known: tuple[str, ...], source: str, op
         if candidate.lower() in by_lower:
             return by_lower[candidate.lower()]
     what = f"no column {wanted}" if wanted else f"none of the columns {', '.join(known)}"
-    raise ConfigError(f"{source}: {what}; it has {', '.join(names)}: name one with {option}")
+    raise ConfigError(f"{source}: {what}; it has {', '.join(names) or 'none'}: name one with {option}")
 
 
 def _tables(name: str, pairs: PairsConfig, num_pairs: int, *, on_gpu: bool) -> Tables:

@@ -6,9 +6,10 @@ import pytest
 from PIL import Image
 
 from models.cascade import Cascade
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StepError
 from pipeline.evaluate.sample import sample_prompts, sample_recipe
 from pipeline.recipe import Recipe, parse_recipe
+from pipeline.retrieve.query import search_recipe
 from tests.evaluate.workspaces import tiny_tables
 
 PROMPTS = ["a red circle", "a small blue star on a white background", "a green square"]
@@ -61,6 +62,17 @@ def test_sampling_before_training_says_which_step_is_missing(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="clip: not trained yet"):
         sample_recipe(recipe, PROMPTS, num_images=1, seed=0, out_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_sampling_and_searching_where_a_file_is_in_the_way_say_so(
+    tiny: Recipe, cascade: Cascade, tmp_path: Path
+) -> None:
+    (tmp_path / "out").touch()
+    message = "out: a file is where a folder should be"
+    with pytest.raises(StepError, match=message):
+        sample_prompts(cascade, PROMPTS, num_images=1, seed=0, out_dir=tmp_path / "out")
+    with pytest.raises(StepError, match=message):
+        search_recipe(tiny, text="a red circle", k=2, out=str(tmp_path / "out"))
 
 
 def test_sampling_nothing_is_refused(cascade: Cascade, tmp_path: Path) -> None:

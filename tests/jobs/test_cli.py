@@ -58,6 +58,8 @@ def test_version_is_the_package_version() -> None:
         (["run", "configs/demo.toml", "--set", "pairs.source=list", "--set", "pairs.path=none.csv"], 2, ["none.csv"]),
         (["sample", "configs/demo.toml"], 2, ["at least one prompt"]),
         (["sample", "configs/demo.toml", "--prompts", "none.txt"], 2, ["none.txt"]),
+        (["sample", "configs/demo.toml", "--prompts", "docs/images/samples.jpg"], 2, ["samples.jpg", "utf-8"]),
+        (["run", "configs/demo.toml", "--set", "workspace=README.md"], 4, ["README.md", "a file is where a folder"]),
         (["search", "configs/demo.toml"], 2, ["--image"]),
         (["init", "none.csv"], 2, ["none.csv"]),
         (["export", "configs/demo.toml"], 2, ["--diffusers", "--native"]),

@@ -104,7 +104,7 @@ def test_write_full_disk_is_told_alike_by_every_library(save: Callable[[Path], N
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EEXIST])
 def test_translate_os_errors_names_the_place(code: int) -> None:
     with pytest.raises(StepError, match="/data/file"), translate_os_errors("/data/file"):
         raise OSError(code, "no")

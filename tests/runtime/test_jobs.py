@@ -217,13 +217,15 @@ def test_job_name_follows_what_is_made_and_not_how(tmp_path: Path) -> None:
 
 def test_paths_of_a_shipped_recipe_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "clip").mkdir()
+    for folder in ("clip", "prior"):
+        (tmp_path / folder).mkdir()
     (tmp_path / "list.csv").touch()
     recipe = parse_recipe(
         {
             "workspace": "work",
             "pairs": {"source": "list", "path": "list.csv"},
             "clip": {"source": "pretrained", "name": "clip", "tag": "laion2b"},
+            "prior": {"init_from": "prior"},
             "tracking": {"uri": "sqlite:///runs.db"},
         }
     )
@@ -231,6 +233,8 @@ def test_paths_of_a_shipped_recipe_are_absolute(tmp_path: Path, monkeypatch: pyt
     assert shipped.workspace == str(tmp_path / "work")
     assert shipped.pairs.path == str(tmp_path / "list.csv")
     assert (shipped.clip.name, shipped.clip.tag) == (str(tmp_path / "clip"), "laion2b")
+    assert shipped.prior.init_from == str(tmp_path / "prior")
+    assert shipped.decoder == recipe.decoder
     assert shipped.tracking.uri == f"sqlite:///{tmp_path}/runs.db"
     remote = parse_recipe({"workspace": "s3://bucket/work", "tracking": {"uri": "http://tracker:5000"}})
     assert with_absolute_paths(remote) == remote

@@ -48,7 +48,7 @@ def test_stepper_draws_staggered_pictures_as_the_cascade_draws_them_alone(cascad
     config = SamplerConfig(method=method, num_steps=5, guidance_scale=1.7)
     upsampler = dataclasses.replace(config, guidance_scale=1.0)
     settings = CascadeSettings(dataclasses.replace(config, clip_x0=False), config, (upsampler,), num_candidates=2)
-    draw_staggered(cascade, settings)
+    check_staggered(cascade, settings)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 1.7])
@@ -59,14 +59,14 @@ def test_stepper_draws_tokens_of_staggered_pictures_too(cascade: Cascade, guidan
     autoregressive = Cascade(cascade.clip, prior, cascade.decoder, cascade.upsamplers)
     config = SamplerConfig(method="ddim", num_steps=2)
     tokens = TokenSamplerConfig(guidance_scale=guidance_scale, top_k=8)
-    draw_staggered(autoregressive, CascadeSettings(tokens, config, (config,), num_candidates=2))
+    check_staggered(autoregressive, CascadeSettings(tokens, config, (config,), num_candidates=2))
     with pytest.raises(TypeError, match="takes a TokenSamplerConfig, the settings hold a SamplerConfig"):
         make_steppers(autoregressive, CascadeSettings(config, config, (config,)))
     with pytest.raises(TypeError, match="takes a SamplerConfig"):
         make_steppers(cascade, CascadeSettings(tokens, config, (config,)))
 
 
-def draw_staggered(cascade: Cascade, settings: CascadeSettings) -> None:
+def check_staggered(cascade: Cascade, settings: CascadeSettings) -> None:
     steppers = make_steppers(cascade, settings)
     pictures: list[Picture] = []
     waiting = list(zip(PROMPTS, SEEDS, strict=True))

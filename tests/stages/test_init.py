@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.stages.init import write_recipe
 from tests.tiny import ROOT
@@ -110,6 +110,11 @@ def test_write_recipe_replaces_nothing_unasked_and_makes_no_folder(tmp_path: Pat
     assert load_recipe(out).name == "mine"
     with pytest.raises(ConfigError, match="there is no folder"):
         write_recipe(str(listed), str(tmp_path / "no" / "mine.toml"), gpu=False)
+
+
+def test_write_recipe_onto_a_full_disk_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(StepError, match="/dev/full: the disk is full"):
+        write_recipe(str(_list(tmp_path, 3)), "/dev/full", gpu=False, force=True)
 
 
 def test_write_recipe_refuses_a_list_without_rows(tmp_path: Path) -> None:
