@@ -8,12 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from models.edits import EditSettings
+from models.cascade import Cascade
+from models.edits import Editor, EditSettings
 from models.pca import PcaSums
 from pipeline.errors import ConfigError
 from pipeline.evaluate import edits
 from pipeline.evaluate.edit_options import EditOptions
-from pipeline.evaluate.edits import EDITS, edit_recipe, read_mask, training_pca
+from pipeline.evaluate.edits import EDITS, Sources, edit_recipe, read_mask, training_pca
 from pipeline.evaluate.sample import sample_recipe
 from pipeline.plan import artifact_of, make_plan
 from pipeline.recipe import Recipe, parse_recipe
@@ -99,6 +100,19 @@ def test_components_that_nobody_named_are_those_that_there_are(
     monkeypatch.setattr(edits, "_NUM_COMPONENTS", (2, 5, 16, 20))
     rows = edit_recipe(tiny, "pca-reconstruct", files[:1], EditOptions(), QUICK, out_dir=tmp_path)
     assert [row["components"] for row in rows] == [2, 5, 16]  # the last is all of them
+
+
+def test_more_components_hold_more_of_the_embedding_and_all_of_them_the_whole(
+    tiny: Recipe, cascade: Cascade, files: list[str]
+) -> None:
+    with Image.open(files[0]) as picture:
+        sources = Sources((files[0],), (picture.convert("RGB"),), _embed(tiny))
+    counts = EditOptions(components=(1, 4, 16))  # 16 is the width of these embeddings
+    drawn = EDITS["pca-reconstruct"](Editor(cascade, QUICK), sources, counts).result
+    held = drawn.z_image[:3] @ drawn.z_image[3]
+    assert held[0] < held[1] < held[2]
+    assert held[2].item() == pytest.approx(1, abs=1e-5)
+    assert (drawn.images[2].int() - drawn.images[3].int()).abs().max() <= 1  # one noise for all of them
 
 
 def test_components_are_those_of_the_training_embeddings(tiny: Recipe) -> None:

@@ -7,8 +7,12 @@ import torch
 import torch.nn.functional as F
 from tiny_models import DIMS, UNET, make_text, randomise
 
-from models.config import DecoderConfig, PriorConfig, UpsamplerConfig
+from models.ar_prior import ArPrior
+from models.config import DecoderConfig, PriorConfig, TextTransformerConfig, UpsamplerConfig
+from models.config_ar_prior import ArPriorConfig
+from models.config_noisy_clip import NoisyClipConfig
 from models.decoder import Decoder
+from models.noisy_clip import NoisyClip
 from models.prior import Prior
 from models.upsampler import Upsampler
 
@@ -53,6 +57,42 @@ def test_upsampler_compiles_without_graph_breaks() -> None:
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 900])
     condition = upsampler.encode_condition(torch.rand(2, 3, 8, 8))
     torch.testing.assert_close(compiled(x, t, condition), upsampler(x, t, condition))
+
+
+def test_ar_prior_compiles_without_graph_breaks() -> None:
+    config = ArPriorConfig(width=16, depth=2, num_heads=2, num_components=4, num_buckets=6, num_dot_buckets=3)
+    prior = ArPrior(config, DIMS)
+    randomise(prior)
+    with torch.no_grad():
+        prefix, dot = prior.encode_condition(make_text((3, 5))), torch.tensor([0, 2])
+    compiled = torch.compile(prior, backend="eager", fullgraph=True)
+    tokens = torch.tensor([[0, 1, 2, 3], [5, 4, 3, 2]])
+    torch.testing.assert_close(compiled(tokens, dot, prefix), prior(tokens, dot, prefix))
+
+
+def test_decoder_with_all_that_it_may_have_compiles_without_graph_breaks() -> None:
+    text = TextTransformerConfig(width=16, depth=1, num_heads=2)
+    unet = replace(UNET, patch_px=2, position_bands=2, attention_resolutions=(2,))
+    config = DecoderConfig(image_px=8, context_width=6, unet=unet, text_transformer=text, inpainting=True)
+    decoder = Decoder(config, DIMS).eval()
+    randomise(decoder)
+    z_image, text = F.normalize(torch.randn(2, DIMS.embed_dim), dim=-1), make_text((3, 5))
+    known = torch.randn(2, 4, 8, 8)
+    encode = torch.compile(decoder.encode_condition, backend="eager", fullgraph=True)
+    compiled = torch.compile(decoder, backend="eager", fullgraph=True)
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 900])
+    with torch.no_grad():
+        condition = encode(z_image, text, known=known)
+    expected = decoder(x, t, decoder.encode_condition(z_image, text, known=known))
+    torch.testing.assert_close(compiled(x, t, condition), expected)
+
+
+def test_noisy_clip_compiles_without_graph_breaks() -> None:
+    network = NoisyClip(NoisyClipConfig(image_px=8, tower=replace(UNET, attention_resolutions=())), DIMS)
+    randomise(network)
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 900])
+    torch.testing.assert_close(compiled(x, t), network(x, t))
 
 
 def test_training_step_compiles_with_its_gradient() -> None:
