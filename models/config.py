@@ -66,8 +66,9 @@ class SamplerConfig:
     """Ancestral, DDIM (arXiv:2010.02502), Analytic-DPM (2201.06503), DPM-Solver++(2M) (2211.01095), Heun."""
     num_steps: int = 250
     """Steps taken, evenly strided over the chain, in steps."""
-    respacing: Literal["", "fast27"] = ""
-    """A named list of timesteps in place of the even stride: GLIDE's fast27 (sections 10,10,3,2,2)."""
+    respacing: str = ""
+    """Timesteps in place of the even stride: "trailing" (even, ends above t = 0: arXiv:2305.08891), "fast27" (GLIDE's),
+    or steps in each equal section of the chain, clean end first, as in "10,10,3,2,2"; they add up to ``num_steps``."""
     eta: float = 0.0
     """Noise of DDIM, dimensionless: 0 is deterministic, 1 is as noisy as the ancestral sampler."""
     guidance_scale: float = 1.0
@@ -84,15 +85,28 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         require(self.num_steps >= 1, f"num_steps = {self.num_steps}: at least 1")
+        steps = 27 if self.respacing == "fast27" else sum(self.sections)
         require(
-            not self.respacing or self.num_steps == 27,
-            f"respacing = {self.respacing!r} takes 27 steps: set num_steps = 27, not {self.num_steps}",
+            not steps or self.num_steps == steps,
+            f"respacing = {self.respacing!r} takes {steps} steps: set num_steps = {steps}, not {self.num_steps}",
         )
         require(self.clip_range > 0, f"clip_range = {self.clip_range}: must be positive")
         require(self.eta >= 0, f"eta = {self.eta}: must not be negative")
         require(self.guidance_scale >= 0, f"guidance_scale = {self.guidance_scale}: must not be negative")
         require(self.clip_guidance_scale >= 0, f"clip_guidance_scale = {self.clip_guidance_scale}: not negative")
         require_prob("dynamic_threshold_prob", self.dynamic_threshold_prob)
+
+    @property
+    def sections(self) -> tuple[int, ...]:
+        """Steps in each section of the chain where ``respacing`` gives them; ValueError if it gives nonsense."""
+        if self.respacing in {"", "trailing", "fast27"}:
+            return ()
+        parts = [part.strip() for part in self.respacing.split(",")]
+        require(
+            all(part.isdecimal() and int(part) >= 1 for part in parts),
+            f"respacing = {self.respacing!r}: '', 'trailing', 'fast27', or sections such as '10,10,3,2,2'",
+        )
+        return tuple(int(part) for part in parts)
 
 
 @configclass
@@ -335,6 +349,11 @@ def _require_steps(sampler: SamplerConfig, diffusion: DiffusionConfig) -> None:
     require(
         sampler.num_steps <= diffusion.num_timesteps,
         f"sampler.num_steps = {sampler.num_steps} is above num_timesteps = {diffusion.num_timesteps}",
+    )
+    longest = diffusion.num_timesteps // max(1, len(sampler.sections))
+    require(
+        max(sampler.sections, default=0) <= longest,
+        f"sampler.respacing = {sampler.respacing!r}: its sections span {longest} timesteps each",
     )
 
 

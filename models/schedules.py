@@ -177,8 +177,8 @@ def sampling_timesteps(num_timesteps: int, num_steps: int, respacing: str = "") 
     Args:
         num_timesteps: Length T of the chain, in steps.
         num_steps: Number of timesteps for an even stride; a preset has its own.
-        respacing: "" for an even stride from T - 1 to 0, "fast27", or comma-separated sections such as
-            "10,10,3,2,2".
+        respacing: "" for an even stride from T - 1 to 0, "trailing" for one that ends above 0, "fast27", or
+            comma-separated sections such as "10,10,3,2,2".
 
     Returns:
         Distinct timesteps, strictly decreasing.
@@ -188,11 +188,13 @@ def sampling_timesteps(num_timesteps: int, num_steps: int, respacing: str = "") 
     """
     if respacing == "":
         return strided_timesteps(num_timesteps, num_steps)
+    if respacing == "trailing":
+        return strided_timesteps(num_timesteps, num_steps, "trailing")
     if respacing == "fast27":
         return fast27_timesteps(num_timesteps)
     parts = respacing.split(",")
     if not all(part.strip().isdigit() for part in parts):
-        raise ValueError(f"respacing {respacing!r}: '', 'fast27', or sections such as '10,10,3,2,2'")
+        raise ValueError(f"respacing {respacing!r}: '', 'trailing', 'fast27', or sections such as '10,10,3,2,2'")
     return section_timesteps(num_timesteps, [int(part) for part in parts])
 
 

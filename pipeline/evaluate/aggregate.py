@@ -63,8 +63,9 @@ class Aggregate:
         metrics["memorisation"] = self._memorisation(neighbours)
         return {name: value for name, value in metrics.items() if value}
 
-    def samples(self) -> Rows:
-        """One row for each picture: file, prompt, seed and settings, and what was checked."""
+    def samples(self, neighbours: "TrainingNeighbours") -> Rows:
+        """One row for each picture: file, prompt, seed and settings, what was checked, its nearest training picture."""
+        nearest = neighbours.nearest(matrix(self.drawings, "z_image"))
         return [
             {
                 "file": row["file"],
@@ -73,8 +74,9 @@ class Aggregate:
                 "seed": row["seed"],
                 "settings": json.loads(row["settings"]),
                 "check": parse_flags(row["check"]),
+                "nearest": near,
             }
-            for row in self.drawings
+            for row, near in zip(self.drawings, nearest, strict=True)
         ]
 
     def _pixel_check(self) -> Json:
@@ -236,6 +238,15 @@ class TrainingNeighbours:
             return []
         found = self._index.search(vectors.astype(np.float32), _NEIGHBOURS_ASKED, modality="image")
         return [self._trained(row) for row in found]
+
+    def nearest(self, vectors: Vectors) -> list[Json | None]:
+        """Uid and cosine of the nearest training row of each; None where none of the nearest rows is one."""
+        found = [row[0] if row else None for row in self.find(vectors)]
+        told = self._index.rows([near.id for near in found if near is not None])
+        uids = iter(columns["uid"] for columns in told)
+        return [
+            None if near is None else {"uid": next(uids), "similarity": round(near.similarity, 4)} for near in found
+        ]
 
     def similarity(self, vectors: Vectors) -> Vectors:
         """Cosine to the nearest training row, of those vectors that have one."""

@@ -82,7 +82,7 @@ def finish(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact, wor
         if section is not None and name in metrics:
             metrics[name]["kind"] = section.model.kind
     Gallery(aggregate, output, recipe.evaluate.num_shown).write(neighbours, inputs["download"])
-    lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in aggregate.samples())
+    lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in aggregate.samples(neighbours))
     output.write_bytes(SAMPLES, lines.encode())
     output.write_json(METRICS_FILE, metrics)
     return metrics

@@ -154,6 +154,14 @@ def measure_rows(metrics: Json) -> list[Json]:
             "Similarity of each drawing to the nearest picture that was trained on; beside it: real, unseen pictures.",
             ranged=False,
         ),
+        _row(
+            {"memorised": {"generated": metrics.get("memorisation", {}).get("closer_than_real")}},
+            "memorised",
+            ("generated", "", ""),
+            "Memorisation rate",
+            "Share of drawings closer to a training picture than 95 % of real, unseen pictures are; of real ones 5 %.",
+            percent=True,
+        ),
     ]
     return [row for row in rows if row is not None]
 

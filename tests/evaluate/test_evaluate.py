@@ -161,11 +161,17 @@ def test_nearest_training_pictures_are_training_rows_found_by_brute_force(
     rows = [row for part in work.parts if part.kind == "drawings" for row in read_part(output, part)]
     z_image = np.array([row["z_image"] for row in rows if row["image_number"] == 0])
     assert metrics["memorisation"]["generated"]["mean"] == pytest.approx((z_image @ train.T).max(1).mean(), abs=1e-3)
-    uids = set(np.array(vectors.table.column("uid").to_pylist())[is_train])
+    uids: list[str] = np.array(vectors.table.column("uid").to_pylist())[is_train].tolist()
+    samples = [json.loads(line) for line in output.path("samples.jsonl").read_text().splitlines()]
+    drawn = {row["file"]: np.array(row["z_image"], np.float64) for row in rows}
+    for sample in samples:
+        similarity = train @ drawn[sample["file"]]
+        assert similarity[uids.index(sample["nearest"]["uid"])] == pytest.approx(similarity.max(), abs=1e-3)
+        assert sample["nearest"]["similarity"] == pytest.approx(similarity.max(), abs=1e-3)
     pictures = output.read_json("pictures.json")
     found = [picture["uid"] for entry in pictures["neighbours"] for picture in entry["pictures"][1:]]
     assert len(found) == 3 * 6
-    assert set(found) <= uids
+    assert set(found) <= set(uids)
 
 
 def test_evaluation_writes_samples_grids_and_every_picture_it_names(

@@ -235,6 +235,7 @@ def test_every_measure_is_told_on_the_page_and_in_the_terminal(recipe: Recipe, t
         "CMMD": ["1.750", "0.250"],
         "Precision": ["75.0 %", "90.0 %"],
         "Recall": ["50.0 %", "89.2 %"],
+        "Memorisation rate": ["5.8 %"],
         "Upsampler 1: PSNR": ["27.4 dB", "23.2 dB"],
         "Upsampler 1: SSIM": ["0.912", "0.871"],
         "Upsampler 1: sharpness": ["812", "934", "205"],

@@ -157,6 +157,14 @@ def test_fast27_of_a_config_is_visited() -> None:
     assert (steps[0], steps[-1], len(steps)) == (997, 0, 27)
 
 
+@pytest.mark.parametrize("method", ["ddim", "dpmpp_2m"])
+def test_sections_and_spacing_of_a_config_are_visited(method: str) -> None:
+    steps = config_timesteps(SamplerConfig(method=method, num_steps=6, respacing="4,2"), make_diffusion())  # type: ignore[arg-type]
+    assert steps == (999, 500, 499, 333, 166, 0)
+    trailing = SamplerConfig(method=method, num_steps=4, respacing="trailing")  # type: ignore[arg-type]
+    assert config_timesteps(trailing, make_diffusion()) == (999, 749, 499, 249)
+
+
 @pytest.mark.parametrize("steps", [(), (3, 3), (3, 5), (1000, 0), (5, -1)])
 def test_samplers_refuse_lists_that_do_not_fall(steps: tuple[int, ...]) -> None:
     diffusion, x = make_diffusion(), torch.zeros(1, 2)

@@ -124,6 +124,7 @@ def test_fast27_starts_where_the_cosine_chain_is_noise() -> None:
 def test_sampling_timesteps_reads_presets_and_sections() -> None:
     assert sampling_timesteps(1000, 25) == strided_timesteps(1000, 25)
     assert sampling_timesteps(1000, 27, "fast27") == fast27_timesteps(1000)
+    assert sampling_timesteps(1000, 25, "trailing") == strided_timesteps(1000, 25, "trailing")
     assert sampling_timesteps(1000, 27, "10,10,3,2,2")[0] == 999
     with pytest.raises(ValueError, match="fast28"):
         sampling_timesteps(1000, 28, "fast28")
