@@ -190,6 +190,9 @@ class TrainResources:
     checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them: the same numbers from less memory, in about a
     third more time. Not for CLIP, whose network is open_clip's."""
+    compiled: bool = False
+    """Train through torch.compile: faster on a GPU after some minutes at the start; numbers differ by rounding. Not for
+    CLIP."""
 
 
 def _require_start(train: TrainConfig, init_from: str) -> None:

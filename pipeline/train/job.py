@@ -12,13 +12,19 @@ import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from models.ar_prior import ArPrior
+from models.decoder import Decoder
 from models.noise import derive_seed
+from models.noisy_clip import NoisyClip
+from models.prior import Prior
+from models.upsampler import Upsampler
 from pipeline.errors import ResumeError
 from pipeline.progress import METRICS
 from pipeline.store import Artifact
 from pipeline.train.assemble import Parts, TrainJob, assemble, part_of
 from pipeline.train.batches import Share, iterate_batches, plan_order
 from pipeline.train.loop import learning_rate, make_step, train
+from pipeline.train.measures import Measures
 from pipeline.train.state import TrainState, create_state, load_newest_checkpoint, save_checkpoint
 from pipeline.weights import num_parameters
 
@@ -49,6 +55,8 @@ def run_job(job: TrainJob, watch: Watch) -> Json:
     state = create_state(parts.network, config, job.device)
     load_newest_checkpoint(state, job.output, job.digest)
     _require_same_step(state)
+    if resources.compiled:
+        compile_network(state.network)
     objective = parts.objective(state.network).train()
     if job.world_size > 1:
         objective = DistributedDataParallel(objective)
@@ -56,6 +64,13 @@ def run_job(job: TrainJob, watch: Watch) -> Json:
     share = Share(config.batch_size, job.rank, job.world_size)
     prefetch = job.num_threads > 1 or job.device.type != "cpu"
     log = MetricsLog(job.output, state.step)
+    measures = Measures(parts.validation, job.inputs.get("clip"), job.seed, job.device)
+
+    def validation() -> dict[str, float]:
+        loss = _validation_loss(parts, state.ema, job)
+        if loss is None:
+            return {}
+        return {"val_loss": loss} | {f"val_{name}": value for name, value in measures(state.ema).items()}
 
     def report(state: TrainState) -> None:
         if is_first:
@@ -64,7 +79,7 @@ def run_job(job: TrainJob, watch: Watch) -> Json:
 
     def save(state: TrainState) -> None:
         if is_first:
-            log.add_validation(state.step, _validation_loss(parts, state.ema, job))
+            log.add_validation(state.step, validation())
             log.flush()
             save_checkpoint(state, job.output, job.digest, resources.num_checkpoints)
 
@@ -75,10 +90,23 @@ def run_job(job: TrainJob, watch: Watch) -> Json:
         train(state, step_fn, batches, config, resources, save, report)
     if not is_first:
         return {}
-    log.add_validation(state.step, _validation_loss(parts, state.ema, job))
+    log.add_validation(state.step, validation())
     log.flush()
     parts.publish(state.ema)
     return log.summary() | {"num_parameters": num_parameters(state.network), "num_steps": state.step}
+
+
+def compile_network(network: nn.Module) -> None:
+    """Let ``network`` be compiled when it is first called, in place: its weights, names and copies stay what they are.
+
+    open_clip's networks stay as they are: their forward is not written for one graph.
+    """
+    if not isinstance(network, Prior | ArPrior | Decoder | NoisyClip | Upsampler):
+        return
+    network.compile()
+    text = network.text_transformer if isinstance(network, Decoder) else None
+    if text is not None:
+        text.compile()
 
 
 class MetricsLog:
@@ -103,10 +131,10 @@ class MetricsLog:
         self.rows.append({"step": state.step, "loss": loss, "grad_norm": float(state.grad_norm), "lr": rate})
         return loss
 
-    def add_validation(self, step: int, loss: float | None) -> None:
-        """Add the loss on the validation split, if there is one."""
-        if loss is not None:
-            self.rows.append({"step": step, "val_loss": loss})
+    def add_validation(self, step: int, found: dict[str, float]) -> None:
+        """Add loss and measures on the validation split, if there is one; their names begin with ``val_``."""
+        if found:
+            self.rows.append({"step": step, **found})
 
     def flush(self) -> None:
         """Publish all rows."""
@@ -114,10 +142,10 @@ class MetricsLog:
         self._artifact.write_bytes(METRICS, text.encode())
 
     def summary(self) -> Json:
-        """The last loss of each kind."""
+        """The last loss of each kind, and the last measures."""
         last: Json = {}
         for row in self.rows:
-            last |= {name: row[name] for name in ("loss", "val_loss") if name in row}
+            last |= {name: value for name, value in row.items() if name == "loss" or name.startswith("val_")}
         return last
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from models.config import TextTransformerConfig
+from models.decoder import Decoder
 from models.prior import EMBEDDING_SCALE
 from pipeline.errors import DataError, ResumeError
 from pipeline.progress import METRICS
@@ -75,6 +76,27 @@ def test_checkpointing_changes_no_byte(tmp_path: Path, name: str) -> None:
     run_job(job, no_watch)
     assert _contents(tmp_path / "recomputed") == _contents(tmp_path / "kept")
     assert any(getattr(module, "checkpointing", False) for module in assemble(job).network.modules())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own question
+@pytest.mark.parametrize("name", ["clip", "decoder"])
+def test_a_compiled_training_is_the_same_but_for_rounding(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, torch_compile = list[Any](), torch.compile
+
+    def quick_compile(function: Any) -> Any:
+        """Without the code generator, which takes half a minute."""
+        compiled.append(function.__self__)
+        return torch_compile(function, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", quick_compile)
+    inputs = tiny_inputs(tmp_path)
+    plain = run_job(tiny_job(name, inputs, tmp_path / "plain"), no_watch)
+    job = tiny_job(name, inputs, tmp_path / "compiled", _changed(name, resources__compiled=True))
+    assert run_job(job, no_watch)["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    assert [type(network) for network in compiled] == ([Decoder] if name == "decoder" else [])
+    assert load_network(job.output) if name == "decoder" else load_clip_artifact(job.output)
 
 
 @pytest.mark.parametrize("name", ["prior", "decoder", "upsampler_1"])
