@@ -42,7 +42,7 @@ _OPTIONAL = {
     "upsampler_1": UpsamplerStepConfig(),
     "upsampler_2": UpsamplerStepConfig(),
 }
-SAMPLING = ("sampler", "num_candidates", "noise_level")
+SAMPLING = ("sampler", "num_candidates")
 """Fields of a model's table that say how it is sampled once it is trained."""
 TrainedSection = ClipStepConfig | PriorStepConfig | DecoderStepConfig | NoisyClipStepConfig | UpsamplerStepConfig
 

@@ -61,19 +61,6 @@ def test_make_plan_changed_field_changes_only_what_depends_on_it(override: str, 
     assert {name for name in before if before[name] != after[name]} == changed
 
 
-def test_noise_level_of_sampling_asks_for_no_training() -> None:
-    levels = ("0.1", "0.3")
-    recipes = [
-        load_recipe(
-            "configs/demo.toml",
-            ["upsampler_1.model.noise_level_max=0.5", f"upsampler_1.model.noise_level={level}"],
-        )
-        for level in levels
-    ]
-    before, after = (_keys(recipe) for recipe in recipes)
-    assert {name for name in before if before[name] != after[name]} == {"evaluate"}
-
-
 def test_make_plan_trains_a_second_prior_where_the_recipe_has_one() -> None:
     before, after = _keys(load_recipe(None)), _keys(load_recipe(None, ["prior_2.model.kind=autoregressive"]))
     assert set(after) - set(before) == {"prior_2"}
