@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from models.ar_prior import ArPrior
 from models.cascade import Cascade
 from models.clip import FrozenClip
-from models.config import DiffusionConfig
+from models.config import DiffusionConfig, SamplerConfig
 from models.config_ar_prior import ArPriorConfig
 from models.decoder import Decoder
-from models.export import import_diffusion
+from models.export import import_diffusion, import_sampler, scheduler_config
 from models.prior import Prior
 from models.upsampler import Upsampler
 from pipeline.errors import ConfigError, DataError
@@ -51,6 +51,8 @@ def test_import_of_an_export_is_the_same_network_to_the_bit(exported: tuple[Casc
         assert theirs.keys() == ours.keys()
         assert [key for key in ours if not torch.equal(theirs[key], ours[key])] == []
         assert found.config.diffusion == network.config.diffusion
+        theirs, ours = found.config.sampler, network.config.sampler
+        assert (theirs.clip_x0, theirs.clip_range) == (ours.clip_x0, ours.clip_range)
     decoder = load_network(Artifact(str(tmp_path / "ours/decoder")))
     assert isinstance(decoder, Decoder)
     assert decoder.config.unet == cascade.decoder.config.unet
@@ -91,7 +93,8 @@ def test_older_bin_weights_and_another_last_network_are_read(exported: tuple[Cas
     assert "super_res_last" in notes[0]
     prior = load_network(Artifact(str(tmp_path / "ours/prior")))
     assert isinstance(prior, Prior)
-    assert prior.out.weight.dtype == torch.float32
+    tensors = load_file(tmp_path / "ours/prior/model.safetensors")
+    assert not any(tensor.dtype == torch.float16 for tensor in tensors.values())
 
 
 def test_what_the_layout_cannot_hold_is_refused_by_name_and_nothing_is_written(tmp_path: Path) -> None:
@@ -156,12 +159,70 @@ def test_text_tower_comes_back_as_it_went() -> None:
     cascade = make_cascade()
     assert isinstance(cascade.clip, FrozenClip)
     clip = cascade.clip.clip
-    state = clip.model.state_dict()
+    state = {name: torch.randn(tensor.shape) for name, tensor in clip.model.state_dict().items()}
     text_config, found = import_text(export_text(clip.model_config, state))
     assert {key: clip.model_config["text_cfg"][key] for key in text_config} == text_config
     assert all(torch.equal(tensor, state[name]) for name, tensor in found.items())
     left = {name for name in state if not name.startswith("visual.")} - found.keys()
     assert left <= {"logit_scale", "attn_mask"}
+
+
+def test_text_configuration_says_what_transformers_would_else_assume() -> None:
+    from models.export_text import export_text
+
+    cascade = make_cascade()
+    assert isinstance(cascade.clip, FrozenClip)
+    clip = cascade.clip.clip
+    text = clip.model_config["text_cfg"] | {"mlp_ratio": 2.0, "vocab_size": 100}
+    for quick, activation in ((True, "quick_gelu"), (False, "gelu")):
+        config = clip.model_config | {"text_cfg": text, "quick_gelu": quick}
+        found = export_text(config, clip.model.state_dict()).config
+        assert found["hidden_act"] == activation
+        assert (found["hidden_size"], found["intermediate_size"]) == (16, 32)
+        assert (found["bos_token_id"], found["eos_token_id"], found["pad_token_id"]) == (98, 99, 99)
+
+
+def test_tokenizer_names_its_two_last_tokens_and_ranks_its_merges() -> None:
+    from models.export_text import export_tokenizer
+
+    encoder = {"a": 0, "b": 1, "ab": 2, "<start_of_text>": 3, "<end_of_text>": 4}
+    files = export_tokenizer(encoder, {("b", "a"): 0, ("a", "b"): 1}, 24)
+    assert files["vocab.json"] == {"a": 0, "b": 1, "ab": 2, "<|startoftext|>": 3, "<|endoftext|>": 4}
+    assert files["merges.txt"] == "#version: 0.2\nb a\na b\n"
+
+
+def test_scheduler_says_the_process_in_the_words_of_diffusers() -> None:
+    process = DiffusionConfig(num_timesteps=400, prediction="x0", variance="fixed_small")
+    found = scheduler_config(process, SamplerConfig(clip_x0=False, clip_range=3.0))
+    del found["_class_name"], found["_diffusers_version"]
+    assert found == {
+        "num_train_timesteps": 400,
+        "variance_type": "fixed_small_log",
+        "clip_sample": False,
+        "clip_sample_range": 3.0,
+        "prediction_type": "sample",
+    }
+    assert scheduler_config(DECODER.diffusion, DECODER.sampler)["variance_type"] == "learned_range"
+    assert scheduler_config(DECODER.diffusion, DECODER.sampler)["prediction_type"] == "epsilon"
+    short = import_sampler({"num_train_timesteps": 4}, num_steps=25, guidance_scale=2.0)
+    assert (short.num_steps, short.clip_x0, short.clip_range) == (4, True, 1.0)
+
+
+def test_imported_upsampler_is_trained_on_quarters_and_downloads_are_as_large_as_it_draws(
+    exported: tuple[Cascade, Path], tmp_path: Path
+) -> None:
+    import shutil
+    import tomllib
+
+    folder = tmp_path / "large"
+    shutil.copytree(exported[1], folder)
+    path = folder / "super_res_first/config.json"
+    for image_px, crop_px, download_px in ((32, 8, 256), (512, 128, 512)):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": image_px}))
+        import_diffusers(folder, tmp_path / str(image_px))
+        tables = tomllib.loads((tmp_path / str(image_px) / "recipe.toml").read_text())
+        assert tables["upsampler_1"]["model"].get("crop_px", 64) == crop_px
+        assert tables["download"]["image_px"] == download_px
 
 
 def test_second_upsampler_stands_beside_the_layout_and_notes_say_what_differs(tmp_path: Path) -> None:
@@ -170,6 +231,7 @@ def test_second_upsampler_stands_beside_the_layout_and_notes_say_what_differs(tm
     cascade = Cascade(first.clip, first.prior, first.decoder, [*first.upsamplers, second])
     notes = " ".join(write(cascade, tmp_path / "out"))
     assert "rounded" in notes
+    assert "is sampled here by" not in notes
     assert "upsampler_2/" in notes
     beside = load_network(Artifact(str(tmp_path / "out/upsampler_2")))
     assert torch.equal(beside.unet.conv_in.weight, second.unet.conv_in.weight)
