@@ -207,9 +207,9 @@ class ClipStepConfig:
     source: Literal["train", "pretrained"] = "train"
     """train: a new open_clip model on the shards; pretrained: an open_clip name with a tag, or a local folder."""
     name: str = "ViT-L-14"
-    """pretrained: open_clip model name, or a folder in open_clip's local-dir layout."""
+    """pretrained: open_clip model name, hf-hub:OWNER/REPOSITORY, or a folder in open_clip's local-dir layout."""
     tag: str = "laion2b_s32b_b82k"
-    """pretrained: open_clip's pretrained tag, or the path of a checkpoint; ignored for a folder."""
+    """pretrained: open_clip's pretrained tag, or the path of a checkpoint; ignored for a folder and for hf-hub."""
     model: ClipConfig = ClipConfig()
     """train: the network."""
     train: TrainConfig = TrainConfig()

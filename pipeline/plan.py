@@ -85,6 +85,7 @@ _SPECS = (
 STEP_NAMES = tuple(spec.name for spec in _SPECS)
 CASCADE_STEPS = ("clip", "prior", "decoder", "noisy_clip", "upsampler_1", "upsampler_2")
 """Steps whose networks draw a picture."""
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
 
 
 def make_plan(recipe: Recipe, *, until: str = "") -> list[Step]:
@@ -196,10 +197,9 @@ def _local_inputs(name: str, tables: Json) -> Json:
 
     A folder of pictures keeps its (absolute) path too, for that is what its URLs are made of.
     """
-    is_folder_name = tables.get("source") == "pretrained" and "/" in tables.get("name", "")
     named = {
         "pairs": {"path": "content"},
-        "clip": {"name": "content"} if is_folder_name else {},
+        "clip": _local_clip(tables),
         "evaluate": {"prompts_path": "content", "features_path": "features_content"},
     }
     found: Json = {}
@@ -212,8 +212,21 @@ def _local_inputs(name: str, tables: Json) -> Json:
             raise ConfigError(f"{name}: {path} does not exist; relative paths start at the folder where you run unclip")
         found |= {field: str(Path(path).resolve()) if tables.get("source") == "folder" else ""}
         # Networks of one shape have files of one size: what tells them apart is inside.
-        found[content] = fingerprint(f"{path}/model.safetensors" if field == "init_from" else path)
+        if name == "clip" and Path(path).is_dir():
+            weights = sorted(file for file in Path(path).iterdir() if file.suffix in _WEIGHTS)
+            found[content] = [fingerprint(str(file)) for file in (Path(path) / "open_clip_config.json", *weights)]
+        else:
+            found[content] = fingerprint(f"{path}/model.safetensors" if field == "init_from" else path)
     return found
+
+
+def _local_clip(tables: Json) -> dict[str, str]:
+    """Fields of the clip section that name files of this machine: a folder, or a checkpoint beside a known name."""
+    if tables.get("source") != "pretrained" or tables["name"].startswith("hf-hub:"):
+        return {}
+    if "/" in tables["name"] or Path(tables["name"]).is_dir():
+        return {"name": "content"}
+    return {"tag": "content"} if Path(tables["tag"]).is_file() else {}
 
 
 def _differences(previous: Manifest, step: Step) -> list[str]:

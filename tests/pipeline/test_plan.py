@@ -110,6 +110,27 @@ def test_make_plan_pretrained_clip_does_not_wait_for_the_download() -> None:
     assert steps["clip"].inputs == {}
 
 
+def test_a_local_clip_counts_by_its_content(tmp_path: Path) -> None:
+    def key(*overrides: str) -> str:
+        return _keys(load_recipe(None, ["clip.source=pretrained", *overrides]))["clip"]
+
+    for folder, content in (("one", "a"), ("same", "a"), ("other", "b")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "open_clip_config.json").write_text("{}")
+        (tmp_path / folder / "open_clip_model.safetensors").write_text(content)
+        (tmp_path / folder / "manifest.json").write_text(folder)
+    one, same, other = (key(f"clip.name={tmp_path / folder}") for folder in ("one", "same", "other"))
+    assert one == same != other
+    checkpoint = tmp_path / "weights.pt"
+    checkpoint.write_text("a")
+    before = key(f"clip.tag={checkpoint}")
+    checkpoint.write_text("b")
+    assert key(f"clip.tag={checkpoint}") != before
+    assert key("clip.name=hf-hub:owner/one") != key("clip.name=hf-hub:owner/two")
+    with pytest.raises(ConfigError, match="clip: no/folder does not exist"):
+        key("clip.name=no/folder")
+
+
 def test_plan_status_names_the_field_and_the_input_that_changed(tmp_path: Path) -> None:
     workspace = Workspace(str(tmp_path))
     for step in make_plan(load_recipe(None)):
