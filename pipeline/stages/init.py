@@ -10,7 +10,7 @@ from pipeline.stages.folders import PICTURES
 from pipeline.stages.lists import list_columns, list_files
 from pipeline.stages.pairs import PairsSummary, source_batches
 from pipeline.stages.sizes import Tables, as_toml, cpu_tables, gpu_tables
-from pipeline.store import translate_os_errors
+from pipeline.store import Artifact
 
 _URL_COLUMNS = ("url", "image_url", "img_url", "link", "image", "src")
 _CAPTION_COLUMNS = ("caption", "text", "title", "description", "alt_text", "alt", "prompt", "top_caption")
@@ -64,8 +64,8 @@ def write_recipe(
     on_gpu = Path("/proc/driver/nvidia/version").exists() if gpu is None else gpu
     machine = "one GPU" if on_gpu else f"{os.cpu_count()} CPU cores"
     header = f"# {source}: {num_pairs} pairs, sized for {machine}. `unclip config {out}` prints every field.\n"
-    with translate_os_errors(out):
-        target.write_text(header + as_toml(_tables(target.stem, pairs, num_pairs, on_gpu=on_gpu)), encoding="utf-8")
+    text = header + as_toml(_tables(target.stem, pairs, num_pairs, on_gpu=on_gpu))
+    Artifact(str(target.parent.resolve())).write_bytes(target.name, text.encode())
     load_recipe(target)
     kind = "pictures in a folder" if folder else f"rows (url: {pairs.url_column}, caption: {pairs.caption_column})"
     return f"{num_pairs} {kind}; sized for {machine}"

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 from pathlib import Path
 
 import pytest
@@ -112,9 +113,21 @@ def test_write_recipe_replaces_nothing_unasked_and_makes_no_folder(tmp_path: Pat
         write_recipe(str(listed), str(tmp_path / "no" / "mine.toml"), gpu=False)
 
 
-def test_write_recipe_onto_a_full_disk_is_one_message(tmp_path: Path) -> None:
-    with pytest.raises(StepError, match="/dev/full: the disk is full"):
-        write_recipe(str(_list(tmp_path, 3)), "/dev/full", gpu=False, force=True)
+def test_write_recipe_onto_a_full_disk_is_one_message_and_keeps_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed, out = _list(tmp_path, 3), tmp_path / "mine.toml"
+    out.write_text("precious")
+
+    def write(path: Path, _data: bytes) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    with pytest.raises(StepError, match=r"mine\.toml: the disk is full"):
+        write_recipe(str(listed), str(out), gpu=False, force=True)
+    assert out.read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.toml", "pairs.csv"]
 
 
 def test_write_recipe_refuses_a_list_without_rows(tmp_path: Path) -> None:
