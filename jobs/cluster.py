@@ -16,6 +16,9 @@ def submit(
     until: Until = "",
     address: JobAddress = DASHBOARD,
     follow: Annotated[bool, typer.Option("--follow", help="Print the job's log and wait for its end.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Start anew what has succeeded: its workspace was removed, say.")
+    ] = False,
     json: AsJson = False,
 ) -> None:
     """Run a recipe as a job on a Ray cluster; the same recipe is not run twice.
@@ -25,7 +28,7 @@ def submit(
     from pipeline.runtime.jobs import submit_recipe
 
     resolved, words = load_recipe(recipe, overrides or []), recipe_words(recipe, overrides)
-    submitted = submit_recipe(resolved, address=address, until=until, shown_as=words)
+    submitted = submit_recipe(resolved, address=address, until=until, again=again, shown_as=words)
     if json:
         print_json(submitted.to_dict())
     else:
@@ -33,7 +36,10 @@ def submit(
     if follow:
         from pipeline.runtime.jobs import follow_job
 
-        raise typer.Exit(follow_job(submitted.job_id, address=address, write=lambda text: typer.echo(text, nl=False)))
+        def write(text: str) -> None:
+            typer.echo(text, nl=False, err=json)  # one JSON document is all of standard output
+
+        raise typer.Exit(follow_job(submitted.job_id, address=address, write=write))
 
 
 def jobs(address: JobAddress = DASHBOARD, json: AsJson = False) -> None:

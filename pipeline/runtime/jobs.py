@@ -77,7 +77,7 @@ class Submission:
         return {
             "submitted": f"submitted to {self.address}",
             "attached": f"already on its way at {self.address}, nothing new was started",
-            "succeeded": f"has succeeded at {self.address}, nothing was started",
+            "succeeded": f"has succeeded at {self.address}, nothing was started (--again does it anew)",
         }[self.state]
 
     def to_dict(self) -> dict[str, Any]:
