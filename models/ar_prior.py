@@ -99,7 +99,9 @@ class ArPrior(nn.Module):
 
     def tokenize(self, z_image: Float[Tensor, "B D"]) -> Int[Tensor, "B K"]:
         """Embeddings as buckets of their components."""
-        scores = ((z_image - self.z_mean) @ self.components.T) / self.component_std.clamp(min=1e-12)
+        # In a training's bfloat16 the outer scores would be off by more than a bucket.
+        with torch.autocast(z_image.device.type, enabled=False):
+            scores = ((z_image - self.z_mean) @ self.components.T) / self.component_std.clamp(min=1e-12)
         return to_buckets(scores, self.config.bucket_range_std, self.config.num_buckets)
 
     def detokenize(self, tokens: Int[Tensor, "B k"]) -> Float[Tensor, "B D"]:

@@ -66,7 +66,9 @@ class NoisyClip(nn.Module):
 
 def noisy_clip_loss(network: NoisyClip, x_t: Tensor, t: Tensor, z_text: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
     """Contrastive loss of B noised pictures and their captions, both ways (arXiv:2103.00020, figure 3)."""
-    logits = network.logit_scale * network(x_t, t) @ z_text.T
+    z_image = network(x_t, t)
+    with torch.autocast(z_image.device.type, enabled=False):  # logits near 100 have no digits left in bfloat16
+        logits = network.logit_scale * z_image @ z_text.float().T
     own = torch.arange(len(z_text), device=logits.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 

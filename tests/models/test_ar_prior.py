@@ -92,6 +92,17 @@ def test_dot_tokens_count_the_edges_below_and_hide_dropped_captions(prior: ArPri
     assert prior.dot_tokens(z_image, z_text, torch.tensor([True, False, True])).tolist() == [0, 4, 3]
 
 
+def test_tokens_are_the_same_in_half_precision() -> None:
+    z_image = embeddings(400)
+    sums = PcaSums(DIMS.embed_dim)
+    sums.update(z_image)
+    model = make(ArPriorConfig(width=8, depth=1, num_heads=2))
+    model.set_code(sums.pca(), torch.linspace(0, 1, 65)[1:-1])
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model.tokenize(z_image)
+    assert torch.equal(half, model.tokenize(z_image))
+
+
 def test_set_code_refuses_another_number_of_components(prior: ArPrior) -> None:
     sums = PcaSums(DIMS.embed_dim)
     sums.update(embeddings(50))

@@ -2,6 +2,7 @@
 
 import io
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -238,6 +239,15 @@ def test_bsr_ends_in_jpeg_and_often_goes_through_it_before(photo: Tensor, monkey
     assert 24 + 16 < len(written) <= 24 + 24  # nine of ten
     assert torch.equal(written[-1][1], found[-1:])
     assert {quality for quality, _ in written} <= set(range(80, 96))
+
+
+@pytest.mark.parametrize("kind", ["blur", "bsr"])
+def test_small_pictures_are_spoilt_in_full_precision(photo: Tensor, kind: Literal["blur", "bsr"]) -> None:
+    photos = photo.repeat(4, 1, 1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = spoilt_low_res(photos, photo.shape[-1] // 4, kind, torch.Generator().manual_seed(0))
+    full = spoilt_low_res(photos, photo.shape[-1] // 4, kind, torch.Generator().manual_seed(0))
+    assert torch.equal(half, full)
 
 
 def test_spoilt_low_res_follows_its_kind(photo: Tensor) -> None:

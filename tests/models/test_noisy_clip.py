@@ -55,6 +55,17 @@ def test_noisy_clip_loss_is_clips_loss() -> None:
     assert float(network.logit_scale.detach()) == pytest.approx(100)
 
 
+def test_noisy_clip_loss_has_its_logits_in_full_precision() -> None:
+    torch.manual_seed(1)
+    network = NoisyClip(CONFIG, DIMS)
+    network.log_scale.data.fill_(50.0)
+    x, t, z_text = torch.randn(3, 3, 8, 8), torch.tensor([0, 50, 99]), F.normalize(torch.randn(3, 4), dim=-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        z_image, found = network(x, t), noisy_clip_loss(network, x, t, z_text)
+    logits, own = 100 * z_image @ z_text.T, torch.arange(3)
+    torch.testing.assert_close(found, (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2)
+
+
 def test_noisy_clip_embeds_pictures_at_their_timestep_with_length_one() -> None:
     torch.manual_seed(2)
     network = NoisyClip(CONFIG, DIMS)

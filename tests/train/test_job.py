@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from models.config import TextTransformerConfig
 from models.decoder import Decoder
@@ -76,6 +77,18 @@ def test_checkpointing_changes_no_byte(tmp_path: Path, name: str) -> None:
     run_job(job, no_watch)
     assert _contents(tmp_path / "recomputed") == _contents(tmp_path / "kept")
     assert any(getattr(module, "checkpointing", False) for module in assemble(job).network.modules())
+
+
+@pytest.mark.parametrize("name", ["prior", "prior_2", "decoder", "noisy_clip", "upsampler_1"])
+def test_half_precision_loses_nearly_the_same_and_leaves_full_weights(tmp_path: Path, name: str) -> None:
+    inputs = tiny_inputs(tmp_path)
+    full = run_job(tiny_job(name, inputs, tmp_path / "full"), no_watch)
+    job = tiny_job(name, inputs, tmp_path / "half", _changed(name, train__precision="bfloat16"))
+    half = run_job(job, no_watch)
+    assert half["loss"] != full["loss"]
+    assert half["loss"] == pytest.approx(full["loss"], rel=0.05)
+    weights = load_file(job.output.path("model.safetensors")).values()
+    assert {tensor.dtype for tensor in weights if tensor.is_floating_point()} <= {torch.float32, torch.float64}
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own question
