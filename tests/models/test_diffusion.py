@@ -176,11 +176,12 @@ def test_predict_refuses_half_states_and_wrong_channels() -> None:
 
 
 def test_predict_widens_a_bf16_output_before_any_arithmetic() -> None:
-    diffusion, t = make_diffusion(), torch.tensor([3])
-    x, output = torch.randn(1, 3), torch.randn(1, 3).bfloat16()
-    found = diffusion.predict(output, x, t, t - 1)
-    assert found.x0.dtype == torch.float32
-    torch.testing.assert_close(found.x0, diffusion.x0_from_eps(output.float(), x, t))
+    x, output, t = torch.randn(1, 3), torch.randn(1, 3).bfloat16(), torch.tensor([3])
+    for prediction in ("eps", "x0", "v"):
+        diffusion = make_diffusion(prediction=prediction)
+        found, expected = (diffusion.predict(each, x, t, t - 1) for each in (output, output.float()))
+        torch.testing.assert_close(found.x0, expected.x0)  # types too
+        torch.testing.assert_close(found.eps, expected.eps)
 
 
 def test_log_snr_is_half_the_log_of_signal_over_noise() -> None:

@@ -1,10 +1,13 @@
 """Limits on the predicted x0: what they keep, rescale and agree with."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from gaussian_data import make_diffusion
+from gaussian_data import GaussianData, make_diffusion
 
 from models.config import SamplerConfig
+from models.noise import NoiseSource
 from models.sampler_steps import SamplerState, ddim_step
 from models.samplers import sample
 from models.thresholds import ClipRange, DynamicThreshold
@@ -31,8 +34,31 @@ def test_dynamic_threshold_rescales_each_item_by_its_own_quantile() -> None:
     assert torch.equal(found[1], x0[1])  # a quantile below 1 leaves a picture alone
 
 
+@pytest.mark.parametrize("method", ["ddpm", "analytic", "ddim", "dpmpp_2m", "heun"])
+def test_every_method_limits_every_prediction(method: str) -> None:
+    data, diffusion = GaussianData(), make_diffusion()
+    config = SamplerConfig(method=method, num_steps=9, eta=0.5, clip_range=0.3)  # type: ignore[arg-type]
+    x_T = torch.randn(2, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    measured = data.posterior_variance(diffusion)
+
+    def limited(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return diffusion.output_from_x0(data.posterior_mean(diffusion, x, t).clamp(-0.3, 0.3), x, t)
+
+    found, expected, free = (
+        sample(denoise, x_T, diffusion, each, NoiseSource.from_seeds([1, 2]), x0_variance=measured)
+        for denoise, each in (
+            (data.denoiser(diffusion), config),
+            (limited, replace(config, clip_x0=False)),
+            (data.denoiser(diffusion), replace(config, clip_x0=False)),
+        )
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    assert (found - free).abs().max() > 0.1
+
+
 @pytest.mark.parametrize(
-    ("settings", "largest"), [({"clip_x0": True}, 1), ({"clip_x0": False, "dynamic_threshold_prob": 0.9}, 1)]
+    ("settings", "largest"),
+    [({"clip_x0": True}, 1), ({"clip_x0": False, "dynamic_threshold_prob": 0.9, "clip_range": 0.5}, 0.5)],
 )
 def test_config_limits_the_predicted_x0(settings: dict[str, object], largest: float) -> None:
     config = SamplerConfig(method="ddim", num_steps=3, **settings)  # type: ignore[arg-type]

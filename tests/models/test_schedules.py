@@ -88,6 +88,7 @@ def test_strided_timesteps_start_at_the_noisiest_step_and_fall_strictly(sizes: t
 
 def test_strided_timesteps_trailing_keeps_one_distance_where_it_divides() -> None:
     assert strided_timesteps(1000, 4, "trailing") == (999, 749, 499, 249)
+    assert strided_timesteps(10, 3, "trailing") == (9, 6, 2)  # else the nearest: 10, 6.67 and 3.33, less one
 
 
 @pytest.mark.parametrize("num_steps", [0, 11])
