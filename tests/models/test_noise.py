@@ -28,6 +28,16 @@ def test_noise_select_and_add_carry_the_generators_on() -> None:
     joined = source.select([1]) + NoiseSource.from_seeds([3])
     assert len(joined) == 2
     assert torch.equal(joined.normal((4,))[0], reference.normal((4,))[1])
+    turned = NoiseSource.from_seeds([1, 2, 3]).select([2, 0])
+    assert torch.equal(turned.normal((4,)), NoiseSource.from_seeds([3, 1]).normal((4,)))
+
+
+def test_uniform_numbers_are_finer_than_single_precision() -> None:
+    found = NoiseSource.from_seeds([1, 2]).uniform(100)
+    assert found.shape == (2, 100)
+    assert (found != found.float()).float().mean() > 0.9
+    assert 0 <= found.min() < 0.1
+    assert 0.9 < found.max() < 1
 
 
 def test_noise_holds_the_same_numbers_in_every_type() -> None:
@@ -36,5 +46,6 @@ def test_noise_holds_the_same_numbers_in_every_type() -> None:
 
 
 def test_noise_refuses_a_batch_of_another_size() -> None:
-    with pytest.raises(ValueError, match="3 items, but noise for 2"):
-        NoiseSource.from_seeds([1, 2]).normal_like(torch.zeros(3, 4))
+    for size in (1, 3):
+        with pytest.raises(ValueError, match=f"{size} items, but noise for 2"):
+            NoiseSource.from_seeds([1, 2]).normal_like(torch.zeros(size, 4))

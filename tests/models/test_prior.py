@@ -7,7 +7,7 @@ import torch
 from tiny_models import DIMS, make_text
 
 from models.condition import concat_text
-from models.config import ClipDims, PriorConfig
+from models.config import END_TOKEN, START_TOKEN, ClipDims, PriorConfig
 from models.prior import Prior, concat_prior_conditions
 
 
@@ -35,6 +35,8 @@ def test_prior_scale_is_that_of_the_paper_at_its_width() -> None:
     model = Prior(PriorConfig(width=16, depth=1, num_heads=4), ClipDims(embed_dim=1024, text_width=8))
     z_image = torch.nn.functional.normalize(torch.randn(3, 1024), dim=-1)
     torch.testing.assert_close(model.scale(z_image), 17.2 * z_image)
+    model.z_mean.fill_(0.25)
+    torch.testing.assert_close(model.scale(z_image), 17.2 * (z_image - 0.25))
     torch.testing.assert_close(model.unscale(model.scale(z_image)), z_image)
 
 
@@ -92,6 +94,8 @@ def test_prior_conditions_can_be_joined_and_split(prior: Prior, cache: bool) -> 
     apart = torch.cat([prior(x[:1], t[:1], parts[0]), prior(x[1:], t[1:], parts[1])])
     torch.testing.assert_close(prior(x, t, joined), apart, rtol=0, atol=1e-5)
     torch.testing.assert_close(prior(x[1:], t[1:], joined[1:]), apart[1:], rtol=0, atol=1e-5)
+    mixed = concat_prior_conditions([parts[0], prior.encode_condition(make_text((7, 5)))])
+    torch.testing.assert_close(prior(x, t, mixed), apart, rtol=0, atol=1e-5)
 
 
 def test_concat_text_keeps_each_caption(prior: Prior) -> None:
@@ -99,6 +103,24 @@ def test_concat_text_keeps_each_caption(prior: Prior) -> None:
     short, long = make_text((3,), width=4), make_text((7,))
     joined = prior(x, t, prior.encode_condition(concat_text([short, long])))
     torch.testing.assert_close(joined[:1], prior(x[:1], t[:1], prior.encode_condition(short)), rtol=0, atol=1e-5)
+
+
+def test_prior_reads_its_query_at_the_last_place(prior: Prior) -> None:
+    (x, t), condition = batch(2), prior.encode_condition(make_text((3, 7)))
+    before = prior(x, t, condition)
+    prior.query.data += torch.randn(prior.query.shape)
+    assert (prior(x, t, condition) - before).abs().max() > 1e-3
+
+
+def test_null_caption_is_a_start_and_an_end(prior: Prior) -> None:
+    assert prior.null_text.encoding(3).tokens.tolist() == [[START_TOKEN, END_TOKEN]] * 3
+
+
+def test_repeated_captions_stand_side_by_side() -> None:
+    text = make_text((3, 7))
+    found = text.repeat_interleave(2)
+    for name in ("pooled", "hidden", "mask", "tokens"):
+        assert torch.equal(getattr(found, name), getattr(text[torch.tensor([0, 0, 1, 1])], name))
 
 
 def test_null_text_refuses_a_caption_with_words() -> None:
