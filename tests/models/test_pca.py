@@ -111,6 +111,12 @@ def test_buckets_are_of_equal_width_and_ends_take_the_rest() -> None:
     assert torch.equal(to_buckets(from_buckets(every, 5.0, 1024), 5.0, 1024), every)
 
 
+def test_edges_are_linear_inside_a_bin() -> None:
+    histogram = DotHistogram(num_bins=4)
+    histogram.update(torch.tensor([-0.9, -0.8, -0.7, -0.6]))
+    torch.testing.assert_close(histogram.edges(4), torch.tensor([-0.875, -0.75, -0.625]))
+
+
 def test_dot_edges_cut_the_data_into_equally_frequent_buckets() -> None:
     dot = torch.rand(5000, generator=torch.Generator().manual_seed(0)) ** 3 - 0.4
     first, second = DotHistogram(), DotHistogram()
