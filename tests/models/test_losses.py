@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from gaussian_data import GaussianData, make_diffusion
 from torch import Tensor
 
-from models.bits_per_dim import bits_per_dim
+from models.bits_per_dim import Bound, bits_per_dim
 from models.diffusion import PIXEL_BIN, Diffusion
 from models.likelihood import discretised_normal_log_prob, normal_kl
 from models.noise import NoiseSource
+from models.thresholds import ClipRange
 
 PREDICTIONS = ("eps", "x0", "v")
 
@@ -256,6 +258,26 @@ def test_bits_per_dim_of_a_perfect_network_is_the_entropy_of_its_data(prediction
     assert bound.terms.shape == (2, 50)
     torch.testing.assert_close(bound.total, bound.prior + bound.terms.sum(dim=1))
     assert bound.total.mean().item() == pytest.approx(entropy, abs=0.04)
+
+
+def test_bits_per_dim_sums_every_term_and_heeds_limit_and_bin() -> None:
+    data, diffusion, x0 = GaussianData(std=2.0), make_diffusion(num_timesteps=4), torch.ones(1, 1, 64).double()
+
+    def limited(x: Tensor, t: Tensor) -> Tensor:
+        return diffusion.output_from_x0(data.posterior_mean(diffusion, x, t).clamp(-0.5, 0.5), x, t)
+
+    def bound(denoise: Callable[[Tensor, Tensor], Tensor], **options: Any) -> Bound:
+        return bits_per_dim(denoise, x0, diffusion, NoiseSource.from_seeds([0]), **options)
+
+    plain = bound(data.denoiser(diffusion))
+    assert plain.prior.item() > 1e-5
+    torch.testing.assert_close(plain.total, plain.prior + plain.terms.sum(dim=1))
+    clipped = bound(data.denoiser(diffusion), limit=ClipRange(-0.5, 0.5))
+    torch.testing.assert_close(clipped.terms, bound(limited).terms)
+    assert (clipped.terms - plain.terms).abs().max() > 0.1
+    coarse = bound(data.denoiser(diffusion), bin_width=2 / 15)
+    assert coarse.terms[0, 0] < plain.terms[0, 0] - 0.01  # a wider bin is likelier
+    torch.testing.assert_close(coarse.terms[:, 1:], plain.terms[:, 1:])
 
 
 def test_bits_per_dim_is_larger_where_the_variance_is_not_the_best() -> None:

@@ -1,5 +1,6 @@
 """The causal transformer: what a token may read, and the cache."""
 
+import pytest
 import torch
 
 from models.transformer import CausalTransformer, KeysValues, causal_mask
@@ -8,6 +9,30 @@ from models.transformer import CausalTransformer, KeysValues, causal_mask
 def make(dropout: float = 0.0) -> CausalTransformer:
     torch.manual_seed(0)
     return CausalTransformer(width=16, depth=3, num_heads=4, mlp_ratio=2, dropout=dropout).eval()
+
+
+def test_weights_start_as_those_of_clips_text_tower() -> None:
+    torch.manual_seed(0)
+    model = CausalTransformer(width=64, depth=8, num_heads=4, mlp_ratio=4, dropout=0.0)
+    for name, std in (
+        ("query", 1 / 8),
+        ("key_value", 1 / 8),
+        ("mlp_in", 128**-0.5),
+        ("out", 1 / 32),
+        ("mlp_out", 1 / 32),
+    ):
+        weights = torch.cat([getattr(block, name).weight.flatten() for block in model.blocks])
+        assert weights.std().item() == pytest.approx(std, rel=0.05), name
+
+
+@pytest.mark.parametrize("silent", ["out", "mlp_out"])
+def test_dropout_spares_neither_branch_and_is_off_outside_training(silent: str) -> None:
+    model, x, mask = make(dropout=0.5), torch.randn(1, 3, 16), torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    for block in model.blocks:
+        torch.nn.init.zeros_(getattr(block, silent).weight)
+    assert torch.equal(model(x, mask), model(x, mask))
+    model.train()
+    assert not torch.allclose(model(x, mask), model(x, mask))
 
 
 def test_causal_mask_shows_earlier_valid_tokens_only() -> None:
