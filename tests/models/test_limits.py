@@ -1,6 +1,7 @@
 """Limits on the predicted x0: what they keep, rescale and agree with."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from gaussian_data import GaussianData, make_diffusion
 from models.config import SamplerConfig
 from models.noise import NoiseSource
 from models.sampler_steps import SamplerState, ddim_step
-from models.samplers import sample
+from models.samplers import iterate, sample
 from models.thresholds import ClipRange, DynamicThreshold
 
 
@@ -41,15 +42,19 @@ def test_every_method_limits_every_prediction(method: str) -> None:
     x_T = torch.randn(2, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     measured = data.posterior_variance(diffusion)
 
-    def limited(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return diffusion.output_from_x0(data.posterior_mean(diffusion, x, t).clamp(-0.3, 0.3), x, t)
+    def eager(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return diffusion.output_from_x0(2 * data.posterior_mean(diffusion, x, t), x, t)
 
+    def limited(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return diffusion.output_from_x0((2 * data.posterior_mean(diffusion, x, t)).clamp(-0.3, 0.3), x, t)
+
+    noise = partial(NoiseSource.from_seeds, [1, 2])
     found, expected, free = (
-        sample(denoise, x_T, diffusion, each, NoiseSource.from_seeds([1, 2]), x0_variance=measured)
+        torch.stack([state.x for state in iterate(denoise, x_T, diffusion, each, noise(), x0_variance=measured)])
         for denoise, each in (
-            (data.denoiser(diffusion), config),
+            (eager, config),
             (limited, replace(config, clip_x0=False)),
-            (data.denoiser(diffusion), replace(config, clip_x0=False)),
+            (eager, replace(config, clip_x0=False)),
         )
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)

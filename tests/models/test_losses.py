@@ -120,7 +120,7 @@ def test_discretised_log_prob_sums_to_one_and_equals_the_integral(log_std: float
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("log_variance", [-13.0, -9.0, 0.0, 8.0, 20.0])
+@pytest.mark.parametrize("log_variance", [-13.0, -9.0, 0.0, 8.0, 30.0])
 def test_discretised_log_prob_and_its_gradient_are_finite_far_out(dtype: torch.dtype, log_variance: float) -> None:
     x = torch.tensor([-1.0, -0.5, 0.5, 1.0], dtype=dtype)
     mean = torch.tensor([1.0, 0.9, -0.9, -1.0], dtype=dtype, requires_grad=True)
