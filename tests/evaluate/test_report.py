@@ -118,7 +118,7 @@ def test_report_of_an_empty_workspace_can_be_written(recipe: Recipe, tmp_path: P
 
 
 def test_report_escapes_what_people_wrote(tmp_path: Path) -> None:
-    recipe = make_recipe(tmp_path / "w", name="<script>alert(1)</script>")
+    recipe = make_recipe(tmp_path / "w", name="<script>alert(1)")
     fill_workspace(recipe, until="pairs")
     text = _report(recipe, tmp_path / "report.html", "my recipe's.toml")
     assert "<script>alert" not in text
