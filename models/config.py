@@ -42,6 +42,12 @@ class DiffusionConfig:
     """What the network predicts: the noise, the clean sample (the prior), or v (arXiv:2202.00512)."""
     variance: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_small"
     """Variance of a reverse step; learned_range doubles the output channels (arXiv:2102.09672, eq. 15)."""
+    loss: Literal["simple", "vlb"] = "simple"
+    """simple: squared error, hybrid where the variance is learned; vlb: the variational bound alone, in bits per
+    dimension (section 3.3; of pixels only). With a fixed variance it teaches the mean, as in arXiv:2006.11239."""
+    timestep_draws: Literal["uniform", "loss_aware"] = "uniform"
+    """Timesteps of a training batch: all alike, or in proportion to the root mean square of their last 10 losses, each
+    loss weighed so that their mean estimates the same (section 3.3: for vlb, whose terms differ most)."""
     loss_weighting: Literal["none", "min_snr"] = "none"
     """Weight of each timestep in the loss; min_snr is arXiv:2303.09556."""
     min_snr_gamma: float = 5.0
@@ -53,6 +59,10 @@ class DiffusionConfig:
         require(self.num_timesteps >= 1, f"num_timesteps = {self.num_timesteps}: at least 1")
         require(self.min_snr_gamma > 0, f"min_snr_gamma = {self.min_snr_gamma}: must be positive")
         require(self.vlb_weight >= 0, f"vlb_weight = {self.vlb_weight}: must not be negative")
+        require(
+            self.loss == "simple" or self.loss_weighting == "none",
+            f"loss_weighting = {self.loss_weighting!r} weighs a squared error, and loss = 'vlb' has none; set 'none'",
+        )
 
 
 @configclass
@@ -146,6 +156,10 @@ class PriorConfig:
         require(
             self.diffusion.variance != "learned_range",
             "diffusion.variance = 'learned_range': the prior predicts the embedding alone; use fixed_small",
+        )
+        require(
+            self.diffusion.loss == "simple",
+            "diffusion.loss = 'vlb' bounds the likelihood of 256 grey levels, which an embedding has not; set 'simple'",
         )
         require(self.sampler.clip_guidance_scale == 0, "sampler.clip_guidance_scale: of the decoder alone; set 0.0")
         _require_steps(self.sampler, self.diffusion)

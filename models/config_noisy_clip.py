@@ -24,3 +24,7 @@ class NoisyClipConfig:
     def __post_init__(self) -> None:
         require(not self.tower.attention_resolutions, "tower.attention_resolutions: this tower has no attention")
         self.tower.require_fits(self.image_px)
+        require(
+            (self.diffusion.loss, self.diffusion.timestep_draws) == ("simple", "uniform"),
+            "diffusion.loss, diffusion.timestep_draws: this tower is trained by contrast; set 'simple' and 'uniform'",
+        )

@@ -46,11 +46,11 @@ class LossTerms(NamedTuple):
     """Losses of one item, each (B,)."""
 
     loss: Tensor
-    """What training minimises: weighted, hybrid where the variance is learned."""
+    """What training minimises: weighted, hybrid where the variance is learned; or the bound, in bits per dimension."""
     mse: Tensor
     """Unweighted mean squared error of the predicted quantity."""
     vlb: Tensor | None
-    """Term t of the variational bound, in bits per dimension; None where the variance is fixed."""
+    """Term t of the variational bound, in bits per dimension; None where the loss has no such term."""
 
 
 class Diffusion:
@@ -244,17 +244,21 @@ class Diffusion:
 
         The loss is the weighted squared error; where the variance is learned, vlb_weight * T * (term t of the bound) is
         added, with the predicted mean detached so that it teaches the variance alone (arXiv:2102.09672, section 3.1). T
-        makes one term an estimate of the whole bound.
+        makes one term an estimate of the whole bound. With ``loss = "vlb"`` it is T * (term t), which teaches the mean
+        too (section 3.3).
 
         Args:
             output: (B, C, ...) or (B, 2C, ...), any float type; the losses are computed in the type of x_t.
-            x0: Clean samples; pixels in [-1, 1] where the variance is learned.
+            x0: Clean samples; pixels in [-1, 1] where the loss has a term of the bound.
             x_t: ``q_sample(x0, t, noise)``.
             t: Timestep per item.
             noise: The noise in x_t.
         """
         prediction, variance_output = self.split_output(output, x_t)
         mse = per_item_mean((self.target(x0, noise, t) - prediction) ** 2)
+        if self.config.loss == "vlb":
+            vlb = self.vlb_terms(self.predict(output, x_t, t, t - 1), x0, x_t, t)
+            return LossTerms(self.num_timesteps * vlb, mse, vlb)
         loss = self.loss_weight(t).to(mse.dtype) * mse
         if variance_output is None:
             return LossTerms(loss, mse, None)

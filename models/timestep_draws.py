@@ -6,10 +6,13 @@ mean estimates the same objective whatever the draw favours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from models.config import DiffusionConfig
 
 
 class UniformTimesteps:
@@ -21,9 +24,6 @@ class UniformTimesteps:
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Timesteps and weights, (B,) each, on the CPU."""
         return torch.randint(self.num_timesteps, (batch,), generator=generator), torch.ones(batch)
-
-    def update(self, t: Tensor, losses: Tensor) -> None:
-        """Nothing is learned from losses."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Nothing is remembered."""
@@ -62,8 +62,13 @@ class LossAwareTimesteps:
         return t, (1 / (self.num_timesteps * probabilities[t])).to(torch.float32)
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Remember the unweighted loss of each item, (B,); the oldest of its timestep is forgotten."""
+        """Remember the unweighted loss of each item, (B,); the oldest of its timestep is forgotten.
+
+        A loss that is not finite is passed over: the training that it stops must be able to draw until it is seen.
+        """
         for step, loss in zip(t.tolist(), losses.tolist(), strict=True):
+            if not math.isfinite(loss):
+                continue
             self._losses[step] = torch.roll(self._losses[step], -1)
             self._losses[step, -1] = loss
             self._counts[step] += 1
@@ -82,3 +87,12 @@ class LossAwareTimesteps:
             raise ValueError(f"losses {tuple(state['losses'].shape)}: expected {tuple(self._losses.shape)}")
         self._losses = state["losses"].clone()
         self._counts = state["counts"].clone()
+
+
+TimestepDraws = UniformTimesteps | LossAwareTimesteps
+
+
+def create_timestep_draws(config: DiffusionConfig) -> TimestepDraws:
+    """The draws that ``timestep_draws`` names, with nothing remembered."""
+    kind = LossAwareTimesteps if config.timestep_draws == "loss_aware" else UniformTimesteps
+    return kind(config.num_timesteps)

@@ -86,6 +86,9 @@ STEP_NAMES = tuple(spec.name for spec in _SPECS)
 CASCADE_STEPS = ("clip", "prior", "decoder", "noisy_clip", "upsampler_1", "upsampler_2")
 """Steps whose networks draw a picture."""
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
+_NEWER = {"loss": "simple", "timestep_draws": "uniform"}
+"""Fields that came to the diffusion tables later, with what was done before them: at that they are no part of a key, so
+that what was trained without them is not trained again."""
 
 
 def make_plan(recipe: Recipe, *, until: str = "") -> list[Step]:
@@ -103,7 +106,7 @@ def make_plan(recipe: Recipe, *, until: str = "") -> list[Step]:
         section = spec.section(recipe)
         if section is None:
             continue
-        tables = without_resources(to_dict(section))
+        tables = _without_newer(without_resources(to_dict(section)))
         if spec.seeded:
             tables["seed"] = recipe.seed
         tables |= _local_inputs(spec.name, tables)
@@ -128,6 +131,15 @@ def sampling_tables(recipe: Recipe) -> Json:
     models = {name: to_dict(section)["model"] for name, section in recipe.trained().items()}
     found = {name: {field: model[field] for field in SAMPLING if field in model} for name, model in models.items()}
     return {name: {"model": fields} for name, fields in found.items() if fields}
+
+
+def _without_newer(tables: Json) -> Json:
+    """The tables less the fields of ``_NEWER`` that a recipe leaves as they always were."""
+    model = tables.get("model", {})
+    if "diffusion" not in model:
+        return tables
+    diffusion = {name: value for name, value in model["diffusion"].items() if _NEWER.get(name) != value}
+    return tables | {"model": model | {"diffusion": diffusion}}
 
 
 def _without_sampling(tables: Json) -> Json:

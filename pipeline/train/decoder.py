@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from models.decoder import Decoder
-from models.diffusion import Diffusion
 from models.inpainting import draw_regions, known_planes
 from models.pixels import resize_crop, to_pixels
 from pipeline.train.batches import Batch, TextEncoder
-from pipeline.train.draws import diffusion_loss, draw_keep
+from pipeline.train.draws import DiffusionLoss, draw_keep
 
 
 class DecoderObjective(nn.Module):
@@ -28,7 +27,7 @@ class DecoderObjective(nn.Module):
         super().__init__()
         self.network = network
         self._encode_text = encode_text
-        self._diffusion = Diffusion(network.config.diffusion)
+        self._loss = DiffusionLoss(network.config.diffusion)
 
     def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Mean loss of the batch."""
@@ -43,4 +42,4 @@ class DecoderObjective(nn.Module):
             drawn = draw_regions(size, config.image_px, config.unknown_prob, generator).to(device)
             known = known_planes(x0, drawn)
         condition = network.encode_condition(z_image, text, keep_image=keep_image, keep_text=keep_text, known=known)
-        return diffusion_loss(self._diffusion, lambda x, t: network(x, t, condition), x0, generator)
+        return self._loss(lambda x, t: network(x, t, condition), x0, generator)

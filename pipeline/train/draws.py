@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+import torch.distributed
+from torch import Tensor, nn
 
+from models.config import DiffusionConfig
 from models.diffusion import Denoise, Diffusion
 from models.noise import derive_seed
+from models.timestep_draws import LossAwareTimesteps, TimestepDraws, UniformTimesteps, create_timestep_draws
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Seed of all draws that one worker makes in one step; a resumed run draws what it would have drawn."""
     return derive_seed(seed, f"train/{step}/{rank}")
-
-
-def draw_timesteps(size: int, num_timesteps: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Uniform timesteps 0 .. T - 1, int64, (size,)."""
-    return torch.randint(num_timesteps, (size,), generator=generator).to(device, non_blocking=True)
 
 
 def draw_keep(size: int, drop_prob: float, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -32,7 +30,37 @@ def draw_normal(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
-def diffusion_loss(diffusion: Diffusion, denoise: Denoise, x0: Tensor, generator: torch.Generator) -> Tensor:
-    """Mean loss of clean samples (B, C, ...), each at a timestep and with noise of its own."""
-    t = draw_timesteps(len(x0), diffusion.num_timesteps, generator, x0.device)
-    return diffusion.training_losses(denoise, x0, t, draw_normal(x0, generator)).loss.mean()
+class DiffusionLoss(nn.Module):
+    """The loss of clean samples, each at a timestep and with noise of its own.
+
+    Outside of training all timesteps are alike: what a validation draws does not depend on what a training has seen.
+    """
+
+    def __init__(self, config: DiffusionConfig) -> None:
+        super().__init__()
+        self.draws = create_timestep_draws(config)
+        self._diffusion = Diffusion(config)
+
+    def forward(self, denoise: Denoise, x0: Tensor, generator: torch.Generator) -> Tensor:
+        """Mean loss of x0 (B, C, ...)."""
+        draws = self.draws if self.training else UniformTimesteps(self._diffusion.num_timesteps)
+        t, weights = (drawn.to(x0.device, non_blocking=True) for drawn in draws.draw(len(x0), generator))
+        losses = self._diffusion.training_losses(denoise, x0, t, draw_normal(x0, generator)).loss
+        if isinstance(draws, LossAwareTimesteps):
+            seen = _of_all_workers(torch.stack([t.double(), losses.detach().double()], dim=1)).cpu()
+            draws.update(seen[:, 0].long(), seen[:, 1])
+        return (weights * losses).mean()
+
+
+def draws_of(objective: nn.Module) -> TimestepDraws | None:
+    """What the objective's timesteps are drawn by; None where it is not of a diffusion."""
+    return next((module.draws for module in objective.modules() if isinstance(module, DiffusionLoss)), None)
+
+
+def _of_all_workers(rows: Tensor) -> Tensor:
+    """The rows of all workers in the order of their ranks, as many of each."""
+    if not torch.distributed.is_initialized():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, rows)
+    return torch.cat(parts)

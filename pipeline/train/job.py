@@ -23,6 +23,7 @@ from pipeline.progress import METRICS
 from pipeline.store import Artifact
 from pipeline.train.assemble import Parts, TrainJob, assemble, part_of
 from pipeline.train.batches import Share, iterate_batches, plan_order
+from pipeline.train.draws import draws_of
 from pipeline.train.loop import learning_rate, make_step, train
 from pipeline.train.measures import Measures
 from pipeline.train.state import TrainState, create_state, load_newest_checkpoint, save_checkpoint
@@ -53,11 +54,12 @@ def run_job(job: TrainJob, watch: Watch) -> Json:
     config, resources = section.train, section.resources
     parts = assemble(job)
     state = create_state(parts.network, config, job.device)
+    objective = parts.objective(state.network).train()
+    state.draws = draws_of(objective)
     load_newest_checkpoint(state, job.output, job.digest)
     _require_same_step(state)
     if resources.compiled:
         compile_network(state.network)
-    objective = parts.objective(state.network).train()
     if job.world_size > 1:
         objective = DistributedDataParallel(objective)
     order = plan_order(parts.train, job.seed, where=job.name)

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from models.diffusion import Diffusion
 from models.noisy_clip import NoisyClip, noisy_clip_loss
 from models.pixels import resize_crop, to_pixels
+from models.timestep_draws import UniformTimesteps
 from pipeline.train.batches import Batch, TextEncoder
-from pipeline.train.draws import draw_normal, draw_timesteps
+from pipeline.train.draws import draw_normal
 
 
 class NoisyClipObjective(nn.Module):
@@ -27,10 +28,11 @@ class NoisyClipObjective(nn.Module):
         self.network = network
         self._encode_text = encode_text
         self._diffusion = Diffusion(network.config.diffusion)
+        self._draws = UniformTimesteps(self._diffusion.num_timesteps)
 
     def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Mean loss of the batch."""
         x0 = resize_crop(to_pixels(batch.require_images()), self.network.config.image_px)
-        t = draw_timesteps(len(batch), self._diffusion.num_timesteps, generator, x0.device)
+        t = self._draws.draw(len(batch), generator)[0].to(x0.device, non_blocking=True)
         x_t = self._diffusion.q_sample(x0, t, draw_normal(x0, generator))
         return noisy_clip_loss(self.network, x_t, t, self._encode_text(batch.captions).z_text)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.diffusion import Diffusion
 from models.prior import Prior
 from pipeline.train.batches import Batch, TextEncoder
-from pipeline.train.draws import diffusion_loss, draw_keep
+from pipeline.train.draws import DiffusionLoss, draw_keep
 
 
 class PriorObjective(nn.Module):
@@ -23,7 +22,7 @@ class PriorObjective(nn.Module):
         super().__init__()
         self.network = network
         self._encode_text = encode_text
-        self._diffusion = Diffusion(network.config.diffusion)
+        self._loss = DiffusionLoss(network.config.diffusion)
 
     def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Mean loss of the batch."""
@@ -33,4 +32,4 @@ class PriorObjective(nn.Module):
         keep = draw_keep(size, network.config.text_drop_prob, generator, device) if self.training else None
         x0 = network.scale(z_image)
         condition = network.encode_condition(text, keep=keep)
-        return diffusion_loss(self._diffusion, lambda x, t: network(x, t, condition), x0, generator)
+        return self._loss(lambda x, t: network(x, t, condition), x0, generator)

@@ -1,8 +1,8 @@
 """The state of one training, and its checkpoint: one safetensors file that holds all that a resumed run needs.
 
 Layout of the file (docs/formats.md): ``network.<name>`` and ``ema.<name>`` are weights,
-``optimizer.<parameter>.<key>`` the moments, ``report.loss_sum`` the losses since the last log line; step, format and
-the key of the step that it belongs to stand in the header.
+``optimizer.<parameter>.<key>`` the moments, ``report.loss_sum`` the losses since the last log line, ``draws.<name>``
+what loss-aware timesteps are drawn by; step, format and the key of the step that it belongs to stand in the header.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.ema import create_average
+from models.timestep_draws import TimestepDraws
 from pipeline.config import TrainConfig
 from pipeline.errors import ResumeError
 from pipeline.store import LIVE, Artifact
@@ -43,6 +44,8 @@ class TrainState:
     """First step (1-based) whose loss or gradient was not finite, -1 if none, on the device: no update after it."""
     grad_norm: Tensor = field(default_factory=lambda: torch.zeros(()))
     """Norm of the last gradient before clipping, on the device."""
+    draws: TimestepDraws | None = None
+    """What the objective draws timesteps by, where it is of a diffusion."""
 
 
 def create_state(network: nn.Module, config: TrainConfig, device: torch.device) -> TrainState:
@@ -88,6 +91,8 @@ def save_checkpoint(state: TrainState, artifact: Artifact, digest: str, num_kept
     tensors |= {f"ema.{name}": tensor for name, tensor in state.ema.state_dict().items()}
     tensors |= {f"optimizer.{name}": tensor for name, tensor in _optimizer_tensors(state).items()}
     tensors["report.loss_sum"] = state.loss_sum
+    if state.draws is not None:
+        tensors |= {f"draws.{name}": tensor for name, tensor in state.draws.state_dict().items()}
     header = {"format": FORMAT, "step": str(state.step), "digest": digest}
     with artifact.write(checkpoint_name(state.step)) as path:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=header)
@@ -131,7 +136,7 @@ def _read_header(path: Path) -> dict[str, str] | None:
 
 
 def _load(state: TrainState, path: Path) -> None:
-    parts: dict[str, dict[str, Tensor]] = {"network": {}, "ema": {}, "optimizer": {}, "report": {}}
+    parts: dict[str, dict[str, Tensor]] = {"network": {}, "ema": {}, "optimizer": {}, "report": {}, "draws": {}}
     with safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
             part, _, rest = name.partition(".")
@@ -143,6 +148,8 @@ def _load(state: TrainState, path: Path) -> None:
         raise ResumeError(f"{path}: does not fit the network: {error}") from error
     _load_optimizer(state, parts["optimizer"])
     state.loss_sum.copy_(parts["report"]["loss_sum"])
+    if state.draws is not None:
+        state.draws.load_state_dict(parts["draws"])
 
 
 def _names(state: TrainState) -> dict[Tensor, str]:

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from models.degradation import random_crop
-from models.diffusion import Diffusion
 from models.low_res import spoilt_low_res
 from models.pixels import resize_crop, to_pixels
 from models.upsampler import Upsampler
 from pipeline.train.batches import Batch
-from pipeline.train.draws import diffusion_loss, draw_normal
+from pipeline.train.draws import DiffusionLoss, draw_normal
 
 
 class UpsamplerObjective(nn.Module):
@@ -24,7 +23,7 @@ class UpsamplerObjective(nn.Module):
     def __init__(self, network: Upsampler) -> None:
         super().__init__()
         self.network = network
-        self._diffusion = Diffusion(network.config.diffusion)
+        self._loss = DiffusionLoss(network.config.diffusion)
 
     def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Mean loss of the batch."""
@@ -33,7 +32,7 @@ class UpsamplerObjective(nn.Module):
         x0 = random_crop(pictures, config.crop_px, generator, multiple_px=network.factor)
         low_res = spoilt_low_res(x0, config.crop_px // network.factor, config.degradation, generator)
         condition = network.encode_condition(low_res, *self._level(x0, generator))
-        return diffusion_loss(self._diffusion, lambda x, t: network(x, t, condition), x0, generator)
+        return self._loss(lambda x, t: network(x, t, condition), x0, generator)
 
     def _level(self, x0: Tensor, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
         """The share of noise of each sample's condition, and that noise; None where there is none."""

@@ -21,6 +21,7 @@ from models.config import (
     UNetConfig,
     UpsamplerConfig,
 )
+from models.config_noisy_clip import NoisyClipConfig
 
 CLASSES = [value for value in vars(configs).values() if dataclasses.is_dataclass(value)]
 
@@ -66,6 +67,10 @@ def test_config_refuses_unknown_keys_and_converts_nothing(cls: type) -> None:
         (lambda: PriorConfig(text_drop_prob=1.5), "probability"),
         (lambda: PriorConfig(diffusion=DiffusionConfig(variance="learned_range")), "the prior predicts"),
         (lambda: PriorConfig(diffusion=DiffusionConfig(num_timesteps=10)), "above num_timesteps"),
+        (lambda: PriorConfig(diffusion=DiffusionConfig(loss="vlb")), "256 grey levels"),
+        (lambda: DiffusionConfig(loss="vlb", loss_weighting="min_snr"), "weighs a squared error"),
+        (lambda: NoisyClipConfig(diffusion=DiffusionConfig(loss="vlb")), "trained by contrast"),
+        (lambda: NoisyClipConfig(diffusion=DiffusionConfig(timestep_draws="loss_aware")), "trained by contrast"),
         (lambda: UNetConfig(channels=100, norm_groups=32), "multiple of norm_groups"),
         (lambda: DecoderConfig(image_px=36), "is not a multiple of 8"),
         (lambda: DecoderConfig(image_px=128), "not among the levels"),

@@ -81,6 +81,19 @@ def test_hybrid_loss_freezes_the_mean() -> None:
     assert of_mse[:, :3].abs().min() > 0
 
 
+@pytest.mark.parametrize(("variance", "channels"), [("learned_range", 6), ("fixed_small", 3), ("fixed_large", 3)])
+def test_vlb_loss_is_the_term_of_the_bound_and_teaches_all_of_the_output(variance: str, channels: int) -> None:
+    diffusion = make_diffusion(variance=variance, num_timesteps=250, loss="vlb")
+    t = torch.tensor([0, 100, 249])
+    x0, noise, x_t = noised(diffusion, t)
+    output = torch.randn(3, channels, 4, 4, dtype=torch.float64, requires_grad=True)
+    found = diffusion.losses_from_output(output, x0, x_t, t, noise)
+    torch.testing.assert_close(
+        found.loss, 250 * diffusion.vlb_terms(diffusion.predict(output, x_t, t, t - 1), x0, x_t, t)
+    )
+    assert torch.autograd.grad(found.loss.sum(), output)[0].abs().min() > 0
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_min_snr_weighs_the_same_error_of_x0_alike_for_every_prediction(prediction: str) -> None:
     diffusion = make_diffusion(prediction=prediction, loss_weighting="min_snr", min_snr_gamma=5.0)

@@ -44,6 +44,12 @@ def test_loss_aware_history_forgets_the_oldest_loss() -> None:
     assert draws.probabilities().tolist() == pytest.approx([0.75, 0.25])
 
 
+def test_loss_aware_history_passes_over_a_loss_that_is_not_finite() -> None:
+    draws = warmed([1.0, 3.0], history=2, uniform_prob=0.0)
+    draws.update(torch.tensor([0, 1]), torch.tensor([torch.nan, torch.inf]))
+    assert draws.probabilities().tolist() == pytest.approx([0.25, 0.75])
+
+
 def test_loss_aware_weights_leave_the_expected_loss_unchanged() -> None:
     losses = torch.tensor([8.0, 1.0, 0.5, 0.1])
     t, weights = warmed(losses.tolist()).draw(40_000, torch.Generator().manual_seed(0))

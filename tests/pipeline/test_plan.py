@@ -27,6 +27,16 @@ def test_make_plan_puts_every_step_after_its_inputs() -> None:
     assert {"pairs", "upsampler_2", "evaluate"} <= seen
 
 
+def test_fields_that_came_later_are_in_the_keys_of_those_alone_that_set_them() -> None:
+    def fields(*overrides: str) -> set[str]:
+        plan = make_plan(load_recipe(None, overrides))
+        diffusion = next(step.section["model"]["diffusion"] for step in plan if step.name == "decoder")
+        return {"loss", "timestep_draws", "schedule"} & diffusion.keys()
+
+    assert fields() == fields("decoder.model.diffusion.loss=simple") == {"schedule"}
+    assert fields("decoder.model.diffusion.loss=vlb") == {"loss", "schedule"}
+
+
 def test_initial_weights_count_by_their_content_and_not_by_their_place(tmp_path: Path) -> None:
     def key(folder: str) -> str:
         return _keys(load_recipe("configs/demo.toml", [f"decoder.init_from={tmp_path / folder}"]))["decoder"]
@@ -50,6 +60,8 @@ def test_initial_weights_count_by_their_content_and_not_by_their_place(tmp_path:
         ("prior.model.depth=3", {"prior", "evaluate"}),
         ("decoder.model.sampler.num_steps=7", {"evaluate"}),
         ("prior.model.num_candidates=3", {"evaluate"}),
+        ("decoder.model.diffusion.loss=vlb", {"decoder", "evaluate"}),
+        ("prior.model.diffusion.timestep_draws=loss_aware", {"prior", "evaluate"}),
         ("prior.model.sampler.method=analytic", {"prior", "evaluate"}),  # its variance is measured in training
         ("prior.resources.num_workers=2", set()),
         ("serve.port=1", set()),

@@ -1,11 +1,12 @@
 """One tiny training of each network, without Ray: its recipe, its inputs, its job."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from models.clip import create_clip
-from models.config import ClipConfig
+from models.config import ClipConfig, DiffusionConfig
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.store import Artifact
 from pipeline.train.assemble import TrainJob
@@ -56,6 +57,20 @@ def tiny_recipe(num_steps: int = 6) -> Recipe:
     )  # fmt: skip
 
 
+def bound_recipe() -> Recipe:
+    """A decoder that is trained on the bound; of two timesteps, so that ten losses of each are soon known."""
+    recipe = tiny_recipe()
+    diffusion = DiffusionConfig(
+        num_timesteps=2, prediction="x0", variance="learned_range", loss="vlb", timestep_draws="loss_aware"
+    )
+    section = replace(
+        recipe.decoder,
+        model=replace(recipe.decoder.model, diffusion=diffusion),
+        train=replace(recipe.decoder.train, batch_size=16),
+    )
+    return replace(recipe, decoder=section, noisy_clip=None)  # the tower would have to see the same two timesteps
+
+
 def tiny_inputs(folder: Path) -> dict[str, Artifact]:
     download = write_download(folder / "download")
     clip = Artifact(str(folder / "clip"))
@@ -65,7 +80,10 @@ def tiny_inputs(folder: Path) -> dict[str, Artifact]:
 
 
 def tiny_job(name: str, inputs: dict[str, Artifact], output: Path, recipe: Recipe | None = None) -> TrainJob:
-    return TrainJob(name, recipe or tiny_recipe(), inputs, Artifact(str(output)), "key", torch.device("cpu"))
+    """A job of one step; ``"decoder bound"`` is the decoder of ``bound_recipe``."""
+    step, _, bound = name.partition(" ")
+    recipe = recipe or (bound_recipe() if bound else tiny_recipe())
+    return TrainJob(step, recipe, inputs, Artifact(str(output)), "key", torch.device("cpu"))
 
 
 def no_watch(done: int, total: int, message: str) -> None:

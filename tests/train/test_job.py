@@ -30,7 +30,7 @@ class _KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", ["clip", "prior", "prior_2", "decoder", "noisy_clip", "upsampler_1"])
+@pytest.mark.parametrize("name", ["clip", "prior", "prior_2", "decoder", "decoder bound", "noisy_clip", "upsampler_1"])
 def test_a_killed_training_ends_in_the_same_bytes(tmp_path: Path, name: str) -> None:
     inputs = tiny_inputs(tmp_path)
     metrics = run_job(tiny_job(name, inputs, tmp_path / "calm"), no_watch)

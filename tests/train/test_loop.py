@@ -1,6 +1,6 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -8,11 +8,13 @@ import torch.distributed
 import torch.multiprocessing
 from torch import Tensor, nn
 
+from models.config import DiffusionConfig
 from models.ema import create_average
 from pipeline.config import TrainConfig, TrainResources
 from pipeline.errors import ResumeError, StepError
 from pipeline.store import Artifact
 from pipeline.train.batches import Batch
+from pipeline.train.draws import DiffusionLoss
 from pipeline.train.loop import StepFunction, learning_rate, make_step, train
 from pipeline.train.state import (
     TrainState,
@@ -201,11 +203,36 @@ def _train_ranked(rank: int, folder: str) -> None:
         state, step, _batches(0, slice(2 * rank, 2 * rank + 2)), config, TrainResources(log_every_steps=1),
         _nothing, lambda state: losses.append(float(state.loss_sum[0])),
     )  # fmt: skip
-    torch.save({"weights": state.network.state_dict(), "losses": losses}, f"{folder}/{rank}.pt")
+    drawn = {"timesteps": _loss_aware_history(rank)}
+    torch.save({"weights": state.network.state_dict(), "losses": losses} | drawn, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_two_workers_train_as_one_does(tmp_path: Path) -> None:
+def _loss_aware_history(rank: int) -> dict[str, Tensor]:
+    loss = DiffusionLoss(DiffusionConfig(num_timesteps=2, timestep_draws="loss_aware"))
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(6):
+        loss(lambda x, t: x * t[:, None], torch.zeros(4, 3), generator)
+    return loss.draws.state_dict()
+
+
+@pytest.fixture(scope="module")
+def two_workers(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What each of two workers came to."""
+    folder = tmp_path_factory.mktemp("workers")
+    torch.multiprocessing.spawn(_train_ranked, (str(folder),), nprocs=2)  # pyright: ignore
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_two_workers_draw_timesteps_by_the_losses_of_both(two_workers: list[Any]) -> None:
+    one, two = (found["timesteps"] for found in two_workers)
+    assert one["counts"].sum() == 2 * 4 * 6
+    assert torch.equal(one["counts"], two["counts"])
+    assert torch.equal(one["losses"], two["losses"])
+    assert len(one["losses"].unique()) == 2 * 10  # each worker's own noise, and nothing twice
+
+
+def test_two_workers_train_as_one_does(two_workers: list[Any]) -> None:
     config = TrainConfig(num_steps=6, learning_rate=0.05, batch_size=4)
     alone, step = _start(config, dropout=0.0, noise=0.0)
     losses: list[float] = []
@@ -213,9 +240,7 @@ def test_two_workers_train_as_one_does(tmp_path: Path) -> None:
         alone, step, _batches(0), config, TrainResources(log_every_steps=1),
         _nothing, lambda state: losses.append(float(state.loss_sum[0])),
     )  # fmt: skip
-    torch.multiprocessing.spawn(_train_ranked, (str(tmp_path),), nprocs=2)  # pyright: ignore
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
+    for found in two_workers:
         assert found["losses"] == pytest.approx(losses, rel=1e-5)
         for name, weight in alone.network.state_dict().items():
             assert torch.allclose(found["weights"][name], weight, atol=1e-6)
