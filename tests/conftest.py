@@ -1,5 +1,14 @@
-"""One thread a process: two test processes of two threads each on two cores wait for one another most of the time."""
+"""What every test process does first."""
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before any test imports torch; Ray and Ray's workers inherit it
+import pytest
+
+# One thread a process: two processes of two threads each, on two cores, wait for one another most of the time. Set
+# before any test imports torch; Ray and its workers inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test first: the others fill the time beside it."""
+    items.sort(key=lambda item: "faults" not in item.path.parts)

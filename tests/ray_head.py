@@ -25,6 +25,8 @@ class RayHead:
     address: str
     dashboard: str
     folder: Path
+    pid: int
+    """Of the process whose children are the cluster."""
 
 
 def free_ports(number: int) -> list[int]:
@@ -56,7 +58,7 @@ def ray_head(*, num_cpus: int = 2, environment: dict[str, str] | None = None) ->
     try:
         url = f"http://127.0.0.1:{dashboard}"
         _wait_until_up(url, process, folder / "start.log")
-        yield RayHead(f"127.0.0.1:{gcs}", url, folder)
+        yield RayHead(f"127.0.0.1:{gcs}", url, folder, process.pid)
     finally:
         _end(process)
         shutil.rmtree(folder, ignore_errors=True)

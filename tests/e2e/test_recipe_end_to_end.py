@@ -28,6 +28,7 @@ class Submitted:
     """A recipe in the place of the demo's, and the cluster that it was submitted to."""
 
     recipe: Path
+    address: str
     dashboard: str
     output: str
 
@@ -45,10 +46,10 @@ def submitted(tmp_path_factory: pytest.TempPathFactory) -> Generator[Submitted]:
     (folder / "configs").mkdir()
     path = folder / "configs/demo.toml"
     path.write_text(tiny_recipe(folder, port=free_port()).read_text().replace('"tiny"', '"demo"'))
-    with ray_head() as head:
-        done = Submitted(path, head.dashboard, "").typed("submit", *_CHANGES)
+    with ray_head(num_cpus=1) as head:  # one step after the other: a worker that has loaded torch is used again
+        done = Submitted(path, head.address, head.dashboard, "").typed("submit", *_CHANGES)
         assert done.returncode == 0, done.stdout
-        yield Submitted(path, head.dashboard, done.stdout)
+        yield Submitted(path, head.address, head.dashboard, done.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -210,13 +211,16 @@ def test_tracker_holds_the_curves(recipe: Path) -> None:
     assert [point.step for point in points] == [2, 4]
 
 
-def test_corrupt_shard_is_one_message_that_names_it(recipe: Path) -> None:
+def test_corrupt_shard_is_one_message_that_names_it(submitted: Submitted, monkeypatch: pytest.MonkeyPatch) -> None:
     """Last in this file: it breaks the workspace's first shard and asks for an embedding of it."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    recipe = submitted.recipe
     tar = _artifacts(recipe)["download"].path("00000.tar")
     whole = tar.read_bytes()
     tar.write_bytes(whole[: len(whole) // 2])
     try:
-        done = unclip("run", str(recipe), "--set", "embed.batch_size=3", "--until", "embed")
+        changes = ("--set", "embed.batch_size=3", "--until", "embed")
+        done = unclip("run", str(recipe), *changes, "--address", submitted.address)
     finally:
         tar.write_bytes(whole)
     assert done.returncode == 3, done.stdout
