@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -240,7 +241,7 @@ def load_clip(folder: Path) -> OpenClip:
         preprocess = config.get("preprocess_cfg", {})
         clip = _assemble(config["model_cfg"], preprocess.get("mean"), preprocess.get("std"))
         clip.model.load_state_dict(load_file(folder / WEIGHTS_FILE))
-    except (OSError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
         message = (
             f"{folder} is not an open_clip folder ({CONFIG_FILE}, {WEIGHTS_FILE}): {type(error).__name__}: {error}"
         )

@@ -18,11 +18,11 @@ import pytest
 from pipeline.plan import artifact_of, make_plan
 from pipeline.progress import read_progress
 from pipeline.recipe import load_recipe
-from pipeline.store import Workspace
-from tests.ray_head import ray_head
+from pipeline.store import Artifact, Workspace
+from tests.ray_head import RayHead, ray_head
 from tests.tiny import ROOT, free_port, start_unclip, tiny_recipe, unclip
 
-_STEPS = ("download", "clip", "embed", "index", "prior", "decoder", "upsampler_1", "upsampler_2", "evaluate")
+_STEPS = ("pairs", "download", "clip", "embed", "index", "prior", "decoder", "upsampler_1", "upsampler_2", "evaluate")
 _CONTENT = {
     "embed": ".parquet",
     "clip": "open_clip_model.safetensors",
@@ -71,69 +71,88 @@ _KILLS: dict[str, tuple[Callable[[psutil.Process, psutil.Process], None], int]] 
 """How, and the exit code of the driver."""
 
 
+class _Walk:
+    """One workspace on its way through the kills."""
+
+    def __init__(self, recipe: Path) -> None:
+        self.command = ["run", str(recipe), "--set", "tracking.uri=off"]
+        self.artifacts = _artifacts(recipe)
+        self.todo = {(name, kind) for name in _STEPS for kind in ("workers", "cluster", "driver")}
+        self.todo.add(("prior", "interrupt"))
+        self.started: list[psutil.Process] = []
+        self._committed: dict[str, float] = {}
+
+    def target(self) -> str:
+        """The step to run up to next."""
+        left = [name for name in _STEPS if any((name, kind) in self.todo for kind in _KILLS)]
+        return next((name for name in [*left, "evaluate"] if name not in self._committed), "")
+
+    def run(self, target: str, kinds: list[str], head: RayHead | None) -> None:
+        """One driver, from its start to the kill that ends it, or to its own end."""
+        command = [*self.command, "--until", target, *(["--address", head.address] if head else [])]
+        with start_unclip(*command) as process:
+            driver = psutil.Process(process.pid)
+            cluster = psutil.Process(head.pid) if head else driver
+            wanted, since = "", driver.create_time() + 2.5  # what a driver before left may write for a moment longer
+            while process.poll() is None and wanted in {"", "workers"}:
+                names = self._in_the_middle(since)
+                wanted = next((kind for kind in kinds if any((name, kind) in self.todo for name in names)), "")
+                if wanted:
+                    self.todo -= {(name, wanted) for name in names}
+                    self.started += _children(driver)
+                    _KILLS[wanted][0](driver, cluster)
+                    since = time.time()
+                time.sleep(0.02)
+            output, _ = process.communicate(timeout=120)
+        assert process.returncode == (_KILLS[wanted][1] if wanted else 0), output
+        assert ("run the same command again" in output) == (wanted in {"cluster", "interrupt"}), output
+        assert "Traceback" not in output
+        for name, artifact in self.artifacts.items():
+            manifest = artifact.manifest()
+            if manifest is not None:
+                assert self._committed.setdefault(name, manifest.created) == manifest.created, name
+
+    def _in_the_middle(self, since: float) -> list[str]:
+        open_steps = [name for name in _STEPS if self.artifacts[name].manifest() is None]
+        states = {name: read_progress(self.artifacts[name]) for name in open_steps}
+        # The list of pairs is drawn in a moment: it is killed as soon as it is under way.
+        begun = {name: state for name, state in states.items() if state and (state.has_begun or name == "pairs")}
+        return [name for name, state in begun.items() if state.updated > since]
+
+
+def _artifacts(recipe: Path) -> dict[str, Artifact]:
+    loaded = load_recipe(recipe)
+    return {step.name: artifact_of(Workspace(loaded.workspace), step) for step in make_plan(loaded)}
+
+
 @pytest.mark.e2e
 @pytest.mark.timeout(1800)
 def test_kill_anywhere_ends_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    port = free_port()
-    calm_folder, wild_folder = tmp_path / "calm", tmp_path / "wild"
-    calm_folder.mkdir()
-    wild_folder.mkdir()
-    calm = tiny_recipe(calm_folder, port=port, num_steps=30, save_every=3)
-    wild = tiny_recipe(wild_folder, port=port, num_steps=30, save_every=3)
-    steps = {step.name: step for step in make_plan(load_recipe(wild))}
-    artifacts = {name: artifact_of(Workspace(load_recipe(wild).workspace), step) for name, step in steps.items()}
-    todo = {(name, kind) for name in _STEPS for kind in ("workers", "cluster", "driver")} | {("prior", "interrupt")}
-    committed: dict[str, float] = {}
-    started: list[psutil.Process] = []
-
-    def in_the_middle(since: float) -> list[str]:
-        states = {name: read_progress(artifacts[name]) for name in _STEPS if artifacts[name].manifest() is None}
-        return [name for name, state in states.items() if state and state.has_begun and state.updated > since]
-
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    target = _STEPS[0]
+    recipes = {}
+    port = free_port()
+    for name in ("calm", "wild"):
+        (tmp_path / name).mkdir()
+        recipes[name] = tiny_recipe(tmp_path / name, port=port, num_steps=30, save_every=3)
+    walk = _Walk(recipes["wild"])
     with ray_head(num_cpus=1, environment={"PYTHONPATH": str(ROOT)}) as head:
-        at_head = ["--address", head.address]
-        while target:
+        while target := walk.target():
             kinds = ["workers", "driver", "interrupt"]
-            if not any((target, kind) in todo for kind in kinds):
-                kinds = ["cluster"]
-            on_own_ray = kinds == ["cluster"] or target == _STEPS[0]
-            command = ["run", str(wild), "--set", "tracking.uri=off", "--until", target]
-            with start_unclip(*command, *([] if on_own_ray else at_head)) as process:
-                driver = psutil.Process(process.pid)
-                cluster = driver if on_own_ray else psutil.Process(head.pid)
-                since, wanted = driver.create_time() + 4, ""  # what a driver before left may write for a moment longer
-                while process.poll() is None and wanted in {"", "workers"}:
-                    names = in_the_middle(since)
-                    wanted = next((kind for kind in kinds if any((name, kind) in todo for name in names)), "")
-                    if wanted:
-                        todo -= {(name, wanted) for name in names}
-                        started += _children(driver)
-                        _KILLS[wanted][0](driver, cluster)
-                        since = time.time() + 1
-                    time.sleep(0.02)
-                output, _ = process.communicate(timeout=120)
-            assert process.returncode == (_KILLS[wanted][1] if wanted else 0), output
-            assert ("run the same command again" in output) == (wanted in {"cluster", "interrupt"}), output
-            assert "Traceback" not in output
-            for name, artifact in artifacts.items():
-                manifest = artifact.manifest()
-                if manifest is not None:
-                    assert committed.setdefault(name, manifest.created) == manifest.created, name
-            left = [name for name in _STEPS if any((name, kind) in todo for kind in _KILLS) and name not in committed]
-            target = left[0] if left else "evaluate" if "evaluate" not in committed else ""
-        done = unclip("run", str(calm), "--set", "tracking.uri=off", *at_head)
-    print(f"over before it could be killed: {todo or 'none'}")
-    assert len(todo) <= 3
+            if any((target, kind) in walk.todo for kind in kinds):
+                walk.run(target, kinds, None if target == _STEPS[0] else head)
+            else:
+                walk.run(target, ["cluster"], None)
+        done = unclip("run", str(recipes["calm"]), "--set", "tracking.uri=off", "--address", head.address)
+    print(f"over before it could be killed: {walk.todo or 'none'}")
+    assert len(walk.todo) <= 3
     assert done.returncode == 0, done.stdout
-    other = Workspace(load_recipe(calm).workspace)
+    calm = _artifacts(recipes["calm"])
     for name, suffix in _CONTENT.items():
-        one, two = artifacts[name].manifest(), artifact_of(other, steps[name]).manifest()
+        one, two = walk.artifacts[name].manifest(), calm[name].manifest()
         assert one is not None
         assert two is not None
-        assert {file: info for file, info in one.files.items() if file.endswith(suffix)} == {
-            file: info for file, info in two.files.items() if file.endswith(suffix)
-        }, name
-    _, alive = psutil.wait_procs(started, timeout=100)  # Ray's agents look for their cluster for a minute
+        found = {file: info for file, info in one.files.items() if file.endswith(suffix)}
+        assert found == {file: info for file, info in two.files.items() if file.endswith(suffix)}, name
+        assert found, name
+    _, alive = psutil.wait_procs(walk.started, timeout=100)  # Ray's agents look for their cluster for a minute
     assert not alive, f"left behind: {alive}"

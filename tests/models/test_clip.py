@@ -115,6 +115,14 @@ def test_load_clip_names_the_folder_when_a_file_is_missing(frozen: FrozenClip, t
         load_clip(tmp_path)
 
 
+def test_load_clip_names_the_folder_when_the_weights_are_cut_short(frozen: FrozenClip, tmp_path: Path) -> None:
+    save_clip(frozen.clip, tmp_path)
+    weights = tmp_path / "open_clip_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=f"{tmp_path.name} is not an open_clip folder.*SafetensorError"):
+        load_clip(tmp_path)
+
+
 def test_load_clip_refuses_weights_of_another_shape(frozen: FrozenClip, tmp_path: Path) -> None:
     save_clip(frozen.clip, tmp_path)
     config = json.loads((tmp_path / "open_clip_config.json").read_text())
