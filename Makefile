@@ -25,6 +25,7 @@ lint: .venv/.dev
 
 docs: .venv/.ready
 	$(BIN)/python -m jobs.reference > docs/config.md
+	$(BIN)/python -m benchmarks.page > docs/benchmarks.md
 
 setup: .venv/.ready
 

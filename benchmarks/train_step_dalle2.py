@@ -3,6 +3,7 @@
     python -m benchmarks.train_step_dalle2 --path FOLDER [--rounds 15] [--threads 1]
 
 FOLDER holds dalle2-pytorch and what it imports, installed apart because its pins do not go with the project's:
+
     uv pip install --no-deps --target FOLDER, with
         dalle2-pytorch coca-pytorch vector-quantize-pytorch einx einops einops-exts rotary-embedding-torch ema-pytorch
         x-clip resize-right kornia kornia-rs clip-anytorch embedding-reader accelerate webdataset pytorch-warmup

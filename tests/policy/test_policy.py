@@ -71,11 +71,10 @@ def test_readme_commands_exist() -> None:
     assert used <= known
 
 
-def test_config_reference_is_current() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "jobs.reference"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert (ROOT / "docs/config.md").read_text() == done.stdout, "run: make docs"
+@pytest.mark.parametrize(("page", "module"), [("config", "jobs.reference"), ("benchmarks", "benchmarks.page")])
+def test_generated_pages_are_current(page: str, module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (ROOT / f"docs/{page}.md").read_text() == done.stdout, "run: make docs"
 
 
 def test_python_files_stay_short() -> None:

@@ -1,0 +1,62 @@
+"""Prints docs/benchmarks.md from ``results/``: ``python -m benchmarks.page > docs/benchmarks.md``."""
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+MODULES = {
+    "train_step": "train_step",
+    "train_step_dalle2": "train_step_dalle2",
+    "memory": "memory",
+    "sampling": "sampling",
+    "sampling_karlo": "sampling",
+    "sampler_steps": "sampler_steps",
+    "gpu": "gpu",
+}
+"""Which program wrote which file."""
+_HEAD = """# Benchmarks
+
+What was measured, side by side in one run each, with the command that measures it again. Ratios above 1 favour this
+project, shares of memory below 1; `low` and `high` are the quartiles over the rounds. Seconds are those of one busy
+machine and say nothing beside another's. The page is written by `make docs` from `benchmarks/results/`.
+"""
+
+
+def main() -> None:
+    """Print the page."""
+    parts = [_HEAD]
+    told = ""
+    for name, module in MODULES.items():
+        path = FOLDER / "results" / f"{name}.json"
+        if not path.exists():
+            continue
+        if module != told:
+            docstring = ast.get_docstring(ast.parse((FOLDER / f"{module}.py").read_text(encoding="utf-8"))) or ""
+            title, _, rest = docstring.partition("\n")
+            body = rest.strip("\n")  # its first lines are indented: a block of code in Markdown too
+            parts.append(f"## {title.rstrip('.')}\n\n{body}\n")
+            told = module
+        document = json.loads(path.read_text(encoding="utf-8"))
+        versions = ", ".join(f"{package} {version}" for package, version in document["versions"].items())
+        parts.append(
+            f"Measured with {versions}, {document['machine']['threads']} thread(s):\n\n{_table(document['rows'])}\n"
+        )
+    print("\n".join(parts), end="")
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    names = list(rows[0])
+    lines = [names, ["---"] * len(names), *([_cell(row[name]) for name in names] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    main()
