@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.decomposition import PCA
 
 from models.buckets import DotHistogram, from_buckets, to_buckets
 from models.pca import Pca, PcaSums
@@ -21,21 +20,6 @@ def measured(x: torch.Tensor) -> Pca:
     sums = PcaSums(x.shape[1])
     sums.update(x)
     return sums.pca()
-
-
-def test_pca_is_that_of_scikit_learn() -> None:
-    x = embeddings()
-    ours, theirs = measured(x).keep(5), PCA(5, svd_solver="full").fit(x.numpy())
-    np.testing.assert_allclose(ours.mean, theirs.mean_, atol=1e-12)
-    np.testing.assert_allclose(ours.variance, theirs.explained_variance_, rtol=1e-9)
-    np.testing.assert_allclose(ours.components, theirs.components_, atol=1e-9)  # signs too
-    every = measured(x).components
-    assert (every.gather(1, every.abs().argmax(1, keepdim=True)) > 0).all()
-    np.testing.assert_allclose(ours.project(x), theirs.transform(x.numpy()), atol=1e-9)
-    np.testing.assert_allclose(
-        ours.reconstruct(ours.project(x)), theirs.inverse_transform(theirs.transform(x.numpy())), atol=1e-9
-    )
-    assert ours.error == pytest.approx(1 - theirs.explained_variance_ratio_.sum(), abs=1e-10)
 
 
 def test_pca_of_merged_sums_is_that_of_all_rows() -> None:

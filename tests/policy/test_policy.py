@@ -1,5 +1,6 @@
 """Rules of the house that no linter knows."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -49,6 +50,22 @@ def test_top_level_packages_are_ours() -> None:
 
     for package in (jobs, models, pipeline):
         assert Path(str(package.__file__)).is_relative_to(ROOT)
+
+
+def test_models_and_their_tests_need_torch_alone() -> None:
+    """So that they run on any GPU machine; models/clip.py is where open_clip is, and what is compared is in oracles."""
+    allowed = {*sys.stdlib_module_names, "torch", "numpy", "jaxtyping", "models", "pytest", "hypothesis"}
+    files = [*(ROOT / "models").glob("*.py"), *(ROOT / "tests/models").glob("*.py")]
+    allowed |= {file.stem for file in files}
+    for file in files:
+        if file.name in {"clip.py", "test_clip.py"}:
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert {name.partition(".")[0] for name in names} <= allowed, (
+                f"{file}:{getattr(node, 'lineno', 0)}: {names}"
+            )
 
 
 def test_readme_file_tree_matches_the_repository() -> None:
