@@ -209,7 +209,8 @@ def clip_loss(
     """
     image_features, text_features, logit_scale, *bias = (wrapped or clip.model)(clip.prepare(images), tokens)
     loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
-    return loss(image_features, text_features, logit_scale, *bias)
+    with torch.autocast(image_features.device.type, enabled=False):  # logits near 100 have no digits left in bfloat16
+        return loss(image_features.float(), text_features.float(), logit_scale, *bias)
 
 
 def clamp_logit_scale(clip: OpenClip) -> None:

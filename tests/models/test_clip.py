@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from models.clip import FrozenClip, clip_loss, create_clip, load_clip, load_pretrained, open_clip, save_clip
 from models.config import ClipConfig
@@ -74,6 +75,18 @@ def test_frozen_clip_stays_in_evaluation_mode_without_gradients(frozen: FrozenCl
     frozen.train()
     assert not any(module.training for module in frozen.model.modules())
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
+def test_clip_loss_of_half_precision_features_is_taken_in_full_precision() -> None:
+    clip = create_clip(CONFIG)
+    clip.model.logit_scale.data.fill_(4.6)
+    images, tokens = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)), clip.tokenize(CAPTIONS[:3])
+    with torch.autocast("cpu", torch.bfloat16):
+        image, text, scale, *_ = clip.model(clip.prepare(images), tokens)
+        found = clip_loss(clip, images, tokens)
+    logits, own = scale * image.float() @ text.float().T, torch.arange(3)
+    expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_clip_loss_falls_when_trained() -> None:
