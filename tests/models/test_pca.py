@@ -1,25 +1,12 @@
-"""Principal components against scikit-learn, merging, and the numbers as tokens."""
+"""Principal components: merging, and the numbers as tokens (against scikit-learn: tests/oracles)."""
 
 import numpy as np
 import pytest
 import torch
+from tiny_models import embeddings, measured
 
 from models.buckets import DotHistogram, from_buckets, to_buckets
 from models.pca import Pca, PcaSums
-
-
-def embeddings(count: int = 300, features: int = 12) -> torch.Tensor:
-    """Of length one, around a mean, with a falling spectrum."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(count, features, generator=generator, dtype=torch.float64) * 0.7 ** torch.arange(features)
-    turn = torch.linalg.qr(torch.randn(features, features, generator=generator, dtype=torch.float64))[0]
-    return torch.nn.functional.normalize(x @ turn + 0.3, dim=-1)
-
-
-def measured(x: torch.Tensor) -> Pca:
-    sums = PcaSums(x.shape[1])
-    sums.update(x)
-    return sums.pca()
 
 
 def test_pca_of_merged_sums_is_that_of_all_rows() -> None:

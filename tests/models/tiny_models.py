@@ -4,6 +4,7 @@ import torch
 
 from models.condition import TextEncoding
 from models.config import ClipDims, UNetConfig
+from models.pca import Pca, PcaSums
 
 DIMS = ClipDims(embed_dim=12, text_width=10, context_length=9)
 UNET = UNetConfig(
@@ -32,3 +33,17 @@ def randomise(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if "norm" not in name:
             torch.nn.init.normal_(parameter, std=0.1)
+
+
+def embeddings(count: int = 300, features: int = 12) -> torch.Tensor:
+    """Of length one, around a mean, with a falling spectrum."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, features, generator=generator, dtype=torch.float64) * 0.7 ** torch.arange(features)
+    turn = torch.linalg.qr(torch.randn(features, features, generator=generator, dtype=torch.float64))[0]
+    return torch.nn.functional.normalize(x @ turn + 0.3, dim=-1)
+
+
+def measured(x: torch.Tensor) -> Pca:
+    sums = PcaSums(x.shape[1])
+    sums.update(x)
+    return sums.pca()

@@ -2,24 +2,8 @@
 
 import numpy as np
 import pytest
-import torch
 from sklearn.decomposition import PCA
-
-from models.pca import Pca, PcaSums
-
-
-def embeddings(count: int = 300, features: int = 12) -> torch.Tensor:
-    """Of length one, around a mean, with a falling spectrum."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(count, features, generator=generator, dtype=torch.float64) * 0.7 ** torch.arange(features)
-    turn = torch.linalg.qr(torch.randn(features, features, generator=generator, dtype=torch.float64))[0]
-    return torch.nn.functional.normalize(x @ turn + 0.3, dim=-1)
-
-
-def measured(x: torch.Tensor) -> Pca:
-    sums = PcaSums(x.shape[1])
-    sums.update(x)
-    return sums.pca()
+from tiny_models import embeddings, measured
 
 
 def test_pca_is_that_of_scikit_learn() -> None:
