@@ -128,6 +128,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     drawer = Drawer(load_recipe(arguments.recipe, arguments.overrides), arguments.images, arguments.batch_size)
+    arguments.images = len(drawer.rows)  # the split may hold fewer
     publish("sampler_steps", run(drawer, arguments.steps, arguments.reference_steps), vars(arguments))
 
 
