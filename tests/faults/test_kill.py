@@ -18,7 +18,7 @@ import pytest
 from pipeline.plan import artifact_of, make_plan
 from pipeline.progress import read_progress
 from pipeline.recipe import load_recipe
-from pipeline.store import Artifact, Workspace
+from pipeline.store import MANIFEST, Artifact, Workspace
 from tests.ray_head import RayHead, ray_head
 from tests.tiny import ROOT, free_port, start_unclip, tiny_recipe, unclip
 
@@ -113,7 +113,7 @@ class _Walk:
                 assert self._committed.setdefault(name, manifest.created) == manifest.created, name
 
     def _in_the_middle(self, since: float) -> list[str]:
-        open_steps = [name for name in _STEPS if self.artifacts[name].manifest() is None]
+        open_steps = [name for name in _STEPS if not self.artifacts[name].exists(MANIFEST)]
         states = {name: read_progress(self.artifacts[name]) for name in open_steps}
         # The list of pairs is drawn in a moment: it is killed as soon as it is under way.
         begun = {name: state for name, state in states.items() if state and (state.has_begun or name == "pairs")}
