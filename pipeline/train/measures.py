@@ -6,13 +6,14 @@ training. Legend: B rows, D joint space, H W pixels.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.ar_prior import ArPrior
 from models.cascade import decoder_denoiser, prior_denoiser
-from models.clip import FrozenClip
 from models.condition import TextEncoding
 from models.config import SamplerConfig
 from models.config_ar_prior import TokenSamplerConfig
@@ -29,6 +30,9 @@ from pipeline.evaluate.metrics import psnr_db
 from pipeline.store import Artifact
 from pipeline.train.batches import Batch, Samples
 from pipeline.weights import load_clip_artifact
+
+if TYPE_CHECKING:
+    from models.clip import FrozenClip
 
 NUM_EMBEDDINGS = 64
 """Rows that a prior draws."""

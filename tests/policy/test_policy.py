@@ -43,6 +43,11 @@ def test_light_commands_load_neither_torch_nor_ray(arguments: list[str]) -> None
     assert done.returncode == 0, done.stderr
 
 
+def test_a_training_loads_open_clip_only_where_it_needs_a_clip() -> None:
+    code = "import sys, pipeline.train.job; sys.exit('open_clip' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def test_top_level_packages_are_ours() -> None:
     import jobs
     import models
