@@ -1,7 +1,4 @@
-"""diffusers' modules with our weights: the same shapes, the same arithmetic, the same inputs.
-
-The weights are shared, not copied, where our tensor holds theirs in a row (all but channels-last kernels).
-"""
+"""diffusers' modules with our weights: the same shapes, the same arithmetic, the same inputs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -52,9 +49,8 @@ def randomise(network: nn.Module) -> None:
 
 
 def module_of(kind: Any, component: Component, *, share: bool = False) -> Any:
-    """A diffusers module with the weights of a component."""
-    with torch.device("meta" if share else "cpu"):
-        module = kind.from_config(component.config)
+    """A diffusers module with the weights of a component, copied or its very tensors."""
+    module = kind.from_config(component.config)
     module.load_state_dict(component.tensors, assign=share)
     return module
 
@@ -82,15 +78,15 @@ class PriorPair:
 class DecoderPair:
     """Our decoder, and diffusers' UNet2DConditionModel with its text projection."""
 
-    def __init__(self, config: DecoderConfig, dims: ClipDims, *, share: bool = False) -> None:
+    def __init__(self, config: DecoderConfig, dims: ClipDims) -> None:
         from diffusers import UNet2DConditionModel
         from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 
         self.ours = Decoder(config, dims)
         randomise(self.ours)
         unet, projection = export_decoder(self.ours)
-        self.unet: Any = module_of(UNet2DConditionModel, unet, share=share)
-        self.projection: Any = module_of(UnCLIPTextProjModel, projection, share=share)
+        self.unet: Any = module_of(UNet2DConditionModel, unet)
+        self.projection: Any = module_of(UnCLIPTextProjModel, projection)
         self.theirs = nn.ModuleList([self.unet, self.projection])
 
     def condition_theirs(self, batch: Inputs) -> tuple[Tensor, Tensor, Tensor]:

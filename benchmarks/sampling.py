@@ -1,28 +1,29 @@
 """Sampling an exported cascade here against diffusers' UnCLIPPipeline: same weights, steps, guidance and prompts.
 
-    python -m benchmarks.sampling [--rounds 5] [--threads 1]    whole cascades at the demo's size; floor 1.2x
-    python -m benchmarks.sampling --karlo [--rounds 3]         one guided decoder step at Karlo's width; floor 1.0x
+    python -m benchmarks.sampling [--rounds 5]             at the demo's size: four pictures, 10 steps; floor 1.2x
+    python -m benchmarks.sampling --karlo [--rounds 3]     at Karlo's: one picture; floor 1.0x
 
-The pipeline is the installed diffusers', loaded from the folder that `unclip export` would write. Karlo's width takes
-about 8 GB: the two libraries share the weights.
+Both draw whole cascades, from text to the upsampler's size. The pipeline is the installed diffusers', loaded from the
+folder that `unclip export` would write. At Karlo's size (configs/karlo.toml) it is made from the same components in
+memory, so that the two share the weights: 17 GB. There 7, 14 and 2 steps are taken, which leaves the three networks the
+shares of the time that Karlo's own 25, 50 and 7 steps give them.
 """
 
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.peers import DecoderPair, make_inputs, randomise
+from benchmarks.peers import module_of, randomise
 from benchmarks.side_by_side import Comparison, compare, publish
-from models.cascade import Cascade, decoder_denoiser
+from models.cascade import Cascade
 from models.clip import FrozenClip, create_clip
 from models.config import (
     ClipConfig,
-    ClipDims,
     DecoderConfig,
     DiffusionConfig,
     PriorConfig,
@@ -33,7 +34,9 @@ from models.config import (
 from models.decoder import Decoder
 from models.prior import Prior
 from models.upsampler import Upsampler
-from pipeline.export import export_diffusers
+from pipeline.export import export_components, export_diffusers, write_tokenizer
+from pipeline.recipe import load_recipe
+from pipeline.store import Artifact
 
 PROMPTS = ["a large red star on a white background", "a small blue circle above a large yellow square"]
 CLIP = ClipConfig(embed_dim=64, image_px=32, vision_width=20, text_width=64, text_heads=2, context_length=24)
@@ -49,35 +52,70 @@ SMALL = UNetConfig(
 PLAIN = UNetConfig(
     channels=32, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(), norm_groups=8, dropout=0.0
 )
-KARLO = DecoderConfig(
-    image_px=64,
-    context_width=1536,
-    unet=UNetConfig(
-        channels=320, channel_mults=(1, 2, 3, 4), num_res_blocks=3, attention_resolutions=(32, 16, 8), dropout=0.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """One size of cascade."""
+
+    clip: ClipConfig
+    prior: PriorConfig
+    decoder: DecoderConfig
+    upsampler: UpsamplerConfig
+    guidance_scale: float
+    num_images: int
+    floor: float
+
+
+DEMO = Size(
+    CLIP,
+    PriorConfig(width=128, depth=4, num_heads=4, num_candidates=1, sampler=SamplerConfig(num_steps=10)),
+    DecoderConfig(
+        image_px=16,
+        context_width=64,
+        unet=SMALL,
+        diffusion=DiffusionConfig(variance="learned_range"),
+        sampler=SamplerConfig(num_steps=10),
     ),
+    UpsamplerConfig(
+        image_px=64, low_res_px=16, crop_px=32, unet=PLAIN, rounded=False, sampler=SamplerConfig(num_steps=10)
+    ),
+    guidance_scale=2.5,
+    num_images=4,
+    floor=1.2,
 )
+"""The demo's sizes, less what the layout cannot hold."""
 
 
-def make_cascade(num_steps: int) -> Cascade:
-    """The demo's sizes, less what the layout cannot hold, with random weights."""
-    torch.manual_seed(0)
-    clip = FrozenClip(create_clip(CLIP))
-    sampler = SamplerConfig(num_steps=num_steps, guidance_scale=2.5)
-    prior = Prior(PriorConfig(width=128, depth=4, num_heads=4, num_candidates=1, sampler=sampler), clip.dims)
-    decoder = Decoder(
-        DecoderConfig(
-            image_px=16,
-            context_width=64,
-            unet=SMALL,
-            diffusion=DiffusionConfig(variance="learned_range"),
-            sampler=sampler,
+def karlo() -> Size:
+    """The preset; CLIP with ViT-L/14's text tower and, for nothing here looks at pictures, a small image tower."""
+    recipe = load_recipe(Path(__file__).parent.parent / "configs" / "karlo.toml")
+    prior, decoder, upsampler = recipe.prior.model, recipe.decoder.model, recipe.upsampler_1.model
+    assert isinstance(prior, PriorConfig)
+    return Size(
+        ClipConfig(
+            embed_dim=768, image_px=32, vision_width=8, text_width=768, text_heads=12, text_layers=12, context_length=77
         ),
-        clip.dims,
+        replace(prior, num_candidates=1, sampler=SamplerConfig(num_steps=7)),
+        replace(decoder, sampler=SamplerConfig(num_steps=14)),
+        replace(upsampler, rounded=False, sampler=SamplerConfig(num_steps=2)),
+        guidance_scale=4.0,
+        num_images=1,
+        floor=1.0,
     )
-    last = SamplerConfig(num_steps=num_steps)
-    upsampler = Upsampler(
-        UpsamplerConfig(image_px=64, low_res_px=16, crop_px=32, unet=PLAIN, rounded=False, sampler=last)
-    )
+
+
+def make_cascade(size: Size) -> Cascade:
+    """Random weights; every sampler is guided by the size's scale but for the upsampler's."""
+    torch.manual_seed(0)
+    clip = FrozenClip(create_clip(size.clip))
+
+    def guided(sampler: SamplerConfig) -> SamplerConfig:
+        return replace(sampler, guidance_scale=size.guidance_scale)
+
+    prior = Prior(replace(size.prior, sampler=guided(size.prior.sampler)), clip.dims)
+    decoder = Decoder(replace(size.decoder, sampler=guided(size.decoder.sampler)), clip.dims)
+    upsampler = Upsampler(size.upsampler)
     for network in (prior, decoder, upsampler):
         randomise(network)
     for network in (prior, decoder):
@@ -85,68 +123,71 @@ def make_cascade(num_steps: int) -> Cascade:
     return Cascade(clip, prior, decoder, [upsampler])
 
 
-def load_pipeline(folder: Path) -> Any:
+def load_pipeline(cascade: Cascade, clip: FrozenClip) -> Any:
     """The exported folder in diffusers, with the shim of docs/formats.md."""
-    sys.path.append(str(Path(sys.prefix) / "oracles"))  # transformers stands there alone
     import diffusers
     from diffusers.pipelines.deprecated import unclip
 
     diffusers.pipelines.unclip = unclip
-    pipe = diffusers.UnCLIPPipeline.from_pretrained(str(folder))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    with tempfile.TemporaryDirectory() as folder:
+        export_diffusers(cascade, clip, Path(folder) / "unclip")
+        return diffusers.UnCLIPPipeline.from_pretrained(f"{folder}/unclip")
 
 
-def run_cascade(rounds: int, num_steps: int, num_images: int) -> list[Comparison]:
+def share_pipeline(cascade: Cascade, clip: FrozenClip) -> Any:
+    """The pipeline of the same components, on the cascade's own weights."""
+    import diffusers
+    import transformers
+    from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+
+    parts, schedulers = export_components(cascade, clip)
+    text = parts.pop("text_encoder")
+    text_encoder = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig.from_dict(text.config))
+    text_encoder.load_state_dict(text.tensors)
+    kinds = {
+        "prior": diffusers.PriorTransformer,
+        "decoder": diffusers.UNet2DConditionModel,
+        "text_proj": UnCLIPTextProjModel,
+        "super_res_first": diffusers.UNet2DModel,
+        "super_res_last": diffusers.UNet2DModel,
+    }
+    modules: dict[str, Any] = {name: module_of(kinds[name], part, share=True) for name, part in parts.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(clip, Artifact(folder))
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+    return diffusers.UnCLIPPipeline(
+        **modules,
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        **{name: diffusers.UnCLIPScheduler.from_config(config) for name, config in schedulers.items()},
+    )
+
+
+def run(size: Size, rounds: int, *, share: bool) -> list[Comparison]:
     """Both draw the same number of pictures from text to the upsampler's size."""
-    cascade = make_cascade(num_steps)
-    with tempfile.TemporaryDirectory() as name:
-        assert isinstance(cascade.clip, FrozenClip)
-        export_diffusers(cascade, cascade.clip, Path(name) / "unclip")
-        pipe = load_pipeline(Path(name) / "unclip")
-    prompts = (PROMPTS * num_images)[:num_images]
+    sys.path.append(str(Path(sys.prefix) / "oracles"))  # transformers stands there alone
+    cascade = make_cascade(size)
+    assert isinstance(cascade.clip, FrozenClip)
+    pipe = (share_pipeline if share else load_pipeline)(cascade, cascade.clip)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = (PROMPTS * size.num_images)[: size.num_images]
     settings = cascade.default_settings()
 
     def ours() -> object:
-        return cascade.sample(prompts, range(num_images), settings)
+        return cascade.sample(prompts, range(size.num_images), settings)
 
     def theirs() -> object:
         return pipe(
             prompts,
-            prior_num_inference_steps=num_steps,
-            decoder_num_inference_steps=num_steps,
-            super_res_num_inference_steps=num_steps,
-            prior_guidance_scale=2.5,
-            decoder_guidance_scale=2.5,
+            prior_num_inference_steps=size.prior.sampler.num_steps,
+            decoder_num_inference_steps=size.decoder.sampler.num_steps,
+            super_res_num_inference_steps=size.upsampler.sampler.num_steps,
+            prior_guidance_scale=size.guidance_scale,
+            decoder_guidance_scale=size.guidance_scale,
             output_type="pt",
         )
 
-    return [compare(f"cascade, {num_images} pictures", ours, theirs, rounds=rounds, floor=1.2)]
-
-
-def run_unet_step(config: DecoderConfig, dims: ClipDims, rounds: int, name: str) -> list[Comparison]:
-    """One guided step of one picture: two items, conditions computed before, as both samplers do."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        pair = DecoderPair(config, dims, share=True)
-        pair.ours.eval()
-        pair.theirs.eval()
-        batch = make_inputs(dims, 1, config.image_px)
-        t = torch.tensor([500])
-        denoise = decoder_denoiser(pair.ours, batch.z_image, batch.text, 4.0)
-        context, embedding, mask = (torch.cat([part, part]) for part in pair.condition_theirs(batch))
-
-        def theirs() -> object:
-            both = torch.cat([batch.pictures, batch.pictures])
-            out = pair.unet(both, t[0], context, class_labels=embedding, attention_mask=mask).sample
-            uncond, cond = out.chunk(2)
-            return torch.cat([uncond[:, :3] + 4.0 * (cond[:, :3] - uncond[:, :3]), cond[:, 3:]], dim=1)
-
-        return [compare(name, _without_gradient(lambda: denoise(batch.pictures, t)), theirs, rounds=rounds, floor=1.0)]
-
-
-def _without_gradient(function: Callable[[], object]) -> Callable[[], object]:
-    return torch.no_grad()(function)
+    return [compare(f"cascade, {size.num_images} picture(s)", ours, theirs, rounds=rounds, floor=size.floor)]
 
 
 def main() -> None:
@@ -154,15 +195,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--karlo", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.karlo:
-        rows = run_unet_step(KARLO, ClipDims(), arguments.rounds, "one guided step at Karlo's width")
-    else:
-        rows = run_cascade(arguments.rounds, arguments.steps, arguments.images)
+    rows = run(karlo() if arguments.karlo else DEMO, arguments.rounds, share=arguments.karlo)
     publish("sampling_karlo" if arguments.karlo else "sampling", rows, vars(arguments))
 
 

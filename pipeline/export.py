@@ -74,7 +74,7 @@ def export_diffusers(cascade: Cascade, clip: FrozenClip, folder: Path) -> list[s
     """
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: name a new folder")
-    parts, schedulers = _components(cascade, clip)
+    parts, schedulers = export_components(cascade, clip)
     out = Artifact(str(folder))
     for name, component in parts.items():
         is_text = name == "text_encoder"
@@ -83,11 +83,7 @@ def export_diffusers(cascade: Cascade, clip: FrozenClip, folder: Path) -> list[s
             save_file(component.tensors, path, metadata={"format": "pt"})
     for name, config in schedulers.items():
         out.write_json(f"{name}/scheduler_config.json", config)
-    tokenizer = clip.clip.tokenizer
-    files = export_tokenizer(tokenizer.encoder, tokenizer.bpe_ranks, clip.dims.context_length)
-    for name, content in files.items():
-        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False) + "\n"
-        out.write_bytes(f"tokenizer/{name}", text.encode())
+    write_tokenizer(clip, Artifact(f"{out.uri}/tokenizer"))
     save_clip_artifact(Artifact(f"{out.uri}/clip"), clip.clip)
     for number, upsampler in enumerate(cascade.upsamplers[1:], start=2):
         target = Artifact(f"{out.uri}/upsampler_{number}")
@@ -97,7 +93,21 @@ def export_diffusers(cascade: Cascade, clip: FrozenClip, folder: Path) -> list[s
     return _notes(cascade)
 
 
-def _components(cascade: Cascade, clip: FrozenClip) -> tuple[dict[str, Component], dict[str, Json]]:
+def write_tokenizer(clip: FrozenClip, out: Artifact) -> None:
+    """The files of transformers' CLIPTokenizer."""
+    tokenizer = clip.clip.tokenizer
+    files = export_tokenizer(tokenizer.encoder, tokenizer.bpe_ranks, clip.dims.context_length)
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False) + "\n"
+        out.write_bytes(name, text.encode())
+
+
+def export_components(cascade: Cascade, clip: FrozenClip) -> tuple[dict[str, Component], dict[str, Json]]:
+    """The networks and the schedulers by the names of their folders; weights are shared with ours where they can be.
+
+    Raises:
+        ConfigError: If the layout cannot hold a network; names every field.
+    """
     parts: dict[str, Component] = {}
     problems: list[str] = []
 

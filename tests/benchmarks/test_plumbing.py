@@ -14,9 +14,8 @@ from benchmarks import side_by_side
 from benchmarks.memory import run as run_memory
 from benchmarks.sampler_steps import METHODS, Drawer
 from benchmarks.sampler_steps import run as run_sampler_steps
-from benchmarks.sampling import run_unet_step
 from benchmarks.side_by_side import compare, publish
-from benchmarks.train_step import DECODER, DIMS, PRIOR
+from benchmarks.train_step import DECODER, PRIOR
 from benchmarks.train_step import run as run_train_step
 from tests.tiny import ROOT, free_port
 from tests.tiny_cascade import finished_workspace
@@ -56,8 +55,30 @@ def test_train_step_compares_equal_networks() -> None:
     assert all(row.ratio > 0 for row in rows)
 
 
-def test_sampling_step_runs_on_shared_weights() -> None:
-    assert run_unet_step(DECODER_TINY, DIMS, 1, "tiny")[0].ratio > 0
+_SAMPLING = """
+from dataclasses import replace
+import torch
+from benchmarks.sampling import DEMO, load_pipeline, make_cascade, run, share_pipeline
+tiny = replace(DEMO, num_images=1, **{
+    name: replace(getattr(DEMO, name), sampler=replace(getattr(DEMO, name).sampler, num_steps=2))
+    for name in ("prior", "decoder", "upsampler")
+})
+rows = [run(tiny, 1, share=share)[0] for share in (False, True)]
+assert all(row.ratio > 0 and row.floor == 1.2 for row in rows), rows
+cascade = make_cascade(tiny)
+pictures = []
+for make in (load_pipeline, share_pipeline):
+    pipe = make(cascade, cascade.clip)
+    steps = dict.fromkeys([f"{name}_num_inference_steps" for name in ("prior", "decoder", "super_res")], 2)
+    pictures.append(pipe("a red circle", generator=torch.Generator().manual_seed(0), output_type="pt", **steps).images)
+assert pictures[0].std() > 0.01
+torch.testing.assert_close(*pictures)
+"""
+
+
+def test_sampling_compares_with_a_pipeline_on_shared_weights_that_draws_what_the_exported_one_draws() -> None:
+    found = subprocess.run([sys.executable, "-c", _SAMPLING], check=False, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
 
 
 def test_memory_of_recomputed_activations_is_below_that_of_kept_ones() -> None:

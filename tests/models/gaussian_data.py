@@ -10,6 +10,9 @@ from models.config import DiffusionConfig
 from models.diffusion import Diffusion
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
+PUBLISHED_STD = 0.5375
+"""Spread of the data on which few-step errors of the samplers were published, to three places: the only one that gives all
+seven of them (DDIM, DPM-Solver++ and DDIM inversion). It is the paper's scale of z_image (arXiv:2204.06125, section 2)."""
 
 
 def make_diffusion(**changes: object) -> Diffusion:
