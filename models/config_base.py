@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar, dataclass_transform
 
 T = TypeVar("T")
+_PYDANTIC = {"extra": "forbid", "strict": True, "use_attribute_docstrings": False}
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 def configclass(cls: type[T]) -> type[T]:
     """Make ``cls`` a frozen, keyword-only dataclass that pydantic checks strictly (without pydantic)."""
     made = dataclass(frozen=True, kw_only=True)(cls)
-    pydantic_config = {"extra": "forbid", "strict": True, "use_attribute_docstrings": True}
-    setattr(made, "__pydantic_config__", pydantic_config)  # noqa: B010  (pyright knows no such attribute)
+    setattr(made, "__pydantic_config__", _PYDANTIC)  # noqa: B010  (pyright knows no such attribute)
     return made
+
+
+@contextmanager
+def described_fields() -> Generator[None]:
+    """Within it, pydantic reads the fields' docstrings too: out of the source, which takes most of its time."""
+    _PYDANTIC["use_attribute_docstrings"] = True
+    try:
+        yield
+    finally:
+        _PYDANTIC["use_attribute_docstrings"] = False
 
 
 def require(condition: bool, message: str) -> None:

@@ -6,6 +6,7 @@ which the command runs.
 
 import dataclasses
 import difflib
+import functools
 import json
 import tomllib
 from collections.abc import Sequence
@@ -14,8 +15,8 @@ from typing import Any, cast
 
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
-from models.config import configclass
 from models.config_ar_prior import ArPriorConfig
+from models.config_base import configclass, described_fields
 from pipeline.config import (
     ClipStepConfig,
     DecoderStepConfig,
@@ -145,7 +146,10 @@ class Recipe:
         return {name: section for name, section in sections.items() if section is not None}
 
 
-_RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
+@functools.cache
+def _recipe_type() -> TypeAdapter[Recipe]:
+    """Built where a recipe is read: the workers, which are handed theirs, need none."""
+    return TypeAdapter(Recipe)
 
 
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
@@ -173,7 +177,7 @@ def parse_recipe(data: Json, *, where: str = "recipe") -> Recipe:
     """
     try:
         # JSON mode is strict about types yet takes a list for a tuple and an integer for a float, as TOML writes them.
-        return _RECIPE.validate_json(json.dumps(_merge(default_tables(data), data)))
+        return _recipe_type().validate_json(json.dumps(_merge(default_tables(data), data)))
     except ValidationError as error:
         lines = [_explain(item, data) for item in error.errors(include_url=False)]
         raise ConfigError(f"{where}: " + "; ".join(lines)) from None
@@ -197,7 +201,8 @@ def without_resources(tables: Json) -> Json:
 
 def json_schema() -> Json:
     """JSON schema of the recipe, with every field's description and default."""
-    schema = _RECIPE.json_schema()
+    with described_fields():
+        schema = TypeAdapter(Recipe).json_schema()
     # pydantic reads the docstrings of the fields that a class declares itself.
     tables = schema["$defs"]
     inherited = tables[TaskResources.__name__]["properties"]

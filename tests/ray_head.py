@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.ports import free_ports
+
 
 @dataclass(frozen=True)
 class RayHead:
@@ -27,15 +28,6 @@ class RayHead:
     folder: Path
     pid: int
     """Of the process whose children are the cluster."""
-
-
-def free_ports(number: int) -> list[int]:
-    """Numbers of ports that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for item in sockets:
-            item.bind(("127.0.0.1", 0))
-        return [item.getsockname()[1] for item in sockets]
 
 
 @contextlib.contextmanager

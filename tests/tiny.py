@@ -7,7 +7,6 @@ import contextlib
 import io
 import json
 import os
-import socket
 import subprocess
 import sys
 import warnings
@@ -44,13 +43,6 @@ method = "ddim"
 respacing = ""
 num_steps = 3
 """
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def tiny_recipe(folder: Path, *, port: int, num_steps: int = 4, num_pairs: int = 64, save_every: int = 2) -> Path:

@@ -17,7 +17,8 @@ from benchmarks.sampler_steps import run as run_sampler_steps
 from benchmarks.side_by_side import compare, publish
 from benchmarks.train_step import DECODER, PRIOR
 from benchmarks.train_step import run as run_train_step
-from tests.tiny import ROOT, free_port
+from tests.ports import free_port
+from tests.tiny import ROOT
 from tests.tiny_cascade import finished_workspace
 
 DECODER_TINY = replace(

@@ -15,9 +15,10 @@ from PIL import Image
 from pipeline.plan import artifact_of, make_plan
 from pipeline.recipe import load_recipe
 from pipeline.store import Artifact, Workspace
+from tests.ports import free_port
 from tests.ray_head import ray_head
 from tests.readme import shell_commands
-from tests.tiny import free_port, tiny_recipe, unclip, unclip_here, unclip_json
+from tests.tiny import tiny_recipe, unclip, unclip_here, unclip_json
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 _CHANGES = ("--set", "evaluate.resources.max_retries=3")

@@ -19,8 +19,9 @@ from pipeline.plan import artifact_of, make_plan
 from pipeline.progress import read_progress
 from pipeline.recipe import load_recipe
 from pipeline.store import MANIFEST, Artifact, Workspace
+from tests.ports import free_port
 from tests.ray_head import RayHead, ray_head
-from tests.tiny import ROOT, free_port, start_unclip, tiny_recipe, unclip
+from tests.tiny import ROOT, start_unclip, tiny_recipe, unclip
 
 _STEPS = ("pairs", "download", "clip", "embed", "index", "prior", "decoder", "upsampler_1", "upsampler_2", "evaluate")
 _CONTENT = {

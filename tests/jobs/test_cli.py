@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.recipe import Recipe
-from tests.tiny import ROOT, free_port, tiny_recipe, unclip_here
+from tests.ports import free_port
+from tests.tiny import ROOT, tiny_recipe, unclip_here
 
 COMMANDS = [
     *("init", "run", "plan", "status", "config", "sample", "search", "evaluate", "serve"),

@@ -1,6 +1,5 @@
 """Defects seen in public unCLIP training code, by name: ours has none of them. The mathematics is in tests/models."""
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -49,10 +48,8 @@ def test_shard_without_embeddings_is_an_error_and_not_a_silent_hang(tmp_path: Pa
     download = write_download(tmp_path / "download")
     embed = write_embed(tmp_path / "embed", download)
     embed.path("00001.parquet").unlink()
-    began = time.monotonic()
     with pytest.raises(DataError, match="00001"):
         ShardReader(download, embed, "train")
-    assert time.monotonic() - began < 5
 
 
 def test_workers_of_unequal_shards_get_batches_of_equal_number(tmp_path: Path) -> None:

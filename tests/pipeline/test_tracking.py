@@ -11,7 +11,7 @@ from pipeline.recipe import Recipe, parse_recipe
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.track import Tracking
 from pipeline.store import Workspace
-from tests.tiny import free_port
+from tests.ports import free_port
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,6 @@ from tests import ray_head as heads
 from tests.tiny import ROOT
 
 
-@pytest.fixture(scope="session")
-def unused_ports() -> Callable[[int], list[int]]:
-    """Numbers of ports that nobody listens on."""
-    return heads.free_ports
-
-
 @pytest.fixture(scope="module")
 def local_ray() -> Generator[None]:
     """Two CPUs in this process' own Ray, for the tests of one file."""

@@ -14,7 +14,7 @@ from pipeline.runtime import data
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.schema import ShardRecord
 from pipeline.store import Artifact, Workspace
-from tests.tiny import free_port
+from tests.ports import free_port
 from tests.tiny_shards import make_clip
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]

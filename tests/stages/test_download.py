@@ -1,7 +1,6 @@
 import errno
 import json
 import tarfile
-import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -64,9 +63,7 @@ def test_download_shard_accounts_for_every_row(server: PictureServer, tmp_path: 
     good = [f"jpg/{i}" for i in range(12)] + [f"png/{i}" for i in range(6)]
     rows = _rows(server.url, [*good[:5], *_FAULTS, *good[5:]])
     tar, parquet, stats = _files(tmp_path)
-    start = time.monotonic()
     counts = download_shard(rows, "00003", _CONFIG, tar, parquet, stats)
-    assert time.monotonic() - start < 30
     assert counts == {"in": 27, "ok": 18, "failed_to_download": 5, "failed_to_resize": 4}
     table = pq.read_table(parquet)
     assert table.column_names[:5] == ["uid", "split", "score", "caption", "url"]

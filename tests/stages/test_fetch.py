@@ -26,10 +26,8 @@ def test_limited_urlopen_gives_what_the_server_sent(server: PictureServer, tmp_p
 
 @pytest.mark.parametrize("path", ["drip/1", "moved/1"])
 def test_limited_urlopen_ends_a_dripping_answer_at_its_deadline(server: PictureServer, path: str) -> None:
-    start = time.monotonic()
     with limited_urlopen(0.8), pytest.raises(TimeoutError, match="deadline"):
         _get(f"{server.url}/{path}")
-    assert time.monotonic() - start < 2
 
 
 def test_limited_urlopen_keeps_the_socket_timeout(server: PictureServer) -> None:
