@@ -6,13 +6,16 @@ Legend: B batch, L text tokens, D joint space, W text width, H W picture. A chec
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,9 +48,23 @@ def _declare_torchvision_operators() -> torch.library.Library | None:
     return None
 
 
+@contextlib.contextmanager
+def _without(name: str) -> Generator[None]:
+    """Hide a package from imports that would take it if it is there, unless it is loaded already."""
+    hidden = name not in sys.modules
+    if hidden:
+        sys.modules[name] = cast("ModuleType", None)
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[name]
+
+
 _TORCHVISION_SCHEMAS = _declare_torchvision_operators()  # dropping the reference would remove the schemas
 
-import open_clip  # noqa: E402  (after the schemas)
+with _without("wandb"):  # open_clip's timm would log to it; img2dataset brings it along, and it loads for half a second
+    import open_clip
 from open_clip.loss import ClipLoss  # noqa: E402
 from open_clip.tokenizer import SimpleTokenizer  # noqa: E402
 from open_clip.transformer import TextTransformer, text_global_pool  # noqa: E402

@@ -73,7 +73,7 @@ def test_version_is_the_package_version() -> None:
     ],
 )
 def test_mistakes_are_one_message_and_an_exit_code(arguments: list[str], code: int, words: list[str]) -> None:
-    done = _run(*arguments)
+    done = unclip_here(*arguments)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     for word in words:
