@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import models.clip  # noqa: F401  (it lets torchvision be imported beside a torch without CUDA)
+import pipeline.clip  # noqa: F401  (it lets torchvision be imported beside a torch without CUDA)
 from models.condition import TextEncoding
 from models.config import END_TOKEN, START_TOKEN, ClipDims, DecoderConfig, PriorConfig
 from models.decoder import Decoder

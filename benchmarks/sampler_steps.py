@@ -17,13 +17,13 @@ import torch
 from benchmarks.side_by_side import publish
 from models.analytic import X0Variance
 from models.cascade import decoder_denoiser
-from models.clip import FrozenClip
 from models.condition import TextEncoding
 from models.config import SamplerConfig
 from models.decoder import Decoder
 from models.diffusion import Diffusion
 from models.noise import NoiseSource
 from models.samplers import config_timesteps, make_limit, sample
+from pipeline.clip import FrozenClip
 from pipeline.evaluate.metrics import FeatureSums, frechet_distance
 from pipeline.plan import artifact_of, make_plan
 from pipeline.recipe import Recipe, load_recipe

@@ -21,7 +21,6 @@ import torch
 from benchmarks.peers import module_of, randomise
 from benchmarks.side_by_side import Comparison, compare, publish
 from models.cascade import Cascade
-from models.clip import FrozenClip, create_clip
 from models.config import (
     ClipConfig,
     DecoderConfig,
@@ -34,6 +33,7 @@ from models.config import (
 from models.decoder import Decoder
 from models.prior import Prior
 from models.upsampler import Upsampler
+from pipeline.clip import FrozenClip, create_clip
 from pipeline.export import export_components, export_diffusers, write_tokenizer
 from pipeline.recipe import load_recipe
 from pipeline.store import Artifact

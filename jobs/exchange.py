@@ -24,7 +24,7 @@ def export(
         raise ConfigError("export: give either --diffusers DIR or --native DIR")
     resolved = load_recipe(recipe, overrides or [])
 
-    from models.clip import FrozenClip
+    from pipeline.clip import FrozenClip
     from pipeline.evaluate.sample import cascade_artifacts
     from pipeline.export import export_diffusers, export_native
     from pipeline.weights import load_cascade, network_configs

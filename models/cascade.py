@@ -36,7 +36,7 @@ _Sampler = TypeVar("_Sampler", SamplerConfig, TokenSamplerConfig)
 
 
 class TextEncoder(Protocol):
-    """The part of the frozen CLIP that sampling needs (models.clip.FrozenClip)."""
+    """The part of the frozen CLIP that sampling needs (pipeline.clip.FrozenClip)."""
 
     @property
     def dims(self) -> ClipDims:

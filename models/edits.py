@@ -38,7 +38,7 @@ class EditError(ValueError):
 
 @runtime_checkable
 class ImageEncoder(TextEncoder, Protocol):
-    """A CLIP with its image tower (models.clip.FrozenClip)."""
+    """A CLIP with its image tower (pipeline.clip.FrozenClip)."""
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Embed pictures, uint8 (B, H, W, 3): (B, D) of length one."""

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.cascade import Cascade
-from models.clip import FrozenClip
 from models.config import ClipDims, SamplerConfig
 from models.export import (
     DIFFUSERS_VERSION,
@@ -33,6 +32,7 @@ from models.export import (
 )
 from models.export_text import export_text, export_tokenizer
 from models.prior import Prior
+from pipeline.clip import FrozenClip
 from pipeline.config import UpsamplerStepConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe import Recipe, to_dict

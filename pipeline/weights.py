@@ -33,7 +33,7 @@ from pipeline.recipe import SAMPLING, Recipe, to_dict
 from pipeline.store import Artifact
 
 if TYPE_CHECKING:
-    from models.clip import FrozenClip, OpenClip
+    from pipeline.clip import FrozenClip, OpenClip
 
 SCHEMA_VERSION = 1
 CONFIG = "config.json"
@@ -166,7 +166,7 @@ def _shape(state: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
 
 def save_clip_artifact(artifact: Artifact, clip: OpenClip) -> None:
     """Write CLIP in open_clip's ``local-dir:`` layout, the configuration last."""
-    from models.clip import CONFIG_FILE, WEIGHTS_FILE, save_clip
+    from pipeline.clip import CONFIG_FILE, WEIGHTS_FILE, save_clip
 
     with tempfile.TemporaryDirectory(prefix="unclip-") as name:
         folder = Path(name)
@@ -181,7 +181,7 @@ def load_clip_artifact(artifact: Artifact, device: torch.device | str = "cpu") -
     Raises:
         DataError: If it is missing or damaged.
     """
-    from models.clip import CONFIG_FILE, WEIGHTS_FILE, FrozenClip, load_clip
+    from pipeline.clip import CONFIG_FILE, WEIGHTS_FILE, FrozenClip, load_clip
 
     config, weights = artifact.path(CONFIG_FILE), artifact.path(WEIGHTS_FILE)
     assert config.parent == weights.parent

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from models.clip import create_clip
+from pipeline.clip import create_clip
 from pipeline.plan import artifact_of, make_plan, manifest_of
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.retrieve.build import build_index

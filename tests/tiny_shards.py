@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.clip import create_clip, save_clip
 from models.config import ClipConfig
+from pipeline.clip import create_clip, save_clip
 from pipeline.schema import ShardRecord, embeddings_schema, make_uid
 from pipeline.stages.vectors import ROW_GROUP_ROWS, to_arrow
 from pipeline.store import Artifact

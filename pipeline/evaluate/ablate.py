@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from models.cascade import Cascade
-from models.clip import FrozenClip
 from models.condition import TextEncoding
 from models.pixels import to_uint8
+from pipeline.clip import FrozenClip
 from pipeline.errors import ConfigError
 from pipeline.evaluate.metrics import FeatureSums, Rate, cosine, frechet_distance, mean_of, r_precision, rate_of
 from pipeline.evaluate.parts import Part, picture_seed, read_part, write_rows

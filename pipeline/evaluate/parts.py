@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from models.cascade import Cascade, CascadeSettings
-from models.clip import FrozenClip
 from models.pixels import resize, to_pixels, to_uint8
+from pipeline.clip import FrozenClip
 from pipeline.errors import DataError
 from pipeline.evaluate.features import FeatureExtractor
 from pipeline.evaluate.metrics import psnr_db

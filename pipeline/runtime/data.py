@@ -164,7 +164,7 @@ def _commit(output: Artifact, shard: str, counts: dict[str, int], names: list[st
 
 
 def _clip_folder(clip: Artifact) -> Path:
-    from models.clip import CONFIG_FILE, WEIGHTS_FILE
+    from pipeline.clip import CONFIG_FILE, WEIGHTS_FILE
 
     clip.path(WEIGHTS_FILE)
     return clip.path(CONFIG_FILE).parent

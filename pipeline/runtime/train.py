@@ -217,7 +217,7 @@ def _cause(error: Exception) -> str:
 
 
 def _take_pretrained(context: StepContext) -> StepResult:
-    from models.clip import load_pretrained
+    from pipeline.clip import load_pretrained
     from pipeline.weights import num_parameters, save_clip_artifact
 
     section, progress = context.recipe.clip, Progress(context.output)

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 
 from models.cascade import Cascade
-from models.clip import FrozenClip
+from pipeline.clip import FrozenClip
 from pipeline.serve.contract import Drawn, Images, Vectors
 from pipeline.serve.engine import Engine
 

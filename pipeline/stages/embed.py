@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.clip import FrozenClip, load_clip
 from models.pixels import resize_crop, to_pixels
+from pipeline.clip import FrozenClip, load_clip
 from pipeline.errors import DataError
 from pipeline.schema import embeddings_schema
 from pipeline.stages.shards import Sample, read_samples

@@ -35,7 +35,7 @@ from pipeline.train.upsampler import UpsamplerObjective
 from pipeline.weights import Network, build_network, load_clip_artifact, load_initial, save_clip_artifact, save_network
 
 if TYPE_CHECKING:
-    from models.clip import FrozenClip
+    from pipeline.clip import FrozenClip
 
 CAPTION_TABLE_BYTES = 512 << 20
 """Encodings of all captions are kept when they take no more than this."""
@@ -104,7 +104,7 @@ def assemble(job: TrainJob) -> Parts:
 
 
 def _assemble_clip(job: TrainJob) -> Parts:
-    from models.clip import create_clip  # not needed by an upsampler, and longer to import than torch
+    from pipeline.clip import create_clip  # not needed by an upsampler, and longer to import than torch
     from pipeline.train.clip import ClipObjective
 
     config = job.recipe.clip.model

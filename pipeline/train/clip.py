@@ -8,7 +8,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from models.clip import OpenClip, clamp_logit_scale, clip_loss
+from pipeline.clip import OpenClip, clamp_logit_scale, clip_loss
 from pipeline.train.batches import Batch
 
 

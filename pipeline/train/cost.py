@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from models.ar_prior import ArPrior
 from models.cascade import decoder_denoiser, prior_denoiser
-from models.clip import OpenClip, create_clip, describe_clip
 from models.condition import TextEncoding
 from models.config import ClipDims
 from models.decoder import Decoder
@@ -27,6 +26,7 @@ from models.prior import Prior
 from models.samplers import config_timesteps
 from models.transformer import TokenCache
 from models.upsampler import Upsampler
+from pipeline.clip import OpenClip, create_clip, describe_clip
 from pipeline.config import NoisyClipStepConfig, PriorStepConfig, TrainConfig, TrainResources, UpsamplerStepConfig
 from pipeline.errors import ConfigError
 from pipeline.recipe import Recipe

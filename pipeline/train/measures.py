@@ -32,7 +32,7 @@ from pipeline.train.batches import Batch, Samples
 from pipeline.weights import load_clip_artifact
 
 if TYPE_CHECKING:
-    from models.clip import FrozenClip
+    from pipeline.clip import FrozenClip
 
 NUM_EMBEDDINGS = 64
 """Rows that a prior draws."""

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from models.cascade import Cascade
-from models.clip import FrozenClip
 from models.diffusion import Diffusion
 from models.guidance import classifier_free
 from models.noise import NoiseSource
 from models.pixels import to_uint8
 from models.samplers import sample
+from pipeline.clip import FrozenClip
 from pipeline.errors import ConfigError
 from pipeline.evaluate import metrics as m
 from pipeline.evaluate.ablate import AblationRunner, ablate_recipe, ablation_step, format_ablation, plan_variants

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageFilter
 
-from models.clip import create_clip
+from pipeline.clip import create_clip
 from pipeline.evaluate.metrics import Rate
 from pipeline.evaluate.pictures import to_png
 from pipeline.plan import Step, artifact_of, make_plan, manifest_of

@@ -17,7 +17,7 @@ import torch
 from diffusers.schedulers import scheduling_unclip
 from torch import Tensor
 
-import models.clip  # noqa: F401  (first: it lets torchvision be imported beside a torch without CUDA)
+import pipeline.clip  # noqa: F401  (first: it lets torchvision be imported beside a torch without CUDA)
 from models.cascade import Cascade
 from models.noise import NoiseSource
 from models.schedules import cosine_betas

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from models.clip import FrozenClip
+from pipeline.clip import FrozenClip
 from pipeline.export import export_diffusers
 from tests.oracles.tiny_export import make_cascade, save_cascade
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from models.cascade import Cascade
-from models.clip import FrozenClip, create_clip
 from models.config import (
     ClipConfig,
     DecoderConfig,
@@ -20,6 +19,7 @@ from models.config import (
 from models.decoder import Decoder
 from models.prior import Prior
 from models.upsampler import Upsampler
+from pipeline.clip import FrozenClip, create_clip
 from pipeline.store import Artifact
 from pipeline.weights import save_clip_artifact, save_network
 

@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from models.ar_prior import ArPrior
 from models.cascade import Cascade
-from models.clip import FrozenClip
 from models.config import DiffusionConfig, SamplerConfig
 from models.config_ar_prior import ArPriorConfig
 from models.decoder import Decoder
 from models.export import import_diffusion, import_sampler, scheduler_config
 from models.prior import Prior
 from models.upsampler import Upsampler
+from pipeline.clip import FrozenClip
 from pipeline.errors import ConfigError, DataError
 from pipeline.export import export_diffusers, export_native, import_diffusers
 from pipeline.recipe import load_recipe

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.clip import load_clip
+from pipeline.clip import load_clip
 from pipeline.errors import ConfigError
 from pipeline.plan import make_plan
 from pipeline.recipe import parse_recipe

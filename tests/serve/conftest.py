@@ -12,7 +12,6 @@ import uvicorn
 from fastapi import FastAPI
 
 from models.cascade import Cascade
-from models.clip import FrozenClip, create_clip
 from models.config import (
     ClipConfig,
     DecoderConfig,
@@ -25,6 +24,7 @@ from models.config import (
 from models.decoder import Decoder
 from models.prior import Prior
 from models.upsampler import Upsampler
+from pipeline.clip import FrozenClip, create_clip
 from pipeline.evaluate.sample import cascade_artifacts
 from pipeline.plan import artifact_of, make_plan
 from pipeline.recipe import Recipe

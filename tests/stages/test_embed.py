@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from models.clip import FrozenClip, load_clip
+from pipeline.clip import FrozenClip, load_clip
 from pipeline.errors import DataError
 from pipeline.schema import embeddings_schema
 from pipeline.stages.embed import Embedder, decode_picture

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from models.clip import create_clip
 from models.config import ClipConfig, DiffusionConfig
+from pipeline.clip import create_clip
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.store import Artifact
 from pipeline.train.assemble import TrainJob

@@ -9,7 +9,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.ar_prior import ArPrior
-from models.clip import create_clip
 from models.condition import TextEncoding
 from models.config import UNetConfig
 from models.config_ar_prior import ArPriorConfig
@@ -20,6 +19,7 @@ from models.noisy_clip import NoisyClip
 from models.prior import Prior
 from models.token_sampling import start, step
 from models.upsampler import Upsampler
+from pipeline.clip import create_clip
 from pipeline.config import NoisyClipStepConfig
 from pipeline.errors import ConfigError
 from pipeline.recipe import Recipe, load_recipe

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.ar_prior import ArPrior
-from models.clip import FrozenClip
 from models.decoder import Decoder
 from models.prior import Prior
 from models.upsampler import Upsampler
+from pipeline.clip import FrozenClip
 from pipeline.progress import METRICS
 from pipeline.store import Artifact
 from pipeline.train.assemble import assemble

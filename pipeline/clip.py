@@ -1,4 +1,4 @@
-"""CLIP: the one module that imports open_clip, and the one module of this room that reads and writes files.
+"""CLIP: the one module that imports open_clip.
 
 Legend: B batch, L text tokens, D joint space, W text width, H W picture. A checkpoint is a folder in open_clip's own
 ``local-dir:`` layout: open_clip_config.json and open_clip_model.safetensors.

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.clip import FrozenClip, clip_loss, create_clip, load_clip, load_pretrained, open_clip, save_clip
 from models.config import ClipConfig
+from pipeline.clip import FrozenClip, clip_loss, create_clip, load_clip, load_pretrained, open_clip, save_clip
 
 CONFIG = ClipConfig(
     embed_dim=16, image_px=32, vision_width=8, text_width=16, text_heads=2, text_layers=2, context_length=20
