@@ -3,6 +3,8 @@
 Errors that a user can mend are one message on standard error and an exit code (see ``pipeline.errors``); Ctrl-C is 130.
 """
 
+import os
+import signal
 import sys
 from importlib.metadata import version as package_version
 from typing import Annotated, cast
@@ -73,6 +75,8 @@ def _main(  # pyright: ignore[reportUnusedFunction]  (typer keeps it)
 
 def main() -> None:
     """Run the command; turn errors into messages and exit codes."""
+    if "RAY_JOB_STOP_SIGNAL" in os.environ:  # the cluster may ignore Ctrl-C (a script started it): not its jobs
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = app(standalone_mode=False)
     except UnclipError as error:

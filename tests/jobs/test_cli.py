@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -117,6 +118,18 @@ def test_submit_hands_on_what_it_is_told_and_keeps_json_apart_from_the_log(monke
     done = unclip_here("submit", "configs/demo.toml", "--follow")
     assert asked["again"] is False
     assert done.stdout == "demo-1: submitted to http://127.0.0.1:8265\nthe log at http://127.0.0.1:8265\n"
+
+
+def test_a_job_can_be_interrupted_although_its_cluster_ignores_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        unclip_here("--version")
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        monkeypatch.setenv("RAY_JOB_STOP_SIGNAL", "SIGINT")
+        unclip_here("--version")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_run_where_ray_cannot_start_is_one_message(tmp_path: Path) -> None:
