@@ -8,9 +8,8 @@ import pytest
 # One thread a process: two processes of two threads each, on two cores, wait for one another most of the time. Set
 # before any test imports torch; Ray and its workers inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # started from a script's background: Ctrl-C is among what is tested
+# Children of a script's background job ignore Ctrl-C, which is among what is tested.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
