@@ -1,7 +1,7 @@
 """Sampling an exported cascade here against diffusers' UnCLIPPipeline: same weights, steps, guidance and prompts.
 
-    python -m benchmarks.sampling [--rounds 5]             at the demo's size: four pictures, 10 steps; floor 1.2x
-    python -m benchmarks.sampling --karlo [--rounds 3]     at Karlo's: one picture; floor 1.0x
+    python -m benchmarks.sampling [--rounds 5] [--threads 1]    at the demo's size: four pictures, 10 steps; floor 1.2x
+    python -m benchmarks.sampling --karlo [...]                 at Karlo's: one picture; floor 1.0x
 
 Both draw whole cascades, from text to the upsampler's size. The pipeline is the installed diffusers', loaded from the
 folder that `unclip export` would write. At Karlo's size (configs/karlo.toml) it is made from the same components in

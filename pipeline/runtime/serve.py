@@ -35,8 +35,6 @@ APPLICATION = "unclip"
 _NEIGHBOURS = ("download", "embed", "index")
 _WATCH_EVERY_S = 1.0
 _SPARE_REQUESTS = 64
-_SETTINGS = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
-"""Ray Serve takes an HTTP proxy that is not up in 5 s for dead and kills it: a busy machine needs longer."""
 _UNAVAILABLE = (
     BackPressureError,
     DeploymentUnavailableError,
@@ -179,7 +177,8 @@ def serve_recipe(recipe: Recipe, *, address: str = "", announce: Callable[[str],
     announce = announce or _write_line
     artifacts = _finished_artifacts(recipe)
     _quieten()
-    os.environ.update({key: value for key, value in _SETTINGS.items() if key not in os.environ})
+    # Ray Serve takes an HTTP proxy that is not up in 5 s for dead and kills it: a busy machine needs longer.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     if not address:
         _require_free_port(config.host, config.port)
     # Ray puts handlers of its own in place when it starts: ours come after.
@@ -197,8 +196,8 @@ def serve_recipe(recipe: Recipe, *, address: str = "", announce: Callable[[str],
                 raise StepError(f"serve: a replica could not start: {_reason(str(error))}") from None
             except ray.exceptions.RayError as error:
                 raise StepError(
-                    f"serve: Ray Serve's HTTP proxy could not start ({type(error).__name__}); if the machine was only "
-                    "too busy, the same command works again"
+                    f"serve: Ray Serve could not start ({type(error).__name__}); if the machine was only too busy, the "
+                    "same command works again"
                 ) from None
             host = "127.0.0.1" if config.host in {"0.0.0.0", "::"} else config.host  # noqa: S104  (compared, not bound)
             announce(f"{recipe.name} is served at http://{host}:{config.port} - Ctrl-C ends it")

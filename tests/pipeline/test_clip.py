@@ -1,6 +1,8 @@
 """CLIP: our reading of open_clip's models against open_clip itself."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 
 from models.config import ClipConfig
 from pipeline.clip import FrozenClip, clip_loss, create_clip, load_clip, load_pretrained, open_clip, save_clip
+from tests.tiny import ROOT
 
 CONFIG = ClipConfig(
     embed_dim=16, image_px=32, vision_width=8, text_width=16, text_heads=2, text_layers=2, context_length=20
@@ -87,6 +90,11 @@ def test_clip_loss_of_half_precision_features_is_taken_in_full_precision() -> No
     logits, own = scale * image.float() @ text.float().T, torch.arange(3)
     expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_open_clip_is_loaded_without_wandb_which_others_may_still_load() -> None:
+    code = "import sys, pipeline.clip; sys.exit('wandb' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_clip_loss_falls_when_trained() -> None:

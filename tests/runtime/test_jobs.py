@@ -181,7 +181,7 @@ def test_a_cluster_that_wants_its_token_says_where_to_put_it(head: Any, tmp_path
     assert f"StepError: the cluster at {head.dashboard} asks for its token: put it into ~/.ray" in done.stderr
 
 
-def test_submit_says_at_once_that_no_cluster_answers(tmp_path: Path) -> None:
+def test_submit_says_that_no_cluster_answers(tmp_path: Path) -> None:
     port = free_port()
     with pytest.raises(StepError, match=rf"no Ray cluster answers at http://127\.0\.0\.1:{port}"):
         submit_recipe(recipe_named("alone", tmp_path), address=f"127.0.0.1:{port}")

@@ -173,7 +173,7 @@ def test_serving_on_a_taken_port_says_so_before_ray_starts(served: Served) -> No
         assert not ray.is_initialized()
 
 
-def test_an_http_proxy_that_cannot_start_is_one_message(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_serve_that_cannot_start_is_one_message(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     def start(**_options: object) -> None:
         raise ray.exceptions.ActorDiedError
 
@@ -182,7 +182,7 @@ def test_an_http_proxy_that_cannot_start_is_one_message(served: Served, monkeypa
     monkeypatch.setattr(serve_module, "_require_room", lambda _config: None)  # pyright: ignore[reportUnknownLambdaType]
     monkeypatch.setattr(serve_module.serve, "start", start)
     recipe = dataclasses.replace(served.recipe, serve=dataclasses.replace(served.recipe.serve, port=free_port()))
-    with pytest.raises(StepError, match="HTTP proxy could not start"):
+    with pytest.raises(StepError, match=r"Ray Serve could not start \(ActorDiedError\)"):
         serve_recipe(recipe)
     assert (
         float(os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"]) >= 60
