@@ -20,10 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.condition import TextEncoding
-from models.config import ClipDims, DecoderConfig, DiffusionConfig, PriorConfig, UNetConfig
-from models.decoder import Decoder
-from models.prior import Prior
+from models.clip_config import ClipDims
+from models.decoder.config import DecoderConfig
+from models.decoder.network import Decoder
+from models.diffusion.config import DiffusionConfig
+from models.layers.config import UNetConfig
+from models.prior.config import PriorConfig
+from models.prior.network import Prior
+from models.text import TextEncoding
 
 PRIOR = PriorConfig(width=2048, depth=20, num_heads=32)
 DECODER = DecoderConfig(

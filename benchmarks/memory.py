@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.peers import DecoderPair, make_inputs
 from benchmarks.side_by_side import publish
 from benchmarks.train_step import DECODER, DIMS
-from models.config import DecoderConfig
-from models.memory import set_checkpointing
+from models.decoder.config import DecoderConfig
+from models.layers.checkpointing import set_checkpointing
 
 
 class AliveBytes(TorchDispatchMode):

@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pipeline.clip  # noqa: F401  (it lets torchvision be imported beside a torch without CUDA)
-from models.condition import TextEncoding
-from models.config import END_TOKEN, START_TOKEN, ClipDims, DecoderConfig, PriorConfig
-from models.decoder import Decoder
-from models.export import Component, export_decoder, export_prior
-from models.prior import Prior
+from models.clip_config import END_TOKEN, START_TOKEN, ClipDims
+from models.decoder.config import DecoderConfig
+from models.decoder.network import Decoder
+from models.interchange.networks import Component, export_decoder, export_prior
+from models.prior.config import PriorConfig
+from models.prior.network import Prior
+from models.text import TextEncoding
 
 
 @dataclass(frozen=True)

@@ -15,22 +15,22 @@ from typing import Any
 import torch
 
 from benchmarks.side_by_side import publish
-from models.analytic import X0Variance
 from models.cascade import decoder_denoiser
-from models.condition import TextEncoding
-from models.config import SamplerConfig
-from models.decoder import Decoder
-from models.diffusion import Diffusion
-from models.noise import NoiseSource
-from models.samplers import config_timesteps, make_limit, sample
+from models.decoder.network import Decoder
+from models.diffusion.analytic import X0Variance
+from models.diffusion.config import SamplerConfig
+from models.diffusion.noise import NoiseSource
+from models.diffusion.process import Diffusion
+from models.diffusion.samplers import config_timesteps, make_limit, sample
+from models.text import TextEncoding
 from pipeline.clip import FrozenClip
+from pipeline.data.batches import Batch, Samples
+from pipeline.data.training_rows import ShardReader
 from pipeline.evaluate.metrics import FeatureSums, frechet_distance
-from pipeline.plan import artifact_of, make_plan
-from pipeline.recipe import Recipe, load_recipe
-from pipeline.store import Workspace
-from pipeline.train.batches import Batch, Samples
-from pipeline.train.shards import ShardReader
-from pipeline.weights import load_clip_artifact, load_network
+from pipeline.networks.files import load_clip_artifact, load_network
+from pipeline.recipe.plan import artifact_of, make_plan
+from pipeline.recipe.recipe import Recipe, load_recipe
+from pipeline.workspace.store import Workspace
 
 METHODS = ("ddpm", "analytic", "ddim", "dpmpp_2m", "heun")
 WITHIN = 1.02

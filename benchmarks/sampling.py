@@ -21,22 +21,19 @@ import torch
 from benchmarks.peers import module_of, randomise
 from benchmarks.side_by_side import Comparison, compare, publish
 from models.cascade import Cascade
-from models.config import (
-    ClipConfig,
-    DecoderConfig,
-    DiffusionConfig,
-    PriorConfig,
-    SamplerConfig,
-    UNetConfig,
-    UpsamplerConfig,
-)
-from models.decoder import Decoder
-from models.prior import Prior
-from models.upsampler import Upsampler
+from models.clip_config import ClipConfig
+from models.decoder.config import DecoderConfig
+from models.decoder.network import Decoder
+from models.diffusion.config import DiffusionConfig, SamplerConfig
+from models.layers.config import UNetConfig
+from models.prior.config import PriorConfig
+from models.prior.network import Prior
+from models.upsampler.config import UpsamplerConfig
+from models.upsampler.network import Upsampler
 from pipeline.clip import FrozenClip, create_clip
-from pipeline.export import export_components, export_diffusers, write_tokenizer
-from pipeline.recipe import load_recipe
-from pipeline.store import Artifact
+from pipeline.networks.diffusers import export_components, export_diffusers, write_tokenizer
+from pipeline.recipe.recipe import load_recipe
+from pipeline.workspace.store import Artifact
 
 PROMPTS = ["a large red star on a white background", "a small blue circle above a large yellow square"]
 CLIP = ClipConfig(embed_dim=64, image_px=32, vision_width=20, text_width=64, text_heads=2, context_length=24)

@@ -13,7 +13,11 @@ from torch import Tensor, nn
 
 from benchmarks.peers import DecoderPair, PriorPair, make_inputs
 from benchmarks.side_by_side import Comparison, compare, publish
-from models.config import ClipDims, DecoderConfig, DiffusionConfig, PriorConfig, UNetConfig
+from models.clip_config import ClipDims
+from models.decoder.config import DecoderConfig
+from models.diffusion.config import DiffusionConfig
+from models.layers.config import UNetConfig
+from models.prior.config import PriorConfig
 
 DIMS = ClipDims(embed_dim=256, text_width=256, context_length=77)
 PRIOR = PriorConfig(width=256, depth=6, num_heads=4)

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from benchmarks.peers import make_inputs, randomise
 from benchmarks.side_by_side import compare, publish
 from benchmarks.train_step import DECODER, DIMS, PRIOR, training_step
-from models.decoder import Decoder
-from models.prior import Prior
+from models.decoder.network import Decoder
+from models.prior.network import Prior
 
 OUR_PRIOR = replace(PRIOR, mlp_ratio=6)
 """SwiGLU has three matrices where we have two."""

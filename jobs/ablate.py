@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from jobs.options import AsJson, Overrides, RecipePath, print_json
-from pipeline.recipe import load_recipe
+from pipeline.recipe.recipe import load_recipe
 
 
 def ablate(

@@ -11,7 +11,8 @@ from typing import Annotated, cast
 
 import typer
 
-from jobs import ablate, cluster, data, edits, exchange, generate, inspect, start
+from jobs import ablate, cluster, edits, exchange, generate, inspect, start
+from jobs import search as data
 from pipeline.errors import UnclipError
 
 # Typer carries a click of its own, and shows only some of its exceptions; this is its base of all wrong usage.

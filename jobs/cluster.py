@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from jobs.options import DASHBOARD, AsJson, JobAddress, Overrides, RecipePath, Until, print_json, recipe_words
-from pipeline.recipe import load_recipe
+from pipeline.recipe.recipe import load_recipe
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Job id, as `unclip jobs` lists it, or its beginning.")]
 

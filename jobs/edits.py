@@ -1,6 +1,6 @@
 """The commands that edit pictures: each says what it alone reads, ``_command`` adds what they share.
 
-The work itself is pipeline/evaluate/edits.py.
+The work itself is pipeline/sampling/edits.py.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ import typer
 from jobs.drawing import DrawingWatcher
 from jobs.options import AsJson, Overrides, RecipePath, Seed, print_json
 from pipeline.errors import ConfigError
-from pipeline.evaluate.edit_options import EditOptions
-from pipeline.recipe import load_recipe
+from pipeline.recipe.recipe import load_recipe
+from pipeline.sampling.edit_options import EditOptions
 
 ImagePath = Annotated[str, typer.Argument(metavar="IMAGE", help="Picture; its centre square is taken.")]
 Prompt = Annotated[str, typer.Argument(metavar='"PROMPT"', help="What the finished picture shows.")]
@@ -53,7 +53,7 @@ def _edit(
     resolved = load_recipe(recipe, overrides or [])
 
     from models.edits import EditSettings
-    from pipeline.evaluate.edits import edit_recipe
+    from pipeline.sampling.edits import edit_recipe
 
     scale = 1.0 if guidance is None else guidance
     settings = EditSettings(num_steps=num_steps, latent_guidance=scale, prompt_guidance=guidance)

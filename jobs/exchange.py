@@ -7,7 +7,7 @@ import typer
 
 from jobs.options import Overrides, RecipePath
 from pipeline.errors import ConfigError
-from pipeline.recipe import load_recipe
+from pipeline.recipe.recipe import load_recipe
 
 
 def export(
@@ -25,9 +25,9 @@ def export(
     resolved = load_recipe(recipe, overrides or [])
 
     from pipeline.clip import FrozenClip
-    from pipeline.evaluate.sample import cascade_artifacts
-    from pipeline.export import export_diffusers, export_native
-    from pipeline.weights import load_cascade, network_configs
+    from pipeline.networks.diffusers import export_diffusers, export_native
+    from pipeline.networks.files import load_cascade, network_configs
+    from pipeline.sampling.sample import cascade_artifacts
 
     artifacts = cascade_artifacts(resolved)
     if native:
@@ -49,7 +49,7 @@ def import_(
 
     Example: unclip import karlo-v1-alpha --out karlo
     """
-    from pipeline.export import import_diffusers
+    from pipeline.networks.diffusers import import_diffusers
 
     for note in import_diffusers(Path(folder), Path(out)):
         typer.echo(f"note: {note}")

@@ -8,7 +8,7 @@ import typer
 from jobs.drawing import DrawingWatcher
 from jobs.options import AsJson, Overrides, RayAddress, RecipePath, Seed, print_json
 from pipeline.errors import ConfigError
-from pipeline.recipe import load_recipe
+from pipeline.recipe.recipe import load_recipe
 
 
 def sample(
@@ -42,7 +42,7 @@ def sample(
         raise ConfigError('sample: give at least one prompt, for example: unclip sample RECIPE "a red circle"')
     resolved = load_recipe(recipe, overrides or [])
 
-    from pipeline.evaluate.sample import sample_recipe
+    from pipeline.sampling.sample import sample_recipe
 
     with DrawingWatcher() as watcher:
         rows = sample_recipe(
@@ -67,9 +67,9 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, address: RayAddres
     Example: unclip evaluate configs/demo.toml
     """
     from jobs.watch import Watcher
-    from pipeline.plan import artifact_of, make_plan
+    from pipeline.recipe.plan import artifact_of, make_plan
     from pipeline.runtime.run import run_recipe
-    from pipeline.store import Workspace
+    from pipeline.workspace.store import Workspace
 
     resolved = load_recipe(recipe, overrides or [])
     watcher = Watcher()
@@ -82,7 +82,7 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, address: RayAddres
     if json:
         print_json(metrics)
         return
-    from pipeline.evaluate.report import format_metrics
+    from pipeline.report.report import format_metrics
 
     typer.echo(format_metrics(metrics))
     typer.echo(f"pictures: {artifact.uri}")

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from jobs.options import AsJson, Overrides, RecipePath, Until, print_json
-from pipeline.plan import StepStatus, artifact_of, make_plan, plan_status
-from pipeline.progress import ProgressState, read_progress
-from pipeline.recipe import json_schema, load_recipe, to_dict
-from pipeline.store import Workspace
+from pipeline.recipe.plan import StepStatus, artifact_of, make_plan, plan_status
+from pipeline.recipe.recipe import json_schema, load_recipe, to_dict
+from pipeline.workspace.progress import ProgressState, read_progress
+from pipeline.workspace.store import Workspace
 
 
 def plan(
@@ -30,7 +30,7 @@ def plan(
     """
     resolved = load_recipe(recipe, overrides or [])
     if cost:
-        from pipeline.train.cost import format_costs, recipe_costs
+        from pipeline.networks.costs import format_costs, recipe_costs
 
         costs = recipe_costs(resolved)
         if json:

@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from jobs.options import AsJson, Overrides, RayAddress, RecipePath, Until, print_json, recipe_words
-from pipeline.plan import make_plan, plan_status
-from pipeline.recipe import load_recipe
-from pipeline.store import Workspace
+from pipeline.recipe.plan import make_plan, plan_status
+from pipeline.recipe.recipe import load_recipe
+from pipeline.workspace.store import Workspace
 
 
 def init(
@@ -24,7 +24,7 @@ def init(
 
     Example: unclip init pairs.parquet --out my.toml
     """
-    from pipeline.stages.init import write_recipe
+    from pipeline.init.recipe import write_recipe
 
     summary = write_recipe(source, out, url_column=url_column, caption_column=caption_column, force=force)
     typer.echo(f"{out}: {summary}")
@@ -59,7 +59,7 @@ def run(
             run_recipe(resolved, watcher, until=until, address=address)
         finally:
             watcher.close()
-        from pipeline.evaluate.report import write_report
+        from pipeline.report.report import write_report
 
         write_report(workspace, make_plan(resolved), resolved, report, words)
     wall_s = round(time.monotonic() - start, 1)

@@ -5,9 +5,9 @@ import time
 
 import typer
 
-from pipeline.plan import Step
-from pipeline.progress import ProgressState
-from pipeline.schema import Manifest
+from pipeline.recipe.plan import Step
+from pipeline.workspace.manifest import Manifest
+from pipeline.workspace.progress import ProgressState
 
 _EVERY_S = 15.0
 

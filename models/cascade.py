@@ -14,21 +14,22 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from models.ar_prior import ArPrior
-from models.condition import TextEncoding, concat_text
-from models.config import ClipDims, SamplerConfig
-from models.config_ar_prior import TokenSamplerConfig
-from models.decoder import Decoder, DecoderCondition, concat_decoder_conditions
-from models.diffusion import Denoise, Diffusion
-from models.guidance import classifier_free
-from models.noise import NoiseSource
-from models.noisy_clip import NoisyClip, clip_guided
+from models.ar_prior.config import TokenSamplerConfig
+from models.ar_prior.network import ArPrior
+from models.ar_prior.sampling import iterate_embeddings
+from models.clip_config import ClipDims
+from models.decoder.network import Decoder, DecoderCondition, concat_decoder_conditions
+from models.diffusion.config import SamplerConfig
+from models.diffusion.guidance import classifier_free
+from models.diffusion.noise import NoiseSource
+from models.diffusion.process import Denoise, Diffusion
+from models.diffusion.samplers import config_timesteps, iterate
+from models.diffusion.steps import SamplerState
+from models.noisy_clip.network import NoisyClip, clip_guided
 from models.pixels import to_uint8
-from models.prior import Prior
-from models.sampler_steps import SamplerState
-from models.samplers import config_timesteps, iterate
-from models.token_sampling import iterate_embeddings
-from models.upsampler import Upsampler
+from models.prior.network import Prior
+from models.text import TextEncoding, concat_text
+from models.upsampler.network import Upsampler
 
 AnyPrior = Prior | ArPrior
 PriorSampler = SamplerConfig | TokenSamplerConfig

@@ -19,14 +19,14 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from models.cascade import Cascade, CascadeResult, TextEncoder, Watch, in_parts, run_stage
-from models.condition import TextEncoding
-from models.diffusion import Denoise, Diffusion
-from models.inpainting import PartlyKnown, known_planes, replacing
-from models.noise import NoiseSource
+from models.decoder.inpainting import PartlyKnown, known_planes, replacing
+from models.diffusion.noise import NoiseSource
+from models.diffusion.process import Denoise, Diffusion
+from models.diffusion.samplers import iterate_inversion, iterate_steps, make_limit
+from models.diffusion.schedules import strided_timesteps
+from models.diffusion.steps import Step, ddim_step
 from models.pixels import resize_crop, to_pixels, to_uint8
-from models.sampler_steps import Step, ddim_step
-from models.samplers import iterate_inversion, iterate_steps, make_limit
-from models.schedules import strided_timesteps
+from models.text import TextEncoding
 
 _PARALLEL = 1e-6
 """Below this angle, in radians, slerp is a straight line; this close to half a turn it has no direction."""
@@ -129,7 +129,7 @@ class Editor:
 
     @property
     def inpaint_method(self) -> Literal["channels", "replacement"]:
-        """How this decoder inpaints: see models/inpainting.py."""
+        """How this decoder inpaints: see models/decoder/inpainting.py."""
         return "channels" if self._decoder.config.inpainting else "replacement"
 
     # ---- latents -----------------------------------------------------------------------------

@@ -24,9 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.condition import TextEncoding
-from models.config import ClipConfig, ClipDims
+from models.clip_config import ClipConfig, ClipDims
 from models.pixels import resize_crop, to_pixels
+from models.text import TextEncoding
 
 
 def _declare_torchvision_operators() -> torch.library.Library | None:

@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 
 from pipeline.clip import create_clip
-from pipeline.plan import artifact_of, make_plan, manifest_of
-from pipeline.recipe import Recipe, load_recipe
+from pipeline.data.embed import Embedder
+from pipeline.data.rows import make_uid
+from pipeline.networks.files import build_network, load_clip_artifact, save_clip_artifact, save_network
+from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
+from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.retrieve.build import build_index
-from pipeline.schema import ShardRecord, make_uid
-from pipeline.stages.embed import Embedder
-from pipeline.store import Artifact, Workspace
-from pipeline.weights import build_network, load_clip_artifact, save_clip_artifact, save_network
+from pipeline.workspace.manifest import ShardRecord
+from pipeline.workspace.store import Artifact, Workspace
 from tests.tiny import tiny_recipe
 
 COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "black", "white", "gray", "pink"]

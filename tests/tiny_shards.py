@@ -12,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.config import ClipConfig
+from models.clip_config import ClipConfig
 from pipeline.clip import create_clip, save_clip
-from pipeline.schema import ShardRecord, embeddings_schema, make_uid
-from pipeline.stages.vectors import ROW_GROUP_ROWS, to_arrow
-from pipeline.store import Artifact
+from pipeline.data.rows import embeddings_schema, make_uid
+from pipeline.data.vectors import ROW_GROUP_ROWS, to_arrow
+from pipeline.workspace.manifest import ShardRecord
+from pipeline.workspace.store import Artifact
 
 TINY_CLIP = ClipConfig(
     embed_dim=16, image_px=32, vision_width=8, text_width=16, text_heads=2, text_layers=1, context_length=16

@@ -23,21 +23,22 @@ import torch
 from torch import Tensor
 
 from models.cascade import Cascade
-from models.condition import TextEncoding
 from models.pixels import to_uint8
+from models.text import TextEncoding
 from pipeline.clip import FrozenClip
+from pipeline.data.pictures import from_bytes, to_png
 from pipeline.errors import ConfigError
 from pipeline.evaluate.metrics import FeatureSums, Rate, cosine, frechet_distance, mean_of, r_precision, rate_of
 from pipeline.evaluate.parts import Part, picture_seed, read_part, write_rows
-from pipeline.evaluate.pictures import Block, draw_grid, from_bytes, to_png
 from pipeline.evaluate.prompts import PromptSet, choose_prompts
-from pipeline.plan import CASCADE_STEPS, Step, artifact_of, inputs_of, make_plan, manifest_of, sampling_tables
-from pipeline.recipe import Recipe
-from pipeline.schema import ShardRecord, add_counts
+from pipeline.networks.files import load_cascade, network_configs
+from pipeline.recipe.plan import CASCADE_STEPS, Step, artifact_of, inputs_of, make_plan, manifest_of, sampling_tables
+from pipeline.recipe.recipe import Recipe
+from pipeline.sampling.grid import Block, draw_grid
 from pipeline.shapes.check import check
 from pipeline.shapes.draw import draw_array
-from pipeline.store import Artifact, Workspace
-from pipeline.weights import load_cascade, network_configs
+from pipeline.workspace.manifest import ShardRecord, add_counts
+from pipeline.workspace.store import Artifact, Workspace
 
 Json = dict[str, Any]
 Watch = Callable[[str, int, int], None]

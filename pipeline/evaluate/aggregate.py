@@ -15,7 +15,7 @@ from pipeline.evaluate.parts import ENLARGED, Part, read_part
 from pipeline.evaluate.prompts import PromptSet, choose_rows
 from pipeline.evaluate.sets import NUM_NEIGHBOURS, cmmd, precision_recall
 from pipeline.retrieve import Neighbour, NeighbourIndex
-from pipeline.store import Artifact
+from pipeline.workspace.store import Artifact
 
 Json = dict[str, Any]
 Rows = list[Json]

@@ -5,13 +5,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pipeline.data.pictures import from_bytes, thumbnail, to_png
 from pipeline.evaluate.aggregate import Aggregate, TrainingNeighbours, matrix, parse_flags
 from pipeline.evaluate.metrics import cosine
 from pipeline.evaluate.parts import NUM_RECONSTRUCTIONS_SHOWN, NUM_STAGES
-from pipeline.evaluate.pictures import Block, draw_grid, from_bytes, thumbnail, to_png
-from pipeline.evaluate.sample import sample_grid
 from pipeline.retrieve import read_picture
-from pipeline.store import Artifact
+from pipeline.sampling.grid import Block, draw_grid
+from pipeline.sampling.sample import sample_grid
+from pipeline.workspace.store import Artifact
 
 Json = dict[str, Any]
 Rows = list[Json]

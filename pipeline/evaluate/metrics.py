@@ -94,19 +94,6 @@ def cosine(a: Array, b: Array) -> Array:
     return (x * y).sum(axis=1) / np.maximum(lengths, 1e-12)
 
 
-def psnr_db(a: Array, b: Array) -> Array:
-    """Peak signal-to-noise ratio of each picture: uint8 (N, H, W, 3) twice -> (N,), in dB; equal pictures give inf.
-
-    Raises:
-        ValueError: If a shape or type differs.
-    """
-    if a.shape != b.shape or a.dtype != np.uint8 or b.dtype != np.uint8:
-        raise ValueError(f"psnr of {a.dtype}{a.shape} with {b.dtype}{b.shape}: uint8 pictures of equal shape")
-    errors = ((a.astype(np.float64) - b.astype(np.float64)) ** 2).mean(axis=(1, 2, 3))
-    with np.errstate(divide="ignore"):
-        return 10 * np.log10(255.0**2 / errors)
-
-
 def r_precision(z_image: Array, z_text: Array, own: Sequence[int] | Array) -> Rate:
     """How often a picture's own caption is the nearest of all captions (R-precision at 1).
 

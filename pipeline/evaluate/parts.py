@@ -22,18 +22,17 @@ from numpy.typing import NDArray
 from models.cascade import Cascade, CascadeSettings
 from models.pixels import resize, to_pixels, to_uint8
 from pipeline.clip import FrozenClip
+from pipeline.data.pictures import centre_square, from_bytes, to_png
 from pipeline.errors import DataError
 from pipeline.evaluate.features import FeatureExtractor
-from pipeline.evaluate.metrics import psnr_db
-from pipeline.evaluate.pictures import centre_square, from_bytes, to_png
 from pipeline.evaluate.prompts import PromptSet, Row
-from pipeline.evaluate.quality import sharpness, ssim
+from pipeline.networks.quality import psnr_db, sharpness, ssim
 from pipeline.retrieve import read_picture
-from pipeline.schema import ShardRecord
 from pipeline.shapes.check import check
 from pipeline.shapes.draw import draw_array
 from pipeline.shapes.scene import Scene
-from pipeline.store import Artifact
+from pipeline.workspace.manifest import ShardRecord
+from pipeline.workspace.store import Artifact
 
 Json = dict[str, Any]
 Array = NDArray[Any]

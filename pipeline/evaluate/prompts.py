@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.data.rows import require_columns
+from pipeline.data.vectors import read_vectors
 from pipeline.errors import DataError
-from pipeline.schema import require_columns
 from pipeline.shapes.scene import Object, Scene
-from pipeline.stages.vectors import read_vectors
-from pipeline.store import Artifact
+from pipeline.workspace.store import Artifact
 
 EVALUATION = "evaluation.parquet"
 

@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import IndexConfig
+from pipeline.data.vectors import to_unit
+from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve.exact import EmbeddedShards, Floats, Ids, recall, true_neighbours
-from pipeline.stages.vectors import to_unit
-from pipeline.store import Artifact
+from pipeline.workspace.store import Artifact
 
 Kind = Literal["flat", "ivf_flat", "ivf_sq8", "hnsw"]
 Modality = Literal["image", "text"]

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.data.shards import MEND
+from pipeline.data.vectors import ROW_GROUP_ROWS, Vectors, read_vectors, to_numpy, to_unit
 from pipeline.errors import DataError
-from pipeline.stages.shards import MEND
-from pipeline.stages.vectors import ROW_GROUP_ROWS, Vectors, read_vectors, to_numpy, to_unit
-from pipeline.store import Artifact
+from pipeline.workspace.store import Artifact
 
 _CACHED_GROUPS = 256
 _TIE = 1e-6  # what two float32 sums of the same vectors may differ by

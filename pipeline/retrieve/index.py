@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.data.rows import require_columns
+from pipeline.data.shards import Members, index_tar, picture_extension, read_member
 from pipeline.errors import DataError
 from pipeline.retrieve.build import MODALITIES, ROW_COLUMNS, Modality, set_effort
 from pipeline.retrieve.exact import EmbeddedShards, ExactVectors, Floats, Ids
-from pipeline.schema import require_columns
-from pipeline.stages.shards import Members, index_tar, picture_extension, read_member
-from pipeline.store import Artifact
+from pipeline.workspace.store import Artifact
 
 
 @dataclass(frozen=True)

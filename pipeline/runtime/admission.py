@@ -5,9 +5,9 @@ from collections.abc import Callable, Collection
 
 import ray
 
-from pipeline.config import TaskResources, TrainResources
-from pipeline.progress import read_progress
+from pipeline.recipe.sections import TaskResources, TrainResources
 from pipeline.runtime.context import StepContext
+from pipeline.workspace.progress import read_progress
 
 _HEAD_START_S = 20.0
 

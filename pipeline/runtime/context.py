@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.plan import Step, artifact_of, inputs_of
-from pipeline.recipe import Recipe
-from pipeline.store import Artifact, Workspace
+from pipeline.recipe.plan import Step, artifact_of, inputs_of
+from pipeline.recipe.recipe import Recipe
+from pipeline.workspace.store import Artifact, Workspace
 
 
 @dataclass(frozen=True)

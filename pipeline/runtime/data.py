@@ -9,15 +9,15 @@ import pyarrow.parquet as pq
 import ray
 import ray.exceptions
 
-from pipeline.config import DownloadConfig
+from pipeline.data.shards import MEND
 from pipeline.errors import DataError, StepError
-from pipeline.progress import Progress
+from pipeline.recipe.sections import DownloadConfig
 from pipeline.runtime.context import StepContext, StepResult
-from pipeline.runtime.pictures import served_pictures
-from pipeline.runtime.shards import ShardJob, map_shards, total_counts
-from pipeline.schema import ShardRecord
-from pipeline.stages.shards import MEND
-from pipeline.store import Artifact
+from pipeline.runtime.picture_servers import served_pictures
+from pipeline.runtime.pool import ShardJob, map_shards, total_counts
+from pipeline.workspace.manifest import ShardRecord
+from pipeline.workspace.progress import Progress
+from pipeline.workspace.store import Artifact
 
 _MIN_ROWS_TO_JUDGE = 1000
 _NUM_CAUSES = 20
@@ -26,8 +26,8 @@ _NUM_CAUSES = 20
 def run_pairs(context: StepContext) -> StepResult:
     """Write the list of pairs; one pass, in this process."""
     progress = Progress(context.output)
-    from pipeline.stages.drawn import drawn_batches, write_evaluation
-    from pipeline.stages.pairs import PairsSummary, source_batches, write_pairs
+    from pipeline.data.drawn import drawn_batches, write_evaluation
+    from pipeline.data.pairs import PairsSummary, source_batches, write_pairs
 
     config, seed, summary = context.recipe.pairs, context.recipe.seed, PairsSummary()
     drawn = config.source == "drawn"
@@ -44,7 +44,7 @@ def run_pairs(context: StepContext) -> StepResult:
 
 def run_download(context: StepContext) -> StepResult:
     """Download every shard of pairs with img2dataset; the drawn source's pictures are served meanwhile."""
-    from pipeline.stages.download import check_columns, shard_names
+    from pipeline.data.download import check_columns, shard_names
 
     config, output = context.recipe.download, context.output
     pairs = context.inputs["pairs"].path("pairs.parquet")
@@ -92,7 +92,7 @@ class DownloadStage:
     """Makes shards of the download step."""
 
     def __init__(self, context: StepContext) -> None:
-        import pipeline.stages.download as stage
+        import pipeline.data.download as stage
 
         self._stage = stage
         self._config = context.recipe.download
@@ -115,7 +115,7 @@ class EmbedStage:
     def __init__(self, context: StepContext) -> None:
         import torch
 
-        from pipeline.stages.embed import Embedder
+        from pipeline.data.embed import Embedder
 
         config, clip = context.recipe.embed, context.inputs["clip"]
         torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
@@ -199,6 +199,6 @@ def _require_success(records: list[ShardRecord], config: DownloadConfig, output:
 
 
 def _causes(output: Artifact, shards: list[str]) -> Counter[str]:
-    from pipeline.stages.download import failure_causes
+    from pipeline.data.download import failure_causes
 
     return failure_causes([output.read_json(f"{shard}_stats.json") for shard in shards])

@@ -3,10 +3,10 @@
 import torch
 
 from pipeline.evaluate.evaluate import finish, make_runner, plan_work, summarise
-from pipeline.progress import Progress
 from pipeline.runtime.context import StepContext, StepResult
-from pipeline.runtime.shards import ShardJob, map_shards, total_counts
-from pipeline.schema import ShardRecord
+from pipeline.runtime.pool import ShardJob, map_shards, total_counts
+from pipeline.workspace.manifest import ShardRecord
+from pipeline.workspace.progress import Progress
 
 
 def run_evaluate(context: StepContext) -> StepResult:

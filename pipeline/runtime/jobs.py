@@ -26,10 +26,10 @@ import requests
 from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.job_submission import JobSubmissionClient
 
-from pipeline.config import ClipStepConfig, NoisyClipStepConfig
 from pipeline.errors import ConfigError, StepError
-from pipeline.plan import make_plan
-from pipeline.recipe import Recipe, to_dict
+from pipeline.recipe.plan import make_plan
+from pipeline.recipe.recipe import Recipe, to_dict
+from pipeline.recipe.sections import ClipStepConfig, NoisyClipStepConfig
 from pipeline.runtime.cluster import DEFAULT_ADDRESS, dashboard_client, is_loopback
 
 PACKAGES = ("models", "pipeline", "jobs")

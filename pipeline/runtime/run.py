@@ -20,14 +20,14 @@ import ray
 import ray.exceptions
 
 from pipeline.errors import StepError, UnclipError
-from pipeline.plan import Step, StepStatus, make_plan, manifest_of, plan_status
-from pipeline.progress import Progress, ProgressState, read_progress
-from pipeline.recipe import Recipe, to_dict
+from pipeline.recipe.plan import Step, StepStatus, make_plan, manifest_of, plan_status
+from pipeline.recipe.recipe import Recipe, to_dict
 from pipeline.runtime.admission import Admission, fits_now, told_at_once
 from pipeline.runtime.context import StepContext, StepResult
-from pipeline.runtime.track import Tracking
-from pipeline.schema import Manifest
-from pipeline.store import LIVE, Workspace, translate_os_errors
+from pipeline.runtime.tracking import Tracking
+from pipeline.workspace.manifest import Manifest
+from pipeline.workspace.progress import Progress, ProgressState, read_progress
+from pipeline.workspace.store import LIVE, Workspace, translate_os_errors
 
 _STEP_FUNCTIONS = {
     "pairs": "pipeline.runtime.data:run_pairs",

@@ -23,13 +23,13 @@ from ray import serve
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from pipeline.config import ServeConfig
 from pipeline.errors import ConfigError, StepError
-from pipeline.plan import CASCADE_STEPS, artifact_of, make_plan
-from pipeline.recipe import Recipe
+from pipeline.recipe.plan import CASCADE_STEPS, artifact_of, make_plan
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.sections import ServeConfig
 from pipeline.runtime.run import connect
-from pipeline.serve.contract import Drawn, Images, Overloaded, Vectors
-from pipeline.store import Artifact, Workspace
+from pipeline.serve.protocols import Drawn, Images, Overloaded, Vectors
+from pipeline.workspace.store import Artifact, Workspace
 
 APPLICATION = "unclip"
 _NEIGHBOURS = ("download", "embed", "index")
@@ -49,8 +49,8 @@ class PainterReplica:
     def __init__(self, artifacts: dict[str, Artifact], recipe: Recipe) -> None:
         import torch
 
+        from pipeline.networks.files import load_cascade, network_configs
         from pipeline.serve.painter import LocalPainter
-        from pipeline.weights import load_cascade, network_configs
 
         config = recipe.serve
         torch.set_num_threads(max(1, int(config.cpus_per_replica)))

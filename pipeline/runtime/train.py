@@ -12,11 +12,11 @@ import ray
 import ray.exceptions
 
 from pipeline import errors
-from pipeline.config import TrainResources
 from pipeline.errors import ConfigError, StepError, UnclipError
-from pipeline.progress import Progress
+from pipeline.recipe.sections import TrainResources
 from pipeline.runtime.context import StepContext, StepResult
-from pipeline.store import LIVE
+from pipeline.workspace.progress import Progress
+from pipeline.workspace.store import LIVE
 
 if TYPE_CHECKING:
     import torch
@@ -149,7 +149,7 @@ def _run_worker(context: StepContext, rank: int = 0, world_size: int = 1) -> Jso
     progress = Progress(context.output)
     import torch
 
-    from pipeline.train.assemble import TrainJob
+    from pipeline.networks.kind import TrainJob
     from pipeline.train.job import run_job
 
     name, output = context.step.name, context.output
@@ -218,7 +218,7 @@ def _cause(error: Exception) -> str:
 
 def _take_pretrained(context: StepContext) -> StepResult:
     from pipeline.clip import load_pretrained
-    from pipeline.weights import num_parameters, save_clip_artifact
+    from pipeline.networks.files import num_parameters, save_clip_artifact
 
     section, progress = context.recipe.clip, Progress(context.output)
     progress.update(0, 1, "networks", f"loading {section.name}", force=True)

@@ -18,9 +18,9 @@ from typing import Any
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
-from pipeline.serve.contract import Library, Painter
 from pipeline.serve.images import GenerationRequest, generate
 from pipeline.serve.knn import KnnRequest, MetadataRequest, find, metadata
+from pipeline.serve.protocols import Library, Painter
 from pipeline.serve.web import ApiError, install_error_handlers, parse, read_json, require_key, while_connected
 
 TEXT_BODY_LIMIT_BYTES = 1 << 20

@@ -17,8 +17,8 @@ import torch
 
 from models.cascade import Cascade, CascadeSettings
 from models.pixels import to_uint8
-from pipeline.serve.contract import Drawn, Overloaded
-from pipeline.serve.stages import Picture
+from pipeline.serve.chains import Picture
+from pipeline.serve.protocols import Drawn, Overloaded
 from pipeline.serve.steppers import make_steppers
 
 _log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from pipeline.serve.contract import Images, Painter
+from pipeline.serve.protocols import Images, Painter
 from pipeline.serve.web import ApiError
 
 MAX_IMAGES = 10

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.serve.contract import Found, Images, Library, Painter, Vectors
+from pipeline.serve.protocols import Found, Images, Library, Painter, Vectors
 from pipeline.serve.web import ApiError
 
 MAX_IMAGES = 1000

@@ -9,8 +9,8 @@ from PIL import Image
 
 from pipeline.errors import DataError
 from pipeline.retrieve import NeighbourIndex, read_picture
-from pipeline.serve.contract import Found, Vectors
-from pipeline.store import Artifact
+from pipeline.serve.protocols import Found, Vectors
+from pipeline.workspace.store import Artifact
 
 _log = logging.getLogger(__name__)
 _JPEG = b"\xff\xd8"

@@ -8,8 +8,8 @@ import torch
 
 from models.cascade import Cascade
 from pipeline.clip import FrozenClip
-from pipeline.serve.contract import Drawn, Images, Vectors
 from pipeline.serve.engine import Engine
+from pipeline.serve.protocols import Drawn, Images, Vectors
 
 
 class LocalPainter:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from models.ar_prior import ArPrior
+from models.ar_prior.config import TokenSamplerConfig
+from models.ar_prior.network import ArPrior
+from models.ar_prior.sampling import TokenState, join_token_states, start, step
 from models.cascade import Cascade, CascadeSettings, prior_noise
-from models.config_ar_prior import TokenSamplerConfig
-from models.token_sampling import TokenState, join_token_states, start, step
-from pipeline.serve.stages import Picture, Stepper, keep_best, make_stages
+from pipeline.serve.chains import Picture, Stepper, keep_best, make_stages
 
 
 class AnyStepper(Protocol):

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
-from pipeline.serve.contract import Overloaded
+from pipeline.serve.protocols import Overloaded
 
 Json = dict[str, Any]
 T = TypeVar("T")

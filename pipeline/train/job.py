@@ -12,22 +12,22 @@ import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models.ar_prior import ArPrior
-from models.decoder import Decoder
-from models.noise import derive_seed
-from models.noisy_clip import NoisyClip
-from models.prior import Prior
-from models.upsampler import Upsampler
+from models.ar_prior.network import ArPrior
+from models.decoder.network import Decoder
+from models.diffusion.noise import derive_seed
+from models.noisy_clip.network import NoisyClip
+from models.prior.network import Prior
+from models.upsampler.network import Upsampler
+from pipeline.data.batches import Share, iterate_batches, plan_order
 from pipeline.errors import ResumeError
-from pipeline.progress import METRICS
-from pipeline.store import Artifact
-from pipeline.train.assemble import Parts, TrainJob, assemble, part_of
-from pipeline.train.batches import Share, iterate_batches, plan_order
-from pipeline.train.draws import draws_of
+from pipeline.networks.diffusion_loss import draws_of
+from pipeline.networks.files import num_parameters
+from pipeline.networks.kind import Parts, TrainJob, assemble, part_of
 from pipeline.train.loop import learning_rate, make_step, train
-from pipeline.train.measures import Measures
 from pipeline.train.state import TrainState, create_state, load_newest_checkpoint, save_checkpoint
-from pipeline.weights import num_parameters
+from pipeline.train.validation import Measures
+from pipeline.workspace.progress import METRICS
+from pipeline.workspace.store import Artifact
 
 Json = dict[str, Any]
 Watch = Callable[[int, int, str], None]

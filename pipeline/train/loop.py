@@ -10,11 +10,11 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from models.ema import update_average
-from pipeline.config import TrainConfig, TrainResources
+from models.layers.ema import update_average
+from pipeline.data.batches import Batch
 from pipeline.errors import StepError
-from pipeline.train.batches import Batch
-from pipeline.train.draws import step_seed
+from pipeline.networks.diffusion_loss import step_seed
+from pipeline.recipe.sections import TrainConfig, TrainResources
 from pipeline.train.state import TrainState
 
 StepFunction = Callable[[TrainState, Batch], None]

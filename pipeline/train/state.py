@@ -15,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.ema import create_average
-from models.timestep_draws import TimestepDraws
-from pipeline.config import TrainConfig
+from models.diffusion.timesteps import TimestepDraws
+from models.layers.ema import create_average
 from pipeline.errors import ResumeError
-from pipeline.store import LIVE, Artifact
+from pipeline.recipe.sections import TrainConfig
 from pipeline.train.muon import Muon, kernels_of
+from pipeline.workspace.store import LIVE, Artifact
 
 FORMAT = "unclip-checkpoint-1"
 CHECKPOINTS = f"{LIVE}checkpoints/"

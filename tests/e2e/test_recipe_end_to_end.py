@@ -14,9 +14,9 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from pipeline.plan import artifact_of, make_plan
-from pipeline.recipe import load_recipe
-from pipeline.store import Artifact, Workspace
+from pipeline.recipe.plan import artifact_of, make_plan
+from pipeline.recipe.recipe import load_recipe
+from pipeline.workspace.store import Artifact, Workspace
 from tests.ports import free_port
 from tests.ray_head import ray_head
 from tests.readme import shell_commands

@@ -13,21 +13,21 @@ import torch
 from PIL import Image
 
 from models.cascade import Cascade
-from models.diffusion import Diffusion
-from models.guidance import classifier_free
-from models.noise import NoiseSource
+from models.diffusion.guidance import classifier_free
+from models.diffusion.noise import NoiseSource
+from models.diffusion.process import Diffusion
+from models.diffusion.samplers import sample
 from models.pixels import to_uint8
-from models.samplers import sample
 from pipeline.clip import FrozenClip
 from pipeline.errors import ConfigError
 from pipeline.evaluate import metrics as m
 from pipeline.evaluate.ablate import AblationRunner, ablate_recipe, ablation_step, format_ablation, plan_variants
 from pipeline.evaluate.parts import Part, picture_seed, read_part
 from pipeline.evaluate.prompts import Prompt, PromptSet, choose_prompts
-from pipeline.plan import artifact_of, inputs_of
-from pipeline.recipe import Recipe, parse_recipe
+from pipeline.recipe.plan import artifact_of, inputs_of
+from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.shapes.draw import draw_array
-from pipeline.store import Artifact, Workspace
+from pipeline.workspace.store import Artifact, Workspace
 from tests.evaluate.workspaces import tiny_tables
 
 

@@ -11,22 +11,22 @@ import torch
 from PIL import Image
 
 from models.cascade import Cascade
+from pipeline.data.vectors import read_vectors
 from pipeline.errors import DataError
 from pipeline.evaluate import metrics as m
 from pipeline.evaluate.evaluate import Work, finish, make_runner, plan_work, summarise
 from pipeline.evaluate.features import FeatureExtractor
-from pipeline.evaluate.measures import measure_rows
 from pipeline.evaluate.parts import Part, PartRunner, drawings_of, picture_seed, plan_parts, read_part
 from pipeline.evaluate.prompts import choose_prompts, choose_rows
-from pipeline.evaluate.quality import sharpness
 from pipeline.evaluate.sets import cmmd, precision_recall
-from pipeline.plan import inputs_of
-from pipeline.recipe import Recipe, parse_recipe
+from pipeline.networks.files import load_cascade
+from pipeline.networks.quality import sharpness
+from pipeline.recipe.plan import inputs_of
+from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.report.tables import measure_rows
 from pipeline.shapes.check import check
 from pipeline.shapes.draw import draw_array
-from pipeline.stages.vectors import read_vectors
-from pipeline.store import Artifact, Workspace
-from pipeline.weights import load_cascade
+from pipeline.workspace.store import Artifact, Workspace
 from tests.evaluate.workspaces import NUM_PICTURES, build_tiny_workspace, evaluate_step, tiny_tables
 
 

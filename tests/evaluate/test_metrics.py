@@ -11,11 +11,11 @@ from pipeline.evaluate.metrics import (
     cosine,
     frechet_distance,
     mean_of,
-    psnr_db,
     r_precision,
     rate_of,
     wilson_interval,
 )
+from pipeline.networks.quality import psnr_db
 
 
 def _features(count: int, dim: int, seed: int) -> np.ndarray:

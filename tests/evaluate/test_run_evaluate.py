@@ -4,12 +4,12 @@ import pytest
 import ray
 
 from pipeline.evaluate.evaluate import finish, make_runner, plan_work
-from pipeline.progress import read_progress
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.evaluate import run_evaluate
 from pipeline.runtime.run import connect
-from pipeline.store import LIVE, Artifact
+from pipeline.workspace.progress import read_progress
+from pipeline.workspace.store import LIVE, Artifact
 from tests.evaluate.workspaces import evaluate_step
 
 

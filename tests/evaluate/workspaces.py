@@ -14,19 +14,20 @@ import torch
 from PIL import Image, ImageFilter
 
 from pipeline.clip import create_clip
+from pipeline.data.drawn import write_evaluation
+from pipeline.data.embed import Embedder
+from pipeline.data.pictures import to_png
+from pipeline.data.rows import make_uid
 from pipeline.evaluate.metrics import Rate
-from pipeline.evaluate.pictures import to_png
-from pipeline.plan import Step, artifact_of, make_plan, manifest_of
-from pipeline.recipe import Recipe, parse_recipe
+from pipeline.networks.files import build_network, save_clip_artifact, save_network
+from pipeline.recipe.plan import Step, artifact_of, make_plan, manifest_of
+from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.retrieve.build import build_index
-from pipeline.schema import ShardRecord, make_uid
 from pipeline.shapes.captions import canonical_caption, training_caption
 from pipeline.shapes.draw import draw
 from pipeline.shapes.scene import Scene, evaluation_scenes, training_scene
-from pipeline.stages.drawn import write_evaluation
-from pipeline.stages.embed import Embedder
-from pipeline.store import Artifact, Workspace
-from pipeline.weights import build_network, save_clip_artifact, save_network
+from pipeline.workspace.manifest import ShardRecord
+from pipeline.workspace.store import Artifact, Workspace
 
 SECONDS = {
     "pairs": 2.1,

@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.plan import artifact_of, make_plan
-from pipeline.progress import read_progress
-from pipeline.recipe import load_recipe
-from pipeline.store import MANIFEST, Artifact, Workspace
+from pipeline.recipe.plan import artifact_of, make_plan
+from pipeline.recipe.recipe import load_recipe
+from pipeline.workspace.progress import read_progress
+from pipeline.workspace.store import MANIFEST, Artifact, Workspace
 from tests.ports import free_port
 from tests.ray_head import RayHead, ray_head
 from tests.tiny import ROOT, start_unclip, tiny_recipe, unclip

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 from tests.ports import free_port
 from tests.tiny import ROOT, tiny_recipe, unclip_here
 
@@ -165,7 +165,7 @@ def test_run_with_an_unreachable_tracker_is_refused_before_anything_runs(tmp_pat
 
 
 def test_config_prints_toml_that_loads_to_the_same_recipe(tmp_path: Path) -> None:
-    from pipeline.recipe import load_recipe
+    from pipeline.recipe.recipe import load_recipe
 
     resolved = tmp_path / "resolved.toml"
     resolved.write_text(_run("config", "configs/demo.toml", "--set", "seed=9").stdout)

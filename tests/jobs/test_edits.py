@@ -9,8 +9,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from pipeline.evaluate.edits import EDITS
-from pipeline.recipe import to_dict
+from pipeline.recipe.recipe import to_dict
+from pipeline.sampling.edits import EDITS
 from tests.evaluate.workspaces import build_tiny_workspace, parse_recipe, tiny_tables
 
 RECIPE = "configs/demo.toml"

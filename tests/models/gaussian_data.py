@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.config import DiffusionConfig
-from models.diffusion import Diffusion
+from models.diffusion.config import DiffusionConfig
+from models.diffusion.process import Diffusion
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 PUBLISHED_STD = 0.5375

@@ -7,17 +7,22 @@ import pytest
 import torch
 from tiny_models import DIMS, UNET, make_text, randomise
 
-from models.ar_prior import ArPrior
+from models.ar_prior.config import ArPriorConfig, TokenSamplerConfig
+from models.ar_prior.network import ArPrior
 from models.cascade import Cascade, CascadeSettings, StageStep, decoder_denoiser, prior_denoiser
-from models.condition import TextEncoding
-from models.config import ClipDims, DecoderConfig, PriorConfig, SamplerConfig, UNetConfig, UpsamplerConfig
-from models.config_ar_prior import ArPriorConfig, TokenSamplerConfig
-from models.config_noisy_clip import NoisyClipConfig
-from models.decoder import Decoder
-from models.noisy_clip import NoisyClip
+from models.clip_config import ClipDims
+from models.decoder.config import DecoderConfig
+from models.decoder.network import Decoder
+from models.diffusion.config import SamplerConfig
+from models.layers.config import UNetConfig
+from models.noisy_clip.config import NoisyClipConfig
+from models.noisy_clip.network import NoisyClip
 from models.pixels import to_uint8
-from models.prior import Prior
-from models.upsampler import Upsampler
+from models.prior.config import PriorConfig
+from models.prior.network import Prior
+from models.text import TextEncoding
+from models.upsampler.config import UpsamplerConfig
+from models.upsampler.network import Upsampler
 
 CONVOLUTION = replace(UNET, attention_resolutions=())
 PROMPTS = ["abc", "abcde", "abc", "ab"]

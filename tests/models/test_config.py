@@ -10,17 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from models import config as configs
-from models.config import (
-    ClipConfig,
-    DecoderConfig,
-    DiffusionConfig,
-    PriorConfig,
-    SamplerConfig,
-    UNetConfig,
-    UpsamplerConfig,
-)
-from models.config_noisy_clip import NoisyClipConfig
+from models.clip_config import ClipConfig
+from models.decoder.config import DecoderConfig
+from models.diffusion import config as configs
+from models.diffusion.config import DiffusionConfig, SamplerConfig
+from models.layers.config import UNetConfig
+from models.noisy_clip.config import NoisyClipConfig
+from models.prior.config import PriorConfig
+from models.upsampler.config import UpsamplerConfig
 
 CLASSES = [value for value in vars(configs).values() if dataclasses.is_dataclass(value)]
 
@@ -93,6 +90,6 @@ def test_config_of_the_paper_is_valid() -> None:
 
 
 def test_config_imports_neither_torch_nor_pydantic() -> None:
-    code = "import sys, models.config; print(sorted({'torch', 'pydantic', 'ray'} & set(sys.modules)))"
+    code = "import sys, models.diffusion.config; print(sorted({'torch', 'pydantic', 'ray'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -8,13 +8,14 @@ from gaussian_data import GaussianData, make_diffusion
 from tiny_models import DIMS, make_text, randomise
 from torch import Tensor
 
-from models.config import PriorConfig, SamplerConfig
-from models.degradation import random_blur, resize
-from models.diffusion import Diffusion
-from models.noise import NoiseSource
-from models.prior import Prior
-from models.sampler_steps import ddim_step
-from models.samplers import config_timesteps, iterate_steps, sample
+from models.diffusion.config import SamplerConfig
+from models.diffusion.noise import NoiseSource
+from models.diffusion.process import Diffusion
+from models.diffusion.samplers import config_timesteps, iterate_steps, sample
+from models.diffusion.steps import ddim_step
+from models.prior.config import PriorConfig
+from models.prior.network import Prior
+from models.upsampler.degradation import random_blur, resize
 
 
 def gaussian_denoiser(diffusion: Diffusion, seen: list[int]) -> object:

@@ -10,19 +10,23 @@ import torch.nn.functional as F
 from tiny_models import DIMS, UNET, make_text, randomise
 
 from models.cascade import Cascade, CascadeResult, StageStep
-from models.condition import TextEncoding, concat_text
-from models.config import ClipDims, DecoderConfig, DiffusionConfig, PriorConfig, SamplerConfig, UpsamplerConfig
-from models.decoder import Decoder
-from models.diffusion import Diffusion
+from models.clip_config import ClipDims
+from models.decoder.config import DecoderConfig
+from models.decoder.inpainting import PartlyKnown
+from models.decoder.network import Decoder
+from models.diffusion.config import DiffusionConfig, SamplerConfig
+from models.diffusion.limits import ClipRange
+from models.diffusion.noise import NoiseSource
+from models.diffusion.process import Diffusion
+from models.diffusion.samplers import sample_along
+from models.diffusion.steps import ddim_step
 from models.edits import EditError, Editor, EditSettings, Latents, Walk, slerp
-from models.inpainting import PartlyKnown
-from models.noise import NoiseSource
 from models.pixels import resize_crop, to_pixels, to_uint8
-from models.prior import Prior
-from models.sampler_steps import ddim_step
-from models.samplers import sample_along
-from models.thresholds import ClipRange
-from models.upsampler import Upsampler
+from models.prior.config import PriorConfig
+from models.prior.network import Prior
+from models.text import TextEncoding, concat_text
+from models.upsampler.config import UpsamplerConfig
+from models.upsampler.network import Upsampler
 
 SETTINGS = EditSettings(num_steps=12, num_refinements=4)
 

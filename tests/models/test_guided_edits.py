@@ -9,15 +9,17 @@ import torch.nn.functional as F
 from tiny_models import DIMS, UNET, make_text, randomise
 
 from models.cascade import Cascade, CascadeResult
-from models.condition import TextEncoding, concat_text
-from models.config import DecoderConfig, PriorConfig, SamplerConfig
-from models.config_noisy_clip import NoisyClipConfig
-from models.decoder import Decoder
+from models.decoder.config import DecoderConfig
+from models.decoder.inpainting import PartlyKnown
+from models.decoder.network import Decoder
+from models.diffusion.config import SamplerConfig
 from models.edits import Editor, EditSettings, Latents
-from models.inpainting import PartlyKnown
-from models.noisy_clip import NoisyClip
+from models.noisy_clip.config import NoisyClipConfig
+from models.noisy_clip.network import NoisyClip
 from models.pixels import resize_crop, to_pixels
-from models.prior import Prior
+from models.prior.config import PriorConfig
+from models.prior.network import Prior
+from models.text import TextEncoding, concat_text
 
 PROMPT, SEEDS = "a red circle", [3, 4]
 PICTURE = torch.randint(0, 256, (1, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_models import embeddings, measured
 
-from models.buckets import DotHistogram, from_buckets, to_buckets
+from models.ar_prior.buckets import DotHistogram, from_buckets, to_buckets
 from models.pca import Pca, PcaSums
 
 

@@ -2,9 +2,10 @@
 
 import torch
 
-from models.condition import TextEncoding
-from models.config import ClipDims, UNetConfig
+from models.clip_config import ClipDims
+from models.layers.config import UNetConfig
 from models.pca import Pca, PcaSums
+from models.text import TextEncoding
 
 DIMS = ClipDims(embed_dim=12, text_width=10, context_length=9)
 UNET = UNetConfig(

@@ -19,10 +19,10 @@ from torch import Tensor
 
 import pipeline.clip  # noqa: F401  (first: it lets torchvision be imported beside a torch without CUDA)
 from models.cascade import Cascade
-from models.noise import NoiseSource
-from models.schedules import cosine_betas
-from pipeline.store import Artifact
-from pipeline.weights import load_cascade
+from models.diffusion.noise import NoiseSource
+from models.diffusion.schedules import cosine_betas
+from pipeline.networks.files import load_cascade
+from pipeline.workspace.store import Artifact
 
 PROMPTS = ["a red circle", "a large blue square to the left of a small green star on a white background"]
 SEEDS = [3, 4]

@@ -10,8 +10,8 @@ from PIL import Image
 from skimage import data as pictures
 from torch import Tensor
 
-from models.degradation import resize
-from models.jpeg import jpeg
+from models.upsampler.degradation import resize
+from models.upsampler.jpeg import jpeg
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ from diffusers import PriorTransformer, UNet2DConditionModel, UNet2DModel
 from tiny_models import make_text
 from torch import Tensor
 
-from models.config import ClipDims
-from models.decoder import Decoder
-from models.export import Component, export_decoder, export_prior, export_upsampler
-from models.export_unet import rename
-from models.prior import Prior
-from models.upsampler import Upsampler
+from models.clip_config import ClipDims
+from models.decoder.network import Decoder
+from models.interchange.networks import Component, export_decoder, export_prior, export_upsampler
+from models.interchange.unet import rename
+from models.prior.network import Prior
+from models.upsampler.network import Upsampler
 from tests.oracles.tiny_export import DECODER, PRIOR, UPSAMPLER, randomise
 
 DIMS = ClipDims(embed_dim=12, text_width=12, context_length=9)
@@ -103,7 +103,7 @@ def test_decoder_gradients_are_those_of_diffusers_unet(text_proj: Any) -> None:
     )
     mask = F.pad(TEXT.mask, (4, 0), value=True)
     unet(x, T, context, class_labels=embedding, attention_mask=mask).sample.square().mean().backward()
-    from models.export_unet import unet_keys
+    from models.interchange.unet import unet_keys
 
     gradients = {name: parameter.grad for name, parameter in decoder.named_parameters() if parameter.grad is not None}
     renamed = rename(gradients, unet_keys(DECODER.unet, DECODER.image_px), prefix="unet.")

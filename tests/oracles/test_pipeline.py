@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.clip import FrozenClip
-from pipeline.export import export_diffusers
+from pipeline.networks.diffusers import export_diffusers
 from tests.oracles.tiny_export import make_cascade, save_cascade
 
 ROOT = Path(__file__).parents[2]

@@ -7,11 +7,11 @@ from diffusers.schedulers.scheduling_unclip import betas_for_alpha_bar
 from gaussian_data import GaussianData, make_diffusion
 from torch import Tensor
 
-from models.noise import NoiseSource
-from models.sampler_steps import ddim_step, ddpm_step, start
-from models.samplers import sample_along
-from models.schedules import alpha_bar_table, cosine_betas, strided_timesteps
-from models.thresholds import ClipRange
+from models.diffusion.limits import ClipRange
+from models.diffusion.noise import NoiseSource
+from models.diffusion.samplers import sample_along
+from models.diffusion.schedules import alpha_bar_table, cosine_betas, strided_timesteps
+from models.diffusion.steps import ddim_step, ddpm_step, start
 
 COSINE = "squaredcos_cap_v2"
 

@@ -11,9 +11,9 @@ from diffusers import DPMSolverMultistepScheduler
 from gaussian_data import GaussianData, make_diffusion
 from torch import Tensor
 
-from models.sampler_steps import dpmpp_2m_step
-from models.samplers import sample_along
-from models.schedules import strided_timesteps
+from models.diffusion.samplers import sample_along
+from models.diffusion.schedules import strided_timesteps
+from models.diffusion.steps import dpmpp_2m_step
 
 PINNED = Path(sys.prefix) / "oracles"
 """Where `make test` puts k-diffusion, without the packages that its other modules ask for."""

@@ -7,21 +7,18 @@ from typing import Any
 import torch
 
 from models.cascade import Cascade
-from models.config import (
-    ClipConfig,
-    DecoderConfig,
-    DiffusionConfig,
-    PriorConfig,
-    SamplerConfig,
-    UNetConfig,
-    UpsamplerConfig,
-)
-from models.decoder import Decoder
-from models.prior import Prior
-from models.upsampler import Upsampler
+from models.clip_config import ClipConfig
+from models.decoder.config import DecoderConfig
+from models.decoder.network import Decoder
+from models.diffusion.config import DiffusionConfig, SamplerConfig
+from models.layers.config import UNetConfig
+from models.prior.config import PriorConfig
+from models.prior.network import Prior
+from models.upsampler.config import UpsamplerConfig
+from models.upsampler.network import Upsampler
 from pipeline.clip import FrozenClip, create_clip
-from pipeline.store import Artifact
-from pipeline.weights import save_clip_artifact, save_network
+from pipeline.networks.files import save_clip_artifact, save_network
+from pipeline.workspace.store import Artifact
 
 CLIP = ClipConfig(
     embed_dim=16, image_px=32, vision_width=8, text_width=16, text_heads=2, text_layers=2, context_length=24

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.plan import make_plan
-from pipeline.recipe import load_recipe
+from pipeline.recipe.plan import make_plan
+from pipeline.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.toml"))
@@ -60,7 +60,7 @@ def test_top_level_packages_are_ours() -> None:
 def test_models_and_their_tests_need_torch_alone() -> None:
     """So that they run on any GPU machine; what is compared with others' code is in tests/oracles."""
     allowed = {*sys.stdlib_module_names, "torch", "numpy", "jaxtyping", "models", "pytest", "hypothesis"}
-    files = [*(ROOT / "models").glob("*.py"), *(ROOT / "tests/models").glob("*.py")]
+    files = [*(ROOT / "models").rglob("*.py"), *(ROOT / "tests/models").rglob("*.py")]
     allowed |= {file.stem for file in files}
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from models.config_ar_prior import ArPriorConfig
-from pipeline.recipe import Recipe, load_recipe
+from models.ar_prior.config import ArPriorConfig
+from pipeline.recipe.recipe import Recipe, load_recipe
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

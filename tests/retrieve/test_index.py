@@ -6,14 +6,14 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.config import IndexConfig
+from pipeline.data.vectors import to_unit
 from pipeline.errors import DataError
+from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve import NeighbourIndex, read_picture
 from pipeline.retrieve.build import build_index, choose_kind
 from pipeline.retrieve.exact import EmbeddedShards, recall, true_neighbours
-from pipeline.schema import Manifest
-from pipeline.stages.vectors import to_unit
-from pipeline.store import Artifact, Workspace
+from pipeline.workspace.manifest import Manifest
+from pipeline.workspace.store import Artifact, Workspace
 from tests.tiny_shards import make_embeddings, make_shard
 
 _NUM_ROWS, _DIM = 3000, 24

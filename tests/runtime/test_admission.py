@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipeline.plan import make_plan
-from pipeline.progress import Progress
-from pipeline.recipe import load_recipe
+from pipeline.recipe.plan import make_plan
+from pipeline.recipe.recipe import load_recipe
 from pipeline.runtime.admission import fits_now, told_at_once
 from pipeline.runtime.context import StepContext
+from pipeline.workspace.progress import Progress
 
 _DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
 

@@ -7,13 +7,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import DataError, StepError
-from pipeline.plan import artifact_of, make_plan, manifest_of
-from pipeline.recipe import parse_recipe
+from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
+from pipeline.recipe.recipe import parse_recipe
 from pipeline.retrieve import NeighbourIndex, read_picture
 from pipeline.runtime import data
 from pipeline.runtime.context import StepContext, StepResult
-from pipeline.schema import ShardRecord
-from pipeline.store import Artifact, Workspace
+from pipeline.workspace.manifest import ShardRecord
+from pipeline.workspace.store import Artifact, Workspace
 from tests.ports import free_port
 from tests.tiny_shards import make_clip
 

@@ -13,7 +13,7 @@ import pytest
 from ray._raylet import AuthenticationTokenLoader, Config
 
 from pipeline.errors import ConfigError, StepError
-from pipeline.recipe import Recipe, load_recipe, parse_recipe, to_dict
+from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe, to_dict
 from pipeline.runtime.jobs import (
     follow_job,
     job_logs,

@@ -7,8 +7,8 @@ import torch
 
 from pipeline.clip import load_clip
 from pipeline.errors import ConfigError
-from pipeline.plan import make_plan
-from pipeline.recipe import parse_recipe
+from pipeline.recipe.plan import make_plan
+from pipeline.recipe.recipe import parse_recipe
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.train import run_clip
 from tests.tiny_shards import make_clip

@@ -23,10 +23,10 @@ import torch
 
 import pipeline.runtime.serve as serve_module
 from pipeline.errors import ConfigError, StepError
-from pipeline.evaluate.sample import cascade_artifacts
-from pipeline.recipe import Recipe, parse_recipe
+from pipeline.networks.files import load_cascade
+from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.runtime.serve import serve_recipe
-from pipeline.weights import load_cascade
+from pipeline.sampling.sample import cascade_artifacts
 from tests.ports import free_port
 from tests.readme import python_blocks
 from tests.tiny import start_unclip

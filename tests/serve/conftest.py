@@ -12,29 +12,26 @@ import uvicorn
 from fastapi import FastAPI
 
 from models.cascade import Cascade
-from models.config import (
-    ClipConfig,
-    DecoderConfig,
-    DiffusionConfig,
-    PriorConfig,
-    SamplerConfig,
-    UNetConfig,
-    UpsamplerConfig,
-)
-from models.decoder import Decoder
-from models.prior import Prior
-from models.upsampler import Upsampler
+from models.clip_config import ClipConfig
+from models.decoder.config import DecoderConfig
+from models.decoder.network import Decoder
+from models.diffusion.config import DiffusionConfig, SamplerConfig
+from models.layers.config import UNetConfig
+from models.prior.config import PriorConfig
+from models.prior.network import Prior
+from models.upsampler.config import UpsamplerConfig
+from models.upsampler.network import Upsampler
 from pipeline.clip import FrozenClip, create_clip
-from pipeline.evaluate.sample import cascade_artifacts
-from pipeline.plan import artifact_of, make_plan
-from pipeline.recipe import Recipe
+from pipeline.networks.files import load_cascade
+from pipeline.recipe.plan import artifact_of, make_plan
+from pipeline.recipe.recipe import Recipe
 from pipeline.retrieve import NeighbourIndex
+from pipeline.sampling.sample import cascade_artifacts
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
 from pipeline.serve.library import LocalLibrary
 from pipeline.serve.painter import LocalPainter
-from pipeline.store import Workspace
-from pipeline.weights import load_cascade
+from pipeline.workspace.store import Workspace
 from tests.tiny_cascade import finished_workspace, randomise
 
 CLIP = ClipConfig(

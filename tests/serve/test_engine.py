@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from models.ar_prior import ArPrior
+from models.ar_prior.config import ArPriorConfig, TokenSamplerConfig
+from models.ar_prior.network import ArPrior
 from models.cascade import Cascade, CascadeSettings
-from models.config import SamplerConfig
-from models.config_ar_prior import ArPriorConfig, TokenSamplerConfig
-from models.config_noisy_clip import NoisyClipConfig
-from models.noisy_clip import NoisyClip
-from pipeline.serve.contract import Overloaded
+from models.diffusion.config import SamplerConfig
+from models.noisy_clip.config import NoisyClipConfig
+from models.noisy_clip.network import NoisyClip
+from pipeline.serve.chains import Picture
 from pipeline.serve.engine import Engine
-from pipeline.serve.stages import Picture
+from pipeline.serve.protocols import Overloaded
 from pipeline.serve.steppers import make_steppers
 from tests.serve.conftest import unet
 from tests.tiny_cascade import randomise

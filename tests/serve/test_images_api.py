@@ -12,11 +12,11 @@ import openai
 import pytest
 
 from models.cascade import CascadeResult
-from pipeline.evaluate.sample import cascade_artifacts
+from pipeline.networks.files import load_cascade
+from pipeline.sampling.sample import cascade_artifacts
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.images import to_png
 from pipeline.serve.painter import LocalPainter
-from pipeline.weights import load_cascade
 from tests.tiny_cascade import finished_workspace, pixels
 
 PROMPT = "a large red circle on a white background"

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.plan import artifact_of, make_plan
-from pipeline.schema import make_uid
-from pipeline.store import Workspace
+from pipeline.data.rows import make_uid
+from pipeline.recipe.plan import artifact_of, make_plan
+from pipeline.workspace.store import Workspace
 from tests.tiny_cascade import COLOURS, pixels, png
 
 

@@ -9,11 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.schema import ShardRecord, embeddings_schema, make_uid
+from pipeline.data.rows import embeddings_schema, make_uid
 from pipeline.shapes.captions import training_caption
 from pipeline.shapes.draw import draw, encode
 from pipeline.shapes.scene import training_scene
-from pipeline.store import Artifact
+from pipeline.workspace.manifest import ShardRecord
+from pipeline.workspace.store import Artifact
 
 IMAGE_PX = 32
 EMBED_DIM = 16

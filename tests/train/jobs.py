@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 
-from models.config import ClipConfig, DiffusionConfig
+from models.clip_config import ClipConfig
+from models.diffusion.config import DiffusionConfig
 from pipeline.clip import create_clip
-from pipeline.recipe import Recipe, parse_recipe
-from pipeline.store import Artifact
-from pipeline.train.assemble import TrainJob
-from pipeline.weights import save_clip_artifact
+from pipeline.networks.files import save_clip_artifact
+from pipeline.networks.kind import TrainJob
+from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.workspace.store import Artifact
 from tests.train.data import EMBED_DIM, write_download, write_embed
 
 _UNET = {

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.errors import DataError, StepError
-from pipeline.plan import make_plan
-from pipeline.progress import read_progress
-from pipeline.recipe import Recipe, parse_recipe
+from pipeline.recipe.plan import make_plan
+from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.run import connect
 from pipeline.runtime.train import run_upsampler_1
-from pipeline.store import Artifact
+from pipeline.workspace.progress import read_progress
+from pipeline.workspace.store import Artifact
 from tests.train.data import write_download
 
 

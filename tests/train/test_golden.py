@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.progress import METRICS
 from pipeline.train.job import run_job
+from pipeline.workspace.progress import METRICS
 from tests.train.jobs import no_watch, tiny_inputs, tiny_job
 
 GOLDEN: dict[str, list[float]] = {

@@ -7,17 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.config import TextTransformerConfig
-from models.decoder import Decoder
-from models.prior import EMBEDDING_SCALE
+from models.decoder.config import TextTransformerConfig
+from models.decoder.network import Decoder
+from models.prior.network import EMBEDDING_SCALE
 from pipeline.errors import DataError, ResumeError
-from pipeline.progress import METRICS
-from pipeline.recipe import Recipe
-from pipeline.store import Artifact
-from pipeline.train.assemble import TrainJob, assemble
+from pipeline.networks.files import load_cascade, load_clip_artifact, load_network, with_prior
+from pipeline.networks.kind import TrainJob, assemble
+from pipeline.recipe.recipe import Recipe
 from pipeline.train.job import run_job
 from pipeline.train.state import checkpoint_name
-from pipeline.weights import load_cascade, load_clip_artifact, load_network, with_prior
+from pipeline.workspace.progress import METRICS
+from pipeline.workspace.store import Artifact
 from tests.train.data import EMBED_DIM
 from tests.train.jobs import no_watch, tiny_inputs, tiny_job, tiny_recipe
 

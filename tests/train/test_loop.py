@@ -8,13 +8,12 @@ import torch.distributed
 import torch.multiprocessing
 from torch import Tensor, nn
 
-from models.config import DiffusionConfig
-from models.ema import create_average
-from pipeline.config import TrainConfig, TrainResources
+from models.diffusion.config import DiffusionConfig
+from models.layers.ema import create_average
+from pipeline.data.batches import Batch
 from pipeline.errors import ResumeError, StepError
-from pipeline.store import Artifact
-from pipeline.train.batches import Batch
-from pipeline.train.draws import DiffusionLoss
+from pipeline.networks.diffusion_loss import DiffusionLoss
+from pipeline.recipe.sections import TrainConfig, TrainResources
 from pipeline.train.loop import StepFunction, learning_rate, make_step, train
 from pipeline.train.state import (
     TrainState,
@@ -23,6 +22,7 @@ from pipeline.train.state import (
     load_newest_checkpoint,
     save_checkpoint,
 )
+from pipeline.workspace.store import Artifact
 
 _RESOURCES = TrainResources(save_every_steps=4, log_every_steps=3)
 

@@ -1,0 +1,69 @@
+"""Shape and choices of the decoder, as data: arXiv:2204.06125, section 2.1."""
+
+from __future__ import annotations
+
+from dataclasses import field
+
+from models.configclass import configclass, require, require_prob
+from models.diffusion.config import DiffusionConfig, SamplerConfig, require_measured, require_steps
+from models.layers.config import UNetConfig
+
+
+@configclass
+class TextTransformerConfig:
+    """GLIDE's text transformer (arXiv:2112.10741, section 4.1), trained with the decoder that reads it."""
+
+    width: int = 512
+    """Width, in features (table 3: 2048)."""
+    depth: int = 12
+    """Blocks (table 3: 24)."""
+    num_heads: int = 8
+    """Attention heads (table 3: 32)."""
+    mlp_ratio: int = 4
+    """Hidden width of the feed-forward layers, as a multiple of ``width``."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.num_heads >= 1 and self.width % self.num_heads == 0,
+            f"width = {self.width} is not a multiple of num_heads = {self.num_heads}",
+        )
+        require(self.depth >= 1 and self.mlp_ratio >= 1, "depth and mlp_ratio: at least 1")
+
+
+@configclass
+class DecoderConfig:
+    """P(image | z_image, caption) at the lowest resolution: arXiv:2204.06125, section 2.1."""
+
+    image_px: int = 64
+    """Side of the generated picture, in pixels (table 3: 64)."""
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    """Shape of the UNet."""
+    num_image_tokens: int = 4
+    """Context tokens that z_image is projected to (section 2.1: 4)."""
+    context_width: int = 512
+    """Width of the tokens that the attention of the UNet reads, in features (GLIDE: 512)."""
+    text_transformer: TextTransformerConfig | None = None
+    """The paper's text path: a transformer on the caption's tokens, trained with the decoder. Without the table the
+    decoder reads the token states of the frozen CLIP, as Karlo does: cheaper, and exportable to diffusers."""
+    image_drop_prob: float = 0.1
+    """Probability of dropping z_image, per sample (section 2.1: 0.1)."""
+    text_drop_prob: float = 0.5
+    """Probability of dropping the caption, per sample (section 2.1: 0.5)."""
+    inpainting: bool = False
+    """Whether the network reads, in four further input channels, a known part of the picture (arXiv:2112.10741,
+    section 4.3); random parts are shown to it in training. Without them inpainting puts known pixels back each step."""
+    unknown_prob: float = 0.5
+    """With ``inpainting``: probability that no part is shown, per sample, so that whole pictures are learned too."""
+    diffusion: DiffusionConfig = field(default_factory=lambda: DiffusionConfig(variance="learned_range"))
+    """Noising of the picture; learned variance (table 3)."""
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(num_steps=250, guidance_scale=1.25))
+    """Sampling (table 3: 250 steps; figure 11: guidance 1.25 has the best FID)."""
+
+    def __post_init__(self) -> None:
+        require(self.num_image_tokens >= 1, f"num_image_tokens = {self.num_image_tokens}: at least 1")
+        require(self.context_width >= 1, f"context_width = {self.context_width}: at least 1")
+        require_prob("image_drop_prob", self.image_drop_prob)
+        require_prob("text_drop_prob", self.text_drop_prob)
+        self.unet.require_fits(self.image_px)
+        require_steps(self.sampler, self.diffusion)
+        require_measured(self.sampler)

@@ -1,0 +1,163 @@
+"""The decoder, P(image | z_image, caption): arXiv:2204.06125, section 2.1, with Karlo's conditioning or GLIDE's.
+
+z_image and the pooled caption are added to the timestep embedding; z_image becomes a few tokens, which the caption's
+token states follow in the context of every attention. The caption's states are those of the frozen CLIP (Karlo), or of
+a text transformer that is trained with the decoder (GLIDE, and the paper). Legend: B batch, D joint space, E timestep
+embedding, L text tokens, K image tokens, M = K + L context tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from models.clip_config import ClipDims
+from models.decoder.config import DecoderConfig
+from models.decoder.inpainting import NUM_KNOWN_CHANNELS
+from models.decoder.text_transformer import TextTransformer
+from models.layers.transformer import KeysValues
+from models.layers.unet import UNet
+from models.text import NullText, TextEncoding
+
+NUM_COLOURS = 3
+
+
+@dataclass(frozen=True)
+class DecoderCondition:
+    """z_image and caption as the decoder reads them, computed once for all steps of a chain."""
+
+    embedding: Float[Tensor, "B E"]
+    """Added to the timestep embedding."""
+    context: tuple[KeysValues, ...]
+    """Keys and values of the context tokens, for each attention."""
+    valid: Bool[Tensor, "B M"]
+    """False at padding."""
+    z_text: Float[Tensor, "B D"]
+    """Embedding of the caption, of length one: where CLIP guidance leads."""
+    known: Float[Tensor, "B 4 H W"] | None = None
+    """The known part of the pictures (models/decoder/inpainting.py); None where nothing is known."""
+
+    def __len__(self) -> int:
+        return self.embedding.shape[0]
+
+    def __getitem__(self, index: slice | Tensor) -> DecoderCondition:
+        context = tuple(KeysValues(layer.keys[index], layer.values[index]) for layer in self.context)
+        known = None if self.known is None else self.known[index]
+        return DecoderCondition(self.embedding[index], context, self.valid[index], self.z_text[index], known)
+
+
+def concat_decoder_conditions(parts: Sequence[DecoderCondition]) -> DecoderCondition:
+    """Conditions of several batches in one, padded to the longest context."""
+    longest = max(part.valid.shape[1] for part in parts)
+    extra = [longest - part.valid.shape[1] for part in parts]
+
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([F.pad(one, (0, 0, 0, count)) for one, count in zip(tensors, extra, strict=True)])
+
+    context = tuple(
+        KeysValues(joined([layer.keys for layer in layers]), joined([layer.values for layer in layers]))
+        for layers in zip(*(part.context for part in parts), strict=True)
+    )
+    valid = torch.cat([F.pad(part.valid, (0, count)) for part, count in zip(parts, extra, strict=True)])
+    shown = next((part.known for part in parts if part.known is not None), None)
+    known = None
+    if shown is not None:
+        blanks = (part.embedding.new_zeros(len(part), *shown.shape[1:]) for part in parts)
+        known = torch.cat(
+            [blank if part.known is None else part.known for part, blank in zip(parts, blanks, strict=True)]
+        )
+    embedding, z_text = (torch.cat(tensors) for tensors in zip(*((p.embedding, p.z_text) for p in parts), strict=True))
+    return DecoderCondition(embedding, context, valid, z_text, known)
+
+
+def image_scale(dims: ClipDims) -> float:
+    """Factor that brings features of a z_image, of size 1 / sqrt(D), to about one: sqrt(D) to the nearest power of two.
+
+    A power of two, because diffusers' layout has no such factor: multiplied into the weights that read z_image
+    (models/interchange/networks.py) it changes their exponents alone, and can be taken out again without rounding.
+    """
+    return 2.0 ** round(math.log2(dims.embed_dim) / 2)
+
+
+class Decoder(nn.Module):
+    """A UNet on pictures of ``config.image_px``, conditioned on z_image and a caption."""
+
+    def __init__(self, config: DecoderConfig, dims: ClipDims) -> None:
+        super().__init__()
+        self.config = config
+        self.dims = dims
+        self.out_channels = NUM_COLOURS * (2 if config.diffusion.variance == "learned_range" else 1)
+        width = config.context_width
+        in_channels = NUM_COLOURS + (NUM_KNOWN_CHANNELS if config.inpainting else 0)
+        self.unet = UNet(config.unet, config.image_px, in_channels, self.out_channels, context_width=width)
+        self.image_to_embedding = nn.Linear(dims.embed_dim, self.unet.width)
+        text = config.text_transformer
+        self.text_transformer = None if text is None else TextTransformer(text, dims.context_length)
+        pooled_width, text_width = (dims.embed_dim, dims.text_width) if text is None else (text.width, text.width)
+        self.pooled_to_embedding = nn.Linear(pooled_width, self.unet.width)
+        self.image_to_tokens = nn.Linear(dims.embed_dim, config.num_image_tokens * width)
+        self.text_to_tokens = nn.Linear(text_width, width)
+        self.norm_text = nn.LayerNorm(width)
+        self.null_image = nn.Parameter(torch.zeros(dims.embed_dim))
+        self.null_text = NullText(dims)
+
+    def encode_condition(
+        self,
+        z_image: Float[Tensor, "B D"],
+        text: TextEncoding,
+        *,
+        keep_image: Bool[Tensor, " B"] | None = None,
+        keep_text: Bool[Tensor, " B"] | None = None,
+        known: Float[Tensor, "B 4 H W"] | None = None,
+    ) -> DecoderCondition:
+        """What does not change from step to step.
+
+        Args:
+            z_image: Image embeddings of length one.
+            text: The captions.
+            keep_image: False where z_image is replaced by its learned null (all are kept if None).
+            keep_text: False where the caption is replaced by the empty one (all are kept if None).
+            known: The known part of the pictures, from ``inpainting.known_planes``; None: nothing is known.
+
+        Raises:
+            ValueError: If a part is known and the decoder was built without inpainting channels.
+        """
+        if known is not None and not self.config.inpainting:
+            raise ValueError("this decoder has no inpainting channels to read a known part with")
+        image = z_image * image_scale(self.dims)
+        if keep_image is not None:
+            image = torch.where(keep_image[:, None], image, self.null_image.to(image.dtype))
+        return self._encode(image, self.null_text.drop(text, keep_text), known)
+
+    def null_condition(self, batch_size: int, known: Float[Tensor, "B 4 H W"] | None = None) -> DecoderCondition:
+        """The condition of neither z_image nor caption, for classifier-free guidance; a known part stays known."""
+        return self._encode(self.null_image.expand(batch_size, -1), self.null_text.encoding(batch_size), known)
+
+    def _encode(
+        self, image: Float[Tensor, "B D"], text: TextEncoding, known: Float[Tensor, "B 4 H W"] | None
+    ) -> DecoderCondition:
+        pooled, hidden = text.pooled, text.hidden
+        if self.text_transformer is not None:
+            pooled, hidden = self.text_transformer(text.tokens, text.mask)
+        embedding = self.image_to_embedding(image) + self.pooled_to_embedding(pooled)
+        # Feature c of token k is row c * K + k of the projection, as in diffusers' UnCLIPTextProjModel.
+        tokens = self.image_to_tokens(image).unflatten(1, (-1, self.config.num_image_tokens)).transpose(1, 2)
+        tokens = torch.cat([tokens, self.norm_text(self.text_to_tokens(hidden))], dim=1)
+        valid = F.pad(text.mask, (self.config.num_image_tokens, 0), value=True)
+        return DecoderCondition(embedding, self.unet.encode_context(tokens), valid, text.z_text, known)
+
+    def forward(
+        self, x: Float[Tensor, "B 3 H W"], t: Int[Tensor, " B"], condition: DecoderCondition
+    ) -> Float[Tensor, "B C H W"]:
+        """The network's output at noised pictures ``x``: C is 3, or 6 where the variance is learned."""
+        if self.config.inpainting:
+            known = condition.known
+            blank = x.new_zeros(x.shape[0], NUM_KNOWN_CHANNELS, *x.shape[2:])
+            x = torch.cat([x, blank if known is None else known.to(x.dtype)], dim=1)
+        return self.unet(x, t, embedding=condition.embedding, context=condition.context, valid=condition.valid)

@@ -1,0 +1,96 @@
+"""Guidance as wrappers around a denoiser: the result is called like any other network.
+
+Legend: B batch, C channels. ``denoise(x, t)`` -> (B, C, ...) or, with learned variance, (B, 2C, ...).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from models.diffusion.process import Denoise, Diffusion, spread
+
+LogProb = Callable[[Tensor, Tensor], Tensor]
+"""(x, t) -> log probability (B,) of what is wanted, differentiable in x."""
+
+
+def classifier_free(denoise_both: Denoise, scale: float | Tensor) -> Denoise:
+    """Classifier-free guidance in one doubled forward: arXiv:2207.12598; arXiv:2112.10741, section 2.3.
+
+    The output is uncond + s (cond - uncond); eps, x0 and v are affine in one another at fixed x, so that it
+    is the same guidance for each. A learned variance is the conditional one. s = 1 is the conditional network
+    (the retelling with 1 + w has w = s - 1).
+
+    Args:
+        denoise_both: Network on 2B items that carries its conditioning in the order [uncond, cond].
+        scale: s, dimensionless; a number, or one per item (B,).
+    """
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        channels = x.shape[1]
+        uncond, cond = denoise_both(torch.cat([x, x]), torch.cat([t, t])).chunk(2)
+        strength = spread(scale, cond) if isinstance(scale, Tensor) else scale
+        mean = uncond[:, :channels] + strength * (cond[:, :channels] - uncond[:, :channels])
+        return torch.cat([mean, cond[:, channels:]], dim=1)
+
+    return guided
+
+
+def score_guided(denoise: Denoise, log_prob: LogProb, diffusion: Diffusion, scale: float | Tensor) -> Denoise:
+    """Guidance by the gradient of a log probability: classifier guidance, arXiv:2105.05233, algorithm 2.
+
+    eps becomes eps - s * scale * grad log p(wanted | x_t), with s = sqrt(1 - alpha_bar_t), which is the eps of the
+    product of both distributions; other predictions move by the same amount of x0. It may wrap a denoiser that is
+    already guided.
+
+    Args:
+        denoise: Network on B items.
+        log_prob: Noise-aware; see ``classifier_log_prob`` and ``clip_log_prob``.
+        diffusion: The process, which says what the output means.
+        scale: Strength, dimensionless; a number, or one per item (B,).
+    """
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        output = denoise(x, t)
+        with torch.inference_mode(False), torch.enable_grad():  # a server draws in inference mode
+            leaf = x.clone().detach().requires_grad_(True)
+            gradient = torch.autograd.grad(log_prob(leaf, t).sum(), leaf)[0]
+        strength = spread(scale, x) if isinstance(scale, Tensor) else scale
+        _, s = diffusion.signal_noise(x, t)
+        mean, variance = diffusion.split_output(output, x)
+        mean = mean + diffusion.output_shift(-s * strength * gradient, t)
+        return mean if variance is None else torch.cat([mean, variance], dim=1)
+
+    return guided
+
+
+def classifier_log_prob(classifier: Callable[[Tensor, Tensor], Tensor], labels: Tensor) -> LogProb:
+    """Log probability of each item's label under a classifier of noised samples.
+
+    Args:
+        classifier: (x, t) -> logits (B, classes).
+        labels: Wanted class per item, (B,) int64.
+    """
+
+    def log_prob(x: Tensor, t: Tensor) -> Tensor:
+        return torch.log_softmax(classifier(x, t), dim=-1).gather(1, labels[:, None])[:, 0]
+
+    return log_prob
+
+
+def clip_log_prob(encode_image: Callable[[Tensor, Tensor], Tensor], z_wanted: Tensor, logit_scale: float) -> LogProb:
+    """Similarity under a noise-aware CLIP, up to a constant a log probability: arXiv:2112.10741, section 2.4.
+
+    Args:
+        encode_image: (x, t) -> embeddings of noised pictures, (B, D).
+        z_wanted: Embedding of the caption (or picture) to move towards, (B, D).
+        logit_scale: Inverse temperature that this CLIP was trained to (near 100 at the end).
+    """
+
+    def log_prob(x: Tensor, t: Tensor) -> Tensor:
+        # A copy: what was made in inference mode cannot be kept for a gradient.
+        return logit_scale * torch.cosine_similarity(encode_image(x, t), z_wanted.clone(), dim=-1)
+
+    return log_prob

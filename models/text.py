@@ -1,0 +1,133 @@
+"""What the networks are conditioned on, as plain tensors.
+
+Legend: B batch, L text tokens, D joint space, W text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from models.clip_config import END_TOKEN, START_TOKEN, ClipDims
+
+
+@dataclass(frozen=True)
+class TextEncoding:
+    """Captions as the frozen CLIP reads them; L is the longest caption of the batch, at most the context length."""
+
+    pooled: Float[Tensor, "B D"]
+    """Text embedding before it is made of length one: what the networks read (as in Karlo and diffusers)."""
+    hidden: Float[Tensor, "B L W"]
+    """Token states after the final layer norm."""
+    mask: Bool[Tensor, "B L"]
+    """True at the caption's own tokens, start and end included: a prefix of each row, never empty."""
+    tokens: Int[Tensor, "B L"]
+    """Token ids in CLIP's vocabulary, zero at padding: for a decoder with a text transformer of its own."""
+
+    @property
+    def z_text(self) -> Float[Tensor, "B D"]:
+        """Embedding of each caption in the joint space, of length one."""
+        return F.normalize(self.pooled, dim=-1)
+
+    def __len__(self) -> int:
+        return self.pooled.shape[0]
+
+    def __getitem__(self, index: slice | Tensor) -> TextEncoding:
+        return TextEncoding(self.pooled[index], self.hidden[index], self.mask[index], self.tokens[index])
+
+    def to(self, device: torch.device | str) -> TextEncoding:
+        """The same encoding on another device."""
+        return TextEncoding(
+            self.pooled.to(device, non_blocking=True),
+            self.hidden.to(device, non_blocking=True),
+            self.mask.to(device, non_blocking=True),
+            self.tokens.to(device, non_blocking=True),
+        )
+
+    def repeat_interleave(self, repeats: int) -> TextEncoding:
+        """Each caption ``repeats`` times in a row: [a, b] becomes [a, a, b, b]."""
+        return TextEncoding(
+            self.pooled.repeat_interleave(repeats, 0),
+            self.hidden.repeat_interleave(repeats, 0),
+            self.mask.repeat_interleave(repeats, 0),
+            self.tokens.repeat_interleave(repeats, 0),
+        )
+
+    def padded(self, length: int) -> TextEncoding:
+        """The same captions with L = ``length`` tokens; the added ones are masked.
+
+        Raises:
+            ValueError: If ``length`` is below L.
+        """
+        extra = length - self.mask.shape[1]
+        if extra < 0:
+            raise ValueError(f"cannot pad {self.mask.shape[1]} text tokens to {length}")
+        if extra == 0:
+            return self
+        mask, tokens = F.pad(self.mask, (0, extra)), F.pad(self.tokens, (0, extra))
+        return TextEncoding(self.pooled, F.pad(self.hidden, (0, 0, 0, extra)), mask, tokens)
+
+
+def concat_text(parts: Sequence[TextEncoding]) -> TextEncoding:
+    """Captions of several batches in one, padded to the longest."""
+    length = max(part.mask.shape[1] for part in parts)
+    padded = [part.padded(length) for part in parts]
+    return TextEncoding(
+        torch.cat([part.pooled for part in padded]),
+        torch.cat([part.hidden for part in padded]),
+        torch.cat([part.mask for part in padded]),
+        torch.cat([part.tokens for part in padded]),
+    )
+
+
+NUM_NULL_TOKENS = 2
+"""Tokens of the empty caption: start and end of text."""
+
+
+class NullText(nn.Module):
+    """What stands for "no caption": the frozen CLIP's own encoding of the empty caption, kept with the weights.
+
+    It is not learned, so that a pipeline which encodes "" for its unconditional half (diffusers' UnCLIPPipeline,
+    Karlo) computes the same. Until ``set`` is called it is zero, which serves as well where nothing is exported.
+    """
+
+    pooled: Tensor
+    hidden: Tensor
+    tokens: Tensor
+
+    def __init__(self, dims: ClipDims) -> None:
+        super().__init__()
+        self.register_buffer("pooled", torch.zeros(1, dims.embed_dim))
+        self.register_buffer("hidden", torch.zeros(1, NUM_NULL_TOKENS, dims.text_width))
+        self.register_buffer("tokens", torch.tensor([[START_TOKEN, END_TOKEN]]), persistent=False)
+
+    def set(self, empty: TextEncoding) -> None:
+        """Take ``clip.encode_text([""])``; raises ValueError if that is not one empty caption."""
+        if len(empty) != 1 or int(empty.mask.sum()) != NUM_NULL_TOKENS:
+            raise ValueError('the null caption is clip.encode_text([""]): one caption of two tokens')
+        self.pooled.copy_(empty.pooled)
+        self.hidden.copy_(empty.hidden[:, :NUM_NULL_TOKENS])
+
+    def encoding(self, batch_size: int) -> TextEncoding:
+        """The empty caption ``batch_size`` times, L = 2."""
+        mask = torch.ones(batch_size, NUM_NULL_TOKENS, dtype=torch.bool, device=self.hidden.device)
+        hidden, tokens = self.hidden.expand(batch_size, -1, -1), self.tokens.expand(batch_size, -1)
+        return TextEncoding(self.pooled.expand(batch_size, -1), hidden, mask, tokens)
+
+    def drop(self, text: TextEncoding, keep: Bool[Tensor, " B"] | None) -> TextEncoding:
+        """Replace the captions that are not kept by the empty one; ``keep`` None keeps all."""
+        if keep is None:
+            return text
+        length = max(text.mask.shape[1], NUM_NULL_TOKENS)
+        text, null = text.padded(length), self.encoding(1).padded(length)
+        return TextEncoding(
+            torch.where(keep[:, None], text.pooled, null.pooled.to(text.pooled.dtype)),
+            torch.where(keep[:, None, None], text.hidden, null.hidden.to(text.hidden.dtype)),
+            torch.where(keep[:, None], text.mask, null.mask),
+            torch.where(keep[:, None], text.tokens, null.tokens),
+        )

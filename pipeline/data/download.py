@@ -1,0 +1,282 @@
+"""The download step: img2dataset's own Downloader, resizer and WebDataset writer on one shard, checked by us.
+
+What img2dataset is given from outside, and why:
+- ``limited_urlopen``: one deadline and one largest size per URL, and a limit of connections per host.
+- ``GuardedResizer``: a decompression bomb is refused by its header (img2dataset decodes first: 1.7 GB for a PNG of
+  748 KB), and a picture that was cut short is a failure (OpenCV fills the rest with gray).
+- ``_Writer``: remembers the first error of the disk, which img2dataset prints and passes over.
+Rows come out in completion order; the shard is put in order of its keys before it is published, with the time of its
+tar members set to zero, so that the same answers give the same bytes.
+"""
+
+import io
+import json
+import logging
+import os
+import shutil
+import tarfile
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from pipeline.data.fetch import limited_urlopen
+from pipeline.data.rows import require_columns
+from pipeline.data.shards import Members, good_rows, index_tar, read_member
+from pipeline.errors import ConfigError, DataError
+from pipeline.recipe.sections import DownloadConfig
+from pipeline.workspace.store import translate_os_errors
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for a newer release
+
+from img2dataset.downloader import Downloader
+from img2dataset.resizer import Resizer
+from img2dataset.writer import WebDatasetSampleWriter
+
+logging.getLogger("exifread").setLevel(logging.CRITICAL)
+
+SHARD_DIGITS = 5
+_CARRIED = ("uid", "split")
+_RESERVED = frozenset(
+    {"key", "caption", "url", "width", "height", "original_width", "original_height", "status", "error_message"}
+    | {"exif", "md5", "sha256", "sha512"}
+)
+
+
+def shard_names(num_rows: int, samples_per_shard: int) -> list[str]:
+    """Names of the shards that hold ``num_rows`` rows: five digits, as img2dataset counts them."""
+    return [f"{shard:0{SHARD_DIGITS}d}" for shard in range(-(-num_rows // samples_per_shard))]
+
+
+def check_columns(config: DownloadConfig, columns: list[str], where: str) -> None:
+    """Refuse extra columns that the pairs lack or that img2dataset writes itself.
+
+    Raises:
+        ConfigError: If a name is img2dataset's own.
+        DataError: If the pairs lack one.
+    """
+    taken = sorted(_RESERVED & set(config.extra_columns))
+    if taken:
+        raise ConfigError(f"download.extra_columns: img2dataset writes {', '.join(taken)} itself; rename or leave out")
+    require_columns(columns, [*_CARRIED, "url", "caption", *config.extra_columns], where=where)
+
+
+def read_rows(pairs: Path, shard: str, config: DownloadConfig) -> pa.Table:
+    """The rows of one shard, of which only the row groups that hold them are read.
+
+    Args:
+        pairs: ``pairs.parquet``.
+        shard: Shard name.
+        config: The recipe's section.
+    """
+    start, stop = int(shard) * config.samples_per_shard, (int(shard) + 1) * config.samples_per_shard
+    columns = [*dict.fromkeys([*_CARRIED, *config.extra_columns]), "caption", "url"]
+    tables: list[pa.Table] = []
+    with pq.ParquetFile(pairs) as parquet:
+        first = 0
+        for group in range(parquet.num_row_groups):
+            num_rows = parquet.metadata.row_group(group).num_rows
+            if first < stop and first + num_rows > start:
+                table = parquet.read_row_group(group, columns=columns)
+                tables.append(table.slice(max(0, start - first), min(stop, first + num_rows) - max(start, first)))
+            first += num_rows
+    return pa.concat_tables(tables).select(columns)
+
+
+def download_shard(
+    rows: pa.Table, shard: str, config: DownloadConfig, tar: Path, parquet: Path, stats: Path
+) -> Counter[str]:
+    """Download one shard with img2dataset, check it and put it in order.
+
+    Args:
+        rows: The rows, as ``read_rows`` gives them.
+        shard: Shard name.
+        config: The recipe's section.
+        tar: File to write; a scratch folder stands beside it meanwhile.
+        parquet: File to write.
+        stats: File to write.
+
+    Returns:
+        Rows: ``in`` = ``ok`` + ``failed_to_download`` + ``failed_to_resize``.
+
+    Raises:
+        DataError: If what img2dataset wrote does not hold every row, or tar and table differ.
+        StepError: If the disk is full.
+    """
+    scratch = tar.with_name(f"{tar.name}.d")
+    scratch.mkdir()
+    try:
+        with translate_os_errors(f"download: shard {shard}: {scratch.parent}"):
+            _run_img2dataset(_plain(rows), shard, config, scratch)
+            members = index_tar(scratch / f"{shard}.tar")
+            table, counts = _check(scratch, shard, rows, members)
+            _write_in_order(scratch / f"{shard}.tar", tar, members)
+            pq.write_table(table, parquet)
+            shutil.copyfile(scratch / f"{shard}_stats.json", stats)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return counts
+
+
+def failure_causes(stats: list[dict[str, Any]]) -> Counter[str]:
+    """Rows by cause of failure, summed over the ``_stats.json`` of shards."""
+    causes: Counter[str] = Counter()
+    for one in stats:
+        causes.update({cause: count for cause, count in one["status_dict"].items() if cause != "success"})
+    return causes
+
+
+class GuardedResizer:
+    """img2dataset's resizer behind a look at the picture's header and its end.
+
+    Args:
+        resizer: img2dataset's.
+        max_area_px: Largest area decoded, in pixels.
+    """
+
+    def __init__(self, resizer: Resizer, max_area_px: float) -> None:
+        self._resizer = resizer
+        self._max_area_px = max_area_px
+
+    def __call__(self, stream: io.BytesIO, boxes: Any = None) -> tuple[Any, ...]:
+        """As img2dataset's: (bytes, width, height, original width, original height, error)."""
+        error = self._objection(stream)
+        if error is not None:
+            return None, None, None, None, None, error
+        stream.seek(0)
+        return self._resizer(stream, boxes)
+
+    def _objection(self, stream: io.BytesIO) -> str | None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                picture = Image.open(stream)
+                if picture.width * picture.height > self._max_area_px:
+                    return "image area too large"
+                if picture.format == "JPEG":
+                    picture.draft(
+                        "RGB", (picture.width // 8, picture.height // 8)
+                    )  # every byte, an eighth of the pixels
+                    picture.load()
+                elif picture.format == "PNG" and b"IEND" not in stream.getvalue()[-64:]:
+                    return "image file is truncated"
+        except Image.DecompressionBombError:
+            return "image area too large"
+        except Image.UnidentifiedImageError:
+            return None  # OpenCV may know it; else it says so in img2dataset's own words
+        except (OSError, SyntaxError, ValueError) as error:
+            return "image file is truncated" if "truncated" in str(error) else f"Image decoding error: {error}"
+        return None
+
+
+class _Writer(WebDatasetSampleWriter):
+    """img2dataset's writer that remembers its first error."""
+
+    error: Exception | None = None
+
+    def write(self, img_str: bytes | None, key: str, caption: str | None, meta: dict[str, Any]) -> None:
+        try:
+            super().write(img_str, key, caption, meta)
+        except Exception as error:  # kept, for img2dataset swallows what its writer raises; raised again
+            self.error = self.error or error
+            raise
+
+
+def _run_img2dataset(rows: pa.Table, shard: str, config: DownloadConfig, scratch: Path) -> None:
+    with pa.ipc.new_file(str(scratch / "rows.arrow"), rows.schema) as sink:
+        sink.write_table(rows)
+    writers: list[_Writer] = []
+
+    def make_writer(*args: Any) -> _Writer:
+        writers.append(_Writer(*args))
+        return writers[-1]
+
+    resizer = Resizer(
+        image_size=config.image_px,
+        resize_mode=config.resize_mode,
+        resize_only_if_bigger=config.resize_only_if_bigger,
+        encode_quality=config.encode_quality,
+        encode_format=config.encode_format,
+        skip_reencode=config.skip_reencode,
+        min_image_size=config.min_image_px,
+        max_image_area=config.max_image_area_px,
+        max_aspect_ratio=config.max_aspect_ratio,
+    )
+    downloader = Downloader(
+        sample_writer_class=make_writer,
+        resizer=GuardedResizer(resizer, config.max_image_area_px),
+        thread_count=min(config.num_threads, rows.num_rows),
+        save_caption=True,
+        extract_exif=True,
+        output_folder=str(scratch),
+        column_list=rows.column_names,
+        timeout=config.timeout_s,
+        number_sample_per_shard=config.samples_per_shard,
+        oom_shard_count=SHARD_DIGITS,
+        compute_hash="sha256",
+        verify_hash_type=None,
+        encode_format=config.encode_format,
+        retries=config.retries,
+        user_agent_token=config.user_agent_token or None,
+        disallowed_header_directives=list(config.disallowed_header_directives) or None,
+    )
+    with limited_urlopen(config.deadline_s, max_per_host=config.resources.max_per_host):
+        downloader.download_shard((int(shard), str(scratch / "rows.arrow")))
+    for writer in writers:
+        if isinstance(writer.error, OSError):
+            raise writer.error
+        if writer.error is not None:
+            raise DataError(f"download: shard {shard}: a row could not be written: {writer.error}") from writer.error
+
+
+def _plain(rows: pa.Table) -> pa.Table:
+    """Extra columns as JSON can hold them: anything but text, numbers and truth values becomes text."""
+    for index, name in enumerate(rows.column_names):
+        kind = rows.schema.field(name).type
+        if not (
+            pa.types.is_string(kind)
+            or pa.types.is_integer(kind)
+            or pa.types.is_floating(kind)
+            or pa.types.is_boolean(kind)
+        ):
+            texts = [None if value is None else str(value) for value in rows.column(name).to_pylist()]
+            rows = rows.set_column(index, name, pa.array(texts, pa.string()))
+    return rows
+
+
+def _check(scratch: Path, shard: str, rows: pa.Table, members: Members) -> tuple[pa.Table, Counter[str]]:
+    table = pq.read_table(scratch / f"{shard}.parquet").sort_by("key")
+    if sorted(table.column("uid").to_pylist()) != sorted(rows.column("uid").to_pylist()):
+        raise DataError(
+            f"download: shard {shard}: {rows.num_rows} rows went in, {table.num_rows} came out of img2dataset; "
+            "the worker's log names those that it dropped"
+        )
+    stats = json.loads((scratch / f"{shard}_stats.json").read_text())
+    statuses = Counter(table.column("status").to_pylist())
+    good = good_rows(table)
+    if stats["successes"] != good.num_rows or members.keys() != set(good.column("key").to_pylist()):
+        raise DataError(
+            f"download: shard {shard}: {good.num_rows} good rows in the table, {stats['successes']} in the stats, "
+            f"{len(members)} in the tar"
+        )
+    with (scratch / f"{shard}.tar").open("rb") as stream:
+        for row, (key, uid) in enumerate(
+            zip(good.column("key").to_pylist(), good.column("uid").to_pylist(), strict=True)
+        ):
+            if json.loads(read_member(stream, members[key]["json"]))["uid"] != uid:
+                raise DataError(f"download: shard {shard}: row {row}: uid {uid} has another uid in the tar")
+    failures = {name: statuses[name] for name in ("failed_to_download", "failed_to_resize")}
+    return table, Counter({"in": table.num_rows, "ok": good.num_rows, **failures})
+
+
+def _write_in_order(source: Path, target: Path, members: Members) -> None:
+    with source.open("rb") as old, tarfile.open(target, "w", format=tarfile.USTAR_FORMAT) as new:
+        for key in sorted(members):
+            for extension, place in members[key].items():
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size, member.mode, member.uname, member.gname = place[1], 0o444, "bigdata", "bigdata"
+                new.addfile(member, io.BytesIO(read_member(old, place)))  # as webdataset writes it, at time zero

@@ -1,0 +1,45 @@
+"""The drawn source: the project's own pictures as a URL list, and prompts that were not trained on."""
+
+import dataclasses
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.data.lists import BATCH_ROWS
+from pipeline.recipe.sections import DrawnConfig
+from pipeline.shapes.captions import canonical_caption
+from pipeline.shapes.pairs import FAULTS, url_table
+from pipeline.shapes.scene import evaluation_scenes
+from pipeline.shapes.server import HOST
+
+_NUM_EVALUATION_SCENES = 280  # all that there are room for; evaluate takes the first of them, kinds taking turns
+
+
+def drawn_batches(config: DrawnConfig, seed: int) -> Iterator[pa.Table]:
+    """The URL list of the drawn pictures with their attributes, and ``num_faulty`` URLs of every kind of fault in turn.
+
+    Args:
+        config: The recipe's section.
+        seed: The recipe's seed.
+    """
+    faults = Counter(itertools.islice(itertools.cycle(FAULTS), config.num_faulty))
+    table = url_table(f"http://{HOST}:{config.port}", config.num_pairs, seed, config.image_px, faults)
+    for start in range(0, table.num_rows, BATCH_ROWS):
+        yield table.slice(start, BATCH_ROWS)
+
+
+def write_evaluation(path: Path, seed: int) -> int:
+    """Write ``evaluation.parquet``: prompt, kind, and the scene as JSON; returns its number of rows."""
+    found = evaluation_scenes(_NUM_EVALUATION_SCENES, seed)
+    columns = {
+        "prompt": [canonical_caption(item.scene) for item in found],
+        "kind": [item.kind for item in found],
+        "scene": [json.dumps(dataclasses.asdict(item.scene)) for item in found],
+    }
+    pq.write_table(pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()}), path)
+    return len(found)

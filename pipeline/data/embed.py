@@ -1,0 +1,111 @@
+"""The embed step: z_image and z_text of every good row of a shard."""
+
+import io
+import itertools
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from models.pixels import resize_crop, to_pixels
+from pipeline.clip import FrozenClip, load_clip
+from pipeline.data.rows import embeddings_schema
+from pipeline.data.shards import Sample, read_samples
+from pipeline.data.vectors import ROW_GROUP_ROWS, to_arrow
+from pipeline.errors import DataError
+
+
+class Embedder:
+    """CLIP, loaded once for each worker.
+
+    Args:
+        folder: The clip step's artifact, a folder in open_clip's local-dir layout.
+        batch_size: Pictures in one forward pass.
+        device: Torch device of the network.
+
+    Raises:
+        DataError: If the folder holds no readable CLIP.
+    """
+
+    def __init__(self, folder: Path, batch_size: int, device: str = "cpu") -> None:
+        try:
+            self._clip = FrozenClip(load_clip(folder)).to(device)
+        except ValueError as error:
+            raise DataError(f"embed: {error}") from error
+        self._batch_size = batch_size
+
+    def __call__(self, tar: Path, parquet: Path, shard: str, target: Path) -> Counter[str]:
+        """Embed one shard of the download step.
+
+        Args:
+            tar: Its pictures.
+            parquet: Its table.
+            shard: Its name.
+            target: Parquet file to write, in ``schema.embeddings_schema``, sorted by key.
+
+        Returns:
+            Rows: ``in`` (good rows of the download) = ``ok`` + ``corrupt``.
+
+        Raises:
+            DataError: If the shard is damaged, or tar and table do not belong together; names shard, row and uid.
+        """
+        counts: Counter[str] = Counter({"in": 0, "ok": 0, "corrupt": 0})
+        schema = embeddings_schema(self._clip.dims.embed_dim)
+        # Vectors do not compress, and without a dictionary one row group is one read.
+        with pq.ParquetWriter(target, schema, compression="none", use_dictionary=False) as writer:
+            decoded = self._decode(read_samples(tar, parquet, shard), counts)
+            embedded = [self._embed(batch, schema) for batch in _batches(decoded, self._batch_size)]
+            writer.write_table(pa.Table.from_batches(embedded, schema), row_group_size=ROW_GROUP_ROWS)
+        return counts
+
+    def _decode(self, samples: Iterator[Sample], counts: Counter[str]) -> Iterator["_Decoded"]:
+        for sample in samples:
+            counts["in"] += 1
+            pixels = decode_picture(sample.picture)
+            if pixels is None:
+                counts["corrupt"] += 1
+                continue
+            counts["ok"] += 1
+            square = resize_crop(to_pixels(torch.from_numpy(pixels)[None]), self._clip.image_px)
+            yield _Decoded(sample, square)
+
+    def _embed(self, batch: list["_Decoded"], schema: pa.Schema) -> pa.RecordBatch:
+        z_image = self._clip.encode_image(torch.cat([item.pixels for item in batch]))
+        z_text = self._clip.encode_text([item.sample.caption for item in batch]).z_text
+        columns: list[Any] = [
+            pa.array([getattr(item.sample, name) for item in batch], pa.string())
+            for name in ("uid", "key", "url", "caption", "split")
+        ]
+        columns += [to_arrow(z.cpu().numpy()) for z in (z_image, z_text)]
+        return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+@dataclass
+class _Decoded:
+    sample: Sample
+    pixels: torch.Tensor
+    """(1, 3, px, px) in [-1, 1]."""
+
+
+def decode_picture(data: bytes) -> NDArray[np.uint8] | None:
+    """Pixels of a picture file, (H, W, 3) RGB; None where it is corrupt."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+def _batches(items: Iterator["_Decoded"], size: int) -> Iterator[list["_Decoded"]]:
+    while batch := list(itertools.islice(items, size)):
+        yield batch

@@ -1,0 +1,127 @@
+"""The pairs step: any source of captioned pictures becomes one list of (uid, url, caption, split)."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.data.folders import read_folder
+from pipeline.data.lists import read_list
+from pipeline.data.rows import make_uid, pairs_schema, split_of
+from pipeline.errors import DataError
+from pipeline.recipe.sections import PairsConfig
+
+OnRows = Callable[[int], None]
+
+
+@dataclass
+class PairsSummary:
+    """What became of every row of the source."""
+
+    counts: Counter[str] = field(default_factory=Counter[str])
+    """Rows: ``in`` = ``ok`` + ``duplicate`` + ``missing_url`` + ``malformed``."""
+    metrics: dict[str, Any] = field(default_factory=dict[str, Any])
+    """``null_captions`` (kept, as the empty caption), ``train`` and ``validation``, in rows."""
+
+
+def write_pairs(
+    batches: Iterator[pa.Table], config: PairsConfig, path: Path, summary: PairsSummary, on_rows: OnRows
+) -> None:
+    """Write ``pairs.parquet``, streaming.
+
+    Args:
+        batches: Tables of ``url``, ``caption`` and other columns, as ``source_batches`` yields them.
+        config: The recipe's section.
+        path: The file to write.
+        summary: Counts, added to; rows that the reader already left out may stand in it.
+        on_rows: Called with the number of rows read so far.
+
+    Raises:
+        DataError: If not a single row is left; says why.
+    """
+    seen: set[bytes] = set()
+    writer: pq.ParquetWriter | None = None
+    try:
+        for batch in batches:
+            table = to_pairs(batch, config.validation_prob, seen, summary)
+            writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
+            try:
+                writer.write_table(table.cast(writer.schema))
+            except (pa.ArrowInvalid, ValueError) as error:
+                raise DataError(f"pairs: {config.path}: its parts have columns of different types: {error}") from None
+            on_rows(summary.counts["in"])
+    finally:
+        if writer is not None:
+            writer.close()
+    if not summary.counts["ok"]:
+        where = f"{config.path}: " if config.path else ""
+        raise DataError(f"pairs: {where}no usable row among {summary.counts['in']}: {dict(summary.counts)}")
+
+
+def source_batches(config: PairsConfig, summary: PairsSummary) -> Iterator[pa.Table]:
+    """Rows of a ``list`` or ``folder`` source, at most ``max_pairs`` of them; malformed rows go into the counts.
+
+    Raises:
+        DataError: If the source is missing, damaged or lacks a column.
+    """
+
+    def on_malformed(count: int) -> None:
+        summary.counts["in"] += count
+        summary.counts["malformed"] += count
+
+    if config.source == "list":
+        batches = read_list(Path(config.path), config.url_column, config.caption_column, on_malformed)
+    else:
+        batches = read_folder(Path(config.path), config.caption_column, on_malformed)
+    left = config.max_pairs or None
+    for batch in batches:
+        yield batch.slice(0, left)
+        if left is not None:
+            left -= batch.num_rows
+            if left <= 0:
+                return
+
+
+def to_pairs(batch: pa.Table, validation_prob: float, seen: set[bytes], summary: PairsSummary) -> pa.Table:
+    """Label one batch: uid and split are added; rows without a URL and repeated ones are left out and counted.
+
+    Args:
+        batch: ``url``, ``caption`` and other columns.
+        validation_prob: Share of rows that become the validation split.
+        seen: uids of earlier batches, as bytes (16 each); added to.
+        summary: Counts, added to.
+
+    Returns:
+        Columns ``uid``, ``url``, ``caption``, ``split``, then the others, in the order of the batch.
+    """
+    rows: list[tuple[str, str, str, str]] = []
+    kept: list[int] = []
+    nulls = 0
+    urls, captions = batch.column("url").to_pylist(), batch.column("caption").to_pylist()
+    for index, (raw_url, raw_caption) in enumerate(zip(urls, captions, strict=True)):
+        url, caption = (raw_url or "").strip(), raw_caption or ""
+        uid = make_uid(url, caption)
+        if not url:
+            summary.counts["missing_url"] += 1
+        elif bytes.fromhex(uid) in seen:
+            summary.counts["duplicate"] += 1
+        else:
+            seen.add(bytes.fromhex(uid))
+            nulls += raw_caption is None
+            kept.append(index)
+            rows.append((uid, url, caption, split_of(uid, validation_prob)))
+    summary.counts["in"] += batch.num_rows
+    summary.counts["ok"] += len(rows)
+    splits = Counter(row[3] for row in rows)
+    for name, value in {"null_captions": nulls, "train": splits["train"], "validation": splits["validation"]}.items():
+        summary.metrics[name] = summary.metrics.get(name, 0) + value
+    columns = dict(zip(pairs_schema().names, (list(column) for column in zip(*rows, strict=True)), strict=False))
+    ours = pa.Table.from_pydict(columns or {name: [] for name in pairs_schema().names}, schema=pairs_schema())
+    for name in batch.column_names:
+        if name not in ours.column_names:
+            ours = ours.append_column(batch.field(name), batch.column(name).take(pa.array(kept, pa.int64())))
+    return ours

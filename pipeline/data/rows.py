@@ -1,0 +1,64 @@
+"""A row's uid, its split, and the columns of every table.
+
+Arrow schemas are functions, so that ``unclip plan`` need not load pyarrow.
+"""
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from pipeline.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+UID_LENGTH = 32
+
+
+def make_uid(url: str, caption: str) -> str:
+    """The row's stable name, from download to the neighbours of a generation: 128 bits of SHA-256, in hex."""
+    return hashlib.sha256(f"{url}\n{caption}".encode()).hexdigest()[:UID_LENGTH]
+
+
+def split_of(uid: str, validation_prob: float) -> str:
+    """``validation`` or ``train``, from the uid alone: the same on every worker and after every re-sharding."""
+    return "validation" if int(uid[-8:], 16) < validation_prob * 2**32 else "train"
+
+
+def pairs_schema() -> "pa.Schema":
+    """``pairs.parquet`` of the pairs step; extra columns may follow."""
+    import pyarrow as pa
+
+    return pa.schema([("uid", pa.string()), ("url", pa.string()), ("caption", pa.string()), ("split", pa.string())])
+
+
+def embeddings_schema(embed_dim: int) -> "pa.Schema":
+    """``<shard>.parquet`` of the embed step: one row per good picture, sorted by key.
+
+    Args:
+        embed_dim: Width D of the joint space, in features.
+    """
+    import pyarrow as pa
+
+    vector = pa.list_(pa.float16(), embed_dim)
+    return pa.schema(
+        [
+            ("uid", pa.string()),
+            ("key", pa.string()),
+            ("url", pa.string()),
+            ("caption", pa.string()),
+            ("split", pa.string()),
+            ("z_image", vector),
+            ("z_text", vector),
+        ]
+    )
+
+
+def require_columns(names: list[str], wanted: list[str], *, where: str) -> None:
+    """Refuse a table that lacks a column.
+
+    Raises:
+        DataError: Names the file, the missing columns and what there is.
+    """
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        raise DataError(f"{where}: no column {', '.join(missing)}; it has {', '.join(names)}")

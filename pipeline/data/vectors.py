@@ -1,0 +1,62 @@
+"""Embeddings in Parquet: fixed-size lists of halves that plain pyarrow reads, and numpy arrays of them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.data.rows import embeddings_schema, require_columns
+from pipeline.data.shards import MEND
+from pipeline.errors import DataError
+
+ROW_GROUP_ROWS = 1024
+"""Rows of a row group: small, so that the exact vectors of a few neighbours are read without their whole shard."""
+
+
+@dataclass
+class Vectors:
+    """The rows of one shard of embeddings."""
+
+    z_image: NDArray[np.float16]
+    """(N, D), rows of length one."""
+    z_text: NDArray[np.float16]
+    """(N, D), rows of length one."""
+    table: pa.Table = field(repr=False)
+    """uid, key, url, caption, split."""
+
+
+def to_arrow(vectors: NDArray[Any]) -> pa.FixedSizeListArray:
+    """(N, D) numbers as a column of fixed-size lists of halves."""
+    halves = np.ascontiguousarray(vectors, dtype=np.float16)
+    return pa.FixedSizeListArray.from_arrays(pa.array(halves.reshape(-1)), halves.shape[1])
+
+
+def to_numpy(column: pa.ChunkedArray) -> NDArray[np.float16]:
+    """The inverse of ``to_arrow``, for a column of a table."""
+    chunks = [chunk.flatten().to_numpy().reshape(-1, chunk.type.list_size) for chunk in column.chunks]
+    return np.concatenate(chunks) if chunks else np.zeros((0, column.type.list_size), np.float16)
+
+
+def to_unit(vectors: NDArray[np.float16]) -> NDArray[np.float32]:
+    """Rows (N, D) in single precision, of length one again: halves are off by up to 1e-3."""
+    rows = vectors.astype(np.float32)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def read_vectors(path: Path) -> Vectors:
+    """One shard of the embed step.
+
+    Raises:
+        DataError: If the file is damaged or lacks a column; names it.
+    """
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: damaged ({error}); {MEND}") from error
+    require_columns(table.column_names, embeddings_schema(1).names, where=str(path))
+    z_image, z_text = to_numpy(table.column("z_image")), to_numpy(table.column("z_text"))
+    return Vectors(z_image, z_text, table.drop_columns(["z_image", "z_text"]))

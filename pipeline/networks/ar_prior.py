@@ -1,0 +1,95 @@
+"""The autoregressive prior's part of a training: what is measured before it, and the loss of one batch.
+
+arXiv:2204.06125, section 2.2. Legend: B samples, D features, K components, V buckets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.ar_prior.buckets import DotHistogram
+from models.ar_prior.config import ArPriorConfig
+from models.ar_prior.network import ArPrior
+from models.clip_config import ClipDims
+from models.pca import PcaSums
+from pipeline.data.batches import Batch, TextEncoder
+from pipeline.data.vectors import read_vectors, to_unit
+from pipeline.errors import ConfigError, DataError
+from pipeline.networks.diffusion_loss import draw_keep
+from pipeline.workspace.store import Artifact
+
+MEASURED_ROWS = 200_000
+"""Rows from which components and buckets are measured, in rows: of whole shards, evenly spaced."""
+
+
+class ArPriorObjective(nn.Module):
+    """Cross entropy of the components of z_image, captions dropped at times.
+
+    Args:
+        network: The prior, its code set.
+        encode_text: The frozen CLIP's text tower.
+    """
+
+    def __init__(self, network: ArPrior, encode_text: TextEncoder) -> None:
+        super().__init__()
+        self.network = network
+        self._encode_text = encode_text
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Mean loss of the batch, in nats per component."""
+        network, z_image = self.network, batch.require_z_image()
+        text = self._encode_text(batch.captions)
+        drop_prob = network.config.text_drop_prob
+        keep = draw_keep(len(batch), drop_prob, generator, z_image.device) if self.training else None
+        tokens = network.tokenize(z_image)
+        dot = network.dot_tokens(z_image, text.z_text, keep)
+        logits = network(tokens, dot, network.encode_condition(text, keep=keep))
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+
+
+def build_ar_prior(config: ArPriorConfig, dims: ClipDims, embed: Artifact, *, max_rows: int = MEASURED_ROWS) -> ArPrior:
+    """A prior with random weights, and components and buckets measured on training rows.
+
+    Args:
+        config: Shape; its ``num_components`` is filled in where it is 0.
+        dims: CLIP's widths.
+        embed: The embed step.
+        max_rows: About how many rows are read.
+
+    Raises:
+        ConfigError: If more components are asked for than there are features.
+        DataError: If there are fewer than two training rows, or a shard is damaged.
+    """
+    if config.num_components > dims.embed_dim:
+        raise ConfigError(f"model.num_components is {config.num_components}, but z_image has {dims.embed_dim} features")
+    sums, dots = measure_embeddings(embed, dims.embed_dim, max_rows)
+    try:
+        pca = sums.pca()
+    except ValueError as error:
+        raise DataError(f"{embed.uri}: {error}") from error
+    pca = pca.keep(config.num_components) if config.num_components else pca.keep_by_energy(config.max_pca_error)
+    network = ArPrior(replace(config, num_components=len(pca.components)), dims)
+    network.set_code(pca, dots.edges(config.num_dot_buckets))
+    return network
+
+
+def measure_embeddings(embed: Artifact, num_features: int, max_rows: int) -> tuple[PcaSums, DotHistogram]:
+    """Sums and counts over training rows; the same shards are read whoever asks.
+
+    Raises:
+        DataError: If a shard is damaged.
+    """
+    records = embed.shard_records()
+    every = max(1, sum(record.counts.get("ok", 0) for record in records.values()) // max_rows)
+    sums, dots = PcaSums(num_features), DotHistogram()
+    for shard in sorted(records)[::every]:
+        vectors = read_vectors(embed.path(f"{shard}.parquet"))
+        is_train = [split == "train" for split in vectors.table.column("split").to_pylist()]
+        z_image, z_text = (torch.from_numpy(to_unit(part[is_train])) for part in (vectors.z_image, vectors.z_text))
+        sums.update(z_image)
+        dots.update((z_image * z_text).sum(1))
+    return sums, dots

@@ -1,0 +1,304 @@
+"""A trained cascade as the folder that diffusers' ``UnCLIPPipeline`` loads, and such a folder (Karlo's too) as ours.
+
+Layout, in the words of diffusers 0.37.1, in docs/formats.md. What it cannot hold stands beside it: ``clip/`` (the
+whole CLIP in open_clip's layout), ``upsampler_2/`` in the layout of every network artifact.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models.cascade import Cascade
+from models.clip_config import ClipDims
+from models.diffusion.config import SamplerConfig
+from models.interchange.networks import (
+    DIFFUSERS_VERSION,
+    Component,
+    export_decoder,
+    export_prior,
+    export_upsampler,
+    import_decoder,
+    import_prior,
+    import_upsampler,
+    scheduler_config,
+)
+from models.interchange.text import export_text, export_tokenizer
+from models.prior.network import Prior
+from pipeline.clip import FrozenClip
+from pipeline.errors import ConfigError, DataError
+from pipeline.networks.files import NetworkConfig, load_clip_artifact, save_clip_artifact, save_network
+from pipeline.recipe.recipe import Recipe, to_dict
+from pipeline.recipe.sections import UpsamplerStepConfig
+from pipeline.workspace.store import Artifact
+
+Json = dict[str, Any]
+
+MODEL_INDEX = "model_index.json"
+NETWORK_WEIGHTS = "diffusion_pytorch_model"
+TEXT_WEIGHTS = "model"
+_PARTS = {
+    "prior": ("diffusers", "PriorTransformer"),
+    "decoder": ("diffusers", "UNet2DConditionModel"),
+    "text_proj": ("unclip", "UnCLIPTextProjModel"),
+    "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "super_res_first": ("diffusers", "UNet2DModel"),
+    "super_res_last": ("diffusers", "UNet2DModel"),
+    "prior_scheduler": ("diffusers", "UnCLIPScheduler"),
+    "decoder_scheduler": ("diffusers", "UnCLIPScheduler"),
+    "super_res_scheduler": ("diffusers", "UnCLIPScheduler"),
+}
+
+
+def export_diffusers(cascade: Cascade, clip: FrozenClip, folder: Path) -> list[str]:
+    """Write the folder; ``model_index.json`` comes last.
+
+    Args:
+        cascade: With at least one upsampler; the second is written beside the layout.
+        clip: Its CLIP.
+        folder: Where to; must not exist or be empty.
+
+    Returns:
+        What the user should know: settings that the pipeline does not take from the folder.
+
+    Raises:
+        ConfigError: If the layout cannot hold a network (names every field), or the folder is not empty.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty: name a new folder")
+    parts, schedulers = export_components(cascade, clip)
+    out = Artifact(str(folder))
+    for name, component in parts.items():
+        is_text = name == "text_encoder"
+        out.write_json(f"{name}/config.json", component.config)
+        with out.write(f"{name}/{TEXT_WEIGHTS if is_text else NETWORK_WEIGHTS}.safetensors") as path:
+            save_file(component.tensors, path, metadata={"format": "pt"})
+    for name, config in schedulers.items():
+        out.write_json(f"{name}/scheduler_config.json", config)
+    write_tokenizer(clip, Artifact(f"{out.uri}/tokenizer"))
+    save_clip_artifact(Artifact(f"{out.uri}/clip"), clip.clip)
+    for number, upsampler in enumerate(cascade.upsamplers[1:], start=2):
+        target = Artifact(f"{out.uri}/upsampler_{number}")
+        save_network(target, "upsampler", upsampler.config, None, upsampler.state_dict())
+    index = {"_class_name": "UnCLIPPipeline", "_diffusers_version": DIFFUSERS_VERSION}
+    out.write_json(MODEL_INDEX, index | {name: list(kind) for name, kind in _PARTS.items()})
+    return _notes(cascade)
+
+
+def write_tokenizer(clip: FrozenClip, out: Artifact) -> None:
+    """The files of transformers' CLIPTokenizer."""
+    tokenizer = clip.clip.tokenizer
+    files = export_tokenizer(tokenizer.encoder, tokenizer.bpe_ranks, clip.dims.context_length)
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False) + "\n"
+        out.write_bytes(name, text.encode())
+
+
+def export_components(cascade: Cascade, clip: FrozenClip) -> tuple[dict[str, Component], dict[str, Json]]:
+    """The networks and the schedulers by the names of their folders; weights are shared with ours where they can be.
+
+    Raises:
+        ConfigError: If the layout cannot hold a network; names every field.
+    """
+    parts: dict[str, Component] = {}
+    problems: list[str] = []
+
+    def add(export: Callable[[], dict[str, Component]]) -> None:
+        try:
+            parts.update(export())
+        except ValueError as error:
+            problems.append(str(error))
+
+    add(lambda: {"text_encoder": export_text(clip.clip.model_config, clip.clip.model.state_dict())})
+    prior = cascade.prior
+    if isinstance(prior, Prior):
+        add(lambda: {"prior": export_prior(prior)})
+    else:
+        problems.append(f"prior.model.kind = {prior.config.kind!r}: the layout has a diffusion prior")
+    add(lambda: dict(zip(("decoder", "text_proj"), export_decoder(cascade.decoder), strict=True)))
+    if cascade.upsamplers:
+        # The same network for the last step too: the pipeline would take another one there, as Karlo has.
+        add(lambda: dict.fromkeys(("super_res_first", "super_res_last"), export_upsampler(cascade.upsamplers[0])))
+    else:
+        problems.append("upsampler_1: the layout needs one, and this recipe has none")
+    if problems or not isinstance(prior, Prior):
+        hint = "`unclip export RECIPE --native DIR` writes any cascade in our own layout"
+        raise ConfigError(f"export: {'; '.join(problems)}. {hint}")
+    networks = {"prior": prior, "decoder": cascade.decoder, "super_res": cascade.upsamplers[0]}
+    schedulers = {
+        f"{name}_scheduler": scheduler_config(network.config.diffusion, network.config.sampler)
+        for name, network in networks.items()
+    }
+    return parts, schedulers
+
+
+def _notes(cascade: Cascade) -> list[str]:
+    settings = cascade.default_settings()
+    prior, upsampler = settings.prior_as(SamplerConfig), settings.upsamplers[0]
+    notes = [
+        "UnCLIPPipeline samples by the ancestral sampler alone; give it prior_num_inference_steps="
+        f"{prior.num_steps}, decoder_num_inference_steps={settings.decoder.num_steps}, "
+        f"super_res_num_inference_steps={upsampler.num_steps}, prior_guidance_scale={prior.guidance_scale}, "
+        f"decoder_guidance_scale={settings.decoder.guidance_scale}"
+    ]
+    methods = {"prior": prior, "decoder": settings.decoder, "upsampler_1": upsampler}
+    notes += [
+        f"{name} is sampled here by {sampler.method}: with as few steps the ancestral sampler may draw worse pictures"
+        for name, sampler in methods.items()
+        if sampler.method != "ddpm"
+    ]
+    if settings.num_candidates > 1:
+        notes.append(f"it draws one z_image, where this recipe keeps the best of {settings.num_candidates}")
+    if cascade.upsamplers[0].config.rounded:
+        notes.append("upsampler_1 was trained on pictures rounded to 256 levels; the pipeline does not round")
+    if len(cascade.upsamplers) > 1:
+        notes.append("upsampler_2/ is in our own layout: the pipeline has one upsampler")
+    return notes
+
+
+def export_native(networks: dict[str, Artifact], folder: Path) -> None:
+    """Copy the trained networks, each as its artifact holds it, into ``folder/<step>/``.
+
+    Raises:
+        ConfigError: If the folder is not empty.
+        DataError: If a file is missing or damaged.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty: name a new folder")
+    for step, artifact in networks.items():
+        for name in artifact.names():
+            if name.endswith((".json", ".safetensors")) and "/" not in name and name != "manifest.json":
+                artifact.verify(name)
+                Artifact(f"{folder.resolve()}/{step}").write_bytes(name, artifact.path(name).read_bytes())
+
+
+def import_diffusers(folder: Path, out: Path) -> list[str]:
+    """Read a folder in diffusers' layout and write ``prior/``, ``decoder/``, ``upsampler_1/`` and a ``recipe.toml``.
+
+    The recipe starts each training from these weights (``init_from``); the pairs are the user's to fill in.
+
+    Args:
+        folder: With ``model_index.json``; weights as safetensors or, as older ones are, as ``.bin``.
+        out: Where to; must not exist or be empty.
+
+    Returns:
+        What the user should know.
+
+    Raises:
+        DataError: If a file is missing or damaged, or a network is of a make that we do not have.
+        ConfigError: If ``out`` is not empty.
+    """
+    if out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty: name a new folder")
+    source = _Source(folder)
+    try:
+        prior, dims, prior_state = import_prior(source.component("prior"), source.scheduler("prior"))
+        decoder, _, decoder_state = import_decoder(
+            source.component("decoder"),
+            source.component("text_proj"),
+            source.scheduler("decoder"),
+            dims.context_length,
+        )
+        super_res = source.component("super_res_first")
+        upsampler, upsampler_state = import_upsampler(super_res, source.scheduler("super_res"), decoder.image_px)
+    except (ValueError, KeyError) as error:
+        raise DataError(f"{folder}: {error}") from error
+    target = Artifact(str(out.resolve()))
+    _set_null_text(folder, [prior_state, decoder_state])
+    networks: dict[str, tuple[NetworkConfig, ClipDims | None, dict[str, Tensor]]] = {
+        "prior": (prior, dims, prior_state),
+        "decoder": (decoder, dims, decoder_state),
+        "upsampler_1": (upsampler, None, upsampler_state),
+    }
+    for name, (config, widths, state) in networks.items():
+        save_network(Artifact(f"{target.uri}/{name}"), name.partition("_")[0], config, widths, state)
+    configs = {name: config for name, (config, _, _) in networks.items()}
+    target.write_bytes("recipe.toml", _recipe(folder, out, configs).encode())
+    last = source.component("super_res_last").tensors
+    notes: list[str] = []
+    if any(not torch.equal(tensor, super_res.tensors[name]) for name, tensor in last.items()):
+        notes.append("super_res_last (another network for the last step) is left out: super_res_first takes every step")
+    return notes
+
+
+class _Source:
+    """A folder in diffusers' layout."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        if self._json(MODEL_INDEX).get("_class_name") != "UnCLIPPipeline":
+            raise DataError(f"{folder}/{MODEL_INDEX} is not of an UnCLIPPipeline")
+
+    def component(self, name: str) -> Component:
+        base = self._folder / name / NETWORK_WEIGHTS
+        config = self._json(f"{name}/config.json")
+        try:
+            if base.with_suffix(".safetensors").is_file():
+                return Component(config, _float(load_file(base.with_suffix(".safetensors"))))
+            return Component(config, _float(torch.load(base.with_suffix(".bin"), "cpu", weights_only=True)))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise DataError(f"{base}: no weights that can be read: {error}") from error
+
+    def scheduler(self, name: str) -> Json:
+        return self._json(f"{name}_scheduler/scheduler_config.json")
+
+    def _json(self, name: str) -> Json:
+        path = self._folder / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: not a folder in diffusers' layout: {error}") from error
+
+
+def _float(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def _set_null_text(folder: Path, states: list[dict[str, Tensor]]) -> None:
+    """The empty caption, where the folder holds our CLIP; else the training sets it."""
+    if not (folder / "clip").is_dir():
+        return
+    empty = load_clip_artifact(Artifact(str((folder / "clip").resolve()))).encode_text([""])
+    for state in states:
+        state["null_text.pooled"] = empty.pooled
+        state["null_text.hidden"] = empty.hidden[:, : state["null_text.hidden"].shape[1]]
+
+
+def _recipe(folder: Path, out: Path, configs: dict[str, NetworkConfig]) -> str:
+    """A recipe that continues from the imported networks; only what differs from the defaults."""
+    defaults = to_dict(Recipe())
+    tables: Json = {"name": out.name, "workspace": f"workspace/{out.name}"}
+    own_clip = folder / "clip"
+    # Karlo stands on OpenAI's ViT-L/14, which open_clip knows by this name and tag.
+    name, tag = (str(own_clip.resolve()), "") if own_clip.is_dir() else ("ViT-L-14-quickgelu", "openai")
+    tables["clip"] = {"source": "pretrained", "name": name, "tag": tag}
+    for step, config in configs.items():
+        base = (defaults[step] or to_dict(UpsamplerStepConfig()))["model"]
+        tables[step] = {"init_from": str((out / step).resolve()), "model": _changes(to_dict(config), base)}
+    tables["download"] = {"image_px": max(configs["upsampler_1"].image_px, 256)}  # pyright: ignore[reportAttributeAccessIssue]
+    header = (
+        "# Fine-tunes imported networks; fill in [pairs], for example:\n"
+        '# [pairs]\n# source = "list"\n# path = "pairs.parquet"\n'
+        "# train.num_steps = 0 uses the weights as they are.\n"
+    )
+    return header + tomli_w.dumps(tables)
+
+
+def _changes(tables: Json, defaults: Json) -> Json:
+    changed: Json = {}
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            below = _changes(value, defaults.get(key) or {})
+            changed |= {key: below} if below else {}
+        elif value is not None and value != defaults.get(key):
+            changed[key] = value
+    return changed

@@ -1,0 +1,38 @@
+"""The noise-aware CLIP's part of a training: the contrastive loss of one batch of noised pictures."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.diffusion.process import Diffusion
+from models.diffusion.timesteps import UniformTimesteps
+from models.noisy_clip.network import NoisyClip, noisy_clip_loss
+from models.pixels import resize_crop, to_pixels
+from pipeline.data.batches import Batch, TextEncoder
+from pipeline.networks.diffusion_loss import draw_normal
+
+
+class NoisyClipObjective(nn.Module):
+    """Pictures at random timesteps against their captions, as the frozen CLIP embeds these.
+
+    Each worker contrasts its own share of the batch: what it learns from is a worker's share, not the global batch.
+
+    Args:
+        network: The noise-aware tower.
+        encode_text: The frozen CLIP's text tower.
+    """
+
+    def __init__(self, network: NoisyClip, encode_text: TextEncoder) -> None:
+        super().__init__()
+        self.network = network
+        self._encode_text = encode_text
+        self._diffusion = Diffusion(network.config.diffusion)
+        self._draws = UniformTimesteps(self._diffusion.num_timesteps)
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Mean loss of the batch."""
+        x0 = resize_crop(to_pixels(batch.require_images()), self.network.config.image_px)
+        t = self._draws.draw(len(batch), generator)[0].to(x0.device, non_blocking=True)
+        x_t = self._diffusion.q_sample(x0, t, draw_normal(x0, generator))
+        return noisy_clip_loss(self.network, x_t, t, self._encode_text(batch.captions).z_text)

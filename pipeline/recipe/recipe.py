@@ -1,0 +1,303 @@
+"""The recipe: typed, frozen, checked before anything runs.
+
+Layers: defaults < recipe file (TOML or resolved JSON) < ``--set a.b=c``. Relative paths are relative to the folder in
+which the command runs.
+"""
+
+import dataclasses
+import difflib
+import functools
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
+
+from models.ar_prior.config import ArPriorConfig
+from models.configclass import configclass, described_fields
+from pipeline.errors import ConfigError
+from pipeline.recipe.sections import (
+    ClipStepConfig,
+    DecoderStepConfig,
+    DownloadConfig,
+    DownloadResources,
+    EmbedConfig,
+    EvaluateConfig,
+    IndexConfig,
+    NoisyClipStepConfig,
+    PairsConfig,
+    PriorStepConfig,
+    ServeConfig,
+    TaskResources,
+    TrackingConfig,
+    UpsamplerStepConfig,
+)
+
+Json = dict[str, Any]
+_PRIORS = ("prior", "prior_2")
+_OPTIONAL = {
+    "prior_2": PriorStepConfig(),
+    "noisy_clip": NoisyClipStepConfig(),
+    "upsampler_1": UpsamplerStepConfig(),
+    "upsampler_2": UpsamplerStepConfig(),
+}
+SAMPLING = ("sampler", "num_candidates")
+"""Fields of a model's table that say how it is sampled once it is trained."""
+TrainedSection = ClipStepConfig | PriorStepConfig | DecoderStepConfig | NoisyClipStepConfig | UpsamplerStepConfig
+
+
+@configclass
+class Recipe:
+    """Everything that one run needs; sections are steps, in the order of docs/architecture.md."""
+
+    name: str = "unclip"
+    """Name of the recipe: of its experiment, its jobs and its report."""
+    workspace: str = "workspace"
+    """Folder or object-store URI that holds every artifact."""
+    seed: NonNegativeInt = 0
+    """Seed of everything random."""
+    pairs: PairsConfig = PairsConfig()
+    """Where the pairs come from."""
+    download: DownloadConfig = DownloadConfig()
+    """Pairs to shards."""
+    clip: ClipStepConfig = ClipStepConfig()
+    """The frozen CLIP."""
+    embed: EmbedConfig = EmbedConfig()
+    """Shards to embeddings."""
+    index: IndexConfig = IndexConfig()
+    """Embeddings to the neighbour index."""
+    prior: PriorStepConfig = PriorStepConfig()
+    """Caption to z_image."""
+    prior_2: PriorStepConfig | None = None
+    """A second prior, to compare: the evaluation measures both, and the cascade draws with ``prior``."""
+    decoder: DecoderStepConfig = DecoderStepConfig()
+    """z_image and caption to a small picture."""
+    noisy_clip: NoisyClipStepConfig | None = None
+    """A CLIP that sees noised pictures, to guide the decoder by (decoder.model.sampler.clip_guidance_scale)."""
+    upsampler_1: UpsamplerStepConfig | None = None
+    """The small picture to a larger one; without the table the cascade ends at the decoder."""
+    upsampler_2: UpsamplerStepConfig | None = None
+    """The larger picture to the final one; without the table the cascade ends before it."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Pictures and numbers."""
+    serve: ServeConfig = ServeConfig()
+    """The server."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+
+    def __post_init__(self) -> None:
+        if not self.name or self.name.startswith(".") or "/" in self.name:
+            raise ValueError(f"name {self.name!r} is part of a path: not empty, no slash, no dot in front")
+        if not self.workspace:
+            raise ValueError("workspace is empty; name a folder or a URI")
+        low_res = ("decoder.model.image_px", self.decoder.model.image_px)
+        for name in ("upsampler_1", "upsampler_2"):
+            section: UpsamplerStepConfig | None = getattr(self, name)
+            if section is None:
+                continue
+            if section.model.low_res_px != low_res[1]:
+                raise ValueError(
+                    f"{name}.model.low_res_px is {section.model.low_res_px} px but {low_res[0]} is {low_res[1]} px: "
+                    "the cascade does not fit together"
+                )
+            low_res = (f"{name}.model.image_px", section.model.image_px)
+        if self.upsampler_2 is not None and self.upsampler_1 is None:
+            raise ValueError("upsampler_2 is set without upsampler_1")
+        if low_res[1] > self.download.image_px and self.download.resize_mode != "no":
+            raise ValueError(
+                f"{low_res[0]} is {low_res[1]} px but download.image_px stores only {self.download.image_px} px"
+            )
+        for name, trained in self.trained().items():
+            workers, batch = trained.resources.num_workers, trained.train.batch_size
+            if batch % workers:
+                raise ValueError(f"{name}.train.batch_size {batch} does not divide among {workers} workers")
+
+        self._require_noisy_clip()
+
+    def _require_noisy_clip(self) -> None:
+        """The tower that guides must see what the decoder draws, noised as the decoder noises it."""
+        wanted = self.decoder.model
+        if self.noisy_clip is None:
+            if wanted.sampler.clip_guidance_scale > 0:
+                raise ValueError("decoder.model.sampler.clip_guidance_scale is above 0 without a [noisy_clip] table")
+            return
+        tower = self.noisy_clip.model
+        seen = (tower.image_px, tower.diffusion.num_timesteps, tower.diffusion.schedule)
+        drawn = (wanted.image_px, wanted.diffusion.num_timesteps, wanted.diffusion.schedule)
+        if seen != drawn:
+            raise ValueError(
+                f"noisy_clip.model sees {seen[0]} px, {seen[1]} steps, {seen[2]}, "
+                f"but decoder.model draws {drawn[0]} px, {drawn[1]} steps, {drawn[2]}"
+            )
+
+    def trained(self) -> dict[str, TrainedSection]:
+        """The sections that train a network, by step name, in the order of the cascade."""
+        sections: dict[str, TrainedSection | None] = {
+            "clip": self.clip,
+            "prior": self.prior,
+            "prior_2": self.prior_2,
+            "decoder": self.decoder,
+            "noisy_clip": self.noisy_clip,
+            "upsampler_1": self.upsampler_1,
+            "upsampler_2": self.upsampler_2,
+        }
+        return {name: section for name, section in sections.items() if section is not None}
+
+
+@functools.cache
+def _recipe_type() -> TypeAdapter[Recipe]:
+    """Built where a recipe is read: the workers, which are handed theirs, need none."""
+    return TypeAdapter(Recipe)
+
+
+def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and check it.
+
+    Args:
+        path: A ``.toml`` recipe, or a resolved ``.json`` one; None: the defaults alone.
+        overrides: ``a.b=value`` strings; the value is TOML, a bare word is a string.
+
+    Raises:
+        ConfigError: If the file is missing or malformed, a key is unknown or a value is of the wrong type or
+            impossible; names the dotted key.
+    """
+    data = _read_tables(Path(path)) if path is not None else {}
+    for override in overrides:
+        _apply_override(data, override)
+    return parse_recipe(data, where=str(path or "defaults"))
+
+
+def parse_recipe(data: Json, *, where: str = "recipe") -> Recipe:
+    """Check nested tables against the recipe's types.
+
+    Raises:
+        ConfigError: As ``load_recipe``.
+    """
+    try:
+        # JSON mode is strict about types yet takes a list for a tuple and an integer for a float, as TOML writes them.
+        return _recipe_type().validate_json(json.dumps(_merge(default_tables(data), data)))
+    except ValidationError as error:
+        lines = [_explain(item, data) for item in error.errors(include_url=False)]
+        raise ConfigError(f"{where}: " + "; ".join(lines)) from None
+    except TypeError as error:
+        raise ConfigError(f"{where}: dates and times have no place in a recipe ({error})") from None
+
+
+def to_dict(config: object) -> Json:
+    """The plain tables of a config object, in field order; tuples become lists."""
+    return cast("Json", json.loads(json.dumps(dataclasses.asdict(cast("Any", config)))))
+
+
+def without_resources(tables: Json) -> Json:
+    """The tables less every ``resources`` table: what changes bytes."""
+    return {
+        key: without_resources(cast("Json", value)) if isinstance(value, dict) else value
+        for key, value in tables.items()
+        if key != "resources"
+    }
+
+
+def json_schema() -> Json:
+    """JSON schema of the recipe, with every field's description and default."""
+    with described_fields():
+        schema = TypeAdapter(Recipe).json_schema()
+    # pydantic reads the docstrings of the fields that a class declares itself.
+    tables = schema["$defs"]
+    inherited = tables[TaskResources.__name__]["properties"]
+    for name, field in tables[DownloadResources.__name__]["properties"].items():
+        if name in inherited:
+            field["description"] = inherited[name]["description"]
+    return schema
+
+
+def default_tables(data: Json) -> Json:
+    """The defaults that ``data`` is laid upon: a table that names one key keeps its parent's choice of the others.
+
+    They depend on ``data`` where a table may be left out (the upsamplers), and where it says which kind it is.
+    """
+    tables = to_dict(Recipe())
+    for name, section in _OPTIONAL.items():
+        if isinstance(data.get(name), dict):
+            tables[name] = to_dict(section)
+    for name in _PRIORS:
+        section = data.get(name)
+        model = section.get("model") if isinstance(section, dict) else None
+        if isinstance(model, dict) and model.get("kind") == ArPriorConfig().kind:
+            tables[name]["model"] = to_dict(ArPriorConfig())
+    return tables
+
+
+def _merge(below: Json, above: Json) -> Json:
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        merged[key] = (
+            _merge(under, cast("Json", value)) if isinstance(under, dict) and isinstance(value, dict) else value
+        )
+    return merged
+
+
+def _read_tables(file: Path) -> Json:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such recipe; see configs/ or write one with `unclip init`") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from None
+    try:
+        tables: Any = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{file}: not a valid recipe: {error}") from None
+    if not isinstance(tables, dict):
+        raise ConfigError(f"{file}: not a valid recipe: it holds no tables")
+    return cast("Json", tables)
+
+
+def _apply_override(data: Json, override: str) -> None:
+    name, equals, raw = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(
+            f"--set {override}: write it as section.key=value, for example --set prior.train.num_steps=500"
+        )
+    try:
+        value: Any = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    table = data
+    for depth, key in enumerate(keys[:-1]):
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override}: {'.'.join(keys[: depth + 1])} is a value, not a table")
+    table[keys[-1]] = value
+
+
+def _explain(item: Any, data: Json) -> str:
+    location = [str(part) for part in item["loc"]]
+    of_kind = ""
+    if location[1:2] == ["model"] and location[0] in _PRIORS and len(location) > 2:
+        of_kind = f' (kind = "{location.pop(2)}")'  # pydantic puts the kind among the keys
+    name = ".".join(location)
+    kind: str = item["type"]
+    if kind in {"unexpected_keyword_argument", "extra_forbidden"}:
+        known = _value_at(default_tables(data), location[:-1])
+        close = difflib.get_close_matches(location[-1], list(known) if isinstance(known, dict) else [], n=1)
+        return f"unknown key {name}{of_kind}" + (f"; did you mean {close[0]}?" if close else "")
+    if kind == "union_tag_invalid":
+        kinds = str(item["ctx"]["expected_tags"]).replace(", ", " or ")
+        return f"{name}.kind: must be {kinds}, got {item['ctx']['tag']!r}"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{name}: {message}" if name else message
+    return f"{name}: {message}, got {_value_at(data, location)!r}"
+
+
+def _value_at(data: Any, location: list[str]) -> Any:
+    for part in location:
+        if isinstance(data, dict) and part in data:
+            data = cast("Json", data)[part]
+        elif isinstance(data, list) and part.isdigit():
+            data = cast("list[Any]", data)[int(part)]
+    return data

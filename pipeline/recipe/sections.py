@@ -1,0 +1,370 @@
+"""The sections of a recipe, one for each step.
+
+What changes bytes stands in the section itself and is hashed into the step's key; what does not (workers, devices,
+cadence) stands in its ``resources`` table. What a field must be by itself is its type; what it must be in view of
+another is checked in ``__post_init__``.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from models.ar_prior.config import ArPriorConfig
+from models.clip_config import ClipConfig
+from models.configclass import configclass
+from models.decoder.config import DecoderConfig
+from models.noisy_clip.config import NoisyClipConfig
+from models.prior.config import PriorConfig
+from models.upsampler.config import UpsamplerConfig
+
+PriorModel = Annotated[PriorConfig | ArPriorConfig, Field(discriminator="kind")]
+"""A prior of either kind; ``kind`` in its table says which."""
+
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Prob = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+"""Below 1."""
+
+
+@configclass
+class DrawnConfig:
+    """Captioned pictures that the project draws itself and serves on 127.0.0.1 while they are downloaded."""
+
+    num_pairs: PositiveInt = 8000
+    """Pictures to draw, in images."""
+    image_px: Annotated[int, Field(ge=16, le=1024)] = 128
+    """Side of a picture, in pixels."""
+    port: Port = 8976
+    """Port of the picture server on 127.0.0.1; part of every URL, so it changes the uids."""
+    num_faulty: NonNegativeInt = 12
+    """URLs added that are dead, slow, corrupt or not pictures, in rows."""
+
+
+@configclass
+class PairsConfig:
+    """Where the image-text pairs come from; the step writes one list of (uid, url, caption, split)."""
+
+    source: Literal["drawn", "list", "folder"] = "drawn"
+    """drawn: shapes drawn by the project; list: a file of URLs and captions; folder: pictures with captions."""
+    path: str = ""
+    """The list (csv, tsv, json, jsonl, txt, each also .gz, or parquet) or the folder."""
+    url_column: str = "url"
+    """Column that holds the URL (list)."""
+    caption_column: str = "caption"
+    """Column that holds the caption (list)."""
+    validation_prob: Share = 0.02
+    """Share of rows set aside for validation, by hash of the uid."""
+    max_pairs: NonNegativeInt = 0
+    """Rows to take, the first of the list; 0 takes all."""
+    drawn: DrawnConfig = DrawnConfig()
+    """Settings of the drawn source."""
+
+    def __post_init__(self) -> None:
+        if self.source != "drawn" and not self.path:
+            raise ValueError(f"path is required when source is {self.source!r}")
+
+
+@configclass
+class TaskResources:
+    """Where and how wide a data step runs; changes no bytes."""
+
+    num_workers: PositiveInt = 2
+    """Tasks or actors at a time."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """Logical CPUs that each holds."""
+    accelerator: Literal["cpu", "cuda"] = "cpu"
+    """Device of the networks in this step."""
+    max_retries: NonNegativeInt = 2
+    """Tries again after a lost worker, per shard."""
+
+
+@configclass
+class DownloadResources(TaskResources):
+    """Where and how wide the download runs; changes no bytes."""
+
+    max_per_host: NonNegativeInt = 0
+    """Most connections of one worker to one host at once; 0: no limit. URLs that wait for their host keep their thread,
+    so give a list of few hosts more ``num_threads``."""
+
+
+@configclass
+class DownloadConfig:
+    """img2dataset's options, by our names with units; its shard format is unchanged."""
+
+    samples_per_shard: PositiveInt = 1000
+    """Rows in a shard (img2dataset: number_sample_per_shard), in rows."""
+    image_px: PositiveInt = 256
+    """Target side, in pixels (img2dataset: image_size)."""
+    resize_mode: Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"] = "center_crop"
+    """How a picture is brought to the target side."""
+    resize_only_if_bigger: bool = False
+    """Leave smaller pictures as they are."""
+    encode_format: Literal["jpg", "png", "webp"] = "jpg"
+    """Format of the stored picture."""
+    encode_quality: Annotated[int, Field(ge=0, le=100)] = 95
+    """jpg and webp: quality 0..100; png: compression 0..9."""
+    skip_reencode: bool = False
+    """Store the bytes as downloaded when no resize is needed."""
+    min_image_px: NonNegativeInt = 0
+    """Smallest shorter side taken, in pixels."""
+    max_image_area_px: PositiveFloat = 178_956_970.0
+    """Largest area decoded, in pixels: a decompression bomb is refused, not decoded."""
+    max_aspect_ratio: Annotated[float, Field(ge=1)] = 20.0
+    """Largest longer side over shorter side."""
+    timeout_s: PositiveInt = 10
+    """Longest wait for one socket operation, in seconds."""
+    deadline_s: PositiveFloat = 30.0
+    """Longest time for one try of one URL, redirects included, in seconds: a dripping server must not hold a shard."""
+    retries: NonNegativeInt = 1
+    """Further tries of a failed download."""
+    extra_columns: tuple[str, ...] = ()
+    """Columns of the pairs that travel into the shards, besides uid and split."""
+    user_agent_token: str = "unclip"
+    """Added to the user agent, so that hosts know who asks."""
+    disallowed_header_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
+    """X-Robots-Tag directives that opt a picture out."""
+    min_success_prob: Prob = 0.05
+    """Below this share of good rows the step fails: something is wrong with the list or the network."""
+    num_threads: PositiveInt = 32
+    """Connections of one worker (img2dataset: thread_count)."""
+    resources: DownloadResources = DownloadResources()
+    """Workers of this step."""
+
+    def __post_init__(self) -> None:
+        if self.encode_format == "png" and self.encode_quality > 9:
+            raise ValueError(f"encode_quality must be 0..9 for png, got {self.encode_quality}")
+
+
+@configclass
+class TrainConfig:
+    """Optimisation of one network: what changes its weights."""
+
+    num_steps: NonNegativeInt = 1000
+    """Optimizer steps; 0 takes the weights of ``init_from`` as they are."""
+    batch_size: PositiveInt = 64
+    """Global batch, over all workers, in samples."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw (the paper's), or muon for the kernels and matrices inside the network and adamw for the rest: fewer steps
+    for a small network, a little more work a step."""
+    learning_rate: PositiveFloat = 1e-4
+    """Peak rate; an update of muon is about as large as one of adamw at the same rate."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """constant, or half a cosine down to zero over num_steps."""
+    warmup_steps: NonNegativeInt = 0
+    """Linear rise of the rate, in steps (paper: none stated)."""
+    beta1: Share = 0.9
+    """AdamW beta 1 (paper: 0.9)."""
+    beta2: Share = 0.999
+    """AdamW beta 2."""
+    eps: NonNegativeFloat = 1e-8
+    """AdamW epsilon."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    grad_clip_norm: NonNegativeFloat = 1.0
+    """Largest gradient norm; 0 switches clipping off."""
+    ema_decay: Share = 0.9999
+    """Decay of the weight average that is saved and sampled from; ramps up as (1 + step) / (10 + step)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the forward pass; weights, loss and optimizer stay float32."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps > self.num_steps:
+            raise ValueError(f"warmup_steps must be in 0..num_steps, got {self.warmup_steps}")
+
+
+@configclass
+class TrainResources:
+    """Where a training runs and how often it speaks; changes no sample and no order."""
+
+    num_workers: PositiveInt = 1
+    """Data-parallel workers; each takes an equal slice of every global batch."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """Logical CPUs that each holds; also its torch threads."""
+    accelerator: Literal["cpu", "cuda"] = "cpu"
+    """Device of the network; cuda takes one GPU a worker."""
+    save_every_steps: PositiveInt = 200
+    """Steps between checkpoints."""
+    log_every_steps: PositiveInt = 20
+    """Steps between reads of the loss from the device."""
+    num_checkpoints: PositiveInt = 2
+    """Newest checkpoints kept while training."""
+    max_failures: NonNegativeInt = 2
+    """Restarts from the newest checkpoint after a lost worker."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them: the same numbers from less memory, in about a
+    third more time. Not for CLIP, whose network is open_clip's."""
+    compiled: bool = False
+    """Train through torch.compile: faster on a GPU after some minutes at the start; numbers differ by rounding. Not for
+    CLIP."""
+
+
+def _require_start(train: TrainConfig, init_from: str) -> None:
+    if train.num_steps == 0 and not init_from:
+        raise ValueError("train.num_steps is 0, which needs init_from: random weights draw nothing")
+
+
+@configclass
+class ClipStepConfig:
+    """The frozen CLIP: trained here on the shards, or taken as it is."""
+
+    source: Literal["train", "pretrained"] = "train"
+    """train: a new open_clip model on the shards; pretrained: an open_clip name with a tag, or a local folder."""
+    name: str = "ViT-L-14"
+    """pretrained: open_clip model name, hf-hub:OWNER/REPOSITORY, or a folder in open_clip's local-dir layout."""
+    tag: str = "laion2b_s32b_b82k"
+    """pretrained: open_clip's pretrained tag, or the path of a checkpoint; ignored for a folder and for hf-hub."""
+    model: ClipConfig = ClipConfig()
+    """train: the network."""
+    train: TrainConfig = TrainConfig()
+    """train: its optimisation."""
+    resources: TrainResources = TrainResources()
+    """train: its workers."""
+
+    def __post_init__(self) -> None:
+        if self.source == "train" and self.train.num_steps == 0:
+            raise ValueError("train.num_steps is 0: random weights tell nothing apart; set source = 'pretrained'")
+
+
+@configclass
+class EmbedConfig:
+    """z_image and z_text of every good row, as Parquet, one file a shard."""
+
+    batch_size: PositiveInt = 256
+    """Images in one forward pass."""
+    resources: TaskResources = TaskResources(num_workers=1)
+    """Workers of this step."""
+
+
+@configclass
+class IndexConfig:
+    """The neighbour index over z_image and z_text (FAISS, inner product)."""
+
+    kind: Literal["auto", "flat", "ivf_flat", "ivf_sq8", "hnsw"] = "auto"
+    """auto: flat below 20,000 rows, else ivf_sq8."""
+    num_train_rows: PositiveInt = 200_000
+    """Random sample on which the lists and quantisers are trained, in rows."""
+    recall_target: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Recall at 10 that the search effort is tuned to, measured against exact search."""
+    num_recall_queries: PositiveInt = 200
+    """Queries held for that measurement, in rows."""
+    resources: TaskResources = TaskResources(num_workers=1)
+    """Workers of this step."""
+
+
+@configclass
+class PriorStepConfig:
+    """The prior: caption to z_image."""
+
+    model: PriorModel = PriorConfig()
+    """The network and its sampler; ``kind`` chooses a diffusion or an autoregressive prior."""
+    init_from: str = ""
+    """Folder of a trained network (config.json, model.safetensors) to start from, of the same shape: from `unclip
+    import`, or another run's artifact. Empty: random weights."""
+    train: TrainConfig = TrainConfig()
+    """Its optimisation."""
+    resources: TrainResources = TrainResources()
+    """Its workers."""
+
+    def __post_init__(self) -> None:
+        _require_start(self.train, self.init_from)
+
+
+@configclass
+class DecoderStepConfig:
+    """The decoder: z_image and caption to a small picture."""
+
+    model: DecoderConfig = DecoderConfig()
+    """The network, its diffusion and its sampler."""
+    init_from: str = ""
+    """Folder of a trained network (config.json, model.safetensors) to start from, of the same shape: from `unclip
+    import`, or another run's artifact. Empty: random weights."""
+    train: TrainConfig = TrainConfig()
+    """Its optimisation."""
+    resources: TrainResources = TrainResources()
+    """Its workers."""
+
+    def __post_init__(self) -> None:
+        _require_start(self.train, self.init_from)
+
+
+@configclass
+class NoisyClipStepConfig:
+    """The noise-aware CLIP, for CLIP guidance of the decoder: an optional step."""
+
+    model: NoisyClipConfig = NoisyClipConfig()
+    """The image tower and the noise it sees."""
+    train: TrainConfig = TrainConfig()
+    """Its optimisation."""
+    resources: TrainResources = TrainResources()
+    """Its workers; each contrasts its own share of the batch."""
+
+
+@configclass
+class UpsamplerStepConfig:
+    """One upsampler: a picture to a larger one."""
+
+    model: UpsamplerConfig = UpsamplerConfig()
+    """The network, its diffusion and its sampler."""
+    init_from: str = ""
+    """Folder of a trained network (config.json, model.safetensors) to start from, of the same shape: from `unclip
+    import`, or another run's artifact. Empty: random weights."""
+    train: TrainConfig = TrainConfig()
+    """Its optimisation."""
+    resources: TrainResources = TrainResources()
+    """Its workers."""
+
+    def __post_init__(self) -> None:
+        _require_start(self.train, self.init_from)
+
+
+@configclass
+class EvaluateConfig:
+    """Pictures and numbers from the finished cascade."""
+
+    num_prompts: PositiveInt = 240
+    """Prompts sampled for the numbers; none of them was trained on."""
+    prompts_path: str = ""
+    """Text file of prompts, one a line; empty: the drawn source's held-out scenes, or validation captions."""
+    features_path: str = ""
+    """TorchScript file of a feature extractor, for a Frechet distance beside CLIP's (Inception: FID); runs its code."""
+    num_shown: PositiveInt = 16
+    """Prompts shown in the picture grids."""
+    num_images_per_shown: PositiveInt = 4
+    """Pictures of each shown prompt."""
+    batch_size: PositiveInt = 64
+    """Pictures sampled at a time."""
+    resources: TaskResources = TaskResources(num_workers=2)
+    """Workers of this step."""
+
+
+@configclass
+class ServeConfig:
+    """The server; changes no artifact."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; loopback unless you put something in front."""
+    port: Port = 8000
+    """Port to listen on."""
+    num_replicas: PositiveInt = 1
+    """Copies of the cascade."""
+    cpus_per_replica: PositiveFloat = 1.0
+    """Logical CPUs of each; also its torch threads."""
+    accelerator: Literal["cpu", "cuda"] = "cpu"
+    """Device of each."""
+    max_batch_size: PositiveInt = 16
+    """Pictures in one forward pass."""
+    max_queued_requests: PositiveInt = 64
+    """Requests waiting before new ones get 503."""
+    api_key: str = ""
+    """When set, requests must carry it: Authorization: Bearer KEY."""
+
+
+@configclass
+class TrackingConfig:
+    """MLflow; changes no artifact."""
+
+    uri: str = ""
+    """Tracking server; empty: sqlite beside the workspace; "off": none."""
+    experiment: str = ""
+    """Experiment name; empty: the recipe's name."""

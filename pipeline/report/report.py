@@ -1,0 +1,287 @@
+"""The report: one self-contained HTML page of what a recipe has made so far, and the same numbers as text."""
+
+import platform
+import shlex
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from pipeline.recipe.plan import Step, artifact_of
+from pipeline.recipe.recipe import Recipe
+from pipeline.report import sections
+from pipeline.report.sections import Done, Finished
+from pipeline.report.tables import measure_rows, quality_groups, tiles_of
+from pipeline.workspace.store import Workspace, translate_os_errors
+
+Json = dict[str, Any]
+
+_TEMPLATE = "report.html"
+_SOURCES = {
+    "drawn": "pictures of shapes that the project draws itself",
+    "list": "the pictures of a URL list",
+    "folder": "the pictures of a folder",
+}
+
+
+def write_report(workspace: Workspace, steps: list[Step], recipe: Recipe, path: Path, recipe_file: str = "") -> None:
+    """Write the page; steps that are not done leave their sections out.
+
+    Args:
+        workspace: Holds the artifacts.
+        steps: The plan.
+        recipe: Names the page and its settings.
+        path: The file to write.
+        recipe_file: How the commands at the end name the recipe, as words of a shell command.
+
+    Raises:
+        DataError: If an artifact's file is damaged; names it.
+        StepError: If the page cannot be written.
+    """
+    done = finished_steps(workspace, steps)
+    view = build_view(
+        done, [step.name for step in steps], recipe, recipe_file or shlex.quote(f"configs/{recipe.name}.toml")
+    )
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=False
+    )
+    cast("Any", environment.filters).update(_FILTERS)
+    page = environment.get_template(_TEMPLATE).render(view)
+    with translate_os_errors(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".tmp-{path.name}")
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(path)
+
+
+def finished_steps(workspace: Workspace, steps: list[Step]) -> Done:
+    """The steps of a plan that are done, by name, in its order."""
+    done: Done = {}
+    for step in steps:
+        artifact = artifact_of(workspace, step)
+        manifest = artifact.manifest()
+        if manifest is not None:
+            done[step.name] = Finished(step, artifact, manifest)
+    return done
+
+
+def build_view(done: Done, step_names: list[str], recipe: Recipe, recipe_file: str) -> Json:
+    """What the template shows: plain values, pictures as ``data:`` URIs."""
+    metrics: Json = {}
+    if "evaluate" in done and done["evaluate"].artifact.exists("metrics.json"):
+        metrics = done["evaluate"].artifact.read_json("metrics.json")
+    training = sections.training_of(done, recipe)
+    for network in training:
+        network["svg"] = Markup(network["svg"])
+    pictures = sections.pictures_of(done)
+    return {
+        "name": recipe.name,
+        "lead": _lead(recipe),
+        "facts": _facts(done, training),
+        "tiles": tiles_of(metrics),
+        "missing": _missing(done, step_names),
+        "pictures": pictures,
+        "has_checks": bool(metrics.get("pixel_check")),
+        "samples_about": _samples_about(metrics, recipe),
+        "stages_about": _stages_about(recipe),
+        "neighbours_about": _neighbours_about(metrics),
+        "quality": quality_groups(metrics),
+        "quality_about": _quality_about(metrics),
+        "measures": measure_rows(metrics),
+        "training": training,
+        "download": sections.download_of(done),
+        "index": _index_view(sections.index_of(done)),
+        "times": sections.times_of(done),
+        "commands": next_commands(recipe, recipe_file, _example_prompt(pictures), set(done)),
+        "footer": _footer(recipe),
+        "changes": sections.recipe_changes(recipe),
+        "artifacts": [(finished.title, finished.artifact.uri) for finished in done.values()],
+        "versions": sorted(_versions(done).items()),
+    }
+
+
+def next_commands(recipe: Recipe, recipe_file: str, prompt: str, done: set[str]) -> list[tuple[str, str]]:
+    """A few commands worth trying after this run, each with what it does."""
+    file, words = recipe_file, shlex.quote(prompt)
+    if "evaluate" not in done:
+        return [
+            ("what is done, what remains and why", f"unclip plan {file}"),
+            ("go on from here; finished work is kept", f"unclip run {file}"),
+        ]
+    steps = 2 * recipe.decoder.train.num_steps
+    return [
+        ("draw your own words", f"unclip sample {file} {words} -n 4 --seed 1 --out out"),
+        ("find the training pictures nearest to some words", f"unclip search {file} {words} -k 10"),
+        ("serve it: OpenAI's image API, neighbours and a page", f"unclip serve {file}"),
+        ("see what one changed field would run again", f"unclip plan {file} --set decoder.train.num_steps={steps}"),
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 4.2 s, 3 min 05 s, 2 h 10 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def short_count(count: float) -> str:
+    """A count for people: 950, 1.8M, 3.5B."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return f"{count:.0f}"
+
+
+def format_metrics(metrics: Json) -> str:
+    """The quality tables as plain text, for a terminal."""
+    lines: list[str] = []
+    for group in quality_groups(metrics):
+        lines.append(f"{group['title']:34}{'drawn':>9} {'95 %':>11} {'real':>9} {'shuffled':>9}")
+        for row in group["rows"]:
+            drawn = row["generated"]
+            others = [f"{100 * row[kind]['rate']:8.1f}%" if row[kind] else " " * 9 for kind in ("real", "shuffled")]
+            interval = f"{100 * drawn['low']:.1f}-{100 * drawn['high']:.1f}"
+            lines.append(f"  {row['name']:32}{100 * drawn['rate']:8.1f}% {interval:>11} {others[0]} {others[1]}")
+        lines.append("")
+    rows = measure_rows(metrics)
+    if rows:
+        lines.append(f"{'measure':42}{'drawn':>12}{'ceiling':>12}{'floor':>12}")
+        lines += [f"  {row['name']:40}{row['value']:>12}{row['ceiling']:>12}{row['floor']:>12}" for row in rows]
+    return "\n".join(lines).rstrip()
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.1f} %"
+
+
+def _whole(rate: float) -> str:
+    return f"{100 * rate:.0f}"
+
+
+def _share(share: float) -> str:
+    return f"{100 * min(max(share, 0.0), 1.0):.2f}%"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"
+
+
+_FILTERS: dict[str, Any] = {
+    "percent": _percent,
+    "whole": _whole,
+    "share": _share,
+    "duration": duration,
+    "short": short_count,
+    "size": _size,
+}
+
+
+def _lead(recipe: Recipe) -> str:
+    sides = [recipe.decoder.model.image_px]
+    sides += [section.model.image_px for section in (recipe.upsampler_1, recipe.upsampler_2) if section is not None]
+    larger = f", and upsamplers enlarge it to {' and '.join(map(str, sides[1:]))} px" if sides[1:] else ""
+    clip = "a CLIP trained here" if recipe.clip.source == "train" else f"a frozen CLIP ({recipe.clip.name})"
+    return (
+        f"A model in the manner of DALL-E 2, trained on {_SOURCES[recipe.pairs.source]}. {clip[0].upper()}{clip[1:]} "
+        f"reads the caption, a prior turns it into the embedding of a picture, a decoder draws that at {sides[0]} px"
+        f"{larger}."
+    )
+
+
+def _facts(done: Done, training: list[Json]) -> list[tuple[str, str]]:
+    facts: list[tuple[str, str]] = []
+    times = sections.times_of(done)
+    if times:
+        facts.append((duration(times["total_s"]), "from an empty folder"))
+    if "download" in done:
+        facts.append((f"{done['download'].manifest.counts.get('ok', 0):,}", "pictures"))
+    parameters = sum(network["num_parameters"] for network in training)
+    if parameters:
+        facts.append((short_count(parameters), f"parameters in {len(training)} networks"))
+    if done:
+        newest = max(finished.manifest.created for finished in done.values())
+        facts.append((time.strftime("%d %B %Y, %H:%M", time.localtime(newest)).lstrip("0"), ""))
+    return facts
+
+
+def _missing(done: Done, step_names: list[str]) -> str:
+    left = [name for name in step_names if name not in done]
+    if not left:
+        return ""
+    return (
+        f"{len(done)} of {len(step_names)} steps are done; what needs {', '.join(left)} is left out until "
+        f"{'it has' if len(left) == 1 else 'they have'} run."
+    )
+
+
+def _samples_about(metrics: Json, recipe: Recipe) -> str:
+    prompts = {
+        "drawn": "Prompts whose combination of colour, shape and background, or of two objects, was never trained on.",
+        "captions": "Captions of validation pictures, which were never trained on.",
+        "file": "Prompts from your own file.",
+    }.get(metrics.get("prompts", ""), "")
+    return f"{prompts} {recipe.evaluate.num_images_per_shown} seeds each, not picked. Click a picture to enlarge it."
+
+
+def _stages_about(recipe: Recipe) -> str:
+    if recipe.upsampler_1 is None:
+        return "The decoder's picture is the final one: this recipe has no upsamplers."
+    return "The decoder decides what is where; the upsamplers, which never see the caption, give it its edges."
+
+
+def _quality_about(metrics: Json) -> str:
+    return (
+        f"Objects are found by colour and classified by outline in {metrics.get('num_prompts', 0)} pictures of prompts "
+        "that were not trained on: no network takes part in the check. Real pictures of the same scenes and shuffled "
+        "prompts say what the check can reach and what chance gives."
+    )
+
+
+def _neighbours_about(metrics: Json) -> str:
+    found = metrics.get("memorisation")
+    text = "Each drawing beside the training pictures nearest to it in the CLIP space, with their cosine similarity."
+    if not found:
+        return text
+    return (
+        f"{text} {100 * found['closer_than_real']['rate']:.1f} % of the drawings lie closer to a training picture than "
+        f"95 % of real, unseen pictures do; 5 % would be expected of real ones."
+    )
+
+
+def _index_view(index: Json | None) -> Json | None:
+    if index is None:
+        return None
+    recalls = [index[name]["recall_at_10"] for name in ("image", "text") if name in index]
+    if not recalls:
+        return None
+    return {
+        "value": f"{100 * min(recalls):.1f} %",
+        "label": "recall at 10",
+        "note": f"{index['kind']} index of {index.get('num_rows', 0):,} rows, measured against exact search by picture "
+        "and by caption; the lower of the two.",
+    }
+
+
+def _example_prompt(pictures: Json | None) -> str:
+    shown = (pictures or {}).get("shown") or [{"prompt": "a large red star on a white background"}]
+    return str(shown[0]["prompt"])
+
+
+def _versions(done: Done) -> dict[str, str]:
+    return {name: number for finished in done.values() for name, number in finished.manifest.versions.items()}
+
+
+def _footer(recipe: Recipe) -> str:
+    devices = {section.resources.accelerator for section in recipe.trained().values()}
+    memory = psutil.virtual_memory().total / 2**30
+    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    return (
+        f"Seed {recipe.seed}. Networks on {' and '.join(sorted(devices))}. Written on {platform.system()} "
+        f"{platform.machine()}, {cores} cores, {memory:.0f} GiB, Python {platform.python_version()}."
+    )

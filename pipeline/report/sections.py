@@ -1,0 +1,231 @@
+"""What the report shows, collected from the artifacts that are there: one function for each section of the page.
+
+A section that cannot be shown yet returns None; the report says so in one line. Rates are shares (0 to 1) here and
+percent on the page.
+"""
+
+import base64
+import io
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.data.pictures import from_bytes, thumbnail
+from pipeline.errors import DataError
+from pipeline.recipe.plan import Step
+from pipeline.recipe.recipe import Recipe, default_tables, to_dict
+from pipeline.report.charts import Curve, line_chart
+from pipeline.workspace.manifest import Manifest
+from pipeline.workspace.progress import METRICS
+from pipeline.workspace.store import Artifact
+
+Json = dict[str, Any]
+
+_LARGEST_PX = 256
+_TITLES = {
+    "pairs": "Pairs",
+    "download": "Download",
+    "clip": "CLIP",
+    "embed": "Embeddings",
+    "index": "Index",
+    "prior": "Prior",
+    "prior_2": "Prior 2",
+    "decoder": "Decoder",
+    "upsampler_1": "Upsampler 1",
+    "upsampler_2": "Upsampler 2",
+    "evaluate": "Evaluation",
+}
+_WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A step that is done, with what it left."""
+
+    step: Step
+    artifact: Artifact
+    manifest: Manifest
+
+    @property
+    def title(self) -> str:
+        """The step's name for people."""
+        return _TITLES.get(self.step.name, self.step.name)
+
+
+Done = dict[str, Finished]
+
+
+def inline_picture(artifact: Artifact, name: str) -> str:
+    """A picture of an artifact as a ``data:`` URI: hard-edged small ones as PNG, larger ones as WebP of 256 px at most.
+
+    Raises:
+        DataError: If it is missing or cannot be decoded.
+    """
+    image = thumbnail(from_bytes(artifact.path(name).read_bytes(), where=f"{artifact.uri}/{name}"), _LARGEST_PX)
+    buffer = io.BytesIO()
+    if max(image.size) <= 64:
+        image.save(buffer, "PNG")
+    else:
+        image.save(buffer, "WEBP", quality=88, method=4)
+    kind = "png" if max(image.size) <= 64 else "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def pictures_of(done: Done) -> Json | None:
+    """Samples, stages, reconstructions and neighbours of the evaluate step, their files replaced by ``data:`` URIs."""
+    if "evaluate" not in done or not done["evaluate"].artifact.exists("pictures.json"):
+        return None
+    artifact = done["evaluate"].artifact
+    pictures: Json = artifact.read_json("pictures.json")
+    return {name: [_inline_entry(artifact, entry) for entry in entries] for name, entries in pictures.items()}
+
+
+def _inline_entry(artifact: Artifact, entry: Json) -> Json:
+    inlined: Json = {}
+    for name, value in entry.items():
+        if name == "file":
+            inlined["src"] = inline_picture(artifact, value)
+        elif isinstance(value, list):
+            inlined[name] = [_inline_entry(artifact, item) if isinstance(item, dict) else item for item in value]
+        else:
+            inlined[name] = value
+    return inlined
+
+
+def training_of(done: Done, recipe: Recipe) -> list[Json]:
+    """Loss curve, steps, parameters and seconds of each trained network that is done."""
+    networks: list[Json] = []
+    for name, section in recipe.trained().items():
+        if name not in done or not done[name].artifact.exists(METRICS):
+            continue
+        finished = done[name]
+        rows = read_rows(finished.artifact, METRICS)
+        curve = Curve([row["step"] for row in rows if "loss" in row], [row["loss"] for row in rows if "loss" in row])
+        if len(curve.steps) < 2:
+            continue
+        validation = [row["val_loss"] for row in rows if "val_loss" in row]
+        networks.append(
+            {
+                "title": finished.title,
+                "svg": line_chart(curve, label=f"Loss of {finished.title} over {curve.steps[-1]} steps"),
+                "num_steps": section.train.num_steps,
+                "batch_size": section.train.batch_size,
+                "num_parameters": num_parameters(finished.artifact),
+                "wall_s": finished.manifest.wall_s,
+                "loss": curve.values[-1],
+                "val_loss": validation[-1] if validation else None,
+            }
+        )
+    return networks
+
+
+def read_rows(artifact: Artifact, name: str) -> list[Json]:
+    """The lines of a JSON-lines file.
+
+    Raises:
+        DataError: If a line is not a JSON object; names the file and the line.
+    """
+    rows: list[Json] = []
+    for number, line in enumerate(artifact.path(name).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{artifact.uri}/{name}: line {number}: not valid JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{artifact.uri}/{name}: line {number}: not a JSON object")
+        rows.append(row)
+    return rows
+
+
+def num_parameters(artifact: Artifact) -> int:
+    """Numbers in the weights of an artifact, from the header of its safetensors file; 0 without one."""
+    for name in _WEIGHTS:
+        if artifact.exists(name):
+            with artifact.path(name).open("rb") as stream:
+                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            shapes = [entry["shape"] for key, entry in header.items() if key != "__metadata__"]
+            return sum(_product(shape) for shape in shapes)
+    return 0
+
+
+def _product(shape: list[int]) -> int:
+    product = 1
+    for side in shape:
+        product *= side
+    return product
+
+
+def download_of(done: Done) -> Json | None:
+    """Rows by outcome, img2dataset's own error messages, and the size of what was stored."""
+    if "download" not in done:
+        return None
+    finished = done["download"]
+    reasons: dict[str, int] = {}
+    for name in finished.artifact.names():
+        if name.endswith("_stats.json"):
+            for reason, count in finished.artifact.read_json(name).get("status_dict", {}).items():
+                reasons[reason] = reasons.get(reason, 0) + count
+    succeeded = reasons.pop("success", 0)
+    counts = finished.manifest.counts
+    errors = sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))
+    return {
+        "total": counts.get("in", succeeded + sum(reasons.values())),
+        "ok": counts.get("ok", succeeded),
+        "errors": [{"reason": reason, "count": count, "share": count / errors[0][1]} for reason, count in errors[:8]],
+        "bytes": sum(info["bytes"] for name, info in finished.manifest.files.items() if name.endswith(".tar")),
+        "num_shards": sum(name.endswith(".tar") for name in finished.manifest.files),
+    }
+
+
+def index_of(done: Done) -> Json | None:
+    """Kind of the index, its rows, and recall for pictures and captions."""
+    if "index" not in done or not done["index"].artifact.exists("index.json"):
+        return None
+    return done["index"].artifact.read_json("index.json")
+
+
+def times_of(done: Done) -> Json | None:
+    """Seconds of each step, and of all together (steps run side by side, so less than their sum)."""
+    if not done:
+        return None
+    longest = max(finished.manifest.wall_s for finished in done.values()) or 1.0
+    bars = [
+        {"title": finished.title, "wall_s": finished.manifest.wall_s, "share": finished.manifest.wall_s / longest}
+        for finished in done.values()
+    ]
+    spans = [(f.manifest.created - f.manifest.wall_s, f.manifest.created) for f in done.values()]
+    return {"bars": bars, "total_s": covered_s(spans)}
+
+
+def covered_s(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of time spans, in seconds."""
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+def recipe_changes(recipe: Recipe) -> list[tuple[str, str, str]]:
+    """Fields of the recipe that are not at their default: dotted name, value, default."""
+    tables = to_dict(recipe)
+    defaults, values = _flatten(default_tables(tables)), _flatten(tables)
+    return [
+        (name, _text(value), _text(defaults[name]) if name in defaults else "")
+        for name, value in values.items()
+        if defaults.get(name) != value and not name.endswith("api_key")
+    ]
+
+
+def _flatten(tables: Json, prefix: str = "") -> Json:
+    flat: Json = {}
+    for name, value in tables.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        elif value is not None:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value) if not isinstance(value, str) else value or '""'

@@ -1,0 +1,74 @@
+"""``unclip search``: a text or a picture in, the nearest pairs out."""
+
+import io
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipeline.data.pictures import read_file
+from pipeline.errors import ConfigError
+from pipeline.networks.files import load_clip_artifact
+from pipeline.recipe.plan import artifact_of, make_plan
+from pipeline.recipe.recipe import Recipe
+from pipeline.retrieve.build import Modality
+from pipeline.retrieve.index import Neighbour, NeighbourIndex, read_picture
+from pipeline.sampling.grid import Block, draw_grid
+from pipeline.workspace.store import Artifact, Workspace, translate_os_errors
+
+
+def search_recipe(
+    recipe: Recipe, *, text: str = "", image: str = "", k: int = 10, modality: str = "image", out: str = ""
+) -> list[Neighbour]:
+    """Find the nearest pairs of a recipe's index.
+
+    Args:
+        recipe: A recipe whose index is built.
+        text: What to look for; or
+        image: A picture file to look for.
+        k: Neighbours to return.
+        modality: ``image`` or ``text``: what of the pairs to compare with.
+        out: Folder for the neighbours' pictures and ``grid.png``; empty: none are written.
+
+    Raises:
+        ConfigError: If the index is not built yet, or the picture cannot be read.
+        DataError: If an artifact is damaged.
+        StepError: If the folder cannot be written.
+    """
+    artifacts = _artifacts(recipe)
+    clip = load_clip_artifact(artifacts["clip"])
+    with torch.no_grad():
+        z = (
+            clip.encode_image(torch.from_numpy(np.array(read_file(image)))[None])
+            if image
+            else clip.encode_text([text]).z_text
+        )
+    index = NeighbourIndex.open(artifacts["index"])
+    [neighbours] = index.search(z.cpu().numpy(), k, cast("Modality", modality))
+    if out:
+        with translate_os_errors(out):
+            _write_pictures(neighbours, artifacts["download"], Path(out), text or image)
+    return neighbours
+
+
+def _artifacts(recipe: Recipe) -> dict[str, Artifact]:
+    workspace = Workspace(recipe.workspace)
+    artifacts = {step.name: artifact_of(workspace, step) for step in make_plan(recipe, until="index")}
+    for name, artifact in artifacts.items():
+        if artifact.manifest() is None:
+            raise ConfigError(
+                f"{name}: not done yet under this recipe; `unclip run RECIPE --until index` builds the index"
+            )
+    return artifacts
+
+
+def _write_pictures(neighbours: list[Neighbour], download: Artifact, folder: Path, title: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    blocks: list[Block] = []
+    for rank, neighbour in enumerate(neighbours):
+        picture = Image.open(io.BytesIO(read_picture(download, neighbour.shard, neighbour.key))).convert("RGB")
+        picture.save(folder / f"{rank:03d}.png")
+        blocks.append(Block([np.array(picture)], f"{neighbour.similarity:.3f} {neighbour.caption}"))
+    draw_grid(blocks, columns=5, title=title).save(folder / "grid.png")

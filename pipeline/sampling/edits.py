@@ -1,0 +1,310 @@
+"""Edits of pictures by a recipe's cascade: PNG files, a labelled grid, and one line of JSON for each picture.
+
+Every edit is one entry of ``EDITS``: what it makes of the pictures it is given, as frames of one kind. Files, grid and
+settings are the same for all. The mathematics is models/edits.py.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+
+from models.cascade import CascadeResult, Watch
+from models.decoder.inpainting import PartlyKnown
+from models.edits import EditError, Editor, EditSettings, Latents
+from models.pca import Pca, PcaSums
+from pipeline.data.pictures import centre_square, read_file, to_png
+from pipeline.data.vectors import read_vectors, to_unit
+from pipeline.errors import ConfigError
+from pipeline.networks.files import load_cascade, network_configs
+from pipeline.recipe.plan import artifact_of, make_plan
+from pipeline.recipe.recipe import Recipe
+from pipeline.sampling.edit_options import EditOptions
+from pipeline.sampling.grid import Block, draw_grid
+from pipeline.sampling.preview import Preview
+from pipeline.sampling.sample import GRID, cascade_artifacts
+from pipeline.workspace.store import Artifact, Workspace, translate_os_errors
+
+Json = dict[str, Any]
+Pixels = NDArray[np.uint8]
+
+EDITS_FILE = "edits.jsonl"
+_CELL_PX = (128, 256)
+_COLUMNS = 10
+"""Most pictures side by side in the grid."""
+_NUM_COMPONENTS = (20, 40, 80, 160)
+"""Principal components shown where none are asked for; the paper's figure 7 goes from 20 to 320."""
+_THRESHOLD = 128
+"""A mask's grey level from which a pixel is drawn anew."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The pictures of one call."""
+
+    files: tuple[str, ...]
+    pictures: tuple[Image.Image, ...]
+    embed: Artifact
+    """The embed step, for its principal components."""
+
+    @property
+    def names(self) -> list[str]:
+        """File names without their folders, for labels."""
+        return [Path(file).name for file in self.files]
+
+    def square(self, side_px: int, device: torch.device) -> torch.Tensor:
+        """The first picture's centre, uint8 (1, side, side, 3)."""
+        return torch.from_numpy(np.array(centre_square(self.pictures[0], side_px)))[None].to(device)
+
+
+@dataclass(frozen=True)
+class Frames:
+    """What an edit drew."""
+
+    result: CascadeResult
+    label: str
+    tags: list[str]
+    """Of each frame: a few letters under it."""
+    rows: list[Json]
+    """Of each frame: what sets it apart, with its seed."""
+
+
+def edit_recipe(
+    recipe: Recipe,
+    edit: str,
+    files: Sequence[str],
+    options: EditOptions,
+    settings: EditSettings,
+    *,
+    out_dir: Path,
+    watch: Watch | None = None,
+) -> list[Json]:
+    """Edit pictures with the trained cascade of a recipe; write the frames, ``grid.png`` and ``edits.jsonl``.
+
+    Args:
+        recipe: A recipe whose networks are trained.
+        edit: A name of ``EDITS``.
+        files: The pictures.
+        options: What the edit reads.
+        settings: How the decoder is walked.
+        out_dir: Folder, made when missing; files of an earlier call are replaced.
+        watch: Called after each step of each stage; ``preview.png`` shows them meanwhile.
+
+    Returns:
+        The rows of ``edits.jsonl``.
+
+    Raises:
+        ConfigError: If a file is not a picture, a network is not trained yet, or the edit cannot be done.
+        StepError: If the folder cannot be written.
+    """
+    pictures = tuple(read_file(file) for file in files)
+    artifacts = cascade_artifacts(recipe)
+    embed = next(step for step in make_plan(recipe, until="embed") if step.name == "embed")
+    sources = Sources(tuple(files), pictures, artifact_of(Workspace(recipe.workspace), embed))
+    cascade = load_cascade(artifacts, recipe.evaluate.resources.accelerator, network_configs(recipe))
+    with translate_os_errors(str(out_dir)):
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with Preview(out_dir, watch) as preview:
+            try:
+                editor = Editor(cascade, settings, preview)
+                frames = EDITS[edit](editor, sources, options)
+            except EditError as error:
+                raise ConfigError(f"{edit}: {error}") from None
+        return _write(out_dir, edit, editor, sources, frames)
+
+
+def _write(out_dir: Path, edit: str, editor: Editor, sources: Sources, frames: Frames) -> list[Json]:
+    originals = [centre_square(picture, editor.side_px) for picture in sources.pictures]
+    for number, original in enumerate(originals):
+        (out_dir / f"source-{number}.png").write_bytes(to_png(original))
+    rows: list[Json] = []
+    drawn: list[Pixels] = list(frames.result.images.numpy())
+    for number, (picture, row) in enumerate(zip(drawn, frames.rows, strict=True)):
+        name = f"{number:03d}.png"
+        (out_dir / name).write_bytes(to_png(picture))
+        about = {"file": name, "edit": edit, "sources": list(sources.files), "label": frames.label}
+        rows.append(about | row | {"settings": asdict(editor.settings)})
+    (out_dir / EDITS_FILE).write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows), encoding="utf-8")
+    # A way from one picture to another is shown between the two.
+    before, after = originals[:1], originals[1:]
+    shown = [*before, *drawn, *after]
+    tags = ["source"] * len(before) + frames.tags + ["source"] * len(after)
+    starts = range(0, len(shown), _COLUMNS)
+    blocks = [Block(shown[start : start + _COLUMNS], "", tags[start : start + _COLUMNS]) for start in starts]
+    blocks[-1] = Block(blocks[-1].pictures, frames.label, blocks[-1].tags)
+    cell_px = min(max(editor.side_px, _CELL_PX[0]), _CELL_PX[1])
+    (out_dir / GRID).write_bytes(to_png(draw_grid(blocks, cell_px=cell_px)))
+    return rows
+
+
+# ---- the edits -----------------------------------------------------------------------------------
+
+
+def _reconstruct(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
+    result = editor.reconstruct(_encode(editor, sources.pictures[0]), [options.seed])
+    return Frames(result, sources.names[0], ["reconstruction"], [{"seed": options.seed}])
+
+
+def _vary(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
+    seeds = _seeds(options)
+    result = editor.vary(_encode(editor, sources.pictures[0]), seeds, eta=options.eta)
+    rows: list[Json] = [{"seed": seed, "eta": options.eta} for seed in seeds]
+    return Frames(result, f"{sources.names[0]}, eta {options.eta:g}", _seed_tags(seeds), rows)
+
+
+def _interpolate(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
+    a, b = (_encode(editor, picture) for picture in sources.pictures)
+    shares = _evenly(1.0, options.num_frames)
+    result = editor.interpolate(a, b, shares, options.seed, noise=options.noise)
+    rows: list[Json] = [{"seed": options.seed, "share": share, "noise": options.noise} for share in shares]
+    label = f"{sources.names[0]} -> {sources.names[1]}, noise {options.noise}"
+    return Frames(result, label, [f"{share:.2f}" for share in shares], rows)
+
+
+def _text_diff(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
+    thetas = _evenly(options.theta, options.num_frames)
+    latents = _encode(editor, sources.pictures[0])
+    result = editor.text_diff(latents, options.source, options.target, thetas, options.seed)
+    rows: list[Json] = [
+        {"seed": options.seed, "theta": theta, "from": options.source, "to": options.target} for theta in thetas
+    ]
+    return Frames(result, f"{options.source} -> {options.target}", [f"theta {theta:.2f}" for theta in thetas], rows)
+
+
+def _inpaint(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
+    drawn = torch.from_numpy(read_mask(options.mask, sources.pictures[0], sources.files[0]))[None]
+    known = PartlyKnown(sources.square(editor.side_px, editor.device), drawn.to(editor.device))
+    return _draw_unknown(editor, known, options)
+
+
+def _outpaint(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
+    border_px = max(1, round(options.margin * editor.side_px))
+    inner_px = editor.side_px - 2 * border_px
+    if inner_px < 1:
+        raise ConfigError(f"--margin {options.margin}: leaves nothing of a picture of {editor.side_px} px")
+    around = (border_px, border_px)
+    # The border repeats the picture's edge, so that small versions of the known part do not mix with a foreign colour.
+    canvas = np.pad(centre_square(sources.pictures[0], inner_px), (around, around, (0, 0)), mode="edge")
+    drawn = np.pad(np.zeros((inner_px, inner_px), bool), (around, around), constant_values=True)
+    known = PartlyKnown(*(torch.from_numpy(part)[None].to(editor.device) for part in (canvas, drawn)))
+    return _draw_unknown(editor, known, options)
+
+
+def _draw_unknown(editor: Editor, known: PartlyKnown, options: EditOptions) -> Frames:
+    seeds = _seeds(options)
+    result = editor.inpaint(known, options.prompt, seeds)
+    rows: list[Json] = [{"seed": seed, "prompt": options.prompt, "method": editor.inpaint_method} for seed in seeds]
+    return Frames(result, f"{options.prompt} (by {editor.inpaint_method})", _seed_tags(seeds), rows)
+
+
+def _sdedit(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
+    seeds = _seeds(options)
+    image = sources.square(editor.side_px, editor.device)
+    result = editor.sdedit(image, options.prompt, seeds, strength=options.strength)
+    rows: list[Json] = [{"seed": seed, "prompt": options.prompt, "strength": options.strength} for seed in seeds]
+    return Frames(result, f"{options.prompt}, strength {options.strength:g}", _seed_tags(seeds), rows)
+
+
+def _pca_reconstruct(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
+    """Section 4 and figure 7: more and more components of z_image, drawn from one noise; at last all of it."""
+    pca, z_image = training_pca(sources.embed), editor.embed(_as_tensor(sources.pictures[0]))
+    most = len(pca.components)
+    shown = options.components or tuple(count for count in _NUM_COMPONENTS if count < most)
+    if max(shown, default=0) > most:
+        raise ConfigError(f"--components {max(shown)}: these embeddings have {most} components")
+    cut = [pca.keep(count) for count in shown]
+    kept = [F.normalize(part.reconstruct(part.project(z_image)), dim=1) for part in cut]
+    counts = [*shown, z_image.shape[1]]
+    result = editor.draw_embeddings(torch.cat([*kept, z_image]), options.seed)
+    rows: list[Json] = [{"seed": options.seed, "components": count} for count in counts]
+    return Frames(result, sources.names[0], [*(str(count) for count in shown), "all"], rows)
+
+
+EDITS: dict[str, Callable[[Editor, Sources, EditOptions], Frames]] = {
+    "reconstruct": _reconstruct,
+    "vary": _vary,
+    "interpolate": _interpolate,
+    "text-diff": _text_diff,
+    "inpaint": _inpaint,
+    "outpaint": _outpaint,
+    "sdedit": _sdedit,
+    "pca-reconstruct": _pca_reconstruct,
+}
+
+
+# ---- what they read ------------------------------------------------------------------------------
+
+
+def read_mask(path: str, picture: Image.Image, of: str) -> NDArray[np.bool_]:
+    """True where a picture is to be drawn anew, cut to the picture's centre square.
+
+    That is where the mask is transparent, if any of it is (as OpenAI's API has it), else where it is white.
+
+    Args:
+        path: The mask's file.
+        picture: The picture it belongs to.
+        of: Name of the picture, for messages.
+
+    Raises:
+        ConfigError: If it cannot be read, is of another size than the picture, or asks for nothing to be drawn.
+    """
+    mask = read_file(path, alpha=True)
+    if mask.size != picture.size:
+        sizes = " and ".join(f"{width} x {height} px" for width, height in (mask.size, picture.size))
+        raise ConfigError(f"{path}: the mask and {of} are of different sizes, {sizes}; make them equal")
+    if mask.mode == "RGBA":
+        drawn = np.asarray(mask.getchannel("A")) < _THRESHOLD
+    else:
+        drawn = np.asarray(mask.convert("L")) >= _THRESHOLD
+    side = min(mask.size)
+    left, top = (mask.width - side) // 2, (mask.height - side) // 2
+    drawn = drawn[top : top + side, left : left + side]
+    if not drawn.any():
+        raise ConfigError(f"{path}: the mask is empty: make white, or transparent, what is to be drawn anew")
+    return np.ascontiguousarray(drawn)
+
+
+def training_pca(embed: Artifact) -> Pca:
+    """Principal components of the training pictures' embeddings.
+
+    Raises:
+        ConfigError: If nothing is embedded yet under this recipe, or too little.
+        DataError: If a shard is damaged.
+    """
+    sums: PcaSums | None = None
+    for shard in embed.shard_records():
+        vectors = read_vectors(embed.path(f"{shard}.parquet"))
+        rows = to_unit(vectors.z_image)[np.array(vectors.table.column("split").to_pylist()) == "train"]
+        sums = sums or PcaSums(rows.shape[1])
+        sums.update(torch.from_numpy(rows))
+    if sums is None or sums.num_rows < 2:
+        raise ConfigError("embed: no training embeddings to find components in; run `unclip run RECIPE --until embed`")
+    return sums.pca()
+
+
+def _encode(editor: Editor, picture: Image.Image) -> Latents:
+    return editor.encode(_as_tensor(picture))
+
+
+def _as_tensor(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture))[None]
+
+
+def _seeds(options: EditOptions) -> list[int]:
+    return [options.seed + number for number in range(options.num_images)]
+
+
+def _seed_tags(seeds: Sequence[int]) -> list[str]:
+    return [f"seed {seed}" for seed in seeds]
+
+
+def _evenly(last: float, count: int) -> list[float]:
+    """``count`` numbers from 0 to ``last``."""
+    return [last * number / (count - 1) for number in range(count)]

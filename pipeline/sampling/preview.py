@@ -1,0 +1,52 @@
+"""What a drawing looks like while it is drawn: ``preview.png``, replaced as it goes and removed at the end."""
+
+import time
+from pathlib import Path
+from types import TracebackType
+
+from models.cascade import StageStep, Watch
+from models.pixels import to_uint8
+from pipeline.data.pictures import to_png
+from pipeline.sampling.grid import Block, draw_grid
+
+PREVIEW = "preview.png"
+_MOST_PICTURES = 16
+
+
+class Preview:
+    """A ``Watch`` that keeps ``preview.png`` in a folder, and passes on what it is told.
+
+    Args:
+        folder: Where to; it exists.
+        watch: Who else wants to know.
+        every_s: Least time between two previews, in seconds.
+    """
+
+    def __init__(self, folder: Path, watch: Watch | None = None, *, every_s: float = 2.0) -> None:
+        self._path = folder / PREVIEW
+        self._watch = watch
+        self._every_s = every_s
+        self._written = time.monotonic()
+
+    def __enter__(self) -> "Preview":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._path.unlink(missing_ok=True)
+
+    def __call__(self, step: StageStep) -> None:
+        """Take note of a step; the prior's have no picture."""
+        if self._watch is not None:
+            self._watch(step)
+        if step.x0.ndim != 4 or time.monotonic() - self._written < self._every_s:
+            return
+        pictures = list(to_uint8(step.x0[:_MOST_PICTURES]).cpu().numpy())
+        page = draw_grid(
+            [Block([picture]) for picture in pictures], columns=4, title=f"{step.stage} {step.done}/{step.total}"
+        )
+        new = self._path.with_suffix(".tmp")
+        new.write_bytes(to_png(page))
+        new.replace(self._path)  # whoever looks sees a whole picture
+        self._written = time.monotonic()

@@ -1,0 +1,185 @@
+"""Drawing prompts: PNG files, a labelled grid, and one line of JSON for each picture.
+
+Picture ``j`` of every prompt has seed ``seed + j``, so each one can be drawn again alone, and the same seed shows what
+other words change.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.cascade import Cascade, Watch
+from models.edits import ImageEncoder
+from pipeline.data.pictures import to_png
+from pipeline.errors import ConfigError
+from pipeline.networks.files import load_cascade, network_configs
+from pipeline.recipe.plan import CASCADE_STEPS, artifact_of, make_plan
+from pipeline.recipe.recipe import Recipe
+from pipeline.sampling.grid import Block, draw_grid
+from pipeline.sampling.preview import Preview
+from pipeline.workspace.store import Artifact, Workspace, translate_os_errors
+
+Json = dict[str, Any]
+
+GRID = "grid.png"
+SAMPLES = "samples.jsonl"
+_CELL_PX = (128, 256)
+"""Smallest and largest side of a picture in the grid, in pixels."""
+
+
+def sample_recipe(
+    recipe: Recipe,
+    prompts: Sequence[str],
+    *,
+    num_images: int,
+    seed: int,
+    out_dir: Path,
+    num_candidates: int = 0,
+    watch: Watch | None = None,
+) -> list[Json]:
+    """Draw prompts with the trained cascade of a recipe; see ``sample_prompts``.
+
+    Raises:
+        ConfigError: If a network is not trained yet; names the command that trains it.
+    """
+    accelerator = recipe.evaluate.resources.accelerator
+    cascade = load_cascade(cascade_artifacts(recipe), accelerator, network_configs(recipe))
+    return sample_prompts(
+        cascade,
+        prompts,
+        num_images=num_images,
+        seed=seed,
+        out_dir=out_dir,
+        num_candidates=num_candidates,
+        batch_size=recipe.evaluate.batch_size,
+        watch=watch,
+    )
+
+
+def cascade_artifacts(recipe: Recipe) -> dict[str, Artifact]:
+    """The trained networks of a recipe, by step name.
+
+    Raises:
+        ConfigError: If one is not trained yet.
+    """
+    workspace, artifacts = Workspace(recipe.workspace), dict[str, Artifact]()
+    for step in make_plan(recipe):
+        if step.name in CASCADE_STEPS:
+            artifacts[step.name] = artifact_of(workspace, step)
+            if artifacts[step.name].manifest() is None:
+                raise ConfigError(
+                    f"{step.name}: not trained yet under this recipe; train it first with `unclip run RECIPE`"
+                )
+    return artifacts
+
+
+def sample_prompts(
+    cascade: Cascade,
+    prompts: Sequence[str],
+    *,
+    num_images: int,
+    seed: int,
+    out_dir: Path,
+    num_candidates: int = 0,
+    batch_size: int = 16,
+    watch: Watch | None = None,
+) -> list[Json]:
+    """Draw each prompt ``num_images`` times and write the pictures, ``grid.png`` and ``samples.jsonl``.
+
+    Args:
+        cascade: The trained networks.
+        prompts: What to draw.
+        num_images: Pictures of each prompt.
+        seed: Seed of each prompt's first picture; its others have the next ones.
+        out_dir: Folder, made when missing; files of an earlier call are replaced.
+        num_candidates: Pictures drawn of each prompt, of which those with the highest CLIP score are kept, the best
+            first; 0: as many as are wanted, in the order of their seeds, without scores.
+        batch_size: Pictures drawn at a time.
+        watch: Called after each step of each stage; ``preview.png`` shows them meanwhile.
+
+    Returns:
+        The rows of ``samples.jsonl``: file, prompt, seed, settings and, where they were chosen, ``clip_score`` of each.
+
+    Raises:
+        ConfigError: If there is nothing to draw, or there are fewer candidates than pictures to keep.
+        StepError: If the folder cannot be written.
+    """
+    if not prompts or num_images < 1:
+        raise ConfigError(f"nothing to draw: {len(prompts)} prompts, {num_images} pictures of each")
+    if num_candidates and num_candidates < num_images:
+        raise ConfigError(f"--candidates {num_candidates}: fewer than the {num_images} pictures to keep of each prompt")
+    settings = cascade.default_settings()
+    seeds = range(seed, seed + (num_candidates or num_images))
+    rows: list[Json] = []
+    blocks: list[Block] = []
+    with translate_os_errors(str(out_dir)):
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with Preview(out_dir, watch) as preview:
+            groups = _draw(cascade, prompts, seeds, batch_size, preview, scored=num_candidates > 0)
+            for number, (prompt, drawn) in enumerate(zip(prompts, groups, strict=True)):
+                best = sorted(drawn, key=lambda one: -(one.score or 0.0))[:num_images]  # a stable sort
+                for rank, one in enumerate(best):
+                    name = f"{number:03d}-{rank}.png"
+                    (out_dir / name).write_bytes(to_png(one.picture))
+                    row: Json = {"file": name, "prompt": prompt, "seed": one.seed, "settings": asdict(settings)}
+                    rows.append(row if one.score is None else row | {"clip_score": one.score})
+                tags = [f"{one.score:.3f}" for one in best if one.score is not None]
+                blocks.append(Block([one.picture for one in best], prompt, tags))
+        lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+        (out_dir / SAMPLES).write_text(lines, encoding="utf-8")
+        (out_dir / GRID).write_bytes(to_png(sample_grid(blocks)))
+    return rows
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """One picture of a prompt."""
+
+    seed: int
+    picture: NDArray[np.uint8]
+    score: float | None
+
+
+def _draw(
+    cascade: Cascade, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, watch: Watch, *, scored: bool
+) -> Iterator[list[_Drawn]]:
+    """The pictures of each prompt in turn, one for each seed; a batch may hold those of several prompts."""
+    wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
+    group: list[_Drawn] = []
+    for start in range(0, len(wanted), batch_size):
+        texts, batch_seeds = zip(*wanted[start : start + batch_size], strict=True)
+        drawn = cascade.sample(texts, batch_seeds, watch=watch).images
+        scores = clip_scores(cascade, drawn, texts) if scored else [None] * len(drawn)
+        for seed, picture, score in zip(batch_seeds, drawn.numpy(), scores, strict=True):
+            group.append(_Drawn(seed, picture, score))
+            if len(group) == len(seeds):
+                yield group
+                group = []
+
+
+def clip_scores(cascade: Cascade, images: Tensor, texts: Sequence[str]) -> list[float]:
+    """Cosine between each picture, uint8 (B, H, W, 3), and its text, as CLIP sees them.
+
+    Raises:
+        ConfigError: If the cascade's CLIP has no image tower.
+    """
+    clip = cascade.clip
+    if not isinstance(clip, ImageEncoder):
+        raise ConfigError("--candidates: this cascade's CLIP has no image tower to choose with")
+    return (clip.encode_image(images) * clip.encode_text(texts).z_text).sum(1).tolist()
+
+
+def sample_grid(blocks: Sequence[Block]) -> Any:
+    """The grid of samples: two prompts side by side where each has few pictures."""
+    side_px = max(np.asarray(blocks[0].pictures[0]).shape[:2])
+    cell_px = min(max(side_px, _CELL_PX[0]), _CELL_PX[1])
+    columns = 2 if len(blocks) > 1 and len(blocks[0].pictures) <= 4 else 1
+    if len(blocks[0].pictures) == 1:
+        columns = min(4, len(blocks))
+    return draw_grid(blocks, columns=columns, cell_px=cell_px)

@@ -1,0 +1,118 @@
+"""What stands in an artifact besides its data: the manifest and the shard records."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline.errors import DataError
+
+
+Json = dict[str, Any]
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """The commit of one shard of a data step."""
+
+    shard: str
+    """Shard name, for example ``00003``."""
+    counts: dict[str, int]
+    """Rows: ``in`` = ``ok`` + each kind of failure."""
+    files: dict[str, Json]
+    """Size and SHA-256 of each file of the shard."""
+    wall_s: float = 0.0
+    """Time spent, in seconds."""
+
+    def __post_init__(self) -> None:
+        check_counts(self.counts, where=f"shard {self.shard}")
+
+    def to_dict(self) -> Json:
+        """As JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Json) -> "ShardRecord":
+        """From JSON."""
+        return cls(**data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The commit of an artifact: what it was made from, what came out, what it cost."""
+
+    step: str
+    """Step name."""
+    key: str
+    """Step key."""
+    step_version: int
+    """Version of the step's code that is part of the key."""
+    section: Json
+    """The recipe's section, less resources."""
+    inputs: dict[str, str]
+    """Key of each input, by step name."""
+    counts: dict[str, int] = field(default_factory=dict[str, int])
+    """Rows: ``in`` = ``ok`` + each kind of failure; empty for steps without rows."""
+    metrics: Json = field(default_factory=dict[str, Any])
+    """What the step measured."""
+    files: dict[str, Json] = field(default_factory=dict[str, Json])
+    """Size in bytes and SHA-256 of every file."""
+    wall_s: float = 0.0
+    """From the step's first start to its commit, less the time between a kill and the next run, in seconds."""
+    node_s: float = 0.0
+    """Wall seconds times workers."""
+    created: float = 0.0
+    """Commit time, in seconds since the epoch."""
+    versions: dict[str, str] = field(default_factory=dict[str, str])
+    """Versions of the project and of the packages that shaped the bytes."""
+    tracking_run_id: str = ""
+    """MLflow run, or empty."""
+    schema_version: int = SCHEMA_VERSION
+    """Version of this layout."""
+
+    def __post_init__(self) -> None:
+        check_counts(self.counts, where=f"step {self.step}")
+
+    def to_dict(self) -> Json:
+        """As JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Json, *, where: str) -> "Manifest":
+        """From JSON.
+
+        Raises:
+            DataError: If a newer schema wrote it.
+        """
+        version = data.get("schema_version", 0)
+        if version != SCHEMA_VERSION:
+            raise DataError(f"{where}: schema version {version}, this unclip reads {SCHEMA_VERSION}; use its release")
+        return cls(**data)
+
+
+def check_counts(counts: dict[str, int], *, where: str) -> None:
+    """Refuse counts that lose rows.
+
+    Raises:
+        DataError: If ``in`` is not the sum of all others.
+    """
+    if counts and counts["in"] != sum(value for name, value in counts.items() if name != "in"):
+        raise DataError(f"{where}: rows do not add up: {counts}")
+
+
+def add_counts(all_counts: list[dict[str, int]]) -> dict[str, int]:
+    """Sum counts by name."""
+    total: dict[str, int] = {}
+    for counts in all_counts:
+        for name, value in counts.items():
+            total[name] = total.get(name, 0) + value
+    return total
+
+
+
+
+
+
+
+
+
+

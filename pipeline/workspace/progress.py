@@ -1,0 +1,103 @@
+"""Where a running step stands: a small file under ``live/`` that `unclip status` reads, with no Ray in between."""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.workspace.store import LIVE, Artifact
+
+PROGRESS = f"{LIVE}progress.json"
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class ProgressState:
+    """One reading."""
+
+    done: int
+    total: int
+    unit: str
+    rate: float
+    """Units per second since this start of the step's work."""
+    eta_s: float
+    """Seconds to go at that rate; 0 while unknown."""
+    message: str
+    wall_s: float
+    """Seconds of work on the step by all its starts; waiting for CPUs or GPUs is none."""
+    updated: float
+    """Seconds since the epoch."""
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the step has its CPUs or GPUs and works: only then it counts something."""
+        return bool(self.unit)
+
+    @property
+    def text(self) -> str:
+        """One line for people: how far, how fast, how long still."""
+        if not self.unit:
+            return self.message
+        share = 100 * self.done / max(self.total, 1)
+        rest = f", {_duration(self.eta_s)} to go" if self.eta_s else ""
+        message = f", {self.message}" if self.message else ""
+        return f"{self.done}/{self.total} {self.unit} ({share:.0f} %), {self.rate:.1f}/s{rest}{message}"
+
+
+class Progress:
+    """Writes the reading of one step, at most once per ``every_s`` seconds.
+
+    Args:
+        artifact: The step's artifact.
+        every_s: Least time between two writes, in seconds.
+        waits: Whether the work still waits for its CPUs or GPUs: the clock stands until `begin`.
+    """
+
+    def __init__(self, artifact: Artifact, *, every_s: float = 1.0, waits: bool = False) -> None:
+        self._artifact = artifact
+        self._every_s = every_s
+        self._start = None if waits else time.monotonic()
+        self._written = float("-inf")
+        self._first_done: int | None = None
+        previous = read_progress(artifact)
+        self._earlier_s = previous.wall_s if previous else 0.0
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of work on the step by all its starts."""
+        return self._earlier_s + self._worked_s()
+
+    def begin(self, *, ago_s: float = 0.0) -> None:
+        """Start the clock of a step that waited; the work began ``ago_s`` seconds before this call."""
+        if self._start is None:
+            self._start = time.monotonic() - ago_s
+
+    def update(self, done: int, total: int, unit: str, message: str = "", *, force: bool = False) -> None:
+        """Say that ``done`` of ``total`` units are finished."""
+        now = time.monotonic()
+        if self._first_done is None:
+            self._first_done = done
+        if now - self._written < self._every_s and not force and done < total:
+            return
+        rate = (done - self._first_done) / max(self._worked_s(), 1e-9)
+        eta_s = (total - done) / rate if rate > 0 else 0.0
+        state = ProgressState(done, total, unit, rate, eta_s, message, self.wall_s, time.time())
+        self._artifact.write_json(PROGRESS, asdict(state))
+        self._written = now
+
+    def _worked_s(self) -> float:
+        return 0.0 if self._start is None else time.monotonic() - self._start
+
+
+def read_progress(artifact: Artifact) -> ProgressState | None:
+    """The newest reading of a step, or None."""
+    if not artifact.exists(PROGRESS):
+        return None
+    data: dict[str, Any] = artifact.read_json(PROGRESS)
+    return ProgressState(**data)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,300 @@
+"""Artifacts in a workspace: a local folder or an object-store URI, behind this module alone.
+
+An artifact is the folder ``workspace/<step>/<key>/``. Every file is written to a temporary name, synced and renamed (on
+an object store: uploaded whole), so that a reader never meets half a file. ``manifest.json`` comes last and is the
+commit. What only serves a running step (progress, checkpoints) stands under ``live/`` and is removed by the commit.
+Shards of a data step are committed one by one with a record, ``<shard>.done.json``, written after the shard's files.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, cast
+
+import fsspec
+
+from pipeline.errors import DataError, StepError, UnclipError
+from pipeline.workspace.manifest import Manifest, ShardRecord
+
+Json = dict[str, Any]
+
+MANIFEST = "manifest.json"
+RECORD_SUFFIX = ".done.json"
+LIVE = "live/"
+_TEMPORARY = ".tmp-"
+_DISK_REASONS = {
+    errno.ENOSPC: "the disk is full; free some space and run again, finished work is kept",
+    errno.EDQUOT: "the disk quota is used up; free some space and run again, finished work is kept",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.ENOTDIR: "a part of this path is a file, not a folder",
+    errno.EEXIST: "a file is where a folder should be",
+}
+
+
+class Workspace:
+    """The root of all artifacts.
+
+    Args:
+        root: A local folder, or a URI that fsspec understands (``s3://bucket/prefix``, ``gs://...``).
+    """
+
+    def __init__(self, root: str) -> None:
+        self.is_local = "://" not in root or root.startswith("file://")
+        self.root = os.path.abspath(root.removeprefix("file://")) if self.is_local else root.rstrip("/")  # noqa: PTH100  (a string, as a URI is)
+
+    def artifact(self, step: str, key: str) -> "Artifact":
+        """The artifact of one step under one key, committed or not."""
+        return Artifact(f"{self.root}/{step}/{key}")
+
+    def artifacts(self, step: str) -> list["Artifact"]:
+        """Every artifact of a step that is committed, the newest first."""
+        files, base = fsspec.url_to_fs(f"{self.root}/{step}")
+        if not files.exists(base):
+            return []
+        found = [Artifact(f"{self.root}/{step}/{Path(name).name}") for name in files.ls(base, detail=False)]
+        committed = [(m.created, artifact) for artifact in found if (m := artifact.manifest()) is not None]
+        return [artifact for _, artifact in sorted(committed, key=lambda pair: pair[0], reverse=True)]
+
+    @property
+    def local_root(self) -> Path:
+        """The folder for what must be a local file (the default tracker's database, reports, locks)."""
+        if self.is_local:
+            return Path(self.root)
+        return Path(tempfile.gettempdir()) / f"unclip-{hashlib.sha256(self.root.encode()).hexdigest()[:12]}"
+
+
+class Artifact:
+    """The files that one step writes."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        files, base = fsspec.url_to_fs(uri)
+        self._files: Any = files
+        self._base: str = base
+        self._is_local = "://" not in uri
+
+    def __reduce__(self) -> tuple[type["Artifact"], tuple[str]]:
+        return (Artifact, (self.uri,))
+
+    @contextlib.contextmanager
+    def write(self, name: str) -> Generator[Path]:
+        """A local path to write a file to; leaving the block without an error publishes it under ``name`` at once.
+
+        Raises:
+            StepError: If the disk is full or the place cannot be written; nothing is left behind.
+        """
+        if self._is_local:
+            target = Path(self._base) / name
+            with translate_os_errors(str(target)):
+                target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}-{target.name}")
+        else:
+            folder = Path(tempfile.mkdtemp(prefix="unclip-"))
+            temporary = folder / Path(name).name
+        try:
+            with translate_os_errors(f"{self.uri}/{name}"):
+                yield temporary
+                self._publish(temporary, name)
+        finally:
+            _remove(temporary if self._is_local else temporary.parent)
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a small file whole."""
+        with self.write(name) as path:
+            path.write_bytes(data)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a small JSON file whole, keys sorted."""
+        self.write_bytes(name, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+    def path(self, name: str) -> Path:
+        """A local path to read ``name`` from; an object store's file is fetched once into a cache.
+
+        Raises:
+            DataError: If the artifact has no such file.
+        """
+        if self._is_local:
+            local = Path(self._base) / name
+        else:
+            local = (
+                Path(tempfile.gettempdir()) / "unclip-cache" / hashlib.sha256(self.uri.encode()).hexdigest()[:16] / name
+            )
+            if not local.exists() and self.exists(name):
+                local.parent.mkdir(parents=True, exist_ok=True)
+                partial = local.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
+                self._files.get_file(f"{self._base}/{name}", str(partial))
+                partial.replace(local)
+        if not local.exists():
+            raise DataError(f"{self.uri}: no file {name}; remove the folder and run the step again")
+        return local
+
+    def read_json(self, name: str) -> Any:
+        """Read a JSON file.
+
+        Raises:
+            DataError: If it is missing or malformed.
+        """
+        try:
+            return json.loads(self._files.cat_file(f"{self._base}/{name}"))
+        except FileNotFoundError:
+            raise DataError(f"{self.uri}: no file {name}; remove the folder and run the step again") from None
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{self.uri}/{name}: not valid JSON ({error}); remove the folder and run the step again"
+            ) from None
+
+    def exists(self, name: str) -> bool:
+        """Whether the artifact has the file."""
+        return bool(self._files.exists(f"{self._base}/{name}"))
+
+    def names(self) -> list[str]:
+        """Every published file, by its path inside the artifact, sorted."""
+        if not self._files.exists(self._base):
+            return []
+        self._files.invalidate_cache()
+        paths = cast("list[str]", self._files.find(self._base))
+        names = [path[len(self._base) :].lstrip("/") for path in paths]
+        return sorted(name for name in names if _TEMPORARY not in name)
+
+    def remove(self, name: str) -> None:
+        """Remove one file if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._files.rm_file(f"{self._base}/{name}")
+
+    def commit_shard(self, record: ShardRecord) -> None:
+        """Publish a shard's record; its files must be published already."""
+        self.write_json(f"{record.shard}{RECORD_SUFFIX}", record.to_dict())
+
+    def shard_records(self) -> dict[str, ShardRecord]:
+        """The committed shards, by name, sorted."""
+        names = [name for name in self.names() if name.endswith(RECORD_SUFFIX)]
+        records = [ShardRecord.from_dict(self.read_json(name)) for name in names]
+        return {record.shard: record for record in records}
+
+    def manifest(self) -> Manifest | None:
+        """The commit, or None where the step has not finished.
+
+        Raises:
+            DataError: If the manifest was written by a newer schema.
+        """
+        if not self.exists(MANIFEST):
+            return None
+        return Manifest.from_dict(self.read_json(MANIFEST), where=f"{self.uri}/{MANIFEST}")
+
+    def commit(self, manifest: Manifest) -> None:
+        """Publish the manifest, and with it the artifact; then drop what only served the running step."""
+        self.write_json(MANIFEST, manifest.to_dict())
+        for name in self.names():
+            if name.startswith(LIVE):
+                self.remove(name)
+
+    def describe_files(self) -> dict[str, Json]:
+        """Size and SHA-256 of every published file but the manifest and the live ones, for the manifest."""
+        known = {name: info for record in self.shard_records().values() for name, info in record.files.items()}
+        described: dict[str, Json] = {}
+        for name in self.names():
+            if name == MANIFEST or name.startswith(LIVE):
+                continue
+            described[name] = known[name] if name in known else self.describe(name)
+        return described
+
+    def describe(self, name: str) -> Json:
+        """Size in bytes and SHA-256 of one published file."""
+        digest, size = hashlib.sha256(), 0
+        with self._files.open(f"{self._base}/{name}", "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+                size += len(block)
+        return {"bytes": size, "sha256": digest.hexdigest()}
+
+    def verify(self, name: str) -> None:
+        """Check one file against the manifest.
+
+        Raises:
+            DataError: If its size or checksum differs; names the file.
+        """
+        manifest = self.manifest()
+        expected = manifest.files.get(name) if manifest else None
+        if expected is not None and self.describe(name) != expected:
+            raise DataError(f"{self.uri}/{name}: does not match its checksum; remove {self.uri} and run the step again")
+
+    def clear_temporaries(self) -> None:
+        """Remove what a killed writer left behind; call only while no other writer is alive."""
+        if self._is_local and Path(self._base).exists():
+            for path in Path(self._base).rglob(f"{_TEMPORARY}*"):
+                _remove(path)
+
+    def _publish(self, temporary: Path, name: str) -> None:
+        if not self._is_local:
+            self._files.put_file(str(temporary), f"{self._base}/{name}")
+            return
+        target = Path(self._base) / name
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(target)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextlib.contextmanager
+def translate_os_errors(where: str) -> Generator[None]:
+    """Turn a full or forbidden disk into a message.
+
+    Raises:
+        StepError: In place of an error for no space, quota, read-only, permission and a file in the place of a folder:
+            an OSError, or a library's own that quotes one (safetensors: SafetensorError, FAISS: RuntimeError).
+    """
+    try:
+        yield
+    except UnclipError:
+        raise
+    except OSError as error:
+        if error.errno not in _DISK_REASONS:
+            raise
+        raise StepError(f"{where}: {_DISK_REASONS[error.errno]}") from error
+    except Exception as error:  # each library raises its own; what quotes none of the reasons goes on as it was
+        quoted = [reason for code, reason in _DISK_REASONS.items() if os.strerror(code) in str(error)]
+        if not quoted:
+            raise
+        raise StepError(f"{where}: {quoted[0]}") from error
+
+
+def fingerprint(path: str) -> str:
+    """A short digest of a user's input, for the step key: content for a file, names and sizes for a folder.
+
+    A file above 64 MiB is read at both ends only (a Parquet footer holds its statistics), so that planning stays fast.
+    """
+    source, digest = Path(path), hashlib.sha256()
+    if source.is_dir():
+        for entry in sorted(source.rglob("*")):
+            if entry.is_file():
+                digest.update(f"{entry.relative_to(source)}\0{entry.stat().st_size}\0".encode())
+    elif source.is_file():
+        size = source.stat().st_size
+        digest.update(str(size).encode())
+        with source.open("rb") as stream:
+            if size <= 64 << 20:
+                digest.update(stream.read())
+            else:
+                digest.update(stream.read(8 << 20))
+                stream.seek(-(8 << 20), os.SEEK_END)
+                digest.update(stream.read())
+    return digest.hexdigest()[:16]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,79 @@
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.text import TextEncoding
+from pipeline.data import batches as module
+from pipeline.data.batches import CaptionTable, Samples, Share, iterate_batches, plan_order
+from pipeline.data.training_rows import ShardReader
+from pipeline.errors import DataError
+from tests.train.data import write_download, write_embed
+
+
+def _samples(tmp_path: Path, *, num_threads: int = 1) -> Samples:
+    download = write_download(tmp_path / "download")
+    return Samples(
+        ShardReader(download, write_embed(tmp_path / "embed", download), "train"), 16, num_threads=num_threads
+    )
+
+
+def test_workers_share_the_global_batches_of_one(tmp_path: Path) -> None:
+    samples = _samples(tmp_path)
+    order = plan_order(samples, 0, where="test")
+    alone = [b.uids for b in islice(iterate_batches(samples, order, Share(4), 0), 9)]
+    shares = [[b.uids for b in islice(iterate_batches(samples, order, Share(4, rank, 2), 0), 9)] for rank in range(2)]
+    assert [one + two for one, two in zip(*shares, strict=True)] == alone
+
+
+def test_batches_continue_from_any_step_with_and_without_prefetch(tmp_path: Path) -> None:
+    samples = _samples(tmp_path, num_threads=2)
+    order = plan_order(samples, 0, where="test")
+    whole = list(islice(iterate_batches(samples, order, Share(3), 0), 12))
+    for prefetch in (False, True):
+        stream = iterate_batches(samples, order, Share(3), 5, prefetch=prefetch)
+        rest = list(islice(stream, 7))
+        stream.close()
+        for one, two in zip(whole[5:], rest, strict=True):
+            assert one.uids == two.uids
+            assert torch.equal(one.require_images(), two.require_images())
+            assert torch.equal(one.require_z_image(), two.require_z_image())
+
+
+def test_batches_are_the_same_when_pictures_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = _samples(tmp_path)
+    monkeypatch.setattr(module, "IMAGE_CACHE_BYTES", 0)
+    read = Samples(kept.reader, 16)
+    order = plan_order(kept, 0, where="test")
+    pairs = zip(iterate_batches(kept, order, Share(4), 0), iterate_batches(read, order, Share(4), 0), strict=False)
+    for one, two in islice(pairs, 8):
+        assert torch.equal(one.require_images(), two.require_images())
+
+
+def test_plan_order_refuses_a_split_without_rows(tmp_path: Path) -> None:
+    samples = Samples(ShardReader(write_download(tmp_path / "download"), None, "nothing"), 16)
+    assert samples.first(4) is None
+    with pytest.raises(DataError, match="decoder: no row to train on"):
+        plan_order(samples, 0, where="decoder")
+
+
+def _encode(captions: Sequence[str]) -> TextEncoding:
+    """A stand-in for the text tower: hidden states are letter codes, and L is the longest caption of the batch."""
+    length = -(-max(map(len, captions)) // 8) * 8
+    hidden, mask = torch.zeros(len(captions), length, 1), torch.zeros(len(captions), length, dtype=torch.bool)
+    for row, caption in enumerate(captions):
+        hidden[row, : len(caption), 0] = torch.tensor([float(ord(letter)) for letter in caption])
+        mask[row, : len(caption)] = True
+    return TextEncoding(hidden.sum(1), hidden, mask, hidden[..., 0].long())
+
+
+def test_caption_table_gives_what_the_tower_gives() -> None:
+    captions = [letter * (3 + 5 * i) for i, letter in enumerate("abcdef")]
+    table = CaptionTable(_encode, captions, batch_size=2)
+    for wanted in (["ccc" + "c" * 10, "aaa"], ["unknown", "aaa"], captions):
+        found, expected = table(wanted), _encode(wanted)
+        assert torch.equal(found.hidden, expected.hidden)
+        assert torch.equal(found.mask, expected.mask)
+        assert torch.equal(found.pooled, expected.pooled)

@@ -1,0 +1,135 @@
+import dataclasses
+import errno
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.errors import ConfigError, DataError, StepError
+from pipeline.init.recipe import write_recipe
+from pipeline.recipe.recipe import Recipe, load_recipe
+from tests.tiny import ROOT
+
+
+def _list(folder: Path, num_pairs: int, header: str = "url,caption") -> Path:
+    path = folder / "pairs.csv"
+    path.write_text(
+        "\n".join([header, *(f"http://127.0.0.1/{row}.jpg,picture {row}" for row in range(num_pairs))]) + "\n"
+    )
+    return path
+
+
+def _recipe(folder: Path, num_pairs: int, *, gpu: bool = False) -> Recipe:
+    out = folder / f"{num_pairs}.toml"
+    write_recipe(str(_list(folder, num_pairs)), str(out), gpu=gpu)
+    return load_recipe(out)
+
+
+def test_write_recipe_names_source_columns_and_size(tmp_path: Path) -> None:
+    out = tmp_path / "mine.toml"
+    listed = _list(tmp_path, 12, header="Image_URL,TEXT")
+    told = write_recipe(str(listed), str(out), gpu=False)
+    assert told.startswith("12 rows (url: Image_URL, caption: TEXT); sized for ")
+    recipe = load_recipe(out)
+    assert (recipe.name, recipe.workspace) == ("mine", "workspace/mine")
+    assert (recipe.pairs.source, recipe.pairs.path) == ("list", str(listed))
+    assert (recipe.pairs.url_column, recipe.pairs.caption_column) == ("Image_URL", "TEXT")
+    assert f"{listed}: 12 pairs" in out.read_text().splitlines()[0]
+
+
+def test_write_recipe_takes_a_folder_of_pictures(tmp_path: Path) -> None:
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"picture {number}")
+    out = tmp_path / "mine.toml"
+    assert write_recipe(str(tmp_path), str(out), gpu=False).startswith("3 pictures in a folder")
+    recipe = load_recipe(out)
+    assert (recipe.pairs.source, recipe.pairs.path) == ("folder", str(tmp_path))
+    assert recipe.clip.train.batch_size == 4
+
+
+def test_write_recipe_sizes_a_cpu_cascade_that_fits_together(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, 40)
+    assert recipe.upsampler_2 is not None
+    sides = (recipe.decoder.model.image_px, recipe.upsampler_1.model.image_px, recipe.upsampler_2.model.image_px)
+    assert sides == (recipe.upsampler_1.model.low_res_px, recipe.upsampler_2.model.low_res_px, recipe.download.image_px)
+    assert recipe.clip.model.image_px == 32
+    assert (recipe.decoder.model.diffusion.prediction, recipe.decoder.train.beta2) == ("v", 0.99)
+    assert recipe.upsampler_1.model.residual
+    assert recipe.upsampler_2.model.residual
+    networks = (recipe.decoder.model, recipe.upsampler_1.model, recipe.upsampler_2.model)
+    assert {network.diffusion.loss_weighting for network in networks} == {"min_snr"}
+
+
+@pytest.mark.parametrize(("num_pairs", "batch_size"), [(5, 4), (40, 32), (142, 64), (143, 128), (3000, 128)])
+def test_write_recipe_contrasts_no_pair_with_itself(tmp_path: Path, num_pairs: int, batch_size: int) -> None:
+    recipe = _recipe(tmp_path, num_pairs)
+    assert recipe.clip.train.batch_size == batch_size
+    assert batch_size <= max(4, num_pairs * (1 - recipe.pairs.validation_prob))
+
+
+def test_write_recipe_gives_more_pairs_more_steps_and_larger_shards(tmp_path: Path) -> None:
+    few, many = _recipe(tmp_path, 40), _recipe(tmp_path, 3000)
+    assert few.decoder.train.num_steps < many.decoder.train.num_steps <= 8000
+    assert few.download.samples_per_shard < many.download.samples_per_shard
+
+
+def test_write_recipe_for_a_gpu_takes_the_networks_of_the_preset_over_a_public_clip(tmp_path: Path) -> None:
+    recipe, preset = _recipe(tmp_path, 40, gpu=True), load_recipe(ROOT / "configs/single-gpu.toml")
+    assert recipe.clip.source == "pretrained"
+    assert recipe.evaluate == preset.evaluate
+    assert recipe.embed == preset.embed
+    for name in ("prior", "decoder", "upsampler_1"):
+        ours, theirs = recipe.trained()[name], preset.trained()[name]
+        assert ours.model == theirs.model
+        assert ours.resources == theirs.resources
+        assert dataclasses.replace(ours.train, num_steps=theirs.train.num_steps) == theirs.train
+
+
+@pytest.mark.parametrize(
+    ("header", "option", "words"),
+    [
+        ("address,words", {}, r"none of the columns url, .* it has address, words: name one with --url-column"),
+        ("url,words", {}, "name one with --caption-column"),
+        ("url,words", {"caption_column": "alt"}, "no column alt; it has url, words"),
+    ],
+)
+def test_write_recipe_says_which_columns_there_are(
+    tmp_path: Path, header: str, option: dict[str, str], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        write_recipe(str(_list(tmp_path, 3, header)), str(tmp_path / "x.toml"), gpu=False, **option)
+
+
+def test_write_recipe_replaces_nothing_unasked_and_makes_no_folder(tmp_path: Path) -> None:
+    listed, out = _list(tmp_path, 3), tmp_path / "mine.toml"
+    out.write_text("precious")
+    with pytest.raises(ConfigError, match="--force"):
+        write_recipe(str(listed), str(out), gpu=False)
+    assert out.read_text() == "precious"
+    write_recipe(str(listed), str(out), gpu=False, force=True)
+    assert load_recipe(out).name == "mine"
+    with pytest.raises(ConfigError, match="there is no folder"):
+        write_recipe(str(listed), str(tmp_path / "no" / "mine.toml"), gpu=False)
+
+
+def test_write_recipe_onto_a_full_disk_is_one_message_and_keeps_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed, out = _list(tmp_path, 3), tmp_path / "mine.toml"
+    out.write_text("precious")
+
+    def write(path: Path, _data: bytes) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    with pytest.raises(StepError, match=r"mine\.toml: the disk is full"):
+        write_recipe(str(listed), str(out), gpu=False, force=True)
+    assert out.read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.toml", "pairs.csv"]
+
+
+def test_write_recipe_refuses_a_list_without_rows(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no pairs"):
+        write_recipe(str(_list(tmp_path, 0)), str(tmp_path / "x.toml"), gpu=False)

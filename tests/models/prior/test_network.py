@@ -1,0 +1,154 @@
+"""The diffusion prior: conditioning, dropping, and its cache."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import DIMS, make_text
+
+from models.clip_config import END_TOKEN, START_TOKEN, ClipDims
+from models.prior.config import PriorConfig
+from models.prior.network import Prior, concat_prior_conditions
+from models.text import concat_text
+
+
+@pytest.fixture
+def prior() -> Prior:
+    torch.manual_seed(0)
+    model = Prior(PriorConfig(width=16, depth=3, num_heads=4), DIMS).eval()
+    torch.nn.init.normal_(model.out.weight)
+    model.null_text.set(make_text((2,)))
+    return model
+
+
+def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(size)
+    return torch.randn(size, DIMS.embed_dim, generator=generator), torch.arange(size) * 7
+
+
+def test_prior_predicts_zero_before_training() -> None:
+    model = Prior(PriorConfig(width=16, depth=1, num_heads=4), DIMS)
+    x, t = batch(2)
+    assert not model(x, t, model.null_condition(2)).any()
+
+
+def test_prior_scale_is_that_of_the_paper_at_its_width() -> None:
+    model = Prior(PriorConfig(width=16, depth=1, num_heads=4), ClipDims(embed_dim=1024, text_width=8))
+    z_image = torch.nn.functional.normalize(torch.randn(3, 1024), dim=-1)
+    torch.testing.assert_close(model.scale(z_image), 17.2 * z_image)
+    model.z_mean.fill_(0.25)
+    torch.testing.assert_close(model.scale(z_image), 17.2 * (z_image - 0.25))
+    torch.testing.assert_close(model.unscale(model.scale(z_image)), z_image)
+
+
+def test_prior_cached_condition_gives_the_same_output(prior: Prior) -> None:
+    text = make_text((3, 7))
+    x, t = batch(2)
+    plain = prior(x, t, prior.encode_condition(text))
+    cached = prior(x, t, prior.encode_condition(text, cache=True))
+    torch.testing.assert_close(cached, plain, rtol=0, atol=1e-5)
+
+
+def test_prior_output_does_not_depend_on_padding(prior: Prior) -> None:
+    text = make_text((3, 5))
+    x, t = batch(2)
+    garbage = replace(text, hidden=text.hidden.masked_fill(~text.mask[..., None], 9.0))
+    plain = prior(x, t, prior.encode_condition(text))
+    for other in (garbage, text.padded(9)):
+        torch.testing.assert_close(prior(x, t, prior.encode_condition(other)), plain, rtol=0, atol=1e-5)
+
+
+def test_prior_reads_caption_timestep_and_noised_embedding(prior: Prior) -> None:
+    text, (x, t) = make_text((3, 7)), batch(2)
+    condition = prior.encode_condition(text)
+    plain = prior(x, t, condition)
+    hidden = replace(text, hidden=text.hidden + 1)
+    pooled = replace(text, pooled=text.pooled + 1)
+    others = [
+        prior(x, t, prior.encode_condition(hidden)),
+        prior(x, t, prior.encode_condition(pooled)),
+        prior(x, t + 1, condition),
+        prior(x + 1, t, condition),
+    ]
+    assert all((other != plain).all(1).all() for other in others)
+
+
+def test_prior_dropped_caption_is_the_null_condition(prior: Prior) -> None:
+    x, t = batch(2)
+    keep = torch.tensor([True, False])
+    mixed = prior(x, t, prior.encode_condition(make_text((3, 7)), keep=keep))
+    kept = prior(x, t, prior.encode_condition(make_text((3, 7))))
+    null = prior(x, t, prior.null_condition(2))
+    torch.testing.assert_close(mixed[0], kept[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(mixed[1], null[1], rtol=0, atol=1e-5)
+    assert (mixed[1] != kept[1]).all()
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_prior_conditions_can_be_joined_and_split(prior: Prior, cache: bool) -> None:
+    x, t = batch(3)
+    parts = [
+        prior.encode_condition(make_text((3,), width=4), cache=cache),
+        prior.encode_condition(make_text((7, 5)), cache=cache),
+    ]
+    joined = concat_prior_conditions(parts)
+    apart = torch.cat([prior(x[:1], t[:1], parts[0]), prior(x[1:], t[1:], parts[1])])
+    torch.testing.assert_close(prior(x, t, joined), apart, rtol=0, atol=1e-5)
+    torch.testing.assert_close(prior(x[1:], t[1:], joined[1:]), apart[1:], rtol=0, atol=1e-5)
+    mixed = concat_prior_conditions([parts[0], prior.encode_condition(make_text((7, 5)))])
+    torch.testing.assert_close(prior(x, t, mixed), apart, rtol=0, atol=1e-5)
+
+
+def test_concat_text_keeps_each_caption(prior: Prior) -> None:
+    x, t = batch(2)
+    short, long = make_text((3,), width=4), make_text((7,))
+    joined = prior(x, t, prior.encode_condition(concat_text([short, long])))
+    torch.testing.assert_close(joined[:1], prior(x[:1], t[:1], prior.encode_condition(short)), rtol=0, atol=1e-5)
+
+
+def test_prior_reads_its_query_at_the_last_place(prior: Prior) -> None:
+    (x, t), condition = batch(2), prior.encode_condition(make_text((3, 7)))
+    before = prior(x, t, condition)
+    prior.query.data += torch.randn(prior.query.shape)
+    assert (prior(x, t, condition) - before).abs().max() > 1e-3
+
+
+def test_null_caption_is_a_start_and_an_end(prior: Prior) -> None:
+    assert prior.null_text.encoding(3).tokens.tolist() == [[START_TOKEN, END_TOKEN]] * 3
+
+
+def test_repeated_captions_stand_side_by_side() -> None:
+    text = make_text((3, 7))
+    found = text.repeat_interleave(2)
+    for name in ("pooled", "hidden", "mask", "tokens"):
+        assert torch.equal(getattr(found, name), getattr(text[torch.tensor([0, 0, 1, 1])], name))
+
+
+def test_null_text_refuses_a_caption_with_words() -> None:
+    model = Prior(PriorConfig(width=16, depth=1, num_heads=4), DIMS)
+    with pytest.raises(ValueError, match="one caption of two tokens"):
+        model.null_text.set(make_text((4,)))
+
+
+def test_null_text_is_kept_with_the_weights(prior: Prior) -> None:
+    other = Prior(prior.config, DIMS)
+    other.load_state_dict(prior.state_dict())
+    assert torch.equal(other.null_text.hidden, prior.null_text.hidden)
+    assert prior.null_text.hidden.any()
+
+
+def test_prior_learns_to_copy_the_pooled_caption() -> None:
+    torch.manual_seed(0)
+    model = Prior(PriorConfig(width=32, depth=2, num_heads=4), DIMS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        text = make_text((7,) * 16)
+        x = torch.randn(16, DIMS.embed_dim)
+        output = model(x, torch.full((16,), 999), model.encode_condition(text))
+        loss = (output - text.pooled).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]

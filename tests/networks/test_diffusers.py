@@ -1,0 +1,309 @@
+"""Export to and import from diffusers' layout: files, refusals, round trips, and trainings that start from them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models.ar_prior.config import ArPriorConfig
+from models.ar_prior.network import ArPrior
+from models.cascade import Cascade
+from models.decoder.network import Decoder
+from models.diffusion.config import DiffusionConfig, SamplerConfig
+from models.interchange.networks import import_diffusion, import_sampler, scheduler_config
+from models.prior.network import Prior
+from models.upsampler.network import Upsampler
+from pipeline.clip import FrozenClip
+from pipeline.errors import ConfigError, DataError
+from pipeline.networks.diffusers import export_diffusers, export_native, import_diffusers
+from pipeline.networks.files import load_initial, load_network, save_network
+from pipeline.recipe.recipe import load_recipe
+from pipeline.workspace.store import Artifact
+from tests.oracles.tiny_export import DECODER, PRIOR, UPSAMPLER, make_cascade, save_cascade
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cascade, Path]:
+    folder = tmp_path_factory.mktemp("export") / "unclip"
+    cascade = make_cascade()
+    write(cascade, folder)
+    return cascade, folder
+
+
+def write(cascade: Cascade, folder: Path) -> list[str]:
+    assert isinstance(cascade.clip, FrozenClip)
+    return export_diffusers(cascade, cascade.clip, folder)
+
+
+def test_import_of_an_export_is_the_same_network_to_the_bit(exported: tuple[Cascade, Path], tmp_path: Path) -> None:
+    cascade, folder = exported
+    assert import_diffusers(folder, tmp_path / "ours") == []
+    for name, network in (
+        ("prior", cascade.prior),
+        ("decoder", cascade.decoder),
+        ("upsampler_1", cascade.upsamplers[0]),
+    ):
+        found = load_network(Artifact(str(tmp_path / "ours" / name)))
+        theirs, ours = found.state_dict(), network.state_dict()
+        assert theirs.keys() == ours.keys()
+        assert [key for key in ours if not torch.equal(theirs[key], ours[key])] == []
+        assert found.config.diffusion == network.config.diffusion
+        theirs, ours = found.config.sampler, network.config.sampler
+        assert (theirs.clip_x0, theirs.clip_range) == (ours.clip_x0, ours.clip_range)
+    decoder = load_network(Artifact(str(tmp_path / "ours/decoder")))
+    assert isinstance(decoder, Decoder)
+    assert decoder.config.unet == cascade.decoder.config.unet
+    assert decoder.dims == cascade.clip.dims
+
+
+def test_imported_recipe_loads_and_starts_from_the_imported_networks(
+    exported: tuple[Cascade, Path], tmp_path: Path
+) -> None:
+    cascade, folder = exported
+    import_diffusers(folder, tmp_path / "ours")
+    recipe = load_recipe(tmp_path / "ours/recipe.toml", ["pairs.source=drawn", "decoder.train.num_steps=0"])
+    network = Decoder(recipe.decoder.model, cascade.clip.dims)
+    load_initial(network, recipe.decoder.init_from)
+    assert torch.equal(network.unet.conv_in.weight, cascade.decoder.unet.conv_in.weight)
+    assert recipe.upsampler_1 is not None
+    upsampler = Upsampler(recipe.upsampler_1.model)
+    load_initial(upsampler, recipe.upsampler_1.init_from)
+    assert torch.equal(upsampler.unet.conv_in.weight, cascade.upsamplers[0].unet.conv_in.weight)
+    assert recipe.clip.source == "pretrained"
+    assert Path(recipe.clip.name) == folder / "clip"
+
+
+def test_older_bin_weights_and_another_last_network_are_read(exported: tuple[Cascade, Path], tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "older"
+    shutil.copytree(exported[1], folder)
+    for name in ("prior", "super_res_last"):
+        path = folder / name / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(path)
+        path.unlink()
+        if name == "super_res_last":
+            tensors["conv_in.bias"] = tensors["conv_in.bias"] + 1
+        torch.save({key: tensor.half() for key, tensor in tensors.items()}, path.with_suffix(".bin"))
+    notes = import_diffusers(folder, tmp_path / "ours")
+    assert len(notes) == 1
+    assert "super_res_last" in notes[0]
+    prior = load_network(Artifact(str(tmp_path / "ours/prior")))
+    assert isinstance(prior, Prior)
+    tensors = load_file(tmp_path / "ours/prior/model.safetensors")
+    assert not any(tensor.dtype == torch.float16 for tensor in tensors.values())
+
+
+def test_what_the_layout_cannot_hold_is_refused_by_name_and_nothing_is_written(tmp_path: Path) -> None:
+    cascade = make_cascade(replace(UPSAMPLER, diffusion=DiffusionConfig(schedule="linear")), text_width=32)
+    unet = replace(DECODER.unet, patch_px=2, position_bands=3, attention_resolutions=(4,))
+    config = replace(DECODER, unet=unet, diffusion=DiffusionConfig(prediction="v"))
+    broken = Cascade(
+        cascade.clip, Prior(replace(PRIOR, mlp_ratio=2), cascade.clip.dims), Decoder(config, cascade.clip.dims),
+        cascade.upsamplers,
+    )  # fmt: skip
+    with pytest.raises(ConfigError) as error:
+        write(broken, tmp_path / "out")
+    for name in (
+        "decoder.model.unet.patch_px = 2",
+        "decoder.model.unet.position_bands = 3",
+        "decoder.model.diffusion.prediction = 'v'",
+        "decoder.model.diffusion.variance = 'fixed_small'",
+        "prior.model.mlp_ratio = 2",
+        "upsampler_1.model.diffusion.schedule = 'linear'",
+        "text_width = 32",
+        "--native",
+    ):
+        assert name in str(error.value), name
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cascade_without_an_upsampler_and_a_full_folder_are_refused(tmp_path: Path) -> None:
+    cascade = make_cascade()
+    bare = Cascade(cascade.clip, cascade.prior, cascade.decoder)
+    with pytest.raises(ConfigError, match="upsampler_1"):
+        write(bare, tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    with pytest.raises(ConfigError, match="not empty"):
+        write(cascade, tmp_path / "full")
+
+
+def test_an_autoregressive_prior_is_refused(tmp_path: Path) -> None:
+    cascade = make_cascade()
+    prior = ArPrior(ArPriorConfig(width=8, depth=1, num_heads=2, num_components=2), cascade.clip.dims)
+    other = Cascade(cascade.clip, prior, cascade.decoder, cascade.upsamplers)
+    with pytest.raises(ConfigError, match=r"prior\.model\.kind = 'autoregressive'"):
+        write(other, tmp_path / "out")
+
+
+def test_text_towers_that_transformers_cannot_hold_are_refused_by_field() -> None:
+    from models.interchange.text import export_text
+
+    cascade = make_cascade()
+    assert isinstance(cascade.clip, FrozenClip)
+    clip = cascade.clip.clip
+    config = clip.model_config | {
+        "text_cfg": clip.model_config["text_cfg"] | {"ls_init_value": 0.1, "pool_type": "last"}
+    }
+    with pytest.raises(ValueError, match=r"text_cfg.ls_init_value = 0.1.*text_cfg.pool_type = 'last'"):
+        export_text(config, clip.model.state_dict())
+
+
+def test_text_tower_comes_back_as_it_went() -> None:
+    from models.interchange.text import export_text, import_text
+
+    cascade = make_cascade()
+    assert isinstance(cascade.clip, FrozenClip)
+    clip = cascade.clip.clip
+    state = {name: torch.randn(tensor.shape) for name, tensor in clip.model.state_dict().items()}
+    text_config, found = import_text(export_text(clip.model_config, state))
+    assert {key: clip.model_config["text_cfg"][key] for key in text_config} == text_config
+    assert all(torch.equal(tensor, state[name]) for name, tensor in found.items())
+    left = {name for name in state if not name.startswith("visual.")} - found.keys()
+    assert left <= {"logit_scale", "attn_mask"}
+
+
+def test_text_configuration_says_what_transformers_would_else_assume() -> None:
+    from models.interchange.text import export_text
+
+    cascade = make_cascade()
+    assert isinstance(cascade.clip, FrozenClip)
+    clip = cascade.clip.clip
+    text = clip.model_config["text_cfg"] | {"mlp_ratio": 2.0, "vocab_size": 100}
+    for quick, activation in ((True, "quick_gelu"), (False, "gelu")):
+        config = clip.model_config | {"text_cfg": text, "quick_gelu": quick}
+        found = export_text(config, clip.model.state_dict()).config
+        assert found["hidden_act"] == activation
+        assert (found["hidden_size"], found["intermediate_size"]) == (16, 32)
+        assert (found["bos_token_id"], found["eos_token_id"], found["pad_token_id"]) == (98, 99, 99)
+
+
+def test_tokenizer_names_its_two_last_tokens_and_ranks_its_merges() -> None:
+    from models.interchange.text import export_tokenizer
+
+    encoder = {"a": 0, "b": 1, "ab": 2, "<start_of_text>": 3, "<end_of_text>": 4}
+    files = export_tokenizer(encoder, {("b", "a"): 0, ("a", "b"): 1}, 24)
+    assert files["vocab.json"] == {"a": 0, "b": 1, "ab": 2, "<|startoftext|>": 3, "<|endoftext|>": 4}
+    assert files["merges.txt"] == "#version: 0.2\nb a\na b\n"
+
+
+def test_scheduler_says_the_process_in_the_words_of_diffusers() -> None:
+    process = DiffusionConfig(num_timesteps=400, prediction="x0", variance="fixed_small")
+    found = scheduler_config(process, SamplerConfig(clip_x0=False, clip_range=3.0))
+    del found["_class_name"], found["_diffusers_version"]
+    assert found == {
+        "num_train_timesteps": 400,
+        "variance_type": "fixed_small_log",
+        "clip_sample": False,
+        "clip_sample_range": 3.0,
+        "prediction_type": "sample",
+    }
+    assert scheduler_config(DECODER.diffusion, DECODER.sampler)["variance_type"] == "learned_range"
+    assert scheduler_config(DECODER.diffusion, DECODER.sampler)["prediction_type"] == "epsilon"
+    short = import_sampler({"num_train_timesteps": 4}, num_steps=25, guidance_scale=2.0)
+    assert (short.num_steps, short.clip_x0, short.clip_range) == (4, True, 1.0)
+
+
+def test_imported_upsampler_is_trained_on_quarters_and_downloads_are_as_large_as_it_draws(
+    exported: tuple[Cascade, Path], tmp_path: Path
+) -> None:
+    import shutil
+    import tomllib
+
+    folder = tmp_path / "large"
+    shutil.copytree(exported[1], folder)
+    path = folder / "super_res_first/config.json"
+    for image_px, crop_px, download_px in ((32, 8, 256), (512, 128, 512)):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": image_px}))
+        import_diffusers(folder, tmp_path / str(image_px))
+        tables = tomllib.loads((tmp_path / str(image_px) / "recipe.toml").read_text())
+        assert tables["upsampler_1"]["model"].get("crop_px", 64) == crop_px
+        assert tables["download"]["image_px"] == download_px
+
+
+def test_second_upsampler_stands_beside_the_layout_and_notes_say_what_differs(tmp_path: Path) -> None:
+    first = make_cascade(replace(UPSAMPLER, rounded=True))
+    second = Upsampler(replace(UPSAMPLER, image_px=64, low_res_px=32, crop_px=32))
+    cascade = Cascade(first.clip, first.prior, first.decoder, [*first.upsamplers, second])
+    notes = " ".join(write(cascade, tmp_path / "out"))
+    assert "rounded" in notes
+    assert "is sampled here by" not in notes
+    assert "upsampler_2/" in notes
+    beside = load_network(Artifact(str(tmp_path / "out/upsampler_2")))
+    assert torch.equal(beside.unet.conv_in.weight, second.unet.conv_in.weight)
+
+
+def test_native_export_copies_every_network(tmp_path: Path) -> None:
+    cascade = make_cascade()
+    artifacts = save_cascade(cascade, tmp_path / "in")
+    export_native(artifacts, tmp_path / "out")
+    for name in ("prior", "decoder", "upsampler_1"):
+        found = load_network(Artifact(str(tmp_path / "out" / name)))
+        assert found.state_dict().keys() == load_network(artifacts[name]).state_dict().keys()
+    assert (tmp_path / "out/clip/open_clip_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"added_emb_type": None}, "added_emb_type"),
+        ({"norm_in_type": "layer"}, "norm_in_type"),
+    ],
+)
+def test_import_refuses_networks_of_another_make(
+    exported: tuple[Cascade, Path], tmp_path: Path, change: dict[str, object], words: str
+) -> None:
+    import shutil
+
+    folder = tmp_path / "other"
+    shutil.copytree(exported[1], folder)
+    path = folder / "prior/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError, match=words):
+        import_diffusers(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_import_names_a_missing_or_damaged_file(exported: tuple[Cascade, Path], tmp_path: Path) -> None:
+    import shutil
+
+    with pytest.raises(DataError, match="model_index"):
+        import_diffusers(tmp_path, tmp_path / "out")
+    folder = tmp_path / "damaged"
+    shutil.copytree(exported[1], folder)
+    weights = folder / "decoder/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(DataError, match="decoder/diffusion_pytorch_model"):
+        import_diffusers(folder, tmp_path / "out")
+    tensors = load_file(exported[1] / "decoder/diffusion_pytorch_model.safetensors")
+    del tensors["mid_block.resnets.0.conv1.weight"]
+    save_file(tensors, weights)
+    with pytest.raises(DataError, match=r"unet\.middle\.0\.block\.conv_in\.weight"):
+        import_diffusers(folder, tmp_path / "out")
+
+
+def test_import_refuses_a_scheduler_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match="beta_schedule"):
+        import_diffusion("prior_scheduler", {"_class_name": "UnCLIPScheduler", "beta_schedule": "linear"})
+
+
+def test_initial_weights_of_another_shape_or_process_are_refused(tmp_path: Path) -> None:
+    cascade = make_cascade()
+    save_cascade(cascade, tmp_path)
+    with pytest.raises(DataError, match="another shape"):
+        load_initial(Decoder(replace(DECODER, context_width=24), cascade.clip.dims), str(tmp_path / "decoder"))
+    process = replace(DECODER.diffusion, prediction="v")
+    with pytest.raises(DataError, match=r"diffusion\.prediction"):
+        load_initial(Decoder(replace(DECODER, diffusion=process), cascade.clip.dims), str(tmp_path / "decoder"))
+    config = ArPriorConfig(width=8, depth=1, num_heads=2, num_components=2)
+    prior, artifact = ArPrior(config, cascade.clip.dims), Artifact(str(tmp_path / "tokens"))
+    save_network(artifact, "ar_prior", config, cascade.clip.dims, prior.state_dict())
+    with pytest.raises(DataError, match=r"bucket_range_std = 5\.0, the recipe says 4\.0"):
+        load_initial(ArPrior(replace(config, bucket_range_std=4.0), cascade.clip.dims), artifact.uri)
+    started = ArPrior(config, cascade.clip.dims)
+    load_initial(started, artifact.uri)
+    assert torch.equal(started.positions, prior.positions)

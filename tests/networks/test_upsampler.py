@@ -1,0 +1,60 @@
+"""The upsampler's training with noise levels: each sample has its own, and the network is told."""
+
+from dataclasses import replace
+
+import torch
+
+from models.layers.config import UNetConfig
+from models.upsampler.config import UpsamplerConfig
+from models.upsampler.network import Upsampler
+from pipeline.data.batches import Batch
+from pipeline.networks.upsampler import UpsamplerObjective
+
+UNET = UNetConfig(
+    channels=8,
+    channel_mults=(1,),
+    num_res_blocks=1,
+    attention_resolutions=(),
+    head_channels=8,
+    norm_groups=4,
+    dropout=0.0,
+)
+CONFIG = UpsamplerConfig(image_px=16, low_res_px=8, crop_px=8, unet=UNET, noise_level_max=0.5)
+
+
+class Watching(Upsampler):
+    """Keeps the conditions that it is called with."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        self.condition = condition
+        return super().forward(x, t, condition)
+
+
+def _batch(size: int) -> Batch:
+    names = tuple(str(number) for number in range(size))
+    return Batch(names, names, torch.full((size, 16, 16, 3), 128, dtype=torch.uint8))
+
+
+def test_every_sample_is_trained_at_a_noise_level_of_its_own() -> None:
+    network = Watching(CONFIG)
+    UpsamplerObjective(network)(_batch(64), torch.Generator().manual_seed(0))
+    level = network.condition[:, 3, 0, 0]
+    assert (network.condition[:, 3] == level[:, None, None]).all()
+    assert len(level.unique()) == 64
+    assert 0 <= level.min() < 0.05
+    assert 0.45 < level.max() <= 0.5
+    spread = network.condition[:, :3].flatten(1).std(1)  # the picture is flat, so what varies is the noise
+    torch.testing.assert_close(spread, level, rtol=0.25, atol=0.01)
+
+
+def test_without_levels_the_training_draws_what_it_always_drew() -> None:
+    network, generator = Watching(replace(CONFIG, noise_level_max=0.0)), torch.Generator().manual_seed(0)
+    UpsamplerObjective(network)(_batch(4), generator)
+    assert network.condition.shape == (4, 3, 8, 8)
+    expected = torch.Generator().manual_seed(0)
+    for shape in ((4,), (4,)):
+        torch.randint(5, shape, generator=expected)  # the corners of the crops
+    torch.rand(4, generator=expected)  # the blur
+    torch.randint(1000, (4,), generator=expected)
+    torch.randn(4, 3, 8, 8, generator=expected)
+    assert torch.equal(torch.rand(1, generator=generator), torch.rand(1, generator=expected))

@@ -1,0 +1,170 @@
+"""Keys, order, reasons."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ConfigError
+from pipeline.recipe.plan import Step, artifact_of, make_plan, manifest_of, plan_status
+from pipeline.recipe.recipe import Recipe, load_recipe
+from pipeline.workspace.store import Workspace
+
+
+def _commit(workspace: Workspace, step: Step) -> None:
+    artifact = artifact_of(workspace, step)
+    artifact.commit(manifest_of(step, artifact))
+
+
+def _keys(recipe: Recipe) -> dict[str, str]:
+    return {step.name: step.key for step in make_plan(recipe)}
+
+
+def test_make_plan_puts_every_step_after_its_inputs() -> None:
+    seen: set[str] = set()
+    for step in make_plan(load_recipe("configs/demo.toml")):
+        assert set(step.inputs) <= seen
+        seen.add(step.name)
+    assert {"pairs", "upsampler_2", "evaluate"} <= seen
+
+
+def test_fields_that_came_later_are_in_the_keys_of_those_alone_that_set_them() -> None:
+    def fields(*overrides: str) -> set[str]:
+        plan = make_plan(load_recipe(None, overrides))
+        diffusion = next(step.section["model"]["diffusion"] for step in plan if step.name == "decoder")
+        return {"loss", "timestep_draws", "schedule"} & diffusion.keys()
+
+    assert fields() == fields("decoder.model.diffusion.loss=simple") == {"schedule"}
+    assert fields("decoder.model.diffusion.loss=vlb") == {"loss", "schedule"}
+
+
+def test_initial_weights_count_by_their_content_and_not_by_their_place(tmp_path: Path) -> None:
+    def key(folder: str) -> str:
+        return _keys(load_recipe("configs/demo.toml", [f"decoder.init_from={tmp_path / folder}"]))["decoder"]
+
+    for folder, content in (("one", "a"), ("same", "a"), ("other", "b")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.safetensors").write_text(content)
+    assert key("one") == key("same") != key("other")
+    with pytest.raises(ConfigError, match="nowhere does not exist"):
+        key("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("prior.train.num_steps=7", {"prior", "evaluate"}),
+        ("prior.model.kind=autoregressive", {"prior", "evaluate"}),
+        ("evaluate.num_shown=3", {"evaluate"}),
+        ("index.kind=hnsw", {"index", "evaluate"}),
+        ("embed.batch_size=3", {"embed", "index", "prior", "decoder", "evaluate"}),
+        ("prior.model.depth=3", {"prior", "evaluate"}),
+        ("decoder.model.sampler.num_steps=7", {"evaluate"}),
+        ("prior.model.num_candidates=3", {"evaluate"}),
+        ("decoder.model.diffusion.loss=vlb", {"decoder", "evaluate"}),
+        ("prior.model.diffusion.timestep_draws=loss_aware", {"prior", "evaluate"}),
+        ("prior.model.sampler.method=analytic", {"prior", "evaluate"}),  # its variance is measured in training
+        ("prior.resources.num_workers=2", set()),
+        ("serve.port=1", set()),
+        ("name=other", set()),
+    ],
+)
+def test_make_plan_changed_field_changes_only_what_depends_on_it(override: str, changed: set[str]) -> None:
+    before, after = _keys(load_recipe(None)), _keys(load_recipe(None, [override]))
+    assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_make_plan_trains_a_second_prior_where_the_recipe_has_one() -> None:
+    before, after = _keys(load_recipe(None)), _keys(load_recipe(None, ["prior_2.model.kind=autoregressive"]))
+    assert set(after) - set(before) == {"prior_2"}
+    assert {name for name in before if before[name] != after[name]} == {"evaluate"}
+    assert [step.name for step in make_plan(load_recipe(None, ["prior_2.train.num_steps=3"]), until="prior_2")] == [
+        "pairs",
+        "download",
+        "clip",
+        "embed",
+        "prior_2",
+    ]
+
+
+def test_make_plan_seed_changes_everything_downstream() -> None:
+    before, after = _keys(load_recipe(None)), _keys(load_recipe(None, ["seed=1"]))
+    assert all(before[name] != after[name] for name in before)
+
+
+def test_make_plan_until_keeps_only_what_is_needed() -> None:
+    assert [step.name for step in make_plan(load_recipe(None), until="index")] == [
+        "pairs",
+        "download",
+        "clip",
+        "embed",
+        "index",
+    ]
+    with pytest.raises(ConfigError, match="upsampler_1"):
+        make_plan(load_recipe(None), until="upsampler_1")
+
+
+def test_make_plan_content_of_the_list_is_part_of_the_key(tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.csv"
+    recipe = load_recipe(None, ["pairs.source=list", f"pairs.path={pairs}"])
+    with pytest.raises(ConfigError, match="does not exist"):
+        make_plan(recipe)
+    pairs.write_text("url,caption\nu,c\n")
+    first = _keys(recipe)
+    pairs.write_text("url,caption\nu,d\n")
+    changed = _keys(recipe)["pairs"]
+    assert changed != first["pairs"]
+    moved = pairs.rename(tmp_path / "moved.csv")
+    assert _keys(load_recipe(None, ["pairs.source=list", f"pairs.path={moved}"]))["pairs"] == changed
+
+
+def test_make_plan_pretrained_clip_does_not_wait_for_the_download() -> None:
+    steps = {step.name: step for step in make_plan(load_recipe(None, ["clip.source=pretrained"]))}
+    assert steps["clip"].inputs == {}
+
+
+def test_a_local_clip_counts_by_its_content(tmp_path: Path) -> None:
+    def key(*overrides: str) -> str:
+        return _keys(load_recipe(None, ["clip.source=pretrained", *overrides]))["clip"]
+
+    for folder, content in (("one", "a"), ("same", "a"), ("other", "b")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "open_clip_config.json").write_text("{}")
+        (tmp_path / folder / "open_clip_model.safetensors").write_text(content)
+        (tmp_path / folder / "manifest.json").write_text(folder)
+    one, same, other = (key(f"clip.name={tmp_path / folder}") for folder in ("one", "same", "other"))
+    assert one == same != other
+    checkpoint = tmp_path / "weights.pt"
+    checkpoint.write_text("a")
+    before = key(f"clip.tag={checkpoint}")
+    checkpoint.write_text("b")
+    assert key(f"clip.tag={checkpoint}") != before
+    assert key("clip.name=hf-hub:owner/one") != key("clip.name=hf-hub:owner/two")
+    with pytest.raises(ConfigError, match="clip: no/folder does not exist"):
+        key("clip.name=no/folder")
+
+
+def test_plan_status_names_the_field_and_the_input_that_changed(tmp_path: Path) -> None:
+    workspace = Workspace(str(tmp_path))
+    for step in make_plan(load_recipe(None)):
+        _commit(workspace, step)
+    assert {status.state for status in plan_status(workspace, make_plan(load_recipe(None)))} == {"done"}
+    changed = make_plan(load_recipe(None, ["prior.train.num_steps=7"]))
+    statuses = {status.step.name: status for status in plan_status(workspace, changed)}
+    assert statuses["prior"].reasons == ("prior.train.num_steps: 1000 -> 7",)
+    assert statuses["evaluate"].reasons == ("prior changed",)
+    assert statuses["decoder"].state == "done"
+
+
+def test_plan_status_tells_todo_from_partial(tmp_path: Path) -> None:
+    workspace = Workspace(str(tmp_path))
+    steps = make_plan(load_recipe(None))
+    artifact_of(workspace, steps[1]).write_json("live/progress.json", {})
+    states = [status.state for status in plan_status(workspace, steps)]
+    assert states[:3] == ["todo", "partial", "todo"]
+    assert plan_status(workspace, steps)[0].reasons == ("never run",)
+
+
+def test_sparing_hosts_changes_no_key() -> None:
+    plain, sparing = (load_recipe("configs/demo.toml", [f"download.resources.max_per_host={most}"]) for most in (0, 4))
+    assert plain.download != sparing.download
+    assert _keys(plain) == _keys(sparing)

@@ -1,0 +1,182 @@
+"""The recipe: layers, strictness, messages."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from models.ar_prior.config import ArPriorConfig, TokenSamplerConfig
+from pipeline.errors import ConfigError
+from pipeline.recipe.recipe import Recipe, json_schema, load_recipe, parse_recipe, to_dict, without_resources
+from pipeline.recipe.sections import PriorStepConfig
+
+
+def test_load_recipe_layers_defaults_file_and_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text("seed = 3\n[prior.train]\nnum_steps = 10\nbatch_size = 8\n")
+    recipe = load_recipe(file, ["prior.train.num_steps=20", "name=mine", 'workspace="w"'])
+    assert (recipe.seed, recipe.prior.train.num_steps, recipe.prior.train.batch_size) == (3, 20, 8)
+    assert (recipe.name, recipe.workspace) == ("mine", "w")
+    assert recipe.decoder == Recipe().decoder
+
+
+def test_parse_recipe_table_that_names_one_key_keeps_its_parents_choices() -> None:
+    recipe = parse_recipe({"prior": {"model": {"diffusion": {"num_timesteps": 100}}}, "embed": {"resources": {}}})
+    assert recipe.prior.model.diffusion.prediction == Recipe().prior.model.diffusion.prediction == "x0"
+    assert recipe.prior.model.diffusion.num_timesteps == 100
+    assert recipe.embed == Recipe().embed
+
+
+def test_parse_recipe_kind_of_the_prior_chooses_its_fields_and_their_defaults() -> None:
+    recipe = parse_recipe({"prior": {"model": {"kind": "autoregressive", "sampler": {"top_k": 5}}}, "prior_2": {}})
+    assert recipe.prior.model == ArPriorConfig(sampler=TokenSamplerConfig(top_k=5))
+    assert recipe.prior_2 == PriorStepConfig()
+    assert Recipe().prior_2 is None
+    assert list(recipe.trained()) == ["clip", "prior", "prior_2", "decoder"]
+    assert parse_recipe(to_dict(recipe)) == recipe
+
+
+def test_load_recipe_round_trips_through_resolved_json(tmp_path: Path) -> None:
+    import json
+
+    recipe = parse_recipe({"seed": 5, "upsampler_1": {"model": {"image_px": 128, "low_res_px": 64, "crop_px": 64}}})
+    file = tmp_path / "resolved.json"
+    file.write_text(json.dumps(to_dict(recipe)))
+    assert load_recipe(file) == recipe
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ({"prior": {"train": {"num_step": 3}}}, ["unknown key prior.train.num_step", "did you mean num_steps"]),
+        ({"nonsense": 1}, ["unknown key nonsense"]),
+        ({"prior": {"train": {"num_steps": "many"}}}, ["prior.train.num_steps", "integer", "'many'"]),
+        ({"prior": {"train": {"num_steps": 1.5}}}, ["prior.train.num_steps"]),
+        ({"seed": True}, ["seed"]),
+        ({"pairs": {"source": "list"}}, ["pairs", "path is required"]),
+        ({"pairs": {"source": "ftp"}}, ["pairs.source", "'list'"]),
+        ({"download": {"image_px": 8}}, ["decoder.model.image_px", "download.image_px"]),
+        (
+            {"upsampler_1": {"model": {"image_px": 96, "low_res_px": 32, "crop_px": 48}}},
+            ["upsampler_1.model.low_res_px"],
+        ),
+        (
+            {"prior": {"train": {"batch_size": 9}, "resources": {"num_workers": 2}}},
+            ["prior.train.batch_size", "2 workers"],
+        ),
+        ({"prior": {"resources": {"num_workers": 0}}}, ["prior.resources.num_workers", "greater than 0"]),
+        ({"upsampler_2": {}}, ["upsampler_2"]),
+        (
+            {"prior": {"model": {"kind": "magic"}}},
+            ["prior.model.kind: must be 'diffusion' or 'autoregressive'", "'magic'"],
+        ),
+        ({"prior": {"model": {"widht": 8}}}, ["prior.model.widht", "diffusion", "did you mean width?"]),
+        (
+            {"prior": {"model": {"kind": "autoregressive", "sampler": {"method": "ddim"}}}},
+            ['unknown key prior.model.sampler.method (kind = "autoregressive")'],
+        ),
+        (
+            {"prior_2": {"model": {"kind": "autoregressive", "num_bucket": 8}}},
+            ["prior_2.model.num_bucket", "did you mean num_buckets?"],
+        ),
+        ({"prior_2": {"model": {"kind": "autoregressive", "num_heads": 3}}}, ["prior_2.model: width = 512"]),
+        ({"prior_2": {"model": {"kind": "autoregressive", "width": "x"}}}, ["prior_2.model.width: ", "'x'"]),
+        ({"prior_2": "autoregressive"}, ["prior_2: ", "'autoregressive'"]),
+        ({"decoder": {"model": {"sampler": {"clip_guidance_scale": 1.0}}}}, ["clip_guidance_scale", "noisy_clip"]),
+        ({"noisy_clip": {"model": {"image_px": 32}}}, ["noisy_clip.model sees 32 px", "draws 64 px"]),
+        ({"noisy_clip": {"model": {"tower": {"chanels": 32}}}}, ["noisy_clip.model.tower.chanels"]),
+    ],
+)
+def test_parse_recipe_refuses_and_names_the_key(tables: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_recipe(tables)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("seed = ", "not a valid recipe"), ("when = 2020-01-01", "dates"), ("seed = 1\nseed = 2", "valid")],
+)
+def test_load_recipe_malformed_file_is_one_message(tmp_path: Path, text: str, word: str) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=word) as caught:
+        load_recipe(file)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("seed=-1", "pairs.drawn.num_pairs=0", "pairs.drawn.image_px=8", "pairs.drawn.port=70000"),
+        *("pairs.drawn.num_faulty=-1", "pairs.max_pairs=-1", "pairs.validation_prob=1.0", "download.image_px=0"),
+        *("download.retries=-1", "download.min_success_prob=1.5", "download.encode_quality=101"),
+        *("download.max_aspect_ratio=0.5", "download.deadline_s=0", "download.resources.max_per_host=-1"),
+        *(
+            "embed.batch_size=0",
+            "embed.resources.max_retries=-1",
+            "index.recall_target=2",
+            "index.num_recall_queries=0",
+        ),
+        *("index.num_train_rows=-1", "prior.train.learning_rate=0", "prior.train.num_steps=-1", "prior.train.beta1=1"),
+        *("decoder.train.ema_decay=1", "decoder.train.weight_decay=-1", "decoder.resources.save_every_steps=0"),
+        *("decoder.resources.max_failures=-1", "evaluate.num_shown=0", "serve.port=0", "serve.port=65536"),
+        *("serve.num_replicas=0", "serve.max_batch_size=0", "serve.max_queued_requests=0"),
+    ],
+)
+def test_load_recipe_refuses_an_impossible_number_by_its_name(override: str) -> None:
+    name, _, value = override.partition("=")
+    with pytest.raises(ConfigError, match=rf"{re.escape(name)}: Input should be .*, got {re.escape(value)}"):
+        load_recipe(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("name=", "name '' is part of a path"),
+        ("name=../elsewhere", "name '../elsewhere' is part of a path"),
+        ("workspace=", "workspace is empty"),
+        ("download.encode_format=png", r"encode_quality must be 0\.\.9 for png, got 95"),
+        ("prior.train.warmup_steps=1001", r"warmup_steps must be in 0\.\.num_steps, got 1001"),
+    ],
+)
+def test_load_recipe_refuses_what_does_not_go_together(override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_recipe(None, [override])
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '"seed"', "null"])
+def test_load_recipe_json_without_tables_is_one_message(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "recipe.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"recipe\.json: not a valid recipe: it holds no tables"):
+        load_recipe(file)
+
+
+def test_load_recipe_missing_file_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unclip init"):
+        load_recipe(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", "a..b=1"])
+def test_load_recipe_malformed_override_shows_the_form(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"section\.key=value"):
+        load_recipe(None, [override])
+
+
+def test_load_recipe_override_through_a_value_is_refused() -> None:
+    with pytest.raises(ConfigError, match="seed is a value"):
+        load_recipe(None, ["seed=1", "seed.x=2"])
+
+
+def test_without_resources_drops_only_resources_at_every_depth() -> None:
+    tables = {"a": 1, "resources": {"b": 2}, "c": {"resources": {}, "d": 3}}
+    assert without_resources(tables) == {"a": 1, "c": {"d": 3}}
+
+
+def test_json_schema_describes_every_field() -> None:
+    schema = json_schema()
+    for name, definition in schema["$defs"].items():
+        for field, description in definition["properties"].items():
+            assert "description" in description or "$ref" in description, f"{name}.{field} has no docstring"

@@ -1,0 +1,248 @@
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import DataError
+from pipeline.recipe.plan import artifact_of, make_plan
+from pipeline.recipe.recipe import Recipe
+from pipeline.report.report import duration, format_metrics, short_count, write_report
+from pipeline.report.sections import covered_s, num_parameters, recipe_changes
+from pipeline.report.tables import measure_rows, quality_groups, tiles_of
+from pipeline.shapes.captions import canonical_caption
+from pipeline.shapes.scene import evaluation_scenes
+from pipeline.workspace.store import Artifact, Workspace
+from tests.evaluate.workspaces import METRICS, fill_workspace, make_recipe
+
+_COLOUR = {"colour": METRICS["pixel_check"]["one object"]["colour"]}
+SECTIONS = ("samples", "quality", "stages", "reconstructions", "neighbours", "training", "data", "next")
+
+
+class _Page(HTMLParser):
+    """Collects ids, pictures and links, and checks that every element is closed."""
+
+    VOID = frozenset({"meta", "img", "br", "link", "input", "path", "line", "circle", "rect"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.sources: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if values.get("id"):
+            self.ids.append(str(values["id"]))
+        self.sources += [str(values[name]) for name in ("src", "href") if values.get(name)]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag, f"</{tag}> closes nothing"
+
+
+def _report(recipe: Recipe, path: Path, recipe_file: str = "configs/demo.toml") -> str:
+    write_report(Workspace(recipe.workspace), make_plan(recipe), recipe, path, recipe_file)
+    return path.read_text(encoding="utf-8")
+
+
+def test_report_of_a_finished_run_has_every_section(recipe: Recipe, tmp_path: Path) -> None:
+    fill_workspace(recipe)
+    text = _report(recipe, tmp_path / "report.html")
+    page = _Page(text)
+    assert page.open == []
+    assert [name for name in page.ids if name in SECTIONS] == list(SECTIONS)
+    for wanted in (
+        canonical_caption(evaluation_scenes(8, seed=0)[0].scene),
+        "98.3 %",  # one object: colour
+        "12 min 17 s",  # all steps together
+        "HTTP Error 404: Not Found",
+        "recall at 10",
+        "Colour on its shape",
+        "unclip sample configs/demo.toml",
+        "decoder.model.image_px",  # in the recipe's differences
+        "torch 2.13.0",
+    ):
+        assert wanted in text, wanted
+    assert "None" not in re.sub(r"<script.*</script>", "", text, flags=re.DOTALL).replace("display: None", "")
+
+
+def test_report_needs_nothing_outside_itself(recipe: Recipe, tmp_path: Path) -> None:
+    fill_workspace(recipe)
+    text = _report(recipe, tmp_path / "report.html")
+    page = _Page(text)
+    assert len(page.sources) == 4 * 4 + 4 * 3 + 4 * 3 + 4 * 4
+    assert all(source.startswith("data:image/") for source in page.sources)
+    assert "http://" not in text
+    assert "https://" not in text
+    assert "@import" not in text
+    assert len(text) < 2_000_000
+
+
+def test_report_draws_a_curve_for_each_trained_network(recipe: Recipe, tmp_path: Path) -> None:
+    fill_workspace(recipe)
+    text = _report(recipe, tmp_path / "report.html")
+    assert text.count('<svg class="chart"') == 5
+    assert "Loss of Decoder over 1200 steps" in text
+    assert "&lt;svg" not in text
+
+
+@pytest.mark.parametrize(("until", "there", "left_out"), [
+    ("pairs", {"next", "data"}, {"samples", "quality", "training"}),
+    ("decoder", {"training", "data", "next"}, {"samples", "quality", "neighbours"}),
+])  # fmt: skip
+def test_report_of_a_part_leaves_out_what_is_missing_and_says_so(
+    recipe: Recipe, tmp_path: Path, until: str, there: set[str], left_out: set[str]
+) -> None:
+    fill_workspace(recipe, until=until)
+    text = _report(recipe, tmp_path / "report.html")
+    ids = set(_Page(text).ids)
+    assert there <= ids
+    assert not left_out & ids
+    assert "of 10 steps are done" in text
+    assert "unclip run configs/demo.toml" in text
+
+
+def test_report_of_an_empty_workspace_can_be_written(recipe: Recipe, tmp_path: Path) -> None:
+    text = _report(recipe, tmp_path / "report.html")
+    assert "0 of 10 steps are done" in text
+    assert set(_Page(text).ids) & set(SECTIONS) == {"next"}
+
+
+def test_report_escapes_what_people_wrote(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path / "w", name="<script>alert(1)")
+    fill_workspace(recipe, until="pairs")
+    text = _report(recipe, tmp_path / "report.html", "my recipe's.toml")
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_report_names_a_broken_curve(recipe: Recipe, tmp_path: Path) -> None:
+    steps = {step.name: step for step in fill_workspace(recipe)}
+    artifact = artifact_of(Workspace(recipe.workspace), steps["prior"])
+    artifact.write_bytes("metrics.jsonl", b'{"step": 0, "loss": 1.0}\n{"step": 20, "lo')
+    with pytest.raises(DataError, match=r"prior/.*metrics\.jsonl: line 2"):
+        _report(recipe, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_report_names_a_broken_picture(recipe: Recipe, tmp_path: Path) -> None:
+    steps = {step.name: step for step in fill_workspace(recipe)}
+    artifact = artifact_of(Workspace(recipe.workspace), steps["evaluate"])
+    artifact.write_bytes("samples/0-1.png", b"no picture")
+    with pytest.raises(DataError, match=r"samples/0-1\.png: not a readable picture"):
+        _report(recipe, tmp_path / "report.html")
+
+
+def test_writing_a_report_loads_neither_torch_nor_ray() -> None:
+    code = "import sys, pipeline.report.report; sys.exit(bool({'torch', 'ray', 'mlflow'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_format_metrics_prints_every_rate_with_ceiling_and_floor() -> None:
+    lines = format_metrics(METRICS).splitlines()
+    line = next(line for line in lines if "Both colours" in line)
+    assert line.split()[2:] == ["80.8%", "72.9-86.9", "100.0%", "3.3%"]
+    assert any("CLIP score" in line and "0.671" in line for line in lines)
+    assert format_metrics({}) == ""
+
+
+def test_measures_stand_between_floor_and_ceiling() -> None:
+    rows = {row["name"]: row for row in measure_rows(METRICS)}
+    assert rows["CLIP score"]["place"] == pytest.approx((0.612 - 0.082) / (0.671 - 0.082))
+    assert rows["R-precision"]["place"] == pytest.approx(150 / 189)
+    for name, texts in (
+        ("R-precision", ("62.9 %", "79.2 %", "0.4 %")),
+        ("Upsampler 1: PSNR", ("27.4 dB", "", "23.2 dB")),
+        ("Upsampler 1: sharpness", ("812", "934", "205")),
+    ):
+        assert tuple(rows[name][kind] for kind in ("value", "ceiling", "floor")) == texts
+
+
+def test_measures_that_say_nothing_have_no_bar_or_no_row() -> None:
+    (row,) = measure_rows({"clip_score": {"generated": 0.502, "real": 0.505, "shuffled": 0.5}})
+    assert (row["value"], row["place"]) == ("0.502", None)
+    assert measure_rows({"cmmd": {"generated": math.inf}, "recall": {"generated": math.nan}}) == []
+
+
+def test_pixel_check_is_told_in_its_order_and_only_where_something_was_checked() -> None:
+    one, two = quality_groups(METRICS)
+    assert [row["name"] for row in one["rows"]] == ["Colour", "Shape", "Size", "Background"]
+    assert two["title"] == "Two objects, 120 pictures"
+    unchecked = {"generated": {"rate": 0.0, "total": 0}}
+    (half,) = quality_groups({"pixel_check": {"a": {"shape": unchecked}, "b": {"shape": unchecked, **_COLOUR}}})
+    assert [row["name"] for row in half["rows"]] == ["Colour"]
+
+
+def test_tiles_show_the_pixel_check_or_else_the_measures() -> None:
+    assert [tile["value"] for tile in tiles_of(METRICS)] == ["98.3", "90.8", "100.0", "80.8"]
+    general = {name: value for name, value in METRICS.items() if name != "pixel_check"}
+    assert [tile["label"] for tile in tiles_of(general)][:2] == ["CLIP score", "R-precision"]
+    assert quality_groups(general) == []
+    assert tiles_of({}) == []
+
+
+def test_covered_time_counts_steps_that_run_side_by_side_once() -> None:
+    assert covered_s([(0, 10), (5, 12), (20, 21), (6, 7)]) == 13
+    assert covered_s([]) == 0
+
+
+def test_recipe_changes_are_the_fields_that_differ(recipe: Recipe) -> None:
+    changes = {name: (value, default) for name, value, default in recipe_changes(recipe)}
+    assert changes["decoder.train.num_steps"] == ("1200", "1000")
+    assert changes["upsampler_1.model.image_px"] == ("64", "256")
+    assert "upsampler_1.train.num_steps" not in changes
+    assert "prior.train.num_steps" not in changes
+
+
+def test_num_parameters_reads_the_header_alone(tmp_path: Path) -> None:
+    artifact = Artifact(str(tmp_path))
+    header = {
+        "__metadata__": {"format": "pt"},
+        "a": {"dtype": "F32", "shape": [3, 5], "data_offsets": [0, 60]},
+        "b": {"dtype": "F32", "shape": [], "data_offsets": [60, 64]},
+    }
+    data = json.dumps(header).encode()
+    artifact.write_bytes("model.safetensors", len(data).to_bytes(8, "little") + data)
+    assert num_parameters(artifact) == 16
+    assert num_parameters(Artifact(str(tmp_path / "none"))) == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(4.24, "4.2 s"), (42.4, "42 s"), (185, "3 min 05 s"), (7845, "2 h 10 min")]
+)
+def test_duration_for_people(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_counts_for_people() -> None:
+    assert [short_count(n) for n in (950, 12_300, 1_800_000, 3.5e9)] == ["950", "12.3k", "1.8M", "3.5B"]
+
+
+def test_every_measure_is_told_on_the_page_and_in_the_terminal(recipe: Recipe, tmp_path: Path) -> None:
+    fill_workspace(recipe)
+    page, text = _report(recipe, tmp_path / "report.html"), format_metrics(METRICS)
+    told = {
+        "Frechet distance, own features": ["31.250"],
+        "CMMD": ["1.750", "0.250"],
+        "Precision": ["75.0 %", "90.0 %"],
+        "Recall": ["50.0 %", "89.2 %"],
+        "Memorisation rate": ["5.8 %"],
+        "Upsampler 1: PSNR": ["27.4 dB", "23.2 dB"],
+        "Upsampler 1: SSIM": ["0.912", "0.871"],
+        "Upsampler 1: sharpness": ["812", "934", "205"],
+    }
+    for name, values in told.items():
+        line = next(line for line in text.splitlines() if line.strip().startswith(name))
+        assert [value for value in values if value in line] == values
+        assert name in page
+        assert all(value in page for value in values)
+    assert "validation 0.0457" in page

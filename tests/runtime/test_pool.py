@@ -1,0 +1,139 @@
+"""The pool of workers on a real Ray. Workers import this module: it stays light."""
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from pipeline.errors import DataError, StepError
+from pipeline.recipe.plan import make_plan
+from pipeline.recipe.recipe import parse_recipe
+from pipeline.recipe.sections import TaskResources
+from pipeline.runtime.context import StepContext
+from pipeline.runtime.pool import ShardJob, map_shards
+from pipeline.workspace.manifest import ShardRecord
+from pipeline.workspace.progress import read_progress
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+_TWO = TaskResources(num_workers=2, cpus_per_worker=0.5, max_retries=1)
+_ONE = TaskResources(num_workers=1, cpus_per_worker=0.5, max_retries=1)
+
+
+def _context(folder: Path) -> StepContext:
+    recipe = parse_recipe({"workspace": str(folder / "workspace")})
+    step = next(step for step in make_plan(recipe) if step.name == "download")
+    return StepContext(recipe, step, recipe.workspace)
+
+
+class _Stage:
+    """Writes a shard's name; shards named for a fault have it, once or always."""
+
+    def __init__(self, context: StepContext) -> None:
+        self._output = context.output
+
+    def __call__(self, shard: str) -> ShardRecord:
+        first = not self._output.exists(f"tried-{shard}")
+        self._output.write_bytes(f"tried-{shard}", b"")
+        if shard == "dies" or (shard == "dies-once" and first):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if shard == "hangs-once" and first:
+            time.sleep(600)
+        if shard == "bad":
+            raise DataError("shard bad: row 3 is wrong")
+        if shard == "bug":
+            raise KeyError("surprise")
+        self._output.write_bytes(shard, f"{shard} by {os.getpid()}".encode())
+        record = ShardRecord(shard=shard, counts={"in": 2, "ok": 2}, files={shard: self._output.describe(shard)})
+        self._output.commit_shard(record)
+        return record
+
+
+def _map(context: StepContext, *shards: str, resources: TaskResources = _ONE, **settings: Any) -> list[ShardRecord]:
+    return map_shards(context, ShardJob(_Stage, shards, 2 * len(shards), resources, **settings))
+
+
+def test_map_shards_makes_each_shard_and_none_twice(tmp_path: Path) -> None:
+    context = _context(tmp_path)
+    names = [f"s{i}" for i in range(5)]
+    assert [record.shard for record in _map(context, *names[:3])] == names[:3]
+    made = {name: context.output.path(name).read_bytes() for name in names[:3]}
+    assert [record.shard for record in _map(context, *names)] == names
+    assert {name: context.output.path(name).read_bytes() for name in names[:3]} == made
+    assert set(context.output.shard_records()) == set(names)
+
+
+def test_map_shards_makes_a_lost_workers_shard_again(tmp_path: Path) -> None:
+    records = _map(_context(tmp_path), "a", "dies-once", "b", "c", resources=_TWO)
+    assert [record.shard for record in records] == ["a", "dies-once", "b", "c"]
+
+
+def test_map_shards_gives_up_a_shard_that_hangs(tmp_path: Path) -> None:
+    assert len(_map(_context(tmp_path), "hangs-once", "a", limit_s=3)) == 2
+
+
+def test_map_shards_names_the_shard_that_kills_its_workers_and_keeps_the_others(tmp_path: Path) -> None:
+    context = _context(tmp_path)
+    with pytest.raises(StepError, match=r"download: shard dies was lost 2 times; .*run again to continue"):
+        _map(context, "a", "b", "dies")
+    assert {"a", "b"} <= set(context.output.shard_records())
+
+
+def test_map_shards_raises_what_a_worker_raised(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        _map(_context(tmp_path), "a", "bad")
+    assert str(caught.value) == "shard bad: row 3 is wrong"
+    with pytest.raises(KeyError) as unforeseen:
+        _map(_context(tmp_path / "other"), "bug")
+    assert unforeseen.value.__notes__ == ["while making shard bug"]
+
+
+def test_map_shards_counts_no_time_before_its_workers_have_a_place(tmp_path: Path) -> None:
+    context = _context(tmp_path)
+
+    @ray.remote(num_cpus=2)
+    def occupy(seconds: float) -> None:
+        time.sleep(seconds)
+
+    busy = [occupy.remote(0.1), occupy.remote(3)]
+    ray.wait(busy, num_returns=1)
+    begun = time.monotonic()
+    _map(context, "a")
+    assert time.monotonic() - begun > 2.5
+    state = read_progress(context.output)
+    assert state is not None
+    assert 0 < state.wall_s < 2
+
+
+def test_map_shards_stops_when_told_to(tmp_path: Path) -> None:
+    def stop(records: list[ShardRecord]) -> None:
+        if len(records) == 2:
+            raise StepError("enough")
+
+    context = _context(tmp_path)
+    with pytest.raises(StepError, match="enough"):
+        _map(context, *(f"s{i}" for i in range(40)), on_record=stop)
+    assert len(context.output.shard_records()) < 40
+
+
+def _worker_names() -> list[str]:
+    names: list[str] = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it may end while we look
+            names += [part for part in child.cmdline() if "_Worker" in part]
+    return names
+
+
+def test_no_worker_is_left_behind(tmp_path: Path) -> None:
+    seen: list[str] = []
+    _map(_context(tmp_path), "a", "b", resources=_TWO, on_record=lambda _records: seen.extend(_worker_names()))
+    assert seen
+    give_up = time.monotonic() + 10
+    while _worker_names() and time.monotonic() < give_up:
+        time.sleep(0.1)
+    assert _worker_names() == []

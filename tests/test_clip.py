@@ -1,0 +1,180 @@
+"""CLIP: our reading of open_clip's models against open_clip itself."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.clip_config import ClipConfig
+from pipeline.clip import FrozenClip, clip_loss, create_clip, load_clip, load_pretrained, open_clip, save_clip
+from tests.tiny import ROOT
+
+CONFIG = ClipConfig(
+    embed_dim=16, image_px=32, vision_width=8, text_width=16, text_heads=2, text_layers=2, context_length=20
+)
+CAPTIONS = ["a red circle", "a small blue star on a white background", ""]
+
+
+@pytest.fixture(scope="module")
+def frozen() -> FrozenClip:
+    torch.manual_seed(0)
+    return FrozenClip(create_clip(CONFIG))
+
+
+def test_encode_text_equals_open_clip(frozen: FrozenClip) -> None:
+    ours = frozen.encode_text(CAPTIONS)
+    theirs = frozen.model.encode_text(frozen.clip.tokenize(CAPTIONS), normalize=True)
+    torch.testing.assert_close(ours.z_text, theirs, rtol=0, atol=1e-6)
+
+
+def test_encode_text_masks_up_to_the_end_token_and_cuts_the_rest(frozen: FrozenClip) -> None:
+    encoding = frozen.encode_text(CAPTIONS)
+    assert encoding.mask.sum(1).tolist() == [5, 10, 2]
+    assert encoding.hidden.shape == (3, 16, 16)
+    assert not encoding.mask[2, 2:].any()
+
+
+def test_encode_text_keeps_the_end_of_a_caption_that_is_cut(frozen: FrozenClip) -> None:
+    encoding = frozen.encode_text(["red " * 50])
+    assert encoding.mask.sum() == CONFIG.context_length
+
+
+def test_encode_text_does_not_depend_on_the_batch(frozen: FrozenClip) -> None:
+    together, alone = frozen.encode_text(CAPTIONS), frozen.encode_text(CAPTIONS[:1])
+    torch.testing.assert_close(together.z_text[:1], alone.z_text, rtol=0, atol=1e-6)
+    torch.testing.assert_close(together.hidden[:1, :5], alone.hidden[:, :5], rtol=0, atol=1e-5)
+
+
+def test_hidden_are_the_token_states_after_the_final_norm(frozen: FrozenClip) -> None:
+    encoding = frozen.encode_text(CAPTIONS)
+    end = encoding.mask.sum(1) - 1
+    pooled = encoding.hidden[torch.arange(3), end] @ frozen.model.text_projection
+    torch.testing.assert_close(torch.nn.functional.normalize(pooled, dim=-1), encoding.z_text)
+
+
+def test_encode_image_equals_open_clip_preprocessing_and_model(frozen: FrozenClip) -> None:
+    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
+    std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1)
+    prepared = (images.permute(0, 3, 1, 2) / 255 - mean) / std
+    theirs = frozen.model.encode_image(prepared, normalize=True)
+    torch.testing.assert_close(frozen.encode_image(images), theirs, rtol=0, atol=1e-5)
+
+
+def test_encode_image_takes_bytes_and_pixels_alike_at_any_size(frozen: FrozenClip) -> None:
+    images = torch.randint(0, 256, (2, 48, 40, 3), dtype=torch.uint8)
+    pixels = images.permute(0, 3, 1, 2) / 127.5 - 1
+    embedding = frozen.encode_image(images)
+    torch.testing.assert_close(embedding, frozen.encode_image(pixels), rtol=0, atol=1e-5)
+    torch.testing.assert_close(embedding.norm(dim=1), torch.ones(2))
+
+
+def test_frozen_clip_stays_in_evaluation_mode_without_gradients(frozen: FrozenClip) -> None:
+    frozen.train()
+    assert not any(module.training for module in frozen.model.modules())
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
+def test_clip_loss_of_half_precision_features_is_taken_in_full_precision() -> None:
+    clip = create_clip(CONFIG)
+    clip.model.logit_scale.data.fill_(4.6)
+    images, tokens = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)), clip.tokenize(CAPTIONS[:3])
+    with torch.autocast("cpu", torch.bfloat16):
+        image, text, scale, *_ = clip.model(clip.prepare(images), tokens)
+        found = clip_loss(clip, images, tokens)
+    logits, own = scale * image.float() @ text.float().T, torch.arange(3)
+    expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_open_clip_is_loaded_without_wandb_which_others_may_still_load() -> None:
+    code = "import sys, pipeline.clip; sys.exit('wandb' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_clip_loss_falls_when_trained() -> None:
+    torch.manual_seed(0)
+    clip = create_clip(CONFIG)
+    images = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8)
+    tokens = clip.tokenize([f"picture number {i}" for i in range(8)])
+    optimizer = torch.optim.Adam(clip.model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(12):
+        loss = clip_loss(clip, images, tokens)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_save_and_load_give_the_same_embeddings_and_bytes(frozen: FrozenClip, tmp_path: Path) -> None:
+    save_clip(frozen.clip, tmp_path / "a")
+    loaded = load_clip(tmp_path / "a")
+    save_clip(loaded, tmp_path / "b")
+    assert torch.equal(FrozenClip(loaded).encode_text(CAPTIONS).hidden, frozen.encode_text(CAPTIONS).hidden)
+    for name in ("open_clip_config.json", "open_clip_model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_saved_folder_is_read_by_open_clip_itself(frozen: FrozenClip, tmp_path: Path) -> None:
+    save_clip(frozen.clip, tmp_path)
+    loaded = load_pretrained(f"local-dir:{tmp_path}")
+    assert loaded.dims == CONFIG.dims()
+    assert torch.equal(FrozenClip(loaded).encode_text(CAPTIONS).z_text, frozen.encode_text(CAPTIONS).z_text)
+
+
+def test_load_clip_names_the_folder_when_a_file_is_missing(frozen: FrozenClip, tmp_path: Path) -> None:
+    save_clip(frozen.clip, tmp_path)
+    (tmp_path / "open_clip_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"is not an open_clip folder .*open_clip_model.safetensors"):
+        load_clip(tmp_path)
+
+
+def test_load_clip_names_the_folder_when_the_weights_are_cut_short(frozen: FrozenClip, tmp_path: Path) -> None:
+    save_clip(frozen.clip, tmp_path)
+    weights = tmp_path / "open_clip_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=f"{tmp_path.name} is not an open_clip folder.*SafetensorError"):
+        load_clip(tmp_path)
+
+
+def test_load_clip_refuses_weights_of_another_shape(frozen: FrozenClip, tmp_path: Path) -> None:
+    save_clip(frozen.clip, tmp_path)
+    config = json.loads((tmp_path / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["width"] = 32
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="size mismatch"):
+        load_clip(tmp_path)
+
+
+def test_load_pretrained_says_what_could_not_be_loaded() -> None:
+    with pytest.raises(ValueError, match="CLIP 'ViT-Nowhere' could not be loaded"):
+        load_pretrained("ViT-Nowhere")
+
+
+def test_open_clip_config_builds_the_same_model_in_open_clip(tmp_path: Path) -> None:
+    (tmp_path / "tiny-ours.json").write_text(json.dumps(CONFIG.to_open_clip()))
+    open_clip.add_model_config(tmp_path)
+    theirs = open_clip.create_model("tiny-ours", pretrained=None)
+    assert {k: v.shape for k, v in theirs.state_dict().items()} == {
+        k: v.shape for k, v in create_clip(CONFIG).model.state_dict().items()
+    }
+
+
+def test_create_clip_builds_the_vit_that_the_configuration_describes(tmp_path: Path) -> None:
+    config = replace(CONFIG, vision="vit", image_px=24, patch_px=8, vision_width=16, vision_depth=3, vision_heads=4)
+    clip = create_clip(config)
+    assert len(clip.model.visual.transformer.resblocks) == 3
+    assert clip.model.visual.conv1.weight.shape == (16, 3, 8, 8)
+    assert clip.model.visual.transformer.resblocks[0].attn.num_heads == 4
+    save_clip(clip, tmp_path)
+    images = torch.randint(0, 256, (2, 24, 24, 3), dtype=torch.uint8)
+    again = FrozenClip(load_clip(tmp_path)).encode_image(images)
+    torch.testing.assert_close(again, FrozenClip(clip).encode_image(images))
+    assert again.shape == (2, config.embed_dim)

@@ -1,0 +1,77 @@
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.workspace.progress import Progress, ProgressState, read_progress
+from pipeline.workspace.store import Artifact
+
+
+def _wall_s(artifact: Artifact) -> float:
+    state = read_progress(artifact)
+    assert state is not None
+    return state.wall_s
+
+
+def test_progress_counts_the_work_and_not_the_waiting(tmp_path: Path) -> None:
+    artifact = Artifact(str(tmp_path))
+    progress = Progress(artifact, waits=True)
+    time.sleep(0.3)
+    progress.update(0, 10, "rows", force=True)
+    assert _wall_s(artifact) == 0
+    progress.begin(ago_s=5)
+    progress.begin(ago_s=50)  # the second worker's: the clock runs already
+    progress.update(5, 10, "rows", force=True)
+    state = read_progress(artifact)
+    assert state is not None
+    assert 5 <= state.wall_s < 5.2
+    assert state.rate == pytest.approx(1, rel=0.05)
+    assert state.eta_s == pytest.approx(5, rel=0.05)
+
+
+def test_progress_of_a_second_start_adds_to_the_first(tmp_path: Path) -> None:
+    artifact = Artifact(str(tmp_path))
+    first = Progress(artifact, waits=True)
+    first.begin(ago_s=3)
+    first.update(1, 2, "steps", force=True)
+    second = Progress(artifact)
+    second.update(1, 2, "steps", force=True)
+    assert 3 <= _wall_s(artifact) < 3.2
+    assert read_progress(artifact).rate == 0  # type: ignore[union-attr]
+
+
+def test_progress_writes_at_its_own_pace_and_at_the_end(tmp_path: Path) -> None:
+    artifact = Artifact(str(tmp_path))
+    progress = Progress(artifact, every_s=60)
+    for done, seen in [(0, 0), (1, 0), (2, 2)]:
+        progress.update(done, 2, "rows")
+        assert read_progress(artifact).done == seen  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("state", "text"),
+    [
+        (ProgressState(0, 1, "", 0.0, 0.0, "waiting for 1 x 1 CPU", 0.0, 0.0), "waiting for 1 x 1 CPU"),
+        (ProgressState(5, 20, "rows", 2.5, 6.0, "", 2.0, 0.0), "5/20 rows (25 %), 2.5/s, 6 s to go"),
+        (
+            ProgressState(10, 1000, "steps", 0.5, 1980.0, "loss 0.1", 20.0, 0.0),
+            "10/1000 steps (1 %), 0.5/s, 33 min to go, loss 0.1",
+        ),
+        (ProgressState(1, 100, "steps", 0.01, 9900.0, "", 9.0, 0.0), "1/100 steps (1 %), 0.0/s, 2 h 45 min to go"),
+    ],
+)
+def test_progress_reads_well(state: ProgressState, text: str) -> None:
+    assert state.text == text
+
+
+def test_progress_has_begun_when_it_counts_something(tmp_path: Path) -> None:
+    artifact = Artifact(str(tmp_path))
+    progress = Progress(artifact, waits=True)
+    progress.update(0, 1, "", "waiting for 1 x 1 CPU", force=True)
+    state = read_progress(artifact)
+    assert state is not None
+    assert not state.has_begun
+    progress.update(0, 500, "steps", "training", force=True)
+    state = read_progress(artifact)
+    assert state is not None
+    assert state.has_begun

@@ -1,0 +1,219 @@
+"""Atomic files, commits, checksums, full disks."""
+
+import errno
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors import SafetensorError
+
+from pipeline.errors import DataError, StepError
+from pipeline.workspace.manifest import Manifest, ShardRecord, add_counts, check_counts
+from pipeline.data.rows import make_uid, split_of
+from pipeline.workspace.store import Artifact, Workspace, fingerprint, translate_os_errors
+
+
+def _manifest(**changes: object) -> Manifest:
+    fields: dict[str, object] = {"step": "s", "key": "k", "step_version": 1, "section": {}, "inputs": {}}
+    return Manifest(**(fields | changes))  # type: ignore[arg-type]
+
+
+def test_write_publishes_only_on_success(tmp_path: Path) -> None:
+    artifact = Artifact(f"{tmp_path}/step/key")
+    with artifact.write("sub/a.bin") as path:
+        path.write_bytes(b"abc")
+        assert artifact.names() == []
+    assert artifact.path("sub/a.bin").read_bytes() == b"abc"
+    with pytest.raises(TypeError), artifact.write("b.bin") as path:
+        path.write_bytes("half")  # pyright: ignore[reportArgumentType]
+    assert artifact.names() == ["sub/a.bin"]
+    assert [entry.name for entry in (tmp_path / "step/key").rglob("*") if entry.is_file()] == ["a.bin"]
+
+
+def test_write_killed_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:
+    artifact = Artifact(f"{tmp_path}/step/key")
+    artifact.write_bytes("a.bin", b"old")
+    code = (
+        "import time; from pipeline.workspace.store import Artifact\n"
+        f"with Artifact({artifact.uri!r}).write('a.bin') as path:\n"
+        "    path.write_bytes(b'new'); print('writing', flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+    assert artifact.path("a.bin").read_bytes() == b"old"
+    assert artifact.names() == ["a.bin"]
+    assert len(list((tmp_path / "step/key").iterdir())) == 2
+    artifact.clear_temporaries()
+    assert len(list((tmp_path / "step/key").iterdir())) == 1
+
+
+def _write_half(artifact: Artifact) -> None:
+    with artifact.write("big.bin") as path:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_write_full_disk_is_one_message_and_loses_nothing(tmp_path: Path) -> None:
+    artifact = Artifact(f"{tmp_path}/step/key")
+    artifact.write_bytes("kept.bin", b"kept")
+    with pytest.raises(StepError, match="disk is full") as caught:
+        _write_half(artifact)
+    assert "big.bin" in str(caught.value)
+    assert artifact.names() == ["kept.bin"]
+
+
+def _save_weights(path: Path) -> None:
+    """Writes beside the path, so /dev/full does not stop it: what it says on a full tmpfs."""
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def _save_index(path: Path) -> None:
+    index = faiss.IndexFlatIP(8)
+    index.add(np.zeros((10_000, 8), np.float32))
+    with path.open("wb", buffering=0) as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+
+
+def _save_table(path: Path) -> None:
+    pq.write_table(pa.table({"row": np.random.default_rng(0).random(10_000)}), path)
+
+
+@pytest.mark.parametrize("save", [_save_weights, _save_index, _save_table])
+def test_write_full_disk_is_told_alike_by_every_library(save: Callable[[Path], None], tmp_path: Path) -> None:
+    artifact = Artifact(str(tmp_path))
+
+    def write() -> None:
+        with artifact.write("file") as path:
+            path.symlink_to("/dev/full")
+            save(path)
+
+    with pytest.raises(StepError, match=rf"^{tmp_path}/file: the disk is full"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EEXIST])
+def test_translate_os_errors_names_the_place(code: int) -> None:
+    with pytest.raises(StepError, match="/data/file"), translate_os_errors("/data/file"):
+        raise OSError(code, "no")
+
+
+def test_translate_os_errors_leaves_others_alone() -> None:
+    with pytest.raises(FileNotFoundError), translate_os_errors("x"):
+        raise FileNotFoundError(errno.ENOENT, "gone")
+
+
+def test_manifest_is_the_commit_and_drops_live_files(tmp_path: Path) -> None:
+    artifact = Artifact(f"{tmp_path}/step/key")
+    artifact.write_json("live/progress.json", {})
+    artifact.write_bytes("data.bin", b"1")
+    assert artifact.manifest() is None
+    artifact.commit(_manifest(files=artifact.describe_files()))
+    manifest = artifact.manifest()
+    assert manifest is not None
+    assert list(manifest.files) == ["data.bin"]
+    assert artifact.names() == ["data.bin", "manifest.json"]
+
+
+def test_manifest_of_another_schema_is_refused(tmp_path: Path) -> None:
+    artifact = Artifact(f"{tmp_path}/step/key")
+    artifact.write_json("manifest.json", _manifest().to_dict() | {"schema_version": 99})
+    with pytest.raises(DataError, match="schema version 99"):
+        artifact.manifest()
+
+
+def test_verify_names_the_file_whose_bytes_changed(tmp_path: Path) -> None:
+    artifact = Artifact(f"{tmp_path}/step/key")
+    artifact.write_bytes("data.bin", b"1")
+    artifact.commit(_manifest(files=artifact.describe_files()))
+    artifact.verify("data.bin")
+    (tmp_path / "step/key/data.bin").write_bytes(b"2")
+    with pytest.raises(DataError, match=r"data\.bin"):
+        artifact.verify("data.bin")
+
+
+def test_read_json_malformed_names_the_file(tmp_path: Path) -> None:
+    artifact = Artifact(f"{tmp_path}/step/key")
+    artifact.write_bytes("x.json", b"{")
+    with pytest.raises(DataError, match=r"x\.json"):
+        artifact.read_json("x.json")
+    with pytest.raises(DataError, match="no file"):
+        artifact.path("none")
+
+
+def test_shard_records_are_commits_of_their_own(tmp_path: Path) -> None:
+    artifact = Artifact(f"{tmp_path}/step/key")
+    artifact.write_bytes("00000.bin", b"1")
+    files = {"00000.bin": artifact.describe("00000.bin")}
+    artifact.commit_shard(ShardRecord(shard="00000", counts={"in": 3, "ok": 2, "failed": 1}, files=files))
+    assert artifact.shard_records()["00000"].counts["ok"] == 2
+    assert artifact.describe_files()["00000.bin"] == files["00000.bin"]
+
+
+def test_counts_that_lose_rows_are_refused() -> None:
+    with pytest.raises(DataError, match="do not add up"):
+        check_counts({"in": 3, "ok": 2}, where="here")
+    assert add_counts([{"in": 1, "ok": 1}, {"in": 2, "ok": 1, "bad": 1}]) == {"in": 3, "ok": 2, "bad": 1}
+
+
+def test_artifact_works_on_an_object_store_and_survives_pickling() -> None:
+    artifact = Workspace("memory://bucket/prefix").artifact("step", "key")
+    artifact.write_bytes("sub/data.bin", b"123")
+    artifact.commit(_manifest(created=time.time(), files=artifact.describe_files()))
+    again = pickle.loads(pickle.dumps(artifact))
+    assert again.path("sub/data.bin").read_bytes() == b"123"
+    assert again.manifest().files["sub/data.bin"]["bytes"] == 3
+    assert [found.uri for found in Workspace("memory://bucket/prefix").artifacts("step")] == [artifact.uri]
+
+
+def test_workspace_artifacts_are_the_committed_ones_newest_first(tmp_path: Path) -> None:
+    workspace = Workspace(str(tmp_path))
+    for key, created in (("old", 1.0), ("new", 2.0)):
+        workspace.artifact("s", key).commit(_manifest(key=key, created=created))
+    workspace.artifact("s", "open").write_json("live/x.json", 1)
+    assert [artifact.uri.rsplit("/", 1)[1] for artifact in workspace.artifacts("s")] == ["new", "old"]
+
+
+def test_make_uid_depends_on_url_and_caption_and_split_on_uid_alone() -> None:
+    assert make_uid("u", "c") == make_uid("u", "c") != make_uid("u", "d")
+    uids = [make_uid(str(number), "c") for number in range(4000)]
+    share = sum(split_of(uid, 0.1) == "validation" for uid in uids) / len(uids)
+    assert 0.08 < share < 0.12
+    assert all(split_of(uid, 0.0) == "train" for uid in uids)
+
+
+def test_fingerprint_sees_content_names_and_both_ends_of_big_files(tmp_path: Path) -> None:
+    file = tmp_path / "f"
+    file.write_bytes(b"1")
+    first = fingerprint(str(file))
+    os.utime(file, (0, 0))
+    assert fingerprint(str(file)) == first
+    file.write_bytes(b"2")
+    assert fingerprint(str(file)) != first
+    with file.open("wb") as stream:
+        stream.truncate(70 << 20)
+    hollow = fingerprint(str(file))
+    with file.open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"x")
+    assert fingerprint(str(file)) != hollow
+    assert fingerprint(str(tmp_path)) != fingerprint(str(file))
+
+
+def test_write_json_is_stable_bytes(tmp_path: Path) -> None:
+    artifact = Artifact(f"{tmp_path}/s/k")
+    artifact.write_json("a.json", {"b": 1, "a": 2})
+    assert list(json.loads(artifact.path("a.json").read_text())) == ["a", "b"]
