@@ -25,8 +25,8 @@ def export(
     resolved = load_recipe(recipe, overrides or [])
 
     from pipeline.clip import FrozenClip
+    from pipeline.networks.cascade import load_cascade, network_configs
     from pipeline.networks.diffusers import export_diffusers, export_native
-    from pipeline.networks.files import load_cascade, network_configs
     from pipeline.sampling.sample import cascade_artifacts
 
     artifacts = cascade_artifacts(resolved)

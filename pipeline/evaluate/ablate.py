@@ -31,7 +31,7 @@ from pipeline.errors import ConfigError
 from pipeline.evaluate.metrics import FeatureSums, Rate, cosine, frechet_distance, mean_of, r_precision, rate_of
 from pipeline.evaluate.parts import Part, picture_seed, read_part, write_rows
 from pipeline.evaluate.prompts import PromptSet, choose_prompts
-from pipeline.networks.files import load_cascade, network_configs
+from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.recipe.plan import CASCADE_STEPS, Step, artifact_of, inputs_of, make_plan, manifest_of, sampling_tables
 from pipeline.recipe.recipe import Recipe
 from pipeline.sampling.grid import Block, draw_grid

@@ -10,7 +10,7 @@ from pipeline.evaluate.features import FeatureExtractor
 from pipeline.evaluate.gallery import Gallery
 from pipeline.evaluate.parts import Part, PartRunner, drawings_of, plan_parts
 from pipeline.evaluate.prompts import PromptSet, Row, choose_prompts, held_out_rows
-from pipeline.networks.files import load_cascade, network_configs, with_prior
+from pipeline.networks.cascade import load_cascade, network_configs, with_prior
 from pipeline.recipe.recipe import Recipe
 from pipeline.sampling.sample import SAMPLES
 from pipeline.workspace.store import Artifact

@@ -49,7 +49,7 @@ class PainterReplica:
     def __init__(self, artifacts: dict[str, Artifact], recipe: Recipe) -> None:
         import torch
 
-        from pipeline.networks.files import load_cascade, network_configs
+        from pipeline.networks.cascade import load_cascade, network_configs
         from pipeline.serve.painter import LocalPainter
 
         config = recipe.serve

@@ -23,7 +23,7 @@ from models.pca import Pca, PcaSums
 from pipeline.data.pictures import centre_square, read_file, to_png
 from pipeline.data.vectors import read_vectors, to_unit
 from pipeline.errors import ConfigError
-from pipeline.networks.files import load_cascade, network_configs
+from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.sampling.edit_options import EditOptions

@@ -18,7 +18,7 @@ from models.cascade import Cascade, Watch
 from models.edits import ImageEncoder
 from pipeline.data.pictures import to_png
 from pipeline.errors import ConfigError
-from pipeline.networks.files import load_cascade, network_configs
+from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.recipe.plan import CASCADE_STEPS, artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.sampling.grid import Block, draw_grid

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from models.cascade import Cascade
-from pipeline.networks.files import load_cascade
+from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.sampling.sample import cascade_artifacts
 from tests.evaluate.workspaces import build_tiny_workspace, make_recipe, tiny_tables

@@ -19,7 +19,7 @@ from pipeline.evaluate.features import FeatureExtractor
 from pipeline.evaluate.parts import Part, PartRunner, drawings_of, picture_seed, plan_parts, read_part
 from pipeline.evaluate.prompts import choose_prompts, choose_rows
 from pipeline.evaluate.sets import cmmd, precision_recall
-from pipeline.networks.files import load_cascade
+from pipeline.networks.cascade import load_cascade
 from pipeline.networks.quality import sharpness
 from pipeline.recipe.plan import inputs_of
 from pipeline.recipe.recipe import Recipe, parse_recipe

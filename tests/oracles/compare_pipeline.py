@@ -21,7 +21,7 @@ import pipeline.clip  # noqa: F401  (first: it lets torchvision be imported besi
 from models.cascade import Cascade
 from models.diffusion.noise import NoiseSource
 from models.diffusion.schedules import cosine_betas
-from pipeline.networks.files import load_cascade
+from pipeline.networks.cascade import load_cascade
 from pipeline.workspace.store import Artifact
 
 PROMPTS = ["a red circle", "a large blue square to the left of a small green star on a white background"]

@@ -23,7 +23,7 @@ import torch
 
 import pipeline.runtime.serve as serve_module
 from pipeline.errors import ConfigError, StepError
-from pipeline.networks.files import load_cascade
+from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.runtime.serve import serve_recipe
 from pipeline.sampling.sample import cascade_artifacts

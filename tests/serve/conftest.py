@@ -22,7 +22,7 @@ from models.prior.network import Prior
 from models.upsampler.config import UpsamplerConfig
 from models.upsampler.network import Upsampler
 from pipeline.clip import FrozenClip, create_clip
-from pipeline.networks.files import load_cascade
+from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.retrieve import NeighbourIndex

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from models.cascade import CascadeResult
-from pipeline.networks.files import load_cascade
+from pipeline.networks.cascade import load_cascade
 from pipeline.sampling.sample import cascade_artifacts
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.images import to_png

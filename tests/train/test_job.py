@@ -11,7 +11,8 @@ from models.decoder.config import TextTransformerConfig
 from models.decoder.network import Decoder
 from models.prior.network import EMBEDDING_SCALE
 from pipeline.errors import DataError, ResumeError
-from pipeline.networks.files import load_cascade, load_clip_artifact, load_network, with_prior
+from pipeline.networks.cascade import load_cascade, with_prior
+from pipeline.networks.files import load_clip_artifact, load_network
 from pipeline.networks.kind import TrainJob, assemble
 from pipeline.recipe.recipe import Recipe
 from pipeline.train.job import run_job
