@@ -5,7 +5,6 @@ from typing import Any
 
 from pipeline.errors import DataError
 
-
 Json = dict[str, Any]
 SCHEMA_VERSION = 1
 
@@ -106,13 +105,3 @@ def add_counts(all_counts: list[dict[str, int]]) -> dict[str, int]:
         for name, value in counts.items():
             total[name] = total.get(name, 0) + value
     return total
-
-
-
-
-
-
-
-
-
-

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors import SafetensorError
 
+from pipeline.data.rows import make_uid, split_of
 from pipeline.errors import DataError, StepError
 from pipeline.workspace.manifest import Manifest, ShardRecord, add_counts, check_counts
-from pipeline.data.rows import make_uid, split_of
 from pipeline.workspace.store import Artifact, Workspace, fingerprint, translate_os_errors
 
 
