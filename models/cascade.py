@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from models.ar_prior.config import TokenSamplerConfig
@@ -209,15 +209,27 @@ class Cascade:
         seeds: Sequence[int],
         settings: CascadeSettings,
         watch: Watch | None = None,
+        *,
+        keep_image: Bool[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B 3 H W"]:
-        """Draw the smallest pictures, in [-1, 1], from image embeddings and captions."""
+        """Draw the smallest pictures, in [-1, 1], from image embeddings and captions.
+
+        Args:
+            z_image: Image embeddings of length one.
+            text: The captions.
+            seeds: B seeds.
+            settings: How.
+            watch: Called after each step.
+            keep_image: False where z_image is replaced by the decoder's learned null (all are kept if None).
+        """
         config, side_px = settings.decoder, self.decoder.config.image_px
         diffusion = Diffusion(self.decoder.config.diffusion)
 
         def draw(part: slice) -> Tensor:
             noise = NoiseSource.from_seeds(seeds[part], "decoder")
             x = noise.normal((3, side_px, side_px), device=z_image.device)
-            condition = self.decoder.encode_condition(z_image[part], text[part])
+            keep = None if keep_image is None else keep_image[part]
+            condition = self.decoder.encode_condition(z_image[part], text[part], keep_image=keep)
             denoise = self.denoiser(condition, config.guidance_scale, config.clip_guidance_scale)
             states = iterate(denoise, x, diffusion, config, noise)
             return run_stage("decoder", states, len(config_timesteps(config, diffusion)), watch)

@@ -100,7 +100,7 @@ def ablation_step(recipe: Recipe, *, num_prompts: int, num_shown: int) -> Step:
     kept = {name: steps["evaluate"].section.get(name) for name in ("prompts_path", "content", "seed")}
     inputs = {name: steps[name].key for name in (*_INPUTS, *CASCADE_STEPS) if name in steps}
     kept |= sampling_tables(recipe)
-    return Step(_STEP, 1, kept | {"num_prompts": num_prompts, "num_shown": num_shown}, inputs)
+    return Step(_STEP, 2, kept | {"num_prompts": num_prompts, "num_shown": num_shown}, inputs)
 
 
 def plan_variants(variants: tuple[str, ...], num_prompts: int, batch_size: int) -> list[Part]:
@@ -145,16 +145,17 @@ class AblationRunner:
         seeds = [picture_seed(seed, number, 0) for number in range(part.start, part.stop)]
         with torch.no_grad():
             text = self._clip.encode_text([prompt.text for prompt in prompts])
-            pixels = self._cascade.decode(self._embedding(part, text, seeds), text, seeds, self._settings)
+            z_image, keep = self._embedding(part, text, seeds)
+            pixels = self._cascade.decode(z_image, text, seeds, self._settings, keep_image=keep)
             for number in range(len(self._cascade.upsamplers)):
                 pixels = self._cascade.upsample(pixels, number, seeds, self._settings)
             pictures = to_uint8(pixels).cpu()
-            z_image = self._clip.encode_image(pictures).cpu().numpy()
+            z_picture = self._clip.encode_image(pictures).cpu().numpy()
         rows: list[Json] = []
         for n, prompt in enumerate(prompts):
             picture = pictures[n].numpy()
             right = None if prompt.scene is None else json.dumps(check(picture, prompt.scene).right, sort_keys=True)
-            rows.append({"prompt_number": part.start + n, "seed": seeds[n], "z_image": z_image[n], "check": right})
+            rows.append({"prompt_number": part.start + n, "seed": seeds[n], "z_image": z_picture[n], "check": right})
             if part.start + n < num_shown:
                 names.append(_picture_name(part.kind, part.start + n))
                 self._output.write_bytes(names[-1], to_png(picture))
@@ -165,18 +166,17 @@ class AblationRunner:
         record = ShardRecord(shard=part.name, counts=counts, files=files, wall_s=round(time.monotonic() - start, 3))
         self._output.commit_shard(record)
 
-    def _embedding(self, part: Part, text: TextEncoding, seeds: list[int]) -> Tensor:
-        """What stands in the place of z_image."""
+    def _embedding(self, part: Part, text: TextEncoding, seeds: list[int]) -> tuple[Tensor, Tensor | None]:
+        """What stands in the place of z_image, (B, D), and where it is kept, (B,); None: everywhere."""
         if part.kind == "z_text":
-            return text.z_text
+            return text.z_text, None
         if part.kind == "prior":
-            return self._cascade.sample_prior(text, seeds, self._settings)
+            return self._cascade.sample_prior(text, seeds, self._settings), None
         if part.kind == "z_image":
             assert self._real is not None
-            return self._real[part.start : part.stop].to(text.pooled.device)
-        # The decoder multiplies embeddings by sqrt(D) before it reads them: so this is its null exactly.
-        decoder = self._cascade.decoder
-        return (decoder.null_image / math.sqrt(decoder.dims.embed_dim)).expand(len(seeds), -1)
+            return self._real[part.start : part.stop].to(text.pooled.device), None
+        nowhere = torch.zeros(len(text), dtype=torch.bool, device=text.pooled.device)
+        return torch.zeros_like(text.z_text), nowhere
 
     def _embed_real(self) -> Tensor | None:
         """z_image of the real picture of each prompt, (N, D); None where a prompt has none."""

@@ -18,17 +18,19 @@ from models.diffusion.noise import NoiseSource
 from models.diffusion.process import Diffusion
 from models.diffusion.samplers import sample
 from models.pixels import to_uint8
-from pipeline.clip import FrozenClip
+from pipeline.clip import FrozenClip, create_clip
 from pipeline.errors import ConfigError
 from pipeline.evaluate import metrics as m
 from pipeline.evaluate.ablate import AblationRunner, ablate_recipe, ablation_step, format_ablation, plan_variants
 from pipeline.evaluate.parts import Part, picture_seed, read_part
 from pipeline.evaluate.prompts import Prompt, PromptSet, choose_prompts
+from pipeline.networks.files import build_network
 from pipeline.recipe.plan import artifact_of, inputs_of
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.shapes.draw import draw_array
 from pipeline.workspace.store import Artifact, Workspace
 from tests.evaluate.workspaces import tiny_tables
+from tests.tiny_cascade import randomise
 
 
 class _StopError(Exception):
@@ -123,6 +125,31 @@ def test_variants_are_drawn_from_what_they_say(tiny: Recipe, cascade: Cascade, t
         assert not output.exists(f"samples/{variant}/00002.png")
     for one, other in itertools.combinations(expected.values(), 2):
         assert (one.int() - other.int()).abs().max() > 3
+
+
+def test_caption_alone_means_the_decoders_own_null_at_every_width(tiny: Recipe, tmp_path: Path) -> None:
+    """At D = 16 the square root of D and the decoder's factor are one number; at 512 they differ by 29 %."""
+    torch.manual_seed(0)
+    clip = FrozenClip(create_clip(replace(tiny.clip.model, embed_dim=512)))
+    networks: list[Any] = [build_network(config.model, clip.dims) for config in (tiny.prior, tiny.decoder)]
+    for network in networks:
+        randomise(network)
+    prior, decoder = networks
+    listening = Cascade(clip, prior, decoder)
+    settings, prompt = listening.default_settings(), "a red circle"
+    AblationRunner(listening, PromptSet((Prompt(prompt),), "file"), Artifact(str(tmp_path))).run(
+        Part("caption", 0, 0, 1), tiny.seed, 1
+    )
+    with torch.no_grad():
+        text, seed = clip.encode_text([prompt]), picture_seed(tiny.seed, 0, 0)
+        condition = decoder.encode_condition(torch.ones(1, 512), text, keep_image=torch.tensor([False]))
+        denoise = listening.denoiser(condition, settings.decoder.guidance_scale, 0)
+        noise = NoiseSource.from_seeds([seed], "decoder")
+        pixels = sample(denoise, noise.normal((3, 8, 8)), Diffusion(decoder.config.diffusion), settings.decoder, noise)
+    expected = to_uint8(pixels)[0].numpy()
+    with Image.open(tmp_path / "samples/caption/00000.png") as image:
+        assert (np.asarray(image) == expected).all()
+    assert np.ptp(expected) > 100  # a picture in which something is to be seen
 
 
 def test_a_killed_ablation_goes_on_and_ends_in_the_same_bytes(
