@@ -59,7 +59,7 @@ class SamplerConfig:
     method: Literal["ddpm", "ddim", "analytic", "dpmpp_2m", "heun"] = "ddpm"
     """Ancestral, DDIM (arXiv:2010.02502), Analytic-DPM (2201.06503), DPM-Solver++(2M) (2211.01095), Heun."""
     num_steps: int = 250
-    """Steps taken, evenly strided over the chain, in steps."""
+    """Steps taken, evenly strided over the chain: from T - 1 to 0, or to above 0 by dpmpp_2m and heun ("trailing")."""
     respacing: str = ""
     """Timesteps in place of the even stride: "trailing" (even, ends above t = 0: arXiv:2305.08891), "fast27" (GLIDE's),
     or steps in each equal section of the chain, clean end first, as in "10,10,3,2,2"; they add up to ``num_steps``."""

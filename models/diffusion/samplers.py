@@ -153,11 +153,13 @@ def iterate(
 def config_timesteps(config: SamplerConfig, diffusion: Diffusion) -> tuple[int, ...]:
     """The timesteps that ``config`` visits on the chain of ``diffusion``, strictly decreasing.
 
-    An even stride visits both ends of the chain, except for DPM-Solver++(2M), which leaves out t = 0: the last stretch
-    of half log-SNR before it is several times longer than the one before, and extrapolating over it overshoots. Final
-    std of analytic Gaussian data (true std 0.5, cosine, 15 steps): 1.16 with t = 0, 0.99 without.
+    An even stride visits both ends of the chain. The second-order solvers, DPM-Solver++(2M) and Heun, leave out t = 0:
+    the last stretch of half log-SNR before it is several times longer than the one before, and a slope that is carried
+    over it overshoots. Final std of analytic Gaussian data by DPM-Solver++ (true std 0.5, cosine, 15 steps): 1.16 with
+    t = 0, 0.99 without. Wasserstein distance of Heun's sample to four sharp grey levels at 5, 8 and 10 steps: 0.31,
+    0.20, 0.08 with t = 0; 0.13, 0.05, 0.02 without. ``respacing`` overrides either.
     """
-    if config.method == "dpmpp_2m" and not config.respacing:
+    if config.method in {"dpmpp_2m", "heun"} and not config.respacing:
         return strided_timesteps(diffusion.num_timesteps, config.num_steps, "trailing")
     return sampling_timesteps(diffusion.num_timesteps, config.num_steps, config.respacing)
 
