@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from pipeline.recipe.recipe import Recipe, json_schema, to_dict
+from pipeline.recipe.recipe import default_tables, json_schema
 
 Json = dict[str, Any]
 
@@ -18,7 +18,8 @@ def reference() -> str:
         "field with its default. A recipe holds only what differs. Tables named `resources` change no bytes and are no",
         "part of a key.",
     ]
-    _section(schema, schema["properties"], to_dict(Recipe()), ("", ""), lines)
+    defaults = default_tables({name: {} for name in schema["properties"]})
+    _section(schema, schema["properties"], defaults, ("", ""), lines)
     return "\n".join(lines) + "\n"
 
 

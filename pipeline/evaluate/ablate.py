@@ -32,8 +32,9 @@ from pipeline.evaluate.metrics import FeatureSums, Rate, cosine, frechet_distanc
 from pipeline.evaluate.parts import Part, picture_seed, read_part, write_rows
 from pipeline.evaluate.prompts import PromptSet, choose_prompts
 from pipeline.networks.cascade import load_cascade, network_configs
-from pipeline.recipe.plan import CASCADE_STEPS, Step, artifact_of, inputs_of, make_plan, manifest_of, sampling_tables
+from pipeline.recipe.plan import Step, artifact_of, inputs_of, make_plan, manifest_of, sampling_tables
 from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.sampling.grid import Block, draw_grid
 from pipeline.shapes.check import check
 from pipeline.shapes.draw import draw_array

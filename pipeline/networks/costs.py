@@ -32,11 +32,10 @@ from pipeline.networks.counting import Counter, FlashLikeAttention, Kept
 from pipeline.networks.files import build_network
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.sections import (
+    NetworkStepConfig,
     NoisyClipStepConfig,
-    PriorStepConfig,
     TrainConfig,
     TrainResources,
-    UpsamplerStepConfig,
 )
 
 Json = dict[str, Any]
@@ -164,7 +163,7 @@ def _clip_cost(recipe: Recipe, clip: OpenClip) -> NetworkCost:
     return _trained("clip", clip.model, run, section.train, section.resources, (embedding, 1))
 
 
-def _prior_cost(name: str, prior: nn.Module, section: PriorStepConfig) -> NetworkCost:
+def _prior_cost(name: str, prior: nn.Module, section: NetworkStepConfig[Any]) -> NetworkCost:
     if isinstance(prior, ArPrior):
         return _ar_prior_cost(name, prior, section)
     assert isinstance(prior, Prior)
@@ -182,7 +181,7 @@ def _prior_cost(name: str, prior: nn.Module, section: PriorStepConfig) -> Networ
     return _trained(name, prior, run, section.train, section.resources, (flops * config.num_candidates, calls))
 
 
-def _ar_prior_cost(name: str, prior: ArPrior, section: PriorStepConfig) -> NetworkCost:
+def _ar_prior_cost(name: str, prior: ArPrior, section: NetworkStepConfig[Any]) -> NetworkCost:
     """Where the recipe leaves the number of components to the data, all of them are counted."""
     config, calls = prior.config, prior.num_components
     caches: list[TokenCache] = []
@@ -232,7 +231,7 @@ def _noisy_clip_cost(network: NoisyClip, section: NoisyClipStepConfig) -> Networ
     return _trained("noisy_clip", network, run, section.train, section.resources, (flops, 1))
 
 
-def _upsampler_cost(name: str, network: Upsampler, section: UpsamplerStepConfig) -> NetworkCost:
+def _upsampler_cost(name: str, network: Upsampler, section: NetworkStepConfig[Any]) -> NetworkCost:
     config = network.config
 
     def run(size: int) -> Tensor:

@@ -36,8 +36,7 @@ from models.prior.network import Prior
 from pipeline.clip import FrozenClip
 from pipeline.errors import ConfigError, DataError
 from pipeline.networks.files import NetworkConfig, load_clip_artifact, save_clip_artifact, save_network
-from pipeline.recipe.recipe import Recipe, to_dict
-from pipeline.recipe.sections import UpsamplerStepConfig
+from pipeline.recipe.recipe import default_tables, to_dict
 from pipeline.workspace.store import Artifact
 
 Json = dict[str, Any]
@@ -275,14 +274,14 @@ def _set_null_text(folder: Path, states: list[dict[str, Tensor]]) -> None:
 
 def _recipe(folder: Path, out: Path, configs: dict[str, NetworkConfig]) -> str:
     """A recipe that continues from the imported networks; only what differs from the defaults."""
-    defaults = to_dict(Recipe())
+    defaults = default_tables({step: {} for step in configs})
     tables: Json = {"name": out.name, "workspace": f"workspace/{out.name}"}
     own_clip = folder / "clip"
     # Karlo stands on OpenAI's ViT-L/14, which open_clip knows by this name and tag.
     name, tag = (str(own_clip.resolve()), "") if own_clip.is_dir() else ("ViT-L-14-quickgelu", "openai")
     tables["clip"] = {"source": "pretrained", "name": name, "tag": tag}
     for step, config in configs.items():
-        base = (defaults[step] or to_dict(UpsamplerStepConfig()))["model"]
+        base = defaults[step]["model"]
         tables[step] = {"init_from": str((out / step).resolve()), "model": _changes(to_dict(config), base)}
     tables["download"] = {"image_px": max(configs["upsampler_1"].image_px, 256)}  # pyright: ignore[reportAttributeAccessIssue]
     header = (

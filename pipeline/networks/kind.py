@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -39,7 +39,7 @@ from pipeline.networks.noisy_clip import NoisyClipObjective
 from pipeline.networks.prior import PriorObjective
 from pipeline.networks.upsampler import UpsamplerObjective
 from pipeline.recipe.recipe import Recipe, TrainedSection
-from pipeline.recipe.sections import PriorStepConfig
+from pipeline.recipe.sections import NetworkStepConfig
 from pipeline.workspace.store import Artifact
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _assemble_either_prior(job: TrainJob) -> Parts:
     return _assemble_ar_prior(job, section, section.model)
 
 
-def _assemble_prior(job: TrainJob, section: PriorStepConfig, config: PriorConfig) -> Parts:
+def _assemble_prior(job: TrainJob, section: NetworkStepConfig[Any], config: PriorConfig) -> Parts:
     clip = load_clip_artifact(job.inputs["clip"], job.device)
     network = _start(build_network(config, clip.dims), section.init_from)
     assert isinstance(network, Prior)
@@ -155,7 +155,7 @@ def _assemble_prior(job: TrainJob, section: PriorStepConfig, config: PriorConfig
     return Parts(network, objective, train, validation, publish)
 
 
-def _assemble_ar_prior(job: TrainJob, section: PriorStepConfig, config: ArPriorConfig) -> Parts:
+def _assemble_ar_prior(job: TrainJob, section: NetworkStepConfig[Any], config: ArPriorConfig) -> Parts:
     clip = load_clip_artifact(job.inputs["clip"], job.device)
     network = build_ar_prior(config, clip.dims, job.inputs["embed"])
     _start(network, section.init_from)  # with the code that those weights were trained on

@@ -7,13 +7,14 @@ finished step is never run again and a changed field re-runs only what depends o
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import SAMPLING, Recipe, to_dict, without_resources
+from pipeline.recipe.sections import ClipStepConfig, PairsConfig
+from pipeline.recipe.steps import STEPS, StepRow
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.store import Artifact, Workspace, fingerprint
 
@@ -49,46 +50,10 @@ class StepStatus:
     manifest: Manifest | None
 
 
-@dataclass(frozen=True)
-class _Spec:
-    name: str
-    version: int
-    inputs: tuple[str, ...]
-    section: Callable[[Recipe], Any]
-    seeded: bool = True
-
-
-_SPECS = (
-    _Spec("pairs", 2, (), lambda r: r.pairs),
-    _Spec("download", 1, ("pairs",), lambda r: r.download, seeded=False),
-    _Spec("clip", 1, ("download",), lambda r: r.clip),
-    _Spec("embed", 1, ("download", "clip"), lambda r: r.embed, seeded=False),
-    # The decoder is the longest: where workers are short, steps that become ready together run in this order.
-    _Spec("decoder", 1, ("download", "clip", "embed"), lambda r: r.decoder),
-    _Spec("index", 1, ("embed",), lambda r: r.index),
-    _Spec("prior", 1, ("clip", "embed"), lambda r: r.prior),
-    _Spec("prior_2", 1, ("clip", "embed"), lambda r: r.prior_2),
-    _Spec("noisy_clip", 1, ("download", "clip"), lambda r: r.noisy_clip),
-    _Spec("upsampler_1", 1, ("download",), lambda r: r.upsampler_1),
-    _Spec("upsampler_2", 1, ("download",), lambda r: r.upsampler_2),
-    _Spec(
-        "evaluate",
-        2,
-        (
-            *("pairs", "download", "clip", "embed", "index", "prior", "prior_2"),
-            *("decoder", "noisy_clip", "upsampler_1", "upsampler_2"),
-        ),
-        lambda r: r.evaluate,
-    ),
-)
-
-STEP_NAMES = tuple(spec.name for spec in _SPECS)
-CASCADE_STEPS = ("clip", "prior", "decoder", "noisy_clip", "upsampler_1", "upsampler_2")
-"""Steps whose networks draw a picture."""
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
-_NEWER = {"loss": "simple", "timestep_draws": "uniform"}
-"""Fields that came to the diffusion tables later, with what was done before them: at that they are no part of a key, so
-that what was trained without them is not trained again."""
+_ADDED_LATER = {"model.diffusion.loss": "simple", "model.diffusion.timestep_draws": "uniform"}
+"""Fields added later, by their place in a section, with their old default. At it they are left out of the key, so that
+existing trainings stay valid."""
 
 
 def make_plan(recipe: Recipe, *, until: str = "") -> list[Step]:
@@ -96,34 +61,34 @@ def make_plan(recipe: Recipe, *, until: str = "") -> list[Step]:
 
     Args:
         recipe: A checked recipe.
-        until: Last step wanted; the plan holds it and what it needs. Empty: all.
+        until: Last step; the plan holds it and what it needs. Empty: all.
 
     Raises:
         ConfigError: If ``until`` is no step of this recipe, or a local input does not exist.
     """
     steps: dict[str, Step] = {}
-    for spec in _SPECS:
-        section = spec.section(recipe)
+    for row in STEPS:
+        section = getattr(recipe, row.name)
         if section is None:
             continue
-        tables = _without_newer(without_resources(to_dict(section)))
-        if spec.seeded:
+        tables = _without_added(without_resources(to_dict(section)))
+        if row.seeded:
             tables["seed"] = recipe.seed
-        tables |= _local_inputs(spec.name, tables)
-        tables = tables | sampling_tables(recipe) if spec.name == "evaluate" else _without_sampling(tables)
-        inputs = {name: steps[name].key for name in spec.inputs if name in steps}
-        if spec.name == "clip" and recipe.clip.source == "pretrained":
+        tables |= _local_inputs(row, section)
+        tables = tables | sampling_tables(recipe) if row.samples else _without_sampling(tables)
+        inputs = {name: steps[name].key for name in row.inputs if name in steps}
+        if isinstance(section, ClipStepConfig) and section.source == "pretrained":
             inputs = {}
-        steps[spec.name] = Step(spec.name, spec.version, tables, inputs)
+        steps[row.name] = Step(row.name, row.version, tables, inputs)
     if not until:
         return list(steps.values())
     if until not in steps:
         raise ConfigError(f"--until {until}: no such step in this recipe; it has {', '.join(steps)}")
-    wanted = {until}
-    for step in reversed(list(steps.values())):
-        if step.name in wanted:
-            wanted |= set(step.inputs)
-    return [step for step in steps.values() if step.name in wanted]
+    needed = {until}
+    for step in reversed(steps.values()):
+        if step.name in needed:
+            needed |= set(step.inputs)
+    return [step for step in steps.values() if step.name in needed]
 
 
 def sampling_tables(recipe: Recipe) -> Json:
@@ -133,13 +98,13 @@ def sampling_tables(recipe: Recipe) -> Json:
     return {name: {"model": fields} for name, fields in found.items() if fields}
 
 
-def _without_newer(tables: Json) -> Json:
-    """The tables less the fields of ``_NEWER`` that a recipe leaves as they always were."""
-    model = tables.get("model", {})
-    if "diffusion" not in model:
-        return tables
-    diffusion = {name: value for name, value in model["diffusion"].items() if _NEWER.get(name) != value}
-    return tables | {"model": model | {"diffusion": diffusion}}
+def _without_added(tables: Json, place: str = "") -> Json:
+    """The tables less the fields of ``_ADDED_LATER`` that stand at their old default."""
+    return {
+        name: _without_added(value, f"{place}{name}.") if isinstance(value, dict) else value
+        for name, value in tables.items()
+        if f"{place}{name}" not in _ADDED_LATER or _ADDED_LATER[f"{place}{name}"] != value
+    }
 
 
 def _without_sampling(tables: Json) -> Json:
@@ -204,41 +169,34 @@ def plan_status(workspace: Workspace, steps: list[Step]) -> list[StepStatus]:
     return statuses
 
 
-def _local_inputs(name: str, tables: Json) -> Json:
+def local_files(row: StepRow, section: Any) -> dict[str, str]:
+    """The fields of a section that name a file or folder of this machine, with the path."""
+    fields = section.local_fields() if isinstance(section, ClipStepConfig) else row.files
+    paths = {name: str(getattr(section, name)) for name in fields}
+    return {name: path for name, path in paths.items() if path and "://" not in path}
+
+
+def _local_inputs(row: StepRow, section: Any) -> Json:
     """Content of the user's files that a section names by path: it stands in the key in place of the path.
 
-    A folder of pictures keeps its (absolute) path too, for that is what its URLs are made of.
+    A folder of pictures keeps its (absolute) path too, for its URLs are made of it.
     """
-    named = {
-        "pairs": {"path": "content"},
-        "clip": _local_clip(tables),
-        "evaluate": {"prompts_path": "content", "features_path": "features_content"},
-    }
-    found: Json = {}
-    fields = named.get(name, {"init_from": "content"})
-    for field, content in fields.items():
-        path = tables.get(field, "")
-        if not path or "://" in path:
-            continue
+    entries: Json = {}
+    for name, path in local_files(row, section).items():
         if not Path(path).exists():
-            raise ConfigError(f"{name}: {path} does not exist; relative paths start at the folder where you run unclip")
-        found |= {field: str(Path(path).resolve()) if tables.get("source") == "folder" else ""}
-        # Networks of one shape have files of one size: what tells them apart is inside.
-        if name == "clip" and Path(path).is_dir():
+            raise ConfigError(
+                f"{row.name}: {path} does not exist; relative paths start at the folder where you run unclip"
+            )
+        keeps_path = isinstance(section, PairsConfig) and section.source == "folder"
+        entries |= {name: str(Path(path).resolve()) if keeps_path else ""}
+        # Networks of one shape have files of one size: only their content tells them apart.
+        if isinstance(section, ClipStepConfig) and Path(path).is_dir():
             weights = sorted(file for file in Path(path).iterdir() if file.suffix in _WEIGHTS)
-            found[content] = [fingerprint(str(file)) for file in (Path(path) / "open_clip_config.json", *weights)]
+            content = [fingerprint(str(file)) for file in (Path(path) / "open_clip_config.json", *weights)]
         else:
-            found[content] = fingerprint(f"{path}/model.safetensors" if field == "init_from" else path)
-    return found
-
-
-def _local_clip(tables: Json) -> dict[str, str]:
-    """Fields of the clip section that name files of this machine: a folder, or a checkpoint beside a known name."""
-    if tables.get("source") != "pretrained" or tables["name"].startswith("hf-hub:"):
-        return {}
-    if "/" in tables["name"] or Path(tables["name"]).is_dir():
-        return {"name": "content"}
-    return {"tag": "content"} if Path(tables["tag"]).is_file() else {}
+            content = fingerprint(f"{path}/model.safetensors" if name == "init_from" else path)
+        entries[row.files[name]] = content
+    return entries
 
 
 def _differences(previous: Manifest, step: Step) -> list[str]:

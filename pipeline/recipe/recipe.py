@@ -11,41 +11,38 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast, get_args, get_type_hints
 
-from pydantic import NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError
 
 from models.ar_prior.config import ArPriorConfig
 from models.configclass import configclass, described_fields
+from models.decoder.config import DecoderConfig
+from models.prior.config import PriorConfig
+from models.upsampler.config import UpsamplerConfig
 from pipeline.errors import ConfigError
 from pipeline.recipe.sections import (
     ClipStepConfig,
-    DecoderStepConfig,
     DownloadConfig,
     DownloadResources,
     EmbedConfig,
     EvaluateConfig,
     IndexConfig,
+    NetworkStepConfig,
     NoisyClipStepConfig,
     PairsConfig,
-    PriorStepConfig,
     ServeConfig,
     TaskResources,
     TrackingConfig,
-    UpsamplerStepConfig,
 )
+from pipeline.recipe.steps import STEP_ROWS
 
 Json = dict[str, Any]
-_PRIORS = ("prior", "prior_2")
-_OPTIONAL = {
-    "prior_2": PriorStepConfig(),
-    "noisy_clip": NoisyClipStepConfig(),
-    "upsampler_1": UpsamplerStepConfig(),
-    "upsampler_2": UpsamplerStepConfig(),
-}
 SAMPLING = ("sampler", "num_candidates")
 """Fields of a model's table that say how it is sampled once it is trained."""
-TrainedSection = ClipStepConfig | PriorStepConfig | DecoderStepConfig | NoisyClipStepConfig | UpsamplerStepConfig
+PriorModel = Annotated[PriorConfig | ArPriorConfig, Field(discriminator="kind")]
+"""A prior of either kind; ``kind`` in its table says which."""
+TrainedSection = ClipStepConfig | NoisyClipStepConfig | NetworkStepConfig[Any]
 
 
 @configclass
@@ -68,17 +65,17 @@ class Recipe:
     """Shards to embeddings."""
     index: IndexConfig = IndexConfig()
     """Embeddings to the neighbour index."""
-    prior: PriorStepConfig = PriorStepConfig()
-    """Caption to z_image."""
-    prior_2: PriorStepConfig | None = None
+    prior: NetworkStepConfig[PriorModel] = NetworkStepConfig(model=PriorConfig())
+    """Caption to z_image; ``kind`` of its model chooses a diffusion or an autoregressive prior."""
+    prior_2: NetworkStepConfig[PriorModel] | None = None
     """A second prior, to compare: the evaluation measures both, and the cascade draws with ``prior``."""
-    decoder: DecoderStepConfig = DecoderStepConfig()
+    decoder: NetworkStepConfig[DecoderConfig] = NetworkStepConfig(model=DecoderConfig())
     """z_image and caption to a small picture."""
     noisy_clip: NoisyClipStepConfig | None = None
     """A CLIP that sees noised pictures, to guide the decoder by (decoder.model.sampler.clip_guidance_scale)."""
-    upsampler_1: UpsamplerStepConfig | None = None
+    upsampler_1: NetworkStepConfig[UpsamplerConfig] | None = None
     """The small picture to a larger one; without the table the cascade ends at the decoder."""
-    upsampler_2: UpsamplerStepConfig | None = None
+    upsampler_2: NetworkStepConfig[UpsamplerConfig] | None = None
     """The larger picture to the final one; without the table the cascade ends before it."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Pictures and numbers."""
@@ -93,16 +90,13 @@ class Recipe:
         if not self.workspace:
             raise ValueError("workspace is empty; name a folder or a URI")
         low_res = ("decoder.model.image_px", self.decoder.model.image_px)
-        for name in ("upsampler_1", "upsampler_2"):
-            section: UpsamplerStepConfig | None = getattr(self, name)
-            if section is None:
-                continue
-            if section.model.low_res_px != low_res[1]:
+        for name, model in self.upsamplers().items():
+            if model.low_res_px != low_res[1]:
                 raise ValueError(
-                    f"{name}.model.low_res_px is {section.model.low_res_px} px but {low_res[0]} is {low_res[1]} px: "
+                    f"{name}.model.low_res_px is {model.low_res_px} px but {low_res[0]} is {low_res[1]} px: "
                     "the cascade does not fit together"
                 )
-            low_res = (f"{name}.model.image_px", section.model.image_px)
+            low_res = (f"{name}.model.image_px", model.image_px)
         if self.upsampler_2 is not None and self.upsampler_1 is None:
             raise ValueError("upsampler_2 is set without upsampler_1")
         if low_res[1] > self.download.image_px and self.download.resize_mode != "no":
@@ -133,22 +127,19 @@ class Recipe:
             )
 
     def trained(self) -> dict[str, TrainedSection]:
-        """The sections that train a network, by step name, in the order of the cascade."""
-        sections: dict[str, TrainedSection | None] = {
-            "clip": self.clip,
-            "prior": self.prior,
-            "prior_2": self.prior_2,
-            "decoder": self.decoder,
-            "noisy_clip": self.noisy_clip,
-            "upsampler_1": self.upsampler_1,
-            "upsampler_2": self.upsampler_2,
-        }
+        """The sections that train a network, by step name, in the order of the recipe's fields."""
+        rows = [STEP_ROWS[field.name] for field in dataclasses.fields(self) if field.name in STEP_ROWS]
+        sections = {row.name: getattr(self, row.name) for row in rows if row.trains}
         return {name: section for name, section in sections.items() if section is not None}
+
+    def upsamplers(self) -> dict[str, UpsamplerConfig]:
+        """The upsamplers, by step name, from the smallest picture to the largest."""
+        return {name: part.model for name, part in self.trained().items() if isinstance(part.model, UpsamplerConfig)}
 
 
 @functools.cache
 def _recipe_type() -> TypeAdapter[Recipe]:
-    """Built where a recipe is read: the workers, which are handed theirs, need none."""
+    """Built lazily: workers receive a parsed recipe and never need it."""
     return TypeAdapter(Recipe)
 
 
@@ -213,20 +204,35 @@ def json_schema() -> Json:
 
 
 def default_tables(data: Json) -> Json:
-    """The defaults that ``data`` is laid upon: a table that names one key keeps its parent's choice of the others.
+    """Defaults to merge ``data`` onto: a partial table keeps the defaults of its other keys.
 
     They depend on ``data`` where a table may be left out (the upsamplers), and where it says which kind it is.
     """
     tables = to_dict(Recipe())
-    for name, section in _OPTIONAL.items():
-        if isinstance(data.get(name), dict):
-            tables[name] = to_dict(section)
-    for name in _PRIORS:
-        section = data.get(name)
-        model = section.get("model") if isinstance(section, dict) else None
-        if isinstance(model, dict) and model.get("kind") == ArPriorConfig().kind:
-            tables[name]["model"] = to_dict(ArPriorConfig())
+    for name, section in _section_types().items():
+        present, models = data.get(name), _model_types(section)
+        if not isinstance(present, dict):
+            continue
+        if tables[name] is None:
+            tables[name] = to_dict(NetworkStepConfig(model=models[0]()) if models else section())
+        kinds = {model.kind: model for model in models} if len(models) > 1 else {}
+        model = present.get("model")
+        if isinstance(model, dict) and model.get("kind") in kinds:
+            tables[name]["model"] = to_dict(kinds[model["kind"]]())
     return tables
+
+
+@functools.cache
+def _section_types() -> dict[str, Any]:
+    """The type of every field of the recipe; of a section that may be left out, the type that it has where it is."""
+    hints = get_type_hints(Recipe)
+    return {name: get_args(hint)[0] if type(None) in get_args(hint) else hint for name, hint in hints.items()}
+
+
+def _model_types(section: Any) -> tuple[Any, ...]:
+    """The configurations that the model of a ``NetworkStepConfig[...]`` may have, the default first."""
+    arguments = get_args(section)
+    return get_args(arguments[0]) or arguments if arguments else ()
 
 
 def _merge(below: Json, above: Json) -> Json:
@@ -277,7 +283,7 @@ def _apply_override(data: Json, override: str) -> None:
 def _explain(item: Any, data: Json) -> str:
     location = [str(part) for part in item["loc"]]
     of_kind = ""
-    if location[1:2] == ["model"] and location[0] in _PRIORS and len(location) > 2:
+    if location[1:2] == ["model"] and len(location) > 2 and len(_model_types(_section_types()[location[0]])) > 1:
         of_kind = f' (kind = "{location.pop(2)}")'  # pydantic puts the kind among the keys
     name = ".".join(location)
     kind: str = item["type"]

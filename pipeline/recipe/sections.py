@@ -5,21 +5,17 @@ cadence) stands in its ``resources`` table. What a field must be by itself is it
 another is checked in ``__post_init__``.
 """
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from models.ar_prior.config import ArPriorConfig
 from models.clip_config import ClipConfig
 from models.configclass import configclass
-from models.decoder.config import DecoderConfig
 from models.noisy_clip.config import NoisyClipConfig
-from models.prior.config import PriorConfig
-from models.upsampler.config import UpsamplerConfig
 
-PriorModel = Annotated[PriorConfig | ArPriorConfig, Field(discriminator="kind")]
-"""A prior of either kind; ``kind`` in its table says which."""
-
+ModelT_co = TypeVar("ModelT_co", covariant=True)
+"""Shape of the network that a step trains."""
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Prob = Annotated[float, Field(ge=0, le=1)]
@@ -199,11 +195,6 @@ class TrainResources:
     CLIP."""
 
 
-def _require_start(train: TrainConfig, init_from: str) -> None:
-    if train.num_steps == 0 and not init_from:
-        raise ValueError("train.num_steps is 0, which needs init_from: random weights draw nothing")
-
-
 @configclass
 class ClipStepConfig:
     """The frozen CLIP: trained here on the shards, or taken as it is."""
@@ -224,6 +215,14 @@ class ClipStepConfig:
     def __post_init__(self) -> None:
         if self.source == "train" and self.train.num_steps == 0:
             raise ValueError("train.num_steps is 0: random weights tell nothing apart; set source = 'pretrained'")
+
+    def local_fields(self) -> tuple[str, ...]:
+        """Which of name and tag is a path on this machine: a folder, or a checkpoint beside a known name."""
+        if self.source != "pretrained" or self.name.startswith("hf-hub:"):
+            return ()
+        if "/" in self.name or Path(self.name).is_dir():
+            return ("name",)
+        return ("tag",) if Path(self.tag).is_file() else ()
 
 
 @configclass
@@ -253,28 +252,10 @@ class IndexConfig:
 
 
 @configclass
-class PriorStepConfig:
-    """The prior: caption to z_image."""
+class NetworkStepConfig(Generic[ModelT_co]):
+    """A step that trains one network: its shape, its first weights, its optimisation, its workers."""
 
-    model: PriorModel = PriorConfig()
-    """The network and its sampler; ``kind`` chooses a diffusion or an autoregressive prior."""
-    init_from: str = ""
-    """Folder of a trained network (config.json, model.safetensors) to start from, of the same shape: from `unclip
-    import`, or another run's artifact. Empty: random weights."""
-    train: TrainConfig = TrainConfig()
-    """Its optimisation."""
-    resources: TrainResources = TrainResources()
-    """Its workers."""
-
-    def __post_init__(self) -> None:
-        _require_start(self.train, self.init_from)
-
-
-@configclass
-class DecoderStepConfig:
-    """The decoder: z_image and caption to a small picture."""
-
-    model: DecoderConfig = DecoderConfig()
+    model: ModelT_co
     """The network, its diffusion and its sampler."""
     init_from: str = ""
     """Folder of a trained network (config.json, model.safetensors) to start from, of the same shape: from `unclip
@@ -285,7 +266,8 @@ class DecoderStepConfig:
     """Its workers."""
 
     def __post_init__(self) -> None:
-        _require_start(self.train, self.init_from)
+        if self.train.num_steps == 0 and not self.init_from:
+            raise ValueError("train.num_steps is 0, which needs init_from: an untrained network samples noise")
 
 
 @configclass
@@ -298,24 +280,6 @@ class NoisyClipStepConfig:
     """Its optimisation."""
     resources: TrainResources = TrainResources()
     """Its workers; each contrasts its own share of the batch."""
-
-
-@configclass
-class UpsamplerStepConfig:
-    """One upsampler: a picture to a larger one."""
-
-    model: UpsamplerConfig = UpsamplerConfig()
-    """The network, its diffusion and its sampler."""
-    init_from: str = ""
-    """Folder of a trained network (config.json, model.safetensors) to start from, of the same shape: from `unclip
-    import`, or another run's artifact. Empty: random weights."""
-    train: TrainConfig = TrainConfig()
-    """Its optimisation."""
-    resources: TrainResources = TrainResources()
-    """Its workers."""
-
-    def __post_init__(self) -> None:
-        _require_start(self.train, self.init_from)
 
 
 @configclass

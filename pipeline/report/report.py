@@ -183,8 +183,7 @@ _FILTERS: dict[str, Any] = {
 
 
 def _lead(recipe: Recipe) -> str:
-    sides = [recipe.decoder.model.image_px]
-    sides += [section.model.image_px for section in (recipe.upsampler_1, recipe.upsampler_2) if section is not None]
+    sides = [model.image_px for model in (recipe.decoder.model, *recipe.upsamplers().values())]
     larger = f", and upsamplers enlarge it to {' and '.join(map(str, sides[1:]))} px" if sides[1:] else ""
     clip = "a CLIP trained here" if recipe.clip.source == "train" else f"a frozen CLIP ({recipe.clip.name})"
     return (
@@ -230,7 +229,7 @@ def _samples_about(metrics: Json, recipe: Recipe) -> str:
 
 
 def _stages_about(recipe: Recipe) -> str:
-    if recipe.upsampler_1 is None:
+    if not recipe.upsamplers():
         return "The decoder's picture is the final one: this recipe has no upsamplers."
     return "The decoder decides what is where; the upsamplers, which never see the caption, give it its edges."
 

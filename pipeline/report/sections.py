@@ -14,6 +14,7 @@ from pipeline.data.pictures import from_bytes, thumbnail
 from pipeline.errors import DataError
 from pipeline.recipe.plan import Step
 from pipeline.recipe.recipe import Recipe, default_tables, to_dict
+from pipeline.recipe.steps import STEP_ROWS
 from pipeline.report.charts import Curve, line_chart
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.progress import METRICS
@@ -22,19 +23,6 @@ from pipeline.workspace.store import Artifact
 Json = dict[str, Any]
 
 _LARGEST_PX = 256
-_TITLES = {
-    "pairs": "Pairs",
-    "download": "Download",
-    "clip": "CLIP",
-    "embed": "Embeddings",
-    "index": "Index",
-    "prior": "Prior",
-    "prior_2": "Prior 2",
-    "decoder": "Decoder",
-    "upsampler_1": "Upsampler 1",
-    "upsampler_2": "Upsampler 2",
-    "evaluate": "Evaluation",
-}
 _WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")
 
 
@@ -49,7 +37,7 @@ class Finished:
     @property
     def title(self) -> str:
         """The step's name for people."""
-        return _TITLES.get(self.step.name, self.step.name)
+        return STEP_ROWS[self.step.name].title
 
 
 Done = dict[str, Finished]

@@ -22,6 +22,7 @@ import ray.exceptions
 from pipeline.errors import StepError, UnclipError
 from pipeline.recipe.plan import Step, StepStatus, make_plan, manifest_of, plan_status
 from pipeline.recipe.recipe import Recipe, to_dict
+from pipeline.recipe.steps import STEP_ROWS
 from pipeline.runtime.admission import Admission, fits_now, told_at_once
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.tracking import Tracking
@@ -29,20 +30,6 @@ from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.progress import Progress, ProgressState, read_progress
 from pipeline.workspace.store import LIVE, Workspace, translate_os_errors
 
-_STEP_FUNCTIONS = {
-    "pairs": "pipeline.runtime.data:run_pairs",
-    "download": "pipeline.runtime.data:run_download",
-    "clip": "pipeline.runtime.train:run_clip",
-    "embed": "pipeline.runtime.data:run_embed",
-    "index": "pipeline.runtime.data:run_index",
-    "prior": "pipeline.runtime.train:run_prior",
-    "prior_2": "pipeline.runtime.train:run_prior_2",
-    "decoder": "pipeline.runtime.train:run_decoder",
-    "noisy_clip": "pipeline.runtime.train:run_noisy_clip",
-    "upsampler_1": "pipeline.runtime.train:run_upsampler_1",
-    "upsampler_2": "pipeline.runtime.train:run_upsampler_2",
-    "evaluate": "pipeline.runtime.evaluate:run_evaluate",
-}
 _PACKAGES = ("unclip", "torch", "open_clip_torch", "ray", "pyarrow", "img2dataset", "numpy")
 _POLL_S = 0.5
 _CONNECT_TIMEOUT_S = 5.0
@@ -165,7 +152,7 @@ def _require_alive(servers: list[psutil.Process]) -> None:
 
 @ray.remote(num_cpus=0, max_retries=_STEP_RETRIES)
 def _run_step(context: StepContext) -> StepResult:
-    module, _, name = _STEP_FUNCTIONS[context.step.name].partition(":")
+    module, _, name = STEP_ROWS[context.step.name].runner.partition(":")
     function: Callable[[StepContext], StepResult] = getattr(importlib.import_module(module), name)
     return function(context)
 

@@ -24,9 +24,10 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from pipeline.errors import ConfigError, StepError
-from pipeline.recipe.plan import CASCADE_STEPS, artifact_of, make_plan
+from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.sections import ServeConfig
+from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.runtime.run import connect
 from pipeline.serve.protocols import Drawn, Images, Overloaded, Vectors
 from pipeline.workspace.store import Artifact, Workspace
@@ -234,10 +235,7 @@ def build_application(recipe: Recipe, artifacts: dict[str, Artifact]) -> serve.A
 
 def final_image_px(recipe: Recipe) -> int:
     """Side of the pictures at the end of the cascade, in pixels."""
-    for section in (recipe.upsampler_2, recipe.upsampler_1):
-        if section is not None:
-            return section.model.image_px
-    return recipe.decoder.model.image_px
+    return [recipe.decoder.model, *recipe.upsamplers().values()][-1].image_px
 
 
 def _finished_artifacts(recipe: Recipe) -> dict[str, Artifact]:

@@ -33,44 +33,14 @@ def run_clip(context: StepContext) -> StepResult:
     """Train CLIP, or take it as it is."""
     if context.recipe.clip.source == "pretrained":
         return _take_pretrained(context)
-    return _train(context)
+    return run_training(context)
 
 
-def run_prior(context: StepContext) -> StepResult:
-    """Train the prior."""
-    return _train(context)
-
-
-def run_prior_2(context: StepContext) -> StepResult:
-    """Train the second prior."""
-    return _train(context)
-
-
-def run_decoder(context: StepContext) -> StepResult:
-    """Train the decoder."""
-    return _train(context)
-
-
-def run_noisy_clip(context: StepContext) -> StepResult:
-    """Train the noise-aware CLIP."""
-    return _train(context)
-
-
-def run_upsampler_1(context: StepContext) -> StepResult:
-    """Train the first upsampler."""
-    return _train(context)
-
-
-def run_upsampler_2(context: StepContext) -> StepResult:
-    """Train the second upsampler."""
-    return _train(context)
-
-
-def _train(context: StepContext) -> StepResult:
-    section = context.recipe.trained()[context.step.name]
-    needs = section.resources
-    wanted = f"{needs.num_workers} x {needs.cpus_per_worker:g} CPU" + (" and 1 GPU" if _num_gpus(needs) else "")
-    Progress(context.output, waits=True).update(0, 1, "", f"waiting for {wanted}", force=True)
+def run_training(context: StepContext) -> StepResult:
+    """Train the network of a step."""
+    needs = context.recipe.trained()[context.step.name].resources
+    amount = f"{needs.num_workers} x {needs.cpus_per_worker:g} CPU" + (" and 1 GPU" if _num_gpus(needs) else "")
+    Progress(context.output, waits=True).update(0, 1, "", f"waiting for {amount}", force=True)
     fit = _fit_one if needs.num_workers == 1 else _fit_many
     return StepResult(metrics=fit(context, needs), num_workers=needs.num_workers)
 

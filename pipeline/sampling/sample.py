@@ -19,8 +19,9 @@ from models.edits import ImageEncoder
 from pipeline.data.pictures import to_png
 from pipeline.errors import ConfigError
 from pipeline.networks.cascade import load_cascade, network_configs
-from pipeline.recipe.plan import CASCADE_STEPS, artifact_of, make_plan
+from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.sampling.grid import Block, draw_grid
 from pipeline.sampling.preview import Preview
 from pipeline.workspace.store import Artifact, Workspace, translate_os_errors

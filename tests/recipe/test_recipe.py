@@ -8,7 +8,6 @@ import pytest
 from models.ar_prior.config import ArPriorConfig, TokenSamplerConfig
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe, json_schema, load_recipe, parse_recipe, to_dict, without_resources
-from pipeline.recipe.sections import PriorStepConfig
 
 
 def test_load_recipe_layers_defaults_file_and_overrides(tmp_path: Path) -> None:
@@ -30,7 +29,7 @@ def test_parse_recipe_table_that_names_one_key_keeps_its_parents_choices() -> No
 def test_parse_recipe_kind_of_the_prior_chooses_its_fields_and_their_defaults() -> None:
     recipe = parse_recipe({"prior": {"model": {"kind": "autoregressive", "sampler": {"top_k": 5}}}, "prior_2": {}})
     assert recipe.prior.model == ArPriorConfig(sampler=TokenSamplerConfig(top_k=5))
-    assert recipe.prior_2 == PriorStepConfig()
+    assert recipe.prior_2 == Recipe().prior
     assert Recipe().prior_2 is None
     assert list(recipe.trained()) == ["clip", "prior", "prior_2", "decoder"]
     assert parse_recipe(to_dict(recipe)) == recipe

@@ -1,0 +1,124 @@
+"""The table of steps: one row a step, from which the plan, the run, the report and the docs are derived.
+
+A row is plain data and imports nothing, so that whoever asks for it stays light.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRow:
+    """What the project knows of one kind of step, whatever the recipe."""
+
+    name: str
+    """Name of the step, of its folder in the workspace, and of the recipe's field that configures it."""
+    title: str
+    """Its name on the report."""
+    version: int = 1
+    """Version of its code; raised whenever the same recipe would give other bytes. It is part of the key."""
+    inputs: tuple[str, ...] = ()
+    """Steps that it reads; those that a recipe leaves out are no input."""
+    runner: str
+    """``module:function`` that runs it; the function takes a StepContext and returns a StepResult."""
+    seeded: bool = True
+    """Whether the recipe's seed is part of its key."""
+    trains: str = ""
+    """Family of the network that it trains, by its row in the table of networks; empty: it trains none."""
+    in_cascade: bool = False
+    """Whether its network takes part in sampling a picture."""
+    samples: bool = False
+    """Whether it samples the trained networks, so that their samplers are part of its key."""
+    files: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Fields that may name a file of the user's, each with the name under which its content stands in the key."""
+
+
+_TRAINING = "pipeline.runtime.train:run_training"
+_START = {"init_from": "content"}
+
+# Each row stands after its inputs. Where workers are short, steps that become ready together start in this order: the
+# decoder takes longest.
+_BEFORE_EVALUATE = (
+    StepRow(
+        name="pairs", title="Pairs", version=2, runner="pipeline.runtime.data:run_pairs", files={"path": "content"}
+    ),
+    StepRow(
+        name="download", title="Download", inputs=("pairs",), runner="pipeline.runtime.data:run_download", seeded=False
+    ),
+    StepRow(
+        name="clip",
+        title="CLIP",
+        inputs=("download",),
+        runner="pipeline.runtime.train:run_clip",
+        trains="clip",
+        in_cascade=True,
+        files={"name": "content", "tag": "content"},
+    ),
+    StepRow(
+        name="embed",
+        title="Embeddings",
+        inputs=("download", "clip"),
+        runner="pipeline.runtime.data:run_embed",
+        seeded=False,
+    ),
+    StepRow(
+        name="decoder",
+        title="Decoder",
+        inputs=("download", "clip", "embed"),
+        runner=_TRAINING,
+        trains="decoder",
+        in_cascade=True,
+        files=_START,
+    ),
+    StepRow(name="index", title="Index", inputs=("embed",), runner="pipeline.runtime.data:run_index"),
+    StepRow(
+        name="prior",
+        title="Prior",
+        inputs=("clip", "embed"),
+        runner=_TRAINING,
+        trains="prior",
+        in_cascade=True,
+        files=_START,
+    ),
+    StepRow(name="prior_2", title="Prior 2", inputs=("clip", "embed"), runner=_TRAINING, trains="prior", files=_START),
+    StepRow(
+        name="noisy_clip",
+        title="Noisy CLIP",
+        inputs=("download", "clip"),
+        runner=_TRAINING,
+        trains="noisy_clip",
+        in_cascade=True,
+    ),
+    *(
+        StepRow(
+            name=f"upsampler_{number}",
+            title=f"Upsampler {number}",
+            inputs=("download",),
+            runner=_TRAINING,
+            trains="upsampler",
+            in_cascade=True,
+            files=_START,
+        )
+        for number in (1, 2)
+    ),
+)
+
+STEPS = (
+    *_BEFORE_EVALUATE,
+    StepRow(
+        name="evaluate",
+        title="Evaluation",
+        version=2,
+        inputs=tuple(row.name for row in _BEFORE_EVALUATE),
+        runner="pipeline.runtime.evaluate:run_evaluate",
+        samples=True,
+        files={"prompts_path": "content", "features_path": "features_content"},
+    ),
+)
+"""Every step that a recipe may have, each after its inputs."""
+
+STEP_ROWS = {row.name: row for row in STEPS}
+"""The same rows by name."""
+
+CASCADE_STEPS = tuple(row.name for row in STEPS if row.in_cascade)
+"""Steps whose networks take part in sampling a picture."""

@@ -1,0 +1,134 @@
+"""The table of steps, and everything that is derived from it or must agree with it."""
+
+import hashlib
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from pipeline.recipe.plan import make_plan
+from pipeline.recipe.recipe import Recipe, default_tables, load_recipe, parse_recipe
+from pipeline.recipe.steps import CASCADE_STEPS, STEPS
+
+ROOT = Path(__file__).parents[2]
+
+# What the key of every step of a shipped recipe is made of, less the versions of the steps: another value here means that
+# whoever has such a workspace computes that step again.
+CONTENTS = {
+    "dalle2-paper": """
+        pairs d873f39204aa4088
+        download 81d0a0bfe84db3cc
+        clip a4565305b7557aab
+        embed 7e8d0e3cfd20cc05
+        decoder fd39b65938ddd2af
+        index 9c82dd1e6a9be277
+        prior 6204a5a72795ee4b
+        prior_2 b2285f260911edcf
+        upsampler_1 ba4e141c3c4fa845
+        upsampler_2 12ddf9bf17fa1252
+        evaluate e1cc1635ed5e8a54
+    """,
+    "demo": """
+        pairs c7d4f7a1a4616fe7
+        download 02d804e4678b9865
+        clip b07bc07c2f50986b
+        embed 7e8d0e3cfd20cc05
+        decoder 6bc6458f2458b371
+        index 9c82dd1e6a9be277
+        prior 14c730d84e756345
+        upsampler_1 68fff27b6df4ef70
+        upsampler_2 a473ffc1509348c8
+        evaluate 9da4eb44c2736239
+    """,
+    "karlo": """
+        pairs d873f39204aa4088
+        download 13223900e6909ef9
+        clip 595a59231b5db61b
+        embed 7e8d0e3cfd20cc05
+        decoder e346ef59806e6fb7
+        index 9c82dd1e6a9be277
+        prior 2b18fa041b279f49
+        upsampler_1 85853803f90d5dc3
+        evaluate ee0e12668a04d28d
+    """,
+    "laion-vit-l14": """
+        pairs 784929736a0079fe
+        download 97de4b1d3b62dd53
+        clip fbd4fabb551182fd
+        embed 7e8d0e3cfd20cc05
+        decoder 5f5e9dc4e553aca7
+        index 9c82dd1e6a9be277
+        prior 8e29ead0ad459dce
+        upsampler_1 06989668d80c7372
+        evaluate 5a5892ad759698f4
+    """,
+    "single-gpu": """
+        pairs f2efd993b1785496
+        download 953a123327fa71a1
+        clip fcdf02741c8d1135
+        embed 7e8d0e3cfd20cc05
+        decoder e052f0fd08bc9d89
+        index 9c82dd1e6a9be277
+        prior befd3707a49f20a1
+        upsampler_1 27a8eb5dcd0b5974
+        evaluate 70df65d9fbfab82f
+    """,
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_keys_of_the_shipped_recipes_hold_what_they_always_held(name: str) -> None:
+    contents = {
+        step.name: hashlib.sha256(json.dumps([step.section, sorted(step.inputs)], sort_keys=True).encode()).hexdigest()
+        for step in make_plan(load_recipe(ROOT / f"configs/{name}.toml"))
+    }
+    frozen = dict(line.split() for line in CONTENTS[name].strip().splitlines())
+    assert {step: digest[:16] for step, digest in contents.items()} == frozen
+
+
+def test_every_row_configures_a_field_of_the_recipe_and_every_section_of_a_step_has_a_row() -> None:
+    fields = [field for field in default_tables({row.name: {} for row in STEPS}) if field not in {"serve", "tracking"}]
+    assert sorted(row.name for row in STEPS) == sorted(set(fields) - {"name", "workspace", "seed"})
+
+
+def test_every_row_names_fields_that_its_section_has() -> None:
+    last = {"model": {"low_res_px": 256, "image_px": 512, "crop_px": 64}}
+    recipe = parse_recipe(
+        {"prior_2": {}, "noisy_clip": {}, "upsampler_1": {}, "upsampler_2": last, "download": {"image_px": 512}}
+    )
+    for row in STEPS:
+        section = getattr(recipe, row.name)
+        assert all(hasattr(section, field) for field in row.files), row.name
+        assert (row.name in recipe.trained()) == hasattr(section, "train") == bool(row.trains), row.name
+        assert hasattr(section, "init_from") == ("init_from" in row.files), row.name
+
+
+def test_every_row_stands_after_its_inputs_under_a_title_of_its_own() -> None:
+    names = [row.name for row in STEPS]
+    for place, row in enumerate(STEPS):
+        assert set(row.inputs) <= set(names[:place]), row.name
+    assert len({row.title for row in STEPS}) == len(STEPS)
+
+
+@pytest.mark.parametrize("runner", sorted({row.runner for row in STEPS}))
+def test_every_runner_can_be_called(runner: str) -> None:
+    module, _, function = runner.partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_trained_sections_follow_the_order_of_the_recipe() -> None:
+    recipe = parse_recipe(
+        {"upsampler_1": {"model": {"image_px": 128, "low_res_px": 64}}, "noisy_clip": {}, "prior_2": {}}
+    )
+    assert list(recipe.trained()) == ["clip", "prior", "prior_2", "decoder", "noisy_clip", "upsampler_1"]
+    assert list(recipe.upsamplers()) == ["upsampler_1"]
+    assert set(Recipe().trained()) <= {*CASCADE_STEPS, "prior_2"}
+
+
+def test_the_picture_of_the_architecture_names_every_step_that_is_on_by_itself() -> None:
+    picture = re.search(r"```\n(pairs.*?)```", (ROOT / "docs/architecture.md").read_text(), re.DOTALL)
+    assert picture is not None
+    words = set(re.findall(r"\w+", picture.group(1)))
+    assert {row.name for row in STEPS} - {"prior_2"} <= words
