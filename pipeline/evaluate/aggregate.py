@@ -15,6 +15,7 @@ from pipeline.evaluate.parts import ENLARGED, Part, read_part
 from pipeline.evaluate.prompts import PromptSet, choose_rows
 from pipeline.evaluate.sets import NUM_NEIGHBOURS, cmmd, precision_recall
 from pipeline.retrieve import Neighbour, NeighbourIndex
+from pipeline.shapes.check import guess_levels
 from pipeline.workspace.store import Artifact
 
 Json = dict[str, Any]
@@ -50,7 +51,7 @@ class Aggregate:
     def measure(self, embed: Artifact, neighbours: "TrainingNeighbours") -> Json:
         """Every number, as metrics.json holds it; what cannot be measured on this source is left out."""
         metrics: Json = {"num_prompts": len(self.firsts), "prompts": self._prompts.source}
-        metrics["pixel_check"] = self._pixel_check()
+        metrics["pixel_check"] = pixel_check(self.firsts, self._prompts)
         metrics["kinds"] = self._kinds()
         metrics["clip_score"] = self._clip_scores()
         metrics["r_precision"] = self._r_precision()
@@ -78,26 +79,6 @@ class Aggregate:
             }
             for row, near in zip(self.drawings, nearest, strict=True)
         ]
-
-    def _pixel_check(self) -> Json:
-        """Number of objects -> attribute -> generated, real and shuffled, as rates."""
-        table: Json = {}
-        columns = {"generated": "check", "real": "check_real", "shuffled": "check_shuffled"}
-        for row in self.firsts:
-            prompt = self._prompts.prompts[row["prompt_number"]]
-            if prompt.scene is None:
-                continue
-            group = table.setdefault(_GROUPS[len(prompt.scene.objects)], {})
-            for kind, column in columns.items():
-                for name, hit in (parse_flags(row[column]) or {}).items():
-                    rates = group.setdefault(name, {})
-                    rates[kind] = rates.get(kind, Rate(0, 0)) + rate_of([hit])
-        return {
-            group: {
-                name: {kind: rate.to_dict() for kind, rate in rates.items()} for name, rates in sorted(names.items())
-            }
-            for group, names in table.items()
-        }
 
     def _kinds(self) -> Json:
         """How often everything was right, for each kind of prompt."""
@@ -255,6 +236,40 @@ class TrainingNeighbours:
     def _trained(self, row: list[Neighbour]) -> list[Neighbour]:
         told = self._index.rows([near.id for near in row])
         return [near for near, columns in zip(row, told, strict=True) if columns["split"] == "train"]
+
+
+def pixel_check(rows: Rows, prompts: PromptSet) -> Json:
+    """Number of objects -> attribute -> rates: generated, real (the ceiling) and guess (the floor).
+
+    The guess is the rate of the same pictures beside other prompts; where it matters which object is which, the mean of
+    ``guess_levels``.
+
+    Args:
+        rows: One for each prompt: ``prompt_number``, ``check``, ``check_shuffled`` and ``check_real``.
+        prompts: All prompts; those without a scene are left out.
+    """
+    tallies: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for row in rows:
+        scene = prompts.prompts[row["prompt_number"]].scene
+        if scene is None:
+            continue
+        right = parse_flags(row["check"]) or {}
+        guesses = (parse_flags(row["check_shuffled"]) or {}) | guess_levels(right, scene)
+        table = tallies.setdefault(_GROUPS[len(scene.objects)], {name: {} for name in sorted(right)})
+        for kind, flags in (("generated", right), ("real", parse_flags(row["check_real"])), ("guess", guesses)):
+            for name, value in (flags or {}).items():
+                table[name].setdefault(kind, []).append(value)
+    return {
+        group: {name: {kind: _rate(values) for kind, values in kinds.items()} for name, kinds in table.items()}
+        for group, table in tallies.items()
+    }
+
+
+def _rate(values: list[float]) -> Json:
+    """A rate of hits with its interval; of probabilities, their mean alone."""
+    if all(isinstance(value, bool) for value in values):
+        return rate_of(bool(value) for value in values).to_dict()
+    return {"rate": float(np.mean(values)), "total": len(values)}
 
 
 def matrix(rows: Rows, column: str) -> Vectors:

@@ -108,7 +108,7 @@ STEPS = (
     StepRow(
         name="evaluate",
         title="Evaluation",
-        version=2,
+        version=3,
         inputs=tuple(row.name for row in _BEFORE_EVALUATE),
         runner="pipeline.runtime.evaluate:run_evaluate",
         samples=True,

@@ -142,10 +142,10 @@ def format_metrics(metrics: Json) -> str:
     """The quality tables as plain text, for a terminal."""
     lines: list[str] = []
     for group in quality_groups(metrics):
-        lines.append(f"{group['title']:34}{'drawn':>9} {'95 %':>11} {'real':>9} {'shuffled':>9}")
+        lines.append(f"{group['title']:34}{'drawn':>9} {'95 %':>11} {'real':>9} {'guessed':>9}")
         for row in group["rows"]:
             drawn = row["generated"]
-            others = [f"{100 * row[kind]['rate']:8.1f}%" if row[kind] else " " * 9 for kind in ("real", "shuffled")]
+            others = [f"{100 * row[kind]['rate']:8.1f}%" if row[kind] else " " * 9 for kind in ("real", "guess")]
             interval = f"{100 * drawn['low']:.1f}-{100 * drawn['high']:.1f}"
             lines.append(f"  {row['name']:32}{100 * drawn['rate']:8.1f}% {interval:>11} {others[0]} {others[1]}")
         lines.append("")
@@ -237,8 +237,9 @@ def _stages_about(recipe: Recipe) -> str:
 def _quality_about(metrics: Json) -> str:
     return (
         f"Objects are found by colour and classified by outline in {metrics.get('num_prompts', 0)} pictures of prompts "
-        "that were not trained on: no network takes part in the check. Real pictures of the same scenes and shuffled "
-        "prompts say what the check can reach and what chance gives."
+        "that were not trained on: no network takes part in the check. Real pictures of the same scenes say what can "
+        "be reached, and guessed is what chance gives: the same pictures beside other prompts and, for what depends on "
+        "which object is which, the same colours and shapes in random order, place and size."
     )
 
 

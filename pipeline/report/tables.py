@@ -42,7 +42,7 @@ def quality_groups(metrics: Json) -> list[Json]:
                 "name": _NAMES.get(name, name),
                 "generated": checks[name]["generated"],
                 "real": checks[name].get("real"),
-                "shuffled": checks[name].get("shuffled"),
+                "guess": checks[name].get("guess"),
                 "goal": _GOALS.get((title, name)),
             }
             for name in sorted(checks, key=_rank)
@@ -66,7 +66,7 @@ def tiles_of(metrics: Json) -> list[Json]:
     ):
         rates: Json | None = checks.get(group, {}).get(name)
         if rates and rates["generated"]["total"]:
-            note = f"real {_whole(rates.get('real'))}, shuffled {_whole(rates.get('shuffled'))}"
+            note = f"real {_whole(rates.get('real'))}, guessed {_whole(rates.get('guess'))}"
             tiles.append(
                 {"label": label, "value": f"{100 * rates['generated']['rate']:.1f}", "unit": "%", "note": note}
             )

@@ -202,7 +202,7 @@ def test_readme_commands_do_what_they_say(recipe: Path, tmp_path: Path) -> None:
 def test_evaluate_prints_the_quality_with_ceiling_and_floor(recipe: Path) -> None:
     done = unclip_here("evaluate", str(recipe))
     assert done.returncode == 0, done.stdout
-    for word in ("colour", "shape", "background", "real", "shuffled"):
+    for word in ("colour", "shape", "background", "real", "guessed"):
         assert word in done.stdout.lower()
 
 

@@ -14,18 +14,21 @@ from models.cascade import Cascade
 from pipeline.data.vectors import read_vectors
 from pipeline.errors import DataError
 from pipeline.evaluate import metrics as m
+from pipeline.evaluate.aggregate import pixel_check
 from pipeline.evaluate.evaluate import Work, finish, make_runner, plan_work, summarise
 from pipeline.evaluate.features import FeatureExtractor
 from pipeline.evaluate.parts import Part, PartRunner, drawings_of, picture_seed, plan_parts, read_part
-from pipeline.evaluate.prompts import choose_prompts, choose_rows
+from pipeline.evaluate.prompts import Prompt, PromptSet, choose_prompts, choose_rows
 from pipeline.evaluate.sets import cmmd, precision_recall
 from pipeline.networks.cascade import load_cascade
-from pipeline.networks.quality import sharpness
+from pipeline.networks.quality import psnr_db, sharpness
 from pipeline.recipe.plan import inputs_of
 from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.report.report import format_metrics
 from pipeline.report.tables import measure_rows
 from pipeline.shapes.check import check
 from pipeline.shapes.draw import draw_array
+from pipeline.shapes.scene import Object, Scene
 from pipeline.workspace.store import Artifact, Workspace
 from tests.evaluate.workspaces import NUM_PICTURES, build_tiny_workspace, evaluate_step, tiny_tables
 
@@ -98,9 +101,37 @@ def test_metrics_of_the_pixel_check_agree_with_the_pictures_that_were_written(
     assert set(table) == set(hits)
     for name, flags in hits.items():
         assert (table[name]["generated"]["hits"], table[name]["generated"]["total"]) == (sum(flags), len(flags))
-        assert table[name]["shuffled"]["total"] == len(flags)
+        assert table[name]["guess"]["total"] == len(flags)
     assert table["background"]["real"]["rate"] == 1.0
     assert metrics["num_prompts"] == 10
+
+
+def test_pixel_check_shows_guess_levels_and_not_zeros_as_the_floor() -> None:
+    """Ten pictures of two objects: both colours right in nine, both shapes in four; another prompt is never right."""
+    scene = Scene(
+        (Object("circle", "red", "large", 0.27, 0.5), Object("square", "blue", "small", 0.75, 0.5)),
+        "white",
+        "to the left of",
+    )
+    nothing = dict.fromkeys(check(draw_array(scene, 32), scene).right, False)
+    rows = [
+        {
+            "prompt_number": 0,
+            "check": json.dumps(nothing | {"both colours": n < 9, "both shapes": n < 4, "binding": n < 3}),
+            "check_shuffled": json.dumps(nothing),
+            "check_real": json.dumps(nothing | {"binding": True}),
+        }
+        for n in range(10)
+    ]
+    table = pixel_check(rows, PromptSet((Prompt("", scene=scene),), "drawn"))["two objects"]
+    assert table["binding"]["generated"]["rate"] == 0.3
+    assert table["binding"]["real"]["rate"] == 1
+    assert table["binding"]["guess"]["rate"] == pytest.approx(0.4 / 2)
+    assert table["relation"]["guess"]["rate"] == pytest.approx(0.9 / 4)
+    assert table["both colours"]["guess"]["rate"] == 0
+    assert [line.split()[-1] for line in format_metrics({"pixel_check": {"two objects": table}}).splitlines()[:5]] == [
+        "guessed", "0.0%", "0.0%", "20.0%", "22.5%",
+    ]  # fmt: skip
 
 
 def test_general_metrics_agree_with_their_definitions(evaluated: tuple[Artifact, Work, dict[str, Any]]) -> None:
@@ -147,7 +178,7 @@ def test_bicubic_psnr_is_that_of_the_stored_picture(
     with Image.open(output.path("reconstructions/00000-real.png")) as image:
         small = image.resize((16, 16), Image.Resampling.BICUBIC)
         again = np.asarray(small.resize((32, 32), Image.Resampling.BICUBIC))
-        expected = m.psnr_db(again[None], np.asarray(image)[None])[0]
+        expected = psnr_db(again[None], np.asarray(image)[None])[0]
     assert row["bicubic_psnr_db"][1] == pytest.approx(expected, abs=0.3)
 
 

@@ -76,7 +76,7 @@ def _soft(scene: Scene, seed: int, side_px: int = 128) -> Image.Image:
 
 
 def _rates(hits: int, total: int, floor: int) -> dict[str, Any]:
-    kinds = {"generated": hits, "real": total, "shuffled": floor}
+    kinds = {"generated": hits, "real": total, "guess": floor}
     return {kind: Rate(value, total).to_dict() for kind, value in kinds.items()}
 
 

@@ -1,16 +1,18 @@
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import permutations, product
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.shapes.check import CheckResult, aggregate, check, compare, wilson_rate
+from pipeline.evaluate.metrics import Rate, rate_of
+from pipeline.shapes.check import CheckResult, check, compare, guess_levels
 from pipeline.shapes.draw import draw_array
 from pipeline.shapes.perceive import Seen, perceive
-from pipeline.shapes.scene import Object, Scene, evaluation_scenes
+from pipeline.shapes.scene import RADIUS, Object, Scene, evaluation_scenes
 
 Picture = NDArray[np.uint8]
 SCENES = [each.scene for each in evaluation_scenes(240, seed=0)]
@@ -21,9 +23,18 @@ def resize(picture: Picture, image_px: int) -> Picture:
     return np.asarray(Image.fromarray(picture).resize((image_px, image_px), Image.Resampling.BICUBIC))
 
 
+def tally(results: Iterable[CheckResult]) -> dict[tuple[int, str], Rate]:
+    rates: dict[tuple[int, str], Rate] = {}
+    for result in results:
+        for attribute, is_right in result.right.items():
+            key = (result.num_objects, attribute)
+            rates[key] = rates.get(key, Rate(0, 0)) + rate_of([is_right])
+    return rates
+
+
 def shares(change: Callable[[Picture], Picture]) -> dict[tuple[int, str], float]:
-    rates = aggregate(check(change(p), s) for p, s in zip(PICTURES, SCENES, strict=True))
-    return {(n, attribute): rate.share for n, table in rates.items() for attribute, rate in table.items()}
+    rates = tally(check(change(p), s) for p, s in zip(PICTURES, SCENES, strict=True))
+    return {key: rate.value for key, rate in rates.items()}
 
 
 def test_check_of_real_pictures_is_the_ceiling() -> None:
@@ -47,13 +58,13 @@ def test_check_of_shuffled_prompts_is_the_floor() -> None:
     for num_objects in (1, 2):
         places = [i for i, scene in enumerate(SCENES) if len(scene.objects) == num_objects]
         results += [check(PICTURES[a], SCENES[b]) for a, b in zip(places, rng.permutation(places), strict=True)]
-    rates = aggregate(results)
+    rates = tally(results)
     for attribute, chance in {"colour": 1 / 7, "shape": 1 / 6, "background": 1 / 5, "size": 1 / 3}.items():
-        assert rates[1][attribute].low < chance + 0.05, attribute
-        assert rates[1][attribute].share < chance + 0.12, attribute
-    assert rates[2]["both colours"].share < 0.15
-    assert rates[2]["binding"].share < 0.06
-    assert rates[2]["relation"].share < 0.1
+        assert rates[1, attribute].to_dict()["low"] < chance + 0.05, attribute
+        assert rates[1, attribute].value < chance + 0.12, attribute
+    assert rates[2, "both colours"].value < 0.15
+    assert rates[2, "binding"].value < 0.06
+    assert rates[2, "relation"].value < 0.1
 
 
 RED_CIRCLE_LEFT = Scene(
@@ -116,18 +127,43 @@ def test_check_takes_a_few_milliseconds() -> None:
     assert (time.process_time() - start) / 60 < 0.015  # 3 ms on a quiet core; this is for a crowded one
 
 
-def test_aggregate_counts_each_number_of_objects_apart() -> None:
-    results = [CheckResult(1, {"colour": True}), CheckResult(2, {"binding": True}), CheckResult(1, {"colour": False})]
-    rates = aggregate(results)
-    assert list(rates) == [1, 2]
-    assert (rates[1]["colour"].num_right, rates[1]["colour"].num_all) == (1, 2)
-    assert (rates[2]["binding"].share, rates[2]["binding"].high) == (1.0, 1.0)
+def flags_of(picture_scene: Scene, asked: Scene) -> dict[str, bool]:
+    return check(draw_array(picture_scene), asked).right
 
 
-def test_wilson_rate_has_the_published_interval() -> None:
-    rate = wilson_rate(81, 263)  # R. G. Newcombe, Statistics in Medicine 17 (1998), table I: 0.2553 to 0.3662
-    assert (round(rate.low, 4), round(rate.high, 4)) == (0.2553, 0.3662)
-    assert all(0 <= wilson_rate(0, n).low < 1e-12 and 1 - 1e-12 < wilson_rate(n, n).high <= 1 for n in range(1, 200))
-    assert round(wilson_rate(0, 20).high, 4) == 0.1611
-    with pytest.raises(ValueError, match="at least one"):
-        wilson_rate(0, 0)
+def test_guess_levels_are_the_shares_of_all_the_ways_to_guess() -> None:
+    """Every order of the shapes, every direction and every size, checked one by one."""
+    asked = RED_CIRCLE_LEFT
+    hits: dict[str, list[bool]] = {}
+    axes = {"x": ((0.27, 0.5), (0.75, 0.5)), "y": ((0.5, 0.27), (0.5, 0.75))}
+    for shapes in permutations(item.shape for item in asked.objects):
+        for places in (places for axis in axes.values() for places in permutations(axis)):
+            for sizes in product(RADIUS, repeat=2):
+                objects = (
+                    Object(shape, item.colour, size, *place)
+                    for shape, item, size, place in zip(shapes, asked.objects, sizes, places, strict=True)
+                )
+                for name, is_right in flags_of(Scene(tuple(objects), asked.background), asked).items():
+                    hits.setdefault(name, []).append(is_right)
+    shares = {name: sum(flags) / len(flags) for name, flags in hits.items()}
+    assert shares["both colours"] == shares["both shapes"] == 1
+    guessed = guess_levels(flags_of(asked, asked), asked)
+    assert guessed == pytest.approx({name: shares[name] for name in guessed})
+    assert guessed == pytest.approx({"binding": 1 / 2, "relation": 1 / 4, "sizes": 1 / 18, "everything": 1 / 72})
+
+
+def test_guess_levels_depend_on_what_the_picture_shows() -> None:
+    right = flags_of(RED_CIRCLE_LEFT, RED_CIRCLE_LEFT)
+    assert guess_levels(right | {"both shapes": False}, RED_CIRCLE_LEFT) == {
+        "binding": 0, "relation": 1 / 4, "sizes": 0, "everything": 0,
+    }  # fmt: skip
+    assert guess_levels(right | {"both colours": False}, RED_CIRCLE_LEFT)["relation"] == 0
+    assert guess_levels(right | {"count": False}, RED_CIRCLE_LEFT)["everything"] == 0
+    first, second = RED_CIRCLE_LEFT.objects
+    of_one_colour = replace(RED_CIRCLE_LEFT, objects=(first, replace(second, colour="red")))
+    right = flags_of(of_one_colour, of_one_colour)
+    assert guess_levels(right, of_one_colour)["binding"] == 1  # whatever goes where, a red circle and a red square
+    assert guess_levels(right | {"both shapes": False}, of_one_colour)["relation"] == 0
+    of_one_shape = replace(RED_CIRCLE_LEFT, objects=(first, replace(second, shape="circle")))
+    assert guess_levels(flags_of(of_one_shape, of_one_shape), of_one_shape)["binding"] == 1
+    assert guess_levels({"colour": True}, Scene((first,), "white")) == {}
