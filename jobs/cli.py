@@ -6,10 +6,12 @@ Errors that a user can mend are one message on standard error and an exit code (
 import os
 import signal
 import sys
+from collections.abc import Callable
 from importlib.metadata import version as package_version
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
+import typer.core
 
 from jobs import ablate, cluster, edits, exchange, generate, inspect, start
 from jobs import search as data
@@ -20,42 +22,67 @@ _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 
 _INTERRUPTED = 130
 
+# One line of 80 columns each in `unclip --help`; the whole sentence stands in `unclip COMMAND --help`.
+COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
+    "Train": {
+        "init": (start.init, "Look at your pairs, write a recipe."),
+        "plan": (inspect.plan, "Show which steps would run and why, or the cost."),
+        "run": (start.run, "Run every step that is not done."),
+        "status": (inspect.status, "Show where every step stands."),
+        "config": (inspect.config, "Print the resolved recipe, or the schema."),
+        "evaluate": (generate.evaluate, "Measure the trained cascade."),
+        "ablate": (ablate.ablate, "Show what the prior is for."),
+    },
+    "Use": {
+        "sample": (generate.sample, "Make pictures from prompts."),
+        "search": (data.search, "Find the nearest pairs to a text or a picture."),
+        "serve": (generate.serve, "Serve pictures, neighbours and a page over HTTP."),
+    },
+    "Edit": {
+        "vary": (edits.vary, "Make variations of a picture."),
+        "interpolate": (edits.interpolate, "Make the way from one picture to another."),
+        "text-diff": (edits.text_diff, "Turn a picture from one text towards another."),
+        "inpaint": (edits.inpaint, "Make the masked part of a picture anew."),
+        "outpaint": (edits.outpaint, "Make what is around a picture."),
+        "sdedit": (edits.sdedit, "Add noise to a picture, denoise it to a prompt."),
+        "reconstruct": (edits.reconstruct, "Make a picture again from its latents."),
+        "pca-reconstruct": (edits.pca_reconstruct, "Show what components of z_image hold."),
+    },
+    "Exchange": {
+        "export": (exchange.export, "Write the trained cascade for other programs."),
+        "import": (exchange.import_, "Take over networks in diffusers' layout."),
+    },
+    "Cluster": {
+        "submit": (cluster.submit, "Run a recipe as a job on a Ray cluster."),
+        "jobs": (cluster.jobs, "List the cluster's unclip jobs."),
+        "logs": (cluster.logs, "Print a job's log."),
+        "stop": (cluster.stop, "Stop a job; what it finished is kept."),
+    },
+}
+
+
+class _GroupedCommands(typer.core.TyperGroup):
+    """Print the commands of the help text in groups; Typer alone does so with rich markup only."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002  (Typer's own signature)
+        """Write one section for each group."""
+        width = max(map(len, self.commands))
+        for group, commands in COMMANDS.items():
+            with formatter.section(group):
+                formatter.write_dl([(f"{name:{width}}", line) for name, (_, line) in commands.items()])
+
+
 app = typer.Typer(
+    cls=_GroupedCommands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-# One line of 80 columns each in `unclip --help`; the whole sentence stands in `unclip COMMAND --help`.
-for command, line in (
-    (start.init, "Look at your pairs, write a recipe."),
-    (start.run, "Run every step that is not done."),
-    (inspect.plan, "Show which steps would run and why, or the cost."),
-    (inspect.status, "Show where every step stands."),
-    (inspect.config, "Print the resolved recipe, or the schema."),
-    (generate.sample, "Draw prompts with the trained cascade."),
-    (data.search, "Find the nearest pairs to a text or a picture."),
-    (generate.evaluate, "Measure the trained cascade."),
-    (ablate.ablate, "Show what the prior is for."),
-    (generate.serve, "Serve pictures, neighbours and a page over HTTP."),
-    (edits.reconstruct, "Draw a picture again from its latents."),
-    (edits.vary, "Draw variations of a picture."),
-    (edits.interpolate, "Draw the way from one picture to another."),
-    (edits.text_diff, "Turn a picture from one text towards another."),
-    (edits.inpaint, "Draw the masked part of a picture anew."),
-    (edits.outpaint, "Draw what is around a picture."),
-    (edits.sdedit, "Noise a picture, draw it from there."),
-    (edits.pca_reconstruct, "Draw what components of z_image hold."),
-    (cluster.submit, "Run a recipe as a job on a Ray cluster."),
-    (cluster.jobs, "List the cluster's unclip jobs."),
-    (cluster.logs, "Print a job's log."),
-    (cluster.stop, "Stop a job; what it finished is kept."),
-    (exchange.export, "Write the trained cascade for other programs."),
-):
-    app.command(short_help=line)(command)
-app.command("import", short_help="Take over networks in diffusers' layout.")(exchange.import_)
+for table in COMMANDS.values():
+    for name, (command, line) in table.items():
+        app.command(name, short_help=line)(command)
 
 
 def _print_version(value: bool) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,14 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from jobs import cli
 from pipeline.recipe.recipe import Recipe
 from tests.ports import free_port
 from tests.tiny import ROOT, tiny_recipe, unclip_here
 
-COMMANDS = [
-    *("init", "run", "plan", "status", "config", "sample", "search", "evaluate", "serve"),
-    *("export", "import", "submit", "jobs", "logs", "stop"),
-]
+COMMANDS = sorted(name for group in cli.COMMANDS.values() for name in group)
 
 
 def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -38,10 +37,15 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
     assert f"Example: unclip {command}" in " ".join(done.stdout.split())
 
 
-def test_help_says_each_command_in_one_whole_line() -> None:
-    lines = _run("--help").stdout.partition("Commands:\n")[2].strip().splitlines()
-    assert {line.split()[0] for line in lines} >= set(COMMANDS)
-    assert not [line for line in lines if not line.endswith(".") or line.endswith("...")]
+def test_help_says_each_command_in_one_whole_line_of_its_group() -> None:
+    text = _run("--help").stdout.partition("this message and exit.")[2]
+    said = {
+        group: re.findall(r"^  ([a-z-]+) +\S.*[^.]\.$", lines, re.MULTILINE)
+        for group, lines in re.findall(r"^(\w+):\n((?:  .+\n)+)", text, re.MULTILINE)
+    }
+    assert said == {group: list(commands) for group, commands in cli.COMMANDS.items()}
+    assert len(text.split("\n\n")) == len(said) + 1
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_version_is_the_package_version() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.cli import COMMANDS
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import load_recipe
 
@@ -65,15 +66,24 @@ def test_readme_file_tree_matches_the_repository() -> None:
     assert named == top
 
 
-def test_readme_commands_exist() -> None:
-    text = (ROOT / "README.md").read_text() + "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
-    listed = subprocess.run(
-        [sys.executable, "-m", "jobs.cli", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    known = set(re.findall(r"^  ([a-z-]+) {2,}", listed, re.MULTILINE))
-    used = set(re.findall(r"^(?:\$ )?unclip ([a-z-]+)", text, re.MULTILINE))
+def test_readme_lists_the_commands_in_the_groups_of_the_help() -> None:
+    text = (ROOT / "README.md").read_text()
+    tables = re.findall(r"^\| (\w+) \| \|\n\|---\|---\|\n((?:\|.*\n)+)", text, re.MULTILINE)
+    listed = {group.capitalize(): re.findall(r"^\| `unclip ([a-z-]+)", rows, re.MULTILINE) for group, rows in tables}
+    assert listed == {group: list(commands) for group, commands in COMMANDS.items()}
+
+
+def test_commands_of_the_pages_exist() -> None:
+    text = "".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    used = set(re.findall(r"(?:^|`)(?:\$ )?unclip ([a-z-]+)", text, re.MULTILINE))
     assert used
-    assert used <= known
+    assert used <= {name for commands in COMMANDS.values() for name in commands}
+
+
+def test_links_of_the_pages_lead_to_files() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
+        assert not [link for link in links if "://" not in link and not (page.parent / link).exists()], page
 
 
 @pytest.mark.parametrize(("page", "module"), [("config", "jobs.reference"), ("benchmarks", "benchmarks.page")])

@@ -127,8 +127,7 @@ def test_trained_sections_follow_the_order_of_the_recipe() -> None:
     assert set(Recipe().trained()) <= {*CASCADE_STEPS, "prior_2"}
 
 
-def test_the_picture_of_the_architecture_names_every_step_that_is_on_by_itself() -> None:
-    picture = re.search(r"```\n(pairs.*?)```", (ROOT / "docs/architecture.md").read_text(), re.DOTALL)
-    assert picture is not None
-    words = set(re.findall(r"\w+", picture.group(1)))
-    assert {row.name for row in STEPS} - {"prior_2"} <= words
+def test_the_picture_of_the_data_flow_names_every_step_that_is_on_by_itself() -> None:
+    picture = (ROOT / "docs/images/dataflow.svg").read_text()
+    boxes = re.findall(r'<rect class="step".*\n  <text class="name" [^>]*>(\w+)<', picture)
+    assert set(boxes) == {step.name for step in make_plan(load_recipe(ROOT / "configs/demo.toml"))}
