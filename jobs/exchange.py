@@ -24,7 +24,7 @@ def export(
         raise ConfigError("export: give either --diffusers DIR or --native DIR")
     resolved = load_recipe(recipe, overrides or [])
 
-    from pipeline.clip import FrozenClip
+    from pipeline.clip import FrozenText
     from pipeline.networks.cascade import load_cascade, network_configs
     from pipeline.networks.diffusers import export_diffusers, export_native
     from pipeline.sampling.sample import cascade_artifacts
@@ -35,7 +35,7 @@ def export(
         typer.echo(f"{', '.join(artifacts)} in {native}")
         return
     cascade = load_cascade(artifacts, wanted=network_configs(resolved))
-    assert isinstance(cascade.clip, FrozenClip)
+    assert isinstance(cascade.clip, FrozenText)
     for note in export_diffusers(cascade, cascade.clip, Path(diffusers)):
         typer.echo(f"note: {note}")
     typer.echo(f"diffusers' UnCLIPPipeline loads {diffusers}")

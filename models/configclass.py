@@ -38,3 +38,8 @@ def require(condition: bool, message: str) -> None:
 def require_prob(name: str, value: float) -> None:
     """Raise ValueError unless ``value``, of the field ``name``, is a probability."""
     require(0.0 <= value <= 1.0, f"{name} = {value}: a probability lies in [0, 1]")
+
+
+def require_norm(image_norm: float) -> None:
+    """Raise ValueError unless ``image_norm`` is a length that z_image can have."""
+    require(0.0 < image_norm < float("inf"), f"image_norm = {image_norm}: must be positive and finite")

@@ -15,7 +15,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,13 @@ from open_clip.transformer import TextTransformer, text_global_pool  # noqa: E40
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
+NO_IMAGE_TOWER = (
+    "this CLIP has no image tower, so it embeds no picture: no edits, no search, no training. Put image_encoder/ and "
+    "feature_extractor/ of the same CLIP into the folder that was imported, and import it again; or set clip.name and "
+    "clip.tag to a whole CLIP with the same text tower (Karlo's is ViT-L-14-quickgelu, openai)"
+)
+_NO_IMAGES: dict[str, Any] = {"vision_cfg": {"layers": 1, "width": 64, "patch_size": 32, "image_size": 32}}
+"""A tiny image tower, to be built and dropped again where a CLIP has none."""
 _LENGTH_MULTIPLE = 8
 """Captions are cut to a multiple of this many tokens, so that few different shapes reach the kernels."""
 
@@ -87,6 +94,11 @@ class OpenClip:
     """Mean of each colour channel that the model expects to be subtracted, of values in [0, 1]."""
     std: tuple[float, ...]
     """Deviation of each colour channel that the model expects to be divided by."""
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there is an image tower: a folder of diffusers' UnCLIPPipeline holds the text tower alone."""
+        return "vision_cfg" in self.model_config
 
     @property
     def image_px(self) -> int:
@@ -121,8 +133,8 @@ class OpenClip:
         return (pixels.add(1).div_(2) - mean) / std
 
 
-class FrozenClip(nn.Module):
-    """The frozen CLIP of the cascade: pictures and captions to embeddings, without gradients."""
+class FrozenText(nn.Module):
+    """The text tower of the frozen CLIP: captions to embeddings, without gradients; all that sampling needs."""
 
     def __init__(self, clip: OpenClip) -> None:
         super().__init__()
@@ -136,31 +148,13 @@ class FrozenClip(nn.Module):
         return self.clip.dims
 
     @property
-    def image_px(self) -> int:
-        """Side of the picture that the image tower takes, in pixels; others are resized to it."""
-        return self.clip.image_px
-
-    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.logit_scale.device
 
-    def train(self, mode: bool = True) -> FrozenClip:  # noqa: ARG002  (nn.Module's signature)
+    def train(self, mode: bool = True) -> Self:  # noqa: ARG002  (nn.Module's signature)
         """Stay in evaluation mode: batch statistics of a frozen tower must not move."""
         return self
-
-    @torch.no_grad()
-    def encode_image(self, images: Tensor) -> Float[Tensor, "B D"]:
-        """Embed pictures.
-
-        Args:
-            images: uint8 (B, H, W, 3), or float (B, 3, H, W) in [-1, 1], of any size.
-
-        Returns:
-            z_image, of length one.
-        """
-        pixels = self.clip.prepare(images.to(self.device))
-        return F.normalize(self.model.encode_image(pixels).float(), dim=-1)
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> TextEncoding:
@@ -198,6 +192,33 @@ class FrozenClip(nn.Module):
         if projection is None:
             return pooled
         return projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+
+
+class FrozenClip(FrozenText):
+    """The frozen CLIP of the cascade with both towers: pictures and captions to embeddings, without gradients."""
+
+    @property
+    def image_px(self) -> int:
+        """Side of the picture that the image tower takes, in pixels; others are resized to it."""
+        return self.clip.image_px
+
+    @torch.no_grad()
+    def encode_image(self, images: Tensor) -> Float[Tensor, "B D"]:
+        """Embed pictures.
+
+        Args:
+            images: uint8 (B, H, W, 3), or float (B, 3, H, W) in [-1, 1], of any size.
+
+        Returns:
+            z_image, of length one.
+        """
+        pixels = self.clip.prepare(images.to(self.device))
+        return F.normalize(self.model.encode_image(pixels).float(), dim=-1)
+
+
+def freeze(clip: OpenClip) -> FrozenText:
+    """The frozen CLIP: a ``FrozenClip`` where there is an image tower."""
+    return FrozenClip(clip) if clip.has_images else FrozenText(clip)
 
 
 def create_clip(config: ClipConfig) -> OpenClip:
@@ -241,7 +262,9 @@ def save_clip(clip: OpenClip, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "model_cfg": clip.model_config,
-        "preprocess_cfg": {"size": clip.image_px, "mean": list(clip.mean), "std": list(clip.std)},
+        "preprocess_cfg": {"size": clip.image_px, "mean": list(clip.mean), "std": list(clip.std)}
+        if clip.has_images
+        else {},
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = {name: tensor.contiguous().cpu() for name, tensor in clip.model.state_dict().items()}
@@ -256,14 +279,27 @@ def load_clip(folder: Path) -> OpenClip:
     """
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        preprocess = config.get("preprocess_cfg", {})
-        clip = _assemble(config["model_cfg"], preprocess.get("mean"), preprocess.get("std"))
-        clip.model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        return build_clip(config["model_cfg"], config.get("preprocess_cfg", {}), load_file(folder / WEIGHTS_FILE))
     except (OSError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
         message = (
             f"{folder} is not an open_clip folder ({CONFIG_FILE}, {WEIGHTS_FILE}): {type(error).__name__}: {error}"
         )
         raise ValueError(message) from error
+
+
+def build_clip(model_config: dict[str, Any], preprocess: dict[str, Any], state: dict[str, Tensor]) -> OpenClip:
+    """A CLIP with weights.
+
+    Args:
+        model_config: open_clip's model configuration; without ``vision_cfg`` there is no image tower.
+        preprocess: ``mean`` and ``std`` of the colour channels; OpenAI's where they are not said.
+        state: Weights of the model.
+
+    Raises:
+        RuntimeError: If the weights are not those of the configuration.
+    """
+    clip = _assemble(model_config, preprocess.get("mean"), preprocess.get("std"))
+    clip.model.load_state_dict(state)
     return clip
 
 
@@ -278,6 +314,9 @@ def load_pretrained(name: str, pretrained: str | None = None) -> OpenClip:
         ValueError: If the name or tag is unknown, the hub does not answer, or the model is of a kind that has no
             CLIP token states.
     """
+    folder = Path(name.removeprefix("local-dir:"))
+    if folder.is_dir() and "vision_cfg" not in (open_clip.get_model_config(name) or {"vision_cfg": None}):
+        raise ValueError(f"{folder}: {NO_IMAGE_TOWER}")
     try:
         model: Any = open_clip.create_model(name, pretrained=pretrained, require_pretrained=True)
         model_config = open_clip.get_model_config(name)
@@ -319,7 +358,9 @@ def _assemble(
 ) -> OpenClip:
     arguments = {key: value for key, value in model_config.items() if key != "custom_text"}
     kind = open_clip.CustomTextCLIP if model_config.get("custom_text") else open_clip.CLIP
-    model = kind(**arguments)
+    model = kind(**_NO_IMAGES | arguments)
+    if "vision_cfg" not in model_config:
+        del model.visual  # open_clip builds no model of a text tower alone
     mean = tuple(mean or open_clip.OPENAI_DATASET_MEAN)
     std = tuple(std or open_clip.OPENAI_DATASET_STD)
     tokenizer = SimpleTokenizer(context_length=model_config["text_cfg"].get("context_length", 77))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import field
 
-from models.configclass import configclass, require, require_prob
+from models.configclass import configclass, require, require_norm, require_prob
 from models.diffusion.config import DiffusionConfig, SamplerConfig, require_measured, require_steps
 from models.layers.config import UNetConfig
 
@@ -45,6 +45,9 @@ class DecoderConfig:
     text_transformer: TextTransformerConfig | None = None
     """The paper's text path: a transformer on the caption's tokens, trained with the decoder. Without the table the
     decoder reads the token states of the frozen CLIP, as Karlo does: cheaper, and exportable to diffusers."""
+    image_norm: float = 1.0
+    """Length of z_image as the weights read it: 1, or about 10 where `unclip import` brought weights that were trained
+    on CLIP's raw embeddings (Karlo). Outside the network every z_image has length one."""
     image_drop_prob: float = 0.1
     """Probability of dropping z_image, per sample (section 2.1: 0.1)."""
     text_drop_prob: float = 0.5
@@ -62,6 +65,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         require(self.num_image_tokens >= 1, f"num_image_tokens = {self.num_image_tokens}: at least 1")
         require(self.context_width >= 1, f"context_width = {self.context_width}: at least 1")
+        require_norm(self.image_norm)
         require_prob("image_drop_prob", self.image_drop_prob)
         require_prob("text_drop_prob", self.text_drop_prob)
         self.unet.require_fits(self.image_px)

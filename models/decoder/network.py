@@ -76,13 +76,13 @@ def concat_decoder_conditions(parts: Sequence[DecoderCondition]) -> DecoderCondi
     return DecoderCondition(embedding, context, valid, z_text, known)
 
 
-def image_scale(dims: ClipDims) -> float:
-    """Factor that brings features of a z_image, of size 1 / sqrt(D), to about one: sqrt(D) to the nearest power of two.
+def image_scale(config: DecoderConfig, dims: ClipDims) -> float:
+    """Power of two that brings the features of a z_image, of size ``image_norm`` / sqrt(D), to about one.
 
     A power of two, because diffusers' layout has no such factor: multiplied into the weights that read z_image
     (models/interchange/networks.py) it changes their exponents alone, and can be taken out again without rounding.
     """
-    return 2.0 ** round(math.log2(dims.embed_dim) / 2)
+    return 2.0 ** round(math.log2(dims.embed_dim) / 2 - math.log2(config.image_norm))
 
 
 class Decoder(nn.Module):
@@ -130,7 +130,7 @@ class Decoder(nn.Module):
         """
         if known is not None and not self.config.inpainting:
             raise ValueError("this decoder has no inpainting channels to read a known part with")
-        image = z_image * image_scale(self.dims)
+        image = z_image * (self.config.image_norm * image_scale(self.config, self.dims))
         if keep_image is not None:
             image = torch.where(keep_image[:, None], image, self.null_image.to(image.dtype))
         return self._encode(image, self.null_text.drop(text, keep_text), known)

@@ -1,20 +1,23 @@
 """Our networks in the layout of diffusers' ``UnCLIPPipeline`` (0.37.1), and back: names and configurations alone.
 
 Nothing here reads or writes a file (pipeline/networks/diffusers.py does) and nothing imports diffusers. The layout is
-that of
-Karlo's public weights: PriorTransformer, UnCLIPTextProjModel, UNet2DConditionModel, UNet2DModel, UnCLIPScheduler.
-What it cannot hold is refused by the name of the field. The text tower is in models/interchange/text.py.
+that of Karlo's public weights: PriorTransformer, UnCLIPTextProjModel, UNet2DConditionModel, UNet2DModel,
+UnCLIPScheduler. What it cannot hold is refused by the name of the field. CLIP is in models/interchange/towers.py.
 
-Weights are moved, never computed with, but for a factor that is a power of two: import(export(x)) is x to the bit.
+Weights are moved, never computed with, but for a factor that is a power of two: import and export undo each other to
+the bit. The length of the embeddings that the weights read (``image_norm``) is kept in the configurations.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.clip_config import ClipDims
@@ -23,7 +26,7 @@ from models.decoder.network import Decoder, image_scale
 from models.diffusion.config import DiffusionConfig, SamplerConfig
 from models.interchange.unet import from_unet_config, rename, rename_back, unet_config, unet_keys, unet_problems
 from models.prior.config import PriorConfig
-from models.prior.network import Prior
+from models.prior.network import EMBEDDING_SCALE, Prior
 from models.upsampler.config import UpsamplerConfig
 from models.upsampler.network import Upsampler
 
@@ -31,8 +34,10 @@ Json = dict[str, Any]
 
 DIFFUSERS_VERSION = "0.37.1"
 """The release whose layout is written, and with which it is tested."""
-TRAINING_FIELDS = frozenset({"dropout", "text_drop_prob", "image_drop_prob", "unknown_prob", "sampler", "diffusion"})
-"""Fields that change no forward pass, or that stand in a scheduler: the layout need not hold them."""
+TRAINING_FIELDS = frozenset({"dropout", "text_drop_prob", "image_drop_prob", "unknown_prob"})
+"""Fields that change no forward pass: the layout need not hold them."""
+_SAMPLER_FIELDS = frozenset({"clip_x0", "clip_range", "num_steps", "guidance_scale", "method"})
+"""Held by a scheduler, given to the pipeline's call, or (``method``) told to the user by `unclip export`."""
 
 _PREDICTIONS = {"eps": "epsilon", "x0": "sample"}
 _VARIANCES = {"fixed_small": "fixed_small_log", "learned_range": "learned_range"}
@@ -75,8 +80,12 @@ class Component:
     """Its weights, by diffusers' names."""
 
 
-def export_prior(prior: Prior) -> Component:
+def export_prior(prior: Prior, image_norm: float = 1.0) -> Component:
     """The prior as a PriorTransformer; our scale of embeddings becomes ``clip_mean`` and ``clip_std``.
+
+    Args:
+        prior: The network.
+        image_norm: Length of the embeddings that it is to hand on: the decoder's.
 
     Raises:
         ValueError: If the layout cannot hold it; names each field.
@@ -87,7 +96,8 @@ def export_prior(prior: Prior) -> Component:
     tensors = rename(state, _prior_keys(config.depth))
     tensors["positional_embedding"] = state["positions"]
     tensors["prd_embedding"] = state["query"]
-    tensors["clip_mean"], tensors["clip_std"] = state["z_mean"][None], state["z_std"][None]
+    factor = image_norm / config.image_norm  # 1 where both networks came together: not a bit changes
+    tensors["clip_mean"], tensors["clip_std"] = state["z_mean"][None] * factor, state["z_std"][None] * factor
     described = {
         "_class_name": "PriorTransformer",
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -110,8 +120,8 @@ def import_prior(component: Component, scheduler: Json) -> tuple[PriorConfig, Cl
     Raises:
         ValueError: If it is a PriorTransformer of another make.
     """
-    found = component.config
-    wanted = {
+    layout, theirs = component.config, component.tensors
+    expected = {
         "added_emb_type": "prd",
         "encoder_hid_proj_type": "linear",
         "norm_in_type": None,
@@ -119,27 +129,49 @@ def import_prior(component: Component, scheduler: Json) -> tuple[PriorConfig, Cl
         "additional_embeddings": 4,
         "time_embed_act_fn": "silu",
     }
-    require_values("prior", found, wanted)
-    width = found["num_attention_heads"] * found["attention_head_dim"]
+    require_values("prior", layout, expected)
+    width = layout["num_attention_heads"] * layout["attention_head_dim"]
     dims = ClipDims(
-        embed_dim=found["embedding_dim"], text_width=found["embedding_dim"], context_length=found["num_embeddings"]
+        embed_dim=layout["embedding_dim"], text_width=layout["embedding_dim"], context_length=layout["num_embeddings"]
     )
+    mean, std = theirs["clip_mean"][0], theirs["clip_std"][0]
     config = PriorConfig(
         width=width,
-        depth=found["num_layers"],
-        num_heads=found["num_attention_heads"],
+        depth=layout["num_layers"],
+        num_heads=layout["num_attention_heads"],
         num_candidates=1,
-        dropout=found.get("dropout", 0.0),
+        dropout=layout.get("dropout", 0.0),
+        image_norm=norm_of_statistics(mean, std),
         diffusion=import_diffusion("prior_scheduler", scheduler),
         sampler=import_sampler(scheduler, num_steps=25, guidance_scale=4.0),
     )
-    theirs = component.tensors
     state = rename_back(theirs, _prior_keys(config.depth))
     state["positions"], state["query"] = theirs["positional_embedding"], theirs["prd_embedding"]
-    state["z_mean"], state["z_std"] = theirs["clip_mean"][0], theirs["clip_std"][0]
+    state["z_mean"], state["z_std"] = mean, std
     with torch.device("meta"):
         blank = Prior(config, dims)
     return config, dims, _completed(state, blank)
+
+
+def norm_of_statistics(mean: Float[Tensor, " D"], std: Float[Tensor, " D"]) -> float:
+    """Length of the embeddings that a folder's networks pass on, from its prior's ``clip_mean`` and ``clip_std``.
+
+    The mean of |z|^2 is |mean|^2 + |std|^2 where these are statistics of CLIP's embeddings (Karlo's are). Without a
+    mean and with one deviation for all features they are a scale, ours and the paper's: length / (0.5375 sqrt(D)).
+
+    Returns:
+        The length, to three digits: that of one picture's embedding is within some per cent of it.
+
+    Raises:
+        ValueError: If they are no statistics: diffusers leaves them at zero until somebody sets them.
+    """
+    if not mean.any() and torch.equal(std, std[:1].expand_as(std)):
+        norm = std[0].item() * EMBEDDING_SCALE * math.sqrt(len(std))
+    else:
+        norm = torch.cat([mean, std]).double().norm().item()
+    if not 0 < norm < math.inf:
+        raise ValueError("prior: clip_mean and clip_std say nothing of CLIP's embeddings: they are zero or not finite")
+    return float(f"{norm:.3g}")
 
 
 def export_decoder(decoder: Decoder) -> tuple[Component, Component]:
@@ -150,7 +182,7 @@ def export_decoder(decoder: Decoder) -> tuple[Component, Component]:
     """
     config, dims = decoder.config, decoder.dims
     refuse("decoder.model", decoder_problems(config, dims))
-    state, scale = decoder.state_dict(), image_scale(dims)
+    state, scale = decoder.state_dict(), image_scale(config, dims)
     projection = rename(
         {name: tensor * scale if name in _SCALED else tensor for name, tensor in state.items()}, _TEXT_PROJ_KEYS
     )
@@ -170,7 +202,7 @@ def export_decoder(decoder: Decoder) -> tuple[Component, Component]:
 
 
 def import_decoder(
-    unet: Component, projection: Component, scheduler: Json, context_length: int
+    unet: Component, projection: Component, scheduler: Json, *, context_length: int, image_norm: float
 ) -> tuple[DecoderConfig, ClipDims, dict[str, Tensor]]:
     """What ``export_decoder`` wrote, or Karlo's.
 
@@ -179,13 +211,14 @@ def import_decoder(
         projection: ``text_proj/``.
         scheduler: ``decoder_scheduler/``.
         context_length: Of the prior: the decoder's own parts do not say it.
+        image_norm: Of the prior too.
 
     Raises:
         ValueError: If it is a UNet of another make.
     """
-    found = projection.config
+    layout = projection.config
     dims = ClipDims(
-        embed_dim=found["clip_embeddings_dim"], text_width=found["clip_embeddings_dim"], context_length=context_length
+        embed_dim=layout["clip_embeddings_dim"], text_width=layout["clip_embeddings_dim"], context_length=context_length
     )
     shape, image_px, out_channels = from_unet_config("decoder", unet.config)
     diffusion = import_diffusion("decoder_scheduler", scheduler)
@@ -194,12 +227,13 @@ def import_decoder(
     config = DecoderConfig(
         image_px=image_px,
         unet=shape,
-        num_image_tokens=found["clip_extra_context_tokens"],
-        context_width=found["cross_attention_dim"],
+        num_image_tokens=layout["clip_extra_context_tokens"],
+        context_width=layout["cross_attention_dim"],
+        image_norm=image_norm,
         diffusion=diffusion,
         sampler=import_sampler(scheduler, num_steps=25, guidance_scale=8.0),
     )
-    state, scale = rename_back(projection.tensors, _TEXT_PROJ_KEYS), image_scale(dims)
+    state, scale = rename_back(projection.tensors, _TEXT_PROJ_KEYS), image_scale(config, dims)
     state |= {name: state[name] / scale for name in _SCALED}
     state["null_image"] = projection.tensors[_NULL_IMAGE] * scale
     state |= rename_back(unet.tensors, unet_keys(shape, image_px), prefix="unet.")
@@ -290,7 +324,7 @@ def import_sampler(scheduler: Json, *, num_steps: int, guidance_scale: float) ->
 
 def prior_problems(config: PriorConfig, dims: ClipDims) -> list[str]:
     """What of a prior the layout cannot hold, a message for each field."""
-    held = {"width", "depth", "num_heads", "num_candidates"}
+    held = {"width", "depth", "num_heads", "num_candidates", "image_norm"}
     problems = [*_changed(config, held), *_diffusion_problems(config.diffusion), *_dims_problems(dims)]
     if config.diffusion.variance == "learned_range":
         problems.append("diffusion.variance = 'learned_range': a PriorTransformer predicts the embedding alone")
@@ -299,7 +333,7 @@ def prior_problems(config: PriorConfig, dims: ClipDims) -> list[str]:
 
 def decoder_problems(config: DecoderConfig, dims: ClipDims) -> list[str]:
     """What of a decoder the layout cannot hold, a message for each field."""
-    held = {"image_px", "unet", "num_image_tokens", "context_width"}
+    held = {"image_px", "unet", "num_image_tokens", "context_width", "image_norm"}
     problems = [*_changed(config, held), *_diffusion_problems(config.diffusion), *_dims_problems(dims)]
     problems += [f"unet.{problem}" for problem in unet_problems(config.unet)]
     if not config.unet.attention_resolutions:
@@ -327,11 +361,11 @@ def refuse(name: str, problems: list[str]) -> None:
         )
 
 
-def require_values(name: str, found: Json, wanted: Mapping[str, Any]) -> None:
-    """Raise ValueError unless ``found`` has the wanted values; an absent key has the wanted one."""
-    others = {key: found[key] for key, value in wanted.items() if key in found and found[key] != value}
+def require_values(name: str, config: Json, expected: Mapping[str, Any]) -> None:
+    """Raise ValueError unless ``config`` has the expected values; an absent key has the expected one."""
+    others = {key: config[key] for key, value in expected.items() if key in config and config[key] != value}
     if others:
-        raise ValueError(f"{name}: {others} is not what this unclip reads, which is {dict(wanted)}")
+        raise ValueError(f"{name}: {others} is not what this unclip reads, which is {dict(expected)}")
 
 
 def _diffusion_problems(config: DiffusionConfig) -> list[str]:
@@ -356,11 +390,18 @@ def _dims_problems(dims: ClipDims) -> list[str]:
 
 def _changed(config: PriorConfig | DecoderConfig | UpsamplerConfig, held: set[str]) -> list[str]:
     """Fields that the layout does not know and that are not at their default: whatever they do, it would be lost."""
+    problems = _not_at_default(config, held | TRAINING_FIELDS | {"sampler", "diffusion"})
+    return problems + [f"sampler.{problem}" for problem in _not_at_default(config.sampler, _SAMPLER_FIELDS)]
+
+
+def _not_at_default(
+    config: PriorConfig | DecoderConfig | UpsamplerConfig | SamplerConfig, held: AbstractSet[str]
+) -> list[str]:
     problems: list[str] = []
     for field in fields(config):
         default = field.default if field.default_factory is MISSING else field.default_factory()
         value = getattr(config, field.name)
-        if field.name not in held | TRAINING_FIELDS and value != default:
+        if field.name not in held and value != default:
             problems.append(f"{field.name} = {value!r}: only {default!r} can be held")
     return problems
 
@@ -379,12 +420,12 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _completed(state: dict[str, Tensor], blank: nn.Module) -> dict[str, Tensor]:
     """The weights with the buffers that the layout does not hold at zero; ``blank`` is a network of their shape."""
-    wanted = blank.state_dict()
-    absent = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in wanted.items() if name not in state}
+    shapes = blank.state_dict()
+    absent = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in shapes.items() if name not in state}
     missing = [name for name in absent if not name.startswith("null_text.") and name != "x0_variance"]
     if missing:
         raise ValueError(f"weights are missing, among them that of {missing[0]}")
-    others = [name for name, tensor in state.items() if name not in wanted or tensor.shape != wanted[name].shape]
+    others = [name for name, tensor in state.items() if name not in shapes or tensor.shape != shapes[name].shape]
     if others:
         raise ValueError(f"weights do not fit the configuration, among them that of {others[0]}")
     return state | absent

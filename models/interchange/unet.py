@@ -144,15 +144,15 @@ def unet_config(
     }
 
 
-def from_unet_config(name: str, found: Json) -> tuple[UNetConfig, int, int]:
+def from_unet_config(name: str, layout: Json) -> tuple[UNetConfig, int, int]:
     """Our configuration of a UNet, its picture side in pixels and its output channels.
 
     Raises:
         ValueError: If the UNet is of another make; names what is.
     """
-    conditional = found.get("_class_name") == "UNet2DConditionModel"
-    wanted = {"act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5}
-    wanted |= (
+    conditional = layout.get("_class_name") == "UNet2DConditionModel"
+    expected = {"act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5}
+    expected |= (
         {
             "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
             "class_embed_type": "identity",
@@ -162,9 +162,9 @@ def from_unet_config(name: str, found: Json) -> tuple[UNetConfig, int, int]:
         if conditional
         else {"_class_name": "UNet2DModel", "add_attention": False, "in_channels": 6}
     )
-    others = {key: found[key] for key, value in wanted.items() if key in found and found[key] != value}
-    channels, image_px = list(found["block_out_channels"]), int(found["sample_size"])
-    down, up = list(found["down_block_types"]), list(found["up_block_types"])
+    others = {key: layout[key] for key, value in expected.items() if key in layout and layout[key] != value}
+    channels, image_px = list(layout["block_out_channels"]), int(layout["sample_size"])
+    down, up = list(layout["down_block_types"]), list(layout["up_block_types"])
     attends = [kind == _ATTENDS["down"] for kind in down]
     expected_down = [_ATTENDS["down"] if attention else _PLAIN["down"] for attention in attends]
     expected_up = [_ATTENDS["up"] if attention else _PLAIN["up"] for attention in reversed(attends)]
@@ -176,14 +176,14 @@ def from_unet_config(name: str, found: Json) -> tuple[UNetConfig, int, int]:
     config = UNetConfig(
         channels=channels[0],
         channel_mults=tuple(c // channels[0] for c in channels),
-        num_res_blocks=found["layers_per_block"],
+        num_res_blocks=layout["layers_per_block"],
         attention_resolutions=tuple(side for side, attention in zip(sides, attends, strict=True) if attention),
-        head_channels=found["attention_head_dim"] if conditional else 64,
-        norm_groups=found.get("norm_num_groups", 32),
-        time_norm="scale_shift" if found.get("resnet_time_scale_shift") == "scale_shift" else "add",
-        dropout=found.get("dropout", 0.0),
+        head_channels=layout["attention_head_dim"] if conditional else 64,
+        norm_groups=layout.get("norm_num_groups", 32),
+        time_norm="scale_shift" if layout.get("resnet_time_scale_shift") == "scale_shift" else "add",
+        dropout=layout.get("dropout", 0.0),
     )
-    return config, image_px, found["out_channels"]
+    return config, image_px, layout["out_channels"]
 
 
 def _levels_with_attention(config: UNetConfig, image_px: int) -> list[bool]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Literal
 
-from models.configclass import configclass, require, require_prob
+from models.configclass import configclass, require, require_norm, require_prob
 from models.diffusion.config import DiffusionConfig, SamplerConfig, require_steps
 
 
@@ -29,6 +29,9 @@ class PriorConfig:
     """Probability of dropping the text conditioning, per sample (section 2.2: 0.1)."""
     num_candidates: int = 2
     """Samples of z_image per caption, of which the one nearest z_text is kept (section 2.2: 2)."""
+    image_norm: float = 1.0
+    """Length of z_image as the weights read it: 1, or about 10 where `unclip import` brought weights that were trained
+    on CLIP's raw embeddings (Karlo). Outside the network every z_image has length one."""
     diffusion: DiffusionConfig = field(default_factory=lambda: DiffusionConfig(prediction="x0"))
     """Noising of z_image; the network predicts x0 (section 2.2)."""
     sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(method="ddpm", num_steps=64, clip_x0=False))
@@ -41,6 +44,7 @@ class PriorConfig:
         )
         require(self.depth >= 1 and self.mlp_ratio >= 1, "depth and mlp_ratio: at least 1")
         require(self.num_candidates >= 1, f"num_candidates = {self.num_candidates}: at least 1")
+        require_norm(self.image_norm)
         require_prob("dropout", self.dropout)
         require_prob("text_drop_prob", self.text_drop_prob)
         require(

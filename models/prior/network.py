@@ -99,12 +99,15 @@ class Prior(nn.Module):
         self.register_buffer("x0_variance", torch.zeros(config.diffusion.num_timesteps, dtype=torch.float64))
 
     def scale(self, z_image: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """Embeddings of length one to the values that are noised: times 0.5375 sqrt(D) (17.2 at D = 1024)."""
-        return (z_image - self.z_mean) / self.z_std
+        """Embeddings of length one to the values that are noised: times 0.5375 sqrt(D) (17.2 at D = 1024).
+
+        An imported prior has statistics of its own for this, of embeddings of length ``config.image_norm``.
+        """
+        return (z_image * self.config.image_norm - self.z_mean) / self.z_std
 
     def unscale(self, scaled: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         """Inverse of ``scale``."""
-        return scaled * self.z_std + self.z_mean
+        return (scaled * self.z_std + self.z_mean) / self.config.image_norm
 
     def encode_condition(
         self, text: TextEncoding, *, keep: Bool[Tensor, " B"] | None = None, cache: bool = False

@@ -13,7 +13,7 @@ from models.noisy_clip.network import NoisyClip
 from models.prior.network import Prior
 from models.upsampler.network import Upsampler
 from pipeline.errors import DataError
-from pipeline.networks.files import NetworkConfig, load_clip_artifact, load_network
+from pipeline.networks.files import NetworkConfig, load_network, load_text_artifact
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.sections import ClipStepConfig
 from pipeline.workspace.store import Artifact
@@ -35,7 +35,7 @@ def load_cascade(
     Raises:
         DataError: If an artifact is missing or damaged, or the networks do not fit together.
     """
-    clip = load_clip_artifact(artifacts["clip"], device)
+    clip = load_text_artifact(artifacts["clip"], device)
     networks = {
         name: load_network(artifacts[name], device, (wanted or {}).get(name))
         for name in ("prior", "decoder", "noisy_clip", "upsampler_1", "upsampler_2")

@@ -7,6 +7,7 @@ whole CLIP in open_clip's layout), ``upsampler_2/`` in the layout of every netwo
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,11 @@ from models.interchange.networks import (
     import_upsampler,
     scheduler_config,
 )
-from models.interchange.text import export_text, export_tokenizer
+from models.interchange.towers import export_text, export_tokenizer, import_towers
 from models.prior.network import Prior
-from pipeline.clip import FrozenClip
+from pipeline.clip import NO_IMAGE_TOWER, FrozenText, OpenClip, build_clip, freeze, load_clip
 from pipeline.errors import ConfigError, DataError
-from pipeline.networks.files import NetworkConfig, load_clip_artifact, save_clip_artifact, save_network
+from pipeline.networks.files import NetworkConfig, save_clip_artifact, save_network
 from pipeline.recipe.recipe import default_tables, to_dict
 from pipeline.workspace.store import Artifact
 
@@ -44,6 +45,19 @@ Json = dict[str, Any]
 MODEL_INDEX = "model_index.json"
 NETWORK_WEIGHTS = "diffusion_pytorch_model"
 TEXT_WEIGHTS = "model"
+_WEIGHTS = (
+    f"{NETWORK_WEIGHTS}.safetensors",
+    f"{NETWORK_WEIGHTS}.bin",
+    f"{TEXT_WEIGHTS}.safetensors",
+    "pytorch_model.bin",
+)
+_HEADER = """\
+# Imported networks as they are: unclip sample, serve and the edits take this recipe at once.
+# To fine-tune one, set its train.num_steps (and a learning rate), name the pairs, and: unclip run
+# [pairs]
+# source = "list"
+# path = "pairs.parquet"
+"""
 _PARTS = {
     "prior": ("diffusers", "PriorTransformer"),
     "decoder": ("diffusers", "UNet2DConditionModel"),
@@ -58,7 +72,7 @@ _PARTS = {
 }
 
 
-def export_diffusers(cascade: Cascade, clip: FrozenClip, folder: Path) -> list[str]:
+def export_diffusers(cascade: Cascade, clip: FrozenText, folder: Path) -> list[str]:
     """Write the folder; ``model_index.json`` comes last.
 
     Args:
@@ -72,8 +86,7 @@ def export_diffusers(cascade: Cascade, clip: FrozenClip, folder: Path) -> list[s
     Raises:
         ConfigError: If the layout cannot hold a network (names every field), or the folder is not empty.
     """
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty: name a new folder")
+    _require_empty(folder)
     parts, schedulers = export_components(cascade, clip)
     out = Artifact(str(folder))
     for name, component in parts.items():
@@ -93,16 +106,18 @@ def export_diffusers(cascade: Cascade, clip: FrozenClip, folder: Path) -> list[s
     return _notes(cascade)
 
 
-def write_tokenizer(clip: FrozenClip, out: Artifact) -> None:
-    """The files of transformers' CLIPTokenizer."""
-    tokenizer = clip.clip.tokenizer
-    files = export_tokenizer(tokenizer.encoder, tokenizer.bpe_ranks, clip.dims.context_length)
-    for name, content in files.items():
+def _tokenizer_files(clip: OpenClip) -> dict[str, Any]:
+    return export_tokenizer(clip.tokenizer.encoder, clip.tokenizer.bpe_ranks, clip.dims.context_length)
+
+
+def write_tokenizer(clip: FrozenText, out: Artifact) -> None:
+    """Write the files of transformers' CLIPTokenizer."""
+    for name, content in _tokenizer_files(clip.clip).items():
         text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False) + "\n"
         out.write_bytes(name, text.encode())
 
 
-def export_components(cascade: Cascade, clip: FrozenClip) -> tuple[dict[str, Component], dict[str, Json]]:
+def export_components(cascade: Cascade, clip: FrozenText) -> tuple[dict[str, Component], dict[str, Json]]:
     """The networks and the schedulers by the names of their folders; weights are shared with ours where they can be.
 
     Raises:
@@ -120,7 +135,7 @@ def export_components(cascade: Cascade, clip: FrozenClip) -> tuple[dict[str, Com
     add(lambda: {"text_encoder": export_text(clip.clip.model_config, clip.clip.model.state_dict())})
     prior = cascade.prior
     if isinstance(prior, Prior):
-        add(lambda: {"prior": export_prior(prior)})
+        add(lambda: {"prior": export_prior(prior, cascade.decoder.config.image_norm)})
     else:
         problems.append(f"prior.model.kind = {prior.config.kind!r}: the layout has a diffusion prior")
     add(lambda: dict(zip(("decoder", "text_proj"), export_decoder(cascade.decoder), strict=True)))
@@ -130,7 +145,10 @@ def export_components(cascade: Cascade, clip: FrozenClip) -> tuple[dict[str, Com
     else:
         problems.append("upsampler_1: the layout needs one, and this recipe has none")
     if problems or not isinstance(prior, Prior):
-        hint = "`unclip export RECIPE --native DIR` writes any cascade in our own layout"
+        hint = (
+            "What says how to sample can be set for the export alone, as in --set decoder.model.sampler.eta=0.0; "
+            "`unclip export RECIPE --native DIR` writes any cascade in our own layout"
+        )
         raise ConfigError(f"export: {'; '.join(problems)}. {hint}")
     networks = {"prior": prior, "decoder": cascade.decoder, "super_res": cascade.upsamplers[0]}
     schedulers = {
@@ -164,6 +182,11 @@ def _notes(cascade: Cascade) -> list[str]:
     return notes
 
 
+def _require_empty(folder: Path) -> None:
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty: name a new folder")
+
+
 def export_native(networks: dict[str, Artifact], folder: Path) -> None:
     """Copy the trained networks, each as its artifact holds it, into ``folder/<step>/``.
 
@@ -171,8 +194,7 @@ def export_native(networks: dict[str, Artifact], folder: Path) -> None:
         ConfigError: If the folder is not empty.
         DataError: If a file is missing or damaged.
     """
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty: name a new folder")
+    _require_empty(folder)
     for step, artifact in networks.items():
         for name in artifact.names():
             if name.endswith((".json", ".safetensors")) and "/" not in name and name != "manifest.json":
@@ -181,9 +203,10 @@ def export_native(networks: dict[str, Artifact], folder: Path) -> None:
 
 
 def import_diffusers(folder: Path, out: Path) -> list[str]:
-    """Read a folder in diffusers' layout and write ``prior/``, ``decoder/``, ``upsampler_1/`` and a ``recipe.toml``.
+    """Read a folder in diffusers' layout and write a folder of our networks, with a ``recipe.toml``.
 
-    The recipe starts each training from these weights (``init_from``); the pairs are the user's to fill in.
+    The folder holds ``clip/``, ``prior/``, ``decoder/`` and ``upsampler_1/``; the recipe samples with them as they are,
+    and starts trainings from them once its user names pairs and numbers of steps.
 
     Args:
         folder: With ``model_index.json``; weights as safetensors or, as older ones are, as ``.bin``.
@@ -196,34 +219,42 @@ def import_diffusers(folder: Path, out: Path) -> list[str]:
         DataError: If a file is missing or damaged, or a network is of a make that we do not have.
         ConfigError: If ``out`` is not empty.
     """
-    if out.is_dir() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty: name a new folder")
+    _require_empty(out)
     source = _Source(folder)
     try:
+        clip = source.clip()
         prior, dims, prior_state = import_prior(source.component("prior"), source.scheduler("prior"))
         decoder, _, decoder_state = import_decoder(
             source.component("decoder"),
             source.component("text_proj"),
             source.scheduler("decoder"),
-            dims.context_length,
+            context_length=dims.context_length,
+            image_norm=prior.image_norm,
         )
         super_res = source.component("super_res_first")
         upsampler, upsampler_state = import_upsampler(super_res, source.scheduler("super_res"), decoder.image_px)
     except (ValueError, KeyError) as error:
         raise DataError(f"{folder}: {error}") from error
+    if clip.dims != dims:
+        raise DataError(f"{folder}: text_encoder is {clip.dims}, but prior was made for {dims}")
+    empty = freeze(clip).encode_text([""])
+    for state in (prior_state, decoder_state):
+        state["null_text.pooled"] = empty.pooled
+        state["null_text.hidden"] = empty.hidden[:, : state["null_text.hidden"].shape[1]]
     target = Artifact(str(out.resolve()))
-    _set_null_text(folder, [prior_state, decoder_state])
     networks: dict[str, tuple[NetworkConfig, ClipDims | None, dict[str, Tensor]]] = {
         "prior": (prior, dims, prior_state),
         "decoder": (decoder, dims, decoder_state),
         "upsampler_1": (upsampler, None, upsampler_state),
     }
+    save_clip_artifact(Artifact(f"{target.uri}/clip"), clip)
     for name, (config, widths, state) in networks.items():
         save_network(Artifact(f"{target.uri}/{name}"), name.partition("_")[0], config, widths, state)
-    configs = {name: config for name, (config, _, _) in networks.items()}
-    target.write_bytes("recipe.toml", _recipe(folder, out, configs).encode())
+    target.write_bytes(
+        "recipe.toml", _recipe(out, {name: config for name, (config, _, _) in networks.items()}).encode()
+    )
+    notes = [] if clip.has_images else [NO_IMAGE_TOWER]
     last = source.component("super_res_last").tensors
-    notes: list[str] = []
     if any(not torch.equal(tensor, super_res.tensors[name]) for name, tensor in last.items()):
         notes.append("super_res_last (another network for the last step) is left out: super_res_first takes every step")
     return notes
@@ -238,58 +269,75 @@ class _Source:
             raise DataError(f"{folder}/{MODEL_INDEX} is not of an UnCLIPPipeline")
 
     def component(self, name: str) -> Component:
-        base = self._folder / name / NETWORK_WEIGHTS
-        config = self._json(f"{name}/config.json")
+        """The configuration and the weights of one network, as float32."""
+        config, folder = self._json(f"{name}/config.json"), self._folder / name
+        path = next((folder / file for file in _WEIGHTS if (folder / file).is_file()), folder / _WEIGHTS[0])
         try:
-            if base.with_suffix(".safetensors").is_file():
-                return Component(config, _float(load_file(base.with_suffix(".safetensors"))))
-            return Component(config, _float(torch.load(base.with_suffix(".bin"), "cpu", weights_only=True)))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise DataError(f"{base}: no weights that can be read: {error}") from error
+            is_pickle = path.suffix == ".bin"
+            tensors = torch.load(path, "cpu", weights_only=True) if is_pickle else load_file(path)
+        except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
+            raise DataError(f"{path}: no weights that can be read: {error}") from error
+        return Component(config, {key: t.float() if t.is_floating_point() else t for key, t in tensors.items()})
 
     def scheduler(self, name: str) -> Json:
+        """The configuration of one scheduler."""
         return self._json(f"{name}_scheduler/scheduler_config.json")
 
+    def clip(self) -> OpenClip:
+        """The folder's CLIP: whole where we exported it, else its towers; an image tower stands there seldom."""
+        if (self._folder / "clip").is_dir():
+            return load_clip(self._folder / "clip")
+        image = self.component("image_encoder") if (self._folder / "image_encoder").is_dir() else None
+        preprocess = self._folder / "feature_extractor/preprocessor_config.json"
+        seen = self._json("feature_extractor/preprocessor_config.json") if preprocess.is_file() else {}
+        model_config, state = import_towers(self.component("text_encoder"), image)
+        try:
+            clip = build_clip(model_config, {"mean": seen.get("image_mean"), "std": seen.get("image_std")}, state)
+        except RuntimeError as error:
+            raise ValueError(f"text_encoder, image_encoder: weights do not fit the configuration: {error}") from error
+        self._require_tokenizer(clip)
+        return clip
+
+    def _require_tokenizer(self, clip: OpenClip) -> None:
+        """Refuse another vocabulary than CLIP's own, which is the one that captions are read with here."""
+        ours = _tokenizer_files(clip)
+        if (self._folder / "tokenizer/vocab.json").is_file():
+            vocabulary = self._json("tokenizer/vocab.json")
+            merges = self._text("tokenizer/merges.txt").split("\n")[1:]
+        else:  # how transformers writes it from release 5 on
+            model = self._json("tokenizer/tokenizer.json")["model"]
+            vocabulary = model["vocab"]
+            merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+        if (vocabulary, [line for line in merges if line]) != (
+            ours["vocab.json"],
+            ours["merges.txt"].split("\n")[1:-1],
+        ):
+            raise ValueError("tokenizer: another vocabulary than CLIP's own, the only one that captions are read with")
+
     def _json(self, name: str) -> Json:
+        try:
+            return json.loads(self._text(name))
+        except ValueError as error:
+            raise DataError(f"{self._folder / name}: not a folder in diffusers' layout: {error}") from error
+
+    def _text(self, name: str) -> str:
         path = self._folder / name
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: not a folder in diffusers' layout: {error}") from error
 
 
-def _float(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-
-
-def _set_null_text(folder: Path, states: list[dict[str, Tensor]]) -> None:
-    """The empty caption, where the folder holds our CLIP; else the training sets it."""
-    if not (folder / "clip").is_dir():
-        return
-    empty = load_clip_artifact(Artifact(str((folder / "clip").resolve()))).encode_text([""])
-    for state in states:
-        state["null_text.pooled"] = empty.pooled
-        state["null_text.hidden"] = empty.hidden[:, : state["null_text.hidden"].shape[1]]
-
-
-def _recipe(folder: Path, out: Path, configs: dict[str, NetworkConfig]) -> str:
-    """A recipe that continues from the imported networks; only what differs from the defaults."""
+def _recipe(out: Path, configs: dict[str, NetworkConfig]) -> str:
+    """A recipe of the imported networks as they are; only what differs from the defaults."""
     defaults = default_tables({step: {} for step in configs})
     tables: Json = {"name": out.name, "workspace": f"workspace/{out.name}"}
-    own_clip = folder / "clip"
-    # Karlo stands on OpenAI's ViT-L/14, which open_clip knows by this name and tag.
-    name, tag = (str(own_clip.resolve()), "") if own_clip.is_dir() else ("ViT-L-14-quickgelu", "openai")
-    tables["clip"] = {"source": "pretrained", "name": name, "tag": tag}
+    tables["clip"] = {"source": "pretrained", "name": str((out / "clip").resolve()), "tag": ""}
     for step, config in configs.items():
-        base = defaults[step]["model"]
-        tables[step] = {"init_from": str((out / step).resolve()), "model": _changes(to_dict(config), base)}
+        start = {"init_from": str((out / step).resolve()), "train": {"num_steps": 0}}
+        tables[step] = start | {"model": _changes(to_dict(config), defaults[step]["model"])}
     tables["download"] = {"image_px": max(configs["upsampler_1"].image_px, 256)}  # pyright: ignore[reportAttributeAccessIssue]
-    header = (
-        "# Fine-tunes imported networks; fill in [pairs], for example:\n"
-        '# [pairs]\n# source = "list"\n# path = "pairs.parquet"\n'
-        "# train.num_steps = 0 uses the weights as they are.\n"
-    )
-    return header + tomli_w.dumps(tables)
+    return _HEADER + tomli_w.dumps(tables)
 
 
 def _changes(tables: Json, defaults: Json) -> Json:

@@ -33,7 +33,7 @@ from pipeline.recipe.recipe import SAMPLING, to_dict
 from pipeline.workspace.store import Artifact
 
 if TYPE_CHECKING:
-    from pipeline.clip import FrozenClip, OpenClip
+    from pipeline.clip import FrozenClip, FrozenText, OpenClip
 
 SCHEMA_VERSION = 1
 CONFIG = "config.json"
@@ -157,7 +157,9 @@ def _meaning(network: Network) -> dict[str, Any]:
     if isinstance(network, ArPrior):
         return {"bucket_range_std": network.config.bucket_range_std}
     process = network.config.diffusion
-    return {f"diffusion.{name}": getattr(process, name) for name in ("schedule", "prediction", "num_timesteps")}
+    names = ("schedule", "prediction", "num_timesteps")
+    length = {"image_norm": network.config.image_norm} if isinstance(network, Prior | Decoder) else {}
+    return length | {f"diffusion.{name}": getattr(process, name) for name in names}
 
 
 def _shape(state: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
@@ -179,14 +181,28 @@ def load_clip_artifact(artifact: Artifact, device: torch.device | str = "cpu") -
     """Read the frozen CLIP.
 
     Raises:
+        DataError: If it is missing or damaged, or has no image tower.
+    """
+    from pipeline.clip import NO_IMAGE_TOWER, FrozenClip
+
+    clip = load_text_artifact(artifact, device)
+    if not isinstance(clip, FrozenClip):
+        raise DataError(f"{artifact.uri}: {NO_IMAGE_TOWER}")
+    return clip
+
+
+def load_text_artifact(artifact: Artifact, device: torch.device | str = "cpu") -> FrozenText:
+    """Read the frozen CLIP, with its image tower where it has one.
+
+    Raises:
         DataError: If it is missing or damaged.
     """
-    from pipeline.clip import CONFIG_FILE, WEIGHTS_FILE, FrozenClip, load_clip
+    from pipeline.clip import CONFIG_FILE, WEIGHTS_FILE, freeze, load_clip
 
     config, weights = artifact.path(CONFIG_FILE), artifact.path(WEIGHTS_FILE)
     assert config.parent == weights.parent
     try:
-        return FrozenClip(load_clip(config.parent)).to(device)
+        return freeze(load_clip(config.parent)).to(device)
     except ValueError as error:
         raise DataError(f"{artifact.uri}: {error}; remove it and run again") from error
 

@@ -51,7 +51,11 @@ class StepStatus:
 
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
-_ADDED_LATER = {"model.diffusion.loss": "simple", "model.diffusion.timestep_draws": "uniform"}
+_ADDED_LATER = {
+    "model.diffusion.loss": "simple",
+    "model.diffusion.timestep_draws": "uniform",
+    "model.image_norm": 1.0,
+}
 """Fields added later, by their place in a section, with their old default. At it they are left out of the key, so that
 existing trainings stay valid."""
 

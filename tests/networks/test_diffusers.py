@@ -1,11 +1,14 @@
 """Export to and import from diffusers' layout: files, refusals, round trips, and trainings that start from them."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from models.ar_prior.config import ArPriorConfig
@@ -16,10 +19,11 @@ from models.diffusion.config import DiffusionConfig, SamplerConfig
 from models.interchange.networks import import_diffusion, import_sampler, scheduler_config
 from models.prior.network import Prior
 from models.upsampler.network import Upsampler
-from pipeline.clip import FrozenClip
+from pipeline.clip import FrozenClip, FrozenText, load_pretrained
 from pipeline.errors import ConfigError, DataError
+from pipeline.networks.cascade import load_cascade
 from pipeline.networks.diffusers import export_diffusers, export_native, import_diffusers
-from pipeline.networks.files import load_initial, load_network, save_network
+from pipeline.networks.files import load_clip_artifact, load_initial, load_network, load_text_artifact, save_network
 from pipeline.recipe.recipe import load_recipe
 from pipeline.workspace.store import Artifact
 from tests.oracles.tiny_export import DECODER, PRIOR, UPSAMPLER, make_cascade, save_cascade
@@ -34,7 +38,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cascade, Path]:
 
 
 def write(cascade: Cascade, folder: Path) -> list[str]:
-    assert isinstance(cascade.clip, FrozenClip)
+    assert isinstance(cascade.clip, FrozenText)
     return export_diffusers(cascade, cascade.clip, folder)
 
 
@@ -46,12 +50,12 @@ def test_import_of_an_export_is_the_same_network_to_the_bit(exported: tuple[Casc
         ("decoder", cascade.decoder),
         ("upsampler_1", cascade.upsamplers[0]),
     ):
-        found = load_network(Artifact(str(tmp_path / "ours" / name)))
-        theirs, ours = found.state_dict(), network.state_dict()
+        imported = load_network(Artifact(str(tmp_path / "ours" / name)))
+        theirs, ours = imported.state_dict(), network.state_dict()
         assert theirs.keys() == ours.keys()
         assert [key for key in ours if not torch.equal(theirs[key], ours[key])] == []
-        assert found.config.diffusion == network.config.diffusion
-        theirs, ours = found.config.sampler, network.config.sampler
+        assert imported.config.diffusion == network.config.diffusion
+        theirs, ours = imported.config.sampler, network.config.sampler
         assert (theirs.clip_x0, theirs.clip_range) == (ours.clip_x0, ours.clip_range)
     decoder = load_network(Artifact(str(tmp_path / "ours/decoder")))
     assert isinstance(decoder, Decoder)
@@ -73,12 +77,137 @@ def test_imported_recipe_loads_and_starts_from_the_imported_networks(
     load_initial(upsampler, recipe.upsampler_1.init_from)
     assert torch.equal(upsampler.unet.conv_in.weight, cascade.upsamplers[0].unet.conv_in.weight)
     assert recipe.clip.source == "pretrained"
-    assert Path(recipe.clip.name) == folder / "clip"
+    assert Path(recipe.clip.name) == tmp_path / "ours/clip"
+    copied, own = (load_file(base / "clip/open_clip_model.safetensors") for base in (tmp_path / "ours", folder))
+    assert [name for name in own if not torch.equal(copied[name], own[name])] == []
+
+
+def raw_folder(source: Path, folder: Path) -> Path:
+    """The exported folder as if it were Karlo's: its prior was trained on embeddings of length 10.3, its CLIP is gone."""
+    shutil.copytree(source, folder)
+    shutil.rmtree(folder / "clip")
+    path = folder / "prior/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    generator = torch.Generator().manual_seed(0)
+    statistics = F.normalize(torch.randn(2, 16, generator=generator).abs().flatten(), dim=0) * 10.3
+    tensors["clip_mean"], tensors["clip_std"] = statistics.view(2, 1, 16)
+    save_file(tensors, path)
+    return folder
+
+
+def test_folder_of_raw_embeddings_takes_unit_ones_here_and_goes_back_to_the_bit(
+    exported: tuple[Cascade, Path], tmp_path: Path
+) -> None:
+    folder = raw_folder(exported[1], tmp_path / "raw")
+    import_diffusers(folder, tmp_path / "ours")
+    artifacts = {path.name: Artifact(str(path)) for path in (tmp_path / "ours").iterdir() if path.is_dir()}
+    cascade = load_cascade(artifacts)
+    prior, decoder = cascade.prior, cascade.decoder
+    assert isinstance(prior, Prior)
+    assert (prior.config.image_norm, decoder.config.image_norm) == (10.3, 10.3)
+    raw = load_file(folder / "prior/diffusion_pytorch_model.safetensors")
+    torch.testing.assert_close(10.3 * prior.unscale(torch.ones(1, 16)), raw["clip_std"] + raw["clip_mean"])
+    torch.testing.assert_close(prior.unscale(prior.scale(torch.ones(1, 16))), torch.ones(1, 16))
+    write(cascade, tmp_path / "again")
+    for path in folder.glob("*/*.safetensors"):
+        before, after = load_file(path), load_file(tmp_path / "again" / path.relative_to(folder))
+        assert before.keys() == after.keys()
+        assert [name for name in before if not torch.equal(before[name], after[name])] == [], path
+
+
+def test_prior_for_embeddings_of_another_length_is_exported_for_the_decoders(tmp_path: Path) -> None:
+    cascade = make_cascade()
+    decoder = Decoder(replace(DECODER, image_norm=8.0), cascade.clip.dims)
+    write(Cascade(cascade.clip, cascade.prior, decoder, cascade.upsamplers), tmp_path / "out")
+    import_diffusers(tmp_path / "out", tmp_path / "ours")
+    prior, again = (load_network(Artifact(str(tmp_path / "ours" / name))) for name in ("prior", "decoder"))
+    assert (prior.config.image_norm, again.config.image_norm) == (8.0, 8.0)
+    assert isinstance(prior, Prior)
+    torch.testing.assert_close(prior.unscale(torch.ones(1, 16)), cascade.prior.unscale(torch.ones(1, 16)))
+
+
+def test_statistics_that_were_never_set_are_refused(exported: tuple[Cascade, Path], tmp_path: Path) -> None:
+    folder = raw_folder(exported[1], tmp_path / "raw")
+    path = folder / "prior/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {name: torch.zeros(1, 16) for name in ("clip_mean", "clip_std")}, path)
+    with pytest.raises(DataError, match="clip_mean and clip_std"):
+        import_diffusers(folder, tmp_path / "ours")
+
+
+def test_folder_without_our_clip_brings_its_own_text_tower_and_no_image_tower(
+    exported: tuple[Cascade, Path], tmp_path: Path
+) -> None:
+    folder = raw_folder(exported[1], tmp_path / "raw")
+    notes = import_diffusers(folder, tmp_path / "ours")
+    assert len(notes) == 1
+    assert "no image tower" in notes[0]
+    artifact = Artifact(str(tmp_path / "ours/clip"))
+    text, own = (
+        load_text_artifact(artifact).encode_text(["a red circle"]),
+        exported[0].clip.encode_text(["a red circle"]),
+    )
+    assert torch.equal(text.hidden, own.hidden)
+    assert torch.equal(text.pooled, own.pooled)
+    decoder = load_network(Artifact(str(tmp_path / "ours/decoder")))
+    assert isinstance(decoder, Decoder)
+    assert torch.equal(decoder.null_text.pooled, exported[0].clip.encode_text([""]).pooled)
+    with pytest.raises(DataError, match="no image tower"):
+        load_clip_artifact(artifact)
+    with pytest.raises(ValueError, match="no image tower"):
+        load_pretrained(f"local-dir:{artifact.uri}")
+
+
+def test_another_vocabulary_is_refused(exported: tuple[Cascade, Path], tmp_path: Path) -> None:
+    folder = raw_folder(exported[1], tmp_path / "raw")
+    path = folder / "tokenizer/vocab.json"
+    vocabulary = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(vocabulary), encoding="utf-8")
+    with pytest.raises(DataError, match="tokenizer: another vocabulary"):
+        import_diffusers(folder, tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("network", "setting"),
+    [
+        ("prior", {"respacing": "trailing"}),
+        ("prior", {"dynamic_threshold_prob": 0.9}),
+        ("decoder", {"dynamic_threshold_prob": 0.995}),
+        ("decoder", {"respacing": "trailing"}),
+        ("decoder", {"method": "ddim", "eta": 0.5}),
+        ("decoder", {"clip_guidance_scale": 1.0}),
+        ("upsampler_1", {"num_steps": 27, "respacing": "fast27"}),
+        ("upsampler_1", {"dynamic_threshold_prob": 0.9}),
+    ],
+)
+def test_ways_of_sampling_that_the_pipeline_lacks_are_refused_by_name(
+    tmp_path: Path, network: str, setting: dict[str, Any]
+) -> None:
+    cascade = make_cascade()
+    configs = {"prior": PRIOR, "decoder": DECODER, "upsampler_1": UPSAMPLER}
+    config = replace(configs[network], sampler=replace(configs[network].sampler, **setting))
+    networks: dict[str, Any] = {
+        "prior": cascade.prior,
+        "decoder": cascade.decoder,
+        "upsampler_1": cascade.upsamplers[0],
+    }
+    networks[network].config = config
+    name, value = list(setting.items())[-1]
+    with pytest.raises(ConfigError, match=rf"{network}\.model\.sampler\.{name} = {value!r}"):
+        write(cascade, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_noise_of_the_upsampler_is_refused_by_name(tmp_path: Path) -> None:
+    cascade = make_cascade(replace(UPSAMPLER, noise_level_max=0.3, noise_level=0.1))
+    with pytest.raises(
+        ConfigError, match=r"upsampler_1\.model\.noise_level_max = 0\.3.*upsampler_1\.model\.noise_level ="
+    ):
+        write(cascade, tmp_path / "out")
 
 
 def test_older_bin_weights_and_another_last_network_are_read(exported: tuple[Cascade, Path], tmp_path: Path) -> None:
-    import shutil
-
     folder = tmp_path / "older"
     shutil.copytree(exported[1], folder)
     for name in ("prior", "super_res_last"):
@@ -141,7 +270,7 @@ def test_an_autoregressive_prior_is_refused(tmp_path: Path) -> None:
 
 
 def test_text_towers_that_transformers_cannot_hold_are_refused_by_field() -> None:
-    from models.interchange.text import export_text
+    from models.interchange.towers import export_text
 
     cascade = make_cascade()
     assert isinstance(cascade.clip, FrozenClip)
@@ -154,21 +283,22 @@ def test_text_towers_that_transformers_cannot_hold_are_refused_by_field() -> Non
 
 
 def test_text_tower_comes_back_as_it_went() -> None:
-    from models.interchange.text import export_text, import_text
+    from models.interchange.towers import export_text, import_towers
 
     cascade = make_cascade()
     assert isinstance(cascade.clip, FrozenClip)
     clip = cascade.clip.clip
     state = {name: torch.randn(tensor.shape) for name, tensor in clip.model.state_dict().items()}
-    text_config, found = import_text(export_text(clip.model_config, state))
-    assert {key: clip.model_config["text_cfg"][key] for key in text_config} == text_config
-    assert all(torch.equal(tensor, state[name]) for name, tensor in found.items())
-    left = {name for name in state if not name.startswith("visual.")} - found.keys()
-    assert left <= {"logit_scale", "attn_mask"}
+    model_config, imported = import_towers(export_text(clip.model_config, state))
+    assert (model_config["embed_dim"], model_config["quick_gelu"]) == (clip.model_config["embed_dim"], False)
+    assert model_config["text_cfg"].items() >= clip.model_config["text_cfg"].items()
+    assert "vision_cfg" not in model_config
+    assert {name for name in state if not name.startswith("visual.")} == imported.keys()
+    assert [name for name in imported if name != "logit_scale" and not torch.equal(imported[name], state[name])] == []
 
 
 def test_text_configuration_says_what_transformers_would_else_assume() -> None:
-    from models.interchange.text import export_text
+    from models.interchange.towers import export_text
 
     cascade = make_cascade()
     assert isinstance(cascade.clip, FrozenClip)
@@ -183,7 +313,7 @@ def test_text_configuration_says_what_transformers_would_else_assume() -> None:
 
 
 def test_tokenizer_names_its_two_last_tokens_and_ranks_its_merges() -> None:
-    from models.interchange.text import export_tokenizer
+    from models.interchange.towers import export_tokenizer
 
     encoder = {"a": 0, "b": 1, "ab": 2, "<start_of_text>": 3, "<end_of_text>": 4}
     files = export_tokenizer(encoder, {("b", "a"): 0, ("a", "b"): 1}, 24)
@@ -257,8 +387,6 @@ def test_native_export_copies_every_network(tmp_path: Path) -> None:
 def test_import_refuses_networks_of_another_make(
     exported: tuple[Cascade, Path], tmp_path: Path, change: dict[str, object], words: str
 ) -> None:
-    import shutil
-
     folder = tmp_path / "other"
     shutil.copytree(exported[1], folder)
     path = folder / "prior/config.json"
@@ -269,8 +397,6 @@ def test_import_refuses_networks_of_another_make(
 
 
 def test_import_names_a_missing_or_damaged_file(exported: tuple[Cascade, Path], tmp_path: Path) -> None:
-    import shutil
-
     with pytest.raises(DataError, match="model_index"):
         import_diffusers(tmp_path, tmp_path / "out")
     folder = tmp_path / "damaged"
@@ -296,6 +422,8 @@ def test_initial_weights_of_another_shape_or_process_are_refused(tmp_path: Path)
     save_cascade(cascade, tmp_path)
     with pytest.raises(DataError, match="another shape"):
         load_initial(Decoder(replace(DECODER, context_width=24), cascade.clip.dims), str(tmp_path / "decoder"))
+    with pytest.raises(DataError, match=r"image_norm = 1\.0, the recipe says 8\.0"):
+        load_initial(Decoder(replace(DECODER, image_norm=8.0), cascade.clip.dims), str(tmp_path / "decoder"))
     process = replace(DECODER.diffusion, prediction="v")
     with pytest.raises(DataError, match=r"diffusion\.prediction"):
         load_initial(Decoder(replace(DECODER, diffusion=process), cascade.clip.dims), str(tmp_path / "decoder"))

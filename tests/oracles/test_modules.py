@@ -1,18 +1,28 @@
 """Networks against diffusers' modules with the same weights: outputs and gradients."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import PriorTransformer, UNet2DConditionModel, UNet2DModel
+from safetensors.torch import load_file
 from tiny_models import make_text
 from torch import Tensor
 
 from models.clip_config import ClipDims
 from models.decoder.network import Decoder
-from models.interchange.networks import Component, export_decoder, export_prior, export_upsampler
+from models.interchange.networks import (
+    Component,
+    export_decoder,
+    export_prior,
+    export_upsampler,
+    import_decoder,
+    import_prior,
+)
 from models.interchange.unet import rename
 from models.prior.network import Prior
 from models.upsampler.network import Upsampler
@@ -85,6 +95,66 @@ def test_decoder_is_diffusers_unet_with_text_projection(text_proj: Any, time_nor
         mask = F.pad(TEXT.mask, (4, 0), value=True)
         found = unet(x, T, context, class_labels=embedding, attention_mask=mask).sample
         assert_equal_outputs(ours, found)
+
+
+def test_imported_networks_take_unit_vectors_where_diffusers_takes_raw_ones(text_proj: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    heads = {
+        "num_attention_heads": 4,
+        "attention_head_dim": 8,
+        "num_layers": 2,
+        "embedding_dim": 12,
+        "num_embeddings": 9,
+    }
+    prior = PriorTransformer(**heads).eval()
+    torch.nn.init.normal_(prior.clip_mean)
+    torch.nn.init.uniform_(prior.clip_std, 0.5, 4.0)
+    layout = export_decoder(Decoder(DECODER, DIMS))
+    unet, projection = (
+        UNet2DConditionModel.from_config(layout[0].config).eval(),
+        text_proj.from_config(layout[1].config),
+    )
+    torch.nn.init.normal_(projection.learned_classifier_free_guidance_embeddings)
+    for module, name in ((prior, "prior"), (unet, "unet"), (projection.eval(), "text_proj")):
+        module.save_pretrained(tmp_path / name)
+    parts = {
+        name: Component(json.loads((tmp_path / name / "config.json").read_text()), load_file(path))
+        for name in ("prior", "unet", "text_proj")
+        for path in (tmp_path / name).glob("*.safetensors")
+    }
+    scheduler = {"_class_name": "UnCLIPScheduler", "variance_type": "fixed_small_log", "prediction_type": "sample"}
+    config, dims, state = import_prior(parts["prior"], scheduler)
+    norm = torch.cat([prior.clip_mean, prior.clip_std]).norm().item()
+    assert norm > 5
+    assert config.image_norm == pytest.approx(norm, rel=5e-3)
+    ours = Prior(config, dims).eval()
+    ours.load_state_dict(state)
+    x = seeded(3, 12)
+    latents = prior(x, T, TEXT.pooled, TEXT.hidden, TEXT.mask).predicted_image_embedding
+    torch.testing.assert_close(
+        ours.unscale(ours(x, T, ours.encode_condition(TEXT))) * config.image_norm, prior.post_process_latents(latents)
+    )
+
+    scheduler |= {"variance_type": "learned_range", "prediction_type": "epsilon"}
+    settings, _, state = import_decoder(
+        parts["unet"], parts["text_proj"], scheduler, context_length=9, image_norm=config.image_norm
+    )
+    decoder = Decoder(settings, dims).eval()
+    decoder.load_state_dict(state)
+    z_image, x = F.normalize(seeded(3, 12), dim=-1), seeded(3, 3, 16, 16)
+    for dropped in (False, True):
+        given = z_image * config.image_norm
+        if dropped:
+            given = projection.learned_classifier_free_guidance_embeddings.expand(3, -1)
+        context, embedding = projection(
+            image_embeddings=given,
+            prompt_embeds=TEXT.pooled,
+            text_encoder_hidden_states=TEXT.hidden,
+            do_classifier_free_guidance=False,
+        )
+        reference = unet(x, T, context, class_labels=embedding, attention_mask=F.pad(TEXT.mask, (4, 0), value=True))
+        condition = decoder.encode_condition(z_image, TEXT, keep_image=torch.full((3,), not dropped))
+        assert_equal_outputs(decoder(x, T, condition), reference.sample)
 
 
 def test_decoder_gradients_are_those_of_diffusers_unet(text_proj: Any) -> None:

@@ -1,5 +1,7 @@
 """The decoder: its two conditions, their nulls, and caching."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import DIMS, UNET, make_text, randomise
@@ -57,7 +59,9 @@ def test_decoder_image_reaches_both_embedding_and_tokens(decoder: Decoder) -> No
 
 
 def test_decoder_reads_z_image_at_the_size_of_one_per_feature(decoder: Decoder) -> None:
-    assert [image_scale(ClipDims(embed_dim=width)) for width in (16, 64, 768, 1024)] == [4, 8, 32, 32]
+    config = DecoderConfig()
+    assert [image_scale(config, ClipDims(embed_dim=width)) for width in (16, 64, 768, 1024)] == [4, 8, 32, 32]
+    assert image_scale(replace(config, image_norm=10.3), ClipDims(embed_dim=768)) == 2
     (_, _, z_image), text = batch(2), make_text((3, 5))
     condition = decoder.encode_condition(z_image, text)
     expected = decoder.image_to_embedding(4 * z_image) + decoder.pooled_to_embedding(text.pooled)
