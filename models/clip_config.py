@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from models.configclass import configclass, require
+from models.layers.config import require_transformer
 
 VOCAB_SIZE = 49408
 """Entries of the CLIP byte-pair vocabulary, in tokens: a smaller table overflows with the real tokenizer."""
@@ -61,22 +62,21 @@ class ClipConfig:
     """Length L of a tokenised caption, in tokens, start and end included; longer captions are cut."""
 
     def __post_init__(self) -> None:
-        require(self.patch_px >= 1 and self.vision_depth >= 1, "patch_px and vision_depth: at least 1")
+        require(self.patch_px >= 1, f"patch_px = {self.patch_px}: at least 1")
         factor = 32 if self.vision == "resnet" else self.patch_px
         require(
             self.image_px > 0 and self.image_px % factor == 0,
             f"image_px = {self.image_px}: this CLIP's {self.vision} needs a multiple of {factor}",
         )
+        require(self.embed_dim >= 1, f"embed_dim = {self.embed_dim}: at least 1")
         require(self.vision_width % 2 == 0, f"vision_width = {self.vision_width}: must be even")
         require(min(self.vision_layers) >= 1, f"vision_layers = {self.vision_layers}: each at least 1")
-        require(
-            self.vision_heads >= 1 and self.vision_width % self.vision_heads == 0,
-            f"vision_width = {self.vision_width} is not a multiple of vision_heads = {self.vision_heads}",
+        vision, text = (
+            {"prefix": "vision_", "depth_name": "vision_depth"},
+            {"prefix": "text_", "depth_name": "text_layers"},
         )
-        require(
-            self.text_heads >= 1 and self.text_width % self.text_heads == 0,
-            f"text_width = {self.text_width} is not a multiple of text_heads = {self.text_heads}",
-        )
+        require_transformer(self.vision_width, self.vision_depth, self.vision_heads, **vision)
+        require_transformer(self.text_width, self.text_layers, self.text_heads, **text)
         require(self.context_length >= 3, f"context_length = {self.context_length}: at least 3")
 
     def dims(self) -> ClipDims:

@@ -1,4 +1,4 @@
-"""What every configuration is made with: a frozen dataclass, ready for pydantic but without it, and its checks."""
+"""The decorator of every configuration: a frozen dataclass that pydantic can check, without importing it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar, dataclass_transform
 
 T = TypeVar("T")
-_PYDANTIC = {"extra": "forbid", "strict": True, "use_attribute_docstrings": False}
+_PYDANTIC = {"extra": "forbid", "strict": True, "allow_inf_nan": False, "use_attribute_docstrings": False}
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))

@@ -6,6 +6,7 @@ from dataclasses import field
 from typing import Literal
 
 from models.configclass import configclass, require, require_prob
+from models.layers.config import require_transformer
 
 
 @configclass
@@ -67,11 +68,8 @@ class ArPriorConfig:
     """Sampling of the tokens."""
 
     def __post_init__(self) -> None:
-        require(
-            self.num_heads >= 1 and self.width % self.num_heads == 0,
-            f"width = {self.width} is not a multiple of num_heads = {self.num_heads}",
-        )
-        require(self.depth >= 1 and self.mlp_ratio >= 1, "depth and mlp_ratio: at least 1")
+        require_transformer(self.width, self.depth, self.num_heads)
+        require(self.mlp_ratio >= 1, f"mlp_ratio = {self.mlp_ratio}: at least 1")
         require(self.num_components >= 0, f"num_components = {self.num_components}: must not be negative")
         require(0 < self.max_pca_error < 1, f"max_pca_error = {self.max_pca_error}: lies in (0, 1)")
         require(

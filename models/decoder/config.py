@@ -6,7 +6,7 @@ from dataclasses import field
 
 from models.configclass import configclass, require, require_norm, require_prob
 from models.diffusion.config import DiffusionConfig, SamplerConfig, require_measured, require_steps
-from models.layers.config import UNetConfig
+from models.layers.config import UNetConfig, require_transformer
 
 
 @configclass
@@ -23,11 +23,8 @@ class TextTransformerConfig:
     """Hidden width of the feed-forward layers, as a multiple of ``width``."""
 
     def __post_init__(self) -> None:
-        require(
-            self.num_heads >= 1 and self.width % self.num_heads == 0,
-            f"width = {self.width} is not a multiple of num_heads = {self.num_heads}",
-        )
-        require(self.depth >= 1 and self.mlp_ratio >= 1, "depth and mlp_ratio: at least 1")
+        require_transformer(self.width, self.depth, self.num_heads)
+        require(self.mlp_ratio >= 1, f"mlp_ratio = {self.mlp_ratio}: at least 1")
 
 
 @configclass
@@ -69,5 +66,9 @@ class DecoderConfig:
         require_prob("image_drop_prob", self.image_drop_prob)
         require_prob("text_drop_prob", self.text_drop_prob)
         self.unet.require_fits(self.image_px)
+        require(
+            bool(self.unet.attention_resolutions),
+            "unet.attention_resolutions is empty: without attention the decoder never reads the caption's tokens",
+        )
         require_steps(self.sampler, self.diffusion)
         require_measured(self.sampler)

@@ -13,6 +13,9 @@ from typing import Literal
 
 from models.configclass import configclass, require, require_prob
 
+FAST27_SECTIONS = (10, 10, 3, 2, 2)
+"""Steps in each fifth of the chain, from the clean end to the noisy one (GLIDE's fast27)."""
+
 
 @configclass
 class DiffusionConfig:
@@ -79,13 +82,13 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         require(self.num_steps >= 1, f"num_steps = {self.num_steps}: at least 1")
-        steps = 27 if self.respacing == "fast27" else sum(self.sections)
+        steps = sum(self.sections)
         require(
             not steps or self.num_steps == steps,
             f"respacing = {self.respacing!r} takes {steps} steps: set num_steps = {steps}, not {self.num_steps}",
         )
         require(self.clip_range > 0, f"clip_range = {self.clip_range}: must be positive")
-        require(self.eta >= 0, f"eta = {self.eta}: must not be negative")
+        require_prob("eta", self.eta)
         require(self.guidance_scale >= 0, f"guidance_scale = {self.guidance_scale}: must not be negative")
         require(self.clip_guidance_scale >= 0, f"clip_guidance_scale = {self.clip_guidance_scale}: not negative")
         require_prob("dynamic_threshold_prob", self.dynamic_threshold_prob)
@@ -93,8 +96,10 @@ class SamplerConfig:
     @property
     def sections(self) -> tuple[int, ...]:
         """Steps in each section of the chain where ``respacing`` gives them; ValueError if it gives nonsense."""
-        if self.respacing in {"", "trailing", "fast27"}:
+        if self.respacing in {"", "trailing"}:
             return ()
+        if self.respacing == "fast27":
+            return FAST27_SECTIONS
         parts = [part.strip() for part in self.respacing.split(",")]
         require(
             all(part.isdecimal() and int(part) >= 1 for part in parts),
@@ -109,11 +114,18 @@ def require_steps(sampler: SamplerConfig, diffusion: DiffusionConfig) -> None:
         sampler.num_steps <= diffusion.num_timesteps,
         f"sampler.num_steps = {sampler.num_steps} is above num_timesteps = {diffusion.num_timesteps}",
     )
-    longest = diffusion.num_timesteps // max(1, len(sampler.sections))
+    lengths = section_lengths(diffusion.num_timesteps, max(1, len(sampler.sections)))
     require(
-        max(sampler.sections, default=0) <= longest,
-        f"sampler.respacing = {sampler.respacing!r}: its sections span {longest} timesteps each",
+        all(count <= length for count, length in zip(sampler.sections, lengths, strict=False)),
+        f"sampler.respacing = {sampler.respacing!r}: the sections of {diffusion.num_timesteps} timesteps hold only "
+        f"{', '.join(map(str, lengths))}",
     )
+
+
+def section_lengths(num_timesteps: int, num_sections: int) -> tuple[int, ...]:
+    """Timesteps in each of the equal sections of a chain, clean end first; the first ones take the remainder."""
+    size, extra = divmod(num_timesteps, num_sections)
+    return tuple(size + (1 if place < extra else 0) for place in range(num_sections))
 
 
 def require_measured(sampler: SamplerConfig) -> None:

@@ -17,11 +17,10 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from models.diffusion.config import FAST27_SECTIONS, section_lengths
+
 Schedule = Literal["cosine", "linear"]
 Spacing = Literal["linspace", "trailing"]
-
-FAST27_SECTIONS = (10, 10, 3, 2, 2)
-"""Steps in each fifth of the chain, from the clean end to the noisy one (GLIDE's fast27)."""
 
 
 def cosine_betas(num_timesteps: int, *, offset: float = 0.008, max_beta: float = 0.999) -> Float64[Tensor, " T"]:
@@ -138,11 +137,9 @@ def section_timesteps(num_timesteps: int, sections: Sequence[int]) -> tuple[int,
         ValueError: If a section is shorter than the number of timesteps asked of it.
     """
     _require_steps(num_timesteps)
-    size, extra = divmod(num_timesteps, len(sections))
     ascending: list[int] = []
     start = 0
-    for i, count in enumerate(sections):
-        length = size + (1 if i < extra else 0)
+    for i, (count, length) in enumerate(zip(sections, section_lengths(num_timesteps, len(sections)), strict=True)):
         if not 1 <= count <= length:
             raise ValueError(f"section {i} spans {length} timesteps: it cannot be visited at {count} of them")
         stride = (length - 1) / (count - 1) if count > 1 else 1.0

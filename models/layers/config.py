@@ -7,6 +7,28 @@ from typing import Literal
 from models.configclass import configclass, require, require_prob
 
 
+def require_transformer(width: int, depth: int, num_heads: int, *, prefix: str = "", depth_name: str = "depth") -> None:
+    """Check the sizes of a transformer.
+
+    Args:
+        width: Features of each token.
+        depth: Number of blocks.
+        num_heads: Attention heads, which share the width equally.
+        prefix: What stands before the names ``width`` and ``heads`` in the configuration.
+        depth_name: Name of the field that holds the depth.
+
+    Raises:
+        ValueError: If the heads do not divide the width, or a size is below 1.
+    """
+    heads_name = f"{prefix}heads" if prefix else "num_heads"
+    require(depth >= 1, f"{depth_name} = {depth}: at least 1")
+    require(num_heads >= 1, f"{heads_name} = {num_heads}: at least 1")
+    require(
+        width >= 1 and width % num_heads == 0,
+        f"{prefix}width = {width} is not a positive multiple of {heads_name} = {num_heads}",
+    )
+
+
 @configclass
 class UNetConfig:
     """Shape of an ADM UNet: arXiv:2105.05233, with the key-value context of GLIDE (arXiv:2112.10741)."""
@@ -43,8 +65,8 @@ class UNetConfig:
             f"num_res_blocks = {self.num_res_blocks}, channel_mults = {self.channel_mults}: each at least 1",
         )
         require(
-            self.norm_groups >= 1 and self.channels % self.norm_groups == 0,
-            f"channels = {self.channels} is not a multiple of norm_groups = {self.norm_groups}",
+            self.norm_groups >= 1 and self.channels >= 1 and self.channels % self.norm_groups == 0,
+            f"channels = {self.channels} is not a positive multiple of norm_groups = {self.norm_groups}",
         )
         require(self.channels % 2 == 0, f"channels = {self.channels}: must be even")
         require(self.head_channels >= 1, f"head_channels = {self.head_channels}: at least 1")

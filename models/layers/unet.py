@@ -176,6 +176,8 @@ class UNet(nn.Module):
         has_attention = bool(config.attention_resolutions)
         self.middle = nn.ModuleList([self._stage((last, last), has_attention), self._stage((last, last), False)])
         self.up = nn.ModuleList(self._build_up(widths, attends, skips))
+        reads_context = context_width is not None
+        self._num_context_layers = sum(stage.attention is not None for stage in self._stages()) if reads_context else 0
         self.takes_skip = _takes_skip(len(widths), config.num_res_blocks)
         self.norm_out = nn.GroupNorm(config.norm_groups, widths[0])
         self.conv_out = _zeroed(nn.Conv2d(widths[0], out_channels * patch_area, 3, padding=1))
@@ -240,7 +242,14 @@ class UNet(nn.Module):
             embedding: Added to the embedding of ``t``.
             context: From ``encode_context``; empty for a UNet without context.
             valid: False at context tokens that must not be read.
+
+        Raises:
+            ValueError: If a context is missing that this UNet was built for, or one is given that it cannot read.
         """
+        if len(context) != self._num_context_layers:
+            raise ValueError(
+                f"this UNet reads a context at {self._num_context_layers} layers, and was given {len(context)}"
+            )
         added = self.timestep(t) if embedding is None else self.timestep(t) + embedding
         activated = F.silu(added)
         layers = iter(context)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from models.configclass import configclass, require, require_norm, require_prob
 from models.diffusion.config import DiffusionConfig, SamplerConfig, require_steps
+from models.layers.config import require_transformer
 
 
 @configclass
@@ -38,11 +39,8 @@ class PriorConfig:
     """Sampling of z_image (table 3: 64 steps)."""
 
     def __post_init__(self) -> None:
-        require(
-            self.num_heads >= 1 and self.width % self.num_heads == 0,
-            f"width = {self.width} is not a multiple of num_heads = {self.num_heads}",
-        )
-        require(self.depth >= 1 and self.mlp_ratio >= 1, "depth and mlp_ratio: at least 1")
+        require_transformer(self.width, self.depth, self.num_heads)
+        require(self.mlp_ratio >= 1, f"mlp_ratio = {self.mlp_ratio}: at least 1")
         require(self.num_candidates >= 1, f"num_candidates = {self.num_candidates}: at least 1")
         require_norm(self.image_norm)
         require_prob("dropout", self.dropout)

@@ -59,6 +59,10 @@ _ADDED_LATER = {
 """Fields added later, by their place in a section, with their old default. At it they are left out of the key, so that
 existing trainings stay valid."""
 
+_IN_TRAINING = {"noise_level": 0.0}
+"""Sampling fields that the key of a training once held: it holds their default for ever, so that existing trainings
+stay valid; away from it they are part of the evaluation's key alone."""
+
 
 def make_plan(recipe: Recipe, *, until: str = "") -> list[Step]:
     """The steps of a recipe, each after its inputs.
@@ -98,8 +102,11 @@ def make_plan(recipe: Recipe, *, until: str = "") -> list[Step]:
 def sampling_tables(recipe: Recipe) -> Json:
     """How every network of a recipe is sampled: what those steps depend on that draw."""
     models = {name: to_dict(section)["model"] for name, section in recipe.trained().items()}
-    found = {name: {field: model[field] for field in SAMPLING if field in model} for name, model in models.items()}
-    return {name: {"model": fields} for name, fields in found.items() if fields}
+    tables = {
+        name: {field: model[field] for field in SAMPLING if field in model and _IN_TRAINING.get(field) != model[field]}
+        for name, model in models.items()
+    }
+    return {name: {"model": fields} for name, fields in tables.items() if fields}
 
 
 def _without_added(tables: Json, place: str = "") -> Json:
@@ -119,9 +126,10 @@ def _without_sampling(tables: Json) -> Json:
     model = tables.get("model", {})
     if model.get("sampler", {}).get("method") == "analytic":
         return tables
-    return (
-        tables | {"model": {name: value for name, value in model.items() if name not in SAMPLING}} if model else tables
-    )
+    if not model:
+        return tables
+    kept = {name: value for name, value in model.items() if name not in SAMPLING}
+    return tables | {"model": kept | {name: value for name, value in _IN_TRAINING.items() if name in model}}
 
 
 def artifact_of(workspace: Workspace, step: Step) -> Artifact:

@@ -38,7 +38,7 @@ from pipeline.recipe.sections import (
 from pipeline.recipe.steps import STEP_ROWS
 
 Json = dict[str, Any]
-SAMPLING = ("sampler", "num_candidates")
+SAMPLING = ("sampler", "num_candidates", "noise_level")
 """Fields of a model's table that say how it is sampled once it is trained."""
 PriorModel = Annotated[PriorConfig | ArPriorConfig, Field(discriminator="kind")]
 """A prior of either kind; ``kind`` in its table says which."""

@@ -232,7 +232,8 @@ _DDIM = {"method": "ddim", "num_steps": 2, "respacing": ""}
 
 
 def tiny_tables(workspace: Path) -> dict[str, Any]:
-    decoder = {"image_px": 8, "unet": _UNET, "context_width": 8, "sampler": {**_DDIM, "guidance_scale": 1.5}}
+    unet = _UNET | {"attention_resolutions": [4], "head_channels": 8}
+    decoder = {"image_px": 8, "unet": unet, "context_width": 8, "sampler": {**_DDIM, "guidance_scale": 1.5}}
     sides = {"upsampler_1": (8, 16), "upsampler_2": (16, 32)}
     upsamplers = {
         name: {"model": {"low_res_px": low, "image_px": high, "crop_px": 8, "unet": _UNET, "sampler": _DDIM}}

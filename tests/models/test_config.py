@@ -45,7 +45,10 @@ def test_config_documents_every_field(cls: type) -> None:
         (lambda: SamplerConfig(respacing="5,3", num_steps=50), "takes 8 steps"),
         (lambda: SamplerConfig(respacing="fast28", num_steps=50), "or sections such as"),
         (lambda: SamplerConfig(respacing="5,0", num_steps=5), "or sections such as"),
-        (lambda: PriorConfig(sampler=SamplerConfig(respacing="1,501", num_steps=502)), "span 500 timesteps"),
+        (
+            lambda: PriorConfig(sampler=SamplerConfig(respacing="1,501", num_steps=502)),
+            "1000 timesteps hold only 500, 500",
+        ),
         (lambda: ClipConfig(image_px=50), "multiple of 32"),
         (lambda: ClipConfig(text_width=100, text_heads=3), "multiple of text_heads"),
         (lambda: PriorConfig(width=100, num_heads=3), "multiple of num_heads"),

@@ -1,14 +1,18 @@
 """The upsampler's training with noise levels: each sample has its own, and the network is told."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from models.clip_config import ClipDims
 from models.layers.config import UNetConfig
 from models.upsampler.config import UpsamplerConfig
 from models.upsampler.network import Upsampler
 from pipeline.data.batches import Batch
+from pipeline.networks.files import load_network, save_network
 from pipeline.networks.upsampler import UpsamplerObjective
+from pipeline.workspace.store import Artifact
 
 UNET = UNetConfig(
     channels=8,
@@ -58,3 +62,11 @@ def test_without_levels_the_training_draws_what_it_always_drew() -> None:
     torch.randint(1000, (4,), generator=expected)
     torch.randn(4, 3, 8, 8, generator=expected)
     assert torch.equal(torch.rand(1, generator=generator), torch.rand(1, generator=expected))
+
+
+def test_a_trained_network_is_sampled_at_the_noise_level_of_the_recipe(tmp_path: Path) -> None:
+    artifact, dims = Artifact(str(tmp_path)), ClipDims()
+    save_network(artifact, "upsampler", CONFIG, dims, Upsampler(CONFIG).state_dict())
+    changed = replace(CONFIG, noise_level=0.3)
+    assert load_network(artifact, wanted=changed).config == changed
+    assert load_network(artifact).config == CONFIG

@@ -73,6 +73,13 @@ def test_make_plan_changed_field_changes_only_what_depends_on_it(override: str, 
     assert {name for name in before if before[name] != after[name]} == changed
 
 
+def test_the_noise_that_an_upsampler_is_sampled_with_trains_nothing_again() -> None:
+    trained = ["upsampler_1.model.noise_level_max=0.5"]
+    before = _keys(load_recipe(None, trained))
+    after = _keys(load_recipe(None, [*trained, "upsampler_1.model.noise_level=0.2"]))
+    assert {name for name in before if before[name] != after[name]} == {"evaluate"}
+
+
 def test_make_plan_trains_a_second_prior_where_the_recipe_has_one() -> None:
     before, after = _keys(load_recipe(None)), _keys(load_recipe(None, ["prior_2.model.kind=autoregressive"]))
     assert set(after) - set(before) == {"prior_2"}

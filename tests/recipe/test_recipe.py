@@ -2,12 +2,22 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from models.ar_prior.config import ArPriorConfig, TokenSamplerConfig
+from models.diffusion.schedules import fast27_timesteps, sampling_timesteps
 from pipeline.errors import ConfigError
-from pipeline.recipe.recipe import Recipe, json_schema, load_recipe, parse_recipe, to_dict, without_resources
+from pipeline.recipe.recipe import (
+    Recipe,
+    default_tables,
+    json_schema,
+    load_recipe,
+    parse_recipe,
+    to_dict,
+    without_resources,
+)
 
 
 def test_load_recipe_layers_defaults_file_and_overrides(tmp_path: Path) -> None:
@@ -84,6 +94,24 @@ def test_load_recipe_round_trips_through_resolved_json(tmp_path: Path) -> None:
         ({"decoder": {"model": {"sampler": {"clip_guidance_scale": 1.0}}}}, ["clip_guidance_scale", "noisy_clip"]),
         ({"noisy_clip": {"model": {"image_px": 32}}}, ["noisy_clip.model sees 32 px", "draws 64 px"]),
         ({"noisy_clip": {"model": {"tower": {"chanels": 32}}}}, ["noisy_clip.model.tower.chanels"]),
+        (
+            {"upsampler_1": {"model": {"diffusion": {"num_timesteps": 46}}}},
+            ["upsampler_1.model: sampler.respacing = 'fast27'", "46 timesteps hold only 10, 9, 9, 9, 9"],
+        ),
+        ({"decoder": {"model": {"sampler": {"eta": 1.5}}}}, ["decoder.model.sampler: eta = 1.5"]),
+        (
+            {"decoder": {"model": {"unet": {"attention_resolutions": []}}}},
+            ["decoder.model: unet.attention_resolutions", "never reads the caption"],
+        ),
+        ({"decoder": {"model": {"unet": {"channels": 0}}}}, ["decoder.model.unet: channels = 0"]),
+        ({"decoder": {"model": {"text_transformer": {"width": 0}}}}, ["decoder.model.text_transformer: width = 0"]),
+        ({"prior": {"model": {"width": 0}}}, ["prior.model: width = 0"]),
+        ({"prior": {"model": {"num_heads": 7}}}, ["prior.model: width = 512", "num_heads = 7"]),
+        ({"prior_2": {"model": {"kind": "autoregressive", "width": 0}}}, ["prior_2.model: width = 0"]),
+        ({"clip": {"model": {"vision_width": 0}}}, ["clip.model: vision_width = 0"]),
+        ({"clip": {"model": {"text_heads": 3}}}, ["clip.model: text_width = 128", "text_heads = 3"]),
+        ({"clip": {"model": {"text_layers": 0}}}, ["clip.model: text_layers = 0"]),
+        ({"clip": {"model": {"embed_dim": 0}}}, ["clip.model: embed_dim = 0"]),
     ],
 )
 def test_parse_recipe_refuses_and_names_the_key(tables: dict[str, object], words: list[str]) -> None:
@@ -128,6 +156,38 @@ def test_load_recipe_refuses_an_impossible_number_by_its_name(override: str) -> 
     name, _, value = override.partition("=")
     with pytest.raises(ConfigError, match=rf"{re.escape(name)}: Input should be .*, got {re.escape(value)}"):
         load_recipe(None, [override])
+
+
+def _floats(tables: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of all numbers with a fraction."""
+    names: list[str] = []
+    for name, value in tables.items():
+        if isinstance(value, dict):
+            names += _floats(value, f"{prefix}{name}.")
+        elif isinstance(value, float):
+            names.append(f"{prefix}{name}")
+    return names
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+def test_load_recipe_refuses_a_number_that_is_not_finite_in_every_field(value: str) -> None:
+    names = _floats(default_tables({"upsampler_1": {}, "noisy_clip": {}, "prior_2": {}}))
+    tokens = [f"prior_2.model.sampler.{name}" for name in ("temperature", "top_p")]
+    assert len(names) > 60
+    for name in [*names, *tokens]:
+        kind = ["prior_2.model.kind=autoregressive"] if name in tokens else []
+        with pytest.raises(ConfigError, match=rf"{re.escape(name)}.*: Input should be a finite number"):
+            load_recipe(None, [*kind, f"{name}={value}"])
+
+
+def test_respacing_takes_sections_that_just_fit_their_chain() -> None:
+    model = {"diffusion": {"num_timesteps": 25}, "sampler": {"respacing": "13,12", "num_steps": 25}}
+    config = parse_recipe({"decoder": {"model": model}}).decoder.model
+    steps = sampling_timesteps(config.diffusion.num_timesteps, config.sampler.num_steps, config.sampler.respacing)
+    assert steps == tuple(reversed(range(25)))
+    shortest = {"diffusion": {"num_timesteps": 47}}
+    assert parse_recipe({"upsampler_1": {"model": shortest}}).upsamplers()["upsampler_1"].diffusion.num_timesteps == 47
+    assert len(fast27_timesteps(47)) == 27
 
 
 @pytest.mark.parametrize(

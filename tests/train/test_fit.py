@@ -27,7 +27,7 @@ def _recipe(workspace: Path, *, num_workers: int, learning_rate: float = 1e-3) -
         {
             "workspace": str(workspace),
             "download": {"image_px": 32},
-            "decoder": {"model": {"image_px": 8, "unet": {"attention_resolutions": [], "channel_mults": [1, 2]}}},
+            "decoder": {"model": {"image_px": 8, "unet": {"attention_resolutions": [4], "channel_mults": [1, 2]}}},
             "upsampler_1": {
                 "model": {"low_res_px": 8, "image_px": 16, "crop_px": 8, "unet": unet},
                 "train": {"num_steps": 4, "batch_size": 4, "learning_rate": learning_rate},

@@ -169,6 +169,14 @@ def test_unet_refuses_a_context_it_was_not_built_for() -> None:
         model.encode_context(torch.randn(1, 2, 10))
 
 
+def test_unet_with_a_context_refuses_to_run_without_it() -> None:
+    model = UNet(CONFIG, 8, 3, 3, context_width=10)
+    x, t = torch.randn(1, 3, 8, 8), torch.tensor([1])
+    model(x, t, context=model.encode_context(torch.randn(1, 2, 10)))
+    with pytest.raises(ValueError, match="layers, and was given 0"):
+        model(x, t)
+
+
 def test_res_block_that_enlarges_is_a_convolution_of_the_enlarged_picture() -> None:
     config = UNetConfig(channels=8, norm_groups=4, dropout=0.0)
     block = ResBlock((8, 8), 32, config, "up")
