@@ -27,7 +27,8 @@ from pipeline.clip import FrozenClip
 from pipeline.data.batches import Batch, Samples
 from pipeline.data.training_rows import ShardReader
 from pipeline.evaluate.metrics import FeatureSums, frechet_distance
-from pipeline.networks.files import load_clip_artifact, load_network
+from pipeline.networks.clip import load_clip_artifact
+from pipeline.networks.files import load_network
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.workspace.store import Workspace
@@ -43,7 +44,7 @@ class Drawer:
     def __init__(self, recipe: Recipe, num_images: int, batch_size: int, split: str = "validation") -> None:
         workspace = Workspace(recipe.workspace)
         artifacts = {step.name: artifact_of(workspace, step) for step in make_plan(recipe)}
-        decoder = load_network(artifacts["decoder"], wanted=recipe.decoder.model)
+        decoder = load_network(artifacts["decoder"], requested=recipe.decoder.model)
         assert isinstance(decoder, Decoder)
         self.decoder: Decoder = decoder
         self.clip: FrozenClip = load_clip_artifact(artifacts["clip"])

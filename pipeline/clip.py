@@ -353,6 +353,19 @@ def describe_clip(name: str) -> OpenClip:
     return clip
 
 
+def wrap_clip(
+    model: nn.Module,
+    model_config: dict[str, Any],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> OpenClip:
+    """An open_clip model with its tokenizer and the colours that it expects (OpenAI's, unless they are given)."""
+    mean = tuple(mean or open_clip.OPENAI_DATASET_MEAN)
+    std = tuple(std or open_clip.OPENAI_DATASET_STD)
+    tokenizer = SimpleTokenizer(context_length=model_config["text_cfg"].get("context_length", 77))
+    return OpenClip(cast("open_clip.CLIP", model), tokenizer, model_config, mean, std)
+
+
 def _assemble(
     model_config: dict[str, Any], mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> OpenClip:
@@ -361,10 +374,7 @@ def _assemble(
     model = kind(**_NO_IMAGES | arguments)
     if "vision_cfg" not in model_config:
         del model.visual  # open_clip builds no model of a text tower alone
-    mean = tuple(mean or open_clip.OPENAI_DATASET_MEAN)
-    std = tuple(std or open_clip.OPENAI_DATASET_STD)
-    tokenizer = SimpleTokenizer(context_length=model_config["text_cfg"].get("context_length", 77))
-    return OpenClip(model, tokenizer, model_config, mean, std)
+    return wrap_clip(model, model_config, mean, std)
 
 
 def _text_tower(model: nn.Module) -> Any:

@@ -14,7 +14,9 @@ from PIL import Image
 from pipeline.clip import create_clip
 from pipeline.data.embed import Embedder
 from pipeline.data.rows import make_uid
-from pipeline.networks.files import build_network, load_clip_artifact, save_clip_artifact, save_network
+from pipeline.networks.clip import load_clip_artifact, save_clip_artifact
+from pipeline.networks.files import save_network
+from pipeline.networks.table import kind_of
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.retrieve.build import build_index
@@ -45,12 +47,11 @@ def finished_workspace(folder: Path, *, port: int = 8976, overrides: tuple[str, 
     build_index(outputs["embed"], outputs["index"], recipe.index, seed=0)
     for name, section in recipe.trained().items():
         if name != "clip":
-            network = build_network(section.model, recipe.clip.model.dims())
+            network = kind_of(section.model).create(section.model, recipe.clip.model.dims())
             randomise(network)
             if name in {"prior", "decoder"}:
                 network.null_text.set(load_clip_artifact(outputs["clip"]).encode_text([""]))
-            kind, dims = name.partition("_")[0], recipe.clip.model.dims()
-            save_network(outputs[name], kind, section.model, dims, network.state_dict())
+            save_network(outputs[name], section.model, recipe.clip.model.dims(), network.state_dict())
     for name in ("download", "clip", "embed", "index", *recipe.trained()):
         outputs[name].commit(manifest_of(steps[name], outputs[name]))
     return recipe

@@ -1,4 +1,4 @@
-"""The autoregressive prior's part of a training: what is measured before it, and the loss of one batch.
+"""The autoregressive prior: what is measured before its training, its loss, its measures and its cost.
 
 arXiv:2204.06125, section 2.2. Legend: B samples, D features, K components, V buckets.
 """
@@ -12,14 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.ar_prior.buckets import DotHistogram
-from models.ar_prior.config import ArPriorConfig
+from models.ar_prior.config import ArPriorConfig, TokenSamplerConfig
 from models.ar_prior.network import ArPrior
+from models.ar_prior.sampling import iterate_embeddings
 from models.clip_config import ClipDims
+from models.layers.transformer import TokenCache
 from models.pca import PcaSums
 from pipeline.data.batches import Batch, TextEncoder
 from pipeline.data.vectors import read_vectors, to_unit
 from pipeline.errors import ConfigError, DataError
+from pipeline.networks.counting import Work, count, first_steps, full_captions
 from pipeline.networks.diffusion_loss import draw_keep
+from pipeline.networks.kind import NetworkKind
+from pipeline.networks.measuring import ValidationRows, cosines_to_captions
 from pipeline.workspace.store import Artifact
 
 MEASURED_ROWS = 200_000
@@ -93,3 +98,39 @@ def measure_embeddings(embed: Artifact, num_features: int, max_rows: int) -> tup
         sums.update(z_image)
         dots.update((z_image * z_text).sum(1))
     return sums, dots
+
+
+def _measure(prior: ArPrior, rows: ValidationRows) -> dict[str, float]:
+    *_, z_image = iterate_embeddings(prior, rows.text, rows.noise(), TokenSamplerConfig())
+    return cosines_to_captions(z_image, rows)
+
+
+def _work(prior: ArPrior, _clip: object) -> Work:
+    """Where the recipe leaves the number of components to the data, all of them are counted."""
+    config, calls = prior.config, prior.num_components
+    caches: list[TokenCache] = []
+
+    def run(size: int) -> Tensor:
+        tokens = torch.zeros(size, calls, dtype=torch.int64)
+        condition = prior.encode_condition(full_captions(prior.dims, size))
+        return prior(tokens, first_steps(size), condition).sum()
+
+    with torch.no_grad():
+        before = count(lambda: caches.append(prior.start(prior.encode_condition(full_captions(prior.dims, 1)))))
+        flops = before + calls * count(lambda: prior.next_logits(caches[0], first_steps(1), first_steps(1)))
+    sequences = config.num_candidates * (1 if config.sampler.guidance_scale == 1 else 2)
+    return Work(run, flops * sequences, calls)
+
+
+AR_PRIOR = NetworkKind(
+    name="ar_prior",
+    config=ArPriorConfig,
+    create=ArPrior,
+    objective=ArPriorObjective,
+    work=_work,
+    measure=_measure,
+    embeddings=True,
+    captions=True,
+    create_on_data=build_ar_prior,
+    meaning=("bucket_range_std",),
+)

@@ -13,7 +13,8 @@ from models.noisy_clip.network import NoisyClip
 from models.prior.network import Prior
 from models.upsampler.network import Upsampler
 from pipeline.errors import DataError
-from pipeline.networks.files import NetworkConfig, load_network, load_text_artifact
+from pipeline.networks.clip import load_text_artifact
+from pipeline.networks.files import NetworkConfig, load_network
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.sections import ClipStepConfig
 from pipeline.workspace.store import Artifact

@@ -1,39 +1,133 @@
-"""CLIP's part of a training: the contrastive loss of one batch, open_clip's own."""
+"""CLIP: the contrastive loss of its training, open_clip's own, and its artifact, in open_clip's own layout.
+
+open_clip takes longer to import than torch; it is imported where a CLIP is, so that upsamplers start without it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from pipeline.clip import OpenClip, clamp_logit_scale, clip_loss
+from models.clip_config import ClipConfig, ClipDims
 from pipeline.data.batches import Batch
+from pipeline.errors import DataError
+from pipeline.networks.counting import Work, count
+from pipeline.networks.kind import NetworkKind
+from pipeline.workspace.store import Artifact
+
+if TYPE_CHECKING:
+    from pipeline.clip import FrozenClip, FrozenText, OpenClip
 
 
 class ClipObjective(nn.Module):
     """The contrastive loss over the global batch.
 
     Args:
-        clip: The model in training.
-        network: The module whose weights are used: ``clip.model`` or its moving average.
+        network: The model in training, or its moving average.
     """
 
-    def __init__(self, clip: OpenClip, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self._clip = clip
+        self._clip = _with_tokenizer(network)
 
     def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Mean loss of this worker's share, against the captions and pictures of all workers."""
+        from pipeline.clip import clamp_logit_scale, clip_loss
+
         del generator
-        clip = replace(self._clip, model=self.network)  # pyright: ignore[reportArgumentType]  (a copy of clip.model)
         rank, world_size = 0, 1
         if self.training:
-            clamp_logit_scale(clip)
+            clamp_logit_scale(self._clip)
             if torch.distributed.is_initialized():
                 rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         images = batch.require_images()
-        tokens = clip.tokenize(batch.captions).to(images.device)
-        return clip_loss(clip, images, tokens, rank=rank, world_size=world_size)
+        tokens = self._clip.tokenize(batch.captions).to(images.device)
+        return clip_loss(self._clip, images, tokens, rank=rank, world_size=world_size)
+
+
+def save_clip_artifact(artifact: Artifact, clip: OpenClip) -> None:
+    """Write CLIP in open_clip's ``local-dir:`` layout, the configuration last."""
+    from pipeline.clip import CONFIG_FILE, WEIGHTS_FILE, save_clip
+
+    with tempfile.TemporaryDirectory(prefix="unclip-") as name:
+        folder = Path(name)
+        save_clip(clip, folder)
+        for file in (WEIGHTS_FILE, CONFIG_FILE):
+            artifact.write_bytes(file, (folder / file).read_bytes())
+
+
+def load_clip_artifact(artifact: Artifact, device: torch.device | str = "cpu") -> FrozenClip:
+    """Read the frozen CLIP.
+
+    Raises:
+        DataError: If it is missing or damaged, or has no image tower.
+    """
+    from pipeline.clip import NO_IMAGE_TOWER, FrozenClip
+
+    clip = load_text_artifact(artifact, device)
+    if not isinstance(clip, FrozenClip):
+        raise DataError(f"{artifact.uri}: {NO_IMAGE_TOWER}")
+    return clip
+
+
+def load_text_artifact(artifact: Artifact, device: torch.device | str = "cpu") -> FrozenText:
+    """Read the frozen CLIP, with its image tower where it has one.
+
+    Raises:
+        DataError: If it is missing or damaged.
+    """
+    from pipeline.clip import CONFIG_FILE, WEIGHTS_FILE, freeze, load_clip
+
+    config, weights = artifact.path(CONFIG_FILE), artifact.path(WEIGHTS_FILE)
+    assert config.parent == weights.parent
+    try:
+        return freeze(load_clip(config.parent)).to(device)
+    except ValueError as error:
+        raise DataError(f"{artifact.uri}: {error}; remove it and run again") from error
+
+
+def _create(config: ClipConfig, _dims: ClipDims) -> nn.Module:
+    from pipeline.clip import create_clip
+
+    model = create_clip(config).model
+    setattr(model, "config", config)  # noqa: B010  (open_clip's class has no such attribute; a copy keeps it)
+    return model
+
+
+def _with_tokenizer(network: Any) -> OpenClip:
+    """A network of ``_create``, or a copy of one, with what is needed to feed and to save it."""
+    from pipeline.clip import wrap_clip
+
+    return wrap_clip(network, network.config.to_open_clip())
+
+
+def _work(network: nn.Module, clip: OpenClip) -> Work:
+    """``sampling_flops``: one picture embedded."""
+    images = torch.zeros(1, 3, clip.image_px, clip.image_px)
+    tokens = torch.zeros(1, clip.dims.context_length, dtype=torch.int64)
+    network.eval()
+
+    def run(size: int) -> Tensor:
+        image, text, *_ = network(images.expand(size, -1, -1, -1), tokens.expand(size, -1))
+        return image.sum() + text.sum()
+
+    return Work(run, count(lambda: clip.model.encode_image(images)), 1)
+
+
+CLIP = NetworkKind(
+    name="clip",
+    config=ClipConfig,
+    create=_create,
+    objective=lambda network, _: ClipObjective(network),
+    work=_work,
+    pictures=True,
+    publish=lambda output, network: save_clip_artifact(output, _with_tokenizer(network)),
+    meaning=(),
+    compiled=lambda _: (),
+)

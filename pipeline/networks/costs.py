@@ -7,46 +7,26 @@ products, convolutions and attention are counted, element-wise work (a few perce
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from models.ar_prior.network import ArPrior
-from models.cascade import decoder_denoiser, prior_denoiser
-from models.clip_config import ClipDims
-from models.decoder.network import Decoder
-from models.diffusion.process import Denoise, Diffusion
-from models.diffusion.samplers import config_timesteps
-from models.layers.transformer import TokenCache
-from models.noisy_clip.network import NoisyClip
-from models.prior.network import Prior
-from models.text import TextEncoding
-from models.upsampler.network import Upsampler
 from pipeline.clip import OpenClip, create_clip, describe_clip
 from pipeline.errors import ConfigError
-from pipeline.networks.counting import Counter, FlashLikeAttention, Kept
-from pipeline.networks.files import build_network
-from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.sections import (
-    NetworkStepConfig,
-    NoisyClipStepConfig,
-    TrainConfig,
-    TrainResources,
-)
+from pipeline.networks.counting import FlashLikeAttention, count_training_pass
+from pipeline.networks.files import num_parameters
+from pipeline.networks.table import kind_of
+from pipeline.recipe.recipe import Recipe, TrainedSection
 
 Json = dict[str, Any]
 
 UTILISATION = 0.4
 """Share of a GPU's peak that a good training reaches: an assumption, for the hours."""
 PEAK_FLOPS = {"a100": 312e12, "h100": 989e12}
-"""Dense bfloat16 peak of the GPUs that the hours are told for, in operations per second."""
+"""Dense bfloat16 peak of the GPUs whose hours are printed, in operations per second."""
 _FLOAT32_BYTES = 4
-_COUNTED = 2
-"""Samples in the batch that is counted; one would be too few for the batch norms of CLIP's ResNet."""
 _OPTIMIZER_STATES = 2
 """AdamW keeps two moments for each parameter."""
 
@@ -98,17 +78,7 @@ def recipe_costs(recipe: Recipe) -> list[NetworkCost]:
     """
     with torch.device("meta"), FlashLikeAttention():
         clip = _build_clip(recipe)
-        costs = [_clip_cost(recipe, clip)]
-        for name, section in (("prior", recipe.prior), ("prior_2", recipe.prior_2)):
-            if section is not None:
-                costs.append(_prior_cost(name, build_network(section.model, clip.dims), section))
-        costs.append(_decoder_cost(recipe, Decoder(recipe.decoder.model, clip.dims)))
-        if recipe.noisy_clip is not None:
-            costs.append(_noisy_clip_cost(NoisyClip(recipe.noisy_clip.model, clip.dims), recipe.noisy_clip))
-        for name, section in (("upsampler_1", recipe.upsampler_1), ("upsampler_2", recipe.upsampler_2)):
-            if section is not None:
-                costs.append(_upsampler_cost(name, Upsampler(section.model), section))
-    return costs
+        return [_cost(name, section, clip, recipe) for name, section in recipe.trained().items()]
 
 
 def format_costs(costs: list[NetworkCost]) -> str:
@@ -147,190 +117,30 @@ def _build_clip(recipe: Recipe) -> OpenClip:
         raise ConfigError(f"clip.name: {error}") from error
 
 
-def _clip_cost(recipe: Recipe, clip: OpenClip) -> NetworkCost:
-    section = recipe.clip
-    images = torch.zeros(1, 3, clip.image_px, clip.image_px)
-    tokens = torch.zeros(1, clip.dims.context_length, dtype=torch.int64)
-    clip.model.eval()
-    embedding = _count(lambda: clip.model.encode_image(images))
-    if section.source == "pretrained":
-        return _frozen("clip", clip.model, embedding)
-
-    def run(size: int) -> Tensor:
-        image, text, *_ = clip.model(images.expand(size, -1, -1, -1), tokens.expand(size, -1))
-        return image.sum() + text.sum()
-
-    return _trained("clip", clip.model, run, section.train, section.resources, (embedding, 1))
-
-
-def _prior_cost(name: str, prior: nn.Module, section: NetworkStepConfig[Any]) -> NetworkCost:
-    if isinstance(prior, ArPrior):
-        return _ar_prior_cost(name, prior, section)
-    assert isinstance(prior, Prior)
-    config, dims = prior.config, prior.dims
-
-    def run(size: int) -> Tensor:
-        condition = prior.encode_condition(_text(dims, size))
-        return prior(torch.zeros(size, dims.embed_dim), _steps(size), condition).sum()
-
-    def denoiser() -> Denoise:
-        return prior_denoiser(prior, _text(dims, 1), config.sampler.guidance_scale)
-
-    x = torch.zeros(1, dims.embed_dim)
-    flops, calls = _sampling(prior, denoiser, x)
-    return _trained(name, prior, run, section.train, section.resources, (flops * config.num_candidates, calls))
-
-
-def _ar_prior_cost(name: str, prior: ArPrior, section: NetworkStepConfig[Any]) -> NetworkCost:
-    """Where the recipe leaves the number of components to the data, all of them are counted."""
-    config, calls = prior.config, prior.num_components
-    caches: list[TokenCache] = []
-
-    def run(size: int) -> Tensor:
-        tokens = torch.zeros(size, calls, dtype=torch.int64)
-        return prior(tokens, _steps(size), prior.encode_condition(_text(prior.dims, size))).sum()
-
-    with torch.no_grad():
-        before = _count(lambda: caches.append(prior.start(prior.encode_condition(_text(prior.dims, 1)))))
-        flops = before + calls * _count(lambda: prior.next_logits(caches[0], _steps(1), _steps(1)))
-    sequences = config.num_candidates * (1 if config.sampler.guidance_scale == 1 else 2)
-    return _trained(name, prior, run, section.train, section.resources, (flops * sequences, calls))
-
-
-def _decoder_cost(recipe: Recipe, decoder: Decoder) -> NetworkCost:
-    config, dims = decoder.config, decoder.dims
-    shape = (3, config.image_px, config.image_px)
-
-    def run(size: int) -> Tensor:
-        condition = decoder.encode_condition(torch.zeros(size, dims.embed_dim), _text(dims, size))
-        return decoder(torch.zeros(size, *shape), _steps(size), condition).sum()
-
-    def denoiser() -> Denoise:
-        z_image = torch.zeros(1, dims.embed_dim)
-        return decoder_denoiser(decoder, z_image, _text(dims, 1), config.sampler.guidance_scale)
-
-    sampling = _sampling(decoder, denoiser, torch.zeros(1, *shape))
-    section = recipe.decoder
-    return _trained("decoder", decoder, run, section.train, section.resources, sampling)
-
-
-def _noisy_clip_cost(network: NoisyClip, section: NoisyClipStepConfig) -> NetworkCost:
-    """``sampling``: one call and its gradient, which every guided step of the decoder adds."""
-    side_px = network.config.image_px
-
-    def run(size: int) -> Tensor:
-        return network(torch.zeros(size, 3, side_px, side_px), _steps(size)).sum()
-
-    def led() -> None:
-        x = torch.zeros(1, 3, side_px, side_px, requires_grad=True)
-        torch.autograd.grad(network(x, _steps(1)).sum(), x)
-
-    network.eval().requires_grad_(requires_grad=False)
-    flops = _count(led)
-    network.requires_grad_(requires_grad=True)
-    return _trained("noisy_clip", network, run, section.train, section.resources, (flops, 1))
-
-
-def _upsampler_cost(name: str, network: Upsampler, section: NetworkStepConfig[Any]) -> NetworkCost:
-    config = network.config
-
-    def run(size: int) -> Tensor:
-        crops = torch.zeros(size, 3, config.crop_px, config.crop_px)
-        return network(crops, _steps(size), crops).sum()
-
-    def denoiser() -> Denoise:
-        condition = torch.zeros(1, 3, config.image_px, config.image_px)
-        return lambda x, t: network(x, t, condition)
-
-    x = torch.zeros(1, 3, config.image_px, config.image_px)
-    sampling = _sampling(network, denoiser, x)
-    return _trained(name, network, run, section.train, section.resources, sampling)
-
-
-def _frozen(name: str, network: nn.Module, flops: float) -> NetworkCost:
-    count = sum(parameter.numel() for parameter in network.parameters())
-    weights = _FLOAT32_BYTES * count
-    return NetworkCost(name, count, 0.0, 0, flops, 1, weights, 0, 0, 0, 0)
-
-
-def _trained(
-    name: str,
-    network: nn.Module,
-    run: Callable[[int], Tensor],
-    train: TrainConfig,
-    resources: TrainResources,
-    sampling: tuple[float, int],
-) -> NetworkCost:
-    """Count a network in training.
-
-    Args:
-        name: Of its step.
-        network: The network.
-        run: (number of samples) -> something to differentiate.
-        train: Batch, steps and precision.
-        resources: Workers that share the batch.
-        sampling: Operations of one result, and network calls of its chain.
-    """
-    count = sum(parameter.numel() for parameter in network.parameters())
-    weights = _FLOAT32_BYTES * count
-    flops, num_bytes = _training_pass(network, run)
-    share = train.batch_size // resources.num_workers
+def _cost(name: str, section: TrainedSection, clip: OpenClip, recipe: Recipe) -> NetworkCost:
+    is_clip = section is recipe.clip
+    kind = kind_of(section.model)
+    network = clip.model if is_clip else kind.create(section.model, clip.dims)
+    work = kind.work(network, clip)
+    parameters = num_parameters(network)
+    weights = _FLOAT32_BYTES * parameters
+    if is_clip and recipe.clip.source == "pretrained":
+        return NetworkCost(name, parameters, 0.0, 0, work.sampling_flops, work.num_calls, weights, 0, 0, 0, 0)
+    flops, activations = count_training_pass(network, work.run)
+    train = section.train
     return NetworkCost(
         name=name,
-        num_parameters=count,
+        num_parameters=parameters,
         training_flops=flops,
         num_samples=train.batch_size * train.num_steps,
-        sampling_flops=sampling[0],
-        num_calls=sampling[1],
+        sampling_flops=work.sampling_flops,
+        num_calls=work.num_calls,
         weights_bytes=weights,
         gradients_bytes=weights,
         optimizer_bytes=_OPTIMIZER_STATES * weights,
         average_bytes=weights,
-        activations_bytes=round(num_bytes * share),
+        activations_bytes=round(activations * (train.batch_size // section.resources.num_workers)),
     )
-
-
-def _training_pass(network: nn.Module, run: Callable[[int], Tensor]) -> tuple[float, float]:
-    """Operations of a forward and a backward pass of one sample, and the bytes kept between them."""
-    network.train()
-    with Counter() as counter:
-        with Kept(network) as kept:
-            loss = run(_COUNTED)
-        loss.backward()
-    network.zero_grad(set_to_none=True)
-    return counter.flops / _COUNTED, kept.num_bytes / _COUNTED
-
-
-def _sampling(network: Prior | Decoder | Upsampler, make: Callable[[], Denoise], x: Tensor) -> tuple[float, int]:
-    """Operations of a whole chain, and its network calls."""
-    config, diffusion = network.config.sampler, Diffusion(network.config.diffusion)
-    network.eval()
-    calls = len(config_timesteps(config, diffusion))
-    calls = 2 * calls - 1 if config.method == "heun" else calls
-    made: list[Denoise] = []
-    before = _count(lambda: made.append(make()))
-    return before + calls * _count(lambda: made[0](x, _steps(1))), calls
-
-
-def _count(run: Callable[[], object]) -> float:
-    with Counter() as counter:
-        run()
-    return counter.flops
-
-
-def _text(dims: ClipDims, size: int) -> TextEncoding:
-    """Captions of full length."""
-    length = dims.context_length
-    return TextEncoding(
-        pooled=torch.zeros(size, dims.embed_dim),
-        hidden=torch.zeros(size, length, dims.text_width),
-        mask=torch.ones(size, length, dtype=torch.bool),
-        tokens=torch.zeros(size, length, dtype=torch.int64),
-    )
-
-
-def _steps(size: int) -> Tensor:
-    return torch.zeros(size, dtype=torch.int64)
 
 
 def _short(count: float) -> str:

@@ -1,8 +1,10 @@
-"""How operations and kept activations are counted while a network runs, on the meta device too."""
+"""How the operations and the kept activations of a network are counted while it runs, on the meta device too."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +13,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from models.clip_config import ClipDims
+from models.diffusion.config import DiffusionConfig, SamplerConfig
+from models.diffusion.process import Denoise, Diffusion
+from models.diffusion.samplers import config_timesteps
+from models.text import TextEncoding
+
+_COUNTED = 2
+"""Samples in the batch that is counted; one would be too few for the batch norms of CLIP's ResNet."""
 
 
 class Counter(TorchDispatchMode):
@@ -84,3 +95,69 @@ class Kept(contextlib.AbstractContextManager["Kept"]):
 def _identity(tensor: Tensor) -> int:
     storage: Any = tensor.untyped_storage()
     return int(storage._cdata)  # tensors without data have no address
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is counted of a network."""
+
+    run: Callable[[int], Tensor]
+    """(number of samples) -> something to differentiate: the forward pass of a training."""
+    sampling_flops: float
+    """Operations of all network calls for one result."""
+    num_calls: int
+    """Network calls of one chain; guidance doubles the items of each."""
+
+
+def count(run: Callable[[], object]) -> float:
+    """Operations of one call of ``run``."""
+    with Counter() as counter:
+        run()
+    return counter.flops
+
+
+def count_training_pass(network: nn.Module, run: Callable[[int], Tensor]) -> tuple[float, float]:
+    """Operations of a forward and a backward pass of one sample, and the bytes kept between them."""
+    network.train()
+    with Counter() as counter:
+        with Kept(network) as kept:
+            loss = run(_COUNTED)
+        loss.backward()
+    network.zero_grad(set_to_none=True)
+    return counter.flops / _COUNTED, kept.num_bytes / _COUNTED
+
+
+def count_chain(
+    network: nn.Module, diffusion: DiffusionConfig, sampler: SamplerConfig, make: Callable[[], Denoise], x: Tensor
+) -> tuple[float, int]:
+    """Operations and network calls of one whole chain.
+
+    Args:
+        network: The network; left in evaluation mode.
+        diffusion: Its process.
+        sampler: How it is sampled.
+        make: Encodes the condition and returns the denoiser.
+        x: Something in the shape of one sample, (1, ...).
+    """
+    network.eval()
+    calls = len(config_timesteps(sampler, Diffusion(diffusion)))
+    calls = 2 * calls - 1 if sampler.method == "heun" else calls
+    denoisers: list[Denoise] = []
+    before = count(lambda: denoisers.append(make()))
+    return before + calls * count(lambda: denoisers[0](x, first_steps(1))), calls
+
+
+def full_captions(dims: ClipDims, size: int) -> TextEncoding:
+    """``size`` captions of full length, all zeros."""
+    length = dims.context_length
+    return TextEncoding(
+        pooled=torch.zeros(size, dims.embed_dim),
+        hidden=torch.zeros(size, length, dims.text_width),
+        mask=torch.ones(size, length, dtype=torch.bool),
+        tokens=torch.zeros(size, length, dtype=torch.int64),
+    )
+
+
+def first_steps(size: int) -> Tensor:
+    """Timestep 0 of ``size`` samples."""
+    return torch.zeros(size, dtype=torch.int64)

@@ -1,15 +1,21 @@
-"""The decoder's part of a training: the loss of one batch (arXiv:2204.06125, section 2.1)."""
+"""The decoder: its loss, its measures and its cost (arXiv:2204.06125, section 2.1)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from models.cascade import decoder_denoiser
+from models.decoder.config import DecoderConfig
 from models.decoder.inpainting import draw_regions, known_planes
 from models.decoder.network import Decoder
-from models.pixels import resize_crop, to_pixels
+from models.diffusion.process import Denoise, Diffusion
+from models.pixels import resize_crop, to_pixels, to_uint8
 from pipeline.data.batches import Batch, TextEncoder
+from pipeline.networks.counting import Work, count_chain, first_steps, full_captions
 from pipeline.networks.diffusion_loss import DiffusionLoss, draw_keep
+from pipeline.networks.kind import OF_DIFFUSION, NetworkKind
+from pipeline.networks.measuring import ValidationRows, mean_cosine, sample_few_steps
 
 
 class DecoderObjective(nn.Module):
@@ -43,3 +49,50 @@ class DecoderObjective(nn.Module):
             known = known_planes(x0, drawn)
         condition = network.encode_condition(z_image, text, keep_image=keep_image, keep_text=keep_text, known=known)
         return self._loss(lambda x, t: network(x, t, condition), x0, generator)
+
+
+def _measure(decoder: Decoder, rows: ValidationRows) -> dict[str, float]:
+    """Cosines of what CLIP sees in pictures sampled from a true z_image: to it, and to another picture's."""
+    side_px, z_image = decoder.config.image_px, rows.batch.require_z_image()
+    denoise = decoder_denoiser(decoder, z_image, rows.text)
+    x = rows.noise().normal((3, side_px, side_px), device=z_image.device)
+    pictures = to_uint8(sample_few_steps(denoise, x, Diffusion(decoder.config.diffusion), clip=True))
+    embeddings = rows.clip.encode_image(pictures)
+    references = {"z_image": z_image, "unrelated_image": z_image.roll(1, dims=0)}
+    return {f"cos_{name}": mean_cosine(embeddings, vectors) for name, vectors in references.items()}
+
+
+def _work(decoder: Decoder, _clip: object) -> Work:
+    config, dims = decoder.config, decoder.dims
+    shape = (3, config.image_px, config.image_px)
+
+    def run(size: int) -> Tensor:
+        condition = decoder.encode_condition(torch.zeros(size, dims.embed_dim), full_captions(dims, size))
+        return decoder(torch.zeros(size, *shape), first_steps(size), condition).sum()
+
+    def denoiser() -> Denoise:
+        z_image = torch.zeros(1, dims.embed_dim)
+        return decoder_denoiser(decoder, z_image, full_captions(dims, 1), config.sampler.guidance_scale)
+
+    return Work(run, *count_chain(decoder, config.diffusion, config.sampler, denoiser, torch.zeros(1, *shape)))
+
+
+def _compiled(decoder: Decoder) -> tuple[nn.Module, ...]:
+    """The text transformer runs before the UNet, in a call of its own."""
+    return (decoder,) if decoder.text_transformer is None else (decoder, decoder.text_transformer)
+
+
+DECODER = NetworkKind(
+    name="decoder",
+    config=DecoderConfig,
+    create=Decoder,
+    objective=DecoderObjective,
+    work=_work,
+    measure=_measure,
+    pictures=True,
+    embeddings=True,
+    captions=True,
+    meaning=("image_norm", *OF_DIFFUSION),
+    channels_last=True,
+    compiled=_compiled,
+)

@@ -36,7 +36,8 @@ from models.interchange.towers import export_text, export_tokenizer, import_towe
 from models.prior.network import Prior
 from pipeline.clip import NO_IMAGE_TOWER, FrozenText, OpenClip, build_clip, freeze, load_clip
 from pipeline.errors import ConfigError, DataError
-from pipeline.networks.files import NetworkConfig, save_clip_artifact, save_network
+from pipeline.networks.clip import save_clip_artifact
+from pipeline.networks.files import NetworkConfig, save_network
 from pipeline.recipe.recipe import default_tables, to_dict
 from pipeline.workspace.store import Artifact
 
@@ -100,7 +101,7 @@ def export_diffusers(cascade: Cascade, clip: FrozenText, folder: Path) -> list[s
     save_clip_artifact(Artifact(f"{out.uri}/clip"), clip.clip)
     for number, upsampler in enumerate(cascade.upsamplers[1:], start=2):
         target = Artifact(f"{out.uri}/upsampler_{number}")
-        save_network(target, "upsampler", upsampler.config, None, upsampler.state_dict())
+        save_network(target, upsampler.config, None, upsampler.state_dict())
     index = {"_class_name": "UnCLIPPipeline", "_diffusers_version": DIFFUSERS_VERSION}
     out.write_json(MODEL_INDEX, index | {name: list(kind) for name, kind in _PARTS.items()})
     return _notes(cascade)
@@ -249,7 +250,7 @@ def import_diffusers(folder: Path, out: Path) -> list[str]:
     }
     save_clip_artifact(Artifact(f"{target.uri}/clip"), clip)
     for name, (config, widths, state) in networks.items():
-        save_network(Artifact(f"{target.uri}/{name}"), name.partition("_")[0], config, widths, state)
+        save_network(Artifact(f"{target.uri}/{name}"), config, widths, state)
     target.write_bytes(
         "recipe.toml", _recipe(out, {name: config for name, (config, _, _) in networks.items()}).encode()
     )

@@ -1,13 +1,24 @@
-"""The prior's part of a training: the loss of one batch (arXiv:2204.06125, section 2.2)."""
+"""The diffusion prior: its loss, its measures, its cost, the end of its training (arXiv:2204.06125, section 2.2)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from models.cascade import prior_denoiser
+from models.diffusion.analytic import X0Variance
+from models.diffusion.noise import NoiseSource, derive_seed
+from models.diffusion.process import Denoise, Diffusion
+from models.diffusion.samplers import config_timesteps
+from models.prior.config import PriorConfig
 from models.prior.network import Prior
-from pipeline.data.batches import Batch, TextEncoder
+from pipeline.data.batches import Batch, Samples, TextEncoder
+from pipeline.networks.counting import Work, count_chain, first_steps, full_captions
 from pipeline.networks.diffusion_loss import DiffusionLoss, draw_keep
+from pipeline.networks.kind import OF_DIFFUSION, NetworkKind
+from pipeline.networks.measuring import ValidationRows, cosines_to_captions, sample_few_steps
+
+_ANALYTIC_ROWS = 512
 
 
 class PriorObjective(nn.Module):
@@ -33,3 +44,54 @@ class PriorObjective(nn.Module):
         x0 = network.scale(z_image)
         condition = network.encode_condition(text, keep=keep)
         return self._loss(lambda x, t: network(x, t, condition), x0, generator)
+
+
+def _measure(prior: Prior, rows: ValidationRows) -> dict[str, float]:
+    x = rows.noise().normal((prior.dims.embed_dim,), device=rows.batch.require_z_image().device)
+    diffusion = Diffusion(prior.config.diffusion)
+    z_image = prior.unscale(sample_few_steps(prior_denoiser(prior, rows.text), x, diffusion, clip=False))
+    return cosines_to_captions(z_image, rows)
+
+
+def _work(prior: Prior, _clip: object) -> Work:
+    config, dims = prior.config, prior.dims
+
+    def run(size: int) -> Tensor:
+        condition = prior.encode_condition(full_captions(dims, size))
+        return prior(torch.zeros(size, dims.embed_dim), first_steps(size), condition).sum()
+
+    def denoiser() -> Denoise:
+        return prior_denoiser(prior, full_captions(dims, 1), config.sampler.guidance_scale)
+
+    flops, calls = count_chain(prior, config.diffusion, config.sampler, denoiser, torch.zeros(1, dims.embed_dim))
+    return Work(run, flops * config.num_candidates, calls)
+
+
+def _measure_x0_variance(prior: Prior, encode: TextEncoder, train: Samples, seed: int) -> None:
+    """Fill in what analytic sampling needs, from training rows."""
+    if prior.config.sampler.method != "analytic":
+        return
+    batch = train.first(_ANALYTIC_ROWS)
+    assert batch is not None
+    batch = batch.to(prior.z_mean.device)
+    diffusion = Diffusion(prior.config.diffusion)
+    measure = X0Variance(diffusion, config_timesteps(prior.config.sampler, diffusion))
+    noise = NoiseSource.from_seeds([derive_seed(seed, f"analytic/{row}") for row in range(len(batch))])
+    with torch.no_grad():
+        x0 = prior.scale(batch.require_z_image())
+        measure.update(prior_denoiser(prior, encode(batch.captions)), x0, noise)
+    prior.x0_variance.copy_(measure.table())
+
+
+PRIOR = NetworkKind(
+    name="prior",
+    config=PriorConfig,
+    create=Prior,
+    objective=PriorObjective,
+    work=_work,
+    measure=_measure,
+    embeddings=True,
+    captions=True,
+    meaning=("image_norm", *OF_DIFFUSION),
+    finish=_measure_x0_variance,
+)

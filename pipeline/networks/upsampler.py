@@ -1,16 +1,22 @@
-"""An upsampler's part of a training: the loss of one batch of crops (arXiv:2204.06125, section 2.1 and appendix C)."""
+"""An upsampler: its loss on crops, its measures and its cost (arXiv:2204.06125, section 2.1 and appendix C)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from models.pixels import resize_crop, to_pixels
-from models.upsampler.degradation import random_crop
+from models.diffusion.process import Denoise, Diffusion
+from models.pixels import resize_crop, to_pixels, to_uint8
+from models.upsampler.config import UpsamplerConfig
+from models.upsampler.degradation import random_crop, resize
 from models.upsampler.low_res import spoilt_low_res
 from models.upsampler.network import Upsampler
 from pipeline.data.batches import Batch
+from pipeline.networks.counting import Work, count_chain, first_steps
 from pipeline.networks.diffusion_loss import DiffusionLoss, draw_normal
+from pipeline.networks.kind import NetworkKind
+from pipeline.networks.measuring import ValidationRows, sample_few_steps
+from pipeline.networks.quality import psnr_db
 
 
 class UpsamplerObjective(nn.Module):
@@ -40,3 +46,49 @@ class UpsamplerObjective(nn.Module):
         if not largest:
             return None, None
         return torch.rand(len(x0), generator=generator).to(x0.device) * largest, draw_normal(x0, generator)
+
+
+def _measure(upsampler: Upsampler, rows: ValidationRows) -> dict[str, float]:
+    """PSNR of pictures made small and enlarged again, and that of bicubic enlargement."""
+    config = upsampler.config
+    large = resize(to_pixels(rows.batch.require_images()), config.image_px)
+    small = resize(large, config.low_res_px)
+    x, condition = upsampler.begin(small, rows.noise())
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        return upsampler(x, t, condition)
+
+    ours = sample_few_steps(denoise, x, Diffusion(config.diffusion), clip=True)
+    real = to_uint8(large).cpu().numpy()
+    # Equal pictures have no finite ratio: a blank page counts as 99 dB, as in the evaluation.
+    return {
+        name: float(psnr_db(to_uint8(pixels).cpu().numpy(), real).clip(max=99.0).mean())
+        for name, pixels in (("psnr_db", ours), ("bicubic_psnr_db", resize(small, config.image_px)))
+    }
+
+
+def _work(upsampler: Upsampler, _clip: object) -> Work:
+    config = upsampler.config
+
+    def run(size: int) -> Tensor:
+        crops = torch.zeros(size, 3, config.crop_px, config.crop_px)
+        return upsampler(crops, first_steps(size), crops).sum()
+
+    def denoiser() -> Denoise:
+        condition = torch.zeros(1, 3, config.image_px, config.image_px)
+        return lambda x, t: upsampler(x, t, condition)
+
+    x = torch.zeros(1, 3, config.image_px, config.image_px)
+    return Work(run, *count_chain(upsampler, config.diffusion, config.sampler, denoiser, x))
+
+
+UPSAMPLER = NetworkKind(
+    name="upsampler",
+    config=UpsamplerConfig,
+    create=lambda config, _: Upsampler(config),
+    objective=lambda network, _: UpsamplerObjective(network),
+    work=_work,
+    measure=_measure,
+    pictures=True,
+    channels_last=True,
+)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipeline.data.pictures import read_file
 from pipeline.errors import ConfigError
-from pipeline.networks.files import load_clip_artifact
+from pipeline.networks.clip import load_clip_artifact
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.retrieve.build import Modality

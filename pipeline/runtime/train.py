@@ -119,7 +119,7 @@ def _run_worker(context: StepContext, rank: int = 0, world_size: int = 1) -> Jso
     progress = Progress(context.output)
     import torch
 
-    from pipeline.networks.kind import TrainJob
+    from pipeline.train.assemble import TrainJob
     from pipeline.train.job import run_job
 
     name, output = context.step.name, context.output
@@ -188,7 +188,8 @@ def _cause(error: Exception) -> str:
 
 def _take_pretrained(context: StepContext) -> StepResult:
     from pipeline.clip import load_pretrained
-    from pipeline.networks.files import num_parameters, save_clip_artifact
+    from pipeline.networks.clip import save_clip_artifact
+    from pipeline.networks.files import num_parameters
 
     section, progress = context.recipe.clip, Progress(context.output)
     progress.update(0, 1, "networks", f"loading {section.name}", force=True)

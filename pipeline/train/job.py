@@ -9,30 +9,22 @@ from typing import Any
 
 import torch
 import torch.distributed
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models.ar_prior.network import ArPrior
-from models.decoder.network import Decoder
-from models.diffusion.noise import derive_seed
-from models.noisy_clip.network import NoisyClip
-from models.prior.network import Prior
-from models.upsampler.network import Upsampler
 from pipeline.data.batches import Share, iterate_batches, plan_order
 from pipeline.errors import ResumeError
 from pipeline.networks.diffusion_loss import draws_of
 from pipeline.networks.files import num_parameters
-from pipeline.networks.kind import Parts, TrainJob, assemble, part_of
+from pipeline.train.assemble import TrainJob, assemble
 from pipeline.train.loop import learning_rate, make_step, train
 from pipeline.train.state import TrainState, create_state, load_newest_checkpoint, save_checkpoint
-from pipeline.train.validation import Measures
+from pipeline.train.validation import Validation
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Artifact
 
 Json = dict[str, Any]
 Watch = Callable[[int, int, str], None]
-"""Told (steps done, steps in all, message) by rank 0 at every log line."""
-_VALIDATION_ROWS = 128
+"""Called with (steps done, steps in all, message) by rank 0 at every log line."""
 
 
 def run_job(job: TrainJob, watch: Watch) -> Json:
@@ -59,20 +51,15 @@ def run_job(job: TrainJob, watch: Watch) -> Json:
     load_newest_checkpoint(state, job.output, job.digest)
     _require_same_step(state)
     if resources.compiled:
-        compile_network(state.network)
+        for module in job.kind.compiled(state.network):
+            module.compile()  # lazily and in place, so that state_dict names do not change
     if job.world_size > 1:
         objective = DistributedDataParallel(objective)
     order = plan_order(parts.train, job.seed, where=job.name)
     share = Share(config.batch_size, job.rank, job.world_size)
     prefetch = job.num_threads > 1 or job.device.type != "cpu"
     log = MetricsLog(job.output, state.step)
-    measures = Measures(parts.validation, job.inputs.get("clip"), job.seed, job.device)
-
-    def validation() -> dict[str, float]:
-        loss = _validation_loss(parts, state.ema, job)
-        if loss is None:
-            return {}
-        return {"val_loss": loss} | {f"val_{name}": value for name, value in measures(state.ema).items()}
+    validation = Validation(job, parts)
 
     def report(state: TrainState) -> None:
         if is_first:
@@ -81,7 +68,7 @@ def run_job(job: TrainJob, watch: Watch) -> Json:
 
     def save(state: TrainState) -> None:
         if is_first:
-            log.add_validation(state.step, validation())
+            log.add_validation(state.step, validation(state.ema))
             log.flush()
             save_checkpoint(state, job.output, job.digest, resources.num_checkpoints)
 
@@ -92,23 +79,10 @@ def run_job(job: TrainJob, watch: Watch) -> Json:
         train(state, step_fn, batches, config, resources, save, report)
     if not is_first:
         return {}
-    log.add_validation(state.step, validation())
+    log.add_validation(state.step, validation(state.ema))
     log.flush()
     parts.publish(state.ema)
     return log.summary() | {"num_parameters": num_parameters(state.network), "num_steps": state.step}
-
-
-def compile_network(network: nn.Module) -> None:
-    """Let ``network`` be compiled when it is first called, in place: its weights, names and copies stay what they are.
-
-    open_clip's networks stay as they are: their forward is not written for one graph.
-    """
-    if not isinstance(network, Prior | ArPrior | Decoder | NoisyClip | Upsampler):
-        return
-    network.compile()
-    text = network.text_transformer if isinstance(network, Decoder) else None
-    if text is not None:
-        text.compile()
 
 
 class MetricsLog:
@@ -133,10 +107,10 @@ class MetricsLog:
         self.rows.append({"step": state.step, "loss": loss, "grad_norm": float(state.grad_norm), "lr": rate})
         return loss
 
-    def add_validation(self, step: int, found: dict[str, float]) -> None:
+    def add_validation(self, step: int, measured: dict[str, float]) -> None:
         """Add loss and measures on the validation split, if there is one; their names begin with ``val_``."""
-        if found:
-            self.rows.append({"step": step, **found})
+        if measured:
+            self.rows.append({"step": step, **measured})
 
     def flush(self) -> None:
         """Publish all rows."""
@@ -149,21 +123,6 @@ class MetricsLog:
         for row in self.rows:
             last |= {name: value for name, value in row.items() if name == "loss" or name.startswith("val_")}
         return last
-
-
-@torch.no_grad()
-def _validation_loss(parts: Parts, average: nn.Module, job: TrainJob) -> float | None:
-    """Mean loss of the averaged network on the first validation rows, with the same draws at every call."""
-    rows = parts.validation.first(_VALIDATION_ROWS)
-    if rows is None:
-        return None
-    objective, size = parts.objective(average).eval(), job.section.train.batch_size
-    generator = torch.Generator().manual_seed(derive_seed(job.seed, "validation"))
-    total = 0.0
-    for start in range(0, len(rows), size):
-        batch = part_of(rows, slice(start, start + size)).to(job.device)
-        total += float(objective(batch, generator)) * len(batch)
-    return total / len(rows)
 
 
 def _require_same_step(state: TrainState) -> None:

@@ -19,7 +19,9 @@ from pipeline.data.embed import Embedder
 from pipeline.data.pictures import to_png
 from pipeline.data.rows import make_uid
 from pipeline.evaluate.metrics import Rate
-from pipeline.networks.files import build_network, save_clip_artifact, save_network
+from pipeline.networks.clip import save_clip_artifact
+from pipeline.networks.files import save_network
+from pipeline.networks.table import kind_of
 from pipeline.recipe.plan import Step, artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.retrieve.build import build_index
@@ -269,12 +271,10 @@ def _write_networks(recipe: Recipe, artifacts: dict[str, Artifact]) -> None:
     for name, section in sorted(recipe.trained().items(), key=lambda item: item[0] == "prior_2"):
         if name != "clip":
             config: Any = section.model
-            network = build_network(config, recipe.clip.model.dims())
+            network = kind_of(config).create(config, recipe.clip.model.dims())
             for parameter in network.parameters():  # those that start at zero too
                 torch.nn.init.normal_(parameter, std=0.1)
-            kind = "ar_prior" if name == "prior_2" else name.split("_")[0]
-            dims = None if kind == "upsampler" else recipe.clip.model.dims()
-            save_network(artifacts[name], kind, config, dims, network.state_dict())
+            save_network(artifacts[name], config, recipe.clip.model.dims(), network.state_dict())
 
 
 def build_tiny_workspace(recipe: Recipe) -> None:

@@ -23,7 +23,8 @@ from pipeline.clip import FrozenClip, FrozenText, load_pretrained
 from pipeline.errors import ConfigError, DataError
 from pipeline.networks.cascade import load_cascade
 from pipeline.networks.diffusers import export_diffusers, export_native, import_diffusers
-from pipeline.networks.files import load_clip_artifact, load_initial, load_network, load_text_artifact, save_network
+from pipeline.networks.clip import load_clip_artifact, load_text_artifact
+from pipeline.networks.files import load_initial, load_network, save_network
 from pipeline.recipe.recipe import load_recipe
 from pipeline.workspace.store import Artifact
 from tests.oracles.tiny_export import DECODER, PRIOR, UPSAMPLER, make_cascade, save_cascade
@@ -429,7 +430,7 @@ def test_initial_weights_of_another_shape_or_process_are_refused(tmp_path: Path)
         load_initial(Decoder(replace(DECODER, diffusion=process), cascade.clip.dims), str(tmp_path / "decoder"))
     config = ArPriorConfig(width=8, depth=1, num_heads=2, num_components=2)
     prior, artifact = ArPrior(config, cascade.clip.dims), Artifact(str(tmp_path / "tokens"))
-    save_network(artifact, "ar_prior", config, cascade.clip.dims, prior.state_dict())
+    save_network(artifact, config, cascade.clip.dims, prior.state_dict())
     with pytest.raises(DataError, match=r"bucket_range_std = 5\.0, the recipe says 4\.0"):
         load_initial(ArPrior(replace(config, bucket_range_std=4.0), cascade.clip.dims), artifact.uri)
     started = ArPrior(config, cascade.clip.dims)

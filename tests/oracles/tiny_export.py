@@ -17,7 +17,8 @@ from models.prior.network import Prior
 from models.upsampler.config import UpsamplerConfig
 from models.upsampler.network import Upsampler
 from pipeline.clip import FrozenClip, create_clip
-from pipeline.networks.files import save_clip_artifact, save_network
+from pipeline.networks.clip import save_clip_artifact
+from pipeline.networks.files import save_network
 from pipeline.workspace.store import Artifact
 
 CLIP = ClipConfig(
@@ -83,8 +84,8 @@ def save_cascade(cascade: Cascade, folder: Path) -> dict[str, Artifact]:
     artifacts = {name: Artifact(str(folder / name)) for name in names}
     save_clip_artifact(artifacts["clip"], cascade.clip.clip)
     dims = cascade.clip.dims
-    save_network(artifacts["prior"], "prior", cascade.prior.config, dims, cascade.prior.state_dict())
-    save_network(artifacts["decoder"], "decoder", cascade.decoder.config, dims, cascade.decoder.state_dict())
+    save_network(artifacts["prior"], cascade.prior.config, dims, cascade.prior.state_dict())
+    save_network(artifacts["decoder"], cascade.decoder.config, dims, cascade.decoder.state_dict())
     for number, network in enumerate(cascade.upsamplers, start=1):
-        save_network(artifacts[f"upsampler_{number}"], "upsampler", network.config, None, network.state_dict())
+        save_network(artifacts[f"upsampler_{number}"], network.config, None, network.state_dict())
     return artifacts

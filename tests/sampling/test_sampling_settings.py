@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prior = load_network(artifact)
     assert isinstance(prior, Prior)
     prior.image_in.weight.mul_(30)  # else what it predicts hardly depends on where its chain stands
-    save_network(artifact, "prior", prior.config, prior.dims, prior.state_dict())
+    save_network(artifact, prior.config, prior.dims, prior.state_dict())
     return folder
 
 

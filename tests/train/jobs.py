@@ -8,9 +8,9 @@ import torch
 from models.clip_config import ClipConfig
 from models.diffusion.config import DiffusionConfig
 from pipeline.clip import create_clip
-from pipeline.networks.files import save_clip_artifact
-from pipeline.networks.kind import TrainJob
+from pipeline.networks.clip import save_clip_artifact
 from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.train.assemble import TrainJob
 from pipeline.workspace.store import Artifact
 from tests.train.data import EMBED_DIM, write_download, write_embed
 

@@ -12,9 +12,10 @@ from models.decoder.network import Decoder
 from models.prior.network import EMBEDDING_SCALE
 from pipeline.errors import DataError, ResumeError
 from pipeline.networks.cascade import load_cascade, with_prior
-from pipeline.networks.files import load_clip_artifact, load_network
-from pipeline.networks.kind import TrainJob, assemble
+from pipeline.networks.clip import load_clip_artifact
+from pipeline.networks.files import load_network
 from pipeline.recipe.recipe import Recipe
+from pipeline.train.assemble import TrainJob, assemble
 from pipeline.train.job import run_job
 from pipeline.train.state import checkpoint_name
 from pipeline.workspace.progress import METRICS

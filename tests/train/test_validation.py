@@ -1,6 +1,7 @@
 """What a network draws while it is trained: against what is known of the networks, with the same seeds each time."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,15 +15,14 @@ from models.decoder.network import Decoder
 from models.prior.network import Prior
 from models.upsampler.network import Upsampler
 from pipeline.clip import FrozenClip
-from pipeline.networks.files import load_clip_artifact
-from pipeline.networks.kind import assemble
+from pipeline.networks.clip import load_clip_artifact
+from pipeline.networks.measuring import NUM_EMBEDDINGS
+from pipeline.train.assemble import assemble
 from pipeline.train.job import run_job
-from pipeline.train.validation import NUM_EMBEDDINGS, Measures
+from pipeline.train.validation import Validation
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Artifact
 from tests.train.jobs import no_watch, tiny_inputs, tiny_job
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +30,23 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     return tiny_inputs(tmp_path_factory.mktemp("measures"))
 
 
+Measures = Callable[[nn.Module], dict[str, float]]
+
+
 def network_and_measures(name: str, inputs: dict[str, Artifact], folder: Path) -> tuple[nn.Module, Measures]:
+    """A network with random weights, and the measures of its training by their own names, the loss left out."""
     job = tiny_job(name, inputs, folder)
     parts = assemble(job)
     for parameter in parts.network.parameters():
         nn.init.normal_(parameter, std=0.1)
-    return parts.network.eval(), Measures(parts.validation, inputs["clip"], job.seed, CPU)
+    validation = Validation(job, parts)
+
+    def measures(network: nn.Module) -> dict[str, float]:
+        values = validation(network)
+        assert values.pop("val_loss") > 0
+        return {name.removeprefix("val_"): value for name, value in values.items()}
+
+    return parts.network.eval(), measures
 
 
 def test_a_prior_is_measured_by_cosines_to_its_own_and_to_other_rows(

@@ -1,0 +1,81 @@
+"""What the measures of a network in training share: a few validation rows, and the way in which it is sampled.
+
+The seeds and the sampler are always the same, and not the recipe's: how a network is sampled is no part of its
+training. Legend: B rows, D joint space.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.diffusion.config import SamplerConfig
+from models.diffusion.noise import NoiseSource, derive_seed
+from models.diffusion.process import Denoise, Diffusion
+from models.diffusion.samplers import sample
+from models.text import TextEncoding
+from pipeline.data.batches import Batch
+
+if TYPE_CHECKING:
+    from pipeline.clip import FrozenClip
+
+NUM_EMBEDDINGS = 64
+"""Rows on which a network of embeddings is measured."""
+_NUM_PICTURES = 8
+_MOST_PIXELS = 1 << 19
+_NUM_STEPS = 15
+"""Steps of DDIM without noise or guidance."""
+
+
+def num_pictures(side_px: int) -> int:
+    """Rows on which a network of pictures is measured: 8, fewer where these would pass 2^19 pixels, at least one."""
+    return max(1, min(_NUM_PICTURES, _MOST_PIXELS // side_px**2))
+
+
+@dataclass(frozen=True)
+class ValidationRows:
+    """The first validation rows of one training; what does not change from time to time is computed once."""
+
+    batch: Batch
+    """On the device of the network."""
+    frozen_clip: FrozenClip | None
+    """None for a network that does not read captions."""
+    seed: int
+    """Of the training."""
+
+    @property
+    def clip(self) -> FrozenClip:
+        """The frozen CLIP, which this training was set up to read."""
+        assert self.frozen_clip is not None
+        return self.frozen_clip
+
+    @cached_property
+    def text(self) -> TextEncoding:
+        """The captions of the rows."""
+        return self.clip.encode_text(self.batch.captions)
+
+    def noise(self) -> NoiseSource:
+        """Noise for each row, the same at every call."""
+        return NoiseSource.from_seeds([derive_seed(self.seed, f"measures/{row}") for row in range(len(self.batch))])
+
+
+def sample_few_steps(denoise: Denoise, x: Tensor, diffusion: Diffusion, *, clip: bool) -> Tensor:
+    """Samples from the noise ``x``, (B, ...), by a few steps of DDIM."""
+    num_steps = min(_NUM_STEPS, diffusion.num_timesteps)
+    return sample(denoise, x, diffusion, SamplerConfig(method="ddim", num_steps=num_steps, clip_x0=clip))
+
+
+def mean_cosine(a: Tensor, b: Tensor) -> float:
+    """Mean cosine of the rows of two (B, D) tensors."""
+    return float(F.cosine_similarity(a.double(), b.double()).mean())
+
+
+def cosines_to_captions(z_image: Tensor, rows: ValidationRows) -> dict[str, float]:
+    """Mean cosine of sampled embeddings (B, D) to the true z_image, to z_text, and to another caption's z_text."""
+    z_text = rows.text.z_text
+    references = {"z_image": rows.batch.require_z_image(), "z_text": z_text, "unrelated_text": z_text.roll(1, dims=0)}
+    return {f"cos_{name}": mean_cosine(z_image, vectors) for name, vectors in references.items()}

@@ -1,0 +1,147 @@
+"""What the training of a network is put together from: the rows it reads, the network, its loss, what it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from models.clip_config import ClipDims
+from models.diffusion.noise import derive_seed
+from models.layers.checkpointing import set_checkpointing
+from models.text import NullText, TextEncoding
+from pipeline.data.batches import CaptionTable, Samples, TextEncoder
+from pipeline.data.training_rows import ShardReader
+from pipeline.networks.clip import load_clip_artifact
+from pipeline.networks.files import load_initial, save_network
+from pipeline.networks.kind import AnyKind
+from pipeline.networks.table import kind_of
+from pipeline.recipe.recipe import Recipe, TrainedSection
+from pipeline.workspace.store import Artifact
+
+if TYPE_CHECKING:
+    from pipeline.clip import FrozenClip
+
+CAPTION_TABLE_BYTES = 512 << 20
+"""Encodings of all captions are kept when they take no more than this."""
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One network to train on one worker."""
+
+    name: str
+    """Step name."""
+    recipe: Recipe
+    inputs: dict[str, Artifact]
+    """Committed artifacts, by step name."""
+    output: Artifact
+    digest: str
+    """The step's key: what a checkpoint belongs to."""
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    num_threads: int = 1
+    """Threads of this worker that decode pictures."""
+
+    @property
+    def section(self) -> TrainedSection:
+        """The recipe's section of this step."""
+        return self.recipe.trained()[self.name]
+
+    @property
+    def kind(self) -> AnyKind:
+        """The row of the network that this step trains."""
+        return kind_of(self.section.model)
+
+    @property
+    def seed(self) -> int:
+        """Seed of this training alone."""
+        return derive_seed(self.recipe.seed, self.name)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The pieces that the loop puts together."""
+
+    network: nn.Module
+    objective: Callable[[nn.Module], nn.Module]
+    """Loss module (batch, generator) -> mean loss, around the network or its average."""
+    train: Samples
+    validation: Samples
+    publish: Callable[[nn.Module], None]
+    """Write a network as the step's artifact."""
+    clip: FrozenClip | None
+    """For a kind that reads captions."""
+
+
+def assemble(job: TrainJob) -> Parts:
+    """Build the pieces; the network's first weights depend on the seed alone.
+
+    Raises:
+        DataError: If the input artifacts are damaged or do not fit together.
+    """
+    torch.manual_seed(derive_seed(job.seed, "weights"))
+    kind = job.kind
+    clip = load_clip_artifact(job.inputs["clip"], job.device) if kind.captions else None
+    network = _create(job, clip)
+    train, validation = (_samples(job, split) for split in ("train", "validation"))
+    encode = _no_captions if clip is None else _caption_table(clip, train)
+
+    def publish(trained: nn.Module) -> None:
+        if kind.finish is not None:
+            kind.finish(trained, encode, train, job.seed)
+        if kind.publish is not None:
+            kind.publish(job.output, trained)
+        else:
+            config: Any = trained.config
+            save_network(job.output, config, None if clip is None else clip.dims, trained.state_dict())
+
+    return Parts(network, lambda module: kind.objective(module, encode), train, validation, publish, clip)
+
+
+def _create(job: TrainJob, clip: FrozenClip | None) -> nn.Module:
+    kind, section = job.kind, job.section
+    dims = ClipDims() if clip is None else clip.dims
+    if kind.create_on_data is not None:
+        network = kind.create_on_data(section.model, dims, job.inputs["embed"])
+    else:
+        network = kind.create(section.model, dims)
+    init_from = getattr(section, "init_from", "")
+    if init_from:
+        load_initial(network, init_from)
+    if clip is not None:
+        empty = clip.encode_text([""])
+        for module in network.modules():
+            if isinstance(module, NullText):
+                module.set(empty)
+    if kind.channels_last:
+        network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (missing in the stubs)
+    set_checkpointing(network, enabled=section.resources.checkpointing)
+    return network
+
+
+def _samples(job: TrainJob, split: str) -> Samples:
+    """Rows of one split, with what this kind of network reads of them."""
+    kind, config = job.kind, job.section.model
+    image_px: int = getattr(config, "image_px") if kind.pictures else 0  # noqa: B009  (kinds of pictures have it)
+    download = job.inputs["download"] if kind.pictures else None
+    embed = job.inputs["embed"] if kind.embeddings else None
+    return Samples(ShardReader(download, embed, split), image_px, num_threads=job.num_threads)
+
+
+def _no_captions(captions: Sequence[str]) -> TextEncoding:
+    raise AssertionError(
+        f"{len(captions)} captions to encode: a kind of network that reads captions says so in its row"
+    )
+
+
+def _caption_table(clip: FrozenClip, train: Samples) -> TextEncoder:
+    """Captions encoded once where they are few, batch by batch otherwise."""
+    row_bytes = 4 * (clip.dims.context_length * clip.dims.text_width + clip.dims.embed_dim)
+    if train.num_rows * row_bytes > CAPTION_TABLE_BYTES:
+        return CaptionTable(clip.encode_text, None)
+    return CaptionTable(clip.encode_text, train.reader.captions())
