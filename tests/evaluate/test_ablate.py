@@ -24,7 +24,7 @@ from pipeline.evaluate import metrics as m
 from pipeline.evaluate.ablate import AblationRunner, ablate_recipe, ablation_step, format_ablation, plan_variants
 from pipeline.evaluate.parts import Part, picture_seed, read_part
 from pipeline.evaluate.prompts import Prompt, PromptSet, choose_prompts
-from pipeline.networks.files import build_network
+from pipeline.networks.table import kind_of
 from pipeline.recipe.plan import artifact_of, inputs_of
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.shapes.draw import draw_array
@@ -131,7 +131,7 @@ def test_caption_alone_means_the_decoders_own_null_at_every_width(tiny: Recipe, 
     """At D = 16 the square root of D and the decoder's factor are one number; at 512 they differ by 29 %."""
     torch.manual_seed(0)
     clip = FrozenClip(create_clip(replace(tiny.clip.model, embed_dim=512)))
-    networks: list[Any] = [build_network(config.model, clip.dims) for config in (tiny.prior, tiny.decoder)]
+    networks: list[Any] = [kind_of(config.model).create(config.model, clip.dims) for config in (tiny.prior, tiny.decoder)]
     for network in networks:
         randomise(network)
     prior, decoder = networks
