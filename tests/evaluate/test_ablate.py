@@ -131,7 +131,9 @@ def test_caption_alone_means_the_decoders_own_null_at_every_width(tiny: Recipe, 
     """At D = 16 the square root of D and the decoder's factor are one number; at 512 they differ by 29 %."""
     torch.manual_seed(0)
     clip = FrozenClip(create_clip(replace(tiny.clip.model, embed_dim=512)))
-    networks: list[Any] = [kind_of(config.model).create(config.model, clip.dims) for config in (tiny.prior, tiny.decoder)]
+    networks: list[Any] = [
+        kind_of(config.model).create(config.model, clip.dims) for config in (tiny.prior, tiny.decoder)
+    ]
     for network in networks:
         randomise(network)
     prior, decoder = networks

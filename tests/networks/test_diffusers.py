@@ -22,8 +22,8 @@ from models.upsampler.network import Upsampler
 from pipeline.clip import FrozenClip, FrozenText, load_pretrained
 from pipeline.errors import ConfigError, DataError
 from pipeline.networks.cascade import load_cascade
-from pipeline.networks.diffusers import export_diffusers, export_native, import_diffusers
 from pipeline.networks.clip import load_clip_artifact, load_text_artifact
+from pipeline.networks.diffusers import export_diffusers, export_native, import_diffusers
 from pipeline.networks.files import load_initial, load_network, save_network
 from pipeline.recipe.recipe import load_recipe
 from pipeline.workspace.store import Artifact
