@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Self, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from models.clip_config import ClipConfig, ClipDims
 from models.pixels import resize_crop, to_pixels
 from models.text import TextEncoding
+from pipeline.pictures import square, to_image
 
 
 def _declare_torchvision_operators() -> torch.library.Library | None:
@@ -121,13 +123,14 @@ class OpenClip:
         return self.tokenizer(list(captions), context_length=self.dims.context_length)
 
     def prepare(self, images: Tensor) -> Float[Tensor, "B 3 px px"]:
-        """Pictures as the image tower takes them: resized (bicubic, antialiased), centre-cropped, standardised.
+        """Pictures as the image tower takes them: the centre square, resized and standardised.
 
         Args:
-            images: uint8 (B, H, W, 3), or float (B, 3, H, W) in [-1, 1].
+            images: uint8 (B, H, W, 3), cut and resized as every reader of pictures does it; or a network's float
+                (B, 3, H, W) in [-1, 1], for which torch's bicubic, the same kernel without rounding, has a gradient.
         """
-        pixels = to_pixels(images) if images.dtype == torch.uint8 else images
-        pixels = resize_crop(pixels, self.image_px)
+        is_picture = images.dtype == torch.uint8
+        pixels = to_pixels(_squares(images, self.image_px)) if is_picture else resize_crop(images, self.image_px)
         mean = pixels.new_tensor(self.mean).view(1, 3, 1, 1)
         std = pixels.new_tensor(self.std).view(1, 3, 1, 1)
         return (pixels.add(1).div_(2) - mean) / std
@@ -375,6 +378,14 @@ def _assemble(
     if "vision_cfg" not in model_config:
         del model.visual  # open_clip builds no model of a text tower alone
     return wrap_clip(model, model_config, mean, std)
+
+
+def _squares(images: Tensor, side_px: int) -> Tensor:
+    """uint8 (B, H, W, 3) as (B, side_px, side_px, 3), on the same device."""
+    if images.shape[1:3] == (side_px, side_px):
+        return images
+    squares = [square(to_image(image), side_px) for image in images.cpu().numpy()]
+    return torch.from_numpy(np.stack(squares)).to(images.device)
 
 
 def _text_tower(model: nn.Module) -> Any:

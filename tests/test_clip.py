@@ -6,12 +6,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from models.clip_config import ClipConfig
 from pipeline.clip import FrozenClip, clip_loss, create_clip, load_clip, load_pretrained, open_clip, save_clip
+from pipeline.pictures import square
 from tests.tiny import ROOT
 
 CONFIG = ClipConfig(
@@ -66,12 +69,15 @@ def test_encode_image_equals_open_clip_preprocessing_and_model(frozen: FrozenCli
     torch.testing.assert_close(frozen.encode_image(images), theirs, rtol=0, atol=1e-5)
 
 
-def test_encode_image_takes_bytes_and_pixels_alike_at_any_size(frozen: FrozenClip) -> None:
+def test_encode_image_takes_pictures_of_any_size_as_every_reader_cuts_them(frozen: FrozenClip) -> None:
     images = torch.randint(0, 256, (2, 48, 40, 3), dtype=torch.uint8)
-    pixels = images.permute(0, 3, 1, 2) / 127.5 - 1
+    squares = torch.from_numpy(np.stack([square(Image.fromarray(image.numpy()), 32) for image in images]))
     embedding = frozen.encode_image(images)
-    torch.testing.assert_close(embedding, frozen.encode_image(pixels), rtol=0, atol=1e-5)
+    assert torch.equal(embedding, frozen.encode_image(squares))
     torch.testing.assert_close(embedding.norm(dim=1), torch.ones(2))
+    # A network's pixels are resized without rounding, so that gradients pass.
+    pixels = squares.permute(0, 3, 1, 2) / 127.5 - 1
+    torch.testing.assert_close(embedding, frozen.encode_image(pixels), rtol=0, atol=1e-5)
 
 
 def test_frozen_clip_stays_in_evaluation_mode_without_gradients(frozen: FrozenClip) -> None:

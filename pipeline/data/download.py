@@ -1,9 +1,9 @@
-"""The download step: img2dataset's own Downloader, resizer and WebDataset writer on one shard, checked by us.
+"""The download step: img2dataset's own Downloader and WebDataset writer on one shard, checked by us.
 
 What img2dataset is given from outside, and why:
 - ``limited_urlopen``: one deadline and one largest size per URL, and a limit of connections per host.
-- ``GuardedResizer``: a decompression bomb is refused by its header (img2dataset decodes first: 1.7 GB for a PNG of
-  748 KB), and a picture that was cut short is a failure (OpenCV fills the rest with gray).
+- ``PictureResizer``: in place of img2dataset's, which ignores EXIF orientation, stores 16-bit pictures white, fills
+  what is missing of a truncated file with gray, and decodes a decompression bomb before it measures it.
 - ``_Writer``: remembers the first error of the disk, which img2dataset prints and passes over.
 Rows come out in completion order; the shard is put in order of its keys before it is published, with the time of its
 tar members set to zero, so that the same answers give the same bytes.
@@ -15,7 +15,6 @@ import logging
 import os
 import shutil
 import tarfile
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -28,19 +27,20 @@ from pipeline.data.fetch import limited_urlopen
 from pipeline.data.rows import require_columns
 from pipeline.data.shards import Members, good_rows, index_tar, read_member
 from pipeline.errors import ConfigError, DataError
+from pipeline.pictures import Decoded, PictureError, read, resize, square
 from pipeline.recipe.sections import DownloadConfig
 from pipeline.workspace.store import translate_os_errors
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for a newer release
 
 from img2dataset.downloader import Downloader
-from img2dataset.resizer import Resizer
 from img2dataset.writer import WebDatasetSampleWriter
 
 logging.getLogger("exifread").setLevel(logging.CRITICAL)
 
 SHARD_DIGITS = 5
 _CARRIED = ("uid", "split")
+_PILLOW_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _RESERVED = frozenset(
     {"key", "caption", "url", "width", "height", "original_width", "original_height", "status", "error_message"}
     | {"exif", "md5", "sha256", "sha512"}
@@ -130,47 +130,64 @@ def failure_causes(stats: list[dict[str, Any]]) -> Counter[str]:
     return causes
 
 
-class GuardedResizer:
-    """img2dataset's resizer behind a look at the picture's header and its end.
+class PictureResizer:
+    """Decodes a picture, brings it to the target side and encodes it: what img2dataset calls for each download.
 
     Args:
-        resizer: img2dataset's.
-        max_area_px: Largest area decoded, in pixels.
+        config: The recipe's section.
     """
 
-    def __init__(self, resizer: Resizer, max_area_px: float) -> None:
-        self._resizer = resizer
-        self._max_area_px = max_area_px
+    def __init__(self, config: DownloadConfig) -> None:
+        self._config = config
 
-    def __call__(self, stream: io.BytesIO, boxes: Any = None) -> tuple[Any, ...]:
+    def __call__(self, stream: io.BytesIO, boxes: Any = None) -> tuple[Any, ...]:  # noqa: ARG002  (faces to blur)
         """As img2dataset's: (bytes, width, height, original width, original height, error)."""
-        error = self._objection(stream)
-        if error is not None:
-            return None, None, None, None, None, error
-        stream.seek(0)
-        return self._resizer(stream, boxes)
-
-    def _objection(self, stream: io.BytesIO) -> str | None:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                picture = Image.open(stream)
-                if picture.width * picture.height > self._max_area_px:
-                    return "image area too large"
-                if picture.format == "JPEG":
-                    picture.draft(
-                        "RGB", (picture.width // 8, picture.height // 8)
-                    )  # every byte, an eighth of the pixels
-                    picture.load()
-                elif picture.format == "PNG" and b"IEND" not in stream.getvalue()[-64:]:
-                    return "image file is truncated"
-        except Image.DecompressionBombError:
-            return "image area too large"
-        except Image.UnidentifiedImageError:
-            return None  # OpenCV may know it; else it says so in img2dataset's own words
-        except (OSError, SyntaxError, ValueError) as error:
-            return "image file is truncated" if "truncated" in str(error) else f"Image decoding error: {error}"
-        return None
+            return *self._store(stream.getvalue()), None
+        except PictureError as error:
+            return None, None, None, None, None, error.reason
+
+    def _store(self, data: bytes) -> tuple[bytes, int, int, int, int]:
+        config = self._config
+        least_px = 0 if config.resize_mode == "no" else config.image_px
+        picture = read(data, where="download", side_px=least_px, max_area_px=config.max_image_area_px)
+        shorter, longer = sorted((picture.width, picture.height))
+        if shorter < config.min_image_px:
+            raise PictureError("download", "image too small")
+        if longer > config.max_aspect_ratio * shorter:
+            raise PictureError("download", "aspect ratio too large")
+        image = self._resize(picture)
+        is_stored_format = picture.format == _PILLOW_FORMATS[config.encode_format]
+        if config.skip_reencode and image is picture.image and picture.is_plain and is_stored_format:
+            return data, picture.width, picture.height, picture.width, picture.height
+        return self._encode(image), *image.size, picture.width, picture.height
+
+    def _resize(self, picture: Decoded) -> Image.Image:
+        """The picture at its target size; the same object where there is nothing to do."""
+        config, image, side_px = self._config, picture.image, self._config.image_px
+        of_longer = config.resize_mode in {"border", "keep_ratio_largest"}
+        side = (max if of_longer else min)(picture.width, picture.height)
+        if config.resize_mode == "no" or (config.resize_only_if_bigger and side <= side_px):
+            return image
+        is_square = config.resize_mode in {"border", "center_crop"}
+        if is_square and image.size == (side_px, side_px):
+            return image
+        if config.resize_mode == "center_crop":
+            return Image.fromarray(square(image, side_px))
+        width, height = (max(1, round(length * side_px / side)) for length in (picture.width, picture.height))
+        if image.size != (width, height):
+            image = resize(image, (width, height))
+        if config.resize_mode != "border":
+            return image
+        page = Image.new("RGB", (side_px, side_px), "white")
+        page.paste(image, ((side_px - width) // 2, (side_px - height) // 2))
+        return page
+
+    def _encode(self, image: Image.Image) -> bytes:
+        buffer, quality = io.BytesIO(), self._config.encode_quality
+        option = {"compress_level": quality} if self._config.encode_format == "png" else {"quality": quality}
+        image.save(buffer, _PILLOW_FORMATS[self._config.encode_format], **option)
+        return buffer.getvalue()
 
 
 class _Writer(WebDatasetSampleWriter):
@@ -195,20 +212,9 @@ def _run_img2dataset(rows: pa.Table, shard: str, config: DownloadConfig, scratch
         writers.append(_Writer(*args))
         return writers[-1]
 
-    resizer = Resizer(
-        image_size=config.image_px,
-        resize_mode=config.resize_mode,
-        resize_only_if_bigger=config.resize_only_if_bigger,
-        encode_quality=config.encode_quality,
-        encode_format=config.encode_format,
-        skip_reencode=config.skip_reencode,
-        min_image_size=config.min_image_px,
-        max_image_area=config.max_image_area_px,
-        max_aspect_ratio=config.max_aspect_ratio,
-    )
     downloader = Downloader(
         sample_writer_class=make_writer,
-        resizer=GuardedResizer(resizer, config.max_image_area_px),
+        resizer=PictureResizer(config),
         thread_count=min(config.num_threads, rows.num_rows),
         save_caption=True,
         extract_exif=True,

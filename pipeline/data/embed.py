@@ -1,8 +1,6 @@
 """The embed step: z_image and z_text of every good row of a shard."""
 
-import io
 import itertools
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,15 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 
-from models.pixels import resize_crop, to_pixels
 from pipeline.clip import FrozenClip, load_clip
 from pipeline.data.rows import embeddings_schema
 from pipeline.data.shards import Sample, read_samples
 from pipeline.data.vectors import ROW_GROUP_ROWS, to_arrow
 from pipeline.errors import DataError
+from pipeline.pictures import PictureError, Pixels, decode, square
 
 
 class Embedder:
@@ -50,7 +46,7 @@ class Embedder:
             tar: Its pictures.
             parquet: Its table.
             shard: Its name.
-            target: Parquet file to write, in ``schema.embeddings_schema``, sorted by key.
+            target: Parquet file to write, in ``rows.embeddings_schema``, sorted by key.
 
         Returns:
             Rows: ``in`` (good rows of the download) = ``ok`` + ``corrupt``.
@@ -70,16 +66,16 @@ class Embedder:
     def _decode(self, samples: Iterator[Sample], counts: Counter[str]) -> Iterator["_Decoded"]:
         for sample in samples:
             counts["in"] += 1
-            pixels = decode_picture(sample.picture)
-            if pixels is None:
+            try:
+                image = decode(sample.picture, where=sample.key)
+            except PictureError:
                 counts["corrupt"] += 1
                 continue
             counts["ok"] += 1
-            square = resize_crop(to_pixels(torch.from_numpy(pixels)[None]), self._clip.image_px)
-            yield _Decoded(sample, square)
+            yield _Decoded(sample, square(image, self._clip.image_px))
 
     def _embed(self, batch: list["_Decoded"], schema: pa.Schema) -> pa.RecordBatch:
-        z_image = self._clip.encode_image(torch.cat([item.pixels for item in batch]))
+        z_image = self._clip.encode_image(torch.from_numpy(np.stack([item.pixels for item in batch])))
         z_text = self._clip.encode_text([item.sample.caption for item in batch]).z_text
         columns: list[Any] = [
             pa.array([getattr(item.sample, name) for item in batch], pa.string())
@@ -92,18 +88,8 @@ class Embedder:
 @dataclass
 class _Decoded:
     sample: Sample
-    pixels: torch.Tensor
-    """(1, 3, px, px) in [-1, 1]."""
-
-
-def decode_picture(data: bytes) -> NDArray[np.uint8] | None:
-    """Pixels of a picture file, (H, W, 3) RGB; None where it is corrupt."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return None
+    pixels: Pixels
+    """(px, px, 3), as CLIP takes it."""
 
 
 def _batches(items: Iterator["_Decoded"], size: int) -> Iterator[list["_Decoded"]]:

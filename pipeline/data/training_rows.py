@@ -18,11 +18,10 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import UnidentifiedImageError
 
-from pipeline.data.pictures import decode_picture
 from pipeline.data.rows import require_columns
 from pipeline.errors import DataError
+from pipeline.pictures import decode, square
 from pipeline.workspace.store import Artifact
 
 pc: Any = pyarrow.compute  # its functions are made at import, out of sight of a type checker
@@ -170,10 +169,8 @@ class TarPictures:
         Raises:
             DataError: If the picture is missing or cannot be decoded.
         """
-        try:
-            return decode_picture(self.read(key, uid), image_px)
-        except (OSError, UnidentifiedImageError, ValueError) as error:
-            raise DataError(f"shard {self._shard}: key {key}: uid {uid}: picture cannot be decoded: {error}") from error
+        where = f"shard {self._shard}: key {key}: uid {uid}"
+        return square(decode(self.read(key, uid), where=where), image_px)
 
 
 def _read_table(path: Path, columns: Sequence[str]) -> pa.Table:

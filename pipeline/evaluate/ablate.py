@@ -26,12 +26,12 @@ from models.cascade import Cascade
 from models.pixels import to_uint8
 from models.text import TextEncoding
 from pipeline.clip import FrozenClip
-from pipeline.data.pictures import from_bytes, to_png
 from pipeline.errors import ConfigError
 from pipeline.evaluate.metrics import FeatureSums, Rate, cosine, frechet_distance, mean_of, r_precision, rate_of
 from pipeline.evaluate.parts import Part, picture_seed, read_part, write_rows
 from pipeline.evaluate.prompts import PromptSet, choose_prompts
 from pipeline.networks.cascade import load_cascade, network_configs
+from pipeline.pictures import decode, to_png
 from pipeline.recipe.plan import Step, artifact_of, inputs_of, make_plan, manifest_of, sampling_tables
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
@@ -245,7 +245,7 @@ def _grid(output: Artifact, variants: tuple[str, ...], prompts: PromptSet, num_s
     blocks: list[Block] = []
     for number, prompt in enumerate(prompts.prompts[:num_shown]):
         names = [_picture_name(variant, number) for variant in variants]
-        pictures = [from_bytes(output.path(name).read_bytes(), where=f"{output.uri}/{name}") for name in names]
+        pictures = [decode(output.path(name).read_bytes(), where=f"{output.uri}/{name}") for name in names]
         blocks.append(Block(pictures, prompt.text, [_LABELS[variant] for variant in variants]))
     return draw_grid(blocks, columns=1, cell_px=160)
 

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.data.pictures import from_bytes, thumbnail, to_png
 from pipeline.evaluate.aggregate import Aggregate, TrainingNeighbours, matrix, parse_flags
 from pipeline.evaluate.metrics import cosine
 from pipeline.evaluate.parts import NUM_RECONSTRUCTIONS_SHOWN, NUM_STAGES
+from pipeline.pictures import decode, thumbnail, to_png
 from pipeline.retrieve import read_picture
 from pipeline.sampling.grid import Block, draw_grid
 from pipeline.sampling.sample import sample_grid
@@ -75,7 +75,7 @@ class Gallery:
         return Block([self._open(name) for name in names], entry["prompt"], tags)
 
     def _open(self, name: str) -> Image.Image:
-        return from_bytes(self._output.path(name).read_bytes(), where=f"{self._output.uri}/{name}")
+        return decode(self._output.path(name).read_bytes(), where=f"{self._output.uri}/{name}")
 
     def _stages(self) -> Rows:
         names = [name for name in self._output.names() if name.startswith("stages/")]
@@ -106,7 +106,7 @@ class Gallery:
             for rank, near in enumerate(found[:_NUM_NEIGHBOURS]):
                 name = f"neighbours/{row['prompt_number']:05d}-{rank}.png"
                 data = read_picture(download, near.shard, near.key)
-                picture = thumbnail(from_bytes(data, where=f"shard {near.shard}: key {near.key}: uid {near.uid}"))
+                picture = thumbnail(decode(data, where=f"shard {near.shard}: key {near.key}: uid {near.uid}"))
                 self._output.write_bytes(name, to_png(picture))
                 pictures.append(
                     {"file": name, "label": f"{near.similarity:.3f}", "caption": near.caption, "uid": near.uid}

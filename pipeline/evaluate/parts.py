@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from models.cascade import Cascade, CascadeSettings
 from models.pixels import resize, to_pixels, to_uint8
 from pipeline.clip import FrozenClip
-from pipeline.data.pictures import centre_square, from_bytes, to_png
 from pipeline.errors import DataError
 from pipeline.evaluate.features import FeatureExtractor
 from pipeline.evaluate.prompts import PromptSet, Row
 from pipeline.networks.quality import psnr_db, sharpness, ssim
+from pipeline.pictures import decode, square, to_png
 from pipeline.retrieve import read_picture
 from pipeline.shapes.check import check
 from pipeline.shapes.draw import draw_array
@@ -293,9 +293,7 @@ class PartRunner:
 
     def _real_picture(self, row: Row) -> Pixels:
         where = f"shard {row.shard}: key {row.key}: uid {row.uid}"
-        return centre_square(
-            from_bytes(read_picture(self._download, row.shard, row.key), where=where), self._sides_px[-1]
-        )
+        return square(decode(read_picture(self._download, row.shard, row.key), where=where), self._sides_px[-1])
 
     def _features(self, pictures: Sequence[Pixels]) -> Sequence[NDArray[np.float32] | None]:
         if self._extractor is None or not pictures:

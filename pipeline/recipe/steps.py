@@ -43,11 +43,17 @@ _BEFORE_EVALUATE = (
         name="pairs", title="Pairs", version=2, runner="pipeline.runtime.data:run_pairs", files={"path": "content"}
     ),
     StepRow(
-        name="download", title="Download", inputs=("pairs",), runner="pipeline.runtime.data:run_download", seeded=False
+        name="download",
+        title="Download",
+        version=2,
+        inputs=("pairs",),
+        runner="pipeline.runtime.data:run_download",
+        seeded=False,
     ),
     StepRow(
         name="clip",
         title="CLIP",
+        version=2,
         inputs=("download",),
         runner="pipeline.runtime.train:run_clip",
         trains="clip",
@@ -57,6 +63,7 @@ _BEFORE_EVALUATE = (
     StepRow(
         name="embed",
         title="Embeddings",
+        version=2,
         inputs=("download", "clip"),
         runner="pipeline.runtime.data:run_embed",
         seeded=False,
@@ -64,6 +71,7 @@ _BEFORE_EVALUATE = (
     StepRow(
         name="decoder",
         title="Decoder",
+        version=2,
         inputs=("download", "clip", "embed"),
         runner=_TRAINING,
         trains="decoder",
@@ -84,6 +92,7 @@ _BEFORE_EVALUATE = (
     StepRow(
         name="noisy_clip",
         title="Noisy CLIP",
+        version=2,
         inputs=("download", "clip"),
         runner=_TRAINING,
         trains="noisy_clip",
@@ -93,6 +102,7 @@ _BEFORE_EVALUATE = (
         StepRow(
             name=f"upsampler_{number}",
             title=f"Upsampler {number}",
+            version=2,
             inputs=("download",),
             runner=_TRAINING,
             trains="upsampler",

@@ -10,8 +10,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data.pictures import from_bytes, thumbnail
 from pipeline.errors import DataError
+from pipeline.pictures import decode, thumbnail
 from pipeline.recipe.plan import Step
 from pipeline.recipe.recipe import Recipe, default_tables, to_dict
 from pipeline.recipe.steps import STEP_ROWS
@@ -49,7 +49,7 @@ def inline_picture(artifact: Artifact, name: str) -> str:
     Raises:
         DataError: If it is missing or cannot be decoded.
     """
-    image = thumbnail(from_bytes(artifact.path(name).read_bytes(), where=f"{artifact.uri}/{name}"), _LARGEST_PX)
+    image = thumbnail(decode(artifact.path(name).read_bytes(), where=f"{artifact.uri}/{name}"), _LARGEST_PX)
     buffer = io.BytesIO()
     if max(image.size) <= 64:
         image.save(buffer, "PNG")

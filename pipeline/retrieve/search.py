@@ -1,16 +1,14 @@
 """``unclip search``: a text or a picture in, the nearest pairs out."""
 
-import io
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
-from PIL import Image
 
-from pipeline.data.pictures import read_file
 from pipeline.errors import ConfigError
 from pipeline.networks.clip import load_clip_artifact
+from pipeline.pictures import decode, read_file, to_png
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.retrieve.build import Modality
@@ -68,7 +66,8 @@ def _write_pictures(neighbours: list[Neighbour], download: Artifact, folder: Pat
     folder.mkdir(parents=True, exist_ok=True)
     blocks: list[Block] = []
     for rank, neighbour in enumerate(neighbours):
-        picture = Image.open(io.BytesIO(read_picture(download, neighbour.shard, neighbour.key))).convert("RGB")
-        picture.save(folder / f"{rank:03d}.png")
+        where = f"shard {neighbour.shard}: key {neighbour.key}: uid {neighbour.uid}"
+        picture = decode(read_picture(download, neighbour.shard, neighbour.key), where=where)
+        (folder / f"{rank:03d}.png").write_bytes(to_png(picture))
         blocks.append(Block([np.array(picture)], f"{neighbour.similarity:.3f} {neighbour.caption}"))
     draw_grid(blocks, columns=5, title=title).save(folder / "grid.png")

@@ -20,10 +20,10 @@ from models.cascade import CascadeResult, Watch
 from models.decoder.inpainting import PartlyKnown
 from models.edits import EditError, Editor, EditSettings, Latents
 from models.pca import Pca, PcaSums
-from pipeline.data.pictures import centre_square, read_file, to_png
 from pipeline.data.vectors import read_vectors, to_unit
 from pipeline.errors import ConfigError
 from pipeline.networks.cascade import load_cascade, network_configs
+from pipeline.pictures import read_file, square, to_png
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.sampling.edit_options import EditOptions
@@ -61,7 +61,7 @@ class Sources:
 
     def square(self, side_px: int, device: torch.device) -> torch.Tensor:
         """The first picture's centre, uint8 (1, side, side, 3)."""
-        return torch.from_numpy(np.array(centre_square(self.pictures[0], side_px)))[None].to(device)
+        return torch.from_numpy(square(self.pictures[0], side_px))[None].to(device)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def edit_recipe(
 
 
 def _write(out_dir: Path, edit: str, editor: Editor, sources: Sources, frames: Frames) -> list[Json]:
-    originals = [centre_square(picture, editor.side_px) for picture in sources.pictures]
+    originals = [square(picture, editor.side_px) for picture in sources.pictures]
     for number, original in enumerate(originals):
         (out_dir / f"source-{number}.png").write_bytes(to_png(original))
     rows: list[Json] = []
@@ -191,7 +191,7 @@ def _outpaint(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
         raise ConfigError(f"--margin {options.margin}: leaves nothing of a picture of {editor.side_px} px")
     around = (border_px, border_px)
     # The border repeats the picture's edge, so that small versions of the known part do not mix with a foreign colour.
-    canvas = np.pad(centre_square(sources.pictures[0], inner_px), (around, around, (0, 0)), mode="edge")
+    canvas = np.pad(square(sources.pictures[0], inner_px), (around, around, (0, 0)), mode="edge")
     drawn = np.pad(np.zeros((inner_px, inner_px), bool), (around, around), constant_values=True)
     known = PartlyKnown(*(torch.from_numpy(part)[None].to(editor.device) for part in (canvas, drawn)))
     return _draw_unknown(editor, known, options)

@@ -6,7 +6,7 @@ from types import TracebackType
 
 from models.cascade import StageStep, Watch
 from models.pixels import to_uint8
-from pipeline.data.pictures import to_png
+from pipeline.pictures import to_png
 from pipeline.sampling.grid import Block, draw_grid
 
 PREVIEW = "preview.png"

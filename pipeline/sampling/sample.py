@@ -16,9 +16,9 @@ from torch import Tensor
 
 from models.cascade import Cascade, Watch
 from models.edits import ImageEncoder
-from pipeline.data.pictures import to_png
 from pipeline.errors import ConfigError
 from pipeline.networks.cascade import load_cascade, network_configs
+from pipeline.pictures import to_png
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS

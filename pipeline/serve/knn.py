@@ -3,14 +3,13 @@
 import asyncio
 import base64
 import binascii
-import io
 import math
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.pictures import PictureError, read, square
 from pipeline.serve.protocols import Found, Images, Library, Painter, Vectors
 from pipeline.serve.web import ApiError
 
@@ -18,7 +17,6 @@ MAX_IMAGES = 1000
 MAX_RESULT_IDS = 10_000
 _MAX_QUERY_PX = 40_000_000
 _KEPT_PX = 1024
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
 class KnnRequest(BaseModel):
@@ -100,7 +98,7 @@ async def _query(painter: Painter, library: Library, asked: KnnRequest) -> Vecto
     if asked.text:
         return await painter.embed_text(asked.text)
     if asked.image:
-        return await painter.embed_image(await asyncio.to_thread(decode_picture, asked.image))
+        return await painter.embed_image(await asyncio.to_thread(decode_query, asked.image))
     if asked.image_url:
         message = "image_url: this server fetches no URLs (a request could reach addresses inside its network); "
         raise ApiError(400, message + "send the picture itself as image, base64", param="image_url", code="unsupported")
@@ -117,21 +115,17 @@ async def _query(painter: Painter, library: Library, asked: KnnRequest) -> Vecto
     return (vector / length).astype(np.float32)
 
 
-def decode_picture(encoded: str) -> Images:
-    """A picture from base64, upright, (H, W, 3), neither side above 1,024 px.
+def decode_query(encoded: str) -> Images:
+    """The centre square of a picture in base64, of side 1,024 px at most.
 
     Raises:
         ApiError: 400, if it is not base64, no picture, or too large to decode.
     """
     try:
         data = base64.b64decode(encoded, validate=True)
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
-            if picture.width * picture.height > _MAX_QUERY_PX:
-                message = f"image: {picture.width}x{picture.height} is above {_MAX_QUERY_PX} pixels"
-                raise ApiError(400, message, param="image", code="invalid_value")
-            upright = ImageOps.exif_transpose(picture).convert("RGB")
-    except (binascii.Error, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        message = f"image: not a picture in base64 ({', '.join(_FORMATS)})"
-        raise ApiError(400, message, param="image", code="invalid_value") from None
-    upright.thumbnail((_KEPT_PX, _KEPT_PX), Image.Resampling.LANCZOS)
-    return np.array(upright)
+        image = read(data, where="image", max_area_px=_MAX_QUERY_PX).image
+    except binascii.Error:
+        raise ApiError(400, "image: not base64", param="image", code="invalid_value") from None
+    except PictureError as error:
+        raise ApiError(400, str(error), param="image", code="invalid_value") from None
+    return square(image, min(_KEPT_PX, *image.size))

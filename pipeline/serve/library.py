@@ -5,9 +5,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from PIL import Image
-
 from pipeline.errors import DataError
+from pipeline.pictures import decode
 from pipeline.retrieve import NeighbourIndex, read_picture
 from pipeline.serve.protocols import Found, Vectors
 from pipeline.workspace.store import Artifact
@@ -45,11 +44,12 @@ class LocalLibrary:
         """See ``contract.Library``."""
         try:
             data = read_picture(self._download, found.columns["shard"], found.columns["key"])
+            image = None if data.startswith(_JPEG) else decode(data, where=f"row {found.id}")
         except DataError as error:
             _log.warning("no picture for row %d: %s", found.id, error)
             return None
-        if data.startswith(_JPEG):
+        if image is None:
             return data
         stream = io.BytesIO()
-        Image.open(io.BytesIO(data)).convert("RGB").save(stream, "JPEG", quality=95)
+        image.save(stream, "JPEG", quality=95)
         return stream.getvalue()

@@ -6,10 +6,13 @@ import time
 from collections import Counter
 from collections.abc import Generator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+CASES = Path(__file__).parents[1] / "cases"
 
 
 def make_picture(seed: int, *, kind: str = "JPEG", size: tuple[int, int] = (96, 64)) -> bytes:
@@ -27,7 +30,10 @@ def _bomb() -> bytes:
 
 
 class PictureServer(ThreadingHTTPServer):
-    """Answers /KIND/SEED: jpg, png, slow, pause, drip, cut, cutpng, short, html, noai, bomb, moved, big; others are 404."""
+    """Answers /KIND/SEED: jpg, png, slow, pause, drip, cut, cutpng, short, html, noai, bomb, moved, big; others are 404.
+
+    /case/NAME is a file of tests/cases.
+    """
 
     daemon_threads = True
     request_queue_size = 128
@@ -71,6 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
             "html": lambda: b"<html>for sale</html>",
             "bomb": _bomb,
             "big": lambda: b"x" * 300_000,
+            "case": (CASES / seed).read_bytes,
         }
         if kind not in bodies:
             self.send_error(404)

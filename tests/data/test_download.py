@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 import tarfile
 from collections.abc import Iterable
@@ -6,17 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 
 from pipeline.data import download
-from pipeline.data.download import check_columns, download_shard, failure_causes, read_rows, shard_names
+from pipeline.data.download import PictureResizer, check_columns, download_shard, failure_causes, read_rows, shard_names
 from pipeline.data.rows import make_uid
 from pipeline.errors import ConfigError, DataError, StepError
+from pipeline.pictures import decode, square
 from pipeline.recipe.sections import DownloadConfig, DownloadResources
-from tests.data.conftest import PictureServer
+from tests.data.conftest import CASES, PictureServer, make_picture
 
 _CONFIG = DownloadConfig(
     samples_per_shard=100,
@@ -33,7 +36,7 @@ _FAULTS = {
     "drip/1": ("failed_to_download", "too slow: not finished by its deadline"),
     "short/1": ("failed_to_download", "IncompleteRead"),
     "noai/1": ("failed_to_download", "Use of image disallowed by X-Robots-Tag directive"),
-    "html/1": ("failed_to_resize", "Image decoding error"),
+    "html/1": ("failed_to_resize", "not a picture"),
     "cut/1": ("failed_to_resize", "image file is truncated"),
     "cutpng/1": ("failed_to_resize", "image file is truncated"),
     "bomb/1": ("failed_to_resize", "image area too large"),
@@ -141,6 +144,64 @@ def test_download_shard_says_that_the_disk_is_full(
     with pytest.raises(StepError, match=r"download: shard 00003: .*the disk is full"):
         download_shard(_rows(server.url, ["jpg/1", "jpg/2"]), "00003", _CONFIG, *_files(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "size"),
+    [
+        ("no", (96, 64)),
+        ("keep_ratio", (48, 32)),
+        ("center_crop", (32, 32)),
+        ("border", (32, 32)),
+        ("keep_ratio_largest", (32, 21)),
+    ],
+)
+def test_resizer_brings_every_mode_to_its_size(mode: Any, size: tuple[int, int]) -> None:
+    picture = make_picture(0)
+    resize = PictureResizer(replace(_CONFIG, resize_mode=mode, encode_format="png", encode_quality=1))
+    data, *sizes, error = resize(io.BytesIO(picture))
+    assert error is None
+    assert sizes == [*size, 96, 64]
+    pixels = np.asarray(decode(data, where="x"))
+    assert pixels.shape == (*size[::-1], 3)
+    if mode == "border":
+        assert (pixels[:5] == 255).all()
+        assert (pixels[27:] == 255).all()
+        assert not (pixels[6:26] == 255).all(axis=(1, 2)).any()
+    if mode == "center_crop":
+        assert np.array_equal(pixels, square(decode(picture, where="x"), 32))
+
+
+def test_resizer_leaves_what_is_small_enough_and_enlarges_otherwise() -> None:
+    picture = make_picture(0, size=(24, 16))
+    kept = PictureResizer(replace(_CONFIG, resize_only_if_bigger=True))(io.BytesIO(picture))
+    assert kept[1:3] == (24, 16)
+    assert PictureResizer(_CONFIG)(io.BytesIO(picture))[1:3] == (32, 32)
+
+
+def test_resizer_stores_the_bytes_themselves_only_of_a_plain_picture_of_the_right_size() -> None:
+    config = replace(_CONFIG, skip_reencode=True, resize_mode="no")
+    plain, lying = make_picture(0), (CASES / "lying-down.jpg").read_bytes()
+    assert PictureResizer(config)(io.BytesIO(plain))[0] == plain
+    turned = PictureResizer(config)(io.BytesIO(lying))
+    assert turned[0] != lying
+    assert turned[1:5] == (64, 96, 64, 96)
+    assert PictureResizer(config)(io.BytesIO(make_picture(0, kind="PNG")))[0][:2] == b"\xff\xd8"
+    smaller = replace(config, resize_mode="center_crop")
+    assert PictureResizer(smaller)(io.BytesIO(plain))[0] != plain
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"min_image_px": 65}, "image too small"),
+        ({"max_aspect_ratio": 1.4}, "aspect ratio too large"),
+        ({"max_image_area_px": 6143.0}, "image area too large"),
+    ],
+)
+def test_resizer_refuses_what_the_recipe_refuses(change: dict[str, float], reason: str) -> None:
+    resize = PictureResizer(replace(_CONFIG, **change))
+    assert resize(io.BytesIO(make_picture(0))) == (None, None, None, None, None, reason)
 
 
 def test_read_rows_reads_one_shard_of_any_row_groups(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from pipeline.clip import FrozenClip, load_clip
-from pipeline.data.embed import Embedder, decode_picture
+from pipeline.data.embed import Embedder
 from pipeline.data.rows import embeddings_schema
 from pipeline.data.shards import read_samples
 from pipeline.data.vectors import read_vectors, to_arrow, to_numpy, to_unit
@@ -146,16 +146,6 @@ def test_read_samples_names_a_missing_column_and_a_damaged_table(tmp_path: Path)
     parquet.write_bytes(parquet.read_bytes()[:100])
     with pytest.raises(DataError, match=r"shard 00000: .*00000.parquet is damaged"):
         list(read_samples(tar, parquet, "00000"))
-
-
-def test_decode_picture_is_rgb_whatever_the_mode() -> None:
-    buffer = io.BytesIO()
-    Image.new("LA", (5, 4), (7, 255)).save(buffer, "PNG")
-    pixels = decode_picture(buffer.getvalue())
-    assert pixels is not None
-    assert pixels.shape == (4, 5, 3)
-    assert (pixels == 7).all()
-    assert decode_picture(b"no picture") is None
 
 
 def test_vectors_survive_arrow_and_slicing() -> None:

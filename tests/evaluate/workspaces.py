@@ -16,12 +16,12 @@ from PIL import Image, ImageFilter
 from pipeline.clip import create_clip
 from pipeline.data.drawn import write_evaluation
 from pipeline.data.embed import Embedder
-from pipeline.data.pictures import to_png
 from pipeline.data.rows import make_uid
 from pipeline.evaluate.metrics import Rate
 from pipeline.networks.clip import save_clip_artifact
 from pipeline.networks.files import save_network
 from pipeline.networks.table import kind_of
+from pipeline.pictures import to_png
 from pipeline.recipe.plan import Step, artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.retrieve.build import build_index

@@ -138,7 +138,7 @@ def test_report_names_a_broken_picture(recipe: Recipe, tmp_path: Path) -> None:
     steps = {step.name: step for step in fill_workspace(recipe)}
     artifact = artifact_of(Workspace(recipe.workspace), steps["evaluate"])
     artifact.write_bytes("samples/0-1.png", b"no picture")
-    with pytest.raises(DataError, match=r"samples/0-1\.png: not a readable picture"):
+    with pytest.raises(DataError, match=r"samples/0-1\.png: not a picture"):
         _report(recipe, tmp_path / "report.html")
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from pipeline.data.pictures import centre_square, from_bytes, thumbnail, to_png
 from pipeline.errors import DataError
+from pipeline.pictures import decode, square, thumbnail, to_png
 from pipeline.sampling.grid import Block, draw_grid, fit, wrap
 
 
@@ -69,23 +69,23 @@ def test_fit_enlarges_with_hard_edges_and_keeps_the_aspect() -> None:
 def test_png_round_trip_is_lossless_and_deterministic() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
     assert to_png(picture) == to_png(picture)
-    np.testing.assert_array_equal(np.asarray(from_bytes(to_png(picture), where="x")), picture)
+    np.testing.assert_array_equal(np.asarray(decode(to_png(picture), where="x")), picture)
 
 
 def test_from_bytes_names_the_broken_picture() -> None:
     with pytest.raises(DataError, match="shard 00003: key 7"):
-        from_bytes(b"not a picture", where="shard 00003: key 7")
+        decode(b"not a picture", where="shard 00003: key 7")
     whole = to_png(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     with pytest.raises(DataError, match="here"):
-        from_bytes(whole[: len(whole) // 2], where="here")
+        decode(whole[: len(whole) // 2], where="here")
 
 
 def test_centre_square_cuts_the_middle_without_stretching() -> None:
     picture = np.zeros((10, 30, 3), np.uint8)
     picture[:, 10:20] = 200
-    square = centre_square(Image.fromarray(picture), 10)
-    assert square.shape == (10, 10, 3)
-    assert (square == 200).all()
+    cut = square(Image.fromarray(picture), 10)
+    assert cut.shape == (10, 10, 3)
+    assert (cut == 200).all()
 
 
 def test_thumbnail_shrinks_only_what_is_larger() -> None:
