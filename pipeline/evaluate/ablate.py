@@ -26,13 +26,12 @@ from models.cascade import Cascade
 from models.pixels import to_uint8
 from models.text import TextEncoding
 from pipeline.clip import FrozenClip
-from pipeline.errors import ConfigError
 from pipeline.evaluate.metrics import FeatureSums, Rate, cosine, frechet_distance, mean_of, r_precision, rate_of
 from pipeline.evaluate.parts import Part, picture_seed, read_part, write_rows
 from pipeline.evaluate.prompts import PromptSet, choose_prompts
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.pictures import decode, to_png
-from pipeline.recipe.plan import Step, artifact_of, inputs_of, make_plan, manifest_of, sampling_tables
+from pipeline.recipe.plan import Step, artifact_of, finished_artifacts, make_plan, manifest_of, sampling_tables
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.sampling.grid import Block, draw_grid
@@ -72,10 +71,7 @@ def ablate_recipe(recipe: Recipe, *, num_prompts: int, num_shown: int, watch: Wa
     """
     workspace = Workspace(recipe.workspace)
     step = ablation_step(recipe, num_prompts=num_prompts, num_shown=num_shown)
-    output, inputs = artifact_of(workspace, step), inputs_of(workspace, step)
-    for name, artifact in inputs.items():
-        if artifact.manifest() is None:
-            raise ConfigError(f"ablate: {name} is not finished under this recipe; first: unclip run RECIPE")
+    output, inputs = artifact_of(workspace, step), finished_artifacts(recipe, step.inputs)
     if output.manifest() is None:
         start = time.monotonic()
         output.clear_temporaries()

@@ -7,11 +7,12 @@ finished step is never run again and a changed field re-runs only what depends o
 import hashlib
 import json
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.recipe.recipe import SAMPLING, Recipe, to_dict, without_resources
 from pipeline.recipe.sections import ClipStepConfig, PairsConfig
 from pipeline.recipe.steps import STEPS, StepRow
@@ -44,9 +45,10 @@ class StepStatus:
 
     step: Step
     state: str
-    """done, partial (committed shards or checkpoints wait to be continued), or todo."""
+    """done, partial (committed shards or checkpoints wait to be continued), todo, or unreadable (it has a manifest that
+    cannot be read: a run stops there)."""
     reasons: tuple[str, ...]
-    """Why it has to run: the fields that differ from the newest artifact of the step."""
+    """Why it has to run: the fields that differ from the newest artifact of the step; or why it cannot be read."""
     manifest: Manifest | None
 
 
@@ -169,16 +171,34 @@ def plan_status(workspace: Workspace, steps: list[Step]) -> list[StepStatus]:
     statuses: list[StepStatus] = []
     for step in steps:
         artifact = artifact_of(workspace, step)
-        manifest = artifact.manifest()
+        try:
+            manifest = artifact.manifest()
+        except DataError as error:
+            statuses.append(StepStatus(step, "unreadable", (str(error),), None))
+            continue
         if manifest is not None:
             statuses.append(StepStatus(step, "done", (), manifest))
             continue
-        newest = next(iter(workspace.artifacts(step.name)), None)
-        previous = newest.manifest() if newest else None
-        reasons = _differences(previous, step) if previous else ("never run",)
+        earlier, damages = workspace.manifests(step.name)
+        reasons = _differences(earlier[0], step) if earlier else ["never run"]
         state = "partial" if artifact.names() else "todo"
-        statuses.append(StepStatus(step, state, tuple(reasons), None))
+        statuses.append(StepStatus(step, state, (*reasons, *damages), None))
     return statuses
+
+
+def finished_artifacts(recipe: Recipe, names: Collection[str]) -> dict[str, Artifact]:
+    """The artifacts of the named steps, by step name; a step that the recipe leaves out is left out.
+
+    Raises:
+        ConfigError: If one is not finished under this recipe; names the command that finishes it.
+        DataError: If a manifest cannot be read.
+    """
+    workspace = Workspace(recipe.workspace)
+    artifacts = {step.name: artifact_of(workspace, step) for step in make_plan(recipe) if step.name in names}
+    for name, artifact in artifacts.items():
+        if artifact.manifest() is None:
+            raise ConfigError(f"{name} is not finished under this recipe; first: unclip run RECIPE")
+    return artifacts
 
 
 def local_files(row: StepRow, section: Any) -> dict[str, str]:

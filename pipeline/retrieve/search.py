@@ -6,15 +6,14 @@ from typing import cast
 import numpy as np
 import torch
 
-from pipeline.errors import ConfigError
 from pipeline.networks.clip import load_clip_artifact
 from pipeline.pictures import decode, read_file, to_png
-from pipeline.recipe.plan import artifact_of, make_plan
+from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe
 from pipeline.retrieve.build import Modality
 from pipeline.retrieve.index import Neighbour, NeighbourIndex, read_picture
 from pipeline.sampling.grid import Block, draw_grid
-from pipeline.workspace.store import Artifact, Workspace, translate_os_errors
+from pipeline.workspace.store import Artifact, translate_os_errors
 
 
 def search_recipe(
@@ -35,7 +34,7 @@ def search_recipe(
         DataError: If an artifact is damaged.
         StepError: If the folder cannot be written.
     """
-    artifacts = _artifacts(recipe)
+    artifacts = finished_artifacts(recipe, ("download", "clip", "index"))
     clip = load_clip_artifact(artifacts["clip"])
     with torch.no_grad():
         z = (
@@ -49,17 +48,6 @@ def search_recipe(
         with translate_os_errors(out):
             _write_pictures(neighbours, artifacts["download"], Path(out), text or image)
     return neighbours
-
-
-def _artifacts(recipe: Recipe) -> dict[str, Artifact]:
-    workspace = Workspace(recipe.workspace)
-    artifacts = {step.name: artifact_of(workspace, step) for step in make_plan(recipe, until="index")}
-    for name, artifact in artifacts.items():
-        if artifact.manifest() is None:
-            raise ConfigError(
-                f"{name}: not done yet under this recipe; `unclip run RECIPE --until index` builds the index"
-            )
-    return artifacts
 
 
 def _write_pictures(neighbours: list[Neighbour], download: Artifact, folder: Path, title: str) -> None:

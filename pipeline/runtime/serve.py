@@ -23,14 +23,14 @@ from ray import serve
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from pipeline.errors import ConfigError, StepError
-from pipeline.recipe.plan import artifact_of, make_plan
+from pipeline.errors import StepError
+from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.sections import ServeConfig
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.runtime.run import connect
 from pipeline.serve.protocols import Drawn, Images, Overloaded, Vectors
-from pipeline.workspace.store import Artifact, Workspace
+from pipeline.workspace.store import Artifact
 
 APPLICATION = "unclip"
 _NEIGHBOURS = ("download", "embed", "index")
@@ -176,7 +176,7 @@ def serve_recipe(recipe: Recipe, *, address: str = "", announce: Callable[[str],
     """
     config = recipe.serve
     announce = announce or _write_line
-    artifacts = _finished_artifacts(recipe)
+    artifacts = finished_artifacts(recipe, (*_NEIGHBOURS, *CASCADE_STEPS))
     _quieten()
     # Ray Serve takes an HTTP proxy that is not up in 5 s for dead and kills it: a busy machine needs longer.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
@@ -236,17 +236,6 @@ def build_application(recipe: Recipe, artifacts: dict[str, Artifact]) -> serve.A
 def final_image_px(recipe: Recipe) -> int:
     """Side of the pictures at the end of the cascade, in pixels."""
     return [recipe.decoder.model, *recipe.upsamplers().values()][-1].image_px
-
-
-def _finished_artifacts(recipe: Recipe) -> dict[str, Artifact]:
-    workspace = Workspace(recipe.workspace)
-    artifacts: dict[str, Artifact] = {}
-    for step in make_plan(recipe):
-        if step.name in {*CASCADE_STEPS, *_NEIGHBOURS}:
-            artifacts[step.name] = artifact_of(workspace, step)
-            if artifacts[step.name].manifest() is None:
-                raise ConfigError(f"serve: {step.name} is not finished under this recipe; first: unclip run RECIPE")
-    return artifacts
 
 
 def _require_free_port(host: str, port: int) -> None:

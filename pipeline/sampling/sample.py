@@ -19,12 +19,12 @@ from models.edits import ImageEncoder
 from pipeline.errors import ConfigError
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.pictures import to_png
-from pipeline.recipe.plan import artifact_of, make_plan
+from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.sampling.grid import Block, draw_grid
 from pipeline.sampling.preview import Preview
-from pipeline.workspace.store import Artifact, Workspace, translate_os_errors
+from pipeline.workspace.store import Artifact, translate_os_errors
 
 Json = dict[str, Any]
 
@@ -69,15 +69,7 @@ def cascade_artifacts(recipe: Recipe) -> dict[str, Artifact]:
     Raises:
         ConfigError: If one is not trained yet.
     """
-    workspace, artifacts = Workspace(recipe.workspace), dict[str, Artifact]()
-    for step in make_plan(recipe):
-        if step.name in CASCADE_STEPS:
-            artifacts[step.name] = artifact_of(workspace, step)
-            if artifacts[step.name].manifest() is None:
-                raise ConfigError(
-                    f"{step.name}: not trained yet under this recipe; train it first with `unclip run RECIPE`"
-                )
-    return artifacts
+    return finished_artifacts(recipe, CASCADE_STEPS)
 
 
 def sample_prompts(

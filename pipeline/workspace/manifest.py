@@ -1,9 +1,15 @@
 """What stands in an artifact besides its data: the manifest and the shard records."""
 
+import functools
+import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import DataError
+
+T = TypeVar("T")
 
 Json = dict[str, Any]
 SCHEMA_VERSION = 1
@@ -30,9 +36,13 @@ class ShardRecord:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Json) -> "ShardRecord":
-        """From JSON."""
-        return cls(**data)
+    def from_dict(cls, data: Any) -> "ShardRecord":
+        """From JSON.
+
+        Raises:
+            DataError: If a field is missing or of the wrong type, or the counts do not add up.
+        """
+        return parse_record(cls, data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,16 +86,38 @@ class Manifest:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Json, *, where: str) -> "Manifest":
+    def from_dict(cls, data: Any) -> "Manifest":
         """From JSON.
 
         Raises:
-            DataError: If a newer schema wrote it.
+            DataError: If a field is missing or of the wrong type, the counts do not add up, or the schema is another.
         """
-        version = data.get("schema_version", 0)
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise DataError(f"a newer unclip wrote it (schema version {version}, this one reads {SCHEMA_VERSION})")
         if version != SCHEMA_VERSION:
-            raise DataError(f"{where}: schema version {version}, this unclip reads {SCHEMA_VERSION}; use its release")
-        return cls(**data)
+            raise DataError(f"schema version {version}: it is no manifest of unclip")
+        return parse_record(cls, data)
+
+
+@functools.cache
+def _adapter(cls: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(cls)
+
+
+def parse_record(cls: type[T], data: Any) -> T:
+    """Make a dataclass of JSON; fields that this release does not know are ignored.
+
+    Raises:
+        DataError: If a field is missing or of the wrong type; names it.
+    """
+    try:
+        # From JSON, since in Python's objects pydantic's strict mode takes a dataclass for a dataclass alone.
+        return _adapter(cls).validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{name}: {first['msg']}" if name else first["msg"]) from None
 
 
 def check_counts(counts: dict[str, int], *, where: str) -> None:
@@ -94,7 +126,7 @@ def check_counts(counts: dict[str, int], *, where: str) -> None:
     Raises:
         DataError: If ``in`` is not the sum of all others.
     """
-    if counts and counts["in"] != sum(value for name, value in counts.items() if name != "in"):
+    if counts and counts.get("in") != sum(value for name, value in counts.items() if name != "in"):
         raise DataError(f"{where}: rows do not add up: {counts}")
 
 

@@ -2,8 +2,8 @@
 
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
 
+from pipeline.workspace.manifest import parse_record
 from pipeline.workspace.store import LIVE, Artifact
 
 PROGRESS = f"{LIVE}progress.json"
@@ -92,8 +92,7 @@ def read_progress(artifact: Artifact) -> ProgressState | None:
     """The newest reading of a step, or None."""
     if not artifact.exists(PROGRESS):
         return None
-    data: dict[str, Any] = artifact.read_json(PROGRESS)
-    return ProgressState(**data)
+    return parse_record(ProgressState, artifact.read_json(PROGRESS))
 
 
 def _duration(seconds: float) -> str:

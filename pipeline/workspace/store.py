@@ -54,14 +54,20 @@ class Workspace:
         """The artifact of one step under one key, committed or not."""
         return Artifact(f"{self.root}/{step}/{key}")
 
-    def artifacts(self, step: str) -> list["Artifact"]:
-        """Every artifact of a step that is committed, the newest first."""
+    def manifests(self, step: str) -> tuple[list[Manifest], list[str]]:
+        """The manifests of every committed artifact of a step, the newest first; and why others cannot be read."""
         files, base = fsspec.url_to_fs(f"{self.root}/{step}")
-        if not files.exists(base):
-            return []
-        found = [Artifact(f"{self.root}/{step}/{Path(name).name}") for name in files.ls(base, detail=False)]
-        committed = [(m.created, artifact) for artifact in found if (m := artifact.manifest()) is not None]
-        return [artifact for _, artifact in sorted(committed, key=lambda pair: pair[0], reverse=True)]
+        manifests: list[Manifest] = []
+        damages: list[str] = []
+        for name in sorted(files.ls(base, detail=False)) if files.exists(base) else []:
+            try:
+                manifest = self.artifact(step, Path(name).name).manifest()
+            except DataError as error:
+                damages.append(str(error))
+                continue
+            if manifest is not None:
+                manifests.append(manifest)
+        return sorted(manifests, key=lambda manifest: manifest.created, reverse=True), damages
 
     @property
     def local_root(self) -> Path:
@@ -133,7 +139,7 @@ class Artifact:
                 self._files.get_file(f"{self._base}/{name}", str(partial))
                 partial.replace(local)
         if not local.exists():
-            raise DataError(f"{self.uri}: no file {name}; remove the folder and run the step again")
+            raise DataError(f"{self.uri}: no file {name}; {self._mend()}")
         return local
 
     def read_json(self, name: str) -> Any:
@@ -145,11 +151,9 @@ class Artifact:
         try:
             return json.loads(self._files.cat_file(f"{self._base}/{name}"))
         except FileNotFoundError:
-            raise DataError(f"{self.uri}: no file {name}; remove the folder and run the step again") from None
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{self.uri}/{name}: not valid JSON ({error}); remove the folder and run the step again"
-            ) from None
+            raise DataError(f"{self.uri}: no file {name}; {self._mend()}") from None
+        except ValueError as error:
+            raise DataError(f"{self.uri}/{name}: not valid JSON ({error}); {self._mend()}") from None
 
     def exists(self, name: str) -> bool:
         """Whether the artifact has the file."""
@@ -175,19 +179,30 @@ class Artifact:
 
     def shard_records(self) -> dict[str, ShardRecord]:
         """The committed shards, by name, sorted."""
-        names = [name for name in self.names() if name.endswith(RECORD_SUFFIX)]
-        records = [ShardRecord.from_dict(self.read_json(name)) for name in names]
-        return {record.shard: record for record in records}
+        records: dict[str, ShardRecord] = {}
+        for name in (name for name in self.names() if name.endswith(RECORD_SUFFIX)):
+            try:
+                record = ShardRecord.from_dict(json.loads(self._files.cat_file(f"{self._base}/{name}")))
+            except (DataError, ValueError) as error:
+                mend = self._mend() if self.exists(MANIFEST) else "remove this record: its shard alone is made again"
+                raise DataError(f"{self.uri}/{name}: {error}; {mend}") from None
+            records[record.shard] = record
+        return records
 
     def manifest(self) -> Manifest | None:
         """The commit, or None where the step has not finished.
 
         Raises:
-            DataError: If the manifest was written by a newer schema.
+            DataError: If there is one that cannot be read; names the file and says what to do.
         """
         if not self.exists(MANIFEST):
             return None
-        return Manifest.from_dict(self.read_json(MANIFEST), where=f"{self.uri}/{MANIFEST}")
+        data = self.read_json(MANIFEST)
+        try:
+            return Manifest.from_dict(data)
+        except DataError as error:
+            mend = "use its release" if "newer" in str(error) else self._mend()
+            raise DataError(f"{self.uri}/{MANIFEST}: {error}; {mend}") from None
 
     def commit(self, manifest: Manifest) -> None:
         """Publish the manifest, and with it the artifact; then drop what only served the running step."""
@@ -224,7 +239,11 @@ class Artifact:
         manifest = self.manifest()
         expected = manifest.files.get(name) if manifest else None
         if expected is not None and self.describe(name) != expected:
-            raise DataError(f"{self.uri}/{name}: does not match its checksum; remove {self.uri} and run the step again")
+            raise DataError(f"{self.uri}/{name}: does not match its checksum; {self._mend()}")
+
+    def _mend(self) -> str:
+        """What to do about a damaged file of a finished step: nothing is deleted that a person might still need."""
+        return f"bring it back from a copy, or move {self.uri} away and run the step again"
 
     def clear_temporaries(self) -> None:
         """Remove what a killed writer left behind; call only while no other writer is alive."""

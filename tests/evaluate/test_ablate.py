@@ -193,5 +193,5 @@ def test_prompts_without_real_pictures_have_no_true_embedding(cascade: Cascade, 
 
 def test_ablation_before_training_says_what_is_missing(tmp_path: Path) -> None:
     recipe = parse_recipe(tiny_tables(tmp_path / "empty"))
-    with pytest.raises(ConfigError, match="ablate: pairs is not finished"):
+    with pytest.raises(ConfigError, match="pairs is not finished"):
         ablate_recipe(recipe, num_prompts=2, num_shown=1, watch=_quiet)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.recipe.plan import Step, artifact_of, make_plan, manifest_of, plan_status
+from pipeline.recipe.plan import Step, artifact_of, finished_artifacts, make_plan, manifest_of, plan_status
 from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.workspace.store import Workspace
 
@@ -160,6 +160,30 @@ def test_plan_status_names_the_field_and_the_input_that_changed(tmp_path: Path) 
     assert statuses["prior"].reasons == ("prior.train.num_steps: 1000 -> 7",)
     assert statuses["evaluate"].reasons == ("prior changed",)
     assert statuses["decoder"].state == "done"
+
+
+def test_plan_status_shows_a_manifest_that_cannot_be_read_and_goes_on(tmp_path: Path) -> None:
+    workspace, steps = Workspace(str(tmp_path)), make_plan(load_recipe(None))
+    for step in steps:
+        _commit(workspace, step)
+    damaged = artifact_of(workspace, steps[1])
+    damaged.write_bytes("manifest.json", b"")
+    statuses = plan_status(workspace, steps)
+    assert [status.state for status in statuses] == ["done", "unreadable", *["done"] * (len(steps) - 2)]
+    assert f"{damaged.uri}/manifest.json: not valid JSON" in statuses[1].reasons[0]
+    other = plan_status(workspace, make_plan(load_recipe(None, ["download.retries=7"])))
+    assert other[1].state == "todo"
+    assert other[1].reasons[0] == "never run"
+    assert f"{damaged.uri}/manifest.json: not valid JSON" in other[1].reasons[1]
+
+
+def test_finished_artifacts_are_those_that_the_recipe_has_and_all_finished(tmp_path: Path) -> None:
+    recipe = load_recipe(None, [f"workspace={tmp_path}"])
+    steps = {step.name: step for step in make_plan(recipe)}
+    _commit(Workspace(str(tmp_path)), steps["pairs"])
+    assert list(finished_artifacts(recipe, ("pairs", "upsampler_1"))) == ["pairs"]
+    with pytest.raises(ConfigError, match="embed is not finished under this recipe; first: unclip run RECIPE"):
+        finished_artifacts(recipe, ("pairs", "embed"))
 
 
 def test_plan_status_tells_todo_from_partial(tmp_path: Path) -> None:

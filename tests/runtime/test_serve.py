@@ -160,7 +160,7 @@ def test_ctrl_c_ends_the_server_and_everything_it_started(served: Served) -> Non
 
 
 def test_serving_an_unfinished_recipe_names_the_step(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="serve: download is not finished under this recipe; first: unclip run"):
+    with pytest.raises(ConfigError, match="download is not finished under this recipe; first: unclip run"):
         serve_recipe(parse_recipe({"workspace": str(tmp_path)}))
 
 

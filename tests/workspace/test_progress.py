@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.workspace.progress import Progress, ProgressState, read_progress
+from pipeline.workspace.progress import PROGRESS, Progress, ProgressState, read_progress
 from pipeline.workspace.store import Artifact
 
 
@@ -11,6 +11,15 @@ def _wall_s(artifact: Artifact) -> float:
     state = read_progress(artifact)
     assert state is not None
     return state.wall_s
+
+
+def test_a_reading_with_a_field_of_a_later_release_is_read(tmp_path: Path) -> None:
+    artifact = Artifact(str(tmp_path))
+    Progress(artifact).update(3, 9, "rows", force=True)
+    artifact.write_json(PROGRESS, artifact.read_json(PROGRESS) | {"host": "here"})
+    state = read_progress(artifact)
+    assert state is not None
+    assert state.done == 3
 
 
 def test_progress_counts_the_work_and_not_the_waiting(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -131,8 +132,51 @@ def test_manifest_is_the_commit_and_drops_live_files(tmp_path: Path) -> None:
 def test_manifest_of_another_schema_is_refused(tmp_path: Path) -> None:
     artifact = Artifact(f"{tmp_path}/step/key")
     artifact.write_json("manifest.json", _manifest().to_dict() | {"schema_version": 99})
-    with pytest.raises(DataError, match="schema version 99"):
+    with pytest.raises(DataError, match=rf"{artifact.uri}/manifest.json: a newer unclip wrote it .* use its release"):
         artifact.manifest()
+
+
+def test_records_with_a_field_of_a_later_release_are_read(tmp_path: Path) -> None:
+    artifact = Artifact(f"{tmp_path}/step/key")
+    record = ShardRecord(shard="00000", counts={"in": 1, "ok": 1}, files={})
+    artifact.write_json("00000.done.json", record.to_dict() | {"checked": True})
+    artifact.write_json("manifest.json", _manifest().to_dict() | {"licence": "CC0"})
+    assert artifact.shard_records() == {"00000": record}
+    assert artifact.manifest() == _manifest()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"counts": {"in": 3, "ok": 2}}, "do not add up"),
+        ({"counts": {"ok": 2}}, "do not add up"),
+        ({"counts": {"in": "3", "ok": 3}}, "counts.in: Input should be a valid integer"),
+        ({"inputs": ["clip"]}, "inputs: Input should be an object"),
+        ({"schema_version": None}, "schema version None"),
+    ],
+)
+def test_a_manifest_that_cannot_be_read_is_named_and_nothing_is_deleted_for_it(
+    tmp_path: Path, changes: dict[str, object], reason: str
+) -> None:
+    artifact = Artifact(f"{tmp_path}/step/key")
+    artifact.write_json("manifest.json", _manifest().to_dict() | changes)
+    with pytest.raises(DataError, match=re.escape(reason)) as caught:
+        artifact.manifest()
+    assert str(caught.value).startswith(f"{artifact.uri}/manifest.json: ")
+    assert f"bring it back from a copy, or move {artifact.uri} away" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b'{"shard": "00000"}', b'{"shard": "00000", "counts": {}, "files": 3}']
+)
+def test_a_shard_record_that_cannot_be_read_costs_its_shard_alone(tmp_path: Path, content: bytes) -> None:
+    artifact = Artifact(f"{tmp_path}/step/key")
+    artifact.write_bytes("00000.done.json", content)
+    with pytest.raises(DataError, match=r"00000\.done\.json: .*its shard alone is made again"):
+        artifact.shard_records()
+    artifact.write_json("manifest.json", _manifest().to_dict())
+    with pytest.raises(DataError, match=r"00000\.done\.json: .* move .* away"):
+        artifact.shard_records()
 
 
 def test_verify_names_the_file_whose_bytes_changed(tmp_path: Path) -> None:
@@ -176,15 +220,19 @@ def test_artifact_works_on_an_object_store_and_survives_pickling() -> None:
     again = pickle.loads(pickle.dumps(artifact))
     assert again.path("sub/data.bin").read_bytes() == b"123"
     assert again.manifest().files["sub/data.bin"]["bytes"] == 3
-    assert [found.uri for found in Workspace("memory://bucket/prefix").artifacts("step")] == [artifact.uri]
+    manifests, damages = Workspace("memory://bucket/prefix").manifests("step")
+    assert ([manifest.created for manifest in manifests], damages) == ([again.manifest().created], [])
 
 
-def test_workspace_artifacts_are_the_committed_ones_newest_first(tmp_path: Path) -> None:
+def test_workspace_manifests_are_the_newest_first_and_name_what_cannot_be_read(tmp_path: Path) -> None:
     workspace = Workspace(str(tmp_path))
     for key, created in (("old", 1.0), ("new", 2.0)):
         workspace.artifact("s", key).commit(_manifest(key=key, created=created))
     workspace.artifact("s", "open").write_json("live/x.json", 1)
-    assert [artifact.uri.rsplit("/", 1)[1] for artifact in workspace.artifacts("s")] == ["new", "old"]
+    workspace.artifact("s", "damaged").write_bytes("manifest.json", b"{")
+    manifests, damages = workspace.manifests("s")
+    assert [manifest.key for manifest in manifests] == ["new", "old"]
+    assert [f"{tmp_path}/s/damaged/manifest.json: not valid JSON" in damage for damage in damages] == [True]
 
 
 def test_make_uid_depends_on_url_and_caption_and_split_on_uid_alone() -> None:
