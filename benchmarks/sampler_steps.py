@@ -21,7 +21,7 @@ from models.diffusion.analytic import X0Variance
 from models.diffusion.config import SamplerConfig
 from models.diffusion.noise import NoiseSource
 from models.diffusion.process import Diffusion
-from models.diffusion.samplers import config_timesteps, make_limit, sample
+from models.diffusion.samplers import SAMPLERS, config_timesteps, make_limit, num_network_calls, sample
 from models.text import TextEncoding
 from pipeline.clip import FrozenClip
 from pipeline.data.batches import Batch, Samples
@@ -33,7 +33,6 @@ from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.workspace.store import Workspace
 
-METHODS = ("ddpm", "analytic", "ddim", "dpmpp_2m", "heun")
 WITHIN = 1.02
 _VARIANCE_ROWS = 64
 
@@ -93,23 +92,25 @@ class Drawer:
 def run(drawer: Drawer, steps: Sequence[int], reference_steps: int) -> list[dict[str, Any]]:
     """One row for each sampler and number of steps, the reference first."""
     base = replace(drawer.decoder.config.sampler, respacing="", eta=0.0)
-    reference = drawer.distance(replace(base, method="ddpm", num_steps=reference_steps))
-    rows: list[dict[str, Any]] = [_row("ddpm", reference_steps, reference, reference, is_first=False)]
-    for method in METHODS:
-        found = False
+    best = replace(base, method="ddpm", num_steps=reference_steps)
+    reference = drawer.distance(best)
+    rows: list[dict[str, Any]] = [_row(drawer, best, reference, reference, is_first=False)]
+    for method in SAMPLERS:
+        is_within = False
         for num_steps in sorted(steps):
-            distance = drawer.distance(replace(base, method=method, num_steps=num_steps))
-            is_first = not found and distance <= WITHIN * reference
-            found |= is_first
-            rows.append(_row(method, num_steps, distance, reference, is_first=is_first))
+            config = replace(base, method=method, num_steps=num_steps)
+            distance = drawer.distance(config)
+            is_first = not is_within and distance <= WITHIN * reference
+            is_within |= is_first
+            rows.append(_row(drawer, config, distance, reference, is_first=is_first))
     return rows
 
 
-def _row(method: str, num_steps: int, distance: float, reference: float, *, is_first: bool) -> dict[str, Any]:
+def _row(drawer: Drawer, config: SamplerConfig, distance: float, reference: float, *, is_first: bool) -> dict[str, Any]:
     return {
-        "sampler": method,
-        "steps": num_steps,
-        "network_calls": 2 * num_steps - 1 if method == "heun" else num_steps,
+        "sampler": config.method,
+        "steps": config.num_steps,
+        "network_calls": num_network_calls(config, drawer.diffusion),
         "frechet_distance": distance,
         "of_reference": distance / reference,
         "fewest_within_2_percent": is_first,

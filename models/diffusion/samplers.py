@@ -13,7 +13,8 @@ The steps themselves take one timestep per item, for a server that batches reque
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -24,7 +25,7 @@ from models.diffusion.config import SamplerConfig
 from models.diffusion.limits import ClipRange, DynamicThreshold, Limit
 from models.diffusion.noise import NoiseSource
 from models.diffusion.process import Denoise, Diffusion
-from models.diffusion.schedules import sampling_timesteps, strided_timesteps
+from models.diffusion.schedules import sampling_timesteps
 from models.diffusion.steps import (
     SamplerState,
     Step,
@@ -36,6 +37,32 @@ from models.diffusion.steps import (
     heun_step,
     start,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """What the name of a method in a recipe stands for."""
+
+    step: Callable[..., SamplerState]
+    """One step of it, of models/diffusion/steps.py."""
+    needs: tuple[str, ...] = ()
+    """Options of the step without which it cannot run: ``noise``, ``x0_variance``."""
+    takes: tuple[str, ...] = ()
+    """Options of the step that it can do without."""
+    respacing: str = ""
+    """Timesteps where the recipe's ``respacing`` names none."""
+    calls_per_step: int = 1
+    """Calls of the network in each step but the last, which has one."""
+
+
+SAMPLERS = {
+    "ddpm": Sampler(step=ddpm_step, needs=("noise",)),
+    "ddim": Sampler(step=ddim_step, takes=("noise", "eta")),
+    "analytic": Sampler(step=analytic_step, needs=("noise", "x0_variance")),
+    "dpmpp_2m": Sampler(step=dpmpp_2m_step, respacing="trailing"),
+    "heun": Sampler(step=heun_step, respacing="trailing", calls_per_step=2),
+}
+"""Every method of ``SamplerConfig.method``."""
 
 
 def iterate_steps(
@@ -159,9 +186,13 @@ def config_timesteps(config: SamplerConfig, diffusion: Diffusion) -> tuple[int, 
     t = 0, 0.99 without. Wasserstein distance of Heun's sample to four sharp grey levels at 5, 8 and 10 steps: 0.31,
     0.20, 0.08 with t = 0; 0.13, 0.05, 0.02 without. ``respacing`` overrides either.
     """
-    if config.method in {"dpmpp_2m", "heun"} and not config.respacing:
-        return strided_timesteps(diffusion.num_timesteps, config.num_steps, "trailing")
-    return sampling_timesteps(diffusion.num_timesteps, config.num_steps, config.respacing)
+    respacing = config.respacing or SAMPLERS[config.method].respacing
+    return sampling_timesteps(diffusion.num_timesteps, config.num_steps, respacing)
+
+
+def num_network_calls(config: SamplerConfig, diffusion: Diffusion) -> int:
+    """Calls of the network for one sample; a method with more than one call a step takes one in its last step."""
+    return 1 + SAMPLERS[config.method].calls_per_step * (len(config_timesteps(config, diffusion)) - 1)
 
 
 def make_step(config: SamplerConfig, noise: NoiseSource | None = None, *, x0_variance: Tensor | None = None) -> Step:
@@ -170,20 +201,14 @@ def make_step(config: SamplerConfig, noise: NoiseSource | None = None, *, x0_var
     Raises:
         ValueError: If the method needs noise or x0_variance and has none.
     """
-    limit = make_limit(config)
-    if config.method == "dpmpp_2m":
-        return partial(dpmpp_2m_step, limit=limit)
-    if config.method == "heun":
-        return partial(heun_step, limit=limit)
-    if config.method == "ddim":
-        return partial(ddim_step, noise=noise, eta=config.eta, limit=limit)
-    if noise is None:
-        raise ValueError(f"method = {config.method!r} draws noise at each step: give a NoiseSource")
-    if config.method == "ddpm":
-        return partial(ddpm_step, noise=noise, limit=limit)
-    if x0_variance is None:
-        raise ValueError("method = 'analytic' needs x0_variance: estimate it on training samples, or choose 'ddpm'")
-    return partial(analytic_step, noise=noise, x0_variance=x0_variance, limit=limit)
+    sampler = SAMPLERS[config.method]
+    options = {"noise": noise, "x0_variance": x0_variance, "eta": config.eta}
+    if "noise" in sampler.needs and noise is None:
+        raise ValueError(f"method = {config.method!r} samples noise at each step: give a NoiseSource")
+    if "x0_variance" in sampler.needs and x0_variance is None:
+        raise ValueError(f"method = {config.method!r} needs x0_variance: estimate it on training samples")
+    bound = {name: options[name] for name in (*sampler.needs, *sampler.takes)}
+    return partial(sampler.step, limit=make_limit(config), **bound)
 
 
 def make_limit(config: SamplerConfig) -> Limit | None:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from models.clip_config import ClipDims
 from models.diffusion.config import DiffusionConfig, SamplerConfig
 from models.diffusion.process import Denoise, Diffusion
-from models.diffusion.samplers import config_timesteps
+from models.diffusion.samplers import num_network_calls
 from models.text import TextEncoding
 
 _COUNTED = 2
@@ -140,8 +140,7 @@ def count_chain(
         x: Something in the shape of one sample, (1, ...).
     """
     network.eval()
-    calls = len(config_timesteps(sampler, Diffusion(diffusion)))
-    calls = 2 * calls - 1 if sampler.method == "heun" else calls
+    calls = num_network_calls(sampler, Diffusion(diffusion))
     denoisers: list[Denoise] = []
     before = count(lambda: denoisers.append(make()))
     return before + calls * count(lambda: denoisers[0](x, first_steps(1))), calls

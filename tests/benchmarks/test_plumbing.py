@@ -12,11 +12,12 @@ import torch
 
 from benchmarks import side_by_side
 from benchmarks.memory import run as run_memory
-from benchmarks.sampler_steps import METHODS, Drawer
+from benchmarks.sampler_steps import Drawer
 from benchmarks.sampler_steps import run as run_sampler_steps
 from benchmarks.side_by_side import compare, publish
 from benchmarks.train_step import DECODER, PRIOR
 from benchmarks.train_step import run as run_train_step
+from models.diffusion.samplers import SAMPLERS
 from tests.ports import free_port
 from tests.tiny import ROOT
 from tests.tiny_cascade import finished_workspace
@@ -91,7 +92,7 @@ def test_sampler_steps_compares_every_sampler(tmp_path: Path) -> None:
     recipe = finished_workspace(tmp_path, port=free_port(), overrides=("pairs.validation_prob=0",))
     drawer = Drawer(recipe, 8, 4, split="train")
     rows = run_sampler_steps(drawer, [2], 3)
-    assert [row["sampler"] for row in rows] == ["ddpm", *METHODS]
+    assert [row["sampler"] for row in rows] == ["ddpm", *SAMPLERS]
     assert all(row["frechet_distance"] >= 0 for row in rows)
     assert rows[0]["of_reference"] == 1
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -13,7 +14,16 @@ from torch import Tensor
 from models.diffusion.config import SamplerConfig
 from models.diffusion.noise import NoiseSource
 from models.diffusion.process import Diffusion
-from models.diffusion.samplers import config_timesteps, invert_ddim, iterate, iterate_steps, sample, sample_along
+from models.diffusion.samplers import (
+    SAMPLERS,
+    config_timesteps,
+    invert_ddim,
+    iterate,
+    iterate_steps,
+    num_network_calls,
+    sample,
+    sample_along,
+)
 from models.diffusion.schedules import strided_timesteps
 from models.diffusion.steps import (
     SamplerState,
@@ -28,7 +38,7 @@ from models.diffusion.steps import (
     start,
 )
 
-METHODS = ("ddpm", "ddim", "analytic", "dpmpp_2m", "heun")
+METHODS = tuple(SAMPLERS)
 DATA = GaussianData(std=0.5)
 
 
@@ -382,3 +392,26 @@ def test_sample_is_the_same_on_a_gpu(method: str) -> None:
         drawn = sample(DATA.denoiser(diffusion), x_T, diffusion, config, noise, x0_variance=x0_variance)
         found.append(drawn.cpu())
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+# ---- the table of methods ------------------------------------------------------------------
+
+
+def test_every_method_that_a_recipe_may_name_has_its_row() -> None:
+    assert list(get_args(get_type_hints(SamplerConfig)["method"])) == list(SAMPLERS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_calls_the_network_as_often_as_its_row_says(method: str) -> None:
+    diffusion, calls = make_diffusion(), list[int]()
+    denoise = DATA.denoiser(diffusion)
+
+    def counted(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(len(calls))
+        return denoise(x, t)
+
+    config = SamplerConfig(method=method, num_steps=7)  # type: ignore[arg-type]
+    x = torch.ones(1, 1, dtype=torch.float64)
+    noise = NoiseSource.from_seeds([0])
+    sample(counted, x, diffusion, config, noise, x0_variance=DATA.posterior_variance(diffusion))
+    assert len(calls) == num_network_calls(config, diffusion)
