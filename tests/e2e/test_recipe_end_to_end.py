@@ -17,6 +17,7 @@ from PIL import Image
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import load_recipe
 from pipeline.workspace.store import Artifact, Workspace
+from tests.formats import missing_from_the_page
 from tests.ports import free_port
 from tests.ray_head import ray_head
 from tests.readme import shell_commands
@@ -120,6 +121,10 @@ def test_run_carries_the_uid_from_the_list_to_the_index(recipe: Path) -> None:
     assert len(indexed) == 64
     assert all(by_uid[row["uid"]]["caption"] == row["caption"] for row in indexed)
     assert all(by_uid[row["uid"]]["url"] == row["url"] for row in indexed)
+
+
+def test_the_page_of_formats_names_every_file_column_and_field(recipe: Path) -> None:
+    assert missing_from_the_page(Path(load_recipe(recipe).workspace)) == []
 
 
 def test_run_again_does_nothing(recipe: Path) -> None:

@@ -104,6 +104,19 @@ def test_nothing_names_a_machine_or_a_registry() -> None:
     assert not found
 
 
+def test_decisions_are_short_dated_and_in_order() -> None:
+    _, *entries = re.split(r"^## ", (ROOT / "docs/decisions.md").read_text(), flags=re.MULTILINE)
+    dates = [entry[:10] for entry in entries]
+    assert dates == sorted(dates)
+    for entry in entries:
+        title, *lines = entry.strip().splitlines()
+        assert re.match(r"\d{4}-\d\d-\d\d \S", title)
+        assert len([line for line in lines if line]) <= 15, title
+        assert {"*Context.*", "*Decision.*"} <= set(re.findall(r"^\*[A-Z]\w+\.\*", "\n".join(lines), re.MULTILINE)), (
+            title
+        )
+
+
 def test_text_is_ascii() -> None:
     for name in _tracked():
         if name.endswith((".py", ".toml")):
