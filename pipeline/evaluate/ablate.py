@@ -97,7 +97,7 @@ def ablation_step(recipe: Recipe, *, num_prompts: int, num_shown: int) -> Step:
     kept = {name: steps["evaluate"].section.get(name) for name in ("prompts_path", "content", "seed")}
     inputs = {name: steps[name].key for name in (*_INPUTS, *CASCADE_STEPS) if name in steps}
     kept |= sampling_tables(recipe)
-    return Step(_STEP, 2, kept | {"num_prompts": num_prompts, "num_shown": num_shown}, inputs)
+    return Step(_STEP, 3, kept | {"num_prompts": num_prompts, "num_shown": num_shown}, inputs)
 
 
 def plan_variants(variants: tuple[str, ...], num_prompts: int, batch_size: int) -> list[Part]:

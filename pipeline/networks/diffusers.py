@@ -174,6 +174,7 @@ def _notes(cascade: Cascade) -> list[str]:
         for name, sampler in methods.items()
         if sampler.method != "ddpm"
     ]
+    notes.append("it leaves the length of z_image as its prior samples it, where unclip brings it back to one")
     if settings.num_candidates > 1:
         notes.append(f"it draws one z_image, where this recipe keeps the best of {settings.num_candidates}")
     if cascade.upsamplers[0].config.rounded:

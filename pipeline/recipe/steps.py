@@ -118,7 +118,7 @@ STEPS = (
     StepRow(
         name="evaluate",
         title="Evaluation",
-        version=3,
+        version=4,
         inputs=tuple(row.name for row in _BEFORE_EVALUATE),
         runner="pipeline.runtime.evaluate:run_evaluate",
         samples=True,

@@ -41,6 +41,22 @@ def test_prior_scale_is_that_of_the_paper_at_its_width() -> None:
     torch.testing.assert_close(model.unscale(model.scale(z_image)), z_image)
 
 
+def test_prior_hands_on_embeddings_of_length_one_that_products_rank_as_cosines_do() -> None:
+    model = Prior(PriorConfig(width=16, depth=1, num_heads=4), DIMS)
+    model.z_mean.fill_(0.1)
+    generator = torch.Generator().manual_seed(0)
+    z_text = torch.nn.functional.normalize(torch.randn(1, DIMS.embed_dim, generator=generator), dim=-1)
+    others = torch.randn(2, DIMS.embed_dim, generator=generator) * 0.2
+    near, far = z_text + others[:1], 4 * (z_text + 3 * others[1:])  # far in angle, and long, as under strong guidance
+    candidates = torch.cat([near, far])
+    products = (candidates @ z_text.T).flatten()
+    cosines = torch.nn.functional.cosine_similarity(candidates, z_text)
+    assert products.argmax() != cosines.argmax()  # or there is nothing to see
+    embeddings = model.unscale(model.scale(candidates))
+    torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(2))
+    torch.testing.assert_close((embeddings @ z_text.T).flatten(), cosines)
+
+
 def test_prior_cached_condition_gives_the_same_output(prior: Prior) -> None:
     text = make_text((3, 7))
     x, t = batch(2)
