@@ -21,7 +21,7 @@ from benchmarks.peers import DecoderPair, make_inputs
 from benchmarks.side_by_side import publish
 from benchmarks.train_step import DECODER, DIMS
 from models.decoder.config import DecoderConfig
-from models.layers.checkpointing import set_checkpointing
+from models.layers.unet import set_checkpointing
 
 
 class AliveBytes(TorchDispatchMode):

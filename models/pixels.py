@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from models.upsampler.degradation import resize
-
 
 def to_pixels(images: UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B 3 H W"]:
     """Pictures to network values: 0 becomes -1, 255 becomes 1 (a channels-last view, no copy to reorder)."""
@@ -34,3 +32,23 @@ def resize_crop(pixels: Float[Tensor, "B C H W"], side_px: int) -> Float[Tensor,
         top, left = (size[0] - side_px) // 2, (size[1] - side_px) // 2
         return pixels[..., top : top + side_px, left : left + side_px]
     return resize(pixels, side_px)
+
+
+def bicubic(image: Tensor, size_px: int) -> Tensor:
+    """Bicubic with antialiasing to (B, C, size_px, size_px), up or down; edges overshoot [-1, 1].
+
+    Antialiased also upwards, where it changes the kernel alone (a = -0.5, as Pillow): diffusers' ``UnCLIPPipeline``
+    does so, and a network must see the same kernel in training and sampling.
+    """
+    size = (size_px, size_px)
+    return F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False)
+
+
+def resize(image: Tensor, size_px: int) -> Tensor:
+    """``bicubic`` with the overshoot clipped to [-1, 1]."""
+    return bicubic(image, size_px).clamp(-1, 1)
+
+
+def quantise_8bit(image: Tensor) -> Tensor:
+    """Round to the 256 grey levels of a stored picture, still in [-1, 1]: the network sees what a file would hold."""
+    return ((image.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1

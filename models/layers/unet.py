@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.layers.config import UNetConfig
 from models.layers.embedding import TimestepEmbedding
-from models.layers.transformer import KeysValues
+from models.layers.transformer import CausalTransformer, KeysValues
 
 Resample = Literal["down", "up", "none"]
 _LEAST_FUSED_PX = 16
@@ -215,11 +215,6 @@ class UNet(nn.Module):
                 stages.append(self._stage((channels, channels), False, "up"))
         return stages
 
-    def set_checkpointing(self, *, enabled: bool) -> None:
-        """Recompute each stage in the backward pass instead of keeping its activations."""
-        for stage in self._stages():
-            stage.checkpointing = enabled
-
     def encode_context(self, context: Float[Tensor, "B M X"]) -> tuple[KeysValues, ...]:
         """Keys and values of the context for each attention, in execution order."""
         attentions = (stage.attention for stage in self._stages())
@@ -298,3 +293,17 @@ def _takes_skip(num_levels: int, num_res_blocks: int) -> tuple[bool, ...]:
     """Which stages on the way up read a skip: all but those that enlarge."""
     level = [True] * (num_res_blocks + 1)
     return tuple(([*level, False] * num_levels)[:-1])
+
+
+def set_checkpointing(network: nn.Module, *, enabled: bool) -> int:
+    """Recompute the stages of every UNet and the blocks of every transformer in the backward pass, or keep them.
+
+    Activation checkpointing (arXiv:1604.06174): memory for time, with the same numbers.
+
+    Returns:
+        How many modules of ``network`` recompute; 0 means that it keeps its activations whatever is asked.
+    """
+    modules = [module for module in network.modules() if isinstance(module, Stage | CausalTransformer)]
+    for module in modules:
+        module.checkpointing = enabled
+    return len(modules)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.upsampler.degradation import filter_each, resize
+from models.pixels import resize
 from models.upsampler.jpeg import jpeg
 
 T = TypeVar("T")
@@ -165,3 +165,13 @@ def add_noise(image: Tensor, draws: Draws) -> Tensor:
         mixed = torch.einsum("ij,j,bjhw->bihw", turn, share, draws.normal(1, channels, height, width))
         noise = 2 * GREY_LEVEL * mixed
     return (image + noise.to(image)).clamp(-1, 1)
+
+
+def filter_each(image: Tensor, kernels: Tensor) -> Tensor:
+    """Correlate each picture (B, C, H, W) with its own kernel (B, K, K), K odd, edges reflected."""
+    batch, channels, height, width = image.shape
+    pad = kernels.shape[-1] // 2
+    padded = F.pad(image, (pad, pad, pad, pad), mode="reflect")
+    weight = kernels.to(image).repeat_interleave(channels, dim=0)[:, None]
+    planes = padded.reshape(1, batch * channels, *padded.shape[-2:])
+    return F.conv2d(planes, weight, groups=batch * channels).reshape(batch, channels, height, width)

@@ -1,34 +1,41 @@
-"""What an upsampler is conditioned on: the small picture, resized to the large one and slightly spoilt in training.
+"""The small picture that an upsampler is trained on, degraded as arXiv:2204.06125 (appendix C) says.
 
-Legend: B batch, C channels, H and W pixels. Pictures are (B, C, H, W), float, in [-1, 1]. Every draw is per picture (a
-blur drawn per batch teaches the network to tell batches apart) and comes from the torch.Generator that is passed in.
+Legend: B batch, C channels, H and W pixels. Pictures are (B, C, H, W), float, in [-1, 1]. Every random number is of one
+picture (a blur sampled per batch teaches the network to tell batches apart) and of the torch.Generator that is passed
+in.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from models.pixels import resize
+from models.upsampler.bsr import bsr_light, filter_each
+
+Degradation = Literal["blur", "bsr", "none"]
 
 
-def bicubic(image: Tensor, size_px: int) -> Tensor:
-    """Bicubic with antialiasing to (B, C, size_px, size_px), up or down; edges overshoot [-1, 1].
+def degraded_low_res(image: Tensor, small_px: int, kind: Degradation, generator: torch.Generator) -> Tensor:
+    """Shrink pictures and corrupt each in its own way, (B, 3, small_px, small_px).
 
-    Antialiased also upwards, where it changes the kernel alone (a = -0.5, as Pillow): diffusers' ``UnCLIPPipeline``
-    does so, and a network must see the same kernel in training and sampling.
+    Args:
+        image: Large pictures or crops of them, (B, 3, H, H) in [-1, 1].
+        small_px: Side of the result, in pixels; H is a multiple of it.
+        kind: "blur" for 64 -> 256, "bsr" for 256 -> 1024, "none" to shrink alone.
+        generator: Source of the random numbers, on the CPU.
+
+    Raises:
+        ValueError: If the sizes do not fit ``bsr``.
     """
-    size = (size_px, size_px)
-    return F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False)
-
-
-def resize(image: Tensor, size_px: int) -> Tensor:
-    """``bicubic`` with the overshoot clipped to [-1, 1]."""
-    return bicubic(image, size_px).clamp(-1, 1)
-
-
-def quantise_8bit(image: Tensor) -> Tensor:
-    """Round to the 256 grey levels of a stored picture, still in [-1, 1]: the network sees what a file would hold."""
-    return ((image.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+    # A training's bfloat16 would leave 8 of the pictures' bits where these filter them.
+    with torch.autocast(image.device.type, enabled=False):
+        if kind == "bsr":
+            return bsr_light(image, small_px, generator)
+        small = resize(image, small_px)
+        return random_blur(small, generator) if kind == "blur" else small
 
 
 def gaussian_blur(image: Tensor, sigma_px: Tensor, kernel_size: int = 3) -> Tensor:
@@ -46,16 +53,6 @@ def gaussian_blur(image: Tensor, sigma_px: Tensor, kernel_size: int = 3) -> Tens
     return filter_each(image, kernel[:, :, None] * kernel[:, None, :])
 
 
-def filter_each(image: Tensor, kernels: Tensor) -> Tensor:
-    """Correlate each picture (B, C, H, W) with its own kernel (B, K, K), K odd, edges reflected."""
-    batch, channels, height, width = image.shape
-    pad = kernels.shape[-1] // 2
-    padded = F.pad(image, (pad, pad, pad, pad), mode="reflect")
-    weight = kernels.to(image).repeat_interleave(channels, dim=0)[:, None]
-    planes = padded.reshape(1, batch * channels, *padded.shape[-2:])
-    return F.conv2d(planes, weight, groups=batch * channels).reshape(batch, channels, height, width)
-
-
 def random_blur(
     image: Tensor, generator: torch.Generator, *, sigma_px: float = 0.6, prob: float = 0.5, kernel_size: int = 3
 ) -> Tensor:
@@ -63,7 +60,7 @@ def random_blur(
 
     Args:
         image: (B, C, H, W).
-        generator: Source of the draws, on the CPU.
+        generator: Source of the random numbers, on the CPU.
         sigma_px: Standard deviation of the blur, in pixels.
         prob: Probability that a picture is blurred. [reading]: the paper gives none.
         kernel_size: Odd width of the kernel, in pixels.
@@ -78,7 +75,7 @@ def random_crop(image: Tensor, size_px: int, generator: torch.Generator, *, mult
     Args:
         image: (B, C, H, W).
         size_px: Side of the crop, in pixels.
-        generator: Source of the draws, on the CPU.
+        generator: Source of the random numbers, on the CPU.
         multiple_px: The corner lies on a multiple of this, in pixels: the scale factor of an upsampler, so that a crop
             and its small picture share one grid.
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from models.diffusion.noise import NoiseSource
 from models.layers.unet import UNet
+from models.pixels import bicubic, quantise_8bit, resize
 from models.upsampler.config import UpsamplerConfig
-from models.upsampler.degradation import augment_noise, bicubic, quantise_8bit, resize
+from models.upsampler.degradation import augment_noise
 
 NUM_COLOURS = 3
 
@@ -42,8 +43,8 @@ class Upsampler(nn.Module):
     ) -> Float[Tensor, "B C H W"]:
         """The small picture, rounded to 256 levels and enlarged; computed once for all steps of a chain.
 
-        In training, degrade ``low_res`` first (low_res.py). Where ``noise_level_max`` is set, the result is noised to
-        ``level``, and a fourth channel says so (a plane, as in arXiv:1710.04026).
+        In training, ``low_res`` is degraded first (degradation.py). Where ``noise_level_max`` is set, the result is
+        noised to ``level``, and a fourth channel says so (a plane, as in arXiv:1710.04026).
 
         Args:
             low_res: The small picture in [-1, 1].

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from models.diffusion.process import Denoise, Diffusion
-from models.pixels import resize_crop, to_pixels, to_uint8
+from models.pixels import resize, resize_crop, to_pixels, to_uint8
 from models.upsampler.config import UpsamplerConfig
-from models.upsampler.degradation import random_crop, resize
-from models.upsampler.low_res import spoilt_low_res
+from models.upsampler.degradation import degraded_low_res, random_crop
 from models.upsampler.network import Upsampler
 from pipeline.data.batches import Batch
 from pipeline.networks.counting import Work, count_chain, first_steps
@@ -36,7 +35,7 @@ class UpsamplerObjective(nn.Module):
         network, config = self.network, self.network.config
         pictures = resize_crop(to_pixels(batch.require_images()), config.image_px)
         x0 = random_crop(pictures, config.crop_px, generator, multiple_px=network.factor)
-        low_res = spoilt_low_res(x0, config.crop_px // network.factor, config.degradation, generator)
+        low_res = degraded_low_res(x0, config.crop_px // network.factor, config.degradation, generator)
         condition = network.encode_condition(low_res, *self._level(x0, generator))
         return self._loss(lambda x, t: network(x, t, condition), x0, generator)
 

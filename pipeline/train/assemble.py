@@ -11,7 +11,7 @@ from torch import nn
 
 from models.clip_config import ClipDims
 from models.diffusion.noise import derive_seed
-from models.layers.checkpointing import set_checkpointing
+from models.layers.unet import set_checkpointing
 from models.text import NullText, TextEncoding
 from pipeline.data.batches import CaptionTable, Samples, TextEncoder
 from pipeline.data.training_rows import ShardReader

@@ -13,9 +13,10 @@ from models.diffusion.noise import NoiseSource
 from models.diffusion.process import Diffusion
 from models.diffusion.samplers import config_timesteps, iterate_steps, sample
 from models.diffusion.steps import ddim_step
+from models.pixels import resize
 from models.prior.config import PriorConfig
 from models.prior.network import Prior
-from models.upsampler.degradation import random_blur, resize
+from models.upsampler.degradation import random_blur
 
 
 def gaussian_denoiser(diffusion: Diffusion, seen: list[int]) -> object:

@@ -10,7 +10,7 @@ from PIL import Image
 from skimage import data as pictures
 from torch import Tensor
 
-from models.upsampler.degradation import resize
+from models.pixels import resize
 from models.upsampler.jpeg import jpeg
 
 

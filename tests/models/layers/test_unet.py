@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tiny_models import UNET, randomise
 
 from models.layers.config import UNetConfig
-from models.layers.unet import ResBlock, UNet
+from models.layers.unet import ResBlock, UNet, set_checkpointing
 
 CONFIG = replace(UNET, num_res_blocks=2)
 
@@ -94,7 +94,7 @@ def test_unet_checkpointing_changes_no_gradient(unet: UNet) -> None:
     context = torch.randn(2, 5, 10)
     gradients = []
     for enabled in (False, True):
-        unet.set_checkpointing(enabled=enabled)
+        assert set_checkpointing(unet, enabled=enabled) > 0
         unet.zero_grad()
         unet(x, t, context=unet.encode_context(context)).square().sum().backward()
         gradients.append([parameter.grad.clone() for parameter in unet.parameters()])

@@ -8,18 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.pixels import quantise_8bit, resize
 from models.upsampler.bsr import Draws, add_noise, blur_kernel, bsr_light
 from models.upsampler.degradation import (
     augment_noise,
+    degraded_low_res,
     filter_each,
     gaussian_blur,
-    quantise_8bit,
     random_blur,
     random_crop,
-    resize,
 )
 from models.upsampler.jpeg import jpeg
-from models.upsampler.low_res import spoilt_low_res
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -223,14 +222,14 @@ def test_bsr_ends_in_jpeg_and_often_goes_through_it_before(photo: Tensor, monkey
 def test_small_pictures_are_spoilt_in_full_precision(photo: Tensor, kind: Literal["blur", "bsr"]) -> None:
     photos = photo.repeat(4, 1, 1, 1)
     with torch.autocast("cpu", torch.bfloat16):
-        half = spoilt_low_res(photos, photo.shape[-1] // 4, kind, torch.Generator().manual_seed(0))
-    full = spoilt_low_res(photos, photo.shape[-1] // 4, kind, torch.Generator().manual_seed(0))
+        half = degraded_low_res(photos, photo.shape[-1] // 4, kind, torch.Generator().manual_seed(0))
+    full = degraded_low_res(photos, photo.shape[-1] // 4, kind, torch.Generator().manual_seed(0))
     assert torch.equal(half, full)
 
 
-def test_spoilt_low_res_follows_its_kind(photo: Tensor) -> None:
+def test_degraded_low_res_follows_its_kind(photo: Tensor) -> None:
     batch = photo.expand(4, -1, -1, -1)
     plain = resize(batch, 32)
-    assert torch.equal(spoilt_low_res(batch, 32, "none", seeded()), plain)
-    assert torch.equal(spoilt_low_res(batch, 32, "blur", seeded()), random_blur(plain, seeded()))
-    assert torch.equal(spoilt_low_res(batch, 32, "bsr", seeded()), bsr_light(batch, 32, seeded()))
+    assert torch.equal(degraded_low_res(batch, 32, "none", seeded()), plain)
+    assert torch.equal(degraded_low_res(batch, 32, "blur", seeded()), random_blur(plain, seeded()))
+    assert torch.equal(degraded_low_res(batch, 32, "bsr", seeded()), bsr_light(batch, 32, seeded()))
