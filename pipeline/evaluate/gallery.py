@@ -101,9 +101,9 @@ class Gallery:
     def _neighbours(self, neighbours: TrainingNeighbours, download: Artifact) -> Rows:
         entries: Rows = []
         rows = self._firsts[:NUM_STAGES]
-        for row, found in zip(rows, neighbours.find(matrix(rows, "z_image")), strict=True):
+        for row, neighbours_of_row in zip(rows, neighbours.find(matrix(rows, "z_image")), strict=True):
             pictures: Rows = [{"file": row["file"], "label": "drawn", "caption": row["prompt"]}]
-            for rank, near in enumerate(found[:_NUM_NEIGHBOURS]):
+            for rank, near in enumerate(neighbours_of_row[:_NUM_NEIGHBOURS]):
                 name = f"neighbours/{row['prompt_number']:05d}-{rank}.png"
                 data = read_picture(download, near.shard, near.key)
                 picture = thumbnail(decode(data, where=f"shard {near.shard}: key {near.key}: uid {near.uid}"))
