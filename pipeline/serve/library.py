@@ -5,9 +5,10 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from pipeline.data.shards import StoredPictures
 from pipeline.errors import DataError
 from pipeline.pictures import decode
-from pipeline.retrieve import NeighbourIndex, read_picture
+from pipeline.retrieve import NeighbourIndex
 from pipeline.serve.protocols import Found, Vectors
 from pipeline.workspace.store import Artifact
 
@@ -20,7 +21,7 @@ class LocalLibrary:
 
     def __init__(self, index: NeighbourIndex, download: Artifact) -> None:
         self._index = index
-        self._download = download
+        self._stored = StoredPictures(download)
 
     @property
     def embed_dim(self) -> int:
@@ -43,7 +44,7 @@ class LocalLibrary:
     def picture(self, found: Found) -> bytes | None:
         """See ``contract.Library``."""
         try:
-            data = read_picture(self._download, found.columns["shard"], found.columns["key"])
+            data = self._stored.read(*(found.columns[name] for name in ("shard", "key", "uid")))
             image = None if data.startswith(_JPEG) else decode(data, where=f"row {found.id}")
         except DataError as error:
             _log.warning("no picture for row %d: %s", found.id, error)
