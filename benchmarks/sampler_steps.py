@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from benchmarks.side_by_side import publish
-from models.cascade import decoder_denoiser
 from models.decoder.network import Decoder
+from models.decoder.stage import decoder_denoiser
 from models.diffusion.analytic import X0Variance
 from models.diffusion.config import SamplerConfig
 from models.diffusion.noise import NoiseSource

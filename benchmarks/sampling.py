@@ -24,12 +24,15 @@ from models.cascade import Cascade
 from models.clip_config import ClipConfig
 from models.decoder.config import DecoderConfig
 from models.decoder.network import Decoder
+from models.decoder.stage import DecoderStage
 from models.diffusion.config import DiffusionConfig, SamplerConfig
 from models.layers.config import UNetConfig
 from models.prior.config import PriorConfig
 from models.prior.network import Prior
+from models.prior.stage import PriorStage
 from models.upsampler.config import UpsamplerConfig
 from models.upsampler.network import Upsampler
+from models.upsampler.stage import UpsamplerStage
 from pipeline.clip import FrozenClip, create_clip
 from pipeline.networks.diffusers import export_components, export_diffusers, write_tokenizer
 from pipeline.recipe.recipe import load_recipe
@@ -117,7 +120,7 @@ def make_cascade(size: Size) -> Cascade:
         randomise(network)
     for network in (prior, decoder):
         network.null_text.set(clip.encode_text([""]))
-    return Cascade(clip, prior, decoder, [upsampler])
+    return Cascade(clip, [PriorStage.of(prior), DecoderStage.of(decoder), UpsamplerStage.of(upsampler)])
 
 
 def load_pipeline(cascade: Cascade, clip: FrozenClip) -> Any:
@@ -168,10 +171,9 @@ def run(size: Size, rounds: int, *, share: bool) -> list[Comparison]:
     pipe = (share_pipeline if share else load_pipeline)(cascade, cascade.clip)
     pipe.set_progress_bar_config(disable=True)
     prompts = (PROMPTS * size.num_images)[: size.num_images]
-    settings = cascade.default_settings()
 
     def ours() -> object:
-        return cascade.sample(prompts, range(size.num_images), settings)
+        return cascade.sample(prompts, range(size.num_images))
 
     def theirs() -> object:
         return pipe(

@@ -13,7 +13,7 @@ from typing import Annotated, Any, cast
 import typer
 import typer.core
 
-from jobs import ablate, cluster, edits, exchange, generate, inspect, start
+from jobs import ablate, cluster, edit_commands, exchange, generate, inspect, start
 from jobs import search as data
 from pipeline.errors import UnclipError
 
@@ -39,14 +39,14 @@ COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
         "serve": (generate.serve, "Serve pictures, neighbours and a page over HTTP."),
     },
     "Edit": {
-        "vary": (edits.vary, "Make variations of a picture."),
-        "interpolate": (edits.interpolate, "Make the way from one picture to another."),
-        "text-diff": (edits.text_diff, "Turn a picture from one text towards another."),
-        "inpaint": (edits.inpaint, "Make the masked part of a picture anew."),
-        "outpaint": (edits.outpaint, "Make what is around a picture."),
-        "sdedit": (edits.sdedit, "Add noise to a picture, denoise it to a prompt."),
-        "reconstruct": (edits.reconstruct, "Make a picture again from its latents."),
-        "pca-reconstruct": (edits.pca_reconstruct, "Show what components of z_image hold."),
+        "vary": (edit_commands.vary, "Make variations of a picture."),
+        "interpolate": (edit_commands.interpolate, "Make the way from one picture to another."),
+        "text-diff": (edit_commands.text_diff, "Turn a picture from one text towards another."),
+        "inpaint": (edit_commands.inpaint, "Make the masked part of a picture anew."),
+        "outpaint": (edit_commands.outpaint, "Make what is around a picture."),
+        "sdedit": (edit_commands.sdedit, "Add noise to a picture, denoise it to a prompt."),
+        "reconstruct": (edit_commands.reconstruct, "Make a picture again from its latents."),
+        "pca-reconstruct": (edit_commands.pca_reconstruct, "Show what components of z_image hold."),
     },
     "Exchange": {
         "export": (exchange.export, "Write the trained cascade for other programs."),
@@ -103,7 +103,6 @@ def _main(  # pyright: ignore[reportUnusedFunction]  (typer keeps it)
 
 def main() -> None:
     """Run the command; turn errors into messages and exit codes."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite end of any kind is an interrupt
     if "RAY_JOB_STOP_SIGNAL" in os.environ:  # the cluster may ignore Ctrl-C (a script started it): not its jobs
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -34,7 +34,7 @@ def export(
         export_native(artifacts, Path(native))
         typer.echo(f"{', '.join(artifacts)} in {native}")
         return
-    cascade = load_cascade(artifacts, wanted=network_configs(resolved))
+    cascade = load_cascade(artifacts, configs=network_configs(resolved))
     assert isinstance(cascade.clip, FrozenText)
     for note in export_diffusers(cascade, cascade.clip, Path(diffusers)):
         typer.echo(f"note: {note}")

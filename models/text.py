@@ -5,7 +5,6 @@ Legend: B batch, L text tokens, D joint space, W text width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from models.clip_config import END_TOKEN, START_TOKEN, ClipDims
+from models.rows import map_rows, take_rows
 
 
 @dataclass(frozen=True)
@@ -38,25 +38,11 @@ class TextEncoding:
         return self.pooled.shape[0]
 
     def __getitem__(self, index: slice | Tensor) -> TextEncoding:
-        return TextEncoding(self.pooled[index], self.hidden[index], self.mask[index], self.tokens[index])
+        return take_rows(self, index)
 
     def to(self, device: torch.device | str) -> TextEncoding:
         """The same encoding on another device."""
-        return TextEncoding(
-            self.pooled.to(device, non_blocking=True),
-            self.hidden.to(device, non_blocking=True),
-            self.mask.to(device, non_blocking=True),
-            self.tokens.to(device, non_blocking=True),
-        )
-
-    def repeat_interleave(self, repeats: int) -> TextEncoding:
-        """Each caption ``repeats`` times in a row: [a, b] becomes [a, a, b, b]."""
-        return TextEncoding(
-            self.pooled.repeat_interleave(repeats, 0),
-            self.hidden.repeat_interleave(repeats, 0),
-            self.mask.repeat_interleave(repeats, 0),
-            self.tokens.repeat_interleave(repeats, 0),
-        )
+        return map_rows(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def padded(self, length: int) -> TextEncoding:
         """The same captions with L = ``length`` tokens; the added ones are masked.
@@ -71,18 +57,6 @@ class TextEncoding:
             return self
         mask, tokens = F.pad(self.mask, (0, extra)), F.pad(self.tokens, (0, extra))
         return TextEncoding(self.pooled, F.pad(self.hidden, (0, 0, 0, extra)), mask, tokens)
-
-
-def concat_text(parts: Sequence[TextEncoding]) -> TextEncoding:
-    """Captions of several batches in one, padded to the longest."""
-    length = max(part.mask.shape[1] for part in parts)
-    padded = [part.padded(length) for part in parts]
-    return TextEncoding(
-        torch.cat([part.pooled for part in padded]),
-        torch.cat([part.hidden for part in padded]),
-        torch.cat([part.mask for part in padded]),
-        torch.cat([part.tokens for part in padded]),
-    )
 
 
 NUM_NULL_TOKENS = 2

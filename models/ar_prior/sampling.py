@@ -1,13 +1,13 @@
-"""Drawing an embedding from the autoregressive prior, token after token.
+"""Sampling an embedding from the autoregressive prior, token after token.
 
 Every chain has its own random numbers, drawn before it starts, and a token is the one at which the cumulative
 probability passes its number: rounding, which differs from batch to batch, can move it to the next value, not further.
-Legend: B chains, R sequences (R = B, or 2 B with guidance: [uncond, cond] of each), K components, V buckets.
+Legend: B chains, R sequences (one of each chain, or two with guidance: [uncond, cond]), K components, V buckets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 from models.ar_prior.config import TokenSamplerConfig
 from models.ar_prior.network import ArPrior
 from models.diffusion.noise import NoiseSource
-from models.layers.transformer import TokenCache, join_token_caches
-from models.text import TextEncoding, concat_text
+from models.layers.transformer import TokenCache
+from models.rows import concat_rows, take_rows
+from models.text import TextEncoding
 
 
 def token_probs(logits: Float[Tensor, "B V"], config: TokenSamplerConfig) -> Float[Tensor, "B V"]:
@@ -35,62 +36,49 @@ def token_probs(logits: Float[Tensor, "B V"], config: TokenSamplerConfig) -> Flo
     return torch.zeros_like(probs).scatter_(1, order, ranked)
 
 
-def draw_tokens(probs: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
+def sample_tokens(probs: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
     """The token of each row at which the cumulative probability passes ``uniform`` (float64, in [0, 1))."""
     cumulative = probs.cumsum(-1)
     cumulative = cumulative / cumulative[:, -1:]  # ends at exactly 1, which no number reaches
     return torch.searchsorted(cumulative, uniform[:, None], right=True)[:, 0]
 
 
-def guide_logits(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
+def guide_logits(uncond: Tensor, cond: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance of logits: uncond + s (cond - uncond), (B, V)."""
     return uncond + scale * (cond - uncond)
 
 
 @dataclass(frozen=True)
 class TokenState:
-    """B chains, each at its own component; changed in place by ``step``."""
+    """B chains, each at its own component; changed in place by ``sample_component``."""
 
     cache: TokenCache
     """R sequences."""
     dot: Int[Tensor, " R"]
-    """Token of the dot product that each sequence is told."""
+    """Token of the dot product that each sequence reads."""
     tokens: Int[Tensor, "B K"]
-    """Drawn so far; zero beyond."""
+    """Sampled so far; zero beyond."""
     position: Int[Tensor, " B"]
-    """Components drawn."""
+    """Components sampled."""
     uniform: Float[Tensor, "B K"]
     """The chains' random numbers."""
+    guidance_scale: Float[Tensor, " B"]
+    """float64; 1 where a chain has one sequence."""
 
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, rows: slice) -> TokenState:
-        """Some of the chains; the same memory."""
-        per_chain = len(self.dot) // len(self)
-        pair = slice(rows.start * per_chain, rows.stop * per_chain)
-        return TokenState(self.cache[pair], self.dot[pair], self.tokens[rows], self.position[rows], self.uniform[rows])
+    def part(self, sequences: slice, chains: slice) -> TokenState:
+        """Some of the chains with their sequences; the same memory, so what is sampled here is sampled there."""
+        of_chains = (self.tokens, self.position, self.uniform, self.guidance_scale)
+        return TokenState(*take_rows((self.cache, self.dot), sequences), *take_rows(of_chains, chains))
 
 
-def join_token_states(parts: Sequence[TokenState]) -> TokenState:
-    """Chains of several batches in one, copied; all guided, or none."""
-    return TokenState(
-        join_token_caches([part.cache for part in parts]),
-        torch.cat([part.dot for part in parts]),
-        torch.cat([part.tokens for part in parts]),
-        torch.cat([part.position for part in parts]),
-        torch.cat([part.uniform for part in parts]),
-    )
-
-
-def start(prior: ArPrior, text: TextEncoding, noise: NoiseSource, config: TokenSamplerConfig) -> TokenState:
-    """Chains before their first component: the captions are read, and the dot products drawn.
+def initial_tokens(prior: ArPrior, text: TextEncoding, noise: NoiseSource, config: TokenSamplerConfig) -> TokenState:
+    """Chains before their first component: the captions are read, and the dot products sampled.
 
     Args:
         prior: The network.
         text: B captions.
         noise: B sources; each gives one number for the dot product and one for each component.
-        config: How to draw; the same for all steps of a chain.
+        config: How to sample; the same for all steps of a chain.
     """
     device, size, num_dots = text.pooled.device, len(text), prior.config.num_dot_buckets
     uniform = noise.uniform(1 + prior.num_components, device=device)
@@ -98,29 +86,33 @@ def start(prior: ArPrior, text: TextEncoding, noise: NoiseSource, config: TokenS
     lowest = config.min_dot_quantile
     dot = ((lowest + (1 - lowest) * uniform[:, 0]) * num_dots).long().clamp(max=num_dots - 1)
     if config.guidance_scale != 1:
-        both = concat_text([prior.null_text.encoding(size), text])
+        both = concat_rows([prior.null_text.encoding(size), text])
         pairs = torch.arange(2 * size, device=device).view(2, size).T.flatten()
         text, dot = both[pairs], torch.stack([torch.full_like(dot, num_dots), dot], dim=1).flatten()
     with torch.no_grad():
         cache = prior.start(prior.encode_condition(text))
     tokens = dot.new_zeros(size, prior.num_components)
-    return TokenState(cache, dot, tokens, dot.new_zeros(size), uniform[:, 1:])
+    scale = torch.full((size,), config.guidance_scale, dtype=torch.float64, device=device)
+    return TokenState(cache, dot, tokens, dot.new_zeros(size), uniform[:, 1:], scale)
 
 
 @torch.no_grad()
-def step(prior: ArPrior, state: TokenState, config: TokenSamplerConfig) -> None:
-    """Draw the next component of every chain, in place; none may be at its end."""
-    size, rows = len(state), torch.arange(len(state), device=state.tokens.device)
-    per_chain = len(state.dot) // size
+def sample_component(prior: ArPrior, state: TokenState, config: TokenSamplerConfig) -> None:
+    """Sample the next component of every chain, in place; none may be at its end.
+
+    The guidance scale is that of ``state``; ``config`` says the rest.
+    """
+    rows = torch.arange(len(state.tokens), device=state.tokens.device)
+    is_guided = (state.guidance_scale != 1).long()
+    cond = (1 + is_guided).cumsum(0) - 1  # number of each chain's last sequence
+    chain = rows.repeat_interleave(1 + is_guided, output_size=len(state.dot))
+    position = state.position[chain]
     before = state.tokens[rows, (state.position - 1).clamp(min=0)]
-    position = state.position.repeat_interleave(per_chain)
-    last = torch.where(position == 0, state.dot, before.repeat_interleave(per_chain))
+    last = torch.where(position == 0, state.dot, before[chain])
     logits = prior.next_logits(state.cache, last, position)
-    if per_chain == 2:
-        uncond, cond = logits.view(size, 2, -1).unbind(1)
-        logits = guide_logits(uncond, cond, config.guidance_scale)
-    drawn = draw_tokens(token_probs(logits, config), state.uniform[rows, state.position])
-    state.tokens[rows, state.position] = drawn
+    # A chain with one sequence is its own uncond: the difference is zero.
+    logits = guide_logits(logits[cond - is_guided], logits[cond], state.guidance_scale[:, None].to(logits))
+    state.tokens[rows, state.position] = sample_tokens(token_probs(logits, config), state.uniform[rows, state.position])
     state.position.add_(1)
 
 
@@ -133,9 +125,9 @@ def iterate_embeddings(
         prior: The network.
         text: B captions.
         noise: B sources.
-        config: How to draw.
+        config: How to sample.
     """
-    state = start(prior, text, noise, config)
+    state = initial_tokens(prior, text, noise, config)
     for done in range(1, prior.num_components + 1):
-        step(prior, state, config)
+        sample_component(prior, state, config)
         yield prior.detokenize(state.tokens[:, :done])

@@ -9,7 +9,6 @@ embedding, L text tokens, K image tokens, M = K + L context tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,40 +39,11 @@ class DecoderCondition:
     """False at padding."""
     z_text: Float[Tensor, "B D"]
     """Embedding of the caption, of length one: where CLIP guidance leads."""
-    known: Float[Tensor, "B 4 H W"] | None = None
-    """The known part of the pictures (models/decoder/inpainting.py); None where nothing is known."""
+    known: Float[Tensor, "B 4 H W"] | None
+    """The known part of the pictures (models/decoder/inpainting.py); None without inpainting channels."""
 
     def __len__(self) -> int:
         return self.embedding.shape[0]
-
-    def __getitem__(self, index: slice | Tensor) -> DecoderCondition:
-        context = tuple(KeysValues(layer.keys[index], layer.values[index]) for layer in self.context)
-        known = None if self.known is None else self.known[index]
-        return DecoderCondition(self.embedding[index], context, self.valid[index], self.z_text[index], known)
-
-
-def concat_decoder_conditions(parts: Sequence[DecoderCondition]) -> DecoderCondition:
-    """Conditions of several batches in one, padded to the longest context."""
-    longest = max(part.valid.shape[1] for part in parts)
-    extra = [longest - part.valid.shape[1] for part in parts]
-
-    def joined(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([F.pad(one, (0, 0, 0, count)) for one, count in zip(tensors, extra, strict=True)])
-
-    context = tuple(
-        KeysValues(joined([layer.keys for layer in layers]), joined([layer.values for layer in layers]))
-        for layers in zip(*(part.context for part in parts), strict=True)
-    )
-    valid = torch.cat([F.pad(part.valid, (0, count)) for part, count in zip(parts, extra, strict=True)])
-    shown = next((part.known for part in parts if part.known is not None), None)
-    known = None
-    if shown is not None:
-        blanks = (part.embedding.new_zeros(len(part), *shown.shape[1:]) for part in parts)
-        known = torch.cat(
-            [blank if part.known is None else part.known for part, blank in zip(parts, blanks, strict=True)]
-        )
-    embedding, z_text = (torch.cat(tensors) for tensors in zip(*((p.embedding, p.z_text) for p in parts), strict=True))
-    return DecoderCondition(embedding, context, valid, z_text, known)
 
 
 def image_scale(config: DecoderConfig, dims: ClipDims) -> float:
@@ -150,14 +120,15 @@ class Decoder(nn.Module):
         tokens = self.image_to_tokens(image).unflatten(1, (-1, self.config.num_image_tokens)).transpose(1, 2)
         tokens = torch.cat([tokens, self.norm_text(self.text_to_tokens(hidden))], dim=1)
         valid = F.pad(text.mask, (self.config.num_image_tokens, 0), value=True)
+        if self.config.inpainting and known is None:
+            side_px = self.config.image_px
+            known = embedding.new_zeros(len(text), NUM_KNOWN_CHANNELS, side_px, side_px)
         return DecoderCondition(embedding, self.unet.encode_context(tokens), valid, text.z_text, known)
 
     def forward(
         self, x: Float[Tensor, "B 3 H W"], t: Int[Tensor, " B"], condition: DecoderCondition
     ) -> Float[Tensor, "B C H W"]:
         """The network's output at noised pictures ``x``: C is 3, or 6 where the variance is learned."""
-        if self.config.inpainting:
-            known = condition.known
-            blank = x.new_zeros(x.shape[0], NUM_KNOWN_CHANNELS, *x.shape[2:])
-            x = torch.cat([x, blank if known is None else known.to(x.dtype)], dim=1)
+        if condition.known is not None:
+            x = torch.cat([x, condition.known.to(x.dtype)], dim=1)
         return self.unet(x, t, embedding=condition.embedding, context=condition.context, valid=condition.valid)

@@ -13,10 +13,10 @@ from torch import Tensor
 from models.diffusion.process import Denoise, Diffusion, spread
 
 LogProb = Callable[[Tensor, Tensor], Tensor]
-"""(x, t) -> log probability (B,) of the target, differentiable in x."""
+"""(x, t) -> log probability (B,) of what is wanted, differentiable in x."""
 
 
-def classifier_free(denoise_both: Denoise, scale: float | Tensor) -> Denoise:
+def classifier_free(denoise_both: Denoise, scale: float | Tensor, rows: Tensor | None = None) -> Denoise:
     """Classifier-free guidance in one doubled forward: arXiv:2207.12598; arXiv:2112.10741, section 2.3.
 
     The output is uncond + s (cond - uncond); eps, x0 and v are affine in one another at fixed x, so that it
@@ -25,14 +25,19 @@ def classifier_free(denoise_both: Denoise, scale: float | Tensor) -> Denoise:
 
     Args:
         denoise_both: Network on 2B items that carries its conditioning in the order [uncond, cond].
-        scale: s, dimensionless; a number, or one per item (B,).
+        scale: s, dimensionless; a number, or one per guided item (B,).
+        rows: Numbers of the items that are guided, where not all are; the network then takes [uncond of those, cond of
+            all], and the others are the conditional network.
     """
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
-        channels = x.shape[1]
-        uncond, cond = denoise_both(torch.cat([x, x]), torch.cat([t, t])).chunk(2)
-        strength = spread(scale, cond) if isinstance(scale, Tensor) else scale
-        mean = uncond[:, :channels] + strength * (cond[:, :channels] - uncond[:, :channels])
+        channels, part = x.shape[1], slice(None) if rows is None else rows.to(x.device)
+        both = denoise_both(torch.cat([x[part], x]), torch.cat([t[part], t]))
+        uncond, cond = both[: -len(x)], both[-len(x) :]
+        strength = spread(scale.to(x.device), cond) if isinstance(scale, Tensor) else scale
+        mean = uncond[:, :channels] + strength * (cond[part, :channels] - uncond[:, :channels])
+        if rows is not None:
+            mean = cond[:, :channels].index_copy(0, rows.to(x.device), mean)
         return torch.cat([mean, cond[:, channels:]], dim=1)
 
     return guided
@@ -41,7 +46,7 @@ def classifier_free(denoise_both: Denoise, scale: float | Tensor) -> Denoise:
 def score_guided(denoise: Denoise, log_prob: LogProb, diffusion: Diffusion, scale: float | Tensor) -> Denoise:
     """Guidance by the gradient of a log probability: classifier guidance, arXiv:2105.05233, algorithm 2.
 
-    eps becomes eps - s * scale * grad log p(target | x_t), with s = sqrt(1 - alpha_bar_t), which is the eps of the
+    eps becomes eps - s * scale * grad log p(wanted | x_t), with s = sqrt(1 - alpha_bar_t), which is the eps of the
     product of both distributions; other predictions move by the same amount of x0. It may wrap a denoiser that is
     already guided.
 

@@ -35,7 +35,7 @@ from models.diffusion.steps import (
     ddpm_step,
     dpmpp_2m_step,
     heun_step,
-    start,
+    initial_state,
 )
 
 
@@ -81,7 +81,7 @@ def iterate_steps(
         ValueError: If the timesteps are not strictly decreasing within the chain.
     """
     _require_decreasing(timesteps, diffusion)
-    state = start(x, diffusion)
+    state = initial_state(x, diffusion)
     for t, t_prev in zip(timesteps, (*timesteps[1:], -1), strict=True):
         with torch.no_grad():
             state = step(denoise, state, _filled(t, x), _filled(t_prev, x), diffusion)
@@ -131,7 +131,7 @@ def iterate_inversion(
     """
     _require_decreasing(timesteps, diffusion)
     step = partial(ddim_invert_step, num_refinements=num_refinements, limit=limit)
-    state = start(x0, diffusion)
+    state = initial_state(x0, diffusion)
     for t, t_next in pairwise((-1, *reversed(timesteps))):
         with torch.no_grad():
             state = step(denoise, state, _filled(t, x0), _filled(t_next, x0), diffusion)

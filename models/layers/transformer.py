@@ -33,20 +33,6 @@ class TokenCache:
     filled: Bool[Tensor, "B N"]
     """True at places that may be read."""
 
-    def __getitem__(self, rows: slice) -> TokenCache:
-        """Some of the sequences; the same memory, so what is filled here is filled there."""
-        layers = tuple(KeysValues(layer.keys[rows], layer.values[rows]) for layer in self.layers)
-        return TokenCache(layers, self.filled[rows])
-
-
-def join_token_caches(parts: Sequence[TokenCache]) -> TokenCache:
-    """The sequences of several caches in one, copied."""
-    layers = tuple(
-        KeysValues(torch.cat([layer.keys for layer in layers]), torch.cat([layer.values for layer in layers]))
-        for layers in zip(*(part.layers for part in parts), strict=True)
-    )
-    return TokenCache(layers, torch.cat([part.filled for part in parts]))
-
 
 def causal_mask(valid: Bool[Tensor, "B K"], num_new: int, *, num_appended: int = 0) -> Bool[Tensor, "B 1 S K_all"]:
     """Which tokens the last ``num_new`` of a sequence may read: valid ones, and none after themselves.
@@ -144,15 +130,15 @@ class CausalTransformer(nn.Module):
             x: The new tokens, positions added.
             mask: True where a new token may read one of the K = cached + S tokens.
             past: Cached keys and values of each block, from ``cache``.
-            num_out: How many of the last tokens to return (all if None); the last block computes no others.
+            num_out: How many of the last tokens are wanted (all if None); the last block computes no others.
         """
         for index, block in enumerate(self.blocks):
-            num_kept = x.shape[1] if num_out is None or index + 1 < len(self.blocks) else num_out
+            wanted = x.shape[1] if num_out is None or index + 1 < len(self.blocks) else num_out
             layer = None if past is None else past[index]
             if self.checkpointing and torch.is_grad_enabled():
-                x, _ = checkpoint(block, x, mask, layer, num_kept, use_reentrant=False)
+                x, _ = checkpoint(block, x, mask, layer, wanted, use_reentrant=False)
             else:
-                x, _ = block(x, mask, layer, num_kept)
+                x, _ = block(x, mask, layer, wanted)
         return self.norm(x)
 
     def cache(

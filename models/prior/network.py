@@ -7,7 +7,6 @@ un-noised z_image. Legend: B batch, L text tokens, P = L + 1 prefix tokens, D jo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,32 +39,6 @@ class PriorCondition:
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
-
-    def __getitem__(self, index: slice | Tensor) -> PriorCondition:
-        cache = self.cache
-        if cache is not None:
-            cache = tuple(KeysValues(layer.keys[index], layer.values[index]) for layer in cache)
-        return PriorCondition(self.tokens[index], self.valid[index], cache)
-
-
-def concat_prior_conditions(parts: Sequence[PriorCondition]) -> PriorCondition:
-    """Conditions of several batches in one, padded to the longest; cached only if all are."""
-    longest = max(part.valid.shape[1] for part in parts)
-    extra = [longest - part.valid.shape[1] for part in parts]
-
-    def joined(tensors: Sequence[Tensor]) -> Tensor:
-        padded = [F.pad(tensor, (0, 0, 0, count)) for tensor, count in zip(tensors, extra, strict=True)]
-        return torch.cat(padded)
-
-    caches = [part.cache for part in parts if part.cache is not None]
-    cache = None
-    if len(caches) == len(parts):
-        cache = tuple(
-            KeysValues(joined([layer.keys for layer in layers]), joined([layer.values for layer in layers]))
-            for layers in zip(*caches, strict=True)
-        )
-    valid = [F.pad(part.valid, (0, count)) for part, count in zip(parts, extra, strict=True)]
-    return PriorCondition(joined([part.tokens for part in parts]), torch.cat(valid), cache)
 
 
 class Prior(nn.Module):

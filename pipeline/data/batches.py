@@ -16,12 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.text import TextEncoding, concat_text
+from models.rows import concat_rows
+from models.text import TextEncoding
 from pipeline.data.order import SampleOrder, worker_slice
-from pipeline.data.shards import ShardPictures
-from pipeline.data.training_rows import ShardReader, ShardTable
+from pipeline.data.training_rows import ShardReader, ShardTable, TarPictures
 from pipeline.errors import DataError
-from pipeline.pictures import square
 
 TextEncoder = Callable[[Sequence[str]], TextEncoding]
 IMAGE_CACHE_BYTES = 512 << 20
@@ -69,7 +68,7 @@ class Batch:
 @dataclass
 class _OpenShard:
     table: ShardTable
-    pictures: ShardPictures | None
+    pictures: TarPictures | None
     images: NDArray[np.uint8] | None = None
     """Decoded pictures, (N, H, W, 3), where they are kept."""
     decoded: set[int] = field(default_factory=set[int])
@@ -136,13 +135,12 @@ class Samples:
         opened, row = place
         table, pictures, images = opened.table, opened.pictures, opened.images
         assert pictures is not None
-        if images is not None and row in opened.decoded:
-            return images[row]
-        image = square(pictures.decode(table.keys[row], table.uids[row]), self._image_px)
-        if images is not None:
-            images[row] = image
+        if images is None:
+            return pictures.decode(table.keys[row], table.uids[row], self._image_px)
+        if row not in opened.decoded:
+            images[row] = pictures.decode(table.keys[row], table.uids[row], self._image_px)
             opened.decoded.add(row)
-        return image
+        return images[row]
 
 
 @dataclass(frozen=True)
@@ -215,7 +213,7 @@ class CaptionTable:
         self._table: TextEncoding | None = None
         if captions:
             parts = [encode(captions[i : i + batch_size]) for i in range(0, len(captions), batch_size)]
-            self._table = concat_text(parts)
+            self._table = concat_rows(parts)
             self._row_of = {caption: row for row, caption in enumerate(captions)}
 
     def __call__(self, captions: Sequence[str]) -> TextEncoding:

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from models.cascade import Cascade
-from models.pixels import to_uint8
-from models.text import TextEncoding
+from models.stage import Z_IMAGE, Batch
 from pipeline.clip import FrozenClip
 from pipeline.evaluate.metrics import FeatureSums, Rate, cosine, frechet_distance, mean_of, r_precision, rate_of
 from pipeline.evaluate.parts import Part, picture_seed, read_part, write_rows
@@ -119,10 +118,9 @@ class AblationRunner:
     def __init__(self, cascade: Cascade, prompts: PromptSet, output: Artifact) -> None:
         self._cascade = cascade
         self._clip = cast("FrozenClip", cascade.clip)
-        self._settings = cascade.default_settings()
         self._prompts = prompts
         self._output = output
-        self._side_px = [cascade.decoder, *cascade.upsamplers][-1].config.image_px
+        self._side_px = list(cascade.sides_px.values())[-1]
         self._real = self._embed_real()
 
     @property
@@ -140,14 +138,10 @@ class AblationRunner:
         start, names = time.monotonic(), [f"{part.name}.parquet"]
         prompts = self._prompts.prompts[part.start : part.stop]
         seeds = [picture_seed(seed, number, 0) for number in range(part.start, part.stop)]
-        with torch.no_grad():
-            text = self._clip.encode_text([prompt.text for prompt in prompts])
-            z_image, keep = self._embedding(part, text, seeds)
-            pixels = self._cascade.decode(z_image, text, seeds, self._settings, keep_image=keep)
-            for number in range(len(self._cascade.upsamplers)):
-                pixels = self._cascade.upsample(pixels, number, seeds, self._settings)
-            pictures = to_uint8(pixels).cpu()
-            z_picture = self._clip.encode_image(pictures).cpu().numpy()
+        batch = Batch(self._clip.encode_text([prompt.text for prompt in prompts]), tuple(seeds))
+        batch = batch.with_values(**self._in_place_of_z_image(part, batch))
+        pictures = self._cascade.run(batch, self._cascade.after(Z_IMAGE)).images
+        z_picture = self._clip.encode_image(pictures).cpu().numpy()
         rows: list[Json] = []
         for n, prompt in enumerate(prompts):
             picture = pictures[n].numpy()
@@ -163,17 +157,16 @@ class AblationRunner:
         record = ShardRecord(shard=part.name, counts=counts, files=files, wall_s=round(time.monotonic() - start, 3))
         self._output.commit_shard(record)
 
-    def _embedding(self, part: Part, text: TextEncoding, seeds: list[int]) -> tuple[Tensor, Tensor | None]:
-        """What stands in the place of z_image, (B, D), and where it is kept, (B,); None: everywhere."""
+    def _in_place_of_z_image(self, part: Part, batch: Batch) -> Mapping[str, Tensor]:
+        """The value that the decoder reads; none for captions alone, where it takes its learned null."""
         if part.kind == "z_text":
-            return text.z_text, None
+            return {Z_IMAGE: batch.text.z_text}
         if part.kind == "prior":
-            return self._cascade.sample_prior(text, seeds, self._settings), None
+            return self._cascade.run(batch, [stage for stage in self._cascade.stages if stage.makes == Z_IMAGE]).values
         if part.kind == "z_image":
             assert self._real is not None
-            return self._real[part.start : part.stop].to(text.pooled.device), None
-        nowhere = torch.zeros(len(text), dtype=torch.bool, device=text.pooled.device)
-        return torch.zeros_like(text.z_text), nowhere
+            return {Z_IMAGE: self._real[part.start : part.stop].to(batch.text.pooled.device)}
+        return {}
 
     def _embed_real(self) -> Tensor | None:
         """z_image of the real picture of each prompt, (N, D); None where a prompt has none."""

@@ -10,7 +10,7 @@ from pipeline.evaluate.features import FeatureExtractor
 from pipeline.evaluate.gallery import Gallery
 from pipeline.evaluate.parts import Part, PartRunner, drawings_of, plan_parts
 from pipeline.evaluate.prompts import PromptSet, Row, choose_prompts, held_out_rows
-from pipeline.networks.cascade import load_cascade, network_configs, with_prior
+from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.recipe.recipe import Recipe
 from pipeline.sampling.sample import SAMPLES
 from pipeline.workspace.store import Artifact
@@ -56,8 +56,8 @@ def make_runner(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact
     device = recipe.evaluate.resources.accelerator
     path = recipe.evaluate.features_path
     extractor = FeatureExtractor(path, device) if path else None
-    wanted = network_configs(recipe)
-    cascade = load_cascade(networks, device, wanted)
+    configs = network_configs(recipe)
+    cascade = load_cascade(networks, device, configs)
     runner = PartRunner(
         cascade,
         work.prompts,
@@ -69,7 +69,8 @@ def make_runner(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact
         extractor,
     )
     if recipe.prior_2 is not None:
-        runner.second = with_prior(cascade, inputs["prior_2"], device, wanted["prior_2"])
+        second, config = {"prior": inputs["prior_2"]}, {"prior": configs["prior_2"]}
+        runner.second = load_cascade(second, device, config, cascade.clip)
     return runner
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -19,15 +19,16 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from models.cascade import Cascade, CascadeSettings
+from models.cascade import Cascade
 from models.pixels import resize, to_pixels, to_uint8
+from models.stage import PIXELS, Z_IMAGE, Batch
 from pipeline.clip import FrozenClip
-from pipeline.data.shards import StoredPictures
 from pipeline.errors import DataError
 from pipeline.evaluate.features import FeatureExtractor
 from pipeline.evaluate.prompts import PromptSet, Row
 from pipeline.networks.quality import psnr_db, sharpness, ssim
-from pipeline.pictures import square, to_png
+from pipeline.pictures import decode, square, to_png
+from pipeline.retrieve import read_picture
 from pipeline.shapes.check import check
 from pipeline.shapes.draw import draw_array
 from pipeline.shapes.scene import Scene
@@ -127,18 +128,16 @@ class PartRunner:
     ) -> None:
         self._cascade = cascade
         self._clip = cast("FrozenClip", cascade.clip)
-        self._settings: CascadeSettings = cascade.default_settings()
         self._prompts = prompts
         self._rows = rows
-        self._stored = StoredPictures(download)
+        self._download = download
         self._output = output
         self._seed = seed
         self._drawings = drawings
         self._extractor = extractor
-        networks = [cascade.decoder, *cascade.upsamplers]
-        self._sides_px = [network.config.image_px for network in networks]
+        self._sides_px = list(cascade.sides_px.values())
         self.second: Cascade | None = None
-        """The cascade with the recipe's second prior, where it has one; its embeddings are measured, not drawn."""
+        """The recipe's second prior alone, where it has one; its embeddings are measured, and no pictures made."""
 
     def run(self, part: Part) -> ShardRecord:
         """Do one part, commit it and return its record.
@@ -160,7 +159,7 @@ class PartRunner:
         drawings = self._drawings[part.start : part.stop]
         prompts = [self._prompts.prompts[i] for i, _ in drawings]
         seeds = [picture_seed(self._seed, i, j) for i, j in drawings]
-        result = self._cascade.sample([prompt.text for prompt in prompts], seeds, self._settings)
+        result = self._cascade.sample([prompt.text for prompt in prompts], seeds)
         z_prior = _finite(result.z_image.cpu().numpy(), "prior")
         z_image = self._embed(result.images.numpy())
         z_text = self._clip.encode_text([prompt.text for prompt in prompts]).z_text.cpu().numpy()
@@ -175,7 +174,7 @@ class PartRunner:
                 "kind": prompt.kind,
                 "seed": seeds[n],
                 "file": f"samples/{i:05d}-{j}.png",
-                "settings": json.dumps(asdict(self._settings), sort_keys=True),
+                "settings": json.dumps(self._cascade.settings, sort_keys=True),
                 "z_image": z_image[n],
                 "z_text": z_text[n],
                 "z_prior": z_prior[n],
@@ -185,7 +184,7 @@ class PartRunner:
             rows.append(row)
             self._write_picture(row["file"], picture, names)
             if j == 0 and i < NUM_STAGES:
-                for side_px, stage in zip(self._sides_px, result.stages, strict=True):
+                for side_px, stage in zip(self._sides_px, result.pictures.values(), strict=True):
                     self._write_picture(f"stages/{i:05d}-{side_px}.png", stage[n].numpy(), names)
         self._add_real(rows)
         return rows
@@ -228,8 +227,8 @@ class PartRunner:
     def _measure_rows(self, part: Part, names: list[str]) -> list[Json]:
         rows = self._rows[part.start : part.stop]
         seeds = [picture_seed(self._seed, number, 0) for number in range(part.start, part.stop)]
-        text = self._clip.encode_text([row.caption for row in rows])
-        z_prior = _finite(self._cascade.sample_prior(text, seeds, self._settings).cpu().numpy(), "prior")
+        batch = Batch(self._clip.encode_text([row.caption for row in rows]), tuple(seeds))
+        z_prior = _finite(self._embeddings(self._cascade, batch), "prior")
         columns: list[Json] = [
             {
                 "uid": row.uid,
@@ -244,15 +243,20 @@ class PartRunner:
             for row, z in zip(rows, z_prior, strict=True)
         ]
         if self.second is not None:
-            drawn = self.second.sample_prior(text, seeds, self.second.default_settings())
-            for column, z in zip(columns, _finite(drawn.cpu().numpy(), "prior_2"), strict=True):
+            second = _finite(self._embeddings(self.second, batch), "prior_2")
+            for column, z in zip(columns, second, strict=True):
                 column["z_prior_2"] = z
         count = max(0, min(NUM_RECONSTRUCTIONS - part.start, len(rows)))
         if count:
             pictures = np.stack([self._real_picture(row) for row in rows[:count]])
             self._reconstruct(part.start, rows[:count], pictures, columns, names)
-            self._enlarge(pictures, seeds[:count], columns)
+            self._enlarge(pictures, batch[:count], columns)
         return columns
+
+    def _embeddings(self, cascade: Cascade, batch: Batch) -> Array:
+        """z_image that a prior makes of captions."""
+        priors = [stage for stage in cascade.stages if stage.makes == Z_IMAGE]
+        return cascade.run(batch, priors).z_image.cpu().numpy()
 
     def _reconstruct(
         self, start: int, rows: Sequence[Row], pictures: Pixels, columns: list[Json], names: list[str]
@@ -262,26 +266,26 @@ class PartRunner:
         text = self._clip.encode_text([row.caption for row in rows])
         z_image = torch.from_numpy(np.stack([row.z_image for row in rows]).astype(np.float32)).to(self._clip.device)
         seeds = [picture_seed(self._seed, start + n, 0) for n in range(count)]
-        pixels = self._cascade.decode(z_image, text, seeds, self._settings)
-        stages = [pixels]
-        for number in range(len(self._cascade.upsamplers)):
-            stages.append(self._cascade.upsample(stages[-1], number, seeds, self._settings))
-        drawn = [to_uint8(stage).cpu().numpy() for stage in (stages[0], stages[-1])]
+        batch = Batch(text, tuple(seeds), {Z_IMAGE: z_image})
+        pictures_again = self._cascade.run(batch, self._cascade.after(Z_IMAGE)).pictures
+        drawn = [list(pictures_again.values())[number].numpy() for number in (0, -1)]
         for n, z in enumerate(self._embed(drawn[1])):
             columns[n]["z_reconstruction"] = z
             if start + n < NUM_RECONSTRUCTIONS_SHOWN:
                 for label, picture in (("real", pictures), ("decoded", drawn[0]), ("upsampled", drawn[1])):
                     self._write_picture(f"reconstructions/{start + n:05d}-{label}.png", picture[n], names)
 
-    def _enlarge(self, pictures: Pixels, seeds: Sequence[int], columns: list[Json]) -> None:
+    def _enlarge(self, pictures: Pixels, batch: Batch, columns: list[Json]) -> None:
         """Make real pictures small and enlarge them again, with each upsampler and by bicubic interpolation."""
         pixels = to_pixels(torch.from_numpy(pictures)).to(self._clip.device)
         found: dict[str, list[Array]] = {}
-        for number, upsampler in enumerate(self._cascade.upsamplers):
-            large = to_uint8(resize(pixels, upsampler.config.image_px)).cpu().numpy()
-            small = resize(pixels, upsampler.config.low_res_px)
-            ours = self._cascade.upsample(small, number, seeds, self._settings)
-            bicubic = resize(small, upsampler.config.image_px)
+        for stage in self._cascade.stages:
+            if stage.low_res_px is None or stage.side_px is None:
+                continue
+            large = to_uint8(resize(pixels, stage.side_px)).cpu().numpy()
+            small = resize(pixels, stage.low_res_px)
+            ours = self._cascade.run_stage(stage, batch.with_values(**{PIXELS: small}))
+            bicubic = resize(small, stage.side_px)
             found.setdefault("real_sharpness", []).append(sharpness(large))
             for prefix, enlarged in (("", ours), ("bicubic_", bicubic)):
                 seen = to_uint8(enlarged).cpu().numpy()
@@ -292,7 +296,8 @@ class PartRunner:
             column |= {name: [float(values[n]) for values in of_each] for name, of_each in found.items()}
 
     def _real_picture(self, row: Row) -> Pixels:
-        return square(self._stored.decode(row.shard, row.key, row.uid), self._sides_px[-1])
+        where = f"shard {row.shard}: key {row.key}: uid {row.uid}"
+        return square(decode(read_picture(self._download, row.shard, row.key), where=where), self._sides_px[-1])
 
     def _features(self, pictures: Sequence[Pixels]) -> Sequence[NDArray[np.float32] | None]:
         if self._extractor is None or not pictures:

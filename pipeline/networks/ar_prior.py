@@ -15,6 +15,7 @@ from models.ar_prior.buckets import DotHistogram
 from models.ar_prior.config import ArPriorConfig, TokenSamplerConfig
 from models.ar_prior.network import ArPrior
 from models.ar_prior.sampling import iterate_embeddings
+from models.ar_prior.stage import ArPriorStage
 from models.clip_config import ClipDims
 from models.layers.transformer import TokenCache
 from models.pca import PcaSums
@@ -129,6 +130,7 @@ AR_PRIOR = NetworkKind(
     objective=ArPriorObjective,
     work=_work,
     measure=_measure,
+    stage=lambda name, networks: ArPriorStage.of(networks[name], name),
     embeddings=True,
     captions=True,
     create_on_data=build_ar_prior,

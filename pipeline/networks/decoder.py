@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.cascade import decoder_denoiser
 from models.decoder.config import DecoderConfig
-from models.decoder.inpainting import draw_regions, known_planes
+from models.decoder.inpainting import known_planes, random_masks
 from models.decoder.network import Decoder
+from models.decoder.stage import DecoderStage, decoder_denoiser
 from models.diffusion.process import Denoise, Diffusion
 from models.pixels import resize_crop, to_pixels, to_uint8
 from pipeline.data.batches import Batch, TextEncoder
@@ -45,8 +45,8 @@ class DecoderObjective(nn.Module):
         keep_text = draw_keep(size, config.text_drop_prob, generator, device) if self.training else None
         known = None
         if config.inpainting and self.training:
-            drawn = draw_regions(size, config.image_px, config.unknown_prob, generator).to(device)
-            known = known_planes(x0, drawn)
+            mask = random_masks(size, config.image_px, config.unknown_prob, generator).to(device)
+            known = known_planes(x0, mask)
         condition = network.encode_condition(z_image, text, keep_image=keep_image, keep_text=keep_text, known=known)
         return self._loss(lambda x, t: network(x, t, condition), x0, generator)
 
@@ -89,6 +89,7 @@ DECODER = NetworkKind(
     objective=DecoderObjective,
     work=_work,
     measure=_measure,
+    stage=lambda name, networks: DecoderStage.of(networks[name], networks.get("noisy_clip"), name),
     pictures=True,
     embeddings=True,
     captions=True,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from models.cascade import Cascade
 from models.clip_config import ClipDims
-from models.diffusion.config import SamplerConfig
+from models.decoder.stage import DecoderStage
 from models.interchange.networks import (
     DIFFUSERS_VERSION,
     Component,
@@ -34,6 +34,9 @@ from models.interchange.networks import (
 )
 from models.interchange.towers import export_text, export_tokenizer, import_towers
 from models.prior.network import Prior
+from models.prior.stage import PriorStage
+from models.upsampler.network import Upsampler
+from models.upsampler.stage import UpsamplerStage
 from pipeline.clip import NO_IMAGE_TOWER, FrozenText, OpenClip, build_clip, freeze, load_clip
 from pipeline.errors import ConfigError, DataError
 from pipeline.networks.clip import save_clip_artifact
@@ -99,7 +102,7 @@ def export_diffusers(cascade: Cascade, clip: FrozenText, folder: Path) -> list[s
         out.write_json(f"{name}/scheduler_config.json", config)
     write_tokenizer(clip, Artifact(f"{out.uri}/tokenizer"))
     save_clip_artifact(Artifact(f"{out.uri}/clip"), clip.clip)
-    for number, upsampler in enumerate(cascade.upsamplers[1:], start=2):
+    for number, upsampler in enumerate(_upsamplers(cascade)[1:], start=2):
         target = Artifact(f"{out.uri}/upsampler_{number}")
         save_network(target, upsampler.config, None, upsampler.state_dict())
     index = {"_class_name": "UnCLIPPipeline", "_diffusers_version": DIFFUSERS_VERSION}
@@ -134,24 +137,25 @@ def export_components(cascade: Cascade, clip: FrozenText) -> tuple[dict[str, Com
             problems.append(str(error))
 
     add(lambda: {"text_encoder": export_text(clip.clip.model_config, clip.clip.model.state_dict())})
-    prior = cascade.prior
-    if isinstance(prior, Prior):
-        add(lambda: {"prior": export_prior(prior, cascade.decoder.config.image_norm)})
+    prior, decoder = _prior(cascade), cascade.stage("decoder", DecoderStage).network
+    upsamplers = _upsamplers(cascade)
+    if prior is not None:
+        add(lambda: {"prior": export_prior(prior, decoder.config.image_norm)})
     else:
-        problems.append(f"prior.model.kind = {prior.config.kind!r}: the layout has a diffusion prior")
-    add(lambda: dict(zip(("decoder", "text_proj"), export_decoder(cascade.decoder), strict=True)))
-    if cascade.upsamplers:
+        problems.append("prior.model.kind: the layout has a diffusion prior, and this cascade has another, or none")
+    add(lambda: dict(zip(("decoder", "text_proj"), export_decoder(decoder), strict=True)))
+    if upsamplers:
         # The same network for the last step too: the pipeline would take another one there, as Karlo has.
-        add(lambda: dict.fromkeys(("super_res_first", "super_res_last"), export_upsampler(cascade.upsamplers[0])))
+        add(lambda: dict.fromkeys(("super_res_first", "super_res_last"), export_upsampler(upsamplers[0])))
     else:
         problems.append("upsampler_1: the layout needs one, and this recipe has none")
-    if problems or not isinstance(prior, Prior):
+    if problems or prior is None:
         hint = (
             "What says how to sample can be set for the export alone, as in --set decoder.model.sampler.eta=0.0; "
             "`unclip export RECIPE --native DIR` writes any cascade in our own layout"
         )
         raise ConfigError(f"export: {'; '.join(problems)}. {hint}")
-    networks = {"prior": prior, "decoder": cascade.decoder, "super_res": cascade.upsamplers[0]}
+    networks = {"prior": prior, "decoder": decoder, "super_res": upsamplers[0]}
     schedulers = {
         f"{name}_scheduler": scheduler_config(network.config.diffusion, network.config.sampler)
         for name, network in networks.items()
@@ -159,27 +163,37 @@ def export_components(cascade: Cascade, clip: FrozenText) -> tuple[dict[str, Com
     return parts, schedulers
 
 
+def _prior(cascade: Cascade) -> Prior | None:
+    return next((stage.network for stage in cascade.stages if isinstance(stage, PriorStage)), None)
+
+
+def _upsamplers(cascade: Cascade) -> list[Upsampler]:
+    return [stage.network for stage in cascade.stages if isinstance(stage, UpsamplerStage)]
+
+
 def _notes(cascade: Cascade) -> list[str]:
-    settings = cascade.default_settings()
-    prior, upsampler = settings.prior_as(SamplerConfig), settings.upsamplers[0]
+    stage = cascade.stage("prior", PriorStage)
+    prior, decoder = stage.sampler, cascade.stage("decoder", DecoderStage).sampler
+    upsamplers = _upsamplers(cascade)
+    upsampler = upsamplers[0].config.sampler
     notes = [
         "UnCLIPPipeline samples by the ancestral sampler alone; give it prior_num_inference_steps="
-        f"{prior.num_steps}, decoder_num_inference_steps={settings.decoder.num_steps}, "
+        f"{prior.num_steps}, decoder_num_inference_steps={decoder.num_steps}, "
         f"super_res_num_inference_steps={upsampler.num_steps}, prior_guidance_scale={prior.guidance_scale}, "
-        f"decoder_guidance_scale={settings.decoder.guidance_scale}"
+        f"decoder_guidance_scale={decoder.guidance_scale}"
     ]
-    methods = {"prior": prior, "decoder": settings.decoder, "upsampler_1": upsampler}
+    methods = {"prior": prior, "decoder": decoder, "upsampler_1": upsampler}
     notes += [
-        f"{name} is sampled here by {sampler.method}: with as few steps the ancestral sampler may draw worse pictures"
+        f"{name} is sampled here by {sampler.method}: with as few steps the ancestral sampler may make worse pictures"
         for name, sampler in methods.items()
         if sampler.method != "ddpm"
     ]
     notes.append("it leaves the length of z_image as its prior samples it, where unclip brings it back to one")
-    if settings.num_candidates > 1:
-        notes.append(f"it draws one z_image, where this recipe keeps the best of {settings.num_candidates}")
-    if cascade.upsamplers[0].config.rounded:
+    if stage.num_candidates > 1:
+        notes.append(f"it samples one z_image, where this recipe keeps the best of {stage.num_candidates}")
+    if upsamplers[0].config.rounded:
         notes.append("upsampler_1 was trained on pictures rounded to 256 levels; the pipeline does not round")
-    if len(cascade.upsamplers) > 1:
+    if len(upsamplers) > 1:
         notes.append("upsampler_2/ is in our own layout: the pipeline has one upsampler")
     return notes
 

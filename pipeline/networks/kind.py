@@ -6,13 +6,14 @@ writing the artifact) stands where it is done: pipeline/train/assemble.py, files
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import nn
 
 from models.clip_config import ClipDims
+from models.stage import Stage
 from pipeline.data.batches import Samples, TextEncoder
 from pipeline.networks.counting import Work
 from pipeline.networks.measuring import ValidationRows
@@ -64,6 +65,9 @@ class NetworkKind(Generic[C, N]):
     """Fields of the configuration, dotted, that change what weights of the same shape mean."""
     channels_last: bool = False
     """Whether kernels are kept in the memory order in which UNets are fast."""
+    stage: Callable[[str, Mapping[str, Any]], Stage] | None = None
+    """The stage of a cascade that such a network is: (its step, all networks of the cascade by step) -> stage; None:
+    it is none, or a part of another's."""
     compiled: Callable[[N], Sequence[nn.Module]] = _itself
     """The modules whose calls torch.compile takes; none where the forward is not written for one graph."""
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.cascade import prior_denoiser
 from models.diffusion.analytic import X0Variance
 from models.diffusion.noise import NoiseSource, derive_seed
 from models.diffusion.process import Denoise, Diffusion
 from models.diffusion.samplers import config_timesteps
 from models.prior.config import PriorConfig
 from models.prior.network import Prior
+from models.prior.stage import PriorStage, prior_denoiser
 from pipeline.data.batches import Batch, Samples, TextEncoder
 from pipeline.networks.counting import Work, count_chain, first_steps, full_captions
 from pipeline.networks.diffusion_loss import DiffusionLoss, draw_keep
@@ -90,6 +90,7 @@ PRIOR = NetworkKind(
     objective=PriorObjective,
     work=_work,
     measure=_measure,
+    stage=lambda name, networks: PriorStage.of(networks[name], name),
     embeddings=True,
     captions=True,
     meaning=("image_norm", *OF_DIFFUSION),

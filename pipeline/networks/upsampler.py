@@ -10,6 +10,7 @@ from models.pixels import resize, resize_crop, to_pixels, to_uint8
 from models.upsampler.config import UpsamplerConfig
 from models.upsampler.degradation import degraded_low_res, random_crop
 from models.upsampler.network import Upsampler
+from models.upsampler.stage import UpsamplerStage
 from pipeline.data.batches import Batch
 from pipeline.networks.counting import Work, count_chain, first_steps
 from pipeline.networks.diffusion_loss import DiffusionLoss, draw_normal
@@ -88,6 +89,7 @@ UPSAMPLER = NetworkKind(
     objective=lambda network, _: UpsamplerObjective(network),
     work=_work,
     measure=_measure,
+    stage=lambda name, networks: UpsamplerStage.of(networks[name], int(name.rpartition("_")[2]) - 1),
     pictures=True,
     channels_last=True,
 )

@@ -8,11 +8,13 @@ import asyncio
 import logging
 import os
 import re
+import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -21,13 +23,14 @@ from ray import serve
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from models.request import SampleRequest
 from pipeline.errors import StepError
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.sections import ServeConfig
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.runtime.run import connect
-from pipeline.serve.protocols import Drawn, Images, Overloaded, Vectors
+from pipeline.serve.protocols import Images, Overloaded, SampledPictures, Vectors
 from pipeline.workspace.store import Artifact
 
 APPLICATION = "unclip"
@@ -42,73 +45,73 @@ _UNAVAILABLE = (
 )
 
 
-class PainterReplica:
-    """One copy of the cascade; a ``contract.Painter`` that Ray Serve places."""
+class ModelReplica:
+    """One copy of the cascade; a ``protocols.PictureModel`` that Ray Serve places."""
 
     def __init__(self, artifacts: dict[str, Artifact], recipe: Recipe) -> None:
         import torch
 
         from pipeline.networks.cascade import load_cascade, network_configs
-        from pipeline.serve.painter import LocalPainter
+        from pipeline.serve.engine import Engine
 
         config = recipe.serve
         torch.set_num_threads(max(1, int(config.cpus_per_replica)))
-        self._painter = LocalPainter(
+        self._engine = Engine(
             load_cascade(artifacts, config.accelerator, network_configs(recipe)),
             max_batch_size=config.max_batch_size,
             max_waiting=config.max_queued_requests,
         )
 
-    async def draw(self, prompt: str, seeds: Sequence[int]) -> Drawn:
-        """See ``contract.Painter``."""
-        return await self._painter.draw(prompt, seeds)
+    async def sample(self, request: SampleRequest) -> SampledPictures:
+        """See ``PictureModel``."""
+        return await self._engine.sample(request)
 
     async def embed_text(self, text: str) -> Vectors:
-        """See ``contract.Painter``."""
-        return await self._painter.embed_text(text)
+        """See ``PictureModel``."""
+        return await self._engine.embed_text(text)
 
     async def embed_image(self, image: Images) -> Vectors:
-        """See ``contract.Painter``."""
-        return await self._painter.embed_image(image)
+        """See ``PictureModel``."""
+        return await self._engine.embed_image(image)
 
     async def stats(self) -> dict[str, int]:
-        """See ``contract.Painter``."""
-        return await self._painter.stats()
+        """See ``PictureModel``."""
+        return await self._engine.stats()
 
     async def check_health(self) -> None:
         """Called by Ray Serve, which replaces a replica that raises."""
-        if not await self._painter.stats():
+        if not self._engine.alive:
             raise RuntimeError("the engine has ended")
 
     def __del__(self) -> None:
-        if hasattr(self, "_painter"):
-            self._painter.close()
+        if hasattr(self, "_engine"):
+            self._engine.close()
 
 
-class RemotePainter:
-    """A ``contract.Painter`` that asks the replicas.
+class RemoteModel:
+    """A ``protocols.PictureModel`` that asks the replicas.
 
     Args:
-        handle: Of the deployment of ``PainterReplica``.
+        handle: Of the deployment of ``ModelReplica``.
     """
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
 
-    async def draw(self, prompt: str, seeds: Sequence[int]) -> Drawn:
-        """See ``contract.Painter``."""
-        return await self._ask("draw", prompt, list(seeds))
+    async def sample(self, request: SampleRequest) -> SampledPictures:
+        """See ``PictureModel``."""
+        return await self._ask("sample", request)
 
     async def embed_text(self, text: str) -> Vectors:
-        """See ``contract.Painter``."""
+        """See ``PictureModel``."""
         return await self._ask("embed_text", text)
 
     async def embed_image(self, image: Images) -> Vectors:
-        """See ``contract.Painter``."""
+        """See ``PictureModel``."""
         return await self._ask("embed_image", image)
 
     async def stats(self) -> dict[str, int]:
-        """See ``contract.Painter``; of one replica where there are several."""
+        """See ``PictureModel``; of one replica where there are several."""
         try:
             return await self._ask("stats")
         except Overloaded:
@@ -133,13 +136,13 @@ class Front:
     """The HTTP interface; Ray Serve takes the application that it builds.
 
     Args:
-        painter: Handle of the networks.
+        model: Handle of the networks.
         artifacts: The finished steps, by name.
         recipe: The recipe that is served.
     """
 
-    def __init__(self, painter: DeploymentHandle[Any], artifacts: dict[str, Artifact], recipe: Recipe) -> None:
-        self._painter = painter
+    def __init__(self, model: DeploymentHandle[Any], artifacts: dict[str, Artifact], recipe: Recipe) -> None:
+        self._model = model
         self._artifacts = artifacts
         self._recipe = recipe
 
@@ -147,7 +150,7 @@ class Front:
         """The FastAPI application, built where it runs."""
         from pipeline.retrieve import NeighbourIndex
         from pipeline.serve.api import ApiSettings, create_app
-        from pipeline.serve.library import LocalLibrary
+        from pipeline.serve.knn import LocalNeighbours
 
         index = NeighbourIndex.open(self._artifacts["index"], self._artifacts["embed"])
         manifest = self._artifacts["decoder"].manifest()
@@ -157,7 +160,8 @@ class Front:
             api_key=self._recipe.serve.api_key,
             created=int(manifest.created) if manifest else 0,
         )
-        return create_app(RemotePainter(self._painter), LocalLibrary(index, self._artifacts["download"]), settings)
+        neighbours = LocalNeighbours(index, self._artifacts["download"])
+        return create_app(RemoteModel(self._model), neighbours, settings)
 
 
 def serve_recipe(recipe: Recipe, *, address: str = "", announce: Callable[[str], None] | None = None) -> None:
@@ -180,7 +184,8 @@ def serve_recipe(recipe: Recipe, *, address: str = "", announce: Callable[[str],
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     if not address:
         _require_free_port(config.host, config.port)
-    with connect(address):
+    # Ray puts handlers of its own in place when it starts: ours come after.
+    with connect(address), _termination_as_interrupt():
         _require_room(config)
         try:
             try:
@@ -212,8 +217,8 @@ def build_application(recipe: Recipe, artifacts: dict[str, Artifact]) -> serve.A
     """The two deployments of a recipe, connected."""
     config = recipe.serve
     num_gpus = 1 if config.accelerator == "cuda" else 0
-    painter: Any = serve.deployment(
-        PainterReplica,
+    model: Any = serve.deployment(
+        ModelReplica,
         num_replicas=config.num_replicas,
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": num_gpus},
         # The engine decides how many may wait; Ray must not stop them before.
@@ -227,7 +232,7 @@ def build_application(recipe: Recipe, artifacts: dict[str, Artifact]) -> serve.A
         graceful_shutdown_timeout_s=5,
     )
     networks = {name: artifact for name, artifact in artifacts.items() if name in CASCADE_STEPS}
-    return front.bind(painter.bind(networks, recipe), artifacts, recipe)
+    return front.bind(model.bind(networks, recipe), artifacts, recipe)
 
 
 def final_image_px(recipe: Recipe) -> int:
@@ -277,6 +282,23 @@ def _watch() -> None:
             raise StepError(f"serve: Ray went away ({type(error).__name__})") from None
         if application is None:
             raise StepError("serve: the application was ended from elsewhere")
+
+
+@contextmanager
+def _termination_as_interrupt() -> Generator[None]:
+    """SIGTERM ends the server as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(_signal: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _reason(text: str) -> str:

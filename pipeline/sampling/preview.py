@@ -1,11 +1,11 @@
-"""What a drawing looks like while it is drawn: ``preview.png``, replaced as it goes and removed at the end."""
+"""What pictures look like while they are sampled: ``preview.png``, replaced as it goes and removed at the end."""
 
 import time
 from pathlib import Path
 from types import TracebackType
 
-from models.cascade import StageStep, Watch
 from models.pixels import to_uint8
+from models.stage import StageStep, Watch
 from pipeline.pictures import to_png
 from pipeline.sampling.grid import Block, draw_grid
 
@@ -14,11 +14,11 @@ _MOST_PICTURES = 16
 
 
 class Preview:
-    """A ``Watch`` that keeps ``preview.png`` in a folder, and passes on what it is told.
+    """A ``Watch`` that keeps ``preview.png`` in a folder, and passes each step on.
 
     Args:
         folder: Where to; it exists.
-        watch: Who else wants to know.
+        watch: Another that hears of each step.
         every_s: Least time between two previews, in seconds.
     """
 
@@ -37,10 +37,10 @@ class Preview:
         self._path.unlink(missing_ok=True)
 
     def __call__(self, step: StageStep) -> None:
-        """Take note of a step; the prior's have no picture."""
+        """Take note of a step; only those that make pictures have one."""
         if self._watch is not None:
             self._watch(step)
-        if step.x0.ndim != 4 or time.monotonic() - self._written < self._every_s:
+        if step.x0.ndim != 4 or step.x0.shape[1] != 3 or time.monotonic() - self._written < self._every_s:
             return
         pictures = list(to_uint8(step.x0[:_MOST_PICTURES]).cpu().numpy())
         page = draw_grid(

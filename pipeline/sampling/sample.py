@@ -1,12 +1,12 @@
-"""Drawing prompts: PNG files, a labelled grid, and one line of JSON for each picture.
+"""Sampling prompts: PNG files, a labelled grid, and one line of JSON for each picture.
 
-Picture ``j`` of every prompt has seed ``seed + j``, so each one can be drawn again alone, and the same seed shows what
-other words change.
+Picture ``j`` of every prompt has seed ``seed + j``, so each one can be sampled again alone, and the same seed shows
+what other words change.
 """
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.cascade import Cascade, Watch
-from models.edits import ImageEncoder
+from models.cascade import Cascade
+from models.editor import ImageEncoder
+from models.stage import Watch
 from pipeline.errors import ConfigError
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.pictures import to_png
@@ -44,7 +45,7 @@ def sample_recipe(
     num_candidates: int = 0,
     watch: Watch | None = None,
 ) -> list[Json]:
-    """Draw prompts with the trained cascade of a recipe; see ``sample_prompts``.
+    """Sample prompts with the trained cascade of a recipe; see ``sample_prompts``.
 
     Raises:
         ConfigError: If a network is not trained yet; names the command that trains it.
@@ -83,44 +84,43 @@ def sample_prompts(
     batch_size: int = 16,
     watch: Watch | None = None,
 ) -> list[Json]:
-    """Draw each prompt ``num_images`` times and write the pictures, ``grid.png`` and ``samples.jsonl``.
+    """Sample each prompt ``num_images`` times and write the pictures, ``grid.png`` and ``samples.jsonl``.
 
     Args:
         cascade: The trained networks.
-        prompts: What to draw.
+        prompts: What the pictures show.
         num_images: Pictures of each prompt.
         seed: Seed of each prompt's first picture; its others have the next ones.
         out_dir: Folder, made when missing; files of an earlier call are replaced.
-        num_candidates: Pictures drawn of each prompt, of which those with the highest CLIP score are kept, the best
-            first; 0: as many as are wanted, in the order of their seeds, without scores.
-        batch_size: Pictures drawn at a time.
+        num_candidates: Pictures sampled of each prompt, of which those with the highest CLIP score are kept, the best
+            first; 0: ``num_images``, in the order of their seeds, without scores.
+        batch_size: Pictures sampled at a time.
         watch: Called after each step of each stage; ``preview.png`` shows them meanwhile.
 
     Returns:
         The rows of ``samples.jsonl``: file, prompt, seed, settings and, where they were chosen, ``clip_score`` of each.
 
     Raises:
-        ConfigError: If there is nothing to draw, or there are fewer candidates than pictures to keep.
+        ConfigError: If there is nothing to sample, or there are fewer candidates than pictures to keep.
         StepError: If the folder cannot be written.
     """
     if not prompts or num_images < 1:
-        raise ConfigError(f"nothing to draw: {len(prompts)} prompts, {num_images} pictures of each")
+        raise ConfigError(f"nothing to sample: {len(prompts)} prompts, {num_images} pictures of each")
     if num_candidates and num_candidates < num_images:
         raise ConfigError(f"--candidates {num_candidates}: fewer than the {num_images} pictures to keep of each prompt")
-    settings = cascade.default_settings()
     seeds = range(seed, seed + (num_candidates or num_images))
     rows: list[Json] = []
     blocks: list[Block] = []
     with translate_os_errors(str(out_dir)):
         out_dir.mkdir(parents=True, exist_ok=True)
         with Preview(out_dir, watch) as preview:
-            groups = _draw(cascade, prompts, seeds, batch_size, preview, scored=num_candidates > 0)
-            for number, (prompt, drawn) in enumerate(zip(prompts, groups, strict=True)):
-                best = sorted(drawn, key=lambda one: -(one.score or 0.0))[:num_images]  # a stable sort
+            groups = _sample(cascade, prompts, seeds, batch_size, preview, scored=num_candidates > 0)
+            for number, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
+                best = sorted(group, key=lambda one: -(one.score or 0.0))[:num_images]  # a stable sort
                 for rank, one in enumerate(best):
                     name = f"{number:03d}-{rank}.png"
                     (out_dir / name).write_bytes(to_png(one.picture))
-                    row: Json = {"file": name, "prompt": prompt, "seed": one.seed, "settings": asdict(settings)}
+                    row: Json = {"file": name, "prompt": prompt, "seed": one.seed, "settings": cascade.settings}
                     rows.append(row if one.score is None else row | {"clip_score": one.score})
                 tags = [f"{one.score:.3f}" for one in best if one.score is not None]
                 blocks.append(Block([one.picture for one in best], prompt, tags))
@@ -131,7 +131,7 @@ def sample_prompts(
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class _Sample:
     """One picture of a prompt."""
 
     seed: int
@@ -139,18 +139,18 @@ class _Drawn:
     score: float | None
 
 
-def _draw(
+def _sample(
     cascade: Cascade, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, watch: Watch, *, scored: bool
-) -> Iterator[list[_Drawn]]:
+) -> Iterator[list[_Sample]]:
     """The pictures of each prompt in turn, one for each seed; a batch may hold those of several prompts."""
-    wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
-    group: list[_Drawn] = []
-    for start in range(0, len(wanted), batch_size):
-        texts, batch_seeds = zip(*wanted[start : start + batch_size], strict=True)
-        drawn = cascade.sample(texts, batch_seeds, watch=watch).images
-        scores = clip_scores(cascade, drawn, texts) if scored else [None] * len(drawn)
-        for seed, picture, score in zip(batch_seeds, drawn.numpy(), scores, strict=True):
-            group.append(_Drawn(seed, picture, score))
+    items = [(prompt, seed) for prompt in prompts for seed in seeds]
+    group: list[_Sample] = []
+    for start in range(0, len(items), batch_size):
+        texts, batch_seeds = zip(*items[start : start + batch_size], strict=True)
+        images = cascade.sample(texts, batch_seeds, watch=watch).images
+        scores = clip_scores(cascade, images, texts) if scored else [None] * len(images)
+        for seed, picture, score in zip(batch_seeds, images.numpy(), scores, strict=True):
+            group.append(_Sample(seed, picture, score))
             if len(group) == len(seeds):
                 yield group
                 group = []

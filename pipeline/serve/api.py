@@ -20,7 +20,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
 from pipeline.serve.images import GenerationRequest, generate
 from pipeline.serve.knn import KnnRequest, MetadataRequest, find, metadata
-from pipeline.serve.protocols import Library, Painter
+from pipeline.serve.protocols import Neighbours, PictureModel
 from pipeline.serve.web import ApiError, install_error_handlers, parse, read_json, require_key, while_connected
 
 TEXT_BODY_LIMIT_BYTES = 1 << 20
@@ -41,27 +41,27 @@ class ApiSettings:
     """When the model was finished, in seconds since the epoch."""
 
 
-def create_app(painter: Painter, library: Library | None, settings: ApiSettings) -> FastAPI:
+def create_app(model: PictureModel, neighbours: Neighbours | None, settings: ApiSettings) -> FastAPI:
     """Build the application.
 
     Args:
-        painter: The networks.
-        library: The neighbours; None leaves their routes out.
+        model: The networks.
+        neighbours: The training pictures by nearness; None leaves their routes out.
         settings: Names, sizes and the key.
     """
     app = FastAPI(title="unclip", docs_url=None, redoc_url=None, openapi_url=None)
     install_error_handlers(app)
-    app.include_router(_pages(painter, settings, has_library=library is not None))
+    app.include_router(_pages(model, settings, has_neighbours=neighbours is not None))
     guarded = [Depends(require_key(settings.api_key))]
-    app.include_router(_openai(painter, settings), dependencies=guarded)
-    if library is not None:
-        app.include_router(_clip_retrieval(painter, library, settings), dependencies=guarded)
+    app.include_router(_openai(model, settings), dependencies=guarded)
+    if neighbours is not None:
+        app.include_router(_clip_retrieval(model, neighbours, settings), dependencies=guarded)
     return app
 
 
-def _pages(painter: Painter, settings: ApiSettings, *, has_library: bool) -> APIRouter:
+def _pages(model: PictureModel, settings: ApiSettings, *, has_neighbours: bool) -> APIRouter:
     router = APIRouter()
-    page, policy = _page(settings, has_library=has_library)
+    page, policy = _page(settings, has_neighbours=has_neighbours)
 
     @router.get("/")
     async def show() -> HTMLResponse:
@@ -69,45 +69,45 @@ def _pages(painter: Painter, settings: ApiSettings, *, has_library: bool) -> API
 
     @router.get("/healthz")
     async def healthz() -> JSONResponse:
-        stats = await painter.stats()
+        stats = await model.stats()
         if not stats:
             raise ApiError(503, "the engine is not running", code="not_ready")
         return JSONResponse({"status": "ok", "model": settings.name, **stats})
 
     @router.get("/metrics", dependencies=[Depends(require_key(settings.api_key))])
     async def metrics() -> PlainTextResponse:
-        stats = await painter.stats()
+        stats = await model.stats()
         lines = [f"unclip_{name} {value}\n" for name, value in sorted(stats.items())]
         return PlainTextResponse("".join(lines), media_type="text/plain; version=0.0.4")
 
     return router
 
 
-def _openai(painter: Painter, settings: ApiSettings) -> APIRouter:
+def _openai(model: PictureModel, settings: ApiSettings) -> APIRouter:
     router = APIRouter(prefix="/v1")
-    model = {"id": settings.name, "object": "model", "created": settings.created, "owned_by": "unclip"}
+    entry = {"id": settings.name, "object": "model", "created": settings.created, "owned_by": "unclip"}
 
     @router.get("/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [entry]}
 
     @router.get("/models/{name}")
     async def one_model(name: str) -> dict[str, Any]:
         if name != settings.name:
             message = f"model {name!r} does not exist; this server has {settings.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
-        return model
+        return entry
 
     @router.post("/images/generations")
     async def generations(request: Request) -> JSONResponse:
-        asked = parse(GenerationRequest, await read_json(request, TEXT_BODY_LIMIT_BYTES))
-        work = generate(painter, asked, model=settings.name, image_px=settings.image_px)
+        body = parse(GenerationRequest, await read_json(request, TEXT_BODY_LIMIT_BYTES))
+        work = generate(model, body, name=settings.name, image_px=settings.image_px)
         return JSONResponse(await while_connected(request, work))
 
     return router
 
 
-def _clip_retrieval(painter: Painter, library: Library, settings: ApiSettings) -> APIRouter:
+def _clip_retrieval(model: PictureModel, neighbours: Neighbours, settings: ApiSettings) -> APIRouter:
     router = APIRouter()
 
     def require_index(name: str | None) -> None:
@@ -121,23 +121,23 @@ def _clip_retrieval(painter: Painter, library: Library, settings: ApiSettings) -
 
     @router.post("/knn-service")
     async def knn(request: Request) -> JSONResponse:
-        asked = parse(KnnRequest, await read_json(request, PICTURE_BODY_LIMIT_BYTES))
-        require_index(asked.indice_name)
-        return JSONResponse(await while_connected(request, find(painter, library, asked)))
+        body = parse(KnnRequest, await read_json(request, PICTURE_BODY_LIMIT_BYTES))
+        require_index(body.indice_name)
+        return JSONResponse(await while_connected(request, find(model, neighbours, body)))
 
     @router.post("/metadata")
     async def rows(request: Request) -> JSONResponse:
-        asked = parse(MetadataRequest, await read_json(request, TEXT_BODY_LIMIT_BYTES))
-        require_index(asked.indice_name)
-        return JSONResponse(metadata(library, asked))
+        body = parse(MetadataRequest, await read_json(request, TEXT_BODY_LIMIT_BYTES))
+        require_index(body.indice_name)
+        return JSONResponse(metadata(neighbours, body))
 
     return router
 
 
-def _page(settings: ApiSettings, *, has_library: bool) -> tuple[str, str]:
+def _page(settings: ApiSettings, *, has_neighbours: bool) -> tuple[str, str]:
     """The page, and a policy that lets it run its own script, show inline pictures and call this server alone."""
     page = files("pipeline.serve").joinpath("page.html").read_text(encoding="utf-8")
-    facts = {"SIDE_PX": str(settings.image_px), "HAS_LIBRARY": str(has_library).lower()}
+    facts = {"SIDE_PX": str(settings.image_px), "HAS_NEIGHBOURS": str(has_neighbours).lower()}
     for name, value in facts.items():
         page = page.replace(f"{{{{{name}}}}}", value)
     digests: dict[str, str] = {}

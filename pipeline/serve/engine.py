@@ -1,7 +1,8 @@
-"""The engine: requests in, pictures out, with as many as fit drawn together, each at its own step.
+"""The engine: requests in, pictures out, with as many as fit sampled together, each at its own step.
 
 One thread runs the networks. Between two steps it lets in waiting pictures, drops those that nobody waits for any more,
 and takes the stages in turn, so that a request that comes late neither waits for the others nor holds them up.
+A picture is a batch of one item: it comes out as ``Cascade.sample_request`` would sample it alone.
 """
 
 import asyncio
@@ -11,15 +12,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import partial
+from typing import cast
 
 import torch
 
-from models.cascade import Cascade, CascadeSettings
+from models.cascade import Cascade
 from models.pixels import to_uint8
-from pipeline.serve.chains import Picture
-from pipeline.serve.protocols import Drawn, Overloaded
-from pipeline.serve.steppers import make_steppers
+from models.request import SampleRequest
+from models.stage import PIXELS, Z_IMAGE, Batch, Chain, JoinedChains
+from pipeline.clip import FrozenClip
+from pipeline.serve.protocols import Images, Overloaded, SampledPictures, Vectors
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +36,7 @@ class EngineStats:
     refused: int = 0
     """Turned away because too many waited."""
     dropped: int = 0
-    """Left by those who asked, before they were finished."""
+    """Left by their clients before they were finished."""
     failed: int = 0
     """Ended by an error of a network."""
     pictures: int = 0
@@ -45,45 +48,49 @@ class EngineStats:
     waiting: int = 0
     """Requests not begun."""
     active: int = 0
-    """Pictures being drawn."""
+    """Pictures under way."""
 
 
 @dataclass(eq=False)
-class _Request:
-    prompt: str
-    seeds: tuple[int, ...]
-    future: Future[Drawn] = field(default_factory=Future[Drawn])
-    pictures: list[Picture] = field(default_factory=list[Picture])
-    entered: int = 0
-    """Pictures let in so far."""
+class _Pending:
+    """A request that is not answered yet."""
+
+    request: SampleRequest
+    future: Future[SampledPictures] = field(default_factory=Future[SampledPictures])
+    pictures: list["_Picture"] = field(default_factory=list["_Picture"])
+    """Those let in so far, in the order of the seeds."""
+
+
+@dataclass(eq=False)
+class _Picture:
+    """One picture on its way through the stages."""
+
+    pending: _Pending
+    batch: Batch
+    """One item."""
+    stage: int = 0
+    """Number of the stage that it is in, or has to enter."""
+    chain: Chain | None = None
+    """Where it stands there; None before it enters."""
 
 
 class Engine:
-    """Draws prompts with a cascade.
+    """Samples requests with a cascade; a ``protocols.PictureModel`` in this process.
 
     Args:
         cascade: The trained networks, on their device.
-        settings: How to sample; the cascade's own if None.
-        max_batch_size: Pictures drawn at a time.
+        max_batch_size: Pictures sampled at a time.
         max_waiting: Requests that may wait to be begun; a further one is refused.
     """
 
-    def __init__(
-        self,
-        cascade: Cascade,
-        settings: CascadeSettings | None = None,
-        *,
-        max_batch_size: int = 16,
-        max_waiting: int = 64,
-    ) -> None:
-        settings = settings or cascade.default_settings()
-        self._clip = cascade.clip
-        self._steppers = make_steppers(cascade, settings)
+    def __init__(self, cascade: Cascade, *, max_batch_size: int = 16, max_waiting: int = 64) -> None:
+        self._cascade = cascade
+        self._joined: list[JoinedChains | None] = [None] * len(cascade.stages)
         self._max_batch_size = max_batch_size
         self._max_waiting = max_waiting
         self._stats = EngineStats()
-        self._waiting: deque[_Request] = deque()
-        self._active: list[tuple[_Request, Picture]] = []
+        self._waiting: deque[_Pending] = deque()
+        self._active: list[_Picture] = []
         self._changed = threading.Condition()
         self._closed = False
         self._turn = 0
@@ -95,22 +102,21 @@ class Engine:
         """Whether the engine's thread runs."""
         return self._thread.is_alive() and not self._closed
 
-    def stats(self) -> dict[str, int]:
+    def counts(self) -> dict[str, int]:
         """``EngineStats`` as plain numbers."""
         with self._changed:
             self._stats.waiting, self._stats.active = len(self._waiting), len(self._active)
             return asdict(self._stats)
 
-    def submit(self, prompt: str, seeds: Sequence[int]) -> Future[Drawn]:
-        """Ask for one picture of ``prompt`` for each seed; cancelling the future drops the request.
+    def submit(self, request: SampleRequest) -> Future[SampledPictures]:
+        """Ask for pictures; cancelling the future drops the request.
 
         Raises:
-            ValueError: If there are no seeds.
+            ValueError: If the cascade cannot do what is requested.
             Overloaded: If too many requests wait, or the engine is closed.
         """
-        if not seeds:
-            raise ValueError("no seeds: give one for each picture")
-        request = _Request(prompt, tuple(seeds))
+        self._cascade.check(request)
+        pending = _Pending(request)
         with self._changed:
             if self._closed:
                 raise Overloaded("the engine is shutting down")
@@ -119,13 +125,29 @@ class Engine:
                 self._stats.refused += 1
                 raise Overloaded(f"{num_waiting} requests are waiting already")
             self._stats.requests += 1
-            self._waiting.append(request)
+            self._waiting.append(pending)
             self._changed.notify()
-        return request.future
+        return pending.future
 
-    async def draw(self, prompt: str, seeds: Sequence[int]) -> Drawn:
-        """``submit`` for asynchronous callers; cancelling the task drops the request."""
-        return await asyncio.wrap_future(self.submit(prompt, seeds))
+    async def sample(self, request: SampleRequest) -> SampledPictures:
+        """See ``PictureModel``; cancelling the task drops the request."""
+        return await asyncio.wrap_future(self.submit(request))
+
+    async def embed_text(self, text: str) -> Vectors:
+        """See ``PictureModel``."""
+        return await asyncio.to_thread(lambda: self._clip.encode_text([text]).z_text[0].cpu().numpy())
+
+    async def embed_image(self, image: Images) -> Vectors:
+        """See ``PictureModel``."""
+        return await asyncio.to_thread(lambda: self._clip.encode_image(torch.from_numpy(image)[None])[0].cpu().numpy())
+
+    async def stats(self) -> dict[str, int]:
+        """See ``PictureModel``."""
+        return self.counts() if self.alive else {}
+
+    @property
+    def _clip(self) -> FrozenClip:
+        return cast("FrozenClip", self._cascade.clip)
 
     def close(self) -> None:
         """Stop after the present step; whoever still waits gets ``Overloaded``."""
@@ -133,11 +155,11 @@ class Engine:
             self._closed = True
             self._changed.notify()
         self._thread.join()
-        left = {*self._waiting, *(request for request, _ in self._active)}
-        self._remove(left)
-        for request in left:
-            if request.future.set_running_or_notify_cancel():
-                request.future.set_exception(Overloaded("the engine is shutting down"))
+        unanswered = self._unanswered()
+        self._remove(unanswered)
+        for pending in unanswered:
+            if pending.future.set_running_or_notify_cancel():
+                pending.future.set_exception(Overloaded("the engine is shutting down"))
 
     def _run(self) -> None:
         with torch.inference_mode():
@@ -150,94 +172,106 @@ class Engine:
                     self._forget_cancelled()
                     entering = self._take_waiting()
                 if entering:
-                    self._guarded(self._enter, entering)
+                    self._guarded([pending for pending, _ in entering], partial(self._enter, entering))
                 chosen = self._choose()
                 if chosen:
-                    self._guarded(self._advance, chosen)
+                    self._guarded([picture.pending for picture in chosen], partial(self._advance, chosen))
 
-    def _take_waiting(self) -> list[tuple[_Request, int]]:
+    def _take_waiting(self) -> list[tuple[_Pending, tuple[int, ...]]]:
         """Requests, in their order, with the seeds for which there is room."""
         room = self._max_batch_size - len(self._active)
-        entering: list[tuple[_Request, int]] = []
+        entering: list[tuple[_Pending, tuple[int, ...]]] = []
         while self._waiting and room > 0:
-            request = self._waiting[0]
-            seeds = request.seeds[request.entered : request.entered + room]
-            entering += [(request, seed) for seed in seeds]
-            request.entered += len(seeds)
-            room -= len(seeds)
-            if request.entered == len(request.seeds):
+            pending = self._waiting[0]
+            seeds = pending.request.seeds[len(pending.pictures) :]
+            entering.append((pending, seeds[:room]))
+            if len(seeds) <= room:
                 self._waiting.popleft()
+            room -= len(seeds[:room])
         return entering
 
-    def _enter(self, entering: Sequence[tuple[_Request, int]]) -> None:
-        prompts = list(dict.fromkeys(request.prompt for request, _ in entering))
+    def _enter(self, entering: Sequence[tuple[_Pending, tuple[int, ...]]]) -> None:
+        prompts = list(dict.fromkeys(pending.request.prompt for pending, _ in entering))
         text = self._clip.encode_text(prompts)
-        row = {prompt: number for number, prompt in enumerate(prompts)}
-        added: list[tuple[_Request, Picture]] = []
-        for request, seed in entering:
-            number = row[request.prompt]
-            picture = Picture(request.prompt, seed, text[number : number + 1])
-            request.pictures.append(picture)
-            added.append((request, picture))
-        with self._changed:
-            self._active += added
+        for pending, seeds in entering:
+            row = prompts.index(pending.request.prompt)
+            caption = text[row : row + 1]
+            pictures = [_Picture(pending, Batch(caption, (seed,), request=pending.request)) for seed in seeds]
+            with self._changed:
+                pending.pictures += pictures
+                self._active += pictures
 
-    def _choose(self) -> list[tuple[_Request, Picture]]:
+    def _choose(self) -> list[_Picture]:
         """The pictures of the next stage that has any."""
-        for offset in range(len(self._steppers)):
-            number = (self._turn + offset) % len(self._steppers)
-            chosen = [(request, picture) for request, picture in self._active if picture.stage == number]
+        for offset in range(len(self._joined)):
+            number = (self._turn + offset) % len(self._joined)
+            chosen = [picture for picture in self._active if picture.stage == number]
             if chosen:
                 self._turn = number + 1
                 return chosen
         return []
 
-    def _advance(self, chosen: Sequence[tuple[_Request, Picture]]) -> None:
-        self._steppers[chosen[0][1].stage].advance([picture for _, picture in chosen])
-        finished = [(request, picture) for request, picture in chosen if picture.stage == len(self._steppers)]
+    def _advance(self, chosen: Sequence[_Picture]) -> None:
+        """Take pictures of one stage a step further; those that were at its last step leave it."""
+        number = chosen[0].stage
+        stage = self._cascade.stages[number]
+        chains: list[Chain] = []
+        for picture in chosen:
+            picture.chain = picture.chain or stage.enter(picture.batch)
+            chains.append(picture.chain)
+        joined = self._joined[number]
+        if joined is None or joined.chains != chains:  # what no step changes is joined once for the same pictures
+            joined = self._joined[number] = stage.join(chains)
+        joined.advance()
+        for picture, chain in zip(chosen, chains, strict=True):
+            if chain.finished:
+                picture.batch = picture.batch.with_values(**{stage.makes: stage.leave(chain)})
+                picture.chain, picture.stage, self._joined[number] = None, number + 1, None
+        finished = {picture for picture in chosen if picture.stage == len(self._joined)}
         with self._changed:
             self._stats.steps += 1
             self._stats.rows += len(chosen)
             self._stats.pictures += len(finished)
-            gone = {id(picture) for _, picture in finished}
-            self._active = [pair for pair in self._active if id(pair[1]) not in gone]
-        for request in dict.fromkeys(request for request, _ in finished):
-            if len(request.pictures) == len(request.seeds) and all(
-                picture.stage == len(self._steppers) for picture in request.pictures
+            self._active = [picture for picture in self._active if picture not in finished]
+        for pending in {picture.pending for picture in finished}:
+            if len(pending.pictures) == len(pending.request.seeds) and all(
+                picture.stage == len(self._joined) for picture in pending.pictures
             ):
-                _answer(request)
+                _answer(pending)
 
-    def _guarded(
-        self, act: Callable[[Sequence[tuple[_Request, Any]]], None], items: Sequence[tuple[_Request, Any]]
-    ) -> None:
+    def _guarded(self, requests: Sequence[_Pending], act: Callable[[], None]) -> None:
         """Run a part of the loop; its error goes to those who wait for it, and the loop goes on."""
         try:
-            act(items)
+            act()
         except Exception as error:  # noqa: BLE001  (whatever a network raises (memory above all) is the request's, not the server's)
-            _log.exception("drawing failed")
-            requests = dict.fromkeys(request for request, _ in items)
-            for request in requests:
-                if request.future.set_running_or_notify_cancel():
-                    request.future.set_exception(error)
+            _log.exception("sampling failed")
+            failed = set(requests)
+            for pending in failed:
+                if pending.future.set_running_or_notify_cancel():
+                    pending.future.set_exception(error)
             with self._changed:
-                self._stats.failed += len(requests)
-                self._remove(set(requests))
+                self._stats.failed += len(failed)
+                self._remove(failed)
 
     def _forget_cancelled(self) -> None:
         """Drop requests that nobody waits for; call with the lock held."""
-        requests = {*self._waiting, *(request for request, _ in self._active)}
-        gone = {request for request in requests if request.future.cancelled()}
-        self._stats.dropped += len(gone)
-        self._remove(gone)
+        cancelled = {pending for pending in self._unanswered() if pending.future.cancelled()}
+        self._stats.dropped += len(cancelled)
+        self._remove(cancelled)
 
-    def _remove(self, requests: set[_Request]) -> None:
+    def _unanswered(self) -> set[_Pending]:
+        return {*self._waiting, *(picture.pending for picture in self._active)}
+
+    def _remove(self, requests: set[_Pending]) -> None:
         if requests:
-            self._waiting = deque(request for request in self._waiting if request not in requests)
-            self._active = [pair for pair in self._active if pair[0] not in requests]
+            self._waiting = deque(pending for pending in self._waiting if pending not in requests)
+            self._active = [picture for picture in self._active if picture.pending not in requests]
+            self._joined = [None] * len(self._joined)
 
 
-def _answer(request: _Request) -> None:
-    images = to_uint8(torch.cat([picture.pixels for picture in request.pictures])).cpu().numpy()
-    z_image = torch.cat([picture.z_image for picture in request.pictures]).float().cpu().numpy()
-    if request.future.set_running_or_notify_cancel():
-        request.future.set_result(Drawn(images, z_image))
+def _answer(pending: _Pending) -> None:
+    values = [picture.batch.values for picture in pending.pictures]
+    images = to_uint8(torch.cat([made[PIXELS] for made in values])).cpu().numpy()
+    z_image = torch.cat([made[Z_IMAGE] for made in values]).float().cpu().numpy() if Z_IMAGE in values[0] else None
+    if pending.future.set_running_or_notify_cancel():
+        pending.future.set_result(SampledPictures(images, z_image))

@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from pipeline.serve.protocols import Images, Painter
+from models.request import SampleRequest
+from pipeline.serve.protocols import Images, PictureModel
 from pipeline.serve.web import ApiError
 
 MAX_IMAGES = 10
@@ -33,7 +34,7 @@ class GenerationRequest(BaseModel):
     response_format: Literal["b64_json", "url"] | None = None
     user: str | None = None
     seed: int | None = Field(default=None, ge=0, le=_MAX_SEED)
-    # Of OpenAI's other fields, what asks for the only thing there is.
+    # Other OpenAI fields: only the values that we support are accepted.
     quality: Literal["auto", "standard"] | None = None
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto", "low"] | None = None
@@ -46,7 +47,7 @@ class GenerationRequest(BaseModel):
     @classmethod
     def _not_blank(cls, prompt: str) -> str:
         if not prompt.strip():
-            raise ValueError("is empty; say what to draw")
+            raise ValueError("is empty; say what the picture shows")
         return prompt
 
 
@@ -70,35 +71,39 @@ def side_of(size: str | None, image_px: int) -> int:
     return width
 
 
-async def generate(painter: Painter, asked: GenerationRequest, *, model: str, image_px: int) -> dict[str, Any]:
+async def generate(model: PictureModel, body: GenerationRequest, *, name: str, image_px: int) -> dict[str, Any]:
     """Answer a request.
 
     Args:
-        painter: The networks.
-        asked: The checked body.
-        model: The only model that may be named.
+        model: The networks.
+        body: The checked body.
+        name: Of the only model that may be asked for.
         image_px: Side of the cascade's pictures, in pixels.
 
     Raises:
         ApiError: 404 for another model, 400 for an impossible size.
         Overloaded: If too many requests wait.
     """
-    if asked.model not in {None, model}:
-        message = f"model {asked.model!r} does not exist; this server has {model!r}"
+    if body.model not in {None, name}:
+        message = f"model {body.model!r} does not exist; this server has {name!r}"
         raise ApiError(404, message, param="model", code="model_not_found")
-    side_px = side_of(asked.size, image_px)
-    first = secrets.randbelow(2**31) if asked.seed is None else asked.seed
-    seeds = [first + number for number in range(asked.n or 1)]
-    drawn = await painter.draw(asked.prompt, seeds)
-    files = await asyncio.to_thread(lambda: [to_png(image, side_px) for image in drawn.images])
+    side_px, request = side_of(body.size, image_px), sample_request(body)
+    sampled = await model.sample(request)
+    files = await asyncio.to_thread(lambda: [to_png(image, side_px) for image in sampled.images])
     data: list[dict[str, Any]] = []
-    for file, seed in zip(files, seeds, strict=True):
+    for file, seed in zip(files, request.seeds, strict=True):
         encoded = base64.b64encode(file).decode()
-        if asked.response_format == "url":
+        if body.response_format == "url":
             data.append({"url": f"data:image/png;base64,{encoded}", "seed": seed})
         else:
             data.append({"b64_json": encoded, "seed": seed})
     return {"created": int(time.time()), "data": data}
+
+
+def sample_request(body: GenerationRequest) -> SampleRequest:
+    """What a body asks of the cascade; without a seed, pictures of random ones."""
+    first = secrets.randbelow(2**31) if body.seed is None else body.seed
+    return SampleRequest(body.prompt, tuple(range(first, first + (body.n or 1))))
 
 
 def to_png(image: Images, side_px: int) -> bytes:

@@ -1,22 +1,31 @@
-"""``POST /knn-service`` and ``POST /metadata`` as clip-retrieval has them."""
+"""``POST /knn-service`` and ``POST /metadata`` as clip-retrieval has them, and the index that answers them."""
 
 import asyncio
 import base64
 import binascii
+import io
+import logging
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.pictures import PictureError, read, square
-from pipeline.serve.protocols import Found, Images, Library, Painter, Vectors
+from pipeline.errors import DataError
+from pipeline.pictures import PictureError, decode, read, square
+from pipeline.retrieve import NeighbourIndex, read_picture
+from pipeline.serve.protocols import Images, NeighbourRow, Neighbours, PictureModel, Vectors
 from pipeline.serve.web import ApiError
+from pipeline.workspace.store import Artifact
+
+_log = logging.getLogger(__name__)
 
 MAX_IMAGES = 1000
 MAX_RESULT_IDS = 10_000
 _MAX_QUERY_PX = 40_000_000
 _KEPT_PX = 1024
+_JPEG = b"\xff\xd8"
 
 
 class KnnRequest(BaseModel):
@@ -44,69 +53,109 @@ class MetadataRequest(BaseModel):
     indice_name: str | None = None
 
 
-async def find(painter: Painter, library: Library, asked: KnnRequest) -> list[dict[str, Any]]:
+class LocalNeighbours:
+    """``protocols.Neighbours`` from an index and the shards that it was made from."""
+
+    def __init__(self, index: NeighbourIndex, download: Artifact) -> None:
+        self._index = index
+        self._download = download
+
+    @property
+    def embed_dim(self) -> int:
+        """See ``Neighbours``."""
+        return self._index.embed_dim
+
+    def search(self, vector: Vectors, k: int, modality: Literal["image", "text"]) -> list[NeighbourRow]:
+        """See ``Neighbours``."""
+        [neighbours] = self._index.search(vector[None], k, modality)
+        rows = self._index.rows([neighbour.id for neighbour in neighbours])
+        return [
+            NeighbourRow(neighbour.id, neighbour.similarity, dict(row))
+            for neighbour, row in zip(neighbours, rows, strict=True)
+        ]
+
+    def rows(self, ids: Sequence[int]) -> list[dict[str, Any]]:
+        """See ``Neighbours``."""
+        return [dict(row) for row in self._index.rows(ids)]
+
+    def picture(self, row: NeighbourRow) -> bytes | None:
+        """See ``Neighbours``."""
+        try:
+            data = read_picture(self._download, row.columns["shard"], row.columns["key"])
+            image = None if data.startswith(_JPEG) else decode(data, where=f"row {row.id}")
+        except DataError as error:
+            _log.warning("no picture for row %d: %s", row.id, error)
+            return None
+        if image is None:
+            return data
+        stream = io.BytesIO()
+        image.save(stream, "JPEG", quality=95)
+        return stream.getvalue()
+
+
+async def find(model: PictureModel, neighbours: Neighbours, body: KnnRequest) -> list[dict[str, Any]]:
     """Answer a search: the rows nearest to a text, a picture or an embedding, in this order of precedence.
 
     Raises:
         ApiError: 400, if there is nothing to search for, or it cannot be read.
     """
-    vector = await _query(painter, library, asked)
-    num_results = max(asked.num_images, asked.num_result_ids or 0)
+    vector = await _query(model, neighbours, body)
+    num_results = max(body.num_images, body.num_result_ids or 0)
     if num_results == 0:
         return []
-    return await asyncio.to_thread(_search, library, vector, num_results, asked)
+    return await asyncio.to_thread(_search, neighbours, vector, num_results, body)
 
 
-def metadata(library: Library, asked: MetadataRequest) -> list[dict[str, Any]]:
+def metadata(neighbours: Neighbours, body: MetadataRequest) -> list[dict[str, Any]]:
     """Answer a question for rows by number.
 
     Raises:
         ApiError: 400, if there is no such row.
     """
     try:
-        rows = library.rows(asked.ids)
+        rows = neighbours.rows(body.ids)
     except ValueError as error:
         raise ApiError(400, f"ids: {error}", param="ids", code="invalid_value") from None
-    return [{"id": number, "metadata": row} for number, row in zip(asked.ids, rows, strict=True)]
+    return [{"id": number, "metadata": row} for number, row in zip(body.ids, rows, strict=True)]
 
 
-def _search(library: Library, vector: Vectors, num_results: int, asked: KnnRequest) -> list[dict[str, Any]]:
-    found = library.search(vector, num_results, asked.modality)
-    if asked.deduplicate:
-        found = _distinct(found)
+def _search(neighbours: Neighbours, vector: Vectors, num_results: int, body: KnnRequest) -> list[dict[str, Any]]:
+    rows = neighbours.search(vector, num_results, body.modality)
+    if body.deduplicate:
+        rows = _distinct(rows)
     results: list[dict[str, Any]] = []
-    for place, one in enumerate(found):
+    for place, row in enumerate(rows):
         result: dict[str, Any] = {}
-        if place < asked.num_images:
-            result |= one.columns
-            picture = library.picture(one)
+        if place < body.num_images:
+            result |= row.columns
+            picture = neighbours.picture(row)
             if picture is not None:
                 result["image"] = base64.b64encode(picture).decode()
-        results.append(result | {"id": one.id, "similarity": one.similarity})
+        results.append(result | {"id": row.id, "similarity": row.similarity})
     return results
 
 
-def _distinct(found: list[Found]) -> list[Found]:
+def _distinct(rows: list[NeighbourRow]) -> list[NeighbourRow]:
     """The first of each URL."""
-    by_url: dict[str, Found] = {}
-    for one in found:
-        by_url.setdefault(one.columns["url"], one)
+    by_url: dict[str, NeighbourRow] = {}
+    for row in rows:
+        by_url.setdefault(row.columns["url"], row)
     return list(by_url.values())
 
 
-async def _query(painter: Painter, library: Library, asked: KnnRequest) -> Vectors:
-    if asked.text:
-        return await painter.embed_text(asked.text)
-    if asked.image:
-        return await painter.embed_image(await asyncio.to_thread(decode_query, asked.image))
-    if asked.image_url:
+async def _query(model: PictureModel, neighbours: Neighbours, body: KnnRequest) -> Vectors:
+    if body.text:
+        return await model.embed_text(body.text)
+    if body.image:
+        return await model.embed_image(await asyncio.to_thread(decode_query, body.image))
+    if body.image_url:
         message = "image_url: this server fetches no URLs (a request could reach addresses inside its network); "
         raise ApiError(400, message + "send the picture itself as image, base64", param="image_url", code="unsupported")
-    if asked.embedding_input is None:
+    if body.embedding_input is None:
         raise ApiError(400, "give one of text, image, embedding_input", code="missing_parameter")
-    values = asked.embedding_input
-    if len(values) != library.embed_dim or not all(math.isfinite(value) for value in values):
-        message = f"embedding_input: {len(values)} numbers; this index takes {library.embed_dim}, all finite"
+    values = body.embedding_input
+    if len(values) != neighbours.embed_dim or not all(math.isfinite(value) for value in values):
+        message = f"embedding_input: {len(values)} numbers; this index takes {neighbours.embed_dim}, all finite"
         raise ApiError(400, message, param="embedding_input", code="invalid_value")
     vector = np.asarray(values, np.float64)
     length = float(np.linalg.norm(vector))

@@ -10,6 +10,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from models.request import SampleRequest
+
 Images = NDArray[np.uint8]
 Vectors = NDArray[np.float32]
 
@@ -19,22 +21,23 @@ class Overloaded(Exception):
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledPictures:
     """What a request for pictures gets back."""
 
     images: Images
     """(n, H, W, 3)."""
-    z_image: Vectors
-    """(n, D), the embeddings that the prior drew, of about length one."""
+    z_image: Vectors | None
+    """(n, D), the prior's embeddings; None without a prior."""
 
 
-class Painter(Protocol):
-    """The networks."""
+class PictureModel(Protocol):
+    """The networks: an ``engine.Engine``, or those of other processes."""
 
-    async def draw(self, prompt: str, seeds: Sequence[int]) -> Drawn:
-        """One picture of ``prompt`` for each seed; cancelling drops the request.
+    async def sample(self, request: SampleRequest) -> SampledPictures:
+        """The pictures of a request, one for each seed; cancelling drops the request.
 
         Raises:
+            ValueError: If the networks cannot do what is requested.
             Overloaded: If too many requests wait.
         """
         ...
@@ -53,16 +56,16 @@ class Painter(Protocol):
 
 
 @dataclass(frozen=True)
-class Found:
+class NeighbourRow:
     """One neighbour."""
 
     id: int
     similarity: float
     columns: dict[str, Any]
-    """What is known of the row: uid, url, caption, key, shard, split."""
+    """uid, url, caption, key, shard, split."""
 
 
-class Library(Protocol):
+class Neighbours(Protocol):
     """The pictures that the networks were trained on, by nearness."""
 
     @property
@@ -70,7 +73,7 @@ class Library(Protocol):
         """Width D of a query, in features."""
         ...
 
-    def search(self, vector: Vectors, k: int, modality: Literal["image", "text"]) -> list[Found]:
+    def search(self, vector: Vectors, k: int, modality: Literal["image", "text"]) -> list[NeighbourRow]:
         """The ``k`` rows nearest to a vector (D,) of length one, the nearest first."""
         ...
 
@@ -82,6 +85,6 @@ class Library(Protocol):
         """
         ...
 
-    def picture(self, found: Found) -> bytes | None:
+    def picture(self, row: NeighbourRow) -> bytes | None:
         """The stored picture as a JPEG file; None where it cannot be read."""
         ...

@@ -1,6 +1,7 @@
 """The ablation of the prior on a cascade that has learned nothing: what is drawn, from what, and going on after a kill."""
 
 import copy
+import dataclasses
 import itertools
 import math
 from dataclasses import replace
@@ -13,11 +14,15 @@ import torch
 from PIL import Image
 
 from models.cascade import Cascade
+from models.decoder.stage import DecoderStage
 from models.diffusion.guidance import classifier_free
 from models.diffusion.noise import NoiseSource
 from models.diffusion.process import Diffusion
 from models.diffusion.samplers import sample
 from models.pixels import to_uint8
+from models.prior.stage import PriorStage
+from models.rows import concat_rows
+from models.stage import Z_IMAGE, Batch
 from pipeline.clip import FrozenClip, create_clip
 from pipeline.errors import ConfigError
 from pipeline.evaluate import metrics as m
@@ -89,13 +94,18 @@ def test_variants_are_drawn_from_what_they_say(tiny: Recipe, cascade: Cascade, t
     inputs = inputs_of(Workspace(tiny.workspace), ablation_step(tiny, num_prompts=7, num_shown=2))
     prompts, number = choose_prompts("", inputs["pairs"], inputs["embed"], 7), 1
     prompt, seed = prompts.prompts[number], picture_seed(tiny.seed, number, 0)
-    decoder = copy.deepcopy(cascade.decoder)
+    prior, stage = cascade.stages[:2]
+    decoder = copy.deepcopy(stage.network)
     decoder.image_to_embedding.weight.mul_(40)
     decoder.unet.conv_out.weight.mul_(0.3)  # what it predicts is a picture that is not clipped everywhere
     decoder.config = replace(decoder.config, diffusion=replace(decoder.config.diffusion, prediction="x0"))
-    listening = Cascade(cascade.clip, cascade.prior, decoder, cascade.upsamplers[:0])
-    settings, clip = listening.default_settings(), cast("FrozenClip", cascade.clip)
+    listening = Cascade(cascade.clip, [prior, dataclasses.replace(stage, network=decoder)])
+    sampler, clip = stage.sampler, cast("FrozenClip", cascade.clip)
     text = clip.encode_text([prompt.text])
+
+    def decoded(z_image: torch.Tensor) -> torch.Tensor:
+        return listening.run(Batch(text, (seed,), {Z_IMAGE: z_image}), listening.after(Z_IMAGE)).images[0]
+
     with torch.no_grad():
         condition = decoder.encode_condition(torch.ones(1, 16), text, keep_image=torch.tensor([False]))
         null = decoder.null_condition(1)
@@ -105,15 +115,15 @@ def test_variants_are_drawn_from_what_they_say(tiny: Recipe, cascade: Cascade, t
 
         noise = NoiseSource.from_seeds([seed], "decoder")
         x = noise.normal((3, 8, 8))
-        denoise = classifier_free(both, settings.decoder.guidance_scale)
-        pixels = sample(denoise, x, Diffusion(decoder.config.diffusion), settings.decoder, noise)
+        denoise = classifier_free(both, sampler.guidance_scale)
+        pixels = sample(denoise, x, Diffusion(decoder.config.diffusion), sampler, noise)
         assert prompt.scene is not None
         real = clip.encode_image(torch.from_numpy(np.array(draw_array(prompt.scene, 8)))[None])
         expected = {
             "caption": to_uint8(pixels)[0],
-            "z_text": to_uint8(listening.decode(text.z_text, text, [seed], settings))[0],
+            "z_text": decoded(text.z_text),
             "prior": listening.sample([prompt.text], [seed]).images[0],
-            "z_image": to_uint8(listening.decode(real, text, [seed], settings))[0],
+            "z_image": decoded(real),
         }
     output = Artifact(str(tmp_path))
     runner = AblationRunner(listening, prompts, output)
@@ -137,17 +147,18 @@ def test_caption_alone_means_the_decoders_own_null_at_every_width(tiny: Recipe, 
     for network in networks:
         randomise(network)
     prior, decoder = networks
-    listening = Cascade(clip, prior, decoder)
-    settings, prompt = listening.default_settings(), "a red circle"
+    stage, prompt = DecoderStage.of(decoder), "a red circle"
+    listening = Cascade(clip, [PriorStage.of(prior), stage])
     AblationRunner(listening, PromptSet((Prompt(prompt),), "file"), Artifact(str(tmp_path))).run(
         Part("caption", 0, 0, 1), tiny.seed, 1
     )
     with torch.no_grad():
         text, seed = clip.encode_text([prompt]), picture_seed(tiny.seed, 0, 0)
         condition = decoder.encode_condition(torch.ones(1, 512), text, keep_image=torch.tensor([False]))
-        denoise = listening.denoiser(condition, settings.decoder.guidance_scale, 0)
+        both = concat_rows([decoder.null_condition(1), condition])
+        denoise = stage.denoiser(both, [stage.sampler.guidance_scale])
         noise = NoiseSource.from_seeds([seed], "decoder")
-        pixels = sample(denoise, noise.normal((3, 8, 8)), Diffusion(decoder.config.diffusion), settings.decoder, noise)
+        pixels = sample(denoise, noise.normal((3, 8, 8)), Diffusion(decoder.config.diffusion), stage.sampler, noise)
     expected = to_uint8(pixels)[0].numpy()
     with Image.open(tmp_path / "samples/caption/00000.png") as image:
         assert (np.asarray(image) == expected).all()

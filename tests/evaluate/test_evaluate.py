@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from models.cascade import Cascade
+from models.prior.stage import PriorStage
 from pipeline.data.vectors import read_vectors
 from pipeline.errors import DataError
 from pipeline.evaluate import metrics as m
@@ -320,7 +321,7 @@ def test_a_network_that_draws_nan_is_a_data_error_that_names_it(tiny: Recipe, tm
     output, inputs = Artifact(str(tmp_path)), _inputs(tiny)
     work = plan_work(tiny, inputs)
     cascade = load_cascade({name: inputs[name] for name in tiny.trained()})
-    cascade.prior.out.bias.fill_(float("nan"))
+    cascade.stage("prior", PriorStage).network.out.bias.fill_(float("nan"))
     runner = PartRunner(cascade, work.prompts, work.rows, inputs["download"], output, tiny.seed, work.drawings)
     with pytest.raises(DataError, match="the prior gives numbers that are not finite"):
         runner.run(work.parts[0])

@@ -7,7 +7,7 @@ import torch
 
 from jobs import drawing
 from jobs.drawing import DrawingWatcher
-from models.cascade import StageStep
+from models.stage import StageStep
 
 STEPS = [StageStep(stage, done, 12, torch.zeros(0)) for stage, done in (("decoder", 12), ("prior", 3))]
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.ar_prior.config import ArPriorConfig
 from models.ar_prior.network import ArPrior
-from models.ar_prior.sampling import start, step
+from models.ar_prior.sampling import initial_tokens, sample_component
 from models.decoder.network import Decoder
 from models.diffusion.noise import NoiseSource
 from models.layers.config import UNetConfig
@@ -157,9 +157,9 @@ def test_cost_of_an_autoregressive_prior_equals_what_real_tensors_take(tmp_path:
     assert base.num_parameters == sum(p.numel() for p in prior.parameters())
     noise = NoiseSource.from_seeds([0])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        state = start(prior, _text(recipe, 1), noise, config.sampler)
+        state = initial_tokens(prior, _text(recipe, 1), noise, config.sampler)
         for _ in range(5):
-            step(prior, state, config.sampler)
+            sample_component(prior, state, config.sampler)
     assert (base.sampling_flops, base.num_calls) == (counter.get_total_flops(), 5)
     assert cost("num_candidates=3", "sampler.guidance_scale=2.0").sampling_flops == 6 * base.sampling_flops
     assert cost("num_components=0").num_calls == recipe.clip.model.embed_dim

@@ -13,12 +13,16 @@ from safetensors.torch import load_file, save_file
 
 from models.ar_prior.config import ArPriorConfig
 from models.ar_prior.network import ArPrior
+from models.ar_prior.stage import ArPriorStage
 from models.cascade import Cascade
 from models.decoder.network import Decoder
+from models.decoder.stage import DecoderStage
 from models.diffusion.config import DiffusionConfig, SamplerConfig
 from models.interchange.networks import import_diffusion, import_sampler, scheduler_config
 from models.prior.network import Prior
+from models.prior.stage import PriorStage
 from models.upsampler.network import Upsampler
+from models.upsampler.stage import UpsamplerStage
 from pipeline.clip import FrozenClip, FrozenText, load_pretrained
 from pipeline.errors import ConfigError, DataError
 from pipeline.networks.cascade import load_cascade
@@ -47,9 +51,9 @@ def test_import_of_an_export_is_the_same_network_to_the_bit(exported: tuple[Casc
     cascade, folder = exported
     assert import_diffusers(folder, tmp_path / "ours") == []
     for name, network in (
-        ("prior", cascade.prior),
-        ("decoder", cascade.decoder),
-        ("upsampler_1", cascade.upsamplers[0]),
+        ("prior", cascade.stages[0].network),
+        ("decoder", cascade.stages[1].network),
+        ("upsampler_1", cascade.stages[2].network),
     ):
         imported = load_network(Artifact(str(tmp_path / "ours" / name)))
         theirs, ours = imported.state_dict(), network.state_dict()
@@ -60,7 +64,7 @@ def test_import_of_an_export_is_the_same_network_to_the_bit(exported: tuple[Casc
         assert (theirs.clip_x0, theirs.clip_range) == (ours.clip_x0, ours.clip_range)
     decoder = load_network(Artifact(str(tmp_path / "ours/decoder")))
     assert isinstance(decoder, Decoder)
-    assert decoder.config.unet == cascade.decoder.config.unet
+    assert decoder.config.unet == cascade.stages[1].network.config.unet
     assert decoder.dims == cascade.clip.dims
 
 
@@ -72,11 +76,11 @@ def test_imported_recipe_loads_and_starts_from_the_imported_networks(
     recipe = load_recipe(tmp_path / "ours/recipe.toml", ["pairs.source=drawn", "decoder.train.num_steps=0"])
     network = Decoder(recipe.decoder.model, cascade.clip.dims)
     load_initial(network, recipe.decoder.init_from)
-    assert torch.equal(network.unet.conv_in.weight, cascade.decoder.unet.conv_in.weight)
+    assert torch.equal(network.unet.conv_in.weight, cascade.stages[1].network.unet.conv_in.weight)
     assert recipe.upsampler_1 is not None
     upsampler = Upsampler(recipe.upsampler_1.model)
     load_initial(upsampler, recipe.upsampler_1.init_from)
-    assert torch.equal(upsampler.unet.conv_in.weight, cascade.upsamplers[0].unet.conv_in.weight)
+    assert torch.equal(upsampler.unet.conv_in.weight, cascade.stages[2].network.unet.conv_in.weight)
     assert recipe.clip.source == "pretrained"
     assert Path(recipe.clip.name) == tmp_path / "ours/clip"
     copied, own = (load_file(base / "clip/open_clip_model.safetensors") for base in (tmp_path / "ours", folder))
@@ -103,7 +107,7 @@ def test_folder_of_raw_embeddings_takes_unit_ones_here_and_goes_back_to_the_bit(
     import_diffusers(folder, tmp_path / "ours")
     artifacts = {path.name: Artifact(str(path)) for path in (tmp_path / "ours").iterdir() if path.is_dir()}
     cascade = load_cascade(artifacts)
-    prior, decoder = cascade.prior, cascade.decoder
+    prior, decoder = (stage.network for stage in cascade.stages[:2])
     assert isinstance(prior, Prior)
     assert (prior.config.image_norm, decoder.config.image_norm) == (10.3, 10.3)
     raw = load_file(folder / "prior/diffusion_pytorch_model.safetensors")
@@ -121,12 +125,12 @@ def test_folder_of_raw_embeddings_takes_unit_ones_here_and_goes_back_to_the_bit(
 def test_prior_for_embeddings_of_another_length_is_exported_for_the_decoders(tmp_path: Path) -> None:
     cascade = make_cascade()
     decoder = Decoder(replace(DECODER, image_norm=8.0), cascade.clip.dims)
-    write(Cascade(cascade.clip, cascade.prior, decoder, cascade.upsamplers), tmp_path / "out")
+    write(cascade.with_stages(DecoderStage.of(decoder)), tmp_path / "out")
     import_diffusers(tmp_path / "out", tmp_path / "ours")
     prior, again = (load_network(Artifact(str(tmp_path / "ours" / name))) for name in ("prior", "decoder"))
     assert (prior.config.image_norm, again.config.image_norm) == (8.0, 8.0)
     assert isinstance(prior, Prior)
-    torch.testing.assert_close(prior.unscale(torch.ones(1, 16)), cascade.prior.unscale(torch.ones(1, 16)))
+    torch.testing.assert_close(prior.unscale(torch.ones(1, 16)), cascade.stages[0].network.unscale(torch.ones(1, 16)))
 
 
 def test_statistics_that_were_never_set_are_refused(exported: tuple[Cascade, Path], tmp_path: Path) -> None:
@@ -191,9 +195,9 @@ def test_ways_of_sampling_that_the_pipeline_lacks_are_refused_by_name(
     configs = {"prior": PRIOR, "decoder": DECODER, "upsampler_1": UPSAMPLER}
     config = replace(configs[network], sampler=replace(configs[network].sampler, **setting))
     networks: dict[str, Any] = {
-        "prior": cascade.prior,
-        "decoder": cascade.decoder,
-        "upsampler_1": cascade.upsamplers[0],
+        "prior": cascade.stages[0].network,
+        "decoder": cascade.stages[1].network,
+        "upsampler_1": cascade.stages[2].network,
     }
     networks[network].config = config
     name, value = list(setting.items())[-1]
@@ -233,10 +237,9 @@ def test_what_the_layout_cannot_hold_is_refused_by_name_and_nothing_is_written(t
     cascade = make_cascade(replace(UPSAMPLER, diffusion=DiffusionConfig(schedule="linear")), text_width=32)
     unet = replace(DECODER.unet, patch_px=2, position_bands=3, attention_resolutions=(4,))
     config = replace(DECODER, unet=unet, diffusion=DiffusionConfig(prediction="v"))
-    broken = Cascade(
-        cascade.clip, Prior(replace(PRIOR, mlp_ratio=2), cascade.clip.dims), Decoder(config, cascade.clip.dims),
-        cascade.upsamplers,
-    )  # fmt: skip
+    prior = Prior(replace(PRIOR, mlp_ratio=2), cascade.clip.dims)
+    decoder = Decoder(config, cascade.clip.dims)
+    broken = cascade.with_stages(PriorStage.of(prior), DecoderStage.of(decoder))
     with pytest.raises(ConfigError) as error:
         write(broken, tmp_path / "out")
     for name in (
@@ -255,7 +258,7 @@ def test_what_the_layout_cannot_hold_is_refused_by_name_and_nothing_is_written(t
 
 def test_a_cascade_without_an_upsampler_and_a_full_folder_are_refused(tmp_path: Path) -> None:
     cascade = make_cascade()
-    bare = Cascade(cascade.clip, cascade.prior, cascade.decoder)
+    bare = Cascade(cascade.clip, cascade.stages[:2])
     with pytest.raises(ConfigError, match="upsampler_1"):
         write(bare, tmp_path / "out")
     (tmp_path / "full").mkdir()
@@ -267,8 +270,8 @@ def test_a_cascade_without_an_upsampler_and_a_full_folder_are_refused(tmp_path: 
 def test_an_autoregressive_prior_is_refused(tmp_path: Path) -> None:
     cascade = make_cascade()
     prior = ArPrior(ArPriorConfig(width=8, depth=1, num_heads=2, num_components=2), cascade.clip.dims)
-    other = Cascade(cascade.clip, prior, cascade.decoder, cascade.upsamplers)
-    with pytest.raises(ConfigError, match=r"prior\.model\.kind = 'autoregressive'"):
+    other = cascade.with_stages(ArPriorStage.of(prior))
+    with pytest.raises(ConfigError, match=r"prior\.model\.kind: the layout has a diffusion prior"):
         write(other, tmp_path / "out")
 
 
@@ -361,7 +364,7 @@ def test_imported_upsampler_is_trained_on_quarters_and_downloads_are_as_large_as
 def test_second_upsampler_stands_beside_the_layout_and_notes_say_what_differs(tmp_path: Path) -> None:
     first = make_cascade(replace(UPSAMPLER, rounded=True))
     second = Upsampler(replace(UPSAMPLER, image_px=64, low_res_px=32, crop_px=32))
-    cascade = Cascade(first.clip, first.prior, first.decoder, [*first.upsamplers, second])
+    cascade = Cascade(first.clip, [*first.stages, UpsamplerStage.of(second, 1)])
     notes = " ".join(write(cascade, tmp_path / "out"))
     assert "rounded" in notes
     assert "is sampled here by" not in notes

@@ -22,6 +22,7 @@ import pipeline.clip  # noqa: F401  (first: it lets torchvision be imported besi
 from models.cascade import Cascade
 from models.diffusion.noise import NoiseSource
 from models.diffusion.schedules import cosine_betas
+from models.stage import Batch
 from pipeline.networks.cascade import load_cascade
 from pipeline.workspace.store import Artifact
 
@@ -75,7 +76,7 @@ def compare(*, is_float64: bool) -> dict[str, Any]:
     pipe = load_pipeline(sys.argv[1])
     ours = Path(sys.argv[2]).resolve()
     cascade: Cascade = load_cascade({name.name: Artifact(str(name)) for name in ours.iterdir()})
-    settings = cascade.default_settings()
+    settings = cascade.settings
     text = cascade.clip.encode_text(PROMPTS)
     length = text.mask.shape[1]
     embeds, states, mask = pipe._encode_prompt(PROMPTS, "cpu", 1, False)
@@ -95,17 +96,19 @@ def compare(*, is_float64: bool) -> dict[str, Any]:
     pipe.decoder_scheduler.step = recorded
     pictures = pipe(
         PROMPTS,
-        prior_num_inference_steps=settings.prior.num_steps,
-        decoder_num_inference_steps=settings.decoder.num_steps,
-        super_res_num_inference_steps=settings.upsamplers[0].num_steps,
-        prior_guidance_scale=settings.prior.guidance_scale,
-        decoder_guidance_scale=settings.decoder.guidance_scale,
+        prior_num_inference_steps=settings["prior"]["num_steps"],
+        decoder_num_inference_steps=settings["decoder"]["num_steps"],
+        super_res_num_inference_steps=settings["upsampler_1"]["num_steps"],
+        prior_guidance_scale=settings["prior"]["guidance_scale"],
+        decoder_guidance_scale=settings["decoder"]["guidance_scale"],
         output_type="pt",
         **latents,
     ).images
-    z_image = cascade.sample_prior(text, SEEDS, settings)
-    small = cascade.decode(z_image, text, SEEDS, settings)
-    large = cascade.upsample(small, 0, SEEDS, settings).clamp(-1, 1).permute(0, 2, 3, 1)
+    batch, made = Batch(text, tuple(SEEDS)), list[Tensor]()
+    for stage in cascade.stages:
+        made.append(cascade.run_stage(stage, batch))
+        batch = batch.with_values(**{stage.makes: made[-1]})
+    z_image, small, large = made[0], made[1], made[2].clamp(-1, 1).permute(0, 2, 3, 1)
     valid = text.mask[:, :, None]
     return {
         "diffusers": diffusers.__version__,

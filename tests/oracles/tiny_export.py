@@ -10,12 +10,15 @@ from models.cascade import Cascade
 from models.clip_config import ClipConfig
 from models.decoder.config import DecoderConfig
 from models.decoder.network import Decoder
+from models.decoder.stage import DecoderStage
 from models.diffusion.config import DiffusionConfig, SamplerConfig
 from models.layers.config import UNetConfig
 from models.prior.config import PriorConfig
 from models.prior.network import Prior
+from models.prior.stage import PriorStage
 from models.upsampler.config import UpsamplerConfig
 from models.upsampler.network import Upsampler
+from models.upsampler.stage import UpsamplerStage
 from pipeline.clip import FrozenClip, create_clip
 from pipeline.networks.clip import save_clip_artifact
 from pipeline.networks.files import save_network
@@ -74,18 +77,15 @@ def make_cascade(upsampler: UpsamplerConfig = UPSAMPLER, **clip_changes: Any) ->
         network.null_text.set(clip.encode_text([""]))
     last = Upsampler(upsampler)
     randomise(last)
-    return Cascade(clip, prior, decoder, [last])
+    return Cascade(clip, [PriorStage.of(prior), DecoderStage.of(decoder), UpsamplerStage.of(last)])
 
 
 def save_cascade(cascade: Cascade, folder: Path) -> dict[str, Artifact]:
     """Write our own layout, one folder a network."""
     assert isinstance(cascade.clip, FrozenClip)
-    names = ("clip", "prior", "decoder", *(f"upsampler_{i + 1}" for i in range(len(cascade.upsamplers))))
-    artifacts = {name: Artifact(str(folder / name)) for name in names}
+    networks: dict[str, Any] = {stage.name: stage.network for stage in cascade.stages}
+    artifacts = {name: Artifact(str(folder / name)) for name in ("clip", *networks)}
     save_clip_artifact(artifacts["clip"], cascade.clip.clip)
-    dims = cascade.clip.dims
-    save_network(artifacts["prior"], cascade.prior.config, dims, cascade.prior.state_dict())
-    save_network(artifacts["decoder"], cascade.decoder.config, dims, cascade.decoder.state_dict())
-    for number, network in enumerate(cascade.upsamplers, start=1):
-        save_network(artifacts[f"upsampler_{number}"], network.config, None, network.state_dict())
+    for name, network in networks.items():
+        save_network(artifacts[name], network.config, getattr(network, "dims", None), network.state_dict())
     return artifacts

@@ -3,21 +3,21 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from models.cascade import StageStep
+from models.stage import StageStep
 from pipeline.sampling.preview import PREVIEW, Preview
 
 
 def test_preview_shows_the_latest_pictures_and_goes_at_the_end(tmp_path: Path) -> None:
-    told: list[StageStep] = []
+    steps: list[StageStep] = []
     red = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(2, 3, 8, 8)
-    with Preview(tmp_path, told.append, every_s=0.0) as preview:
+    with Preview(tmp_path, steps.append, every_s=0.0) as preview:
         preview(StageStep("prior", 1, 2, torch.zeros(2, 16)))
         assert not (tmp_path / PREVIEW).exists()
         preview(StageStep("decoder", 1, 2, red))
         with Image.open(tmp_path / PREVIEW) as page:
             assert page.convert("RGB").getpixel((page.width // 4, page.height // 2)) == (255, 0, 0)
         assert [path.name for path in tmp_path.iterdir()] == [PREVIEW]
-    assert [step.stage for step in told] == ["prior", "decoder"]
+    assert [step.stage for step in steps] == ["prior", "decoder"]
     assert not list(tmp_path.iterdir())
 
 

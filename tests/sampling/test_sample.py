@@ -76,5 +76,5 @@ def test_sampling_and_searching_where_a_file_is_in_the_way_say_so(
 
 
 def test_sampling_nothing_is_refused(cascade: Cascade, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nothing to draw"):
+    with pytest.raises(ConfigError, match="nothing to sample"):
         sample_prompts(cascade, [], num_images=1, seed=0, out_dir=tmp_path / "out")

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.edits import EditSettings
+from models.editor import EditSettings
 from models.prior.network import Prior
 from pipeline.networks.files import load_network, save_network
 from pipeline.recipe.recipe import load_recipe
 from pipeline.sampling.edit_options import EditOptions
-from pipeline.sampling.edits import edit_recipe
+from pipeline.sampling.edit_pictures import edit_recipe
 from pipeline.sampling.sample import cascade_artifacts, sample_recipe
 from tests.tiny_cascade import finished_workspace, pixels, png
 

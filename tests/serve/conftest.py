@@ -15,12 +15,15 @@ from models.cascade import Cascade
 from models.clip_config import ClipConfig
 from models.decoder.config import DecoderConfig
 from models.decoder.network import Decoder
+from models.decoder.stage import DecoderStage
 from models.diffusion.config import DiffusionConfig, SamplerConfig
 from models.layers.config import UNetConfig
 from models.prior.config import PriorConfig
 from models.prior.network import Prior
+from models.prior.stage import PriorStage
 from models.upsampler.config import UpsamplerConfig
 from models.upsampler.network import Upsampler
+from models.upsampler.stage import UpsamplerStage
 from pipeline.clip import FrozenClip, create_clip
 from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.plan import artifact_of, make_plan
@@ -29,8 +32,7 @@ from pipeline.retrieve import NeighbourIndex
 from pipeline.sampling.sample import cascade_artifacts
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
-from pipeline.serve.library import LocalLibrary
-from pipeline.serve.painter import LocalPainter
+from pipeline.serve.knn import LocalNeighbours
 from pipeline.workspace.store import Workspace
 from tests.tiny_cascade import finished_workspace, randomise
 
@@ -69,7 +71,7 @@ def cascade() -> Cascade:
         randomise(network)
     for network in (prior, decoder):
         network.null_text.set(clip.encode_text([""]))
-    return Cascade(clip, prior, decoder, [upsampler])
+    return Cascade(clip, [PriorStage.of(prior), DecoderStage.of(decoder), UpsamplerStage.of(upsampler)])
 
 
 @pytest.fixture
@@ -92,7 +94,7 @@ class Server:
     url: str
     recipe: Recipe
     cascade: Cascade
-    painter: LocalPainter
+    engine: Engine
 
 
 @pytest.fixture(scope="session")
@@ -123,16 +125,16 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 
 @pytest.fixture(scope="session")
-def library(recipe: Recipe) -> LocalLibrary:
+def neighbours(recipe: Recipe) -> LocalNeighbours:
     workspace = Workspace(recipe.workspace)
     artifacts = {step.name: artifact_of(workspace, step) for step in make_plan(recipe)}
-    return LocalLibrary(NeighbourIndex.open(artifacts["index"]), artifacts["download"])
+    return LocalNeighbours(NeighbourIndex.open(artifacts["index"]), artifacts["download"])
 
 
 @pytest.fixture(scope="session")
-def server(recipe: Recipe, library: LocalLibrary) -> Iterator[Server]:
+def server(recipe: Recipe, neighbours: LocalNeighbours) -> Iterator[Server]:
     cascade = load_cascade(cascade_artifacts(recipe))
-    painter = LocalPainter(cascade, max_batch_size=4, max_waiting=3)
-    with _serving(create_app(painter, library, ApiSettings(recipe.name, 32, created=1_700_000_000))) as url:
-        yield Server(url, recipe, cascade, painter)
-    painter.close()
+    engine = Engine(cascade, max_batch_size=4, max_waiting=3)
+    with _serving(create_app(engine, neighbours, ApiSettings(recipe.name, 32, created=1_700_000_000))) as url:
+        yield Server(url, recipe, cascade, engine)
+    engine.close()

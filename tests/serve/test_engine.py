@@ -1,7 +1,7 @@
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,29 +10,34 @@ import torch
 
 from models.ar_prior.config import ArPriorConfig, TokenSamplerConfig
 from models.ar_prior.network import ArPrior
-from models.cascade import Cascade, CascadeSettings
+from models.ar_prior.stage import ArPriorStage
+from models.cascade import Cascade
+from models.decoder.stage import DecoderStage
 from models.diffusion.config import SamplerConfig
 from models.noisy_clip.config import NoisyClipConfig
 from models.noisy_clip.network import NoisyClip
-from pipeline.serve.chains import Picture
+from models.pixels import to_uint8
+from models.prior.stage import PriorStage
+from models.request import SampleRequest
+from models.stage import Batch, Chain
 from pipeline.serve.engine import Engine
 from pipeline.serve.protocols import Overloaded
-from pipeline.serve.steppers import make_steppers
 from tests.serve.conftest import unet
 from tests.tiny_cascade import randomise
 
 PROMPTS = ["a red circle", "a large blue square above a small green star", "two", "a red circle"]
 SEEDS = [1, 2, 3, 4]
+REQUESTS = [SampleRequest(prompt, (seed,)) for prompt, seed in zip(PROMPTS, SEEDS, strict=True)]
 
 
-def almost_equal(drawn: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> bool:
+def almost_equal(sampled: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> bool:
     """Equal up to the rounding of another batch size.
 
     A stage's 8-bit conditioning may fall on the other side of a level, which the random networks here carry further.
     """
-    if drawn.shape != expected.shape:
+    if sampled.shape != expected.shape:
         return False
-    difference = np.abs(drawn.astype(int) - expected)
+    difference = np.abs(sampled.astype(int) - expected)
     return bool(difference.mean() < 0.1 and difference.max() < 16)
 
 
@@ -43,105 +48,168 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
+def test_engine_samples_alone_what_the_cascade_samples_to_the_bit(
+    cascade: Cascade, make_engine: Callable[..., Engine]
+) -> None:
+    engine = make_engine()
+    for prompt, seed in zip(PROMPTS, SEEDS, strict=True):
+        sampled, expected = engine.submit(SampleRequest(prompt, (seed,))).result(60), cascade.sample([prompt], [seed])
+        assert np.array_equal(sampled.images, expected.images.numpy())
+        assert np.array_equal(sampled.z_image, expected.z_image.numpy())
+
+
 @pytest.mark.parametrize("method", ["ddpm", "ddim", "dpmpp_2m", "heun"])
-def test_stepper_draws_staggered_pictures_as_the_cascade_draws_them_alone(cascade: Cascade, method: Any) -> None:
+def test_joined_chains_sample_what_the_cascade_samples_alone(cascade: Cascade, method: Any) -> None:
     config = SamplerConfig(method=method, num_steps=5, guidance_scale=1.7)
-    upsampler = dataclasses.replace(config, guidance_scale=1.0)
-    settings = CascadeSettings(dataclasses.replace(config, clip_x0=False), config, (upsampler,), num_candidates=2)
-    check_staggered(cascade, settings)
+    prior, *others = cascade.stages
+    stages = [dataclasses.replace(stage, sampler=config) for stage in others]
+    first = dataclasses.replace(prior, sampler=dataclasses.replace(config, clip_x0=False))
+    check_staggered(Cascade(cascade.clip, [first, *stages]))
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 1.7])
-def test_stepper_draws_tokens_of_staggered_pictures_too(cascade: Cascade, guidance_scale: float) -> None:
+def test_joined_chains_sample_tokens_too(cascade: Cascade, guidance_scale: float) -> None:
     torch.manual_seed(1)
     prior = ArPrior(ArPriorConfig(width=16, depth=2, num_heads=2, num_components=9, num_buckets=16), cascade.clip.dims)
     randomise(prior)
-    autoregressive = Cascade(cascade.clip, prior, cascade.decoder, cascade.upsamplers)
-    config = SamplerConfig(method="ddim", num_steps=2)
-    tokens = TokenSamplerConfig(guidance_scale=guidance_scale, top_k=8)
-    check_staggered(autoregressive, CascadeSettings(tokens, config, (config,), num_candidates=2))
-    with pytest.raises(TypeError, match="takes a TokenSamplerConfig, the settings hold a SamplerConfig"):
-        make_steppers(autoregressive, CascadeSettings(config, config, (config,)))
-    with pytest.raises(TypeError, match="takes a SamplerConfig"):
-        make_steppers(cascade, CascadeSettings(tokens, config, (config,)))
+    stage = ArPriorStage(prior, TokenSamplerConfig(guidance_scale=guidance_scale, top_k=8), "prior", num_candidates=2)
+    check_staggered(cascade.with_stages(stage))
 
 
-def check_staggered(cascade: Cascade, settings: CascadeSettings) -> None:
-    steppers = make_steppers(cascade, settings)
-    pictures: list[Picture] = []
-    waiting = list(zip(PROMPTS, SEEDS, strict=True))
+def test_joined_chains_are_guided_by_clip_as_the_cascade_is(cascade: Cascade) -> None:
+    torch.manual_seed(3)
+    prior, decoder, _ = cascade.stages
+    config = NoisyClipConfig(image_px=cascade.sides_px["decoder"], tower=unet())
+    tower = NoisyClip(config, cascade.clip.dims).requires_grad_(requires_grad=False)
+    sampler = SamplerConfig(method="ddim", num_steps=4, guidance_scale=1.7, clip_guidance_scale=30.0)
+    guided = dataclasses.replace(decoder, sampler=sampler, noisy_clip=tower)
+    check_staggered(Cascade(cascade.clip, [prior, guided]))
+    plain = dataclasses.replace(decoder, sampler=dataclasses.replace(sampler, clip_guidance_scale=0.0))
+    one, other = (Cascade(cascade.clip, [prior, stage]).sample(["two"], [1]).images for stage in (guided, plain))
+    assert (one.int() - other.int()).abs().max() > 1
+
+
+def check_staggered(cascade: Cascade, requests: Sequence[SampleRequest] = REQUESTS) -> None:
+    """Let a picture in at every third step, so that all stand at different steps; each is that of its request alone."""
+    entering = [Batch(cascade.clip.encode_text([one.prompt]), one.seeds, request=one) for one in requests]
+    sampled: list[Batch] = []
+    chains: list[list[Chain]] = [[] for _ in cascade.stages]
     turn = 0
     with torch.inference_mode():
-        while waiting or any(picture.stage < len(steppers) for picture in pictures):
-            if waiting and turn % 3 == 0:  # let one in at every third step: all stand at different steps
-                prompt, seed = waiting.pop(0)
-                pictures.append(Picture(prompt, seed, cascade.clip.encode_text([prompt])))
+        while entering or any(chains):
+            if entering and turn % 3 == 0:
+                chains[0].append(cascade.stages[0].enter(entering.pop(0)))
             turn += 1
-            for number, stepper in enumerate(steppers):
-                members = [picture for picture in pictures if picture.stage == number]
-                if members:
-                    stepper.advance(members)
-    for picture in pictures:
-        alone = cascade.sample([picture.prompt], [picture.seed], settings)
-        torch.testing.assert_close(picture.z_image, alone.z_image, atol=2e-4, rtol=1e-3)
-        drawn = (picture.pixels[0].permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5
-        assert almost_equal(drawn.round().numpy(), alone.images[0].numpy())
+            for number, stage in enumerate(cascade.stages):
+                if chains[number]:
+                    stage.join(chains[number]).advance()
+                for chain in [chain for chain in chains[number] if chain.finished]:
+                    chains[number].remove(chain)
+                    batch = chain.batch.with_values(**{stage.makes: stage.leave(chain)})
+                    if number + 1 < len(cascade.stages):
+                        chains[number + 1].append(cascade.stages[number + 1].enter(batch))
+                    else:
+                        sampled.append(batch)
+    assert len(sampled) == len(requests)
+    for batch in sampled:
+        assert batch.request is not None
+        alone = cascade.sample_request(batch.request)
+        torch.testing.assert_close(batch.values["z_image"], alone.z_image, atol=2e-4, rtol=1e-3)
+        assert almost_equal(to_uint8(batch.values["pixels"]).numpy(), alone.images.numpy())
 
 
-def test_stepper_leads_pictures_by_clip_as_the_cascade_does(cascade: Cascade) -> None:
-    torch.manual_seed(3)
-    config = NoisyClipConfig(image_px=cascade.decoder.config.image_px, tower=unet())
-    tower = NoisyClip(config, cascade.clip.dims).requires_grad_(requires_grad=False)
-    led = Cascade(cascade.clip, cascade.prior, cascade.decoder, cascade.upsamplers, tower)
-    sampler = SamplerConfig(method="ddim", num_steps=4, guidance_scale=1.7, clip_guidance_scale=30.0)
-    prior = dataclasses.replace(sampler, clip_x0=False, clip_guidance_scale=0.0)
-    settings = CascadeSettings(prior, sampler, (), num_candidates=1)
-    steppers = make_steppers(led, settings)
-    with torch.inference_mode():
-        pictures = [Picture(p, s, led.clip.encode_text([p])) for p, s in zip(PROMPTS[:2], SEEDS[:2], strict=True)]
-        while any(picture.stage < len(steppers) for picture in pictures):
-            steppers[pictures[0].stage].advance(pictures)
-    unled = dataclasses.replace(settings, decoder=dataclasses.replace(sampler, clip_guidance_scale=0.0))
-    for picture in pictures:
-        alone = led.sample([picture.prompt], [picture.seed], settings).images[0].numpy()
-        drawn = (picture.pixels[0].permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5
-        assert almost_equal(drawn.round().numpy(), alone)
-        assert (
-            np.abs(led.sample([picture.prompt], [picture.seed], unled).images[0].numpy().astype(int) - alone).max() > 1
+def test_guidance_and_steps_of_a_request_are_those_of_its_pictures(
+    cascade: Cascade, make_engine: Callable[..., Engine]
+) -> None:
+    """Requests with and without guidance, and of other numbers of steps, share their network calls."""
+    requests = [
+        SampleRequest("two", (1, 2), guidance_scale={"decoder": scale}, num_steps={"decoder": num_steps, "prior": 3})
+        for scale, num_steps in ((1.0, 5), (1.7, 9), (4.0, 5))
+    ]
+    engine = make_engine(max_batch_size=6)
+    futures = [engine.submit(request) for request in requests]
+    decoder = cascade.stage("decoder", DecoderStage)
+    pictures: list[np.ndarray[Any, Any]] = []
+    for request, future in zip(requests, futures, strict=True):
+        scale, num_steps = request.guidance_scale["decoder"], request.num_steps["decoder"]
+        sampler = dataclasses.replace(decoder.sampler, guidance_scale=scale, num_steps=num_steps)
+        prior = cascade.stage("prior", PriorStage)
+        settings = cascade.with_stages(
+            dataclasses.replace(decoder, sampler=sampler),
+            dataclasses.replace(prior, sampler=dataclasses.replace(prior.sampler, num_steps=3)),
         )
+        expected = settings.sample(["two"] * 2, [1, 2])
+        assert torch.equal(cascade.sample_request(request).images, expected.images)
+        pictures.append(future.result(60).images)
+        assert almost_equal(pictures[-1], expected.images.numpy())
+    assert not almost_equal(pictures[0], pictures[2])
+    assert engine.counts()["rows"] == 2 * (3 * 3 + 5 + 9 + 5 + 3 * 4)
+    check_staggered(cascade, [dataclasses.replace(request, seeds=request.seeds[:1]) for request in requests])
+
+
+def test_guidance_of_a_request_reaches_the_tokens(cascade: Cascade) -> None:
+    torch.manual_seed(1)
+    prior = ArPrior(ArPriorConfig(width=16, depth=2, num_heads=2, num_components=9, num_buckets=16), cascade.clip.dims)
+    randomise(prior)
+    tokens = cascade.with_stages(ArPriorStage.of(prior))
+    requests = [SampleRequest("two", (1,), guidance_scale={"prior": scale}) for scale in (1.0, 1.7, 6.0)]
+    check_staggered(tokens, requests)
+    one, _, other = (tokens.sample_request(request).z_image for request in requests)
+    assert (one - other).abs().max() > 0.01
+    with pytest.raises(ValueError, match="num_steps: prior always samples 9 components"):
+        tokens.check(SampleRequest("two", (1,), num_steps={"prior": 3}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"guidance_scale": {"decodr": 2.0}}, "no stage decodr; this cascade has prior, decoder, upsampler_1"),
+        ({"guidance_scale": {"upsampler_1": 2.0}}, "upsampler_1 has no guidance"),
+        ({"guidance_scale": {"decoder": -1.0}}, "guidance_scale = -1.0"),
+        ({"num_steps": {"decoder": 0}}, "num_steps = 0"),
+        ({"num_steps": {"decoder": 1001}}, "num_steps = 1001 is above"),
+    ],
+)
+def test_engine_refuses_what_the_stages_cannot_do(
+    make_engine: Callable[..., Engine], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_engine().submit(SampleRequest("a", (0,), **changes))
 
 
 def test_engine_gives_each_request_its_own_pictures_in_the_order_of_its_seeds(
     cascade: Cascade, make_engine: Callable[..., Engine]
 ) -> None:
     engine = make_engine(max_batch_size=3)
-    futures = [engine.submit(prompt, [seed, seed + 10]) for prompt, seed in zip(PROMPTS, SEEDS, strict=True)]
+    futures = [
+        engine.submit(SampleRequest(prompt, (seed, seed + 10))) for prompt, seed in zip(PROMPTS, SEEDS, strict=True)
+    ]
     for prompt, seed, future in zip(PROMPTS, SEEDS, futures, strict=True):
-        drawn = future.result(60)
+        sampled = future.result(60)
         expected = cascade.sample([prompt, prompt], [seed, seed + 10])
-        assert almost_equal(drawn.images, expected.images.numpy())
-        np.testing.assert_allclose(drawn.z_image, expected.z_image.numpy(), atol=1e-3)
-    stats = engine.stats()
+        assert almost_equal(sampled.images, expected.images.numpy())
+        np.testing.assert_allclose(sampled.z_image, expected.z_image.numpy(), atol=1e-3)
+    stats = engine.counts()
     assert (stats["requests"], stats["pictures"], stats["failed"], stats["active"]) == (4, 8, 0, 0)
 
 
 def test_engine_lets_a_late_request_join_those_under_way(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine(max_batch_size=8)
-    first = engine.submit("a", [0])
-    wait_until(lambda: engine.stats()["steps"] >= 2)
-    second = engine.submit("b", [0])
+    first = engine.submit(SampleRequest("a", (0,)))
+    wait_until(lambda: engine.counts()["steps"] >= 2)
+    second = engine.submit(SampleRequest("b", (0,)))
     first.result(60), second.result(60)
-    stats = engine.stats()
+    stats = engine.counts()
     assert stats["rows"] == 2 * (6 + 7 + 4)  # every step of both was taken once
     assert stats["steps"] < stats["rows"]  # and some of them together
 
 
 def test_engine_keeps_within_its_batch_and_still_finishes_a_larger_request(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine(max_batch_size=2)
-    future = engine.submit("a", range(5))
+    future = engine.submit(SampleRequest("a", tuple(range(5))))
     most = 0
     while not future.done():
-        most = max(most, engine.stats()["active"])
+        most = max(most, engine.counts()["active"])
     assert most == 2
     assert future.result().images.shape == (5, 32, 32, 3)
 
@@ -150,59 +218,59 @@ def test_engine_refuses_more_than_may_wait_and_takes_more_once_there_is_room(
     make_engine: Callable[..., Engine],
 ) -> None:
     engine = make_engine(max_batch_size=1, max_waiting=2)
-    under_way = engine.submit("a", [0])
-    wait_until(lambda: engine.stats()["active"] == 1)
-    waiting = [engine.submit("b", [0]), engine.submit("c", [0])]
+    under_way = engine.submit(SampleRequest("a", (0,)))
+    wait_until(lambda: engine.counts()["active"] == 1)
+    waiting = [engine.submit(SampleRequest("b", (0,))), engine.submit(SampleRequest("c", (0,)))]
     with pytest.raises(Overloaded, match="2 requests are waiting already"):
-        engine.submit("d", [0])
+        engine.submit(SampleRequest("d", (0,)))
     waiting[1].cancel()
-    last = engine.submit("e", [0])
+    last = engine.submit(SampleRequest("e", (0,)))
     for future in (under_way, waiting[0], last):
         assert future.result(60).images.shape == (1, 32, 32, 3)
-    assert engine.stats()["refused"] == 1
+    assert engine.counts()["refused"] == 1
 
 
 def test_engine_drops_a_request_that_nobody_waits_for(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine(max_batch_size=4)
 
     async def ask_and_leave() -> None:
-        task = asyncio.create_task(engine.draw("a", range(4)))
-        while engine.stats()["active"] < 4:
+        task = asyncio.create_task(engine.sample(SampleRequest("a", (0, 1, 2, 3))))
+        while engine.counts()["active"] < 4:
             await asyncio.sleep(0.001)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
     asyncio.run(ask_and_leave())
-    wait_until(lambda: engine.stats()["dropped"] == 1)
-    stats = engine.stats()
+    wait_until(lambda: engine.counts()["dropped"] == 1)
+    stats = engine.counts()
     assert (stats["active"], stats["pictures"]) == (0, 0)
     assert stats["rows"] < 4 * (6 + 7 + 4)
-    assert engine.submit("b", [0]).result(60).images.shape == (1, 32, 32, 3)
+    assert engine.submit(SampleRequest("b", (0,))).result(60).images.shape == (1, 32, 32, 3)
 
 
 def test_engine_outlives_a_network_that_fails(cascade: Cascade, make_engine: Callable[..., Engine]) -> None:
     engine = make_engine(max_batch_size=4)
-    hook = cascade.upsamplers[0].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError("full")))
+    hook = cascade.stages[2].network.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError("full")))
     try:
         with pytest.raises(MemoryError, match="full"):
-            engine.submit("a", [0]).result(60)
+            engine.submit(SampleRequest("a", (0,))).result(60)
     finally:
         hook.remove()
-    assert engine.submit("a", [0]).result(60).images.shape == (1, 32, 32, 3)
+    assert engine.submit(SampleRequest("a", (0,))).result(60).images.shape == (1, 32, 32, 3)
     assert engine.alive
-    assert engine.stats()["failed"] == 1
+    assert engine.counts()["failed"] == 1
 
 
 def test_engine_tells_those_who_wait_that_it_closes(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine(max_batch_size=1)
-    futures = [engine.submit("a", [seed]) for seed in range(3)]
+    futures = [engine.submit(SampleRequest("a", (seed,))) for seed in range(3)]
     engine.close()
     assert not engine.alive
     assert any(isinstance(future.exception(5), Overloaded) for future in futures)
     with pytest.raises(Overloaded, match="shutting down"):
-        engine.submit("b", [0])
+        engine.submit(SampleRequest("b", (0,)))
 
 
-def test_engine_refuses_a_request_for_nothing(make_engine: Callable[..., Engine]) -> None:
+def test_a_request_for_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="no seeds"):
-        make_engine().submit("a", [])
+        SampleRequest("a", ())

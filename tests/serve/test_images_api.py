@@ -15,8 +15,8 @@ from models.cascade import CascadeResult
 from pipeline.networks.cascade import load_cascade
 from pipeline.sampling.sample import cascade_artifacts
 from pipeline.serve.api import ApiSettings, create_app
+from pipeline.serve.engine import Engine
 from pipeline.serve.images import to_png
-from pipeline.serve.painter import LocalPainter
 from tests.tiny_cascade import finished_workspace, pixels
 
 PROMPT = "a large red circle on a white background"
@@ -163,7 +163,7 @@ def test_pages_of_other_origins_are_refused(server: Any) -> None:
 
 
 def test_a_key_is_asked_for_when_one_is_set(server: Any, serving: Any) -> None:
-    app = create_app(server.painter, None, ApiSettings("tiny", 32, api_key="secret"))
+    app = create_app(server.engine, None, ApiSettings("tiny", 32, api_key="secret"))
     with serving(app) as url:
         right = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
         wrong = openai.OpenAI(base_url=f"{url}/v1", api_key="secret2", max_retries=0)
@@ -176,7 +176,7 @@ def test_a_key_is_asked_for_when_one_is_set(server: Any, serving: Any) -> None:
         assert httpx.get(f"{url}/metrics").status_code == 401
         assert httpx.get(f"{url}/").status_code == 200
         assert httpx.get(f"{url}/healthz").status_code == 200
-        assert httpx.post(f"{url}/knn-service", json={}).status_code == 404  # no library, no route
+        assert httpx.post(f"{url}/knn-service", json={}).status_code == 404  # no neighbours, no route
 
 
 def test_overload_is_503_with_a_time_to_come_back(server: Any) -> None:
@@ -193,9 +193,9 @@ def test_overload_is_503_with_a_time_to_come_back(server: Any) -> None:
 
 def test_a_client_that_leaves_is_dropped(serving: Any, tmp_path: Path) -> None:
     slow = finished_workspace(tmp_path, overrides=("decoder.model.sampler.num_steps=400",))  # time enough to leave
-    painter = LocalPainter(load_cascade(cascade_artifacts(slow)), max_batch_size=4, max_waiting=3)
+    engine = Engine(load_cascade(cascade_artifacts(slow)), max_batch_size=4, max_waiting=3)
     body = b'{"prompt": "a", "n": 10}'
-    with contextlib.closing(painter), serving(create_app(painter, None, ApiSettings("slow", 32))) as url:
+    with contextlib.closing(engine), serving(create_app(engine, None, ApiSettings("slow", 32))) as url:
         host, port = url.removeprefix("http://").split(":")
         with contextlib.closing(socket.create_connection((host, int(port)))) as link:
             link.sendall(
@@ -221,9 +221,9 @@ def test_health_and_metrics_count_what_was_drawn(server: Any) -> None:
 
 
 def test_a_dead_engine_is_not_healthy(server: Any, serving: Any) -> None:
-    painter = LocalPainter(server.cascade)
-    painter.close()
-    with serving(create_app(painter, None, ApiSettings("tiny", 32))) as url:
+    engine = Engine(server.cascade)
+    engine.close()
+    with serving(create_app(engine, None, ApiSettings("tiny", 32))) as url:
         assert httpx.get(f"{url}/healthz").status_code == 503
         assert post_to(url, {"prompt": "a"}).json()["error"]["type"] == "overloaded_error"
 
@@ -236,7 +236,7 @@ def test_the_page_is_allowed_its_own_script_and_nothing_else(server: Any) -> Non
     answer = httpx.get(server.url)
     policy = answer.headers["Content-Security-Policy"]
     assert answer.headers["Content-Type"].startswith("text/html")
-    assert "const SIDE_PX = 32, HAS_LIBRARY = true;" in answer.text
+    assert "const SIDE_PX = 32, HAS_NEIGHBOURS = true;" in answer.text
     assert "{{" not in answer.text
     assert "default-src 'none'" in policy
     assert "'unsafe-inline'" not in policy

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 from models.decoder.config import TextTransformerConfig
 from models.decoder.network import Decoder
+from models.decoder.stage import DecoderStage
 from models.prior.network import EMBEDDING_SCALE
 from pipeline.errors import DataError, ResumeError
-from pipeline.networks.cascade import load_cascade, with_prior
+from pipeline.networks.cascade import load_cascade
 from pipeline.networks.clip import load_clip_artifact
 from pipeline.networks.files import load_network
 from pipeline.recipe.recipe import Recipe
@@ -139,10 +140,11 @@ def test_trained_networks_make_a_cascade(tmp_path: Path) -> None:
     assert cascade.sample(["a red circle"], [0]).images.shape == (1, 32, 32, 3)
     # Measured, since the recipe samples analytically; of a prior that has learned next to nothing it is the square
     # of the embeddings' scale, at every step.
-    assert cascade.prior.x0_variance.tolist() == pytest.approx([EMBEDDING_SCALE**2] * 1000, rel=0.1)
+    prior, decoder = (stage.network for stage in cascade.stages[:2])
+    assert prior.x0_variance.tolist() == pytest.approx([EMBEDDING_SCALE**2] * 1000, rel=0.1)
     empty = load_clip_artifact(inputs["clip"]).encode_text([""])
-    assert torch.equal(cascade.decoder.null_text.hidden, empty.hidden[:, :2])
-    assert torch.equal(cascade.prior.null_text.pooled, empty.pooled)
+    assert torch.equal(decoder.null_text.hidden, empty.hidden[:, :2])
+    assert torch.equal(prior.null_text.pooled, empty.pooled)
 
 
 def test_a_text_transformer_is_trained_with_its_decoder_and_draws(tmp_path: Path) -> None:
@@ -169,7 +171,8 @@ def test_an_autoregressive_prior_takes_the_place_of_the_other(tmp_path: Path) ->
     for name in ("prior", "prior_2", "decoder"):
         run_job(tiny_job(name, inputs, tmp_path / name, tiny_recipe(1)), no_watch)
     diffusion = load_cascade({name: Artifact(str(tmp_path / name)) for name in ("clip", "prior", "decoder")})
-    autoregressive = with_prior(diffusion, Artifact(str(tmp_path / "prior_2")))
+    other = {"prior": Artifact(str(tmp_path / "prior_2")), "decoder": Artifact(str(tmp_path / "decoder"))}
+    autoregressive = load_cascade(other, clip=diffusion.clip)
     config = Artifact(str(tmp_path / "prior_2")).read_json("config.json")
     assert config["kind"] == "ar_prior"
     assert 1 < config["config"]["num_components"] < EMBED_DIM  # measured: the recipe leaves it open
@@ -177,28 +180,27 @@ def test_an_autoregressive_prior_takes_the_place_of_the_other(tmp_path: Path) ->
     assert [result.images.shape for result in drawn] == [(1, 8, 8, 3)] * 2
     torch.testing.assert_close(drawn[1].z_image.norm(dim=1), torch.ones(1))
     assert (drawn[0].z_image - drawn[1].z_image).abs().max() > 0.01
-    with pytest.raises(DataError, match="holds a Decoder, not a prior"):
-        with_prior(diffusion, Artifact(str(tmp_path / "decoder")))
-    swapped = {"prior": Artifact(str(tmp_path / "prior_2"))} | inputs | {"decoder": Artifact(str(tmp_path / "decoder"))}
-    again = load_cascade(swapped).sample(["a red circle"], [0])
+    again = load_cascade(inputs | other).sample(["a red circle"], [0])
     assert torch.equal(again.z_image, drawn[1].z_image)
 
 
-def test_a_noise_aware_clip_leads_the_cascade_it_is_trained_for(tmp_path: Path) -> None:
+def test_a_noise_aware_clip_guides_the_cascade_it_is_trained_for(tmp_path: Path) -> None:
     inputs, recipe = tiny_inputs(tmp_path), tiny_recipe(2)
     for name in ("prior", "decoder", "noisy_clip"):
         run_job(tiny_job(name, inputs, tmp_path / name, recipe), no_watch)
     artifacts = {name: Artifact(str(tmp_path / name)) for name in ("clip", "prior", "decoder", "noisy_clip")}
     cascade = load_cascade(artifacts)
-    for parameter in cascade.decoder.parameters():  # those that start at zero too
+    decoder = cascade.stage("decoder", DecoderStage)
+    for parameter in decoder.network.parameters():  # those that start at zero too
         torch.nn.init.normal_(parameter, std=0.1)
-    plain = cascade.default_settings()
-    led = dataclasses.replace(plain, decoder=dataclasses.replace(plain.decoder, clip_guidance_scale=50.0))
-    pictures = [cascade.sample(["a red circle"], [0], settings).images.float() for settings in (plain, led)]
+    sampler = dataclasses.replace(decoder.sampler, clip_guidance_scale=50.0)
+    guided = cascade.with_stages(dataclasses.replace(decoder, sampler=sampler))
+    pictures = [one.sample(["a red circle"], [0]).images.float() for one in (cascade, guided)]
     assert (pictures[0] - pictures[1]).abs().max() > 1
     del artifacts["noisy_clip"]
-    with pytest.raises(ValueError, match="no noise-aware CLIP"):
-        load_cascade(artifacts).sample(["a red circle"], [0], led)
+    config = dataclasses.replace(decoder.network.config, sampler=sampler)
+    with pytest.raises(DataError, match="no noise-aware CLIP"):
+        load_cascade(artifacts, configs={"decoder": config})
 
 
 def test_job_refuses_a_checkpoint_of_another_recipe(tmp_path: Path) -> None:

@@ -10,16 +10,16 @@ from tiny_models import DIMS, make_text, randomise
 from models.ar_prior.config import ArPriorConfig, TokenSamplerConfig
 from models.ar_prior.network import ArPrior
 from models.ar_prior.sampling import (
-    draw_tokens,
     guide_logits,
+    initial_tokens,
     iterate_embeddings,
-    join_token_states,
-    start,
-    step,
+    sample_component,
+    sample_tokens,
     token_probs,
 )
 from models.diffusion.noise import NoiseSource
-from models.text import TextEncoding, concat_text
+from models.rows import concat_rows
+from models.text import TextEncoding
 
 PLAIN = TokenSamplerConfig()
 NUM_COMPONENTS = 3
@@ -49,9 +49,9 @@ def chi_square_p(observed: list[int], expected: list[float]) -> float:
 
 
 def draw(prior: ArPrior, text: TextEncoding, seeds: list[int], config: TokenSamplerConfig) -> torch.Tensor:
-    state = start(prior, text, NoiseSource.from_seeds(seeds, "test"), config)
+    state = initial_tokens(prior, text, NoiseSource.from_seeds(seeds, "test"), config)
     for _ in range(prior.num_components):
-        step(prior, state, config)
+        sample_component(prior, state, config)
     return state.tokens
 
 
@@ -59,7 +59,7 @@ def enumerated(prior: ArPrior, config: TokenSamplerConfig, dot: int) -> dict[tup
     """Probability of every sequence: the product of its conditionals, each from one uncached pass."""
     every = list(itertools.product(range(3), repeat=NUM_COMPONENTS))
     tokens, size = torch.tensor(every), len(every)
-    text = concat_text([make_text((4,))] * size)
+    text = concat_rows([make_text((4,))] * size)
     with torch.no_grad():
         cond = prior(tokens, torch.full((size,), dot), prior.encode_condition(text))
         null = prior.null_text.encoding(size)
@@ -86,7 +86,7 @@ def test_sequences_are_drawn_as_often_as_the_product_of_their_conditionals_says(
     count = 4000
     expected = enumerated(prior, config, dot=1)  # the top half of two buckets is the second
     assert sum(expected.values()) == pytest.approx(1, abs=1e-6)
-    tokens = draw(prior, concat_text([make_text((4,))] * count), list(range(count)), config)
+    tokens = draw(prior, concat_rows([make_text((4,))] * count), list(range(count)), config)
     seen = [0] * len(expected)
     place = {sequence: number for number, sequence in enumerate(expected)}
     for sequence in tokens.tolist():
@@ -103,11 +103,11 @@ def test_sequences_are_drawn_as_often_as_the_product_of_their_conditionals_says(
 
 
 def test_dot_product_is_drawn_from_the_top_half(prior: ArPrior) -> None:
-    text = concat_text([make_text((4,))] * 400)
+    text = concat_rows([make_text((4,))] * 400)
     noise = NoiseSource.from_seeds(list(range(400)))
-    assert start(prior, text, noise, PLAIN).dot.tolist() == [1] * 400
+    assert initial_tokens(prior, text, noise, PLAIN).dot.tolist() == [1] * 400
     noise = NoiseSource.from_seeds(list(range(400)))
-    whole = start(prior, text, noise, replace(PLAIN, min_dot_quantile=0.0)).dot.float().mean()
+    whole = initial_tokens(prior, text, noise, replace(PLAIN, min_dot_quantile=0.0)).dot.float().mean()
     assert float(whole) == pytest.approx(0.5, abs=0.1)
 
 
@@ -115,21 +115,21 @@ def test_dot_product_and_components_have_random_numbers_of_their_own() -> None:
     prior = ArPrior(
         ArPriorConfig(width=8, depth=1, num_heads=2, num_components=2, num_buckets=3, num_dot_buckets=6), DIMS
     )
-    state = start(prior, concat_text([make_text((4,))] * 600), NoiseSource.from_seeds(list(range(600))), PLAIN)
-    step(prior, state, PLAIN)  # untrained: every token is as likely
+    state = initial_tokens(prior, concat_rows([make_text((4,))] * 600), NoiseSource.from_seeds(list(range(600))), PLAIN)
+    sample_component(prior, state, PLAIN)  # untrained: every token is as likely
     together = torch.bincount(state.dot * 3 + state.tokens[:, 0], minlength=18).view(6, 3)
     assert together[:3].sum() == 0
     assert chi_square_p(together[3:].flatten().tolist(), [600 / 9] * 9) > 0.001
 
 
 def test_guided_chains_hide_the_dot_product_from_the_unconditional_half(prior: ArPrior) -> None:
-    state = start(prior, make_text((3, 7)), NoiseSource.from_seeds([1, 2]), replace(PLAIN, guidance_scale=2.0))
+    state = initial_tokens(prior, make_text((3, 7)), NoiseSource.from_seeds([1, 2]), replace(PLAIN, guidance_scale=2.0))
     assert state.dot.tolist() == [2, 1, 2, 1]
 
 
 def test_guided_chains_set_the_null_caption_before_their_own(prior: ArPrior) -> None:
     text, null = make_text((3, 7)), prior.null_text.encoding(1)
-    state = start(prior, text, NoiseSource.from_seeds([1, 2]), replace(PLAIN, guidance_scale=2.0))
+    state = initial_tokens(prior, text, NoiseSource.from_seeds([1, 2]), replace(PLAIN, guidance_scale=2.0))
     with torch.no_grad():
         found = prior.next_logits(state.cache, state.dot, torch.zeros(4, dtype=torch.int64))
         blank = torch.zeros(1, NUM_COMPONENTS, dtype=torch.int64)
@@ -156,7 +156,7 @@ def test_a_sample_depends_on_its_seed_and_caption_and_not_on_its_batch(prior: Ar
         for row in range(4):
             *_, alone = iterate_embeddings(prior, text[row : row + 1], NoiseSource.from_seeds([seeds[row]]), config)
             torch.testing.assert_close(alone, together[row : row + 1])
-    many = draw(prior, concat_text([make_text((4,))] * 50), list(range(50)), PLAIN)
+    many = draw(prior, concat_rows([make_text((4,))] * 50), list(range(50)), PLAIN)
     assert len(many.unique(dim=0)) > 5
 
 
@@ -165,14 +165,17 @@ def test_chains_that_start_late_join_those_under_way(prior: ArPrior, guidance: f
     config = replace(PLAIN, guidance_scale=guidance)
     text, seeds = make_text((3, 7)), [1, 2]
     expected = draw(prior, text, seeds, config)
-    states = [start(prior, text[i : i + 1], NoiseSource.from_seeds([seeds[i]], "test"), config) for i in (0, 1)]
-    step(prior, states[0], config)
-    joined = join_token_states(states)
+    states = [
+        initial_tokens(prior, text[i : i + 1], NoiseSource.from_seeds([seeds[i]], "test"), config) for i in (0, 1)
+    ]
+    sample_component(prior, states[0], config)
+    joined = concat_rows(states)
     assert joined.position.tolist() == [1, 0]
     for _ in range(NUM_COMPONENTS - 1):
-        step(prior, joined, config)
-    last = joined[1:2]
-    step(prior, last, config)
+        sample_component(prior, joined, config)
+    per_chain = len(joined.dot) // 2
+    last = joined.part(slice(per_chain, None), slice(1, None))
+    sample_component(prior, last, config)
     assert torch.equal(joined.tokens, expected)
     assert joined.position.tolist() == [NUM_COMPONENTS] * 2
 
@@ -213,14 +216,14 @@ def test_temperature_sharpens_and_flattens() -> None:
     assert token_probs(logits, replace(PLAIN, top_k=1))[0].tolist() == [0, 0, 1]
 
 
-def test_draw_tokens_inverts_the_cumulative_probability() -> None:
+def test_sample_tokens_inverts_the_cumulative_probability() -> None:
     probs = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]], dtype=torch.float64).expand(4, -1)
     uniform = torch.tensor([0.0, 0.2499999, 0.25, 1 - 2**-53], dtype=torch.float64)
-    assert draw_tokens(probs, uniform).tolist() == [1, 1, 3, 3]
+    assert sample_tokens(probs, uniform).tolist() == [1, 1, 3, 3]
     generator = torch.Generator().manual_seed(0)
     probs = torch.rand(1, 6, generator=generator, dtype=torch.float64)
     uniform = torch.rand(20_000, generator=generator, dtype=torch.float64)
-    counts = torch.bincount(draw_tokens(probs.expand(20_000, -1), uniform), minlength=6)
+    counts = torch.bincount(sample_tokens(probs.expand(20_000, -1), uniform), minlength=6)
     assert chi_square_p(counts.tolist(), (probs[0] / probs.sum() * 20_000).tolist()) > 0.001
 
 

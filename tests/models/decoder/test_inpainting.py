@@ -4,17 +4,18 @@ import pytest
 import torch
 from tiny_models import DIMS, UNET, make_text, randomise
 
-from models.cascade import guided_decoder
 from models.decoder.config import DecoderConfig
-from models.decoder.inpainting import draw_regions, known_planes, replacing
-from models.decoder.network import Decoder, concat_decoder_conditions
+from models.decoder.inpainting import known_planes, random_masks, replacing
+from models.decoder.network import Decoder
+from models.decoder.stage import DecoderStage
 from models.diffusion.noise import NoiseSource
 from models.diffusion.process import Diffusion
-from models.diffusion.steps import SamplerState, start
+from models.diffusion.steps import SamplerState, initial_state
+from models.rows import concat_rows
 
 
 def test_regions_are_everything_rectangles_or_what_is_around_them() -> None:
-    drawn = draw_regions(4000, 16, 0.4, torch.Generator().manual_seed(0))[:, 0]
+    drawn = random_masks(4000, 16, 0.4, torch.Generator().manual_seed(0))[:, 0]
     everything = drawn.flatten(1).all(1)
     assert everything.float().mean().item() == pytest.approx(0.4, abs=0.03)
     kinds = [(_is_rectangle(region), _is_rectangle(~region)) for region in drawn[~everything][:300]]
@@ -23,7 +24,7 @@ def test_regions_are_everything_rectangles_or_what_is_around_them() -> None:
 
 
 def test_rectangles_have_sides_of_their_own_and_reach_every_pixel() -> None:
-    drawn = draw_regions(2000, 16, 0.0, torch.Generator().manual_seed(1))[:, 0]
+    drawn = random_masks(2000, 16, 0.0, torch.Generator().manual_seed(1))[:, 0]
     rectangles = torch.stack([region for region in drawn if _is_rectangle(region)])
     assert len(rectangles) == pytest.approx(1000, abs=70)  # the others are around one
     heights, widths = rectangles.any(2).sum(1), rectangles.any(1).sum(1)
@@ -41,10 +42,10 @@ def _is_rectangle(region: torch.Tensor) -> bool:
 
 
 def test_regions_differ_from_sample_to_sample_and_follow_the_generator() -> None:
-    first, again = (draw_regions(8, 16, 0.0, torch.Generator().manual_seed(3)) for _ in range(2))
+    first, again = (random_masks(8, 16, 0.0, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(first, again)
     assert len({region.numpy().tobytes() for region in first}) == 8
-    assert draw_regions(8, 16, 1.0, torch.Generator().manual_seed(3)).all()
+    assert random_masks(8, 16, 1.0, torch.Generator().manual_seed(3)).all()
 
 
 @pytest.fixture
@@ -79,11 +80,11 @@ def test_conditions_with_and_without_a_known_part_can_be_joined(decoder: Decoder
     planes = known_planes(torch.rand(1, 3, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.bool))
     parts = [decoder.encode_condition(z_image, text, known=known) for known in (None, planes)]
     x = torch.randn(2, 3, 8, 8)
-    joined = concat_decoder_conditions(parts)
+    joined = concat_rows(parts)
     together = decoder(x, t, joined)
     for i, part in enumerate(parts):
         torch.testing.assert_close(together[i : i + 1], decoder(x[i : i + 1], t[i : i + 1], part), rtol=0, atol=1e-5)
-        torch.testing.assert_close(joined[i : i + 1].known, planes if i else torch.zeros_like(planes))
+        torch.testing.assert_close(joined.known[i : i + 1], planes if i else torch.zeros_like(planes))
 
 
 def test_guidance_tells_both_halves_of_the_known_part(decoder: Decoder) -> None:
@@ -92,7 +93,8 @@ def test_guidance_tells_both_halves_of_the_known_part(decoder: Decoder) -> None:
     with torch.no_grad():
         null = decoder(x, t, decoder.null_condition(1, planes))
         condition = decoder.encode_condition(z_image, text, known=planes)
-        plain, guided = decoder(x, t, condition), guided_decoder(decoder, condition, 3.0)(x, t)
+        both = concat_rows([decoder.null_condition(1, planes), condition])
+        plain, guided = decoder(x, t, condition), DecoderStage.of(decoder).denoiser(both, [3.0])(x, t)
     torch.testing.assert_close(guided[:, :3], (null + 3 * (plain - null))[:, :3], rtol=0, atol=1e-4)
 
 
@@ -113,7 +115,7 @@ def test_replaced_part_is_known_at_the_step_reached_and_clean_at_the_end() -> No
 
     step = replacing(stays, known, drawn, NoiseSource.from_seeds([1, 2]))
     t, t_prev = torch.tensor([600, 300]), torch.tensor([300, -1])
-    found = step(lambda x, _t: x, start(x, diffusion), t, t_prev, diffusion).x
+    found = step(lambda x, _t: x, initial_state(x, diffusion), t, t_prev, diffusion).x
     expected = diffusion.q_sample(known, t_prev, NoiseSource.from_seeds([1, 2]).normal_like(known))
     assert torch.equal(found[..., 4:], x[..., 4:])
     assert torch.equal(found[..., :4], expected[..., :4])

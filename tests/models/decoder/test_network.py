@@ -8,8 +8,9 @@ from tiny_models import DIMS, UNET, make_text, randomise
 
 from models.clip_config import ClipDims
 from models.decoder.config import DecoderConfig
-from models.decoder.network import Decoder, concat_decoder_conditions, image_scale
+from models.decoder.network import Decoder, image_scale
 from models.diffusion.config import DiffusionConfig
+from models.rows import concat_rows, take_rows
 
 CONFIG = DecoderConfig(image_px=8, context_width=6, unet=UNET)
 
@@ -116,7 +117,7 @@ def test_decoder_conditions_can_be_joined_and_split(decoder: Decoder) -> None:
         decoder.encode_condition(z_image[:1], make_text((3,), width=4)),
         decoder.encode_condition(z_image[1:], make_text((7, 5))),
     ]
-    joined = concat_decoder_conditions(parts)
+    joined = concat_rows(parts)
     apart = torch.cat([decoder(x[:1], t[:1], parts[0]), decoder(x[1:], t[1:], parts[1])])
     torch.testing.assert_close(decoder(x, t, joined), apart, rtol=0, atol=1e-5)
-    torch.testing.assert_close(decoder(x[1:], t[1:], joined[1:]), apart[1:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(decoder(x[1:], t[1:], take_rows(joined, slice(1, None))), apart[1:], rtol=0, atol=1e-5)

@@ -33,10 +33,9 @@ from models.diffusion.steps import (
     ddpm_step,
     dpmpp_2m_step,
     heun_step,
-    join_states,
-    select_items,
-    start,
+    initial_state,
 )
+from models.rows import concat_rows, take_rows
 
 METHODS = tuple(SAMPLERS)
 DATA = GaussianData(std=0.5)
@@ -233,7 +232,7 @@ def test_requests_that_share_a_batch_for_some_steps_get_what_they_get_alone(meth
         x_T = NoiseSource.from_seeds([seed], "start").normal((3, 2, 2))
         step = steps_of_every_kind(NoiseSource.from_seeds([seed]), diffusion)[method]
         alone[seed] = list(iterate_steps(step, denoise, x_T, diffusion, steps))[-1].x
-        sources[seed], states[seed] = NoiseSource.from_seeds([seed]), start(x_T, diffusion)
+        sources[seed], states[seed] = NoiseSource.from_seeds([seed]), initial_state(x_T, diffusion)
 
     # the second request joins after two steps of the first, and both end together
     left = {seed: list(pairwise((*steps, -1))) for seed, steps in lists.items()}
@@ -241,9 +240,9 @@ def test_requests_that_share_a_batch_for_some_steps_get_what_they_get_alone(meth
         now = [left[seed].pop(0) for seed in members]
         noise = sum((sources[seed] for seed in members), NoiseSource([]))
         t, t_prev = torch.tensor(now).unbind(dim=1)
-        joined = join_states([states[seed] for seed in members])
+        joined = concat_rows([states[seed] for seed in members])
         after = steps_of_every_kind(noise, diffusion)[method](denoise, joined, t, t_prev, diffusion)
-        states.update({seed: select_items(after, [row]) for row, seed in enumerate(members)})
+        states.update({seed: take_rows(after, slice(row, row + 1)) for row, seed in enumerate(members)})
     for seed in lists:
         assert torch.equal(states[seed].x, alone[seed])
 
@@ -298,7 +297,7 @@ def test_ddim_step_draws_eta_times_the_posterior_std(eta: float) -> None:
     x0 = (x - math.sqrt(1 - alpha_bar) * eps) / math.sqrt(alpha_bar)
     drawn = NoiseSource.from_seeds([4]).normal((8,), dtype=torch.float64)
     expected = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(1 - alpha_bar_prev - sigma**2) * eps + sigma * drawn
-    after = ddim_step(lambda _x, _t: eps, start(x, diffusion), t, t_prev, diffusion, noise=noise, eta=eta)
+    after = ddim_step(lambda _x, _t: eps, initial_state(x, diffusion), t, t_prev, diffusion, noise=noise, eta=eta)
     torch.testing.assert_close(after.x, expected)
 
 

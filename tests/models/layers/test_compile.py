@@ -123,7 +123,8 @@ def test_unet_answers_in_channels_last_whatever_its_input() -> None:
 
 
 def test_what_no_step_changes_is_computed_once_for_a_chain() -> None:
-    from models.cascade import decoder_denoiser, prior_denoiser
+    from models.decoder.stage import decoder_denoiser
+    from models.prior.stage import prior_denoiser
 
     prior = Prior(PriorConfig(width=16, depth=2, num_heads=2), DIMS).eval()
     decoder = Decoder(DecoderConfig(image_px=8, context_width=6, unet=UNET), DIMS).eval()

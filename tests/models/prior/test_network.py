@@ -8,8 +8,8 @@ from tiny_models import DIMS, make_text
 
 from models.clip_config import END_TOKEN, START_TOKEN, ClipDims
 from models.prior.config import PriorConfig
-from models.prior.network import Prior, concat_prior_conditions
-from models.text import concat_text
+from models.prior.network import Prior
+from models.rows import concat_rows, take_rows
 
 
 @pytest.fixture
@@ -107,18 +107,16 @@ def test_prior_conditions_can_be_joined_and_split(prior: Prior, cache: bool) -> 
         prior.encode_condition(make_text((3,), width=4), cache=cache),
         prior.encode_condition(make_text((7, 5)), cache=cache),
     ]
-    joined = concat_prior_conditions(parts)
+    joined = concat_rows(parts)
     apart = torch.cat([prior(x[:1], t[:1], parts[0]), prior(x[1:], t[1:], parts[1])])
     torch.testing.assert_close(prior(x, t, joined), apart, rtol=0, atol=1e-5)
-    torch.testing.assert_close(prior(x[1:], t[1:], joined[1:]), apart[1:], rtol=0, atol=1e-5)
-    mixed = concat_prior_conditions([parts[0], prior.encode_condition(make_text((7, 5)))])
-    torch.testing.assert_close(prior(x, t, mixed), apart, rtol=0, atol=1e-5)
+    torch.testing.assert_close(prior(x[1:], t[1:], take_rows(joined, slice(1, None))), apart[1:], rtol=0, atol=1e-5)
 
 
-def test_concat_text_keeps_each_caption(prior: Prior) -> None:
+def test_concatenated_captions_keep_each(prior: Prior) -> None:
     x, t = batch(2)
     short, long = make_text((3,), width=4), make_text((7,))
-    joined = prior(x, t, prior.encode_condition(concat_text([short, long])))
+    joined = prior(x, t, prior.encode_condition(concat_rows([short, long])))
     torch.testing.assert_close(joined[:1], prior(x[:1], t[:1], prior.encode_condition(short)), rtol=0, atol=1e-5)
 
 
@@ -131,13 +129,6 @@ def test_prior_reads_its_query_at_the_last_place(prior: Prior) -> None:
 
 def test_null_caption_is_a_start_and_an_end(prior: Prior) -> None:
     assert prior.null_text.encoding(3).tokens.tolist() == [[START_TOKEN, END_TOKEN]] * 3
-
-
-def test_repeated_captions_stand_side_by_side() -> None:
-    text = make_text((3, 7))
-    found = text.repeat_interleave(2)
-    for name in ("pooled", "hidden", "mask", "tokens"):
-        assert torch.equal(getattr(found, name), getattr(text[torch.tensor([0, 0, 1, 1])], name))
 
 
 def test_null_text_refuses_a_caption_with_words() -> None:

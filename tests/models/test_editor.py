@@ -9,24 +9,29 @@ import torch
 import torch.nn.functional as F
 from tiny_models import DIMS, UNET, make_text, randomise
 
-from models.cascade import Cascade, CascadeResult, StageStep
+from models.cascade import Cascade, CascadeResult
 from models.clip_config import ClipDims
 from models.decoder.config import DecoderConfig
-from models.decoder.inpainting import PartlyKnown
+from models.decoder.inpainting import resize_mask
 from models.decoder.network import Decoder
+from models.decoder.stage import X_T, DecoderStage
 from models.diffusion.config import DiffusionConfig, SamplerConfig
 from models.diffusion.limits import ClipRange
 from models.diffusion.noise import NoiseSource
 from models.diffusion.process import Diffusion
 from models.diffusion.samplers import sample_along
 from models.diffusion.steps import ddim_step
-from models.edits import EditError, Editor, EditSettings, Latents, Walk, slerp
+from models.editor import EditError, Editor, EditSettings, Latents, slerp
 from models.pixels import resize_crop, to_pixels, to_uint8
 from models.prior.config import PriorConfig
 from models.prior.network import Prior
-from models.text import TextEncoding, concat_text
+from models.prior.stage import PriorStage
+from models.rows import concat_rows
+from models.stage import Z_IMAGE, Batch, StageStep
+from models.text import TextEncoding
 from models.upsampler.config import UpsamplerConfig
 from models.upsampler.network import Upsampler
+from models.upsampler.stage import UpsamplerStage
 
 SETTINGS = EditSettings(num_steps=12, num_refinements=4)
 
@@ -38,7 +43,7 @@ class Captions:
         self.dims = dims
 
     def encode_text(self, captions: Sequence[str]) -> TextEncoding:
-        return concat_text([make_text((len(caption),)) for caption in captions])
+        return concat_rows([make_text((len(caption),)) for caption in captions])
 
 
 class Pictures(Captions):
@@ -69,7 +74,7 @@ def make_cascade(*, inpainting: bool = False, clip: Captions | None = None) -> C
         randomise(network)
     for network in (prior, decoder):
         network.null_text.set(make_text((2,)))
-    return Cascade(clip or Pictures(), prior, decoder, [upsampler])
+    return Cascade(clip or Pictures(), [PriorStage.of(prior), DecoderStage.of(decoder), UpsamplerStage.of(upsampler)])
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +99,19 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> int:
 
 def same(one: CascadeResult, other: CascadeResult) -> bool:
     """Equal to the rounding of a batched matrix product."""
-    return all(difference(a, b) <= 1 for a, b in zip(one.stages, other.stages, strict=True))
+    return all(difference(one.pictures[name], picture) <= 1 for name, picture in other.pictures.items())
 
 
-def half(image: torch.Tensor) -> PartlyKnown:
-    """The right half of a picture is to be drawn."""
-    drawn = torch.zeros(image.shape[:3], dtype=torch.bool)
-    drawn[:, :, image.shape[2] // 2 :] = True
-    return PartlyKnown(image, drawn)
+def small(result: CascadeResult) -> torch.Tensor:
+    """The decoder's pictures."""
+    return result.pictures["decoder"]
+
+
+def right_half(image: torch.Tensor) -> torch.Tensor:
+    """The mask of a picture of which the right half is made anew."""
+    mask = torch.zeros(image.shape[:3], dtype=torch.bool)
+    mask[:, :, image.shape[2] // 2 :] = True
+    return mask
 
 
 def test_inversion_reconstructs_within_a_bound_and_refinements_tighten_it() -> None:
@@ -110,7 +120,7 @@ def test_inversion_reconstructs_within_a_bound_and_refinements_tighten_it() -> N
     for num_refinements in (0, 1, 4):
         editor = Editor(make_cascade(), replace(SETTINGS, num_refinements=num_refinements))
         again = editor.reconstruct(editor.encode(picture(0)), [0])
-        errors.append((again.stages[0].float() - source).pow(2).mean().sqrt().item())
+        errors.append((small(again).float() - source).pow(2).mean().sqrt().item())
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 1.0  # of 255 levels
 
@@ -123,7 +133,7 @@ def test_reconstruction_depends_on_both_latents(editor: Editor, latents: Latents
 
 def test_guided_walk_is_inverted_with_its_guidance() -> None:
     editor = Editor(make_cascade(), replace(SETTINGS, latent_guidance=1.5))
-    again = editor.reconstruct(editor.encode(picture(0)), [0]).stages[0]
+    again = small(editor.reconstruct(editor.encode(picture(0)), [0]))
     assert difference(again, to_uint8(resize_crop(to_pixels(picture(0)), 8))) <= 3
 
 
@@ -134,19 +144,19 @@ def test_variation_without_noise_is_the_reconstruction(editor: Editor, latents: 
 def test_variations_share_the_embedding_and_differ_by_seed_alone(editor: Editor, latents: Latents) -> None:
     three = editor.vary(latents, [5, 6, 7], eta=0.8)
     assert torch.equal(three.z_image, latents.z_image.expand(3, -1))
-    assert difference(three.stages[0][0], three.stages[0][1]) > 5
+    assert difference(small(three)[0], small(three)[1]) > 5
     alone = editor.vary(latents, [6], eta=0.8)
     assert difference(alone.images[0], three.images[1]) <= 1
 
 
 def test_noise_of_a_variation_is_its_own_and_not_that_of_its_start(editor: Editor, latents: Latents) -> None:
-    decoder, x = editor.cascade.decoder, editor.noise([5])
+    decoder, x = editor.decoder.network, editor.noise([5])
     condition = decoder.encode_condition(latents.z_image, decoder.null_text.encoding(1))
     step = partial(ddim_step, noise=NoiseSource.from_seeds([5], "edit"), eta=0.8, limit=ClipRange())
     diffusion = Diffusion(decoder.config.diffusion)
     expected = sample_along(step, lambda x, t: decoder(x, t, condition), x, diffusion, editor.timesteps)
-    found = editor.draw(latents.z_image, x, [5], Walk(eta=0.8))
-    assert difference(found.stages[0], to_uint8(expected)) <= 1
+    found = editor.run(editor.walk(eta=0.8), editor.frames(latents.z_image, x, [5]))
+    assert difference(small(found), to_uint8(expected)) <= 1
 
 
 def test_ends_of_an_interpolation_are_the_reconstructions(editor: Editor, latents: Latents) -> None:
@@ -162,9 +172,9 @@ def test_ends_of_an_interpolation_are_the_reconstructions(editor: Editor, latent
 def test_interpolation_from_fixed_noise_draws_all_frames_from_the_seed(editor: Editor, latents: Latents) -> None:
     other = editor.encode(picture(1))
     way = editor.interpolate(latents, other, [0.0, 1.0], 3, noise="fixed")
-    drawn = editor.draw(latents.z_image, editor.noise([3]), [3])
-    assert difference(way.images[:1], drawn.images) <= 1
-    assert not same(drawn, editor.reconstruct(latents, [3]))
+    first = editor.run(editor.walk(), editor.frames(latents.z_image, editor.noise([3]), [3]))
+    assert difference(way.images[:1], first.images) <= 1
+    assert not same(first, editor.reconstruct(latents, [3]))
 
 
 def test_text_diff_starts_at_the_reconstruction_and_turns_towards_the_difference(
@@ -182,13 +192,13 @@ def test_text_diff_starts_at_the_reconstruction_and_turns_towards_the_difference
 @pytest.mark.parametrize("inpainting", [False, True])
 def test_inpainting_keeps_the_known_pixels_exactly(inpainting: bool) -> None:
     editor, image = Editor(make_cascade(inpainting=inpainting), SETTINGS), picture(0)
-    result = editor.inpaint(half(image), "abcd", [1, 2])
+    result = editor.inpaint(image, right_half(image), "abcd", [1, 2])
     assert editor.inpaint_method == ("channels" if inpainting else "replacement")
-    for drawn in result.images:
-        assert torch.equal(drawn[:, :8], image[0, :, :8])
-        assert difference(drawn[:, 8:], image[0, :, 8:]) > 5
-    small = to_uint8(resize_crop(to_pixels(image), 8))
-    assert torch.equal(result.stages[0][:, :, :4], small[:, :, :4].expand(2, -1, -1, -1))
+    for frame in result.images:
+        assert torch.equal(frame[:, :8], image[0, :, :8])
+        assert difference(frame[:, 8:], image[0, :, 8:]) > 5
+    smaller = to_uint8(resize_crop(to_pixels(image), 8))
+    assert torch.equal(small(result)[:, :, :4], smaller[:, :, :4].expand(2, -1, -1, -1))
     assert difference(result.images[0], result.images[1]) > 5
 
 
@@ -196,41 +206,40 @@ def test_inpainting_keeps_the_known_pixels_exactly(inpainting: bool) -> None:
 def test_inpainted_part_depends_on_the_known_part(inpainting: bool) -> None:
     """Both methods let the network see what stays: another left half is another right half."""
     editor = Editor(make_cascade(inpainting=inpainting), SETTINGS)
-    one, other = (editor.inpaint(half(picture(seed)), "abcd", [1]).stages[0][:, :, 4:] for seed in (0, 1))
+    one, other = (
+        small(editor.inpaint(picture(seed), right_half(picture(seed)), "abcd", [1]))[:, :, 4:] for seed in (0, 1)
+    )
     assert difference(one, other) > 2
 
 
-def test_inpainting_everything_by_replacement_is_drawing_the_prompt(editor: Editor) -> None:
-    image = picture(0)
-    everything = PartlyKnown(image, torch.ones(image.shape[:3], dtype=torch.bool))
-    nothing_left = editor.inpaint(everything, "abcd", [1])
-    other = editor.inpaint(PartlyKnown(picture(1), everything.drawn), "abcd", [1])
-    assert same(nothing_left, other)
+def test_inpainting_everything_by_replacement_is_sampling_the_prompt(editor: Editor) -> None:
+    everything = torch.ones(picture(0).shape[:3], dtype=torch.bool)
+    one, other = (editor.inpaint(picture(seed), everything, "abcd", [1]) for seed in (0, 1))
+    assert same(one, other)
 
 
 def test_a_mask_of_another_size_covers_every_pixel_that_it_touches() -> None:
-    drawn = torch.zeros(1, 32, 32, dtype=torch.bool)
-    drawn[0, 9, 20] = True
-    _, small = PartlyKnown(picture(0), drawn).at(8)
-    assert small.nonzero().tolist() == [[0, 0, 2, 5]]
-    _, large = PartlyKnown(picture(0), small[:, 0]).at(16)
-    assert large.sum() == 4
+    mask = torch.zeros(1, 32, 32, dtype=torch.bool)
+    mask[0, 9, 20] = True
+    smaller = resize_mask(mask, 8)
+    assert smaller.nonzero().tolist() == [[0, 0, 2, 5]]
+    assert resize_mask(smaller[:, 0], 16).sum() == 4
 
 
 def test_sdedit_returns_the_picture_at_strength_0_and_forgets_it_at_1(editor: Editor) -> None:
     untouched = editor.sdedit(picture(0), "abcd", [1, 2], strength=0.0)
     assert torch.equal(untouched.images, picture(0).expand(2, -1, -1, -1))
     whole = [editor.sdedit(picture(seed), "abcd", [1], strength=1.0) for seed in (0, 1)]
-    assert difference(whole[0].stages[0], whole[1].stages[0]) <= 2  # 6e-5 of the picture is left in x_T
+    assert difference(small(whole[0]), small(whole[1])) <= 2  # 6e-5 of the picture is left in x_T
     source = to_uint8(resize_crop(to_pixels(picture(0)), 8)).float()
     distances = [
-        (editor.sdedit(picture(0), "abcd", [1], strength=s).stages[0] - source).abs().mean() for s in (0.1, 0.4, 1.0)
+        (small(editor.sdedit(picture(0), "abcd", [1], strength=s)) - source).abs().mean() for s in (0.1, 0.4, 1.0)
     ]
     assert distances == sorted(distances)
     assert distances[0] < 4  # one step, from the noise of t = 0
 
 
-def test_prompts_are_drawn_with_their_own_guidance() -> None:
+def test_prompts_are_sampled_with_their_own_guidance() -> None:
     stages = [
         Editor(make_cascade(), replace(SETTINGS, prompt_guidance=scale)).sdedit(picture(0), "abcd", [1], strength=0.5)
         for scale in (None, 1.5, 4.0)
@@ -239,22 +248,21 @@ def test_prompts_are_drawn_with_their_own_guidance() -> None:
     assert not same(stages[0], stages[2])
 
 
-def test_frames_do_not_depend_on_how_many_are_drawn_at_a_time(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
-    cascade, seeds = make_cascade(), [5, 6, 7]
-    settings = replace(cascade.default_settings(), micro_batch=2)
-    monkeypatch.setattr(cascade, "default_settings", lambda: settings)
-    few = Editor(cascade, SETTINGS)
-    assert same(few.inpaint(half(picture(0)), "abcd", seeds), editor.inpaint(half(picture(0)), "abcd", seeds))
-    walk = Walk(text=Captions().encode_text(["ab", "abcd", "abcdef"]), eta=0.8)
-    z_image, x = editor.embed(torch.cat([picture(i) for i in range(3)])), editor.noise(seeds)
-    assert same(few.draw(z_image, x, seeds, walk), editor.draw(z_image, x, seeds, walk))
+def test_frames_do_not_depend_on_how_many_are_made_at_a_time(editor: Editor) -> None:
+    cascade, seeds = make_cascade(), (5, 6, 7)
+    few = Editor(Cascade(cascade.clip, cascade.stages, micro_batch=2), SETTINGS)
+    mask = right_half(picture(0))
+    assert same(few.inpaint(picture(0), mask, "abcd", seeds), editor.inpaint(picture(0), mask, "abcd", seeds))
+    text, z_image = Captions().encode_text(["ab", "abcd", "abcdef"]), torch.cat([picture(i) for i in range(3)])
+    batch = Batch(text, seeds, {Z_IMAGE: editor.embed(z_image), X_T: editor.noise(seeds)})
+    assert same(few.run(few.walk(eta=0.8), batch), editor.run(editor.walk(eta=0.8), batch))
 
 
 def test_editor_reports_every_step() -> None:
     steps: list[StageStep] = []
     editor = Editor(make_cascade(), SETTINGS, steps.append)
     editor.encode(picture(0))
-    editor.inpaint(half(picture(0)), "abcd", [1])
+    editor.inpaint(picture(0), right_half(picture(0)), "abcd", [1])
     walked = len(steps)
     editor.sdedit(picture(0), "abcd", [1], strength=0.4)
     assert [step.total for step in steps[walked:] if step.stage == "decoder"] == [5] * 5  # 0.4 of 12, rounded

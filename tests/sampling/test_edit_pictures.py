@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 
 from models.cascade import Cascade
-from models.edits import Editor, EditSettings
+from models.editor import Editor, EditSettings
 from models.pca import PcaSums
 from pipeline.data.vectors import read_vectors
 from pipeline.errors import ConfigError
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe
-from pipeline.sampling import edits
+from pipeline.sampling import edit_pictures
 from pipeline.sampling.edit_options import EditOptions
-from pipeline.sampling.edits import EDITS, Sources, edit_recipe, read_mask, training_pca
+from pipeline.sampling.edit_pictures import EDITS, Sources, edit_recipe, read_mask, training_pca
 from pipeline.sampling.sample import sample_recipe
 from pipeline.shapes.draw import draw_array
 from pipeline.shapes.scene import training_scene
@@ -97,7 +97,7 @@ def test_outpainting_keeps_the_whole_picture_in_the_middle(tiny: Recipe, files: 
 def test_components_that_nobody_named_are_those_that_there_are(
     tiny: Recipe, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(edits, "_NUM_COMPONENTS", (2, 5, 16, 20))
+    monkeypatch.setattr(edit_pictures, "_NUM_COMPONENTS", (2, 5, 16, 20))
     rows = edit_recipe(tiny, "pca-reconstruct", files[:1], EditOptions(), QUICK, out_dir=tmp_path)
     assert [row["components"] for row in rows] == [2, 5, 16]  # the last is all of them
 
@@ -108,12 +108,11 @@ def test_more_components_hold_more_of_the_embedding_and_all_of_them_the_whole(
     with Image.open(files[0]) as picture:
         sources = Sources((files[0],), (picture.convert("RGB"),), _embed(tiny))
     counts = EditOptions(components=(1, 4, 16))  # 16 is the width of these embeddings
-    drawn = EDITS["pca-reconstruct"](Editor(cascade, QUICK), sources, counts).result
-    # Distances, since the cosines of vectors as near as these all round to 1.
-    lost = (drawn.z_image[:3] - drawn.z_image[3]).norm(dim=1)
-    assert lost[0] > lost[1] > lost[2]
-    assert lost[2].item() == pytest.approx(0, abs=1e-5)
-    assert (drawn.images[2].int() - drawn.images[3].int()).abs().max() <= 1  # one noise for all of them
+    result = EDITS["pca-reconstruct"](Editor(cascade, QUICK), sources, counts).result
+    away = (result.z_image[:3] - result.z_image[3]).norm(dim=1)  # cosines are all 1 to single precision
+    assert away[0] > away[1] > away[2]
+    assert away[2].item() == pytest.approx(0, abs=1e-5)
+    assert (result.images[2].int() - result.images[3].int()).abs().max() <= 1  # one noise for all of them
 
 
 def test_components_are_those_of_the_training_embeddings(tiny: Recipe) -> None:

@@ -1,6 +1,6 @@
 """The commands that edit pictures: each says what it alone reads, ``_command`` adds what they share.
 
-The work itself is pipeline/sampling/edits.py.
+The work itself is pipeline/sampling/edit_pictures.py.
 """
 
 import dataclasses
@@ -52,8 +52,8 @@ def _edit(
     """Do the edit ``name`` and say where it is; from ``recipe`` on, these are parameters of every edit's command."""
     resolved = load_recipe(recipe, overrides or [])
 
-    from models.edits import EditSettings
-    from pipeline.sampling.edits import edit_recipe
+    from models.editor import EditSettings
+    from pipeline.sampling.edit_pictures import edit_recipe
 
     scale = 1.0 if guidance is None else guidance
     settings = EditSettings(num_steps=num_steps, latent_guidance=scale, prompt_guidance=guidance)

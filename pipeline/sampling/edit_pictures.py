@@ -1,7 +1,7 @@
 """Edits of pictures by a recipe's cascade: PNG files, a labelled grid, and one line of JSON for each picture.
 
-Every edit is one entry of ``EDITS``: what it makes of the pictures it is given, as frames of one kind. Files, grid and
-settings are the same for all. The mathematics is models/edits.py.
+Every edit is one entry of ``EDITS``: what it makes of its pictures, as frames of one kind. Files, grid and
+settings are the same for all. The mathematics is models/editor.py.
 """
 
 import json
@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.cascade import CascadeResult, Watch
-from models.decoder.inpainting import PartlyKnown
-from models.edits import EditError, Editor, EditSettings, Latents
+from models.cascade import CascadeResult
+from models.editor import EditError, Editor, EditSettings, Latents
 from models.pca import Pca, PcaSums
+from models.stage import Watch
 from pipeline.data.vectors import read_vectors, to_unit
 from pipeline.errors import ConfigError
 from pipeline.networks.cascade import load_cascade, network_configs
@@ -40,9 +40,9 @@ _CELL_PX = (128, 256)
 _COLUMNS = 10
 """Most pictures side by side in the grid."""
 _NUM_COMPONENTS = (20, 40, 80, 160)
-"""Principal components shown where none are asked for; the paper's figure 7 goes from 20 to 320."""
+"""Principal components shown by default; the paper's figure 7 goes from 20 to 320."""
 _THRESHOLD = 128
-"""A mask's grey level from which a pixel is drawn anew."""
+"""A mask's grey level from which a pixel is made anew."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class Frames:
-    """What an edit drew."""
+    """What an edit made."""
 
     result: CascadeResult
     label: str
@@ -125,8 +125,8 @@ def _write(out_dir: Path, edit: str, editor: Editor, sources: Sources, frames: F
     for number, original in enumerate(originals):
         (out_dir / f"source-{number}.png").write_bytes(to_png(original))
     rows: list[Json] = []
-    drawn: list[Pixels] = list(frames.result.images.numpy())
-    for number, (picture, row) in enumerate(zip(drawn, frames.rows, strict=True)):
+    pictures: list[Pixels] = list(frames.result.images.numpy())
+    for number, (picture, row) in enumerate(zip(pictures, frames.rows, strict=True)):
         name = f"{number:03d}.png"
         (out_dir / name).write_bytes(to_png(picture))
         about = {"file": name, "edit": edit, "sources": list(sources.files), "label": frames.label}
@@ -134,7 +134,7 @@ def _write(out_dir: Path, edit: str, editor: Editor, sources: Sources, frames: F
     (out_dir / EDITS_FILE).write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows), encoding="utf-8")
     # A way from one picture to another is shown between the two.
     before, after = originals[:1], originals[1:]
-    shown = [*before, *drawn, *after]
+    shown = [*before, *pictures, *after]
     tags = ["source"] * len(before) + frames.tags + ["source"] * len(after)
     starts = range(0, len(shown), _COLUMNS)
     blocks = [Block(shown[start : start + _COLUMNS], "", tags[start : start + _COLUMNS]) for start in starts]
@@ -179,9 +179,9 @@ def _text_diff(editor: Editor, sources: Sources, options: EditOptions) -> Frames
 
 
 def _inpaint(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
-    drawn = torch.from_numpy(read_mask(options.mask, sources.pictures[0], sources.files[0]))[None]
-    known = PartlyKnown(sources.square(editor.side_px, editor.device), drawn.to(editor.device))
-    return _draw_unknown(editor, known, options)
+    mask = torch.from_numpy(read_mask(options.mask, sources.pictures[0], sources.files[0]))[None]
+    image = sources.square(editor.side_px, editor.device)
+    return _inpaint_masked(editor, image, mask.to(editor.device), options)
 
 
 def _outpaint(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
@@ -192,14 +192,14 @@ def _outpaint(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
     around = (border_px, border_px)
     # The border repeats the picture's edge, so that small versions of the known part do not mix with a foreign colour.
     canvas = np.pad(square(sources.pictures[0], inner_px), (around, around, (0, 0)), mode="edge")
-    drawn = np.pad(np.zeros((inner_px, inner_px), bool), (around, around), constant_values=True)
-    known = PartlyKnown(*(torch.from_numpy(part)[None].to(editor.device) for part in (canvas, drawn)))
-    return _draw_unknown(editor, known, options)
+    border = np.pad(np.zeros((inner_px, inner_px), bool), (around, around), constant_values=True)
+    image, mask = (torch.from_numpy(part)[None].to(editor.device) for part in (canvas, border))
+    return _inpaint_masked(editor, image, mask, options)
 
 
-def _draw_unknown(editor: Editor, known: PartlyKnown, options: EditOptions) -> Frames:
+def _inpaint_masked(editor: Editor, image: torch.Tensor, mask: torch.Tensor, options: EditOptions) -> Frames:
     seeds = _seeds(options)
-    result = editor.inpaint(known, options.prompt, seeds)
+    result = editor.inpaint(image, mask, options.prompt, seeds)
     rows: list[Json] = [{"seed": seed, "prompt": options.prompt, "method": editor.inpaint_method} for seed in seeds]
     return Frames(result, f"{options.prompt} (by {editor.inpaint_method})", _seed_tags(seeds), rows)
 
@@ -213,7 +213,7 @@ def _sdedit(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
 
 
 def _pca_reconstruct(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
-    """Section 4 and figure 7: more and more components of z_image, drawn from one noise; at last all of it."""
+    """Section 4 and figure 7: more and more components of z_image, sampled from one noise; at last all of it."""
     pca, z_image = training_pca(sources.embed), editor.embed(_as_tensor(sources.pictures[0]))
     most = len(pca.components)
     shown = options.components or tuple(count for count in _NUM_COMPONENTS if count < most)
@@ -222,7 +222,7 @@ def _pca_reconstruct(editor: Editor, sources: Sources, options: EditOptions) -> 
     cut = [pca.keep(count) for count in shown]
     kept = [F.normalize(part.reconstruct(part.project(z_image)), dim=1) for part in cut]
     counts = [*shown, z_image.shape[1]]
-    result = editor.draw_embeddings(torch.cat([*kept, z_image]), options.seed)
+    result = editor.sample_embeddings(torch.cat([*kept, z_image]), options.seed)
     rows: list[Json] = [{"seed": options.seed, "components": count} for count in counts]
     return Frames(result, sources.names[0], [*(str(count) for count in shown), "all"], rows)
 
@@ -243,7 +243,7 @@ EDITS: dict[str, Callable[[Editor, Sources, EditOptions], Frames]] = {
 
 
 def read_mask(path: str, picture: Image.Image, of: str) -> NDArray[np.bool_]:
-    """True where a picture is to be drawn anew, cut to the picture's centre square.
+    """True where a picture is to be made anew, cut to the picture's centre square.
 
     That is where the mask is transparent, if any of it is (as OpenAI's API has it), else where it is white.
 
@@ -253,22 +253,22 @@ def read_mask(path: str, picture: Image.Image, of: str) -> NDArray[np.bool_]:
         of: Name of the picture, for messages.
 
     Raises:
-        ConfigError: If it cannot be read, is of another size than the picture, or asks for nothing to be drawn.
+        ConfigError: If it cannot be read, is of another size than the picture, or masks nothing.
     """
     mask = read_file(path, alpha=True)
     if mask.size != picture.size:
         sizes = " and ".join(f"{width} x {height} px" for width, height in (mask.size, picture.size))
         raise ConfigError(f"{path}: the mask and {of} are of different sizes, {sizes}; make them equal")
     if mask.mode == "RGBA":
-        drawn = np.asarray(mask.getchannel("A")) < _THRESHOLD
+        masked = np.asarray(mask.getchannel("A")) < _THRESHOLD
     else:
-        drawn = np.asarray(mask.convert("L")) >= _THRESHOLD
+        masked = np.asarray(mask.convert("L")) >= _THRESHOLD
     side = min(mask.size)
     left, top = (mask.width - side) // 2, (mask.height - side) // 2
-    drawn = drawn[top : top + side, left : left + side]
-    if not drawn.any():
-        raise ConfigError(f"{path}: the mask is empty: make white, or transparent, what is to be drawn anew")
-    return np.ascontiguousarray(drawn)
+    masked = masked[top : top + side, left : left + side]
+    if not masked.any():
+        raise ConfigError(f"{path}: the mask is empty: make white, or transparent, what is to be made anew")
+    return np.ascontiguousarray(masked)
 
 
 def training_pca(embed: Artifact) -> Pca:

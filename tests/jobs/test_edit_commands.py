@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from pipeline.recipe.recipe import to_dict
-from pipeline.sampling.edits import EDITS
+from pipeline.sampling.edit_pictures import EDITS
 from tests.evaluate.workspaces import build_tiny_workspace, parse_recipe, tiny_tables
 
 RECIPE = "configs/demo.toml"

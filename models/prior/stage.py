@@ -1,0 +1,97 @@
+"""The diffusion prior as a stage: captions to z_image.
+
+Legend: B captions; R = B candidates rows, the first candidate of every caption, then the second, and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from models.diffusion.config import SamplerConfig
+from models.diffusion.noise import NoiseSource
+from models.diffusion.process import Denoise
+from models.prior.network import Prior, PriorCondition
+from models.rows import concat_rows
+from models.stage import Z_IMAGE, Batch, DiffusionStage
+from models.text import TextEncoding
+
+
+@dataclass(frozen=True, eq=False)
+class PriorStage(DiffusionStage):
+    """Samples ``num_candidates`` embeddings of each caption and keeps the one nearest to it."""
+
+    network: Prior
+    num_candidates: int = 1
+
+    @classmethod
+    def of(cls, prior: Prior, name: str = "prior") -> PriorStage:
+        """As the network's own configuration says."""
+        return cls(prior, prior.config.sampler, name, prior.config.num_candidates)
+
+    @property
+    def makes(self) -> str:
+        """See ``Stage``."""
+        return Z_IMAGE
+
+    @property
+    def side_px(self) -> None:
+        """See ``Stage``."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See ``Stage``."""
+        return super().settings | {"num_candidates": self.num_candidates}
+
+    @property
+    def x0_variance(self) -> Tensor | None:
+        """See ``DiffusionStage``."""
+        return self.network.x0_variance if self.network.x0_variance.any() else None
+
+    def noise(self, seeds: Sequence[int]) -> NoiseSource:
+        """See ``DiffusionStage``."""
+        return candidate_noise(seeds, self.num_candidates)
+
+    def begin(self, batch: Batch, noise: NoiseSource, *, guided: bool) -> tuple[Tensor, PriorCondition]:
+        """See ``DiffusionStage``."""
+        text = concat_rows([batch.text] * self.num_candidates)
+        x = noise.normal((self.network.dims.embed_dim,), device=text.pooled.device)
+        return x, self.encode(text, guided=guided)
+
+    def encode(self, text: TextEncoding, *, guided: bool) -> PriorCondition:
+        """Captions as the prior reads them; behind as many empty ones where it is guided."""
+        if guided:
+            text = concat_rows([self.network.null_text.encoding(len(text)), text])
+        return self.network.encode_condition(text, cache=True)
+
+    def finish(self, batch: Batch, x: Tensor) -> Float[Tensor, "B D"]:
+        """See ``DiffusionStage``."""
+        return keep_nearest(self.network.unscale(x), batch.text)
+
+
+def candidate_noise(seeds: Sequence[int], num_candidates: int) -> NoiseSource:
+    """Noise of the first candidate of every seed, then of the second, and so on."""
+    noise = NoiseSource(())
+    for candidate in range(num_candidates):
+        noise = noise + NoiseSource.from_seeds(seeds, f"prior-{candidate}")
+    return noise
+
+
+def keep_nearest(candidates: Float[Tensor, "R D"], text: TextEncoding) -> Float[Tensor, "B D"]:
+    """Of each caption's candidates, the one with the largest product with z_text."""
+    candidates = candidates.view(-1, len(text), candidates.shape[1])
+    best = (candidates * text.z_text).sum(2).argmax(0)
+    return candidates[best, torch.arange(len(text), device=best.device)]
+
+
+def prior_denoiser(prior: Prior, text: TextEncoding, guidance_scale: float = 1.0) -> Denoise:
+    """The prior conditioned on captions, guided unless the scale is 1; what no step changes is computed here."""
+    stage = PriorStage(prior, SamplerConfig(), "prior")
+    with torch.no_grad():
+        condition = stage.encode(text, guided=guidance_scale != 1.0)
+    return stage.denoiser(condition, [guidance_scale] * len(text))

@@ -1,0 +1,357 @@
+"""A stage of a cascade: one network and how it is sampled. A batch enters, is taken step by step, and leaves.
+
+The items of a batch that entered a stage together are a chain. Chains are joined, wherever they stand, and one call of
+the network takes all of them one step further: sampling a batch takes one chain to its end, a server joins those that
+are there. Each item comes out as it would alone, to the rounding of a batched matrix product.
+
+Legend: B items of a batch; R rows of a chain, R = B, or B times the candidates of a prior.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from models.clip_config import ClipDims
+from models.diffusion.config import SamplerConfig, require_steps
+from models.diffusion.guidance import classifier_free
+from models.diffusion.noise import NoiseSource
+from models.diffusion.process import Denoise, Diffusion
+from models.diffusion.samplers import config_timesteps, make_step
+from models.diffusion.steps import SamplerState, Step, initial_state
+from models.request import SampleRequest
+from models.rows import concat_rows, take_rows
+from models.text import TextEncoding
+
+Z_IMAGE, PIXELS = "z_image", "pixels"
+"""What stages make: image embeddings (B, D) of length one, and pictures (B, 3, H, W) in [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Items that pass the stages together."""
+
+    text: TextEncoding
+    """B captions."""
+    seeds: tuple[int, ...]
+    """B seeds."""
+    values: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """What is there so far, by name, each with B rows: what stages made, and what an edit starts from."""
+    request: SampleRequest | None = None
+    """Changes the stages' settings for these items."""
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def __getitem__(self, part: slice) -> Batch:
+        values = {name: value[part] for name, value in self.values.items()}
+        return replace(self, text=self.text[part], seeds=self.seeds[part], values=values)
+
+    def with_values(self, **values: Tensor) -> Batch:
+        """The same items with further values, or others."""
+        return replace(self, values={**self.values, **values})
+
+
+@dataclass(eq=False)
+class Chain:
+    """The items of a batch in one stage."""
+
+    batch: Batch
+    state: Any
+    """R rows, where they stand."""
+    timesteps: tuple[int, ...]
+    """One for each step."""
+    condition: Any = None
+    """What the network reads: R rows, or 2R, [uncond, cond], where they are guided."""
+    noise: NoiseSource = field(default_factory=lambda: NoiseSource(()))
+    """R sources."""
+    guidance_scale: float = 1.0
+    position: int = 0
+    """Steps taken."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step is taken."""
+        return self.position == len(self.timesteps)
+
+
+class JoinedChains(Protocol):
+    """Chains that take their steps together."""
+
+    @property
+    def chains(self) -> Sequence[Chain]:
+        """As they were joined."""
+        ...
+
+    def advance(self) -> None:
+        """Take every chain one step further; none may be finished."""
+        ...
+
+
+class Stage(Protocol):
+    """One network and how it is sampled; whatever enters, denoises and leaves can be a stage of a cascade."""
+
+    @property
+    def name(self) -> str:
+        """Its name among the stages, and in recipes and requests."""
+        ...
+
+    @property
+    def makes(self) -> str:
+        """Name of the value that it makes of a batch: ``Z_IMAGE``, ``PIXELS``, or another's."""
+        ...
+
+    @property
+    def side_px(self) -> int | None:
+        """Side of the pictures that it makes, in pixels; None if it makes none."""
+        ...
+
+    @property
+    def low_res_px(self) -> int | None:
+        """Side of the pictures that it reads, in pixels; None if it reads none."""
+        ...
+
+    @property
+    def dims(self) -> ClipDims | None:
+        """The CLIP that it was made for; None if it reads nothing of it."""
+        ...
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How it is sampled, for the records."""
+        ...
+
+    def eval(self) -> None:
+        """Put its networks in evaluation mode."""
+        ...
+
+    def check(self, request: SampleRequest) -> None:
+        """Raise ValueError if the stage cannot do what a request asks of it."""
+        ...
+
+    def enter(self, batch: Batch, noise: NoiseSource | None = None) -> Chain:
+        """The chain of a batch before its first step; ``noise``: of its R rows, the seeds' own if None."""
+        ...
+
+    def join(self, chains: Sequence[Chain]) -> JoinedChains:
+        """Chains of this stage, at any steps, to be taken further together."""
+        ...
+
+    def preview(self, chain: Chain) -> Tensor:
+        """What the chain comes to, as far as the network sees."""
+        ...
+
+    def leave(self, chain: Chain) -> Tensor:
+        """What a finished chain made of its batch, (B, ...)."""
+        ...
+
+
+class StageStep(NamedTuple):
+    """One step of one stage, for whoever watches."""
+
+    stage: str
+    """prior, decoder, upsampler_1, upsampler_2; inversion in an edit."""
+    done: int
+    """Steps taken, by this many items at a time."""
+    total: int
+    """Steps of the stage."""
+    x0: Tensor
+    """The present prediction of what the stage makes: (B, 3, H, W) pictures in [-1, 1], (B, D) in the prior."""
+
+
+Watch = Callable[[StageStep], None]
+
+
+def run_stage(stage: Stage, batch: Batch, watch: Watch | None = None, noise: NoiseSource | None = None) -> Tensor:
+    """Take a batch through a stage, (B, ...); ``watch`` is called after each step."""
+    with torch.no_grad():
+        chain = stage.enter(batch, noise)
+        joined = stage.join([chain])
+        while not chain.finished:
+            joined.advance()
+            if watch is not None:
+                watch(StageStep(stage.name, chain.position, len(chain.timesteps), stage.preview(chain)))
+        return stage.leave(chain)
+
+
+@dataclass(frozen=True, eq=False)
+class DiffusionStage(ABC):
+    """A network that denoises; what is said here is the same for all of them."""
+
+    network: Any
+    """With ``config.diffusion``; called with (x, t, condition)."""
+    sampler: SamplerConfig
+    name: str
+
+    has_guidance: ClassVar[bool] = True
+    """Whether the network was trained to do without its condition."""
+
+    @cached_property
+    def diffusion(self) -> Diffusion:
+        """The network's process."""
+        return Diffusion(self.network.config.diffusion)
+
+    @property
+    def makes(self) -> str:
+        """See ``Stage``."""
+        return PIXELS
+
+    @property
+    def side_px(self) -> int | None:
+        """See ``Stage``."""
+        return self.network.config.image_px
+
+    @property
+    def low_res_px(self) -> int | None:
+        """See ``Stage``."""
+        return None
+
+    @property
+    def dims(self) -> ClipDims | None:
+        """See ``Stage``."""
+        return self.network.dims
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See ``Stage``."""
+        return asdict(self.sampler)
+
+    @property
+    def x0_variance(self) -> Tensor | None:
+        """What the analytic method needs, (T,); None where it was not measured."""
+        return None
+
+    def eval(self) -> None:
+        """See ``Stage``."""
+        self.network.eval()
+
+    def check(self, request: SampleRequest) -> None:
+        """See ``Stage``."""
+        self._sampler(request)
+
+    # ---- what each network says --------------------------------------------------------------
+
+    @abstractmethod
+    def begin(self, batch: Batch, noise: NoiseSource, *, guided: bool) -> tuple[Tensor, Any]:
+        """Noised samples at the first timestep, R rows, and the condition: R rows, or 2R where it is guided."""
+
+    @abstractmethod
+    def finish(self, batch: Batch, x: Tensor) -> Tensor:
+        """What the finished samples are, (B, ...)."""
+
+    def step(self, chains: Sequence[Chain], noise: NoiseSource) -> Step:
+        """The sampler's step for the rows of ``chains``."""
+        del chains
+        return make_step(self.sampler, noise, x0_variance=self.x0_variance)
+
+    # ---- enter, denoise, leave ---------------------------------------------------------------
+
+    def enter(self, batch: Batch, noise: NoiseSource | None = None) -> Chain:
+        """See ``Stage``."""
+        sampler = self._sampler(batch.request)
+        noise = self.noise(batch.seeds) if noise is None else noise
+        x, condition = self.begin(batch, noise, guided=self.has_guidance and sampler.guidance_scale != 1.0)
+        timesteps = config_timesteps(sampler, self.diffusion)
+        scale = sampler.guidance_scale if self.has_guidance else 1.0
+        return Chain(batch, initial_state(x, self.diffusion), timesteps, condition, noise, scale)
+
+    def noise(self, seeds: Sequence[int]) -> NoiseSource:
+        """This stage's stream of each seed."""
+        return NoiseSource.from_seeds(seeds, self.name)
+
+    def join(self, chains: Sequence[Chain]) -> JoinedChains:
+        """See ``Stage``."""
+        return _JoinedDiffusion(self, chains)
+
+    def denoiser(self, condition: Any, scales: Sequence[float]) -> Denoise:
+        """The network under a condition, guided where a scale is not 1.
+
+        Args:
+            condition: Of the rows that are guided, without what they are conditioned on; then of all R rows.
+            scales: R guidance scales.
+        """
+        network = self.network
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            return network(x, t, condition)
+
+        guided = [row for row, scale in enumerate(scales) if scale != 1.0]
+        if not guided:
+            return denoise
+        if len(set(scales)) == 1:
+            return classifier_free(denoise, scales[0])
+        return classifier_free(denoise, torch.tensor([scales[row] for row in guided]), torch.tensor(guided))
+
+    def preview(self, chain: Chain) -> Tensor:
+        """See ``Stage``."""
+        return chain.state.x0
+
+    def leave(self, chain: Chain) -> Tensor:
+        """See ``Stage``."""
+        return self.finish(chain.batch, chain.state.x)
+
+    def _sampler(self, request: SampleRequest | None) -> SamplerConfig:
+        """The sampler with what a request changes of it."""
+        if request is None:
+            return self.sampler
+        sampler, scale = self.sampler, request.guidance_scale.get(self.name)
+        num_steps = request.num_steps.get(self.name)
+        if scale is not None:
+            if not self.has_guidance:
+                raise ValueError(f"guidance_scale: {self.name} has no guidance")
+            sampler = replace(sampler, guidance_scale=scale)
+        if num_steps is not None:
+            if sampler.method == "analytic":
+                raise ValueError(f"num_steps: {self.name}'s analytic sampler is measured for {sampler.num_steps} alone")
+            respacing = sampler.respacing if sampler.respacing == "trailing" else ""
+            sampler = replace(sampler, num_steps=num_steps, respacing=respacing)
+            require_steps(sampler, self.network.config.diffusion)
+        return sampler
+
+
+class _JoinedDiffusion:
+    """Chains of one diffusion stage; what no step changes is concatenated once."""
+
+    def __init__(self, stage: DiffusionStage, chains: Sequence[Chain]) -> None:
+        self.chains = list(chains)
+        self._stage = stage
+        ends = accumulate((len(chain.noise) for chain in chains), initial=0)
+        self._rows = [slice(*span) for span in pairwise(ends)]
+        noise = NoiseSource(generator for chain in chains for generator in chain.noise.generators)
+        self._step = stage.step(chains, noise)
+        scales = [chain.guidance_scale for chain in chains for _ in chain.noise.generators]
+        self._denoise = stage.denoiser(_join_conditions(chains), scales)
+
+    def advance(self) -> None:
+        """See ``JoinedChains``."""
+        state = concat_rows([chain.state for chain in self.chains])
+        spans = [(*chain.timesteps, -1)[chain.position : chain.position + 2] for chain in self.chains]
+        counted = [span for span, chain in zip(spans, self.chains, strict=True) for _ in chain.noise.generators]
+        t, t_prev = (torch.tensor(column, device=state.x.device) for column in zip(*counted, strict=True))
+        state: SamplerState = self._step(self._denoise, state, t, t_prev, self._stage.diffusion)
+        for chain, rows in zip(self.chains, self._rows, strict=True):
+            chain.state = take_rows(state, rows)
+            chain.position += 1
+
+
+def _join_conditions(chains: Sequence[Chain]) -> Any:
+    """[uncond of the chains that are guided, cond of all]."""
+    if len(chains) == 1:
+        return chains[0].condition
+    uncond: list[Any] = []
+    cond: list[Any] = []
+    for chain in chains:
+        count = len(chain.noise)
+        if chain.guidance_scale == 1.0:
+            cond.append(chain.condition)
+        else:
+            uncond.append(take_rows(chain.condition, slice(count)))
+            cond.append(take_rows(chain.condition, slice(count, None)))
+    return concat_rows([*uncond, *cond])

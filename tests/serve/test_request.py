@@ -1,0 +1,84 @@
+"""A request is one object from the HTTP body to the stage: no layer between them takes it apart."""
+
+import asyncio
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.cascade import Cascade
+from models.request import SampleRequest
+from models.stage import Batch, Chain
+from pipeline.serve import images
+from pipeline.serve.engine import Engine
+from pipeline.serve.images import GenerationRequest, generate
+from pipeline.serve.protocols import SampledPictures
+
+
+@dataclass(frozen=True)
+class TilingRequest(SampleRequest):
+    """With a field that no layer between the body and the stage has heard of."""
+
+    tiling: bool = False
+
+
+class Stage:
+    """The cascade's last stage, which notes the requests of what enters it."""
+
+    def __init__(self, stage: Any) -> None:
+        self._stage = stage
+        self.requests: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stage, name)
+
+    def enter(self, batch: Batch, noise: Any = None) -> Chain:
+        self.requests.append(batch.request)
+        return self._stage.enter(batch, noise)
+
+
+def test_a_new_field_reaches_the_stage_through_every_layer(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "sample_request", lambda body: TilingRequest(body.prompt, (body.seed,), tiling=True))
+    last = Stage(cascade.stages[-1])
+    engine = Engine(Cascade(cascade.clip, [*cascade.stages[:-1], last]))
+    try:
+        body = GenerationRequest(prompt="a red circle", seed=5)
+        answer = asyncio.run(generate(engine, body, name="tiny", image_px=32))
+    finally:
+        engine.close()
+    assert [entry["seed"] for entry in answer["data"]] == [5]
+    assert last.requests == [TilingRequest("a red circle", (5,), tiling=True)]
+
+
+def test_replicas_and_their_proxy_pass_the_object_whole() -> None:
+    from pipeline.runtime.serve import ModelReplica, RemoteModel
+
+    request, received = TilingRequest("a", (1,), tiling=True), list[SampleRequest]()
+
+    class Handled:
+        """Stands for the engine behind a replica, and for Ray's handle before it."""
+
+        async def sample(self, request: SampleRequest) -> SampledPictures:
+            received.append(request)
+            return SampledPictures(np.zeros((1, 2, 2, 3), np.uint8), None)
+
+        async def remote(self, request: SampleRequest) -> SampledPictures:
+            return await self.sample(request)
+
+    replica = ModelReplica.__new__(ModelReplica)
+    replica._engine = Handled()
+    asyncio.run(replica.sample(request))
+    handle: Any = type("Handle", (), {"sample": Handled()})()
+    asyncio.run(RemoteModel(handle).sample(request))
+    assert received == [request, request]
+    assert all(one is request for one in received)
+    del replica._engine
+
+
+def test_body_becomes_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = GenerationRequest(prompt="a", n=3, seed=7)
+    assert images.sample_request(body) == SampleRequest("a", (7, 8, 9))
+    assert {field.name for field in fields(SampleRequest)} == {"prompt", "seeds", "guidance_scale", "num_steps"}
+    monkeypatch.setattr(images.secrets, "randbelow", lambda _limit: 11)
+    assert images.sample_request(GenerationRequest(prompt="a")) == SampleRequest("a", (11,))
