@@ -103,6 +103,7 @@ def _main(  # pyright: ignore[reportUnusedFunction]  (typer keeps it)
 
 def main() -> None:
     """Run the command; turn errors into messages and exit codes."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite end of any kind is an interrupt
     if "RAY_JOB_STOP_SIGNAL" in os.environ:  # the cluster may ignore Ctrl-C (a script started it): not its jobs
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

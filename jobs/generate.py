@@ -67,17 +67,18 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, address: RayAddres
     Example: unclip evaluate configs/demo.toml
     """
     from jobs.watch import Watcher
-    from pipeline.recipe.plan import artifact_of, make_plan
+    from pipeline.recipe.plan import artifact_of, make_plan, plan_status
     from pipeline.runtime.run import run_recipe
     from pipeline.workspace.store import Workspace
 
     resolved = load_recipe(recipe, overrides or [])
+    workspace, steps = Workspace(resolved.workspace), make_plan(resolved, until="evaluate")
     watcher = Watcher()
     try:
-        run_recipe(resolved, watcher, until="evaluate", address=address)
+        run_recipe(resolved, plan_status(workspace, steps), watcher, address=address)
     finally:
         watcher.close()
-    artifact = artifact_of(Workspace(resolved.workspace), make_plan(resolved, until="evaluate")[-1])
+    artifact = artifact_of(workspace, steps[-1])
     metrics = artifact.read_json("metrics.json")
     if json:
         print_json(metrics)

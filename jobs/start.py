@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from jobs.options import AsJson, Overrides, RayAddress, RecipePath, Until, print_json, recipe_words
-from pipeline.recipe.plan import make_plan, plan_status
+from pipeline.recipe.plan import make_plan, plan_status, steps_until
 from pipeline.recipe.recipe import load_recipe
 from pipeline.workspace.store import Workspace
 
@@ -47,7 +47,8 @@ def run(
     resolved = load_recipe(recipe, overrides or [])
     words = shown_as or recipe_words(recipe, overrides)
     workspace = Workspace(resolved.workspace)
-    before = plan_status(workspace, make_plan(resolved, until=until))
+    steps = make_plan(resolved)
+    before = plan_status(workspace, steps_until(steps, until))
     ran = [status.step.name for status in before if status.state != "done"]
     report = workspace.local_root / "report.html"
     if ran:
@@ -56,12 +57,12 @@ def run(
 
         watcher = Watcher()
         try:
-            run_recipe(resolved, watcher, until=until, address=address)
+            run_recipe(resolved, before, watcher, address=address)
         finally:
             watcher.close()
         from pipeline.report.report import write_report
 
-        write_report(workspace, make_plan(resolved), resolved, report, words)
+        write_report(workspace, steps, resolved, report, words)
     wall_s = round(time.monotonic() - start, 1)
     if json:
         print_json({"ran": ran, "wall_s": wall_s, "workspace": workspace.root, "report": str(report)})

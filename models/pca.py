@@ -67,7 +67,7 @@ class PcaSums:
 
     def __init__(self, num_features: int) -> None:
         self.num_rows = 0
-        # Sums are of x - shift, where shift is the first row seen: else the mean's square would swallow the variance.
+        # Sums are of x - shift, where shift is the first row: otherwise the mean's square would swallow the variance.
         self._shift: Tensor | None = None
         self._total = torch.zeros(num_features, dtype=torch.float64)
         self._products = torch.zeros(num_features, num_features, dtype=torch.float64)
@@ -85,7 +85,7 @@ class PcaSums:
         self._products += x.T @ x
 
     def merge(self, other: PcaSums) -> None:
-        """Add what another worker has seen.
+        """Add the sums of another worker.
 
         Raises:
             ValueError: If its rows have another width.
@@ -106,7 +106,7 @@ class PcaSums:
         """All D components, the one with the largest variance first.
 
         Raises:
-            ValueError: If fewer than two rows were seen.
+            ValueError: If fewer than two rows were added.
         """
         if self._shift is None or self.num_rows < 2:
             raise ValueError(f"{self.num_rows} rows: principal components need at least two")

@@ -42,7 +42,7 @@ class DotHistogram:
         self.counts += torch.bincount(bins, minlength=len(self.counts))
 
     def merge(self, other: DotHistogram) -> None:
-        """Add what another worker has seen.
+        """Add the counts of another worker.
 
         Raises:
             ValueError: If it has another number of bins.
@@ -61,7 +61,7 @@ class DotHistogram:
         if total == 0:
             raise ValueError("no dot product was counted")
         below = torch.cat([torch.zeros(1, dtype=torch.float64), self.counts.cumsum(0)])
-        wanted = torch.arange(1, num_buckets, dtype=torch.float64) * (total / num_buckets)
-        bins = torch.searchsorted(below, wanted) - 1
-        inside = (wanted - below[bins]) / self.counts[bins]
+        ranks = torch.arange(1, num_buckets, dtype=torch.float64) * (total / num_buckets)
+        bins = torch.searchsorted(below, ranks) - 1
+        inside = (ranks - below[bins]) / self.counts[bins]
         return ((bins + inside) * (2 / len(self.counts)) - 1).float()

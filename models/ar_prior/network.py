@@ -65,7 +65,7 @@ class ArPrior(nn.Module):
         width = config.width
         self.text_in = nn.Linear(dims.text_width, width)
         self.pooled_in = nn.Linear(dims.embed_dim, width)
-        self.dot_in = nn.Embedding(config.num_dot_buckets + 1, width)  # the last: not told
+        self.dot_in = nn.Embedding(config.num_dot_buckets + 1, width)  # the last: no dot product
         self.component_in = nn.Embedding(config.num_buckets, width)
         for table in (self.dot_in, self.component_in):
             nn.init.normal_(table.weight, std=0.02)
@@ -108,16 +108,16 @@ class ArPrior(nn.Module):
         """The embedding in the middle of the buckets, of length one as z_image is.
 
         Args:
-            tokens: The first k components; those that are not given are at their mean.
+            tokens: The first k components; the others are at their mean.
         """
         scores = from_buckets(tokens, self.config.bucket_range_std, self.config.num_buckets)
-        known = slice(tokens.shape[1])
-        return F.normalize((scores * self.component_std[known]) @ self.components[known] + self.z_mean, dim=-1)
+        first = slice(tokens.shape[1])
+        return F.normalize((scores * self.component_std[first]) @ self.components[first] + self.z_mean, dim=-1)
 
     def dot_tokens(
         self, z_image: Float[Tensor, "B D"], z_text: Float[Tensor, "B D"], keep: Bool[Tensor, " B"] | None = None
     ) -> Int[Tensor, " B"]:
-        """Bucket of z_image . z_text; "not told" where the caption is not kept."""
+        """Bucket of z_image . z_text; the one that says nothing where the caption is not kept."""
         tokens = torch.bucketize((z_image * z_text).sum(1), self.dot_edges)
         return tokens if keep is None else tokens.where(keep, self.config.num_dot_buckets)
 
@@ -157,10 +157,10 @@ class ArPrior(nn.Module):
         Args:
             cache: From ``start``; changed in place.
             last: The token before: the dot product's where ``position`` is 0, else that of the component before.
-            position: Number of components that are drawn, 0 .. K - 1; it need not be the same for all.
+            position: Number of components sampled so far, 0 .. K - 1; it may differ between sequences.
         """
         is_first = (position == 0)[:, None]
-        # Each table is asked for a token that it has; which of the two answers counts is known only here.
+        # Both tables are read, at a token that each has; torch.where then keeps the one that counts.
         component = self.component_in(last.clamp(max=self.config.num_buckets - 1))
         x = torch.where(is_first, self.dot_in(last.clamp(max=self.config.num_dot_buckets)), component)
         places = self.dims.context_length + 1 + position

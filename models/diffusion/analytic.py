@@ -51,8 +51,8 @@ class X0Variance:
             eps = noise.normal_like(x0)
             with torch.no_grad():
                 x_t = self.diffusion.q_sample(x0, t, eps)
-                found = predict(denoise, x_t, t, t - 1, self.diffusion, limit)
-            size = found.eps**2 if self.estimator == "score" else (found.x0 - x0) ** 2
+                prediction = predict(denoise, x_t, t, t - 1, self.diffusion, limit)
+            size = prediction.eps**2 if self.estimator == "score" else (prediction.x0 - x0) ** 2
             self.sums[row, 0] += per_item_mean(size.double()).sum().cpu()
             self.sums[row, 1] += per_item_mean(x0.double() ** 2).sum().cpu()
         self.num_items += x0.shape[0]

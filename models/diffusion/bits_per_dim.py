@@ -51,8 +51,8 @@ def bits_per_dim(
         for step in range(diffusion.num_timesteps):
             t = torch.full((x0.shape[0],), step, device=x0.device)
             x_t = diffusion.q_sample(x0, t, noise.normal_like(x0))
-            found = predict(denoise, x_t, t, t - 1, diffusion, limit)
-            terms.append(diffusion.vlb_terms(found, x0, x_t, t, bin_width=bin_width))
+            prediction = predict(denoise, x_t, t, t - 1, diffusion, limit)
+            terms.append(diffusion.vlb_terms(prediction, x0, x_t, t, bin_width=bin_width))
         prior = diffusion.prior_bpd(x0)
     stacked = torch.stack(terms, dim=1)
     return Bound(prior + stacked.sum(dim=1), prior, stacked)

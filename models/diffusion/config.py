@@ -33,8 +33,9 @@ class DiffusionConfig:
     """simple: squared error, hybrid where the variance is learned; vlb: the variational bound alone, in bits per
     dimension (section 3.3; of pixels only). With a fixed variance it teaches the mean, as in arXiv:2006.11239."""
     timestep_draws: Literal["uniform", "loss_aware"] = "uniform"
-    """Timesteps of a training batch: all alike, or in proportion to the root mean square of their last 10 losses, each
-    loss weighed so that their mean estimates the same (section 3.3: for vlb, whose terms differ most)."""
+    """Timesteps of a training batch: uniform, or in proportion to the root mean square of their last 10 losses, where
+    each loss is weighted so that the mean stays the same (section 3.3: for vlb, whose terms differ most). Validation
+    samples timesteps uniformly, so it does not depend on what training has seen."""
     loss_weighting: Literal["none", "min_snr"] = "none"
     """Weight of each timestep in the loss; min_snr is arXiv:2303.09556."""
     min_snr_gamma: float = 5.0
@@ -54,9 +55,10 @@ class DiffusionConfig:
 
 @configclass
 class SamplerConfig:
-    """How a trained network is sampled; part of no weight, so it can be changed at any time.
+    """How a trained network is sampled. It changes no weight, so it can be changed at any time.
 
-    But for the prior's analytic sampler, whose variance the end of the training measures, step by step of its walk.
+    One exception: the variance for the prior's analytic sampler is measured at the end of the training, at the
+    timesteps that the sampler visits.
     """
 
     method: Literal["ddpm", "ddim", "analytic", "dpmpp_2m", "heun"] = "ddpm"
@@ -72,7 +74,7 @@ class SamplerConfig:
     """Classifier-free guidance s in uncond + s (cond - uncond), dimensionless; 1 costs no second forward."""
     clip_guidance_scale: float = 0.0
     """Strength of the gradient of a noise-aware CLIP, dimensionless, for the decoder alone (arXiv:2112.10741, equation
-    9); needs ``[noisy_clip]``. 0 turns it off. Prompts are drawn with it, and edits of pictures that have a prompt."""
+    9); needs ``[noisy_clip]``. 0 turns it off. It guides prompts, and edits of pictures that have a prompt."""
     clip_x0: bool = True
     """Clip the predicted clean sample to [-clip_range, clip_range] at each step."""
     clip_range: float = 1.0

@@ -13,7 +13,7 @@ from torch import Tensor
 from models.diffusion.process import Denoise, Diffusion, spread
 
 LogProb = Callable[[Tensor, Tensor], Tensor]
-"""(x, t) -> log probability (B,) of what is wanted, differentiable in x."""
+"""(x, t) -> log probability (B,) of the target, differentiable in x."""
 
 
 def classifier_free(denoise_both: Denoise, scale: float | Tensor, rows: Tensor | None = None) -> Denoise:
@@ -46,7 +46,7 @@ def classifier_free(denoise_both: Denoise, scale: float | Tensor, rows: Tensor |
 def score_guided(denoise: Denoise, log_prob: LogProb, diffusion: Diffusion, scale: float | Tensor) -> Denoise:
     """Guidance by the gradient of a log probability: classifier guidance, arXiv:2105.05233, algorithm 2.
 
-    eps becomes eps - s * scale * grad log p(wanted | x_t), with s = sqrt(1 - alpha_bar_t), which is the eps of the
+    eps becomes eps - s * scale * grad log p(target | x_t), with s = sqrt(1 - alpha_bar_t), which is the eps of the
     product of both distributions; other predictions move by the same amount of x0. It may wrap a denoiser that is
     already guided.
 

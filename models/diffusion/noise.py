@@ -1,4 +1,4 @@
-"""Noise that belongs to one item, so that a sample depends on its seed and not on the batch it is drawn in.
+"""Noise that belongs to one item, so that a sample depends on its seed and not on the batch it is sampled in.
 
 Legend: B items of a batch.
 """
@@ -63,7 +63,7 @@ class NoiseSource:
         Args:
             shape: Shape of one item, without the batch.
             device: Where the result goes.
-            dtype: Type of the result; drawn in float32 whatever it is, so that it holds the same numbers.
+            dtype: Type of the result; the numbers are sampled in float32 whatever it is, so that they stay the same.
         """
         items = [torch.randn(tuple(shape), generator=generator) for generator in self.generators]
         return torch.stack(items).to(device=device, dtype=dtype)
@@ -79,6 +79,6 @@ class NoiseSource:
         return self.normal(x.shape[1:], device=x.device, dtype=x.dtype)
 
     def uniform(self, count: int, *, device: torch.device | str = "cpu") -> Tensor:
-        """Independent numbers in [0, 1), (B, count) float64: in single precision some tokens could not be drawn."""
+        """Independent numbers in [0, 1), (B, count) float64: in single precision some tokens could never be sampled."""
         items = [torch.rand(count, generator=generator, dtype=torch.float64) for generator in self.generators]
         return torch.stack(items).to(device)

@@ -302,7 +302,7 @@ class Diffusion:
         mean_gap = spread(of_x0, x_t) * (x0 - prediction.x0)
         divergence = normal_kl(mean_gap, spread(least, x_t), prediction.log_variance)
         divergence = per_item_mean(divergence)
-        # The decoder term is wanted at t = 0 alone. On the CPU the other items are left out, as it would take 10 ms of
+        # Only items at t = 0 need the decoder term. On the CPU the other items are left out, as it would take 10 ms of
         # the 17 for 64 pictures of 16 px; on a GPU it is cheap, and picking items would wait for the device.
         items = (t == 0).nonzero().flatten() if t.device.type == "cpu" else torch.arange(len(t), device=t.device)
         mean = (spread(of_x0, x_t) * prediction.x0 + spread(of_x_t, x_t) * x_t)[items]

@@ -63,10 +63,10 @@ def ddpm_step(
     limit: Limit | None = None,
 ) -> SamplerState:
     """Ancestral step: arXiv:2006.11239, algorithm 2, with the variance that ``diffusion`` is configured for."""
-    found = predict(denoise, state.x, t, t_prev, diffusion, limit)
-    mean = diffusion.posterior_mean(found.x0, state.x, t, t_prev)
-    std = torch.exp(0.5 * found.log_variance) * spread(t_prev >= 0, state.x)
-    return SamplerState(mean + std * noise.normal_like(state.x), found.x0, t)
+    prediction = predict(denoise, state.x, t, t_prev, diffusion, limit)
+    mean = diffusion.posterior_mean(prediction.x0, state.x, t, t_prev)
+    std = torch.exp(0.5 * prediction.log_variance) * spread(t_prev >= 0, state.x)
+    return SamplerState(mean + std * noise.normal_like(state.x), prediction.x0, t)
 
 
 def analytic_step(
@@ -92,10 +92,10 @@ def analytic_step(
         x0_variance: (T,) float64, mean variance of x0 given x_t per dimension: see ``analytic.estimate_x0_variance``.
         limit: Limit on the predicted x0.
     """
-    found = predict(denoise, state.x, t, t_prev, diffusion, limit)
-    mean = diffusion.posterior_mean(found.x0, state.x, t, t_prev)
+    prediction = predict(denoise, state.x, t, t_prev, diffusion, limit)
+    mean = diffusion.posterior_mean(prediction.x0, state.x, t, t_prev)
     variance = analytic_variance(diffusion, t, t_prev, x0_variance)
-    return SamplerState(mean + spread(variance.sqrt(), state.x) * noise.normal_like(state.x), found.x0, t)
+    return SamplerState(mean + spread(variance.sqrt(), state.x) * noise.normal_like(state.x), prediction.x0, t)
 
 
 def analytic_variance(diffusion: Diffusion, t: Tensor, t_prev: Tensor, x0_variance: Tensor) -> Tensor:
@@ -136,17 +136,17 @@ def ddim_step(
     Raises:
         ValueError: If eta > 0 and there is no noise.
     """
-    found = predict(denoise, state.x, t, t_prev, diffusion, limit)
+    prediction = predict(denoise, state.x, t, t_prev, diffusion, limit)
     variance = eta**2 * diffusion.posterior_coefficients(t, t_prev)[2]
     alpha_bar_prev = diffusion.alpha_bar(t_prev)
     # (1 - alpha_bar_prev) - variance can end a rounding error below 0 where eta = 1 and t_prev = 0.
     direction = (1 - alpha_bar_prev - variance).clamp(min=0).sqrt()
-    x = spread(alpha_bar_prev.sqrt(), state.x) * found.x0 + spread(direction, state.x) * found.eps
+    x = spread(alpha_bar_prev.sqrt(), state.x) * prediction.x0 + spread(direction, state.x) * prediction.eps
     if eta > 0:
         if noise is None:
             raise ValueError(f"eta = {eta} draws noise: give a NoiseSource")
         x = x + spread(variance.sqrt(), state.x) * noise.normal_like(state.x)
-    return SamplerState(x, found.x0, t)
+    return SamplerState(x, prediction.x0, t)
 
 
 def dpmpp_2m_step(
@@ -163,21 +163,21 @@ def dpmpp_2m_step(
     It is of first order on the first step and on the one to t_prev = -1: the half log-SNR is infinite at t_prev = -1,
     so that the last step is x = x0.
     """
-    found = predict(denoise, state.x, t, t_prev, diffusion, limit)
+    prediction = predict(denoise, state.x, t, t_prev, diffusion, limit)
     no_history = (state.t_last >= diffusion.num_timesteps) | (t_prev < 0)
     lambda_t = diffusion.log_snr(t)
     lambda_last = diffusion.log_snr(state.t_last.clamp(max=diffusion.num_timesteps - 1))
     lambda_prev = diffusion.log_snr(t_prev.clamp(min=0))
     # 1 / (2 r) of the paper, with r = (last step) / (this step) in half log-SNR.
     weight = torch.where(no_history, 0.0, 0.5 * (lambda_prev - lambda_t) / (lambda_t - lambda_last))
-    x0 = found.x0 + spread(weight, state.x) * (found.x0 - state.x0)
+    x0 = prediction.x0 + spread(weight, state.x) * (prediction.x0 - state.x0)
 
     alpha_bar, alpha_bar_prev = diffusion.alpha_bar(t), diffusion.alpha_bar(t_prev)
     shrink = ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt()
     # -alpha (exp(-h) - 1) of the paper: alpha_prev - alpha shrink.
     gain = alpha_bar_prev.sqrt() - alpha_bar.sqrt() * shrink
     x = spread(shrink, state.x) * state.x + spread(gain, state.x) * x0
-    return SamplerState(x, found.x0, t)
+    return SamplerState(x, prediction.x0, t)
 
 
 def heun_step(
@@ -196,21 +196,21 @@ def heun_step(
     ends, the second expressed in the frame of the first. Heun in sigma = s / a, which is 2e4 at the end of the cosine
     schedule, would let the second slope of one step there outweigh everything.
     """
-    found = predict(denoise, state.x, t, t_prev, diffusion, limit)
+    prediction = predict(denoise, state.x, t, t_prev, diffusion, limit)
     a, s = diffusion.signal_noise(state.x, t)
     a_prev, s_prev = diffusion.signal_noise(state.x, t_prev)
-    x_euler = a_prev * found.x0 + s_prev * found.eps
+    x_euler = a_prev * prediction.x0 + s_prev * prediction.eps
     if bool((t_prev < 0).all()):
-        return SamplerState(x_euler, found.x0, t)
+        return SamplerState(x_euler, prediction.x0, t)
     second_t = t_prev.clamp(min=0)
     second = predict(denoise, x_euler, second_t, second_t - 1, diffusion, limit)
     cosine = a * a_prev + s * s_prev
     sine = s_prev * a - a_prev * s
-    v = a * found.eps - s * found.x0
+    v = a * prediction.eps - s * prediction.x0
     v_second = a * second.eps - s * second.x0
     corrected = cosine * state.x + sine * 0.5 * (v + v_second)
     x = torch.where(spread(t_prev, state.x) < 0, x_euler, corrected)
-    return SamplerState(x, found.x0, t)
+    return SamplerState(x, prediction.x0, t)
 
 
 def ddim_invert_step(

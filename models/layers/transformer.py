@@ -130,15 +130,15 @@ class CausalTransformer(nn.Module):
             x: The new tokens, positions added.
             mask: True where a new token may read one of the K = cached + S tokens.
             past: Cached keys and values of each block, from ``cache``.
-            num_out: How many of the last tokens are wanted (all if None); the last block computes no others.
+            num_out: How many of the last tokens to return (all if None); the last block computes no others.
         """
         for index, block in enumerate(self.blocks):
-            wanted = x.shape[1] if num_out is None or index + 1 < len(self.blocks) else num_out
+            num_kept = x.shape[1] if num_out is None or index + 1 < len(self.blocks) else num_out
             layer = None if past is None else past[index]
             if self.checkpointing and torch.is_grad_enabled():
-                x, _ = checkpoint(block, x, mask, layer, wanted, use_reentrant=False)
+                x, _ = checkpoint(block, x, mask, layer, num_kept, use_reentrant=False)
             else:
-                x, _ = block(x, mask, layer, wanted)
+                x, _ = block(x, mask, layer, num_kept)
         return self.norm(x)
 
     def cache(

@@ -96,7 +96,7 @@ def augment_noise(condition: Tensor, level: Tensor, noise: Tensor) -> Tensor:
 
     Args:
         condition: (B, C, H, W).
-        level: (B,), share of noise in [0, 1], which the network is told; 0 leaves a picture as it is.
+        level: (B,), share of noise in [0, 1], which the network reads; 0 leaves a picture as it is.
         noise: Standard normal, in the shape of ``condition``.
     """
     share = level.to(condition)[:, None, None, None]

@@ -74,11 +74,11 @@ class Upsampler(nn.Module):
         """x_T and the condition of a chain, the latter at ``config.noise_level``; at 0 ``noise`` is for x_T alone."""
         side_px = low_res.shape[-1] * self.factor
         size = (NUM_COLOURS, side_px, side_px)
-        level = drawn = None
+        level = level_noise = None
         if self.config.noise_level > 0:
             level = torch.full((len(low_res),), self.config.noise_level, device=low_res.device)
-            drawn = noise.normal(size, device=low_res.device)
-        return noise.normal(size, device=low_res.device), self.encode_condition(low_res, level, drawn)
+            level_noise = noise.normal(size, device=low_res.device)
+        return noise.normal(size, device=low_res.device), self.encode_condition(low_res, level, level_noise)
 
     def forward(
         self, x: Float[Tensor, "B 3 H W"], t: Int[Tensor, " B"], condition: Float[Tensor, "B C H W"]

@@ -19,8 +19,10 @@ from torch import Tensor
 from models.rows import concat_rows
 from models.text import TextEncoding
 from pipeline.data.order import SampleOrder, worker_slice
-from pipeline.data.training_rows import ShardReader, ShardTable, TarPictures
+from pipeline.data.shards import ShardPictures
+from pipeline.data.training_rows import ShardReader, ShardTable
 from pipeline.errors import DataError
+from pipeline.pictures import square
 
 TextEncoder = Callable[[Sequence[str]], TextEncoding]
 IMAGE_CACHE_BYTES = 512 << 20
@@ -68,7 +70,7 @@ class Batch:
 @dataclass
 class _OpenShard:
     table: ShardTable
-    pictures: TarPictures | None
+    pictures: ShardPictures | None
     images: NDArray[np.uint8] | None = None
     """Decoded pictures, (N, H, W, 3), where they are kept."""
     decoded: set[int] = field(default_factory=set[int])
@@ -135,12 +137,13 @@ class Samples:
         opened, row = place
         table, pictures, images = opened.table, opened.pictures, opened.images
         assert pictures is not None
-        if images is None:
-            return pictures.decode(table.keys[row], table.uids[row], self._image_px)
-        if row not in opened.decoded:
-            images[row] = pictures.decode(table.keys[row], table.uids[row], self._image_px)
+        if images is not None and row in opened.decoded:
+            return images[row]
+        image = square(pictures.decode(table.keys[row], table.uids[row]), self._image_px)
+        if images is not None:
+            images[row] = image
             opened.decoded.add(row)
-        return images[row]
+        return image
 
 
 @dataclass(frozen=True)

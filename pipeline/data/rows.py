@@ -4,6 +4,7 @@ Arrow schemas are functions, so that ``unclip plan`` need not load pyarrow.
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.errors import DataError
@@ -53,12 +54,17 @@ def embeddings_schema(embed_dim: int) -> "pa.Schema":
     )
 
 
-def require_columns(names: list[str], wanted: list[str], *, where: str) -> None:
+def require_columns(names: Sequence[str], required: Sequence[str], *, where: str) -> None:
     """Refuse a table that lacks a column.
+
+    Args:
+        names: Columns that it has.
+        required: Columns that it must have.
+        where: Its file.
 
     Raises:
         DataError: Names the file, the missing columns and what there is.
     """
-    missing = [name for name in wanted if name not in names]
+    missing = [name for name in required if name not in names]
     if missing:
         raise DataError(f"{where}: no column {', '.join(missing)}; it has {', '.join(names)}")

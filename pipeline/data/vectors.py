@@ -6,12 +6,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.data.rows import embeddings_schema, require_columns
-from pipeline.data.shards import MEND
-from pipeline.errors import DataError
+from pipeline.data.rows import embeddings_schema
+from pipeline.data.shards import read_table
 
 ROW_GROUP_ROWS = 1024
 """Rows of a row group: small, so that the exact vectors of a few neighbours are read without their whole shard."""
@@ -53,10 +51,6 @@ def read_vectors(path: Path) -> Vectors:
     Raises:
         DataError: If the file is damaged or lacks a column; names it.
     """
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: damaged ({error}); {MEND}") from error
-    require_columns(table.column_names, embeddings_schema(1).names, where=str(path))
+    table = read_table(path, embeddings_schema(1).names)
     z_image, z_text = to_numpy(table.column("z_image")), to_numpy(table.column("z_text"))
     return Vectors(z_image, z_text, table.drop_columns(["z_image", "z_text"]))

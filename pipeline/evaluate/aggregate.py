@@ -1,6 +1,6 @@
 """All parts of an evaluation together: the numbers, and the list of samples.
 
-Legend: N drawings (the first of each prompt), M validation rows, D features of an embedding.
+Legend: N samples (the first of each prompt), M validation rows, D features of an embedding.
 """
 
 import json
@@ -35,7 +35,7 @@ class Aggregate:
     Args:
         output: The evaluate step's artifact.
         parts: All its parts, committed.
-        prompts: What was drawn.
+        prompts: What was sampled.
     """
 
     def __init__(self, output: Artifact, parts: Sequence[Part], prompts: PromptSet) -> None:
@@ -121,10 +121,10 @@ class Aggregate:
         count = len(self.firsts)
         if not self._has_real() or count < 2:
             return {}
-        drawn, real = matrix(self.firsts, "z_image"), matrix(self.firsts, "z_real")
+        generated, real = matrix(self.firsts, "z_image"), matrix(self.firsts, "z_real")
         frechet: Json = {"generated": frechet_distance(self._sums("z_image"), self._sums("z_real")), "count": count}
-        mmd: Json = {"generated": cmmd(drawn, real), "count": count}
-        manifolds = {"generated": (drawn, real)}
+        mmd: Json = {"generated": cmmd(generated, real), "count": count}
+        manifolds = {"generated": (generated, real)}
         train = choose_rows(embed, 2 * count, "train")
         if len(train) == 2 * count:
             z_image = np.array([row.z_image for row in train], np.float64)
@@ -169,10 +169,10 @@ class Aggregate:
         rows = [row for row in self.rows if row["z_reconstruction"] is not None]
         if not rows:
             return {}
-        drawn, real = matrix(rows, "z_reconstruction"), matrix(rows, "z_image")
-        measured: Json = {"reconstruction": mean_of(cosine(drawn, real))}
+        again, real = matrix(rows, "z_reconstruction"), matrix(rows, "z_image")
+        measured: Json = {"reconstruction": mean_of(cosine(again, real))}
         if len(rows) > 1:
-            measured["unrelated"] = mean_of(cosine(drawn, np.roll(real, 1, axis=0)))
+            measured["unrelated"] = mean_of(cosine(again, np.roll(real, 1, axis=0)))
         return measured
 
     def _upsamplers(self) -> Json:
@@ -186,7 +186,7 @@ class Aggregate:
         }
 
     def _memorisation(self, neighbours: "TrainingNeighbours") -> Json:
-        """Similarity of drawings, and of real unseen pictures, to their nearest training pictures."""
+        """Similarity of samples, and of real unseen pictures, to their nearest training pictures."""
         real = matrix(self.firsts, "z_real") if self._has_real() else matrix(self.rows, "z_image")
         nearest = neighbours.similarity(matrix(self.firsts, "z_image"))
         if not nearest.size or not real.size:
@@ -217,16 +217,16 @@ class TrainingNeighbours:
         """Training rows among the nearest rows of all, for each of (Q, D) vectors."""
         if not vectors.size:
             return []
-        found = self._index.search(vectors.astype(np.float32), _NEIGHBOURS_ASKED, modality="image")
-        return [self._trained(row) for row in found]
+        neighbours = self._index.search(vectors.astype(np.float32), _NEIGHBOURS_ASKED, modality="image")
+        return [self._trained(row) for row in neighbours]
 
     def nearest(self, vectors: Vectors) -> list[Json | None]:
         """Uid and cosine of the nearest training row of each; None where none of the nearest rows is one."""
-        found = [row[0] if row else None for row in self.find(vectors)]
-        told = self._index.rows([near.id for near in found if near is not None])
-        uids = iter(columns["uid"] for columns in told)
+        nearest = [row[0] if row else None for row in self.find(vectors)]
+        rows = self._index.rows([near.id for near in nearest if near is not None])
+        uids = iter(columns["uid"] for columns in rows)
         return [
-            None if near is None else {"uid": next(uids), "similarity": round(near.similarity, 4)} for near in found
+            None if near is None else {"uid": next(uids), "similarity": round(near.similarity, 4)} for near in nearest
         ]
 
     def similarity(self, vectors: Vectors) -> Vectors:
@@ -234,8 +234,8 @@ class TrainingNeighbours:
         return np.array([row[0].similarity for row in self.find(vectors) if row])
 
     def _trained(self, row: list[Neighbour]) -> list[Neighbour]:
-        told = self._index.rows([near.id for near in row])
-        return [near for near, columns in zip(row, told, strict=True) if columns["split"] == "train"]
+        columns_of = self._index.rows([near.id for near in row])
+        return [near for near, columns in zip(row, columns_of, strict=True) if columns["split"] == "train"]
 
 
 def pixel_check(rows: Rows, prompts: PromptSet) -> Json:

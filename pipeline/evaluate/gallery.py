@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pipeline.data.shards import StoredPictures
 from pipeline.evaluate.aggregate import Aggregate, TrainingNeighbours, matrix, parse_flags
 from pipeline.evaluate.metrics import cosine
 from pipeline.evaluate.parts import NUM_RECONSTRUCTIONS_SHOWN, NUM_STAGES
 from pipeline.pictures import decode, thumbnail, to_png
-from pipeline.retrieve import read_picture
 from pipeline.sampling.grid import Block, draw_grid
 from pipeline.sampling.sample import sample_grid
 from pipeline.workspace.store import Artifact
@@ -100,13 +100,13 @@ class Gallery:
 
     def _neighbours(self, neighbours: TrainingNeighbours, download: Artifact) -> Rows:
         entries: Rows = []
+        stored = StoredPictures(download)
         rows = self._firsts[:NUM_STAGES]
-        for row, found in zip(rows, neighbours.find(matrix(rows, "z_image")), strict=True):
+        for row, neighbours_of_row in zip(rows, neighbours.find(matrix(rows, "z_image")), strict=True):
             pictures: Rows = [{"file": row["file"], "label": "drawn", "caption": row["prompt"]}]
-            for rank, near in enumerate(found[:_NUM_NEIGHBOURS]):
+            for rank, near in enumerate(neighbours_of_row[:_NUM_NEIGHBOURS]):
                 name = f"neighbours/{row['prompt_number']:05d}-{rank}.png"
-                data = read_picture(download, near.shard, near.key)
-                picture = thumbnail(decode(data, where=f"shard {near.shard}: key {near.key}: uid {near.uid}"))
+                picture = thumbnail(stored.decode(near.shard, near.key, near.uid))
                 self._output.write_bytes(name, to_png(picture))
                 pictures.append(
                     {"file": name, "label": f"{near.similarity:.3f}", "caption": near.caption, "uid": near.uid}

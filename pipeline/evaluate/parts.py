@@ -23,12 +23,12 @@ from models.cascade import Cascade
 from models.pixels import resize, to_pixels, to_uint8
 from models.stage import PIXELS, Z_IMAGE, Batch
 from pipeline.clip import FrozenClip
+from pipeline.data.shards import StoredPictures
 from pipeline.errors import DataError
 from pipeline.evaluate.features import FeatureExtractor
 from pipeline.evaluate.prompts import PromptSet, Row
 from pipeline.networks.quality import psnr_db, sharpness, ssim
-from pipeline.pictures import decode, square, to_png
-from pipeline.retrieve import read_picture
+from pipeline.pictures import square, to_png
 from pipeline.shapes.check import check
 from pipeline.shapes.draw import draw_array
 from pipeline.shapes.scene import Scene
@@ -130,7 +130,7 @@ class PartRunner:
         self._clip = cast("FrozenClip", cascade.clip)
         self._prompts = prompts
         self._rows = rows
-        self._download = download
+        self._stored = StoredPictures(download)
         self._output = output
         self._seed = seed
         self._drawings = drawings
@@ -296,8 +296,7 @@ class PartRunner:
             column |= {name: [float(values[n]) for values in of_each] for name, of_each in found.items()}
 
     def _real_picture(self, row: Row) -> Pixels:
-        where = f"shard {row.shard}: key {row.key}: uid {row.uid}"
-        return square(decode(read_picture(self._download, row.shard, row.key), where=where), self._sides_px[-1])
+        return square(self._stored.decode(row.shard, row.key, row.uid), self._sides_px[-1])
 
     def _features(self, pictures: Sequence[Pixels]) -> Sequence[NDArray[np.float32] | None]:
         if self._extractor is None or not pictures:

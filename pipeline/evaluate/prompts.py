@@ -1,11 +1,11 @@
-"""What is drawn and measured: prompts that were not trained on, and validation rows, chosen the same way everywhere.
+"""What is sampled and measured: prompts that were not trained on, and validation rows, chosen the same way everywhere.
 
 Rows are chosen by the order of their uids, which are hashes: a fixed random sample, whatever the shards.
 """
 
 import heapq
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ EVALUATION = "evaluation.parquet"
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt, with what is known of the picture that it should give."""
+    """One prompt, with the picture that it should give, where there is one."""
 
     text: str
     kind: str = ""
@@ -74,7 +74,7 @@ class PromptSet:
 
 
 def choose_prompts(path: str, pairs: Artifact, embed: Artifact, num_prompts: int) -> PromptSet:
-    """The prompts to draw: of a file, else the drawn source's, else validation captions.
+    """The prompts to sample: of a file, else the drawn source's, else validation captions.
 
     Args:
         path: Text file of prompts, one a line; or empty.
@@ -115,7 +115,7 @@ def held_out_rows(embed: Artifact, num_rows: int, *, distinct: bool = False) -> 
 
 def choose_rows(embed: Artifact, num_rows: int, split: str, *, distinct: bool = False) -> list[Row]:
     """The ``num_rows`` rows of a split whose uids come first, in the order of their uids."""
-    places = heapq.nsmallest(num_rows * (4 if distinct else 1), _places(embed, lambda s: s == split))
+    places = heapq.nsmallest(num_rows * (4 if distinct else 1), _places(embed, split))
     if distinct:
         first: dict[str, tuple[str, str, int, str]] = {}
         for place in places:
@@ -130,14 +130,14 @@ def choose_rows(embed: Artifact, num_rows: int, split: str, *, distinct: bool = 
     return [rows[place[0]] for place in places]
 
 
-def _places(embed: Artifact, wanted: Callable[[str], bool]) -> Iterator[tuple[str, str, int, str]]:
-    """(uid, shard, row number, caption) of every row whose split is wanted."""
+def _places(embed: Artifact, split: str) -> Iterator[tuple[str, str, int, str]]:
+    """(uid, shard, row number, caption) of every row of a split."""
     for shard in embed.shard_records():
         path = embed.path(f"{shard}.parquet")
         table = _read(path, ["uid", "split", "caption"])
         columns = (table.column(name).to_pylist() for name in ("uid", "split", "caption"))
-        for number, (uid, split, caption) in enumerate(zip(*columns, strict=True)):
-            if wanted(split):
+        for number, (uid, row_split, caption) in enumerate(zip(*columns, strict=True)):
+            if row_split == split:
                 yield uid, shard, number, caption or ""
 
 

@@ -25,7 +25,7 @@ _ROWS_AT_A_TIME = 1024
 def cmmd(a: Array, b: Array) -> float:
     """Squared maximum mean discrepancy of two sets of embeddings, times 1000: arXiv:2401.09603, equation 4.
 
-    The estimate is the unbiased one, so it may fall slightly below zero where the sets are alike.
+    The estimate is the unbiased one, so it may fall slightly below zero where the sets have one distribution.
 
     Args:
         a: (N, D), rows of length one, N >= 2.
@@ -41,24 +41,24 @@ def cmmd(a: Array, b: Array) -> float:
     return CMMD_SCALE * (within[0] + within[1] - 2 * between)
 
 
-def precision_recall(drawn: Array, real: Array, num_neighbours: int = NUM_NEIGHBOURS) -> tuple[Rate, Rate]:
+def precision_recall(generated: Array, real: Array, num_neighbours: int = NUM_NEIGHBOURS) -> tuple[Rate, Rate]:
     """Improved precision and recall: arXiv:1904.06991, equations 1 and 2.
 
-    Precision is the share of drawn rows inside the manifold of the real ones, recall the share of real rows inside that
-    of the drawn ones; a manifold is the union of spheres around its rows, each as wide as the distance to the row's
-    ``num_neighbours``-th nearest other row.
+    Precision is the share of generated rows inside the manifold of the real ones, recall the share of real rows inside
+    that of the generated ones; a manifold is the union of spheres around its rows, each as wide as the distance to the
+    row's ``num_neighbours``-th nearest other row.
 
     Args:
-        drawn: (N, D).
+        generated: (N, D).
         real: (M, D).
         num_neighbours: Below N and M.
 
     Raises:
         ValueError: If a set has not more rows than ``num_neighbours``.
     """
-    if min(len(drawn), len(real)) <= num_neighbours:
-        raise ValueError(f"{len(drawn)} and {len(real)} rows: more than {num_neighbours} neighbours each")
-    return _inside(drawn, real, num_neighbours), _inside(real, drawn, num_neighbours)
+    if min(len(generated), len(real)) <= num_neighbours:
+        raise ValueError(f"{len(generated)} and {len(real)} rows: more than {num_neighbours} neighbours each")
+    return _inside(generated, real, num_neighbours), _inside(real, generated, num_neighbours)
 
 
 def _inside(rows: Array, manifold: Array, num_neighbours: int) -> Rate:

@@ -1,6 +1,7 @@
 """``unclip init``: look at a person's pairs and write a short recipe for them and for this machine."""
 
 import os
+import tomllib
 from pathlib import Path
 
 from pipeline.data.folders import PICTURES
@@ -8,7 +9,7 @@ from pipeline.data.lists import list_columns, list_files
 from pipeline.data.pairs import PairsSummary, source_batches
 from pipeline.errors import ConfigError, DataError
 from pipeline.init.sizes import Tables, as_toml, cpu_tables, gpu_tables
-from pipeline.recipe.recipe import load_recipe
+from pipeline.recipe.recipe import parse_recipe
 from pipeline.recipe.sections import PairsConfig
 from pipeline.workspace.store import Artifact
 
@@ -48,6 +49,9 @@ def write_recipe(
         raise ConfigError(f"{out} exists; choose another --out, or replace it with --force")
     if not path.exists():
         raise ConfigError(f"{source}: no such list or folder")
+    for name in (source, out):
+        if not name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise ConfigError(f"{name!r}: this name is no UTF-8, which a recipe must be; rename the file")
     if not target.parent.is_dir():
         raise ConfigError(f"{out}: there is no folder {target.parent}; make it, or choose another --out")
     folder = path.is_dir() and any(file.suffix.lower() in PICTURES for file in path.rglob("*"))
@@ -63,10 +67,12 @@ def write_recipe(
         raise DataError(f"{source}: holds no pairs")
     on_gpu = Path("/proc/driver/nvidia/version").exists() if gpu is None else gpu
     machine = "one GPU" if on_gpu else f"{os.cpu_count()} CPU cores"
-    header = f"# {source}: {num_pairs} pairs, sized for {machine}. `unclip config {out}` prints every field.\n"
-    text = header + as_toml(_tables(target.stem, pairs, num_pairs, on_gpu=on_gpu))
+    header = f"{source}: {num_pairs} pairs, sized for {machine}. `unclip config {out}` prints every field."
+    # A comment holds no line end, and a file's name may.
+    comment = "".join(letter if letter.isprintable() else "?" for letter in header)
+    text = f"# {comment}\n" + as_toml(_tables(target.stem, pairs, num_pairs, on_gpu=on_gpu))
+    parse_recipe(tomllib.loads(text), where=out)
     Artifact(str(target.parent.resolve())).write_bytes(target.name, text.encode())
-    load_recipe(target)
     kind = "pictures in a folder" if folder else f"rows (url: {pairs.url_column}, caption: {pairs.caption_column})"
     return f"{num_pairs} {kind}; sized for {machine}"
 

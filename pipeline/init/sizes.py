@@ -94,8 +94,13 @@ def _on_gpu(num_steps: int, batch_size: int, learning_rate: float) -> Tables:
 
 
 def as_toml(tables: Tables, name: str = "") -> str:
-    """Tables as TOML with short lists on one line, which JSON's values happen to be too."""
-    lines = [f"{key} = {json.dumps(value)}\n" for key, value in tables.items() if not isinstance(value, dict)]
+    """Tables as TOML with short lists on one line.
+
+    A value is written as JSON with its characters as they are: TOML has no surrogate pairs to escape an emoji with. The
+    one character that TOML wants escaped and JSON does not is DEL.
+    """
+    texts = {key: json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") for key, value in tables.items()}
+    lines = [f"{key} = {texts[key]}\n" for key, value in tables.items() if not isinstance(value, dict)]
     head = f"\n[{name}]\n" if lines and name else ""
     prefix = f"{name}." if name else ""
     inner = [as_toml(value, f"{prefix}{key}") for key, value in tables.items() if isinstance(value, dict)]

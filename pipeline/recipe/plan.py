@@ -90,15 +90,25 @@ def make_plan(recipe: Recipe, *, until: str = "") -> list[Step]:
         if isinstance(section, ClipStepConfig) and section.source == "pretrained":
             inputs = {}
         steps[row.name] = Step(row.name, row.version, tables, inputs)
+    return steps_until(list(steps.values()), until)
+
+
+def steps_until(steps: list[Step], until: str) -> list[Step]:
+    """The steps of a plan that one of them needs, itself included; all where ``until`` is empty.
+
+    Raises:
+        ConfigError: If ``until`` is no step of the plan.
+    """
     if not until:
-        return list(steps.values())
-    if until not in steps:
-        raise ConfigError(f"--until {until}: no such step in this recipe; it has {', '.join(steps)}")
+        return steps
+    names = [step.name for step in steps]
+    if until not in names:
+        raise ConfigError(f"--until {until}: no such step in this recipe; it has {', '.join(names)}")
     needed = {until}
-    for step in reversed(steps.values()):
+    for step in reversed(steps):
         if step.name in needed:
             needed |= set(step.inputs)
-    return [step for step in steps.values() if step.name in needed]
+    return [step for step in steps if step.name in needed]
 
 
 def sampling_tables(recipe: Recipe) -> Json:

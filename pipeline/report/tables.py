@@ -28,7 +28,7 @@ _GOALS = {
 
 
 _LEAST_RANGE = 0.01
-"""A floor as near as this to its ceiling says nothing, and no bar is drawn between them."""
+"""A floor as near as this to its ceiling says nothing, and it gets no bar."""
 
 
 def quality_groups(metrics: Json) -> list[Json]:
@@ -79,14 +79,14 @@ def tiles_of(metrics: Json) -> list[Json]:
 
 
 def measure_rows(metrics: Json) -> list[Json]:
-    """The measures that need no drawn scenes, each between its floor and its ceiling."""
+    """The measures that need no scenes, each between its floor and its ceiling."""
     rows = [
         _row(
             metrics,
             "clip_score",
             ("generated", "real", "shuffled"),
             "CLIP score",
-            "Cosine of a drawing with its own prompt; ceiling: the real picture; floor: somebody else's prompt.",
+            "Cosine of a sample with its own prompt; ceiling: the real picture; floor: somebody else's prompt.",
         ),
         _row(
             metrics,
@@ -101,7 +101,7 @@ def measure_rows(metrics: Json) -> list[Json]:
             "frechet_clip",
             ("generated", "real", ""),
             "Frechet distance, CLIP features",
-            "Drawings against real pictures, lower is better; ceiling: two samples of real pictures, each as many.",
+            "Samples against real pictures, lower is better; ceiling: two samples of real pictures, each as many.",
             ranged=False,
         ),
         _row(
@@ -125,7 +125,7 @@ def measure_rows(metrics: Json) -> list[Json]:
             "precision",
             ("generated", "real", ""),
             "Precision",
-            "Share of drawings among the real pictures' nearest neighbours in the CLIP space: how real they are.",
+            "Share of samples among the real pictures' nearest neighbours in the CLIP space: how real they are.",
             percent=True,
         ),
         _row(
@@ -133,7 +133,7 @@ def measure_rows(metrics: Json) -> list[Json]:
             "recall",
             ("generated", "real", ""),
             "Recall",
-            "Share of real pictures among the drawings' nearest neighbours in the CLIP space: how varied these are.",
+            "Share of real pictures among the samples' nearest neighbours in the CLIP space: how varied these are.",
             percent=True,
         ),
         *_prior(metrics, "prior", "Prior"),
@@ -143,7 +143,7 @@ def measure_rows(metrics: Json) -> list[Json]:
             "decoder",
             ("reconstruction", "", "unrelated"),
             "Decoder: similarity of reconstructions",
-            "Drawn from a true z_image, seen by CLIP again; floor: another picture's z_image.",
+            "Sampled from a true z_image and embedded by CLIP again; floor: another picture's z_image.",
         ),
         *(row for number in (1, 2) for row in _upsampler(metrics, number)),
         _row(
@@ -151,7 +151,7 @@ def measure_rows(metrics: Json) -> list[Json]:
             "memorisation",
             ("generated", "real", ""),
             "Nearest training picture",
-            "Similarity of each drawing to the nearest picture that was trained on; beside it: real, unseen pictures.",
+            "Similarity of each sample to the nearest picture that was trained on; beside it: real, unseen pictures.",
             ranged=False,
         ),
         _row(
@@ -159,7 +159,7 @@ def measure_rows(metrics: Json) -> list[Json]:
             "memorised",
             ("generated", "", ""),
             "Memorisation rate",
-            "Share of drawings closer to a training picture than 95 % of real, unseen pictures are; of real ones 5 %.",
+            "Share of samples closer to a training picture than 95 % of real, unseen pictures are; of real ones 5 %.",
             percent=True,
         ),
     ]
@@ -167,8 +167,8 @@ def measure_rows(metrics: Json) -> list[Json]:
 
 
 def _rank(name: str) -> tuple[int, str]:
-    known = list(_NAMES)
-    return (known.index(name) if name in known else len(known), name)
+    names = list(_NAMES)
+    return (names.index(name) if name in names else len(names), name)
 
 
 def _row(
@@ -181,8 +181,8 @@ def _row(
     percent: bool = False,
     ranged: bool = True,
 ) -> Json | None:
-    found = metrics.get(key, {})
-    value, ceiling, floor = (_number(found.get(kind)) for kind in kinds)
+    measured = metrics.get(key, {})
+    value, ceiling, floor = (_number(measured.get(kind)) for kind in kinds)
     if value is None:
         return None
     place = None
@@ -215,7 +215,7 @@ def _prior(metrics: Json, key: str, title: str) -> list[Json | None]:
 
 def _upsampler(metrics: Json, number: int) -> list[Json]:
     """Likeness to the real picture, with bicubic enlargement as the floor, and sharpness beside that of both."""
-    found = metrics.get(f"upsampler_{number}", {})
+    measured = metrics.get(f"upsampler_{number}", {})
     about = "Validation pictures made small and enlarged again; floor: bicubic enlargement."
     rows: list[Json] = []
     for key, name, why in (
@@ -223,10 +223,10 @@ def _upsampler(metrics: Json, number: int) -> list[Json]:
         ("ssim", "SSIM", about),
         ("sharpness", "sharpness", "Variance of the Laplacian, in grey levels squared; ceiling: the real pictures."),
     ):
-        value, bicubic = _number(found.get(key)), _number(found.get(f"bicubic_{key}"))
+        value, bicubic = _number(measured.get(key)), _number(measured.get(f"bicubic_{key}"))
         if value is None or bicubic is None:
             continue
-        real = _number(found.get(f"real_{key}"))
+        real = _number(measured.get(f"real_{key}"))
         texts = ["" if one is None else _UPSAMPLER_TEXTS[key](one) for one in (value, real, bicubic)]
         row = {"name": f"Upsampler {number}: {name}", "why": why, "value": texts[0], "ceiling": texts[1]}
         rows.append(row | {"floor": texts[2], "place": None})

@@ -1,5 +1,5 @@
 """The neighbour index as a library."""
 
-from pipeline.retrieve.index import Neighbour, NeighbourIndex, read_picture
+from pipeline.retrieve.index import Neighbour, NeighbourIndex
 
-__all__ = ["Neighbour", "NeighbourIndex", "read_picture"]
+__all__ = ["Neighbour", "NeighbourIndex"]

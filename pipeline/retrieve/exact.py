@@ -102,11 +102,11 @@ def true_neighbours(shards: EmbeddedShards, queries: Floats, column: str, k: int
     Rows tie often: pictures with one caption share one z_text, and any of them is a right answer.
     """
     least = kth_similarity(shards, queries, column, k) - _TIE
-    found: list[set[int]] = [set() for _ in queries]
+    neighbours: list[set[int]] = [set() for _ in queries]
     for _, start, vectors in shards:
         for query, row in np.argwhere(_scores(vectors, queries, column) >= least[:, None]):
-            found[query].add(start + int(row))
-    return found
+            neighbours[query].add(start + int(row))
+    return neighbours
 
 
 def recall(returned: NDArray[Any], true: list[set[int]], k: int) -> float:
@@ -117,7 +117,7 @@ def recall(returned: NDArray[Any], true: list[set[int]], k: int) -> float:
         true: As ``true_neighbours`` gives them.
         k: K.
     """
-    hits = [min(k, sum(int(row) in wanted for row in rows)) for rows, wanted in zip(returned, true, strict=True)]
+    hits = [min(k, sum(int(row) in nearest for row in rows)) for rows, nearest in zip(returned, true, strict=True)]
     return float(np.mean(hits)) / k
 
 

@@ -1,9 +1,7 @@
-"""The neighbour index as a library: open it, search it, fetch the pictures of what was found."""
+"""The neighbour index as a library: open it and search it."""
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import faiss
@@ -12,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.rows import require_columns
-from pipeline.data.shards import Members, index_tar, picture_extension, read_member
 from pipeline.errors import DataError
 from pipeline.retrieve.build import MODALITIES, ROW_COLUMNS, Modality, set_effort
 from pipeline.retrieve.exact import EmbeddedShards, ExactVectors, Floats, Ids
@@ -104,9 +101,9 @@ class NeighbourIndex:
         num_candidates = min(k * self._candidates_per_result, self.num_rows)
         similarities, ids = self._indices[modality].search(queries, num_candidates)
         results: list[list[Neighbour]] = []
-        for query, near, found in zip(queries, similarities, ids, strict=True):
-            valid = found >= 0
-            results.append(self._best(query, near[valid], found[valid], k, modality))
+        for query, near, candidates in zip(queries, similarities, ids, strict=True):
+            valid = candidates >= 0
+            results.append(self._best(query, near[valid], candidates[valid], k, modality))
         return results
 
     def rows(self, ids: Sequence[int]) -> list[dict[str, str]]:
@@ -120,38 +117,18 @@ class NeighbourIndex:
             raise ValueError(f"no row {wrong[0]}: the index has {self.num_rows}")
         return self._rows.take(pa.array(ids, pa.int64())).to_pylist()
 
-    def _best(self, query: Floats, near: Floats, found: Ids, k: int, modality: Modality) -> list[Neighbour]:
+    def _best(self, query: Floats, near: Floats, candidates: Ids, k: int, modality: Modality) -> list[Neighbour]:
         if self._exact is not None:
-            near = self._exact.gather(found, f"z_{modality}") @ query
-        order = np.lexsort((found, -near))[:k]  # ties by row number, so that answers do not change
-        told = self.rows([int(row) for row in found[order]])
+            near = self._exact.gather(candidates, f"z_{modality}") @ query
+        order = np.lexsort((candidates, -near))[:k]  # ties by row number, so that answers do not change
+        rows = self.rows([int(row) for row in candidates[order]])
         return [
-            Neighbour(int(row), told_row["uid"], float(similarity), *(told_row[name] for name in _SHOWN))
-            for row, similarity, told_row in zip(found[order], near[order], told, strict=True)
+            Neighbour(int(number), row["uid"], float(similarity), *(row[name] for name in _SHOWN))
+            for number, similarity, row in zip(candidates[order], near[order], rows, strict=True)
         ]
 
 
 _SHOWN = ("url", "caption", "key", "shard")
-
-
-def read_picture(download: Artifact, shard: str, key: str) -> bytes:
-    """The stored picture file of one row.
-
-    Raises:
-        DataError: If the shard has no such picture, or is damaged.
-    """
-    tar = download.path(f"{shard}.tar")
-    files = _members(str(tar)).get(key, {})
-    extension = picture_extension(files)
-    if extension is None:
-        raise DataError(f"{tar}: no picture with key {key}")
-    with tar.open("rb") as stream:
-        return read_member(stream, files[extension])
-
-
-@functools.lru_cache(maxsize=64)
-def _members(tar: str) -> Members:
-    return index_tar(Path(tar))
 
 
 def _read_rows(index: Artifact) -> pa.Table:

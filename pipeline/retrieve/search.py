@@ -6,12 +6,13 @@ from typing import cast
 import numpy as np
 import torch
 
+from pipeline.data.shards import StoredPictures
 from pipeline.networks.clip import load_clip_artifact
-from pipeline.pictures import decode, read_file, to_png
+from pipeline.pictures import read_file, to_png
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe
 from pipeline.retrieve.build import Modality
-from pipeline.retrieve.index import Neighbour, NeighbourIndex, read_picture
+from pipeline.retrieve.index import Neighbour, NeighbourIndex
 from pipeline.sampling.grid import Block, draw_grid
 from pipeline.workspace.store import Artifact, translate_os_errors
 
@@ -52,10 +53,9 @@ def search_recipe(
 
 def _write_pictures(neighbours: list[Neighbour], download: Artifact, folder: Path, title: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    blocks: list[Block] = []
+    pictures, blocks = StoredPictures(download), list[Block]()
     for rank, neighbour in enumerate(neighbours):
-        where = f"shard {neighbour.shard}: key {neighbour.key}: uid {neighbour.uid}"
-        picture = decode(read_picture(download, neighbour.shard, neighbour.key), where=where)
+        picture = pictures.decode(neighbour.shard, neighbour.key, neighbour.uid)
         (folder / f"{rank:03d}.png").write_bytes(to_png(picture))
         blocks.append(Block([np.array(picture)], f"{neighbour.similarity:.3f} {neighbour.caption}"))
     draw_grid(blocks, columns=5, title=title).save(folder / "grid.png")

@@ -7,10 +7,12 @@ import importlib
 import logging
 import os
 import platform
+import signal
 import socket
+import threading
 import time
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,8 +21,8 @@ import psutil
 import ray
 import ray.exceptions
 
-from pipeline.errors import StepError, UnclipError
-from pipeline.recipe.plan import Step, StepStatus, make_plan, manifest_of, plan_status
+from pipeline.errors import DataError, StepError, UnclipError
+from pipeline.recipe.plan import Step, StepStatus, manifest_of
 from pipeline.recipe.recipe import Recipe, to_dict
 from pipeline.recipe.steps import STEP_ROWS
 from pipeline.runtime.admission import Admission, fits_now, told_at_once
@@ -52,38 +54,36 @@ class Observer(Protocol):
         """Something went wrong that does not stop the run."""
 
 
-def run_recipe(recipe: Recipe, observer: Observer, *, until: str = "", address: str = "") -> list[StepStatus]:
-    """Bring a workspace up to its recipe.
+def run_recipe(recipe: Recipe, statuses: Sequence[StepStatus], observer: Observer, *, address: str = "") -> None:
+    """Bring a workspace up to its recipe; nothing is done where all is.
 
     Args:
         recipe: A checked recipe.
+        statuses: The steps to finish, and where they stand (``plan_status``).
         observer: Hears of starts, readings and commits.
-        until: Last step wanted; empty: all.
         address: Ray cluster; empty: one of our own on this machine, ended with the run.
 
-    Returns:
-        The state before the run: all ``done`` means that nothing was run.
-
     Raises:
-        ConfigError: If the recipe's inputs are not there, or the tracker does not answer.
+        ConfigError: If the tracker does not answer.
+        DataError: If a step has a manifest that cannot be read: running it again would replace it.
         StepError: If a step failed, the cluster does not answer, or another run holds the workspace.
     """
-    workspace = Workspace(recipe.workspace)
-    steps = make_plan(recipe, until=until)
-    statuses = plan_status(workspace, steps)
+    for status in statuses:
+        if status.state == "unreadable":
+            raise DataError(status.reasons[0])
     if all(status.state == "done" for status in statuses):
-        return statuses
+        return
+    workspace = Workspace(recipe.workspace)
     with _locked(workspace), Tracking(recipe, workspace, observer.warned) as tracking, connect(address):
         workspace.artifact("recipes", recipe.name).write_json("resolved.json", to_dict(recipe))
         may_start = told_at_once if address else fits_now
         _run_steps(recipe, workspace, statuses, observer, tracking, may_start)
-    return statuses
 
 
 def _run_steps(
     recipe: Recipe,
     workspace: Workspace,
-    statuses: list[StepStatus],
+    statuses: Sequence[StepStatus],
     observer: Observer,
     tracking: Tracking,
     may_start: Admission,
@@ -212,6 +212,7 @@ def connect(address: str = "") -> Generator[None]:
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     if address:
         _require_listener(address)
+    on_termination = signal.getsignal(signal.SIGTERM)
     try:
         if address:
             ray.init(address=address, **quiet)
@@ -228,6 +229,9 @@ def connect(address: str = "") -> Generator[None]:
         if address:
             raise StepError(f"no Ray cluster at {address}: {reason}") from None
         raise StepError(f"Ray did not start on this machine: {reason} Run again; finished work is kept") from None
+    # Ray ends the process with a dump of its stack on SIGTERM; what the process did before stays.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_termination)
     try:
         yield
     finally:

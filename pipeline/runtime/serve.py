@@ -8,13 +8,11 @@ import asyncio
 import logging
 import os
 import re
-import signal
 import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -184,8 +182,7 @@ def serve_recipe(recipe: Recipe, *, address: str = "", announce: Callable[[str],
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     if not address:
         _require_free_port(config.host, config.port)
-    # Ray puts handlers of its own in place when it starts: ours come after.
-    with connect(address), _termination_as_interrupt():
+    with connect(address):
         _require_room(config)
         try:
             try:
@@ -282,23 +279,6 @@ def _watch() -> None:
             raise StepError(f"serve: Ray went away ({type(error).__name__})") from None
         if application is None:
             raise StepError("serve: the application was ended from elsewhere")
-
-
-@contextmanager
-def _termination_as_interrupt() -> Generator[None]:
-    """SIGTERM ends the server as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(_signal: int, _frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _reason(text: str) -> str:

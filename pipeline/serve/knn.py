@@ -12,9 +12,10 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.data.shards import StoredPictures
 from pipeline.errors import DataError
 from pipeline.pictures import PictureError, decode, read, square
-from pipeline.retrieve import NeighbourIndex, read_picture
+from pipeline.retrieve import NeighbourIndex
 from pipeline.serve.protocols import Images, NeighbourRow, Neighbours, PictureModel, Vectors
 from pipeline.serve.web import ApiError
 from pipeline.workspace.store import Artifact
@@ -58,7 +59,7 @@ class LocalNeighbours:
 
     def __init__(self, index: NeighbourIndex, download: Artifact) -> None:
         self._index = index
-        self._download = download
+        self._stored = StoredPictures(download)
 
     @property
     def embed_dim(self) -> int:
@@ -81,7 +82,7 @@ class LocalNeighbours:
     def picture(self, row: NeighbourRow) -> bytes | None:
         """See ``Neighbours``."""
         try:
-            data = read_picture(self._download, row.columns["shard"], row.columns["key"])
+            data = self._stored.read(*(row.columns[name] for name in ("shard", "key", "uid")))
             image = None if data.startswith(_JPEG) else decode(data, where=f"row {row.id}")
         except DataError as error:
             _log.warning("no picture for row %d: %s", row.id, error)

@@ -13,14 +13,15 @@ import torch
 from PIL import Image
 
 from pipeline.clip import FrozenClip, load_clip
+from pipeline.data.batches import Samples
 from pipeline.data.download import download_shard
 from pipeline.data.embed import Embedder
 from pipeline.data.rows import make_uid
+from pipeline.data.shards import StoredPictures
 from pipeline.data.training_rows import ShardReader
 from pipeline.data.vectors import Vectors, read_vectors, to_unit
-from pipeline.pictures import decode, read_file, square
+from pipeline.pictures import read_file, square
 from pipeline.recipe.sections import DownloadConfig
-from pipeline.retrieve import read_picture
 from pipeline.serve.knn import decode_query
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.store import Artifact
@@ -41,7 +42,8 @@ class _Data:
     clip: FrozenClip
 
     def stored(self, name: str) -> Image.Image:
-        return decode(read_picture(self.download, "00000", self.rows[f"case/{name}"]["key"]), where=name)
+        row = self.rows[f"case/{name}"]
+        return StoredPictures(self.download).decode("00000", row["key"], row["uid"])
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +83,10 @@ def test_sixteen_bits_are_stored_in_eight(data: _Data, name: str) -> None:
 @pytest.mark.parametrize("name", _NAMES)
 def test_training_and_embed_read_the_square_of_what_is_stored(data: _Data, name: str) -> None:
     row, expected = data.rows[f"case/{name}"], square(data.stored(name), _SIDE_PX)
-    trained_on = ShardReader(data.download, None, "train").pictures("00000").decode(row["key"], row["uid"], _SIDE_PX)
-    assert np.array_equal(trained_on, expected)
+    samples = Samples(ShardReader(data.download, None, "train"), _SIDE_PX)
+    batch = samples.batch(np.array([[0, samples.reader.table("00000").uids.index(row["uid"])]]))
+    assert batch.uids == (row["uid"],)
+    assert np.array_equal(batch.require_images()[0].numpy(), expected)
     z_image = data.vectors.z_image[data.vectors.table.column("uid").to_pylist().index(row["uid"])]
     own = data.clip.encode_image(torch.from_numpy(expected)[None])[0].numpy()
     assert np.allclose(z_image, own, atol=1e-3)

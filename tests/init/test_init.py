@@ -133,3 +133,27 @@ def test_write_recipe_onto_a_full_disk_is_one_message_and_keeps_what_was_there(
 def test_write_recipe_refuses_a_list_without_rows(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no pairs"):
         write_recipe(str(_list(tmp_path, 0)), str(tmp_path / "x.toml"), gpu=False)
+
+
+@pytest.mark.parametrize("name", ["caf\u00e9 \U0001f680", 'a "b" \\ c', "two\nlines", "del\x7f", "tab\there"])
+def test_write_recipe_takes_any_name_of_a_file(tmp_path: Path, name: str) -> None:
+    listed = _list(tmp_path, 12).rename(tmp_path / f"{name}.csv")
+    out = tmp_path / f"{name}.toml"
+    write_recipe(str(listed), str(out), gpu=False)
+    recipe = load_recipe(out)
+    assert (recipe.pairs.path, recipe.name) == (str(listed), name)
+    assert out.read_text(encoding="utf-8").startswith("# ")
+
+
+def test_write_recipe_refuses_a_name_that_is_no_utf8_and_leaves_no_file(tmp_path: Path) -> None:
+    listed = _list(tmp_path, 12).rename(tmp_path / "b\udcff.csv")
+    with pytest.raises(ConfigError, match="no UTF-8"):
+        write_recipe(str(listed), str(tmp_path / "mine.toml"), gpu=False)
+    assert not (tmp_path / "mine.toml").exists()
+
+
+def test_write_recipe_leaves_no_file_that_does_not_load(tmp_path: Path) -> None:
+    out = tmp_path / ".hidden.toml"  # a recipe's name has no dot in front
+    with pytest.raises(ConfigError, match="no dot in front"):
+        write_recipe(str(_list(tmp_path, 12)), str(out), gpu=False)
+    assert not out.exists()

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from pipeline.data.vectors import to_unit
 from pipeline.errors import DataError
 from pipeline.recipe.sections import IndexConfig
-from pipeline.retrieve import NeighbourIndex, read_picture
+from pipeline.retrieve import NeighbourIndex
 from pipeline.retrieve.build import build_index, choose_kind
 from pipeline.retrieve.exact import EmbeddedShards, recall, true_neighbours
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.store import Artifact, Workspace
-from tests.tiny_shards import make_embeddings, make_shard
+from tests.tiny_shards import make_embeddings
 
 _NUM_ROWS, _DIM = 3000, 24
 
@@ -174,13 +174,3 @@ def test_ivf_trains_on_a_sample_of_all_rows(embed: Artifact, tmp_path: Path) -> 
     sizes = np.array([index.invlists.list_size(i) for i in range(index.nlist)])
     assert index.nlist == 20
     assert sizes.max() < 0.25 * _NUM_ROWS
-
-
-def test_read_picture_gives_the_stored_file(tmp_path: Path) -> None:
-    download = Workspace(str(tmp_path)).artifact("download", "k")
-    tar, _ = make_shard(Path(download.uri))
-    picture = read_picture(download, "00000", "0000004")
-    assert picture.startswith(b"\xff\xd8")
-    assert picture in tar.read_bytes()
-    with pytest.raises(DataError, match=r"00000.tar: no picture with key 0000002"):
-        read_picture(download, "00000", "0000002")

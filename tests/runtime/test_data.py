@@ -6,10 +6,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.data.shards import StoredPictures
 from pipeline.errors import DataError, StepError
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import parse_recipe
-from pipeline.retrieve import NeighbourIndex, read_picture
+from pipeline.retrieve import NeighbourIndex
 from pipeline.runtime import data
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.workspace.manifest import ShardRecord
@@ -67,7 +68,7 @@ def test_data_steps_from_pairs_to_index(tmp_path: Path) -> None:
     query = rows.column("z_image").combine_chunks().flatten().to_numpy().reshape(-1, 16)[:1].astype("float32")
     best = neighbours.search(query, 3)[0][0]
     assert best.similarity == pytest.approx(1, abs=1e-3)
-    assert read_picture(download, best.shard, best.key).startswith(b"\xff\xd8")
+    assert StoredPictures(download).read(best.shard, best.key, best.uid).startswith(b"\xff\xd8")
 
 
 def test_run_embed_refuses_a_shard_that_changed(tmp_path: Path) -> None:
