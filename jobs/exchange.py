@@ -53,4 +53,4 @@ def import_(
 
     for note in import_diffusers(Path(folder), Path(out)):
         typer.echo(f"note: {note}")
-    typer.echo(f"networks in {out}; fill in [pairs] of {Path(out) / 'recipe.toml'}, then: unclip run {out}/recipe.toml")
+    typer.echo(f'networks in {out}; see them: unclip sample {out} "a red fox" -n 4; fine-tune them: {out}/recipe.toml')

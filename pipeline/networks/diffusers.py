@@ -41,7 +41,8 @@ from pipeline.clip import NO_IMAGE_TOWER, FrozenText, OpenClip, build_clip, free
 from pipeline.errors import ConfigError, DataError
 from pipeline.networks.clip import save_clip_artifact
 from pipeline.networks.files import NetworkConfig, save_network
-from pipeline.recipe.recipe import default_tables, to_dict
+from pipeline.recipe.folder import folder_tables
+from pipeline.recipe.recipe import default_tables
 from pipeline.workspace.store import Artifact
 
 Json = dict[str, Any]
@@ -266,9 +267,7 @@ def import_diffusers(folder: Path, out: Path) -> list[str]:
     save_clip_artifact(Artifact(f"{target.uri}/clip"), clip)
     for name, (config, widths, state) in networks.items():
         save_network(Artifact(f"{target.uri}/{name}"), config, widths, state)
-    target.write_bytes(
-        "recipe.toml", _recipe(out, {name: config for name, (config, _, _) in networks.items()}).encode()
-    )
+    target.write_bytes("recipe.toml", _recipe(out).encode())
     notes = [] if clip.has_images else [NO_IMAGE_TOWER]
     last = source.component("super_res_last").tensors
     if any(not torch.equal(tensor, super_res.tensors[name]) for name, tensor in last.items()):
@@ -344,16 +343,10 @@ class _Source:
             raise DataError(f"{path}: not a folder in diffusers' layout: {error}") from error
 
 
-def _recipe(out: Path, configs: dict[str, NetworkConfig]) -> str:
+def _recipe(out: Path) -> str:
     """A recipe of the imported networks as they are; only what differs from the defaults."""
-    defaults = default_tables({step: {} for step in configs})
-    tables: Json = {"name": out.name, "workspace": f"workspace/{out.name}"}
-    tables["clip"] = {"source": "pretrained", "name": str((out / "clip").resolve()), "tag": ""}
-    for step, config in configs.items():
-        start = {"init_from": str((out / step).resolve()), "train": {"num_steps": 0}}
-        tables[step] = start | {"model": _changes(to_dict(config), defaults[step]["model"])}
-    tables["download"] = {"image_px": max(configs["upsampler_1"].image_px, 256)}  # pyright: ignore[reportAttributeAccessIssue]
-    return _HEADER + tomli_w.dumps(tables)
+    tables = folder_tables(out)
+    return _HEADER + tomli_w.dumps(_changes(tables, default_tables(tables)))
 
 
 def _changes(tables: Json, defaults: Json) -> Json:

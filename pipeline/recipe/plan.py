@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError, DataError
+from pipeline.recipe.folder import finished_network
 from pipeline.recipe.recipe import SAMPLING, Recipe, to_dict, without_resources
 from pipeline.recipe.sections import ClipStepConfig, PairsConfig
 from pipeline.recipe.steps import STEPS, StepRow
@@ -199,6 +200,8 @@ def plan_status(workspace: Workspace, steps: list[Step]) -> list[StepStatus]:
 def finished_artifacts(recipe: Recipe, names: Collection[str]) -> dict[str, Artifact]:
     """The artifacts of the named steps, by step name; a step that the recipe leaves out is left out.
 
+    A network that the recipe takes as it is needs no run: it is read in its own folder.
+
     Raises:
         ConfigError: If one is not finished under this recipe; names the command that finishes it.
         DataError: If a manifest cannot be read.
@@ -207,7 +210,10 @@ def finished_artifacts(recipe: Recipe, names: Collection[str]) -> dict[str, Arti
     artifacts = {step.name: artifact_of(workspace, step) for step in make_plan(recipe) if step.name in names}
     for name, artifact in artifacts.items():
         if artifact.manifest() is None:
-            raise ConfigError(f"{name} is not finished under this recipe; first: unclip run RECIPE")
+            folder = finished_network(getattr(recipe, name))
+            if not folder:
+                raise ConfigError(f"{name} is not finished under this recipe; first: unclip run RECIPE")
+            artifacts[name] = Artifact(folder if "://" in folder else str(Path(folder).resolve()))
     return artifacts
 
 

@@ -21,6 +21,7 @@ from models.decoder.config import DecoderConfig
 from models.prior.config import PriorConfig
 from models.upsampler.config import UpsamplerConfig
 from pipeline.errors import ConfigError
+from pipeline.recipe.folder import folder_tables
 from pipeline.recipe.sections import (
     ClipStepConfig,
     DownloadConfig,
@@ -147,7 +148,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     """Read a recipe file and check it.
 
     Args:
-        path: A ``.toml`` recipe, or a resolved ``.json`` one; None: the defaults alone.
+        path: A ``.toml`` recipe, or a resolved ``.json`` one, or a folder of networks; None: the defaults alone.
         overrides: ``a.b=value`` strings; the value is TOML, a bare word is a string.
 
     Raises:
@@ -246,6 +247,8 @@ def _merge(below: Json, above: Json) -> Json:
 
 
 def _read_tables(file: Path) -> Json:
+    if file.is_dir():
+        return folder_tables(file)
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:

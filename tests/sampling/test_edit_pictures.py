@@ -171,7 +171,7 @@ def test_what_cannot_be_edited_is_a_configuration_error(
     with pytest.raises(ConfigError, match="text-diff: CLIP reads 'a' and 'a' as the same"):
         edit_recipe(tiny, "text-diff", files[:1], same, QUICK, out_dir=tmp_path / "out")
     untrained = parse_recipe(tiny_tables(tmp_path / "empty"))
-    with pytest.raises(ConfigError, match="clip: not trained yet"):
+    with pytest.raises(ConfigError, match="clip is not finished"):
         edit_recipe(untrained, "vary", files[:1], options(mask), QUICK, out_dir=tmp_path / "out")
 
 

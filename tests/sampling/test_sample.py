@@ -59,7 +59,7 @@ def test_a_picture_does_not_depend_on_what_is_drawn_with_it(cascade: Cascade, tm
 
 def test_sampling_before_training_says_which_step_is_missing(tmp_path: Path) -> None:
     recipe = parse_recipe(tiny_tables(tmp_path / "empty"))
-    with pytest.raises(ConfigError, match="clip: not trained yet"):
+    with pytest.raises(ConfigError, match="clip is not finished"):
         sample_recipe(recipe, PROMPTS, num_images=1, seed=0, out_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

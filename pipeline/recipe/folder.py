@@ -1,0 +1,57 @@
+"""A folder of trained networks as a recipe: what `unclip import` and `unclip export --native` write is sampled at once.
+
+The folder holds ``clip/``, ``prior/``, ``decoder/`` and, where there are upsamplers, theirs: each as its artifact is. A
+network that a recipe takes as it is (``init_from``, 0 steps) needs no run and no pairs to be sampled.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError
+from pipeline.recipe.sections import ClipStepConfig, NetworkStepConfig
+
+Json = dict[str, Any]
+
+_NETWORKS = ("prior", "decoder", "upsampler_1", "upsampler_2")
+
+
+def folder_tables(folder: Path) -> Json:
+    """The tables of a recipe that takes the networks of a folder as they are.
+
+    Raises:
+        ConfigError: If it is no such folder.
+    """
+    if (folder / "model_index.json").is_file():
+        raise ConfigError(f"{folder}: is in diffusers' layout; first: unclip import {folder} --out MY-FOLDER")
+    if (folder / "noisy_clip").is_dir():
+        raise ConfigError(
+            f"{folder}: CLIP guidance needs a recipe that trains noisy_clip; move {folder / 'noisy_clip'} elsewhere to "
+            "sample without it"
+        )
+    tables: Json = {"name": folder.resolve().name, "workspace": f"workspace/{folder.resolve().name}"}
+    tables["clip"] = {"source": "pretrained", "name": str(folder.resolve() / "clip"), "tag": ""}
+    sides_px: list[int] = []
+    for step in _NETWORKS:
+        path = folder / step / "config.json"
+        if step.startswith("upsampler") and not path.is_file():
+            continue
+        try:
+            model: Json = json.loads(path.read_text(encoding="utf-8"))["config"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{folder}: neither a recipe nor a folder of networks, as `unclip import` or `unclip export --native` "
+                f"writes it: {path}: {type(error).__name__}: {error}"
+            ) from None
+        tables[step] = {"init_from": str(folder.resolve() / step), "train": {"num_steps": 0}, "model": model}
+        sides_px.append(model.get("image_px", 0))
+    tables["download"] = {"image_px": max(256, *sides_px)}
+    return tables
+
+
+def finished_network(section: Any) -> str:
+    """The folder of the network that a section takes as it is; empty where it trains, or fetches, one."""
+    if isinstance(section, ClipStepConfig):
+        is_folder = section.source == "pretrained" and (Path(section.name) / "open_clip_model.safetensors").is_file()
+        return section.name if is_folder else ""
+    return section.init_from if isinstance(section, NetworkStepConfig) and section.train.num_steps == 0 else ""
