@@ -61,6 +61,7 @@ class Aggregate:
         metrics["prior_2"] = self._prior("z_prior_2")
         metrics["decoder"] = self._decoder()
         metrics |= self._upsamplers()
+        metrics["bits_per_dim"] = self._bounds()
         metrics["memorisation"] = self._memorisation(neighbours)
         return {name: value for name, value in metrics.items() if value}
 
@@ -184,6 +185,13 @@ class Aggregate:
             }
             for number in range(len(rows[0]["psnr_db"]) if rows else 0)
         }
+
+    def _bounds(self) -> Json:
+        """Bits per dimension of each network of pictures that was trained with the bound."""
+        rows = [row["bits_per_dim"] for row in self.rows if row["bits_per_dim"] is not None]
+        names = ("decoder", *(f"upsampler_{number}" for number in range(1, len(rows[0])))) if rows else ()
+        columns = zip(names, zip(*rows, strict=True), strict=True)
+        return {name: mean_of(values) for name, values in columns if np.isfinite(values).all()}
 
     def _memorisation(self, neighbours: "TrainingNeighbours") -> Json:
         """Similarity of samples, and of real unseen pictures, to their nearest training pictures."""

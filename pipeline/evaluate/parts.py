@@ -23,10 +23,13 @@ from models.cascade import Cascade
 from models.pixels import resize, to_pixels, to_uint8
 from models.stage import PIXELS, Z_IMAGE, Batch
 from pipeline.clip import FrozenClip
+from pipeline.data import batches
 from pipeline.data.shards import StoredPictures
 from pipeline.errors import DataError
 from pipeline.evaluate.features import FeatureExtractor
 from pipeline.evaluate.prompts import PromptSet, Row
+from pipeline.networks.bound import bound_of
+from pipeline.networks.measuring import ValidationRows, num_pictures
 from pipeline.networks.quality import psnr_db, sharpness, ssim
 from pipeline.pictures import square, to_png
 from pipeline.shapes.check import check
@@ -64,6 +67,7 @@ _VECTORS = frozenset(
         "features",
         "features_real",
         "real_sharpness",
+        "bits_per_dim",
     }
     | {f"{prefix}{name}" for prefix in ("", "bicubic_") for name in ENLARGED}
 )
@@ -238,6 +242,7 @@ class PartRunner:
                 "z_prior": z,
                 "z_reconstruction": None,
                 "real_sharpness": None,
+                "bits_per_dim": None,
             }
             | dict.fromkeys(f"{prefix}{name}" for prefix in ("", "bicubic_") for name in ENLARGED)
             for row, z in zip(rows, z_prior, strict=True)
@@ -251,6 +256,7 @@ class PartRunner:
             pictures = np.stack([self._real_picture(row) for row in rows[:count]])
             self._reconstruct(part.start, rows[:count], pictures, columns, names)
             self._enlarge(pictures, batch[:count], columns)
+            self._add_bounds(part.start, rows[:count], pictures, columns)
         return columns
 
     def _embeddings(self, cascade: Cascade, batch: Batch) -> Array:
@@ -294,6 +300,23 @@ class PartRunner:
                     found.setdefault(f"{prefix}{name}", []).append(values)
         for n, column in enumerate(columns[: len(pictures)]):
             column |= {name: [float(values[n]) for values in of_each] for name, of_each in found.items()}
+
+    def _add_bounds(self, start: int, rows: Sequence[Row], pictures: Pixels, columns: list[Json]) -> None:
+        """Bits per dimension of each stage that makes pictures, not-a-number for one trained without the bound."""
+        count = min(num_pictures(self._sides_px[-1]) - start, len(rows))
+        if count <= 0:
+            return
+        batch = batches.Batch(
+            uids=tuple(row.uid for row in rows[:count]),
+            captions=tuple(row.caption for row in rows[:count]),
+            images=torch.from_numpy(pictures[:count]),
+            z_image=torch.from_numpy(np.stack([row.z_image for row in rows[:count]]).astype(np.float32)),
+        )
+        measured = ValidationRows(batch.to(self._clip.device), self._clip, picture_seed(self._seed, start, 0))
+        networks = [getattr(stage, "network", None) for stage in self._cascade.stages if stage.makes == PIXELS]
+        bounds = [None if network is None else bound_of(network, measured) for network in networks]
+        for n, column in enumerate(columns[:count]):
+            column["bits_per_dim"] = [math.nan if bound is None else float(bound[n]) for bound in bounds]
 
     def _real_picture(self, row: Row) -> Pixels:
         return square(self._stored.decode(row.shard, row.key, row.uid), self._sides_px[-1])

@@ -51,11 +51,15 @@ class DecoderObjective(nn.Module):
         return self._loss(lambda x, t: network(x, t, condition), x0, generator)
 
 
+def _denoiser(decoder: Decoder, rows: ValidationRows) -> tuple[Denoise, Tensor]:
+    pictures = resize_crop(to_pixels(rows.batch.require_images()), decoder.config.image_px)
+    return decoder_denoiser(decoder, rows.batch.require_z_image(), rows.text), pictures
+
+
 def _measure(decoder: Decoder, rows: ValidationRows) -> dict[str, float]:
     """Cosines of what CLIP sees in pictures sampled from a true z_image: to it, and to another picture's."""
-    side_px, z_image = decoder.config.image_px, rows.batch.require_z_image()
-    denoise = decoder_denoiser(decoder, z_image, rows.text)
-    x = rows.noise().normal((3, side_px, side_px), device=z_image.device)
+    z_image, (denoise, real) = rows.batch.require_z_image(), _denoiser(decoder, rows)
+    x = rows.noise().normal(real.shape[1:], device=z_image.device)
     pictures = to_uint8(sample_few_steps(denoise, x, Diffusion(decoder.config.diffusion), clip=True))
     embeddings = rows.clip.encode_image(pictures)
     references = {"z_image": z_image, "unrelated_image": z_image.roll(1, dims=0)}
@@ -90,6 +94,7 @@ DECODER = NetworkKind(
     work=_work,
     measure=_measure,
     stage=lambda name, networks: DecoderStage.of(networks[name], networks.get("noisy_clip"), name),
+    denoiser=_denoiser,
     pictures=True,
     embeddings=True,
     captions=True,

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from models.clip_config import ClipDims
+from models.diffusion.process import Denoise
 from models.stage import Stage
 from pipeline.data.batches import Samples, TextEncoder
 from pipeline.networks.counting import Work
@@ -49,6 +50,9 @@ class NetworkKind(Generic[C, N]):
     """What to count of a network on the meta device; the recipe's CLIP is given beside it."""
     measure: Callable[[N, ValidationRows], dict[str, float]] | None = None
     """Sample-quality metrics on a few validation rows during training, by name."""
+    denoiser: Callable[[N, ValidationRows], tuple[Denoise, Tensor]] | None = None
+    """For a diffusion of pictures: the network under the conditions of these rows, unguided, and the true pictures in
+    [-1, 1], (B, 3, H, W)."""
     pictures: bool = False
     """Whether it is trained on pictures, of ``config.image_px``."""
     embeddings: bool = False

@@ -48,6 +48,13 @@ class UpsamplerObjective(nn.Module):
         return torch.rand(len(x0), generator=generator).to(x0.device) * largest, draw_normal(x0, generator)
 
 
+def _denoiser(upsampler: Upsampler, rows: ValidationRows) -> tuple[Denoise, Tensor]:
+    config = upsampler.config
+    large = resize(to_pixels(rows.batch.require_images()), config.image_px)
+    _, condition = upsampler.begin(resize(large, config.low_res_px), rows.noise())
+    return lambda x, t: upsampler(x, t, condition), large
+
+
 def _measure(upsampler: Upsampler, rows: ValidationRows) -> dict[str, float]:
     """PSNR of pictures made small and enlarged again, and that of bicubic enlargement."""
     config = upsampler.config
@@ -90,6 +97,7 @@ UPSAMPLER = NetworkKind(
     work=_work,
     measure=_measure,
     stage=lambda name, networks: UpsamplerStage.of(networks[name], int(name.rpartition("_")[2]) - 1),
+    denoiser=_denoiser,
     pictures=True,
     channels_last=True,
 )

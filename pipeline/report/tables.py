@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from pipeline.recipe.steps import STEP_ROWS
+
 Json = dict[str, Any]
 
 _NAMES = {
@@ -146,6 +148,17 @@ def measure_rows(metrics: Json) -> list[Json]:
             "Sampled from a true z_image and embedded by CLIP again; floor: another picture's z_image.",
         ),
         *(row for number in (1, 2) for row in _upsampler(metrics, number)),
+        *(
+            _row(
+                metrics,
+                "bits_per_dim",
+                (name, "", ""),
+                f"{STEP_ROWS[name].title}: bits per dimension",
+                "Bound on -log2 of the probability of a validation picture, per pixel and colour; lower is better.",
+                ranged=False,
+            )
+            for name in metrics.get("bits_per_dim", {})
+        ),
         _row(
             metrics,
             "memorisation",

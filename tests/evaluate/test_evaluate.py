@@ -11,7 +11,11 @@ import torch
 from PIL import Image
 
 from models.cascade import Cascade
+from models.decoder.stage import DecoderStage
+from models.diffusion.process import Diffusion
+from models.pixels import resize, to_pixels, to_uint8
 from models.prior.stage import PriorStage
+from pipeline.data.shards import StoredPictures
 from pipeline.data.vectors import read_vectors
 from pipeline.errors import DataError
 from pipeline.evaluate import metrics as m
@@ -23,6 +27,7 @@ from pipeline.evaluate.prompts import Prompt, PromptSet, choose_prompts, choose_
 from pipeline.evaluate.sets import cmmd, precision_recall
 from pipeline.networks.cascade import load_cascade
 from pipeline.networks.quality import psnr_db, sharpness
+from pipeline.pictures import square
 from pipeline.recipe.plan import inputs_of
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.report.report import format_metrics
@@ -388,3 +393,40 @@ def test_set_measures_and_upsampler_measures_agree_with_their_parts(
     assert (
         metrics["upsampler_2"]["bicubic_ssim"]["mean"] > metrics["upsampler_2"]["ssim"]["mean"]
     )  # nothing was learned
+
+
+def test_a_network_that_was_trained_with_the_bound_is_measured_in_bits_per_dimension(tmp_path: Path) -> None:
+    """The decoder, whose variance is learned, and not the upsamplers."""
+    tables = tiny_tables(tmp_path / "workspace")
+    tables["decoder"]["model"]["diffusion"] = {"num_timesteps": 30, "variance": "learned_range"}
+    recipe = parse_recipe(tables)
+    build_tiny_workspace(recipe)
+    work, metrics = _run(recipe, Artifact(str(tmp_path / "output")))
+    assert metrics["bits_per_dim"].keys() == {"decoder"}
+    measured = metrics["bits_per_dim"]["decoder"]
+    assert measured["count"] == min(8, len(work.rows))
+    assert "Decoder: bits per dimension" in format_metrics(metrics)
+
+    # Again, with other noise, term by term, as the loss adds them up.
+    cascade = load_cascade(_inputs(recipe))
+    decoder = cascade.stage("decoder", DecoderStage).network
+    text = cascade.clip.encode_text([row.caption for row in work.rows[:8]])
+    z_image = torch.from_numpy(np.stack([row.z_image for row in work.rows[:8]]).astype(np.float32))
+    pictures = np.stack([_stored(recipe, row, decoder.config.image_px) for row in work.rows[:8]])
+    x0, diffusion = to_pixels(torch.from_numpy(pictures)), Diffusion(decoder.config.diffusion)
+    condition = decoder.encode_condition(z_image, text)
+    total = diffusion.prior_bpd(x0)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(30):
+        t = torch.full((len(x0),), step)
+        x_t = diffusion.q_sample(x0, t, torch.randn(x0.shape, generator=generator))
+        output = decoder(x_t, t, condition)
+        prediction = diffusion.predict(output, x_t, t, t - 1)
+        total = total + diffusion.vlb_terms(prediction._replace(x0=prediction.x0.clamp(-1, 1)), x0, x_t, t)
+    assert measured["mean"] == pytest.approx(total.mean().item(), rel=0.1)
+
+
+def _stored(recipe: Recipe, row: Any, side_px: int) -> np.ndarray:
+    """The picture of a row, resized to the decoder's side."""
+    stored = square(StoredPictures(_inputs(recipe)["download"]).decode(row.shard, row.key, row.uid), 32)
+    return to_uint8(resize(to_pixels(torch.from_numpy(np.array(stored)[None])), side_px))[0].numpy()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from gaussian_data import GaussianData, make_diffusion
 from torch import Tensor
 
-from models.diffusion.bits_per_dim import Bound, bits_per_dim
+from models.diffusion.bits_per_dim import Bound, bits_per_dim, timestep_groups
 from models.diffusion.likelihood import discretised_normal_log_prob, normal_kl
 from models.diffusion.limits import ClipRange
 from models.diffusion.noise import NoiseSource
@@ -302,3 +303,32 @@ def test_bits_per_dim_is_larger_where_the_variance_is_not_the_best() -> None:
         fixed = make_diffusion(num_timesteps=50, variance=variance)
         bound = bits_per_dim(data.denoiser(fixed), x0, fixed, NoiseSource.from_seeds([0, 1]))
         assert bound.total.mean() > best.total.mean() + 0.02
+
+
+@pytest.mark.parametrize(("num_timesteps", "num_groups"), [(1000, 64), (1000, 1), (50, 50), (50, 400), (7, 6)])
+def test_timestep_groups_cover_the_chain_once_and_grow(num_timesteps: int, num_groups: int) -> None:
+    groups = timestep_groups(num_timesteps, num_groups)
+    assert [t for group in groups for t in group] == list(range(num_timesteps))
+    assert len(groups) == min(num_groups, num_timesteps)
+    sizes = [len(group) for group in groups]
+    assert all(later >= 0.7 * earlier for earlier, later in pairwise(sizes))
+    assert sizes[0] == 1 or num_groups == 1
+
+
+def test_bits_per_dim_of_some_terms_estimates_that_of_all() -> None:
+    """Of a network that is wrong everywhere, so that every term counts."""
+    diffusion = make_diffusion(num_timesteps=200, variance="fixed_large")
+    x0 = torch.rand(1, 1, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x0 = (x0 * 255).round() / 127.5 - 1
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        return diffusion.output_from_x0(torch.full_like(x, 0.2), x, t)
+
+    def total(num_items: int, **options: Any) -> Tensor:
+        noise = NoiseSource.from_seeds(range(num_items))
+        return bits_per_dim(denoise, x0.expand(num_items, -1, -1), diffusion, noise, **options).total
+
+    whole, some = total(20), total(400, num_terms=20)
+    error = some.std().item() / 20
+    assert some.mean().item() == pytest.approx(whole.mean().item(), abs=4 * error)
+    assert error < 0.02 * whole.mean().item()
