@@ -76,13 +76,14 @@ def _measure(upsampler: Upsampler, rows: ValidationRows) -> dict[str, float]:
 
 def _work(upsampler: Upsampler, _clip: object) -> Work:
     config = upsampler.config
+    channels = 4 if upsampler.takes_level else 3  # of the condition: the enlarged picture, and the plane of its noise
 
     def run(size: int) -> Tensor:
-        crops = torch.zeros(size, 3, config.crop_px, config.crop_px)
-        return upsampler(crops, first_steps(size), crops).sum()
+        crops = torch.zeros(size, channels, config.crop_px, config.crop_px)
+        return upsampler(crops[:, :3], first_steps(size), crops).sum()
 
     def denoiser() -> Denoise:
-        condition = torch.zeros(1, 3, config.image_px, config.image_px)
+        condition = torch.zeros(1, channels, config.image_px, config.image_px)
         return lambda x, t: upsampler(x, t, condition)
 
     x = torch.zeros(1, 3, config.image_px, config.image_px)

@@ -184,3 +184,15 @@ def test_a_noise_aware_clip_is_counted_with_the_gradient_of_its_guidance(tiny: R
         network(x, torch.zeros(1, dtype=torch.int64)).sum().backward()
     assert costs["noisy_clip"].sampling_flops == counter.get_total_flops()
     assert costs["noisy_clip"].sampling_flops < costs["noisy_clip"].training_flops
+
+
+def test_an_upsampler_with_noise_levels_is_counted_with_its_further_channel(tiny: Recipe) -> None:
+    assert tiny.upsampler_1 is not None
+    model = dataclasses.replace(tiny.upsampler_1.model, noise_level_max=0.5)
+    noisy = dataclasses.replace(tiny, upsampler_1=dataclasses.replace(tiny.upsampler_1, model=model))
+    plain, more = (
+        next(cost for cost in recipe_costs(recipe) if cost.name == "upsampler_1") for recipe in (tiny, noisy)
+    )
+    # One more input channel of the first convolution, 3 x 3 kernels to 8 channels, for each pixel of each call.
+    assert more.num_parameters - plain.num_parameters == 9 * 8
+    assert more.sampling_flops - plain.sampling_flops == plain.num_calls * 2 * 9 * 8 * 16 * 16
