@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from jobs.drawing import DrawingWatcher
 from jobs.options import AsJson, Overrides, RecipePath, Seed, print_json
+from jobs.watch import SamplingWatcher
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import load_recipe
 from pipeline.sampling.edit_options import EditOptions
@@ -58,7 +58,7 @@ def _edit(
     scale = 1.0 if guidance is None else guidance
     settings = EditSettings(num_steps=num_steps, latent_guidance=scale, prompt_guidance=guidance)
     options = dataclasses.replace(request.options, seed=seed)
-    with DrawingWatcher() as watcher:
+    with SamplingWatcher() as watcher:
         rows = edit_recipe(resolved, name, request.files, options, settings, out_dir=Path(out), watch=watcher)
     if json:
         print_json(rows)

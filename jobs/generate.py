@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from jobs.drawing import DrawingWatcher
 from jobs.options import AsJson, Overrides, RayAddress, RecipePath, Seed, print_json
+from jobs.watch import SamplingWatcher
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import load_recipe
 
@@ -44,7 +44,7 @@ def sample(
 
     from pipeline.sampling.sample import sample_recipe
 
-    with DrawingWatcher() as watcher:
+    with SamplingWatcher() as watcher:
         rows = sample_recipe(
             resolved,
             wanted,

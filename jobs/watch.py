@@ -2,6 +2,7 @@
 
 import sys
 import time
+from typing import Any
 
 import typer
 
@@ -22,23 +23,22 @@ class Watcher:
     def __init__(self) -> None:
         self._start = time.monotonic()
         self._states: dict[str, ProgressState] = {}
-        self._said: dict[str, float] = {}
-        self._live = sys.stderr.isatty()
-        self._width = 0
+        self._printed_at: dict[str, float] = {}
+        self._line = _Line()
 
     def started(self, step: Step) -> None:
         """A step was given to Ray."""
-        self._said[step.name] = time.monotonic()
+        self._printed_at[step.name] = time.monotonic()
         self._print(f"{step.name}: starts")
 
     def progressed(self, step: Step, state: ProgressState) -> None:
         """A running step was read."""
         self._states[step.name] = state
-        if self._live:
+        if self._line.is_live:
             line = "  ".join(f"{name} {reading.text}" for name, reading in self._states.items())
-            self._rewrite(line[:118])
-        elif state.unit and time.monotonic() - self._said[step.name] > _EVERY_S:
-            self._said[step.name] = time.monotonic()
+            self._line.write(line[:118])
+        elif state.unit and time.monotonic() - self._printed_at[step.name] > _EVERY_S:
+            self._printed_at[step.name] = time.monotonic()
             self._print(f"{step.name}: {state.text}")
 
     def finished(self, step: Step, manifest: Manifest) -> None:
@@ -52,16 +52,52 @@ class Watcher:
         self._print(f"warning: {message}")
 
     def close(self) -> None:
-        """Leave the line."""
-        if self._live and self._width:
-            self._rewrite("")
+        """Clear the progress line."""
+        self._line.clear()
 
     def _print(self, text: str) -> None:
-        if self._live:
-            self._rewrite("")
+        self._line.clear()
         elapsed = time.monotonic() - self._start
         typer.echo(f"{int(elapsed) // 60:3d}:{int(elapsed) % 60:02d}  {text}", err=True)
 
-    def _rewrite(self, line: str) -> None:
-        typer.echo("\r" + line.ljust(self._width) + ("\r" if not line else ""), err=True, nl=False)
-        self._width = len(line)
+
+class SamplingWatcher:
+    """Says which step of which stage is reached: one line that is rewritten on a terminal, elsewhere one every 15 s."""
+
+    def __init__(self) -> None:
+        self._line = _Line()
+        self._printed = time.monotonic()
+
+    def __enter__(self) -> "SamplingWatcher":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._line.clear()
+
+    def __call__(self, step: Any) -> None:
+        """Take note of a ``models.stage.StageStep`` (not named here: its module loads torch)."""
+        text = f"{step.stage} {step.done}/{step.total}"
+        if self._line.is_live:
+            self._line.write(text)
+        elif time.monotonic() - self._printed > _EVERY_S:
+            self._printed = time.monotonic()
+            typer.echo(text, err=True)
+
+
+class _Line:
+    """The last line of a terminal on standard error, written again and again."""
+
+    def __init__(self) -> None:
+        self.is_live = sys.stderr.isatty()
+        self._width = 0
+
+    def write(self, text: str) -> None:
+        """Replace the line."""
+        typer.echo("\r" + text.ljust(self._width), err=True, nl=False)
+        self._width = max(self._width, len(text))
+
+    def clear(self) -> None:
+        """Clear the line."""
+        if self._width:
+            typer.echo("\r" + " " * self._width + "\r", err=True, nl=False)
+            self._width = 0

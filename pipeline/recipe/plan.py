@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe.folder import finished_network
-from pipeline.recipe.recipe import SAMPLING, Recipe, to_dict, without_resources
+from pipeline.recipe.recipe import SAMPLING, Recipe, flatten, to_dict, without_resources
 from pipeline.recipe.sections import ClipStepConfig, PairsConfig
 from pipeline.recipe.steps import STEPS, StepRow
 from pipeline.workspace.manifest import Manifest
@@ -251,16 +251,6 @@ def _differences(previous: Manifest, step: Step) -> list[str]:
     reasons = [f"{name} changed" for name, key in step.inputs.items() if previous.inputs.get(name) != key]
     if previous.step_version != step.version:
         reasons.append(f"step version {previous.step_version} -> {step.version}")
-    old, new = _flatten(previous.section, step.name), _flatten(step.section, step.name)
+    old, new = flatten(previous.section, f"{step.name}."), flatten(step.section, f"{step.name}.")
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     return reasons + [f"{name}: {old.get(name)} -> {new.get(name)}" for name in changed]
-
-
-def _flatten(tables: Json, prefix: str) -> Json:
-    flat: Json = {}
-    for name, value in tables.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}.{name}")
-        else:
-            flat[f"{prefix}.{name}"] = value
-    return flat

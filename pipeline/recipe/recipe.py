@@ -191,6 +191,14 @@ def without_resources(tables: Json) -> Json:
     }
 
 
+def flatten(tables: Json, prefix: str = "") -> Json:
+    """Nested tables as one: a value under its dotted name, ``prefix`` in front."""
+    flat: Json = {}
+    for name, value in tables.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
 def json_schema() -> Json:
     """JSON schema of the recipe, with every field's description and default."""
     with described_fields():

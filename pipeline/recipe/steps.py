@@ -120,7 +120,7 @@ STEPS = (
         title="Evaluation",
         version=4,
         inputs=tuple(row.name for row in _BEFORE_EVALUATE),
-        runner="pipeline.runtime.evaluate:run_evaluate",
+        runner="pipeline.runtime.data:run_evaluate",
         samples=True,
         files={"prompts_path": "content", "features_path": "features_content"},
     ),

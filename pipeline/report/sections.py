@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.errors import DataError
 from pipeline.pictures import decode, thumbnail
 from pipeline.recipe.plan import Step
-from pipeline.recipe.recipe import Recipe, default_tables, to_dict
+from pipeline.recipe.recipe import Recipe, default_tables, flatten, to_dict
 from pipeline.recipe.steps import STEP_ROWS
 from pipeline.report.charts import Curve, line_chart
 from pipeline.workspace.manifest import Manifest
@@ -197,22 +197,12 @@ def covered_s(spans: list[tuple[float, float]]) -> float:
 def recipe_changes(recipe: Recipe) -> list[tuple[str, str, str]]:
     """Fields of the recipe that are not at their default: dotted name, value, default."""
     tables = to_dict(recipe)
-    defaults, values = _flatten(default_tables(tables)), _flatten(tables)
+    defaults, values = flatten(default_tables(tables)), flatten(tables)
     return [
         (name, _text(value), _text(defaults[name]) if name in defaults else "")
         for name, value in values.items()
-        if defaults.get(name) != value and not name.endswith("api_key")
+        if value is not None and defaults.get(name) != value and not name.endswith("api_key")
     ]
-
-
-def _flatten(tables: Json, prefix: str = "") -> Json:
-    flat: Json = {}
-    for name, value in tables.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        elif value is not None:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def _text(value: Any) -> str:

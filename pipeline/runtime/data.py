@@ -1,4 +1,4 @@
-"""The data steps: pairs, download, embed, index."""
+"""The steps that train nothing: pairs, download, embed, index, evaluate."""
 
 import contextlib
 import time
@@ -60,7 +60,7 @@ def run_download(context: StepContext) -> StepResult:
     drawn = context.recipe.pairs.source == "drawn"
     with served_pictures(context.recipe.pairs.drawn.port) if drawn and missing else contextlib.nullcontext():
         limit_s = _shard_limit_s(config)
-        job = ShardJob(DownloadStage, shards, num_rows, config.resources, limit_s=limit_s, on_record=judge)
+        job = ShardJob(DownloadWorker, shards, num_rows, config.resources, limit_s=limit_s, on_record=judge)
         records = map_shards(context, job)
     counts = total_counts(records)
     metrics = {
@@ -74,7 +74,7 @@ def run_embed(context: StepContext) -> StepResult:
     """Embed every shard of the download with the frozen CLIP."""
     config, download = context.recipe.embed, context.inputs["download"].shard_records()
     num_rows = sum(record.counts["ok"] for record in download.values())
-    records = map_shards(context, ShardJob(EmbedStage, list(download), num_rows, config.resources))
+    records = map_shards(context, ShardJob(EmbedWorker, list(download), num_rows, config.resources))
     return StepResult(counts=total_counts(records), num_workers=config.resources.num_workers)
 
 
@@ -88,7 +88,27 @@ def run_index(context: StepContext) -> StepResult:
         raise error.cause from None
 
 
-class DownloadStage:
+def run_evaluate(context: StepContext) -> StepResult:
+    """Draw and measure what is not committed yet, then put all parts together.
+
+    Raises:
+        DataError: If an input is damaged.
+        StepError: If a worker was lost more than max_retries times.
+    """
+    from pipeline.evaluate.evaluate import finish, plan_work, summarise
+
+    resources = context.recipe.evaluate.resources
+    work = plan_work(context.recipe, context.inputs)
+    job = ShardJob(EvaluateWorker, [part.name for part in work.parts], work.num_items, resources)
+    records = map_shards(context, job)
+    progress = Progress(context.output)
+    progress.update(work.num_items, work.num_items, "rows", "putting numbers and pictures together", force=True)
+    metrics = finish(context.recipe, context.inputs, context.output, work)
+    progress.update(work.num_items, work.num_items, "rows", force=True)
+    return StepResult(counts=total_counts(records), metrics=summarise(metrics), num_workers=resources.num_workers)
+
+
+class DownloadWorker:
     """Makes shards of the download step."""
 
     def __init__(self, context: StepContext) -> None:
@@ -109,7 +129,7 @@ class DownloadStage:
         return _commit(output, shard, dict(counts), names, start)
 
 
-class EmbedStage:
+class EmbedWorker:
     """Makes shards of the embed step."""
 
     def __init__(self, context: StepContext) -> None:
@@ -135,6 +155,25 @@ class EmbedStage:
         with self._output.write(name) as target:
             counts = self._embedder(paths[0], paths[1], shard, target)
         return _commit(self._output, shard, dict(counts), [name], start)
+
+
+class EvaluateWorker:
+    """Draws and measures parts of the evaluate step."""
+
+    def __init__(self, context: StepContext) -> None:
+        import torch
+
+        from pipeline.evaluate.evaluate import make_runner, plan_work
+
+        recipe = context.recipe
+        torch.set_num_threads(max(1, int(recipe.evaluate.resources.cpus_per_worker)))
+        work = plan_work(recipe, context.inputs)
+        self._parts = {part.name: part for part in work.parts}
+        self._runner = make_runner(recipe, context.inputs, context.output, work)
+
+    def __call__(self, shard: str) -> ShardRecord:
+        """Draw and measure one part and commit it."""
+        return self._runner.run(self._parts[shard])
 
 
 @ray.remote

@@ -30,7 +30,7 @@ from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe, to_dict
 from pipeline.recipe.sections import ClipStepConfig, NoisyClipStepConfig
-from pipeline.runtime.cluster import DEFAULT_ADDRESS, dashboard_client, is_loopback
+from pipeline.runtime.dashboard import DEFAULT_ADDRESS, dashboard_client, is_loopback
 
 PACKAGES = ("models", "pipeline", "jobs")
 _SHIPPED_SUFFIXES = {".py", ".html", ".typed"}

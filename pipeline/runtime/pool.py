@@ -24,7 +24,7 @@ _POLL_S = 1.0
 _SLOW_START_S = 20.0
 
 
-class Stage(Protocol):
+class ShardWorker(Protocol):
     """Built once in each worker; then makes, publishes and commits one shard after another."""
 
     def __init__(self, context: StepContext) -> None: ...
@@ -38,7 +38,7 @@ class Stage(Protocol):
 class ShardJob:
     """What is to be made."""
 
-    stage: type[Stage]
+    worker: type[ShardWorker]
     shards: Sequence[str]
     num_rows: int
     """Rows of all shards, for the progress."""
@@ -50,19 +50,19 @@ class ShardJob:
 
 
 @ray.remote(max_restarts=0, max_task_retries=0)
-class _Worker:
+class _Actor:
     def __init__(self) -> None:
-        self._stage: Stage | None = None
+        self._worker: ShardWorker | None = None
 
-    def start(self, stage: type[Stage], context: StepContext) -> float:
-        """Build the stage; not in __init__, where Ray would hide the error's class. Returns how long it took, in s."""
+    def start(self, worker: type[ShardWorker], context: StepContext) -> float:
+        """Build the worker; not in __init__, where Ray would hide the error's class. Returns how long it took, in s."""
         begun = time.monotonic()
-        self._stage = stage(context)
+        self._worker = worker(context)
         return time.monotonic() - begun
 
     def make(self, shard: str) -> ShardRecord:
-        assert self._stage is not None
-        return self._stage(shard)
+        assert self._worker is not None
+        return self._worker(shard)
 
 
 @dataclass
@@ -123,7 +123,7 @@ class _Pool:
         self._begun = time.monotonic()
         self.first_start_s: float | None = None
         """Seconds that the first worker took to get ready once it had its place; None while all wait."""
-        self._stage = ray.put(job.stage)
+        self._worker = ray.put(job.worker)
         for _ in range(min(job.resources.num_workers, len(waiting))):
             self._add_worker()
 
@@ -196,8 +196,8 @@ class _Pool:
     def _add_worker(self) -> None:
         needs = self._job.resources
         num_gpus = 1 if needs.accelerator == "cuda" else 0
-        actor = cast("Any", _Worker).options(num_cpus=needs.cpus_per_worker, num_gpus=num_gpus).remote()
-        self._running[actor.start.remote(self._stage, self._context)] = _Running(actor, None, time.monotonic())
+        actor = cast("Any", _Actor).options(num_cpus=needs.cpus_per_worker, num_gpus=num_gpus).remote()
+        self._running[actor.start.remote(self._worker, self._context)] = _Running(actor, None, time.monotonic())
 
 
 def _explain(error: ray.exceptions.RayTaskError, shard: str | None) -> BaseException:

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,8 +24,8 @@ import ray.exceptions
 from pipeline.errors import DataError, StepError, UnclipError
 from pipeline.recipe.plan import Step, StepStatus, manifest_of
 from pipeline.recipe.recipe import Recipe, to_dict
+from pipeline.recipe.sections import TaskResources, TrainResources
 from pipeline.recipe.steps import STEP_ROWS
-from pipeline.runtime.admission import Admission, fits_now, told_at_once
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.tracking import Tracking
 from pipeline.workspace.manifest import Manifest
@@ -36,6 +36,11 @@ _PACKAGES = ("unclip", "torch", "open_clip_torch", "ray", "pyarrow", "img2datase
 _POLL_S = 0.5
 _CONNECT_TIMEOUT_S = 5.0
 _STEP_RETRIES = 2
+_HEAD_START_S = 20.0
+
+
+Admission = Callable[[StepContext, Collection[StepContext]], bool]
+"""(step, steps handed over) -> whether to hand it over now."""
 
 
 class Observer(Protocol):
@@ -76,7 +81,7 @@ def run_recipe(recipe: Recipe, statuses: Sequence[StepStatus], observer: Observe
     workspace = Workspace(recipe.workspace)
     with _locked(workspace), Tracking(recipe, workspace, observer.warned) as tracking, connect(address):
         workspace.artifact("recipes", recipe.name).write_json("resolved.json", to_dict(recipe))
-        may_start = told_at_once if address else fits_now
+        may_start = at_once if address else fits_now
         _run_steps(recipe, workspace, statuses, observer, tracking, may_start)
 
 
@@ -124,6 +129,39 @@ def _run_steps(
                 ray.cancel(reference, force=True)
             tracking.failed(context)
         raise
+
+
+def at_once(_context: StepContext, _running: Collection[StepContext]) -> bool:
+    """On a cluster, submit every ready step, so that the autoscaler sees the demand."""
+    return True
+
+
+def fits_now(context: StepContext, running: Collection[StepContext]) -> bool:
+    """On a Ray of our own: a step starts when there is room for it, the first of the plan first.
+
+    Ray places what waits in no order of its own; an upsampler that is placed before the decoder makes the whole run
+    longer by minutes.
+    """
+    return not running or (
+        not any(_asked_just_now(other) for other in running)
+        and all(ray.available_resources().get(name, 0) >= amount for name, amount in _needs(context).items())
+    )
+
+
+def _asked_just_now(context: StepContext) -> bool:
+    """Whether a step may still be about to take what seems free."""
+    state = read_progress(context.output)
+    return state is not None and not state.has_begun and time.time() - state.updated < _HEAD_START_S
+
+
+def _needs(context: StepContext) -> dict[str, float]:
+    """What a step must have to begin: all workers of a training, one of any other step."""
+    needs = getattr(getattr(context.recipe, context.step.name), "resources", None)
+    if not isinstance(needs, TaskResources | TrainResources):
+        return {}
+    num_workers = needs.num_workers if isinstance(needs, TrainResources) else 1
+    num_gpus = num_workers if needs.accelerator == "cuda" else 0
+    return {"CPU": num_workers * needs.cpus_per_worker, "GPU": num_gpus}
 
 
 def _own_servers() -> list[psutil.Process]:

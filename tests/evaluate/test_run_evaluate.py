@@ -6,7 +6,7 @@ import ray
 from pipeline.evaluate.evaluate import finish, make_runner, plan_work
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.context import StepContext
-from pipeline.runtime.evaluate import run_evaluate
+from pipeline.runtime.data import run_evaluate
 from pipeline.runtime.run import connect
 from pipeline.workspace.progress import read_progress
 from pipeline.workspace.store import LIVE, Artifact

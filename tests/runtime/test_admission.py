@@ -6,8 +6,8 @@ import ray
 
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import load_recipe
-from pipeline.runtime.admission import fits_now, told_at_once
 from pipeline.runtime.context import StepContext
+from pipeline.runtime.run import at_once, fits_now
 from pipeline.workspace.progress import Progress
 
 _DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
@@ -34,7 +34,7 @@ def test_a_step_waits_for_room_on_this_machine_but_not_where_the_cluster_may_gro
     running = [_works(steps["clip"]), _works(steps["upsampler_1"])]
     _free(monkeypatch, memory=1.0)
     assert not fits_now(steps["upsampler_2"], running)
-    assert told_at_once(steps["upsampler_2"], running)
+    assert at_once(steps["upsampler_2"], running)
     _free(monkeypatch, CPU=1.0)
     assert fits_now(steps["upsampler_2"], running)
 
