@@ -13,7 +13,7 @@ from models.diffusion.timesteps import LossAwareTimesteps, TimestepDraws, Unifor
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of all draws that one worker makes in one step; a resumed run draws what it would have drawn."""
+    """Seed of everything random that one worker does in one step; a resumed run repeats it."""
     return derive_seed(seed, f"train/{step}/{rank}")
 
 
@@ -23,7 +23,7 @@ def draw_keep(size: int, drop_prob: float, generator: torch.Generator, device: t
 
 
 def draw_normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise in the shape, type and place of ``like``; on a GPU drawn there, from the same seed."""
+    """Standard normal noise in the shape, type and place of ``like``; on a GPU it is sampled there."""
     if like.device.type != "cpu":
         seed = int(torch.randint(2**62, (1,), generator=generator))
         generator = torch.Generator(like.device).manual_seed(seed)
@@ -33,7 +33,7 @@ def draw_normal(like: Tensor, generator: torch.Generator) -> Tensor:
 class DiffusionLoss(nn.Module):
     """The loss of clean samples, each at a timestep and with noise of its own.
 
-    Outside of training all timesteps are alike: what a validation draws does not depend on what a training has seen.
+    Validation samples timesteps uniformly, so it does not depend on the losses that a training has had.
     """
 
     def __init__(self, config: DiffusionConfig) -> None:
@@ -44,16 +44,16 @@ class DiffusionLoss(nn.Module):
     def forward(self, denoise: Denoise, x0: Tensor, generator: torch.Generator) -> Tensor:
         """Mean loss of x0 (B, C, ...)."""
         draws = self.draws if self.training else UniformTimesteps(self._diffusion.num_timesteps)
-        t, weights = (drawn.to(x0.device, non_blocking=True) for drawn in draws.draw(len(x0), generator))
+        t, weights = (part.to(x0.device, non_blocking=True) for part in draws.draw(len(x0), generator))
         losses = self._diffusion.training_losses(denoise, x0, t, draw_normal(x0, generator)).loss
         if isinstance(draws, LossAwareTimesteps):
-            seen = _of_all_workers(torch.stack([t.double(), losses.detach().double()], dim=1)).cpu()
-            draws.update(seen[:, 0].long(), seen[:, 1])
+            pairs = _of_all_workers(torch.stack([t.double(), losses.detach().double()], dim=1)).cpu()
+            draws.update(pairs[:, 0].long(), pairs[:, 1])
         return (weights * losses).mean()
 
 
 def draws_of(objective: nn.Module) -> TimestepDraws | None:
-    """What the objective's timesteps are drawn by; None where it is not of a diffusion."""
+    """What samples the timesteps of an objective; None where it is not of a diffusion."""
     return next((module.draws for module in objective.modules() if isinstance(module, DiffusionLoss)), None)
 
 

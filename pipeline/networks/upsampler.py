@@ -20,7 +20,7 @@ from pipeline.networks.quality import psnr_db
 
 
 class UpsamplerObjective(nn.Module):
-    """Diffusion loss of crops of the large picture given the same crops of the spoilt small one.
+    """Diffusion loss of crops of the large picture given the same crops of the degraded small one.
 
     Args:
         network: The upsampler.

@@ -1,7 +1,7 @@
 """Muon (K. Jordan, 2024, "Muon: an optimizer for hidden layers in neural networks"), and AdamW for all else.
 
-A kernel's momentum is replaced by the orthogonal matrix next to it, so that every direction of it moves alike; rare
-directions are then learned as soon as frequent ones. A kernel of C_out x C_in x k x k counts as a matrix
+A kernel's momentum is replaced by the orthogonal matrix nearest to it, so that it moves equally far in every direction;
+rare directions are then learned as soon as frequent ones. A kernel of C_out x C_in x k x k counts as a matrix
 of C_out rows.
 Legend: G kernels of one shape, M rows, N columns.
 """

@@ -2,7 +2,8 @@
 
 Layout of the file (docs/formats.md): ``network.<name>`` and ``ema.<name>`` are weights,
 ``optimizer.<parameter>.<key>`` the moments, ``report.loss_sum`` the losses since the last log line, ``draws.<name>``
-what loss-aware timesteps are drawn by; step, format and the key of the step that it belongs to stand in the header.
+the losses by which loss-aware timesteps are sampled. The header has the step, the format, and the key of the step that
+the file belongs to.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class TrainState:
     grad_norm: Tensor = field(default_factory=lambda: torch.zeros(()))
     """Norm of the last gradient before clipping, on the device."""
     draws: TimestepDraws | None = None
-    """What the objective draws timesteps by, where it is of a diffusion."""
+    """What samples the timesteps of a diffusion's objective; None for other objectives."""
 
 
 def create_state(network: nn.Module, config: TrainConfig, device: torch.device) -> TrainState:
@@ -54,8 +55,8 @@ def create_state(network: nn.Module, config: TrainConfig, device: torch.device) 
     ema = create_average(network)
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     kernels = kernels_of(network) if config.optimizer == "muon" else []
-    known = set(kernels)
-    others = [parameter for parameter in parameters if parameter not in known]
+    of_muon = set(kernels)
+    others = [parameter for parameter in parameters if parameter not in of_muon]
     groups = [
         {"params": kernels, "weight_decay": config.weight_decay, "muon": True},
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay, "muon": False},
