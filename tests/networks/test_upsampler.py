@@ -66,7 +66,7 @@ def test_without_levels_the_training_draws_what_it_always_drew() -> None:
 
 def test_a_trained_network_is_sampled_at_the_noise_level_of_the_recipe(tmp_path: Path) -> None:
     artifact, dims = Artifact(str(tmp_path)), ClipDims()
-    save_network(artifact, "upsampler", CONFIG, dims, Upsampler(CONFIG).state_dict())
+    save_network(artifact, CONFIG, dims, Upsampler(CONFIG).state_dict())
     changed = replace(CONFIG, noise_level=0.3)
-    assert load_network(artifact, wanted=changed).config == changed
+    assert load_network(artifact, requested=changed).config == changed
     assert load_network(artifact).config == CONFIG
