@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 from pipeline.data.lists import BATCH_ROWS
 from pipeline.recipe.sections import DrawnConfig
 from pipeline.shapes.captions import canonical_caption
-from pipeline.shapes.pairs import FAULTS, url_table
 from pipeline.shapes.scene import evaluation_scenes
 from pipeline.shapes.server import HOST
+from pipeline.shapes.url_list import FAULTS, url_table
 
 _NUM_EVALUATION_SCENES = 280  # all that there are room for; evaluate takes the first of them, kinds taking turns
 

@@ -145,7 +145,7 @@ class AblationRunner:
         rows: list[Json] = []
         for n, prompt in enumerate(prompts):
             picture = pictures[n].numpy()
-            right = None if prompt.scene is None else json.dumps(check(picture, prompt.scene).right, sort_keys=True)
+            right = None if prompt.scene is None else json.dumps(check(picture, prompt.scene).correct, sort_keys=True)
             rows.append({"prompt_number": part.start + n, "seed": seeds[n], "z_image": z_picture[n], "check": right})
             if part.start + n < num_shown:
                 names.append(_picture_name(part.kind, part.start + n))

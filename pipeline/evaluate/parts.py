@@ -376,4 +376,4 @@ def _finite(vectors: NDArray[np.float32], step: str) -> NDArray[np.float32]:
 
 
 def _checked(picture: Pixels, scene: Scene) -> str:
-    return json.dumps(check(picture, scene).right, sort_keys=True)
+    return json.dumps(check(picture, scene).correct, sort_keys=True)

@@ -1,1 +1,1 @@
-"""The project's own captioned pictures: one or two plain shapes, and a check on pixels that knows no network."""
+"""The demo's own captioned pictures of one or two plain shapes, and a check that reads pixels without any network."""

@@ -1,4 +1,4 @@
-"""Words for a scene: two canonical templates that say everything, and shorter ones that drop some attributes."""
+"""Captions of a scene: two canonical templates name every attribute, shorter ones leave some out."""
 
 import numpy as np
 
@@ -25,7 +25,7 @@ TEMPLATES_TWO: tuple[tuple[str, int], ...] = (
 
 
 def canonical_caption(scene: Scene) -> str:
-    """Say everything that the scene's names say: the prompt used in evaluation."""
+    """Name every attribute of the scene; evaluation uses this caption as its prompt."""
     return _fill(CANONICAL_ONE if len(scene.objects) == 1 else CANONICAL_TWO, scene)
 
 
@@ -33,8 +33,8 @@ def training_caption(scene: Scene, seed: int, index: int) -> str:
     """Choose a template by weight, from (seed, index) alone, and fill it."""
     templates = TEMPLATES_ONE if len(scene.objects) == 1 else TEMPLATES_TWO
     weights = np.cumsum([weight for _, weight in templates])
-    draw = np.random.default_rng((seed, index, 1)).integers(weights[-1])  # 1: apart from the scene's own draws
-    return _fill(templates[int(np.searchsorted(weights, draw, side="right"))][0], scene)
+    number = np.random.default_rng((seed, index, 1)).integers(weights[-1])  # 1: independent of the scene's own numbers
+    return _fill(templates[int(np.searchsorted(weights, number, side="right"))][0], scene)
 
 
 def _fill(template: str, scene: Scene) -> str:

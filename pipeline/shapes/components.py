@@ -1,17 +1,17 @@
-"""Connected components of a mask, by runs of its rows (scipy.ndimage.label does the same; numpy is enough here)."""
+"""Connected components of a mask, from the runs of its rows (scipy.ndimage.label would need one more package)."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 
 def connected_components(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int32], int]:
-    """Number the regions of a mask that hang together along rows and columns (4 neighbours).
+    """Number the connected regions of a mask; pixels connect along rows and columns (4 neighbours).
 
     Args:
         mask: (height, width).
 
     Returns:
-        (height, width) int32, 0 outside and 1 .. count inside, in the order of their first pixels; and the count.
+        Region numbers, (height, width) int32: 0 outside, 1 .. count inside, in order of first pixels; and the count.
     """
     parents: list[int] = []
     runs: list[tuple[int, int, int]] = []  # row, first column, column after the last
@@ -37,14 +37,14 @@ def connected_components(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int32], in
 
 
 def _edges(mask: NDArray[np.bool_]) -> list[tuple[int, list[tuple[int, int]]]]:
-    """Rows that are not empty, with the (start, stop) of each of their runs."""
+    """Rows that are not empty, with the (start, stop) columns of their runs."""
     steps = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
     rows, starts = np.nonzero(steps == 1)
     stops = np.nonzero(steps == -1)[1]  # in the same order: each run has one start and one stop
-    grouped: dict[int, list[tuple[int, int]]] = {}
+    runs: dict[int, list[tuple[int, int]]] = {}
     for row, start, stop in zip(rows.tolist(), starts.tolist(), stops.tolist(), strict=True):
-        grouped.setdefault(row, []).append((start, stop))
-    return list(grouped.items())
+        runs.setdefault(row, []).append((start, stop))
+    return list(runs.items())
 
 
 def _root(parents: list[int], run: int) -> int:

@@ -6,7 +6,6 @@ python -m pipeline.shapes.describe > docs/pairs.md
 import sys
 
 from pipeline.shapes.captions import TEMPLATES_ONE, TEMPLATES_TWO
-from pipeline.shapes.pairs import FAULTS
 from pipeline.shapes.scene import (
     ALONE,
     BACKGROUNDS,
@@ -18,20 +17,21 @@ from pipeline.shapes.scene import (
     SHAPES,
     TWO_OBJECTS_PROB,
 )
+from pipeline.shapes.url_list import FAULTS
 
 
 def describe() -> str:
-    """Say in Markdown what the drawn pairs are made of and what training never shows."""
+    """Describe the drawn pairs in Markdown: their attributes, captions, faults and held-out combinations."""
     total = sum(EVALUATION_KINDS.values())
     return "\n".join(
         [
             "# The drawn pairs",
             "",
-            'What the demo trains on (`pairs.source = "drawn"`).',
+            'The demo trains on these pairs (`pairs.source = "drawn"`).',
             "Written by `python -m pipeline.shapes.describe`; do not edit.",
             "",
-            f"Two objects ({TWO_OBJECTS_PROB:.0%}) or one, on a plain background. A picture and its caption follow",
-            "from the seed and the index.",
+            f"A picture shows two objects ({TWO_OBJECTS_PROB:.0%}) or one on a plain background. Seed and index",
+            "determine the picture and its caption.",
             "",
             f"- Shapes: {', '.join(SHAPES)}.",
             f"- Colours (sRGB): {_colours(COLOURS)}.",
@@ -43,7 +43,7 @@ def describe() -> str:
             "",
             "## Captions",
             "",
-            "How often a template is drawn beside the others of as many objects; `{a}` is the article of the colour.",
+            "Each template with its weight among those for the same number of objects; `{a}` is the colour's article.",
             "",
             *(f"- {weight} x `{template}`" for template, weight in (*TEMPLATES_ONE, *TEMPLATES_TWO)),
             "",
@@ -53,7 +53,8 @@ def describe() -> str:
             "",
             "## Held out",
             "",
-            "Never in training; every evaluation prompt holds at least one. Shares of the evaluation prompts: "
+            "These combinations are never in training; every evaluation prompt contains at least one. Shares of the "
+            "evaluation prompts: "
             + "; ".join(f"{kind} {share}/{total}" for kind, share in EVALUATION_KINDS.items())
             + ".",
             "",

@@ -1,6 +1,6 @@
-"""Pictures of scenes: flat colours, edges antialiased by drawing each object four times too large.
+"""Pictures of scenes in flat colours; each object is drawn four times too large and reduced, which antialiases it.
 
-Shapes are polygons in units of the object's radius, centred on their bounding boxes; ``unit_area`` is what they cover.
+Shapes are polygons in units of the object's radius, centred on their bounding boxes.
 """
 
 import io
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from pipeline.shapes.scene import BACKGROUNDS, COLOURS, Scene
 
 _SUPERSAMPLE = 4
-_SQUARE = 0.88  # the other shapes reach 1; sides are shortened so that all look equally large
+_SQUARE = 0.88  # the other shapes reach 1; a shorter side makes all shapes look equally large
 _ARM = 0.36
 _STAR_INNER = 0.42
 
@@ -61,14 +61,14 @@ def coverage(shape: str, radius_px: float, x_px: float, y_px: float, size_px: tu
         radius_px: Half the extent, in pixels.
         x_px: Centre, in pixels from the left edge.
         y_px: Centre, in pixels from the top edge.
-        size_px: Width and height of the answer, in pixels.
+        size_px: Width and height of the result, in pixels.
 
     Returns:
         A grey picture (mode L), 0 outside and 255 inside.
     """
     width, height = size_px
     large = Image.new("L", (width * _SUPERSAMPLE, height * _SUPERSAMPLE), 0)
-    # Pillow counts a polygon's corners at the middles of pixels, hence the half.
+    # Pillow's coordinates refer to pixel centres, hence the half.
     points = [
         (_SUPERSAMPLE * (x_px + radius_px * x) - 0.5, _SUPERSAMPLE * (y_px + radius_px * y) - 0.5)
         for x, y in _POLYGONS[shape]
@@ -81,7 +81,7 @@ def draw(scene: Scene, image_px: int = 128) -> Image.Image:
     """Draw a scene as an RGB picture of ``image_px`` by ``image_px`` pixels; later objects cover earlier ones."""
     picture = Image.new("RGB", (image_px, image_px), BACKGROUNDS[scene.background])
     for item in scene.objects:
-        # Only the object's own corner of the picture is drawn large: 5 times quicker than the whole.
+        # Only the object's own window is drawn large: 5 times faster than the whole picture.
         x, y, radius = item.x * image_px, item.y * image_px, scene.radius(item) * image_px
         left, top = math.floor(x - radius) - 1, math.floor(y - radius) - 1
         side = math.ceil(2 * radius) + 3
@@ -91,12 +91,12 @@ def draw(scene: Scene, image_px: int = 128) -> Image.Image:
 
 
 def draw_array(scene: Scene, image_px: int = 128) -> NDArray[np.uint8]:
-    """Draw a scene as an array, uint8, (image_px, image_px, 3)."""
+    """Draw a scene as a uint8 array (image_px, image_px, 3)."""
     return np.asarray(draw(scene, image_px))
 
 
 def encode(picture: Image.Image, encoding: str = "png") -> bytes:
-    """Bytes of a picture as PNG (lossless, quick) or JPEG (quality 95)."""
+    """Encode a picture as PNG (lossless, fast) or JPEG (quality 95)."""
     buffer = io.BytesIO()
     if encoding == "png":
         picture.save(buffer, "PNG", compress_level=1)

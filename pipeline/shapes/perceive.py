@@ -1,9 +1,9 @@
-"""What is in a picture, seen in its pixels alone: no CLIP, no network, no knowledge of the prompt.
+"""Finds the background and the objects of a picture from its pixels alone, without a network or the prompt.
 
-The background is the colour of the border. Every other pixel is taken for a mixture of the background and one plain
-hue; the hue that leaves the least unexplained wins, so that a soft edge keeps its object's colour (red fading into
-white is not pink). Connected pixels of a hue are an object. Its outline, centred and scaled by its area, is compared
-with drawn shapes at several blurs.
+The background is the colour of the border. Every other pixel is modelled as a mixture of the background and one plain
+hue, the one with the smallest residual; so a soft edge keeps its object's colour (red that fades into white is not
+pink). Connected pixels of a hue are an object. Its outline, centred and scaled by its area, is compared with drawn
+shapes at several blurs.
 
 Legend: P side of the working picture in pixels, C number of object colours, K side of an outline, N templates.
 """
@@ -20,16 +20,18 @@ from pipeline.shapes.components import connected_components
 from pipeline.shapes.draw import coverage, unit_area
 from pipeline.shapes.scene import ALONE, BACKGROUNDS, COLOURS, RADIUS, SHAPES
 
-_WORK_PX = 96  # every picture is looked at in this size, whatever its own
+_WORK_PX = 96  # every picture is resized to this side
 _BORDER_PX = 3
 _MIN_AREA = 0.006  # of the picture; a small star covers 0.027, less where it is eroded
-_MIN_SHARE = 0.3  # of a neighbouring larger object: less is a stain on it, not an object
+_MIN_SHARE = 0.3  # of a larger neighbouring object's area: a smaller region is a stain on it, not an object
 _MIN_ALPHA = 0.55  # share of the hue in a pixel that counts as inside
 _MIN_CONTRAST = 30.0  # sRGB distance from the background
-_MAX_UNEXPLAINED = 0.3  # of an object's contrast: more is none of the plain hues (a dark gray on white leaves 0.33),
-_NOISE = 30.0  # unless it is less than this sRGB distance, for what stands out little (pink on beige: 95)
+_MAX_RESIDUAL = (
+    0.3  # of an object's contrast: an object with more has none of the plain hues (dark gray on white: 0.33),
+)
+_NOISE = 30.0  # unless its residual is below this sRGB distance: for objects of low contrast (pink on beige: 95)
 _MAX_BACKGROUND_DELTA = 24.0  # CIE76 in Lab; the nearest two backgrounds are 33 apart
-_MIN_LIKENESS = 0.9  # cosine to the nearest template: less is no shape
+_MIN_SIMILARITY = 0.9  # cosine to the nearest template, below which the shape is unknown
 _OUTLINE_PX = 24
 _OUTLINE_SPAN = 2.4  # side of the window, in square roots of the object's area
 _REACH_PX = 4  # an object's soft edge ends this far from its inside
@@ -43,8 +45,8 @@ _Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One object that was found; a name is None where nothing known fits."""
+class PerceivedObject:
+    """One object of a picture; a name is None if no name of the scenes fits."""
 
     colour: str | None
     shape: str | None
@@ -53,15 +55,15 @@ class Seen:
     """Centre of mass, as a fraction of the width."""
     y: float
     area: float
-    """Covered share of the picture."""
+    """Share of the picture that it covers."""
 
 
 @dataclass(frozen=True)
 class Perception:
-    """What was found: the background's name (None: no known one) and the objects, largest first."""
+    """The background's name (None if no name fits) and the objects, largest first."""
 
     background: str | None
-    objects: tuple[Seen, ...]
+    objects: tuple[PerceivedObject, ...]
 
 
 def perceive(image: NDArray[np.uint8]) -> Perception:
@@ -85,18 +87,18 @@ def perceive(image: NDArray[np.uint8]) -> Perception:
     pixels = np.asarray(picture, np.float32)  # (P, P, 3)
     border = _border_colour(pixels)
     difference = pixels - border
-    alpha, unexplained, label = _unmix(difference, _HUES - border)
+    alpha, residual, label = _unmix(difference, _HUES - border)
     contrast = np.sqrt(np.square(difference).sum(axis=2))
     own = np.take_along_axis(alpha, label[..., None], axis=2)[..., 0]
     inside = (own >= _MIN_ALPHA) & (contrast >= _MIN_CONTRAST)
     masks = _find_objects(inside, label)
-    found: list[Seen] = []
+    objects: list[PerceivedObject] = []
     for position, (mask, hue) in enumerate(masks):
         others = [other for i, (other, _) in enumerate(masks) if i != position]
-        is_plain = unexplained[mask].mean() <= max(_NOISE, _MAX_UNEXPLAINED * contrast[mask].mean())
+        is_plain = residual[mask].mean() <= max(_NOISE, _MAX_RESIDUAL * contrast[mask].mean())
         soft = _soft_mask(mask, others, alpha[..., hue], label == hue)
-        found.append(_describe(soft, _NAMES[hue] if is_plain else None, ALONE if len(masks) == 1 else 1.0))
-    return Perception(_background_name(border), tuple(sorted(found, key=lambda seen: -seen.area)))
+        objects.append(_describe(soft, _NAMES[hue] if is_plain else None, ALONE if len(masks) == 1 else 1.0))
+    return Perception(_background_name(border), tuple(sorted(objects, key=lambda item: -item.area)))
 
 
 def _border_colour(pixels: _Floats) -> _Floats:
@@ -114,8 +116,8 @@ def _unmix(difference: _Floats, hues: _Floats) -> tuple[_Floats, _Floats, NDArra
         hues: (C, 3) hue minus background.
 
     Returns:
-        The share of each hue, (P, P, C), in [0, 1.1]; what the best hue leaves unexplained, (P, P), sRGB; and the best
-        hue, (P, P).
+        The share of each hue, (P, P, C), in [0, 1.1]; the residual of the best hue, (P, P), as an sRGB distance; and
+        the best hue, (P, P).
     """
     lengths = np.square(hues).sum(axis=1)  # (C,)
     usable = lengths >= _MIN_CONTRAST**2
@@ -129,20 +131,20 @@ def _unmix(difference: _Floats, hues: _Floats) -> tuple[_Floats, _Floats, NDArra
 
 
 def _find_objects(inside: _Mask, label: NDArray[np.int64]) -> list[tuple[_Mask, int]]:
-    """Connected regions of one hue that are large enough, with their hues; stains on an object are dropped."""
+    """Connected regions of one hue that are large enough, with their hues; stains on larger objects are dropped."""
     regions: list[tuple[_Mask, int]] = []
     for hue in np.unique(label[inside]):
-        core = _erode(inside & (label == hue))  # parts objects that a thin bridge joins
+        core = _erode(inside & (label == hue))  # separates objects that a thin bridge connects
         numbers, count = connected_components(core)
         areas = np.bincount(numbers.ravel(), minlength=count + 1)
         regions += [(numbers == i, int(hue)) for i in range(1, count + 1) if areas[i] >= _MIN_AREA * inside.size]
     regions.sort(key=lambda region: -int(region[0].sum()))
-    kept: list[tuple[_Mask, int]] = []
+    objects: list[tuple[_Mask, int]] = []
     for mask, hue in regions:
         near = _dilate(mask, 2)
-        if not any((near & other).any() and mask.sum() < _MIN_SHARE * other.sum() for other, _ in kept):
-            kept.append((mask, hue))
-    return kept
+        if not any((near & other).any() and mask.sum() < _MIN_SHARE * other.sum() for other, _ in objects):
+            objects.append((mask, hue))
+    return objects
 
 
 def _erode(mask: _Mask) -> _Mask:
@@ -152,7 +154,7 @@ def _erode(mask: _Mask) -> _Mask:
 
 
 def _dilate(mask: _Mask, reach_px: int) -> _Mask:
-    """Add every pixel within ``reach_px`` along both axes (numpy's shifts: 10 times quicker than Pillow's filter)."""
+    """Add every pixel within ``reach_px`` along both axes (numpy's shifts: 10 times faster than Pillow's filter)."""
     for axis in (0, 1):
         swept = mask.copy()
         for shift in range(1, reach_px + 1):
@@ -165,28 +167,28 @@ def _dilate(mask: _Mask, reach_px: int) -> _Mask:
 
 
 def _soft_mask(mask: _Mask, others: list[_Mask], share: _Floats, is_hue: _Mask) -> _Floats:
-    """Share of the object in each pixel, (P, P) in [0, 1], zero away from it and inside other objects."""
+    """The object's share of each pixel, (P, P) in [0, 1]: zero far from it and inside other objects."""
     near = _dilate(mask, 1)
     allowed = _dilate(mask, _REACH_PX) & (is_hue | near)
     for other in others:
         allowed &= ~_dilate(other, 1) | near
     soft = np.where(allowed, np.clip(share, 0, 1), 0).astype(np.float32)
-    level = float(np.quantile(soft[mask], 0.8))  # a pale object is as much an object
+    level = float(np.quantile(soft[mask], 0.8))  # a pale object counts like a strong one
     return np.where(soft < 0.06, 0, np.minimum(soft / max(level, 0.3), 1)).astype(np.float32)
 
 
-def _describe(soft: _Floats, colour: str | None, scale: float) -> Seen:
-    """Name the outline and the size of a soft mask."""
+def _describe(soft: _Floats, colour: str | None, scale: float) -> PerceivedObject:
+    """Name the shape and the size of a soft mask."""
     outline, x_px, y_px, area_px = _outline(soft)
-    likeness = _templates() @ outline  # (N,)
-    best = int(likeness.argmax())
-    shape = SHAPES[best * len(SHAPES) // len(likeness)]
+    similarity = _templates() @ outline  # (N,)
+    best = int(similarity.argmax())
+    shape = SHAPES[best * len(SHAPES) // len(similarity)]
     radius = float(np.sqrt(area_px / unit_area(shape))) / _WORK_PX
-    known = likeness[best] >= _MIN_LIKENESS
-    return Seen(
+    is_shape = similarity[best] >= _MIN_SIMILARITY
+    return PerceivedObject(
         colour=colour,
-        shape=shape if known else None,
-        size=min(RADIUS, key=lambda size: abs(scale * RADIUS[size] - radius)) if known else None,
+        shape=shape if is_shape else None,
+        size=min(RADIUS, key=lambda size: abs(scale * RADIUS[size] - radius)) if is_shape else None,
         x=x_px / _WORK_PX,
         y=y_px / _WORK_PX,
         area=area_px / _WORK_PX**2,
@@ -215,18 +217,18 @@ def _templates() -> _Floats:
     """Outlines of every shape in every size and blur, (N, K * K), in the order of SHAPES."""
     outlines: list[_Floats] = []
     for shape, radius, blur in product(SHAPES, RADIUS.values(), _BLURS_PX):
-        drawn = coverage(shape, radius * _WORK_PX, _WORK_PX / 2, _WORK_PX / 2, (_WORK_PX, _WORK_PX))
-        share = np.asarray(drawn.filter(ImageFilter.GaussianBlur(blur)), np.float32) / np.float32(255)
+        picture = coverage(shape, radius * _WORK_PX, _WORK_PX / 2, _WORK_PX / 2, (_WORK_PX, _WORK_PX))
+        share = np.asarray(picture.filter(ImageFilter.GaussianBlur(blur)), np.float32) / np.float32(255)
         everywhere = np.ones_like(share, dtype=np.bool_)
         outlines.append(_outline(_soft_mask(_erode(share >= _MIN_ALPHA), [], share, everywhere))[0])
     return np.stack(outlines)
 
 
 def _background_name(colour: _Floats) -> str | None:
-    """Nearest background in Lab, or None where a plain hue is nearer or nothing is near."""
+    """The nearest background in Lab, or None if an object's colour is nearer or nothing is near."""
     names = (*BACKGROUNDS, *COLOURS)
-    known = _lab(np.array([*BACKGROUNDS.values(), *COLOURS.values()], np.float32))
-    delta = np.linalg.norm(known - _lab(colour[None]), axis=1)
+    palette = _lab(np.array([*BACKGROUNDS.values(), *COLOURS.values()], np.float32))
+    delta = np.linalg.norm(palette - _lab(colour[None]), axis=1)
     best = int(delta.argmin())
     return names[best] if names[best] in BACKGROUNDS and delta[best] <= _MAX_BACKGROUND_DELTA else None
 

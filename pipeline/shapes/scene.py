@@ -1,10 +1,9 @@
-"""What is in a picture: one or two objects on a plain background, drawn from (seed, index) alone.
+"""The scene of a picture: one or two objects on a plain background, determined by (seed, index) alone.
 
 Legend: lengths are fractions of the picture's width (it is square); x grows to the right and y downwards, from 0 to 1.
-A combination of attributes in ``HELD_OUT`` is never in training; evaluation prompts are made of them alone.
+The combinations of attributes in ``HELD_OUT`` are never in training; every evaluation prompt contains one.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -20,7 +19,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (145, 25, 180),
     "pink": (255, 120, 190),
 }
-"""Colours of objects, sRGB 0-255, each at its plain hue (0, 32, 54, 136, 229, 286 and 329 degrees)."""
+"""Colours of objects, sRGB 0-255, at hues of 0, 32, 54, 136, 229, 286 and 329 degrees."""
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
     "black": (0, 0, 0),
@@ -30,9 +29,9 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 """Backgrounds, sRGB 0-255; the two that have a hue are pale, so that no object is mistaken for them."""
 RADIUS: dict[str, float] = {"small": 0.135, "medium": 0.17, "large": 0.21}
-"""Half the extent of an object beside another; two large ones just fit side by side."""
+"""Half the extent of an object in a picture of two; two large ones just fit side by side."""
 ALONE = 1.4
-"""An object alone in its picture is this much larger: sizes are relative to the room there is."""
+"""Factor by which a single object is larger: sizes are relative to the available room."""
 RELATIONS: dict[str, tuple[int, int]] = {
     "to the left of": (-1, 0),
     "to the right of": (1, 0),
@@ -42,15 +41,15 @@ RELATIONS: dict[str, tuple[int, int]] = {
 """Direction from the second object to the first, as the signs of x and y."""
 
 TWO_OBJECTS_PROB = 0.5
-_MARGIN = 0.02  # no object comes nearer to the border
-_GAP = 0.08  # nor nearer to the other object: a pixel and more at 16 px, where the decoder draws
-_ACROSS = 0.04  # largest shift across the direction of the relation, of each object
-_WANDER = 0.05  # largest shift of a single object from the middle
+_MARGIN = 0.02  # smallest distance of an object from the border
+_GAP = 0.08  # smallest distance between two objects: more than a pixel at 16 px, the decoder's resolution
+_MAX_SHIFT_ACROSS = 0.04  # largest shift of each object across the direction of the relation
+_MAX_SHIFT = 0.05  # largest shift of a single object from the middle
 
 
 @dataclass(frozen=True)
 class Object:
-    """One shape: names from SHAPES, COLOURS and RADIUS, and its centre."""
+    """One object: names from SHAPES, COLOURS and RADIUS, and its centre."""
 
     shape: str
     colour: str
@@ -61,7 +60,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two objects on a background; ``relation`` says where the first is, seen from the second (None for one)."""
+    """One or two objects on a background; ``relation``: the first's position relative to the second (None for one)."""
 
     objects: tuple[Object, ...]
     background: str
@@ -86,7 +85,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class EvaluationScene:
-    """A scene that was not trained on, and why: one of EVALUATION_KINDS."""
+    """A held-out scene and its kind, one of EVALUATION_KINDS."""
 
     scene: Scene
     kind: str
@@ -117,7 +116,7 @@ def _held_out() -> HeldOut:
         )
         for (i, colour), step, turn in product(enumerate(colours), (1, 2, 3), (0, 1))
     ]
-    # One pair in seven has one colour twice, as when two colours are drawn.
+    # One pair in seven has one colour twice, as if both colours were sampled independently.
     pairs += [
         ((colour, SHAPES[i % len(SHAPES)]), (colour, SHAPES[(2 * i + 1) % len(SHAPES)]))
         for i, colour in enumerate(colours)
@@ -137,7 +136,7 @@ _HELD_OUT_PAIRS = frozenset(frozenset(pair) for pair in HELD_OUT.pairs)
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Say whether the scene holds a combination that training must never show."""
+    """Whether the scene contains a combination that training must never show."""
     looks = [(item.colour, item.shape) for item in scene.objects]
     return (
         any(look in _HELD_OUT_OBJECTS for look in looks)
@@ -147,32 +146,32 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def training_scene(seed: int, index: int) -> Scene:
-    """Draw training scene ``index``: a function of (seed, index) alone, never held out.
+    """Sample training scene ``index``, which is never held out, from (seed, index) alone.
 
     Args:
         seed: Seed of the whole set; >= 0.
         index: Number of the scene in the set; >= 0.
 
     Returns:
-        One object or two; two never look the same (colour and shape).
+        One object, or two that differ in colour or shape.
     """
     rng = np.random.default_rng((seed, index))
-    num_objects = 2 if rng.random() < TWO_OBJECTS_PROB else 1  # before the loop: more scenes of two are refused
+    num_objects = 2 if rng.random() < TWO_OBJECTS_PROB else 1  # before the loop, which rejects more scenes of two
     while True:
         scene = _place(rng, [_look(rng) for _ in range(num_objects)], _pick(rng, BACKGROUNDS))
-        if not is_held_out(scene) and not _are_twins(scene):
+        if not is_held_out(scene) and not _has_equal_objects(scene):
             return scene
 
 
 def evaluation_scenes(num_scenes: int, seed: int) -> list[EvaluationScene]:
-    """Draw scenes of held-out combinations alone, each with another prompt, half of them with one object.
+    """Sample held-out scenes with different prompts, half of them with one object.
 
     Args:
-        num_scenes: How many; at most 280, for want of other prompts of one object.
-        seed: Seed of the choice and the places; of two numbers, the smaller gives the first scenes of the larger.
+        num_scenes: Number of scenes; at most 280, because there are no more different prompts of one object.
+        seed: Seed of the choice and the positions. A smaller ``num_scenes`` gives the first scenes of a larger one.
 
     Returns:
-        Scenes with their kinds, in the proportions of EVALUATION_KINDS, the kinds taking turns.
+        Scenes with their kinds, which alternate in the proportions of EVALUATION_KINDS.
 
     Raises:
         ValueError: If ``num_scenes`` is not in [1, 280].
@@ -182,14 +181,14 @@ def evaluation_scenes(num_scenes: int, seed: int) -> list[EvaluationScene]:
         raise ValueError(message)
     rng = np.random.default_rng((seed, 1))
     turns = [kind for kind, share in EVALUATION_KINDS.items() for _ in range(share)]
-    seen: set[object] = set()
+    prompts: set[object] = set()
     scenes: list[EvaluationScene] = []
     while len(scenes) < num_scenes:
-        kind = turns[(3 * len(scenes)) % len(turns)]  # 3 is prime to 8: one and two objects take turns
+        kind = turns[(3 * len(scenes)) % len(turns)]  # 3 and 8 are coprime: one and two objects alternate
         scene = _held_out_scene(rng, kind)
         prompt = (scene.background, scene.relation, *((o.size, o.colour, o.shape) for o in scene.objects))
-        if prompt not in seen and not _are_twins(scene):
-            seen.add(prompt)
+        if prompt not in prompts and not _has_equal_objects(scene):
+            prompts.add(prompt)
             scenes.append(EvaluationScene(scene, kind))
     return scenes
 
@@ -218,16 +217,16 @@ def _look(rng: np.random.Generator) -> tuple[str, str]:
     return _pick(rng, COLOURS), SHAPES[int(rng.integers(len(SHAPES)))]
 
 
-def _are_twins(scene: Scene) -> bool:
+def _has_equal_objects(scene: Scene) -> bool:
     looks = [(item.colour, item.shape) for item in scene.objects]
     return len(set(looks)) < len(looks)
 
 
 def _place(rng: np.random.Generator, looks: list[tuple[str, str]], background: str) -> Scene:
-    """Give each look a size and a place, and two looks a relation."""
+    """Sample a size and a position for each (colour, shape), and a relation for two."""
     sizes = [tuple(RADIUS)[int(rng.integers(len(RADIUS)))] for _ in looks]
     if len(looks) == 1:
-        reach = min(_WANDER, 0.5 - _MARGIN - ALONE * RADIUS[sizes[0]])
+        reach = min(_MAX_SHIFT, 0.5 - _MARGIN - ALONE * RADIUS[sizes[0]])
         x, y = 0.5 + rng.uniform(-reach, reach, size=2)
         return Scene((Object(looks[0][1], looks[0][0], sizes[0], float(x), float(y)),), background)
     relation = tuple(RELATIONS)[int(rng.integers(len(RELATIONS)))]
@@ -237,20 +236,15 @@ def _place(rng: np.random.Generator, looks: list[tuple[str, str]], background: s
     gap = _GAP + slack * rng.uniform(0, 0.3)
     length = 2 * (first + second) + gap
     start = 0.5 - length / 2 + (slack + _GAP - gap) / 2 * rng.uniform(-1, 1)
-    # Along the axis: the object that comes first in the direction of growing x or y, then the other.
+    # Along the axis: first the object with the smaller x or y, then the other.
     low, high = (first, second) if sign_x + sign_y < 0 else (second, first)
     along = [start + low, start + length - high]
     if sign_x + sign_y > 0:
         along.reverse()
-    across = [float(0.5 + rng.uniform(-1, 1) * min(_ACROSS, 0.5 - _MARGIN - r)) for r in (first, second)]
+    across = [float(0.5 + rng.uniform(-1, 1) * min(_MAX_SHIFT_ACROSS, 0.5 - _MARGIN - r)) for r in (first, second)]
     xs, ys = (along, across) if sign_x else (across, along)
     objects = tuple(
         Object(shape, colour, size, float(x), float(y))
         for (colour, shape), size, x, y in zip(looks, sizes, xs, ys, strict=True)
     )
     return Scene(objects, background, relation)
-
-
-def training_scenes(num_scenes: int, seed: int) -> Iterator[Scene]:
-    """Yield training scenes 0 .. num_scenes - 1."""
-    return (training_scene(seed, index) for index in range(num_scenes))

@@ -1,9 +1,9 @@
-"""A real HTTP server that draws picture {index} when it is asked for it; nothing is stored.
+"""A real HTTP server that draws picture {index} when it is requested; it stores nothing.
 
     with serve_pictures(port=8765) as base_url:   # a child process, on its own core
         ...                                       # GET {base_url}/{seed}/{image_px}/{index}.png
 
-The child watches its parent and ends with it, however the parent ends. ``python -m pipeline.shapes.server --port 8765``
+The child ends when its parent ends, for whatever reason. ``python -m pipeline.shapes.server --port 8765``
 runs it in the foreground.
 """
 
@@ -23,29 +23,29 @@ from pathlib import Path
 
 from pipeline.errors import ConfigError, StepError
 from pipeline.shapes.draw import draw, encode
-from pipeline.shapes.pairs import MAX_IMAGE_PX, MIN_IMAGE_PX
 from pipeline.shapes.scene import training_scene
+from pipeline.shapes.url_list import MAX_IMAGE_PX, MIN_IMAGE_PX
 
 HOST = "127.0.0.1"
 SLOW_S = 30.0
-DRIP_S = 20.0  # bounded, for img2dataset has no limit on the whole: a drip of 3 minutes held its shard for as long
+DRIP_S = 20.0  # img2dataset has no limit for a whole URL: a drip of 3 minutes would hold its shard for 3 minutes
 _DRIP_PAUSE_S = 0.25
 _START_TIMEOUT_S = 60.0
 _WATCH_EVERY_S = 0.25
-_PORT_REFUSED = {errno.EADDRINUSE, errno.EACCES}  # exit statuses of a child that could not have its port
-_HEADER_BYTES = 160  # of a JPEG: its tables begin there, no picture data comes
+_PORT_ERRORS = {errno.EADDRINUSE, errno.EACCES}  # exit statuses of a child that could not get its port
+_HEADER_BYTES = 160  # of a JPEG: the cut is inside its tables, before any picture data
 _GOOD = re.compile(r"/(\d{1,9})/(\d{1,4})/(\d{1,12})\.png")
 _FAULTY = re.compile(r"/faulty/([a-z]+)/(\d{1,12})\.png")
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 256  # a shorter backlog drops the SYNs of 256 download threads and looks slow
+    request_queue_size = 256  # a shorter backlog drops SYNs of 256 download threads, which looks like a slow server
 
     def handle_error(
         self, request: socket.socket | tuple[bytes, socket.socket], client_address: tuple[str, int]
     ) -> None:
-        """Keep quiet about clients that hang up: those of slow URLs do."""
+        """Ignore clients that hang up, as clients of slow URLs do."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
@@ -54,7 +54,7 @@ class _Handler(BaseHTTPRequestHandler):
     """Answers from the URL alone. One request per connection."""
 
     def do_GET(self) -> None:
-        """Draw a picture, or fail in the way that the URL asks for."""
+        """Draw a picture, or fail in the way that the URL names."""
         if self.path == "/":
             self._send(b"ok\n", "text/plain")
         elif good := _GOOD.fullmatch(self.path):
@@ -69,7 +69,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(404)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Keep quiet: a line for every picture would drown the pipeline's own log."""
+        """Log nothing: a line for every picture would bury the pipeline's own log."""
 
     def _send(self, body: bytes, content_type: str) -> None:
         self._send_head(len(body), content_type)
@@ -82,31 +82,31 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def answer_missing(self, _index: int) -> None:
-        """404."""
+        """Answer 404."""
         self.send_error(404)
 
     def answer_broken(self, _index: int) -> None:
-        """500."""
+        """Answer 500."""
         self.send_error(500)
 
     def answer_slow(self, _index: int) -> None:
-        """Say nothing for SLOW_S seconds."""
+        """Send nothing for SLOW_S seconds."""
         time.sleep(SLOW_S)
 
     def answer_drip(self, index: int) -> None:
-        """Send a picture byte by byte: each wait is short, and after DRIP_S it is still not whole."""
+        """Send a picture byte by byte: each wait is short, and the picture is still incomplete after DRIP_S."""
         body = encode(draw(training_scene(0, index)))
         self._send_head(len(body), "image/png")
-        for place in range(int(DRIP_S / _DRIP_PAUSE_S)):  # a picture has hundreds of bytes
-            self.wfile.write(body[place : place + 1])
+        for offset in range(int(DRIP_S / _DRIP_PAUSE_S)):  # a picture has hundreds of bytes
+            self.wfile.write(body[offset : offset + 1])
             time.sleep(_DRIP_PAUSE_S)
 
     def answer_corrupt(self, index: int) -> None:
-        """Send the beginning of a JPEG as though it were the whole."""
+        """Send the beginning of a JPEG as if it were the whole file."""
         self._send(encode(draw(training_scene(0, index)), "jpeg")[:_HEADER_BYTES], "image/jpeg")
 
     def answer_html(self, _index: int) -> None:
-        """Send a page where a picture should be, with status 200, as parked domains do."""
+        """Send a page in place of a picture, with status 200, as parked domains do."""
         self._send(b"<!doctype html><title>This domain is for sale</title>\n", "text/html")
 
 
@@ -125,20 +125,20 @@ def serve_pictures(port: int = 0) -> Generator[str]:
     """Serve pictures on 127.0.0.1 from a child process until the block ends or this process dies.
 
     Args:
-        port: Where to listen; 0 lets the system choose.
+        port: TCP port; 0 lets the system choose.
 
     Yields:
-        The base URL, without a slash at its end; the server answers from then on.
+        The base URL without a trailing slash; the server is ready.
 
     Raises:
-        ConfigError: If the port is taken or not a port.
+        ConfigError: If the port is in use or is not a port number.
         StepError: If the child does not start.
     """
     if not 0 <= port <= 65535:
         raise ConfigError(f"pairs: {port} is not a port; choose one from 1024 to 65535")
     command = [sys.executable, "-m", "pipeline.shapes.server", "--port", str(port), "--parent", str(os.getpid())]
-    # A program of its own rather than multiprocessing: it never imports the caller's main module.
-    # Its own session, so that Ctrl-C reaches the parent alone and what runs there can still end in order.
+    # A separate program and not multiprocessing, which would import the caller's main module.
+    # A new session, so that Ctrl-C reaches the parent alone, whose work can still end in order.
     child = subprocess.Popen(
         command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -152,14 +152,14 @@ def serve_pictures(port: int = 0) -> Generator[str]:
 
 
 def _base_url(child: subprocess.Popen[str], port: int) -> str:
-    """Wait for the child's one line: its base URL."""
-    killer = threading.Timer(_START_TIMEOUT_S, child.kill)  # ends the wait for a line that never comes
+    """Wait for the child's only line, its base URL."""
+    killer = threading.Timer(_START_TIMEOUT_S, child.kill)  # ends the wait if no line ever comes
     killer.start()
     line = child.stdout.readline().strip() if child.stdout is not None else ""
     killer.cancel()
     if line:
         return line
-    if child.wait() in _PORT_REFUSED:
+    if child.wait() in _PORT_ERRORS:
         reason = os.strerror(child.returncode)
         raise ConfigError(f"pairs: cannot serve on {HOST}:{port}: {reason}; free the port or choose another")
     raise StepError(f"pairs: the picture server did not start (exit status {child.returncode})")
@@ -168,7 +168,7 @@ def _base_url(child: subprocess.Popen[str], port: int) -> str:
 def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(_WATCH_EVERY_S)
-    os._exit(0)  # the sleeping answers of slow URLs must not hold the process
+    os._exit(0)  # the threads that still answer slow URLs must not keep the process alive
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from pipeline.data.pairs import PairsSummary, source_batches, write_pairs
 from pipeline.data.rows import make_uid
 from pipeline.errors import DataError
 from pipeline.recipe.sections import DrawnConfig, PairsConfig
-from pipeline.shapes.pairs import FAULTS
+from pipeline.shapes.url_list import FAULTS
 from tests.data.conftest import make_picture
 
 _ROWS: list[dict[str, Any]] = [

@@ -100,7 +100,7 @@ def test_metrics_of_the_pixel_check_agree_with_the_pictures_that_were_written(
         assert prompt.scene is not None
         if len(prompt.scene.objects) == 1:
             with Image.open(output.path(f"samples/{number:05d}-0.png")) as image:
-                right = check(np.asarray(image), prompt.scene).right
+                right = check(np.asarray(image), prompt.scene).correct
             for name, hit in right.items():
                 hits.setdefault(name, []).append(hit)
     table = metrics["pixel_check"]["one object"]
@@ -119,7 +119,7 @@ def test_pixel_check_shows_guess_levels_and_not_zeros_as_the_floor() -> None:
         "white",
         "to the left of",
     )
-    nothing = dict.fromkeys(check(draw_array(scene, 32), scene).right, False)
+    nothing = dict.fromkeys(check(draw_array(scene, 32), scene).correct, False)
     rows = [
         {
             "prompt_number": 0,

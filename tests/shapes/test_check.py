@@ -11,7 +11,7 @@ from PIL import Image
 from pipeline.evaluate.metrics import Rate, rate_of
 from pipeline.shapes.check import CheckResult, check, compare, guess_levels
 from pipeline.shapes.draw import draw_array
-from pipeline.shapes.perceive import Seen, perceive
+from pipeline.shapes.perceive import PerceivedObject, perceive
 from pipeline.shapes.scene import RADIUS, Object, Scene, evaluation_scenes
 
 Picture = NDArray[np.uint8]
@@ -26,7 +26,7 @@ def resize(picture: Picture, image_px: int) -> Picture:
 def tally(results: Iterable[CheckResult]) -> dict[tuple[int, str], Rate]:
     rates: dict[tuple[int, str], Rate] = {}
     for result in results:
-        for attribute, is_right in result.right.items():
+        for attribute, is_right in result.correct.items():
             key = (result.num_objects, attribute)
             rates[key] = rates.get(key, Rate(0, 0)) + rate_of([is_right])
     return rates
@@ -75,7 +75,7 @@ RED_CIRCLE_LEFT = Scene(
 
 
 def wrong(picture_scene: Scene) -> set[str]:
-    return {name for name, right in check(draw_array(picture_scene), RED_CIRCLE_LEFT).right.items() if not right}
+    return {name for name, right in check(draw_array(picture_scene), RED_CIRCLE_LEFT).correct.items() if not right}
 
 
 def test_check_of_two_objects_names_what_is_wrong() -> None:
@@ -95,28 +95,28 @@ def test_check_of_two_objects_names_what_is_wrong() -> None:
 
 
 def test_a_third_object_is_one_too_many_and_is_not_compared() -> None:
-    seen = perceive(draw_array(RED_CIRCLE_LEFT))
-    stained = replace(seen, objects=(*seen.objects, Seen("green", "star", "small", 0.5, 0.1, 0.01)))
-    right = compare(stained, RED_CIRCLE_LEFT).right
+    perception = perceive(draw_array(RED_CIRCLE_LEFT))
+    third = PerceivedObject("green", "star", "small", 0.5, 0.1, 0.01)
+    right = compare(replace(perception, objects=(*perception.objects, third)), RED_CIRCLE_LEFT).correct
     assert {name for name, is_right in right.items() if not is_right} == {"count", "everything"}
 
 
 def test_check_tells_objects_of_one_colour_apart_by_shape() -> None:
     objects = (Object("star", "green", "medium", 0.5, 0.25), Object("circle", "green", "medium", 0.5, 0.75))
     picture = draw_array(Scene(objects, "gray"))
-    assert check(picture, Scene(objects, "gray", "above")).right["everything"]
-    below = check(picture, Scene(objects[::-1], "gray", "above")).right
+    assert check(picture, Scene(objects, "gray", "above")).correct["everything"]
+    below = check(picture, Scene(objects[::-1], "gray", "above")).correct
     assert below["binding"]
     assert not below["relation"]
 
 
 def test_check_of_one_object_names_what_is_wrong() -> None:
     picture = draw_array(Scene((Object("star", "pink", "small", 0.5, 0.5),), "beige"))
-    asked = Scene((Object("star", "red", "large", 0.5, 0.5),), "beige")
-    assert check(picture, asked).right == {
+    requested = Scene((Object("star", "red", "large", 0.5, 0.5),), "beige")
+    assert check(picture, requested).correct == {
         "background": True, "count": True, "colour": False, "shape": True, "size": False, "everything": False,
     }  # fmt: skip
-    empty = check(np.full((64, 64, 3), 255, np.uint8), asked).right
+    empty = check(np.full((64, 64, 3), 255, np.uint8), requested).correct
     assert not any(empty.values())
 
 
@@ -127,27 +127,27 @@ def test_check_takes_a_few_milliseconds() -> None:
     assert (time.process_time() - start) / 60 < 0.015  # 3 ms on a quiet core; this is for a crowded one
 
 
-def flags_of(picture_scene: Scene, asked: Scene) -> dict[str, bool]:
-    return check(draw_array(picture_scene), asked).right
+def flags_of(picture_scene: Scene, requested: Scene) -> dict[str, bool]:
+    return check(draw_array(picture_scene), requested).correct
 
 
 def test_guess_levels_are_the_shares_of_all_the_ways_to_guess() -> None:
     """Every order of the shapes, every direction and every size, checked one by one."""
-    asked = RED_CIRCLE_LEFT
+    requested = RED_CIRCLE_LEFT
     hits: dict[str, list[bool]] = {}
     axes = {"x": ((0.27, 0.5), (0.75, 0.5)), "y": ((0.5, 0.27), (0.5, 0.75))}
-    for shapes in permutations(item.shape for item in asked.objects):
+    for shapes in permutations(item.shape for item in requested.objects):
         for places in (places for axis in axes.values() for places in permutations(axis)):
             for sizes in product(RADIUS, repeat=2):
                 objects = (
                     Object(shape, item.colour, size, *place)
-                    for shape, item, size, place in zip(shapes, asked.objects, sizes, places, strict=True)
+                    for shape, item, size, place in zip(shapes, requested.objects, sizes, places, strict=True)
                 )
-                for name, is_right in flags_of(Scene(tuple(objects), asked.background), asked).items():
+                for name, is_right in flags_of(Scene(tuple(objects), requested.background), requested).items():
                     hits.setdefault(name, []).append(is_right)
     shares = {name: sum(flags) / len(flags) for name, flags in hits.items()}
     assert shares["both colours"] == shares["both shapes"] == 1
-    guessed = guess_levels(flags_of(asked, asked), asked)
+    guessed = guess_levels(flags_of(requested, requested), requested)
     assert guessed == pytest.approx({name: shares[name] for name in guessed})
     assert guessed == pytest.approx({"binding": 1 / 2, "relation": 1 / 4, "sizes": 1 / 18, "everything": 1 / 72})
 

@@ -42,11 +42,11 @@ def test_connected_components_of_nothing_and_of_everything() -> None:
 def test_perceive_names_every_colour_shape_and_size_on_every_background(colour: str, background: str) -> None:
     for shape in SHAPES:
         for size in RADIUS:
-            seen = perceive(draw_array(Scene((Object(shape, colour, size, 0.45, 0.55),), background)))
-            assert seen.background == background
-            assert [(o.colour, o.shape, o.size) for o in seen.objects] == [(colour, shape, size)]
-            assert seen.objects[0].x == pytest.approx(0.45, abs=0.01)
-            assert seen.objects[0].y == pytest.approx(0.55, abs=0.1)  # a triangle's mass is below its middle
+            perception = perceive(draw_array(Scene((Object(shape, colour, size, 0.45, 0.55),), background)))
+            assert perception.background == background
+            assert [(o.colour, o.shape, o.size) for o in perception.objects] == [(colour, shape, size)]
+            assert perception.objects[0].x == pytest.approx(0.45, abs=0.01)
+            assert perception.objects[0].y == pytest.approx(0.55, abs=0.1)  # a triangle's mass is below its middle
 
 
 def test_perceive_names_nothing_in_noise_stripes_and_plain_pictures() -> None:
@@ -56,15 +56,15 @@ def test_perceive_names_nothing_in_noise_stripes_and_plain_pictures() -> None:
     assert perceive(np.full((64, 64, 3), 255, np.uint8)).objects == ()
     stripe = np.full((64, 64, 3), 255, np.uint8)
     stripe[20:28, 4:60] = COLOURS["red"]
-    (found,) = perceive(stripe).objects
-    assert (found.colour, found.shape, found.size) == ("red", None, None)
+    (item,) = perceive(stripe).objects
+    assert (item.colour, item.shape, item.size) == ("red", None, None)
 
 
 def test_perceive_names_no_colour_that_is_not_a_plain_hue() -> None:
     picture = np.full((64, 64, 3), 255, np.uint8)
     picture[20:44, 20:44] = (90, 90, 90)
-    (found,) = perceive(picture).objects
-    assert (found.colour, found.shape) == (None, "square")
+    (item,) = perceive(picture).objects
+    assert (item.colour, item.shape) == (None, "square")
 
 
 def test_perceive_names_no_background_of_another_colour() -> None:
@@ -79,12 +79,12 @@ def test_perceive_does_not_take_the_soft_edge_of_red_for_pink() -> None:
     assert [item.colour for item in perceive(soft).objects] == ["red"]
 
 
-def test_perceive_parts_touching_objects_of_two_colours() -> None:
+def test_perceive_separates_touching_objects_of_two_colours() -> None:
     scene = Scene(
         (Object("square", "red", "medium", 0.34, 0.5), Object("square", "blue", "medium", 0.66, 0.5)), "white"
     )
-    seen = perceive(draw_array(scene))
-    assert {(item.colour, item.shape) for item in seen.objects} == {("red", "square"), ("blue", "square")}
+    perception = perceive(draw_array(scene))
+    assert {(item.colour, item.shape) for item in perception.objects} == {("red", "square"), ("blue", "square")}
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 64, 4)])

@@ -14,15 +14,18 @@ from pipeline.shapes.scene import (
     evaluation_scenes,
     is_held_out,
     training_scene,
-    training_scenes,
 )
 
 
+def training_scenes(num_scenes: int, seed: int) -> list[Scene]:
+    return [training_scene(seed, index) for index in range(num_scenes)]
+
+
 def test_training_scene_depends_on_seed_and_index_alone() -> None:
-    scenes = list(training_scenes(40, seed=3))
-    assert scenes == [training_scene(3, index) for index in range(40)]
+    scenes = training_scenes(40, seed=3)
+    assert scenes == training_scenes(40, seed=3)
     assert scenes[::-1] == [training_scene(3, index) for index in reversed(range(40))]
-    assert scenes != list(training_scenes(40, seed=4))
+    assert scenes != training_scenes(40, seed=4)
     assert len({str(scene) for scene in scenes}) == 40
 
 
@@ -68,7 +71,7 @@ def test_is_held_out_finds_each_kind_of_combination(
 
 
 def test_training_scenes_cover_every_attribute_about_evenly() -> None:
-    scenes = list(training_scenes(3000, seed=0))
+    scenes = training_scenes(3000, seed=0)
     items = [item for scene in scenes for item in scene.objects]
     assert sum(len(scene.objects) == 2 for scene in scenes) / 3000 == pytest.approx(TWO_OBJECTS_PROB, abs=0.04)
     for names, values in (

@@ -17,9 +17,9 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import ConfigError
 from pipeline.shapes.draw import draw_array
-from pipeline.shapes.pairs import url_table
 from pipeline.shapes.scene import training_scene
 from pipeline.shapes.server import DRIP_S, serve_pictures
+from pipeline.shapes.url_list import url_table
 
 
 @pytest.fixture(scope="module")

@@ -1,28 +1,26 @@
-"""The URL list of the demo: good pictures, and a few URLs that fail in each way that a real list does.
+"""The URL list of the demo: good pictures, and a few faulty URLs of each kind that real lists contain.
 
 A good URL is BASE/{seed}/{image_px}/{index}.png and a faulty one BASE/faulty/{kind}/{index}.png; ``server.py`` answers
-both from the URL alone. The list is a function of the arguments, so that it can be written again, byte for byte.
+both from the URL alone. The same arguments always give the same list.
 """
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError
 from pipeline.shapes.captions import training_caption
-from pipeline.shapes.scene import Scene, training_scene
+from pipeline.shapes.scene import training_scene
 
 FAULTS: dict[str, str] = {
     "missing": "404, a dead link",
-    "slow": "accepts the request and says nothing for half a minute",
-    "corrupt": "a JPEG cut off in its header",
-    "html": "200, a page of text with the name of a picture",
-    "broken": "500, a server in trouble",
-    "refused": "nobody listens at the address (port 1)",
-    "drip": "sends four bytes a second, which outwits a timeout per read, and hangs up unfinished after 20 s",
+    "slow": "accepts the request and sends nothing for half a minute",
+    "corrupt": "a JPEG that is cut off in its header",
+    "html": "200, a page of text under the name of a picture",
+    "broken": "500, a server error",
+    "refused": "no server listens at the address (port 1)",
+    "drip": "sends four bytes a second, so that no single read times out, and hangs up unfinished after 20 s",
 }
 """Kinds of faulty URLs, and what each does."""
 MIN_IMAGE_PX, MAX_IMAGE_PX = 16, 1024
@@ -40,28 +38,21 @@ _SCHEMA = pa.schema(
 )
 
 
-def training_pairs(num_pairs: int, seed: int) -> Iterator[tuple[int, Scene, str]]:
-    """Yield (index, scene, caption) of training pairs 0 .. num_pairs - 1, each a function of (seed, index) alone."""
-    for index in range(num_pairs):
-        scene = training_scene(seed, index)
-        yield index, scene, training_caption(scene, seed, index)
-
-
 def url_table(
     base_url: str, num_pairs: int, seed: int, image_px: int = 128, faults: Mapping[str, int] | None = None
 ) -> pa.Table:
-    """List the URLs and captions of training pairs, with faulty URLs strewn among them.
+    """List the URLs and captions of training pairs, with faulty URLs at random positions among them.
 
     Args:
-        base_url: Where the pictures will be served, such as "http://127.0.0.1:8765".
-        num_pairs: How many good pairs; >= 1.
-        seed: Seed of the pairs, and of the places of the faulty URLs.
+        base_url: Address of the picture server, such as "http://127.0.0.1:8765".
+        num_pairs: Number of good pairs; >= 1.
+        seed: Seed of the pairs, and of the positions of the faulty URLs.
         image_px: Side of the pictures, in pixels, from 16 to 1024.
-        faults: Kind (a key of FAULTS) -> how many besides the good pairs.
+        faults: Kind (a key of FAULTS) -> number of faulty URLs, which are added to the good pairs.
 
     Returns:
-        Rows with url, caption, index of the pair and its attributes (those of a second object are null where there is
-        none); the pairs' indices are 0 .. num_pairs - 1, and those of the faulty rows, which have captions too, follow.
+        Rows with url, caption, index of the pair and its attributes (null for a second object that does not exist).
+        Good pairs have the indices 0 .. num_pairs - 1, faulty rows the following ones; faulty rows have captions too.
 
     Raises:
         ConfigError: If a kind is unknown or a number is out of range.
@@ -71,11 +62,11 @@ def url_table(
     kinds = [kind for kind, count in faults.items() for _ in range(count)]
     num_rows = num_pairs + len(kinds)
     rng = np.random.default_rng((seed, 2))
-    faulty_places = set(rng.choice(num_rows, size=len(kinds), replace=False).tolist())
+    faulty_positions = set(rng.choice(num_rows, size=len(kinds), replace=False).tolist())
     good, faulty = iter(range(num_pairs)), iter(range(num_pairs, num_rows))
     rows: list[dict[str, str | int | None]] = []
-    for place in range(num_rows):
-        if place in faulty_places:
+    for position in range(num_rows):
+        if position in faulty_positions:
             index = next(faulty)
             url = _faulty_url(base_url, kinds[index - num_pairs], index)
         else:
@@ -83,16 +74,6 @@ def url_table(
             url = f"{base_url}/{seed}/{image_px}/{index}.png"
         rows.append({"url": url, "index": index, **_columns(seed, index)})
     return pa.Table.from_pylist(rows, schema=_SCHEMA)
-
-
-def write_url_list(
-    path: Path, base_url: str, num_pairs: int, seed: int, image_px: int = 128,
-    faults: Mapping[str, int] | None = None,
-) -> int:  # fmt: skip
-    """Write ``url_table`` as Parquet and return its number of rows."""
-    table = url_table(base_url, num_pairs, seed, image_px, faults)
-    pq.write_table(table, path)
-    return table.num_rows
 
 
 def _refuse_bad_numbers(num_pairs: int, image_px: int, faults: Mapping[str, int]) -> None:
@@ -104,7 +85,7 @@ def _refuse_bad_numbers(num_pairs: int, image_px: int, faults: Mapping[str, int]
         if kind not in FAULTS:
             raise ConfigError(f"pairs: unknown kind of faulty URL {kind!r}; choose from {', '.join(FAULTS)}")
         if count < 0:
-            raise ConfigError(f"pairs: the number of {kind!r} URLs must not be negative, as {count} is")
+            raise ConfigError(f"pairs: the number of {kind!r} URLs must not be negative, but is {count}")
 
 
 def _faulty_url(base_url: str, kind: str, index: int) -> str:

@@ -1,51 +1,42 @@
-from pathlib import Path
-
-import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import ConfigError
 from pipeline.shapes.captions import training_caption
-from pipeline.shapes.pairs import FAULTS, training_pairs, url_table, write_url_list
-from pipeline.shapes.scene import is_held_out, training_scene
+from pipeline.shapes.scene import training_scene
+from pipeline.shapes.url_list import FAULTS, url_table
 
 BASE = "http://127.0.0.1:8765"
-
-
-def test_training_pairs_are_those_of_their_indices() -> None:
-    pairs = list(training_pairs(20, seed=4))
-    assert pairs == [(i, training_scene(4, i), training_caption(training_scene(4, i), 4, i)) for i in range(20)]
-    assert not any(is_held_out(scene) for _, scene, _ in pairs)
 
 
 def test_url_table_lists_good_pairs_with_their_attributes() -> None:
     rows = url_table(BASE, 30, seed=2, image_px=64).to_pylist()
     assert [row["url"] for row in rows] == [f"{BASE}/2/64/{i}.png" for i in range(30)]
-    for row, (index, scene, caption) in zip(rows, training_pairs(30, seed=2), strict=True):
+    for index, row in enumerate(rows):
+        scene = training_scene(2, index)
+        caption = training_caption(scene, 2, index)
         assert (row["index"], row["caption"], row["num_objects"]) == (index, caption, len(scene.objects))
         assert (row["colour_1"], row["shape_1"]) == (scene.objects[0].colour, scene.objects[0].shape)
         assert (row["size_2"] is None) == (len(scene.objects) == 1)
         assert (row["background"], row["relation"]) == (scene.background, scene.relation)
 
 
-def test_url_table_strews_the_asked_number_of_each_fault() -> None:
+def test_url_table_mixes_in_the_requested_number_of_each_fault() -> None:
     faults = dict.fromkeys(FAULTS, 3)
     rows = url_table(BASE, 100, seed=2, faults=faults).to_pylist()
     assert len(rows) == 100 + 3 * len(FAULTS)
     assert sorted(row["index"] for row in rows) == list(range(len(rows)))
     for kind in FAULTS:
         assert sum(f"/faulty/{kind}/" in row["url"] for row in rows) == 3
-    places = [place for place, row in enumerate(rows) if "/faulty/" in row["url"]]
-    assert min(places) < 40
-    assert max(places) > 80
+    positions = [position for position, row in enumerate(rows) if "/faulty/" in row["url"]]
+    assert min(positions) < 40
+    assert max(positions) > 80
     assert sum(row["url"].startswith("http://127.0.0.1:1/faulty/refused/") for row in rows) == 3
 
 
-def test_write_url_list_writes_the_same_bytes_again(tmp_path: Path) -> None:
-    first, second = tmp_path / "a.parquet", tmp_path / "b.parquet"
-    for path in (first, second):
-        assert write_url_list(path, BASE, 25, seed=1, faults={"missing": 2, "html": 1}) == 28
-    assert first.read_bytes() == second.read_bytes()
-    assert pq.read_table(first).column_names[:2] == ["url", "caption"]
+def test_url_table_is_the_same_for_the_same_arguments() -> None:
+    first, second = (url_table(BASE, 25, seed=1, faults={"missing": 2, "html": 1}) for _ in range(2))
+    assert first.num_rows == 28
+    assert first.equals(second)
 
 
 @pytest.mark.parametrize(
