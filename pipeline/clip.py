@@ -1,6 +1,6 @@
-"""CLIP: the one module that imports open_clip.
+"""CLIP; no other module imports open_clip.
 
-Legend: B batch, L text tokens, D joint space, W text width, H W picture. A checkpoint is a folder in open_clip's own
+Legend: B batch, L text tokens, D joint space, W text width, H W picture. A checkpoint is a folder in open_clip's
 ``local-dir:`` layout: open_clip_config.json and open_clip_model.safetensors.
 """
 
@@ -32,10 +32,10 @@ from pipeline.pictures import square, to_image
 
 
 def _declare_torchvision_operators() -> torch.library.Library | None:
-    """Let torchvision be imported where its CUDA build stands beside a CPU-only torch.
+    """Make a CUDA build of torchvision importable with a CPU-only torch.
 
-    Its compiled operators cannot load there, and ``import torchvision`` (so open_clip) dies with "operator
-    torchvision::nms does not exist". Declaring the two schemas is all that the import needs.
+    Its compiled operators cannot be loaded then, and importing it (as open_clip does) fails with "operator
+    torchvision::nms does not exist". The import needs these two schemas and nothing else.
     """
     spec = importlib.util.find_spec("torchvision")
     folder = Path(spec.origin).parent if spec is not None and spec.origin is not None else Path()
@@ -51,21 +51,21 @@ def _declare_torchvision_operators() -> torch.library.Library | None:
 
 
 @contextlib.contextmanager
-def _without(name: str) -> Generator[None]:
-    """Hide a package from imports that would take it if it is there, unless it is loaded already."""
-    hidden = name not in sys.modules
-    if hidden:
+def _hide_package(name: str) -> Generator[None]:
+    """Hide an optional package from imports inside the block, unless it is loaded already."""
+    is_loaded = name in sys.modules
+    if not is_loaded:
         sys.modules[name] = cast("ModuleType", None)
     try:
         yield
     finally:
-        if hidden:
+        if not is_loaded:
             del sys.modules[name]
 
 
-_TORCHVISION_SCHEMAS = _declare_torchvision_operators()  # dropping the reference would remove the schemas
+_TORCHVISION_SCHEMAS = _declare_torchvision_operators()  # without this reference the schemas would be removed
 
-with _without("wandb"):  # open_clip's timm would log to it; img2dataset brings it along, and it loads for half a second
+with _hide_package("wandb"):  # open_clip's timm would import it for half a second; img2dataset depends on it
     import open_clip
 from open_clip.loss import ClipLoss  # noqa: E402
 from open_clip.tokenizer import SimpleTokenizer  # noqa: E402
@@ -74,43 +74,43 @@ from open_clip.transformer import TextTransformer, text_global_pool  # noqa: E40
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 NO_IMAGE_TOWER = (
-    "this CLIP has no image tower, so it embeds no picture: no edits, no search, no training. Put image_encoder/ and "
-    "feature_extractor/ of the same CLIP into the folder that was imported, and import it again; or set clip.name and "
-    "clip.tag to a whole CLIP with the same text tower (Karlo's is ViT-L-14-quickgelu, openai)"
+    "this CLIP has no image tower, so it cannot embed pictures: no edits, no search, no training. Add image_encoder/ "
+    "and feature_extractor/ of the same CLIP to the imported folder and import it again; or set clip.name and "
+    "clip.tag to a complete CLIP with the same text tower (Karlo's is ViT-L-14-quickgelu, openai)"
 )
 _NO_IMAGES: dict[str, Any] = {"vision_cfg": {"layers": 1, "width": 64, "patch_size": 32, "image_size": 32}}
-"""A tiny image tower, to be built and dropped again where a CLIP has none."""
+"""A tiny image tower, which is built and deleted for a CLIP without one."""
 _LENGTH_MULTIPLE = 8
-"""Captions are cut to a multiple of this many tokens, so that few different shapes reach the kernels."""
+"""Batches of captions are cut to a multiple of this many tokens, so that kernels see few different shapes."""
 
 
 @dataclass(frozen=True)
 class OpenClip:
-    """An open_clip model with what is needed to feed it and to save it again."""
+    """An open_clip model with its tokenizer and its configuration."""
 
     model: open_clip.CLIP | open_clip.CustomTextCLIP
     tokenizer: SimpleTokenizer
     model_config: dict[str, Any]
     """open_clip's model configuration, as in open_clip_config.json."""
     mean: tuple[float, ...]
-    """Mean of each colour channel that the model expects to be subtracted, of values in [0, 1]."""
+    """Mean of each colour channel, which is subtracted from values in [0, 1]."""
     std: tuple[float, ...]
-    """Deviation of each colour channel that the model expects to be divided by."""
+    """Standard deviation of each colour channel, by which the difference is divided."""
 
     @property
     def has_images(self) -> bool:
-        """Whether there is an image tower: a folder of diffusers' UnCLIPPipeline holds the text tower alone."""
+        """Whether there is an image tower; diffusers' UnCLIPPipeline saves the text tower alone."""
         return "vision_cfg" in self.model_config
 
     @property
     def image_px(self) -> int:
-        """Side of the square picture that the image tower takes, in pixels."""
+        """Side of the image tower's square input, in pixels."""
         size = self.model.visual.image_size
         return int(size[0] if isinstance(size, tuple) else size)
 
     @property
     def dims(self) -> ClipDims:
-        """What the prior and the decoder need to know."""
+        """The sizes that the prior and the decoder depend on."""
         text = self.model_config["text_cfg"]
         return ClipDims(
             embed_dim=self.model_config["embed_dim"],
@@ -119,15 +119,15 @@ class OpenClip:
         )
 
     def tokenize(self, captions: Sequence[str]) -> Int[Tensor, "B L"]:
-        """Token ids of captions, L = context length, zero after the end; longer captions are cut."""
+        """Token ids of captions, L = context length, zero after the end token; longer captions are truncated."""
         return self.tokenizer(list(captions), context_length=self.dims.context_length)
 
     def prepare(self, images: Tensor) -> Float[Tensor, "B 3 px px"]:
-        """Pictures as the image tower takes them: the centre square, resized and standardised.
+        """Preprocess pictures for the image tower: crop the centre square, resize and standardise it.
 
         Args:
-            images: uint8 (B, H, W, 3), cut and resized as every reader of pictures does it; or a network's float
-                (B, 3, H, W) in [-1, 1], for which torch's bicubic, the same kernel without rounding, has a gradient.
+            images: uint8 (B, H, W, 3), cropped and resized by ``pipeline.pictures``; or a network's float (B, 3, H, W)
+                in [-1, 1], resized by torch's bicubic, which is the same kernel without rounding and has a gradient.
         """
         is_picture = images.dtype == torch.uint8
         pixels = to_pixels(_squares(images, self.image_px)) if is_picture else resize_crop(images, self.image_px)
@@ -137,7 +137,7 @@ class OpenClip:
 
 
 class FrozenText(nn.Module):
-    """The text tower of the frozen CLIP: captions to embeddings, without gradients; all that sampling needs."""
+    """The text tower of the frozen CLIP, without gradients: it embeds captions. Sampling needs no image tower."""
 
     def __init__(self, clip: OpenClip) -> None:
         super().__init__()
@@ -147,28 +147,28 @@ class FrozenText(nn.Module):
 
     @property
     def dims(self) -> ClipDims:
-        """What the prior and the decoder need to know."""
+        """The sizes that the prior and the decoder depend on."""
         return self.clip.dims
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.model.logit_scale.device
 
     def train(self, mode: bool = True) -> Self:  # noqa: ARG002  (nn.Module's signature)
-        """Stay in evaluation mode: batch statistics of a frozen tower must not move."""
+        """Stay in evaluation mode, because a frozen tower must not update batch statistics."""
         return self
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> TextEncoding:
-        """Encode B captions; L is the longest of them rounded up to a multiple of 8 tokens."""
+        """Encode B captions; L is the length of the longest, rounded up to a multiple of 8 tokens."""
         return self.encode_tokens(self.clip.tokenize(captions))
 
     @torch.no_grad()
     def encode_tokens(self, tokens: Int[Tensor, "B L"]) -> TextEncoding:
-        """Encode token ids made by ``tokenize``.
+        """Encode the token ids of ``tokenize``.
 
-        The text tower is causal, so what follows the end of the longest caption is cut before it costs anything.
+        The text tower is causal, so tokens after the end of the longest caption are cut off to save time.
         """
         mask = _token_mask(tokens, self.clip.tokenizer.eot_token_id)
         longest = int(mask.sum(1).max())
@@ -198,11 +198,11 @@ class FrozenText(nn.Module):
 
 
 class FrozenClip(FrozenText):
-    """The frozen CLIP of the cascade with both towers: pictures and captions to embeddings, without gradients."""
+    """The frozen CLIP of the cascade with both towers, without gradients: it embeds pictures and captions."""
 
     @property
     def image_px(self) -> int:
-        """Side of the picture that the image tower takes, in pixels; others are resized to it."""
+        """Side of the image tower's input, in pixels; pictures are resized to it."""
         return self.clip.image_px
 
     @torch.no_grad()
@@ -220,12 +220,12 @@ class FrozenClip(FrozenText):
 
 
 def freeze(clip: OpenClip) -> FrozenText:
-    """The frozen CLIP: a ``FrozenClip`` where there is an image tower."""
+    """Freeze a CLIP: as a ``FrozenClip`` if it has an image tower, else as a ``FrozenText``."""
     return FrozenClip(clip) if clip.has_images else FrozenText(clip)
 
 
 def create_clip(config: ClipConfig) -> OpenClip:
-    """A small CLIP with random weights (of torch's global generator), to be trained."""
+    """Create a CLIP with random weights from torch's global generator, for training."""
     return _assemble(config.to_open_clip())
 
 
@@ -234,7 +234,6 @@ def clip_loss(
     images: Tensor,
     tokens: Int[Tensor, "B L"],
     *,
-    wrapped: nn.Module | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Float[Tensor, ""]:
@@ -242,20 +241,19 @@ def clip_loss(
 
     Args:
         clip: The model in training.
-        images: Pictures, as ``OpenClip.prepare`` takes them.
-        tokens: Their captions' token ids, (B, context length).
-        wrapped: ``clip.model`` inside a wrapper for data parallelism, if there is one.
-        rank: This process among those that share the batch.
-        world_size: Their number; above 1, features are gathered with their gradients.
+        images: Pictures, in a form that ``OpenClip.prepare`` accepts.
+        tokens: Token ids of their captions, (B, context length).
+        rank: Rank of this process among those that share the batch.
+        world_size: Number of these processes; above 1, features are gathered with their gradients.
     """
-    image_features, text_features, logit_scale, *bias = (wrapped or clip.model)(clip.prepare(images), tokens)
+    image_features, text_features, logit_scale, *bias = clip.model(clip.prepare(images), tokens)
     loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
     with torch.autocast(image_features.device.type, enabled=False):  # logits near 100 have no digits left in bfloat16
         return loss(image_features.float(), text_features.float(), logit_scale, *bias)
 
 
 def clamp_logit_scale(clip: OpenClip) -> None:
-    """Keep the temperature above 1/100, after each optimizer step (arXiv:2103.00020, section 2.5)."""
+    """Keep the temperature above 1/100; called after each optimizer step (arXiv:2103.00020, section 2.5)."""
     with torch.no_grad():
         clip.model.logit_scale.clamp_(0, 4.6052)
 
@@ -278,7 +276,7 @@ def load_clip(folder: Path) -> OpenClip:
     """Read a folder that ``save_clip`` or open_clip wrote.
 
     Raises:
-        ValueError: If a file is missing or unreadable, or the weights are not those of the configuration.
+        ValueError: If a file is missing or unreadable, or the weights do not match the configuration.
     """
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -291,15 +289,15 @@ def load_clip(folder: Path) -> OpenClip:
 
 
 def build_clip(model_config: dict[str, Any], preprocess: dict[str, Any], state: dict[str, Tensor]) -> OpenClip:
-    """A CLIP with weights.
+    """Build a CLIP and load its weights.
 
     Args:
         model_config: open_clip's model configuration; without ``vision_cfg`` there is no image tower.
-        preprocess: ``mean`` and ``std`` of the colour channels; OpenAI's where they are not said.
+        preprocess: ``mean`` and ``std`` of the colour channels; OpenAI's values are the defaults.
         state: Weights of the model.
 
     Raises:
-        RuntimeError: If the weights are not those of the configuration.
+        RuntimeError: If the weights do not match the configuration.
     """
     clip = _assemble(model_config, preprocess.get("mean"), preprocess.get("std"))
     clip.model.load_state_dict(state)
@@ -307,15 +305,14 @@ def build_clip(model_config: dict[str, Any], preprocess: dict[str, Any], state: 
 
 
 def load_pretrained(name: str, pretrained: str | None = None) -> OpenClip:
-    """Resolve public or local weights through open_clip.
+    """Load public or local weights through open_clip.
 
     Args:
         name: An architecture ("ViT-L-14"), "hf-hub:owner/repository" or "local-dir:/folder".
         pretrained: For an architecture: a tag ("laion2b_s32b_b82k") or a weights file; else None.
 
     Raises:
-        ValueError: If the name or tag is unknown, the hub does not answer, or the model is of a kind that has no
-            CLIP token states.
+        ValueError: If the name or tag is unknown, the hub does not answer, or the model has no CLIP token states.
     """
     folder = Path(name.removeprefix("local-dir:"))
     if folder.is_dir() and "vision_cfg" not in (open_clip.get_model_config(name) or {"vision_cfg": None}):
@@ -340,17 +337,17 @@ def load_pretrained(name: str, pretrained: str | None = None) -> OpenClip:
 
 
 def describe_clip(name: str) -> OpenClip:
-    """The architecture of a public or local CLIP, with random weights: for counting, not for use.
+    """Build a public or local CLIP with random weights, to count its parameters and operations.
 
     Args:
         name: An architecture ("ViT-L-14"), or "local-dir:/folder".
 
     Raises:
-        ValueError: If it is not known on this machine, or has no CLIP token states.
+        ValueError: If this machine does not know the architecture, or it has no CLIP token states.
     """
     model_config = open_clip.get_model_config(name) if not name.startswith("hf-hub:") else None
     if model_config is None:
-        raise ValueError(f"the shape of CLIP {name!r} is not known here; choose an open_clip architecture or a folder")
+        raise ValueError(f"CLIP {name!r} is unknown on this machine; choose an open_clip architecture or a folder")
     clip = _assemble(model_config)
     _text_tower(clip.model)
     return clip
@@ -362,7 +359,7 @@ def wrap_clip(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> OpenClip:
-    """An open_clip model with its tokenizer and the colours that it expects (OpenAI's, unless they are given)."""
+    """Combine an open_clip model with its tokenizer and its mean and std of colours (by default OpenAI's)."""
     mean = tuple(mean or open_clip.OPENAI_DATASET_MEAN)
     std = tuple(std or open_clip.OPENAI_DATASET_STD)
     tokenizer = SimpleTokenizer(context_length=model_config["text_cfg"].get("context_length", 77))
@@ -376,12 +373,12 @@ def _assemble(
     kind = open_clip.CustomTextCLIP if model_config.get("custom_text") else open_clip.CLIP
     model = kind(**_NO_IMAGES | arguments)
     if "vision_cfg" not in model_config:
-        del model.visual  # open_clip builds no model of a text tower alone
+        del model.visual  # open_clip cannot build a text tower alone
     return wrap_clip(model, model_config, mean, std)
 
 
 def _squares(images: Tensor, side_px: int) -> Tensor:
-    """uint8 (B, H, W, 3) as (B, side_px, side_px, 3), on the same device."""
+    """Crop and resize uint8 (B, H, W, 3) to (B, side_px, side_px, 3), on the same device."""
     if images.shape[1:3] == (side_px, side_px):
         return images
     squares = [square(to_image(image), side_px) for image in images.cpu().numpy()]
@@ -389,15 +386,15 @@ def _squares(images: Tensor, side_px: int) -> Tensor:
 
 
 def _text_tower(model: nn.Module) -> Any:
-    """The module that holds the text tower's layers: the model itself in open_clip's CLIP, its ``text`` elsewhere."""
+    """The module with the text tower's layers: open_clip's CLIP itself, or the ``text`` of other models."""
     tower: Any = getattr(model, "text", model)
-    known = isinstance(tower, open_clip.CLIP | TextTransformer)
-    if not known or tower.attn_mask is None or getattr(tower, "cls_emb", None) is not None:
+    is_text_tower = isinstance(tower, open_clip.CLIP | TextTransformer)
+    if not is_text_tower or tower.attn_mask is None or getattr(tower, "cls_emb", None) is not None:
         raise ValueError("this model's text tower has no causal CLIP token states; choose a plain CLIP")
     return tower
 
 
 def _token_mask(tokens: Int[Tensor, "B L"], end: int) -> Tensor:
-    """True up to and including the first end token of each row, (B, L)."""
+    """Mask (B, L) that is True up to and including the first end token of each row."""
     ends = (tokens == end).int()
     return ends.cumsum(1) - ends == 0

@@ -1,10 +1,10 @@
-"""What can go wrong, for people: every error that a user can cause or mend.
+"""The errors that a user can cause or repair, with their exit codes.
 
 UnclipError
   ConfigError   2  the recipe or a flag is wrong; nothing has run
-  DataError     3  an input breaks its schema or checksum; names shard, row and column
+  DataError     3  an input violates its schema or checksum; names shard, row and column
   StepError     4  a step failed after its retries; names step and output
-  ResumeError   5  a checkpoint does not match the recipe that asks for it
+  ResumeError   5  a checkpoint does not match the recipe that resumes from it
 
 The command prints the message without a traceback and exits with the number. Messages say what is wrong, where, and
 what to do.
@@ -14,7 +14,7 @@ from typing import ClassVar
 
 
 class UnclipError(Exception):
-    """Base of the errors above; carries only its message, so that it survives pickling between processes."""
+    """Base of these errors; it holds only its message, so that it can be pickled between processes."""
 
     exit_code: ClassVar[int] = 1
 
@@ -26,7 +26,7 @@ class ConfigError(UnclipError):
 
 
 class DataError(UnclipError):
-    """An input breaks its schema or its checksum."""
+    """An input violates its schema or its checksum."""
 
     exit_code = 3
 
@@ -38,6 +38,6 @@ class StepError(UnclipError):
 
 
 class ResumeError(UnclipError):
-    """A checkpoint does not match the recipe that asks for it."""
+    """A checkpoint does not match the recipe that resumes from it."""
 
     exit_code = 5

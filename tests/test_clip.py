@@ -92,10 +92,10 @@ def test_clip_loss_of_half_precision_features_is_taken_in_full_precision() -> No
     images, tokens = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)), clip.tokenize(CAPTIONS[:3])
     with torch.autocast("cpu", torch.bfloat16):
         image, text, scale, *_ = clip.model(clip.prepare(images), tokens)
-        found = clip_loss(clip, images, tokens)
+        loss = clip_loss(clip, images, tokens)
     logits, own = scale * image.float() @ text.float().T, torch.arange(3)
     expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_open_clip_is_loaded_without_wandb_which_others_may_still_load() -> None:

@@ -1,4 +1,4 @@
-"""The one decoder: right answers for files that decoders get wrong, and refusals that name the file."""
+"""The only decoder: correct results for files that decoders get wrong, and errors that name the file."""
 
 import io
 import pickle
@@ -53,20 +53,20 @@ def _bomb(side_px: int) -> bytes:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", _LYING)
-def test_every_orientation_of_every_format_stands_upright(orientation: int, kind: str) -> None:
+def test_every_orientation_of_every_format_becomes_upright(orientation: int, kind: str) -> None:
     upright, turn = _blocks(), _LYING[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
     options: dict[str, Any] = {"tiffinfo": {0x0112: orientation}} if kind == "TIFF" else {"exif": exif, "quality": 95}
     data = _encode(upright if turn is None else upright.transpose(turn), kind, **options)
     for side_px in (0, 8):
-        found = read(data, where="x", side_px=side_px)
-        assert (found.width, found.height) == upright.size
-        small = np.asarray(upright.resize(found.image.size)).astype(float)
-        assert np.abs(np.asarray(found.image) - small).mean() < 4
+        picture = read(data, where="x", side_px=side_px)
+        assert (picture.width, picture.height) == upright.size
+        small = np.asarray(upright.resize(picture.image.size)).astype(float)
+        assert np.abs(np.asarray(picture.image) - small).mean() < 4
 
 
-def test_a_phones_photo_stands_upright() -> None:
+def test_a_phones_photo_becomes_upright() -> None:
     data = (CASES / "lying-down.jpg").read_bytes()
     with Image.open(io.BytesIO(data)) as lying:
         assert lying.size == (96, 64)
@@ -209,9 +209,9 @@ def test_damaged_exif_does_not_lose_the_picture() -> None:
 
 def test_read_for_a_small_side_keeps_twice_that_side() -> None:
     data = _encode(_blocks((1024, 512)), "JPEG", quality=95)
-    found = read(data, where="x", side_px=100)
-    assert (found.image.size, found.width, found.height) == ((512, 256), 1024, 512)
-    whole, drafted = square(decode(data, where="x"), 100).astype(float), square(found.image, 100)
+    picture = read(data, where="x", side_px=100)
+    assert (picture.image.size, picture.width, picture.height) == ((512, 256), 1024, 512)
+    whole, drafted = square(decode(data, where="x"), 100).astype(float), square(picture.image, 100)
     assert 10 * np.log10(255**2 / ((whole - drafted) ** 2).mean()) > 45
 
 
@@ -223,7 +223,7 @@ def test_square_cuts_the_middle_and_cutting_again_changes_nothing() -> None:
     assert square(picture, 128).shape == (128, 128, 3)
 
 
-def test_square_is_the_networks_own_resize_but_for_rounding() -> None:
+def test_square_equals_the_networks_resize_up_to_rounding() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     ours = square(Image.fromarray(noise), 24).astype(int)
     theirs = to_uint8(resize_crop(to_pixels(torch.from_numpy(noise)[None]), 24))[0].numpy()

@@ -1,4 +1,4 @@
-"""Batches in the planned order, for one worker, from any step on.
+"""Batches of one worker in the planned order, starting at any step.
 
 Legend: B samples of this worker's share of a batch, D features, H W pixels.
 """
@@ -26,14 +26,14 @@ from pipeline.pictures import square
 
 TextEncoder = Callable[[Sequence[str]], TextEncoding]
 IMAGE_CACHE_BYTES = 512 << 20
-"""Decoded pictures are kept when all of them take no more than this."""
+"""Decoded pictures are cached if all of them fit into this many bytes."""
 _PREFETCH_BATCHES = 2
 _OPEN_ROWS = 400_000  # two windows of the planned order
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples as the data holds them; what a training does not read is None."""
+    """B samples; a field that a training does not read is None."""
 
     uids: tuple[str, ...]
     captions: tuple[str, ...]
@@ -46,12 +46,12 @@ class Batch:
         return len(self.uids)
 
     def require_images(self) -> Tensor:
-        """The pictures, which this training was set up to read."""
+        """The pictures, for a training that reads them."""
         assert self.images is not None
         return self.images
 
     def require_z_image(self) -> Tensor:
-        """The image embeddings, which this training was set up to read."""
+        """The image embeddings, for a training that reads them."""
         assert self.z_image is not None
         return self.z_image
 
@@ -59,12 +59,12 @@ class Batch:
         """The same batch on a device."""
         if device.type == "cpu":
             return self
-        moved = {
+        tensors = {
             name: tensor.pin_memory().to(device, non_blocking=True)
             for name, tensor in (("images", self.images), ("z_image", self.z_image))
             if tensor is not None
         }
-        return replace(self, **moved)
+        return replace(self, **tensors)
 
 
 @dataclass
@@ -72,18 +72,18 @@ class _OpenShard:
     table: ShardTable
     pictures: ShardPictures | None
     images: NDArray[np.uint8] | None = None
-    """Decoded pictures, (N, H, W, 3), where they are kept."""
-    decoded: set[int] = field(default_factory=set[int])
+    """Cache of decoded pictures, (N, H, W, 3); None if there is no cache."""
+    cached_rows: set[int] = field(default_factory=set[int])
     """Rows of ``images`` that are filled."""
 
 
 class Samples:
-    """Rows of one split by place, each with its picture and embedding; keeps what it has read while it is small.
+    """Random access to the rows of one split, with their pictures and embeddings; small data is cached.
 
     Args:
-        reader: Where the rows are.
-        image_px: Side of the decoded pictures, in pixels; 0 reads none.
-        num_threads: Threads that decode; 1 decodes where it is called.
+        reader: Reader of the rows.
+        image_px: Side of the decoded pictures, in pixels; 0 reads no pictures.
+        num_threads: Threads that decode; 1 decodes in the calling thread.
     """
 
     def __init__(self, reader: ShardReader, image_px: int, *, num_threads: int = 1) -> None:
@@ -95,60 +95,60 @@ class Samples:
         self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
         self._caches = self.num_rows * image_px * image_px * 3 <= IMAGE_CACHE_BYTES
 
-    def batch(self, places: NDArray[np.int64]) -> Batch:
-        """The samples at places (B, 2) of (shard number, row)."""
-        rows = [(self._open(int(shard)), int(row)) for shard, row in places]
+    def batch(self, locations: NDArray[np.int64]) -> Batch:
+        """The samples at locations (B, 2) of (shard number, row)."""
+        rows = [(self._open(int(number)), int(row)) for number, row in locations]
         images = z_image = None
         if self._image_px:
-            decoded = self._pool.map(self._image, rows) if self._pool else map(self._image, rows)
-            images = torch.from_numpy(np.stack(list(decoded)))
-        vectors = [opened.table.z_image[row] for opened, row in rows if opened.table.z_image is not None]
+            arrays = self._pool.map(self._image, rows) if self._pool else map(self._image, rows)
+            images = torch.from_numpy(np.stack(list(arrays)))
+        vectors = [shard.table.z_image[row] for shard, row in rows if shard.table.z_image is not None]
         if vectors:
             z_image = torch.nn.functional.normalize(torch.from_numpy(np.stack(vectors)).float(), dim=-1)
         return Batch(
-            uids=tuple(opened.table.uids[row] for opened, row in rows),
-            captions=tuple(opened.table.captions[row] for opened, row in rows),
+            uids=tuple(shard.table.uids[row] for shard, row in rows),
+            captions=tuple(shard.table.captions[row] for shard, row in rows),
             images=images,
             z_image=z_image,
         )
 
     def first(self, count: int) -> Batch | None:
-        """The first ``count`` rows in order of shard and key, or None where there is no row."""
-        places = [(s, r) for s, rows in enumerate(self.reader.shard_rows) for r in range(min(rows, count))][:count]
-        return self.batch(np.asarray(places, dtype=np.int64)) if places else None
+        """The first ``count`` rows in order of shard and key, or None if there is no row."""
+        locations = [(s, r) for s, rows in enumerate(self.reader.shard_rows) for r in range(min(rows, count))][:count]
+        return self.batch(np.asarray(locations, dtype=np.int64)) if locations else None
 
     def _open(self, number: int) -> _OpenShard:
         if number in self._open_shards:
             self._open_shards.move_to_end(number)
             return self._open_shards[number]
-        shard, px = self.reader.shards[number], self._image_px
-        table = self.reader.table(shard)
-        opened = _OpenShard(table, self.reader.pictures(shard) if px else None)
+        name, px = self.reader.shards[number], self._image_px
+        table = self.reader.table(name)
+        shard = _OpenShard(table, self.reader.pictures(name) if px else None)
         if px and self._caches:
-            opened.images = np.empty((len(table), px, px, 3), np.uint8)
-        self._open_shards[number] = opened
+            shard.images = np.empty((len(table), px, px, 3), np.uint8)
+        self._open_shards[number] = shard
         self._open_rows += len(table)
         while self._open_rows > _OPEN_ROWS and len(self._open_shards) > 1:
-            _, dropped = self._open_shards.popitem(last=False)
-            self._open_rows -= len(dropped.table)
-        return opened
+            _, oldest = self._open_shards.popitem(last=False)
+            self._open_rows -= len(oldest.table)
+        return shard
 
-    def _image(self, place: tuple[_OpenShard, int]) -> NDArray[np.uint8]:
-        opened, row = place
-        table, pictures, images = opened.table, opened.pictures, opened.images
+    def _image(self, location: tuple[_OpenShard, int]) -> NDArray[np.uint8]:
+        shard, row = location
+        table, pictures, images = shard.table, shard.pictures, shard.images
         assert pictures is not None
-        if images is not None and row in opened.decoded:
+        if images is not None and row in shard.cached_rows:
             return images[row]
         image = square(pictures.decode(table.keys[row], table.uids[row]), self._image_px)
         if images is not None:
             images[row] = image
-            opened.decoded.add(row)
+            shard.cached_rows.add(row)
         return image
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of the global batches a worker takes."""
+    """The part of each global batch that one worker reads."""
 
     batch_size: int
     """Global batch, in samples."""
@@ -159,19 +159,19 @@ class Share:
 def iterate_batches(
     samples: Samples, order: SampleOrder, share: Share, start_step: int, *, prefetch: bool = False
 ) -> Generator[Batch]:
-    """This worker's batches of steps ``start_step``, ``start_step`` + 1, ...; never ends.
+    """Yield this worker's batches of steps ``start_step``, ``start_step`` + 1, ... without end.
 
     Args:
         samples: The rows.
         order: Their planned order.
-        share: Which of them are this worker's.
+        share: This worker's part of each batch.
         start_step: First step, 0-based.
-        prefetch: Read ahead in a thread of its own.
+        prefetch: Read ahead in a separate thread.
     """
 
     def read(step: int) -> Batch:
         start, stop = worker_slice(step, share.batch_size, share.rank, share.world_size)
-        return samples.batch(order.places(start, stop))
+        return samples.batch(order.locations(start, stop))
 
     step = start_step
     if not prefetch:
@@ -187,10 +187,10 @@ def iterate_batches(
 
 
 def plan_order(samples: Samples, seed: int, *, where: str) -> SampleOrder:
-    """The order of a training's samples.
+    """Plan the order of a training's samples.
 
     Raises:
-        DataError: If there is none.
+        DataError: If there are no samples.
     """
     if samples.num_rows == 0:
         raise DataError(
@@ -200,13 +200,13 @@ def plan_order(samples: Samples, seed: int, *, where: str) -> SampleOrder:
 
 
 class CaptionTable:
-    """Encodings of captions by the frozen CLIP: of all of them at once where they are few, else batch by batch.
+    """Captions encoded by the frozen CLIP: all at once if they are few, else batch by batch.
 
-    Encoding all in one fixed order keeps every encoding the same to the last bit, whichever step a run resumes from.
+    One fixed order of encoding gives bit-identical encodings, whichever step a run resumes from.
 
     Args:
         encode: The text tower, under ``torch.no_grad``.
-        captions: Every caption of the training, sorted; None encodes each batch when it comes.
+        captions: Every caption of the training, sorted; None encodes each batch when it is requested.
         batch_size: Captions encoded at a time.
     """
 
@@ -220,12 +220,12 @@ class CaptionTable:
             self._row_of = {caption: row for row, caption in enumerate(captions)}
 
     def __call__(self, captions: Sequence[str]) -> TextEncoding:
-        """Encode captions, cut to the longest of them (a multiple of 8 tokens)."""
+        """Encode captions, cut to the length of the longest (rounded up to a multiple of 8 tokens)."""
         table = self._table
         if table is None or any(caption not in self._row_of for caption in captions):
             return self._encode(captions)
         rows = torch.tensor([self._row_of[caption] for caption in captions], device=table.mask.device)
-        found: Any = table[rows]
-        longest = int(found.mask.sum(1).max())
-        length = min(found.mask.shape[1], -(-longest // 8) * 8)
-        return TextEncoding(found.pooled, found.hidden[:, :length], found.mask[:, :length], found.tokens[:, :length])
+        text: Any = table[rows]
+        longest = int(text.mask.sum(1).max())
+        length = min(text.mask.shape[1], -(-longest // 8) * 8)
+        return TextEncoding(text.pooled, text.hidden[:, :length], text.mask[:, :length], text.tokens[:, :length])

@@ -1,12 +1,12 @@
-"""The download step: img2dataset's own Downloader and WebDataset writer on one shard, checked by us.
+"""The download step: img2dataset downloads and writes one shard, and this module checks and sorts it.
 
-What img2dataset is given from outside, and why:
-- ``limited_urlopen``: one deadline and one largest size per URL, and a limit of connections per host.
-- ``PictureResizer``: in place of img2dataset's, which ignores EXIF orientation, stores 16-bit pictures white, fills
-  what is missing of a truncated file with gray, and decodes a decompression bomb before it measures it.
-- ``_Writer``: remembers the first error of the disk, which img2dataset prints and passes over.
-Rows come out in completion order; the shard is put in order of its keys before it is published, with the time of its
-tar members set to zero, so that the same answers give the same bytes.
+This module replaces three parts of img2dataset:
+- ``limited_urlopen``: adds a deadline and a largest size per URL, and a limit of connections per host.
+- ``PictureResizer``: img2dataset's resizer ignores EXIF orientation, stores 16-bit pictures white, fills the missing
+  part of a truncated file with gray, and decodes a decompression bomb before it measures it.
+- ``_Writer``: remembers the first disk error, which img2dataset prints and ignores.
+img2dataset writes rows in order of completion. The shard is sorted by key before it is published, and the times of its
+tar members are zero, so that the same responses give the same bytes.
 """
 
 import io
@@ -27,11 +27,11 @@ from pipeline.data.fetch import limited_urlopen
 from pipeline.data.rows import require_columns
 from pipeline.data.shards import Members, good_rows, index_tar, read_member
 from pipeline.errors import ConfigError, DataError
-from pipeline.pictures import Decoded, PictureError, read, resize, square
+from pipeline.pictures import DecodedPicture, PictureError, read, resize, square
 from pipeline.recipe.sections import DownloadConfig
 from pipeline.workspace.store import translate_os_errors
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for a newer release
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import looks for a newer release on the network
 
 from img2dataset.downloader import Downloader
 from img2dataset.writer import WebDatasetSampleWriter
@@ -39,7 +39,7 @@ from img2dataset.writer import WebDatasetSampleWriter
 logging.getLogger("exifread").setLevel(logging.CRITICAL)
 
 SHARD_DIGITS = 5
-_CARRIED = ("uid", "split")
+_PASSED_THROUGH = ("uid", "split")  # columns that img2dataset copies
 _PILLOW_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _RESERVED = frozenset(
     {"key", "caption", "url", "width", "height", "original_width", "original_height", "status", "error_message"}
@@ -48,25 +48,26 @@ _RESERVED = frozenset(
 
 
 def shard_names(num_rows: int, samples_per_shard: int) -> list[str]:
-    """Names of the shards that hold ``num_rows`` rows: five digits, as img2dataset counts them."""
+    """Names of the shards that hold ``num_rows`` rows: five digits, as in img2dataset."""
     return [f"{shard:0{SHARD_DIGITS}d}" for shard in range(-(-num_rows // samples_per_shard))]
 
 
 def check_columns(config: DownloadConfig, columns: list[str], where: str) -> None:
-    """Refuse extra columns that the pairs lack or that img2dataset writes itself.
+    """Refuse extra columns that the pairs do not have or that img2dataset writes itself.
 
     Raises:
-        ConfigError: If a name is img2dataset's own.
-        DataError: If the pairs lack one.
+        ConfigError: If img2dataset writes a column of this name.
+        DataError: If the pairs do not have a column.
     """
-    taken = sorted(_RESERVED & set(config.extra_columns))
-    if taken:
-        raise ConfigError(f"download.extra_columns: img2dataset writes {', '.join(taken)} itself; rename or leave out")
-    require_columns(columns, [*_CARRIED, "url", "caption", *config.extra_columns], where=where)
+    conflicts = sorted(_RESERVED & set(config.extra_columns))
+    if conflicts:
+        names = ", ".join(conflicts)
+        raise ConfigError(f"download.extra_columns: img2dataset writes {names} itself; rename or leave out")
+    require_columns(columns, [*_PASSED_THROUGH, "url", "caption", *config.extra_columns], where=where)
 
 
 def read_rows(pairs: Path, shard: str, config: DownloadConfig) -> pa.Table:
-    """The rows of one shard, of which only the row groups that hold them are read.
+    """Read the rows of one shard; only the row groups that contain them are read.
 
     Args:
         pairs: ``pairs.parquet``.
@@ -74,7 +75,7 @@ def read_rows(pairs: Path, shard: str, config: DownloadConfig) -> pa.Table:
         config: The recipe's section.
     """
     start, stop = int(shard) * config.samples_per_shard, (int(shard) + 1) * config.samples_per_shard
-    columns = [*dict.fromkeys([*_CARRIED, *config.extra_columns]), "caption", "url"]
+    columns = [*dict.fromkeys([*_PASSED_THROUGH, *config.extra_columns]), "caption", "url"]
     tables: list[pa.Table] = []
     with pq.ParquetFile(pairs) as parquet:
         first = 0
@@ -90,28 +91,28 @@ def read_rows(pairs: Path, shard: str, config: DownloadConfig) -> pa.Table:
 def download_shard(
     rows: pa.Table, shard: str, config: DownloadConfig, tar: Path, parquet: Path, stats: Path
 ) -> Counter[str]:
-    """Download one shard with img2dataset, check it and put it in order.
+    """Download one shard with img2dataset, check it and sort it by key.
 
     Args:
-        rows: The rows, as ``read_rows`` gives them.
+        rows: The rows of ``read_rows``.
         shard: Shard name.
         config: The recipe's section.
-        tar: File to write; a scratch folder stands beside it meanwhile.
+        tar: File to write; a scratch folder exists next to it during the download.
         parquet: File to write.
         stats: File to write.
 
     Returns:
-        Rows: ``in`` = ``ok`` + ``failed_to_download`` + ``failed_to_resize``.
+        Numbers of rows: ``in`` = ``ok`` + ``failed_to_download`` + ``failed_to_resize``.
 
     Raises:
-        DataError: If what img2dataset wrote does not hold every row, or tar and table differ.
+        DataError: If img2dataset did not write every row, or tar and table differ.
         StepError: If the disk is full.
     """
     scratch = tar.with_name(f"{tar.name}.d")
     scratch.mkdir()
     try:
         with translate_os_errors(f"download: shard {shard}: {scratch.parent}"):
-            _run_img2dataset(_plain(rows), shard, config, scratch)
+            _run_img2dataset(_convert_for_json(rows), shard, config, scratch)
             members = index_tar(scratch / f"{shard}.tar")
             table, counts = _check(scratch, shard, rows, members)
             _write_in_order(scratch / f"{shard}.tar", tar, members)
@@ -123,15 +124,15 @@ def download_shard(
 
 
 def failure_causes(stats: list[dict[str, Any]]) -> Counter[str]:
-    """Rows by cause of failure, summed over the ``_stats.json`` of shards."""
+    """Number of rows by cause of failure, summed over the ``_stats.json`` of shards."""
     causes: Counter[str] = Counter()
-    for one in stats:
-        causes.update({cause: count for cause, count in one["status_dict"].items() if cause != "success"})
+    for shard_stats in stats:
+        causes.update({cause: count for cause, count in shard_stats["status_dict"].items() if cause != "success"})
     return causes
 
 
 class PictureResizer:
-    """Decodes a picture, brings it to the target side and encodes it: what img2dataset calls for each download.
+    """Decodes, resizes and encodes a picture; img2dataset calls it for each download.
 
     Args:
         config: The recipe's section.
@@ -141,7 +142,7 @@ class PictureResizer:
         self._config = config
 
     def __call__(self, stream: io.BytesIO, boxes: Any = None) -> tuple[Any, ...]:  # noqa: ARG002  (faces to blur)
-        """As img2dataset's: (bytes, width, height, original width, original height, error)."""
+        """Return (bytes, width, height, original width, original height, error), as img2dataset's resizer does."""
         try:
             return *self._store(stream.getvalue()), None
         except PictureError as error:
@@ -162,8 +163,8 @@ class PictureResizer:
             return data, picture.width, picture.height, picture.width, picture.height
         return self._encode(image), *image.size, picture.width, picture.height
 
-    def _resize(self, picture: Decoded) -> Image.Image:
-        """The picture at its target size; the same object where there is nothing to do."""
+    def _resize(self, picture: DecodedPicture) -> Image.Image:
+        """The picture at its target size; the same object if it has that size already."""
         config, image, side_px = self._config, picture.image, self._config.image_px
         of_longer = config.resize_mode in {"border", "keep_ratio_largest"}
         side = (max if of_longer else min)(picture.width, picture.height)
@@ -179,9 +180,9 @@ class PictureResizer:
             image = resize(image, (width, height))
         if config.resize_mode != "border":
             return image
-        page = Image.new("RGB", (side_px, side_px), "white")
-        page.paste(image, ((side_px - width) // 2, (side_px - height) // 2))
-        return page
+        canvas = Image.new("RGB", (side_px, side_px), "white")
+        canvas.paste(image, ((side_px - width) // 2, (side_px - height) // 2))
+        return canvas
 
     def _encode(self, image: Image.Image) -> bytes:
         buffer, quality = io.BytesIO(), self._config.encode_quality
@@ -198,7 +199,7 @@ class _Writer(WebDatasetSampleWriter):
     def write(self, img_str: bytes | None, key: str, caption: str | None, meta: dict[str, Any]) -> None:
         try:
             super().write(img_str, key, caption, meta)
-        except Exception as error:  # kept, for img2dataset swallows what its writer raises; raised again
+        except Exception as error:  # img2dataset hides errors of its writer, so the first one is remembered here
             self.error = self.error or error
             raise
 
@@ -239,8 +240,8 @@ def _run_img2dataset(rows: pa.Table, shard: str, config: DownloadConfig, scratch
             raise DataError(f"download: shard {shard}: a row could not be written: {writer.error}") from writer.error
 
 
-def _plain(rows: pa.Table) -> pa.Table:
-    """Extra columns as JSON can hold them: anything but text, numbers and truth values becomes text."""
+def _convert_for_json(rows: pa.Table) -> pa.Table:
+    """Convert columns to text, except those of text, numbers or booleans, because img2dataset writes them as JSON."""
     for index, name in enumerate(rows.column_names):
         kind = rows.schema.field(name).type
         if not (
@@ -258,8 +259,8 @@ def _check(scratch: Path, shard: str, rows: pa.Table, members: Members) -> tuple
     table = pq.read_table(scratch / f"{shard}.parquet").sort_by("key")
     if sorted(table.column("uid").to_pylist()) != sorted(rows.column("uid").to_pylist()):
         raise DataError(
-            f"download: shard {shard}: {rows.num_rows} rows went in, {table.num_rows} came out of img2dataset; "
-            "the worker's log names those that it dropped"
+            f"download: shard {shard}: img2dataset received {rows.num_rows} rows and returned {table.num_rows}; "
+            "the worker's log names the lost ones"
         )
     stats = json.loads((scratch / f"{shard}_stats.json").read_text())
     statuses = Counter(table.column("status").to_pylist())
@@ -274,7 +275,7 @@ def _check(scratch: Path, shard: str, rows: pa.Table, members: Members) -> tuple
             zip(good.column("key").to_pylist(), good.column("uid").to_pylist(), strict=True)
         ):
             if json.loads(read_member(stream, members[key]["json"]))["uid"] != uid:
-                raise DataError(f"download: shard {shard}: row {row}: uid {uid} has another uid in the tar")
+                raise DataError(f"download: shard {shard}: row {row}: the tar has another uid than {uid}")
     failures = {name: statuses[name] for name in ("failed_to_download", "failed_to_resize")}
     return table, Counter({"in": table.num_rows, "ok": good.num_rows, **failures})
 
@@ -282,7 +283,7 @@ def _check(scratch: Path, shard: str, rows: pa.Table, members: Members) -> tuple
 def _write_in_order(source: Path, target: Path, members: Members) -> None:
     with source.open("rb") as old, tarfile.open(target, "w", format=tarfile.USTAR_FORMAT) as new:
         for key in sorted(members):
-            for extension, place in members[key].items():
+            for extension, span in members[key].items():
                 member = tarfile.TarInfo(f"{key}.{extension}")
-                member.size, member.mode, member.uname, member.gname = place[1], 0o444, "bigdata", "bigdata"
-                new.addfile(member, io.BytesIO(read_member(old, place)))  # as webdataset writes it, at time zero
+                member.size, member.mode, member.uname, member.gname = span[1], 0o444, "bigdata", "bigdata"
+                new.addfile(member, io.BytesIO(read_member(old, span)))  # as webdataset writes it, with time zero

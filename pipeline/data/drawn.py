@@ -1,4 +1,4 @@
-"""The drawn source: the project's own pictures as a URL list, and prompts that were not trained on."""
+"""The drawn source of pairs: a URL list of the project's own pictures, and held-out prompts for evaluation."""
 
 import dataclasses
 import itertools
@@ -17,11 +17,11 @@ from pipeline.shapes.scene import evaluation_scenes
 from pipeline.shapes.server import HOST
 from pipeline.shapes.url_list import FAULTS, url_table
 
-_NUM_EVALUATION_SCENES = 280  # all that there are room for; evaluate takes the first of them, kinds taking turns
+_NUM_EVALUATION_SCENES = 280  # the largest possible number; evaluate reads the first of them, and their kinds alternate
 
 
 def drawn_batches(config: DrawnConfig, seed: int) -> Iterator[pa.Table]:
-    """The URL list of the drawn pictures with their attributes, and ``num_faulty`` URLs of every kind of fault in turn.
+    """Yield the URL list of the drawn pictures with their attributes, and ``num_faulty`` URLs whose faults alternate.
 
     Args:
         config: The recipe's section.
@@ -34,12 +34,12 @@ def drawn_batches(config: DrawnConfig, seed: int) -> Iterator[pa.Table]:
 
 
 def write_evaluation(path: Path, seed: int) -> int:
-    """Write ``evaluation.parquet``: prompt, kind, and the scene as JSON; returns its number of rows."""
-    found = evaluation_scenes(_NUM_EVALUATION_SCENES, seed)
+    """Write ``evaluation.parquet`` (prompt, kind, and the scene as JSON) and return its number of rows."""
+    scenes = evaluation_scenes(_NUM_EVALUATION_SCENES, seed)
     columns = {
-        "prompt": [canonical_caption(item.scene) for item in found],
-        "kind": [item.kind for item in found],
-        "scene": [json.dumps(dataclasses.asdict(item.scene)) for item in found],
+        "prompt": [canonical_caption(item.scene) for item in scenes],
+        "kind": [item.kind for item in scenes],
+        "scene": [json.dumps(dataclasses.asdict(item.scene)) for item in scenes],
     }
     pq.write_table(pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()}), path)
-    return len(found)
+    return len(scenes)

@@ -1,4 +1,4 @@
-"""The embed step: z_image and z_text of every good row of a shard."""
+"""The embed step: computes z_image and z_text of every good row of a shard."""
 
 import itertools
 from collections import Counter
@@ -21,7 +21,7 @@ from pipeline.pictures import PictureError, Pixels, decode, square
 
 
 class Embedder:
-    """CLIP, loaded once for each worker.
+    """Embeds shards with CLIP, which is loaded once for each worker.
 
     Args:
         folder: The clip step's artifact, a folder in open_clip's local-dir layout.
@@ -43,27 +43,27 @@ class Embedder:
         """Embed one shard of the download step.
 
         Args:
-            tar: Its pictures.
-            parquet: Its table.
-            shard: Its name.
+            tar: Pictures of the shard.
+            parquet: Table of the shard.
+            shard: Name of the shard.
             target: Parquet file to write, in ``rows.embeddings_schema``, sorted by key.
 
         Returns:
-            Rows: ``in`` (good rows of the download) = ``ok`` + ``corrupt``.
+            Numbers of rows: ``in`` (good rows of the download) = ``ok`` + ``corrupt``.
 
         Raises:
             DataError: If the shard is damaged, or tar and table do not belong together; names shard, row and uid.
         """
         counts: Counter[str] = Counter({"in": 0, "ok": 0, "corrupt": 0})
         schema = embeddings_schema(self._clip.dims.embed_dim)
-        # Vectors do not compress, and without a dictionary one row group is one read.
+        # Vectors cannot be compressed, and without a dictionary one row group takes one read.
         with pq.ParquetWriter(target, schema, compression="none", use_dictionary=False) as writer:
-            decoded = self._decode(read_samples(tar, parquet, shard), counts)
-            embedded = [self._embed(batch, schema) for batch in _batches(decoded, self._batch_size)]
-            writer.write_table(pa.Table.from_batches(embedded, schema), row_group_size=ROW_GROUP_ROWS)
+            inputs = self._decode(read_samples(tar, parquet, shard), counts)
+            batches = [self._embed(batch, schema) for batch in _batches(inputs, self._batch_size)]
+            writer.write_table(pa.Table.from_batches(batches, schema), row_group_size=ROW_GROUP_ROWS)
         return counts
 
-    def _decode(self, samples: Iterator[Sample], counts: Counter[str]) -> Iterator["_Decoded"]:
+    def _decode(self, samples: Iterator[Sample], counts: Counter[str]) -> Iterator["_ClipInput"]:
         for sample in samples:
             counts["in"] += 1
             try:
@@ -72,9 +72,9 @@ class Embedder:
                 counts["corrupt"] += 1
                 continue
             counts["ok"] += 1
-            yield _Decoded(sample, square(image, self._clip.image_px))
+            yield _ClipInput(sample, square(image, self._clip.image_px))
 
-    def _embed(self, batch: list["_Decoded"], schema: pa.Schema) -> pa.RecordBatch:
+    def _embed(self, batch: list["_ClipInput"], schema: pa.Schema) -> pa.RecordBatch:
         z_image = self._clip.encode_image(torch.from_numpy(np.stack([item.pixels for item in batch])))
         z_text = self._clip.encode_text([item.sample.caption for item in batch]).z_text
         columns: list[Any] = [
@@ -86,12 +86,12 @@ class Embedder:
 
 
 @dataclass
-class _Decoded:
+class _ClipInput:
     sample: Sample
     pixels: Pixels
-    """(px, px, 3), as CLIP takes it."""
+    """(px, px, 3), CLIP's input size."""
 
 
-def _batches(items: Iterator["_Decoded"], size: int) -> Iterator[list["_Decoded"]]:
+def _batches(items: Iterator["_ClipInput"], size: int) -> Iterator[list["_ClipInput"]]:
     while batch := list(itertools.islice(items, size)):
         yield batch

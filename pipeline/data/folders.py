@@ -1,7 +1,8 @@
-"""A folder of pictures with captions, as image-text datasets are passed around, turned into ``file://`` pairs.
+"""Reads a folder of pictures with captions, in the usual layouts of image-text datasets, as ``file://`` pairs.
 
-Captions are looked for in this order: a ``metadata.csv`` or ``metadata.jsonl`` in the folder with a ``file_name``
-column; beside each picture a file of its name with ``.txt``, ``.caption`` or ``.json``; the words of its file name.
+The caption of a picture is the first of these: its row in the folder's ``metadata.csv``, ``.jsonl`` or ``.parquet``
+with a ``file_name`` column; the file next to it with its name and ``.txt``, ``.caption`` or ``.json``; the words of its
+file name.
 """
 
 import json
@@ -16,24 +17,9 @@ from pipeline.data.lists import BATCH_ROWS, OnMalformed, list_columns, read_list
 from pipeline.data.rows import require_columns
 from pipeline.errors import DataError
 
-PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _CAPTION_COLUMNS = ("caption", "text", "prompt", "description")
-
-
-def picture_files(folder: Path) -> list[Path]:
-    """Every picture below ``folder``, by relative path; hidden files and folders are left out.
-
-    Raises:
-        DataError: If there is none.
-    """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
-    files = [file for file in folder.rglob("*") if file.suffix.lower() in PICTURES and file.is_file()]
-    shown = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-    if not shown:
-        raise DataError(f"{folder}: no pictures ({' '.join(sorted(PICTURES))}) in it or below it")
-    return sorted(shown, key=lambda file: file.relative_to(folder).as_posix())
 
 
 def read_folder(folder: Path, caption_column: str, on_malformed: OnMalformed) -> Iterator[pa.Table]:
@@ -41,8 +27,8 @@ def read_folder(folder: Path, caption_column: str, on_malformed: OnMalformed) ->
 
     Args:
         folder: The folder.
-        caption_column: Column of the metadata file that holds the caption; where it has no such column, the usual
-            names are tried.
+        caption_column: Column of the metadata file that holds the caption; if it has no such column, the usual names
+            are tried.
         on_malformed: Called with the number of metadata rows that could not be parsed.
 
     Yields:
@@ -52,13 +38,27 @@ def read_folder(folder: Path, caption_column: str, on_malformed: OnMalformed) ->
         DataError: If the folder has no pictures or its metadata lacks a column.
     """
     metadata = _read_metadata(folder, caption_column, on_malformed)
-    files = picture_files(folder)
+    files = _picture_files(folder)
     for start in range(0, len(files), BATCH_ROWS):
         part = files[start : start + BATCH_ROWS]
-        found = [_caption_of(file, file.relative_to(folder).as_posix(), metadata) for file in part]
-        urls = [file.resolve().as_uri() for file in part]
-        columns = {"url": urls, "caption": [text for text, _ in found], "caption_source": [where for _, where in found]}
+        captions = [_caption_of(file, file.relative_to(folder).as_posix(), metadata) for file in part]
+        columns = {
+            "url": [file.resolve().as_uri() for file in part],
+            "caption": [caption for caption, _ in captions],
+            "caption_source": [source for _, source in captions],
+        }
         yield pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+
+
+def _picture_files(folder: Path) -> list[Path]:
+    """Every picture below ``folder``, by relative path, without hidden files and folders."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    files = [file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file()]
+    visible = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    if not visible:
+        raise DataError(f"{folder}: no pictures ({' '.join(sorted(PICTURE_SUFFIXES))}) in it or below it")
+    return sorted(visible, key=lambda file: file.relative_to(folder).as_posix())
 
 
 def _read_metadata(folder: Path, caption_column: str, on_malformed: OnMalformed) -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""Lists of URLs and captions as people have them: csv, tsv, json, jsonl, txt (each also .gz) and Parquet, streamed.
+"""Streams lists of URLs and captions: csv, tsv, json, jsonl, txt (each also .gz) and Parquet.
 
-Every reader yields Arrow tables of at most ``BATCH_ROWS`` rows whose columns are ``url``, ``caption`` and the list's
-own others. Text formats give text columns: guessing types from the first block fails on the millionth row.
+Every reader yields Arrow tables of at most ``BATCH_ROWS`` rows with the columns ``url``, ``caption`` and the list's
+other columns. Text formats give text columns, because types guessed from the first block fail on the millionth row.
 """
 
 import contextlib
@@ -24,31 +24,31 @@ from pipeline.errors import DataError
 
 BATCH_ROWS = 10_000
 FORMATS = ("csv", "tsv", "json", "jsonl", "txt", "parquet")
-_OURS = ("uid", "url", "caption", "split")
+_RESERVED = ("uid", "url", "caption", "split")
 _BLOCK_BYTES = 8 << 20
 OnMalformed = Callable[[int], None]
 
 
 def list_files(path: Path) -> list[Path]:
-    """The files of a list: itself, or those of a folder of parts, by name.
+    """The files of a list: the list itself, or the files of a folder of parts, sorted by name.
 
     Raises:
-        DataError: If there is none of a known format.
+        DataError: If no file has a format that can be read.
     """
     if not path.exists():
         raise DataError(f"{path}: no such list")
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    known = [file for file in files if file.is_file() and _format_of(file) in FORMATS]
-    if not known:
+    readable = [file for file in files if file.is_file() and _format_of(file) in FORMATS]
+    if not readable:
         raise DataError(f"{path}: not a list that unclip reads ({', '.join(FORMATS)}; each but parquet also .gz)")
-    return known
+    return readable
 
 
 def list_columns(path: Path) -> list[str]:
-    """Names of the columns of a list's first file; a txt list has the one column ``url``.
+    """Column names of a list's first file; a txt list has one column, ``url``.
 
     Raises:
-        DataError: If it cannot be read.
+        DataError: If the file cannot be read.
     """
     file = list_files(path)[0]
     kind = _format_of(file)
@@ -68,12 +68,12 @@ def read_list(path: Path, url_column: str, caption_column: str, on_malformed: On
     Args:
         path: The list, or a folder of its parts.
         url_column: Column that holds the URL.
-        caption_column: Column that holds the caption; empty: the list has none.
+        caption_column: Column that holds the caption; empty if the list has none.
         on_malformed: Called with the number of rows that could not be parsed and are left out.
 
     Yields:
-        Tables of ``url`` and ``caption`` (string, both may hold nulls) and the other columns under their own names; an
-        other column that would collide with ours is called ``source_<name>``.
+        Tables of ``url`` and ``caption`` (strings or nulls) and the other columns under their own names. A column whose
+        name is one of ``uid``, ``url``, ``caption`` and ``split`` is renamed to ``source_<name>``.
 
     Raises:
         DataError: If a column is missing or a file is damaged; names the file.
@@ -81,10 +81,10 @@ def read_list(path: Path, url_column: str, caption_column: str, on_malformed: On
     columns: list[str] | None = None
     for file in list_files(path):
         for table in _read_file(file, url_column, caption_column, on_malformed):
-            renamed = _rename(table, file, url_column, caption_column)
-            columns = columns or renamed.column_names
-            require_columns(renamed.column_names, columns, where=f"{file} (unlike the parts before it)")
-            yield renamed.select(columns)
+            rows = _rename(table, file, url_column, caption_column)
+            columns = columns or rows.column_names
+            require_columns(rows.column_names, columns, where=f"{file} (unlike the parts before it)")
+            yield rows.select(columns)
 
 
 def _read_file(file: Path, url_column: str, caption_column: str, on_malformed: OnMalformed) -> Iterator[pa.Table]:
@@ -92,8 +92,8 @@ def _read_file(file: Path, url_column: str, caption_column: str, on_malformed: O
     with _explain_damage(file):
         if kind == "parquet":
             with pq.ParquetFile(file) as parquet:
-                wanted = [name for name in (url_column, caption_column) if name]
-                require_columns(parquet.schema_arrow.names, wanted, where=str(file))
+                required = [name for name in (url_column, caption_column) if name]
+                require_columns(parquet.schema_arrow.names, required, where=str(file))
                 for batch in parquet.iter_batches(batch_size=BATCH_ROWS):
                     yield pa.Table.from_batches([batch]).replace_schema_metadata(None)
         elif kind == "txt":
@@ -147,7 +147,7 @@ def _json_batches(file: Path, kind: str, on_malformed: OnMalformed) -> Iterator[
             yield from _chunks(_records(json.loads(stream.read()), file))
             return
 
-        def parsed() -> Iterator[dict[str, Any]]:
+        def parse() -> Iterator[dict[str, Any]]:
             for line in stream:
                 if not line.strip():
                     continue
@@ -160,11 +160,11 @@ def _json_batches(file: Path, kind: str, on_malformed: OnMalformed) -> Iterator[
                 else:
                     on_malformed(1)
 
-        yield from _chunks(parsed())
+        yield from _chunks(parse())
 
 
 def _records(value: Any, file: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON file: a list of records, or columns as pandas writes them ({name: {row: value}} or {name: []})."""
+    """Rows of a JSON file: a list of records, or pandas' columns ({name: {row: value}} or {name: [value]})."""
     if isinstance(value, list) and all(isinstance(row, dict) for row in cast("list[Any]", value)):
         return cast("list[dict[str, Any]]", value)
     if isinstance(value, dict) and all(isinstance(column, dict | list) for column in value.values()):
@@ -186,7 +186,7 @@ def _rename(table: pa.Table, file: Path, url_column: str, caption_column: str) -
     columns["caption"] = _to_string(captions, file, caption_column)
     for name in table.column_names:
         if name not in {url_column, caption_column}:
-            columns[f"source_{name}" if name in _OURS else name] = table.column(name)
+            columns[f"source_{name}" if name in _RESERVED else name] = table.column(name)
     return pa.table(columns)
 
 
@@ -223,7 +223,7 @@ def _format_of(file: Path) -> str:
 
 
 def _ignore(_count: int) -> None:
-    """Leave malformed rows uncounted: only the column names are wanted."""
+    """Do not count malformed rows: only the column names are read."""
 
 
 @contextlib.contextmanager

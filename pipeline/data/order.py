@@ -1,8 +1,8 @@
-"""The planned order of samples: (seed, epoch) fixes it, whatever the number of workers.
+"""The planned order of samples, which depends on (seed, epoch) and not on the number of workers.
 
-Shards are shuffled and cut into windows of about ``window_rows`` rows, and rows are shuffled inside a window: a
-reader holds one window (two while it crosses), not the data. Data smaller than a window is shuffled whole. Sample ``p``
-of the training is row ``p mod N`` of epoch ``p // N``, so the cursor of a run is its step and nothing else.
+Shards are shuffled and grouped into windows of about ``window_rows`` rows, and rows are shuffled inside a window. So a
+reader holds one window (two at a border), not all data. Data smaller than a window is shuffled as a whole. Sample ``p``
+of the training is row ``p mod N`` of epoch ``p // N``, so the step alone is the cursor of a run.
 Legend: N rows in an epoch.
 """
 
@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 WINDOW_ROWS = 200_000
 """Rows in a shuffle window: 600 MB of two fp16 embeddings of width 768."""
 
-Places = NDArray[np.int64]
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class _Window:
-    shards: Places
-    """Shard numbers of the window, in their shuffled order."""
-    starts: Places
-    """First row of each of them, counted inside the window; one more entry holds the window's rows."""
+    shards: Ints
+    """Shard numbers of the window, in shuffled order."""
+    starts: Ints
+    """First row of each shard, counted inside the window; the last entry is the number of the window's rows."""
     first: int
     """First row of the window, counted inside the epoch."""
 
@@ -34,12 +34,12 @@ class _Window:
 
 
 class SampleOrder:
-    """Order of all samples of one training.
+    """The order of all samples of one training.
 
     Args:
-        shard_rows: Rows of each shard, in rows; at least one in all.
+        shard_rows: Number of rows of each shard; at least one row in all.
         seed: Seed of the order.
-        window_rows: Rows shuffled together, in rows.
+        window_rows: Number of rows that are shuffled together.
 
     Raises:
         ValueError: If there is no row.
@@ -52,17 +52,17 @@ class SampleOrder:
         self._shard_rows = np.asarray(shard_rows, dtype=np.int64)
         self._seed = seed
         self._window_rows = window_rows
-        # Two epochs and two windows are in use when a batch crosses a border.
+        # A batch that crosses a border uses two epochs or two windows.
         self._windows = lru_cache(maxsize=2)(self._plan_epoch)
         self._permutation = lru_cache(maxsize=2)(self._shuffle_window)
 
-    def places(self, start: int, stop: int) -> Places:
-        """Where samples ``start`` .. ``stop`` - 1 of the training stand.
+    def locations(self, start: int, stop: int) -> Ints:
+        """The locations of samples ``start`` .. ``stop`` - 1 of the training.
 
         Returns:
-            (stop - start, 2): shard number and row inside the shard's own table.
+            (stop - start, 2): shard number, and row in the shard's table.
         """
-        found = np.empty((stop - start, 2), dtype=np.int64)
+        locations = np.empty((stop - start, 2), dtype=np.int64)
         position = start
         while position < stop:
             epoch, offset = divmod(position, self.num_rows)
@@ -73,18 +73,18 @@ class SampleOrder:
             count = min(stop - position, window.num_rows - inside)
             rows = self._permutation(epoch, number)[inside : inside + count]
             owners = np.searchsorted(window.starts, rows, side="right") - 1
-            out = found[position - start : position - start + count]
+            out = locations[position - start : position - start + count]
             out[:, 0] = window.shards[owners]
             out[:, 1] = rows - window.starts[owners]
             position += count
-        return found
+        return locations
 
     def _plan_epoch(self, epoch: int) -> list[_Window]:
-        shuffled = np.random.default_rng((self._seed, epoch)).permutation(len(self._shard_rows))
+        shard_order = np.random.default_rng((self._seed, epoch)).permutation(len(self._shard_rows))
         windows: list[_Window] = []
         members: list[int] = []
         first = rows = 0
-        for shard in [int(shard) for shard in shuffled if self._shard_rows[shard]]:
+        for shard in [int(shard) for shard in shard_order if self._shard_rows[shard]]:
             if members and rows + self._shard_rows[shard] > self._window_rows:
                 windows.append(self._window(members, first))
                 first, rows, members = first + rows, 0, []
@@ -97,19 +97,19 @@ class SampleOrder:
         starts = np.concatenate([[0], np.cumsum(self._shard_rows[shards])])
         return _Window(shards, starts, first)
 
-    def _shuffle_window(self, epoch: int, number: int) -> Places:
+    def _shuffle_window(self, epoch: int, number: int) -> Ints:
         rng = np.random.default_rng((self._seed, epoch, number, 1))
         return rng.permutation(self._windows(epoch)[number].num_rows)
 
 
 def worker_slice(step: int, batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
-    """First and last-plus-one sample that a worker takes of the global batch of ``step`` (0-based).
+    """The samples [start, stop) that a worker reads of the global batch of ``step`` (0-based).
 
     Raises:
-        ValueError: If the batch does not divide among the workers.
+        ValueError: If the number of workers does not divide the batch.
     """
     if batch_size % world_size:
-        raise ValueError(f"batch_size {batch_size} does not divide among {world_size} workers")
+        raise ValueError(f"batch_size {batch_size} cannot be divided among {world_size} workers")
     share = batch_size // world_size
     start = step * batch_size + rank * share
     return start, start + share

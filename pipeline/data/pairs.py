@@ -1,4 +1,4 @@
-"""The pairs step: any source of captioned pictures becomes one list of (uid, url, caption, split)."""
+"""The pairs step: converts any source of captioned pictures to one list of (uid, url, caption, split)."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,34 +20,34 @@ OnRows = Callable[[int], None]
 
 @dataclass
 class PairsSummary:
-    """What became of every row of the source."""
+    """Counts of the source's rows by outcome."""
 
     counts: Counter[str] = field(default_factory=Counter[str])
-    """Rows: ``in`` = ``ok`` + ``duplicate`` + ``missing_url`` + ``malformed``."""
+    """Numbers of rows: ``in`` = ``ok`` + ``duplicate`` + ``missing_url`` + ``malformed``."""
     metrics: dict[str, Any] = field(default_factory=dict[str, Any])
-    """``null_captions`` (kept, as the empty caption), ``train`` and ``validation``, in rows."""
+    """Numbers of rows: ``null_captions`` (stored as the empty caption), ``train`` and ``validation``."""
 
 
 def write_pairs(
     batches: Iterator[pa.Table], config: PairsConfig, path: Path, summary: PairsSummary, on_rows: OnRows
 ) -> None:
-    """Write ``pairs.parquet``, streaming.
+    """Write ``pairs.parquet`` batch by batch.
 
     Args:
         batches: Tables of ``url``, ``caption`` and other columns, as ``source_batches`` yields them.
         config: The recipe's section.
         path: The file to write.
-        summary: Counts, added to; rows that the reader already left out may stand in it.
+        summary: Counts to add to; it may already count rows that the reader left out.
         on_rows: Called with the number of rows read so far.
 
     Raises:
-        DataError: If not a single row is left; says why.
+        DataError: If no row is usable; gives the counts by reason.
     """
-    seen: set[bytes] = set()
+    uids: set[bytes] = set()
     writer: pq.ParquetWriter | None = None
     try:
         for batch in batches:
-            table = to_pairs(batch, config.validation_prob, seen, summary)
+            table = _to_pairs(batch, config.validation_prob, uids, summary)
             writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
             try:
                 writer.write_table(table.cast(writer.schema))
@@ -63,7 +63,7 @@ def write_pairs(
 
 
 def source_batches(config: PairsConfig, summary: PairsSummary) -> Iterator[pa.Table]:
-    """Rows of a ``list`` or ``folder`` source, at most ``max_pairs`` of them; malformed rows go into the counts.
+    """Yield the rows of a ``list`` or ``folder`` source, at most ``max_pairs``; malformed rows are counted.
 
     Raises:
         DataError: If the source is missing, damaged or lacks a column.
@@ -77,29 +77,29 @@ def source_batches(config: PairsConfig, summary: PairsSummary) -> Iterator[pa.Ta
         batches = read_list(Path(config.path), config.url_column, config.caption_column, on_malformed)
     else:
         batches = read_folder(Path(config.path), config.caption_column, on_malformed)
-    left = config.max_pairs or None
+    remaining = config.max_pairs or None
     for batch in batches:
-        yield batch.slice(0, left)
-        if left is not None:
-            left -= batch.num_rows
-            if left <= 0:
+        yield batch.slice(0, remaining)
+        if remaining is not None:
+            remaining -= batch.num_rows
+            if remaining <= 0:
                 return
 
 
-def to_pairs(batch: pa.Table, validation_prob: float, seen: set[bytes], summary: PairsSummary) -> pa.Table:
-    """Label one batch: uid and split are added; rows without a URL and repeated ones are left out and counted.
+def _to_pairs(batch: pa.Table, validation_prob: float, uids: set[bytes], summary: PairsSummary) -> pa.Table:
+    """Add uid and split to the rows of a batch; rows without a URL and repeated rows are left out and counted.
 
     Args:
         batch: ``url``, ``caption`` and other columns.
         validation_prob: Share of rows that become the validation split.
-        seen: uids of earlier batches, as bytes (16 each); added to.
-        summary: Counts, added to.
+        uids: uids of earlier batches, as bytes (16 each); this batch's are added.
+        summary: Counts to add to.
 
     Returns:
         Columns ``uid``, ``url``, ``caption``, ``split``, then the others, in the order of the batch.
     """
     rows: list[tuple[str, str, str, str]] = []
-    kept: list[int] = []
+    indices: list[int] = []
     nulls = 0
     urls, captions = batch.column("url").to_pylist(), batch.column("caption").to_pylist()
     for index, (raw_url, raw_caption) in enumerate(zip(urls, captions, strict=True)):
@@ -107,12 +107,12 @@ def to_pairs(batch: pa.Table, validation_prob: float, seen: set[bytes], summary:
         uid = make_uid(url, caption)
         if not url:
             summary.counts["missing_url"] += 1
-        elif bytes.fromhex(uid) in seen:
+        elif bytes.fromhex(uid) in uids:
             summary.counts["duplicate"] += 1
         else:
-            seen.add(bytes.fromhex(uid))
+            uids.add(bytes.fromhex(uid))
             nulls += raw_caption is None
-            kept.append(index)
+            indices.append(index)
             rows.append((uid, url, caption, split_of(uid, validation_prob)))
     summary.counts["in"] += batch.num_rows
     summary.counts["ok"] += len(rows)
@@ -120,8 +120,8 @@ def to_pairs(batch: pa.Table, validation_prob: float, seen: set[bytes], summary:
     for name, value in {"null_captions": nulls, "train": splits["train"], "validation": splits["validation"]}.items():
         summary.metrics[name] = summary.metrics.get(name, 0) + value
     columns = dict(zip(pairs_schema().names, (list(column) for column in zip(*rows, strict=True)), strict=False))
-    ours = pa.Table.from_pydict(columns or {name: [] for name in pairs_schema().names}, schema=pairs_schema())
+    pairs = pa.Table.from_pydict(columns or {name: [] for name in pairs_schema().names}, schema=pairs_schema())
     for name in batch.column_names:
-        if name not in ours.column_names:
-            ours = ours.append_column(batch.field(name), batch.column(name).take(pa.array(kept, pa.int64())))
-    return ours
+        if name not in pairs.column_names:
+            pairs = pairs.append_column(batch.field(name), batch.column(name).take(pa.array(indices, pa.int64())))
+    return pairs

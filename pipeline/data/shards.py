@@ -1,7 +1,7 @@
-"""Reading img2dataset's shards: a tar of pictures joined with its table, by key and by uid, never by position.
+"""Readers of img2dataset's shards: they match the pictures of a tar with the rows of its table by key and uid.
 
-Whoever reads a picture names its key and its uid, and the uid is compared with the json beside the picture in the tar:
-a tar that does not belong to the table, the embeddings or the index is found at its first picture.
+Every read of a picture gives its key and its uid, and the uid is compared with the picture's json in the tar. So the
+first read detects a tar that does not belong to the table, the embeddings or the index.
 """
 
 import functools
@@ -25,7 +25,7 @@ from pipeline.pictures import decode
 from pipeline.workspace.store import Artifact
 
 _SIDECARS = frozenset({"json", "txt"})
-MEND = "remove manifest.json and the shard's .done.json beside it and run again: that shard alone is made again"
+REPAIR_HINT = "remove manifest.json and the shard's .done.json next to it and run again: only that shard is made again"
 _BLOCK_BYTES = 512
 _END = bytes(_BLOCK_BYTES)
 _OPEN_SHARDS = 16  # the index of a tar of 10,000 pictures takes 8 MB
@@ -41,17 +41,17 @@ class Sample:
     caption: str
     split: str
     picture: bytes
-    """The file as it is stored."""
+    """Bytes of the stored picture file."""
 
 
 Members = dict[str, dict[str, tuple[int, int]]]
-"""Place of each file in a tar, (offset, size) in bytes, by key and by extension."""
+"""Span of each file in a tar, (offset, size) in bytes, by key and by extension."""
 
 
 def index_tar(path: Path) -> Members:
-    """Where each file of a tar stands.
+    """Index the files of a tar.
 
-    Headers are read here and not by ``tarfile``, which takes 4.5 times as long: 1.5 s for a shard of 10,000 pictures.
+    This code reads the headers because ``tarfile`` takes 4.5 times as long: 1.5 s for a shard of 10,000 pictures.
 
     Raises:
         DataError: If the tar is truncated or not a tar; names it.
@@ -63,7 +63,7 @@ def index_tar(path: Path) -> Members:
             stream.seek(offset)
             header = stream.read(_BLOCK_BYTES)
             if len(header) < _BLOCK_BYTES or offset > size_bytes:
-                raise DataError(f"{path}: truncated after {last or 'its first bytes'}; {MEND}")
+                raise DataError(f"{path}: truncated after {last or 'its first bytes'}; {REPAIR_HINT}")
             if header == _END:
                 return members
             if header[257:262] != b"ustar" or header[156:157] not in {b"0", b"\0"}:
@@ -84,12 +84,12 @@ def _read_header(header: bytes, path: Path, offset: int) -> tuple[str, int]:
     except ValueError:
         is_whole, name, prefix, size_bytes = False, "", "", 0
     if not is_whole:
-        raise DataError(f"{path}: damaged tar (header at byte {offset}); {MEND}")
+        raise DataError(f"{path}: damaged tar (header at byte {offset}); {REPAIR_HINT}")
     return f"{prefix}/{name}" if prefix else name, size_bytes
 
 
 def _index_any_tar(path: Path) -> Members:
-    """As ``index_tar``, for a tar that img2dataset did not write: long names, extended headers."""
+    """Index a tar with long names or extended headers, which img2dataset does not write."""
     members: Members = {}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -97,21 +97,21 @@ def _index_any_tar(path: Path) -> Members:
                 key, _, extension = member.name.partition(".")
                 members.setdefault(key, {})[extension] = (member.offset_data, member.size)
     except tarfile.TarError as error:
-        raise DataError(f"{path}: damaged tar ({error}); {MEND}") from error
+        raise DataError(f"{path}: damaged tar ({error}); {REPAIR_HINT}") from error
     return members
 
 
 def read_table(path: Path, columns: Sequence[str]) -> pa.Table:
-    """Columns of a shard's table.
+    """Read columns of a shard's table.
 
     Raises:
-        DataError: If it is damaged or lacks a column; names the file.
+        DataError: If the table is damaged or lacks a column; names the file.
     """
     try:
         require_columns(pq.read_schema(path).names, columns, where=str(path))
         return pq.read_table(path, columns=list(columns))
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: damaged ({error}); {MEND}") from error
+        raise DataError(f"{path}: damaged ({error}); {REPAIR_HINT}") from error
 
 
 def good_rows(table: pa.Table) -> pa.Table:
@@ -120,16 +120,16 @@ def good_rows(table: pa.Table) -> pa.Table:
 
 
 class ShardPictures:
-    """The stored pictures of one shard, each read at its place in the tar; safe to read from several threads.
+    """Random access to the stored pictures of one shard; several threads may read at once.
 
-    It holds the tar's index and one file handle, which is closed when the object goes.
+    It holds the tar's index and one file handle, which is closed when the object is garbage-collected.
 
     Args:
-        tar: The shard's pictures.
-        shard: Its name, for messages.
+        tar: Pictures of the shard.
+        shard: Name of the shard, for messages.
 
     Raises:
-        DataError: If it is not a readable tar.
+        DataError: If the file is not a readable tar.
     """
 
     def __init__(self, tar: Path, shard: str) -> None:
@@ -144,40 +144,42 @@ class ShardPictures:
         return set(self._members)
 
     def read(self, key: str, uid: str) -> bytes:
-        """The picture of a row, as it is stored.
+        """The stored picture file of a row.
 
         Raises:
-            DataError: If the tar has no such picture, or has it under another uid.
+            DataError: If the tar has no such picture, or has another uid for it.
         """
         files = self._members.get(key, {})
         extension = next((name for name in files if name not in _SIDECARS), None)
         if extension is None or "json" not in files:
-            raise DataError(f"{self._where(key, uid)}: no picture and json of this key in {self._tar}; {MEND}")
+            raise DataError(f"{self._where(key, uid)}: no picture and json of this key in {self._tar}; {REPAIR_HINT}")
         try:
             tar_uid = json.loads(self._read(files["json"]))["uid"]
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self._where(key, uid)}: malformed json in {self._tar} ({error!r}); {MEND}") from None
+            raise DataError(
+                f"{self._where(key, uid)}: malformed json in {self._tar} ({error!r}); {REPAIR_HINT}"
+            ) from None
         if tar_uid != uid:
-            raise DataError(f"{self._where(key, uid)}: the row has uid {tar_uid} in {self._tar}; {MEND}")
+            raise DataError(f"{self._where(key, uid)}: the row has uid {tar_uid} in {self._tar}; {REPAIR_HINT}")
         return self._read(files[extension])
 
     def decode(self, key: str, uid: str) -> Image.Image:
         """The picture of a row, upright and RGB.
 
         Raises:
-            DataError: As ``read``, and if it cannot be decoded.
+            DataError: As ``read``, or if the picture cannot be decoded.
         """
         return decode(self.read(key, uid), where=self._where(key, uid))
 
-    def _read(self, place: tuple[int, int]) -> bytes:
-        return os.pread(self._file, place[1], place[0])
+    def _read(self, span: tuple[int, int]) -> bytes:
+        return os.pread(self._file, span[1], span[0])
 
     def _where(self, key: str, uid: str) -> str:
         return f"shard {self._shard}: key {key}: uid {uid}"
 
 
 class StoredPictures:
-    """The stored pictures of all shards, for readers of single rows; the last few shards stay open.
+    """Random access to the stored pictures of all shards; the last few shards stay open.
 
     Args:
         download: The download step's artifact.
@@ -191,7 +193,7 @@ class StoredPictures:
         """Open one shard.
 
         Raises:
-            DataError: If it is not there or damaged.
+            DataError: If the shard is missing or damaged.
         """
         return ShardPictures(self._download.path(f"{shard}.tar"), shard)
 
@@ -205,23 +207,23 @@ class StoredPictures:
 
 
 def read_samples(tar: Path, parquet: Path, shard: str) -> Iterator[Sample]:
-    """Every good row of a shard with its picture, sorted by key.
+    """Yield every good row of a shard with its picture, sorted by key.
 
     Raises:
-        DataError: If table and tar do not hold the same keys and uids; names shard, key and uid.
+        DataError: If table and tar do not have the same keys and uids; names shard, key and uid.
     """
     columns = ["uid", "key", "url", "caption", "split"]
     table = good_rows(read_table(parquet, [*columns, "status"])).sort_by("key")
     pictures = ShardPictures(tar, shard)
-    strangers = pictures.keys() - set(table.column("key").to_pylist())
-    if strangers:
-        raise DataError(f"shard {shard}: {tar} holds key {min(strangers)}, which is no good row of {parquet.name}")
+    extra_keys = pictures.keys() - set(table.column("key").to_pylist())
+    if extra_keys:
+        raise DataError(f"shard {shard}: {tar} has key {min(extra_keys)}, which is not a good row of {parquet.name}")
     for row in table.select(columns).to_pylist():
         row["caption"] = row["caption"] or ""
         yield Sample(**row, picture=pictures.read(row["key"], row["uid"]))
 
 
-def read_member(stream: Any, place: tuple[int, int]) -> bytes:
-    """The bytes of one file of a tar."""
-    stream.seek(place[0])
-    return stream.read(place[1])
+def read_member(stream: Any, span: tuple[int, int]) -> bytes:
+    """Read one file of a tar."""
+    stream.seek(span[0])
+    return stream.read(span[1])

@@ -1,6 +1,6 @@
-"""Training rows from committed shards: tables from Parquet, pictures from the tars, joined by key and checked by uid.
+"""Reads training rows from committed shards: tables from Parquet, and pictures from tars, matched by key and uid.
 
-One shard's table is read at once; its pictures are read one by one, each checked by its uid, when a batch asks.
+A shard's table is read as a whole; its pictures are read one by one when a batch needs them.
 Legend: N rows of a shard, D features of an embedding.
 """
 
@@ -18,7 +18,7 @@ from pipeline.data.shards import ShardPictures, read_table
 from pipeline.data.vectors import to_numpy
 from pipeline.workspace.store import Artifact
 
-pc: Any = pyarrow.compute  # its functions are made at import, out of sight of a type checker
+pc: Any = pyarrow.compute  # its functions are created at import, so a type checker does not know them
 _ROW_COLUMNS = ["uid", "key", "caption", "split"]
 
 
@@ -31,7 +31,7 @@ class ShardTable:
     keys: list[str]
     captions: list[str]
     z_image: NDArray[np.float16] | None
-    """(N, D), of length one; None where the training does not read it."""
+    """(N, D), of length one; None if the training does not read it."""
 
     def __len__(self) -> int:
         return len(self.uids)
@@ -41,8 +41,8 @@ class ShardReader:
     """Reads the rows of one split.
 
     Args:
-        download: Shards of pictures; None where the training reads no pictures.
-        embed: Embeddings; None where the training reads none. With it, its rows are the training's rows.
+        download: Shards of pictures; None if the training reads no pictures.
+        embed: Embeddings; None if the training reads none. If given, its rows are the training's rows.
         split: ``train`` or ``validation``.
 
     Raises:
@@ -80,7 +80,7 @@ class ShardReader:
         return ShardPictures(self._download.path(f"{shard}.tar"), shard)
 
     def captions(self) -> list[str]:
-        """Every different caption of the split, sorted; reads the caption column of every shard."""
+        """The distinct captions of the split, sorted; reads the caption column of every shard."""
         captions: set[str] = set()
         for shard in self.shards:
             table = self._select(read_table(self._rows.path(f"{shard}.parquet"), self._filter_columns("caption")))

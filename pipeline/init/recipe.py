@@ -4,7 +4,7 @@ import os
 import tomllib
 from pathlib import Path
 
-from pipeline.data.folders import PICTURES
+from pipeline.data.folders import PICTURE_SUFFIXES
 from pipeline.data.lists import list_columns, list_files
 from pipeline.data.pairs import PairsSummary, source_batches
 from pipeline.errors import ConfigError, DataError
@@ -54,7 +54,7 @@ def write_recipe(
             raise ConfigError(f"{name!r}: this name is no UTF-8, which a recipe must be; rename the file")
     if not target.parent.is_dir():
         raise ConfigError(f"{out}: there is no folder {target.parent}; make it, or choose another --out")
-    folder = path.is_dir() and any(file.suffix.lower() in PICTURES for file in path.rglob("*"))
+    folder = path.is_dir() and any(file.suffix.lower() in PICTURE_SUFFIXES for file in path.rglob("*"))
     if folder:
         pairs = PairsConfig(source="folder", path=str(path))
     else:

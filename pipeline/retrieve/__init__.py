@@ -1,4 +1,4 @@
-"""The neighbour index as a library."""
+"""Builds and searches the neighbour index."""
 
 from pipeline.retrieve.index import Neighbour, NeighbourIndex
 

@@ -1,7 +1,7 @@
-"""The index step: a FAISS index over z_image and one over z_text, with the recall that they reach.
+"""The index step: builds a FAISS index over z_image and one over z_text, and measures their recall.
 
-The search effort is the smallest that reaches the recall asked for, measured against exact search on rows of the data,
-by picture and by text. Trained on a random sample, not on the first rows.
+The search effort is the smallest that reaches the requested recall, measured against exact search with pictures and
+texts of the data as queries. FAISS is trained on a random sample of the rows.
 """
 
 from collections.abc import Callable
@@ -29,14 +29,14 @@ _FLAT_BELOW_ROWS = 20_000
 _HNSW_LINKS = 32
 _HNSW_BUILD_EFFORT = 80
 _HNSW_EFFORTS = (16, 32, 64, 128, 256, 512, 1024)
-_MIN_ROWS_PER_LIST = 39  # below it FAISS calls the training sample too small
+_MIN_ROWS_PER_LIST = 39  # with fewer, FAISS warns that the training sample is too small
 _WRITE_BYTES = 1 << 20
-_CANDIDATES = {"ivf_sq8": 4}  # how many times K are taken from a quantised index and re-ranked
+_CANDIDATES = {"ivf_sq8": 4}  # candidates per neighbour that a quantised index returns for re-ranking
 
 
 @dataclass(frozen=True)
-class BuiltIndex:
-    """What was built."""
+class IndexSummary:
+    """Size and metrics of an index."""
 
     num_rows: int
     metrics: dict[str, Any]
@@ -50,7 +50,7 @@ def build_index(
     seed: int,
     num_threads: int = 1,
     on_rows: Callable[[int, int], None] = lambda _done, _total: None,
-) -> BuiltIndex:
+) -> IndexSummary:
     """Write ``image.faiss``, ``text.faiss``, ``rows.parquet`` and ``index.json``.
 
     Args:
@@ -58,9 +58,9 @@ def build_index(
         output: The artifact to write.
         config: The recipe's section.
         seed: Seed of the training sample, the lists and the queries of the measurement.
-        num_threads: Threads of FAISS. The same number gives the same bytes (rows that lie between two lists fall by
-            rounding); HNSW is always built by one, since its graph depends on the order.
-        on_rows: Called with rows added and rows in all.
+        num_threads: Threads of FAISS. The same number gives the same bytes (rounding decides for rows between two
+            lists); HNSW always uses one, because its graph depends on the order.
+        on_rows: Called with the number of rows added and of all rows.
 
     Raises:
         DataError: If there are no embeddings, or a shard is damaged.
@@ -71,46 +71,48 @@ def build_index(
     rng = np.random.default_rng(seed)
     num_train = min(config.num_train_rows, shards.num_rows)
     sample = _choose(rng, shards.num_rows, 0 if kind in {"flat", "hnsw"} else num_train)
-    asked = _choose(rng, shards.num_rows, min(config.num_recall_queries, shards.num_rows))
+    query_rows = _choose(rng, shards.num_rows, min(config.num_recall_queries, shards.num_rows))
     indices: dict[Modality, Any] = {modality: _empty(kind, shards, num_train, seed) for modality in MODALITIES}
     if len(sample):
         for modality, index in indices.items():
             index.train(_gather(shards, sample, f"z_{modality}"))
     with output.write("rows.parquet") as path:
         _fill(indices, shards, path, on_rows)
-    # Half the queries are pictures and half are texts: both come, and texts lie apart from the pictures.
-    half = len(asked) // 2
-    queries = np.concatenate([_gather(shards, asked[:half], "z_image"), _gather(shards, asked[half:], "z_text")])
+    # Half the queries are pictures and half are texts, as users send both, and their embeddings are far apart.
+    half = len(query_rows) // 2
+    queries = np.concatenate(
+        [_gather(shards, query_rows[:half], "z_image"), _gather(shards, query_rows[half:], "z_text")]
+    )
     description: dict[str, Any] = {
         "kind": kind,
         "embed_dim": shards.embed_dim,
         "num_rows": shards.num_rows,
         "candidates_per_result": _CANDIDATES.get(kind, 1),
         "recall_target": config.recall_target,
-        "num_recall_queries": len(asked),
+        "num_recall_queries": len(query_rows),
     }
     k = min(RECALL_AT, shards.num_rows)
     for modality, index in indices.items():
         true = true_neighbours(shards, queries, f"z_{modality}", k)
-        effort, reached = tune(index, kind, queries, true, k, config.recall_target)
-        description[modality] = {"effort": effort, "recall_at_10": round(reached, 4)}
-        # Through Python's own file: FAISS's writer does not notice a disk that fills while it closes.
+        effort, recall_at_k = tune(index, kind, queries, true, k, config.recall_target)
+        description[modality] = {"effort": effort, "recall_at_10": round(recall_at_k, 4)}
+        # A Python file notices a full disk when it is closed; FAISS's own writer does not.
         with output.write(f"{modality}.faiss") as path, path.open("wb") as file:
             writer: Any = getattr(faiss, "PyCallbackIOWriter")  # noqa: B009  (faiss has no type for it)
             faiss.write_index(index, writer(file.write, _WRITE_BYTES))
     output.write_json("index.json", description)
-    return BuiltIndex(shards.num_rows, _metrics(description))
+    return IndexSummary(shards.num_rows, _metrics(description))
 
 
-def choose_kind(asked: Literal["auto", "flat", "ivf_flat", "ivf_sq8", "hnsw"], num_rows: int) -> Kind:
-    """Resolve ``auto``: exact while that is quick (under 5 ms at 20,000 rows), quantised lists above."""
-    if asked != "auto":
-        return asked
+def choose_kind(kind: Literal["auto", "flat", "ivf_flat", "ivf_sq8", "hnsw"], num_rows: int) -> Kind:
+    """Resolve ``auto``: exact search below 20,000 rows, where it takes less than 5 ms, else quantised lists."""
+    if kind != "auto":
+        return kind
     return "flat" if num_rows < _FLAT_BELOW_ROWS else "ivf_sq8"
 
 
 def set_effort(index: Any, kind: str, effort: int) -> None:
-    """Set how hard an index looks: lists visited (ivf) or nodes kept (hnsw); flat has no such number."""
+    """Set the search effort of an index: the lists to visit (ivf) or the candidate nodes (hnsw); flat has none."""
     if kind.startswith("ivf"):
         index.nprobe = effort
     elif kind == "hnsw":
@@ -118,16 +120,16 @@ def set_effort(index: Any, kind: str, effort: int) -> None:
 
 
 def tune(index: Any, kind: Kind, queries: Floats, true: list[set[int]], k: int, target: float) -> tuple[int, float]:
-    """The smallest effort whose recall at K reaches the target, else the largest, and that recall."""
+    """Set the smallest effort whose recall at K reaches the target, else the largest; returns effort and recall."""
     num_candidates = k * _CANDIDATES.get(kind, 1)
-    effort, reached = 0, 0.0
+    effort, recall_at_k = 0, 0.0
     for effort in _efforts(index, kind):
         set_effort(index, kind, effort)
-        _, found = index.search(queries, num_candidates)
-        reached = recall(found, true, k)
-        if reached >= target:
+        _, candidates = index.search(queries, num_candidates)
+        recall_at_k = recall(candidates, true, k)
+        if recall_at_k >= target:
             break
-    return effort, reached
+    return effort, recall_at_k
 
 
 def _efforts(index: Any, kind: Kind) -> list[int]:
@@ -170,7 +172,7 @@ def _fill(
 
 
 def _gather(shards: EmbeddedShards, ids: Ids, column: str) -> Floats:
-    """Vectors of sorted row numbers, in one pass over the shards."""
+    """Read the vectors of sorted row numbers in one pass over the shards."""
     parts: list[Floats] = [np.zeros((0, shards.embed_dim), np.float32)]
     for _, start, vectors in shards:
         rows = getattr(vectors, column)

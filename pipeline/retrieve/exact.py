@@ -1,4 +1,4 @@
-"""Exact similarities from the embeddings themselves: re-ranking, and the measure of what an index misses.
+"""Exact similarities from the embeddings, for re-ranking and for measuring the recall of an index.
 
 Legend: Q queries, N rows, D features, K neighbours.
 """
@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.data.shards import MEND
+from pipeline.data.shards import REPAIR_HINT
 from pipeline.data.vectors import ROW_GROUP_ROWS, Vectors, read_vectors, to_numpy, to_unit
 from pipeline.errors import DataError
 from pipeline.workspace.store import Artifact
 
 _CACHED_GROUPS = 256
-_TIE = 1e-6  # what two float32 sums of the same vectors may differ by
+_TIE = 1e-6  # largest difference between two float32 similarities of the same vectors
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -26,12 +26,12 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class EmbeddedShards:
-    """The embed step's rows, numbered through: shards by name, rows by key."""
+    """The embed step's rows with row numbers 0 .. N - 1, in order of shard name and key."""
 
     embed: Artifact
     names: tuple[str, ...]
     starts: Ids
-    """First row number of each shard, then N."""
+    """First row number of each shard, and N as the last entry."""
     embed_dim: int
 
     @property
@@ -41,10 +41,10 @@ class EmbeddedShards:
 
     @classmethod
     def open(cls, embed: Artifact) -> "EmbeddedShards":
-        """Count the rows of every committed shard.
+        """Read the row counts of every committed shard.
 
         Raises:
-            DataError: If there are none.
+            DataError: If there are no rows.
         """
         records = embed.shard_records()
         sizes = [record.counts["ok"] for record in records.values()]
@@ -60,13 +60,13 @@ class EmbeddedShards:
             if len(vectors.z_image) != stop - start:
                 raise DataError(
                     f"index: {self.embed.uri}/{name}.parquet has {len(vectors.z_image)} rows, its record says "
-                    f"{stop - start}; {MEND}"
+                    f"{stop - start}; {REPAIR_HINT}"
                 )
             yield name, int(start), vectors
 
 
 class ExactVectors:
-    """Reads single vectors by row number, a row group at a time."""
+    """Reads single vectors by row number; it caches row groups."""
 
     def __init__(self, shards: EmbeddedShards) -> None:
         self._shards = shards
@@ -76,9 +76,9 @@ class ExactVectors:
         """Vectors (len(ids), D) of rows ``ids`` of ``z_image`` or ``z_text``."""
         rows = np.empty((len(ids), self._shards.embed_dim), np.float16)
         shards = np.searchsorted(self._shards.starts, ids, side="right") - 1
-        for place, (row, shard) in enumerate(zip(ids, shards, strict=True)):
+        for position, (row, shard) in enumerate(zip(ids, shards, strict=True)):
             offset = int(row - self._shards.starts[shard])
-            rows[place] = self._group(int(shard), offset // ROW_GROUP_ROWS, column)[offset % ROW_GROUP_ROWS]
+            rows[position] = self._group(int(shard), offset // ROW_GROUP_ROWS, column)[offset % ROW_GROUP_ROWS]
         return to_unit(rows)
 
     def _read_group(self, shard: int, group: int, column: str) -> NDArray[np.float16]:
@@ -87,21 +87,12 @@ class ExactVectors:
             return to_numpy(parquet.read_row_group(group, columns=[column]).column(column))
 
 
-def kth_similarity(shards: EmbeddedShards, queries: Floats, column: str, k: int) -> Floats:
-    """The exact similarity of the K-th neighbour of each query, (Q,)."""
-    best = np.full((len(queries), k), -np.inf, np.float32)
-    for _, _, vectors in shards:
-        scores = _scores(vectors, queries, column)
-        best = -np.partition(-np.concatenate([best, scores], axis=1), k - 1, axis=1)[:, :k]
-    return best.min(axis=1)
-
-
 def true_neighbours(shards: EmbeddedShards, queries: Floats, column: str, k: int) -> list[set[int]]:
-    """For each query, every row at least as near as its exact K-th neighbour: more than K where rows tie.
+    """For each query, every row at least as near as its exact K-th neighbour: more than K if rows tie.
 
-    Rows tie often: pictures with one caption share one z_text, and any of them is a right answer.
+    Ties are frequent: pictures with the same caption have the same z_text, and any of them is correct.
     """
-    least = kth_similarity(shards, queries, column, k) - _TIE
+    least = _kth_similarity(shards, queries, column, k) - _TIE
     neighbours: list[set[int]] = [set() for _ in queries]
     for _, start, vectors in shards:
         for query, row in np.argwhere(_scores(vectors, queries, column) >= least[:, None]):
@@ -110,15 +101,24 @@ def true_neighbours(shards: EmbeddedShards, queries: Floats, column: str, k: int
 
 
 def recall(returned: NDArray[Any], true: list[set[int]], k: int) -> float:
-    """Share of the K true neighbours among the returned candidates, of which the best K are kept.
+    """Share of the K true neighbours among the returned candidates.
 
     Args:
-        returned: Row numbers, (Q, candidates); -1 where there was none.
-        true: As ``true_neighbours`` gives them.
+        returned: Row numbers, (Q, candidates); -1 for a missing candidate.
+        true: The result of ``true_neighbours``.
         k: K.
     """
     hits = [min(k, sum(int(row) in nearest for row in rows)) for rows, nearest in zip(returned, true, strict=True)]
     return float(np.mean(hits)) / k
+
+
+def _kth_similarity(shards: EmbeddedShards, queries: Floats, column: str, k: int) -> Floats:
+    """The exact similarity of the K-th neighbour of each query, (Q,)."""
+    best = np.full((len(queries), k), -np.inf, np.float32)
+    for _, _, vectors in shards:
+        scores = _scores(vectors, queries, column)
+        best = -np.partition(-np.concatenate([best, scores], axis=1), k - 1, axis=1)[:, :k]
+    return best.min(axis=1)
 
 
 def _scores(vectors: Vectors, queries: Floats, column: str) -> Floats:

@@ -1,4 +1,4 @@
-"""The neighbour index as a library: open it and search it."""
+"""Opens and searches the neighbour index."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from pipeline.workspace.store import Artifact
 
 @dataclass(frozen=True)
 class Neighbour:
-    """One row that was found."""
+    """One result of a search."""
 
     id: int
     """Row number in the index."""
@@ -32,15 +32,15 @@ class Neighbour:
 
 
 class NeighbourIndex:
-    """Nearest rows by z_image or by z_text; safe to search from several threads."""
+    """Searches the nearest rows by z_image or by z_text; several threads may search at once."""
 
     def __init__(
-        self, indices: dict[Modality, Any], rows: pa.Table, exact: ExactVectors | None, num_extra: int
+        self, indices: dict[Modality, Any], rows: pa.Table, exact: ExactVectors | None, candidates_per_result: int
     ) -> None:
         self._indices = indices
         self._rows = rows
         self._exact = exact
-        self._candidates_per_result = num_extra
+        self._candidates_per_result = candidates_per_result
 
     @classmethod
     def open(cls, index: Artifact, embed: Artifact | None = None) -> "NeighbourIndex":
@@ -48,13 +48,13 @@ class NeighbourIndex:
 
         Args:
             index: The index step's artifact.
-            embed: The embeddings that it was built from, for exact similarities of a quantised index; by default those
+            embed: The embeddings from which it was built, for exact similarities of a quantised index; by default those
                 that its manifest names, in the same workspace.
 
         Raises:
-            DataError: If a file is missing or damaged, or index, rows and embeddings do not belong together.
+            DataError: If a file is missing or damaged, or the numbers of rows of index and embeddings differ.
         """
-        about = index.read_json("index.json")
+        description = index.read_json("index.json")
         rows = _read_rows(index)
         indices: dict[Modality, Any] = {}
         for modality in MODALITIES:
@@ -63,20 +63,20 @@ class NeighbourIndex:
                 indices[modality] = faiss.read_index(str(path))
             except RuntimeError as error:
                 raise DataError(f"{path}: damaged; remove {index.uri} and run the step again") from error
-            if indices[modality].ntotal != rows.num_rows or indices[modality].d != about["embed_dim"]:
+            if indices[modality].ntotal != rows.num_rows or indices[modality].d != description["embed_dim"]:
                 raise DataError(f"{path}: {indices[modality].ntotal} vectors for {rows.num_rows} rows of rows.parquet")
-            set_effort(indices[modality], about["kind"], about[modality]["effort"])
+            set_effort(indices[modality], description["kind"], description[modality]["effort"])
         exact = None
-        if about["candidates_per_result"] > 1:
+        if description["candidates_per_result"] > 1:
             shards = EmbeddedShards.open(embed or _embed_of(index))
             if shards.num_rows != rows.num_rows:
                 raise DataError(f"{index.uri}: {rows.num_rows} rows, but {shards.embed.uri} has {shards.num_rows}")
             exact = ExactVectors(shards)
-        return cls(indices, rows, exact, about["candidates_per_result"])
+        return cls(indices, rows, exact, description["candidates_per_result"])
 
     @property
     def num_rows(self) -> int:
-        """Rows that can be found."""
+        """Number of rows of the index."""
         return self._rows.num_rows
 
     @property
@@ -89,7 +89,7 @@ class NeighbourIndex:
 
         Args:
             vectors: Queries (Q, D), of length one.
-            k: Neighbours of each; fewer come where the index is smaller.
+            k: Neighbours of each query; the result has fewer if the index has fewer rows.
             modality: Compare with pictures (z_image) or with captions (z_text).
 
         Raises:
@@ -107,10 +107,10 @@ class NeighbourIndex:
         return results
 
     def rows(self, ids: Sequence[int]) -> list[dict[str, str]]:
-        """The columns of rows by number.
+        """Read rows by number.
 
         Raises:
-            ValueError: If there is no such row.
+            ValueError: If a row does not exist.
         """
         wrong = [row for row in ids if not 0 <= row < self.num_rows]
         if wrong:
@@ -120,15 +120,15 @@ class NeighbourIndex:
     def _best(self, query: Floats, near: Floats, candidates: Ids, k: int, modality: Modality) -> list[Neighbour]:
         if self._exact is not None:
             near = self._exact.gather(candidates, f"z_{modality}") @ query
-        order = np.lexsort((candidates, -near))[:k]  # ties by row number, so that answers do not change
+        order = np.lexsort((candidates, -near))[:k]  # ties by row number, so that results do not change
         rows = self.rows([int(row) for row in candidates[order]])
         return [
-            Neighbour(int(number), row["uid"], float(similarity), *(row[name] for name in _SHOWN))
+            Neighbour(int(number), row["uid"], float(similarity), *(row[name] for name in _NEIGHBOUR_COLUMNS))
             for number, similarity, row in zip(candidates[order], near[order], rows, strict=True)
         ]
 
 
-_SHOWN = ("url", "caption", "key", "shard")
+_NEIGHBOUR_COLUMNS = ("url", "caption", "key", "shard")
 
 
 def _read_rows(index: Artifact) -> pa.Table:

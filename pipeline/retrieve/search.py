@@ -1,4 +1,4 @@
-"""``unclip search``: a text or a picture in, the nearest pairs out."""
+"""``unclip search``: finds the pairs that are nearest to a text or a picture."""
 
 from pathlib import Path
 from typing import cast
@@ -24,11 +24,11 @@ def search_recipe(
 
     Args:
         recipe: A recipe whose index is built.
-        text: What to look for; or
-        image: A picture file to look for.
-        k: Neighbours to return.
-        modality: ``image`` or ``text``: what of the pairs to compare with.
-        out: Folder for the neighbours' pictures and ``grid.png``; empty: none are written.
+        text: The text to search for, or
+        image: The picture file to search for.
+        k: Number of neighbours.
+        modality: Compare with the ``image`` or the ``text`` of the pairs.
+        out: Folder for the neighbours' pictures and ``grid.png``; if empty, none are written.
 
     Raises:
         ConfigError: If the index is not built yet, or the picture cannot be read.

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import ray
 import ray.exceptions
 
-from pipeline.data.shards import MEND
+from pipeline.data.shards import REPAIR_HINT
 from pipeline.errors import DataError, StepError
 from pipeline.recipe.sections import DownloadConfig
 from pipeline.runtime.context import StepContext, StepResult
@@ -151,7 +151,7 @@ class EmbedWorker:
             paths.append(self._download.path(source))
             if self._download.describe(source) != self._records[shard].files[source]:
                 where = f"embed: shard {shard}: {self._download.uri}/{source}"
-                raise DataError(f"{where} does not match its checksum; {MEND}")
+                raise DataError(f"{where} does not match its checksum; {REPAIR_HINT}")
         with self._output.write(name) as target:
             counts = self._embedder(paths[0], paths[1], shard, target)
         return _commit(self._output, shard, dict(counts), [name], start)

@@ -42,12 +42,14 @@ def test_batches_continue_from_any_step_with_and_without_prefetch(tmp_path: Path
             assert torch.equal(one.require_z_image(), two.require_z_image())
 
 
-def test_batches_are_the_same_when_pictures_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = _samples(tmp_path)
+def test_batches_are_the_same_when_pictures_are_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = _samples(tmp_path)
     monkeypatch.setattr(module, "IMAGE_CACHE_BYTES", 0)
-    read = Samples(kept.reader, 16)
-    order = plan_order(kept, 0, where="test")
-    pairs = zip(iterate_batches(kept, order, Share(4), 0), iterate_batches(read, order, Share(4), 0), strict=False)
+    uncached = Samples(cached.reader, 16)
+    order = plan_order(cached, 0, where="test")
+    pairs = zip(
+        iterate_batches(cached, order, Share(4), 0), iterate_batches(uncached, order, Share(4), 0), strict=False
+    )
     for one, two in islice(pairs, 8):
         assert torch.equal(one.require_images(), two.require_images())
 
@@ -72,8 +74,8 @@ def _encode(captions: Sequence[str]) -> TextEncoding:
 def test_caption_table_gives_what_the_tower_gives() -> None:
     captions = [letter * (3 + 5 * i) for i, letter in enumerate("abcdef")]
     table = CaptionTable(_encode, captions, batch_size=2)
-    for wanted in (["ccc" + "c" * 10, "aaa"], ["unknown", "aaa"], captions):
-        found, expected = table(wanted), _encode(wanted)
-        assert torch.equal(found.hidden, expected.hidden)
-        assert torch.equal(found.mask, expected.mask)
-        assert torch.equal(found.pooled, expected.pooled)
+    for requested in (["ccc" + "c" * 10, "aaa"], ["unknown", "aaa"], captions):
+        encodings, expected = table(requested), _encode(requested)
+        assert torch.equal(encodings.hidden, expected.hidden)
+        assert torch.equal(encodings.mask, expected.mask)
+        assert torch.equal(encodings.pooled, expected.pooled)

@@ -72,10 +72,10 @@ def test_download_shard_accounts_for_every_row(server: PictureServer, tmp_path: 
     assert table.column_names[:5] == ["uid", "split", "score", "caption", "url"]
     assert table.column("key").to_pylist() == [f"00003{i:02d}" for i in range(27)]
     assert table.select(rows.column_names).equals(rows)
-    told = {row["url"].removeprefix(server.url + "/"): row for row in table.to_pylist()}
+    table_rows = {row["url"].removeprefix(server.url + "/"): row for row in table.to_pylist()}
     for path, (status, message) in _FAULTS.items():
-        assert told[path]["status"] == status, path
-        assert told[path]["error_message"].startswith(message), (path, told[path]["error_message"])
+        assert table_rows[path]["status"] == status, path
+        assert table_rows[path]["error_message"].startswith(message), (path, table_rows[path]["error_message"])
     causes = failure_causes([json.loads(stats.read_text())])
     assert causes.total() == 9
     assert causes["image file is truncated"] == 2
@@ -96,25 +96,25 @@ def test_download_shard_is_read_by_webdataset(server: PictureServer, tmp_path: P
 
 def test_download_shard_gives_the_same_bytes_again(server: PictureServer, tmp_path: Path) -> None:
     rows = _rows(server.url, [*(f"jpg/{i}" for i in range(24)), "gone/2"])
-    made: list[list[bytes]] = []
+    results: list[list[bytes]] = []
     for name in ("one", "two"):
         files = _files(tmp_path / name)
         download_shard(rows, "00003", _CONFIG, *files)
-        made.append([path.read_bytes() for path in files[:2]])
-    assert made[0] == made[1]
+        results.append([path.read_bytes() for path in files[:2]])
+    assert results[0] == results[1]
 
 
 def test_download_shard_spares_a_host_and_gives_the_same_bytes(server: PictureServer, tmp_path: Path) -> None:
     rows = _rows(server.url, [f"pause/{i}" for i in range(12)])
-    made: list[bytes] = []
+    results: list[bytes] = []
     for max_per_host in (0, 2):
         server.most.clear()
         files = _files(tmp_path / str(max_per_host))
         config = replace(_CONFIG, resources=DownloadResources(max_per_host=max_per_host))
         assert download_shard(rows, "00003", config, *files)["ok"] == 12
         assert (server.most["127.0.0.1"] <= 2) == (max_per_host == 2)
-        made.append(files[0].read_bytes())
-    assert made[0] == made[1]
+        results.append(files[0].read_bytes())
+    assert results[0] == results[1]
 
 
 def test_download_shard_follows_file_urls(server: PictureServer, tmp_path: Path) -> None:
@@ -123,10 +123,10 @@ def test_download_shard_follows_file_urls(server: PictureServer, tmp_path: Path)
     rows = _rows(server.url, ["jpg/1"])
     rows = rows.set_column(4, "url", pa.array([picture.as_uri()]))
     counts = download_shard(rows, "00003", _CONFIG, *_files(tmp_path / "out"))
-    assert counts["failed_to_resize"] == 1  # it was fetched, and it is no picture
+    assert counts["failed_to_resize"] == 1  # it was fetched, but it is not a picture
 
 
-def test_download_shard_where_nothing_comes_through_is_an_empty_tar(server: PictureServer, tmp_path: Path) -> None:
+def test_download_shard_without_any_picture_is_an_empty_tar(server: PictureServer, tmp_path: Path) -> None:
     files = _files(tmp_path)
     counts = download_shard(_rows(server.url, ["gone/3", "gone/4"]), "00003", _CONFIG, *files)
     assert counts["ok"] == 0
@@ -156,7 +156,7 @@ def test_download_shard_says_that_the_disk_is_full(
         ("keep_ratio_largest", (32, 21)),
     ],
 )
-def test_resizer_brings_every_mode_to_its_size(mode: Any, size: tuple[int, int]) -> None:
+def test_resizer_gives_every_mode_its_size(mode: Any, size: tuple[int, int]) -> None:
     picture = make_picture(0)
     resize = PictureResizer(replace(_CONFIG, resize_mode=mode, encode_format="png", encode_quality=1))
     data, *sizes, error = resize(io.BytesIO(picture))
@@ -172,14 +172,14 @@ def test_resizer_brings_every_mode_to_its_size(mode: Any, size: tuple[int, int])
         assert np.array_equal(pixels, square(decode(picture, where="x"), 32))
 
 
-def test_resizer_leaves_what_is_small_enough_and_enlarges_otherwise() -> None:
+def test_resizer_keeps_small_pictures_if_configured_and_enlarges_otherwise() -> None:
     picture = make_picture(0, size=(24, 16))
-    kept = PictureResizer(replace(_CONFIG, resize_only_if_bigger=True))(io.BytesIO(picture))
-    assert kept[1:3] == (24, 16)
+    small = PictureResizer(replace(_CONFIG, resize_only_if_bigger=True))(io.BytesIO(picture))
+    assert small[1:3] == (24, 16)
     assert PictureResizer(_CONFIG)(io.BytesIO(picture))[1:3] == (32, 32)
 
 
-def test_resizer_stores_the_bytes_themselves_only_of_a_plain_picture_of_the_right_size() -> None:
+def test_resizer_keeps_the_bytes_of_a_plain_picture_of_the_right_size_only() -> None:
     config = replace(_CONFIG, skip_reencode=True, resize_mode="no")
     plain, lying = make_picture(0), (CASES / "lying-down.jpg").read_bytes()
     assert PictureResizer(config)(io.BytesIO(plain))[0] == plain
@@ -223,7 +223,7 @@ def test_check_columns_names_what_is_wrong() -> None:
         check_columns(DownloadConfig(extra_columns=("sha256",)), columns, "pairs.parquet")
 
 
-def test_extra_columns_of_any_type_travel(server: PictureServer, tmp_path: Path) -> None:
+def test_extra_columns_of_any_type_are_passed_through(server: PictureServer, tmp_path: Path) -> None:
     rows = _rows(server.url, ["jpg/1"]).set_column(2, "score", pa.array([[0.5, None]]))
     files = _files(tmp_path)
     assert download_shard(rows, "00003", _CONFIG, *files)["ok"] == 1

@@ -134,7 +134,7 @@ def test_read_samples_refuses_a_tar_of_another_shard(tmp_path: Path) -> None:
     tar, parquet = make_shard(tmp_path)
     other, _ = make_shard(tmp_path / "other", "00001")
     tar.write_bytes(other.read_bytes())
-    with pytest.raises(DataError, match=r"holds key 0000100, which is no good row of 00000\.parquet"):
+    with pytest.raises(DataError, match=r"has key 0000100, which is not a good row of 00000\.parquet"):
         list(read_samples(tar, parquet, "00000"))
 
 

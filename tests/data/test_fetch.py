@@ -25,7 +25,7 @@ def test_limited_urlopen_gives_what_the_server_sent(server: PictureServer, tmp_p
 
 
 @pytest.mark.parametrize("path", ["drip/1", "moved/1"])
-def test_limited_urlopen_ends_a_dripping_answer_at_its_deadline(server: PictureServer, path: str) -> None:
+def test_limited_urlopen_ends_a_dripping_response_at_its_deadline(server: PictureServer, path: str) -> None:
     with limited_urlopen(0.8), pytest.raises(TimeoutError, match="deadline"):
         _get(f"{server.url}/{path}")
 
@@ -43,7 +43,7 @@ def test_limited_urlopen_refuses_a_large_body_and_a_short_one(server: PictureSer
             _get(f"{server.url}/short/1")
 
 
-def test_limited_urlopen_asks_once_for_what_is_gone(server: PictureServer) -> None:
+def test_limited_urlopen_requests_a_missing_url_once(server: PictureServer) -> None:
     with limited_urlopen(5):
         for _ in range(3):
             with pytest.raises(urllib.error.HTTPError, match="404"):
@@ -52,7 +52,7 @@ def test_limited_urlopen_asks_once_for_what_is_gone(server: PictureServer) -> No
 
 
 def _fetch_all(urls: list[str], num_threads: int) -> list[str]:
-    """The errors, as img2dataset's threads meet them; empty where the picture came."""
+    """The error of each URL in img2dataset's threads; empty if its picture arrived."""
 
     def fetch(url: str) -> str:
         try:
@@ -78,7 +78,7 @@ def test_a_host_has_no_more_connections_than_allowed_and_another_has_its_own(ser
     assert most[1] == [2, 2]
 
 
-def test_every_end_of_a_connection_gives_its_place_back(server: PictureServer) -> None:
+def test_every_end_of_a_connection_releases_its_slot(server: PictureServer) -> None:
     kinds = ["jpg", "gone", "slow", "drip", "short", "big", "moved", "noai"]
     urls = [*(f"{server.url}/{kind}/7" for kind in kinds), "http://127.0.0.1:1/refused", f"{server.url}/jpg/8"]
 
@@ -89,12 +89,12 @@ def test_every_end_of_a_connection_gives_its_place_back(server: PictureServer) -
     with limited_urlopen(0.7, max_bytes=200_000, max_per_host=1):
         with pytest.raises(urllib.error.URLError, match="no more"):
             urllib.request.urlopen(urllib.request.Request(urls[0], data=broken()))
-        told = _fetch_all(urls, num_threads=6)
-    failed = [url.split("/")[3] for url, error in zip(urls, told, strict=True) if error]
+        errors = _fetch_all(urls, num_threads=6)
+    failed = [url.split("/")[3] for url, error in zip(urls, errors, strict=True) if error]
     assert failed == ["gone", "slow", "drip", "short", "big", "moved", "refused"]
 
 
-def test_waiting_for_a_place_is_not_counted_as_slowness(server: PictureServer) -> None:
+def test_waiting_for_a_slot_does_not_count_as_slowness(server: PictureServer) -> None:
     start = time.monotonic()
     with limited_urlopen(0.6, max_per_host=1):
         assert _fetch_all([f"{server.url}/pause/{i}" for i in range(8)], num_threads=8) == [""] * 8

@@ -65,7 +65,7 @@ def data(server: PictureServer, tmp_path_factory: pytest.TempPathFactory) -> _Da
     return _Data(download, rows, read_vectors(folder / "vectors.parquet"), FrozenClip(load_clip(clip)))
 
 
-def test_a_photo_that_lies_down_is_stored_upright(data: _Data) -> None:
+def test_a_rotated_photo_is_stored_upright(data: _Data) -> None:
     stored, row = data.stored("lying-down.jpg"), data.rows["case/lying-down.jpg"]
     assert stored.size == (32, 48)
     assert (row["width"], row["height"], row["original_width"], row["original_height"]) == (32, 48, 64, 96)

@@ -12,35 +12,35 @@ _SHARDS = st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(sum)
 
 @given(shards=_SHARDS, window=st.integers(1, 20), seed=st.integers(0, 5))
 @settings(max_examples=60, deadline=None)
-def test_places_visits_every_row_once_an_epoch(shards: list[int], window: int, seed: int) -> None:
+def test_every_epoch_visits_every_row_once(shards: list[int], window: int, seed: int) -> None:
     order = SampleOrder(shards, seed, window_rows=window)
     rows = sorted((s, r) for s, count in enumerate(shards) for r in range(count))
     for epoch in range(2):
-        visited = order.places(epoch * order.num_rows, (epoch + 1) * order.num_rows)
+        visited = order.locations(epoch * order.num_rows, (epoch + 1) * order.num_rows)
         assert sorted(map(tuple, visited.tolist())) == rows
 
 
 @given(shards=_SHARDS, window=st.integers(1, 20), cuts=st.lists(st.integers(0, 60), max_size=4))
 @settings(max_examples=60, deadline=None)
-def test_places_do_not_depend_on_how_they_are_asked_for(shards: list[int], window: int, cuts: list[int]) -> None:
-    whole = SampleOrder(shards, 3, window_rows=window).places(0, 60)
+def test_locations_do_not_depend_on_how_they_are_requested(shards: list[int], window: int, cuts: list[int]) -> None:
+    whole = SampleOrder(shards, 3, window_rows=window).locations(0, 60)
     borders = [0, *sorted(cuts), 60]
-    pieces = [SampleOrder(shards, 3, window_rows=window).places(a, b) for a, b in pairwise(borders)]
+    pieces = [SampleOrder(shards, 3, window_rows=window).locations(a, b) for a, b in pairwise(borders)]
     assert np.array_equal(np.concatenate(pieces), whole)
 
 
-def test_places_differ_between_epochs_and_seeds() -> None:
+def test_locations_differ_between_epochs_and_seeds() -> None:
     order = SampleOrder([40, 40], 0)
-    first, second = order.places(0, 80), order.places(80, 160)
+    first, second = order.locations(0, 80), order.locations(80, 160)
     assert not np.array_equal(first, second)
-    assert not np.array_equal(first, SampleOrder([40, 40], 1).places(0, 80))
+    assert not np.array_equal(first, SampleOrder([40, 40], 1).locations(0, 80))
 
 
-def test_places_stay_inside_a_window() -> None:
+def test_locations_stay_inside_a_window() -> None:
     order = SampleOrder([10] * 12, 0, window_rows=30)
-    places = order.places(0, 120)
+    locations = order.locations(0, 120)
     for start in range(0, 120, 30):
-        assert len(set(places[start : start + 30, 0].tolist())) == 3
+        assert len(set(locations[start : start + 30, 0].tolist())) == 3
 
 
 def test_sample_order_refuses_no_rows() -> None:
@@ -52,5 +52,5 @@ def test_worker_slices_together_are_the_global_batch() -> None:
     for world_size in (1, 2, 4):
         slices = [worker_slice(5, 8, rank, world_size) for rank in range(world_size)]
         assert [p for start, stop in slices for p in range(start, stop)] == list(range(40, 48))
-    with pytest.raises(ValueError, match="does not divide"):
+    with pytest.raises(ValueError, match="cannot be divided"):
         worker_slice(0, 8, 0, 3)

@@ -54,7 +54,7 @@ def _run(config: PairsConfig, folder: Path) -> tuple[pa.Table, PairsSummary]:
 
 
 @pytest.mark.parametrize("name", [*_WRITERS, "csv.gz", "tsv.gz", "json.gz", "jsonl.gz"])
-def test_pairs_reads_every_format_alike(name: str, tmp_path: Path) -> None:
+def test_pairs_reads_the_same_rows_from_every_format(name: str, tmp_path: Path) -> None:
     kind = name.removesuffix(".gz")
     path = tmp_path / f"list.{kind}"
     _WRITERS[kind](path)

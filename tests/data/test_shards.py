@@ -1,4 +1,4 @@
-"""The one reader of stored pictures: each row by key, checked by uid, at its place in the tar."""
+"""The only reader of stored pictures: it finds each row by key and checks its uid."""
 
 import gc
 import io
@@ -21,7 +21,7 @@ def _uid(number: int, shard: str = "00000") -> str:
     return make_uid(f"http://a/{shard}/{number}.jpg", f"caption {number}")
 
 
-def test_a_picture_comes_by_key_and_uid_as_it_is_stored(tmp_path: Path) -> None:
+def test_a_picture_is_read_by_key_and_uid_as_it_is_stored(tmp_path: Path) -> None:
     tar, _ = make_shard(tmp_path)
     pictures = StoredPictures(Artifact(str(tmp_path)))
     assert pictures.read("00000", "0000004", _uid(4)) == make_jpeg(4, size=(32, 33))
@@ -81,12 +81,12 @@ def test_threads_read_one_shard_at_once(tmp_path: Path) -> None:
     assert wrong == []
 
 
-def test_index_tar_places_files_as_tarfile_does(tmp_path: Path) -> None:
+def test_index_tar_agrees_with_tarfile(tmp_path: Path) -> None:
     tar, _ = make_shard(tmp_path)
     with tarfile.open(tar) as archive:
-        places = {member.name: (member.offset_data, member.size) for member in archive}
+        spans = {member.name: (member.offset_data, member.size) for member in archive}
     indexed = {f"{key}.{name}": place for key, files in index_tar(tar).items() for name, place in files.items()}
-    assert indexed == places
+    assert indexed == spans
 
 
 def test_index_tar_reads_a_tar_of_another_writer(tmp_path: Path) -> None:

@@ -17,14 +17,14 @@ def test_reader_takes_good_rows_of_its_split(tmp_path: Path) -> None:
     download = write_download(tmp_path / "download")
     reader = ShardReader(download, None, "train")
     assert reader.shards == ["00000", "00001"]
-    assert reader.shard_rows == [8, 8]  # 12 rows less 2 of validation (5, 11) less 3 failures, one of which is row 11
+    assert reader.shard_rows == [8, 8]  # 12 rows; rows 5 and 11 are validation; 3 failed, row 11 among them
     table = reader.table("00001")
     assert table.keys == sorted(table.keys)
     assert sum(ShardReader(download, None, "validation").shard_rows) == 2
     assert len(reader.captions()) == len(set(reader.captions()))
 
 
-def test_pictures_come_by_key(tmp_path: Path) -> None:
+def test_pictures_are_read_by_key(tmp_path: Path) -> None:
     download = write_download(tmp_path / "download")
     reader = ShardReader(download, None, "train")
     table, pictures = reader.table("00001"), reader.pictures("00001")
@@ -32,7 +32,7 @@ def test_pictures_come_by_key(tmp_path: Path) -> None:
     assert np.array_equal(pictures.decode(table.keys[3], table.uids[3]), draw_array(training_scene(0, number), 32))
 
 
-def test_reader_joins_embeddings_by_key_and_uid(tmp_path: Path) -> None:
+def test_reader_matches_embeddings_by_key_and_uid(tmp_path: Path) -> None:
     download = write_download(tmp_path / "download")
     reader = ShardReader(download, write_embed(tmp_path / "embed", download), "train")
     table = reader.table("00000")

@@ -55,10 +55,10 @@ def test_index_reaches_the_recall_that_it_reports(kind: str, embed: Artifact, tm
     queries = _unit(vectors[50:150] + 0.05 * np.random.default_rng(1).normal(size=(100, _DIM)))
     exact = queries @ vectors.T
     true = np.argsort(-exact, axis=1)[:, :10]
-    found = index.search(queries, 10)
-    hits = np.mean([len({item.id for item in row} & set(best)) / 10 for row, best in zip(found, true, strict=True)])
+    results = index.search(queries, 10)
+    hits = np.mean([len({item.id for item in row} & set(best)) / 10 for row, best in zip(results, true, strict=True)])
     assert hits >= 0.88
-    for query, row in enumerate(found):
+    for query, row in enumerate(results):
         for item in row:
             assert item.similarity == pytest.approx(exact[query, item.id], abs=1e-5)
         assert [item.similarity for item in row] == sorted((item.similarity for item in row), reverse=True)
@@ -81,11 +81,11 @@ def test_index_rows_belong_to_their_vectors(embed: Artifact, tmp_path: Path) -> 
 
 def test_index_searches_text_apart_from_pictures(embed: Artifact, tmp_path: Path) -> None:
     output, metrics = _build(embed, tmp_path, IndexConfig(kind="ivf_sq8"))
-    assert metrics["text_recall_at_10"] >= 0.95  # ties: most of a cluster's rows are equally right
+    assert metrics["text_recall_at_10"] >= 0.95  # ties: most rows of a cluster are equally correct
     shards = EmbeddedShards.open(embed)
     z_text = np.concatenate([to_unit(vectors.z_text) for _, _, vectors in shards])
-    found = NeighbourIndex.open(output, embed).search(z_text[:1], 5, "text")[0]
-    assert all(item.similarity == pytest.approx(1, abs=1e-5) for item in found)
+    results = NeighbourIndex.open(output, embed).search(z_text[:1], 5, "text")[0]
+    assert all(item.similarity == pytest.approx(1, abs=1e-5) for item in results)
 
 
 def test_index_is_built_to_the_same_bytes(embed: Artifact, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_index_is_built_to_the_same_bytes(embed: Artifact, tmp_path: Path) -> No
         assert one.names() == ["image.faiss", "index.json", "rows.parquet", "text.faiss"]
 
 
-def test_index_looks_harder_for_a_higher_target(embed: Artifact, tmp_path: Path) -> None:
+def test_index_has_a_higher_effort_for_a_higher_target(embed: Artifact, tmp_path: Path) -> None:
     efforts = [
         _build(embed, tmp_path / str(target), IndexConfig(kind="ivf_flat", recall_target=target))[1]["image_effort"]
         for target in (0.3, 0.999)
@@ -118,8 +118,8 @@ def test_recall_counts_ties_and_misses() -> None:
 def test_true_neighbours_are_those_of_a_full_sort(embed: Artifact) -> None:
     vectors = _z_image(embed)
     expected = np.argsort(-(vectors[:5] @ vectors.T), axis=1)[:, :10]
-    found = true_neighbours(EmbeddedShards.open(embed), vectors[:5], "z_image", 10)
-    assert found == [set(row.tolist()) for row in expected]
+    neighbours = true_neighbours(EmbeddedShards.open(embed), vectors[:5], "z_image", 10)
+    assert neighbours == [set(row.tolist()) for row in expected]
 
 
 def test_open_finds_the_embeddings_that_the_manifest_names(embed: Artifact) -> None:

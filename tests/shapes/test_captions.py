@@ -18,7 +18,7 @@ TWO = Scene(
 )
 
 
-def test_canonical_caption_says_everything_in_the_promised_words() -> None:
+def test_canonical_caption_names_every_attribute_in_the_expected_words() -> None:
     assert canonical_caption(ONE) == "a large orange star on a gray background"
     assert canonical_caption(TWO) == "a small red circle to the left of a medium orange square on a white background"
 

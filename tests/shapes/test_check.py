@@ -101,7 +101,7 @@ def test_a_third_object_is_one_too_many_and_is_not_compared() -> None:
     assert {name for name, is_right in right.items() if not is_right} == {"count", "everything"}
 
 
-def test_check_tells_objects_of_one_colour_apart_by_shape() -> None:
+def test_check_identifies_objects_of_one_colour_by_shape() -> None:
     objects = (Object("star", "green", "medium", 0.5, 0.25), Object("circle", "green", "medium", 0.5, 0.75))
     picture = draw_array(Scene(objects, "gray"))
     assert check(picture, Scene(objects, "gray", "above")).correct["everything"]

@@ -66,7 +66,7 @@ def test_faulty_urls_answer_with_what_no_decoder_reads(base_url: str, kind: str,
         picture.load()
 
 
-def test_slow_url_says_nothing_in_time(base_url: str) -> None:
+def test_slow_url_sends_nothing_in_time(base_url: str) -> None:
     with pytest.raises(TimeoutError):
         get(f"{base_url}/faulty/slow/5.png", timeout_s=0.5)
 
@@ -79,7 +79,7 @@ def test_drip_url_outlasts_a_timeout_per_read_and_never_ends(base_url: str) -> N
     assert time.monotonic() - start > 2
 
 
-def test_refused_url_finds_nobody(base_url: str) -> None:
+def test_refused_url_has_no_server(base_url: str) -> None:
     (url,) = [row["url"] for row in url_table(base_url, 1, 0, faults={"refused": 1}).to_pylist() if ":1/" in row["url"]]
     with pytest.raises(urllib.error.URLError, match="refused"):
         get(url)
