@@ -1,10 +1,11 @@
-"""How a network is sampled is part of no training: what draws takes it from the recipe, of the same weights."""
+"""How a network is sampled is part of no training: the recipe says it, of the same weights."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from models.decoder.network import Decoder
 from models.editor import EditSettings
 from models.prior.network import Prior
 from pipeline.networks.files import load_network, save_network
@@ -29,38 +30,41 @@ SETTINGS = (
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace of random weights, and its recipe beside it."""
     folder = tmp_path_factory.mktemp("settings")
-    artifact = cascade_artifacts(finished_workspace(folder))["prior"]
-    prior = load_network(artifact)
+    artifacts = cascade_artifacts(finished_workspace(folder))
+    prior, decoder = (load_network(artifacts[name]) for name in ("prior", "decoder"))
     assert isinstance(prior, Prior)
+    assert isinstance(decoder, Decoder)
     prior.image_in.weight.mul_(30)  # else what it predicts hardly depends on where its chain stands
-    save_network(artifact, prior.config, prior.dims, prior.state_dict())
+    decoder.image_to_embedding.weight.mul_(40)  # else embeddings of length one hardly change its pictures
+    for network, name in ((prior, "prior"), (decoder, "decoder")):
+        save_network(artifacts[name], network.config, network.dims, network.state_dict())
     return folder
 
 
 @pytest.fixture(scope="module")
 def plain(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
-    return drawn(folder, tmp_path_factory.mktemp("plain"))
+    return sampled(folder, tmp_path_factory.mktemp("plain"))
 
 
-def drawn(folder: Path, out: Path, *overrides: str) -> np.ndarray:
-    """Pictures that `unclip sample` draws under a changed recipe."""
+def sampled(folder: Path, out: Path, *overrides: str) -> np.ndarray:
+    """Pictures of `unclip sample` under a changed recipe."""
     recipe = load_recipe(folder / "tiny.toml", overrides)
     rows = sample_recipe(recipe, [PROMPT], num_images=4, seed=5, out_dir=out)
     return np.stack([pixels((out / row["file"]).read_bytes()) for row in rows]).astype(int)
 
 
-def test_the_same_settings_draw_the_same_pictures(folder: Path, plain: np.ndarray, tmp_path: Path) -> None:
-    assert np.array_equal(drawn(folder, tmp_path, "decoder.model.sampler.num_steps=3"), plain)  # as the recipe says
+def test_the_same_settings_give_the_same_pictures(folder: Path, plain: np.ndarray, tmp_path: Path) -> None:
+    assert np.array_equal(sampled(folder, tmp_path, "decoder.model.sampler.num_steps=3"), plain)  # as the recipe says
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_another_setting_draws_other_pictures_from_the_same_weights(
+def test_another_setting_gives_other_pictures_of_the_same_weights(
     folder: Path, plain: np.ndarray, tmp_path: Path, setting: str
 ) -> None:
-    assert np.abs(drawn(folder, tmp_path, setting) - plain).max() > 2
+    assert np.abs(sampled(folder, tmp_path, setting) - plain).max() > 2
 
 
-def test_an_edit_that_draws_a_prompt_takes_the_settings_of_the_recipe(folder: Path, tmp_path: Path) -> None:
+def test_an_edit_of_a_prompt_takes_the_settings_of_the_recipe(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png("red"))
     options = EditOptions(prompt=PROMPT, strength=0.7, num_images=1)
     walk = EditSettings(num_steps=4, num_refinements=0)
