@@ -11,7 +11,7 @@ from models.diffusion.limits import ClipRange
 from models.diffusion.noise import NoiseSource
 from models.diffusion.samplers import sample_along
 from models.diffusion.schedules import alpha_bar_table, cosine_betas, strided_timesteps
-from models.diffusion.steps import ddim_step, ddpm_step, start
+from models.diffusion.steps import ddim_step, ddpm_step, initial_state
 
 COSINE = "squaredcos_cap_v2"
 
@@ -74,7 +74,7 @@ def test_ancestral_step_is_that_of_ddpm_scheduler(variance: str, t: int, t_prev:
     noise = GivenNoise(torch.randn(x.shape, generator=seeded(3)))
     ours = ddpm_step(
         lambda *_: output,
-        start(x, diffusion),
+        initial_state(x, diffusion),
         torch.full((2,), t),
         torch.full((2,), t_prev),
         diffusion,

@@ -15,7 +15,7 @@ from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.run import connect
-from pipeline.runtime.train import run_upsampler_1
+from pipeline.runtime.train import run_training
 from pipeline.workspace.progress import read_progress
 from pipeline.workspace.store import Artifact
 from tests.train.data import write_download
@@ -46,7 +46,7 @@ def _context(recipe: Recipe) -> StepContext:
 
 def _step(context: StepContext) -> object:
     """Run the step as the executor does: inside a task that holds no CPU."""
-    task = ray.remote(num_cpus=0, max_retries=0)(run_upsampler_1)
+    task = ray.remote(num_cpus=0, max_retries=0)(run_training)
     try:
         return ray.get(task.remote(context))
     except ray.exceptions.RayTaskError as error:
