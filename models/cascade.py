@@ -1,8 +1,7 @@
 """The cascade: caption -> z_image -> small picture -> larger pictures. arXiv:2204.06125, section 2.
 
-A cascade is a tuple of stages (models/stage.py); another tuple is another system. Every item has its own seed and every
-stage its own stream of it, so that a picture depends on its caption, its seed and the settings, and not on what else is
-sampled with it.
+A cascade is a tuple of stages (models/stage.py). Every item has its own seed, and every stage its own noise stream of
+that seed: a picture depends on its caption, its seed and the settings, and not on the other items of its batch.
 
 Legend: B items, D joint space, H W pixels.
 """
@@ -41,12 +40,12 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True)
 class CascadeResult:
-    """What the stages made, item by item."""
+    """Results of the stages, item by item."""
 
     values: Mapping[str, Tensor]
-    """Of the last stage that makes each, by name."""
+    """Results by name; if several stages make one, that of the last."""
     pictures: Mapping[str, UInt8[Tensor, "B H W 3"]]
-    """Pictures of each resolution by the stage that made them, smallest first, on the CPU."""
+    """Pictures by the stage that made them, smallest first, on the CPU."""
 
     @property
     def z_image(self) -> Float[Tensor, "B D"]:
@@ -65,11 +64,11 @@ class Cascade:
     Args:
         clip: The frozen CLIP.
         stages: In the order in which a batch passes them.
-        micro_batch: Most items at a time in one stage, which bounds its memory; guidance and candidates each multiply
-            it.
+        micro_batch: Largest number of items in a stage at a time, which bounds its memory; guidance and candidates
+            multiply it.
 
     Raises:
-        ValueError: If a stage was made for another CLIP or another size of pictures, or two have one name.
+        ValueError: If a stage was made for another CLIP or another size of pictures, or two share a name.
     """
 
     def __init__(self, clip: TextEncoder, stages: Sequence[Stage], *, micro_batch: int = 64) -> None:
@@ -102,15 +101,15 @@ class Cascade:
         raise ValueError(f"this cascade has no {kind.__name__} {name}; it has {kinds}")
 
     def with_stages(self, *stages: Stage) -> Cascade:
-        """The same cascade with other stages in place of those of their names."""
+        """The same cascade, in which each of ``stages`` replaces the one of its name."""
         by_name = {stage.name: stage for stage in stages}
-        kept = [by_name.pop(stage.name, stage) for stage in self.stages]
+        new_stages = [by_name.pop(stage.name, stage) for stage in self.stages]
         if by_name:
             raise ValueError(f"this cascade has no {', '.join(by_name)}")
-        return Cascade(self.clip, kept, micro_batch=self.micro_batch)
+        return Cascade(self.clip, new_stages, micro_batch=self.micro_batch)
 
     def after(self, value: str) -> tuple[Stage, ...]:
-        """The stages that a batch still has to pass once it has ``value``; all of them if none makes it."""
+        """The stages after the last one that makes ``value``; all of them if none makes it."""
         last = max((number for number, stage in enumerate(self.stages) if stage.makes == value), default=-1)
         return self.stages[last + 1 :]
 
@@ -125,7 +124,7 @@ class Cascade:
         return {stage.name: stage.side_px for stage in self.stages if stage.side_px is not None}
 
     def check(self, request: SampleRequest) -> None:
-        """Raise ValueError if a request names a stage that is not there, or asks of one what it cannot do."""
+        """Raise ValueError if a request names an unknown stage, or a setting that its stage does not support."""
         unknown = {*request.guidance_scale, *request.num_steps} - {stage.name for stage in self.stages}
         if unknown:
             raise ValueError(f"no stage {', '.join(sorted(unknown))}; this cascade has {', '.join(self.settings)}")
@@ -158,7 +157,7 @@ class Cascade:
         return self.run(Batch(text, request.seeds, request=request), watch=watch)
 
     def run(self, batch: Batch, stages: Sequence[Stage] | None = None, watch: Watch | None = None) -> CascadeResult:
-        """Take a batch through stages, all of them if None, each to its end."""
+        """Run a batch through ``stages`` (all of them if None), each to its end."""
         values, pictures = dict(batch.values), dict[str, Tensor]()
         for stage in self.stages if stages is None else stages:
             batch = batch.with_values(**values)
@@ -168,6 +167,6 @@ class Cascade:
         return CascadeResult(values, pictures)
 
     def run_stage(self, stage: Stage, batch: Batch, watch: Watch | None = None) -> Tensor:
-        """What a stage makes of a batch, ``micro_batch`` items at a time."""
+        """The result of one stage for a batch, computed for ``micro_batch`` items at a time."""
         starts = range(0, len(batch), self.micro_batch)
         return torch.cat([run_stage(stage, batch[start : start + self.micro_batch], watch) for start in starts])

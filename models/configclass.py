@@ -14,14 +14,14 @@ _PYDANTIC = {"extra": "forbid", "strict": True, "allow_inf_nan": False, "use_att
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 def configclass(cls: type[T]) -> type[T]:
     """Make ``cls`` a frozen, keyword-only dataclass that pydantic checks strictly (without pydantic)."""
-    made = dataclass(frozen=True, kw_only=True)(cls)
-    setattr(made, "__pydantic_config__", _PYDANTIC)  # noqa: B010  (pyright knows no such attribute)
-    return made
+    config_class = dataclass(frozen=True, kw_only=True)(cls)
+    setattr(config_class, "__pydantic_config__", _PYDANTIC)  # noqa: B010  (pyright knows no such attribute)
+    return config_class
 
 
 @contextmanager
 def described_fields() -> Generator[None]:
-    """Within it, pydantic reads the fields' docstrings too: out of the source, which takes most of its time."""
+    """Inside this context pydantic also reads the fields' docstrings from the source, which takes most of its time."""
     _PYDANTIC["use_attribute_docstrings"] = True
     try:
         yield

@@ -1,9 +1,9 @@
 """Edits of pictures: arXiv:2204.06125, sections 3 and 4; inpainting (arXiv:2112.10741, section 4.3) and SDEdit.
 
-A picture is (z_image, x_T): what CLIP sees of it, and the noise from which the decoder, walked by DDIM, makes it. Every
-edit changes one of the two, or the walk, and ends in ``Editor.run``: the cascade's stages from the decoder on.
+A picture is encoded as (z_image, x_T): its CLIP embedding, and the noise from which the decoder makes it by DDIM. Every
+edit changes one of the two, or the sampling, and ends in ``Editor.run``: the cascade's stages from the decoder on.
 
-Legend: F frames (items made), D joint space, H W pixels. Frame by frame the result depends on the frame's seed alone.
+Legend: F frames (items made), D joint space, H W pixels. Each frame depends on its own seed only.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class ImageEncoder(TextEncoder, Protocol):
 
 @dataclass(frozen=True)
 class EditSettings:
-    """How the decoder is walked, there and back."""
+    """How the decoder samples and inverts."""
 
     num_steps: int = 50
-    """DDIM steps of a whole walk."""
+    """DDIM steps from noise to picture."""
     num_refinements: int = 3
-    """Further network calls per step of the inversion, each of which brings it nearer to its inverse."""
+    """Extra network calls per step of the inversion; each makes the inversion more exact."""
     latent_guidance: float = 1.0
     """Guidance scale of edits that start from an inverted picture: the inversion is guided as well."""
     prompt_guidance: float | None = None
@@ -69,10 +69,10 @@ class Latents:
 
 @dataclass(frozen=True, eq=False)
 class WalkStage(DecoderStage):
-    """The decoder from noised pictures that an edit gives it, with noise of a stream of its own."""
+    """The decoder, started from an edit's noised pictures; its noise has a stream of its own."""
 
     num_last_steps: int | None = None
-    """Steps to take, the last of the whole walk; None: all of them."""
+    """Take only this many of the last steps; None: all steps."""
 
     def noise(self, seeds: Sequence[int]) -> NoiseSource:
         """See ``DiffusionStage``."""
@@ -91,7 +91,7 @@ class Editor:
 
     Args:
         cascade: The stages, with a decoder; its CLIP must have its image tower.
-        settings: How the decoder is walked.
+        settings: How the decoder samples and inverts.
         watch: Called after each step of each stage.
 
     Raises:
@@ -171,7 +171,7 @@ class Editor:
     # ---- edits -------------------------------------------------------------------------------
 
     def reconstruct(self, latents: Latents, seeds: Sequence[int]) -> CascadeResult:
-        """The pictures again, from their latents alone."""
+        """Reconstruct pictures from their latents."""
         return self.run(self._latent_walk(), self.frames(latents.z_image, latents.x_T, seeds))
 
     def vary(self, latents: Latents, seeds: Sequence[int], *, eta: float) -> CascadeResult:
@@ -188,8 +188,8 @@ class Editor:
             a: Latents of one picture.
             b: Latents of the other.
             shares: Where each frame stands, in [0, 1].
-            seed: Of every frame.
-            noise: "slerp" turns x_T along with z_image, so that the ends are the reconstructions; "fixed" makes all
+            seed: Seed of every frame.
+            noise: "slerp" interpolates x_T like z_image, so that the ends are the reconstructions; "fixed" makes all
                 frames from the noise of ``seed``.
         """
         x_T = slerp(a.x_T, b.x_T, shares) if noise == "slerp" else self.noise([seed]).expand(len(shares), -1, -1, -1)
@@ -199,20 +199,20 @@ class Editor:
     def text_diff(
         self, latents: Latents, source: str, target: str, thetas: Sequence[float], seed: int
     ) -> CascadeResult:
-        """Turn a picture from what one text says towards what another says: section 3.3.
+        """Rotate a picture's z_image from one text towards another: section 3.3.
 
         Args:
-            latents: Of one picture.
+            latents: Latents of one picture.
             source: What the picture shows.
             target: What it should show.
-            thetas: How far each frame is turned, in [0, 1]; 0 is the reconstruction (section 3.3: up to 0.25-0.50).
-            seed: Of every frame.
+            thetas: Share of the rotation of each frame, in [0, 1]; 0 is the reconstruction (section 3.3: 0.25-0.50).
+            seed: Seed of every frame.
 
         Raises:
             EditError: If CLIP sees no difference between the texts.
         """
-        of_source, of_target = self._clip.encode_text([source, target]).z_text
-        difference = of_target - of_source
+        z_source, z_target = self._clip.encode_text([source, target]).z_text
+        difference = z_target - z_source
         if difference.norm() < _PARALLEL:
             raise EditError(f"CLIP reads {source!r} and {target!r} as the same: there is no direction to turn to")
         z_image = slerp(latents.z_image, F.normalize(difference, dim=0)[None], thetas)
@@ -220,36 +220,36 @@ class Editor:
         return self.run(self._latent_walk(), self.frames(z_image, x_T, [seed] * len(thetas)))
 
     def sample_embeddings(self, z_image: Float[Tensor, "F D"], seed: int) -> CascadeResult:
-        """Pictures of embeddings of length one, all from the noise of ``seed``: what each of them holds, section 4."""
+        """Decode embeddings of length one, all from the noise of ``seed``, to show what each contains: section 4."""
         x_T = self.noise([seed]).expand(len(z_image), -1, -1, -1)
         return self.run(self._latent_walk(), self.frames(z_image, x_T, [seed] * len(z_image)))
 
     def inpaint(
         self, image: UInt8[Tensor, "1 H W 3"], mask: Bool[Tensor, "1 h w"], prompt: str, seeds: Sequence[int]
     ) -> CascadeResult:
-        """Make the masked part of one picture anew, as a caption of the whole says; the rest stays at every side.
+        """Resample the masked part of one picture under a caption of the whole; the rest is unchanged at every size.
 
         Args:
             image: The picture.
-            mask: True where it is made anew.
+            mask: True where it is resampled.
             prompt: What the finished picture shows.
             seeds: One for each frame.
         """
-        known = {PICTURE: image, MASK: mask}
-        known = {name: part.expand(len(seeds), *part.shape[1:]) for name, part in known.items()}
+        values = {PICTURE: image, MASK: mask}
+        values = {name: value.expand(len(seeds), *value.shape[1:]) for name, value in values.items()}
         batch = self._prompted(prompt, seeds)
-        return self.run(self._prompt_walk(), batch.with_values(**known, **{X_T: self.noise(seeds)}))
+        return self.run(self._prompt_walk(), batch.with_values(**values, **{X_T: self.noise(seeds)}))
 
     def sdedit(
         self, image: UInt8[Tensor, "1 H W 3"], prompt: str, seeds: Sequence[int], *, strength: float
     ) -> CascadeResult:
-        """Noise a picture, and denoise it from there as a caption says: arXiv:2108.01073.
+        """Noise a picture, then denoise it under a caption: arXiv:2108.01073.
 
         Args:
             image: The picture.
             prompt: What the finished picture shows.
             seeds: One for each frame.
-            strength: Share of the walk that is walked, in [0, 1]; where that is no step, the picture itself comes back.
+            strength: Share of the steps to take, in [0, 1]; if it rounds to no step, the picture itself is returned.
         """
         num_steps, batch = round(strength * len(self.timesteps)), self._prompted(prompt, seeds)
         pixels = to_pixels(image.to(self.device)).expand(len(seeds), -1, -1, -1)
@@ -262,10 +262,10 @@ class Editor:
         x = self.decoder.diffusion.q_sample(x0, t, self.noise(seeds))
         return self.run(replace(self._prompt_walk(), num_last_steps=num_steps), batch.with_values(**{X_T: x}))
 
-    # ---- the one path ------------------------------------------------------------------------
+    # ---- what all edits share ----------------------------------------------------------------
 
     def walk(self, *, eta: float = 0.0, guidance_scale: float = 1.0, clip_guidance_scale: float = 0.0) -> WalkStage:
-        """The decoder by DDIM.
+        """The decoder sampled by DDIM.
 
         Args:
             eta: Noise of DDIM.
@@ -284,7 +284,7 @@ class Editor:
         return WalkStage(self.decoder.network, sampler, self.decoder.name, self.decoder.noisy_clip)
 
     def run(self, walk: WalkStage, batch: Batch) -> CascadeResult:
-        """Walk from the noised pictures of a batch, its ``X_T``, and enlarge."""
+        """Denoise the noised pictures of a batch, its ``X_T``, and run the upsamplers."""
         larger = self.cascade.stages[self.cascade.stages.index(self.decoder) + 1 :]
         return self.cascade.run(batch, (walk, *larger), self._watch)
 
@@ -293,7 +293,7 @@ class Editor:
 
         Args:
             z_image: Embeddings of length one.
-            x_T: Noise from which a walk begins.
+            x_T: Noise from which the sampling starts.
             seeds: One for each frame: of DDIM's noise, and of the upsamplers.
         """
         return Batch(self._no_caption(len(seeds)), tuple(seeds), {Z_IMAGE: z_image, X_T: x_T})
@@ -309,7 +309,7 @@ class Editor:
         )
 
     def _prompted(self, prompt: str, seeds: Sequence[int]) -> Batch:
-        """Frames of a prompt, with what the stages before the decoder make of it."""
+        """Frames of a prompt, with the results of the stages before the decoder."""
         batch = Batch(self._clip.encode_text([prompt] * len(seeds)), tuple(seeds))
         stages = self.cascade.stages[: self.cascade.stages.index(self.decoder)]
         return batch.with_values(**self.cascade.run(batch, stages, self._watch).values)
@@ -322,7 +322,7 @@ def slerp(a: Float[Tensor, "1 ..."], b: Float[Tensor, "1 ..."], shares: Sequence
     """Spherical interpolation, one frame for each share in [0, 1]: 0 is ``a``, 1 is ``b``.
 
     Raises:
-        EditError: If the two point in opposite directions, between which there is no one way.
+        EditError: If the two point in opposite directions, so that the path is not unique.
     """
     cosine = F.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).clamp(-1, 1)
     angle = cosine.arccos()

@@ -35,7 +35,7 @@ class Pca:
         """The first of the components alone.
 
         Raises:
-            ValueError: If there are fewer, or none is asked for.
+            ValueError: If ``num_components`` is below 1 or above their number.
         """
         if not 1 <= num_components <= len(self.components):
             raise ValueError(f"{num_components} components: there are 1 to {len(self.components)}")
@@ -44,9 +44,9 @@ class Pca:
 
     def keep_by_energy(self, max_error: float) -> Pca:
         """As few components as leave out at most the share ``max_error`` of the variance, at least one."""
-        kept = self.variance.cumsum(0)
-        enough = kept >= (1 - max_error) * self.total_variance
-        first = int(enough.int().argmax()) if enough.any() else len(kept) - 1
+        energy = self.variance.cumsum(0)
+        enough = energy >= (1 - max_error) * self.total_variance
+        first = int(enough.int().argmax()) if enough.any() else len(energy) - 1
         return self.keep(first + 1)
 
     def project(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
@@ -54,12 +54,12 @@ class Pca:
         return (x - self.mean.to(x)) @ self.components.T.to(x)
 
     def reconstruct(self, coordinates: Float[Tensor, "B K"]) -> Float[Tensor, "B D"]:
-        """The embeddings with these coordinates; not of length one again."""
+        """The embeddings with these coordinates; they are not normalised to length one."""
         return coordinates @ self.components.to(coordinates) + self.mean.to(coordinates)
 
 
 class PcaSums:
-    """Sums over rows, from which the components follow; those of several workers are merged.
+    """Sums over rows, from which the components follow.
 
     Args:
         num_features: D.
@@ -83,24 +83,6 @@ class PcaSums:
         self.num_rows += len(x)
         self._total += x.sum(0)
         self._products += x.T @ x
-
-    def merge(self, other: PcaSums) -> None:
-        """Add the sums of another worker.
-
-        Raises:
-            ValueError: If its rows have another width.
-        """
-        if other._total.shape != self._total.shape:
-            raise ValueError(f"rows of {len(other._total)} features, but these have {len(self._total)}")
-        if other._shift is None:
-            return
-        if self._shift is None:
-            self._shift = other._shift.clone()
-        move = other._shift - self._shift  # the other's rows less our shift are its rows less its own, plus this
-        crossed = torch.outer(other._total, move)
-        self.num_rows += other.num_rows
-        self._total += other._total + other.num_rows * move
-        self._products += other._products + crossed + crossed.T + other.num_rows * torch.outer(move, move)
 
     def pca(self) -> Pca:
         """All D components, the one with the largest variance first.

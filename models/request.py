@@ -1,6 +1,6 @@
-"""What somebody asks a cascade for: one object, from the HTTP body to the stage that reads it.
+"""A request to a cascade: one object, passed from the HTTP body to the stages that read it.
 
-Without torch, because the process that speaks HTTP builds it.
+This file does not import torch, because the HTTP process builds requests.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Pictures of one prompt. What is keyed by stage (prior, decoder, upsampler_1 ...) replaces that stage's own."""
+    """Pictures of one prompt. Values by stage (prior, decoder, upsampler_1 ...) replace that stage's own settings."""
 
     prompt: str
     """What the pictures show."""
@@ -20,7 +20,7 @@ class SampleRequest:
     guidance_scale: Mapping[str, float] = field(default_factory=dict[str, float])
     """Classifier-free guidance, by stage; 1 is none."""
     num_steps: Mapping[str, int] = field(default_factory=dict[str, int])
-    """Steps of the sampler, by stage, evenly strided where the stage's own are listed section by section."""
+    """Sampler steps, by stage; evenly spaced, even if the stage's own ``respacing`` has sections."""
 
     def __post_init__(self) -> None:
         """Raise ValueError if there is nothing to sample."""

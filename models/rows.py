@@ -1,4 +1,4 @@
-"""Values whose tensors all have the batch as their first axis: taken row by row, and concatenated.
+"""Select and concatenate rows of values whose tensors all have the batch as their first axis.
 
 Such a value is a tensor, a named tuple, a tuple, or a frozen dataclass of such values; None stays None.
 """
@@ -22,15 +22,14 @@ def map_rows(value: Rows, change: Callable[[Tensor], Tensor]) -> Rows:
 
 
 def take_rows(value: Rows, index: slice | Tensor) -> Rows:
-    """Some rows of ``value``; of a slice, the same memory."""
+    """Some rows of ``value``; a slice shares its memory."""
     return map_rows(value, lambda tensor: tensor[index])
 
 
 def concat_rows(parts: Sequence[Rows]) -> Rows:
     """The rows of several values in one, in order; a single one is returned as it is.
 
-    Axes that differ (captions of different lengths) are padded with zeros at their end to the longest: the masks beside
-    them are False there.
+    Axes of different lengths (captions) are padded at their end with zeros to the longest; masks are False there.
 
     Raises:
         ValueError: If something is None in one part and not in another.

@@ -1,8 +1,8 @@
-"""A stage of a cascade: one network and how it is sampled. A batch enters, is taken step by step, and leaves.
+"""A stage of a cascade: one network and how it is sampled. A batch enters, is denoised step by step, and leaves.
 
-The items of a batch that entered a stage together are a chain. Chains are joined, wherever they stand, and one call of
-the network takes all of them one step further: sampling a batch takes one chain to its end, a server joins those that
-are there. Each item comes out as it would alone, to the rounding of a batched matrix product.
+The items of a batch that enter a stage together are a chain. Chains can be joined, even at different steps: one call of
+the network then advances all of them by one step. Sampling a batch advances one chain to its end; a server joins the
+chains of its requests. Each item gets the same result as alone, up to the rounding of a batched matrix product.
 
 Legend: B items of a batch; R rows of a chain, R = B, or B times the candidates of a prior.
 """
@@ -43,9 +43,9 @@ class Batch:
     seeds: tuple[int, ...]
     """B seeds."""
     values: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """What is there so far, by name, each with B rows: what stages made, and what an edit starts from."""
+    """Tensors by name, each with B rows: the results of earlier stages, and the inputs of an edit."""
     request: SampleRequest | None = None
-    """Changes the stages' settings for these items."""
+    """Changes to the stages' settings for these items."""
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -55,7 +55,7 @@ class Batch:
         return replace(self, text=self.text[part], seeds=self.seeds[part], values=values)
 
     def with_values(self, **values: Tensor) -> Batch:
-        """The same items with further values, or others."""
+        """The same items; ``values`` are added, or replace those of the same name."""
         return replace(self, values={**self.values, **values})
 
 
@@ -65,11 +65,11 @@ class Chain:
 
     batch: Batch
     state: Any
-    """R rows, where they stand."""
+    """State of the R rows after the last step."""
     timesteps: tuple[int, ...]
     """One for each step."""
     condition: Any = None
-    """What the network reads: R rows, or 2R, [uncond, cond], where they are guided."""
+    """Input of the network: R rows, or 2R rows [uncond, cond] if they are guided."""
     noise: NoiseSource = field(default_factory=lambda: NoiseSource(()))
     """R sources."""
     guidance_scale: float = 1.0
@@ -87,7 +87,7 @@ class JoinedChains(Protocol):
 
     @property
     def chains(self) -> Sequence[Chain]:
-        """As they were joined."""
+        """The chains in the order in which they were joined."""
         ...
 
     def advance(self) -> None:
@@ -96,7 +96,7 @@ class JoinedChains(Protocol):
 
 
 class Stage(Protocol):
-    """One network and how it is sampled; whatever enters, denoises and leaves can be a stage of a cascade."""
+    """One network and how it is sampled. Any object with these methods can be a stage of a cascade."""
 
     @property
     def name(self) -> str:
@@ -105,7 +105,7 @@ class Stage(Protocol):
 
     @property
     def makes(self) -> str:
-        """Name of the value that it makes of a batch: ``Z_IMAGE``, ``PIXELS``, or another's."""
+        """Name of the value that it adds to a batch: ``Z_IMAGE``, ``PIXELS``, or a name of its own."""
         ...
 
     @property
@@ -120,7 +120,7 @@ class Stage(Protocol):
 
     @property
     def dims(self) -> ClipDims | None:
-        """The CLIP that it was made for; None if it reads nothing of it."""
+        """Widths of the CLIP that it was trained with; None if it does not read CLIP's output."""
         ...
 
     @property
@@ -133,37 +133,37 @@ class Stage(Protocol):
         ...
 
     def check(self, request: SampleRequest) -> None:
-        """Raise ValueError if the stage cannot do what a request asks of it."""
+        """Raise ValueError if the stage does not support a setting of the request."""
         ...
 
     def enter(self, batch: Batch, noise: NoiseSource | None = None) -> Chain:
-        """The chain of a batch before its first step; ``noise``: of its R rows, the seeds' own if None."""
+        """The chain of a batch before its first step. ``noise`` has R sources; None takes those of the seeds."""
         ...
 
     def join(self, chains: Sequence[Chain]) -> JoinedChains:
-        """Chains of this stage, at any steps, to be taken further together."""
+        """Join chains of this stage, which may be at different steps, so that they advance together."""
         ...
 
     def preview(self, chain: Chain) -> Tensor:
-        """What the chain comes to, as far as the network sees."""
+        """Current x0 prediction, as a preview."""
         ...
 
     def leave(self, chain: Chain) -> Tensor:
-        """What a finished chain made of its batch, (B, ...)."""
+        """The result of a finished chain, (B, ...)."""
         ...
 
 
 class StageStep(NamedTuple):
-    """One step of one stage, for whoever watches."""
+    """One step of one stage, as a ``Watch`` receives it."""
 
     stage: str
     """prior, decoder, upsampler_1, upsampler_2; inversion in an edit."""
     done: int
-    """Steps taken, by this many items at a time."""
+    """Steps taken so far."""
     total: int
     """Steps of the stage."""
     x0: Tensor
-    """The present prediction of what the stage makes: (B, 3, H, W) pictures in [-1, 1], (B, D) in the prior."""
+    """Current x0 prediction: (B, 3, H, W) pictures in [-1, 1], (B, D) in the prior."""
 
 
 Watch = Callable[[StageStep], None]
@@ -183,7 +183,7 @@ def run_stage(stage: Stage, batch: Batch, watch: Watch | None = None, noise: Noi
 
 @dataclass(frozen=True, eq=False)
 class DiffusionStage(ABC):
-    """A network that denoises; what is said here is the same for all of them."""
+    """A stage whose network denoises: the code that all such stages share."""
 
     network: Any
     """With ``config.diffusion``; called with (x, t, condition)."""
@@ -191,7 +191,7 @@ class DiffusionStage(ABC):
     name: str
 
     has_guidance: ClassVar[bool] = True
-    """Whether the network was trained to do without its condition."""
+    """Whether the network was also trained without its condition, which guidance needs."""
 
     @cached_property
     def diffusion(self) -> Diffusion:
@@ -225,7 +225,7 @@ class DiffusionStage(ABC):
 
     @property
     def x0_variance(self) -> Tensor | None:
-        """What the analytic method needs, (T,); None where it was not measured."""
+        """Variance of x0 for the analytic method, (T,); None if it was not measured."""
         return None
 
     def eval(self) -> None:
@@ -236,15 +236,15 @@ class DiffusionStage(ABC):
         """See ``Stage``."""
         self._sampler(request)
 
-    # ---- what each network says --------------------------------------------------------------
+    # ---- what each network defines -----------------------------------------------------------
 
     @abstractmethod
     def begin(self, batch: Batch, noise: NoiseSource, *, guided: bool) -> tuple[Tensor, Any]:
-        """Noised samples at the first timestep, R rows, and the condition: R rows, or 2R where it is guided."""
+        """Noised samples at the first timestep, R rows, and the condition: R rows, or 2R if it is guided."""
 
     @abstractmethod
     def finish(self, batch: Batch, x: Tensor) -> Tensor:
-        """What the finished samples are, (B, ...)."""
+        """The stage's result from its finished samples, (B, ...)."""
 
     def step(self, chains: Sequence[Chain], noise: NoiseSource) -> Step:
         """The sampler's step for the rows of ``chains``."""
@@ -271,10 +271,10 @@ class DiffusionStage(ABC):
         return _JoinedDiffusion(self, chains)
 
     def denoiser(self, condition: Any, scales: Sequence[float]) -> Denoise:
-        """The network under a condition, guided where a scale is not 1.
+        """The network under a condition; rows whose scale is not 1 are guided.
 
         Args:
-            condition: Of the rows that are guided, without what they are conditioned on; then of all R rows.
+            condition: [uncond of the guided rows, cond of all R rows].
             scales: R guidance scales.
         """
         network = self.network
@@ -298,7 +298,7 @@ class DiffusionStage(ABC):
         return self.finish(chain.batch, chain.state.x)
 
     def _sampler(self, request: SampleRequest | None) -> SamplerConfig:
-        """The sampler with what a request changes of it."""
+        """The sampler after the changes that a request makes."""
         if request is None:
             return self.sampler
         sampler, scale = self.sampler, request.guidance_scale.get(self.name)
@@ -317,7 +317,7 @@ class DiffusionStage(ABC):
 
 
 class _JoinedDiffusion:
-    """Chains of one diffusion stage; what no step changes is concatenated once."""
+    """Chains of one diffusion stage; their conditions and noise sources are concatenated once for all steps."""
 
     def __init__(self, stage: DiffusionStage, chains: Sequence[Chain]) -> None:
         self.chains = list(chains)
@@ -333,8 +333,8 @@ class _JoinedDiffusion:
         """See ``JoinedChains``."""
         state = concat_rows([chain.state for chain in self.chains])
         spans = [(*chain.timesteps, -1)[chain.position : chain.position + 2] for chain in self.chains]
-        counted = [span for span, chain in zip(spans, self.chains, strict=True) for _ in chain.noise.generators]
-        t, t_prev = (torch.tensor(column, device=state.x.device) for column in zip(*counted, strict=True))
+        row_spans = [span for span, chain in zip(spans, self.chains, strict=True) for _ in chain.noise.generators]
+        t, t_prev = (torch.tensor(column, device=state.x.device) for column in zip(*row_spans, strict=True))
         state: SamplerState = self._step(self._denoise, state, t, t_prev, self._stage.diffusion)
         for chain, rows in zip(self.chains, self._rows, strict=True):
             chain.state = take_rows(state, rows)
@@ -342,7 +342,7 @@ class _JoinedDiffusion:
 
 
 def _join_conditions(chains: Sequence[Chain]) -> Any:
-    """[uncond of the chains that are guided, cond of all]."""
+    """[uncond of the guided chains, cond of all chains]."""
     if len(chains) == 1:
         return chains[0].condition
     uncond: list[Any] = []

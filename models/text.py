@@ -64,10 +64,10 @@ NUM_NULL_TOKENS = 2
 
 
 class NullText(nn.Module):
-    """What stands for "no caption": the frozen CLIP's own encoding of the empty caption, kept with the weights.
+    """The encoding of "no caption": that of the empty caption by the frozen CLIP, saved with the weights.
 
     It is not learned, so that a pipeline which encodes "" for its unconditional half (diffusers' UnCLIPPipeline,
-    Karlo) computes the same. Until ``set`` is called it is zero, which serves as well where nothing is exported.
+    Karlo) computes the same. Until ``set`` is called it is zero, which is enough for a network that is not exported.
     """
 
     pooled: Tensor

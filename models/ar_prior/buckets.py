@@ -27,7 +27,7 @@ def from_buckets(buckets: Int[Tensor, "*shape"], limit: float, num_buckets: int)
 
 
 class DotHistogram:
-    """How often each dot product of unit vectors occurs; those of several workers are merged.
+    """How often each dot product of unit vectors occurs.
 
     Args:
         num_bins: Bins of equal width over [-1, 1]; quantiles are exact to one of them.
@@ -40,16 +40,6 @@ class DotHistogram:
         """Add dot products."""
         bins = to_buckets(dot.to("cpu", torch.float64), 1.0, len(self.counts))
         self.counts += torch.bincount(bins, minlength=len(self.counts))
-
-    def merge(self, other: DotHistogram) -> None:
-        """Add the counts of another worker.
-
-        Raises:
-            ValueError: If it has another number of bins.
-        """
-        if len(other.counts) != len(self.counts):
-            raise ValueError(f"{len(other.counts)} bins, but these are {len(self.counts)}")
-        self.counts += other.counts
 
     def edges(self, num_buckets: int) -> Float[Tensor, " N_less_1"]:
         """The N - 1 values between N equally frequent buckets, rising, linear inside a bin.

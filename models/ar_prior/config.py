@@ -1,4 +1,4 @@
-"""Shape and choices of the autoregressive prior, and how its tokens are drawn; see models/diffusion/config.py."""
+"""Shape and choices of the autoregressive prior, and how its tokens are sampled; see models/diffusion/config.py."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from models.layers.config import require_transformer
 
 @configclass
 class TokenSamplerConfig:
-    """How tokens are drawn from a trained network; part of no weight, so it can be changed at any time."""
+    """How tokens are sampled from a trained network. It changes no weight, so it can be changed at any time."""
 
     temperature: float = 1.0
-    """Divides the logits, dimensionless: below 1 draws likely tokens more often."""
+    """Divides the logits, dimensionless: below 1 likely tokens are sampled more often."""
     top_k: int = 0
-    """Only the k likeliest tokens are drawn, in tokens; 0 takes all, 1 always takes the likeliest."""
+    """Sample only among the k likeliest tokens; 0: among all, 1: always the likeliest."""
     top_p: float = 1.0
-    """Only the likeliest tokens that together reach this probability are drawn (arXiv:1904.09751); 1 takes all."""
+    """Sample only among the likeliest tokens that together reach this probability (arXiv:1904.09751); 1: among all."""
     guidance_scale: float = 1.0
     """Classifier-free guidance s in uncond + s (cond - uncond) of the logits; 1 costs no second forward."""
     min_dot_quantile: float = 0.5
-    """z_image . z_text is drawn above this quantile of the training data (section 2.2: the top half)."""
+    """z_image . z_text is sampled above this quantile of the training data (section 2.2: the top half)."""
 
     def __post_init__(self) -> None:
         require(
-            self.temperature > 0, f"temperature = {self.temperature}: must be positive; top_k = 1 is the greedy draw"
+            self.temperature > 0,
+            f"temperature = {self.temperature}: must be positive; for greedy sampling set top_k = 1",
         )
         require(self.top_k >= 0, f"top_k = {self.top_k}: must not be negative")
         require(0 < self.top_p <= 1, f"top_p = {self.top_p}: lies in (0, 1]")
@@ -39,7 +40,7 @@ class ArPriorConfig:
     """Autoregressive prior P(z_image | caption): arXiv:2204.06125, section 2.2; CLIP's widths are in ClipDims."""
 
     kind: Literal["autoregressive"] = "autoregressive"
-    """Draws the principal components of z_image one after another, each as one of a few numbers."""
+    """Samples the principal components of z_image one after another, each as one of ``num_buckets`` values."""
     width: int = 512
     """Width of the transformer, in features (table 3: 1664)."""
     depth: int = 12

@@ -44,7 +44,7 @@ class ArPrior(nn.Module):
         dims: CLIP's widths.
 
     Raises:
-        ValueError: If more components are asked for than there are features.
+        ValueError: If ``num_components`` is above the number of features.
     """
 
     z_mean: Tensor
@@ -82,7 +82,7 @@ class ArPrior(nn.Module):
         self.register_buffer("dot_edges", torch.linspace(-1, 1, config.num_dot_buckets + 1)[1:-1])
 
     def set_code(self, pca: Pca, dot_edges: Float[Tensor, " buckets_less_1"]) -> None:
-        """Take what was measured on training data: the components that are kept, and ``DotHistogram.edges``.
+        """Store what was measured on training data: the components to keep, and ``DotHistogram.edges``.
 
         Raises:
             ValueError: If their numbers are not those of the configuration.
@@ -117,7 +117,7 @@ class ArPrior(nn.Module):
     def dot_tokens(
         self, z_image: Float[Tensor, "B D"], z_text: Float[Tensor, "B D"], keep: Bool[Tensor, " B"] | None = None
     ) -> Int[Tensor, " B"]:
-        """Bucket of z_image . z_text; the one that says nothing where the caption is not kept."""
+        """Bucket of z_image . z_text; the null bucket where the caption is dropped."""
         tokens = torch.bucketize((z_image * z_text).sum(1), self.dot_edges)
         return tokens if keep is None else tokens.where(keep, self.config.num_dot_buckets)
 
@@ -160,7 +160,7 @@ class ArPrior(nn.Module):
             position: Number of components sampled so far, 0 .. K - 1; it may differ between sequences.
         """
         is_first = (position == 0)[:, None]
-        # Both tables are read, at a token that each has; torch.where then keeps the one that counts.
+        # Both tables are read at a valid token; torch.where then selects one of the two.
         component = self.component_in(last.clamp(max=self.config.num_buckets - 1))
         x = torch.where(is_first, self.dot_in(last.clamp(max=self.config.num_dot_buckets)), component)
         places = self.dims.context_length + 1 + position

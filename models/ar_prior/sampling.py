@@ -1,7 +1,7 @@
 """Sampling an embedding from the autoregressive prior, token after token.
 
-Every chain has its own random numbers, drawn before it starts, and a token is the one at which the cumulative
-probability passes its number: rounding, which differs from batch to batch, can move it to the next value, not further.
+Every chain has its own random numbers, sampled before it starts. A token is the one at which the cumulative probability
+passes its number: rounding, which differs between batches, can change a token to its neighbour, but not further.
 Legend: B chains, R sequences (one of each chain, or two with guidance: [uncond, cond]), K components, V buckets.
 """
 
@@ -23,7 +23,7 @@ from models.text import TextEncoding
 
 
 def token_probs(logits: Float[Tensor, "B V"], config: TokenSamplerConfig) -> Float[Tensor, "B V"]:
-    """Probabilities from which a token is drawn, float64: temperature, then top-k, then top-p."""
+    """Probabilities from which a token is sampled, float64: temperature, then top-k, then top-p."""
     probs = torch.softmax(logits.double() / config.temperature, dim=-1)
     ranked, order = probs.sort(dim=-1, descending=True, stable=True)
     if config.top_k:
@@ -66,7 +66,7 @@ class TokenState:
     """float64; 1 where a chain has one sequence."""
 
     def part(self, sequences: slice, chains: slice) -> TokenState:
-        """Some of the chains with their sequences; the same memory, so what is sampled here is sampled there."""
+        """Some of the chains with their sequences; they share memory, so a token sampled in one is in both."""
         of_chains = (self.tokens, self.position, self.uniform, self.guidance_scale)
         return TokenState(*take_rows((self.cache, self.dot), sequences), *take_rows(of_chains, chains))
 
@@ -100,7 +100,7 @@ def initial_tokens(prior: ArPrior, text: TextEncoding, noise: NoiseSource, confi
 def sample_component(prior: ArPrior, state: TokenState, config: TokenSamplerConfig) -> None:
     """Sample the next component of every chain, in place; none may be at its end.
 
-    The guidance scale is that of ``state``; ``config`` says the rest.
+    The guidance scale is that of ``state``; the other settings are those of ``config``.
     """
     rows = torch.arange(len(state.tokens), device=state.tokens.device)
     is_guided = (state.guidance_scale != 1).long()

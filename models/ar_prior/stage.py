@@ -95,7 +95,7 @@ class ArPriorStage:
 
 
 class _JoinedTokens:
-    """Chains of the prior in one memory, which their next components are written to."""
+    """Chains of the prior as parts of one state, which each step updates in place."""
 
     def __init__(self, stage: ArPriorStage, chains: Sequence[Chain]) -> None:
         self.chains = list(chains)

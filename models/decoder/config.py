@@ -50,10 +50,10 @@ class DecoderConfig:
     text_drop_prob: float = 0.5
     """Probability of dropping the caption, per sample (section 2.1: 0.5)."""
     inpainting: bool = False
-    """Whether the network reads, in four further input channels, a known part of the picture (arXiv:2112.10741,
-    section 4.3); random parts are shown to it in training. Without them inpainting puts known pixels back each step."""
+    """Whether four extra input channels hold the known part of the picture (arXiv:2112.10741, section 4.3); in training
+    it is a random part. Without these channels inpainting restores the known pixels after each step."""
     unknown_prob: float = 0.5
-    """With ``inpainting``: probability that no part is shown, per sample, so that whole pictures are learned too."""
+    """With ``inpainting``: probability that no part is known, per sample, so that whole pictures are learned too."""
     diffusion: DiffusionConfig = field(default_factory=lambda: DiffusionConfig(variance="learned_range"))
     """Noising of the picture; learned variance (table 3)."""
     sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(num_steps=250, guidance_scale=1.25))

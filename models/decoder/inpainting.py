@@ -1,6 +1,6 @@
-"""Pictures of which a part is known: what the decoder reads of them, and how the known part is kept.
+"""Inpainting: what the decoder reads of the known part of a picture, and how that part is preserved.
 
-Legend: B items, H W pixels. A mask is True where a picture is made anew, False where it is known and kept.
+Legend: B items, H W pixels. A mask is True where a picture is resampled, False where it is known.
 Two methods, for decoders trained with and without inpainting channels:
 
     channels     the network reads the known part beside the noised picture (arXiv:2112.10741, section 4.3)
@@ -25,7 +25,7 @@ from models.pixels import resize_crop, to_pixels
 PICTURE, MASK = "picture", "mask"
 """Values of a batch that is inpainted: square pictures, uint8 (B, H, W, 3), and masks, bool (B, h, w)."""
 NUM_KNOWN_CHANNELS = 4
-"""Three colours, zero where nothing is known, and a plane that is 1 where the picture is known."""
+"""Three colours, zero where the picture is unknown, and a plane that is 1 where it is known."""
 _SIDE_SHARE = (0.25, 0.9)
 """Least and largest side of a random rectangle, as a share of the picture's."""
 
@@ -33,14 +33,14 @@ _SIDE_SHARE = (0.25, 0.9)
 def known_part(
     values: Mapping[str, Tensor], side_px: int
 ) -> tuple[Float[Tensor, "B 3 side side"], Bool[Tensor, "B 1 side side"]] | None:
-    """Pictures and masks of a batch at another side; None where it has none."""
+    """Pictures and masks of a batch, resized; None if it has none."""
     if MASK not in values:
         return None
     return resize_crop(to_pixels(values[PICTURE]), side_px), resize_mask(values[MASK], side_px)
 
 
 def resize_mask(mask: Bool[Tensor, "B h w"], side_px: int) -> Bool[Tensor, "B 1 side side"]:
-    """The mask at another side; a pixel is masked if any part of it is."""
+    """The mask, resized; a pixel is masked if any part of it is."""
     planes = mask[:, None].float()
     if planes.shape[-1] >= side_px:
         return F.adaptive_max_pool2d(planes, side_px) > 0
@@ -48,9 +48,9 @@ def resize_mask(mask: Bool[Tensor, "B h w"], side_px: int) -> Bool[Tensor, "B 1 
 
 
 def keep_known(values: Mapping[str, Tensor], pixels: Float[Tensor, "B 3 side side"]) -> Float[Tensor, "B 3 side side"]:
-    """``pixels`` with the known part of a batch in its place."""
-    known = known_part(values, pixels.shape[-1])
-    return pixels if known is None else torch.where(known[1].to(pixels.device), pixels, known[0].to(pixels))
+    """``pixels``, in which the known part of a batch is restored."""
+    part = known_part(values, pixels.shape[-1])
+    return pixels if part is None else torch.where(part[1].to(pixels.device), pixels, part[0].to(pixels))
 
 
 def known_planes(pixels: Float[Tensor, "B 3 H W"], mask: Bool[Tensor, "B 1 H W"]) -> Float[Tensor, "B 4 H W"]:
@@ -67,8 +67,8 @@ def random_masks(
     Args:
         size: B.
         side_px: Side of the pictures, in pixels.
-        unknown_prob: Probability of everything; the rest is shared by rectangles (inpainting) and what is around them
-            (outpainting).
+        unknown_prob: Probability of everything; otherwise rectangles (inpainting) and their surroundings (outpainting)
+            are equally frequent.
         generator: Source of the random numbers, on the CPU.
     """
     kind, sides, corners = (torch.rand(size, count, generator=generator) for count in (2, 2, 2))
@@ -83,14 +83,14 @@ def random_masks(
     return (region | (kind[:, 0] < unknown_prob)[:, None, None])[:, None]
 
 
-def replacing(step: Step, known: Float[Tensor, "B 3 H W"], mask: Bool[Tensor, "B 1 H W"], noise: NoiseSource) -> Step:
-    """``step``, after which the known part is put back, noised to the step reached."""
+def replacing(step: Step, pixels: Float[Tensor, "B 3 H W"], mask: Bool[Tensor, "B 1 H W"], noise: NoiseSource) -> Step:
+    """``step``, after which the known part of ``pixels`` is restored, noised to the step reached."""
 
     def replaced(
         denoise: Denoise, state: SamplerState, t: Tensor, t_prev: Tensor, diffusion: Diffusion
     ) -> SamplerState:
         after = step(denoise, state, t, t_prev, diffusion)
-        noised = diffusion.q_sample(known, t_prev, noise.normal_like(known))
+        noised = diffusion.q_sample(pixels, t_prev, noise.normal_like(pixels))
         return after._replace(x=torch.where(mask, after.x, noised))
 
     return replaced

@@ -38,8 +38,8 @@ class DecoderCondition:
     valid: Bool[Tensor, "B M"]
     """False at padding."""
     z_text: Float[Tensor, "B D"]
-    """Embedding of the caption, of length one: where CLIP guidance leads."""
-    known: Float[Tensor, "B 4 H W"] | None
+    """Embedding of the caption, of length one: the target of CLIP guidance."""
+    planes: Float[Tensor, "B 4 H W"] | None
     """The known part of the pictures (models/decoder/inpainting.py); None without inpainting channels."""
 
     def __len__(self) -> int:
@@ -47,7 +47,7 @@ class DecoderCondition:
 
 
 def image_scale(config: DecoderConfig, dims: ClipDims) -> float:
-    """Power of two that brings the features of a z_image, of size ``image_norm`` / sqrt(D), to about one.
+    """Power of two that scales the features of z_image from ``image_norm`` / sqrt(D) to about one.
 
     A power of two, because diffusers' layout has no such factor: multiplied into the weights that read z_image
     (models/interchange/networks.py) it changes their exponents alone, and can be taken out again without rounding.
@@ -84,33 +84,33 @@ class Decoder(nn.Module):
         *,
         keep_image: Bool[Tensor, " B"] | None = None,
         keep_text: Bool[Tensor, " B"] | None = None,
-        known: Float[Tensor, "B 4 H W"] | None = None,
+        planes: Float[Tensor, "B 4 H W"] | None = None,
     ) -> DecoderCondition:
-        """What does not change from step to step.
+        """Encode the part of the input that is the same at every step.
 
         Args:
             z_image: Image embeddings of length one.
             text: The captions.
             keep_image: False where z_image is replaced by its learned null (all are kept if None).
             keep_text: False where the caption is replaced by the empty one (all are kept if None).
-            known: The known part of the pictures, from ``inpainting.known_planes``; None: nothing is known.
+            planes: The known part of the pictures, from ``inpainting.known_planes``; None: nothing is known.
 
         Raises:
             ValueError: If a part is known and the decoder was built without inpainting channels.
         """
-        if known is not None and not self.config.inpainting:
+        if planes is not None and not self.config.inpainting:
             raise ValueError("this decoder has no inpainting channels to read a known part with")
         image = z_image * (self.config.image_norm * image_scale(self.config, self.dims))
         if keep_image is not None:
             image = torch.where(keep_image[:, None], image, self.null_image.to(image.dtype))
-        return self._encode(image, self.null_text.drop(text, keep_text), known)
+        return self._encode(image, self.null_text.drop(text, keep_text), planes)
 
-    def null_condition(self, batch_size: int, known: Float[Tensor, "B 4 H W"] | None = None) -> DecoderCondition:
-        """The condition of neither z_image nor caption, for classifier-free guidance; a known part stays known."""
-        return self._encode(self.null_image.expand(batch_size, -1), self.null_text.encoding(batch_size), known)
+    def null_condition(self, batch_size: int, planes: Float[Tensor, "B 4 H W"] | None = None) -> DecoderCondition:
+        """The condition without z_image and caption, for classifier-free guidance; a known part stays known."""
+        return self._encode(self.null_image.expand(batch_size, -1), self.null_text.encoding(batch_size), planes)
 
     def _encode(
-        self, image: Float[Tensor, "B D"], text: TextEncoding, known: Float[Tensor, "B 4 H W"] | None
+        self, image: Float[Tensor, "B D"], text: TextEncoding, planes: Float[Tensor, "B 4 H W"] | None
     ) -> DecoderCondition:
         pooled, hidden = text.pooled, text.hidden
         if self.text_transformer is not None:
@@ -120,15 +120,15 @@ class Decoder(nn.Module):
         tokens = self.image_to_tokens(image).unflatten(1, (-1, self.config.num_image_tokens)).transpose(1, 2)
         tokens = torch.cat([tokens, self.norm_text(self.text_to_tokens(hidden))], dim=1)
         valid = F.pad(text.mask, (self.config.num_image_tokens, 0), value=True)
-        if self.config.inpainting and known is None:
+        if self.config.inpainting and planes is None:
             side_px = self.config.image_px
-            known = embedding.new_zeros(len(text), NUM_KNOWN_CHANNELS, side_px, side_px)
-        return DecoderCondition(embedding, self.unet.encode_context(tokens), valid, text.z_text, known)
+            planes = embedding.new_zeros(len(text), NUM_KNOWN_CHANNELS, side_px, side_px)
+        return DecoderCondition(embedding, self.unet.encode_context(tokens), valid, text.z_text, planes)
 
     def forward(
         self, x: Float[Tensor, "B 3 H W"], t: Int[Tensor, " B"], condition: DecoderCondition
     ) -> Float[Tensor, "B C H W"]:
         """The network's output at noised pictures ``x``: C is 3, or 6 where the variance is learned."""
-        if condition.known is not None:
-            x = torch.cat([x, condition.known.to(x.dtype)], dim=1)
+        if condition.planes is not None:
+            x = torch.cat([x, condition.planes.to(x.dtype)], dim=1)
         return self.unet(x, t, embedding=condition.embedding, context=condition.context, valid=condition.valid)

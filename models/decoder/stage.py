@@ -46,8 +46,8 @@ class DecoderStage(DiffusionStage):
         if self.sampler.clip_guidance_scale > 0 and self.noisy_clip is None:
             raise ValueError("clip_guidance_scale is above 0, and there is no noise-aware CLIP; train one")
         if self.noisy_clip is not None and self.noisy_clip.config.image_px != side_px:
-            seen_px = self.noisy_clip.config.image_px
-            raise ValueError(f"the noise-aware CLIP sees {seen_px} px, but the decoder makes {side_px} px")
+            clip_px = self.noisy_clip.config.image_px
+            raise ValueError(f"the noise-aware CLIP sees {clip_px} px, but the decoder makes {side_px} px")
 
     @classmethod
     def of(cls, decoder: Decoder, noisy_clip: NoisyClip | None = None, name: str = "decoder") -> DecoderStage:
@@ -68,16 +68,16 @@ class DecoderStage(DiffusionStage):
         return x, self.encode(batch.text, batch.values, guided=guided)
 
     def encode(self, text: TextEncoding, values: Mapping[str, Tensor], *, guided: bool) -> DecoderCondition:
-        """Captions and values as the decoder reads them; behind neither of caption and ``z_image`` where it is guided.
+        """Captions and values as the decoder reads them; if guided, after as many rows without caption and ``z_image``.
 
-        The known part of pictures is known to both halves.
+        Both halves read the known part of the pictures.
         """
         decoder, z_image, keep = self.network, values.get(Z_IMAGE), None
         if z_image is None:
             z_image = torch.zeros_like(text.pooled)
             keep = torch.zeros(len(text), dtype=torch.bool, device=text.pooled.device)
-        planes = known_planes(*known) if decoder.config.inpainting and (known := self._known(values)) else None
-        condition = decoder.encode_condition(z_image, text, keep_image=keep, known=planes)
+        planes = known_planes(*part) if decoder.config.inpainting and (part := self._known_part(values)) else None
+        condition = decoder.encode_condition(z_image, text, keep_image=keep, planes=planes)
         return concat_rows([decoder.null_condition(len(text), planes), condition]) if guided else condition
 
     def denoiser(self, condition: DecoderCondition, scales: Sequence[float]) -> Denoise:
@@ -89,16 +89,18 @@ class DecoderStage(DiffusionStage):
         return clip_guided(denoise, self.noisy_clip, z_text, self.diffusion, self.sampler.clip_guidance_scale)
 
     def step(self, chains: Sequence[Chain], noise: NoiseSource) -> Step:
-        """See ``DiffusionStage``; without inpainting channels the known part is put back after each step."""
+        """See ``DiffusionStage``; without inpainting channels the known part is restored after each step."""
         step = super().step(chains, noise)
-        known = None if self.network.config.inpainting else concat_rows([self._known(c.batch.values) for c in chains])
-        return step if known is None else replacing(step, *known, noise)
+        if self.network.config.inpainting:
+            return step
+        part = concat_rows([self._known_part(chain.batch.values) for chain in chains])
+        return step if part is None else replacing(step, *part, noise)
 
     def finish(self, batch: Batch, x: Tensor) -> Float[Tensor, "B 3 H W"]:
         """See ``DiffusionStage``."""
         return keep_known(batch.values, x)
 
-    def _known(self, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    def _known_part(self, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         return known_part(values, self.network.config.image_px)
 
 

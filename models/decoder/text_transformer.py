@@ -15,7 +15,7 @@ from models.layers.transformer import CausalTransformer
 
 
 class TextTransformer(nn.Module):
-    """Captions to token states; every token reads all tokens of its caption (the mask makes the stack so)."""
+    """Captions to token states; every token reads all tokens of its caption, as the mask is not causal."""
 
     def __init__(self, config: TextTransformerConfig, context_length: int) -> None:
         super().__init__()

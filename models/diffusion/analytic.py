@@ -1,12 +1,11 @@
 """The data statistic that Analytic-DPM needs: how uncertain x0 is, given x_t.
 
-Legend: B batch, T diffusion steps, K timesteps looked at. Arrays over timesteps are float64 on the CPU.
+Legend: B batch, T diffusion steps. Arrays over timesteps are float64 on the CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,23 +15,19 @@ from models.diffusion.noise import NoiseSource
 from models.diffusion.process import Denoise, Diffusion, per_item_mean
 from models.diffusion.steps import predict
 
-Estimator = Literal["residual", "score"]
-
 
 class X0Variance:
     """Mean variance of x0 given x_t per dimension, measured on training samples batch by batch.
 
-    "residual" takes the mean squared error of the predicted x0. "score" is arXiv:2201.06503, section 3: from the size
-    of the predicted eps, by the law of total variance. They agree for the true posterior mean. For a network the
-    residual is the variance that is optimal around the mean in use (arXiv:2206.07309), and at the noisy end
-    of a cosine schedule it is exact where the other is a difference of two numbers that agree to nine digits. So it is
-    the default.
+    It is the mean squared error of the predicted x0: the optimal variance around the mean that the network predicts
+    (arXiv:2206.07309). The estimator of arXiv:2201.06503, section 3, from the size of the predicted eps, agrees with it
+    for the true posterior mean, but at the noisy end of a cosine schedule it is a difference of two numbers that agree
+    to nine digits.
     """
 
-    def __init__(self, diffusion: Diffusion, timesteps: Sequence[int], estimator: Estimator = "residual") -> None:
-        """Look at ``timesteps``: those of the sampler, in any order."""
+    def __init__(self, diffusion: Diffusion, timesteps: Sequence[int]) -> None:
+        """Measure at ``timesteps``: those of the sampler, in any order."""
         self.diffusion = diffusion
-        self.estimator = estimator
         self.timesteps = sorted(set(timesteps))
         self.sums = torch.zeros(len(self.timesteps), 2, dtype=torch.float64)
         self.num_items = 0
@@ -52,21 +47,9 @@ class X0Variance:
             with torch.no_grad():
                 x_t = self.diffusion.q_sample(x0, t, eps)
                 prediction = predict(denoise, x_t, t, t - 1, self.diffusion, limit)
-            size = prediction.eps**2 if self.estimator == "score" else (prediction.x0 - x0) ** 2
-            self.sums[row, 0] += per_item_mean(size.double()).sum().cpu()
+            self.sums[row, 0] += per_item_mean(((prediction.x0 - x0) ** 2).double()).sum().cpu()
             self.sums[row, 1] += per_item_mean(x0.double() ** 2).sum().cpu()
         self.num_items += x0.shape[0]
-
-    def merge(self, other: X0Variance) -> None:
-        """Add what another worker has measured at the same timesteps.
-
-        Raises:
-            ValueError: If it looked at other timesteps or measured otherwise.
-        """
-        if (other.timesteps, other.estimator) != (self.timesteps, self.estimator):
-            raise ValueError("the two were measured at other timesteps or with another estimator")
-        self.sums += other.sums
-        self.num_items += other.num_items
 
     def table(self) -> Tensor:
         """The variance at every timestep, (T,) float64: linear between those measured, constant beyond.
@@ -77,12 +60,9 @@ class X0Variance:
         if self.num_items == 0:
             raise ValueError("no batch has been measured")
         steps = torch.tensor(self.timesteps)
-        size, power = (self.sums / self.num_items).unbind(dim=1)
-        if self.estimator == "score":
-            alpha_bar = self.diffusion.alpha_bar(steps)
-            size = (1 - size) * (1 - alpha_bar) / alpha_bar
-        # Given x_t, x0 cannot vary more than its own second moment: the bound that keeps a noisy estimate in check.
-        values = size.clamp(min=0).minimum(power)
+        error, power = (self.sums / self.num_items).unbind(dim=1)
+        # Given x_t, x0 cannot vary more than its own second moment, which bounds a noisy estimate.
+        values = error.minimum(power)
         every = torch.arange(self.diffusion.num_timesteps)
         right = torch.searchsorted(steps, every).clamp(max=len(steps) - 1)
         left = (right - 1).clamp(min=0)

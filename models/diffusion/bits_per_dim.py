@@ -24,8 +24,7 @@ class Bound(NamedTuple):
     prior: Tensor
     """(B,), divergence of the noisiest step from the standard normal that sampling starts from."""
     terms: Tensor
-    """(B, K), the sum of the terms of each group, in order of t, as its one computed term estimates it; entry 0 is the
-    decoder's."""
+    """(B, K), the estimated sum of the terms of each group, in order of t; entry 0 is the decoder term."""
 
 
 def bits_per_dim(
@@ -45,7 +44,7 @@ def bits_per_dim(
         x0: Clean samples, (B, C, ...); pixels in [-1, 1] on a grid of ``bin_width``.
         diffusion: The process.
         noise: Draws per item.
-        num_terms: K; fewer than T: of each of ``timestep_groups`` one random term stands for all. 0: all T terms.
+        num_terms: K; below T, one random term of each of ``timestep_groups`` stands for its group. 0: all T terms.
         limit: Limit on the predicted x0; clipping to the range of pixels can only improve it.
         bin_width: Distance between two values that x0 may take, in units of x0.
     """
@@ -70,7 +69,7 @@ def timestep_groups(num_timesteps: int, num_groups: int) -> list[range]:
 
     Args:
         num_timesteps: T.
-        num_groups: Groups, at most T of them are made.
+        num_groups: Number of groups; at most T are made.
     """
     count, stop = min(num_groups, num_timesteps), 0
     groups: list[range] = []

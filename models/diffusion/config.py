@@ -3,8 +3,8 @@
 The configurations of every network are frozen dataclasses that import neither torch nor pydantic.
 
 Each class carries ``__pydantic_config__``, so that ``pipeline.recipe.sections`` can check a recipe against it: unknown
-keys and wrong types are refused there. What one field must be in view of another is checked here and raises
-ValueError. Defaults follow table 3 of arXiv:2204.06125 (appendix C), scaled down to one GPU.
+keys and wrong types are refused there. Values that do not fit together are refused here by a ValueError. Defaults
+follow table 3 of arXiv:2204.06125 (appendix C), scaled down to one GPU.
 """
 
 from __future__ import annotations

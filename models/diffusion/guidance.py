@@ -21,13 +21,13 @@ def classifier_free(denoise_both: Denoise, scale: float | Tensor, rows: Tensor |
 
     The output is uncond + s (cond - uncond); eps, x0 and v are affine in one another at fixed x, so that it
     is the same guidance for each. A learned variance is the conditional one. s = 1 is the conditional network
-    (the retelling with 1 + w has w = s - 1).
+    (papers that write 1 + w have w = s - 1).
 
     Args:
         denoise_both: Network on 2B items that carries its conditioning in the order [uncond, cond].
         scale: s, dimensionless; a number, or one per guided item (B,).
-        rows: Numbers of the items that are guided, where not all are; the network then takes [uncond of those, cond of
-            all], and the others are the conditional network.
+        rows: Indices of the guided items, if not all are. The network then takes [uncond of those, cond of all]; the
+            others get the conditional output.
     """
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
@@ -52,14 +52,14 @@ def score_guided(denoise: Denoise, log_prob: LogProb, diffusion: Diffusion, scal
 
     Args:
         denoise: Network on B items.
-        log_prob: Noise-aware; see ``classifier_log_prob`` and ``clip_log_prob``.
+        log_prob: Noise-aware; see ``clip_log_prob``.
         diffusion: The process, which says what the output means.
         scale: Strength, dimensionless; a number, or one per item (B,).
     """
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         output = denoise(x, t)
-        with torch.inference_mode(False), torch.enable_grad():  # a server draws in inference mode
+        with torch.inference_mode(False), torch.enable_grad():  # a server samples in inference mode
             leaf = x.clone().detach().requires_grad_(True)
             gradient = torch.autograd.grad(log_prob(leaf, t).sum(), leaf)[0]
         strength = spread(scale, x) if isinstance(scale, Tensor) else scale
@@ -71,31 +71,17 @@ def score_guided(denoise: Denoise, log_prob: LogProb, diffusion: Diffusion, scal
     return guided
 
 
-def classifier_log_prob(classifier: Callable[[Tensor, Tensor], Tensor], labels: Tensor) -> LogProb:
-    """Log probability of each item's label under a classifier of noised samples.
-
-    Args:
-        classifier: (x, t) -> logits (B, classes).
-        labels: Wanted class per item, (B,) int64.
-    """
-
-    def log_prob(x: Tensor, t: Tensor) -> Tensor:
-        return torch.log_softmax(classifier(x, t), dim=-1).gather(1, labels[:, None])[:, 0]
-
-    return log_prob
-
-
-def clip_log_prob(encode_image: Callable[[Tensor, Tensor], Tensor], z_wanted: Tensor, logit_scale: float) -> LogProb:
+def clip_log_prob(encode_image: Callable[[Tensor, Tensor], Tensor], z_target: Tensor, logit_scale: float) -> LogProb:
     """Similarity under a noise-aware CLIP, up to a constant a log probability: arXiv:2112.10741, section 2.4.
 
     Args:
         encode_image: (x, t) -> embeddings of noised pictures, (B, D).
-        z_wanted: Embedding of the caption (or picture) to move towards, (B, D).
+        z_target: Embedding of the caption (or picture) to move towards, (B, D).
         logit_scale: Inverse temperature that this CLIP was trained to (near 100 at the end).
     """
 
     def log_prob(x: Tensor, t: Tensor) -> Tensor:
-        # A copy: what was made in inference mode cannot be kept for a gradient.
-        return logit_scale * torch.cosine_similarity(encode_image(x, t), z_wanted.clone(), dim=-1)
+        # A copy, because a tensor made in inference mode cannot be saved for a gradient.
+        return logit_scale * torch.cosine_similarity(encode_image(x, t), z_target.clone(), dim=-1)
 
     return log_prob

@@ -26,7 +26,7 @@ def discretised_normal_log_prob(x: Tensor, mean: Tensor, log_variance: Tensor, b
     Returns:
         Log probability of each element's bin, in the shape of x. Far from the mean, where the mass of the bin
         underflows, it is the log density at the centre times the width: finite, with a gradient that points
-        home.
+        to the mean.
     """
     inverse_std = torch.exp(-0.5 * log_variance)
     centred = x - mean

@@ -31,13 +31,13 @@ class ClipRange:
 class DynamicThreshold:
     """Dynamic thresholding: clip to a quantile of |x0| per item, then rescale (arXiv:2205.11487, section 2.3).
 
-    Keeps strong guidance from saturating a picture; does nothing beyond clipping where the quantile is below ``bound``.
+    Keeps strong guidance from saturating a picture; only clips if the quantile is below ``bound``.
     """
 
     quantile: float = 0.995
     """Share of the values of an item that stays below its threshold."""
     bound: float = 1.0
-    """Half width of the range that x0 is brought back to, in units of x0."""
+    """Half width of the range that x0 is rescaled to, in units of x0."""
 
     def __call__(self, x0: Tensor) -> Tensor:
         """Threshold ``x0``, (B, ...)."""

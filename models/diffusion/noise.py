@@ -44,10 +44,6 @@ class NoiseSource:
     def __len__(self) -> int:
         return len(self.generators)
 
-    def select(self, items: Sequence[int]) -> NoiseSource:
-        """The same generators (shared, not copied) for some of the items, in the order given."""
-        return NoiseSource(self.generators[i] for i in items)
-
     def __add__(self, other: NoiseSource) -> NoiseSource:
         return NoiseSource(self.generators + other.generators)
 
@@ -63,7 +59,7 @@ class NoiseSource:
         Args:
             shape: Shape of one item, without the batch.
             device: Where the result goes.
-            dtype: Type of the result; the numbers are sampled in float32 whatever it is, so that they stay the same.
+            dtype: Type of the result; the numbers are always sampled in float32, so that they are equal for all types.
         """
         items = [torch.randn(tuple(shape), generator=generator) for generator in self.generators]
         return torch.stack(items).to(device=device, dtype=dtype)

@@ -181,7 +181,7 @@ class Diffusion:
             fraction = (variance_output + 1) / 2
             return fraction * spread(largest, x) + (1 - fraction) * spread(least, x)
         if self.config.variance == "fixed_large":
-            # beta_0 is far above what the decoder term wants; arXiv:2102.09672's code puts beta tilde in its place.
+            # beta_0 is far too large for the decoder term; arXiv:2102.09672's code takes beta tilde instead.
             return spread(torch.where(t_prev < 0, least, largest), x)
         return spread(least, x)
 
@@ -204,13 +204,6 @@ class Diffusion:
         """The target v = a eps - s x0: arXiv:2202.00512, section 4."""
         a, s = self.signal_noise(x0, t)
         return a * eps - s * x0
-
-    def output_from_x0(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The output (without variance channels) that a network must give at (x, t) to mean ``x0``."""
-        if self.config.prediction == "x0":
-            return x0
-        eps = self.eps_from_x0(x0, x, t)
-        return eps if self.config.prediction == "eps" else self.v_from_x0_eps(x0, eps, t)
 
     def output_shift(self, eps_shift: Tensor, t: Tensor) -> Tensor:
         """How an output (without variance channels) changes when the eps it means moves by ``eps_shift`` at fixed x."""

@@ -115,7 +115,7 @@ def strided_timesteps(num_timesteps: int, num_steps: int, spacing: Spacing = "li
     if spacing == "linspace":
         if num_steps == 1:
             return (last,)
-        stride = last / (num_steps - 1)  # rounded before the product, so that halves fall as they do in diffusers
+        stride = last / (num_steps - 1)  # rounded before the product, so that halves round as in diffusers
         return tuple(round(i * stride) for i in reversed(range(num_steps)))
     if spacing == "trailing":
         return tuple(round(num_timesteps - i * num_timesteps / num_steps) - 1 for i in range(num_steps))
@@ -134,7 +134,7 @@ def section_timesteps(num_timesteps: int, sections: Sequence[int]) -> tuple[int,
         sum(sections) distinct timesteps, strictly decreasing.
 
     Raises:
-        ValueError: If a section is shorter than the number of timesteps asked of it.
+        ValueError: If a section is shorter than its number of timesteps to visit.
     """
     _require_steps(num_timesteps)
     ascending: list[int] = []

@@ -1,8 +1,8 @@
 """One step of each sampler, for a batch whose items may stand at different timesteps.
 
 Legend: B batch. Each step takes the state at ``t`` to ``t_prev`` (int64 vectors (B,), t_prev < t, -1 the
-clean sample). A step depends on nothing but its arguments, and treats every item apart: batching requests
-that are at different steps gives each what it would get alone.
+clean sample). A step depends only on its arguments, and computes every item separately: requests at
+different steps can share a batch without a change to their results.
 
 alpha_bar and the factors a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar) are those of models/diffusion/process.py.
 """
@@ -21,7 +21,7 @@ from models.diffusion.process import Denoise, Diffusion, Prediction, spread
 
 
 class SamplerState(NamedTuple):
-    """Where a chain stands; the rows of several can be concatenated and taken apart (models/rows.py)."""
+    """The state of a chain; the rows of several can be concatenated and separated again (models/rows.py)."""
 
     x: Tensor
     """Noised sample at the timestep reached, (B, C, ...), float32 or float64; at -1 it is the result."""
@@ -225,11 +225,10 @@ def ddim_invert_step(
 ) -> SamplerState:
     """DDIM backwards, from t (-1 the clean sample) to a noisier t_next: arXiv:2105.05233, appendix F.
 
-    The plain step takes the prediction where it stands; DDIM forwards takes it where it will have arrived. Each
-    refinement repeats the step with the prediction at the point reached, and so converges to the exact inverse. Both
-    are the rotation by the angle between the two levels of noise (see ``heun_step``), whose sine, below one step's
-    share of a quarter turn, is what the error shrinks by; solved for eps instead, the iteration would stall at the
-    noisy end.
+    The plain step takes the prediction at its start; DDIM forwards takes it at the other end. Each refinement repeats
+    the step with the prediction at the point reached, and so converges to the exact inverse. Both steps are the
+    rotation by the angle between the two levels of noise (see ``heun_step``). Each refinement shrinks the error by the
+    sine of that angle, which is small for one step; solved for eps instead, the iteration would stall at the noisy end.
 
     Args:
         denoise: The network.
@@ -238,15 +237,15 @@ def ddim_invert_step(
         t_next: Timestep to go to, per item; above t.
         diffusion: The process.
         num_refinements: Further network calls per step.
-        limit: Limit on the predicted x0: that of the steps forwards, or they walk another trajectory.
+        limit: Limit on the predicted x0: the same as in sampling, or the trajectories differ.
     """
     a, s = diffusion.signal_noise(state.x, t)
     a_next, s_next = diffusion.signal_noise(state.x, t_next)
     cosine, sine = a * a_next + s * s_next, s_next * a - a_next * s
-    seen_t = t.clamp(min=0)
-    first = predict(denoise, state.x, seen_t, seen_t - 1, diffusion, limit)
+    input_t = t.clamp(min=0)
+    first = predict(denoise, state.x, input_t, input_t - 1, diffusion, limit)
     x = cosine * state.x + sine * (a * first.eps - s * first.x0)
     for _ in range(num_refinements):
-        there = predict(denoise, x, t_next, t_next - 1, diffusion, limit)
-        x = cosine * state.x + sine * (a * there.eps - s * there.x0)
-    return SamplerState(x, first.x0, seen_t)
+        refined = predict(denoise, x, t_next, t_next - 1, diffusion, limit)
+        x = cosine * state.x + sine * (a * refined.eps - s * refined.x0)
+    return SamplerState(x, first.x0, input_t)

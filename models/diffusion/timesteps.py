@@ -36,8 +36,8 @@ class UniformTimesteps:
 class LossAwareTimesteps:
     """Timesteps in proportion to sqrt(E[loss^2]): arXiv:2102.09672, section 3.3, for training on the bound itself.
 
-    Uniform until every timestep has ``history`` losses. On several workers each must be given the losses of all,
-    gathered in the same order, so that they draw from the same distribution.
+    Uniform until every timestep has ``history`` losses. Every worker must be given the losses of all workers, in the
+    same order, so that all draw from the same distribution.
     """
 
     def __init__(self, num_timesteps: int, *, history: int = 10, uniform_prob: float = 0.001) -> None:
@@ -64,7 +64,7 @@ class LossAwareTimesteps:
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Remember the unweighted loss of each item, (B,); the oldest of its timestep is forgotten.
 
-        A loss that is not finite is passed over: the training that it stops must be able to draw until it is seen.
+        A loss that is not finite is ignored: the training must be able to draw until its next check stops it.
         """
         for step, loss in zip(t.tolist(), losses.tolist(), strict=True):
             if not math.isfinite(loss):
@@ -78,7 +78,7 @@ class LossAwareTimesteps:
         return {"losses": self._losses.clone(), "counts": self._counts.clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what ``state_dict`` gave.
+        """Restore the result of ``state_dict``.
 
         Raises:
             ValueError: If it was made for another number of timesteps or another history.
@@ -93,6 +93,6 @@ TimestepDraws = UniformTimesteps | LossAwareTimesteps
 
 
 def create_timestep_draws(config: DiffusionConfig) -> TimestepDraws:
-    """The draws that ``timestep_draws`` names, with nothing remembered."""
+    """The draws that ``timestep_draws`` names, without a history."""
     kind = LossAwareTimesteps if config.timestep_draws == "loss_aware" else UniformTimesteps
     return kind(config.num_timesteps)

@@ -2,10 +2,10 @@
 
 Nothing here reads or writes a file (pipeline/networks/diffusers.py does) and nothing imports diffusers. The layout is
 that of Karlo's public weights: PriorTransformer, UnCLIPTextProjModel, UNet2DConditionModel, UNet2DModel,
-UnCLIPScheduler. What it cannot hold is refused by the name of the field. CLIP is in models/interchange/towers.py.
+UnCLIPScheduler. A field that it cannot hold is refused by name. CLIP is in models/interchange/towers.py.
 
-Weights are moved, never computed with, but for a factor that is a power of two: import and export undo each other to
-the bit. The length of the embeddings that the weights read (``image_norm``) is kept in the configurations.
+Weights are copied, or multiplied by a power of two, so that import and export undo each other exactly. The length of
+the embeddings that the weights read (``image_norm``) is saved in the configurations.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DIFFUSERS_VERSION = "0.37.1"
 TRAINING_FIELDS = frozenset({"dropout", "text_drop_prob", "image_drop_prob", "unknown_prob"})
 """Fields that change no forward pass: the layout need not hold them."""
 _SAMPLER_FIELDS = frozenset({"clip_x0", "clip_range", "num_steps", "guidance_scale", "method"})
-"""Held by a scheduler, given to the pipeline's call, or (``method``) told to the user by `unclip export`."""
+"""In a scheduler, arguments of the pipeline's call, or (``method``) reported to the user by `unclip export`."""
 
 _PREDICTIONS = {"eps": "epsilon", "x0": "sample"}
 _VARIANCES = {"fixed_small": "fixed_small_log", "learned_range": "learned_range"}
@@ -85,7 +85,7 @@ def export_prior(prior: Prior, image_norm: float = 1.0) -> Component:
 
     Args:
         prior: The network.
-        image_norm: Length of the embeddings that it is to hand on: the decoder's.
+        image_norm: Length of the embeddings that it passes to the decoder: the decoder's.
 
     Raises:
         ValueError: If the layout cannot hold it; names each field.
@@ -96,9 +96,9 @@ def export_prior(prior: Prior, image_norm: float = 1.0) -> Component:
     tensors = rename(state, _prior_keys(config.depth))
     tensors["positional_embedding"] = state["positions"]
     tensors["prd_embedding"] = state["query"]
-    factor = image_norm / config.image_norm  # 1 where both networks came together: not a bit changes
+    factor = image_norm / config.image_norm  # 1 if both were imported together: the numbers stay exactly equal
     tensors["clip_mean"], tensors["clip_std"] = state["z_mean"][None] * factor, state["z_std"][None] * factor
-    described = {
+    layout = {
         "_class_name": "PriorTransformer",
         "_diffusers_version": DIFFUSERS_VERSION,
         "num_attention_heads": config.num_heads,
@@ -109,16 +109,16 @@ def export_prior(prior: Prior, image_norm: float = 1.0) -> Component:
         "additional_embeddings": 4,
         "dropout": config.dropout,
     }
-    return Component(described, _plain(tensors))
+    return Component(layout, _plain(tensors))
 
 
 def import_prior(component: Component, scheduler: Json) -> tuple[PriorConfig, ClipDims, dict[str, Tensor]]:
-    """What ``export_prior`` wrote, or Karlo's: our configuration, CLIP's widths and the weights.
+    """Read a prior of ``export_prior``, or Karlo's: our configuration, CLIP's widths and the weights.
 
     ``x0_variance`` and the null caption, which the layout does not hold, are left at zero.
 
     Raises:
-        ValueError: If it is a PriorTransformer of another make.
+        ValueError: If it is a PriorTransformer of another architecture.
     """
     layout, theirs = component.config, component.tensors
     expected = {
@@ -187,7 +187,7 @@ def export_decoder(decoder: Decoder) -> tuple[Component, Component]:
         {name: tensor * scale if name in _SCALED else tensor for name, tensor in state.items()}, _TEXT_PROJ_KEYS
     )
     projection[_NULL_IMAGE] = state["null_image"] / scale
-    described = {
+    projection_layout = {
         "_class_name": "UnCLIPTextProjModel",
         "_diffusers_version": DIFFUSERS_VERSION,
         "clip_extra_context_tokens": config.num_image_tokens,
@@ -198,23 +198,23 @@ def export_decoder(decoder: Decoder) -> tuple[Component, Component]:
     unet = rename(state, unet_keys(config.unet, config.image_px), prefix="unet.")
     layout = unet_config(config.unet, config.image_px, decoder.out_channels, context_width=config.context_width)
     layout["_diffusers_version"] = DIFFUSERS_VERSION
-    return Component(layout, _plain(unet)), Component(described, _plain(projection))
+    return Component(layout, _plain(unet)), Component(projection_layout, _plain(projection))
 
 
 def import_decoder(
     unet: Component, projection: Component, scheduler: Json, *, context_length: int, image_norm: float
 ) -> tuple[DecoderConfig, ClipDims, dict[str, Tensor]]:
-    """What ``export_decoder`` wrote, or Karlo's.
+    """Read a decoder of ``export_decoder``, or Karlo's.
 
     Args:
         unet: ``decoder/``.
         projection: ``text_proj/``.
         scheduler: ``decoder_scheduler/``.
-        context_length: Of the prior: the decoder's own parts do not say it.
-        image_norm: Of the prior too.
+        context_length: That of the prior; the decoder's own parts do not have it.
+        image_norm: That of the prior, too.
 
     Raises:
-        ValueError: If it is a UNet of another make.
+        ValueError: If it is a UNet of another architecture.
     """
     layout = projection.config
     dims = ClipDims(
@@ -259,10 +259,10 @@ def export_upsampler(upsampler: Upsampler) -> Component:
 def import_upsampler(
     component: Component, scheduler: Json, low_res_px: int
 ) -> tuple[UpsamplerConfig, dict[str, Tensor]]:
-    """What ``export_upsampler`` wrote, or Karlo's; ``low_res_px`` is the side of the decoder's pictures.
+    """Read an upsampler of ``export_upsampler``, or Karlo's; ``low_res_px`` is the side of the decoder's pictures.
 
     Raises:
-        ValueError: If it is a UNet of another make.
+        ValueError: If it is a UNet of another architecture.
     """
     shape, image_px, _ = from_unet_config("super_res_first", component.config)
     quarter, step = image_px // 4, 2 ** (len(shape.channel_mults) - 1)
@@ -313,7 +313,7 @@ def import_diffusion(name: str, scheduler: Json) -> DiffusionConfig:
 
 
 def import_sampler(scheduler: Json, *, num_steps: int, guidance_scale: float) -> SamplerConfig:
-    """Ancestral sampling as UnCLIPPipeline does it; steps and guidance are its own defaults, given by the caller."""
+    """Ancestral sampling as UnCLIPPipeline does it; the caller passes its default steps and guidance."""
     return SamplerConfig(
         num_steps=min(num_steps, scheduler.get("num_train_timesteps", 1000)),
         guidance_scale=guidance_scale,
@@ -323,18 +323,18 @@ def import_sampler(scheduler: Json, *, num_steps: int, guidance_scale: float) ->
 
 
 def prior_problems(config: PriorConfig, dims: ClipDims) -> list[str]:
-    """What of a prior the layout cannot hold, a message for each field."""
-    held = {"width", "depth", "num_heads", "num_candidates", "image_norm"}
-    problems = [*_changed(config, held), *_diffusion_problems(config.diffusion), *_dims_problems(dims)]
+    """Fields of a prior that the layout cannot hold, one message each."""
+    supported = {"width", "depth", "num_heads", "num_candidates", "image_norm"}
+    problems = [*_changed(config, supported), *_diffusion_problems(config.diffusion), *_dims_problems(dims)]
     if config.diffusion.variance == "learned_range":
         problems.append("diffusion.variance = 'learned_range': a PriorTransformer predicts the embedding alone")
     return problems
 
 
 def decoder_problems(config: DecoderConfig, dims: ClipDims) -> list[str]:
-    """What of a decoder the layout cannot hold, a message for each field."""
-    held = {"image_px", "unet", "num_image_tokens", "context_width", "image_norm"}
-    problems = [*_changed(config, held), *_diffusion_problems(config.diffusion), *_dims_problems(dims)]
+    """Fields of a decoder that the layout cannot hold, one message each."""
+    supported = {"image_px", "unet", "num_image_tokens", "context_width", "image_norm"}
+    problems = [*_changed(config, supported), *_diffusion_problems(config.diffusion), *_dims_problems(dims)]
     problems += [f"unet.{problem}" for problem in unet_problems(config.unet)]
     if not config.unet.attention_resolutions:
         problems.append("unet.attention_resolutions: empty, but a UNet2DConditionModel reads its context by attention")
@@ -347,9 +347,9 @@ def decoder_problems(config: DecoderConfig, dims: ClipDims) -> list[str]:
 
 
 def upsampler_problems(config: UpsamplerConfig) -> list[str]:
-    """What of an upsampler the layout cannot hold, a message for each field."""
-    held = {"image_px", "low_res_px", "crop_px", "unet", "rounded", "degradation"}
-    problems = [*_changed(config, held), *_diffusion_problems(config.diffusion)]
+    """Fields of an upsampler that the layout cannot hold, one message each."""
+    supported = {"image_px", "low_res_px", "crop_px", "unet", "rounded", "degradation"}
+    problems = [*_changed(config, supported), *_diffusion_problems(config.diffusion)]
     return problems + [f"unet.{problem}" for problem in unet_problems(config.unet)]
 
 
@@ -388,20 +388,20 @@ def _dims_problems(dims: ClipDims) -> list[str]:
     ]
 
 
-def _changed(config: PriorConfig | DecoderConfig | UpsamplerConfig, held: set[str]) -> list[str]:
-    """Fields that the layout does not know and that are not at their default: whatever they do, it would be lost."""
-    problems = _not_at_default(config, held | TRAINING_FIELDS | {"sampler", "diffusion"})
+def _changed(config: PriorConfig | DecoderConfig | UpsamplerConfig, supported: set[str]) -> list[str]:
+    """Fields that the layout does not know and that are not at their default: their effect would be lost."""
+    problems = _not_at_default(config, supported | TRAINING_FIELDS | {"sampler", "diffusion"})
     return problems + [f"sampler.{problem}" for problem in _not_at_default(config.sampler, _SAMPLER_FIELDS)]
 
 
 def _not_at_default(
-    config: PriorConfig | DecoderConfig | UpsamplerConfig | SamplerConfig, held: AbstractSet[str]
+    config: PriorConfig | DecoderConfig | UpsamplerConfig | SamplerConfig, supported: AbstractSet[str]
 ) -> list[str]:
     problems: list[str] = []
     for field in fields(config):
         default = field.default if field.default_factory is MISSING else field.default_factory()
         value = getattr(config, field.name)
-        if field.name not in held and value != default:
+        if field.name not in supported and value != default:
             problems.append(f"{field.name} = {value!r}: only {default!r} can be held")
     return problems
 
@@ -419,7 +419,7 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _completed(state: dict[str, Tensor], blank: nn.Module) -> dict[str, Tensor]:
-    """The weights with the buffers that the layout does not hold at zero; ``blank`` is a network of their shape."""
+    """The weights, and zeros for the buffers that the layout does not hold; ``blank`` is a network of their shape."""
     shapes = blank.state_dict()
     absent = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in shapes.items() if name not in state}
     missing = [name for name in absent if not name.startswith("null_text.") and name != "x0_variance"]

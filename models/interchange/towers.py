@@ -1,7 +1,7 @@
 """CLIP's towers and tokenizer in transformers' layout: CLIPTextModelWithProjection, CLIPVisionModelWithProjection.
 
-open_clip builds its default towers as OpenAI did, so that the weights carry over name by name; what other
-configurations add is refused by the name of the field. Only names are handled here: no file, no open_clip.
+open_clip builds its default towers as OpenAI did, so the weights are copied name by name. A field that transformers'
+layout cannot hold is refused by name. Nothing here reads a file or imports open_clip.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def text_problems(model_config: Json) -> list[str]:
-    """What of an open_clip text tower transformers' CLIP cannot hold, a message for each field."""
+    """Fields of an open_clip text tower that transformers' CLIP cannot hold, one message each."""
     text: Json = model_config["text_cfg"]
     return [
         f"text_cfg.{name} = {text[name]!r}: only {value!r} can be held"
@@ -143,7 +143,7 @@ def export_text(model_config: Json, state: Mapping[str, Tensor]) -> Component:
 
 
 def import_towers(text: Component, image: Component | None = None) -> tuple[Json, dict[str, Tensor]]:
-    """Towers of transformers as one open_clip model: its configuration and its weights.
+    """Join towers of transformers into one open_clip model: its configuration and its weights.
 
     Args:
         text: CLIPTextModelWithProjection.
@@ -182,7 +182,7 @@ def import_towers(text: Component, image: Component | None = None) -> tuple[Json
 
 
 def _shared(config: Json, name: str) -> Json:
-    """What open_clip keeps once for both towers."""
+    """The fields that open_clip has once for both towers."""
     if config["hidden_act"] not in ("gelu", "quick_gelu"):
         raise ValueError(f"{name}: hidden_act {config['hidden_act']!r}; open_clip has 'gelu' and 'quick_gelu'")
     return {"embed_dim": config["projection_dim"], "quick_gelu": config["hidden_act"] == "quick_gelu"}

@@ -1,7 +1,7 @@
 """Our UNet under the names of diffusers' UNet2DConditionModel (with attention) and UNet2DModel (without).
 
 Both libraries build the same network (ADM's, arXiv:2105.05233); diffusers keeps queries, keys and values in matrices
-of their own, where we keep them in one. Keys are prefixes of module names: ours -> theirs, several where one matrix of
+of their own, where we keep them in one. Keys are prefixes of module names: ours -> theirs, several if one matrix of
 ours is cut along its rows.
 """
 
@@ -38,7 +38,7 @@ _PLAIN = {"down": "ResnetDownsampleBlock2D", "up": "ResnetUpsampleBlock2D"}
 
 
 def rename(state: Mapping[str, Tensor], keys: Keys, *, prefix: str = "") -> dict[str, Tensor]:
-    """Tensors of ours under their names; those that ``keys`` does not name are left out."""
+    """Our tensors under diffusers' names; those that ``keys`` does not name are left out."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         module, _, kind = name.removeprefix(prefix).rpartition(".")
@@ -52,7 +52,7 @@ def rename_back(tensors: Mapping[str, Tensor], keys: Keys, *, prefix: str = "") 
     """Inverse of ``rename``.
 
     Raises:
-        ValueError: If a tensor that goes with others is missing.
+        ValueError: If some of the tensors that form one of ours are missing.
     """
     state: dict[str, Tensor] = {}
     for ours, theirs in keys.items():
@@ -98,7 +98,7 @@ def unet_keys(config: UNetConfig, image_px: int) -> Keys:
 
 
 def unet_problems(config: UNetConfig) -> list[str]:
-    """What diffusers' UNets cannot hold, a message for each field."""
+    """Fields that diffusers' UNets cannot hold, one message each."""
     problems: list[str] = []
     if config.patch_px != 1:
         problems.append(f"patch_px = {config.patch_px}: its UNets fold no pixels into channels; only 1 can be held")
@@ -112,7 +112,7 @@ def unet_problems(config: UNetConfig) -> list[str]:
 def unet_config(
     config: UNetConfig, image_px: int, out_channels: int, *, in_channels: int = 3, context_width: int | None = None
 ) -> Json:
-    """The ``config.json`` of a UNet2DConditionModel, or of a UNet2DModel where there is no context."""
+    """The ``config.json`` of a UNet2DConditionModel, or of a UNet2DModel if there is no context."""
     attends = _levels_with_attention(config, image_px)
     down = [_ATTENDS["down"] if attention else _PLAIN["down"] for attention in attends]
     up = [_ATTENDS["up"] if attention else _PLAIN["up"] for attention in reversed(attends)]
@@ -148,7 +148,7 @@ def from_unet_config(name: str, layout: Json) -> tuple[UNetConfig, int, int]:
     """Our configuration of a UNet, its picture side in pixels and its output channels.
 
     Raises:
-        ValueError: If the UNet is of another make; names what is.
+        ValueError: If the UNet has another architecture; names the fields that differ.
     """
     conditional = layout.get("_class_name") == "UNet2DConditionModel"
     expected = {"act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5}

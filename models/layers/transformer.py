@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class KeysValues(NamedTuple):
-    """What later tokens need of earlier ones, in one layer."""
+    """What later tokens read of earlier ones, in one layer."""
 
     keys: Float[Tensor, "B H K C"]
     values: Float[Tensor, "B H K C"]
@@ -26,7 +26,7 @@ class KeysValues(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenCache:
-    """N places for the tokens of each of B sequences, filled in place, so that each may be at a place of its own."""
+    """N places for the tokens of each of B sequences, filled in place; the sequences may differ in length."""
 
     layers: tuple[KeysValues, ...]
     """Of each block, (B, H, N, C)."""
@@ -82,8 +82,8 @@ class Block(nn.Module):
         normed = self.norm_attention(x)
         query = self._heads(self.query(normed))
         rows = torch.arange(len(x), device=x.device)
-        for kept, part in zip(cached, self.key_value(normed).chunk(2, dim=-1), strict=True):
-            kept[rows, :, places] = self._heads(part)[:, :, 0].to(kept.dtype)
+        for memory, part in zip(cached, self.key_value(normed).chunk(2, dim=-1), strict=True):
+            memory[rows, :, places] = self._heads(part)[:, :, 0].to(memory.dtype)
         return self._mix(x, query, cached, mask)
 
     def _mix(self, x: Float[Tensor, "B n W"], query: Tensor, read: KeysValues, mask: Tensor) -> Float[Tensor, "B n W"]:
@@ -144,7 +144,7 @@ class CausalTransformer(nn.Module):
     def cache(
         self, x: Float[Tensor, "B S W"], mask: Bool[Tensor, "B 1 S K"], past: Sequence[KeysValues] | None = None
     ) -> tuple[KeysValues, ...]:
-        """Keys and values of each block after S new tokens, for those that will follow."""
+        """Keys and values of each block after S new tokens, for the tokens that follow."""
         layers: list[KeysValues] = []
         for index, block in enumerate(self.blocks):
             x, layer = block(x, mask, None if past is None else past[index], x.shape[1])
@@ -178,7 +178,7 @@ class CausalTransformer(nn.Module):
         Args:
             x: The tokens, positions added.
             cache: What they may read; changed in place.
-            places: Where each is put; all that is filled may be read, so it is the last of its sequence.
+            places: Where each is put; it may read every filled place, so it must be the last of its sequence.
         """
         cache.filled[torch.arange(len(x), device=x.device), places] = True
         mask, hidden = cache.filled[:, None, None], x[:, None]

@@ -24,7 +24,7 @@ _LEAST_FUSED_PX = 16
 
 
 def _zeroed(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
-    """A residual branch that starts at zero leaves its block the identity."""
+    """``layer`` with zero weights: a residual branch that starts at zero makes its block the identity."""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -40,8 +40,8 @@ def _resample(x: Tensor, how: Resample) -> Tensor:
 def _enlarged_conv(x: Float[Tensor, "B C H W"], conv: nn.Conv2d) -> Float[Tensor, "B D 2*H 2*W"]:
     """``conv`` (3 x 3) of ``x`` enlarged twice by nearest neighbour, without making the enlarged picture.
 
-    The four pixels of a square are equal, so that the nine taps of a kernel meet four values at most: together the two
-    are one transposed convolution of stride 2 with a 4 x 4 kernel, 16 multiplications where there were 36.
+    The four pixels of each square are equal, so the nine taps of a kernel read at most four values. Both operations
+    together are one transposed convolution of stride 2 with a 4 x 4 kernel: 16 multiplications instead of 36.
     """
     taps = conv.weight.flip(2, 3).transpose(0, 1)
     kernel = sum(F.pad(taps, (left, 1 - left, top, 1 - top)) for left in (0, 1) for top in (0, 1))
@@ -67,7 +67,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Float[Tensor, "B C H W"], embedding: Float[Tensor, "B E"]) -> Tensor:
         """Apply to features ``x``; ``embedding`` has its activation already."""
         hidden = F.silu(self.norm_in(x))
-        # On one core, training, 128 channels, 16 -> 32 px: 24 ms for 44. Below 16 px the kernel costs what it saves.
+        # On one core, training, 128 channels, 16 -> 32 px: 24 ms instead of 44. Below 16 px it saves nothing.
         if self.resample == "up" and x.device.type == "cpu" and x.shape[-1] >= _LEAST_FUSED_PX:
             hidden = _enlarged_conv(hidden, self.conv_in)
         else:
@@ -82,7 +82,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Each pixel reads the context tokens, then all pixels; added to its input."""
+    """Each pixel attends to the context tokens and all pixels; the result is added to the input."""
 
     def __init__(self, channels: int, context_width: int | None, config: UNetConfig) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Attention(nn.Module):
         return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
-class Stage(nn.Module):
+class UNetStage(nn.Module):
     """A residual block, and attention at the levels that have it."""
 
     def __init__(self, block: ResBlock, attention: Attention | None) -> None:
@@ -181,16 +181,16 @@ class UNet(nn.Module):
         self.takes_skip = _takes_skip(len(widths), config.num_res_blocks)
         self.norm_out = nn.GroupNorm(config.norm_groups, widths[0])
         self.conv_out = _zeroed(nn.Conv2d(widths[0], out_channels * patch_area, 3, padding=1))
-        # Convolutions then answer in channels-last whatever the order of their input: 5-15 % quicker on a CPU, and
-        # what tensor cores want.
+        # Convolutions then return channels-last for any order of their input: 5-15 % faster on a CPU, and the order
+        # that tensor cores need.
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's stub lacks it)
 
-    def _stage(self, channels: tuple[int, int], attends: bool, resample: Resample = "none") -> Stage:
+    def _stage(self, channels: tuple[int, int], attends: bool, resample: Resample = "none") -> UNetStage:
         block = ResBlock(channels, self.width, self.config, resample)
-        return Stage(block, Attention(channels[1], self._context_width, self.config) if attends else None)
+        return UNetStage(block, Attention(channels[1], self._context_width, self.config) if attends else None)
 
-    def _build_down(self, widths: Sequence[int], attends: Sequence[bool]) -> tuple[list[Stage], list[int]]:
-        stages: list[Stage] = []
+    def _build_down(self, widths: Sequence[int], attends: Sequence[bool]) -> tuple[list[UNetStage], list[int]]:
+        stages: list[UNetStage] = []
         skips = [self.config.channels]
         channels = self.config.channels
         for level, width in enumerate(widths):
@@ -203,8 +203,8 @@ class UNet(nn.Module):
                 skips.append(channels)
         return stages, skips
 
-    def _build_up(self, widths: Sequence[int], attends: Sequence[bool], skips: list[int]) -> list[Stage]:
-        stages: list[Stage] = []
+    def _build_up(self, widths: Sequence[int], attends: Sequence[bool], skips: list[int]) -> list[UNetStage]:
+        stages: list[UNetStage] = []
         skips = list(skips)
         channels = widths[-1]
         for level in reversed(range(len(widths))):
@@ -239,7 +239,7 @@ class UNet(nn.Module):
             valid: False at context tokens that must not be read.
 
         Raises:
-            ValueError: If a context is missing that this UNet was built for, or one is given that it cannot read.
+            ValueError: If the context does not have the layers that this UNet was built for.
         """
         if len(context) != self._num_context_layers:
             raise ValueError(
@@ -249,7 +249,7 @@ class UNet(nn.Module):
         activated = F.silu(added)
         layers = iter(context)
 
-        def run(stage: Stage, hidden: Tensor) -> Tensor:
+        def run(stage: UNetStage, hidden: Tensor) -> Tensor:
             layer = None if stage.attention is None else next(layers, None)
             return stage(hidden, activated, layer, valid)
 
@@ -260,19 +260,19 @@ class UNet(nn.Module):
         hidden = self.conv_in(x)
         skips = [hidden]
         for stage in self.down:
-            hidden = run(cast(Stage, stage), hidden)
+            hidden = run(cast(UNetStage, stage), hidden)
             skips.append(hidden)
         for stage in self.middle:
-            hidden = run(cast(Stage, stage), hidden)
+            hidden = run(cast(UNetStage, stage), hidden)
         for stage, takes_skip in zip(self.up, self.takes_skip, strict=True):
             if takes_skip:
                 hidden = torch.cat([hidden, skips.pop()], dim=1)
-            hidden = run(cast(Stage, stage), hidden)
+            hidden = run(cast(UNetStage, stage), hidden)
         out = self.conv_out(F.silu(self.norm_out(hidden)))
         return out if patch_px == 1 else F.pixel_shuffle(out, patch_px)
 
-    def _stages(self) -> list[Stage]:
-        return [cast(Stage, stage) for part in (self.down, self.middle, self.up) for stage in part]
+    def _stages(self) -> list[UNetStage]:
+        return [cast(UNetStage, stage) for part in (self.down, self.middle, self.up) for stage in part]
 
 
 def _positions(x: Float[Tensor, "B C H W"], num_bands: int) -> Float[Tensor, "B P H W"]:
@@ -301,9 +301,9 @@ def set_checkpointing(network: nn.Module, *, enabled: bool) -> int:
     Activation checkpointing (arXiv:1604.06174): memory for time, with the same numbers.
 
     Returns:
-        How many modules of ``network`` recompute; 0 means that it keeps its activations whatever is asked.
+        How many modules of ``network`` support it; 0 means that it always keeps its activations.
     """
-    modules = [module for module in network.modules() if isinstance(module, Stage | CausalTransformer)]
+    modules = [module for module in network.modules() if isinstance(module, UNetStage | CausalTransformer)]
     for module in modules:
         module.checkpointing = enabled
     return len(modules)

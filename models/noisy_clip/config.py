@@ -18,9 +18,9 @@ class NoisyClipConfig:
     tower: UNetConfig = field(
         default_factory=lambda: UNetConfig(channels=64, num_res_blocks=2, attention_resolutions=(), dropout=0.0)
     )
-    """Shape of the tower: the way down of such a UNet, then the mean over what is left of the picture."""
+    """Shape of the tower: the downward half of such a UNet, then the mean over its last pixels."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    """The noising, whose schedule and length are the decoder's."""
+    """The noising; schedule and number of timesteps must be the decoder's."""
 
     def __post_init__(self) -> None:
         require(not self.tower.attention_resolutions, "tower.attention_resolutions: this tower has no attention")

@@ -1,4 +1,4 @@
-"""A CLIP image tower for noised pictures, which tells a sampler where a caption lies: arXiv:2112.10741, section 2.4.
+"""A CLIP image tower for noised pictures, to guide a sampler towards captions: arXiv:2112.10741, section 2.4.
 
 It is trained on x_t against the embeddings of the frozen CLIP's text tower, so that its gradient is meaningful at every
 step of a chain (the frozen image tower has never seen noise). Legend: B batch, D joint space, H W pixels.
@@ -17,7 +17,7 @@ from models.clip_config import ClipDims
 from models.diffusion.guidance import clip_log_prob, score_guided
 from models.diffusion.process import Denoise, Diffusion
 from models.layers.embedding import TimestepEmbedding
-from models.layers.unet import ResBlock, Stage
+from models.layers.unet import ResBlock, UNetStage
 from models.noisy_clip.config import NoisyClipConfig
 
 _FIRST_TEMPERATURE, _LEAST_TEMPERATURE = 0.07, 0.01
@@ -35,13 +35,13 @@ class NoisyClip(nn.Module):
         width = 4 * tower.channels
         self.timestep = TimestepEmbedding(tower.channels, width)
         self.conv_in = nn.Conv2d(_NUM_COLOURS * tower.patch_px**2, tower.channels, 3, padding=1)
-        stages: list[Stage] = []
+        stages: list[UNetStage] = []
         channels = tower.channels
         for level, mult in enumerate(tower.channel_mults):
             if level > 0:
-                stages.append(Stage(ResBlock((channels, channels), width, tower, "down"), None))
+                stages.append(UNetStage(ResBlock((channels, channels), width, tower, "down"), None))
             for _ in range(tower.num_res_blocks):
-                stages.append(Stage(ResBlock((channels, tower.channels * mult), width, tower), None))
+                stages.append(UNetStage(ResBlock((channels, tower.channels * mult), width, tower), None))
                 channels = tower.channels * mult
         self.stages = nn.ModuleList(stages)
         self.norm_out = nn.GroupNorm(tower.norm_groups, channels)
@@ -69,8 +69,8 @@ def noisy_clip_loss(network: NoisyClip, x_t: Tensor, t: Tensor, z_text: Float[Te
     z_image = network(x_t, t)
     with torch.autocast(z_image.device.type, enabled=False):  # logits near 100 have no digits left in bfloat16
         logits = network.logit_scale * z_image @ z_text.float().T
-    own = torch.arange(len(z_text), device=logits.device)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    targets = torch.arange(len(z_text), device=logits.device)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
 def clip_guided(

@@ -79,23 +79,23 @@ class Prior(nn.Module):
         return (z_image * self.config.image_norm - self.z_mean) / self.z_std
 
     def unscale(self, scaled: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """Inverse of ``scale``, brought back to length one: what the prior hands on.
+        """Inverse of ``scale``, normalised to length one.
 
-        Decoder, index and the choice among candidates take unit vectors, and a sample is none: guidance pushes it out
-        (mean length 1.41 and up to 3.4 at guidance 8 on the demo), where its direction is also the least certain, and a
-        product with z_text that grows with the length then prefers the worst candidate.
+        Decoder, index and candidate ranking expect unit vectors, but a sample is not one: guidance makes it longer
+        (mean length 1.41, up to 3.4 at guidance 8 on the demo). The longest samples have the least certain direction,
+        and their larger dot product with z_text would win the ranking.
         """
         return F.normalize(scaled * self.z_std + self.z_mean, dim=-1)
 
     def encode_condition(
         self, text: TextEncoding, *, keep: Bool[Tensor, " B"] | None = None, cache: bool = False
     ) -> PriorCondition:
-        """What does not change from step to step.
+        """Encode the part of the input that is the same at every step.
 
         Args:
             text: B captions.
             keep: False where the caption is dropped (all are kept if None).
-            cache: Keep each block's keys and values too; pays from the second step on, never in training.
+            cache: Also keep each block's keys and values: faster from the second step on, never in training.
         """
         text = self.null_text.drop(text, keep)
         length = text.mask.shape[1]
@@ -108,10 +108,6 @@ class Prior(nn.Module):
             return PriorCondition(tokens, valid, None)
         layers = self.transformer.cache(tokens, causal_mask(valid, tokens.shape[1]))
         return PriorCondition(tokens, valid, layers)
-
-    def null_condition(self, batch_size: int, *, cache: bool = False) -> PriorCondition:
-        """The condition of ``batch_size`` dropped captions, for classifier-free guidance."""
-        return self.encode_condition(self.null_text.encoding(batch_size), cache=cache)
 
     def forward(self, x: Float[Tensor, "B D"], t: Int[Tensor, " B"], condition: PriorCondition) -> Float[Tensor, "B D"]:
         """Predict the clean scaled embedding from its noised form ``x`` at steps ``t``."""

@@ -64,7 +64,7 @@ class PriorStage(DiffusionStage):
         return x, self.encode(text, guided=guided)
 
     def encode(self, text: TextEncoding, *, guided: bool) -> PriorCondition:
-        """Captions as the prior reads them; behind as many empty ones where it is guided."""
+        """Captions as the prior reads them; if guided, after as many empty captions."""
         if guided:
             text = concat_rows([self.network.null_text.encoding(len(text)), text])
         return self.network.encode_condition(text, cache=True)
@@ -83,14 +83,14 @@ def candidate_noise(seeds: Sequence[int], num_candidates: int) -> NoiseSource:
 
 
 def keep_nearest(candidates: Float[Tensor, "R D"], text: TextEncoding) -> Float[Tensor, "B D"]:
-    """Of each caption's candidates, the one with the largest product with z_text."""
+    """The candidate of each caption that has the largest dot product with z_text."""
     candidates = candidates.view(-1, len(text), candidates.shape[1])
     best = (candidates * text.z_text).sum(2).argmax(0)
     return candidates[best, torch.arange(len(text), device=best.device)]
 
 
 def prior_denoiser(prior: Prior, text: TextEncoding, guidance_scale: float = 1.0) -> Denoise:
-    """The prior conditioned on captions, guided unless the scale is 1; what no step changes is computed here."""
+    """The prior conditioned on captions, guided unless the scale is 1; the captions are encoded once, here."""
     stage = PriorStage(prior, SamplerConfig(), "prior")
     with torch.no_grad():
         condition = stage.encode(text, guided=guidance_scale != 1.0)

@@ -28,12 +28,12 @@ class UpsamplerConfig:
     degradation: Literal["blur", "bsr", "none"] = "blur"
     """Corruption of the small picture in training (section 2.1: blur for 64 -> 256, BSR for 256 -> 1024)."""
     noise_level_max: float = 0.0
-    """Largest share of noise in the enlarged small picture in training, drawn per sample from 0 on and told to the
-    network in a further input channel (arXiv:2106.15282, section 3): 0 is the paper's upsampler, without either."""
+    """Largest share of noise in the enlarged small picture in training, uniform from 0 per sample; the network reads it
+    in an extra input channel (arXiv:2106.15282, section 3). 0 is the paper's upsampler, without noise and channel."""
     noise_level: float = 0.0
     """Share of noise in the enlarged small picture in sampling; at most ``noise_level_max``."""
     residual: bool = False
-    """Whether the network predicts what the enlarged small picture lacks, instead of the large picture (with
+    """Whether the network predicts the large picture less the enlarged small one, not the large picture (with
     ``diffusion.prediction`` x0 alone): off is the paper's; on, a small network starts from bicubic enlargement."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     """Noising of the picture."""

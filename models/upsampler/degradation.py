@@ -30,7 +30,7 @@ def degraded_low_res(image: Tensor, small_px: int, kind: Degradation, generator:
     Raises:
         ValueError: If the sizes do not fit ``bsr``.
     """
-    # A training's bfloat16 would leave 8 of the pictures' bits where these filter them.
+    # Under a training's bfloat16 autocast the filters would keep only 8 bits of the pictures.
     with torch.autocast(image.device.type, enabled=False):
         if kind == "bsr":
             return bsr_light(image, small_px, generator)

@@ -1,7 +1,6 @@
 """What JPEG compression does to a picture, in torch: 4:2:0 chroma, 8 x 8 cosine blocks, the standard's tables.
 
-Nothing is coded: a picture is only brought to the values that a decoder would give back. Legend: B batch, H W pixels, N
-blocks.
+No file is encoded: the picture only gets the values that a decoder would return. Legend: B batch, H W pixels.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Upsampler(nn.Module):
         """The small picture, rounded to 256 levels and enlarged; computed once for all steps of a chain.
 
         In training, ``low_res`` is degraded first (degradation.py). Where ``noise_level_max`` is set, the result is
-        noised to ``level``, and a fourth channel says so (a plane, as in arXiv:1710.04026).
+        noised to ``level``, and a fourth channel holds the level (a plane, as in arXiv:1710.04026).
 
         Args:
             low_res: The small picture in [-1, 1].
@@ -71,7 +71,7 @@ class Upsampler(nn.Module):
     def begin(
         self, low_res: Float[Tensor, "B 3 h w"], noise: NoiseSource
     ) -> tuple[Float[Tensor, "B 3 H W"], Float[Tensor, "B C H W"]]:
-        """x_T and the condition of a chain, the latter at ``config.noise_level``; at 0 ``noise`` is for x_T alone."""
+        """x_T and the condition of a chain, noised to ``config.noise_level``; at 0 only x_T takes from ``noise``."""
         side_px = low_res.shape[-1] * self.factor
         size = (NUM_COLOURS, side_px, side_px)
         level = level_noise = None

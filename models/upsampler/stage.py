@@ -17,7 +17,7 @@ from models.upsampler.network import Upsampler
 
 @dataclass(frozen=True, eq=False)
 class UpsamplerStage(DiffusionStage):
-    """Enlarges the pictures of the stage before; it is not guided, because it was trained with them always there."""
+    """Enlarges the pictures of the stage before; it has no guidance, as it was never trained without them."""
 
     network: Upsampler
     number: int = 0

@@ -1,4 +1,4 @@
-"""The autoregressive prior: what is measured before its training, its loss, its measures and its cost.
+"""The autoregressive prior: its components and buckets, its loss, its measures and its cost.
 
 arXiv:2204.06125, section 2.2. Legend: B samples, D features, K components, V buckets.
 """
@@ -33,10 +33,10 @@ MEASURED_ROWS = 200_000
 
 
 class ArPriorObjective(nn.Module):
-    """Cross entropy of the components of z_image, captions dropped at times.
+    """Cross entropy of the components of z_image; captions are dropped at random.
 
     Args:
-        network: The prior, its code set.
+        network: The prior, after ``set_code``.
         encode_text: The frozen CLIP's text tower.
     """
 
@@ -61,13 +61,13 @@ def build_ar_prior(config: ArPriorConfig, dims: ClipDims, embed: Artifact, *, ma
     """A prior with random weights, and components and buckets measured on training rows.
 
     Args:
-        config: Shape; its ``num_components`` is filled in where it is 0.
+        config: Shape; if ``num_components`` is 0, it is measured.
         dims: CLIP's widths.
         embed: The embed step.
         max_rows: About how many rows are read.
 
     Raises:
-        ConfigError: If more components are asked for than there are features.
+        ConfigError: If ``num_components`` is above the number of features.
         DataError: If there are fewer than two training rows, or a shard is damaged.
     """
     if config.num_components > dims.embed_dim:
@@ -84,7 +84,7 @@ def build_ar_prior(config: ArPriorConfig, dims: ClipDims, embed: Artifact, *, ma
 
 
 def measure_embeddings(embed: Artifact, num_features: int, max_rows: int) -> tuple[PcaSums, DotHistogram]:
-    """Sums and counts over training rows; the same shards are read whoever asks.
+    """Sums and counts over training rows, always of the same shards.
 
     Raises:
         DataError: If a shard is damaged.
@@ -107,7 +107,7 @@ def _measure(prior: ArPrior, rows: ValidationRows) -> dict[str, float]:
 
 
 def _work(prior: ArPrior, _clip: object) -> Work:
-    """Where the recipe leaves the number of components to the data, all of them are counted."""
+    """If the data decide the number of components, the cost is that of all of them."""
     config, calls = prior.config, prior.num_components
     caches: list[TokenCache] = []
 

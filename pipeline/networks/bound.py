@@ -25,9 +25,9 @@ def is_trained_with_bound(config: Any) -> bool:
 
 
 def bound_of(network: nn.Module, rows: ValidationRows) -> Tensor | None:
-    """Bits per dimension of each picture under its condition, (B,); None for a network that was trained without them.
+    """Bits per dimension of each picture under its condition, (B,); None if it was not trained with the bound.
 
-    The pictures are those of the training's side in 256 levels; guidance is off, for it samples another distribution.
+    The pictures have the training's side and 256 levels. Guidance is off, because it samples another distribution.
     """
     config: Any = network.config
     denoiser = kind_of(config).denoiser

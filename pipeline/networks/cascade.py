@@ -23,13 +23,13 @@ def load_cascade(
     configs: Mapping[str, NetworkConfig] | None = None,
     clip: TextEncoder | None = None,
 ) -> Cascade:
-    """Load everything that a picture passes.
+    """Load all networks of a cascade.
 
     Args:
-        artifacts: By step name: those of a cascade that there are; others are not read.
-        device: Where to.
-        configs: By step name, the recipe's configurations (`network_configs`): they say how each is sampled now.
-        clip: The frozen CLIP, where it is loaded already.
+        artifacts: Artifacts by step name; those of other steps are not read.
+        device: Device to load to.
+        configs: The recipe's configurations by step name (`network_configs`), with the present sampler settings.
+        clip: The frozen CLIP, if it is already loaded.
 
     Raises:
         DataError: If an artifact is missing or damaged, or the networks do not fit together.

@@ -1,6 +1,6 @@
 """CLIP: the contrastive loss of its training, open_clip's own, and its artifact, in open_clip's own layout.
 
-open_clip takes longer to import than torch; it is imported where a CLIP is, so that upsamplers start without it.
+open_clip takes longer to import than torch. It is imported lazily, so that upsamplers start without it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def load_clip_artifact(artifact: Artifact, device: torch.device | str = "cpu") -
 
 
 def load_text_artifact(artifact: Artifact, device: torch.device | str = "cpu") -> FrozenText:
-    """Read the frozen CLIP, with its image tower where it has one.
+    """Read the frozen CLIP, with its image tower if it has one.
 
     Raises:
         DataError: If it is missing or damaged.
@@ -101,7 +101,7 @@ def _create(config: ClipConfig, _dims: ClipDims) -> nn.Module:
 
 
 def _with_tokenizer(network: Any) -> OpenClip:
-    """A network of ``_create``, or a copy of one, with what is needed to feed and to save it."""
+    """A network of ``_create``, or a copy of one, with its tokenizer and its configuration."""
     from pipeline.clip import wrap_clip
 
     return wrap_clip(network, network.config.to_open_clip())

@@ -1,4 +1,4 @@
-"""What a recipe asks for before anything runs: parameters, arithmetic and memory of each network.
+"""The cost of a recipe before anything runs: parameters, arithmetic and memory of each network.
 
 The networks are built and run on torch's meta device, which knows shapes and types and computes nothing: the 3.5B
 decoder of the paper is counted in seconds on a laptop. A multiplication and an addition count as two operations; matrix
@@ -37,11 +37,11 @@ class NetworkCost:
 
     name: str
     num_parameters: int
-    """Those that are trained (of a frozen CLIP: all)."""
+    """Trained parameters (of a frozen CLIP: all)."""
     training_flops: float
-    """Forward and backward of one sample; 0 where the network is not trained."""
+    """Forward and backward of one sample; 0 if the network is not trained."""
     num_samples: int
-    """Batch times steps; 0 where the network is not trained."""
+    """Batch times steps; 0 if the network is not trained."""
     sampling_flops: float
     """All network calls for one result: a picture, or an embedding with its candidates. CLIP: one picture embedded."""
     num_calls: int
@@ -51,12 +51,12 @@ class NetworkCost:
     optimizer_bytes: int
     average_bytes: int
     activations_bytes: int
-    """Kept for the backward pass for this worker's share of the batch, in float32; under bfloat16 the inputs of matrix
+    """Saved for the backward pass of this worker's share of the batch, in float32; under bfloat16 the inputs of matrix
     products take half of it, those of norms do not. The kernels' workspaces come on top."""
 
     @property
     def training_bytes(self) -> int:
-        """All that a worker holds while it trains this network, less the frozen CLIP and the kernels' workspaces."""
+        """Memory of a worker in training, without the frozen CLIP and the kernels' workspaces."""
         state = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.average_bytes
         return state + self.activations_bytes
 

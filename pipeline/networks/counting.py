@@ -1,4 +1,4 @@
-"""How the operations and the kept activations of a network are counted while it runs, on the meta device too."""
+"""Counters for the operations and the saved activations of a network while it runs, also on the meta device."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Counter(TorchDispatchMode):
 
 
 class FlashLikeAttention(TorchFunctionMode):
-    """Attention that keeps what a fused kernel keeps: on the meta device torch would keep every attention weight."""
+    """Attention that saves only what a fused kernel saves: on the meta device torch would save all the weights."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -49,7 +49,7 @@ class FlashLikeAttention(TorchFunctionMode):
 
 
 class _Attention(torch.autograd.Function):
-    """The matrix products of attention and of its gradient; what stands between them costs next to nothing."""
+    """The matrix products of attention and of its gradient; the other operations cost next to nothing."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -67,17 +67,17 @@ class _Attention(torch.autograd.Function):
         return by_weights @ key, by_weights.mT @ query, weights.mT @ grads[0]
 
 
-class Kept(contextlib.AbstractContextManager["Kept"]):
-    """Adds up what autograd keeps for the backward pass, each piece of memory once, the parameters left out."""
+class Activations(contextlib.AbstractContextManager["Activations"]):
+    """Adds up the memory that autograd saves for the backward pass, each piece once, without the parameters."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self._own = {_identity(tensor) for tensor in [*network.parameters(), *network.buffers()]}
-        self._seen: dict[int, Tensor] = {}
+        self._counted: dict[int, Tensor] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
         self.num_bytes = 0
 
-    def __enter__(self) -> Kept:
+    def __enter__(self) -> Activations:
         self._hooks.__enter__()
         return self
 
@@ -86,8 +86,8 @@ class Kept(contextlib.AbstractContextManager["Kept"]):
 
     def _pack(self, tensor: Tensor) -> Tensor:
         identity = _identity(tensor)
-        if identity not in self._own and identity not in self._seen:
-            self._seen[identity] = tensor  # alive, so that no other piece of memory gets its number
+        if identity not in self._own and identity not in self._counted:
+            self._counted[identity] = tensor  # alive, so that no other piece of memory gets its number
             self.num_bytes += tensor.untyped_storage().nbytes()
         return tensor
 
@@ -99,7 +99,7 @@ def _identity(tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """What is counted of a network."""
+    """The work of a network that is counted."""
 
     run: Callable[[int], Tensor]
     """(number of samples) -> something to differentiate: the forward pass of a training."""
@@ -117,14 +117,14 @@ def count(run: Callable[[], object]) -> float:
 
 
 def count_training_pass(network: nn.Module, run: Callable[[int], Tensor]) -> tuple[float, float]:
-    """Operations of a forward and a backward pass of one sample, and the bytes kept between them."""
+    """Operations of a forward and a backward pass of one sample, and the bytes saved between them."""
     network.train()
     with Counter() as counter:
-        with Kept(network) as kept:
+        with Activations(network) as activations:
             loss = run(_COUNTED)
         loss.backward()
     network.zero_grad(set_to_none=True)
-    return counter.flops / _COUNTED, kept.num_bytes / _COUNTED
+    return counter.flops / _COUNTED, activations.num_bytes / _COUNTED
 
 
 def count_chain(
@@ -137,7 +137,7 @@ def count_chain(
         diffusion: Its process.
         sampler: How it is sampled.
         make: Encodes the condition and returns the denoiser.
-        x: Something in the shape of one sample, (1, ...).
+        x: Any tensor with the shape of one sample, (1, ...).
     """
     network.eval()
     calls = num_network_calls(sampler, Diffusion(diffusion))

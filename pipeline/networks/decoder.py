@@ -19,10 +19,10 @@ from pipeline.networks.measuring import ValidationRows, mean_cosine, sample_few_
 
 
 class DecoderObjective(nn.Module):
-    """Diffusion loss of the small picture given z_image and caption, each dropped at times.
+    """Diffusion loss of the small picture given z_image and caption, each dropped at random.
 
-    A decoder with inpainting channels is shown random parts of the picture too, in training alone: the validation loss
-    stays that of drawing whole pictures.
+    A decoder with inpainting channels also reads random parts of the picture, but only in training: the validation loss
+    is always that of whole pictures.
 
     Args:
         network: The decoder.
@@ -43,11 +43,11 @@ class DecoderObjective(nn.Module):
         text = self._encode_text(batch.captions)
         keep_image = draw_keep(size, config.image_drop_prob, generator, device) if self.training else None
         keep_text = draw_keep(size, config.text_drop_prob, generator, device) if self.training else None
-        known = None
+        planes = None
         if config.inpainting and self.training:
             mask = random_masks(size, config.image_px, config.unknown_prob, generator).to(device)
-            known = known_planes(x0, mask)
-        condition = network.encode_condition(z_image, text, keep_image=keep_image, keep_text=keep_text, known=known)
+            planes = known_planes(x0, mask)
+        condition = network.encode_condition(z_image, text, keep_image=keep_image, keep_text=keep_text, planes=planes)
         return self._loss(lambda x, t: network(x, t, condition), x0, generator)
 
 
@@ -57,7 +57,7 @@ def _denoiser(decoder: Decoder, rows: ValidationRows) -> tuple[Denoise, Tensor]:
 
 
 def _measure(decoder: Decoder, rows: ValidationRows) -> dict[str, float]:
-    """Cosines of what CLIP sees in pictures sampled from a true z_image: to it, and to another picture's."""
+    """Mean cosine between CLIP's embedding of a sample and the z_image it was sampled from, and another picture's."""
     z_image, (denoise, real) = rows.batch.require_z_image(), _denoiser(decoder, rows)
     x = rows.noise().normal(real.shape[1:], device=z_image.device)
     pictures = to_uint8(sample_few_steps(denoise, x, Diffusion(decoder.config.diffusion), clip=True))

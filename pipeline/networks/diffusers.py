@@ -1,7 +1,7 @@
 """A trained cascade as the folder that diffusers' ``UnCLIPPipeline`` loads, and such a folder (Karlo's too) as ours.
 
-Layout, in the words of diffusers 0.37.1, in docs/formats.md. What it cannot hold stands beside it: ``clip/`` (the
-whole CLIP in open_clip's layout), ``upsampler_2/`` in the layout of every network artifact.
+The layout is that of diffusers 0.37.1; see docs/formats.md. Two folders that it does not have are written beside it:
+``clip/`` (the whole CLIP in open_clip's layout) and ``upsampler_2/`` in the layout of every network artifact.
 """
 
 from __future__ import annotations
@@ -83,10 +83,10 @@ def export_diffusers(cascade: Cascade, clip: FrozenText, folder: Path) -> list[s
     Args:
         cascade: With at least one upsampler; the second is written beside the layout.
         clip: Its CLIP.
-        folder: Where to; must not exist or be empty.
+        folder: Where to write; must not exist, or be empty.
 
     Returns:
-        What the user should know: settings that the pipeline does not take from the folder.
+        Notes for the user: settings that the pipeline does not take from the folder.
 
     Raises:
         ConfigError: If the layout cannot hold a network (names every field), or the folder is not empty.
@@ -123,7 +123,7 @@ def write_tokenizer(clip: FrozenText, out: Artifact) -> None:
 
 
 def export_components(cascade: Cascade, clip: FrozenText) -> tuple[dict[str, Component], dict[str, Json]]:
-    """The networks and the schedulers by the names of their folders; weights are shared with ours where they can be.
+    """The networks and the schedulers by the names of their folders; weights share memory with ours if possible.
 
     Raises:
         ConfigError: If the layout cannot hold a network; names every field.
@@ -223,17 +223,17 @@ def import_diffusers(folder: Path, out: Path) -> list[str]:
     """Read a folder in diffusers' layout and write a folder of our networks, with a ``recipe.toml``.
 
     The folder holds ``clip/``, ``prior/``, ``decoder/`` and ``upsampler_1/``; the recipe samples with them as they are,
-    and starts trainings from them once its user names pairs and numbers of steps.
+    and trains from them once its user names pairs and numbers of steps.
 
     Args:
         folder: With ``model_index.json``; weights as safetensors or, as older ones are, as ``.bin``.
-        out: Where to; must not exist or be empty.
+        out: Where to write; must not exist, or be empty.
 
     Returns:
-        What the user should know.
+        Notes for the user.
 
     Raises:
-        DataError: If a file is missing or damaged, or a network is of a make that we do not have.
+        DataError: If a file is missing or damaged, or a network has an architecture that we do not have.
         ConfigError: If ``out`` is not empty.
     """
     _require_empty(out)
@@ -299,22 +299,24 @@ class _Source:
         return self._json(f"{name}_scheduler/scheduler_config.json")
 
     def clip(self) -> OpenClip:
-        """The folder's CLIP: whole where we exported it, else its towers; an image tower stands there seldom."""
+        """The folder's CLIP: the whole one that we exported, else its towers; most folders have no image tower."""
         if (self._folder / "clip").is_dir():
             return load_clip(self._folder / "clip")
         image = self.component("image_encoder") if (self._folder / "image_encoder").is_dir() else None
         preprocess = self._folder / "feature_extractor/preprocessor_config.json"
-        seen = self._json("feature_extractor/preprocessor_config.json") if preprocess.is_file() else {}
+        normalisation = self._json("feature_extractor/preprocessor_config.json") if preprocess.is_file() else {}
         model_config, state = import_towers(self.component("text_encoder"), image)
         try:
-            clip = build_clip(model_config, {"mean": seen.get("image_mean"), "std": seen.get("image_std")}, state)
+            clip = build_clip(
+                model_config, {"mean": normalisation.get("image_mean"), "std": normalisation.get("image_std")}, state
+            )
         except RuntimeError as error:
             raise ValueError(f"text_encoder, image_encoder: weights do not fit the configuration: {error}") from error
         self._require_tokenizer(clip)
         return clip
 
     def _require_tokenizer(self, clip: OpenClip) -> None:
-        """Refuse another vocabulary than CLIP's own, which is the one that captions are read with here."""
+        """Refuse a vocabulary other than CLIP's own, the only one that this program tokenises with."""
         ours = _tokenizer_files(clip)
         if (self._folder / "tokenizer/vocab.json").is_file():
             vocabulary = self._json("tokenizer/vocab.json")
@@ -344,7 +346,7 @@ class _Source:
 
 
 def _recipe(out: Path) -> str:
-    """A recipe of the imported networks as they are; only what differs from the defaults."""
+    """A recipe of the imported networks as they are; it holds only fields that differ from the defaults."""
     tables = folder_tables(out)
     return _HEADER + tomli_w.dumps(_changes(tables, default_tables(tables)))
 

@@ -1,4 +1,4 @@
-"""The random draws of one training step, all from one seed."""
+"""The diffusion loss, and the random draws of one training step, all from one seed."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def save_network(
     """Write ``config.json`` and ``model.safetensors``; the same weights give the same bytes.
 
     Args:
-        artifact: Where to.
+        artifact: Where to write.
         config: The network's configuration.
         dims: CLIP's widths; None for a network whose shape does not depend on them.
         state_dict: The weights, on any device.
@@ -41,13 +41,13 @@ def save_network(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     with artifact.write(WEIGHTS) as path:
         save_file(tensors, path, metadata={"format": "pt"})
-    described = {
+    content = {
         "schema_version": SCHEMA_VERSION,
         "kind": kind_of(config).name,
         "config": to_dict(config),
         "dims": None if dims is None else to_dict(dims),
     }
-    artifact.write_json(CONFIG, described)
+    artifact.write_json(CONFIG, content)
 
 
 def load_network(
@@ -56,22 +56,22 @@ def load_network(
     """Read what ``save_network`` wrote, in evaluation mode.
 
     Args:
-        artifact: Where it stands.
-        device: Where to.
-        requested: The recipe's configuration of it, which says how it is sampled now; None: as when it was trained.
+        artifact: Where to read.
+        device: Device to load to.
+        requested: The recipe's configuration, whose sampler settings are taken; None: those of the training.
 
     Raises:
         DataError: If a file is missing, of a newer schema, damaged, or the weights are not those of the configuration.
     """
-    described: dict[str, Any] = artifact.read_json(CONFIG)
+    content: dict[str, Any] = artifact.read_json(CONFIG)
     where = f"{artifact.uri}/{CONFIG}"
-    version, name = described.get("schema_version"), str(described.get("kind"))
+    version, name = content.get("schema_version"), str(content.get("kind"))
     kind = kind_named(name)
     if version != SCHEMA_VERSION or kind is None:
         raise DataError(f"{where}: {name} of schema version {version}; this unclip reads version {SCHEMA_VERSION}")
     try:
-        config = TypeAdapter(kind.config).validate_json(json.dumps(described["config"]))
-        dims = TypeAdapter(ClipDims).validate_json(json.dumps(described["dims"] or {}))
+        config = TypeAdapter(kind.config).validate_json(json.dumps(content["config"]))
+        dims = TypeAdapter(ClipDims).validate_json(json.dumps(content["dims"] or {}))
         network = kind.create(_sampled_as(config, requested), dims)
     except (ValidationError, ValueError, KeyError) as error:
         raise DataError(f"{where}: {error}; train the step again") from error
@@ -84,7 +84,7 @@ def load_network(
 
 
 def _sampled_as(config: NetworkConfig, requested: NetworkConfig | None) -> NetworkConfig:
-    """The configuration with the other's ways of sampling, where both are of one kind."""
+    """``config`` with the sampler settings of ``requested``, if both are of one kind."""
     if type(requested) is not type(config):
         return config
     names = [field.name for field in fields(config) if field.name in SAMPLING]
@@ -92,10 +92,10 @@ def _sampled_as(config: NetworkConfig, requested: NetworkConfig | None) -> Netwo
 
 
 def load_initial(network: nn.Module, folder: str) -> None:
-    """Give a new network the weights of ``folder``, an artifact or one that ``unclip import`` wrote.
+    """Load into a new network the weights of ``folder``, an artifact or a folder that ``unclip import`` wrote.
 
     Raises:
-        DataError: If they are not there, or of a network of another kind, shape, schedule or prediction.
+        DataError: If they are missing, or of a network of another kind, shape, schedule or prediction.
     """
     other = load_network(Artifact(folder))
     ours, theirs = network.state_dict(), other.state_dict()

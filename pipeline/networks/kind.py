@@ -1,7 +1,7 @@
-"""A kind of network, as the rest of the pipeline needs to know it: one row of the table in table.py.
+"""A kind of network, as the rest of the pipeline sees it: one row of the table in table.py.
 
-A row is data and functions of one network alone. What all networks share (reading shards, starting from other weights,
-writing the artifact) stands where it is done: pipeline/train/assemble.py, files.py, costs.py.
+A row holds data and functions of one network only. The code that all networks share (reading shards, starting from
+other weights, writing the artifact) is in pipeline/train/assemble.py, files.py and costs.py.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class NetworkKind(Generic[C, N]):
     name: str
     """``kind`` in config.json."""
     config: type[C]
-    """Type of the configuration: by it a section of a recipe finds its row."""
+    """Type of the configuration, by which the row of a recipe's section is looked up."""
     create: Callable[[C, ClipDims], N]
-    """A network with random weights, of torch's global generator."""
+    """Create a network with random weights from torch's global generator."""
     objective: Callable[[N, TextEncoder], nn.Module]
     """The loss module (batch, generator) -> mean loss, around a network or its average. The text encoder is the frozen
     CLIP's, for a kind that reads captions."""
     work: Callable[[N, OpenClip], Work]
-    """What to count of a network on the meta device; the recipe's CLIP is given beside it."""
+    """The work to count on the meta device: (network, the recipe's CLIP) -> work."""
     measure: Callable[[N, ValidationRows], dict[str, float]] | None = None
     """Sample-quality metrics on a few validation rows during training, by name."""
     denoiser: Callable[[N, ValidationRows], tuple[Denoise, Tensor]] | None = None
@@ -60,20 +60,20 @@ class NetworkKind(Generic[C, N]):
     captions: bool = False
     """Whether it is trained on captions as the frozen CLIP encodes them; its shape then depends on that CLIP."""
     create_on_data: Callable[[C, ClipDims, Artifact], N] | None = None
-    """For training, in place of ``create``: a network of which parts are measured on the embed step's artifact."""
+    """For training, in place of ``create``: a network with parts that are measured on the embed step's artifact."""
     finish: Callable[[N, TextEncoder, Samples, int], None] | None = None
-    """Fill in, at the end of a training, what sampling needs: (network, text encoder, training rows, seed)."""
+    """At the end of a training, measure what sampling needs: (network, text encoder, training rows, seed)."""
     publish: Callable[[Artifact, N], None] | None = None
     """Write a trained network; None: as config.json and model.safetensors (files.py)."""
     meaning: tuple[str, ...] = OF_DIFFUSION
     """Fields of the configuration, dotted, that change what weights of the same shape mean."""
     channels_last: bool = False
-    """Whether kernels are kept in the memory order in which UNets are fast."""
+    """Whether kernels are stored in the memory order in which UNets are fast."""
     stage: Callable[[str, Mapping[str, Any]], Stage] | None = None
-    """The stage of a cascade that such a network is: (its step, all networks of the cascade by step) -> stage; None:
-    it is none, or a part of another's."""
+    """Make the network's stage of a cascade: (step name, all networks of the cascade by step) -> stage; None: it has no
+    stage of its own."""
     compiled: Callable[[N], Sequence[nn.Module]] = _itself
-    """The modules whose calls torch.compile takes; none where the forward is not written for one graph."""
+    """The modules to compile with torch.compile; none if the forward cannot be one graph."""
 
 
 AnyKind = NetworkKind[Any, Any]

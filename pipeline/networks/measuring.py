@@ -1,6 +1,6 @@
-"""What the measures of a network in training share: a few validation rows, and the way in which it is sampled.
+"""Validation rows and the sampler for the sample-quality metrics during training.
 
-The seeds and the sampler are always the same, and not the recipe's: how a network is sampled is no part of its
+The seeds and the sampler are always the same, and not those of the recipe, because sampler settings are no part of a
 training. Legend: B rows, D joint space.
 """
 
@@ -38,14 +38,14 @@ def num_pictures(side_px: int) -> int:
 
 @dataclass(frozen=True)
 class ValidationRows:
-    """The first validation rows of one training; what does not change from time to time is computed once."""
+    """The first validation rows of one training; their encodings are computed once."""
 
     batch: Batch
     """On the device of the network."""
     frozen_clip: FrozenClip | None
     """None for a network that does not read captions."""
     seed: int
-    """Of the training."""
+    """Seed of the training."""
 
     @property
     def clip(self) -> FrozenClip:

@@ -19,7 +19,7 @@ from pipeline.networks.kind import NetworkKind
 class NoisyClipObjective(nn.Module):
     """Pictures at random timesteps against their captions, as the frozen CLIP embeds these.
 
-    Each worker contrasts its own share of the batch: what it learns from is a worker's share, not the global batch.
+    Each worker contrasts only its own share of the batch, so the number of negatives is that of a share.
 
     Args:
         network: The noise-aware tower.

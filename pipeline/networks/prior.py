@@ -22,7 +22,7 @@ _ANALYTIC_ROWS = 512
 
 
 class PriorObjective(nn.Module):
-    """Squared error of the un-noised z_image that the network predicts, captions dropped at times.
+    """Squared error of the predicted un-noised z_image; captions are dropped at random.
 
     Args:
         network: The prior.
@@ -68,7 +68,7 @@ def _work(prior: Prior, _clip: object) -> Work:
 
 
 def _measure_x0_variance(prior: Prior, encode: TextEncoder, train: Samples, seed: int) -> None:
-    """Fill in what analytic sampling needs, from training rows."""
+    """Measure ``x0_variance`` on training rows, if the sampler is analytic."""
     if prior.config.sampler.method != "analytic":
         return
     batch = train.first(_ANALYTIC_ROWS)

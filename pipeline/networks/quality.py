@@ -1,4 +1,4 @@
-"""Numbers about pictures alone: how like a reference they are, and how sharp. A picture is uint8 (H, W, 3)."""
+"""Metrics of pictures: similarity to a reference, and sharpness. A picture is uint8 (H, W, 3)."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def psnr_db(a: Array, b: Array) -> Array:
 def ssim(a: Array, b: Array) -> Array:
     """Structural similarity of each picture, mean over pixels and colours: Wang et al., 2004, equation 13.
 
-    Gaussian window of 11 px with sigma 1.5, less where a picture is smaller; only whole windows count.
+    Gaussian window of 11 px with sigma 1.5, smaller for smaller pictures; only whole windows count.
 
     Args:
         a: (N, H, W, 3), uint8.

@@ -41,7 +41,7 @@ class UpsamplerObjective(nn.Module):
         return self._loss(lambda x, t: network(x, t, condition), x0, generator)
 
     def _level(self, x0: Tensor, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
-        """The share of noise of each sample's condition, and that noise; None where there is none."""
+        """The share of noise of each sample's condition, and that noise; None if it has none."""
         largest = self.network.config.noise_level_max
         if not largest:
             return None, None
@@ -56,7 +56,7 @@ def _denoiser(upsampler: Upsampler, rows: ValidationRows) -> tuple[Denoise, Tens
 
 
 def _measure(upsampler: Upsampler, rows: ValidationRows) -> dict[str, float]:
-    """PSNR of pictures made small and enlarged again, and that of bicubic enlargement."""
+    """PSNR of pictures that were shrunk and enlarged again, and that of bicubic enlargement."""
     config = upsampler.config
     large = resize(to_pixels(rows.batch.require_images()), config.image_px)
     small = resize(large, config.low_res_px)

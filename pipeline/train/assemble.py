@@ -1,4 +1,4 @@
-"""What the training of a network is put together from: the rows it reads, the network, its loss, what it leaves."""
+"""The parts of a training: its rows, its network, its loss, and the artifact that it writes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.clip import FrozenClip
 
 CAPTION_TABLE_BYTES = 512 << 20
-"""Encodings of all captions are kept when they take no more than this."""
+"""Encodings of all captions are kept in memory if they take at most this much."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TrainJob:
     """Committed artifacts, by step name."""
     output: Artifact
     digest: str
-    """The step's key: what a checkpoint belongs to."""
+    """The step's key, which its checkpoints carry."""
     device: torch.device
     rank: int = 0
     world_size: int = 1
@@ -65,7 +65,7 @@ class TrainJob:
 
 @dataclass(frozen=True)
 class Parts:
-    """The pieces that the loop puts together."""
+    """The parts of one training."""
 
     network: nn.Module
     objective: Callable[[nn.Module], nn.Module]
@@ -79,7 +79,7 @@ class Parts:
 
 
 def assemble(job: TrainJob) -> Parts:
-    """Build the pieces; the network's first weights depend on the seed alone.
+    """Build the parts; the network's first weights depend on the seed alone.
 
     Raises:
         DataError: If the input artifacts are damaged or do not fit together.
@@ -125,7 +125,7 @@ def _create(job: TrainJob, clip: FrozenClip | None) -> nn.Module:
 
 
 def _samples(job: TrainJob, split: str) -> Samples:
-    """Rows of one split, with what this kind of network reads of them."""
+    """Rows of one split, with the columns that this kind of network reads."""
     kind, config = job.kind, job.section.model
     image_px: int = getattr(config, "image_px") if kind.pictures else 0  # noqa: B009  (kinds of pictures have it)
     download = job.inputs["download"] if kind.pictures else None
@@ -140,7 +140,7 @@ def _no_captions(captions: Sequence[str]) -> TextEncoding:
 
 
 def _caption_table(clip: FrozenClip, train: Samples) -> TextEncoder:
-    """Captions encoded once where they are few, batch by batch otherwise."""
+    """An encoder that encodes all captions once if they are few, else batch by batch."""
     row_bytes = 4 * (clip.dims.context_length * clip.dims.text_width + clip.dims.embed_dim)
     if train.num_rows * row_bytes > CAPTION_TABLE_BYTES:
         return CaptionTable(clip.encode_text, None)

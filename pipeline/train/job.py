@@ -32,10 +32,10 @@ def run_job(job: TrainJob, watch: Watch) -> Json:
 
     Args:
         job: What to train, and which worker this is.
-        watch: Hears of progress; called on rank 0 alone.
+        watch: Receives progress; called on rank 0 only.
 
     Returns:
-        What was measured: the last losses, parameters, steps; empty on ranks above 0.
+        Metrics: the last losses, parameters, steps; empty on ranks above 0.
 
     Raises:
         DataError: If the input artifacts are damaged, or hold no row.
@@ -107,10 +107,10 @@ class MetricsLog:
         self.rows.append({"step": state.step, "loss": loss, "grad_norm": float(state.grad_norm), "lr": rate})
         return loss
 
-    def add_validation(self, step: int, measured: dict[str, float]) -> None:
+    def add_validation(self, step: int, metrics: dict[str, float]) -> None:
         """Add loss and measures on the validation split, if there is one; their names begin with ``val_``."""
-        if measured:
-            self.rows.append({"step": step, **measured})
+        if metrics:
+            self.rows.append({"step": step, **metrics})
 
     def flush(self) -> None:
         """Publish all rows."""
@@ -126,7 +126,7 @@ class MetricsLog:
 
 
 def _require_same_step(state: TrainState) -> None:
-    """All workers must continue from the same checkpoint; they do not where the workspace is not shared.
+    """All workers must continue from the same checkpoint; they cannot if the workspace is not shared.
 
     Raises:
         ResumeError: If they do not.

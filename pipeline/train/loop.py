@@ -1,4 +1,4 @@
-"""The training loop: plain torch, knows no model and no Ray. The step function is passed in."""
+"""The training loop in plain torch: it knows no model and no Ray. The step function is passed in."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def train(
     """Train from ``state.step`` to the end.
 
     Args:
-        state: Where the training stands.
+        state: The state of the training.
         step_fn: One optimizer step; see ``make_step``.
         batches: Batches from step ``state.step`` on.
         config: Number of steps.
@@ -61,8 +61,8 @@ def train(
 def make_step(objective: nn.Module, config: TrainConfig, *, seed: int, rank: int = 0) -> StepFunction:
     """The step function of one training.
 
-    A step whose loss or gradient is not finite updates nothing, nor does any after it: the check runs on the device
-    and is read there by ``require_finite``.
+    A step whose loss or gradient is not finite updates nothing, and neither do later steps. The check runs on the
+    device; ``require_finite`` reads its result.
 
     Args:
         objective: (batch, generator) -> mean loss of this worker's share; wrapped for data parallelism where needed.
@@ -107,7 +107,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def require_finite(state: TrainState) -> None:
-    """Stop a training that has gone wrong.
+    """Stop a training after a loss or gradient that is not finite.
 
     Raises:
         StepError: Names the first bad step; no weight was changed by it.

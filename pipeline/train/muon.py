@@ -1,4 +1,4 @@
-"""Muon (K. Jordan, 2024, "Muon: an optimizer for hidden layers in neural networks"), and AdamW for all else.
+"""Muon (K. Jordan, 2024, "Muon: an optimizer for hidden layers in neural networks"), and AdamW for the rest.
 
 A kernel's momentum is replaced by the orthogonal matrix nearest to it, so that it moves equally far in every direction;
 rare directions are then learned as soon as frequent ones. A kernel of C_out x C_in x k x k counts as a matrix
@@ -31,11 +31,11 @@ class Muon(torch.optim.AdamW):
 
     Args:
         groups: Parameter groups; those of Muon have parameters of two dimensions and more.
-        **options: Of AdamW; ``fused`` is set, for its ``found_inf`` skips a step on the device.
+        **options: Options of AdamW; ``fused`` must be set, because its ``found_inf`` skips a step on the device.
     """
 
     found_inf: Tensor | None = None
-    """1 where the gradients are not finite: the step then changes nothing, and nobody waits for the device."""
+    """1 if the gradients are not finite: the step then changes nothing, and the host does not wait for the device."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -83,7 +83,7 @@ def orthogonal(matrices: Float[Tensor, "G M N"]) -> Float[Tensor, "G M N"]:
 
 
 def kernels_of(network: nn.Module) -> list[Tensor]:
-    """What Muon moves: the weights of convolutions and linear layers, large enough on both sides."""
+    """The parameters that Muon updates: the weights of convolutions and linear layers, large enough on both sides."""
     return [
         module.weight
         for module in network.modules()

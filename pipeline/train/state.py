@@ -85,7 +85,7 @@ def save_checkpoint(state: TrainState, artifact: Artifact, digest: str, num_kept
     Args:
         state: The state.
         artifact: The artifact of the running step.
-        digest: What the checkpoint belongs to: seed, configuration and inputs.
+        digest: Key of the training: seed, configuration and inputs.
         num_kept: Newest checkpoints to keep.
     """
     tensors = {f"network.{name}": tensor for name, tensor in state.network.state_dict().items()}
@@ -102,7 +102,7 @@ def save_checkpoint(state: TrainState, artifact: Artifact, digest: str, num_kept
 
 
 def load_newest_checkpoint(state: TrainState, artifact: Artifact, digest: str) -> bool:
-    """Continue from the newest checkpoint that can be read; False where there is none.
+    """Continue from the newest checkpoint that can be read; False if there is none.
 
     Raises:
         ResumeError: If it belongs to another configuration or does not fit the network.
@@ -171,10 +171,10 @@ def _load_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
     for parameter, name in _names(state).items():
         keys = [key for key in ("exp_avg", "exp_avg_sq", "momentum") if f"{name}.{key}" in tensors]
         # The fused kernel walks parameter and moments in memory order: they must have the same one.
-        kept = {key: torch.empty_like(parameter).detach() for key in keys}
-        for key, moment in kept.items():
+        moments = {key: torch.empty_like(parameter).detach() for key in keys}
+        for key, moment in moments.items():
             moment.copy_(tensors[f"{name}.{key}"])
         if f"{name}.step" in tensors:
-            kept["step"] = tensors[f"{name}.step"].to(parameter.device, copy=True)
-        if kept:
-            state.optimizer.state[parameter] = kept
+            moments["step"] = tensors[f"{name}.step"].to(parameter.device, copy=True)
+        if moments:
+            state.optimizer.state[parameter] = moments

@@ -21,7 +21,7 @@ class Validation:
 
     Args:
         job: The training.
-        parts: Its pieces.
+        parts: Its parts.
     """
 
     def __init__(self, job: TrainJob, parts: Parts) -> None:
@@ -30,16 +30,16 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, network: nn.Module) -> dict[str, float]:
-        """``val_loss`` and the measures of the kind as ``val_<name>``; nothing where there are no validation rows."""
+        """``val_loss`` and the measures of the kind as ``val_<name>``; nothing if there are no validation rows."""
         rows = self._parts.validation.first(_LOSS_ROWS)
         if rows is None:
             return {}
         measure = self._job.kind.measure
-        measures = {} if measure is None else measure(network, self._measured)
+        measures = {} if measure is None else measure(network, self._metric_rows)
         return {"val_loss": self._loss(network, rows)} | {f"val_{name}": value for name, value in measures.items()}
 
     @cached_property
-    def _measured(self) -> ValidationRows:
+    def _metric_rows(self) -> ValidationRows:
         job, parts = self._job, self._parts
         image_px: int = getattr(job.section.model, "image_px", 0)
         rows = parts.validation.first(num_pictures(image_px) if job.kind.pictures else NUM_EMBEDDINGS)

@@ -1,15 +1,16 @@
 """Data for which the perfect denoiser is known in closed form."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.diffusion.config import DiffusionConfig
-from models.diffusion.process import Diffusion
+from models.diffusion.process import Denoise, Diffusion
+from models.diffusion.samplers import iterate_inversion
 
-Denoise = Callable[[Tensor, Tensor], Tensor]
 PUBLISHED_STD = 0.5375
 """Spread of the data on which few-step errors of the samplers were published, to three places: the only one that gives all
 seven of them (DDIM, DPM-Solver++ and DDIM inversion). It is the paper's scale of z_image (arXiv:2204.06125, section 2)."""
@@ -17,6 +18,17 @@ seven of them (DDIM, DPM-Solver++ and DDIM inversion). It is the paper's scale o
 
 def make_diffusion(**changes: object) -> Diffusion:
     return Diffusion(DiffusionConfig(**changes))  # type: ignore[arg-type]  (tests pass literals)
+
+
+def output_from_x0(diffusion: Diffusion, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """The output (without variance channels) that a network must give at (x, t) to mean ``x0``."""
+    return diffusion.target(x0, diffusion.eps_from_x0(x0, x, t), t)
+
+
+def invert_ddim(denoise: Denoise, x0: Tensor, diffusion: Diffusion, timesteps: Sequence[int], **options: Any) -> Tensor:
+    """The x_T from which DDIM with the same timesteps samples ``x0``."""
+    *_, last = iterate_inversion(denoise, x0, diffusion, timesteps, **options)
+    return last.x
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,6 @@ class GaussianData:
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             x0 = self.posterior_mean(diffusion, x, t)
-            return diffusion.output_from_x0(x0, x.double(), t).to(x.dtype)
+            return output_from_x0(diffusion, x0, x.double(), t).to(x.dtype)
 
         return denoise

@@ -1,4 +1,4 @@
-"""Principal components: merging, and the numbers as tokens (against scikit-learn: tests/oracles)."""
+"""Principal components, and the numbers as tokens (against scikit-learn: tests/oracles)."""
 
 import numpy as np
 import pytest
@@ -9,19 +9,12 @@ from models.ar_prior.buckets import DotHistogram, from_buckets, to_buckets
 from models.pca import Pca, PcaSums
 
 
-def test_pca_of_merged_sums_is_that_of_all_rows() -> None:
-    x = embeddings()
-    parts = []
-    for rows in (x[:7], x[7:7], x[7:150], x[150:]):
-        sums = PcaSums(12)
-        for start in range(0, len(rows), 40):
-            sums.update(rows[start : start + 40])
-        parts.append(sums)
-    whole = PcaSums(12)
-    for part in parts:
-        whole.merge(part)
-    assert whole.num_rows == 300
-    pca, expected = whole.pca(), measured(x)
+def test_pca_of_batches_is_that_of_all_rows() -> None:
+    x, sums = embeddings(), PcaSums(12)
+    for rows in (x[:0], x[:7], x[7:7], x[7:150], x[150:]):
+        sums.update(rows)
+    assert sums.num_rows == 300
+    pca, expected = sums.pca(), measured(x)
     torch.testing.assert_close(pca.components, expected.components, rtol=0, atol=1e-9)
     torch.testing.assert_close(pca.variance, expected.variance, rtol=1e-9, atol=1e-15)
     torch.testing.assert_close(pca.mean, expected.mean)
@@ -51,14 +44,10 @@ def test_keep_by_energy_takes_a_share_to_the_bound_and_all_where_none_suffices()
     assert len(pca.keep(2).keep_by_energy(0.1).components) == 2
 
 
-def test_directions_and_workers_without_rows_count_as_nothing() -> None:
+def test_directions_without_variance_count_as_nothing() -> None:
     flat = embeddings() @ torch.linalg.qr(torch.randn(12, 5, generator=torch.Generator().manual_seed(1)).double())[0]
     turned = flat @ torch.linalg.qr(torch.randn(12, 5, generator=torch.Generator().manual_seed(2)).double())[0].T
-    sums, idle = PcaSums(12), PcaSums(12)
-    idle.update(turned[:0])
-    sums.update(turned)
-    sums.merge(idle)
-    variance = sums.pca().variance
+    variance = measured(turned).variance
     assert (variance >= 0).all()
     assert variance[5:].max() < 1e-12
 
@@ -68,8 +57,6 @@ def test_pca_refuses_what_has_no_components() -> None:
         measured(embeddings(1))
     with pytest.raises(ValueError, match="13 components"):
         measured(embeddings()).keep(13)
-    with pytest.raises(ValueError, match="4 features"):
-        PcaSums(12).merge(PcaSums(4))
 
 
 def test_buckets_are_of_equal_width_and_ends_take_the_rest() -> None:
@@ -90,11 +77,10 @@ def test_edges_are_linear_inside_a_bin() -> None:
 
 def test_dot_edges_cut_the_data_into_equally_frequent_buckets() -> None:
     dot = torch.rand(5000, generator=torch.Generator().manual_seed(0)) ** 3 - 0.4
-    first, second = DotHistogram(), DotHistogram()
-    first.update(dot[:1000])
-    second.update(dot[1000:])
-    first.merge(second)
-    edges = first.edges(8)
+    histogram = DotHistogram()
+    histogram.update(dot[:1000])
+    histogram.update(dot[1000:])
+    edges = histogram.edges(8)
     assert edges.tolist() == sorted(edges.tolist())
     np.testing.assert_allclose(edges, np.quantile(dot.numpy(), np.arange(1, 8) / 8), atol=1e-3)
     counts = torch.bincount(torch.bucketize(dot, edges), minlength=8)
@@ -103,5 +89,3 @@ def test_dot_edges_cut_the_data_into_equally_frequent_buckets() -> None:
     assert DotHistogram().counts.sum() == 0
     with pytest.raises(ValueError, match="no dot product"):
         DotHistogram().edges(8)
-    with pytest.raises(ValueError, match="bins"):
-        first.merge(DotHistogram(4))

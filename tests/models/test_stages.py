@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from gaussian_data import invert_ddim
 from test_cascade import make_upsampler
 from test_editor import Pictures, picture, right_half
 from tiny_models import DIMS, UNET, make_text, randomise
@@ -26,7 +27,7 @@ from models.diffusion.guidance import classifier_free
 from models.diffusion.limits import ClipRange
 from models.diffusion.noise import NoiseSource
 from models.diffusion.process import Diffusion
-from models.diffusion.samplers import invert_ddim, sample, sample_along
+from models.diffusion.samplers import sample, sample_along
 from models.diffusion.schedules import strided_timesteps
 from models.diffusion.steps import ddim_step
 from models.editor import Editor, EditSettings
@@ -146,7 +147,7 @@ def test_edits_sample_what_the_samplers_sample(inpainting: bool) -> None:
     known, redraw = resize_crop(to_pixels(image), 8).expand(3, -1, -1, -1), resize_mask(mask, 8).expand(3, -1, -1, -1)
     planes = known_planes(known, redraw) if inpainting else None
     z_image = plain_z_image(networks.prior, text, sampler)
-    condition = decoder.encode_condition(z_image, text, known=planes)
+    condition = decoder.encode_condition(z_image, text, planes=planes)
     condition = concat_rows([decoder.null_condition(3, planes), condition])
     denoise = classifier_free(lambda x, t: decoder(x, t, condition), SCALE)
     noise = NoiseSource.from_seeds(SEEDS, "edit")

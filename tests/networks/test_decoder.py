@@ -60,7 +60,7 @@ def test_decoder_with_inpainting_channels_learns_to_continue_the_known_part() ->
     drawn[..., 4:] = True
     errors = []
     for known in (None, known_planes(x0, drawn)):
-        condition = decoder.encode_condition(batch.require_z_image(), _no_captions(batch.captions), known=known)
+        condition = decoder.encode_condition(batch.require_z_image(), _no_captions(batch.captions), planes=known)
         with torch.no_grad():
             errors.append((decoder(noised, t, condition) - x0)[..., 4:].pow(2).mean().item())
     assert errors[1] < 0.35 * errors[0]

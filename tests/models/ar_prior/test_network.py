@@ -12,6 +12,7 @@ from models.ar_prior.config import ArPriorConfig
 from models.ar_prior.network import ArPrior
 from models.clip_config import ClipDims
 from models.pca import PcaSums
+from models.rows import take_rows
 
 CONFIG = ArPriorConfig(width=16, depth=3, num_heads=4, num_components=5, num_buckets=7, num_dot_buckets=4)
 
@@ -172,7 +173,9 @@ def test_cached_sequences_may_stand_at_different_components(prior: ArPrior) -> N
     prefix = prior.encode_condition(make_text((3, 7)))
     whole = prior(tokens, dot, prefix)
     cache = prior.start(prefix)
-    prior.next_logits(cache[1:2], dot[1:], torch.tensor([0]))  # a view: the second is one component ahead
+    prior.next_logits(
+        take_rows(cache, slice(1, 2)), dot[1:], torch.tensor([0])
+    )  # a view: the second is one component ahead
     for component in range(4):
         last = torch.stack([dot[0] if component == 0 else tokens[0, component - 1], tokens[1, component]])
         logits = prior.next_logits(cache, last, torch.tensor([component, component + 1]))

@@ -59,32 +59,32 @@ def decoder() -> Decoder:
 def test_decoder_reads_the_known_part_and_nothing_of_the_rest(decoder: Decoder) -> None:
     text, z_image, t = make_text((3,)), torch.ones(1, DIMS.embed_dim), torch.tensor([500])
     x, pixels = torch.randn(1, 3, 8, 8), torch.rand(1, 3, 8, 8)
-    drawn = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
-    drawn[..., 4:] = True
+    mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    mask[..., 4:] = True
     other_left, other_right = pixels.clone(), pixels.clone()
     other_left[..., :4], other_right[..., 4:] = 0.5, 0.5
 
     def output(shown: torch.Tensor | None) -> torch.Tensor:
-        known = None if shown is None else known_planes(shown, drawn)
-        return decoder(x, t, decoder.encode_condition(z_image, text, known=known))
+        planes = None if shown is None else known_planes(shown, mask)
+        return decoder(x, t, decoder.encode_condition(z_image, text, planes=planes))
 
     assert torch.equal(output(pixels), output(other_right))
     assert not torch.allclose(output(pixels), output(other_left))
-    nothing = known_planes(pixels, torch.ones_like(drawn))
-    condition = decoder.encode_condition(z_image, text, known=nothing)
+    nothing = known_planes(pixels, torch.ones_like(mask))
+    condition = decoder.encode_condition(z_image, text, planes=nothing)
     assert torch.equal(decoder(x, t, condition), output(None))
 
 
 def test_conditions_with_and_without_a_known_part_can_be_joined(decoder: Decoder) -> None:
     text, z_image, t = make_text((3,)), torch.ones(1, DIMS.embed_dim), torch.tensor([500, 20])
     planes = known_planes(torch.rand(1, 3, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.bool))
-    parts = [decoder.encode_condition(z_image, text, known=known) for known in (None, planes)]
+    parts = [decoder.encode_condition(z_image, text, planes=each) for each in (None, planes)]
     x = torch.randn(2, 3, 8, 8)
     joined = concat_rows(parts)
     together = decoder(x, t, joined)
     for i, part in enumerate(parts):
         torch.testing.assert_close(together[i : i + 1], decoder(x[i : i + 1], t[i : i + 1], part), rtol=0, atol=1e-5)
-        torch.testing.assert_close(joined.known[i : i + 1], planes if i else torch.zeros_like(planes))
+        torch.testing.assert_close(joined.planes[i : i + 1], planes if i else torch.zeros_like(planes))
 
 
 def test_guidance_tells_both_halves_of_the_known_part(decoder: Decoder) -> None:
@@ -92,7 +92,7 @@ def test_guidance_tells_both_halves_of_the_known_part(decoder: Decoder) -> None:
     x, planes = torch.randn(1, 3, 8, 8), known_planes(torch.rand(1, 3, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.bool))
     with torch.no_grad():
         null = decoder(x, t, decoder.null_condition(1, planes))
-        condition = decoder.encode_condition(z_image, text, known=planes)
+        condition = decoder.encode_condition(z_image, text, planes=planes)
         both = concat_rows([decoder.null_condition(1, planes), condition])
         plain, guided = decoder(x, t, condition), DecoderStage.of(decoder).denoiser(both, [3.0])(x, t)
     torch.testing.assert_close(guided[:, :3], (null + 3 * (plain - null))[:, :3], rtol=0, atol=1e-4)
@@ -101,7 +101,7 @@ def test_guidance_tells_both_halves_of_the_known_part(decoder: Decoder) -> None:
 def test_decoder_without_the_channels_refuses_a_known_part() -> None:
     plain = Decoder(DecoderConfig(image_px=8, context_width=6, unet=UNET), DIMS)
     with pytest.raises(ValueError, match="no inpainting channels"):
-        plain.encode_condition(torch.ones(1, DIMS.embed_dim), make_text((3,)), known=torch.zeros(1, 4, 8, 8))
+        plain.encode_condition(torch.ones(1, DIMS.embed_dim), make_text((3,)), planes=torch.zeros(1, 4, 8, 8))
 
 
 def test_replaced_part_is_known_at_the_step_reached_and_clean_at_the_end() -> None:

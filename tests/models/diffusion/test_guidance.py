@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from gaussian_data import GaussianData, make_diffusion
+from gaussian_data import GaussianData, make_diffusion, output_from_x0
 from torch import Tensor
 
-from models.diffusion.guidance import classifier_free, classifier_log_prob, clip_log_prob, score_guided
+from models.diffusion.guidance import classifier_free, clip_log_prob, score_guided
 
 
 def fixed_output(uncond: Tensor, cond: Tensor):  # noqa: ANN201  (a closure that counts its calls)
@@ -50,7 +50,7 @@ def test_classifier_free_is_the_same_guidance_for_every_prediction() -> None:
     found = []
     for prediction in ("eps", "x0", "v"):
         diffusion = make_diffusion(prediction=prediction)
-        both = [diffusion.output_from_x0(x0, x, t) for x0 in (x0_uncond, x0_cond)]
+        both = [output_from_x0(diffusion, x0, x, t) for x0 in (x0_uncond, x0_cond)]
         denoise, _ = fixed_output(*both)
         found.append(diffusion.predict(classifier_free(denoise, 2.5)(x, t), x, t, t - 1).x0)
     torch.testing.assert_close(found[0], found[1])
@@ -71,12 +71,15 @@ def test_classifier_guidance_turns_a_mixture_into_its_component(prediction: str)
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         share = torch.softmax(log_densities(x, t), dim=1)
         means = torch.cat([one.posterior_mean(diffusion, x, t) for one in components], dim=1)
-        return diffusion.output_from_x0((share * means).sum(dim=1, keepdim=True), x, t)
+        return output_from_x0(diffusion, (share * means).sum(dim=1, keepdim=True), x, t)
 
     t = torch.tensor([50, 300, 600])
     x = torch.randn(3, 1, dtype=torch.float64)
     for label in (0, 1):
-        log_prob = classifier_log_prob(log_densities, torch.full((3,), label))
+
+        def log_prob(x: Tensor, t: Tensor, label: int = label) -> Tensor:
+            return torch.log_softmax(log_densities(x, t), dim=1)[:, label]
+
         with torch.no_grad():  # samplers run without gradients; the guidance makes its own
             found = score_guided(denoise, log_prob, diffusion, 1.0)(x, t)
         expected = components[label].denoiser(diffusion)(x, t)

@@ -5,11 +5,11 @@ from typing import Literal
 
 import pytest
 import torch
-from gaussian_data import PUBLISHED_STD, GaussianData, make_diffusion
+from gaussian_data import PUBLISHED_STD, GaussianData, invert_ddim, make_diffusion, output_from_x0
 
 from models.diffusion.limits import ClipRange
 from models.diffusion.noise import NoiseSource
-from models.diffusion.samplers import invert_ddim, sample_along
+from models.diffusion.samplers import sample_along
 from models.diffusion.schedules import strided_timesteps
 from models.diffusion.steps import SamplerState, ddim_invert_step, ddim_step
 
@@ -59,7 +59,7 @@ def test_ddim_inversion_limits_every_prediction_as_the_steps_forwards_do() -> No
     x0 = DATA.std * torch.linspace(-1, 1, 101, dtype=torch.float64)[None]
 
     def limited(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return diffusion.output_from_x0(limit(DATA.posterior_mean(diffusion, x, t)), x, t)
+        return output_from_x0(diffusion, limit(DATA.posterior_mean(diffusion, x, t)), x, t)
 
     for num_refinements in (0, 2):
         walk = partial(invert_ddim, x0=x0, diffusion=diffusion, timesteps=steps, num_refinements=num_refinements)

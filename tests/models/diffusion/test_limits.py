@@ -1,16 +1,16 @@
 """Limits on the predicted x0: what they keep, rescale and agree with."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
-from gaussian_data import GaussianData, make_diffusion
+from gaussian_data import GaussianData, make_diffusion, output_from_x0
 
 from models.diffusion.config import SamplerConfig
 from models.diffusion.limits import ClipRange, DynamicThreshold
 from models.diffusion.noise import NoiseSource
-from models.diffusion.samplers import iterate, sample
+from models.diffusion.process import Denoise
+from models.diffusion.samplers import config_timesteps, iterate_steps, make_step, sample
 from models.diffusion.steps import SamplerState, ddim_step
 
 
@@ -43,20 +43,18 @@ def test_every_method_limits_every_prediction(method: str) -> None:
     measured = data.posterior_variance(diffusion)
 
     def eager(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return diffusion.output_from_x0(2 * data.posterior_mean(diffusion, x, t), x, t)
+        return output_from_x0(diffusion, 2 * data.posterior_mean(diffusion, x, t), x, t)
 
     def limited(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return diffusion.output_from_x0((2 * data.posterior_mean(diffusion, x, t)).clamp(-0.3, 0.3), x, t)
+        return output_from_x0(diffusion, (2 * data.posterior_mean(diffusion, x, t)).clamp(-0.3, 0.3), x, t)
 
-    noise = partial(NoiseSource.from_seeds, [1, 2])
-    found, expected, free = (
-        torch.stack([state.x for state in iterate(denoise, x_T, diffusion, each, noise(), x0_variance=measured)])
-        for denoise, each in (
-            (eager, config),
-            (limited, replace(config, clip_x0=False)),
-            (eager, replace(config, clip_x0=False)),
-        )
-    )
+    def walk(denoise: Denoise, config: SamplerConfig) -> torch.Tensor:
+        step = make_step(config, NoiseSource.from_seeds([1, 2]), x0_variance=measured)
+        states = iterate_steps(step, denoise, x_T, diffusion, config_timesteps(config, diffusion))
+        return torch.stack([state.x for state in states])
+
+    free_config = replace(config, clip_x0=False)
+    found, expected, free = walk(eager, config), walk(limited, free_config), walk(eager, free_config)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
     assert (found - free).abs().max() > 0.1
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gaussian_data import GaussianData, make_diffusion
+from gaussian_data import GaussianData, make_diffusion, output_from_x0
 from torch import Tensor
 
 from models.diffusion.bits_per_dim import Bound, bits_per_dim, timestep_groups
@@ -102,7 +102,7 @@ def test_min_snr_weighs_the_same_error_of_x0_alike_for_every_prediction(predicti
     x0, _, x_t = noised(diffusion, t)
     noise = diffusion.eps_from_x0(x0, x_t, t)
     wrong_x0 = x0 + 0.1
-    found = diffusion.losses_from_output(diffusion.output_from_x0(wrong_x0, x_t, t), x0, x_t, t, noise).loss
+    found = diffusion.losses_from_output(output_from_x0(diffusion, wrong_x0, x_t, t), x0, x_t, t, noise).loss
     alpha_bar = diffusion.alpha_bar(t)
     expected = (alpha_bar / (1 - alpha_bar)).clamp(max=5) * 0.1**2
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
@@ -165,7 +165,7 @@ def test_vlb_term_equals_a_numerical_integral_of_the_two_steps() -> None:
     t = torch.tensor([60])
     x0, x_t, x0_hat, fraction = 0.4, -0.9, 0.1, 0.3
     one = torch.ones(1, 1, dtype=torch.float64)
-    output = torch.cat([diffusion.output_from_x0(x0_hat * one, x_t * one, t), (2 * fraction - 1) * one], dim=1)
+    output = torch.cat([output_from_x0(diffusion, x0_hat * one, x_t * one, t), (2 * fraction - 1) * one], dim=1)
     found = diffusion.vlb_terms(diffusion.predict(output, x_t * one, t, t - 1), x0 * one, x_t * one, t).item()
 
     alpha_bar, alpha_bar_prev = diffusion.alpha_bar(t).item(), diffusion.alpha_bar(t - 1).item()
@@ -191,7 +191,7 @@ def test_vlb_terms_are_the_same_for_every_kind_of_prediction() -> None:
         diffusion = make_diffusion(prediction=prediction, variance="learned_range")
         x0, _, x_t = noised(diffusion, t)
         x0 = ((x0 + 1) * 127.5).round() / 127.5 - 1
-        mean = diffusion.output_from_x0(0.8 * x0, x_t, t)
+        mean = output_from_x0(diffusion, 0.8 * x0, x_t, t)
         output = torch.cat([mean, torch.full_like(mean, 0.2)], dim=1)
         found.append(diffusion.vlb_terms(diffusion.predict(output, x_t, t, t - 1), x0, x_t, t))
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-9)
@@ -278,7 +278,7 @@ def test_bits_per_dim_sums_every_term_and_heeds_limit_and_bin() -> None:
     data, diffusion, x0 = GaussianData(std=2.0), make_diffusion(num_timesteps=4), torch.ones(1, 1, 64).double()
 
     def limited(x: Tensor, t: Tensor) -> Tensor:
-        return diffusion.output_from_x0(data.posterior_mean(diffusion, x, t).clamp(-0.5, 0.5), x, t)
+        return output_from_x0(diffusion, data.posterior_mean(diffusion, x, t).clamp(-0.5, 0.5), x, t)
 
     def bound(denoise: Callable[[Tensor, Tensor], Tensor], **options: Any) -> Bound:
         return bits_per_dim(denoise, x0, diffusion, NoiseSource.from_seeds([0]), **options)
@@ -322,7 +322,7 @@ def test_bits_per_dim_of_some_terms_estimates_that_of_all() -> None:
     x0 = (x0 * 255).round() / 127.5 - 1
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        return diffusion.output_from_x0(torch.full_like(x, 0.2), x, t)
+        return output_from_x0(diffusion, torch.full_like(x, 0.2), x, t)
 
     def total(num_items: int, **options: Any) -> Tensor:
         noise = NoiseSource.from_seeds(range(num_items))

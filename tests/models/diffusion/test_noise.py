@@ -21,15 +21,14 @@ def test_noise_streams_and_seeds_differ_and_repeat() -> None:
     assert 0 <= derive_seed(-3, "x") < 2**63
 
 
-def test_noise_select_and_add_carry_the_generators_on() -> None:
+def test_added_noise_sources_keep_their_generators() -> None:
     source, reference = NoiseSource.from_seeds([1, 2]), NoiseSource.from_seeds([1, 2])
     source.normal((4,))
     reference.normal((4,))
-    joined = source.select([1]) + NoiseSource.from_seeds([3])
-    assert len(joined) == 2
-    assert torch.equal(joined.normal((4,))[0], reference.normal((4,))[1])
-    turned = NoiseSource.from_seeds([1, 2, 3]).select([2, 0])
-    assert torch.equal(turned.normal((4,)), NoiseSource.from_seeds([3, 1]).normal((4,)))
+    both = source + NoiseSource.from_seeds([3])
+    assert len(both) == 3
+    expected = torch.cat([reference.normal((4,)), NoiseSource.from_seeds([3]).normal((4,))])
+    assert torch.equal(both.normal((4,)), expected)
 
 
 def test_uniform_numbers_are_finer_than_single_precision() -> None:

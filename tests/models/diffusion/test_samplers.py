@@ -8,7 +8,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from gaussian_data import PUBLISHED_STD, Denoise, GaussianData, make_diffusion
+from gaussian_data import PUBLISHED_STD, Denoise, GaussianData, invert_ddim, make_diffusion, output_from_x0
 from torch import Tensor
 
 from models.diffusion.config import SamplerConfig
@@ -17,9 +17,8 @@ from models.diffusion.process import Diffusion
 from models.diffusion.samplers import (
     SAMPLERS,
     config_timesteps,
-    invert_ddim,
-    iterate,
     iterate_steps,
+    make_step,
     num_network_calls,
     sample,
     sample_along,
@@ -100,7 +99,7 @@ def test_solvers_of_second_order_reach_sharp_data_in_few_steps(method: str, num_
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         signal, noise = (part[..., None] for part in diffusion.signal_noise(x, t))
         weights = torch.softmax(-((x[..., None] - signal * levels) ** 2) / (2 * noise**2), dim=-1)
-        return diffusion.output_from_x0((weights * levels).sum(-1), x, t)
+        return output_from_x0(diffusion, (weights * levels).sum(-1), x, t)
 
     num_values = 8000
     x_T = torch.distributions.Normal(0, 1).icdf((torch.arange(num_values, dtype=torch.float64) + 0.5) / num_values)
@@ -133,7 +132,7 @@ def test_solver_has_its_order(step: Callable[..., SamplerState], least_order: fl
 
 def perfect_for(x0: Tensor, diffusion: Diffusion) -> Denoise:
     """The network for data that are a single sample: it always means ``x0``."""
-    return lambda x, t: diffusion.output_from_x0(x0.to(x.dtype), x, t)
+    return lambda x, t: output_from_x0(diffusion, x0.to(x.dtype), x, t)
 
 
 @pytest.mark.parametrize("num_steps", [7, 27, 64])
@@ -347,16 +346,17 @@ def test_sample_depends_on_its_seed_and_not_on_its_batch(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_iterate_yields_a_preview_per_step_and_ends_in_the_sample(method: str) -> None:
+def test_iterate_steps_yields_a_preview_per_step_and_ends_in_the_sample(method: str) -> None:
     diffusion = make_diffusion()
     config = SamplerConfig(method=method, num_steps=6)  # type: ignore[arg-type]
     x_T = NoiseSource.from_seeds([1]).normal((3, 4, 4))
     options = {"x0_variance": DATA.posterior_variance(diffusion)}
-    states = list(iterate(DATA.denoiser(diffusion), x_T, diffusion, config, NoiseSource.from_seeds([2]), **options))
+    step, steps = make_step(config, NoiseSource.from_seeds([2]), **options), config_timesteps(config, diffusion)
+    states = list(iterate_steps(step, DATA.denoiser(diffusion), x_T, diffusion, steps))
     found = sample(DATA.denoiser(diffusion), x_T, diffusion, config, NoiseSource.from_seeds([2]), **options)
     assert len(states) == 6
     assert torch.equal(states[-1].x, found)
-    assert [state.t_last.item() for state in states] == list(config_timesteps(config, diffusion))
+    assert [state.t_last.item() for state in states] == list(steps)
     assert all(state.x0.abs().max() <= 1 for state in states)  # clip_x0 holds for previews too
     assert not found.requires_grad
 

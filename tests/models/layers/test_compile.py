@@ -84,8 +84,8 @@ def test_decoder_with_all_that_it_may_have_compiles_without_graph_breaks() -> No
     compiled = torch.compile(decoder, backend="eager", fullgraph=True)
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 900])
     with torch.no_grad():
-        condition = encode(z_image, text, known=known)
-    expected = decoder(x, t, decoder.encode_condition(z_image, text, known=known))
+        condition = encode(z_image, text, planes=known)
+    expected = decoder(x, t, decoder.encode_condition(z_image, text, planes=known))
     torch.testing.assert_close(compiled(x, t, condition), expected)
 
 

@@ -29,7 +29,7 @@ def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_prior_predicts_zero_before_training() -> None:
     model = Prior(PriorConfig(width=16, depth=1, num_heads=4), DIMS)
     x, t = batch(2)
-    assert not model(x, t, model.null_condition(2)).any()
+    assert not model(x, t, model.encode_condition(model.null_text.encoding(2))).any()
 
 
 def test_prior_scale_is_that_of_the_paper_at_its_width() -> None:
@@ -89,12 +89,12 @@ def test_prior_reads_caption_timestep_and_noised_embedding(prior: Prior) -> None
     assert all((other != plain).all(1).all() for other in others)
 
 
-def test_prior_dropped_caption_is_the_null_condition(prior: Prior) -> None:
+def test_prior_dropped_caption_is_the_empty_one(prior: Prior) -> None:
     x, t = batch(2)
     keep = torch.tensor([True, False])
     mixed = prior(x, t, prior.encode_condition(make_text((3, 7)), keep=keep))
     kept = prior(x, t, prior.encode_condition(make_text((3, 7))))
-    null = prior(x, t, prior.null_condition(2))
+    null = prior(x, t, prior.encode_condition(prior.null_text.encoding(2)))
     torch.testing.assert_close(mixed[0], kept[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(mixed[1], null[1], rtol=0, atol=1e-5)
     assert (mixed[1] != kept[1]).all()
