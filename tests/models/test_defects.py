@@ -19,11 +19,11 @@ from models.prior.network import Prior
 from models.upsampler.degradation import random_blur
 
 
-def gaussian_denoiser(diffusion: Diffusion, seen: list[int]) -> object:
+def gaussian_denoiser(diffusion: Diffusion, visits: list[int]) -> object:
     denoise = GaussianData(0.5).denoiser(diffusion)
 
     def spy(x: Tensor, t: Tensor) -> Tensor:
-        seen.append(int(t[0]))
+        visits.append(int(t[0]))
         return denoise(x, t)
 
     return spy
@@ -31,11 +31,11 @@ def gaussian_denoiser(diffusion: Diffusion, seen: list[int]) -> object:
 
 @pytest.mark.parametrize("num_steps", [7, 27, 50])
 def test_ddim_does_not_start_below_the_last_timestep_from_pure_noise(num_steps: int) -> None:
-    diffusion, seen = make_diffusion(), list[int]()
+    diffusion, visits = make_diffusion(), list[int]()
     config = SamplerConfig(method="ddim", num_steps=num_steps, clip_x0=False)
-    sample(gaussian_denoiser(diffusion, seen), torch.randn(1, 8), diffusion, config)  # type: ignore[arg-type]
-    assert seen[0] == 999
-    assert seen == list(config_timesteps(config, diffusion))
+    sample(gaussian_denoiser(diffusion, visits), torch.randn(1, 8), diffusion, config)  # type: ignore[arg-type]
+    assert visits[0] == 999
+    assert visits == list(config_timesteps(config, diffusion))
 
 
 def test_ddim_previous_step_is_the_next_of_its_own_list() -> None:
@@ -67,14 +67,14 @@ def test_vlb_term_does_not_ignore_what_the_network_predicts(prediction: str) -> 
     t = torch.tensor([1, 100, 500, 900])
     x_t = diffusion.q_sample(x0, t, noise)
 
-    def bound(said: Tensor) -> Tensor:
-        output = output_from_x0(diffusion, said, x_t, t)
+    def bound(x0_hat: Tensor) -> Tensor:
+        output = output_from_x0(diffusion, x0_hat, x_t, t)
         return diffusion.vlb_terms(diffusion.predict(output, x_t, t, t - 1), x0, x_t, t)
 
     reference = make_diffusion(prediction="x0")
-    said = x0 + 0.1
-    expected = reference.vlb_terms(reference.predict(said, x_t, t, t - 1), x0, x_t, t)
-    torch.testing.assert_close(bound(said), expected)
+    x0_hat = x0 + 0.1
+    expected = reference.vlb_terms(reference.predict(x0_hat, x_t, t, t - 1), x0, x_t, t)
+    torch.testing.assert_close(bound(x0_hat), expected)
     assert bool((bound(x0) < expected).all())
 
 

@@ -155,8 +155,8 @@ def test_noise_of_a_variation_is_its_own_and_not_that_of_its_start(editor: Edito
     step = partial(ddim_step, noise=NoiseSource.from_seeds([5], "edit"), eta=0.8, limit=ClipRange())
     diffusion = Diffusion(decoder.config.diffusion)
     expected = sample_along(step, lambda x, t: decoder(x, t, condition), x, diffusion, editor.timesteps)
-    found = editor.run(editor.walk(eta=0.8), editor.frames(latents.z_image, x, [5]))
-    assert difference(small(found), to_uint8(expected)) <= 1
+    actual = editor.run(editor.walk(eta=0.8), editor.frames(latents.z_image, x, [5]))
+    assert difference(small(actual), to_uint8(expected)) <= 1
 
 
 def test_ends_of_an_interpolation_are_the_reconstructions(editor: Editor, latents: Latents) -> None:

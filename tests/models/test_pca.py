@@ -30,11 +30,11 @@ def test_keep_by_energy_keeps_the_fewest_components_within_the_error() -> None:
     x = embeddings()
     pca = measured(x)
     for max_error in (0.5, 0.1, 0.01):
-        kept = pca.keep_by_energy(max_error)
-        residual = (kept.reconstruct(kept.project(x)) - x).square().sum() / (x - x.mean(0)).square().sum()
+        part = pca.keep_by_energy(max_error)
+        residual = (part.reconstruct(part.project(x)) - x).square().sum() / (x - x.mean(0)).square().sum()
         assert residual <= max_error + 1e-12
-        assert kept.error == pytest.approx(float(residual), abs=1e-9)
-        assert pca.keep(len(kept.components) - 1).error > max_error
+        assert part.error == pytest.approx(float(residual), abs=1e-9)
+        assert pca.keep(len(part.components) - 1).error > max_error
     assert pca.keep_by_energy(0.01).components.shape[0] > pca.keep_by_energy(0.5).components.shape[0]
 
 

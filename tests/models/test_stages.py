@@ -144,17 +144,20 @@ def test_edits_sample_what_the_samplers_sample(inpainting: bool) -> None:
     assert torch.equal(again.values[PIXELS], plain_upsampled(networks.upsampler, small, sampler))
 
     mask, text = right_half(image), Pictures().encode_text(["abc"] * 3)
-    known, redraw = resize_crop(to_pixels(image), 8).expand(3, -1, -1, -1), resize_mask(mask, 8).expand(3, -1, -1, -1)
-    planes = known_planes(known, redraw) if inpainting else None
+    original, redraw = (
+        resize_crop(to_pixels(image), 8).expand(3, -1, -1, -1),
+        resize_mask(mask, 8).expand(3, -1, -1, -1),
+    )
+    planes = known_planes(original, redraw) if inpainting else None
     z_image = plain_z_image(networks.prior, text, sampler)
     condition = decoder.encode_condition(z_image, text, planes=planes)
     condition = concat_rows([decoder.null_condition(3, planes), condition])
     denoise = classifier_free(lambda x, t: decoder(x, t, condition), SCALE)
     noise = NoiseSource.from_seeds(SEEDS, "edit")
     step = partial(ddim_step, noise=noise, limit=ClipRange())
-    step = step if inpainting else replacing(step, known, redraw, noise)
+    step = step if inpainting else replacing(step, original, redraw, noise)
     x_T = NoiseSource.from_seeds(SEEDS, "decoder").normal((3, 8, 8))
-    small = torch.where(redraw, sample_along(step, denoise, x_T, process, timesteps), known)
+    small = torch.where(redraw, sample_along(step, denoise, x_T, process, timesteps), original)
     large = plain_upsampled(networks.upsampler, small, sampler)
     large = torch.where(mask[:, None], large, to_pixels(image))
     assert torch.equal(editor.inpaint(image, mask, "abc", SEEDS).values[PIXELS], large)

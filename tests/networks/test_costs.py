@@ -105,7 +105,7 @@ def test_kept_activations_are_those_of_real_tensors(tiny: Recipe) -> None:
     """Of the upsampler, which has no attention: there a kernel decides what it keeps."""
     assert tiny.upsampler_1 is not None
     upsampler, crops = Upsampler(tiny.upsampler_1.model), torch.randn(2, 3, 8, 8)
-    kept: dict[int, int] = {}
+    storages: dict[int, int] = {}
     alive = []
     own = {parameter.data_ptr() for parameter in upsampler.parameters()}
 
@@ -113,14 +113,14 @@ def test_kept_activations_are_those_of_real_tensors(tiny: Recipe) -> None:
         storage = tensor.untyped_storage()
         alive.append(tensor)
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         upsampler(crops, torch.zeros(2, dtype=torch.int64), crops).sum()
     cost = next(cost for cost in recipe_costs(tiny) if cost.name == "upsampler_1")
     share = tiny.upsampler_1.train.batch_size
-    assert cost.activations_bytes == pytest.approx(sum(kept.values()) / 2 * share, rel=0.02)
+    assert cost.activations_bytes == pytest.approx(sum(storages.values()) / 2 * share, rel=0.02)
 
 
 def test_sampling_counts_steps_guidance_and_candidates(tiny: Recipe, tmp_path: Path) -> None:

@@ -56,11 +56,13 @@ def test_decoder_with_inpainting_channels_learns_to_continue_the_known_part() ->
     batch, t = _flat_pictures(32, generator), torch.full((32,), 999)
     x0 = batch.require_images().permute(0, 3, 1, 2).float() / 127.5 - 1
     noised = Diffusion(diffusion).q_sample(x0, t, torch.randn(x0.shape, generator=generator))
-    drawn = torch.zeros(32, 1, 8, 8, dtype=torch.bool)
-    drawn[..., 4:] = True
+    region = torch.zeros(32, 1, 8, 8, dtype=torch.bool)
+    region[..., 4:] = True
     errors = []
-    for known in (None, known_planes(x0, drawn)):
-        condition = decoder.encode_condition(batch.require_z_image(), _no_captions(batch.captions), planes=known)
+    for condition_planes in (None, known_planes(x0, region)):
+        condition = decoder.encode_condition(
+            batch.require_z_image(), _no_captions(batch.captions), planes=condition_planes
+        )
         with torch.no_grad():
             errors.append((decoder(noised, t, condition) - x0)[..., 4:].pow(2).mean().item())
     assert errors[1] < 0.35 * errors[0]

@@ -16,9 +16,9 @@ from tests.train.data import write_download, write_embed
 
 def test_frechet_distance_is_not_averaged_over_ranks() -> None:
     rng = np.random.default_rng(0)
-    real, drawn = rng.normal(size=(400, 4)), rng.normal(0.3, 1.2, size=(400, 4))
-    whole = frechet_distance(FeatureSums.of(drawn), FeatureSums.of(real))
-    ranks = np.array_split(drawn, 8)
+    real, generated = rng.normal(size=(400, 4)), rng.normal(0.3, 1.2, size=(400, 4))
+    whole = frechet_distance(FeatureSums.of(generated), FeatureSums.of(real))
+    ranks = np.array_split(generated, 8)
     merged = sum((FeatureSums.of(part) for part in ranks[1:]), start=FeatureSums.of(ranks[0]))
     assert frechet_distance(merged, FeatureSums.of(real)) == pytest.approx(whole, rel=1e-9)
     averaged = np.mean([frechet_distance(FeatureSums.of(part), FeatureSums.of(real)) for part in ranks])

@@ -312,10 +312,10 @@ def test_text_configuration_says_what_transformers_would_else_assume() -> None:
     text = clip.model_config["text_cfg"] | {"mlp_ratio": 2.0, "vocab_size": 100}
     for quick, activation in ((True, "quick_gelu"), (False, "gelu")):
         config = clip.model_config | {"text_cfg": text, "quick_gelu": quick}
-        found = export_text(config, clip.model.state_dict()).config
-        assert found["hidden_act"] == activation
-        assert (found["hidden_size"], found["intermediate_size"]) == (16, 32)
-        assert (found["bos_token_id"], found["eos_token_id"], found["pad_token_id"]) == (98, 99, 99)
+        actual = export_text(config, clip.model.state_dict()).config
+        assert actual["hidden_act"] == activation
+        assert (actual["hidden_size"], actual["intermediate_size"]) == (16, 32)
+        assert (actual["bos_token_id"], actual["eos_token_id"], actual["pad_token_id"]) == (98, 99, 99)
 
 
 def test_tokenizer_names_its_two_last_tokens_and_ranks_its_merges() -> None:
@@ -329,9 +329,9 @@ def test_tokenizer_names_its_two_last_tokens_and_ranks_its_merges() -> None:
 
 def test_scheduler_says_the_process_in_the_words_of_diffusers() -> None:
     process = DiffusionConfig(num_timesteps=400, prediction="x0", variance="fixed_small")
-    found = scheduler_config(process, SamplerConfig(clip_x0=False, clip_range=3.0))
-    del found["_class_name"], found["_diffusers_version"]
-    assert found == {
+    actual = scheduler_config(process, SamplerConfig(clip_x0=False, clip_range=3.0))
+    del actual["_class_name"], actual["_diffusers_version"]
+    assert actual == {
         "num_train_timesteps": 400,
         "variance_type": "fixed_small_log",
         "clip_sample": False,
@@ -378,8 +378,8 @@ def test_native_export_copies_every_network(tmp_path: Path) -> None:
     artifacts = save_cascade(cascade, tmp_path / "in")
     export_native(artifacts, tmp_path / "out")
     for name in ("prior", "decoder", "upsampler_1"):
-        found = load_network(Artifact(str(tmp_path / "out" / name)))
-        assert found.state_dict().keys() == load_network(artifacts[name]).state_dict().keys()
+        actual = load_network(Artifact(str(tmp_path / "out" / name)))
+        assert actual.state_dict().keys() == load_network(artifacts[name]).state_dict().keys()
     assert (tmp_path / "out/clip/open_clip_model.safetensors").is_file()
 
 

@@ -11,37 +11,37 @@ CONFIG = DiffusionConfig(num_timesteps=3, timestep_draws="loss_aware")
 X0 = torch.zeros(3000, 2)
 
 
-def _worse_later(seen: list[Tensor]) -> DiffusionLoss:
+def _worse_later(timesteps: list[Tensor]) -> DiffusionLoss:
     """A loss whose history is full, of a network (below) that is the further off the later it is."""
     loss = DiffusionLoss(CONFIG)
-    loss(_network(seen), X0[:300], torch.Generator().manual_seed(0))
-    seen.clear()
+    loss(_network(timesteps), X0[:300], torch.Generator().manual_seed(0))
+    timesteps.clear()
     return loss
 
 
-def _network(seen: list[Tensor]) -> Denoise:
+def _network(timesteps: list[Tensor]) -> Denoise:
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        seen.append(t)
+        timesteps.append(t)
         return (3.0 * t)[:, None].expand_as(x)
 
     return denoise
 
 
 def test_loss_aware_timesteps_favour_large_losses_and_estimate_the_same_loss() -> None:
-    seen: list[Tensor] = []
-    loss = _worse_later(seen)
-    found = loss(_network(seen), X0, torch.Generator().manual_seed(1))
-    counts = torch.bincount(seen[0], minlength=3)
+    timesteps: list[Tensor] = []
+    loss = _worse_later(timesteps)
+    actual = loss(_network(timesteps), X0, torch.Generator().manual_seed(1))
+    counts = torch.bincount(timesteps[0], minlength=3)
     assert counts[0] < counts[1] < counts[2]
     assert counts[2] > 2000  # 37 of 48, less what ten losses stray
-    torch.testing.assert_close(found, torch.tensor((1 + 10 + 37) / 3), rtol=0.05, atol=0)
+    torch.testing.assert_close(actual, torch.tensor((1 + 10 + 37) / 3), rtol=0.05, atol=0)
 
 
 def test_validation_draws_uniformly_and_remembers_nothing() -> None:
-    seen: list[Tensor] = []
-    loss = _worse_later(seen).eval()
+    timesteps: list[Tensor] = []
+    loss = _worse_later(timesteps).eval()
     before = loss.draws.state_dict()
-    loss(_network(seen), X0, torch.Generator().manual_seed(1))
-    assert torch.bincount(seen[0]).min() > 900
+    loss(_network(timesteps), X0, torch.Generator().manual_seed(1))
+    assert torch.bincount(timesteps[0]).min() > 900
     assert all(torch.equal(value, before[name]) for name, value in loss.draws.state_dict().items())
     assert draws_of(torch.nn.Sequential(loss)) is loss.draws

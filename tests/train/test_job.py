@@ -46,13 +46,13 @@ def test_a_killed_training_ends_in_the_same_bytes(tmp_path: Path, name: str) -> 
     with pytest.raises(_KilledError):
         run_job(tiny_job(name, inputs, tmp_path / "wild"), kill)
     assert Artifact(str(tmp_path / "wild")).exists(checkpoint_name(4))
-    seen: list[int] = []
+    steps: list[int] = []
 
     def note(done: int, total: int, message: str) -> None:
-        seen.append(done)
+        steps.append(done)
 
     assert run_job(tiny_job(name, inputs, tmp_path / "wild"), note) == metrics
-    assert seen == [4, 5, 6]  # what the checkpoint holds is not done again
+    assert steps == [4, 5, 6]  # what the checkpoint holds is not done again
     assert _contents(tmp_path / "wild") == calm
 
     rows = [json.loads(line) for line in calm[METRICS].decode().splitlines()]
@@ -176,12 +176,12 @@ def test_an_autoregressive_prior_takes_the_place_of_the_other(tmp_path: Path) ->
     config = Artifact(str(tmp_path / "prior_2")).read_json("config.json")
     assert config["kind"] == "ar_prior"
     assert 1 < config["config"]["num_components"] < EMBED_DIM  # measured: the recipe leaves it open
-    drawn = [cascade.sample(["a red circle"], [0]) for cascade in (diffusion, autoregressive)]
-    assert [result.images.shape for result in drawn] == [(1, 8, 8, 3)] * 2
-    torch.testing.assert_close(drawn[1].z_image.norm(dim=1), torch.ones(1))
-    assert (drawn[0].z_image - drawn[1].z_image).abs().max() > 0.01
+    results = [cascade.sample(["a red circle"], [0]) for cascade in (diffusion, autoregressive)]
+    assert [result.images.shape for result in results] == [(1, 8, 8, 3)] * 2
+    torch.testing.assert_close(results[1].z_image.norm(dim=1), torch.ones(1))
+    assert (results[0].z_image - results[1].z_image).abs().max() > 0.01
     again = load_cascade(inputs | other).sample(["a red circle"], [0])
-    assert torch.equal(again.z_image, drawn[1].z_image)
+    assert torch.equal(again.z_image, results[1].z_image)
 
 
 def test_a_noise_aware_clip_guides_the_cascade_it_is_trained_for(tmp_path: Path) -> None:

@@ -203,8 +203,8 @@ def _train_ranked(rank: int, folder: str) -> None:
         state, step, _batches(0, slice(2 * rank, 2 * rank + 2)), config, TrainResources(log_every_steps=1),
         _nothing, lambda state: losses.append(float(state.loss_sum[0])),
     )  # fmt: skip
-    drawn = {"timesteps": _loss_aware_history(rank)}
-    torch.save({"weights": state.network.state_dict(), "losses": losses} | drawn, f"{folder}/{rank}.pt")
+    timestep_losses = {"timesteps": _loss_aware_history(rank)}
+    torch.save({"weights": state.network.state_dict(), "losses": losses} | timestep_losses, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -225,7 +225,7 @@ def two_workers(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 
 def test_two_workers_draw_timesteps_by_the_losses_of_both(two_workers: list[Any]) -> None:
-    one, two = (found["timesteps"] for found in two_workers)
+    one, two = (actual["timesteps"] for actual in two_workers)
     assert one["counts"].sum() == 2 * 4 * 6
     assert torch.equal(one["counts"], two["counts"])
     assert torch.equal(one["losses"], two["losses"])
@@ -240,7 +240,7 @@ def test_two_workers_train_as_one_does(two_workers: list[Any]) -> None:
         alone, step, _batches(0), config, TrainResources(log_every_steps=1),
         _nothing, lambda state: losses.append(float(state.loss_sum[0])),
     )  # fmt: skip
-    for found in two_workers:
-        assert found["losses"] == pytest.approx(losses, rel=1e-5)
+    for actual in two_workers:
+        assert actual["losses"] == pytest.approx(losses, rel=1e-5)
         for name, weight in alone.network.state_dict().items():
-            assert torch.allclose(found["weights"][name], weight, atol=1e-6)
+            assert torch.allclose(actual["weights"][name], weight, atol=1e-6)

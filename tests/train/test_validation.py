@@ -59,21 +59,21 @@ def test_a_prior_is_measured_by_cosines_to_its_own_and_to_other_rows(
     assert rows is not None
     assert len(rows) > 1
     z_text = load_clip_artifact(inputs["clip"]).encode_text(rows.captions).z_text
-    drawn = prior.out.bias.detach()[None]
+    embedding = prior.out.bias.detach()[None]
     expected = {"cos_z_image": rows.require_z_image(), "cos_z_text": z_text, "cos_unrelated_text": z_text}
-    found = measures(prior)
-    assert found.keys() == expected.keys()
+    actual = measures(prior)
+    assert actual.keys() == expected.keys()
     for name, vectors in expected.items():
-        assert found[name] == pytest.approx(F.cosine_similarity(drawn, vectors).mean().item(), abs=1e-5)
+        assert actual[name] == pytest.approx(F.cosine_similarity(embedding, vectors).mean().item(), abs=1e-5)
 
 
 def test_an_autoregressive_prior_is_measured_alike(inputs: dict[str, Artifact], tmp_path: Path) -> None:
     prior, measures = network_and_measures("prior_2", inputs, tmp_path)
     assert isinstance(prior, ArPrior)
-    found = measures(prior)
-    assert found.keys() == {"cos_z_image", "cos_z_text", "cos_unrelated_text"}
-    assert found["cos_z_text"] != found["cos_unrelated_text"]
-    assert measures(prior) == found
+    actual = measures(prior)
+    assert actual.keys() == {"cos_z_image", "cos_z_text", "cos_unrelated_text"}
+    assert actual["cos_z_text"] != actual["cos_unrelated_text"]
+    assert measures(prior) == actual
 
 
 def test_an_upsampler_that_adds_nothing_is_measured_as_bicubic(inputs: dict[str, Artifact], tmp_path: Path) -> None:
@@ -83,9 +83,9 @@ def test_an_upsampler_that_adds_nothing_is_measured_as_bicubic(inputs: dict[str,
     assert noisy["psnr_db"] < noisy["bicubic_psnr_db"] - 3  # random weights
     diffusion = replace(network.config.diffusion, prediction="x0")
     plain = Upsampler(replace(network.config, diffusion=diffusion, residual=True))
-    found = measures(plain.eval())
-    assert found["bicubic_psnr_db"] == noisy["bicubic_psnr_db"]
-    assert found["psnr_db"] == pytest.approx(found["bicubic_psnr_db"], abs=0.1)
+    actual = measures(plain.eval())
+    assert actual["bicubic_psnr_db"] == noisy["bicubic_psnr_db"]
+    assert actual["psnr_db"] == pytest.approx(actual["bicubic_psnr_db"], abs=0.1)
 
 
 def test_a_decoder_is_measured_by_what_clip_sees_in_its_pictures(
@@ -93,21 +93,21 @@ def test_a_decoder_is_measured_by_what_clip_sees_in_its_pictures(
 ) -> None:
     decoder, measures = network_and_measures("decoder", inputs, tmp_path)
     assert isinstance(decoder, Decoder)
-    found = measures(decoder)
-    assert found.keys() == {"cos_z_image", "cos_unrelated_image"}
-    assert measures(decoder) == found  # the same seeds
+    actual = measures(decoder)
+    assert actual.keys() == {"cos_z_image", "cos_unrelated_image"}
+    assert measures(decoder) == actual  # the same seeds
     rows = assemble(tiny_job("decoder", inputs, tmp_path)).validation.first(8)
     assert rows is not None
-    seen: list[torch.Tensor] = []
+    batches: list[torch.Tensor] = []
 
     def perfect(_clip: FrozenClip, images: torch.Tensor) -> torch.Tensor:
-        seen.append(images)
+        batches.append(images)
         return rows.require_z_image()
 
     monkeypatch.setattr(FrozenClip, "encode_image", perfect)
     assert measures(decoder)["cos_z_image"] == pytest.approx(1)
-    assert seen[0].shape == (len(rows), 8, 8, 3)
-    assert (seen[0][0].int() - seen[0][1].int()).abs().max() > 5
+    assert batches[0].shape == (len(rows), 8, 8, 3)
+    assert (batches[0][0].int() - batches[0][1].int()).abs().max() > 5
 
 
 @pytest.mark.parametrize(

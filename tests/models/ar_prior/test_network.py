@@ -148,11 +148,11 @@ def test_dropped_caption_is_the_null_caption(prior: ArPrior) -> None:
     tokens, dot = batch(2)
     keep = torch.tensor([True, False])
     mixed = prior(tokens, dot, prior.encode_condition(make_text((3, 7)), keep=keep))
-    kept = prior(tokens, dot, prior.encode_condition(make_text((3, 7))))
+    undropped = prior(tokens, dot, prior.encode_condition(make_text((3, 7))))
     null = prior(tokens, dot, prior.encode_condition(prior.null_text.encoding(2)))
-    torch.testing.assert_close(mixed[0], kept[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(mixed[0], undropped[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(mixed[1], null[1], rtol=0, atol=1e-5)
-    assert (mixed[1] - kept[1]).abs().max() > 1e-4
+    assert (mixed[1] - undropped[1]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(("num_buckets", "num_dot_buckets"), [(7, 4), (7, 20)])
@@ -194,8 +194,8 @@ def test_training_finds_a_joint_distribution_that_is_known() -> None:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 150)
     null, dot = model.null_text.encoding(512), torch.zeros(512, dtype=torch.int64)
     for _ in range(150):
-        drawn = torch.multinomial(truth.flatten(), 512, replacement=True, generator=generator)
-        tokens = torch.stack([drawn // 3, drawn % 3], dim=1)
+        draws = torch.multinomial(truth.flatten(), 512, replacement=True, generator=generator)
+        tokens = torch.stack([draws // 3, draws % 3], dim=1)
         logits = model(tokens, dot, model.encode_condition(null))
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
         optimizer.zero_grad()

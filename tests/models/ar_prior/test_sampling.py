@@ -43,7 +43,7 @@ def prior() -> ArPrior:
 
 def chi_square_p(observed: list[int], expected: list[float]) -> float:
     """How likely counts are at least as far from what is expected as these, by Pearson's test."""
-    statistic = sum((seen - wanted) ** 2 / wanted for seen, wanted in zip(observed, expected, strict=True))
+    statistic = sum((count - mean) ** 2 / mean for count, mean in zip(observed, expected, strict=True))
     half = torch.tensor([(len(expected) - 1) / 2, statistic / 2], dtype=torch.float64)
     return torch.special.gammaincc(half[0], half[1]).item()
 
@@ -66,8 +66,8 @@ def enumerated(prior: ArPrior, config: TokenSamplerConfig, dot: int) -> dict[tup
         uncond = prior(tokens, torch.full((size,), 2), prior.encode_condition(null))
     logits = uncond + config.guidance_scale * (cond - uncond)
     probs = token_probs(logits.flatten(0, 1), config).view(size, NUM_COMPONENTS, 3)
-    found = probs.gather(2, tokens[:, :, None])[:, :, 0].prod(1)
-    return dict(zip(every, found.tolist(), strict=True))
+    actual = probs.gather(2, tokens[:, :, None])[:, :, 0].prod(1)
+    return dict(zip(every, actual.tolist(), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -87,19 +87,19 @@ def test_sequences_are_drawn_as_often_as_the_product_of_their_conditionals_says(
     expected = enumerated(prior, config, dot=1)  # the top half of two buckets is the second
     assert sum(expected.values()) == pytest.approx(1, abs=1e-6)
     tokens = draw(prior, concat_rows([make_text((4,))] * count), list(range(count)), config)
-    seen = [0] * len(expected)
+    histogram = [0] * len(expected)
     place = {sequence: number for number, sequence in enumerate(expected)}
     for sequence in tokens.tolist():
-        seen[place[tuple(sequence)]] += 1
+        histogram[place[tuple(sequence)]] += 1
     likely = [i for i, probability in enumerate(expected.values()) if probability * count >= 5]
     probs = list(expected.values())
-    assert not [i for i, p in enumerate(probs) if p == 0 and seen[i]]
-    rest = (count - sum(seen[i] for i in likely), count - count * sum(probs[i] for i in likely))
-    observed = [seen[i] for i in likely] + ([rest[0]] if rest[1] > 1 else [])
-    wanted = [probs[i] * count for i in likely] + ([rest[1]] if rest[1] > 1 else [])
+    assert not [i for i, p in enumerate(probs) if p == 0 and histogram[i]]
+    rest = (count - sum(histogram[i] for i in likely), count - count * sum(probs[i] for i in likely))
+    observed = [histogram[i] for i in likely] + ([rest[0]] if rest[1] > 1 else [])
+    target = [probs[i] * count for i in likely] + ([rest[1]] if rest[1] > 1 else [])
     assert len(likely) >= 4
-    scale = sum(observed) / sum(wanted)
-    assert chi_square_p(observed, [value * scale for value in wanted]) > 0.001
+    scale = sum(observed) / sum(target)
+    assert chi_square_p(observed, [value * scale for value in target]) > 0.001
 
 
 def test_dot_product_is_drawn_from_the_top_half(prior: ArPrior) -> None:
@@ -131,14 +131,14 @@ def test_guided_chains_set_the_null_caption_before_their_own(prior: ArPrior) -> 
     text, null = make_text((3, 7)), prior.null_text.encoding(1)
     state = initial_tokens(prior, text, NoiseSource.from_seeds([1, 2]), replace(PLAIN, guidance_scale=2.0))
     with torch.no_grad():
-        found = prior.next_logits(state.cache, state.dot, torch.zeros(4, dtype=torch.int64))
+        actual = prior.next_logits(state.cache, state.dot, torch.zeros(4, dtype=torch.int64))
         blank = torch.zeros(1, NUM_COMPONENTS, dtype=torch.int64)
         expected = [
             prior(blank, torch.tensor([dot]), prior.encode_condition(one))[:, 0]
             for one, dot in ((null, 2), (text[:1], 1), (null, 2), (text[1:], 1))
         ]
-    torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-5)
-    assert (found[1] - found[3]).abs().max() > 1e-3
+    torch.testing.assert_close(actual, torch.cat(expected), rtol=0, atol=1e-5)
+    assert (actual[1] - actual[3]).abs().max() > 1e-3
 
 
 def test_guidance_of_one_is_no_guidance(prior: ArPrior) -> None:
@@ -197,11 +197,11 @@ def test_top_p_keeps_the_smallest_likeliest_set_that_reaches_p() -> None:
     full = token_probs(logits, PLAIN)
     for top_p in (1e-6, 0.3, 0.9, 1.0):
         cut = token_probs(logits, replace(PLAIN, top_p=top_p))
-        kept = full.masked_fill(cut == 0, 0)
-        assert (kept.sum(1) >= top_p - 1e-9).all()
-        least = kept.masked_fill(cut == 0, 2).amin(1)
-        assert ((kept.sum(1) - least < top_p) | (top_p == 1)).all()
-        torch.testing.assert_close(cut, kept / kept.sum(1, keepdim=True))
+        nucleus = full.masked_fill(cut == 0, 0)
+        assert (nucleus.sum(1) >= top_p - 1e-9).all()
+        least = nucleus.masked_fill(cut == 0, 2).amin(1)
+        assert ((nucleus.sum(1) - least < top_p) | (top_p == 1)).all()
+        torch.testing.assert_close(cut, nucleus / nucleus.sum(1, keepdim=True))
     assert ((token_probs(logits, replace(PLAIN, top_p=1e-6)) > 0).sum(1) == 1).all()
     even = token_probs(torch.zeros(1, 4), replace(PLAIN, top_p=0.5))
     assert int((even > 0).sum()) == 2  # two reach it; the third is one too many

@@ -15,17 +15,17 @@ from models.rows import concat_rows
 
 
 def test_regions_are_everything_rectangles_or_what_is_around_them() -> None:
-    drawn = random_masks(4000, 16, 0.4, torch.Generator().manual_seed(0))[:, 0]
-    everything = drawn.flatten(1).all(1)
+    masks = random_masks(4000, 16, 0.4, torch.Generator().manual_seed(0))[:, 0]
+    everything = masks.flatten(1).all(1)
     assert everything.float().mean().item() == pytest.approx(0.4, abs=0.03)
-    kinds = [(_is_rectangle(region), _is_rectangle(~region)) for region in drawn[~everything][:300]]
+    kinds = [(_is_rectangle(region), _is_rectangle(~region)) for region in masks[~everything][:300]]
     assert all(inside or outside for inside, outside in kinds)
     assert 100 < sum(inside for inside, _ in kinds) < 200
 
 
 def test_rectangles_have_sides_of_their_own_and_reach_every_pixel() -> None:
-    drawn = random_masks(2000, 16, 0.0, torch.Generator().manual_seed(1))[:, 0]
-    rectangles = torch.stack([region for region in drawn if _is_rectangle(region)])
+    masks = random_masks(2000, 16, 0.0, torch.Generator().manual_seed(1))[:, 0]
+    rectangles = torch.stack([region for region in masks if _is_rectangle(region)])
     assert len(rectangles) == pytest.approx(1000, abs=70)  # the others are around one
     heights, widths = rectangles.any(2).sum(1), rectangles.any(1).sum(1)
     assert torch.corrcoef(torch.stack([heights, widths]).float())[0, 1].abs() < 0.1
@@ -64,8 +64,8 @@ def test_decoder_reads_the_known_part_and_nothing_of_the_rest(decoder: Decoder) 
     other_left, other_right = pixels.clone(), pixels.clone()
     other_left[..., :4], other_right[..., 4:] = 0.5, 0.5
 
-    def output(shown: torch.Tensor | None) -> torch.Tensor:
-        planes = None if shown is None else known_planes(shown, mask)
+    def output(picture: torch.Tensor | None) -> torch.Tensor:
+        planes = None if picture is None else known_planes(picture, mask)
         return decoder(x, t, decoder.encode_condition(z_image, text, planes=planes))
 
     assert torch.equal(output(pixels), output(other_right))
@@ -106,17 +106,17 @@ def test_decoder_without_the_channels_refuses_a_known_part() -> None:
 
 def test_replaced_part_is_known_at_the_step_reached_and_clean_at_the_end() -> None:
     diffusion = Diffusion(DecoderConfig().diffusion)
-    drawn = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
-    drawn[..., 4:] = True
-    known, x = torch.randn(2, 2, 3, 8, 8).unbind(0)
+    masks = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
+    masks[..., 4:] = True
+    pictures, x = torch.randn(2, 2, 3, 8, 8).unbind(0)
 
     def stays(_denoise: object, state: SamplerState, *_: object) -> SamplerState:
         return state
 
-    step = replacing(stays, known, drawn, NoiseSource.from_seeds([1, 2]))
+    step = replacing(stays, pictures, masks, NoiseSource.from_seeds([1, 2]))
     t, t_prev = torch.tensor([600, 300]), torch.tensor([300, -1])
-    found = step(lambda x, _t: x, initial_state(x, diffusion), t, t_prev, diffusion).x
-    expected = diffusion.q_sample(known, t_prev, NoiseSource.from_seeds([1, 2]).normal_like(known))
-    assert torch.equal(found[..., 4:], x[..., 4:])
-    assert torch.equal(found[..., :4], expected[..., :4])
-    torch.testing.assert_close(found[1, ..., :4], known[1, ..., :4])
+    actual = step(lambda x, _t: x, initial_state(x, diffusion), t, t_prev, diffusion).x
+    expected = diffusion.q_sample(pictures, t_prev, NoiseSource.from_seeds([1, 2]).normal_like(pictures))
+    assert torch.equal(actual[..., 4:], x[..., 4:])
+    assert torch.equal(actual[..., :4], expected[..., :4])
+    torch.testing.assert_close(actual[1, ..., :4], pictures[1, ..., :4])

@@ -75,11 +75,11 @@ def test_decoder_both_dropped_is_the_null_condition(decoder: Decoder) -> None:
     text = make_text((3, 7, 5))
     drop_last = torch.tensor([True, True, False])
     mixed = decoder(x, t, decoder.encode_condition(z_image, text, keep_image=drop_last, keep_text=drop_last))
-    kept = decoder(x, t, decoder.encode_condition(z_image, text))
+    full = decoder(x, t, decoder.encode_condition(z_image, text))
     null = decoder(x, t, decoder.null_condition(3))
-    torch.testing.assert_close(mixed[:2], kept[:2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(mixed[:2], full[:2], rtol=0, atol=1e-5)
     torch.testing.assert_close(mixed[2], null[2], rtol=0, atol=1e-5)
-    assert (mixed[2] - kept[2]).abs().max() > 1e-3
+    assert (mixed[2] - full[2]).abs().max() > 1e-3
 
 
 def test_decoder_image_and_caption_are_dropped_apart(decoder: Decoder) -> None:

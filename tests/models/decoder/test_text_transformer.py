@@ -57,9 +57,9 @@ def test_decoder_with_a_text_transformer_drops_captions_to_the_empty_one(decoder
     keep = torch.tensor([True, False])
     none = torch.zeros(2, dtype=torch.bool)
     dropped = decoder(x, t, decoder.encode_condition(z_image, text, keep_text=keep))
-    kept = decoder(x, t, decoder.encode_condition(z_image, text))
+    full = decoder(x, t, decoder.encode_condition(z_image, text))
     other = decoder(x, t, decoder.encode_condition(z_image, make_text((3, 3)), keep_text=keep))
-    torch.testing.assert_close(dropped[0], kept[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(dropped[0], full[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(dropped[1], other[1], rtol=0, atol=1e-5)
     null = decoder(x, t, decoder.encode_condition(z_image, text, keep_image=none, keep_text=none))
     torch.testing.assert_close(null, decoder(x, t, decoder.null_condition(2)), rtol=0, atol=1e-5)
@@ -71,7 +71,7 @@ def test_text_transformer_is_trained_with_the_decoder(decoder: Decoder) -> None:
     assert decoder.text_transformer is not None
     gradients = {name: p.grad for name, p in decoder.text_transformer.named_parameters()}
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients.values())
-    seen = {int(token) for token in text.tokens[text.mask]}
+    token_ids = {int(token) for token in text.tokens[text.mask]}
     used = gradients["embedding.weight"]
     assert used is not None
-    assert {int(row) for row in used.abs().amax(1).nonzero().flatten()} == seen
+    assert {int(row) for row in used.abs().amax(1).nonzero().flatten()} == token_ids

@@ -36,10 +36,10 @@ def test_analytic_variance_is_the_mean_square_around_the_reverse_mean() -> None:
 
         measured = X0Variance(diffusion, [step])
         measured.update(lambda x, t: two_points(diffusion, x, t), x0, NoiseSource.from_seeds(range(20)))
-        found = analytic_variance(diffusion, t[:1], t_prev[:1], measured.table()).item()
-        assert found == pytest.approx(by_definition, rel=0.015)
+        actual = analytic_variance(diffusion, t[:1], t_prev[:1], measured.table()).item()
+        assert actual == pytest.approx(by_definition, rel=0.015)
         beta_tilde = diffusion.posterior_coefficients(t[:1], t_prev[:1])[2].item()
-        assert found > beta_tilde * 1.005  # the gain over the fixed variance is what this is for
+        assert actual > beta_tilde * 1.005  # the gain over the fixed variance is what this is for
 
 
 def test_analytic_variance_equals_theorem_1() -> None:
@@ -66,10 +66,10 @@ def test_x0_variance_of_gaussian_data_is_its_closed_form(prediction: str) -> Non
     x0 = 0.5 * torch.randn(4, 50_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     measured.update(data.denoiser(diffusion), x0, NoiseSource.from_seeds(range(4)))
     expected = data.posterior_variance(diffusion)
-    found = measured.table()
+    actual = measured.table()
     for t in (100, 500, 900):
-        assert found[t].item() == pytest.approx(expected[t].item(), rel=0.03)
-    assert found[900] <= (x0**2).mean() + 1e-9
+        assert actual[t].item() == pytest.approx(expected[t].item(), rel=0.03)
+    assert actual[900] <= (x0**2).mean() + 1e-9
 
 
 def test_x0_variance_does_not_depend_on_the_batches() -> None:

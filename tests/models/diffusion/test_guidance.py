@@ -24,37 +24,37 @@ def fixed_output(uncond: Tensor, cond: Tensor):  # noqa: ANN201  (a closure that
 def test_classifier_free_extrapolates_from_uncond_to_cond_in_one_call(scale: float, share: float) -> None:
     uncond, cond = torch.randn(2, 2, 3, 4, 4).unbind(0)
     denoise, calls = fixed_output(uncond, cond)
-    found = classifier_free(denoise, scale)(torch.randn(2, 3, 4, 4), torch.tensor([1, 2]))
-    torch.testing.assert_close(found, uncond + share * (cond - uncond))
+    actual = classifier_free(denoise, scale)(torch.randn(2, 3, 4, 4), torch.tensor([1, 2]))
+    torch.testing.assert_close(actual, uncond + share * (cond - uncond))
     assert calls == [4]
 
 
 def test_classifier_free_takes_the_learned_variance_from_the_conditional_half() -> None:
     uncond, cond = torch.randn(2, 2, 6, 4, 4).unbind(0)
     denoise, _ = fixed_output(uncond, cond)
-    found = classifier_free(denoise, 4.0)(torch.randn(2, 3, 4, 4), torch.tensor([1, 2]))
-    assert torch.equal(found[:, 3:], cond[:, 3:])
-    torch.testing.assert_close(found[:, :3], uncond[:, :3] + 4 * (cond[:, :3] - uncond[:, :3]))
+    actual = classifier_free(denoise, 4.0)(torch.randn(2, 3, 4, 4), torch.tensor([1, 2]))
+    assert torch.equal(actual[:, 3:], cond[:, 3:])
+    torch.testing.assert_close(actual[:, :3], uncond[:, :3] + 4 * (cond[:, :3] - uncond[:, :3]))
 
 
 def test_classifier_free_takes_a_scale_per_item() -> None:
     uncond, cond = torch.zeros(2, 5), torch.ones(2, 5)
     denoise, _ = fixed_output(uncond, cond)
-    found = classifier_free(denoise, torch.tensor([1.5, 7.0]))(torch.randn(2, 5), torch.tensor([1, 2]))
-    assert found[:, 0].tolist() == [1.5, 7.0]
+    actual = classifier_free(denoise, torch.tensor([1.5, 7.0]))(torch.randn(2, 5), torch.tensor([1, 2]))
+    assert actual[:, 0].tolist() == [1.5, 7.0]
 
 
 def test_classifier_free_is_the_same_guidance_for_every_prediction() -> None:
     t = torch.tensor([20, 600])
     x, x0_uncond, x0_cond = torch.randn(3, 2, 7, dtype=torch.float64).unbind(0)
-    found = []
+    actual = []
     for prediction in ("eps", "x0", "v"):
         diffusion = make_diffusion(prediction=prediction)
         both = [output_from_x0(diffusion, x0, x, t) for x0 in (x0_uncond, x0_cond)]
         denoise, _ = fixed_output(*both)
-        found.append(diffusion.predict(classifier_free(denoise, 2.5)(x, t), x, t, t - 1).x0)
-    torch.testing.assert_close(found[0], found[1])
-    torch.testing.assert_close(found[2], found[1])
+        actual.append(diffusion.predict(classifier_free(denoise, 2.5)(x, t), x, t, t - 1).x0)
+    torch.testing.assert_close(actual[0], actual[1])
+    torch.testing.assert_close(actual[2], actual[1])
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
@@ -81,9 +81,9 @@ def test_classifier_guidance_turns_a_mixture_into_its_component(prediction: str)
             return torch.log_softmax(log_densities(x, t), dim=1)[:, label]
 
         with torch.no_grad():  # samplers run without gradients; the guidance makes its own
-            found = score_guided(denoise, log_prob, diffusion, 1.0)(x, t)
+            actual = score_guided(denoise, log_prob, diffusion, 1.0)(x, t)
         expected = components[label].denoiser(diffusion)(x, t)
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_score_guidance_leaves_the_learned_variance_and_scales_per_item() -> None:
@@ -92,11 +92,11 @@ def test_score_guidance_leaves_the_learned_variance_and_scales_per_item() -> Non
     guided = score_guided(
         lambda _x, _t: output, lambda x, _t: x.flatten(1).sum(dim=1), diffusion, torch.tensor([0.0, 2.0])
     )
-    found = guided(x, t)
+    actual = guided(x, t)
     s = (1 - diffusion.alpha_bar(t)).sqrt()[0].item()
-    assert torch.equal(found[:, 3:], output[:, 3:])
-    assert torch.equal(found[0], output[0])
-    torch.testing.assert_close(found[1, :3], output[1, :3] - 2 * s)
+    assert torch.equal(actual[:, 3:], output[:, 3:])
+    assert torch.equal(actual[0], output[0])
+    torch.testing.assert_close(actual[1, :3], output[1, :3] - 2 * s)
 
 
 def test_clip_guidance_moves_the_sample_towards_the_caption() -> None:
@@ -128,5 +128,5 @@ def test_clip_guidance_is_the_same_in_inference_mode() -> None:
         )
 
     with torch.inference_mode():
-        found = moved()
-    torch.testing.assert_close(found.clone(), moved())
+        actual = moved()
+    torch.testing.assert_close(actual.clone(), moved())

@@ -63,9 +63,9 @@ def test_ddim_inversion_limits_every_prediction_as_the_steps_forwards_do() -> No
 
     for num_refinements in (0, 2):
         walk = partial(invert_ddim, x0=x0, diffusion=diffusion, timesteps=steps, num_refinements=num_refinements)
-        found = walk(DATA.denoiser(diffusion), limit=limit)
-        torch.testing.assert_close(found, walk(limited), rtol=0, atol=1e-9)
-        assert (found - walk(DATA.denoiser(diffusion))).abs().max() > 0.1
+        actual = walk(DATA.denoiser(diffusion), limit=limit)
+        torch.testing.assert_close(actual, walk(limited), rtol=0, atol=1e-9)
+        assert (actual - walk(DATA.denoiser(diffusion))).abs().max() > 0.1
 
 
 def test_ddim_inversion_ends_in_standard_noise() -> None:
@@ -76,19 +76,19 @@ def test_ddim_inversion_ends_in_standard_noise() -> None:
 
 
 def test_ddim_invert_step_takes_a_timestep_per_item() -> None:
-    diffusion, asked = make_diffusion(), list[list[int]]()
+    diffusion, visits = make_diffusion(), list[list[int]]()
     t, t_next = torch.tensor([-1, 0, 500]), torch.tensor([37, 40, 999])
 
     def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        asked.append(t.tolist())
+        visits.append(t.tolist())
         return DATA.denoiser(diffusion)(x, t)
 
     x = torch.randn(3, 4, dtype=torch.float64)
     state = SamplerState(x, x, t)
     batched = ddim_invert_step(denoise, state, t, t_next, diffusion, num_refinements=1)
-    assert asked == [[0, 0, 500], [37, 40, 999]]  # where each stands, then where it arrives
+    assert visits == [[0, 0, 500], [37, 40, 999]]  # where each stands, then where it arrives
     for i in range(3):
         one = slice(i, i + 1)
         alone = SamplerState(*(part[one] for part in state))
-        found = ddim_invert_step(denoise, alone, t[one], t_next[one], diffusion, num_refinements=1)
-        assert torch.equal(found.x, batched.x[one])
+        actual = ddim_invert_step(denoise, alone, t[one], t_next[one], diffusion, num_refinements=1)
+        assert torch.equal(actual.x, batched.x[one])

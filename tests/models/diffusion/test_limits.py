@@ -28,11 +28,11 @@ def test_limited_x0_comes_with_the_eps_that_agrees_with_it() -> None:
 
 def test_dynamic_threshold_rescales_each_item_by_its_own_quantile() -> None:
     x0 = torch.stack([torch.linspace(-4, 4, 201), torch.linspace(-0.5, 0.5, 201)])
-    found = DynamicThreshold(0.9)(x0)
+    actual = DynamicThreshold(0.9)(x0)
     threshold = torch.quantile(x0[0].abs(), 0.9)
-    torch.testing.assert_close(found[0], x0[0].clamp(-threshold, threshold) / threshold)
-    assert found[0].abs().max() == 1
-    assert torch.equal(found[1], x0[1])  # a quantile below 1 leaves a picture alone
+    torch.testing.assert_close(actual[0], x0[0].clamp(-threshold, threshold) / threshold)
+    assert actual[0].abs().max() == 1
+    assert torch.equal(actual[1], x0[1])  # a quantile below 1 leaves a picture alone
 
 
 @pytest.mark.parametrize("method", ["ddpm", "analytic", "ddim", "dpmpp_2m", "heun"])
@@ -54,9 +54,9 @@ def test_every_method_limits_every_prediction(method: str) -> None:
         return torch.stack([state.x for state in states])
 
     free_config = replace(config, clip_x0=False)
-    found, expected, free = walk(eager, config), walk(limited, free_config), walk(eager, free_config)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
-    assert (found - free).abs().max() > 0.1
+    actual, expected, free = walk(eager, config), walk(limited, free_config), walk(eager, free_config)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
+    assert (actual - free).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -66,5 +66,5 @@ def test_every_method_limits_every_prediction(method: str) -> None:
 def test_config_limits_the_predicted_x0(settings: dict[str, object], largest: float) -> None:
     config = SamplerConfig(method="ddim", num_steps=3, **settings)  # type: ignore[arg-type]
     diffusion = make_diffusion(prediction="x0")
-    found = sample(lambda x, _t: 5 * x, torch.randn(2, 50), diffusion, config)
-    assert found.abs().max().item() == pytest.approx(largest)
+    actual = sample(lambda x, _t: 5 * x, torch.randn(2, 50), diffusion, config)
+    assert actual.abs().max().item() == pytest.approx(largest)

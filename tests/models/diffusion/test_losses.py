@@ -38,9 +38,9 @@ def test_simple_loss_is_zero_for_a_perfect_output_and_the_mean_square_otherwise(
     target = diffusion.target(x0, noise, t)
     assert diffusion.losses_from_output(target, x0, x_t, t, noise).loss.tolist() == [0, 0, 0]
     off = target + torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)[:, None, None, None]
-    found = diffusion.losses_from_output(off, x0, x_t, t, noise)
-    torch.testing.assert_close(found.loss, torch.tensor([0.01, 0.04, 0.09], dtype=torch.float64))
-    assert found.vlb is None
+    actual = diffusion.losses_from_output(off, x0, x_t, t, noise)
+    torch.testing.assert_close(actual.loss, torch.tensor([0.01, 0.04, 0.09], dtype=torch.float64))
+    assert actual.vlb is None
 
 
 def test_losses_are_per_item() -> None:
@@ -60,11 +60,11 @@ def test_hybrid_loss_adds_lambda_times_T_times_the_term_of_the_bound() -> None:
     t = torch.tensor([0, 100, 249])
     x0, noise, x_t = noised(diffusion, t)
     output = torch.randn(3, 6, 4, 4, dtype=torch.float64)
-    found = diffusion.losses_from_output(output, x0, x_t, t, noise)
-    assert found.vlb is not None
+    actual = diffusion.losses_from_output(output, x0, x_t, t, noise)
+    assert actual.vlb is not None
     vlb = diffusion.vlb_terms(diffusion.predict(output, x_t, t, t - 1), x0, x_t, t)
-    torch.testing.assert_close(found.vlb, vlb)
-    torch.testing.assert_close(found.loss, found.mse + 0.01 * 250 * vlb)
+    torch.testing.assert_close(actual.vlb, vlb)
+    torch.testing.assert_close(actual.loss, actual.mse + 0.01 * 250 * vlb)
 
 
 def test_hybrid_loss_freezes_the_mean() -> None:
@@ -72,10 +72,10 @@ def test_hybrid_loss_freezes_the_mean() -> None:
     t = torch.tensor([0, 3, 500])
     x0, noise, x_t = noised(diffusion, t)
     output = torch.randn(3, 6, 4, 4, dtype=torch.float64, requires_grad=True)
-    found = diffusion.losses_from_output(output, x0, x_t, t, noise)
-    assert found.vlb is not None
-    of_vlb = torch.autograd.grad(found.vlb.sum(), output, retain_graph=True)[0]
-    of_mse = torch.autograd.grad(found.mse.sum(), output)[0]
+    actual = diffusion.losses_from_output(output, x0, x_t, t, noise)
+    assert actual.vlb is not None
+    of_vlb = torch.autograd.grad(actual.vlb.sum(), output, retain_graph=True)[0]
+    of_mse = torch.autograd.grad(actual.mse.sum(), output)[0]
     assert of_vlb[:, :3].abs().max() == 0
     assert of_mse[:, 3:].abs().max() == 0
     assert bool((of_vlb[:, 3:].flatten(1).abs().amax(dim=1) > 0).all())
@@ -88,11 +88,11 @@ def test_vlb_loss_is_the_term_of_the_bound_and_teaches_all_of_the_output(varianc
     t = torch.tensor([0, 100, 249])
     x0, noise, x_t = noised(diffusion, t)
     output = torch.randn(3, channels, 4, 4, dtype=torch.float64, requires_grad=True)
-    found = diffusion.losses_from_output(output, x0, x_t, t, noise)
+    actual = diffusion.losses_from_output(output, x0, x_t, t, noise)
     torch.testing.assert_close(
-        found.loss, 250 * diffusion.vlb_terms(diffusion.predict(output, x_t, t, t - 1), x0, x_t, t)
+        actual.loss, 250 * diffusion.vlb_terms(diffusion.predict(output, x_t, t, t - 1), x0, x_t, t)
     )
-    assert torch.autograd.grad(found.loss.sum(), output)[0].abs().min() > 0
+    assert torch.autograd.grad(actual.loss.sum(), output)[0].abs().min() > 0
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -102,10 +102,10 @@ def test_min_snr_weighs_the_same_error_of_x0_alike_for_every_prediction(predicti
     x0, _, x_t = noised(diffusion, t)
     noise = diffusion.eps_from_x0(x0, x_t, t)
     wrong_x0 = x0 + 0.1
-    found = diffusion.losses_from_output(output_from_x0(diffusion, wrong_x0, x_t, t), x0, x_t, t, noise).loss
+    actual = diffusion.losses_from_output(output_from_x0(diffusion, wrong_x0, x_t, t), x0, x_t, t, noise).loss
     alpha_bar = diffusion.alpha_bar(t)
     expected = (alpha_bar / (1 - alpha_bar)).clamp(max=5) * 0.1**2
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
 
 
 def test_normal_kl_equals_the_integral() -> None:
@@ -139,9 +139,9 @@ def test_discretised_log_prob_and_its_gradient_are_finite_far_out(dtype: torch.d
     x = torch.tensor([-1.0, -0.5, 0.5, 1.0], dtype=dtype)
     mean = torch.tensor([1.0, 0.9, -0.9, -1.0], dtype=dtype, requires_grad=True)
     width = torch.full((4,), log_variance, dtype=dtype, requires_grad=True)
-    found = discretised_normal_log_prob(x, mean, width, PIXEL_BIN)
-    found.sum().backward()
-    assert bool(found.isfinite().all())
+    actual = discretised_normal_log_prob(x, mean, width, PIXEL_BIN)
+    actual.sum().backward()
+    assert bool(actual.isfinite().all())
     assert mean.grad is not None
     assert width.grad is not None
     assert bool(mean.grad.isfinite().all())
@@ -156,8 +156,8 @@ def test_discretised_log_prob_in_float32_follows_float64() -> None:
     log_variance = torch.rand(5000, generator=generator, dtype=torch.float64) * 12 - 11
     for sizes, bound in ((log_variance, 2e-5), (torch.full_like(x, 4.0), 1e-6)):
         exact = discretised_normal_log_prob(x, mean, sizes, PIXEL_BIN)
-        found = discretised_normal_log_prob(x.float(), mean.float(), sizes.float(), PIXEL_BIN)
-        assert ((found - exact).abs() / (1 + exact.abs())).max() < bound
+        actual = discretised_normal_log_prob(x.float(), mean.float(), sizes.float(), PIXEL_BIN)
+        assert ((actual - exact).abs() / (1 + exact.abs())).max() < bound
 
 
 def test_vlb_term_equals_a_numerical_integral_of_the_two_steps() -> None:
@@ -166,36 +166,36 @@ def test_vlb_term_equals_a_numerical_integral_of_the_two_steps() -> None:
     x0, x_t, x0_hat, fraction = 0.4, -0.9, 0.1, 0.3
     one = torch.ones(1, 1, dtype=torch.float64)
     output = torch.cat([output_from_x0(diffusion, x0_hat * one, x_t * one, t), (2 * fraction - 1) * one], dim=1)
-    found = diffusion.vlb_terms(diffusion.predict(output, x_t * one, t, t - 1), x0 * one, x_t * one, t).item()
+    actual = diffusion.vlb_terms(diffusion.predict(output, x_t * one, t, t - 1), x0 * one, x_t * one, t).item()
 
     alpha_bar, alpha_bar_prev = diffusion.alpha_bar(t).item(), diffusion.alpha_bar(t - 1).item()
     alpha, beta = alpha_bar / alpha_bar_prev, 1 - alpha_bar / alpha_bar_prev
     beta_tilde = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
 
     def mean(clean: float) -> float:  # arXiv:2006.11239, equation 7
-        kept = math.sqrt(alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar)
-        return math.sqrt(alpha_bar_prev) * beta / (1 - alpha_bar) * clean + kept * x_t
+        of_x_t = math.sqrt(alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar)
+        return math.sqrt(alpha_bar_prev) * beta / (1 - alpha_bar) * clean + of_x_t * x_t
 
     width = math.exp(0.5 * (fraction * math.log(beta) + (1 - fraction) * math.log(beta_tilde)))
     x = torch.linspace(-8, 8, 400_001, dtype=torch.float64)
     q, p = normal_density(x, mean(x0), math.sqrt(beta_tilde)), normal_density(x, mean(x0_hat), width)
     integral = torch.trapezoid(torch.where(q > 1e-200, q * (q.log() - p.log()), 0.0), x).item()
-    assert found == pytest.approx(integral / math.log(2), rel=1e-6)
+    assert actual == pytest.approx(integral / math.log(2), rel=1e-6)
 
 
 def test_vlb_terms_are_the_same_for_every_kind_of_prediction() -> None:
     # public code was seen feeding an x0 or v output into the bound as if it were eps
     t = torch.tensor([0, 1, 400, 999])
-    found = []
+    actual = []
     for prediction in PREDICTIONS:
         diffusion = make_diffusion(prediction=prediction, variance="learned_range")
         x0, _, x_t = noised(diffusion, t)
         x0 = ((x0 + 1) * 127.5).round() / 127.5 - 1
         mean = output_from_x0(diffusion, 0.8 * x0, x_t, t)
         output = torch.cat([mean, torch.full_like(mean, 0.2)], dim=1)
-        found.append(diffusion.vlb_terms(diffusion.predict(output, x_t, t, t - 1), x0, x_t, t))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(found[2], found[0], rtol=1e-6, atol=1e-9)
+        actual.append(diffusion.vlb_terms(diffusion.predict(output, x_t, t, t - 1), x0, x_t, t))
+    torch.testing.assert_close(actual[1], actual[0], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(actual[2], actual[0], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -208,10 +208,10 @@ def test_hybrid_loss_in_float32_follows_float64_at_both_ends(prediction: str) ->
     target = diffusion.target(x0, noise, t)
     output = torch.cat([target + 0.05 * noise, torch.zeros_like(target)], dim=1)
     exact = diffusion.losses_from_output(output, x0, x_t, t, noise)
-    found = diffusion.losses_from_output(output.float(), x0.float(), x_t.float(), t, noise.float())
+    actual = diffusion.losses_from_output(output.float(), x0.float(), x_t.float(), t, noise.float())
     assert exact.vlb is not None
-    assert found.vlb is not None
-    torch.testing.assert_close(found.vlb.double(), exact.vlb, rtol=1e-3, atol=1e-6)
+    assert actual.vlb is not None
+    torch.testing.assert_close(actual.vlb.double(), exact.vlb, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.gpu
@@ -266,8 +266,8 @@ def test_bits_per_dim_of_a_perfect_network_is_the_entropy_of_its_data(prediction
     log_prob = discretised_normal_log_prob(grid, torch.tensor(0.0), torch.tensor(2 * math.log(0.3)), PIXEL_BIN)
     entropy = -(log_prob.exp() * log_prob).sum().item() / math.log(2)
     generator = torch.Generator().manual_seed(1)
-    drawn = torch.multinomial(log_prob.exp(), 2 * 8000, replacement=True, generator=generator)
-    x0, noise = grid[drawn].reshape(2, 1, 8000), NoiseSource.from_seeds([0, 1])
+    draws = torch.multinomial(log_prob.exp(), 2 * 8000, replacement=True, generator=generator)
+    x0, noise = grid[draws].reshape(2, 1, 8000), NoiseSource.from_seeds([0, 1])
     bound = bits_per_dim(perfect_network_with_variance(data, diffusion), x0, diffusion, noise)
     assert bound.terms.shape == (2, 50)
     torch.testing.assert_close(bound.total, bound.prior + bound.terms.sum(dim=1))

@@ -32,11 +32,11 @@ def test_added_noise_sources_keep_their_generators() -> None:
 
 
 def test_uniform_numbers_are_finer_than_single_precision() -> None:
-    found = NoiseSource.from_seeds([1, 2]).uniform(100)
-    assert found.shape == (2, 100)
-    assert (found != found.float()).float().mean() > 0.9
-    assert 0 <= found.min() < 0.1
-    assert 0.9 < found.max() < 1
+    actual = NoiseSource.from_seeds([1, 2]).uniform(100)
+    assert actual.shape == (2, 100)
+    assert (actual != actual.float()).float().mean() > 0.9
+    assert 0 <= actual.min() < 0.1
+    assert 0.9 < actual.max() < 1
 
 
 def test_noise_holds_the_same_numbers_in_every_type() -> None:

@@ -74,9 +74,9 @@ def test_predict_reads_the_target_that_training_sets(prediction: str) -> None:
     t = ENDS_AND_MIDDLE
     x0, eps = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64).unbind(0)
     x = diffusion.q_sample(x0, t, eps)
-    found = diffusion.predict(diffusion.target(x0, eps, t), x, t, t - 1)
-    torch.testing.assert_close(found.x0, x0, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(found.eps, eps, rtol=1e-9, atol=1e-9)
+    actual = diffusion.predict(diffusion.target(x0, eps, t), x, t, t - 1)
+    torch.testing.assert_close(actual.x0, x0, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(actual.eps, eps, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(diffusion.eps_from_x0(x0, x, t), eps, rtol=1e-9, atol=1e-9)
 
 
@@ -88,9 +88,9 @@ def test_predict_is_exact_in_float32_at_both_ends(prediction: str) -> None:
     x0, eps = torch.randn(2, 5, 1000, dtype=torch.float64).unbind(0)
     x = diffusion.q_sample(x0, t, eps)
     target = diffusion.target(x0, eps, t)
-    found = diffusion.predict(target.float(), x.float(), t, t - 1)
-    assert (found.x0 - x0).abs().max() < 2e-6
-    assert (found.eps - eps).abs().max() < 1e-4
+    actual = diffusion.predict(target.float(), x.float(), t, t - 1)
+    assert (actual.x0 - x0).abs().max() < 2e-6
+    assert (actual.eps - eps).abs().max() < 1e-4
 
 
 def test_output_shift_moves_the_meant_eps() -> None:
@@ -135,9 +135,9 @@ def test_learned_variance_spans_beta_tilde_to_beta_of_the_stride(t_prev: int) ->
     beta_tilde = (1 - alpha_bar_prev) / (1 - alpha_bar) * beta
     x = torch.zeros(1, 3, dtype=torch.float64)
     output = torch.tensor([[0, 0, 0, -1, 0, 1]], dtype=torch.float64)
-    found = diffusion.predict(output, x, t, previous).log_variance
+    actual = diffusion.predict(output, x, t, previous).log_variance
     expected = [math.log(beta_tilde), 0.5 * (math.log(beta_tilde) + math.log(beta)), math.log(beta)]
-    assert found[0].tolist() == pytest.approx(expected, rel=1e-9)
+    assert actual[0].tolist() == pytest.approx(expected, rel=1e-9)
 
 
 def test_log_variance_at_the_clean_end_takes_that_of_the_step_above() -> None:
@@ -179,9 +179,9 @@ def test_predict_widens_a_bf16_output_before_any_arithmetic() -> None:
     x, output, t = torch.randn(1, 3), torch.randn(1, 3).bfloat16(), torch.tensor([3])
     for prediction in ("eps", "x0", "v"):
         diffusion = make_diffusion(prediction=prediction)
-        found, expected = (diffusion.predict(each, x, t, t - 1) for each in (output, output.float()))
-        torch.testing.assert_close(found.x0, expected.x0)  # types too
-        torch.testing.assert_close(found.eps, expected.eps)
+        actual, expected = (diffusion.predict(each, x, t, t - 1) for each in (output, output.float()))
+        torch.testing.assert_close(actual.x0, expected.x0)  # types too
+        torch.testing.assert_close(actual.eps, expected.eps)
 
 
 def test_log_snr_is_half_the_log_of_signal_over_noise() -> None:

@@ -63,27 +63,27 @@ def test_sampler_ends_in_the_data_distribution(
     config = SamplerConfig(method=method, num_steps=num_steps, clip_x0=False)  # type: ignore[arg-type]
     x = NoiseSource.from_seeds([0, 1]).normal((10_000,))
     noise = NoiseSource.from_seeds([0, 1], "steps")
-    found = sample(
+    actual = sample(
         data.denoiser(diffusion), x, diffusion, config, noise, x0_variance=data.posterior_variance(diffusion)
     )
-    assert found.dtype == torch.float32
-    assert found.mean().item() == pytest.approx(0.3, abs=0.02)
-    assert found.std().item() / 0.5 == pytest.approx(1, abs=tolerance)
+    assert actual.dtype == torch.float32
+    assert actual.mean().item() == pytest.approx(0.3, abs=0.02)
+    assert actual.std().item() / 0.5 == pytest.approx(1, abs=tolerance)
 
 
 @pytest.mark.parametrize(("num_steps", "published"), [(27, 0.945), (15, 0.900)])
 def test_ddim_at_few_steps_loses_the_spread_that_theory_says(num_steps: int, published: float) -> None:
     # an aligned DDIM: with less, the list of steps is misread somewhere
-    found = final_scale(ddim_step, make_diffusion(), strided_timesteps(1000, num_steps), GaussianData(PUBLISHED_STD))
-    assert found == pytest.approx(published, abs=0.0006)
+    actual = final_scale(ddim_step, make_diffusion(), strided_timesteps(1000, num_steps), GaussianData(PUBLISHED_STD))
+    assert actual == pytest.approx(published, abs=0.0006)
 
 
 @pytest.mark.parametrize(("num_steps", "published"), [(27, 1.001), (15, 0.989)])
 def test_dpmpp_2m_keeps_the_spread_at_few_steps(num_steps: int, published: float) -> None:
     diffusion, config = make_diffusion(), SamplerConfig(method="dpmpp_2m", num_steps=num_steps)
     steps = config_timesteps(config, diffusion)
-    found = final_scale(dpmpp_2m_step, diffusion, steps, GaussianData(PUBLISHED_STD))
-    assert found == pytest.approx(published, abs=0.0006)
+    actual = final_scale(dpmpp_2m_step, diffusion, steps, GaussianData(PUBLISHED_STD))
+    assert actual == pytest.approx(published, abs=0.0006)
 
 
 def test_heun_keeps_the_spread_at_few_steps() -> None:
@@ -153,18 +153,18 @@ def test_deterministic_step_goes_to_the_next_timestep_of_its_own_list(step: Step
 @pytest.mark.parametrize("num_steps", [7, 30])
 def test_sampling_from_pure_noise_starts_at_the_noisiest_timestep(method: str, num_steps: int) -> None:
     # public DDIMs start at T - T // n, where a part of the signal is expected in x_T
-    diffusion, seen = make_diffusion(), []
+    diffusion, visits = make_diffusion(), []
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        seen.append(t.tolist())
+        visits.append(t.tolist())
         return torch.zeros_like(x)
 
     config = SamplerConfig(method=method, num_steps=num_steps)  # type: ignore[arg-type]
     noise = NoiseSource.from_seeds([0, 1])
     sample(denoise, noise.normal((4,)), diffusion, config, noise, x0_variance=torch.zeros(1000))
-    assert seen[0] == [999, 999]
+    assert visits[0] == [999, 999]
     calls = 2 * num_steps - 1 if method == "heun" else num_steps
-    assert len(seen) == calls
+    assert len(visits) == calls
 
 
 def test_fast27_of_a_config_is_visited() -> None:
@@ -294,8 +294,8 @@ def test_ddim_step_draws_eta_times_the_posterior_std(eta: float) -> None:
     sigma = eta * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * math.sqrt(1 - alpha_bar / alpha_bar_prev)
     x, eps = torch.randn(2, 1, 8, dtype=torch.float64).unbind(0)
     x0 = (x - math.sqrt(1 - alpha_bar) * eps) / math.sqrt(alpha_bar)
-    drawn = NoiseSource.from_seeds([4]).normal((8,), dtype=torch.float64)
-    expected = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(1 - alpha_bar_prev - sigma**2) * eps + sigma * drawn
+    numbers = NoiseSource.from_seeds([4]).normal((8,), dtype=torch.float64)
+    expected = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(1 - alpha_bar_prev - sigma**2) * eps + sigma * numbers
     after = ddim_step(lambda _x, _t: eps, initial_state(x, diffusion), t, t_prev, diffusion, noise=noise, eta=eta)
     torch.testing.assert_close(after.x, expected)
 
@@ -321,8 +321,8 @@ def test_dpmpp_2m_equals_its_recursion_in_sigma() -> None:
         y = sigma_next / sigma * y - math.expm1(-h) * used
         old = denoised
     x = torch.full((1, 1), x_T, dtype=torch.float64)
-    found = sample_along(dpmpp_2m_step, data.denoiser(diffusion), x, diffusion, steps)
-    assert found.item() == pytest.approx(y, rel=1e-6)
+    actual = sample_along(dpmpp_2m_step, data.denoiser(diffusion), x, diffusion, steps)
+    assert actual.item() == pytest.approx(y, rel=1e-6)
 
 
 # ---- seeds, previews, limits ---------------------------------------------------------------
@@ -353,12 +353,12 @@ def test_iterate_steps_yields_a_preview_per_step_and_ends_in_the_sample(method: 
     options = {"x0_variance": DATA.posterior_variance(diffusion)}
     step, steps = make_step(config, NoiseSource.from_seeds([2]), **options), config_timesteps(config, diffusion)
     states = list(iterate_steps(step, DATA.denoiser(diffusion), x_T, diffusion, steps))
-    found = sample(DATA.denoiser(diffusion), x_T, diffusion, config, NoiseSource.from_seeds([2]), **options)
+    actual = sample(DATA.denoiser(diffusion), x_T, diffusion, config, NoiseSource.from_seeds([2]), **options)
     assert len(states) == 6
-    assert torch.equal(states[-1].x, found)
+    assert torch.equal(states[-1].x, actual)
     assert [state.t_last.item() for state in states] == list(steps)
     assert all(state.x0.abs().max() <= 1 for state in states)  # clip_x0 holds for previews too
-    assert not found.requires_grad
+    assert not actual.requires_grad
 
 
 @pytest.mark.parametrize("method", ["ddpm", "analytic"])
@@ -384,13 +384,13 @@ def test_analytic_refuses_to_go_without_its_statistic() -> None:
 def test_sample_is_the_same_on_a_gpu(method: str) -> None:
     diffusion = make_diffusion()
     config = SamplerConfig(method=method, num_steps=9, eta=0.5)  # type: ignore[arg-type]
-    found = []
+    actual = []
     for device in ("cpu", "cuda"):
         x_T = NoiseSource.from_seeds([1, 2]).normal((3, 8, 8), device=device)
         noise, x0_variance = NoiseSource.from_seeds([3, 4]), DATA.posterior_variance(diffusion)
-        drawn = sample(DATA.denoiser(diffusion), x_T, diffusion, config, noise, x0_variance=x0_variance)
-        found.append(drawn.cpu())
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+        numbers = sample(DATA.denoiser(diffusion), x_T, diffusion, config, noise, x0_variance=x0_variance)
+        actual.append(numbers.cpu())
+    torch.testing.assert_close(actual[1], actual[0], rtol=1e-4, atol=1e-4)
 
 
 # ---- the table of methods ------------------------------------------------------------------

@@ -79,13 +79,13 @@ def test_decoder_with_all_that_it_may_have_compiles_without_graph_breaks() -> No
     decoder = Decoder(config, DIMS).eval()
     randomise(decoder)
     z_image, text = F.normalize(torch.randn(2, DIMS.embed_dim), dim=-1), make_text((3, 5))
-    known = torch.randn(2, 4, 8, 8)
+    known_planes = torch.randn(2, 4, 8, 8)
     encode = torch.compile(decoder.encode_condition, backend="eager", fullgraph=True)
     compiled = torch.compile(decoder, backend="eager", fullgraph=True)
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 900])
     with torch.no_grad():
-        condition = encode(z_image, text, planes=known)
-    expected = decoder(x, t, decoder.encode_condition(z_image, text, planes=known))
+        condition = encode(z_image, text, planes=known_planes)
+    expected = decoder(x, t, decoder.encode_condition(z_image, text, planes=known_planes))
     torch.testing.assert_close(compiled(x, t, condition), expected)
 
 

@@ -150,8 +150,8 @@ def test_unet_tells_places_apart_only_with_position_bands() -> None:
 def test_unet_position_bands_are_waves_down_and_across() -> None:
     config = UNetConfig(channels=8, channel_mults=(1,), num_res_blocks=1, attention_resolutions=(), norm_groups=4)
     net = UNet(replace(config, position_bands=2), 8, 1, 3)
-    seen: list[torch.Tensor] = []
-    net.conv_in.register_forward_pre_hook(lambda _layer, given: seen.append(given[0]))
+    calls: list[torch.Tensor] = []
+    net.conv_in.register_forward_pre_hook(lambda _layer, arguments: calls.append(arguments[0]))
     net(torch.zeros(1, 1, 2, 4), torch.tensor([0]))
     down, across = torch.tensor([-0.5, 0.5]), torch.tensor([-0.75, -0.25, 0.25, 0.75])  # centres of pixels in [-1, 1]
     expected = [
@@ -160,7 +160,7 @@ def test_unet_position_bands_are_waves_down_and_across() -> None:
         for wave in (torch.sin, torch.cos)
         for octave in (0.5, 1.0)
     ]
-    torch.testing.assert_close(seen[0][0, 1:], torch.stack(expected))
+    torch.testing.assert_close(calls[0][0, 1:], torch.stack(expected))
 
 
 def test_unet_refuses_a_context_it_was_not_built_for() -> None:

@@ -63,9 +63,9 @@ def test_noisy_clip_loss_has_its_logits_in_full_precision() -> None:
     network.log_scale.data.fill_(50.0)
     x, t, z_text = torch.randn(3, 3, 8, 8), torch.tensor([0, 50, 99]), F.normalize(torch.randn(3, 4), dim=-1)
     with torch.autocast("cpu", torch.bfloat16):
-        z_image, found = network(x, t), noisy_clip_loss(network, x, t, z_text)
+        z_image, actual = network(x, t), noisy_clip_loss(network, x, t, z_text)
     logits, own = 100 * z_image @ z_text.T, torch.arange(3)
-    torch.testing.assert_close(found, (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2)
+    torch.testing.assert_close(actual, (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2)
 
 
 def test_noisy_clip_embeds_pictures_at_their_timestep_with_length_one() -> None:
@@ -84,7 +84,7 @@ def test_noisy_clip_folds_patches_and_halves_the_side_between_levels() -> None:
     folded = NoisyClip(replace(CONFIG, tower=replace(TOWER, patch_px=2)), DIMS)
     sides: list[int] = []
     for stage in folded.stages:
-        stage.register_forward_hook(lambda _stage, _given, found: sides.append(found.shape[-1]))
+        stage.register_forward_hook(lambda _stage, _given, actual: sides.append(actual.shape[-1]))
     folded(torch.randn(2, 3, 8, 8), torch.tensor([1, 90]))
     assert sides == [4, 2, 2]
 

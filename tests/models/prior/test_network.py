@@ -93,11 +93,11 @@ def test_prior_dropped_caption_is_the_empty_one(prior: Prior) -> None:
     x, t = batch(2)
     keep = torch.tensor([True, False])
     mixed = prior(x, t, prior.encode_condition(make_text((3, 7)), keep=keep))
-    kept = prior(x, t, prior.encode_condition(make_text((3, 7))))
+    undropped = prior(x, t, prior.encode_condition(make_text((3, 7))))
     null = prior(x, t, prior.encode_condition(prior.null_text.encoding(2)))
-    torch.testing.assert_close(mixed[0], kept[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(mixed[0], undropped[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(mixed[1], null[1], rtol=0, atol=1e-5)
-    assert (mixed[1] != kept[1]).all()
+    assert (mixed[1] != undropped[1]).all()
 
 
 @pytest.mark.parametrize("cache", [False, True])

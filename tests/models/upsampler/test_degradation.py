@@ -48,8 +48,8 @@ def test_quantise_8bit_keeps_the_256_levels_and_rounds_the_rest() -> None:
     assert quantise_8bit(torch.tensor([-3.0, 2.0, 1 / 255 + 1e-4])).tolist() == pytest.approx(
         [-1, 1, 1 / 255], abs=1e-6
     )
-    found = quantise_8bit(torch.rand(1000) * 2 - 1)
-    assert ((found + 1) * 127.5 - ((found + 1) * 127.5).round()).abs().max() < 1e-4
+    actual = quantise_8bit(torch.rand(1000) * 2 - 1)
+    assert ((actual + 1) * 127.5 - ((actual + 1) * 127.5).round()).abs().max() < 1e-4
 
 
 def test_gaussian_blur_is_the_papers_kernel_of_3_px_and_sigma_06() -> None:
@@ -62,10 +62,10 @@ def test_gaussian_blur_is_the_papers_kernel_of_3_px_and_sigma_06() -> None:
 
 def test_gaussian_blur_has_its_own_width_for_each_picture(photo: Tensor) -> None:
     batch = photo.expand(3, -1, -1, -1)
-    found = gaussian_blur(batch, torch.tensor([0.0, 0.6, 2.0]), kernel_size=9)
-    torch.testing.assert_close(found[0], photo[0])
-    assert (found[1] - photo[0]).abs().mean() < (found[2] - photo[0]).abs().mean()
-    torch.testing.assert_close(found[1:2], gaussian_blur(photo, torch.tensor([0.6]), kernel_size=9))
+    actual = gaussian_blur(batch, torch.tensor([0.0, 0.6, 2.0]), kernel_size=9)
+    torch.testing.assert_close(actual[0], photo[0])
+    assert (actual[1] - photo[0]).abs().mean() < (actual[2] - photo[0]).abs().mean()
+    torch.testing.assert_close(actual[1:2], gaussian_blur(photo, torch.tensor([0.6]), kernel_size=9))
     torch.testing.assert_close(gaussian_blur(torch.ones(1, 3, 8, 8), torch.tensor([0.6])), torch.ones(1, 3, 8, 8))
 
 
@@ -83,20 +83,20 @@ def test_filter_each_correlates_with_the_kernel_of_each_picture() -> None:
     kernels = torch.zeros(2, 3, 3)
     kernels[0, 1, 2] = 1  # the pixel to the right
     kernels[1, 1, 1] = 2
-    found = filter_each(batch, kernels)
-    torch.testing.assert_close(found[0, :, :, :-1], batch[0, :, :, 1:])
-    torch.testing.assert_close(found[0, :, :, -1], batch[0, :, :, -2])  # edges are reflected
-    torch.testing.assert_close(found[1], 2 * batch[1])
+    actual = filter_each(batch, kernels)
+    torch.testing.assert_close(actual[0, :, :, :-1], batch[0, :, :, 1:])
+    torch.testing.assert_close(actual[0, :, :, -1], batch[0, :, :, -2])  # edges are reflected
+    torch.testing.assert_close(actual[1], 2 * batch[1])
 
 
 def test_random_crop_cuts_on_the_grid_of_the_small_picture() -> None:
     place = torch.arange(32 * 32, dtype=torch.float32).reshape(1, 1, 32, 32).expand(50, 2, -1, -1)
-    found = random_crop(place, 8, seeded(), multiple_px=4)
-    assert found.shape == (50, 2, 8, 8)
-    tops, lefts = found[:, 0, 0, 0] // 32, found[:, 0, 0, 0] % 32
+    actual = random_crop(place, 8, seeded(), multiple_px=4)
+    assert actual.shape == (50, 2, 8, 8)
+    tops, lefts = actual[:, 0, 0, 0] // 32, actual[:, 0, 0, 0] % 32
     assert set(tops.tolist()) == set(range(0, 25, 4)) == set(lefts.tolist())
-    torch.testing.assert_close(found[0, 1, 3, 5], found[0, 0, 0, 0] + 3 * 32 + 5)
-    assert torch.equal(found, random_crop(place, 8, seeded(), multiple_px=4))
+    torch.testing.assert_close(actual[0, 1, 3, 5], actual[0, 0, 0, 0] + 3 * 32 + 5)
+    assert torch.equal(actual, random_crop(place, 8, seeded(), multiple_px=4))
     wide = torch.arange(8 * 40, dtype=torch.float32).reshape(1, 1, 8, 40).expand(50, -1, -1, -1)
     assert set(random_crop(wide, 8, seeded(), multiple_px=8)[:, 0, 0, 0].tolist()) == {0, 8, 16, 24, 32}
     with pytest.raises(ValueError, match="33 px"):
@@ -105,10 +105,10 @@ def test_random_crop_cuts_on_the_grid_of_the_small_picture() -> None:
 
 def test_augment_noise_keeps_the_variance_and_has_a_level_per_picture() -> None:
     condition, noise = torch.randn(2, 2, 3, 64, 64, generator=seeded()).unbind(0)
-    found = augment_noise(condition, torch.tensor([0.0, 0.6]), noise)
-    assert torch.equal(found[0], condition[0])
-    torch.testing.assert_close(found[1], 0.8 * condition[1] + 0.6 * noise[1])
-    assert found[1].std().item() == pytest.approx(1, abs=0.03)
+    actual = augment_noise(condition, torch.tensor([0.0, 0.6]), noise)
+    assert torch.equal(actual[0], condition[0])
+    torch.testing.assert_close(actual[1], 0.8 * condition[1] + 0.6 * noise[1])
+    assert actual[1].std().item() == pytest.approx(1, abs=0.03)
 
 
 def test_jpeg_takes_any_size_and_refuses_other_qualities(photo: Tensor) -> None:
@@ -119,12 +119,12 @@ def test_jpeg_takes_any_size_and_refuses_other_qualities(photo: Tensor) -> None:
 
 def test_bsr_degrades_each_picture_in_its_own_way_from_the_generator(photo: Tensor) -> None:
     batch = photo.expand(12, -1, -1, -1)
-    found = bsr_light(batch, 32, seeded(5))
-    assert found.shape == (12, 3, 32, 32)
-    assert found.abs().max() <= 1
-    assert torch.equal(found, bsr_light(batch, 32, seeded(5)))
-    assert not torch.equal(found, bsr_light(batch, 32, seeded(6)))
-    errors = (found - resize(photo, 32)).square().mean(dim=(1, 2, 3))
+    actual = bsr_light(batch, 32, seeded(5))
+    assert actual.shape == (12, 3, 32, 32)
+    assert actual.abs().max() <= 1
+    assert torch.equal(actual, bsr_light(batch, 32, seeded(5)))
+    assert not torch.equal(actual, bsr_light(batch, 32, seeded(6)))
+    errors = (actual - resize(photo, 32)).square().mean(dim=(1, 2, 3))
     assert len(set(errors.tolist())) == 12
     psnr = 10 * torch.log10(4 / errors)
     assert 14 < psnr.min() < psnr.max() < 45  # spoilt, and still the same picture
@@ -133,10 +133,10 @@ def test_bsr_degrades_each_picture_in_its_own_way_from_the_generator(photo: Tens
 @pytest.mark.parametrize(("scale", "stretch"), [(2, 6e-4), (4, 3.5e-3), (8, 6e-3)])
 def test_bsr_keeps_the_picture_in_place(scale: int, stretch: float) -> None:
     ramp = torch.linspace(-0.8, 0.8, 128).expand(6, 3, 128, 128)
-    found = bsr_light(ramp, 128 // scale, seeded())
+    actual = bsr_light(ramp, 128 // scale, seeded())
     expected = resize(ramp, 128 // scale)
     inner = slice(128 // scale // 4, -(128 // scale // 4))
-    errors = (found - expected)[..., inner]
+    errors = (actual - expected)[..., inner]
     assert errors.mean().abs() < 0.01
     assert all(side.mean().abs() < stretch for side in errors.chunk(2, dim=-1))  # nor is it stretched
 
@@ -177,15 +177,15 @@ def test_draws_are_whole_numbers_with_both_ends_and_orders_of_all() -> None:
 def test_bsr_blurs_a_picture_that_it_has_halved_by_the_scale_that_is_left(
     photo: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: set[tuple[int, int]] = set()
+    pairs: set[tuple[int, int]] = set()
 
     def watched(scale: int, draws: Draws, side_px: int) -> Tensor:
-        seen.add((scale, side_px))
+        pairs.add((scale, side_px))
         return blur_kernel(scale, draws, side_px)
 
     monkeypatch.setattr("models.upsampler.bsr.blur_kernel", watched)
     bsr_light(photo[..., :32, :32].expand(24, -1, -1, -1), 8, seeded())
-    whole_or_halved = {(scale, side_px) for scale, side_px in seen if side_px in {16, 32}}
+    whole_or_halved = {(scale, side_px) for scale, side_px in pairs if side_px in {16, 32}}
     assert whole_or_halved == {(4, 32), (2, 16)}
 
 
@@ -212,9 +212,9 @@ def test_bsr_ends_in_jpeg_and_often_goes_through_it_before(photo: Tensor, monkey
         return written[-1][1]
 
     monkeypatch.setattr("models.upsampler.bsr.jpeg", watched)
-    found = bsr_light(photo[..., :32, :32].expand(24, -1, -1, -1), 8, seeded())
+    actual = bsr_light(photo[..., :32, :32].expand(24, -1, -1, -1), 8, seeded())
     assert 24 + 16 < len(written) <= 24 + 24  # nine of ten
-    assert torch.equal(written[-1][1], found[-1:])
+    assert torch.equal(written[-1][1], actual[-1:])
     assert {quality for quality, _ in written} <= set(range(80, 96))
 
 
