@@ -1,4 +1,4 @@
-"""Shapes of CLIP, and what the other networks take from it."""
+"""Shapes of CLIP, and the sizes that other networks take from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ START_TOKEN, END_TOKEN = VOCAB_SIZE - 2, VOCAB_SIZE - 1
 
 @configclass
 class ClipDims:
-    """What the prior and the decoder take from the frozen CLIP; never repeated in a recipe."""
+    """The sizes that the prior and the decoder take from the frozen CLIP; never repeated in a recipe."""
 
     embed_dim: int = 768
     """Width D of the joint space of z_image and z_text, in features (ViT-L/14: 768)."""
@@ -80,7 +80,7 @@ class ClipConfig:
         require(self.context_length >= 3, f"context_length = {self.context_length}: at least 3")
 
     def dims(self) -> ClipDims:
-        """What the prior and the decoder need to know of this CLIP."""
+        """The sizes of this CLIP that the prior and the decoder need."""
         return ClipDims(embed_dim=self.embed_dim, text_width=self.text_width, context_length=self.context_length)
 
     def to_open_clip(self) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class Editor:
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
+        """Device of the networks."""
         return next(self.decoder.network.parameters()).device
 
     @property
@@ -187,7 +187,7 @@ class Editor:
         Args:
             a: Latents of one picture.
             b: Latents of the other.
-            shares: Where each frame stands, in [0, 1].
+            shares: Position of each frame, in [0, 1].
             seed: Seed of every frame.
             noise: "slerp" interpolates x_T like z_image, so that the ends are the reconstructions; "fixed" makes all
                 frames from the noise of ``seed``.

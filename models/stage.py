@@ -31,7 +31,7 @@ from models.rows import concat_rows, take_rows
 from models.text import TextEncoding
 
 Z_IMAGE, PIXELS = "z_image", "pixels"
-"""What stages make: image embeddings (B, D) of length one, and pictures (B, 3, H, W) in [-1, 1]."""
+"""Values that stages make: image embeddings (B, D) of length one, and pictures (B, 3, H, W) in [-1, 1]."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the networks are conditioned on, as plain tensors.
+"""Captions as the networks read them, as plain tensors.
 
 Legend: B batch, L text tokens, D joint space, W text width.
 """

@@ -54,7 +54,7 @@ class ArPriorConfig:
     text_drop_prob: float = 0.1
     """Probability of dropping caption, z_text and dot product, per sample (section 2.2: 0.1)."""
     num_components: int = 0
-    """Principal components of z_image that are kept (paper: 319 of 1024); 0: as many as ``max_pca_error`` asks for."""
+    """Principal components of z_image that are kept (paper: 319 of 1024); 0: as many as ``max_pca_error`` needs."""
     max_pca_error: float = 0.01
     """Largest share of the variance of z_image that the components left out may hold (section 2.2: 1 %)."""
     num_buckets: int = 1024

@@ -32,7 +32,7 @@ class ArPriorStage:
 
     @classmethod
     def of(cls, prior: ArPrior, name: str = "prior") -> ArPriorStage:
-        """As the network's own configuration says."""
+        """Create the stage with the settings of the network's own configuration."""
         return cls(prior, prior.config.sampler, name, prior.config.num_candidates)
 
     @property

@@ -54,7 +54,7 @@ def keep_known(values: Mapping[str, Tensor], pixels: Float[Tensor, "B 3 side sid
 
 
 def known_planes(pixels: Float[Tensor, "B 3 H W"], mask: Bool[Tensor, "B 1 H W"]) -> Float[Tensor, "B 4 H W"]:
-    """What a decoder with inpainting channels reads: the known part, and where it is."""
+    """Input of a decoder with inpainting channels: the known part, and a plane that marks it."""
     keep = (~mask).to(pixels)
     return torch.cat([pixels * keep, keep], dim=1)
 

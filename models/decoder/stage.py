@@ -51,7 +51,7 @@ class DecoderStage(DiffusionStage):
 
     @classmethod
     def of(cls, decoder: Decoder, noisy_clip: NoisyClip | None = None, name: str = "decoder") -> DecoderStage:
-        """As the network's own configuration says."""
+        """Create the stage with the settings of the network's own configuration."""
         return cls(decoder, decoder.config.sampler, name, noisy_clip)
 
     def eval(self) -> None:

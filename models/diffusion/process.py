@@ -32,7 +32,7 @@ PIXEL_BIN = 2 / 255
 
 
 class Prediction(NamedTuple):
-    """What a network's output says about one item at one step."""
+    """The meaning of a network's output for one item at one step."""
 
     x0: Tensor
     """Clean sample, (B, C, ...)."""
@@ -46,7 +46,7 @@ class LossTerms(NamedTuple):
     """Losses of one item, each (B,)."""
 
     loss: Tensor
-    """What training minimises: weighted, hybrid where the variance is learned; or the bound, in bits per dimension."""
+    """The loss that training minimises: weighted, hybrid if the variance is learned; or the bound, in bits per dim."""
     mse: Tensor
     """Unweighted mean squared error of the predicted quantity."""
     vlb: Tensor | None
@@ -160,7 +160,7 @@ class Diffusion:
         if output.shape[1] != channels * (2 if learned else 1):
             raise ValueError(
                 f"output has {output.shape[1]} channels and x has {channels}: variance = "
-                f"{self.config.variance!r} asks for {'twice as many' if learned else 'as many'}"
+                f"{self.config.variance!r} needs {'twice as many' if learned else 'as many'}"
             )
         output = output.to(x.dtype)
         if learned:
@@ -213,7 +213,7 @@ class Diffusion:
         return -s / a * eps_shift if self.config.prediction == "x0" else eps_shift / a
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the network is trained to predict, (B, C, ...)."""
+        """The quantity that the network is trained to predict, (B, C, ...)."""
         if self.config.prediction == "x0":
             return x0
         return eps if self.config.prediction == "eps" else self.v_from_x0_eps(x0, eps, t)

@@ -1,4 +1,4 @@
-"""One step of each sampler, for a batch whose items may stand at different timesteps.
+"""One step of each sampler, for a batch whose items may be at different timesteps.
 
 Legend: B batch. Each step takes the state at ``t`` to ``t_prev`` (int64 vectors (B,), t_prev < t, -1 the
 clean sample). A step depends only on its arguments, and computes every item separately: requests at
@@ -84,7 +84,7 @@ def analytic_step(
 
     Args:
         denoise: The network.
-        state: Where the chain stands, at t.
+        state: State of the chain at t.
         t: Timestep per item.
         t_prev: Timestep to go to, per item.
         diffusion: The process.
@@ -125,7 +125,7 @@ def ddim_step(
 
     Args:
         denoise: The network.
-        state: Where the chain stands, at t.
+        state: State of the chain at t.
         t: Timestep per item.
         t_prev: Timestep to go to, per item: the next of the sampler's own list, not t - T / n.
         diffusion: The process.
@@ -232,7 +232,7 @@ def ddim_invert_step(
 
     Args:
         denoise: The network.
-        state: Where the chain stands, at t.
+        state: State of the chain at t.
         t: Timestep per item, -1 for a clean sample (the network then sees timestep 0).
         t_next: Timestep to go to, per item; above t.
         diffusion: The process.

@@ -1,7 +1,7 @@
-"""Which timesteps a training batch is noised to.
+"""Random timesteps to which a training batch is noised.
 
 Legend: B batch, T diffusion steps. A draw gives t (B,), int64, and a weight for each item's loss, so that the weighted
-mean estimates the same objective whatever the draw favours.
+mean estimates the same objective for every distribution of t.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class LossAwareTimesteps:
             self._counts[step] += 1
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed run needs: losses (T, history) and counts (T,)."""
+        """The state that a resumed run needs: losses (T, history) and counts (T,)."""
         return {"losses": self._losses.clone(), "counts": self._counts.clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

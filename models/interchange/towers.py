@@ -102,7 +102,7 @@ def export_text(model_config: Json, state: Mapping[str, Tensor]) -> Component:
 
     Args:
         model_config: open_clip's model configuration.
-        state: Weights of the whole open_clip model; the tower's stand at the top or under ``text.``.
+        state: Weights of the whole open_clip model; the tower's are at the top level or under ``text.``.
 
     Raises:
         ValueError: If the layout cannot hold it; names each field.
@@ -227,7 +227,7 @@ def export_tokenizer(
     """The files of a CLIPTokenizer, by name: CLIP's own vocabulary and merges.
 
     Args:
-        encoder: Token -> id; the two last are the start and the end of a text, whatever they are called.
+        encoder: Token -> id; the last two are the start and the end of a text, under any name.
         merges: Pair -> rank.
         context_length: L, in tokens.
     """

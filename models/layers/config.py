@@ -14,7 +14,7 @@ def require_transformer(width: int, depth: int, num_heads: int, *, prefix: str =
         width: Features of each token.
         depth: Number of blocks.
         num_heads: Attention heads, which share the width equally.
-        prefix: What stands before the names ``width`` and ``heads`` in the configuration.
+        prefix: Prefix of the names ``width`` and ``heads`` in the configuration.
         depth_name: Name of the field that holds the depth.
 
     Raises:
@@ -54,8 +54,8 @@ class UNetConfig:
     pixels (arXiv:1609.05158): 1 is the paper's network; 2 and 4 trade the finest level for speed."""
     position_bands: int = 0
     """Octaves of sines and cosines of a pixel's place that are appended to the input (arXiv:1807.03247, with the
-    features of arXiv:2006.10739): 0 is the paper's network; a few let a small network place and outline what the
-    condition asks for after fewer steps. Not for networks that are trained on crops."""
+    features of arXiv:2006.10739): 0 is the paper's network; a few let a small network place and outline the
+    objects of a caption after fewer steps. Not for networks that are trained on crops."""
 
     def __post_init__(self) -> None:
         require(self.patch_px >= 1, f"patch_px = {self.patch_px}: at least 1")

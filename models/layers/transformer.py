@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class KeysValues(NamedTuple):
-    """What later tokens read of earlier ones, in one layer."""
+    """The part of earlier tokens that later ones read, in one layer."""
 
     keys: Float[Tensor, "B H K C"]
     values: Float[Tensor, "B H K C"]

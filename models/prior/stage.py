@@ -31,7 +31,7 @@ class PriorStage(DiffusionStage):
 
     @classmethod
     def of(cls, prior: Prior, name: str = "prior") -> PriorStage:
-        """As the network's own configuration says."""
+        """Create the stage with the settings of the network's own configuration."""
         return cls(prior, prior.config.sampler, name, prior.config.num_candidates)
 
     @property

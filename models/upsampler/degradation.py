@@ -1,4 +1,4 @@
-"""The small picture that an upsampler is trained on, degraded as arXiv:2204.06125 (appendix C) says.
+"""The degradation of the small picture in an upsampler's training: arXiv:2204.06125, appendix C.
 
 Legend: B batch, C channels, H and W pixels. Pictures are (B, C, H, W), float, in [-1, 1]. Every random number is of one
 picture (a blur sampled per batch teaches the network to tell batches apart) and of the torch.Generator that is passed

@@ -1,4 +1,4 @@
-"""What JPEG compression does to a picture, in torch: 4:2:0 chroma, 8 x 8 cosine blocks, the standard's tables.
+"""The losses of JPEG compression, in torch: 4:2:0 chroma, 8 x 8 cosine blocks, the standard's tables.
 
 No file is encoded: the picture only gets the values that a decoder would return. Legend: B batch, H W pixels.
 """

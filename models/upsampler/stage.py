@@ -27,7 +27,7 @@ class UpsamplerStage(DiffusionStage):
 
     @classmethod
     def of(cls, upsampler: Upsampler, number: int = 0) -> UpsamplerStage:
-        """As the network's own configuration says."""
+        """Create the stage with the settings of the network's own configuration."""
         return cls(upsampler, upsampler.config.sampler, f"upsampler_{number + 1}", number)
 
     @property

@@ -42,7 +42,7 @@ def load_cascade(
     }
     kinds = {name: kind_of(network.config) for name, network in networks.items()}
     try:
-        # The rows of the table stand in the order in which a picture passes their networks.
+        # The rows of the table are in the order in which a picture passes their networks.
         order = sorted(networks, key=lambda name: (NETWORKS.index(kinds[name]), name))
         return Cascade(clip, [stage(name, networks) for name in order if (stage := kinds[name].stage) is not None])
     except ValueError as error:

@@ -33,7 +33,7 @@ _OPTIMIZER_STATES = 2
 
 @dataclass(frozen=True)
 class NetworkCost:
-    """What one network costs; bytes are for one worker."""
+    """The cost of one network; bytes are for one worker."""
 
     name: str
     num_parameters: int
@@ -52,7 +52,7 @@ class NetworkCost:
     average_bytes: int
     activations_bytes: int
     """Saved for the backward pass of this worker's share of the batch, in float32; under bfloat16 the inputs of matrix
-    products take half of it, those of norms do not. The kernels' workspaces come on top."""
+    products take half of it, those of norms do not. The kernels' workspaces are not counted."""
 
     @property
     def training_bytes(self) -> int:
@@ -91,7 +91,7 @@ def format_costs(costs: list[NetworkCost]) -> str:
         f"training: forward and backward of one sample; hours: all samples at {UTILISATION:.0%} of the bfloat16 peak.",
         "sampling: all network calls for one result; clip: one picture embedded.",
         "state: weights, gradients, two moments and the average, float32, for each worker; activations: for its share",
-        "of the batch, in float32 too. The frozen CLIP and the kernels' workspaces come on top.",
+        "of the batch, in float32 too. The frozen CLIP and the kernels' workspaces are not counted.",
     ]
     return "\n".join(lines)
 

@@ -152,7 +152,7 @@ def export_components(cascade: Cascade, clip: FrozenText) -> tuple[dict[str, Com
         problems.append("upsampler_1: the layout needs one, and this recipe has none")
     if problems or prior is None:
         hint = (
-            "What says how to sample can be set for the export alone, as in --set decoder.model.sampler.eta=0.0; "
+            "Sampler settings can be changed for the export alone, as in --set decoder.model.sampler.eta=0.0; "
             "`unclip export RECIPE --native DIR` writes any cascade in our own layout"
         )
         raise ConfigError(f"export: {'; '.join(problems)}. {hint}")

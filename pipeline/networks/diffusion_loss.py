@@ -53,7 +53,7 @@ class DiffusionLoss(nn.Module):
 
 
 def draws_of(objective: nn.Module) -> TimestepDraws | None:
-    """What samples the timesteps of an objective; None where it is not of a diffusion."""
+    """The distribution of the objective's timesteps; None if it is not of a diffusion."""
     return next((module.draws for module in objective.modules() if isinstance(module, DiffusionLoss)), None)
 
 

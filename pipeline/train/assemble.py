@@ -135,7 +135,7 @@ def _samples(job: TrainJob, split: str) -> Samples:
 
 def _no_captions(captions: Sequence[str]) -> TextEncoding:
     raise AssertionError(
-        f"{len(captions)} captions to encode: a kind of network that reads captions says so in its row"
+        f"{len(captions)} captions to encode: set captions=True in the row of a network that reads them"
     )
 
 

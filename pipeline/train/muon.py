@@ -21,7 +21,7 @@ MIN_SIDE = 32
 _MOMENTUM = 0.95
 _NUM_ITERATIONS = 5
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the odd quintic that drives singular values from (0, 1] to about 1 (Jordan, 2024)."""
+"""Coefficients of the odd quintic that drives singular values from (0, 1] to about 1 (Jordan, 2024)."""
 _RMS = 0.2
 """Root mean square of an update of rate one, which is about AdamW's (arXiv:2502.16982, section 2.2)."""
 

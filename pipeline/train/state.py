@@ -29,7 +29,7 @@ CHECKPOINTS = f"{LIVE}checkpoints/"
 
 @dataclass
 class TrainState:
-    """What changes while a network is trained."""
+    """Everything that changes during a training."""
 
     network: nn.Module
     """The network in training, float32."""
@@ -46,7 +46,7 @@ class TrainState:
     grad_norm: Tensor = field(default_factory=lambda: torch.zeros(()))
     """Norm of the last gradient before clipping, on the device."""
     draws: TimestepDraws | None = None
-    """What samples the timesteps of a diffusion's objective; None for other objectives."""
+    """The distribution of a diffusion objective's timesteps; None for other objectives."""
 
 
 def create_state(network: nn.Module, config: TrainConfig, device: torch.device) -> TrainState:
