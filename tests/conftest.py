@@ -2,8 +2,13 @@
 
 import os
 import signal
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from models.cascade import Cascade
+    from pipeline.recipe.recipe import Recipe
 
 # One thread a process: two processes of two threads each, on two cores, wait for one another most of the time. Set
 # before any test imports torch; Ray and its workers inherit it.
@@ -16,3 +21,20 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest test first: the others fill the time beside it."""
     items.sort(key=lambda item: "faults" not in item.path.parts)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> "Recipe":
+    """A recipe whose every step up to evaluate is done, by untrained networks."""
+    from tests.tiny.workspace import evaluated_workspace  # tests of models run where pipeline's libraries are not
+
+    return evaluated_workspace(tmp_path_factory.mktemp("tiny") / "workspace")
+
+
+@pytest.fixture(scope="session")
+def cascade(tiny: "Recipe") -> "Cascade":
+    """Its networks."""
+    from pipeline.networks.cascade import load_cascade
+    from pipeline.sampling.sample import cascade_artifacts
+
+    return load_cascade(cascade_artifacts(tiny))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from tests.tiny import ROOT
+from tests.tiny.command import ROOT
 
 
 def missing_from_the_page(workspace: Path) -> list[str]:

@@ -3,7 +3,7 @@
 import re
 import shlex
 
-from tests.tiny import ROOT
+from tests.tiny.command import ROOT
 
 
 def shell_commands() -> list[list[str]]:

@@ -12,14 +12,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from models.clip_config import ClipConfig
 from pipeline.clip import FrozenClip, clip_loss, create_clip, load_clip, load_pretrained, open_clip, save_clip
 from pipeline.pictures import square
-from tests.tiny import ROOT
+from tests.tiny.command import ROOT
+from tests.tiny.networks import CLIP
 
-CONFIG = ClipConfig(
-    embed_dim=16, image_px=32, vision_width=8, text_width=16, text_heads=2, text_layers=2, context_length=20
-)
+CONFIG = replace(CLIP, text_layers=2, context_length=20)
 CAPTIONS = ["a red circle", "a small blue star on a white background", ""]
 
 

@@ -10,7 +10,7 @@ from pipeline.data import batches as module
 from pipeline.data.batches import CaptionTable, Samples, Share, iterate_batches, plan_order
 from pipeline.data.training_rows import ShardReader
 from pipeline.errors import DataError
-from tests.train.data import write_download, write_embed
+from tests.tiny.shards import write_download, write_embed
 
 
 def _samples(tmp_path: Path, *, num_threads: int = 1) -> Samples:

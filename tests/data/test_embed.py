@@ -18,7 +18,8 @@ from pipeline.data.rows import embeddings_schema
 from pipeline.data.shards import read_samples
 from pipeline.data.vectors import read_vectors, to_arrow, to_numpy, to_unit
 from pipeline.errors import DataError
-from tests.tiny_shards import make_clip, make_jpeg, make_shard
+from tests.tiny.networks import make_clip
+from tests.tiny.shards import make_jpeg, noisy_shard, write_tar
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +31,12 @@ def _rewrite(tar: Path, change: Callable[[str, bytes], bytes | None]) -> None:
     """Change the files of a tar; None leaves one out."""
     with tarfile.open(tar) as old:
         files = [(member.name, old.extractfile(member).read()) for member in old]  # type: ignore[union-attr]
-    with tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT) as new:
-        for name, data in files:
-            changed = change(name, data)
-            if changed is not None:
-                member = tarfile.TarInfo(name)
-                member.size = len(changed)
-                new.addfile(member, io.BytesIO(changed))
+    changed = [(name, change(name, data)) for name, data in files]
+    write_tar(tar, [(name, data) for name, data in changed if data is not None])
 
 
 def test_embedder_writes_clips_own_vectors_for_plain_pyarrow(clip_folder: Path, tmp_path: Path) -> None:
-    tar, parquet = make_shard(tmp_path, num_rows=7)
+    tar, parquet = noisy_shard(tmp_path, num_rows=7)
     counts = Embedder(clip_folder, batch_size=4)(tar, parquet, "00000", tmp_path / "out.parquet")
     assert counts == {"in": 6, "ok": 6, "corrupt": 0}
     table = pq.read_table(tmp_path / "out.parquet")
@@ -57,14 +53,14 @@ def test_embedder_writes_clips_own_vectors_for_plain_pyarrow(clip_folder: Path, 
 
 
 def test_embedder_gives_the_same_bytes_again(clip_folder: Path, tmp_path: Path) -> None:
-    tar, parquet = make_shard(tmp_path)
+    tar, parquet = noisy_shard(tmp_path)
     for name in ("one", "two"):
         Embedder(clip_folder, batch_size=4)(tar, parquet, "00000", tmp_path / name)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
 def test_embedder_does_not_need_the_tar_in_order(clip_folder: Path, tmp_path: Path) -> None:
-    tar, parquet = make_shard(tmp_path)
+    tar, parquet = noisy_shard(tmp_path)
     embedder = Embedder(clip_folder, batch_size=4)
     embedder(tar, parquet, "00000", tmp_path / "one")
     table = pq.read_table(parquet)
@@ -74,7 +70,7 @@ def test_embedder_does_not_need_the_tar_in_order(clip_folder: Path, tmp_path: Pa
 
 
 def test_embedder_counts_corrupt_pictures(clip_folder: Path, tmp_path: Path) -> None:
-    tar, parquet = make_shard(tmp_path)
+    tar, parquet = noisy_shard(tmp_path)
     _rewrite(tar, lambda name, data: data[:40] if name in {"0000001.jpg", "0000004.jpg"} else data)
     counts = Embedder(clip_folder, batch_size=4)(tar, parquet, "00000", tmp_path / "out.parquet")
     assert counts == {"in": 5, "ok": 3, "corrupt": 2}
@@ -82,7 +78,7 @@ def test_embedder_counts_corrupt_pictures(clip_folder: Path, tmp_path: Path) -> 
 
 
 def test_embedder_of_a_shard_without_pictures_is_an_empty_table(clip_folder: Path, tmp_path: Path) -> None:
-    tar, parquet = make_shard(tmp_path, num_rows=2, failed=(0, 1))
+    tar, parquet = noisy_shard(tmp_path, num_rows=2, failed=(0, 1))
     counts = Embedder(clip_folder, batch_size=4)(tar, parquet, "00000", tmp_path / "out.parquet")
     assert counts == {"in": 0, "ok": 0, "corrupt": 0}
     assert read_vectors(tmp_path / "out.parquet").z_image.shape == (0, 16)
@@ -94,7 +90,7 @@ def test_embedder_names_what_is_no_clip(tmp_path: Path) -> None:
 
 
 def test_read_samples_refuses_another_uid_by_shard_row_and_uid(tmp_path: Path) -> None:
-    tar, parquet = make_shard(tmp_path)
+    tar, parquet = noisy_shard(tmp_path)
     uids = pq.read_table(parquet).column("uid").to_pylist()
 
     def swap(name: str, data: bytes) -> bytes:
@@ -116,7 +112,7 @@ def test_read_samples_refuses_another_uid_by_shard_row_and_uid(tmp_path: Path) -
     ],
 )
 def test_read_samples_says_what_is_wrong_with_a_tar(change: Any, message: str, tmp_path: Path) -> None:
-    tar, parquet = make_shard(tmp_path)
+    tar, parquet = noisy_shard(tmp_path)
     _rewrite(tar, change)
     with pytest.raises(DataError, match=message):
         list(read_samples(tar, parquet, "00000"))
@@ -124,22 +120,22 @@ def test_read_samples_says_what_is_wrong_with_a_tar(change: Any, message: str, t
 
 @pytest.mark.parametrize("size", [3000, 512 * 7 + 100, 10])
 def test_read_samples_refuses_a_truncated_tar(size: int, tmp_path: Path) -> None:
-    tar, parquet = make_shard(tmp_path)
+    tar, parquet = noisy_shard(tmp_path)
     tar.write_bytes(tar.read_bytes()[:size])
     with pytest.raises(DataError, match=r"00000\.tar: "):
         list(read_samples(tar, parquet, "00000"))
 
 
 def test_read_samples_refuses_a_tar_of_another_shard(tmp_path: Path) -> None:
-    tar, parquet = make_shard(tmp_path)
-    other, _ = make_shard(tmp_path / "other", "00001")
+    tar, parquet = noisy_shard(tmp_path)
+    other, _ = noisy_shard(tmp_path / "other", "00001")
     tar.write_bytes(other.read_bytes())
     with pytest.raises(DataError, match=r"has key 0000100, which is not a good row of 00000\.parquet"):
         list(read_samples(tar, parquet, "00000"))
 
 
 def test_read_samples_names_a_missing_column_and_a_damaged_table(tmp_path: Path) -> None:
-    tar, parquet = make_shard(tmp_path)
+    tar, parquet = noisy_shard(tmp_path)
     pq.write_table(pq.read_table(parquet).drop_columns(["uid"]), parquet)
     with pytest.raises(DataError, match=r"00000.parquet: no column uid; it has url"):
         list(read_samples(tar, parquet, "00000"))

@@ -26,7 +26,7 @@ from pipeline.serve.knn import decode_query
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.store import Artifact
 from tests.data.conftest import CASES, PictureServer
-from tests.tiny_shards import make_clip
+from tests.tiny.networks import make_clip
 
 _NAMES = ("lying-down.jpg", "gray16.png", "gray16.tif", "rgb16.png", "rgba16.png")
 _OTHERS = ("jpg/1", "jpg/2", "png/3")

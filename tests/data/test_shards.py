@@ -1,7 +1,6 @@
 """The only reader of stored pictures: it finds each row by key and checks its uid."""
 
 import gc
-import io
 import json
 import tarfile
 import threading
@@ -14,7 +13,7 @@ from pipeline.data.rows import make_uid
 from pipeline.data.shards import ShardPictures, StoredPictures, index_tar
 from pipeline.errors import DataError
 from pipeline.workspace.store import Artifact
-from tests.tiny_shards import make_jpeg, make_shard
+from tests.tiny.shards import make_jpeg, noisy_shard, write_tar
 
 
 def _uid(number: int, shard: str = "00000") -> str:
@@ -22,7 +21,7 @@ def _uid(number: int, shard: str = "00000") -> str:
 
 
 def test_a_picture_is_read_by_key_and_uid_as_it_is_stored(tmp_path: Path) -> None:
-    tar, _ = make_shard(tmp_path)
+    tar, _ = noisy_shard(tmp_path)
     pictures = StoredPictures(Artifact(str(tmp_path)))
     assert pictures.read("00000", "0000004", _uid(4)) == make_jpeg(4, size=(32, 33))
     assert pictures.decode("00000", "0000004", _uid(4)).size == (32, 33)
@@ -35,7 +34,7 @@ def test_a_picture_is_read_by_key_and_uid_as_it_is_stored(tmp_path: Path) -> Non
 
 
 def test_a_picture_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
-    tar, _ = make_shard(tmp_path)
+    tar, _ = noisy_shard(tmp_path)
     data = bytearray(tar.read_bytes())
     offset = index_tar(tar)["0000004"]["jpg"][0]
     data[offset : offset + 40] = bytes(40)
@@ -47,7 +46,7 @@ def test_a_picture_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
 def test_open_shards_and_their_files_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "_OPEN_SHARDS", 2)
     for number in range(6):
-        make_shard(tmp_path, f"{number:05d}", num_rows=1, failed=())
+        noisy_shard(tmp_path, f"{number:05d}", num_rows=1, failed=())
     pictures, most = StoredPictures(Artifact(str(tmp_path))), 0
 
     def num_open() -> int:
@@ -65,7 +64,7 @@ def test_open_shards_and_their_files_are_few(tmp_path: Path, monkeypatch: pytest
 
 
 def test_threads_read_one_shard_at_once(tmp_path: Path) -> None:
-    tar, _ = make_shard(tmp_path, num_rows=40, failed=())
+    tar, _ = noisy_shard(tmp_path, num_rows=40, failed=())
     pictures, wrong = ShardPictures(tar, "00000"), list[int]()
 
     def read(start: int) -> None:
@@ -82,7 +81,7 @@ def test_threads_read_one_shard_at_once(tmp_path: Path) -> None:
 
 
 def test_index_tar_agrees_with_tarfile(tmp_path: Path) -> None:
-    tar, _ = make_shard(tmp_path)
+    tar, _ = noisy_shard(tmp_path)
     with tarfile.open(tar) as archive:
         spans = {member.name: (member.offset_data, member.size) for member in archive}
     indexed = {f"{key}.{name}": place for key, files in index_tar(tar).items() for name, place in files.items()}
@@ -92,17 +91,14 @@ def test_index_tar_agrees_with_tarfile(tmp_path: Path) -> None:
 def test_index_tar_reads_a_tar_of_another_writer(tmp_path: Path) -> None:
     path, name = tmp_path / "a.tar", "k" * 120 + ".json"
     data = json.dumps({"uid": "u"}).encode()
-    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
-        member = tarfile.TarInfo(name)
-        member.size = len(data)
-        archive.addfile(member, io.BytesIO(data))
+    write_tar(path, [(name, data)], layout=tarfile.GNU_FORMAT)
     [(offset, size)] = index_tar(path)["k" * 120].values()
     assert path.read_bytes()[offset : offset + size] == data
 
 
 @pytest.mark.parametrize(("at", "value"), [(148, b"zz"), (124, b"zz"), (0, b"\xff")])
 def test_index_tar_names_a_damaged_header(at: int, value: bytes, tmp_path: Path) -> None:
-    tar, _ = make_shard(tmp_path)
+    tar, _ = noisy_shard(tmp_path)
     data = bytearray(tar.read_bytes())
     data[at : at + len(value)] = value
     tar.write_bytes(data)

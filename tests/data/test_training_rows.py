@@ -10,7 +10,7 @@ from pipeline.data.training_rows import ShardReader
 from pipeline.errors import DataError
 from pipeline.shapes.draw import draw_array
 from pipeline.shapes.scene import training_scene
-from tests.train.data import write_download, write_embed
+from tests.tiny.shards import write_download, write_embed
 
 
 def test_reader_takes_good_rows_of_its_split(tmp_path: Path) -> None:

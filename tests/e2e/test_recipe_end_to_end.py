@@ -21,7 +21,8 @@ from tests.formats import missing_from_the_page
 from tests.ports import free_port
 from tests.ray_head import ray_head
 from tests.readme import shell_commands
-from tests.tiny import tiny_recipe, unclip, unclip_here, unclip_json
+from tests.tiny.command import unclip, unclip_here, unclip_json
+from tests.tiny.recipe import write_recipe
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 _CHANGES = ("--set", "evaluate.resources.max_retries=3")
@@ -49,7 +50,7 @@ def submitted(tmp_path_factory: pytest.TempPathFactory) -> Generator[Submitted]:
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "configs").mkdir()
     path = folder / "configs/demo.toml"
-    path.write_text(tiny_recipe(folder, port=free_port()).read_text().replace('"tiny"', '"demo"'))
+    path.write_text(write_recipe(folder, port=free_port()).read_text().replace('"tiny"', '"demo"'))
     # One step after the other: a worker that has loaded torch is used again.
     with ray_head(num_cpus=1) as head, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")

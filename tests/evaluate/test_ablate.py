@@ -34,8 +34,8 @@ from pipeline.recipe.plan import artifact_of, inputs_of
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.shapes.draw import draw_array
 from pipeline.workspace.store import Artifact, Workspace
-from tests.evaluate.workspaces import tiny_tables
-from tests.tiny_cascade import randomise
+from tests.models.tiny_models import randomise
+from tests.tiny.workspace import evaluated_tables
 
 
 class _StopError(Exception):
@@ -97,7 +97,7 @@ def test_variants_are_drawn_from_what_they_say(tiny: Recipe, cascade: Cascade, t
     prior, stage = cascade.stages[:2]
     decoder = copy.deepcopy(stage.network)
     decoder.image_to_embedding.weight.mul_(40)
-    decoder.unet.conv_out.weight.mul_(3)  # what it predicts is a picture that is not clipped everywhere
+    decoder.unet.conv_out.weight.mul_(0.3)  # what it predicts is a picture that is not clipped everywhere
     decoder.config = replace(decoder.config, diffusion=replace(decoder.config.diffusion, prediction="x0"))
     listening = Cascade(cascade.clip, [prior, dataclasses.replace(stage, network=decoder)])
     sampler, clip = stage.sampler, cast("FrozenClip", cascade.clip)
@@ -177,7 +177,7 @@ def test_a_killed_ablation_goes_on_and_ends_in_the_same_bytes(
         if variant == "prior":
             raise _StopError
 
-    other = parse_recipe(tiny_tables(Path(tiny.workspace)) | {"name": "other"})
+    other = parse_recipe(evaluated_tables(Path(tiny.workspace), name="other"))
     again = artifact_of(Workspace(tiny.workspace), ablation_step(other, num_prompts=7, num_shown=2))
     assert again.uri == output.uri  # the name of a recipe changes nothing
     assert ablate_recipe(other, num_prompts=7, num_shown=2, watch=stop)[1] == result
@@ -203,6 +203,6 @@ def test_prompts_without_real_pictures_have_no_true_embedding(cascade: Cascade, 
 
 
 def test_ablation_before_training_says_what_is_missing(tmp_path: Path) -> None:
-    recipe = parse_recipe(tiny_tables(tmp_path / "empty"))
+    recipe = parse_recipe(evaluated_tables(tmp_path / "empty"))
     with pytest.raises(ConfigError, match="pairs is not finished"):
         ablate_recipe(recipe, num_prompts=2, num_shown=1, watch=_quiet)

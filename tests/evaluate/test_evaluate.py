@@ -29,14 +29,14 @@ from pipeline.networks.cascade import load_cascade
 from pipeline.networks.quality import psnr_db, sharpness
 from pipeline.pictures import square
 from pipeline.recipe.plan import inputs_of
-from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.recipe.recipe import Recipe
 from pipeline.report.report import format_metrics
 from pipeline.report.tables import measure_rows
 from pipeline.shapes.check import check
 from pipeline.shapes.draw import draw_array
 from pipeline.shapes.scene import Object, Scene
 from pipeline.workspace.store import Artifact, Workspace
-from tests.evaluate.workspaces import NUM_PICTURES, build_tiny_workspace, evaluate_step, tiny_tables
+from tests.tiny.workspace import NUM_PICTURES, evaluate_step, evaluated_workspace
 
 
 def _inputs(recipe: Recipe) -> dict[str, Artifact]:
@@ -266,10 +266,8 @@ def test_summary_is_flat_numbers(evaluated: tuple[Artifact, Work, dict[str, Any]
 def test_other_sources_are_measured_on_validation_captions_without_a_pixel_check(tmp_path: Path) -> None:
     pairs = {"source": "list", "path": str(tmp_path / "list.csv")}
     (tmp_path / "list.csv").write_text("url,caption\n")
-    tables = tiny_tables(tmp_path / "workspace") | {"pairs": pairs, "upsampler_1": None, "upsampler_2": None}
-    tables["prior_2"] = None
-    recipe = parse_recipe(tables)
-    build_tiny_workspace(recipe)
+    absent = dict.fromkeys(("upsampler_1", "upsampler_2", "prior_2"))
+    recipe = evaluated_workspace(tmp_path / "workspace", pairs=pairs, **absent)
     work, metrics = _run(recipe, Artifact(str(tmp_path / "out")))
     validation = choose_rows(_inputs(recipe)["embed"], 100, "validation")
     assert {prompt.text for prompt in work.prompts.prompts} <= {row.caption for row in validation}
@@ -397,10 +395,8 @@ def test_set_measures_and_upsampler_measures_agree_with_their_parts(
 
 def test_a_network_that_was_trained_with_the_bound_is_measured_in_bits_per_dimension(tmp_path: Path) -> None:
     """The decoder, whose variance is learned, and not the upsamplers."""
-    tables = tiny_tables(tmp_path / "workspace")
-    tables["decoder"]["model"]["diffusion"] = {"num_timesteps": 30, "variance": "learned_range"}
-    recipe = parse_recipe(tables)
-    build_tiny_workspace(recipe)
+    diffusion = {"num_timesteps": 30, "variance": "learned_range"}
+    recipe = evaluated_workspace(tmp_path / "workspace", decoder={"model": {"diffusion": diffusion}})
     work, metrics = _run(recipe, Artifact(str(tmp_path / "output")))
     assert metrics["bits_per_dim"].keys() == {"decoder"}
     measured = metrics["bits_per_dim"]["decoder"]

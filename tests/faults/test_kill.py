@@ -21,7 +21,8 @@ from pipeline.workspace.progress import read_progress
 from pipeline.workspace.store import MANIFEST, Artifact, Workspace
 from tests.ports import free_port
 from tests.ray_head import RayHead, ray_head
-from tests.tiny import ROOT, start_unclip, tiny_recipe, unclip
+from tests.tiny.command import ROOT, start_unclip, unclip
+from tests.tiny.recipe import write_recipe
 
 _STEPS = ("pairs", "download", "clip", "embed", "index", "prior", "decoder", "upsampler_1", "upsampler_2", "evaluate")
 _CONTENT = {
@@ -134,7 +135,7 @@ def test_kill_anywhere_ends_in_the_same_bytes(tmp_path: Path, monkeypatch: pytes
     port = free_port()
     for name in ("calm", "wild"):
         (tmp_path / name).mkdir()
-        recipes[name] = tiny_recipe(tmp_path / name, port=port, num_steps=30, save_every=3)
+        recipes[name] = write_recipe(tmp_path / name, port=port, num_steps=30, save_every=3)
     walk = _Walk(recipes["wild"])
     with ray_head(num_cpus=1, environment={"PYTHONPATH": str(ROOT)}) as head:
         while target := walk.target():

@@ -8,7 +8,7 @@ from PIL import Image
 from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.init.recipe import write_recipe
 from pipeline.recipe.recipe import Recipe, load_recipe
-from tests.tiny import ROOT
+from tests.tiny.command import ROOT
 
 
 def _list(folder: Path, num_pairs: int, header: str = "url,caption") -> Path:

@@ -14,7 +14,8 @@ import pytest
 from jobs import cli
 from pipeline.recipe.recipe import Recipe
 from tests.ports import free_port
-from tests.tiny import ROOT, tiny_recipe, unclip_here
+from tests.tiny.command import ROOT, unclip_here
+from tests.tiny.recipe import write_recipe
 
 COMMANDS = sorted(name for group in cli.COMMANDS.values() for name in group)
 
@@ -86,13 +87,13 @@ def test_mistakes_are_one_message_and_an_exit_code(arguments: list[str], code: i
 
 
 def test_sample_before_the_training_says_what_is_missing(tmp_path: Path) -> None:
-    done = unclip_here("sample", str(tiny_recipe(tmp_path, port=free_port())), "a red circle")
+    done = unclip_here("sample", str(write_recipe(tmp_path, port=free_port())), "a red circle")
     assert done.returncode in {2, 3, 4}
     assert "unclip run" in done.stderr
 
 
 def test_run_with_no_cluster_at_the_address_is_one_message(tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, port=free_port())
+    recipe = write_recipe(tmp_path, port=free_port())
     done = _run("run", str(recipe), "--address", f"127.0.0.1:{free_port()}", "--set", "tracking.uri=off")
     assert done.returncode == 4, done.stderr
     assert "no Ray cluster at" in done.stderr
@@ -139,7 +140,7 @@ def test_a_job_can_be_interrupted_although_its_cluster_ignores_ctrl_c(monkeypatc
 def test_run_where_ray_cannot_start_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = _run(
-        "run", str(tiny_recipe(tmp_path, port=free_port())), "--set", "tracking.uri=off", RAY_TMPDIR=f"{tmp_path}/file"
+        "run", str(write_recipe(tmp_path, port=free_port())), "--set", "tracking.uri=off", RAY_TMPDIR=f"{tmp_path}/file"
     )
     assert done.returncode == 4, done.stderr
     assert "error: Ray did not start on this machine: " in done.stderr
@@ -154,14 +155,14 @@ def test_second_run_in_the_same_workspace_waits_its_turn(tmp_path: Path) -> None
         lock.write("process 1 on here")
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = _run("run", str(tiny_recipe(tmp_path, port=free_port())), "--set", "tracking.uri=off")
+        done = _run("run", str(write_recipe(tmp_path, port=free_port())), "--set", "tracking.uri=off")
     assert done.returncode == 4
     assert "another run is using this workspace (process 1 on here)" in done.stderr
 
 
 def test_run_with_an_unreachable_tracker_is_refused_before_anything_runs(tmp_path: Path) -> None:
     done = _run(
-        "run", str(tiny_recipe(tmp_path, port=free_port())), "--set", f"tracking.uri=http://127.0.0.1:{free_port()}"
+        "run", str(write_recipe(tmp_path, port=free_port())), "--set", f"tracking.uri=http://127.0.0.1:{free_port()}"
     )
     assert done.returncode == 2
     assert "tracking.uri" in done.stderr

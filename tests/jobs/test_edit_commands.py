@@ -9,9 +9,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from pipeline.recipe.recipe import to_dict
+from pipeline.recipe.recipe import Recipe, to_dict
 from pipeline.sampling.edit_pictures import EDITS
-from tests.evaluate.workspaces import build_tiny_workspace, parse_recipe, tiny_tables
 
 RECIPE = "configs/demo.toml"
 ARGUMENTS = {
@@ -68,11 +67,9 @@ def test_options_out_of_range_are_refused_before_anything_is_read(arguments: lis
     assert "no such file" not in str(done.exception)
 
 
-def test_edit_prints_its_rows_as_json_and_says_how_it_inpainted(tmp_path: Path) -> None:
-    recipe = parse_recipe(tiny_tables(tmp_path / "workspace"))
-    build_tiny_workspace(recipe)
+def test_edit_prints_its_rows_as_json_and_says_how_it_inpainted(tiny: Recipe, tmp_path: Path) -> None:
     path, out = tmp_path / "resolved.json", tmp_path / "out"
-    path.write_text(json.dumps(to_dict(recipe)))
+    path.write_text(json.dumps(to_dict(tiny)))
     Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
     Image.new("L", (32, 32), 255).save(tmp_path / "mask.png")
     shared = ["--out", str(out), "--steps", "2", "--seed", "4", "--guidance", "1.25"]

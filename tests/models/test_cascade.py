@@ -1,19 +1,17 @@
 """The cascade: what a picture depends on."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import DIMS, UNET, make_text, randomise
+from tiny_models import CONVOLUTION, DIMS, UNET, Captions, make_text, randomise
 
 from models.ar_prior.config import ArPriorConfig, TokenSamplerConfig
 from models.ar_prior.network import ArPrior
 from models.ar_prior.stage import ArPriorStage
 from models.cascade import Cascade
-from models.clip_config import ClipDims
 from models.decoder.config import DecoderConfig
 from models.decoder.network import Decoder
 from models.decoder.stage import DecoderStage, decoder_denoiser
@@ -27,23 +25,11 @@ from models.prior.network import Prior
 from models.prior.stage import PriorStage, prior_denoiser
 from models.rows import concat_rows, take_rows
 from models.stage import PIXELS, Z_IMAGE, Batch, StageStep
-from models.text import TextEncoding
 from models.upsampler.config import UpsamplerConfig
 from models.upsampler.network import Upsampler
 from models.upsampler.stage import UpsamplerStage
 
-CONVOLUTION = replace(UNET, attention_resolutions=())
 PROMPTS = ["abc", "abcde", "abc", "ab"]
-
-
-class Captions:
-    """Stands for a CLIP: a caption of n letters is encoded as n random tokens."""
-
-    def __init__(self, dims: ClipDims = DIMS) -> None:
-        self.dims = dims
-
-    def encode_text(self, captions: Sequence[str]) -> TextEncoding:
-        return concat_rows([make_text((len(caption),)) for caption in captions])
 
 
 def make_upsampler(low_res_px: int, image_px: int, unet: UNetConfig = CONVOLUTION) -> Upsampler:

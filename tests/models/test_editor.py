@@ -1,16 +1,15 @@
 """Edits of pictures: what each of them keeps, and what it changes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import DIMS, UNET, make_text, randomise
+from tiny_models import CONVOLUTION, DIMS, UNET, Captions, Pictures, make_text, picture, randomise, right_half
 
 from models.cascade import Cascade, CascadeResult
-from models.clip_config import ClipDims
 from models.decoder.config import DecoderConfig
 from models.decoder.inpainting import resize_mask
 from models.decoder.network import Decoder
@@ -22,37 +21,18 @@ from models.diffusion.process import Diffusion
 from models.diffusion.samplers import sample_along
 from models.diffusion.steps import ddim_step
 from models.editor import EditError, Editor, EditSettings, Latents, slerp
+from models.noisy_clip.config import NoisyClipConfig
+from models.noisy_clip.network import NoisyClip
 from models.pixels import resize_crop, to_pixels, to_uint8
 from models.prior.config import PriorConfig
 from models.prior.network import Prior
 from models.prior.stage import PriorStage
-from models.rows import concat_rows
 from models.stage import Z_IMAGE, Batch, StageStep
-from models.text import TextEncoding
 from models.upsampler.config import UpsamplerConfig
 from models.upsampler.network import Upsampler
 from models.upsampler.stage import UpsamplerStage
 
 SETTINGS = EditSettings(num_steps=12, num_refinements=4)
-
-
-class Captions:
-    """Stands for a CLIP without its image tower: a caption of n letters is encoded as n random tokens."""
-
-    def __init__(self, dims: ClipDims = DIMS) -> None:
-        self.dims = dims
-
-    def encode_text(self, captions: Sequence[str]) -> TextEncoding:
-        return concat_rows([make_text((len(caption),)) for caption in captions])
-
-
-class Pictures(Captions):
-    """Stands for a CLIP: z_image is a random projection of the picture."""
-
-    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        small = resize_crop(to_pixels(images), 4).flatten(1)
-        matrix = torch.randn(small.shape[1], DIMS.embed_dim, generator=torch.Generator().manual_seed(0))
-        return F.normalize(small @ matrix, dim=1)
 
 
 def make_cascade(*, inpainting: bool = False, clip: Captions | None = None) -> Cascade:
@@ -68,8 +48,7 @@ def make_cascade(*, inpainting: bool = False, clip: Captions | None = None) -> C
     )
     decoder = Decoder(config, DIMS)
     ddim = SamplerConfig(method="ddim", num_steps=2, eta=0.5)
-    unet = replace(UNET, attention_resolutions=())
-    upsampler = Upsampler(UpsamplerConfig(image_px=16, low_res_px=8, crop_px=8, unet=unet, sampler=ddim))
+    upsampler = Upsampler(UpsamplerConfig(image_px=16, low_res_px=8, crop_px=8, unet=CONVOLUTION, sampler=ddim))
     for network in (prior, decoder, upsampler):
         randomise(network)
     for network in (prior, decoder):
@@ -80,12 +59,6 @@ def make_cascade(*, inpainting: bool = False, clip: Captions | None = None) -> C
 @pytest.fixture(scope="module")
 def editor() -> Editor:
     return Editor(make_cascade(), SETTINGS)
-
-
-def picture(seed: int, side_px: int = 16) -> torch.Tensor:
-    """A smooth random picture, uint8 (1, side, side, 3)."""
-    coarse = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return to_uint8(resize_crop(coarse, side_px))
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +78,6 @@ def same(one: CascadeResult, other: CascadeResult) -> bool:
 def small(result: CascadeResult) -> torch.Tensor:
     """The decoder's pictures."""
     return result.pictures["decoder"]
-
-
-def right_half(image: torch.Tensor) -> torch.Tensor:
-    """The mask of a picture of which the right half is made anew."""
-    mask = torch.zeros(image.shape[:3], dtype=torch.bool)
-    mask[:, :, image.shape[2] // 2 :] = True
-    return mask
 
 
 def test_inversion_reconstructs_within_a_bound_and_refinements_tighten_it() -> None:
@@ -293,3 +259,72 @@ def test_slerp_keeps_to_the_sphere_at_even_angles() -> None:
     torch.testing.assert_close(way.norm(dim=1), torch.ones(4))
     torch.testing.assert_close(way[1], torch.tensor([3**0.5 / 2, 0.5]))
     torch.testing.assert_close(slerp(a, a, [0.3]), a)
+
+
+# Guidance by CLIP: of the edits that sample a prompt, and of no other.
+
+PROMPT, SEEDS = "ab", [3, 4]
+PICTURE = torch.randint(0, 256, (1, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def make_guided(clip_guidance_scale: float, *, inpainting: bool = False, tower: bool = True) -> Editor:
+    torch.manual_seed(0)
+    sampler = SamplerConfig(num_steps=4, guidance_scale=1.5, clip_guidance_scale=clip_guidance_scale)
+    prior = Prior(PriorConfig(width=16, depth=1, num_heads=2, sampler=SamplerConfig(num_steps=2, clip_x0=False)), DIMS)
+    decoder = Decoder(
+        DecoderConfig(image_px=8, context_width=6, unet=UNET, inpainting=inpainting, sampler=sampler), DIMS
+    )
+    noisy_clip = NoisyClip(NoisyClipConfig(image_px=8, tower=CONVOLUTION), DIMS)
+    for network in (prior, decoder, noisy_clip):
+        randomise(network)
+        network.requires_grad_(requires_grad=False)
+    stages = [PriorStage.of(prior), DecoderStage.of(decoder, noisy_clip if tower else None)]
+    return Editor(Cascade(Pictures(), stages), EditSettings(num_steps=8))
+
+
+def similarity(editor: Editor, result: CascadeResult) -> torch.Tensor:
+    """How near the pictures are to the prompt, as the noise-aware CLIP sees them."""
+    pixels, noisy_clip = to_pixels(result.images), editor.decoder.noisy_clip
+    assert noisy_clip is not None
+    return noisy_clip(pixels, torch.zeros(len(pixels), dtype=torch.int64)) @ Pictures().encode_text([PROMPT]).z_text[0]
+
+
+@pytest.mark.parametrize("inpainting", [False, True])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda editor: editor.sdedit(PICTURE, PROMPT, SEEDS, strength=0.9),
+        lambda editor: editor.inpaint(PICTURE, right_half(PICTURE), PROMPT, SEEDS),
+    ],
+)
+def test_edits_that_sample_a_prompt_are_guided_towards_it(
+    edit: Callable[[Editor], CascadeResult], inpainting: bool
+) -> None:
+    plain, guided = (make_guided(scale, inpainting=inpainting) for scale in (0.0, 100.0))
+    before, after = similarity(plain, edit(plain)), similarity(guided, edit(guided))
+    assert (after > before + 0.01).all()
+
+
+def test_inpainting_that_is_guided_keeps_what_is_known() -> None:
+    frames = make_guided(100.0).inpaint(PICTURE, right_half(PICTURE), PROMPT, SEEDS).images
+    assert torch.equal(frames[:, :, :4], PICTURE[:, :, :4].expand(2, -1, -1, -1))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda editor, latents: editor.reconstruct(latents, [0]),
+        lambda editor, latents: editor.vary(latents, SEEDS, eta=0.8),
+        lambda editor, latents: editor.interpolate(latents, latents, [0.0, 1.0], 0),
+        lambda editor, latents: editor.text_diff(latents, "red", "a circle", [0.0, 0.4], 0),
+        lambda editor, latents: editor.sample_embeddings(latents.z_image, 0),
+    ],
+)
+def test_edits_without_a_prompt_are_not_guided(edit: Callable[[Editor, Latents], CascadeResult]) -> None:
+    plain, guided = (edit(editor, editor.encode(PICTURE)) for editor in (make_guided(0.0), make_guided(100.0)))
+    assert torch.equal(plain.images, guided.images)
+
+
+def test_guidance_without_a_noise_aware_clip_is_refused() -> None:
+    with pytest.raises(ValueError, match="no noise-aware CLIP"):
+        make_guided(100.0, tower=False).sdedit(PICTURE, PROMPT, SEEDS, strength=0.5)

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from gaussian_data import invert_ddim
 from test_cascade import make_upsampler
-from test_editor import Pictures, picture, right_half
-from tiny_models import DIMS, UNET, make_text, randomise
+from tiny_models import DIMS, UNET, Pictures, make_text, picture, randomise, right_half
 from torch import nn
 
 from models.ar_prior.config import ArPriorConfig, TokenSamplerConfig

@@ -1,10 +1,16 @@
-"""Tiny networks and captions, shared by the tests of this folder."""
+"""Tiny networks and captions that need torch alone; tests of other rooms build on them in ``tests/tiny``."""
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 
 from models.clip_config import ClipDims
 from models.layers.config import UNetConfig
 from models.pca import Pca, PcaSums
+from models.pixels import resize_crop, to_pixels, to_uint8
+from models.rows import concat_rows
 from models.text import TextEncoding
 
 DIMS = ClipDims(embed_dim=12, text_width=10, context_length=9)
@@ -17,6 +23,7 @@ UNET = UNetConfig(
     norm_groups=4,
     dropout=0.0,
 )
+CONVOLUTION = replace(UNET, attention_resolutions=())
 
 
 def make_text(lengths: tuple[int, ...], width: int = 7, dims: ClipDims = DIMS) -> TextEncoding:
@@ -29,11 +36,11 @@ def make_text(lengths: tuple[int, ...], width: int = 7, dims: ClipDims = DIMS) -
     return TextEncoding(pooled, hidden, mask, tokens)
 
 
-def randomise(model: torch.nn.Module) -> None:
-    """Random weights in place of those that start at zero, norms apart."""
+def randomise(model: torch.nn.Module, std: float = 0.1) -> None:
+    """Random weights in place of those that start at zero, so that every input matters; norms keep theirs."""
     for name, parameter in model.named_parameters():
         if "norm" not in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, std=std)
 
 
 def embeddings(count: int = 300, features: int = 12) -> torch.Tensor:
@@ -48,3 +55,35 @@ def measured(x: torch.Tensor) -> Pca:
     sums = PcaSums(x.shape[1])
     sums.update(x)
     return sums.pca()
+
+
+class Captions:
+    """Stands for a CLIP without its image tower: a caption of n letters is encoded as n random tokens."""
+
+    def __init__(self, dims: ClipDims = DIMS) -> None:
+        self.dims = dims
+
+    def encode_text(self, captions: Sequence[str]) -> TextEncoding:
+        return concat_rows([make_text((len(caption),)) for caption in captions])
+
+
+class Pictures(Captions):
+    """Stands for a CLIP: z_image is a random projection of the picture."""
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        small = resize_crop(to_pixels(images), 4).flatten(1)
+        matrix = torch.randn(small.shape[1], DIMS.embed_dim, generator=torch.Generator().manual_seed(0))
+        return F.normalize(small @ matrix, dim=1)
+
+
+def picture(seed: int, side_px: int = 16) -> torch.Tensor:
+    """A smooth random picture, uint8 (1, side, side, 3)."""
+    coarse = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return to_uint8(resize_crop(coarse, side_px))
+
+
+def right_half(image: torch.Tensor) -> torch.Tensor:
+    """The mask of a picture of which the right half is made anew."""
+    mask = torch.zeros(image.shape[:3], dtype=torch.bool)
+    mask[:, :, image.shape[2] // 2 :] = True
+    return mask

@@ -8,16 +8,15 @@ import torch
 from sklearn.decomposition import PCA
 
 from models.ar_prior.config import ArPriorConfig
-from models.clip_config import ClipDims
 from pipeline.data.batches import Batch
 from pipeline.data.vectors import read_vectors, to_unit
 from pipeline.errors import ConfigError, DataError
 from pipeline.networks.ar_prior import ArPriorObjective, build_ar_prior, measure_embeddings
 from pipeline.workspace.store import Artifact
-from tests.tiny_shards import make_clip, make_embeddings
-from tests.train.data import EMBED_DIM, write_download, write_embed
+from tests.tiny.networks import CLIP, make_clip
+from tests.tiny.shards import EMBED_DIM, make_embeddings, write_download, write_embed
 
-DIMS = ClipDims(embed_dim=EMBED_DIM, text_width=16, context_length=16)
+DIMS = CLIP.dims()
 SMALL = ArPriorConfig(width=16, depth=1, num_heads=2, num_buckets=16, num_dot_buckets=3)
 
 

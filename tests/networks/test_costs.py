@@ -13,7 +13,6 @@ from models.ar_prior.network import ArPrior
 from models.ar_prior.sampling import initial_tokens, sample_component
 from models.decoder.network import Decoder
 from models.diffusion.noise import NoiseSource
-from models.layers.config import UNetConfig
 from models.noisy_clip.config import NoisyClipConfig
 from models.noisy_clip.network import NoisyClip
 from models.prior.network import Prior
@@ -24,7 +23,9 @@ from pipeline.errors import ConfigError
 from pipeline.networks.costs import NetworkCost, format_costs, recipe_costs
 from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.recipe.sections import NoisyClipStepConfig
-from tests.tiny import ROOT, tiny_recipe, unclip_json
+from tests.models.tiny_models import CONVOLUTION
+from tests.tiny.command import ROOT, unclip_json
+from tests.tiny.recipe import write_recipe
 
 # Operations and parameters of arXiv:2204.06125's networks, counted elsewhere by hand from its table 3: parameters,
 # 1e12 operations of one training sample, samples, A100 hours at 40 %.
@@ -43,7 +44,7 @@ def paper() -> dict[str, NetworkCost]:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    return load_recipe(tiny_recipe(tmp_path_factory.mktemp("cost"), port=1))
+    return load_recipe(write_recipe(tmp_path_factory.mktemp("cost"), port=1))
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -125,7 +126,7 @@ def test_kept_activations_are_those_of_real_tensors(tiny: Recipe) -> None:
 
 def test_sampling_counts_steps_guidance_and_candidates(tiny: Recipe, tmp_path: Path) -> None:
     def cost(*overrides: str) -> dict[str, NetworkCost]:
-        recipe = load_recipe(tiny_recipe(tmp_path, port=1), overrides)
+        recipe = load_recipe(write_recipe(tmp_path, port=1), overrides)
         return {cost.name: cost for cost in recipe_costs(recipe)}
 
     base = cost("decoder.model.sampler.guidance_scale=1.0", "prior.model.num_candidates=1")
@@ -144,10 +145,10 @@ def test_sampling_counts_steps_guidance_and_candidates(tiny: Recipe, tmp_path: P
 def test_cost_of_an_autoregressive_prior_equals_what_real_tensors_take(tmp_path: Path) -> None:
     def cost(*overrides: str) -> NetworkCost:
         model = ["kind=autoregressive", "width=16", "depth=2", "num_heads=2", "num_components=5", *overrides]
-        recipe = load_recipe(tiny_recipe(tmp_path, port=1), [f"prior_2.model.{field}" for field in model])
+        recipe = load_recipe(write_recipe(tmp_path, port=1), [f"prior_2.model.{field}" for field in model])
         return next(cost for cost in recipe_costs(recipe) if cost.name == "prior_2")
 
-    recipe = load_recipe(tiny_recipe(tmp_path, port=1))
+    recipe = load_recipe(write_recipe(tmp_path, port=1))
     config = ArPriorConfig(width=16, depth=2, num_heads=2, num_components=5)
     prior, base = ArPrior(config, recipe.clip.model.dims()), cost()
     tokens, dot = torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
@@ -173,8 +174,7 @@ def test_plan_prints_costs_as_json() -> None:
 
 
 def test_a_noise_aware_clip_is_counted_with_the_gradient_of_its_guidance(tiny: Recipe) -> None:
-    tower = UNetConfig(channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(), norm_groups=4)
-    section = NoisyClipStepConfig(model=NoisyClipConfig(image_px=8, tower=tower))
+    section = NoisyClipStepConfig(model=NoisyClipConfig(image_px=8, tower=CONVOLUTION))
     costs = {cost.name: cost for cost in recipe_costs(dataclasses.replace(tiny, noisy_clip=section))}
     network = NoisyClip(section.model, tiny.clip.model.dims())
     assert costs["noisy_clip"].num_parameters == sum(p.numel() for p in network.parameters())

@@ -10,8 +10,8 @@ from pipeline.data.rows import make_uid, split_of
 from pipeline.data.training_rows import ShardReader
 from pipeline.errors import DataError
 from pipeline.evaluate.metrics import FeatureSums, frechet_distance
-from tests.oracles.tiny_export import make_cascade, save_cascade
-from tests.train.data import write_download, write_embed
+from tests.tiny.networks import make_cascade, save_cascade
+from tests.tiny.shards import write_download, write_embed
 
 
 def test_frechet_distance_is_not_averaged_over_ranks() -> None:

@@ -31,7 +31,7 @@ from pipeline.networks.diffusers import export_diffusers, export_native, import_
 from pipeline.networks.files import load_initial, load_network, save_network
 from pipeline.recipe.recipe import load_recipe
 from pipeline.workspace.store import Artifact
-from tests.oracles.tiny_export import DECODER, PRIOR, UPSAMPLER, make_cascade, save_cascade
+from tests.tiny.networks import DECODER, PRIOR, UPSAMPLER, make_cascade, save_cascade
 
 
 @pytest.fixture(scope="module")

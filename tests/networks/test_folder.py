@@ -11,7 +11,7 @@ from pipeline.networks.cascade import network_configs
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import load_recipe
 from pipeline.recipe.steps import CASCADE_STEPS
-from tests.oracles.tiny_export import DECODER, make_cascade, save_cascade
+from tests.tiny.networks import DECODER, make_cascade, save_cascade
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from pipeline.networks.table import NETWORKS, kind_named, kind_of
 from pipeline.recipe.steps import STEPS
-from tests.tiny import ROOT
-from tests.train.jobs import tiny_recipe
+from tests.tiny.command import ROOT
+from tests.tiny.training import training_recipe
 
 
 def test_every_step_that_trains_finds_its_row_by_its_configuration() -> None:
-    kinds = {name: kind_of(section.model).name for name, section in tiny_recipe().trained().items()}
+    kinds = {name: kind_of(section.model).name for name, section in training_recipe().trained().items()}
     assert kinds.pop("prior_2") == "ar_prior"  # the other kind of the same family
     assert kinds == {row.name: row.trains for row in STEPS if row.trains and row.name != "prior_2"}
     assert {*kinds.values(), "ar_prior"} == {kind.name for kind in NETWORKS}

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import ROOT
+from tests.tiny.command import ROOT
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -133,11 +133,12 @@ from pipeline.report.report import write_report
 from pipeline.train.assemble import TrainJob
 from pipeline.train.job import run_job
 from pipeline.workspace.store import Workspace
-from tests.tiny import tiny_recipe, unclip_json
-from tests.train.data import write_download, write_embed
+from tests.tiny.command import unclip_json
+from tests.tiny.recipe import write_recipe
+from tests.tiny.shards import write_download, write_embed
 
 folder = Path(sys.argv[1])
-path = tiny_recipe(folder, port=1)
+path = write_recipe(folder, port=1)
 with path.open("a") as file:
     file.write("[toy.model]\\nscale = 2.0\\n[toy.train]\\nnum_steps = 40\\nbatch_size = 8\\nlearning_rate = 1e-2\\n")
     file.write("ema_decay = 0.5\\n[toy.resources]\\nsave_every_steps = 10\\nlog_every_steps = 5\\n")

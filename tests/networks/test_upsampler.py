@@ -6,24 +6,17 @@ from pathlib import Path
 import torch
 
 from models.clip_config import ClipDims
-from models.layers.config import UNetConfig
 from models.upsampler.config import UpsamplerConfig
 from models.upsampler.network import Upsampler
 from pipeline.data.batches import Batch
 from pipeline.networks.files import load_network, save_network
 from pipeline.networks.upsampler import UpsamplerObjective
 from pipeline.workspace.store import Artifact
+from tests.models.tiny_models import CONVOLUTION
 
-UNET = UNetConfig(
-    channels=8,
-    channel_mults=(1,),
-    num_res_blocks=1,
-    attention_resolutions=(),
-    head_channels=8,
-    norm_groups=4,
-    dropout=0.0,
+CONFIG = UpsamplerConfig(
+    image_px=16, low_res_px=8, crop_px=8, unet=replace(CONVOLUTION, channel_mults=(1,)), noise_level_max=0.5
 )
-CONFIG = UpsamplerConfig(image_px=16, low_res_px=8, crop_px=8, unet=UNET, noise_level_max=0.5)
 
 
 class Watching(Upsampler):

@@ -34,7 +34,7 @@ from pipeline.clip import FrozenText, create_clip
 from pipeline.networks.diffusers import write_tokenizer
 from pipeline.workspace.store import Artifact
 from tests.oracles.compare_pipeline import share_noise
-from tests.oracles.tiny_export import CLIP, DECODER, UPSAMPLER
+from tests.tiny.networks import CLIP, DECODER, UPSAMPLER
 
 PROMPTS = ["a red circle"] * 2
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

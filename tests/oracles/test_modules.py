@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import PriorTransformer, UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file
-from tiny_models import make_text
 from torch import Tensor
 
 from models.clip_config import ClipDims
@@ -26,7 +25,8 @@ from models.interchange.networks import (
 from models.interchange.unet import rename
 from models.prior.network import Prior
 from models.upsampler.network import Upsampler
-from tests.oracles.tiny_export import DECODER, PRIOR, UPSAMPLER, randomise
+from tests.models.tiny_models import make_text
+from tests.tiny.networks import DECODER, PRIOR, UPSAMPLER, randomise
 
 DIMS = ClipDims(embed_dim=12, text_width=12, context_length=9)
 TEXT = make_text((3, 7, 9), 9, DIMS)

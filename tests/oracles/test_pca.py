@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 from sklearn.decomposition import PCA
-from tiny_models import embeddings, measured
+
+from tests.models.tiny_models import embeddings, measured
 
 
 def test_pca_is_that_of_scikit_learn() -> None:

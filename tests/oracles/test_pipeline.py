@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.clip import FrozenClip
 from pipeline.networks.diffusers import export_diffusers
-from tests.oracles.tiny_export import make_cascade, save_cascade
+from tests.tiny.networks import make_cascade, save_cascade
 
 ROOT = Path(__file__).parents[2]
 PINNED = Path(sys.prefix) / "oracles"

@@ -86,7 +86,10 @@ def test_links_of_the_pages_lead_to_files() -> None:
         assert not [link for link in links if "://" not in link and not (page.parent / link).exists()], page
 
 
-@pytest.mark.parametrize(("page", "module"), [("config", "jobs.reference"), ("benchmarks", "benchmarks.page")])
+@pytest.mark.parametrize(
+    ("page", "module"),
+    [("config", "jobs.reference"), ("benchmarks", "benchmarks.page"), ("pairs", "pipeline.shapes.describe")],
+)
 def test_generated_pages_are_current(page: str, module: str) -> None:
     done = subprocess.run([sys.executable, "-m", module], cwd=ROOT, capture_output=True, text=True, check=True)
     assert (ROOT / f"docs/{page}.md").read_text() == done.stdout, "run: make docs"

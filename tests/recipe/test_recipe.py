@@ -1,12 +1,15 @@
 """The recipe: layers, strictness, messages."""
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from models.ar_prior.config import ArPriorConfig, TokenSamplerConfig
+from models.diffusion import config as configs
 from models.diffusion.schedules import fast27_timesteps, sampling_timesteps
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import (
@@ -239,3 +242,14 @@ def test_json_schema_describes_every_field() -> None:
     for name, definition in schema["$defs"].items():
         for field, description in definition["properties"].items():
             assert "description" in description or "$ref" in description, f"{name}.{field} has no docstring"
+
+
+@pytest.mark.parametrize("cls", [value for value in vars(configs).values() if dataclasses.is_dataclass(value)])
+def test_config_refuses_unknown_keys_and_converts_nothing(cls: type) -> None:
+    adapter = TypeAdapter(cls)
+    assert adapter.validate_json("{}") == cls()
+    with pytest.raises(ValidationError, match="no_such_key"):
+        adapter.validate_json('{"no_such_key": 1}')
+    first_int = next(field.name for field in dataclasses.fields(cls) if isinstance(field.default, int))
+    with pytest.raises(ValidationError, match=first_int):
+        adapter.validate_json(f'{{"{first_int}": "1"}}')

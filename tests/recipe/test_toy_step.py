@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import ROOT
+from tests.tiny.command import ROOT
 
 _SECTION = '''
 

@@ -1,5 +1,12 @@
-"""The tiny workspace of the evaluation's tests."""
+from pathlib import Path
 
-from tests.evaluate.conftest import cascade, recipe, tiny
+import pytest
 
-__all__ = ["cascade", "recipe", "tiny"]
+from pipeline.recipe.recipe import Recipe
+from tests.report.finished_run import make_recipe
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    """A recipe whose workspace is still empty."""
+    return make_recipe(tmp_path / "workspace")

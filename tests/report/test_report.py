@@ -17,7 +17,7 @@ from pipeline.report.tables import measure_rows, quality_groups, tiles_of
 from pipeline.shapes.captions import canonical_caption
 from pipeline.shapes.scene import evaluation_scenes
 from pipeline.workspace.store import Artifact, Workspace
-from tests.evaluate.workspaces import METRICS, fill_workspace, make_recipe
+from tests.report.finished_run import METRICS, fill_workspace, make_recipe
 
 _COLOUR = {"colour": METRICS["pixel_check"]["one object"]["colour"]}
 SECTIONS = ("samples", "quality", "stages", "reconstructions", "neighbours", "training", "data", "next")

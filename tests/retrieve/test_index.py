@@ -14,7 +14,7 @@ from pipeline.retrieve.build import build_index, choose_kind
 from pipeline.retrieve.exact import EmbeddedShards, recall, true_neighbours
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.store import Artifact, Workspace
-from tests.tiny_shards import make_embeddings
+from tests.tiny.shards import make_embeddings
 
 _NUM_ROWS, _DIM = 3000, 24
 

@@ -5,7 +5,7 @@ import pytest
 import ray
 
 from tests import ray_head as heads
-from tests.tiny import ROOT
+from tests.tiny.command import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,9 @@ from pipeline.runtime.serve import serve_recipe
 from pipeline.sampling.sample import cascade_artifacts
 from tests.ports import free_port
 from tests.readme import python_blocks
-from tests.tiny import start_unclip
-from tests.tiny_cascade import finished_workspace, pixels, png
+from tests.tiny.command import start_unclip
+from tests.tiny.shards import pixels, plain_picture
+from tests.tiny.workspace import served_workspace
 
 pytestmark = pytest.mark.ray
 
@@ -47,7 +48,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("served")
     slow = "decoder.model.sampler.num_steps=100"  # long enough to leave before the end
-    recipe = finished_workspace(folder, overrides=(slow,))
+    recipe = served_workspace(folder, overrides=(slow,))
     port = free_port()
     settings = (slow, f"serve.port={port}", "serve.max_batch_size=4", "serve.max_queued_requests=2")
     arguments = [word for setting in settings for word in ("--set", setting)]
@@ -90,7 +91,7 @@ def test_readme_client_gets_its_picture(served: Served) -> None:
 
 def test_served_neighbours_come_with_their_pictures(served: Served) -> None:
     body = {
-        "image": base64.b64encode(png("blue")).decode(),
+        "image": base64.b64encode(plain_picture("blue")).decode(),
         "modality": "image",
         "num_images": 2,
         "indice_name": "tiny",

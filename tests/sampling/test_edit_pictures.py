@@ -22,7 +22,7 @@ from pipeline.sampling.sample import sample_recipe
 from pipeline.shapes.draw import draw_array
 from pipeline.shapes.scene import training_scene
 from pipeline.workspace.store import Artifact, Workspace
-from tests.evaluate.workspaces import tiny_tables
+from tests.tiny.workspace import evaluated_tables
 
 QUICK = EditSettings(num_steps=3, num_refinements=1)
 FRAMES = {"reconstruct": 1, "interpolate": 3, "text-diff": 3, "pca-reconstruct": 3}
@@ -170,7 +170,7 @@ def test_what_cannot_be_edited_is_a_configuration_error(
         edit_recipe(tiny, "pca-reconstruct", files[:1], many, QUICK, out_dir=tmp_path / "out")
     with pytest.raises(ConfigError, match="text-diff: CLIP reads 'a' and 'a' as the same"):
         edit_recipe(tiny, "text-diff", files[:1], same, QUICK, out_dir=tmp_path / "out")
-    untrained = parse_recipe(tiny_tables(tmp_path / "empty"))
+    untrained = parse_recipe(evaluated_tables(tmp_path / "empty"))
     with pytest.raises(ConfigError, match="clip is not finished"):
         edit_recipe(untrained, "vary", files[:1], options(mask), QUICK, out_dir=tmp_path / "out")
 

@@ -10,7 +10,7 @@ from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.retrieve.search import search_recipe
 from pipeline.sampling.sample import sample_prompts, sample_recipe
-from tests.evaluate.workspaces import tiny_tables
+from tests.tiny.workspace import evaluated_tables
 
 PROMPTS = ["a red circle", "a small blue star on a white background", "a green square"]
 
@@ -58,7 +58,7 @@ def test_a_picture_does_not_depend_on_what_is_drawn_with_it(cascade: Cascade, tm
 
 
 def test_sampling_before_training_says_which_step_is_missing(tmp_path: Path) -> None:
-    recipe = parse_recipe(tiny_tables(tmp_path / "empty"))
+    recipe = parse_recipe(evaluated_tables(tmp_path / "empty"))
     with pytest.raises(ConfigError, match="clip is not finished"):
         sample_recipe(recipe, PROMPTS, num_images=1, seed=0, out_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()

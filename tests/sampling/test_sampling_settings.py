@@ -13,7 +13,8 @@ from pipeline.recipe.recipe import load_recipe
 from pipeline.sampling.edit_options import EditOptions
 from pipeline.sampling.edit_pictures import edit_recipe
 from pipeline.sampling.sample import cascade_artifacts, sample_recipe
-from tests.tiny_cascade import finished_workspace, pixels, png
+from tests.tiny.shards import pixels, plain_picture
+from tests.tiny.workspace import served_workspace
 
 PROMPT = "a red circle on a white background"
 SETTINGS = (
@@ -21,7 +22,7 @@ SETTINGS = (
     "decoder.model.sampler.guidance_scale=4.0",
     "prior.model.sampler.num_steps=7",
     "prior.model.sampler.guidance_scale=4.0",
-    "prior.model.num_candidates=1",
+    "prior.model.num_candidates=6",
     "upsampler_2.model.sampler.num_steps=4",
 )
 
@@ -30,7 +31,7 @@ SETTINGS = (
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace of random weights, and its recipe beside it."""
     folder = tmp_path_factory.mktemp("settings")
-    artifacts = cascade_artifacts(finished_workspace(folder))
+    artifacts = cascade_artifacts(served_workspace(folder))
     prior, decoder = (load_network(artifacts[name]) for name in ("prior", "decoder"))
     assert isinstance(prior, Prior)
     assert isinstance(decoder, Decoder)
@@ -65,7 +66,7 @@ def test_another_setting_gives_other_pictures_of_the_same_weights(
 
 
 def test_an_edit_of_a_prompt_takes_the_settings_of_the_recipe(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(png("red"))
+    (tmp_path / "a.png").write_bytes(plain_picture("red"))
     options = EditOptions(prompt=PROMPT, strength=0.7, num_images=1)
     walk = EditSettings(num_steps=4, num_refinements=0)
     pictures: list[np.ndarray] = []

@@ -12,12 +12,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from models.cascade import Cascade
-from models.clip_config import ClipConfig
 from models.decoder.config import DecoderConfig
 from models.decoder.network import Decoder
 from models.decoder.stage import DecoderStage
 from models.diffusion.config import DiffusionConfig, SamplerConfig
-from models.layers.config import UNetConfig
 from models.prior.config import PriorConfig
 from models.prior.network import Prior
 from models.prior.stage import PriorStage
@@ -34,23 +32,9 @@ from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
 from pipeline.serve.knn import LocalNeighbours
 from pipeline.workspace.store import Workspace
-from tests.tiny_cascade import finished_workspace, randomise
-
-CLIP = ClipConfig(
-    embed_dim=16, image_px=32, vision_width=8, text_width=16, text_heads=2, text_layers=1, context_length=16
-)
-
-
-def unet(*attention_px: int) -> UNetConfig:
-    return UNetConfig(
-        channels=8,
-        channel_mults=(1, 2),
-        num_res_blocks=1,
-        attention_resolutions=attention_px,
-        head_channels=8,
-        norm_groups=4,
-        dropout=0.0,
-    )
+from tests.models.tiny_models import CONVOLUTION, UNET, randomise
+from tests.tiny.networks import CLIP
+from tests.tiny.workspace import served_workspace
 
 
 @pytest.fixture(scope="session")
@@ -63,10 +47,10 @@ def cascade() -> Cascade:
     dpmpp = SamplerConfig(method="dpmpp_2m", num_steps=7, guidance_scale=1.5)
     learned = DiffusionConfig(variance="learned_range")
     decoder = Decoder(
-        DecoderConfig(image_px=8, context_width=8, unet=unet(4), sampler=dpmpp, diffusion=learned), clip.dims
+        DecoderConfig(image_px=8, context_width=8, unet=UNET, sampler=dpmpp, diffusion=learned), clip.dims
     )
     ddim = SamplerConfig(method="ddim", num_steps=4, eta=0.5)
-    upsampler = Upsampler(UpsamplerConfig(image_px=32, low_res_px=8, crop_px=16, unet=unet(), sampler=ddim))
+    upsampler = Upsampler(UpsamplerConfig(image_px=32, low_res_px=8, crop_px=16, unet=CONVOLUTION, sampler=ddim))
     for network in (prior, decoder, upsampler):
         randomise(network)
     for network in (prior, decoder):
@@ -121,7 +105,7 @@ def _serving(app: FastAPI) -> Generator[str]:
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     torch.set_num_threads(1)
-    return finished_workspace(tmp_path_factory.mktemp("serving"))
+    return served_workspace(tmp_path_factory.mktemp("serving"))
 
 
 @pytest.fixture(scope="session")

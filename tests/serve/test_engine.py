@@ -22,8 +22,7 @@ from models.request import SampleRequest
 from models.stage import Batch, Chain
 from pipeline.serve.engine import Engine
 from pipeline.serve.protocols import Overloaded
-from tests.serve.conftest import unet
-from tests.tiny_cascade import randomise
+from tests.models.tiny_models import CONVOLUTION, randomise
 
 PROMPTS = ["a red circle", "a large blue square above a small green star", "two", "a red circle"]
 SEEDS = [1, 2, 3, 4]
@@ -79,7 +78,7 @@ def test_joined_chains_sample_tokens_too(cascade: Cascade, guidance_scale: float
 def test_joined_chains_are_guided_by_clip_as_the_cascade_is(cascade: Cascade) -> None:
     torch.manual_seed(3)
     prior, decoder, _ = cascade.stages
-    config = NoisyClipConfig(image_px=cascade.sides_px["decoder"], tower=unet())
+    config = NoisyClipConfig(image_px=cascade.sides_px["decoder"], tower=CONVOLUTION)
     tower = NoisyClip(config, cascade.clip.dims).requires_grad_(requires_grad=False)
     sampler = SamplerConfig(method="ddim", num_steps=4, guidance_scale=1.7, clip_guidance_scale=30.0)
     guided = dataclasses.replace(decoder, sampler=sampler, noisy_clip=tower)

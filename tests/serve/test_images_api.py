@@ -17,7 +17,8 @@ from pipeline.sampling.sample import cascade_artifacts
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
 from pipeline.serve.images import to_png
-from tests.tiny_cascade import finished_workspace, pixels
+from tests.tiny.shards import pixels
+from tests.tiny.workspace import served_workspace
 
 PROMPT = "a large red circle on a white background"
 
@@ -192,7 +193,7 @@ def test_overload_is_503_with_a_time_to_come_back(server: Any) -> None:
 
 
 def test_a_client_that_leaves_is_dropped(serving: Any, tmp_path: Path) -> None:
-    slow = finished_workspace(tmp_path, overrides=("decoder.model.sampler.num_steps=400",))  # time enough to leave
+    slow = served_workspace(tmp_path, overrides=("decoder.model.sampler.num_steps=400",))  # time enough to leave
     engine = Engine(load_cascade(cascade_artifacts(slow)), max_batch_size=4, max_waiting=3)
     body = b'{"prompt": "a", "n": 10}'
     with contextlib.closing(engine), serving(create_app(engine, None, ApiSettings("slow", 32))) as url:

@@ -10,7 +10,8 @@ import pytest
 from pipeline.data.rows import make_uid
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.workspace.store import Workspace
-from tests.tiny_cascade import COLOURS, pixels, png
+from tests.tiny.shards import pixels, plain_picture
+from tests.tiny.workspace import COLOURS
 
 
 def post(server: Any, path: str = "/knn-service", **body: Any) -> httpx.Response:
@@ -31,7 +32,7 @@ def embeddings(server: Any) -> Any:
 
 def test_a_picture_finds_itself_first_with_its_row_and_its_pixels(server: Any) -> None:
     for colour in ("red", "blue"):
-        found = post(server, image=base64.b64encode(png(colour, 40)).decode()).json()
+        found = post(server, image=base64.b64encode(plain_picture(colour, 40)).decode()).json()
         assert len(found) == 3
         assert found[0]["caption"] == f"a {colour} picture"
         assert found[0]["uid"] == make_uid(found[0]["url"], found[0]["caption"])
@@ -39,7 +40,7 @@ def test_a_picture_finds_itself_first_with_its_row_and_its_pixels(server: Any) -
         assert found[0]["similarity"] >= found[1]["similarity"] >= found[2]["similarity"]
         stored = base64.b64decode(found[0]["image"])
         assert stored.startswith(b"\xff\xd8")
-        assert np.abs(pixels(stored).astype(int) - pixels(png(colour))).max() < 4
+        assert np.abs(pixels(stored).astype(int) - pixels(plain_picture(colour))).max() < 4
 
 
 def test_an_embedding_finds_what_is_nearest_by_arithmetic(server: Any) -> None:
@@ -55,7 +56,7 @@ def test_an_embedding_finds_what_is_nearest_by_arithmetic(server: Any) -> None:
 
 
 def test_a_text_finds_its_own_caption_and_comes_before_a_picture(server: Any) -> None:
-    red = base64.b64encode(png("red")).decode()
+    red = base64.b64encode(plain_picture("red")).decode()
     found = post(server, text="a green picture", image=red, modality="text").json()
     assert found[0]["caption"] == "a green picture"
     assert found[0]["similarity"] > 0.999
@@ -109,7 +110,7 @@ def test_unknown_rows_are_400(server: Any) -> None:
 
 
 def test_a_picture_that_would_fill_the_memory_is_not_decoded(server: Any) -> None:
-    bomb = png("red", 6400)  # a few kilobytes, 41 million pixels
+    bomb = plain_picture("red", 6400)  # a few kilobytes, 41 million pixels
     answer = post(server, image=base64.b64encode(bomb).decode())
     assert answer.status_code == 400
     assert "image: image area too large (6400 x 6400 px" in answer.json()["error"]["message"]

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.train.job import run_job
 from pipeline.workspace.progress import METRICS
-from tests.train.jobs import no_watch, tiny_inputs, tiny_job
+from tests.tiny.training import no_watch, tiny_inputs, tiny_job
 
 GOLDEN: dict[str, list[float]] = {
     "clip": [3.544273, 3.403224, 1.684599, 2.435634, 1.54495, 2.333405, 0.7409936],

@@ -21,8 +21,8 @@ from pipeline.train.job import run_job
 from pipeline.train.state import checkpoint_name
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Artifact
-from tests.train.data import EMBED_DIM
-from tests.train.jobs import no_watch, tiny_inputs, tiny_job, tiny_recipe
+from tests.tiny.shards import EMBED_DIM
+from tests.tiny.training import no_watch, tiny_inputs, tiny_job, training_recipe
 
 
 def _contents(output: Path) -> dict[str, bytes]:
@@ -64,12 +64,12 @@ def test_a_killed_training_ends_in_the_same_bytes(tmp_path: Path, name: str) -> 
 
 def _changed(name: str, **changes: Any) -> Recipe:
     """The recipe with fields of one step's section changed, ``section__field`` inside its tables."""
-    section: Any = getattr(tiny_recipe(), name)
+    section: Any = getattr(training_recipe(), name)
     for path, value in changes.items():
         table, _, field = path.rpartition("__")
         inner = dataclasses.replace(getattr(section, table), **{field: value}) if table else value
         section = dataclasses.replace(section, **{table or field: inner})
-    return dataclasses.replace(tiny_recipe(), **{name: section})
+    return dataclasses.replace(training_recipe(), **{name: section})
 
 
 @pytest.mark.parametrize("name", ["prior", "decoder"])
@@ -132,7 +132,7 @@ def test_training_starts_from_given_weights(tmp_path: Path, name: str) -> None:
 def test_trained_networks_make_a_cascade(tmp_path: Path) -> None:
     inputs = tiny_inputs(tmp_path)
     for name in ("prior", "decoder", "upsampler_1", "upsampler_2"):
-        run_job(tiny_job(name, inputs, tmp_path / name, tiny_recipe(1)), no_watch)
+        run_job(tiny_job(name, inputs, tmp_path / name, training_recipe(1)), no_watch)
     artifacts = {name: Artifact(str(tmp_path / name)) for name in ("clip", "prior", "decoder", "upsampler_1")}
     assert load_cascade(artifacts).sample(["a red circle"], [0]).images.shape == (1, 16, 16, 3)
     artifacts["upsampler_2"] = Artifact(str(tmp_path / "upsampler_2"))
@@ -148,7 +148,7 @@ def test_trained_networks_make_a_cascade(tmp_path: Path) -> None:
 
 
 def test_a_text_transformer_is_trained_with_its_decoder_and_draws(tmp_path: Path) -> None:
-    inputs, recipe = tiny_inputs(tmp_path), tiny_recipe(2)
+    inputs, recipe = tiny_inputs(tmp_path), training_recipe(2)
     text = TextTransformerConfig(width=16, depth=1, num_heads=2)
     model = dataclasses.replace(recipe.decoder.model, text_transformer=text)
     with_text = dataclasses.replace(recipe, decoder=dataclasses.replace(recipe.decoder, model=model))
@@ -169,7 +169,7 @@ def test_a_text_transformer_is_trained_with_its_decoder_and_draws(tmp_path: Path
 def test_an_autoregressive_prior_takes_the_place_of_the_other(tmp_path: Path) -> None:
     inputs = tiny_inputs(tmp_path)
     for name in ("prior", "prior_2", "decoder"):
-        run_job(tiny_job(name, inputs, tmp_path / name, tiny_recipe(1)), no_watch)
+        run_job(tiny_job(name, inputs, tmp_path / name, training_recipe(1)), no_watch)
     diffusion = load_cascade({name: Artifact(str(tmp_path / name)) for name in ("clip", "prior", "decoder")})
     other = {"prior": Artifact(str(tmp_path / "prior_2")), "decoder": Artifact(str(tmp_path / "decoder"))}
     autoregressive = load_cascade(other, clip=diffusion.clip)
@@ -185,7 +185,7 @@ def test_an_autoregressive_prior_takes_the_place_of_the_other(tmp_path: Path) ->
 
 
 def test_a_noise_aware_clip_guides_the_cascade_it_is_trained_for(tmp_path: Path) -> None:
-    inputs, recipe = tiny_inputs(tmp_path), tiny_recipe(2)
+    inputs, recipe = tiny_inputs(tmp_path), training_recipe(2)
     for name in ("prior", "decoder", "noisy_clip"):
         run_job(tiny_job(name, inputs, tmp_path / name, recipe), no_watch)
     artifacts = {name: Artifact(str(tmp_path / name)) for name in ("clip", "prior", "decoder", "noisy_clip")}
@@ -207,7 +207,7 @@ def test_job_refuses_a_checkpoint_of_another_recipe(tmp_path: Path) -> None:
     inputs = tiny_inputs(tmp_path)
     job = tiny_job("upsampler_1", inputs, tmp_path / "out")
     run_job(job, no_watch)
-    job = TrainJob("upsampler_1", tiny_recipe(), inputs, job.output, "another key", job.device)
+    job = TrainJob("upsampler_1", training_recipe(), inputs, job.output, "another key", job.device)
     with pytest.raises(ResumeError, match="another recipe"):
         run_job(job, no_watch)
 
@@ -220,7 +220,7 @@ def test_a_seed_of_its_own_for_every_network(tmp_path: Path) -> None:
 def test_load_network_names_a_damaged_file(tmp_path: Path) -> None:
     inputs = tiny_inputs(tmp_path)
     output = Artifact(str(tmp_path / "out"))
-    run_job(tiny_job("upsampler_1", inputs, tmp_path / "out", tiny_recipe(1)), no_watch)
+    run_job(tiny_job("upsampler_1", inputs, tmp_path / "out", training_recipe(1)), no_watch)
     weights = output.path("model.safetensors").read_bytes()
     output.write_bytes("model.safetensors", weights[:-100])
     with pytest.raises(DataError, match=r"model\.safetensors: not the weights of"):

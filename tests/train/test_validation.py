@@ -22,7 +22,7 @@ from pipeline.train.job import run_job
 from pipeline.train.validation import Validation
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Artifact
-from tests.train.jobs import no_watch, tiny_inputs, tiny_job
+from tests.tiny.training import no_watch, tiny_inputs, tiny_job
 
 
 @pytest.fixture(scope="module")

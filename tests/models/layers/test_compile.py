@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import DIMS, UNET, make_text, randomise
+from tiny_models import CONVOLUTION, DIMS, UNET, make_text, randomise
 
 from models.ar_prior.config import ArPriorConfig
 from models.ar_prior.network import ArPrior
@@ -90,7 +90,7 @@ def test_decoder_with_all_that_it_may_have_compiles_without_graph_breaks() -> No
 
 
 def test_noisy_clip_compiles_without_graph_breaks() -> None:
-    network = NoisyClip(NoisyClipConfig(image_px=8, tower=replace(UNET, attention_resolutions=())), DIMS)
+    network = NoisyClip(NoisyClipConfig(image_px=8, tower=CONVOLUTION), DIMS)
     randomise(network)
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 900])

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import CONVOLUTION
 from torch import Tensor
 
 from models.clip_config import ClipDims
@@ -12,13 +13,11 @@ from models.diffusion.config import DiffusionConfig, SamplerConfig
 from models.diffusion.guidance import clip_log_prob, score_guided
 from models.diffusion.process import Diffusion
 from models.diffusion.samplers import sample
-from models.layers.config import UNetConfig
 from models.noisy_clip.config import NoisyClipConfig
 from models.noisy_clip.network import NoisyClip, clip_guided, noisy_clip_loss
 
 DIMS = ClipDims(embed_dim=4)
-TOWER = UNetConfig(channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(), norm_groups=4, dropout=0.0)  # fmt: skip
-CONFIG = NoisyClipConfig(image_px=8, tower=TOWER, diffusion=DiffusionConfig(num_timesteps=100))
+CONFIG = NoisyClipConfig(image_px=8, tower=CONVOLUTION, diffusion=DiffusionConfig(num_timesteps=100))
 DIFFUSION = Diffusion(CONFIG.diffusion)
 # Two kinds of pictures, dark and bright, and the embeddings of their captions.
 Z_TEXT = torch.eye(4)[:2]
@@ -81,7 +80,7 @@ def test_noisy_clip_embeds_pictures_at_their_timestep_with_length_one() -> None:
 
 def test_noisy_clip_folds_patches_and_halves_the_side_between_levels() -> None:
     torch.manual_seed(3)
-    folded = NoisyClip(replace(CONFIG, tower=replace(TOWER, patch_px=2)), DIMS)
+    folded = NoisyClip(replace(CONFIG, tower=replace(CONVOLUTION, patch_px=2)), DIMS)
     sides: list[int] = []
     for stage in folded.stages:
         stage.register_forward_hook(lambda _stage, _given, actual: sides.append(actual.shape[-1]))

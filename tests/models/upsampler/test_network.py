@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import UNET, randomise
+from tiny_models import CONVOLUTION, randomise
 
 from models.diffusion.config import DiffusionConfig
 from models.diffusion.noise import NoiseSource
 from models.upsampler.config import UpsamplerConfig
 from models.upsampler.network import Upsampler
 
-CONFIG = UpsamplerConfig(image_px=32, low_res_px=16, crop_px=16, unet=replace(UNET, attention_resolutions=()))
+CONFIG = UpsamplerConfig(image_px=32, low_res_px=16, crop_px=16, unet=CONVOLUTION)
 
 
 @pytest.fixture

@@ -1,34 +1,20 @@
-"""Two workspaces: one as a finished run leaves it, with invented numbers; one with real files and untrained networks."""
+"""A workspace as a finished run of the demo leaves it: every step committed, its pictures and numbers invented."""
 
 import dataclasses
-import io
 import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
 from PIL import Image, ImageFilter
 
-from pipeline.clip import create_clip
-from pipeline.data.drawn import write_evaluation
-from pipeline.data.embed import Embedder
-from pipeline.data.rows import make_uid
 from pipeline.evaluate.metrics import Rate
-from pipeline.networks.clip import save_clip_artifact
-from pipeline.networks.files import save_network
-from pipeline.networks.table import kind_of
 from pipeline.pictures import to_png
 from pipeline.recipe.plan import Step, artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe, parse_recipe
-from pipeline.retrieve.build import build_index
-from pipeline.shapes.captions import canonical_caption, training_caption
+from pipeline.shapes.captions import canonical_caption
 from pipeline.shapes.draw import draw
-from pipeline.shapes.scene import Scene, evaluation_scenes, training_scene
-from pipeline.workspace.manifest import ShardRecord
+from pipeline.shapes.scene import Scene, evaluation_scenes
 from pipeline.workspace.store import Artifact, Workspace
 
 SECONDS = {
@@ -204,100 +190,3 @@ def fill_workspace(recipe: Recipe, *, until: str = "evaluate", num_shown: int = 
             fill_evaluate(artifact, num_shown)
         commit(artifact, step, end_s=end_s, counts=counts)
     return make_plan(recipe)
-
-
-# A second workspace, whose networks are real and tiny and have learned nothing.
-
-NUM_PICTURES = 40
-TINY: dict[str, Any] = {
-    "name": "tiny",
-    "seed": 7,
-    "pairs": {"drawn": {"num_pairs": NUM_PICTURES, "image_px": 32, "num_faulty": 0}},
-    "download": {"image_px": 32},
-    "clip": {
-        "model": {
-            "embed_dim": 16,
-            "image_px": 32,
-            "vision_width": 8,
-            "text_width": 16,
-            "text_heads": 2,
-            "text_layers": 1,
-            "context_length": 32,
-        }
-    },
-    "prior": {"model": {"width": 16, "depth": 1, "num_heads": 2, "sampler": {"num_steps": 3, "clip_x0": False}}},
-    "prior_2": {"model": {"kind": "autoregressive", "width": 16, "depth": 1, "num_heads": 2, "num_components": 4}},
-    "evaluate": {"num_prompts": 10, "num_shown": 3, "num_images_per_shown": 2, "batch_size": 5},
-}
-_UNET = {"channels": 8, "channel_mults": [1, 2], "num_res_blocks": 1, "norm_groups": 4, "attention_resolutions": []}
-_DDIM = {"method": "ddim", "num_steps": 2, "respacing": ""}
-
-
-def tiny_tables(workspace: Path) -> dict[str, Any]:
-    unet = _UNET | {"attention_resolutions": [4], "head_channels": 8}
-    decoder = {"image_px": 8, "unet": unet, "context_width": 8, "sampler": {**_DDIM, "guidance_scale": 1.5}}
-    sides = {"upsampler_1": (8, 16), "upsampler_2": (16, 32)}
-    upsamplers = {
-        name: {"model": {"low_res_px": low, "image_px": high, "crop_px": 8, "unet": _UNET, "sampler": _DDIM}}
-        for name, (low, high) in sides.items()
-    }
-    return TINY | {"workspace": str(workspace), "decoder": {"model": decoder}} | upsamplers
-
-
-def _write_shard(download: Artifact, seed: int) -> None:
-    """Shard 00000 as img2dataset writes it; every fifth row is set aside for validation."""
-    rows: list[dict[str, str]] = []
-    with download.write("00000.tar") as path, tarfile.open(path, "w") as tar:
-        for index in range(NUM_PICTURES):
-            scene, key = training_scene(seed, index), f"{index:08d}"
-            url, caption = f"http://127.0.0.1/{index}.png", training_caption(scene, seed, index)
-            uid, split = make_uid(url, caption), "train" if index % 5 else "validation"
-            rows.append({"uid": uid, "key": key, "url": url, "caption": caption, "split": split, "status": "success"})
-            for name, data in (("png", to_png(draw(scene, 32))), ("json", json.dumps({"uid": uid}).encode())):
-                member = tarfile.TarInfo(f"{key}.{name}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    with download.write("00000.parquet") as path:
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    counts = {"in": NUM_PICTURES, "ok": NUM_PICTURES}
-    download.commit_shard(ShardRecord(shard="00000", counts=counts, files={}))
-
-
-def _write_networks(recipe: Recipe, artifacts: dict[str, Artifact]) -> None:
-    torch.manual_seed(recipe.seed)
-    clip = create_clip(recipe.clip.model)
-    save_clip_artifact(artifacts["clip"], clip)
-    # The second prior comes last, so that the others have the weights that they would have without it.
-    for name, section in sorted(recipe.trained().items(), key=lambda item: item[0] == "prior_2"):
-        if name != "clip":
-            config: Any = section.model
-            network = kind_of(config).create(config, recipe.clip.model.dims())
-            for parameter in network.parameters():  # those that start at zero too
-                torch.nn.init.normal_(parameter, std=0.1)
-            save_network(artifacts[name], config, recipe.clip.model.dims(), network.state_dict())
-
-
-def build_tiny_workspace(recipe: Recipe) -> None:
-    """Every step up to evaluate, with real files of every kind."""
-    workspace = Workspace(recipe.workspace)
-    steps = {step.name: step for step in make_plan(recipe)}
-    artifacts = {name: artifact_of(workspace, step) for name, step in steps.items()}
-    if recipe.pairs.source == "drawn":
-        with artifacts["pairs"].write("evaluation.parquet") as path:
-            write_evaluation(path, recipe.seed)
-    _write_shard(artifacts["download"], recipe.seed)
-    _write_networks(recipe, artifacts)
-    embedder = Embedder(artifacts["clip"].path("open_clip_config.json").parent, 8)
-    shard = [artifacts["download"].path(f"00000.{suffix}") for suffix in ("tar", "parquet")]
-    with artifacts["embed"].write("00000.parquet") as path:
-        counts = embedder(shard[0], shard[1], "00000", path)
-    artifacts["embed"].commit_shard(ShardRecord(shard="00000", counts=dict(counts), files={}))
-    for name, step in steps.items():
-        if name == "index":
-            build_index(artifacts["embed"], artifacts["index"], recipe.index, seed=recipe.seed)
-        if name != "evaluate":
-            commit(artifacts[name], step, end_s=1.0)
-
-
-def evaluate_step(recipe: Recipe) -> Step:
-    return next(step for step in make_plan(recipe) if step.name == "evaluate")

@@ -1,3 +1,6 @@
+"""A run of a recipe: which steps start at once, and how SIGTERM ends it."""
+
+import signal
 import time
 from pathlib import Path
 
@@ -9,8 +12,11 @@ from pipeline.recipe.recipe import load_recipe
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.run import at_once, fits_now
 from pipeline.workspace.progress import Progress
+from tests.ports import free_port
+from tests.tiny.command import ROOT, start_unclip
+from tests.tiny.recipe import write_recipe
 
-_DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
+_DEMO = ROOT / "configs" / "demo.toml"
 
 
 def _contexts(workspace: Path, *overrides: str) -> dict[str, StepContext]:
@@ -65,3 +71,20 @@ def test_a_step_that_never_fits_is_handed_over_when_nothing_else_runs(
 ) -> None:
     _free(monkeypatch)
     assert fits_now(_contexts(tmp_path)["decoder"], [])  # Ray's own words then say what is missing
+
+
+@pytest.mark.ray
+def test_sigterm_ends_a_run_with_one_line_and_keeps_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "150")
+    recipe = write_recipe(tmp_path, port=free_port())
+    with start_unclip("run", str(recipe), "--until", "download") as run:
+        assert run.stdout is not None
+        lines = [next((line for line in run.stdout if "pairs: done" in line), "no step was done")]
+        run.send_signal(signal.SIGTERM)
+        lines += run.stdout.read().splitlines()
+    assert run.returncode == 130, lines
+    assert lines[-1].startswith("interrupted; what is finished is kept")
+    assert not [line for line in lines if "Traceback" in line or "SIGTERM" in line or "Aborted" in line]
+    assert list(tmp_path.rglob("pairs/*/manifest.json"))

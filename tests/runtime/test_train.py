@@ -1,4 +1,4 @@
-"""Trainings through a real Ray: a task for one worker, Ray Train for two."""
+"""Training steps: through a real Ray, a task for one worker and Ray Train for two; and a CLIP that is taken as it is."""
 
 import contextlib
 import time
@@ -10,31 +10,26 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from pipeline.errors import DataError, StepError
+from pipeline.clip import load_clip
+from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.run import connect
-from pipeline.runtime.train import run_training
+from pipeline.runtime.train import run_clip, run_training
 from pipeline.workspace.progress import read_progress
 from pipeline.workspace.store import Artifact
-from tests.train.data import write_download
+from tests.tiny.networks import make_clip
+from tests.tiny.recipe import tiny_tables
+from tests.tiny.shards import write_download
 
 
 def _recipe(workspace: Path, *, num_workers: int, learning_rate: float = 1e-3) -> Recipe:
-    unet = {"channels": 8, "channel_mults": [1, 2], "num_res_blocks": 1, "attention_resolutions": [], "norm_groups": 4}
-    return parse_recipe(
-        {
-            "workspace": str(workspace),
-            "download": {"image_px": 32},
-            "decoder": {"model": {"image_px": 8, "unet": {"attention_resolutions": [4], "channel_mults": [1, 2]}}},
-            "upsampler_1": {
-                "model": {"low_res_px": 8, "image_px": 16, "crop_px": 8, "unet": unet},
-                "train": {"num_steps": 4, "batch_size": 4, "learning_rate": learning_rate},
-                "resources": {"num_workers": num_workers, "cpus_per_worker": 0.5, "save_every_steps": 2},
-            },
-        }
-    )
+    upsampler = {
+        "train": {"num_steps": 4, "batch_size": 4, "learning_rate": learning_rate},
+        "resources": {"num_workers": num_workers, "cpus_per_worker": 0.5, "save_every_steps": 2},
+    }
+    return parse_recipe(tiny_tables(workspace, upsampler_1=upsampler))
 
 
 def _context(recipe: Recipe) -> StepContext:
@@ -95,4 +90,31 @@ def test_fit_trains_on_one_worker_and_on_two(tmp_path: Path) -> None:
         Artifact(context.inputs["download"].uri).write_bytes("00001.tar", b"no tar")
         with pytest.raises(DataError, match=r"upsampler_1: shard 00001: .*not a readable tar"):
             _step(context)
-        assert torch.get_num_threads() >= 1
+
+
+def _pretrained(folder: Path, name: str, tag: str = "none") -> StepContext:
+    clip = {"source": "pretrained", "name": name, "tag": tag}
+    recipe = parse_recipe({"workspace": str(folder / "workspace"), "clip": clip})
+    step = next(step for step in make_plan(recipe) if step.name == "clip")
+    return StepContext(recipe, step, recipe.workspace)
+
+
+def test_clip_step_takes_over_a_local_folder(tmp_path: Path) -> None:
+    context = _pretrained(tmp_path, str(make_clip(tmp_path / "mine", seed=5)))
+    result = run_clip(context)
+    theirs = load_clip(tmp_path / "mine").model.state_dict()
+    ours = load_clip(context.output.path("open_clip_config.json").parent).model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert result.metrics["num_parameters"] == sum(
+        weight.numel() for weight in load_clip(tmp_path / "mine").model.parameters()
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "tag", "words"),
+    [("ViT-Nowhere", "laion", "ViT-Nowhere"), ("ViT-B-32", "no_such_tag", "no_such_tag")],
+)
+def test_clip_step_names_the_clip_that_it_does_not_find(tmp_path: Path, name: str, tag: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=rf"clip\.name, clip\.tag: CLIP .*{words}"):
+        run_clip(_pretrained(tmp_path, name, tag))

@@ -1,4 +1,4 @@
-"""A tiny cascade that diffusers' layout can hold, random throughout."""
+"""Tiny CLIPs and cascades with random weights; the networks are such as diffusers' layout can hold."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,30 +12,22 @@ from models.decoder.config import DecoderConfig
 from models.decoder.network import Decoder
 from models.decoder.stage import DecoderStage
 from models.diffusion.config import DiffusionConfig, SamplerConfig
-from models.layers.config import UNetConfig
 from models.prior.config import PriorConfig
 from models.prior.network import Prior
 from models.prior.stage import PriorStage
 from models.upsampler.config import UpsamplerConfig
 from models.upsampler.network import Upsampler
 from models.upsampler.stage import UpsamplerStage
-from pipeline.clip import FrozenClip, create_clip
+from pipeline.clip import FrozenClip, create_clip, save_clip
 from pipeline.networks.clip import save_clip_artifact
 from pipeline.networks.files import save_network
 from pipeline.workspace.store import Artifact
+from tests.models import tiny_models
+from tests.models.tiny_models import randomise
+from tests.tiny import recipe
 
-CLIP = ClipConfig(
-    embed_dim=16, image_px=32, vision_width=8, text_width=16, text_heads=2, text_layers=2, context_length=24
-)
-UNET = UNetConfig(
-    channels=8,
-    channel_mults=(1, 2, 3),
-    num_res_blocks=2,
-    attention_resolutions=(8, 4),
-    head_channels=4,
-    norm_groups=4,
-    dropout=0.1,
-)
+CLIP = ClipConfig(**recipe.CLIP)
+UNET = replace(tiny_models.UNET, channel_mults=(1, 2, 3), num_res_blocks=2, attention_resolutions=(8, 4), dropout=0.1)
 PRIOR = PriorConfig(
     width=32,
     depth=2,
@@ -59,24 +51,27 @@ UPSAMPLER = UpsamplerConfig(
     sampler=SamplerConfig(num_steps=5),
 )
 
+STD = 0.03
+"""Of the weights: small, so that rounding errors do not grow."""
 
-def randomise(network: torch.nn.Module) -> None:
-    """Random weights in place of those that start at zero, small, so that rounding errors do not grow."""
-    for name, parameter in network.named_parameters():
-        if "norm" not in name:
-            torch.nn.init.normal_(parameter, std=0.03)
+
+def make_clip(folder: Path, seed: int = 0) -> Path:
+    """A CLIP with random weights, saved."""
+    torch.manual_seed(seed)
+    save_clip(create_clip(CLIP), folder)
+    return folder
 
 
 def make_cascade(upsampler: UpsamplerConfig = UPSAMPLER, **clip_changes: Any) -> Cascade:
     """A cascade of one upsampler; the same arguments give the same weights."""
     torch.manual_seed(0)
-    clip = FrozenClip(create_clip(replace(CLIP, **clip_changes)))
+    clip = FrozenClip(create_clip(replace(CLIP, text_layers=2, context_length=24, **clip_changes)))
     prior, decoder = Prior(PRIOR, clip.dims), Decoder(DECODER, clip.dims)
     for network in (prior, decoder):
-        randomise(network)
+        randomise(network, std=STD)
         network.null_text.set(clip.encode_text([""]))
     last = Upsampler(upsampler)
-    randomise(last)
+    randomise(last, std=STD)
     return Cascade(clip, [PriorStage.of(prior), DecoderStage.of(decoder), UpsamplerStage.of(last)])
 
 

@@ -1,0 +1,68 @@
+"""One tiny training of each network, without Ray: its recipe, its inputs, its job."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from models.diffusion.config import DiffusionConfig
+from pipeline.clip import create_clip
+from pipeline.networks.clip import save_clip_artifact
+from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.train.assemble import TrainJob
+from pipeline.workspace.store import Artifact
+from tests.tiny.networks import CLIP
+from tests.tiny.recipe import TRAINED, UNET, merge, tiny_tables, training
+from tests.tiny.shards import write_download, write_embed
+
+
+def training_recipe(num_steps: int = 6) -> Recipe:
+    """Every network that can be trained, for ``num_steps`` steps."""
+    tables = tiny_tables(
+        Path("workspace"),
+        prior={"model": {"sampler": {"method": "analytic"}}},
+        prior_2={
+            "model": {
+                "kind": "autoregressive", "width": 16, "depth": 1, "num_heads": 2, "num_buckets": 16,
+                "num_dot_buckets": 4, "max_pca_error": 0.2,
+            }
+        },
+        noisy_clip={"model": {"image_px": 8, "tower": UNET}},
+    )  # fmt: skip
+    return parse_recipe(
+        merge(tables, dict.fromkeys((*TRAINED, "prior_2", "noisy_clip"), training(num_steps, batch_size=4)))
+    )
+
+
+def bound_recipe() -> Recipe:
+    """A decoder that is trained on the bound; of two timesteps, so that ten losses of each are soon known."""
+    recipe = training_recipe()
+    model = recipe.decoder.model
+    diffusion = DiffusionConfig(
+        num_timesteps=2, prediction="x0", variance="learned_range", loss="vlb", timestep_draws="loss_aware"
+    )
+    section = replace(
+        recipe.decoder,
+        model=replace(model, diffusion=diffusion, sampler=replace(model.sampler, num_steps=2)),
+        train=replace(recipe.decoder.train, batch_size=16),
+    )
+    return replace(recipe, decoder=section, noisy_clip=None)  # the tower would have to see the same two timesteps
+
+
+def tiny_inputs(folder: Path) -> dict[str, Artifact]:
+    download = write_download(folder / "download")
+    clip = Artifact(str(folder / "clip"))
+    torch.manual_seed(0)
+    save_clip_artifact(clip, create_clip(CLIP))
+    return {"download": download, "embed": write_embed(folder / "embed", download), "clip": clip}
+
+
+def tiny_job(name: str, inputs: dict[str, Artifact], output: Path, recipe: Recipe | None = None) -> TrainJob:
+    """A job of one step; ``"decoder bound"`` is the decoder of ``bound_recipe``."""
+    step, _, bound = name.partition(" ")
+    recipe = recipe or (bound_recipe() if bound else training_recipe())
+    return TrainJob(step, recipe, inputs, Artifact(str(output)), "key", torch.device("cpu"))
+
+
+def no_watch(done: int, total: int, message: str) -> None:
+    """Nobody watches."""
