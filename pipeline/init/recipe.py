@@ -31,16 +31,16 @@ def write_recipe(
     Args:
         source: The list or the folder.
         out: Recipe file to write.
-        url_column: Column of the URLs; empty: found by name.
-        caption_column: Column of the captions; empty: found by name.
+        url_column: Column of the URLs; empty: searched by name.
+        caption_column: Column of the captions; empty: searched by name.
         force: Replace ``out`` if it is there.
         gpu: Whether this machine trains on a GPU; None: look for one.
 
     Returns:
-        What was found, for a person.
+        A summary of the pairs, for a person.
 
     Raises:
-        ConfigError: If ``out`` exists or its folder does not, or the columns are not found; names those there are.
+        ConfigError: If ``out`` exists or its folder does not, or a column is not found; names the existing ones.
         DataError: If the source cannot be read, or holds no pair.
         StepError: If ``out`` cannot be written.
     """
@@ -51,16 +51,16 @@ def write_recipe(
         raise ConfigError(f"{source}: no such list or folder")
     for name in (source, out):
         if not name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in name):
-            raise ConfigError(f"{name!r}: this name is no UTF-8, which a recipe must be; rename the file")
+            raise ConfigError(f"{name!r}: this name is not UTF-8, but a recipe must be; rename the file")
     if not target.parent.is_dir():
         raise ConfigError(f"{out}: there is no folder {target.parent}; make it, or choose another --out")
-    folder = path.is_dir() and any(file.suffix.lower() in PICTURE_SUFFIXES for file in path.rglob("*"))
-    if folder:
+    is_folder = path.is_dir() and any(file.suffix.lower() in PICTURE_SUFFIXES for file in path.rglob("*"))
+    if is_folder:
         pairs = PairsConfig(source="folder", path=str(path))
     else:
         names = list_columns(list_files(path)[0])
-        url = _find(names, url_column, _URL_COLUMNS, source, "--url-column")
-        caption = _find(names, caption_column, _CAPTION_COLUMNS, source, "--caption-column")
+        url = _find_column(names, url_column, _URL_COLUMNS, source, "--url-column")
+        caption = _find_column(names, caption_column, _CAPTION_COLUMNS, source, "--caption-column")
         pairs = PairsConfig(source="list", path=str(path), url_column=url, caption_column=caption)
     num_pairs = sum(batch.num_rows for batch in source_batches(pairs, PairsSummary()))
     if num_pairs == 0:
@@ -68,23 +68,23 @@ def write_recipe(
     on_gpu = Path("/proc/driver/nvidia/version").exists() if gpu is None else gpu
     machine = "one GPU" if on_gpu else f"{os.cpu_count()} CPU cores"
     header = f"{source}: {num_pairs} pairs, sized for {machine}. `unclip config {out}` prints every field."
-    # A comment holds no line end, and a file's name may.
+    # A comment cannot hold a line end, but a file's name can.
     comment = "".join(letter if letter.isprintable() else "?" for letter in header)
     text = f"# {comment}\n" + as_toml(_tables(target.stem, pairs, num_pairs, on_gpu=on_gpu))
     parse_recipe(tomllib.loads(text), where=out)
     Artifact(str(target.parent.resolve())).write_bytes(target.name, text.encode())
-    kind = "pictures in a folder" if folder else f"rows (url: {pairs.url_column}, caption: {pairs.caption_column})"
+    kind = "pictures in a folder" if is_folder else f"rows (url: {pairs.url_column}, caption: {pairs.caption_column})"
     return f"{num_pairs} {kind}; sized for {machine}"
 
 
-def _find(names: list[str], wanted: str, known: tuple[str, ...], source: str, option: str) -> str:
+def _find_column(names: list[str], requested: str, defaults: tuple[str, ...], source: str, option: str) -> str:
     by_lower = {name.lower(): name for name in reversed(names)}
-    for candidate in (wanted,) if wanted else known:
+    for candidate in (requested,) if requested else defaults:
         if candidate in names:
             return candidate
         if candidate.lower() in by_lower:
             return by_lower[candidate.lower()]
-    what = f"no column {wanted}" if wanted else f"none of the columns {', '.join(known)}"
+    what = f"no column {requested}" if requested else f"none of the columns {', '.join(defaults)}"
     raise ConfigError(f"{source}: {what}; it has {', '.join(names) or 'none'}: name one with {option}")
 
 

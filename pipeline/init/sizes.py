@@ -1,4 +1,4 @@
-"""How large a cascade `unclip init` proposes for a number of pairs: tables of a recipe, for a CPU and for one GPU."""
+"""Recipe tables that `unclip init` proposes for a number of pairs, for a CPU and for one GPU."""
 
 import json
 from typing import Any
@@ -11,7 +11,7 @@ _MIN_GPU_STEPS, _MAX_GPU_STEPS = 5_000, 200_000
 
 
 def cpu_tables(num_pairs: int, validation_prob: float) -> Tables:
-    """A small cascade, 32 -> 64 -> 128 px, with what the demo taught (docs/decisions.md).
+    """A small cascade, 32 -> 64 -> 128 px, with the settings of the demo (docs/decisions.md).
 
     Steps grow with the pairs and stay within an evening.
     """
@@ -60,7 +60,7 @@ def cpu_tables(num_pairs: int, validation_prob: float) -> Tables:
 def gpu_tables(num_pairs: int) -> Tables:
     """A 64 -> 256 px cascade for one GPU, with the networks of configs/single-gpu.toml over a frozen public CLIP.
 
-    A CLIP of one's own needs millions of pairs to know the world; the preset trains one since shapes are all it draws.
+    To train a CLIP on photographs takes millions of pairs; the preset trains one because its pictures are only shapes.
     """
     steps = max(_MIN_GPU_STEPS, min(_MAX_GPU_STEPS, num_pairs // 2))
     unet = {"num_res_blocks": 2}
@@ -96,8 +96,8 @@ def _on_gpu(num_steps: int, batch_size: int, learning_rate: float) -> Tables:
 def as_toml(tables: Tables, name: str = "") -> str:
     """Tables as TOML with short lists on one line.
 
-    A value is written as JSON with its characters as they are: TOML has no surrogate pairs to escape an emoji with. The
-    one character that TOML wants escaped and JSON does not is DEL.
+    A value is written as JSON without escapes for non-ASCII characters, because TOML has no surrogate pairs. DEL is the
+    one character that TOML requires to be escaped and JSON does not.
     """
     texts = {key: json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") for key, value in tables.items()}
     lines = [f"{key} = {texts[key]}\n" for key, value in tables.items() if not isinstance(value, dict)]
@@ -108,12 +108,12 @@ def as_toml(tables: Tables, name: str = "") -> str:
 
 
 def _download(num_pairs: int, image_px: int) -> Tables:
-    """A shard holds a few minutes of work, and there are some to share out."""
+    """A shard holds a few minutes of work, and there are enough shards for several workers."""
     return {"samples_per_shard": max(16, min(10_000, num_pairs // 8)), "image_px": image_px}
 
 
 def _clip_batch(num_pairs: int, validation_prob: float) -> int:
-    """128 rows; fewer where a batch would hold a pair twice, which the contrastive loss takes for two."""
+    """128 rows, or fewer than the training pairs: the contrastive loss would take a repeated pair for a negative."""
     num_train = int(num_pairs * (1 - validation_prob))
     return next((size for size in (128, 64, 32, 16, 8) if size <= num_train), 4)
 

@@ -57,8 +57,9 @@ _WEIGHTS = (
     "pytorch_model.bin",
 )
 _HEADER = """\
-# Imported networks as they are: unclip sample, serve and the edits take this recipe at once.
-# To fine-tune one, set its train.num_steps (and a learning rate), name the pairs, and: unclip run
+# Imported networks, unchanged: unclip sample and the edits take this recipe at once.
+# unclip serve also needs a neighbour index: name the pairs, then: unclip run recipe.toml --until index
+# To fine-tune a network, set its train.num_steps (and a learning rate), name the pairs, and: unclip run recipe.toml
 # [pairs]
 # source = "list"
 # path = "pairs.parquet"

@@ -1,7 +1,7 @@
-"""A folder of trained networks as a recipe: what `unclip import` and `unclip export --native` write is sampled at once.
+"""A folder of trained networks as a recipe, so that `unclip sample` reads what import or `export --native` wrote.
 
-The folder holds ``clip/``, ``prior/``, ``decoder/`` and, where there are upsamplers, theirs: each as its artifact is. A
-network that a recipe takes as it is (``init_from``, 0 steps) needs no run and no pairs to be sampled.
+The folder holds ``clip/``, ``prior/``, ``decoder/`` and optional upsamplers, each with the files of its artifact. A
+network that a recipe uses unchanged (``init_from``, 0 steps) can be sampled without a run and without pairs.
 """
 
 import json
@@ -17,10 +17,10 @@ _NETWORKS = ("prior", "decoder", "upsampler_1", "upsampler_2")
 
 
 def folder_tables(folder: Path) -> Json:
-    """The tables of a recipe that takes the networks of a folder as they are.
+    """The tables of a recipe that uses the networks of a folder unchanged.
 
     Raises:
-        ConfigError: If it is no such folder.
+        ConfigError: If the folder does not hold such networks.
     """
     if (folder / "model_index.json").is_file():
         raise ConfigError(f"{folder}: is in diffusers' layout; first: unclip import {folder} --out MY-FOLDER")
@@ -50,7 +50,7 @@ def folder_tables(folder: Path) -> Json:
 
 
 def finished_network(section: Any) -> str:
-    """The folder of the network that a section takes as it is; empty where it trains, or fetches, one."""
+    """Folder of the network that a section uses unchanged; empty if the section trains or downloads one."""
     if isinstance(section, ClipStepConfig):
         is_folder = section.source == "pretrained" and (Path(section.name) / "open_clip_model.safetensors").is_file()
         return section.name if is_folder else ""

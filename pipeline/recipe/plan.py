@@ -59,12 +59,12 @@ _ADDED_LATER = {
     "model.diffusion.timestep_draws": "uniform",
     "model.image_norm": 1.0,
 }
-"""Fields added later, by their place in a section, with their old default. At it they are left out of the key, so that
-existing trainings stay valid."""
+"""Fields added later, by their dotted name in a section, with their old default. A field at its old default is left out
+of the key, so that existing trainings stay valid."""
 
 _IN_TRAINING = {"noise_level": 0.0}
-"""Sampling fields that the key of a training once held: it holds their default for ever, so that existing trainings
-stay valid; away from it they are part of the evaluation's key alone."""
+"""Sampling fields that were once part of a training's key. The key always holds this default, so that existing
+trainings stay valid; another value is part of the evaluation's key only."""
 
 
 def make_plan(recipe: Recipe, *, until: str = "") -> list[Step]:
@@ -95,7 +95,7 @@ def make_plan(recipe: Recipe, *, until: str = "") -> list[Step]:
 
 
 def steps_until(steps: list[Step], until: str) -> list[Step]:
-    """The steps of a plan that one of them needs, itself included; all where ``until`` is empty.
+    """The steps that ``until`` needs, itself included; all steps if ``until`` is empty.
 
     Raises:
         ConfigError: If ``until`` is no step of the plan.
@@ -113,7 +113,7 @@ def steps_until(steps: list[Step], until: str) -> list[Step]:
 
 
 def sampling_tables(recipe: Recipe) -> Json:
-    """How every network of a recipe is sampled: what those steps depend on that draw."""
+    """The sampling fields of every trained network; the steps that sample depend on them."""
     models = {name: to_dict(section)["model"] for name, section in recipe.trained().items()}
     tables = {
         name: {field: model[field] for field in SAMPLING if field in model and _IN_TRAINING.get(field) != model[field]}
@@ -123,7 +123,7 @@ def sampling_tables(recipe: Recipe) -> Json:
 
 
 def _without_added(tables: Json, place: str = "") -> Json:
-    """The tables less the fields of ``_ADDED_LATER`` that stand at their old default."""
+    """The tables without the fields of ``_ADDED_LATER`` that have their old default."""
     return {
         name: _without_added(value, f"{place}{name}.") if isinstance(value, dict) else value
         for name, value in tables.items()
@@ -132,21 +132,19 @@ def _without_added(tables: Json, place: str = "") -> Json:
 
 
 def _without_sampling(tables: Json) -> Json:
-    """The tables less how the trained network is sampled: no weight depends on that.
+    """The tables without the sampling fields, because no weight depends on them.
 
-    Of the analytic sampler the training measures the variance, step by step of its walk.
+    The analytic sampler stays: the training measures its variance at each sampling step.
     """
     model = tables.get("model", {})
-    if model.get("sampler", {}).get("method") == "analytic":
+    if not model or model.get("sampler", {}).get("method") == "analytic":
         return tables
-    if not model:
-        return tables
-    kept = {name: value for name, value in model.items() if name not in SAMPLING}
-    return tables | {"model": kept | {name: value for name, value in _IN_TRAINING.items() if name in model}}
+    fields = {name: value for name, value in model.items() if name not in SAMPLING}
+    return tables | {"model": fields | {name: value for name, value in _IN_TRAINING.items() if name in model}}
 
 
 def artifact_of(workspace: Workspace, step: Step) -> Artifact:
-    """Where a step's artifact stands."""
+    """The artifact of a step, committed or not."""
     return workspace.artifact(step.name, step.key)
 
 
@@ -156,13 +154,13 @@ def inputs_of(workspace: Workspace, step: Step) -> dict[str, Artifact]:
 
 
 def manifest_of(step: Step, output: Artifact, counts: dict[str, int] | None = None, *, wall_s: float = 0.0) -> Manifest:
-    """The commit of a step whose files are all written: what it was made from, and what stands there.
+    """The manifest of a step whose files are all written.
 
     Args:
         step: The step.
-        output: Where its files are.
-        counts: Rows, of a step that has some.
-        wall_s: Time it took, in seconds.
+        output: The artifact with the files.
+        counts: Rows; None if the step has no rows.
+        wall_s: Time of the step, in seconds.
     """
     return Manifest(
         step=step.name,
@@ -178,7 +176,7 @@ def manifest_of(step: Step, output: Artifact, counts: dict[str, int] | None = No
 
 
 def plan_status(workspace: Workspace, steps: list[Step]) -> list[StepStatus]:
-    """What is done, what remains and why."""
+    """The state of every step, with the reasons why it has to run."""
     statuses: list[StepStatus] = []
     for step in steps:
         artifact = artifact_of(workspace, step)
@@ -198,9 +196,9 @@ def plan_status(workspace: Workspace, steps: list[Step]) -> list[StepStatus]:
 
 
 def finished_artifacts(recipe: Recipe, names: Collection[str]) -> dict[str, Artifact]:
-    """The artifacts of the named steps, by step name; a step that the recipe leaves out is left out.
+    """The artifacts of the named steps, by step name, without the steps that the recipe does not have.
 
-    A network that the recipe takes as it is needs no run: it is read in its own folder.
+    A network that the recipe uses unchanged needs no run: it is read from its own folder.
 
     Raises:
         ConfigError: If one is not finished under this recipe; names the command that finishes it.
@@ -225,9 +223,9 @@ def local_files(row: StepRow, section: Any) -> dict[str, str]:
 
 
 def _local_inputs(row: StepRow, section: Any) -> Json:
-    """Content of the user's files that a section names by path: it stands in the key in place of the path.
+    """Fingerprints of the user's files that a section names; in the key they replace the paths.
 
-    A folder of pictures keeps its (absolute) path too, for its URLs are made of it.
+    A folder of pictures also keeps its absolute path, because its URLs contain it.
     """
     entries: Json = {}
     for name, path in local_files(row, section).items():
@@ -237,7 +235,7 @@ def _local_inputs(row: StepRow, section: Any) -> Json:
             )
         keeps_path = isinstance(section, PairsConfig) and section.source == "folder"
         entries |= {name: str(Path(path).resolve()) if keeps_path else ""}
-        # Networks of one shape have files of one size: only their content tells them apart.
+        # Networks of the same shape have files of the same size; only their content differs.
         if isinstance(section, ClipStepConfig) and Path(path).is_dir():
             weights = sorted(file for file in Path(path).iterdir() if file.suffix in _WEIGHTS)
             content = [fingerprint(str(file)) for file in (Path(path) / "open_clip_config.json", *weights)]

@@ -40,7 +40,7 @@ from pipeline.recipe.steps import STEP_ROWS
 
 Json = dict[str, Any]
 SAMPLING = ("sampler", "num_candidates", "noise_level")
-"""Fields of a model's table that say how it is sampled once it is trained."""
+"""Fields of a model's table that configure the sampling of the trained network."""
 PriorModel = Annotated[PriorConfig | ArPriorConfig, Field(discriminator="kind")]
 """A prior of either kind; ``kind`` in its table says which."""
 TrainedSection = ClipStepConfig | NoisyClipStepConfig | NetworkStepConfig[Any]
@@ -69,15 +69,15 @@ class Recipe:
     prior: NetworkStepConfig[PriorModel] = NetworkStepConfig(model=PriorConfig())
     """Caption to z_image; ``kind`` of its model chooses a diffusion or an autoregressive prior."""
     prior_2: NetworkStepConfig[PriorModel] | None = None
-    """A second prior, to compare: the evaluation measures both, and the cascade draws with ``prior``."""
+    """A second prior to compare: the evaluation measures both, and the cascade samples with ``prior``."""
     decoder: NetworkStepConfig[DecoderConfig] = NetworkStepConfig(model=DecoderConfig())
     """z_image and caption to a small picture."""
     noisy_clip: NoisyClipStepConfig | None = None
-    """A CLIP that sees noised pictures, to guide the decoder by (decoder.model.sampler.clip_guidance_scale)."""
+    """A CLIP for noised pictures, which guides the decoder (decoder.model.sampler.clip_guidance_scale)."""
     upsampler_1: NetworkStepConfig[UpsamplerConfig] | None = None
     """The small picture to a larger one; without the table the cascade ends at the decoder."""
     upsampler_2: NetworkStepConfig[UpsamplerConfig] | None = None
-    """The larger picture to the final one; without the table the cascade ends before it."""
+    """The larger picture to the final one; without the table the cascade ends at upsampler_1."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Pictures and numbers."""
     serve: ServeConfig = ServeConfig()
@@ -112,19 +112,19 @@ class Recipe:
         self._require_noisy_clip()
 
     def _require_noisy_clip(self) -> None:
-        """The tower that guides must see what the decoder draws, noised as the decoder noises it."""
-        wanted = self.decoder.model
+        """Check that the noisy CLIP has the decoder's picture size, timesteps and noise schedule."""
+        decoder = self.decoder.model
         if self.noisy_clip is None:
-            if wanted.sampler.clip_guidance_scale > 0:
+            if decoder.sampler.clip_guidance_scale > 0:
                 raise ValueError("decoder.model.sampler.clip_guidance_scale is above 0 without a [noisy_clip] table")
             return
         tower = self.noisy_clip.model
-        seen = (tower.image_px, tower.diffusion.num_timesteps, tower.diffusion.schedule)
-        drawn = (wanted.image_px, wanted.diffusion.num_timesteps, wanted.diffusion.schedule)
-        if seen != drawn:
+        actual = (tower.image_px, tower.diffusion.num_timesteps, tower.diffusion.schedule)
+        expected = (decoder.image_px, decoder.diffusion.num_timesteps, decoder.diffusion.schedule)
+        if actual != expected:
             raise ValueError(
-                f"noisy_clip.model sees {seen[0]} px, {seen[1]} steps, {seen[2]}, "
-                f"but decoder.model draws {drawn[0]} px, {drawn[1]} steps, {drawn[2]}"
+                f"noisy_clip.model has {actual[0]} px, {actual[1]} steps, {actual[2]}, "
+                f"but decoder.model has {expected[0]} px, {expected[1]} steps, {expected[2]}"
             )
 
     def trained(self) -> dict[str, TrainedSection]:
@@ -183,7 +183,7 @@ def to_dict(config: object) -> Json:
 
 
 def without_resources(tables: Json) -> Json:
-    """The tables less every ``resources`` table: what changes bytes."""
+    """The tables without every ``resources`` table: only what changes bytes."""
     return {
         key: without_resources(cast("Json", value)) if isinstance(value, dict) else value
         for key, value in tables.items()
@@ -192,7 +192,7 @@ def without_resources(tables: Json) -> Json:
 
 
 def flatten(tables: Json, prefix: str = "") -> Json:
-    """Nested tables as one: a value under its dotted name, ``prefix`` in front."""
+    """Nested tables as one table: each value under its dotted name, after ``prefix``."""
     flat: Json = {}
     for name, value in tables.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
@@ -203,7 +203,7 @@ def json_schema() -> Json:
     """JSON schema of the recipe, with every field's description and default."""
     with described_fields():
         schema = TypeAdapter(Recipe).json_schema()
-    # pydantic reads the docstrings of the fields that a class declares itself.
+    # pydantic reads only the docstrings of fields that the class itself declares.
     tables = schema["$defs"]
     inherited = tables[TaskResources.__name__]["properties"]
     for name, field in tables[DownloadResources.__name__]["properties"].items():
@@ -215,7 +215,7 @@ def json_schema() -> Json:
 def default_tables(data: Json) -> Json:
     """Defaults to merge ``data`` onto: a partial table keeps the defaults of its other keys.
 
-    They depend on ``data`` where a table may be left out (the upsamplers), and where it says which kind it is.
+    The defaults depend on ``data`` for an optional table (the upsamplers) and for a table with a ``kind``.
     """
     tables = to_dict(Recipe())
     for name, section in _section_types().items():
@@ -233,7 +233,7 @@ def default_tables(data: Json) -> Json:
 
 @functools.cache
 def _section_types() -> dict[str, Any]:
-    """The type of every field of the recipe; of a section that may be left out, the type that it has where it is."""
+    """The type of every field of the recipe, without the None of an optional section."""
     hints = get_type_hints(Recipe)
     return {name: get_args(hint)[0] if type(None) in get_args(hint) else hint for name, hint in hints.items()}
 
@@ -299,8 +299,8 @@ def _explain(item: Any, data: Json) -> str:
     name = ".".join(location)
     kind: str = item["type"]
     if kind in {"unexpected_keyword_argument", "extra_forbidden"}:
-        known = _value_at(default_tables(data), location[:-1])
-        close = difflib.get_close_matches(location[-1], list(known) if isinstance(known, dict) else [], n=1)
+        table = _value_at(default_tables(data), location[:-1])
+        close = difflib.get_close_matches(location[-1], list(table) if isinstance(table, dict) else [], n=1)
         return f"unknown key {name}{of_kind}" + (f"; did you mean {close[0]}?" if close else "")
     if kind == "union_tag_invalid":
         kinds = str(item["ctx"]["expected_tags"]).replace(", ", " or ")

@@ -1,8 +1,8 @@
 """The sections of a recipe, one for each step.
 
-What changes bytes stands in the section itself and is hashed into the step's key; what does not (workers, devices,
-cadence) stands in its ``resources`` table. What a field must be by itself is its type; what it must be in view of
-another is checked in ``__post_init__``.
+Fields that change bytes are in the section itself and are hashed into the step's key; the others (workers, devices,
+cadence) are in its ``resources`` table. The type of a field checks its value alone; ``__post_init__`` checks it against
+other fields.
 """
 
 from pathlib import Path
@@ -52,7 +52,7 @@ class PairsConfig:
     validation_prob: Share = 0.02
     """Share of rows set aside for validation, by hash of the uid."""
     max_pairs: NonNegativeInt = 0
-    """Rows to take, the first of the list; 0 takes all."""
+    """Rows to read from the start of the list; 0: all."""
     drawn: DrawnConfig = DrawnConfig()
     """Settings of the drawn source."""
 
@@ -68,11 +68,11 @@ class TaskResources:
     num_workers: PositiveInt = 2
     """Tasks or actors at a time."""
     cpus_per_worker: PositiveFloat = 1.0
-    """Logical CPUs that each holds."""
+    """Logical CPUs of each worker."""
     accelerator: Literal["cpu", "cuda"] = "cpu"
     """Device of the networks in this step."""
     max_retries: NonNegativeInt = 2
-    """Tries again after a lost worker, per shard."""
+    """Retries after a lost worker, for each shard."""
 
 
 @configclass
@@ -86,14 +86,14 @@ class DownloadResources(TaskResources):
 
 @configclass
 class DownloadConfig:
-    """img2dataset's options, by our names with units; its shard format is unchanged."""
+    """Options of img2dataset, under our names with units; its shard format is unchanged."""
 
     samples_per_shard: PositiveInt = 1000
     """Rows in a shard (img2dataset: number_sample_per_shard), in rows."""
     image_px: PositiveInt = 256
     """Target side, in pixels (img2dataset: image_size)."""
     resize_mode: Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"] = "center_crop"
-    """How a picture is brought to the target side."""
+    """How a picture is resized to the target side."""
     resize_only_if_bigger: bool = False
     """Leave smaller pictures as they are."""
     encode_format: Literal["jpg", "png", "webp"] = "jpg"
@@ -103,7 +103,7 @@ class DownloadConfig:
     skip_reencode: bool = False
     """Store the bytes as downloaded when no resize is needed."""
     min_image_px: NonNegativeInt = 0
-    """Smallest shorter side taken, in pixels."""
+    """Smallest shorter side accepted, in pixels."""
     max_image_area_px: PositiveFloat = 178_956_970.0
     """Largest area decoded, in pixels: a decompression bomb is refused, not decoded."""
     max_aspect_ratio: Annotated[float, Field(ge=1)] = 20.0
@@ -111,17 +111,17 @@ class DownloadConfig:
     timeout_s: PositiveInt = 10
     """Longest wait for one socket operation, in seconds."""
     deadline_s: PositiveFloat = 30.0
-    """Longest time for one try of one URL, redirects included, in seconds: a dripping server must not hold a shard."""
+    """Longest time for one try of one URL, redirects included, in seconds: a slow server must not block a shard."""
     retries: NonNegativeInt = 1
     """Further tries of a failed download."""
     extra_columns: tuple[str, ...] = ()
-    """Columns of the pairs that travel into the shards, besides uid and split."""
+    """Columns of the pairs that are copied into the shards, besides uid and split."""
     user_agent_token: str = "unclip"
-    """Added to the user agent, so that hosts know who asks."""
+    """Added to the user agent, so that hosts can identify the client."""
     disallowed_header_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
     """X-Robots-Tag directives that opt a picture out."""
     min_success_prob: Prob = 0.05
-    """Below this share of good rows the step fails: something is wrong with the list or the network."""
+    """The step fails below this share of good rows: something is wrong with the list or the network."""
     num_threads: PositiveInt = 32
     """Connections of one worker (img2dataset: thread_count)."""
     resources: DownloadResources = DownloadResources()
@@ -171,12 +171,12 @@ class TrainConfig:
 
 @configclass
 class TrainResources:
-    """Where a training runs and how often it speaks; changes no sample and no order."""
+    """Where a training runs and how often it saves and logs; changes no sample and no order."""
 
     num_workers: PositiveInt = 1
     """Data-parallel workers; each takes an equal slice of every global batch."""
     cpus_per_worker: PositiveFloat = 1.0
-    """Logical CPUs that each holds; also its torch threads."""
+    """Logical CPUs of each worker; also its torch threads."""
     accelerator: Literal["cpu", "cuda"] = "cpu"
     """Device of the network; cuda takes one GPU a worker."""
     save_every_steps: PositiveInt = 200
@@ -197,7 +197,7 @@ class TrainResources:
 
 @configclass
 class ClipStepConfig:
-    """The frozen CLIP: trained here on the shards, or taken as it is."""
+    """The frozen CLIP: trained here on the shards, or pretrained."""
 
     source: Literal["train", "pretrained"] = "train"
     """train: a new open_clip model on the shards; pretrained: an open_clip name with a tag, or a local folder."""
@@ -214,10 +214,10 @@ class ClipStepConfig:
 
     def __post_init__(self) -> None:
         if self.source == "train" and self.train.num_steps == 0:
-            raise ValueError("train.num_steps is 0: random weights tell nothing apart; set source = 'pretrained'")
+            raise ValueError("train.num_steps is 0: random weights are of no use; set source = 'pretrained'")
 
     def local_fields(self) -> tuple[str, ...]:
-        """Which of name and tag is a path on this machine: a folder, or a checkpoint beside a known name."""
+        """Which of name and tag is a path on this machine: a folder, or the checkpoint of a named model."""
         if self.source != "pretrained" or self.name.startswith("hf-hub:"):
             return ()
         if "/" in self.name or Path(self.name).is_dir():
@@ -246,7 +246,7 @@ class IndexConfig:
     recall_target: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Recall at 10 that the search effort is tuned to, measured against exact search."""
     num_recall_queries: PositiveInt = 200
-    """Queries held for that measurement, in rows."""
+    """Queries for that measurement, in rows."""
     resources: TaskResources = TaskResources(num_workers=1)
     """Workers of this step."""
 
@@ -307,7 +307,7 @@ class ServeConfig:
     """The server; changes no artifact."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; loopback unless you put something in front."""
+    """Address to listen on; loopback unless a proxy is in front."""
     port: Port = 8000
     """Port to listen on."""
     num_replicas: PositiveInt = 1

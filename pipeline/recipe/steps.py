@@ -1,6 +1,6 @@
-"""The table of steps: one row a step, from which the plan, the run, the report and the docs are derived.
+"""The table of steps, one row for each; the plan, the run, the report and the docs derive from it.
 
-A row is plain data and imports nothing, so that whoever asks for it stays light.
+A row is plain data: this module imports no heavy package, so that the commands that read it start fast.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class StepRow:
-    """What the project knows of one kind of step, whatever the recipe."""
+    """What the project knows about one kind of step, independent of the recipe."""
 
     name: str
     """Name of the step, of its folder in the workspace, and of the recipe's field that configures it."""
@@ -18,7 +18,7 @@ class StepRow:
     version: int = 1
     """Version of its code; raised whenever the same recipe would give other bytes. It is part of the key."""
     inputs: tuple[str, ...] = ()
-    """Steps that it reads; those that a recipe leaves out are no input."""
+    """Steps whose artifacts it reads; a step that the recipe does not have is no input."""
     runner: str
     """``module:function`` that runs it; the function takes a StepContext and returns a StepResult."""
     seeded: bool = True
@@ -30,13 +30,13 @@ class StepRow:
     samples: bool = False
     """Whether it samples the trained networks, so that their samplers are part of its key."""
     files: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Fields that may name a file of the user's, each with the name under which its content stands in the key."""
+    """Fields that may name a user's file, each with the name of its fingerprint in the key."""
 
 
 _TRAINING = "pipeline.runtime.train:run_training"
-_START = {"init_from": "content"}
+_INIT_FILES = {"init_from": "content"}
 
-# Each row stands after its inputs. Where workers are short, steps that become ready together start in this order: the
+# Each row comes after its inputs. Steps that become ready together start in this order while workers are scarce: the
 # decoder takes longest.
 _BEFORE_EVALUATE = (
     StepRow(
@@ -76,7 +76,7 @@ _BEFORE_EVALUATE = (
         runner=_TRAINING,
         trains="decoder",
         in_cascade=True,
-        files=_START,
+        files=_INIT_FILES,
     ),
     StepRow(name="index", title="Index", inputs=("embed",), runner="pipeline.runtime.data:run_index"),
     StepRow(
@@ -86,9 +86,11 @@ _BEFORE_EVALUATE = (
         runner=_TRAINING,
         trains="prior",
         in_cascade=True,
-        files=_START,
+        files=_INIT_FILES,
     ),
-    StepRow(name="prior_2", title="Prior 2", inputs=("clip", "embed"), runner=_TRAINING, trains="prior", files=_START),
+    StepRow(
+        name="prior_2", title="Prior 2", inputs=("clip", "embed"), runner=_TRAINING, trains="prior", files=_INIT_FILES
+    ),
     StepRow(
         name="noisy_clip",
         title="Noisy CLIP",
@@ -107,7 +109,7 @@ _BEFORE_EVALUATE = (
             runner=_TRAINING,
             trains="upsampler",
             in_cascade=True,
-            files=_START,
+            files=_INIT_FILES,
         )
         for number in (1, 2)
     ),

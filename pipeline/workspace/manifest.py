@@ -1,4 +1,4 @@
-"""What stands in an artifact besides its data: the manifest and the shard records."""
+"""The records of an artifact: its manifest and its shard records."""
 
 import functools
 import json
@@ -47,7 +47,7 @@ class ShardRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The commit of an artifact: what it was made from, what came out, what it cost."""
+    """The commit of an artifact: its inputs, its contents and its cost."""
 
     step: str
     """Step name."""
@@ -56,7 +56,7 @@ class Manifest:
     step_version: int
     """Version of the step's code that is part of the key."""
     section: Json
-    """The recipe's section, less resources."""
+    """The recipe's section, without resources."""
     inputs: dict[str, str]
     """Key of each input, by step name."""
     counts: dict[str, int] = field(default_factory=dict[str, int])
@@ -90,7 +90,7 @@ class Manifest:
         """From JSON.
 
         Raises:
-            DataError: If a field is missing or of the wrong type, the counts do not add up, or the schema is another.
+            DataError: If a field is missing or of the wrong type, the counts do not add up, or the schema differs.
         """
         version = data.get("schema_version") if isinstance(data, dict) else None
         if isinstance(version, int) and version > SCHEMA_VERSION:
@@ -106,13 +106,13 @@ def _adapter(cls: type[T]) -> TypeAdapter[T]:
 
 
 def parse_record(cls: type[T], data: Any) -> T:
-    """Make a dataclass of JSON; fields that this release does not know are ignored.
+    """Build a dataclass from JSON; fields that this release does not know are ignored.
 
     Raises:
         DataError: If a field is missing or of the wrong type; names it.
     """
     try:
-        # From JSON, since in Python's objects pydantic's strict mode takes a dataclass for a dataclass alone.
+        # From JSON: in Python's objects, pydantic's strict mode accepts no dict for a nested dataclass.
         return _adapter(cls).validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]

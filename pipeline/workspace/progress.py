@@ -1,4 +1,4 @@
-"""Where a running step stands: a small file under ``live/`` that `unclip status` reads, with no Ray in between."""
+"""Progress of a running step: a small file under ``live/`` that `unclip status` reads without Ray."""
 
 import time
 from dataclasses import asdict, dataclass
@@ -23,18 +23,18 @@ class ProgressState:
     """Seconds to go at that rate; 0 while unknown."""
     message: str
     wall_s: float
-    """Seconds of work on the step by all its starts; waiting for CPUs or GPUs is none."""
+    """Seconds of work on the step over all its starts, without the waiting for CPUs or GPUs."""
     updated: float
     """Seconds since the epoch."""
 
     @property
     def has_begun(self) -> bool:
-        """Whether the step has its CPUs or GPUs and works: only then it counts something."""
+        """Whether the step has its CPUs or GPUs and works: only then it has a unit."""
         return bool(self.unit)
 
     @property
     def text(self) -> str:
-        """One line for people: how far, how fast, how long still."""
+        """One line for people: share done, rate and time to go."""
         if not self.unit:
             return self.message
         share = 100 * self.done / max(self.total, 1)
@@ -49,21 +49,21 @@ class Progress:
     Args:
         artifact: The step's artifact.
         every_s: Least time between two writes, in seconds.
-        waits: Whether the work still waits for its CPUs or GPUs: the clock stands until `begin`.
+        waits: Whether the work still waits for its CPUs or GPUs: the clock starts at `begin`.
     """
 
     def __init__(self, artifact: Artifact, *, every_s: float = 1.0, waits: bool = False) -> None:
         self._artifact = artifact
         self._every_s = every_s
         self._start = None if waits else time.monotonic()
-        self._written = float("-inf")
+        self._written_at = float("-inf")
         self._first_done: int | None = None
         previous = read_progress(artifact)
         self._earlier_s = previous.wall_s if previous else 0.0
 
     @property
     def wall_s(self) -> float:
-        """Seconds of work on the step by all its starts."""
+        """Seconds of work on the step over all its starts."""
         return self._earlier_s + self._worked_s()
 
     def begin(self, *, ago_s: float = 0.0) -> None:
@@ -72,17 +72,17 @@ class Progress:
             self._start = time.monotonic() - ago_s
 
     def update(self, done: int, total: int, unit: str, message: str = "", *, force: bool = False) -> None:
-        """Say that ``done`` of ``total`` units are finished."""
+        """Record that ``done`` of ``total`` units are finished."""
         now = time.monotonic()
         if self._first_done is None:
             self._first_done = done
-        if now - self._written < self._every_s and not force and done < total:
+        if now - self._written_at < self._every_s and not force and done < total:
             return
         rate = (done - self._first_done) / max(self._worked_s(), 1e-9)
         eta_s = (total - done) / rate if rate > 0 else 0.0
         state = ProgressState(done, total, unit, rate, eta_s, message, self.wall_s, time.time())
         self._artifact.write_json(PROGRESS, asdict(state))
-        self._written = now
+        self._written_at = now
 
     def _worked_s(self) -> float:
         return 0.0 if self._start is None else time.monotonic() - self._start

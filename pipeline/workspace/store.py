@@ -1,8 +1,8 @@
-"""Artifacts in a workspace: a local folder or an object-store URI, behind this module alone.
+"""Artifacts in a workspace, which is a local folder or an object-store URI; only this module knows which.
 
 An artifact is the folder ``workspace/<step>/<key>/``. Every file is written to a temporary name, synced and renamed (on
-an object store: uploaded whole), so that a reader never meets half a file. ``manifest.json`` comes last and is the
-commit. What only serves a running step (progress, checkpoints) stands under ``live/`` and is removed by the commit.
+an object store: uploaded whole), so that a reader never sees half a file. ``manifest.json`` comes last and is the
+commit. Files for a running step only (progress, checkpoints) are under ``live/``; the commit removes them.
 Shards of a data step are committed one by one with a record, ``<shard>.done.json``, written after the shard's files.
 """
 
@@ -55,7 +55,7 @@ class Workspace:
         return Artifact(f"{self.root}/{step}/{key}")
 
     def manifests(self, step: str) -> tuple[list[Manifest], list[str]]:
-        """The manifests of every committed artifact of a step, the newest first; and why others cannot be read."""
+        """The manifests of every committed artifact of a step, the newest first; and why the others cannot be read."""
         files, base = fsspec.url_to_fs(f"{self.root}/{step}")
         manifests: list[Manifest] = []
         damages: list[str] = []
@@ -190,7 +190,7 @@ class Artifact:
         return records
 
     def manifest(self) -> Manifest | None:
-        """The commit, or None where the step has not finished.
+        """The manifest, or None if the step has not finished.
 
         Raises:
             DataError: If there is one that cannot be read; names the file and says what to do.
@@ -205,7 +205,7 @@ class Artifact:
             raise DataError(f"{self.uri}/{MANIFEST}: {error}; {mend}") from None
 
     def commit(self, manifest: Manifest) -> None:
-        """Publish the manifest, and with it the artifact; then drop what only served the running step."""
+        """Publish the manifest, and with it the artifact; then remove the live files."""
         self.write_json(MANIFEST, manifest.to_dict())
         for name in self.names():
             if name.startswith(LIVE):
@@ -213,12 +213,12 @@ class Artifact:
 
     def describe_files(self) -> dict[str, Json]:
         """Size and SHA-256 of every published file but the manifest and the live ones, for the manifest."""
-        known = {name: info for record in self.shard_records().values() for name, info in record.files.items()}
+        shard_files = {name: info for record in self.shard_records().values() for name, info in record.files.items()}
         described: dict[str, Json] = {}
         for name in self.names():
             if name == MANIFEST or name.startswith(LIVE):
                 continue
-            described[name] = known[name] if name in known else self.describe(name)
+            described[name] = shard_files[name] if name in shard_files else self.describe(name)
         return described
 
     def describe(self, name: str) -> Json:
@@ -242,7 +242,7 @@ class Artifact:
             raise DataError(f"{self.uri}/{name}: does not match its checksum; {self._mend()}")
 
     def _mend(self) -> str:
-        """What to do about a damaged file of a finished step: nothing is deleted that a person might still need."""
+        """What to do about a damaged file of a finished step, without deleting what a person might need."""
         return f"bring it back from a copy, or move {self.uri} away and run the step again"
 
     def clear_temporaries(self) -> None:
@@ -271,8 +271,8 @@ def translate_os_errors(where: str) -> Generator[None]:
     """Turn a full or forbidden disk into a message.
 
     Raises:
-        StepError: In place of an error for no space, quota, read-only, permission and a file in the place of a folder:
-            an OSError, or a library's own that quotes one (safetensors: SafetensorError, FAISS: RuntimeError).
+        StepError: For a full disk or quota, a read-only disk, a missing permission, or a file in the place of a folder:
+            from an OSError, or a library's error that quotes one (safetensors: SafetensorError, FAISS: RuntimeError).
     """
     try:
         yield
@@ -282,11 +282,11 @@ def translate_os_errors(where: str) -> Generator[None]:
         if error.errno not in _DISK_REASONS:
             raise
         raise StepError(f"{where}: {_DISK_REASONS[error.errno]}") from error
-    except Exception as error:  # each library raises its own; what quotes none of the reasons goes on as it was
-        quoted = [reason for code, reason in _DISK_REASONS.items() if os.strerror(code) in str(error)]
-        if not quoted:
+    except Exception as error:  # each library has its own class; one that quotes no OSError passes unchanged
+        reasons = [reason for code, reason in _DISK_REASONS.items() if os.strerror(code) in str(error)]
+        if not reasons:
             raise
-        raise StepError(f"{where}: {quoted[0]}") from error
+        raise StepError(f"{where}: {reasons[0]}") from error
 
 
 def fingerprint(path: str) -> str:

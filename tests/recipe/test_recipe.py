@@ -95,7 +95,7 @@ def test_load_recipe_round_trips_through_resolved_json(tmp_path: Path) -> None:
         ({"prior_2": {"model": {"kind": "autoregressive", "width": "x"}}}, ["prior_2.model.width: ", "'x'"]),
         ({"prior_2": "autoregressive"}, ["prior_2: ", "'autoregressive'"]),
         ({"decoder": {"model": {"sampler": {"clip_guidance_scale": 1.0}}}}, ["clip_guidance_scale", "noisy_clip"]),
-        ({"noisy_clip": {"model": {"image_px": 32}}}, ["noisy_clip.model sees 32 px", "draws 64 px"]),
+        ({"noisy_clip": {"model": {"image_px": 32}}}, ["noisy_clip.model has 32 px", "decoder.model has 64 px"]),
         ({"noisy_clip": {"model": {"tower": {"chanels": 32}}}}, ["noisy_clip.model.tower.chanels"]),
         (
             {"upsampler_1": {"model": {"diffusion": {"num_timesteps": 46}}}},
