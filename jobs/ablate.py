@@ -11,9 +11,9 @@ from pipeline.recipe.recipe import load_recipe
 def ablate(
     recipe: RecipePath,
     num_prompts: Annotated[
-        int, typer.Option("-n", min=1, help="Prompts that are measured: the first of those of evaluate.")
+        int, typer.Option("-n", min=1, help="Prompts to measure: the first of those of evaluate.")
     ] = 60,
-    num_shown: Annotated[int, typer.Option("--shown", min=1, help="Of these, rows of the picture.")] = 8,
+    num_shown: Annotated[int, typer.Option("--shown", min=1, help="Prompts shown in the picture, one a row.")] = 8,
     overrides: Overrides = None,
     json: AsJson = False,
 ) -> None:

@@ -13,11 +13,10 @@ from typing import Annotated, Any, cast
 import typer
 import typer.core
 
-from jobs import ablate, cluster, edit_commands, exchange, generate, inspect, start
-from jobs import search as data
+from jobs import ablate, cluster, edit_commands, exchange, generate, inspect, search, start
 from pipeline.errors import UnclipError
 
-# Typer carries a click of its own, and shows only some of its exceptions; this is its base of all wrong usage.
+# Typer carries a click of its own, and shows only some of its exceptions; this is the base class of its usage errors.
 _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 
 _INTERRUPTED = 130
@@ -35,22 +34,22 @@ COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
     },
     "Use": {
         "sample": (generate.sample, "Make pictures from prompts."),
-        "search": (data.search, "Find the nearest pairs to a text or a picture."),
+        "search": (search.search, "Find the nearest pairs to a text or a picture."),
         "serve": (generate.serve, "Serve pictures, neighbours and a page over HTTP."),
     },
     "Edit": {
         "vary": (edit_commands.vary, "Make variations of a picture."),
-        "interpolate": (edit_commands.interpolate, "Make the way from one picture to another."),
+        "interpolate": (edit_commands.interpolate, "Interpolate between two pictures."),
         "text-diff": (edit_commands.text_diff, "Turn a picture from one text towards another."),
-        "inpaint": (edit_commands.inpaint, "Make the masked part of a picture anew."),
-        "outpaint": (edit_commands.outpaint, "Make what is around a picture."),
+        "inpaint": (edit_commands.inpaint, "Fill the masked part of a picture."),
+        "outpaint": (edit_commands.outpaint, "Extend a picture beyond its borders."),
         "sdedit": (edit_commands.sdedit, "Add noise to a picture, denoise it to a prompt."),
-        "reconstruct": (edit_commands.reconstruct, "Make a picture again from its latents."),
+        "reconstruct": (edit_commands.reconstruct, "Reconstruct a picture from its latents."),
         "pca-reconstruct": (edit_commands.pca_reconstruct, "Show what components of z_image hold."),
     },
     "Exchange": {
         "export": (exchange.export, "Write the trained cascade for other programs."),
-        "import": (exchange.import_, "Take over networks in diffusers' layout."),
+        "import": (exchange.import_, "Import networks in diffusers' layout."),
     },
     "Cluster": {
         "submit": (cluster.submit, "Run a recipe as a job on a Ray cluster."),
@@ -103,8 +102,8 @@ def _main(  # pyright: ignore[reportUnusedFunction]  (typer keeps it)
 
 def main() -> None:
     """Run the command; turn errors into messages and exit codes."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite end of any kind is an interrupt
-    if "RAY_JOB_STOP_SIGNAL" in os.environ:  # the cluster may ignore Ctrl-C (a script started it): not its jobs
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM is handled like Ctrl-C
+    if "RAY_JOB_STOP_SIGNAL" in os.environ:  # a cluster that a script started ignores SIGINT; its jobs must not
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = app(standalone_mode=False)
@@ -116,7 +115,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
-    if code == _INTERRUPTED:  # typer turns Ctrl-C into this code itself, without a word
+    if code == _INTERRUPTED:  # typer turns Ctrl-C into this code itself, without a message
         typer.echo("interrupted; what is finished is kept, run the same command again to continue", err=True)
     sys.exit(code)
 

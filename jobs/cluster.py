@@ -17,7 +17,7 @@ def submit(
     address: JobAddress = DASHBOARD,
     follow: Annotated[bool, typer.Option("--follow", help="Print the job's log and wait for its end.")] = False,
     again: Annotated[
-        bool, typer.Option("--again", help="Start anew what has succeeded: its workspace was removed, say.")
+        bool, typer.Option("--again", help="Run it again although it has succeeded (its workspace was removed).")
     ] = False,
     json: AsJson = False,
 ) -> None:

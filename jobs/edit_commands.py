@@ -1,6 +1,6 @@
-"""The commands that edit pictures: each says what it alone reads, ``_command`` adds what they share.
+"""The commands that edit pictures: each declares its own arguments, and ``_command`` adds the shared ones.
 
-The work itself is pipeline/sampling/edit_pictures.py.
+The work itself is in pipeline/sampling/edit_pictures.py.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ NumFrames = Annotated[int, typer.Option("--frames", min=2, help="Pictures on the
 
 @dataclass(frozen=True)
 class _Request:
-    """What one edit reads: its pictures' files, and the options that are its own."""
+    """Input of one edit: its picture files and its own options."""
 
     files: tuple[str, ...]
     options: EditOptions
@@ -49,7 +49,7 @@ def _edit(
     overrides: Overrides = None,
     json: AsJson = False,
 ) -> None:
-    """Do the edit ``name`` and say where it is; from ``recipe`` on, these are parameters of every edit's command."""
+    """Do the edit ``name`` and print the folder; from ``recipe`` on, these are parameters of every edit's command."""
     resolved = load_recipe(recipe, overrides or [])
 
     from models.editor import EditSettings
@@ -63,13 +63,13 @@ def _edit(
     if json:
         print_json(rows)
         return
-    method = f", drawn by {rows[0]['method']}" if "method" in rows[0] else ""
+    method = f", sampled by {rows[0]['method']}" if "method" in rows[0] else ""
     count = "1 picture" if len(rows) == 1 else f"{len(rows)} pictures"
     typer.echo(f"{count} in {out}{method}; all at a glance: {Path(out) / 'grid.png'}")
 
 
 def _command(read: Callable[..., _Request]) -> Callable[..., None]:
-    """The command of an edit: RECIPE, what ``read`` asks for, then what all edits share.
+    """The command of an edit: RECIPE, the parameters of ``read``, then those that all edits share.
 
     Typer takes a command's parameters from its signature and has no groups of them, so this joins two signatures.
     """
@@ -89,7 +89,7 @@ def _command(read: Callable[..., _Request]) -> Callable[..., None]:
 
 @_command
 def reconstruct(image: ImagePath) -> _Request:
-    """Draw a picture again from its latents: z_image by CLIP, x_T by DDIM inversion.
+    """Reconstruct a picture from its latents: z_image by CLIP, x_T by DDIM inversion.
 
     Example: unclip reconstruct configs/demo.toml photo.png --out out
     """
@@ -104,7 +104,7 @@ def vary(
         float, typer.Option("--eta", min=0.0, max=1.0, help="Noise of DDIM; 0 is the reconstruction.")
     ] = 0.8,
 ) -> _Request:
-    """Draw variations of a picture: the same z_image, another layout.
+    """Make variations of a picture: the same z_image, another layout.
 
     Example: unclip vary configs/demo.toml photo.png -n 6 --eta 0.8
     """
@@ -118,10 +118,12 @@ def interpolate(
     num_frames: NumFrames = 8,
     noise: Annotated[
         Literal["slerp", "fixed"],
-        typer.Option("--noise", help="slerp: x_T turns along, the ends are A and B; fixed: one x_T, of the seed."),
+        typer.Option(
+            "--noise", help="slerp: x_T is interpolated too, the ends are A and B; fixed: one x_T, from the seed."
+        ),
     ] = "slerp",
 ) -> _Request:
-    """Draw the way from one picture to another: spherical interpolation of z_image.
+    """Interpolate between two pictures: spherical interpolation of z_image.
 
     Example: unclip interpolate configs/demo.toml a.png b.png --frames 8
     """
@@ -149,15 +151,15 @@ def text_diff(
 def inpaint(
     image: ImagePath,
     mask: Annotated[
-        str, typer.Argument(metavar="MASK", help="Picture of the same size: white or transparent is drawn.")
+        str, typer.Argument(metavar="MASK", help="Picture of the same size: white or transparent pixels are filled.")
     ],
     prompt: Prompt,
     num_images: NumImages = 4,
 ) -> _Request:
-    """Draw the masked part of a picture anew; every other pixel stays as it is.
+    """Fill the masked part of a picture; every other pixel stays as it is.
 
-    A decoder trained with inpainting channels (decoder.model.inpainting) reads the rest of the picture ("channels");
-    any other has it put back, noised, after each step ("replacement"). The output says which.
+    A decoder trained with inpainting channels (decoder.model.inpainting) reads the rest of the picture ("channels").
+    For any other decoder, the rest is noised and put back after each step ("replacement"). The output says which.
 
     Example: unclip inpaint configs/demo.toml photo.png mask.png "a red circle on a white background"
     """
@@ -173,7 +175,7 @@ def outpaint(
     ] = 0.25,
     num_images: NumImages = 4,
 ) -> _Request:
-    """Make a picture smaller and draw what is around it; see inpaint.
+    """Shrink a picture and fill the border around it; see inpaint.
 
     Example: unclip outpaint configs/demo.toml photo.png "a small red circle" --margin 0.25
     """
@@ -185,11 +187,11 @@ def sdedit(
     image: ImagePath,
     prompt: Prompt,
     strength: Annotated[
-        float, typer.Option("--strength", min=0.0, max=1.0, help="0 returns the picture, 1 forgets it.")
+        float, typer.Option("--strength", min=0.0, max=1.0, help="0 returns the picture, 1 ignores it.")
     ] = 0.6,
     num_images: NumImages = 4,
 ) -> _Request:
-    """Noise a picture, and draw it from there as a prompt says.
+    """Add noise to a picture, then denoise it to a prompt.
 
     Example: unclip sdedit configs/demo.toml sketch.png "a large red star on a white background" --strength 0.6
     """
@@ -202,11 +204,11 @@ def pca_reconstruct(
     components: Annotated[
         str,
         typer.Option(
-            "--components", help="Numbers, with commas between them; default: those of 20,40,80,160 that there are."
+            "--components", help="Numbers, with commas between them; default: 20,40,80,160, up to the size of z_image."
         ),
     ] = "",
 ) -> _Request:
-    """Draw what more and more principal components of a picture's z_image hold, from one noise.
+    """Show what more and more principal components of a picture's z_image hold, from one noise.
 
     Example: unclip pca-reconstruct configs/demo.toml photo.png --components 4,8,16,32
     """

@@ -45,7 +45,7 @@ def import_(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder in the layout of UnCLIPPipeline.")],
     out: Annotated[str, typer.Option("--out", help="Folder for the networks and a recipe that starts from them.")],
 ) -> None:
-    """Take over networks in diffusers' layout (Karlo's public weights are) to fine-tune or to serve.
+    """Import networks in diffusers' layout (for example Karlo's public weights) to sample, edit or fine-tune them.
 
     Example: unclip import karlo-v1-alpha --out karlo
     """
@@ -53,4 +53,6 @@ def import_(
 
     for note in import_diffusers(Path(folder), Path(out)):
         typer.echo(f"note: {note}")
-    typer.echo(f'networks in {out}; see them: unclip sample {out} "a red fox" -n 4; fine-tune them: {out}/recipe.toml')
+    typer.echo(
+        f'networks in {out}; sample them: unclip sample {out} "a red fox" -n 4; fine-tune them: {out}/recipe.toml'
+    )

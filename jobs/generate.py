@@ -13,7 +13,7 @@ from pipeline.recipe.recipe import load_recipe
 
 def sample(
     recipe: RecipePath,
-    prompts: Annotated[list[str] | None, typer.Argument(metavar='"PROMPT"', help="What to draw.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar='"PROMPT"', help="What the pictures show.")] = None,
     prompts_path: Annotated[str, typer.Option("--prompts", help="Text file of prompts, one a line.")] = "",
     num_images: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 4,
     seed: Seed = 0,
@@ -21,24 +21,24 @@ def sample(
     candidates: Annotated[
         int,
         typer.Option(
-            "--candidates", min=0, help="Draw this many of each and keep the -n that CLIP finds nearest; 0: draw -n."
+            "--candidates", min=0, help="Sample this many of each and keep the -n nearest by CLIP; 0: sample -n."
         ),
     ] = 0,
     overrides: Overrides = None,
     json: AsJson = False,
 ) -> None:
-    """Draw prompts with the trained cascade.
+    """Sample pictures from prompts with the trained cascade.
 
     Example: unclip sample configs/demo.toml "a large red star on a white background" -n 4 --out out
     """
-    wanted = list(prompts or [])
+    texts = list(prompts or [])
     if prompts_path:
         try:
             lines = Path(prompts_path).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--prompts {prompts_path}: cannot be read: {error}") from None
-        wanted += [line.strip() for line in lines if line.strip()]
-    if not wanted:
+        texts += [line.strip() for line in lines if line.strip()]
+    if not texts:
         raise ConfigError('sample: give at least one prompt, for example: unclip sample RECIPE "a red circle"')
     resolved = load_recipe(recipe, overrides or [])
 
@@ -47,7 +47,7 @@ def sample(
     with SamplingWatcher() as watcher:
         rows = sample_recipe(
             resolved,
-            wanted,
+            texts,
             num_images=num_images,
             seed=seed,
             out_dir=Path(out),
@@ -62,7 +62,7 @@ def sample(
 
 
 def evaluate(recipe: RecipePath, overrides: Overrides = None, address: RayAddress = "", json: AsJson = False) -> None:
-    """Measure the trained cascade; what it needs and is not done yet is run first.
+    """Measure the trained cascade; its unfinished inputs run first.
 
     Example: unclip evaluate configs/demo.toml
     """

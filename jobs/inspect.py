@@ -1,4 +1,4 @@
-"""``unclip plan``, ``status`` and ``config``: answers in well under a second, with neither torch nor ray.
+"""``unclip plan``, ``status`` and ``config``: they answer in well under a second, without torch and ray.
 
 ``plan --cost`` alone loads torch, to build the networks without data.
 """
@@ -90,7 +90,7 @@ def config(
 
 def _as_row(workspace: Workspace, status: StepStatus) -> dict[str, Any]:
     artifact = artifact_of(workspace, status.step)
-    running = read_progress(artifact) if status.state == "partial" else None
+    progress = read_progress(artifact) if status.state == "partial" else None
     manifest = status.manifest
     return {
         "step": status.step.name,
@@ -100,14 +100,14 @@ def _as_row(workspace: Workspace, status: StepStatus) -> dict[str, Any]:
         "artifact": artifact.uri,
         "wall_s": manifest.wall_s if manifest else None,
         "counts": manifest.counts if manifest else {},
-        "progress": dataclasses.asdict(running) if running else None,
+        "progress": dataclasses.asdict(progress) if progress else None,
     }
 
 
 def _describe(row: dict[str, Any]) -> str:
     if row["state"] == "done":
-        known_first = sorted(row["counts"].items(), key=lambda item: (item[0] not in {"in", "ok"}, item[0]))
-        counts = ", ".join(f"{value} {name}" for name, value in known_first)
+        totals_first = sorted(row["counts"].items(), key=lambda item: (item[0] not in {"in", "ok"}, item[0]))
+        counts = ", ".join(f"{value} {name}" for name, value in totals_first)
         return f"{row['wall_s']:7.1f} s  {counts}"
     if row["progress"]:
         return ProgressState(**row["progress"]).text
@@ -115,7 +115,7 @@ def _describe(row: dict[str, Any]) -> str:
 
 
 def _without_none(tables: dict[str, Any]) -> dict[str, Any]:
-    """TOML has no null: a section that is off is a table that is not there."""
+    """The tables without null values, which TOML does not have."""
     return {
         name: _without_none(value) if isinstance(value, dict) else value
         for name, value in tables.items()

@@ -11,11 +11,11 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=C", help="Change one field, for example --set prior.train.num_steps=500."),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="The same seed draws the same pictures.")]
+Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same pictures.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 Until = Annotated[str, typer.Option("--until", metavar="STEP", help="Stop after this step and what it needs.")]
 RayAddress = Annotated[
-    str, typer.Option("--address", help="Ray cluster to join, for example auto; default: one of its own, here.")
+    str, typer.Option("--address", help="Ray cluster to join, for example auto; default: a new one on this machine.")
 ]
 DASHBOARD = "http://127.0.0.1:8265"
 JobAddress = Annotated[str, typer.Option("--address", help="Dashboard URL of the Ray cluster.")]

@@ -26,7 +26,7 @@ def reference() -> str:
 def _section(
     schema: dict[str, Any], fields: dict[str, Any], defaults: dict[str, Any], title: tuple[str, str], lines: list[str]
 ) -> None:
-    """One table and those inside it; ``title`` is its dotted name, and what else its heading says."""
+    """One table and those inside it; ``title`` is its dotted name, and a note for its heading."""
     name, note = title
     tables: list[tuple[tuple[str, str], dict[str, Any], dict[str, Any]]] = []
     rows: list[str] = []
@@ -37,8 +37,8 @@ def _section(
             default = defaults.get(field)
             if not isinstance(default, dict) or default.get("kind", "") != kind:
                 default = _defaults(schema, target)
-            told = note or (f', `kind = "{kind}"`' if kind else "")
-            tables.append(((dotted, told), target, default))
+            heading_note = note or (f', `kind = "{kind}"`' if kind else "")
+            tables.append(((dotted, heading_note), target, default))
         if not targets:
             default = json.dumps(defaults.get(field))
             rows.append(f"| `{field}` | {_type(spec)} | `{default}` | {_cell(spec.get('description', ''))} |")
@@ -53,16 +53,16 @@ def _section(
 def _tables_of(schema: Json, spec: Json) -> dict[str, Json]:
     """The tables that a field may be, by their ``kind``; empty for a value."""
     options = [spec, *spec.get("anyOf", ()), *spec.get("allOf", ()), *spec.get("oneOf", ())]
-    found = [schema["$defs"][option["$ref"].rsplit("/", 1)[1]] for option in options if "$ref" in option]
-    return {table["properties"].get("kind", {}).get("const", ""): table for table in found}
+    tables = [schema["$defs"][option["$ref"].rsplit("/", 1)[1]] for option in options if "$ref" in option]
+    return {table["properties"].get("kind", {}).get("const", ""): table for table in tables}
 
 
 def _defaults(schema: Json, table: Json) -> Json:
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for field, spec in table["properties"].items():
         tables = _tables_of(schema, spec)
-        found[field] = spec.get("default", _defaults(schema, next(iter(tables.values()))) if tables else None)
-    return found
+        values[field] = spec.get("default", _defaults(schema, next(iter(tables.values()))) if tables else None)
+    return values
 
 
 def _type(spec: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from pipeline.recipe.recipe import load_recipe
 def search(
     recipe: RecipePath,
     text: Annotated[str, typer.Argument(metavar="TEXT", help="What to look for.")] = "",
-    image: Annotated[str, typer.Option("--image", help="Picture to look for, in place of a text.")] = "",
+    image: Annotated[str, typer.Option("--image", help="Picture to look for, instead of a text.")] = "",
     num_results: Annotated[int, typer.Option("-k", min=1, help="Neighbours to find.")] = 10,
     modality: Annotated[
         Literal["image", "text"], typer.Option("--modality", help="Search pictures (image) or captions (text).")

@@ -14,9 +14,11 @@ from pipeline.workspace.store import Workspace
 def init(
     source: Annotated[str, typer.Argument(metavar="LIST", help="List of URLs and captions, or a folder of pictures.")],
     out: Annotated[str, typer.Option("--out", help="Recipe file to write.")] = "my.toml",
-    url_column: Annotated[str, typer.Option("--url-column", help="Column of the URLs; default: found by name.")] = "",
+    url_column: Annotated[
+        str, typer.Option("--url-column", help="Column of the URLs; default: searched by name.")
+    ] = "",
     caption_column: Annotated[
-        str, typer.Option("--caption-column", help="Column of the captions; default: found by name.")
+        str, typer.Option("--caption-column", help="Column of the captions; default: searched by name.")
     ] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace the recipe file if it is there.")] = False,
 ) -> None:
@@ -71,10 +73,10 @@ def run(
     typer.echo(f"ran {steps} in {wall_s:.0f} s" if ran else f"nothing to do: all {len(before)} steps are done")
     if report.exists():
         typer.echo(f"report: {report}")
-    _say_next(words, {status.step.name for status in before}, drawn=resolved.pairs.source == "drawn")
+    _print_next(words, {status.step.name for status in before}, drawn=resolved.pairs.source == "drawn")
 
 
-def _say_next(recipe: str, steps: set[str], *, drawn: bool) -> None:
+def _print_next(recipe: str, steps: set[str], *, drawn: bool) -> None:
     typer.echo("next:")
     if "evaluate" in steps:
         prompt = "a large red star on a white background" if drawn else "your prompt"

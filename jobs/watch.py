@@ -1,4 +1,4 @@
-"""What a person sees of a run: a line when a step starts, readings while it runs, a line when it ends."""
+"""Prints a run: a line when a step starts, readings while it runs, a line when it ends."""
 
 import sys
 import time
@@ -16,8 +16,8 @@ _EVERY_S = 15.0
 class Watcher:
     """Prints to standard error, so that standard output stays for results.
 
-    On a terminal the readings of all running steps share one line that is rewritten; elsewhere each step says where it
-    stands every 15 s.
+    On a terminal the readings of all running steps share one line that is rewritten; elsewhere each step prints its
+    progress every 15 s.
     """
 
     def __init__(self) -> None:
@@ -27,12 +27,12 @@ class Watcher:
         self._line = _Line()
 
     def started(self, step: Step) -> None:
-        """A step was given to Ray."""
+        """A step was submitted to Ray."""
         self._printed_at[step.name] = time.monotonic()
         self._print(f"{step.name}: starts")
 
     def progressed(self, step: Step, state: ProgressState) -> None:
-        """A running step was read."""
+        """The progress of a running step was read."""
         self._states[step.name] = state
         if self._line.is_live:
             line = "  ".join(f"{name} {reading.text}" for name, reading in self._states.items())
@@ -62,11 +62,11 @@ class Watcher:
 
 
 class SamplingWatcher:
-    """Says which step of which stage is reached: one line that is rewritten on a terminal, elsewhere one every 15 s."""
+    """Prints the sampling step of the current stage: one line, rewritten, on a terminal; elsewhere one every 15 s."""
 
     def __init__(self) -> None:
         self._line = _Line()
-        self._printed = time.monotonic()
+        self._printed_at = time.monotonic()
 
     def __enter__(self) -> "SamplingWatcher":
         return self
@@ -75,12 +75,12 @@ class SamplingWatcher:
         self._line.clear()
 
     def __call__(self, step: Any) -> None:
-        """Take note of a ``models.stage.StageStep`` (not named here: its module loads torch)."""
+        """Print a ``models.stage.StageStep`` (not named here: its module loads torch)."""
         text = f"{step.stage} {step.done}/{step.total}"
         if self._line.is_live:
             self._line.write(text)
-        elif time.monotonic() - self._printed > _EVERY_S:
-            self._printed = time.monotonic()
+        elif time.monotonic() - self._printed_at > _EVERY_S:
+            self._printed_at = time.monotonic()
             typer.echo(text, err=True)
 
 

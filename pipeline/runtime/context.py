@@ -1,4 +1,4 @@
-"""What a step is given and what it gives back; shared by everything that places steps on Ray."""
+"""Input and result of a step, shared by the modules that run steps on Ray."""
 
 from dataclasses import dataclass, field
 from typing import Any

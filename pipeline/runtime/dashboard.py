@@ -1,4 +1,4 @@
-"""The dashboard of a Ray cluster: where jobs are sent, and the errors on the way there in words."""
+"""The dashboard of a Ray cluster: a client for its jobs, with errors for people."""
 
 import contextlib
 import logging
@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError, StepError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _CONNECT_TIMEOUT_S = 5.0
-_TALKATIVE = (
+_VERBOSE_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
     "ray._private.runtime_env.packaging",
@@ -28,14 +28,14 @@ def is_loopback(url: str) -> bool:
 
 
 def dashboard_client(address: str) -> tuple[JobSubmissionClient, str]:
-    """Ray's client for jobs, and the URL it speaks to.
+    """Ray's client for jobs, and the URL that it calls.
 
     Args:
-        address: URL of the dashboard, or ``host:port``; the environment is not asked.
+        address: URL of the dashboard, or ``host:port``; the environment is ignored.
 
     Raises:
         ConfigError: If the address is no URL.
-        StepError: If no cluster answers there within seconds, or it wants a token.
+        StepError: If no cluster answers there within seconds, or it requires a token.
     """
     url = address if "://" in address else f"http://{address}"
     parts = urlsplit(url)
@@ -45,18 +45,18 @@ def dashboard_client(address: str) -> tuple[JobSubmissionClient, str]:
             "a cluster elsewhere is reached through `ray dashboard cluster.yaml` or an SSH tunnel"
         )
     url = url.rstrip("/")
-    nothing = (
+    no_answer = (
         f"no Ray cluster answers at {url}: start one (`ray start --head`, or `ray up cluster.yaml` and "
         "`ray dashboard cluster.yaml`) or give its dashboard with --address"
     )
     try:
-        # Ray's client waits without a limit; this look does not.
+        # Ray's client has no timeout; this request has one.
         reply = requests.get(f"{url}/api/version", timeout=_CONNECT_TIMEOUT_S)
     except requests.exceptions.RequestException as error:
-        raise StepError(f"{nothing} ({type(error).__name__})") from None
+        raise StepError(f"{no_answer} ({type(error).__name__})") from None
     if reply.status_code not in {200, 401, 403}:
-        raise StepError(f"{nothing} (something else does: HTTP {reply.status_code})")
-    for name in _TALKATIVE:  # they tell of every upload and every closed connection
+        raise StepError(f"{no_answer} (something else does: HTTP {reply.status_code})")
+    for name in _VERBOSE_LOGGERS:  # they log every upload and every closed connection
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         with _address_is_final():
@@ -67,14 +67,14 @@ def dashboard_client(address: str) -> tuple[JobSubmissionClient, str]:
             "RAY_AUTH_TOKEN_PATH names; on the head node `ray get-auth-token` prints it"
         ) from None
     except (ConnectionError, RuntimeError, KeyError, ValueError, requests.exceptions.RequestException) as error:
-        raise StepError(f"{nothing} ({str(error).splitlines()[0]})") from None
+        raise StepError(f"{no_answer} ({str(error).splitlines()[0]})") from None
 
 
 def _client(url: str) -> JobSubmissionClient:
     try:
         return JobSubmissionClient(url)
     except AuthenticationError:
-        # As `ray start` and `ray.init` do: a token that is there is used where RAY_AUTH_MODE says nothing.
+        # As `ray start` and `ray.init` do, use an existing token if RAY_AUTH_MODE is not set.
         if not maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
             raise
         return JobSubmissionClient(url)
@@ -82,7 +82,7 @@ def _client(url: str) -> JobSubmissionClient:
 
 @contextlib.contextmanager
 def _address_is_final() -> Generator[None]:
-    """Keep Ray's client from taking another address out of the environment."""
+    """Keep Ray's client from reading another address from the environment."""
     names = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
     hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:

@@ -30,12 +30,12 @@ def run_pairs(context: StepContext) -> StepResult:
     from pipeline.data.pairs import PairsSummary, source_batches, write_pairs
 
     config, seed, summary = context.recipe.pairs, context.recipe.seed, PairsSummary()
-    drawn = config.source == "drawn"
-    total = config.drawn.num_pairs + config.drawn.num_faulty if drawn else config.max_pairs
-    batches = drawn_batches(config.drawn, seed) if drawn else source_batches(config, summary)
+    is_drawn = config.source == "drawn"
+    total = config.drawn.num_pairs + config.drawn.num_faulty if is_drawn else config.max_pairs
+    batches = drawn_batches(config.drawn, seed) if is_drawn else source_batches(config, summary)
     with context.output.write("pairs.parquet") as path:
         write_pairs(batches, config, path, summary, lambda done: progress.update(done, max(done, total), "rows"))
-    if drawn:
+    if is_drawn:
         with context.output.write("evaluation.parquet") as path:
             summary.metrics["evaluation_prompts"] = write_evaluation(path, seed)
     progress.update(summary.counts["ok"], summary.counts["ok"], "rows", force=True)
@@ -57,8 +57,8 @@ def run_download(context: StepContext) -> StepResult:
         _require_success(records, config, output, is_last=len(records) == len(shards))
 
     missing = set(shards) - set(output.shard_records())
-    drawn = context.recipe.pairs.source == "drawn"
-    with served_pictures(context.recipe.pairs.drawn.port) if drawn and missing else contextlib.nullcontext():
+    is_drawn = context.recipe.pairs.source == "drawn"
+    with served_pictures(context.recipe.pairs.drawn.port) if is_drawn and missing else contextlib.nullcontext():
         limit_s = _shard_limit_s(config)
         job = ShardJob(DownloadWorker, shards, num_rows, config.resources, limit_s=limit_s, on_record=judge)
         records = map_shards(context, job)
@@ -89,7 +89,7 @@ def run_index(context: StepContext) -> StepResult:
 
 
 def run_evaluate(context: StepContext) -> StepResult:
-    """Draw and measure what is not committed yet, then put all parts together.
+    """Sample and measure the parts that are not committed yet, then combine all parts.
 
     Raises:
         DataError: If an input is damaged.
@@ -102,7 +102,7 @@ def run_evaluate(context: StepContext) -> StepResult:
     job = ShardJob(EvaluateWorker, [part.name for part in work.parts], work.num_items, resources)
     records = map_shards(context, job)
     progress = Progress(context.output)
-    progress.update(work.num_items, work.num_items, "rows", "putting numbers and pictures together", force=True)
+    progress.update(work.num_items, work.num_items, "rows", "combining numbers and pictures", force=True)
     metrics = finish(context.recipe, context.inputs, context.output, work)
     progress.update(work.num_items, work.num_items, "rows", force=True)
     return StepResult(counts=total_counts(records), metrics=summarise(metrics), num_workers=resources.num_workers)
@@ -112,9 +112,9 @@ class DownloadWorker:
     """Makes shards of the download step."""
 
     def __init__(self, context: StepContext) -> None:
-        import pipeline.data.download as stage
+        import pipeline.data.download as module
 
-        self._stage = stage
+        self._module = module
         self._config = context.recipe.download
         self._output = context.output
         self._pairs = context.inputs["pairs"].path("pairs.parquet")
@@ -122,10 +122,10 @@ class DownloadWorker:
     def __call__(self, shard: str) -> ShardRecord:
         """Download one shard and commit it."""
         start, output = time.monotonic(), self._output
-        rows = self._stage.read_rows(self._pairs, shard, self._config)
+        rows = self._module.read_rows(self._pairs, shard, self._config)
         names = [f"{shard}.tar", f"{shard}.parquet", f"{shard}_stats.json"]
         with output.write(names[0]) as tar, output.write(names[1]) as parquet, output.write(names[2]) as stats:
-            counts = self._stage.download_shard(rows, shard, self._config, tar, parquet, stats)
+            counts = self._module.download_shard(rows, shard, self._config, tar, parquet, stats)
         return _commit(output, shard, dict(counts), names, start)
 
 
@@ -158,7 +158,7 @@ class EmbedWorker:
 
 
 class EvaluateWorker:
-    """Draws and measures parts of the evaluate step."""
+    """Samples and measures parts of the evaluate step."""
 
     def __init__(self, context: StepContext) -> None:
         import torch
@@ -172,7 +172,7 @@ class EvaluateWorker:
         self._runner = make_runner(recipe, context.inputs, context.output, work)
 
     def __call__(self, shard: str) -> ShardRecord:
-        """Draw and measure one part and commit it."""
+        """Sample and measure one part and commit it."""
         return self._runner.run(self._parts[shard])
 
 
@@ -182,7 +182,7 @@ def _build_index(context: StepContext) -> StepResult:
     from pipeline.retrieve.build import build_index
 
     config = context.recipe.index
-    built = build_index(
+    index = build_index(
         context.inputs["embed"],
         context.output,
         config,
@@ -190,8 +190,8 @@ def _build_index(context: StepContext) -> StepResult:
         num_threads=max(1, int(config.resources.cpus_per_worker)),
         on_rows=lambda done, total: progress.update(done, total, "rows"),
     )
-    progress.update(built.num_rows, built.num_rows, "rows", force=True)
-    return StepResult(counts={"in": built.num_rows, "ok": built.num_rows}, metrics=built.metrics)
+    progress.update(index.num_rows, index.num_rows, "rows", force=True)
+    return StepResult(counts={"in": index.num_rows, "ok": index.num_rows}, metrics=index.metrics)
 
 
 def _commit(output: Artifact, shard: str, counts: dict[str, int], names: list[str], start: float) -> ShardRecord:
@@ -210,9 +210,9 @@ def _clip_folder(clip: Artifact) -> Path:
 
 
 def _shard_limit_s(config: DownloadConfig) -> float:
-    """Every URL at its slowest, twice over, and a second a row for the resizing: beyond that a worker hangs.
+    """Longest time for a shard, in seconds; a worker that takes longer hangs.
 
-    They may all be of one host.
+    It is enough for twice the deadline of every URL, with all URLs on one host, and a second a row for the resizing.
     """
     at_once = min(config.num_threads, config.resources.max_per_host or config.num_threads)
     rounds = -(-config.samples_per_shard // at_once)
@@ -230,10 +230,10 @@ def _require_success(records: list[ShardRecord], config: DownloadConfig, output:
         if record.counts["ok"] < max(1, config.min_success_prob * record.counts["in"]):
             for name in (f"{record.shard}.done.json", *record.files):
                 output.remove(name)
-    told = "; ".join(f"{count} x {cause}" for cause, count in causes)
+    top_causes = "; ".join(f"{count} x {cause}" for cause, count in causes)
     raise StepError(
         f"download: only {counts['ok']} of {counts['in']} rows came through (download.min_success_prob is "
-        f"{config.min_success_prob}); most frequent causes: {told}. Mend the list or the network and run again"
+        f"{config.min_success_prob}); most frequent causes: {top_causes}. Mend the list or the network and run again"
     )
 
 

@@ -1,7 +1,7 @@
-"""The same recipe on a cluster: a Ray job that runs ``unclip run`` beside the data.
+"""Recipes as Ray jobs: each job runs ``unclip run`` on a cluster, near the data.
 
-A job's id follows from what it will make, so that submitting a recipe twice does not run it twice. The source tree and
-the resolved recipe travel with the job; the cluster's machines need the dependencies alone.
+A job's id is a digest of its plan, so that submitting a recipe twice does not run it twice. The source tree and the
+resolved recipe are uploaded with the job; the cluster's machines need only the dependencies.
 """
 
 import asyncio
@@ -49,13 +49,13 @@ class Job:
     """Name of the recipe."""
     status: Literal["pending", "running", "succeeded", "failed", "stopped"]
     message: str
-    """The cluster's own words on the status."""
+    """The cluster's message on the status."""
     started: str
     """UTC, ISO 8601; empty before."""
     ended: str
     """UTC, ISO 8601; empty before."""
     exit_code: int | None
-    """What ``unclip run`` ended with, 130 if it was stopped; None before."""
+    """Exit code of ``unclip run``, 130 if it was stopped; None before its end."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -64,11 +64,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Submission:
-    """What became of a request to run a recipe."""
+    """The outcome of a request to run a recipe."""
 
     job_id: str
     state: Literal["submitted", "attached", "succeeded"]
-    """submitted: a new job; attached: it was on its way already; succeeded: it is done, nothing was started."""
+    """submitted: a new job; attached: it was submitted before; succeeded: it is done, nothing was started."""
     address: str
 
     @property
@@ -77,7 +77,7 @@ class Submission:
         return {
             "submitted": f"submitted to {self.address}",
             "attached": f"already on its way at {self.address}, nothing new was started",
-            "succeeded": f"has succeeded at {self.address}, nothing was started (--again does it anew)",
+            "succeeded": f"has succeeded at {self.address}, nothing was started (--again runs it again)",
         }[self.state]
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,20 +95,20 @@ def submit_recipe(
     source: Path | None = None,
     shown_as: str = "",
 ) -> Submission:
-    """Run a recipe on a cluster, unless the same is running there or has succeeded there.
+    """Run a recipe on a cluster, unless the same recipe is running there or has succeeded there.
 
     Args:
-        recipe: A checked recipe. Relative local paths are taken from the present folder.
+        recipe: A checked recipe. Relative local paths are relative to the current folder.
         address: URL of the cluster's dashboard.
-        until: Last step wanted; empty: all.
+        until: Last step; empty: all.
         python: Interpreter on the cluster. Empty: the one of this process where the cluster has it (this machine, or
-            machines set up alike), else ``python``.
-        again: Start a new attempt although one has succeeded (the workspace was removed, say).
+            machines with the same paths), else ``python``.
+        again: Start a new attempt although one has succeeded (for example, its workspace was removed).
         source: Root of the tree to ship; None: the tree of this process.
         shown_as: The recipe in the commands that the job proposes at its end; empty: the shipped file.
 
     Raises:
-        ConfigError: If the address is no URL, ``until`` no step, or a local input is missing.
+        ConfigError: If the address is no URL, ``until`` is no step, or a local input is missing.
         StepError: If no cluster answers, it refuses, or it gets no agent ready in time.
     """
     recipe = with_absolute_paths(recipe)
@@ -154,11 +154,11 @@ def job_logs(job_id: str, address: str = DEFAULT_ADDRESS) -> str:
     """What a job has printed so far.
 
     Args:
-        job_id: Its id, or enough of the beginning to tell it from others.
+        job_id: Its id, or a beginning of it that no other job has.
         address: URL of the cluster's dashboard.
 
     Raises:
-        ConfigError: If there is no such job, or more than one; names those there are.
+        ConfigError: If there is no such job, or more than one; names the candidates.
         StepError: If no cluster answers.
     """
     client, _ = dashboard_client(address)
@@ -166,10 +166,10 @@ def job_logs(job_id: str, address: str = DEFAULT_ADDRESS) -> str:
 
 
 def follow_job(job_id: str, write: Callable[[str], None], address: str = DEFAULT_ADDRESS) -> int:
-    """Pass on what a job prints, from its start to its end; an interrupt ends the following, not the job.
+    """Write what a job prints, from its start to its end; an interrupt ends this function, not the job.
 
     Args:
-        job_id: Its id, or enough of the beginning to tell it from others.
+        job_id: Its id, or a beginning of it that no other job has.
         write: Takes pieces of text, line ends included.
         address: URL of the cluster's dashboard.
 
@@ -177,8 +177,8 @@ def follow_job(job_id: str, write: Callable[[str], None], address: str = DEFAULT
         The job's exit code; 130 if it was stopped.
 
     Raises:
-        ConfigError: If there is no such job, or more than one; names those there are.
-        StepError: If no cluster answers, or it went away meanwhile.
+        ConfigError: If there is no such job, or more than one; names the candidates.
+        StepError: If no cluster answers, or it goes away before the job ends.
     """
     client, url = dashboard_client(address)
     name = str(_find(client, job_id).submission_id)
@@ -200,11 +200,11 @@ def stop_job(job_id: str, address: str = DEFAULT_ADDRESS) -> str:
     """Interrupt a job, wait for its end and give its last status; finished work is kept.
 
     Args:
-        job_id: Its id, or enough of the beginning to tell it from others.
+        job_id: Its id, or a beginning of it that no other job has.
         address: URL of the cluster's dashboard.
 
     Raises:
-        ConfigError: If there is no such job, or more than one; names those there are.
+        ConfigError: If there is no such job, or more than one; names the candidates.
         StepError: If no cluster answers, or the job outlives its time to stop.
     """
     client, url = dashboard_client(address)
@@ -231,14 +231,14 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     clip = recipe.clip
     if clip.source == "pretrained":
         clip = dataclasses.replace(clip, name=_existing(clip.name), tag=_existing(clip.tag))
-    started = {
+    networks = {
         name: dataclasses.replace(section, init_from=_absolute(section.init_from))
         for name, section in recipe.trained().items()
         if not isinstance(section, ClipStepConfig | NoisyClipStepConfig)
     }
     return dataclasses.replace(
         recipe,
-        **started,
+        **networks,
         workspace=_absolute(recipe.workspace),
         pairs=dataclasses.replace(recipe.pairs, path=_absolute(recipe.pairs.path)),
         clip=clip,
@@ -278,8 +278,8 @@ def _pack(source: Path, recipe: Recipe, folder: Path) -> None:
 
 def _entrypoint(python: str, until: str, shown_as: str, *, on_this_machine: bool) -> str:
     options = {"--until": until, "--shown-as": shown_as}
-    named = [word for name, value in options.items() if value for word in (name, value)]
-    arguments = shlex.join(["-m", "jobs.cli", "run", "recipe.json", "--address", "auto", *named])
+    words = [word for name, value in options.items() if value for word in (name, value)]
+    arguments = shlex.join(["-m", "jobs.cli", "run", "recipe.json", "--address", "auto", *words])
     if python:
         return f"exec {shlex.quote(python)} {arguments}"
     if not on_this_machine:
@@ -299,7 +299,7 @@ def _environment() -> dict[str, str]:
 
 
 def _retrying(start: Callable[[], Any], job_id: str) -> bool:
-    """Submit, waiting for a cluster that has just come up; False if another submitter was quicker."""
+    """Submit, waiting for a cluster that has just started; False if another submitter was faster."""
     deadline = time.monotonic() + _AGENT_TIMEOUT_S
     while True:
         try:
@@ -317,12 +317,12 @@ def _retrying(start: Callable[[], Any], job_id: str) -> bool:
 
 def _attempts(client: JobSubmissionClient, base: str) -> dict[int, JobDetails]:
     pattern = re.compile(re.escape(base) + r"(?:-(\d+))?")
-    found: dict[int, JobDetails] = {}
+    attempts: dict[int, JobDetails] = {}
     for details in client.list_jobs():
         match = pattern.fullmatch(details.submission_id or "")
         if match:
-            found[int(match[1] or 1)] = details
-    return found
+            attempts[int(match[1] or 1)] = details
+    return attempts
 
 
 def _find(client: JobSubmissionClient, job_id: str) -> JobDetails:
@@ -353,7 +353,7 @@ def _logs(client: JobSubmissionClient, details: JobDetails) -> str:
 
 
 async def _tail(client: JobSubmissionClient, name: str, num_written: int, write: Callable[[str], None]) -> int:
-    """Pass on a log from its character ``num_written`` until the connection ends; returns how far it came."""
+    """Write a log from character ``num_written`` until the connection ends; returns the characters written so far."""
     position = 0
     # The connection also ends when the job does, or for a moment when its machine is not known yet.
     with contextlib.suppress(RuntimeError, OSError, aiohttp.ClientError):

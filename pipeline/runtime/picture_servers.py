@@ -45,14 +45,14 @@ class _Server:
         self._stack = contextlib.ExitStack()
 
     def start(self, port: int) -> None:
-        """Serve, unless this machine does already: a test's nodes may share one."""
+        """Serve, unless this machine serves already: the nodes of a test may share one machine."""
         if not _answers(port):
             self._stack.enter_context(_serve_patiently(port))
 
 
 @contextlib.contextmanager
 def _serve_patiently(port: int) -> Generator[None]:
-    """A killed run's server needs a moment to notice and free the port."""
+    """Serve, waiting for the port: the server of a killed run frees it after a moment."""
     give_up = time.monotonic() + _PORT_WAIT_S
     with contextlib.ExitStack() as stack:
         while True:

@@ -1,8 +1,8 @@
-"""One mechanism for every data step: a pool of Ray actors over the shards that are not committed yet.
+"""A pool of Ray actors, for every data step, that makes the shards that are not committed yet.
 
-Plain actors and not Ray Data: its blocks are not our shards, so a worker lost in the middle would cost what the shards
-before it had cost, and its own checkpoint commits by block written (650 of 800 rows done, none saved). Here a shard is
-committed by the worker that made it, and a lost worker costs its one shard.
+It uses plain actors, not Ray Data. Ray Data's blocks are not our shards, so a lost worker would lose several shards,
+and its own checkpoint commits by written block (650 of 800 rows done, none saved). Here the worker that made a shard
+commits it, and a lost worker costs one shard.
 """
 
 import time
@@ -36,7 +36,7 @@ class ShardWorker(Protocol):
 
 @dataclass(frozen=True)
 class ShardJob:
-    """What is to be made."""
+    """The shards to make, and how."""
 
     worker: type[ShardWorker]
     shards: Sequence[str]
@@ -44,7 +44,7 @@ class ShardJob:
     """Rows of all shards, for the progress."""
     resources: TaskResources
     limit_s: float | None = None
-    """Longest time for a shard before its worker is given up for lost, in seconds."""
+    """Longest time for a shard before its worker counts as lost, in seconds."""
     on_record: Callable[[list[ShardRecord]], None] = field(default=lambda _records: None)
     """Called with all records so far whenever one is added; may raise to end the step."""
 
@@ -56,9 +56,9 @@ class _Actor:
 
     def start(self, worker: type[ShardWorker], context: StepContext) -> float:
         """Build the worker; not in __init__, where Ray would hide the error's class. Returns how long it took, in s."""
-        begun = time.monotonic()
+        start = time.monotonic()
         self._worker = worker(context)
-        return time.monotonic() - begun
+        return time.monotonic() - start
 
     def make(self, shard: str) -> ShardRecord:
         assert self._worker is not None
@@ -70,7 +70,7 @@ class _Running:
     actor: Any
     shard: str | None
     """None while the worker starts."""
-    since: float
+    start: float
 
 
 def map_shards(context: StepContext, job: ShardJob) -> list[ShardRecord]:
@@ -78,13 +78,13 @@ def map_shards(context: StepContext, job: ShardJob) -> list[ShardRecord]:
 
     Args:
         context: The step.
-        job: What to make, how wide.
+        job: The shards and their workers.
 
     Returns:
         The records of all shards, by name.
 
     Raises:
-        UnclipError: As a worker raised it.
+        UnclipError: If a worker raised one.
         StepError: If a shard lost its worker ``max_retries + 1`` times, or a worker failed in an unforeseen way.
     """
     records = {name: one for name, one in context.output.shard_records().items() if name in set(job.shards)}
@@ -96,7 +96,7 @@ def map_shards(context: StepContext, job: ShardJob) -> list[ShardRecord]:
                 progress.begin(ago_s=pool.first_start_s)
             done = sum(record.counts["in"] for record in records.values())
             progress.update(done, job.num_rows, "rows", pool.message())
-            for record in pool.step():
+            for record in pool.poll():
                 records[record.shard] = record
                 job.on_record(list(records.values()))
     finally:
@@ -112,7 +112,7 @@ def total_counts(records: list[ShardRecord]) -> dict[str, int]:
 
 
 class _Pool:
-    """Workers and the shards that wait for them; a worker is given a shard only when it has started."""
+    """Workers and the shards that wait for them; a worker gets a shard only after it has started."""
 
     def __init__(self, context: StepContext, job: ShardJob, waiting: deque[str]) -> None:
         self._context = context
@@ -120,9 +120,9 @@ class _Pool:
         self._waiting = waiting
         self._losses: Counter[str] = Counter()
         self._running: dict[Any, _Running] = {}
-        self._begun = time.monotonic()
+        self._start = time.monotonic()
         self.first_start_s: float | None = None
-        """Seconds that the first worker took to get ready once it had its place; None while all wait."""
+        """Seconds that the first worker took to start once it had its CPUs or GPUs; None while all wait."""
         self._worker = ray.put(job.worker)
         for _ in range(min(job.resources.num_workers, len(waiting))):
             self._add_worker()
@@ -133,23 +133,23 @@ class _Pool:
         return bool(self._waiting) or any(running.shard is not None for running in self._running.values())
 
     def message(self) -> str:
-        """What is worth telling: a cluster that gives no worker."""
-        if self.first_start_s is not None or time.monotonic() - self._begun < _SLOW_START_S:
+        """A message if the cluster provides no worker; else empty."""
+        if self.first_start_s is not None or time.monotonic() - self._start < _SLOW_START_S:
             return ""
         needs, free = self._job.resources, ray.available_resources()
-        wanted = f"{needs.cpus_per_worker:g} CPU" + (" and 1 GPU" if needs.accelerator == "cuda" else "")
-        return f"waiting for a worker of {wanted}; free now: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU"
+        amount = f"{needs.cpus_per_worker:g} CPU" + (" and 1 GPU" if needs.accelerator == "cuda" else "")
+        return f"waiting for a worker of {amount}; free now: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU"
 
-    def step(self) -> list[ShardRecord]:
-        """Wait a moment and take in what happened."""
+    def poll(self) -> list[ShardRecord]:
+        """Wait a moment; returns the new records, and replaces lost workers."""
         ready, _ = ray.wait(list(self._running), num_returns=1, timeout=_POLL_S)
-        records = [record for reference in ready if (record := self._take(reference)) is not None]
+        records = [record for reference in ready if (record := self._collect(reference)) is not None]
         limit_s = self._job.limit_s
         for reference, running in list(self._running.items()):
-            if limit_s is not None and running.shard is not None and time.monotonic() - running.since > limit_s:
+            if limit_s is not None and running.shard is not None and time.monotonic() - running.start > limit_s:
                 del self._running[reference]
                 ray.kill(running.actor)
-                self._lose(running.shard, f"it took longer than {limit_s:.0f} s")
+                self._handle_loss(running.shard, f"it took longer than {limit_s:.0f} s")
         return records
 
     def close(self) -> None:
@@ -157,7 +157,7 @@ class _Pool:
         for running in self._running.values():
             ray.kill(running.actor)
 
-    def _take(self, reference: Any) -> ShardRecord | None:
+    def _collect(self, reference: Any) -> ShardRecord | None:
         running = self._running.pop(reference)
         try:
             result: ShardRecord | float = ray.get(reference)
@@ -166,22 +166,22 @@ class _Pool:
             raise _explain(error, running.shard) from (None if isinstance(error.cause, UnclipError) else error)
         except ray.exceptions.RayError as error:
             ray.kill(running.actor)
-            self._lose(running.shard or "", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            self._handle_loss(running.shard or "", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
             return None
-        self._give(running.actor)
+        self._assign_shard(running.actor)
         if isinstance(result, ShardRecord):
             return result
         self.first_start_s = result if self.first_start_s is None else self.first_start_s
         return None
 
-    def _give(self, actor: Any) -> None:
+    def _assign_shard(self, actor: Any) -> None:
         if not self._waiting:
             ray.kill(actor)
             return
         shard = self._waiting.popleft()
         self._running[actor.make.remote(shard)] = _Running(actor, shard, time.monotonic())
 
-    def _lose(self, shard: str, reason: str) -> None:
+    def _handle_loss(self, shard: str, reason: str) -> None:
         self._losses[shard] += 1
         if self._losses[shard] > self._job.resources.max_retries:
             what = f"shard {shard}" if shard else "the start of a worker"
@@ -201,7 +201,7 @@ class _Pool:
 
 
 def _explain(error: ray.exceptions.RayTaskError, shard: str | None) -> BaseException:
-    """What a worker raised: our own errors as they are, what is unforeseen with the name of the shard."""
+    """The error that a worker raised; an unforeseen one gets a note with the shard's name."""
     cause = error.cause or error
     if not isinstance(cause, UnclipError):
         cause.add_note(f"while making shard {shard}")

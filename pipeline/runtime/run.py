@@ -1,4 +1,4 @@
-"""Run a recipe: every step that is not done, as soon as its inputs are, on Ray."""
+"""Run a recipe on Ray: every unfinished step starts when its inputs are done."""
 
 import contextlib
 import dataclasses
@@ -40,17 +40,17 @@ _HEAD_START_S = 20.0
 
 
 Admission = Callable[[StepContext, Collection[StepContext]], bool]
-"""(step, steps handed over) -> whether to hand it over now."""
+"""(step, submitted steps) -> whether to submit it now."""
 
 
 class Observer(Protocol):
-    """Who watches a run."""
+    """Receives the events of a run."""
 
     def started(self, step: Step) -> None:
-        """A step was given to Ray."""
+        """A step was submitted to Ray."""
 
     def progressed(self, step: Step, state: ProgressState) -> None:
-        """A running step was read."""
+        """The progress of a running step was read."""
 
     def finished(self, step: Step, manifest: Manifest) -> None:
         """A step was committed."""
@@ -60,12 +60,12 @@ class Observer(Protocol):
 
 
 def run_recipe(recipe: Recipe, statuses: Sequence[StepStatus], observer: Observer, *, address: str = "") -> None:
-    """Bring a workspace up to its recipe; nothing is done where all is.
+    """Run the steps of a recipe that are not done.
 
     Args:
         recipe: A checked recipe.
         statuses: The steps to finish, and where they stand (``plan_status``).
-        observer: Hears of starts, readings and commits.
+        observer: Receives starts, readings, commits and warnings.
         address: Ray cluster; empty: one of our own on this machine, ended with the run.
 
     Raises:
@@ -117,13 +117,13 @@ def _run_steps(
                 if state:
                     observer.progressed(context.step, state)
             if ready:
-                _require_alive(servers)  # else every step would be said to have lost its workers
+                _require_alive(servers)  # otherwise every step would report a lost worker
             for reference in ready:
                 context = running.pop(reference)
                 manifest = _commit(context, _result(reference, context), tracking)
                 done.add(context.step.name)
                 observer.finished(context.step, manifest)
-    except BaseException:  # Ctrl-C too: whatever ends the run, no step goes on without its driver
+    except BaseException:  # also Ctrl-C: no step continues without its driver
         for reference, context in running.items():
             if all(_is_alive(server) for server in servers):
                 ray.cancel(reference, force=True)
@@ -137,25 +137,25 @@ def at_once(_context: StepContext, _running: Collection[StepContext]) -> bool:
 
 
 def fits_now(context: StepContext, running: Collection[StepContext]) -> bool:
-    """On a Ray of our own: a step starts when there is room for it, the first of the plan first.
+    """On our own Ray, submit a step when its resources are free, in the order of the plan.
 
-    Ray places what waits in no order of its own; an upsampler that is placed before the decoder makes the whole run
-    longer by minutes.
+    Ray places waiting tasks in no fixed order; an upsampler that starts before the decoder makes the whole run minutes
+    longer.
     """
     return not running or (
-        not any(_asked_just_now(other) for other in running)
+        not any(_is_starting(other) for other in running)
         and all(ray.available_resources().get(name, 0) >= amount for name, amount in _needs(context).items())
     )
 
 
-def _asked_just_now(context: StepContext) -> bool:
-    """Whether a step may still be about to take what seems free."""
+def _is_starting(context: StepContext) -> bool:
+    """Whether a step may soon take resources that seem free."""
     state = read_progress(context.output)
     return state is not None and not state.has_begun and time.time() - state.updated < _HEAD_START_S
 
 
 def _needs(context: StepContext) -> dict[str, float]:
-    """What a step must have to begin: all workers of a training, one of any other step."""
+    """Resources that a step needs to begin: of all workers of a training, of one worker of any other step."""
     needs = getattr(getattr(context.recipe, context.step.name), "resources", None)
     if not isinstance(needs, TaskResources | TrainResources):
         return {}
@@ -165,7 +165,7 @@ def _needs(context: StepContext) -> dict[str, float]:
 
 
 def _own_servers() -> list[psutil.Process]:
-    """The servers of a Ray of our own; of a cluster's Ray, none is a child of this process."""
+    """The servers of our own Ray; empty on a cluster, whose servers are no children of this process."""
     return [child for child in psutil.Process().children() if child.name() in {"gcs_server", "raylet"}]
 
 
@@ -176,7 +176,7 @@ def _is_alive(server: psutil.Process) -> bool:
 
 
 def _require_alive(servers: list[psutil.Process]) -> None:
-    """Notice at once that Ray is gone, for which Ray itself waits a minute and then ends the process without a word.
+    """Notice at once that Ray is gone; Ray itself waits a minute and then ends the process without a message.
 
     Raises:
         StepError: If a server has ended.
@@ -229,7 +229,7 @@ def _commit(context: StepContext, result: StepResult, tracking: Tracking) -> Man
 
 @contextlib.contextmanager
 def connect(address: str = "") -> Generator[None]:
-    """Ray, for the length of a block: a cluster's, or one of our own that ends with the block.
+    """Connect to Ray inside a block: to a cluster, or to one of our own that ends with the block.
 
     Args:
         address: Cluster address (``auto``, ``host:port``, ``ray://...``); empty: our own, on this machine's loopback.
@@ -241,11 +241,11 @@ def connect(address: str = "") -> Generator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A Ray of our own is closed by a token without being asked; its long notice about that helps nobody here.
+    # Our own Ray uses a token by default; its long notice about that helps nobody here.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
-    # Workers import this tree by name, whatever folder the command runs in. In the environment that they inherit, not
-    # in Ray's runtime_env, for that would turn away the workers that Ray starts ahead of time.
+    # Workers import this tree by name, in whatever folder the command runs. They inherit the path through the
+    # environment, because Ray cannot use its prestarted workers with a runtime_env.
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     if address:
@@ -255,7 +255,7 @@ def connect(address: str = "") -> Generator[None]:
         if address:
             ray.init(address=address, **quiet)
         else:
-            # Two logical CPUs at least: a data step's readers and a training must be able to stand side by side.
+            # At least two logical CPUs: a data step and a training must be able to run at the same time.
             ray.init(
                 address="local",
                 num_cpus=max(2, os.cpu_count() or 1),
@@ -267,7 +267,7 @@ def connect(address: str = "") -> Generator[None]:
         if address:
             raise StepError(f"no Ray cluster at {address}: {reason}") from None
         raise StepError(f"Ray did not start on this machine: {reason} Run again; finished work is kept") from None
-    # Ray ends the process with a dump of its stack on SIGTERM; what the process did before stays.
+    # Ray's handler of SIGTERM ends the process with a stack dump: restore the handler of before.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_termination)
     try:
@@ -277,7 +277,7 @@ def connect(address: str = "") -> Generator[None]:
 
 
 def _require_listener(address: str) -> None:
-    """Look before Ray does, which waits for minutes where nobody listens.
+    """Check the port first, because Ray waits for minutes if nobody listens.
 
     Raises:
         StepError: If nobody listens at ``host:port``.

@@ -1,7 +1,7 @@
-"""Ray Serve: the API in one process, the networks in replicas, both made of the plain classes of pipeline.serve.
+"""Ray Serve: the API in one process, the networks in replicas, both with the plain classes of pipeline.serve.
 
-The API's process loads no torch. One replica holds one cascade with its engine; requests reach it through Ray, and a
-client that leaves is dropped there too.
+The API's process loads no torch. One replica holds one cascade with its engine; requests reach it through Ray, and
+the request of a client that leaves is cancelled there too.
 """
 
 import asyncio
@@ -87,7 +87,7 @@ class ModelReplica:
 
 
 class RemoteModel:
-    """A ``protocols.PictureModel`` that asks the replicas.
+    """A ``protocols.PictureModel`` that calls the replicas.
 
     Args:
         handle: Of the deployment of ``ModelReplica``.
@@ -98,24 +98,24 @@ class RemoteModel:
 
     async def sample(self, request: SampleRequest) -> SampledPictures:
         """See ``PictureModel``."""
-        return await self._ask("sample", request)
+        return await self._call("sample", request)
 
     async def embed_text(self, text: str) -> Vectors:
         """See ``PictureModel``."""
-        return await self._ask("embed_text", text)
+        return await self._call("embed_text", text)
 
     async def embed_image(self, image: Images) -> Vectors:
         """See ``PictureModel``."""
-        return await self._ask("embed_image", image)
+        return await self._call("embed_image", image)
 
     async def stats(self) -> dict[str, int]:
-        """See ``PictureModel``; of one replica where there are several."""
+        """See ``PictureModel``; of one replica if there are several."""
         try:
-            return await self._ask("stats")
+            return await self._call("stats")
         except Overloaded:
             return {}
 
-    async def _ask(self, method: str, *arguments: Any) -> Any:
+    async def _call(self, method: str, *arguments: Any) -> Any:
         response = getattr(self._handle, method).remote(*arguments)
         try:
             return await response
@@ -178,7 +178,7 @@ def serve_recipe(recipe: Recipe, *, address: str = "", announce: Callable[[str],
     announce = announce or _write_line
     artifacts = finished_artifacts(recipe, (*_NEIGHBOURS, *CASCADE_STEPS))
     _quieten()
-    # Ray Serve takes an HTTP proxy that is not up in 5 s for dead and kills it: a busy machine needs longer.
+    # Ray Serve kills an HTTP proxy that is not up in 5 s: a busy machine needs longer.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     if not address:
         _require_free_port(config.host, config.port)
@@ -205,7 +205,7 @@ def serve_recipe(recipe: Recipe, *, address: str = "", announce: Callable[[str],
         except KeyboardInterrupt:
             announce("stopping")
         finally:
-            if address:  # a Ray of our own ends with its processes
+            if address:  # our own Ray ends with its processes
                 with suppress(ray.exceptions.RayError):
                     _end_on_cluster()
 
@@ -249,15 +249,15 @@ def _require_free_port(host: str, port: int) -> None:
 
 
 def _require_room(config: ServeConfig) -> None:
-    """Refuse what Ray would wait for without end."""
-    there = ray.cluster_resources()
-    wanted = {"CPU": config.num_replicas * config.cpus_per_replica}
+    """Refuse a demand that Ray would wait for without end."""
+    total = ray.cluster_resources()
+    demand = {"CPU": config.num_replicas * config.cpus_per_replica}
     if config.accelerator == "cuda":
-        wanted["GPU"] = float(config.num_replicas)
-    for name, number in wanted.items():
-        if there.get(name, 0.0) < number:
+        demand["GPU"] = float(config.num_replicas)
+    for name, number in demand.items():
+        if total.get(name, 0.0) < number:
             raise StepError(
-                f"serve: {config.num_replicas} replicas want {number:g} {name}, Ray has {there.get(name, 0.0):g}; "
+                f"serve: {config.num_replicas} replicas need {number:g} {name}, Ray has {total.get(name, 0.0):g}; "
                 "see serve.num_replicas, serve.cpus_per_replica and serve.accelerator"
             )
 
@@ -283,8 +283,8 @@ def _watch() -> None:
 
 def _reason(text: str) -> str:
     """The last error that a replica's traceback names."""
-    found = re.findall(r"^(?:\w+\.)*(\w*(?:Error|Exception)): (.+)$", text, re.MULTILINE)
-    return f"{found[-1][0]}: {found[-1][1]}" if found else text.strip().splitlines()[-1]
+    errors = re.findall(r"^(?:\w+\.)*(\w*(?:Error|Exception)): (.+)$", text, re.MULTILINE)
+    return f"{errors[-1][0]}: {errors[-1][1]}" if errors else text.strip().splitlines()[-1]
 
 
 def _quieten() -> None:

@@ -1,8 +1,8 @@
 """MLflow: one run for each step, continued when the step is continued. The only module that imports mlflow.
 
 Steps write their curves to ``metrics.jsonl`` beside their weights; the driver forwards new lines from there, in a
-thread of its own, since mlflow's import and first migration take seconds. A tracker that fails costs nothing but its
-own copy of the numbers.
+thread of its own, since mlflow's import and first migration take seconds. If a tracker fails, only its
+own copy of the numbers is lost.
 """
 
 import json
@@ -52,18 +52,20 @@ class Tracker:
             logging.getLogger(name).setLevel(logging.WARNING)
         try:
             self._client = MlflowClient(tracking_uri=uri)
-            found = self._client.get_experiment_by_name(experiment)
-            self._experiment_id: str = found.experiment_id if found else self._client.create_experiment(experiment)
+            existing = self._client.get_experiment_by_name(experiment)
+            self._experiment_id: str = (
+                existing.experiment_id if existing else self._client.create_experiment(experiment)
+            )
         except MlflowException as error:
             raise StepError(f"tracking.uri {uri}: {error.message}") from error
 
     def start(self, step: str, key: str, params: dict[str, Any]) -> str:
         """Begin, or continue, the run of one step; returns its run id."""
-        found = self._client.search_runs(
+        runs = self._client.search_runs(
             [self._experiment_id], filter_string=f"tags.`unclip.key` = '{key}' and tags.`unclip.step` = '{step}'"
         )
-        if found:
-            run_id: str = found[0].info.run_id
+        if runs:
+            run_id: str = runs[0].info.run_id
             self._client.update_run(run_id, status="RUNNING")
             return run_id
         from mlflow.entities import Param
@@ -79,7 +81,7 @@ class Tracker:
         return run_id
 
     def last_step(self, run_id: str, metric: str = "loss") -> int:
-        """The last training step whose loss is logged; -1 where none is."""
+        """The last training step whose loss is logged; -1 if there is none."""
         history = self._client.get_metric_history(run_id, metric)
         return max((point.step for point in history), default=-1)
 
@@ -120,13 +122,13 @@ class Tracker:
 class Tracking:
     """One recipe's runs on its tracking server; a context manager.
 
-    A tracker that fails in the middle is warned about once and left: the curves stand in ``metrics.jsonl`` and the
-    numbers in the manifests. A step that is continued sends what its run lacks.
+    After the first failure of the tracker, one warning is given and tracking stops: the curves are in ``metrics.jsonl``
+    and the numbers in the manifests. A continued step sends the rows that its run lacks.
 
     Args:
         recipe: Its ``tracking`` table names the server.
         workspace: Holds the sqlite database where no server is named.
-        warn: Told when the tracker fails.
+        warn: Called with a message when the tracker fails.
     """
 
     def __init__(self, recipe: Recipe, workspace: Workspace, warn: Callable[[str], None]) -> None:
@@ -225,5 +227,5 @@ def _check_reachable(uri: str) -> None:
 
 
 def _metric_name(name: str) -> str:
-    """A dotted name as MLflow takes it: what people's errors and prompts bring along becomes an underscore."""
+    """A dotted name that MLflow accepts: each other character (of an error or a prompt) becomes an underscore."""
     return "final." + re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)

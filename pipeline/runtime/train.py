@@ -1,8 +1,8 @@
 """Trainings on Ray: a task for one worker, Ray Train for more; a lost worker continues from the newest checkpoint.
 
-One worker needs no process group, and a task starts in 2 s where a TorchTrainer starts five helper actors first (10 to
-19 s on 2 cores). Both run the same ``pipeline.train.job.run_job``. torch and Ray Train are imported where a training
-runs: the process that only waits for it stays small.
+One worker needs no process group, and a task starts in 2 s; a TorchTrainer first starts five helper actors (10 to 19 s
+on 2 cores). Both run the same ``pipeline.train.job.run_job``. torch and Ray Train are imported only where a
+training runs, so that the process that waits for it stays small.
 """
 
 import os
@@ -30,9 +30,9 @@ _RAY_TRAIN_SETTINGS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
 
 
 def run_clip(context: StepContext) -> StepResult:
-    """Train CLIP, or take it as it is."""
+    """Train CLIP, or load a pretrained one."""
     if context.recipe.clip.source == "pretrained":
-        return _take_pretrained(context)
+        return _load_clip(context)
     return run_training(context)
 
 
@@ -46,7 +46,7 @@ def run_training(context: StepContext) -> StepResult:
 
 
 def _fit_one(context: StepContext, resources: TrainResources) -> Json:
-    """Train on one worker: a task, tried again when its process is lost but not when it raises."""
+    """Train on one worker: a task, which is retried when its process is lost but not when it raises."""
     task = ray.remote(_run_worker).options(
         name=f"{context.step.name}: train",
         num_cpus=resources.cpus_per_worker,
@@ -103,7 +103,7 @@ def _run_ranked(config: dict[str, Any]) -> None:
 
     context: StepContext = config["context"]
     output, world = context.output, get_context()
-    if output.exists(_ERROR):  # a restart cannot mend what a person has to
+    if output.exists(_ERROR):  # a restart cannot help: a person has to
         return
     try:
         metrics = _run_worker(context, world.get_world_rank(), world.get_world_size())
@@ -115,7 +115,7 @@ def _run_ranked(config: dict[str, Any]) -> None:
 
 
 def _run_worker(context: StepContext, rank: int = 0, world_size: int = 1) -> Json:
-    """Train on one worker; runs in a process of its own, from the moment that it is given its CPUs."""
+    """Train on one worker; runs in a process of its own, which starts when it has its CPUs."""
     progress = Progress(context.output)
     import torch
 
@@ -172,7 +172,7 @@ def _lost(context: StepContext, resources: TrainResources, cause: str) -> str:
 
 
 def _raise_reported(context: StepContext) -> None:
-    """Raise the error that a worker wrote down for people."""
+    """Raise the UnclipError that a worker reported."""
     if context.output.exists(_ERROR):
         reported = context.output.read_json(_ERROR)
         raise getattr(errors, reported["class"])(reported["message"])
@@ -186,7 +186,7 @@ def _cause(error: Exception) -> str:
     return lines[-1]
 
 
-def _take_pretrained(context: StepContext) -> StepResult:
+def _load_clip(context: StepContext) -> StepResult:
     from pipeline.clip import load_pretrained
     from pipeline.networks.clip import save_clip_artifact
     from pipeline.networks.files import num_parameters

@@ -79,4 +79,4 @@ def test_edit_prints_its_rows_as_json_and_says_how_it_inpainted(tiny: Recipe, tm
     files = [str(tmp_path / name) for name in ("a.png", "mask.png")]
     done = CliRunner().invoke(app, ["inpaint", str(path), *files, "a red circle", "-n", "1", *shared])
     assert "1 picture in" in done.stdout
-    assert "drawn by replacement" in done.stdout
+    assert "sampled by replacement" in done.stdout
