@@ -1,11 +1,11 @@
-"""Training of the large decoder and prior on a GPU: bf16, compiled, as a share of what a matrix product reaches there.
+"""Training of the large decoder and prior on a GPU: bf16, compiled, as a share of the FLOP/s of a matrix product there.
 
     python -m benchmarks.gpu [--batch-size-decoder 64] [--batch-size-prior 256] [--steps 20]
-    python -m benchmarks.gpu --tiny --device cpu        the same path at tiny sizes, to see that it runs
+    python -m benchmarks.gpu --tiny --device cpu        the same path at tiny sizes, to check that it runs
 
-Needs torch and jaxtyping alone. FLOPs are counted on the meta device: forward and backward, none of it twice. The peak
-is measured in the same run, on the best of a few square bf16 products. Floors on an H100: decoder (192 channels, 64 px)
-45 %, prior (1B parameters) 50 %.
+Needs only torch and jaxtyping. FLOPs are those of forward and backward on the meta device, without recomputation. The
+peak is measured in the same run, on the best of a few square bf16 products. Floors on an H100: decoder (192 channels,
+64 px) 45 %, prior (1B parameters) 50 %.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def decoder_loss(config: DecoderConfig, dims: ClipDims, batch_size: int) -> tupl
 
 
 def count_flops(make: Callable[[], tuple[nn.Module, Callable[[], Tensor]]]) -> tuple[int, int]:
-    """FLOPs of one forward and backward pass, and parameters, without memory for either."""
+    """FLOPs of one forward and backward pass, and number of parameters; takes no memory."""
     with torch.device("meta"):
         network, loss = make()
         with FlopCounterMode(display=False) as counter:
@@ -98,15 +98,15 @@ def measure_peak(device: torch.device, sizes: tuple[int, ...]) -> float:
 
 
 def _seconds(function: Callable[[], Any], device: torch.device, steps: int) -> float:
-    """Mean time of a call, after three to warm up."""
+    """Mean time of a call, after three warm-up calls."""
     for _ in range(3):
         function()
     _wait(device)
-    began = time.perf_counter()
+    start_s = time.perf_counter()
     for _ in range(steps):
         function()
     _wait(device)
-    return (time.perf_counter() - began) / steps
+    return (time.perf_counter() - start_s) / steps
 
 
 def _wait(device: torch.device) -> None:
@@ -174,10 +174,16 @@ def main() -> None:
         measure(name, make, device, peak, arguments.steps, compiled=not arguments.eager) for name, make in makes.items()
     ]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    found = {"benchmark": "gpu", "device": name, "peak_tflop_s": peak / 1e12, "torch": torch.__version__, "rows": rows}
+    document = {
+        "benchmark": "gpu",
+        "device": name,
+        "peak_tflop_s": peak / 1e12,
+        "torch": torch.__version__,
+        "rows": rows,
+    }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    arguments.out.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Memory of one decoder training step against diffusers', activations kept and recomputed, on the CPU.
+"""Memory of one decoder training step against diffusers', activations kept or recomputed, on the CPU.
 
     python -m benchmarks.memory
 
-Counts the bytes of every tensor that forward and backward make, from when an operator returns it to when it is freed,
-and reports the largest amount alive at any time. Weights, gradients and optimizer state, equal for all, are apart.
+Counts the bytes of every tensor of forward and backward, from the operator that returns it until it is freed, and
+reports the largest sum alive at any time. Weights, gradients and optimizer state, equal for all, are not counted.
 Floors, as a share of diffusers' with its activations kept: 1.0 with ours kept, 0.5 with ours recomputed.
 """
 
@@ -25,45 +25,45 @@ from models.layers.unet import set_checkpointing
 
 
 class AliveBytes(TorchDispatchMode):
-    """Bytes of all tensors that a step makes, forward and backward: now, and the most so far."""
+    """Bytes of all tensors that a step allocates, forward and backward: now, and the peak so far."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._known: set[int] = set()
+        self._skipped: set[int] = set()
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator and count the storages it made."""
+        """Run the operator and count the storages that it allocates."""
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
         return out
 
-    def know(self, network: nn.Module) -> None:
-        """Leave out what was there before."""
-        self._known |= {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+    def skip_weights(self, network: nn.Module) -> None:
+        """Do not count the weights of a network."""
+        self._skipped |= {parameter.untyped_storage()._cdata for parameter in network.parameters()}
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         place, num_bytes = storage._cdata, storage.nbytes()
-        if place in self._known:
+        if place in self._skipped:
             return
-        self._known.add(place)
+        self._skipped.add(place)
         self.now += num_bytes
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._free, place, num_bytes)
 
     def _free(self, place: int, num_bytes: int) -> None:
-        self._known.discard(place)
+        self._skipped.discard(place)
         self.now -= num_bytes
 
 
 def peak_bytes(network: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Most bytes that one step needs beside its weights; gradients stand ready, as the optimizer's state does."""
+    """Peak bytes of one step, without weights and gradients, which are allocated before."""
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     counter = AliveBytes()
-    counter.know(network)
+    counter.skip_weights(network)
     with counter:
         forward().square().mean().backward()
     network.zero_grad(set_to_none=True)
@@ -71,7 +71,7 @@ def peak_bytes(network: nn.Module, forward: Callable[[], Tensor]) -> int:
 
 
 def run(config: DecoderConfig, batch_size: int) -> list[dict[str, Any]]:
-    """One row for each way."""
+    """One row for ours and theirs, each with activations kept and recomputed."""
     torch.manual_seed(0)
     pair, batch = DecoderPair(config, DIMS), make_inputs(DIMS, batch_size, config.image_px)
     pair.ours.train()

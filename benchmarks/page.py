@@ -15,29 +15,29 @@ MODULES = {
     "sampler_steps": "sampler_steps",
     "gpu": "gpu",
 }
-"""Which program wrote which file."""
+"""Result file and the program that writes it."""
 _HEAD = """# Benchmarks
 
-What was measured, side by side in one run each, with the command that measures it again. Ratios above 1 favour this
+Every measurement was made side by side in one run; its command repeats it. Ratios above 1 favour this
 project, shares of memory below 1; `low` and `high` are the quartiles over the rounds. Seconds are those of one busy
-machine and say nothing beside another's. The page is written by `make docs` from `benchmarks/results/`.
+machine; do not compare them with those of another. The page is written by `make docs` from `benchmarks/results/`.
 """
 
 
 def main() -> None:
     """Print the page."""
     parts = [_HEAD]
-    told = ""
+    last_module = ""
     for name, module in MODULES.items():
         path = FOLDER / "results" / f"{name}.json"
         if not path.exists():
             continue
-        if module != told:
+        if module != last_module:
             docstring = ast.get_docstring(ast.parse((FOLDER / f"{module}.py").read_text(encoding="utf-8"))) or ""
             title, _, rest = docstring.partition("\n")
             body = rest.strip("\n")  # its first lines are indented: a block of code in Markdown too
             parts.append(f"## {title.rstrip('.')}\n\n{body}\n")
-            told = module
+            last_module = module
         document = json.loads(path.read_text(encoding="utf-8"))
         versions = ", ".join(f"{package} {version}" for package, version in document["versions"].items())
         parts.append(

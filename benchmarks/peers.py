@@ -28,7 +28,7 @@ class Inputs:
 
 
 def make_inputs(dims: ClipDims, batch_size: int, image_px: int) -> Inputs:
-    """Random inputs; captions of full length, so that nobody gains by cutting them."""
+    """Random inputs; captions of full length, so that neither side gains by cutting them."""
     length = dims.context_length
     tokens = torch.full((batch_size, length), START_TOKEN)
     tokens[:, -1] = END_TOKEN
@@ -51,7 +51,7 @@ def randomise(network: nn.Module) -> None:
 
 
 def module_of(kind: Any, component: Component, *, share: bool = False) -> Any:
-    """A diffusers module with the weights of a component, copied or its very tensors."""
+    """A diffusers module with the weights of a component, copied or shared."""
     module = kind.from_config(component.config)
     module.load_state_dict(component.tensors, assign=share)
     return module

@@ -3,10 +3,10 @@
     python -m benchmarks.sampling [--rounds 5] [--threads 1]    at the demo's size: four pictures, 10 steps; floor 1.2x
     python -m benchmarks.sampling --karlo [...]                 at Karlo's: one picture; floor 1.0x
 
-Both draw whole cascades, from text to the upsampler's size. The pipeline is the installed diffusers', loaded from the
-folder that `unclip export` would write. At Karlo's size (configs/karlo.toml) it is made from the same components in
-memory, so that the two share the weights: 17 GB. There 7, 14 and 2 steps are taken, which leaves the three networks the
-shares of the time that Karlo's own 25, 50 and 7 steps give them.
+Both sample the whole cascade, from text to the upsampler's size. The pipeline is the installed diffusers', loaded from
+the folder that `unclip export` would write. At Karlo's size (configs/karlo.toml) it is made from the same components in
+memory, so that the two share the weights: 17 GB. There the three networks take 7, 14 and 2 steps, so that their shares
+of the time are those of Karlo's own 25, 50 and 7 steps.
 """
 
 import argparse
@@ -84,11 +84,11 @@ DEMO = Size(
     num_images=4,
     floor=1.2,
 )
-"""The demo's sizes, less what the layout cannot hold."""
+"""The demo's sizes, without what the diffusers layout cannot express."""
 
 
 def karlo() -> Size:
-    """The preset; CLIP with ViT-L/14's text tower and, for nothing here looks at pictures, a small image tower."""
+    """Karlo's sizes; CLIP has ViT-L/14's text tower and a small image tower, because no picture is embedded here."""
     recipe = load_recipe(Path(__file__).parent.parent / "configs" / "karlo.toml")
     prior, decoder, upsampler = recipe.prior.model, recipe.decoder.model, recipe.upsampler_1.model
     assert isinstance(prior, PriorConfig)
@@ -106,7 +106,7 @@ def karlo() -> Size:
 
 
 def make_cascade(size: Size) -> Cascade:
-    """Random weights; every sampler is guided by the size's scale but for the upsampler's."""
+    """Random weights; every sampler except the upsampler's is guided with the size's scale."""
     torch.manual_seed(0)
     clip = FrozenClip(create_clip(size.clip))
 
@@ -164,8 +164,8 @@ def share_pipeline(cascade: Cascade, clip: FrozenClip) -> Any:
 
 
 def run(size: Size, rounds: int, *, share: bool) -> list[Comparison]:
-    """Both draw the same number of pictures from text to the upsampler's size."""
-    sys.path.append(str(Path(sys.prefix) / "oracles"))  # transformers stands there alone
+    """Both sample the same number of pictures from text to the upsampler's size."""
+    sys.path.append(str(Path(sys.prefix) / "oracles"))  # only there transformers is installed
     cascade = make_cascade(size)
     assert isinstance(cascade.clip, FrozenClip)
     pipe = (share_pipeline if share else load_pipeline)(cascade, cascade.clip)

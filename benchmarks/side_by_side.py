@@ -1,4 +1,4 @@
-"""Two programs timed in turns in one process, and the table and the JSON file that every benchmark leaves."""
+"""Times two programs alternately in one process, and writes the table and the JSON file of every benchmark."""
 
 import json
 import platform
@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Comparison:
-    """Times of ours and theirs, measured in turns."""
+    """Times of ours and theirs, measured alternately."""
 
     name: str
     ours_s: float
@@ -31,23 +31,23 @@ class Comparison:
     high: float
     """Upper quartile of that ratio."""
     floor: float
-    """The ratio asked for."""
+    """The required ratio."""
     rounds: int
 
 
 def compare(
     name: str, ours: Callable[[], object], theirs: Callable[[], object], *, rounds: int, floor: float
 ) -> Comparison:
-    """Time both in turns, who goes first changing from round to round, after one call of each to warm up."""
+    """Time both alternately, after one warm-up call of each; the order changes every round."""
     ours()
     theirs()
     times: list[tuple[float, float]] = []
     for number in range(rounds):
         pair = [0.0, 0.0]
         for who in ((0, 1), (1, 0))[number % 2]:
-            began = time.perf_counter()
+            start_s = time.perf_counter()
             (ours, theirs)[who]()
-            pair[who] = time.perf_counter() - began
+            pair[who] = time.perf_counter() - start_s
         times.append((pair[0], pair[1]))
     ratios = [b / a for a, b in times]
     low, _, high = statistics.quantiles(ratios, n=4) if rounds > 1 else (ratios[0],) * 3
@@ -82,7 +82,7 @@ def publish(name: str, rows: Sequence[Comparison | dict[str, Any]], settings: di
         "rows": tables,
         "machine": {"processor": platform.machine(), "system": platform.system(), "threads": torch.get_num_threads()},
         "versions": {
-            package: found for package in ("torch", "diffusers", "dalle2-pytorch") if (found := _version(package))
+            package: number for package in ("torch", "diffusers", "dalle2-pytorch") if (number := _version(package))
         },
         "created_s": int(time.time()),
     }

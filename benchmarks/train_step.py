@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_step [--rounds 15] [--threads 1]
 
-Forward, squared error, backward and a fused AdamW step, in turns. Floors: prior 1.0x, decoder 1.05x.
+Forward, squared error, backward and a fused AdamW step, alternately. Floors: prior 1.0x, decoder 1.05x.
 """
 
 import argparse

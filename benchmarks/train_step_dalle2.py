@@ -2,15 +2,15 @@
 
     python -m benchmarks.train_step_dalle2 --path FOLDER [--rounds 15] [--threads 1]
 
-FOLDER holds dalle2-pytorch and what it imports, installed apart because its pins do not go with the project's:
+FOLDER holds dalle2-pytorch and what it imports, installed apart because its pins conflict with the project's:
 
     uv pip install --no-deps --target FOLDER, with
         dalle2-pytorch coca-pytorch vector-quantize-pytorch einx einops einops-exts rotary-embedding-torch ema-pytorch
         x-clip resize-right kornia kornia-rs clip-anytorch embedding-reader accelerate webdataset pytorch-warmup
         hyper-connections torch-einops-utils frozendict loguru
 
-Its networks differ (SwiGLU, one head of keys and values, cross-attention apart), so that sizes are made equal in
-parameters, with ours never the smaller; the table tells both. Floor: 1.0x.
+Its networks differ (SwiGLU, one head of keys and values, cross-attention apart), so sizes are matched by parameters,
+and ours are never smaller; the table gives both. Floor: 1.0x.
 """
 
 import argparse
@@ -85,11 +85,11 @@ def run(rounds: int, batch_size: int) -> list[dict[str, Any]]:
         ("decoder", decoder, run_decoder, their_decoder, run_their_decoder),
     )
     for name, ours, run_ours, theirs, run_theirs in pairs:
-        found = compare(
+        comparison = compare(
             name, training_step(ours, run_ours), training_step(theirs, run_theirs), rounds=rounds, floor=1.0
         )
         sizes = {"our_parameters": _size(ours), "their_parameters": _size(theirs)}
-        rows.append(asdict(found) | sizes)
+        rows.append(asdict(comparison) | sizes)
     return rows
 
 

@@ -1,14 +1,14 @@
-"""What the prior is for: the same prompts and seeds drawn with different image embeddings, side by side.
+"""The ablation shows what the prior is for: it samples the same prompts and seeds with different image embeddings.
 
-The paper's "importance of the prior" (arXiv:2204.06125, section 5.1 and figure 8). Variants of what stands in the
-place of z_image; the caption is there in all of them:
+The paper's "importance of the prior" (arXiv:2204.06125, section 5.1 and figure 8). The decoder reads the caption in
+all variants; they differ in the z_image that it reads:
 
-    caption    nothing: the decoder's null embedding
+    caption    none: the decoder's null embedding
     z_text     the embedding of the caption
-    prior      what the prior draws
-    z_image    the embedding of the real picture of the prompt, where there is one: the ceiling
+    prior      the prior's sample
+    z_image    the embedding of the prompt's real picture, if there is one: the ceiling
 
-Each variant is drawn part by part; a part is committed whole, so that a run that was killed goes on. Legend: N prompts.
+A variant is sampled in parts. Each part is committed whole, so that a killed run continues. Legend: N prompts.
 """
 
 import json
@@ -41,7 +41,7 @@ from pipeline.workspace.store import Artifact, Workspace
 
 Json = dict[str, Any]
 Watch = Callable[[str, int, int], None]
-"""Told (variant, pictures done, pictures in all) after each part."""
+"""Called with (variant, pictures done, pictures in all) after each part."""
 
 VARIANTS = ("caption", "z_text", "prior", "z_image")
 RESULT = "ablation.json"
@@ -53,13 +53,13 @@ _INPUTS = ("pairs", "embed")
 
 
 def ablate_recipe(recipe: Recipe, *, num_prompts: int, num_shown: int, watch: Watch) -> tuple[Artifact, Json]:
-    """Draw and measure every variant, or what is not done yet of it.
+    """Sample and measure every variant; parts that are committed already are not repeated.
 
     Args:
-        recipe: Its networks are trained.
-        num_prompts: Prompts for the numbers: those that ``unclip evaluate`` draws, in their order.
-        num_shown: Of these, rows of the grid.
-        watch: Hears of progress.
+        recipe: A recipe with trained networks.
+        num_prompts: Prompts to measure: the first ones of ``unclip evaluate``.
+        num_shown: How many of these prompts the grid shows.
+        watch: Called after each part.
 
     Returns:
         The artifact, with ``ablation.json``, ``ablation.png`` and the shown pictures; and the numbers.
@@ -93,10 +93,10 @@ def ablate_recipe(recipe: Recipe, *, num_prompts: int, num_shown: int, watch: Wa
 def ablation_step(recipe: Recipe, *, num_prompts: int, num_shown: int) -> Step:
     """The ablation as a step: keyed by the networks, the prompts and the seed."""
     steps = {step.name: step for step in make_plan(recipe)}
-    kept = {name: steps["evaluate"].section.get(name) for name in ("prompts_path", "content", "seed")}
+    fields = {name: steps["evaluate"].section.get(name) for name in ("prompts_path", "content", "seed")}
     inputs = {name: steps[name].key for name in (*_INPUTS, *CASCADE_STEPS) if name in steps}
-    kept |= sampling_tables(recipe)
-    return Step(_STEP, 3, kept | {"num_prompts": num_prompts, "num_shown": num_shown}, inputs)
+    fields |= sampling_tables(recipe)
+    return Step(_STEP, 3, fields | {"num_prompts": num_prompts, "num_shown": num_shown}, inputs)
 
 
 def plan_variants(variants: tuple[str, ...], num_prompts: int, batch_size: int) -> list[Part]:
@@ -107,12 +107,12 @@ def plan_variants(variants: tuple[str, ...], num_prompts: int, batch_size: int) 
 
 
 class AblationRunner:
-    """Draws parts of variants.
+    """Samples and measures parts of variants.
 
     Args:
         cascade: The trained networks.
-        prompts: What to draw.
-        output: Where to.
+        prompts: The prompts to sample.
+        output: The artifact to write to.
     """
 
     def __init__(self, cascade: Cascade, prompts: PromptSet, output: Artifact) -> None:
@@ -125,7 +125,7 @@ class AblationRunner:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """Those that can be drawn: without real pictures there is no true z_image."""
+        """The variants that can be sampled; the true z_image needs real pictures."""
         return VARIANTS if self._real is not None else VARIANTS[:-1]
 
     def references(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
@@ -134,12 +134,12 @@ class AblationRunner:
         return z_text.cpu().numpy(), None if self._real is None else self._real.cpu().numpy()
 
     def run(self, part: Part, seed: int, num_shown: int) -> None:
-        """Draw one part with the seeds of ``unclip evaluate``, measure and commit it."""
+        """Sample one part with the seeds of ``unclip evaluate``, measure it and commit it."""
         start, names = time.monotonic(), [f"{part.name}.parquet"]
         prompts = self._prompts.prompts[part.start : part.stop]
         seeds = [picture_seed(seed, number, 0) for number in range(part.start, part.stop)]
         batch = Batch(self._clip.encode_text([prompt.text for prompt in prompts]), tuple(seeds))
-        batch = batch.with_values(**self._in_place_of_z_image(part, batch))
+        batch = batch.with_values(**self._z_image_value(part, batch))
         pictures = self._cascade.run(batch, self._cascade.after(Z_IMAGE)).images
         z_picture = self._clip.encode_image(pictures).cpu().numpy()
         rows: list[Json] = []
@@ -157,8 +157,8 @@ class AblationRunner:
         record = ShardRecord(shard=part.name, counts=counts, files=files, wall_s=round(time.monotonic() - start, 3))
         self._output.commit_shard(record)
 
-    def _in_place_of_z_image(self, part: Part, batch: Batch) -> Mapping[str, Tensor]:
-        """The value that the decoder reads; none for captions alone, where it takes its learned null."""
+    def _z_image_value(self, part: Part, batch: Batch) -> Mapping[str, Tensor]:
+        """The z_image that the decoder reads; empty for ``caption``, where it takes its learned null embedding."""
         if part.kind == "z_text":
             return {Z_IMAGE: batch.text.z_text}
         if part.kind == "prior":
@@ -169,7 +169,7 @@ class AblationRunner:
         return {}
 
     def _embed_real(self) -> Tensor | None:
-        """z_image of the real picture of each prompt, (N, D); None where a prompt has none."""
+        """z_image of each prompt's real picture, (N, D); None if a prompt has no picture."""
         prompts = self._prompts.prompts
         if all(prompt.scene is not None for prompt in prompts):
             pictures = [draw_array(prompt.scene, self._side_px) for prompt in prompts if prompt.scene is not None]
@@ -213,17 +213,17 @@ def summarise(
 
 
 def format_ablation(result: Json) -> str:
-    """The numbers as a table for a terminal: a row for each variant."""
+    """The numbers as a table for a terminal, one row for each variant."""
     variants: dict[str, Json] = {name: result["variants"][name] for name in VARIANTS if name in result["variants"]}
     checks = [
-        name for name in _SHOWN_CHECKS if any(name in found.get("pixel_check", {}) for found in variants.values())
+        name for name in _SHOWN_CHECKS if any(name in numbers.get("pixel_check", {}) for numbers in variants.values())
     ]
     head = f"{'in place of z_image':<20}{'CLIP score':>12}{'R-precision':>13}{'Frechet':>10}"
     lines = [head + "".join(f"{name:>14}" for name in checks)]
-    for variant, found in variants.items():
-        distance = f"{found['frechet_clip']:.4f}" if "frechet_clip" in found else ""
-        cells = f"{found['clip_score']['mean']:>12.3f}{100 * found['r_precision']['rate']:>12.1f}%{distance:>10}"
-        rates: Mapping[str, Json] = found.get("pixel_check", {})
+    for variant, numbers in variants.items():
+        distance = f"{numbers['frechet_clip']:.4f}" if "frechet_clip" in numbers else ""
+        cells = f"{numbers['clip_score']['mean']:>12.3f}{100 * numbers['r_precision']['rate']:>12.1f}%{distance:>10}"
+        rates: Mapping[str, Json] = numbers.get("pixel_check", {})
         line = f"{_LABELS[variant]:<20}{cells}"
         lines.append(line + "".join(f"{100 * rates[name]['rate']:>13.1f}%" for name in checks))
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""All parts of an evaluation together: the numbers, and the list of samples.
+"""The numbers of a whole evaluation, from all its parts, and its list of samples.
 
 Legend: N samples (the first of each prompt), M validation rows, D features of an embedding.
 """
@@ -22,10 +22,10 @@ Json = dict[str, Any]
 Rows = list[Json]
 Vectors = NDArray[np.float64]
 
-_KINDS = ("drawings", "validation")
+_KINDS = ("samples", "validation")
 _GROUPS = {1: "one object", 2: "two objects"}
-_NEIGHBOURS_ASKED = 24
-"""Neighbours asked of the index, so that enough of them are training rows."""
+_NUM_REQUESTED = 24
+"""Neighbours requested from the index; enough of them are training rows."""
 _CLOSE_QUANTILE = 0.95
 
 
@@ -41,15 +41,15 @@ class Aggregate:
     def __init__(self, output: Artifact, parts: Sequence[Part], prompts: PromptSet) -> None:
         self._prompts = prompts
         tables = {kind: [read_part(output, part) for part in parts if part.kind == kind] for kind in _KINDS}
-        self._parts = [[row for row in rows if row["image_number"] == 0] for rows in tables["drawings"]]
-        self.drawings = sorted(
-            (row for rows in tables["drawings"] for row in rows), key=lambda r: (r["prompt_number"], r["image_number"])
+        self._parts = [[row for row in rows if row["image_number"] == 0] for rows in tables["samples"]]
+        self.samples = sorted(
+            (row for rows in tables["samples"] for row in rows), key=lambda r: (r["prompt_number"], r["image_number"])
         )
-        self.firsts = [row for row in self.drawings if row["image_number"] == 0]
+        self.firsts = [row for row in self.samples if row["image_number"] == 0]
         self.rows = [row for rows in tables["validation"] for row in rows]
 
     def measure(self, embed: Artifact, neighbours: "TrainingNeighbours") -> Json:
-        """Every number, as metrics.json holds it; what cannot be measured on this source is left out."""
+        """All numbers of metrics.json, without those that cannot be measured on this source of prompts."""
         metrics: Json = {"num_prompts": len(self.firsts), "prompts": self._prompts.source}
         metrics["pixel_check"] = pixel_check(self.firsts, self._prompts)
         metrics["kinds"] = self._kinds()
@@ -65,9 +65,9 @@ class Aggregate:
         metrics["memorisation"] = self._memorisation(neighbours)
         return {name: value for name, value in metrics.items() if value}
 
-    def samples(self, neighbours: "TrainingNeighbours") -> Rows:
-        """One row for each picture: file, prompt, seed and settings, what was checked, its nearest training picture."""
-        nearest = neighbours.nearest(matrix(self.drawings, "z_image"))
+    def list_samples(self, neighbours: "TrainingNeighbours") -> Rows:
+        """One row for each sample: file, prompt, seed, settings, pixel check and nearest training picture."""
+        nearest = neighbours.nearest(matrix(self.samples, "z_image"))
         return [
             {
                 "file": row["file"],
@@ -78,11 +78,11 @@ class Aggregate:
                 "check": parse_flags(row["check"]),
                 "nearest": near,
             }
-            for row, near in zip(self.drawings, nearest, strict=True)
+            for row, near in zip(self.samples, nearest, strict=True)
         ]
 
     def _kinds(self) -> Json:
-        """How often everything was right, for each kind of prompt."""
+        """For each kind of prompt, the share of samples in which everything is right."""
         kinds: dict[str, Rate] = {}
         for row in self.firsts:
             flags = parse_flags(row["check"])
@@ -118,7 +118,7 @@ class Aggregate:
         return rates
 
     def _distances(self, embed: Artifact) -> Json:
-        """Drawings against real pictures of the same prompts; ``real``: as many training pictures twice."""
+        """Samples against real pictures of the same prompts; ``real`` compares two equal sets of training pictures."""
         count = len(self.firsts)
         if not self._has_real() or count < 2:
             return {}
@@ -141,7 +141,7 @@ class Aggregate:
         return measured
 
     def _frechet_features(self) -> Json:
-        """The same on the features of the recipe's own extractor, where it names one."""
+        """Frechet distance on the features of ``evaluate.features_path``; empty without it."""
         if len(self.firsts) < 2 or any(row["features_real"] is None for row in self.firsts):
             return {}
         distance = frechet_distance(self._sums("features"), self._sums("features_real"))
@@ -152,7 +152,7 @@ class Aggregate:
         return sum(sums[1:], start=sums[0])
 
     def _prior(self, column: str) -> Json:
-        """Cosines of what a prior draws for validation captions."""
+        """Cosines of a prior's samples for validation captions."""
         if not self.rows or column not in self.rows[0]:
             return {}
         z_prior, z_image, z_text = (matrix(self.rows, name) for name in (column, "z_image", "z_text"))
@@ -170,10 +170,10 @@ class Aggregate:
         rows = [row for row in self.rows if row["z_reconstruction"] is not None]
         if not rows:
             return {}
-        again, real = matrix(rows, "z_reconstruction"), matrix(rows, "z_image")
-        measured: Json = {"reconstruction": mean_of(cosine(again, real))}
+        reconstructed, real = matrix(rows, "z_reconstruction"), matrix(rows, "z_image")
+        measured: Json = {"reconstruction": mean_of(cosine(reconstructed, real))}
         if len(rows) > 1:
-            measured["unrelated"] = mean_of(cosine(again, np.roll(real, 1, axis=0)))
+            measured["unrelated"] = mean_of(cosine(reconstructed, np.roll(real, 1, axis=0)))
         return measured
 
     def _upsamplers(self) -> Json:
@@ -187,7 +187,7 @@ class Aggregate:
         }
 
     def _bounds(self) -> Json:
-        """Bits per dimension of each network of pictures that was trained with the bound."""
+        """Bits per dimension of each network that samples pixels and was trained with the variational bound."""
         rows = [row["bits_per_dim"] for row in self.rows if row["bits_per_dim"] is not None]
         names = ("decoder", *(f"upsampler_{number}" for number in range(1, len(rows[0])))) if rows else ()
         columns = zip(names, zip(*rows, strict=True), strict=True)
@@ -222,14 +222,14 @@ class TrainingNeighbours:
         self._index = NeighbourIndex.open(index)
 
     def find(self, vectors: Vectors) -> list[list[Neighbour]]:
-        """Training rows among the nearest rows of all, for each of (Q, D) vectors."""
+        """For each of (Q, D) vectors, the training rows among its nearest rows."""
         if not vectors.size:
             return []
-        neighbours = self._index.search(vectors.astype(np.float32), _NEIGHBOURS_ASKED, modality="image")
-        return [self._trained(row) for row in neighbours]
+        neighbours = self._index.search(vectors.astype(np.float32), _NUM_REQUESTED, modality="image")
+        return [self._training_only(row) for row in neighbours]
 
     def nearest(self, vectors: Vectors) -> list[Json | None]:
-        """Uid and cosine of the nearest training row of each; None where none of the nearest rows is one."""
+        """Uid and cosine of each vector's nearest training row; None if none of its nearest rows is a training row."""
         nearest = [row[0] if row else None for row in self.find(vectors)]
         rows = self._index.rows([near.id for near in nearest if near is not None])
         uids = iter(columns["uid"] for columns in rows)
@@ -241,16 +241,16 @@ class TrainingNeighbours:
         """Cosine to the nearest training row, of those vectors that have one."""
         return np.array([row[0].similarity for row in self.find(vectors) if row])
 
-    def _trained(self, row: list[Neighbour]) -> list[Neighbour]:
+    def _training_only(self, row: list[Neighbour]) -> list[Neighbour]:
         columns_of = self._index.rows([near.id for near in row])
         return [near for near, columns in zip(row, columns_of, strict=True) if columns["split"] == "train"]
 
 
 def pixel_check(rows: Rows, prompts: PromptSet) -> Json:
-    """Number of objects -> attribute -> rates: generated, real (the ceiling) and guess (the floor).
+    """Rates by number of objects and attribute: generated, real (the ceiling) and guess (the floor).
 
-    The guess is the rate of the same pictures beside other prompts; where it matters which object is which, the mean of
-    ``guess_levels``.
+    The guess is the rate of the same pictures checked against other prompts. For an attribute that ties two objects
+    together, it is the mean of ``guess_levels``.
 
     Args:
         rows: One for each prompt: ``prompt_number``, ``check``, ``check_shuffled`` and ``check_real``.
@@ -274,7 +274,7 @@ def pixel_check(rows: Rows, prompts: PromptSet) -> Json:
 
 
 def _rate(values: list[float]) -> Json:
-    """A rate of hits with its interval; of probabilities, their mean alone."""
+    """The rate of flags with its interval, or the mean of probabilities."""
     if all(isinstance(value, bool) for value in values):
         return rate_of(bool(value) for value in values).to_dict()
     return {"rate": float(np.mean(values)), "total": len(values)}
@@ -286,5 +286,5 @@ def matrix(rows: Rows, column: str) -> Vectors:
 
 
 def parse_flags(text: str | None) -> dict[str, bool] | None:
-    """What a pixel check said, from its column; None where there was none."""
+    """The flags of a pixel check, from its column; None if there was no check."""
     return None if text is None else json.loads(text)

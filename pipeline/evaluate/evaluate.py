@@ -1,4 +1,4 @@
-"""The evaluate step without Ray: what there is to do, a worker that does parts of it, and what is made of the parts."""
+"""The evaluate step without Ray: its plan, the worker that runs its parts, and the files made from all parts."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.evaluate.aggregate import Aggregate, TrainingNeighbours
 from pipeline.evaluate.features import FeatureExtractor
 from pipeline.evaluate.gallery import Gallery
-from pipeline.evaluate.parts import Part, PartRunner, drawings_of, plan_parts
+from pipeline.evaluate.parts import Part, PartRunner, plan_parts, samples_of
 from pipeline.evaluate.prompts import PromptSet, Row, choose_prompts, held_out_rows
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.recipe.recipe import Recipe
@@ -22,32 +22,32 @@ METRICS_FILE = "metrics.json"
 
 @dataclass(frozen=True)
 class Work:
-    """All that an evaluation draws and measures; a function of the recipe and its inputs."""
+    """Everything that an evaluation samples and measures; a function of the recipe and its inputs."""
 
     prompts: PromptSet
     rows: Sequence[Row]
     """Validation rows, for the measures of each network."""
-    drawings: Sequence[tuple[int, int]]
-    """(prompt, picture) of everything that is drawn."""
+    samples: Sequence[tuple[int, int]]
+    """(prompt number, image number) of each sample."""
     parts: Sequence[Part]
 
     @property
     def num_items(self) -> int:
-        """Drawings and rows together."""
-        return len(self.drawings) + len(self.rows)
+        """Number of samples and rows together."""
+        return len(self.samples) + len(self.rows)
 
 
 def plan_work(recipe: Recipe, inputs: Mapping[str, Artifact]) -> Work:
     """Choose prompts and rows, and cut them into parts.
 
     Raises:
-        DataError: If there is not one prompt, or an input breaks its schema.
+        DataError: If there is no prompt, or an input breaks its schema.
     """
     config = recipe.evaluate
     prompts = choose_prompts(config.prompts_path, inputs["pairs"], inputs["embed"], config.num_prompts)
     rows, _ = held_out_rows(inputs["embed"], config.num_prompts)
-    drawings = drawings_of(len(prompts.prompts), config.num_shown, config.num_images_per_shown)
-    return Work(prompts, rows, drawings, plan_parts(len(drawings), len(rows), config.batch_size))
+    samples = samples_of(len(prompts.prompts), config.num_shown, config.num_images_per_shown)
+    return Work(prompts, rows, samples, plan_parts(len(samples), len(rows), config.batch_size))
 
 
 def make_runner(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact, work: Work) -> PartRunner:
@@ -65,7 +65,7 @@ def make_runner(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact
         inputs["download"],
         output,
         recipe.seed,
-        work.drawings,
+        work.samples,
         extractor,
     )
     if recipe.prior_2 is not None:
@@ -75,7 +75,7 @@ def make_runner(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact
 
 
 def finish(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact, work: Work) -> Json:
-    """Write metrics.json, samples.jsonl, pictures.json and the grids from the committed parts; returns the metrics."""
+    """Write metrics.json, samples.jsonl, pictures.json and the grids from the committed parts; return the metrics."""
     aggregate = Aggregate(output, work.parts, work.prompts)
     neighbours = TrainingNeighbours(inputs["index"])
     metrics = aggregate.measure(inputs["embed"], neighbours)
@@ -83,24 +83,24 @@ def finish(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact, wor
         if section is not None and name in metrics:
             metrics[name]["kind"] = section.model.kind
     Gallery(aggregate, output, recipe.evaluate.num_shown).write(neighbours, inputs["download"])
-    lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in aggregate.samples(neighbours))
+    lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in aggregate.list_samples(neighbours))
     output.write_bytes(SAMPLES, lines.encode())
     output.write_json(METRICS_FILE, metrics)
     return metrics
 
 
 def summarise(metrics: Json) -> dict[str, float]:
-    """The numbers of metrics.json without their counts and intervals, by dotted name: for manifest and tracker."""
+    """The numbers of metrics.json by dotted name, without counts and intervals, for manifest and tracker."""
     return dict(_walk(metrics, ""))
 
 
 def _walk(tables: Json, prefix: str) -> list[tuple[str, float]]:
-    found: list[tuple[str, float]] = []
+    numbers: list[tuple[str, float]] = []
     for name, value in tables.items():
         path = f"{prefix}{name}".replace(" ", "_").replace(",", "")
         if isinstance(value, dict):
             number: Any = value.get("rate", value.get("mean"))
-            found += [(path, float(number))] if number is not None else _walk(value, f"{path}.")
+            numbers += [(path, float(number))] if number is not None else _walk(value, f"{path}.")
         elif isinstance(value, int | float):
-            found.append((path, float(value)))
-    return found
+            numbers.append((path, float(value)))
+    return numbers

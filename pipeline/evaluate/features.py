@@ -1,8 +1,8 @@
-"""A feature extractor for the Frechet distance beside CLIP: any TorchScript file that a recipe names.
+"""Features for a second Frechet distance, besides CLIP's, from any TorchScript file that a recipe names.
 
 The usual one is the Inception of the published FID figures, as a TorchScript file (``inception-2015-12-05.pt`` of
 NVIDIA's StyleGAN repositories): it takes uint8 pictures and returns 2048 features. Loading a TorchScript file runs code
-of that file: name only what you trust.
+of that file: name only a file that you trust.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from pipeline.errors import DataError
 
 
 class FeatureExtractor:
-    """Pictures to features.
+    """Computes features of pictures.
 
     Args:
         path: TorchScript module: uint8 (N, 3, H, W) -> (N, F); its argument ``return_features``, if it has one, is set.
@@ -41,7 +41,7 @@ class FeatureExtractor:
         """Features of pictures (N, H, W, 3), as (N, F).
 
         Raises:
-            DataError: If the module does not take such pictures, or gives something else.
+            DataError: If the module does not take such pictures, or returns something else.
         """
         images = torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).contiguous().to(self._device)
         try:

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation: ``pictures.json``, which the report reads, what it names, and the grids."""
+"""The pictures of an evaluation: ``pictures.json`` for the report, the files that it names, and the grids."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ class Gallery:
     """
 
     def __init__(self, aggregate: Aggregate, output: Artifact, num_shown: int) -> None:
-        self._drawings = aggregate.drawings
+        self._samples = aggregate.samples
         self._firsts = aggregate.firsts
         self._rows = aggregate.rows
         self._output = output
@@ -61,7 +61,7 @@ class Gallery:
     def _shown(self) -> Rows:
         numbers = range(min(self._num_shown, len(self._firsts)))
         entries: Rows = [{"prompt": self._firsts[number]["prompt"], "pictures": []} for number in numbers]
-        for row in self._drawings:
+        for row in self._samples:
             if row["prompt_number"] in numbers:
                 flags = parse_flags(row["check"])
                 check = None if flags is None else flags["everything"]
@@ -103,7 +103,7 @@ class Gallery:
         stored = StoredPictures(download)
         rows = self._firsts[:NUM_STAGES]
         for row, neighbours_of_row in zip(rows, neighbours.find(matrix(rows, "z_image")), strict=True):
-            pictures: Rows = [{"file": row["file"], "label": "drawn", "caption": row["prompt"]}]
+            pictures: Rows = [{"file": row["file"], "label": "sample", "caption": row["prompt"]}]
             for rank, near in enumerate(neighbours_of_row[:_NUM_NEIGHBOURS]):
                 name = f"neighbours/{row['prompt_number']:05d}-{rank}.png"
                 picture = thumbnail(stored.decode(near.shard, near.key, near.uid))

@@ -1,7 +1,7 @@
-"""Numbers about pictures and embeddings, each from sums that merge across workers.
+"""Measures of pictures and embeddings, from sums that merge across workers.
 
-Legend: N samples, D features of an embedding, K neighbours. Sums are float64: a whole and its merged parts agree to
-rounding, whatever the number of workers.
+Legend: N samples, D features of an embedding. Sums are float64, so that they agree to rounding for any number of
+workers.
 """
 
 import math
@@ -22,7 +22,7 @@ _Z95 = 1.959963984540054
 
 @dataclass(frozen=True)
 class Rate:
-    """How often something held."""
+    """Hits among a number of trials."""
 
     hits: int
     total: int
@@ -42,7 +42,7 @@ class Rate:
 
 
 def rate_of(flags: Iterable[bool]) -> Rate:
-    """Count hits."""
+    """The rate of true flags."""
     values = list(flags)
     return Rate(sum(values), len(values))
 
@@ -95,7 +95,7 @@ def cosine(a: Array, b: Array) -> Array:
 
 
 def r_precision(z_image: Array, z_text: Array, own: Sequence[int] | Array) -> Rate:
-    """How often a picture's own caption is the nearest of all captions (R-precision at 1).
+    """Share of pictures whose own caption is the nearest of all captions (R-precision at 1).
 
     Args:
         z_image: (N, D), unit rows.
@@ -109,7 +109,7 @@ def r_precision(z_image: Array, z_text: Array, own: Sequence[int] | Array) -> Ra
 
 @dataclass(frozen=True)
 class FeatureSums:
-    """Sums from which mean and covariance of features follow; sums of parts add up to the sums of the whole."""
+    """Sums that give the mean and covariance of features; the sums of parts add up to those of the whole."""
 
     count: int
     total: NDArray[np.float64]

@@ -1,7 +1,7 @@
-"""The work of an evaluation, part by part: a part is drawn, measured and committed whole, by any worker.
+"""The parts of an evaluation: any worker samples, measures and commits a part as a whole.
 
 Legend: N items of a part, D features of an embedding. ``parts/<name>.parquet`` holds the measurements of one part;
-what is made of all parts together stands in aggregate.py.
+aggregate.py computes the numbers of all parts.
 """
 
 import json
@@ -43,19 +43,17 @@ Array = NDArray[Any]
 Pixels = NDArray[np.uint8]
 
 NUM_STAGES = 6
-"""Prompts whose picture is kept at every stage of the cascade."""
+"""Prompts whose picture is kept after every stage of the cascade."""
 NUM_RECONSTRUCTIONS = 16
-"""Validation rows that are drawn again from their z_image and enlarged, for the measures."""
+"""Validation rows that are reconstructed from their z_image and enlarged, for the measures."""
 NUM_RECONSTRUCTIONS_SHOWN = 6
-"""Of these, how many are kept as pictures."""
+"""How many of the reconstructions are kept as pictures."""
 _MAX_PSNR_DB = 99.0
-"""Equal pictures (a blank page) have no finite ratio; they count as this."""
+"""Equal pictures (a blank page) have no finite PSNR; they count as this."""
 _PROMPT_SEED_STRIDE = 1000
-"""Seeds of two prompts are this far apart, so that no two pictures of an evaluation share their noise."""
-
-
+"""Distance of the seeds of two prompts, so that no two pictures of an evaluation share their noise."""
 ENLARGED = ("psnr_db", "ssim", "sharpness")
-"""What is measured of enlarged pictures, for each upsampler; ``bicubic_`` before it: of bicubic enlargement."""
+"""Measures of enlarged pictures, for each upsampler; the prefix ``bicubic_`` marks bicubic enlargement."""
 _VECTORS = frozenset(
     {
         "z_image",
@@ -78,7 +76,7 @@ class Part:
     """A run of consecutive items of one kind."""
 
     kind: str
-    """``drawings`` or ``validation``."""
+    """``samples`` or ``validation``."""
     number: int
     start: int
     stop: int
@@ -89,34 +87,34 @@ class Part:
         return f"parts/{self.kind}-{self.number:05d}"
 
 
-def plan_parts(num_drawings: int, num_validation: int, batch_size: int) -> list[Part]:
+def plan_parts(num_samples: int, num_validation: int, batch_size: int) -> list[Part]:
     """Cut the work into parts of nearly equal size, of at most ``batch_size`` items each."""
     parts: list[Part] = []
-    for kind, total in (("drawings", num_drawings), ("validation", num_validation)):
+    for kind, total in (("samples", num_samples), ("validation", num_validation)):
         count = math.ceil(total / batch_size)
         ends = [total * i // count for i in range(count + 1)] if count else [0]
         parts += [Part(kind, i, start, stop) for i, (start, stop) in enumerate(pairwise(ends))]
     return parts
 
 
-def drawings_of(num_prompts: int, num_shown: int, num_images: int) -> list[tuple[int, int]]:
-    """(prompt, picture) of everything that is drawn: each prompt once, then the further pictures of the shown ones."""
+def samples_of(num_prompts: int, num_shown: int, num_images: int) -> list[tuple[int, int]]:
+    """(prompt number, image number) of each sample: one of every prompt, then the further ones of the shown prompts."""
     shown = range(min(num_shown, num_prompts))
     return [(i, 0) for i in range(num_prompts)] + [(i, j) for i in shown for j in range(1, num_images)]
 
 
 class PartRunner:
-    """Draws and measures parts; built once in each worker.
+    """Samples and measures parts; each worker builds one.
 
     Args:
         cascade: The trained networks; its ``clip`` is the frozen CLIP.
-        prompts: What to draw.
+        prompts: The prompts to sample.
         rows: Validation rows.
         download: Shards of pictures.
         output: The evaluate step's artifact.
         seed: The recipe's seed.
-        drawings: From ``drawings_of``.
-        extractor: Features for a further Frechet distance; None: only CLIP's.
+        samples: From ``samples_of``.
+        extractor: Features for a second Frechet distance; None: only CLIP's.
     """
 
     def __init__(
@@ -127,7 +125,7 @@ class PartRunner:
         download: Artifact,
         output: Artifact,
         seed: int,
-        drawings: Sequence[tuple[int, int]],
+        samples: Sequence[tuple[int, int]],
         extractor: FeatureExtractor | None = None,
     ) -> None:
         self._cascade = cascade
@@ -137,20 +135,20 @@ class PartRunner:
         self._stored = StoredPictures(download)
         self._output = output
         self._seed = seed
-        self._drawings = drawings
+        self._samples = samples
         self._extractor = extractor
         self._sides_px = list(cascade.sides_px.values())
         self.second: Cascade | None = None
-        """The recipe's second prior alone, where it has one; its embeddings are measured, and no pictures made."""
+        """The recipe's second prior alone, if it has one; only its embeddings are measured."""
 
     def run(self, part: Part) -> ShardRecord:
         """Do one part, commit it and return its record.
 
         Raises:
-            DataError: If a picture of a shard cannot be read, or a network draws numbers that are not finite.
+            DataError: If a picture of a shard cannot be read, or a network gives numbers that are not finite.
         """
         start, names = time.monotonic(), list[str]()
-        rows = self._draw(part, names) if part.kind == "drawings" else self._measure_rows(part, names)
+        rows = self._sample(part, names) if part.kind == "samples" else self._measure_rows(part, names)
         with self._output.write(f"{part.name}.parquet") as path:
             write_rows(rows, path)
         files = {name: self._output.describe(name) for name in [f"{part.name}.parquet", *names]}
@@ -159,17 +157,17 @@ class PartRunner:
         self._output.commit_shard(record)
         return record
 
-    def _draw(self, part: Part, names: list[str]) -> list[Json]:
-        drawings = self._drawings[part.start : part.stop]
-        prompts = [self._prompts.prompts[i] for i, _ in drawings]
-        seeds = [picture_seed(self._seed, i, j) for i, j in drawings]
+    def _sample(self, part: Part, names: list[str]) -> list[Json]:
+        samples = self._samples[part.start : part.stop]
+        prompts = [self._prompts.prompts[i] for i, _ in samples]
+        seeds = [picture_seed(self._seed, i, j) for i, j in samples]
         result = self._cascade.sample([prompt.text for prompt in prompts], seeds)
         z_prior = _finite(result.z_image.cpu().numpy(), "prior")
         z_image = self._embed(result.images.numpy())
         z_text = self._clip.encode_text([prompt.text for prompt in prompts]).z_text.cpu().numpy()
         features = self._features([picture.numpy() for picture in result.images])
         rows: list[Json] = []
-        for n, ((i, j), prompt) in enumerate(zip(drawings, prompts, strict=True)):
+        for n, ((i, j), prompt) in enumerate(zip(samples, prompts, strict=True)):
             picture = result.images[n].numpy()
             row: Json = {
                 "prompt_number": i,
@@ -184,7 +182,7 @@ class PartRunner:
                 "z_prior": z_prior[n],
                 "features": features[n],
             }
-            row |= self._look(i, picture)
+            row |= self._check_pixels(i, picture)
             rows.append(row)
             self._write_picture(row["file"], picture, names)
             if j == 0 and i < NUM_STAGES:
@@ -193,20 +191,20 @@ class PartRunner:
         self._add_real(rows)
         return rows
 
-    def _look(self, number: int, picture: Pixels) -> Json:
-        """What the pixel check says of a drawing, and of the same drawing beside another prompt."""
+    def _check_pixels(self, number: int, picture: Pixels) -> Json:
+        """The pixel check of a sample against its own prompt, and against another prompt."""
         scene, partner = self._prompts.prompts[number].scene, self._prompts.partners[number]
         other = None if partner is None else self._prompts.prompts[partner].scene
         return {
-            "check": None if scene is None else _checked(picture, scene),
-            "check_shuffled": None if other is None else _checked(picture, other),
+            "check": None if scene is None else _check_json(picture, scene),
+            "check_shuffled": None if other is None else _check_json(picture, other),
         }
 
     def _add_real(self, rows: list[Json]) -> None:
-        """Beside the first drawing of each prompt, the real picture of its scene, or the one whose caption it is."""
-        drawn: list[Json] = []
+        """Add to the first sample of each prompt the real picture of its scene, or the picture whose caption it is."""
+        from_scenes: list[Json] = []
         pictures: list[Pixels] = []
-        others: list[Json] = []
+        from_rows: list[Json] = []
         for row in rows:
             row |= {"check_real": None, "z_real": None, "features_real": None}
             prompt = self._prompts.prompts[row["prompt_number"]]
@@ -214,18 +212,18 @@ class PartRunner:
                 continue
             if prompt.scene is not None:
                 pictures.append(draw_array(prompt.scene, self._sides_px[-1]))
-                row["check_real"] = _checked(pictures[-1], prompt.scene)
-                drawn.append(row)
+                row["check_real"] = _check_json(pictures[-1], prompt.scene)
+                from_scenes.append(row)
             elif prompt.row is not None:
                 row["z_real"] = prompt.row.z_image.astype(np.float32)
-                others.append(row)
-        if drawn:
-            for row, z_image in zip(drawn, self._embed(np.stack(pictures)), strict=True):
+                from_rows.append(row)
+        if from_scenes:
+            for row, z_image in zip(from_scenes, self._embed(np.stack(pictures)), strict=True):
                 row["z_real"] = z_image
         if self._extractor is not None:
-            stored = [self._prompts.prompts[row["prompt_number"]].row for row in others]
+            stored = [self._prompts.prompts[row["prompt_number"]].row for row in from_rows]
             pictures += [self._real_picture(row) for row in stored if row is not None]
-            for row, features in zip(drawn + others, self._features(pictures), strict=True):
+            for row, features in zip(from_scenes + from_rows, self._features(pictures), strict=True):
                 row["features_real"] = features
 
     def _measure_rows(self, part: Part, names: list[str]) -> list[Json]:
@@ -260,31 +258,31 @@ class PartRunner:
         return columns
 
     def _embeddings(self, cascade: Cascade, batch: Batch) -> Array:
-        """z_image that a prior makes of captions."""
+        """The z_image that a cascade's prior samples for captions."""
         priors = [stage for stage in cascade.stages if stage.makes == Z_IMAGE]
         return cascade.run(batch, priors).z_image.cpu().numpy()
 
     def _reconstruct(
         self, start: int, rows: Sequence[Row], pictures: Pixels, columns: list[Json], names: list[str]
     ) -> None:
-        """Draw pictures again from their true z_image and their captions."""
+        """Sample pictures from their true z_image and their captions."""
         count = len(rows)
         text = self._clip.encode_text([row.caption for row in rows])
         z_image = torch.from_numpy(np.stack([row.z_image for row in rows]).astype(np.float32)).to(self._clip.device)
         seeds = [picture_seed(self._seed, start + n, 0) for n in range(count)]
         batch = Batch(text, tuple(seeds), {Z_IMAGE: z_image})
-        pictures_again = self._cascade.run(batch, self._cascade.after(Z_IMAGE)).pictures
-        drawn = [list(pictures_again.values())[number].numpy() for number in (0, -1)]
-        for n, z in enumerate(self._embed(drawn[1])):
+        samples = list(self._cascade.run(batch, self._cascade.after(Z_IMAGE)).pictures.values())
+        decoded, upsampled = samples[0].numpy(), samples[-1].numpy()
+        for n, z in enumerate(self._embed(upsampled)):
             columns[n]["z_reconstruction"] = z
             if start + n < NUM_RECONSTRUCTIONS_SHOWN:
-                for label, picture in (("real", pictures), ("decoded", drawn[0]), ("upsampled", drawn[1])):
+                for label, picture in (("real", pictures), ("decoded", decoded), ("upsampled", upsampled)):
                     self._write_picture(f"reconstructions/{start + n:05d}-{label}.png", picture[n], names)
 
     def _enlarge(self, pictures: Pixels, batch: Batch, columns: list[Json]) -> None:
-        """Make real pictures small and enlarge them again, with each upsampler and by bicubic interpolation."""
+        """Shrink real pictures and enlarge them again, with each upsampler and by bicubic interpolation."""
         pixels = to_pixels(torch.from_numpy(pictures)).to(self._clip.device)
-        found: dict[str, list[Array]] = {}
+        measures: dict[str, list[Array]] = {}
         for stage in self._cascade.stages:
             if stage.low_res_px is None or stage.side_px is None:
                 continue
@@ -292,17 +290,18 @@ class PartRunner:
             small = resize(pixels, stage.low_res_px)
             ours = self._cascade.run_stage(stage, batch.with_values(**{PIXELS: small}))
             bicubic = resize(small, stage.side_px)
-            found.setdefault("real_sharpness", []).append(sharpness(large))
+            measures.setdefault("real_sharpness", []).append(sharpness(large))
             for prefix, enlarged in (("", ours), ("bicubic_", bicubic)):
-                seen = to_uint8(enlarged).cpu().numpy()
-                measured = (np.minimum(psnr_db(seen, large), _MAX_PSNR_DB), ssim(seen, large), sharpness(seen))
+                large_again = to_uint8(enlarged).cpu().numpy()
+                psnr = np.minimum(psnr_db(large_again, large), _MAX_PSNR_DB)
+                measured = (psnr, ssim(large_again, large), sharpness(large_again))
                 for name, values in zip(ENLARGED, measured, strict=True):
-                    found.setdefault(f"{prefix}{name}", []).append(values)
+                    measures.setdefault(f"{prefix}{name}", []).append(values)
         for n, column in enumerate(columns[: len(pictures)]):
-            column |= {name: [float(values[n]) for values in of_each] for name, of_each in found.items()}
+            column |= {name: [float(values[n]) for values in by_stage] for name, by_stage in measures.items()}
 
     def _add_bounds(self, start: int, rows: Sequence[Row], pictures: Pixels, columns: list[Json]) -> None:
-        """Bits per dimension of each stage that makes pictures, not-a-number for one trained without the bound."""
+        """Bits per dimension of each stage that samples pixels; nan for a network trained without the bound."""
         count = min(num_pictures(self._sides_px[-1]) - start, len(rows))
         if count <= 0:
             return
@@ -335,7 +334,7 @@ class PartRunner:
 
 
 def picture_seed(seed: int, prompt_number: int, image_number: int) -> int:
-    """Seed of one picture of an evaluation; ``unclip sample --seed`` draws it again."""
+    """Seed of one picture of an evaluation; ``unclip sample --seed`` samples it again."""
     return seed + _PROMPT_SEED_STRIDE * prompt_number + image_number
 
 
@@ -348,7 +347,7 @@ def write_rows(rows: Sequence[Json], path: Path) -> None:
 
 
 def read_part(output: Artifact, part: Part) -> list[Json]:
-    """The rows of a committed part; vectors as arrays, None where there is none.
+    """The rows of a committed part; a vector is an array, or None if it is absent.
 
     Raises:
         DataError: If its file is damaged; names it.
@@ -360,7 +359,7 @@ def read_part(output: Artifact, part: Part) -> list[Json]:
         raise DataError(f"{path}: damaged ({error}); remove it and its .done.json, run again") from None
     vectors = [name for name in table.column_names if name in _VECTORS]
     rows: list[Json] = table.drop_columns(vectors).to_pylist()
-    for name in vectors:  # not through Python numbers: tens of thousands of rows have tens of millions of them
+    for name in vectors:  # without Python numbers: tens of thousands of rows have tens of millions
         column = table.column(name).combine_chunks()
         values, ends = column.values.to_numpy(), column.offsets.to_numpy()
         valid = column.is_valid().to_numpy(zero_copy_only=False)
@@ -375,5 +374,5 @@ def _finite(vectors: NDArray[np.float32], step: str) -> NDArray[np.float32]:
     return vectors
 
 
-def _checked(picture: Pixels, scene: Scene) -> str:
+def _check_json(picture: Pixels, scene: Scene) -> str:
     return json.dumps(check(picture, scene).correct, sort_keys=True)

@@ -1,6 +1,7 @@
-"""What is sampled and measured: prompts that were not trained on, and validation rows, chosen the same way everywhere.
+"""Choice of the prompts and validation rows that are sampled and measured; none of them was trained on.
 
-Rows are chosen by the order of their uids, which are hashes: a fixed random sample, whatever the shards.
+Rows are taken in the order of their uids. Uids are hashes, so this is a fixed random sample that does not depend on
+the shards.
 """
 
 import heapq
@@ -27,7 +28,7 @@ EVALUATION = "evaluation.parquet"
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt, with the picture that it should give, where there is one."""
+    """One prompt, with the picture that it should give, if that is known."""
 
     text: str
     kind: str = ""
@@ -62,7 +63,7 @@ class PromptSet:
 
     @cached_property
     def partners(self) -> tuple[int | None, ...]:
-        """For the floor, another prompt of each: the next one with as many objects; None where there is no other."""
+        """Another prompt for each, for the floor: the next one with as many objects; None if there is no other."""
         groups: dict[int, list[int]] = {}
         for number, prompt in enumerate(self.prompts):
             groups.setdefault(len(prompt.scene.objects) if prompt.scene else 0, []).append(number)
@@ -74,16 +75,16 @@ class PromptSet:
 
 
 def choose_prompts(path: str, pairs: Artifact, embed: Artifact, num_prompts: int) -> PromptSet:
-    """The prompts to sample: of a file, else the drawn source's, else validation captions.
+    """Choose the prompts to sample: from a file, else from the drawn source, else validation captions.
 
     Args:
-        path: Text file of prompts, one a line; or empty.
+        path: Text file with one prompt on each line; or empty.
         pairs: The pairs step.
         embed: The embed step.
-        num_prompts: Most prompts; where there are fewer, all of them are taken.
+        num_prompts: Most prompts; if there are fewer, all are taken.
 
     Raises:
-        DataError: If there is not one prompt, or a file breaks its schema.
+        DataError: If there is no prompt, or a file breaks its schema.
     """
     if path:
         texts = _read_lines(path)
@@ -96,7 +97,7 @@ def choose_prompts(path: str, pairs: Artifact, embed: Artifact, num_prompts: int
 
 
 def held_out_rows(embed: Artifact, num_rows: int, *, distinct: bool = False) -> tuple[list[Row], str]:
-    """Validation rows, or training rows where the list has none; says which.
+    """Validation rows, or training rows if there are no validation rows; and the name of their split.
 
     Args:
         embed: The embed step.
@@ -176,5 +177,5 @@ def _read_lines(path: str) -> list[str]:
         raise DataError(f"evaluate.prompts_path {path}: cannot be read: {error}") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise DataError(f"evaluate.prompts_path {path}: no prompts; write one a line")
+        raise DataError(f"evaluate.prompts_path {path}: no prompts; write one on each line")
     return lines

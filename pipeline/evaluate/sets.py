@@ -1,6 +1,6 @@
-"""Two sets of embeddings against each other, beyond mean and covariance: CMMD, and precision and recall of manifolds.
+"""Comparisons of two sets of embeddings beyond mean and covariance: CMMD, and precision and recall of manifolds.
 
-Legend: N, M rows of the two sets, D features. Everything is exact and float64; rows are taken a thousand at a time.
+Legend: N, M rows of the two sets, D features. Everything is exact, in float64, and computed for 1,024 rows at a time.
 """
 
 from collections.abc import Iterator
@@ -16,16 +16,16 @@ Array = NDArray[Any]
 CMMD_BANDWIDTH = 10.0
 """Bandwidth of the Gaussian kernel on CLIP embeddings of length one (arXiv:2401.09603, section 4)."""
 CMMD_SCALE = 1000.0
-"""Factor that makes readable numbers of it (same place)."""
+"""The paper multiplies by this factor, for readable numbers (same section)."""
 NUM_NEIGHBOURS = 3
-"""Neighbours that span the sphere of a row (arXiv:1904.06991, section 3: 3)."""
+"""The sphere of a row reaches to this neighbour (arXiv:1904.06991, section 3: 3)."""
 _ROWS_AT_A_TIME = 1024
 
 
 def cmmd(a: Array, b: Array) -> float:
     """Squared maximum mean discrepancy of two sets of embeddings, times 1000: arXiv:2401.09603, equation 4.
 
-    The estimate is the unbiased one, so it may fall slightly below zero where the sets have one distribution.
+    The estimate is the unbiased one, so it may fall slightly below zero for two sets of one distribution.
 
     Args:
         a: (N, D), rows of length one, N >= 2.
@@ -54,7 +54,7 @@ def precision_recall(generated: Array, real: Array, num_neighbours: int = NUM_NE
         num_neighbours: Below N and M.
 
     Raises:
-        ValueError: If a set has not more rows than ``num_neighbours``.
+        ValueError: If a set does not have more rows than ``num_neighbours``.
     """
     if min(len(generated), len(real)) <= num_neighbours:
         raise ValueError(f"{len(generated)} and {len(real)} rows: more than {num_neighbours} neighbours each")
@@ -74,7 +74,7 @@ def _kernel_sum(a: Array, b: Array) -> float:
 
 
 def _distances(a: Array, b: Array) -> Iterator[Array]:
-    """Squared distances of each row of ``a`` to all rows of ``b``; exactly zero of a row to itself."""
+    """Squared distances of each row of ``a`` to all rows of ``b``; exactly zero from a row to itself."""
     x, y = a.astype(np.float64), b.astype(np.float64)
     lengths = (y**2).sum(axis=1)
     for start in range(0, len(x), _ROWS_AT_A_TIME):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 _WIDTH, _HEIGHT = 340, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 12, 24
 _MAX_POINTS = 400
-"""Points drawn of a curve; a longer one is averaged in runs."""
+"""Most points of a curve; a longer curve is averaged in runs."""
 
 
 @dataclass(frozen=True)
@@ -19,17 +19,17 @@ class Curve:
 
 
 def line_chart(curve: Curve, *, label: str) -> str:
-    """Draw a curve: every value faintly, their running average strongly; logarithmic above a range of 8.
+    """Draw a curve: its values faintly, their running average strongly; the axis is logarithmic above a ratio of 8.
 
     Args:
         curve: Steps ascending; values that are not finite are left out.
-        label: What a screen reader says.
+        label: Text for screen readers.
 
     Returns:
         An ``<svg>`` element that uses the classes grid, tick, raw and line.
 
     Raises:
-        ValueError: If there are not two finite values.
+        ValueError: If fewer than two values are finite.
     """
     points = [(s, v) for s, v in zip(curve.steps, curve.values, strict=True) if math.isfinite(v)]
     if len(points) < 2:
@@ -64,7 +64,7 @@ def line_chart(curve: Curve, *, label: str) -> str:
 
 
 def linear_ticks(low: float, high: float) -> list[float]:
-    """Round numbers from at or below ``low`` to at or above ``high``, three to six of them."""
+    """Three to six round numbers; the first is at or below ``low``, the last at or above ``high``."""
     span = high - low or abs(high) or 1.0
     unit = 10 ** math.floor(math.log10(span / 3))
     step = next(unit * factor for factor in (1, 2, 5, 10) if span / (unit * factor) <= 4)
@@ -76,7 +76,7 @@ def linear_ticks(low: float, high: float) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten (and twice and five times them where the range is short) around ``low``..``high``; low > 0."""
+    """Powers of ten (for short ranges also 2 and 5, or 3 times them) around ``low``..``high``; low > 0."""
     decades = math.log10(high / low)
     factors = (1, 2, 5) if decades < 2 else (1, 3) if decades < 3 else (1,)
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -93,7 +93,7 @@ def _thin(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def _smooth(points: list[tuple[int, float]], *, is_log: bool) -> list[tuple[int, float]]:
-    """Mean over a window around each point, of logarithms where the axis is one: it neither lags nor leads."""
+    """Mean over a window centred on each point; geometric if the axis is logarithmic."""
     values = [math.log(value) if is_log else value for _, value in points]
     radius = max(1, len(points) // 40)
     means = [sum(values[max(0, i - radius) : i + radius + 1]) for i in range(len(values))]

@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML page of what a recipe has made so far, and the same numbers as text."""
+"""The report: one self-contained HTML page of a recipe's results so far, and the same numbers as text."""
 
 import platform
 import shlex
@@ -28,14 +28,14 @@ _SOURCES = {
 
 
 def write_report(workspace: Workspace, steps: list[Step], recipe: Recipe, path: Path, recipe_file: str = "") -> None:
-    """Write the page; steps that are not done leave their sections out.
+    """Write the page; sections of unfinished steps are left out.
 
     Args:
         workspace: Holds the artifacts.
         steps: The plan.
-        recipe: Names the page and its settings.
+        recipe: Gives the page its name and settings.
         path: The file to write.
-        recipe_file: How the commands at the end name the recipe, as words of a shell command.
+        recipe_file: Name of the recipe for the commands at the end, quoted for a shell.
 
     Raises:
         DataError: If an artifact's file is damaged; names it.
@@ -58,7 +58,7 @@ def write_report(workspace: Workspace, steps: list[Step], recipe: Recipe, path: 
 
 
 def finished_steps(workspace: Workspace, steps: list[Step]) -> Done:
-    """The steps of a plan that are done, by name, in its order."""
+    """The finished steps of a plan, by name, in its order."""
     done: Done = {}
     for step in steps:
         artifact = artifact_of(workspace, step)
@@ -69,7 +69,7 @@ def finished_steps(workspace: Workspace, steps: list[Step]) -> Done:
 
 
 def build_view(done: Done, step_names: list[str], recipe: Recipe, recipe_file: str) -> Json:
-    """What the template shows: plain values, pictures as ``data:`` URIs."""
+    """The values that the template shows; pictures are ``data:`` URIs."""
     metrics: Json = {}
     if "evaluate" in done and done["evaluate"].artifact.exists("metrics.json"):
         metrics = done["evaluate"].artifact.read_json("metrics.json")
@@ -104,19 +104,22 @@ def build_view(done: Done, step_names: list[str], recipe: Recipe, recipe_file: s
 
 
 def next_commands(recipe: Recipe, recipe_file: str, prompt: str, done: set[str]) -> list[tuple[str, str]]:
-    """A few commands worth trying after this run, each with what it does."""
+    """Commands to try after this run, each with its purpose."""
     file, words = recipe_file, shlex.quote(prompt)
     if "evaluate" not in done:
         return [
-            ("what is done, what remains and why", f"unclip plan {file}"),
-            ("go on from here; finished work is kept", f"unclip run {file}"),
+            ("show what is done, what remains and why", f"unclip plan {file}"),
+            ("continue; finished work is kept", f"unclip run {file}"),
         ]
     steps = 2 * recipe.decoder.train.num_steps
     return [
-        ("draw your own words", f"unclip sample {file} {words} -n 4 --seed 1 --out out"),
-        ("find the training pictures nearest to some words", f"unclip search {file} {words} -k 10"),
-        ("serve it: OpenAI's image API, neighbours and a page", f"unclip serve {file}"),
-        ("see what one changed field would run again", f"unclip plan {file} --set decoder.train.num_steps={steps}"),
+        ("sample your own prompt", f"unclip sample {file} {words} -n 4 --seed 1 --out out"),
+        ("find the training pictures nearest to a text", f"unclip search {file} {words} -k 10"),
+        ("serve OpenAI's image API, neighbours and a page", f"unclip serve {file}"),
+        (
+            "show which steps a changed field would run again",
+            f"unclip plan {file} --set decoder.train.num_steps={steps}",
+        ),
     ]
 
 
@@ -142,16 +145,16 @@ def format_metrics(metrics: Json) -> str:
     """The quality tables as plain text, for a terminal."""
     lines: list[str] = []
     for group in quality_groups(metrics):
-        lines.append(f"{group['title']:34}{'drawn':>9} {'95 %':>11} {'real':>9} {'guessed':>9}")
+        lines.append(f"{group['title']:34}{'samples':>9} {'95 %':>11} {'real':>9} {'guessed':>9}")
         for row in group["rows"]:
-            drawn = row["generated"]
+            rate = row["generated"]
             others = [f"{100 * row[kind]['rate']:8.1f}%" if row[kind] else " " * 9 for kind in ("real", "guess")]
-            interval = f"{100 * drawn['low']:.1f}-{100 * drawn['high']:.1f}"
-            lines.append(f"  {row['name']:32}{100 * drawn['rate']:8.1f}% {interval:>11} {others[0]} {others[1]}")
+            interval = f"{100 * rate['low']:.1f}-{100 * rate['high']:.1f}"
+            lines.append(f"  {row['name']:32}{100 * rate['rate']:8.1f}% {interval:>11} {others[0]} {others[1]}")
         lines.append("")
     rows = measure_rows(metrics)
     if rows:
-        lines.append(f"{'measure':42}{'drawn':>12}{'ceiling':>12}{'floor':>12}")
+        lines.append(f"{'measure':42}{'samples':>12}{'ceiling':>12}{'floor':>12}")
         lines += [f"  {row['name']:40}{row['value']:>12}{row['ceiling']:>12}{row['floor']:>12}" for row in rows]
     return "\n".join(lines).rstrip()
 
@@ -188,8 +191,8 @@ def _lead(recipe: Recipe) -> str:
     clip = "a CLIP trained here" if recipe.clip.source == "train" else f"a frozen CLIP ({recipe.clip.name})"
     return (
         f"A model in the manner of DALL-E 2, trained on {_SOURCES[recipe.pairs.source]}. {clip[0].upper()}{clip[1:]} "
-        f"reads the caption, a prior turns it into the embedding of a picture, a decoder draws that at {sides[0]} px"
-        f"{larger}."
+        f"reads the caption, a prior samples the embedding of a picture, a decoder samples that picture at "
+        f"{sides[0]} px{larger}."
     )
 
 
@@ -210,12 +213,12 @@ def _facts(done: Done, training: list[Json]) -> list[tuple[str, str]]:
 
 
 def _missing(done: Done, step_names: list[str]) -> str:
-    left = [name for name in step_names if name not in done]
-    if not left:
+    unfinished = [name for name in step_names if name not in done]
+    if not unfinished:
         return ""
     return (
-        f"{len(done)} of {len(step_names)} steps are done; what needs {', '.join(left)} is left out until "
-        f"{'it has' if len(left) == 1 else 'they have'} run."
+        f"{len(done)} of {len(step_names)} steps are done; sections that need {', '.join(unfinished)} are left out "
+        f"until {'it has' if len(unfinished) == 1 else 'they have'} run."
     )
 
 
@@ -231,26 +234,26 @@ def _samples_about(metrics: Json, recipe: Recipe) -> str:
 def _stages_about(recipe: Recipe) -> str:
     if not recipe.upsamplers():
         return "The decoder's picture is the final one: this recipe has no upsamplers."
-    return "The decoder decides what is where; the upsamplers, which never see the caption, give it its edges."
+    return "The decoder places the objects; the upsamplers, which do not read the caption, sharpen the picture."
 
 
 def _quality_about(metrics: Json) -> str:
     return (
-        f"Objects are found by colour and classified by outline in {metrics.get('num_prompts', 0)} pictures of prompts "
-        "that were not trained on: no network takes part in the check. Real pictures of the same scenes say what can "
-        "be reached, and guessed is what chance gives: the same pictures beside other prompts and, for what depends on "
-        "which object is which, the same colours and shapes in random order, place and size."
+        f"The check finds objects by colour and classifies them by outline, without a network, in samples of "
+        f"{metrics.get('num_prompts', 0)} prompts that were not trained on. Real pictures of the same scenes are the "
+        "ceiling. The floor, guessed, is chance: the same samples checked against other prompts and, for attributes "
+        "that tie objects together, the same colours and shapes in random order, place and size."
     )
 
 
 def _neighbours_about(metrics: Json) -> str:
-    found = metrics.get("memorisation")
-    text = "Each drawing beside the training pictures nearest to it in the CLIP space, with their cosine similarity."
-    if not found:
+    memorisation = metrics.get("memorisation")
+    text = "Each sample and the training pictures nearest to it in the CLIP space, with their cosine similarity."
+    if not memorisation:
         return text
     return (
-        f"{text} {100 * found['closer_than_real']['rate']:.1f} % of the drawings lie closer to a training picture than "
-        f"95 % of real, unseen pictures do; 5 % would be expected of real ones."
+        f"{text} {100 * memorisation['closer_than_real']['rate']:.1f} % of the samples lie closer to a training "
+        f"picture than 95 % of real, unseen pictures do; 5 % would be expected of real ones."
     )
 
 

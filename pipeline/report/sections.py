@@ -1,12 +1,13 @@
-"""What the report shows, collected from the artifacts that are there: one function for each section of the page.
+"""The data of the report, from the artifacts that exist: one function for each section of the page.
 
-A section that cannot be shown yet returns None; the report says so in one line. Rates are shares (0 to 1) here and
+A section that cannot be shown yet is None; the report says so in one line. Rates are shares (0 to 1) here and
 percent on the page.
 """
 
 import base64
 import io
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ _WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")
 
 @dataclass(frozen=True)
 class Finished:
-    """A step that is done, with what it left."""
+    """A finished step, with its artifact and manifest."""
 
     step: Step
     artifact: Artifact
@@ -132,15 +133,8 @@ def num_parameters(artifact: Artifact) -> int:
             with artifact.path(name).open("rb") as stream:
                 header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
             shapes = [entry["shape"] for key, entry in header.items() if key != "__metadata__"]
-            return sum(_product(shape) for shape in shapes)
+            return sum(math.prod(shape) for shape in shapes)
     return 0
-
-
-def _product(shape: list[int]) -> int:
-    product = 1
-    for side in shape:
-        product *= side
-    return product
 
 
 def download_of(done: Done) -> Json | None:
@@ -173,7 +167,7 @@ def index_of(done: Done) -> Json | None:
 
 
 def times_of(done: Done) -> Json | None:
-    """Seconds of each step, and of all together (steps run side by side, so less than their sum)."""
+    """Seconds of each step, and of the whole run (steps run in parallel, so less than their sum)."""
     if not done:
         return None
     longest = max(finished.manifest.wall_s for finished in done.values()) or 1.0

@@ -1,4 +1,4 @@
-"""``metrics.json`` as tables for people: what each number is called, its ceiling, its floor and its goal."""
+"""``metrics.json`` as tables for people: each number with its name, ceiling, floor and goal."""
 
 import math
 from collections.abc import Callable
@@ -27,10 +27,8 @@ _GOALS = {
     ("one object", "background"): 0.9,
     ("two objects", "both colours"): 0.75,
 }
-
-
 _LEAST_RANGE = 0.01
-"""A floor as near as this to its ceiling says nothing, and it gets no bar."""
+"""No bar is shown if floor and ceiling are nearer than this."""
 
 
 def quality_groups(metrics: Json) -> list[Json]:
@@ -81,21 +79,21 @@ def tiles_of(metrics: Json) -> list[Json]:
 
 
 def measure_rows(metrics: Json) -> list[Json]:
-    """The measures that need no scenes, each between its floor and its ceiling."""
+    """The measures that need no scenes, each with its floor and its ceiling."""
     rows = [
         _row(
             metrics,
             "clip_score",
             ("generated", "real", "shuffled"),
             "CLIP score",
-            "Cosine of a sample with its own prompt; ceiling: the real picture; floor: somebody else's prompt.",
+            "Cosine of a sample with its own prompt; ceiling: the real picture; floor: another prompt.",
         ),
         _row(
             metrics,
             "r_precision",
             ("generated", "real", "chance"),
             "R-precision",
-            "How often its own prompt is the nearest of all prompts; ceiling: the real picture; floor: chance.",
+            "Share of samples nearest to their own prompt, of all prompts; ceiling: the real picture; floor: chance.",
             percent=True,
         ),
         _row(
@@ -103,7 +101,7 @@ def measure_rows(metrics: Json) -> list[Json]:
             "frechet_clip",
             ("generated", "real", ""),
             "Frechet distance, CLIP features",
-            "Samples against real pictures, lower is better; ceiling: two samples of real pictures, each as many.",
+            "Samples against real pictures, lower is better; ceiling: two equal sets of real pictures.",
             ranged=False,
         ),
         _row(
@@ -119,7 +117,7 @@ def measure_rows(metrics: Json) -> list[Json]:
             "cmmd",
             ("generated", "real", ""),
             "CMMD",
-            "Kernel distance on CLIP embeddings, times 1000, lower is better; ceiling: two samples of real pictures.",
+            "Kernel distance on CLIP embeddings, times 1000, lower is better; ceiling: two sets of real pictures.",
             ranged=False,
         ),
         _row(
@@ -164,7 +162,7 @@ def measure_rows(metrics: Json) -> list[Json]:
             "memorisation",
             ("generated", "real", ""),
             "Nearest training picture",
-            "Similarity of each sample to the nearest picture that was trained on; beside it: real, unseen pictures.",
+            "Similarity of each sample to its nearest training picture; ceiling: the same for real, unseen pictures.",
             ranged=False,
         ),
         _row(
@@ -227,9 +225,9 @@ def _prior(metrics: Json, key: str, title: str) -> list[Json | None]:
 
 
 def _upsampler(metrics: Json, number: int) -> list[Json]:
-    """Likeness to the real picture, with bicubic enlargement as the floor, and sharpness beside that of both."""
+    """Similarity to the real picture, and sharpness; the floor is bicubic enlargement."""
     measured = metrics.get(f"upsampler_{number}", {})
-    about = "Validation pictures made small and enlarged again; floor: bicubic enlargement."
+    about = "Validation pictures shrunk and enlarged again; floor: bicubic enlargement."
     rows: list[Json] = []
     for key, name, why in (
         ("psnr_db", "PSNR", about),
@@ -258,7 +256,7 @@ def _whole(rate: Json | None) -> str:
 
 
 def _number(value: Any) -> float | None:
-    """The number of a rate, of a mean, or itself."""
+    """The number itself, or that of a rate or a mean."""
     if isinstance(value, dict):
         value = value.get("rate", value.get("mean"))
     return None if value is None or not math.isfinite(value) else float(value)

@@ -1,4 +1,4 @@
-"""What the edits of pictures read. Apart from what does them, so that a command's ``--help`` loads no torch."""
+"""Options of the edits of pictures, apart from the edits, so that a command's ``--help`` imports no torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,24 +6,24 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class EditOptions:
-    """What the edits read, each what it needs; ranges are checked by the command."""
+    """Options of all edits; each edit reads those that name it. The command checks the ranges."""
 
     seed: int = 0
-    """Of the first frame; where frames are several draws of one thing, the others have the next ones."""
+    """Seed of the first frame; if the frames are samples of one request, the others have the following seeds."""
     num_images: int = 4
-    """vary, inpaint, outpaint, sdedit: pictures."""
+    """vary, inpaint, outpaint, sdedit: number of pictures."""
     num_frames: int = 8
-    """interpolate, text-diff: pictures on the way, both ends included."""
+    """interpolate, text-diff: number of pictures, both ends included."""
     eta: float = 0.8
     """vary: noise of DDIM."""
     noise: Literal["slerp", "fixed"] = "slerp"
-    """interpolate: whether x_T turns along."""
+    """interpolate: interpolate x_T too, or take the seed's for every frame."""
     source: str = ""
     """text-diff: what the picture shows."""
     target: str = ""
     """text-diff: what it should show."""
     theta: float = 0.4
-    """text-diff: how far the last frame is turned."""
+    """text-diff: theta of the last frame."""
     prompt: str = ""
     """inpaint, outpaint, sdedit: what the finished picture shows."""
     mask: str = ""
@@ -31,6 +31,6 @@ class EditOptions:
     margin: float = 0.25
     """outpaint: width of the border on each side, as a share of the finished picture."""
     strength: float = 0.6
-    """sdedit: share of the walk."""
+    """sdedit: share of the timesteps."""
     components: tuple[int, ...] = ()
-    """pca-reconstruct: numbers of components; empty: those of 20, 40, 80 and 160 that the embeddings have."""
+    """pca-reconstruct: numbers of components; empty: 20, 40, 80 and 160, as far as the embeddings have them."""

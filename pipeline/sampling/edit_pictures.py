@@ -1,7 +1,7 @@
 """Edits of pictures by a recipe's cascade: PNG files, a labelled grid, and one line of JSON for each picture.
 
-Every edit is one entry of ``EDITS``: what it makes of its pictures, as frames of one kind. Files, grid and
-settings are the same for all. The mathematics is models/editor.py.
+Every edit is one entry of ``EDITS``: a function from pictures to frames. All edits share files, grid and settings.
+The mathematics is in models/editor.py.
 """
 
 import json
@@ -42,7 +42,7 @@ _COLUMNS = 10
 _NUM_COMPONENTS = (20, 40, 80, 160)
 """Principal components shown by default; the paper's figure 7 goes from 20 to 320."""
 _THRESHOLD = 128
-"""A mask's grey level from which a pixel is made anew."""
+"""The grey level of a mask from which a pixel is masked."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ class Sources:
 
 @dataclass(frozen=True)
 class Frames:
-    """What an edit made."""
+    """The result of an edit."""
 
     result: CascadeResult
     label: str
     tags: list[str]
-    """Of each frame: a few letters under it."""
+    """Text under each frame."""
     rows: list[Json]
-    """Of each frame: what sets it apart, with its seed."""
+    """The seed of each frame, and its own values."""
 
 
 def edit_recipe(
@@ -92,10 +92,10 @@ def edit_recipe(
         recipe: A recipe whose networks are trained.
         edit: A name of ``EDITS``.
         files: The pictures.
-        options: What the edit reads.
-        settings: How the decoder is walked.
-        out_dir: Folder, made when missing; files of an earlier call are replaced.
-        watch: Called after each step of each stage; ``preview.png`` shows them meanwhile.
+        options: Options of the edit.
+        settings: Settings of the decoder's sampler.
+        out_dir: Folder, created if missing; files of an earlier call are replaced.
+        watch: Called after each step of each stage; ``preview.png`` shows the steps.
 
     Returns:
         The rows of ``edits.jsonl``.
@@ -132,7 +132,7 @@ def _write(out_dir: Path, edit: str, editor: Editor, sources: Sources, frames: F
         about = {"file": name, "edit": edit, "sources": list(sources.files), "label": frames.label}
         rows.append(about | row | {"settings": asdict(editor.settings)})
     (out_dir / EDITS_FILE).write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows), encoding="utf-8")
-    # A way from one picture to another is shown between the two.
+    # An interpolation is shown between its two pictures.
     before, after = originals[:1], originals[1:]
     shown = [*before, *pictures, *after]
     tags = ["source"] * len(before) + frames.tags + ["source"] * len(after)
@@ -190,7 +190,7 @@ def _outpaint(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
     if inner_px < 1:
         raise ConfigError(f"--margin {options.margin}: leaves nothing of a picture of {editor.side_px} px")
     around = (border_px, border_px)
-    # The border repeats the picture's edge, so that small versions of the known part do not mix with a foreign colour.
+    # The border repeats the picture's edge, so that a resize mixes no other colour into the unmasked part.
     canvas = np.pad(square(sources.pictures[0], inner_px), (around, around, (0, 0)), mode="edge")
     border = np.pad(np.zeros((inner_px, inner_px), bool), (around, around), constant_values=True)
     image, mask = (torch.from_numpy(part)[None].to(editor.device) for part in (canvas, border))
@@ -213,16 +213,16 @@ def _sdedit(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
 
 
 def _pca_reconstruct(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
-    """Section 4 and figure 7: more and more components of z_image, sampled from one noise; at last all of it."""
+    """Section 4 and figure 7: more and more components of z_image, last all of them, sampled from one noise."""
     pca, z_image = training_pca(sources.embed), editor.embed(_as_tensor(sources.pictures[0]))
     most = len(pca.components)
     shown = options.components or tuple(count for count in _NUM_COMPONENTS if count < most)
     if max(shown, default=0) > most:
         raise ConfigError(f"--components {max(shown)}: these embeddings have {most} components")
-    cut = [pca.keep(count) for count in shown]
-    kept = [F.normalize(part.reconstruct(part.project(z_image)), dim=1) for part in cut]
+    bases = [pca.keep(count) for count in shown]
+    projections = [F.normalize(part.reconstruct(part.project(z_image)), dim=1) for part in bases]
     counts = [*shown, z_image.shape[1]]
-    result = editor.sample_embeddings(torch.cat([*kept, z_image]), options.seed)
+    result = editor.sample_embeddings(torch.cat([*projections, z_image]), options.seed)
     rows: list[Json] = [{"seed": options.seed, "components": count} for count in counts]
     return Frames(result, sources.names[0], [*(str(count) for count in shown), "all"], rows)
 
@@ -239,26 +239,26 @@ EDITS: dict[str, Callable[[Editor, Sources, EditOptions], Frames]] = {
 }
 
 
-# ---- what they read ------------------------------------------------------------------------------
+# ---- masks and embeddings--------------------------------------------------------------------------
 
 
-def read_mask(path: str, picture: Image.Image, of: str) -> NDArray[np.bool_]:
-    """True where a picture is to be made anew, cut to the picture's centre square.
+def read_mask(path: str, picture: Image.Image, picture_name: str) -> NDArray[np.bool_]:
+    """True where a picture is masked, cut to the picture's centre square.
 
-    That is where the mask is transparent, if any of it is (as OpenAI's API has it), else where it is white.
+    A pixel is masked where the file is transparent (as in OpenAI's API), or white if the file has no transparency.
 
     Args:
         path: The mask's file.
         picture: The picture it belongs to.
-        of: Name of the picture, for messages.
+        picture_name: Name of the picture, for messages.
 
     Raises:
-        ConfigError: If it cannot be read, is of another size than the picture, or masks nothing.
+        ConfigError: If it cannot be read, differs in size from the picture, or masks nothing.
     """
     mask = read_file(path, alpha=True)
     if mask.size != picture.size:
         sizes = " and ".join(f"{width} x {height} px" for width, height in (mask.size, picture.size))
-        raise ConfigError(f"{path}: the mask and {of} are of different sizes, {sizes}; make them equal")
+        raise ConfigError(f"{path}: the mask and {picture_name} are of different sizes, {sizes}; make them equal")
     if mask.mode == "RGBA":
         masked = np.asarray(mask.getchannel("A")) < _THRESHOLD
     else:
@@ -267,7 +267,7 @@ def read_mask(path: str, picture: Image.Image, of: str) -> NDArray[np.bool_]:
     left, top = (mask.width - side) // 2, (mask.height - side) // 2
     masked = masked[top : top + side, left : left + side]
     if not masked.any():
-        raise ConfigError(f"{path}: the mask is empty: make white, or transparent, what is to be made anew")
+        raise ConfigError(f"{path}: the mask is empty; make the part to inpaint white, or transparent")
     return np.ascontiguousarray(masked)
 
 
@@ -275,7 +275,7 @@ def training_pca(embed: Artifact) -> Pca:
     """Principal components of the training pictures' embeddings.
 
     Raises:
-        ConfigError: If nothing is embedded yet under this recipe, or too little.
+        ConfigError: If fewer than two training rows are embedded under this recipe.
         DataError: If a shard is damaged.
     """
     sums: PcaSums | None = None
@@ -285,7 +285,9 @@ def training_pca(embed: Artifact) -> Pca:
         sums = sums or PcaSums(rows.shape[1])
         sums.update(torch.from_numpy(rows))
     if sums is None or sums.num_rows < 2:
-        raise ConfigError("embed: no training embeddings to find components in; run `unclip run RECIPE --until embed`")
+        raise ConfigError(
+            "embed: too few training embeddings for principal components; run `unclip run RECIPE --until embed`"
+        )
     return sums.pca()
 
 

@@ -36,7 +36,7 @@ def draw_grid(blocks: Sequence[Block], *, columns: int = 1, cell_px: int = 160, 
     Args:
         blocks: In reading order; a block with fewer pictures than the widest leaves its cells empty.
         columns: Blocks side by side.
-        cell_px: Side of each picture in the grid, in pixels; smaller ones are enlarged with hard edges.
+        cell_px: Side of each picture in the grid, in pixels; smaller pictures are enlarged with hard edges.
         title: A line above the grid.
 
     Raises:
@@ -54,8 +54,8 @@ def draw_grid(blocks: Sequence[Block], *, columns: int = 1, cell_px: int = 160, 
         cell_px + tag_height + _GAP_PX + round(max(map(len, lines[row : row + columns])) * label_px * _LINE)
         for row in range(0, len(blocks), columns)
     ]
-    used = min(columns, len(blocks))
-    width = 2 * _MARGIN_PX + used * block_width + (used - 1) * _MARGIN_PX
+    num_columns = min(columns, len(blocks))
+    width = 2 * _MARGIN_PX + num_columns * block_width + (num_columns - 1) * _MARGIN_PX
     page = Image.new("RGB", (width, top + sum(heights) + len(heights) * _MARGIN_PX), _PAPER)
     pen = ImageDraw.Draw(page)
     if title:
@@ -77,7 +77,7 @@ def draw_grid(blocks: Sequence[Block], *, columns: int = 1, cell_px: int = 160, 
 
 
 def wrap(text: str, font_px: int, width_px: int) -> list[str]:
-    """Break text into at most three lines that fit into ``width_px``; what is left over ends in an ellipsis."""
+    """Break text into at most three lines that fit into ``width_px``; a longer text ends in an ellipsis."""
     font, lines = _font(font_px), [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -91,7 +91,7 @@ def wrap(text: str, font_px: int, width_px: int) -> list[str]:
 
 
 def fit(picture: Picture, side_px: int) -> Image.Image:
-    """A picture inside a square of ``side_px``: smaller ones enlarged with hard edges, larger ones filtered."""
+    """A picture resized into a square of ``side_px``: enlarged with hard edges, or shrunk with a filter."""
     image = to_image(picture)
     scale = side_px / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))

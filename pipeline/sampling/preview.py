@@ -1,4 +1,4 @@
-"""What pictures look like while they are sampled: ``preview.png``, replaced as it goes and removed at the end."""
+"""``preview.png`` shows pictures while they are sampled; it is replaced on the way and removed at the end."""
 
 import time
 from pathlib import Path
@@ -10,15 +10,15 @@ from pipeline.pictures import to_png
 from pipeline.sampling.grid import Block, draw_grid
 
 PREVIEW = "preview.png"
-_MOST_PICTURES = 16
+_MAX_PICTURES = 16
 
 
 class Preview:
-    """A ``Watch`` that keeps ``preview.png`` in a folder, and passes each step on.
+    """A ``Watch`` that writes ``preview.png`` into a folder, and passes each step on.
 
     Args:
-        folder: Where to; it exists.
-        watch: Another that hears of each step.
+        folder: An existing folder.
+        watch: Another ``Watch``, called at each step.
         every_s: Least time between two previews, in seconds.
     """
 
@@ -37,16 +37,16 @@ class Preview:
         self._path.unlink(missing_ok=True)
 
     def __call__(self, step: StageStep) -> None:
-        """Take note of a step; only those that make pictures have one."""
+        """Write the pictures of a step, if it has any."""
         if self._watch is not None:
             self._watch(step)
         if step.x0.ndim != 4 or step.x0.shape[1] != 3 or time.monotonic() - self._written < self._every_s:
             return
-        pictures = list(to_uint8(step.x0[:_MOST_PICTURES]).cpu().numpy())
+        pictures = list(to_uint8(step.x0[:_MAX_PICTURES]).cpu().numpy())
         page = draw_grid(
             [Block([picture]) for picture in pictures], columns=4, title=f"{step.stage} {step.done}/{step.total}"
         )
         new = self._path.with_suffix(".tmp")
         new.write_bytes(to_png(page))
-        new.replace(self._path)  # whoever looks sees a whole picture
+        new.replace(self._path)  # so that a reader never sees half a file
         self._written = time.monotonic()

@@ -1,7 +1,7 @@
 """Sampling prompts: PNG files, a labelled grid, and one line of JSON for each picture.
 
-Picture ``j`` of every prompt has seed ``seed + j``, so each one can be sampled again alone, and the same seed shows
-what other words change.
+Picture ``j`` of every prompt has seed ``seed + j``, so that each can be sampled again alone, and equal seeds show the
+effect of other words.
 """
 
 import json
@@ -90,15 +90,15 @@ def sample_prompts(
         cascade: The trained networks.
         prompts: What the pictures show.
         num_images: Pictures of each prompt.
-        seed: Seed of each prompt's first picture; its others have the next ones.
-        out_dir: Folder, made when missing; files of an earlier call are replaced.
-        num_candidates: Pictures sampled of each prompt, of which those with the highest CLIP score are kept, the best
-            first; 0: ``num_images``, in the order of their seeds, without scores.
+        seed: Seed of each prompt's first picture; its others have the following seeds.
+        out_dir: Folder, created if missing; files of an earlier call are replaced.
+        num_candidates: Pictures sampled of each prompt; those with the highest CLIP score are kept, the best first.
+            0: ``num_images``, in the order of their seeds, without scores.
         batch_size: Pictures sampled at a time.
-        watch: Called after each step of each stage; ``preview.png`` shows them meanwhile.
+        watch: Called after each step of each stage; ``preview.png`` shows the steps.
 
     Returns:
-        The rows of ``samples.jsonl``: file, prompt, seed, settings and, where they were chosen, ``clip_score`` of each.
+        The rows of ``samples.jsonl``: file, prompt, seed, settings and, with candidates, ``clip_score``.
 
     Raises:
         ConfigError: If there is nothing to sample, or there are fewer candidates than pictures to keep.
@@ -157,19 +157,19 @@ def _sample(
 
 
 def clip_scores(cascade: Cascade, images: Tensor, texts: Sequence[str]) -> list[float]:
-    """Cosine between each picture, uint8 (B, H, W, 3), and its text, as CLIP sees them.
+    """Cosine of the CLIP embeddings of each picture, uint8 (B, H, W, 3), and its text.
 
     Raises:
         ConfigError: If the cascade's CLIP has no image tower.
     """
     clip = cascade.clip
     if not isinstance(clip, ImageEncoder):
-        raise ConfigError("--candidates: this cascade's CLIP has no image tower to choose with")
+        raise ConfigError("--candidates: this cascade's CLIP has no image tower to rank candidates")
     return (clip.encode_image(images) * clip.encode_text(texts).z_text).sum(1).tolist()
 
 
 def sample_grid(blocks: Sequence[Block]) -> Any:
-    """The grid of samples: two prompts side by side where each has few pictures."""
+    """The grid of samples, with two prompts side by side if each has few pictures."""
     side_px = max(np.asarray(blocks[0].pictures[0]).shape[:2])
     cell_px = min(max(side_px, _CELL_PX[0]), _CELL_PX[1])
     columns = 2 if len(blocks) > 1 and len(blocks[0].pictures) <= 4 else 1

@@ -29,14 +29,14 @@ PICTURE_BODY_LIMIT_BYTES = 24 << 20
 
 @dataclass(frozen=True)
 class ApiSettings:
-    """What the interface shows of a recipe."""
+    """Settings of the interface, from a recipe."""
 
     name: str
     """Name of the model and of the index."""
     image_px: int
     """Side of the cascade's pictures, in pixels."""
     api_key: str = ""
-    """When set, every route but the page and the health check asks for it."""
+    """If set, every route except the page and the health check requires it."""
     created: int = 0
     """When the model was finished, in seconds since the epoch."""
 
@@ -46,7 +46,7 @@ def create_app(model: PictureModel, neighbours: Neighbours | None, settings: Api
 
     Args:
         model: The networks.
-        neighbours: The training pictures by nearness; None leaves their routes out.
+        neighbours: Search over the training pictures; None leaves its routes out.
         settings: Names, sizes and the key.
     """
     app = FastAPI(title="unclip", docs_url=None, redoc_url=None, openapi_url=None)
@@ -135,7 +135,7 @@ def _clip_retrieval(model: PictureModel, neighbours: Neighbours, settings: ApiSe
 
 
 def _page(settings: ApiSettings, *, has_neighbours: bool) -> tuple[str, str]:
-    """The page, and a policy that lets it run its own script, show inline pictures and call this server alone."""
+    """The page, and a policy that lets it run only its own script, show inline pictures and call this server."""
     page = files("pipeline.serve").joinpath("page.html").read_text(encoding="utf-8")
     facts = {"SIDE_PX": str(settings.image_px), "HAS_NEIGHBOURS": str(has_neighbours).lower()}
     for name, value in facts.items():

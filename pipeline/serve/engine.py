@@ -1,8 +1,8 @@
-"""The engine: requests in, pictures out, with as many as fit sampled together, each at its own step.
+"""The engine samples the pictures of many requests together, each at its own step.
 
-One thread runs the networks. Between two steps it lets in waiting pictures, drops those that nobody waits for any more,
-and takes the stages in turn, so that a request that comes late neither waits for the others nor holds them up.
-A picture is a batch of one item: it comes out as ``Cascade.sample_request`` would sample it alone.
+One thread runs the networks. Between two steps it admits waiting pictures, drops those of cancelled requests, and
+takes the stages in turn, so that a late request neither waits for the others nor delays them.
+A picture is a batch of one item: it equals the picture that ``Cascade.sample_request`` samples alone.
 """
 
 import asyncio
@@ -29,14 +29,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class EngineStats:
-    """Counts since the start, and what is under way."""
+    """Counts since the start, and the work in progress."""
 
     requests: int = 0
     """Accepted."""
     refused: int = 0
-    """Turned away because too many waited."""
+    """Refused because too many requests waited."""
     dropped: int = 0
-    """Left by their clients before they were finished."""
+    """Cancelled by their clients before they were finished."""
     failed: int = 0
     """Ended by an error of a network."""
     pictures: int = 0
@@ -46,32 +46,32 @@ class EngineStats:
     rows: int = 0
     """Pictures in those steps, summed: rows / steps is the mean batch."""
     waiting: int = 0
-    """Requests not begun."""
+    """Requests not started."""
     active: int = 0
-    """Pictures under way."""
+    """Pictures in progress."""
 
 
 @dataclass(eq=False)
 class _Pending:
-    """A request that is not answered yet."""
+    """A request without an answer yet."""
 
     request: SampleRequest
     future: Future[SampledPictures] = field(default_factory=Future[SampledPictures])
     pictures: list["_Picture"] = field(default_factory=list["_Picture"])
-    """Those let in so far, in the order of the seeds."""
+    """Its pictures in progress or finished, in the order of the seeds."""
 
 
 @dataclass(eq=False)
 class _Picture:
-    """One picture on its way through the stages."""
+    """One picture in the cascade."""
 
     pending: _Pending
     batch: Batch
     """One item."""
     stage: int = 0
-    """Number of the stage that it is in, or has to enter."""
+    """Number of its stage, which it may not have entered yet."""
     chain: Chain | None = None
-    """Where it stands there; None before it enters."""
+    """Its state in that stage; None before it enters."""
 
 
 class Engine:
@@ -80,7 +80,7 @@ class Engine:
     Args:
         cascade: The trained networks, on their device.
         max_batch_size: Pictures sampled at a time.
-        max_waiting: Requests that may wait to be begun; a further one is refused.
+        max_waiting: Most requests that may wait to start; further ones are refused.
     """
 
     def __init__(self, cascade: Cascade, *, max_batch_size: int = 16, max_waiting: int = 64) -> None:
@@ -109,7 +109,7 @@ class Engine:
             return asdict(self._stats)
 
     def submit(self, request: SampleRequest) -> Future[SampledPictures]:
-        """Ask for pictures; cancelling the future drops the request.
+        """Request pictures; cancelling the future drops the request.
 
         Raises:
             ValueError: If the cascade cannot do what is requested.
@@ -150,7 +150,7 @@ class Engine:
         return cast("FrozenClip", self._cascade.clip)
 
     def close(self) -> None:
-        """Stop after the present step; whoever still waits gets ``Overloaded``."""
+        """Stop after the current step; unanswered requests fail with ``Overloaded``."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -178,7 +178,7 @@ class Engine:
                     self._guarded([picture.pending for picture in chosen], partial(self._advance, chosen))
 
     def _take_waiting(self) -> list[tuple[_Pending, tuple[int, ...]]]:
-        """Requests, in their order, with the seeds for which there is room."""
+        """The next requests, each with the seeds for which there is room."""
         room = self._max_batch_size - len(self._active)
         entering: list[tuple[_Pending, tuple[int, ...]]] = []
         while self._waiting and room > 0:
@@ -202,7 +202,7 @@ class Engine:
                 self._active += pictures
 
     def _choose(self) -> list[_Picture]:
-        """The pictures of the next stage that has any."""
+        """The pictures of the next stage that holds any."""
         for offset in range(len(self._joined)):
             number = (self._turn + offset) % len(self._joined)
             chosen = [picture for picture in self._active if picture.stage == number]
@@ -212,7 +212,7 @@ class Engine:
         return []
 
     def _advance(self, chosen: Sequence[_Picture]) -> None:
-        """Take pictures of one stage a step further; those that were at its last step leave it."""
+        """Take pictures of one stage one step further; those that finish the stage leave it."""
         number = chosen[0].stage
         stage = self._cascade.stages[number]
         chains: list[Chain] = []
@@ -240,10 +240,10 @@ class Engine:
                 _answer(pending)
 
     def _guarded(self, requests: Sequence[_Pending], act: Callable[[], None]) -> None:
-        """Run a part of the loop; its error goes to those who wait for it, and the loop goes on."""
+        """Run a part of the loop; an error fails its requests, and the loop continues."""
         try:
             act()
-        except Exception as error:  # noqa: BLE001  (whatever a network raises (memory above all) is the request's, not the server's)
+        except Exception as error:  # noqa: BLE001  (any error of a network, often of memory, fails the request, not the server)
             _log.exception("sampling failed")
             failed = set(requests)
             for pending in failed:
@@ -254,7 +254,7 @@ class Engine:
                 self._remove(failed)
 
     def _forget_cancelled(self) -> None:
-        """Drop requests that nobody waits for; call with the lock held."""
+        """Drop cancelled requests; call with the lock held."""
         cancelled = {pending for pending in self._unanswered() if pending.future.cancelled()}
         self._stats.dropped += len(cancelled)
         self._remove(cancelled)
@@ -271,7 +271,7 @@ class Engine:
 
 def _answer(pending: _Pending) -> None:
     values = [picture.batch.values for picture in pending.pictures]
-    images = to_uint8(torch.cat([made[PIXELS] for made in values])).cpu().numpy()
-    z_image = torch.cat([made[Z_IMAGE] for made in values]).float().cpu().numpy() if Z_IMAGE in values[0] else None
+    images = to_uint8(torch.cat([value[PIXELS] for value in values])).cpu().numpy()
+    z_image = torch.cat([value[Z_IMAGE] for value in values]).float().cpu().numpy() if Z_IMAGE in values[0] else None
     if pending.future.set_running_or_notify_cancel():
         pending.future.set_result(SampledPictures(images, z_image))

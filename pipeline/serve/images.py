@@ -1,4 +1,4 @@
-"""``POST /v1/images/generations`` as OpenAI's Images API has it; ``seed`` is an addition."""
+"""``POST /v1/images/generations`` of OpenAI's Images API, with an additional field ``seed``."""
 
 import asyncio
 import base64
@@ -23,7 +23,7 @@ _MAX_SEED = 2**63 - 1 - MAX_IMAGES
 
 
 class GenerationRequest(BaseModel):
-    """The body of a request; None stands for the default, as in OpenAI's clients."""
+    """The body of a request; None is the default, as in OpenAI's clients."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -52,11 +52,11 @@ class GenerationRequest(BaseModel):
 
 
 def side_of(size: str | None, image_px: int) -> int:
-    """The side that a request's ``size`` asks for, in pixels.
+    """The side that ``size`` requests, in pixels.
 
     Args:
         size: "WxH", "auto" or None.
-        image_px: Side of the cascade's pictures, the largest there is.
+        image_px: Side of the cascade's pictures, in pixels: the largest possible.
 
     Raises:
         ApiError: 400, if it is no size, not square, or larger than the cascade draws.
@@ -77,7 +77,7 @@ async def generate(model: PictureModel, body: GenerationRequest, *, name: str, i
     Args:
         model: The networks.
         body: The checked body.
-        name: Of the only model that may be asked for.
+        name: Name of the only model.
         image_px: Side of the cascade's pictures, in pixels.
 
     Raises:
@@ -89,7 +89,7 @@ async def generate(model: PictureModel, body: GenerationRequest, *, name: str, i
         raise ApiError(404, message, param="model", code="model_not_found")
     side_px, request = side_of(body.size, image_px), sample_request(body)
     sampled = await model.sample(request)
-    files = await asyncio.to_thread(lambda: [to_png(image, side_px) for image in sampled.images])
+    files = await asyncio.to_thread(lambda: [to_png_of_side(image, side_px) for image in sampled.images])
     data: list[dict[str, Any]] = []
     for file, seed in zip(files, request.seeds, strict=True):
         encoded = base64.b64encode(file).decode()
@@ -101,13 +101,13 @@ async def generate(model: PictureModel, body: GenerationRequest, *, name: str, i
 
 
 def sample_request(body: GenerationRequest) -> SampleRequest:
-    """What a body asks of the cascade; without a seed, pictures of random ones."""
+    """The request to the cascade; without a seed in the body, the first seed is random."""
     first = secrets.randbelow(2**31) if body.seed is None else body.seed
     return SampleRequest(body.prompt, tuple(range(first, first + (body.n or 1))))
 
 
-def to_png(image: Images, side_px: int) -> bytes:
-    """A picture (H, W, 3) as a PNG file of side ``side_px``, made smaller with antialiasing."""
+def to_png_of_side(image: Images, side_px: int) -> bytes:
+    """A picture (H, W, 3) as a PNG file of side ``side_px``; shrunk with antialiasing."""
     picture = Image.fromarray(np.ascontiguousarray(image))
     if picture.width != side_px:
         picture = picture.resize((side_px, side_px), Image.Resampling.LANCZOS)

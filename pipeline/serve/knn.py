@@ -1,4 +1,4 @@
-"""``POST /knn-service`` and ``POST /metadata`` as clip-retrieval has them, and the index that answers them."""
+"""``POST /knn-service`` and ``POST /metadata`` of clip-retrieval, and the index that answers them."""
 
 import asyncio
 import base64
@@ -25,12 +25,12 @@ _log = logging.getLogger(__name__)
 MAX_IMAGES = 1000
 MAX_RESULT_IDS = 10_000
 _MAX_QUERY_PX = 40_000_000
-_KEPT_PX = 1024
+_MAX_SQUARE_PX = 1024
 _JPEG = b"\xff\xd8"
 
 
 class KnnRequest(BaseModel):
-    """The body of a request; clip-retrieval's filters are accepted and do nothing where their models are not loaded."""
+    """The body of a request; clip-retrieval's filter fields are ignored, as there without the filters' models."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -55,7 +55,7 @@ class MetadataRequest(BaseModel):
 
 
 class LocalNeighbours:
-    """``protocols.Neighbours`` from an index and the shards that it was made from."""
+    """``protocols.Neighbours`` from an index and the shards of its pictures."""
 
     def __init__(self, index: NeighbourIndex, download: Artifact) -> None:
         self._index = index
@@ -95,7 +95,7 @@ class LocalNeighbours:
 
 
 async def find(model: PictureModel, neighbours: Neighbours, body: KnnRequest) -> list[dict[str, Any]]:
-    """Answer a search: the rows nearest to a text, a picture or an embedding, in this order of precedence.
+    """Answer a search: the rows nearest to a text, else a picture, else an embedding.
 
     Raises:
         ApiError: 400, if there is nothing to search for, or it cannot be read.
@@ -108,7 +108,7 @@ async def find(model: PictureModel, neighbours: Neighbours, body: KnnRequest) ->
 
 
 def metadata(neighbours: Neighbours, body: MetadataRequest) -> list[dict[str, Any]]:
-    """Answer a question for rows by number.
+    """Answer a request for rows by number.
 
     Raises:
         ApiError: 400, if there is no such row.
@@ -137,7 +137,7 @@ def _search(neighbours: Neighbours, vector: Vectors, num_results: int, body: Knn
 
 
 def _distinct(rows: list[NeighbourRow]) -> list[NeighbourRow]:
-    """The first of each URL."""
+    """The first row of each URL."""
     by_url: dict[str, NeighbourRow] = {}
     for row in rows:
         by_url.setdefault(row.columns["url"], row)
@@ -178,4 +178,4 @@ def decode_query(encoded: str) -> Images:
         raise ApiError(400, "image: not base64", param="image", code="invalid_value") from None
     except PictureError as error:
         raise ApiError(400, str(error), param="image", code="invalid_value") from None
-    return square(image, min(_KEPT_PX, *image.size))
+    return square(image, min(_MAX_SQUARE_PX, *image.size))

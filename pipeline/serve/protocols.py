@@ -1,6 +1,6 @@
-"""What stands between the API and the networks: plain calls, which Ray Serve may place in another process.
+"""The interface between the API and the networks: plain calls, so that Ray Serve can run them in another process.
 
-This module loads numpy alone, so that the process that speaks HTTP needs no torch.
+This module imports no torch, because the process that speaks HTTP does not need it.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ Vectors = NDArray[np.float32]
 
 
 class Overloaded(Exception):
-    """Too many requests wait; come back later."""
+    """Too many requests wait; try again later."""
 
 
 @dataclass(frozen=True)
 class SampledPictures:
-    """What a request for pictures gets back."""
+    """The answer to a request for pictures."""
 
     images: Images
     """(n, H, W, 3)."""
@@ -51,7 +51,7 @@ class PictureModel(Protocol):
         ...
 
     async def stats(self) -> dict[str, int]:
-        """Counts of the engine; empty where it is not alive."""
+        """Counts of the engine; empty if it is not running."""
         ...
 
 
@@ -66,7 +66,7 @@ class NeighbourRow:
 
 
 class Neighbours(Protocol):
-    """The pictures that the networks were trained on, by nearness."""
+    """Nearest-neighbour search over the training pictures."""
 
     @property
     def embed_dim(self) -> int:
@@ -86,5 +86,5 @@ class Neighbours(Protocol):
         ...
 
     def picture(self, row: NeighbourRow) -> bytes | None:
-        """The stored picture as a JPEG file; None where it cannot be read."""
+        """The stored picture as a JPEG file; None if it cannot be read."""
         ...

@@ -1,4 +1,4 @@
-"""What every route needs: errors in OpenAI's form, the key, bodies with a limit, and clients who leave."""
+"""Parts that all routes share: errors in OpenAI's form, the API key, body limits and clients that disconnect."""
 
 import asyncio
 import hmac
@@ -18,18 +18,18 @@ T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
 
 _RETRY_AFTER_S = 2
-_LEFT_STATUS = 499
+_CLIENT_CLOSED_STATUS = 499
 _DISCONNECT_POLL_S = 0.2
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "overloaded_error", 500: "server_error"}
 
 
 class ApiError(Exception):
-    """An answer that is an error, in the form of OpenAI's API.
+    """An error answer in the form of OpenAI's API.
 
     Args:
         status: HTTP status.
         message: What is wrong and what to do.
-        param: Field that is at fault.
+        param: The wrong field.
         code: Short name for programs.
     """
 
@@ -40,7 +40,7 @@ class ApiError(Exception):
         self.code = code
 
     def response(self) -> JSONResponse:
-        """As an answer."""
+        """The error as an HTTP response."""
         kind = _TYPES.get(self.status, "invalid_request_error")
         error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         headers = {"Retry-After": str(_RETRY_AFTER_S)} if self.status in {429, 503} else {}
@@ -74,25 +74,25 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 def require_key(api_key: str) -> Callable[[Request], None]:
-    """A dependency that refuses requests without the key; with an empty key, none."""
+    """A dependency that refuses pages of other origins, and requests without the key, if it is not empty."""
 
     def check(request: Request) -> None:
         origin = request.headers.get("origin")
         if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
             raise ApiError(403, f"requests from pages of {origin} are refused", code="foreign_origin")
-        given = request.headers.get("authorization", "")
-        if api_key and not hmac.compare_digest(given.encode(), f"Bearer {api_key}".encode()):
-            message = "wrong API key" if given else "no API key: send the header Authorization: Bearer KEY"
+        header = request.headers.get("authorization", "")
+        if api_key and not hmac.compare_digest(header.encode(), f"Bearer {api_key}".encode()):
+            message = "wrong API key" if header else "no API key: send the header Authorization: Bearer KEY"
             raise ApiError(401, message, code="invalid_api_key")
 
     return check
 
 
 async def read_json(request: Request, limit_bytes: int) -> Json:
-    """The body as a JSON object, whatever its content type says.
+    """The body as a JSON object; its content type is ignored.
 
     Raises:
-        ApiError: 413 above the limit, 400 for anything else than a JSON object.
+        ApiError: 413 above the limit, 400 if it is not a JSON object.
     """
     too_large = ApiError(413, f"the body is above {limit_bytes} bytes", code="body_too_large")
     declared = request.headers.get("content-length", "0")
@@ -113,10 +113,10 @@ async def read_json(request: Request, limit_bytes: int) -> Json:
 
 
 def parse(model: type[Model], body: Json) -> Model:
-    """The body as a checked object.
+    """Validate the body as a ``model``.
 
     Raises:
-        ApiError: 400, naming the first field at fault.
+        ApiError: 400; names the first wrong field.
     """
     try:
         return model.model_validate(body)
@@ -132,17 +132,17 @@ def parse(model: type[Model], body: Json) -> Model:
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
-    """Wait for ``work``, and cancel it when the client goes away.
+    """Wait for ``work``, and cancel it if the client disconnects.
 
     Raises:
-        ApiError: 499, which nobody reads, when the client has gone.
+        ApiError: 499, if the client has disconnected; nobody reads it.
     """
     task = asyncio.ensure_future(work)
     try:
         while not task.done():
             await asyncio.wait({task}, timeout=_DISCONNECT_POLL_S)
             if not task.done() and await request.is_disconnected():
-                raise ApiError(_LEFT_STATUS, "the client has left")
+                raise ApiError(_CLIENT_CLOSED_STATUS, "the client has disconnected")
         return task.result()
     finally:
         task.cancel()

@@ -36,19 +36,19 @@ def test_compare_takes_turns_and_gives_the_median_of_the_ratios() -> None:
         calls.append(name)
         time.sleep(seconds)
 
-    found = compare("sleep", lambda: wait("ours", 0.01), lambda: wait("theirs", 0.02), rounds=4, floor=1.0)
+    comparison = compare("sleep", lambda: wait("ours", 0.01), lambda: wait("theirs", 0.02), rounds=4, floor=1.0)
     assert calls[2:] == ["ours", "theirs", "theirs", "ours"] * 2
-    assert 1.2 < found.ratio < 3
-    assert found.low <= found.ratio <= found.high
+    assert 1.2 < comparison.ratio < 3
+    assert comparison.low <= comparison.ratio <= comparison.high
 
 
 def test_publish_prints_a_table_and_writes_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(side_by_side, "RESULTS", tmp_path)
-    found = json.loads(publish("some", [{"way": "a", "ratio": 1.23456}], {"rounds": 1}).read_text())
-    assert found["rows"] == [{"way": "a", "ratio": 1.23456}]
-    assert found["versions"]["torch"] == torch.__version__
+    comparison = json.loads(publish("some", [{"way": "a", "ratio": 1.23456}], {"rounds": 1}).read_text())
+    assert comparison["rows"] == [{"way": "a", "ratio": 1.23456}]
+    assert comparison["versions"]["torch"] == torch.__version__
     assert "1.235" in capsys.readouterr().out
 
 
@@ -80,8 +80,10 @@ torch.testing.assert_close(*pictures)
 
 
 def test_sampling_compares_with_a_pipeline_on_shared_weights_that_draws_what_the_exported_one_draws() -> None:
-    found = subprocess.run([sys.executable, "-c", _SAMPLING], check=False, cwd=ROOT, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
+    comparison = subprocess.run(
+        [sys.executable, "-c", _SAMPLING], check=False, cwd=ROOT, capture_output=True, text=True
+    )
+    assert comparison.returncode == 0, comparison.stderr
 
 
 def test_memory_of_recomputed_activations_is_below_that_of_kept_ones() -> None:
@@ -103,8 +105,8 @@ def test_gpu_benchmark_counts_and_times_on_any_device(tmp_path: Path) -> None:
     sizes = ["--steps", "1", "--batch-size-decoder", "2", "--batch-size-prior", "2"]
     arguments = ["-m", "benchmarks.gpu", "--tiny", "--eager", "--device", "cpu", *sizes, "--out", str(out)]
     subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
-    found = json.loads(out.read_text())
-    assert [row["network"] for row in found["rows"]] == ["decoder", "prior"]
-    for row in found["rows"]:
+    comparison = json.loads(out.read_text())
+    assert [row["network"] for row in comparison["rows"]] == ["decoder", "prior"]
+    for row in comparison["rows"]:
         assert row["tflop_s"] == pytest.approx(row["tflop_a_step"] / row["step_s"])
         assert row["of_measured_peak"] > 0

@@ -1,4 +1,4 @@
-"""The ablation of the prior on a cascade that has learned nothing: what is drawn, from what, and going on after a kill."""
+"""The ablation of the prior on a cascade that has learned nothing: what is variants, from what, and going on after a kill."""
 
 import copy
 import dataclasses
@@ -54,11 +54,11 @@ def ablated(tiny: Recipe) -> tuple[Artifact, dict[str, Any]]:
 def test_ablation_measures_every_variant_on_the_same_prompts(ablated: tuple[Artifact, dict[str, Any]]) -> None:
     output, result = ablated
     assert set(result["variants"]) == {"caption", "z_text", "prior", "z_image"}
-    for found in result["variants"].values():
-        assert found["clip_score"]["count"] == 7
-        assert found["r_precision"]["total"] == 7
-        assert found["pixel_check"]["background"]["total"] == 7
-        assert found["frechet_clip"] > 0
+    for numbers in result["variants"].values():
+        assert numbers["clip_score"]["count"] == 7
+        assert numbers["r_precision"]["total"] == 7
+        assert numbers["pixel_check"]["background"]["total"] == 7
+        assert numbers["frechet_clip"] > 0
     with Image.open(output.path("ablation.png")) as grid:
         assert grid.width == 2 * 18 + 4 * 160 + 3 * 6
         assert grid.height > 2 * 160
@@ -83,10 +83,10 @@ def test_ablation_numbers_agree_with_their_definitions(
     z_text = clip.encode_text([prompt.text for prompt in prompts]).z_text.numpy()
     real = [draw_array(prompt.scene, 32) for prompt in prompts if prompt.scene is not None]
     z_real = clip.encode_image(torch.from_numpy(np.stack(real))).numpy()
-    found = result["variants"]["prior"]
-    assert found["clip_score"]["mean"] == pytest.approx((z_drawn * z_text).sum(1).mean(), abs=1e-6)
+    numbers = result["variants"]["prior"]
+    assert numbers["clip_score"]["mean"] == pytest.approx((z_drawn * z_text).sum(1).mean(), abs=1e-6)
     expected = m.frechet_distance(m.FeatureSums.of(z_drawn), m.FeatureSums.of(z_real))
-    assert found["frechet_clip"] == pytest.approx(expected, rel=1e-5)
+    assert numbers["frechet_clip"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_variants_are_drawn_from_what_they_say(tiny: Recipe, cascade: Cascade, tmp_path: Path) -> None:
@@ -169,11 +169,11 @@ def test_a_killed_ablation_goes_on_and_ends_in_the_same_bytes(
     tiny: Recipe, ablated: tuple[Artifact, dict[str, Any]]
 ) -> None:
     output, result = ablated
-    kept = {name: output.describe(name) for name in output.names() if name.endswith((".png", ".parquet"))}
-    drawn: list[str] = []
+    files = {name: output.describe(name) for name in output.names() if name.endswith((".png", ".parquet"))}
+    variants: list[str] = []
 
     def stop(variant: str, done: int, total: int) -> None:
-        drawn.append(variant)
+        variants.append(variant)
         if variant == "prior":
             raise _StopError
 
@@ -181,14 +181,14 @@ def test_a_killed_ablation_goes_on_and_ends_in_the_same_bytes(
     again = artifact_of(Workspace(tiny.workspace), ablation_step(other, num_prompts=7, num_shown=2))
     assert again.uri == output.uri  # the name of a recipe changes nothing
     assert ablate_recipe(other, num_prompts=7, num_shown=2, watch=stop)[1] == result
-    assert drawn == []
+    assert variants == []
     for name in ["manifest.json", *(name for name in output.names() if "prior" in name or "z_image-" in name)]:
         output.remove(name)
     with pytest.raises(_StopError):
         ablate_recipe(tiny, num_prompts=7, num_shown=2, watch=stop)
     assert output.manifest() is None
     assert ablate_recipe(tiny, num_prompts=7, num_shown=2, watch=_quiet)[1] == result
-    assert {name: output.describe(name) for name in kept} == kept
+    assert {name: output.describe(name) for name in files} == files
 
 
 def test_prompts_without_real_pictures_have_no_true_embedding(cascade: Cascade, tmp_path: Path) -> None:

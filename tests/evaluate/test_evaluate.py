@@ -22,7 +22,7 @@ from pipeline.evaluate import metrics as m
 from pipeline.evaluate.aggregate import pixel_check
 from pipeline.evaluate.evaluate import Work, finish, make_runner, plan_work, summarise
 from pipeline.evaluate.features import FeatureExtractor
-from pipeline.evaluate.parts import Part, PartRunner, drawings_of, picture_seed, plan_parts, read_part
+from pipeline.evaluate.parts import Part, PartRunner, picture_seed, plan_parts, read_part, samples_of
 from pipeline.evaluate.prompts import Prompt, PromptSet, choose_prompts, choose_rows
 from pipeline.evaluate.sets import cmmd, precision_recall
 from pipeline.networks.cascade import load_cascade
@@ -59,7 +59,7 @@ def evaluated(tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[A
 
 def test_plan_parts_covers_every_item_once_in_parts_of_nearly_equal_size() -> None:
     parts = plan_parts(23, 4, 8)
-    for kind, total in (("drawings", 23), ("validation", 4)):
+    for kind, total in (("samples", 23), ("validation", 4)):
         mine = [part for part in parts if part.kind == kind]
         assert [i for part in mine for i in range(part.start, part.stop)] == list(range(total))
         sizes = [part.stop - part.start for part in mine]
@@ -69,10 +69,10 @@ def test_plan_parts_covers_every_item_once_in_parts_of_nearly_equal_size() -> No
     assert plan_parts(0, 0, 8) == []
 
 
-def test_drawings_draw_every_prompt_once_and_the_shown_ones_again() -> None:
-    assert drawings_of(3, 2, 3) == [(0, 0), (1, 0), (2, 0), (0, 1), (0, 2), (1, 1), (1, 2)]
-    assert drawings_of(1, 16, 1) == [(0, 0)]
-    seeds = [picture_seed(5, i, j) for i, j in drawings_of(50, 50, 4)]
+def test_samples_take_every_prompt_once_and_the_shown_ones_again() -> None:
+    assert samples_of(3, 2, 3) == [(0, 0), (1, 0), (2, 0), (0, 1), (0, 2), (1, 1), (1, 2)]
+    assert samples_of(1, 16, 1) == [(0, 0)]
+    seeds = [picture_seed(5, i, j) for i, j in samples_of(50, 50, 4)]
     assert len(set(seeds)) == len(seeds)
 
 
@@ -142,7 +142,7 @@ def test_pixel_check_shows_guess_levels_and_not_zeros_as_the_floor() -> None:
 
 def test_general_metrics_agree_with_their_definitions(evaluated: tuple[Artifact, Work, dict[str, Any]]) -> None:
     output, work, metrics = evaluated
-    rows = [row for part in work.parts if part.kind == "drawings" for row in read_part(output, part)]
+    rows = [row for part in work.parts if part.kind == "samples" for row in read_part(output, part)]
     firsts = {row["prompt_number"]: row for row in rows if row["image_number"] == 0}
     z_image = np.array([firsts[i]["z_image"] for i in range(10)])
     z_text = np.array([firsts[i]["z_text"] for i in range(10)])
@@ -162,16 +162,16 @@ def test_both_priors_are_measured_on_the_same_captions(evaluated: tuple[Artifact
     z_text = np.array([row["z_text"] for row in rows], np.float64)
     z_text /= np.linalg.norm(z_text, axis=1, keepdims=True)
     for name, column, kind in (("prior", "z_prior", "diffusion"), ("prior_2", "z_prior_2", "autoregressive")):
-        drawn = np.array([row[column] for row in rows], np.float64)
-        drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
+        z_prior = np.array([row[column] for row in rows], np.float64)
+        z_prior /= np.linalg.norm(z_prior, axis=1, keepdims=True)
         assert metrics[name]["kind"] == kind
-        assert metrics[name]["z_text"]["mean"] == pytest.approx((drawn * z_text).sum(1).mean(), abs=1e-5)
-        unrelated = (drawn * np.roll(z_text, 1, axis=0)).sum(1).mean()
+        assert metrics[name]["z_text"]["mean"] == pytest.approx((z_prior * z_text).sum(1).mean(), abs=1e-5)
+        unrelated = (z_prior * np.roll(z_text, 1, axis=0)).sum(1).mean()
         assert metrics[name]["unrelated_text"]["mean"] == pytest.approx(unrelated, abs=1e-5)
     assert metrics["prior"]["z_image"]["mean"] != metrics["prior_2"]["z_image"]["mean"]
-    named = [row["name"] for row in measure_rows(metrics)]
+    titles = [row["name"] for row in measure_rows(metrics)]
     for name in ("Prior (diffusion)", "Prior 2 (autoregressive)"):
-        assert [f"{name}: to z_image", f"{name}: to z_text"] == [row for row in named if row.startswith(name)]
+        assert [f"{name}: to z_image", f"{name}: to z_text"] == [row for row in titles if row.startswith(name)]
 
 
 def test_bicubic_psnr_is_that_of_the_stored_picture(
@@ -195,20 +195,20 @@ def test_nearest_training_pictures_are_training_rows_found_by_brute_force(
     vectors = read_vectors(_inputs(tiny)["embed"].path("00000.parquet"))
     is_train = np.array(vectors.table.column("split").to_pylist()) == "train"
     train = vectors.z_image[is_train].astype(np.float64)
-    rows = [row for part in work.parts if part.kind == "drawings" for row in read_part(output, part)]
+    rows = [row for part in work.parts if part.kind == "samples" for row in read_part(output, part)]
     z_image = np.array([row["z_image"] for row in rows if row["image_number"] == 0])
     assert metrics["memorisation"]["generated"]["mean"] == pytest.approx((z_image @ train.T).max(1).mean(), abs=1e-3)
     uids: list[str] = np.array(vectors.table.column("uid").to_pylist())[is_train].tolist()
     samples = [json.loads(line) for line in output.path("samples.jsonl").read_text().splitlines()]
-    drawn = {row["file"]: np.array(row["z_image"], np.float64) for row in rows}
+    z_image_of = {row["file"]: np.array(row["z_image"], np.float64) for row in rows}
     for sample in samples:
-        similarity = train @ drawn[sample["file"]]
+        similarity = train @ z_image_of[sample["file"]]
         assert similarity[uids.index(sample["nearest"]["uid"])] == pytest.approx(similarity.max(), abs=1e-3)
         assert sample["nearest"]["similarity"] == pytest.approx(similarity.max(), abs=1e-3)
     pictures = output.read_json("pictures.json")
-    found = [picture["uid"] for entry in pictures["neighbours"] for picture in entry["pictures"][1:]]
-    assert len(found) == 3 * 6
-    assert set(found) <= set(uids)
+    neighbour_uids = [picture["uid"] for entry in pictures["neighbours"] for picture in entry["pictures"][1:]]
+    assert len(neighbour_uids) == 3 * 6
+    assert set(neighbour_uids) <= set(uids)
 
 
 def test_evaluation_writes_samples_grids_and_every_picture_it_names(
@@ -219,9 +219,9 @@ def test_evaluation_writes_samples_grids_and_every_picture_it_names(
     assert len(rows) == 10 + 3
     assert {"file", "prompt", "seed", "settings", "check"} <= set(rows[0])
     pictures = output.read_json("pictures.json")
-    named = {p["file"] for entries in pictures.values() for entry in entries for p in entry["pictures"]}
-    named |= {row["file"] for row in rows} | {"grid.png", "stages.png", "reconstructions.png", "neighbours.png"}
-    for name in named:
+    files = {p["file"] for entries in pictures.values() for entry in entries for p in entry["pictures"]}
+    files |= {row["file"] for row in rows} | {"grid.png", "stages.png", "reconstructions.png", "neighbours.png"}
+    for name in files:
         with Image.open(output.path(name)) as image:
             image.load()
     sides = [Image.open(output.path(p["file"])).size for p in pictures["stages"][0]["pictures"]]
@@ -250,9 +250,9 @@ def test_evaluation_in_another_order_gives_the_same_bytes(
         assert output.shard_records()[part.name] == record
         assert record.counts["ok"] == part.stop - part.start
     finish(tiny, inputs, output, work)
-    told = {name: info for name, info in first.describe_files().items() if not name.endswith(".done.json")}
-    again = {name: info for name, info in output.describe_files().items() if not name.endswith(".done.json")}
-    assert told == again
+    before = {name: info for name, info in first.describe_files().items() if not name.endswith(".done.json")}
+    after = {name: info for name, info in output.describe_files().items() if not name.endswith(".done.json")}
+    assert before == after
 
 
 def test_summary_is_flat_numbers(evaluated: tuple[Artifact, Work, dict[str, Any]]) -> None:
@@ -315,9 +315,9 @@ def test_a_broken_evaluation_table_is_a_data_error_that_names_it(tiny: Recipe, t
 
 def test_a_broken_part_is_a_data_error_that_names_it(tmp_path: Path) -> None:
     output = Artifact(str(tmp_path))
-    output.write_bytes("parts/drawings-00002.parquet", b"nothing")
-    with pytest.raises(DataError, match="drawings-00002"):
-        read_part(output, Part("drawings", 2, 0, 1))
+    output.write_bytes("parts/samples-00002.parquet", b"nothing")
+    with pytest.raises(DataError, match="samples-00002"):
+        read_part(output, Part("samples", 2, 0, 1))
 
 
 def test_a_network_that_draws_nan_is_a_data_error_that_names_it(tiny: Recipe, tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_a_network_that_draws_nan_is_a_data_error_that_names_it(tiny: Recipe, tm
     work = plan_work(tiny, inputs)
     cascade = load_cascade({name: inputs[name] for name in tiny.trained()})
     cascade.stage("prior", PriorStage).network.out.bias.fill_(float("nan"))
-    runner = PartRunner(cascade, work.prompts, work.rows, inputs["download"], output, tiny.seed, work.drawings)
+    runner = PartRunner(cascade, work.prompts, work.rows, inputs["download"], output, tiny.seed, work.samples)
     with pytest.raises(DataError, match="the prior gives numbers that are not finite"):
         runner.run(work.parts[0])
     assert output.shard_records() == {}
@@ -352,13 +352,13 @@ def test_a_recipes_own_features_give_a_frechet_distance(tiny: Recipe, tmp_path: 
         planes = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
         return _Patches()(planes, return_features=True).numpy()[0]
 
-    drawn, real = [], []
+    generated, real = [], []
     for number, prompt in enumerate(work.prompts.prompts):
         with Image.open(output.path(f"samples/{number:05d}-0.png")) as image:
-            drawn.append(features(image))
+            generated.append(features(image))
         assert prompt.scene is not None
         real.append(features(draw_array(prompt.scene, 32)))
-    expected = m.frechet_distance(m.FeatureSums.of(np.array(drawn)), m.FeatureSums.of(np.array(real)))
+    expected = m.frechet_distance(m.FeatureSums.of(np.array(generated)), m.FeatureSums.of(np.array(real)))
     assert metrics["frechet_features"]["generated"] == pytest.approx(expected, rel=1e-3)
 
 
@@ -376,18 +376,18 @@ def test_set_measures_and_upsampler_measures_agree_with_their_parts(
     evaluated: tuple[Artifact, Work, dict[str, Any]],
 ) -> None:
     output, work, metrics = evaluated
-    rows = [row for part in work.parts if part.kind == "drawings" for row in read_part(output, part)]
+    rows = [row for part in work.parts if part.kind == "samples" for row in read_part(output, part)]
     firsts = [row for row in rows if row["image_number"] == 0]
-    drawn, real = (np.array([row[name] for row in firsts], np.float64) for name in ("z_image", "z_real"))
-    assert metrics["cmmd"]["generated"] == pytest.approx(cmmd(drawn, real))
-    precision, recall = precision_recall(drawn, real)
+    generated, real = (np.array([row[name] for row in firsts], np.float64) for name in ("z_image", "z_real"))
+    assert metrics["cmmd"]["generated"] == pytest.approx(cmmd(generated, real))
+    precision, recall = precision_recall(generated, real)
     assert metrics["precision"]["generated"]["hits"] == precision.hits
     assert metrics["recall"]["generated"]["hits"] == recall.hits
-    seen = [row for part in work.parts if part.kind == "validation" for row in read_part(output, part)]
+    validation = [row for part in work.parts if part.kind == "validation" for row in read_part(output, part)]
     with Image.open(output.path("reconstructions/00000-real.png")) as image:
-        assert seen[0]["real_sharpness"][1] == pytest.approx(sharpness(np.asarray(image)[None])[0], rel=1e-6)
-    known = [row["bicubic_ssim"][1] for row in seen if row["bicubic_ssim"] is not None]
-    assert metrics["upsampler_2"]["bicubic_ssim"]["mean"] == pytest.approx(np.mean(known), rel=1e-6)
+        assert validation[0]["real_sharpness"][1] == pytest.approx(sharpness(np.asarray(image)[None])[0], rel=1e-6)
+    bicubic = [row["bicubic_ssim"][1] for row in validation if row["bicubic_ssim"] is not None]
+    assert metrics["upsampler_2"]["bicubic_ssim"]["mean"] == pytest.approx(np.mean(bicubic), rel=1e-6)
     assert (
         metrics["upsampler_2"]["bicubic_ssim"]["mean"] > metrics["upsampler_2"]["ssim"]["mean"]
     )  # nothing was learned

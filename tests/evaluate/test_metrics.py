@@ -55,10 +55,10 @@ def test_rates_add_up_like_their_trials() -> None:
 
 
 def test_mean_of_matches_its_definition() -> None:
-    found = mean_of([1.0, 2.0, 6.0])
-    assert found["mean"] == 3.0
-    assert found["std"] == pytest.approx(math.sqrt(7))
-    assert found["high"] - found["mean"] == pytest.approx(1.959963984540054 * math.sqrt(7 / 3))
+    values = mean_of([1.0, 2.0, 6.0])
+    assert values["mean"] == 3.0
+    assert values["std"] == pytest.approx(math.sqrt(7))
+    assert values["high"] - values["mean"] == pytest.approx(1.959963984540054 * math.sqrt(7 / 3))
     assert mean_of([])["mean"] is None
     assert mean_of([2.0])["std"] == 0.0
 
@@ -76,9 +76,9 @@ def test_psnr_of_a_constant_error() -> None:
     a = np.full((2, 4, 4, 3), 100, np.uint8)
     b = a.copy()
     b[0] += 10
-    found = psnr_db(a, b)
-    assert found[0] == pytest.approx(20 * math.log10(255 / 10))
-    assert found[1] == math.inf
+    values = psnr_db(a, b)
+    assert values[0] == pytest.approx(20 * math.log10(255 / 10))
+    assert values[1] == math.inf
     with pytest.raises(ValueError, match="uint8"):
         psnr_db(a.astype(np.float32), b)
 

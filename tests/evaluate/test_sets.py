@@ -30,9 +30,9 @@ def test_cmmd_is_its_definition() -> None:
 
 def test_cmmd_is_near_zero_for_one_distribution_and_grows_with_the_shift() -> None:
     a = _unit(400, 8, 0)
-    found = [cmmd(a, _unit(400, 8, 1, shift=shift)) for shift in (0.0, 0.3, 1.0)]
-    assert abs(found[0]) < 0.1
-    assert found[0] < found[1] < found[2]
+    values = [cmmd(a, _unit(400, 8, 1, shift=shift)) for shift in (0.0, 0.3, 1.0)]
+    assert abs(values[0]) < 0.1
+    assert values[0] < values[1] < values[2]
     with pytest.raises(ValueError, match="at least 2"):
         cmmd(a, a[:1])
 
@@ -52,10 +52,10 @@ def _share_inside(rows: np.ndarray, manifold: np.ndarray, k: int) -> Rate:
 def test_precision_and_recall_are_their_definitions(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sets, "_ROWS_AT_A_TIME", 4)  # several blocks
     rng = np.random.default_rng(3)
-    drawn, real = rng.normal(size=(17, 3)) * 0.8 + 0.4, rng.normal(size=(23, 3))
-    found = precision_recall(drawn, real, k)
-    assert found == (_share_inside(drawn, real, k), _share_inside(real, drawn, k))
-    assert 0 < found[0].hits < found[0].total
+    generated, real = rng.normal(size=(17, 3)) * 0.8 + 0.4, rng.normal(size=(23, 3))
+    values = precision_recall(generated, real, k)
+    assert values == (_share_inside(generated, real, k), _share_inside(real, generated, k))
+    assert 0 < values[0].hits < values[0].total
 
 
 def test_precision_and_recall_tell_quality_from_variety() -> None:

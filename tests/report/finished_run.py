@@ -152,8 +152,8 @@ def fill_evaluate(artifact: Artifact, num_shown: int) -> None:
                 }
             )
             near = [{"file": samples[j], "label": f"0.9{9 - j}", "caption": prompt} for j in range(1, 4)]
-            drawing = {"file": samples[0], "label": "drawn", "caption": prompt}
-            pictures["neighbours"].append({"prompt": prompt, "pictures": [drawing, *near]})
+            sample = {"file": samples[0], "label": "sample", "caption": prompt}
+            pictures["neighbours"].append({"prompt": prompt, "pictures": [sample, *near]})
     artifact.write_json("pictures.json", pictures)
     artifact.write_json("metrics.json", METRICS)
 

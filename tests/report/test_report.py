@@ -60,7 +60,7 @@ def test_report_of_a_finished_run_has_every_section(recipe: Recipe, tmp_path: Pa
     page = _Page(text)
     assert page.open == []
     assert [name for name in page.ids if name in SECTIONS] == list(SECTIONS)
-    for wanted in (
+    for words in (
         canonical_caption(evaluation_scenes(8, seed=0)[0].scene),
         "98.3 %",  # one object: colour
         "12 min 17 s",  # all steps together
@@ -71,7 +71,7 @@ def test_report_of_a_finished_run_has_every_section(recipe: Recipe, tmp_path: Pa
         "decoder.model.image_px",  # in the recipe's differences
         "torch 2.13.0",
     ):
-        assert wanted in text, wanted
+        assert words in text, words
     assert "None" not in re.sub(r"<script.*</script>", "", text, flags=re.DOTALL).replace("display: None", "")
 
 
@@ -227,10 +227,10 @@ def test_counts_for_people() -> None:
     assert [short_count(n) for n in (950, 12_300, 1_800_000, 3.5e9)] == ["950", "12.3k", "1.8M", "3.5B"]
 
 
-def test_every_measure_is_told_on_the_page_and_in_the_terminal(recipe: Recipe, tmp_path: Path) -> None:
+def test_every_measure_is_on_the_page_and_in_the_terminal(recipe: Recipe, tmp_path: Path) -> None:
     fill_workspace(recipe)
     page, text = _report(recipe, tmp_path / "report.html"), format_metrics(METRICS)
-    told = {
+    expected = {
         "Frechet distance, own features": ["31.250"],
         "CMMD": ["1.750", "0.250"],
         "Precision": ["75.0 %", "90.0 %"],
@@ -240,7 +240,7 @@ def test_every_measure_is_told_on_the_page_and_in_the_terminal(recipe: Recipe, t
         "Upsampler 1: SSIM": ["0.912", "0.871"],
         "Upsampler 1: sharpness": ["812", "934", "205"],
     }
-    for name, values in told.items():
+    for name, values in expected.items():
         line = next(line for line in text.splitlines() if line.strip().startswith(name))
         assert [value for value in values if value in line] == values
         assert name in page

@@ -79,19 +79,19 @@ def _pixels(path: Path) -> np.ndarray:
 
 def test_inpainting_keeps_the_file_outside_the_mask(tiny: Recipe, files: list[str], mask: str, tmp_path: Path) -> None:
     rows = edit_recipe(tiny, "inpaint", files[:1], options(mask), QUICK, out_dir=tmp_path)
-    source, drawn = _pixels(tmp_path / "source-0.png"), _pixels(tmp_path / rows[0]["file"])
+    source, result = _pixels(tmp_path / "source-0.png"), _pixels(tmp_path / rows[0]["file"])
     assert rows[0]["method"] == "replacement"
-    np.testing.assert_array_equal(drawn[:, :16], source[:, :16])
-    assert np.abs(drawn[:, 16:] - source[:, 16:]).max() > 5
+    np.testing.assert_array_equal(result[:, :16], source[:, :16])
+    assert np.abs(result[:, 16:] - source[:, 16:]).max() > 5
 
 
 def test_outpainting_keeps_the_whole_picture_in_the_middle(tiny: Recipe, files: list[str], tmp_path: Path) -> None:
     rows = edit_recipe(tiny, "outpaint", files[:1], options(""), QUICK, out_dir=tmp_path)
     with Image.open(files[0]) as picture:
         small = picture.crop((6, 0, 54, 48)).resize((16, 16), Image.Resampling.BICUBIC)
-    drawn = _pixels(tmp_path / rows[0]["file"])
-    assert np.abs(drawn[8:24, 8:24] - np.asarray(small).astype(int)).max() <= 12  # cut and shrunk in the other order
-    assert np.abs(drawn[:8] - drawn[8, 8]).max() > 5
+    result = _pixels(tmp_path / rows[0]["file"])
+    assert np.abs(result[8:24, 8:24] - np.asarray(small).astype(int)).max() <= 12  # cut and shrunk in the other order
+    assert np.abs(result[:8] - result[8, 8]).max() > 5
 
 
 def test_components_that_nobody_named_are_those_that_there_are(
@@ -136,13 +136,13 @@ def test_mask_is_read_from_white_or_from_transparency(files: list[str], tmp_path
     hole = np.full((48, 60, 4), 255, np.uint8)
     hole[10:20, 30:40, 3] = 0
     Image.fromarray(hole).save(tmp_path / "hole.png")
-    drawn = read_mask(str(tmp_path / "hole.png"), whole, "0.png")
-    assert drawn.shape == (48, 48)
-    assert np.argwhere(drawn).min(0).tolist() == [10, 24]
-    assert drawn.sum() == 100
+    masked = read_mask(str(tmp_path / "hole.png"), whole, "0.png")
+    assert masked.shape == (48, 48)
+    assert np.argwhere(masked).min(0).tolist() == [10, 24]
+    assert masked.sum() == 100
     gray = Image.fromarray(np.where(hole[..., 3] == 0, 255, 0).astype(np.uint8))
     gray.save(tmp_path / "white.png")
-    np.testing.assert_array_equal(read_mask(str(tmp_path / "white.png"), whole, "0.png"), drawn)
+    np.testing.assert_array_equal(read_mask(str(tmp_path / "white.png"), whole, "0.png"), masked)
 
 
 def test_masks_that_cannot_be_used_are_refused(files: list[str], tmp_path: Path) -> None:
@@ -181,9 +181,9 @@ def test_candidates_are_kept_by_clip_score(tiny: Recipe, tmp_path: Path) -> None
     best = sample_recipe(tiny, prompts, num_images=2, seed=3, out_dir=tmp_path / "best", num_candidates=5)
     for prompt in prompts:
         scores = {row["seed"]: row["clip_score"] for row in plain if row["prompt"] == prompt}
-        kept = [row for row in best if row["prompt"] == prompt]
+        ranked = [row for row in best if row["prompt"] == prompt]
         assert set(scores) == {3, 4, 5, 6, 7}
-        assert [row["seed"] for row in kept] == sorted(scores, key=lambda seed: -scores[seed])[:2]
-        assert kept[0]["clip_score"] == pytest.approx(max(scores.values()), abs=1e-5)
+        assert [row["seed"] for row in ranked] == sorted(scores, key=lambda seed: -scores[seed])[:2]
+        assert ranked[0]["clip_score"] == pytest.approx(max(scores.values()), abs=1e-5)
     with pytest.raises(ConfigError, match="--candidates 1"):
         sample_recipe(tiny, prompts, num_images=2, seed=3, out_dir=tmp_path / "none", num_candidates=1)

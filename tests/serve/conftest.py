@@ -60,14 +60,14 @@ def cascade() -> Cascade:
 
 @pytest.fixture
 def make_engine(cascade: Cascade) -> Iterator[Callable[..., Engine]]:
-    made: list[Engine] = []
+    engines: list[Engine] = []
 
     def make(**limits: int) -> Engine:
-        made.append(Engine(cascade, **limits))
-        return made[-1]
+        engines.append(Engine(cascade, **limits))
+        return engines[-1]
 
     yield make
-    for engine in made:
+    for engine in engines:
         engine.close()
 
 

@@ -16,7 +16,7 @@ from pipeline.networks.cascade import load_cascade
 from pipeline.sampling.sample import cascade_artifacts
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
-from pipeline.serve.images import to_png
+from pipeline.serve.images import to_png_of_side
 from tests.tiny.shards import pixels
 from tests.tiny.workspace import served_workspace
 
@@ -73,7 +73,7 @@ def test_smaller_sizes_are_the_same_picture_made_smaller(server: Any, client: op
 
 def test_to_png_shrinks_with_antialiasing() -> None:
     checkers = np.indices((32, 32)).sum(0)[..., None].repeat(3, 2) % 2 * 255
-    shrunk = pixels(to_png(checkers.astype(np.uint8), 16))[2:-2, 2:-2]
+    shrunk = pixels(to_png_of_side(checkers.astype(np.uint8), 16))[2:-2, 2:-2]
     assert np.abs(shrunk.astype(int) - 127).max() <= 2  # grey; taking every second pixel would be black or white
 
 
