@@ -61,7 +61,8 @@ def load_network(
         requested: The recipe's configuration, whose sampler settings are taken; None: those of the training.
 
     Raises:
-        DataError: If a file is missing, of a newer schema, damaged, or the weights are not those of the configuration.
+        DataError: If a file is missing, of a newer schema, damaged, of another kind than the recipe's, or its
+            weights are not those of the configuration.
     """
     content: dict[str, Any] = artifact.read_json(CONFIG)
     where = f"{artifact.uri}/{CONFIG}"
@@ -69,6 +70,8 @@ def load_network(
     kind = kind_named(name)
     if version != SCHEMA_VERSION or kind is None:
         raise DataError(f"{where}: {name} of schema version {version}; this unclip reads version {SCHEMA_VERSION}")
+    if requested is not None and kind is not kind_of(requested):
+        raise DataError(f"{where}: a network of kind {name}, but the recipe's is of kind {kind_of(requested).name}")
     try:
         config = TypeAdapter(kind.config).validate_json(json.dumps(content["config"]))
         dims = TypeAdapter(ClipDims).validate_json(json.dumps(content["dims"] or {}))
@@ -84,8 +87,8 @@ def load_network(
 
 
 def _sampled_as(config: NetworkConfig, requested: NetworkConfig | None) -> NetworkConfig:
-    """``config`` with the sampler settings of ``requested``, if both are of one kind."""
-    if type(requested) is not type(config):
+    """``config`` with the sampler settings of ``requested``, if there is one."""
+    if requested is None:
         return config
     names = [field.name for field in fields(config) if field.name in SAMPLING]
     return replace(config, **{name: getattr(requested, name) for name in names})

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from models.decoder.config import TextTransformerConfig
 from models.decoder.network import Decoder
 from models.decoder.stage import DecoderStage
+from models.prior.config import PriorConfig
 from models.prior.network import EMBEDDING_SCALE
 from pipeline.errors import DataError, ResumeError
 from pipeline.networks.cascade import load_cascade
@@ -221,6 +222,8 @@ def test_load_network_names_a_damaged_file(tmp_path: Path) -> None:
     inputs = tiny_inputs(tmp_path)
     output = Artifact(str(tmp_path / "out"))
     run_job(tiny_job("upsampler_1", inputs, tmp_path / "out", training_recipe(1)), no_watch)
+    with pytest.raises(DataError, match="of kind upsampler, but the recipe's is of kind prior"):
+        load_network(output, requested=PriorConfig())
     weights = output.path("model.safetensors").read_bytes()
     output.write_bytes("model.safetensors", weights[:-100])
     with pytest.raises(DataError, match=r"model\.safetensors: not the weights of"):
