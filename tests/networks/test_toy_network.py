@@ -110,7 +110,7 @@ INSERTIONS = {
     "pipeline/recipe/steps.py": [
         (
             ")\n\nSTEPS = (",
-            '    StepRow(name="toy", title="A toy", inputs=("clip", "embed"), runner=_TRAINING, trains="toy", files=_START),\n',
+            '    StepRow(name="toy", title="A toy", inputs=("clip", "embed"), runner=_TRAINING, trains="toy", files=_INIT_FILES),\n',
         ),
     ],
     "pipeline/recipe/recipe.py": [
