@@ -12,7 +12,6 @@ from pipeline.networks.clip import load_text_artifact
 from pipeline.networks.files import NetworkConfig, load_network
 from pipeline.networks.table import NETWORKS, kind_of
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.sections import ClipStepConfig
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.workspace.store import Artifact
 
@@ -50,6 +49,5 @@ def load_cascade(
 
 
 def network_configs(recipe: Recipe) -> dict[str, NetworkConfig]:
-    """The configuration of every network of a recipe but CLIP, by step name."""
-    sections = recipe.trained().items()
-    return {name: section.model for name, section in sections if not isinstance(section, ClipStepConfig)}
+    """The configuration of every network of a recipe, by step name."""
+    return {name: section.model for name, section in recipe.trained().items()}

@@ -10,10 +10,9 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.recipe.sections import ClipStepConfig, NetworkStepConfig
+from pipeline.recipe.steps import STEPS
 
 Json = dict[str, Any]
-
-_NETWORKS = ("prior", "decoder", "upsampler_1", "upsampler_2")
 
 
 def folder_tables(folder: Path) -> Json:
@@ -32,9 +31,11 @@ def folder_tables(folder: Path) -> Json:
     tables: Json = {"name": folder.resolve().name, "workspace": f"workspace/{folder.resolve().name}"}
     tables["clip"] = {"source": "pretrained", "name": str(folder.resolve() / "clip"), "tag": ""}
     sides_px: list[int] = []
-    for step in _NETWORKS:
-        path = folder / step / "config.json"
-        if step.startswith("upsampler") and not path.is_file():
+    for row in STEPS:
+        if not row.in_cascade or "init_from" not in row.files:
+            continue
+        path = folder / row.name / "config.json"
+        if row.trains == "upsampler" and not path.is_file():
             continue
         try:
             model: Json = json.loads(path.read_text(encoding="utf-8"))["config"]
@@ -43,7 +44,7 @@ def folder_tables(folder: Path) -> Json:
                 f"{folder}: neither a recipe nor a folder of networks, as `unclip import` or `unclip export --native` "
                 f"writes it: {path}: {type(error).__name__}: {error}"
             ) from None
-        tables[step] = {"init_from": str(folder.resolve() / step), "train": {"num_steps": 0}, "model": model}
+        tables[row.name] = {"init_from": str(folder.resolve() / row.name), "train": {"num_steps": 0}, "model": model}
         sides_px.append(model.get("image_px", 0))
     tables["download"] = {"image_px": max(256, *sides_px)}
     return tables

@@ -29,7 +29,7 @@ from ray.job_submission import JobSubmissionClient
 from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe, to_dict
-from pipeline.recipe.sections import ClipStepConfig, NoisyClipStepConfig
+from pipeline.recipe.sections import NetworkStepConfig
 from pipeline.runtime.dashboard import DEFAULT_ADDRESS, dashboard_client, is_loopback
 
 PACKAGES = ("models", "pipeline", "jobs")
@@ -234,7 +234,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     networks = {
         name: dataclasses.replace(section, init_from=_absolute(section.init_from))
         for name, section in recipe.trained().items()
-        if not isinstance(section, ClipStepConfig | NoisyClipStepConfig)
+        if isinstance(section, NetworkStepConfig)
     }
     return dataclasses.replace(
         recipe,
