@@ -147,7 +147,7 @@ def test_write_recipe_takes_any_name_of_a_file(tmp_path: Path, name: str) -> Non
 
 def test_write_recipe_refuses_a_name_that_is_no_utf8_and_leaves_no_file(tmp_path: Path) -> None:
     listed = _list(tmp_path, 12).rename(tmp_path / "b\udcff.csv")
-    with pytest.raises(ConfigError, match="no UTF-8"):
+    with pytest.raises(ConfigError, match="not UTF-8"):
         write_recipe(str(listed), str(tmp_path / "mine.toml"), gpu=False)
     assert not (tmp_path / "mine.toml").exists()
 
