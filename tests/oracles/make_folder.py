@@ -6,6 +6,7 @@ tower, which stands beside the layout.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,14 @@ from tests.tiny.networks import CLIP, DECODER, UPSAMPLER
 PROMPTS = ["a red circle"] * 2
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 WIDTH = 16
+CONTEXT_LENGTH = 24
 
 
 def clip_towers() -> tuple[Any, Any]:
     """Both towers of a CLIP; half of their fields are at transformers' defaults, which it leaves out of its files."""
-    text = CLIPTextModelWithProjection(CLIPTextConfig(**SHAPE, projection_dim=WIDTH, max_position_embeddings=24))
+    text = CLIPTextModelWithProjection(
+        CLIPTextConfig(**SHAPE, projection_dim=WIDTH, max_position_embeddings=CONTEXT_LENGTH)
+    )
     vision = CLIPVisionConfig(**SHAPE, projection_dim=WIDTH, image_size=32, patch_size=8)
     return text.eval(), CLIPVisionModelWithProjection(vision).eval()
 
@@ -51,11 +55,11 @@ def clip_towers() -> tuple[Any, Any]:
 def make_pipeline(tokenizer: Path, text_encoder: Any) -> UnCLIPPipeline:
     """Random networks of diffusers, of the shapes of tiny_export."""
     prior = PriorTransformer(
-        num_attention_heads=4, attention_head_dim=8, num_layers=2, embedding_dim=WIDTH, num_embeddings=24
+        num_attention_heads=4, attention_head_dim=8, num_layers=2, embedding_dim=WIDTH, num_embeddings=CONTEXT_LENGTH
     )
     torch.nn.init.normal_(prior.clip_mean, std=2.0)
     torch.nn.init.uniform_(prior.clip_std, 0.5, 2.0)
-    dims = ClipDims(embed_dim=WIDTH, text_width=WIDTH, context_length=24)
+    dims = ClipDims(embed_dim=WIDTH, text_width=WIDTH, context_length=CONTEXT_LENGTH)
     unet, projection = export_decoder(Decoder(DECODER, dims))
     text_proj = UnCLIPTextProjModel.from_config(projection.config)
     torch.nn.init.normal_(text_proj.learned_classifier_free_guidance_embeddings, std=2.0)
@@ -82,7 +86,9 @@ def make_pipeline(tokenizer: Path, text_encoder: Any) -> UnCLIPPipeline:
 def main(folder: Path, results: Path) -> None:
     """Write the folder, the picture and its embedding, and the pipeline's pictures."""
     torch.manual_seed(0)
-    write_tokenizer(FrozenText(create_clip(CLIP)), Artifact(str(results / "tokenizer")))
+    write_tokenizer(
+        FrozenText(create_clip(replace(CLIP, context_length=CONTEXT_LENGTH))), Artifact(str(results / "tokenizer"))
+    )
     text_encoder, image_encoder = clip_towers()
     pipe = make_pipeline(results / "tokenizer", text_encoder)
     pipe.save_pretrained(folder)
