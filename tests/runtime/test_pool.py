@@ -125,7 +125,7 @@ def _worker_names() -> list[str]:
     names: list[str] = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it may end while we look
-            names += [part for part in child.cmdline() if "_Worker" in part]
+            names += [part for part in child.cmdline() if "_Actor" in part]
     return names
 
 
