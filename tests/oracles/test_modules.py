@@ -86,9 +86,9 @@ def test_decoder_is_diffusers_unet_with_text_projection(text_proj: Any, time_nor
     for dropped in (False, True):
         keep = torch.full((3,), not dropped)
         ours = decoder(x, T, decoder.encode_condition(z_image, TEXT, keep_image=keep))
-        given = projection.learned_classifier_free_guidance_embeddings.expand(3, -1) if dropped else z_image
+        raw_z_image = projection.learned_classifier_free_guidance_embeddings.expand(3, -1) if dropped else z_image
         context, embedding = projection(
-            image_embeddings=given,
+            image_embeddings=raw_z_image,
             prompt_embeds=TEXT.pooled,
             text_encoder_hidden_states=TEXT.hidden,
             do_classifier_free_guidance=False,
@@ -143,11 +143,11 @@ def test_imported_networks_take_unit_vectors_where_diffusers_takes_raw_ones(text
     decoder.load_state_dict(state)
     z_image, x = F.normalize(seeded(3, 12), dim=-1), seeded(3, 3, 16, 16)
     for dropped in (False, True):
-        given = z_image * config.image_norm
+        raw_z_image = z_image * config.image_norm
         if dropped:
-            given = projection.learned_classifier_free_guidance_embeddings.expand(3, -1)
+            raw_z_image = projection.learned_classifier_free_guidance_embeddings.expand(3, -1)
         context, embedding = projection(
-            image_embeddings=given,
+            image_embeddings=raw_z_image,
             prompt_embeds=TEXT.pooled,
             text_encoder_hidden_states=TEXT.hidden,
             do_classifier_free_guidance=False,

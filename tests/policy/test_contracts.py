@@ -143,13 +143,13 @@ def test_what_networks_share_has_a_place_in_the_order() -> None:
 
 
 def _foreign_imports(root: Path, allowed: set[str]) -> set[tuple[str, str]]:
-    found = set[tuple[str, str]]()
+    foreign = set[tuple[str, str]]()
     for path in sorted(root.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            found |= {(path.name, top) for name in names if (top := name.partition(".")[0]) not in allowed}
-    return found
+            foreign |= {(path.name, top) for name in names if (top := name.partition(".")[0]) not in allowed}
+    return foreign
 
 
 def test_models_and_their_tests_need_torch_alone(tree: Path) -> None:
@@ -218,9 +218,9 @@ def test_dependencies_are_the_imports(key: str, folders: tuple[str, ...]) -> Non
         _canonical(line) for name in ("cpu", "gpu") for line in PYPROJECT["project"]["optional-dependencies"][name]
     }
     allowed = set(declared) | extras | (set() if key == "dependencies" else set(_declared("dependencies")))
-    known = {*sys.stdlib_module_names, *house.PACKAGES, "tests", "benchmarks", *INSTALLED_APART}
-    known |= {path.stem for path in (ROOT / "tests").rglob("*.py")}
-    tops = {top for folder in folders for _, top in _foreign_imports(ROOT / folder, known)}
+    expected_names = {*sys.stdlib_module_names, *house.PACKAGES, "tests", "benchmarks", *INSTALLED_APART}
+    expected_names |= {path.stem for path in (ROOT / "tests").rglob("*.py")}
+    tops = {top for folder in folders for _, top in _foreign_imports(ROOT / folder, expected_names)}
     names = {top: {_canonical(name) for name in owners.get(top, ())} for top in tops}
     assert not {top for top in tops if not names[top] & allowed}, f"declare them in pyproject.toml's {key}"
     imported = set[str]().union(*names.values())
