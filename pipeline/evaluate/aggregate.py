@@ -179,19 +179,17 @@ class Aggregate:
     def _upsamplers(self) -> Json:
         rows = [row for row in self.rows if row["psnr_db"] is not None]
         return {
-            f"upsampler_{number + 1}": {
-                name: mean_of([row[name][number] for row in rows])
+            stage: {
+                name: mean_of([row[name][stage] for row in rows])
                 for name in ("real_sharpness", *ENLARGED, *(f"bicubic_{name}" for name in ENLARGED))
             }
-            for number in range(len(rows[0]["psnr_db"]) if rows else 0)
+            for stage in (rows[0]["psnr_db"] if rows else ())
         }
 
     def _bounds(self) -> Json:
         """Bits per dimension of each network that samples pixels and was trained with the variational bound."""
         rows = [row["bits_per_dim"] for row in self.rows if row["bits_per_dim"] is not None]
-        names = ("decoder", *(f"upsampler_{number}" for number in range(1, len(rows[0])))) if rows else ()
-        columns = zip(names, zip(*rows, strict=True), strict=True)
-        return {name: mean_of(values) for name, values in columns if np.isfinite(values).all()}
+        return {stage: mean_of([row[stage] for row in rows]) for stage in (rows[0] if rows else ())}
 
     def _memorisation(self, neighbours: "TrainingNeighbours") -> Json:
         """Similarity of samples, and of real unseen pictures, to their nearest training pictures."""

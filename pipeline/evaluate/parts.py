@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from models.cascade import Cascade
 from models.pixels import resize, to_pixels, to_uint8
-from models.stage import PIXELS, Z_IMAGE, Batch
+from models.stage import PIXELS, Z_IMAGE, Batch, DiffusionStage
 from pipeline.clip import FrozenClip
 from pipeline.data import batches
 from pipeline.data.shards import StoredPictures
@@ -64,10 +64,7 @@ _VECTORS = frozenset(
         "z_reconstruction",
         "features",
         "features_real",
-        "real_sharpness",
-        "bits_per_dim",
     }
-    | {f"{prefix}{name}" for prefix in ("", "bicubic_") for name in ENLARGED}
 )
 
 
@@ -282,7 +279,7 @@ class PartRunner:
     def _enlarge(self, pictures: Pixels, batch: Batch, columns: list[Json]) -> None:
         """Shrink real pictures and enlarge them again, with each upsampler and by bicubic interpolation."""
         pixels = to_pixels(torch.from_numpy(pictures)).to(self._clip.device)
-        measures: dict[str, list[Array]] = {}
+        measures: dict[str, dict[str, Array]] = {}
         for stage in self._cascade.stages:
             if stage.low_res_px is None or stage.side_px is None:
                 continue
@@ -290,18 +287,21 @@ class PartRunner:
             small = resize(pixels, stage.low_res_px)
             ours = self._cascade.run_stage(stage, batch.with_values(**{PIXELS: small}))
             bicubic = resize(small, stage.side_px)
-            measures.setdefault("real_sharpness", []).append(sharpness(large))
+            measures.setdefault("real_sharpness", {})[stage.name] = sharpness(large)
             for prefix, enlarged in (("", ours), ("bicubic_", bicubic)):
                 large_again = to_uint8(enlarged).cpu().numpy()
                 psnr = np.minimum(psnr_db(large_again, large), _MAX_PSNR_DB)
                 measured = (psnr, ssim(large_again, large), sharpness(large_again))
                 for name, values in zip(ENLARGED, measured, strict=True):
-                    measures.setdefault(f"{prefix}{name}", []).append(values)
+                    measures.setdefault(f"{prefix}{name}", {})[stage.name] = values
         for n, column in enumerate(columns[: len(pictures)]):
-            column |= {name: [float(values[n]) for values in by_stage] for name, by_stage in measures.items()}
+            column |= {
+                name: {stage: float(values[n]) for stage, values in by_stage.items()}
+                for name, by_stage in measures.items()
+            }
 
     def _add_bounds(self, start: int, rows: Sequence[Row], pictures: Pixels, columns: list[Json]) -> None:
-        """Bits per dimension of each stage that samples pixels; nan for a network trained without the bound."""
+        """Bits per dimension of each stage that samples pixels and whose network was trained with the bound."""
         count = min(num_pictures(self._sides_px[-1]) - start, len(rows))
         if count <= 0:
             return
@@ -312,10 +312,13 @@ class PartRunner:
             z_image=torch.from_numpy(np.stack([row.z_image for row in rows[:count]]).astype(np.float32)),
         )
         measured = ValidationRows(batch.to(self._clip.device), self._clip, picture_seed(self._seed, start, 0))
-        networks = [getattr(stage, "network", None) for stage in self._cascade.stages if stage.makes == PIXELS]
-        bounds = [None if network is None else bound_of(network, measured) for network in networks]
+        stages = [stage for stage in self._cascade.stages if stage.makes == PIXELS]
+        bounds = {
+            stage.name: bound_of(stage.network, measured) for stage in stages if isinstance(stage, DiffusionStage)
+        }
         for n, column in enumerate(columns[:count]):
-            column["bits_per_dim"] = [math.nan if bound is None else float(bound[n]) for bound in bounds]
+            by_stage = {name: float(bound[n]) for name, bound in bounds.items() if bound is not None}
+            column["bits_per_dim"] = by_stage or None  # Parquet has no struct without a field
 
     def _real_picture(self, row: Row) -> Pixels:
         return square(self._stored.decode(row.shard, row.key, row.uid), self._sides_px[-1])
