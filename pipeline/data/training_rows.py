@@ -21,6 +21,10 @@ from pipeline.workspace.store import Artifact
 pc: Any = pyarrow.compute  # its functions are created at import, so a type checker does not know them
 _ROW_COLUMNS = ["uid", "key", "caption", "split"]
 
+NUM_SAMPLED_CAPTIONS = 20_000
+"""Captions whose words stand for the corpus: at 20 words each, at most 400,000 pairs of words, some 60 MB."""
+_MAX_SAMPLED_SHARDS = 64
+
 
 @dataclass(frozen=True)
 class ShardTable:
@@ -98,3 +102,28 @@ class ShardReader:
         if not self._embed:
             keep = pc.and_(keep, pc.equal(table["status"], "success"))
         return table.filter(keep)
+
+
+def sample_captions(rows: Artifact, num_captions: int = NUM_SAMPLED_CAPTIONS) -> list[str]:
+    """Captions of the training split, from shards at equal distances in the list; always the same ones.
+
+    A list may be ordered by its sources, so its first shards would not stand for it, and reading all takes too long.
+
+    Args:
+        rows: An artifact with ``<shard>.parquet``: download or embed.
+        num_captions: Most captions, divided evenly among the shards; empty captions are left out.
+
+    Raises:
+        DataError: If a shard is damaged.
+    """
+    shards = sorted(rows.shard_records())
+    num_shards = min(len(shards), _MAX_SAMPLED_SHARDS)
+    captions: list[str] = []
+    for number in range(num_shards):
+        shard = shards[number * len(shards) // num_shards]
+        table = read_table(rows.path(f"{shard}.parquet"), ["split", "caption"])
+        columns = zip(table["split"].to_pylist(), table["caption"].to_pylist(), strict=True)
+        training = [caption for split, caption in columns if split == "train" and caption]
+        share = min(len(training), (num_captions - len(captions)) // (num_shards - number))
+        captions += [training[n * len(training) // share] for n in range(share)]
+    return captions
