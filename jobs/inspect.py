@@ -1,6 +1,6 @@
 """``unclip plan``, ``status`` and ``config``: they answer in well under a second, without torch and ray.
 
-``plan --cost`` alone loads torch, to build the networks without data.
+``plan --cost`` and ``plan --time`` alone load torch: to build the networks without data, and to run them for a moment.
 """
 
 import dataclasses
@@ -10,8 +10,8 @@ import typer
 
 from jobs.options import AsJson, Overrides, RecipePath, Until, print_json
 from pipeline.recipe.plan import StepStatus, artifact_of, make_plan, plan_status
-from pipeline.recipe.recipe import json_schema, load_recipe, to_dict
-from pipeline.workspace.progress import ProgressState, read_progress
+from pipeline.recipe.recipe import Recipe, json_schema, load_recipe, to_dict
+from pipeline.workspace.progress import ProgressState, clock_time, duration, read_progress
 from pipeline.workspace.store import Workspace
 
 
@@ -22,9 +22,12 @@ def plan(
     cost: Annotated[
         bool, typer.Option("--cost", help="Count parameters, arithmetic, GPU hours and memory instead; loads torch.")
     ] = False,
+    time: Annotated[
+        bool, typer.Option("--time", help="Measure this machine for some seconds; print the time of steps and run.")
+    ] = False,
     json: AsJson = False,
 ) -> None:
-    """Show which steps would run, and why; or what its networks cost.
+    """Show which steps would run, and why; or what its networks cost, or how long the run takes.
 
     Example: unclip plan configs/demo.toml --set decoder.train.num_steps=2000
     """
@@ -40,6 +43,9 @@ def plan(
         return
     workspace = Workspace(resolved.workspace)
     statuses = plan_status(workspace, make_plan(resolved, until=until))
+    if time:
+        _print_times(resolved, statuses, json=json)
+        return
     if json:
         print_json([_as_row(workspace, status) for status in statuses])
         return
@@ -86,6 +92,34 @@ def config(
     import tomli_w
 
     typer.echo(tomli_w.dumps(_without_none(tables)), nl=False)
+
+
+def _print_times(recipe: Recipe, statuses: list[StepStatus], *, json: bool) -> None:
+    """Measure the steps that are not done, and print when each starts and ends."""
+    import time
+
+    from pipeline.timing.run_time import measure_run
+
+    start = time.monotonic()
+    run = measure_run(recipe, statuses, lambda what: typer.echo(f"measuring: {what}", err=True))
+    measured_s = time.monotonic() - start
+    if json:
+        spans = {name: dataclasses.asdict(span) for name, span in run.spans.items()}
+        rows = [{"step": item.step.name, "state": item.state} | spans.get(item.step.name, {}) for item in statuses]
+        machine = dataclasses.asdict(run.machine)
+        print_json({"run_s": run.seconds, "untimed": run.untimed, "machine": machine, "steps": rows})
+        return
+    for status in statuses:
+        span = run.spans.get(status.step.name)
+        if span is None:
+            typer.echo(f"{status.step.name:<12} {'done' if status.state == 'done' else 'not timed'}")
+        else:
+            ends = f"{clock_time(span.start_s)} to {clock_time(span.end_s)}"
+            typer.echo(f"{status.step.name:<12} {duration(span.end_s - span.start_s):>9}   {ends}")
+    typer.echo(
+        f"run: about {duration(run.seconds)} on {run.machine.cpus:g} CPUs; with all of them busy, work takes "
+        f"{run.machine.crowding:.2f} times as long; measured in {duration(measured_s)}"
+    )
 
 
 def _as_row(workspace: Workspace, status: StepStatus) -> dict[str, Any]:

@@ -93,7 +93,9 @@ class Samples:
         self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
         self._open_rows = 0
         self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
-        self._caches = self.num_rows * image_px * image_px * 3 <= IMAGE_CACHE_BYTES
+        self.row_bytes = image_px * image_px * 3
+        """Memory of one decoded picture."""
+        self._caches = self.num_rows * self.row_bytes <= IMAGE_CACHE_BYTES
 
     def batch(self, locations: NDArray[np.int64]) -> Batch:
         """The samples at locations (B, 2) of (shard number, row)."""

@@ -50,6 +50,15 @@ def read_folder(folder: Path, caption_column: str, on_malformed: OnMalformed) ->
         yield pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
 
 
+def count_pictures(folder: Path) -> int:
+    """Number of pictures below a folder.
+
+    Raises:
+        DataError: If there is none.
+    """
+    return len(_picture_files(folder))
+
+
 def _picture_files(folder: Path) -> list[Path]:
     """Every picture below ``folder``, by relative path, without hidden files and folders."""
     if not folder.is_dir():

@@ -87,6 +87,30 @@ def read_list(path: Path, url_column: str, caption_column: str, on_malformed: On
             yield rows.select(columns)
 
 
+def count_list_rows(path: Path) -> int:
+    """About how many rows a list has: from Parquet's metadata, or from its size and the lines at its beginning.
+
+    Raises:
+        DataError: If a file is damaged.
+    """
+    return sum(_count_file_rows(file) for file in list_files(path))
+
+
+def _count_file_rows(file: Path) -> int:
+    kind = _format_of(file)
+    with _explain_damage(file):
+        if kind == "parquet":
+            return pq.read_metadata(file).num_rows
+        if kind == "json":
+            with _open(file) as stream:
+                return len(_records(json.loads(stream.read()), file))
+        with file.open("rb") as raw, gzip.open(raw) if file.suffix == ".gz" else contextlib.nullcontext(raw) as stream:
+            block = stream.read(_BLOCK_BYTES)
+            num_lines = block.count(b"\n") + (not block.endswith(b"\n")) - (kind in _DELIMITERS)
+            # Of a compressed file, the bytes that were read so far say how much of it the block is.
+            return max(1, round(num_lines * file.stat().st_size / max(1, raw.tell())))
+
+
 def _read_file(file: Path, url_column: str, caption_column: str, on_malformed: OnMalformed) -> Iterator[pa.Table]:
     kind = _format_of(file)
     with _explain_damage(file):

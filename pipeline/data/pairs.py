@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.folders import read_folder
-from pipeline.data.lists import read_list
+from pipeline.data.folders import count_pictures, read_folder
+from pipeline.data.lists import count_list_rows, read_list
 from pipeline.data.rows import make_uid, pairs_schema, split_of
 from pipeline.errors import DataError
 from pipeline.recipe.sections import PairsConfig
@@ -84,6 +84,19 @@ def source_batches(config: PairsConfig, summary: PairsSummary) -> Iterator[pa.Ta
             remaining -= batch.num_rows
             if remaining <= 0:
                 return
+
+
+def count_pairs(config: PairsConfig) -> int:
+    """About how many rows a source has, without reading them all.
+
+    Raises:
+        DataError: If the source is missing or damaged.
+    """
+    if config.source == "drawn":
+        return config.drawn.num_pairs + config.drawn.num_faulty
+    path = Path(config.path)
+    count = count_list_rows(path) if config.source == "list" else count_pictures(path)
+    return min(count, config.max_pairs or count)
 
 
 def _to_pairs(batch: pa.Table, validation_prob: float, uids: set[bytes], summary: PairsSummary) -> pa.Table:

@@ -24,7 +24,7 @@ import ray.exceptions
 from pipeline.errors import DataError, StepError, UnclipError
 from pipeline.recipe.plan import Step, StepStatus, manifest_of
 from pipeline.recipe.recipe import Recipe, to_dict
-from pipeline.recipe.sections import TaskResources, TrainResources
+from pipeline.recipe.schedule import needs_of
 from pipeline.recipe.steps import STEP_ROWS
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.tracking import Tracking
@@ -156,12 +156,8 @@ def _is_starting(context: StepContext) -> bool:
 
 def _needs(context: StepContext) -> dict[str, float]:
     """Resources that a step needs to begin: of all workers of a training, of one worker of any other step."""
-    needs = getattr(getattr(context.recipe, context.step.name), "resources", None)
-    if not isinstance(needs, TaskResources | TrainResources):
-        return {}
-    num_workers = needs.num_workers if isinstance(needs, TrainResources) else 1
-    num_gpus = num_workers if needs.accelerator == "cuda" else 0
-    return {"CPU": num_workers * needs.cpus_per_worker, "GPU": num_gpus}
+    needs = needs_of(getattr(context.recipe, context.step.name))
+    return {"CPU": needs.num_workers * needs.cpus, "GPU": needs.num_workers * needs.gpus}
 
 
 def _own_servers() -> list[psutil.Process]:

@@ -141,7 +141,11 @@ def _no_captions(captions: Sequence[str]) -> TextEncoding:
 
 def _caption_table(clip: FrozenClip, train: Samples) -> TextEncoder:
     """An encoder that encodes all captions once if they are few, else batch by batch."""
-    row_bytes = 4 * (clip.dims.context_length * clip.dims.text_width + clip.dims.embed_dim)
-    if train.num_rows * row_bytes > CAPTION_TABLE_BYTES:
+    if train.num_rows * caption_bytes(clip.dims) > CAPTION_TABLE_BYTES:
         return CaptionTable(clip.encode_text, None)
     return CaptionTable(clip.encode_text, train.reader.captions())
+
+
+def caption_bytes(dims: ClipDims) -> int:
+    """Memory of one encoded caption."""
+    return 4 * (dims.context_length * dims.text_width + dims.embed_dim)

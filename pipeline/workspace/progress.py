@@ -18,7 +18,7 @@ class ProgressState:
     total: int
     unit: str
     rate: float
-    """Units per second since this start of the step's work."""
+    """Units per second since the first reading of this start, without the time until then."""
     eta_s: float
     """Seconds to go at that rate; 0 while unknown."""
     message: str
@@ -38,7 +38,7 @@ class ProgressState:
         if not self.unit:
             return self.message
         share = 100 * self.done / max(self.total, 1)
-        rest = f", {_duration(self.eta_s)} to go" if self.eta_s else ""
+        rest = f", {duration(self.eta_s)} to go" if self.eta_s else ""
         message = f", {self.message}" if self.message else ""
         return f"{self.done}/{self.total} {self.unit} ({share:.0f} %), {self.rate:.1f}/s{rest}{message}"
 
@@ -57,7 +57,7 @@ class Progress:
         self._every_s = every_s
         self._start = None if waits else time.monotonic()
         self._written_at = float("-inf")
-        self._first_done: int | None = None
+        self._first: tuple[float, int] | None = None
         previous = read_progress(artifact)
         self._earlier_s = previous.wall_s if previous else 0.0
 
@@ -74,11 +74,12 @@ class Progress:
     def update(self, done: int, total: int, unit: str, message: str = "", *, force: bool = False) -> None:
         """Record that ``done`` of ``total`` units are finished."""
         now = time.monotonic()
-        if self._first_done is None:
-            self._first_done = done
+        if self._first is None and self._start is not None:
+            self._first = (now, done)
         if now - self._written_at < self._every_s and not force and done < total:
             return
-        rate = (done - self._first_done) / max(self._worked_s(), 1e-9)
+        first_s, first_done = self._first or (now, done)
+        rate = (done - first_done) / max(now - first_s, 1e-9)
         eta_s = (total - done) / rate if rate > 0 else 0.0
         state = ProgressState(done, total, unit, rate, eta_s, message, self.wall_s, time.time())
         self._artifact.write_json(PROGRESS, asdict(state))
@@ -95,8 +96,14 @@ def read_progress(artifact: Artifact) -> ProgressState | None:
     return parse_record(ProgressState, artifact.read_json(PROGRESS))
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in words: 42 s, 7 min, 2 h 05 min."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def clock_time(seconds: float) -> str:
+    """Minutes and seconds since the start of a run: 7:05."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

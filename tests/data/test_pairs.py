@@ -1,6 +1,7 @@
 import gzip
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from pipeline.data.drawn import drawn_batches, write_evaluation
 from pipeline.data.lists import BATCH_ROWS, list_columns
-from pipeline.data.pairs import PairsSummary, source_batches, write_pairs
+from pipeline.data.pairs import PairsSummary, count_pairs, source_batches, write_pairs
 from pipeline.data.rows import make_uid
 from pipeline.errors import DataError
 from pipeline.recipe.sections import DrawnConfig, PairsConfig
@@ -195,3 +196,42 @@ def test_evaluation_prompts_are_not_among_the_training_captions(tmp_path: Path) 
     }
     assert not captions & set(prompts.column("prompt").to_pylist())
     assert set(json.loads(prompts.column("scene")[0].as_py())) == {"objects", "background", "relation"}
+
+
+@pytest.mark.parametrize(
+    "name", ["pairs.csv", "pairs.tsv.gz", "pairs.jsonl", "pairs.json", "pairs.txt", "pairs.parquet"]
+)
+def test_count_pairs_counts_a_small_list(tmp_path: Path, name: str) -> None:
+    rows = [{"url": f"http://h/{i}", "caption": "a picture"} for i in range(37)]
+    lines = {"csv": "url,caption", "tsv": "url\tcaption"}
+    kind = name.split(".")[1]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+    elif kind == "json":
+        (tmp_path / name).write_text(json.dumps(rows))
+    else:
+        separator = {"csv": ",", "tsv": "\t"}.get(kind)
+        header = [lines[kind]] if separator else []
+        body = [separator.join(row.values()) if separator else json.dumps(row) for row in rows]
+        body = [row["url"] for row in rows] if kind == "txt" else body
+        data = ("\n".join([*header, *body]) + "\n").encode()
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    config = PairsConfig(source="list", path=str(tmp_path / name))
+    assert count_pairs(config) == 37
+    assert count_pairs(replace(config, max_pairs=5)) == 5
+
+
+def test_count_pairs_estimates_a_list_that_is_longer_than_a_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.data.lists._BLOCK_BYTES", 1000)
+    path = tmp_path / "pairs.csv"
+    path.write_text("url,caption\n" + "".join(f"http://h/{i:06d},a picture\n" for i in range(5000)))
+    assert count_pairs(PairsConfig(source="list", path=str(path))) == pytest.approx(5000, rel=0.05)
+
+
+def test_count_pairs_counts_drawn_pictures_and_those_of_a_folder(tmp_path: Path) -> None:
+    assert count_pairs(PairsConfig(drawn=DrawnConfig(num_pairs=30, num_faulty=2))) == 32
+    for name in ("a.png", "b.jpg", "c.txt"):
+        (tmp_path / name).touch()
+    assert count_pairs(PairsConfig(source="folder", path=str(tmp_path))) == 2

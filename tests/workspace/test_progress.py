@@ -30,12 +30,22 @@ def test_progress_counts_the_work_and_not_the_waiting(tmp_path: Path) -> None:
     assert _wall_s(artifact) == 0
     progress.begin(ago_s=5)
     progress.begin(ago_s=50)  # the second worker's: the clock runs already
+    progress.update(0, 10, "rows", force=True)
+    assert 5 <= _wall_s(artifact) < 5.2
+
+
+def test_the_rate_does_not_count_the_time_before_the_first_row(tmp_path: Path) -> None:
+    artifact = Artifact(str(tmp_path))
+    progress = Progress(artifact, waits=True)
+    progress.update(0, 10, "", "starting", force=True)
+    progress.begin(ago_s=5)
+    progress.update(0, 10, "rows", force=True)
+    time.sleep(0.5)
     progress.update(5, 10, "rows", force=True)
     state = read_progress(artifact)
     assert state is not None
-    assert 5 <= state.wall_s < 5.2
-    assert state.rate == pytest.approx(1, rel=0.05)
-    assert state.eta_s == pytest.approx(5, rel=0.05)
+    assert state.rate == pytest.approx(10, rel=0.1)
+    assert state.eta_s == pytest.approx(0.5, rel=0.1)
 
 
 def test_progress_of_a_second_start_adds_to_the_first(tmp_path: Path) -> None:

@@ -1,0 +1,203 @@
+"""How long the rest of a run takes: from measured or recorded times of its steps, and from the rates of running ones.
+
+`unclip plan --time` and `unclip init` measure, and write ``recipes/<name>/times.json`` into the workspace. A step that
+was not measured takes the time of its last run with the same settings; the seed makes no difference to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.recipe.plan import Step, StepStatus, artifact_of, make_plan
+from pipeline.recipe.recipe import Recipe, to_dict
+from pipeline.recipe.schedule import Load, Machine, Span, needs_of, schedule, this_machine
+from pipeline.recipe.sections import TrainResources
+from pipeline.workspace.manifest import parse_record
+from pipeline.workspace.progress import ProgressState, duration, read_progress
+from pipeline.workspace.store import Artifact, Workspace
+
+TIMES = "times.json"
+_TRUSTED_SHARE = 0.1
+"""Share of a step after which its own rate counts alone; before, the estimate counts too."""
+_ALIVE_S = 600.0
+"""A reading that is older belongs to a step that does not run."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Time of a step on a machine with nothing else to do."""
+
+    fixed_s: float
+    """Seconds that more workers do not shorten."""
+    shared_s: float = 0.0
+    """Seconds of one worker for the work that workers share."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Known times of steps."""
+
+    steps: dict[str, StepTime] = field(default_factory=dict[str, StepTime])
+    """By `time_keys`."""
+    crowding: float = 1.0
+    """See ``Machine``."""
+    measured: float = 0.0
+    """When, in seconds since the epoch."""
+
+
+@dataclass(frozen=True)
+class Remaining:
+    """The time to go of a whole run."""
+
+    seconds: float
+    """Of the steps whose time is known."""
+    untimed: tuple[str, ...] = ()
+    """Steps of unknown time, which are not in ``seconds``."""
+
+    @property
+    def text(self) -> str:
+        """The time in words."""
+        if self.untimed:
+            return f"at least {duration(self.seconds)} to go (unknown: {', '.join(self.untimed)})"
+        return f"{duration(self.seconds)} to go"
+
+
+def time_keys(recipe: Recipe) -> dict[str, str]:
+    """A key for the time of each step: of its fields with `resources`, and those of its inputs, without the seed."""
+    plan = make_plan(dataclasses.replace(recipe, seed=0))
+    keys: dict[str, str] = {}
+    for step in plan:
+        resources = to_dict(getattr(recipe, step.name)).get("resources", {})
+        keys[step.name] = hashlib.sha256(json.dumps([step.key, resources], sort_keys=True).encode()).hexdigest()[:16]
+    return keys
+
+
+def save_times(recipe: Recipe, times: Mapping[str, StepTime], crowding: float) -> None:
+    """Keep measured times in the recipe's workspace, in place of earlier ones."""
+    keys = time_keys(recipe)
+    record = Times({keys[name]: value for name, value in times.items()}, crowding, time.time())
+    _home(recipe).write_json(TIMES, dataclasses.asdict(record))
+
+
+def load_times(recipe: Recipe, steps: Sequence[Step]) -> tuple[dict[str, StepTime], Machine]:
+    """The known times of a recipe's steps by name, and this machine."""
+    home, workspace = _home(recipe), Workspace(recipe.workspace)
+    record = parse_record(Times, home.read_json(TIMES)) if home.exists(TIMES) else Times()
+    keys, known = time_keys(recipe), dict[str, StepTime]()
+    for step in steps:
+        measured = record.steps.get(keys[step.name])
+        earlier = _recorded(workspace, step, recipe, record.crowding) if measured is None else None
+        if (value := measured or earlier) is not None:
+            known[step.name] = value
+    return known, this_machine(record.crowding)
+
+
+def plan_spans(
+    recipe: Recipe, statuses: Sequence[StepStatus], times: Mapping[str, StepTime], machine: Machine
+) -> dict[str, Span]:
+    """When each step that is not done starts and ends, if the run starts now; steps of unknown time take none."""
+    workspace = Workspace(recipe.workspace)
+    loads = [
+        _load(recipe, status.step, _part(times[status.step.name], 1.0 - _share(workspace, status)))
+        for status in statuses
+        if status.state != "done" and status.step.name in times
+    ]
+    return schedule(loads, machine)
+
+
+def remaining(
+    recipe: Recipe,
+    steps: Sequence[Step],
+    readings: Mapping[str, ProgressState],
+    times: Mapping[str, StepTime],
+    machine: Machine,
+) -> Remaining:
+    """The time to go of a run.
+
+    Args:
+        recipe: The recipe.
+        steps: Its unfinished steps.
+        readings: The progress of the running ones.
+        times: The known times.
+        machine: Where it runs.
+    """
+    begun = {name for name, state in readings.items() if state.has_begun}
+    busy = sum(needs.num_workers * needs.cpus for needs in (needs_of(getattr(recipe, name)) for name in begun))
+    loads: list[Load] = []
+    untimed: list[str] = []
+    for step in steps:
+        left = _left(readings.get(step.name), times.get(step.name), machine.slowdown(busy))
+        if left is None:
+            untimed.append(step.name)
+        loads.append(_load(recipe, step, left or StepTime(0.0)))
+    spans = schedule(loads, machine, running=begun)
+    return Remaining(max((span.end_s for span in spans.values()), default=0.0), tuple(untimed))
+
+
+def live_readings(workspace: Workspace, steps: Sequence[Step]) -> dict[str, ProgressState]:
+    """The progress of the steps that run now, by name."""
+    states = {step.name: read_progress(artifact_of(workspace, step)) for step in steps}
+    now = time.time()
+    return {name: state for name, state in states.items() if state is not None and now - state.updated < _ALIVE_S}
+
+
+def _left(state: ProgressState | None, estimate: StepTime | None, slowdown: float) -> StepTime | None:
+    """What is left of a step: by its own rate as far as that can be trusted, else by the estimate."""
+    if state is None or not state.has_begun:
+        return estimate
+    share = state.done / max(state.total, 1)
+    if not state.eta_s:
+        # Nothing is counted yet, and the time until then is part of the estimate.
+        worked = state.wall_s / slowdown
+        return (
+            None if estimate is None else _part(estimate, max(0.1, 1.0 - worked / max(_alone(estimate), worked, 1e-9)))
+        )
+    by_rate = StepTime(state.eta_s / slowdown)
+    if estimate is None:
+        return by_rate
+    trust = min(1.0, share / _TRUSTED_SHARE)
+    rest = _part(estimate, 1.0 - share)
+    return StepTime(trust * by_rate.fixed_s + (1 - trust) * rest.fixed_s, (1 - trust) * rest.shared_s)
+
+
+def _load(recipe: Recipe, step: Step, left: StepTime) -> Load:
+    return Load(step.name, tuple(step.inputs), needs_of(getattr(recipe, step.name)), left.fixed_s, left.shared_s)
+
+
+def _part(value: StepTime, share: float) -> StepTime:
+    return StepTime(value.fixed_s * share, value.shared_s * share)
+
+
+def _alone(value: StepTime) -> float:
+    return value.fixed_s + value.shared_s
+
+
+def _share(workspace: Workspace, status: StepStatus) -> float:
+    """Share of an interrupted step that is done."""
+    state = read_progress(artifact_of(workspace, status.step)) if status.state == "partial" else None
+    return 0.0 if state is None else min(1.0, state.done / max(state.total, 1))
+
+
+def _recorded(workspace: Workspace, step: Step, recipe: Recipe, crowding: float) -> StepTime | None:
+    """The time of the newest artifact that was made with the same settings and any seed; None if there is none."""
+    for manifest in workspace.manifests(step.name)[0]:
+        if _without_seed(manifest.section) == _without_seed(step.section):
+            resources = getattr(getattr(recipe, step.name), "resources", None)
+            if isinstance(resources, TrainResources) or resources is None:
+                return StepTime(manifest.wall_s / crowding)
+            return StepTime(0.0, manifest.node_s / crowding)
+    return None
+
+
+def _without_seed(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in section.items() if name != "seed"}
+
+
+def _home(recipe: Recipe) -> Artifact:
+    return Workspace(recipe.workspace).artifact("recipes", recipe.name)

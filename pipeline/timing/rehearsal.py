@@ -1,0 +1,199 @@
+"""A rehearsal of a recipe: every step on a few rows, in a temporary workspace, with the code of the real one."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import psutil
+import torch
+
+from pipeline.clip import describe_clip
+from pipeline.data.download import download_shard, read_rows
+from pipeline.data.drawn import drawn_batches, write_evaluation
+from pipeline.data.embed import Embedder
+from pipeline.data.pairs import PairsSummary, source_batches, write_pairs
+from pipeline.errors import ConfigError, DataError
+from pipeline.networks.clip import save_clip_artifact
+from pipeline.recipe.recipe import Recipe
+from pipeline.retrieve.build import build_index
+from pipeline.shapes.server import serve_pictures
+from pipeline.timing.clock import Clock
+from pipeline.timing.trainings import RehearsedTraining
+from pipeline.timing.units import RowUnits, TrainingUnits
+from pipeline.train.assemble import TrainJob
+from pipeline.workspace.manifest import ShardRecord
+from pipeline.workspace.store import Artifact, Workspace
+
+NUM_ROWS = 256
+"""Rows of a rehearsal: half of them for training, half for validation."""
+_SHARD = "00000"
+_LEAST_ROWS = 8
+_DEADLINE_S = 5.0
+
+
+class Rehearsal:
+    """A temporary workspace with a few rows, in which the steps of a recipe are taken.
+
+    Args:
+        recipe: The recipe.
+        folder: An empty folder.
+        finished: Finished artifacts, by step name; they are used in place of rehearsed ones.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, finished: Mapping[str, Artifact]) -> None:
+        drawn = replace(recipe.pairs.drawn, num_pairs=NUM_ROWS, num_faulty=0, port=_free_port())
+        pairs = replace(recipe.pairs, max_pairs=NUM_ROWS, validation_prob=0.5, drawn=drawn)
+        # A dead host may take its deadline in a real run; a rehearsal waits less long for a row.
+        deadline_s = min(recipe.download.deadline_s, _DEADLINE_S)
+        download = replace(recipe.download, samples_per_shard=NUM_ROWS, retries=0, deadline_s=deadline_s)
+        self.recipe = replace(recipe, workspace=str(folder), pairs=pairs, download=download)
+        self._workspace = Workspace(str(folder))
+        self._finished = {name: artifact for name, artifact in finished.items() if name in recipe.trained()}
+        self.num_good = 0
+        """Rows that the download brought."""
+        self.num_pairs = 0
+        """Rows of the pairs."""
+
+    def artifact(self, name: str) -> Artifact:
+        """The artifact of a step: finished, or rehearsed."""
+        return self._finished.get(name) or self._workspace.artifact(name, "rehearsal")
+
+    @cached_property
+    def artifacts(self) -> dict[str, Artifact]:
+        """The artifacts of all steps, by name."""
+        return {name: self.artifact(name) for name in ("pairs", "download", "embed", *self.recipe.trained())}
+
+    def pairs(self) -> RowUnits:
+        """Write the pairs."""
+        config, output, summary = self.recipe.pairs, self.artifact("pairs"), PairsSummary()
+        is_drawn = config.source == "drawn"
+        clock = Clock(torch.device("cpu"), 1)
+        start = clock.now()
+        batches = drawn_batches(config.drawn, self.recipe.seed) if is_drawn else source_batches(config, summary)
+        with output.write("pairs.parquet") as path:
+            write_pairs(batches, config, path, summary, lambda _done: None)
+        self.num_pairs = summary.counts["ok"]
+        row_s, fixed_s = (clock.now() - start) / summary.counts["in"], 0.0
+        if is_drawn:
+            with output.write("evaluation.parquet") as path:
+                fixed_s = clock.time(lambda: write_evaluation(path, self.recipe.seed))
+        return RowUnits(row_s=row_s, fixed_s=fixed_s)
+
+    def download(self) -> RowUnits:
+        """Download the pairs.
+
+        Raises:
+            DataError: If too few rows come through to train on.
+        """
+        config, output = self.recipe.download, self.artifact("download")
+        rows = read_rows(self.artifact("pairs").path("pairs.parquet"), _SHARD, config)
+        names = [f"{_SHARD}.tar", f"{_SHARD}.parquet", f"{_SHARD}_stats.json"]
+        with _pictures(self.recipe), output.write(names[0]) as tar, output.write(names[1]) as table:
+            start, before_s = time.perf_counter(), _processor_s()
+            with output.write(names[2]) as stats:
+                counts = download_shard(rows, _SHARD, config, tar, table, stats)
+            # With a local server, its time and the worker's are added: they share the cores.
+            processor_s = _processor_s() - before_s
+            wall_s = time.perf_counter() - start
+        is_local = self.recipe.pairs.source == "drawn"
+        seconds = processor_s if is_local else max(wall_s, processor_s)
+        self.num_good = counts["ok"]
+        if self.num_good < min(_LEAST_ROWS, self.num_pairs):
+            raise DataError(
+                f"download: {self.num_good} of {counts['in']} rows came through, too few to measure with; "
+                "look at the list and at the network"
+            )
+        self._commit(output, dict(counts), names)
+        return RowUnits(row_s=seconds / counts["in"])
+
+    def embed(self) -> RowUnits:
+        """Embed the rows."""
+        config, download, output = self.recipe.embed, self.artifact("download"), self.artifact("embed")
+        clock = self._clock(config.resources.accelerator, config.resources.cpus_per_worker)
+        start = clock.now()
+        clip = self.artifact("clip").path("open_clip_config.json").parent
+        embedder = Embedder(clip, config.batch_size, config.resources.accelerator)
+        loaded = clock.now()
+        name = f"{_SHARD}.parquet"
+        with output.write(name) as target:
+            counts = embedder(download.path(f"{_SHARD}.tar"), download.path(name), _SHARD, target)
+        done = clock.now()
+        self._commit(output, dict(counts), [name])
+        return RowUnits(row_s=(done - loaded) / counts["in"], fixed_s=loaded - start)
+
+    def index(self) -> RowUnits:
+        """Build the index; the kinds for many rows take longer for each row than the one that these few get."""
+        config = self.recipe.index
+        clock = self._clock("cpu", config.resources.cpus_per_worker)
+        seconds = clock.time(
+            lambda: build_index(self.artifact("embed"), self.artifact("index"), config, seed=self.recipe.seed)
+        )
+        return RowUnits(row_s=seconds / self.num_good)
+
+    def job(self, name: str) -> TrainJob:
+        """A training on the rehearsal's rows."""
+        resources = self.recipe.trained()[name].resources
+        return TrainJob(
+            name=name,
+            recipe=self.recipe,
+            inputs=self.artifacts,
+            output=self._workspace.artifact(name, "rehearsal"),
+            digest="rehearsal",
+            device=torch.device(resources.accelerator),
+            num_threads=max(1, int(resources.cpus_per_worker)),
+        )
+
+    def training(self, name: str) -> TrainingUnits:
+        """Take a few steps of a training and write its artifact; a pretrained CLIP only takes its shape.
+
+        Raises:
+            ConfigError: If the shape of a pretrained CLIP is not known on this machine.
+        """
+        clip = self.recipe.clip
+        if name != "clip" or clip.source == "train":
+            return RehearsedTraining(self.job(name)).units()
+        start = time.perf_counter()
+        is_folder = Path(clip.name).is_dir()
+        try:
+            save_clip_artifact(self.artifact(name), describe_clip(f"local-dir:{clip.name}" if is_folder else clip.name))
+        except ValueError as error:
+            raise ConfigError(f"clip.name: {error}; or load it first: unclip run RECIPE --until clip") from error
+        return TrainingUnits(step_s=0.0, start_s=time.perf_counter() - start)
+
+    def _clock(self, accelerator: str, cpus: float) -> Clock:
+        num_threads = max(1, int(cpus))
+        torch.set_num_threads(num_threads)
+        return Clock(torch.device(accelerator), num_threads)
+
+    def _commit(self, output: Artifact, counts: dict[str, int], names: list[str]) -> None:
+        files = {name: output.describe(name) for name in names}
+        output.commit_shard(ShardRecord(shard=_SHARD, counts=counts, files=files))
+
+
+@contextmanager
+def _pictures(recipe: Recipe) -> Generator[None]:
+    """Serve the drawn source's pictures inside the block."""
+    if recipe.pairs.source == "drawn":
+        with serve_pictures(recipe.pairs.drawn.port):
+            yield
+    else:
+        yield
+
+
+def _processor_s() -> float:
+    """Processor time of this process and of those that it started."""
+    this = psutil.Process()
+    times = [process.cpu_times() for process in [this, *this.children(recursive=True)]]
+    return sum(spent.user + spent.system for spent in times)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

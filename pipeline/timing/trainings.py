@@ -1,0 +1,95 @@
+"""Times the pieces of one training, with the code of the real one."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+from pipeline.data.batches import IMAGE_CACHE_BYTES, Batch, plan_order
+from pipeline.data.order import worker_slice
+from pipeline.networks.diffusion_loss import draws_of
+from pipeline.timing.clock import Clock
+from pipeline.timing.units import TrainingUnits
+from pipeline.train.assemble import CAPTION_TABLE_BYTES, TrainJob, assemble, caption_bytes
+from pipeline.train.loop import make_step
+from pipeline.train.state import create_state, save_checkpoint
+from pipeline.train.validation import Validation
+
+_STEPS_S = 1.0
+
+
+class RehearsedTraining:
+    """The parts of a training and its first steps.
+
+    Args:
+        job: The training, on a few rows; one worker takes its own share of the batch.
+    """
+
+    def __init__(self, job: TrainJob) -> None:
+        torch.set_num_threads(job.num_threads)
+        self.job = job
+        self.clock = Clock(job.device, job.num_threads)
+        start = self.clock.now()
+        self._parts = assemble(job)
+        self._state = create_state(self._parts.network, job.section.train, job.device)
+        objective = self._parts.objective(self._state.network).train()
+        self._state.draws = draws_of(objective)
+        self._step = make_step(objective, job.section.train, seed=job.seed)
+        self._order = plan_order(self._parts.train, job.seed, where=job.name)
+        self._build_s = self.clock.now() - start
+
+    def take_step(self) -> None:
+        """One step on rows that are in memory after the first call."""
+        self._step(self._state, self._read())
+        self._state.step += 1
+
+    def step_s(self) -> float:
+        """Seconds of a step."""
+        return self.clock.repeat(self.take_step, least_s=_STEPS_S)
+
+    def units(self) -> TrainingUnits:
+        """All times; writes the artifact."""
+        job, clock, parts, state = self.job, self.clock, self._parts, self._state
+        read_s = clock.time(self._read)
+        row_s = max(0.0, read_s - clock.time(self._read)) / self._num_distinct
+        step_s = self.step_s()
+        captions = parts.train.reader.captions() if parts.clip is not None else []
+        caption_s = 0.0
+        if parts.clip is not None:
+            encode = parts.clip.encode_text
+            caption_s = clock.time(lambda: encode(captions)) / max(1, len(captions))
+        save_s = end_s = 0.0
+        if parts.validation.num_rows:
+            save_s = end_s = clock.time(lambda: Validation(job, parts)(state.ema))
+        save_s += _wall_s(lambda: save_checkpoint(state, job.output, job.digest, 1))
+        end_s += _wall_s(lambda: parts.publish(state.ema))
+        return TrainingUnits(
+            step_s=step_s,
+            start_s=max(0.0, self._build_s - len(captions) * caption_s),
+            row_s=row_s,
+            caption_s=caption_s,
+            most_cached_rows=IMAGE_CACHE_BYTES / max(1, parts.train.row_bytes),
+            most_encoded_rows=math.inf if parts.clip is None else CAPTION_TABLE_BYTES / caption_bytes(parts.clip.dims),
+            save_s=save_s,
+            end_s=end_s,
+        )
+
+    def _read(self) -> Batch:
+        """The first batch of this worker."""
+        start, stop = worker_slice(0, self.job.section.train.batch_size, 0, self.job.section.resources.num_workers)
+        return self._parts.train.batch(self._order.locations(start, stop))
+
+    @property
+    def _num_distinct(self) -> int:
+        share = self.job.section.train.batch_size // self.job.section.resources.num_workers
+        return min(share, self._parts.train.num_rows)
+
+
+def _wall_s(work: Callable[[], object]) -> float:
+    """Seconds of a call that waits for the disk."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

@@ -1,0 +1,148 @@
+"""The measured times of small pieces of a recipe, and the time of every step from them: plain arithmetic.
+
+The pieces are one training step, one row, one picture. So the same measurement gives the time of any number of steps,
+rows and pictures.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pipeline.recipe.estimate import StepTime
+from pipeline.recipe.recipe import Recipe, TrainedSection
+from pipeline.recipe.sections import ClipStepConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowUnits:
+    """Times of a data step, in seconds."""
+
+    row_s: float
+    """One row on one worker."""
+    fixed_s: float = 0.0
+    """What does not depend on the rows, without the start of the process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingUnits:
+    """Times of a training on one worker, in seconds."""
+
+    step_s: float
+    """One optimizer step on this worker's share of the batch, with its rows in memory."""
+    start_s: float = 0.0
+    """Building the network and reading CLIP, without the captions."""
+    row_s: float = 0.0
+    """Reading and decoding one row that is not in memory."""
+    caption_s: float = 0.0
+    """Encoding one caption."""
+    most_cached_rows: float = math.inf
+    """Rows whose pictures are kept in memory; with more rows, none is kept."""
+    most_encoded_rows: float = math.inf
+    """Rows whose captions are encoded once; with more rows, each batch encodes its own."""
+    save_s: float = 0.0
+    """Validation and checkpoint, between the steps."""
+    end_s: float = 0.0
+    """Validation and writing the artifact, after the last step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationUnits:
+    """Times of the evaluation on one worker, in seconds."""
+
+    start_s: float
+    """Loading the cascade."""
+    sample_s: float
+    """One sampled and measured picture."""
+    row_s: float
+    """One validation row: its embedding by the prior."""
+    reconstruction_s: float
+    """What a reconstructed row takes beyond that: its picture from z_image, and its enlargements."""
+    num_reconstructions: int
+    """Rows that are reconstructed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Units:
+    """All that was measured of a recipe on a machine; a step that was not measured is absent."""
+
+    process_s: float
+    """Start of a worker's process, with its imports."""
+    num_rows: int
+    """Rows of the source."""
+    success: float = 1.0
+    """Share of them that the download brings."""
+    rows: dict[str, RowUnits] = field(default_factory=dict[str, RowUnits])
+    """By data step."""
+    trainings: dict[str, TrainingUnits] = field(default_factory=dict[str, TrainingUnits])
+    """By step that trains a network."""
+    evaluation: EvaluationUnits | None = None
+    crowding: float = 1.0
+    """See ``Machine``."""
+
+
+def step_times(recipe: Recipe, units: Units) -> dict[str, StepTime]:
+    """The time of every measured step of a recipe.
+
+    Args:
+        recipe: The measured recipe, or one that differs in numbers of steps, rows or pictures alone.
+        units: What was measured.
+
+    Returns:
+        Times by step name.
+    """
+    times: dict[str, StepTime] = {}
+    good_rows = round(units.num_rows * units.success)
+    for name, unit in units.rows.items():
+        count = units.num_rows if name in {"pairs", "download"} else good_rows
+        times[name] = StepTime(units.process_s + unit.fixed_s, count * unit.row_s)
+    validation_rows = round(good_rows * recipe.pairs.validation_prob)
+    for name, unit in units.trainings.items():
+        section = recipe.trained()[name]
+        seconds = training_seconds(section, unit, good_rows - validation_rows)
+        times[name] = StepTime(units.process_s + seconds)
+    if units.evaluation is not None:
+        times["evaluate"] = _evaluation_time(recipe, units.evaluation, units.process_s, validation_rows)
+    return times
+
+
+def training_seconds(section: TrainedSection, unit: TrainingUnits, num_rows: int) -> float:
+    """Seconds of a training on ``num_rows`` rows, without the start of its process."""
+    if isinstance(section, ClipStepConfig) and section.source == "pretrained":
+        return unit.start_s
+    train, resources = section.train, section.resources
+    samples = train.num_steps * train.batch_size / resources.num_workers
+    reads = min(samples, num_rows) if num_rows <= unit.most_cached_rows else samples
+    captions = num_rows if num_rows <= unit.most_encoded_rows else samples
+    saves = max(0, train.num_steps - 1) // resources.save_every_steps
+    work_s = train.num_steps * unit.step_s + reads * unit.row_s + captions * unit.caption_s
+    return unit.start_s + work_s + saves * unit.save_s + unit.end_s
+
+
+def _evaluation_time(recipe: Recipe, unit: EvaluationUnits, process_s: float, validation_rows: int) -> StepTime:
+    """The parts of an evaluation are few, so that workers wait for the last one: their schedule gives the time."""
+    config = recipe.evaluate
+    num_rows = min(config.num_prompts, validation_rows)
+    num_prompts = config.num_prompts if recipe.pairs.source == "drawn" or config.prompts_path else num_rows
+    num_samples = num_prompts + min(config.num_shown, num_prompts) * (config.num_images_per_shown - 1)
+    parts = [size * unit.sample_s for size in _part_sizes(num_samples, config.batch_size)]
+    of_rows = [size * unit.row_s for size in _part_sizes(num_rows, config.batch_size)]
+    if of_rows:
+        of_rows[0] += min(unit.num_reconstructions, num_rows) * unit.reconstruction_s
+    workers = config.resources.num_workers
+    return StepTime(process_s + unit.start_s, workers * makespan([*parts, *of_rows], workers))
+
+
+def _part_sizes(total: int, most: int) -> list[int]:
+    count = math.ceil(total / most)
+    return [total * (i + 1) // count - total * i // count for i in range(count)]
+
+
+def makespan(parts: Sequence[float], num_workers: int) -> float:
+    """Seconds until the last of ``parts`` is done, if each free worker takes the next one."""
+    free_at = [0.0] * num_workers
+    for seconds in parts:
+        heapq.heappush(free_at, heapq.heappop(free_at) + seconds)
+    return max(free_at)
