@@ -27,9 +27,10 @@ def export(
     from pipeline.clip import FrozenText
     from pipeline.networks.cascade import load_cascade, network_configs
     from pipeline.networks.diffusers import export_diffusers, export_native
-    from pipeline.sampling.sample import cascade_artifacts
+    from pipeline.recipe.plan import finished_artifacts
+    from pipeline.recipe.steps import CASCADE_STEPS
 
-    artifacts = cascade_artifacts(resolved)
+    artifacts = finished_artifacts(resolved, CASCADE_STEPS)
     if native:
         export_native(artifacts, Path(native))
         typer.echo(f"{', '.join(artifacts)} in {native}")
@@ -54,5 +55,6 @@ def import_(
     for note in import_diffusers(Path(folder), Path(out)):
         typer.echo(f"note: {note}")
     typer.echo(
-        f'networks in {out}; sample them: unclip sample {out} "a red fox" -n 4; fine-tune them: {out}/recipe.toml'
+        f'networks in {out}; sample them: unclip sample {out} "a red fox" -n 4; serve them: unclip serve {out}; '
+        f"fine-tune them: {out}/recipe.toml"
     )

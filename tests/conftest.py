@@ -35,6 +35,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> "Recipe":
 def cascade(tiny: "Recipe") -> "Cascade":
     """Its networks."""
     from pipeline.networks.cascade import load_cascade
-    from pipeline.sampling.sample import cascade_artifacts
+    from pipeline.recipe.plan import finished_artifacts
+    from pipeline.recipe.steps import CASCADE_STEPS
 
-    return load_cascade(cascade_artifacts(tiny))
+    return load_cascade(finished_artifacts(tiny, CASCADE_STEPS))

@@ -22,7 +22,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from models.request import SampleRequest
-from pipeline.errors import StepError
+from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.sections import ServeConfig
@@ -150,7 +150,6 @@ class Front:
         from pipeline.serve.api import ApiSettings, create_app
         from pipeline.serve.knn import LocalNeighbours
 
-        index = NeighbourIndex.open(self._artifacts["index"], self._artifacts["embed"])
         manifest = self._artifacts["decoder"].manifest()
         settings = ApiSettings(
             name=self._recipe.name,
@@ -158,25 +157,34 @@ class Front:
             api_key=self._recipe.serve.api_key,
             created=int(manifest.created) if manifest else 0,
         )
-        neighbours = LocalNeighbours(index, self._artifacts["download"])
+        neighbours = None
+        if "index" in self._artifacts:
+            index = NeighbourIndex.open(self._artifacts["index"], self._artifacts["embed"])
+            neighbours = LocalNeighbours(index, self._artifacts["download"])
         return create_app(RemoteModel(self._model), neighbours, settings)
 
 
 def serve_recipe(recipe: Recipe, *, address: str = "", announce: Callable[[str], None] | None = None) -> None:
     """Serve the trained cascade of a recipe until Ctrl-C (or SIGTERM).
 
+    Without a finished index, pictures are served without their neighbours, and a line says so.
+
     Args:
-        recipe: A checked recipe whose steps up to the networks and the index are finished.
+        recipe: A checked recipe whose networks are finished.
         address: Ray cluster; empty: one of our own on this machine, ended with the server.
         announce: Takes lines for people; None writes them to standard output.
 
     Raises:
-        ConfigError: If a step is not finished; names the command that finishes it.
+        ConfigError: If a network is not finished; names the command that finishes it.
         StepError: If the port is taken, the cluster lacks CPUs or GPUs, a replica cannot start, or Ray goes away.
     """
     config = recipe.serve
     announce = announce or _write_line
-    artifacts = finished_artifacts(recipe, (*_NEIGHBOURS, *CASCADE_STEPS))
+    artifacts, no_neighbours = finished_artifacts(recipe, CASCADE_STEPS), ""
+    try:
+        artifacts |= finished_artifacts(recipe, _NEIGHBOURS)
+    except ConfigError as error:
+        no_neighbours = f"without neighbours: {error}"
     _quieten()
     # Ray Serve kills an HTTP proxy that is not up in 5 s: a busy machine needs longer.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
@@ -201,6 +209,8 @@ def serve_recipe(recipe: Recipe, *, address: str = "", announce: Callable[[str],
                 ) from None
             host = "127.0.0.1" if config.host in {"0.0.0.0", "::"} else config.host  # noqa: S104  (compared, not bound)
             announce(f"{recipe.name} is served at http://{host}:{config.port} - Ctrl-C ends it")
+            if no_neighbours:
+                announce(no_neighbours)
             _watch()
         except KeyboardInterrupt:
             announce("stopping")

@@ -24,12 +24,13 @@ from pipeline.data.vectors import read_vectors, to_unit
 from pipeline.errors import ConfigError
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.pictures import read_file, square, to_png
-from pipeline.recipe.plan import artifact_of, make_plan
+from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan
 from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.sampling.edit_options import EditOptions
 from pipeline.sampling.grid import Block, draw_grid
 from pipeline.sampling.preview import Preview
-from pipeline.sampling.sample import GRID, cascade_artifacts
+from pipeline.sampling.sample import GRID
 from pipeline.workspace.store import Artifact, Workspace, translate_os_errors
 
 Json = dict[str, Any]
@@ -105,7 +106,7 @@ def edit_recipe(
         StepError: If the folder cannot be written.
     """
     pictures = tuple(read_file(file) for file in files)
-    artifacts = cascade_artifacts(recipe)
+    artifacts = finished_artifacts(recipe, CASCADE_STEPS)
     embed = next(step for step in make_plan(recipe, until="embed") if step.name == "embed")
     sources = Sources(tuple(files), pictures, artifact_of(Workspace(recipe.workspace), embed))
     cascade = load_cascade(artifacts, recipe.evaluate.resources.accelerator, network_configs(recipe))

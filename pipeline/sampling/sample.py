@@ -25,7 +25,7 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.sampling.grid import Block, draw_grid
 from pipeline.sampling.preview import Preview
-from pipeline.workspace.store import Artifact, translate_os_errors
+from pipeline.workspace.store import translate_os_errors
 
 Json = dict[str, Any]
 
@@ -51,7 +51,7 @@ def sample_recipe(
         ConfigError: If a network is not trained yet; names the command that trains it.
     """
     accelerator = recipe.evaluate.resources.accelerator
-    cascade = load_cascade(cascade_artifacts(recipe), accelerator, network_configs(recipe))
+    cascade = load_cascade(finished_artifacts(recipe, CASCADE_STEPS), accelerator, network_configs(recipe))
     return sample_prompts(
         cascade,
         prompts,
@@ -62,15 +62,6 @@ def sample_recipe(
         batch_size=recipe.evaluate.batch_size,
         watch=watch,
     )
-
-
-def cascade_artifacts(recipe: Recipe) -> dict[str, Artifact]:
-    """The trained networks of a recipe, by step name.
-
-    Raises:
-        ConfigError: If one is not trained yet.
-    """
-    return finished_artifacts(recipe, CASCADE_STEPS)
 
 
 def sample_prompts(

@@ -3,7 +3,7 @@
 GET /                        the page
 POST /v1/images/generations  pictures, as OpenAI's Images API
 GET /v1/models               the one model
-POST /knn-service            neighbours, as clip-retrieval
+POST /knn-service            neighbours, as clip-retrieval; 404 on a server without an index
 POST /metadata, GET /indices-list
 GET /healthz, GET /metrics
 """
@@ -46,7 +46,7 @@ def create_app(model: PictureModel, neighbours: Neighbours | None, settings: Api
 
     Args:
         model: The networks.
-        neighbours: Search over the training pictures; None leaves its routes out.
+        neighbours: Search over the training pictures; None: there is no index, and its routes say so.
         settings: Names, sizes and the key.
     """
     app = FastAPI(title="unclip", docs_url=None, redoc_url=None, openapi_url=None)
@@ -54,8 +54,7 @@ def create_app(model: PictureModel, neighbours: Neighbours | None, settings: Api
     app.include_router(_pages(model, settings, has_neighbours=neighbours is not None))
     guarded = [Depends(require_key(settings.api_key))]
     app.include_router(_openai(model, settings), dependencies=guarded)
-    if neighbours is not None:
-        app.include_router(_clip_retrieval(model, neighbours, settings), dependencies=guarded)
+    app.include_router(_clip_retrieval(model, neighbours, settings), dependencies=guarded)
     return app
 
 
@@ -107,29 +106,35 @@ def _openai(model: PictureModel, settings: ApiSettings) -> APIRouter:
     return router
 
 
-def _clip_retrieval(model: PictureModel, neighbours: Neighbours, settings: ApiSettings) -> APIRouter:
+def _clip_retrieval(model: PictureModel, neighbours: Neighbours | None, settings: ApiSettings) -> APIRouter:
     router = APIRouter()
 
-    def require_index(name: str | None) -> None:
+    def require_index(name: str | None) -> Neighbours:
+        if neighbours is None:
+            message = (
+                "this server has no index: it serves a folder of networks, or `index` was not finished at its start"
+            )
+            raise ApiError(404, message, code="index_not_found")
         if name and name != settings.name:
             message = f"no index {name!r}; this server has {settings.name!r}"
             raise ApiError(404, message, param="indice_name", code="index_not_found")
+        return neighbours
 
     @router.get("/indices-list")
     async def indices() -> list[str]:
-        return [settings.name]
+        return [] if neighbours is None else [settings.name]
 
     @router.post("/knn-service")
     async def knn(request: Request) -> JSONResponse:
         body = parse(KnnRequest, await read_json(request, PICTURE_BODY_LIMIT_BYTES))
-        require_index(body.indice_name)
-        return JSONResponse(await while_connected(request, find(model, neighbours, body)))
+        index = require_index(body.indice_name)
+        return JSONResponse(await while_connected(request, find(model, index, body)))
 
     @router.post("/metadata")
     async def rows(request: Request) -> JSONResponse:
         body = parse(MetadataRequest, await read_json(request, TEXT_BODY_LIMIT_BYTES))
-        require_index(body.indice_name)
-        return JSONResponse(metadata(neighbours, body))
+        index = require_index(body.indice_name)
+        return JSONResponse(metadata(index, body))
 
     return router
 

@@ -24,12 +24,14 @@ import torch
 import pipeline.runtime.serve as serve_module
 from pipeline.errors import ConfigError, StepError
 from pipeline.networks.cascade import load_cascade
+from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.runtime.serve import serve_recipe
-from pipeline.sampling.sample import cascade_artifacts
 from tests.ports import free_port
 from tests.readme import python_blocks
 from tests.tiny.command import start_unclip
+from tests.tiny.networks import make_cascade, save_cascade
 from tests.tiny.shards import pixels, plain_picture
 from tests.tiny.workspace import served_workspace
 
@@ -71,7 +73,11 @@ def health(served: Served) -> Any:
 def test_served_pictures_are_those_of_the_cascade(served: Served) -> None:
     client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0)
     answer = client.images.generate(prompt="a red circle", n=2, model="tiny", extra_body={"seed": 7})
-    expected = load_cascade(cascade_artifacts(served.recipe)).sample(["a red circle"] * 2, [7, 8]).images.numpy()
+    expected = (
+        load_cascade(finished_artifacts(served.recipe, CASCADE_STEPS))
+        .sample(["a red circle"] * 2, [7, 8])
+        .images.numpy()
+    )
     for image, wanted in zip(answer.data or [], expected, strict=True):
         difference = np.abs(pixels(base64.b64decode(image.b64_json or "")).astype(int) - wanted)
         assert difference.mean() < 0.1
@@ -161,8 +167,30 @@ def test_ctrl_c_ends_the_server_and_everything_it_started(served: Served) -> Non
 
 
 def test_serving_an_unfinished_recipe_names_the_step(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="download is not finished under this recipe; first: unclip run"):
+    with pytest.raises(ConfigError, match="clip is not finished under this recipe; first: unclip run"):
         serve_recipe(parse_recipe({"workspace": str(tmp_path)}))
+
+
+def test_a_folder_of_networks_is_served_without_an_index(tmp_path: Path) -> None:
+    cascade, port = make_cascade(), free_port()
+    save_cascade(cascade, tmp_path / "mine")
+    url = f"http://127.0.0.1:{port}"
+    process = start_unclip("serve", str(tmp_path / "mine"), "--set", f"serve.port={port}")
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert f"mine is served at {url}" in line, line + process.stdout.read()
+        assert process.stdout.readline().startswith("without neighbours: download is not finished")
+        body = {"prompt": "a red circle", "seed": 7}
+        [image] = httpx.post(f"{url}/v1/images/generations", json=body, timeout=60).json()["data"]
+        expected = cascade.sample(["a red circle"], [7]).images[0].numpy()
+        assert np.abs(pixels(base64.b64decode(image["b64_json"])).astype(int) - expected).mean() < 0.1
+        answer = httpx.post(f"{url}/knn-service", json={"text": "a", "modality": "image", "num_images": 1})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "index_not_found")
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
 
 
 def test_serving_on_a_taken_port_says_so_before_ray_starts(served: Served) -> None:

@@ -9,10 +9,12 @@ from models.decoder.network import Decoder
 from models.editor import EditSettings
 from models.prior.network import Prior
 from pipeline.networks.files import load_network, save_network
+from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import load_recipe
+from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.sampling.edit_options import EditOptions
 from pipeline.sampling.edit_pictures import edit_recipe
-from pipeline.sampling.sample import cascade_artifacts, sample_recipe
+from pipeline.sampling.sample import sample_recipe
 from tests.tiny.shards import pixels, plain_picture
 from tests.tiny.workspace import served_workspace
 
@@ -31,7 +33,7 @@ SETTINGS = (
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace of random weights, and its recipe beside it."""
     folder = tmp_path_factory.mktemp("settings")
-    artifacts = cascade_artifacts(served_workspace(folder))
+    artifacts = finished_artifacts(served_workspace(folder), CASCADE_STEPS)
     prior, decoder = (load_network(artifacts[name]) for name in ("prior", "decoder"))
     assert isinstance(prior, Prior)
     assert isinstance(decoder, Decoder)

@@ -24,10 +24,10 @@ from models.upsampler.network import Upsampler
 from models.upsampler.stage import UpsamplerStage
 from pipeline.clip import FrozenClip, create_clip
 from pipeline.networks.cascade import load_cascade
-from pipeline.recipe.plan import artifact_of, make_plan
+from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan
 from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.retrieve import NeighbourIndex
-from pipeline.sampling.sample import cascade_artifacts
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
 from pipeline.serve.knn import LocalNeighbours
@@ -117,7 +117,7 @@ def neighbours(recipe: Recipe) -> LocalNeighbours:
 
 @pytest.fixture(scope="session")
 def server(recipe: Recipe, neighbours: LocalNeighbours) -> Iterator[Server]:
-    cascade = load_cascade(cascade_artifacts(recipe))
+    cascade = load_cascade(finished_artifacts(recipe, CASCADE_STEPS))
     engine = Engine(cascade, max_batch_size=4, max_waiting=3)
     with _serving(create_app(engine, neighbours, ApiSettings(recipe.name, 32, created=1_700_000_000))) as url:
         yield Server(url, recipe, cascade, engine)

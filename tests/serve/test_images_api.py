@@ -13,7 +13,8 @@ import pytest
 
 from models.cascade import CascadeResult
 from pipeline.networks.cascade import load_cascade
-from pipeline.sampling.sample import cascade_artifacts
+from pipeline.recipe.plan import finished_artifacts
+from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
 from pipeline.serve.images import to_png_of_side
@@ -177,7 +178,7 @@ def test_a_key_is_asked_for_when_one_is_set(server: Any, serving: Any) -> None:
         assert httpx.get(f"{url}/metrics").status_code == 401
         assert httpx.get(f"{url}/").status_code == 200
         assert httpx.get(f"{url}/healthz").status_code == 200
-        assert httpx.post(f"{url}/knn-service", json={}).status_code == 404  # no neighbours, no route
+        assert httpx.post(f"{url}/knn-service", json={}).status_code == 401
 
 
 def test_overload_is_503_with_a_time_to_come_back(server: Any) -> None:
@@ -194,7 +195,7 @@ def test_overload_is_503_with_a_time_to_come_back(server: Any) -> None:
 
 def test_a_client_that_leaves_is_dropped(serving: Any, tmp_path: Path) -> None:
     slow = served_workspace(tmp_path, overrides=("decoder.model.sampler.num_steps=400",))  # time enough to leave
-    engine = Engine(load_cascade(cascade_artifacts(slow)), max_batch_size=4, max_waiting=3)
+    engine = Engine(load_cascade(finished_artifacts(slow, CASCADE_STEPS)), max_batch_size=4, max_waiting=3)
     body = b'{"prompt": "a", "n": 10}'
     with contextlib.closing(engine), serving(create_app(engine, None, ApiSettings("slow", 32))) as url:
         host, port = url.removeprefix("http://").split(":")

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.data.rows import make_uid
 from pipeline.recipe.plan import artifact_of, make_plan
+from pipeline.serve.api import ApiSettings, create_app
 from pipeline.workspace.store import Workspace
 from tests.tiny.shards import pixels, plain_picture
 from tests.tiny.workspace import COLOURS
@@ -53,6 +54,20 @@ def test_an_embedding_finds_what_is_nearest_by_arithmetic(server: Any) -> None:
         order = np.argsort(-cosines)
         assert [one["similarity"] for one in found] == pytest.approx(cosines[order], abs=2e-3)
         assert found[0]["uid"] == table.column("uid")[int(order[0])].as_py()
+
+
+def test_a_server_without_an_index_says_so_and_still_samples(server: Any, serving: Any) -> None:
+    with serving(create_app(server.engine, None, ApiSettings("tiny", 32))) as url:
+        assert httpx.get(f"{url}/indices-list").json() == []
+        for path, body in (
+            ("/knn-service", {"text": "a", "modality": "image", "num_images": 3}),
+            ("/metadata", {"ids": [0]}),
+        ):
+            answer = httpx.post(f"{url}{path}", json=body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "index_not_found")
+            assert "this server has no index" in answer.json()["error"]["message"]
+        answer = httpx.post(f"{url}/v1/images/generations", json={"prompt": "a"}, timeout=60)
+        assert len(answer.json()["data"]) == 1
 
 
 def test_a_text_finds_its_own_caption_and_comes_before_a_picture(server: Any) -> None:
