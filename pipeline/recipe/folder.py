@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
-from pipeline.recipe.sections import ClipStepConfig, NetworkStepConfig
 from pipeline.recipe.steps import STEPS
 
 Json = dict[str, Any]
@@ -48,11 +47,3 @@ def folder_tables(folder: Path) -> Json:
         sides_px.append(model.get("image_px", 0))
     tables["download"] = {"image_px": max(256, *sides_px)}
     return tables
-
-
-def finished_network(section: Any) -> str:
-    """Folder of the network that a section uses unchanged; empty if the section trains or downloads one."""
-    if isinstance(section, ClipStepConfig):
-        is_folder = section.source == "pretrained" and (Path(section.name) / "open_clip_model.safetensors").is_file()
-        return section.name if is_folder else ""
-    return section.init_from if isinstance(section, NetworkStepConfig) and section.train.num_steps == 0 else ""

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.recipe.folder import finished_network
 from pipeline.recipe.recipe import SAMPLING, Recipe, flatten, to_dict, without_resources
-from pipeline.recipe.sections import ClipStepConfig, PairsConfig
+from pipeline.recipe.sections import StepSection
 from pipeline.recipe.steps import STEPS, StepRow
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.store import Artifact, Workspace, fingerprint
@@ -53,7 +52,6 @@ class StepStatus:
     manifest: Manifest | None
 
 
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
 _ADDED_LATER = {
     "model.diffusion.loss": "simple",
     "model.diffusion.timestep_draws": "uniform",
@@ -79,7 +77,7 @@ def make_plan(recipe: Recipe, *, until: str = "") -> list[Step]:
     """
     steps: dict[str, Step] = {}
     for row in STEPS:
-        section = getattr(recipe, row.name)
+        section: StepSection | None = getattr(recipe, row.name)
         if section is None:
             continue
         tables = _without_added(without_resources(to_dict(section)))
@@ -87,9 +85,7 @@ def make_plan(recipe: Recipe, *, until: str = "") -> list[Step]:
             tables["seed"] = recipe.seed
         tables |= _local_inputs(row, section)
         tables = tables | sampling_tables(recipe) if row.samples else _without_sampling(tables)
-        inputs = {name: steps[name].key for name in row.inputs if name in steps}
-        if isinstance(section, ClipStepConfig) and section.source == "pretrained":
-            inputs = {}
+        inputs = {name: steps[name].key for name in row.inputs if name in steps and section.reads_inputs}
         steps[row.name] = Step(row.name, row.version, tables, inputs)
     return steps_until(list(steps.values()), until)
 
@@ -208,40 +204,23 @@ def finished_artifacts(recipe: Recipe, names: Collection[str]) -> dict[str, Arti
     artifacts = {step.name: artifact_of(workspace, step) for step in make_plan(recipe) if step.name in names}
     for name, artifact in artifacts.items():
         if artifact.manifest() is None:
-            folder = finished_network(getattr(recipe, name))
+            folder = getattr(recipe, name).finished_network
             if not folder:
                 raise ConfigError(f"{name} is not finished under this recipe; first: unclip run RECIPE")
             artifacts[name] = Artifact(folder if "://" in folder else str(Path(folder).resolve()))
     return artifacts
 
 
-def local_files(row: StepRow, section: Any) -> dict[str, str]:
-    """The fields of a section that name a file or folder of this machine, with the path."""
-    fields = section.local_fields() if isinstance(section, ClipStepConfig) else row.files
-    paths = {name: str(getattr(section, name)) for name in fields}
-    return {name: path for name, path in paths.items() if path and "://" not in path}
-
-
-def _local_inputs(row: StepRow, section: Any) -> Json:
-    """Fingerprints of the user's files that a section names; in the key they replace the paths.
-
-    A folder of pictures also keeps its absolute path, because its URLs contain it.
-    """
+def _local_inputs(row: StepRow, section: StepSection) -> Json:
+    """Fingerprints of the user's files that a section names; in the key they replace the paths."""
     entries: Json = {}
-    for name, path in local_files(row, section).items():
+    for name, path in section.local_paths(row.files).items():
         if not Path(path).exists():
             raise ConfigError(
                 f"{row.name}: {path} does not exist; relative paths start at the folder where you run unclip"
             )
-        keeps_path = isinstance(section, PairsConfig) and section.source == "folder"
-        entries |= {name: str(Path(path).resolve()) if keeps_path else ""}
-        # Networks of the same shape have files of the same size; only their content differs.
-        if isinstance(section, ClipStepConfig) and Path(path).is_dir():
-            weights = sorted(file for file in Path(path).iterdir() if file.suffix in _WEIGHTS)
-            content = [fingerprint(str(file)) for file in (Path(path) / "open_clip_config.json", *weights)]
-        else:
-            content = fingerprint(f"{path}/model.safetensors" if name == "init_from" else path)
-        entries[row.files[name]] = content
+        content = [fingerprint(file) for file in section.files_in_key(path)]
+        entries |= {name: section.path_in_key(path), row.files[name]: content if len(content) > 1 else content[0]}
     return entries
 
 

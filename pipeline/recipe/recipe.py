@@ -135,7 +135,8 @@ class Recipe:
 
     def upsamplers(self) -> dict[str, UpsamplerConfig]:
         """The upsamplers, by step name, from the smallest picture to the largest."""
-        return {name: part.model for name, part in self.trained().items() if isinstance(part.model, UpsamplerConfig)}
+        sections = {name: getattr(self, name) for name, row in STEP_ROWS.items() if row.trains == "upsampler"}
+        return {name: section.model for name, section in sections.items() if section is not None}
 
 
 @functools.cache

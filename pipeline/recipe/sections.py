@@ -5,6 +5,7 @@ cadence) are in its ``resources`` table. The type of a field checks its value al
 other fields.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Generic, Literal, TypeVar
 
@@ -22,6 +23,36 @@ Prob = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 """Below 1."""
 
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
+
+
+class StepSection:
+    """What the plan asks a step's section; these answers hold for most sections."""
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether the step reads the artifacts of its row's inputs."""
+        return True
+
+    @property
+    def finished_network(self) -> str:
+        """Folder of the network that the section uses unchanged; empty if the step trains or downloads one."""
+        return ""
+
+    def local_paths(self, fields: Iterable[str]) -> dict[str, str]:
+        """Those of ``fields`` that name a file or folder of this machine, with the path."""
+        paths = {name: str(getattr(self, name)) for name in fields}
+        return {name: path for name, path in paths.items() if path and "://" not in path}
+
+    def path_in_key(self, path: str) -> str:
+        """What the key holds of a local path itself, beside its content."""
+        del path
+        return ""
+
+    def files_in_key(self, path: str) -> list[str]:
+        """Files (or one folder) whose content stands in the key for a local path."""
+        return [path]
+
 
 @configclass
 class DrawnConfig:
@@ -38,7 +69,7 @@ class DrawnConfig:
 
 
 @configclass
-class PairsConfig:
+class PairsConfig(StepSection):
     """Where the image-text pairs come from; the step writes one list of (uid, url, caption, split)."""
 
     source: Literal["drawn", "list", "folder"] = "drawn"
@@ -59,6 +90,10 @@ class PairsConfig:
     def __post_init__(self) -> None:
         if self.source != "drawn" and not self.path:
             raise ValueError(f"path is required when source is {self.source!r}")
+
+    def path_in_key(self, path: str) -> str:
+        """A folder's absolute path, because the URLs of its pictures contain it."""
+        return str(Path(path).resolve()) if self.source == "folder" else ""
 
 
 @configclass
@@ -85,7 +120,7 @@ class DownloadResources(TaskResources):
 
 
 @configclass
-class DownloadConfig:
+class DownloadConfig(StepSection):
     """Options of img2dataset, under our names with units; its shard format is unchanged."""
 
     samples_per_shard: PositiveInt = 1000
@@ -196,7 +231,7 @@ class TrainResources:
 
 
 @configclass
-class ClipStepConfig:
+class ClipStepConfig(StepSection):
     """The frozen CLIP: trained here on the shards, or pretrained."""
 
     source: Literal["train", "pretrained"] = "train"
@@ -216,17 +251,34 @@ class ClipStepConfig:
         if self.source == "train" and self.train.num_steps == 0:
             raise ValueError("train.num_steps is 0: random weights are of no use; set source = 'pretrained'")
 
-    def local_fields(self) -> tuple[str, ...]:
-        """Which of name and tag is a path on this machine: a folder, or the checkpoint of a named model."""
+    @property
+    def reads_inputs(self) -> bool:
+        """See ``StepSection``."""
+        return self.source == "train"
+
+    @property
+    def finished_network(self) -> str:
+        """See ``StepSection``."""
+        is_folder = self.source == "pretrained" and (Path(self.name) / "open_clip_model.safetensors").is_file()
+        return self.name if is_folder else ""
+
+    def local_paths(self, fields: Iterable[str]) -> dict[str, str]:
+        """The one of name and tag that is a path on this machine: a folder, or the checkpoint of a named model."""
         if self.source != "pretrained" or self.name.startswith("hf-hub:"):
-            return ()
-        if "/" in self.name or Path(self.name).is_dir():
-            return ("name",)
-        return ("tag",) if Path(self.tag).is_file() else ()
+            return {}
+        is_path = {"name": "/" in self.name or Path(self.name).is_dir(), "tag": Path(self.tag).is_file()}
+        return super().local_paths([name for name in fields if is_path[name]][:1])
+
+    def files_in_key(self, path: str) -> list[str]:
+        """Configuration and weights of a folder, because networks of the same shape have files of the same size."""
+        if not Path(path).is_dir():
+            return [path]
+        weights = sorted(str(file) for file in Path(path).iterdir() if file.suffix in _WEIGHTS)
+        return [str(Path(path) / "open_clip_config.json"), *weights]
 
 
 @configclass
-class EmbedConfig:
+class EmbedConfig(StepSection):
     """z_image and z_text of every good row, as Parquet, one file a shard."""
 
     batch_size: PositiveInt = 256
@@ -236,7 +288,7 @@ class EmbedConfig:
 
 
 @configclass
-class IndexConfig:
+class IndexConfig(StepSection):
     """The neighbour index over z_image and z_text (FAISS, inner product)."""
 
     kind: Literal["auto", "flat", "ivf_flat", "ivf_sq8", "hnsw"] = "auto"
@@ -252,7 +304,7 @@ class IndexConfig:
 
 
 @configclass
-class NetworkStepConfig(Generic[ModelT_co]):
+class NetworkStepConfig(StepSection, Generic[ModelT_co]):
     """A step that trains one network: its shape, its first weights, its optimisation, its workers."""
 
     model: ModelT_co
@@ -269,9 +321,18 @@ class NetworkStepConfig(Generic[ModelT_co]):
         if self.train.num_steps == 0 and not self.init_from:
             raise ValueError("train.num_steps is 0, which needs init_from: an untrained network samples noise")
 
+    @property
+    def finished_network(self) -> str:
+        """See ``StepSection``."""
+        return self.init_from if self.train.num_steps == 0 else ""
+
+    def files_in_key(self, path: str) -> list[str]:
+        """The weights of ``init_from``."""
+        return [f"{path}/model.safetensors"]
+
 
 @configclass
-class NoisyClipStepConfig:
+class NoisyClipStepConfig(StepSection):
     """The noise-aware CLIP, for CLIP guidance of the decoder: an optional step."""
 
     model: NoisyClipConfig = NoisyClipConfig()
@@ -283,7 +344,7 @@ class NoisyClipStepConfig:
 
 
 @configclass
-class EvaluateConfig:
+class EvaluateConfig(StepSection):
     """Pictures and numbers from the finished cascade."""
 
     num_prompts: PositiveInt = 240

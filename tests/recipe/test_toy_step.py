@@ -14,7 +14,7 @@ from tests.tiny.command import ROOT
 _SECTION = '''
 
 @configclass
-class TallyConfig:
+class TallyConfig(StepSection):
     """Words of the captions, counted."""
 
     shortest: int = 1
