@@ -3,46 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from models.ar_prior.config import TokenSamplerConfig
-from models.ar_prior.network import ArPrior
 from models.ar_prior.sampling import initial_tokens, sample_component
 from models.clip_config import ClipDims
 from models.diffusion.noise import NoiseSource
-from models.prior.stage import candidate_noise, keep_nearest
+from models.prior.stage import CandidateStage
 from models.request import SampleRequest
 from models.rows import concat_rows
-from models.stage import Z_IMAGE, Batch, Chain, JoinedChains
+from models.stage import Batch, Chain, JoinedChains
 
 
 @dataclass(frozen=True, eq=False)
-class ArPriorStage:
-    """Samples ``num_candidates`` embeddings of each caption and keeps the one nearest to it."""
-
-    network: ArPrior
-    sampler: TokenSamplerConfig
-    name: str
-    num_candidates: int = 1
-
-    @classmethod
-    def of(cls, prior: ArPrior, name: str = "prior") -> ArPriorStage:
-        """Create the stage with the settings of the network's own configuration."""
-        return cls(prior, prior.config.sampler, name, prior.config.num_candidates)
-
-    @property
-    def makes(self) -> str:
-        """See ``Stage``."""
-        return Z_IMAGE
-
-    @property
-    def side_px(self) -> None:
-        """See ``Stage``."""
+class ArPriorStage(CandidateStage):
+    """The autoregressive prior, whose step samples one component of every candidate."""
 
     @property
     def low_res_px(self) -> None:
@@ -52,11 +31,6 @@ class ArPriorStage:
     def dims(self) -> ClipDims:
         """See ``Stage``."""
         return self.network.dims
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """See ``Stage``."""
-        return asdict(self.sampler) | {"num_candidates": self.num_candidates}
 
     def eval(self) -> None:
         """See ``Stage``."""
@@ -68,9 +42,8 @@ class ArPriorStage:
 
     def enter(self, batch: Batch, noise: NoiseSource | None = None) -> Chain:
         """See ``Stage``; a step is a component."""
-        text = concat_rows([batch.text] * self.num_candidates)
-        noise = candidate_noise(batch.seeds, self.num_candidates) if noise is None else noise
-        state = initial_tokens(self.network, text, noise, self._sampler(batch.request))
+        noise = self.noise(batch.seeds) if noise is None else noise
+        state = initial_tokens(self.network, self.repeat_captions(batch), noise, self._sampler(batch.request))
         return Chain(batch, state, tuple(range(self.network.num_components)))
 
     def join(self, chains: Sequence[Chain]) -> JoinedChains:
@@ -83,7 +56,7 @@ class ArPriorStage:
 
     def leave(self, chain: Chain) -> Float[Tensor, "B D"]:
         """See ``Stage``."""
-        return keep_nearest(self.network.detokenize(chain.state.tokens), chain.batch.text)
+        return self.keep_nearest(self.network.detokenize(chain.state.tokens), chain.batch.text)
 
     def _sampler(self, request: SampleRequest | None) -> TokenSamplerConfig:
         if request is None:

@@ -1,4 +1,4 @@
-"""The diffusion prior as a stage: captions to z_image.
+"""The diffusion prior as a stage: captions to z_image; and what it shares with the autoregressive prior.
 
 Legend: B captions; R = B candidates rows, the first candidate of every caption, then the second, and so on.
 """
@@ -6,8 +6,8 @@ Legend: B captions; R = B candidates rows, the first candidate of every caption,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
@@ -23,14 +23,16 @@ from models.text import TextEncoding
 
 
 @dataclass(frozen=True, eq=False)
-class PriorStage(DiffusionStage):
-    """Samples ``num_candidates`` embeddings of each caption and keeps the one nearest to it."""
+class CandidateStage:
+    """The part of every prior: sample ``num_candidates`` embeddings of each caption and keep the nearest to it."""
 
-    network: Prior
+    network: Any
+    sampler: Any
+    name: str
     num_candidates: int = 1
 
     @classmethod
-    def of(cls, prior: Prior, name: str = "prior") -> PriorStage:
+    def of(cls, prior: Any, name: str = "prior") -> Self:
         """Create the stage with the settings of the network's own configuration."""
         return cls(prior, prior.config.sampler, name, prior.config.num_candidates)
 
@@ -46,20 +48,38 @@ class PriorStage(DiffusionStage):
     @property
     def settings(self) -> dict[str, Any]:
         """See ``Stage``."""
-        return super().settings | {"num_candidates": self.num_candidates}
+        return asdict(self.sampler) | {"num_candidates": self.num_candidates}
+
+    def noise(self, seeds: Sequence[int]) -> NoiseSource:
+        """Noise of the first candidate of every seed, then of the second, and so on."""
+        noise = NoiseSource(())
+        for candidate in range(self.num_candidates):
+            noise = noise + NoiseSource.from_seeds(seeds, f"prior-{candidate}")
+        return noise
+
+    def repeat_captions(self, batch: Batch) -> TextEncoding:
+        """The captions of the first candidates, then of the second, and so on; R rows."""
+        return concat_rows([batch.text] * self.num_candidates)
+
+    def keep_nearest(self, candidates: Float[Tensor, "R D"], text: TextEncoding) -> Float[Tensor, "B D"]:
+        """The candidate of each caption that has the largest dot product with z_text."""
+        candidates = candidates.view(-1, len(text), candidates.shape[1])
+        best = (candidates * text.z_text).sum(2).argmax(0)
+        return candidates[best, torch.arange(len(text), device=best.device)]
+
+
+@dataclass(frozen=True, eq=False)
+class PriorStage(CandidateStage, DiffusionStage):
+    """The diffusion prior, which denoises its candidates together."""
 
     @property
     def x0_variance(self) -> Tensor | None:
         """See ``DiffusionStage``."""
         return self.network.x0_variance if self.network.x0_variance.any() else None
 
-    def noise(self, seeds: Sequence[int]) -> NoiseSource:
-        """See ``DiffusionStage``."""
-        return candidate_noise(seeds, self.num_candidates)
-
     def begin(self, batch: Batch, noise: NoiseSource, *, guided: bool) -> tuple[Tensor, PriorCondition]:
         """See ``DiffusionStage``."""
-        text = concat_rows([batch.text] * self.num_candidates)
+        text = self.repeat_captions(batch)
         x = noise.normal((self.network.dims.embed_dim,), device=text.pooled.device)
         return x, self.encode(text, guided=guided)
 
@@ -71,22 +91,7 @@ class PriorStage(DiffusionStage):
 
     def finish(self, batch: Batch, x: Tensor) -> Float[Tensor, "B D"]:
         """See ``DiffusionStage``."""
-        return keep_nearest(self.network.unscale(x), batch.text)
-
-
-def candidate_noise(seeds: Sequence[int], num_candidates: int) -> NoiseSource:
-    """Noise of the first candidate of every seed, then of the second, and so on."""
-    noise = NoiseSource(())
-    for candidate in range(num_candidates):
-        noise = noise + NoiseSource.from_seeds(seeds, f"prior-{candidate}")
-    return noise
-
-
-def keep_nearest(candidates: Float[Tensor, "R D"], text: TextEncoding) -> Float[Tensor, "B D"]:
-    """The candidate of each caption that has the largest dot product with z_text."""
-    candidates = candidates.view(-1, len(text), candidates.shape[1])
-    best = (candidates * text.z_text).sum(2).argmax(0)
-    return candidates[best, torch.arange(len(text), device=best.device)]
+        return self.keep_nearest(self.network.unscale(x), batch.text)
 
 
 def prior_denoiser(prior: Prior, text: TextEncoding, guidance_scale: float = 1.0) -> Denoise:
