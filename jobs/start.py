@@ -73,16 +73,16 @@ def run(
     typer.echo(f"ran {steps} in {wall_s:.0f} s" if ran else f"nothing to do: all {len(before)} steps are done")
     if report.exists():
         typer.echo(f"report: {report}")
-    _print_next(words, {status.step.name for status in before}, drawn=resolved.pairs.source == "drawn")
+    _print_next(words, {status.step.name for status in before}, has_shapes=resolved.pairs.source == "drawn")
 
 
-def _print_next(recipe: str, steps: set[str], *, drawn: bool) -> None:
+def _print_next(recipe: str, steps: set[str], *, has_shapes: bool) -> None:
     typer.echo("next:")
     if "evaluate" in steps:
-        prompt = "a large red star on a white background" if drawn else "your prompt"
+        prompt = "a large red star on a white background" if has_shapes else "your prompt"
         typer.echo(f'  unclip sample {recipe} "{prompt}" -n 4 --out out')
     if "index" in steps:
-        typer.echo(f'  unclip search {recipe} "{"a blue circle" if drawn else "your words"}" -k 10')
+        typer.echo(f'  unclip search {recipe} "{"a blue circle" if has_shapes else "your words"}" -k 10')
     if "evaluate" in steps:
         typer.echo(f"  unclip serve {recipe}")
     typer.echo(f"  unclip status {recipe}")

@@ -11,15 +11,15 @@ that ``bind`` to 0 finds is one of the latter, and somebody's connection may hav
 
 def free_ports(number: int) -> list[int]:
     """Numbers of TCP ports that nobody listens on at 127.0.0.1."""
-    found: list[int] = []
+    ports: list[int] = []
     draw = random.SystemRandom()  # two test processes seed theirs alike
     with contextlib.ExitStack() as stack:
-        while len(found) < number:
+        while len(ports) < number:
             item, port = stack.enter_context(socket.socket()), draw.choice(_RANGE)
             with contextlib.suppress(OSError):
                 item.bind(("127.0.0.1", port))
-                found.append(port)
-    return found
+                ports.append(port)
+    return ports
 
 
 def free_port() -> int:

@@ -38,7 +38,7 @@ class X0Variance:
         Args:
             denoise: The network, conditioned on what goes with ``x0``.
             x0: Clean samples, (B, C, ...).
-            noise: Draws per item.
+            noise: Noise of each item.
             limit: Limit on the predicted x0, as in sampling.
         """
         for row, step in enumerate(self.timesteps):

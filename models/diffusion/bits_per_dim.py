@@ -37,13 +37,13 @@ def bits_per_dim(
     limit: Limit | None = None,
     bin_width: float = PIXEL_BIN,
 ) -> Bound:
-    """Estimate the bound with one draw of noise per term: K network calls (arXiv:2006.11239, equation 5).
+    """Estimate the bound with one sample of noise for each term: K network calls (arXiv:2006.11239, equation 5).
 
     Args:
         denoise: The network.
         x0: Clean samples, (B, C, ...); pixels in [-1, 1] on a grid of ``bin_width``.
         diffusion: The process.
-        noise: Draws per item.
+        noise: Noise of each item.
         num_terms: K; below T, one random term of each of ``timestep_groups`` stands for its group. 0: all T terms.
         limit: Limit on the predicted x0; clipping to the range of pixels can only improve it.
         bin_width: Distance between two values that x0 may take, in units of x0.

@@ -37,7 +37,7 @@ class NoiseSource:
 
         Args:
             seeds: B seeds, one per item; equal seeds give equal noise.
-            stream: Name of the stage that draws; other streams of the same seed are independent.
+            stream: Name of the stage that samples; other streams of the same seed are independent.
         """
         return cls(torch.Generator().manual_seed(derive_seed(seed, stream)) for seed in seeds)
 

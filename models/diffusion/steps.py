@@ -88,7 +88,7 @@ def analytic_step(
         t: Timestep per item.
         t_prev: Timestep to go to, per item.
         diffusion: The process.
-        noise: Draws per item.
+        noise: Noise of each item.
         x0_variance: (T,) float64, mean variance of x0 given x_t per dimension: see ``analytic.estimate_x0_variance``.
         limit: Limit on the predicted x0.
     """
@@ -129,7 +129,7 @@ def ddim_step(
         t: Timestep per item.
         t_prev: Timestep to go to, per item: the next of the sampler's own list, not t - T / n.
         diffusion: The process.
-        noise: Draws per item; needed where eta > 0.
+        noise: Noise of each item; needed where eta > 0.
         eta: 0 is deterministic, 1 as noisy as the ancestral step.
         limit: Limit on the predicted x0.
 
@@ -144,7 +144,7 @@ def ddim_step(
     x = spread(alpha_bar_prev.sqrt(), state.x) * prediction.x0 + spread(direction, state.x) * prediction.eps
     if eta > 0:
         if noise is None:
-            raise ValueError(f"eta = {eta} draws noise: give a NoiseSource")
+            raise ValueError(f"eta = {eta} adds noise: give a NoiseSource")
         x = x + spread(variance.sqrt(), state.x) * noise.normal_like(state.x)
     return SamplerState(x, prediction.x0, t)
 

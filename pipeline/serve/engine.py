@@ -173,9 +173,9 @@ class Engine:
                     entering = self._take_waiting()
                 if entering:
                     self._guarded([pending for pending, _ in entering], partial(self._enter, entering))
-                chosen = self._choose()
-                if chosen:
-                    self._guarded([picture.pending for picture in chosen], partial(self._advance, chosen))
+                pictures = self._choose()
+                if pictures:
+                    self._guarded([picture.pending for picture in pictures], partial(self._advance, pictures))
 
     def _take_waiting(self) -> list[tuple[_Pending, tuple[int, ...]]]:
         """The next requests, each with the seeds for which there is room."""
@@ -205,32 +205,32 @@ class Engine:
         """The pictures of the next stage that holds any."""
         for offset in range(len(self._joined)):
             number = (self._turn + offset) % len(self._joined)
-            chosen = [picture for picture in self._active if picture.stage == number]
-            if chosen:
+            pictures = [picture for picture in self._active if picture.stage == number]
+            if pictures:
                 self._turn = number + 1
-                return chosen
+                return pictures
         return []
 
-    def _advance(self, chosen: Sequence[_Picture]) -> None:
+    def _advance(self, pictures: Sequence[_Picture]) -> None:
         """Take pictures of one stage one step further; those that finish the stage leave it."""
-        number = chosen[0].stage
+        number = pictures[0].stage
         stage = self._cascade.stages[number]
         chains: list[Chain] = []
-        for picture in chosen:
+        for picture in pictures:
             picture.chain = picture.chain or stage.enter(picture.batch)
             chains.append(picture.chain)
         joined = self._joined[number]
         if joined is None or joined.chains != chains:  # what no step changes is joined once for the same pictures
             joined = self._joined[number] = stage.join(chains)
         joined.advance()
-        for picture, chain in zip(chosen, chains, strict=True):
+        for picture, chain in zip(pictures, chains, strict=True):
             if chain.finished:
                 picture.batch = picture.batch.with_values(**{stage.makes: stage.leave(chain)})
                 picture.chain, picture.stage, self._joined[number] = None, number + 1, None
-        finished = {picture for picture in chosen if picture.stage == len(self._joined)}
+        finished = {picture for picture in pictures if picture.stage == len(self._joined)}
         with self._changed:
             self._stats.steps += 1
-            self._stats.rows += len(chosen)
+            self._stats.rows += len(pictures)
             self._stats.pictures += len(finished)
             self._active = [picture for picture in self._active if picture not in finished]
         for pending in {picture.pending for picture in finished}:

@@ -59,7 +59,7 @@ def side_of(size: str | None, image_px: int) -> int:
         image_px: Side of the cascade's pictures, in pixels: the largest possible.
 
     Raises:
-        ApiError: 400, if it is no size, not square, or larger than the cascade draws.
+        ApiError: 400, if it is no size, not square, or larger than those of the cascade.
     """
     if size in {None, "auto"}:
         return image_px

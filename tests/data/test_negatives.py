@@ -64,9 +64,9 @@ def test_the_choice_depends_on_the_state_of_the_generator_alone() -> None:
     assert hard_negatives(caption, bigrams, 2, random.Random(5)) == hard_negatives(
         caption, bigrams, 2, random.Random(5)
     )
-    chosen = {hard_negatives(caption, bigrams, 1, random.Random(seed))[0] for seed in range(40)}
-    assert len(chosen) > 5
-    assert chosen <= _all(caption, bigrams)
+    negatives = {hard_negatives(caption, bigrams, 1, random.Random(seed))[0] for seed in range(40)}
+    assert len(negatives) > 5
+    assert negatives <= _all(caption, bigrams)
 
 
 @pytest.mark.parametrize("num_captions", [6, 9, 1000])

@@ -95,19 +95,19 @@ class _Walk:
         with start_unclip(*command) as process:
             driver = psutil.Process(process.pid)
             cluster = psutil.Process(head.pid) if head else driver
-            wanted, since = "", driver.create_time() + 2.5  # what a driver before left may write for a moment longer
-            while process.poll() is None and wanted in {"", "workers"}:
+            next_kill, since = "", driver.create_time() + 2.5  # what a driver before left may write for a moment longer
+            while process.poll() is None and next_kill in {"", "workers"}:
                 names = self._in_the_middle(since)
-                wanted = next((kind for kind in kinds if any((name, kind) in self.todo for name in names)), "")
-                if wanted:
-                    self.todo -= {(name, wanted) for name in names}
+                next_kill = next((kind for kind in kinds if any((name, kind) in self.todo for name in names)), "")
+                if next_kill:
+                    self.todo -= {(name, next_kill) for name in names}
                     self.started += _children(driver)
-                    _KILLS[wanted][0](driver, cluster)
+                    _KILLS[next_kill][0](driver, cluster)
                     since = time.time()
                 time.sleep(0.02)
             output, _ = process.communicate(timeout=120)
-        assert process.returncode == (_KILLS[wanted][1] if wanted else 0), output
-        assert ("run the same command again" in output) == (wanted in {"cluster", "interrupt"}), output
+        assert process.returncode == (_KILLS[next_kill][1] if next_kill else 0), output
+        assert ("run the same command again" in output) == (next_kill in {"cluster", "interrupt"}), output
         assert "Traceback" not in output
         for name, artifact in self.artifacts.items():
             manifest = artifact.manifest()
@@ -153,8 +153,8 @@ def test_kill_anywhere_ends_in_the_same_bytes(tmp_path: Path, monkeypatch: pytes
         one, two = walk.artifacts[name].manifest(), calm[name].manifest()
         assert one is not None
         assert two is not None
-        found = {file: info for file, info in one.files.items() if file.endswith(suffix)}
-        assert found == {file: info for file, info in two.files.items() if file.endswith(suffix)}, name
-        assert found, name
+        files = {file: info for file, info in one.files.items() if file.endswith(suffix)}
+        assert files == {file: info for file, info in two.files.items() if file.endswith(suffix)}, name
+        assert files, name
     _, alive = psutil.wait_procs(walk.started, timeout=100)  # Ray's agents look for their cluster for a minute
     assert not alive, f"left behind: {alive}"

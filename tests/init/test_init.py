@@ -28,8 +28,8 @@ def _recipe(folder: Path, num_pairs: int, *, gpu: bool = False) -> Recipe:
 def test_write_recipe_names_source_columns_and_size(tmp_path: Path) -> None:
     out = tmp_path / "mine.toml"
     listed = _list(tmp_path, 12, header="Image_URL,TEXT")
-    told = write_recipe(str(listed), str(out), gpu=False)
-    assert told.startswith("12 rows (url: Image_URL, caption: TEXT); sized for ")
+    summary = write_recipe(str(listed), str(out), gpu=False)
+    assert summary.startswith("12 rows (url: Image_URL, caption: TEXT); sized for ")
     recipe = load_recipe(out)
     assert (recipe.name, recipe.workspace) == ("mine", "workspace/mine")
     assert (recipe.pairs.source, recipe.pairs.path) == ("list", str(listed))

@@ -103,10 +103,10 @@ def test_run_with_no_cluster_at_the_address_is_one_message(tmp_path: Path) -> No
 def test_submit_hands_on_what_it_is_told_and_keeps_json_apart_from_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.runtime import jobs
 
-    asked: dict[str, object] = {}
+    request: dict[str, object] = {}
 
     def submit(_recipe: Recipe, **options: object) -> jobs.Submission:
-        asked.update(options)
+        request.update(options)
         return jobs.Submission("demo-1", "submitted", str(options["address"]))
 
     def follow(_job: str, write: Callable[[str], None], address: str) -> int:
@@ -117,11 +117,15 @@ def test_submit_hands_on_what_it_is_told_and_keeps_json_apart_from_the_log(monke
     monkeypatch.setattr(jobs, "follow_job", follow)
     words = ["--until", "embed", "--again", "--follow", "--address", "http://h:1", "--json"]
     done = unclip_here("submit", "configs/demo.toml", "--set", "seed=4", *words)
-    assert (asked["until"], asked["again"], asked["shown_as"]) == ("embed", True, "configs/demo.toml --set seed=4")
+    assert (request["until"], request["again"], request["shown_as"]) == (
+        "embed",
+        True,
+        "configs/demo.toml --set seed=4",
+    )
     assert json.loads(done.stdout)["job_id"] == "demo-1"
     assert (done.stderr, done.returncode) == ("the log at http://h:1\n", 3)
     done = unclip_here("submit", "configs/demo.toml", "--follow")
-    assert asked["again"] is False
+    assert request["again"] is False
     assert done.stdout == "demo-1: submitted to http://127.0.0.1:8265\nthe log at http://127.0.0.1:8265\n"
 
 

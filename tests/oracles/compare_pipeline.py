@@ -105,11 +105,11 @@ def compare(*, is_float64: bool) -> dict[str, Any]:
         output_type="pt",
         **latents,
     ).images
-    batch, made = Batch(text, tuple(SEEDS)), list[Tensor]()
+    batch, results = Batch(text, tuple(SEEDS)), list[Tensor]()
     for stage in cascade.stages:
-        made.append(cascade.run_stage(stage, batch))
-        batch = batch.with_values(**{stage.makes: made[-1]})
-    z_image, small, large = made[0], made[1], made[2].clamp(-1, 1).permute(0, 2, 3, 1)
+        results.append(cascade.run_stage(stage, batch))
+        batch = batch.with_values(**{stage.makes: results[-1]})
+    z_image, small, large = results[0], results[1], results[2].clamp(-1, 1).permute(0, 2, 3, 1)
     valid = text.mask[:, :, None]
     return {
         "diffusers": diffusers.__version__,

@@ -65,9 +65,9 @@ def test_prior_is_diffusers_prior_transformer(cache: bool) -> None:
     reference = theirs(PriorTransformer, export_prior(prior))
     x = seeded(3, 12)
     ours = prior(x, T, prior.encode_condition(TEXT, cache=cache))
-    found = reference(x, T, TEXT.pooled, TEXT.hidden, TEXT.mask).predicted_image_embedding
-    assert_equal_outputs(ours, found)
-    embeddings = F.normalize(reference.post_process_latents(found), dim=-1)  # of length one in ours alone
+    reference_output = reference(x, T, TEXT.pooled, TEXT.hidden, TEXT.mask).predicted_image_embedding
+    assert_equal_outputs(ours, reference_output)
+    embeddings = F.normalize(reference.post_process_latents(reference_output), dim=-1)  # of length one in ours alone
     torch.testing.assert_close(prior.unscale(ours), embeddings, rtol=1e-5, atol=1e-5)
 
 
@@ -94,8 +94,8 @@ def test_decoder_is_diffusers_unet_with_text_projection(text_proj: Any, time_nor
             do_classifier_free_guidance=False,
         )
         mask = F.pad(TEXT.mask, (4, 0), value=True)
-        found = unet(x, T, context, class_labels=embedding, attention_mask=mask).sample
-        assert_equal_outputs(ours, found)
+        reference_output = unet(x, T, context, class_labels=embedding, attention_mask=mask).sample
+        assert_equal_outputs(ours, reference_output)
 
 
 def test_imported_networks_take_unit_vectors_where_diffusers_takes_raw_ones(text_proj: Any, tmp_path: Path) -> None:

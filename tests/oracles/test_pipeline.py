@@ -46,8 +46,8 @@ def compare(folders: tuple[Path, Path], release: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("release", ["pinned", "installed"])
 def test_exported_cascade_draws_in_diffusers_what_it_draws_here(folders: tuple[Path, Path], release: str) -> None:
-    found = compare(folders, release)
-    exact, own = found["float64"], found["own"]
+    errors = compare(folders, release)
+    exact, own = errors["float64"], errors["own"]
     assert exact["diffusers"].startswith("0.37.1") == (release == "pinned")
     assert exact["mask"] == 0
     assert exact["spread"] > 0.1

@@ -97,14 +97,14 @@ def test_generated_pages_are_current(page: str, module: str) -> None:
 
 def test_nothing_names_a_machine_or_a_registry() -> None:
     pattern = re.compile(r"(^|[^A-Za-z0-9_.])/(work|root|farm)/|index-url|extra-index|find-links *=")
-    found = [
+    mentions = [
         f"{name}:{number}"
         for name in _tracked()
         if Path(name).suffix in {".py", ".toml", ".md", ".yaml", ".txt", ""} and name != "tests/policy/test_policy.py"
         for number, line in enumerate((ROOT / name).read_text(errors="ignore").splitlines(), 1)
         if pattern.search(line)
     ]
-    assert not found
+    assert not mentions
 
 
 def test_decisions_are_short_dated_and_in_order() -> None:

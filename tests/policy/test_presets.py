@@ -51,8 +51,8 @@ def test_paper_recipe_has_the_rows_of_table_3(paper: Recipe, name: str) -> None:
     assert (diffusion.num_timesteps, diffusion.schedule) == (1000, "linear" if name == "upsampler_2" else "cosine")
     if name in UNETS:
         unet = section.model.unet
-        found = (unet.channels, unet.num_res_blocks, unet.channel_mults, unet.attention_resolutions, unet.dropout)
-        assert found == UNETS[name]
+        shape = (unet.channels, unet.num_res_blocks, unet.channel_mults, unet.attention_resolutions, unet.dropout)
+        assert shape == UNETS[name]
     if name.startswith("upsampler"):
         assert section.model.crop_px == 0.25 * section.model.image_px
 
@@ -89,8 +89,8 @@ def test_paper_recipe_gives_the_source_of_every_value_of_its_networks() -> None:
 def test_recipes_on_public_clips_name_weights_that_open_clip_knows() -> None:
     from pipeline.clip import open_clip
 
-    known = set(open_clip.list_pretrained())
+    public = set(open_clip.list_pretrained())
     named = {recipe.name: (recipe.clip.name, recipe.clip.tag) for recipe in map(load_recipe, CONFIGS.glob("*.toml"))
              if recipe.clip.source == "pretrained"}  # fmt: skip
     assert set(named) == {"karlo", "laion-vit-l14"}
-    assert set(named.values()) <= known
+    assert set(named.values()) <= public

@@ -20,11 +20,11 @@ def _keys(recipe: Recipe) -> dict[str, str]:
 
 
 def test_make_plan_puts_every_step_after_its_inputs() -> None:
-    seen: set[str] = set()
+    names: set[str] = set()
     for step in make_plan(load_recipe("configs/demo.toml")):
-        assert set(step.inputs) <= seen
-        seen.add(step.name)
-    assert {"pairs", "upsampler_2", "evaluate"} <= seen
+        assert set(step.inputs) <= names
+        names.add(step.name)
+    assert {"pairs", "upsampler_2", "evaluate"} <= names
 
 
 def test_fields_that_came_later_are_in_the_keys_of_those_alone_that_set_them() -> None:

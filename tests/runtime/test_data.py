@@ -62,10 +62,10 @@ def test_data_steps_from_pairs_to_index(tmp_path: Path) -> None:
     whole = {name: embed.describe(name) for name in embed.names() if name.endswith(".parquet")}
     embed.remove("00001.parquet")
     embed.remove("00001.done.json")
-    kept = embed.path("00000.parquet").stat().st_mtime_ns
+    mtime_ns = embed.path("00000.parquet").stat().st_mtime_ns
     data.run_embed(steps["embed"])
     assert {name: embed.describe(name) for name in whole} == whole
-    assert embed.path("00000.parquet").stat().st_mtime_ns == kept
+    assert embed.path("00000.parquet").stat().st_mtime_ns == mtime_ns
 
     index = _commit(steps["index"], data.run_index(steps["index"]))
     neighbours = NeighbourIndex.open(index)
@@ -123,9 +123,9 @@ def test_run_evaluate_keeps_committed_parts_and_ends_in_the_bytes_of_one_process
     finish(tiny, context.inputs, alone, work)
 
     first = work.parts[0]
-    kept = make_runner(tiny, context.inputs, output, work).run(first)
+    record = make_runner(tiny, context.inputs, output, work).run(first)
     result = ray.get(ray.remote(num_cpus=0)(run_evaluate).remote(context))
-    assert output.shard_records()[first.name] == kept
+    assert output.shard_records()[first.name] == record
     assert result.counts == {"in": work.num_items, "ok": work.num_items}
     assert result.metrics["num_prompts"] == 10
     assert result.num_workers == 2

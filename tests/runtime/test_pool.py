@@ -62,9 +62,9 @@ def test_map_shards_makes_each_shard_and_none_twice(tmp_path: Path) -> None:
     context = _context(tmp_path)
     names = [f"s{i}" for i in range(5)]
     assert [record.shard for record in _map(context, *names[:3])] == names[:3]
-    made = {name: context.output.path(name).read_bytes() for name in names[:3]}
+    contents = {name: context.output.path(name).read_bytes() for name in names[:3]}
     assert [record.shard for record in _map(context, *names)] == names
-    assert {name: context.output.path(name).read_bytes() for name in names[:3]} == made
+    assert {name: context.output.path(name).read_bytes() for name in names[:3]} == contents
     assert set(context.output.shard_records()) == set(names)
 
 
@@ -130,9 +130,9 @@ def _worker_names() -> list[str]:
 
 
 def test_no_worker_is_left_behind(tmp_path: Path) -> None:
-    seen: list[str] = []
-    _map(_context(tmp_path), "a", "b", resources=_TWO, on_record=lambda _records: seen.extend(_worker_names()))
-    assert seen
+    workers: list[str] = []
+    _map(_context(tmp_path), "a", "b", resources=_TWO, on_record=lambda _records: workers.extend(_worker_names()))
+    assert workers
     give_up = time.monotonic() + 10
     while _worker_names() and time.monotonic() < give_up:
         time.sleep(0.1)

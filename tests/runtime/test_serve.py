@@ -78,8 +78,8 @@ def test_served_pictures_are_those_of_the_cascade(served: Served) -> None:
         .sample(["a red circle"] * 2, [7, 8])
         .images.numpy()
     )
-    for image, wanted in zip(answer.data or [], expected, strict=True):
-        difference = np.abs(pixels(base64.b64decode(image.b64_json or "")).astype(int) - wanted)
+    for image, picture in zip(answer.data or [], expected, strict=True):
+        difference = np.abs(pixels(base64.b64decode(image.b64_json or "")).astype(int) - picture)
         assert difference.mean() < 0.1
 
 
@@ -87,9 +87,9 @@ def test_readme_client_gets_its_picture(served: Served) -> None:
     [block] = python_blocks()
     assert served.recipe.upsampler_2 is not None
     size = served.recipe.upsampler_2.model.image_px
-    for told, here in (("http://127.0.0.1:8000", served.url), ("128x128", f"{size}x{size}")):
-        assert block.count(told) == 1
-        block = block.replace(told, here)
+    for original, here in (("http://127.0.0.1:8000", served.url), ("128x128", f"{size}x{size}")):
+        assert block.count(original) == 1
+        block = block.replace(original, here)
     names: dict[str, Any] = {}
     exec(block, names)
     assert pixels(base64.b64decode(names["picture"].data[0].b64_json)).shape == (size, size, 3)
@@ -102,9 +102,9 @@ def test_served_neighbours_come_with_their_pictures(served: Served) -> None:
         "num_images": 2,
         "indice_name": "tiny",
     }
-    found = httpx.post(f"{served.url}/knn-service", content=json.dumps(body), timeout=30).json()
-    assert found[0]["caption"] == "a blue picture"
-    assert base64.b64decode(found[0]["image"]).startswith(b"\xff\xd8")
+    rows = httpx.post(f"{served.url}/knn-service", content=json.dumps(body), timeout=30).json()
+    assert rows[0]["caption"] == "a blue picture"
+    assert base64.b64decode(rows[0]["image"]).startswith(b"\xff\xd8")
     assert "<title>unclip</title>" in httpx.get(served.url).text
 
 

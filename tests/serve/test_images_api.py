@@ -33,8 +33,8 @@ def expected(server: Any, prompt: str, seeds: list[int]) -> CascadeResult:
     return server.cascade.sample([prompt] * len(seeds), seeds)
 
 
-def close_to(drawn: Any, wanted: Any) -> bool:
-    difference = np.abs(drawn.astype(int) - wanted)
+def close_to(picture: Any, reference: Any) -> bool:
+    difference = np.abs(picture.astype(int) - reference)
     return bool(difference.mean() < 0.1 and difference.max() < 16)
 
 
@@ -42,15 +42,15 @@ def post(server: Any, body: Any = None, **arguments: Any) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/images/generations", json=body, timeout=60, **arguments)
 
 
-def test_openai_client_gets_the_pictures_that_the_cascade_draws(server: Any, client: openai.OpenAI) -> None:
+def test_openai_client_gets_the_pictures_that_the_cascade_samples(server: Any, client: openai.OpenAI) -> None:
     answer = client.images.generate(
         prompt=PROMPT, n=3, size="32x32", model="tiny", response_format="b64_json", user="me", extra_body={"seed": 5}
     )
     assert abs(answer.created - time.time()) < 60
     assert answer.data is not None
-    drawn = [pixels(base64.b64decode(image.b64_json or "")) for image in answer.data]
-    for picture, wanted in zip(drawn, expected(server, PROMPT, [5, 6, 7]).images.numpy(), strict=True):
-        assert close_to(picture, wanted)
+    pictures = [pixels(base64.b64decode(image.b64_json or "")) for image in answer.data]
+    for picture, reference in zip(pictures, expected(server, PROMPT, [5, 6, 7]).images.numpy(), strict=True):
+        assert close_to(picture, reference)
     assert [image.model_extra for image in answer.data] == [{"seed": 5}, {"seed": 6}, {"seed": 7}]
 
 
@@ -164,7 +164,7 @@ def test_pages_of_other_origins_are_refused(server: Any) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "foreign_origin")
 
 
-def test_a_key_is_asked_for_when_one_is_set(server: Any, serving: Any) -> None:
+def test_a_key_is_required_if_one_is_set(server: Any, serving: Any) -> None:
     app = create_app(server.engine, None, ApiSettings("tiny", 32, api_key="secret"))
     with serving(app) as url:
         right = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
@@ -213,7 +213,7 @@ def test_a_client_that_leaves_is_dropped(serving: Any, tmp_path: Path) -> None:
     assert now["pictures"] < 10
 
 
-def test_health_and_metrics_count_what_was_drawn(server: Any) -> None:
+def test_health_and_metrics_count_the_sampled_pictures(server: Any) -> None:
     before = httpx.get(f"{server.url}/healthz").json()
     assert (before["status"], before["model"]) == ("ok", "tiny")
     post(server, {"prompt": "a", "n": 2})

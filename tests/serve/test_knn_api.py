@@ -33,13 +33,13 @@ def embeddings(server: Any) -> Any:
 
 def test_a_picture_finds_itself_first_with_its_row_and_its_pixels(server: Any) -> None:
     for colour in ("red", "blue"):
-        found = post(server, image=base64.b64encode(plain_picture(colour, 40)).decode()).json()
-        assert len(found) == 3
-        assert found[0]["caption"] == f"a {colour} picture"
-        assert found[0]["uid"] == make_uid(found[0]["url"], found[0]["caption"])
-        assert found[0]["similarity"] > 0.999
-        assert found[0]["similarity"] >= found[1]["similarity"] >= found[2]["similarity"]
-        stored = base64.b64decode(found[0]["image"])
+        results = post(server, image=base64.b64encode(plain_picture(colour, 40)).decode()).json()
+        assert len(results) == 3
+        assert results[0]["caption"] == f"a {colour} picture"
+        assert results[0]["uid"] == make_uid(results[0]["url"], results[0]["caption"])
+        assert results[0]["similarity"] > 0.999
+        assert results[0]["similarity"] >= results[1]["similarity"] >= results[2]["similarity"]
+        stored = base64.b64decode(results[0]["image"])
         assert stored.startswith(b"\xff\xd8")
         assert np.abs(pixels(stored).astype(int) - pixels(plain_picture(colour))).max() < 4
 
@@ -49,11 +49,11 @@ def test_an_embedding_finds_what_is_nearest_by_arithmetic(server: Any) -> None:
     for modality in ("image", "text"):
         vectors = np.array(table.column(f"z_{modality}").to_pylist(), np.float32)
         query = vectors[4] + 0.3 * vectors[7]
-        found = post(server, embedding_input=(5 * query).tolist(), modality=modality, num_images=10).json()
+        results = post(server, embedding_input=(5 * query).tolist(), modality=modality, num_images=10).json()
         cosines = vectors @ query / np.linalg.norm(query) / np.linalg.norm(vectors, axis=1)
         order = np.argsort(-cosines)
-        assert [one["similarity"] for one in found] == pytest.approx(cosines[order], abs=2e-3)
-        assert found[0]["uid"] == table.column("uid")[int(order[0])].as_py()
+        assert [one["similarity"] for one in results] == pytest.approx(cosines[order], abs=2e-3)
+        assert results[0]["uid"] == table.column("uid")[int(order[0])].as_py()
 
 
 def test_a_server_without_an_index_says_so_and_still_samples(server: Any, serving: Any) -> None:
@@ -72,18 +72,18 @@ def test_a_server_without_an_index_says_so_and_still_samples(server: Any, servin
 
 def test_a_text_finds_its_own_caption_and_comes_before_a_picture(server: Any) -> None:
     red = base64.b64encode(plain_picture("red")).decode()
-    found = post(server, text="a green picture", image=red, modality="text").json()
-    assert found[0]["caption"] == "a green picture"
-    assert found[0]["similarity"] > 0.999
+    results = post(server, text="a green picture", image=red, modality="text").json()
+    assert results[0]["caption"] == "a green picture"
+    assert results[0]["similarity"] > 0.999
 
 
 def test_results_past_num_images_carry_their_number_alone(server: Any) -> None:
-    found = post(server, text="a green picture", num_images=2, num_result_ids=5).json()
-    assert [set(one) == {"id", "similarity"} for one in found] == [False, False, True, True, True]
-    assert "image" in found[1]
-    rows = post(server, "/metadata", ids=[one["id"] for one in found]).json()
-    assert [row["id"] for row in rows] == [one["id"] for one in found]
-    assert rows[0]["metadata"]["caption"] == found[0]["caption"]
+    results = post(server, text="a green picture", num_images=2, num_result_ids=5).json()
+    assert [set(one) == {"id", "similarity"} for one in results] == [False, False, True, True, True]
+    assert "image" in results[1]
+    rows = post(server, "/metadata", ids=[one["id"] for one in results]).json()
+    assert [row["id"] for row in rows] == [one["id"] for one in results]
+    assert rows[0]["metadata"]["caption"] == results[0]["caption"]
     assert {row["metadata"]["caption"] for row in rows} <= {f"a {colour} picture" for colour in COLOURS}
 
 

@@ -28,8 +28,8 @@ def test_orthogonal_does_not_depend_on_scale_and_survives_zero() -> None:
 
 def test_kernels_of_takes_the_large_kernels_of_convolutions_and_linear_layers() -> None:
     network = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 3), nn.Embedding(50, 64), nn.Linear(64, 32))
-    chosen = {id(kernel) for kernel in kernels_of(network)}
-    assert chosen == {id(network[1].weight), id(network[3].weight)}
+    ids = {id(kernel) for kernel in kernels_of(network)}
+    assert ids == {id(network[1].weight), id(network[3].weight)}
 
 
 def test_muon_moves_a_kernel_by_the_orthogonal_matrix_of_its_gradient_and_the_rest_as_adamw() -> None:

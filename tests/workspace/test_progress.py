@@ -62,9 +62,9 @@ def test_progress_of_a_second_start_adds_to_the_first(tmp_path: Path) -> None:
 def test_progress_writes_at_its_own_pace_and_at_the_end(tmp_path: Path) -> None:
     artifact = Artifact(str(tmp_path))
     progress = Progress(artifact, every_s=60)
-    for done, seen in [(0, 0), (1, 0), (2, 2)]:
+    for done, reported in [(0, 0), (1, 0), (2, 2)]:
         progress.update(done, 2, "rows")
-        assert read_progress(artifact).done == seen  # type: ignore[union-attr]
+        assert read_progress(artifact).done == reported  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

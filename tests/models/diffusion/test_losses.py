@@ -249,8 +249,8 @@ def perfect_network_with_variance(data: GaussianData, diffusion: Diffusion) -> C
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         least, largest = diffusion.log_variance_range(t, t - 1)
         of_x0, _, variance = diffusion.posterior_coefficients(t, t - 1)
-        wanted = (variance + of_x0**2 * x0_variance[t]).log()
-        output = 2 * (wanted - least) / (largest - least) - 1
+        target = (variance + of_x0**2 * x0_variance[t]).log()
+        output = 2 * (target - least) / (largest - least) - 1
         mean = base(x, t)
         return torch.cat([mean, output[:, None, None].expand_as(mean)], dim=1)
 

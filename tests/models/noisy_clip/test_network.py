@@ -113,8 +113,8 @@ def test_guidance_turns_pictures_towards_the_caption(trained: NoisyClip) -> None
 
     config = SamplerConfig(method="ddim", num_steps=10, clip_x0=False)
     brightness: list[float] = []
-    for wanted in (0, 1):
-        z_text = Z_TEXT[wanted : wanted + 1].expand(16, -1)
+    for label in (0, 1):
+        z_text = Z_TEXT[label : label + 1].expand(16, -1)
         guided = clip_guided(mixture, trained, z_text, DIFFUSION, scale=3.0)
         with torch.no_grad():
             pictures = sample(guided, x_T, DIFFUSION, config)

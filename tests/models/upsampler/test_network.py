@@ -78,9 +78,9 @@ def test_condition_is_noised_to_the_level_of_each_sample_and_says_so(levelled: U
 
 def test_network_reads_the_level(levelled: Upsampler) -> None:
     x, t, condition = torch.randn(1, 3, 32, 32), torch.tensor([500]), torch.zeros(1, 4, 32, 32)
-    told = condition.clone()
-    told[:, 3] = 0.4
-    assert (levelled(x, t, condition) - levelled(x, t, told)).abs().max() > 1e-3
+    other_level = condition.clone()
+    other_level[:, 3] = 0.4
+    assert (levelled(x, t, condition) - levelled(x, t, other_level)).abs().max() > 1e-3
 
 
 def test_sampling_begins_at_the_configured_level_from_each_seed(levelled: Upsampler, upsampler: Upsampler) -> None:
