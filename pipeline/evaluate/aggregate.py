@@ -10,20 +10,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.evaluate.metrics import FeatureSums, Rate, cosine, frechet_distance, mean_of, r_precision, rate_of
+from pipeline.evaluate.checks import held_out_check, parse_flags, pixel_check
+from pipeline.evaluate.metrics import FeatureSums, cosine, frechet_distance, mean_of, r_precision, rate_of
 from pipeline.evaluate.parts import ENLARGED, Part, read_part
 from pipeline.evaluate.prompts import PromptSet, choose_rows
 from pipeline.evaluate.sets import NUM_NEIGHBOURS, cmmd, precision_recall
 from pipeline.retrieve import Neighbour, NeighbourIndex
-from pipeline.shapes.check import guess_levels
 from pipeline.workspace.store import Artifact
 
 Json = dict[str, Any]
 Rows = list[Json]
 Vectors = NDArray[np.float64]
 
-_KINDS = ("samples", "validation")
-_GROUPS = {1: "one object", 2: "two objects"}
+_KINDS = ("samples", "trained", "validation")
 _NUM_REQUESTED = 24
 """Neighbours requested from the index; enough of them are training rows."""
 _CLOSE_QUANTILE = 0.95
@@ -36,10 +35,12 @@ class Aggregate:
         output: The evaluate step's artifact.
         parts: All its parts, committed.
         prompts: What was sampled.
+        trained: The prompts of trained combinations.
     """
 
-    def __init__(self, output: Artifact, parts: Sequence[Part], prompts: PromptSet) -> None:
-        self._prompts = prompts
+    def __init__(self, output: Artifact, parts: Sequence[Part], prompts: PromptSet, trained: PromptSet) -> None:
+        self.prompts = prompts
+        self._trained = trained
         tables = {kind: [read_part(output, part) for part in parts if part.kind == kind] for kind in _KINDS}
         self._parts = [[row for row in rows if row["image_number"] == 0] for rows in tables["samples"]]
         self.samples = sorted(
@@ -47,14 +48,16 @@ class Aggregate:
         )
         self.firsts = [row for row in self.samples if row["image_number"] == 0]
         self.rows = [row for rows in tables["validation"] for row in rows]
+        self._trained_rows = [row for rows in tables["trained"] for row in rows]
 
     def measure(self, embed: Artifact, neighbours: "TrainingNeighbours") -> Json:
         """All numbers of metrics.json, without those that cannot be measured on this source of prompts."""
-        metrics: Json = {"num_prompts": len(self.firsts), "prompts": self._prompts.source}
-        metrics["pixel_check"] = pixel_check(self.firsts, self._prompts)
-        metrics["kinds"] = self._kinds()
+        metrics: Json = {"num_prompts": len(self.firsts), "prompts": self.prompts.source}
+        metrics["pixel_check"] = pixel_check(self.firsts, self.prompts)
+        metrics["held_out"] = held_out_check(self.firsts, self.prompts, self._trained_rows, self._trained)
         metrics["clip_score"] = self._clip_scores()
         metrics["r_precision"] = self._r_precision()
+        metrics["preference"] = self._preference()
         metrics |= self._distances(embed)
         metrics["frechet_features"] = self._frechet_features()
         metrics["prior"] = self._prior("z_prior")
@@ -81,19 +84,10 @@ class Aggregate:
             for row, near in zip(self.samples, nearest, strict=True)
         ]
 
-    def _kinds(self) -> Json:
-        """For each kind of prompt, the share of samples in which everything is right."""
-        kinds: dict[str, Rate] = {}
-        for row in self.firsts:
-            flags = parse_flags(row["check"])
-            if flags is not None:
-                kinds[row["kind"]] = kinds.get(row["kind"], Rate(0, 0)) + rate_of([flags["everything"]])
-        return {kind: rate.to_dict() for kind, rate in sorted(kinds.items())}
-
     def _clip_scores(self) -> Json:
         z_image, z_text = matrix(self.firsts, "z_image"), matrix(self.firsts, "z_text")
         scores = {"generated": mean_of(cosine(z_image, z_text))}
-        partners = [self._prompts.partners[row["prompt_number"]] for row in self.firsts]
+        partners = [self.prompts.partners[row["prompt_number"]] for row in self.firsts]
         pairs = [(n, other) for n, other in enumerate(partners) if other is not None]
         if pairs:
             scores["shuffled"] = mean_of(cosine(z_image[[n for n, _ in pairs]], z_text[[o for _, o in pairs]]))
@@ -116,6 +110,21 @@ class Aggregate:
         if self._has_real():
             rates["real"] = r_precision(matrix(self.firsts, "z_real"), z_text, own).to_dict()
         return rates
+
+    def _preference(self) -> Json:
+        """Share of pictures that CLIP finds nearer to their caption than to the caption's hard negative.
+
+        The real pictures are those of the prompts, else the validation rows; 1/2 is chance.
+        """
+        real = [row["margin_real"] for row in self.firsts] if self._has_real() else [row["margin"] for row in self.rows]
+        margins = {"generated": [row["margin"] for row in self.firsts], "real": real}
+        rates: Json = {}
+        for name, values in margins.items():
+            comparable = [value for value in values if value is not None]
+            if comparable:
+                without = len(values) - len(comparable)
+                rates[name] = rate_of(value > 0 for value in comparable).to_dict() | {"without_negative": without}
+        return rates | {"chance": 0.5} if rates else {}
 
     def _distances(self, embed: Artifact) -> Json:
         """Samples against real pictures of the same prompts; ``real`` compares two equal sets of training pictures."""
@@ -244,45 +253,6 @@ class TrainingNeighbours:
         return [near for near, columns in zip(row, columns_of, strict=True) if columns["split"] == "train"]
 
 
-def pixel_check(rows: Rows, prompts: PromptSet) -> Json:
-    """Rates by number of objects and attribute: generated, real (the ceiling) and guess (the floor).
-
-    The guess is the rate of the same pictures checked against other prompts. For an attribute that ties two objects
-    together, it is the mean of ``guess_levels``.
-
-    Args:
-        rows: One for each prompt: ``prompt_number``, ``check``, ``check_shuffled`` and ``check_real``.
-        prompts: All prompts; those without a scene are left out.
-    """
-    tallies: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for row in rows:
-        scene = prompts.prompts[row["prompt_number"]].scene
-        if scene is None:
-            continue
-        right = parse_flags(row["check"]) or {}
-        guesses = (parse_flags(row["check_shuffled"]) or {}) | guess_levels(right, scene)
-        table = tallies.setdefault(_GROUPS[len(scene.objects)], {name: {} for name in sorted(right)})
-        for kind, flags in (("generated", right), ("real", parse_flags(row["check_real"])), ("guess", guesses)):
-            for name, value in (flags or {}).items():
-                table[name].setdefault(kind, []).append(value)
-    return {
-        group: {name: {kind: _rate(values) for kind, values in kinds.items()} for name, kinds in table.items()}
-        for group, table in tallies.items()
-    }
-
-
-def _rate(values: list[float]) -> Json:
-    """The rate of flags with its interval, or the mean of probabilities."""
-    if all(isinstance(value, bool) for value in values):
-        return rate_of(bool(value) for value in values).to_dict()
-    return {"rate": float(np.mean(values)), "total": len(values)}
-
-
 def matrix(rows: Rows, column: str) -> Vectors:
     """A column of vectors as (N, D)."""
     return np.array([row[column] for row in rows], np.float64)
-
-
-def parse_flags(text: str | None) -> dict[str, bool] | None:
-    """The flags of a pixel check, from its column; None if there was no check."""
-    return None if text is None else json.loads(text)

@@ -1,15 +1,18 @@
 """The evaluate step without Ray: its plan, the worker that runs its parts, and the files made from all parts."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from pipeline.data.negatives import bigrams_of, hard_negatives
+from pipeline.data.training_rows import sample_captions
 from pipeline.evaluate.aggregate import Aggregate, TrainingNeighbours
 from pipeline.evaluate.features import FeatureExtractor
 from pipeline.evaluate.gallery import Gallery
-from pipeline.evaluate.parts import Part, PartRunner, plan_parts, samples_of
-from pipeline.evaluate.prompts import PromptSet, Row, choose_prompts, held_out_rows
+from pipeline.evaluate.parts import PartRunner, Work, plan_parts, samples_of
+from pipeline.evaluate.prompts import choose_prompts, held_out_rows, trained_prompts
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.recipe.recipe import Recipe
 from pipeline.sampling.sample import SAMPLES
@@ -20,23 +23,6 @@ Json = dict[str, Any]
 METRICS_FILE = "metrics.json"
 
 
-@dataclass(frozen=True)
-class Work:
-    """Everything that an evaluation samples and measures; a function of the recipe and its inputs."""
-
-    prompts: PromptSet
-    rows: Sequence[Row]
-    """Validation rows, for the measures of each network."""
-    samples: Sequence[tuple[int, int]]
-    """(prompt number, image number) of each sample."""
-    parts: Sequence[Part]
-
-    @property
-    def num_items(self) -> int:
-        """Number of samples and rows together."""
-        return len(self.samples) + len(self.rows)
-
-
 def plan_work(recipe: Recipe, inputs: Mapping[str, Artifact]) -> Work:
     """Choose prompts and rows, and cut them into parts.
 
@@ -45,9 +31,18 @@ def plan_work(recipe: Recipe, inputs: Mapping[str, Artifact]) -> Work:
     """
     config = recipe.evaluate
     prompts = choose_prompts(config.prompts_path, inputs["pairs"], inputs["embed"], config.num_prompts)
+    trained = trained_prompts(config.num_trained_prompts if prompts.source == "drawn" else 0, recipe.seed)
     rows, _ = held_out_rows(inputs["embed"], config.num_prompts)
+    bigrams = bigrams_of(sample_captions(inputs["embed"]))
+
+    def negative_of(caption: str) -> str:
+        return next(iter(hard_negatives(caption, bigrams, 1, random.Random(f"{recipe.seed} {caption}"))), "")
+
+    prompts = replace(prompts, prompts=tuple(replace(p, negative=negative_of(p.text)) for p in prompts.prompts))
+    rows = [replace(row, negative=negative_of(row.caption)) for row in rows]
     samples = samples_of(len(prompts.prompts), config.num_shown, config.num_images_per_shown)
-    return Work(prompts, rows, samples, plan_parts(len(samples), len(rows), config.batch_size))
+    counts = {"samples": len(samples), "trained": len(trained.prompts), "validation": len(rows)}
+    return Work(prompts, trained, rows, samples, plan_parts(counts, config.batch_size))
 
 
 def make_runner(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact, work: Work) -> PartRunner:
@@ -58,16 +53,7 @@ def make_runner(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact
     extractor = FeatureExtractor(path, device) if path else None
     configs = network_configs(recipe)
     cascade = load_cascade(networks, device, configs)
-    runner = PartRunner(
-        cascade,
-        work.prompts,
-        work.rows,
-        inputs["download"],
-        output,
-        recipe.seed,
-        work.samples,
-        extractor,
-    )
+    runner = PartRunner(cascade, work, inputs["download"], output, recipe.seed, extractor)
     if recipe.prior_2 is not None:
         second, config = {"prior": inputs["prior_2"]}, {"prior": configs["prior_2"]}
         runner.second = load_cascade(second, device, config, cascade.clip)
@@ -76,7 +62,7 @@ def make_runner(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact
 
 def finish(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact, work: Work) -> Json:
     """Write metrics.json, samples.jsonl, pictures.json and the grids from the committed parts; return the metrics."""
-    aggregate = Aggregate(output, work.parts, work.prompts)
+    aggregate = Aggregate(output, work.parts, work.prompts, work.trained)
     neighbours = TrainingNeighbours(inputs["index"])
     metrics = aggregate.measure(inputs["embed"], neighbours)
     for name, section in (("prior", recipe.prior), ("prior_2", recipe.prior_2)):
@@ -99,8 +85,8 @@ def _walk(tables: Json, prefix: str) -> list[tuple[str, float]]:
     for name, value in tables.items():
         path = f"{prefix}{name}".replace(" ", "_").replace(",", "")
         if isinstance(value, dict):
-            number: Any = value.get("rate", value.get("mean"))
-            numbers += [(path, float(number))] if number is not None else _walk(value, f"{path}.")
+            own = [value[name] for name in ("rate", "mean", "difference") if isinstance(value.get(name), int | float)]
+            numbers += [(path, float(own[0]))] if own else _walk(value, f"{path}.")
         elif isinstance(value, int | float):
             numbers.append((path, float(value)))
     return numbers

@@ -6,12 +6,15 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data.shards import StoredPictures
-from pipeline.evaluate.aggregate import Aggregate, TrainingNeighbours, matrix, parse_flags
+from pipeline.evaluate.aggregate import Aggregate, TrainingNeighbours, matrix
+from pipeline.evaluate.checks import group_of, parse_flags
 from pipeline.evaluate.metrics import cosine
 from pipeline.evaluate.parts import NUM_RECONSTRUCTIONS_SHOWN, NUM_STAGES
 from pipeline.pictures import decode, thumbnail, to_png
 from pipeline.sampling.grid import Block, draw_grid
 from pipeline.sampling.sample import sample_grid
+from pipeline.shapes.check import describe, faults
+from pipeline.shapes.perceive import perceive
 from pipeline.workspace.store import Artifact
 
 Json = dict[str, Any]
@@ -25,6 +28,8 @@ _GRIDS = {
     "neighbours": "neighbours.png",
 }
 _NUM_NEIGHBOURS = 3
+_NUM_FAILURES = 24
+"""Most failures shown of each group, the first ones by number of the prompt."""
 
 
 class Gallery:
@@ -40,6 +45,7 @@ class Gallery:
         self._samples = aggregate.samples
         self._firsts = aggregate.firsts
         self._rows = aggregate.rows
+        self._prompts = aggregate.prompts.prompts
         self._output = output
         self._num_shown = num_shown
 
@@ -47,6 +53,7 @@ class Gallery:
         """Write everything; the same parts give the same bytes."""
         pictures: dict[str, Rows] = {
             "shown": self._shown(),
+            "failures": self._failures(),
             "stages": self._stages(),
             "reconstructions": self._reconstructions(),
             "neighbours": self._neighbours(neighbours, download),
@@ -68,6 +75,30 @@ class Gallery:
                 picture = {"file": row["file"], "seed": row["seed"], "check": check}
                 entries[row["prompt_number"]]["pictures"].append(picture)
         return entries
+
+    def _failures(self) -> Rows:
+        """Pictures in which the pixel check misses something or, without it, of which CLIP prefers the negative."""
+        groups: dict[str, Json] = {}
+        for row in self._firsts:
+            scene, flags = self._prompts[row["prompt_number"]].scene, parse_flags(row["check"])
+            failure: Json = {name: row[name] for name in ("file", "prompt", "seed")}
+            if scene is not None and flags is not None:
+                title, has_failed = group_of(scene), not flags["everything"]
+                failure["wrong"] = faults(flags)
+            elif row["margin"] is not None:
+                title, has_failed = "captions with a hard negative", row["margin"] <= 0
+                failure["preferred"] = row["negative"]
+            else:
+                continue
+            group = groups.setdefault(title, {"title": title, "total": 0, "failed": 0, "pictures": []})
+            group["total"] += 1
+            if has_failed:
+                group["failed"] += 1
+                if group["failed"] <= _NUM_FAILURES:
+                    if scene is not None:
+                        failure["shows"] = describe(perceive(np.asarray(self._open(row["file"]))))
+                    group["pictures"].append(failure)
+        return [groups[title] for title in sorted(groups)]
 
     def _block(self, entry: Json) -> Block:
         names = [picture["file"] for picture in entry["pictures"]]

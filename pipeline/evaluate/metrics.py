@@ -71,6 +71,18 @@ def wilson_interval(hits: int, total: int, z: float = _Z95) -> tuple[float, floa
     return low, high
 
 
+def difference_of(a: Rate, b: Rate) -> Json:
+    """Rate ``a`` minus rate ``b`` of other trials, with its 95 % interval (Newcombe 1998, method 10).
+
+    The interval is made of the Wilson intervals of both, so it keeps its coverage for few trials and near 0 and 1.
+    """
+    difference = a.value - b.value
+    (low_a, high_a), (low_b, high_b) = (wilson_interval(rate.hits, rate.total) for rate in (a, b))
+    below = math.hypot(a.value - low_a, high_b - b.value)
+    above = math.hypot(high_a - a.value, b.value - low_b)
+    return {"difference": difference, "low": difference - below, "high": difference + above}
+
+
 def mean_of(values: Sequence[float] | Array) -> Json:
     """Mean with its count, standard deviation and 95 % interval (normal); ``mean`` is None without values."""
     data = np.asarray(values, np.float64)

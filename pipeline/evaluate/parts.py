@@ -7,7 +7,7 @@ aggregate.py computes the numbers of all parts.
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -73,7 +73,7 @@ class Part:
     """A run of consecutive items of one kind."""
 
     kind: str
-    """``samples`` or ``validation``."""
+    """``samples``, ``trained`` (samples of trained combinations) or ``validation``."""
     number: int
     start: int
     stop: int
@@ -84,10 +84,10 @@ class Part:
         return f"parts/{self.kind}-{self.number:05d}"
 
 
-def plan_parts(num_samples: int, num_validation: int, batch_size: int) -> list[Part]:
-    """Cut the work into parts of nearly equal size, of at most ``batch_size`` items each."""
+def plan_parts(counts: Mapping[str, int], batch_size: int) -> list[Part]:
+    """Cut the items of each kind into parts of nearly equal size, of at most ``batch_size`` items each."""
     parts: list[Part] = []
-    for kind, total in (("samples", num_samples), ("validation", num_validation)):
+    for kind, total in counts.items():
         count = math.ceil(total / batch_size)
         ends = [total * i // count for i in range(count + 1)] if count else [0]
         parts += [Part(kind, i, start, stop) for i, (start, stop) in enumerate(pairwise(ends))]
@@ -100,39 +100,55 @@ def samples_of(num_prompts: int, num_shown: int, num_images: int) -> list[tuple[
     return [(i, 0) for i in range(num_prompts)] + [(i, j) for i in shown for j in range(1, num_images)]
 
 
+@dataclass(frozen=True)
+class Work:
+    """Everything that an evaluation samples and measures; a function of the recipe and its inputs."""
+
+    prompts: PromptSet
+    trained: PromptSet
+    """Prompts of trained combinations, for the difference to the held-out ones; empty for other sources."""
+    rows: Sequence[Row]
+    """Validation rows, for the measures of each network."""
+    samples: Sequence[tuple[int, int]]
+    """(prompt number, image number) of each sample."""
+    parts: Sequence[Part]
+
+    @property
+    def num_items(self) -> int:
+        """Number of samples and rows together."""
+        return len(self.samples) + len(self.trained.prompts) + len(self.rows)
+
+
 class PartRunner:
     """Samples and measures parts; each worker builds one.
 
     Args:
         cascade: The trained networks; its ``clip`` is the frozen CLIP.
-        prompts: The prompts to sample.
-        rows: Validation rows.
+        work: The prompts, rows and samples that the parts number.
         download: Shards of pictures.
         output: The evaluate step's artifact.
         seed: The recipe's seed.
-        samples: From ``samples_of``.
         extractor: Features for a second Frechet distance; None: only CLIP's.
     """
 
     def __init__(
         self,
         cascade: Cascade,
-        prompts: PromptSet,
-        rows: Sequence[Row],
+        work: Work,
         download: Artifact,
         output: Artifact,
         seed: int,
-        samples: Sequence[tuple[int, int]],
         extractor: FeatureExtractor | None = None,
     ) -> None:
         self._cascade = cascade
         self._clip = cast("FrozenClip", cascade.clip)
-        self._prompts = prompts
-        self._rows = rows
+        self._prompts = work.prompts
+        self._trained = work.trained
+        self._rows = work.rows
         self._stored = StoredPictures(download)
         self._output = output
         self._seed = seed
-        self._samples = samples
+        self._samples = work.samples
         self._extractor = extractor
         self._sides_px = list(cascade.sides_px.values())
         self.second: Cascade | None = None
@@ -145,7 +161,10 @@ class PartRunner:
             DataError: If a picture of a shard cannot be read, or a network gives numbers that are not finite.
         """
         start, names = time.monotonic(), list[str]()
-        rows = self._sample(part, names) if part.kind == "samples" else self._measure_rows(part, names)
+        if part.kind == "trained":
+            rows = self._sample_trained(part)
+        else:
+            rows = self._sample(part, names) if part.kind == "samples" else self._measure_rows(part, names)
         with self._output.write(f"{part.name}.parquet") as path:
             write_rows(rows, path)
         files = {name: self._output.describe(name) for name in [f"{part.name}.parquet", *names]}
@@ -186,7 +205,37 @@ class PartRunner:
                 for side_px, stage in zip(self._sides_px, result.pictures.values(), strict=True):
                     self._write_picture(f"stages/{i:05d}-{side_px}.png", stage[n].numpy(), names)
         self._add_real(rows)
+        contrast = self._contrast(z_text, [prompt.negative for prompt in prompts])
+        for row, prompt, direction in zip(rows, prompts, contrast, strict=True):
+            row |= {"negative": prompt.negative, "margin": _dot(row["z_image"], direction)}
+            row["margin_real"] = _dot(row["z_real"], direction)
         return rows
+
+    def _sample_trained(self, part: Part) -> list[Json]:
+        """Samples of trained combinations; their prompts are numbered after the held-out ones, as are their seeds."""
+        numbers, first = range(part.start, part.stop), len(self._prompts.prompts)
+        prompts = [self._trained.prompts[number] for number in numbers]
+        seeds = [picture_seed(self._seed, first + number, 0) for number in numbers]
+        pictures = self._cascade.sample([prompt.text for prompt in prompts], seeds).images.numpy()
+        return [
+            {
+                "prompt_number": number,
+                "prompt": prompt.text,
+                "seed": seed,
+                "check": None if prompt.scene is None else _check_json(picture, prompt.scene),
+            }
+            for number, prompt, seed, picture in zip(numbers, prompts, seeds, pictures, strict=True)
+        ]
+
+    def _contrast(self, z_text: Array, negatives: Sequence[str]) -> list[Array | None]:
+        """z_text of each caption minus that of its hard negative; None without a negative."""
+        places = [place for place, negative in enumerate(negatives) if negative]
+        contrast: list[Array | None] = [None] * len(negatives)
+        if places:
+            z_negative = self._clip.encode_text([negatives[place] for place in places]).z_text.cpu().numpy()
+            for place, z in zip(places, z_negative, strict=True):
+                contrast[place] = z_text[place] - z
+        return contrast
 
     def _check_pixels(self, number: int, picture: Pixels) -> Json:
         """The pixel check of a sample against its own prompt, and against another prompt."""
@@ -242,6 +291,9 @@ class PartRunner:
             | dict.fromkeys(f"{prefix}{name}" for prefix in ("", "bicubic_") for name in ENLARGED)
             for row, z in zip(rows, z_prior, strict=True)
         ]
+        contrast = self._contrast(batch.text.z_text.cpu().numpy(), [row.negative for row in rows])
+        for column, row, direction in zip(columns, rows, contrast, strict=True):
+            column |= {"negative": row.negative, "margin": _dot(row.z_image, direction)}
         if self.second is not None:
             second = _finite(self._embeddings(self.second, batch), "prior_2")
             for column, z in zip(columns, second, strict=True):
@@ -375,6 +427,11 @@ def _finite(vectors: NDArray[np.float32], step: str) -> NDArray[np.float32]:
     if not np.isfinite(vectors).all():
         raise DataError(f"evaluate: the {step} gives numbers that are not finite; train it again with a lower rate")
     return vectors
+
+
+def _dot(z_image: Array | None, direction: Array | None) -> float | None:
+    """How much nearer a picture is to its caption than to the caption's negative, as a difference of cosines."""
+    return None if z_image is None or direction is None else float(z_image.astype(np.float64) @ direction)
 
 
 def _check_json(picture: Pixels, scene: Scene) -> str:

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from pipeline.data.rows import require_columns
 from pipeline.data.vectors import read_vectors
 from pipeline.errors import DataError
-from pipeline.shapes.scene import Object, Scene
+from pipeline.shapes.captions import canonical_caption
+from pipeline.shapes.scene import Object, Scene, trained_scenes
 from pipeline.workspace.store import Artifact
 
 EVALUATION = "evaluation.parquet"
@@ -37,6 +38,8 @@ class Prompt:
     """What the picture should show, for the pixel check (drawn source)."""
     row: "Row | None" = None
     """The picture whose caption it is (validation captions)."""
+    negative: str = ""
+    """The same words in another order (``pipeline.data.negatives``), or empty if there is no such caption."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Row:
     """(D,), length one."""
     z_text: NDArray[np.float16]
     """(D,), length one."""
+    negative: str = ""
+    """A hard negative of the caption, as for a prompt."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,8 @@ class PromptSet:
 
     prompts: tuple[Prompt, ...]
     source: str
-    """``drawn``, ``captions`` (of validation rows), ``training captions`` (there are no validation rows), ``file``."""
+    """``drawn``, ``captions`` (of validation rows), ``training captions`` (there are no validation rows), ``file``;
+    ``trained`` for combinations that training shows (drawn source)."""
 
     @cached_property
     def partners(self) -> tuple[int | None, ...]:
@@ -94,6 +100,12 @@ def choose_prompts(path: str, pairs: Artifact, embed: Artifact, num_prompts: int
     rows, split = held_out_rows(embed, num_prompts, distinct=True)
     prompts = tuple(Prompt(row.caption, row=row) for row in rows)
     return PromptSet(prompts, "captions" if split == "validation" else "training captions")
+
+
+def trained_prompts(num_prompts: int, seed: int) -> PromptSet:
+    """Prompts of the drawn source whose combinations training shows, to measure what a new combination costs."""
+    scenes = trained_scenes(num_prompts, seed)
+    return PromptSet(tuple(Prompt(canonical_caption(scene), scene=scene) for scene in scenes), "trained")
 
 
 def held_out_rows(embed: Artifact, num_rows: int, *, distinct: bool = False) -> tuple[list[Row], str]:

@@ -349,6 +349,8 @@ class EvaluateConfig(StepSection):
 
     num_prompts: PositiveInt = 240
     """Prompts sampled for the numbers; none of them was trained on."""
+    num_trained_prompts: Annotated[int, Field(ge=0, le=280)] = 120
+    """Drawn source: prompts of trained combinations, to compare the held-out ones with; 0: no comparison."""
     prompts_path: str = ""
     """Text file of prompts, one a line; empty: the drawn source's held-out scenes, or validation captions."""
     features_path: str = ""

@@ -120,7 +120,7 @@ STEPS = (
     StepRow(
         name="evaluate",
         title="Evaluation",
-        version=5,
+        version=6,
         inputs=tuple(row.name for row in _BEFORE_EVALUATE),
         runner="pipeline.runtime.data:run_evaluate",
         samples=True,

@@ -14,7 +14,7 @@ from pipeline.recipe.plan import Step, artifact_of
 from pipeline.recipe.recipe import Recipe
 from pipeline.report import sections
 from pipeline.report.sections import Done, Finished
-from pipeline.report.tables import measure_rows, quality_groups, tiles_of
+from pipeline.report.tables import failure_groups, measure_rows, novelty_groups, quality_groups, tiles_of
 from pipeline.workspace.store import Workspace, translate_os_errors
 
 Json = dict[str, Any]
@@ -25,6 +25,11 @@ _SOURCES = {
     "list": "the pictures of a URL list",
     "folder": "the pictures of a folder",
 }
+_NOVELTIES_ABOUT = (
+    "What a new combination costs, in points: samples of prompts with a colour and shape, a background, or a pair of "
+    "objects that training never shows together, minus samples of trained combinations, with the 95 % interval of the "
+    "difference. A prompt with two novelties counts in both columns."
+)
 
 
 def write_report(workspace: Workspace, steps: list[Step], recipe: Recipe, path: Path, recipe_file: str = "") -> None:
@@ -90,6 +95,10 @@ def build_view(done: Done, step_names: list[str], recipe: Recipe, recipe_file: s
         "neighbours_about": _neighbours_about(metrics),
         "quality": quality_groups(metrics),
         "quality_about": _quality_about(metrics),
+        "novelties_about": _NOVELTIES_ABOUT,
+        "failures_about": _failures_about(metrics),
+        "novelties": novelty_groups(metrics),
+        "failures": failure_groups((pictures or {}).get("failures", [])),
         "measures": measure_rows(metrics),
         "training": training,
         "download": sections.download_of(done),
@@ -145,18 +154,35 @@ def format_metrics(metrics: Json) -> str:
     """The quality tables as plain text, for a terminal."""
     lines: list[str] = []
     for group in quality_groups(metrics):
-        lines.append(f"{group['title']:34}{'samples':>9} {'95 %':>11} {'real':>9} {'guessed':>9}")
+        lines.append(f"{group['title']:52}{'samples':>9} {'95 %':>11} {'real':>9} {'guessed':>9}")
         for row in group["rows"]:
             rate = row["generated"]
             others = [f"{100 * row[kind]['rate']:8.1f}%" if row[kind] else " " * 9 for kind in ("real", "guess")]
             interval = f"{100 * rate['low']:.1f}-{100 * rate['high']:.1f}"
-            lines.append(f"  {row['name']:32}{100 * rate['rate']:8.1f}% {interval:>11} {others[0]} {others[1]}")
+            name = f"{row['name']} ({row['of']})" if row["of"] else row["name"]
+            lines.append(f"  {name:50}{100 * rate['rate']:8.1f}% {interval:>11} {others[0]} {others[1]}")
+        lines.append("")
+    for group in novelty_groups(metrics):
+        kinds = [f"{kind['name']} ({kind['total']})" for kind in group["kinds"]]
+        columns = [f"trained ({group['total']})".rjust(14), *(f"  {kind:>32}" for kind in kinds)]
+        lines.append(f"{group['title']:52}{''.join(columns)}")
+        for row in group["rows"]:
+            cells = "".join(f"  {100 * cell['rate']:7.1f}% {_points(cell):>24}" for cell in row["cells"])
+            lines.append(f"  {row['name']:50}{100 * row['trained']['rate']:13.1f}%{cells}")
         lines.append("")
     rows = measure_rows(metrics)
     if rows:
-        lines.append(f"{'measure':42}{'samples':>12}{'ceiling':>12}{'floor':>12}")
-        lines += [f"  {row['name']:40}{row['value']:>12}{row['ceiling']:>12}{row['floor']:>12}" for row in rows]
+        lines.append(f"{'measure':52}{'samples':>12}{'95 %':>16}{'ceiling':>12}{'floor':>12}")
+        lines += [
+            f"  {row['name']:50}{row['value']:>12}{row['interval']:>16}{row['ceiling']:>12}{row['floor']:>12}"
+            for row in rows
+        ]
     return "\n".join(lines).rstrip()
+
+
+def _points(cell: Json) -> str:
+    """A difference in points with its interval: -3.1 (-9.0 to +2.8)."""
+    return f"{100 * cell['difference']:+.1f} ({100 * cell['low']:+.1f} to {100 * cell['high']:+.1f})"
 
 
 def _percent(rate: float) -> str:
@@ -177,6 +203,7 @@ def _size(num_bytes: int) -> str:
 
 _FILTERS: dict[str, Any] = {
     "percent": _percent,
+    "points": _points,
     "whole": _whole,
     "share": _share,
     "duration": duration,
@@ -242,8 +269,19 @@ def _quality_about(metrics: Json) -> str:
         f"The check finds objects by colour and classifies them by outline, without a network, in samples of "
         f"{metrics.get('num_prompts', 0)} prompts that were not trained on. Real pictures of the same scenes are the "
         "ceiling. The floor, guessed, is chance: the same samples checked against other prompts and, for attributes "
-        "that tie objects together, the same colours and shapes in random order, place and size."
+        "that tie objects together, the same colours and shapes in random order, place and size. A row with "
+        "\u201cgiven\u201d counts only the samples in which the other attribute is right: how well objects are drawn "
+        "does not bound it."
     )
+
+
+def _failures_about(metrics: Json) -> str:
+    if "pixel_check" in metrics:
+        return (
+            "Samples in which the pixel check misses something, in the order of their prompts: what is wrong, and what "
+            "the check finds (\u201c?\u201d where no name fits)."
+        )
+    return "Samples that CLIP finds nearer to the same words in another order than to their caption."
 
 
 def _neighbours_about(metrics: Json) -> str:

@@ -1,4 +1,4 @@
-"""``metrics.json`` as tables for people: each number with its name, ceiling, floor and goal."""
+"""``metrics.json`` as tables for people: each number with its name, interval, ceiling and floor."""
 
 import math
 from collections.abc import Callable
@@ -14,19 +14,17 @@ _NAMES = {
     "shape": "Shape",
     "both shapes": "Both shapes",
     "binding": "Colour on its shape",
+    "binding, given both shapes": "Colour on its shape, given both shapes",
     "relation": "Relation",
+    "relation, given both colours": "Relation, given both colours",
     "size": "Size",
     "sizes": "Both sizes",
     "background": "Background",
     "count": "Number of objects",
     "everything": "Everything",
 }
-_GOALS = {
-    ("one object", "colour"): 0.9,
-    ("one object", "shape"): 0.8,
-    ("one object", "background"): 0.9,
-    ("two objects", "both colours"): 0.75,
-}
+_COMPARED = ("colour", "shape", "size", "both colours", "both shapes", "binding", "relation", "everything")
+"""Attributes in the table of held-out and trained combinations."""
 _LEAST_RANGE = 0.01
 """No bar is shown if floor and ceiling are nearer than this."""
 
@@ -43,15 +41,68 @@ def quality_groups(metrics: Json) -> list[Json]:
                 "generated": checks[name]["generated"],
                 "real": checks[name].get("real"),
                 "guess": checks[name].get("guess"),
-                "goal": _GOALS.get((title, name)),
             }
             for name in sorted(checks, key=_rank)
             if checks[name]["generated"]["total"]
         ]
+        for row in rows:
+            rate = row["generated"]
+            row["of"] = f"{rate['hits']} of {rate['total']}" if "given" in row["name"] else ""
         if rows:
             total = rows[0]["generated"]["total"]
             groups.append({"title": f"{title.capitalize()}, {total} pictures", "rows": rows})
     return groups
+
+
+def novelty_groups(metrics: Json) -> list[Json]:
+    """Held-out beside trained combinations, one table for each number of objects: kinds are columns."""
+    groups: list[Json] = []
+    for title, kinds in sorted(metrics.get("held_out", {}).items()):
+        first: Json = next(iter(kinds.values()))
+        names = [name for name in sorted(first, key=_rank) if name in _COMPARED]
+        groups.append(
+            {
+                "title": f"{title.capitalize()}: new combinations",
+                "total": first["everything"]["trained"]["total"],
+                "kinds": [
+                    {"name": kind, "total": checks["everything"]["held_out"]["total"]} for kind, checks in kinds.items()
+                ],
+                "rows": [
+                    {
+                        "name": _NAMES[name],
+                        "trained": first[name]["trained"],
+                        "cells": [
+                            {"rate": checks[name]["held_out"]["rate"], **checks[name]["difference"]}
+                            for checks in kinds.values()
+                        ],
+                    }
+                    for name in names
+                ],
+            }
+        )
+    return groups
+
+
+def failure_groups(groups: list[Json]) -> list[Json]:
+    """Failed pictures with a heading for each group, and what is wrong with each picture in the words of the tables."""
+    return [
+        {
+            "title": f"{group['title'].capitalize()}: {group['failed']} of {group['total']}",
+            "note": f"the first {len(group['pictures'])}" if len(group["pictures"]) < group["failed"] else "",
+            "pictures": [
+                picture | {"wrong": _fault_text(picture), "shows": picture.get("shows", "")}
+                for picture in group["pictures"]
+            ],
+        }
+        for group in groups
+        if group["failed"]
+    ]
+
+
+def _fault_text(picture: Json) -> str:
+    if "preferred" in picture:
+        return f"CLIP prefers: {picture['preferred']}"
+    return f"Wrong: {', '.join(_NAMES[name].lower() for name in picture['wrong'])}"
 
 
 def tiles_of(metrics: Json) -> list[Json]:
@@ -59,10 +110,10 @@ def tiles_of(metrics: Json) -> list[Json]:
     checks: Json = metrics.get("pixel_check", {})
     tiles: list[Json] = []
     for group, name, label in (
-        ("one object", "colour", "One object: colour"),
-        ("one object", "shape", "One object: shape"),
-        ("one object", "background", "One object: background"),
+        ("one object", "everything", "One object: everything"),
         ("two objects", "both colours", "Two objects: both colours"),
+        ("two objects", "both shapes", "Two objects: both shapes"),
+        ("two objects", "everything", "Two objects: everything"),
     ):
         rates: Json | None = checks.get(group, {}).get(name)
         if rates and rates["generated"]["total"]:
@@ -94,6 +145,15 @@ def measure_rows(metrics: Json) -> list[Json]:
             ("generated", "real", "chance"),
             "R-precision",
             "Share of samples nearest to their own prompt, of all prompts; ceiling: the real picture; floor: chance.",
+            percent=True,
+        ),
+        _row(
+            metrics,
+            "preference",
+            ("generated", "real", "chance"),
+            "Caption preferred",
+            f"Share of samples that CLIP finds nearer to their caption than to the same words in another order; "
+            f"ceiling: real pictures; floor: chance.{_without_negative(metrics)}",
             percent=True,
         ),
         _row(
@@ -200,7 +260,18 @@ def _row(
     if ranged and ceiling is not None and floor is not None and ceiling > floor + _LEAST_RANGE:
         place = (value - floor) / (ceiling - floor)
     texts = ["" if number is None else _text(number, percent=percent) for number in (value, ceiling, floor)]
-    return {"name": name, "why": why, "value": texts[0], "ceiling": texts[1], "floor": texts[2], "place": place}
+    ends = [measured[kinds[0]].get(end) for end in ("low", "high")] if isinstance(measured[kinds[0]], dict) else []
+    interval = (
+        " - ".join(_text(end, percent=percent).removesuffix(" %") for end in ends) if ends and None not in ends else ""
+    )
+    row = {"name": name, "why": why, "value": texts[0], "ceiling": texts[1], "floor": texts[2], "place": place}
+    return row | {"interval": interval}
+
+
+def _without_negative(metrics: Json) -> str:
+    """How many captions cannot be reordered, as a sentence."""
+    rate: Json | None = metrics.get("preference", {}).get("generated")
+    return f" {rate['without_negative']} captions have no such order." if rate and rate["without_negative"] else ""
 
 
 def _prior(metrics: Json, key: str, title: str) -> list[Json | None]:
@@ -240,7 +311,7 @@ def _upsampler(metrics: Json, number: int) -> list[Json]:
         real = _number(measured.get(f"real_{key}"))
         texts = ["" if one is None else _UPSAMPLER_TEXTS[key](one) for one in (value, real, bicubic)]
         row = {"name": f"Upsampler {number}: {name}", "why": why, "value": texts[0], "ceiling": texts[1]}
-        rows.append(row | {"floor": texts[2], "place": None})
+        rows.append(row | {"floor": texts[2], "place": None, "interval": ""})
     return rows
 
 

@@ -1,8 +1,8 @@
 """Checks from the pixels alone whether a picture shows what its prompt says.
 
 Real pictures give the ceiling. The floor is the rate of guessing: pictures checked against other scenes' prompts, and
-``guess_levels`` for attributes that depend on which object is which. Print both next to any result, so that nobody has
-to trust this checker.
+``guess_levels`` for attributes that depend on which object is which, or on their number. Print both next to any result,
+so that nobody has to trust this checker.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,11 @@ from numpy.typing import NDArray
 
 from pipeline.shapes.perceive import PerceivedObject, Perception, perceive
 from pipeline.shapes.scene import RADIUS, RELATIONS, Scene
+
+GIVEN = {"binding": "both shapes", "relation": "both colours"}
+"""Attributes that cannot be correct without another one: their share of the pictures in which that one is correct says
+whether objects and words belong together, however well the objects are drawn."""
+_FOLLOWS_FROM = {"binding": ("both colours", "both shapes"), "sizes": ("binding",), "relation": ("both colours",)}
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,21 @@ def compare(perception: Perception, scene: Scene) -> CheckResult:
     return CheckResult(len(scene.objects), correct)
 
 
+def faults(correct: Mapping[str, bool]) -> list[str]:
+    """The attributes that are wrong, without those that must be wrong because another one is."""
+    return [
+        name
+        for name, is_correct in correct.items()
+        if not is_correct and name != "everything" and all(correct[cause] for cause in _FOLLOWS_FROM.get(name, ()))
+    ]
+
+
+def describe(perception: Perception) -> str:
+    """What a picture shows, in words; "?" where no name fits."""
+    objects = [" ".join(name or "?" for name in (item.size, item.colour, item.shape)) for item in perception.objects]
+    return f"{', '.join(objects) or 'no object'} on {perception.background or '?'}"
+
+
 def _compare_two(objects: tuple[PerceivedObject, ...], scene: Scene) -> dict[str, bool]:
     names = ("both colours", "both shapes", "binding", "sizes", "relation")
     if len(objects) < 2:
@@ -91,12 +111,13 @@ def _is_in_relation(order: tuple[PerceivedObject, ...], scene: Scene) -> bool:
 
 
 def guess_levels(correct: Mapping[str, bool], scene: Scene) -> dict[str, float]:
-    """The probability that each attribute that relates two objects is correct by guessing.
+    """The probability that an attribute is correct by guessing, given what else the picture shows.
 
     The measured colours, shapes and background of the picture stay. Which shape has which colour, where the objects
     stand and how large they are is guessed; all choices are equally likely. The mean over pictures is the floor of the
     attribute's rate: if both colours are correct in 83 % of the pictures, the relation is correct in 21 % by chance.
 
+        count        1 of the 2 numbers of objects
         binding      if both colours and both shapes are correct: 1 order in 2, or every order if the objects share a
                      colour or a shape
         relation     if the objects can be identified (both colours are correct, or both shapes if the colours are
@@ -109,16 +130,17 @@ def guess_levels(correct: Mapping[str, bool], scene: Scene) -> dict[str, float]:
         scene: The scene of its prompt.
 
     Returns:
-        Attribute -> probability; empty for a scene of one object, whose floor is another scene's prompt.
+        Attribute -> probability; the floor of the other attributes is another scene's prompt.
     """
+    count = {"count": 1 / 2}
     if len(scene.objects) == 1:
-        return {}
+        return count
     first, second = scene.objects
     share_attribute = first.colour == second.colour or first.shape == second.shape
     binding = (correct["both colours"] and correct["both shapes"]) * (1.0 if share_attribute else 0.5)
     can_identify = correct["both shapes" if first.colour == second.colour else "both colours"]
     sizes = binding / len(RADIUS) ** 2
-    return {
+    return count | {
         "binding": binding,
         "relation": can_identify / len(RELATIONS),
         "sizes": sizes,

@@ -99,6 +99,10 @@ EVALUATION_KINDS: dict[str, int] = {
 }
 """Kinds of evaluation prompts and their shares, in eighths."""
 
+NOVELTIES = ("new colour of a shape", "new setting", "new pair")
+"""What can be new in a scene: one colour and shape, these on this background, or two objects in one picture. A scene
+of one kind may contain others: pairs stand on any background."""
+
 
 def _held_out() -> HeldOut:
     """Build the lists by rules that touch every colour, shape and background about equally often."""
@@ -135,14 +139,20 @@ _HELD_OUT_SETTINGS = frozenset(HELD_OUT.settings)
 _HELD_OUT_PAIRS = frozenset(frozenset(pair) for pair in HELD_OUT.pairs)
 
 
+def novelties(scene: Scene) -> tuple[str, ...]:
+    """The kinds of held-out combinations that the scene contains, of NOVELTIES."""
+    looks = [(item.colour, item.shape) for item in scene.objects]
+    is_new = {
+        "new colour of a shape": any(look in _HELD_OUT_OBJECTS for look in looks),
+        "new setting": any((*look, scene.background) in _HELD_OUT_SETTINGS for look in looks),
+        "new pair": frozenset(looks) in _HELD_OUT_PAIRS,
+    }
+    return tuple(name for name in NOVELTIES if is_new[name])
+
+
 def is_held_out(scene: Scene) -> bool:
     """Whether the scene contains a combination that training must never show."""
-    looks = [(item.colour, item.shape) for item in scene.objects]
-    return (
-        any(look in _HELD_OUT_OBJECTS for look in looks)
-        or any((*look, scene.background) in _HELD_OUT_SETTINGS for look in looks)
-        or frozenset(looks) in _HELD_OUT_PAIRS
-    )
+    return bool(novelties(scene))
 
 
 def training_scene(seed: int, index: int) -> Scene:
@@ -186,11 +196,40 @@ def evaluation_scenes(num_scenes: int, seed: int) -> list[EvaluationScene]:
     while len(scenes) < num_scenes:
         kind = turns[(3 * len(scenes)) % len(turns)]  # 3 and 8 are coprime: one and two objects alternate
         scene = _held_out_scene(rng, kind)
-        prompt = (scene.background, scene.relation, *((o.size, o.colour, o.shape) for o in scene.objects))
+        prompt = _prompt_of(scene)
         if prompt not in prompts and not _has_equal_objects(scene):
             prompts.add(prompt)
             scenes.append(EvaluationScene(scene, kind))
     return scenes
+
+
+def trained_scenes(num_scenes: int, seed: int) -> list[Scene]:
+    """Sample scenes of combinations that training shows, with different prompts; every second has two objects.
+
+    They are compared with the held-out ones: same distribution of sizes, positions and relations.
+
+    Args:
+        num_scenes: Number of scenes; at most 280, as for ``evaluation_scenes``.
+        seed: Seed of the scenes. A smaller ``num_scenes`` gives the first scenes of a larger one.
+
+    Raises:
+        ValueError: If ``num_scenes`` is not in [0, 280].
+    """
+    if not 0 <= num_scenes <= 280:
+        message = f"num_scenes must be from 0 to 280, not {num_scenes}"
+        raise ValueError(message)
+    rng = np.random.default_rng((seed, 3, 2))
+    scenes: dict[object, Scene] = {}
+    while len(scenes) < num_scenes:
+        scene = _place(rng, [_look(rng) for _ in range(1 + len(scenes) % 2)], _pick(rng, BACKGROUNDS))
+        if not is_held_out(scene) and not _has_equal_objects(scene):
+            scenes.setdefault(_prompt_of(scene), scene)
+    return list(scenes.values())
+
+
+def _prompt_of(scene: Scene) -> object:
+    """What the canonical caption of a scene says."""
+    return (scene.background, scene.relation, *((o.size, o.colour, o.shape) for o in scene.objects))
 
 
 def _held_out_scene(rng: np.random.Generator, kind: str) -> Scene:

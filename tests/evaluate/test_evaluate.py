@@ -19,11 +19,10 @@ from pipeline.data.shards import StoredPictures
 from pipeline.data.vectors import read_vectors
 from pipeline.errors import DataError
 from pipeline.evaluate import metrics as m
-from pipeline.evaluate.aggregate import pixel_check
-from pipeline.evaluate.evaluate import Work, finish, make_runner, plan_work, summarise
+from pipeline.evaluate.evaluate import finish, make_runner, plan_work, summarise
 from pipeline.evaluate.features import FeatureExtractor
-from pipeline.evaluate.parts import Part, PartRunner, picture_seed, plan_parts, read_part, samples_of
-from pipeline.evaluate.prompts import Prompt, PromptSet, choose_prompts, choose_rows
+from pipeline.evaluate.parts import Part, PartRunner, Work, picture_seed, plan_parts, read_part, samples_of
+from pipeline.evaluate.prompts import choose_prompts, choose_rows
 from pipeline.evaluate.sets import cmmd, precision_recall
 from pipeline.networks.cascade import load_cascade
 from pipeline.networks.quality import psnr_db, sharpness
@@ -32,9 +31,10 @@ from pipeline.recipe.plan import inputs_of
 from pipeline.recipe.recipe import Recipe
 from pipeline.report.report import format_metrics
 from pipeline.report.tables import measure_rows
-from pipeline.shapes.check import check
+from pipeline.shapes.check import check, describe
 from pipeline.shapes.draw import draw_array
-from pipeline.shapes.scene import Object, Scene
+from pipeline.shapes.perceive import perceive
+from pipeline.shapes.scene import is_held_out
 from pipeline.workspace.store import Artifact, Workspace
 from tests.tiny.workspace import NUM_PICTURES, evaluate_step, evaluated_workspace
 
@@ -58,7 +58,7 @@ def evaluated(tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[A
 
 
 def test_plan_parts_covers_every_item_once_in_parts_of_nearly_equal_size() -> None:
-    parts = plan_parts(23, 4, 8)
+    parts = plan_parts({"samples": 23, "validation": 4}, 8)
     for kind, total in (("samples", 23), ("validation", 4)):
         mine = [part for part in parts if part.kind == kind]
         assert [i for part in mine for i in range(part.start, part.stop)] == list(range(total))
@@ -66,7 +66,7 @@ def test_plan_parts_covers_every_item_once_in_parts_of_nearly_equal_size() -> No
         assert max(sizes) <= 8
         assert max(sizes) - min(sizes) <= 1
     assert len({part.name for part in parts}) == len(parts)
-    assert plan_parts(0, 0, 8) == []
+    assert plan_parts({"samples": 0, "validation": 0}, 8) == []
 
 
 def test_samples_take_every_prompt_once_and_the_shown_ones_again() -> None:
@@ -112,32 +112,63 @@ def test_metrics_of_the_pixel_check_agree_with_the_pictures_that_were_written(
     assert metrics["num_prompts"] == 10
 
 
-def test_pixel_check_shows_guess_levels_and_not_zeros_as_the_floor() -> None:
-    """Ten pictures of two objects: both colours right in nine, both shapes in four; another prompt is never right."""
-    scene = Scene(
-        (Object("circle", "red", "large", 0.27, 0.5), Object("square", "blue", "small", 0.75, 0.5)),
-        "white",
-        "to the left of",
-    )
-    nothing = dict.fromkeys(check(draw_array(scene, 32), scene).correct, False)
-    rows = [
-        {
-            "prompt_number": 0,
-            "check": json.dumps(nothing | {"both colours": n < 9, "both shapes": n < 4, "binding": n < 3}),
-            "check_shuffled": json.dumps(nothing),
-            "check_real": json.dumps(nothing | {"binding": True}),
-        }
-        for n in range(10)
-    ]
-    table = pixel_check(rows, PromptSet((Prompt("", scene=scene),), "drawn"))["two objects"]
-    assert table["binding"]["generated"]["rate"] == 0.3
-    assert table["binding"]["real"]["rate"] == 1
-    assert table["binding"]["guess"]["rate"] == pytest.approx(0.4 / 2)
-    assert table["relation"]["guess"]["rate"] == pytest.approx(0.9 / 4)
-    assert table["both colours"]["guess"]["rate"] == 0
-    assert [line.split()[-1] for line in format_metrics({"pixel_check": {"two objects": table}}).splitlines()[:5]] == [
-        "guessed", "0.0%", "0.0%", "20.0%", "22.5%",
-    ]  # fmt: skip
+def test_trained_combinations_are_sampled_and_compared_with_the_held_out_ones(
+    tiny: Recipe, cascade: Cascade, evaluated: tuple[Artifact, Work, dict[str, Any]]
+) -> None:
+    output, work, metrics = evaluated
+    assert len(work.trained.prompts) == tiny.evaluate.num_trained_prompts == 4
+    rows = [row for part in work.parts if part.kind == "trained" for row in read_part(output, part)]
+    for number, (row, prompt) in enumerate(zip(rows, work.trained.prompts, strict=True)):
+        assert prompt.scene is not None
+        assert not is_held_out(prompt.scene)
+        assert (row["prompt_number"], row["prompt"], row["seed"]) == (number, prompt.text, 7 + 1000 * (10 + number))
+        picture = cascade.sample([prompt.text], [row["seed"]]).images[0].numpy()
+        assert json.loads(row["check"]) == check(picture, prompt.scene).correct
+    assert set(metrics["held_out"]) == {"one object", "two objects"}
+    for kinds in metrics["held_out"].values():
+        assert all(checks["background"]["trained"]["total"] == 2 for checks in kinds.values())
+
+
+def test_preference_compares_each_caption_with_its_words_in_another_order(
+    cascade: Cascade, evaluated: tuple[Artifact, Work, dict[str, Any]]
+) -> None:
+    output, work, metrics = evaluated
+    rows = [row for part in work.parts if part.kind == "samples" for row in read_part(output, part)]
+    firsts = [row for row in rows if row["image_number"] == 0]
+    prompts = [prompt for prompt in work.prompts.prompts if prompt.negative]
+    assert 0 < len(prompts) < len(firsts)
+    assert all(sorted(prompt.negative.split()) == sorted(prompt.text.split()) for prompt in prompts)
+    clip: Any = cascade.clip
+    for column, name in (("z_image", "generated"), ("z_real", "real")):
+        hits = 0
+        for row in (row for row in firsts if row["negative"]):
+            own, other = clip.encode_text([row["prompt"], row["negative"]]).z_text.numpy() @ row[column]
+            hits += bool(own > other)
+        rate = metrics["preference"][name]
+        assert (rate["hits"], rate["total"]) == (hits, len(prompts))
+        assert rate["without_negative"] == len(firsts) - len(prompts)
+    assert metrics["preference"]["chance"] == 0.5
+
+
+def test_failures_are_the_pictures_in_which_something_is_wrong(
+    evaluated: tuple[Artifact, Work, dict[str, Any]],
+) -> None:
+    output, _, metrics = evaluated
+    samples = [json.loads(line) for line in output.path("samples.jsonl").read_text().splitlines()]
+    failed = [row for row in samples if row["file"].endswith("-0.png") and not row["check"]["everything"]]
+    groups = output.read_json("pictures.json")["failures"]
+    pictures = [picture for group in groups for picture in group["pictures"]]
+    assert sorted(picture["file"] for picture in pictures) == sorted(row["file"] for row in failed)
+    assert pictures
+    for picture in pictures:
+        right = next(row["check"] for row in failed if row["file"] == picture["file"])
+        assert picture["wrong"]
+        assert not any(right[name] for name in picture["wrong"])
+        with Image.open(output.path(picture["file"])) as image:
+            assert picture["shows"] == describe(perceive(np.asarray(image)))
+    for group in groups:
+        rate = metrics["pixel_check"][group["title"]]["everything"]["generated"]
+        assert (group["failed"], group["total"]) == (rate["total"] - rate["hits"], rate["total"])
 
 
 def test_general_metrics_agree_with_their_definitions(evaluated: tuple[Artifact, Work, dict[str, Any]]) -> None:
@@ -153,7 +184,7 @@ def test_general_metrics_agree_with_their_definitions(evaluated: tuple[Artifact,
     whole = m.frechet_distance(m.FeatureSums.of(z_image), m.FeatureSums.of(z_real))
     assert metrics["frechet_clip"]["generated"] == pytest.approx(whole, rel=1e-6)
     assert metrics["prior"]["z_image"]["count"] == NUM_PICTURES // 5
-    assert set(metrics) >= {"decoder", "upsampler_1", "upsampler_2", "memorisation", "r_precision", "kinds"}
+    assert set(metrics) >= {"decoder", "upsampler_1", "upsampler_2", "memorisation", "r_precision", "held_out"}
 
 
 def test_both_priors_are_measured_on_the_same_captions(evaluated: tuple[Artifact, Work, dict[str, Any]]) -> None:
@@ -270,7 +301,8 @@ def test_other_sources_are_measured_on_validation_captions_without_a_pixel_check
     (tmp_path / "list.csv").write_text("url,caption\n")
     absent = dict.fromkeys(("upsampler_1", "upsampler_2", "prior_2"))
     recipe = evaluated_workspace(tmp_path / "workspace", pairs=pairs, **absent)
-    work, metrics = _run(recipe, Artifact(str(tmp_path / "out")))
+    output = Artifact(str(tmp_path / "out"))
+    work, metrics = _run(recipe, output)
     validation = choose_rows(_inputs(recipe)["embed"], 100, "validation")
     assert {prompt.text for prompt in work.prompts.prompts} <= {row.caption for row in validation}
     assert metrics["prompts"] == "captions"
@@ -278,6 +310,14 @@ def test_other_sources_are_measured_on_validation_captions_without_a_pixel_check
     assert "upsampler_1" not in metrics
     assert "prior_2" not in metrics
     assert metrics["clip_score"]["real"]["count"] == len(work.prompts.prompts)
+    assert not work.trained.prompts
+    assert "held_out" not in metrics
+    preference = metrics["preference"]
+    assert preference["generated"]["total"] == preference["real"]["total"] > 0
+    (group,) = output.read_json("pictures.json")["failures"]
+    rate = preference["generated"]
+    assert (group["failed"], group["total"]) == (rate["total"] - rate["hits"], rate["total"])
+    assert all(picture["preferred"] for picture in group["pictures"])
 
 
 def test_prompts_of_a_file_are_drawn_in_its_order(tiny: Recipe, tmp_path: Path) -> None:
@@ -327,7 +367,7 @@ def test_a_network_that_draws_nan_is_a_data_error_that_names_it(tiny: Recipe, tm
     work = plan_work(tiny, inputs)
     cascade = load_cascade({name: inputs[name] for name in tiny.trained()})
     cascade.stage("prior", PriorStage).network.out.bias.fill_(float("nan"))
-    runner = PartRunner(cascade, work.prompts, work.rows, inputs["download"], output, tiny.seed, work.samples)
+    runner = PartRunner(cascade, work, inputs["download"], output, tiny.seed)
     with pytest.raises(DataError, match="the prior gives numbers that are not finite"):
         runner.run(work.parts[0])
     assert output.shard_records() == {}

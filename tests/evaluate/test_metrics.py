@@ -9,6 +9,7 @@ from pipeline.evaluate.metrics import (
     FeatureSums,
     Rate,
     cosine,
+    difference_of,
     frechet_distance,
     mean_of,
     r_precision,
@@ -52,6 +53,15 @@ def test_rates_add_up_like_their_trials() -> None:
     assert rate_of(flags[:2]) + rate_of(flags[2:]) == rate_of(flags) == Rate(3, 5)
     assert rate_of(flags).to_dict()["rate"] == float(Fraction(3, 5))
     assert math.isnan(rate_of([]).value)
+
+
+def test_difference_of_two_rates_is_that_of_newcombes_paper() -> None:
+    """Newcombe 1998, table II, contrasts a and e by method 10."""
+    difference = difference_of(Rate(56, 70), Rate(48, 80))
+    assert difference["difference"] == pytest.approx(0.2)
+    assert (round(difference["low"], 4), round(difference["high"], 4)) == (0.0524, 0.3339)
+    none = difference_of(Rate(5, 56), Rate(0, 29))
+    assert (round(none["low"], 4), round(none["high"], 4)) == (-0.0381, 0.1926)
 
 
 def test_mean_of_matches_its_definition() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from pipeline.evaluate.metrics import Rate
+from pipeline.evaluate.metrics import Rate, difference_of
 from pipeline.pictures import to_png
 from pipeline.recipe.plan import Step, artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe, parse_recipe
@@ -77,12 +77,20 @@ METRICS: dict[str, Any] = {
             "shape": _rates(109, 120, 19),
             "size": _rates(101, 120, 41),
             "background": _rates(120, 120, 25),
+            "count": _rates(119, 120, 60),
+            "everything": _rates(95, 120, 0),
         },
         "two objects": {
             "both colours": _rates(97, 120, 4),
             "both shapes": _rates(71, 120, 6),
             "binding": _rates(58, 120, 2),
             "relation": _rates(88, 120, 28),
+            "relation, given both colours": {
+                "generated": Rate(60, 97).to_dict(),
+                "real": Rate(120, 120).to_dict(),
+                "guess": {"rate": 0.24, "total": 97},
+            },
+            "everything": _rates(37, 120, 1),
             "background": _rates(119, 120, 24),
         },
     },
@@ -90,6 +98,27 @@ METRICS: dict[str, Any] = {
         "generated": {"mean": 0.612, "std": 0.08, "count": 240, "low": 0.60, "high": 0.62},
         "real": {"mean": 0.671, "std": 0.06, "count": 240, "low": 0.66, "high": 0.68},
         "shuffled": {"mean": 0.082, "std": 0.2, "count": 240, "low": 0.06, "high": 0.11},
+    },
+    "held_out": {
+        "two objects": {
+            kind: {
+                name: {
+                    "held_out": held_out.to_dict(),
+                    "trained": trained.to_dict(),
+                    "difference": difference_of(held_out, trained),
+                }
+                for name, held_out, trained in (
+                    ("both shapes", Rate(total // 2, total), Rate(36, 60)),
+                    ("everything", Rate(total // 5, total), Rate(20, 60)),
+                )
+            }
+            for kind, total in (("new pair", 90),)
+        }
+    },
+    "preference": {
+        "generated": Rate(190, 226).to_dict() | {"without_negative": 14},
+        "real": Rate(220, 226).to_dict() | {"without_negative": 14},
+        "chance": 0.5,
     },
     "r_precision": {"generated": Rate(151, 240).to_dict(), "real": Rate(190, 240).to_dict(), "chance": 1 / 240},
     "prior": {"z_image": {"mean": 0.87}, "unrelated_image": {"mean": 0.06}},
@@ -154,6 +183,24 @@ def fill_evaluate(artifact: Artifact, num_shown: int) -> None:
             near = [{"file": samples[j], "label": f"0.9{9 - j}", "caption": prompt} for j in range(1, 4)]
             sample = {"file": samples[0], "label": "sample", "caption": prompt}
             pictures["neighbours"].append({"prompt": prompt, "pictures": [sample, *near]})
+    pictures["failures"] = [
+        {
+            "title": "one object",
+            "total": 120,
+            "failed": 25,
+            "pictures": [
+                {
+                    "file": put(f"failures/{number}.png", _soft(entry.scene, number)),
+                    "prompt": canonical_caption(entry.scene),
+                    "seed": 1000 * number,
+                    "wrong": ["shape", "size"],
+                    "shows": "small red ? on white",
+                }
+                for number, entry in enumerate(evaluation_scenes(2, seed=0))
+            ],
+        },
+        {"title": "two objects", "total": 120, "failed": 0, "pictures": []},
+    ]
     artifact.write_json("pictures.json", pictures)
     artifact.write_json("metrics.json", METRICS)
 

@@ -20,7 +20,7 @@ from pipeline.workspace.store import Artifact, Workspace
 from tests.report.finished_run import METRICS, fill_workspace, make_recipe
 
 _COLOUR = {"colour": METRICS["pixel_check"]["one object"]["colour"]}
-SECTIONS = ("samples", "quality", "stages", "reconstructions", "neighbours", "training", "data", "next")
+SECTIONS = ("samples", "quality", "failures", "stages", "reconstructions", "neighbours", "training", "data", "next")
 
 
 class _Page(HTMLParser):
@@ -79,7 +79,7 @@ def test_report_needs_nothing_outside_itself(recipe: Recipe, tmp_path: Path) -> 
     fill_workspace(recipe)
     text = _report(recipe, tmp_path / "report.html")
     page = _Page(text)
-    assert len(page.sources) == 4 * 4 + 4 * 3 + 4 * 3 + 4 * 4
+    assert len(page.sources) == 4 * 4 + 2 + 4 * 3 + 4 * 3 + 4 * 4
     assert all(source.startswith("data:image/") for source in page.sources)
     assert "http://" not in text
     assert "https://" not in text
@@ -151,6 +151,11 @@ def test_format_metrics_prints_every_rate_with_ceiling_and_floor() -> None:
     lines = format_metrics(METRICS).splitlines()
     line = next(line for line in lines if "Both colours" in line)
     assert line.split()[2:] == ["80.8%", "72.9-86.9", "100.0%", "3.3%"]
+    line = next(line for line in lines if "Relation, given" in line)
+    assert line.split()[4:] == ["(60", "of", "97)", "61.9%", "51.9-70.9", "100.0%", "24.0%"]
+    line = next(line for line in lines if line.strip().startswith("Both shapes") and "to" in line)
+    assert line.split()[2:] == ["60.0%", "50.0%", "-10.0", "(-25.3", "to", "+6.2)"]
+    assert any("Caption preferred" in line and "78.7 - 88.3" in line and "50.0 %" in line for line in lines)
     assert any("CLIP score" in line and "0.671" in line for line in lines)
     assert format_metrics({}) == ""
 
@@ -175,7 +180,9 @@ def test_measures_that_say_nothing_have_no_bar_or_no_row() -> None:
 
 def test_pixel_check_is_told_in_its_order_and_only_where_something_was_checked() -> None:
     one, two = quality_groups(METRICS)
-    assert [row["name"] for row in one["rows"]] == ["Colour", "Shape", "Size", "Background"]
+    assert [row["name"] for row in one["rows"]] == [
+        "Colour", "Shape", "Size", "Background", "Number of objects", "Everything",
+    ]  # fmt: skip
     assert two["title"] == "Two objects, 120 pictures"
     unchecked = {"generated": {"rate": 0.0, "total": 0}}
     (half,) = quality_groups({"pixel_check": {"a": {"shape": unchecked}, "b": {"shape": unchecked, **_COLOUR}}})
@@ -183,7 +190,7 @@ def test_pixel_check_is_told_in_its_order_and_only_where_something_was_checked()
 
 
 def test_tiles_show_the_pixel_check_or_else_the_measures() -> None:
-    assert [tile["value"] for tile in tiles_of(METRICS)] == ["98.3", "90.8", "100.0", "80.8"]
+    assert [tile["value"] for tile in tiles_of(METRICS)] == ["79.2", "80.8", "59.2", "30.8"]
     general = {name: value for name, value in METRICS.items() if name != "pixel_check"}
     assert [tile["label"] for tile in tiles_of(general)][:2] == ["CLIP score", "R-precision"]
     assert quality_groups(general) == []

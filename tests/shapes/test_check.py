@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.evaluate.metrics import Rate, rate_of
-from pipeline.shapes.check import CheckResult, check, compare, guess_levels
+from pipeline.shapes.check import CheckResult, check, compare, describe, faults, guess_levels
 from pipeline.shapes.draw import draw_array
 from pipeline.shapes.perceive import PerceivedObject, perceive
 from pipeline.shapes.scene import RADIUS, Object, Scene, evaluation_scenes
@@ -148,6 +148,7 @@ def test_guess_levels_are_the_shares_of_all_the_ways_to_guess() -> None:
     shares = {name: sum(flags) / len(flags) for name, flags in hits.items()}
     assert shares["both colours"] == shares["both shapes"] == 1
     guessed = guess_levels(flags_of(requested, requested), requested)
+    assert guessed.pop("count") == 1 / 2  # the pictures above have as many objects as requested
     assert guessed == pytest.approx({name: shares[name] for name in guessed})
     assert guessed == pytest.approx({"binding": 1 / 2, "relation": 1 / 4, "sizes": 1 / 18, "everything": 1 / 72})
 
@@ -155,7 +156,7 @@ def test_guess_levels_are_the_shares_of_all_the_ways_to_guess() -> None:
 def test_guess_levels_depend_on_what_the_picture_shows() -> None:
     right = flags_of(RED_CIRCLE_LEFT, RED_CIRCLE_LEFT)
     assert guess_levels(right | {"both shapes": False}, RED_CIRCLE_LEFT) == {
-        "binding": 0, "relation": 1 / 4, "sizes": 0, "everything": 0,
+        "count": 1 / 2, "binding": 0, "relation": 1 / 4, "sizes": 0, "everything": 0,
     }  # fmt: skip
     assert guess_levels(right | {"both colours": False}, RED_CIRCLE_LEFT)["relation"] == 0
     assert guess_levels(right | {"count": False}, RED_CIRCLE_LEFT)["everything"] == 0
@@ -166,4 +167,23 @@ def test_guess_levels_depend_on_what_the_picture_shows() -> None:
     assert guess_levels(right | {"both shapes": False}, of_one_colour)["relation"] == 0
     of_one_shape = replace(RED_CIRCLE_LEFT, objects=(first, replace(second, shape="circle")))
     assert guess_levels(flags_of(of_one_shape, of_one_shape), of_one_shape)["binding"] == 1
-    assert guess_levels({"colour": True}, Scene((first,), "white")) == {}
+    assert guess_levels({"colour": True}, Scene((first,), "white")) == {"count": 1 / 2}
+
+
+def test_faults_name_the_causes_and_not_what_follows_from_them() -> None:
+    right = flags_of(RED_CIRCLE_LEFT, RED_CIRCLE_LEFT)
+    assert faults(right) == []
+    circle, square = RED_CIRCLE_LEFT.objects
+    for objects, wrong_names in (
+        ((circle, replace(square, shape="star")), ["both shapes"]),  # binding and sizes follow
+        ((circle, replace(square, colour="green")), ["both colours"]),  # so does the relation
+        ((replace(circle, shape="square"), replace(square, shape="circle")), ["binding"]),
+        ((circle, replace(square, size="medium")), ["sizes"]),
+        ((circle,), ["count", "both colours", "both shapes"]),
+    ):
+        assert faults(flags_of(Scene(objects, "white"), RED_CIRCLE_LEFT)) == wrong_names
+
+
+def test_description_says_what_the_picture_shows() -> None:
+    assert describe(perceive(draw_array(RED_CIRCLE_LEFT))) == "large red circle, small blue square on white"
+    assert describe(perceive(np.full((64, 64, 3), (255, 0, 255), np.uint8))) == "no object on ?"

@@ -1,5 +1,6 @@
 import pytest
 
+from pipeline.shapes.captions import canonical_caption
 from pipeline.shapes.scene import (
     BACKGROUNDS,
     COLOURS,
@@ -13,6 +14,8 @@ from pipeline.shapes.scene import (
     Scene,
     evaluation_scenes,
     is_held_out,
+    novelties,
+    trained_scenes,
     training_scene,
 )
 
@@ -113,6 +116,30 @@ def test_evaluation_scenes_are_held_out_distinct_and_half_of_one_object() -> Non
     assert sum(len(each.scene.objects) == 1 for each in scenes) == 120
     assert all(each.kind.startswith("one") == (len(each.scene.objects) == 1) for each in scenes)
     assert {each.kind for each in scenes} == set(EVALUATION_KINDS)
+
+
+def test_novelties_name_every_held_out_combination_of_a_scene() -> None:
+    for each in evaluation_scenes(240, seed=0):
+        kinds = novelties(each.scene)
+        looks = [(item.colour, item.shape) for item in each.scene.objects]
+        assert ("new colour of a shape" in kinds) == bool(set(looks) & set(HELD_OUT.objects))
+        assert ("new setting" in kinds) == bool(
+            {(*look, each.scene.background) for look in looks} & set(HELD_OUT.settings)
+        )
+        assert ("new pair" in kinds) == (tuple(looks) in HELD_OUT.pairs or tuple(looks[::-1]) in HELD_OUT.pairs)
+        named = "new colour of a shape" if "new colour" in each.kind else each.kind.split(", ")[1]
+        assert named in kinds
+
+
+def test_trained_scenes_hold_only_combinations_that_training_shows() -> None:
+    scenes = trained_scenes(200, seed=0)
+    assert scenes == trained_scenes(280, seed=0)[:200]
+    assert not any(is_held_out(scene) for scene in scenes)
+    assert [len(scene.objects) for scene in scenes] == [1, 2] * 100
+    assert len({canonical_caption(scene) for scene in scenes}) == 200
+    assert trained_scenes(0, seed=0) == []
+    with pytest.raises(ValueError, match="from 0 to 280, not 281"):
+        trained_scenes(281, seed=0)
 
 
 def test_evaluation_scenes_refuse_more_than_there_are() -> None:

@@ -33,7 +33,13 @@ def evaluated_tables(workspace: Path, **changes: Any) -> Tables:
         pairs={"drawn": {"num_pairs": NUM_PICTURES, "image_px": 32, "num_faulty": 0}},
         prior_2={"model": {"kind": "autoregressive", "width": 16, "depth": 1, "num_heads": 2, "num_components": 4}},
         decoder={"model": {"context_width": 8, "sampler": {"num_steps": 2, "guidance_scale": 1.5}}},
-        evaluate={"num_prompts": 10, "num_shown": 3, "num_images_per_shown": 2, "batch_size": 5},
+        evaluate={
+            "num_prompts": 10,
+            "num_trained_prompts": 4,
+            "num_shown": 3,
+            "num_images_per_shown": 2,
+            "batch_size": 5,
+        },
     )
     return merge(tables, changes)
 
