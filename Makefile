@@ -28,6 +28,7 @@ lint: .venv/.dev
 docs: .venv/.ready
 	$(BIN)/python -m jobs.reference > docs/config.md
 	$(BIN)/python -m benchmarks.page > docs/benchmarks.md
+	$(BIN)/python -m pipeline.shapes.describe > docs/pairs.md
 
 setup: .venv/.ready
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from jobs.options import AsJson, Overrides, RecipePath, Seed, print_json
+from jobs.options import AsJson, Overrides, RecipeOrFolder, Seed, print_json
 from jobs.watch import SamplingWatcher
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import load_recipe
@@ -36,7 +36,7 @@ class _Request:
 def _edit(
     name: str,
     request: _Request,
-    recipe: RecipePath,
+    recipe: RecipeOrFolder,
     num_steps: Annotated[int, typer.Option("--steps", min=1, help="DDIM steps of the decoder, there and back.")] = 50,
     guidance: Annotated[
         float | None,

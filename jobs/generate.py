@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import AsJson, Overrides, RayAddress, RecipePath, Seed, print_json
+from jobs.options import AsJson, Overrides, RayAddress, RecipeOrFolder, RecipePath, Seed, print_json
 from jobs.watch import SamplingWatcher
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import load_recipe
 
 
 def sample(
-    recipe: RecipePath,
+    recipe: RecipeOrFolder,
     prompts: Annotated[list[str] | None, typer.Argument(metavar='"PROMPT"', help="What the pictures show.")] = None,
     prompts_path: Annotated[str, typer.Option("--prompts", help="Text file of prompts, one a line.")] = "",
     num_images: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 4,
@@ -90,7 +90,7 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, address: RayAddres
 
 
 def serve(
-    recipe: RecipePath,
+    recipe: RecipeOrFolder,
     overrides: Overrides = None,
     address: RayAddress = "",
 ) -> None:

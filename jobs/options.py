@@ -7,6 +7,9 @@ from typing import Annotated, Any
 import typer
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, for example configs/demo.toml.")]
+RecipeOrFolder = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Recipe file, for example configs/demo.toml; or a folder of networks.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=C", help="Change one field, for example --set prior.train.num_steps=500."),

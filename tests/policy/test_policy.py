@@ -93,6 +93,7 @@ def test_links_of_the_pages_lead_to_files() -> None:
 def test_generated_pages_are_current(page: str, module: str) -> None:
     done = subprocess.run([sys.executable, "-m", module], cwd=ROOT, capture_output=True, text=True, check=True)
     assert (ROOT / f"docs/{page}.md").read_text() == done.stdout, "run: make docs"
+    assert f"-m {module} > docs/{page}.md" in (ROOT / "Makefile").read_text()
 
 
 def test_nothing_names_a_machine_or_a_registry() -> None:
