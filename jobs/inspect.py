@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.options import AsJson, Overrides, RecipePath, Until, print_json
+from jobs.options import AsJson, Overrides, RecipePath, Until, print_json, recipe_words
+from pipeline.recipe.estimate import status_remaining
 from pipeline.recipe.plan import StepStatus, artifact_of, make_plan, plan_status
 from pipeline.recipe.recipe import Recipe, json_schema, load_recipe, to_dict
 from pipeline.workspace.progress import ProgressState, clock_time, duration, read_progress
@@ -63,12 +64,17 @@ def status(recipe: RecipePath, overrides: Overrides = None, json: AsJson = False
     """
     resolved = load_recipe(recipe, overrides or [])
     workspace = Workspace(resolved.workspace)
-    rows = [_as_row(workspace, item) for item in plan_status(workspace, make_plan(resolved))]
+    statuses = plan_status(workspace, make_plan(resolved))
+    rest = status_remaining(resolved, statuses)
+    spans = {name: dataclasses.asdict(span) for name, span in rest.spans.items()}
+    rows = [_as_row(workspace, item) | spans.get(item.step.name, {}) for item in statuses]
     if json:
         print_json(rows)
         return
     for row in rows:
         typer.echo(f"{row['step']:<12} {row['key']}  {row['state']:<8} {_describe(row)}".rstrip())
+    if any(item.state != "done" for item in statuses):
+        typer.echo(f"run: {rest.explain(recipe_words(recipe, overrides))}")
     typer.echo(f"workspace {workspace.root}")
 
 
@@ -101,13 +107,13 @@ def _print_times(recipe: Recipe, statuses: list[StepStatus], *, json: bool) -> N
     from pipeline.timing.run_time import measure_run
 
     start = time.monotonic()
-    run = measure_run(recipe, statuses, lambda what: typer.echo(f"measuring: {what}", err=True))
+    run, machine = measure_run(recipe, statuses, lambda what: typer.echo(f"measuring: {what}", err=True))
     measured_s = time.monotonic() - start
     if json:
         spans = {name: dataclasses.asdict(span) for name, span in run.spans.items()}
         rows = [{"step": item.step.name, "state": item.state} | spans.get(item.step.name, {}) for item in statuses]
-        machine = dataclasses.asdict(run.machine)
-        print_json({"run_s": run.seconds, "untimed": run.untimed, "machine": machine, "steps": rows})
+        values = {"run_s": run.seconds, "untimed": run.untimed, "machine": dataclasses.asdict(machine), "steps": rows}
+        print_json(values)
         return
     for status in statuses:
         span = run.spans.get(status.step.name)
@@ -117,8 +123,8 @@ def _print_times(recipe: Recipe, statuses: list[StepStatus], *, json: bool) -> N
             ends = f"{clock_time(span.start_s)} to {clock_time(span.end_s)}"
             typer.echo(f"{status.step.name:<12} {duration(span.end_s - span.start_s):>9}   {ends}")
     typer.echo(
-        f"run: about {duration(run.seconds)} on {run.machine.cpus:g} CPUs; with all of them busy, work takes "
-        f"{run.machine.crowding:.2f} times as long; measured in {duration(measured_s)}"
+        f"run: about {duration(run.seconds)} on {machine.cpus:g} CPUs; with all of them busy, work takes "
+        f"{machine.crowding:.2f} times as long; measured in {duration(measured_s)}"
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import typer
 
+from pipeline.recipe.estimate import Remaining
 from pipeline.recipe.plan import Step
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.progress import ProgressState
@@ -25,6 +26,7 @@ class Watcher:
         self._states: dict[str, ProgressState] = {}
         self._printed_at: dict[str, float] = {}
         self._line = _Line()
+        self._rest: Remaining | None = None
 
     def started(self, step: Step) -> None:
         """A step was submitted to Ray."""
@@ -35,11 +37,18 @@ class Watcher:
         """The progress of a running step was read."""
         self._states[step.name] = state
         if self._line.is_live:
-            line = "  ".join(f"{name} {reading.text}" for name, reading in self._states.items())
-            self._line.write(line[:118])
+            readings = [f"{name} {reading.text}" for name, reading in self._states.items()]
+            self._line.write("  ".join([*([f"run: {self._rest.text}"] if self._rest else []), *readings])[:118])
         elif state.unit and time.monotonic() - self._printed_at[step.name] > _EVERY_S:
             self._printed_at[step.name] = time.monotonic()
-            self._print(f"{step.name}: {state.text}")
+            rest = f"; run: {self._rest.text}" if self._rest else ""
+            self._print(f"{step.name}: {state.text}{rest}")
+
+    def remaining(self, rest: Remaining) -> None:
+        """The time to go of the whole run was estimated again."""
+        if self._rest is None:
+            self._print(f"run: {rest.explain('RECIPE')}")
+        self._rest = rest
 
     def finished(self, step: Step, manifest: Manifest) -> None:
         """A step was committed."""

@@ -53,19 +53,31 @@ class Times:
 
 @dataclass(frozen=True)
 class Remaining:
-    """The time to go of a whole run."""
+    """The rest of a run."""
 
-    seconds: float
-    """Of the steps whose time is known."""
+    spans: dict[str, Span]
+    """When each unfinished step of known time runs, from now."""
     untimed: tuple[str, ...] = ()
-    """Steps of unknown time, which are not in ``seconds``."""
+    """Unfinished steps of unknown time."""
+
+    @property
+    def seconds(self) -> float:
+        """Time to go, without the steps of unknown time."""
+        return max((span.end_s for span in self.spans.values()), default=0.0)
 
     @property
     def text(self) -> str:
-        """The time in words."""
+        """The time to go in words."""
         if self.untimed:
-            return f"at least {duration(self.seconds)} to go (unknown: {', '.join(self.untimed)})"
+            return f"at least {duration(self.seconds)} to go" if self.spans else "unknown time to go"
         return f"{duration(self.seconds)} to go"
+
+    def explain(self, recipe: str) -> str:
+        """The time to go, and how steps of unknown time get one; ``recipe`` as words of a command."""
+        if not self.untimed:
+            return self.text
+        names = f" besides {', '.join(self.untimed)}" if self.spans else ""
+        return f"{self.text}{names}; `unclip plan {recipe} --time` measures it"
 
 
 def time_keys(recipe: Recipe) -> dict[str, str]:
@@ -98,17 +110,18 @@ def load_times(recipe: Recipe, steps: Sequence[Step]) -> tuple[dict[str, StepTim
     return known, this_machine(record.crowding)
 
 
-def plan_spans(
+def remaining_from(
     recipe: Recipe, statuses: Sequence[StepStatus], times: Mapping[str, StepTime], machine: Machine
-) -> dict[str, Span]:
-    """When each step that is not done starts and ends, if the run starts now; steps of unknown time take none."""
+) -> Remaining:
+    """The rest of a run that stands still or has not begun; an interrupted step continues where it stopped."""
     workspace = Workspace(recipe.workspace)
-    loads = [
-        _load(recipe, status.step, _part(times[status.step.name], 1.0 - _share(workspace, status)))
-        for status in statuses
-        if status.state != "done" and status.step.name in times
-    ]
-    return schedule(loads, machine)
+    todo = [status for status in statuses if status.state != "done"]
+    left = {
+        status.step.name: _part(times[status.step.name], 1.0 - _share(workspace, status))
+        for status in todo
+        if status.step.name in times
+    }
+    return remaining(recipe, [status.step for status in todo], {}, left, machine)
 
 
 def remaining(
@@ -129,22 +142,41 @@ def remaining(
     """
     begun = {name for name, state in readings.items() if state.has_begun}
     busy = sum(needs.num_workers * needs.cpus for needs in (needs_of(getattr(recipe, name)) for name in begun))
+    slowdown = machine.slowdown(busy)
+    pace = _pace(readings, times, slowdown)
     loads: list[Load] = []
     untimed: list[str] = []
     for step in steps:
-        left = _left(readings.get(step.name), times.get(step.name), machine.slowdown(busy))
+        estimate = times.get(step.name)
+        left = _left(readings.get(step.name), None if estimate is None else _part(estimate, pace), slowdown)
         if left is None:
             untimed.append(step.name)
         loads.append(_load(recipe, step, left or StepTime(0.0)))
     spans = schedule(loads, machine, running=begun)
-    return Remaining(max((span.end_s for span in spans.values()), default=0.0), tuple(untimed))
+    return Remaining({name: span for name, span in spans.items() if name not in untimed}, tuple(untimed))
 
 
-def live_readings(workspace: Workspace, steps: Sequence[Step]) -> dict[str, ProgressState]:
-    """The progress of the steps that run now, by name."""
+def _pace(readings: Mapping[str, ProgressState], times: Mapping[str, StepTime], slowdown: float) -> float:
+    """Time of the running trainings at their own rates, over their estimates: what waits is as much slower."""
+    live = expected = 0.0
+    for name, state in readings.items():
+        share, estimate = state.done / max(state.total, 1), times.get(name)
+        if estimate is not None and not estimate.shared_s and state.eta_s and _TRUSTED_SHARE <= share < 1:
+            live += state.eta_s / slowdown / (1 - share)
+            expected += estimate.fixed_s
+    return live / expected if expected else 1.0
+
+
+def status_remaining(recipe: Recipe, statuses: Sequence[StepStatus]) -> Remaining:
+    """The rest of a run that may be running now, in whatever process."""
+    workspace, now = Workspace(recipe.workspace), time.time()
+    steps = [status.step for status in statuses if status.state != "done"]
+    times, machine = load_times(recipe, steps)
     states = {step.name: read_progress(artifact_of(workspace, step)) for step in steps}
-    now = time.time()
-    return {name: state for name, state in states.items() if state is not None and now - state.updated < _ALIVE_S}
+    live = {name: state for name, state in states.items() if state is not None and now - state.updated < _ALIVE_S}
+    if not live:
+        return remaining_from(recipe, statuses, times, machine)
+    return remaining(recipe, steps, live, times, machine)
 
 
 def _left(state: ProgressState | None, estimate: StepTime | None, slowdown: float) -> StepTime | None:

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ import ray
 import ray.exceptions
 
 from pipeline.errors import DataError, StepError, UnclipError
+from pipeline.recipe.estimate import Remaining, load_times, remaining
 from pipeline.recipe.plan import Step, StepStatus, manifest_of
 from pipeline.recipe.recipe import Recipe, to_dict
 from pipeline.recipe.schedule import needs_of
@@ -37,6 +38,7 @@ _POLL_S = 0.5
 _CONNECT_TIMEOUT_S = 5.0
 _STEP_RETRIES = 2
 _HEAD_START_S = 20.0
+_FORECAST_S = 5.0
 
 
 Admission = Callable[[StepContext, Collection[StepContext]], bool]
@@ -51,6 +53,9 @@ class Observer(Protocol):
 
     def progressed(self, step: Step, state: ProgressState) -> None:
         """The progress of a running step was read."""
+
+    def remaining(self, rest: Remaining) -> None:
+        """The time to go of the whole run was estimated again."""
 
     def finished(self, step: Step, manifest: Manifest) -> None:
         """A step was committed."""
@@ -97,6 +102,7 @@ def _run_steps(
     waiting = [status.step for status in statuses if status.state != "done"]
     running: dict[Any, StepContext] = {}
     servers = _own_servers()
+    forecast = _Forecast(recipe, waiting, observer)
     try:
         while waiting or running:
             _require_alive(servers)
@@ -111,11 +117,14 @@ def _run_steps(
                 tracking.started(context)
                 observer.started(step)
             ready, _ = ray.wait(list(running), timeout=_POLL_S, num_returns=1)
+            readings: dict[str, ProgressState] = {}
             for context in running.values():
                 tracking.forward(context)
                 state = read_progress(context.output)
                 if state:
+                    readings[context.step.name] = state
                     observer.progressed(context.step, state)
+            forecast.update(readings, done)
             if ready:
                 _require_alive(servers)  # otherwise every step would report a lost worker
             for reference in ready:
@@ -129,6 +138,27 @@ def _run_steps(
                 ray.cancel(reference, force=True)
             tracking.failed(context)
         raise
+
+
+class _Forecast:
+    """Tells the observer the time to go of the whole run, every few seconds."""
+
+    def __init__(self, recipe: Recipe, steps: Sequence[Step], observer: Observer) -> None:
+        self._recipe = recipe
+        self._steps = list(steps)
+        self._observer = observer
+        self._times, self._machine = load_times(recipe, steps)
+        self._estimated_at = float("-inf")
+
+    def update(self, readings: Mapping[str, ProgressState], done: Collection[str]) -> None:
+        """Estimate again from the readings of the running steps."""
+        if time.monotonic() - self._estimated_at < _FORECAST_S:
+            return
+        self._estimated_at = time.monotonic()
+        resources = ray.cluster_resources()
+        machine = dataclasses.replace(self._machine, cpus=resources.get("CPU", 0), gpus=resources.get("GPU", 0))
+        steps = [step for step in self._steps if step.name not in done]
+        self._observer.remaining(remaining(self._recipe, steps, readings, self._times, machine))
 
 
 def at_once(_context: StepContext, _running: Collection[StepContext]) -> bool:

@@ -1,0 +1,113 @@
+"""The time to go of a run: from measured times, from earlier runs, and from the rates of the running steps."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.recipe.estimate import StepTime, load_times, remaining, save_times, status_remaining
+from pipeline.recipe.plan import Step, artifact_of, make_plan, manifest_of, plan_status
+from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.recipe.schedule import Machine
+from pipeline.workspace.progress import Progress, ProgressState
+from pipeline.workspace.store import Workspace
+from tests.tiny.recipe import tiny_tables
+
+_TIMES = {
+    "pairs": 1.0, "download": 2.0, "clip": 10.0, "embed": 3.0, "decoder": 60.0, "index": 1.0, "prior": 20.0,
+    "upsampler_1": 30.0, "upsampler_2": 5.0, "evaluate": 8.0,
+}  # fmt: skip
+_TWO = Machine(cpus=2)
+
+
+def _recipe(folder: Path, **changes: object) -> Recipe:
+    return parse_recipe(tiny_tables(folder, **changes))
+
+
+def _times(factor: float = 1.0) -> dict[str, StepTime]:
+    return {name: StepTime(factor * seconds) for name, seconds in _TIMES.items()}
+
+
+def _reading(done: int, rate: float, *, unit: str = "steps", wall_s: float = 0.0) -> ProgressState:
+    return ProgressState(done, 100, unit, rate, (100 - done) / rate if rate else 0.0, "", wall_s, 0.0)
+
+
+def _left(recipe: Recipe, names: Iterable[str], readings: Mapping[str, ProgressState], **options: object) -> float:
+    steps = [step for step in make_plan(recipe) if step.name in names]
+    rest = remaining(recipe, steps, readings, _times(), replace(_TWO, **options))  # type: ignore[arg-type]
+    assert not rest.untimed
+    return rest.seconds
+
+
+def test_a_run_that_begins_takes_what_its_plan_takes(tmp_path: Path) -> None:
+    # pairs, download, clip, embed, decoder, evaluate follow one another; the others fit beside them.
+    assert _left(_recipe(tmp_path), _TIMES, {}) == 1 + 2 + 10 + 3 + 60 + 8
+
+
+def test_the_rate_of_a_running_step_replaces_its_estimate(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path)
+    assert _left(recipe, ["decoder"], {"decoder": _reading(50, 0.5)}) == pytest.approx(100)
+    assert _left(recipe, ["decoder"], {"decoder": _reading(5, 0.5)}) == pytest.approx((190 + 57) / 2)  # half trusted
+    assert _left(recipe, ["decoder"], {"decoder": _reading(0, 0.0, wall_s=15)}) == pytest.approx(45)  # none yet
+
+
+def test_what_waits_is_as_slow_as_what_runs(tmp_path: Path) -> None:
+    # The decoder runs at half its estimated speed, so the evaluation is taken to need twice its time.
+    readings = {"decoder": _reading(50, 50 / 60)}
+    assert _left(_recipe(tmp_path), ["decoder", "evaluate"], readings) == pytest.approx(60 + 2 * 8)
+
+
+def test_rates_beside_each_other_become_faster_when_one_ends(tmp_path: Path) -> None:
+    readings = {"decoder": _reading(50, 50 / 60), "prior": _reading(50, 50 / 15)}
+    steps = [step for step in make_plan(_recipe(tmp_path)) if step.name in readings]
+    rest = remaining(_recipe(tmp_path), steps, readings, {}, Machine(cpus=2, crowding=1.5))
+    assert rest.spans["prior"].end_s == pytest.approx(15)
+    assert rest.spans["decoder"].end_s == pytest.approx(15 + 45 / 1.5)
+
+
+def test_steps_of_unknown_time_make_the_estimate_a_least_time(tmp_path: Path) -> None:
+    steps = [step for step in make_plan(_recipe(tmp_path)) if step.name in {"decoder", "evaluate"}]
+    rest = remaining(_recipe(tmp_path), steps, {}, {"decoder": StepTime(60.0)}, _TWO)
+    assert (rest.seconds, rest.untimed, rest.text) == (60, ("evaluate",), "at least 60 s to go")
+    assert remaining(_recipe(tmp_path), steps, {}, {}, _TWO).text == "unknown time to go"
+
+
+def test_measured_times_are_kept_for_the_same_settings_and_any_seed(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path)
+    save_times(recipe, _times(), 1.25)
+    for same in (recipe, replace(recipe, seed=7)):
+        known, machine = load_times(same, make_plan(same))
+        assert known == _times()
+        assert machine.crowding == 1.25
+    other = _recipe(tmp_path, decoder={"train": {"num_steps": 7}})
+    known, _ = load_times(other, make_plan(other))
+    assert set(_TIMES) - set(known) == {"decoder", "evaluate"}  # evaluate reads the decoder
+
+
+def test_a_step_that_was_not_measured_takes_the_time_of_its_last_run(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path)
+    for name, workers in (("decoder", 1), ("embed", 2)):
+        step = _step(recipe, name)
+        output = artifact_of(Workspace(recipe.workspace), step)
+        manifest = manifest_of(step, output, wall_s=40.0)
+        output.commit(replace(manifest, node_s=workers * manifest.wall_s))
+    again = replace(recipe, seed=1)
+    known, _ = load_times(again, make_plan(again))
+    assert known == {"decoder": StepTime(40.0), "embed": StepTime(0.0, 80.0)}
+
+
+def test_status_counts_an_interrupted_step_from_where_it_stopped(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path)
+    save_times(recipe, _times(), 1.0)
+    artifact = artifact_of(Workspace(recipe.workspace), _step(recipe, "pairs"))
+    Progress(artifact).update(50, 100, "rows", force=True)
+    artifact.write_json(
+        "live/progress.json", artifact.read_json("live/progress.json") | {"updated": 0.0}
+    )  # of another day
+    statuses = plan_status(Workspace(recipe.workspace), make_plan(recipe))
+    assert status_remaining(recipe, statuses).seconds == pytest.approx(sum((0.5, 2, 10, 3, 60, 8)))
+
+
+def _step(recipe: Recipe, name: str) -> Step:
+    return next(step for step in make_plan(recipe) if step.name == name)
