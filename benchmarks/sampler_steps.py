@@ -2,9 +2,10 @@
 
     python -m benchmarks.sampler_steps configs/demo.toml [--images 512] [--steps 5 8 10 15 20 25 50]
 
-Draws validation rows' pictures from their own z_image and caption with every sampler, and measures the squared Frechet
-distance of their CLIP features to those of the real pictures. The reference is the ancestral sampler at 250 steps; the
-fewest steps within 2 % of it are marked. Floor: at most 25 with the best sampler. Heun calls the network twice a step.
+Samples pictures of validation rows from their own z_image and caption with every sampler, and measures the squared
+Frechet distance of their CLIP features to those of the real pictures. The reference is the ancestral sampler at 250
+steps; the fewest steps within 2 % of it are marked. Floor: at most 25 with the best sampler. Heun calls the network
+twice a step.
 """
 
 import argparse
@@ -37,8 +38,8 @@ WITHIN = 1.02
 _VARIANCE_ROWS = 64
 
 
-class Drawer:
-    """Draws the rows of one split of a recipe with its decoder."""
+class DecoderQuality:
+    """The decoder of a recipe, and the rows of one split whose pictures it samples."""
 
     def __init__(self, recipe: Recipe, num_images: int, batch_size: int, split: str = "validation") -> None:
         workspace = Workspace(recipe.workspace)
@@ -58,7 +59,7 @@ class Drawer:
         self.real = FeatureSums.of(real.numpy())
 
     def distance(self, config: SamplerConfig) -> float:
-        """Squared Frechet distance of the drawn pictures to the real ones."""
+        """Squared Frechet distance of the sampled pictures to the real ones."""
         features: list[torch.Tensor] = []
         measured = self._x0_variance(config) if config.method == "analytic" else None
         with torch.no_grad():
@@ -89,28 +90,30 @@ class Drawer:
         return measure.table()
 
 
-def run(drawer: Drawer, steps: Sequence[int], reference_steps: int) -> list[dict[str, Any]]:
+def run(quality: DecoderQuality, steps: Sequence[int], reference_steps: int) -> list[dict[str, Any]]:
     """One row for each sampler and number of steps, the reference first."""
-    base = replace(drawer.decoder.config.sampler, respacing="", eta=0.0)
+    base = replace(quality.decoder.config.sampler, respacing="", eta=0.0)
     best = replace(base, method="ddpm", num_steps=reference_steps)
-    reference = drawer.distance(best)
-    rows: list[dict[str, Any]] = [_row(drawer, best, reference, reference, is_first=False)]
+    reference = quality.distance(best)
+    rows: list[dict[str, Any]] = [_row(quality, best, reference, reference, is_first=False)]
     for method in SAMPLERS:
         is_within = False
         for num_steps in sorted(steps):
             config = replace(base, method=method, num_steps=num_steps)
-            distance = drawer.distance(config)
+            distance = quality.distance(config)
             is_first = not is_within and distance <= WITHIN * reference
             is_within |= is_first
-            rows.append(_row(drawer, config, distance, reference, is_first=is_first))
+            rows.append(_row(quality, config, distance, reference, is_first=is_first))
     return rows
 
 
-def _row(drawer: Drawer, config: SamplerConfig, distance: float, reference: float, *, is_first: bool) -> dict[str, Any]:
+def _row(
+    quality: DecoderQuality, config: SamplerConfig, distance: float, reference: float, *, is_first: bool
+) -> dict[str, Any]:
     return {
         "sampler": config.method,
         "steps": config.num_steps,
-        "network_calls": num_network_calls(config, drawer.diffusion),
+        "network_calls": num_network_calls(config, quality.diffusion),
         "frechet_distance": distance,
         "of_reference": distance / reference,
         "fewest_within_2_percent": is_first,
@@ -129,9 +132,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    drawer = Drawer(load_recipe(arguments.recipe, arguments.overrides), arguments.images, arguments.batch_size)
-    arguments.images = len(drawer.rows)  # the split may hold fewer
-    publish("sampler_steps", run(drawer, arguments.steps, arguments.reference_steps), vars(arguments))
+    quality = DecoderQuality(load_recipe(arguments.recipe, arguments.overrides), arguments.images, arguments.batch_size)
+    arguments.images = len(quality.rows)  # the split may hold fewer
+    publish("sampler_steps", run(quality, arguments.steps, arguments.reference_steps), vars(arguments))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import side_by_side
 from benchmarks.memory import run as run_memory
-from benchmarks.sampler_steps import Drawer
+from benchmarks.sampler_steps import DecoderQuality
 from benchmarks.sampler_steps import run as run_sampler_steps
 from benchmarks.side_by_side import compare, publish
 from benchmarks.train_step import DECODER, PRIOR
@@ -79,7 +79,7 @@ torch.testing.assert_close(*pictures)
 """
 
 
-def test_sampling_compares_with_a_pipeline_on_shared_weights_that_draws_what_the_exported_one_draws() -> None:
+def test_sampling_compares_with_a_pipeline_on_shared_weights_that_samples_the_exported_pictures() -> None:
     comparison = subprocess.run(
         [sys.executable, "-c", _SAMPLING], check=False, cwd=ROOT, capture_output=True, text=True
     )
@@ -93,8 +93,8 @@ def test_memory_of_recomputed_activations_is_below_that_of_kept_ones() -> None:
 
 def test_sampler_steps_compares_every_sampler(tmp_path: Path) -> None:
     recipe = served_workspace(tmp_path, port=free_port(), overrides=("pairs.validation_prob=0",))
-    drawer = Drawer(recipe, 8, 4, split="train")
-    rows = run_sampler_steps(drawer, [2], 3)
+    quality = DecoderQuality(recipe, 8, 4, split="train")
+    rows = run_sampler_steps(quality, [2], 3)
     assert [row["sampler"] for row in rows] == ["ddpm", *SAMPLERS]
     assert all(0 < row["frechet_distance"] < math.inf for row in rows)
     assert rows[0]["of_reference"] == 1

@@ -100,7 +100,7 @@ def test_run_with_no_cluster_at_the_address_is_one_message(tmp_path: Path) -> No
     assert "Traceback" not in done.stderr
 
 
-def test_submit_hands_on_what_it_is_told_and_keeps_json_apart_from_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_submit_hands_on_its_options_and_keeps_json_apart_from_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.runtime import jobs
 
     request: dict[str, object] = {}

@@ -84,7 +84,7 @@ def test_low_resolution_conditioning_is_not_resized_by_nearest_neighbour() -> No
     assert large[0, 0, 0].diff()[4:-4].min() > 0  # nearest neighbour has steps of width 4
 
 
-def test_blur_is_not_drawn_per_batch() -> None:
+def test_blur_is_not_sampled_once_for_a_batch() -> None:
     picture = torch.rand(1, 3, 16, 16) * 2 - 1
     blurred = random_blur(picture.repeat(8, 1, 1, 1), torch.Generator().manual_seed(0))
     assert len({round(float(one.std()), 6) for one in blurred}) == 2  # blurred ones and plain ones, in one batch
@@ -107,7 +107,7 @@ def test_text_mask_is_not_inferred_from_encodings_that_are_not_zero() -> None:
     torch.testing.assert_close(prior(x, t, prior.encode_condition(text)), with_token)
 
 
-def test_picture_does_not_change_with_what_else_is_drawn() -> None:
+def test_picture_does_not_change_with_the_rest_of_its_batch() -> None:
     diffusion = make_diffusion()
     denoise = GaussianData(0.5).denoiser(diffusion)
     config = SamplerConfig(method="ddpm", num_steps=5)

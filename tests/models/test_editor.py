@@ -135,7 +135,7 @@ def test_ends_of_an_interpolation_are_the_reconstructions(editor: Editor, latent
     torch.testing.assert_close(turned[0], turned[1])
 
 
-def test_interpolation_from_fixed_noise_draws_all_frames_from_the_seed(editor: Editor, latents: Latents) -> None:
+def test_interpolation_from_fixed_noise_samples_all_frames_from_the_seed(editor: Editor, latents: Latents) -> None:
     other = editor.encode(picture(1))
     way = editor.interpolate(latents, other, [0.0, 1.0], 3, noise="fixed")
     first = editor.run(editor.walk(), editor.frames(latents.z_image, editor.noise([3]), [3]))

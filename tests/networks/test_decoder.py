@@ -68,7 +68,7 @@ def test_decoder_with_inpainting_channels_learns_to_continue_the_known_part() ->
     assert errors[1] < 0.35 * errors[0]
 
 
-def test_inpainting_channels_off_draws_what_it_always_drew() -> None:
+def test_without_inpainting_channels_the_training_samples_the_same_noise_as_before() -> None:
     """The generator ends in the same place whatever the new fields are, so that older runs resume and repeat."""
     losses = []
     for unknown_prob in (0.0, 1.0):

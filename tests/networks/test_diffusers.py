@@ -344,7 +344,7 @@ def test_scheduler_says_the_process_in_the_words_of_diffusers() -> None:
     assert (short.num_steps, short.clip_x0, short.clip_range) == (4, True, 1.0)
 
 
-def test_imported_upsampler_is_trained_on_quarters_and_downloads_are_as_large_as_it_draws(
+def test_imported_upsampler_is_trained_on_quarters_and_downloads_are_as_large_as_its_pictures(
     exported: tuple[Cascade, Path], tmp_path: Path
 ) -> None:
     import shutil

@@ -37,7 +37,7 @@ def test_loss_aware_timesteps_favour_large_losses_and_estimate_the_same_loss() -
     torch.testing.assert_close(actual, torch.tensor((1 + 10 + 37) / 3), rtol=0.05, atol=0)
 
 
-def test_validation_draws_uniformly_and_remembers_nothing() -> None:
+def test_validation_samples_timesteps_uniformly_and_keeps_no_losses() -> None:
     timesteps: list[Tensor] = []
     loss = _worse_later(timesteps).eval()
     before = loss.draws.state_dict()

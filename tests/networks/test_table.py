@@ -16,7 +16,7 @@ def test_every_step_that_trains_finds_its_row_by_its_configuration() -> None:
     assert {*kinds.values(), "ar_prior"} == {kind.name for kind in NETWORKS}
 
 
-def test_rows_are_told_apart_by_name_and_by_configuration() -> None:
+def test_rows_differ_by_name_and_by_configuration() -> None:
     assert len({kind.name for kind in NETWORKS}) == len({kind.config for kind in NETWORKS}) == len(NETWORKS)
     assert kind_named("painter") is None
 

@@ -44,7 +44,7 @@ def test_every_sample_is_trained_at_a_noise_level_of_its_own() -> None:
     torch.testing.assert_close(spread, level, rtol=0.25, atol=0.01)
 
 
-def test_without_levels_the_training_draws_what_it_always_drew() -> None:
+def test_without_levels_the_training_samples_the_same_noise_as_before() -> None:
     network, generator = Watching(replace(CONFIG, noise_level_max=0.0)), torch.Generator().manual_seed(0)
     UpsamplerObjective(network)(_batch(4), generator)
     assert network.condition.shape == (4, 3, 8, 8)

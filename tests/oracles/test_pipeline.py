@@ -45,7 +45,7 @@ def compare(folders: tuple[Path, Path], release: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("release", ["pinned", "installed"])
-def test_exported_cascade_draws_in_diffusers_what_it_draws_here(folders: tuple[Path, Path], release: str) -> None:
+def test_exported_cascade_samples_the_same_pictures_in_diffusers(folders: tuple[Path, Path], release: str) -> None:
     errors = compare(folders, release)
     exact, own = errors["float64"], errors["own"]
     assert exact["diffusers"].startswith("0.37.1") == (release == "pinned")

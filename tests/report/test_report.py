@@ -178,7 +178,7 @@ def test_measures_that_say_nothing_have_no_bar_or_no_row() -> None:
     assert measure_rows({"cmmd": {"generated": math.inf}, "recall": {"generated": math.nan}}) == []
 
 
-def test_pixel_check_is_told_in_its_order_and_only_where_something_was_checked() -> None:
+def test_pixel_check_is_printed_in_its_order_and_only_where_something_was_checked() -> None:
     one, two = quality_groups(METRICS)
     assert [row["name"] for row in one["rows"]] == [
         "Colour", "Shape", "Size", "Background", "Number of objects", "Everything",

@@ -110,7 +110,7 @@ def test_map_shards_counts_no_time_before_its_workers_have_a_place(tmp_path: Pat
     assert 0 < state.wall_s < 2
 
 
-def test_map_shards_stops_when_told_to(tmp_path: Path) -> None:
+def test_map_shards_stops_when_it_is_asked_to(tmp_path: Path) -> None:
     def stop(records: list[ShardRecord]) -> None:
         if len(records) == 2:
             raise StepError("enough")

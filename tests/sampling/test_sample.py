@@ -49,7 +49,7 @@ def test_sampling_again_with_the_same_seed_gives_the_same_bytes(cascade: Cascade
     assert (tmp_path / "c" / other[0]["file"]).read_bytes() != (tmp_path / "a" / other[0]["file"]).read_bytes()
 
 
-def test_a_picture_does_not_depend_on_what_is_drawn_with_it(cascade: Cascade, tmp_path: Path) -> None:
+def test_a_picture_does_not_depend_on_the_rest_of_its_batch(cascade: Cascade, tmp_path: Path) -> None:
     together = sample_prompts(cascade, PROMPTS, num_images=3, seed=0, out_dir=tmp_path / "all", batch_size=4)
     alone = sample_prompts(cascade, PROMPTS[1:2], num_images=1, seed=2, out_dir=tmp_path / "one")
     same = next(row for row in together if row["prompt"] == PROMPTS[1] and row["seed"] == 2)

@@ -148,7 +148,7 @@ def test_trained_networks_make_a_cascade(tmp_path: Path) -> None:
     assert torch.equal(prior.null_text.pooled, empty.pooled)
 
 
-def test_a_text_transformer_is_trained_with_its_decoder_and_draws(tmp_path: Path) -> None:
+def test_a_text_transformer_is_trained_with_its_decoder_and_samples(tmp_path: Path) -> None:
     inputs, recipe = tiny_inputs(tmp_path), training_recipe(2)
     text = TextTransformerConfig(width=16, depth=1, num_heads=2)
     model = dataclasses.replace(recipe.decoder.model, text_transformer=text)

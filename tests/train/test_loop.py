@@ -224,7 +224,7 @@ def two_workers(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-def test_two_workers_draw_timesteps_by_the_losses_of_both(two_workers: list[Any]) -> None:
+def test_two_workers_sample_timesteps_by_the_losses_of_both(two_workers: list[Any]) -> None:
     one, two = (actual["timesteps"] for actual in two_workers)
     assert one["counts"].sum() == 2 * 4 * 6
     assert torch.equal(one["counts"], two["counts"])

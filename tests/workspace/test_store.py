@@ -93,7 +93,7 @@ def _save_table(path: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [_save_weights, _save_index, _save_table])
-def test_write_full_disk_is_told_alike_by_every_library(save: Callable[[Path], None], tmp_path: Path) -> None:
+def test_write_reports_a_full_disk_in_one_way_for_every_library(save: Callable[[Path], None], tmp_path: Path) -> None:
     artifact = Artifact(str(tmp_path))
 
     def write() -> None:

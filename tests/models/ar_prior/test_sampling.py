@@ -80,7 +80,7 @@ def enumerated(prior: ArPrior, config: TokenSamplerConfig, dot: int) -> dict[tup
     ],
     ids=["plain", "guided", "top_k", "top_p"],
 )
-def test_sequences_are_drawn_as_often_as_the_product_of_their_conditionals_says(
+def test_sequences_are_sampled_as_often_as_the_product_of_their_conditionals_says(
     prior: ArPrior, config: TokenSamplerConfig
 ) -> None:
     count = 4000
@@ -102,7 +102,7 @@ def test_sequences_are_drawn_as_often_as_the_product_of_their_conditionals_says(
     assert chi_square_p(observed, [value * scale for value in target]) > 0.001
 
 
-def test_dot_product_is_drawn_from_the_top_half(prior: ArPrior) -> None:
+def test_dot_product_is_sampled_from_the_top_half(prior: ArPrior) -> None:
     text = concat_rows([make_text((4,))] * 400)
     noise = NoiseSource.from_seeds(list(range(400)))
     assert initial_tokens(prior, text, noise, PLAIN).dot.tolist() == [1] * 400

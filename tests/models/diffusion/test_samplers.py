@@ -259,7 +259,7 @@ def test_step_to_the_clean_end_is_the_predicted_x0_without_noise(method: str) ->
 
 
 @pytest.mark.parametrize("output", [-1.0, 0.0, 1.0])
-def test_ddpm_step_draws_with_the_learned_variance(output: float) -> None:
+def test_ddpm_step_samples_with_the_learned_variance(output: float) -> None:
     diffusion = make_diffusion(variance="learned_range")
     t, t_prev = torch.tensor([500]), torch.tensor([460])
     least, largest = diffusion.log_variance_range(t, t_prev)
@@ -286,7 +286,7 @@ def test_ddim_with_eta_1_is_the_ancestral_step() -> None:
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
-def test_ddim_step_draws_eta_times_the_posterior_std(eta: float) -> None:
+def test_ddim_step_adds_noise_of_eta_times_the_posterior_std(eta: float) -> None:
     # arXiv:2010.02502, equations 12 and 16, with plain floats
     diffusion, noise = make_diffusion(), NoiseSource.from_seeds([4])
     t, t_prev = torch.tensor([500]), torch.tensor([461])

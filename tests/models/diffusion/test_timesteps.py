@@ -13,13 +13,13 @@ def warmed(losses: list[float], history: int = 3, uniform_prob: float = 0.001) -
     return draws
 
 
-def test_uniform_draws_reach_every_timestep_with_weight_one() -> None:
+def test_uniform_samples_reach_every_timestep_with_weight_one() -> None:
     t, weights = UniformTimesteps(5).draw(2000, torch.Generator().manual_seed(0))
     assert torch.bincount(t, minlength=5).min() > 320
     assert bool((weights == 1).all())
 
 
-def test_loss_aware_draws_are_uniform_until_every_timestep_is_known() -> None:
+def test_loss_aware_samples_are_uniform_until_every_timestep_has_losses() -> None:
     draws = LossAwareTimesteps(4, history=2)
     for _ in range(5):
         draws.update(torch.tensor([0, 1, 2]), torch.tensor([100.0, 1.0, 1.0]))
@@ -57,7 +57,7 @@ def test_loss_aware_weights_leave_the_expected_loss_unchanged() -> None:
     assert torch.bincount(t, minlength=4)[0] > 30_000  # 8 / 9.6 of the draws
 
 
-def test_loss_aware_state_resumes_with_the_same_draws() -> None:
+def test_loss_aware_state_resumes_with_the_same_samples() -> None:
     draws = warmed([5.0, 1.0, 2.0])
     resumed = LossAwareTimesteps(3, history=3)
     resumed.load_state_dict(draws.state_dict())

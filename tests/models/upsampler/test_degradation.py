@@ -69,7 +69,7 @@ def test_gaussian_blur_has_its_own_width_for_each_picture(photo: Tensor) -> None
     torch.testing.assert_close(gaussian_blur(torch.ones(1, 3, 8, 8), torch.tensor([0.6])), torch.ones(1, 3, 8, 8))
 
 
-def test_random_blur_is_drawn_per_picture_and_not_per_batch(photo: Tensor) -> None:
+def test_random_blur_is_sampled_for_each_picture_and_not_for_the_batch(photo: Tensor) -> None:
     batch = photo.expand(200, -1, -1, -1)[..., :8, :8]
     blurred = (random_blur(batch, seeded()) - batch).abs().flatten(1).amax(dim=1) > 1e-4
     assert 60 < int(blurred.sum()) < 140
@@ -166,7 +166,7 @@ def test_blur_kernels_are_turned_and_no_wider_than_their_scale_allows() -> None:
     assert moments[:, 0, 1].max() > 0.3
 
 
-def test_draws_are_whole_numbers_with_both_ends_and_orders_of_all() -> None:
+def test_random_integers_include_both_ends_and_orders_hold_all() -> None:
     draws = Draws(seeded())
     assert all(2 <= draws.uniform(2.0, 3.0) < 3 for _ in range(60))
     assert {draws.integer(80, 83) for _ in range(60)} == {80, 81, 82, 83}
