@@ -44,9 +44,10 @@ from PIL import Image
 
 from benchmarks.side_by_side import publish
 from pipeline.networks.cascade import load_cascade, network_configs
+from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe, load_recipe
+from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.sampling.grid import Block, draw_grid
-from pipeline.sampling.sample import cascade_artifacts
 
 Array = NDArray[Any]
 
@@ -336,7 +337,7 @@ def judge(asked: Asked, picture: Array, drawings: Drawings) -> dict[str, Any]:
 
 def sample(recipe: Recipe, asked: Sequence[Asked], seeds: Sequence[int]) -> list[list[Array]]:
     """Pictures of each prompt, one for each seed."""
-    cascade = load_cascade(cascade_artifacts(recipe), configs=network_configs(recipe))
+    cascade = load_cascade(finished_artifacts(recipe, CASCADE_STEPS), configs=network_configs(recipe))
     pictures: list[list[Array]] = [[] for _ in asked]
     items = [(number, seed) for number in range(len(asked)) for seed in seeds]
     for start in range(0, len(items), BATCH_SIZE):
