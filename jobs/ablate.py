@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import AsJson, Overrides, RecipePath, print_json
+from jobs.options import AsJson, Overrides, RecipePath, print_json, recipe_words
 from pipeline.recipe.recipe import load_recipe
 
 
@@ -19,18 +19,28 @@ def ablate(
 ) -> None:
     """Show what the prior is for: caption only, z_text as z_image, the prior, the true z_image; same seeds.
 
+    It says by which measures the paper's order holds, and writes the report with a section about it.
+
     Example: unclip ablate configs/demo.toml -n 60
     """
     resolved = load_recipe(recipe, overrides or [])
 
-    from pipeline.evaluate.ablate import ablate_recipe, format_ablation
+    from pipeline.evaluate.ablate import ablate_recipe
+    from pipeline.recipe.plan import make_plan
+    from pipeline.report.ablation import format_ablation
+    from pipeline.report.report import write_report
+    from pipeline.workspace.store import Workspace
 
     def watch(variant: str, done: int, total: int) -> None:
         typer.echo(f"{variant}: {done}/{total}", err=True)
 
     output, result = ablate_recipe(resolved, num_prompts=num_prompts, num_shown=num_shown, watch=watch)
+    workspace = Workspace(resolved.workspace)
+    report = workspace.local_root / "report.html"
+    write_report(workspace, make_plan(resolved), resolved, report, recipe_words(recipe, overrides))
     if json:
         print_json(result | {"artifact": output.uri})
         return
     typer.echo(format_ablation(result))
     typer.echo(f"pictures: {output.path('ablation.png')}")
+    typer.echo(f"report: {report}")

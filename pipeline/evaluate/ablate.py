@@ -11,7 +11,6 @@ all variants; they differ in the z_image that it reads:
 A variant is sampled in parts. Each part is committed whole, so that a killed run continues. Legend: N prompts.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -25,8 +24,18 @@ from torch import Tensor
 from models.cascade import Cascade
 from models.stage import Z_IMAGE, Batch
 from pipeline.clip import FrozenClip
-from pipeline.evaluate.metrics import FeatureSums, Rate, cosine, frechet_distance, mean_of, r_precision, rate_of
-from pipeline.evaluate.parts import Part, picture_seed, read_part, write_rows
+from pipeline.evaluate.checks import flags_by_attribute, pixel_check
+from pipeline.evaluate.metrics import cosine, mean_of, own_is_nearest, rate_of
+from pipeline.evaluate.order import (
+    PAPER_ORDER,
+    VARIANTS,
+    Statistic,
+    check_order,
+    frechet_of_rows,
+    frechet_statistic,
+    mean_statistic,
+)
+from pipeline.evaluate.parts import Part, check_pixels, picture_seed, read_part, write_rows
 from pipeline.evaluate.prompts import PromptSet, choose_prompts
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.pictures import decode, to_png
@@ -34,7 +43,6 @@ from pipeline.recipe.plan import Step, artifact_of, finished_artifacts, make_pla
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.sampling.grid import Block, draw_grid
-from pipeline.shapes.check import check
 from pipeline.shapes.draw import draw_array
 from pipeline.workspace.manifest import ShardRecord, add_counts
 from pipeline.workspace.store import Artifact, Workspace
@@ -43,11 +51,8 @@ Json = dict[str, Any]
 Watch = Callable[[str, int, int], None]
 """Called with (variant, pictures done, pictures in all) after each part."""
 
-VARIANTS = ("caption", "z_text", "prior", "z_image")
 RESULT = "ablation.json"
 GRID = "ablation.png"
-_LABELS = {"caption": "caption only", "z_text": "z_text as z_image", "prior": "prior", "z_image": "true z_image"}
-_SHOWN_CHECKS = ("colour", "shape", "background", "both colours", "both shapes")
 _STEP = "ablate"
 _INPUTS = ("pairs", "embed")
 
@@ -83,7 +88,14 @@ def ablate_recipe(recipe: Recipe, *, num_prompts: int, num_shown: int, watch: Wa
             if part.name not in output.shard_records():
                 runner.run(part, recipe.seed, num_shown)
             watch(part.kind, part.stop, len(prompts.prompts))
-        output.write_json(RESULT, summarise(output, parts, prompts, runner.references()))
+        shown = [
+            {
+                "prompt": prompt.text,
+                "pictures": [{"file": _picture_name(name, n), "label": VARIANTS[name]} for name in runner.variants],
+            }
+            for n, prompt in enumerate(prompts.prompts[:num_shown])
+        ]
+        output.write_json(RESULT, summarise(output, parts, prompts, runner.references()) | {"shown": shown})
         output.write_bytes(GRID, to_png(_grid(output, runner.variants, prompts, num_shown)))
         counts = add_counts([record.counts for record in output.shard_records().values()])
         output.commit(manifest_of(step, output, counts, wall_s=time.monotonic() - start))
@@ -96,7 +108,7 @@ def ablation_step(recipe: Recipe, *, num_prompts: int, num_shown: int) -> Step:
     fields = {name: steps["evaluate"].section.get(name) for name in ("prompts_path", "content", "seed")}
     inputs = {name: steps[name].key for name in (*_INPUTS, *CASCADE_STEPS) if name in steps}
     fields |= sampling_tables(recipe)
-    return Step(_STEP, 3, fields | {"num_prompts": num_prompts, "num_shown": num_shown}, inputs)
+    return Step(_STEP, 4, fields | {"num_prompts": num_prompts, "num_shown": num_shown}, inputs)
 
 
 def plan_variants(variants: tuple[str, ...], num_prompts: int, batch_size: int) -> list[Part]:
@@ -126,7 +138,7 @@ class AblationRunner:
     @property
     def variants(self) -> tuple[str, ...]:
         """The variants that can be sampled; the true z_image needs real pictures."""
-        return VARIANTS if self._real is not None else VARIANTS[:-1]
+        return tuple(name for name in VARIANTS if name != "z_image" or self._real is not None)
 
     def references(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
         """z_text of every prompt, and z_image of the real pictures, (N, D) each."""
@@ -143,12 +155,13 @@ class AblationRunner:
         pictures = self._cascade.run(batch, self._cascade.after(Z_IMAGE)).images
         z_picture = self._clip.encode_image(pictures).cpu().numpy()
         rows: list[Json] = []
-        for n, prompt in enumerate(prompts):
+        for n in range(len(prompts)):
             picture = pictures[n].numpy()
-            right = None if prompt.scene is None else json.dumps(check(picture, prompt.scene).correct, sort_keys=True)
-            rows.append({"prompt_number": part.start + n, "seed": seeds[n], "z_image": z_picture[n], "check": right})
-            if part.start + n < num_shown:
-                names.append(_picture_name(part.kind, part.start + n))
+            number = part.start + n
+            row: Json = {"prompt_number": number, "seed": seeds[n], "z_image": z_picture[n]}
+            rows.append(row | check_pixels(self._prompts, number, picture))
+            if number < num_shown:
+                names.append(_picture_name(part.kind, number))
                 self._output.write_bytes(names[-1], to_png(picture))
         with self._output.write(names[0]) as path:
             write_rows(rows, path)
@@ -185,48 +198,34 @@ def summarise(
     prompts: PromptSet,
     references: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None],
 ) -> Json:
-    """The numbers of every variant, from its committed parts."""
+    """The numbers of every variant, and whether the paper's order holds by each of them, from the committed parts."""
     z_text, real = references
     texts = list(dict.fromkeys(prompt.text for prompt in prompts.prompts))
     own = [texts.index(prompt.text) for prompt in prompts.prompts]
     first = np.array([z_text[own.index(number)] for number in range(len(texts))])
     table: Json = {}
+    measures: dict[str, dict[str, Statistic]] = {}
+    counts: dict[str, int] = {}
     for variant in dict.fromkeys(part.kind for part in parts):
         rows = [row for part in parts if part.kind == variant for row in read_part(output, part)]
         z_image = np.array([row["z_image"] for row in rows], np.float64)
-        measured: Json = {
-            "clip_score": mean_of(cosine(z_image, z_text)),
-            "r_precision": r_precision(z_image, first, own).to_dict(),
+        values = {"clip_score": cosine(z_image, z_text), "r_precision": own_is_nearest(z_image, first, own)}
+        table[variant] = {
+            "clip_score": mean_of(values["clip_score"]),
+            "r_precision": rate_of(bool(hit) for hit in values["r_precision"]).to_dict(),
         }
         if real is not None and len(rows) > 1:
-            sums = [FeatureSums.of(np.array([row["z_image"] for row in read_part(output, part)], np.float64))
-                    for part in parts if part.kind == variant]  # fmt: skip
-            measured["frechet_clip"] = frechet_distance(sum(sums[1:], start=sums[0]), FeatureSums.of(real))
-        rates: dict[str, Rate] = {}
-        for row in rows:
-            for name, hit in json.loads(row["check"] or "{}").items():
-                rates[name] = rates.get(name, Rate(0, 0)) + rate_of([hit])
-        if rates:
-            measured["pixel_check"] = {name: rate.to_dict() for name, rate in sorted(rates.items())}
-        table[variant] = measured
-    return {"num_prompts": len(prompts.prompts), "prompts": prompts.source, "variants": table}
-
-
-def format_ablation(result: Json) -> str:
-    """The numbers as a table for a terminal, one row for each variant."""
-    variants: dict[str, Json] = {name: result["variants"][name] for name in VARIANTS if name in result["variants"]}
-    checks = [
-        name for name in _SHOWN_CHECKS if any(name in numbers.get("pixel_check", {}) for numbers in variants.values())
-    ]
-    head = f"{'in place of z_image':<20}{'CLIP score':>12}{'R-precision':>13}{'Frechet':>10}"
-    lines = [head + "".join(f"{name:>14}" for name in checks)]
-    for variant, numbers in variants.items():
-        distance = f"{numbers['frechet_clip']:.4f}" if "frechet_clip" in numbers else ""
-        cells = f"{numbers['clip_score']['mean']:>12.3f}{100 * numbers['r_precision']['rate']:>12.1f}%{distance:>10}"
-        rates: Mapping[str, Json] = numbers.get("pixel_check", {})
-        line = f"{_LABELS[variant]:<20}{cells}"
-        lines.append(line + "".join(f"{100 * rates[name]['rate']:>13.1f}%" for name in checks))
-    return "\n".join(lines)
+            table[variant]["frechet_clip"] = frechet_of_rows(z_image, real)
+            measures.setdefault("frechet_clip", {})[variant] = frechet_statistic(z_image, real)
+            counts["frechet_clip"] = len(rows)
+        checks = pixel_check(rows, prompts)
+        if checks:
+            table[variant]["pixel_check"] = checks
+        for name, column in (values | flags_by_attribute(rows, prompts)).items():
+            measures.setdefault(name, {})[variant] = mean_statistic(column)
+            counts[name] = len(column)
+    order = check_order(PAPER_ORDER, measures, counts)
+    return {"num_prompts": len(prompts.prompts), "prompts": prompts.source, "variants": table, "order": order}
 
 
 def _grid(output: Artifact, variants: tuple[str, ...], prompts: PromptSet, num_shown: int) -> Any:
@@ -235,7 +234,7 @@ def _grid(output: Artifact, variants: tuple[str, ...], prompts: PromptSet, num_s
     for number, prompt in enumerate(prompts.prompts[:num_shown]):
         names = [_picture_name(variant, number) for variant in variants]
         pictures = [decode(output.path(name).read_bytes(), where=f"{output.uri}/{name}") for name in names]
-        blocks.append(Block(pictures, prompt.text, [_LABELS[variant] for variant in variants]))
+        blocks.append(Block(pictures, prompt.text, [VARIANTS[variant] for variant in variants]))
     return draw_grid(blocks, columns=1, cell_px=160)
 
 

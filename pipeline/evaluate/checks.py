@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.evaluate.metrics import Rate, difference_of, rate_of
 from pipeline.evaluate.prompts import PromptSet
@@ -24,7 +25,8 @@ def pixel_check(rows: Sequence[Json], prompts: PromptSet) -> Json:
     ``guess_levels``. ``binding, given both shapes`` and the like are the rates of GIVEN: among those pictures alone.
 
     Args:
-        rows: One for each prompt: ``prompt_number``, ``check``, ``check_shuffled`` and ``check_real``.
+        rows: One for each prompt: ``prompt_number``, ``check``, ``check_shuffled`` and, if there is a real picture,
+            ``check_real``.
         prompts: All prompts; those without a scene are left out.
     """
     tallies: dict[str, dict[str, dict[str, list[float]]]] = {}
@@ -32,7 +34,7 @@ def pixel_check(rows: Sequence[Json], prompts: PromptSet) -> Json:
         scene = prompts.prompts[row["prompt_number"]].scene
         if scene is None:
             continue
-        right, real = parse_flags(row["check"]) or {}, parse_flags(row["check_real"]) or {}
+        right, real = parse_flags(row["check"]) or {}, parse_flags(row.get("check_real")) or {}
         guesses = (parse_flags(row["check_shuffled"]) or {}) | guess_levels(right, scene)
         table = tallies.setdefault(group_of(scene), {name: {} for name in sorted(right)})
         for kind, flags, condition in (("generated", right, right), ("real", real, real), ("guess", guesses, right)):
@@ -86,6 +88,17 @@ def held_out_check(rows: Iterable[Json], prompts: PromptSet, trained_rows: Itera
 def group_of(scene: Scene) -> str:
     """Name of the scenes with as many objects."""
     return _GROUPS[len(scene.objects)]
+
+
+def flags_by_attribute(rows: Sequence[Json], prompts: PromptSet) -> dict[str, NDArray[np.bool_]]:
+    """``"<objects>: <attribute>"`` -> the flags of the pictures that were checked for it, in the order of rows."""
+    flags: dict[str, list[bool]] = {}
+    for row in rows:
+        scene = prompts.prompts[row["prompt_number"]].scene
+        if scene is not None:
+            for name, flag in (parse_flags(row["check"]) or {}).items():
+                flags.setdefault(f"{group_of(scene)}: {name}", []).append(flag)
+    return {name: np.array(values) for name, values in flags.items()}
 
 
 def parse_flags(text: str | None) -> Flags | None:

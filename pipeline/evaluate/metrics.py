@@ -107,7 +107,12 @@ def cosine(a: Array, b: Array) -> Array:
 
 
 def r_precision(z_image: Array, z_text: Array, own: Sequence[int] | Array) -> Rate:
-    """Share of pictures whose own caption is the nearest of all captions (R-precision at 1).
+    """Share of pictures whose own caption is the nearest of all captions (R-precision at 1)."""
+    return rate_of(bool(hit) for hit in own_is_nearest(z_image, z_text, own))
+
+
+def own_is_nearest(z_image: Array, z_text: Array, own: Sequence[int] | Array) -> Array:
+    """For each picture whether its own caption is the nearest of all captions, (N,).
 
     Args:
         z_image: (N, D), unit rows.
@@ -116,7 +121,7 @@ def r_precision(z_image: Array, z_text: Array, own: Sequence[int] | Array) -> Ra
     """
     starts = range(0, len(z_image), _ROWS_AT_A_TIME)
     nearest = [(z_image[start : start + _ROWS_AT_A_TIME] @ z_text.T).argmax(axis=1) for start in starts]
-    return rate_of(bool(hit) for hit in np.concatenate(nearest) == np.asarray(own))
+    return np.concatenate(nearest) == np.asarray(own)
 
 
 @dataclass(frozen=True)

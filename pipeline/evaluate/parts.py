@@ -198,7 +198,7 @@ class PartRunner:
                 "z_prior": z_prior[n],
                 "features": features[n],
             }
-            row |= self._check_pixels(i, picture)
+            row |= check_pixels(self._prompts, i, picture)
             rows.append(row)
             self._write_picture(row["file"], picture, names)
             if j == 0 and i < NUM_STAGES:
@@ -236,15 +236,6 @@ class PartRunner:
             for place, z in zip(places, z_negative, strict=True):
                 contrast[place] = z_text[place] - z
         return contrast
-
-    def _check_pixels(self, number: int, picture: Pixels) -> Json:
-        """The pixel check of a sample against its own prompt, and against another prompt."""
-        scene, partner = self._prompts.prompts[number].scene, self._prompts.partners[number]
-        other = None if partner is None else self._prompts.prompts[partner].scene
-        return {
-            "check": None if scene is None else _check_json(picture, scene),
-            "check_shuffled": None if other is None else _check_json(picture, other),
-        }
 
     def _add_real(self, rows: list[Json]) -> None:
         """Add to the first sample of each prompt the real picture of its scene, or the picture whose caption it is."""
@@ -386,6 +377,16 @@ class PartRunner:
     def _write_picture(self, name: str, picture: Pixels, names: list[str]) -> None:
         self._output.write_bytes(name, to_png(picture))
         names.append(name)
+
+
+def check_pixels(prompts: PromptSet, number: int, picture: Pixels) -> Json:
+    """The pixel check of a sample against its own prompt, and against another prompt, as columns of its row."""
+    scene, partner = prompts.prompts[number].scene, prompts.partners[number]
+    other = None if partner is None else prompts.prompts[partner].scene
+    return {
+        "check": None if scene is None else _check_json(picture, scene),
+        "check_shuffled": None if other is None else _check_json(picture, other),
+    }
 
 
 def picture_seed(seed: int, prompt_number: int, image_number: int) -> int:

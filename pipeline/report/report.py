@@ -10,9 +10,11 @@ import psutil
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from pipeline.evaluate.order import VARIANTS
 from pipeline.recipe.plan import Step, artifact_of
 from pipeline.recipe.recipe import Recipe
 from pipeline.report import sections
+from pipeline.report.ablation import ablation_rows, order_rows, order_titles, order_verdict
 from pipeline.report.sections import Done, Finished
 from pipeline.report.tables import failure_groups, measure_rows, novelty_groups, quality_groups, tiles_of
 from pipeline.workspace.store import Workspace, translate_os_errors
@@ -50,6 +52,7 @@ def write_report(workspace: Workspace, steps: list[Step], recipe: Recipe, path: 
     view = build_view(
         done, [step.name for step in steps], recipe, recipe_file or shlex.quote(f"configs/{recipe.name}.toml")
     )
+    view["ablation"] = _ablation_view(sections.ablation_of(workspace, done, recipe))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=False
     )
@@ -293,6 +296,20 @@ def _neighbours_about(metrics: Json) -> str:
         f"{text} {100 * memorisation['closer_than_real']['rate']:.1f} % of the samples lie closer to a training "
         f"picture than 95 % of real, unseen pictures do; 5 % would be expected of real ones."
     )
+
+
+def _ablation_view(result: Json | None) -> Json | None:
+    if result is None:
+        return None
+    return {
+        "shown": result["shown"],
+        "variants": {name: label for name, label in VARIANTS.items() if name in result["variants"]},
+        "rows": ablation_rows(result),
+        "titles": order_titles(),
+        "order": order_rows(result),
+        "verdict": order_verdict(result),
+        "num_prompts": result["num_prompts"],
+    }
 
 
 def _index_view(index: Json | None) -> Json | None:

@@ -13,13 +13,13 @@ from typing import Any
 
 from pipeline.errors import DataError
 from pipeline.pictures import decode, thumbnail
-from pipeline.recipe.plan import Step
+from pipeline.recipe.plan import Step, sampling_tables
 from pipeline.recipe.recipe import Recipe, default_tables, flatten, to_dict
 from pipeline.recipe.steps import STEP_ROWS
 from pipeline.report.charts import Curve, line_chart
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.progress import METRICS
-from pipeline.workspace.store import Artifact
+from pipeline.workspace.store import Artifact, Workspace
 
 Json = dict[str, Any]
 
@@ -79,6 +79,21 @@ def _inline_entry(artifact: Artifact, entry: Json) -> Json:
         else:
             inlined[name] = value
     return inlined
+
+
+def ablation_of(workspace: Workspace, done: Done, recipe: Recipe) -> Json | None:
+    """The newest result of ``unclip ablate`` on these networks, sampled as the recipe says; None if there is none."""
+    keys = {name: finished.step.key for name, finished in done.items()}
+    tables = sampling_tables(recipe)
+    for manifest in workspace.manifests("ablate")[0]:
+        artifact = workspace.artifact("ablate", manifest.key)
+        is_same = manifest.inputs.items() <= keys.items() and all(
+            manifest.section.get(name) == table for name, table in tables.items()
+        )
+        if is_same and artifact.exists("ablation.json"):
+            result: Json = artifact.read_json("ablation.json")
+            return result | {"shown": [_inline_entry(artifact, entry) for entry in result["shown"]]}
+    return None
 
 
 def training_of(done: Done, recipe: Recipe) -> list[Json]:

@@ -8,7 +8,7 @@ from pipeline.recipe.steps import STEP_ROWS
 
 Json = dict[str, Any]
 
-_NAMES = {
+NAMES = {
     "colour": "Colour",
     "both colours": "Both colours",
     "shape": "Shape",
@@ -23,6 +23,7 @@ _NAMES = {
     "count": "Number of objects",
     "everything": "Everything",
 }
+"""Attributes of the pixel check as people read them, in the order of the tables."""
 _COMPARED = ("colour", "shape", "size", "both colours", "both shapes", "binding", "relation", "everything")
 """Attributes in the table of held-out and trained combinations."""
 _LEAST_RANGE = 0.01
@@ -37,12 +38,12 @@ def quality_groups(metrics: Json) -> list[Json]:
         checks: Json = tables[title]
         rows: list[Json] = [
             {
-                "name": _NAMES.get(name, name),
+                "name": NAMES.get(name, name),
                 "generated": checks[name]["generated"],
                 "real": checks[name].get("real"),
                 "guess": checks[name].get("guess"),
             }
-            for name in sorted(checks, key=_rank)
+            for name in sorted(checks, key=rank)
             if checks[name]["generated"]["total"]
         ]
         for row in rows:
@@ -59,7 +60,7 @@ def novelty_groups(metrics: Json) -> list[Json]:
     groups: list[Json] = []
     for title, kinds in sorted(metrics.get("held_out", {}).items()):
         first: Json = next(iter(kinds.values()))
-        names = [name for name in sorted(first, key=_rank) if name in _COMPARED]
+        names = [name for name in sorted(first, key=rank) if name in _COMPARED]
         groups.append(
             {
                 "title": f"{title.capitalize()}: new combinations",
@@ -69,7 +70,7 @@ def novelty_groups(metrics: Json) -> list[Json]:
                 ],
                 "rows": [
                     {
-                        "name": _NAMES[name],
+                        "name": NAMES[name],
                         "trained": first[name]["trained"],
                         "cells": [
                             {"rate": checks[name]["held_out"]["rate"], **checks[name]["difference"]}
@@ -102,7 +103,7 @@ def failure_groups(groups: list[Json]) -> list[Json]:
 def _fault_text(picture: Json) -> str:
     if "preferred" in picture:
         return f"CLIP prefers: {picture['preferred']}"
-    return f"Wrong: {', '.join(_NAMES[name].lower() for name in picture['wrong'])}"
+    return f"Wrong: {', '.join(NAMES[name].lower() for name in picture['wrong'])}"
 
 
 def tiles_of(metrics: Json) -> list[Json]:
@@ -237,8 +238,9 @@ def measure_rows(metrics: Json) -> list[Json]:
     return [row for row in rows if row is not None]
 
 
-def _rank(name: str) -> tuple[int, str]:
-    names = list(_NAMES)
+def rank(name: str) -> tuple[int, str]:
+    """Place of an attribute in the tables."""
+    names = list(NAMES)
     return (names.index(name) if name in names else len(names), name)
 
 

@@ -26,12 +26,13 @@ from models.stage import Z_IMAGE, Batch
 from pipeline.clip import FrozenClip, create_clip
 from pipeline.errors import ConfigError
 from pipeline.evaluate import metrics as m
-from pipeline.evaluate.ablate import AblationRunner, ablate_recipe, ablation_step, format_ablation, plan_variants
+from pipeline.evaluate.ablate import AblationRunner, ablate_recipe, ablation_step, plan_variants
 from pipeline.evaluate.parts import Part, picture_seed, read_part
 from pipeline.evaluate.prompts import Prompt, PromptSet, choose_prompts
 from pipeline.networks.table import kind_of
 from pipeline.recipe.plan import artifact_of, inputs_of
 from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.report.ablation import format_ablation
 from pipeline.shapes.draw import draw_array
 from pipeline.workspace.store import Artifact, Workspace
 from tests.models.tiny_models import randomise
@@ -57,18 +58,19 @@ def test_ablation_measures_every_variant_on_the_same_prompts(ablated: tuple[Arti
     for numbers in result["variants"].values():
         assert numbers["clip_score"]["count"] == 7
         assert numbers["r_precision"]["total"] == 7
-        assert numbers["pixel_check"]["background"]["total"] == 7
+        checks = numbers["pixel_check"]
+        assert [checks[group]["background"]["generated"]["total"] for group in ("one object", "two objects")] == [4, 3]
+        assert checks["two objects"]["relation"]["guess"]["total"] == 3
         assert numbers["frechet_clip"] > 0
     with Image.open(output.path("ablation.png")) as grid:
         assert grid.width == 2 * 18 + 4 * 160 + 3 * 6
         assert grid.height > 2 * 160
+    assert result["order"].keys() >= {"clip_score", "r_precision", "frechet_clip", "two objects: relation"}
+    for comparisons in result["order"].values():
+        assert set(comparisons) == {"prior over caption", "caption over z_text"}
     text = format_ablation(result)
-    assert [line.split("  ")[0] for line in text.splitlines()[1:]] == [
-        "caption only",
-        "z_text as z_image",
-        "prior",
-        "true z_image",
-    ]
+    assert all(name in text.splitlines()[0] for name in ("caption only", "z_text as z_image", "prior", "true z_image"))
+    assert "The paper's order is prior over caption only over z_text." in text
 
 
 def test_ablation_numbers_agree_with_their_definitions(
@@ -87,6 +89,16 @@ def test_ablation_numbers_agree_with_their_definitions(
     assert numbers["clip_score"]["mean"] == pytest.approx((z_drawn * z_text).sum(1).mean(), abs=1e-6)
     expected = m.frechet_distance(m.FeatureSums.of(z_drawn), m.FeatureSums.of(z_real))
     assert numbers["frechet_clip"] == pytest.approx(expected, rel=1e-5)
+    differences = [
+        (
+            np.array([row["z_image"] for part in plan_variants((name,), 7, 5) for row in read_part(output, part)])
+            * z_text
+        )
+        for name in ("prior", "caption")
+    ]
+    order = result["order"]["clip_score"]["prior over caption"]
+    assert order["difference"] == pytest.approx((differences[0] - differences[1]).sum(1).mean(), abs=1e-6)
+    assert order["low"] <= order["difference"] <= order["high"]
 
 
 def test_variants_are_drawn_from_what_they_say(tiny: Recipe, cascade: Cascade, tmp_path: Path) -> None:

@@ -7,9 +7,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pipeline.errors import DataError
-from pipeline.recipe.plan import artifact_of, make_plan
+from pipeline.evaluate.ablate import ablation_step
+from pipeline.pictures import to_png
+from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe
 from pipeline.report.report import duration, format_metrics, short_count, write_report
 from pipeline.report.sections import covered_s, num_parameters, recipe_changes
@@ -18,6 +21,7 @@ from pipeline.shapes.captions import canonical_caption
 from pipeline.shapes.scene import evaluation_scenes
 from pipeline.workspace.store import Artifact, Workspace
 from tests.report.finished_run import METRICS, fill_workspace, make_recipe
+from tests.report.test_ablation import RESULT
 
 _COLOUR = {"colour": METRICS["pixel_check"]["one object"]["colour"]}
 SECTIONS = ("samples", "quality", "failures", "stages", "reconstructions", "neighbours", "training", "data", "next")
@@ -93,6 +97,26 @@ def test_report_draws_a_curve_for_each_trained_network(recipe: Recipe, tmp_path:
     assert text.count('<svg class="chart"') == 5
     assert "Loss of Decoder over 1200 steps" in text
     assert "&lt;svg" not in text
+
+
+def test_report_shows_the_ablation_of_these_networks_and_says_where_the_order_fails(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    fill_workspace(recipe)
+    step = ablation_step(recipe, num_prompts=60, num_shown=1)
+    artifact = artifact_of(Workspace(recipe.workspace), step)
+    artifact.write_bytes("samples/a.png", to_png(Image.new("RGB", (32, 32))))
+    shown = [{"prompt": "a blue cross", "pictures": [{"file": "samples/a.png", "label": "prior"}]}]
+    artifact.write_json("ablation.json", RESULT | {"shown": shown})
+    assert 'id="ablation"' not in _report(recipe, tmp_path / "report.html")  # not committed yet
+    artifact.commit(manifest_of(step, artifact))
+    text = _report(recipe, tmp_path / "report.html")
+    for words in ("a blue cross", "Two objects: relation reverses prior over caption only: -10.0", "73.3%", "+0.031"):
+        assert words in text
+    assert _Page(text).open == []
+    other = make_recipe(Path(recipe.workspace), seed=5)
+    fill_workspace(other)
+    assert 'id="ablation"' not in _report(other, tmp_path / "other.html")
 
 
 @pytest.mark.parametrize(("until", "there", "left_out"), [
