@@ -170,7 +170,7 @@ def format_metrics(metrics: Json) -> str:
         columns = [f"trained ({group['total']})".rjust(14), *(f"  {kind:>32}" for kind in kinds)]
         lines.append(f"{group['title']:52}{''.join(columns)}")
         for row in group["rows"]:
-            cells = "".join(f"  {100 * cell['rate']:7.1f}% {_points(cell):>24}" for cell in row["cells"])
+            cells = "".join(f"  {100 * cell['rate']:7.1f}% {_points(cell, 1):>24}" for cell in row["cells"])
             lines.append(f"  {row['name']:50}{100 * row['trained']['rate']:13.1f}%{cells}")
         lines.append("")
     rows = measure_rows(metrics)
@@ -183,9 +183,10 @@ def format_metrics(metrics: Json) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _points(cell: Json) -> str:
-    """A difference in points with its interval: -3.1 (-9.0 to +2.8)."""
-    return f"{100 * cell['difference']:+.1f} ({100 * cell['low']:+.1f} to {100 * cell['high']:+.1f})"
+def _points(cell: Json, digits: int = 0) -> str:
+    """A difference in points with its interval: -3 (-9 to +3)."""
+    difference, low, high = (f"{100 * cell[name]:+.{digits}f}" for name in ("difference", "low", "high"))
+    return f"{difference} ({low} to {high})"
 
 
 def _percent(rate: float) -> str:

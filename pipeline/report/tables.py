@@ -48,7 +48,8 @@ def quality_groups(metrics: Json) -> list[Json]:
         ]
         for row in rows:
             rate = row["generated"]
-            row["of"] = f"{rate['hits']} of {rate['total']}" if "given" in row["name"] else ""
+            _, _, row["given"] = row["name"].partition(", ")
+            row["of"] = f"{rate['hits']} of {rate['total']}" if row["given"] else ""
         if rows:
             total = rows[0]["generated"]["total"]
             groups.append({"title": f"{title.capitalize()}, {total} pictures", "rows": rows})
