@@ -28,7 +28,7 @@ CONTENTS = {
         prior_2 b2285f260911edcf
         upsampler_1 ba4e141c3c4fa845
         upsampler_2 12ddf9bf17fa1252
-        evaluate e1cc1635ed5e8a54
+        evaluate c5a5d7c4e4184bdf
     """,
     "demo": """
         pairs c7d4f7a1a4616fe7
@@ -40,7 +40,7 @@ CONTENTS = {
         prior 14c730d84e756345
         upsampler_1 68fff27b6df4ef70
         upsampler_2 a473ffc1509348c8
-        evaluate 9da4eb44c2736239
+        evaluate c4d3a05538f535b8
     """,
     "karlo": """
         pairs d873f39204aa4088
@@ -51,7 +51,7 @@ CONTENTS = {
         index 9c82dd1e6a9be277
         prior 2b18fa041b279f49
         upsampler_1 85853803f90d5dc3
-        evaluate ee0e12668a04d28d
+        evaluate 98d45ac9840cfed0
     """,
     "laion-vit-l14": """
         pairs 784929736a0079fe
@@ -62,7 +62,7 @@ CONTENTS = {
         index 9c82dd1e6a9be277
         prior 8e29ead0ad459dce
         upsampler_1 06989668d80c7372
-        evaluate 5a5892ad759698f4
+        evaluate 6c464a9947eeda4a
     """,
     "single-gpu": """
         pairs f2efd993b1785496
@@ -73,7 +73,7 @@ CONTENTS = {
         index 9c82dd1e6a9be277
         prior befd3707a49f20a1
         upsampler_1 27a8eb5dcd0b5974
-        evaluate 70df65d9fbfab82f
+        evaluate db26f2e7e013986a
     """,
 }
 
