@@ -14,6 +14,8 @@ MODULES = {
     "sampling_karlo": "sampling",
     "sampler_steps": "sampler_steps",
     "gpu": "gpu",
+    "emoji_search": "emoji",
+    "emoji": "emoji",
 }
 """Result file and the program that writes it."""
 _HEAD = """# Benchmarks

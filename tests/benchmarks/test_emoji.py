@@ -3,9 +3,11 @@
 import csv
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import emoji
@@ -155,3 +157,21 @@ def test_the_recipe_is_read_and_prompts_pass_a_whole_cascade(tmp_path: Path) -> 
     pictures = emoji.sample(recipe, asked, [0, 1])
     assert [len(group) for group in pictures] == [2, 2]
     assert not np.array_equal(pictures[0][0], pictures[0][1])
+
+
+def test_search_ranks_the_words_of_a_drawing_among_all(packages: Path, tmp_path: Path) -> None:
+    class Clip:
+        """Sees the mean colour of a picture; reads the faces' colour in every text that names a face."""
+
+        def encode_image(self, pictures: torch.Tensor) -> torch.Tensor:
+            return pictures.float().mean(dim=(1, 2)) / 255 - 0.9
+
+        def encode_text(self, texts: list[str]) -> SimpleNamespace:
+            face, other = [0.0, -0.04, -0.3], [1.0, 1.0, 1.0]
+            return SimpleNamespace(z_text=torch.tensor([face if "face" in text else other for text in texts]))
+
+    make(packages, tmp_path / "pairs", ("red heart", "openmoji"))
+    rows = emoji.search_table(Clip(), Drawings(tmp_path / "pairs/drawings"))  # pyright: ignore[reportArgumentType]
+    assert [(row["drawings"], row["number"]) for row in rows] == [("trained drawing", 6), ("name in a new style", 1)]
+    assert rows[0]["among the first 20"] == "100 %"
+    assert rows[1]["among the first 1"] == "0 %"
