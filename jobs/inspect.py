@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.options import AsJson, Overrides, RecipePath, Until, print_json, recipe_words
+from jobs.options import AsJson, Overrides, RecipePath, Until, print_json, print_measured, recipe_words
 from pipeline.recipe.estimate import status_remaining
 from pipeline.recipe.plan import StepStatus, artifact_of, make_plan, plan_status
 from pipeline.recipe.recipe import Recipe, json_schema, load_recipe, to_dict
@@ -107,7 +107,7 @@ def _print_times(recipe: Recipe, statuses: list[StepStatus], *, json: bool) -> N
     from pipeline.timing.run_time import measure_run
 
     start = time.monotonic()
-    run, machine = measure_run(recipe, statuses, lambda what: typer.echo(f"measuring: {what}", err=True))
+    run, machine = measure_run(recipe, statuses, print_measured)
     measured_s = time.monotonic() - start
     if json:
         spans = {name: dataclasses.asdict(span) for name, span in run.spans.items()}

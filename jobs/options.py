@@ -32,3 +32,8 @@ def recipe_words(recipe: str, overrides: list[str] | None) -> str:
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
     typer.echo(json.dumps(value, indent=1))
+
+
+def print_measured(what: str) -> None:
+    """What is measured next, on standard error."""
+    typer.echo(f"measuring: {what}", err=True)

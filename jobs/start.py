@@ -5,9 +5,12 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import AsJson, Overrides, RayAddress, RecipePath, Until, print_json, recipe_words
+from jobs.options import AsJson, Overrides, RayAddress, RecipePath, Until, print_json, print_measured, recipe_words
+from pipeline.errors import UnclipError
+from pipeline.recipe.estimate import status_remaining
 from pipeline.recipe.plan import make_plan, plan_status, steps_until
 from pipeline.recipe.recipe import load_recipe
+from pipeline.workspace.progress import duration
 from pipeline.workspace.store import Workspace
 
 
@@ -21,16 +24,50 @@ def init(
         str, typer.Option("--caption-column", help="Column of the captions; default: searched by name.")
     ] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace the recipe file if it is there.")] = False,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            "--minutes", help="Time that the whole run may take here; default: by the number of pairs.", min=0
+        ),
+    ] = None,
+    time: Annotated[
+        bool, typer.Option("--time/--no-time", help="Measure this machine, and say how long the run takes.")
+    ] = True,
 ) -> None:
-    """Look at your pairs and write a short recipe for them and for this machine.
+    """Look at your pairs and write a short recipe for them and for this machine; say how long it takes.
 
-    Example: unclip init pairs.parquet --out my.toml
+    Example: unclip init pairs.parquet --out my.toml --minutes 30
     """
     from pipeline.init.recipe import write_recipe
 
-    summary = write_recipe(source, out, url_column=url_column, caption_column=caption_column, force=force)
+    summary = write_recipe(
+        source,
+        out,
+        url_column=url_column,
+        caption_column=caption_column,
+        force=force,
+        minutes=minutes,
+        watch=print_measured,
+    )
     typer.echo(f"{out}: {summary}")
+    if time or minutes is not None:
+        typer.echo(f"time: {_time_of(out, is_measured=minutes is not None)}")
     typer.echo(f"next: unclip plan {out}; unclip run {out}")
+
+
+def _time_of(path: str, *, is_measured: bool) -> str:
+    """How long a new recipe takes; a recipe that cannot be measured is a recipe all the same."""
+    recipe = load_recipe(path)
+    statuses = plan_status(Workspace(recipe.workspace), make_plan(recipe))
+    try:
+        if not is_measured:
+            from pipeline.timing.run_time import measure_run
+
+            measure_run(recipe, statuses, print_measured)
+    except UnclipError as error:
+        return f"not known: {error}"
+    seconds = status_remaining(recipe, statuses).seconds
+    return f"about {duration(seconds)} on this machine"
 
 
 def run(

@@ -1,23 +1,56 @@
 """Recipe tables that `unclip init` proposes for a number of pairs, for a CPU and for one GPU."""
 
 import json
+from dataclasses import dataclass
 from typing import Any
+
+from pipeline.recipe.sections import EvaluateConfig
 
 Tables = dict[str, Any]
 
-_CPU_SIDES_PX = (32, 64, 128)
-_MIN_STEPS, _MAX_CPU_STEPS = 200, 4_000
-_MIN_GPU_STEPS, _MAX_GPU_STEPS = 5_000, 200_000
+
+@dataclass(frozen=True)
+class Size:
+    """One size of the networks, from which only the number of steps varies."""
+
+    sides_px: tuple[int, ...]
+    """Sides of the pictures that the decoder and the upsamplers make."""
+    least_steps: int
+    """Steps of CLIP below which a smaller size makes better use of the time."""
+    num_prompts: int = 240
+    """Prompts of the evaluation."""
+
+    @property
+    def text(self) -> str:
+        """The sides in words."""
+        return " -> ".join(map(str, self.sides_px)) + " px"
 
 
-def cpu_tables(num_pairs: int, validation_prob: float) -> Tables:
-    """A small cascade, 32 -> 64 -> 128 px, with the settings of the demo (docs/decisions.md).
+CPU_SIZES = (Size((32, 64, 128), 500), Size((16, 64, 128), 500), Size((16, 64), 200, num_prompts=64))
+"""From the largest to the smallest; the second has the sides of the demo."""
+GPU_SIZES = (Size((64, 256), 1_000),)
+_MIN_CPU_STEPS, MOST_CPU_STEPS = 200, 4_000
+_MIN_GPU_STEPS, MOST_GPU_STEPS = 5_000, 200_000
 
-    Steps grow with the pairs and stay within an evening.
+
+def default_steps(num_pairs: int, *, gpu: bool) -> int:
+    """Steps of CLIP on a CPU, of the prior on a GPU: they grow with the pairs and stay within an evening."""
+    least, most, per_step = (_MIN_GPU_STEPS, MOST_GPU_STEPS, 2) if gpu else (_MIN_CPU_STEPS, MOST_CPU_STEPS, 4)
+    return max(least, min(most, num_pairs // per_step))
+
+
+def cpu_tables(num_pairs: int, validation_prob: float, size: Size, steps: int) -> Tables:
+    """A small cascade with the settings of the demo (docs/decisions.md).
+
+    Args:
+        num_pairs: Pairs of the source.
+        validation_prob: Share of them that is not trained on.
+        size: Sides of the pictures.
+        steps: Steps of CLIP and the upsamplers; decoder and prior take twice as many.
     """
-    steps = max(_MIN_STEPS, min(_MAX_CPU_STEPS, num_pairs // 4))
-    base_px, mid_px, final_px = _CPU_SIDES_PX
-    return {
+    base_px, mid_px, *others = size.sides_px
+    final_px = size.sides_px[-1]
+    tables: Tables = {
         "download": _download(num_pairs, final_px),
         "clip": {
             "model": {
@@ -53,16 +86,19 @@ def cpu_tables(num_pairs: int, validation_prob: float) -> Tables:
             "train": _cpu_training(2 * steps, 64, optimizer="muon", learning_rate=4e-3, ema_decay=0.995),
         },
         "upsampler_1": _cpu_upsampler(base_px, mid_px, steps, patch_px=2, sampling_steps=8),
-        "upsampler_2": _cpu_upsampler(mid_px, final_px, steps, patch_px=4, sampling_steps=6),
     }
+    if others:
+        tables["upsampler_2"] = _cpu_upsampler(mid_px, final_px, steps, patch_px=4, sampling_steps=6)
+    if size.num_prompts != EvaluateConfig().num_prompts:
+        tables["evaluate"] = {"num_prompts": size.num_prompts}
+    return tables
 
 
-def gpu_tables(num_pairs: int) -> Tables:
+def gpu_tables(num_pairs: int, steps: int) -> Tables:
     """A 64 -> 256 px cascade for one GPU, with the networks of configs/single-gpu.toml over a frozen public CLIP.
 
     To train a CLIP on photographs takes millions of pairs; the preset trains one because its pictures are only shapes.
     """
-    steps = max(_MIN_GPU_STEPS, min(_MAX_GPU_STEPS, num_pairs // 2))
     unet = {"num_res_blocks": 2}
     return {
         "download": _download(num_pairs, 256),

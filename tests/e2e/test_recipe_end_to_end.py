@@ -274,7 +274,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_init_and_run_on_a_folder_of_photographs(photographs: Path, submitted: Submitted, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.toml"
-    done = unclip("init", str(photographs), "--out", str(recipe))
+    done = unclip("init", str(photographs), "--out", str(recipe), "--no-time")
     assert done.returncode == 0, done.stdout
     overrides = [part for value in [*_SHRINK, f"workspace={tmp_path / 'w'}"] for part in ("--set", value)]
     done = unclip("run", str(recipe), "--address", submitted.address, *overrides, timeout_s=500)
@@ -297,7 +297,7 @@ def test_init_and_read_a_list_with_other_column_names(photographs: Path, submitt
         for number, picture in enumerate(sorted(photographs.glob("*.jpg"))):
             writer.writerow([number, picture.as_uri(), picture.with_suffix(".txt").read_text()])
     recipe = tmp_path / "listed.toml"
-    assert unclip("init", str(listed), "--out", str(recipe)).returncode == 0
+    assert unclip("init", str(listed), "--out", str(recipe), "--no-time").returncode == 0
     overrides = ["--set", f"workspace={tmp_path / 'w'}", "--set", "tracking.uri=off"]
     done = unclip("run", str(recipe), "--until", "pairs", "--address", submitted.address, *overrides)
     assert done.returncode == 0, done.stdout
