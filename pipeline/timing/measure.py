@@ -98,9 +98,8 @@ def _crowding(recipe: Recipe, rehearsal: Rehearsal, units: Units) -> float:
         return 1.0
     job = rehearsal.job(name)
     training = RehearsedTraining(job)
-    alone_s = training.step_s()
     with companions(job, count):
-        return max(1.0, training.step_s() / alone_s)
+        return max(1.0, training.step_s() / units.trainings[name].step_s)
 
 
 def _require_machine(recipe: Recipe, names: Collection[str]) -> None:

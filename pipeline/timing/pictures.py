@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _CAPTION = "a small red circle to the left of a large blue square"
 _STEPS_S = 0.5
+_MOST_ON_CPU = 16
+"""Pictures that are sampled together on a processor: there the time of each hardly depends on their number."""
 
 
 def evaluation_units(recipe: Recipe, artifacts: Mapping[str, Artifact]) -> EvaluationUnits:
@@ -41,6 +43,8 @@ def evaluation_units(recipe: Recipe, artifacts: Mapping[str, Artifact]) -> Evalu
     cascade = load_cascade(artifacts, device, network_configs(recipe))
     loaded = clock.now()
     size = min(config.batch_size, cascade.micro_batch)
+    if device.type == "cpu":
+        size = min(size, _MOST_ON_CPU)
     by_stage = {stage.name: _stage_s(cascade, stage, size, clock) / size for stage in cascade.stages}
     embed_s = _embed_s(cascade, size, clock) / size
     of_pictures = [stage.name for stage in cascade.after(Z_IMAGE)]

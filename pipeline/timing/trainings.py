@@ -18,7 +18,7 @@ from pipeline.train.loop import make_step
 from pipeline.train.state import create_state, save_checkpoint
 from pipeline.train.validation import Validation
 
-_STEPS_S = 1.0
+_STEPS_S = 0.5
 
 
 class RehearsedTraining:

@@ -47,10 +47,12 @@ def test_too_few_minutes_are_refused_with_the_least_that_makes_sense(tmp_path: P
         _fit(tmp_path, 3)
 
 
+@pytest.mark.timeout(900)
 def test_init_with_minutes_writes_a_recipe_that_takes_no_longer_and_keeps_its_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # the recipe names its workspace from here
+    monkeypatch.setattr("pipeline.init.recipe.CPU_SIZES", (Size((16, 32), 200, num_prompts=4),))
     listed, out = tmp_path / "pictures", tmp_path / "mine.toml"
     listed.mkdir()
     for number in range(20):
