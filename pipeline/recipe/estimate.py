@@ -6,6 +6,7 @@ was not measured takes the time of its last run with the same settings; the seed
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.errors import DataError
 from pipeline.recipe.plan import Step, StepStatus, artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe, to_dict
 from pipeline.recipe.schedule import Load, Machine, Span, needs_of, schedule, this_machine
@@ -99,8 +101,7 @@ def save_times(recipe: Recipe, times: Mapping[str, StepTime], crowding: float) -
 
 def load_times(recipe: Recipe, steps: Sequence[Step]) -> tuple[dict[str, StepTime], Machine]:
     """The known times of a recipe's steps by name, and this machine."""
-    home, workspace = _home(recipe), Workspace(recipe.workspace)
-    record = parse_record(Times, home.read_json(TIMES)) if home.exists(TIMES) else Times()
+    workspace, record = Workspace(recipe.workspace), _read_times(_home(recipe))
     keys, known = time_keys(recipe), dict[str, StepTime]()
     for step in steps:
         measured = record.steps.get(keys[step.name])
@@ -225,6 +226,14 @@ def _recorded(workspace: Workspace, step: Step, recipe: Recipe, crowding: float)
                 return StepTime(manifest.wall_s / crowding)
             return StepTime(0.0, manifest.node_s / crowding)
     return None
+
+
+def _read_times(home: Artifact) -> Times:
+    """The measured times; none if the file is missing, damaged or of another release: no run may stop for them."""
+    with contextlib.suppress(DataError):
+        if home.exists(TIMES):
+            return parse_record(Times, home.read_json(TIMES))
+    return Times()
 
 
 def _without_seed(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -85,6 +85,15 @@ def test_measured_times_are_kept_for_the_same_settings_and_any_seed(tmp_path: Pa
     assert set(_TIMES) - set(known) == {"decoder", "evaluate"}  # evaluate reads the decoder
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"steps": 3}'])
+def test_damaged_times_stop_no_run(tmp_path: Path, text: str) -> None:
+    recipe = _recipe(tmp_path)
+    save_times(recipe, _times(), 1.25)
+    (tmp_path / "recipes/tiny/times.json").write_text(text)
+    known, machine = load_times(recipe, make_plan(recipe))
+    assert (known, machine.crowding) == ({}, 1.0)
+
+
 def test_a_step_that_was_not_measured_takes_the_time_of_its_last_run(tmp_path: Path) -> None:
     recipe = _recipe(tmp_path)
     for name, workers in (("decoder", 1), ("embed", 2)):
