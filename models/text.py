@@ -5,7 +5,7 @@ Legend: B batch, L text tokens, D joint space, W text width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -105,3 +105,7 @@ class NullText(nn.Module):
             torch.where(keep[:, None], text.mask, null.mask),
             torch.where(keep[:, None], text.tokens, null.tokens),
         )
+
+    def drop_pooled(self, text: TextEncoding, keep: Bool[Tensor, " B"]) -> TextEncoding:
+        """Replace the pooled vectors that are not kept by the empty caption's; the token states stay."""
+        return replace(text, pooled=torch.where(keep[:, None], text.pooled, self.pooled.to(text.pooled.dtype)))

@@ -28,6 +28,28 @@ class TextTransformerConfig:
 
 
 @configclass
+class TextAdapterConfig:
+    """Transformer blocks on the frozen CLIP's token states, trained with the decoder that reads them.
+
+    CLIP's text tower is causal, so the first object of "a star to the left of a circle" does not know where it stands.
+    In these blocks each token reads the whole caption (MiniT2I, 2026, has two such blocks on a frozen text encoder).
+    Width and heads are those of the context: ``context_width``, in heads of ``head_width``.
+    """
+
+    depth: int = 0
+    """Blocks (MiniT2I: 2); 0: the decoder reads the states as they are, and the other fields do not matter."""
+    head_width: int = 32
+    """Features of each attention head; it divides ``context_width``."""
+    mlp_ratio: int = 4
+    """Hidden width of the feed-forward layers, as a multiple of ``context_width``."""
+
+    def __post_init__(self) -> None:
+        require(self.depth >= 0, f"depth = {self.depth}: must not be negative")
+        require(self.head_width >= 1, f"head_width = {self.head_width}: at least 1")
+        require(self.mlp_ratio >= 1, f"mlp_ratio = {self.mlp_ratio}: at least 1")
+
+
+@configclass
 class DecoderConfig:
     """P(image | z_image, caption) at the lowest resolution: arXiv:2204.06125, section 2.1."""
 
@@ -42,6 +64,9 @@ class DecoderConfig:
     text_transformer: TextTransformerConfig | None = None
     """The paper's text path: a transformer on the caption's tokens, trained with the decoder. Without the table the
     decoder reads the token states of the frozen CLIP, as Karlo does: cheaper, and exportable to diffusers."""
+    text_adapter: TextAdapterConfig = field(default_factory=TextAdapterConfig)
+    """Blocks between the token states of the frozen CLIP and the decoder. They let it learn which words belong together
+    and where an object stands; the weights then fit no other library."""
     image_norm: float = 1.0
     """Length of z_image as the weights read it: 1, or about 10 where `unclip import` brought weights that were trained
     on CLIP's raw embeddings (Karlo). Outside the network every z_image has length one."""
@@ -49,6 +74,10 @@ class DecoderConfig:
     """Probability of dropping z_image, per sample (section 2.1: 0.1)."""
     text_drop_prob: float = 0.5
     """Probability of dropping the caption, per sample (section 2.1: 0.5)."""
+    pooled_drop_prob: float = 0.0
+    """Probability of dropping z_image and the pooled caption together while the token states stay, per sample. Both
+    vectors name the colours and shapes of a picture but hardly their order; without them the decoder has to read the
+    order from the tokens. It needs more steps; 0 is the paper's decoder. What was measured is in docs/lab.md."""
     inpainting: bool = False
     """Whether four extra input channels hold the known part of the picture (arXiv:2112.10741, section 4.3); in training
     it is a random part. Without these channels inpainting restores the known pixels after each step."""
@@ -65,6 +94,17 @@ class DecoderConfig:
         require_norm(self.image_norm)
         require_prob("image_drop_prob", self.image_drop_prob)
         require_prob("text_drop_prob", self.text_drop_prob)
+        require_prob("pooled_drop_prob", self.pooled_drop_prob)
+        adapter = self.text_adapter
+        require(
+            adapter.depth == 0 or self.context_width % adapter.head_width == 0,
+            f"context_width = {self.context_width} is not a multiple of text_adapter.head_width = {adapter.head_width}",
+        )
+        require(
+            self.text_transformer is None or (adapter.depth == 0 and self.pooled_drop_prob == 0),
+            "text_adapter and pooled_drop_prob are for the token states of the frozen CLIP, and text_transformer "
+            "replaces them; take one or the other",
+        )
         self.unet.require_fits(self.image_px)
         require(
             bool(self.unet.attention_resolutions),

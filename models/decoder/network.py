@@ -1,9 +1,9 @@
 """The decoder, P(image | z_image, caption): arXiv:2204.06125, section 2.1, with Karlo's conditioning or GLIDE's.
 
 z_image and the pooled caption are added to the timestep embedding; z_image becomes a few tokens, which the caption's
-token states follow in the context of every attention. The caption's states are those of the frozen CLIP (Karlo), or of
-a text transformer that is trained with the decoder (GLIDE, and the paper). Legend: B batch, D joint space, E timestep
-embedding, L text tokens, K image tokens, M = K + L context tokens.
+token states follow in the context of every attention. The caption's states are those of the frozen CLIP (Karlo), which
+an adapter may rework, or of a text transformer that is trained with the decoder (GLIDE, and the paper). Legend: B
+batch, D joint space, E timestep embedding, L text tokens, K image tokens, M = K + L context tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from models.clip_config import ClipDims
 from models.decoder.config import DecoderConfig
 from models.decoder.inpainting import NUM_KNOWN_CHANNELS
-from models.decoder.text_transformer import TextTransformer
+from models.decoder.text_transformer import TextAdapter, TextTransformer
 from models.layers.transformer import KeysValues
 from models.layers.unet import UNet
 from models.text import NullText, TextEncoding
@@ -73,6 +73,8 @@ class Decoder(nn.Module):
         self.pooled_to_embedding = nn.Linear(pooled_width, self.unet.width)
         self.image_to_tokens = nn.Linear(dims.embed_dim, config.num_image_tokens * width)
         self.text_to_tokens = nn.Linear(text_width, width)
+        adapter = config.text_adapter
+        self.text_adapter = None if adapter.depth == 0 else TextAdapter(adapter, width, dims.context_length)
         self.norm_text = nn.LayerNorm(width)
         self.null_image = nn.Parameter(torch.zeros(dims.embed_dim))
         self.null_text = NullText(dims)
@@ -84,6 +86,7 @@ class Decoder(nn.Module):
         *,
         keep_image: Bool[Tensor, " B"] | None = None,
         keep_text: Bool[Tensor, " B"] | None = None,
+        keep_pooled: Bool[Tensor, " B"] | None = None,
         planes: Float[Tensor, "B 4 H W"] | None = None,
     ) -> DecoderCondition:
         """Encode the part of the input that is the same at every step.
@@ -93,6 +96,8 @@ class Decoder(nn.Module):
             text: The captions.
             keep_image: False where z_image is replaced by its learned null (all are kept if None).
             keep_text: False where the caption is replaced by the empty one (all are kept if None).
+            keep_pooled: False where z_image and the pooled caption are replaced and the token states stay (all are
+                kept if None); not for a decoder with a text transformer of its own.
             planes: The known part of the pictures, from ``inpainting.known_planes``; None: nothing is known.
 
         Raises:
@@ -101,9 +106,13 @@ class Decoder(nn.Module):
         if planes is not None and not self.config.inpainting:
             raise ValueError("this decoder has no inpainting channels to read a known part with")
         image = z_image * (self.config.image_norm * image_scale(self.config, self.dims))
+        text = self.null_text.drop(text, keep_text)
+        if keep_pooled is not None:
+            text = self.null_text.drop_pooled(text, keep_pooled)
+            keep_image = keep_pooled if keep_image is None else keep_image & keep_pooled
         if keep_image is not None:
             image = torch.where(keep_image[:, None], image, self.null_image.to(image.dtype))
-        return self._encode(image, self.null_text.drop(text, keep_text), planes)
+        return self._encode(image, text, planes)
 
     def null_condition(self, batch_size: int, planes: Float[Tensor, "B 4 H W"] | None = None) -> DecoderCondition:
         """The condition without z_image and caption, for classifier-free guidance; a known part stays known."""
@@ -118,7 +127,10 @@ class Decoder(nn.Module):
         embedding = self.image_to_embedding(image) + self.pooled_to_embedding(pooled)
         # Feature c of token k is row c * K + k of the projection, as in diffusers' UnCLIPTextProjModel.
         tokens = self.image_to_tokens(image).unflatten(1, (-1, self.config.num_image_tokens)).transpose(1, 2)
-        tokens = torch.cat([tokens, self.norm_text(self.text_to_tokens(hidden))], dim=1)
+        words = self.text_to_tokens(hidden)
+        if self.text_adapter is not None:
+            words = self.text_adapter(words, text.mask)
+        tokens = torch.cat([tokens, self.norm_text(words)], dim=1)
         valid = F.pad(text.mask, (self.config.num_image_tokens, 0), value=True)
         if self.config.inpainting and planes is None:
             side_px = self.config.image_px

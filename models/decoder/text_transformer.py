@@ -1,4 +1,4 @@
-"""A text transformer that is trained with the decoder: GLIDE, arXiv:2112.10741, section 4.1.
+"""What the decoder learns of its own to read captions: GLIDE's text transformer, or an adapter on CLIP's token states.
 
 Legend: B batch, L text tokens, W width.
 """
@@ -10,12 +10,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from models.clip_config import VOCAB_SIZE
-from models.decoder.config import TextTransformerConfig
+from models.decoder.config import TextAdapterConfig, TextTransformerConfig
 from models.layers.transformer import CausalTransformer
 
 
 class TextTransformer(nn.Module):
-    """Captions to token states; every token reads all tokens of its caption, as the mask is not causal."""
+    """Captions to token states (arXiv:2112.10741, section 4.1).
+
+    Every token reads all tokens of its caption, as the mask is not causal.
+    """
 
     def __init__(self, config: TextTransformerConfig, context_length: int) -> None:
         super().__init__()
@@ -37,8 +40,26 @@ class TextTransformer(nn.Module):
         Returns:
             The state of each caption's last token, which stands for the whole, and the states of all tokens.
         """
-        length = tokens.shape[1]
-        hidden = self.embedding(tokens) + self.positions[:, :length]
-        hidden = self.transformer(hidden, mask[:, None, None].expand(-1, 1, length, -1))
+        hidden = self.embedding(tokens) + self.positions[:, : tokens.shape[1]]
+        hidden = self.transformer(hidden, _both_ways(mask))
         last = mask.sum(1) - 1
         return hidden[torch.arange(len(hidden), device=hidden.device), last], hidden
+
+
+class TextAdapter(nn.Module):
+    """Token states to token states of the same width, each of which has read the whole caption."""
+
+    def __init__(self, config: TextAdapterConfig, width: int, context_length: int) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(1, context_length, width) * 0.01)
+        num_heads = width // config.head_width
+        self.transformer = CausalTransformer(width, config.depth, num_heads, config.mlp_ratio, dropout=0.0)
+
+    def forward(self, states: Float[Tensor, "B L W"], mask: Bool[Tensor, "B L"]) -> Float[Tensor, "B L W"]:
+        """Read captions; ``mask`` is True at their own tokens, and the states elsewhere do not matter."""
+        return self.transformer(states + self.positions[:, : states.shape[1]], _both_ways(mask))
+
+
+def _both_ways(mask: Bool[Tensor, "B L"]) -> Bool[Tensor, "B 1 L L"]:
+    """Which tokens each token reads: all of its own caption's."""
+    return mask[:, None, None].expand(-1, 1, mask.shape[1], -1)

@@ -39,13 +39,20 @@ class DiffusionConfig:
     loss_weighting: Literal["none", "min_snr"] = "none"
     """Weight of each timestep in the loss; min_snr is arXiv:2303.09556."""
     min_snr_gamma: float = 5.0
-    """Clamp of the signal-to-noise ratio in min_snr, dimensionless (arXiv:2303.09556: 5)."""
+    """Most that the signal-to-noise ratio counts in min_snr, dimensionless (arXiv:2303.09556: 5)."""
+    min_snr_floor: float = 0.0
+    """Least that it counts (arXiv:2202.00512, section 4, "truncated SNR": 1; min_snr itself: 0). The noisy steps decide
+    where things stand, and by min_snr alone they hardly count; with a floor, shapes need more steps (docs/lab.md)."""
     vlb_weight: float = 0.001
     """Weight lambda of the variational term of the hybrid loss (arXiv:2102.09672, section 3.1: 0.001)."""
 
     def __post_init__(self) -> None:
         require(self.num_timesteps >= 1, f"num_timesteps = {self.num_timesteps}: at least 1")
         require(self.min_snr_gamma > 0, f"min_snr_gamma = {self.min_snr_gamma}: must be positive")
+        require(
+            0 <= self.min_snr_floor <= self.min_snr_gamma,
+            f"min_snr_floor = {self.min_snr_floor}: from 0 to min_snr_gamma = {self.min_snr_gamma}",
+        )
         require(self.vlb_weight >= 0, f"vlb_weight = {self.vlb_weight}: must not be negative")
         require(
             self.loss == "simple" or self.loss_weighting == "none",

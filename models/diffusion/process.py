@@ -262,14 +262,14 @@ class Diffusion:
     def loss_weight(self, t: Int64[Tensor, " B"]) -> Float64[Tensor, " B"]:
         """Weight of the squared error at ``t``: 1, or min-SNR (arXiv:2303.09556, section 3.4), float64.
 
-        Min-SNR weighs the error of x0 by min(SNR, gamma). The error of eps is SNR times, that of v SNR + 1 times that
-        of x0.
+        Min-SNR weighs the error of x0 by min(SNR, gamma), and by no less than the floor. The error of eps is SNR times,
+        that of v SNR + 1 times that of x0.
         """
         if self.config.loss_weighting == "none":
             return torch.ones(t.shape, dtype=torch.float64, device=t.device)
         alpha_bar = self.alpha_bar(t)
         snr = alpha_bar / (1 - alpha_bar)
-        clamped = snr.clamp(max=self.config.min_snr_gamma)
+        clamped = snr.clamp(self.config.min_snr_floor, self.config.min_snr_gamma)
         if self.config.prediction == "x0":
             return clamped
         return clamped / (snr if self.config.prediction == "eps" else snr + 1)

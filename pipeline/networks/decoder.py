@@ -19,7 +19,7 @@ from pipeline.networks.measuring import ValidationRows, mean_cosine, sample_few_
 
 
 class DecoderObjective(nn.Module):
-    """Diffusion loss of the small picture given z_image and caption, each dropped at random.
+    """Diffusion loss of the small picture given z_image and caption, each dropped at random, and both pooled vectors.
 
     A decoder with inpainting channels also reads random parts of the picture, but only in training: the validation loss
     is always that of whole pictures.
@@ -43,11 +43,15 @@ class DecoderObjective(nn.Module):
         text = self._encode_text(batch.captions)
         keep_image = draw_keep(size, config.image_drop_prob, generator, device) if self.training else None
         keep_text = draw_keep(size, config.text_drop_prob, generator, device) if self.training else None
-        planes = None
+        planes, keep_pooled = None, None
+        if config.pooled_drop_prob > 0 and self.training:
+            keep_pooled = draw_keep(size, config.pooled_drop_prob, generator, device)
         if config.inpainting and self.training:
             mask = random_masks(size, config.image_px, config.unknown_prob, generator).to(device)
             planes = known_planes(x0, mask)
-        condition = network.encode_condition(z_image, text, keep_image=keep_image, keep_text=keep_text, planes=planes)
+        condition = network.encode_condition(
+            z_image, text, keep_image=keep_image, keep_text=keep_text, keep_pooled=keep_pooled, planes=planes
+        )
         return self._loss(lambda x, t: network(x, t, condition), x0, generator)
 
 
@@ -82,8 +86,9 @@ def _work(decoder: Decoder, _clip: object) -> Work:
 
 
 def _compiled(decoder: Decoder) -> tuple[nn.Module, ...]:
-    """The text transformer runs before the UNet, in a call of its own."""
-    return (decoder,) if decoder.text_transformer is None else (decoder, decoder.text_transformer)
+    """What reads the caption runs before the UNet, in a call of its own."""
+    readers = (decoder.text_transformer, decoder.text_adapter)
+    return (decoder, *(reader for reader in readers if reader is not None))
 
 
 DECODER = NetworkKind(

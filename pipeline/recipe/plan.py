@@ -53,6 +53,10 @@ class StepStatus:
 
 
 _ADDED_LATER = {
+    "model.diffusion.min_snr_floor": 0.0,
+    "model.hard_negatives": False,
+    "model.pooled_drop_prob": 0.0,
+    "model.text_adapter": {"depth": 0, "head_width": 32, "mlp_ratio": 4},
     "model.diffusion.loss": "simple",
     "model.diffusion.timestep_draws": "uniform",
     "model.image_norm": 1.0,

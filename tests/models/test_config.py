@@ -57,6 +57,7 @@ def test_config_documents_every_field(cls: type) -> None:
         (lambda: PriorConfig(diffusion=DiffusionConfig(num_timesteps=10)), "above num_timesteps"),
         (lambda: PriorConfig(diffusion=DiffusionConfig(loss="vlb")), "256 grey levels"),
         (lambda: DiffusionConfig(loss="vlb", loss_weighting="min_snr"), "weighs a squared error"),
+        (lambda: DiffusionConfig(min_snr_floor=6.0), "from 0 to min_snr_gamma = 5.0"),
         (lambda: NoisyClipConfig(diffusion=DiffusionConfig(loss="vlb")), "trained by contrast"),
         (lambda: NoisyClipConfig(diffusion=DiffusionConfig(timestep_draws="loss_aware")), "trained by contrast"),
         (lambda: UNetConfig(channels=100, norm_groups=32), "multiple of norm_groups"),

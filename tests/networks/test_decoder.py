@@ -1,5 +1,6 @@
 """The decoder's training with inpainting channels: what is known comes to be used."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -78,3 +79,28 @@ def test_without_inpainting_channels_the_training_samples_the_same_noise_as_befo
         losses.append(objective(_flat_pictures(4, torch.Generator().manual_seed(2)), generator).item())
         losses.append(torch.rand(1, generator=generator).item())
     assert losses[:2] == losses[2:]
+
+
+def _losses(pooled_drop_prob: float, *, training: bool) -> list[float]:
+    """The loss of two batches that differ in z_image alone, and a number that the generator yields after the first."""
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(image_px=8, context_width=8, unet=UNET, pooled_drop_prob=pooled_drop_prob), DIMS)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    objective = DecoderObjective(decoder, _no_captions).train(training)
+    batch = _flat_pictures(16, torch.Generator().manual_seed(2))
+    batches = (batch, dataclasses.replace(batch, z_image=-batch.require_z_image()))
+    generators = [torch.Generator().manual_seed(1) for _ in batches]
+    losses = [objective(part, generator).item() for part, generator in zip(batches, generators, strict=True)]
+    return [*losses, torch.rand(1, generator=generators[0]).item()]
+
+
+def test_pooled_vectors_are_dropped_in_training_alone_and_cost_no_number_where_they_are_kept() -> None:
+    kept, dropped = _losses(0.0, training=True), _losses(1.0, training=True)
+    assert kept[0] != kept[1]
+    assert dropped[0] == dropped[1]
+    assert dropped[2] != kept[2]
+    validation = _losses(1.0, training=False)
+    assert validation[0] != validation[1]
+    assert validation == _losses(0.0, training=False)

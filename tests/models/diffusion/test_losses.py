@@ -95,16 +95,17 @@ def test_vlb_loss_is_the_term_of_the_bound_and_teaches_all_of_the_output(varianc
     assert torch.autograd.grad(actual.loss.sum(), output)[0].abs().min() > 0
 
 
+@pytest.mark.parametrize("floor", [0.0, 1.0])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_min_snr_weighs_the_same_error_of_x0_alike_for_every_prediction(prediction: str) -> None:
-    diffusion = make_diffusion(prediction=prediction, loss_weighting="min_snr", min_snr_gamma=5.0)
+def test_min_snr_weighs_the_same_error_of_x0_alike_for_every_prediction(prediction: str, floor: float) -> None:
+    diffusion = make_diffusion(prediction=prediction, loss_weighting="min_snr", min_snr_gamma=5.0, min_snr_floor=floor)
     t = torch.tensor([5, 300, 500, 800])
     x0, _, x_t = noised(diffusion, t)
     noise = diffusion.eps_from_x0(x0, x_t, t)
     wrong_x0 = x0 + 0.1
     actual = diffusion.losses_from_output(output_from_x0(diffusion, wrong_x0, x_t, t), x0, x_t, t, noise).loss
     alpha_bar = diffusion.alpha_bar(t)
-    expected = (alpha_bar / (1 - alpha_bar)).clamp(max=5) * 0.1**2
+    expected = (alpha_bar / (1 - alpha_bar)).clamp(floor, 5) * 0.1**2
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
 
 

@@ -9,7 +9,7 @@ from tiny_models import CONVOLUTION, DIMS, UNET, make_text, randomise
 
 from models.ar_prior.config import ArPriorConfig
 from models.ar_prior.network import ArPrior
-from models.decoder.config import DecoderConfig, TextTransformerConfig
+from models.decoder.config import DecoderConfig, TextAdapterConfig, TextTransformerConfig
 from models.decoder.network import Decoder
 from models.noisy_clip.config import NoisyClipConfig
 from models.noisy_clip.network import NoisyClip
@@ -49,6 +49,20 @@ def test_decoder_and_its_condition_compile_without_graph_breaks(variance: str) -
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 900])
     expected = decoder(x, t, decoder.encode_condition(z_image, text, keep_image=torch.tensor([True, False])))
     torch.testing.assert_close(compiled(x, t, condition), expected)
+
+
+def test_text_adapter_compiles_without_graph_breaks() -> None:
+    config = DecoderConfig(
+        image_px=8, context_width=6, unet=UNET, text_adapter=TextAdapterConfig(depth=1, head_width=3)
+    )
+    decoder = Decoder(config, DIMS).eval()
+    randomise(decoder)
+    z_image, text = F.normalize(torch.randn(2, DIMS.embed_dim), dim=-1), make_text((3, 5))
+    encode = torch.compile(decoder.encode_condition, backend="eager", fullgraph=True)
+    keep = torch.tensor([True, False])
+    with torch.no_grad():
+        compiled = encode(z_image, text, keep_pooled=keep).context[0].keys
+        torch.testing.assert_close(compiled, decoder.encode_condition(z_image, text, keep_pooled=keep).context[0].keys)
 
 
 def test_upsampler_compiles_without_graph_breaks() -> None:

@@ -1,0 +1,100 @@
+"""The adapter on CLIP's token states, and the dropping of both pooled vectors: what the decoder then reads."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import DIMS, UNET, make_text, randomise
+from torch import Tensor
+
+from models.decoder.config import DecoderConfig, TextAdapterConfig, TextTransformerConfig
+from models.decoder.network import Decoder
+from models.decoder.text_transformer import TextAdapter
+
+ADAPTER = TextAdapterConfig(depth=2, head_width=3)
+CONFIG = DecoderConfig(image_px=8, context_width=6, unet=UNET, text_adapter=ADAPTER)
+
+
+@pytest.fixture
+def decoder() -> Decoder:
+    torch.manual_seed(0)
+    model = Decoder(CONFIG, DIMS).eval()
+    randomise(model)
+    return model
+
+
+def _inputs(size: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(size)
+    z_image = torch.nn.functional.normalize(torch.randn(size, DIMS.embed_dim, generator=generator), dim=-1)
+    return torch.randn(size, 3, 8, 8, generator=generator), torch.arange(size) * 100, z_image
+
+
+def test_adapter_lets_each_token_read_the_whole_caption_its_place_and_no_padding() -> None:
+    torch.manual_seed(0)
+    adapter = TextAdapter(ADAPTER, 6, DIMS.context_length).eval()
+    text = make_text((5, 3))
+    mask, states = text.mask, torch.randn(*text.mask.shape, 6)
+    out = adapter(states, mask)
+    last = states.clone()
+    last[0, 4] = last[0, 4].flip(0)
+    assert (adapter(last, mask)[0, :4] - out[0, :4]).abs().amax(1).min() > 1e-6  # CLIP's tower is causal; this is not
+    padding = states.masked_fill(~mask[..., None], 7.0)
+    torch.testing.assert_close(adapter(padding, mask)[1, :3], out[1, :3])
+    swapped = states.clone()
+    swapped[:, :2] = states[:, :2].flip(1)
+    assert (adapter(swapped, mask)[0, 0] - out[0, 1]).abs().max() > 1e-6  # a token knows where it stands
+
+
+def test_decoder_reads_the_adapted_states(decoder: Decoder) -> None:
+    (x, t, z_image), text = _inputs(2), make_text((4, 6))
+    plain = decoder(x, t, decoder.encode_condition(z_image, text))
+    other = decoder(x, t, decoder.encode_condition(z_image, replace(text, hidden=text.hidden.flip(2))))
+    assert (other - plain).abs().amax((1, 2, 3)).min() > 1e-4
+    assert decoder.text_adapter is not None
+    with torch.no_grad():
+        decoder.text_adapter.positions.add_(torch.randn_like(decoder.text_adapter.positions))
+    moved = decoder(x, t, decoder.encode_condition(z_image, text))
+    assert (moved - plain).abs().amax((1, 2, 3)).min() > 1e-4
+
+
+def test_adapter_is_trained_with_the_decoder(decoder: Decoder) -> None:
+    (x, t, z_image), text = _inputs(2), make_text((DIMS.context_length, 6))
+    decoder(x, t, decoder.encode_condition(z_image, text)).square().mean().backward()
+    assert decoder.text_adapter is not None
+    gradients = {name: p.grad for name, p in decoder.text_adapter.named_parameters()}
+    assert [name for name, gradient in gradients.items() if gradient is None or not gradient.abs().max() > 0] == []
+
+
+@pytest.mark.parametrize("adapter", [TextAdapterConfig(), ADAPTER])
+def test_without_the_pooled_vectors_the_token_states_alone_count(adapter: TextAdapterConfig) -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(replace(CONFIG, text_adapter=adapter), DIMS).eval()
+    randomise(decoder)
+    (x, t, z_image), text, keep = _inputs(2), make_text((4, 6)), torch.tensor([True, False])
+
+    def run(z_image: Tensor = z_image, **changes: Tensor) -> Tensor:
+        condition = decoder.encode_condition(z_image, replace(text, **changes), keep_pooled=keep)
+        return decoder(x, t, condition)
+
+    plain = run()
+    for other in (run(-z_image), run(pooled=text.pooled + 1)):
+        torch.testing.assert_close(other[1], plain[1], rtol=0, atol=0)
+        assert (other[0] - plain[0]).abs().max() > 1e-4
+    assert (run(hidden=text.hidden.flip(2)) - plain).abs().amax((1, 2, 3)).min() > 1e-4
+    kept = decoder(x, t, decoder.encode_condition(z_image, text))
+    torch.testing.assert_close(plain[0], kept[0], rtol=0, atol=1e-5)
+
+
+def test_without_caption_and_pooled_vectors_the_condition_is_the_null_one(decoder: Decoder) -> None:
+    (x, t, z_image), none = _inputs(2), torch.zeros(2, dtype=torch.bool)
+    condition = decoder.encode_condition(z_image, make_text((4, 6)), keep_text=none, keep_pooled=none)
+    torch.testing.assert_close(decoder(x, t, condition), decoder(x, t, decoder.null_condition(2)), rtol=0, atol=1e-5)
+
+
+def test_adapter_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"context_width = 6 is not a multiple of text_adapter.head_width = 4"):
+        replace(CONFIG, text_adapter=TextAdapterConfig(depth=1, head_width=4))
+    text = TextTransformerConfig(width=16, depth=1, num_heads=2)
+    for fields in ({"text_adapter": ADAPTER}, {"text_adapter": TextAdapterConfig(), "pooled_drop_prob": 0.5}):
+        with pytest.raises(ValueError, match="text_transformer replaces them"):
+            replace(CONFIG, text_transformer=text, **fields)
