@@ -60,6 +60,10 @@ class ClipConfig:
     """Blocks of the text transformer."""
     context_length: int = 32
     """Length L of a tokenised caption, in tokens, start and end included; longer captions are cut."""
+    hard_negatives: bool = False
+    """Whether training also tells each picture's caption from the same words in another order (arXiv:2210.01936), made
+    by swapping two spans of at most three words where every new pair of neighbours occurs in the batch. It teaches CLIP
+    the order of words, which a batch of unlike captions does not ask for, and runs the text transformer twice."""
 
     def __post_init__(self) -> None:
         require(self.patch_px >= 1, f"patch_px = {self.patch_px}: at least 1")

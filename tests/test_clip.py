@@ -1,6 +1,7 @@
 """CLIP: our reading of open_clip's models against open_clip itself."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from pipeline.clip import FrozenClip, clip_loss, create_clip, load_clip, load_pretrained, open_clip, save_clip
+from pipeline.data.batches import Batch
+from pipeline.networks.clip import CLIP as CLIP_KIND
+from pipeline.networks.clip import ClipObjective
 from pipeline.pictures import square
 from tests.tiny.command import ROOT
 from tests.tiny.networks import CLIP
@@ -94,6 +98,42 @@ def test_clip_loss_of_half_precision_features_is_taken_in_full_precision() -> No
     logits, own = scale * image.float() @ text.float().T, torch.arange(3)
     expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_hard_negatives_add_the_loss_of_telling_each_caption_from_its_own() -> None:
+    clip = create_clip(CONFIG)
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    tokens, negatives = clip.tokenize(CAPTIONS[:3]), clip.tokenize([*CAPTIONS[1:3], CAPTIONS[2]])
+    image, text, scale, *_ = clip.model(clip.prepare(images), tokens)
+    other = clip.model.encode_text(negatives, normalize=True)
+    added = clip_loss(clip, images, tokens, negatives=negatives) - clip_loss(clip, images, tokens)
+    pairs = [torch.stack([image[i] @ text[i], image[i] @ other[i]]) * scale for i in range(3)]
+    expected = torch.stack([F.cross_entropy(pair, torch.tensor(0)) for pair in pairs]).mean()
+    torch.testing.assert_close(added, expected, rtol=1e-4, atol=1e-5)
+    same = clip_loss(clip, images, tokens, negatives=tokens)
+    plain = clip_loss(clip, images, tokens)
+    clip.model.zero_grad()
+    (same - plain).backward()  # a caption without a negative stands for itself: a constant, without a gradient
+    gradients = [p.grad.abs().max().item() for p in clip.model.parameters() if p.grad is not None]
+    assert max(gradients) < 1e-4
+    assert (same - plain).item() == pytest.approx(math.log(2), rel=1e-3)
+
+
+def test_objective_takes_hard_negatives_in_training_alone_and_repeats_them_by_seed() -> None:
+    captions = ("a red star on a blue field", "a blue star on a red field", "a red field")
+    batch = Batch(captions, captions, torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8))
+    losses: dict[bool, list[float]] = {}
+    for hard_negatives in (False, True):
+        torch.manual_seed(0)
+        network = CLIP_KIND.create(replace(CONFIG, hard_negatives=hard_negatives), CONFIG.dims())
+        objective = ClipObjective(network)
+        losses[hard_negatives] = [
+            objective.train(training)(batch, torch.Generator().manual_seed(1)).item()
+            for training in (True, True, False)
+        ]
+    assert losses[True][0] > losses[False][0] + 0.1
+    assert losses[True][0] == losses[True][1]
+    assert losses[True][2] == losses[False][2]
 
 
 def test_open_clip_is_loaded_without_wandb_which_others_may_still_load() -> None:

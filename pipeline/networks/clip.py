@@ -5,7 +5,9 @@ open_clip takes longer to import than torch. It is imported lazily, so that upsa
 
 from __future__ import annotations
 
+import random
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from models.clip_config import ClipConfig, ClipDims
 from pipeline.data.batches import Batch
+from pipeline.data.negatives import bigrams_of, hard_negatives
 from pipeline.errors import DataError
 from pipeline.networks.counting import Work, count
 from pipeline.networks.kind import NetworkKind
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class ClipObjective(nn.Module):
-    """The contrastive loss over the global batch.
+    """The contrastive loss over the global batch; in training, against hard negatives too where the recipe says so.
 
     Args:
         network: The model in training, or its moving average.
@@ -35,20 +38,29 @@ class ClipObjective(nn.Module):
         super().__init__()
         self.network = network
         self._clip = _with_tokenizer(network)
+        self._hard_negatives: bool = getattr(network, "config").hard_negatives  # noqa: B009  (open_clip's class)
 
     def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Mean loss of this worker's share, against the captions and pictures of all workers."""
         from pipeline.clip import clamp_logit_scale, clip_loss
 
-        del generator
-        rank, world_size = 0, 1
+        rank, world_size, negatives = 0, 1, None
         if self.training:
             clamp_logit_scale(self._clip)
             if torch.distributed.is_initialized():
                 rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         images = batch.require_images()
         tokens = self._clip.tokenize(batch.captions).to(images.device)
-        return clip_loss(self._clip, images, tokens, rank=rank, world_size=world_size)
+        if self.training and self._hard_negatives:
+            seed = int(torch.randint(2**62, (1,), generator=generator))
+            negatives = self._clip.tokenize(_reordered(batch.captions, random.Random(seed))).to(images.device)
+        return clip_loss(self._clip, images, tokens, negatives=negatives, rank=rank, world_size=world_size)
+
+
+def _reordered(captions: Sequence[str], rng: random.Random) -> list[str]:
+    """A hard negative of each caption, by the words of all of them; the caption itself where there is none."""
+    bigrams = bigrams_of(captions)
+    return [next(iter(hard_negatives(caption, bigrams, 1, rng)), caption) for caption in captions]
 
 
 def save_clip_artifact(artifact: Artifact, clip: OpenClip) -> None:
