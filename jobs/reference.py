@@ -16,7 +16,8 @@ def reference() -> str:
         "",
         "`make docs` writes this page from the types in `pipeline/recipe/sections.py` and `models/*/config.py`: every",
         "field with its default. A recipe holds only what differs. Tables named `resources` change no bytes and are no",
-        "part of a key.",
+        'part of a key. `extends = "other.toml"`, a path from the recipe\'s own folder, puts its tables on those of',
+        "another recipe; `unclip config RECIPE` prints the result.",
     ]
     defaults = default_tables({name: {} for name in schema["properties"]})
     _section(schema, schema["properties"], defaults, ("", ""), lines)

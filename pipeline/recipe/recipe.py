@@ -139,6 +139,10 @@ class Recipe:
         return {name: section.model for name, section in sections.items() if section is not None}
 
 
+EXTENDS = "extends"
+"""Key of a recipe file, not of a recipe: the file that it changes."""
+
+
 @functools.cache
 def _recipe_type() -> TypeAdapter[Recipe]:
     """Built lazily: workers receive a parsed recipe and never need it."""
@@ -149,7 +153,8 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     """Read a recipe file and check it.
 
     Args:
-        path: A ``.toml`` recipe, or a resolved ``.json`` one, or a folder of networks; None: the defaults alone.
+        path: A ``.toml`` recipe, or a resolved ``.json`` one, or a folder of networks; None: the defaults alone. With
+            ``extends = "other.toml"`` (from the file's own folder) a recipe names only what it changes in another one.
         overrides: ``a.b=value`` strings; the value is TOML, a bare word is a string.
 
     Raises:
@@ -255,9 +260,20 @@ def _merge(below: Json, above: Json) -> Json:
     return merged
 
 
-def _read_tables(file: Path) -> Json:
-    if file.is_dir():
-        return folder_tables(file)
+def _read_tables(file: Path, extended_by: tuple[Path, ...] = ()) -> Json:
+    """The tables of a recipe, on those of the recipe that it extends."""
+    if file.resolve() in extended_by:
+        raise ConfigError(f"{file}: extends itself, by way of {', '.join(str(path) for path in extended_by)}")
+    tables = folder_tables(file) if file.is_dir() else _read_file(file)
+    if EXTENDS not in tables:
+        return tables
+    base = tables.pop(EXTENDS)
+    if not isinstance(base, str):
+        raise ConfigError(f'{file}: {EXTENDS} = {base!r}: name one recipe, as in {EXTENDS} = "demo.toml"')
+    return _merge(_read_tables(file.parent / base, (*extended_by, file.resolve())), tables)
+
+
+def _read_file(file: Path) -> Json:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:

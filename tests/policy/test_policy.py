@@ -12,7 +12,7 @@ from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "configs").glob("*.toml"))
+RECIPES = sorted((ROOT / "configs").rglob("*.toml"))
 
 
 def _tracked() -> list[str]:

@@ -32,6 +32,35 @@ def test_load_recipe_layers_defaults_file_and_overrides(tmp_path: Path) -> None:
     assert recipe.decoder == Recipe().decoder
 
 
+def test_recipe_that_extends_another_names_only_what_it_changes(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text('name = "base"\nseed = 3\n[prior.train]\nnum_steps = 10\nbatch_size = 8\n')
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "longer.toml").write_text('extends = "../base.toml"\n[prior.train]\nnum_steps = 99\n')
+    last = tmp_path / "more" / "last.toml"
+    last.write_text('extends = "longer.toml"\nname = "last"\n')
+    recipe = load_recipe(last, ["prior.train.batch_size=4"])
+    assert (recipe.name, recipe.seed) == ("last", 3)
+    assert (recipe.prior.train.num_steps, recipe.prior.train.batch_size) == (99, 4)
+    flat = load_recipe(None, ["name=last", "seed=3", "prior.train.num_steps=99", "prior.train.batch_size=4"])
+    assert recipe == flat  # a recipe's keys do not depend on how its file is written
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('extends = "gone.toml"\n', r"gone\.toml: no such recipe"),
+        ("extends = 3\n", r"r\.toml: extends = 3: name one recipe"),
+        ('extends = "r.toml"\n', r"r\.toml: extends itself, by way of .*r\.toml"),
+        ('extends = "bad.toml"\n', r"bad\.toml: not a valid recipe"),
+    ],
+)
+def test_recipe_that_extends_what_it_cannot_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "r.toml").write_text(text)
+    (tmp_path / "bad.toml").write_text("a = \n")
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(tmp_path / "r.toml")
+
+
 def test_parse_recipe_table_that_names_one_key_keeps_its_parents_choices() -> None:
     recipe = parse_recipe({"prior": {"model": {"diffusion": {"num_timesteps": 100}}}, "embed": {"resources": {}}})
     assert recipe.prior.model.diffusion.prediction == Recipe().prior.model.diffusion.prediction == "x0"
