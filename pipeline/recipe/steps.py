@@ -71,7 +71,7 @@ _BEFORE_EVALUATE = (
     StepRow(
         name="decoder",
         title="Decoder",
-        version=2,
+        version=3,
         inputs=("download", "clip", "embed"),
         runner=_TRAINING,
         trains="decoder",
@@ -82,6 +82,7 @@ _BEFORE_EVALUATE = (
     StepRow(
         name="prior",
         title="Prior",
+        version=2,
         inputs=("clip", "embed"),
         runner=_TRAINING,
         trains="prior",
@@ -89,7 +90,13 @@ _BEFORE_EVALUATE = (
         files=_INIT_FILES,
     ),
     StepRow(
-        name="prior_2", title="Prior 2", inputs=("clip", "embed"), runner=_TRAINING, trains="prior", files=_INIT_FILES
+        name="prior_2",
+        title="Prior 2",
+        version=2,
+        inputs=("clip", "embed"),
+        runner=_TRAINING,
+        trains="prior",
+        files=_INIT_FILES,
     ),
     StepRow(
         name="noisy_clip",
@@ -104,7 +111,7 @@ _BEFORE_EVALUATE = (
         StepRow(
             name=f"upsampler_{number}",
             title=f"Upsampler {number}",
-            version=2,
+            version=3,
             inputs=("download",),
             runner=_TRAINING,
             trains="upsampler",
