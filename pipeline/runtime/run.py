@@ -102,7 +102,7 @@ def _run_steps(
     waiting = [status.step for status in statuses if status.state != "done"]
     running: dict[Any, StepContext] = {}
     servers = _own_servers()
-    forecast = _Forecast(recipe, waiting, observer)
+    forecast = _Forecast(recipe, waiting, observer, can_grow=not servers)
     try:
         while waiting or running:
             _require_alive(servers)
@@ -112,8 +112,8 @@ def _run_steps(
                     continue
                 waiting.remove(step)
                 context.output.clear_temporaries()
-                Progress(context.output, waits=True).update(0, 1, "", "starting", force=True)
                 running[_run_step.remote(context)] = context
+                Progress(context.output, waits=True).update(0, 1, "", "starting", force=True)
                 tracking.started(context)
                 observer.started(step)
             ready, _ = ray.wait(list(running), timeout=_POLL_S, num_returns=1)
@@ -141,9 +141,19 @@ def _run_steps(
 
 
 class _Forecast:
-    """Tells the observer the time to go of the whole run, every few seconds."""
+    """Tells the observer the time to go of the whole run, every few seconds.
 
-    def __init__(self, recipe: Recipe, steps: Sequence[Step], observer: Observer) -> None:
+    Args:
+        recipe: The recipe.
+        steps: The steps that are not done.
+        observer: Who is told.
+        can_grow: Whether machines may join, so that the resources are asked for again each time. A Ray of this run's
+            own has those of this machine; asking it would hang for a minute if it were killed at that moment.
+    """
+
+    def __init__(self, recipe: Recipe, steps: Sequence[Step], observer: Observer, *, can_grow: bool) -> None:
+        self._can_grow = can_grow
+        self._resources = ray.cluster_resources()
         self._recipe = recipe
         self._steps = list(steps)
         self._observer = observer
@@ -155,8 +165,10 @@ class _Forecast:
         if time.monotonic() - self._estimated_at < _FORECAST_S:
             return
         self._estimated_at = time.monotonic()
-        resources = ray.cluster_resources()
-        machine = dataclasses.replace(self._machine, cpus=resources.get("CPU", 0), gpus=resources.get("GPU", 0))
+        if self._can_grow:
+            self._resources = ray.cluster_resources()
+        cpus, gpus = (self._resources.get(name, 0) for name in ("CPU", "GPU"))
+        machine = dataclasses.replace(self._machine, cpus=cpus, gpus=gpus)
         steps = [step for step in self._steps if step.name not in done]
         self._observer.remaining(remaining(self._recipe, steps, readings, self._times, machine))
 
