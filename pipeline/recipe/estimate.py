@@ -102,13 +102,13 @@ def save_times(recipe: Recipe, times: Mapping[str, StepTime], crowding: float) -
 def load_times(recipe: Recipe, steps: Sequence[Step]) -> tuple[dict[str, StepTime], Machine]:
     """The known times of a recipe's steps by name, and this machine."""
     workspace, record = Workspace(recipe.workspace), _read_times(_home(recipe))
-    keys, known = time_keys(recipe), dict[str, StepTime]()
+    keys, times = time_keys(recipe), dict[str, StepTime]()
     for step in steps:
         measured = record.steps.get(keys[step.name])
         earlier = _recorded(workspace, step, recipe, record.crowding) if measured is None else None
         if (value := measured or earlier) is not None:
-            known[step.name] = value
-    return known, this_machine(record.crowding)
+            times[step.name] = value
+    return times, this_machine(record.crowding)
 
 
 def remaining_from(

@@ -112,6 +112,7 @@ def _run_steps(
                     continue
                 waiting.remove(step)
                 context.output.clear_temporaries()
+                # Submitted first: to submit to a Ray that is killed at the first sign of progress hangs for a minute.
                 running[_run_step.remote(context)] = context
                 Progress(context.output, waits=True).update(0, 1, "", "starting", force=True)
                 tracking.started(context)

@@ -47,8 +47,8 @@ class Rehearsal:
     """
 
     def __init__(self, recipe: Recipe, folder: Path, finished: Mapping[str, Artifact]) -> None:
-        drawn = replace(recipe.pairs.drawn, num_pairs=NUM_ROWS, num_faulty=0, port=_free_port())
-        pairs = replace(recipe.pairs, max_pairs=NUM_ROWS, validation_prob=0.5, drawn=drawn)
+        shapes = replace(recipe.pairs.drawn, num_pairs=NUM_ROWS, num_faulty=0, port=_free_port())
+        pairs = replace(recipe.pairs, max_pairs=NUM_ROWS, validation_prob=0.5, drawn=shapes)
         # A dead host may take its deadline in a real run; a rehearsal waits less long for a row.
         deadline_s = min(recipe.download.deadline_s, _DEADLINE_S)
         download = replace(recipe.download, samples_per_shard=NUM_ROWS, retries=0, deadline_s=deadline_s)
@@ -72,15 +72,15 @@ class Rehearsal:
     def pairs(self) -> RowUnits:
         """Write the pairs."""
         config, output, summary = self.recipe.pairs, self.artifact("pairs"), PairsSummary()
-        is_drawn = config.source == "drawn"
+        makes_shapes = config.source == "drawn"
         clock = Clock(torch.device("cpu"), 1)
         start = clock.now()
-        batches = drawn_batches(config.drawn, self.recipe.seed) if is_drawn else source_batches(config, summary)
+        batches = drawn_batches(config.drawn, self.recipe.seed) if makes_shapes else source_batches(config, summary)
         with output.write("pairs.parquet") as path:
             write_pairs(batches, config, path, summary, lambda _done: None)
         self.num_pairs = summary.counts["ok"]
         row_s, fixed_s = (clock.now() - start) / summary.counts["in"], 0.0
-        if is_drawn:
+        if makes_shapes:
             with output.write("evaluation.parquet") as path:
                 fixed_s = clock.time(lambda: write_evaluation(path, self.recipe.seed))
         return RowUnits(row_s=row_s, fixed_s=fixed_s)

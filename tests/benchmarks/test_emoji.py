@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import emoji
-from benchmarks.emoji import BACKGROUNDS, STYLES, Asked, Drawings, features, judge, main, rms, show, table
+from benchmarks import emoji, emoji_quality
+from benchmarks.emoji import BACKGROUNDS, STYLES, main
+from benchmarks.emoji_quality import Asked, Drawings, features, judge, rms, show, table
 from pipeline.data.pairs import PairsSummary, source_batches
 from pipeline.recipe.recipe import load_recipe
 from pipeline.recipe.sections import PairsConfig
@@ -154,7 +155,7 @@ def test_the_recipe_is_read_and_prompts_pass_a_whole_cascade(tmp_path: Path) -> 
     assert load_recipe(str(ROOT / "benchmarks/emoji.toml")).pairs.source == "folder"
     recipe = served_workspace(tmp_path, port=free_port())
     asked = [Asked("trained", name, "noto", "white") for name in ("red heart", "cat")]
-    pictures = emoji.sample(recipe, asked, [0, 1])
+    pictures = emoji_quality.sample(recipe, asked, [0, 1])
     assert [len(group) for group in pictures] == [2, 2]
     assert not np.array_equal(pictures[0][0], pictures[0][1])
 
@@ -171,7 +172,7 @@ def test_search_ranks_the_words_of_a_drawing_among_all(packages: Path, tmp_path:
             return SimpleNamespace(z_text=torch.tensor([face if "face" in text else other for text in texts]))
 
     make(packages, tmp_path / "pairs", ("red heart", "openmoji"))
-    rows = emoji.search_table(Clip(), Drawings(tmp_path / "pairs/drawings"))  # pyright: ignore[reportArgumentType]
+    rows = emoji_quality.search_table(Clip(), Drawings(tmp_path / "pairs/drawings"))  # pyright: ignore[reportArgumentType]
     assert [(row["drawings"], row["number"]) for row in rows] == [("trained drawing", 6), ("name in a new style", 1)]
     assert rows[0]["among the first 20"] == "100 %"
     assert rows[1]["among the first 1"] == "0 %"

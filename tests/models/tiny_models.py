@@ -87,3 +87,10 @@ def right_half(image: torch.Tensor) -> torch.Tensor:
     mask = torch.zeros(image.shape[:3], dtype=torch.bool)
     mask[:, :, image.shape[2] // 2 :] = True
     return mask
+
+
+def decoder_inputs(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noised pictures of 8 px, their timesteps, and z_image."""
+    generator = torch.Generator().manual_seed(size)
+    z_image = F.normalize(torch.randn(size, DIMS.embed_dim, generator=generator), dim=-1)
+    return torch.randn(size, 3, 8, 8, generator=generator), torch.arange(size) * 100, z_image

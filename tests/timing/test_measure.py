@@ -39,8 +39,8 @@ def test_every_step_and_every_kind_of_network_is_measured_and_kept_for_the_run(t
     assert all(span.end_s > span.start_s >= 0 for span in run.spans.values())
     assert run.seconds == run.spans["evaluate"].end_s
     assert max(run.spans[name].end_s for name in recipe.trained()) <= run.spans["evaluate"].start_s
-    known, machine = load_times(recipe, steps)
-    assert set(known) == set(run.spans)
+    times, machine = load_times(recipe, steps)
+    assert set(times) == set(run.spans)
     assert machine == measured
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import DIMS, UNET, make_text, randomise
+from tiny_models import DIMS, UNET, decoder_inputs, make_text, randomise
 from torch import Tensor
 
 from models.decoder.config import DecoderConfig, TextAdapterConfig, TextTransformerConfig
@@ -21,12 +21,6 @@ def decoder() -> Decoder:
     model = Decoder(CONFIG, DIMS).eval()
     randomise(model)
     return model
-
-
-def _inputs(size: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(size)
-    z_image = torch.nn.functional.normalize(torch.randn(size, DIMS.embed_dim, generator=generator), dim=-1)
-    return torch.randn(size, 3, 8, 8, generator=generator), torch.arange(size) * 100, z_image
 
 
 def test_adapter_lets_each_token_read_the_whole_caption_its_place_and_no_padding() -> None:
@@ -46,7 +40,7 @@ def test_adapter_lets_each_token_read_the_whole_caption_its_place_and_no_padding
 
 
 def test_decoder_reads_the_adapted_states(decoder: Decoder) -> None:
-    (x, t, z_image), text = _inputs(2), make_text((4, 6))
+    (x, t, z_image), text = decoder_inputs(2), make_text((4, 6))
     plain = decoder(x, t, decoder.encode_condition(z_image, text))
     other = decoder(x, t, decoder.encode_condition(z_image, replace(text, hidden=text.hidden.flip(2))))
     assert (other - plain).abs().amax((1, 2, 3)).min() > 1e-4
@@ -58,7 +52,7 @@ def test_decoder_reads_the_adapted_states(decoder: Decoder) -> None:
 
 
 def test_adapter_is_trained_with_the_decoder(decoder: Decoder) -> None:
-    (x, t, z_image), text = _inputs(2), make_text((DIMS.context_length, 6))
+    (x, t, z_image), text = decoder_inputs(2), make_text((DIMS.context_length, 6))
     decoder(x, t, decoder.encode_condition(z_image, text)).square().mean().backward()
     assert decoder.text_adapter is not None
     gradients = {name: p.grad for name, p in decoder.text_adapter.named_parameters()}
@@ -70,7 +64,7 @@ def test_without_the_pooled_vectors_the_token_states_alone_count(adapter: TextAd
     torch.manual_seed(0)
     decoder = Decoder(replace(CONFIG, text_adapter=adapter), DIMS).eval()
     randomise(decoder)
-    (x, t, z_image), text, keep = _inputs(2), make_text((4, 6)), torch.tensor([True, False])
+    (x, t, z_image), text, keep = decoder_inputs(2), make_text((4, 6)), torch.tensor([True, False])
 
     def run(z_image: Tensor = z_image, **changes: Tensor) -> Tensor:
         condition = decoder.encode_condition(z_image, replace(text, **changes), keep_pooled=keep)
@@ -86,7 +80,7 @@ def test_without_the_pooled_vectors_the_token_states_alone_count(adapter: TextAd
 
 
 def test_without_caption_and_pooled_vectors_the_condition_is_the_null_one(decoder: Decoder) -> None:
-    (x, t, z_image), none = _inputs(2), torch.zeros(2, dtype=torch.bool)
+    (x, t, z_image), none = decoder_inputs(2), torch.zeros(2, dtype=torch.bool)
     condition = decoder.encode_condition(z_image, make_text((4, 6)), keep_text=none, keep_pooled=none)
     torch.testing.assert_close(decoder(x, t, condition), decoder(x, t, decoder.null_condition(2)), rtol=0, atol=1e-5)
 

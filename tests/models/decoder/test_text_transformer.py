@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import DIMS, UNET, make_text, randomise
+from tiny_models import DIMS, UNET, decoder_inputs, make_text, randomise
 
 from models.decoder.config import DecoderConfig, TextTransformerConfig
 from models.decoder.network import Decoder
@@ -22,12 +22,6 @@ def decoder() -> Decoder:
     return model
 
 
-def _inputs(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(size)
-    z_image = torch.nn.functional.normalize(torch.randn(size, DIMS.embed_dim, generator=generator), dim=-1)
-    return torch.randn(size, 3, 8, 8, generator=generator), torch.arange(size) * 100, z_image
-
-
 def test_text_transformer_reads_every_token_of_a_caption_from_every_place_and_no_padding() -> None:
     torch.manual_seed(0)
     model = TextTransformer(TEXT, DIMS.context_length).eval()
@@ -43,7 +37,7 @@ def test_text_transformer_reads_every_token_of_a_caption_from_every_place_and_no
 
 
 def test_decoder_with_a_text_transformer_reads_tokens_and_not_the_frozen_states(decoder: Decoder) -> None:
-    (x, t, z_image), text = _inputs(2), make_text((4, 6))
+    (x, t, z_image), text = decoder_inputs(2), make_text((4, 6))
     plain = decoder(x, t, decoder.encode_condition(z_image, text))
     frozen = replace(text, hidden=text.hidden + 1, pooled=text.pooled + 1)
     torch.testing.assert_close(decoder(x, t, decoder.encode_condition(z_image, frozen)), plain, rtol=0, atol=0)
@@ -53,7 +47,7 @@ def test_decoder_with_a_text_transformer_reads_tokens_and_not_the_frozen_states(
 
 
 def test_decoder_with_a_text_transformer_drops_captions_to_the_empty_one(decoder: Decoder) -> None:
-    (x, t, z_image), text = _inputs(2), make_text((4, 6))
+    (x, t, z_image), text = decoder_inputs(2), make_text((4, 6))
     keep = torch.tensor([True, False])
     none = torch.zeros(2, dtype=torch.bool)
     dropped = decoder(x, t, decoder.encode_condition(z_image, text, keep_text=keep))
@@ -66,7 +60,7 @@ def test_decoder_with_a_text_transformer_drops_captions_to_the_empty_one(decoder
 
 
 def test_text_transformer_is_trained_with_the_decoder(decoder: Decoder) -> None:
-    (x, t, z_image), text = _inputs(2), make_text((4, 6))
+    (x, t, z_image), text = decoder_inputs(2), make_text((4, 6))
     decoder(x, t, decoder.encode_condition(z_image, text)).square().mean().backward()
     assert decoder.text_transformer is not None
     gradients = {name: p.grad for name, p in decoder.text_transformer.named_parameters()}
