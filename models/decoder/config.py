@@ -42,9 +42,14 @@ class TextAdapterConfig:
     """Features of each attention head; it divides ``context_width``."""
     mlp_ratio: int = 4
     """Hidden width of the feed-forward layers, as a multiple of ``context_width``."""
+    token_width: int = 0
+    """Width of a learned embedding of each token, which is projected and added to its state (a table of vocabulary x
+    token_width, as in ALBERT, arXiv:1909.11942, section 3.1); 0: none. CLIP's states tell shapes less clearly than
+    words do, so with it a decoder learns sooner which shape each object has."""
 
     def __post_init__(self) -> None:
         require(self.depth >= 0, f"depth = {self.depth}: must not be negative")
+        require(self.token_width >= 0, f"token_width = {self.token_width}: must not be negative")
         require(self.head_width >= 1, f"head_width = {self.head_width}: at least 1")
         require(self.mlp_ratio >= 1, f"mlp_ratio = {self.mlp_ratio}: at least 1")
 

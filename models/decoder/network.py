@@ -129,7 +129,7 @@ class Decoder(nn.Module):
         tokens = self.image_to_tokens(image).unflatten(1, (-1, self.config.num_image_tokens)).transpose(1, 2)
         words = self.text_to_tokens(hidden)
         if self.text_adapter is not None:
-            words = self.text_adapter(words, text.mask)
+            words = self.text_adapter(words, text.tokens, text.mask)
         tokens = torch.cat([tokens, self.norm_text(words)], dim=1)
         valid = F.pad(text.mask, (self.config.num_image_tokens, 0), value=True)
         if self.config.inpainting and planes is None:

@@ -13,6 +13,9 @@ from models.clip_config import VOCAB_SIZE
 from models.decoder.config import TextAdapterConfig, TextTransformerConfig
 from models.layers.transformer import CausalTransformer
 
+_TOKEN_STD = 0.2
+"""Standard deviation of a new adapter's token embeddings; with 0.5 and 1 the sizes of objects suffered (docs/lab.md)."""
+
 
 class TextTransformer(nn.Module):
     """Captions to token states (arXiv:2112.10741, section 4.1).
@@ -54,9 +57,21 @@ class TextAdapter(nn.Module):
         self.positions = nn.Parameter(torch.randn(1, context_length, width) * 0.01)
         num_heads = width // config.head_width
         self.transformer = CausalTransformer(width, config.depth, num_heads, config.mlp_ratio, dropout=0.0)
+        self.embedding = None
+        if config.token_width > 0:
+            table = nn.Embedding(VOCAB_SIZE, config.token_width)
+            nn.init.normal_(table.weight, std=_TOKEN_STD)
+            self.embedding = nn.Sequential(table, nn.Linear(config.token_width, width, bias=False))
 
-    def forward(self, states: Float[Tensor, "B L W"], mask: Bool[Tensor, "B L"]) -> Float[Tensor, "B L W"]:
-        """Read captions; ``mask`` is True at their own tokens, and the states elsewhere do not matter."""
+    def forward(
+        self, states: Float[Tensor, "B L W"], tokens: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]
+    ) -> Float[Tensor, "B L W"]:
+        """Read captions, as token states and token ids.
+
+        ``mask`` is True at their own tokens; states and ids elsewhere do not matter.
+        """
+        if self.embedding is not None:
+            states = states + self.embedding(tokens)
         return self.transformer(states + self.positions[:, : states.shape[1]], _both_ways(mask))
 
 

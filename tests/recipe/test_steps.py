@@ -35,11 +35,11 @@ CONTENTS = {
         download 02d804e4678b9865
         clip b07bc07c2f50986b
         embed 7e8d0e3cfd20cc05
-        decoder 49870aeb7a3f0080
+        decoder 64249145fd7f4d10
         index 9c82dd1e6a9be277
         prior bef8513bb65538b8
-        upsampler_1 a6dbdad53961ed03
-        upsampler_2 c96fafbd855ce2a0
+        upsampler_1 db6267ee42069dcd
+        upsampler_2 ef41a2313ea74048
         evaluate c4d3a05538f535b8
     """,
     "karlo": """

@@ -12,13 +12,18 @@ from models.decoder.network import Decoder
 from models.decoder.text_transformer import TextAdapter
 
 ADAPTER = TextAdapterConfig(depth=2, head_width=3)
+WITH_TOKENS = replace(ADAPTER, token_width=4)
 CONFIG = DecoderConfig(image_px=8, context_width=6, unet=UNET, text_adapter=ADAPTER)
 
 
 @pytest.fixture
 def decoder() -> Decoder:
+    return _decoder(ADAPTER)
+
+
+def _decoder(adapter: TextAdapterConfig) -> Decoder:
     torch.manual_seed(0)
-    model = Decoder(CONFIG, DIMS).eval()
+    model = Decoder(replace(CONFIG, text_adapter=adapter), DIMS).eval()
     randomise(model)
     return model
 
@@ -28,15 +33,17 @@ def test_adapter_lets_each_token_read_the_whole_caption_its_place_and_no_padding
     adapter = TextAdapter(ADAPTER, 6, DIMS.context_length).eval()
     text = make_text((5, 3))
     mask, states = text.mask, torch.randn(*text.mask.shape, 6)
-    out = adapter(states, mask)
+    out = adapter(states, text.tokens, mask)
     last = states.clone()
     last[0, 4] = last[0, 4].flip(0)
-    assert (adapter(last, mask)[0, :4] - out[0, :4]).abs().amax(1).min() > 1e-6  # CLIP's tower is causal; this is not
+    assert (adapter(last, text.tokens, mask)[0, :4] - out[0, :4]).abs().amax(
+        1
+    ).min() > 1e-6  # CLIP's tower is causal; this is not
     padding = states.masked_fill(~mask[..., None], 7.0)
-    torch.testing.assert_close(adapter(padding, mask)[1, :3], out[1, :3])
+    torch.testing.assert_close(adapter(padding, text.tokens, mask)[1, :3], out[1, :3])
     swapped = states.clone()
     swapped[:, :2] = states[:, :2].flip(1)
-    assert (adapter(swapped, mask)[0, 0] - out[0, 1]).abs().max() > 1e-6  # a token knows where it stands
+    assert (adapter(swapped, text.tokens, mask)[0, 0] - out[0, 1]).abs().max() > 1e-6  # a token knows where it stands
 
 
 def test_decoder_reads_the_adapted_states(decoder: Decoder) -> None:
@@ -51,8 +58,24 @@ def test_decoder_reads_the_adapted_states(decoder: Decoder) -> None:
     assert (moved - plain).abs().amax((1, 2, 3)).min() > 1e-4
 
 
-def test_adapter_is_trained_with_the_decoder(decoder: Decoder) -> None:
-    (x, t, z_image), text = decoder_inputs(2), make_text((DIMS.context_length, 6))
+def test_adapter_with_token_embeddings_reads_the_words_themselves() -> None:
+    decoder, (x, t, z_image), text = _decoder(WITH_TOKENS), decoder_inputs(2), make_text((4, 6))
+    condition = decoder.encode_condition(z_image, text)
+    plain = decoder(x, t, condition)
+    tokens = text.tokens.clone()
+    tokens[0, 1] += 1
+    other = decoder(x, t, decoder.encode_condition(z_image, replace(text, tokens=tokens)))
+    assert (other[0] - plain[0]).abs().max() > 1e-4
+    torch.testing.assert_close(other[1], plain[1], rtol=0, atol=0)
+    padding = torch.where(text.mask, text.tokens, 7)
+    torch.testing.assert_close(
+        decoder(x, t, decoder.encode_condition(z_image, replace(text, tokens=padding))), plain, rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("adapter", [ADAPTER, WITH_TOKENS])
+def test_adapter_is_trained_with_the_decoder(adapter: TextAdapterConfig) -> None:
+    decoder, (x, t, z_image), text = _decoder(adapter), decoder_inputs(2), make_text((DIMS.context_length, 6))
     decoder(x, t, decoder.encode_condition(z_image, text)).square().mean().backward()
     assert decoder.text_adapter is not None
     gradients = {name: p.grad for name, p in decoder.text_adapter.named_parameters()}
@@ -61,9 +84,7 @@ def test_adapter_is_trained_with_the_decoder(decoder: Decoder) -> None:
 
 @pytest.mark.parametrize("adapter", [TextAdapterConfig(), ADAPTER])
 def test_without_the_pooled_vectors_the_token_states_alone_count(adapter: TextAdapterConfig) -> None:
-    torch.manual_seed(0)
-    decoder = Decoder(replace(CONFIG, text_adapter=adapter), DIMS).eval()
-    randomise(decoder)
+    decoder = _decoder(adapter)
     (x, t, z_image), text, keep = decoder_inputs(2), make_text((4, 6)), torch.tensor([True, False])
 
     def run(z_image: Tensor = z_image, **changes: Tensor) -> Tensor:
