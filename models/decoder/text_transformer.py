@@ -14,7 +14,7 @@ from models.decoder.config import TextAdapterConfig, TextTransformerConfig
 from models.layers.transformer import CausalTransformer
 
 _TOKEN_STD = 0.2
-"""Standard deviation of a new adapter's token embeddings; with 0.5 and 1 the sizes of objects suffered (docs/lab.md)."""
+"""Standard deviation of new token embeddings; with 0.5 and 1 the sizes of objects suffered (docs/lab.md)."""
 
 
 class TextTransformer(nn.Module):
