@@ -233,6 +233,7 @@ def _differences(previous: Manifest, step: Step) -> list[str]:
     reasons = [f"{name} changed" for name, key in step.inputs.items() if previous.inputs.get(name) != key]
     if previous.step_version != step.version:
         reasons.append(f"step version {previous.step_version} -> {step.version}")
-    old, new = flatten(previous.section, f"{step.name}."), flatten(step.section, f"{step.name}.")
+    defaults = flatten(_ADDED_LATER, f"{step.name}.")  # what a section without these fields was made with
+    old, new = (defaults | flatten(section, f"{step.name}.") for section in (previous.section, step.section))
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     return reasons + [f"{name}: {old.get(name)} -> {new.get(name)}" for name in changed]

@@ -160,6 +160,10 @@ def test_plan_status_names_the_field_and_the_input_that_changed(tmp_path: Path) 
     assert statuses["prior"].reasons == ("prior.train.num_steps: 1000 -> 7",)
     assert statuses["evaluate"].reasons == ("prior changed",)
     assert statuses["decoder"].state == "done"
+    later = make_plan(load_recipe(None, ["decoder.model.text_adapter.depth=2", "clip.model.hard_negatives=true"]))
+    statuses = {status.step.name: status for status in plan_status(workspace, later)}
+    assert statuses["decoder"].reasons == ("clip changed", "embed changed", "decoder.model.text_adapter.depth: 0 -> 2")
+    assert statuses["clip"].reasons == ("clip.model.hard_negatives: False -> True",)
 
 
 def test_plan_status_shows_a_manifest_that_cannot_be_read_and_goes_on(tmp_path: Path) -> None:
