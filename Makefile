@@ -7,7 +7,7 @@ UV = $(BIN)/uv pip install --python $(BIN)/python -q $(foreach place,$(PIP_FIND_
 INSTALL = $(UV) -c constraints.txt
 # Oracles whose own pins do not go with the project's, or that would slow every process down (open_clip imports a
 # transformers that it finds); tests load them from a folder apart, without their dependencies.
-ORACLES = diffusers==0.37.1 k-diffusion==0.1.1.post1 transformers==5.23.0 tokenizers==0.23.3
+ORACLES = diffusers==0.37.1 k-diffusion==0.1.1.post1 transformers==5.23.0 tokenizers==0.23.3 clip-retrieval==2.45.0
 # Empty is unset: every worker imports some 3,000 modules, twice as slowly where containers forbid to keep their bytecode.
 export PYTHONDONTWRITEBYTECODE :=
 

@@ -1,61 +1,80 @@
-"""``unclip search``: finds the pairs that are nearest to a text or a picture."""
+"""Search of a recipe's pairs: by text, picture, embedding or uid, with a filter, without near-duplicates.
 
-from pathlib import Path
-from typing import cast
+searcher = Searcher.open(load_recipe("configs/demo.toml"))
+results = searcher.search([Query("text", "a blue circle")], SearchOptions(k=10, where="width >= 512"))
+"""
 
-import numpy as np
-import torch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 from pipeline.data.shards import StoredPictures
 from pipeline.networks.clip import load_clip_artifact
-from pipeline.pictures import read_file, to_png
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe
 from pipeline.retrieve.build import Modality
-from pipeline.retrieve.index import Neighbour, NeighbourIndex
-from pipeline.sampling.grid import Block, draw_grid
-from pipeline.workspace.store import Artifact, translate_os_errors
+from pipeline.retrieve.queries import Query, QueryEncoder
+from pipeline.retrieve.retriever import Results, Retriever
+from pipeline.workspace.store import Artifact
+
+STEPS = ("download", "clip", "embed", "index")
+"""Finished steps that a search reads."""
 
 
-def search_recipe(
-    recipe: Recipe, *, text: str = "", image: str = "", k: int = 10, modality: str = "image", out: str = ""
-) -> list[Neighbour]:
-    """Find the nearest pairs of a recipe's index.
+@dataclass(frozen=True)
+class SearchOptions:
+    """How to search, whatever the query is."""
+
+    k: int = 10
+    """Neighbours of each query."""
+    modality: Modality = "image"
+    """Compare with the pictures or with the captions of the pairs."""
+    where: str = ""
+    """Filter by column, see ``pipeline.retrieve.where``; empty: none."""
+    distinct: float | None = None
+    """Cosine of two pictures from which on they are near-duplicates; None: all are kept."""
+
+
+class Searcher:
+    """Searches the index of finished steps; CLIP is loaded with the first query.
 
     Args:
-        recipe: A recipe whose index is built.
-        text: The text to search for, or
-        image: The picture file to search for.
-        k: Number of neighbours.
-        modality: Compare with the ``image`` or the ``text`` of the pairs.
-        out: Folder for the neighbours' pictures and ``grid.png``; if empty, none are written.
+        artifacts: The artifacts of ``STEPS``, by step name.
+        device: Torch device of CLIP.
 
     Raises:
-        ConfigError: If the index is not built yet, or the picture cannot be read.
-        DataError: If an artifact is damaged.
-        StepError: If the folder cannot be written.
+        DataError: If a file is missing or damaged.
     """
-    artifacts = finished_artifacts(recipe, ("download", "clip", "index"))
-    clip = load_clip_artifact(artifacts["clip"])
-    with torch.no_grad():
-        z = (
-            clip.encode_image(torch.from_numpy(np.array(read_file(image)))[None])
-            if image
-            else clip.encode_text([text]).z_text
-        )
-    index = NeighbourIndex.open(artifacts["index"])
-    [neighbours] = index.search(z.cpu().numpy(), k, cast("Modality", modality))
-    if out:
-        with translate_os_errors(out):
-            _write_pictures(neighbours, artifacts["download"], Path(out), text or image)
-    return neighbours
 
+    def __init__(self, artifacts: dict[str, Artifact], device: str = "cpu") -> None:
+        self._artifacts = artifacts
+        self._device = device
+        self.retriever = Retriever.open(artifacts)
+        self.pictures = StoredPictures(artifacts["download"])
 
-def _write_pictures(neighbours: list[Neighbour], download: Artifact, folder: Path, title: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures, blocks = StoredPictures(download), list[Block]()
-    for rank, neighbour in enumerate(neighbours):
-        picture = pictures.decode(neighbour.shard, neighbour.key, neighbour.uid)
-        (folder / f"{rank:03d}.png").write_bytes(to_png(picture))
-        blocks.append(Block([np.array(picture)], f"{neighbour.similarity:.3f} {neighbour.caption}"))
-    draw_grid(blocks, columns=5, title=title).save(folder / "grid.png")
+    @classmethod
+    def open(cls, recipe: Recipe, device: str = "cpu") -> "Searcher":
+        """Open the index of a recipe.
+
+        Raises:
+            ConfigError: If a step is not finished; names the command that finishes it.
+            DataError: If a file is missing or damaged.
+        """
+        return cls(finished_artifacts(recipe, STEPS), device)
+
+    @cached_property
+    def encoder(self) -> QueryEncoder:
+        """Turns queries into vectors."""
+        return QueryEncoder(load_clip_artifact(self._artifacts["clip"], self._device), self.retriever)
+
+    def search(self, queries: Sequence[Query], options: SearchOptions) -> Results:
+        """Find the pairs nearest to the weighted sum of the queries, of which there is at least one.
+
+        Raises:
+            ConfigError: If a query or the filter cannot be read.
+            DataError: If an artifact is damaged.
+        """
+        conditions = self.retriever.conditions(options.where, options.distinct)
+        vector = self.encoder.encode(queries)
+        [results] = self.retriever.search(vector[None], options.k, options.modality, conditions)
+        return results

@@ -101,11 +101,11 @@ def _run_steps(
     done = {status.step.name for status in statuses if status.state == "done"}
     waiting = [status.step for status in statuses if status.state != "done"]
     running: dict[Any, StepContext] = {}
-    servers = _own_servers()
+    servers = own_servers()
     forecast = _Forecast(recipe, waiting, observer, can_grow=not servers)
     try:
         while waiting or running:
-            _require_alive(servers)
+            require_alive(servers)
             for step in [step for step in waiting if set(step.inputs) <= done]:
                 context = StepContext(recipe, step, workspace.root)
                 if not may_start(context, running.values()):
@@ -127,7 +127,7 @@ def _run_steps(
                     observer.progressed(context.step, state)
             forecast.update(readings, done)
             if ready:
-                _require_alive(servers)  # otherwise every step would report a lost worker
+                require_alive(servers)  # otherwise every step would report a lost worker
             for reference in ready:
                 context = running.pop(reference)
                 manifest = _commit(context, _result(reference, context), tracking)
@@ -203,7 +203,7 @@ def _needs(context: StepContext) -> dict[str, float]:
     return {"CPU": needs.num_workers * needs.cpus, "GPU": needs.num_workers * needs.gpus}
 
 
-def _own_servers() -> list[psutil.Process]:
+def own_servers() -> list[psutil.Process]:
     """The servers of our own Ray; empty on a cluster, whose servers are no children of this process."""
     return [child for child in psutil.Process().children() if child.name() in {"gcs_server", "raylet"}]
 
@@ -214,7 +214,7 @@ def _is_alive(server: psutil.Process) -> bool:
     return False
 
 
-def _require_alive(servers: list[psutil.Process]) -> None:
+def require_alive(servers: list[psutil.Process]) -> None:
     """Notice at once that Ray is gone; Ray itself waits a minute and then ends the process without a message.
 
     Raises:
@@ -331,26 +331,35 @@ def _require_listener(address: str) -> None:
 
 
 @contextlib.contextmanager
-def _locked(workspace: Workspace) -> Generator[None]:
-    """One run at a time in a local workspace; the lock dies with its process."""
-    if not workspace.is_local:
-        yield
-        return
-    root = workspace.local_root
-    with translate_os_errors(str(root)):
-        root.mkdir(parents=True, exist_ok=True)
-        lock = (root / ".lock").open("a+")
+def locked(file: Path, place: str) -> Generator[None]:
+    """One run at a time that writes to a local place; the lock dies with its process.
+
+    Args:
+        file: The lock's file.
+        place: What is locked, for the message.
+
+    Raises:
+        StepError: If another run has the lock.
+    """
+    with translate_os_errors(str(file.parent)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.open("a+")
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise StepError(
-                f"{root}: another run is using this workspace ({lock.read().strip()}); wait for it"
-            ) from None
+            raise StepError(f"{place} ({lock.read().strip()}); wait for it") from None
         lock.truncate(0)
-        with translate_os_errors(str(root)):
+        with translate_os_errors(str(file.parent)):
             os.write(
                 lock.fileno(), f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}".encode()
             )
         yield
+
+
+def _locked(workspace: Workspace) -> contextlib.AbstractContextManager[None]:
+    """One run at a time in a local workspace."""
+    root = workspace.local_root
+    place = f"{root}: another run is using this workspace"
+    return locked(root / ".lock", place) if workspace.is_local else contextlib.nullcontext()

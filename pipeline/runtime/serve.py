@@ -146,7 +146,7 @@ class Front:
 
     def __serve_build_asgi_app__(self) -> Any:
         """The FastAPI application, built where it runs."""
-        from pipeline.retrieve import NeighbourIndex
+        from pipeline.retrieve.retriever import Retriever
         from pipeline.serve.api import ApiSettings, create_app
         from pipeline.serve.knn import LocalNeighbours
 
@@ -159,8 +159,7 @@ class Front:
         )
         neighbours = None
         if "index" in self._artifacts:
-            index = NeighbourIndex.open(self._artifacts["index"], self._artifacts["embed"])
-            neighbours = LocalNeighbours(index, self._artifacts["download"])
+            neighbours = LocalNeighbours(Retriever.open(self._artifacts), self._artifacts["download"])
         return create_app(RemoteModel(self._model), neighbours, settings)
 
 

@@ -19,12 +19,13 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
 from pipeline.serve.images import GenerationRequest, generate
-from pipeline.serve.knn import KnnRequest, MetadataRequest, find, metadata
+from pipeline.serve.knn import MAX_NUMBERS, KnnRequest, MetadataRequest, find, metadata
 from pipeline.serve.protocols import Neighbours, PictureModel
 from pipeline.serve.web import ApiError, install_error_handlers, parse, read_json, require_key, while_connected
 
 TEXT_BODY_LIMIT_BYTES = 1 << 20
 PICTURE_BODY_LIMIT_BYTES = 24 << 20
+_MAX_KNN_VALUES = 2 * MAX_NUMBERS  # an embedding, the commas of a text, and the fields
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _clip_retrieval(model: PictureModel, neighbours: Neighbours | None, settings
 
     @router.post("/knn-service")
     async def knn(request: Request) -> JSONResponse:
-        body = parse(KnnRequest, await read_json(request, PICTURE_BODY_LIMIT_BYTES))
+        body = parse(KnnRequest, await read_json(request, PICTURE_BODY_LIMIT_BYTES, _MAX_KNN_VALUES))
         index = require_index(body.indice_name)
         return JSONResponse(await while_connected(request, find(model, index, body)))
 

@@ -7,15 +7,15 @@ import io
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from pipeline.data.shards import StoredPictures
 from pipeline.errors import DataError
 from pipeline.pictures import PictureError, decode, read, square
-from pipeline.retrieve import NeighbourIndex
+from pipeline.retrieve.retriever import Conditions, Retriever
 from pipeline.serve.protocols import Images, NeighbourRow, Neighbours, PictureModel, Vectors
 from pipeline.serve.web import ApiError
 from pipeline.workspace.store import Artifact
@@ -24,9 +24,27 @@ _log = logging.getLogger(__name__)
 
 MAX_IMAGES = 1000
 MAX_RESULT_IDS = 10_000
+MAX_NUMBERS = 65_536
+"""Most numbers of an embedding."""
+_DUPLICATE_COSINE = 0.94
+"""Cosine of the pictures of near-duplicates, as in clip-retrieval."""
+_MAX_CANDIDATES = 50_000
+"""Most rows that are looked at for one request without near-duplicates."""
+_MAX_ID = 2**53
 _MAX_QUERY_PX = 40_000_000
 _MAX_SQUARE_PX = 1024
 _JPEG = b"\xff\xd8"
+
+
+def _require_numbers(value: Any) -> Any:
+    """Refuse a list at its first wrong item: pydantic would make a kilobyte of message for each of a million."""
+    if isinstance(value, list) and not all(type(item) in {int, float} for item in cast("list[Any]", value)):
+        raise ValueError("an item is not a number")
+    return value
+
+
+_Numbers = Annotated[list[float], BeforeValidator(_require_numbers)]
+_Ids = Annotated[list[int], BeforeValidator(_require_numbers)]
 
 
 class KnnRequest(BaseModel):
@@ -41,7 +59,7 @@ class KnnRequest(BaseModel):
     text: str | None = Field(default=None, max_length=4000)
     image: str | None = None
     image_url: str | None = None
-    embedding_input: list[float] | None = None
+    embedding_input: _Numbers | None = Field(default=None, max_length=MAX_NUMBERS)
     deduplicate: bool | None = False
 
 
@@ -50,34 +68,40 @@ class MetadataRequest(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    ids: list[int] = Field(max_length=MAX_RESULT_IDS)
+    ids: _Ids = Field(max_length=MAX_RESULT_IDS)
     indice_name: str | None = None
 
 
 class LocalNeighbours:
     """``protocols.Neighbours`` from an index and the shards of its pictures."""
 
-    def __init__(self, index: NeighbourIndex, download: Artifact) -> None:
-        self._index = index
+    def __init__(self, retriever: Retriever, download: Artifact) -> None:
+        self._retriever = retriever
         self._stored = StoredPictures(download)
 
     @property
     def embed_dim(self) -> int:
         """See ``Neighbours``."""
-        return self._index.embed_dim
+        return self._retriever.index.embed_dim
 
-    def search(self, vector: Vectors, k: int, modality: Literal["image", "text"]) -> list[NeighbourRow]:
+    def search(
+        self, vector: Vectors, k: int, modality: Literal["image", "text"], *, distinct: bool = False
+    ) -> list[NeighbourRow]:
         """See ``Neighbours``."""
-        [neighbours] = self._index.search(vector[None], k, modality)
-        rows = self._index.rows([neighbour.id for neighbour in neighbours])
+        conditions = Conditions(distinct=_DUPLICATE_COSINE, max_candidates=_MAX_CANDIDATES) if distinct else None
+        [results] = self._retriever.search(vector[None], k, modality, conditions)
+        rows = self._retriever.rows([neighbour.id for neighbour in results.neighbours])
         return [
             NeighbourRow(neighbour.id, neighbour.similarity, dict(row))
-            for neighbour, row in zip(neighbours, rows, strict=True)
+            for neighbour, row in zip(results.neighbours, rows, strict=True)
         ]
 
     def rows(self, ids: Sequence[int]) -> list[dict[str, Any]]:
         """See ``Neighbours``."""
-        return [dict(row) for row in self._index.rows(ids)]
+        too_large = [number for number in ids if not 0 <= number < _MAX_ID]
+        if too_large:
+            raise ValueError(f"no row {too_large[0]}: an id has 53 bits")
+        return [dict(row) for row in self._retriever.rows(ids)]
 
     def picture(self, row: NeighbourRow) -> bytes | None:
         """See ``Neighbours``."""
@@ -121,9 +145,7 @@ def metadata(neighbours: Neighbours, body: MetadataRequest) -> list[dict[str, An
 
 
 def _search(neighbours: Neighbours, vector: Vectors, num_results: int, body: KnnRequest) -> list[dict[str, Any]]:
-    rows = neighbours.search(vector, num_results, body.modality)
-    if body.deduplicate:
-        rows = _distinct(rows)
+    rows = neighbours.search(vector, num_results, body.modality, distinct=bool(body.deduplicate))
     results: list[dict[str, Any]] = []
     for place, row in enumerate(rows):
         result: dict[str, Any] = {}
@@ -134,14 +156,6 @@ def _search(neighbours: Neighbours, vector: Vectors, num_results: int, body: Knn
                 result["image"] = base64.b64encode(picture).decode()
         results.append(result | {"id": row.id, "similarity": row.similarity})
     return results
-
-
-def _distinct(rows: list[NeighbourRow]) -> list[NeighbourRow]:
-    """The first row of each URL."""
-    by_url: dict[str, NeighbourRow] = {}
-    for row in rows:
-        by_url.setdefault(row.columns["url"], row)
-    return list(by_url.values())
 
 
 async def _query(model: PictureModel, neighbours: Neighbours, body: KnnRequest) -> Vectors:

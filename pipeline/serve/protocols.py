@@ -73,8 +73,13 @@ class Neighbours(Protocol):
         """Width D of a query, in features."""
         ...
 
-    def search(self, vector: Vectors, k: int, modality: Literal["image", "text"]) -> list[NeighbourRow]:
-        """The ``k`` rows nearest to a vector (D,) of length one, the nearest first."""
+    def search(
+        self, vector: Vectors, k: int, modality: Literal["image", "text"], *, distinct: bool = False
+    ) -> list[NeighbourRow]:
+        """The ``k`` rows nearest to a vector (D,) of length one, the nearest first.
+
+        If ``distinct``, rows whose picture is nearly that of a nearer row are left out.
+        """
         ...
 
     def rows(self, ids: Sequence[int]) -> list[dict[str, Any]]:

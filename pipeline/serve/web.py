@@ -88,11 +88,17 @@ def require_key(api_key: str) -> Callable[[Request], None]:
     return check
 
 
-async def read_json(request: Request, limit_bytes: int) -> Json:
+async def read_json(request: Request, limit_bytes: int, max_values: int | None = None) -> Json:
     """The body as a JSON object; its content type is ignored.
 
+    Args:
+        request: The request.
+        limit_bytes: Largest body.
+        max_values: Most values in lists and objects; they are counted before they are made, because an empty list takes
+            3 bytes here and 64 in memory. None: as many as there are bytes.
+
     Raises:
-        ApiError: 413 above the limit, 400 if it is not a JSON object.
+        ApiError: 413 above a limit, 400 if it is not a JSON object.
     """
     too_large = ApiError(413, f"the body is above {limit_bytes} bytes", code="body_too_large")
     declared = request.headers.get("content-length", "0")
@@ -103,6 +109,8 @@ async def read_json(request: Request, limit_bytes: int) -> Json:
         body += chunk
         if len(body) > limit_bytes:
             raise too_large
+    if max_values is not None and body.count(b",") > max_values:
+        raise ApiError(413, f"the body has more than {max_values} values", code="body_too_large")
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):

@@ -177,14 +177,14 @@ def test_sample_writes_pictures_grid_and_rows_and_repeats_with_the_seed(recipe: 
 
 
 def test_search_by_text_and_by_image_returns_pairs(recipe: Path, tmp_path: Path) -> None:
-    nearest = unclip_json("search", str(recipe), "a red circle", "-k", "3")
+    nearest = unclip_json("search", str(recipe), "a red circle", "-k", "3")["neighbours"]
     assert len(nearest) == 3
     assert nearest[0]["similarity"] >= nearest[-1]["similarity"]
     Image.new("RGB", (40, 30), "red").save(tmp_path / "query.png")
-    out = tmp_path / "found"
-    nearest = unclip_json("search", str(recipe), "--image", str(tmp_path / "query.png"), "-k", "2", "--out", str(out))
-    assert len(nearest) == 2
-    assert (out / "grid.png").exists()
+    page = tmp_path / "sheet.html"
+    answer = unclip_json("search", str(recipe), "--image", str(tmp_path / "query.png"), "-k", "2", "--html", str(page))
+    assert len(answer["neighbours"]) == 2
+    assert page.read_text().count("data:image/png") == 2
 
 
 def test_readme_commands_do_what_they_say(recipe: Path, tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_init_and_run_on_a_folder_of_photographs(photographs: Path, submitted: S
     rows = {row["step"]: row for row in unclip_json("status", str(recipe), *overrides)}
     num_pictures = len(list(photographs.glob("*.jpg")))
     assert rows["download"]["counts"]["ok"] == rows["embed"]["counts"]["ok"] == num_pictures
-    nearest = unclip_json("search", str(recipe), "a photograph of coffee", "-k", "3", *overrides)
+    nearest = unclip_json("search", str(recipe), "a photograph of coffee", "-k", "3", *overrides)["neighbours"]
     assert all("photograph" in row["caption"] for row in nearest)
     out = tmp_path / "out"
     assert len(unclip_json("sample", str(recipe), "a cup", "-n", "1", "--out", str(out), *overrides)) == 1

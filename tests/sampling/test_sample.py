@@ -8,7 +8,6 @@ from PIL import Image
 from models.cascade import Cascade
 from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.recipe import Recipe, parse_recipe
-from pipeline.retrieve.search import search_recipe
 from pipeline.sampling.sample import sample_prompts, sample_recipe
 from tests.tiny.workspace import evaluated_tables
 
@@ -64,15 +63,10 @@ def test_sampling_before_training_says_which_step_is_missing(tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
-def test_sampling_and_searching_where_a_file_is_in_the_way_say_so(
-    tiny: Recipe, cascade: Cascade, tmp_path: Path
-) -> None:
+def test_sampling_where_a_file_is_in_the_way_says_so(cascade: Cascade, tmp_path: Path) -> None:
     (tmp_path / "out").touch()
-    message = "out: a file is where a folder should be"
-    with pytest.raises(StepError, match=message):
+    with pytest.raises(StepError, match="out: a file is where a folder should be"):
         sample_prompts(cascade, PROMPTS, num_images=1, seed=0, out_dir=tmp_path / "out")
-    with pytest.raises(StepError, match=message):
-        search_recipe(tiny, text="a red circle", k=2, out=str(tmp_path / "out"))
 
 
 def test_sampling_nothing_is_refused(cascade: Cascade, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
-from pipeline.retrieve import NeighbourIndex
+from pipeline.retrieve.retriever import Retriever
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
 from pipeline.serve.knn import LocalNeighbours
@@ -112,7 +112,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 def neighbours(recipe: Recipe) -> LocalNeighbours:
     workspace = Workspace(recipe.workspace)
     artifacts = {step.name: artifact_of(workspace, step) for step in make_plan(recipe)}
-    return LocalNeighbours(NeighbourIndex.open(artifacts["index"]), artifacts["download"])
+    return LocalNeighbours(Retriever.open(artifacts), artifacts["download"])
 
 
 @pytest.fixture(scope="session")

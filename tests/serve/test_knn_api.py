@@ -1,14 +1,18 @@
 import base64
 import json
+import time
 from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data.rows import make_uid
+from pipeline.data.vectors import to_unit
 from pipeline.recipe.plan import artifact_of, make_plan
+from pipeline.serve import knn
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.workspace.store import Workspace
 from tests.tiny.shards import pixels, plain_picture
@@ -19,7 +23,7 @@ def post(server: Any, path: str = "/knn-service", **body: Any) -> httpx.Response
     # As clip-retrieval's own client sends it: JSON without a content type, every field there, null where unused.
     fields = {
         "text": None, "image": None, "image_url": None, "embedding_input": None,
-        "modality": "image", "num_images": 3, "indice_name": "tiny", "use_mclip": False, "deduplicate": True,
+        "modality": "image", "num_images": 3, "indice_name": "tiny", "use_mclip": False, "deduplicate": False,
         "use_safety_model": True, "use_violence_detector": True, "aesthetic_score": "", "aesthetic_weight": 0.5,
     }  # fmt: skip
     return httpx.post(f"{server.url}{path}", content=json.dumps(fields | body))
@@ -119,9 +123,45 @@ def test_wrong_searches_are_400_and_say_why(server: Any, body: dict[str, Any], w
     assert words in answer.json()["error"]["message"]
 
 
+def test_without_near_duplicates_there_are_still_k_rows(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """clip-retrieval returns fewer; here the next rows take the place of those that are left out."""
+    table = embeddings(server)
+    vectors = to_unit(np.array(table.column("z_image").to_pylist(), np.float16))
+    limit = float(np.median(vectors @ vectors.T))  # random weights see all pictures as much the same
+    monkeypatch.setattr(knn, "_DUPLICATE_COSINE", limit)
+    expected: list[int] = []
+    for row in np.argsort(-(vectors @ vectors[4])):
+        if all(vectors[row] @ vectors[one] < limit for one in expected):
+            expected.append(int(row))
+    assert 1 < len(expected) < 10
+    for count in (len(expected), 10):
+        body = {"embedding_input": vectors[4].tolist(), "num_images": count, "num_result_ids": count}
+        results = post(server, **body, deduplicate=True).json()
+        assert [one["uid"] for one in results] == [table.column("uid")[row].as_py() for row in expected]
+
+
+def test_millions_of_empty_lists_are_refused_at_once_and_never_made(server: Any) -> None:
+    body = b'{"modality": "image", "num_images": 3, "embedding_input": [' + b"[]," * 3_000_000 + b"[]]}"
+    process = psutil.Process()
+    before, start = process.memory_info().rss, time.monotonic()
+    answer = httpx.post(f"{server.url}/knn-service", content=body)
+    assert time.monotonic() - start < 1
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+    assert process.memory_info().rss - before < 60 << 20  # the body itself, twice; its lists would take 200 MB
+    few = post(server, embedding_input=[[]] * 60_000)
+    assert few.status_code == 400
+    assert few.json()["error"]["param"].startswith("embedding_input")
+
+
 def test_unknown_rows_are_400(server: Any) -> None:
     answer = post(server, "/metadata", ids=[0, 10])
     assert (answer.status_code, answer.json()["error"]["message"]) == (400, "ids: no row 10: the index has 10")
+    for number in (-1, 2**53, 2**70):
+        answer = post(server, "/metadata", ids=[number])
+        assert (answer.status_code, answer.json()["error"]["message"]) == (
+            400,
+            f"ids: no row {number}: an id has 53 bits",
+        )
 
 
 def test_a_picture_that_would_fill_the_memory_is_not_decoded(server: Any) -> None:

@@ -1,0 +1,82 @@
+"""Columns of rows that the index does not hold, from the tables of the steps before it, shard by shard."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+
+from pipeline.data.shards import REPAIR_HINT, read_table
+from pipeline.errors import DataError
+from pipeline.workspace.store import Artifact
+
+compute: Any = pyarrow.compute  # its functions are made when it is imported, and have no types
+
+_CACHED_SHARDS = 256
+_SUFFIX = ".parquet"
+
+
+class StoredColumns:
+    """Reads columns of rows by shard and key; the columns of the last shards stay in memory.
+
+    Args:
+        artifacts: Steps that write a table ``<shard>.parquet`` with a column ``key`` for each shard. A column that
+            several of them have is read from the first.
+    """
+
+    def __init__(self, artifacts: Sequence[Artifact]) -> None:
+        self._artifacts = artifacts
+        self._read = functools.lru_cache(_CACHED_SHARDS)(self._read_columns)
+
+    @functools.cached_property
+    def fields(self) -> dict[str, pa.DataType]:
+        """Type of every column of one value, by name."""
+        return {name: kind for _, schema in reversed(self._schemas) for name, kind in schema.items()}
+
+    @functools.cached_property
+    def _schemas(self) -> list[tuple[Artifact, dict[str, pa.DataType]]]:
+        schemas: list[tuple[Artifact, dict[str, pa.DataType]]] = []
+        for artifact in self._artifacts:
+            shard = next(name for name in artifact.names() if name.endswith(_SUFFIX))
+            schema = pq.read_schema(artifact.path(shard))
+            columns = {field.name: field.type for field in schema if not pa.types.is_nested(field.type)}
+            schemas.append((artifact, columns))
+        return schemas
+
+    def take(self, shards: Sequence[str], keys: Sequence[str], names: Sequence[str]) -> pa.Table:
+        """The columns ``names`` of rows (shard, key), in their order.
+
+        Raises:
+            DataError: If a table is damaged, or has no such row; names shard and key.
+        """
+        order: dict[str, list[int]] = {}
+        for place, shard in enumerate(shards):
+            order.setdefault(shard, []).append(place)
+        parts = [self._rows(shard, [keys[place] for place in places], names) for shard, places in order.items()]
+        places = pa.array([place for places in order.values() for place in places], pa.int64())
+        table = pa.concat_tables(parts, promote_options="permissive") if parts else self._empty(names)
+        return table.take(compute.sort_indices(places))
+
+    def _rows(self, shard: str, keys: Sequence[str], names: Sequence[str]) -> pa.Table:
+        columns: dict[str, Any] = {}
+        for artifact, schema in self._schemas:
+            own = tuple(name for name in names if name in schema and name not in columns)
+            if not own:
+                continue
+            table = self._read(artifact.path(f"{shard}{_SUFFIX}"), own)
+            rows = compute.index_in(pa.array(keys, pa.string()), value_set=table.column("key"))
+            if rows.null_count:
+                missing = keys[rows.is_null().index(True).as_py()]
+                raise DataError(f"shard {shard}: key {missing}: no such row in {artifact.uri}; {REPAIR_HINT}")
+            columns |= {name: table.column(name).take(rows) for name in own}
+        return pa.table({name: columns[name] for name in names})
+
+    @staticmethod
+    def _read_columns(path: Path, names: tuple[str, ...]) -> pa.Table:
+        return read_table(path, list(dict.fromkeys(["key", *names]))).combine_chunks()
+
+    def _empty(self, names: Sequence[str]) -> pa.Table:
+        return pa.table({name: pa.array([], self.fields[name]) for name in names})

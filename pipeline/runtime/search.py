@@ -1,0 +1,178 @@
+"""The batch search: answers to all queries of a file, on Ray; it continues after a stop of any kind."""
+
+import contextlib
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import ray
+import ray.exceptions
+
+from pipeline.errors import ConfigError, StepError, UnclipError
+from pipeline.recipe.plan import Step, finished_artifacts, manifest_of
+from pipeline.recipe.recipe import Recipe
+from pipeline.retrieve.query_list import num_parts, write_queries
+from pipeline.retrieve.retriever import columns_of, parse_conditions
+from pipeline.retrieve.search import STEPS, SearchOptions
+from pipeline.runtime.context import StepContext
+from pipeline.runtime.pool import ShardJob, map_shards, total_counts
+from pipeline.runtime.run import Observer, connect, locked, own_servers, require_alive
+from pipeline.workspace.manifest import Manifest, ShardRecord
+from pipeline.workspace.progress import Progress, read_progress
+from pipeline.workspace.store import LIVE, Artifact, Workspace, fingerprint
+
+QUERIES = "queries.parquet"
+SEARCH = "search.json"
+
+_VERSION = 1
+_POLL_S = 0.5
+_PART_DIGITS = 5
+
+
+@dataclass(frozen=True)
+class SearchContext(StepContext):
+    """A batch search, as the step that it is for the pool of workers; travels between processes."""
+
+    options: SearchOptions
+    artifacts: dict[str, Artifact]
+    """The finished steps that it reads."""
+    folder: str
+    """Where the answers go; empty: into the workspace, under its key."""
+
+    @property
+    def output(self) -> Artifact:
+        """The artifact to write."""
+        return Artifact(self.folder) if self.folder else super().output
+
+
+def search_many(
+    recipe: Recipe,
+    queries: str,
+    options: SearchOptions,
+    observer: Observer,
+    *,
+    out: str = "",
+    address: str = "",
+) -> tuple[Artifact, Manifest]:
+    """Answer every query of a file; what an earlier run of the same search has answered is kept.
+
+    Args:
+        recipe: A recipe whose index is built. ``[embed.resources]`` says how many workers answer, and on what device.
+        queries: List of queries, see ``query_list``.
+        options: How to search.
+        observer: Receives the start, the progress about twice a second, and the end.
+        out: Folder or URI for the answers; empty: ``search/<key>`` in the workspace.
+        address: Ray cluster; empty: one of our own on this machine.
+
+    Returns:
+        The folder of the answers (``NNNNN.parquet``), and its manifest.
+
+    Raises:
+        ConfigError: If the index is not built yet, the filter is wrong, or ``out`` holds answers of another search.
+        DataError: If the queries cannot be read, or a file of the index is damaged.
+        StepError: If a worker was lost too often, the folder cannot be written, or another run writes to it.
+    """
+    artifacts = finished_artifacts(recipe, STEPS)
+    if not Path(queries).is_file():
+        raise ConfigError(f"--queries {queries}: no such file")
+    parse_conditions(columns_of(artifacts), options.where, options.distinct)  # refuse a wrong filter before Ray starts
+    section = asdict(options) | {"queries": fingerprint(queries)}
+    inputs = {name: artifact.uri.rsplit("/", 1)[1] for name, artifact in artifacts.items()}
+    step = Step("search", _VERSION, section, inputs)
+    where = Workspace(out) if out else Workspace(recipe.workspace)
+    context = SearchContext(recipe, step, where.root, options, artifacts, where.root if out else "")
+    output = context.output
+    _require_same_search(output, step)
+    manifest = output.manifest()
+    if manifest is not None:
+        return output, manifest
+    with _locked(output, is_local=where.is_local):
+        output.clear_temporaries()
+        if not output.exists(SEARCH):
+            with output.write(QUERIES) as path:
+                write_queries(Path(queries), path)
+            output.write_json(SEARCH, {"section": section, "inputs": inputs, "step_version": _VERSION})
+        with connect(address):
+            counts = _answer(context, observer)
+        manifest = manifest_of(step, output, counts, wall_s=Progress(output, waits=True).wall_s)
+        output.commit(manifest)
+        observer.finished(step, manifest)
+        return output, manifest
+
+
+class SearchWorker:
+    """Answers parts of a batch search."""
+
+    def __init__(self, context: StepContext) -> None:
+        import torch
+
+        from pipeline.retrieve.batch import PartSearcher
+        from pipeline.retrieve.search import Searcher
+
+        assert isinstance(context, SearchContext)
+        resources = context.recipe.embed.resources
+        num_threads = max(1, int(resources.cpus_per_worker))
+        torch.set_num_threads(num_threads)
+        searcher = Searcher(context.artifacts, resources.accelerator)
+        self._output = context.output
+        self._answer = PartSearcher(searcher, context.options, self._output.path(QUERIES), num_threads)
+
+    def __call__(self, shard: str) -> ShardRecord:
+        """Answer one part and commit it."""
+        start, name = time.monotonic(), f"{shard}.parquet"
+        with self._output.write(name) as path:
+            counts = self._answer(int(shard), path)
+        files = {name: self._output.describe(name)}
+        record = ShardRecord(shard=shard, counts=dict(counts), files=files, wall_s=round(time.monotonic() - start, 3))
+        self._output.commit_shard(record)
+        return record
+
+
+def _answer(context: SearchContext, observer: Observer) -> dict[str, int]:
+    """Run the pool in a Ray task, whose progress is read from its file, and pass on what it raises."""
+    servers = own_servers()
+    observer.started(context.step)
+    task = _run_search.remote(context)
+    try:
+        while not ray.wait([task], timeout=_POLL_S)[0]:
+            require_alive(servers)
+            state = read_progress(context.output)
+            if state is not None:
+                observer.progressed(context.step, state)
+        return ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, UnclipError) else error) from None
+    except ray.exceptions.RayError as error:
+        reason = f"the search lost its Ray task ({type(error).__name__})"
+        raise StepError(f"{reason}; what is answered is kept in {context.output.uri}; run again to continue") from None
+    except KeyboardInterrupt:
+        ray.cancel(task, force=True)
+        raise
+
+
+@ray.remote(num_cpus=0)
+def _run_search(context: SearchContext) -> dict[str, int]:
+    import pyarrow.parquet as pq
+
+    queries = context.output.path(QUERIES)
+    parts = [f"{number:0{_PART_DIGITS}d}" for number in range(num_parts(queries))]
+    num_rows = pq.read_metadata(queries).num_rows
+    return total_counts(map_shards(context, ShardJob(SearchWorker, parts, num_rows, context.recipe.embed.resources)))
+
+
+def _locked(output: Artifact, *, is_local: bool) -> contextlib.AbstractContextManager[None]:
+    place = f"{output.uri}: another run writes these answers"
+    return locked(Path(output.uri) / LIVE / "lock", place) if is_local else contextlib.nullcontext()
+
+
+def _require_same_search(output: Artifact, step: Step) -> None:
+    if not output.exists(SEARCH):
+        return
+    before = output.read_json(SEARCH)
+    old = before["section"] | before["inputs"] | {"version": before["step_version"]}
+    new = step.section | step.inputs | {"version": step.version}
+    changes = [f"{name}: {old.get(name)} -> {value}" for name, value in new.items() if old.get(name) != value]
+    if changes:
+        raise ConfigError(
+            f"{output.uri}: holds the answers of another search ({'; '.join(changes)}); give another --out"
+        )

@@ -1,0 +1,97 @@
+"""Lists of queries: every format gives the same numbered rows, a row group for each part."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.errors import DataError
+from pipeline.retrieve import query_list
+from pipeline.retrieve.query_list import num_parts, write_queries
+
+_TEXTS = ["a red circle", 'with "quotes", a comma', "caf\u00e9"]
+
+
+def _read(source: Path, tmp_path: Path) -> pa.Table:
+    target = tmp_path / "queries.parquet"
+    assert write_queries(source, target) == pq.read_metadata(target).num_rows
+    return pq.read_table(target)
+
+
+@pytest.mark.parametrize("name", ["q.txt", "q.txt.gz", "q.csv", "q.tsv", "q.jsonl", "q.ndjson.gz", "q.parquet"])
+def test_every_format_gives_the_same_rows(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    quoted = "".join('"{}",x\n'.format(text.replace('"', '""')) for text in _TEXTS)
+    content = {
+        "txt": "\ufeff" + "\r\n".join(_TEXTS) + "\r\n",
+        "csv": "Query,other\n" + quoted,
+        "tsv": "other\tprompt\n" + "".join(f"x\t{text}\n" for text in _TEXTS),
+        "jsonl": "\n".join(json.dumps({"text": text, "other": [1]}) for text in _TEXTS),
+        "ndjson": "\n".join(json.dumps({"caption": text}) for text in _TEXTS),
+    }
+    if name == "q.parquet":
+        pq.write_table(pa.table({"text": _TEXTS, "z": [[1]] * 3}), path)
+    else:
+        data = content[name.split(".")[1]].encode()
+        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert _read(path, tmp_path).to_pydict() == {"query": [0, 1, 2], "text": _TEXTS}
+
+
+def test_vectors_are_queries(tmp_path: Path) -> None:
+    vectors = np.arange(12, dtype=np.float32).reshape(3, 4)
+    np.save(tmp_path / "q.npy", vectors)
+    pq.write_table(pa.table({"vector": vectors.tolist(), "uid": ["a", None, "b"]}), tmp_path / "q.parquet")
+    for name in ("q.npy", "q.parquet"):
+        table = _read(tmp_path / name, tmp_path)
+        assert table.column("embedding").to_pylist() == vectors.tolist()
+    assert table.column("uid").to_pylist() == ["a", None, "b"]
+
+
+@pytest.mark.parametrize("name", ["q.txt", "q.parquet", "q.jsonl"])
+def test_parts_have_equal_sizes_whatever_the_blocks_of_the_file(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(query_list, "PART_ROWS", 7)
+    texts = [f"text {number}" for number in range(24)]
+    if name == "q.parquet":
+        pq.write_table(pa.table({"text": texts}), tmp_path / name, row_group_size=5)
+    else:
+        lines = texts if name == "q.txt" else [json.dumps({"text": text}) for text in texts]
+        (tmp_path / name).write_text("\n".join(lines))
+    table, target = _read(tmp_path / name, tmp_path), tmp_path / "queries.parquet"
+    assert table.to_pydict() == {"query": list(range(24)), "text": texts}
+    assert num_parts(target) == 4
+    assert [pq.read_metadata(target).row_group(part).num_rows for part in range(4)] == [7, 7, 7, 3]
+
+
+def test_empty_lines_are_no_texts_and_keep_their_number(tmp_path: Path) -> None:
+    (tmp_path / "q.txt").write_text("a\n\n  \nb\n")
+    assert _read(tmp_path / "q.txt", tmp_path).column("text").to_pylist() == ["a", None, None, "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("q.csv", "id,name\n1,a\n", "no column text, image, uid, embedding .*it has id, name"),
+        ("q.jsonl", '{"text": "a"}\n[1]\n', "line 2: not an object"),
+        ("q.jsonl", '{"text": "a"}\n{"text": \n', "line 2: not JSON"),
+        ("q.jsonl", '{"text": 3}\n', "column text is int64, not text"),
+        ("q.jsonl", '{"embedding": "a"}\n', "column embedding is string, not lists"),
+        ("q.csv", "text\n", "holds no queries"),
+        ("q.txt", "", "holds no queries"),
+        ("q.parquet", "junk", "cannot be read"),
+        ("q.npy", "junk", "cannot be read"),
+        ("q.doc", "a", "not a list of queries; it may be .txt, .csv"),
+        ("none", None, "not a list of queries"),
+        ("none.txt", None, "no such file"),
+    ],
+)
+def test_a_wrong_list_is_refused_by_name(name: str, content: str | None, words: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=rf"{name}.*: .*{words}"):
+        write_queries(tmp_path / name, tmp_path / "queries.parquet")

@@ -1,0 +1,141 @@
+"""Search under conditions, on 3,000 rows whose order is known from exact arithmetic."""
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from numpy.typing import NDArray
+
+from pipeline.data.vectors import to_unit
+from pipeline.errors import ConfigError, DataError
+from pipeline.recipe.sections import IndexConfig
+from pipeline.retrieve import NeighbourIndex, retriever
+from pipeline.retrieve.build import build_index
+from pipeline.retrieve.columns import StoredColumns
+from pipeline.retrieve.exact import EmbeddedShards
+from pipeline.retrieve.retriever import Conditions, Retriever
+from pipeline.workspace.store import Artifact
+from tests.tiny.shards import make_embeddings
+
+_NUM_ROWS, _DIM, _PER_SHARD, _COPIES = 3000, 16, 1100, 5
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artifact]:
+    """(embed, download): every picture is there five times, with a moment's noise; one row in 50 is wide."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    pictures = rng.normal(size=(_NUM_ROWS // _COPIES, _DIM)).repeat(_COPIES, 0)
+    vectors = pictures + 0.01 * rng.normal(size=pictures.shape)
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True))[rng.permutation(_NUM_ROWS)].astype(np.float32)
+    embed, download = Artifact(str(folder / "embed")), Artifact(str(folder / "download"))
+    make_embeddings(embed, vectors, vectors[::-1].copy(), _PER_SHARD)
+    for number, shard in enumerate(embed.shard_records()):
+        keys = pq.read_table(embed.path(f"{shard}.parquet"), columns=["key"]).column("key")
+        widths = [512 if (number * _PER_SHARD + row) % 50 == 0 else 64 for row in range(len(keys))]
+        failed = {"key": [f"{shard}99999"], "width": pa.array([None], pa.int32())}  # its table has failed rows, too
+        table = pa.table({"key": keys, "width": pa.array(widths, pa.int32())})
+        with download.write(f"{shard}.parquet") as path:
+            pq.write_table(pa.concat_tables([pa.table(failed), table]), path)
+    return embed, download
+
+
+@pytest.fixture(scope="module", params=["flat"])
+def search(
+    request: pytest.FixtureRequest, data: tuple[Artifact, Artifact], tmp_path_factory: pytest.TempPathFactory
+) -> Retriever:
+    output = Artifact(str(tmp_path_factory.mktemp("index")))
+    build_index(data[0], output, IndexConfig(kind=request.param, recall_target=1.0), seed=0)
+    return Retriever(NeighbourIndex.open(output, data[0]), data[0], StoredColumns(list(data)))
+
+
+def _vectors(data: tuple[Artifact, Artifact]) -> NDArray[np.float32]:
+    return np.concatenate([to_unit(vectors.z_image) for _, _, vectors in EmbeddedShards.open(data[0])])
+
+
+def _captions(order: NDArray[np.int64]) -> list[str]:
+    return [f"caption {row}" for row in order]
+
+
+def test_a_filter_that_few_rows_pass_still_gives_k_rows(search: Retriever, data: tuple[Artifact, Artifact]) -> None:
+    vectors = _vectors(data)
+    queries = vectors[[3, 7]] + np.float32(0.1)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    wide = search.conditions("width >= 512 and contains(url, 'http')")
+    for query, results in zip(queries, search.search(queries, 20, conditions=wide), strict=True):
+        order = [row for row in np.argsort(-(vectors @ query)) if row % 50 == 0][:20]
+        assert [one.caption for one in results.neighbours] == _captions(np.array(order))
+        assert results.num_candidates >= 20 * 50 / 2
+        assert (results.end, results.shortage(20)) == ("enough", "")
+
+
+def test_an_exhausted_index_is_said(search: Retriever, data: tuple[Artifact, Artifact]) -> None:
+    [results] = search.search(_vectors(data)[:1], 100, conditions=search.conditions("width >= 512"))
+    assert len(results.neighbours) == 60
+    assert results.shortage(100) == "only 60 of 100: all 3,000 rows of the index were looked at"
+    [results] = search.search(_vectors(data)[:1], 10, conditions=search.conditions("width > 9000"))
+    assert results.neighbours == []
+    assert results.shortage(10).startswith("only 0 of 10")
+
+
+def test_a_search_that_reaches_its_limit_is_said(search: Retriever, data: tuple[Artifact, Artifact]) -> None:
+    conditions = dataclasses.replace(search.conditions("width >= 512"), max_candidates=500)
+    [results] = search.search(_vectors(data)[:1], 100, conditions=conditions)
+    assert 0 < len(results.neighbours) < 60
+    assert "the 500 nearest rows, the most that one search looks at" in results.shortage(100)
+
+
+def test_near_duplicates_are_one_row_and_k_rows_survive(search: Retriever, data: tuple[Artifact, Artifact]) -> None:
+    vectors = _vectors(data)
+    [results] = search.search(vectors[:1], 40, conditions=Conditions(distinct=0.97))
+    assert len(results.neighbours) == 40
+    rows = np.array([int(one.caption.split()[1]) for one in results.neighbours])
+    cosines = vectors[rows] @ vectors[rows].T
+    assert (cosines[~np.eye(40, dtype=bool)] < 0.97).all()
+    assert rows[0] == 0
+    # Each is the nearest of its copies, and no picture between them is left out.
+    order = np.argsort(-(vectors @ vectors[0]))
+    expected: list[int] = []
+    for row in order:
+        if all(vectors[row] @ vectors[one] < 0.97 for one in expected):
+            expected.append(int(row))
+    assert rows.tolist() == expected[:40]
+
+
+def test_both_conditions_hold_at_once(search: Retriever, data: tuple[Artifact, Artifact]) -> None:
+    conditions = search.conditions("width == 512", distinct=0.97)
+    [results] = search.search(_vectors(data)[:1], 30, conditions=conditions)
+    rows = [int(one.caption.split()[1]) for one in results.neighbours]
+    assert len(rows) == 30
+    assert all(row % 50 == 0 for row in rows)
+
+
+def test_more_queries_than_fit_at_once_give_the_same_rows(
+    search: Retriever, data: tuple[Artifact, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries, wide = _vectors(data)[:9], search.conditions("width >= 512")
+    together = search.search(queries, 5, conditions=wide)
+    monkeypatch.setattr(retriever, "_CANDIDATES_AT_ONCE", 100)
+    assert search.search(queries, 5, conditions=wide) == together
+
+
+def test_a_filter_by_an_unknown_column_lists_the_columns(search: Retriever) -> None:
+    with pytest.raises(ConfigError, match=r"no column 'hight'; .*there are .*width"):
+        search.conditions("hight > 3")
+    with pytest.raises(ConfigError, match="no column 'z_image'"):
+        search.conditions("z_image > 3")
+
+
+def test_columns_come_in_the_order_of_the_rows(data: tuple[Artifact, Artifact]) -> None:
+    columns = StoredColumns(list(data))
+    shards, keys = ["00001", "00000", "00001"], ["0000100001", "0000000050", "0000100000"]
+    table = columns.take(shards, keys, ["width", "caption"])
+    assert table.to_pydict() == {
+        "width": [64, 512, 512],
+        "caption": ["caption 1101", "caption 50", "caption 1100"],
+    }
+    assert columns.take([], [], ["width"]).num_rows == 0
+    with pytest.raises(DataError, match="shard 00000: key none: no such row"):
+        columns.take(["00000"], ["none"], ["width"])
