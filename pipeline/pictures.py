@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
 
 from pipeline.errors import ConfigError, DataError
 
@@ -23,9 +23,20 @@ Picture = Image.Image | Pixels
 
 MAX_AREA_PX = 178_956_970
 """Largest picture that is decoded, in pixels (Pillow's own limit): a larger one may be a decompression bomb."""
+MAX_MEMORY_BYTES = 1 << 30
+"""Largest memory that decoding one picture may take, in bytes, by its header."""
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are read. Pillow supports more, for example EPS, for which it starts Ghostscript on the file."""
 
+_DECODED_BYTES = {"1": 5, "L": 5, "P": 5, "RGB": 4, "I;16": 12, "I": 24, "F": 24}
+"""Bytes for each pixel while a decoded mode becomes RGB with 8 bits; 8 for the others."""
+_DECODER_BYTES = {"AVIF": 14, "JPEG2000": 16, "WEBP": 12}
+"""Bytes for each pixel that a format's decoder holds beside the picture."""
+_PROGRESSIVE_BYTES = 8
+"""Bytes for each pixel of the file while a progressive JPEG is decoded: its coefficients, whatever the draft's size."""
+_TURN_BYTES = 4
+_TILE_TAGS = (322, 323)
+_STRIP_AREA_PX = 1 << 20
 _DRAFT_SIDES = 2  # docs/decisions.md: PSNR is 40 dB at one side, 48 dB at two, and half the time is saved
 _TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -80,7 +91,13 @@ class DecodedPicture:
 
 
 def read(
-    data: bytes, *, where: str, side_px: int = 0, max_area_px: float = MAX_AREA_PX, alpha: bool = False
+    data: bytes,
+    *,
+    where: str,
+    side_px: int = 0,
+    max_area_px: float = MAX_AREA_PX,
+    max_memory_bytes: int = MAX_MEMORY_BYTES,
+    alpha: bool = False,
 ) -> DecodedPicture:
     """Decode an encoded picture.
 
@@ -90,6 +107,8 @@ def read(
         side_px: Side to which the caller will resize. libjpeg may then decode at a lower resolution, as long as both
             sides have at least twice this; 0: all pixels are decoded.
         max_area_px: Largest area that is decoded, in pixels.
+        max_memory_bytes: Largest memory that decoding may take, in bytes; estimated from the header before any pixel is
+            decoded.
         alpha: Keep transparency; otherwise transparent parts become white.
 
     Raises:
@@ -97,9 +116,16 @@ def read(
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            return _decode(picture, where, side_px, max_area_px, alpha=alpha)
-    except (PictureError, MemoryError):
+            width, height = picture.size
+            _require_area(picture, where, max_area_px)
+            if side_px:
+                picture.draft(None, (_DRAFT_SIDES * side_px, _DRAFT_SIDES * side_px))
+            _require_memory(picture, where, width * height, max_memory_bytes)
+            return _decode(picture, where, (width, height), alpha=alpha)
+    except PictureError:
         raise
+    except MemoryError:
+        raise PictureError(where, "image needs too much memory") from None
     except Image.UnidentifiedImageError:
         raise PictureError(where, "not a picture", f"formats that are read: {', '.join(FORMATS)}") from None
     except Exception as error:  # on damaged bytes, Pillow's parsers raise any error, even KeyError
@@ -165,14 +191,42 @@ def thumbnail(image: Image.Image, largest_px: int = 256) -> Image.Image:
     return small
 
 
-def _decode(
-    picture: ImageFile.ImageFile, where: str, side_px: int, max_area_px: float, *, alpha: bool
-) -> DecodedPicture:
-    width, height = picture.size
-    if width * height > max_area_px:
-        raise PictureError(where, "image area too large", f"{width} x {height} px; limit: {max_area_px:.0f} px in all")
-    if side_px:
-        picture.draft(None, (_DRAFT_SIDES * side_px, _DRAFT_SIDES * side_px))
+def _require_area(picture: Image.Image, where: str, max_area_px: float) -> None:
+    if picture.width * picture.height > max_area_px:
+        size = f"{picture.width} x {picture.height} px"
+        raise PictureError(where, "image area too large", f"{size}; limit: {max_area_px:.0f} px in all")
+
+
+def _require_memory(picture: ImageFile.ImageFile, where: str, file_area_px: int, max_bytes: int) -> None:
+    """Refuse a picture whose decoding takes too much memory at its peak.
+
+    Args:
+        picture: The opened file, of which nothing is decoded; its size may be reduced by a draft.
+        where: Its name, for the error.
+        file_area_px: Area of the picture in the file, in pixels.
+        max_bytes: The limit.
+    """
+    mode = "I;16" if picture.mode.startswith("I;16") else picture.mode
+    per_px = _DECODED_BYTES.get(mode, 8) + _DECODER_BYTES.get(picture.format or "", 0)
+    if "exif" in picture.info or picture.format == "TIFF":  # it may have to be turned
+        per_px += _TURN_BYTES
+    in_file = _PROGRESSIVE_BYTES if "progressive" in picture.info else 0
+    num_bytes = per_px * max(picture.width * picture.height, _tile_area_px(picture)) + in_file * file_area_px
+    if num_bytes > max_bytes:
+        detail = f"{picture.width} x {picture.height} px: {num_bytes >> 20} MiB; limit: {max_bytes >> 20} MiB"
+        raise PictureError(where, "image needs too much memory", detail)
+
+
+def _tile_area_px(picture: ImageFile.ImageFile) -> int:
+    """Area of one tile of a TIFF, which may be larger than its picture; 0 without tiles."""
+    if not isinstance(picture, TiffImagePlugin.TiffImageFile):
+        return 0
+    width, height = (picture.tag_v2.get(tag, 0) for tag in _TILE_TAGS)
+    return width * height if isinstance(width, int) and isinstance(height, int) else 0
+
+
+def _decode(picture: ImageFile.ImageFile, where: str, size: tuple[int, int], *, alpha: bool) -> DecodedPicture:
+    width, height = size
     picture.load()
     orientation = _orientation(picture)
     if orientation >= _FIRST_SWAPPED:
@@ -196,10 +250,22 @@ def _to_8_bits(picture: Image.Image, where: str, *, alpha: bool) -> Image.Image:
     if picture.mode == "F" or picture.mode.startswith("I"):
         picture = _scale_levels(picture, where)
     if picture.has_transparency_data:
-        rgba = picture.convert("RGBA")
-        picture = rgba if alpha else Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    image = picture.convert("RGBA" if picture.mode == "RGBA" and alpha else "RGB")
+        image = picture.convert("RGBA") if alpha else _on_white(picture)
+    else:
+        image = picture if picture.mode == "RGB" else picture.convert("RGB")
     image.info = {}  # Pillow would write a profile or a palette's transparency into files of this picture
+    return image
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    """A transparent picture on white, strip by strip: whole, it would take twice the memory."""
+    image = Image.new("RGB", picture.size)
+    rows = max(1, _STRIP_AREA_PX // picture.width)
+    for top in range(0, picture.height, rows):
+        box = (0, top, picture.width, min(picture.height, top + rows))
+        rgba = picture.crop(box).convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        image.paste(Image.alpha_composite(white, rgba).convert("RGB"), box)
     return image
 
 

@@ -1,72 +1,91 @@
-"""The download step: img2dataset downloads and writes one shard, and this module checks and sorts it.
+"""The download step: fetches the pictures of a shard, resizes them in processes of their own, writes the shard.
 
-This module replaces three parts of img2dataset:
-- ``limited_urlopen``: adds a deadline and a largest size per URL, and a limit of connections per host.
-- ``PictureResizer``: img2dataset's resizer ignores EXIF orientation, stores 16-bit pictures white, fills the missing
-  part of a truncated file with gray, and decodes a decompression bomb before it measures it.
-- ``_Writer``: remembers the first disk error, which img2dataset prints and ignores.
-img2dataset writes rows in order of completion. The shard is sorted by key before it is published, and the times of its
-tar members are zero, so that the same responses give the same bytes.
+One event loop fetches; connections, resolved names and decoders live from shard to shard, and several shards may be
+under way at once. Rows come to an end in any order; the shard is written sorted by key. A URL that stands in several
+rows of a shard (one picture with several captions) is fetched once.
 """
 
+from __future__ import annotations
+
+import asyncio
+import contextlib
 import io
 import json
-import logging
-import os
-import shutil
-import tarfile
-from collections import Counter
-from pathlib import Path
-from typing import Any
+import tempfile
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import IO, Any, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+import uvloop
 
-from pipeline.data.fetch import limited_urlopen
+from pipeline.data.causes import FetchError
+from pipeline.data.decoders import Decoders
+from pipeline.data.fetch import Fetcher
+from pipeline.data.hosts import Limits
+from pipeline.data.resize import Boxes, StoredPicture
 from pipeline.data.rows import require_columns
-from pipeline.data.shards import Members, good_rows, index_tar, read_member
+from pipeline.data.shard_writer import (
+    FAILED_TO_DOWNLOAD,
+    FAILED_TO_RESIZE,
+    RESULT_FIELDS,
+    SUCCESS,
+    ShardFiles,
+    ShardRow,
+    Span,
+    failed_rows,
+    key_of,
+    read_shard,
+    write_shard,
+)
+from pipeline.data.shards import REPAIR_HINT
+from pipeline.data.urls import AddressRules
 from pipeline.errors import ConfigError, DataError
-from pipeline.pictures import DecodedPicture, PictureError, read, resize, square
-from pipeline.recipe.sections import DownloadConfig
+from pipeline.pictures import PictureError
+from pipeline.recipe.sections import DownloadConfig, PairsConfig
 from pipeline.workspace.store import translate_os_errors
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import looks for a newer release on the network
-
-from img2dataset.downloader import Downloader
-from img2dataset.writer import WebDatasetSampleWriter
-
-logging.getLogger("exifread").setLevel(logging.CRITICAL)
+T = TypeVar("T")
+OnProgress = Callable[[int, Counter[str]], None]
+"""Called about once a second with the number of finished rows, and with those that failed by class."""
 
 SHARD_DIGITS = 5
-_PASSED_THROUGH = ("uid", "split")  # columns that img2dataset copies
-_PILLOW_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
-_RESERVED = frozenset(
-    {"key", "caption", "url", "width", "height", "original_width", "original_height", "status", "error_message"}
-    | {"exif", "md5", "sha256", "sha512"}
-)
+_PASSED_THROUGH = ("uid", "split")
+_RESERVED = frozenset({"caption", "url", "md5", "sha256", "sha512"} | dict(RESULT_FIELDS).keys())
+_MEMORY_BYTES = 64 << 20
+"""Part of a shard's stored pictures that stays in memory until they are written."""
+_PROGRESS_S = 1.0
+_LOOPBACK = "127.0.0.1/32"
 
 
 def shard_names(num_rows: int, samples_per_shard: int) -> list[str]:
-    """Names of the shards that hold ``num_rows`` rows: five digits, as in img2dataset."""
-    return [f"{shard:0{SHARD_DIGITS}d}" for shard in range(-(-num_rows // samples_per_shard))]
+    """Names of the shards that hold ``num_rows`` rows: five digits, as in img2dataset, or as many as they need."""
+    num_shards = -(-num_rows // samples_per_shard)
+    digits = max(SHARD_DIGITS, len(str(num_shards - 1)))
+    return [str(shard).zfill(digits) for shard in range(num_shards)]
 
 
 def check_columns(config: DownloadConfig, columns: list[str], where: str) -> None:
-    """Refuse extra columns that the pairs do not have or that img2dataset writes itself.
+    """Refuse columns that the pairs do not have, and extra columns that the shards have already.
 
     Raises:
-        ConfigError: If img2dataset writes a column of this name.
+        ConfigError: If a shard has a column of this name.
         DataError: If the pairs do not have a column.
     """
     conflicts = sorted(_RESERVED & set(config.extra_columns))
     if conflicts:
         names = ", ".join(conflicts)
-        raise ConfigError(f"download.extra_columns: img2dataset writes {names} itself; rename or leave out")
-    require_columns(columns, [*_PASSED_THROUGH, "url", "caption", *config.extra_columns], where=where)
+        raise ConfigError(f"download.extra_columns: every shard has its own {names}; rename or leave out")
+    require_columns(
+        columns, [*_PASSED_THROUGH, "url", "caption", *config.extra_columns, *_read_only(config)], where=where
+    )
 
 
-def read_rows(pairs: Path, shard: str, config: DownloadConfig) -> pa.Table:
+def read_rows(pairs: Any, shard: str, config: DownloadConfig) -> pa.Table:
     """Read the rows of one shard; only the row groups that contain them are read.
 
     Args:
@@ -75,7 +94,9 @@ def read_rows(pairs: Path, shard: str, config: DownloadConfig) -> pa.Table:
         config: The recipe's section.
     """
     start, stop = int(shard) * config.samples_per_shard, (int(shard) + 1) * config.samples_per_shard
-    columns = [*dict.fromkeys([*_PASSED_THROUGH, *config.extra_columns]), "caption", "url"]
+    columns = list(
+        dict.fromkeys([*_PASSED_THROUGH, *config.extra_columns, *sorted(_read_only(config)), "caption", "url"])
+    )
     tables: list[pa.Table] = []
     with pq.ParquetFile(pairs) as parquet:
         first = 0
@@ -88,161 +109,278 @@ def read_rows(pairs: Path, shard: str, config: DownloadConfig) -> pa.Table:
     return pa.concat_tables(tables).select(columns)
 
 
+def address_rules(pairs: PairsConfig, config: DownloadConfig) -> AddressRules:
+    """The addresses and files that a recipe's URLs may name; also the demo's server and a folder source's pictures."""
+    networks = [*config.allowed_networks, *([_LOOPBACK] if pairs.source == "drawn" else [])]
+    folders = [*config.allowed_folders, *(["/"] if pairs.source == "folder" else [])]
+    return AddressRules(networks, folders)
+
+
 def download_shard(
-    rows: pa.Table, shard: str, config: DownloadConfig, tar: Path, parquet: Path, stats: Path
+    rows: pa.Table, shard: str, config: DownloadConfig, files: ShardFiles, rules: AddressRules
 ) -> Counter[str]:
-    """Download one shard with img2dataset, check it and sort it by key.
-
-    Args:
-        rows: The rows of ``read_rows``.
-        shard: Shard name.
-        config: The recipe's section.
-        tar: File to write; a scratch folder exists next to it during the download.
-        parquet: File to write.
-        stats: File to write.
-
-    Returns:
-        Numbers of rows: ``in`` = ``ok`` + ``failed_to_download`` + ``failed_to_resize``.
-
-    Raises:
-        DataError: If img2dataset did not write every row, or tar and table differ.
-        StepError: If the disk is full.
-    """
-    scratch = tar.with_name(f"{tar.name}.d")
-    scratch.mkdir()
-    try:
-        with translate_os_errors(f"download: shard {shard}: {scratch.parent}"):
-            _run_img2dataset(_convert_for_json(rows), shard, config, scratch)
-            members = index_tar(scratch / f"{shard}.tar")
-            table, counts = _check(scratch, shard, rows, members)
-            _write_in_order(scratch / f"{shard}.tar", tar, members)
-            pq.write_table(table, parquet)
-            shutil.copyfile(scratch / f"{shard}_stats.json", stats)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return counts
+    """Download one shard alone; ``Downloader`` keeps its connections for the next shard."""
+    with Downloader(config, rules) as downloader:
+        return downloader.download(rows, shard, files)
 
 
-def failure_causes(stats: list[dict[str, Any]]) -> Counter[str]:
-    """Number of rows by cause of failure, summed over the ``_stats.json`` of shards."""
-    causes: Counter[str] = Counter()
-    for shard_stats in stats:
-        causes.update({cause: count for cause, count in shard_stats["status_dict"].items() if cause != "success"})
-    return causes
-
-
-class PictureResizer:
-    """Decodes, resizes and encodes a picture; img2dataset calls it for each download.
+class Downloader:
+    """Downloads shards; use it in a ``with`` block. Its methods may be called from several threads.
 
     Args:
         config: The recipe's section.
+        rules: Addresses and files that URLs may name.
+        limits: Limits of hosts that several workers share; default: those of this downloader alone.
+        num_decoders: Processes that decode and resize.
     """
 
-    def __init__(self, config: DownloadConfig) -> None:
+    def __init__(
+        self, config: DownloadConfig, rules: AddressRules, limits: Limits | None = None, *, num_decoders: int = 1
+    ) -> None:
         self._config = config
+        self._rules = rules
+        self._limits = limits
+        self._num_decoders = num_decoders
+        self._loop = uvloop.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="downloads")
+        self._stack = contextlib.AsyncExitStack()
 
-    def __call__(self, stream: io.BytesIO, boxes: Any = None) -> tuple[Any, ...]:  # noqa: ARG002  (faces to blur)
-        """Return (bytes, width, height, original width, original height, error), as img2dataset's resizer does."""
+    def __enter__(self) -> Downloader:
+        self._thread.start()
+        self._run(self._open())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._run(self._stack.aclose())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def download(
+        self,
+        rows: pa.Table,
+        shard: str,
+        files: ShardFiles,
+        on_progress: OnProgress | None = None,
+        *,
+        first: int = 0,
+    ) -> Counter[str]:
+        """Download the rows of a shard and write its files.
+
+        Args:
+            rows: The rows of ``read_rows``, or some of them.
+            shard: Shard name.
+            files: The files to write.
+            on_progress: Receives the progress.
+            first: Number of the first row within its shard.
+
+        Returns:
+            Numbers of rows: ``in`` = ``ok`` + ``failed_to_download`` + ``failed_to_resize``.
+
+        Raises:
+            StepError: If the disk is full.
+        """
+        keys = [key_of(shard, first + row, self._config.samples_per_shard) for row in range(rows.num_rows)]
+        start = time.time()
+        with (
+            translate_os_errors(f"download: shard {shard}: {files.tar.parent}"),
+            tempfile.SpooledTemporaryFile(_MEMORY_BYTES) as scratch,
+        ):
+            result = self.fetch_rows(rows, keys, scratch, on_progress)
+            return write_shard(result, self.schema(rows), self._config.encode_format, files, start=start)
+
+    def retry(
+        self,
+        rows: pa.Table,
+        old: ShardFiles,
+        files: ShardFiles,
+        wanted: str,
+        on_progress: OnProgress | None = None,
+    ) -> Counter[str] | None:
+        """Try the failed rows of a written shard again, and keep the rest as it is.
+
+        Args:
+            rows: The rows of ``read_rows``.
+            old: The shard.
+            files: The files to write; its table and tar hold the good rows of before, byte for byte.
+            wanted: Class of the failures (``pipeline.data.causes``), or ``all``.
+            on_progress: Receives the progress; rows that are kept count as finished.
+
+        Returns:
+            Numbers of rows; None if no row came through: then nothing is written.
+
+        Raises:
+            DataError: If the shard has other rows.
+            StepError: If the disk is full.
+        """
+        start = time.time()
+        with (
+            translate_os_errors(f"download: {files.tar.parent}"),
+            old.tar.open("rb") as stream,
+            tempfile.SpooledTemporaryFile(_MEMORY_BYTES) as scratch,
+        ):
+            merged, schema = read_shard(old.tar, old.parquet, stream)
+            if [row.values["uid"] for row in merged] != rows.column("uid").to_pylist():
+                raise DataError(f"download: {old.parquet}: it has other rows than the pairs; {REPAIR_HINT}")
+            failed = failed_rows(merged, wanted)
+            keys = [merged[number].values["key"] for number in failed]
+            kept = rows.num_rows - len(failed)
+            again = self.fetch_rows(
+                rows.take(pa.array(failed, pa.int64())),
+                keys,
+                scratch,
+                on_progress and (lambda done, causes: on_progress(kept + done, causes)),
+            )
+            if not any(row.picture for row in again):
+                return None
+            for number, row in zip(failed, again, strict=True):
+                merged[number] = row
+            return write_shard(merged, schema, self._config.encode_format, files, start=start)
+
+    def fetch_rows(
+        self, rows: pa.Table, keys: Sequence[str], scratch: IO[bytes], on_progress: OnProgress | None = None
+    ) -> list[ShardRow]:
+        """Fetch rows, and return them in their order.
+
+        Args:
+            rows: Rows of the pairs.
+            keys: Their keys.
+            scratch: File that receives the stored pictures; it must outlive the result.
+            on_progress: Receives the progress.
+
+        Raises:
+            OSError: If the disk is full.
+        """
+        return self._run(self._fetch_rows(rows, keys, scratch, on_progress))
+
+    def schema(self, rows: pa.Table) -> pa.Schema:
+        """Columns of the shard's table."""
+        kind = self._config.compute_hash
+        results = [*RESULT_FIELDS, *([] if kind == "none" else [(kind, pa.string())])]
+        return pa.schema([*_stored_columns(rows, self._config).schema, *(pa.field(*field) for field in results)])
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            return *self._store(stream.getvalue()), None
-        except PictureError as error:
-            return None, None, None, None, None, error.reason
-
-    def _store(self, data: bytes) -> tuple[bytes, int, int, int, int]:
-        config = self._config
-        least_px = 0 if config.resize_mode == "no" else config.image_px
-        picture = read(data, where="download", side_px=least_px, max_area_px=config.max_image_area_px)
-        shorter, longer = sorted((picture.width, picture.height))
-        if shorter < config.min_image_px:
-            raise PictureError("download", "image too small")
-        if longer > config.max_aspect_ratio * shorter:
-            raise PictureError("download", "aspect ratio too large")
-        image = self._resize(picture)
-        is_stored_format = picture.format == _PILLOW_FORMATS[config.encode_format]
-        if config.skip_reencode and image is picture.image and picture.is_plain and is_stored_format:
-            return data, picture.width, picture.height, picture.width, picture.height
-        return self._encode(image), *image.size, picture.width, picture.height
-
-    def _resize(self, picture: DecodedPicture) -> Image.Image:
-        """The picture at its target size; the same object if it has that size already."""
-        config, image, side_px = self._config, picture.image, self._config.image_px
-        of_longer = config.resize_mode in {"border", "keep_ratio_largest"}
-        side = (max if of_longer else min)(picture.width, picture.height)
-        if config.resize_mode == "no" or (config.resize_only_if_bigger and side <= side_px):
-            return image
-        is_square = config.resize_mode in {"border", "center_crop"}
-        if is_square and image.size == (side_px, side_px):
-            return image
-        if config.resize_mode == "center_crop":
-            return Image.fromarray(square(image, side_px))
-        width, height = (max(1, round(length * side_px / side)) for length in (picture.width, picture.height))
-        if image.size != (width, height):
-            image = resize(image, (width, height))
-        if config.resize_mode != "border":
-            return image
-        canvas = Image.new("RGB", (side_px, side_px), "white")
-        canvas.paste(image, ((side_px - width) // 2, (side_px - height) // 2))
-        return canvas
-
-    def _encode(self, image: Image.Image) -> bytes:
-        buffer, quality = io.BytesIO(), self._config.encode_quality
-        option = {"compress_level": quality} if self._config.encode_format == "png" else {"quality": quality}
-        image.save(buffer, _PILLOW_FORMATS[self._config.encode_format], **option)
-        return buffer.getvalue()
-
-
-class _Writer(WebDatasetSampleWriter):
-    """img2dataset's writer that remembers its first error."""
-
-    error: Exception | None = None
-
-    def write(self, img_str: bytes | None, key: str, caption: str | None, meta: dict[str, Any]) -> None:
-        try:
-            super().write(img_str, key, caption, meta)
-        except Exception as error:  # img2dataset hides errors of its writer, so the first one is remembered here
-            self.error = self.error or error
+            return future.result()
+        except BaseException:  # also Ctrl-C, which reaches this thread and not the loop's
+            future.cancel()
             raise
 
+    async def _open(self) -> None:
+        config = self._config
+        self._connections = asyncio.Semaphore(config.resources.num_connections)
+        self._decoders = await self._stack.enter_async_context(Decoders(config, self._num_decoders))
+        self._fetcher = await self._stack.enter_async_context(Fetcher(config, self._rules, self._limits))
 
-def _run_img2dataset(rows: pa.Table, shard: str, config: DownloadConfig, scratch: Path) -> None:
-    with pa.ipc.new_file(str(scratch / "rows.arrow"), rows.schema) as sink:
-        sink.write_table(rows)
-    writers: list[_Writer] = []
+    async def _fetch_rows(
+        self, rows: pa.Table, keys: Sequence[str], scratch: IO[bytes], on_progress: OnProgress | None
+    ) -> list[ShardRow]:
+        same: defaultdict[_Request, list[int]] = defaultdict(list)
+        for row, request in enumerate(_requests(rows, self._config)):
+            same[request].append(row)
+        stored = _stored_columns(rows, self._config).to_pylist()
+        results: list[ShardRow | None] = [None] * len(stored)
+        causes: Counter[str] = Counter()
 
-    def make_writer(*args: Any) -> _Writer:
-        writers.append(_Writer(*args))
-        return writers[-1]
+        async def work(request: _Request, numbers: list[int]) -> None:
+            async with self._connections:
+                outcome = await self._fetch_one(request)
+            picture = _append(scratch, outcome.data) if isinstance(outcome, StoredPicture) else None
+            for number in numbers:
+                results[number] = ShardRow(self._values(stored[number], keys[number], outcome), picture)
+            if isinstance(outcome, _Failure):
+                causes[outcome.cause] += len(numbers)
 
-    downloader = Downloader(
-        sample_writer_class=make_writer,
-        resizer=PictureResizer(config),
-        thread_count=min(config.num_threads, rows.num_rows),
-        save_caption=True,
-        extract_exif=True,
-        output_folder=str(scratch),
-        column_list=rows.column_names,
-        timeout=config.timeout_s,
-        number_sample_per_shard=config.samples_per_shard,
-        oom_shard_count=SHARD_DIGITS,
-        compute_hash="sha256",
-        verify_hash_type=None,
-        encode_format=config.encode_format,
-        retries=config.retries,
-        user_agent_token=config.user_agent_token or None,
-        disallowed_header_directives=list(config.disallowed_header_directives) or None,
-    )
-    with limited_urlopen(config.deadline_s, max_per_host=config.resources.max_per_host):
-        downloader.download_shard((int(shard), str(scratch / "rows.arrow")))
-    for writer in writers:
-        if isinstance(writer.error, OSError):
-            raise writer.error
-        if writer.error is not None:
-            raise DataError(f"download: shard {shard}: a row could not be written: {writer.error}") from writer.error
+        tasks = [asyncio.create_task(work(request, numbers)) for request, numbers in same.items()]
+        if on_progress is not None:
+            tasks.append(asyncio.create_task(_report(results, causes, tasks[:], on_progress)))
+        try:
+            await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+        return cast("list[ShardRow]", results)
+
+    async def _fetch_one(self, request: _Request) -> StoredPicture | _Failure:
+        """Fetch and store a picture; nothing that a row brings ends the shard."""
+        try:
+            body = await self._fetcher.fetch(request.url)
+        except FetchError as error:
+            return _Failure(FAILED_TO_DOWNLOAD, error.cause, str(error))
+        with body:
+            try:
+                return await self._decoders.store(body, request.boxes, request.checksum)
+            except FetchError as error:
+                status = FAILED_TO_DOWNLOAD if error.cause == "hash" else FAILED_TO_RESIZE
+                return _Failure(status, error.cause, str(error))
+            except PictureError as error:
+                return _Failure(FAILED_TO_RESIZE, error.reason, error.reason)
+
+    def _values(self, stored: dict[str, Any], key: str, outcome: StoredPicture | _Failure) -> dict[str, Any]:
+        """All columns of a row, in img2dataset's order."""
+        kind = self._config.compute_hash
+        names = [name for name, _ in RESULT_FIELDS] + ([] if kind == "none" else [kind])
+        values = stored | dict.fromkeys(names) | {"key": key}
+        if isinstance(outcome, _Failure):
+            return values | {"status": outcome.status, "error_message": outcome.message}
+        values |= {"status": SUCCESS, "width": outcome.width, "height": outcome.height, "exif": outcome.exif}
+        values |= {"original_width": outcome.original_width, "original_height": outcome.original_height}
+        return values | ({} if kind == "none" else {kind: outcome.digest})
 
 
-def _convert_for_json(rows: pa.Table) -> pa.Table:
-    """Convert columns to text, except those of text, numbers or booleans, because img2dataset writes them as JSON."""
-    for index, name in enumerate(rows.column_names):
+@dataclass(frozen=True)
+class _Request:
+    """What is fetched; rows with equal requests share one."""
+
+    url: str
+    boxes: Boxes
+    checksum: str
+
+
+@dataclass(frozen=True)
+class _Failure:
+    status: str
+    cause: str
+    message: str
+
+
+async def _report(
+    results: Sequence[ShardRow | None], causes: Counter[str], tasks: Sequence[asyncio.Task[None]], call: OnProgress
+) -> None:
+    while not all(task.done() for task in tasks):
+        await asyncio.wait(tasks, timeout=_PROGRESS_S)
+        done = sum(row is not None for row in results)
+        await asyncio.to_thread(call, done, causes.copy())
+
+
+def _append(scratch: IO[bytes], data: bytes) -> Span:
+    offset = scratch.seek(0, io.SEEK_END)
+    scratch.write(data)
+    return Span(scratch, offset, len(data))
+
+
+def _requests(rows: pa.Table, config: DownloadConfig) -> list[_Request]:
+    def values(column: str) -> list[Any]:
+        return rows.column(column).to_pylist() if column else [None] * rows.num_rows
+
+    columns = zip(rows.column("url").to_pylist(), values(config.blur_column), values(config.hash_column), strict=True)
+    return [_Request(url or "", _boxes(boxes), str(checksum or "")) for url, boxes, checksum in columns]
+
+
+def _boxes(value: Any) -> Boxes:
+    """Boxes of a row as numbers; lists in CSV are text."""
+    boxes = json.loads(value) if isinstance(value, str) and value else value
+    return tuple(tuple(float(side) for side in box) for box in boxes or ())
+
+
+def _stored_columns(rows: pa.Table, config: DownloadConfig) -> pa.Table:
+    """The columns that go into the shard, those that JSON does not have as text."""
+    names = [name for name in rows.column_names if name not in _read_only(config)]
+    rows = rows.select(names)
+    for index, name in enumerate(names):
         kind = rows.schema.field(name).type
         if not (
             pa.types.is_string(kind)
@@ -255,35 +393,6 @@ def _convert_for_json(rows: pa.Table) -> pa.Table:
     return rows
 
 
-def _check(scratch: Path, shard: str, rows: pa.Table, members: Members) -> tuple[pa.Table, Counter[str]]:
-    table = pq.read_table(scratch / f"{shard}.parquet").sort_by("key")
-    if sorted(table.column("uid").to_pylist()) != sorted(rows.column("uid").to_pylist()):
-        raise DataError(
-            f"download: shard {shard}: img2dataset received {rows.num_rows} rows and returned {table.num_rows}; "
-            "the worker's log names the lost ones"
-        )
-    stats = json.loads((scratch / f"{shard}_stats.json").read_text())
-    statuses = Counter(table.column("status").to_pylist())
-    good = good_rows(table)
-    if stats["successes"] != good.num_rows or members.keys() != set(good.column("key").to_pylist()):
-        raise DataError(
-            f"download: shard {shard}: {good.num_rows} good rows in the table, {stats['successes']} in the stats, "
-            f"{len(members)} in the tar"
-        )
-    with (scratch / f"{shard}.tar").open("rb") as stream:
-        for row, (key, uid) in enumerate(
-            zip(good.column("key").to_pylist(), good.column("uid").to_pylist(), strict=True)
-        ):
-            if json.loads(read_member(stream, members[key]["json"]))["uid"] != uid:
-                raise DataError(f"download: shard {shard}: row {row}: the tar has another uid than {uid}")
-    failures = {name: statuses[name] for name in ("failed_to_download", "failed_to_resize")}
-    return table, Counter({"in": table.num_rows, "ok": good.num_rows, **failures})
-
-
-def _write_in_order(source: Path, target: Path, members: Members) -> None:
-    with source.open("rb") as old, tarfile.open(target, "w", format=tarfile.USTAR_FORMAT) as new:
-        for key in sorted(members):
-            for extension, span in members[key].items():
-                member = tarfile.TarInfo(f"{key}.{extension}")
-                member.size, member.mode, member.uname, member.gname = span[1], 0o444, "bigdata", "bigdata"
-                new.addfile(member, io.BytesIO(read_member(old, span)))  # as webdataset writes it, with time zero
+def _read_only(config: DownloadConfig) -> set[str]:
+    """Columns of the pairs that are read and not stored."""
+    return {config.blur_column, config.hash_column} - {*config.extra_columns, *_PASSED_THROUGH, "url", "caption", ""}

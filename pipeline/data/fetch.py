@@ -1,227 +1,482 @@
-"""Limits on img2dataset's downloads, which it lacks; it is not changed for them.
+"""An asynchronous fetcher of pictures: one client, whose connections and resolved names are used again.
 
-img2dataset calls ``urllib.request.urlopen``, whose ``timeout`` bounds one socket operation: a server that sends a byte
-a second delays a shard without limit, and a body may have any size. ``limited_urlopen`` installs an opener that bounds
-the time and the bytes of a whole URL, redirects included, and the number of connections to one host. It also answers a
-repeated request after a permanent error (404 and the like) from memory, because img2dataset retries those too.
-
-A connection acquires one of its host's slots before it is opened and releases it when its socket is closed: after the
-response, or when there is no response. A redirect opens its connection after that, so no thread waits for a slot while
-it holds one.
+Every URL has one deadline over everything: name, connection, TLS, redirects, body and further tries. The time that it
+waits for its host's turn (``Limits``) is not counted. What goes wrong is a ``FetchError`` of one class; temporary
+faults are tried again after a growing pause, or after the time that the host asks for. Each hop of a redirect is
+checked against the address rules and the host's opt-outs.
 """
 
+from __future__ import annotations
+
+import asyncio
 import contextlib
-import functools
-import http.client
-import io
+import email.utils
+import errno
+import os
+import random
 import socket
+import tempfile
 import threading
 import time
-import urllib.error
-import urllib.parse
 import urllib.request
-from collections.abc import Callable, Generator
-from typing import Any, cast
+import zlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any, Generic, TypeVar
 
-MAX_BODY_BYTES = 64 << 20
-_PERMANENT_ERRORS = frozenset({400, 401, 403, 404, 405, 410, 451})
+import aiohttp
+import aiohttp.abc
+from yarl import URL
+
+from pipeline.data import opt_outs
+from pipeline.data.causes import FetchError
+from pipeline.data.hosts import NO_LEASE, HostLimits, Limits
+from pipeline.data.opt_outs import PathRules
+from pipeline.data.urls import AddressRules, Url, file_path, is_address, parse_url, refused_address
+from pipeline.recipe.sections import DownloadConfig
+
+Body = IO[bytes]
+T = TypeVar("T")
+
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_MAX_REDIRECTS = 10
+_MEMORY_BYTES = 1 << 20
+"""Part of a body that stays in memory; the rest goes to a temporary file: hundreds of bodies arrive at once."""
+_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 8.0
+_KEEP_ALIVE_S = 5.0
+_NAME_TTL_S, _POLICY_TTL_S, _FAILURE_TTL_S = 300.0, 86_400.0, 60.0
+_LOOKUPS_AT_ONCE = 256
+_CACHED_HOSTS = 50_000
+_MAX_HEADER_BYTES = 16_384
+_GZIP = b"\x1f\x8b"
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # of the temporary file: no fault of the row
 
 
-@contextlib.contextmanager
-def limited_urlopen(deadline_s: float, max_bytes: int = MAX_BODY_BYTES, *, max_per_host: int = 0) -> Generator[None]:
-    """Apply the limits to ``urllib.request.urlopen`` in this process, inside the block.
+def user_agent(config: DownloadConfig) -> str:
+    """The name under which hosts see the downloads; ``download.contact`` tells them whom to ask."""
+    contact = f"; +{config.contact}" if config.contact else ""
+    return f"Mozilla/5.0 (compatible; {config.user_agent_token or 'unclip'}/{version('unclip')}{contact})"
+
+
+@dataclass(frozen=True)
+class _Policy:
+    """Paths that a host's two files allow."""
+
+    robots: PathRules
+    tdm: PathRules
+
+
+class Fetcher:
+    """Fetches URLs; use it inside ``async with``.
 
     Args:
-        deadline_s: Longest time for one URL from its first byte sent to its last received, in seconds; the time that it
-            waits for a slot of its host is not counted.
-        max_bytes: Largest body, in bytes.
-        max_per_host: Most connections to one host at once; 0: no limit.
+        config: The recipe's section.
+        rules: Addresses and files that URLs may name.
+        limits: Limits of hosts that several workers share; default: those of this fetcher alone.
     """
-    opener = LimitedOpener(deadline_s, max_per_host)
-    connection = functools.partial(_Connection, opener=opener, max_bytes=max_bytes)
-    secure = functools.partial(_SecureConnection, opener=opener, max_bytes=max_bytes)
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.UnknownHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPRedirectHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        urllib.request.FileHandler(),
-        urllib.request.DataHandler(),
-        _HttpHandler(connection),
-        _HttpsHandler(secure),
-    ):
-        opener.add_handler(handler)
-    urllib.request.install_opener(opener)
-    try:
-        yield
-    finally:
-        urllib.request.install_opener(cast("urllib.request.OpenerDirector", None))  # urlopen builds its own one again
 
+    def __init__(self, config: DownloadConfig, rules: AddressRules, limits: Limits | None = None) -> None:
+        resources = config.resources
+        self._config = config
+        self._rules = rules
+        self._limits = limits or HostLimits(resources.max_per_host, resources.max_rate_per_host)
+        self._token = config.user_agent_token.strip().lower()
+        self._directives = {directive.strip().lower() for directive in config.disallowed_header_directives}
+        self._policies = _Cache(self._policy, _POLICY_TTL_S)
+        self._proxies = urllib.request.getproxies()
 
-class LimitedOpener(urllib.request.OpenerDirector):
-    """An opener that gives each URL one deadline, which its redirects share."""
+    async def __aenter__(self) -> Fetcher:
+        proxies = {URL(proxy).raw_host or "" for proxy in self._proxies.values()}
+        self._proxy_hosts = proxies
+        connector = aiohttp.TCPConnector(
+            limit=0,
+            resolver=_Resolver(self._rules, proxies),
+            use_dns_cache=False,  # the resolver has its own
+            keepalive_timeout=_KEEP_ALIVE_S,
+        )
+        timeout_s = self._config.timeout_s
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,  # a bomb would be undone before its size is known
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s),
+            headers={
+                "User-Agent": user_agent(self._config),
+                "Accept": "image/*,*/*;q=0.8",
+                "Accept-Encoding": "identity",
+            },
+            max_line_size=_MAX_HEADER_BYTES,
+            max_field_size=_MAX_HEADER_BYTES,
+        )
+        return self
 
-    def __init__(self, deadline_s: float, max_per_host: int = 0) -> None:
-        super().__init__()
-        self._deadline_s = deadline_s
-        self._max_per_host = max_per_host
-        self._hosts: dict[str, threading.BoundedSemaphore] = {}
-        self._lock = threading.Lock()
-        self._thread = threading.local()
-        self._errors: dict[str, tuple[int, str]] = {}
+    async def __aexit__(self, *_: object) -> None:
+        self._policies.close()
+        await self._session.close()
 
-    def open(self, fullurl: Any, data: Any = None, timeout: float | None = None) -> Any:
-        """Open a URL; a redirect calls this method again and keeps the deadline of the first URL."""
-        if getattr(self._thread, "deadline", None) is not None:
-            return super().open(fullurl, data, timeout)
-        url = fullurl if isinstance(fullurl, str) else fullurl.full_url
-        if url in self._errors:
-            code, reason = self._errors[url]
-            raise urllib.error.HTTPError(url, code, reason, http.client.HTTPMessage(), None)
-        self._thread.deadline = time.monotonic() + self._deadline_s
+    async def fetch(self, text: str) -> Body:
+        """Fetch the picture of a row.
+
+        Args:
+            text: URL of the list.
+
+        Returns:
+            Its bytes as an open file, at the start; the caller closes it.
+
+        Raises:
+            FetchError: If it did not come; its class says why.
+        """
+        path = file_path(text)
+        if path is None:
+            url = parse_url(text)
+            return await self._in_time(lambda deadline: self._retry(url, deadline))
+        self._rules.require_file(path)
+        return await self._in_time(lambda _: asyncio.to_thread(_read_file, path, self._config.max_body_bytes))
+
+    async def _in_time(self, work: Callable[[asyncio.Timeout], Awaitable[Body]]) -> Body:
         try:
-            return super().open(fullurl, data, timeout)
-        except urllib.error.HTTPError as error:
-            error.close()  # its response holds a connection, and nobody reads it
-            if error.code in _PERMANENT_ERRORS:
-                self._errors[url] = (error.code, error.reason)
-            raise
+            async with asyncio.timeout(self._config.deadline_s) as deadline:
+                return await work(deadline)
+        except TimeoutError:
+            raise FetchError("deadline") from None
+
+    async def _retry(self, url: Url, deadline: asyncio.Timeout, *, is_policy: bool = False) -> Body:
+        attempt = 0
+        while True:
+            try:
+                return await self._follow(url, deadline, is_policy=is_policy)
+            except FetchError as error:
+                if attempt >= self._config.retries or not error.is_temporary:
+                    raise
+                backoff_s = min(_BACKOFF_S * 2**attempt, _LONGEST_BACKOFF_S) * random.uniform(0.5, 1.5)
+                pause_s = max(backoff_s, error.retry_after_s or 0.0)
+                if asyncio.get_running_loop().time() + pause_s >= (deadline.when() or 0.0):
+                    raise
+                await asyncio.sleep(pause_s)
+                attempt += 1
+
+    async def _follow(self, url: Url, deadline: asyncio.Timeout, *, is_policy: bool) -> Body:
+        """Fetch a URL and the targets of its redirects."""
+        for _ in range(_MAX_REDIRECTS + 1):
+            self._rules.require_url(url)
+            if url.host in self._proxy_hosts:
+                raise refused_address(url.host)
+            if not is_policy:
+                await self._require_allowed(url)
+            answer = await self._get(url, deadline, is_policy=is_policy)
+            if not isinstance(answer, Url):
+                return answer
+            if answer.origin == url.origin and not answer.user:
+                answer = Url(answer.scheme, answer.host, answer.port, answer.target, url.user, url.password)
+            url = answer
+        raise FetchError("redirects", f"more than {_MAX_REDIRECTS}")
+
+    async def _get(self, url: Url, deadline: asyncio.Timeout, *, is_policy: bool) -> Body | Url:
+        """One request: the body, or the target of a redirect."""
+        auth = aiohttp.BasicAuth(url.user, url.password, "utf-8") if url.user else None
+        async with self._slot(url.host, deadline):
+            try:
+                async with self._session.get(
+                    URL(url.text, encoded=True), allow_redirects=False, auth=auth, proxy=self._proxy_of(url)
+                ) as response:
+                    if response.status in _REDIRECTS:
+                        return _target_of(response, url)
+                    if not 200 <= response.status < 300:
+                        raise await self._refusal(url, response)
+                    if not is_policy:
+                        self._require_headers(response)
+                    limit = opt_outs.MAX_BYTES if is_policy else self._config.max_body_bytes
+                    return await _read_body(response, limit)
+            except (aiohttp.ClientError, OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+                    raise
+                raise _translate(error) from error
+
+    @contextlib.asynccontextmanager
+    async def _slot(self, host: str, deadline: asyncio.Timeout) -> AsyncGenerator[None]:
+        loop = asyncio.get_running_loop()
+        remaining_s = (deadline.when() or 0.0) - loop.time()
+        deadline.reschedule(None)
+        lease = await self._limits.acquire(host, self._config.deadline_s)
+        deadline.reschedule(loop.time() + remaining_s)
+        if lease == NO_LEASE:
+            raise FetchError("http-429", "the host asks to wait for longer than download.deadline_s")
+        try:
+            yield
         finally:
-            self._thread.deadline = None
+            await self._limits.release(host, lease)
+
+    async def _refusal(self, url: Url, response: aiohttp.ClientResponse) -> FetchError:
+        retry_after_s = None
+        if response.status in {429, 503}:
+            retry_after_s = _retry_after_s(response.headers.get("Retry-After", ""))
+            if retry_after_s:
+                await self._limits.pause(url.host, retry_after_s)
+        reason = "".join(filter(str.isprintable, response.reason or ""))[:80]
+        return FetchError(f"http-{response.status}", reason, retry_after_s=retry_after_s)
+
+    def _proxy_of(self, url: Url) -> str | None:
+        """The proxy of the environment; addresses that only this machine or its network reaches need none."""
+        proxy = self._proxies.get(url.scheme) or self._proxies.get("all")
+        is_near = url.host == "localhost" or (is_address(url.host) and not AddressRules().allows(url.host))
+        if not proxy or is_near or urllib.request.proxy_bypass(url.host):
+            return None
+        return proxy
+
+    async def _require_allowed(self, url: Url) -> None:
+        """Refuse a path that the host's robots.txt or tdmrep.json opts out.
+
+        Raises:
+            FetchError: If it does, or if the host did not answer when it was asked for robots.txt.
+        """
+        if not self._config.robots_txt and not self._config.tdm_reservation:
+            return
+        policy = await self._policies.get(url.origin)
+        if not policy.robots.allows(url.target):
+            raise FetchError("robots-txt")
+        if not policy.tdm.allows(url.target):
+            raise FetchError("tdm", opt_outs.TDM_PATH)
+
+    async def _policy(self, origin: str) -> _Policy | FetchError:
+        """What a host's two files allow; an error if it cannot be reached (then its pictures cannot be either)."""
+        robots, tdm = await asyncio.gather(
+            self._policy_file(origin + opt_outs.ROBOTS_PATH, is_used=self._config.robots_txt),
+            self._policy_file(origin + opt_outs.TDM_PATH, is_used=self._config.tdm_reservation),
+        )
+        if isinstance(robots, FetchError):
+            status = robots.cause.removeprefix("http-")
+            if status.startswith("5") or status == "429":  # RFC 9309, 2.3.1.4: a server that fails allows nothing
+                return FetchError("robots-txt", f"it cannot be read: {robots.cause}")
+            if robots.cause in {"dns", "connect", "tls", "timeout", "deadline", "lost", "address"}:
+                return _Final(robots.cause, f"{robots.detail} (robots.txt)".strip())
+            robots = b""
+        rules = opt_outs.parse_robots(robots.decode("utf-8", "replace"), self._token)
+        return _Policy(rules, opt_outs.parse_tdm(b"" if isinstance(tdm, FetchError) else tdm))
+
+    async def _policy_file(self, text: str, *, is_used: bool) -> bytes | FetchError:
+        if not is_used:
+            return b""
+        url = parse_url(text)
+        try:
+            with await self._in_time(lambda deadline: self._retry(url, deadline, is_policy=True)) as body:
+                return body.read()
+        except FetchError as error:
+            return error
+
+    def _require_headers(self, response: aiohttp.ClientResponse) -> None:
+        values = response.headers.getall("X-Robots-Tag", [])
+        directive = opt_outs.opting_directive(values, self._token, self._directives)
+        if directive:
+            raise FetchError("x-robots-tag", directive)
+        if self._config.tdm_reservation and opt_outs.reserves_rights(response.headers):
+            raise FetchError("tdm", "header")
+
+
+class _Final(FetchError):
+    """An error that a whole host shares: it was tried again already."""
 
     @property
-    def deadline(self) -> float:
-        """Time on the monotonic clock by which this thread's current URL must be finished."""
-        return self._thread.deadline
-
-    def acquire_slot(self, host: str) -> Callable[[], None]:
-        """Wait for a slot of ``host``; returns the function that releases it, to be called once."""
-        if not self._max_per_host:
-            return _do_nothing
-        with self._lock:
-            slots = self._hosts.setdefault(host, threading.BoundedSemaphore(self._max_per_host))
-        start = time.monotonic()
-        slots.acquire()
-        self._thread.deadline += time.monotonic() - start
-        return slots.release
+    def is_temporary(self) -> bool:
+        return False
 
 
-def _do_nothing() -> None:
-    """Release no slot."""
+class _Cache(Generic[T]):
+    """Results of coroutines, by key: a key is asked once for all that wait for it, and errors are forgotten sooner."""
 
+    def __init__(self, ask: Callable[[str], Coroutine[Any, Any, T | FetchError]], ttl_s: float) -> None:
+        self._ask = ask
+        self._ttl_s = ttl_s
+        self._tasks: dict[str, tuple[asyncio.Task[T | FetchError], float]] = {}
 
-def _host(request: urllib.request.Request) -> str:
-    return urllib.parse.urlsplit(request.full_url).hostname or ""
+    async def get(self, key: str) -> T:
+        """The result of a key.
 
-
-class _HttpHandler(urllib.request.HTTPHandler):
-    def __init__(self, connection: Any) -> None:
-        super().__init__()
-        self._connection = connection
-
-    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(self._connection, req, url_host=_host(req))
-
-
-class _HttpsHandler(urllib.request.HTTPSHandler):
-    def __init__(self, connection: Any) -> None:
-        super().__init__()
-        self._connection = connection
-
-    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(self._connection, req, url_host=_host(req))
-
-
-class _Connection(http.client.HTTPConnection):
-    """A connection that waits for a slot of ``url_host``; ``host`` differs from it if there is a proxy."""
-
-    def __init__(self, host: str, *, opener: LimitedOpener, max_bytes: int, url_host: str, **options: Any) -> None:
-        super().__init__(host, **options)
-        self._opener = opener
-        self._max_bytes = max_bytes
-        self._url_host = url_host
-        self._release = _do_nothing
-        self.response_class = cast("Any", self._respond)
-
-    def connect(self) -> None:
-        release = self._opener.acquire_slot(self._url_host)
-        try:
-            super().connect()
-        except BaseException:  # whatever the reason, there is no connection, so its slot is free again
-            release()
-            raise
-        self._release = release
+        Raises:
+            FetchError: If the coroutine returned one.
+        """
+        now = time.monotonic()
+        task, start = self._tasks.get(key, (None, 0.0))
+        if task is None or now - start > self._ttl_of(task):
+            task = asyncio.create_task(self._ask(key))
+            if len(self._tasks) >= _CACHED_HOSTS:
+                self._tasks.pop(next(iter(self._tasks)))
+            self._tasks[key] = (task, now)
+        result = await asyncio.shield(task)
+        if isinstance(result, FetchError):
+            raise type(result)(result.cause, result.detail)  # a new one: many rows raise it
+        return result
 
     def close(self) -> None:
-        super().close()
-        self._pass_on_release()()
+        """Stop what still runs."""
+        for task, _ in self._tasks.values():
+            task.cancel()
 
-    def _respond(self, sock: socket.socket, *args: Any, **options: Any) -> "_Response":
-        """The response, which holds the slot from now on: http.client closes the connection before it is read."""
-        deadline, release = self._opener.deadline, self._pass_on_release()
-        return _Response(sock, *args, deadline=deadline, max_bytes=self._max_bytes, release=release, **options)
-
-    def _pass_on_release(self) -> Callable[[], None]:
-        release, self._release = self._release, _do_nothing
-        return release
+    def _ttl_of(self, task: asyncio.Task[T | FetchError]) -> float:
+        is_error = task.done() and (task.cancelled() or isinstance(task.result(), FetchError))
+        return _FAILURE_TTL_S if is_error else self._ttl_s
 
 
-class _SecureConnection(_Connection, http.client.HTTPSConnection):
-    """The same connection over TLS."""
+class _Resolver(aiohttp.abc.AbstractResolver):
+    """Resolves names in threads of its own, remembers them, and leaves out addresses that are not allowed.
+
+    The system's resolver cannot be interrupted: a slow name keeps a thread, not a row and not the end of the process.
+    """
+
+    def __init__(self, rules: AddressRules, trusted: set[str]) -> None:
+        self._rules = rules
+        self._trusted = trusted
+        self._slots = asyncio.Semaphore(_LOOKUPS_AT_ONCE)
+        self._names = _Cache(self._look_up, _NAME_TTL_S)
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[aiohttp.abc.ResolveResult]:
+        """The allowed addresses of a name.
+
+        Raises:
+            FetchError: If it has none.
+        """
+        del family
+        addresses = await self._names.get(host)
+        allowed = [one for one in addresses if host in self._trusted or self._rules.allows(one)]
+        if not allowed:
+            raise refused_address(addresses[0])
+        return [
+            aiohttp.abc.ResolveResult(
+                hostname=host,
+                host=address,
+                port=port,
+                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
+                proto=0,
+                flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+            )
+            for address in allowed
+        ]
+
+    async def close(self) -> None:
+        """Forget every name; threads that still wait end by themselves."""
+        self._names.close()
+
+    async def _look_up(self, host: str) -> list[str] | FetchError:
+        loop = asyncio.get_running_loop()
+        async with self._slots:
+            result: asyncio.Future[list[str] | FetchError] = loop.create_future()
+
+            def finish(addresses: list[str] | FetchError) -> None:
+                if not result.done():
+                    result.set_result(addresses)
+
+            def work() -> None:
+                addresses = _addresses(host)
+                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                    loop.call_soon_threadsafe(finish, addresses)
+
+            threading.Thread(target=work, daemon=True, name=f"resolve {host}").start()
+            return await result
 
 
-class _Response(http.client.HTTPResponse):
-    def __init__(
-        self,
-        sock: socket.socket,
-        *args: Any,
-        deadline: float,
-        max_bytes: int,
-        release: Callable[[], None],
-        **options: Any,
-    ) -> None:
-        super().__init__(sock, *args, **options)
-        raw: io.RawIOBase = cast("Any", self.fp).detach()
-        self.fp = io.BufferedReader(_TimedReader(raw, sock, deadline, release))
-        self._max_bytes = max_bytes
-
-    def read(self, amt: int | None = None) -> bytes:
-        if amt is not None:
-            return super().read(amt)
-        # Without a length, at most one byte too many is read; with a length, the base class notices a truncated body.
-        body = super().read(None if self.length is not None and self.length <= self._max_bytes else self._max_bytes + 1)
-        if len(body) > self._max_bytes:
-            raise ValueError(f"body is larger than {self._max_bytes} bytes")
-        return body
+def _addresses(host: str) -> list[str] | FetchError:
+    try:
+        entries = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        return FetchError("dns", getattr(error, "strerror", None) or "no valid name")
+    return list(dict.fromkeys(str(entry[4][0]) for entry in entries))
 
 
-class _TimedReader(io.RawIOBase):
-    def __init__(self, raw: io.RawIOBase, sock: socket.socket, deadline: float, release: Callable[[], None]) -> None:
-        self._raw = raw
-        self._sock = sock
-        self._deadline = deadline
-        self._release = release
-        self._operation_s = sock.gettimeout()
+def _read_file(path: Path, max_bytes: int) -> Body:
+    try:
+        if path.stat().st_size > max_bytes:
+            raise FetchError("body-size")
+        return path.open("rb")
+    except (OSError, ValueError) as error:
+        raise FetchError("file", getattr(error, "strerror", None) or str(error)) from None
 
-    def readable(self) -> bool:
-        return True
 
-    def readinto(self, buffer: Any, /) -> int | None:
-        remaining_s = max(self._deadline - time.monotonic(), 1e-3)
-        self._sock.settimeout(remaining_s if self._operation_s is None else min(self._operation_s, remaining_s))
+def _target_of(response: aiohttp.ClientResponse, url: Url) -> Url:
+    location = response.headers.get("Location", "")
+    if not location:
+        raise FetchError("redirects", f"http-{response.status} without Location")
+    return parse_url(location, url)
+
+
+async def _read_body(response: aiohttp.ClientResponse, max_bytes: int) -> Body:
+    """The body, its content encoding undone.
+
+    Raises:
+        FetchError: If it is larger than ``max_bytes``, before or after that.
+    """
+    if (response.content_length or 0) > max_bytes:
+        raise FetchError("body-size")
+    body: Body = tempfile.SpooledTemporaryFile(_MEMORY_BYTES)  # noqa: SIM115  (the caller closes it)
+    try:
+        await _copy_body(response, body, max_bytes)
+    except BaseException:
+        body.close()
+        raise
+    body.seek(0)
+    return body
+
+
+async def _copy_body(response: aiohttp.ClientResponse, body: Body, max_bytes: int) -> None:
+    encoding = "".join(filter(str.isprintable, response.headers.get("Content-Encoding", ""))).strip().lower()[:40]
+    decoder: Any = None
+    num_bytes = 0
+    async for chunk in response.content.iter_any():
+        if not num_bytes and encoding not in {"identity", "", "none"}:
+            decoder = _decoder(encoding, chunk)
         try:
-            return cast("Any", self._raw).readinto(buffer)
-        except TimeoutError:
-            if time.monotonic() < self._deadline:
-                raise
-            raise TimeoutError("too slow: not finished by its deadline") from None
+            data = chunk if decoder is None else decoder.decompress(chunk, max_bytes + 1)
+        except zlib.error:
+            raise FetchError("encoding", encoding) from None
+        num_bytes += len(data)
+        if num_bytes > max_bytes or (decoder is not None and decoder.unconsumed_tail):
+            raise FetchError("body-size")
+        body.write(data)
+    if decoder is not None and not decoder.eof:
+        raise FetchError("body-cut", encoding)
 
-    def close(self) -> None:
-        if self.closed:
-            return
-        try:
-            self._raw.close()
-        finally:
-            super().close()
-            self._release()
+
+def _decoder(encoding: str, start: bytes) -> Any:
+    """What undoes a content encoding; None if the body does not have it, whatever its header says."""
+    if encoding in {"gzip", "x-gzip"}:
+        return zlib.decompressobj(16 + zlib.MAX_WBITS) if start.startswith(_GZIP) else None
+    if encoding == "deflate":
+        is_zlib = len(start) > 1 and start[0] & 15 == 8 and (start[0] << 8 | start[1]) % 31 == 0
+        return zlib.decompressobj(zlib.MAX_WBITS if is_zlib else -zlib.MAX_WBITS)
+    raise FetchError("encoding", encoding)
+
+
+def _retry_after_s(value: str) -> float | None:
+    """Seconds of a Retry-After header, which holds seconds or a date."""
+    if value.strip().isdecimal():
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return None
+
+
+def _translate(error: Exception) -> FetchError:  # noqa: PLR0911  (a table of classes)
+    """The class of a client's error; details are the system's words, which do not differ from run to run."""
+    reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno and error.errno > 0 else ""
+    if isinstance(error, aiohttp.ServerTimeoutError | TimeoutError):
+        return FetchError("timeout")
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return FetchError("tls", str(getattr(error.certificate_error, "verify_message", "")) or "certificate")
+    if isinstance(error, aiohttp.ClientSSLError):
+        return FetchError("tls")
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return FetchError("connect", reason)
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return FetchError("body-cut")
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return FetchError("connect", f"proxy: http-{error.status}")
+    if isinstance(error, aiohttp.ClientResponseError):
+        return FetchError("protocol")
+    if isinstance(error, aiohttp.InvalidURL):
+        return FetchError("url")
+    if isinstance(error, aiohttp.ClientConnectionError | ConnectionError):
+        return FetchError("lost", reason)
+    return FetchError("other", type(error).__name__)

@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -150,8 +149,8 @@ class ShardPictures:
             DataError: If the tar has no such picture, or has another uid for it.
         """
         files = self._members.get(key, {})
-        extension = next((name for name in files if name not in _SIDECARS), None)
-        if extension is None or "json" not in files:
+        picture = picture_span(files)
+        if picture is None or "json" not in files:
             raise DataError(f"{self._where(key, uid)}: no picture and json of this key in {self._tar}; {REPAIR_HINT}")
         try:
             tar_uid = json.loads(self._read(files["json"]))["uid"]
@@ -161,7 +160,7 @@ class ShardPictures:
             ) from None
         if tar_uid != uid:
             raise DataError(f"{self._where(key, uid)}: the row has uid {tar_uid} in {self._tar}; {REPAIR_HINT}")
-        return self._read(files[extension])
+        return self._read(picture)
 
     def decode(self, key: str, uid: str) -> Image.Image:
         """The picture of a row, upright and RGB.
@@ -223,7 +222,6 @@ def read_samples(tar: Path, parquet: Path, shard: str) -> Iterator[Sample]:
         yield Sample(**row, picture=pictures.read(row["key"], row["uid"]))
 
 
-def read_member(stream: Any, span: tuple[int, int]) -> bytes:
-    """Read one file of a tar."""
-    stream.seek(span[0])
-    return stream.read(span[1])
+def picture_span(files: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
+    """Offset and size of the picture among the files of a row, in bytes; None if it has none."""
+    return next((span for extension, span in files.items() if extension not in _SIDECARS), None)

@@ -5,6 +5,7 @@ cadence) are in its ``resources`` table. The type of a field checks its value al
 other fields.
 """
 
+import ipaddress
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Generic, Literal, TypeVar
@@ -114,14 +115,17 @@ class TaskResources:
 class DownloadResources(TaskResources):
     """Where and how wide the download runs; changes no bytes."""
 
+    num_connections: PositiveInt = 256
+    """URLs of one worker that are fetched or decoded at once (img2dataset: thread_count)."""
     max_per_host: NonNegativeInt = 0
-    """Most connections of one worker to one host at once; 0: no limit. URLs that wait for their host keep their thread,
-    so give a list of few hosts more ``num_threads``."""
+    """Most requests of all workers together to one host at once; 0: no limit."""
+    max_rate_per_host: NonNegativeFloat = 0.0
+    """Most requests of all workers together to one host, per second; 0: no limit."""
 
 
 @configclass
 class DownloadConfig(StepSection):
-    """Options of img2dataset, under our names with units; its shard format is unchanged."""
+    """What is fetched and how it is stored; the shard format is img2dataset's, with its options under our names."""
 
     samples_per_shard: PositiveInt = 1000
     """Rows in a shard (img2dataset: number_sample_per_shard), in rows."""
@@ -141,30 +145,55 @@ class DownloadConfig(StepSection):
     """Smallest shorter side accepted, in pixels."""
     max_image_area_px: PositiveFloat = 178_956_970.0
     """Largest area decoded, in pixels: a decompression bomb is refused, not decoded."""
+    max_memory_bytes: PositiveInt = 256 << 20
+    """Most memory that decoding one picture may take, in bytes: by its header, before any pixel is decoded."""
     max_aspect_ratio: Annotated[float, Field(ge=1)] = 20.0
     """Largest longer side over shorter side."""
+    blur_column: str = ""
+    """Column with boxes to blur, such as faces: a list of [x_min, y_min, x_max, y_max] for each row, as shares of the
+    picture's sides (img2dataset: bbox_col). Empty: nothing is blurred."""
     timeout_s: PositiveInt = 10
-    """Longest wait for one socket operation, in seconds."""
+    """Longest wait for one network operation, in seconds."""
     deadline_s: PositiveFloat = 30.0
-    """Longest time for one try of one URL, redirects included, in seconds: a slow server must not block a shard."""
+    """Longest time for one URL in all, in seconds: name, connection, redirects, body and further tries. Waiting for its
+    host's turn is not counted."""
     retries: NonNegativeInt = 1
-    """Further tries of a failed download."""
+    """Further tries of a URL after a temporary failure (no connection, a timeout, a lost connection, a busy server)."""
+    max_body_bytes: PositiveInt = 64 << 20
+    """Largest file downloaded, in bytes."""
+    allowed_networks: tuple[str, ...] = ()
+    """Networks that URLs may reach beside the public internet, such as "10.0.0.0/8". The demo's server is allowed."""
+    allowed_folders: tuple[str, ...] = ()
+    """Folders of the workers whose files a list may name by file: URLs. A folder source needs none."""
+    compute_hash: Literal["sha256", "md5", "sha512", "none"] = "sha256"
+    """Checksum of the downloaded file, stored under this name."""
+    hash_column: str = ""
+    """Column with the checksum that the file must have: MD5, SHA-256 or SHA-512 (img2dataset: verify_hash)."""
     extra_columns: tuple[str, ...] = ()
     """Columns of the pairs that are copied into the shards, besides uid and split."""
     user_agent_token: str = "unclip"
-    """Added to the user agent, so that hosts can identify the client."""
+    """Name of the user agent, by which hosts and their robots.txt identify the client."""
+    contact: str = ""
+    """Page or mail address in the user agent, where hosts can complain."""
     disallowed_header_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
     """X-Robots-Tag directives that opt a picture out."""
+    robots_txt: bool = True
+    """Leave out what a host's robots.txt forbids."""
+    tdm_reservation: bool = True
+    """Leave out what is reserved by the header tdm-reservation or by /.well-known/tdmrep.json."""
     min_success_prob: Prob = 0.05
     """The step fails below this share of good rows: something is wrong with the list or the network."""
-    num_threads: PositiveInt = 32
-    """Connections of one worker (img2dataset: thread_count)."""
     resources: DownloadResources = DownloadResources()
     """Workers of this step."""
 
     def __post_init__(self) -> None:
         if self.encode_format == "png" and self.encode_quality > 9:
             raise ValueError(f"encode_quality must be 0..9 for png, got {self.encode_quality}")
+        for network in self.allowed_networks:
+            try:
+                ipaddress.ip_network(network)
+            except ValueError as error:
+                raise ValueError(f"allowed_networks: {error}; write it like 10.0.0.0/8") from None
 
 
 @configclass

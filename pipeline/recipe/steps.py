@@ -45,9 +45,9 @@ _BEFORE_EVALUATE = (
     StepRow(
         name="download",
         title="Download",
-        version=2,
+        version=3,
         inputs=("pairs",),
-        runner="pipeline.runtime.data:run_download",
+        runner="pipeline.runtime.download:run_download",
         seeded=False,
     ),
     StepRow(

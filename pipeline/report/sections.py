@@ -153,7 +153,7 @@ def num_parameters(artifact: Artifact) -> int:
 
 
 def download_of(done: Done) -> Json | None:
-    """Rows by outcome, img2dataset's own error messages, and the size of what was stored."""
+    """Rows by outcome, the classes of failures, and the size of what was stored."""
     if "download" not in done:
         return None
     finished = done["download"]

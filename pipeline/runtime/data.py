@@ -1,26 +1,18 @@
-"""The steps that train nothing: pairs, download, embed, index, evaluate."""
+"""The steps that train nothing, without the download: pairs, embed, index, evaluate."""
 
-import contextlib
 import time
-from collections import Counter
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import ray
 import ray.exceptions
 
 from pipeline.data.shards import REPAIR_HINT
-from pipeline.errors import DataError, StepError
-from pipeline.recipe.sections import DownloadConfig
+from pipeline.errors import DataError
 from pipeline.runtime.context import StepContext, StepResult
-from pipeline.runtime.picture_servers import served_pictures
 from pipeline.runtime.pool import ShardJob, map_shards, total_counts
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.progress import Progress
 from pipeline.workspace.store import Artifact
-
-_MIN_ROWS_TO_JUDGE = 1000
-_NUM_CAUSES = 20
 
 
 def run_pairs(context: StepContext) -> StepResult:
@@ -40,34 +32,6 @@ def run_pairs(context: StepContext) -> StepResult:
             summary.metrics["evaluation_prompts"] = write_evaluation(path, seed)
     progress.update(summary.counts["ok"], summary.counts["ok"], "rows", force=True)
     return StepResult(counts=dict(summary.counts), metrics=summary.metrics)
-
-
-def run_download(context: StepContext) -> StepResult:
-    """Download every shard of pairs with img2dataset; the drawn source's pictures are served meanwhile."""
-    from pipeline.data.download import check_columns, shard_names
-
-    config, output = context.recipe.download, context.output
-    pairs = context.inputs["pairs"].path("pairs.parquet")
-    with pq.ParquetFile(pairs) as parquet:
-        num_rows, columns = parquet.metadata.num_rows, list(parquet.schema_arrow.names)
-    check_columns(config, columns, str(pairs))
-    shards = shard_names(num_rows, config.samples_per_shard)
-
-    def judge(records: list[ShardRecord]) -> None:
-        _require_success(records, config, output, is_last=len(records) == len(shards))
-
-    missing = set(shards) - set(output.shard_records())
-    is_drawn = context.recipe.pairs.source == "drawn"
-    with served_pictures(context.recipe.pairs.drawn.port) if is_drawn and missing else contextlib.nullcontext():
-        limit_s = _shard_limit_s(config)
-        job = ShardJob(DownloadWorker, shards, num_rows, config.resources, limit_s=limit_s, on_record=judge)
-        records = map_shards(context, job)
-    counts = total_counts(records)
-    metrics = {
-        "success": counts["ok"] / counts["in"],
-        "failures": dict(_causes(output, shards).most_common(_NUM_CAUSES)),
-    }
-    return StepResult(counts=counts, metrics=metrics, num_workers=config.resources.num_workers)
 
 
 def run_embed(context: StepContext) -> StepResult:
@@ -106,27 +70,6 @@ def run_evaluate(context: StepContext) -> StepResult:
     metrics = finish(context.recipe, context.inputs, context.output, work)
     progress.update(work.num_items, work.num_items, "rows", force=True)
     return StepResult(counts=total_counts(records), metrics=summarise(metrics), num_workers=resources.num_workers)
-
-
-class DownloadWorker:
-    """Makes shards of the download step."""
-
-    def __init__(self, context: StepContext) -> None:
-        import pipeline.data.download as module
-
-        self._module = module
-        self._config = context.recipe.download
-        self._output = context.output
-        self._pairs = context.inputs["pairs"].path("pairs.parquet")
-
-    def __call__(self, shard: str) -> ShardRecord:
-        """Download one shard and commit it."""
-        start, output = time.monotonic(), self._output
-        rows = self._module.read_rows(self._pairs, shard, self._config)
-        names = [f"{shard}.tar", f"{shard}.parquet", f"{shard}_stats.json"]
-        with output.write(names[0]) as tar, output.write(names[1]) as parquet, output.write(names[2]) as stats:
-            counts = self._module.download_shard(rows, shard, self._config, tar, parquet, stats)
-        return _commit(output, shard, dict(counts), names, start)
 
 
 class EmbedWorker:
@@ -207,37 +150,3 @@ def _clip_folder(clip: Artifact) -> Path:
 
     clip.path(WEIGHTS_FILE)
     return clip.path(CONFIG_FILE).parent
-
-
-def _shard_limit_s(config: DownloadConfig) -> float:
-    """Longest time for a shard, in seconds; a worker that takes longer hangs.
-
-    It is enough for twice the deadline of every URL, with all URLs on one host, and a second a row for the resizing.
-    """
-    at_once = min(config.num_threads, config.resources.max_per_host or config.num_threads)
-    rounds = -(-config.samples_per_shard // at_once)
-    return 600 + config.samples_per_shard + 2 * rounds * (config.retries + 1) * config.deadline_s
-
-
-def _require_success(records: list[ShardRecord], config: DownloadConfig, output: Artifact, *, is_last: bool) -> None:
-    counts = total_counts(records)
-    if not counts or (counts["in"] < _MIN_ROWS_TO_JUDGE and not is_last):
-        return
-    if counts["ok"] and counts["ok"] >= config.min_success_prob * counts["in"]:
-        return
-    causes = _causes(output, [record.shard for record in records]).most_common(5)
-    for record in records:  # bad shards are tried again by the next run, since the cause may be gone by then
-        if record.counts["ok"] < max(1, config.min_success_prob * record.counts["in"]):
-            for name in (f"{record.shard}.done.json", *record.files):
-                output.remove(name)
-    top_causes = "; ".join(f"{count} x {cause}" for cause, count in causes)
-    raise StepError(
-        f"download: only {counts['ok']} of {counts['in']} rows came through (download.min_success_prob is "
-        f"{config.min_success_prob}); most frequent causes: {top_causes}. Mend the list or the network and run again"
-    )
-
-
-def _causes(output: Artifact, shards: list[str]) -> Counter[str]:
-    from pipeline.data.download import failure_causes
-
-    return failure_causes([output.read_json(f"{shard}_stats.json") for shard in shards])

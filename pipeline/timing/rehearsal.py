@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Generator, Mapping
@@ -14,10 +15,11 @@ import psutil
 import torch
 
 from pipeline.clip import describe_clip
-from pipeline.data.download import download_shard, read_rows
+from pipeline.data.download import Downloader, address_rules, read_rows
 from pipeline.data.drawn import drawn_batches, write_evaluation
 from pipeline.data.embed import Embedder
 from pipeline.data.pairs import PairsSummary, source_batches, write_pairs
+from pipeline.data.shard_writer import ShardFiles
 from pipeline.errors import ConfigError, DataError
 from pipeline.networks.clip import save_clip_artifact
 from pipeline.recipe.recipe import Recipe
@@ -94,10 +96,11 @@ class Rehearsal:
         config, output = self.recipe.download, self.artifact("download")
         rows = read_rows(self.artifact("pairs").path("pairs.parquet"), _SHARD, config)
         names = [f"{_SHARD}.tar", f"{_SHARD}.parquet", f"{_SHARD}_stats.json"]
-        with _pictures(self.recipe), output.write(names[0]) as tar, output.write(names[1]) as table:
+        rules = address_rules(self.recipe.pairs, config)
+        with _pictures(self.recipe), Downloader(config, rules) as downloader, contextlib.ExitStack() as stack:
+            files = ShardFiles(*(stack.enter_context(output.write(name)) for name in names))
             start, before_s = time.perf_counter(), _processor_s()
-            with output.write(names[2]) as stats:
-                counts = download_shard(rows, _SHARD, config, tar, table, stats)
+            counts = downloader.download(rows, _SHARD, files)
             # With a local server, its time and the worker's are added: they share the cores.
             processor_s = _processor_s() - before_s
             wall_s = time.perf_counter() - start

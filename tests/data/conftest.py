@@ -1,26 +1,40 @@
 """A real web server of pictures that fails in the ways of the real web."""
 
 import io
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Generator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
 
+if TYPE_CHECKING:
+    from tests.data.hostile import HostileServer
+
 CASES = Path(__file__).parents[1] / "cases"
 
 
-def make_picture(seed: int, *, kind: str = "JPEG", size: tuple[int, int] = (96, 64)) -> bytes:
+def make_picture(
+    seed: int, *, kind: str = "JPEG", size: tuple[int, int] = (96, 64), mode: str = "RGB", exif: bytes = b""
+) -> bytes:
     """A blocky picture, as the bytes of a file."""
     blocks = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC).save(buffer, kind)
+    options = {"exif": exif} if exif else {}
+    Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC).convert(mode).save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def _with_exif() -> bytes:
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0132] = "a camera", "2026:11:26 05:00:00"
+    return make_picture(3, exif=exif.tobytes())
 
 
 def _bomb() -> bytes:
@@ -58,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.requests[self.path] += 1
-        kind, _, seed = self.path.strip("/").partition("/")
+        kind, _, seed = self.path.partition("?")[0].strip("/").partition("/")
         if kind == "moved":
             self.send_response(302)
             self.send_header("Location", f"/drip/{seed}")
@@ -77,6 +91,9 @@ class _Handler(BaseHTTPRequestHandler):
             "html": lambda: b"<html>for sale</html>",
             "bomb": _bomb,
             "big": lambda: b"x" * 300_000,
+            "exif": _with_exif,
+            "grey": lambda: make_picture(0, kind="PNG", mode="L"),
+            "pixel": lambda: make_picture(0, size=(1, 1)),
             "case": (CASES / seed).read_bytes,
         }
         if kind not in bodies:
@@ -120,3 +137,28 @@ def server() -> Generator[PictureServer]:
         yield running
         running.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def hostile() -> Generator["HostileServer"]:
+    """A server that does everything a server should not do."""
+    from tests.data.hostile import HostileServer
+
+    with HostileServer() as running:
+        yield running
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[float, list[str]]]:
+    """Names that resolve to addresses after a time in seconds; fill it in the test. Others fail at once."""
+    table: dict[str, tuple[float, list[str]]] = {}
+
+    def look_up(host: str, port: object, *_: object, **__: object) -> list[tuple[object, ...]]:
+        if host not in table:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        wait_s, addresses = table[host]
+        time.sleep(wait_s)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    return table

@@ -17,8 +17,10 @@ from pipeline.data.batches import Samples
 from pipeline.data.download import download_shard
 from pipeline.data.embed import Embedder
 from pipeline.data.rows import make_uid
+from pipeline.data.shard_writer import ShardFiles
 from pipeline.data.shards import StoredPictures
 from pipeline.data.training_rows import ShardReader
+from pipeline.data.urls import AddressRules
 from pipeline.data.vectors import Vectors, read_vectors, to_unit
 from pipeline.pictures import read_file, square
 from pipeline.recipe.sections import DownloadConfig
@@ -56,7 +58,7 @@ def data(server: PictureServer, tmp_path_factory: pytest.TempPathFactory) -> _Da
     pairs = pa.table({"uid": uids, "split": ["train"] * len(urls), "caption": captions, "url": urls})
     config = DownloadConfig(image_px=_SIDE_PX, resize_mode="keep_ratio", encode_format="png", encode_quality=1)
     files = [Path(download.uri) / f"00000{ending}" for ending in (".tar", ".parquet", "_stats.json")]
-    counts = download_shard(pairs, "00000", config, *files)
+    counts = download_shard(pairs, "00000", config, ShardFiles(*files), AddressRules(["127.0.0.1/32"]))
     assert counts["ok"] == len(urls)
     download.commit_shard(ShardRecord(shard="00000", counts=dict(counts), files={}))
     clip = make_clip(folder / "clip")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 CONTENTS = {
     "dalle2-paper": """
         pairs d873f39204aa4088
-        download 81d0a0bfe84db3cc
+        download 3c20d3294f391c46
         clip a4565305b7557aab
         embed 7e8d0e3cfd20cc05
         decoder fd39b65938ddd2af
@@ -32,7 +32,7 @@ CONTENTS = {
     """,
     "demo": """
         pairs c7d4f7a1a4616fe7
-        download 02d804e4678b9865
+        download c4592b421ae4be8e
         clip b07bc07c2f50986b
         embed 7e8d0e3cfd20cc05
         decoder 64249145fd7f4d10
@@ -44,7 +44,7 @@ CONTENTS = {
     """,
     "karlo": """
         pairs d873f39204aa4088
-        download 13223900e6909ef9
+        download 1bed281529f67803
         clip 595a59231b5db61b
         embed 7e8d0e3cfd20cc05
         decoder e346ef59806e6fb7
@@ -55,7 +55,7 @@ CONTENTS = {
     """,
     "laion-vit-l14": """
         pairs 784929736a0079fe
-        download 97de4b1d3b62dd53
+        download 1b1b3f1dbc16521e
         clip fbd4fabb551182fd
         embed 7e8d0e3cfd20cc05
         decoder 5f5e9dc4e553aca7
@@ -66,7 +66,7 @@ CONTENTS = {
     """,
     "single-gpu": """
         pairs f2efd993b1785496
-        download 953a123327fa71a1
+        download 7bcb570e50c57317
         clip fcdf02741c8d1135
         embed 7e8d0e3cfd20cc05
         decoder e052f0fd08bc9d89

@@ -68,7 +68,7 @@ def test_report_of_a_finished_run_has_every_section(recipe: Recipe, tmp_path: Pa
         canonical_caption(evaluation_scenes(8, seed=0)[0].scene),
         "98.3 %",  # one object: colour
         "12 min 17 s",  # all steps together
-        "HTTP Error 404: Not Found",
+        "http-404",
         "recall at 10",
         "Colour on its shape",
         "unclip sample configs/demo.toml",

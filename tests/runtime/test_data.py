@@ -16,6 +16,7 @@ from pipeline.retrieve import NeighbourIndex
 from pipeline.runtime import data
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.data import run_evaluate
+from pipeline.runtime.download import run_download
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.progress import read_progress
 from pipeline.workspace.store import LIVE, Artifact, Workspace
@@ -48,9 +49,9 @@ def test_data_steps_from_pairs_to_index(tmp_path: Path) -> None:
     }
     steps = {name: _context(tmp_path, name, **sections) for name in ("pairs", "download", "clip", "embed", "index")}
     _commit(steps["pairs"], data.run_pairs(steps["pairs"]))
-    result = data.run_download(steps["download"])
+    result = run_download(steps["download"])
     assert result.counts == {"in": 57, "ok": 50, "failed_to_download": 5, "failed_to_resize": 2}
-    assert result.metrics["failures"]["HTTP Error 404: Not Found"] == 1
+    assert result.metrics["failures"]["http-404"] == 1
     download = _commit(steps["download"], result)
     assert list(download.shard_records()) == ["00000", "00001", "00002"]
 
@@ -95,12 +96,17 @@ def test_run_download_explains_a_dead_list_and_tries_again(tmp_path: Path) -> No
     (tmp_path / "list.csv").write_text("\n".join(["url,caption", *(f"{url},a caption" for url in urls)]))
     sections = {
         "pairs": {"source": "list", "path": str(tmp_path / "list.csv")},
-        "download": {"samples_per_shard": 4, "resources": {"num_workers": 1, "cpus_per_worker": 0.5}},
+        "download": {
+            "samples_per_shard": 4,
+            "retries": 0,
+            "allowed_networks": ["127.0.0.1/32"],
+            "resources": {"num_workers": 1, "cpus_per_worker": 0.5},
+        },
     }
     pairs, download = _context(tmp_path, "pairs", **sections), _context(tmp_path, "download", **sections)
     _commit(pairs, data.run_pairs(pairs))
-    with pytest.raises(StepError, match=r"only 0 of 6 rows came through .*6 x <urlopen error .*Connection refused"):
-        data.run_download(download)
+    with pytest.raises(StepError, match=r"only 0 of 6 rows came through .*6 x connect \(the host does not"):
+        run_download(download)
     assert download.output.shard_records() == {}
     assert artifact_of(Workspace(download.root), download.step).manifest() is None
 

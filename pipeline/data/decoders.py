@@ -1,0 +1,225 @@
+"""Processes that decode and resize pictures beside the downloads.
+
+A decoder is a program of its own (``python -m pipeline.data.decoders``) that gets one picture at a time: the downloads
+never wait for a picture, several are decoded at once, and a picture that takes its decoder down costs one row. The
+memory of a decoder is limited, and so is its time for a picture.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import pickle
+import resource
+import struct
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from pipeline.data.causes import FetchError
+from pipeline.data.fetch import Body
+from pipeline.data.resize import Boxes, Resizer, StoredPicture
+from pipeline.errors import StepError
+from pipeline.pictures import PictureError
+from pipeline.recipe.sections import DownloadConfig
+
+_LIMIT_S = 60.0
+_TRIES, _STARTS = 2, 3
+_OOM_SCORE = b"800"
+_SPARE_BYTES = 256 << 20
+_HEADER = struct.Struct("<IQ")
+
+
+class Decoders:
+    """A few decoders; use it inside ``async with``.
+
+    Args:
+        config: The recipe's section.
+        count: Number of processes.
+    """
+
+    def __init__(self, config: DownloadConfig, count: int) -> None:
+        self._config = config
+        self._count = count
+        self._free: asyncio.Queue[_Decoder] = asyncio.Queue()
+        self._all: list[_Decoder] = []
+
+    async def __aenter__(self) -> Decoders:
+        for _ in range(self._count):
+            decoder = _Decoder(self._config)
+            self._all.append(decoder)
+            self._free.put_nowait(decoder)
+        await asyncio.gather(*(decoder.start() for decoder in self._all))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.gather(*(decoder.stop() for decoder in self._all))
+
+    async def store(self, body: Body, boxes: Boxes = (), checksum: str = "") -> StoredPicture:
+        """What ``Resizer.store`` makes of a downloaded file, in the next free process.
+
+        Raises:
+            FetchError: As ``Resizer.store``; or of class ``killer`` if the picture took two decoders down, or one for
+                longer than a minute.
+            PictureError: As ``Resizer.store``.
+        """
+        decoder = await self._free.get()
+        try:
+            request = pickle.dumps((body.read(), boxes, checksum), protocol=5)
+            for number in range(_TRIES):
+                try:
+                    async with asyncio.timeout(_LIMIT_S):
+                        return await decoder.ask(request)
+                except TimeoutError:
+                    await decoder.restart()
+                    raise FetchError("killer", f"decoding took longer than {_LIMIT_S:.0f} s") from None
+                except (OSError, asyncio.IncompleteReadError):
+                    status = await decoder.restart()
+                    if number == _TRIES - 1:
+                        raise FetchError("killer", f"its decoder ended with status {status}") from None
+            raise AssertionError
+        finally:
+            self._free.put_nowait(decoder)
+
+
+class _Decoder:
+    """One process."""
+
+    def __init__(self, config: DownloadConfig) -> None:
+        self._config = config
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        """Start the process, send it the recipe's section, and wait until it is ready.
+
+        Raises:
+            StepError: If it ends again and again before it is ready.
+        """
+        status = None
+        for _ in range(_STARTS):
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "pipeline.data.decoders",
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                cwd=Path(__file__).parents[2],
+                start_new_session=True,  # Ctrl-C reaches the parent alone, whose end is noticed here
+            )
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+                await self._send(pickle.dumps(self._config))
+                assert self._process.stdout is not None
+                await self._process.stdout.readexactly(_HEADER.size)
+                return
+            status = await self.stop()
+        raise StepError(f"download: a process that decodes pictures does not start (status {status}); see its log")
+
+    async def stop(self) -> int | None:
+        """End the process; returns its exit status."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        return await process.wait()
+
+    async def restart(self) -> int | None:
+        """Replace the process; returns the exit status of the old one."""
+        process = self._process
+        status = None
+        if process is not None:
+            with contextlib.suppress(TimeoutError):  # a process that ended by itself tells how
+                status = await asyncio.wait_for(process.wait(), 0.2)
+        stopped = await self.stop()
+        await self.start()
+        return stopped if status is None else status
+
+    async def ask(self, request: bytes) -> StoredPicture:
+        """Send a picture and wait for the answer.
+
+        Raises:
+            OSError, asyncio.IncompleteReadError: If the process ends.
+        """
+        await self._send(request)
+        assert self._process is not None
+        assert self._process.stdout is not None
+        json_bytes, data_bytes = _HEADER.unpack(await self._process.stdout.readexactly(_HEADER.size))
+        answer = json.loads(await self._process.stdout.readexactly(json_bytes))
+        data = await self._process.stdout.readexactly(data_bytes)
+        if "cause" in answer:
+            raise FetchError(answer["cause"], answer["detail"])
+        if "reason" in answer:
+            raise PictureError("download", answer["reason"], answer["detail"])
+        return StoredPicture(data=data, **answer)
+
+    async def _send(self, message: bytes) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.write(_HEADER.pack(0, len(message)))
+        self._process.stdin.write(message)
+        await self._process.stdin.drain()
+
+
+def _answer(resizer: Resizer, request: tuple[bytes, Sequence[Sequence[float]], str]) -> tuple[dict[str, Any], bytes]:
+    try:
+        stored = resizer.store(*request)
+    except FetchError as error:
+        return {"cause": error.cause, "detail": error.detail}, b""
+    except PictureError as error:
+        return {"reason": error.reason, "detail": error.detail}, b""
+    except MemoryError:
+        return {"reason": "image needs too much memory", "detail": ""}, b""
+    values = dataclasses.asdict(stored)
+    return values, values.pop("data")
+
+
+def _read_message(stream: IO[bytes]) -> Any:
+    """The next message of the parent; None if it has ended."""
+    header = stream.read(_HEADER.size)
+    if len(header) < _HEADER.size:
+        return None
+    _, num_bytes = _HEADER.unpack(header)
+    data = stream.read(num_bytes)
+    return pickle.loads(data) if len(data) == num_bytes else None
+
+
+def _limit_memory(config: DownloadConfig) -> None:
+    """Refuse memory beyond what a picture may take, and be the first that the system ends if memory is short."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + config.max_memory_bytes + _SPARE_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_bytes(_OOM_SCORE)
+
+
+def main() -> int:
+    """Serve the parent until it ends."""
+    logging.getLogger("exifread").setLevel(logging.CRITICAL)
+    answers = os.fdopen(os.dup(1), "wb")
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(2, 1)  # what a library prints must not be read as an answer
+    config = _read_message(sys.stdin.buffer)
+    if config is None:
+        return 0
+    resizer = Resizer(config)
+    _limit_memory(config)
+    os.dup2(quiet, 2)  # libtiff and libpng write a line for every damaged picture
+    os.dup2(quiet, 1)
+    answers.write(_HEADER.pack(0, 0))
+    answers.flush()
+    while (request := _read_message(sys.stdin.buffer)) is not None:
+        values, data = _answer(resizer, request)
+        head = json.dumps(values).encode()
+        answers.write(_HEADER.pack(len(head), len(data)) + head)
+        answers.write(data)
+        answers.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

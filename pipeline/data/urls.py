@@ -1,0 +1,220 @@
+"""URLs as browsers read them, and the addresses to which a list may lead.
+
+A list comes from strangers, and a worker stands inside somebody's network: without rules, a row could read the worker's
+disk, its neighbours' services or a cloud's metadata. The rules hold for every hop of a redirect, and for addresses
+after the name is resolved, so a name that points elsewhere the second time (DNS rebinding) gains nothing.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote, unquote, unquote_to_bytes
+
+import idna
+
+from pipeline.data.causes import FetchError
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(.*)", re.DOTALL)
+_STRIPPED = "".join(map(chr, range(0x21)))
+_PATH_SAFE = "%!$&'()*+,/:;=@[]|\\"
+_QUERY_SAFE = "%!$&()*+,/:;=@[]|\\?^`{}"
+_FORBIDDEN_IN_HOST = re.compile(r"[\x00-\x20\x7f#%/:<>?@\[\\\]^|]")
+_IPV4_LIKE = re.compile(r"(?:.*\.)?(?:0[xX][0-9A-Fa-f]*|[0-9]+)\.?")
+_DOT, _DOTS = {".", "%2e"}, {"..", ".%2e", "%2e.", "%2e%2e"}
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_METADATA = frozenset({ipaddress.ip_address("168.63.129.16")})  # Azure's host agent has a public address
+_EMBEDDED = {ipaddress.ip_network("64:ff9b::/96"): 0, ipaddress.ip_network("2002::/16"): 80}
+"""IPv6 networks (NAT64, 6to4) with the place of the IPv4 address in theirs, in bits from the right."""
+
+
+@dataclass(frozen=True)
+class Url:
+    """An absolute http or https URL, as it goes over the wire."""
+
+    scheme: str
+    host: str
+    """Name in ASCII (punycode) or address, without brackets."""
+    port: int
+    target: str
+    """Path and query, percent-encoded."""
+    user: str = ""
+    password: str = ""
+
+    @property
+    def origin(self) -> str:
+        """Scheme, host and port."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        port = "" if self.port == _DEFAULT_PORTS[self.scheme] else f":{self.port}"
+        return f"{self.scheme}://{host}{port}"
+
+    @property
+    def text(self) -> str:
+        """The whole URL, without user and password."""
+        return self.origin + self.target
+
+    @property
+    def path(self) -> str:
+        """The path alone."""
+        return self.target.partition("?")[0]
+
+
+def parse_url(text: str, base: Url | None = None) -> Url:
+    """Read a URL as browsers do (WHATWG URL): spaces, non-ASCII letters, backslashes, IDN hosts and user names.
+
+    Args:
+        text: URL of a list, or of a redirect.
+        base: The URL that redirects; ``text`` may then be relative.
+
+    Raises:
+        FetchError: If it has another scheme than http and https, or no valid host.
+    """
+    text = text.strip(_STRIPPED)
+    for unwanted in "\t\n\r":
+        text = text.replace(unwanted, "")
+    match = _SCHEME.fullmatch(text)
+    if base is not None and match is None:
+        match = _SCHEME.fullmatch(_absolute(text, base))
+    if match is None:
+        raise FetchError("url", "it has no scheme (http: or https:)")
+    scheme = match[1].lower()
+    if scheme not in _DEFAULT_PORTS:
+        raise FetchError("scheme", f"{scheme}: URLs are not fetched")
+    rest = re.sub(r"^[/\\]*", "", match[2].partition("#")[0])
+    authority = re.match(r"[^/\\?]*", rest)
+    assert authority is not None
+    userinfo, _, host_port = authority[0].rpartition("@")
+    user, _, password = userinfo.partition(":")
+    host, port = _read_host(host_port, _DEFAULT_PORTS[scheme])
+    target = _encode_target(rest[authority.end() :])
+    return Url(scheme, host, port, target, unquote(user), unquote(password))
+
+
+def file_path(text: str) -> Path | None:
+    """The path of a ``file:`` URL of this machine; None if it has another scheme."""
+    match = re.fullmatch(r"file:(?://(?:localhost)?(?=/))?(/[^?#]*)", text.strip(_STRIPPED), re.IGNORECASE)
+    return Path(unquote(match[1], errors="surrogateescape")) if match else None
+
+
+class AddressRules:
+    """The addresses and files that a list may name.
+
+    Args:
+        networks: Networks (CIDR) that are allowed beside the public internet, such as ``127.0.0.1/32``.
+        folders: Folders whose files ``file:`` URLs may name; ``/`` allows all.
+    """
+
+    def __init__(self, networks: Sequence[str] = (), folders: Sequence[str] = ()) -> None:
+        self._networks = [ipaddress.ip_network(network) for network in networks]
+        self._folders = [Path(folder).resolve() for folder in folders]
+
+    def allows(self, address: str) -> bool:
+        """Whether a connection to an IP address is allowed."""
+        ip = ipaddress.ip_address(address.partition("%")[0])
+        if ip.version == 6:
+            if ip.ipv4_mapped is not None:
+                return self.allows(str(ip.ipv4_mapped))
+            inner = [
+                ipaddress.IPv4Address(int(ip) >> bits & 0xFFFFFFFF) for net, bits in _EMBEDDED.items() if ip in net
+            ]
+            if not all(self.allows(str(address)) for address in inner):
+                return False
+        if any(ip in network for network in self._networks):
+            return True
+        return ip.is_global and not ip.is_multicast and not ip.is_reserved and ip not in _METADATA
+
+    def require_url(self, url: Url) -> None:
+        """Refuse a URL whose host is an address that is not allowed; names are checked once they are resolved.
+
+        Raises:
+            FetchError: If the address is not allowed.
+        """
+        if is_address(url.host) and not self.allows(url.host):
+            raise refused_address(url.host)
+
+    def require_file(self, path: Path) -> None:
+        """Refuse a file outside of the allowed folders.
+
+        Raises:
+            FetchError: If the file, its links followed, is in none of them.
+        """
+        resolved = path.resolve()
+        if not any(resolved.is_relative_to(folder) for folder in self._folders):
+            raise FetchError("scheme", "file: URLs are not fetched; download.allowed_folders allows a folder")
+
+
+def refused_address(address: str) -> FetchError:
+    """The error of a host whose address is not allowed."""
+    return FetchError("address", f"{address} is not public; download.allowed_networks allows a network")
+
+
+def is_address(host: str) -> bool:
+    """Whether a host is an IP address and no name."""
+    try:
+        ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    return True
+
+
+def _absolute(text: str, base: Url) -> str:
+    """A reference of a redirect as an absolute URL; its dots are resolved later."""
+    path = text.replace("\\", "/")
+    if path.startswith("//"):
+        return f"{base.scheme}:{text}"
+    if path.startswith("/"):
+        return base.origin + text
+    if not text or text[0] in "?#":
+        return base.origin + (base.path if text.startswith("?") else base.target) + text
+    return f"{base.origin}{base.path.rpartition('/')[0]}/{text}"
+
+
+def _read_host(text: str, default_port: int) -> tuple[str, int]:
+    match = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::([0-9]*))?", text)
+    if match is None or not match[1] or int(match[2] or 0) > 65535:
+        raise FetchError("url", "it has no valid host")
+    return _read_name(match[1]), int(match[2] or default_port)
+
+
+def _read_name(text: str) -> str:
+    if text.startswith("["):
+        try:
+            return str(ipaddress.IPv6Address(text[1:-1]))
+        except ValueError:
+            raise FetchError("url", "its host is no IPv6 address") from None
+    name = unquote_to_bytes(text.encode("utf-8", "surrogateescape")).decode("utf-8", "replace")
+    if not name.isascii():
+        try:
+            name = idna.encode(name, uts46=True).decode()
+        except (idna.IDNAError, UnicodeError):
+            raise FetchError("url", "its host is no valid name") from None
+    name = name.lower()
+    if not name.strip(".") or _FORBIDDEN_IN_HOST.search(name):
+        raise FetchError("url", "its host is no valid name")
+    if _IPV4_LIKE.fullmatch(name):  # 127.1, 0x7f000001 and 2130706433 are 127.0.0.1 for browsers and for the system
+        try:
+            return socket.inet_ntoa(socket.inet_aton(name.rstrip(".")))
+        except OSError:
+            raise FetchError("url", "its host is no IPv4 address") from None
+    return name
+
+
+def _encode_target(text: str) -> str:
+    path, mark, query = text.partition("?")
+    segments: list[str] = []
+    parts = path.replace("\\", "/").split("/")[1:] or [""]
+    for number, part in enumerate(parts, start=1):
+        if part.lower() in _DOTS:
+            segments = segments[:-1]
+        elif part.lower() not in _DOT:
+            segments.append(part)
+            continue
+        if number == len(parts):
+            segments.append("")
+    # Bytes of a redirect that are no UTF-8 come as surrogates; they go out as they came in.
+    encoded = quote("/" + "/".join(segments), safe=_PATH_SAFE, errors="surrogateescape")
+    return encoded + mark + quote(query, safe=_QUERY_SAFE, errors="surrogateescape")
