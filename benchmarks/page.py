@@ -13,6 +13,7 @@ MODULES = {
     "sampling": "sampling",
     "sampling_karlo": "sampling",
     "sampler_steps": "sampler_steps",
+    "pairs": "pairs",
     "gpu": "gpu",
     "emoji_search": "emoji",
     "emoji": "emoji",

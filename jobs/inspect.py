@@ -10,7 +10,7 @@ import typer
 
 from jobs.options import AsJson, Overrides, RecipePath, Until, print_json, print_measured, recipe_words
 from pipeline.recipe.estimate import status_remaining
-from pipeline.recipe.plan import StepStatus, artifact_of, make_plan, plan_status
+from pipeline.recipe.plan import StepStatus, artifact_of, make_plan, plan_status, unseen_inputs
 from pipeline.recipe.recipe import Recipe, json_schema, load_recipe, to_dict
 from pipeline.workspace.progress import ProgressState, clock_time, duration, read_progress
 from pipeline.workspace.store import Workspace
@@ -53,6 +53,8 @@ def plan(
     for status in statuses:
         why = "" if status.state == "done" else "; ".join(status.reasons)
         typer.echo(f"{status.step.name:<12} {status.step.key}  {status.state:<8} {why}".rstrip())
+    for note in unseen_inputs(resolved):
+        typer.echo(note)
     todo = [status.step.name for status in statuses if status.state != "done"]
     typer.echo(f"{len(todo)} of {len(statuses)} steps to run: {', '.join(todo)}" if todo else "nothing to do")
 

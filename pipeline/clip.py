@@ -364,6 +364,18 @@ def describe_clip(name: str) -> OpenClip:
     return clip
 
 
+def count_tokens(captions: Sequence[str]) -> list[int]:
+    """Tokens of each caption by CLIP's own tokenizer, with the start and the end token, before anything is cut off."""
+    tokenizer = SimpleTokenizer()
+    return [len(tokenizer.encode(caption)) + 2 for caption in captions]
+
+
+def named_context_length(name: str) -> int:
+    """Context length of an open_clip model or folder; 77, which nearly all have, if this machine does not know it."""
+    config = open_clip.get_model_config(name) if not name.startswith("hf-hub:") else None
+    return int((config or {}).get("text_cfg", {}).get("context_length", 77))
+
+
 def wrap_clip(
     model: nn.Module,
     model_config: dict[str, Any],

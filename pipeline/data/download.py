@@ -20,15 +20,15 @@ from dataclasses import dataclass
 from typing import IO, Any, TypeVar, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import uvloop
 
 from pipeline.data.causes import FetchError
 from pipeline.data.decoders import Decoders
 from pipeline.data.fetch import Fetcher
 from pipeline.data.hosts import Limits
+from pipeline.data.pairs import Pairs
 from pipeline.data.resize import Boxes, StoredPicture
-from pipeline.data.rows import require_columns
+from pipeline.data.rows import numbered_names, require_columns
 from pipeline.data.shard_writer import (
     FAILED_TO_DOWNLOAD,
     FAILED_TO_RESIZE,
@@ -63,10 +63,8 @@ _LOOPBACK = "127.0.0.1/32"
 
 
 def shard_names(num_rows: int, samples_per_shard: int) -> list[str]:
-    """Names of the shards that hold ``num_rows`` rows: five digits, as in img2dataset, or as many as they need."""
-    num_shards = -(-num_rows // samples_per_shard)
-    digits = max(SHARD_DIGITS, len(str(num_shards - 1)))
-    return [str(shard).zfill(digits) for shard in range(num_shards)]
+    """Names of the shards that hold ``num_rows`` rows."""
+    return numbered_names(-(-num_rows // samples_per_shard))
 
 
 def check_columns(config: DownloadConfig, columns: list[str], where: str) -> None:
@@ -85,28 +83,17 @@ def check_columns(config: DownloadConfig, columns: list[str], where: str) -> Non
     )
 
 
-def read_rows(pairs: Any, shard: str, config: DownloadConfig) -> pa.Table:
+def read_rows(pairs: Pairs, shard: str, config: DownloadConfig) -> pa.Table:
     """Read the rows of one shard; only the row groups that contain them are read.
 
     Args:
-        pairs: ``pairs.parquet``.
+        pairs: The list of pairs.
         shard: Shard name.
         config: The recipe's section.
     """
-    start, stop = int(shard) * config.samples_per_shard, (int(shard) + 1) * config.samples_per_shard
-    columns = list(
-        dict.fromkeys([*_PASSED_THROUGH, *config.extra_columns, *sorted(_read_only(config)), "caption", "url"])
-    )
-    tables: list[pa.Table] = []
-    with pq.ParquetFile(pairs) as parquet:
-        first = 0
-        for group in range(parquet.num_row_groups):
-            num_rows = parquet.metadata.row_group(group).num_rows
-            if first < stop and first + num_rows > start:
-                table = parquet.read_row_group(group, columns=columns)
-                tables.append(table.slice(max(0, start - first), min(stop, first + num_rows) - max(start, first)))
-            first += num_rows
-    return pa.concat_tables(tables).select(columns)
+    start = int(shard) * config.samples_per_shard
+    columns = [*_PASSED_THROUGH, *config.extra_columns, *sorted(_read_only(config)), "caption", "url"]
+    return pairs.read(start, start + config.samples_per_shard, list(dict.fromkeys(columns)))
 
 
 def address_rules(pairs: PairsConfig, config: DownloadConfig) -> AddressRules:

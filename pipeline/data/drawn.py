@@ -17,6 +17,7 @@ from pipeline.shapes.scene import evaluation_scenes
 from pipeline.shapes.server import HOST
 from pipeline.shapes.url_list import FAULTS, url_table
 
+EVALUATION = "evaluation.parquet"
 _NUM_EVALUATION_SCENES = 280  # the largest possible number; evaluate reads the first of them, and their kinds alternate
 
 

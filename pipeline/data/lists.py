@@ -1,260 +1,377 @@
-"""Streams lists of URLs and captions: csv, tsv, json, jsonl, txt (each also .gz) and Parquet.
+"""Reads lists of URLs and captions: txt, csv, tsv, json, jsonl, ndjson (each also .gz and .zst) and Parquet.
 
-Every reader yields Arrow tables of at most ``BATCH_ROWS`` rows with the columns ``url``, ``caption`` and the list's
-other columns. Text formats give text columns, because types guessed from the first block fail on the millionth row.
+A list is a file, a folder of parts at any depth, or a pattern, here or in an object store. Every reader yields Arrow
+tables of at most ``BATCH_ROWS`` rows with ``url``, ``caption`` and the columns that were asked for; no other column is
+read. A row that cannot be read is counted with its file and line, and the list goes on.
 """
 
 import contextlib
-import csv
 import gzip
-import io
 import itertools
 import json
+import math
+import re
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import IO, Any, cast
 
 import pyarrow as pa
-import pyarrow.csv as pa_csv
-import pyarrow.parquet as pq
 
-from pipeline.data.rows import require_columns
+from pipeline.data.delimited import csv_records, lines_of, tsv_records
+from pipeline.data.json_lists import json_records, jsonl_records
+from pipeline.data.list_columns import ListColumns, names_of
+from pipeline.data.parquet_lists import extra_types, open_parquet, parquet_tables, row_group_spans
+from pipeline.data.reading import MAX_CELL, Reading
 from pipeline.errors import DataError
+from pipeline.workspace.files import UserFile, find_files, open_file
 
 BATCH_ROWS = 10_000
-FORMATS = ("csv", "tsv", "json", "jsonl", "txt", "parquet")
-_RESERVED = ("uid", "url", "caption", "split")
-_BLOCK_BYTES = 8 << 20
-OnMalformed = Callable[[int], None]
+FORMATS = ("parquet", "csv", "tsv", "jsonl", "ndjson", "json", "txt")
+COMPRESSIONS = ("gz", "zst")
+_CUT_AT_LINES = frozenset({"tsv", "jsonl", "ndjson", "txt"})
+_SAMPLE_BYTES = 8 << 20
+_FILES_TO_COUNT = 16
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def list_files(path: Path) -> list[Path]:
-    """The files of a list: the list itself, or the files of a folder of parts, sorted by name.
+@dataclass(frozen=True)
+class Span:
+    """A file of a list, or a part of one."""
+
+    uri: str
+    """The file."""
+    start: int = 0
+    """First byte, or first row group of Parquet."""
+    stop: int | None = None
+    """Byte, or row group, after the last; None: to the end."""
+    num_bytes: int = 0
+    """Size of the span."""
+
+
+def list_files(path: str) -> list[UserFile]:
+    """The files of a list, sorted by name.
 
     Raises:
-        DataError: If no file has a format that can be read.
+        DataError: If there is none of a known format, or if they are of several formats.
     """
-    if not path.exists():
+    files = find_files(path)
+    if not files:
         raise DataError(f"{path}: no such list")
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    readable = [file for file in files if file.is_file() and _format_of(file) in FORMATS]
+    readable = [file for file in files if format_of(file.uri) in FORMATS]
     if not readable:
-        raise DataError(f"{path}: not a list that unclip reads ({', '.join(FORMATS)}; each but parquet also .gz)")
+        raise DataError(f"{path}: not a list that unclip reads ({', '.join(FORMATS)}; each but parquet also .gz, .zst)")
+    kinds = sorted({format_of(file.uri) for file in readable})
+    if len(kinds) > 1:
+        counts = ", ".join(f"{sum(format_of(file.uri) == kind for file in readable)} {kind}" for kind in kinds)
+        raise DataError(
+            f"{path}: holds files of several formats ({counts}); choose one, such as {path}/**/*.{kinds[0]}"
+        )
     return readable
 
 
-def list_columns(path: Path) -> list[str]:
+def list_columns(path: str) -> list[str]:
     """Column names of a list's first file; a txt list has one column, ``url``.
 
     Raises:
         DataError: If the file cannot be read.
     """
-    file = list_files(path)[0]
-    kind = _format_of(file)
-    with _explain_damage(file):
-        if kind == "parquet":
-            return list(pq.read_schema(file).names)
-        if kind == "txt":
-            return ["url"]
-        if kind in {"csv", "tsv"}:
-            return _header(file, _DELIMITERS[kind])
-        return _names(next(iter(_json_batches(file, kind, _ignore)), []))
+    uri = list_files(path)[0].uri
+    with explain_damage(uri):
+        return _column_names(uri)
 
 
-def read_list(path: Path, url_column: str, caption_column: str, on_malformed: OnMalformed) -> Iterator[pa.Table]:
-    """Stream a list.
+def list_spans(path: str, num_bytes: float = math.inf) -> list[Span]:
+    """The spans of a list's files, in order.
 
     Args:
-        path: The list, or a folder of its parts.
-        url_column: Column that holds the URL.
-        caption_column: Column that holds the caption; empty if the list has none.
-        on_malformed: Called with the number of rows that could not be parsed and are left out.
+        path: The list.
+        num_bytes: Larger files are cut into spans of about this size, between lines or row groups. A csv file is not,
+            because a line end may stand inside quotes, and neither is a compressed file.
+    """
+    spans: list[Span] = []
+    for file in list_files(path):
+        kind, size = format_of(file.uri), file.num_bytes
+        if size <= num_bytes or (kind != "parquet" and (kind not in _CUT_AT_LINES or compression_of(file.uri))):
+            spans.append(Span(file.uri, num_bytes=size))
+        elif kind == "parquet":
+            with explain_damage(file.uri):
+                spans += [Span(file.uri, *numbers) for numbers in row_group_spans(file.uri, num_bytes)]
+        else:
+            step = int(num_bytes)
+            spans += [Span(file.uri, start, min(size, start + step), step) for start in range(0, size, step)]
+    return spans
+
+
+def read_span(span: Span, columns: ListColumns, reading: Reading) -> Iterator[pa.Table]:
+    """Stream a span of a list.
+
+    Args:
+        span: The span.
+        columns: The columns to read.
+        reading: Counts the rows that cannot be read and are left out.
 
     Yields:
-        Tables of ``url`` and ``caption`` (strings or nulls) and the other columns under their own names. A column whose
-        name is one of ``uid``, ``url``, ``caption`` and ``split`` is renamed to ``source_<name>``.
+        Tables of ``url`` and ``caption`` (strings or nulls) and the other columns.
 
     Raises:
         DataError: If a column is missing or a file is damaged; names the file.
     """
-    columns: list[str] | None = None
-    for file in list_files(path):
-        for table in _read_file(file, url_column, caption_column, on_malformed):
-            rows = _rename(table, file, url_column, caption_column)
-            columns = columns or rows.column_names
-            require_columns(rows.column_names, columns, where=f"{file} (unlike the parts before it)")
-            yield rows.select(columns)
+    reading.begin(span.uri)
+    with explain_damage(span.uri):
+        if format_of(span.uri) == "parquet":
+            yield from parquet_tables(span.uri, (span.start, span.stop), columns, reading, BATCH_ROWS)
+        else:
+            yield from _text_tables(span, columns, reading)
 
 
-def count_list_rows(path: Path) -> int:
+def extra_schemas(piece: Sequence[Span], columns: ListColumns) -> list[pa.Schema]:
+    """The types of a piece's other columns, for each of its Parquet files."""
+    schemas: list[pa.Schema] = []
+    for uri in dict.fromkeys(span.uri for span in piece if columns.extra and format_of(span.uri) == "parquet"):
+        with explain_damage(uri):
+            schemas.append(extra_types(uri, columns))
+    return schemas
+
+
+def count_list_rows(path: str) -> int:
     """About how many rows a list has: from Parquet's metadata, or from its size and the lines at its beginning.
+
+    Of a list of many files, the first ones stand for the others by their size.
 
     Raises:
         DataError: If a file is damaged.
     """
-    return sum(_count_file_rows(file) for file in list_files(path))
+    files = list_files(path)
+    looked_at = files[:_FILES_TO_COUNT]
+    num_rows = sum(_count_file_rows(file) for file in looked_at)
+    looked_bytes = sum(file.num_bytes for file in looked_at)
+    return max(1, round(num_rows * sum(file.num_bytes for file in files) / looked_bytes)) if looked_bytes else num_rows
 
 
-def _count_file_rows(file: Path) -> int:
-    kind = _format_of(file)
-    with _explain_damage(file):
-        if kind == "parquet":
-            return pq.read_metadata(file).num_rows
-        if kind == "json":
-            with _open(file) as stream:
-                return len(_records(json.loads(stream.read()), file))
-        with file.open("rb") as raw, gzip.open(raw) if file.suffix == ".gz" else contextlib.nullcontext(raw) as stream:
-            block = stream.read(_BLOCK_BYTES)
-            num_lines = block.count(b"\n") + (not block.endswith(b"\n")) - (kind in _DELIMITERS)
-            # Of a compressed file, the bytes that were read so far say how much of it the block is.
-            return max(1, round(num_lines * file.stat().st_size / max(1, raw.tell())))
+def format_of(uri: str) -> str:
+    """The format of a file, by its name without the suffix of a compression."""
+    suffixes = _suffixes(uri)
+    return suffixes[-1] if suffixes else ""
 
 
-def _read_file(file: Path, url_column: str, caption_column: str, on_malformed: OnMalformed) -> Iterator[pa.Table]:
-    kind = _format_of(file)
-    with _explain_damage(file):
-        if kind == "parquet":
-            with pq.ParquetFile(file) as parquet:
-                required = [name for name in (url_column, caption_column) if name]
-                require_columns(parquet.schema_arrow.names, required, where=str(file))
-                for batch in parquet.iter_batches(batch_size=BATCH_ROWS):
-                    yield pa.Table.from_batches([batch]).replace_schema_metadata(None)
-        elif kind == "txt":
-            yield from _text_batches(file, url_column)
-        elif kind in {"csv", "tsv"}:
-            yield from _csv_batches(file, _DELIMITERS[kind], on_malformed)
-        else:
-            names: list[str] = []
-            for rows in _json_batches(file, kind, on_malformed):
-                names = names or _names(rows)
-                yield pa.table(
-                    {name: pa.array([_as_text(row.get(name)) for row in rows], pa.string()) for name in names}
-                )
+def compression_of(uri: str) -> str:
+    """``gz``, ``zst`` or empty, by the file's name."""
+    last = uri.partition("?")[0].rpartition(".")[2].lower()
+    return last if last in COMPRESSIONS else ""
 
 
-_DELIMITERS = {"csv": ",", "tsv": "\t"}
+@contextlib.contextmanager
+def open_text(uri: str) -> Generator[IO[bytes]]:
+    """Open a file of a list, without its compression."""
+    with open_file(uri) as raw, decompressed(raw, uri) as stream:
+        yield stream
 
 
-def _csv_batches(file: Path, delimiter: str, on_malformed: OnMalformed) -> Iterator[pa.Table]:
-    def skip(_row: object) -> str:
-        on_malformed(1)
-        return "skip"
-
-    names = _header(file, delimiter)
-    with pa.input_stream(str(file), compression="gzip" if file.suffix == ".gz" else None) as stream:
-        reader = pa_csv.open_csv(
-            stream,
-            read_options=pa_csv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False),
-            parse_options=pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=skip),
-            convert_options=pa_csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
-        )
-        for batch in reader:
-            for start in range(0, batch.num_rows, BATCH_ROWS):
-                yield pa.Table.from_batches([batch.slice(start, BATCH_ROWS)])
+@contextlib.contextmanager
+def decompressed(raw: IO[bytes], uri: str) -> Generator[IO[bytes]]:
+    """The bytes inside a compressed stream."""
+    if compression_of(uri) == "gz":
+        with gzip.GzipFile(fileobj=raw) as stream:
+            yield cast("IO[bytes]", stream)
+    elif compression_of(uri) == "zst":
+        with pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd") as stream:
+            yield cast("IO[bytes]", stream)
+    else:
+        yield raw
 
 
-def _header(file: Path, delimiter: str) -> list[str]:
-    with _open(file) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
-        return next(csv.reader(text, delimiter=delimiter), [])
+@contextlib.contextmanager
+def explain_damage(uri: str) -> Generator[None]:
+    """Say which file is damaged.
 
-
-def _text_batches(file: Path, url_column: str) -> Iterator[pa.Table]:
-    with _open(file) as stream:
-        for lines in _chunks(line.strip().decode() for line in stream):
-            yield pa.table({url_column: pa.array(lines, pa.string())})
-
-
-def _json_batches(file: Path, kind: str, on_malformed: OnMalformed) -> Iterator[list[dict[str, Any]]]:
-    with _open(file) as stream:
-        if kind == "json":
-            yield from _chunks(_records(json.loads(stream.read()), file))
-            return
-
-        def parse() -> Iterator[dict[str, Any]]:
-            for line in stream:
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    row = None
-                if isinstance(row, dict):
-                    yield cast("dict[str, Any]", row)
-                else:
-                    on_malformed(1)
-
-        yield from _chunks(parse())
-
-
-def _records(value: Any, file: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON file: a list of records, or pandas' columns ({name: {row: value}} or {name: [value]})."""
-    if isinstance(value, list) and all(isinstance(row, dict) for row in cast("list[Any]", value)):
-        return cast("list[dict[str, Any]]", value)
-    if isinstance(value, dict) and all(isinstance(column, dict | list) for column in value.values()):
-        columns = {
-            name: list(c.values()) if isinstance(c, dict) else c for name, c in cast("dict[str, Any]", value).items()
-        }
-        if len({len(column) for column in columns.values()}) == 1:
-            return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    raise DataError(f'{file}: must hold a list of records, such as [{{"url": ..., "caption": ...}}]')
-
-
-def _rename(table: pa.Table, file: Path, url_column: str, caption_column: str) -> pa.Table:
-    is_text = _format_of(file) == "txt"
-    if is_text:
-        caption_column = ""
-    require_columns(table.column_names, [n for n in (url_column, caption_column) if n], where=str(file))
-    captions = table.column(caption_column) if caption_column else pa.nulls(table.num_rows)
-    columns = {"url": _to_string(table.column(url_column), file, url_column)}
-    columns["caption"] = _to_string(captions, file, caption_column)
-    for name in table.column_names:
-        if name not in {url_column, caption_column}:
-            columns[f"source_{name}" if name in _RESERVED else name] = table.column(name)
-    return pa.table(columns)
-
-
-def _to_string(column: Any, file: Path, name: str) -> Any:
+    Raises:
+        DataError: In place of a library's error.
+    """
     try:
-        return column.cast(pa.string())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise DataError(f"{file}: column {name} is {column.type}, not text: {error}") from None
+        yield
+    except DataError as error:
+        raise error if uri in str(error) else DataError(f"{uri}: {error}") from None
+    except (pa.ArrowInvalid, gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{uri}: damaged, or not what its name says: {error}") from error
+    except OSError as error:
+        raise DataError(f"{uri}: cannot be read: {error}") from error
+
+
+def _count_file_rows(file: UserFile) -> int:
+    kind = format_of(file.uri)
+    with explain_damage(file.uri):
+        if kind == "parquet":
+            with open_parquet(file.uri) as parquet:
+                return parquet.metadata.num_rows
+        if kind == "json" and file.num_bytes <= _SAMPLE_BYTES:
+            with open_text(file.uri) as stream:
+                reading = Reading(lines=[(file.uri, 0)])
+                return sum(1 for _ in json_records(stream, reading)) + reading.counts["malformed"]
+        with open_file(file.uri) as raw, decompressed(raw, file.uri) as stream:
+            block = stream.read(_SAMPLE_BYTES)
+            if kind == "json":
+                num_lines = max(1, block.count(b"}"))
+            else:
+                num_lines = block.count(b"\n") + (not block.endswith(b"\n"))
+            if kind in _RECORDS and block:
+                num_lines -= names_of(_first_row(file.uri))[1]
+            # Of a compressed file, the bytes that were read so far say how much of it the block is.
+            return max(0, round(num_lines * max(file.num_bytes, 1) / max(1, raw.tell())))
+
+
+def _column_names(uri: str) -> list[str]:
+    kind = format_of(uri)
+    if kind == "parquet":
+        with open_parquet(uri) as parquet:
+            return list(parquet.schema_arrow.names)
+    if kind == "txt":
+        return ["url"]
+    if kind in _RECORDS:
+        return names_of(_first_row(uri))[0]
+    with open_text(uri) as stream:
+        reading = Reading(lines=[(uri, 0)])
+        records = json_records(stream, reading) if kind == "json" else jsonl_records(stream, reading)
+        return _record_names([record for _, record in itertools.islice(records, BATCH_ROWS)])
+
+
+_RECORDS = {"csv": csv_records, "tsv": tsv_records}
+
+
+def _first_row(uri: str) -> list[str]:
+    with open_text(uri) as stream:
+        reading = Reading(lines=[(uri, 0)])
+        return next((cells for _, cells in _RECORDS[format_of(uri)](lines_of(stream, reading), reading)), [])
+
+
+Values = tuple[int, list[Any]]
+"""Line of a row, and its URL, its caption and its other columns."""
+
+
+def _text_tables(span: Span, columns: ListColumns, reading: Reading) -> Iterator[pa.Table]:
+    kind = format_of(span.uri)
+    with open_text(span.uri) as stream:
+        if kind == "txt":
+            rows = (
+                (number, [line.strip(), None])
+                for number, line in lines_of(stream, reading, span.start, span.stop)
+                if line.strip()
+            )
+            yield from _row_tables(rows, [], reading)
+        elif kind in _RECORDS:
+            yield from _delimited_tables(span, stream, columns, reading)
+        else:
+            yield from _json_tables(span, stream, columns, reading)
+
+
+def _delimited_tables(span: Span, stream: IO[bytes], columns: ListColumns, reading: Reading) -> Iterator[pa.Table]:
+    records = _RECORDS[format_of(span.uri)](lines_of(stream, reading, span.start, span.stop), reading)
+    first = (0, _first_row(span.uri)) if span.start else next(records, None)
+    if first is None:
+        return
+    names, has_header = names_of(first[1])
+    found = columns.find(names, span.uri)
+    places = [names.index(name) if name else None for name in found]
+    if not has_header and not span.start:
+        records = itertools.chain([first], records)
+
+    def rows() -> Iterator[Values]:
+        for number, cells in records:
+            if len(cells) != len(names):
+                reading.malformed(number, f"{len(cells)} cells, not {len(names)}")
+            else:
+                yield number, [None if place is None else cells[place] for place in places]
+
+    yield from _row_tables(rows(), columns.extra, reading)
+
+
+def _json_tables(span: Span, stream: IO[bytes], columns: ListColumns, reading: Reading) -> Iterator[pa.Table]:
+    if format_of(span.uri) == "json":
+        records = json_records(stream, reading)
+    else:
+        records = jsonl_records(stream, reading, span.start, span.stop)
+    first = list(itertools.islice(records, BATCH_ROWS))
+    if not first:
+        return
+    url, caption, *others = columns.find(_record_names([record for _, record in first]), span.uri)
+
+    def rows() -> Iterator[Values]:
+        for number, record in itertools.chain(first, records):
+            try:
+                texts = [_as_url(record.get(url)), _as_caption(record.get(caption) if caption else None)]
+            except ValueError as error:
+                reading.malformed(number, str(error))
+            else:
+                yield number, texts + [_as_text(record.get(name)) for name in others]
+
+    yield from _row_tables(rows(), columns.extra, reading)
+
+
+def _row_tables(rows: Iterator[Values], extra: Sequence[str], reading: Reading) -> Iterator[pa.Table]:
+    names = ["url", "caption", *extra]
+    while chunk := list(itertools.islice(rows, BATCH_ROWS)):
+        try:
+            yield _table(names, _without_large(chunk, reading))
+        except UnicodeEncodeError:
+            yield _table(names, _without_surrogates(_without_large(chunk, Reading()), reading))
+
+
+def _table(names: list[str], rows: list[Values]) -> pa.Table:
+    columns = zip(*(values for _, values in rows), strict=True) if rows else [[]] * len(names)
+    return pa.table([pa.array(column, pa.string()) for column in columns], names=names)
+
+
+def _without_large(rows: list[Values], reading: Reading) -> list[Values]:
+    if max(len(values[place] or "") for _, values in rows for place in (0, 1)) <= MAX_CELL:
+        return rows
+    kept: list[Values] = []
+    for number, values in rows:
+        size = max(len(values[0] or ""), len(values[1] or ""))
+        if size > MAX_CELL:
+            reading.malformed(number, f"a URL or caption of {size} characters; the limit is {MAX_CELL}")
+        else:
+            kept.append((number, values))
+    return kept
+
+
+def _without_surrogates(rows: list[Values], reading: Reading) -> list[Values]:
+    kept: list[Values] = []
+    for number, values in rows:
+        if all(value is None or not _SURROGATE.search(value) for value in values):
+            kept.append((number, values))
+        else:
+            reading.malformed(number, "half of a surrogate pair, which is no character")
+    return kept
+
+
+def _as_url(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise ValueError(f"the URL is {_kind(value)}")
+
+
+def _as_caption(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    raise ValueError(f"the caption is {_kind(value)}")
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "a record", list: "a list", bool: "true or false"}
+    return kinds.get(type(value), "not a number" if isinstance(value, float) else "a number")
 
 
 def _as_text(value: Any) -> str | None:
     return value if value is None or isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
-def _names(rows: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row))
+def _record_names(records: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for record in records for name in record))
 
 
-def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while chunk := list(itertools.islice(iterator, BATCH_ROWS)):
-        yield chunk
-
-
-def _open(file: Path) -> IO[bytes]:
-    return cast("IO[bytes]", gzip.open(file, "rb")) if file.suffix == ".gz" else file.open("rb")
-
-
-def _format_of(file: Path) -> str:
-    suffixes = [suffix.lstrip(".").lower() for suffix in file.suffixes]
-    if suffixes and suffixes[-1] == "gz":
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
-
-
-def _ignore(_count: int) -> None:
-    """Do not count malformed rows: only the column names are read."""
-
-
-@contextlib.contextmanager
-def _explain_damage(file: Path) -> Generator[None]:
-    try:
-        yield
-    except (pa.ArrowInvalid, gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{file}: damaged, or not what its name says: {error}") from error
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error}") from error
+def _suffixes(uri: str) -> list[str]:
+    """The suffixes of a file's name, without that of a compression and without a URL's query."""
+    suffixes = [suffix.lower() for suffix in uri.partition("?")[0].rpartition("/")[2].split(".")[1:]]
+    return suffixes[:-1] if suffixes and suffixes[-1] in COMPRESSIONS else suffixes

@@ -1,140 +1,175 @@
-"""The pairs step: converts any source of captioned pictures to one list of (uid, url, caption, split)."""
+"""The list of pairs that the pairs step writes, in parts, and its reader.
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+A part is a Parquet file of ``uid``, ``url``, ``caption``, ``split`` and the other columns that the recipe names. The
+index, ``pairs.json``, holds the rows of each part and the types of the columns: parts whose lists differ in the type of
+a column are read with one type.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.folders import count_pictures, read_folder
-from pipeline.data.lists import count_list_rows, read_list
-from pipeline.data.rows import make_uid, pairs_schema, split_of
+from pipeline.data.rows import numbered_names, pairs_schema, require_columns
 from pipeline.errors import DataError
-from pipeline.recipe.sections import PairsConfig
+from pipeline.workspace.store import Artifact
 
-OnRows = Callable[[int], None]
-
-
-@dataclass
-class PairsSummary:
-    """Counts of the source's rows by outcome."""
-
-    counts: Counter[str] = field(default_factory=Counter[str])
-    """Numbers of rows: ``in`` = ``ok`` + ``duplicate`` + ``missing_url`` + ``malformed``."""
-    metrics: dict[str, Any] = field(default_factory=dict[str, Any])
-    """Numbers of rows: ``null_captions`` (stored as the empty caption), ``train`` and ``validation``."""
+INDEX = "pairs.json"
+ROW_GROUP_ROWS = 10_000
+_TYPES = {"int64": pa.int64(), "double": pa.float64(), "string": pa.string(), "bool": pa.bool_()}
 
 
-def write_pairs(
-    batches: Iterator[pa.Table], config: PairsConfig, path: Path, summary: PairsSummary, on_rows: OnRows
-) -> None:
-    """Write ``pairs.parquet`` batch by batch.
+@dataclass(frozen=True)
+class Part:
+    """One file of the list."""
+
+    name: str
+    """Name of the part; its file is ``<name>.parquet``."""
+    num_rows: int
+    """Rows of the file."""
+
+
+class Pairs:
+    """Reads the rows of a finished list by their number; holds no rows.
 
     Args:
-        batches: Tables of ``url``, ``caption`` and other columns, as ``source_batches`` yields them.
-        config: The recipe's section.
-        path: The file to write.
-        summary: Counts to add to; it may already count rows that the reader left out.
-        on_rows: Called with the number of rows read so far.
+        artifact: The artifact of the pairs step.
 
     Raises:
-        DataError: If no row is usable; gives the counts by reason.
+        DataError: If the index is missing or malformed.
     """
-    uids: set[bytes] = set()
-    writer: pq.ParquetWriter | None = None
-    try:
-        for batch in batches:
-            table = _to_pairs(batch, config.validation_prob, uids, summary)
-            writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
+        index = artifact.read_json(INDEX)
+        try:
+            self._parts = [Part(part["name"], int(part["rows"])) for part in index["parts"]]
+            self._types = {str(name): _TYPES[kind] for name, kind in index["columns"]}
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{self.where}: malformed ({error!r}); run the pairs step again") from None
+        self._starts = [0, *accumulate(part.num_rows for part in self._parts)]
+
+    @property
+    def where(self) -> str:
+        """The index, for messages."""
+        return f"{self._artifact.uri}/{INDEX}"
+
+    @property
+    def parts(self) -> list[Part]:
+        """The parts, in order."""
+        return list(self._parts)
+
+    def part(self, name: str) -> pa.Table:
+        """All rows of one part.
+
+        Raises:
+            DataError: As ``read``.
+        """
+        place = [part.name for part in self._parts].index(name)
+        return self.read(self._starts[place], self._starts[place + 1], self.columns)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all parts."""
+        return self._starts[-1]
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns."""
+        return [*pairs_schema().names, *self._types]
+
+    def read(self, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
+        """Rows ``start`` .. ``stop`` - 1 of the list; only the row groups that contain them are read.
+
+        Raises:
+            DataError: If the list lacks a column, or a part is missing or damaged.
+        """
+        require_columns(self.columns, columns, where=self.where)
+        empty = self._schema(columns).empty_table()
+        return pa.concat_tables([empty, *self._tables(start, stop, columns)]).combine_chunks()
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """All rows, ``ROW_GROUP_ROWS`` at a time at most.
+
+        Raises:
+            DataError: As ``read``.
+        """
+        require_columns(self.columns, columns, where=self.where)
+        yield from self._tables(0, self.num_rows, columns)
+
+    def _schema(self, columns: Sequence[str]) -> pa.Schema:
+        types = {field.name: field.type for field in pairs_schema()} | self._types
+        return pa.schema([(name, types[name]) for name in columns])
+
+    def _tables(self, start: int, stop: int, columns: Sequence[str]) -> Iterator[pa.Table]:
+        schema = self._schema(columns)
+        for part, first in zip(self._parts, self._starts, strict=False):
+            if first >= stop or first + part.num_rows <= start:
+                continue
+            path = self._artifact.path(f"{part.name}.parquet")
             try:
-                writer.write_table(table.cast(writer.schema))
-            except (pa.ArrowInvalid, ValueError) as error:
-                raise DataError(f"pairs: {config.path}: its parts have columns of different types: {error}") from None
-            on_rows(summary.counts["in"])
-    finally:
-        if writer is not None:
-            writer.close()
-    if not summary.counts["ok"]:
-        where = f"{config.path}: " if config.path else ""
-        raise DataError(f"pairs: {where}no usable row among {summary.counts['in']}: {dict(summary.counts)}")
+                with pq.ParquetFile(path) as parquet:
+                    group_start = first
+                    for group in range(parquet.num_row_groups):
+                        num_rows = parquet.metadata.row_group(group).num_rows
+                        low, high = max(start, group_start), min(stop, group_start + num_rows)
+                        if low < high:
+                            table = parquet.read_row_group(group, columns=list(columns)).select(list(columns))
+                            yield table.slice(low - group_start, high - low).cast(schema)
+                        group_start += num_rows
+            except (pa.ArrowInvalid, OSError) as error:
+                raise DataError(f"{path}: damaged ({error}); run the pairs step again") from error
 
 
-def source_batches(config: PairsConfig, summary: PairsSummary) -> Iterator[pa.Table]:
-    """Yield the rows of a ``list`` or ``folder`` source, at most ``max_pairs``; malformed rows are counted.
-
-    Raises:
-        DataError: If the source is missing, damaged or lacks a column.
-    """
-
-    def on_malformed(count: int) -> None:
-        summary.counts["in"] += count
-        summary.counts["malformed"] += count
-
-    if config.source == "list":
-        batches = read_list(Path(config.path), config.url_column, config.caption_column, on_malformed)
-    else:
-        batches = read_folder(Path(config.path), config.caption_column, on_malformed)
-    remaining = config.max_pairs or None
-    for batch in batches:
-        yield batch.slice(0, remaining)
-        if remaining is not None:
-            remaining -= batch.num_rows
-            if remaining <= 0:
-                return
-
-
-def count_pairs(config: PairsConfig) -> int:
-    """About how many rows a source has, without reading them all.
-
-    Raises:
-        DataError: If the source is missing or damaged.
-    """
-    if config.source == "drawn":
-        return config.drawn.num_pairs + config.drawn.num_faulty
-    path = Path(config.path)
-    count = count_list_rows(path) if config.source == "list" else count_pictures(path)
-    return min(count, config.max_pairs or count)
-
-
-def _to_pairs(batch: pa.Table, validation_prob: float, uids: set[bytes], summary: PairsSummary) -> pa.Table:
-    """Add uid and split to the rows of a batch; rows without a URL and repeated rows are left out and counted.
+def write_index(artifact: Artifact, part_rows: Sequence[int], schemas: Sequence[pa.Schema]) -> None:
+    """Write the index of a list.
 
     Args:
-        batch: ``url``, ``caption`` and other columns.
-        validation_prob: Share of rows that become the validation split.
-        uids: uids of earlier batches, as bytes (16 each); this batch's are added.
-        summary: Counts to add to.
-
-    Returns:
-        Columns ``uid``, ``url``, ``caption``, ``split``, then the others, in the order of the batch.
+        artifact: The artifact of the pairs step.
+        part_rows: Rows of each part; its name is its number.
+        schemas: Schemas of the parts.
     """
-    rows: list[tuple[str, str, str, str]] = []
-    indices: list[int] = []
-    nulls = 0
-    urls, captions = batch.column("url").to_pylist(), batch.column("caption").to_pylist()
-    for index, (raw_url, raw_caption) in enumerate(zip(urls, captions, strict=True)):
-        url, caption = (raw_url or "").strip(), raw_caption or ""
-        uid = make_uid(url, caption)
-        if not url:
-            summary.counts["missing_url"] += 1
-        elif bytes.fromhex(uid) in uids:
-            summary.counts["duplicate"] += 1
-        else:
-            uids.add(bytes.fromhex(uid))
-            nulls += raw_caption is None
-            indices.append(index)
-            rows.append((uid, url, caption, split_of(uid, validation_prob)))
-    summary.counts["in"] += batch.num_rows
-    summary.counts["ok"] += len(rows)
-    splits = Counter(row[3] for row in rows)
-    for name, value in {"null_captions": nulls, "train": splits["train"], "validation": splits["validation"]}.items():
-        summary.metrics[name] = summary.metrics.get(name, 0) + value
-    columns = dict(zip(pairs_schema().names, (list(column) for column in zip(*rows, strict=True)), strict=False))
-    pairs = pa.Table.from_pydict(columns or {name: [] for name in pairs_schema().names}, schema=pairs_schema())
-    for name in batch.column_names:
-        if name not in pairs.column_names:
-            pairs = pairs.append_column(batch.field(name), batch.column(name).take(pa.array(indices, pa.int64())))
-    return pairs
+    names = numbered_names(len(part_rows))
+    index = {
+        "parts": [{"name": name, "rows": rows} for name, rows in zip(names, part_rows, strict=True)],
+        "columns": [[name, str(kind)] for name, kind in common_types(schemas).items()],
+    }
+    artifact.write_json(INDEX, index)
+
+
+def common_types(schemas: Sequence[pa.Schema]) -> dict[str, pa.DataType]:
+    """One type for each column that not every list has: int64, double, bool, or string where only text holds all."""
+    kinds: dict[str, set[str]] = {}
+    for schema in schemas:
+        for name in schema.names:
+            if name not in pairs_schema().names:
+                kinds.setdefault(name, set()).add(str(plain_type(schema.field(name).type)))
+    return {name: _common_type(kind - {"null"}) for name, kind in kinds.items()}
+
+
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """The type in which a list's column is stored: int64, double, bool, null, or string."""
+    if pa.types.is_null(kind) or pa.types.is_boolean(kind):
+        return kind
+    if pa.types.is_integer(kind) and kind != pa.uint64():
+        return pa.int64()
+    return pa.float64() if pa.types.is_floating(kind) else pa.string()
+
+
+def cast_column(column: Any, kind: Any) -> Any:
+    """A column in another type; what has no text of its own (lists, records) becomes JSON."""
+    try:
+        return column.cast(kind)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        values: list[Any] = column.to_pylist()
+        return pa.array([one if one is None else json.dumps(one, sort_keys=True, default=str) for one in values], kind)
+
+
+def _common_type(kinds: set[str]) -> Any:
+    if len(kinds) == 1:
+        return cast("dict[str, Any]", _TYPES)[next(iter(kinds))]
+    return pa.float64() if kinds == {"int64", "double"} else pa.string()

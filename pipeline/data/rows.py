@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _UID_LENGTH = 32
+_LEAST_DIGITS = 5
 
 
 def make_uid(url: str, caption: str) -> str:
@@ -20,13 +21,23 @@ def make_uid(url: str, caption: str) -> str:
     return hashlib.sha256(f"{url}\n{caption}".encode()).hexdigest()[:_UID_LENGTH]
 
 
-def split_of(uid: str, validation_prob: float) -> str:
-    """``validation`` or ``train``; depends on the uid alone, so workers and shards do not change it."""
-    return "validation" if int(uid[-8:], 16) < validation_prob * 2**32 else "train"
+def split_of(url: str, validation_prob: float) -> str:
+    """``validation`` or ``train``.
+
+    It depends on the URL alone: all captions of a picture are on one side, and workers and shards do not change it.
+    """
+    first_bits = int.from_bytes(hashlib.sha256(url.encode()).digest()[:4])
+    return "validation" if first_bits < validation_prob * 2**32 else "train"
+
+
+def numbered_names(count: int) -> list[str]:
+    """Names of shards or parts: five digits as in img2dataset, or more, so that names sort as numbers."""
+    digits = max(_LEAST_DIGITS, len(str(count - 1)))
+    return [f"{number:0{digits}d}" for number in range(count)]
 
 
 def pairs_schema() -> "pa.Schema":
-    """Schema of the pairs step's ``pairs.parquet``; extra columns may follow."""
+    """Schema of the parts of the pairs step; extra columns may follow."""
     import pyarrow as pa
 
     return pa.schema([("uid", pa.string()), ("url", pa.string()), ("caption", pa.string()), ("split", pa.string())])

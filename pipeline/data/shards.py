@@ -9,21 +9,25 @@ import json
 import os
 import tarfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.data.rows import require_columns
+from pipeline.data.list_columns import CAPTION_COLUMNS
+from pipeline.data.rows import make_uid, require_columns
 from pipeline.errors import DataError
 from pipeline.pictures import decode
 from pipeline.workspace.store import Artifact
 
-_SIDECARS = frozenset({"json", "txt"})
+_PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2", "ppm"})
+TAKEN_IN = b"taken_in"
+"""Key in the metadata of a table whose tar somebody else wrote: it may hold samples that are no rows."""
 REPAIR_HINT = "remove manifest.json and the shard's .done.json next to it and run again: only that shard is made again"
 _BLOCK_BYTES = 512
 _END = bytes(_BLOCK_BYTES)
@@ -68,7 +72,7 @@ def index_tar(path: Path) -> Members:
             if header[257:262] != b"ustar" or header[156:157] not in {b"0", b"\0"}:
                 return _index_any_tar(path)
             last, size = _read_header(header, path, offset)
-            key, _, extension = last.partition(".")
+            key, extension = _key_and_extension(last)
             members.setdefault(key, {})[extension] = (offset + _BLOCK_BYTES, size)
             offset += _BLOCK_BYTES + -(-size // _BLOCK_BYTES) * _BLOCK_BYTES
 
@@ -93,11 +97,34 @@ def _index_any_tar(path: Path) -> Members:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                key, _, extension = member.name.partition(".")
+                key, extension = _key_and_extension(member.name)
                 members.setdefault(key, {})[extension] = (member.offset_data, member.size)
     except tarfile.TarError as error:
         raise DataError(f"{path}: damaged tar ({error}); {REPAIR_HINT}") from error
     return members
+
+
+def sample_url(record: Mapping[str, Any], shard: str, key: str) -> str:
+    """The URL in the json of a sample; of a sample without one, its place."""
+    url = record.get("url")
+    return url.strip() if isinstance(url, str) and url.strip() else f"shard:{shard}/{key}"
+
+
+def sample_caption(record: Mapping[str, Any], text: bytes) -> str:
+    """The caption in the json of a sample, or else its text file.
+
+    Raises:
+        ValueError: If the text is not UTF-8.
+    """
+    caption = next((one for name in CAPTION_COLUMNS if isinstance(one := record.get(name), str)), None)
+    return text.decode("utf-8-sig").strip() if caption is None else caption
+
+
+def _key_and_extension(name: str) -> tuple[str, str]:
+    """The parts of a file's name before and after the first dot, as webdataset splits it: folders may have dots."""
+    folder, slash, file = name.rpartition("/")
+    key, _, extension = file.partition(".")
+    return f"{folder}{slash}{key}", extension
 
 
 def read_table(path: Path, columns: Sequence[str]) -> pa.Table:
@@ -150,11 +177,17 @@ class ShardPictures:
         """
         files = self._members.get(key, {})
         picture = picture_span(files)
-        if picture is None or "json" not in files:
+        if picture is None or not files.keys() & {"json", "txt"}:
             raise DataError(f"{self._where(key, uid)}: no picture and json of this key in {self._tar}; {REPAIR_HINT}")
         try:
-            tar_uid = json.loads(self._read(files["json"]))["uid"]
-        except (ValueError, KeyError, TypeError) as error:
+            record = json.loads(self._read(files["json"])) if "json" in files else {}
+            text = self._read(files["txt"]) if "txt" in files else b""
+            # A tar that somebody else wrote holds no uid of ours, but what it is computed from.
+            tar_uid = record.get("uid")
+            if tar_uid != uid:
+                computed = make_uid(sample_url(record, self._shard, key), sample_caption(record, text))
+                tar_uid = computed if computed == uid else tar_uid or computed
+        except (ValueError, AttributeError) as error:
             raise DataError(
                 f"{self._where(key, uid)}: malformed json in {self._tar} ({error!r}); {REPAIR_HINT}"
             ) from None
@@ -212,10 +245,11 @@ def read_samples(tar: Path, parquet: Path, shard: str) -> Iterator[Sample]:
         DataError: If table and tar do not have the same keys and uids; names shard, key and uid.
     """
     columns = ["uid", "key", "url", "caption", "split"]
-    table = good_rows(read_table(parquet, [*columns, "status"])).sort_by("key")
+    all_rows = read_table(parquet, [*columns, "status"])
+    table, may_have_more = good_rows(all_rows).sort_by("key"), TAKEN_IN in (all_rows.schema.metadata or {})
     pictures = ShardPictures(tar, shard)
     extra_keys = pictures.keys() - set(table.column("key").to_pylist())
-    if extra_keys:
+    if extra_keys and not may_have_more:
         raise DataError(f"shard {shard}: {tar} has key {min(extra_keys)}, which is not a good row of {parquet.name}")
     for row in table.select(columns).to_pylist():
         row["caption"] = row["caption"] or ""
@@ -224,4 +258,5 @@ def read_samples(tar: Path, parquet: Path, shard: str) -> Iterator[Sample]:
 
 def picture_span(files: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
     """Offset and size of the picture among the files of a row, in bytes; None if it has none."""
-    return next((span for extension, span in files.items() if extension not in _SIDECARS), None)
+    spans = (span for extension, span in files.items() if extension.rpartition(".")[2].lower() in _PICTURES)
+    return next(spans, None)

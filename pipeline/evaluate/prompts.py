@@ -17,14 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.data.drawn import EVALUATION
 from pipeline.data.rows import require_columns
 from pipeline.data.vectors import read_vectors
 from pipeline.errors import DataError
 from pipeline.shapes.captions import canonical_caption
 from pipeline.shapes.scene import Object, Scene, trained_scenes
 from pipeline.workspace.store import Artifact
-
-EVALUATION = "evaluation.parquet"
 
 
 @dataclass(frozen=True)

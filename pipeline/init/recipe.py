@@ -4,11 +4,10 @@ import os
 import tomllib
 from pathlib import Path
 
-from pipeline.data.folders import PICTURE_SUFFIXES
-from pipeline.data.lists import list_columns, list_files
-from pipeline.data.pairs import PairsSummary, source_batches
-from pipeline.errors import ConfigError, DataError
+from pipeline.data.captions import context_length, count_long
+from pipeline.errors import ConfigError
 from pipeline.init.fit import Fit, Watch, fit
+from pipeline.init.look import look_at
 from pipeline.init.sizes import (
     CPU_SIZES,
     GPU_SIZES,
@@ -25,9 +24,6 @@ from pipeline.recipe.estimate import save_times
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.recipe.sections import PairsConfig
 from pipeline.workspace.store import Artifact
-
-_URL_COLUMNS = ("url", "image_url", "img_url", "link", "image", "src")
-_CAPTION_COLUMNS = ("caption", "text", "title", "description", "alt_text", "alt", "prompt", "top_caption")
 
 
 def write_recipe(
@@ -64,15 +60,13 @@ def write_recipe(
     """
     target = Path(out)
     _require_free(target, source, force=force)
-    pairs, kind = _look_at(source, url_column, caption_column)
-    num_pairs = sum(batch.num_rows for batch in source_batches(pairs, PairsSummary()))
-    if num_pairs == 0:
-        raise DataError(f"{source}: holds no pairs")
+    look = look_at(source, url_column, caption_column)
+    pairs, num_pairs = look.pairs, look.num_pairs
     on_gpu = Path("/proc/driver/nvidia/version").exists() if gpu is None else gpu
     machine = "one GPU" if on_gpu else f"{os.cpu_count()} CPU cores"
     sized_for = machine if minutes is None else f"{machine} and {minutes:g} minutes"
     # A comment cannot hold a line end, but a file's name can.
-    header = f"{source}: {num_pairs} pairs, sized for {sized_for}. `unclip config {out}` prints every field."
+    header = f"{source}: {look.count} pairs, sized for {sized_for}. `unclip config {out}` prints every field."
     comment = "".join(letter if letter.isprintable() else "?" for letter in header)
 
     def text(size: Size, steps: int) -> str:
@@ -92,7 +86,11 @@ def write_recipe(
     Artifact(str(target.parent.resolve())).write_bytes(target.name, text(chosen.size, chosen.steps).encode())
     if chosen.times:
         save_times(checked, chosen.times, chosen.crowding)
-    return f"{num_pairs} {kind}; sized for {sized_for}: {chosen.size.text}, {chosen.steps} steps"
+    context = context_length(checked.clip)
+    if num_long := count_long(look.captions, context):
+        share = f"{num_long} of {len(look.captions)} captions"
+        look.remarks.append(f"{share} are longer than CLIP's {context} tokens: their ends are not read")
+    return "; ".join([f"{look.text}; sized for {sized_for}: {chosen.size.text}, {chosen.steps} steps", *look.remarks])
 
 
 def _require_free(target: Path, source: str, *, force: bool) -> None:
@@ -104,31 +102,6 @@ def _require_free(target: Path, source: str, *, force: bool) -> None:
             raise ConfigError(f"{name!r}: this name is not UTF-8, but a recipe must be; rename the file")
     if not target.parent.is_dir():
         raise ConfigError(f"{target}: there is no folder {target.parent}; make it, or choose another --out")
-
-
-def _look_at(source: str, url_column: str, caption_column: str) -> tuple[PairsConfig, str]:
-    """The pairs section of a source, and what it holds, for a person."""
-    path = Path(source)
-    if not path.exists():
-        raise ConfigError(f"{source}: no such list or folder")
-    if path.is_dir() and any(file.suffix.lower() in PICTURE_SUFFIXES for file in path.rglob("*")):
-        return PairsConfig(source="folder", path=str(path)), "pictures in a folder"
-    names = list_columns(list_files(path)[0])
-    url = _find_column(names, url_column, _URL_COLUMNS, source, "--url-column")
-    caption = _find_column(names, caption_column, _CAPTION_COLUMNS, source, "--caption-column")
-    pairs = PairsConfig(source="list", path=str(path), url_column=url, caption_column=caption)
-    return pairs, f"rows (url: {url}, caption: {caption})"
-
-
-def _find_column(names: list[str], requested: str, defaults: tuple[str, ...], source: str, option: str) -> str:
-    by_lower = {name.lower(): name for name in reversed(names)}
-    for candidate in (requested,) if requested else defaults:
-        if candidate in names:
-            return candidate
-        if candidate.lower() in by_lower:
-            return by_lower[candidate.lower()]
-    what = f"no column {requested}" if requested else f"none of the columns {', '.join(defaults)}"
-    raise ConfigError(f"{source}: {what}; it has {', '.join(names) or 'none'}: name one with {option}")
 
 
 def _tables(name: str, pairs: PairsConfig, num_pairs: int, size: Size, steps: int) -> Tables:

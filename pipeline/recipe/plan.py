@@ -16,8 +16,10 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.recipe.recipe import SAMPLING, Recipe, flatten, to_dict, without_resources
 from pipeline.recipe.sections import StepSection
 from pipeline.recipe.steps import STEPS, StepRow
-from pipeline.workspace.manifest import Manifest
-from pipeline.workspace.store import Artifact, Workspace, fingerprint
+from pipeline.workspace.digests import fingerprint, unseen_files
+from pipeline.workspace.files import exists
+from pipeline.workspace.manifest import Manifest, content_of
+from pipeline.workspace.store import Artifact, Workspace
 
 Json = dict[str, Any]
 
@@ -80,7 +82,7 @@ def make_plan(recipe: Recipe, *, until: str = "") -> list[Step]:
     Raises:
         ConfigError: If ``until`` is no step of this recipe, or a local input does not exist.
     """
-    steps: dict[str, Step] = {}
+    steps, fields = dict[str, Step](), flatten(to_dict(recipe))
     for row in STEPS:
         section: StepSection | None = getattr(recipe, row.name)
         if section is None:
@@ -88,7 +90,7 @@ def make_plan(recipe: Recipe, *, until: str = "") -> list[Step]:
         tables = _without_added(without_resources(to_dict(section)))
         if row.seeded:
             tables["seed"] = recipe.seed
-        tables |= _local_inputs(row, section)
+        tables |= _local_inputs(row, section) | {name: value for name in row.reads if (value := fields[name])}
         tables = tables | sampling_tables(recipe) if row.samples else _without_sampling(tables)
         inputs = {name: steps[name].key for name in row.inputs if name in steps and section.reads_inputs}
         steps[row.name] = Step(row.name, row.version, tables, inputs)
@@ -178,7 +180,7 @@ def manifest_of(step: Step, output: Artifact, counts: dict[str, int] | None = No
 
 def plan_status(workspace: Workspace, steps: list[Step]) -> list[StepStatus]:
     """The state of every step, with the reasons why it has to run."""
-    statuses: list[StepStatus] = []
+    statuses, contents = list[StepStatus](), dict[str, str]()
     for step in steps:
         artifact = artifact_of(workspace, step)
         try:
@@ -187,7 +189,12 @@ def plan_status(workspace: Workspace, steps: list[Step]) -> list[StepStatus]:
             statuses.append(StepStatus(step, "unreadable", (str(error),), None))
             continue
         if manifest is not None:
-            statuses.append(StepStatus(step, "done", (), manifest))
+            contents[step.name] = content_of(manifest)
+            remade = [
+                name for name, content in manifest.input_contents.items() if contents.get(name, content) != content
+            ]
+            reasons = tuple(f"{name} was made anew, with other content" for name in remade)
+            statuses.append(StepStatus(step, "todo" if remade else "done", reasons, None if remade else manifest))
             continue
         earlier, damages = workspace.manifests(step.name)
         reasons = _differences(earlier[0], step) if earlier else ["never run"]
@@ -216,15 +223,31 @@ def finished_artifacts(recipe: Recipe, names: Collection[str]) -> dict[str, Arti
     return artifacts
 
 
+def unseen_inputs(recipe: Recipe) -> list[str]:
+    """A sentence for each of the user's inputs of which the plan knows less than the content."""
+    notes: list[str] = []
+    for row in STEPS:
+        section: StepSection | None = getattr(recipe, row.name)
+        if section is None:
+            continue
+        for path in section.local_paths(row.files).values():
+            if unseen := unseen_files(path, section.known_by_size):
+                files = f"{len(unseen)} files, such as {unseen[0]}," if len(unseen) > 1 else f"{unseen[0]}"
+                notes.append(
+                    f"{row.name}: a change of {files} is noticed only by its size: the content is not looked at"
+                )
+    return notes
+
+
 def _local_inputs(row: StepRow, section: StepSection) -> Json:
     """Fingerprints of the user's files that a section names; in the key they replace the paths."""
     entries: Json = {}
     for name, path in section.local_paths(row.files).items():
-        if not Path(path).exists():
+        if not exists(path):
             raise ConfigError(
                 f"{row.name}: {path} does not exist; relative paths start at the folder where you run unclip"
             )
-        content = [fingerprint(file) for file in section.files_in_key(path)]
+        content = [fingerprint(file, section.known_by_size) for file in section.files_in_key(path)]
         entries |= {name: section.path_in_key(path), row.files[name]: content if len(content) > 1 else content[0]}
     return entries
 

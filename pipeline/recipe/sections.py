@@ -54,6 +54,25 @@ class StepSection:
         """Files (or one folder) whose content stands in the key for a local path."""
         return [path]
 
+    @property
+    def known_by_size(self) -> tuple[str, ...]:
+        """Suffixes of files whose size stands in the key for their content."""
+        return ()
+
+
+@configclass
+class TaskResources:
+    """Where and how wide a data step runs; changes no bytes."""
+
+    num_workers: PositiveInt = 2
+    """Tasks or actors at a time."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """Logical CPUs of each worker."""
+    accelerator: Literal["cpu", "cuda"] = "cpu"
+    """Device of the networks in this step."""
+    max_retries: NonNegativeInt = 2
+    """Retries after a lost worker, for each shard."""
+
 
 @configclass
 class DrawnConfig:
@@ -73,42 +92,41 @@ class DrawnConfig:
 class PairsConfig(StepSection):
     """Where the image-text pairs come from; the step writes one list of (uid, url, caption, split)."""
 
-    source: Literal["drawn", "list", "folder"] = "drawn"
-    """drawn: shapes drawn by the project; list: a file of URLs and captions; folder: pictures with captions."""
+    source: Literal["drawn", "list", "folder", "shards"] = "drawn"
+    """drawn: shapes drawn by the project; list: URLs and captions; folder: pictures with captions; shards: tars of
+    pictures and texts, as webdataset and img2dataset write them, which are taken in as they are."""
     path: str = ""
-    """The list (csv, tsv, json, jsonl, txt, each also .gz, or parquet) or the folder."""
-    url_column: str = "url"
-    """Column that holds the URL (list)."""
-    caption_column: str = "caption"
-    """Column that holds the caption (list)."""
+    """The list (txt, csv, tsv, json, jsonl, ndjson, each also .gz or .zst, or parquet), a folder of its parts, or a
+    pattern such as data/*.parquet; here or under s3://, gs://, https://. Or the folder of pictures, or of shards."""
+    url_column: str = ""
+    """Column that holds the URL (list); empty: found by its name."""
+    caption_column: str = ""
+    """Column that holds the caption; empty: found by its name; "-": the list has no captions."""
     validation_prob: Share = 0.02
-    """Share of rows set aside for validation, by hash of the uid."""
+    """Share of pictures set aside for validation, by hash of the URL: all captions of a picture are on one side."""
     max_pairs: NonNegativeInt = 0
-    """Rows to read from the start of the list; 0: all."""
+    """Rows to read from the start of the list, by one worker; 0: all."""
     drawn: DrawnConfig = DrawnConfig()
     """Settings of the drawn source."""
+    resources: TaskResources = TaskResources()
+    """Workers of this step, for a list of more than one piece (256 MB)."""
 
     def __post_init__(self) -> None:
         if self.source != "drawn" and not self.path:
             raise ValueError(f"path is required when source is {self.source!r}")
 
+    def local_paths(self, fields: Iterable[str]) -> dict[str, str]:
+        """The list or folder, which may be in an object store too."""
+        return {name: self.path for name in fields if self.source != "drawn"}
+
+    @property
+    def known_by_size(self) -> tuple[str, ...]:
+        """Tars: a plan does not read terabytes."""
+        return (".tar",) if self.source == "shards" else ()
+
     def path_in_key(self, path: str) -> str:
         """A folder's absolute path, because the URLs of its pictures contain it."""
         return str(Path(path).resolve()) if self.source == "folder" else ""
-
-
-@configclass
-class TaskResources:
-    """Where and how wide a data step runs; changes no bytes."""
-
-    num_workers: PositiveInt = 2
-    """Tasks or actors at a time."""
-    cpus_per_worker: PositiveFloat = 1.0
-    """Logical CPUs of each worker."""
-    accelerator: Literal["cpu", "cuda"] = "cpu"
-    """Device of the networks in this step."""
-    max_retries: NonNegativeInt = 2
-    """Retries after a lost worker, for each shard."""
 
 
 @configclass

@@ -31,6 +31,8 @@ class StepRow:
     """Whether it samples the trained networks, so that their samplers are part of its key."""
     files: Mapping[str, str] = field(default_factory=dict[str, str])
     """Fields that may name a user's file, each with the name of its fingerprint in the key."""
+    reads: tuple[str, ...] = ()
+    """Fields of other sections that it reads, by their dotted name; they are part of its key unless they are empty."""
 
 
 _TRAINING = "pipeline.runtime.train:run_training"
@@ -40,7 +42,12 @@ _INIT_FILES = {"init_from": "content"}
 # decoder takes longest.
 _BEFORE_EVALUATE = (
     StepRow(
-        name="pairs", title="Pairs", version=2, runner="pipeline.runtime.data:run_pairs", files={"path": "content"}
+        name="pairs",
+        title="Pairs",
+        version=3,
+        runner="pipeline.runtime.pairs:run_pairs",
+        files={"path": "content"},
+        reads=("download.extra_columns", "download.blur_column", "download.hash_column"),
     ),
     StepRow(
         name="download",

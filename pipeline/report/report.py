@@ -26,6 +26,7 @@ _SOURCES = {
     "drawn": "pictures of shapes that the project draws itself",
     "list": "the pictures of a URL list",
     "folder": "the pictures of a folder",
+    "shards": "shards of captioned pictures",
 }
 _NOVELTIES_ABOUT = (
     "What a new combination costs, in points: samples of prompts with a colour and shape, a background, or a pair of "

@@ -1,4 +1,4 @@
-"""The steps that train nothing, without the download: pairs, embed, index, evaluate."""
+"""The steps that train nothing, without pairs and download: embed, index, evaluate."""
 
 import time
 from pathlib import Path
@@ -13,25 +13,6 @@ from pipeline.runtime.pool import ShardJob, map_shards, total_counts
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.progress import Progress
 from pipeline.workspace.store import Artifact
-
-
-def run_pairs(context: StepContext) -> StepResult:
-    """Write the list of pairs; one pass, in this process."""
-    progress = Progress(context.output)
-    from pipeline.data.drawn import drawn_batches, write_evaluation
-    from pipeline.data.pairs import PairsSummary, source_batches, write_pairs
-
-    config, seed, summary = context.recipe.pairs, context.recipe.seed, PairsSummary()
-    is_drawn = config.source == "drawn"
-    total = config.drawn.num_pairs + config.drawn.num_faulty if is_drawn else config.max_pairs
-    batches = drawn_batches(config.drawn, seed) if is_drawn else source_batches(config, summary)
-    with context.output.write("pairs.parquet") as path:
-        write_pairs(batches, config, path, summary, lambda done: progress.update(done, max(done, total), "rows"))
-    if is_drawn:
-        with context.output.write("evaluation.parquet") as path:
-            summary.metrics["evaluation_prompts"] = write_evaluation(path, seed)
-    progress.update(summary.counts["ok"], summary.counts["ok"], "rows", force=True)
-    return StepResult(counts=dict(summary.counts), metrics=summary.metrics)
 
 
 def run_embed(context: StepContext) -> StepResult:

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
 import ray
 
 from pipeline.errors import StepError
@@ -14,6 +13,7 @@ from pipeline.recipe.sections import DownloadConfig
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.picture_servers import served_pictures
 from pipeline.runtime.pool import ShardJob, map_shards, total_counts
+from pipeline.runtime.taken_in import take_in_shards
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.store import Artifact
 
@@ -34,14 +34,15 @@ def run_download(context: StepContext) -> StepResult:
     Raises:
         StepError: If too few rows came through, or a shard lost its worker too often.
     """
+    if context.recipe.pairs.source == "shards":
+        return take_in_shards(context)
     from pipeline.data.download import check_columns, shard_names
+    from pipeline.data.pairs import Pairs
     from pipeline.data.shard_writer import repeated_pictures
 
-    config, output = context.recipe.download, context.output
-    pairs = context.inputs["pairs"].path("pairs.parquet")
-    with pq.ParquetFile(pairs) as parquet:
-        num_rows, columns = parquet.metadata.num_rows, list(parquet.schema_arrow.names)
-    check_columns(config, columns, str(pairs))
+    config, output, pairs = context.recipe.download, context.output, Pairs(context.inputs["pairs"])
+    num_rows = pairs.num_rows
+    check_columns(config, pairs.columns, pairs.where)
     shards = shard_names(num_rows, config.samples_per_shard)
 
     def judge(records: list[ShardRecord]) -> None:
@@ -72,11 +73,12 @@ class DownloadWorker:
 
     def __init__(self, context: StepContext) -> None:
         from pipeline.data.download import Downloader, address_rules
+        from pipeline.data.pairs import Pairs
 
         config = context.recipe.download
         self._config = config
         self._output = context.output
-        self._pairs = context.inputs["pairs"].path("pairs.parquet")
+        self._pairs = Pairs(context.inputs["pairs"])
         rules = address_rules(context.recipe.pairs, config)
         num_decoders = max(1, int(config.resources.cpus_per_worker))
         downloader = Downloader(config, rules, _find_limits(context), num_decoders=num_decoders)

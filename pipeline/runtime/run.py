@@ -23,15 +23,15 @@ import ray.exceptions
 
 from pipeline.errors import DataError, StepError, UnclipError
 from pipeline.recipe.estimate import Remaining, load_times, remaining
-from pipeline.recipe.plan import Step, StepStatus, manifest_of
+from pipeline.recipe.plan import Step, StepStatus, manifest_of, plan_status
 from pipeline.recipe.recipe import Recipe, to_dict
 from pipeline.recipe.schedule import needs_of
 from pipeline.recipe.steps import STEP_ROWS
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.tracking import Tracking
-from pipeline.workspace.manifest import Manifest
+from pipeline.workspace.manifest import Manifest, content_of
 from pipeline.workspace.progress import Progress, ProgressState, read_progress
-from pipeline.workspace.store import LIVE, Workspace, translate_os_errors
+from pipeline.workspace.store import LIVE, MANIFEST, Workspace, translate_os_errors
 
 _PACKAGES = ("unclip", "torch", "open_clip_torch", "ray", "pyarrow", "img2dataset", "numpy")
 _POLL_S = 0.5
@@ -39,6 +39,7 @@ _CONNECT_TIMEOUT_S = 5.0
 _STEP_RETRIES = 2
 _HEAD_START_S = 20.0
 _FORECAST_S = 5.0
+_INPUTS = f"{LIVE}inputs.json"
 
 
 Admission = Callable[[StepContext, Collection[StepContext]], bool]
@@ -87,7 +88,10 @@ def run_recipe(recipe: Recipe, statuses: Sequence[StepStatus], observer: Observe
     with _locked(workspace), Tracking(recipe, workspace, observer.warned) as tracking, connect(address):
         workspace.artifact("recipes", recipe.name).write_json("resolved.json", to_dict(recipe))
         may_start = at_once if address else fits_now
-        _run_steps(recipe, workspace, statuses, observer, tracking, may_start)
+        while any(status.state != "done" for status in statuses):
+            _run_steps(recipe, workspace, statuses, observer, tracking, may_start)
+            # A finished step whose input was made anew with other bytes just now is not done any more.
+            statuses = plan_status(workspace, [status.step for status in statuses])
 
 
 def _run_steps(
@@ -112,6 +116,7 @@ def _run_steps(
                     continue
                 waiting.remove(step)
                 context.output.clear_temporaries()
+                _forget_if_inputs_changed(context)
                 # Submitted first: to submit to a Ray that is killed at the first sign of progress hangs for a minute.
                 running[_run_step.remote(context)] = context
                 Progress(context.output, waits=True).update(0, 1, "", "starting", force=True)
@@ -139,6 +144,18 @@ def _run_steps(
                 ray.cancel(reference, force=True)
             tracking.failed(context)
         raise
+
+
+def _forget_if_inputs_changed(context: StepContext) -> None:
+    """Remove what a step made from other bytes of its inputs, finished or not, and note the bytes of today."""
+    output, contents = context.output, dict[str, str]()
+    for name, artifact in context.inputs.items():
+        manifest = artifact.manifest()
+        if manifest is not None:
+            contents[name] = content_of(manifest)
+    if output.exists(MANIFEST) or (output.exists(_INPUTS) and output.read_json(_INPUTS) != contents):
+        output.clear()
+    output.write_json(_INPUTS, contents)
 
 
 class _Forecast:
@@ -258,6 +275,7 @@ def _commit(context: StepContext, result: StepResult, tracking: Tracking) -> Man
     manifest = dataclasses.replace(
         manifest_of(step, output, result.counts, wall_s=wall_s),
         metrics=result.metrics,
+        input_contents=output.read_json(_INPUTS),
         node_s=round(wall_s * result.num_workers, 3),
         versions={name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         tracking_run_id=tracking.finished(context, result),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.data.pairs import count_pairs
+from pipeline.data.sources import count_pairs
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.schedule import needs_of, this_machine

@@ -16,10 +16,13 @@ import torch
 
 from pipeline.clip import describe_clip
 from pipeline.data.download import Downloader, address_rules, read_rows
-from pipeline.data.drawn import drawn_batches, write_evaluation
+from pipeline.data.drawn import EVALUATION, write_evaluation
 from pipeline.data.embed import Embedder
-from pipeline.data.pairs import PairsSummary, source_batches, write_pairs
+from pipeline.data.make_pairs import write_pairs
+from pipeline.data.pairs import Pairs
 from pipeline.data.shard_writer import ShardFiles
+from pipeline.data.sources import source_of
+from pipeline.data.tars import take_in, tar_files
 from pipeline.errors import ConfigError, DataError
 from pipeline.networks.clip import save_clip_artifact
 from pipeline.recipe.recipe import Recipe
@@ -73,18 +76,17 @@ class Rehearsal:
 
     def pairs(self) -> RowUnits:
         """Write the pairs."""
-        config, output, summary = self.recipe.pairs, self.artifact("pairs"), PairsSummary()
-        makes_shapes = config.source == "drawn"
+        output, source, config = self.artifact("pairs"), source_of(self.recipe), self.recipe.pairs
         clock = Clock(torch.device("cpu"), 1)
+        one_row = replace(config, max_pairs=1, drawn=replace(config.drawn, num_pairs=1))
+        fixed_s = clock.time(lambda: write_pairs(replace(source, config=one_row), self.artifact("pairs-of-one")))
         start = clock.now()
-        batches = drawn_batches(config.drawn, self.recipe.seed) if makes_shapes else source_batches(config, summary)
-        with output.write("pairs.parquet") as path:
-            write_pairs(batches, config, path, summary, lambda _done: None)
+        summary = write_pairs(source, output)
         self.num_pairs = summary.counts["ok"]
-        row_s, fixed_s = (clock.now() - start) / summary.counts["in"], 0.0
-        if makes_shapes:
-            with output.write("evaluation.parquet") as path:
-                fixed_s = clock.time(lambda: write_evaluation(path, self.recipe.seed))
+        row_s = max(0.0, clock.now() - start - fixed_s) / summary.counts["in"]
+        if config.source == "drawn":
+            with output.write(EVALUATION) as path:
+                fixed_s += clock.time(lambda: write_evaluation(path, self.recipe.seed))
         return RowUnits(row_s=row_s, fixed_s=fixed_s)
 
     def download(self) -> RowUnits:
@@ -94,7 +96,9 @@ class Rehearsal:
             DataError: If too few rows come through to train on.
         """
         config, output = self.recipe.download, self.artifact("download")
-        rows = read_rows(self.artifact("pairs").path("pairs.parquet"), _SHARD, config)
+        if self.recipe.pairs.source == "shards":
+            return self._take_in(output)
+        rows = read_rows(Pairs(self.artifact("pairs")), _SHARD, config)
         names = [f"{_SHARD}.tar", f"{_SHARD}.parquet", f"{_SHARD}_stats.json"]
         rules = address_rules(self.recipe.pairs, config)
         with _pictures(self.recipe), Downloader(config, rules) as downloader, contextlib.ExitStack() as stack:
@@ -114,6 +118,15 @@ class Rehearsal:
             )
         self._commit(output, dict(counts), names)
         return RowUnits(row_s=seconds / counts["in"])
+
+    def _take_in(self, output: Artifact) -> RowUnits:
+        """Take in the first shard, or the rows of it that the rehearsal has."""
+        rows = Pairs(self.artifact("pairs")).part(_SHARD)
+        start = time.perf_counter()
+        names = take_in(tar_files(self.recipe.pairs.path)[0].uri, rows, _SHARD, output)
+        self.num_good = rows.num_rows
+        self._commit(output, {"in": rows.num_rows, "ok": rows.num_rows}, list(names))
+        return RowUnits(row_s=(time.perf_counter() - start) / max(1, rows.num_rows))
 
     def embed(self) -> RowUnits:
         """Embed the rows."""

@@ -1,6 +1,7 @@
 """The records of an artifact: its manifest and its shard records."""
 
 import functools
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
@@ -59,6 +60,8 @@ class Manifest:
     """The recipe's section, without resources."""
     inputs: dict[str, str]
     """Key of each input, by step name."""
+    input_contents: dict[str, str] = field(default_factory=dict[str, str])
+    """``content_of`` each input when the step read it, by step name: an input may be made anew under its key."""
     counts: dict[str, int] = field(default_factory=dict[str, int])
     """Rows: ``in`` = ``ok`` + each kind of failure; empty for steps without rows."""
     metrics: Json = field(default_factory=dict[str, Any])
@@ -128,6 +131,16 @@ def check_counts(counts: dict[str, int], *, where: str) -> None:
     """
     if counts and counts.get("in") != sum(value for name, value in counts.items() if name != "in"):
         raise DataError(f"{where}: rows do not add up: {counts}")
+
+
+_TIMES = (".done.json", "_stats.json", "metrics.jsonl")
+"""Ends of the names of files that hold times, which no step reads."""
+
+
+def content_of(manifest: Manifest) -> str:
+    """16 hex digits over the content of an artifact: equal if it was made anew with equal bytes."""
+    digests = {name: info.get("sha256") for name, info in manifest.files.items() if not name.endswith(_TIMES)}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def add_counts(all_counts: list[dict[str, int]]) -> dict[str, int]:

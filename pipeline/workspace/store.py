@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import fsspec
 
-from pipeline.errors import DataError, StepError, UnclipError
+from pipeline.errors import ConfigError, DataError, StepError, UnclipError
 from pipeline.workspace.manifest import Manifest, ShardRecord
 
 Json = dict[str, Any]
@@ -37,6 +37,19 @@ _DISK_REASONS = {
     errno.ENOTDIR: "a part of this path is a file, not a folder",
     errno.EEXIST: "a file is where a folder should be",
 }
+
+
+def file_system(uri: str) -> tuple[Any, str]:
+    """The file system of a URI, and the path in it.
+
+    Raises:
+        ConfigError: If no file system has this scheme, or its package is missing; names the package.
+    """
+    try:
+        files, path = fsspec.url_to_fs(uri)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{uri}: {error}") from None
+    return files, str(path)
 
 
 class Workspace:
@@ -112,6 +125,27 @@ class Artifact:
         finally:
             _remove(temporary if self._is_local else temporary.parent)
 
+    def link(self, name: str, uri: str) -> None:
+        """Publish a user's file under ``name``: by a link if both are on local disks, else by a copy.
+
+        Raises:
+            DataError: If the file cannot be read.
+            StepError: If the place cannot be written.
+        """
+        if self._is_local and "://" not in uri:
+            self.remove(name)
+            target = Path(self._base) / name
+            with translate_os_errors(str(target)):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.symlink_to(Path(uri).resolve())
+            return
+        files, path = file_system(uri)
+        with self.write(name) as copy:
+            try:
+                files.get_file(path, str(copy))
+            except FileNotFoundError:
+                raise DataError(f"{uri}: no such file") from None
+
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a small file whole."""
         with self.write(name) as path:
@@ -167,6 +201,12 @@ class Artifact:
         paths = cast("list[str]", self._files.find(self._base))
         names = [path[len(self._base) :].lstrip("/") for path in paths]
         return sorted(name for name in names if _TEMPORARY not in name)
+
+    def clear(self) -> None:
+        """Remove every file, the commit first."""
+        self.remove(MANIFEST)
+        for name in self.names():
+            self.remove(name)
 
     def remove(self, name: str) -> None:
         """Remove one file if it is there."""
@@ -287,29 +327,6 @@ def translate_os_errors(where: str) -> Generator[None]:
         if not reasons:
             raise
         raise StepError(f"{where}: {reasons[0]}") from error
-
-
-def fingerprint(path: str) -> str:
-    """A short digest of a user's input, for the step key: content for a file, names and sizes for a folder.
-
-    A file above 64 MiB is read at both ends only (a Parquet footer holds its statistics), so that planning stays fast.
-    """
-    source, digest = Path(path), hashlib.sha256()
-    if source.is_dir():
-        for entry in sorted(source.rglob("*")):
-            if entry.is_file():
-                digest.update(f"{entry.relative_to(source)}\0{entry.stat().st_size}\0".encode())
-    elif source.is_file():
-        size = source.stat().st_size
-        digest.update(str(size).encode())
-        with source.open("rb") as stream:
-            if size <= 64 << 20:
-                digest.update(stream.read())
-            else:
-                digest.update(stream.read(8 << 20))
-                stream.seek(-(8 << 20), os.SEEK_END)
-                digest.update(stream.read())
-    return digest.hexdigest()[:16]
 
 
 def _remove(path: Path) -> None:

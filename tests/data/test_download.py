@@ -31,6 +31,7 @@ from pipeline.pictures import PictureError, decode, square
 from pipeline.recipe.sections import DownloadConfig, DownloadResources
 from tests.data.conftest import CASES, PictureServer, make_picture
 from tests.data.hostile import HostileServer
+from tests.tiny.pairs import write_parts
 
 _CONFIG = DownloadConfig(
     samples_per_shard=100,
@@ -253,13 +254,12 @@ def test_rows_have_their_boxes_and_their_checksums(server: PictureServer, tmp_pa
     assert blurred["0000301.jpg"] != plain["0000301.jpg"]
 
 
-def test_read_rows_reads_one_shard_of_any_row_groups(tmp_path: Path) -> None:
+def test_read_rows_reads_one_shard_of_any_parts_and_row_groups(tmp_path: Path) -> None:
     rows = _rows("http://x", [f"jpg/{i}" for i in range(250)])
-    path = tmp_path / "pairs.parquet"
-    pq.write_table(rows, path, row_group_size=70)
+    pairs = write_parts(tmp_path, [rows.slice(0, 130), rows.slice(130)])
     config = DownloadConfig(samples_per_shard=100, extra_columns=("score",))
     assert shard_names(250, 100) == ["00000", "00001", "00002"]
-    parts = [read_rows(path, shard, config) for shard in shard_names(250, 100)]
+    parts = [read_rows(pairs, shard, config) for shard in shard_names(250, 100)]
     assert [part.num_rows for part in parts] == [100, 100, 50]
     assert pa.concat_tables(parts).equals(rows)
 

@@ -116,7 +116,7 @@ def test_run_counts_every_row_from_list_to_embedding(recipe: Path) -> None:
 
 def test_run_carries_the_uid_from_the_list_to_the_index(recipe: Path) -> None:
     artifacts = _artifacts(recipe)
-    listed = pq.read_table(artifacts["pairs"].path("pairs.parquet")).to_pylist()
+    listed = pq.read_table(artifacts["pairs"].path("00000.parquet")).to_pylist()
     indexed = pq.read_table(artifacts["index"].path("rows.parquet")).to_pylist()
     by_uid = {row["uid"]: row for row in listed}
     assert len(indexed) == 64
@@ -191,7 +191,7 @@ def test_readme_commands_do_what_they_say(recipe: Path, tmp_path: Path) -> None:
     """The README's lines as they stand, in a folder that has this recipe in the demo's place."""
     (tmp_path / "configs").mkdir()
     shutil.copy(recipe, tmp_path / "configs/demo.toml")
-    shutil.copy(_artifacts(recipe)["pairs"].path("pairs.parquet"), tmp_path / "pairs.parquet")
+    shutil.copy(_artifacts(recipe)["pairs"].path("00000.parquet"), tmp_path / "pairs.parquet")
     ran: set[str] = set()
     for words in shell_commands():
         if words[0] in {"serve", "submit", "jobs", "logs", "stop"}:  # typed above, and by tests/runtime/test_serve.py

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.batches import Samples, Share, iterate_batches, plan_order
-from pipeline.data.rows import make_uid, split_of
+from pipeline.data.rows import split_of
 from pipeline.data.training_rows import ShardReader
 from pipeline.errors import DataError
 from pipeline.evaluate.metrics import FeatureSums, frechet_distance
@@ -26,10 +26,10 @@ def test_frechet_distance_is_not_averaged_over_ranks() -> None:
 
 
 def test_split_is_not_redone_per_rank() -> None:
-    # a row's split follows from its uid alone: no rank, no order, no generator
-    uids = [make_uid(f"http://a/{i}", "caption") for i in range(2000)]
-    splits = [split_of(uid, 0.1) for uid in uids]
-    assert [split_of(uid, 0.1) for uid in reversed(uids)] == splits[::-1]
+    # a row's split follows from its URL alone: no rank, no order, no generator
+    urls = [f"http://a/{i}" for i in range(2000)]
+    splits = [split_of(url, 0.1) for url in urls]
+    assert [split_of(url, 0.1) for url in reversed(urls)] == splits[::-1]
     assert 0.07 < splits.count("validation") / len(splits) < 0.13
 
 

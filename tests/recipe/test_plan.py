@@ -1,5 +1,6 @@
 """Keys, order, reasons."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from pipeline.errors import ConfigError
 from pipeline.recipe.plan import Step, artifact_of, finished_artifacts, make_plan, manifest_of, plan_status
 from pipeline.recipe.recipe import Recipe, load_recipe
+from pipeline.workspace.manifest import Manifest, content_of
 from pipeline.workspace.store import Workspace
 
 
@@ -164,6 +166,27 @@ def test_plan_status_names_the_field_and_the_input_that_changed(tmp_path: Path) 
     statuses = {status.step.name: status for status in plan_status(workspace, later)}
     assert statuses["decoder"].reasons == ("clip changed", "embed changed", "decoder.model.text_adapter.depth: 0 -> 2")
     assert statuses["clip"].reasons == ("clip.model.hard_negatives: False -> True",)
+
+
+def test_plan_status_sees_that_an_input_was_made_anew_with_other_bytes(tmp_path: Path) -> None:
+    workspace, steps = Workspace(str(tmp_path)), make_plan(load_recipe(None), until="download")
+    pairs, download = (artifact_of(workspace, step) for step in steps)
+
+    def make_pairs(data: bytes, time_of_run: bytes) -> Manifest:
+        pairs.write_bytes("00000.parquet", data)
+        pairs.write_bytes("00000_stats.json", time_of_run)
+        pairs.commit(manifest_of(steps[0], pairs))
+        return pairs.manifest() or manifest_of(steps[0], pairs)
+
+    content = content_of(make_pairs(b"one", b"1"))
+    download.commit(replace(manifest_of(steps[1], download), input_contents={"pairs": content}))
+    for data, states in ((b"one", ["done", "done"]), (b"two", ["done", "todo"]), (b"one", ["done", "done"])):
+        make_pairs(data, b"later")
+        assert [status.state for status in plan_status(workspace, steps)] == states
+    make_pairs(b"two", b"3")
+    assert plan_status(workspace, steps)[1].reasons == ("pairs was made anew, with other content",)
+    pairs.clear()
+    assert [status.state for status in plan_status(workspace, steps)] == ["todo", "done"]  # nothing to compare with
 
 
 def test_plan_status_shows_a_manifest_that_cannot_be_read_and_goes_on(tmp_path: Path) -> None:

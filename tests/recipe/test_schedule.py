@@ -84,4 +84,5 @@ def test_needs_are_those_of_the_recipe(tmp_path: Path) -> None:
     recipe = parse_recipe(tables)
     assert needs_of(recipe.decoder) == Needs(2, 2, 3.0, 1.0)
     assert needs_of(recipe.download) == Needs(1, 5, 0.5, 0.0)
-    assert needs_of(recipe.pairs) == Needs(1, 1, 0.0, 0.0)
+    assert needs_of(recipe.pairs) == Needs(1, 2, 1.0, 0.0)
+    assert needs_of(recipe.tracking) == Needs(1, 1, 0.0, 0.0)

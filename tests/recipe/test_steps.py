@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 # whoever has such a workspace computes that step again.
 CONTENTS = {
     "dalle2-paper": """
-        pairs d873f39204aa4088
+        pairs 4821ac1be30e312a
         download 3c20d3294f391c46
         clip a4565305b7557aab
         embed 7e8d0e3cfd20cc05
@@ -31,7 +31,7 @@ CONTENTS = {
         evaluate c5a5d7c4e4184bdf
     """,
     "demo": """
-        pairs c7d4f7a1a4616fe7
+        pairs d4143a20d5f28e26
         download c4592b421ae4be8e
         clip b07bc07c2f50986b
         embed 7e8d0e3cfd20cc05
@@ -43,7 +43,7 @@ CONTENTS = {
         evaluate c4d3a05538f535b8
     """,
     "karlo": """
-        pairs d873f39204aa4088
+        pairs 4821ac1be30e312a
         download 1bed281529f67803
         clip 595a59231b5db61b
         embed 7e8d0e3cfd20cc05
@@ -65,7 +65,7 @@ CONTENTS = {
         evaluate 6c464a9947eeda4a
     """,
     "single-gpu": """
-        pairs f2efd993b1785496
+        pairs 99d7e7a912feb444
         download 7bcb570e50c57317
         clip fcdf02741c8d1135
         embed 7e8d0e3cfd20cc05

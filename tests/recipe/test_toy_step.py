@@ -25,15 +25,14 @@ _ROW = (
 )
 _RUNNER = '''"""Count the words of all captions."""
 
-import pyarrow.parquet as pq
-
+from pipeline.data.pairs import Pairs
 from pipeline.runtime.context import StepContext, StepResult
 
 
 def run_tally(context: StepContext) -> StepResult:
     """Count words of ``shortest`` letters or more."""
-    path = context.inputs["pairs"].path("pairs.parquet")
-    captions = pq.read_table(path, columns=["caption"])["caption"].to_pylist()
+    pairs = Pairs(context.inputs["pairs"])
+    captions = [text for table in pairs.batches(["caption"]) for text in table["caption"].to_pylist()]
     words = [word for text in captions for word in text.split() if len(word) >= context.recipe.tally.shortest]
     context.output.write_json("tally.json", {"words": len(words)})
     return StepResult(metrics={"words": len(words)})

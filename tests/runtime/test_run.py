@@ -2,18 +2,22 @@
 
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import ray
 
-from pipeline.recipe.plan import make_plan
+from pipeline.data.pairs import write_index
+from pipeline.recipe.plan import artifact_of, make_plan, plan_status
 from pipeline.recipe.recipe import load_recipe
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.run import at_once, fits_now
 from pipeline.workspace.progress import Progress
+from pipeline.workspace.store import Workspace
 from tests.ports import free_port
-from tests.tiny.command import ROOT, start_unclip
+from tests.tiny.command import ROOT, start_unclip, unclip
 from tests.tiny.recipe import write_recipe
 
 _DEMO = ROOT / "configs" / "demo.toml"
@@ -88,3 +92,32 @@ def test_sigterm_ends_a_run_with_one_line_and_keeps_what_is_finished(
     assert lines[-1].startswith("interrupted; what is finished is kept")
     assert not [line for line in lines if "Traceback" in line or "SIGTERM" in line or "Aborted" in line]
     assert list(tmp_path.rglob("pairs/*/manifest.json"))
+
+
+@pytest.mark.ray
+def test_a_step_made_from_an_input_that_was_made_anew_runs_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "150")
+    recipe = write_recipe(tmp_path, port=free_port())
+    command = ["run", str(recipe), "--until", "download", "--set", "tracking.uri=off"]
+    assert unclip(*command).returncode == 0
+    workspace, steps = Workspace(load_recipe(recipe).workspace), make_plan(load_recipe(recipe), until="download")
+    pairs, download = (artifact_of(workspace, step) for step in steps)
+    before = download.manifest()
+    rows = pq.read_table(pairs.path("00000.parquet")).slice(3)
+    pq.write_table(rows, pairs.path("00000.parquet"))
+    write_index(pairs, [rows.num_rows], [rows.schema])
+    manifest = pairs.manifest()
+    assert before is not None
+    assert manifest is not None
+    pairs.remove("00000.done.json")
+    pairs.commit(replace(manifest, files=pairs.describe_files()))
+    [_, status] = plan_status(workspace, steps)
+    assert (status.state, status.reasons) == ("todo", ("pairs was made anew, with other content",))
+    output = unclip(*command).stdout
+    assert "ran 1 step" in output, output
+    after = download.manifest()
+    assert after is not None
+    assert after.counts["in"] == rows.num_rows == before.counts["in"] - 3
+    assert "nothing to do" in unclip(*command).stdout

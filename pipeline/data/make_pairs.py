@@ -1,0 +1,281 @@
+"""The pairs step: converts any source of captioned pictures to one list of (uid, url, caption, split).
+
+It has three phases of independent tasks. Each task is committed with a record of its own, so that several workers share
+a phase, and a run that was killed repeats only the tasks under way:
+
+1. ``live/read/NNNNN`` reads one piece of the source and writes its rows, and its uids as sorted runs.
+2. ``live/compare/AAA-BBB`` finds the repeated uids in a range of buckets.
+3. ``NNNNN`` writes a part: the rows of a piece without the repeated ones.
+
+No task holds more than a batch of rows, or a few million uids (docs/formats.md describes the files).
+"""
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+
+from pipeline.data.captions import MOST_CAPTIONS, count_long
+from pipeline.data.duplicates import Run, RunWriter, bucket_groups, repeated_positions, rows_of_piece
+from pipeline.data.lists import Span
+from pipeline.data.pairs import ROW_GROUP_ROWS, cast_column, plain_type, write_index
+from pipeline.data.reading import Reading, name_examples
+from pipeline.data.rows import make_uid, numbered_names, pairs_schema, split_of
+from pipeline.data.sources import Source
+from pipeline.errors import DataError
+from pipeline.workspace.manifest import ShardRecord, add_counts
+from pipeline.workspace.store import LIVE, Artifact
+
+pc: Any = pyarrow.compute  # its functions are made when it is imported
+READ, COMPARE = f"{LIVE}read/", f"{LIVE}compare/"
+_PIECES = f"{LIVE}pieces.json"
+OnRows = Callable[[int], None]
+
+
+@dataclass
+class PairsSummary:
+    """Counts of the source's rows by outcome."""
+
+    counts: Counter[str] = field(default_factory=Counter[str])
+    """Numbers of rows: ``in`` = ``ok`` + ``duplicate`` + ``missing_url`` + ``malformed``."""
+    metrics: dict[str, Any] = field(default_factory=dict[str, Any])
+    """What goes into the manifest: numbers of rows, and the first malformed rows."""
+
+
+class PairsMaker:
+    """Makes the list of pairs of one source.
+
+    Args:
+        source: The source.
+        output: The artifact to write.
+    """
+
+    def __init__(self, source: Source, output: Artifact) -> None:
+        self._source = source
+        self._output = output
+        if not output.exists(_PIECES):
+            output.write_json(_PIECES, [[asdict(span) for span in piece] for piece in source.pieces()])
+        self._pieces = [[Span(**span) for span in piece] for piece in output.read_json(_PIECES)]
+        self._names = numbered_names(len(self._pieces))
+
+    def phases(self) -> Iterator[list[str]]:
+        """The tasks of each phase, by the names of their records; ask for a phase when the one before is done."""
+        yield [f"{READ}{name}" for name in self._names]
+        yield [f"{COMPARE}{first:03d}-{end:03d}" for first, end in self._groups()]
+        yield list(self._names)
+
+    def make(self, name: str, on_rows: OnRows = lambda _done: None) -> ShardRecord:
+        """Do one task and commit it.
+
+        Args:
+            name: Its name, from ``phases``.
+            on_rows: Called with the number of rows that a reading task has read.
+
+        Raises:
+            DataError: If the source is damaged or lacks a column.
+        """
+        start = time.monotonic()
+        if name.startswith(READ):
+            counts = self._read(name, on_rows)
+        else:
+            counts = self._compare(name) if name.startswith(COMPARE) else self._write_part(name)
+        files = {} if name.startswith(LIVE) else {f"{name}.parquet": self._output.describe(f"{name}.parquet")}
+        wall_s = round(time.monotonic() - start, 3)
+        record = ShardRecord(shard=name, counts=counts, files=files, wall_s=wall_s)
+        self._output.commit_shard(record)
+        return record
+
+    def finish(self) -> PairsSummary:
+        """Write the index, when every task is done.
+
+        Raises:
+            DataError: If no row is usable; gives the counts by reason.
+        """
+        records = self._output.shard_records()
+        readings = [Reading.from_dict(self._output.read_json(f"{READ}{name}.json")) for name in self._names]
+        parts = [records[name].counts for name in self._names]
+        summary = PairsSummary(Counter(add_counts([dict(reading.counts) for reading in readings])))
+        total = add_counts(parts)
+        summary.counts["ok"] = total["ok"]
+        if total["duplicate"]:
+            summary.counts["duplicate"] = total["duplicate"]
+        if not total["ok"]:
+            where = f"{self._source.config.path}: " if self._source.config.path else ""
+            raise DataError(f"pairs: {where}no usable row among {summary.counts['in']}: {dict(summary.counts)}")
+        notes = [self._output.read_json(f"{LIVE}parts/{name}.json") for name in self._names]
+        summary.metrics |= add_counts([dict(reading.notes) for reading in readings]) | add_counts(notes)
+        if measured := summary.metrics.get("captions_measured"):
+            summary.metrics["context_length"] = self._source.context_length
+            summary.metrics["long_caption_share"] = round(summary.metrics["long_captions"] / measured, 6)
+        if examples := name_examples(readings):
+            summary.metrics["malformed_rows"] = examples
+        schemas = [pq.read_schema(self._output.path(f"{name}.parquet")) for name in self._names]
+        write_index(self._output, [part["ok"] for part in parts], schemas)
+        return summary
+
+    def _read(self, name: str, on_rows: OnRows) -> dict[str, int]:
+        number = self._names.index(name.removeprefix(READ))
+        reading = Reading()
+        limit = self._rows_left(number)
+        with (
+            self._output.write(f"{name}.runs") as runs_path,
+            self._output.write(f"{name}.parquet") as path,
+            runs_path.open("wb") as stream,
+            contextlib.closing(_PartWriter(path)) as writer,
+        ):
+            runs = RunWriter(stream, number)
+            for batch in self._source.read(self._pieces[number], self._names[number], reading) if limit != 0 else ():
+                rows = batch if limit is None else batch.slice(0, limit - reading.counts["in"])
+                table, uids = _to_pairs(rows, self._source.config.validation_prob, reading)
+                runs.add(uids)
+                writer.write(table)
+                on_rows(reading.counts["in"])
+                if limit is not None and reading.counts["in"] >= limit:
+                    break
+            runs.flush()
+        self._output.write_json(f"{name}.json", reading.to_dict() | {"runs": [asdict(run) for run in runs.runs]})
+        return dict(reading.counts)
+
+    def _rows_left(self, number: int) -> int | None:
+        """Rows that ``max_pairs`` leaves to a piece; None: all."""
+        if not self._source.config.max_pairs:
+            return None
+        records = self._output.shard_records() if number else {}
+        taken = sum(records[f"{READ}{name}"].counts.get("in", 0) for name in self._names[:number])
+        return max(0, self._source.config.max_pairs - taken)
+
+    def _groups(self) -> list[tuple[int, int]]:
+        records = self._output.shard_records()
+        return bucket_groups(sum(records[f"{READ}{name}"].counts.get("ok", 0) for name in self._names))
+
+    def _compare(self, name: str) -> dict[str, int]:
+        first, end = name.removeprefix(COMPARE).split("-")
+        files = [
+            (
+                self._output.path(f"{READ}{piece}.runs"),
+                [
+                    Run(run["first"], tuple(run["bounds"]))
+                    for run in self._output.read_json(f"{READ}{piece}.json")["runs"]
+                ],
+            )
+            for piece in self._names
+        ]
+        with self._output.write(f"{name}.npy") as path, path.open("wb") as stream:
+            np.save(stream, repeated_positions(files, (int(first), int(end))))
+        return {}
+
+    def _write_part(self, name: str) -> dict[str, int]:
+        number = self._names.index(name)
+        found = [np.load(self._output.path(f"{group}.npy"), mmap_mode="r") for group in self._compared()]
+        repeated = np.sort(np.concatenate([rows_of_piece(positions, number) for positions in found]))
+        notes: Counter[str] = Counter({"train": 0, "validation": 0, "empty_captions": 0})
+        measured: list[str] = []
+        num_rows = row = 0
+        with (
+            pq.ParquetFile(self._output.path(f"{READ}{name}.parquet")) as rows,
+            self._output.write(f"{name}.parquet") as path,
+            pq.ParquetWriter(path, rows.schema_arrow, compression="zstd") as writer,
+        ):
+            for batch in rows.iter_batches(ROW_GROUP_ROWS):
+                low, high = np.searchsorted(repeated, [row, row + batch.num_rows])
+                keep = np.ones(batch.num_rows, dtype=np.bool_)
+                keep[repeated[low:high] - row] = False
+                row += batch.num_rows
+                table = pa.Table.from_batches([batch]).filter(pa.array(keep))
+                notes.update(_notes(table))
+                every = -(-rows.metadata.num_rows // MOST_CAPTIONS)
+                measured += table.column("caption").to_pylist()[-num_rows % every :: every]
+                num_rows += table.num_rows
+                if table.num_rows:
+                    writer.write_table(table)
+        if self._source.context_length:
+            long_captions = count_long(measured, self._source.context_length)
+            notes.update({"captions_measured": len(measured), "long_captions": long_captions})
+        self._output.write_json(f"{LIVE}parts/{name}.json", dict(notes))
+        return {"in": row, "ok": num_rows, "duplicate": len(repeated)}
+
+    def _compared(self) -> list[str]:
+        return [f"{COMPARE}{first:03d}-{end:03d}" for first, end in self._groups()]
+
+
+def write_pairs(source: Source, output: Artifact, on_rows: OnRows = lambda _done: None) -> PairsSummary:
+    """Write the list of pairs in this process; tasks that are committed already are not done again.
+
+    Args:
+        source: The source.
+        output: The artifact to write.
+        on_rows: Called with the number of rows read so far.
+
+    Raises:
+        DataError: If the source is damaged, lacks a column, or has no usable row.
+    """
+    maker, before = PairsMaker(source, output), 0
+    for names in maker.phases():
+        records = output.shard_records()
+        for name in names:
+            record = records.get(name) or maker.make(name, lambda done, before=before: on_rows(before + done))
+            before += record.counts.get("in", 0) if name.startswith(READ) else 0
+    return maker.finish()
+
+
+class _PartWriter:
+    """A Parquet file with the columns of its first table; tables of other types are cast to them."""
+
+    def __init__(self, path: Any) -> None:
+        self._path = path
+        self._writer: pq.ParquetWriter | None = None
+
+    def write(self, table: pa.Table) -> None:
+        self._writer = self._writer or pq.ParquetWriter(self._path, table.schema, compression="zstd")
+        if table.num_rows:
+            self._writer.write_table(table.cast(self._writer.schema))
+
+    def close(self) -> None:
+        if self._writer is None:
+            self.write(pairs_schema().empty_table())
+        assert self._writer is not None
+        self._writer.close()
+
+
+def _to_pairs(batch: pa.Table, validation_prob: float, reading: Reading) -> tuple[pa.Table, list[bytes]]:
+    """Add uid and split to the rows of a batch; rows without a URL are left out and counted.
+
+    Args:
+        batch: ``url``, ``caption`` and other columns.
+        validation_prob: Share of pictures that become the validation split.
+        reading: Counts to add to.
+
+    Returns:
+        Columns ``uid``, ``url``, ``caption``, ``split``, then the others, in the order of the batch; and the uids as
+        bytes.
+    """
+    urls = pc.utf8_trim_whitespace(batch.column("url").fill_null(""))
+    has_url = pc.not_equal(urls, "")
+    urls, captions = urls.filter(has_url), batch.column("caption").fill_null("").filter(has_url)
+    uids = [make_uid(*pair) for pair in zip(urls.to_pylist(), captions.to_pylist(), strict=True)]
+    splits = [split_of(url, validation_prob) for url in urls.to_pylist()]
+    reading.counts["in"] += batch.num_rows
+    reading.counts["ok"] += len(uids)
+    if len(uids) < batch.num_rows:
+        reading.counts["missing_url"] += batch.num_rows - len(uids)
+    columns = [pa.array(uids, pa.string()), urls, captions, pa.array(splits, pa.string())]
+    pairs = pa.Table.from_arrays(columns, schema=pairs_schema())
+    for name in batch.column_names:
+        if name not in pairs.column_names:
+            column = batch.column(name).filter(has_url)
+            pairs = pairs.append_column(name, cast_column(column, plain_type(column.type)))
+    return pairs, [bytes.fromhex(uid) for uid in uids]
+
+
+def _notes(table: pa.Table) -> dict[str, int]:
+    """Rows of each split, and rows with an empty caption."""
+    is_train = pc.sum(pc.equal(table.column("split"), "train")).as_py() or 0
+    is_empty = pc.sum(pc.equal(pc.utf8_trim_whitespace(table.column("caption")), "")).as_py() or 0
+    return {"train": is_train, "validation": table.num_rows - is_train, "empty_captions": is_empty}

@@ -1,0 +1,146 @@
+"""Captions of a folder of pictures: from metadata at any depth, annotations of datasets, sidecars, names."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.data.folders import count_pictures, read_folder
+from pipeline.data.reading import Reading, name_examples
+
+
+def _pictures(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def _captions(folder: Path, column: str = "") -> tuple[list[tuple[str, str, str]], Reading]:
+    reading = Reading()
+    rows = [row for table in read_folder(folder, column, reading) for row in table.to_pylist()]
+    base = folder.resolve().as_uri()
+    return [(row["url"][len(base) + 1 :], row["caption"], row["caption_source"]) for row in rows], reading
+
+
+@pytest.mark.parametrize("name", ["0001.png", "./0001.png", ".//0001.png"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("depth", ["", "train/", "data/train/"])
+def test_metadata_of_imagefolder_is_found_at_any_depth(name: str, kind: str, depth: str, tmp_path: Path) -> None:
+    _pictures(tmp_path, f"{depth}0001.png", f"{depth}0002.png", "other/0001.png")
+    row, path = {"file_name": name, "text": "a red house"}, tmp_path / f"{depth}metadata.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    else:
+        path.write_text("file_name,text\n" + ",".join(row.values()) if kind == "csv" else json.dumps(row))
+    found, reading = _captions(tmp_path)
+    assert (f"{depth}0001.png", "a red house", "metadata") in found
+    assert [source for _, _, source in found].count("name") == 2
+    assert reading.notes["captions_from_metadata"] == 1
+    assert reading.notes["metadata_without_picture"] == 0
+
+
+@pytest.mark.parametrize("name", ["train/0001.png", "./train/0001.png", "train\\0001.png"])
+def test_metadata_may_name_pictures_in_folders_below_in_any_spelling(name: str, tmp_path: Path) -> None:
+    _pictures(tmp_path, "train/0001.png")
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\r\n{name},a red house\r\n", newline="")
+    assert _captions(tmp_path)[0] == [("train/0001.png", "a red house", "metadata")]
+
+
+def test_the_nearest_metadata_wins(tmp_path: Path) -> None:
+    _pictures(tmp_path, "a/1.png", "a/2.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\na/1.png,far one\na/2.png,far two\n")
+    (tmp_path / "a/metadata.csv").write_text("file_name,text\n1.png,near one\n")
+    found, reading = _captions(tmp_path)
+    assert found == [("a/1.png", "near one", "metadata"), ("a/2.png", "far two", "metadata")]
+    assert reading.notes["metadata_without_picture"] == 1  # the far row of 1.png stands for nothing
+
+
+def test_names_without_a_picture_are_counted_and_one_is_named(tmp_path: Path) -> None:
+    _pictures(tmp_path, "1.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\n1.png,one\n2.png,two\n3.png,three\n")
+    _, reading = _captions(tmp_path)
+    assert reading.notes["metadata_without_picture"] == 2
+    assert name_examples([reading]) == [
+        f"{tmp_path}/metadata.csv:0: names 2 files that are no pictures here, such as 2.png"
+    ]
+
+
+_KARPATHY = {
+    "images": [
+        {"filename": "b.jpg", "sentences": [{"raw": "b one"}, {"raw": "b two"}], "split": "train"},
+        {"filename": "c.jpg", "sentences": [], "split": "val"},
+    ]
+}
+_COCO: dict[str, Any] = {
+    "images": [{"id": 1, "file_name": "b.jpg"}],
+    "annotations": [{"image_id": 1, "caption": "b one"}, {"image_id": 1, "caption": "b two"}],
+}
+_ANNOTATIONS = {
+    "annotations/captions_train2017.json": json.dumps(_COCO),
+    "dataset_flickr30k.json": json.dumps(_KARPATHY),
+    "captions.txt": "image,caption\nb.jpg,b one\nb.jpg,b two\n",
+    "Flickr8k.token.txt": "b.jpg#0\tb one\nb.jpg#1\tb two\n",
+    "results_20130124.token": "b.jpg#0\tb one\nb.jpg#1\tb two\n",
+    "results.csv": "image_name| comment_number| comment\nb.jpg| 0| b one\nb.jpg| 1| b two\n",
+}
+
+
+@pytest.mark.parametrize("name", _ANNOTATIONS)
+def test_annotations_of_coco_and_flickr_give_a_pair_for_each_caption(name: str, tmp_path: Path) -> None:
+    _pictures(tmp_path, "train2017/b.jpg", "train2017/d.jpg")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(_ANNOTATIONS[name])
+    found, reading = _captions(tmp_path)
+    assert found == [
+        ("train2017/b.jpg", "b one", "metadata"),
+        ("train2017/b.jpg", "b two", "metadata"),
+        ("train2017/d.jpg", "d", "name"),
+    ]
+    assert not reading.notes["malformed_metadata"]
+
+
+def test_a_broken_line_of_metadata_is_counted_and_named(tmp_path: Path) -> None:
+    _pictures(tmp_path, "1.png", "2.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "one"}\n{"file_name"\n')
+    found, reading = _captions(tmp_path)
+    assert [caption for _, caption, _ in found] == ["one", "2"]
+    assert reading.notes["malformed_metadata"] == 1
+    assert name_examples([reading])[0].startswith(f"{tmp_path}/metadata.jsonl:2: not JSON")
+    assert not reading.counts["malformed"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("2.txt", b"caf\xe9", "2.txt is not UTF-8"),
+        ("2.json", b"{", "2.json is no JSON"),
+        ("2.json", b'{"label": 3}', "2.json has no text under caption"),
+        ("2.json", b'{"caption": "half \\ud83d"}', "2.json holds half of a surrogate pair"),
+    ],
+)
+def test_a_strange_sidecar_costs_its_picture_and_no_other(
+    name: str, content: bytes, reason: str, tmp_path: Path
+) -> None:
+    _pictures(tmp_path, "1.png", "2.png", "3.png")
+    (tmp_path / name).write_bytes(content)
+    found, reading = _captions(tmp_path)
+    assert [name for name, _, _ in found] == ["1.png", "3.png"]
+    assert reading.counts["malformed"] == 1
+    assert reason in name_examples([reading])[0]
+
+
+def test_the_named_column_of_the_metadata_holds_the_caption(tmp_path: Path) -> None:
+    _pictures(tmp_path, "1.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text,long_text\n1.png,short,long\n")
+    assert _captions(tmp_path, "long_text")[0][0][1] == "long"
+    assert _captions(tmp_path, "-")[0][0][1:] == ("1", "name")
+
+
+def test_a_link_to_a_folder_above_is_not_followed_for_ever(tmp_path: Path) -> None:
+    _pictures(tmp_path, "a/1.png")
+    (tmp_path / "a/up").symlink_to(tmp_path)
+    assert count_pictures(tmp_path) == 1
+    assert len(_captions(tmp_path)[0]) == 1

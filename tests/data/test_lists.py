@@ -1,0 +1,431 @@
+"""Lists as people have them: every row is read as Python's own reader reads it, or counted with its file and line."""
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.list_columns import ListColumns
+from pipeline.data.lists import BATCH_ROWS, Span, list_columns, list_files, list_spans, read_span
+from pipeline.data.reading import MAX_CELL, Reading, name_examples
+from pipeline.errors import DataError
+
+_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), max_size=20)
+_CELL = _TEXT | st.sampled_from(
+    ['"', '""', 'a "b" c', "x,y", "one\ntwo", "one\r\ntwo", " ", "", "\ufeff", "\x00", "\u2028"]
+)
+_LINE = _TEXT.map(lambda text: "".join(letter for letter in text if letter not in "\t\r\n"))
+
+
+def _rows(path: Path, columns: ListColumns | None = None, num_bytes: int | None = None) -> tuple[list[Any], Reading]:
+    """(url, caption) of every row that was read, and what was left out."""
+    reading = Reading()
+    spans = list_spans(str(path), num_bytes) if num_bytes else list_spans(str(path))
+    tables = [table for span in spans for table in read_span(span, columns or ListColumns(), reading)]
+    return [(row["url"], row["caption"]) for table in tables for row in table.to_pylist()], reading
+
+
+@given(
+    rows=st.lists(st.tuples(_CELL, _CELL, _CELL), max_size=12),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC]),
+    end=st.sampled_from(["\n", "\r\n"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_csv_is_read_as_by_pythons_own_reader(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str, str]], quoting: Any, end: str
+) -> None:
+    path = tmp_path_factory.mktemp("csv") / "list.csv"
+    text = io.StringIO()
+    csv.writer(text, quoting=quoting, lineterminator=end).writerows([("n", "url", "caption"), *rows])
+    path.write_text(text.getvalue(), encoding="utf-8", newline="")
+    with path.open(encoding="utf-8", newline="") as stream:
+        expected = [tuple(row[1:]) for row in list(csv.reader(stream))[1:] if row]
+    found, reading = _rows(path)
+    assert found == expected
+    assert not reading.counts["malformed"]
+
+
+_BROKEN = st.sampled_from(['a,"b', 'a,"b" c', "a,b,c", "a", '"a', 'a,"b,c'])
+
+
+@given(lines=st.lists(_LINE.filter(lambda text: '"' not in text) | _BROKEN, max_size=12))
+@settings(max_examples=80, deadline=None)
+def test_no_line_of_a_broken_csv_takes_another_with_it(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str]
+) -> None:
+    path = tmp_path_factory.mktemp("csv") / "list.csv"
+    lines = [line for line in lines if not any(letter in line for letter in "\r\n\x1c\x1d\x1e\x85\u2028\u2029\x0b\x0c")]
+    good = [f"http://a/{number},caption {number}" for number in range(len(lines) + 1)]
+    mixed = [good[0]] + [line for pair in zip(lines, good[1:], strict=True) for line in pair]
+    path.write_text("\n".join(["url,caption", *mixed]) + "\n", encoding="utf-8")
+    found, reading = _rows(path)
+    expected = [tuple(line.split(",")) for line in good]
+    assert [row for row in found if row in expected] == expected
+    others = [line for line in lines if line]
+    assert len(found) + reading.counts["malformed"] == len(good) + len(others)
+
+
+@given(rows=st.lists(st.tuples(_LINE, _LINE), max_size=12), end=st.sampled_from(["\n", "\r\n"]))
+@settings(max_examples=40, deadline=None)
+def test_tsv_is_read_as_by_pythons_own_reader_without_quotes(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], end: str
+) -> None:
+    path = tmp_path_factory.mktemp("tsv") / "list.tsv"
+    path.write_text(end.join("\t".join(row) for row in [("url", "caption"), *rows]), encoding="utf-8", newline="")
+    with path.open(encoding="utf-8", newline="\n") as stream:
+        lines = [line.rstrip("\r\n") for line in stream]
+    expected = [tuple(next(csv.reader([line], delimiter="\t", quoting=csv.QUOTE_NONE))) for line in lines[1:] if line]
+    found, reading = _rows(path)
+    assert found == expected
+    assert not reading.counts["malformed"]
+
+
+_VALUE = st.none() | st.booleans() | st.integers() | st.floats() | _TEXT | st.lists(_TEXT, max_size=2)
+
+
+@given(rows=st.lists(st.fixed_dictionaries({"url": _TEXT, "caption": _VALUE}), min_size=1, max_size=12))
+@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_json_is_read_as_by_pythons_own_reader_and_captions_are_texts_or_numbers(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, rows: list[dict[str, Any]]
+) -> None:
+    path = tmp_path_factory.mktemp("json") / f"list.{kind}"
+    path.write_text("\n".join(map(json.dumps, rows)) if kind == "jsonl" else json.dumps(rows, indent=1))
+    found, reading = _rows(path)
+
+    def is_caption(value: Any) -> bool:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+        return value is None or isinstance(value, str) or is_number
+
+    good = [row for row in rows if is_caption(row["caption"])]
+    assert found == [(row["url"], None if row["caption"] is None else str(row["caption"])) for row in good]
+    assert reading.counts["malformed"] == len(rows) - len(good)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=60),
+    num_bytes=st.integers(1, 400),
+    has_end=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("kind", ["tsv", "jsonl", "txt"])
+def test_spans_of_a_file_hold_every_line_once_and_in_order(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, lengths: list[int], num_bytes: int, has_end: bool
+) -> None:
+    path = tmp_path_factory.mktemp("spans") / f"list.{kind}"
+    urls = [f"http://a/{number}/" + "x" * length for number, length in enumerate(lengths)]
+    lines = {
+        "tsv": ["url\tcaption", *(f"{url}\tc" for url in urls)],
+        "jsonl": [json.dumps({"url": url, "caption": "c"}) for url in urls],
+        "txt": urls,
+    }[kind]
+    path.write_text("\n".join(lines) + ("\n" if has_end else ""))
+    found, reading = _rows(path, num_bytes=num_bytes)
+    assert [url for url, _ in found] == urls
+    assert not reading.counts["malformed"]
+    assert sum(count for _, count in reading.lines) == len(lines)
+
+
+def test_malformed_rows_are_named_by_the_line_of_the_file_whatever_the_spans(tmp_path: Path) -> None:
+    lines = [f"http://a/{number}\tcaption" for number in range(100)]
+    lines[40], lines[77] = "one cell", "a\tb\tc"
+    (tmp_path / "list.tsv").write_text("\n".join(["url\tcaption", *lines]))
+    for num_bytes in (None, 100, 700):
+        readings: list[Reading] = []
+        spans = (
+            list_spans(str(tmp_path / "list.tsv"), num_bytes) if num_bytes else list_spans(str(tmp_path / "list.tsv"))
+        )
+        for span in spans:
+            readings.append(Reading())
+            list(read_span(span, ListColumns(), readings[-1]))
+        assert name_examples(readings) == [
+            f"{tmp_path}/list.tsv:42: 1 cells, not 2",
+            f"{tmp_path}/list.tsv:79: 3 cells, not 2",
+        ]
+
+
+def test_only_the_first_ten_malformed_rows_are_named(tmp_path: Path) -> None:
+    (tmp_path / "list.jsonl").write_text("\n".join(['{"url": "u"}', *("{" for _ in range(30))]))
+    _, reading = _rows(tmp_path / "list.jsonl", ListColumns(caption="-"))
+    assert reading.counts["malformed"] == 30
+    assert [name.split(":")[1] for name in name_examples([reading])] == [str(line) for line in range(2, 12)]
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "expected"),
+    [
+        ("cc3m.tsv", "a caption\thttp://a/1.jpg", ("http://a/1.jpg", "a caption")),
+        ("cc12m.tsv", "http://a/1.jpg\ta caption", ("http://a/1.jpg", "a caption")),
+        ("list.csv", 'https://a/1.jpg,"a caption, quoted"', ("https://a/1.jpg", "a caption, quoted")),
+    ],
+)
+def test_a_list_without_a_header_is_seen_by_its_first_url(
+    name: str, first: str, expected: tuple[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(f"{first}\n{first}\n")
+    found, _ = _rows(tmp_path / name)
+    assert found == [expected, expected]
+    assert set(list_columns(str(tmp_path / name))) == {"url", "caption"}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("URL", "TEXT"),  # LAION-400M, LAION-5B
+        ("url", "text"),  # DataComp, COYO
+        ("image_url", "caption"),
+        ("Url", "Caption"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_columns_are_found_by_the_names_of_public_lists(names: tuple[str, str], kind: str, tmp_path: Path) -> None:
+    row = {"SAMPLE_ID": "1", names[0]: "http://a/1", names[1]: "one", "similarity": "0.3"}
+    path = tmp_path / f"list.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    else:
+        path.write_text(",".join(row) + "\n" + ",".join(row.values()) if kind == "csv" else json.dumps(row))
+    assert _rows(path)[0] == [("http://a/1", "one")]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_column_that_is_named_twice_is_refused_only_if_it_is_needed(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"list.{kind}"
+    if kind == "jsonl":
+        path.write_text('{"url": "http://a/1", "caption": "x", "caption": "y"}')
+        assert _rows(path)[0] == [("http://a/1", "y")]  # as every JSON reader does
+        return
+    cells = [["http://a/1"], ["x"], ["y"]]
+    for names in (["url", "caption", "caption"], ["url", "caption", "other"]):
+        if kind == "csv":
+            path.write_text(f"{','.join(names)}\nhttp://a/1,x,y\n")
+        else:
+            pq.write_table(pa.Table.from_arrays([pa.array(cell) for cell in cells], names=names), path)
+        if "other" in names:
+            assert _rows(path)[0] == [("http://a/1", "x")]
+        else:
+            with pytest.raises(DataError, match=rf"list.{kind}: has column caption 2 times"):
+                _rows(path)
+
+
+def test_columns_that_nobody_asked_for_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[list[str]] = []
+    read = pq.ParquetFile.iter_batches
+
+    def iter_batches(self: pq.ParquetFile, *args: Any, **kwargs: Any) -> Any:
+        names.append(kwargs["columns"])
+        return read(self, *args, **kwargs)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
+    row = {"url": "http://a/1", "caption": "x", "embedding": [0.1] * 8, "nsfw": None}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "list.parquet")
+    _rows(tmp_path / "list.parquet")
+    _rows(tmp_path / "list.parquet", ListColumns(extra=("nsfw",)))
+    assert names == [["url", "caption"], ["url", "caption", "nsfw"]]
+
+
+_BAD_PARQUET: dict[str, pa.Array] = {
+    "invalid UTF-8": pa.array([b"fine", b"caf\xe9"], pa.binary()),
+    "a huge caption": pa.array(["fine", "x" * (MAX_CELL + 1)]),
+    "text that is no UTF-8": pa.Array.from_buffers(
+        pa.string(), 2, pa.array([b"fine", b"caf\xe9"], pa.binary()).buffers()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _BAD_PARQUET)
+def test_a_strange_cell_of_parquet_is_counted_with_its_row(name: str, tmp_path: Path) -> None:
+    table = pa.table({"url": ["http://a/1", "http://a/2"], "caption": _BAD_PARQUET[name]})
+    pq.write_table(table, tmp_path / "list.parquet")
+    found, reading = _rows(tmp_path / "list.parquet")
+    assert found == [("http://a/1", "fine")]
+    assert reading.counts["malformed"] == 1
+    assert name_examples([reading])[0].startswith(f"{tmp_path}/list.parquet:2: ")
+
+
+@pytest.mark.parametrize(
+    ("column", "captions"),
+    [
+        (pa.nulls(2), [None, None]),
+        (pa.array([float("nan")] * 2), [None, None]),  # a pandas column without any text
+        (pa.array([1, 2]), ["1", "2"]),
+        (pa.array(["x", "y"]).dictionary_encode(), ["x", "y"]),
+        (pa.array(["x", "y"], pa.large_string()), ["x", "y"]),
+        (pa.array(["x", None], pa.string_view()), ["x", None]),
+    ],
+)
+def test_captions_of_parquet_may_be_stored_in_many_types(column: pa.Array, captions: list[Any], tmp_path: Path) -> None:
+    pq.write_table(pa.table({"url": ["http://a/1", "http://a/2"], "caption": column}), tmp_path / "list.parquet")
+    assert [caption for _, caption in _rows(tmp_path / "list.parquet")[0]] == captions
+
+
+@pytest.mark.parametrize("column", [pa.array([["a", "b"]]), pa.array([0.5]), pa.array([True]), pa.array([{"a": "b"}])])
+def test_a_parquet_column_of_no_texts_is_refused_by_name(column: pa.Array, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"url": ["http://a/1"], "caption": column}), tmp_path / "list.parquet")
+    with pytest.raises(DataError, match=r"list\.parquet: column caption is .*, not text"):
+        _rows(tmp_path / "list.parquet")
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "txt"])
+def test_bytes_that_are_no_utf8_are_counted_and_the_list_goes_on(kind: str, tmp_path: Path) -> None:
+    header = {"csv": b"url,caption\n", "tsv": b"url\tcaption\n"}.get(kind, b"")
+    line = {
+        "csv": b"http://a/%d,caf\xc3\xa9\n",
+        "tsv": b"http://a/%d\tcaf\xc3\xa9\n",
+        "jsonl": b'{"url": "http://a/%d", "caption": "caf\xc3\xa9"}\n',
+        "txt": b"http://a/%d/\xc3\xa9\n",
+    }[kind]
+    lines = [line % number for number in range(3)]
+    lines[1] = lines[1].replace(b"\xc3\xa9", b"\xe9")
+    (tmp_path / f"list.{kind}").write_bytes(header + b"".join(lines))
+    found, reading = _rows(tmp_path / f"list.{kind}")
+    assert len(found) == 2
+    assert reading.counts["malformed"] == 1
+    number = 3 if header else 2
+    assert name_examples([reading])[0].startswith(f"{tmp_path}/list.{kind}:{number}: not UTF-8")
+
+
+def test_an_oversized_cell_or_line_is_counted_and_the_list_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.data.delimited._LONGEST_LINE", 400_000)
+    monkeypatch.setattr("pipeline.data.delimited._BLOCK_BYTES", 50_000)
+    rows = [
+        "http://a/1\tone",
+        f"http://a/2\t{'x' * (MAX_CELL + 1)}",
+        f"http://a/3\t{'y' * 900_000}",
+        "http://a/4\tfour",
+    ]
+    (tmp_path / "list.tsv").write_text("\n".join(["url\tcaption", *rows]))
+    found, reading = _rows(tmp_path / "list.tsv")
+    assert found == [("http://a/1", "one"), ("http://a/4", "four")]
+    assert [name.partition(":")[2].split(":")[0] for name in name_examples([reading])] == ["3", "4"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json"])
+def test_half_of_an_emoji_is_counted_and_the_list_goes_on(kind: str, tmp_path: Path) -> None:
+    rows = [{"url": "http://a/1", "caption": "cut \ud83d"}, {"url": "http://a/2", "caption": "fine"}]
+    path = tmp_path / f"list.{kind}"
+    if kind == "csv":
+        lines = ["url,caption", *(",".join(row.values()) for row in rows)]
+        path.write_bytes("\n".join(lines).encode(errors="surrogatepass"))
+    else:
+        path.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
+    found, reading = _rows(path)
+    assert found == [("http://a/2", "fine")]
+    assert reading.counts["malformed"] == 1
+
+
+def test_an_unbalanced_quote_far_from_its_end_costs_one_row(tmp_path: Path) -> None:
+    lines = [f"http://a/{number},caption {number}" for number in range(200_000)]
+    lines[5] = 'http://a/5,"an open quote'
+    (tmp_path / "list.csv").write_text("\n".join(["url,caption", *lines]))
+    found, reading = _rows(tmp_path / "list.csv")
+    assert len(found) == len(lines) - 1
+    assert name_examples([reading]) == [f"{tmp_path}/list.csv:7: a quote is opened and not closed"]
+
+
+_COCO = {
+    "images": [
+        {"id": 1, "file_name": "a.jpg", "coco_url": "http://c/a.jpg"},
+        {"id": 2, "file_name": "b.jpg", "coco_url": "http://c/b.jpg"},
+    ],
+    "annotations": [
+        {"id": 9, "image_id": 2, "caption": "b one"},
+        {"id": 8, "image_id": 1, "caption": "a one"},
+        {"id": 7, "image_id": 2, "caption": "b two"},
+    ],
+}
+
+
+def test_cocos_annotations_are_a_list_with_a_row_for_each_caption(tmp_path: Path) -> None:
+    (tmp_path / "captions.json").write_text(json.dumps(_COCO))
+    found, _ = _rows(tmp_path / "captions.json")
+    assert found == [("http://c/b.jpg", "b one"), ("http://c/a.jpg", "a one"), ("http://c/b.jpg", "b two")]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_of_every_shape_is_read(indent: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.data.json_lists._BLOCK_BYTES", 7)  # every record lies across blocks
+    rows = [{"url": f"http://a/{number}", "caption": "x" * number} for number in range(20)]
+    shapes = {
+        "records": rows,
+        "data": {"data": rows},
+        "columns": {name: [row[name] for row in rows] for name in rows[0]},
+        "pandas": {name: {str(place): row[name] for place, row in enumerate(rows)} for name in rows[0]},
+    }
+    expected = [(row["url"], row["caption"]) for row in rows]
+    for name, shape in shapes.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(shape, indent=indent))
+        assert _rows(tmp_path / f"{name}.json")[0] == expected, name
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)))
+    assert _rows(tmp_path / "lines.json")[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"url": "u", "caption": "c"}, {"url"', r"record 2"),
+        ('[{"url": "u", "caption": "c"}', r"the list does not end"),
+        ('{"url": 3}', r"must hold a list of records"),
+        ("", r"damaged"),
+    ],
+)
+def test_damaged_json_is_one_sentence(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text(text)
+    with pytest.raises(DataError, match=rf"list\.json: .*{message}"):
+        _rows(tmp_path / "list.json")
+
+
+def test_parts_lie_at_any_depth_and_hidden_files_are_no_parts(tmp_path: Path) -> None:
+    for name in ("b/2.csv", "a/x/1.csv", ".cache/3.csv", "a/.4.csv", "notes.md", "_SUCCESS"):
+        path = tmp_path / "parts" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"url,caption\nhttp://a/{name},c\n")
+    assert [Path(file.uri).name for file in list_files(str(tmp_path / "parts"))] == ["1.csv", "2.csv"]
+    assert [Path(file.uri).name for file in list_files(str(tmp_path / "parts/**/2.csv"))] == ["2.csv"]
+    (tmp_path / "parts/readme.txt").write_text("http://not/a/list")
+    with pytest.raises(DataError, match=r"several formats \(2 csv, 1 txt\); choose one, such as .*/\*\*/\*\.csv"):
+        list_files(str(tmp_path / "parts"))
+
+
+def test_row_groups_of_a_large_parquet_file_are_spans(tmp_path: Path) -> None:
+    urls = [f"http://a/{number}" for number in range(1000)]
+    pq.write_table(pa.table({"url": urls, "caption": urls}), tmp_path / "list.parquet", row_group_size=100)
+    spans = list_spans(str(tmp_path / "list.parquet"), 4000)
+    assert len(spans) > 2
+    assert [span.stop for span in spans][:-1] == [span.start for span in spans][1:]
+    reading = Reading()
+    found = [
+        url for span in spans for table in read_span(span, ListColumns(), reading) for url in table["url"].to_pylist()
+    ]
+    assert found == urls
+
+
+def test_a_csv_and_a_compressed_file_are_not_cut(tmp_path: Path) -> None:
+    text = "url,caption\n" + "".join(f"http://a/{number},c\n" for number in range(100))
+    (tmp_path / "list.csv").write_text(text)
+    (tmp_path / "list.tsv.gz").write_bytes(gzip.compress(text.replace(",", "\t").encode()))
+    for name in ("list.csv", "list.tsv.gz"):
+        assert len(list_spans(str(tmp_path / name), 100)) == 1
+        assert len(_rows(tmp_path / name, num_bytes=100)[0]) == 100
+
+
+def test_a_long_list_comes_in_batches(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("".join(f"http://a/{number}\n" for number in range(BATCH_ROWS + 5)))
+    tables = list(read_span(Span(str(tmp_path / "list.txt")), ListColumns(), Reading()))
+    assert [table.num_rows for table in tables] == [BATCH_ROWS, 5]
+
+
+def test_utf16_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_bytes("url,caption\nhttp://a/1,x\n".encode("utf-16"))
+    with pytest.raises(DataError, match=r"list\.csv: UTF-16; convert it to UTF-8"):
+        _rows(tmp_path / "list.csv")

@@ -1,0 +1,238 @@
+"""The pairs step at its joints: pieces, repeated rows across pieces, kills, one side for every picture."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.data import duplicates, sources
+from pipeline.data.make_pairs import PairsMaker, write_pairs
+from pipeline.data.pairs import Pairs
+from pipeline.data.rows import make_uid, numbered_names, split_of
+from pipeline.data.sources import Source
+from pipeline.errors import DataError
+from pipeline.recipe.sections import PairsConfig
+from pipeline.workspace.manifest import ShardRecord
+from pipeline.workspace.store import LIVE, Artifact
+from tests.tiny.pairs import write_parts
+
+
+def _parts(folder: Path, num_parts: int = 5, rows: int = 300) -> Source:
+    """A list of parts in which every third row is one of an earlier part or of its own."""
+    folder.mkdir(parents=True)
+    for part in range(num_parts):
+        numbers = [number - 100 * (number % 3 == 0) for number in range(part * rows, (part + 1) * rows)]
+        table = pa.table({"url": [f"http://a/{n // 2}" for n in numbers], "caption": [f"caption {n}" for n in numbers]})
+        pq.write_table(table, folder / f"{part}.parquet")
+    return Source(PairsConfig(source="list", path=str(folder), validation_prob=0.3))
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.is_file() and not path.name.endswith(".done.json")
+    }
+
+
+@pytest.fixture
+def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece for every file, runs of 70 rows, and several groups of buckets."""
+    monkeypatch.setattr(sources, "PIECE_BYTES", 1)
+    monkeypatch.setattr(duplicates, "RUN_ROWS", 70)
+    monkeypatch.setattr(duplicates, "GROUP_ROWS", 400)
+
+
+@pytest.mark.usefixtures("in_pieces")
+def test_repeated_rows_are_found_across_pieces_and_the_first_stays(tmp_path: Path) -> None:
+    source, output = _parts(tmp_path / "list"), Artifact(str(tmp_path / "out"))
+    summary = write_pairs(source, output)
+    pairs = Pairs(output)
+    rows = [
+        (url, caption)
+        for part in range(5)
+        for url, caption in zip(*pq.read_table(tmp_path / f"list/{part}.parquet").to_pydict().values(), strict=True)
+    ]
+    unique = list(dict.fromkeys(rows))
+    table = pairs.read(0, pairs.num_rows, ["url", "caption", "uid"])
+    assert list(zip(table["url"].to_pylist(), table["caption"].to_pylist(), strict=True)) == unique
+    assert table["uid"].to_pylist() == [make_uid(*row) for row in unique]
+    assert summary.counts == {"in": 1500, "ok": len(unique), "duplicate": 1500 - len(unique)}
+    assert len(unique) < 1500
+    assert [name for name in output.names() if name.endswith("parquet") and not name.startswith(LIVE)] == [
+        f"{name}.parquet" for name in numbered_names(5)
+    ]
+
+
+class _Killed(Exception):
+    """In place of a kill."""
+
+
+class _Recorded(Artifact):
+    """Notes the tasks that are committed, and dies at the commit of one."""
+
+    def __init__(self, uri: str, dies_after: int = 1000) -> None:
+        super().__init__(uri)
+        self.done: list[str] = []
+        self._dies_after = dies_after
+
+    def commit_shard(self, record: ShardRecord) -> None:
+        if len(self.done) == self._dies_after:
+            raise _Killed  # its files are there, its record is not
+        super().commit_shard(record)
+        self.done.append(record.shard)
+
+
+@pytest.mark.usefixtures("in_pieces")
+def test_a_run_that_is_killed_in_any_task_continues_to_the_same_bytes(tmp_path: Path) -> None:
+    source, whole = _parts(tmp_path / "list"), _Recorded(str(tmp_path / "whole"))
+    write_pairs(source, whole)
+    for stop in range(len(whole.done)):
+        killed, again = _Recorded(str(tmp_path / f"{stop}"), stop), _Recorded(str(tmp_path / f"{stop}"))
+        with pytest.raises(_Killed):
+            write_pairs(source, killed)
+        write_pairs(source, again)
+        assert [*killed.done, *again.done] == whole.done
+        assert _files(tmp_path / f"{stop}") == _files(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("in_pieces")
+def test_tasks_of_a_phase_may_be_done_in_any_order(tmp_path: Path) -> None:
+    source = _parts(tmp_path / "list")
+    write_pairs(source, Artifact(str(tmp_path / "whole")))
+    maker = PairsMaker(source, Artifact(str(tmp_path / "backwards")))
+    for names in maker.phases():
+        for name in reversed(names):
+            maker.make(name)
+    maker.finish()
+    assert _files(tmp_path / "backwards") == _files(tmp_path / "whole")
+
+
+def test_one_piece_or_many_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _parts(tmp_path / "list")
+    tables: list[pa.Table] = []
+    for size in (1 << 30, 1):
+        monkeypatch.setattr(sources, "PIECE_BYTES", size)
+        output = Artifact(str(tmp_path / str(size)))
+        write_pairs(source, output)
+        tables.append(Pairs(output).read(0, Pairs(output).num_rows, ["uid", "url", "caption", "split"]))
+    assert tables[0].equals(tables[1])
+
+
+def test_all_captions_of_a_picture_are_on_one_side(tmp_path: Path) -> None:
+    rows = [
+        (f"http://host/{picture}.jpg", f"caption {n} of picture {picture}") for picture in range(40) for n in range(5)
+    ]
+    (tmp_path / "list.csv").write_text("url,caption\n" + "".join(f"{url},{caption}\n" for url, caption in rows))
+    output = Artifact(str(tmp_path / "out"))
+    config = PairsConfig(source="list", path=str(tmp_path / "list.csv"), validation_prob=0.2)
+    summary = write_pairs(Source(config), output)
+    table = Pairs(output).read(0, 200, ["url", "split"])
+    sides: dict[str, set[str]] = {}
+    for url, split in zip(table["url"].to_pylist(), table["split"].to_pylist(), strict=True):
+        sides.setdefault(url, set()).add(split)
+    assert all(len(split) == 1 for split in sides.values())
+    assert {split for side in sides.values() for split in side} == {"train", "validation"}
+    assert summary.metrics["validation"] == 5 * sum(side == {"validation"} for side in sides.values())
+
+
+@pytest.mark.parametrize("prob", [0.0, 0.02, 0.5])
+def test_the_share_of_validation_pictures_is_that_of_the_recipe(prob: float) -> None:
+    splits = [split_of(f"http://a/{number}", prob) for number in range(5000)]
+    assert splits.count("validation") / 5000 == pytest.approx(prob, abs=0.02)
+
+
+_DIFFERENT: dict[str, list[dict[str, Any]]] = {
+    "null in the first part": [{"w": None}, {"w": "no"}],
+    "int and double": [{"w": 1}, {"w": 1.5}],
+    "int and text": [{"w": 1}, {"w": "one"}],
+    "a list and text": [{"w": [1, 2]}, {"w": "one"}],
+}
+
+
+@pytest.mark.parametrize("name", _DIFFERENT)
+@pytest.mark.parametrize("together", [True, False])
+def test_columns_of_different_types_stop_nothing(
+    name: str, together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "PIECE_BYTES", 1 << 30 if together else 1)
+    (tmp_path / "list").mkdir()
+    for number, row in enumerate(_DIFFERENT[name]):
+        pair = {"url": f"http://a/{number}", "caption": "c"}
+        pq.write_table(pa.Table.from_pylist([pair | row]), tmp_path / f"list/{number}.parquet")
+    config = PairsConfig(source="list", path=str(tmp_path / "list"))
+    for extra, expected in {(): None, ("w",): {"int and double": [1.0, 1.5]}.get(name, "texts")}.items():
+        output = Artifact(str(tmp_path / f"out{len(extra)}"))
+        assert write_pairs(Source(config, extra_columns=extra), output).counts == {"in": 2, "ok": 2}
+        values = Pairs(output).read(0, 2, extra).to_pydict()
+        if expected == "texts":
+            assert all(value is None or isinstance(value, str) for value in values["w"])
+            assert values["w"][1] == _DIFFERENT[name][1]["w"]
+        else:
+            assert values == ({"w": expected} if extra else {})
+
+
+def test_a_part_without_a_named_column_is_refused_by_its_name(tmp_path: Path) -> None:
+    for number, row in enumerate([{"a": "1"}, {}]):
+        pair = {"url": f"http://a/{number}", "caption": "c"}
+        pq.write_table(pa.Table.from_pylist([pair | row]), tmp_path / f"{number}.parquet")
+    config = PairsConfig(source="list", path=str(tmp_path))
+    with pytest.raises(DataError, match=r"1\.parquet: no column a; it has url, caption"):
+        write_pairs(Source(config, extra_columns=("a",)), Artifact(str(tmp_path / "out")))
+
+
+def test_empty_captions_are_counted_in_every_format(tmp_path: Path) -> None:
+    rows = [("http://a/1", ""), ("http://a/2", "  "), ("http://a/3", "full")]
+    writers: dict[str, Callable[[Path], Any]] = {
+        "csv": lambda path: path.write_text("url,caption\n" + "\n".join(",".join(row) for row in rows)),
+        "tsv": lambda path: path.write_text("url\tcaption\n" + "\n".join("\t".join(row) for row in rows)),
+        "jsonl": lambda path: path.write_text("\n".join(json.dumps({"url": u, "caption": c}) for u, c in rows)),
+    }
+    for kind, write in writers.items():
+        write(tmp_path / f"list.{kind}")
+        config = PairsConfig(source="list", path=str(tmp_path / f"list.{kind}"))
+        summary = write_pairs(Source(config), Artifact(str(tmp_path / kind)))
+        assert (summary.counts["ok"], summary.metrics["empty_captions"]) == (3, 2), kind
+
+
+def test_max_pairs_counts_rows_over_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _parts(tmp_path / "list")
+    monkeypatch.setattr(sources, "PIECE_BYTES", 1)
+    limited = replace(source, config=replace(source.config, max_pairs=450))
+    output = Artifact(str(tmp_path / "out"))
+    assert write_pairs(limited, output).counts["in"] == 450
+    assert len(source.pieces()) == 5
+
+
+def test_the_reader_reads_any_span_of_rows(tmp_path: Path) -> None:
+    rows = pa.table(
+        {
+            "uid": [str(number) for number in range(500)],
+            "url": ["u"] * 500,
+            "caption": ["c"] * 500,
+            "split": ["train"] * 500,
+            "n": range(500),
+        }
+    )
+    pairs = write_parts(tmp_path, [rows.slice(0, 133), rows.slice(133, 0), rows.slice(133, 201), rows.slice(334)])
+    for start, stop in ((0, 500), (0, 1), (132, 134), (130, 400), (499, 600), (500, 510), (40, 40)):
+        assert pairs.read(start, stop, ["n", "uid"]).equals(
+            rows.slice(start, max(0, stop - start)).select(["n", "uid"])
+        )
+    assert sum(batch.num_rows for batch in pairs.batches(["uid"])) == pairs.num_rows == 500
+    with pytest.raises(DataError, match=r"pairs\.json: no column punsafe; it has uid, url, caption, split, n"):
+        pairs.read(0, 1, ["punsafe"])
+
+
+def test_names_of_shards_sort_as_numbers_beyond_99999() -> None:
+    for count in (1, 100_000, 100_001, 1_000_001):
+        names = numbered_names(count)
+        assert names == sorted(names)
+        assert len(names) == len(set(names)) == count
+    assert numbered_names(3) == ["00000", "00001", "00002"]
+    assert numbered_names(100_001)[-1] == "100000"

@@ -1,0 +1,142 @@
+"""Shards that people have already: read as they are, checked by key and uid as our own."""
+
+import io
+import json
+import re
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.data.make_pairs import write_pairs
+from pipeline.data.pairs import Pairs
+from pipeline.data.rows import make_uid
+from pipeline.data.shards import StoredPictures, read_samples
+from pipeline.data.sources import Source, count_pairs
+from pipeline.data.tars import take_in
+from pipeline.errors import DataError
+from pipeline.recipe.sections import PairsConfig
+from pipeline.workspace.store import Artifact
+from tests.data.conftest import make_picture
+
+Files = dict[str, bytes]
+
+
+def _write_tar(path: Path, files: Files) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def _img2dataset(number: int, **fields: Any) -> Files:
+    key = f"{number:09d}"
+    record = {"url": f"http://a/{number}.jpg", "caption": f"caption {number}", "key": key, "status": "success"}
+    record |= {"width": 96, "height": 64, "original_width": 200, "original_height": 100, "sha256": "f" * 64} | fields
+    return {
+        f"{key}.jpg": make_picture(number),
+        f"{key}.json": json.dumps(record).encode(),
+        f"{key}.txt": str(record["caption"] or "").encode(),
+    }
+
+
+def _make(folder: Path, output: Path, **config: Any) -> tuple[Pairs, Artifact, dict[str, int]]:
+    """The list of pairs and the shards of a folder, as the pairs step and the download step make them."""
+    listed, shards = Artifact(str(output / "pairs")), Artifact(str(output / "download"))
+    extra = config.pop("extra_columns", ())
+    summary = write_pairs(Source(PairsConfig(source="shards", path=str(folder), **config), extra_columns=extra), listed)
+    pairs = Pairs(listed)
+    for part, tar in zip(pairs.parts, sorted(folder.rglob("*.tar")), strict=True):
+        take_in(str(tar), pairs.part(part.name), part.name, shards)
+    return pairs, shards, dict(summary.counts)
+
+
+def test_shards_of_img2dataset_are_taken_in_as_they_are(tmp_path: Path) -> None:
+    for shard in range(2):
+        files = {k: v for n in range(3) for k, v in _img2dataset(10 * shard + n, punsafe=0.25, uid="f" * 32).items()}
+        _write_tar(tmp_path / f"in/{shard:05d}.tar", files)
+    pairs, shards, counts = _make(tmp_path / "in", tmp_path / "out", extra_columns=("punsafe",))
+    assert counts == {"in": 6, "ok": 6}
+    assert count_pairs(PairsConfig(source="shards", path=str(tmp_path / "in"))) == 6
+    assert shards.path("00001.tar").resolve() == tmp_path / "in/00001.tar"
+    table = pq.read_table(shards.path("00001.parquet"))
+    row = table.to_pylist()[0]
+    assert row["uid"] == make_uid("http://a/10.jpg", "caption 10")
+    assert (row["key"], row["status"], row["punsafe"], row["sha256"]) == ("000000010", "success", "0.25", "f" * 64)
+    assert (row["width"], row["original_height"]) == (96, 100)
+    samples = list(read_samples(shards.path("00001.tar"), shards.path("00001.parquet"), "00001"))
+    assert [sample.picture for sample in samples] == [make_picture(number) for number in (10, 11, 12)]
+    assert [sample.caption for sample in samples] == [f"caption {number}" for number in (10, 11, 12)]
+    assert pairs.num_rows == 6
+
+
+def test_a_tar_without_json_has_its_texts_and_urls_of_its_own(tmp_path: Path) -> None:
+    files = {
+        "a.b/cat.1.JPG": make_picture(0),
+        "a.b/cat.txt": b"a cat",
+        "dog.png": make_picture(1, kind="PNG"),
+        "dog.txt": b"",
+    }
+    files["a.b/cat.JPG"] = files.pop("a.b/cat.1.JPG")
+    _write_tar(tmp_path / "in/x/y.tar", files)
+    pairs, shards, _ = _make(tmp_path / "in", tmp_path / "out")
+    rows = pairs.read(0, 2, ["url", "caption", "uid", "key"]).to_pylist()
+    assert [(row["url"], row["caption"]) for row in rows] == [
+        ("shard:00000/a.b/cat", "a cat"),
+        ("shard:00000/dog", ""),
+    ]
+    pictures = StoredPictures(shards)
+    assert pictures.read("00000", "a.b/cat", rows[0]["uid"]) == make_picture(0)
+    with pytest.raises(DataError, match="the row has uid"):
+        pictures.read("00000", "a.b/cat", rows[1]["uid"])
+    table = pq.read_table(shards.path("00000.parquet")).to_pylist()
+    assert (table[0]["width"], table[0]["height"]) == (96, 64)
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({"9.txt": b"text"}, "key 9: no picture"),
+        ({"9.jpg": b"", "9.txt": b"caf\xe9"}, "key 9: 'utf-8' codec"),
+        ({"9.jpg": b"", "9.json": b"{"}, "key 9: Expecting property name"),
+        ({"9.jpg": b"", "9.json": b'{"caption": "\\ud83d"}'}, "key 9: .*surrogates not allowed"),
+    ],
+)
+def test_a_strange_sample_is_counted_and_the_others_are_read(files: Files, reason: str, tmp_path: Path) -> None:
+    _write_tar(tmp_path / "in/0.tar", _img2dataset(1) | files | _img2dataset(2))
+    output = Artifact(str(tmp_path / "pairs"))
+    summary = write_pairs(Source(PairsConfig(source="shards", path=str(tmp_path / "in"))), output)
+    assert summary.counts == {"in": 3, "ok": 2, "malformed": 1}
+    [example] = summary.metrics["malformed_rows"]
+    assert example.startswith(f"{tmp_path}/in/0.tar:")
+    assert re.search(reason, example)
+
+
+def test_repeated_pairs_stay_in_the_tar_and_are_no_rows(tmp_path: Path) -> None:
+    _write_tar(tmp_path / "in/0.tar", _img2dataset(1) | _img2dataset(2))
+    _write_tar(tmp_path / "in/1.tar", _img2dataset(2) | _img2dataset(3))
+    _, shards, counts = _make(tmp_path / "in", tmp_path / "out")
+    assert counts == {"in": 4, "ok": 3, "duplicate": 1}
+    samples = list(read_samples(shards.path("00001.tar"), shards.path("00001.parquet"), "00001"))
+    assert [sample.caption for sample in samples] == ["caption 3"]
+
+
+def test_a_tar_that_changes_after_the_list_was_made_is_refused(tmp_path: Path) -> None:
+    _write_tar(tmp_path / "in/0.tar", _img2dataset(1) | _img2dataset(2))
+    output = Artifact(str(tmp_path / "pairs"))
+    write_pairs(Source(PairsConfig(source="shards", path=str(tmp_path / "in"))), output)
+    _write_tar(tmp_path / "in/0.tar", _img2dataset(1, caption="another") | _img2dataset(2))
+    with pytest.raises(DataError, match="key 000000001: is not what it was when the list of pairs was made"):
+        take_in(str(tmp_path / "in/0.tar"), Pairs(output).part("00000"), "00000", Artifact(str(tmp_path / "out")))
+
+
+def test_max_pairs_stops_in_the_middle_of_the_shards(tmp_path: Path) -> None:
+    for shard in range(3):
+        _write_tar(tmp_path / f"in/{shard}.tar", _img2dataset(2 * shard) | _img2dataset(2 * shard + 1))
+    pairs, _, counts = _make(tmp_path / "in", tmp_path / "out", max_pairs=3)
+    assert counts["ok"] == 3
+    assert [part.num_rows for part in pairs.parts] == [2, 1, 0]

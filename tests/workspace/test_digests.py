@@ -1,0 +1,150 @@
+"""What stands in a key for a user's files: every byte of them, read once."""
+
+import os
+import sqlite3
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from pipeline.workspace import digests
+from pipeline.workspace.digests import fingerprint, unseen_files
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of this test's own, without the wait for files to settle."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(digests, "_FRESH_S", -3600)
+    return tmp_path / "cache/unclip/digests.sqlite"
+
+
+def _reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that are read from now on."""
+    paths: list[str] = []
+    digest = digests._digest
+
+    def noted(path: str) -> str:
+        paths.append(Path(path).name)
+        return digest(path)
+
+    monkeypatch.setattr(digests, "_digest", noted)
+    return paths
+
+
+def test_a_change_in_the_middle_of_a_large_file_is_seen(tmp_path: Path) -> None:
+    file = tmp_path / "list.csv"
+    with file.open("wb") as stream:
+        stream.truncate(70 << 20)
+    before = fingerprint(str(file))
+    with file.open("r+b") as stream:
+        stream.seek(35 << 20)
+        stream.write(b"x")
+    assert fingerprint(str(file)) != before
+
+
+@pytest.mark.parametrize("name", ["a.txt", "sub/b.txt"])
+def test_a_changed_sidecar_of_the_same_length_is_seen(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    for path in (folder / "a.txt", folder / "sub/b.txt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("a red cat")
+    before = fingerprint(str(folder))
+    (folder / name).write_text("a red dog")
+    assert fingerprint(str(folder)) != before
+    (folder / name).write_text("a red cat")
+    assert fingerprint(str(folder)) == before
+    (folder / name).rename(folder / "c.txt")
+    assert fingerprint(str(folder)) != before
+
+
+def test_a_moved_folder_is_the_same_and_its_times_do_not_count(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one/a.txt").write_text("a")
+    before = fingerprint(str(tmp_path / "one"))
+    os.utime(tmp_path / "one/a.txt", (0, 0))
+    assert fingerprint(str(tmp_path / "one")) == before
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert fingerprint(str(tmp_path / "two")) == before
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "list"
+    folder.mkdir()
+    for name in ("a", "b", "c"):
+        (folder / name).write_text(name)
+    reads = _reads(monkeypatch)
+    first = fingerprint(str(folder))
+    assert sorted(reads) == ["a", "b", "c"]
+    reads.clear()
+    assert fingerprint(str(folder)) == first
+    assert reads == []
+    (folder / "b").write_text("B")
+    assert fingerprint(str(folder)) != first
+    assert reads == ["b"]
+
+
+def test_a_file_that_keeps_its_time_and_size_is_seen_by_the_time_of_its_inode(tmp_path: Path) -> None:
+    file = tmp_path / "list.csv"
+    file.write_text("cat")
+    before, times = fingerprint(str(file)), file.stat()
+    file.write_text("dog")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert fingerprint(str(file)) != before
+
+
+def test_a_file_that_has_just_changed_is_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digests, "_FRESH_S", 2.0)
+    (tmp_path / "list.csv").write_text("cat")
+    fingerprint(str(tmp_path / "list.csv"))
+    reads = _reads(monkeypatch)
+    fingerprint(str(tmp_path / "list.csv"))
+    assert reads == ["list.csv"]
+
+
+@pytest.mark.parametrize("damage", ["garbage", "folder", "read-only"])
+def test_a_cache_that_cannot_be_used_costs_time_and_nothing_else(damage: str, tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "list.csv").write_text("cat")
+    before = fingerprint(str(tmp_path / "list.csv"))
+    cache.unlink()
+    if damage == "garbage":
+        cache.write_bytes(b"no database" * 100)
+    elif damage == "folder":
+        cache.mkdir()
+    else:
+        cache.parent.rmdir()
+        cache.parent.write_text("a file in the place of the folder")
+    assert fingerprint(str(tmp_path / "list.csv")) == before
+
+
+def test_the_cache_is_one_row_a_file(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "list.csv").write_text("cat")
+    for _ in range(3):
+        fingerprint(str(tmp_path / "list.csv"))
+        (tmp_path / "list.csv").write_text(str(time.time_ns()))
+    with sqlite3.connect(cache) as rows:
+        assert rows.execute("SELECT count(*) FROM digests").fetchone() == (1,)
+
+
+def test_files_of_an_object_store_are_known_by_what_it_says_of_them() -> None:
+    store = fsspec.filesystem("memory")
+    store.pipe("/digests/a.csv", b"one")
+    before = fingerprint("memory://digests")
+    store.pipe("/digests/b.csv", b"two")
+    assert fingerprint("memory://digests") != before
+    assert unseen_files("memory://digests") == ["memory:///digests/a.csv", "memory:///digests/b.csv"]
+    store.rm("/digests", recursive=True)
+
+
+def test_files_known_by_their_size_are_said(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (folder / "0.tar").write_bytes(b"1")
+    (folder / "0.parquet").write_bytes(b"1")
+    before = fingerprint(str(folder), (".tar",))
+    (folder / "0.tar").write_bytes(b"2")
+    assert fingerprint(str(folder), (".tar",)) == before
+    (folder / "0.parquet").write_bytes(b"2")
+    assert fingerprint(str(folder), (".tar",)) != before
+    assert unseen_files(str(folder), (".tar",)) == [str(folder / "0.tar")]
