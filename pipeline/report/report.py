@@ -105,6 +105,7 @@ def build_view(done: Done, step_names: list[str], recipe: Recipe, recipe_file: s
         "failures": failure_groups((pictures or {}).get("failures", [])),
         "measures": measure_rows(metrics),
         "training": training,
+        "pairs": sections.pairs_of(done),
         "download": sections.download_of(done),
         "index": _index_view(sections.index_of(done)),
         "times": sections.times_of(done),

@@ -152,6 +152,38 @@ def num_parameters(artifact: Artifact) -> int:
     return 0
 
 
+_ODD_ROWS = {
+    "malformed": "could not be read",
+    "duplicate": "repeated",
+    "missing_url": "without a URL",
+}
+_ODD_CAPTIONS = {
+    "empty_captions": "empty captions",
+    "captions_from_name": "captions from the picture's name alone",
+    "metadata_without_picture": "names in metadata without a picture",
+    "malformed_metadata": "lines of metadata that could not be read",
+}
+
+
+def pairs_of(done: Done) -> Json | None:
+    """Rows of the list, what was left out or is odd, and the first rows that could not be read."""
+    if "pairs" not in done:
+        return None
+    counts, metrics = done["pairs"].manifest.counts, done["pairs"].manifest.metrics
+    odd = [(words, counts.get(name, 0)) for name, words in _ODD_ROWS.items()]
+    odd += [(words, metrics.get(name, 0)) for name, words in _ODD_CAPTIONS.items()]
+    if metrics.get("long_captions"):
+        share = f"{100 * metrics['long_caption_share']:.1f} % of captions longer than {metrics['context_length']} tokens"
+        odd.append((f"{share}, whose ends are not read", metrics["long_captions"]))
+    return {
+        "total": counts.get("in", 0),
+        "ok": counts.get("ok", 0),
+        "validation": metrics.get("validation", 0),
+        "odd": [{"words": words, "count": count} for words, count in odd if count],
+        "malformed": metrics.get("malformed_rows", []),
+    }
+
+
 def download_of(done: Done) -> Json | None:
     """Rows by outcome, the classes of failures, and the size of what was stored."""
     if "download" not in done:
