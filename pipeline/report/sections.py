@@ -173,7 +173,7 @@ def pairs_of(done: Done) -> Json | None:
     odd = [(words, counts.get(name, 0)) for name, words in _ODD_ROWS.items()]
     odd += [(words, metrics.get(name, 0)) for name, words in _ODD_CAPTIONS.items()]
     if metrics.get("long_captions"):
-        share = f"{100 * metrics['long_caption_share']:.1f} % of captions longer than {metrics['context_length']} tokens"
+        share = f"captions ({100 * metrics['long_caption_share']:.1f} %) longer than {metrics['context_length']} tokens"
         odd.append((f"{share}, whose ends are not read", metrics["long_captions"]))
     return {
         "total": counts.get("in", 0),

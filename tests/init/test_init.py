@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.init.recipe import write_recipe
 from pipeline.recipe.recipe import Recipe, load_recipe
+from tests.data.conftest import make_picture
 from tests.tiny.command import ROOT
 
 
@@ -157,3 +159,69 @@ def test_write_recipe_leaves_no_file_that_does_not_load(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no dot in front"):
         write_recipe(str(_list(tmp_path, 12)), str(out), gpu=False)
     assert not out.exists()
+
+
+def test_write_recipe_for_a_plain_list_of_urls_says_that_there_are_no_captions(tmp_path: Path) -> None:
+    (tmp_path / "urls.txt").write_text("\ufeffhttp://a/1.jpg\nhttp://a/2.jpg\n")
+    out = tmp_path / "mine.toml"
+    summary = write_recipe(str(tmp_path / "urls.txt"), str(out), gpu=False)
+    assert summary.startswith("2 rows (url: url; no captions: nothing can be trained to follow a text)")
+    assert load_recipe(out).pairs.caption_column == "-"
+    assert "empty" not in summary
+
+
+def test_write_recipe_takes_a_list_whose_captions_are_declared_absent(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("url,size\nhttp://a/1.jpg,3\n")
+    with pytest.raises(ConfigError, match="say that there is none with --caption-column -"):
+        write_recipe(str(tmp_path / "list.csv"), str(tmp_path / "mine.toml"), gpu=False)
+    assert "no captions" in write_recipe(
+        str(tmp_path / "list.csv"), str(tmp_path / "mine.toml"), caption_column="-", gpu=False
+    )
+
+
+def test_write_recipe_refuses_a_needed_column_that_stands_twice_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "dup.csv").write_text("url,caption,caption\nhttp://a/1.jpg,x,y\n")
+    with pytest.raises(DataError, match=r"dup\.csv: has column caption 2 times; rename all but one"):
+        write_recipe(str(tmp_path / "dup.csv"), str(tmp_path / "mine.toml"), gpu=False)
+
+
+def test_write_recipe_counts_empty_and_long_captions_and_rows_that_cannot_be_read(tmp_path: Path) -> None:
+    rows = [f"http://a/{number}.jpg,{'word ' * 60 if number < 3 else ''}" for number in range(5)]
+    (tmp_path / "list.csv").write_text("\n".join(["url,caption", *rows, "one,two,three"]))
+    summary = write_recipe(str(tmp_path / "list.csv"), str(tmp_path / "mine.toml"), gpu=False)
+    assert "2 of 5 captions are empty" in summary
+    assert "3 of 5 captions are longer than CLIP's 32 tokens: their ends are not read" in summary
+    assert f"1 of 6 rows cannot be read, such as {tmp_path}/list.csv:7: 3 cells, not 2" in summary
+
+
+def test_write_recipe_says_where_the_captions_of_a_folder_come_from(tmp_path: Path) -> None:
+    (tmp_path / "in/train").mkdir(parents=True)
+    for name in ("1.png", "2.png", "3.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "in/train" / name)
+    (tmp_path / "in/train/metadata.csv").write_text("file_name,text\n./1.png,one\n9.png,nine\n")
+    (tmp_path / "in/train/2.txt").write_text("two")
+    summary = write_recipe(str(tmp_path / "in"), str(tmp_path / "mine.toml"), gpu=False)
+    assert "captions: 1 from metadata files, 1 from files beside them, 1 from the pictures' names" in summary
+    assert "1 names in metadata files are no pictures here" in summary
+
+
+def test_write_recipe_reads_the_first_rows_of_a_long_list_and_estimates_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.init.look._MOST_ROWS", 10)
+    monkeypatch.setattr("pipeline.data.lists.BATCH_ROWS", 10)
+    monkeypatch.setattr("pipeline.data.lists._SAMPLE_BYTES", 2000)
+    summary = write_recipe(str(_list(tmp_path, 3000)), str(tmp_path / "mine.toml"), gpu=False)
+    count = int(summary.removeprefix("about ").split()[0])
+    assert count == pytest.approx(3000, rel=0.1)
+
+
+def test_write_recipe_takes_shards_that_are_there_already(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards/00000.tar", "w") as tar:
+        for name in ("1.jpg", "1.txt", "2.jpg", "2.txt"):
+            (tmp_path / name).write_bytes(make_picture(0) if name.endswith("jpg") else b"a text")
+            tar.add(tmp_path / name, name)
+    out = tmp_path / "mine.toml"
+    assert write_recipe(str(tmp_path / "shards"), str(out), gpu=False).startswith("2 pictures in shards (*.tar)")
+    assert load_recipe(out).pairs.source == "shards"

@@ -3,6 +3,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -277,3 +278,29 @@ def test_every_measure_is_on_the_page_and_in_the_terminal(recipe: Recipe, tmp_pa
         assert name in page
         assert all(value in page for value in values)
     assert "validation 0.0457" in page
+
+
+def test_report_names_what_is_odd_about_the_list_of_pairs(recipe: Recipe, tmp_path: Path) -> None:
+    workspace, steps = Workspace(str(tmp_path / "w")), make_plan(recipe, until="pairs")
+    output = artifact_of(workspace, steps[0])
+    counts = {"in": 1000, "ok": 900, "duplicate": 60, "malformed": 40}
+    metrics = {
+        "validation": 18,
+        "empty_captions": 7,
+        "long_captions": 90,
+        "long_caption_share": 0.1,
+        "context_length": 77,
+    }
+    metrics |= {"captions_measured": 900, "malformed_rows": ["list.csv:3: <b>3 cells, not 2</b>"]}
+    output.commit(replace(manifest_of(steps[0], output, counts), metrics=metrics))
+    write_report(workspace, steps, recipe, tmp_path / "report.html", "r.toml")
+    page = (tmp_path / "report.html").read_text()
+    for words in (
+        "900 <small>of 1,000 rows, 18 for validation",
+        "60 repeated",
+        "40 could not be read",
+        "7 empty captions",
+        "90 captions (10.0 %) longer than 77 tokens",
+        "list.csv:3: &lt;b&gt;3 cells",
+    ):
+        assert words in page, words
