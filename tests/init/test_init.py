@@ -213,7 +213,7 @@ def test_write_recipe_reads_the_first_rows_of_a_long_list_and_estimates_the_othe
     monkeypatch.setattr("pipeline.data.lists._SAMPLE_BYTES", 2000)
     summary = write_recipe(str(_list(tmp_path, 3000)), str(tmp_path / "mine.toml"), gpu=False)
     count = int(summary.removeprefix("about ").split()[0])
-    assert count == pytest.approx(3000, rel=0.1)
+    assert count == pytest.approx(3000, rel=0.2)
 
 
 def test_write_recipe_takes_shards_that_are_there_already(tmp_path: Path) -> None:
