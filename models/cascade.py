@@ -113,6 +113,28 @@ class Cascade:
         last = max((number for number, stage in enumerate(self.stages) if stage.makes == value), default=-1)
         return self.stages[last + 1 :]
 
+    def stages_of(self, request: SampleRequest) -> tuple[Stage, ...]:
+        """The stages that a request passes: up to the first whose pictures have the requested side.
+
+        Raises:
+            ValueError: If the cascade's pictures are smaller.
+        """
+        for number, stage in enumerate(self.stages, 1):
+            if request.side_px and (stage.side_px or 0) >= request.side_px:
+                return self.stages[:number]
+        if request.side_px:
+            raise ValueError(f"side_px = {request.side_px}: this cascade ends at {max(self.sides_px.values())} px")
+        return self.stages
+
+    def batch_of(self, request: SampleRequest, seeds: Sequence[int] | None = None) -> Batch:
+        """The items of a request before the first stage; ``seeds`` are some of its own (all of them if None)."""
+        seeds = request.seeds if seeds is None else tuple(seeds)
+        text = self.clip.encode_text([request.prompt])
+        negative = self.clip.encode_text([request.negative_prompt]) if request.negative_prompt else None
+        first = torch.zeros(len(seeds), dtype=torch.long, device=text.pooled.device)
+        repeated = None if negative is None else negative[first]
+        return Batch(text[first], tuple(seeds), request=request, negative=repeated)
+
     @property
     def settings(self) -> dict[str, Any]:
         """How each stage is sampled, for the records."""
@@ -128,7 +150,7 @@ class Cascade:
         unknown = {*request.guidance_scale, *request.num_steps} - {stage.name for stage in self.stages}
         if unknown:
             raise ValueError(f"no stage {', '.join(sorted(unknown))}; this cascade has {', '.join(self.settings)}")
-        for stage in self.stages:
+        for stage in self.stages_of(request):
             stage.check(request)
 
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], watch: Watch | None = None) -> CascadeResult:
@@ -153,8 +175,7 @@ class Cascade:
             ValueError: If the request cannot be met; see ``check``.
         """
         self.check(request)
-        text = self.clip.encode_text([request.prompt] * len(request.seeds))
-        return self.run(Batch(text, request.seeds, request=request), watch=watch)
+        return self.run(self.batch_of(request), self.stages_of(request), watch=watch)
 
     def run(self, batch: Batch, stages: Sequence[Stage] | None = None, watch: Watch | None = None) -> CascadeResult:
         """Run a batch through ``stages`` (all of them if None), each to its end."""

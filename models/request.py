@@ -21,6 +21,11 @@ class SampleRequest:
     """Classifier-free guidance, by stage; 1 is none."""
     num_steps: Mapping[str, int] = field(default_factory=dict[str, int])
     """Sampler steps, by stage; evenly spaced, even if the stage's own ``respacing`` has sections."""
+    negative_prompt: str = ""
+    """What the pictures should not show: guidance leads away from this caption instead of the empty one. Stages without
+    guidance do not read it."""
+    side_px: int = 0
+    """The cascade ends at its first stage whose pictures have at least this side, in pixels; 0: at its last stage."""
 
     def __post_init__(self) -> None:
         """Raise ValueError if there is nothing to sample."""

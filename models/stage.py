@@ -46,13 +46,16 @@ class Batch:
     """Tensors by name, each with B rows: the results of earlier stages, and the inputs of an edit."""
     request: SampleRequest | None = None
     """Changes to the stages' settings for these items."""
+    negative: TextEncoding | None = None
+    """B captions that guidance leads away from; None: the empty caption."""
 
     def __len__(self) -> int:
         return len(self.seeds)
 
     def __getitem__(self, part: slice) -> Batch:
         values = {name: value[part] for name, value in self.values.items()}
-        return replace(self, text=self.text[part], seeds=self.seeds[part], values=values)
+        negative = None if self.negative is None else self.negative[part]
+        return replace(self, text=self.text[part], seeds=self.seeds[part], values=values, negative=negative)
 
     def with_values(self, **values: Tensor) -> Batch:
         """The same items; ``values`` are added, or replace those of the same name."""

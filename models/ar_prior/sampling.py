@@ -71,7 +71,13 @@ class TokenState:
         return TokenState(*take_rows((self.cache, self.dot), sequences), *take_rows(of_chains, chains))
 
 
-def initial_tokens(prior: ArPrior, text: TextEncoding, noise: NoiseSource, config: TokenSamplerConfig) -> TokenState:
+def initial_tokens(
+    prior: ArPrior,
+    text: TextEncoding,
+    noise: NoiseSource,
+    config: TokenSamplerConfig,
+    negative: TextEncoding | None = None,
+) -> TokenState:
     """Chains before their first component: the captions are read, and the dot products sampled.
 
     Args:
@@ -79,6 +85,7 @@ def initial_tokens(prior: ArPrior, text: TextEncoding, noise: NoiseSource, confi
         text: B captions.
         noise: B sources; each gives one number for the dot product and one for each component.
         config: How to sample; the same for all steps of a chain.
+        negative: B captions that guidance leads away from; None: the empty caption.
     """
     device, size, num_dots = text.pooled.device, len(text), prior.config.num_dot_buckets
     uniform = noise.uniform(1 + prior.num_components, device=device)
@@ -86,7 +93,7 @@ def initial_tokens(prior: ArPrior, text: TextEncoding, noise: NoiseSource, confi
     lowest = config.min_dot_quantile
     dot = ((lowest + (1 - lowest) * uniform[:, 0]) * num_dots).long().clamp(max=num_dots - 1)
     if config.guidance_scale != 1:
-        both = concat_rows([prior.null_text.encoding(size), text])
+        both = concat_rows([prior.null_text.encoding(size) if negative is None else negative, text])
         pairs = torch.arange(2 * size, device=device).view(2, size).T.flatten()
         text, dot = both[pairs], torch.stack([torch.full_like(dot, num_dots), dot], dim=1).flatten()
     with torch.no_grad():

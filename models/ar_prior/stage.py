@@ -43,7 +43,9 @@ class ArPriorStage(CandidateStage):
     def enter(self, batch: Batch, noise: NoiseSource | None = None) -> Chain:
         """See ``Stage``; a step is a component."""
         noise = self.noise(batch.seeds) if noise is None else noise
-        state = initial_tokens(self.network, self.repeat_captions(batch), noise, self._sampler(batch.request))
+        sampler = self._sampler(batch.request)
+        text, negative = self.repeat(batch.text), self.repeat_negative(batch)
+        state = initial_tokens(self.network, text, noise, sampler, negative)
         return Chain(batch, state, tuple(range(self.network.num_components)))
 
     def join(self, chains: Sequence[Chain]) -> JoinedChains:

@@ -65,12 +65,20 @@ class DecoderStage(DiffusionStage):
         x, side_px = batch.values.get(X_T), self.network.config.image_px
         if x is None:
             x = noise.normal((NUM_COLOURS, side_px, side_px), device=batch.text.pooled.device)
-        return x, self.encode(batch.text, batch.values, guided=guided)
+        return x, self.encode(batch.text, batch.values, guided=guided, negative=batch.negative)
 
-    def encode(self, text: TextEncoding, values: Mapping[str, Tensor], *, guided: bool) -> DecoderCondition:
-        """Captions and values as the decoder reads them; if guided, after as many rows without caption and ``z_image``.
+    def encode(
+        self,
+        text: TextEncoding,
+        values: Mapping[str, Tensor],
+        *,
+        guided: bool,
+        negative: TextEncoding | None = None,
+    ) -> DecoderCondition:
+        """Captions and values as the decoder reads them; if guided, after as many rows without ``z_image``.
 
-        Both halves read the known part of the pictures.
+        Those rows have the captions that guidance leads away from, by default empty ones. Both halves read the known
+        part of the pictures.
         """
         decoder, z_image, keep = self.network, values.get(Z_IMAGE), None
         if z_image is None:
@@ -78,7 +86,14 @@ class DecoderStage(DiffusionStage):
             keep = torch.zeros(len(text), dtype=torch.bool, device=text.pooled.device)
         planes = known_planes(*part) if decoder.config.inpainting and (part := self._known_part(values)) else None
         condition = decoder.encode_condition(z_image, text, keep_image=keep, planes=planes)
-        return concat_rows([decoder.null_condition(len(text), planes), condition]) if guided else condition
+        if not guided:
+            return condition
+        uncond = decoder.null_condition(len(text), planes)
+        if negative is not None:
+            none = torch.zeros(len(negative), dtype=torch.bool, device=negative.pooled.device)
+            zeros = torch.zeros(len(negative), decoder.dims.embed_dim, device=negative.pooled.device)
+            uncond = decoder.encode_condition(zeros, negative, keep_image=none, planes=planes)
+        return concat_rows([uncond, condition])
 
     def denoiser(self, condition: DecoderCondition, scales: Sequence[float]) -> Denoise:
         """See ``DiffusionStage``; it may also follow the noise-aware CLIP towards the captions."""

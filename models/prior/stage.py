@@ -57,9 +57,13 @@ class CandidateStage:
             noise = noise + NoiseSource.from_seeds(seeds, f"prior-{candidate}")
         return noise
 
-    def repeat_captions(self, batch: Batch) -> TextEncoding:
+    def repeat(self, captions: TextEncoding) -> TextEncoding:
         """The captions of the first candidates, then of the second, and so on; R rows."""
-        return concat_rows([batch.text] * self.num_candidates)
+        return concat_rows([captions] * self.num_candidates)
+
+    def repeat_negative(self, batch: Batch) -> TextEncoding | None:
+        """The captions that guidance leads away from, R rows; None: the empty caption."""
+        return None if batch.negative is None else self.repeat(batch.negative)
 
     def keep_nearest(self, candidates: Float[Tensor, "R D"], text: TextEncoding) -> Float[Tensor, "B D"]:
         """The candidate of each caption that has the largest dot product with z_text."""
@@ -79,14 +83,14 @@ class PriorStage(CandidateStage, DiffusionStage):
 
     def begin(self, batch: Batch, noise: NoiseSource, *, guided: bool) -> tuple[Tensor, PriorCondition]:
         """See ``DiffusionStage``."""
-        text = self.repeat_captions(batch)
+        text = self.repeat(batch.text)
         x = noise.normal((self.network.dims.embed_dim,), device=text.pooled.device)
-        return x, self.encode(text, guided=guided)
+        return x, self.encode(text, guided=guided, negative=self.repeat_negative(batch))
 
-    def encode(self, text: TextEncoding, *, guided: bool) -> PriorCondition:
-        """Captions as the prior reads them; if guided, after as many empty captions."""
+    def encode(self, text: TextEncoding, *, guided: bool, negative: TextEncoding | None = None) -> PriorCondition:
+        """Captions as the prior reads them; if guided, after as many that guidance leads away from (default: empty)."""
         if guided:
-            text = concat_rows([self.network.null_text.encoding(len(text)), text])
+            text = concat_rows([self.network.null_text.encoding(len(text)) if negative is None else negative, text])
         return self.network.encode_condition(text, cache=True)
 
     def finish(self, batch: Batch, x: Tensor) -> Float[Tensor, "B D"]:

@@ -429,7 +429,7 @@ class ServeConfig:
     max_batch_size: PositiveInt = 16
     """Pictures in one forward pass."""
     max_queued_requests: PositiveInt = 64
-    """Requests waiting before new ones get 503."""
+    """Requests waiting before new ones get 429."""
     api_key: str = ""
     """When set, requests must carry it: Authorization: Bearer KEY."""
 

@@ -28,7 +28,7 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.sections import ServeConfig
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.runtime.run import connect
-from pipeline.serve.protocols import Images, Overloaded, SampledPictures, Vectors
+from pipeline.serve.protocols import Images, NotServing, Overloaded, SampledPictures, Vectors
 from pipeline.workspace.store import Artifact
 
 APPLICATION = "unclip"
@@ -60,9 +60,9 @@ class ModelReplica:
             max_waiting=config.max_queued_requests,
         )
 
-    async def sample(self, request: SampleRequest) -> SampledPictures:
+    async def sample(self, request: SampleRequest, client: str = "") -> SampledPictures:
         """See ``PictureModel``."""
-        return await self._engine.sample(request)
+        return await self._engine.sample(request, client)
 
     async def embed_text(self, text: str) -> Vectors:
         """See ``PictureModel``."""
@@ -96,9 +96,9 @@ class RemoteModel:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
 
-    async def sample(self, request: SampleRequest) -> SampledPictures:
+    async def sample(self, request: SampleRequest, client: str = "") -> SampledPictures:
         """See ``PictureModel``."""
-        return await self._call("sample", request)
+        return await self._call("sample", request, client)
 
     async def embed_text(self, text: str) -> Vectors:
         """See ``PictureModel``."""
@@ -112,7 +112,7 @@ class RemoteModel:
         """See ``PictureModel``; of one replica if there are several."""
         try:
             return await self._call("stats")
-        except Overloaded:
+        except NotServing:
             return {}
 
     async def _call(self, method: str, *arguments: Any) -> Any:
@@ -123,11 +123,11 @@ class RemoteModel:
             response.cancel()
             raise
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, Overloaded):
+            if isinstance(error.cause, Overloaded | NotServing | ValueError):
                 raise error.cause from None
             raise
         except _UNAVAILABLE as error:
-            raise Overloaded(f"no replica is ready ({type(error).__name__})") from None
+            raise NotServing(f"no replica is ready ({type(error).__name__})") from None
 
 
 class Front:

@@ -21,7 +21,15 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from pipeline.serve.images import GenerationRequest, generate
 from pipeline.serve.knn import MAX_NUMBERS, KnnRequest, MetadataRequest, find, metadata
 from pipeline.serve.protocols import Neighbours, PictureModel
-from pipeline.serve.web import ApiError, install_error_handlers, parse, read_json, require_key, while_connected
+from pipeline.serve.web import (
+    ApiError,
+    client_of,
+    install_error_handlers,
+    parse,
+    read_json,
+    require_key,
+    while_connected,
+)
 
 TEXT_BODY_LIMIT_BYTES = 1 << 20
 PICTURE_BODY_LIMIT_BYTES = 24 << 20
@@ -101,7 +109,7 @@ def _openai(model: PictureModel, settings: ApiSettings) -> APIRouter:
     @router.post("/images/generations")
     async def generations(request: Request) -> JSONResponse:
         body = parse(GenerationRequest, await read_json(request, TEXT_BODY_LIMIT_BYTES))
-        work = generate(model, body, name=settings.name, image_px=settings.image_px)
+        work = generate(model, body, name=settings.name, image_px=settings.image_px, client=client_of(request))
         return JSONResponse(await while_connected(request, work))
 
     return router

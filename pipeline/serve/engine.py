@@ -1,15 +1,15 @@
 """The engine samples the pictures of many requests together, each at its own step.
 
-One thread runs the networks. Between two steps it admits waiting pictures, drops those of cancelled requests, and
-takes the stages in turn, so that a late request neither waits for the others nor delays them.
+One thread runs the networks. Between two steps it drops the pictures of cancelled requests, admits waiting ones in fair
+shares (pipeline/serve/fair_queue.py), and chooses the stage that takes a step next (``_choose``).
 A picture is a batch of one item: it equals the picture that ``Cascade.sample_request`` samples alone.
 """
 
 import asyncio
 import logging
 import threading
-from collections import deque
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -20,11 +20,17 @@ import torch
 from models.cascade import Cascade
 from models.pixels import to_uint8
 from models.request import SampleRequest
-from models.stage import PIXELS, Z_IMAGE, Batch, Chain, JoinedChains
+from models.stage import PIXELS, Z_IMAGE, Batch, Chain, JoinedChains, Stage
 from pipeline.clip import FrozenClip
-from pipeline.serve.protocols import Images, Overloaded, SampledPictures, Vectors
+from pipeline.serve.fair_queue import FairQueue
+from pipeline.serve.protocols import Images, NotServing, Overloaded, SampledPictures, Vectors
 
 _log = logging.getLogger(__name__)
+
+_STEPS_TO_TRUST = 64
+"""Steps without a failure after which a stage is given twice as many pictures again."""
+_SMOOTHING = 0.1
+"""Weight of the newest measurement in a running mean."""
 
 
 @dataclass
@@ -39,6 +45,8 @@ class EngineStats:
     """Cancelled by their clients before they were finished."""
     failed: int = 0
     """Ended by an error of a network."""
+    halved: int = 0
+    """Steps that failed for several pictures together, which were then tried in halves."""
     pictures: int = 0
     """Finished."""
     steps: int = 0
@@ -56,9 +64,18 @@ class _Pending:
     """A request without an answer yet."""
 
     request: SampleRequest
+    stages: tuple[Stage, ...]
+    """The stages that its pictures pass."""
     future: Future[SampledPictures] = field(default_factory=Future[SampledPictures])
+    batch: Batch | None = None
+    """All of its items, with the captions encoded; None before the first is admitted."""
     pictures: list["_Picture"] = field(default_factory=list["_Picture"])
     """Its pictures in progress or finished, in the order of the seeds."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether all of its pictures are sampled."""
+        return len(self.pictures) == len(self.request.seeds) and all(picture.finished for picture in self.pictures)
 
 
 @dataclass(eq=False)
@@ -69,9 +86,32 @@ class _Picture:
     batch: Batch
     """One item."""
     stage: int = 0
-    """Number of its stage, which it may not have entered yet."""
+    """Number of its stage."""
     chain: Chain | None = None
-    """Its state in that stage; None before it enters."""
+    """Its state in that stage; None before its first step there."""
+    arrived_s: float = field(default_factory=time.monotonic)
+    """When it came to that stage."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has left its last stage."""
+        return self.stage == len(self.pending.stages)
+
+
+@dataclass
+class _StageLoad:
+    """What the engine has learned of one stage."""
+
+    limit: int
+    """Pictures that take a step together."""
+    joined: JoinedChains | None = None
+    """Those that took the last step."""
+    step_s: float = 0.0
+    """Running mean of the time of a step."""
+    good_steps: int = 0
+    """Steps since the last failure."""
+    steps: int = 0
+    """Steps of the last picture that left it."""
 
 
 class Engine:
@@ -85,15 +125,18 @@ class Engine:
 
     def __init__(self, cascade: Cascade, *, max_batch_size: int = 16, max_waiting: int = 64) -> None:
         self._cascade = cascade
-        self._joined: list[JoinedChains | None] = [None] * len(cascade.stages)
+        self._loads = [_StageLoad(max_batch_size) for _ in cascade.stages]
         self._max_batch_size = max_batch_size
         self._max_waiting = max_waiting
         self._stats = EngineStats()
-        self._waiting: deque[_Pending] = deque()
+        self._waiting: FairQueue[_Pending] = FairQueue()
         self._active: list[_Picture] = []
+        self._picture_s = 0.0
+        """Running mean of the time between two finished pictures, while there is work."""
+        self._since_s = 0.0
+        """When the last picture was finished, or the first one came after a pause."""
         self._changed = threading.Condition()
         self._closed = False
-        self._turn = 0
         self._thread = threading.Thread(target=self._run, name="unclip-engine", daemon=True)
         self._thread.start()
 
@@ -108,30 +151,35 @@ class Engine:
             self._stats.waiting, self._stats.active = len(self._waiting), len(self._active)
             return asdict(self._stats)
 
-    def submit(self, request: SampleRequest) -> Future[SampledPictures]:
+    def submit(self, request: SampleRequest, client: str = "") -> Future[SampledPictures]:
         """Request pictures; cancelling the future drops the request.
+
+        Args:
+            request: What to sample.
+            client: Who asks; clients get equal shares.
 
         Raises:
             ValueError: If the cascade cannot do what is requested.
-            Overloaded: If too many requests wait, or the engine is closed.
+            Overloaded: If too many requests wait.
+            NotServing: If the engine is closed.
         """
         self._cascade.check(request)
-        pending = _Pending(request)
+        pending = _Pending(request, self._cascade.stages_of(request))
         with self._changed:
             if self._closed:
-                raise Overloaded("the engine is shutting down")
+                raise NotServing("the engine is shutting down")
             num_waiting = sum(not waiting.future.cancelled() for waiting in self._waiting)
             if num_waiting >= self._max_waiting:
                 self._stats.refused += 1
-                raise Overloaded(f"{num_waiting} requests are waiting already")
+                raise Overloaded(f"{num_waiting} requests are waiting already", retry_after_s=self._wait_s())
             self._stats.requests += 1
-            self._waiting.append(pending)
+            self._waiting.add(pending, client)
             self._changed.notify()
         return pending.future
 
-    async def sample(self, request: SampleRequest) -> SampledPictures:
+    async def sample(self, request: SampleRequest, client: str = "") -> SampledPictures:
         """See ``PictureModel``; cancelling the task drops the request."""
-        return await asyncio.wrap_future(self.submit(request))
+        return await asyncio.wrap_future(self.submit(request, client))
 
     async def embed_text(self, text: str) -> Vectors:
         """See ``PictureModel``."""
@@ -150,7 +198,7 @@ class Engine:
         return cast("FrozenClip", self._cascade.clip)
 
     def close(self) -> None:
-        """Stop after the current step; unanswered requests fail with ``Overloaded``."""
+        """Stop after the current step; unanswered requests fail with ``NotServing``."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -159,99 +207,163 @@ class Engine:
         self._remove(unanswered)
         for pending in unanswered:
             if pending.future.set_running_or_notify_cancel():
-                pending.future.set_exception(Overloaded("the engine is shutting down"))
+                pending.future.set_exception(NotServing("the engine is shutting down"))
+
+    def _wait_s(self) -> float:
+        """Estimate of the time until one more request is admitted, in seconds; call with the lock held."""
+        num_waiting = sum(len(pending.request.seeds) - len(pending.pictures) for pending in self._waiting)
+        return self._picture_s * (num_waiting + len(self._active)) / max(1, len(self._waiting))
 
     def _run(self) -> None:
         with torch.inference_mode():
             while True:
                 with self._changed:
-                    while not (self._closed or self._waiting or self._active):
+                    while not (self._closed or len(self._waiting) or self._active):
                         self._changed.wait()
+                        self._since_s = time.monotonic()
                     if self._closed:
                         return
                     self._forget_cancelled()
                     entering = self._take_waiting()
-                if entering:
-                    self._guarded([pending for pending, _ in entering], partial(self._enter, entering))
+                for pending, count in entering:
+                    self._guarded([pending], partial(self._enter, pending, count))
                 pictures = self._choose()
                 if pictures:
-                    self._guarded([picture.pending for picture in pictures], partial(self._advance, pictures))
+                    self._advance(pictures)
 
-    def _take_waiting(self) -> list[tuple[_Pending, tuple[int, ...]]]:
-        """The next requests, each with the seeds for which there is room."""
-        room = self._max_batch_size - len(self._active)
-        entering: list[tuple[_Pending, tuple[int, ...]]] = []
-        while self._waiting and room > 0:
-            pending = self._waiting[0]
-            seeds = pending.request.seeds[len(pending.pictures) :]
-            entering.append((pending, seeds[:room]))
-            if len(seeds) <= room:
-                self._waiting.popleft()
-            room -= len(seeds[:room])
-        return entering
+    def _take_waiting(self) -> list[tuple[_Pending, int]]:
+        """The next requests, each with the number of pictures for which there is room; call with the lock held."""
+        counts: dict[_Pending, int] = {}
+        for _ in range(self._max_batch_size - len(self._active)):
+            if not len(self._waiting):
+                break
+            pending = self._waiting.next()
+            counts[pending] = counts.get(pending, 0) + 1
+            self._waiting.serve(pending, 1.0)
+            if len(pending.pictures) + counts[pending] == len(pending.request.seeds):
+                self._waiting.remove(pending)
+        return list(counts.items())
 
-    def _enter(self, entering: Sequence[tuple[_Pending, tuple[int, ...]]]) -> None:
-        prompts = list(dict.fromkeys(pending.request.prompt for pending, _ in entering))
-        text = self._clip.encode_text(prompts)
-        for pending, seeds in entering:
-            row = prompts.index(pending.request.prompt)
-            caption = text[row : row + 1]
-            pictures = [_Picture(pending, Batch(caption, (seed,), request=pending.request)) for seed in seeds]
-            with self._changed:
-                pending.pictures += pictures
-                self._active += pictures
+    def _enter(self, pending: _Pending, count: int) -> None:
+        """Admit the next ``count`` pictures of a request."""
+        if pending.batch is None:
+            pending.batch = self._cascade.batch_of(pending.request)
+        first = len(pending.pictures)
+        pictures = [_Picture(pending, pending.batch[row : row + 1]) for row in range(first, first + count)]
+        with self._changed:
+            pending.pictures += pictures
+            self._active += pictures
 
     def _choose(self) -> list[_Picture]:
-        """The pictures of the next stage that holds any."""
-        for offset in range(len(self._joined)):
-            number = (self._turn + offset) % len(self._joined)
-            pictures = [picture for picture in self._active if picture.stage == number]
-            if pictures:
-                self._turn = number + 1
-                return pictures
-        return []
+        """The pictures that take the next step together, all of one stage.
+
+        The earliest stage goes first, so that late pictures catch up with those ahead and share their steps. But nobody
+        waits without bound for others: a stage goes before that if it is full, or if one of its pictures has been in it
+        for twice the time that its own steps take; of several such stages, the last.
+        """
+        now = time.monotonic()
+        by_stage: dict[int, list[_Picture]] = {}
+        for picture in self._active:
+            by_stage.setdefault(picture.stage, []).append(picture)
+        if not by_stage:
+            return []
+        urgent = [number for number, pictures in by_stage.items() if self._is_urgent(number, pictures, now)]
+        number = max(urgent) if urgent else min(by_stage)
+        limit = self._loads[number].limit
+        pictures = by_stage[number]
+        if len(pictures) > limit:  # those that are nearest to their end
+            pictures = sorted(pictures, key=lambda picture: picture.chain.position if picture.chain else -1)[-limit:]
+        return pictures
+
+    def _is_urgent(self, number: int, pictures: Sequence[_Picture], now: float) -> bool:
+        load = self._loads[number]
+        if len(pictures) >= min(load.limit, self._max_batch_size):
+            return True
+        longest = max(now - picture.arrived_s for picture in pictures)
+        return longest >= 2 * load.steps * load.step_s
 
     def _advance(self, pictures: Sequence[_Picture]) -> None:
-        """Take pictures of one stage one step further; those that finish the stage leave it."""
+        """Take pictures of one stage one step further; if that fails, fewer of them are tried together."""
         number = pictures[0].stage
-        stage = self._cascade.stages[number]
+        load = self._loads[number]
+        try:
+            started = time.monotonic()
+            self._step(number, pictures)
+            taken_s = time.monotonic() - started
+            load.step_s += (taken_s - load.step_s) * (_SMOOTHING if load.step_s else 1.0)
+            load.good_steps += 1
+            if load.good_steps % _STEPS_TO_TRUST == 0:
+                load.limit = min(2 * load.limit, self._max_batch_size)
+        except Exception as error:  # noqa: BLE001  (any error of a network, often of memory; the server goes on)
+            load.joined, load.good_steps = None, 0
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if len(pictures) == 1:
+                _log.exception("sampling failed")
+                self._fail([pictures[0].pending], error)
+                return
+            load.limit = len(pictures) // 2
+            _log.warning("a step of %s failed for %d pictures: %s", self._name(number), len(pictures), error)
+            for picture in pictures:  # noise may have been drawn, so they begin the stage again
+                picture.chain = None
+            with self._changed:
+                self._stats.halved += 1
+
+    def _step(self, number: int, pictures: Sequence[_Picture]) -> None:
+        stage, load = self._cascade.stages[number], self._loads[number]
         chains: list[Chain] = []
         for picture in pictures:
             picture.chain = picture.chain or stage.enter(picture.batch)
             chains.append(picture.chain)
-        joined = self._joined[number]
-        if joined is None or joined.chains != chains:  # what no step changes is joined once for the same pictures
-            joined = self._joined[number] = stage.join(chains)
-        joined.advance()
-        for picture, chain in zip(pictures, chains, strict=True):
-            if chain.finished:
-                picture.batch = picture.batch.with_values(**{stage.makes: stage.leave(chain)})
-                picture.chain, picture.stage, self._joined[number] = None, number + 1, None
-        finished = {picture for picture in pictures if picture.stage == len(self._joined)}
+        if (
+            load.joined is None or load.joined.chains != chains
+        ):  # what no step changes is joined once for the same pictures
+            load.joined = stage.join(chains)
+        load.joined.advance()
+        left = [picture for picture, chain in zip(pictures, chains, strict=True) if chain.finished]
+        for picture in left:
+            assert picture.chain is not None
+            load.steps, load.joined = len(picture.chain.timesteps), None
+            picture.batch = picture.batch.with_values(**{stage.makes: stage.leave(picture.chain)})
+            picture.chain, picture.stage, picture.arrived_s = None, number + 1, time.monotonic()
+        finished = {picture for picture in left if picture.finished}
         with self._changed:
             self._stats.steps += 1
             self._stats.rows += len(pictures)
             self._stats.pictures += len(finished)
             self._active = [picture for picture in self._active if picture not in finished]
+            self._note_finished(len(finished))
         for pending in {picture.pending for picture in finished}:
-            if len(pending.pictures) == len(pending.request.seeds) and all(
-                picture.stage == len(self._joined) for picture in pending.pictures
-            ):
+            if pending.finished:
                 _answer(pending)
+
+    def _note_finished(self, count: int) -> None:
+        """Update the mean time of a picture."""
+        if count:
+            now = time.monotonic()
+            taken_s = (now - self._since_s) / count
+            self._picture_s += (taken_s - self._picture_s) * (_SMOOTHING if self._picture_s else 1.0)
+            self._since_s = now
+
+    def _name(self, number: int) -> str:
+        return self._cascade.stages[number].name
 
     def _guarded(self, requests: Sequence[_Pending], act: Callable[[], None]) -> None:
         """Run a part of the loop; an error fails its requests, and the loop continues."""
         try:
             act()
-        except Exception as error:  # noqa: BLE001  (any error of a network, often of memory, fails the request, not the server)
+        except Exception as error:  # noqa: BLE001  (it fails the request, not the server)
             _log.exception("sampling failed")
-            failed = set(requests)
-            for pending in failed:
-                if pending.future.set_running_or_notify_cancel():
-                    pending.future.set_exception(error)
-            with self._changed:
-                self._stats.failed += len(failed)
-                self._remove(failed)
+            self._fail(requests, error)
+
+    def _fail(self, requests: Iterable[_Pending], error: Exception) -> None:
+        failed = set(requests)
+        for pending in failed:
+            if pending.future.set_running_or_notify_cancel():
+                pending.future.set_exception(error)
+        with self._changed:
+            self._stats.failed += len(failed)
+            self._remove(failed)
 
     def _forget_cancelled(self) -> None:
         """Drop cancelled requests; call with the lock held."""
@@ -264,9 +376,11 @@ class Engine:
 
     def _remove(self, requests: set[_Pending]) -> None:
         if requests:
-            self._waiting = deque(pending for pending in self._waiting if pending not in requests)
+            for pending in requests:
+                self._waiting.remove(pending)
             self._active = [picture for picture in self._active if picture.pending not in requests]
-            self._joined = [None] * len(self._joined)
+            for load in self._loads:
+                load.joined = None
 
 
 def _answer(pending: _Pending) -> None:

@@ -1,4 +1,8 @@
-"""``POST /v1/images/generations`` of OpenAI's Images API, with an additional field ``seed``."""
+"""``POST /v1/images/generations`` of OpenAI's Images API, with additional fields.
+
+``seed``, and by the names that other servers of diffusion models use: ``negative_prompt``, ``guidance_scale`` and
+``num_inference_steps`` of the decoder, ``prior_guidance_scale`` of the prior.
+"""
 
 import asyncio
 import base64
@@ -19,6 +23,8 @@ from pipeline.serve.web import ApiError
 MAX_IMAGES = 10
 MAX_PROMPT_CHARS = 4000
 MIN_SIDE_PX = 8
+MAX_GUIDANCE = 100.0
+MAX_STEPS = 1000
 _MAX_SEED = 2**63 - 1 - MAX_IMAGES
 
 
@@ -34,6 +40,10 @@ class GenerationRequest(BaseModel):
     response_format: Literal["b64_json", "url"] | None = None
     user: str | None = None
     seed: int | None = Field(default=None, ge=0, le=_MAX_SEED)
+    negative_prompt: str | None = Field(default=None, max_length=MAX_PROMPT_CHARS)
+    guidance_scale: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)
+    prior_guidance_scale: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)
+    num_inference_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     # Other OpenAI fields: only the values that we support are accepted.
     quality: Literal["auto", "standard"] | None = None
     background: Literal["auto", "opaque"] | None = None
@@ -71,7 +81,9 @@ def side_of(size: str | None, image_px: int) -> int:
     return width
 
 
-async def generate(model: PictureModel, body: GenerationRequest, *, name: str, image_px: int) -> dict[str, Any]:
+async def generate(
+    model: PictureModel, body: GenerationRequest, *, name: str, image_px: int, client: str = ""
+) -> dict[str, Any]:
     """Answer a request.
 
     Args:
@@ -79,16 +91,22 @@ async def generate(model: PictureModel, body: GenerationRequest, *, name: str, i
         body: The checked body.
         name: Name of the only model.
         image_px: Side of the cascade's pictures, in pixels.
+        client: Who asks; clients get equal shares.
 
     Raises:
-        ApiError: 404 for another model, 400 for an impossible size.
+        ApiError: 404 for another model, 400 for what the networks cannot do.
         Overloaded: If too many requests wait.
+        NotServing: If no networks are there.
     """
     if body.model not in {None, name}:
         message = f"model {body.model!r} does not exist; this server has {name!r}"
         raise ApiError(404, message, param="model", code="model_not_found")
-    side_px, request = side_of(body.size, image_px), sample_request(body)
-    sampled = await model.sample(request)
+    side_px = side_of(body.size, image_px)
+    request = sample_request(body, side_px)
+    try:
+        sampled = await model.sample(request, client)
+    except ValueError as error:
+        raise ApiError(400, str(error), code="invalid_value") from None
     files = await asyncio.to_thread(lambda: [to_png_of_side(image, side_px) for image in sampled.images])
     data: list[dict[str, Any]] = []
     for file, seed in zip(files, request.seeds, strict=True):
@@ -100,10 +118,23 @@ async def generate(model: PictureModel, body: GenerationRequest, *, name: str, i
     return {"created": int(time.time()), "data": data}
 
 
-def sample_request(body: GenerationRequest) -> SampleRequest:
-    """The request to the cascade; without a seed in the body, the first seed is random."""
+def sample_request(body: GenerationRequest, side_px: int = 0) -> SampleRequest:
+    """The request to the cascade; without a seed in the body, the first seed is random.
+
+    Args:
+        body: The checked body.
+        side_px: Side of the pictures; the cascade ends at the first stage that reaches it.
+    """
     first = secrets.randbelow(2**31) if body.seed is None else body.seed
-    return SampleRequest(body.prompt, tuple(range(first, first + (body.n or 1))))
+    scales = {"decoder": body.guidance_scale, "prior": body.prior_guidance_scale}
+    return SampleRequest(
+        body.prompt,
+        tuple(range(first, first + (body.n or 1))),
+        guidance_scale={stage: scale for stage, scale in scales.items() if scale is not None},
+        num_steps={} if body.num_inference_steps is None else {"decoder": body.num_inference_steps},
+        negative_prompt=body.negative_prompt or "",
+        side_px=side_px,
+    )
 
 
 def to_png_of_side(image: Images, side_px: int) -> bytes:

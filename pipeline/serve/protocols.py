@@ -16,8 +16,25 @@ Images = NDArray[np.uint8]
 Vectors = NDArray[np.float32]
 
 
+class NotServing(Exception):
+    """No networks are there to answer: they start, end, or have died."""
+
+
 class Overloaded(Exception):
-    """Too many requests wait; try again later."""
+    """Too many requests wait; try again later.
+
+    Args:
+        reason: What is full, for people.
+        retry_after_s: Estimate of when there is room again, in seconds; 0: not known.
+    """
+
+    def __init__(self, reason: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(reason, retry_after_s)  # both, because Ray rebuilds an error from these arguments
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 @dataclass(frozen=True)
@@ -33,12 +50,17 @@ class SampledPictures:
 class PictureModel(Protocol):
     """The networks: an ``engine.Engine``, or those of other processes."""
 
-    async def sample(self, request: SampleRequest) -> SampledPictures:
+    async def sample(self, request: SampleRequest, client: str = "") -> SampledPictures:
         """The pictures of a request, one for each seed; cancelling drops the request.
+
+        Args:
+            request: What to sample.
+            client: Who asks; clients get equal shares.
 
         Raises:
             ValueError: If the networks cannot do what is requested.
             Overloaded: If too many requests wait.
+            NotServing: If there is no engine.
         """
         ...
 

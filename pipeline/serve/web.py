@@ -1,8 +1,10 @@
 """Parts that all routes share: errors in OpenAI's form, the API key, body limits and clients that disconnect."""
 
 import asyncio
+import hashlib
 import hmac
 import json
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
 
@@ -11,13 +13,14 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
-from pipeline.serve.protocols import Overloaded
+from pipeline.serve.protocols import NotServing, Overloaded
 
 Json = dict[str, Any]
 T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
 
 _RETRY_AFTER_S = 2
+"""Where nothing better is known."""
 _CLIENT_CLOSED_STATUS = 499
 _DISCONNECT_POLL_S = 0.2
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "overloaded_error", 500: "server_error"}
@@ -31,19 +34,29 @@ class ApiError(Exception):
         message: What is wrong and what to do.
         param: The wrong field.
         code: Short name for programs.
+        retry_after_s: For 429 and 503: when to come back, in seconds.
     """
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float = _RETRY_AFTER_S,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code
+        self.retry_after_s = retry_after_s
 
     def response(self) -> JSONResponse:
         """The error as an HTTP response."""
         kind = _TYPES.get(self.status, "invalid_request_error")
         error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
-        headers = {"Retry-After": str(_RETRY_AFTER_S)} if self.status in {429, 503} else {}
+        headers = {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))} if self.status in {429, 503} else {}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse({"error": error}, self.status, headers)
@@ -62,7 +75,11 @@ def install_error_handlers(app: FastAPI) -> None:
         return ApiError(status, message, code="unknown_url" if status == 404 else None).response()
 
     async def on_overload(_: Request, error: Exception) -> JSONResponse:
-        return ApiError(503, f"{error}; try again shortly", code="overloaded").response()
+        wait_s = cast("Overloaded", error).retry_after_s or _RETRY_AFTER_S
+        return ApiError(429, f"{error}; try again later", code="overloaded", retry_after_s=wait_s).response()
+
+    async def on_absence(_: Request, error: Exception) -> JSONResponse:
+        return ApiError(503, f"{error}; try again shortly", code="not_ready").response()
 
     async def on_bug(_: Request, error: Exception) -> JSONResponse:
         return ApiError(500, f"{type(error).__name__}: see the server's log", code="internal_error").response()
@@ -70,6 +87,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(Overloaded, on_overload)
+    app.add_exception_handler(NotServing, on_absence)
     app.add_exception_handler(Exception, on_bug)
 
 
@@ -137,6 +155,14 @@ def parse(model: type[Model], body: Json) -> Model:
             raise ApiError(400, f"{param} is required", param=param, code="missing_parameter") from None
         message = first["msg"].removeprefix("Value error, ")
         raise ApiError(400, f"{param}: {message}", param=param, code="invalid_value") from None
+
+
+def client_of(request: Request) -> str:
+    """Who asks, for equal shares: a digest of the key, or the address if there is none."""
+    header = request.headers.get("authorization", "")
+    if header:
+        return hashlib.sha256(header.encode()).hexdigest()[:16]
+    return request.client.host if request.client else ""
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:

@@ -22,7 +22,7 @@ from models.prior.stage import PriorStage
 from models.request import SampleRequest
 from models.stage import Z_IMAGE, Batch, Chain
 from pipeline.serve.engine import Engine
-from pipeline.serve.protocols import Overloaded
+from pipeline.serve.protocols import NotServing, Overloaded
 from tests.models.tiny_models import CONVOLUTION, randomise
 
 PROMPTS = ["a red circle", "a large blue square above a small green star", "two", "a red circle"]
@@ -91,7 +91,7 @@ def test_joined_chains_are_guided_by_clip_as_the_cascade_is(cascade: Cascade) ->
 
 def check_staggered(cascade: Cascade, requests: Sequence[SampleRequest] = REQUESTS) -> None:
     """Let a picture in at every third step, so that all stand at different steps; each is that of its request alone."""
-    entering = [Batch(cascade.clip.encode_text([one.prompt]), one.seeds, request=one) for one in requests]
+    entering = [cascade.batch_of(one) for one in requests]
     sampled: list[Batch] = []
     chains: list[list[Chain]] = [[] for _ in cascade.stages]
     turn = 0
@@ -304,13 +304,128 @@ def test_engine_outlives_a_network_that_fails(cascade: Cascade, make_engine: Cal
     assert engine.counts()["failed"] == 1
 
 
+def test_a_step_that_fails_for_many_is_tried_in_halves_and_only_its_cause_fails(
+    cascade: Cascade, make_engine: Callable[..., Engine]
+) -> None:
+    """A step of the upsampler has memory for three pictures, and none at all for one of them."""
+    engine = make_engine(max_batch_size=8)
+    low_res = upsampler_condition(cascade, "poison")
+
+    def fail(_network: Any, arguments: tuple[Any, ...]) -> None:
+        condition = arguments[2]
+        if len(condition) > 3:
+            raise MemoryError("too many")
+        if any(torch.allclose(row, low_res, atol=1e-3) for row in condition):
+            raise MemoryError("this one")
+
+    hook = cascade.stages[2].network.register_forward_pre_hook(fail)
+    try:
+        futures = [engine.submit(SampleRequest("a", (seed,))) for seed in range(7)]
+        failing = engine.submit(SampleRequest("poison", (0,)))
+        with pytest.raises(MemoryError, match="this one"):
+            failing.result(60)
+        pictures = [future.result(60).images for future in futures]
+    finally:
+        hook.remove()
+    for seed, picture in enumerate(pictures):
+        assert almost_equal(picture, cascade.sample(["a"], [seed]).images.numpy())
+    counts = engine.counts()
+    assert counts["failed"] == 1
+    assert counts["halved"] >= 2
+
+
+def upsampler_condition(cascade: Cascade, prompt: str) -> torch.Tensor:
+    """What the upsampler's network reads of the picture of a prompt and seed 0."""
+    conditions: list[torch.Tensor] = []
+    hook = cascade.stages[2].network.register_forward_pre_hook(lambda _, inputs: conditions.append(inputs[2][0]))
+    try:
+        cascade.sample([prompt], [0])
+    finally:
+        hook.remove()
+    return conditions[0]
+
+
+def test_late_pictures_catch_up_and_share_the_steps_of_those_ahead(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(max_batch_size=8)
+    engine.submit(SampleRequest("warm", (0,))).result(60)  # the engine learns how long the stages take
+    before = engine.counts()
+    futures = [engine.submit(SampleRequest("a", (0,)))]
+    for number in range(1, 6):
+        later = before["steps"] + number
+        wait_until(lambda later=later: engine.counts()["steps"] > later)
+        futures.append(engine.submit(SampleRequest("a", (number,))))
+    for future in futures:
+        future.result(60)
+    counts = engine.counts()
+    assert (counts["rows"] - before["rows"]) == 6 * (6 + 7 + 4)
+    assert (counts["rows"] - before["rows"]) / (counts["steps"] - before["steps"]) > 2
+
+
+def test_clients_and_requests_share_equally(make_engine: Callable[..., Engine]) -> None:
+    """One picture behind ten requests of ten is among the first that are admitted."""
+    engine = make_engine(max_batch_size=2)
+    futures = [engine.submit(SampleRequest("many", tuple(range(10))), client="one") for _ in range(4)]
+    late = engine.submit(SampleRequest("single", (0,)), client="another")
+    late.result(60)
+    assert engine.counts()["pictures"] <= 8
+    same = engine.submit(SampleRequest("single", (1,)), client="one")
+    before = engine.counts()["pictures"]
+    same.result(60)
+    assert engine.counts()["pictures"] - before <= 8
+    assert not any(future.done() for future in futures)
+
+
+def test_a_full_engine_says_when_to_come_back(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(max_batch_size=2, max_waiting=1)
+    engine.submit(SampleRequest("a", tuple(range(6)))).result(60)
+    futures = [engine.submit(SampleRequest("a", (0, 1)))]
+    wait_until(lambda: engine.counts()["active"] == 2)
+    futures.append(engine.submit(SampleRequest("a", (2, 3))))
+    with pytest.raises(Overloaded) as caught:
+        engine.submit(SampleRequest("a", (4,)))
+    assert 0 < caught.value.retry_after_s < 60
+    for future in futures:
+        future.result(60)
+
+
+def test_negative_prompts_lead_every_guided_stage_away(cascade: Cascade) -> None:
+    torch.manual_seed(1)
+    prior = ArPrior(ArPriorConfig(width=16, depth=2, num_heads=2, num_components=9, num_buckets=16), cascade.clip.dims)
+    randomise(prior)
+    for one in (cascade, cascade.with_stages(ArPriorStage.of(prior))):
+        scale = {"prior": 3.0, "decoder": 3.0}
+        requests = [
+            SampleRequest("two", (1,), guidance_scale=scale, negative_prompt=negative)
+            for negative in ("", "a red circle")
+        ]
+        plain, led = (one.sample_request(request) for request in requests)
+        assert (plain.z_image - led.z_image).abs().max() > 1e-3
+        assert (plain.pictures["decoder"].int() - led.pictures["decoder"].int()).abs().max() > 1
+        empty = one.sample_request(dataclasses.replace(requests[0], guidance_scale={"prior": 1.0, "decoder": 1.0}))
+        same = one.sample_request(dataclasses.replace(requests[1], guidance_scale={"prior": 1.0, "decoder": 1.0}))
+        assert torch.equal(empty.images, same.images)  # without guidance nothing leads away
+        check_staggered(one, requests)
+
+
+def test_a_smaller_side_ends_at_the_first_stage_that_reaches_it(
+    cascade: Cascade, make_engine: Callable[..., Engine]
+) -> None:
+    engine = make_engine()
+    small = engine.submit(SampleRequest("a", (0,), side_px=8)).result(60).images
+    assert np.array_equal(small, cascade.sample(["a"], [0]).pictures["decoder"].numpy())
+    assert engine.counts()["rows"] == 6 + 7
+    assert engine.submit(SampleRequest("a", (0,), side_px=9)).result(60).images.shape == (1, 32, 32, 3)
+    with pytest.raises(ValueError, match="side_px = 33: this cascade ends at 32 px"):
+        engine.submit(SampleRequest("a", (0,), side_px=33))
+
+
 def test_engine_tells_those_who_wait_that_it_closes(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine(max_batch_size=1)
     futures = [engine.submit(SampleRequest("a", (seed,))) for seed in range(3)]
     engine.close()
     assert not engine.alive
-    assert any(isinstance(future.exception(5), Overloaded) for future in futures)
-    with pytest.raises(Overloaded, match="shutting down"):
+    assert any(isinstance(future.exception(5), NotServing) for future in futures)
+    with pytest.raises(NotServing, match="shutting down"):
         engine.submit(SampleRequest("b", (0,)))
 
 

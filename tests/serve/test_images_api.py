@@ -11,7 +11,10 @@ import numpy as np
 import openai
 import pytest
 
-from models.cascade import CascadeResult
+from models.cascade import Cascade, CascadeResult
+from models.decoder.stage import DecoderStage
+from models.request import SampleRequest
+from models.stage import DiffusionStage
 from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.steps import CASCADE_STEPS
@@ -54,6 +57,35 @@ def test_openai_client_gets_the_pictures_that_the_cascade_samples(server: Any, c
     assert [image.model_extra for image in answer.data] == [{"seed": 5}, {"seed": 6}, {"seed": 7}]
 
 
+def test_settings_of_a_request_are_those_of_its_pictures(server: Any, client: openai.OpenAI) -> None:
+    settings = {
+        "negative_prompt": "a blue star",
+        "guidance_scale": 4.0,
+        "prior_guidance_scale": 1.5,
+        "num_inference_steps": 3,
+    }
+    answer = client.images.generate(prompt=PROMPT, extra_body={"seed": 5, **settings}).data or []
+    request = SampleRequest(
+        PROMPT,
+        (5,),
+        guidance_scale={"decoder": 4.0, "prior": 1.5},
+        num_steps={"decoder": 3},
+        negative_prompt="a blue star",
+    )
+    picture = pixels(base64.b64decode(answer[0].b64_json or ""))
+    assert close_to(picture, server.cascade.sample_request(request).images.numpy()[0])
+    assert not close_to(picture, expected(server, PROMPT, [5]).images.numpy()[0])
+
+
+def test_what_the_networks_cannot_do_is_400(server: Any, serving: Any) -> None:
+    decoder = server.cascade.stage("decoder", DecoderStage)
+    engine = Engine(Cascade(server.cascade.clip, [decoder]))
+    side_px = decoder.network.config.image_px
+    with contextlib.closing(engine), serving(create_app(engine, None, ApiSettings("tiny", side_px))) as url:
+        answer = post_to(url, {"prompt": "a", "prior_guidance_scale": 2.0})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "no stage prior; this cascade has decoder")
+
+
 def test_defaults_are_one_picture_of_full_size_and_a_new_seed_each_time(client: openai.OpenAI) -> None:
     first, second = (client.images.generate(prompt=PROMPT).data or [] for _ in range(2))
     assert (len(first), len(second)) == (1, 1)
@@ -61,15 +93,24 @@ def test_defaults_are_one_picture_of_full_size_and_a_new_seed_each_time(client: 
     assert first[0].b64_json != second[0].b64_json
 
 
-def test_smaller_sizes_are_the_same_picture_made_smaller(server: Any, client: openai.OpenAI) -> None:
+def test_a_size_that_a_stage_makes_ends_there(server: Any, client: openai.OpenAI) -> None:
+    sides = server.cascade.sides_px
+    before = server.engine.counts()["rows"]
+    small = client.images.generate(prompt=PROMPT, size=f"{sides['decoder']}x{sides['decoder']}", extra_body={"seed": 3})
+    assert small.data is not None
+    reference = expected(server, PROMPT, [3]).pictures["decoder"].numpy()[0]
+    assert close_to(pixels(base64.b64decode(small.data[0].b64_json or "")), reference)
+    steps = [server.cascade.stage(name, DiffusionStage).sampler.num_steps for name in ("prior", "decoder")]
+    assert server.engine.counts()["rows"] == before + sum(steps)
+
+
+def test_a_size_that_no_stage_makes_is_the_next_larger_picture_made_smaller(client: openai.OpenAI) -> None:
     seed = {"seed": 3}
-    small = client.images.generate(prompt=PROMPT, size="16x16", extra_body=seed).data or []
+    small = client.images.generate(prompt=PROMPT, size="24x24", extra_body=seed).data or []
     large = client.images.generate(prompt=PROMPT, size="auto", extra_body=seed).data or []
-    picture = pixels(base64.b64decode(small[0].b64_json or ""))
-    assert picture.shape == (16, 16, 3)
-    whole = pixels(base64.b64decode(large[0].b64_json or "")).astype(float)
-    averaged = whole.reshape(16, 2, 16, 2, 3).mean((1, 3))
-    assert np.corrcoef(picture.ravel(), averaged.ravel())[0, 1] > 0.9
+    picture, whole = (pixels(base64.b64decode(answer[0].b64_json or "")) for answer in (small, large))
+    assert picture.shape == (24, 24, 3)
+    assert np.abs(picture.astype(int) - pixels(to_png_of_side(whole, 24))).mean() < 1
 
 
 def test_to_png_shrinks_with_antialiasing() -> None:
@@ -118,6 +159,9 @@ def test_models_are_listed_and_an_unknown_one_is_404(client: openai.OpenAI) -> N
         ({"prompt": "x", "stream": True}, "stream", "invalid_value"),
         ({"prompt": "x", "quality": "hd"}, "quality", "invalid_value"),
         ({"prompt": "x", "steps": 3}, "steps", "unknown_parameter"),
+        ({"prompt": "x", "guidance_scale": -1}, "guidance_scale", "invalid_value"),
+        ({"prompt": "x", "num_inference_steps": 0}, "num_inference_steps", "invalid_value"),
+        ({"prompt": "x", "negative_prompt": 3}, "negative_prompt", "invalid_value"),
         ([], None, "invalid_json"),
     ],
 )
@@ -181,12 +225,12 @@ def test_a_key_is_required_if_one_is_set(server: Any, serving: Any) -> None:
         assert httpx.post(f"{url}/knn-service", json={}).status_code == 401
 
 
-def test_overload_is_503_with_a_time_to_come_back(server: Any) -> None:
+def test_overload_is_429_with_a_time_to_come_back(server: Any) -> None:
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(lambda number: post(server, {"prompt": f"{number}", "n": 10}), range(12)))
-    refused = [answer for answer in answers if answer.status_code == 503]
+    refused = [answer for answer in answers if answer.status_code == 429]
     assert refused
-    assert all(answer.headers["Retry-After"] == "2" for answer in refused)
+    assert all(int(answer.headers["Retry-After"]) >= 1 for answer in refused)
     assert refused[0].json()["error"]["code"] == "overloaded"
     done = [answer for answer in answers if answer.status_code == 200]
     assert len(done) >= 3  # as many as may wait

@@ -39,7 +39,9 @@ class Stage:
 
 
 def test_a_new_field_reaches_the_stage_through_every_layer(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "sample_request", lambda body: TilingRequest(body.prompt, (body.seed,), tiling=True))
+    monkeypatch.setattr(
+        images, "sample_request", lambda body, _px: TilingRequest(body.prompt, (body.seed,), tiling=True)
+    )
     last = Stage(cascade.stages[-1])
     engine = Engine(Cascade(cascade.clip, [*cascade.stages[:-1], last]))
     try:
@@ -59,18 +61,19 @@ def test_replicas_and_their_proxy_pass_the_object_whole() -> None:
     class Handled:
         """Stands for the engine behind a replica, and for Ray's handle before it."""
 
-        async def sample(self, request: SampleRequest) -> SampledPictures:
+        async def sample(self, request: SampleRequest, client: str) -> SampledPictures:
+            assert client == "me"
             received.append(request)
             return SampledPictures(np.zeros((1, 2, 2, 3), np.uint8), None)
 
-        async def remote(self, request: SampleRequest) -> SampledPictures:
-            return await self.sample(request)
+        async def remote(self, request: SampleRequest, client: str) -> SampledPictures:
+            return await self.sample(request, client)
 
     replica = ModelReplica.__new__(ModelReplica)
     replica._engine = Handled()
-    asyncio.run(replica.sample(request))
+    asyncio.run(replica.sample(request, "me"))
     handle: Any = type("Handle", (), {"sample": Handled()})()
-    asyncio.run(RemoteModel(handle).sample(request))
+    asyncio.run(RemoteModel(handle).sample(request, "me"))
     assert received == [request, request]
     assert all(one is request for one in received)
     del replica._engine
@@ -79,6 +82,19 @@ def test_replicas_and_their_proxy_pass_the_object_whole() -> None:
 def test_body_becomes_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     body = GenerationRequest(prompt="a", n=3, seed=7)
     assert images.sample_request(body) == SampleRequest("a", (7, 8, 9))
-    assert {field.name for field in fields(SampleRequest)} == {"prompt", "seeds", "guidance_scale", "num_steps"}
+    full = GenerationRequest(
+        prompt="a", seed=7, negative_prompt="b", guidance_scale=2, prior_guidance_scale=3, num_inference_steps=4
+    )
+    assert images.sample_request(full, 64) == SampleRequest(
+        "a",
+        (7,),
+        guidance_scale={"decoder": 2.0, "prior": 3.0},
+        num_steps={"decoder": 4},
+        negative_prompt="b",
+        side_px=64,
+    )
+    assert {field.name for field in fields(SampleRequest)} == {
+        "prompt", "seeds", "guidance_scale", "num_steps", "negative_prompt", "side_px",
+    }  # fmt: skip
     monkeypatch.setattr(images.secrets, "randbelow", lambda _limit: 11)
     assert images.sample_request(GenerationRequest(prompt="a")) == SampleRequest("a", (11,))
