@@ -15,10 +15,14 @@ from benchmarks import side_by_side
 from benchmarks.memory import run as run_memory
 from benchmarks.sampler_steps import DecoderQuality
 from benchmarks.sampler_steps import run as run_sampler_steps
+from benchmarks.serving import run as run_serving
 from benchmarks.side_by_side import compare, publish
 from benchmarks.train_step import DECODER, PRIOR
 from benchmarks.train_step import run as run_train_step
 from models.diffusion.samplers import SAMPLERS
+from pipeline.networks.cascade import load_cascade
+from pipeline.recipe.plan import finished_artifacts
+from pipeline.recipe.steps import CASCADE_STEPS
 from tests.ports import free_port
 from tests.tiny.command import ROOT
 from tests.tiny.workspace import served_workspace
@@ -98,6 +102,15 @@ def test_sampler_steps_compares_every_sampler(tmp_path: Path) -> None:
     assert [row["sampler"] for row in rows] == ["ddpm", *SAMPLERS]
     assert all(0 < row["frechet_distance"] < math.inf for row in rows)
     assert rows[0]["of_reference"] == 1
+
+
+def test_serving_compares_crowds_with_the_bare_sampler(tmp_path: Path) -> None:
+    recipe = served_workspace(tmp_path, port=free_port())
+    cascade = load_cascade(finished_artifacts(recipe, CASCADE_STEPS))
+    rows = run_serving(cascade, clients=3, pictures=2, gap_s=0.01, rounds=1)
+    assert [row["begin"] for row in rows] == ["together", "0.01 s apart"]
+    assert all(1 <= row["rows_per_step"] <= 3 and row["of_bare_rate"] > 0 for row in rows)
+    assert all(row["largest_difference_levels"] < 16 for row in rows)
 
 
 def test_gpu_benchmark_counts_and_times_on_any_device(tmp_path: Path) -> None:
