@@ -15,13 +15,19 @@ from pipeline.workspace.store import Workspace
 
 
 def init(
-    source: Annotated[str, typer.Argument(metavar="LIST", help="List of URLs and captions, or a folder of pictures.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="LIST", help="List of URLs and captions, folder of pictures, or shards; here or in an object store."
+        ),
+    ],
     out: Annotated[str, typer.Option("--out", help="Recipe file to write.")] = "my.toml",
     url_column: Annotated[
         str, typer.Option("--url-column", help="Column of the URLs; default: searched by name.")
     ] = "",
     caption_column: Annotated[
-        str, typer.Option("--caption-column", help="Column of the captions; default: searched by name.")
+        str,
+        typer.Option("--caption-column", help="Column of the captions; default: searched by name; -: there is none."),
     ] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace the recipe file if it is there.")] = False,
     minutes: Annotated[

@@ -106,8 +106,8 @@ def repeated_positions(files: Sequence[tuple[Path, Sequence[Run]]], buckets: tup
     in_group = np.concatenate([[False], same]) | np.concatenate([same, [False]])
     candidates = entries[order[in_group]]
     candidates = candidates[np.lexsort((candidates["position"], candidates["low"], candidates["high"]))]
-    repeated = (candidates["high"][1:] == candidates["high"][:-1]) & (candidates["low"][1:] == candidates["low"][:-1])
-    return np.sort(candidates["position"][1:][repeated].astype(np.uint64))
+    repeats = (candidates["high"][1:] == candidates["high"][:-1]) & (candidates["low"][1:] == candidates["low"][:-1])
+    return np.sort(candidates["position"][1:][repeats].astype(np.uint64))
 
 
 def rows_of_piece(positions: Positions, piece: int) -> NDArray[np.int64]:

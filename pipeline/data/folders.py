@@ -76,13 +76,15 @@ def read_folder(folder: Path, caption_column: str, reading: Reading) -> Iterator
     rows: list[tuple[str, str, str]] = []
     for source in _SOURCES:
         reading.notes[f"captions_from_{source}"] = 0
-    for picture, listed in _captioned(folder, [], [one for _, one in annotations], caption_column, reading):
-        captions, source = listed, "metadata"
-        if not listed:
+    for picture, captions_of_picture in _captioned(
+        folder, [], [one for _, one in annotations], caption_column, reading
+    ):
+        captions, source = captions_of_picture, "metadata"
+        if not captions_of_picture:
             try:
                 caption, source = _caption_of(picture)
             except ValueError as error:
-                reading.malformed(1, str(error), str(picture))
+                reading.malformed(0, str(error), str(picture))
                 continue
             captions = [caption]
         reading.notes[f"captions_from_{source}"] += len(captions)
@@ -151,7 +153,7 @@ def _captioned(
     metadata = [(folder, _read_metadata(own, column, reading))] if own else []
     nearest_first = [*metadata, *above]
     for picture in pictures:
-        captions = next((found for place, one in nearest_first if (found := one.find(picture, place))), [])
+        captions = next((texts for place, one in nearest_first if (texts := one.find(picture, place))), [])
         yield picture, captions or [caption for one in annotations for caption in one.find(picture, folder)]
     for entry in folders:
         yield from _captioned(entry, nearest_first, annotations, column, reading)
@@ -181,19 +183,19 @@ def _read_metadata(file: Path, caption_column: str, reading: Reading) -> _Metada
     names = list_columns(str(file))
     name_column = find_column(names, "", NAME_COLUMNS, str(file))
     caption = find_column(names, caption_column, CAPTION_COLUMNS, str(file))
-    metadata, lost = _Metadata(), Reading()
-    for table in read_span(Span(str(file)), ListColumns(name_column, caption), lost):
+    metadata, own_reading = _Metadata(), Reading()
+    for table in read_span(Span(str(file)), ListColumns(name_column, caption), own_reading):
         for name, text in zip(table.column("url").to_pylist(), table.column("caption").to_pylist(), strict=True):
             if name:
                 metadata.add(name, text)
-    _take_over(reading, lost)
+    _take_over(reading, own_reading)
     return metadata
 
 
-def _take_over(reading: Reading, lost: Reading) -> None:
+def _take_over(reading: Reading, own_reading: Reading) -> None:
     """Count the malformed rows of a metadata file: they are no rows of the folder, whose rows are its pictures."""
-    reading.notes["malformed_metadata"] += lost.counts["malformed"]
-    for example in lost.examples:
+    reading.notes["malformed_metadata"] += own_reading.counts["malformed"]
+    for example in own_reading.examples:
         reading.name(example.line, example.reason, example.file)
 
 
@@ -203,25 +205,27 @@ def _annotation_files(folder: Path) -> list[Path]:
 
 
 def _read_annotations(file: Path, reading: Reading) -> _Metadata:
-    metadata, lost = _Metadata(by_name_alone=True), Reading()
-    lost.begin(str(file))
+    metadata, own_reading = _Metadata(by_name_alone=True), Reading()
+    own_reading.begin(str(file))
     with explain_damage(str(file)), open_text(str(file)) as stream:
         if file.suffix == ".json":
-            records = ((record.get("file_name"), record.get("caption")) for _, record in json_records(stream, lost))
+            records = (
+                (record.get("file_name"), record.get("caption")) for _, record in json_records(stream, own_reading)
+            )
         else:
-            records = _annotation_lines(file, lines_of(stream, lost), lost)
+            records = _annotation_lines(file, lines_of(stream, own_reading), own_reading)
         for name, caption in records:
             if isinstance(name, str) and isinstance(caption, str):
                 metadata.add(name, caption.strip())
-    _take_over(reading, lost)
+    _take_over(reading, own_reading)
     return metadata
 
 
-def _annotation_lines(file: Path, lines: Iterator[tuple[int, str]], lost: Reading) -> Iterator[tuple[str, str]]:
+def _annotation_lines(file: Path, lines: Iterator[tuple[int, str]], own_reading: Reading) -> Iterator[tuple[str, str]]:
     """Names and captions: ``image,caption``, ``image| number| caption`` or ``image#number<TAB>caption``."""
     delimiter = _TABLES.get(file.name, "\t")
     if delimiter == ",":
-        records = csv_records(lines, lost)
+        records = csv_records(lines, own_reading)
     else:
         records = ((number, line.strip().split(delimiter)) for number, line in lines if line.strip())
     for number, cells in records:
@@ -229,7 +233,7 @@ def _annotation_lines(file: Path, lines: Iterator[tuple[int, str]], lost: Readin
         if len(cells) > 1 and Path(name).suffix.lower() in PICTURE_SUFFIXES:
             yield name, cells[-1]
         elif number > 1:  # the first line may be a header
-            lost.malformed(number, "no name of a picture with a caption")
+            own_reading.malformed(number, "no name of a picture with a caption")
 
 
 def _caption_of(file: Path) -> tuple[str, str]:

@@ -32,11 +32,11 @@ class ListColumns:
         """
         url = find_column(names, self.url, URL_COLUMNS, where)
         caption = "" if self.caption == NO_CAPTIONS else find_column(names, self.caption, CAPTION_COLUMNS, where)
-        found = [url, caption, *(find_column(names, self._in_list(name), (), where) for name in self.extra)]
-        for name in found:
+        existing = [url, caption, *(find_column(names, self._in_list(name), (), where) for name in self.extra)]
+        for name in existing:
             if name and list(names).count(name) > 1:
                 raise DataError(f"{where}: has column {name} {list(names).count(name)} times; rename all but one")
-        return found
+        return existing
 
     @staticmethod
     def _in_list(name: str) -> str:

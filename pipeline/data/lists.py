@@ -270,8 +270,8 @@ def _delimited_tables(span: Span, stream: IO[bytes], columns: ListColumns, readi
     if first is None:
         return
     names, has_header = names_of(first[1])
-    found = columns.find(names, span.uri)
-    places = [names.index(name) if name else None for name in found]
+    columns_read = columns.find(names, span.uri)
+    places = [names.index(name) if name else None for name in columns_read]
     if not has_header and not span.start:
         records = itertools.chain([first], records)
 
@@ -324,24 +324,24 @@ def _table(names: list[str], rows: list[Values]) -> pa.Table:
 def _without_large(rows: list[Values], reading: Reading) -> list[Values]:
     if max(len(values[place] or "") for _, values in rows for place in (0, 1)) <= MAX_CELL:
         return rows
-    kept: list[Values] = []
+    good: list[Values] = []
     for number, values in rows:
         size = max(len(values[0] or ""), len(values[1] or ""))
         if size > MAX_CELL:
             reading.malformed(number, f"a URL or caption of {size} characters; the limit is {MAX_CELL}")
         else:
-            kept.append((number, values))
-    return kept
+            good.append((number, values))
+    return good
 
 
 def _without_surrogates(rows: list[Values], reading: Reading) -> list[Values]:
-    kept: list[Values] = []
+    good: list[Values] = []
     for number, values in rows:
         if all(value is None or not _SURROGATE.search(value) for value in values):
-            kept.append((number, values))
+            good.append((number, values))
         else:
             reading.malformed(number, "half of a surrogate pair, which is no character")
-    return kept
+    return good
 
 
 def _as_url(value: Any) -> str | None:

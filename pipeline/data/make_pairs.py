@@ -15,6 +15,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,7 +70,7 @@ class PairsMaker:
     def phases(self) -> Iterator[list[str]]:
         """The tasks of each phase, by the names of their records; ask for a phase when the one before is done."""
         yield [f"{READ}{name}" for name in self._names]
-        yield [f"{COMPARE}{first:03d}-{end:03d}" for first, end in self._groups()]
+        yield self._compared
         yield list(self._names)
 
     def make(self, name: str, on_rows: OnRows = lambda _done: None) -> ShardRecord:
@@ -111,9 +113,9 @@ class PairsMaker:
             raise DataError(f"pairs: {where}no usable row among {summary.counts['in']}: {dict(summary.counts)}")
         notes = [self._output.read_json(f"{LIVE}parts/{name}.json") for name in self._names]
         summary.metrics |= add_counts([dict(reading.notes) for reading in readings]) | add_counts(notes)
-        if measured := summary.metrics.get("captions_measured"):
+        if num_captions := summary.metrics.get("captions_measured"):
             summary.metrics["context_length"] = self._source.context_length
-            summary.metrics["long_caption_share"] = round(summary.metrics["long_captions"] / measured, 6)
+            summary.metrics["long_caption_share"] = round(summary.metrics["long_captions"] / num_captions, 6)
         if examples := name_examples(readings):
             summary.metrics["malformed_rows"] = examples
         schemas = [pq.read_schema(self._output.path(f"{name}.parquet")) for name in self._names]
@@ -148,35 +150,42 @@ class PairsMaker:
         if not self._source.config.max_pairs:
             return None
         records = self._output.shard_records() if number else {}
-        taken = sum(records[f"{READ}{name}"].counts.get("in", 0) for name in self._names[:number])
-        return max(0, self._source.config.max_pairs - taken)
+        rows_before = sum(records[f"{READ}{name}"].counts.get("in", 0) for name in self._names[:number])
+        return max(0, self._source.config.max_pairs - rows_before)
 
-    def _groups(self) -> list[tuple[int, int]]:
+    @cached_property
+    def _compared(self) -> list[str]:
+        """The tasks that compare; known when all pieces are read."""
         records = self._output.shard_records()
-        return bucket_groups(sum(records[f"{READ}{name}"].counts.get("ok", 0) for name in self._names))
+        groups = bucket_groups(sum(records[f"{READ}{name}"].counts.get("ok", 0) for name in self._names))
+        return [f"{COMPARE}{first:03d}-{end:03d}" for first, end in groups]
+
+    @cached_property
+    def _runs(self) -> list[tuple[Path, list[Run]]]:
+        """The sorted uids of all pieces; known when they are read."""
+        return [
+            (
+                self._output.path(f"{READ}{name}.runs"),
+                [
+                    Run(run["first"], tuple(run["bounds"]))
+                    for run in self._output.read_json(f"{READ}{name}.json")["runs"]
+                ],
+            )
+            for name in self._names
+        ]
 
     def _compare(self, name: str) -> dict[str, int]:
         first, end = name.removeprefix(COMPARE).split("-")
-        files = [
-            (
-                self._output.path(f"{READ}{piece}.runs"),
-                [
-                    Run(run["first"], tuple(run["bounds"]))
-                    for run in self._output.read_json(f"{READ}{piece}.json")["runs"]
-                ],
-            )
-            for piece in self._names
-        ]
         with self._output.write(f"{name}.npy") as path, path.open("wb") as stream:
-            np.save(stream, repeated_positions(files, (int(first), int(end))))
+            np.save(stream, repeated_positions(self._runs, (int(first), int(end))))
         return {}
 
     def _write_part(self, name: str) -> dict[str, int]:
         number = self._names.index(name)
-        found = [np.load(self._output.path(f"{group}.npy"), mmap_mode="r") for group in self._compared()]
-        repeated = np.sort(np.concatenate([rows_of_piece(positions, number) for positions in found]))
+        positions = [np.load(self._output.path(f"{group}.npy"), mmap_mode="r") for group in self._compared]
+        repeats = np.sort(np.concatenate([rows_of_piece(one, number) for one in positions]))
         notes: Counter[str] = Counter({"train": 0, "validation": 0, "empty_captions": 0})
-        measured: list[str] = []
+        captions: list[str] = []
         num_rows = row = 0
         with (
             pq.ParquetFile(self._output.path(f"{READ}{name}.parquet")) as rows,
@@ -184,25 +193,22 @@ class PairsMaker:
             pq.ParquetWriter(path, rows.schema_arrow, compression="zstd") as writer,
         ):
             for batch in rows.iter_batches(ROW_GROUP_ROWS):
-                low, high = np.searchsorted(repeated, [row, row + batch.num_rows])
+                low, high = np.searchsorted(repeats, [row, row + batch.num_rows])
                 keep = np.ones(batch.num_rows, dtype=np.bool_)
-                keep[repeated[low:high] - row] = False
+                keep[repeats[low:high] - row] = False
                 row += batch.num_rows
                 table = pa.Table.from_batches([batch]).filter(pa.array(keep))
                 notes.update(_notes(table))
                 every = -(-rows.metadata.num_rows // MOST_CAPTIONS)
-                measured += table.column("caption").to_pylist()[-num_rows % every :: every]
+                captions += table.column("caption").to_pylist()[-num_rows % every :: every]
                 num_rows += table.num_rows
                 if table.num_rows:
                     writer.write_table(table)
         if self._source.context_length:
-            long_captions = count_long(measured, self._source.context_length)
-            notes.update({"captions_measured": len(measured), "long_captions": long_captions})
+            long_captions = count_long(captions, self._source.context_length)
+            notes.update({"captions_measured": len(captions), "long_captions": long_captions})
         self._output.write_json(f"{LIVE}parts/{name}.json", dict(notes))
-        return {"in": row, "ok": num_rows, "duplicate": len(repeated)}
-
-    def _compared(self) -> list[str]:
-        return [f"{COMPARE}{first:03d}-{end:03d}" for first, end in self._groups()]
+        return {"in": row, "ok": num_rows, "duplicate": len(repeats)}
 
 
 def write_pairs(source: Source, output: Artifact, on_rows: OnRows = lambda _done: None) -> PairsSummary:

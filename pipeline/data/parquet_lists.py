@@ -67,12 +67,12 @@ def parquet_tables(
     """
     with open_parquet(uri) as parquet:
         url, caption, *others = columns.find(parquet.schema_arrow.names, uri)
-        selected = list(range(groups[0], parquet.num_row_groups if groups[1] is None else groups[1]))
+        numbers = list(range(groups[0], parquet.num_row_groups if groups[1] is None else groups[1]))
         row = 0
-        if not selected:
+        if not numbers:
             return
         needed = list(dict.fromkeys(name for name in (url, caption, *others) if name))
-        for batch in parquet.iter_batches(batch_rows, row_groups=selected, columns=needed):
+        for batch in parquet.iter_batches(batch_rows, row_groups=numbers, columns=needed):
             table = pa.Table.from_batches([batch]).replace_schema_metadata(None)
             texts = [_text_column(table.column(url), url)]
             texts.append(_text_column(table.column(caption), caption) if caption else pa.nulls(len(table), pa.string()))

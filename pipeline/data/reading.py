@@ -17,7 +17,7 @@ class Malformed:
     file: str
     """The file."""
     line: int
-    """Line (text) or row (Parquet, JSON) in the span that was read, from 1."""
+    """Line (text) or row (Parquet, JSON) in the span that was read, from 1; 0: the file as a whole."""
     span: int
     """Number of the span, in its piece, that was read."""
     reason: str
@@ -88,5 +88,7 @@ def name_examples(readings: list[Reading]) -> list[str]:
             before = before if name == file else 0
             starts.append(before)
             file, before = name, before + count
-        names += [f"{one.file}:{starts[one.span] + one.line}: {one.reason}" for one in reading.examples]
+        for one in reading.examples:
+            place = f"{one.file}:{starts[one.span] + one.line}" if one.line else one.file
+            names.append(f"{place}: {one.reason}")
     return names[:NUM_EXAMPLES]

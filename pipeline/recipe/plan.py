@@ -190,11 +190,9 @@ def plan_status(workspace: Workspace, steps: list[Step]) -> list[StepStatus]:
             continue
         if manifest is not None:
             contents[step.name] = content_of(manifest)
-            remade = [
-                name for name, content in manifest.input_contents.items() if contents.get(name, content) != content
-            ]
-            reasons = tuple(f"{name} was made anew, with other content" for name in remade)
-            statuses.append(StepStatus(step, "todo" if remade else "done", reasons, None if remade else manifest))
+            anew = [name for name, content in manifest.input_contents.items() if contents.get(name, content) != content]
+            reasons = tuple(f"{name} was made anew, with other content" for name in anew)
+            statuses.append(StepStatus(step, "todo" if anew else "done", reasons, None if anew else manifest))
             continue
         earlier, damages = workspace.manifests(step.name)
         reasons = _differences(earlier[0], step) if earlier else ["never run"]
@@ -231,8 +229,12 @@ def unseen_inputs(recipe: Recipe) -> list[str]:
         if section is None:
             continue
         for path in section.local_paths(row.files).values():
-            if unseen := unseen_files(path, section.known_by_size):
-                files = f"{len(unseen)} files, such as {unseen[0]}," if len(unseen) > 1 else f"{unseen[0]}"
+            if files_by_size := unseen_files(path, section.known_by_size):
+                files = (
+                    f"{len(files_by_size)} files, such as {files_by_size[0]},"
+                    if len(files_by_size) > 1
+                    else f"{files_by_size[0]}"
+                )
                 notes.append(
                     f"{row.name}: a change of {files} is noticed only by its size: the content is not looked at"
                 )

@@ -65,14 +65,14 @@ def _contents(paths: list[str]) -> list[str]:
     stats = [_stat(path) for path in paths]
     names = [os.path.abspath(path) for path in paths]  # noqa: PTH100  (resolving a million links takes long)
     with _cache() as cache:
-        known = _read_cache(cache, names)
-        missing = [place for place, name in enumerate(names) if known.get(name, (None,))[0] != stats[place]]
+        entries = _read_cache(cache, names)
+        missing = [place for place, name in enumerate(names) if entries.get(name, (None,))[0] != stats[place]]
         now_ns = time.time_ns()
         with ThreadPoolExecutor(_THREADS) as threads:
             digests = dict(zip(missing, threads.map(_digest, [paths[place] for place in missing]), strict=True))
-        settled = [place for place in missing if now_ns - max(stats[place][1:3]) > _FRESH_S * 1e9]
-        _write_cache(cache, [(names[place], *stats[place], digests[place]) for place in settled])
-    return [digests[place] if place in digests else known[name][1] for place, name in enumerate(names)]
+        cacheable = [place for place in missing if now_ns - max(stats[place][1:3]) > _FRESH_S * 1e9]
+        _write_cache(cache, [(names[place], *stats[place], digests[place]) for place in cacheable])
+    return [digests[place] if place in digests else entries[name][1] for place, name in enumerate(names)]
 
 
 def _stat(path: str) -> Stat:

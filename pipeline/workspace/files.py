@@ -105,24 +105,24 @@ def _find_remote(uri: str) -> list[UserFile]:
     files, path = file_system(uri)
     try:
         if _PATTERN & set(path):
-            found: dict[str, Any] = files.glob(path, detail=True)
+            infos: dict[str, Any] = files.glob(path, detail=True)
         else:
-            found = {path: files.info(path)}
-            if found[path].get("type") == "directory":
-                found = files.find(path, detail=True)
+            infos = {path: files.info(path)}
+            if infos[path].get("type") == "directory":
+                infos = files.find(path, detail=True)
     except FileNotFoundError as error:
         if isinstance(error.__cause__, OSError):  # a web server that does not answer
             raise DataError(f"{uri}: cannot be looked at: {error.__cause__}") from None
         return []
     except Exception as error:  # noqa: BLE001  (each store has exceptions of its own)
         raise DataError(f"{uri}: cannot be looked at: {type(error).__name__}: {error}") from None
-    names = [name for name, info in found.items() if info.get("type") != "directory"]
+    names = [name for name, info in infos.items() if info.get("type") != "directory"]
     visible = [name for name in names if not any(part.startswith(".") for part in name[len(path) :].split("/"))]
     return [
         UserFile(
             str(files.unstrip_protocol(name)),
-            int(found[name].get("size") or 0),
-            " ".join(f"{key}={found[name][key]}" for key in _STAMPS if found[name].get(key)),
+            int(infos[name].get("size") or 0),
+            " ".join(f"{key}={infos[name][key]}" for key in _STAMPS if infos[name].get(key)),
         )
         for name in sorted(visible)
     ]

@@ -64,7 +64,7 @@ def test_names_without_a_picture_are_counted_and_one_is_named(tmp_path: Path) ->
     _, reading = _captions(tmp_path)
     assert reading.notes["metadata_without_picture"] == 2
     assert name_examples([reading]) == [
-        f"{tmp_path}/metadata.csv:0: names 2 files that are no pictures here, such as 2.png"
+        f"{tmp_path}/metadata.csv: names 2 files that are no pictures here, such as 2.png"
     ]
 
 

@@ -1,0 +1,56 @@
+"""The pairs step on Ray: tasks of several workers, and shards that are taken in as they are."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from pipeline.data.pairs import Pairs
+from pipeline.data.shards import read_samples
+from pipeline.recipe.plan import artifact_of, make_plan
+from pipeline.recipe.recipe import load_recipe
+from pipeline.workspace.store import Workspace
+from tests.data.conftest import make_picture
+from tests.tiny.command import unclip
+from tests.tiny.recipe import tiny_tables
+
+
+def _write_tar(path: Path, numbers: range) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number in numbers:
+            for name, data in (
+                (f"{number:04d}.jpg", make_picture(number)),
+                (f"{number:04d}.txt", f"text {number}".encode()),
+            ):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.ray
+def test_workers_share_the_tasks_and_shards_are_taken_in_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "150")
+    for shard in range(4):
+        _write_tar(tmp_path / f"shards/{shard}.tar", range(10 * shard, 10 * shard + 5))
+    tables = tiny_tables(tmp_path / "workspace", pairs={"source": "shards", "path": str(tmp_path / "shards")})
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(tables))
+    done = unclip("run", str(tmp_path / "recipe.toml"), "--until", "download", "--set", "tracking.uri=off")
+    assert done.returncode == 0, done.stdout
+    recipe = load_recipe(tmp_path / "recipe.toml")
+    pairs, download = (artifact_of(Workspace(recipe.workspace), step) for step in make_plan(recipe, until="download"))
+    manifests = pairs.manifest(), download.manifest()
+    assert [manifest.counts for manifest in manifests if manifest] == [{"in": 20, "ok": 20}] * 2
+    assert manifests[0] is not None
+    assert manifests[0].node_s == pytest.approx(2 * manifests[0].wall_s, abs=0.01)  # two workers
+    assert [part.num_rows for part in Pairs(pairs).parts] == [5, 5, 5, 5]
+    assert download.path("00002.tar").resolve() == tmp_path / "shards/2.tar"
+    samples = list(read_samples(download.path("00002.tar"), download.path("00002.parquet"), "00002"))
+    assert [sample.caption for sample in samples] == [f"text {number}" for number in range(20, 25)]
+    plan = unclip("plan", str(tmp_path / "recipe.toml")).stdout
+    assert "pairs: a change of 4 files, such as" in plan
+    assert "is noticed only by its size" in plan
