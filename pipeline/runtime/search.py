@@ -17,9 +17,10 @@ from pipeline.retrieve.search import STEPS, SearchOptions
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.pool import ShardJob, map_shards, total_counts
 from pipeline.runtime.run import Observer, connect, locked, own_servers, require_alive
+from pipeline.workspace.digests import fingerprint
 from pipeline.workspace.manifest import Manifest, ShardRecord
 from pipeline.workspace.progress import Progress, read_progress
-from pipeline.workspace.store import LIVE, Artifact, Workspace, fingerprint
+from pipeline.workspace.store import LIVE, Artifact, Workspace
 
 QUERIES = "queries.parquet"
 SEARCH = "search.json"
