@@ -13,7 +13,8 @@ from typing import Annotated, Any, cast
 import typer
 import typer.core
 
-from jobs import ablate, cluster, edit_commands, exchange, generate, index, inspect, search, start
+from jobs import ablate, cluster, edit_commands, exchange, generate, inspect, search, start
+from pipeline.data.causes import ALL
 from pipeline.errors import UnclipError
 
 # Typer carries a click of its own, and shows only some of its exceptions; this is the base class of its usage errors.
@@ -36,12 +37,6 @@ COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
         "sample": (generate.sample, "Make pictures from prompts."),
         "search": (search.search, "Find the nearest pairs to a text or a picture."),
         "serve": (generate.serve, "Serve pictures, neighbours and a page over HTTP."),
-    },
-    "Index": {
-        "append": (index.append, "Add the pairs of another recipe to the index."),
-        "delete": (index.delete, "Take pairs out of the index, by uid or URL."),
-        "restore": (index.restore, "Undo delete."),
-        "compact": (index.compact, "Build the index anew, without deleted pairs."),
     },
     "Edit": {
         "vary": (edit_commands.vary, "Make variations of a picture."),
@@ -106,13 +101,23 @@ def _main(  # pyright: ignore[reportUnusedFunction]  (typer keeps it)
     """
 
 
+def _with_class(words: list[str]) -> list[str]:
+    """The words of the command; ``--retry-failed`` without a class means all: Typer has no option like that."""
+    if "--retry-failed" not in words:
+        return words
+    place = words.index("--retry-failed") + 1
+    following = words[place : place + 1]
+    is_class = bool(following) and not following[0].startswith("-") and not following[0].endswith(".toml")
+    return words if is_class else [*words[:place], ALL, *words[place:]]
+
+
 def main() -> None:
     """Run the command; turn errors into messages and exit codes."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM is handled like Ctrl-C
     if "RAY_JOB_STOP_SIGNAL" in os.environ:  # a cluster that a script started ignores SIGINT; its jobs must not
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        code = app(standalone_mode=False)
+        code = app(_with_class(sys.argv[1:]), standalone_mode=False)
     except UnclipError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)

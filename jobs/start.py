@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from jobs.options import AsJson, Overrides, RayAddress, RecipePath, Until, print_json, print_measured, recipe_words
-from pipeline.errors import UnclipError
+from pipeline.data.causes import ALL, CLASSES, PICTURE_FAULTS, is_class
+from pipeline.errors import ConfigError, UnclipError
 from pipeline.recipe.estimate import status_remaining
 from pipeline.recipe.plan import make_plan, plan_status, steps_until
 from pipeline.recipe.recipe import load_recipe
@@ -82,6 +83,14 @@ def run(
     until: Until = "",
     address: RayAddress = "",
     json: AsJson = False,
+    retry_failed: Annotated[
+        str,
+        typer.Option(
+            "--retry-failed",
+            metavar="[CLASS]",
+            help="Try the download's failed rows again, all or those of a class such as timeout, http or http-503.",
+        ),
+    ] = "",
     shown_as: Annotated[str, typer.Option(hidden=True, help="The recipe in the commands that are proposed.")] = "",
 ) -> None:
     """Run every step that is not done; run it again after a stop of any kind and it continues.
@@ -90,11 +99,20 @@ def run(
     """
     start = time.monotonic()
     resolved = load_recipe(recipe, overrides or [])
+    if retry_failed and not is_class(retry_failed):
+        known = ", ".join([ALL, *CLASSES, "http-404 and so on", *PICTURE_FAULTS])
+        raise ConfigError(f"--retry-failed {retry_failed}: no such class of failures; there are {known}")
+    if retry_failed and resolved.pairs.source == "shards":
+        raise ConfigError("--retry-failed: these shards are taken in as they are; nothing is downloaded")
     words = shown_as or recipe_words(recipe, overrides)
     workspace = Workspace(resolved.workspace)
     steps = make_plan(resolved)
     before = plan_status(workspace, steps_until(steps, until))
-    ran = [status.step.name for status in before if status.state != "done"]
+    ran = [
+        status.step.name
+        for status in before
+        if status.state != "done" or (retry_failed and status.step.name == "download")
+    ]
     report = workspace.local_root / "report.html"
     if ran:
         from jobs.watch import Watcher
@@ -102,7 +120,7 @@ def run(
 
         watcher = Watcher()
         try:
-            run_recipe(resolved, before, watcher, address=address)
+            run_recipe(resolved, before, watcher, address=address, retry_failed=retry_failed)
         finally:
             watcher.close()
         from pipeline.report.report import write_report

@@ -35,8 +35,17 @@ CLASSES = {
 }
 """Meaning of each class, for people."""
 
-OPTED_OUT = ("x-robots-tag", "robots-txt", "tdm")
-"""Classes of rows whose owner does not want them to be used."""
+PICTURE_FAULTS = (
+    "not a picture",
+    "image file is truncated",
+    "image cannot be decoded",
+    "image area too large",
+    "image needs too much memory",
+    "image too small",
+    "aspect ratio too large",
+    "nobody knows which level is white",
+)
+"""Faults of a file that has come; classes as well."""
 
 _TEMPORARY = frozenset({"connect", "timeout", "lost", "body-cut"})
 _TEMPORARY_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -70,6 +79,11 @@ class FetchError(Exception):
 def cause_of(message: str) -> str:
     """The class of an ``error_message``."""
     return message.partition(":")[0]
+
+
+def is_class(name: str) -> bool:
+    """Whether ``unclip run --retry-failed`` knows a class."""
+    return name in {ALL, *CLASSES, *PICTURE_FAULTS} or (name.startswith("http-") and name[5:].isdigit())
 
 
 def is_in_class(cause: str, wanted: str) -> bool:

@@ -15,6 +15,7 @@ import logging
 import os
 import pickle
 import resource
+import signal
 import struct
 import sys
 from collections.abc import Sequence
@@ -109,7 +110,6 @@ class _Decoder:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 cwd=Path(__file__).parents[2],
-                start_new_session=True,  # Ctrl-C reaches the parent alone, whose end is noticed here
             )
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):
                 await self._send(pickle.dumps(self._config))
@@ -199,6 +199,7 @@ def _limit_memory(config: DownloadConfig) -> None:
 
 def main() -> int:
     """Serve the parent until it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end is noticed here
     logging.getLogger("exifread").setLevel(logging.CRITICAL)
     answers = os.fdopen(os.dup(1), "wb")
     quiet = os.open(os.devnull, os.O_WRONLY)

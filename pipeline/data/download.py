@@ -51,14 +51,14 @@ from pipeline.workspace.store import translate_os_errors
 
 T = TypeVar("T")
 OnProgress = Callable[[int, Counter[str]], None]
-"""Called about once a second with the number of finished rows, and with those that failed by class."""
+"""Called every two seconds with the number of finished rows, and with those that failed by class."""
 
 SHARD_DIGITS = 5
 _PASSED_THROUGH = ("uid", "split")
 _RESERVED = frozenset({"caption", "url", "md5", "sha256", "sha512"} | dict(RESULT_FIELDS).keys())
 _MEMORY_BYTES = 64 << 20
 """Part of a shard's stored pictures that stays in memory until they are written."""
-_PROGRESS_S = 1.0
+_PROGRESS_S = 2.0
 _LOOPBACK = "127.0.0.1/32"
 
 
@@ -131,6 +131,7 @@ class Downloader:
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="downloads")
         self._stack = contextlib.AsyncExitStack()
+        self._num_done = self._num_waits = 0
 
     def __enter__(self) -> Downloader:
         self._thread.start()
@@ -224,6 +225,39 @@ class Downloader:
                 merged[number] = row
             return write_shard(merged, schema, self._config.encode_format, files, start=start)
 
+    def join(
+        self, rows: pa.Table, shard: str, parts: Sequence[ShardFiles], killers: Sequence[int], files: ShardFiles
+    ) -> Counter[str]:
+        """Write a shard from parts of it.
+
+        Args:
+            rows: All rows of the shard.
+            shard: Shard name.
+            parts: Its parts, as ``download`` wrote them.
+            killers: Numbers of the rows that are in no part: their pictures took workers down.
+            files: The files to write.
+        """
+        start = time.time()
+        with translate_os_errors(f"download: shard {shard}: {files.tar.parent}"), contextlib.ExitStack() as stack:
+            joined: list[ShardRow] = []
+            for part in parts:
+                part_rows, _ = read_shard(part.tar, part.parquet, stack.enter_context(part.tar.open("rb")))
+                joined += part_rows
+            error = FetchError("killer", "its worker was lost twice")
+            failure = _Failure(FAILED_TO_RESIZE, error.cause, str(error))
+            for number, stored in zip(
+                killers, _stored_columns(rows.take(killers), self._config).to_pylist(), strict=True
+            ):
+                key = key_of(shard, number, self._config.samples_per_shard)
+                joined.append(ShardRow(self._values(stored, key, failure), None))
+            joined.sort(key=lambda row: row.values["key"])
+            return write_shard(joined, self.schema(rows), self._config.encode_format, files, start=start)
+
+    def beat(self) -> int:
+        """A number that grows from call to call while rows of any shard end, or wait for their host's turn."""
+        self._num_waits += self._fetcher.num_waiting > 0
+        return self._num_done + self._num_waits
+
     def fetch_rows(
         self, rows: pa.Table, keys: Sequence[str], scratch: IO[bytes], on_progress: OnProgress | None = None
     ) -> list[ShardRow]:
@@ -278,6 +312,7 @@ class Downloader:
                 results[number] = ShardRow(self._values(stored[number], keys[number], outcome), picture)
             if isinstance(outcome, _Failure):
                 causes[outcome.cause] += len(numbers)
+            self._num_done += len(numbers)
 
         tasks = [asyncio.create_task(work(request, numbers)) for request, numbers in same.items()]
         if on_progress is not None:

@@ -86,6 +86,8 @@ class Fetcher:
         self._directives = {directive.strip().lower() for directive in config.disallowed_header_directives}
         self._policies = _Cache(self._policy, _POLICY_TTL_S)
         self._proxies = urllib.request.getproxies()
+        self.num_waiting = 0
+        """Requests that wait for their host's turn."""
 
     async def __aenter__(self) -> Fetcher:
         proxies = {URL(proxy).raw_host or "" for proxy in self._proxies.values()}
@@ -199,7 +201,11 @@ class Fetcher:
         loop = asyncio.get_running_loop()
         remaining_s = (deadline.when() or 0.0) - loop.time()
         deadline.reschedule(None)
-        lease = await self._limits.acquire(host, self._config.deadline_s)
+        self.num_waiting += 1
+        try:
+            lease = await self._limits.acquire(host, self._config.deadline_s)
+        finally:
+            self.num_waiting -= 1
         deadline.reschedule(loop.time() + remaining_s)
         if lease == NO_LEASE:
             raise FetchError("http-429", "the host asks to wait for longer than download.deadline_s")

@@ -16,6 +16,8 @@ class StepContext:
     step: Step
     root: str
     """The workspace's root."""
+    retry_failed: str = field(default="", kw_only=True)
+    """Class of the download's failures that are tried again; empty: none."""
 
     @property
     def workspace(self) -> Workspace:

@@ -1,38 +1,57 @@
-"""The download step on Ray: workers that share the limits of hosts."""
+"""The download step on Ray: workers that share the limits of hosts, and another try of failed rows."""
+
+from __future__ import annotations
 
 import contextlib
+import dataclasses
+import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Generator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import ray
 
+from pipeline.data.causes import CLASSES, is_in_class
+from pipeline.data.hosts import HostLimits, Limits
+from pipeline.data.shard_writer import ShardFiles, failure_causes
+from pipeline.data.splits import Split
 from pipeline.errors import StepError
 from pipeline.recipe.sections import DownloadConfig
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.picture_servers import served_pictures
-from pipeline.runtime.pool import ShardJob, map_shards, total_counts
+from pipeline.runtime.pool import ShardJob, ShardReading, ShardWorker, map_shards, total_counts
 from pipeline.runtime.taken_in import take_in_shards
 from pipeline.workspace.manifest import ShardRecord
-from pipeline.workspace.store import Artifact
+from pipeline.workspace.store import LIVE, RECORD_SUFFIX, Artifact
 
 if TYPE_CHECKING:
-    from pipeline.data.hosts import Limits
+    from pipeline.data.download import OnProgress
 
 _MIN_ROWS_TO_JUDGE = 1000
 _NUM_CAUSES = 20
+_NUM_SHOWN = 4
+_AT_ONCE = 2
+_MOST_LOSSES = 60
+"""Workers that one shard may lose: ten find a row among a thousand."""
 _LEASE_SPARE_S = 60.0
-_SHARD_SPARE_S = 600.0
+_SILENCE_S = 180.0
+_READ_EVERY_S = 2.0
 _LIMITS = "download-limits"
 _REQUESTS_AT_ONCE = 10_000
+_STAGED = "retry-"
 
 
 def run_download(context: StepContext) -> StepResult:
-    """Download every shard of pairs; the drawn source's pictures are served meanwhile.
+    """Download every shard of pairs, and try failed rows again if the run asks for it.
+
+    The drawn source's pictures are served meanwhile.
 
     Raises:
-        StepError: If too few rows came through, or a shard lost its worker too often.
+        StepError: If too few rows came through, or a shard lost its worker again and again.
     """
     if context.recipe.pairs.source == "shards":
         return take_in_shards(context)
@@ -43,39 +62,68 @@ def run_download(context: StepContext) -> StepResult:
     config, output, pairs = context.recipe.download, context.output, Pairs(context.inputs["pairs"])
     num_rows = pairs.num_rows
     check_columns(config, pairs.columns, pairs.where)
+    _adopt(output)
     shards = shard_names(num_rows, config.samples_per_shard)
-
-    def judge(records: list[ShardRecord]) -> None:
-        _require_success(records, config, output, is_last=len(records) == len(shards))
-
-    missing = set(shards) - set(output.shard_records())
+    failed_class = context.retry_failed
     is_drawn = context.recipe.pairs.source == "drawn"
+    is_needed = bool(failed_class) or bool(set(shards) - set(output.shard_records()))
     with contextlib.ExitStack() as stack:
-        if is_drawn and missing:
+        if is_drawn and is_needed:
             stack.enter_context(served_pictures(context.recipe.pairs.drawn.port))
         stack.enter_context(_shared_limits(context))
-        job = ShardJob(
-            DownloadWorker, shards, num_rows, config.resources, limit_s=_shard_limit_s(config), on_record=judge
-        )
-        records = map_shards(context, job)
-    counts, stats = total_counts(records), _stats(output, shards)
+        records = map_shards(context, _job(context, DownloadWorker, shards, num_rows))
+        if failed_class:
+            failed = [record.shard for record in records if _has_class(record, failed_class)]
+            num_failed = sum(record.counts["in"] for record in records if record.shard in set(failed))
+            map_shards(context, _job(context, RetryWorker, failed, num_failed))
+            _adopt(output)
+            records = list(output.shard_records().values())
+    counts, stats = total_counts(records), [output.read_json(f"{shard}_stats.json") for shard in shards]
     metrics: dict[str, Any] = {
         "success": counts["ok"] / counts["in"],
-        "failures": dict(_causes(stats).most_common(_NUM_CAUSES)),
+        "failures": dict(_causes(records).most_common(_NUM_CAUSES)),
         "one_pixel": sum(one.get("one_pixel", 0) for one in stats),
         "repeated": repeated_pictures(stats),
     }
     return StepResult(counts=counts, metrics=metrics, num_workers=config.resources.num_workers)
 
 
+def _job(context: StepContext, worker: type[ShardWorker], shards: list[str], num_rows: int) -> ShardJob:
+    """The work on some shards: the first download of all, or another try of failed rows."""
+    config, output = context.recipe.download, context.output
+    is_retry = worker is RetryWorker
+    watch = _Watch(output)
+
+    def judge(records: list[ShardRecord]) -> None:
+        _require_success(records, config, output, is_last=len(records) == len(shards))
+
+    def split_lost(shard: str, losses: int) -> bool:
+        return _split(output, config, shard, losses)
+
+    return ShardJob(
+        worker,
+        shards,
+        num_rows,
+        config.resources,
+        num_at_once=1 if is_retry else _AT_ONCE,
+        limit_s=_SILENCE_S + 2 * config.deadline_s,
+        on_record=(lambda _records: None) if is_retry else judge,
+        output=_staged(output, context.retry_failed) if is_retry else None,
+        note=watch.note,
+        read=watch.read,
+        on_loss=split_lost,
+    )
+
+
 class DownloadWorker:
-    """Makes shards of the download step."""
+    """Makes shards of the download step, several at a time: while one waits for its last URLs, the next begins."""
 
     def __init__(self, context: StepContext) -> None:
         from pipeline.data.download import Downloader, address_rules
         from pipeline.data.pairs import Pairs
 
         config = context.recipe.download
+        self._context = context
         self._config = config
         self._output = context.output
         self._pairs = Pairs(context.inputs["pairs"])
@@ -87,18 +135,61 @@ class DownloadWorker:
     def __call__(self, shard: str) -> ShardRecord:
         """Download one shard and commit it."""
         from pipeline.data.download import read_rows
-        from pipeline.data.shard_writer import ShardFiles
 
         start, output = time.monotonic(), self._output
         rows = read_rows(self._pairs, shard, self._config)
-        names = [f"{shard}.tar", f"{shard}.parquet", f"{shard}_stats.json"]
-        with output.write(names[0]) as tar, output.write(names[1]) as parquet, output.write(names[2]) as stats:
-            counts = self._downloader.download(rows, shard, ShardFiles(tar, parquet, stats))
-        files = {name: output.describe(name) for name in names}
-        wall_s = round(time.monotonic() - start, 3)
-        record = ShardRecord(shard=shard, counts=dict(counts), files=files, wall_s=wall_s)
-        output.commit_shard(record)
-        return record
+        split = _read_split(output, shard)
+        with _written(output, shard) as files:
+            if split is None:
+                counts = self._downloader.download(rows, shard, files, self._reporter(shard))
+            else:
+                counts = self._download_in_parts(rows, shard, split, files)
+        return _commit(output, shard, dict(counts), start)
+
+    def _download_in_parts(self, rows: pa.Table, shard: str, split: Split, files: ShardFiles) -> Counter[str]:
+        """Download a shard that took its workers down, part by part; what is done before a loss is kept."""
+        parts = Artifact(f"{self._output.uri}/{LIVE}parts/{shard}")
+        reporter = self._reporter(shard)
+        while (part := split.begin()) is not None:
+            _write_split(self._output, shard, split)
+            with _written(parts, f"{part[0]}-{part[1]}") as part_files:
+                part_rows = rows.slice(part[0], part[1] - part[0])
+                self._downloader.download(part_rows, shard, part_files, reporter, first=part[0])
+            split.finish()
+            _write_split(self._output, shard, split)
+        made = [ShardFiles(*map(parts.path, _names(f"{start}-{stop}"))) for start, stop in split.done]
+        return self._downloader.join(rows, shard, made, split.killers, files)
+
+    def _reporter(self, shard: str) -> OnProgress:
+        def report(done: int, causes: Counter[str]) -> None:
+            values = {"rows": done, "causes": dict(causes), "beat": self._downloader.beat()}
+            self._output.write_json(_progress_name(shard), values)
+
+        return report
+
+
+class RetryWorker(DownloadWorker):
+    """Tries the failed rows of finished shards again; shards that gained are committed aside, until all are tried."""
+
+    def __call__(self, shard: str) -> ShardRecord:
+        """Try one shard again."""
+        from pipeline.data.download import read_rows
+
+        start, output, failed_class = time.monotonic(), self._output, self._context.retry_failed
+        staged = _staged(output, failed_class)
+        rows = read_rows(self._pairs, shard, self._config)
+        old = ShardFiles(*map(output.path, _names(shard)))
+        with tempfile.TemporaryDirectory() as folder:
+            files = ShardFiles(*(Path(folder) / name for name in _names(shard)))
+            counts = self._downloader.retry(rows, old, files, failed_class, self._reporter(shard))
+            if counts is None:
+                record = dataclasses.replace(output.shard_record(shard), files={})
+                staged.commit_shard(record)
+                return record
+            for source in files:
+                with staged.write(source.name) as target:
+                    shutil.copyfile(source, target)
+        return _commit(staged, shard, dict(counts), start)
 
 
 class ClusterLimits:
@@ -127,8 +218,6 @@ class ClusterLimits:
 @contextlib.contextmanager
 def _shared_limits(context: StepContext) -> Generator[None]:
     """An actor with the limits of hosts, inside the block, if the recipe has any."""
-    from pipeline.data.hosts import HostLimits
-
     config = context.recipe.download
     needs = config.resources
     if not needs.max_per_host and not needs.max_rate_per_host:
@@ -144,22 +233,117 @@ def _shared_limits(context: StepContext) -> Generator[None]:
         ray.kill(actor)
 
 
-def _find_limits(context: StepContext) -> "Limits | None":
+def _find_limits(context: StepContext) -> Limits | None:
     needs = context.recipe.download.resources
     if not needs.max_per_host and not needs.max_rate_per_host:
         return None
     return ClusterLimits(ray.get_actor(f"{_LIMITS}-{context.output.uri}"))
 
 
-def _shard_limit_s(config: DownloadConfig) -> float:
-    """Longest time for a shard, in seconds; a worker that takes longer hangs.
+class _Watch:
+    """What the driver knows of unfinished shards, from small files that their workers write."""
 
-    Every URL ends by its deadline; the time that URLs wait for their host's turn, or for a decoder, comes on top.
-    """
-    at_once = min(config.resources.num_connections, config.resources.max_per_host or config.samples_per_shard)
-    rounds = -(-config.samples_per_shard // at_once)
-    rate = config.resources.max_rate_per_host
-    return _SHARD_SPARE_S + config.samples_per_shard * (1 + (1 / rate if rate else 0)) + 2 * rounds * config.deadline_s
+    def __init__(self, output: Artifact) -> None:
+        self._output = output
+        self._causes: Counter[str] = Counter()
+        self._num_records = 0
+        self._readings: dict[str, tuple[float, ShardReading, dict[str, int]]] = {}
+
+    def read(self, shard: str) -> ShardReading:
+        """How far a shard is; looked at every few seconds."""
+        now = time.monotonic()
+        read_at, reading, _ = self._readings.get(shard, (float("-inf"), ShardReading(), {}))
+        name = _progress_name(shard)
+        if now - read_at < _READ_EVERY_S or not self._output.exists(name):
+            return reading
+        values = self._output.read_json(name)
+        reading = ShardReading(values["rows"], values["beat"])
+        self._readings[shard] = (now, reading, values["causes"])
+        return reading
+
+    def note(self, records: list[ShardRecord]) -> str:
+        """The most frequent causes of failures until now."""
+        for record in records[self._num_records :]:
+            self._causes.update(record.causes)
+            self._readings.pop(record.shard, None)
+        self._num_records = len(records)
+        causes = sum((Counter(causes) for _, _, causes in self._readings.values()), self._causes.copy())
+        shown = ", ".join(f"{count} {cause}" for cause, count in causes.most_common(_NUM_SHOWN))
+        return f"failed: {shown}" if shown else ""
+
+
+def _split(output: Artifact, config: DownloadConfig, shard: str, losses: int) -> bool:
+    """From its second loss on, halve what a lost worker was making; returns whether the shard is tried again."""
+    if losses > _MOST_LOSSES or not config.resources.max_retries:
+        return False
+    if losses == 1:
+        return True
+    split = _read_split(output, shard)
+    if split is None:
+        split = Split([(0, config.samples_per_shard)])
+    else:
+        split.lose()
+    _write_split(output, shard, split)
+    return True
+
+
+def _read_split(output: Artifact, shard: str) -> Split | None:
+    name = f"{LIVE}split-{shard}.json"
+    return Split.from_dict(output.read_json(name)) if output.exists(name) else None
+
+
+def _write_split(output: Artifact, shard: str, split: Split) -> None:
+    output.write_json(f"{LIVE}split-{shard}.json", split.to_dict())
+
+
+def _names(shard: str) -> tuple[str, str, str]:
+    return f"{shard}.tar", f"{shard}.parquet", f"{shard}_stats.json"
+
+
+def _progress_name(shard: str) -> str:
+    return f"{LIVE}shard-{shard}.json"
+
+
+@contextlib.contextmanager
+def _written(output: Artifact, shard: str) -> Generator[ShardFiles]:
+    with contextlib.ExitStack() as stack:
+        yield ShardFiles(*(stack.enter_context(output.write(name)) for name in _names(shard)))
+
+
+def _commit(output: Artifact, shard: str, counts: dict[str, int], start: float) -> ShardRecord:
+    files = {name: output.describe(name) for name in _names(shard)}
+    causes = dict(failure_causes([output.read_json(_names(shard)[2])]))
+    wall_s = round(time.monotonic() - start, 3)
+    record = ShardRecord(shard=shard, counts=counts, files=files, causes=causes, wall_s=wall_s)
+    output.commit_shard(record)
+    return record
+
+
+def _staged(output: Artifact, failed_class: str) -> Artifact:
+    """Where shards are put whose failed rows were tried again."""
+    return Artifact(f"{output.uri}/{LIVE}{_STAGED}{failed_class}")
+
+
+def _adopt(output: Artifact) -> None:
+    """Put the shards that gained rows in the place of the old ones; it may be stopped anywhere, and done again."""
+    names = [name.split("/")[1] for name in output.names() if name.startswith(f"{LIVE}{_STAGED}")]
+    for folder in sorted(set(names)):
+        staged = Artifact(f"{output.uri}/{LIVE}{folder}")
+        for shard, record in staged.shard_records().items():
+            for name in record.files:
+                if staged.exists(name):
+                    staged.move(name, output)
+            if record.files:
+                output.commit_shard(record)
+            staged.remove(f"{shard}{RECORD_SUFFIX}")
+
+
+def _has_class(record: ShardRecord, failed_class: str) -> bool:
+    return any(is_in_class(cause, failed_class) for cause in record.causes)
+
+
+def _causes(records: list[ShardRecord]) -> Counter[str]:
+    return sum((Counter(record.causes) for record in records), Counter[str]())
 
 
 def _require_success(records: list[ShardRecord], config: DownloadConfig, output: Artifact, *, is_last: bool) -> None:
@@ -168,29 +352,15 @@ def _require_success(records: list[ShardRecord], config: DownloadConfig, output:
         return
     if counts["ok"] and counts["ok"] >= config.min_success_prob * counts["in"]:
         return
-    causes = _causes(_stats(output, [record.shard for record in records])).most_common(5)
+    causes = _causes(records).most_common(5)
     for record in records:  # bad shards are tried again by the next run, since the cause may be gone by then
         if record.counts["ok"] < max(1, config.min_success_prob * record.counts["in"]):
-            for name in (f"{record.shard}.done.json", *record.files):
+            for name in (f"{record.shard}{RECORD_SUFFIX}", *record.files):
                 output.remove(name)
-    top_causes = "; ".join(f"{count} x {cause}{_meaning(cause)}" for cause, count in causes)
+    top_causes = "; ".join(
+        f"{count} x {cause}" + (f" ({CLASSES[cause]})" if cause in CLASSES else "") for cause, count in causes
+    )
     raise StepError(
         f"download: only {counts['ok']} of {counts['in']} rows came through (download.min_success_prob is "
         f"{config.min_success_prob}); most frequent causes: {top_causes}. Mend the list or the network and run again"
     )
-
-
-def _meaning(cause: str) -> str:
-    from pipeline.data.causes import CLASSES
-
-    return f" ({CLASSES[cause]})" if cause in CLASSES else ""
-
-
-def _stats(output: Artifact, shards: list[str]) -> list[dict[str, Any]]:
-    return [output.read_json(f"{shard}_stats.json") for shard in shards]
-
-
-def _causes(stats: list[dict[str, Any]]) -> Counter[str]:
-    from pipeline.data.shard_writer import failure_causes
-
-    return failure_causes(stats)

@@ -19,6 +19,7 @@ from pipeline.recipe.sections import TaskResources
 from pipeline.runtime.context import StepContext
 from pipeline.workspace.manifest import ShardRecord, add_counts
 from pipeline.workspace.progress import Progress
+from pipeline.workspace.store import Artifact
 
 _POLL_S = 1.0
 _SLOW_START_S = 20.0
@@ -35,6 +36,16 @@ class ShardWorker(Protocol):
 
 
 @dataclass(frozen=True)
+class ShardReading:
+    """How far a shard is that a worker is making; a worker whose readings stay equal hangs."""
+
+    rows: int = 0
+    """Rows that are finished."""
+    beat: int = 0
+    """Grows while the worker waits for something that may take any time."""
+
+
+@dataclass(frozen=True)
 class ShardJob:
     """The shards to make, and how."""
 
@@ -43,10 +54,23 @@ class ShardJob:
     num_rows: int
     """Rows of all shards, for the progress."""
     resources: TaskResources
+    num_at_once: int = 1
+    """Shards that one worker makes at a time, in threads; above 1, ``worker`` is called from several at once."""
     limit_s: float | None = None
-    """Longest time for a shard before its worker counts as lost, in seconds."""
+    """Longest time without a new reading of a shard before its worker counts as lost, in seconds."""
+    read: Callable[[str], ShardReading] = field(default=lambda _shard: ShardReading())
+    """How far a shard is that a worker is making."""
+    on_loss: Callable[[str, int], bool] | None = None
+    """Called when a shard lost its worker, with how often it did; returns whether it is tried again. None: it is up to
+    ``max_retries`` times."""
     on_record: Callable[[list[ShardRecord]], None] = field(default=lambda _records: None)
     """Called with all records so far whenever one is added; may raise to end the step."""
+    unit: str = "rows"
+    """What ``num_rows`` counts, for the progress."""
+    note: Callable[[list[ShardRecord]], str] = field(default=lambda _records: "")
+    """What the progress says of the records so far."""
+    output: Artifact | None = None
+    """Where the shards are committed; None: the step's artifact."""
 
 
 @ray.remote(max_restarts=0, max_task_retries=0)
@@ -70,7 +94,9 @@ class _Running:
     actor: Any
     shard: str | None
     """None while the worker starts."""
-    start: float
+    changed: float
+    """When its reading changed, on the monotonic clock."""
+    reading: ShardReading = ShardReading()
 
 
 def map_shards(context: StepContext, job: ShardJob) -> list[ShardRecord]:
@@ -87,22 +113,25 @@ def map_shards(context: StepContext, job: ShardJob) -> list[ShardRecord]:
         UnclipError: If a worker raised one.
         StepError: If a shard lost its worker ``max_retries + 1`` times, or a worker failed in an unforeseen way.
     """
-    records = {name: one for name, one in context.output.shard_records().items() if name in set(job.shards)}
+    committed = (job.output or context.output).shard_records()
+    records = {name: committed[name] for name in job.shards if name in committed}
     pool = _Pool(context, job, deque(name for name in job.shards if name not in records))
     progress = Progress(context.output, waits=True)
+    done = sum(record.counts["in"] for record in records.values())
     try:
         while pool.is_busy:
             if pool.first_start_s is not None:
                 progress.begin(ago_s=pool.first_start_s)
-            done = sum(record.counts["in"] for record in records.values())
-            progress.update(done, job.num_rows, "rows", pool.message())
+            message = pool.message() or job.note(list(records.values()))
+            progress.update(done + pool.num_rows_under_way, job.num_rows, job.unit, message)
             for record in pool.poll():
                 records[record.shard] = record
+                done += record.counts["in"]
                 job.on_record(list(records.values()))
     finally:
         pool.close()
     job.on_record(list(records.values()))
-    progress.update(job.num_rows, job.num_rows, "rows", force=True)
+    progress.update(job.num_rows, job.num_rows, job.unit, job.note(list(records.values())), force=True)
     return [records[name] for name in job.shards]
 
 
@@ -146,11 +175,20 @@ class _Pool:
         records = [record for reference in ready if (record := self._collect(reference)) is not None]
         limit_s = self._job.limit_s
         for reference, running in list(self._running.items()):
-            if limit_s is not None and running.shard is not None and time.monotonic() - running.start > limit_s:
-                del self._running[reference]
-                ray.kill(running.actor)
-                self._handle_loss(running.shard, f"it took longer than {limit_s:.0f} s")
+            if running.shard is None:
+                continue
+            reading = self._job.read(running.shard)
+            if reading != running.reading:
+                running.reading, running.changed = reading, time.monotonic()
+            is_late = time.monotonic() - running.changed > (limit_s or float("inf"))
+            if is_late and reference in self._running:
+                self._handle_loss(running, f"nothing came of it for {limit_s:.0f} s")
         return records
+
+    @property
+    def num_rows_under_way(self) -> int:
+        """Rows that are finished in unfinished shards."""
+        return sum(running.reading.rows for running in self._running.values())
 
     def close(self) -> None:
         """End every worker."""
@@ -158,32 +196,45 @@ class _Pool:
             ray.kill(running.actor)
 
     def _collect(self, reference: Any) -> ShardRecord | None:
-        running = self._running.pop(reference)
+        running = self._running[reference]
         try:
             result: ShardRecord | float = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
-            ray.kill(running.actor)
             raise _explain(error, running.shard) from (None if isinstance(error.cause, UnclipError) else error)
         except ray.exceptions.RayError as error:
-            ray.kill(running.actor)
-            self._handle_loss(running.shard or "", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            self._handle_loss(running, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
             return None
-        self._assign_shard(running.actor)
+        del self._running[reference]
+        self._assign_shards(running.actor)
         if isinstance(result, ShardRecord):
             return result
         self.first_start_s = result if self.first_start_s is None else self.first_start_s
         return None
 
-    def _assign_shard(self, actor: Any) -> None:
-        if not self._waiting:
+    def _assign_shards(self, actor: Any) -> None:
+        """Give a worker as many shards as it makes at once; one that took a worker down before is made alone."""
+        shards = [running.shard or "" for running in self._running.values() if running.actor is actor]
+        while self._waiting and len(shards) < self._job.num_at_once:
+            if shards and any(self._losses[shard] for shard in [*shards, self._waiting[0]]):
+                break
+            shard = self._waiting.popleft()
+            self._running[actor.make.remote(shard)] = _Running(actor, shard, time.monotonic())
+            shards.append(shard)
+        if not shards:
             ray.kill(actor)
-            return
-        shard = self._waiting.popleft()
-        self._running[actor.make.remote(shard)] = _Running(actor, shard, time.monotonic())
 
-    def _handle_loss(self, shard: str, reason: str) -> None:
+    def _handle_loss(self, lost: _Running, reason: str) -> None:
+        """Replace a worker and put back all that it was making."""
+        ray.kill(lost.actor)
+        for reference, running in list(self._running.items()):
+            if running.actor is lost.actor:
+                del self._running[reference]
+                self._put_back(running.shard or "", reason)
+        self._add_worker()
+
+    def _put_back(self, shard: str, reason: str) -> None:
         self._losses[shard] += 1
-        if self._losses[shard] > self._job.resources.max_retries:
+        if not self._is_tried_again(shard):
             what = f"shard {shard}" if shard else "the start of a worker"
             raise StepError(
                 f"{self._context.step.name}: {what} was lost {self._losses[shard]} times; last time {reason}; "
@@ -191,12 +242,17 @@ class _Pool:
             )
         if shard:
             self._waiting.appendleft(shard)
-        self._add_worker()
+
+    def _is_tried_again(self, shard: str) -> bool:
+        if shard and self._job.on_loss is not None:
+            return self._job.on_loss(shard, self._losses[shard])
+        return self._losses[shard] <= self._job.resources.max_retries
 
     def _add_worker(self) -> None:
         needs = self._job.resources
         num_gpus = 1 if needs.accelerator == "cuda" else 0
-        actor = cast("Any", _Actor).options(num_cpus=needs.cpus_per_worker, num_gpus=num_gpus).remote()
+        options = {"num_cpus": needs.cpus_per_worker, "num_gpus": num_gpus, "max_concurrency": self._job.num_at_once}
+        actor = cast("Any", _Actor).options(**options).remote()
         self._running[actor.start.remote(self._worker, self._context)] = _Running(actor, None, time.monotonic())
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import importlib
 import logging
 import os
@@ -22,16 +23,15 @@ import ray.exceptions
 
 from pipeline.errors import DataError, StepError, UnclipError
 from pipeline.recipe.estimate import Remaining, load_times, remaining
-from pipeline.recipe.plan import Step, StepStatus, manifest_of, plan_status
+from pipeline.recipe.plan import Step, StepStatus, artifact_of, manifest_of, plan_status
 from pipeline.recipe.recipe import Recipe, to_dict
 from pipeline.recipe.schedule import needs_of
 from pipeline.recipe.steps import STEP_ROWS
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.tracking import Tracking
-from pipeline.workspace.lock import locked_workspace
 from pipeline.workspace.manifest import Manifest, content_of
 from pipeline.workspace.progress import Progress, ProgressState, read_progress
-from pipeline.workspace.store import LIVE, MANIFEST, Workspace
+from pipeline.workspace.store import LIVE, MANIFEST, Workspace, translate_os_errors
 
 _PACKAGES = ("unclip", "torch", "open_clip_torch", "ray", "pyarrow", "img2dataset", "numpy")
 _POLL_S = 0.5
@@ -65,7 +65,9 @@ class Observer(Protocol):
         """Something went wrong that does not stop the run."""
 
 
-def run_recipe(recipe: Recipe, statuses: Sequence[StepStatus], observer: Observer, *, address: str = "") -> None:
+def run_recipe(
+    recipe: Recipe, statuses: Sequence[StepStatus], observer: Observer, *, address: str = "", retry_failed: str = ""
+) -> None:
     """Run the steps of a recipe that are not done.
 
     Args:
@@ -73,6 +75,7 @@ def run_recipe(recipe: Recipe, statuses: Sequence[StepStatus], observer: Observe
         statuses: The steps to finish, and where they stand (``plan_status``).
         observer: Receives starts, readings, commits and warnings.
         address: Ray cluster; empty: one of our own on this machine, ended with the run.
+        retry_failed: Class of the download's failures that are tried again, finished or not; empty: none.
 
     Raises:
         ConfigError: If the tracker does not answer.
@@ -82,16 +85,18 @@ def run_recipe(recipe: Recipe, statuses: Sequence[StepStatus], observer: Observe
     for status in statuses:
         if status.state == "unreadable":
             raise DataError(status.reasons[0])
-    if all(status.state == "done" for status in statuses):
+    if all(status.state == "done" for status in statuses) and not retry_failed:
         return
     workspace = Workspace(recipe.workspace)
-    with locked_workspace(workspace), Tracking(recipe, workspace, observer.warned) as tracking, connect(address):
+    with _locked(workspace), Tracking(recipe, workspace, observer.warned) as tracking, connect(address):
         workspace.artifact("recipes", recipe.name).write_json("resolved.json", to_dict(recipe))
         may_start = at_once if address else fits_now
+        if retry_failed:
+            statuses = [_reopened(workspace, status) for status in statuses]
         while any(status.state != "done" for status in statuses):
-            _run_steps(recipe, workspace, statuses, observer, tracking, may_start)
+            _run_steps(recipe, workspace, statuses, observer, tracking, may_start, retry_failed)
             # A finished step whose input was made anew with other bytes just now is not done any more.
-            statuses = plan_status(workspace, [status.step for status in statuses])
+            statuses, retry_failed = plan_status(workspace, [status.step for status in statuses]), ""
 
 
 def _run_steps(
@@ -101,6 +106,7 @@ def _run_steps(
     observer: Observer,
     tracking: Tracking,
     may_start: Admission,
+    retry_failed: str = "",
 ) -> None:
     done = {status.step.name for status in statuses if status.state == "done"}
     waiting = [status.step for status in statuses if status.state != "done"]
@@ -111,7 +117,7 @@ def _run_steps(
         while waiting or running:
             require_alive(servers)
             for step in [step for step in waiting if set(step.inputs) <= done]:
-                context = StepContext(recipe, step, workspace.root)
+                context = StepContext(recipe, step, workspace.root, retry_failed=retry_failed)
                 if not may_start(context, running.values()):
                     continue
                 waiting.remove(step)
@@ -156,6 +162,14 @@ def _forget_if_inputs_changed(context: StepContext) -> None:
     if output.exists(MANIFEST) or (output.exists(_INPUTS) and output.read_json(_INPUTS) != contents):
         output.clear()
     output.write_json(_INPUTS, contents)
+
+
+def _reopened(workspace: Workspace, status: StepStatus) -> StepStatus:
+    """The download as an unfinished step, so that it runs again; its shards stay."""
+    if status.step.name != "download":
+        return status
+    artifact_of(workspace, status.step).remove(MANIFEST)
+    return dataclasses.replace(status, state="partial", manifest=None)
 
 
 class _Forecast:
@@ -346,3 +360,38 @@ def _require_listener(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise StepError(f"no Ray cluster at {address}: {error}; start one with `ray start --head`") from None
+
+
+@contextlib.contextmanager
+def locked(file: Path, place: str) -> Generator[None]:
+    """One run at a time that writes to a local place; the lock dies with its process.
+
+    Args:
+        file: The lock's file.
+        place: What is locked, for the message.
+
+    Raises:
+        StepError: If another run has the lock.
+    """
+    with translate_os_errors(str(file.parent)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.open("a+")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise StepError(f"{place} ({lock.read().strip()}); wait for it") from None
+        lock.truncate(0)
+        with translate_os_errors(str(file.parent)):
+            os.write(
+                lock.fileno(), f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}".encode()
+            )
+        yield
+
+
+def _locked(workspace: Workspace) -> contextlib.AbstractContextManager[None]:
+    """One run at a time in a local workspace."""
+    root = workspace.local_root
+    place = f"{root}: another run is using this workspace"
+    return locked(root / ".lock", place) if workspace.is_local else contextlib.nullcontext()

@@ -26,6 +26,8 @@ class ShardRecord:
     """Rows: ``in`` = ``ok`` + each kind of failure."""
     files: dict[str, Json]
     """Size and SHA-256 of each file of the shard."""
+    causes: dict[str, int] = field(default_factory=dict[str, int])
+    """Failed rows by class of cause."""
     wall_s: float = 0.0
     """Time spent, in seconds."""
 

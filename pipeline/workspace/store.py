@@ -213,21 +213,32 @@ class Artifact:
         with contextlib.suppress(FileNotFoundError):
             self._files.rm_file(f"{self._base}/{name}")
 
+    def move(self, name: str, target: "Artifact") -> None:
+        """Move a file to another artifact of the same workspace, in the place of its file of this name."""
+        if self._is_local:
+            (Path(self._base) / name).replace(Path(target._base) / name)
+        else:
+            self._files.mv(f"{self._base}/{name}", f"{target._base}/{name}")
+
     def commit_shard(self, record: ShardRecord) -> None:
         """Publish a shard's record; its files must be published already."""
         self.write_json(f"{record.shard}{RECORD_SUFFIX}", record.to_dict())
 
     def shard_records(self) -> dict[str, ShardRecord]:
-        """The committed shards, by name, sorted."""
-        records: dict[str, ShardRecord] = {}
-        for name in (name for name in self.names() if name.endswith(RECORD_SUFFIX)):
-            try:
-                record = ShardRecord.from_dict(json.loads(self._files.cat_file(f"{self._base}/{name}")))
-            except (DataError, ValueError) as error:
-                mend = self._mend() if self.exists(MANIFEST) else "remove this record: its shard alone is made again"
-                raise DataError(f"{self.uri}/{name}: {error}; {mend}") from None
-            records[record.shard] = record
-        return records
+        """The committed shards, by name, sorted; not those of an artifact of its own in ``live/``."""
+        records = {name: self._record(name) for name in self.names() if name.endswith(RECORD_SUFFIX)}
+        return {record.shard: record for name, record in records.items() if name == f"{record.shard}{RECORD_SUFFIX}"}
+
+    def shard_record(self, shard: str) -> ShardRecord:
+        """One committed shard."""
+        return self._record(f"{shard}{RECORD_SUFFIX}")
+
+    def _record(self, name: str) -> ShardRecord:
+        try:
+            return ShardRecord.from_dict(json.loads(self._files.cat_file(f"{self._base}/{name}")))
+        except (DataError, ValueError) as error:
+            mend = self._mend() if self.exists(MANIFEST) else "remove this record: its shard alone is made again"
+            raise DataError(f"{self.uri}/{name}: {error}; {mend}") from None
 
     def manifest(self) -> Manifest | None:
         """The manifest, or None if the step has not finished.

@@ -26,6 +26,7 @@ from tests.tiny.recipe import write_recipe
 
 _STEPS = ("pairs", "download", "clip", "embed", "index", "prior", "decoder", "upsampler_1", "upsampler_2", "evaluate")
 _CONTENT = {
+    "download": (".tar", ".parquet"),
     "embed": ".parquet",
     "clip": "open_clip_model.safetensors",
     "prior": "model.safetensors",

@@ -17,7 +17,7 @@ from pipeline.runtime import data
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.data import run_evaluate
 from pipeline.runtime.download import run_download
-from pipeline.runtime.index import run_index
+from pipeline.runtime.pairs import run_pairs
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.progress import read_progress
 from pipeline.workspace.store import LIVE, Artifact, Workspace
@@ -49,7 +49,7 @@ def test_data_steps_from_pairs_to_index(tmp_path: Path) -> None:
         "decoder": {"model": {"image_px": 32, "unet": {"attention_resolutions": [16, 8]}}},
     }
     steps = {name: _context(tmp_path, name, **sections) for name in ("pairs", "download", "clip", "embed", "index")}
-    _commit(steps["pairs"], data.run_pairs(steps["pairs"]))
+    _commit(steps["pairs"], run_pairs(steps["pairs"]))
     result = run_download(steps["download"])
     assert result.counts == {"in": 57, "ok": 50, "failed_to_download": 5, "failed_to_resize": 2}
     assert result.metrics["failures"]["http-404"] == 1
@@ -69,11 +69,11 @@ def test_data_steps_from_pairs_to_index(tmp_path: Path) -> None:
     assert {name: embed.describe(name) for name in whole} == whole
     assert embed.path("00000.parquet").stat().st_mtime_ns == mtime_ns
 
-    index = _commit(steps["index"], run_index(steps["index"]))
+    index = _commit(steps["index"], data.run_index(steps["index"]))
     neighbours = NeighbourIndex.open(index)
     rows = pq.read_table(embed.path("00001.parquet"))
     query = rows.column("z_image").combine_chunks().flatten().to_numpy().reshape(-1, 16)[:1].astype("float32")
-    best = neighbours.find(query, 3)[0][0]
+    best = neighbours.search(query, 3)[0][0]
     assert best.similarity == pytest.approx(1, abs=1e-3)
     assert StoredPictures(download).read(best.shard, best.key, best.uid).startswith(b"\xff\xd8")
 
@@ -105,7 +105,7 @@ def test_run_download_explains_a_dead_list_and_tries_again(tmp_path: Path) -> No
         },
     }
     pairs, download = _context(tmp_path, "pairs", **sections), _context(tmp_path, "download", **sections)
-    _commit(pairs, data.run_pairs(pairs))
+    _commit(pairs, run_pairs(pairs))
     with pytest.raises(StepError, match=r"only 0 of 6 rows came through .*6 x connect \(the host does not"):
         run_download(download)
     assert download.output.shard_records() == {}
@@ -116,7 +116,7 @@ def test_run_pairs_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("url,caption\n,no url\n")
     context = _context(tmp_path, "pairs", pairs={"source": "list", "path": str(tmp_path / "list.csv")})
     with pytest.raises(DataError, match="no usable row"):
-        data.run_pairs(context)
+        run_pairs(context)
     assert [name for name in context.output.names() if not name.startswith("live/")] == []
 
 

@@ -16,9 +16,9 @@ from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import parse_recipe
 from pipeline.recipe.sections import TaskResources
 from pipeline.runtime.context import StepContext
-from pipeline.runtime.pool import ShardJob, map_shards
+from pipeline.runtime.pool import ShardJob, ShardReading, map_shards
 from pipeline.workspace.manifest import ShardRecord
-from pipeline.workspace.progress import read_progress
+from pipeline.workspace.progress import Progress, read_progress
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 _TWO = TaskResources(num_workers=2, cpus_per_worker=0.5, max_retries=1)
@@ -137,3 +137,48 @@ def test_no_worker_is_left_behind(tmp_path: Path) -> None:
     while _worker_names() and time.monotonic() < give_up:
         time.sleep(0.1)
     assert _worker_names() == []
+
+
+def test_map_shards_waits_for_a_shard_whose_readings_change_and_counts_its_rows(tmp_path: Path) -> None:
+    context = _context(tmp_path)
+    start = time.monotonic()
+    job = ShardJob(
+        _Slow,
+        ["slow"],
+        100,
+        _ONE,
+        limit_s=2,
+        read=lambda _shard: ShardReading(rows=int(10 * (time.monotonic() - start))),
+    )
+    seen: list[int] = []
+    update = Progress.update
+
+    def note(progress: Progress, done: int, *values: Any, **settings: Any) -> None:
+        seen.append(done)
+        update(progress, done, *values, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "update", note)
+        assert len(map_shards(context, job)) == 1
+    assert any(0 < done < 100 for done in seen)
+
+
+class _Slow(_Stage):
+    """Takes twice the time after which a silent shard is given up."""
+
+    def __call__(self, shard: str) -> ShardRecord:
+        time.sleep(5)
+        return super().__call__(shard)
+
+
+def test_map_shards_asks_whether_a_lost_shard_is_tried_again(tmp_path: Path) -> None:
+    context, losses = _context(tmp_path), list[tuple[str, int]]()
+
+    def on_loss(shard: str, number: int) -> bool:
+        losses.append((shard, number))
+        return number < 3
+
+    with pytest.raises(StepError, match="shard dies was lost 3 times"):
+        _map(context, "a", "dies", num_at_once=2, on_loss=on_loss)
+    assert [loss for loss in losses if loss[0] == "dies"] == [("dies", 1), ("dies", 2), ("dies", 3)]
+    assert ("a", 2) not in losses  # what was lost once is made alone

@@ -1,0 +1,168 @@
+"""The download step on a real Ray: rows that take workers down, other tries of failed rows, limits of the cluster."""
+
+import json
+import os
+import signal
+import tarfile
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.recipe.plan import make_plan, manifest_of
+from pipeline.recipe.recipe import parse_recipe
+from pipeline.runtime import download
+from pipeline.runtime.context import StepContext, StepResult
+from pipeline.runtime.download import DownloadWorker, run_download
+from pipeline.runtime.pairs import run_pairs
+from pipeline.workspace.progress import read_progress
+from pipeline.workspace.store import MANIFEST, Artifact
+from tests.data.hostile import HostileServer
+from tests.tiny.command import unclip, unclip_json
+
+pytestmark = [pytest.mark.ray]
+
+
+@pytest.fixture
+def server() -> Generator[HostileServer]:
+    """A server that fails as its paths say."""
+    with HostileServer() as running:
+        yield running
+
+
+def _tables(folder: Path, urls: Sequence[str], **settings: Any) -> dict[str, Any]:
+    (folder / "list.csv").write_text(
+        "\n".join(["url,caption", *(f'"{url}",caption {i}' for i, url in enumerate(urls))])
+    )
+    resources = {"num_workers": 1, "cpus_per_worker": 0.5} | settings.pop("resources", {})
+    fixed = {
+        "image_px": 64,
+        "retries": 0,
+        "deadline_s": 20.0,
+        "allowed_networks": ["127.0.0.1/32"],
+        "min_success_prob": 0.0,
+    }
+    return {
+        "workspace": str(folder / "workspace"),
+        "pairs": {"source": "list", "path": str(folder / "list.csv")},
+        "download": fixed | settings | {"resources": resources},
+    }
+
+
+def _context(tables: dict[str, Any]) -> StepContext:
+    """The context of the download; the pairs are made."""
+    recipe = parse_recipe(tables)
+    contexts = {step.name: StepContext(recipe, step, recipe.workspace) for step in make_plan(recipe, until="download")}
+    _commit(contexts["pairs"], run_pairs(contexts["pairs"]))
+    return contexts["download"]
+
+
+def _commit(context: StepContext, result: StepResult) -> None:
+    context.output.commit(manifest_of(context.step, context.output, result.counts))
+
+
+def _messages(output: Artifact, shard: str = "00000") -> list[str | None]:
+    return pq.read_table(output.path(f"{shard}.parquet")).column("error_message").to_pylist()
+
+
+class _Fragile(DownloadWorker):
+    """Dies as soon as it fetches a URL with ``killer`` in it."""
+
+    def __init__(self, context: StepContext) -> None:
+        super().__init__(context)
+        downloader: Any = self._downloader
+        fetch = downloader._fetch_one
+
+        async def fetch_or_die(request: Any) -> Any:
+            if "killer" in request.url:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return await fetch(request)
+
+        downloader._fetch_one = fetch_or_die
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.timeout(600)
+def test_a_row_that_takes_workers_down_is_found_and_labelled(
+    server: HostileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "DownloadWorker", _Fragile)
+    urls = [f"{server.url}/ok?seed={i}" for i in range(7)]
+    urls[4] = f"{server.url}/ok?killer"
+    context = _context(_tables(tmp_path, urls, samples_per_shard=4))
+    result = run_download(context)
+    assert result.counts == {"in": 7, "ok": 6, "failed_to_download": 0, "failed_to_resize": 1}
+    assert result.metrics["failures"] == {"killer": 1}
+    assert _messages(context.output) == [None] * 4
+    assert _messages(context.output, "00001") == ["killer: its worker was lost twice", None, None]
+    with tarfile.open(context.output.path("00001.tar")) as tar:
+        assert [name for name in tar.getnames() if name.endswith("jpg")] == ["000011.jpg", "000012.jpg"]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_all_workers_together_keep_the_limits_of_a_host(server: HostileServer, tmp_path: Path) -> None:
+    urls = [f"{server.url}/wait?n={i}" for i in range(12)]
+    resources = {"num_workers": 2, "max_per_host": 1}
+    context = _context(_tables(tmp_path, urls, samples_per_shard=3, resources=resources))
+    assert run_download(context).counts["ok"] == 12
+    assert server.most["127.0.0.1"] == 1
+    state = read_progress(context.output)
+    assert state is not None
+    assert (state.done, state.message) == (12, "")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_retry_that_is_stopped_anywhere_is_finished_by_the_next_run(
+    server: HostileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = ["ok?seed=1", "status?code=503&times=1", "ok?seed=2", "status?code=500&times=1", "missing", "ok?seed=3"]
+    context = _context(_tables(tmp_path, [f"{server.url}/{path}" for path in paths], samples_per_shard=2))
+    assert run_download(context).counts["ok"] == 3
+    output = context.output
+    kept = output.describe("00002.tar")
+    move = Artifact.move
+    moved: list[str] = []
+
+    def move_and_stop(source: Artifact, name: str, target: Artifact) -> None:
+        move(source, name, target)
+        moved.append(name)
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Artifact, "move", move_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_download(replace(context, retry_failed="http"))
+    monkeypatch.setattr(Artifact, "move", move)
+    result = run_download(context)
+    assert result.counts == {"in": 6, "ok": 5, "failed_to_download": 1, "failed_to_resize": 0}
+    assert _messages(output, "00002") == ["http-404: Not Found", None]
+    assert output.describe("00002.tar") == kept
+    for shard, record in output.shard_records().items():
+        assert {name: output.describe(name) for name in record.files} == record.files, shard
+
+
+def test_the_command_tries_failed_rows_again(server: HostileServer, tmp_path: Path) -> None:
+    paths = ["ok?seed=1", "status?code=503&times=1", "status?code=500&times=1"]
+    tables = _tables(tmp_path, [f"{server.url}/{path}" for path in paths])
+    recipe = tmp_path / "recipe.json.toml"
+    lines = [f'workspace = "{tables["workspace"]}"', 'tracking.uri = "off"']
+    for section in ("pairs", "download"):
+        lines += [
+            f"[{section}]",
+            *(f"{name} = {json.dumps(value)}" for name, value in tables[section].items() if name != "resources"),
+        ]
+    recipe.write_text("\n".join(lines) + "\n")
+    assert unclip("run", str(recipe), "--until", "download").returncode == 0
+    done = unclip("run", str(recipe), "--until", "download", "--retry-failed", "http-503")
+    assert done.returncode == 0, done.stdout
+    row = next(row for row in unclip_json("status", str(recipe)) if row["step"] == "download")
+    assert row["state"] == "done"
+    assert row["counts"]["ok"] == 2
+    done = unclip("run", "--retry-failed", str(recipe), "--until", "download")
+    assert "ran 1 step" in done.stdout, done.stdout
+    row = next(row for row in unclip_json("status", str(recipe)) if row["step"] == "download")
+    assert row["counts"]["ok"] == 3
+    assert Artifact(row["artifact"]).exists(MANIFEST)
