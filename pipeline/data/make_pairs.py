@@ -68,8 +68,13 @@ class PairsMaker:
         self._names = numbered_names(len(self._pieces))
 
     def phases(self) -> Iterator[list[str]]:
-        """The tasks of each phase, by the names of their records; ask for a phase when the one before is done."""
+        """The tasks of each phase, by the names of their records; ask for a phase when the one before is done.
+
+        Raises:
+            DataError: After the first phase, if no row is usable; gives the counts by reason.
+        """
         yield [f"{READ}{name}" for name in self._names]
+        self._require_rows()
         yield self._compared
         yield list(self._names)
 
@@ -95,11 +100,7 @@ class PairsMaker:
         return record
 
     def finish(self) -> PairsSummary:
-        """Write the index, when every task is done.
-
-        Raises:
-            DataError: If no row is usable; gives the counts by reason.
-        """
+        """Write the index, when every task is done."""
         records = self._output.shard_records()
         readings = [Reading.from_dict(self._output.read_json(f"{READ}{name}.json")) for name in self._names]
         parts = [records[name].counts for name in self._names]
@@ -108,9 +109,6 @@ class PairsMaker:
         summary.counts["ok"] = total["ok"]
         if total["duplicate"]:
             summary.counts["duplicate"] = total["duplicate"]
-        if not total["ok"]:
-            where = f"{self._source.config.path}: " if self._source.config.path else ""
-            raise DataError(f"pairs: {where}no usable row among {summary.counts['in']}: {dict(summary.counts)}")
         notes = [self._output.read_json(f"{LIVE}parts/{name}.json") for name in self._names]
         summary.metrics |= add_counts([dict(reading.notes) for reading in readings]) | add_counts(notes)
         if num_captions := summary.metrics.get("captions_measured"):
@@ -144,6 +142,13 @@ class PairsMaker:
             runs.flush()
         self._output.write_json(f"{name}.json", reading.to_dict() | {"runs": [asdict(run) for run in runs.runs]})
         return dict(reading.counts)
+
+    def _require_rows(self) -> None:
+        records = self._output.shard_records()
+        counts = add_counts([records[f"{READ}{name}"].counts for name in self._names])
+        if not counts.get("ok"):
+            where = f"{self._source.config.path}: " if self._source.config.path else ""
+            raise DataError(f"pairs: {where}no usable row among {counts.get('in', 0)}: {counts}")
 
     def _rows_left(self, number: int) -> int | None:
         """Rows that ``max_pairs`` leaves to a piece; None: all."""

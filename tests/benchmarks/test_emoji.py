@@ -13,7 +13,8 @@ from PIL import Image
 from benchmarks import emoji, emoji_quality
 from benchmarks.emoji import BACKGROUNDS, STYLES, main
 from benchmarks.emoji_quality import Asked, Drawings, features, judge, rms, show, table
-from pipeline.data.pairs import PairsSummary, source_batches
+from pipeline.data.reading import Reading
+from pipeline.data.sources import Source
 from pipeline.recipe.recipe import load_recipe
 from pipeline.recipe.sections import PairsConfig
 from tests.ports import free_port
@@ -79,7 +80,7 @@ def test_a_made_set_is_read_as_a_folder_of_captioned_pictures(
     make(packages, tmp_path / "pairs", ("red heart", "openmoji"))
     assert '"noto": 2' in capsys.readouterr().out  # drawings that a set lacks are told
     config = PairsConfig(source="folder", path=str(tmp_path / "pairs/train"))
-    rows = [row for batch in source_batches(config, PairsSummary()) for row in batch.to_pylist()]
+    rows = [row for batch in Source(config).read([], "00000", Reading()) for row in batch.to_pylist()]
     captions = [row["caption"] for row in rows]
     assert {row["caption_source"] for row in rows} == {"metadata"}
     assert len(rows) == 4 * (7 - 1)
