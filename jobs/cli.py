@@ -13,7 +13,7 @@ from typing import Annotated, Any, cast
 import typer
 import typer.core
 
-from jobs import ablate, cluster, edit_commands, exchange, generate, inspect, search, start
+from jobs import ablate, cluster, edit_commands, exchange, generate, index, inspect, search, start
 from pipeline.data.causes import ALL
 from pipeline.errors import UnclipError
 
@@ -37,6 +37,12 @@ COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
         "sample": (generate.sample, "Make pictures from prompts."),
         "search": (search.search, "Find the nearest pairs to a text or a picture."),
         "serve": (generate.serve, "Serve pictures, neighbours and a page over HTTP."),
+    },
+    "Index": {
+        "append": (index.append, "Add the pairs of another recipe to the index."),
+        "delete": (index.delete, "Take pairs out of the index, by uid or URL."),
+        "restore": (index.restore, "Undo delete."),
+        "compact": (index.compact, "Build the index anew, without deleted pairs."),
     },
     "Edit": {
         "vary": (edit_commands.vary, "Make variations of a picture."),

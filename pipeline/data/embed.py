@@ -15,7 +15,7 @@ import torch
 from pipeline.clip import FrozenClip, load_clip
 from pipeline.data.rows import embeddings_schema
 from pipeline.data.shards import Sample, read_samples
-from pipeline.data.vectors import ROW_GROUP_ROWS, to_arrow
+from pipeline.data.vectors import ROW_GROUP_ROWS, WRITER_OPTIONS, to_arrow
 from pipeline.errors import DataError
 from pipeline.pictures import PictureError, Pixels, decode, square
 
@@ -56,8 +56,7 @@ class Embedder:
         """
         counts: Counter[str] = Counter({"in": 0, "ok": 0, "corrupt": 0})
         schema = embeddings_schema(self._clip.dims.embed_dim)
-        # Vectors cannot be compressed, and without a dictionary one row group takes one read.
-        with pq.ParquetWriter(target, schema, compression="none", use_dictionary=False) as writer:
+        with pq.ParquetWriter(target, schema, **WRITER_OPTIONS) as writer:
             inputs = self._decode(read_samples(tar, parquet, shard), counts)
             batches = [self._embed(batch, schema) for batch in _batches(inputs, self._batch_size)]
             writer.write_table(pa.Table.from_batches(batches, schema), row_group_size=ROW_GROUP_ROWS)

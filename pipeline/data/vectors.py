@@ -1,18 +1,30 @@
 """Embeddings as numpy arrays and as Parquet columns of fixed-size lists of float16, which plain pyarrow reads."""
 
+import functools
+import mmap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.data.rows import embeddings_schema
-from pipeline.data.shards import read_table
+from pipeline.data.shards import REPAIR_HINT, read_table
+from pipeline.errors import DataError
 
 ROW_GROUP_ROWS = 1024
-"""Rows of a row group; small, so that reading the vectors of a few neighbours does not read their whole shards."""
+"""Rows of a row group; small, so that a writer holds few vectors in memory."""
+
+WRITER_OPTIONS: dict[str, Any] = {"compression": "none", "use_dictionary": False, "data_page_size": 1 << 30}
+"""How a ParquetWriter stores embeddings: uncompressed (vectors do not shrink), and each column of a row group as one
+page. The page ends with the bytes of its vectors, so `StoredVectors` reads a single vector from its place in it."""
+
+VECTOR_COLUMNS = ("z_image", "z_text")
+_MAPPED_FILES = 4096  # Linux allows a process 65,530 maps
 
 
 @dataclass
@@ -54,3 +66,91 @@ def read_vectors(path: Path) -> Vectors:
     table = read_table(path, embeddings_schema(1).names)
     z_image, z_text = to_numpy(table.column("z_image")), to_numpy(table.column("z_text"))
     return Vectors(z_image, z_text, table.drop_columns(["z_image", "z_text"]))
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """Where the vectors of some files start; a row's number counts through all files.
+
+    Legend: G row groups.
+    """
+
+    first_rows: NDArray[np.int64]
+    """(G,) number of the first row of each row group, ascending."""
+    files: NDArray[np.int64]
+    """(G,) number of its file."""
+    offsets: NDArray[np.int64]
+    """(G, 2) place of its first z_image and z_text, in bytes from the start of the file."""
+
+    @classmethod
+    def of_file(cls, path: Path, *, file: int = 0, first_row: int = 0) -> "RowGroups":
+        """Read the places from the footer of a file that was written with ``WRITER_OPTIONS``.
+
+        Raises:
+            DataError: If the file lacks a column, or its first vectors are not where they should be.
+        """
+        with pq.ParquetFile(path) as parquet:
+            metadata = parquet.metadata
+            names = [metadata.schema.column(i).path.split(".")[0] for i in range(metadata.num_columns)]
+            first_rows, offsets = list[int](), list[list[int]]()
+            for number in range(metadata.num_row_groups):
+                group = metadata.row_group(number)
+                chunks = [group.column(names.index(column)) for column in VECTOR_COLUMNS]
+                # The last bytes of a chunk are its values, two bytes each.
+                offsets.append([c.data_page_offset + c.total_compressed_size - 2 * c.num_values for c in chunks])
+                first_rows.append(first_row)
+                first_row += group.num_rows
+        return cls(np.array(first_rows, np.int64), np.full(len(offsets), file), np.array(offsets).reshape(-1, 2))
+
+    @classmethod
+    def concatenate(cls, parts: "list[RowGroups]") -> "RowGroups":
+        """The row groups of several files, in order."""
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__annotations__))
+
+
+class StoredVectors:
+    """Reads single vectors by row number, in time and memory that do not depend on the number of rows.
+
+    Args:
+        groups: Where the vectors are.
+        path_of: The local path of a file, by its number.
+        embed_dim: Width D of a vector.
+    """
+
+    def __init__(self, groups: RowGroups, path_of: Callable[[int], Path], embed_dim: int) -> None:
+        self._groups = groups
+        self._embed_dim = embed_dim
+
+        @functools.lru_cache(_MAPPED_FILES)
+        def map_file(number: int) -> mmap.mmap:
+            with path_of(number).open("rb") as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+        self._map = map_file
+
+    def read(self, rows: NDArray[np.int64], column: str) -> NDArray[np.float32]:
+        """The vectors (len(rows), D) of ``z_image`` or ``z_text``, of length one."""
+        vectors = np.empty((len(rows), self._embed_dim), np.float16)
+        groups = np.searchsorted(self._groups.first_rows, rows, side="right") - 1
+        starts = self._groups.offsets[groups, VECTOR_COLUMNS.index(column)]
+        starts = starts + (rows - self._groups.first_rows[groups]) * (2 * self._embed_dim)
+        for place, (file, start) in enumerate(zip(self._groups.files[groups].tolist(), starts.tolist(), strict=True)):
+            vectors[place] = np.frombuffer(self._map(file), np.float16, self._embed_dim, start)
+        return to_unit(vectors)
+
+
+def check_places(groups: RowGroups, vectors: Vectors, path: Path) -> None:
+    """Compare what `StoredVectors` reads in one file with what the Parquet reader read there.
+
+    Raises:
+        DataError: If the file's columns have several pages, or are compressed.
+    """
+    rows = groups.first_rows - groups.first_rows[:1]
+    stored = StoredVectors(
+        RowGroups(rows, np.zeros_like(rows), groups.offsets), lambda _: path, vectors.z_image.shape[1]
+    )
+    for column in VECTOR_COLUMNS:
+        if not np.array_equal(stored.read(rows, column), to_unit(getattr(vectors, column)[rows])):
+            raise DataError(
+                f"{path}: column {column} is not stored in one uncompressed page a row group; {REPAIR_HINT}"
+            )

@@ -232,25 +232,21 @@ class TrainingNeighbours:
         """For each of (Q, D) vectors, the training rows among its nearest rows."""
         if not vectors.size:
             return []
-        neighbours = self._index.search(vectors.astype(np.float32), _NUM_REQUESTED, modality="image")
+        neighbours = self._index.find(vectors.astype(np.float32), _NUM_REQUESTED, modality="image")
         return [self._training_only(row) for row in neighbours]
 
     def nearest(self, vectors: Vectors) -> list[Json | None]:
         """Uid and cosine of each vector's nearest training row; None if none of its nearest rows is a training row."""
         nearest = [row[0] if row else None for row in self.find(vectors)]
-        rows = self._index.rows([near.id for near in nearest if near is not None])
-        uids = iter(columns["uid"] for columns in rows)
-        return [
-            None if near is None else {"uid": next(uids), "similarity": round(near.similarity, 4)} for near in nearest
-        ]
+        return [near and {"uid": near.uid, "similarity": round(near.similarity, 4)} for near in nearest]
 
     def similarity(self, vectors: Vectors) -> Vectors:
         """Cosine to the nearest training row, of those vectors that have one."""
         return np.array([row[0].similarity for row in self.find(vectors) if row])
 
     def _training_only(self, row: list[Neighbour]) -> list[Neighbour]:
-        columns_of = self._index.rows([near.id for near in row])
-        return [near for near, columns in zip(row, columns_of, strict=True) if columns["split"] == "train"]
+        splits = self._index.rows([near.id for near in row]).column("split").to_pylist()
+        return [near for near, split in zip(row, splits, strict=True) if split == "train"]
 
 
 def matrix(rows: Rows, column: str) -> Vectors:

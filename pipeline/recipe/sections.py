@@ -338,14 +338,20 @@ class EmbedConfig(StepSection):
 class IndexConfig(StepSection):
     """The neighbour index over z_image and z_text (FAISS, inner product)."""
 
-    kind: Literal["auto", "flat", "ivf_flat", "ivf_sq8", "hnsw"] = "auto"
-    """auto: flat below 20,000 rows, else ivf_sq8."""
+    kind: Literal["auto", "flat", "ivf_sq8", "ivf_rabitq", "hnsw"] = "auto"
+    """flat: exact; ivf_sq8 and ivf_rabitq: lists of rows of 8 bits and 1 bit a feature, re-ranked with the exact
+    vectors; hnsw: a graph. auto: flat below 4,000 rows; else the fastest of flat (up to 50,000 rows), hnsw (up to
+    20,000), ivf_sq8 and ivf_rabitq that reaches the recall target within the memory budget, for each of z_image and
+    z_text."""
+    memory_gb: PositiveFloat = 20.0
+    """Budget of the index over z_image, and of that over z_text, in GB of memory; auto tries what fits."""
     num_train_rows: PositiveInt = 200_000
-    """Random sample on which the lists and quantisers are trained, in rows."""
+    """Random sample on which the lists and quantisers are trained, in rows; lists are as many as it allows (39 rows
+    each), at most four times the root of all rows."""
     recall_target: Annotated[float, Field(gt=0, le=1)] = 0.95
-    """Recall at 10 that the search effort is tuned to, measured against exact search."""
-    num_recall_queries: PositiveInt = 200
-    """Queries for that measurement, in rows."""
+    """Recall at 10, 100 and 1,000 neighbours that the search effort is tuned to, measured against exact search."""
+    num_recall_queries: Annotated[int, Field(ge=2)] = 500
+    """Queries for that measurement: embeddings of validation rows, half for tuning, half for the reported recall."""
     resources: TaskResources = TaskResources(num_workers=1)
     """Workers of this step."""
 

@@ -70,7 +70,7 @@ _BEFORE_EVALUATE = (
     StepRow(
         name="embed",
         title="Embeddings",
-        version=2,
+        version=3,
         inputs=("download", "clip"),
         runner="pipeline.runtime.data:run_embed",
         seeded=False,
@@ -85,7 +85,7 @@ _BEFORE_EVALUATE = (
         in_cascade=True,
         files=_INIT_FILES,
     ),
-    StepRow(name="index", title="Index", inputs=("embed",), runner="pipeline.runtime.data:run_index"),
+    StepRow(name="index", title="Index", version=2, inputs=("embed",), runner="pipeline.runtime.index:run_index"),
     StepRow(
         name="prior",
         title="Prior",

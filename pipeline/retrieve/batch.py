@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError
-from pipeline.retrieve.exact import Floats
+from pipeline.retrieve.embedded import Floats
 from pipeline.retrieve.queries import QueryEncoder, to_direction
 from pipeline.retrieve.query_list import QUERY_COLUMNS
 from pipeline.retrieve.retriever import Results

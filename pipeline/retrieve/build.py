@@ -1,45 +1,280 @@
-"""The index step: builds a FAISS index over z_image and one over z_text, and measures their recall.
+"""Builds one segment of an index in three stages, of which the second runs in parallel.
 
-The search effort is the smallest that reaches the requested recall, measured against exact search with pictures and
-texts of the data as queries. FAISS is trained on a random sample of the rows.
+    prepare    chooses the kinds to try, the queries and a random sample; trains centroids and quantisers
+    add_part   reads some shards once: codes of each kind, rows, ids, and the exact neighbours of the queries
+    finish     puts the parts together on the disk, tunes each kind, keeps the fastest that reaches the recall target
+
+Everything between the stages is a file under ``live/``, so a build that is killed goes on from its finished parts.
 """
 
-from collections.abc import Callable
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import faiss
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from pipeline.data.vectors import to_unit
+from pipeline.data.rows import row_id
+from pipeline.data.vectors import VECTOR_COLUMNS, RowGroups, StoredVectors, Vectors, check_places, to_unit
 from pipeline.recipe.sections import IndexConfig
-from pipeline.retrieve.exact import EmbeddedShards, Floats, Ids, recall, true_neighbours
-from pipeline.workspace.store import Artifact
+from pipeline.retrieve import kinds
+from pipeline.retrieve.embedded import EmbeddedShards, Floats, Ids
+from pipeline.retrieve.rows import Rows, repeated_positions, sorted_positions, write_array, write_rows
+from pipeline.retrieve.segment import (
+    MODALITIES,
+    Modality,
+    index_file,
+    lists_file,
+    open_searcher,
+    sizes_file,
+    workspace_of,
+)
+from pipeline.retrieve.tune import NUM_NEAREST, Truth, Tuned, fastest, tune
+from pipeline.retrieve.versions import Version
+from pipeline.workspace.manifest import ShardRecord, add_counts
+from pipeline.workspace.store import LIVE, Artifact
 
-Kind = Literal["flat", "ivf_flat", "ivf_sq8", "hnsw"]
-Modality = Literal["image", "text"]
-MODALITIES: tuple[Modality, ...] = ("image", "text")
-ROW_COLUMNS = ("uid", "key", "shard", "url", "caption", "split")
-RECALL_AT = 10
+BASE_SEGMENT = "segment-000000"
 
-_FLAT_BELOW_ROWS = 20_000
-_HNSW_LINKS = 32
-_HNSW_BUILD_EFFORT = 80
-_HNSW_EFFORTS = (16, 32, 64, 128, 256, 512, 1024)
-_MIN_ROWS_PER_LIST = 39  # with fewer, FAISS warns that the training sample is too small
-_WRITE_BYTES = 1 << 20
-_CANDIDATES = {"ivf_sq8": 4}  # candidates per neighbour that a quantised index returns for re-ranking
+_FLAT_BELOW_ROWS = 4_000
+_FLAT_UP_TO_ROWS = 50_000
+_GRAPH_UP_TO_ROWS = 20_000  # in order, on one thread: a second for 2,000 rows, longer for each as they get more
+_ROWS_PER_LIST = 39  # with a smaller sample, FAISS warns
+_MIN_PART_ROWS, _MAX_PARTS = 65_536, 256
+_QUERY_SHARDS = 64
 
 
 @dataclass(frozen=True)
 class IndexSummary:
-    """Size and metrics of an index."""
+    """Rows and metrics of a segment."""
 
-    num_rows: int
+    counts: dict[str, int]
+    """Rows: ``in`` = ``ok`` + each kind of row that is left out."""
     metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SegmentBuild:
+    """The build of one segment; travels between processes."""
+
+    sources: tuple[Artifact, ...]
+    """Artifacts of embed steps; all of one CLIP."""
+    output: Artifact
+    """The index."""
+    config: IndexConfig
+    seed: int
+    segment: str = BASE_SEGMENT
+    """Its folder in the index."""
+    num_threads: int = 1
+    """Threads of FAISS in each process."""
+    on_gpu: bool = False
+    """Whether centroids are trained and rows assigned to them on a GPU."""
+    earlier: tuple[str, ...] = ()
+    """Segments of the same index: their rows are not added again."""
+    deleted: str = ""
+    """File in the index with the sorted ids of rows to leave out; empty: none."""
+
+    def parts(self) -> list[str]:
+        """Names of the parts, in order; each is some consecutive shards."""
+        return list(_Parts.of(self).shards)
+
+    def num_rows(self) -> int:
+        """Rows of the embeddings."""
+        return EmbeddedShards.open(self.sources).num_rows
+
+    def prepare(self) -> None:
+        """Choose, sample and train; nothing to do if that is done.
+
+        Raises:
+            DataError: If there are no embeddings, or a shard is damaged.
+        """
+        inputs = [*(source.uri for source in self.sources), *self.earlier, self.deleted]
+        if self.output.exists(self._live("plan.json")):
+            if self.output.read_json(self._live("plan.json"))["inputs"] == inputs:
+                return
+            self.clear()  # of a change that was given up
+        kinds.set_threads(self.num_threads)
+        embedded, rng = EmbeddedShards.open(self.sources), np.random.default_rng(self.seed)
+        query_rows = _query_rows(embedded, self.config.num_recall_queries, rng)
+        chosen = kinds_to_try(self.config, embedded.num_rows, embedded.embed_dim)
+        if any(kinds.is_listed(kind) for kind in chosen):
+            num_lists = choose_num_lists(self.config, embedded.num_rows)
+            count = min(self.config.num_train_rows, embedded.num_rows)
+            drawn = np.sort(rng.choice(embedded.num_rows, count, replace=False))
+            others = np.setdiff1d(drawn, query_rows)
+            sample_rows = others if len(others) >= num_lists else drawn
+            reader = _reader(embedded, np.unique(embedded.shard_of(sample_rows)))
+            for modality in MODALITIES:
+                sample = reader.read(sample_rows, f"z_{modality}")
+                centroids = kinds.train_centroids(
+                    sample, min(num_lists, len(sample)), seed=self.seed, on_gpu=self.on_gpu
+                )
+                for kind in filter(kinds.is_listed, chosen):
+                    with self.output.write(self._live(f"{modality}.{kind}.faiss")) as path:
+                        kinds.write(kinds.train_coder(kind, centroids, sample), path)
+        reader = _reader(embedded, np.unique(embedded.shard_of(query_rows)))
+        half = len(query_rows) // 2
+        # Shuffled, so that each half of the queries holds pictures and captions.
+        order = rng.permutation(len(query_rows))
+        queries = [
+            reader.read(rows, name) for rows, name in zip(np.split(query_rows, [half]), VECTOR_COLUMNS, strict=True)
+        ]
+        self._write_array("queries", np.concatenate(queries)[order])
+        self._write_array("query_rows", query_rows[order])
+        self.output.write_json(self._live("plan.json"), {"kinds": chosen, "inputs": inputs})
+
+    def add_part(self, name: str) -> ShardRecord:
+        """Read the shards of one part, once, and write what the segment needs of them.
+
+        Raises:
+            DataError: If a shard is damaged.
+        """
+        kinds.set_threads(self.num_threads)
+        embedded = EmbeddedShards.open(self.sources)
+        part = _PartWriter(self, embedded)
+        for shard in _Parts.of(self).shards[name]:
+            part.add(shard, embedded.read(shard))
+        part.write(name)
+        return ShardRecord(shard=name, counts=dict(part.counts), files={})
+
+    def finish(self) -> IndexSummary:
+        """Put the parts together, tune, and write the segment's description last."""
+        kinds.set_threads(self.num_threads)
+        embedded, names = EmbeddedShards.open(self.sources), self.parts()
+        records = self.output.shard_records()
+        counts = add_counts([records[name].counts for name in names])
+        self._join_rows(names)
+        rows = Rows(self.output, self.segment, embedded)
+        hidden, repeats = self._hide_repeats(rows)
+        counts = {**counts, "ok": counts["ok"] - sum(repeats.values()), **repeats}
+        description: dict[str, Any] = {
+            "embedded": embedded.to_json(workspace_of(self.output)),
+            "num_rows": counts["ok"],
+            "counts": counts,
+            "recall_target": self.config.recall_target,
+        }
+        with self.output.write(f"{self.segment}/hidden.npy") as path:
+            write_array(path, [hidden], hidden.shape, np.int64)
+        truth = self._truth(names, rows)
+        tried: dict[Modality, dict[str, Tuned]] = {modality: {} for modality in MODALITIES}
+        for modality in MODALITIES:
+            for kind in self.kinds_tried():
+                self._join_codes(names, modality, kind)
+                searcher = open_searcher(self.output, self.segment, modality, kind)
+                tried[modality][kind] = tune(searcher, rows, truth, modality, self.config.recall_target)
+            best = fastest(list(tried[modality].values()))
+            self._remove_others(modality, best.kind)
+            description[modality] = {"kind": best.kind, "efforts": [effort.to_json() for effort in best.efforts]}
+        self.output.write_json(f"{self.segment}/segment.json", description)
+        return IndexSummary(counts, _metrics(description, tried, embedded))
+
+    def clear(self) -> None:
+        """Remove what was written between the stages; a step's commit does this itself."""
+        for name in self.output.names():
+            if name.startswith(f"{LIVE}{self.segment}/"):
+                self.output.remove(name)
+
+    def _live(self, name: str) -> str:
+        return f"{LIVE}{self.segment}/{name}"
+
+    def kinds_tried(self) -> list[kinds.Kind]:
+        """The kinds that the first stage chose."""
+        return self.output.read_json(self._live("plan.json"))["kinds"]
+
+    def _write_array(self, name: str, values: NDArray[Any]) -> None:
+        with self.output.write(self._live(f"{name}.npy")) as path:
+            write_array(path, [values], values.shape, values.dtype)
+
+    def read_array(self, name: str) -> NDArray[Any]:
+        """An array that a stage wrote, memory-mapped."""
+        return np.load(self.output.path(self._live(f"{name}.npy")), mmap_mode="r").view(np.ndarray)
+
+    def read_coder(self, modality: Modality, kind: kinds.Kind) -> Any:
+        """The trained index of a kind with lists, without rows."""
+        return kinds.read(self.output.path(self._live(f"{modality}.{kind}.faiss")))
+
+    def _join_rows(self, names: Sequence[str]) -> None:
+        readers: list[Any] = [
+            pa.ipc.open_file(pa.memory_map(str(self.output.path(f"{name}.rows.arrow")))) for name in names
+        ]
+        with self.output.write(f"{self.segment}/rows.arrow") as path:
+            batches = (reader.get_batch(i) for reader in readers for i in range(reader.num_record_batches))
+            write_rows(path, batches, readers[0].schema)
+        for array, width in (("ids", ()), ("places", ()), ("groups", (4,))):
+            parts = [self._load(name, array) for name in names]
+            with self.output.write(f"{self.segment}/{array}.npy") as path:
+                write_array(path, parts, (sum(map(len, parts)), *width), np.int64)
+        ids = np.load(self.output.path(f"{self.segment}/ids.npy"), mmap_mode="r").view(np.ndarray)
+        with self.output.write(f"{self.segment}/order.npy") as path:
+            write_array(path, sorted_positions(ids), ids.shape, np.int64)
+
+    def _load(self, part: str, array: str) -> NDArray[Any]:
+        return np.load(self.output.path(f"{part}.{array}.npy"), mmap_mode="r").view(np.ndarray)
+
+    def _hide_repeats(self, rows: Rows) -> tuple[Ids, dict[str, int]]:
+        """Positions of rows that no search returns, and how many there are of each kind."""
+        counts, hidden = Counter[str](), list[Ids]()
+        order = np.load(self.output.path(f"{self.segment}/order.npy"), mmap_mode="r").view(np.ndarray)
+        for repeats, firsts in repeated_positions(rows.ids, order):
+            uids = [rows.columns(positions).column("uid").to_pylist() for positions in (repeats, firsts)]
+            same = sum(one == other for one, other in zip(*uids, strict=True))
+            counts.update({"duplicate_uid": same, "id_collision": len(repeats) - same})
+            hidden.append(repeats)
+        for segment in self.earlier:
+            embedded = EmbeddedShards.from_json(
+                self.output.read_json(f"{segment}/segment.json")["embedded"], workspace_of(self.output)
+            )
+            before = Rows(self.output, segment, embedded)  # with its deleted rows
+            for start in range(0, len(rows), _MIN_PART_ROWS):
+                found = np.flatnonzero(before.positions(np.asarray(rows.ids[start : start + _MIN_PART_ROWS])) >= 0)
+                hidden.append(found + start)
+        all_hidden = np.unique(np.concatenate([np.zeros(0, np.int64), *hidden]))
+        earlier = len(all_hidden) - counts.total()
+        counts.update({"already_indexed": earlier} if earlier > 0 else {})
+        return all_hidden, {name: count for name, count in counts.items() if count}
+
+    def _truth(self, names: Sequence[str], rows: Rows) -> Truth:
+        scores, positions = dict[Modality, Floats](), dict[Modality, Ids]()
+        for modality in MODALITIES:
+            parts = [
+                (self._load(name, f"{modality}.nearest"), self._load(name, f"{modality}.nearest_places"))
+                for name in names
+            ]
+            near, places = functools.reduce(_nearer, parts)
+            scores[modality] = near
+            positions[modality] = rows.positions_of_places(places.reshape(-1)).reshape(places.shape)
+        own = rows.positions_of_places(np.asarray(self.read_array("query_rows")))
+        return Truth(np.array(self.read_array("queries")), own, scores, positions)
+
+    def _join_codes(self, names: Sequence[str], modality: Modality, kind: kinds.Kind) -> None:
+        """Write the index of one kind: the codes of each list from every part, side by side."""
+        parts = [self._load(name, f"{modality}.{_code_name(kind)}") for name in names]
+        if kinds.is_exact(kind):
+            index = kinds.new_exact(kind, parts[0].shape[1])
+            kinds.set_threads(1 if kind == "hnsw" else self.num_threads)  # a graph depends on the order
+            for part in parts:
+                index.add(np.ascontiguousarray(part))
+        else:
+            index = self.read_coder(modality, kind)
+            sizes = np.stack([self._load(name, f"{modality}.sizes") for name in names])
+            positions = [self._load(name, f"{modality}.positions") for name in names]
+            with self.output.write(lists_file(self.segment, modality, kind)) as path, path.open("wb") as file:
+                for block in _list_blocks(parts, positions, sizes):
+                    file.write(block)
+            with self.output.write(sizes_file(self.segment, modality, kind)) as path:
+                write_array(path, [sizes.sum(axis=0)], sizes.shape[1:], np.int64)
+            kinds.search_lists_by_graph(index)
+        with self.output.write(index_file(self.segment, modality, kind)) as path:
+            kinds.write(index, path)
+
+    def _remove_others(self, modality: Modality, kind: kinds.Kind) -> None:
+        for name in self.output.names():
+            start = f"{self.segment}/{modality}."
+            if name.startswith(start) and not name.startswith(f"{start}{kind}."):
+                self.output.remove(name)
 
 
 def build_index(
@@ -51,145 +286,237 @@ def build_index(
     num_threads: int = 1,
     on_rows: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> IndexSummary:
-    """Write ``image.faiss``, ``text.faiss``, ``rows.parquet`` and ``index.json``.
+    """Build an index of one segment in this process.
 
     Args:
         embed: The embeddings.
         output: The artifact to write.
         config: The recipe's section.
         seed: Seed of the training sample, the lists and the queries of the measurement.
-        num_threads: Threads of FAISS. The same number gives the same bytes (rounding decides for rows between two
-            lists); HNSW always uses one, because its graph depends on the order.
+        num_threads: Threads of FAISS.
         on_rows: Called with the number of rows added and of all rows.
 
     Raises:
         DataError: If there are no embeddings, or a shard is damaged.
     """
-    shards = EmbeddedShards.open(embed)
-    kind = choose_kind(config.kind, shards.num_rows)
-    faiss.omp_set_num_threads(1 if kind == "hnsw" else num_threads)
-    rng = np.random.default_rng(seed)
-    num_train = min(config.num_train_rows, shards.num_rows)
-    sample = _choose(rng, shards.num_rows, 0 if kind in {"flat", "hnsw"} else num_train)
-    query_rows = _choose(rng, shards.num_rows, min(config.num_recall_queries, shards.num_rows))
-    indices: dict[Modality, Any] = {modality: _empty(kind, shards, num_train, seed) for modality in MODALITIES}
-    if len(sample):
-        for modality, index in indices.items():
-            index.train(_gather(shards, sample, f"z_{modality}"))
-    with output.write("rows.parquet") as path:
-        _fill(indices, shards, path, on_rows)
-    # Half the queries are pictures and half are texts, as users send both, and their embeddings are far apart.
-    half = len(query_rows) // 2
-    queries = np.concatenate(
-        [_gather(shards, query_rows[:half], "z_image"), _gather(shards, query_rows[half:], "z_text")]
-    )
-    description: dict[str, Any] = {
-        "kind": kind,
-        "embed_dim": shards.embed_dim,
-        "num_rows": shards.num_rows,
-        "candidates_per_result": _CANDIDATES.get(kind, 1),
-        "recall_target": config.recall_target,
-        "num_recall_queries": len(query_rows),
-    }
-    k = min(RECALL_AT, shards.num_rows)
-    for modality, index in indices.items():
-        true = true_neighbours(shards, queries, f"z_{modality}", k)
-        effort, recall_at_k = tune(index, kind, queries, true, k, config.recall_target)
-        description[modality] = {"effort": effort, "recall_at_10": round(recall_at_k, 4)}
-        # A Python file notices a full disk when it is closed; FAISS's own writer does not.
-        with output.write(f"{modality}.faiss") as path, path.open("wb") as file:
-            writer: Any = getattr(faiss, "PyCallbackIOWriter")  # noqa: B009  (faiss has no type for it)
-            faiss.write_index(index, writer(file.write, _WRITE_BYTES))
-    output.write_json("index.json", description)
-    return IndexSummary(shards.num_rows, _metrics(description))
+    build = SegmentBuild((embed,), output, config, seed, num_threads=num_threads)
+    build.prepare()
+    records, num_rows = output.shard_records(), EmbeddedShards.open(build.sources).num_rows
+    done = 0
+    for name in build.parts():
+        if name not in records:
+            records[name] = build.add_part(name)
+            output.commit_shard(records[name])
+        done += records[name].counts["in"]
+        on_rows(done, num_rows)
+    summary = build.finish()
+    Version(0, (BASE_SEGMENT,), "").write(output)
+    build.clear()
+    return summary
 
 
-def choose_kind(kind: Literal["auto", "flat", "ivf_flat", "ivf_sq8", "hnsw"], num_rows: int) -> Kind:
-    """Resolve ``auto``: exact search below 20,000 rows, where it takes less than 5 ms, else quantised lists."""
-    if kind != "auto":
-        return kind
-    return "flat" if num_rows < _FLAT_BELOW_ROWS else "ivf_sq8"
+def kinds_to_try(config: IndexConfig, num_rows: int, embed_dim: int) -> list[kinds.Kind]:
+    """The kinds that fit into the memory budget; the fastest of them is kept.
+
+    Few rows are compared one by one, faster than any lists are visited. A graph of more than 20,000 rows takes too long
+    to build to be tried.
+    """
+    if config.kind != "auto":
+        return [config.kind]
+    if num_rows < _FLAT_BELOW_ROWS:
+        return ["flat"]
+    chosen: list[kinds.Kind] = ["ivf_sq8"]
+    if num_rows <= _FLAT_UP_TO_ROWS:
+        chosen.insert(0, "flat")
+    if num_rows <= _GRAPH_UP_TO_ROWS:
+        chosen.append("hnsw")
+    budget = config.memory_gb * 1e9
+    fitting: list[kinds.Kind] = [kind for kind in chosen if num_rows * kinds.row_bytes(kind, embed_dim) <= budget]
+    return [*fitting, "ivf_rabitq"]
 
 
-def set_effort(index: Any, kind: str, effort: int) -> None:
-    """Set the search effort of an index: the lists to visit (ivf) or the candidate nodes (hnsw); flat has none."""
-    if kind.startswith("ivf"):
-        index.nprobe = effort
-    elif kind == "hnsw":
-        index.hnsw.efSearch = effort
+def choose_num_lists(config: IndexConfig, num_rows: int) -> int:
+    """The number of lists: four times the root of the rows, as far as the training sample allows."""
+    return max(1, min(round(4 * num_rows**0.5), min(config.num_train_rows, num_rows) // _ROWS_PER_LIST))
 
 
-def tune(index: Any, kind: Kind, queries: Floats, true: list[set[int]], k: int, target: float) -> tuple[int, float]:
-    """Set the smallest effort whose recall at K reaches the target, else the largest; returns effort and recall."""
-    num_candidates = k * _CANDIDATES.get(kind, 1)
-    effort, recall_at_k = 0, 0.0
-    for effort in _efforts(index, kind):
-        set_effort(index, kind, effort)
-        _, candidates = index.search(queries, num_candidates)
-        recall_at_k = recall(candidates, true, k)
-        if recall_at_k >= target:
+@dataclass(frozen=True)
+class _Parts:
+    """The shards of each part, by its name."""
+
+    shards: dict[str, range]
+
+    @classmethod
+    def of(cls, build: SegmentBuild) -> "_Parts":
+        starts = EmbeddedShards.open(build.sources).starts
+        rows = max(_MIN_PART_ROWS, -(-int(starts[-1]) // _MAX_PARTS))
+        shards, first = dict[str, range](), 0
+        for last in range(1, len(starts)):
+            if starts[last] - starts[first] >= rows or last == len(starts) - 1:
+                shards[f"{LIVE}{build.segment}/part-{len(shards):06d}"] = range(first, last)
+                first = last
+        return cls(shards)
+
+
+class _PartWriter:
+    """Collects what a segment needs of some shards."""
+
+    def __init__(self, build: SegmentBuild, embedded: EmbeddedShards) -> None:
+        self._build = build
+        self._embedded = embedded
+        self._kinds: list[kinds.Kind] = build.kinds_tried()
+        listed: list[kinds.Kind] = [kind for kind in self._kinds if kinds.is_listed(kind)]
+        self._coders = {
+            (modality, kind): build.read_coder(modality, kind) for modality in MODALITIES for kind in listed
+        }
+        self._assign = {
+            modality: kinds.assigner(self._coders[modality, listed[0]], on_gpu=build.on_gpu)
+            for modality in (MODALITIES if listed else ())
+        }
+        self._queries = np.array(build.read_array("queries"))
+        self._query_rows = np.array(build.read_array("query_rows"))
+        self._deleted = np.load(build.output.path(build.deleted)) if build.deleted else np.zeros(0, np.int64)
+        self.counts = Counter[str]({"in": 0, "ok": 0})
+        self._tables, self._ids, self._places = list[pa.Table](), list[Ids](), list[Ids]()
+        self._groups = list[NDArray[np.int64]]()
+        self._codes: dict[tuple[Modality, str], list[NDArray[Any]]] = {}
+        shape = len(self._queries), NUM_NEAREST
+        none = np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int64)
+        self._nearest: dict[Modality, tuple[Floats, Ids]] = dict.fromkeys(MODALITIES, none)
+
+    def add(self, shard: int, vectors: Vectors) -> None:
+        """Take the rows of one shard."""
+        start, path = int(self._embedded.starts[shard]), self._embedded.path(shard)
+        groups = RowGroups.of_file(path, file=shard, first_row=start)
+        check_places(groups, vectors, path)
+        self._groups.append(np.column_stack([groups.first_rows, groups.files, groups.offsets]))
+        ids = np.array([row_id(uid) for uid in vectors.table.column("uid").to_pylist()], np.int64)
+        kept = np.flatnonzero(~np.isin(ids, self._deleted))
+        self.counts.update({"in": len(ids), "ok": len(kept)})
+        if len(kept) < len(ids):
+            self.counts["deleted"] += len(ids) - len(kept)
+        self._places.append(start + kept)
+        self._ids.append(ids[kept])
+        name = pa.array([self._embedded.shards[shard][1]] * len(ids), pa.string())
+        self._tables.append(vectors.table.append_column("shard", name).take(pa.array(kept)))
+        for modality in MODALITIES:
+            self._code(modality, start + kept, to_unit(getattr(vectors, f"z_{modality}")[kept]))
+
+    def _code(self, modality: Modality, places: Ids, rows: Floats) -> None:
+        lists = self._assign[modality](rows) if self._assign else np.zeros(len(rows), np.int64)
+        self._codes.setdefault((modality, "lists"), []).append(lists)
+        for kind in self._kinds:
+            key = modality, _code_name(kind)
+            if kinds.is_listed(kind):
+                self._codes.setdefault(key, []).append(kinds.encode(self._coders[modality, kind], rows, lists))
+            elif kind == "flat" or "flat" not in self._kinds:
+                self._codes.setdefault(key, []).append(rows)
+        if not len(rows):
+            return
+        scores, numbers = kinds.nearest(self._queries, rows, min(NUM_NEAREST + 1, len(rows)))
+        nearest = places[numbers]
+        scores = np.where(nearest == self._query_rows[:, None], -np.inf, scores)
+        self._nearest[modality] = _nearer(self._nearest[modality], (scores, nearest))
+
+    def write(self, name: str) -> None:
+        """Write everything, with the codes sorted by list."""
+        tables = [table for table in self._tables if table.num_rows] or self._tables[:1]
+        schema = tables[0].schema
+        with self._build.output.write(f"{name}.rows.arrow") as path:
+            write_rows(path, (batch for table in tables for batch in table.to_batches()), schema)
+        self._array(f"{name}.ids", np.concatenate(self._ids))
+        self._array(f"{name}.places", np.concatenate(self._places))
+        self._array(f"{name}.groups", np.concatenate(self._groups))
+        for modality in MODALITIES:
+            self._array(f"{name}.{modality}.nearest", self._nearest[modality][0])
+            self._array(f"{name}.{modality}.nearest_places", self._nearest[modality][1])
+            lists = np.concatenate(self._codes[modality, "lists"])
+            order = np.argsort(lists, kind="stable")
+            if self._assign:
+                num_lists = int(next(iter(self._coders.values())).nlist)
+                self._array(f"{name}.{modality}.sizes", np.bincount(lists, minlength=num_lists))
+                self._array(f"{name}.{modality}.positions", order)
+            for kind in self._kinds:
+                parts = self._codes.pop((modality, _code_name(kind)), None)
+                if parts is not None:
+                    values = np.concatenate(parts)
+                    self._array(
+                        f"{name}.{modality}.{_code_name(kind)}", values[order] if kinds.is_listed(kind) else values
+                    )
+
+    def _array(self, name: str, values: NDArray[Any]) -> None:
+        with self._build.output.write(f"{name}.npy") as path:
+            write_array(path, [values], values.shape, values.dtype)
+
+
+def _nearer(one: tuple[Floats, Ids], other: tuple[Floats, Ids]) -> tuple[Floats, Ids]:
+    """The ``NUM_NEAREST`` rows of largest similarity among two sets, falling."""
+    scores, rows = np.concatenate([one[0], other[0]], axis=1), np.concatenate([one[1], other[1]], axis=1)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :NUM_NEAREST]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+
+
+def _code_name(kind: kinds.Kind) -> str:
+    """The kinds that hold the vectors themselves share them."""
+    return kind if kinds.is_listed(kind) else "vectors"
+
+
+def _list_blocks(
+    parts: Sequence[NDArray[np.uint8]], positions: Sequence[Ids], sizes: NDArray[np.int64]
+) -> Iterator[bytes]:
+    """The bytes of each list: codes, padding, positions, padding. A part's positions follow those of earlier parts."""
+    firsts = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
+    ends = np.cumsum(sizes, axis=1)
+    capacities = kinds.Lists(sizes.sum(axis=0), parts[0].shape[1]).capacities
+    for number, capacity in enumerate(capacities.tolist()):
+        slices = [slice(int(ends[p, number] - sizes[p, number]), int(ends[p, number])) for p in range(len(parts))]
+        codes = np.concatenate([part[rows] for part, rows in zip(parts, slices, strict=True)])
+        numbers = np.concatenate(
+            [one[rows] + first for one, rows, first in zip(positions, slices, firsts, strict=False)]
+        )
+        free = capacity - len(codes)
+        yield codes.tobytes() + bytes(free * codes.shape[1]) + numbers.astype(np.int64).tobytes() + bytes(8 * free)
+
+
+def _reader(embedded: EmbeddedShards, shards: Ids) -> StoredVectors:
+    """Reads single vectors of some shards."""
+    groups = [
+        RowGroups.of_file(embedded.path(shard), file=shard, first_row=int(embedded.starts[shard]))
+        for shard in shards.tolist()
+    ]
+    return StoredVectors(RowGroups.concatenate(groups), embedded.path, embedded.embed_dim)
+
+
+def _query_rows(embedded: EmbeddedShards, count: int, rng: np.random.Generator) -> Ids:
+    """Random validation rows from random shards; random rows of any split if there are fewer than two."""
+    found, num_found = list[Ids](), 0
+    for looked_at, shard in enumerate(rng.permutation(len(embedded.shards)).tolist()):
+        if looked_at >= _QUERY_SHARDS and num_found >= count:
             break
-    return effort, recall_at_k
+        split = np.array(embedded.read_column(shard, "split"))
+        found.append(np.flatnonzero(split == "validation") + embedded.starts[shard])
+        num_found += len(found[-1])
+    rows = np.sort(np.concatenate(found))
+    if len(rows) < 2:
+        rows, count = np.arange(embedded.num_rows), min(count, max(2, embedded.num_rows // 10))
+    return np.sort(rng.choice(rows, min(count, len(rows)), replace=False))
 
 
-def _efforts(index: Any, kind: Kind) -> list[int]:
-    if kind == "flat":
-        return [0]
-    if kind == "hnsw":
-        return list(_HNSW_EFFORTS)
-    doublings = [2**power for power in range(int(index.nlist).bit_length()) if 2**power < index.nlist]
-    return [*doublings, int(index.nlist)]
-
-
-def _empty(kind: Kind, shards: EmbeddedShards, num_train: int, seed: int) -> Any:
-    width, metric = shards.embed_dim, faiss.METRIC_INNER_PRODUCT
-    if kind == "flat":
-        return faiss.IndexFlatIP(width)
-    if kind == "hnsw":
-        index = faiss.IndexHNSWFlat(width, _HNSW_LINKS, metric)
-        index.hnsw.efConstruction = _HNSW_BUILD_EFFORT
-        return index
-    num_lists = max(1, min(round(4 * shards.num_rows**0.5), num_train // _MIN_ROWS_PER_LIST))
-    quantizer = faiss.IndexFlatIP(width)
-    if kind == "ivf_flat":
-        index = faiss.IndexIVFFlat(quantizer, width, num_lists, metric)
-    else:
-        index = faiss.IndexIVFScalarQuantizer(quantizer, width, num_lists, faiss.ScalarQuantizer.QT_8bit, metric)
-    index.cp.seed = seed + 1
-    return index
-
-
-def _fill(
-    indices: dict[Modality, Any], shards: EmbeddedShards, path: Path, on_rows: Callable[[int, int], None]
-) -> None:
-    with pq.ParquetWriter(path, pa.schema([(name, pa.string()) for name in ROW_COLUMNS])) as writer:
-        for name, start, vectors in shards:
-            for modality, index in indices.items():
-                index.add(to_unit(getattr(vectors, f"z_{modality}")))
-            table = vectors.table.append_column("shard", pa.array([name] * vectors.table.num_rows, pa.string()))
-            writer.write_table(table.select(list(ROW_COLUMNS)))
-            on_rows(start + vectors.table.num_rows, shards.num_rows)
-
-
-def _gather(shards: EmbeddedShards, ids: Ids, column: str) -> Floats:
-    """Read the vectors of sorted row numbers in one pass over the shards."""
-    parts: list[Floats] = [np.zeros((0, shards.embed_dim), np.float32)]
-    for _, start, vectors in shards:
-        rows = getattr(vectors, column)
-        first, last = np.searchsorted(ids, [start, start + len(rows)])
-        parts.append(to_unit(rows[ids[first:last] - start]))
-    return np.concatenate(parts)
-
-
-def _choose(rng: np.random.Generator, num_rows: int, count: int) -> Ids:
-    return np.sort(rng.choice(num_rows, count, replace=False))
-
-
-def _metrics(description: dict[str, Any]) -> dict[str, Any]:
-    metrics: dict[str, Any] = {"kind": description["kind"], "num_rows": description["num_rows"]}
+def _metrics(
+    description: dict[str, Any], tried: dict[Modality, dict[str, Tuned]], embedded: EmbeddedShards
+) -> dict[str, Any]:
+    """What stands in the manifest: recall, latency, memory, and the curve of every kind that was tried."""
+    metrics: dict[str, Any] = {"num_rows": description["num_rows"], "recall_target": description["recall_target"]}
     for modality in MODALITIES:
-        metrics[f"{modality}_recall_at_10"] = description[modality]["recall_at_10"]
-        metrics[f"{modality}_effort"] = description[modality]["effort"]
-    lowest = min(description[modality]["recall_at_10"] for modality in MODALITIES)
-    metrics["reaches_recall_target"] = lowest >= description["recall_target"]
+        kind = description[modality]["kind"]
+        best = tried[modality][kind]
+        metrics[f"{modality}_kind"] = kind
+        metrics[f"{modality}_latency_ms"] = round(best.latency_ms, 3)
+        metrics[f"{modality}_memory_bytes"] = embedded.num_rows * kinds.row_bytes(kind, embedded.embed_dim)
+        for effort in best.efforts:
+            metrics[f"{modality}_recall_at_{effort.k}"] = round(effort.recall, 4)
+        metrics[f"{modality}_tried"] = {name: tuned.to_json() for name, tuned in tried[modality].items()}
+    metrics["reaches_recall_target"] = all(
+        tried[modality][description[modality]["kind"]].reaches_target for modality in MODALITIES
+    )
     return metrics

@@ -1,19 +1,20 @@
-"""Opens and searches the neighbour index."""
+"""Opens and searches the neighbour index: its newest version, which is a list of segments and of deleted rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-import faiss
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.data.rows import require_columns
 from pipeline.errors import DataError
-from pipeline.retrieve.build import MODALITIES, ROW_COLUMNS, Modality, set_effort
-from pipeline.retrieve.exact import EmbeddedShards, ExactVectors, Floats, Ids
+from pipeline.retrieve.embedded import Floats, Ids
+from pipeline.retrieve.segment import Modality, Segment
+from pipeline.retrieve.versions import read_version
 from pipeline.workspace.store import Artifact
+
+ROW_COLUMNS = ("uid", "key", "shard", "url", "caption", "split")
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Neighbour:
     """One result of a search."""
 
     id: int
-    """Row number in the index."""
+    """Stable number of the row: a hash of its uid, below 2^53."""
     uid: str
     similarity: float
     """Exact cosine similarity, never the approximation of a quantised index."""
@@ -32,65 +33,70 @@ class Neighbour:
 
 
 class NeighbourIndex:
-    """Searches the nearest rows by z_image or by z_text; several threads may search at once."""
+    """Searches the nearest rows by z_image or by z_text; several threads may search at once.
 
-    def __init__(
-        self, indices: dict[Modality, Any], rows: pa.Table, exact: ExactVectors | None, candidates_per_result: int
-    ) -> None:
-        self._indices = indices
-        self._rows = rows
-        self._exact = exact
-        self._candidates_per_result = candidates_per_result
+    An open index shows one version for ever. It is memory-mapped: opening and searching need memory for the rows that
+    are visited, not for all rows.
+    """
+
+    def __init__(self, segments: Sequence[Segment], version: int) -> None:
+        self._segments = tuple(segments)
+        self.version = version
+        """Number of changes since the index was built."""
 
     @classmethod
-    def open(cls, index: Artifact, embed: Artifact | None = None) -> "NeighbourIndex":
-        """Load an index.
+    def open(cls, index: Artifact) -> "NeighbourIndex":
+        """Open the newest version of an index.
 
         Args:
-            index: The index step's artifact.
-            embed: The embeddings from which it was built, for exact similarities of a quantised index; by default those
-                that its manifest names, in the same workspace.
+            index: The index step's artifact. It names its embeddings, which hold the exact vectors.
 
         Raises:
-            DataError: If a file is missing or damaged, or the numbers of rows of index and embeddings differ.
+            DataError: If a file is missing or damaged, or the numbers of rows of two files differ.
         """
-        description = index.read_json("index.json")
-        rows = _read_rows(index)
-        indices: dict[Modality, Any] = {}
-        for modality in MODALITIES:
-            path = index.path(f"{modality}.faiss")
-            try:
-                indices[modality] = faiss.read_index(str(path))
-            except RuntimeError as error:
-                raise DataError(f"{path}: damaged; remove {index.uri} and run the step again") from error
-            if indices[modality].ntotal != rows.num_rows or indices[modality].d != description["embed_dim"]:
-                raise DataError(f"{path}: {indices[modality].ntotal} vectors for {rows.num_rows} rows of rows.parquet")
-            set_effort(indices[modality], description["kind"], description[modality]["effort"])
-        exact = None
-        if description["candidates_per_result"] > 1:
-            shards = EmbeddedShards.open(embed or _embed_of(index))
-            if shards.num_rows != rows.num_rows:
-                raise DataError(f"{index.uri}: {rows.num_rows} rows, but {shards.embed.uri} has {shards.num_rows}")
-            exact = ExactVectors(shards)
-        return cls(indices, rows, exact, description["candidates_per_result"])
+        version = read_version(index)
+        try:
+            deleted = version.read_deleted(index)
+            segments = [Segment(index, name, deleted) for name in version.segments]
+        except (DataError, OSError):
+            if read_version(index) != version:  # two changes since then have removed its files
+                return cls.open(index)
+            raise
+        for segment in segments:
+            require_columns(
+                segment.rows.column_names, list(ROW_COLUMNS), where=f"{index.uri}/{segment.name}/rows.arrow"
+            )
+        return cls(segments, version.number)
 
     @property
     def num_rows(self) -> int:
-        """Number of rows of the index."""
-        return self._rows.num_rows
+        """Rows that a search may return."""
+        return sum(segment.num_rows for segment in self._segments)
 
     @property
     def embed_dim(self) -> int:
         """Width D of a query, in features."""
-        return int(self._indices["image"].d)
+        return self._segments[0].rows.shards.embed_dim
 
-    def search(self, vectors: Floats, k: int, modality: Modality = "image") -> list[list[Neighbour]]:
+    @property
+    def sources(self) -> tuple[Artifact, ...]:
+        """Artifacts of the embed steps that the rows come from, each once."""
+        by_uri = {source.uri: source for segment in self._segments for source in segment.rows.shards.sources}
+        return tuple(by_uri.values())
+
+    def search(self, vectors: Floats, k: int, modality: Modality = "image") -> tuple[Floats, Ids]:
         """Find the nearest rows.
+
+        The search takes more effort for a larger k, so that the recall is that of the recipe's target for any k.
 
         Args:
             vectors: Queries (Q, D), of length one.
-            k: Neighbours of each query; the result has fewer if the index has fewer rows.
+            k: Neighbours of each query.
             modality: Compare with pictures (z_image) or with captions (z_text).
+
+        Returns:
+            Exact cosine similarities (Q, k), falling, and the rows' ids (Q, k). If the index has fewer than k rows, the
+            rest is -inf and -1.
 
         Raises:
             ValueError: If the queries are not (Q, D).
@@ -98,51 +104,86 @@ class NeighbourIndex:
         if vectors.ndim != 2 or vectors.shape[1] != self.embed_dim:
             raise ValueError(f"queries of shape {vectors.shape}: this index takes (Q, {self.embed_dim})")
         queries = np.ascontiguousarray(vectors, np.float32)
-        num_candidates = min(k * self._candidates_per_result, self.num_rows)
-        similarities, ids = self._indices[modality].search(queries, num_candidates)
-        results: list[list[Neighbour]] = []
-        for query, near, candidates in zip(queries, similarities, ids, strict=True):
-            valid = candidates >= 0
-            results.append(self._best(query, near[valid], candidates[valid], k, modality))
-        return results
+        scores, ids = list[Floats](), list[Ids]()
+        for segment in self._segments:
+            near, positions = segment.search(queries, k, modality)
+            scores.append(near)
+            ids.append(np.where(positions < 0, -1, segment.rows.ids[positions]))
+        all_scores, all_ids = np.concatenate(scores, axis=1), np.concatenate(ids, axis=1)
+        order = np.lexsort((all_ids, -all_scores))[:, :k]  # ties by id, so that results do not change
+        return np.take_along_axis(all_scores, order, axis=1), np.take_along_axis(all_ids, order, axis=1)
 
-    def rows(self, ids: Sequence[int]) -> list[dict[str, str]]:
-        """Read rows by number.
+    def find(self, vectors: Floats, k: int, modality: Modality = "image") -> list[list[Neighbour]]:
+        """The same search, with the columns of each row; fewer than k rows if the index has fewer."""
+        scores, ids = self.search(vectors, k, modality)
+        return [self.neighbours(near[row >= 0], row[row >= 0]) for near, row in zip(scores, ids, strict=True)]
+
+    def neighbours(self, scores: Floats, ids: Ids) -> list[Neighbour]:
+        """Rows by id with their similarities.
 
         Raises:
-            ValueError: If a row does not exist.
+            ValueError: If no search returns such a row.
         """
-        wrong = [row for row in ids if not 0 <= row < self.num_rows]
-        if wrong:
-            raise ValueError(f"no row {wrong[0]}: the index has {self.num_rows}")
-        return self._rows.take(pa.array(ids, pa.int64())).to_pylist()
-
-    def _best(self, query: Floats, near: Floats, candidates: Ids, k: int, modality: Modality) -> list[Neighbour]:
-        if self._exact is not None:
-            near = self._exact.gather(candidates, f"z_{modality}") @ query
-        order = np.lexsort((candidates, -near))[:k]  # ties by row number, so that results do not change
-        rows = self.rows([int(row) for row in candidates[order]])
+        rows = self.rows(ids).select(_NEIGHBOUR_COLUMNS).to_pylist()
         return [
-            Neighbour(int(number), row["uid"], float(similarity), *(row[name] for name in _NEIGHBOUR_COLUMNS))
-            for number, similarity, row in zip(candidates[order], near[order], rows, strict=True)
+            Neighbour(id=number, similarity=score, **cast("dict[str, str]", row))
+            for number, score, row in zip(ids.tolist(), scores.tolist(), rows, strict=True)
         ]
 
+    def rows(self, ids: Sequence[int] | Ids) -> pa.Table:
+        """The columns of rows by id, in the order of ``ids``: uid, key, shard, url, caption, split and others.
 
-_NEIGHBOUR_COLUMNS = ("url", "caption", "key", "shard")
+        Raises:
+            ValueError: If no search returns such a row.
+        """
+        numbers = np.asarray(ids, np.int64).reshape(-1)
+        parts, places = list[pa.Table](), list[Ids]()
+        for segment, chosen, positions in self._locate(numbers):
+            parts.append(segment.rows.columns(positions))
+            places.append(chosen)
+        if not parts:
+            return self._segments[0].rows.columns(numbers)
+        table = pa.concat_tables(parts, promote_options="default")
+        order = np.argsort(np.concatenate(places))
+        return table if (np.diff(order) == 1).all() else table.take(pa.array(order))
+
+    def vectors(self, ids: Sequence[int] | Ids, modality: Modality = "image") -> Floats:
+        """The stored vectors (len(ids), D) of rows by id, of length one.
+
+        Raises:
+            ValueError: If no search returns such a row.
+        """
+        numbers = np.asarray(ids, np.int64).reshape(-1)
+        vectors = np.empty((len(numbers), self.embed_dim), np.float32)
+        for segment, chosen, positions in self._locate(numbers):
+            vectors[chosen] = segment.rows.vectors(positions, f"z_{modality}")
+        return vectors
+
+    def has(self, ids: Sequence[int] | Ids) -> Any:
+        """Whether a search may return each row, (len(ids),) of bool."""
+        numbers = np.asarray(ids, np.int64).reshape(-1)
+        return np.any([segment.positions(numbers) >= 0 for segment in self._segments], axis=0)
+
+    def source_of(self, number: int) -> Artifact:
+        """The embed step's artifact that a row comes from; its manifest names the download with the row's picture.
+
+        Raises:
+            ValueError: If no search returns such a row.
+        """
+        [(segment, _, positions)] = self._locate(np.array([number], np.int64))
+        return segment.rows.source_of(int(positions[0]))
+
+    def _locate(self, ids: Ids) -> list[tuple[Segment, Ids, Ids]]:
+        """Each segment that has some of the rows: which of ``ids``, and their positions."""
+        located, missing = list[tuple[Segment, Ids, Ids]](), np.arange(len(ids))
+        for segment in self._segments:
+            positions = segment.positions(ids[missing])
+            if (positions >= 0).any():
+                located.append((segment, missing[positions >= 0], positions[positions >= 0]))
+            missing = missing[positions < 0]
+        if len(missing):
+            raise ValueError(f"no row {ids[missing[0]]}: the index has {self.num_rows} rows, and none of this id")
+        return located
 
 
-def _read_rows(index: Artifact) -> pa.Table:
-    path = index.path("rows.parquet")
-    try:
-        rows = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: damaged ({error}); remove {index.uri} and run the step again") from error
-    require_columns(rows.column_names, list(ROW_COLUMNS), where=str(path))
-    return rows
-
-
-def _embed_of(index: Artifact) -> Artifact:
-    manifest = index.manifest()
-    if manifest is None or "embed" not in manifest.inputs:
-        raise DataError(f"{index.uri}: not finished; run the recipe again")
-    return Artifact(f"{index.uri.rsplit('/', 2)[0]}/embed/{manifest.inputs['embed']}")
+_NEIGHBOUR_COLUMNS = ["uid", "url", "caption", "key", "shard"]

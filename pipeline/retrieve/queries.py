@@ -12,7 +12,7 @@ import torch
 from pipeline.clip import FrozenClip
 from pipeline.errors import ConfigError
 from pipeline.pictures import read_file, square
-from pipeline.retrieve.exact import Floats
+from pipeline.retrieve.embedded import Floats
 from pipeline.retrieve.retriever import Retriever
 
 QueryKind = Literal["text", "image", "embedding", "uid"]
@@ -87,7 +87,7 @@ class QueryEncoder:
         number = self._retriever.id_of(uid)
         if number is None:
             raise ConfigError(f"uid {uid}: no row of the index has it")
-        return self._retriever.pictures(np.array([number]))[0]
+        return self._retriever.index.vectors([number])[0]
 
     def _encode_one(self, query: Query) -> Floats:
         if query.kind == "text":

@@ -3,19 +3,23 @@
 Legend: Q queries, D features, K neighbours.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import pyarrow.compute as pc
+import pyarrow as pa
 
-from pipeline.retrieve.build import Modality
+from pipeline.data.rows import row_id
+from pipeline.data.shards import StoredPictures
+from pipeline.errors import DataError
 from pipeline.retrieve.columns import StoredColumns
-from pipeline.retrieve.exact import EmbeddedShards, ExactVectors, Floats, Ids
+from pipeline.retrieve.embedded import Floats, Ids
 from pipeline.retrieve.index import Neighbour, NeighbourIndex
+from pipeline.retrieve.segment import Modality
 from pipeline.retrieve.where import RowFilter, parse_filter
-from pipeline.workspace.store import Artifact
+from pipeline.workspace.store import Artifact, Workspace
 
 MAX_CANDIDATES = 1_000_000
 """Most rows of the index that are looked at for one query, unless its conditions say otherwise."""
@@ -59,28 +63,33 @@ class Results:
 
 
 class Retriever:
-    """Finds neighbours and reads their columns; several threads may use it at once.
+    """Finds neighbours and reads their columns and pictures; several threads may use it at once.
 
     Args:
         index: The index.
-        embed: The embeddings from which it was built.
-        columns: What a filter may read.
     """
 
-    def __init__(self, index: NeighbourIndex, embed: Artifact, columns: StoredColumns) -> None:
+    def __init__(self, index: NeighbourIndex) -> None:
         self.index = index
-        self.columns = columns
-        self._vectors = ExactVectors(EmbeddedShards.open(embed))
+        self._columns: Callable[[str], StoredColumns] = functools.cache(_columns_of)
+        self._pictures: Callable[[str], StoredPictures] = functools.cache(_pictures_of)
 
     @classmethod
-    def open(cls, artifacts: dict[str, Artifact]) -> "Retriever":
-        """Open the index of finished steps: ``index``, ``embed``, and ``download``, for filters by its columns.
+    def open(cls, index: Artifact) -> "Retriever":
+        """Open the index of a finished step.
 
         Raises:
             DataError: If a file is missing or damaged.
         """
-        index = NeighbourIndex.open(artifacts["index"], artifacts["embed"])
-        return cls(index, artifacts["embed"], columns_of(artifacts))
+        return cls(NeighbourIndex.open(index))
+
+    @functools.cached_property
+    def fields(self) -> dict[str, pa.DataType]:
+        """Type of every column that a filter may name: those of the index, and of the tables of embed and download."""
+        fields = {
+            name: kind for source in self.index.sources for name, kind in self._columns(source.uri).fields.items()
+        }
+        return fields | {field.name: field.type for field in self.index.rows([]).schema}
 
     def conditions(self, where: str = "", distinct: float | None = None) -> Conditions:
         """Parse conditions.
@@ -88,7 +97,7 @@ class Retriever:
         Raises:
             ConfigError: If ``where`` is no filter by these columns.
         """
-        return parse_conditions(self.columns, where, distinct)
+        return Conditions(parse_filter(where, self.fields) if where else None, distinct)
 
     def search(
         self, vectors: Floats, k: int, modality: Modality = "image", conditions: Conditions | None = None
@@ -113,7 +122,7 @@ class Retriever:
         while len(results) < len(vectors):
             waiting = np.array([query for query in range(len(vectors)) if query not in results])
             for part in np.array_split(waiting, -(-len(waiting) * num_candidates // _CANDIDATES_AT_ONCE)):
-                similarities, ids = self._nearest(vectors[part], num_candidates, modality)
+                similarities, ids = self.index.search(vectors[part], num_candidates, modality)
                 passed = self._passed(ids, conditions.where)
                 for query, near, candidates in zip(part, similarities, ids, strict=True):
                     places = np.flatnonzero(np.isin(candidates, passed))
@@ -122,24 +131,63 @@ class Retriever:
                     places = places[:k]
                     if len(places) == k or num_candidates == most:
                         end = "enough" if len(places) == k else "index" if most == self.index.num_rows else "limit"
-                        neighbours = self._neighbours(near[places], candidates[places])
+                        neighbours = self.index.neighbours(near[places], candidates[places])
                         results[int(query)] = Results(neighbours, num_candidates, end)
             num_candidates = min(_MORE_CANDIDATES * num_candidates, most)
         return [results[query] for query in range(len(vectors))]
+
+    def columns(self, ids: Ids, names: Sequence[str]) -> pa.Table:
+        """Columns of rows by id, in the order of ``ids``; null where a row's source has no such column.
+
+        Raises:
+            DataError: If a table is damaged.
+        """
+        rows = self.index.rows(ids)
+        stored = [name for name in names if name not in rows.column_names]
+        if not stored:
+            return rows.select(list(names))
+        shards, keys = (rows.column(name).to_pylist() for name in ("shard", "key"))
+        sources = self._sources(ids)
+        parts, places = list[pa.Table](), list[int]()
+        for source in dict.fromkeys(sources):
+            own = [place for place, one in enumerate(sources) if one == source]
+            columns = self._columns(source)
+            present = [name for name in stored if name in columns.fields]
+            part = columns.take([shards[place] for place in own], [keys[place] for place in own], present)
+            for name in stored:
+                if name not in present:
+                    part = part.append_column(name, pa.nulls(len(own), self.fields[name]))
+            parts.append(part.select(stored))
+            places += own
+        table = pa.concat_tables(parts, promote_options="permissive").take(pa.array(np.argsort(places)))
+        chosen = {name: table.column(name) if name in stored else rows.column(name) for name in names}
+        return pa.table(chosen)
+
+    def picture(self, neighbour: Neighbour) -> bytes:
+        """The stored picture file of a row.
+
+        Raises:
+            DataError: If it cannot be read; names shard, key and uid.
+        """
+        [source] = self._sources(np.array([neighbour.id], np.int64))
+        return self._pictures(source).read(neighbour.shard, neighbour.key, neighbour.uid)
+
+    def id_of(self, uid: str) -> int | None:
+        """The id of a row by its uid; None if there is none."""
+        number = row_id(uid)
+        return number if self.index.has([number])[0] and self.index.rows([number])["uid"][0].as_py() == uid else None
 
     def _passed(self, ids: Ids, where: RowFilter | None) -> Ids:
         """Those of ``ids`` that pass the filter, each once."""
         candidates = np.unique(ids[ids >= 0])
         if where is None or not len(candidates):
             return candidates
-        rows = self.rows(candidates)
-        shards, keys = ([row[name] for row in rows] for name in ("shard", "key"))
-        return candidates[where.keep(self.columns.take(shards, keys, where.columns))]
+        return candidates[where.keep(self.columns(candidates, where.columns))]
 
     def _distinct(self, ids: Ids, limit: float, k: int) -> list[int]:
         """Places of the first K rows that are no near-duplicates of a row before them."""
         kept: list[int] = []
-        vectors = self.pictures(ids)
+        vectors = self.index.vectors(ids)
         for place, vector in enumerate(vectors):
             if not kept or float((vectors[kept] @ vector).max()) < limit:
                 kept.append(place)
@@ -147,53 +195,24 @@ class Retriever:
                 break
         return kept
 
-    def _neighbours(self, similarities: Floats, ids: Ids) -> list[Neighbour]:
-        return [
-            Neighbour(
-                id=int(number),
-                similarity=float(similarity),
-                **{name: row[name] for name in ("uid", "url", "caption", "key", "shard")},
-            )
-            for number, similarity, row in zip(ids, similarities, self.rows(ids), strict=True)
-        ]
-
-    def _nearest(self, vectors: Floats, k: int, modality: Modality) -> tuple[Floats, Ids]:
-        """Similarities and ids (Q, K) of the nearest rows, the nearest first; -1 where there is none."""
-        similarities = np.full((len(vectors), k), -np.inf, np.float32)
-        ids = np.full((len(vectors), k), -1, np.int64)
-        for query, neighbours in enumerate(self.index.search(vectors, k, modality)):
-            similarities[query, : len(neighbours)] = [one.similarity for one in neighbours]
-            ids[query, : len(neighbours)] = [one.id for one in neighbours]
-        return similarities, ids
-
-    def rows(self, ids: Ids | Sequence[int]) -> list[dict[str, Any]]:
-        """The index's columns of rows by id.
-
-        Raises:
-            ValueError: If there is no such row.
-        """
-        return self.index.rows([int(number) for number in ids])
-
-    def pictures(self, ids: Ids) -> Floats:
-        """z_image of rows, (len(ids), D), of length one."""
-        return self._vectors.gather(ids, "z_image")
-
-    def id_of(self, uid: str) -> int | None:
-        """The id of a row by its uid; None if there is none."""
-        uids: Any = getattr(self.index, "_rows").column("uid")  # noqa: B009
-        place: int = pc.index(uids, uid).as_py()
-        return None if place < 0 else place
+    def _sources(self, ids: Ids) -> list[str]:
+        """The embed step's artifact of each row, by its URI."""
+        if len(self.index.sources) == 1:
+            return [self.index.sources[0].uri] * len(ids)
+        return [self.index.source_of(int(number)).uri for number in ids]
 
 
-def columns_of(artifacts: dict[str, Artifact]) -> StoredColumns:
-    """The columns of the tables of ``embed`` and ``download``."""
-    return StoredColumns([artifacts["embed"], artifacts["download"]])
+def _columns_of(embed: str) -> StoredColumns:
+    return StoredColumns([Artifact(embed), _download_of(embed)])
 
 
-def parse_conditions(columns: StoredColumns, where: str, distinct: float | None) -> Conditions:
-    """Parse conditions without opening the index.
+def _pictures_of(embed: str) -> StoredPictures:
+    return StoredPictures(_download_of(embed))
 
-    Raises:
-        ConfigError: If ``where`` is no filter by these columns.
-    """
-    return Conditions(parse_filter(where, columns.fields) if where else None, distinct)
+
+def _download_of(embed: str) -> Artifact:
+    """The download step's artifact from which embeddings were made, in the same workspace."""
+    manifest = Artifact(embed).manifest()
+    if manifest is None or "download" not in manifest.inputs:
+        raise DataError(f"{embed}: not finished; run the recipe again")
+    return Workspace(embed.rsplit("/", 2)[0]).artifact("download", manifest.inputs["download"])

@@ -8,16 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from pipeline.data.shards import StoredPictures
 from pipeline.networks.clip import load_clip_artifact
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe
-from pipeline.retrieve.build import Modality
 from pipeline.retrieve.queries import Query, QueryEncoder
 from pipeline.retrieve.retriever import Results, Retriever
+from pipeline.retrieve.segment import Modality
 from pipeline.workspace.store import Artifact
 
-STEPS = ("download", "clip", "embed", "index")
+STEPS = ("clip", "index")
 """Finished steps that a search reads."""
 
 
@@ -49,8 +48,7 @@ class Searcher:
     def __init__(self, artifacts: dict[str, Artifact], device: str = "cpu") -> None:
         self._artifacts = artifacts
         self._device = device
-        self.retriever = Retriever.open(artifacts)
-        self.pictures = StoredPictures(artifacts["download"])
+        self.retriever = Retriever.open(artifacts["index"])
 
     @classmethod
     def open(cls, recipe: Recipe, device: str = "cpu") -> "Searcher":

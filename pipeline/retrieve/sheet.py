@@ -65,7 +65,7 @@ def write_sheet(
     for rank, neighbour in enumerate(results.neighbours, 1):
         tile = _tile(neighbour) | {"rank": rank, "level": _level(neighbour.similarity, scores)}
         try:
-            data = searcher.pictures.read(neighbour.shard, neighbour.key, neighbour.uid)
+            data = searcher.retriever.picture(neighbour)
             tile |= _picture(data, f"shard {neighbour.shard}: key {neighbour.key}: uid {neighbour.uid}")
         except DataError as error:
             problems.append(str(error))

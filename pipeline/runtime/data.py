@@ -1,10 +1,7 @@
-"""The steps that train nothing, without pairs and download: embed, index, evaluate."""
+"""The steps that train nothing, without pairs, download and index: embed, evaluate."""
 
 import time
 from pathlib import Path
-
-import ray
-import ray.exceptions
 
 from pipeline.data.shards import REPAIR_HINT
 from pipeline.errors import DataError
@@ -21,16 +18,6 @@ def run_embed(context: StepContext) -> StepResult:
     num_rows = sum(record.counts["ok"] for record in download.values())
     records = map_shards(context, ShardJob(EmbedWorker, list(download), num_rows, config.resources))
     return StepResult(counts=total_counts(records), num_workers=config.resources.num_workers)
-
-
-def run_index(context: StepContext) -> StepResult:
-    """Build the neighbour index, in one worker."""
-    needs = context.recipe.index.resources
-    task = _build_index.options(num_cpus=needs.cpus_per_worker, max_retries=needs.max_retries)
-    try:
-        return ray.get(task.remote(context))
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
 
 
 def run_evaluate(context: StepContext) -> StepResult:
@@ -98,24 +85,6 @@ class EvaluateWorker:
     def __call__(self, shard: str) -> ShardRecord:
         """Sample and measure one part and commit it."""
         return self._runner.run(self._parts[shard])
-
-
-@ray.remote
-def _build_index(context: StepContext) -> StepResult:
-    progress = Progress(context.output)
-    from pipeline.retrieve.build import build_index
-
-    config = context.recipe.index
-    index = build_index(
-        context.inputs["embed"],
-        context.output,
-        config,
-        seed=context.recipe.seed,
-        num_threads=max(1, int(config.resources.cpus_per_worker)),
-        on_rows=lambda done, total: progress.update(done, total, "rows"),
-    )
-    progress.update(index.num_rows, index.num_rows, "rows", force=True)
-    return StepResult(counts={"in": index.num_rows, "ok": index.num_rows}, metrics=index.metrics)
 
 
 def _commit(output: Artifact, shard: str, counts: dict[str, int], names: list[str], start: float) -> ShardRecord:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib
 import logging
 import os
@@ -29,9 +28,10 @@ from pipeline.recipe.schedule import needs_of
 from pipeline.recipe.steps import STEP_ROWS
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.tracking import Tracking
+from pipeline.workspace.lock import locked_workspace
 from pipeline.workspace.manifest import Manifest, content_of
 from pipeline.workspace.progress import Progress, ProgressState, read_progress
-from pipeline.workspace.store import LIVE, MANIFEST, Workspace, translate_os_errors
+from pipeline.workspace.store import LIVE, MANIFEST, Workspace
 
 _PACKAGES = ("unclip", "torch", "open_clip_torch", "ray", "pyarrow", "img2dataset", "numpy")
 _POLL_S = 0.5
@@ -88,7 +88,7 @@ def run_recipe(
     if all(status.state == "done" for status in statuses) and not retry_failed:
         return
     workspace = Workspace(recipe.workspace)
-    with _locked(workspace), Tracking(recipe, workspace, observer.warned) as tracking, connect(address):
+    with locked_workspace(workspace), Tracking(recipe, workspace, observer.warned) as tracking, connect(address):
         workspace.artifact("recipes", recipe.name).write_json("resolved.json", to_dict(recipe))
         may_start = at_once if address else fits_now
         if retry_failed:
@@ -360,38 +360,3 @@ def _require_listener(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise StepError(f"no Ray cluster at {address}: {error}; start one with `ray start --head`") from None
-
-
-@contextlib.contextmanager
-def locked(file: Path, place: str) -> Generator[None]:
-    """One run at a time that writes to a local place; the lock dies with its process.
-
-    Args:
-        file: The lock's file.
-        place: What is locked, for the message.
-
-    Raises:
-        StepError: If another run has the lock.
-    """
-    with translate_os_errors(str(file.parent)):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = file.open("a+")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise StepError(f"{place} ({lock.read().strip()}); wait for it") from None
-        lock.truncate(0)
-        with translate_os_errors(str(file.parent)):
-            os.write(
-                lock.fileno(), f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}".encode()
-            )
-        yield
-
-
-def _locked(workspace: Workspace) -> contextlib.AbstractContextManager[None]:
-    """One run at a time in a local workspace."""
-    root = workspace.local_root
-    place = f"{root}: another run is using this workspace"
-    return locked(root / ".lock", place) if workspace.is_local else contextlib.nullcontext()

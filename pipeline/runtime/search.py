@@ -12,12 +12,13 @@ from pipeline.errors import ConfigError, StepError, UnclipError
 from pipeline.recipe.plan import Step, finished_artifacts, manifest_of
 from pipeline.recipe.recipe import Recipe
 from pipeline.retrieve.query_list import num_parts, write_queries
-from pipeline.retrieve.retriever import columns_of, parse_conditions
+from pipeline.retrieve.retriever import Retriever
 from pipeline.retrieve.search import STEPS, SearchOptions
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.pool import ShardJob, map_shards, total_counts
-from pipeline.runtime.run import Observer, connect, locked, own_servers, require_alive
+from pipeline.runtime.run import Observer, connect, own_servers, require_alive
 from pipeline.workspace.digests import fingerprint
+from pipeline.workspace.lock import locked
 from pipeline.workspace.manifest import Manifest, ShardRecord
 from pipeline.workspace.progress import Progress, read_progress
 from pipeline.workspace.store import LIVE, Artifact, Workspace
@@ -76,7 +77,7 @@ def search_many(
     artifacts = finished_artifacts(recipe, STEPS)
     if not Path(queries).is_file():
         raise ConfigError(f"--queries {queries}: no such file")
-    parse_conditions(columns_of(artifacts), options.where, options.distinct)  # refuse a wrong filter before Ray starts
+    Retriever.open(artifacts["index"]).conditions(options.where, options.distinct)  # refuses a wrong filter before Ray
     section = asdict(options) | {"queries": fingerprint(queries)}
     inputs = {name: artifact.uri.rsplit("/", 1)[1] for name, artifact in artifacts.items()}
     step = Step("search", _VERSION, section, inputs)

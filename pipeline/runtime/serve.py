@@ -159,7 +159,7 @@ class Front:
         )
         neighbours = None
         if "index" in self._artifacts:
-            neighbours = LocalNeighbours(Retriever.open(self._artifacts), self._artifacts["download"])
+            neighbours = LocalNeighbours(Retriever.open(self._artifacts["index"]))
         return create_app(RemoteModel(self._model), neighbours, settings)
 
 

@@ -12,13 +12,11 @@ from typing import Annotated, Any, Literal, cast
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from pipeline.data.shards import StoredPictures
 from pipeline.errors import DataError
 from pipeline.pictures import PictureError, decode, read, square
 from pipeline.retrieve.retriever import Conditions, Retriever
 from pipeline.serve.protocols import Images, NeighbourRow, Neighbours, PictureModel, Vectors
 from pipeline.serve.web import ApiError
-from pipeline.workspace.store import Artifact
 
 _log = logging.getLogger(__name__)
 
@@ -75,9 +73,8 @@ class MetadataRequest(BaseModel):
 class LocalNeighbours:
     """``protocols.Neighbours`` from an index and the shards of its pictures."""
 
-    def __init__(self, retriever: Retriever, download: Artifact) -> None:
+    def __init__(self, retriever: Retriever) -> None:
         self._retriever = retriever
-        self._stored = StoredPictures(download)
 
     @property
     def embed_dim(self) -> int:
@@ -90,9 +87,9 @@ class LocalNeighbours:
         """See ``Neighbours``."""
         conditions = Conditions(distinct=_DUPLICATE_COSINE, max_candidates=_MAX_CANDIDATES) if distinct else None
         [results] = self._retriever.search(vector[None], k, modality, conditions)
-        rows = self._retriever.rows([neighbour.id for neighbour in results.neighbours])
+        rows = self.rows([neighbour.id for neighbour in results.neighbours])
         return [
-            NeighbourRow(neighbour.id, neighbour.similarity, dict(row))
+            NeighbourRow(neighbour.id, neighbour.similarity, row)
             for neighbour, row in zip(results.neighbours, rows, strict=True)
         ]
 
@@ -101,12 +98,13 @@ class LocalNeighbours:
         too_large = [number for number in ids if not 0 <= number < _MAX_ID]
         if too_large:
             raise ValueError(f"no row {too_large[0]}: an id has 53 bits")
-        return [dict(row) for row in self._retriever.rows(ids)]
+        return self._retriever.index.rows(ids).to_pylist()
 
     def picture(self, row: NeighbourRow) -> bytes | None:
         """See ``Neighbours``."""
+        [neighbour] = self._retriever.index.neighbours(np.array([row.similarity]), np.array([row.id]))
         try:
-            data = self._stored.read(*(row.columns[name] for name in ("shard", "key", "uid")))
+            data = self._retriever.picture(neighbour)
             image = None if data.startswith(_JPEG) else decode(data, where=f"row {row.id}")
         except DataError as error:
             _log.warning("no picture for row %d: %s", row.id, error)

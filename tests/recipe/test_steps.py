@@ -23,7 +23,7 @@ CONTENTS = {
         clip a4565305b7557aab
         embed 7e8d0e3cfd20cc05
         decoder fd39b65938ddd2af
-        index 9c82dd1e6a9be277
+        index 9bd77eb34a77de8e
         prior 6204a5a72795ee4b
         prior_2 b2285f260911edcf
         upsampler_1 ba4e141c3c4fa845
@@ -36,7 +36,7 @@ CONTENTS = {
         clip b07bc07c2f50986b
         embed 7e8d0e3cfd20cc05
         decoder 64249145fd7f4d10
-        index 9c82dd1e6a9be277
+        index 9bd77eb34a77de8e
         prior bef8513bb65538b8
         upsampler_1 db6267ee42069dcd
         upsampler_2 ef41a2313ea74048
@@ -48,7 +48,7 @@ CONTENTS = {
         clip 595a59231b5db61b
         embed 7e8d0e3cfd20cc05
         decoder e346ef59806e6fb7
-        index 9c82dd1e6a9be277
+        index 9bd77eb34a77de8e
         prior 2b18fa041b279f49
         upsampler_1 85853803f90d5dc3
         evaluate 98d45ac9840cfed0
@@ -59,7 +59,7 @@ CONTENTS = {
         clip fbd4fabb551182fd
         embed 7e8d0e3cfd20cc05
         decoder 5f5e9dc4e553aca7
-        index 9c82dd1e6a9be277
+        index 9bd77eb34a77de8e
         prior 8e29ead0ad459dce
         upsampler_1 06989668d80c7372
         evaluate 6c464a9947eeda4a
@@ -70,7 +70,7 @@ CONTENTS = {
         clip fcdf02741c8d1135
         embed 7e8d0e3cfd20cc05
         decoder e052f0fd08bc9d89
-        index 9c82dd1e6a9be277
+        index 9bd77eb34a77de8e
         prior befd3707a49f20a1
         upsampler_1 27a8eb5dcd0b5974
         evaluate db26f2e7e013986a

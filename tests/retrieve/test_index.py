@@ -1,176 +1,263 @@
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import faiss
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from numpy.typing import NDArray
 
-from pipeline.data.vectors import to_unit
+import pipeline.retrieve.build
+from pipeline.data.rows import make_uid, row_id
+from pipeline.data.vectors import ROW_GROUP_ROWS
 from pipeline.errors import DataError
 from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve import NeighbourIndex
-from pipeline.retrieve.build import build_index, choose_kind
-from pipeline.retrieve.exact import EmbeddedShards, recall, true_neighbours
-from pipeline.workspace.manifest import Manifest
+from pipeline.retrieve.build import build_index, kinds_to_try
+from pipeline.retrieve.efforts import Effort, effort_for
 from pipeline.workspace.store import Artifact, Workspace
+from tests.retrieve.conftest import DIM, NUM_ROWS, stored, unit
 from tests.tiny.shards import make_embeddings
 
-_NUM_ROWS, _DIM = 3000, 24
+KINDS = ("flat", "ivf_sq8", "ivf_rabitq", "hnsw")
+Build = Callable[..., Artifact]
 
 
-def _unit(rows: NDArray[np.float64]) -> NDArray[np.float32]:
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+def _config(kind: str, **changes: Any) -> IndexConfig:
+    return IndexConfig(kind=kind, **changes)  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="module")
-def embed(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """3,000 clustered rows in 3 uneven shards; rows of one cluster share their z_text, as rows of one caption do."""
-    rng = np.random.default_rng(0)
-    centres, cluster = rng.normal(size=(40, _DIM)), rng.integers(0, 40, _NUM_ROWS)
-    z_image = _unit(centres[cluster] + 0.5 * rng.normal(size=(_NUM_ROWS, _DIM)))
-    z_text = _unit(centres[cluster] + 0.2)
-    artifact = Workspace(str(tmp_path_factory.mktemp("workspace"))).artifact("embed", "k1")
-    make_embeddings(artifact, z_image, z_text, rows_per_shard=1100)
-    return artifact
+def _number(row: int) -> int:
+    return row_id(make_uid(f"http://a/{row}", f"caption {row}"))
 
 
-def _z_image(embed: Artifact) -> NDArray[np.float32]:
-    return np.concatenate([to_unit(vectors.z_image) for _, _, vectors in EmbeddedShards.open(embed)])
-
-
-def _build(embed: Artifact, folder: Path, config: IndexConfig) -> tuple[Artifact, dict[str, float]]:
-    output = Workspace(str(folder)).artifact("index", "k2")
-    return output, build_index(embed, output, config, seed=3).metrics
-
-
-@pytest.mark.parametrize("kind", ["flat", "ivf_flat", "ivf_sq8", "hnsw"])
-def test_index_reaches_the_recall_that_it_reports(kind: str, embed: Artifact, tmp_path: Path) -> None:
-    config = IndexConfig(kind=kind, recall_target=0.9, num_recall_queries=100)  # type: ignore[arg-type]
-    output, metrics = _build(embed, tmp_path, config)
-    assert metrics["image_recall_at_10"] >= 0.9
-    assert metrics["kind"] == kind
-    index = NeighbourIndex.open(output, embed)
-    vectors = _z_image(embed)
-    queries = _unit(vectors[50:150] + 0.05 * np.random.default_rng(1).normal(size=(100, _DIM)))
+@pytest.mark.parametrize("kind", KINDS)
+def test_index_reaches_the_recall_that_it_reports(kind: str, embed: Artifact, build: Build) -> None:
+    output = build(_config(kind, recall_target=0.9))
+    vectors = stored(embed)
+    # Queries that are not in the index, of the same distribution.
+    queries = unit(vectors[50:350] + 0.2 * np.random.default_rng(1).normal(size=(300, DIM)))
     exact = queries @ vectors.T
-    true = np.argsort(-exact, axis=1)[:, :10]
-    results = index.search(queries, 10)
-    hits = np.mean([len({item.id for item in row} & set(best)) / 10 for row, best in zip(results, true, strict=True)])
-    assert hits >= 0.88
-    for query, row in enumerate(results):
-        for item in row:
-            assert item.similarity == pytest.approx(exact[query, item.id], abs=1e-5)
-        assert [item.similarity for item in row] == sorted((item.similarity for item in row), reverse=True)
+    numbers = np.array([_number(row) for row in range(NUM_ROWS)])
+    row_of = {number: row for row, number in enumerate(numbers.tolist())}
+    for k in (1, 10, 37, 100, 400, 1000):
+        scores, ids = NeighbourIndex.open(output).search(queries, k)
+        true = np.argsort(-exact, axis=1)[:, :k]
+        hits = [len(set(row) & set(numbers[best].tolist())) / k for row, best in zip(ids.tolist(), true, strict=True)]
+        assert np.mean(hits) >= 0.88, k
+        rows = np.array([[row_of[number] for number in row] for row in ids.tolist()])
+        np.testing.assert_allclose(scores, np.take_along_axis(exact, rows, axis=1), atol=1e-5)
+        assert (np.diff(scores, axis=1) <= 0).all()
 
 
-def test_index_rows_belong_to_their_vectors(embed: Artifact, tmp_path: Path) -> None:
-    output, _ = _build(embed, tmp_path, IndexConfig(kind="flat"))
-    index = NeighbourIndex.open(output, embed)
-    best = [row[0] for row in index.search(_z_image(embed)[[0, 1099, 1100, 2999]], 1)]
-    assert [item.id for item in best] == [0, 1099, 1100, 2999]
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_k_gives_k_rows(kind: str, embed: Artifact, build: Build) -> None:
+    index = NeighbourIndex.open(build(_config(kind)))
+    for k in (1, 999, 2000, NUM_ROWS):
+        _, ids = index.search(stored(embed)[:3], k)
+        assert [len(set(row) - {-1}) for row in ids.tolist()] == [k] * 3
+    scores, ids = index.search(stored(embed)[:2], NUM_ROWS + 5)
+    assert (ids[:, -5:] == -1).all()
+    assert np.isneginf(scores[:, -5:]).all()
+    assert len(index.find(stored(embed)[:1], NUM_ROWS + 5)[0]) == NUM_ROWS
+
+
+def test_k_above_10_reaches_the_target_on_random_vectors(tmp_path: Path) -> None:
+    # Random vectors in 32 dimensions have no clusters: the lists visited for 10 neighbours hold few of 1,000.
+    vectors = unit(np.random.default_rng(5).normal(size=(21_000, 32)))
+    embed = Workspace(str(tmp_path)).artifact("embed", "k")
+    make_embeddings(embed, vectors[:20_800], vectors[:20_800], rows_per_shard=5000)
+    output = Workspace(str(tmp_path)).artifact("index", "k")
+    build_index(embed, output, _config("ivf_rabitq"), seed=0)
+    numbers = np.array([_number(row) for row in range(20_800)])
+    exact = vectors[20_800:] @ vectors[:20_800].T
+    for k in (10, 100, 1000):
+        _, ids = NeighbourIndex.open(output).search(vectors[20_800:], k)
+        true = numbers[np.argsort(-exact, axis=1)[:, :k]]
+        recall = np.mean([len(set(row) & set(best)) / k for row, best in zip(ids.tolist(), true.tolist(), strict=True)])
+        assert (ids >= 0).all()
+        assert recall >= 0.93, k
+
+
+def test_index_rows_belong_to_their_vectors(embed: Artifact, build: Build) -> None:
+    index = NeighbourIndex.open(build(_config("flat")))
+    rows = [0, 1099, 1100, 2999]
+    best = [row[0] for row in index.find(stored(embed)[rows], 1)]
+    assert [item.id for item in best] == [_number(row) for row in rows]
+    assert all(0 <= item.id < 2**53 for item in best)
     assert [item.caption for item in best] == ["caption 0", "caption 1099", "caption 1100", "caption 2999"]
     assert [(item.shard, item.key) for item in best[1:3]] == [("00000", "0000001099"), ("00001", "0000100000")]
-    assert index.rows([2999])[0]["url"] == "http://a/2999"
-    with pytest.raises(ValueError, match="no row 3000"):
-        index.rows([3000])
+    ids = [_number(row) for row in (2999, 5, 2999, 1100)]
+    assert index.rows(ids).column("url").to_pylist() == [
+        "http://a/2999",
+        "http://a/5",
+        "http://a/2999",
+        "http://a/1100",
+    ]
+    np.testing.assert_allclose(index.vectors(ids, "text"), stored(embed, "z_text")[[2999, 5, 2999, 1100]], atol=1e-6)
+    assert index.source_of(ids[0]).uri == embed.uri
+    assert index.has([*ids, 17]).tolist() == [True] * 4 + [False]
+    assert index.rows([]).num_rows == 0
+    with pytest.raises(ValueError, match="no row 17"):
+        index.rows([17])
     with pytest.raises(ValueError, match=r"takes \(Q, 24\)"):
         index.search(np.zeros((1, 7), np.float32), 3)
-    assert len(index.search(_z_image(embed)[:1], 5000)[0]) == _NUM_ROWS
 
 
-def test_index_searches_text_apart_from_pictures(embed: Artifact, tmp_path: Path) -> None:
-    output, metrics = _build(embed, tmp_path, IndexConfig(kind="ivf_sq8"))
-    assert metrics["text_recall_at_10"] >= 0.95  # ties: most rows of a cluster are equally correct
-    shards = EmbeddedShards.open(embed)
-    z_text = np.concatenate([to_unit(vectors.z_text) for _, _, vectors in shards])
-    results = NeighbourIndex.open(output, embed).search(z_text[:1], 5, "text")[0]
-    assert all(item.similarity == pytest.approx(1, abs=1e-5) for item in results)
+def test_index_searches_text_apart_from_pictures(embed: Artifact, build: Build) -> None:
+    z_text = stored(embed, "z_text")
+    scores, _ = NeighbourIndex.open(build(_config("ivf_sq8"))).search(z_text[:1], 5, "text")
+    np.testing.assert_allclose(scores, 1, atol=1e-5)
 
 
-def test_index_is_built_to_the_same_bytes(embed: Artifact, tmp_path: Path) -> None:
-    for kind in ("ivf_sq8", "hnsw"):
-        one, _ = _build(embed, tmp_path / kind / "a", IndexConfig(kind=kind))  # type: ignore[arg-type]
-        two, _ = _build(embed, tmp_path / kind / "b", IndexConfig(kind=kind))  # type: ignore[arg-type]
-        assert {name: one.describe(name) for name in one.names()} == {name: two.describe(name) for name in two.names()}
-        assert one.names() == ["image.faiss", "index.json", "rows.parquet", "text.faiss"]
+@pytest.mark.parametrize("kind", ["ivf_sq8", "ivf_rabitq", "hnsw"])
+def test_index_is_built_to_the_same_bytes(kind: str, build: Build) -> None:
+    one, two = (build(_config(kind), name) for name in ("a", "b"))
+    assert {name: one.describe(name) for name in one.names()} == {name: two.describe(name) for name in two.names()}
+    assert not [name for name in one.names() if name.startswith("live/")]
 
 
-def test_index_has_a_higher_effort_for_a_higher_target(embed: Artifact, tmp_path: Path) -> None:
+def test_a_higher_target_takes_more_effort(build: Build) -> None:
     efforts = [
-        _build(embed, tmp_path / str(target), IndexConfig(kind="ivf_flat", recall_target=target))[1]["image_effort"]
-        for target in (0.3, 0.999)
+        build(_config("ivf_sq8", recall_target=target), str(target)).read_json("segment-000000/segment.json")["image"]
+        for target in (0.3, 0.99)
     ]
-    assert efforts[0] < efforts[1]
+    for few, many in zip(*(item["efforts"] for item in efforts), strict=True):
+        assert few["effort"] < many["effort"]
+        assert many["recall"] >= 0.97
 
 
-def test_auto_is_exact_while_small() -> None:
-    assert choose_kind("auto", 19_999) == "flat"
-    assert choose_kind("auto", 20_000) == "ivf_sq8"
-    assert choose_kind("hnsw", 10) == "hnsw"
+def test_effort_grows_with_k_between_and_above_the_measured_k() -> None:
+    efforts = [Effort(k, lists, 2, 1.0, 1.0, 0.0) for k, lists in ((10, 4), (100, 16), (1000, 64))]
+    assert [effort_for(efforts, k) for k in (1, 10, 32, 100, 1000, 2500)] == [
+        (4, 20),
+        (4, 20),
+        (9, 64),
+        (16, 200),
+        (64, 2000),
+        (160, 5000),
+    ]
 
 
-def test_recall_counts_ties_and_misses() -> None:
-    true = [{1, 2, 3, 4}, {7, 8}]
-    assert recall(np.array([[4, 3, 9], [9, 8, -1]]), true, 2) == pytest.approx((2 + 1) / 4)
+def test_auto_tries_what_fits_into_the_memory_budget() -> None:
+    assert kinds_to_try(_config("auto"), 3999, 512) == ["flat"]
+    assert kinds_to_try(_config("auto"), 20_000, 512) == ["flat", "ivf_sq8", "hnsw", "ivf_rabitq"]
+    assert kinds_to_try(_config("auto"), 50_000, 512) == ["flat", "ivf_sq8", "ivf_rabitq"]
+    assert kinds_to_try(_config("auto"), 100_000, 512) == ["ivf_sq8", "ivf_rabitq"]
+    assert kinds_to_try(_config("auto"), 100_000_000, 768) == ["ivf_rabitq"]
+    assert kinds_to_try(_config("auto", memory_gb=0.04), 100_000, 512) == ["ivf_rabitq"]
+    assert kinds_to_try(_config("hnsw"), 10, 512) == ["hnsw"]
 
 
-def test_true_neighbours_are_those_of_a_full_sort(embed: Artifact) -> None:
-    vectors = _z_image(embed)
-    expected = np.argsort(-(vectors[:5] @ vectors.T), axis=1)[:, :10]
-    neighbours = true_neighbours(EmbeddedShards.open(embed), vectors[:5], "z_image", 10)
-    assert neighbours == [set(row.tolist()) for row in expected]
+def test_auto_keeps_the_fastest_kind_that_reaches_the_target(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(200, 32))
+    vectors = unit(centres[rng.integers(0, 200, 9000)] + 0.5 * rng.normal(size=(9000, 32)))
+    embed, output = (Workspace(str(tmp_path)).artifact(step, "k") for step in ("embed", "index"))
+    make_embeddings(embed, vectors, vectors, rows_per_shard=3000)
+    metrics = build_index(embed, output, _config("auto"), seed=0).metrics
+    tried = metrics["image_tried"]
+    assert list(tried) == ["flat", "ivf_sq8", "hnsw", "ivf_rabitq"]
+    best = min((name for name in tried if tried[name]["reaches_target"]), key=lambda name: tried[name]["latency_ms"])
+    assert metrics["image_kind"] == best
+    assert output.read_json("segment-000000/segment.json")["image"]["kind"] == best
+    assert [name for name in output.names() if "image." in name and f"image.{best}." not in name] == []
+    assert {"k", "effort", "candidates", "recall"} == set(tried["ivf_sq8"]["curve"][0])
 
 
-def test_open_finds_the_embeddings_that_the_manifest_names(embed: Artifact) -> None:
-    root = embed.uri.rsplit("/", 2)[0]
-    output = Workspace(root).artifact("index", "k3")
-    build_index(embed, output, IndexConfig(kind="ivf_sq8"), seed=0)
-    with pytest.raises(DataError, match="not finished"):
+def test_rows_of_one_uid_or_of_one_id_are_found_once_and_counted(
+    embed: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = unit(np.random.default_rng(0).normal(size=(60, 8)))
+    source = Workspace(str(tmp_path)).artifact("embed", "k")
+    make_embeddings(source, vectors, vectors, rows_per_shard=30)
+    table = pq.read_table(source.path("00001.parquet"))
+    twin = pq.read_table(source.path("00000.parquet")).column("uid")[4]
+    uids = [twin, *table.column("uid")[1:]]
+    with source.write("00001.parquet") as path:
+        pq.write_table(
+            table.set_column(0, "uid", [uids]), path, compression="none", use_dictionary=False, data_page_size=1 << 30
+        )
+    other = make_uid("http://a/7", "caption 7")
+    clash = row_id(make_uid("http://a/40", "caption 40"))
+    monkeypatch.setattr(pipeline.retrieve.build, "row_id", lambda uid: clash if uid == other else row_id(uid))
+    output = Workspace(str(tmp_path)).artifact("index", "k")
+    summary = build_index(source, output, _config("flat"), seed=0)
+    assert summary.counts == {"in": 60, "ok": 58, "duplicate_uid": 1, "id_collision": 1}
+    index = NeighbourIndex.open(output)
+    assert index.num_rows == 58
+    _, ids = index.search(vectors[:2], 60)
+    assert [len(set(row)) for row in ids.tolist()] == [59, 59]  # 58 rows and -1
+    assert index.rows([row_id(str(twin)), clash]).column("url").to_pylist() == ["http://a/4", "http://a/7"]
+
+
+def test_index_moves_with_its_workspace(tmp_path: Path) -> None:
+    vectors = unit(np.random.default_rng(0).normal(size=(30, 4)))
+    embed, output = (Workspace(str(tmp_path / "old")).artifact(step, "k") for step in ("embed", "index"))
+    make_embeddings(embed, vectors, vectors, rows_per_shard=20)
+    build_index(embed, output, _config("ivf_sq8"), seed=0)
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = NeighbourIndex.open(Workspace(str(tmp_path / "new")).artifact("index", "k"))
+    assert moved.find(vectors[:1], 1)[0][0].caption == "caption 0"
+
+
+def test_open_refuses_what_is_damaged_or_does_not_belong_together(build: Build) -> None:
+    output = build(_config("ivf_sq8"))
+    name = "segment-000000/image.ivf_sq8"
+    lists = output.path(f"{name}.lists").read_bytes()
+    output.write_bytes(f"{name}.lists", lists[:-8])
+    with pytest.raises(DataError, match=r"image.ivf_sq8.faiss: damaged .*lists: \d+ bytes, expected \d+"):
         NeighbourIndex.open(output)
-    output.commit(Manifest(step="index", key="k3", step_version=1, section={}, inputs={"embed": "k1"}))
-    assert NeighbourIndex.open(output).num_rows == _NUM_ROWS
+    output.write_bytes(f"{name}.lists", lists)
+    output.write_bytes(f"{name}.faiss", b"not an index")
+    with pytest.raises(DataError, match=r"image.ivf_sq8.faiss: damaged"):
+        NeighbourIndex.open(output)
+    ids = np.load(output.path("segment-000000/ids.npy"))
+    with output.write("segment-000000/ids.npy") as path, path.open("wb") as file:
+        np.save(file, ids[1:])
+    with pytest.raises(DataError, match=r"2999 rows in ids.npy, 3000 in rows.arrow"):
+        NeighbourIndex.open(output)
+    output.remove("index.json")
+    with pytest.raises(DataError, match=r"no file index.json"):
+        NeighbourIndex.open(output)
 
 
-def test_open_refuses_what_does_not_belong_together(embed: Artifact, tmp_path: Path) -> None:
-    output, _ = _build(embed, tmp_path, IndexConfig(kind="ivf_sq8"))
-    rows = pq.read_table(output.path("rows.parquet"))
-    with output.write("rows.parquet") as path:
-        pq.write_table(rows.slice(1), path)
-    with pytest.raises(DataError, match="3000 vectors for 2999 rows"):
-        NeighbourIndex.open(output, embed)
-    with output.write("rows.parquet") as path:
-        pq.write_table(rows.drop_columns(["uid"]), path)
-    with pytest.raises(DataError, match=r"rows.parquet: no column uid"):
-        NeighbourIndex.open(output, embed)
-    output.write_bytes("image.faiss", b"not an index")
-    with output.write("rows.parquet") as path:
-        pq.write_table(rows, path)
-    with pytest.raises(DataError, match=r"image.faiss: damaged"):
-        NeighbourIndex.open(output, embed)
-
-
-def test_build_names_a_shard_that_lost_rows_and_an_empty_artifact(tmp_path: Path) -> None:
-    vectors = _unit(np.random.default_rng(0).normal(size=(30, 4)))
-    embed = Workspace(str(tmp_path)).artifact("embed", "k")
+def test_build_names_a_shard_that_lost_rows_or_has_another_layout_and_an_empty_artifact(tmp_path: Path) -> None:
+    vectors = unit(np.random.default_rng(0).normal(size=(30, 4)))
+    embed, output, empty = (
+        Workspace(str(tmp_path)).artifact(*name) for name in (("embed", "k"), ("index", "k"), ("embed", "x"))
+    )
     make_embeddings(embed, vectors, vectors, rows_per_shard=20)
     table = pq.read_table(embed.path("00001.parquet"))
     with embed.write("00001.parquet") as path:
+        pq.write_table(table, path, compression="snappy")
+    with pytest.raises(DataError, match=r"00001.parquet: column z_image is not stored in one uncompressed page"):
+        build_index(embed, output, _config("flat"), seed=0)
+    with embed.write("00001.parquet") as path:
         pq.write_table(table.slice(3), path)
     with pytest.raises(DataError, match=r"00001.parquet has 7 rows, its record says 10"):
-        _build(embed, tmp_path, IndexConfig(kind="flat"))
+        build_index(embed, output, _config("flat"), seed=0)
     with pytest.raises(DataError, match="holds no embeddings"):
-        _build(Workspace(str(tmp_path)).artifact("embed", "none"), tmp_path, IndexConfig(kind="flat"))
+        build_index(empty, output, _config("flat"), seed=0)
 
 
-def test_ivf_trains_on_a_sample_of_all_rows(embed: Artifact, tmp_path: Path) -> None:
+def test_lists_are_trained_on_a_sample_of_all_rows(embed: Artifact, tmp_path: Path) -> None:
     # Sorted by cluster, the first rows would know one cluster alone, and its lists would hold almost everything.
-    z_image = _z_image(embed)
-    ordered = Workspace(str(tmp_path)).artifact("embed", "sorted")
+    z_image = stored(embed)
+    ordered, output = (Workspace(str(tmp_path)).artifact(step, "sorted") for step in ("embed", "index"))
     order = np.argsort(z_image[:, 0])
     make_embeddings(ordered, z_image[order], z_image[order], rows_per_shard=1000)
-    output, _ = _build(ordered, tmp_path, IndexConfig(kind="ivf_flat", num_train_rows=800))
-    index = faiss.read_index(str(output.path("image.faiss")))
-    sizes = np.array([index.invlists.list_size(i) for i in range(index.nlist)])
-    assert index.nlist == 20
-    assert sizes.max() < 0.25 * _NUM_ROWS
+    build_index(ordered, output, _config("ivf_sq8", num_train_rows=800), seed=3)
+    sizes = np.load(output.path("segment-000000/image.ivf_sq8.sizes.npy"))
+    assert len(sizes) == 20
+    assert sizes.max() < 0.25 * NUM_ROWS
+
+
+def test_a_row_is_read_from_its_place_in_a_file_of_several_row_groups(tmp_path: Path) -> None:
+    count = 2 * ROW_GROUP_ROWS + 7
+    vectors = unit(np.random.default_rng(0).normal(size=(count, 8)))
+    embed, output = (Workspace(str(tmp_path)).artifact(step, "k") for step in ("embed", "index"))
+    make_embeddings(embed, vectors, vectors[::-1], rows_per_shard=count)
+    build_index(embed, output, _config("flat"), seed=0)
+    rows = [0, ROW_GROUP_ROWS - 1, ROW_GROUP_ROWS, count - 1]
+    read = NeighbourIndex.open(output).vectors([_number(row) for row in rows])
+    np.testing.assert_array_equal(read, stored(embed)[rows])

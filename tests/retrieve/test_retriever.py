@@ -8,15 +8,15 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.data.vectors import to_unit
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe.sections import IndexConfig
-from pipeline.retrieve import NeighbourIndex, retriever
+from pipeline.retrieve import retriever
 from pipeline.retrieve.build import build_index
 from pipeline.retrieve.columns import StoredColumns
-from pipeline.retrieve.exact import EmbeddedShards
 from pipeline.retrieve.retriever import Conditions, Retriever
-from pipeline.workspace.store import Artifact
+from pipeline.workspace.manifest import Manifest
+from pipeline.workspace.store import Artifact, Workspace
+from tests.retrieve.conftest import stored
 from tests.tiny.shards import make_embeddings
 
 _NUM_ROWS, _DIM, _PER_SHARD, _COPIES = 3000, 16, 1100, 5
@@ -30,7 +30,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artifact]:
     pictures = rng.normal(size=(_NUM_ROWS // _COPIES, _DIM)).repeat(_COPIES, 0)
     vectors = pictures + 0.01 * rng.normal(size=pictures.shape)
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True))[rng.permutation(_NUM_ROWS)].astype(np.float32)
-    embed, download = Artifact(str(folder / "embed")), Artifact(str(folder / "download"))
+    workspace = Workspace(str(folder))
+    embed, download = workspace.artifact("embed", "e"), workspace.artifact("download", "d")
     make_embeddings(embed, vectors, vectors[::-1].copy(), _PER_SHARD)
     for number, shard in enumerate(embed.shard_records()):
         keys = pq.read_table(embed.path(f"{shard}.parquet"), columns=["key"]).column("key")
@@ -39,20 +40,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artifact]:
         table = pa.table({"key": keys, "width": pa.array(widths, pa.int32())})
         with download.write(f"{shard}.parquet") as path:
             pq.write_table(pa.concat_tables([pa.table(failed), table]), path)
+    embed.commit(Manifest(step="embed", key="e", step_version=1, section={}, inputs={"download": "d"}))
     return embed, download
 
 
-@pytest.fixture(scope="module", params=["flat"])
-def search(
-    request: pytest.FixtureRequest, data: tuple[Artifact, Artifact], tmp_path_factory: pytest.TempPathFactory
-) -> Retriever:
-    output = Artifact(str(tmp_path_factory.mktemp("index")))
+@pytest.fixture(scope="module", params=["flat", "ivf_sq8"])
+def search(request: pytest.FixtureRequest, data: tuple[Artifact, Artifact]) -> Retriever:
+    output = Workspace(data[0].uri.rsplit("/", 2)[0]).artifact("index", request.param)
     build_index(data[0], output, IndexConfig(kind=request.param, recall_target=1.0), seed=0)
-    return Retriever(NeighbourIndex.open(output, data[0]), data[0], StoredColumns(list(data)))
+    return Retriever.open(output)
 
 
 def _vectors(data: tuple[Artifact, Artifact]) -> NDArray[np.float32]:
-    return np.concatenate([to_unit(vectors.z_image) for _, _, vectors in EmbeddedShards.open(data[0])])
+    return stored(data[0])
 
 
 def _captions(order: NDArray[np.int64]) -> list[str]:

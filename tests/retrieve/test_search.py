@@ -56,7 +56,7 @@ def test_every_kind_of_query_finds_the_pair_that_it_is(searcher: Searcher, tmp_p
     assert red.similarity > 0.999
     assert _captions(searcher, Query("text", "a green picture"), k=1, modality="text") == ["a green picture"]
     assert _captions(searcher, Query("uid", red.uid), k=1) == ["a red picture"]
-    z = 7 * searcher.retriever.pictures(np.array([red.id]))[0]
+    z = 7 * searcher.retriever.index.vectors([red.id])[0]
     np.save(tmp_path / "z.npy", z)
     (tmp_path / "z.json").write_text(json.dumps(z.tolist()))
     for name in ("z.npy", "z.json"):

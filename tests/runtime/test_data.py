@@ -17,6 +17,7 @@ from pipeline.runtime import data
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.data import run_evaluate
 from pipeline.runtime.download import run_download
+from pipeline.runtime.index import run_index
 from pipeline.runtime.pairs import run_pairs
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.progress import read_progress
@@ -69,11 +70,11 @@ def test_data_steps_from_pairs_to_index(tmp_path: Path) -> None:
     assert {name: embed.describe(name) for name in whole} == whole
     assert embed.path("00000.parquet").stat().st_mtime_ns == mtime_ns
 
-    index = _commit(steps["index"], data.run_index(steps["index"]))
+    index = _commit(steps["index"], run_index(steps["index"]))
     neighbours = NeighbourIndex.open(index)
     rows = pq.read_table(embed.path("00001.parquet"))
     query = rows.column("z_image").combine_chunks().flatten().to_numpy().reshape(-1, 16)[:1].astype("float32")
-    best = neighbours.search(query, 3)[0][0]
+    best = neighbours.find(query, 3)[0][0]
     assert best.similarity == pytest.approx(1, abs=1e-3)
     assert StoredPictures(download).read(best.shard, best.key, best.uid).startswith(b"\xff\xd8")
 

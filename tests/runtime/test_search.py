@@ -121,7 +121,7 @@ def test_wrong_batch_searches_are_one_message(
 
 
 def test_a_second_run_of_the_same_search_waits_its_turn(folder: Path, recipe: Recipe, tmp_path: Path) -> None:
-    from pipeline.runtime.run import locked
+    from pipeline.workspace.lock import locked
 
     out = tmp_path / "out"
     with locked(out / "live/lock", "held"):

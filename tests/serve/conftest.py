@@ -112,7 +112,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 def neighbours(recipe: Recipe) -> LocalNeighbours:
     workspace = Workspace(recipe.workspace)
     artifacts = {step.name: artifact_of(workspace, step) for step in make_plan(recipe)}
-    return LocalNeighbours(Retriever.open(artifacts), artifacts["download"])
+    return LocalNeighbours(Retriever.open(artifacts["index"]))
 
 
 @pytest.fixture(scope="session")

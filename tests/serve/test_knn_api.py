@@ -154,14 +154,14 @@ def test_millions_of_empty_lists_are_refused_at_once_and_never_made(server: Any)
 
 
 def test_unknown_rows_are_400(server: Any) -> None:
-    answer = post(server, "/metadata", ids=[0, 10])
-    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "ids: no row 10: the index has 10")
+    [first] = post(server, text="a red picture", num_images=1).json()
+    answer = post(server, "/metadata", ids=[first["id"], 10])
+    message = "ids: no row 10: the index has 10 rows, and none of this id"
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)
     for number in (-1, 2**53, 2**70):
+        message = f"ids: no row {number}: an id has 53 bits"
         answer = post(server, "/metadata", ids=[number])
-        assert (answer.status_code, answer.json()["error"]["message"]) == (
-            400,
-            f"ids: no row {number}: an id has 53 bits",
-        )
+        assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)
 
 
 def test_a_picture_that_would_fill_the_memory_is_not_decoded(server: Any) -> None:

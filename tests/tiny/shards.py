@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.data.rows import embeddings_schema, make_uid
-from pipeline.data.vectors import ROW_GROUP_ROWS, to_arrow
+from pipeline.data.vectors import ROW_GROUP_ROWS, WRITER_OPTIONS, to_arrow
 from pipeline.pictures import to_png
 from pipeline.shapes.captions import training_caption
 from pipeline.shapes.draw import draw
@@ -114,18 +114,23 @@ def write_embed(folder: Path, download: Artifact) -> Artifact:
 
 
 def make_embeddings(
-    artifact: Artifact, z_image: NDArray[np.float32], z_text: NDArray[np.float32], rows_per_shard: int
+    artifact: Artifact,
+    z_image: NDArray[np.float32],
+    z_text: NDArray[np.float32],
+    rows_per_shard: int,
+    *,
+    first: int = 0,
 ) -> None:
-    """Commit shards of embeddings; captions and urls are ``caption N`` and ``http://a/N``."""
+    """Commit shards of embeddings; captions and urls are ``caption N`` and ``http://a/N``, from N = ``first`` on."""
     for start in range(0, len(z_image), rows_per_shard):
         part = slice(start, start + rows_per_shard)
         shard = f"{start // rows_per_shard:05d}"
         rows = [
             {
-                "uid": make_uid(f"http://a/{i}", f"caption {i}"),
+                "uid": make_uid(f"http://a/{first + i}", f"caption {first + i}"),
                 "key": f"{shard}{i - start:05d}",
-                "url": f"http://a/{i}",
-                "caption": f"caption {i}",
+                "url": f"http://a/{first + i}",
+                "caption": f"caption {first + i}",
                 "split": "train",
             }
             for i in range(start, start + len(z_image[part]))
@@ -140,7 +145,7 @@ def _write_vectors(
     columns |= {"z_image": to_arrow(z_image), "z_text": to_arrow(z_text)}
     with artifact.write(f"{shard}.parquet") as path:
         table = pa.table(columns, schema=embeddings_schema(z_image.shape[1]))
-        pq.write_table(table, path, row_group_size=ROW_GROUP_ROWS, compression="none", use_dictionary=False)
+        pq.write_table(table, path, row_group_size=ROW_GROUP_ROWS, **WRITER_OPTIONS)
     files = {f"{shard}.parquet": artifact.describe(f"{shard}.parquet")}
     artifact.commit_shard(ShardRecord(shard=shard, counts={"in": len(rows), "ok": len(rows)}, files=files))
 

@@ -1,0 +1,204 @@
+"""Changes of a finished index: rows deleted and restored, segments added and put together.
+
+Each change writes new files and then a new version; the files of a version never change, so a reader keeps what it has
+opened. The files of the version before stay, for a reader that is opening it; older ones are removed.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+
+from pipeline.data.rows import row_id
+from pipeline.errors import ConfigError, DataError
+from pipeline.retrieve.build import SegmentBuild
+from pipeline.retrieve.embedded import EmbeddedShards, Ids
+from pipeline.retrieve.rows import Rows, write_array
+from pipeline.retrieve.segment import workspace_of
+from pipeline.retrieve.versions import Version, read_version, read_versions
+from pipeline.workspace.store import LIVE, Artifact
+
+pc: Any = pyarrow.compute  # its functions are made when it is imported, and have no types
+
+_SEGMENT = re.compile(r"segment-(\d{6})/")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of the rows that a change named."""
+
+    version: int
+    changed: int
+    """Rows that were deleted or restored."""
+    unchanged: int
+    """Rows that were so before."""
+    unknown: tuple[str, ...]
+    """Uids and URLs of which the index has no row."""
+
+
+def delete(index: Artifact, names: Sequence[str]) -> Change:
+    """Let no search return the rows of some uids or URLs.
+
+    The rows stay in the files until `unclip index compact`; they are not added again by an append.
+
+    Args:
+        index: The index.
+        names: Uids, or URLs, of which each may have several rows.
+
+    Raises:
+        DataError: If a file of the index is damaged.
+    """
+    version = read_version(index)
+    ids, unknown = find_ids(index, version, names)
+    before = version.read_deleted(index)
+    return _publish_deleted(index, version, np.union1d(before, ids), np.isin(ids, before), unknown)
+
+
+def restore(index: Artifact, names: Sequence[str]) -> Change:
+    """Undo ``delete``; rows that were compacted away come back with their embeddings, by an append.
+
+    Raises:
+        DataError: If a file of the index is damaged.
+    """
+    version = read_version(index)
+    before = version.read_deleted(index)
+    ids, unknown = find_ids(index, version, names)
+    compacted = [name for name in unknown if row_id(name) in before]
+    ids = np.union1d(ids, np.array([row_id(name) for name in compacted], np.int64))
+    left = tuple(name for name in unknown if name not in compacted)
+    return _publish_deleted(index, version, np.setdiff1d(before, ids), ~np.isin(ids, before), left)
+
+
+def find_ids(index: Artifact, version: Version, names: Sequence[str]) -> tuple[Ids, tuple[str, ...]]:
+    """The ids of the rows, deleted or not, whose uid or URL is named; and the names without a row.
+
+    Uids are found at once; for URLs, the column of all rows is read, batch by batch.
+    """
+    ids, rest = set[int](), dict.fromkeys(names)
+    for segment in version.segments:
+        rows = open_rows(index, segment)
+        for name, position in zip(list(rest), rows.positions(_ids_of(rest)).tolist(), strict=True):
+            if position >= 0 and rows.columns(np.array([position])).column("uid")[0].as_py() == name:
+                ids.add(row_id(name))
+                del rest[name]
+    urls = pa.array(list(rest), pa.string())
+    for segment in version.segments if len(urls) else ():
+        rows = open_rows(index, segment)
+        for start, batch in rows.batches(["url"]):
+            places = pc.indices_nonzero(pc.is_in(batch.column("url"), value_set=urls)).to_numpy()
+            ids.update(rows.ids[start + places].tolist())
+            for url in pc.unique(batch.column("url").take(pa.array(places))).to_pylist():
+                rest[url] = "found"
+    unknown = tuple(name for name, state in rest.items() if state is None)
+    return np.array(sorted(ids), np.int64), unknown
+
+
+def segment_of_more(build: SegmentBuild) -> SegmentBuild:
+    """The build of a segment of new rows behind those that an index has.
+
+    Raises:
+        DataError: If its embeddings are not by the CLIP of the index.
+    """
+    version = read_version(build.output)
+    [new] = build.sources
+    old = open_rows(build.output, version.segments[0]).shards.sources[0]
+    if _clip_of(new) != _clip_of(old):
+        raise DataError(f"{new.uri}: embeddings of another CLIP than those of the index, {old.uri}")
+    return replace(build, segment=_new_name(build.output), earlier=version.segments, deleted=version.deleted)
+
+
+def segment_of_all(build: SegmentBuild) -> SegmentBuild:
+    """The build of one segment from the embeddings of all segments of an index."""
+    version = read_version(build.output)
+    sources = dict.fromkeys(
+        source.uri for name in version.segments for source in open_rows(build.output, name).shards.sources
+    )
+    return replace(
+        build,
+        sources=tuple(Artifact(uri) for uri in sources),
+        segment=_new_name(build.output),
+        deleted=version.deleted,
+    )
+
+
+def publish_segment(build: SegmentBuild, *, replaces: bool) -> None:
+    """Make a finished segment part of the index, or all of it."""
+    version = read_version(build.output)
+    segments = (build.segment,) if replaces else (*version.segments, build.segment)
+    replace(version, number=version.number + 1, segments=segments).write(build.output)
+    build.clear()
+    _remove_old_files(build.output)
+
+
+def open_rows(index: Artifact, segment: str) -> Rows:
+    """The rows of a segment, deleted ones included."""
+    embedded = index.read_json(f"{segment}/segment.json")["embedded"]
+    return Rows(index, segment, EmbeddedShards.from_json(embedded, workspace_of(index)))
+
+
+def read_names(path: str) -> list[str]:
+    """Uids and URLs of a file, one a line.
+
+    Raises:
+        ConfigError: If the file cannot be read.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:  # noqa: PTH123  (a string, as a user gives it)
+            return [line.strip() for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+
+
+def _ids_of(names: Iterable[str]) -> Ids:
+    return np.array([row_id(name) for name in names], np.int64)
+
+
+def _publish_deleted(
+    index: Artifact, version: Version, deleted: Ids, is_unchanged: Any, unknown: tuple[str, ...]
+) -> Change:
+    number = version.number + 1
+    changed, unchanged = int((~is_unchanged).sum()), int(is_unchanged.sum())
+    if not changed:
+        return Change(version.number, 0, unchanged, unknown)
+    name = f"changes/deleted-{number:06d}.npy" if len(deleted) else ""
+    if name:
+        with index.write(name) as path:
+            write_array(path, [deleted], deleted.shape, np.int64)
+    replace(version, number=number, deleted=name).write(index)
+    _remove_old_files(index)
+    return Change(number, changed, unchanged, unknown)
+
+
+def _new_name(index: Artifact) -> str:
+    """The folder of the next segment: a number that no version has used."""
+    used = [name for version in read_versions(index) for name in version.segments]
+    return f"segment-{1 + max(int(name[-6:]) for name in used):06d}"
+
+
+def _clip_of(embed: Artifact) -> list[str]:
+    """What tells the CLIP of embeddings from another: the checksums of its weights, else the key of its step."""
+    manifest = embed.manifest()
+    if manifest is None or not manifest.inputs.keys() & {"clip", "embed"}:
+        raise DataError(f"{embed.uri}: not the finished embeddings of an embed step")
+    if "clip" not in manifest.inputs:  # embeddings that were filtered
+        return _clip_of(Artifact(f"{workspace_of(embed)}/embed/{manifest.inputs['embed']}"))
+    key = manifest.inputs["clip"]
+    clip = Artifact(f"{workspace_of(embed)}/clip/{key}").manifest()
+    files = clip.files.items() if clip else ()
+    return [info["sha256"] for name, info in files if name.endswith(".safetensors")] or [key]
+
+
+def _remove_old_files(index: Artifact) -> None:
+    """Remove what neither the newest version nor the one before it names."""
+    kept = read_versions(index)[-2:]
+    segments, others = {name for one in kept for name in one.segments}, {one.deleted for one in kept}
+    for name in index.names():
+        segment = _SEGMENT.match(name)
+        is_old = segment is not None and segment.group(0)[:-1] not in segments
+        is_unused = name.startswith("changes/deleted-") and name not in others
+        if is_old or is_unused or name.startswith(f"{LIVE}segment-"):
+            index.remove(name)

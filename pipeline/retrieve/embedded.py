@@ -1,0 +1,105 @@
+"""The embed steps' rows that an index is built from, with row numbers that count through all of their shards."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.data.shards import REPAIR_HINT, read_table
+from pipeline.data.vectors import Vectors, read_vectors
+from pipeline.errors import DataError
+from pipeline.workspace.store import Artifact
+
+Ids = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class EmbeddedShards:
+    """Rows 0 .. N - 1 of some embeddings, in order of artifact, shard name and key."""
+
+    sources: tuple[Artifact, ...]
+    """Artifacts of embed steps."""
+    shards: tuple[tuple[int, str], ...]
+    """Number of the source and name of each shard."""
+    starts: Ids
+    """First row number of each shard, and N as the last entry."""
+    embed_dim: int
+    """Width D of a vector."""
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return int(self.starts[-1])
+
+    @classmethod
+    def open(cls, sources: Sequence[Artifact]) -> "EmbeddedShards":
+        """Read the row counts of every committed shard.
+
+        Raises:
+            DataError: If there are no rows, or the widths of two sources differ.
+        """
+        shards, sizes = list[tuple[int, str]](), list[int]()
+        widths: dict[str, int] = {}
+        for number, source in enumerate(sources):
+            records = source.shard_records()
+            shards += [(number, name) for name in records]
+            sizes += [record.counts["ok"] for record in records.values()]
+            if not sum(record.counts["ok"] for record in records.values()):
+                raise DataError(f"index: {source.uri} holds no embeddings: every picture failed")
+            schema = pq.read_schema(source.path(f"{next(iter(records))}.parquet"))
+            widths[source.uri] = int(schema.field("z_image").type.list_size)
+        if len(set(widths.values())) > 1:
+            raise DataError(f"index: embeddings of different widths: {widths}; all must be of one CLIP")
+        starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        return cls(tuple(sources), tuple(shards), starts, next(iter(widths.values())))
+
+    def read(self, shard: int) -> Vectors:
+        """The rows of one shard, by its number.
+
+        Raises:
+            DataError: If the file is damaged, or has another number of rows than its record.
+        """
+        vectors, num_rows = read_vectors(self.path(shard)), int(self.starts[shard + 1] - self.starts[shard])
+        if len(vectors.z_image) != num_rows:
+            raise DataError(
+                f"index: {self.name(shard)} has {len(vectors.z_image)} rows, its record says {num_rows}; {REPAIR_HINT}"
+            )
+        return vectors
+
+    def read_column(self, shard: int, name: str) -> list[Any]:
+        """One column of a shard, without its vectors."""
+        return read_table(self.path(shard), [name]).column(name).to_pylist()
+
+    def path(self, shard: int) -> Path:
+        """The local path of one shard's file."""
+        source, name = self.shards[shard]
+        return self.sources[source].path(f"{name}.parquet")
+
+    def name(self, shard: int) -> str:
+        """The file of one shard, for messages."""
+        source, name = self.shards[shard]
+        return f"{self.sources[source].uri}/{name}.parquet"
+
+    def shard_of(self, rows: Ids) -> Ids:
+        """The number of the shard of each row."""
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
+    def to_json(self, root: str) -> dict[str, Any]:
+        """As JSON; sources inside the workspace ``root`` by their path in it, so that the workspace may be moved."""
+        sources = [source.uri.removeprefix(f"{root}/") for source in self.sources]
+        sizes = np.diff(self.starts).tolist()
+        shards = [[source, name, size] for (source, name), size in zip(self.shards, sizes, strict=True)]
+        return {"sources": sources, "shards": shards, "embed_dim": self.embed_dim}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], root: str) -> "EmbeddedShards":
+        """From JSON."""
+        sources = [name if name.startswith("/") or "://" in name else f"{root}/{name}" for name in data["sources"]]
+        starts = np.concatenate([[0], np.cumsum([size for _, _, size in data["shards"]])]).astype(np.int64)
+        shards = tuple((int(source), str(name)) for source, name, _ in data["shards"])
+        return cls(tuple(Artifact(uri) for uri in sources), shards, starts, int(data["embed_dim"]))

@@ -1,0 +1,163 @@
+"""The rows of a segment: their ids, their columns and their vectors, found in time and memory that do not grow with N.
+
+A position is the place of a row in its segment: 0 .. N - 1, in the order of the embeddings. Files, all memory-mapped:
+
+    rows.arrow   the columns of each row, Arrow IPC, in batches of BATCH_ROWS rows
+    ids.npy      the id of each position
+    order.npy    the positions in ascending order of id, so that an id is found by bisection
+    places.npy   the number of each position's row in the embeddings
+    groups.npy   where the vectors of each row group start (pipeline/data/vectors.py)
+"""
+
+import functools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from pipeline.data.vectors import RowGroups, StoredVectors
+from pipeline.errors import DataError
+from pipeline.retrieve.embedded import EmbeddedShards, Floats, Ids
+from pipeline.workspace.store import Artifact
+
+BATCH_ROWS = 8192
+_SORT_BUCKETS = 16  # the ids are sorted in parts, so that 1/16 of them is in memory
+_ID_BITS = 53
+_CACHED_BATCHES = 4096
+
+
+class Rows:
+    """The rows of one segment.
+
+    Args:
+        artifact: The index.
+        segment: The segment's folder in it.
+        shards: The embeddings from which the segment was built.
+
+    Raises:
+        DataError: If a file is missing or damaged, or the files disagree about the number of rows.
+    """
+
+    def __init__(self, artifact: Artifact, segment: str, shards: EmbeddedShards) -> None:
+        where = f"{artifact.uri}/{segment}"
+        try:
+            self.ids, self._order, self._places, groups = (
+                _map_array(artifact.path(f"{segment}/{name}.npy")) for name in ("ids", "order", "places", "groups")
+            )
+            reader: Any = pa.ipc.open_file(pa.memory_map(str(artifact.path(f"{segment}/rows.arrow"))))
+            num_batches = reader.num_record_batches
+            last: int = reader.get_batch(num_batches - 1).num_rows if num_batches else 0
+        except (pa.ArrowInvalid, OSError, ValueError, EOFError) as error:
+            raise DataError(f"{where}: damaged ({error}); remove {artifact.uri} and run the step again") from error
+        num_rows = max(0, num_batches - 1) * BATCH_ROWS + last
+        sizes = {"ids.npy": len(self.ids), "order.npy": len(self._order), "places.npy": len(self._places)}
+        for name, size in sizes.items():
+            if size != num_rows:
+                raise DataError(f"{where}: {size} rows in {name}, {num_rows} in rows.arrow")
+        self.shards = shards
+        self._batch = functools.lru_cache(_CACHED_BATCHES)(reader.get_batch)
+        self.column_names = tuple(str(name) for name in reader.schema.names)
+        self._vectors = StoredVectors(
+            RowGroups(groups[:, 0].copy(), groups[:, 1].copy(), groups[:, 2:].copy()), shards.path, shards.embed_dim
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def positions(self, ids: Ids) -> Ids:
+        """The position of each id, -1 if the segment has no such row; of two rows of one id, the first."""
+        if not len(self):
+            return np.full(len(ids), -1, np.int64)
+        ranks = np.minimum(np.searchsorted(self.ids, ids, sorter=self._order), len(self) - 1)
+        positions = np.asarray(self._order[ranks])
+        return np.where(self.ids[positions] == ids, positions, -1)
+
+    def positions_of_places(self, places: Ids) -> Ids:
+        """The position of each row of the embeddings, -1 if the segment leaves it out."""
+        ranks = np.minimum(np.searchsorted(self._places, places), len(self) - 1)
+        return np.where(self._places[ranks] == places, ranks, -1)
+
+    def columns(self, positions: Ids) -> pa.Table:
+        """The columns of rows, in the order of ``positions``: uid, key, shard, url, caption, split and others."""
+        if not len(positions):
+            return pa.Table.from_batches([self._batch(0).slice(0, 0)])
+        order = np.argsort(positions, kind="stable")
+        batches, offsets = np.divmod(positions[order], BATCH_ROWS)
+        numbers, starts = np.unique(batches, return_index=True)
+        parts = [
+            self._batch(int(number)).take(pa.array(rows))
+            for number, rows in zip(numbers, np.split(offsets, starts[1:]), strict=True)
+        ]
+        table = pa.Table.from_batches(parts)
+        back = np.empty(len(order), np.int64)
+        back[order] = np.arange(len(order))
+        return table if len(parts) == 1 and (back == np.arange(len(back))).all() else table.take(pa.array(back))
+
+    def batches(self, names: list[str]) -> Iterator[tuple[int, pa.Table]]:
+        """All rows in order, batch by batch: the position of the first row, and the columns of ``names``."""
+        for number in range(-(-len(self) // BATCH_ROWS)):
+            yield number * BATCH_ROWS, pa.Table.from_batches([self._batch(number)]).select(names)
+
+    def vectors(self, positions: Ids, column: str) -> Floats:
+        """The vectors (len(positions), D) of ``z_image`` or ``z_text``, of length one, from the embeddings."""
+        return self._vectors.read(np.asarray(self._places[positions]), column)
+
+    def source_of(self, position: int) -> Artifact:
+        """The embed step's artifact that a row comes from."""
+        shard = int(self.shards.shard_of(np.asarray(self._places[[position]]))[0])
+        return self.shards.sources[self.shards.shards[shard][0]]
+
+
+def write_rows(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
+    """Write rows.arrow: batches of any size become batches of BATCH_ROWS rows."""
+    with path.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
+        waiting, num_waiting = list[pa.RecordBatch](), 0
+        for batch in batches:
+            waiting.append(batch)
+            num_waiting += batch.num_rows
+            if num_waiting >= BATCH_ROWS:
+                whole = num_waiting - num_waiting % BATCH_ROWS
+                table = pa.Table.from_batches(waiting, schema).combine_chunks()
+                writer.write_table(table.slice(0, whole), max_chunksize=BATCH_ROWS)
+                waiting = table.slice(whole).to_batches()
+                num_waiting -= whole
+        if num_waiting:
+            writer.write_table(pa.Table.from_batches(waiting, schema).combine_chunks())
+
+
+def write_array(path: Path, parts: Iterable[NDArray[Any]], shape: tuple[int, ...], dtype: Any) -> None:
+    """Write a .npy file part by part; unlike a memory-mapped one, it notices a full disk."""
+    with path.open("wb") as file:
+        header = {"descr": npy.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+        npy.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(np.ascontiguousarray(part, dtype).tobytes())
+
+
+def sorted_positions(ids: Ids) -> Iterator[Ids]:
+    """The positions in ascending order of id, and of position for equal ids; part by part."""
+    width = (1 << _ID_BITS) // _SORT_BUCKETS
+    for bucket in range(_SORT_BUCKETS):
+        positions = np.flatnonzero((ids >= bucket * width) & (ids < (bucket + 1) * width))
+        yield positions[np.argsort(ids[positions], kind="stable")]
+
+
+def repeated_positions(ids: Ids, order: Ids) -> Iterator[tuple[Ids, Ids]]:
+    """The later rows of each id that several rows have, and the first row of each; both positions, part by part."""
+    step = 1 << 22
+    for start in range(0, len(order), step):
+        # One row before the part, so that no pair of neighbours is missed.
+        part = np.asarray(order[max(0, start - 1) : start + step])
+        repeats = np.flatnonzero(ids[part[1:]] == ids[part[:-1]]) + 1
+        if len(repeats):
+            firsts = np.searchsorted(ids, ids[part[repeats]], sorter=order)
+            yield part[repeats], np.asarray(order[firsts])
+
+
+def _map_array(path: Path) -> Ids:
+    array = np.load(path, mmap_mode="r")
+    return array.view(np.ndarray)

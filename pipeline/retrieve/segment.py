@@ -1,0 +1,151 @@
+"""One segment of an index: rows that were built together, and never change."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from pipeline.errors import DataError
+from pipeline.retrieve import kinds
+from pipeline.retrieve.efforts import Effort, effort_for
+from pipeline.retrieve.embedded import EmbeddedShards, Floats, Ids
+from pipeline.retrieve.rows import Rows
+from pipeline.workspace.store import Artifact
+
+Modality = Literal["image", "text"]
+MODALITIES: tuple[Modality, ...] = ("image", "text")
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The index of one modality."""
+
+    searcher: kinds.Searcher
+    efforts: tuple[Effort, ...]
+
+
+class Segment:
+    """Searches the rows of one segment.
+
+    Args:
+        artifact: The index.
+        name: The segment's folder in it.
+        deleted: Ids of rows that are not returned.
+
+    Raises:
+        DataError: If a file is missing or damaged.
+    """
+
+    def __init__(self, artifact: Artifact, name: str, deleted: Ids) -> None:
+        description = artifact.read_json(f"{name}/segment.json")
+        shards = EmbeddedShards.from_json(description["embedded"], workspace_of(artifact))
+        self.name = name
+        self.rows = Rows(artifact, name, shards)
+        self.sides = {modality: _open_side(artifact, name, modality, description[modality]) for modality in MODALITIES}
+        for modality, side in self.sides.items():
+            if side.searcher.num_rows != len(self.rows):
+                raise DataError(
+                    f"{artifact.uri}/{name}: {side.searcher.num_rows} vectors of {modality}, {len(self.rows)} rows"
+                )
+        hidden = np.load(artifact.path(f"{name}/hidden.npy"))
+        gone = self.rows.positions(deleted)
+        self._left_out = np.union1d(hidden, gone[gone >= 0])
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that a search may return."""
+        return len(self.rows) - len(self._left_out)
+
+    def positions(self, ids: Ids) -> Ids:
+        """The position of each id, -1 if no search returns such a row."""
+        positions = self.rows.positions(ids)
+        return np.where(self._is_left_out(positions), -1, positions)
+
+    def search(self, queries: Floats, k: int, modality: Modality) -> tuple[Floats, Ids]:
+        """The exact similarities and the positions (Q, k) of the nearest rows, the nearest first.
+
+        Missing rows, in a segment of fewer than k, have the similarity -inf and the position -1.
+        """
+        side = self.sides[modality]
+        effort, count = effort_for(side.efforts, k)
+        return self._search(queries, k, modality, effort, count)
+
+    def _search(self, queries: Floats, k: int, modality: Modality, effort: int, count: int) -> tuple[Floats, Ids]:
+        """Search until each query has k rows: those of deleted rows, and of lists with few rows, are searched again."""
+        searcher = self.sides[modality].searcher
+        count, effort = min(count, len(self.rows)), min(effort, searcher.max_effort)
+        scores, positions = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
+        if not count:
+            return scores, positions
+        near, candidates = searcher.search(queries, count, effort)
+        is_row = (candidates >= 0) & ~self._is_left_out(candidates)
+        if not kinds.is_exact(searcher.kind):
+            near = self._exact(queries, candidates, is_row, modality)
+        near = np.where(is_row, near, -np.inf)
+        width = min(k, count)
+        best = np.lexsort((candidates, -near))[:, :width]
+        scores[:, :width] = np.take_along_axis(near, best, axis=1)
+        positions[:, :width] = np.where(
+            np.take_along_axis(is_row, best, axis=1), np.take_along_axis(candidates, best, axis=1), -1
+        )
+        is_short = is_row.sum(axis=1) < min(k, self.num_rows)
+        if is_short.any() and (count < len(self.rows) or effort < searcher.max_effort):
+            again = self._search(np.ascontiguousarray(queries[is_short]), k, modality, 2 * effort, 2 * count)
+            scores[is_short], positions[is_short] = again
+        return scores, positions
+
+    def _exact(self, queries: Floats, candidates: Ids, is_row: Any, modality: Modality) -> Floats:
+        near = np.full(candidates.shape, -np.inf, np.float32)
+        for number, query in enumerate(queries):
+            valid = is_row[number]
+            near[number, valid] = self.rows.vectors(candidates[number, valid], f"z_{modality}") @ query
+        return near
+
+    def _is_left_out(self, positions: Ids) -> Any:
+        if not len(self._left_out):
+            return np.zeros(positions.shape, bool)
+        ranks = np.minimum(np.searchsorted(self._left_out, positions), len(self._left_out) - 1)
+        return self._left_out[ranks] == positions
+
+
+def workspace_of(artifact: Artifact) -> str:
+    """The root of the artifact's workspace."""
+    return artifact.uri.rsplit("/", 2)[0]
+
+
+def index_file(segment: str, modality: str, kind: str) -> str:
+    """Name of the FAISS index of one modality; of an index with lists, it holds all but the rows."""
+    return f"{segment}/{modality}.{kind}.faiss"
+
+
+def lists_file(segment: str, modality: str, kind: str) -> str:
+    """Name of the codes and positions of the rows, list after list."""
+    return f"{segment}/{modality}.{kind}.lists"
+
+
+def sizes_file(segment: str, modality: str, kind: str) -> str:
+    """Name of the numbers of rows of each list."""
+    return f"{segment}/{modality}.{kind}.sizes.npy"
+
+
+def open_searcher(artifact: Artifact, segment: str, modality: Modality, kind: kinds.Kind) -> kinds.Searcher:
+    """Open the index of one modality.
+
+    Raises:
+        DataError: If a file is missing or damaged.
+    """
+    path = artifact.path(index_file(segment, modality, kind))
+    try:
+        index = kinds.read(path)
+        if kinds.is_listed(kind):
+            sizes = np.load(artifact.path(sizes_file(segment, modality, kind)))
+            lists = kinds.Lists(sizes, int(index.code_size))
+            kinds.map_lists(index, lists, artifact.path(lists_file(segment, modality, kind)))
+    except (RuntimeError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: damaged ({error}); remove {artifact.uri} and run the step again") from error
+    return kinds.Searcher(kind, index)
+
+
+def _open_side(artifact: Artifact, segment: str, modality: Modality, description: dict[str, Any]) -> _Side:
+    efforts = tuple(Effort(**item) for item in description["efforts"])
+    return _Side(open_searcher(artifact, segment, modality, description["kind"]), efforts)

@@ -1,0 +1,68 @@
+"""The versions of an index: an immutable file for each, so that a reader sees one of them whole.
+
+``index.json`` is version 0, which the step built. A change writes ``changes/<number>.json``, after the files that it
+names. The newest number is the index; the files of earlier versions stay until the next change but one removes them.
+"""
+
+import re
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from pipeline.retrieve.embedded import Ids
+from pipeline.workspace.manifest import parse_record
+from pipeline.workspace.store import Artifact
+
+FIRST_VERSION = "index.json"
+_CHANGE = re.compile(r"changes/\d{6}\.json")
+
+
+@dataclass(frozen=True)
+class Version:
+    """What an index consists of."""
+
+    number: int
+    """Changes since the index was built."""
+    segments: tuple[str, ...]
+    """Folders of the segments; an id is searched in this order."""
+    deleted: str
+    """File with the sorted ids of deleted rows; empty: none is deleted."""
+
+    @property
+    def file(self) -> str:
+        """Name of the version's file."""
+        return f"changes/{self.number:06d}.json" if self.number else FIRST_VERSION
+
+    def write(self, index: Artifact) -> None:
+        """Publish the version; its files must be published already."""
+        index.write_json(self.file, asdict(self))
+
+    def read_deleted(self, index: Artifact) -> Ids:
+        """The sorted ids of deleted rows."""
+        return np.load(index.path(self.deleted)) if self.deleted else np.zeros(0, np.int64)
+
+
+def read_version(index: Artifact) -> Version:
+    """The newest version.
+
+    Raises:
+        DataError: If its file is missing or damaged.
+    """
+    return _read(index, _files(index)[-1])
+
+
+def read_versions(index: Artifact) -> list[Version]:
+    """All versions, the newest last.
+
+    Raises:
+        DataError: If a file is missing or damaged.
+    """
+    return [_read(index, name) for name in _files(index)]
+
+
+def _files(index: Artifact) -> list[str]:
+    return [FIRST_VERSION, *(name for name in index.names() if _CHANGE.fullmatch(name))]
+
+
+def _read(index: Artifact, name: str) -> Version:
+    return parse_record(Version, index.read_json(name))

@@ -1,0 +1,165 @@
+"""The index step, and the changes of a finished index that build a segment: append and compact.
+
+The parts of a segment are built side by side by a pool of workers. One worker builds an index of one part alone.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Generator
+from typing import Any, cast
+
+import ray
+import ray.exceptions
+
+from pipeline.errors import StepError
+from pipeline.recipe.plan import Step
+from pipeline.recipe.recipe import Recipe
+from pipeline.retrieve.build import BASE_SEGMENT, IndexSummary, SegmentBuild
+from pipeline.retrieve.changes import publish_segment, segment_of_all, segment_of_more
+from pipeline.retrieve.kinds import has_gpu
+from pipeline.retrieve.versions import Version
+from pipeline.runtime.context import StepContext, StepResult
+from pipeline.runtime.pool import ShardJob, ShardWorker, map_shards
+from pipeline.workspace.manifest import ShardRecord
+from pipeline.workspace.progress import PROGRESS, Progress
+from pipeline.workspace.store import Artifact, Workspace
+
+
+def run_index(context: StepContext) -> StepResult:
+    """Build the neighbour index.
+
+    Raises:
+        DataError: If there are no embeddings, or a shard is damaged.
+        StepError: If a GPU is requested and FAISS sees none, or a worker was lost too often.
+    """
+    summary = _build(context, _segment_build(context, (context.inputs["embed"],)))
+    Version(0, (BASE_SEGMENT,), "").write(context.output)
+    return StepResult(counts=summary.counts, metrics=summary.metrics, num_workers=summary.num_workers)
+
+
+def append(recipe: Recipe, step: Step, embed: Artifact) -> IndexSummary:
+    """Add the rows of more embeddings to an index, as a new segment. Rows that it has already are not added again.
+
+    Args:
+        recipe: The recipe of the index.
+        step: Its index step, finished.
+        embed: Embeddings by the same CLIP.
+
+    Raises:
+        DataError: If the embeddings are of another CLIP, or damaged.
+        StepError: See ``run_index``.
+    """
+    context = StepContext(recipe, step, Workspace(recipe.workspace).root)
+    return _change(context, segment_of_more(_segment_build(context, (embed,))), replaces=False)
+
+
+def compact(recipe: Recipe, step: Step) -> IndexSummary:
+    """Build one segment from the embeddings of all segments, without the deleted rows.
+
+    Raises:
+        DataError: If embeddings are damaged or gone.
+        StepError: See ``run_index``.
+    """
+    context = StepContext(recipe, step, Workspace(recipe.workspace).root)
+    return _change(context, segment_of_all(_segment_build(context, ())), replaces=True)
+
+
+class PartWorker:
+    """Builds parts of a segment."""
+
+    def __init__(self, context: StepContext, build: SegmentBuild) -> None:
+        del context
+        self._build = build
+
+    def __call__(self, shard: str) -> ShardRecord:
+        """Build one part and commit it."""
+        record = self._build.add_part(shard)
+        self._build.output.commit_shard(record)
+        return record
+
+
+def _segment_build(context: StepContext, sources: tuple[Artifact, ...]) -> SegmentBuild:
+    config = context.recipe.index
+    num_threads = max(1, int(config.resources.cpus_per_worker))
+    on_gpu = config.resources.accelerator == "cuda"
+    return SegmentBuild(sources, context.output, config, context.recipe.seed, num_threads=num_threads, on_gpu=on_gpu)
+
+
+def _change(context: StepContext, build: SegmentBuild, *, replaces: bool) -> IndexSummary:
+    try:
+        summary = _build(context, build)
+    finally:
+        context.output.remove(PROGRESS)
+    publish_segment(build, replaces=replaces)
+    return summary
+
+
+@dataclasses.dataclass(frozen=True)
+class _Built(IndexSummary):
+    num_workers: int = 1
+
+
+def _build(context: StepContext, build: SegmentBuild) -> _Built:
+    """All stages, on Ray."""
+    needs, parts = context.recipe.index.resources, build.parts()
+    options: dict[str, Any] = {
+        "num_cpus": needs.cpus_per_worker,
+        "num_gpus": 1 if build.on_gpu else 0,
+        "max_retries": needs.max_retries,
+    }
+    if len(parts) == 1:
+        return _Built(**vars(_get(_build_alone.options(**options).remote(build))))
+    _get(_prepare.options(**options).remote(build))
+    worker = cast("type[ShardWorker]", functools.partial(PartWorker, build=build))
+    map_shards(context, ShardJob(worker, parts, build.num_rows(), needs))
+    summary = _get(_finish.options(**options).remote(build))
+    return _Built(summary.counts, summary.metrics, needs.num_workers)
+
+
+@ray.remote
+def _build_alone(build: SegmentBuild) -> IndexSummary:
+    with _progress(build, "building and tuning"):
+        _require_gpu(build)
+        build.prepare()
+        for name in build.parts():
+            if name not in build.output.shard_records():
+                build.output.commit_shard(build.add_part(name))
+        return build.finish()
+
+
+@ray.remote
+def _prepare(build: SegmentBuild) -> None:
+    with _progress(build, "training on a sample of the rows"):
+        _require_gpu(build)
+        build.prepare()
+
+
+@ray.remote
+def _finish(build: SegmentBuild) -> IndexSummary:
+    with _progress(build, "putting the parts together, tuning"):
+        return build.finish()
+
+
+@contextlib.contextmanager
+def _progress(build: SegmentBuild, message: str) -> Generator[None]:
+    """Count the time of a stage; its rows are counted by the parts."""
+    progress, num_rows = Progress(build.output), build.num_rows()
+    progress.update(0, num_rows, "rows", message, force=True)
+    yield
+    progress.update(num_rows, num_rows, "rows", force=True)
+
+
+def _require_gpu(build: SegmentBuild) -> None:
+    if build.on_gpu and not has_gpu():
+        raise StepError(
+            "index: index.resources.accelerator is cuda, but this FAISS sees no GPU: it is the build for CPUs "
+            "(install unclip[gpu] in place of unclip[cpu]), or the machine has none; or set it to cpu"
+        )
+
+
+def _get(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None

@@ -1,0 +1,174 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from pipeline.data.rows import make_uid, row_id
+from pipeline.errors import DataError
+from pipeline.recipe.sections import IndexConfig
+from pipeline.retrieve import NeighbourIndex
+from pipeline.retrieve.build import SegmentBuild, build_index
+from pipeline.retrieve.changes import delete, publish_segment, restore, segment_of_all, segment_of_more
+from pipeline.workspace.manifest import Manifest
+from pipeline.workspace.store import Artifact, Workspace
+from tests.retrieve.conftest import unit
+from tests.tiny.shards import make_embeddings
+
+_DIM, _PART = 8, 12
+_CONFIG = IndexConfig(kind="flat", num_recall_queries=4)
+
+
+def _uid(row: int) -> str:
+    return make_uid(f"http://a/{row}", f"caption {row}")
+
+
+def _embed(
+    workspace: Workspace, name: str, vectors: NDArray[np.float32], *, clip: str = "c", first: int = 0
+) -> Artifact:
+    artifact = workspace.artifact("embed", name)
+    make_embeddings(artifact, vectors, vectors, rows_per_shard=_PART, first=first)
+    artifact.commit(Manifest(step="embed", key=name, step_version=1, section={}, inputs={"clip": clip}))
+    return artifact
+
+
+def _build(build: SegmentBuild) -> dict[str, int]:
+    build.prepare()
+    for name in build.parts():
+        build.output.commit_shard(build.add_part(name))
+    return build.finish().counts
+
+
+def _append(index: Artifact, embed: Artifact) -> dict[str, int]:
+    build = segment_of_more(SegmentBuild((embed,), index, _CONFIG, 0))
+    counts = _build(build)
+    publish_segment(build, replaces=False)
+    return counts
+
+
+def _compact(index: Artifact) -> dict[str, int]:
+    build = segment_of_all(SegmentBuild((), index, _CONFIG, 0))
+    counts = _build(build)
+    publish_segment(build, replaces=True)
+    return counts
+
+
+def _rows(index: NeighbourIndex, vectors: NDArray[np.float32]) -> set[int]:
+    """Numbers of the rows that a search for everything returns; each must be found by its own vector."""
+    [ids], rows = index.search(vectors[:1], len(vectors))[1], {row_id(_uid(row)): row for row in range(len(vectors))}
+    found = [rows[number] for number in ids.tolist() if number >= 0]
+    assert len(set(found)) == len(found) == index.num_rows
+    for row in found:
+        [[best]] = index.find(vectors[[row]], 1)
+        assert (best.uid, best.url) == (_uid(row), f"http://a/{row}")
+    return set(found)
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> tuple[Artifact, Workspace, NDArray[np.float32]]:
+    """An index of the first 24 of 48 rows."""
+    vectors, workspace = unit(np.random.default_rng(0).normal(size=(48, _DIM))), Workspace(str(tmp_path))
+    embed, output = _embed(workspace, "base", vectors[:24]), workspace.artifact("index", "i")
+    build_index(embed, output, _CONFIG, seed=0)
+    return output, workspace, vectors
+
+
+def test_deleted_rows_are_not_found_and_come_back(index: Any) -> None:
+    output, _, vectors = index
+    change = delete(output, [_uid(3), "http://a/5", "http://a/5", "http://nowhere/"])
+    assert (change.version, change.changed, change.unknown) == (1, 2, ("http://nowhere/",))
+    opened = NeighbourIndex.open(output)
+    assert _rows(opened, vectors) == set(range(24)) - {3, 5}
+    with pytest.raises(ValueError, match="no row"):
+        opened.rows([row_id(_uid(5))])
+    assert delete(output, [_uid(3)]).changed == 0
+    assert restore(output, ["http://a/5", _uid(4)]).changed == 1
+    assert _rows(NeighbourIndex.open(output), vectors) == set(range(24)) - {3}
+    assert _rows(opened, vectors) == set(range(24)) - {3, 5}  # a reader keeps its version
+
+
+def test_appended_rows_are_found_once_and_with_their_pictures_source(index: Any) -> None:
+    output, workspace, vectors = index
+    delete(output, [_uid(2), _uid(30)])
+    more = _embed(workspace, "more", vectors[20:48], first=20)
+    assert _append(output, more) == {"in": 28, "ok": 24, "already_indexed": 4}
+    opened = NeighbourIndex.open(output)
+    assert _rows(opened, vectors) == set(range(48)) - {2}
+    assert opened.source_of(row_id(_uid(40))).uri == more.uri
+    assert delete(output, ["http://a/40"]).changed == 1
+    assert _append(output, more)["ok"] == 0
+    assert _rows(NeighbourIndex.open(output), vectors) == set(range(48)) - {2, 40}
+
+
+def test_compact_keeps_the_rows_and_drops_the_deleted_ones(index: Any) -> None:
+    output, workspace, vectors = index
+    _append(output, _embed(workspace, "more", vectors[24:], first=24))
+    delete(output, [_uid(1), _uid(30)])
+    before = NeighbourIndex.open(output)
+    assert _compact(output) == {"in": 48, "ok": 46, "deleted": 2}
+    expected = set(range(48)) - {1, 30}
+    assert _rows(NeighbourIndex.open(output), vectors) == expected
+    assert _rows(before, vectors) == expected
+    delete(output, [_uid(2)])  # only now do the files of the segments before go
+    assert {name.split("/")[0] for name in output.names()} == {"changes", "index.json", "segment-000002"}
+    assert _rows(before, vectors) == expected
+    restore(output, [_uid(1)])
+    assert _append(output, workspace.artifact("embed", "base"))["ok"] == 1
+    assert _rows(NeighbourIndex.open(output), vectors) == set(range(48)) - {2, 30}
+
+
+def test_an_append_that_was_given_up_is_no_part_of_the_next_one(index: Any) -> None:
+    output, workspace, vectors = index
+    given_up = segment_of_more(SegmentBuild((_embed(workspace, "x", vectors[24:40], first=24),), output, _CONFIG, 0))
+    given_up.prepare()
+    output.commit_shard(given_up.add_part(given_up.parts()[0]))
+    assert _rows(NeighbourIndex.open(output), vectors) == set(range(24))
+    assert _append(output, _embed(workspace, "y", vectors[40:], first=40)) == {"in": 8, "ok": 8}
+    assert _rows(NeighbourIndex.open(output), vectors) == {*range(24), *range(40, 48)}
+    assert not [name for name in output.names() if name.startswith("live/")]
+
+
+def test_embeddings_of_another_clip_are_refused(index: Any) -> None:
+    output, workspace, vectors = index
+    with pytest.raises(DataError, match="of another CLIP"):
+        _append(output, _embed(workspace, "other", vectors[24:], clip="d", first=24))
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["append", "delete", "restore", "compact"]), st.lists(st.integers(0, 47), max_size=6)
+        ),
+        max_size=6,
+    )
+)
+def test_any_sequence_of_changes_leaves_the_rows_that_a_set_would_have(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[str, list[int]]]
+) -> None:
+    vectors, workspace = (
+        unit(np.random.default_rng(0).normal(size=(48, _DIM))),
+        Workspace(str(tmp_path_factory.mktemp("w"))),
+    )
+    output = workspace.artifact("index", "i")
+    build_index(_embed(workspace, "0", vectors[:_PART]), output, _CONFIG, seed=0)
+    indexed, deleted, num_appended = set(range(_PART)), set[int](), 1
+    for name, rows in changes:
+        if name == "append" and num_appended < 4:
+            first = num_appended * _PART
+            _append(output, _embed(workspace, str(num_appended), vectors[first : first + _PART], first=first))
+            indexed |= set(range(first, first + _PART)) - deleted
+            num_appended += 1
+        elif name == "delete" and rows:
+            delete(output, [_uid(row) for row in rows])
+            deleted |= set(rows) & indexed
+        elif name == "restore" and rows:
+            restore(output, [_uid(row) for row in rows])
+            deleted -= set(rows)
+        elif name == "compact" and indexed - deleted:
+            _compact(output)
+            indexed = indexed - deleted
+        assert _rows(NeighbourIndex.open(output), vectors) == indexed - deleted
