@@ -40,7 +40,9 @@ class StoredColumns:
     def _schemas(self) -> list[tuple[Artifact, dict[str, pa.DataType]]]:
         schemas: list[tuple[Artifact, dict[str, pa.DataType]]] = []
         for artifact in self._artifacts:
-            shard = next(name for name in artifact.names() if name.endswith(_SUFFIX))
+            shard = next((name for name in artifact.names() if name.endswith(_SUFFIX)), None)
+            if shard is None:  # its files were moved away; filters by the others' columns need none of them
+                continue
             schema = pq.read_schema(artifact.path(shard))
             columns = {field.name: field.type for field in schema if not pa.types.is_nested(field.type)}
             schemas.append((artifact, columns))

@@ -4,12 +4,14 @@ Legend: Q queries, D features, K neighbours.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipeline.data.rows import row_id
 from pipeline.data.shards import StoredPictures
@@ -115,26 +117,42 @@ class Retriever:
             DataError: If a file of a neighbour is damaged.
         """
         conditions = conditions or Conditions()
-        results: dict[int, Results] = {}
         most = min(self.index.num_rows, max(k, conditions.max_candidates))
         is_plain = conditions.where is None and conditions.distinct is None
         num_candidates = min(k if is_plain else _FIRST_CANDIDATES * k, most)
-        while len(results) < len(vectors):
-            waiting = np.array([query for query in range(len(vectors)) if query not in results])
-            for part in np.array_split(waiting, -(-len(waiting) * num_candidates // _CANDIDATES_AT_ONCE)):
-                similarities, ids = self.index.search(vectors[part], num_candidates, modality)
-                passed = self._passed(ids, conditions.where)
-                for query, near, candidates in zip(part, similarities, ids, strict=True):
-                    places = np.flatnonzero(np.isin(candidates, passed))
-                    if conditions.distinct is not None:
-                        places = places[self._distinct(candidates[places], conditions.distinct, k)]
-                    places = places[:k]
-                    if len(places) == k or num_candidates == most:
-                        end = "enough" if len(places) == k else "index" if most == self.index.num_rows else "limit"
-                        neighbours = self.index.neighbours(near[places], candidates[places])
-                        results[int(query)] = Results(neighbours, num_candidates, end)
+        results: list[Results | None] = [None if most else Results([], 0, "index")] * len(vectors)
+        while waiting := [query for query, one in enumerate(results) if one is None]:
+            num_parts = -(-len(waiting) * num_candidates // _CANDIDATES_AT_ONCE)
+            for part in np.array_split(np.array(waiting), num_parts):
+                found = self._search_once(vectors[part], k, modality, conditions, num_candidates, most)
+                for query, one in zip(part, found, strict=True):
+                    results[query] = one
             num_candidates = min(_MORE_CANDIDATES * num_candidates, most)
-        return [results[query] for query in range(len(vectors))]
+        return [one for one in results if one is not None]
+
+    def _search_once(
+        self, vectors: Floats, k: int, modality: Modality, conditions: Conditions, num_candidates: int, most: int
+    ) -> list[Results | None]:
+        """Look at some candidates of each query; None if fewer than K fulfil the conditions and there are more."""
+        similarities, ids = self.index.search(vectors, num_candidates, modality)
+        is_kept = self._passed(ids, conditions.where)
+        for candidates, passed in zip(ids, is_kept, strict=True):
+            places = np.flatnonzero(passed)
+            if conditions.distinct is not None:
+                places = places[self._distinct(candidates[places], conditions.distinct, k)]
+            passed[:] = False
+            passed[places[:k]] = True
+        counts = is_kept.sum(axis=1)
+        is_last = num_candidates == most
+        is_kept[(counts < k) & (not is_last)] = False
+        neighbours = iter(self.index.neighbours(similarities[is_kept], ids[is_kept]))  # of all queries at once
+        end = "index" if most == self.index.num_rows else "limit"
+        return [
+            Results(list(itertools.islice(neighbours, count)), num_candidates, "enough" if count == k else end)
+            if count == k or is_last
+            else None
+            for count in counts.tolist()
+        ]
 
     def columns(self, ids: Ids, names: Sequence[str]) -> pa.Table:
         """Columns of rows by id, in the order of ``ids``; null where a row's source has no such column.
@@ -153,11 +171,9 @@ class Retriever:
             own = [place for place, one in enumerate(sources) if one == source]
             columns = self._columns(source)
             present = [name for name in stored if name in columns.fields]
-            part = columns.take([shards[place] for place in own], [keys[place] for place in own], present)
-            for name in stored:
-                if name not in present:
-                    part = part.append_column(name, pa.nulls(len(own), self.fields[name]))
-            parts.append(part.select(stored))
+            taken = columns.take([shards[place] for place in own], [keys[place] for place in own], present)
+            missing = {name: pa.nulls(len(own), self.fields[name]) for name in stored if name not in present}
+            parts.append(pa.table({name: missing[name] if name in missing else taken[name] for name in stored}))
             places += own
         table = pa.concat_tables(parts, promote_options="permissive").take(pa.array(np.argsort(places)))
         chosen = {name: table.column(name) if name in stored else rows.column(name) for name in names}
@@ -177,12 +193,13 @@ class Retriever:
         number = row_id(uid)
         return number if self.index.has([number])[0] and self.index.rows([number])["uid"][0].as_py() == uid else None
 
-    def _passed(self, ids: Ids, where: RowFilter | None) -> Ids:
-        """Those of ``ids`` that pass the filter, each once."""
+    def _passed(self, ids: Ids, where: RowFilter | None) -> NDArray[np.bool_]:
+        """Which of ``ids`` are rows that pass the filter, in the same shape."""
+        if where is None:
+            return ids >= 0
         candidates = np.unique(ids[ids >= 0])
-        if where is None or not len(candidates):
-            return candidates
-        return candidates[where.keep(self.columns(candidates, where.columns))]
+        passed = where.keep(self.columns(candidates, where.columns)) if len(candidates) else []
+        return np.isin(ids, candidates[passed])
 
     def _distinct(self, ids: Ids, limit: float, k: int) -> list[int]:
         """Places of the first K rows that are no near-duplicates of a row before them."""
@@ -203,16 +220,19 @@ class Retriever:
 
 
 def _columns_of(embed: str) -> StoredColumns:
-    return StoredColumns([Artifact(embed), _download_of(embed)])
+    download = _download_of(embed)
+    return StoredColumns([Artifact(embed), *([download] if download else [])])
 
 
 def _pictures_of(embed: str) -> StoredPictures:
-    return StoredPictures(_download_of(embed))
+    download = _download_of(embed)
+    if download is None:
+        raise DataError(f"{embed}: these embeddings name no download with their pictures")
+    return StoredPictures(download)
 
 
-def _download_of(embed: str) -> Artifact:
-    """The download step's artifact from which embeddings were made, in the same workspace."""
+def _download_of(embed: str) -> Artifact | None:
+    """The download step's artifact from which embeddings were made, in the same workspace; None if they name none."""
     manifest = Artifact(embed).manifest()
-    if manifest is None or "download" not in manifest.inputs:
-        raise DataError(f"{embed}: not finished; run the recipe again")
-    return Workspace(embed.rsplit("/", 2)[0]).artifact("download", manifest.inputs["download"])
+    key = manifest.inputs.get("download") if manifest else None
+    return Workspace(embed.rsplit("/", 2)[0]).artifact("download", key) if key else None

@@ -1,6 +1,8 @@
 """Search under conditions, on 3,000 rows whose order is known from exact arithmetic."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,13 +13,14 @@ from numpy.typing import NDArray
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve import retriever
-from pipeline.retrieve.build import build_index
+from pipeline.retrieve.build import SegmentBuild, build_index
+from pipeline.retrieve.changes import publish_segment, segment_of_more
 from pipeline.retrieve.columns import StoredColumns
 from pipeline.retrieve.retriever import Conditions, Retriever
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.store import Artifact, Workspace
-from tests.retrieve.conftest import stored
-from tests.tiny.shards import make_embeddings
+from tests.retrieve.conftest import stored, unit
+from tests.tiny.shards import make_embeddings, write_tar
 
 _NUM_ROWS, _DIM, _PER_SHARD, _COPIES = 3000, 16, 1100, 5
 
@@ -139,3 +142,62 @@ def test_columns_come_in_the_order_of_the_rows(data: tuple[Artifact, Artifact]) 
     assert columns.take([], [], ["width"]).num_rows == 0
     with pytest.raises(DataError, match="shard 00000: key none: no such row"):
         columns.take(["00000"], ["none"], ["width"])
+
+
+def test_rows_of_several_sources_have_their_own_columns_and_pictures(tmp_path: Path) -> None:
+    """Two downloads whose shards and keys have the same names; one of them has a column more, one has none."""
+    workspace, config = Workspace(str(tmp_path)), IndexConfig(kind="flat", num_recall_queries=2)
+    vectors = unit(np.random.default_rng(0).normal(size=(9, 8)))
+    index = workspace.artifact("index", "i")
+    for number, name in enumerate(("first", "second", "third")):
+        embed, download = workspace.artifact("embed", name), workspace.artifact("download", name)
+        part = vectors[3 * number : 3 * number + 3]
+        make_embeddings(embed, part, part, 3, first=3 * number)
+        inputs = {} if name == "third" else {"download": name}
+        embed.commit(Manifest(step="embed", key=name, step_version=1, section={}, inputs={"clip": "c"} | inputs))
+        rows = pq.read_table(embed.path("00000.parquet")).select(["key", "uid"]).to_pylist()
+        columns = {"key": [row["key"] for row in rows], "width": [number] * 3}
+        if name == "second":
+            columns["height"] = [7, 8, 9]
+        with download.write("00000.parquet") as path:
+            pq.write_table(pa.table(columns), path)
+        with download.write("00000.tar") as path:
+            files = [(row["key"], json.dumps(row).encode()) for row in rows]
+            write_tar(path, [(f"{key}.{kind}", data) for key, text in files for kind, data in _files(name, text)])
+        if number == 0:
+            build_index(embed, index, config, seed=0)
+            continue
+        build = segment_of_more(SegmentBuild((embed,), index, config, 0))
+        build.prepare()
+        for part_name in build.parts():
+            index.commit_shard(build.add_part(part_name))
+        build.finish()
+        publish_segment(build, replaces=False)
+    search = Retriever.open(index)
+
+    def numbers(where: str) -> list[int]:
+        [results] = search.search(vectors[:1], 9, conditions=search.conditions(where))
+        return sorted(int(one.caption.split()[1]) for one in results.neighbours)
+
+    assert numbers("width >= 1") == [3, 4, 5]
+    assert numbers("height > 7") == [4, 5]
+    assert numbers("height is None and split == 'train'") == [0, 1, 2, 6, 7, 8]
+    [results] = search.search(vectors[:1], 9)
+    found = {int(one.caption.split()[1]): one for one in results.neighbours}
+    assert [search.picture(found[row]) for row in (0, 5)] == [b"first", b"second"]
+    with pytest.raises(DataError, match="these embeddings name no download"):
+        search.picture(found[8])
+
+
+def _files(name: str, row: bytes) -> list[tuple[str, bytes]]:
+    return [("jpg", name.encode()), ("json", row)]
+
+
+def test_an_index_whose_rows_are_all_deleted_gives_none(data: tuple[Artifact, Artifact]) -> None:
+    from pipeline.retrieve.index import NeighbourIndex
+
+    class Empty(NeighbourIndex):
+        num_rows = 0  # type: ignore[assignment]
+
+    [results] = Retriever(Empty([], 0)).search(_vectors(data)[:1], 3)
+    assert results.shortage(3) == "only 0 of 3: all 0 rows of the index were looked at"

@@ -3,8 +3,11 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from pipeline.pictures import read_file
 from pipeline.recipe.recipe import Recipe
 from pipeline.retrieve.queries import Query
 from pipeline.retrieve.search import Searcher, SearchOptions
-from tests.tiny.command import unclip_here, unclip_json
+from tests.tiny.command import ROOT, unclip_here, unclip_json
 from tests.tiny.shards import plain_picture
 from tests.tiny.workspace import COLOURS, served_workspace
 
@@ -190,6 +193,29 @@ def test_a_sheet_where_a_file_is_in_the_way_says_so(file: str, tmp_path: Path) -
     done = unclip_here("search", file, "a", "--html", str(tmp_path / "out" / "sheet.html"))
     assert done.returncode == 4
     assert "a file is where a folder should be" in done.stderr
+
+
+def test_a_workspace_that_cannot_be_written_is_searched_as_it_is(recipe: Recipe, file: str, tmp_path: Path) -> None:
+    """As another user of the same workspace: root is one only without its right to write everywhere."""
+    command = [sys.executable, "-m", "jobs.cli", "search", file, "a red picture", "--html", str(tmp_path / "s.html")]
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("root can write everywhere, and there is no setpriv to change that")
+        command = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override", *command]
+    paths = [Path(recipe.workspace), *Path(recipe.workspace).rglob("*")]
+    modes = {path: path.stat().st_mode for path in paths}
+    before = {path: path.stat().st_mtime_ns for path in paths}
+    try:
+        for path, mode in modes.items():
+            path.chmod(mode & ~0o222)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    finally:
+        for path, mode in modes.items():
+            path.chmod(mode)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(COLOURS) + 1
+    assert {path: path.stat().st_mtime_ns for path in paths} == before
+    assert set(paths) == {Path(recipe.workspace), *Path(recipe.workspace).rglob("*")}
 
 
 def test_a_url_that_is_no_web_address_is_no_link(searcher: Searcher, tmp_path: Path) -> None:
