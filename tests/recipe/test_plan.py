@@ -126,6 +126,20 @@ def test_make_plan_content_of_the_list_is_part_of_the_key(tmp_path: Path) -> Non
     assert _keys(load_recipe(None, ["pairs.source=list", f"pairs.path={moved}"]))["pairs"] == changed
 
 
+def test_a_changed_sidecar_and_a_named_column_are_part_of_the_key_of_pairs(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(b"picture")
+    (tmp_path / "1.txt").write_text("a red cat")
+    overrides = ["pairs.source=folder", f"pairs.path={tmp_path}"]
+    before = _keys(load_recipe(None, overrides))["pairs"]
+    (tmp_path / "1.txt").write_text("a red dog")
+    changed = _keys(load_recipe(None, overrides))["pairs"]
+    assert changed != before
+    wider = _keys(load_recipe(None, [*overrides, "download.extra_columns=['punsafe']"]))
+    assert wider["pairs"] != changed  # the list has to be read again for its column
+    (tmp_path / "1.txt").write_text("a red cat")
+    assert _keys(load_recipe(None, overrides))["pairs"] == before
+
+
 def test_make_plan_pretrained_clip_does_not_wait_for_the_download() -> None:
     steps = {step.name: step for step in make_plan(load_recipe(None, ["clip.source=pretrained"]))}
     assert steps["clip"].inputs == {}
