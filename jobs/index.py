@@ -122,7 +122,9 @@ def _finished_index(recipe: Recipe) -> Artifact:
 
 
 def _embeddings_of(recipe: Recipe) -> Artifact:
-    return finished_artifacts(recipe, ("embed",))["embed"]
+    from pipeline.data.selection import embeddings_of
+
+    return embeddings_of(finished_artifacts(recipe, ("embed", "filter_embeddings")))
 
 
 def _print_change(change: "Change", what: str, *, json: bool) -> None:

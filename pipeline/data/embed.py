@@ -14,6 +14,7 @@ import torch
 
 from pipeline.clip import FrozenClip, load_clip
 from pipeline.data.rows import embeddings_schema
+from pipeline.data.selection import Selection
 from pipeline.data.shards import Sample, read_samples
 from pipeline.data.vectors import ROW_GROUP_ROWS, WRITER_OPTIONS, to_arrow
 from pipeline.errors import DataError
@@ -27,17 +28,19 @@ class Embedder:
         folder: The clip step's artifact, a folder in open_clip's local-dir layout.
         batch_size: Pictures in one forward pass.
         device: Torch device of the network.
+        selection: Rows to embed; None: all.
 
     Raises:
         DataError: If the folder holds no readable CLIP.
     """
 
-    def __init__(self, folder: Path, batch_size: int, device: str = "cpu") -> None:
+    def __init__(self, folder: Path, batch_size: int, device: str = "cpu", selection: Selection | None = None) -> None:
         try:
             self._clip = FrozenClip(load_clip(folder)).to(device)
         except ValueError as error:
             raise DataError(f"embed: {error}") from error
         self._batch_size = batch_size
+        self._select = None if selection is None else selection.of
 
     def __call__(self, tar: Path, parquet: Path, shard: str, target: Path) -> Counter[str]:
         """Embed one shard of the download step.
@@ -49,7 +52,7 @@ class Embedder:
             target: Parquet file to write, in ``rows.embeddings_schema``, sorted by key.
 
         Returns:
-            Numbers of rows: ``in`` (good rows of the download) = ``ok`` + ``corrupt``.
+            Numbers of rows: ``in`` (good rows of the download that the filter keeps) = ``ok`` + ``corrupt``.
 
         Raises:
             DataError: If the shard is damaged, or tar and table do not belong together; names shard, row and uid.
@@ -57,7 +60,7 @@ class Embedder:
         counts: Counter[str] = Counter({"in": 0, "ok": 0, "corrupt": 0})
         schema = embeddings_schema(self._clip.dims.embed_dim)
         with pq.ParquetWriter(target, schema, **WRITER_OPTIONS) as writer:
-            inputs = self._decode(read_samples(tar, parquet, shard), counts)
+            inputs = self._decode(read_samples(tar, parquet, shard, self._select), counts)
             batches = [self._embed(batch, schema) for batch in _batches(inputs, self._batch_size)]
             writer.write_table(pa.Table.from_batches(batches, schema), row_group_size=ROW_GROUP_ROWS)
         return counts

@@ -9,7 +9,7 @@ import json
 import os
 import tarfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,9 +133,21 @@ def read_table(path: Path, columns: Sequence[str]) -> pa.Table:
     Raises:
         DataError: If the table is damaged or lacks a column; names the file.
     """
+    require_columns(read_names(path), columns, where=str(path))
     try:
-        require_columns(pq.read_schema(path).names, columns, where=str(path))
         return pq.read_table(path, columns=list(columns))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: damaged ({error}); {REPAIR_HINT}") from error
+
+
+def read_names(path: Path) -> list[str]:
+    """Names of the columns of a shard's table.
+
+    Raises:
+        DataError: If the table is damaged; names the file.
+    """
+    try:
+        return list(pq.read_schema(path).names)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: damaged ({error}); {REPAIR_HINT}") from error
 
@@ -238,8 +250,16 @@ class StoredPictures:
         return self._open(shard).decode(key, uid)
 
 
-def read_samples(tar: Path, parquet: Path, shard: str) -> Iterator[Sample]:
+def read_samples(
+    tar: Path, parquet: Path, shard: str, select: Callable[[pa.Table, str], pa.Table] | None = None
+) -> Iterator[Sample]:
     """Yield every good row of a shard with its picture, sorted by key.
+
+    Args:
+        tar: Pictures of the shard.
+        parquet: Table of the shard.
+        shard: Name of the shard.
+        select: Gives the rows of a table and shard that are read; None reads all.
 
     Raises:
         DataError: If table and tar do not have the same keys and uids; names shard, key and uid.
@@ -251,6 +271,7 @@ def read_samples(tar: Path, parquet: Path, shard: str) -> Iterator[Sample]:
     extra_keys = pictures.keys() - set(table.column("key").to_pylist())
     if extra_keys and not may_have_more:
         raise DataError(f"shard {shard}: {tar} has key {min(extra_keys)}, which is not a good row of {parquet.name}")
+    table = table if select is None else select(table, shard)
     for row in table.select(columns).to_pylist():
         row["caption"] = row["caption"] or ""
         yield Sample(**row, picture=pictures.read(row["key"], row["uid"]))

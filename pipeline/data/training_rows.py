@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute
 from numpy.typing import NDArray
 
+from pipeline.data.selection import Selection
 from pipeline.data.shards import ShardPictures, read_table
 from pipeline.data.vectors import to_numpy
 from pipeline.workspace.store import Artifact
@@ -48,12 +49,15 @@ class ShardReader:
         download: Shards of pictures; None if the training reads no pictures.
         embed: Embeddings; None if the training reads none. If given, its rows are the training's rows.
         split: ``train`` or ``validation``.
+        selection: Rows to read; None: all. The embeddings that a filter writes need none.
 
     Raises:
         DataError: If a shard is damaged or lacks a column.
     """
 
-    def __init__(self, download: Artifact | None, embed: Artifact | None, split: str) -> None:
+    def __init__(
+        self, download: Artifact | None, embed: Artifact | None, split: str, selection: Selection | None = None
+    ) -> None:
         rows = embed or download
         if rows is None:
             raise ValueError("a training reads pictures, embeddings or both")
@@ -61,6 +65,7 @@ class ShardReader:
         self._download = download
         self._embed = embed
         self._split = split
+        self._selection = selection
         self.shards = sorted(rows.shard_records())
         self.shard_rows = [self._count(shard) for shard in self.shards]
 
@@ -68,7 +73,7 @@ class ShardReader:
         """Read the rows of a shard."""
         path = self._rows.path(f"{shard}.parquet")
         columns = [*_ROW_COLUMNS, "z_image"] if self._embed else [*_ROW_COLUMNS, "status"]
-        table = self._select(read_table(path, columns)).sort_by("key")
+        table = self._select(read_table(path, columns), shard).sort_by("key")
         return ShardTable(
             shard=shard,
             uids=table["uid"].to_pylist(),
@@ -87,21 +92,24 @@ class ShardReader:
         """The distinct captions of the split, sorted; reads the caption column of every shard."""
         captions: set[str] = set()
         for shard in self.shards:
-            table = self._select(read_table(self._rows.path(f"{shard}.parquet"), self._filter_columns("caption")))
+            path = self._rows.path(f"{shard}.parquet")
+            table = self._select(read_table(path, self._filter_columns("caption")), shard)
             captions.update(caption or "" for caption in table["caption"].to_pylist())
         return sorted(captions)
 
     def _filter_columns(self, *more: str) -> list[str]:
-        return ["split", *([] if self._embed else ["status"]), *more]
+        return ["split", *([] if self._embed else ["status"]), *(["uid"] if self._selection else []), *more]
 
     def _count(self, shard: str) -> int:
-        return self._select(read_table(self._rows.path(f"{shard}.parquet"), self._filter_columns())).num_rows
+        table = read_table(self._rows.path(f"{shard}.parquet"), self._filter_columns())
+        return self._select(table, shard).num_rows
 
-    def _select(self, table: pa.Table) -> pa.Table:
+    def _select(self, table: pa.Table, shard: str) -> pa.Table:
         keep = pc.equal(table["split"], self._split)
         if not self._embed:
             keep = pc.and_(keep, pc.equal(table["status"], "success"))
-        return table.filter(keep)
+        table = table.filter(keep)
+        return table if self._selection is None else self._selection.of(table, shard)
 
 
 def sample_captions(rows: Artifact, num_captions: int = NUM_SAMPLED_CAPTIONS) -> list[str]:

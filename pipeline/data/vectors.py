@@ -57,6 +57,11 @@ def to_unit(vectors: NDArray[np.float16]) -> NDArray[np.float32]:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
+def write_vectors(table: pa.Table, path: Path) -> None:
+    """Write rows with their embeddings, as the embed step writes them."""
+    pq.write_table(table, path, row_group_size=ROW_GROUP_ROWS, **WRITER_OPTIONS)
+
+
 def read_vectors(path: Path) -> Vectors:
     """Read one shard of the embed step.
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from models.cascade import Cascade
 from models.stage import Z_IMAGE, Batch
 from pipeline.clip import FrozenClip
+from pipeline.data.selection import embeddings_of
 from pipeline.evaluate.checks import flags_by_attribute, pixel_check
 from pipeline.evaluate.metrics import cosine, mean_of, own_is_nearest, rate_of
 from pipeline.evaluate.order import (
@@ -54,7 +55,7 @@ Watch = Callable[[str, int, int], None]
 RESULT = "ablation.json"
 GRID = "ablation.png"
 _STEP = "ablate"
-_INPUTS = ("pairs", "embed")
+_INPUTS = ("pairs", "embed", "filter_embeddings")
 
 
 def ablate_recipe(recipe: Recipe, *, num_prompts: int, num_shown: int, watch: Watch) -> tuple[Artifact, Json]:
@@ -79,7 +80,7 @@ def ablate_recipe(recipe: Recipe, *, num_prompts: int, num_shown: int, watch: Wa
     if output.manifest() is None:
         start = time.monotonic()
         output.clear_temporaries()
-        prompts = choose_prompts(recipe.evaluate.prompts_path, inputs["pairs"], inputs["embed"], num_prompts)
+        prompts = choose_prompts(recipe.evaluate.prompts_path, inputs["pairs"], embeddings_of(inputs), num_prompts)
         networks = {name: artifact for name, artifact in inputs.items() if name in CASCADE_STEPS}
         accelerator = recipe.evaluate.resources.accelerator
         runner = AblationRunner(load_cascade(networks, accelerator, network_configs(recipe)), prompts, output)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.data.negatives import bigrams_of, hard_negatives
+from pipeline.data.selection import embeddings_of
 from pipeline.data.training_rows import sample_captions
 from pipeline.evaluate.aggregate import Aggregate, TrainingNeighbours
 from pipeline.evaluate.features import FeatureExtractor
@@ -30,10 +31,10 @@ def plan_work(recipe: Recipe, inputs: Mapping[str, Artifact]) -> Work:
         DataError: If there is no prompt, or an input breaks its schema.
     """
     config = recipe.evaluate
-    prompts = choose_prompts(config.prompts_path, inputs["pairs"], inputs["embed"], config.num_prompts)
+    prompts = choose_prompts(config.prompts_path, inputs["pairs"], embeddings_of(inputs), config.num_prompts)
     trained = trained_prompts(config.num_trained_prompts if prompts.source == "drawn" else 0, recipe.seed)
-    rows, _ = held_out_rows(inputs["embed"], config.num_prompts)
-    bigrams = bigrams_of(sample_captions(inputs["embed"]))
+    rows, _ = held_out_rows(embeddings_of(inputs), config.num_prompts)
+    bigrams = bigrams_of(sample_captions(embeddings_of(inputs)))
 
     def negative_of(caption: str) -> str:
         return next(iter(hard_negatives(caption, bigrams, 1, random.Random(f"{recipe.seed} {caption}"))), "")
@@ -64,7 +65,7 @@ def finish(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact, wor
     """Write metrics.json, samples.jsonl, pictures.json and the grids from the committed parts; return the metrics."""
     aggregate = Aggregate(output, work.parts, work.prompts, work.trained)
     neighbours = TrainingNeighbours(inputs["index"])
-    metrics = aggregate.measure(inputs["embed"], neighbours)
+    metrics = aggregate.measure(embeddings_of(inputs), neighbours)
     for name, section in (("prior", recipe.prior), ("prior_2", recipe.prior_2)):
         if section is not None and name in metrics:
             metrics[name]["kind"] = section.model.kind

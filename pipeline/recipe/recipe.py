@@ -28,6 +28,8 @@ from pipeline.recipe.sections import (
     DownloadResources,
     EmbedConfig,
     EvaluateConfig,
+    FilterConfig,
+    FilterEmbeddingsConfig,
     IndexConfig,
     NetworkStepConfig,
     NoisyClipStepConfig,
@@ -60,10 +62,14 @@ class Recipe:
     """Where the pairs come from."""
     download: DownloadConfig = DownloadConfig()
     """Pairs to shards."""
+    filter: FilterConfig | None = None
+    """Rows to leave out by captions, sizes, languages, columns and duplicates; without the table all rows stay."""
     clip: ClipStepConfig = ClipStepConfig()
     """The frozen CLIP."""
     embed: EmbedConfig = EmbedConfig()
     """Shards to embeddings."""
+    filter_embeddings: FilterEmbeddingsConfig | None = None
+    """Rows to leave out by their embeddings; without the table all rows stay."""
     index: IndexConfig = IndexConfig()
     """Embeddings to the neighbour index."""
     prior: NetworkStepConfig[PriorModel] = NetworkStepConfig(model=PriorConfig())

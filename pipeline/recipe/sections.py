@@ -215,6 +215,91 @@ class DownloadConfig(StepSection):
 
 
 @configclass
+class FilterConfig(StepSection):
+    """Rules on captions, sizes, languages, the list's own columns and duplicates; they need no embedding.
+
+    A row that breaks a rule is left out before CLIP is trained and pictures are embedded. Every rule is off by default.
+    """
+
+    min_caption_chars: NonNegativeInt = 0
+    """Shortest caption, in characters without the spaces around it."""
+    min_caption_words: NonNegativeInt = 0
+    """Shortest caption, in words between spaces."""
+    max_caption_chars: NonNegativeInt = 0
+    """Longest caption, in characters; 0: no limit."""
+    min_image_px: NonNegativeInt = 0
+    """Smallest shorter side of the downloaded picture, in pixels."""
+    max_aspect_ratio: NonNegativeFloat = 0.0
+    """Largest longer side over shorter side of the downloaded picture; 0: no limit."""
+    languages: tuple[Annotated[str, Field(pattern="^[a-z]{2,3}$")], ...] = ()
+    """Languages of captions that stay (ISO 639 codes, as en, de, zh); empty: all."""
+    min_language_prob: Prob = 0.15
+    """Least probability that a caption is in one of ``languages``; low, because a few words say little about theirs."""
+    max_watermark: Prob = 1.0
+    """Largest pwatermark (LAION) or watermark_score (COYO); 1: no rule. This column and those below must be in
+    download.extra_columns."""
+    max_nsfw: Prob = 1.0
+    """Largest punsafe (LAION) or nsfw_score_opennsfw2 (COYO); 1: no rule."""
+    nsfw_tags: tuple[str, ...] = ()
+    """Values of the column NSFW that stay (LAION-400M: UNLIKELY, UNSURE, NSFW); empty: no rule."""
+    max_faces: Annotated[int, Field(ge=-1)] = -1
+    """Most faces: boxes in face_bboxes (DataComp), or num_faces (COYO); -1: no rule."""
+    min_similarity: Annotated[float, Field(ge=-1, le=1)] = -1.0
+    """Least similarity of picture and caption by the list: similarity (LAION), clip_l14_similarity_score (DataComp),
+    clip_similarity_vitl14 (COYO); -1: no rule."""
+    min_aesthetic: NonNegativeFloat = 0.0
+    """Least aesthetic score by the list: aesthetic, AESTHETIC_SCORE or aesthetic_score_laion_v2; 0: no rule."""
+    duplicates: Literal["keep", "exact", "near"] = "keep"
+    """Pictures that occur again are left out, except the first. exact: the same file; near: also its copies that were
+    encoded again, resized or mirrored, by a perceptual hash."""
+    max_hash_distance: Annotated[int, Field(ge=0, le=8)] = 4
+    """near: most bits, of 64, in which two hashes differ."""
+    same_caption_only: bool = False
+    """Only rows with the same caption are duplicates, so that a picture keeps all its captions."""
+    num_examples: NonNegativeInt = 6
+    """Rows of each reason that the report shows."""
+    resources: TaskResources = TaskResources()
+    """Workers of this step."""
+
+
+@configclass
+class FilterEmbeddingsConfig(StepSection):
+    """Rules on embeddings: CLIP score, heads, semantic duplicates. Every rule is off by default.
+
+    A row that breaks a rule is left out of every training but CLIP's, of the index and of the evaluation.
+    """
+
+    min_clip_score: Annotated[float, Field(ge=-1, le=1)] = -1.0
+    """Least cosine similarity of picture and caption; -1: no rule."""
+    clip_score_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of rows that stay, those with the highest CLIP score, among the rows that break no rule above and no head's
+    rule; 1: no rule."""
+    aesthetic_weights: str = ""
+    """Weights of an aesthetic head on z_image (.safetensors, .pth): LAION's linear head, or the MLP of
+    improved-aesthetic-predictor."""
+    min_aesthetic: float = 0.0
+    """Least score of the aesthetic head."""
+    nsfw_weights: str = ""
+    """Weights of an NSFW head on z_image (.safetensors, .pth): LAION's CLIP-based-NSFW-Detector."""
+    max_nsfw: float = 1.0
+    """Largest score of the NSFW head."""
+    max_similarity: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Largest cosine similarity of two pictures that stay, within a cluster of similar ones (SemDeDup,
+    arXiv:2303.09540: 0.95 and less); the row with the highest CLIP score stays. 1: no rule."""
+    same_caption_only: bool = False
+    """Only rows with the same caption are semantic duplicates, so that a picture keeps all its captions."""
+    num_examples: NonNegativeInt = 6
+    """Rows of each reason that the report shows."""
+    resources: TaskResources = TaskResources(num_workers=1)
+    """Workers of this step."""
+
+    def __post_init__(self) -> None:
+        for limit, weights, default in (("min_aesthetic", "aesthetic_weights", 0.0), ("max_nsfw", "nsfw_weights", 1.0)):
+            if getattr(self, limit) != default and not getattr(self, weights):
+                raise ValueError(f"{limit} needs {weights}")
+
+
+@configclass
 class TrainConfig:
     """Optimisation of one network: what changes its weights."""
 

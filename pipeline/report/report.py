@@ -15,6 +15,7 @@ from pipeline.recipe.plan import Step, artifact_of
 from pipeline.recipe.recipe import Recipe
 from pipeline.report import sections
 from pipeline.report.ablation import ablation_rows, order_rows, order_titles, order_verdict
+from pipeline.report.filter import filter_of
 from pipeline.report.sections import Done, Finished
 from pipeline.report.tables import failure_groups, measure_rows, novelty_groups, quality_groups, tiles_of
 from pipeline.workspace.store import Workspace, translate_os_errors
@@ -105,6 +106,7 @@ def build_view(done: Done, step_names: list[str], recipe: Recipe, recipe_file: s
         "failures": failure_groups((pictures or {}).get("failures", [])),
         "measures": measure_rows(metrics),
         "training": training,
+        "filter": filter_of(done),
         "pairs": sections.pairs_of(done),
         "download": sections.download_of(done),
         "index": _index_view(sections.index_of(done)),

@@ -66,16 +66,17 @@ def pictures_of(done: Done) -> Json | None:
         return None
     artifact = done["evaluate"].artifact
     pictures: Json = artifact.read_json("pictures.json")
-    return {name: [_inline_entry(artifact, entry) for entry in entries] for name, entries in pictures.items()}
+    return {name: [inline_entry(artifact, entry) for entry in entries] for name, entries in pictures.items()}
 
 
-def _inline_entry(artifact: Artifact, entry: Json) -> Json:
+def inline_entry(artifact: Artifact, entry: Json) -> Json:
+    """The entry of a JSON file, with its picture files replaced by ``data:`` URIs, at any depth of lists."""
     inlined: Json = {}
     for name, value in entry.items():
         if name == "file":
             inlined["src"] = inline_picture(artifact, value)
         elif isinstance(value, list):
-            inlined[name] = [_inline_entry(artifact, item) if isinstance(item, dict) else item for item in value]
+            inlined[name] = [inline_entry(artifact, item) if isinstance(item, dict) else item for item in value]
         else:
             inlined[name] = value
     return inlined
@@ -92,7 +93,7 @@ def ablation_of(workspace: Workspace, done: Done, recipe: Recipe) -> Json | None
         )
         if is_same and artifact.exists("ablation.json"):
             result: Json = artifact.read_json("ablation.json")
-            return result | {"shown": [_inline_entry(artifact, entry) for entry in result["shown"]]}
+            return result | {"shown": [inline_entry(artifact, entry) for entry in result["shown"]]}
     return None
 
 

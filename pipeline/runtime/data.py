@@ -1,8 +1,9 @@
-"""The steps that train nothing, without pairs, download and index: embed, evaluate."""
+"""The steps that train nothing, without pairs, download, index and the filters: embed, evaluate."""
 
 import time
 from pathlib import Path
 
+from pipeline.data.selection import selection_of
 from pipeline.data.shards import REPAIR_HINT
 from pipeline.errors import DataError
 from pipeline.runtime.context import StepContext, StepResult
@@ -14,9 +15,10 @@ from pipeline.workspace.store import Artifact
 
 def run_embed(context: StepContext) -> StepResult:
     """Embed every shard of the download with the frozen CLIP."""
-    config, download = context.recipe.embed, context.inputs["download"].shard_records()
-    num_rows = sum(record.counts["ok"] for record in download.values())
-    records = map_shards(context, ShardJob(EmbedWorker, list(download), num_rows, config.resources))
+    config, inputs = context.recipe.embed, context.inputs
+    shards = (inputs.get("filter") or inputs["download"]).shard_records()
+    num_rows = sum(record.counts["ok"] for record in shards.values())
+    records = map_shards(context, ShardJob(EmbedWorker, list(shards), num_rows, config.resources))
     return StepResult(counts=total_counts(records), num_workers=config.resources.num_workers)
 
 
@@ -50,7 +52,9 @@ class EmbedWorker:
 
         config, clip = context.recipe.embed, context.inputs["clip"]
         torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
-        self._embedder = Embedder(_clip_folder(clip), config.batch_size, config.resources.accelerator)
+        self._embedder = Embedder(
+            _clip_folder(clip), config.batch_size, config.resources.accelerator, selection_of(context.inputs)
+        )
         self._download = context.inputs["download"]
         self._records = self._download.shard_records()
         self._output = context.output
@@ -65,7 +69,7 @@ class EmbedWorker:
                 raise DataError(f"{where} does not match its checksum; {REPAIR_HINT}")
         with self._output.write(name) as target:
             counts = self._embedder(paths[0], paths[1], shard, target)
-        return _commit(self._output, shard, dict(counts), [name], start)
+        return commit_shard(self._output, shard, dict(counts), [name], start)
 
 
 class EvaluateWorker:
@@ -87,7 +91,8 @@ class EvaluateWorker:
         return self._runner.run(self._parts[shard])
 
 
-def _commit(output: Artifact, shard: str, counts: dict[str, int], names: list[str], start: float) -> ShardRecord:
+def commit_shard(output: Artifact, shard: str, counts: dict[str, int], names: list[str], start: float) -> ShardRecord:
+    """Commit a shard whose files ``names`` are published; ``start`` is when its work began, by ``time.monotonic``."""
     files = {name: output.describe(name) for name in names}
     wall_s = round(time.monotonic() - start, 3)
     record = ShardRecord(shard=shard, counts=counts, files=files, wall_s=wall_s)

@@ -12,6 +12,7 @@ from typing import Any, cast
 import ray
 import ray.exceptions
 
+from pipeline.data.selection import embeddings_of
 from pipeline.errors import StepError
 from pipeline.recipe.plan import Step
 from pipeline.recipe.recipe import Recipe
@@ -33,7 +34,7 @@ def run_index(context: StepContext) -> StepResult:
         DataError: If there are no embeddings, or a shard is damaged.
         StepError: If a GPU is requested and FAISS sees none, or a worker was lost too often.
     """
-    summary = _build(context, _segment_build(context, (context.inputs["embed"],)))
+    summary = _build(context, _segment_build(context, (embeddings_of(context.inputs),)))
     Version(0, (BASE_SEGMENT,), "").write(context.output)
     return StepResult(counts=summary.counts, metrics=summary.metrics, num_workers=summary.num_workers)
 

@@ -14,6 +14,7 @@ from models.diffusion.noise import derive_seed
 from models.layers.unet import set_checkpointing
 from models.text import NullText, TextEncoding
 from pipeline.data.batches import CaptionTable, Samples, TextEncoder
+from pipeline.data.selection import embeddings_of, selection_of
 from pipeline.data.training_rows import ShardReader
 from pipeline.networks.clip import load_clip_artifact
 from pipeline.networks.files import load_initial, save_network
@@ -107,7 +108,7 @@ def _create(job: TrainJob, clip: FrozenClip | None) -> nn.Module:
     kind, section = job.kind, job.section
     dims = ClipDims() if clip is None else clip.dims
     if kind.create_on_data is not None:
-        network = kind.create_on_data(section.model, dims, job.inputs["embed"])
+        network = kind.create_on_data(section.model, dims, embeddings_of(job.inputs))
     else:
         network = kind.create(section.model, dims)
     init_from = getattr(section, "init_from", "")
@@ -129,8 +130,9 @@ def _samples(job: TrainJob, split: str) -> Samples:
     kind, config = job.kind, job.section.model
     image_px: int = getattr(config, "image_px") if kind.pictures else 0  # noqa: B009  (kinds of pictures have it)
     download = job.inputs["download"] if kind.pictures else None
-    embed = job.inputs["embed"] if kind.embeddings else None
-    return Samples(ShardReader(download, embed, split), image_px, num_threads=job.num_threads)
+    embed = embeddings_of(job.inputs) if kind.embeddings else None
+    reader = ShardReader(download, embed, split, None if kind.embeddings else selection_of(job.inputs))
+    return Samples(reader, image_px, num_threads=job.num_threads)
 
 
 def _no_captions(captions: Sequence[str]) -> TextEncoding:

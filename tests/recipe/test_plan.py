@@ -240,3 +240,25 @@ def test_sparing_hosts_changes_no_key() -> None:
     plain, sparing = (load_recipe("configs/demo.toml", [f"download.resources.max_per_host={most}"]) for most in (0, 4))
     assert plain.download != sparing.download
     assert _keys(plain) == _keys(sparing)
+
+
+def test_filters_change_the_keys_of_the_steps_that_read_what_stays() -> None:
+    overrides = ["upsampler_1.model.image_px=128", "upsampler_1.model.low_res_px=64"]
+    plain = _keys(load_recipe(None, overrides))
+    cheap = _keys(load_recipe(None, [*overrides, "filter.min_caption_words=3"]))
+    assert set(cheap) - set(plain) == {"filter"}
+    assert {name for name in plain if plain[name] == cheap[name]} == {"pairs", "download"}
+    costly = _keys(load_recipe(None, [*overrides, "filter_embeddings.min_clip_score=0.2"]))
+    assert set(costly) - set(plain) == {"filter_embeddings"}
+    assert {name for name in plain if plain[name] == costly[name]} == {"pairs", "download", "clip", "embed"}
+
+
+def test_a_limit_of_a_head_needs_its_weights(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="min_aesthetic needs aesthetic_weights"):
+        load_recipe(None, ["filter_embeddings.min_aesthetic=5.0"])
+    head = tmp_path / "head.pth"
+    head.write_bytes(b"one")
+    overrides = ["filter_embeddings.min_aesthetic=5.0", f"filter_embeddings.aesthetic_weights={head}"]
+    first = _keys(load_recipe(None, overrides))["filter_embeddings"]
+    head.write_bytes(b"two")
+    assert _keys(load_recipe(None, overrides))["filter_embeddings"] != first

@@ -95,9 +95,8 @@ def test_every_row_configures_a_field_of_the_recipe_and_every_section_of_a_step_
 
 def test_every_row_names_fields_that_its_section_has() -> None:
     last = {"model": {"low_res_px": 256, "image_px": 512, "crop_px": 64}}
-    recipe = parse_recipe(
-        {"prior_2": {}, "noisy_clip": {}, "upsampler_1": {}, "upsampler_2": last, "download": {"image_px": 512}}
-    )
+    off_by_default = {name: {} for name in ("filter", "filter_embeddings", "prior_2", "noisy_clip", "upsampler_1")}
+    recipe = parse_recipe({**off_by_default, "upsampler_2": last, "download": {"image_px": 512}})
     for row in STEPS:
         section = getattr(recipe, row.name)
         assert all(hasattr(section, field) for field in row.files), row.name

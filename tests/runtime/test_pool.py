@@ -19,6 +19,7 @@ from pipeline.runtime.context import StepContext
 from pipeline.runtime.pool import ShardJob, ShardReading, map_shards
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.progress import Progress, read_progress
+from pipeline.workspace.store import Artifact
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 _TWO = TaskResources(num_workers=2, cpus_per_worker=0.5, max_retries=1)
@@ -182,3 +183,30 @@ def test_map_shards_asks_whether_a_lost_shard_is_tried_again(tmp_path: Path) -> 
         _map(context, "a", "dies", num_at_once=2, on_loss=on_loss)
     assert [loss for loss in losses if loss[0] == "dies"] == [("dies", 1), ("dies", 2), ("dies", 3)]
     assert ("a", 2) not in losses  # what was lost once is made alone
+
+
+class _Pass(_Stage):
+    """Commits in a folder of its own, as the passes of a filter do."""
+
+    def __init__(self, context: StepContext) -> None:
+        super().__init__(context)
+        self._output = Artifact(f"{context.output.uri}/live/pass")
+
+
+def test_a_pass_commits_in_its_own_folder_and_the_progress_says_what_it_has(tmp_path: Path) -> None:
+    context = _context(tmp_path)
+    output = Artifact(f"{context.output.uri}/live/pass")
+
+    def note(records: list[ShardRecord]) -> str:
+        return f"{len(records)} of them"
+
+    job = ShardJob(_Pass, ["a", "b"], 4, _ONE, unit="parts", note=note, output=output)
+    assert [record.shard for record in map_shards(context, job)] == ["a", "b"]
+    assert context.output.shard_records() == {}
+    assert list(output.shard_records()) == ["a", "b"]
+    state = read_progress(context.output)
+    assert state is not None
+    assert (state.done, state.unit, state.message) == (4, "parts", "2 of them")
+    output.write_bytes("tried-a", b"before")
+    map_shards(context, job)
+    assert output.path("tried-a").read_bytes() == b"before"

@@ -3,8 +3,8 @@
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class Sample:
     picture: bytes | None
     """A file; None if the download failed."""
     split: str = "train"
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """Further columns of the shard's table."""
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]], layout: int = tarfile.USTAR_FORMAT) -> None:
@@ -46,15 +48,17 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]], layout: int = ta
             tar.addfile(member, io.BytesIO(data))
 
 
-def write_shard(download: Artifact, shard: str, samples: Iterable[Sample], suffix: str) -> tuple[Path, Path]:
+def write_shard(
+    download: Artifact, shard: str, samples: Iterable[Sample], suffix: str, *, digits: int = 2
+) -> tuple[Path, Path]:
     """Commit (tar, parquet) in img2dataset's layout; ``suffix`` is that of the pictures."""
-    rows: list[dict[str, str]] = []
+    rows: list[dict[str, Any]] = []
     members: list[tuple[str, bytes]] = []
     for number, sample in enumerate(samples):
         row = {"uid": make_uid(sample.url, sample.caption), "url": sample.url, "caption": sample.caption}
-        row |= {"split": sample.split, "key": f"{shard}{number:02d}"}
+        row |= {"split": sample.split, "key": f"{shard}{number:0{digits}d}"}
         row["status"] = "failed_to_download" if sample.picture is None else "success"
-        rows.append(row)
+        rows.append(row | sample.columns)
         if sample.picture is not None:
             files = {suffix: sample.picture, "json": json.dumps(row).encode(), "txt": sample.caption.encode()}
             members += [(f"{row['key']}.{name}", data) for name, data in files.items()]
@@ -109,7 +113,7 @@ def write_embed(folder: Path, download: Artifact) -> Artifact:
         rows = [r for r in pq.read_table(download.path(f"{name}.parquet")).to_pylist() if r["status"] == "success"]
         vectors = np.random.default_rng(int(name)).standard_normal((2, len(rows), EMBED_DIM))
         vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
-        _write_vectors(artifact, name, rows, *vectors.astype(np.float16))
+        write_vectors(artifact, name, rows, *vectors.astype(np.float16))
     return artifact
 
 
@@ -135,12 +139,13 @@ def make_embeddings(
             }
             for i in range(start, start + len(z_image[part]))
         ]
-        _write_vectors(artifact, shard, rows, z_image[part], z_text[part])
+        write_vectors(artifact, shard, rows, z_image[part], z_text[part])
 
 
-def _write_vectors(
+def write_vectors(
     artifact: Artifact, shard: str, rows: Sequence[dict[str, Any]], z_image: NDArray[Any], z_text: NDArray[Any]
 ) -> None:
+    """Commit one shard of embeddings (N, D)."""
     columns = {name: [row[name] for row in rows] for name in ("uid", "key", "url", "caption", "split")}
     columns |= {"z_image": to_arrow(z_image), "z_text": to_arrow(z_text)}
     with artifact.write(f"{shard}.parquet") as path:

@@ -206,6 +206,14 @@ def test_shard_records_are_commits_of_their_own(tmp_path: Path) -> None:
     assert artifact.describe_files()["00000.bin"] == files["00000.bin"]
 
 
+def test_the_shards_of_a_pass_are_no_shards_of_the_step(tmp_path: Path) -> None:
+    artifact = Artifact(str(tmp_path))
+    of_pass = Artifact(f"{artifact.uri}/live/measures")
+    of_pass.commit_shard(ShardRecord(shard="00000", counts={"in": 3, "ok": 3}, files={}))
+    assert artifact.shard_records() == {}
+    assert of_pass.shard_records()["00000"].counts["ok"] == 3
+
+
 def test_counts_that_lose_rows_are_refused() -> None:
     with pytest.raises(DataError, match="do not add up"):
         check_counts({"in": 3, "ok": 2}, where="here")

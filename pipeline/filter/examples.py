@@ -1,0 +1,80 @@
+"""Examples of the rows that are left out, with their pictures, for the report."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.data.selection import LABEL_COLUMNS, label_file
+from pipeline.data.shards import StoredPictures, read_table
+from pipeline.errors import DataError
+from pipeline.pictures import thumbnail, to_png
+from pipeline.workspace.manifest import ShardRecord
+from pipeline.workspace.store import Artifact
+
+EXAMPLES = "examples.json"
+_LARGEST_PX = 160
+
+Json = dict[str, Any]
+
+
+def write_examples(output: Artifact, download: Artifact, records: Sequence[ShardRecord], num_examples: int) -> None:
+    """Write ``examples.json`` and its pictures: of each reason some rows, from shards far apart.
+
+    Only shards that have such rows are read; memory is that of one shard's labels.
+
+    Args:
+        output: Artifact of the filter step, with its labels.
+        download: The pictures.
+        records: Its shards.
+        num_examples: Rows of each reason.
+
+    Raises:
+        DataError: If a shard is damaged.
+    """
+    pictures = StoredPictures(download)
+    reasons = sorted({reason for record in records for reason in record.counts} - {"in", "ok"})
+    examples: dict[str, list[Json]] = {}
+    for reason in reasons:
+        shards = [record.shard for record in records if record.counts.get(reason)]
+        num_shards = min(len(shards), num_examples)
+        entries: list[Json] = []
+        for number in range(num_shards):
+            count = -(-(num_examples - len(entries)) // (num_shards - number))
+            entries += _rows_of(output, download, shards[number * len(shards) // num_shards], reason)[:count]
+        examples[reason] = [
+            _write_example(output, download, pictures, entry, f"examples/{reason}-{number}")
+            for number, entry in enumerate(entries)
+        ]
+    output.write_json(EXAMPLES, {"examples": examples})
+
+
+def _rows_of(output: Artifact, download: Artifact, shard: str, reason: str) -> list[Json]:
+    labels = read_table(output.path(label_file(shard)), LABEL_COLUMNS)
+    rows = [row | {"shard": shard} for row in labels.to_pylist() if row["reason"] == reason]
+    table = read_table(download.path(f"{shard}.parquet"), ["uid", "url", "caption"])
+    about = {row["uid"]: row for row in table.to_pylist()}
+    return [about[row["uid"]] | row for row in rows]
+
+
+def _write_example(output: Artifact, download: Artifact, pictures: StoredPictures, row: Json, name: str) -> Json:
+    """Write the picture of a row, and beside it that of the row which stays in its place."""
+    example: Json = {"caption": row["caption"] or "", "url": row["url"], "uid": row["uid"], "detail": row["detail"]}
+    example["stays"] = None
+    files = [_write_picture(output, pictures, row["shard"], row["key"], row["uid"], f"{name}.png")]
+    if row["same_as"]:
+        shard = row["same_as_shard"]
+        table = read_table(download.path(f"{shard}.parquet"), ["uid", "key", "caption"])
+        first = next(item for item in table.to_pylist() if item["uid"] == row["same_as"])
+        files.append(_write_picture(output, pictures, shard, first["key"], first["uid"], f"{name}-stays.png"))
+        example["stays"] = {"caption": first["caption"] or "", "uid": first["uid"]}
+    example["pictures"] = [{"file": file} for file in files if file]
+    return example
+
+
+def _write_picture(output: Artifact, pictures: StoredPictures, shard: str, key: str, uid: str, name: str) -> str:
+    """Write a small picture; empty if it cannot be decoded, which may be why its row is left out."""
+    try:
+        image = pictures.decode(shard, key, uid)
+    except DataError:
+        return ""
+    output.write_bytes(name, to_png(thumbnail(image, _LARGEST_PX)))
+    return name

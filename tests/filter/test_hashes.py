@@ -1,0 +1,86 @@
+"""Perceptual hashes on drawn pictures, and the search in parts of bounded size."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance, ImageOps
+
+from pipeline.filter import duplicates
+from pipeline.filter.hashes import PictureHash, find_near, hash_picture
+from pipeline.filter.labels import write_table
+from pipeline.filter.rules import RowRules
+from pipeline.recipe.sections import FilterConfig
+from pipeline.workspace.store import Artifact
+from tests.filter.planted import encode, planted_pairs, scene_picture
+
+NUM_SCENES = 60
+COPIES = {
+    "jpeg": lambda image: encode(image, "JPEG", quality=40),
+    "webp": lambda image: encode(image, "WEBP", quality=30),
+    "half the size": lambda image: encode(image.resize((48, 48), Image.Resampling.BICUBIC), "JPEG", quality=80),
+    "mirrored": lambda image: encode(ImageOps.mirror(image), "JPEG", quality=70),
+    "darker": lambda image: encode(ImageEnhance.Brightness(image).enhance(0.98)),
+}
+
+
+def _near(hashes: list[PictureHash]) -> np.ndarray[Any, Any]:
+    return find_near(
+        np.array([item.direct for item in hashes], np.uint64),
+        np.array([item.mirrored for item in hashes], np.uint64),
+        np.array([np.frombuffer(item.thumb, np.uint8) for item in hashes]),
+        np.zeros(len(hashes), np.uint64),
+        FilterConfig().max_hash_distance,
+    )
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_copy_is_near_its_original_and_to_no_other_picture(kind: str) -> None:
+    images = [scene_picture(number) for number in range(NUM_SCENES)]
+    hashes = [hash_picture(encode(image), where="original") for image in images]
+    hashes += [hash_picture(COPIES[kind](image), where=kind) for image in images]
+    same_as = _near(hashes)
+    assert same_as[:NUM_SCENES].tolist() == [-1] * NUM_SCENES
+    assert (same_as[NUM_SCENES:] == np.arange(NUM_SCENES)).mean() > 0.98
+
+
+def test_the_same_drawing_in_other_colours_is_another_picture() -> None:
+    image = scene_picture(2)
+    red, green, blue = image.split()
+    other = Image.merge("RGB", (green, red, blue))
+    assert _near([hash_picture(encode(one), where="") for one in (image, other)]).tolist() == [-1, -1]
+
+
+def test_only_rows_of_one_group_are_near() -> None:
+    item = hash_picture(encode(scene_picture(0)), where="")
+    columns = [np.full(3, value, np.uint64) for value in (item.direct, item.mirrored)]
+    thumbs = np.tile(np.frombuffer(item.thumb, np.uint8), (3, 1))
+    assert find_near(*columns, thumbs, np.array([1, 2, 1], np.uint64), 4).tolist() == [-1, -1, 0]
+
+
+@pytest.mark.parametrize("rows_per_part", [7, 1])
+def test_small_parts_find_what_one_part_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_per_part: int
+) -> None:
+    download, measures = Artifact(str(tmp_path / "download")), Artifact(str(tmp_path / "measures"))
+    planted_pairs().write(download)
+    config = FilterConfig(duplicates="near")
+    shards = list(download.shard_records())
+    rules, num_rows = RowRules(config), 0
+    for shard in shards:
+        table = rules(download.path(f"{shard}.tar"), download.path(f"{shard}.parquet"), shard)
+        num_rows += table.num_rows
+        with measures.write(f"{shard}.arrow") as path:
+            write_table(table, path)
+
+    def find() -> set[tuple[str, int, str, str]]:
+        parts = duplicates.search_parts(config, num_rows)
+        tables = [duplicates.find_duplicates(measures, shards, part, config).to_pylist() for part in parts]
+        return {(row["shard"], row["row"], row["reason"], row["same_as"]) for rows in tables for row in rows}
+
+    whole = find()
+    monkeypatch.setattr(duplicates, "ROWS_PER_PART", rows_per_part)
+    assert len(duplicates.search_parts(config, num_rows)) == 6 * -(-num_rows // rows_per_part)
+    assert {row[2] for row in whole} == {"duplicate", "near_duplicate"}
+    assert find() == whole
