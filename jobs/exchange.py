@@ -7,22 +7,28 @@ import typer
 
 from jobs.options import Overrides, RecipePath
 from pipeline.errors import ConfigError
-from pipeline.recipe.recipe import load_recipe
+from pipeline.recipe.recipe import Recipe, load_recipe
 
 
 def export(
     recipe: RecipePath,
     diffusers: Annotated[str, typer.Option("--diffusers", help="Folder to write for diffusers' UnCLIPPipeline.")] = "",
     native: Annotated[str, typer.Option("--native", help="Folder to write every network to, in our own layout.")] = "",
+    embeddings: Annotated[
+        str, typer.Option("--embeddings", help="Folder to write the embeddings to, in clip-retrieval's layout.")
+    ] = "",
     overrides: Overrides = None,
 ) -> None:
-    """Write the trained cascade for other programs: as diffusers' UnCLIPPipeline, or as safetensors with JSON.
+    """Write for other programs: the trained cascade, as diffusers' UnCLIPPipeline or in our own layout; or embeddings.
 
     Example: unclip export my.toml --diffusers my-unclip
     """
-    if bool(diffusers) == bool(native):
-        raise ConfigError("export: give either --diffusers DIR or --native DIR")
+    if sum(map(bool, (diffusers, native, embeddings))) != 1:
+        raise ConfigError("export: give one of --diffusers DIR, --native DIR and --embeddings DIR")
     resolved = load_recipe(recipe, overrides or [])
+    if embeddings:
+        _export_embeddings(resolved, Path(embeddings))
+        return
 
     from pipeline.clip import FrozenText
     from pipeline.networks.cascade import load_cascade, network_configs
@@ -42,14 +48,35 @@ def export(
     typer.echo(f"diffusers' UnCLIPPipeline loads {diffusers}")
 
 
+def _export_embeddings(recipe: Recipe, folder: Path) -> None:
+    from pipeline.data.npy_folder import export_embeddings
+    from pipeline.recipe.plan import finished_artifacts
+
+    num_rows = export_embeddings(finished_artifacts(recipe, ("embed",))["embed"], folder)
+    typer.echo(f"{num_rows} embeddings of pictures and of texts in {folder}, for embedding-reader and clip-retrieval")
+
+
 def import_(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder in the layout of UnCLIPPipeline.")],
-    out: Annotated[str, typer.Option("--out", help="Folder for the networks and a recipe that starts from them.")],
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="Folder in the layout of UnCLIPPipeline, or of clip-retrieval.")
+    ],
+    out: Annotated[str, typer.Option("--out", help="Folder for the networks, and for a recipe that starts from them.")],
 ) -> None:
     """Import networks in diffusers' layout (for example Karlo's public weights) to sample, edit or fine-tune them.
 
+    A folder of clip-retrieval's embeddings (img_emb, text_emb, metadata) gives a recipe that takes them over.
+
     Example: unclip import karlo-v1-alpha --out karlo
     """
+    if (Path(folder) / "img_emb").is_dir():
+        from pipeline.data.npy_folder import write_import_recipe
+
+        num_rows, path = write_import_recipe(Path(folder), Path(out))
+        typer.echo(
+            f"{num_rows} embeddings in {folder}; name the CLIP that made them in {path}, then: unclip run {path} "
+            f"--until index; unclip run {path} --until clip"
+        )
+        return
     from pipeline.networks.diffusers import import_diffusers
 
     for note in import_diffusers(Path(folder), Path(out)):

@@ -11,6 +11,7 @@ import io
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +49,9 @@ _TRANSPOSES = {
     8: Image.Transpose.ROTATE_90,
 }
 """The operation that turns a picture of each EXIF orientation upright."""
+_LONGEST_STRIP = 100
+"""Times that a picture may be longer than wide before only its middle is resized: a strip of 1 x 20,000 px would take
+3 GB at the side of a network."""
 _FIRST_SWAPPED = 5
 """From this orientation on, width and height are swapped."""
 
@@ -147,6 +151,60 @@ def square(image: Image.Image, side_px: int) -> Pixels:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return np.array(resize(image.crop((left, top, left + side, top + side)), (side_px, side_px)))
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How a network's own preprocessing makes a square of a picture: open_clip's ``PreprocessCfg``, to the same bytes.
+
+    Its fields are open_clip's, so that a network of another tool sees here what it saw there.
+    """
+
+    side_px: int
+    """Side of the square, in pixels."""
+    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
+    """shortest: resize the shorter side and crop the centre; longest: resize the longer side and pad; squash: resize
+    both sides, whatever the shape."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """Kernel of the resize, antialiased."""
+    fill_level: int = 0
+    """Level of the padding, 0 to 255."""
+
+    def __call__(self, image: Image.Image) -> Pixels:
+        """Frame an RGB picture; returns (side_px, side_px, 3)."""
+        kernel = Image.Resampling.BILINEAR if self.interpolation == "bilinear" else Image.Resampling.BICUBIC
+        if self.resize_mode == "shortest" and max(image.size) > _LONGEST_STRIP * min(image.size):
+            image = _middle(image, _LONGEST_STRIP)
+        size = self._resized(*image.size)
+        if image.size != size:
+            image = image.resize(size, kernel)
+        if size == (self.side_px, self.side_px):
+            return np.array(image)
+        left, top = (_crop_start(length, self.side_px) for length in size)
+        padded = Image.new("RGB", (self.side_px, self.side_px), (self.fill_level,) * 3)
+        padded.paste(image, (-left, -top))
+        return np.array(padded)
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        side = self.side_px
+        if self.resize_mode == "squash":
+            return side, side
+        if self.resize_mode == "longest":
+            ratio = max(width / side, height / side)
+            return max(1, round(width / ratio)), max(1, round(height / ratio))
+        return (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
+
+
+def _middle(image: Image.Image, ratio: int) -> Image.Image:
+    """The middle of a strip, so that its longer side is ``ratio`` times the shorter."""
+    width, height = (min(length, ratio * min(image.size)) for length in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _crop_start(length: int, side_px: int) -> int:
+    """First pixel of the crop, negative for padding; open_clip rounds the two in different ways."""
+    return round((length - side_px) / 2) if length >= side_px else -((side_px - length) // 2)
 
 
 def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -17,7 +17,7 @@ from pipeline.clip import FrozenClip, clip_loss, create_clip, load_clip, load_pr
 from pipeline.data.batches import Batch
 from pipeline.networks.clip import CLIP as CLIP_KIND
 from pipeline.networks.clip import ClipObjective
-from pipeline.pictures import square
+from pipeline.pictures import Framing
 from tests.tiny.command import ROOT
 from tests.tiny.networks import CLIP
 
@@ -71,9 +71,9 @@ def test_encode_image_equals_open_clip_preprocessing_and_model(frozen: FrozenCli
     torch.testing.assert_close(frozen.encode_image(images), theirs, rtol=0, atol=1e-5)
 
 
-def test_encode_image_takes_pictures_of_any_size_as_every_reader_cuts_them(frozen: FrozenClip) -> None:
+def test_encode_image_takes_pictures_of_any_size_as_open_clip_crops_them(frozen: FrozenClip) -> None:
     images = torch.randint(0, 256, (2, 48, 40, 3), dtype=torch.uint8)
-    squares = torch.from_numpy(np.stack([square(Image.fromarray(image.numpy()), 32) for image in images]))
+    squares = torch.from_numpy(np.stack([Framing(32)(Image.fromarray(image.numpy())) for image in images]))
     embedding = frozen.encode_image(images)
     assert torch.equal(embedding, frozen.encode_image(squares))
     torch.testing.assert_close(embedding.norm(dim=1), torch.ones(2))

@@ -1,99 +1,182 @@
-"""The embed step: computes z_image and z_text of every good row of a shard."""
+"""The embed step: computes z_image and z_text of every good row of a shard.
 
+Pictures are decoded and captions tokenised a chunk at a time, ahead of the network, by ``Decoders``: threads of this
+process, or other processes. Until then pictures stay encoded, so a chunk on its way is small. One ``Embedder`` may take
+several shards at once, from several threads: while one shard is read or written, another keeps the network busy.
+"""
+
+import contextlib
 import itertools
-from collections import Counter
-from collections.abc import Iterator
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 
 from pipeline.clip import FrozenClip, load_clip
+from pipeline.data.chunks import CHUNK_ROWS, Chunk, DecodedChunk, Decoders, ThreadDecoders
 from pipeline.data.rows import embeddings_schema
 from pipeline.data.selection import Selection
-from pipeline.data.shards import Sample, read_samples
-from pipeline.data.vectors import ROW_GROUP_ROWS, WRITER_OPTIONS, to_arrow
+from pipeline.data.shards import ShardPictures, good_samples
+from pipeline.data.vectors import to_arrow
 from pipeline.errors import DataError
-from pipeline.pictures import PictureError, Pixels, decode, square
+from pipeline.recipe.sections import EmbedConfig
+
+_AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class EmbeddedShard:
+    """The rows of one shard."""
+
+    table: pa.Table
+    """The embedded rows, in ``rows.embeddings_schema``, sorted by key."""
+    failures: list[dict[str, str]]
+    """The other rows, sorted by key: ``uid``, ``key``, ``url``, ``reason`` and ``detail``."""
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Numbers of rows: ``in`` (good rows of the download that the filter keeps) = ``ok`` + ``corrupt``."""
+        num_ok, num_corrupt = self.table.num_rows, len(self.failures)
+        return Counter({"in": num_ok + num_corrupt, "ok": num_ok, "corrupt": num_corrupt})
 
 
 class Embedder:
-    """Embeds shards with CLIP, which is loaded once for each worker.
+    """Embeds shards with CLIP, which is loaded once for each worker; several threads may call it at once.
 
     Args:
         folder: The clip step's artifact, a folder in open_clip's local-dir layout.
-        batch_size: Pictures in one forward pass.
-        device: Torch device of the network.
+        config: The recipe's section.
+        decoders: What decodes; None: threads of this process.
         selection: Rows to embed; None: all.
 
     Raises:
         DataError: If the folder holds no readable CLIP.
     """
 
-    def __init__(self, folder: Path, batch_size: int, device: str = "cpu", selection: Selection | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: EmbedConfig,
+        decoders: Decoders | None = None,
+        selection: Selection | None = None,
+    ) -> None:
+        self._device = torch.device(config.resources.accelerator)
         try:
-            self._clip = FrozenClip(load_clip(folder)).to(device)
+            self._clip = FrozenClip(load_clip(folder)).to(self._device)
         except ValueError as error:
             raise DataError(f"embed: {error}") from error
-        self._batch_size = batch_size
-        self._select = None if selection is None else selection.of
+        if config.compiled:
+            self._clip.compile_towers()
+        self._config = config
+        self._decoders = decoders or ThreadDecoders(self._clip.clip.inputs)
+        self._turn = threading.Lock()
+        self._selection = selection
 
-    def __call__(self, tar: Path, parquet: Path, shard: str, target: Path) -> Counter[str]:
+    def __call__(self, tar: Path, parquet: Path, shard: str) -> EmbeddedShard:
         """Embed one shard of the download step.
 
         Args:
             tar: Pictures of the shard.
             parquet: Table of the shard.
             shard: Name of the shard.
-            target: Parquet file to write, in ``rows.embeddings_schema``, sorted by key.
-
-        Returns:
-            Numbers of rows: ``in`` (good rows of the download that the filter keeps) = ``ok`` + ``corrupt``.
 
         Raises:
             DataError: If the shard is damaged, or tar and table do not belong together; names shard, row and uid.
         """
-        counts: Counter[str] = Counter({"in": 0, "ok": 0, "corrupt": 0})
+        rows, pictures = good_samples(tar, parquet, shard)
+        rows = rows if self._selection is None else self._selection.of(rows, shard)
+        starts = range(0, rows.num_rows, self._config.batch_size)
+        batches = [rows.slice(start, self._config.batch_size) for start in starts]
+        chunks = [_chunks(batch, pictures) for batch in batches]
+        decoded = self._decode(itertools.chain.from_iterable(chunks))
+        with self._stream():
+            results = [
+                self._embed(batch, list(itertools.islice(decoded, len(parts))))
+                for batch, parts in zip(batches, chunks, strict=True)
+            ]
         schema = embeddings_schema(self._clip.dims.embed_dim)
-        with pq.ParquetWriter(target, schema, **WRITER_OPTIONS) as writer:
-            inputs = self._decode(read_samples(tar, parquet, shard, self._select), counts)
-            batches = [self._embed(batch, schema) for batch in _batches(inputs, self._batch_size)]
-            writer.write_table(pa.Table.from_batches(batches, schema), row_group_size=ROW_GROUP_ROWS)
-        return counts
+        return EmbeddedShard(
+            pa.concat_tables([schema.empty_table(), *(good for good, _ in results)]),
+            [failure for _, failures in results for failure in failures],
+        )
 
-    def _decode(self, samples: Iterator[Sample], counts: Counter[str]) -> Iterator["_ClipInput"]:
-        for sample in samples:
-            counts["in"] += 1
-            try:
-                image = decode(sample.picture, where=sample.key)
-            except PictureError:
-                counts["corrupt"] += 1
-                continue
-            counts["ok"] += 1
-            yield _ClipInput(sample, square(image, self._clip.image_px))
+    def _decode(self, chunks: Iterator[Chunk]) -> Iterator[DecodedChunk]:
+        """Decode chunks ahead, in order."""
+        waiting: deque[Callable[[], DecodedChunk]] = deque()
+        for chunk in chunks:
+            waiting.append(self._decoders.submit(chunk))
+            if len(waiting) > self._decoders.num_ahead:
+                yield waiting.popleft()()
+        while waiting:
+            yield waiting.popleft()()
 
-    def _embed(self, batch: list["_ClipInput"], schema: pa.Schema) -> pa.RecordBatch:
-        z_image = self._clip.encode_image(torch.from_numpy(np.stack([item.pixels for item in batch])))
-        z_text = self._clip.encode_text([item.sample.caption for item in batch]).z_text
+    def _embed(self, rows: pa.Table, parts: list[DecodedChunk]) -> tuple[pa.Table, list[dict[str, str]]]:
+        good: list[int] = []
+        reasons: dict[int, tuple[str, str]] = {}
+        for first, part in zip(itertools.count(0, CHUNK_ROWS), parts, strict=False):
+            good += [first + row for row in part.good]
+            reasons |= {first + row: reason for row, reason in part.failures.items()}
+        z_image, z_text = self._encode(parts)
+        finite = np.isfinite(z_image).all(1) & np.isfinite(z_text).all(1)
+        for row in np.flatnonzero(~finite):
+            reasons[good[row]] = ("embedding is not finite", f"precision {self._config.precision}")
+        table = rows.take(pa.array(np.array(good, np.int64)[finite]))
+        z_image, z_text = z_image[finite], z_text[finite]
         columns: list[Any] = [
-            pa.array([getattr(item.sample, name) for item in batch], pa.string())
-            for name in ("uid", "key", "url", "caption", "split")
+            *table.combine_chunks().columns,
+            pa.array((z_image * z_text).sum(1), pa.float32()),
+            to_arrow(z_image),
+            to_arrow(z_text),
         ]
-        columns += [to_arrow(z.cpu().numpy()) for z in (z_image, z_text)]
-        return pa.RecordBatch.from_arrays(columns, schema=schema)
+        failed = sorted(reasons)
+        identity = rows.take(pa.array(failed, pa.int64())).select(["uid", "key", "url"]).to_pylist()
+        causes = [dict(zip(("reason", "detail"), reasons[row], strict=True)) for row in failed]
+        return (
+            pa.table(columns, schema=embeddings_schema(self._clip.dims.embed_dim)),
+            [row | cause for row, cause in zip(identity, causes, strict=True)],
+        )
+
+    def _encode(self, parts: list[DecodedChunk]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """z_image and z_text (N, D) of a batch, of length one."""
+        if not any(len(part.good) for part in parts):
+            empty = np.zeros((0, self._clip.dims.embed_dim), np.float32)
+            return empty, empty
+        pixels = torch.cat([torch.from_numpy(part.pixels).to(self._device) for part in parts])
+        tokens = torch.from_numpy(np.concatenate([part.tokens for part in parts]))
+        dtype = _AUTOCAST.get(self._config.precision)
+        with self._turns(), torch.autocast(self._device.type, dtype, enabled=dtype is not None):
+            z_image, z_text = self._clip.encode_image(pixels), self._clip.embed_tokens(tokens)
+        return z_image.float().cpu().numpy(), z_text.float().cpu().numpy()
+
+    @contextlib.contextmanager
+    def _turns(self) -> Generator[None]:
+        """On the CPU one shard at a time, which has all threads; on a GPU each shard has a stream of its own."""
+        with self._turn if self._device.type == "cpu" else contextlib.nullcontext():
+            yield
+
+    @contextlib.contextmanager
+    def _stream(self) -> Generator[None]:
+        with torch.cuda.stream(torch.cuda.Stream()) if self._device.type == "cuda" else contextlib.nullcontext():
+            yield
 
 
-@dataclass
-class _ClipInput:
-    sample: Sample
-    pixels: Pixels
-    """(px, px, 3), CLIP's input size."""
+def set_arithmetic(config: EmbedConfig) -> None:
+    """Set this process's float32 arithmetic on GPUs, since torch's default rounds the factors of convolutions alone."""
+    torch.set_float32_matmul_precision("high" if config.has_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.has_tf32
 
 
-def _batches(items: Iterator["_ClipInput"], size: int) -> Iterator[list["_ClipInput"]]:
-    while batch := list(itertools.islice(items, size)):
-        yield batch
+def _chunks(rows: pa.Table, pictures: ShardPictures) -> list[Chunk]:
+    chunks: list[Chunk] = []
+    for start in range(0, rows.num_rows, CHUNK_ROWS):
+        part = rows.slice(start, CHUNK_ROWS)
+        keys, uids, captions = (part.column(name).to_pylist() for name in ("key", "uid", "caption"))
+        chunks.append(Chunk(pictures, keys, uids, captions))
+    return chunks

@@ -67,6 +67,7 @@ def embeddings_schema(embed_dim: int) -> "pa.Schema":
             ("url", pa.string()),
             ("caption", pa.string()),
             ("split", pa.string()),
+            ("clip_score", pa.float32()),  # cosine of z_image and z_text, before both are rounded to float16
             ("z_image", vector),
             ("z_text", vector),
         ]

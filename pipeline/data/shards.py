@@ -9,8 +9,7 @@ import json
 import os
 import tarfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +33,6 @@ _SEARCH_BYTES = 1 << 16
 _SEARCHES = 64  # in one tar, as long as reading all headers of 10,000 pictures
 _END = bytes(_BLOCK_BYTES)
 _OPEN_SHARDS = 16  # the index of a tar of 10,000 pictures takes 8 MB
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One good row of a shard."""
-
-    uid: str
-    key: str
-    url: str
-    caption: str
-    split: str
-    picture: bytes
-    """Bytes of the stored picture file."""
 
 
 Members = dict[str, dict[str, tuple[int, int]]]
@@ -232,18 +218,27 @@ class ShardPictures:
         shard: Name of the shard, for messages.
         indexed: Whether all headers are read at once; else the first pictures are searched for one by one, and the
             headers are read only if a search finds none, or there are many.
+        members: The tar's index, if it is known already.
 
     Raises:
         DataError: If the file is not a readable tar.
     """
 
-    def __init__(self, tar: Path, shard: str, *, indexed: bool = True) -> None:
+    def __init__(self, tar: Path, shard: str, *, indexed: bool = True, members: Members | None = None) -> None:
         self._tar = tar
         self._shard = shard
-        self._index = index_tar(tar) if indexed else None
+        self._index = index_tar(tar) if members is None and indexed else members
         self._num_searches = 0
         self._file = os.open(tar, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
+
+    def __reduce__(self) -> tuple[Any, tuple[Path, str, Members]]:
+        return (_open_pictures, (self._tar, self._shard, self._members()))
+
+    def part(self, keys: Sequence[str]) -> "ShardPictures":
+        """The same tar with these keys alone: small enough to send to another process."""
+        members = self._members()
+        return _open_pictures(self._tar, self._shard, {key: members[key] for key in keys if key in members})
 
     def keys(self) -> set[str]:
         """Keys of the rows that have files in the tar."""
@@ -258,7 +253,7 @@ class ShardPictures:
         files = self._files(key)
         picture = picture_span(files)
         if picture is None or not files.keys() & {"json", "txt"}:
-            raise DataError(f"{self._where(key, uid)}: no picture and json of this key in {self._tar}; {REPAIR_HINT}")
+            raise DataError(f"{self.where(key, uid)}: no picture and json of this key in {self._tar}; {REPAIR_HINT}")
         try:
             record = json.loads(self._read(files["json"])) if "json" in files else {}
             text = self._read(files["txt"]) if "txt" in files else b""
@@ -269,10 +264,10 @@ class ShardPictures:
                 tar_uid = computed if computed == uid else tar_uid or computed
         except (ValueError, AttributeError) as error:
             raise DataError(
-                f"{self._where(key, uid)}: malformed json in {self._tar} ({error!r}); {REPAIR_HINT}"
+                f"{self.where(key, uid)}: malformed json in {self._tar} ({error!r}); {REPAIR_HINT}"
             ) from None
         if tar_uid != uid:
-            raise DataError(f"{self._where(key, uid)}: the row has uid {tar_uid} in {self._tar}; {REPAIR_HINT}")
+            raise DataError(f"{self.where(key, uid)}: the row has uid {tar_uid} in {self._tar}; {REPAIR_HINT}")
         return self._read(picture)
 
     def decode(self, key: str, uid: str) -> Image.Image:
@@ -281,7 +276,7 @@ class ShardPictures:
         Raises:
             DataError: As ``read``, or if the picture cannot be decoded.
         """
-        return decode(self.read(key, uid), where=self._where(key, uid))
+        return decode(self.read(key, uid), where=self.where(key, uid))
 
     def _files(self, key: str) -> dict[str, tuple[int, int]]:
         if self._index is None and self._num_searches < _SEARCHES:
@@ -302,8 +297,13 @@ class ShardPictures:
             raise DataError(f"{self._tar}: truncated at byte {span[0] + len(data)}; {REPAIR_HINT}")
         return data
 
-    def _where(self, key: str, uid: str) -> str:
+    def where(self, key: str, uid: str) -> str:
+        """Name of a row in messages."""
         return f"shard {self._shard}: key {key}: uid {uid}"
+
+
+def _open_pictures(tar: Path, shard: str, members: Members) -> ShardPictures:
+    return ShardPictures(tar, shard, members=members)
 
 
 class StoredPictures:
@@ -334,31 +334,30 @@ class StoredPictures:
         return self._open(shard).decode(key, uid)
 
 
-def read_samples(
-    tar: Path, parquet: Path, shard: str, select: Callable[[pa.Table, str], pa.Table] | None = None
-) -> Iterator[Sample]:
-    """Yield every good row of a shard with its picture, sorted by key.
+SAMPLE_COLUMNS = ("uid", "key", "url", "caption", "split")
+"""Columns that ``good_samples`` gives."""
+
+
+def good_samples(tar: Path, parquet: Path, shard: str) -> tuple[pa.Table, ShardPictures]:
+    """The good rows of a shard, sorted by key, and its pictures; an absent caption is empty.
 
     Args:
         tar: Pictures of the shard.
         parquet: Table of the shard.
         shard: Name of the shard.
-        select: Gives the rows of a table and shard that are read; None reads all.
 
     Raises:
-        DataError: If table and tar do not have the same keys and uids; names shard, key and uid.
+        DataError: If table and tar do not have the same keys; names shard and key.
     """
-    columns = ["uid", "key", "url", "caption", "split"]
-    all_rows = read_table(parquet, [*columns, "status"])
-    table, may_have_more = good_rows(all_rows).sort_by("key"), TAKEN_IN in (all_rows.schema.metadata or {})
+    all_rows = read_table(parquet, [*SAMPLE_COLUMNS, "status"])
+    may_have_more = TAKEN_IN in (all_rows.schema.metadata or {})
+    table = good_rows(all_rows).sort_by("key").select(SAMPLE_COLUMNS).replace_schema_metadata()
+    table = table.set_column(3, "caption", pc.fill_null(table.column("caption"), ""))
     pictures = ShardPictures(tar, shard)
     extra_keys = pictures.keys() - set(table.column("key").to_pylist())
     if extra_keys and not may_have_more:
         raise DataError(f"shard {shard}: {tar} has key {min(extra_keys)}, which is not a good row of {parquet.name}")
-    table = table if select is None else select(table, shard)
-    for row in table.select(columns).to_pylist():
-        row["caption"] = row["caption"] or ""
-        yield Sample(**row, picture=pictures.read(row["key"], row["uid"]))
+    return table, pictures
 
 
 def picture_span(files: dict[str, tuple[int, int]]) -> tuple[int, int] | None:

@@ -2,7 +2,7 @@
 
 import functools
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ WRITER_OPTIONS: dict[str, Any] = {"compression": "none", "use_dictionary": False
 page. The page ends with the bytes of its vectors, so `StoredVectors` reads a single vector from its place in it."""
 
 VECTOR_COLUMNS = ("z_image", "z_text")
+_ONE_PAGE = {b"unclip": b"one plain page for each column of a row group"}
 _MAPPED_FILES = 4096  # Linux allows a process 65,530 maps
 
 
@@ -36,7 +37,7 @@ class Vectors:
     z_text: NDArray[np.float16]
     """(N, D), rows of length one."""
     table: pa.Table = field(repr=False)
-    """Columns uid, key, url, caption, split."""
+    """Columns uid, key, url, caption, split, clip_score."""
 
 
 def to_arrow(vectors: NDArray[Any]) -> pa.FixedSizeListArray:
@@ -57,9 +58,35 @@ def to_unit(vectors: NDArray[np.float16]) -> NDArray[np.float32]:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
-def write_vectors(table: pa.Table, path: Path) -> None:
-    """Write rows with their embeddings, as the embed step writes them."""
-    pq.write_table(table, path, row_group_size=ROW_GROUP_ROWS, **WRITER_OPTIONS)
+def write_embeddings(tables: Iterable[pa.Table], path: Path, schema: pa.Schema) -> None:
+    """Write tables in ``rows.embeddings_schema`` to one file; the same tables give the same bytes."""
+    with pq.ParquetWriter(path, schema.with_metadata(_ONE_PAGE), **WRITER_OPTIONS) as writer:
+        for table in tables:
+            rows = table.combine_chunks().replace_schema_metadata(_ONE_PAGE)
+            writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
+
+
+def read_column(path: Path, name: str) -> NDArray[np.float16]:
+    """Read one column of vectors of a shard, (N, D).
+
+    From a file of ``write_embeddings`` the numbers are copied as they lie there; pyarrow, which decodes every number of
+    a list for itself, reads the others.
+    """
+    with pq.ParquetFile(path) as file:
+        if not _ONE_PAGE.items() <= (file.schema_arrow.metadata or {}).items():
+            return to_numpy(file.read([name]).column(name))
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        embed_dim = file.schema_arrow.field(name).type.list_size
+        leaf = file.schema_arrow.get_field_index(name)  # each column has one leaf
+    if not groups:
+        return np.zeros((0, embed_dim), np.float16)
+    content, parts = np.memmap(path, np.uint8, "r"), list[NDArray[np.float16]]()
+    for group in groups:
+        chunk = group.column(leaf)
+        stop = chunk.data_page_offset + chunk.total_compressed_size
+        numbers = content[stop - 2 * embed_dim * group.num_rows : stop]
+        parts.append(numbers.view(np.float16).reshape(group.num_rows, embed_dim))
+    return np.concatenate(parts)
 
 
 def read_vectors(path: Path) -> Vectors:
@@ -68,9 +95,9 @@ def read_vectors(path: Path) -> Vectors:
     Raises:
         DataError: If the file is damaged or lacks a column; names the file.
     """
-    table = read_table(path, embeddings_schema(1).names)
-    z_image, z_text = to_numpy(table.column("z_image")), to_numpy(table.column("z_text"))
-    return Vectors(z_image, z_text, table.drop_columns(["z_image", "z_text"]))
+    names = [name for name in embeddings_schema(1).names if name not in {"z_image", "z_text"}]
+    table = read_table(path, names)
+    return Vectors(read_column(path, "z_image"), read_column(path, "z_text"), table)
 
 
 @dataclass(frozen=True)

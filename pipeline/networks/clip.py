@@ -6,6 +6,7 @@ open_clip takes longer to import than torch. It is imported lazily, so that upsa
 from __future__ import annotations
 
 import random
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from pipeline.data.negatives import bigrams_of, hard_negatives
 from pipeline.errors import DataError
 from pipeline.networks.counting import Work, count
 from pipeline.networks.kind import NetworkKind
-from pipeline.workspace.store import Artifact
+from pipeline.workspace.store import MANIFEST, Artifact
 
 if TYPE_CHECKING:
     from pipeline.clip import FrozenClip, FrozenText, OpenClip
@@ -65,13 +66,28 @@ def _reordered(captions: Sequence[str], rng: random.Random) -> list[str]:
 
 def save_clip_artifact(artifact: Artifact, clip: OpenClip) -> None:
     """Write CLIP in open_clip's ``local-dir:`` layout, the configuration last."""
-    from pipeline.clip import CONFIG_FILE, WEIGHTS_FILE, save_clip
+    from pipeline.clip import CONFIG_FILE, save_clip
 
     with tempfile.TemporaryDirectory(prefix="unclip-") as name:
         folder = Path(name)
         save_clip(clip, folder)
-        for file in (WEIGHTS_FILE, CONFIG_FILE):
-            artifact.write_bytes(file, (folder / file).read_bytes())
+        for file in sorted(folder.iterdir(), key=lambda file: (file.name == CONFIG_FILE, file.name)):
+            with artifact.write(file.name) as path:
+                shutil.copyfile(file, path)
+
+
+def clip_folder(artifact: Artifact) -> Path:
+    """The local folder of a CLIP with all its files; an object store's are fetched.
+
+    Raises:
+        DataError: If the configuration or the weights are missing.
+    """
+    from pipeline.clip import CONFIG_FILE, WEIGHTS_FILE
+
+    beside = {name for name in artifact.names() if "/" not in name and name.endswith((".json", ".model", ".txt"))}
+    for name in sorted(beside - {MANIFEST} | {WEIGHTS_FILE}):
+        artifact.path(name)
+    return artifact.path(CONFIG_FILE).parent
 
 
 def load_clip_artifact(artifact: Artifact, device: torch.device | str = "cpu") -> FrozenClip:
@@ -94,12 +110,10 @@ def load_text_artifact(artifact: Artifact, device: torch.device | str = "cpu") -
     Raises:
         DataError: If it is missing or damaged.
     """
-    from pipeline.clip import CONFIG_FILE, WEIGHTS_FILE, freeze, load_clip
+    from pipeline.clip import freeze, load_clip
 
-    config, weights = artifact.path(CONFIG_FILE), artifact.path(WEIGHTS_FILE)
-    assert config.parent == weights.parent
     try:
-        return freeze(load_clip(config.parent)).to(device)
+        return freeze(load_clip(clip_folder(artifact))).to(device)
     except ValueError as error:
         raise DataError(f"{artifact.uri}: {error}; remove it and run again") from error
 

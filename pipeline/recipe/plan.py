@@ -63,6 +63,10 @@ _ADDED_LATER = {
     "model.diffusion.loss": "simple",
     "model.diffusion.timestep_draws": "uniform",
     "model.image_norm": 1.0,
+    "precision": "float32",
+    "compiled": False,
+    "import_from": "",
+    "import_validation_prob": 0.02,
 }
 """Fields added later, by their dotted name in a section, with their old default. A field at its old default is left out
 of the key, so that existing trainings stay valid."""

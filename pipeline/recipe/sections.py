@@ -415,8 +415,32 @@ class EmbedConfig(StepSection):
 
     batch_size: PositiveInt = 256
     """Images in one forward pass."""
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
+    """Arithmetic of CLIP; all but float32 are for a GPU (bfloat16 also for a CPU), where tf32 rounds the factors of
+    float32 to 10 bits. The vectors are stored in float16 whatever this is."""
+    compiled: bool = False
+    """Run CLIP through torch.compile: faster on a GPU after a minute or two at the start of each worker."""
+    import_from: str = ""
+    """Folder of embeddings in clip-retrieval's layout (img_emb, text_emb, metadata) to take over in place of computing
+    them; then the step reads no pictures, and ``clip`` must be the model that made them."""
+    import_validation_prob: Share = 0.02
+    """Share of the rows of ``import_from`` set aside for validation, where its metadata has no split."""
     resources: TaskResources = TaskResources(num_workers=1)
-    """Workers of this step."""
+    """Workers of this step. With cuda, each CPU of a worker beyond its first is a process that decodes pictures."""
+
+    def __post_init__(self) -> None:
+        if self.precision in {"tf32", "float16"} and self.resources.accelerator == "cpu":
+            raise ValueError(f'precision = "{self.precision}" needs resources.accelerator = "cuda"')
+
+    @property
+    def reads_inputs(self) -> bool:
+        """See ``StepSection``."""
+        return not self.import_from
+
+    @property
+    def has_tf32(self) -> bool:
+        """Whether a GPU rounds the factors of float32 products."""
+        return self.precision == "tf32"
 
 
 @configclass

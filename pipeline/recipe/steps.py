@@ -81,6 +81,7 @@ _BEFORE_EVALUATE = (
         inputs=("download", "filter", "clip"),
         runner="pipeline.runtime.data:run_embed",
         seeded=False,
+        files={"import_from": "import_content"},
     ),
     StepRow(
         name="filter_embeddings",

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.clip import FrozenClip
 from pipeline.errors import ConfigError
-from pipeline.pictures import read_file, square
+from pipeline.pictures import read_file
 from pipeline.retrieve.embedded import Floats
 from pipeline.retrieve.retriever import Retriever
 
@@ -64,7 +64,7 @@ class QueryEncoder:
     def texts(self, texts: Sequence[str]) -> Floats:
         """z_text of texts, (N, D)."""
         parts = [
-            self._clip.encode_text(list(texts[start : start + _BATCH])).z_text.cpu().numpy()
+            self._clip.embed_text(list(texts[start : start + _BATCH])).cpu().numpy()
             for start in range(0, len(texts), _BATCH)
         ]
         return np.concatenate(parts)
@@ -75,7 +75,7 @@ class QueryEncoder:
         Raises:
             ConfigError: If it cannot be read.
         """
-        pixels = square(read_file(path), self._clip.image_px)
+        pixels = self._clip.clip.inputs.framing(read_file(path))
         return self._clip.encode_image(torch.from_numpy(pixels)[None])[0].cpu().numpy()
 
     def row(self, uid: str) -> Floats:

@@ -1,6 +1,9 @@
 """The steps that train nothing, without pairs, download, index and the filters: embed, evaluate."""
 
+import itertools
+import json
 import time
+from collections import Counter
 from pathlib import Path
 
 from pipeline.data.selection import selection_of
@@ -12,14 +15,29 @@ from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.progress import Progress
 from pipeline.workspace.store import Artifact
 
+_NUM_CAUSES = 20
+_EMBEDDED_AT_ONCE = 2  # by one worker: while one shard is read or written, the other has the network
+
 
 def run_embed(context: StepContext) -> StepResult:
-    """Embed every shard of the download with the frozen CLIP."""
-    config, inputs = context.recipe.embed, context.inputs
-    shards = (inputs.get("filter") or inputs["download"]).shard_records()
-    num_rows = sum(record.counts["ok"] for record in shards.values())
-    records = map_shards(context, ShardJob(EmbedWorker, list(shards), num_rows, config.resources))
-    return StepResult(counts=total_counts(records), num_workers=config.resources.num_workers)
+    """Embed every shard of the download with the frozen CLIP, or take over embeddings that others made."""
+    config = context.recipe.embed
+    if config.import_from:
+        from pipeline.data.npy_folder import find_parts
+
+        parts = find_parts(Path(config.import_from))
+        sizes, worker = {part.name: part.num_rows for part in parts}, EmbeddingsImporter
+    else:
+        shards = (context.inputs.get("filter") or context.inputs["download"]).shard_records()
+        sizes, worker = {name: record.counts["ok"] for name, record in shards.items()}, EmbedWorker
+    job = ShardJob(worker, list(sizes), sum(sizes.values()), config.resources, num_at_once=_EMBEDDED_AT_ONCE)
+    records = map_shards(context, job)
+    failures = _embed_failures(context.output, records)
+    metrics: dict[str, object] = {
+        "arithmetic": f"{config.precision}, TF32 {'on' if config.has_tf32 else 'off'}",
+        "failures": dict(failures.most_common(_NUM_CAUSES)),
+    }
+    return StepResult(counts=total_counts(records), metrics=metrics, num_workers=config.resources.num_workers)
 
 
 def run_evaluate(context: StepContext) -> StepResult:
@@ -43,33 +61,59 @@ def run_evaluate(context: StepContext) -> StepResult:
 
 
 class EmbedWorker:
-    """Makes shards of the embed step."""
+    """Makes shards of the embed step, several at a time."""
 
     def __init__(self, context: StepContext) -> None:
         import torch
 
-        from pipeline.data.embed import Embedder
+        from pipeline.data.chunks import ProcessDecoders
+        from pipeline.data.embed import Embedder, set_arithmetic
+        from pipeline.networks.clip import clip_folder
 
-        config, clip = context.recipe.embed, context.inputs["clip"]
+        config, folder = context.recipe.embed, clip_folder(context.inputs["clip"])
         torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
-        self._embedder = Embedder(
-            _clip_folder(clip), config.batch_size, config.resources.accelerator, selection_of(context.inputs)
-        )
+        set_arithmetic(config)
+        num_processes = int(config.resources.cpus_per_worker) - 1 if config.resources.accelerator == "cuda" else 0
+        decoders = ProcessDecoders(folder, num_processes) if num_processes > 0 else None
+        self._embedder = Embedder(folder, config, decoders, selection_of(context.inputs))
         self._download = context.inputs["download"]
         self._records = self._download.shard_records()
         self._output = context.output
 
     def __call__(self, shard: str) -> ShardRecord:
         """Embed one shard and commit it."""
-        start, name, paths = time.monotonic(), f"{shard}.parquet", []
-        for source in (f"{shard}.tar", name):
+        from pipeline.data.vectors import write_embeddings
+
+        start, paths = time.monotonic(), list[Path]()
+        for source in (f"{shard}.tar", f"{shard}.parquet"):
             paths.append(self._download.path(source))
             if self._download.describe(source) != self._records[shard].files[source]:
                 where = f"embed: shard {shard}: {self._download.uri}/{source}"
                 raise DataError(f"{where} does not match its checksum; {REPAIR_HINT}")
-        with self._output.write(name) as target:
-            counts = self._embedder(paths[0], paths[1], shard, target)
-        return commit_shard(self._output, shard, dict(counts), [name], start)
+        result = self._embedder(paths[0], paths[1], shard)
+        with self._output.write(f"{shard}.parquet") as path:
+            write_embeddings([result.table], path, result.table.schema)
+        return _commit_embeddings(self._output, shard, dict(result.counts), result.failures, start)
+
+
+class EmbeddingsImporter:
+    """Takes over the parts of a folder of embeddings as shards of the embed step."""
+
+    def __init__(self, context: StepContext) -> None:
+        from pipeline.data.npy_folder import find_parts
+
+        self._config = context.recipe.embed
+        self._parts = {part.name: part for part in find_parts(Path(self._config.import_from))}
+        self._output = context.output
+
+    def __call__(self, shard: str) -> ShardRecord:
+        """Convert one part and commit it."""
+        from pipeline.data.npy_folder import import_part
+
+        start = time.monotonic()
+        with self._output.write(f"{shard}.parquet") as path:
+            counts, failures = import_part(self._parts[shard], self._config.import_validation_prob, path)
+        return _commit_embeddings(self._output, shard, dict(counts), failures, start)
 
 
 class EvaluateWorker:
@@ -100,8 +144,22 @@ def commit_shard(output: Artifact, shard: str, counts: dict[str, int], names: li
     return record
 
 
-def _clip_folder(clip: Artifact) -> Path:
-    from pipeline.clip import CONFIG_FILE, WEIGHTS_FILE
+def _commit_embeddings(
+    output: Artifact, shard: str, counts: dict[str, int], failures: list[dict[str, str]], start: float
+) -> ShardRecord:
+    names = [f"{shard}.parquet"]
+    if failures:
+        names.append(_embed_failures_file(shard))
+        output.write_bytes(names[1], "".join(f"{json.dumps(failure)}\n" for failure in failures).encode())
+    return commit_shard(output, shard, counts, names, start)
 
-    clip.path(WEIGHTS_FILE)
-    return clip.path(CONFIG_FILE).parent
+
+def _embed_failures_file(shard: str) -> str:
+    return f"{shard}_failures.jsonl"  # a reader of a folder of embeddings takes all its Parquet files
+
+
+def _embed_failures(output: Artifact, records: list[ShardRecord]) -> Counter[str]:
+    """Rows that could not be embedded, by reason."""
+    names = [name for record in records if (name := _embed_failures_file(record.shard)) in record.files]
+    lines = itertools.chain.from_iterable(output.path(name).read_text(encoding="utf-8").splitlines() for name in names)
+    return Counter(json.loads(line)["reason"] for line in lines)

@@ -330,7 +330,7 @@ class KeepWorker(_EmbeddingWorker):
 
     def __call__(self, shard: str) -> ShardRecord:
         """Label the rows of one shard and write those that stay."""
-        from pipeline.data.vectors import write_vectors
+        from pipeline.data.vectors import write_embeddings
 
         start, names = time.monotonic(), [label_file(shard), f"{shard}.parquet"]
         with self._output.write(names[0]) as path:
@@ -340,5 +340,5 @@ class KeepWorker(_EmbeddingWorker):
         path = self._embed.path(names[1])
         table = read_table(path, read_names(path))
         with self._output.write(names[1]) as path:
-            write_vectors(table.filter(stays), path)
+            write_embeddings([table.filter(stays)], path, table.schema)
         return commit_shard(self._output, shard, counts, names, start)

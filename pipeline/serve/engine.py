@@ -183,7 +183,7 @@ class Engine:
 
     async def embed_text(self, text: str) -> Vectors:
         """See ``PictureModel``."""
-        return await asyncio.to_thread(lambda: self._clip.encode_text([text]).z_text[0].cpu().numpy())
+        return await asyncio.to_thread(lambda: self._clip.embed_text([text])[0].cpu().numpy())
 
     async def embed_image(self, image: Images) -> Vectors:
         """See ``PictureModel``."""

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from pipeline.errors import DataError
-from pipeline.pictures import PictureError, decode, read, square
+from pipeline.pictures import PictureError, decode, read, resize
 from pipeline.retrieve.retriever import Conditions, Retriever
 from pipeline.serve.protocols import Images, NeighbourRow, Neighbours, PictureModel, Vectors
 from pipeline.serve.web import ApiError
@@ -30,7 +30,7 @@ _MAX_CANDIDATES = 50_000
 """Most rows that are looked at for one request without near-duplicates."""
 _MAX_ID = 2**53
 _MAX_QUERY_PX = 40_000_000
-_MAX_SQUARE_PX = 1024
+_MAX_SHORTER_PX = 1024
 _JPEG = b"\xff\xd8"
 
 
@@ -178,7 +178,7 @@ async def _query(model: PictureModel, neighbours: Neighbours, body: KnnRequest) 
 
 
 def decode_query(encoded: str) -> Images:
-    """The centre square of a picture in base64, of side 1,024 px at most.
+    """A picture in base64, resized so that its shorter side is 1,024 px at most.
 
     Raises:
         ApiError: 400, if it is not base64, no picture, or too large to decode.
@@ -190,4 +190,7 @@ def decode_query(encoded: str) -> Images:
         raise ApiError(400, "image: not base64", param="image", code="invalid_value") from None
     except PictureError as error:
         raise ApiError(400, str(error), param="image", code="invalid_value") from None
-    return square(image, min(_MAX_SQUARE_PX, *image.size))
+    scale = min(
+        1, _MAX_SHORTER_PX / min(image.size)
+    )  # a whole picture, because CLIP's own framing decides what it sees
+    return np.array(resize(image, (round(image.width * scale), round(image.height * scale))) if scale < 1 else image)

@@ -23,8 +23,9 @@ from pipeline.data.pairs import Pairs
 from pipeline.data.shard_writer import ShardFiles
 from pipeline.data.sources import source_of
 from pipeline.data.tars import take_in, tar_files
+from pipeline.data.vectors import write_embeddings
 from pipeline.errors import ConfigError, DataError
-from pipeline.networks.clip import save_clip_artifact
+from pipeline.networks.clip import clip_folder, save_clip_artifact
 from pipeline.recipe.recipe import Recipe
 from pipeline.retrieve.build import build_index
 from pipeline.shapes.server import serve_pictures
@@ -133,15 +134,16 @@ class Rehearsal:
         config, download, output = self.recipe.embed, self.artifact("download"), self.artifact("embed")
         clock = self._clock(config.resources.accelerator, config.resources.cpus_per_worker)
         start = clock.now()
-        clip = self.artifact("clip").path("open_clip_config.json").parent
-        embedder = Embedder(clip, config.batch_size, config.resources.accelerator)
+        clip = clip_folder(self.artifact("clip"))
+        embedder = Embedder(clip, config)
         loaded = clock.now()
         name = f"{_SHARD}.parquet"
+        result = embedder(download.path(f"{_SHARD}.tar"), download.path(name), _SHARD)
         with output.write(name) as target:
-            counts = embedder(download.path(f"{_SHARD}.tar"), download.path(name), _SHARD, target)
+            write_embeddings([result.table], target, result.table.schema)
         done = clock.now()
-        self._commit(output, dict(counts), [name])
-        return RowUnits(row_s=(done - loaded) / counts["in"], fixed_s=loaded - start)
+        self._commit(output, dict(result.counts), [name])
+        return RowUnits(row_s=(done - loaded) / result.counts["in"], fixed_s=loaded - start)
 
     def index(self) -> RowUnits:
         """Build the index; the kinds for many rows take longer for each row than the one that these few get."""

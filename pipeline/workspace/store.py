@@ -87,7 +87,7 @@ class Workspace:
         """The folder for what must be a local file (the default tracker's database, reports, locks)."""
         if self.is_local:
             return Path(self.root)
-        return Path(tempfile.gettempdir()) / f"unclip-{hashlib.sha256(self.root.encode()).hexdigest()[:12]}"
+        return _own_folder("unclip") / hashlib.sha256(self.root.encode()).hexdigest()[:12]
 
 
 class Artifact:
@@ -164,9 +164,7 @@ class Artifact:
         if self._is_local:
             local = Path(self._base) / name
         else:
-            local = (
-                Path(tempfile.gettempdir()) / "unclip-cache" / hashlib.sha256(self.uri.encode()).hexdigest()[:16] / name
-            )
+            local = _own_folder("unclip-cache") / hashlib.sha256(self.uri.encode()).hexdigest()[:16] / name
             if not local.exists() and self.exists(name):
                 local.parent.mkdir(parents=True, exist_ok=True)
                 partial = local.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
@@ -309,6 +307,7 @@ class Artifact:
         target = Path(self._base) / name
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
+            os.fchmod(stream.fileno(), 0o666 & ~_UMASK)  # safetensors makes files that only their owner may read
         temporary.replace(target)
         folder = os.open(target.parent, os.O_RDONLY)
         try:
@@ -338,6 +337,30 @@ def translate_os_errors(where: str) -> Generator[None]:
         if not reasons:
             raise
         raise StepError(f"{where}: {reasons[0]}") from error
+
+
+def _own_folder(name: str) -> Path:
+    """A folder for temporary files that this user alone can read and write, whoever else uses this machine.
+
+    Raises:
+        StepError: If another user has made it.
+    """
+    folder = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
+    with translate_os_errors(str(folder)):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise StepError(f"{folder} belongs to another user; remove it, or set TMPDIR to a folder of your own")
+    return folder
+
+
+def _umask() -> int:
+    """The permissions that new files do not get; it can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _umask()
 
 
 def _remove(path: Path) -> None:

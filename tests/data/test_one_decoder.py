@@ -21,9 +21,9 @@ from pipeline.data.shard_writer import ShardFiles
 from pipeline.data.shards import StoredPictures
 from pipeline.data.training_rows import ShardReader
 from pipeline.data.urls import AddressRules
-from pipeline.data.vectors import Vectors, read_vectors, to_unit
+from pipeline.data.vectors import Vectors, read_vectors, to_unit, write_embeddings
 from pipeline.pictures import read_file, square
-from pipeline.recipe.sections import DownloadConfig
+from pipeline.recipe.sections import DownloadConfig, EmbedConfig
 from pipeline.serve.knn import decode_query
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.store import Artifact
@@ -62,7 +62,8 @@ def data(server: PictureServer, tmp_path_factory: pytest.TempPathFactory) -> _Da
     assert counts["ok"] == len(urls)
     download.commit_shard(ShardRecord(shard="00000", counts=dict(counts), files={}))
     clip = make_clip(folder / "clip")
-    Embedder(clip, batch_size=4)(files[0], files[1], "00000", folder / "vectors.parquet")
+    table = Embedder(clip, EmbedConfig(batch_size=4))(files[0], files[1], "00000").table
+    write_embeddings([table], folder / "vectors.parquet", table.schema)
     rows = {row["caption"]: row for row in pq.read_table(files[1]).to_pylist()}
     return _Data(download, rows, read_vectors(folder / "vectors.parquet"), FrozenClip(load_clip(clip)))
 

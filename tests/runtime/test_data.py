@@ -1,5 +1,7 @@
 """The data steps on a real Ray."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from pipeline.data.npy_folder import export_embeddings
+from pipeline.data.rows import make_uid
 from pipeline.data.shards import StoredPictures
 from pipeline.errors import DataError, StepError
 from pipeline.evaluate.evaluate import finish, make_runner, plan_work
@@ -24,6 +28,7 @@ from pipeline.workspace.progress import read_progress
 from pipeline.workspace.store import LIVE, Artifact, Workspace
 from tests.ports import free_port
 from tests.tiny.networks import make_clip
+from tests.tiny.shards import drawn_sample, write_shard
 from tests.tiny.workspace import evaluate_step
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -91,6 +96,34 @@ def test_run_embed_refuses_a_shard_that_changed(tmp_path: Path) -> None:
     download.output.write_bytes("00000.tar", b"bites")
     with pytest.raises(DataError, match=r"embed: shard 00000: .*00000.tar does not match its checksum"):
         data.run_embed(embed)
+
+
+def test_run_embed_names_its_corrupt_rows_and_takes_exported_embeddings_over(tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"embed": {"batch_size": 4, "resources": {"cpus_per_worker": 0.5}}}
+    download, embed = _context(tmp_path, "download", **sections), _context(tmp_path, "embed", **sections)
+    for path in make_clip(tmp_path / "clip").iterdir():
+        embed.inputs["clip"].write_bytes(path.name, path.read_bytes())
+    for number in range(5):
+        samples = [drawn_sample(number * 10 + row) for row in range(8)]
+        if number == 3:
+            samples[5] = replace(samples[5], picture=b"no picture")
+        paths = write_shard(download.output, f"{number:05d}", samples, "png")
+        files = {path.name: download.output.describe(path.name) for path in paths}
+        download.output.commit_shard(ShardRecord(shard=f"{number:05d}", counts={"in": 8, "ok": 8}, files=files))
+    result = data.run_embed(embed)
+    assert result.counts == {"in": 40, "ok": 39, "corrupt": 1}
+    assert result.metrics == {"arithmetic": "float32, TF32 off", "failures": {"not a picture": 1}}
+    [line] = embed.output.path("00003_failures.jsonl").read_text().splitlines()
+    url = "http://127.0.0.1/35.png"
+    assert (json.loads(line)["url"], json.loads(line)["uid"]) == (url, make_uid(url, drawn_sample(35).caption))
+    _commit(embed, result)
+
+    assert export_embeddings(embed.output, tmp_path / "npy") == 39
+    taken = _context(tmp_path, "embed", embed={"import_from": str(tmp_path / "npy")})
+    assert taken.inputs == {}
+    assert data.run_embed(taken).counts == {"in": 39, "ok": 39, "corrupt": 0}
+    for name in embed.output.shard_records():
+        assert taken.output.path(f"{name}.parquet").read_bytes() == embed.output.path(f"{name}.parquet").read_bytes()
 
 
 def test_run_download_explains_a_dead_list_and_tries_again(tmp_path: Path) -> None:

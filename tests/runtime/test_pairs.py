@@ -8,7 +8,7 @@ import pytest
 import tomli_w
 
 from pipeline.data.pairs import Pairs
-from pipeline.data.shards import read_samples
+from pipeline.data.shards import good_samples
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import load_recipe
 from pipeline.workspace.store import Workspace
@@ -49,8 +49,9 @@ def test_workers_share_the_tasks_and_shards_are_taken_in_as_they_are(
     assert manifests[0].node_s == pytest.approx(2 * manifests[0].wall_s, abs=0.01)  # two workers
     assert [part.num_rows for part in Pairs(pairs).parts] == [5, 5, 5, 5]
     assert download.path("00002.tar").resolve() == tmp_path / "shards/2.tar"
-    samples = list(read_samples(download.path("00002.tar"), download.path("00002.parquet"), "00002"))
-    assert [sample.caption for sample in samples] == [f"text {number}" for number in range(20, 25)]
+    rows, pictures = good_samples(download.path("00002.tar"), download.path("00002.parquet"), "00002")
+    assert rows.column("caption").to_pylist() == [f"text {number}" for number in range(20, 25)]
+    assert all(pictures.read(row["key"], row["uid"]) for row in rows.to_pylist())
     plan = unclip("plan", str(tmp_path / "recipe.toml")).stdout
     assert "pairs: a change of 4 files, such as" in plan
     assert "is noticed only by its size" in plan

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,13 @@ def _context(folder: Path) -> StepContext:
     return StepContext(recipe, step, recipe.workspace)
 
 
+def _wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
 class _Stage:
     """Writes a shard's name; shards named for a fault have it, once or always."""
 
@@ -45,6 +53,8 @@ class _Stage:
             os.kill(os.getpid(), signal.SIGKILL)
         if shard == "hangs-once" and first:
             time.sleep(600)
+        if shard.startswith("meets-"):  # waits until its partner is being made, too
+            _wait_for(lambda: len([name for name in self._output.names() if name.startswith("tried-meets-")]) == 2)
         if shard == "bad":
             raise DataError("shard bad: row 3 is wrong")
         if shard == "bug":
@@ -72,6 +82,15 @@ def test_map_shards_makes_each_shard_and_none_twice(tmp_path: Path) -> None:
 def test_map_shards_makes_a_lost_workers_shard_again(tmp_path: Path) -> None:
     records = _map(_context(tmp_path), "a", "dies-once", "b", "c", resources=_TWO)
     assert [record.shard for record in records] == ["a", "dies-once", "b", "c"]
+
+
+def test_a_worker_makes_several_shards_at_once_and_all_come_back_when_it_is_lost(tmp_path: Path) -> None:
+    records = _map(_context(tmp_path), "meets-a", "meets-b", "c", num_at_once=2)
+    assert [record.shard for record in records] == ["meets-a", "meets-b", "c"]
+    context = _context(tmp_path / "lost")
+    names = ["hangs-once", "dies-once", "c", "d"]
+    assert [record.shard for record in _map(context, *names, num_at_once=2)] == names
+    assert set(context.output.shard_records()) == set(names)
 
 
 def test_map_shards_gives_up_a_shard_that_hangs(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.data.rows import embeddings_schema, make_uid
-from pipeline.data.vectors import ROW_GROUP_ROWS, WRITER_OPTIONS, to_arrow
+from pipeline.data.vectors import to_arrow, write_embeddings
 from pipeline.pictures import to_png
 from pipeline.shapes.captions import training_caption
 from pipeline.shapes.draw import draw
@@ -147,10 +147,11 @@ def write_vectors(
 ) -> None:
     """Commit one shard of embeddings (N, D)."""
     columns = {name: [row[name] for row in rows] for name in ("uid", "key", "url", "caption", "split")}
+    columns |= {"clip_score": (z_image.astype(np.float32) * z_text.astype(np.float32)).sum(1)}
     columns |= {"z_image": to_arrow(z_image), "z_text": to_arrow(z_text)}
     with artifact.write(f"{shard}.parquet") as path:
-        table = pa.table(columns, schema=embeddings_schema(z_image.shape[1]))
-        pq.write_table(table, path, row_group_size=ROW_GROUP_ROWS, **WRITER_OPTIONS)
+        schema = embeddings_schema(z_image.shape[1])
+        write_embeddings([pa.table(columns, schema=schema)], path, schema)
     files = {f"{shard}.parquet": artifact.describe(f"{shard}.parquet")}
     artifact.commit_shard(ShardRecord(shard=shard, counts={"in": len(rows), "ok": len(rows)}, files=files))
 

@@ -9,6 +9,7 @@ import torch
 from pipeline.clip import create_clip
 from pipeline.data.drawn import write_evaluation
 from pipeline.data.embed import Embedder
+from pipeline.data.vectors import write_embeddings
 from pipeline.networks.clip import load_clip_artifact, save_clip_artifact
 from pipeline.networks.files import save_network
 from pipeline.networks.table import kind_of
@@ -75,10 +76,10 @@ def finish_workspace(recipe: Recipe, samples: Iterable[Sample], suffix: str) -> 
             write_evaluation(path, recipe.seed)
     tar, parquet = write_shard(outputs["download"], "00000", samples, suffix)
     _write_networks(recipe, outputs)
-    embedder = Embedder(outputs["clip"].path("open_clip_config.json").parent, batch_size=8)
+    result = Embedder(outputs["clip"].path("open_clip_config.json").parent, recipe.embed)(tar, parquet, "00000")
     with outputs["embed"].write("00000.parquet") as path:
-        counts = embedder(tar, parquet, "00000", path)
-    outputs["embed"].commit_shard(ShardRecord(shard="00000", counts=dict(counts), files={}))
+        write_embeddings([result.table], path, result.table.schema)
+    outputs["embed"].commit_shard(ShardRecord(shard="00000", counts=dict(result.counts), files={}))
     build_index(outputs["embed"], outputs["index"], recipe.index, seed=recipe.seed)
     for name, step in steps.items():
         outputs[name].commit(manifest_of(step, outputs[name]))

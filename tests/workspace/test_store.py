@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import pickle
 import re
 import signal
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from pipeline.data.rows import make_uid, split_of
 from pipeline.errors import DataError, StepError
@@ -218,6 +220,31 @@ def test_counts_that_lose_rows_are_refused() -> None:
     with pytest.raises(DataError, match="do not add up"):
         check_counts({"in": 3, "ok": 2}, where="here")
     assert add_counts([{"in": 1, "ok": 1}, {"in": 2, "ok": 1, "bad": 1}]) == {"in": 3, "ok": 2, "bad": 1}
+
+
+def test_published_files_may_be_read_by_whoever_the_umask_allows(tmp_path: Path) -> None:
+    artifact = Artifact(str(tmp_path))
+    with artifact.write("weights.safetensors") as path:
+        save_file({"weight": np.zeros(2)}, path)
+    artifact.write_bytes("plain", b"")
+    (tmp_path / "by-hand").touch()
+    modes = {name: (tmp_path / name).stat().st_mode for name in ("weights.safetensors", "plain", "by-hand")}
+    assert len(set(modes.values())) == 1, modes
+
+
+def test_the_cache_of_another_user_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    artifact = Artifact("memory://cached/step/key")
+    artifact.write_bytes("file", b"mine")
+    first = artifact.path("file")
+    assert first.read_bytes() == b"mine"
+    assert first.is_relative_to(tmp_path / f"unclip-cache-{os.getuid()}")
+    assert (tmp_path / f"unclip-cache-{os.getuid()}").stat().st_mode & 0o777 == 0o700
+    other = os.getuid() + 1
+    monkeypatch.setattr("os.getuid", lambda: other)
+    (tmp_path / f"unclip-cache-{other}").mkdir()  # under this user's own id: for the other it is a stranger's
+    with pytest.raises(StepError, match=rf"unclip-cache-{other} belongs to another user; .*TMPDIR"):
+        artifact.path("file")
 
 
 def test_artifact_works_on_an_object_store_and_survives_pickling() -> None:
