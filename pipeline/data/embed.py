@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from pipeline.clip import FrozenClip, load_clip
+from pipeline.clip import NO_IMAGE_TOWER, FrozenClip, load_clip
 from pipeline.data.chunks import CHUNK_ROWS, Chunk, DecodedChunk, Decoders, ThreadDecoders
 from pipeline.data.rows import embeddings_schema
 from pipeline.data.selection import Selection
@@ -69,14 +69,18 @@ class Embedder:
     ) -> None:
         self._device = torch.device(config.resources.accelerator)
         try:
-            self._clip = FrozenClip(load_clip(folder)).to(self._device)
+            clip = load_clip(folder)
         except ValueError as error:
             raise DataError(f"embed: {error}") from error
+        if not clip.has_images:
+            raise DataError(f"embed: {folder}: {NO_IMAGE_TOWER}")
+        self._clip = FrozenClip(clip).to(self._device)
         if config.compiled:
             self._clip.compile_towers()
         self._config = config
         self._decoders = decoders or ThreadDecoders(self._clip.clip.inputs)
         self._turn = threading.Lock()
+        self._of_thread = threading.local()
         self._selection = selection
 
     def __call__(self, tar: Path, parquet: Path, shard: str) -> EmbeddedShard:
@@ -157,13 +161,18 @@ class Embedder:
 
     @contextlib.contextmanager
     def _turns(self) -> Generator[None]:
-        """On the CPU one shard at a time, which has all threads; on a GPU each shard has a stream of its own."""
+        """On the CPU one shard at a time, which has all threads; on a GPU each thread has a stream of its own."""
         with self._turn if self._device.type == "cpu" else contextlib.nullcontext():
             yield
 
     @contextlib.contextmanager
     def _stream(self) -> Generator[None]:
-        with torch.cuda.stream(torch.cuda.Stream()) if self._device.type == "cuda" else contextlib.nullcontext():
+        if self._device.type == "cpu":
+            yield
+            return
+        if not hasattr(self._of_thread, "stream"):  # one for each thread, because torch keeps free memory by stream
+            self._of_thread.stream = torch.cuda.Stream()
+        with torch.cuda.stream(self._of_thread.stream):
             yield
 
 

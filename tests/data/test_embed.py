@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from pipeline.clip import FrozenClip, load_clip
 from pipeline.data.embed import Embedder
@@ -128,6 +129,18 @@ def test_embedder_in_bfloat16_is_close_to_float32(clip_folder: Path, tmp_path: P
 def test_precisions_of_a_gpu_are_refused_on_the_cpu() -> None:
     with pytest.raises(ConfigError, match=r"embed: .*precision = .float16. needs resources\.accelerator = .cuda."):
         parse_recipe({"embed": {"precision": "float16"}})
+
+
+def test_embedder_refuses_a_clip_without_an_image_tower(tmp_path: Path) -> None:
+    config = make_clip(tmp_path) / "open_clip_config.json"
+    tables = json.loads(config.read_text())
+    del tables["model_cfg"]["vision_cfg"]
+    config.write_text(json.dumps(tables))
+    weights = load_file(tmp_path / "open_clip_model.safetensors")
+    text = {name: tensor for name, tensor in weights.items() if not name.startswith("visual.")}
+    save_file(text, tmp_path / "open_clip_model.safetensors")
+    with pytest.raises(DataError, match=r"embed: .*this CLIP has no image tower"):
+        _embedder(tmp_path)
 
 
 def test_embedder_names_what_is_no_clip(tmp_path: Path) -> None:
