@@ -13,7 +13,7 @@ import pytest
 from pipeline.data.make_pairs import write_pairs
 from pipeline.data.pairs import Pairs
 from pipeline.data.rows import make_uid
-from pipeline.data.shards import StoredPictures, read_samples
+from pipeline.data.shards import StoredPictures, good_samples
 from pipeline.data.sources import Source, count_pairs
 from pipeline.data.tars import take_in
 from pipeline.errors import DataError
@@ -68,9 +68,10 @@ def test_shards_of_img2dataset_are_taken_in_as_they_are(tmp_path: Path) -> None:
     assert row["uid"] == make_uid("http://a/10.jpg", "caption 10")
     assert (row["key"], row["status"], row["punsafe"], row["sha256"]) == ("000000010", "success", "0.25", "f" * 64)
     assert (row["width"], row["original_height"]) == (96, 100)
-    samples = list(read_samples(shards.path("00001.tar"), shards.path("00001.parquet"), "00001"))
-    assert [sample.picture for sample in samples] == [make_picture(number) for number in (10, 11, 12)]
-    assert [sample.caption for sample in samples] == [f"caption {number}" for number in (10, 11, 12)]
+    samples, pictures = good_samples(shards.path("00001.tar"), shards.path("00001.parquet"), "00001")
+    keys_and_uids = zip(samples["key"].to_pylist(), samples["uid"].to_pylist(), strict=True)
+    assert [pictures.read(*one) for one in keys_and_uids] == [make_picture(number) for number in (10, 11, 12)]
+    assert samples["caption"].to_pylist() == [f"caption {number}" for number in (10, 11, 12)]
     assert pairs.num_rows == 6
 
 
@@ -121,8 +122,8 @@ def test_repeated_pairs_stay_in_the_tar_and_are_no_rows(tmp_path: Path) -> None:
     _write_tar(tmp_path / "in/1.tar", _img2dataset(2) | _img2dataset(3))
     _, shards, counts = _make(tmp_path / "in", tmp_path / "out")
     assert counts == {"in": 4, "ok": 3, "duplicate": 1}
-    samples = list(read_samples(shards.path("00001.tar"), shards.path("00001.parquet"), "00001"))
-    assert [sample.caption for sample in samples] == ["caption 3"]
+    samples, _ = good_samples(shards.path("00001.tar"), shards.path("00001.parquet"), "00001")
+    assert samples["caption"].to_pylist() == ["caption 3"]
 
 
 def test_a_tar_that_changes_after_the_list_was_made_is_refused(tmp_path: Path) -> None:
