@@ -37,7 +37,7 @@ from pipeline.retrieve.versions import Version
 from pipeline.workspace.manifest import ShardRecord, add_counts
 from pipeline.workspace.store import LIVE, Artifact
 
-BASE_SEGMENT = "segment-000000"
+BASE_SEGMENT = "segment_00000"
 
 _FLAT_BELOW_ROWS = 4_000
 _FLAT_UP_TO_ROWS = 50_000

@@ -24,7 +24,7 @@ from pipeline.workspace.store import LIVE, Artifact
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported, and have no types
 
-_SEGMENT = re.compile(r"segment-(\d{6})/")
+_SEGMENT = re.compile(r"segment_(\d{5})/")
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _publish_deleted(
 def _new_name(index: Artifact) -> str:
     """The folder of the next segment: a number that no version has used."""
     used = [name for version in read_versions(index) for name in version.segments]
-    return f"segment-{1 + max(int(name[-6:]) for name in used):06d}"
+    return f"segment_{1 + max(int(name[-5:]) for name in used):05d}"
 
 
 def _clip_of(embed: Artifact) -> list[str]:
@@ -200,5 +200,5 @@ def _remove_old_files(index: Artifact) -> None:
         segment = _SEGMENT.match(name)
         is_old = segment is not None and segment.group(0)[:-1] not in segments
         is_unused = name.startswith("changes/deleted-") and name not in others
-        if is_old or is_unused or name.startswith(f"{LIVE}segment-"):
+        if is_old or is_unused or name.startswith(f"{LIVE}segment_"):
             index.remove(name)

@@ -113,7 +113,7 @@ def test_compact_keeps_the_rows_and_drops_the_deleted_ones(index: Any) -> None:
     assert _rows(NeighbourIndex.open(output), vectors) == expected
     assert _rows(before, vectors) == expected
     delete(output, [_uid(2)])  # only now do the files of the segments before go
-    assert {name.split("/")[0] for name in output.names()} == {"changes", "index.json", "segment-000002"}
+    assert {name.split("/")[0] for name in output.names()} == {"changes", "index.json", "segment_00002"}
     assert _rows(before, vectors) == expected
     restore(output, [_uid(1)])
     assert _append(output, workspace.artifact("embed", "base"))["ok"] == 1

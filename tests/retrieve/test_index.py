@@ -118,7 +118,7 @@ def test_index_is_built_to_the_same_bytes(kind: str, build: Build) -> None:
 
 def test_a_higher_target_takes_more_effort(build: Build) -> None:
     efforts = [
-        build(_config("ivf_sq8", recall_target=target), str(target)).read_json("segment-000000/segment.json")["image"]
+        build(_config("ivf_sq8", recall_target=target), str(target)).read_json("segment_00000/segment.json")["image"]
         for target in (0.3, 0.99)
     ]
     for few, many in zip(*(item["efforts"] for item in efforts), strict=True):
@@ -159,7 +159,7 @@ def test_auto_keeps_the_fastest_kind_that_reaches_the_target(tmp_path: Path) -> 
     assert list(tried) == ["flat", "ivf_sq8", "hnsw", "ivf_rabitq"]
     best = min((name for name in tried if tried[name]["reaches_target"]), key=lambda name: tried[name]["latency_ms"])
     assert metrics["image_kind"] == best
-    assert output.read_json("segment-000000/segment.json")["image"]["kind"] == best
+    assert output.read_json("segment_00000/segment.json")["image"]["kind"] == best
     assert [name for name in output.names() if "image." in name and f"image.{best}." not in name] == []
     assert {"k", "effort", "candidates", "recall"} == set(tried["ivf_sq8"]["curve"][0])
 
@@ -202,7 +202,7 @@ def test_index_moves_with_its_workspace(tmp_path: Path) -> None:
 
 def test_open_refuses_what_is_damaged_or_does_not_belong_together(build: Build) -> None:
     output = build(_config("ivf_sq8"))
-    name = "segment-000000/image.ivf_sq8"
+    name = "segment_00000/image.ivf_sq8"
     lists = output.path(f"{name}.lists").read_bytes()
     output.write_bytes(f"{name}.lists", lists[:-8])
     with pytest.raises(DataError, match=r"image.ivf_sq8.faiss: damaged .*lists: \d+ bytes, expected \d+"):
@@ -211,8 +211,8 @@ def test_open_refuses_what_is_damaged_or_does_not_belong_together(build: Build) 
     output.write_bytes(f"{name}.faiss", b"not an index")
     with pytest.raises(DataError, match=r"image.ivf_sq8.faiss: damaged"):
         NeighbourIndex.open(output)
-    ids = np.load(output.path("segment-000000/ids.npy"))
-    with output.write("segment-000000/ids.npy") as path, path.open("wb") as file:
+    ids = np.load(output.path("segment_00000/ids.npy"))
+    with output.write("segment_00000/ids.npy") as path, path.open("wb") as file:
         np.save(file, ids[1:])
     with pytest.raises(DataError, match=r"2999 rows in ids.npy, 3000 in rows.arrow"):
         NeighbourIndex.open(output)
@@ -247,7 +247,7 @@ def test_lists_are_trained_on_a_sample_of_all_rows(embed: Artifact, tmp_path: Pa
     order = np.argsort(z_image[:, 0])
     make_embeddings(ordered, z_image[order], z_image[order], rows_per_shard=1000)
     build_index(ordered, output, _config("ivf_sq8", num_train_rows=800), seed=3)
-    sizes = np.load(output.path("segment-000000/image.ivf_sq8.sizes.npy"))
+    sizes = np.load(output.path("segment_00000/image.ivf_sq8.sizes.npy"))
     assert len(sizes) == 20
     assert sizes.max() < 0.25 * NUM_ROWS
 
