@@ -2,7 +2,7 @@
 
     python -m benchmarks.download [--rounds 3] [--pictures 3000]
 
-A process serves photographs of some 80 KB with keep-alive from memory, on the same cores as both programs. Each round
+A process serves photographs with keep-alive from memory, on the same cores as both programs. Each round
 runs both, one after the other, as a command with a process a core and the same size, resize mode, encoding, checksum
 and shards; ours without Ray, whose workers do the same. Pictures per second are those of the shards:
 from the begin of the first to the end of the last, without the start of either program. Floor: 1.5 times img2dataset's.
@@ -32,38 +32,42 @@ from PIL import Image, ImageFilter
 from benchmarks.side_by_side import publish
 
 FLOOR = 1.5
-_NUM_FILES = 64
-_SIZE = (640, 480)
+_SIZES = {
+    "640 x 480": [(640, 480)] * 20,
+    "sizes of the web": [
+        *[(320, 240)] * 3, *[(500, 375)] * 5, *[(640, 480)] * 5, *[(1024, 768)] * 4, *[(1600, 1200)] * 2, (3000, 2000),
+    ],
+}  # fmt: skip
+"""Sets of pictures; the second has some of each size that lists of web pictures have."""
 _SHARD_ROWS = 500
 _IMAGE_PX = 256
 
 
-def photographs() -> list[bytes]:
-    """Pictures with the spectrum of photographs, as JPEG files of some 80 KB."""
-    files: list[bytes] = []
-    for seed in range(_NUM_FILES):
-        noise = np.random.default_rng(seed).normal(0, 1, (_SIZE[1], _SIZE[0], 3))
-        layers = np.zeros_like(noise)
-        for radius in (1, 4, 16, 64):
-            small = Image.fromarray(np.uint8(np.clip(128 + 60 * noise, 0, 255)))
-            layer = np.asarray(small.filter(ImageFilter.GaussianBlur(radius))).astype(float) - 128
-            layers += layer / max(layer.std(), 1e-6) * radius**0.5
-        image = Image.fromarray(np.uint8(np.clip(128 + 9 * layers, 0, 255)))
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=84)
-        files.append(buffer.getvalue())
-    return files
+def photograph(seed: int, size: tuple[int, int]) -> bytes:
+    """A picture with about the spectrum of a photograph, as a JPEG file."""
+    random = np.random.default_rng(seed)
+    noise = Image.fromarray(np.uint8(np.clip(random.normal(128, 60, (480, 640, 3)), 0, 255)))
+    layers = np.zeros((480, 640, 3))
+    for radius in (1, 4, 16, 64):
+        layer = np.asarray(noise.filter(ImageFilter.GaussianBlur(radius))).astype(float) - 128
+        layers += layer / max(layer.std(), 1e-6) * radius**0.5
+    image = Image.fromarray(np.uint8(np.clip(128 + 9 * layers, 0, 255))).resize(size, Image.Resampling.BICUBIC)
+    grain = random.normal(0, 2, (size[1], size[0], 1))
+    buffer = io.BytesIO()
+    Image.fromarray(np.uint8(np.clip(np.asarray(image) + grain, 0, 255))).save(buffer, "JPEG", quality=84)
+    return buffer.getvalue()
 
 
 async def _serve(port_file: Path) -> None:
-    files = photographs()
+    sets = [[photograph(seed, size) for seed, size in enumerate(sizes)] for sizes in _SIZES.values()]
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
                 path = head.split(b" ", 2)[1]
-                is_picture = path.startswith(b"/p/")
+                is_picture = path[1:2].isdigit()
+                files = sets[int(path[1:2])] if is_picture else [b""]
                 body = files[int(path[3:-4]) % len(files)] if is_picture else b""
                 status = b"200 OK" if is_picture else b"404 Not Found"
                 is_last = b"connection: close" in head.lower()
@@ -106,14 +110,24 @@ def _rate(folder: Path) -> tuple[float, int]:
 def run_theirs(table: Path, out: Path, num_processes: int) -> tuple[float, float, int]:
     """img2dataset's command: pictures per second in its shards, seconds of the whole command, pictures."""
     options = {
-        "url_list": table, "input_format": "parquet", "url_col": "url", "caption_col": "caption", "output_folder": out,
-        "output_format": "webdataset", "processes_count": num_processes, "thread_count": 32, "image_size": _IMAGE_PX,
-        "resize_mode": "center_crop", "encode_quality": 95, "number_sample_per_shard": _SHARD_ROWS,
-        "compute_hash": "sha256", "enable_wandb": False, "save_additional_columns": '["uid","split"]',
-    }  # fmt: skip
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        "url_list": str(table),
+        "input_format": "parquet",
+        "url_col": "url",
+        "caption_col": "caption",
+        "save_additional_columns": ["uid", "split"],
+        "output_folder": str(out),
+        "output_format": "webdataset",
+        "processes_count": num_processes,
+        "thread_count": 32,
+        "number_sample_per_shard": _SHARD_ROWS,
+        "image_size": _IMAGE_PX,
+        "resize_mode": "center_crop",
+        "encode_quality": 95,
+        "compute_hash": "sha256",
+        "enable_wandb": False,
+    }
     start = time.monotonic()
-    command = [sys.executable, "-m", "benchmarks.download", "--img2dataset", *words]
+    command = [sys.executable, "-m", "benchmarks.download", "--img2dataset", json.dumps(options)]
     environment = os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, capture_output=True, env=environment)
     return *_rate(out)[:1], time.monotonic() - start, _rate(out)[1]
@@ -169,39 +183,43 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=3000)
     parser.add_argument("--serve", default="", help=argparse.SUPPRESS)
     parser.add_argument("--ours", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--img2dataset", action="store_true", help=argparse.SUPPRESS)
-    arguments, rest = parser.parse_known_args()
+    parser.add_argument("--img2dataset", default="", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
     if arguments.serve:
         asyncio.run(_serve(Path(arguments.serve)))
     if arguments.ours:
         _download_ours(Path(arguments.ours[0]), Path(arguments.ours[1]), int(arguments.ours[2]))
         return
     if arguments.img2dataset:
-        import fire
         from img2dataset import download
 
-        sys.argv = ["img2dataset", *rest]
-        fire.Fire(download)
+        download(**json.loads(arguments.img2dataset))
         return
     cores = os.cpu_count() or 1
+    rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as name, served(Path(name)) as url:
-        folder = Path(name)
-        urls = [f"{url}/p/{number}.jpg" for number in range(arguments.pictures)]
-        table = pa.table(
-            {"url": urls, "caption": ["a photograph"] * len(urls), "uid": urls, "split": ["train"] * len(urls)}
-        )
-        pq.write_table(table, folder / "table.parquet")
-        rows: list[dict[str, object]] = []
-        for number in range(arguments.rounds):
-            ours = run_ours(folder / "table.parquet", folder / f"ours-{number}", cores)
-            theirs = run_theirs(folder / "table.parquet", folder / f"theirs-{number}", cores)
-            row = {"round": number, "ours_per_s": ours[0], "theirs_per_s": theirs[0], "ratio": ours[0] / theirs[0]}
-            rows.append(row | {"our_command_s": ours[1], "their_command_s": theirs[1], "pictures": ours[2]})
-            assert ours[2] == theirs[2] == arguments.pictures
-        middle = {key: median(float(row[key]) for row in rows) for key in rows[0]}  # type: ignore[arg-type]
-        rows.append(middle | {"round": "median"})
-    settings = {"floor": FLOOR, "cores": cores, "bytes": len(photographs()[0]), "size": _SIZE, "image_px": _IMAGE_PX}
-    publish("download", rows, settings)
+        for number, kind in enumerate(_SIZES):
+            rows += _compare(Path(name) / str(number), f"{url}/{number}", kind, arguments, cores)
+    publish("download", rows, {"floor": FLOOR, "cores": cores, "image_px": _IMAGE_PX, "shard_rows": _SHARD_ROWS})
+
+
+def _compare(folder: Path, url: str, kind: str, arguments: argparse.Namespace, cores: int) -> list[dict[str, object]]:
+    """Rounds of one set of pictures, and their median."""
+    folder.mkdir()
+    urls = [f"{url}/{number}.jpg" for number in range(arguments.pictures)]
+    columns = {"url": urls, "caption": ["a photograph"] * len(urls), "uid": urls, "split": ["train"] * len(urls)}
+    pq.write_table(pa.table(columns), folder / "table.parquet")
+    rounds: list[dict[str, float]] = []
+    for number in range(arguments.rounds):
+        both = [(run_ours, folder / f"ours-{number}"), (run_theirs, folder / f"theirs-{number}")]
+        results = {run: run(folder / "table.parquet", out, cores) for run, out in both[:: 1 if number % 2 else -1]}
+        ours, theirs = results[run_ours], results[run_theirs]
+        assert ours[2] == theirs[2] == arguments.pictures
+        rates = {"ours_per_s": ours[0], "theirs_per_s": theirs[0], "ratio": ours[0] / theirs[0]}
+        rounds.append(rates | {"our_command_s": ours[1], "their_command_s": theirs[1]})
+    middle = {key: median(row[key] for row in rounds) for key in rounds[0]}
+    shown = [(str(number), row) for number, row in enumerate(rounds)] + [("median", middle)]
+    return [{"pictures": kind, "round": name, **row} for name, row in shown]
 
 
 if __name__ == "__main__":

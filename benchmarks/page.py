@@ -14,6 +14,7 @@ MODULES = {
     "sampling_karlo": "sampling",
     "sampler_steps": "sampler_steps",
     "pairs": "pairs",
+    "download": "download",
     "serving": "serving",
     "gpu": "gpu",
     "emoji_search": "emoji",

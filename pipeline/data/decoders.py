@@ -1,8 +1,8 @@
 """Processes that decode and resize pictures beside the downloads.
 
-A decoder is a program of its own (``python -m pipeline.data.decoders``) that gets one picture at a time: the downloads
-never wait for a picture, several are decoded at once, and a picture that takes its decoder down costs one row. The
-memory of a decoder is limited, and so is its time for a picture.
+A decoder is a program of its own (``python -m pipeline.data.decoders``) that decodes one picture at a time: the
+downloads never wait for a picture, several are decoded at once, and a picture that takes its decoder down costs one
+row. The memory of a decoder is limited, and so is its time for a picture.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -31,9 +32,10 @@ from pipeline.recipe.sections import DownloadConfig
 
 _LIMIT_S = 60.0
 _TRIES, _STARTS = 2, 3
+_PICTURES_AT_ONCE = 2
 _OOM_SCORE = b"800"
 _SPARE_BYTES = 256 << 20
-_HEADER = struct.Struct("<IQ")
+_HEADER = struct.Struct("<QQ")
 
 
 class Decoders:
@@ -48,12 +50,10 @@ class Decoders:
         self._config = config
         self._count = count
         self._free: asyncio.Queue[_Decoder] = asyncio.Queue()
-        self._all: list[_Decoder] = []
 
     async def __aenter__(self) -> Decoders:
-        for _ in range(self._count):
-            decoder = _Decoder(self._config)
-            self._all.append(decoder)
+        self._all = [_Decoder(self._config) for _ in range(self._count)]
+        for decoder in self._all * _PICTURES_AT_ONCE:
             self._free.put_nowait(decoder)
         await asyncio.gather(*(decoder.start() for decoder in self._all))
         return self
@@ -74,26 +74,39 @@ class Decoders:
             request = pickle.dumps((body.read(), boxes, checksum), protocol=5)
             for number in range(_TRIES):
                 try:
-                    async with asyncio.timeout(_LIMIT_S):
-                        return await decoder.ask(request)
-                except TimeoutError:
-                    await decoder.restart()
-                    raise FetchError("killer", f"decoding took longer than {_LIMIT_S:.0f} s") from None
-                except (OSError, asyncio.IncompleteReadError):
-                    status = await decoder.restart()
-                    if number == _TRIES - 1:
-                        raise FetchError("killer", f"its decoder ended with status {status}") from None
+                    return await decoder.ask(request)
+                except DecoderLostError as error:
+                    if error.is_last or number == _TRIES - 1:
+                        raise FetchError("killer", error.reason) from None
             raise AssertionError
         finally:
             self._free.put_nowait(decoder)
 
 
+class DecoderLostError(Exception):
+    """A decoder that ended, or was ended, with a picture.
+
+    Args:
+        reason: How.
+        is_last: Whether another try makes no sense.
+    """
+
+    def __init__(self, reason: str, *, is_last: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.is_last = is_last
+
+
 class _Decoder:
-    """One process."""
+    """One process. It gets its next picture while it decodes one, so that it never waits; it answers in order."""
 
     def __init__(self, config: DownloadConfig) -> None:
         self._config = config
         self._process: asyncio.subprocess.Process | None = None
+        self._turn = asyncio.Lock()
+        self._numbers = itertools.count(1)
+        """Of pictures."""
+        self._num_starts = 0
 
     async def start(self) -> None:
         """Start the process, send it the recipe's section, and wait until it is ready.
@@ -111,27 +124,51 @@ class _Decoder:
                 stdout=asyncio.subprocess.PIPE,
                 cwd=Path(__file__).parents[2],
             )
+            self._num_starts += 1
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-                await self._send(pickle.dumps(self._config))
-                assert self._process.stdout is not None
-                await self._process.stdout.readexactly(_HEADER.size)
+                self._write(pickle.dumps(self._config), 0)
+                await self._read(_HEADER.size)
                 return
             status = await self.stop()
         raise StepError(f"download: a process that decodes pictures does not start (status {status}); see its log")
 
     async def stop(self) -> int | None:
         """End the process; returns its exit status."""
+        self._kill()
         process, self._process = self._process, None
-        if process is None:
-            return None
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        return await process.wait()
+        return None if process is None else await process.wait()
 
-    async def restart(self) -> int | None:
+    async def ask(self, request: bytes) -> StoredPicture:
+        """Send a picture, and wait for its answer after those of the pictures before it.
+
+        Raises:
+            DecoderLostError: If the process ended with this picture.
+        """
+        number = next(self._numbers)
+        start = self._write(request, number)
+        try:
+            async with self._turn:  # its queue is in the order of the writes: nothing is awaited in between
+                while start != self._num_starts:  # a picture before this one took the process down
+                    start = self._write(request, number)
+                return await self._wait(number)
+        except asyncio.CancelledError:
+            self._kill()  # its answer would be taken for that of the next picture
+            raise
+
+    async def _wait(self, number: int) -> StoredPicture:
+        try:
+            async with asyncio.timeout(_LIMIT_S):
+                return await self._answer(number)
+        except TimeoutError:
+            await self._restart()
+            raise DecoderLostError(f"decoding took longer than {_LIMIT_S:.0f} s", is_last=True) from None
+        except (OSError, asyncio.IncompleteReadError):
+            status = await self._restart()
+            raise DecoderLostError(f"its decoder ended with status {status}") from None
+
+    async def _restart(self) -> int | None:
         """Replace the process; returns the exit status of the old one."""
-        process = self._process
-        status = None
+        process, status = self._process, None
         if process is not None:
             with contextlib.suppress(TimeoutError):  # a process that ended by itself tells how
                 status = await asyncio.wait_for(process.wait(), 0.2)
@@ -139,30 +176,34 @@ class _Decoder:
         await self.start()
         return stopped if status is None else status
 
-    async def ask(self, request: bytes) -> StoredPicture:
-        """Send a picture and wait for the answer.
-
-        Raises:
-            OSError, asyncio.IncompleteReadError: If the process ends.
-        """
-        await self._send(request)
-        assert self._process is not None
-        assert self._process.stdout is not None
-        json_bytes, data_bytes = _HEADER.unpack(await self._process.stdout.readexactly(_HEADER.size))
-        answer = json.loads(await self._process.stdout.readexactly(json_bytes))
-        data = await self._process.stdout.readexactly(data_bytes)
+    async def _answer(self, number: int) -> StoredPicture:
+        json_bytes, data_bytes = _HEADER.unpack(await self._read(_HEADER.size))
+        answer = json.loads(await self._read(json_bytes))
+        data = await self._read(data_bytes)
+        if answer.pop("number") != number:
+            raise OSError("an answer to another picture")
         if "cause" in answer:
             raise FetchError(answer["cause"], answer["detail"])
         if "reason" in answer:
             raise PictureError("download", answer["reason"], answer["detail"])
         return StoredPicture(data=data, **answer)
 
-    async def _send(self, message: bytes) -> None:
+    async def _read(self, num_bytes: int) -> bytes:
         assert self._process is not None
-        assert self._process.stdin is not None
-        self._process.stdin.write(_HEADER.pack(0, len(message)))
-        self._process.stdin.write(message)
-        await self._process.stdin.drain()
+        assert self._process.stdout is not None
+        return await self._process.stdout.readexactly(num_bytes)
+
+    def _write(self, message: bytes, number: int) -> int:
+        """Send a message; returns the number of the process that gets it."""
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.write(_HEADER.pack(number, len(message)))
+            self._process.stdin.write(message)
+        return self._num_starts
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
 
 
 def _answer(resizer: Resizer, request: tuple[bytes, Sequence[Sequence[float]], str]) -> tuple[dict[str, Any], bytes]:
@@ -178,14 +219,14 @@ def _answer(resizer: Resizer, request: tuple[bytes, Sequence[Sequence[float]], s
     return values, values.pop("data")
 
 
-def _read_message(stream: IO[bytes]) -> Any:
-    """The next message of the parent; None if it has ended."""
+def _read_message(stream: IO[bytes]) -> tuple[int, Any] | None:
+    """The next message of the parent, with its number; None if it has ended."""
     header = stream.read(_HEADER.size)
     if len(header) < _HEADER.size:
         return None
-    _, num_bytes = _HEADER.unpack(header)
+    number, num_bytes = _HEADER.unpack(header)
     data = stream.read(num_bytes)
-    return pickle.loads(data) if len(data) == num_bytes else None
+    return (number, pickle.loads(data)) if len(data) == num_bytes else None
 
 
 def _limit_memory(config: DownloadConfig) -> None:
@@ -204,18 +245,19 @@ def main() -> int:
     answers = os.fdopen(os.dup(1), "wb")
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(2, 1)  # what a library prints must not be read as an answer
-    config = _read_message(sys.stdin.buffer)
-    if config is None:
+    message = _read_message(sys.stdin.buffer)
+    if message is None:
         return 0
+    config: DownloadConfig = message[1]
     resizer = Resizer(config)
     _limit_memory(config)
     os.dup2(quiet, 2)  # libtiff and libpng write a line for every damaged picture
     os.dup2(quiet, 1)
     answers.write(_HEADER.pack(0, 0))
     answers.flush()
-    while (request := _read_message(sys.stdin.buffer)) is not None:
-        values, data = _answer(resizer, request)
-        head = json.dumps(values).encode()
+    while (message := _read_message(sys.stdin.buffer)) is not None:
+        values, data = _answer(resizer, message[1])
+        head = json.dumps(values | {"number": message[0]}).encode()
         answers.write(_HEADER.pack(len(head), len(data)) + head)
         answers.write(data)
         answers.flush()

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import IO, Any, TypeVar, cast
 
 import pyarrow as pa
-import uvloop
 
 from pipeline.data.causes import FetchError
 from pipeline.data.decoders import Decoders
@@ -128,7 +127,7 @@ class Downloader:
         self._rules = rules
         self._limits = limits
         self._num_decoders = num_decoders
-        self._loop = uvloop.new_event_loop()
+        self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="downloads")
         self._stack = contextlib.AsyncExitStack()
         self._num_done = self._num_waits = 0

@@ -226,8 +226,10 @@ class Fetcher:
     def _proxy_of(self, url: Url) -> str | None:
         """The proxy of the environment; addresses that only this machine or its network reaches need none."""
         proxy = self._proxies.get(url.scheme) or self._proxies.get("all")
+        if not proxy:
+            return None
         is_near = url.host == "localhost" or (is_address(url.host) and not AddressRules().allows(url.host))
-        if not proxy or is_near or urllib.request.proxy_bypass(url.host):
+        if is_near or urllib.request.proxy_bypass(url.host):
             return None
         return proxy
 

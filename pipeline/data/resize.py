@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data.causes import FetchError
-from pipeline.pictures import DecodedPicture, PictureError, read, resize, square
+from pipeline.pictures import DecodedPicture, PictureError, crop_square, read, resize
 from pipeline.recipe.sections import DownloadConfig
 
 Boxes = Sequence[Sequence[float]]
@@ -107,10 +107,11 @@ class Resizer:
         if is_square and image.size == (side_px, side_px):
             return self._blurred(image, boxes)
         if config.resize_mode == "center_crop":
-            return self._blurred(Image.fromarray(square(image, side_px)), _in_square(boxes, picture))
+            image = resize(crop_square(image), (side_px, side_px), is_quick=True)
+            return self._blurred(image, _in_square(boxes, picture))
         width, height = (max(1, round(length * side_px / side)) for length in (picture.width, picture.height))
         if image.size != (width, height):
-            image = resize(image, (width, height))
+            image = resize(image, (width, height), is_quick=True)
         image = self._blurred(image, boxes)
         if config.resize_mode != "border":
             return image

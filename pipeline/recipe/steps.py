@@ -52,7 +52,7 @@ _BEFORE_EVALUATE = (
     StepRow(
         name="download",
         title="Download",
-        version=3,
+        version=4,
         inputs=("pairs",),
         runner="pipeline.runtime.download:run_download",
         seeded=False,

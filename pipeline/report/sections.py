@@ -24,6 +24,7 @@ from pipeline.workspace.store import Artifact, Workspace
 Json = dict[str, Any]
 
 _LARGEST_PX = 256
+_NUM_REPEATED = 3
 _WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")
 
 
@@ -186,7 +187,7 @@ def pairs_of(done: Done) -> Json | None:
 
 
 def download_of(done: Done) -> Json | None:
-    """Rows by outcome, the classes of failures, and the size of what was stored."""
+    """Rows by outcome, the classes of failures, odd pictures, and the size of what was stored."""
     if "download" not in done:
         return None
     finished = done["download"]
@@ -204,7 +205,17 @@ def download_of(done: Done) -> Json | None:
         "errors": [{"reason": reason, "count": count, "share": count / errors[0][1]} for reason, count in errors[:8]],
         "bytes": sum(info["bytes"] for name, info in finished.manifest.files.items() if name.endswith(".tar")),
         "num_shards": sum(name.endswith(".tar") for name in finished.manifest.files),
+        "odd": _odd_pictures(finished.manifest.metrics),
     }
+
+
+def _odd_pictures(metrics: Json) -> list[str]:
+    """Sentences about pictures of one pixel, and about files that several URLs share: most often placeholders."""
+    repeated = [
+        f"at least {one['urls']:,} URLs gave one file, such as {one['url']}" for one in metrics.get("repeated", [])
+    ]
+    one_pixel = metrics.get("one_pixel", 0)
+    return [*([f"{one_pixel:,} pictures have one pixel"] if one_pixel else []), *repeated[:_NUM_REPEATED]]
 
 
 def index_of(done: Done) -> Json | None:

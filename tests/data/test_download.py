@@ -1,3 +1,5 @@
+import asyncio
+import contextlib
 import errno
 import hashlib
 import io
@@ -21,6 +23,7 @@ import webdataset as wds
 from PIL import Image
 
 from pipeline.data import decoders, download
+from pipeline.data.causes import FetchError
 from pipeline.data.download import Downloader, check_columns, download_shard, read_rows, shard_names
 from pipeline.data.resize import Resizer, StoredPicture
 from pipeline.data.rows import make_uid
@@ -172,7 +175,7 @@ def test_resizer_gives_every_mode_its_size(mode: Any, size: tuple[int, int]) -> 
         assert (pixels[27:] == 255).all()
         assert not (pixels[6:26] == 255).all(axis=(1, 2)).any()
     if mode == "center_crop":
-        assert np.array_equal(pixels, square(decode(picture, where="x"), 32))
+        assert np.abs(pixels.astype(int) - square(decode(picture, where="x"), 32)).mean() < 3
 
 
 def _sizes(stored: StoredPicture) -> tuple[int, ...]:
@@ -353,15 +356,21 @@ def _large_png() -> bytes:
 def test_a_picture_that_takes_its_decoder_down_twice_is_a_row_with_a_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask, killed, large = decoders._Decoder.ask, list[int](), _large_png()
+    write, wait, killed, large = decoders._Decoder._write, decoders._Decoder._wait, list[int](), _large_png()
+    numbers: set[int] = set()
 
-    async def ask_and_kill(decoder: Any, request: bytes) -> StoredPicture:
-        if len(request) > len(large):
+    def note_large(decoder: Any, message: bytes, number: int) -> int:
+        numbers.update([number] if len(message) > len(large) else [])
+        return write(decoder, message, number)
+
+    async def kill_at_large(decoder: Any, number: int) -> StoredPicture:
+        if number in numbers:
             killed.append(decoder._process.pid)
             os.kill(decoder._process.pid, signal.SIGKILL)
-        return await ask(decoder, request)
+        return await wait(decoder, number)
 
-    monkeypatch.setattr(decoders._Decoder, "ask", ask_and_kill)
+    monkeypatch.setattr(decoders._Decoder, "_write", note_large)
+    monkeypatch.setattr(decoders._Decoder, "_wait", kill_at_large)
     names = ["small.jpg", "large.png", "last.jpg"]
     for name in names:
         (tmp_path / name).write_bytes(large if name == "large.png" else make_picture(0))
@@ -373,6 +382,43 @@ def test_a_picture_that_takes_its_decoder_down_twice_is_a_row_with_a_cause(
     assert counts["ok"] == 2
     assert len(set(killed)) == 2
     assert _decoders() == []
+
+
+def test_many_pictures_through_few_decoders_come_back_to_their_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While decoders die at random, no row gets the picture of another."""
+    pictures = [make_picture(seed, size=(96 + seed % 7, 64)) for seed in range(120)]
+    write, random = decoders._Decoder._write, np.random.default_rng(0)
+
+    def write_and_kill(decoder: Any, message: bytes, number: int) -> int:
+        start = write(decoder, message, number)
+        if number and random.random() < 0.05:
+            decoder._kill()
+        return start
+
+    monkeypatch.setattr(decoders._Decoder, "_write", write_and_kill)
+    config = replace(_CONFIG, resize_mode="no", skip_reencode=True)
+
+    async def run() -> list[bytes]:
+        async with decoders.Decoders(config, 2) as pool:
+
+            async def store(data: bytes) -> bytes:
+                with contextlib.suppress(FetchError):
+                    return (await pool.store(io.BytesIO(data))).data
+                return b""
+
+            tasks = [asyncio.create_task(store(data)) for data in pictures]
+            await asyncio.sleep(1)
+            for task in tasks[50:60]:
+                task.cancel()
+            return [
+                one if isinstance(one, bytes) else b"" for one in await asyncio.gather(*tasks, return_exceptions=True)
+            ]
+
+    stored = asyncio.run(run())
+    assert all(one in {b"", data} for one, data in zip(stored, pictures, strict=True))
+    assert sum(map(bool, stored)) > 90
 
 
 def test_a_picture_that_keeps_its_decoder_busy_is_a_row_with_a_cause(

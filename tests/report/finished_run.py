@@ -51,10 +51,17 @@ def make_recipe(workspace: Path, **tables: Any) -> Recipe:
     return parse_recipe(data | tables)
 
 
+_DOWNLOAD_METRICS = {
+    "one_pixel": 17,
+    "repeated": [{"digest": "0" * 64, "urls": 1234, "url": "www.example.com/none.png"}],
+}
+
+
 def commit(artifact: Artifact, step: Step, *, end_s: float, counts: dict[str, int] | None = None) -> None:
     manifest = manifest_of(step, artifact, counts, wall_s=SECONDS[step.name])
     versions = {"unclip": "0.1.0", "torch": "2.13.0"}
-    artifact.commit(dataclasses.replace(manifest, created=_CREATED + end_s, versions=versions))
+    metrics = _DOWNLOAD_METRICS if step.name == "download" else {}
+    artifact.commit(dataclasses.replace(manifest, created=_CREATED + end_s, versions=versions, metrics=metrics))
 
 
 def _soft(scene: Scene, seed: int, side_px: int = 128) -> Image.Image:

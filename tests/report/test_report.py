@@ -70,6 +70,8 @@ def test_report_of_a_finished_run_has_every_section(recipe: Recipe, tmp_path: Pa
         "98.3 %",  # one object: colour
         "12 min 17 s",  # all steps together
         "http-404",
+        "17 pictures have one pixel",
+        "at least 1,234 URLs gave one file, such as www.example.com/none.png",
         "recall at 10",
         "Colour on its shape",
         "unclip sample configs/demo.toml",

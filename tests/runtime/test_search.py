@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import multiprocessing
 import random
 import signal
 import time
@@ -15,11 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.recipe.plan import Step, finished_artifacts
 from pipeline.recipe.recipe import Recipe
-from pipeline.retrieve.query_list import write_queries
-from pipeline.retrieve.search import STEPS, Query, Searcher, SearchOptions
-from pipeline.runtime.search import QUERIES, SearchContext, SearchWorker
+from pipeline.retrieve.search import Query, Searcher, SearchOptions
 from pipeline.workspace.progress import read_progress
 from pipeline.workspace.store import Artifact
 from tests.ray_head import RayHead, ray_head
@@ -162,40 +158,6 @@ def test_kill_anywhere_ends_in_the_same_bytes(folder: Path, recipe: Recipe, calm
     for part in _PARTS:
         assert wild.describe(f"{part}.parquet") == calm.describe(f"{part}.parquet")
     assert not [path for path in Path(wild.uri).rglob("*") if path.name.startswith(".tmp-")]
-
-
-def test_a_worker_killed_at_random_moments_ends_in_the_same_bytes(folder: Path, recipe: Recipe, tmp_path: Path) -> None:
-    """Without Ray, so that death strikes inside a part, its writing and its commit, and not only while a worker starts."""
-    options, artifacts = SearchOptions(3, "text"), finished_artifacts(recipe, STEPS)
-    outputs = {name: tmp_path / name for name in ("calm", "wild")}
-    contexts: dict[str, SearchContext] = {}
-    for name, output in outputs.items():
-        step = Step("search", 1, {}, {})
-        contexts[name] = SearchContext(recipe, step, recipe.workspace, options, artifacts, str(output))
-        with contexts[name].output.write(QUERIES) as path:
-            write_queries(folder / "queries.txt", path)
-    _answer_rest(contexts["calm"])
-    rng, num_kills, wild = random.Random(11), 0, contexts["wild"].output
-    while num_kills < 20 and len(wild.shard_records()) < len(_PARTS):
-        child = multiprocessing.get_context("fork").Process(target=_answer_rest, args=(contexts["wild"],))
-        child.start()
-        child.join(rng.uniform(0.05, 1.5))
-        if child.is_alive():
-            num_kills += 1
-            child.kill()
-        child.join()
-    wild.clear_temporaries()
-    _answer_rest(contexts["wild"])
-    assert num_kills >= 2
-    for part in _PARTS:
-        assert wild.describe(f"{part}.parquet") == contexts["calm"].output.describe(f"{part}.parquet")
-
-
-def _answer_rest(context: SearchContext) -> None:
-    worker, records = SearchWorker(context), context.output.shard_records()
-    for part in _PARTS:
-        if part not in records:
-            worker(part)
 
 
 def _has_begun(artifact: Artifact) -> bool:
