@@ -547,6 +547,8 @@ class ServeConfig:
     """Requests waiting before new ones get 429."""
     api_key: str = ""
     """When set, requests must carry it: Authorization: Bearer KEY."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the model, for clients that are built with one ("dall-e-2", "gpt-image-1")."""
 
 
 @configclass

@@ -11,8 +11,10 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import aclosing, contextmanager, suppress
+from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
 
 import ray
@@ -28,7 +30,8 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.sections import ServeConfig
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.runtime.run import connect
-from pipeline.serve.protocols import Images, NotServing, Overloaded, SampledPictures, Vectors
+from pipeline.serve.picture_files import ModelCard
+from pipeline.serve.protocols import Event, Images, NotServing, Overloaded, SampledPictures, Vectors
 from pipeline.workspace.store import Artifact
 
 APPLICATION = "unclip"
@@ -63,6 +66,12 @@ class ModelReplica:
     async def sample(self, request: SampleRequest, client: str = "") -> SampledPictures:
         """See ``PictureModel``."""
         return await self._engine.sample(request, client)
+
+    async def stream(self, request: SampleRequest, client: str = "", num_previews: int = 0) -> AsyncGenerator[Event]:
+        """See ``PictureModel``."""
+        async with aclosing(self._engine.stream(request, client, num_previews)) as events:
+            async for event in events:
+                yield event
 
     async def embed_text(self, text: str) -> Vectors:
         """See ``PictureModel``."""
@@ -100,6 +109,16 @@ class RemoteModel:
         """See ``PictureModel``."""
         return await self._call("sample", request, client)
 
+    async def stream(self, request: SampleRequest, client: str = "", num_previews: int = 0) -> AsyncGenerator[Event]:
+        """See ``PictureModel``."""
+        events: Any = self._handle.options(stream=True).stream.remote(request, client, num_previews)
+        try:
+            with _plain_errors():
+                async for event in events:
+                    yield event
+        finally:
+            events.cancel()
+
     async def embed_text(self, text: str) -> Vectors:
         """See ``PictureModel``."""
         return await self._call("embed_text", text)
@@ -118,16 +137,24 @@ class RemoteModel:
     async def _call(self, method: str, *arguments: Any) -> Any:
         response = getattr(self._handle, method).remote(*arguments)
         try:
-            return await response
+            with _plain_errors():
+                return await response
         except asyncio.CancelledError:
             response.cancel()
             raise
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, Overloaded | NotServing | ValueError):
-                raise error.cause from None
-            raise
-        except _UNAVAILABLE as error:
-            raise NotServing(f"no replica is ready ({type(error).__name__})") from None
+
+
+@contextmanager
+def _plain_errors() -> Generator[None]:
+    """Raise the errors of a replica as the engine raised them."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, Overloaded | NotServing | ValueError):
+            raise error.cause from None
+        raise
+    except _UNAVAILABLE as error:
+        raise NotServing(f"no replica is ready ({type(error).__name__})") from None
 
 
 class Front:
@@ -152,8 +179,7 @@ class Front:
 
         manifest = self._artifacts["decoder"].manifest()
         settings = ApiSettings(
-            name=self._recipe.name,
-            image_px=final_image_px(self._recipe),
+            card=model_card(self._recipe, self._artifacts),
             api_key=self._recipe.serve.api_key,
             created=int(manifest.created) if manifest else 0,
         )
@@ -241,9 +267,27 @@ def build_application(recipe: Recipe, artifacts: dict[str, Artifact]) -> serve.A
     return front.bind(model.bind(networks, recipe), artifacts, recipe)
 
 
-def final_image_px(recipe: Recipe) -> int:
-    """Side of the pictures at the end of the cascade, in pixels."""
-    return [recipe.decoder.model, *recipe.upsamplers().values()][-1].image_px
+def model_card(recipe: Recipe, artifacts: dict[str, Artifact]) -> ModelCard:
+    """What the server's pictures are made with.
+
+    Args:
+        recipe: The recipe.
+        artifacts: The finished steps, by name.
+    """
+    networks = {
+        name: artifact.uri.rstrip("/").rpartition("/")[2]
+        for name, artifact in artifacts.items()
+        if name in CASCADE_STEPS
+    }
+    stages = {name: getattr(recipe, name).model for name in networks if name != "clip"}
+    return ModelCard(
+        recipe.name,
+        [recipe.decoder.model, *recipe.upsamplers().values()][-1].image_px,
+        networks=networks,
+        sampling={name: asdict(model.sampler) for name, model in stages.items() if hasattr(model, "sampler")},
+        aliases=recipe.serve.aliases,
+        version=version("unclip"),
+    )
 
 
 def _require_free_port(host: str, port: int) -> None:

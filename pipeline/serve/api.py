@@ -16,10 +16,11 @@ from importlib.resources import files
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from pipeline.serve.images import GenerationRequest, generate
+from pipeline.serve.images import Generation, GenerationRequest
 from pipeline.serve.knn import MAX_NUMBERS, KnnRequest, MetadataRequest, find, metadata
+from pipeline.serve.picture_files import ModelCard
 from pipeline.serve.protocols import Neighbours, PictureModel
 from pipeline.serve.web import (
     ApiError,
@@ -40,10 +41,8 @@ _MAX_KNN_VALUES = 2 * MAX_NUMBERS  # an embedding, the commas of a text, and the
 class ApiSettings:
     """Settings of the interface, from a recipe."""
 
-    name: str
-    """Name of the model and of the index."""
-    image_px: int
-    """Side of the cascade's pictures, in pixels."""
+    card: ModelCard
+    """What the pictures are made with; its name is that of the model and of the index."""
     api_key: str = ""
     """If set, every route except the page and the health check requires it."""
     created: int = 0
@@ -80,7 +79,7 @@ def _pages(model: PictureModel, settings: ApiSettings, *, has_neighbours: bool) 
         stats = await model.stats()
         if not stats:
             raise ApiError(503, "the engine is not running", code="not_ready")
-        return JSONResponse({"status": "ok", "model": settings.name, **stats})
+        return JSONResponse({"status": "ok", "model": settings.card.name, **stats})
 
     @router.get("/metrics", dependencies=[Depends(require_key(settings.api_key))])
     async def metrics() -> PlainTextResponse:
@@ -93,24 +92,32 @@ def _pages(model: PictureModel, settings: ApiSettings, *, has_neighbours: bool) 
 
 def _openai(model: PictureModel, settings: ApiSettings) -> APIRouter:
     router = APIRouter(prefix="/v1")
-    entry = {"id": settings.name, "object": "model", "created": settings.created, "owned_by": "unclip"}
+    names = [settings.card.name, *settings.card.aliases]
+
+    def entry(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": settings.created, "owned_by": "unclip"}
 
     @router.get("/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [entry]}
+        return {"object": "list", "data": [entry(name) for name in names]}
 
     @router.get("/models/{name}")
     async def one_model(name: str) -> dict[str, Any]:
-        if name != settings.name:
-            message = f"model {name!r} does not exist; this server has {settings.name!r}"
+        if name not in names:
+            message = f"model {name!r} does not exist; this server has {settings.card.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
-        return entry
+        return entry(name)
 
     @router.post("/images/generations")
-    async def generations(request: Request) -> JSONResponse:
+    async def generations(request: Request) -> Response:
         body = parse(GenerationRequest, await read_json(request, TEXT_BODY_LIMIT_BYTES))
-        work = generate(model, body, name=settings.name, image_px=settings.image_px, client=client_of(request))
-        return JSONResponse(await while_connected(request, work))
+        generation = Generation(model, body, settings.card, client_of(request))
+        if body.stream:
+            return StreamingResponse(await generation.events(), media_type="text/event-stream")
+        if body.response_format == "file":
+            file, media_type = await while_connected(request, generation.file())
+            return Response(file, media_type=media_type)
+        return JSONResponse(await while_connected(request, generation.answer()))
 
     return router
 
@@ -124,14 +131,14 @@ def _clip_retrieval(model: PictureModel, neighbours: Neighbours | None, settings
                 "this server has no index: it serves a folder of networks, or `index` was not finished at its start"
             )
             raise ApiError(404, message, code="index_not_found")
-        if name and name != settings.name:
-            message = f"no index {name!r}; this server has {settings.name!r}"
+        if name and name != settings.card.name:
+            message = f"no index {name!r}; this server has {settings.card.name!r}"
             raise ApiError(404, message, param="indice_name", code="index_not_found")
         return neighbours
 
     @router.get("/indices-list")
     async def indices() -> list[str]:
-        return [] if neighbours is None else [settings.name]
+        return [] if neighbours is None else [settings.card.name]
 
     @router.post("/knn-service")
     async def knn(request: Request) -> JSONResponse:
@@ -151,7 +158,7 @@ def _clip_retrieval(model: PictureModel, neighbours: Neighbours | None, settings
 def _page(settings: ApiSettings, *, has_neighbours: bool) -> tuple[str, str]:
     """The page, and a policy that lets it run only its own script, show inline pictures and call this server."""
     page = files("pipeline.serve").joinpath("page.html").read_text(encoding="utf-8")
-    facts = {"SIDE_PX": str(settings.image_px), "HAS_NEIGHBOURS": str(has_neighbours).lower()}
+    facts = {"SIDE_PX": str(settings.card.image_px), "HAS_NEIGHBOURS": str(has_neighbours).lower()}
     for name, value in facts.items():
         page = page.replace(f"{{{{{name}}}}}", value)
     digests: dict[str, str] = {}

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -23,7 +23,16 @@ from models.request import SampleRequest
 from models.stage import PIXELS, Z_IMAGE, Batch, Chain, JoinedChains, Stage
 from pipeline.clip import FrozenClip
 from pipeline.serve.fair_queue import FairQueue
-from pipeline.serve.protocols import Images, NotServing, Overloaded, SampledPictures, Vectors
+from pipeline.serve.protocols import (
+    Accepted,
+    Event,
+    Images,
+    NotServing,
+    Overloaded,
+    Preview,
+    SampledPictures,
+    Vectors,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +75,13 @@ class _Pending:
     request: SampleRequest
     stages: tuple[Stage, ...]
     """The stages that its pictures pass."""
+    num_previews: int = 0
+    """Previews of each picture."""
+    show: Callable[[Preview], None] | None = None
+    """Called with each preview, by the engine's thread."""
     future: Future[SampledPictures] = field(default_factory=Future[SampledPictures])
+    num_steps: int = 0
+    """Steps that its pictures have taken."""
     batch: Batch | None = None
     """All of its items, with the captions encoded; None before the first is admitted."""
     pictures: list["_Picture"] = field(default_factory=list["_Picture"])
@@ -151,12 +166,21 @@ class Engine:
             self._stats.waiting, self._stats.active = len(self._waiting), len(self._active)
             return asdict(self._stats)
 
-    def submit(self, request: SampleRequest, client: str = "") -> Future[SampledPictures]:
+    def submit(
+        self,
+        request: SampleRequest,
+        client: str = "",
+        *,
+        num_previews: int = 0,
+        show: Callable[[Preview], None] | None = None,
+    ) -> Future[SampledPictures]:
         """Request pictures; cancelling the future drops the request.
 
         Args:
             request: What to sample.
             client: Who asks; clients get equal shares.
+            num_previews: Previews of each picture.
+            show: Called with each of them, by the engine's thread.
 
         Raises:
             ValueError: If the cascade cannot do what is requested.
@@ -164,7 +188,7 @@ class Engine:
             NotServing: If the engine is closed.
         """
         self._cascade.check(request)
-        pending = _Pending(request, self._cascade.stages_of(request))
+        pending = _Pending(request, self._cascade.stages_of(request), num_previews, show)
         with self._changed:
             if self._closed:
                 raise NotServing("the engine is shutting down")
@@ -180,6 +204,23 @@ class Engine:
     async def sample(self, request: SampleRequest, client: str = "") -> SampledPictures:
         """See ``PictureModel``; cancelling the task drops the request."""
         return await asyncio.wrap_future(self.submit(request, client))
+
+    async def stream(self, request: SampleRequest, client: str = "", num_previews: int = 0) -> AsyncGenerator[Event]:
+        """See ``PictureModel``."""
+        loop, previews = asyncio.get_running_loop(), asyncio.Queue[Preview | None]()
+
+        def show(preview: Preview) -> None:
+            loop.call_soon_threadsafe(previews.put_nowait, preview)
+
+        future = asyncio.wrap_future(self.submit(request, client, num_previews=num_previews, show=show))
+        future.add_done_callback(lambda _: previews.put_nowait(None))
+        try:
+            yield Accepted()
+            while (preview := await previews.get()) is not None:
+                yield preview
+            yield await future
+        finally:
+            future.cancel()
 
     async def embed_text(self, text: str) -> Vectors:
         """See ``PictureModel``."""
@@ -320,6 +361,9 @@ class Engine:
         ):  # what no step changes is joined once for the same pictures
             load.joined = stage.join(chains)
         load.joined.advance()
+        for picture in pictures:
+            picture.pending.num_steps += 1
+            self._preview(stage, picture)
         left = [picture for picture, chain in zip(pictures, chains, strict=True) if chain.finished]
         for picture in left:
             assert picture.chain is not None
@@ -336,6 +380,16 @@ class Engine:
         for pending in {picture.pending for picture in finished}:
             if pending.finished:
                 _answer(pending)
+
+    def _preview(self, stage: Stage, picture: _Picture) -> None:
+        """Show a picture's present state if it is time for one of its previews."""
+        pending, chain = picture.pending, picture.chain
+        if pending.show is None or chain is None or chain.finished or PIXELS in picture.batch.values:
+            return
+        places = preview_places(len(chain.timesteps), pending.num_previews)
+        if stage.makes == PIXELS and chain.position in places:
+            image = to_uint8(stage.preview(chain))[0].cpu().numpy()
+            pending.show(Preview(pending.pictures.index(picture), places.index(chain.position), image))
 
     def _note_finished(self, count: int) -> None:
         """Update the mean time of a picture."""
@@ -383,9 +437,15 @@ class Engine:
                 load.joined = None
 
 
+def preview_places(num_steps: int, num_previews: int) -> list[int]:
+    """The numbers of steps after which previews are shown: the first after a tenth of a chain, the others evenly."""
+    places = {max(1, round(num_steps * (0.1 + 0.9 * number / num_previews))) for number in range(num_previews)}
+    return sorted(place for place in places if place < num_steps)
+
+
 def _answer(pending: _Pending) -> None:
     values = [picture.batch.values for picture in pending.pictures]
     images = to_uint8(torch.cat([value[PIXELS] for value in values])).cpu().numpy()
     z_image = torch.cat([value[Z_IMAGE] for value in values]).float().cpu().numpy() if Z_IMAGE in values[0] else None
     if pending.future.set_running_or_notify_cancel():
-        pending.future.set_result(SampledPictures(images, z_image))
+        pending.future.set_result(SampledPictures(images, z_image, pending.num_steps))

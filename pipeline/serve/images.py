@@ -1,23 +1,24 @@
 """``POST /v1/images/generations`` of OpenAI's Images API, with additional fields.
 
 ``seed``, and by the names that other servers of diffusion models use: ``negative_prompt``, ``guidance_scale`` and
-``num_inference_steps`` of the decoder, ``prior_guidance_scale`` of the prior.
+``num_inference_steps`` of the decoder, ``prior_guidance_scale`` of the prior. Fields of OpenAI's that mean nothing to a
+model of one's own are accepted, and the answer's ``notes`` say so; docs/http.md lists every field.
 """
 
 import asyncio
 import base64
-import io
+import json
 import re
 import secrets
 import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any, Literal
 
-import numpy as np
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from models.request import SampleRequest
-from pipeline.serve.protocols import Images, PictureModel
+from pipeline.serve.picture_files import Format, ModelCard, encode_picture, made_with
+from pipeline.serve.protocols import Event, Images, NotServing, Overloaded, PictureModel, Preview, SampledPictures
 from pipeline.serve.web import ApiError
 
 MAX_IMAGES = 10
@@ -26,6 +27,10 @@ MIN_SIDE_PX = 8
 MAX_GUIDANCE = 100.0
 MAX_STEPS = 1000
 _MAX_SEED = 2**63 - 1 - MAX_IMAGES
+_STEPS_OF_QUALITY = {"low": 0.5, "medium": 1, "standard": 1, "auto": 1, "high": 1.5, "hd": 1.5, "xhigh": 2, "max": 3}
+"""Factors of the decoder's steps."""
+_MEANINGLESS = ("style", "moderation", "complexity")
+"""Accepted for clients that send them."""
 
 
 class GenerationRequest(BaseModel):
@@ -37,21 +42,23 @@ class GenerationRequest(BaseModel):
     model: str | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_IMAGES)
     size: str | None = None
-    response_format: Literal["b64_json", "url"] | None = None
+    response_format: Literal["b64_json", "url", "file"] | None = None
+    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    output_format: Format | None = None
+    output_compression: int | None = Field(default=None, ge=0, le=100)
+    stream: bool | None = None
+    partial_images: int | None = Field(default=None, ge=0, le=3)
     user: str | None = None
+    safety_identifier: str | None = None
+    style: Literal["vivid", "natural"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    complexity: Literal["low", "medium", "high"] | None = None
     seed: int | None = Field(default=None, ge=0, le=_MAX_SEED)
     negative_prompt: str | None = Field(default=None, max_length=MAX_PROMPT_CHARS)
     guidance_scale: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)
     prior_guidance_scale: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)
     num_inference_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
-    # Other OpenAI fields: only the values that we support are accepted.
-    quality: Literal["auto", "standard"] | None = None
-    background: Literal["auto", "opaque"] | None = None
-    moderation: Literal["auto", "low"] | None = None
-    output_format: Literal["png"] | None = None
-    output_compression: Literal[100] | None = None
-    stream: Literal[False] | None = None
-    partial_images: Literal[0] | None = None
 
     @field_validator("prompt")
     @classmethod
@@ -59,6 +66,145 @@ class GenerationRequest(BaseModel):
         if not prompt.strip():
             raise ValueError("is empty; say what the picture shows")
         return prompt
+
+
+class Generation:
+    """One checked request on its way through a server.
+
+    Args:
+        model: The networks.
+        body: The checked body.
+        card: What the pictures are made with.
+        client: Who asks; clients get equal shares.
+
+    Raises:
+        ApiError: 404 for another model, 400 for an impossible size or combination of fields.
+    """
+
+    def __init__(self, model: PictureModel, body: GenerationRequest, card: ModelCard, client: str = "") -> None:
+        if body.model not in {None, card.name, *card.aliases}:
+            message = f"model {body.model!r} does not exist; this server has {card.name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        if body.partial_images and not body.stream:
+            raise ApiError(400, "partial_images: needs stream = true", param="partial_images", code="invalid_value")
+        if body.response_format == "file" and (body.stream or (body.n or 1) > 1):
+            message = "response_format: 'file' is one picture (n = 1), and not streamed"
+            raise ApiError(400, message, param="response_format", code="invalid_value")
+        self._model, self._body, self._card, self._client = model, body, card, client
+        self.side_px = side_of(body.size, card.image_px)
+        self.request = sample_request(body, self.side_px, card.sampling)
+
+    async def answer(self) -> dict[str, Any]:
+        """The answer in one piece.
+
+        Raises:
+            ApiError: 400, if the networks cannot do what is requested.
+            Overloaded: If too many requests wait.
+            NotServing: If no networks are there.
+        """
+        sampled = await self._sample()
+        files = await self._files(sampled)
+        form = f"data:image/{self._format};base64," if self._body.response_format == "url" else ""
+        name = "url" if self._body.response_format == "url" else "b64_json"
+        data = [
+            {name: form + _base64(file), "seed": seed} for file, seed in zip(files, self.request.seeds, strict=True)
+        ]
+        return {"created": int(time.time()), "data": data, **self._facts(), "usage": self._usage(sampled)}
+
+    async def file(self) -> tuple[bytes, str]:
+        """The only picture as a file, and its media type; raises as ``answer``."""
+        [file] = await self._files(await self._sample())
+        return file, f"image/{self._format}"
+
+    async def events(self) -> AsyncIterator[str]:
+        """Server-sent events: previews while the pictures are sampled, then the pictures.
+
+        The events begin when the request is accepted: until then it raises as ``answer``.
+        """
+        stream = self._model.stream(self.request, self._client, self._body.partial_images or 0)
+        try:
+            await anext(stream)
+        except ValueError as error:
+            raise ApiError(400, str(error), code="invalid_value") from None
+        return self._events(stream)
+
+    async def _events(self, stream: AsyncGenerator[Event]) -> AsyncGenerator[str]:
+        facts = {"created_at": int(time.time()), **self._facts()}
+        try:
+            async for event in stream:
+                if isinstance(event, Preview):
+                    [file] = await self._encode([event.image], [None])
+                    yield _event(
+                        "image_generation.partial_image",
+                        {"b64_json": _base64(file), "partial_image_index": event.number, "index": event.index, **facts},
+                    )
+                elif isinstance(event, SampledPictures):
+                    usage = self._usage(event)
+                    for index, file in enumerate(await self._files(event)):
+                        seed = self.request.seeds[index]
+                        yield _event(
+                            "image_generation.completed",
+                            {"b64_json": _base64(file), "index": index, "seed": seed, "usage": usage, **facts},
+                        )
+        except (Overloaded, NotServing) as error:
+            yield _event("error", {"error": {"message": str(error), "type": "overloaded_error", "code": "not_ready"}})
+        except Exception as error:  # the status is sent already, so the error goes into the stream
+            message = f"{type(error).__name__}: see the server's log"
+            yield _event("error", {"error": {"message": message, "type": "server_error", "code": "internal_error"}})
+            raise
+        finally:
+            await stream.aclose()
+
+    async def _sample(self) -> SampledPictures:
+        try:
+            return await self._model.sample(self.request, self._client)
+        except ValueError as error:
+            raise ApiError(400, str(error), code="invalid_value") from None
+
+    async def _files(self, sampled: SampledPictures) -> list[bytes]:
+        return await self._encode(list(sampled.images), list(self.request.seeds))
+
+    async def _encode(self, images: list[Images], seeds: list[int] | list[None]) -> list[bytes]:
+        """Pictures as files; those with a seed say what made them."""
+        quality = 100 if self._body.output_compression is None else self._body.output_compression
+
+        def encode(image: Images, seed: int | None) -> bytes:
+            chunks = None if seed is None else made_with(self._card, self.request, seed, self.side_px)
+            return encode_picture(image, self.side_px, self._format, quality=quality, made_with=chunks)
+
+        pairs = list(zip(images, seeds, strict=True))
+        return await asyncio.to_thread(lambda: [encode(image, seed) for image, seed in pairs])
+
+    @property
+    def _format(self) -> Format:
+        return self._body.output_format or "png"
+
+    def _facts(self) -> dict[str, Any]:
+        """What OpenAI's answers and events say of the pictures, and which fields had no effect."""
+        body = self._body
+        notes = [f"{name}: has no effect here" for name in _MEANINGLESS if getattr(body, name) is not None]
+        if body.output_compression is not None and self._format == "png":
+            notes.append("output_compression: has no effect on png, which loses nothing")
+        identifier = body.safety_identifier or body.user
+        return {
+            "background": "opaque",
+            "output_format": self._format,
+            "quality": body.quality or "auto",
+            "size": f"{self.side_px}x{self.side_px}",
+            **({"safety_identifier": identifier} if identifier else {}),
+            **({"notes": notes} if notes else {}),
+        }
+
+    def _usage(self, sampled: SampledPictures) -> dict[str, Any]:
+        """Steps of the networks and pixels, beside OpenAI's tokens, of which there are none."""
+        return {
+            "input_tokens": 0,
+            "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+            "output_tokens": 0,
+            "total_tokens": 0,
+            "steps": sampled.num_steps,
+            "pixels": len(self.request.seeds) * self.side_px**2,
+        }
 
 
 def side_of(size: str | None, image_px: int) -> int:
@@ -81,67 +227,35 @@ def side_of(size: str | None, image_px: int) -> int:
     return width
 
 
-async def generate(
-    model: PictureModel, body: GenerationRequest, *, name: str, image_px: int, client: str = ""
-) -> dict[str, Any]:
-    """Answer a request.
-
-    Args:
-        model: The networks.
-        body: The checked body.
-        name: Name of the only model.
-        image_px: Side of the cascade's pictures, in pixels.
-        client: Who asks; clients get equal shares.
-
-    Raises:
-        ApiError: 404 for another model, 400 for what the networks cannot do.
-        Overloaded: If too many requests wait.
-        NotServing: If no networks are there.
-    """
-    if body.model not in {None, name}:
-        message = f"model {body.model!r} does not exist; this server has {name!r}"
-        raise ApiError(404, message, param="model", code="model_not_found")
-    side_px = side_of(body.size, image_px)
-    request = sample_request(body, side_px)
-    try:
-        sampled = await model.sample(request, client)
-    except ValueError as error:
-        raise ApiError(400, str(error), code="invalid_value") from None
-    files = await asyncio.to_thread(lambda: [to_png_of_side(image, side_px) for image in sampled.images])
-    data: list[dict[str, Any]] = []
-    for file, seed in zip(files, request.seeds, strict=True):
-        encoded = base64.b64encode(file).decode()
-        if body.response_format == "url":
-            data.append({"url": f"data:image/png;base64,{encoded}", "seed": seed})
-        else:
-            data.append({"b64_json": encoded, "seed": seed})
-    return {"created": int(time.time()), "data": data}
-
-
-def sample_request(body: GenerationRequest, side_px: int = 0) -> SampleRequest:
+def sample_request(
+    body: GenerationRequest, side_px: int = 0, sampling: Mapping[str, Mapping[str, Any]] | None = None
+) -> SampleRequest:
     """The request to the cascade; without a seed in the body, the first seed is random.
 
     Args:
         body: The checked body.
         side_px: Side of the pictures; the cascade ends at the first stage that reaches it.
+        sampling: How each stage is sampled by default, for ``quality``, which multiplies the decoder's steps.
     """
     first = secrets.randbelow(2**31) if body.seed is None else body.seed
     scales = {"decoder": body.guidance_scale, "prior": body.prior_guidance_scale}
+    num_steps, factor = body.num_inference_steps, _STEPS_OF_QUALITY[body.quality or "auto"]
+    usual = (sampling or {}).get("decoder", {}).get("num_steps")
+    if num_steps is None and factor != 1 and usual:
+        num_steps = min(MAX_STEPS, max(1, round(factor * usual)))
     return SampleRequest(
         body.prompt,
         tuple(range(first, first + (body.n or 1))),
         guidance_scale={stage: scale for stage, scale in scales.items() if scale is not None},
-        num_steps={} if body.num_inference_steps is None else {"decoder": body.num_inference_steps},
+        num_steps={} if num_steps is None else {"decoder": num_steps},
         negative_prompt=body.negative_prompt or "",
         side_px=side_px,
     )
 
 
-def to_png_of_side(image: Images, side_px: int) -> bytes:
-    """A picture (H, W, 3) as a PNG file of side ``side_px``; shrunk with antialiasing."""
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    if picture.width != side_px:
-        picture = picture.resize((side_px, side_px), Image.Resampling.LANCZOS)
-    stream = io.BytesIO()
-    picture.save(stream, "PNG")
-    return stream.getvalue()
+def _event(name: str, data: dict[str, Any]) -> str:
+    return f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n"
+
+
+def _base64(file: bytes) -> str:
+    return base64.b64encode(file).decode()

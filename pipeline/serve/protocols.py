@@ -3,7 +3,7 @@
 This module imports no torch, because the process that speaks HTTP does not need it.
 """
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -45,6 +45,29 @@ class SampledPictures:
     """(n, H, W, 3)."""
     z_image: Vectors | None
     """(n, D), the prior's embeddings; None without a prior."""
+    num_steps: int = 0
+    """Network steps that the pictures took, summed over pictures and stages."""
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A request will be sampled: nothing of it is refused any more."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a picture would be if it ended now: the x0 prediction of the first stage that makes pictures."""
+
+    index: int
+    """Number of the picture in its request."""
+    number: int
+    """Number of the preview, from 0."""
+    image: Images
+    """(H, W, 3), of that stage's size."""
+
+
+Event = Accepted | Preview | SampledPictures
+"""What a stream yields: ``Accepted`` first, previews, and the pictures last."""
 
 
 class PictureModel(Protocol):
@@ -62,6 +85,10 @@ class PictureModel(Protocol):
             Overloaded: If too many requests wait.
             NotServing: If there is no engine.
         """
+        ...
+
+    def stream(self, request: SampleRequest, client: str = "", num_previews: int = 0) -> AsyncGenerator[Event]:
+        """As ``sample``, with ``num_previews`` previews of each picture; ending the iteration drops the request."""
         ...
 
     async def embed_text(self, text: str) -> Vectors:

@@ -2,6 +2,7 @@ import base64
 import concurrent.futures
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ import psutil
 import pytest
 import ray
 import torch
+from PIL import Image
 
 import pipeline.runtime.serve as serve_module
 from pipeline.errors import ConfigError, StepError
@@ -138,6 +140,22 @@ def test_a_client_that_leaves_is_dropped_by_the_replica(served: Served) -> None:
         time.sleep(0.05)
     assert now["dropped"] == before["dropped"] + 1
     assert now["pictures"] < before["pictures"] + 10
+
+
+def test_streams_and_files_pass_through_ray(served: Served) -> None:
+    body = {"prompt": "a", "stream": True, "partial_images": 1, "n": 2}
+    with httpx.stream("POST", f"{served.url}/v1/images/generations", json=body, timeout=120) as answer:
+        kinds = [line.removeprefix("event: ") for line in answer.iter_lines() if line.startswith("event: ")]
+    assert kinds == ["image_generation.partial_image"] * 2 + ["image_generation.completed"] * 2
+    refused = httpx.post(f"{served.url}/v1/images/generations", json={"prompt": "a", "guidance_scale": 1e3})
+    assert refused.status_code == 400
+    body = {"prompt": "a", "seed": 1, "response_format": "file"}
+    file = httpx.post(f"{served.url}/v1/images/generations", json=body, timeout=120).content
+    with Image.open(io.BytesIO(file)) as picture:
+        everything = json.loads(picture.text["unclip"])
+    assert {"prior", "decoder", "clip"} <= everything["networks"].keys()
+    assert all(len(key) == 16 for key in everything["networks"].values())
+    assert everything["sampling"]["decoder"]["num_steps"] >= 1
 
 
 def test_overload_of_the_replica_is_429(served: Served) -> None:

@@ -31,6 +31,7 @@ from pipeline.retrieve.retriever import Retriever
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
 from pipeline.serve.knn import LocalNeighbours
+from pipeline.serve.picture_files import ModelCard
 from pipeline.workspace.store import Workspace
 from tests.models.tiny_models import CONVOLUTION, UNET, randomise
 from tests.tiny.networks import CLIP
@@ -119,6 +120,7 @@ def neighbours(recipe: Recipe) -> LocalNeighbours:
 def server(recipe: Recipe, neighbours: LocalNeighbours) -> Iterator[Server]:
     cascade = load_cascade(finished_artifacts(recipe, CASCADE_STEPS))
     engine = Engine(cascade, max_batch_size=4, max_waiting=3)
-    with _serving(create_app(engine, neighbours, ApiSettings(recipe.name, 32, created=1_700_000_000))) as url:
+    card = ModelCard(recipe.name, 32, sampling=cascade.settings)
+    with _serving(create_app(engine, neighbours, ApiSettings(card, created=1_700_000_000))) as url:
         yield Server(url, recipe, cascade, engine)
     engine.close()

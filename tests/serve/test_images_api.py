@@ -1,6 +1,8 @@
 import base64
 import concurrent.futures
 import contextlib
+import io
+import json
 import socket
 import time
 from pathlib import Path
@@ -10,6 +12,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from PIL import Image
 
 from models.cascade import Cascade, CascadeResult
 from models.decoder.stage import DecoderStage
@@ -20,7 +23,7 @@ from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
-from pipeline.serve.images import to_png_of_side
+from pipeline.serve.picture_files import ModelCard, encode_picture
 from tests.tiny.shards import pixels
 from tests.tiny.workspace import served_workspace
 
@@ -77,13 +80,103 @@ def test_settings_of_a_request_are_those_of_its_pictures(server: Any, client: op
     assert not close_to(picture, expected(server, PROMPT, [5]).images.numpy()[0])
 
 
+def test_every_field_of_the_client_is_honoured_or_named_in_the_notes(server: Any, client: openai.OpenAI) -> None:
+    answer = client.images.generate(
+        prompt=PROMPT, quality="high", style="vivid", moderation="low", background="opaque", output_format="webp",
+        output_compression=30, user="me", n=2, size="16x16",
+    )  # fmt: skip
+    assert answer.data is not None
+    files = [base64.b64decode(image.b64_json or "") for image in answer.data]
+    assert all(file[:4] == b"RIFF" and pixels(file).shape == (16, 16, 3) for file in files)
+    assert (answer.output_format, answer.quality, answer.size, answer.background) == ("webp", "high", "16x16", "opaque")
+    assert answer.model_extra is not None
+    assert answer.model_extra["notes"] == ["style: has no effect here", "moderation: has no effect here"]
+    assert answer.usage is not None
+    assert answer.usage.model_extra is not None
+    prior, decoder, upsampler = (
+        server.cascade.stage(name, DiffusionStage).sampler.num_steps for name in ("prior", "decoder", "upsampler_1")
+    )
+    assert answer.usage.model_extra["pixels"] == 2 * 16 * 16
+    assert answer.usage.model_extra["steps"] == 2 * (prior + round(1.5 * decoder) + upsampler)
+
+
+def test_stream_shows_each_picture_as_it_comes(server: Any, client: openai.OpenAI) -> None:
+    extra = {"seed": 5, "num_inference_steps": 10}
+    stream = client.images.generate(prompt=PROMPT, n=2, stream=True, partial_images=3, extra_body=extra)
+    events = list(stream)
+    partial = [event for event in events if event.type == "image_generation.partial_image"]
+    completed = [event for event in events if event.type == "image_generation.completed"]
+    assert events == partial + completed
+    assert [(event.model_extra or {})["index"] for event in completed] == [0, 1]
+    assert sorted(((event.model_extra or {})["index"], event.partial_image_index) for event in partial) == [
+        (index, number) for index in range(2) for number in range(3)
+    ]
+    request = SampleRequest(PROMPT, (5, 6), num_steps={"decoder": 10})
+    finished = server.cascade.sample_request(request).images.numpy()
+    for event, image in zip(completed, finished, strict=True):
+        assert close_to(pixels(base64.b64decode(event.b64_json)), image)
+        assert event.size == "32x32"
+    first = [pixels(base64.b64decode(event.b64_json)) for event in partial if event.partial_image_index == 0]
+    assert all(picture.shape == (32, 32, 3) for picture in first)
+    assert not close_to(first[0], finished[0])  # it is a state on the way
+
+
+def test_refused_streams_are_errors_and_no_events(server: Any, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.images.generate(prompt=PROMPT, stream=True, model="another")
+    body = {"prompt": "a", "stream": True, "n": 10}
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        statuses = {answer.status_code for answer in pool.map(lambda _: post(server, body), range(12))}
+    assert statuses == {200, 429}
+
+
+def test_a_stream_that_nobody_reads_is_dropped(serving: Any, tmp_path: Path) -> None:
+    slow = served_workspace(tmp_path, overrides=("decoder.model.sampler.num_steps=400",))
+    engine = Engine(load_cascade(finished_artifacts(slow, CASCADE_STEPS)), max_batch_size=4)
+    app = create_app(engine, None, ApiSettings(ModelCard("slow", 32)))
+    with contextlib.closing(engine), serving(app) as url:
+        body = {"prompt": "a", "n": 4, "stream": True, "partial_images": 3}
+        with httpx.stream("POST", f"{url}/v1/images/generations", json=body, timeout=60) as answer:
+            next(answer.iter_lines())
+        deadline = time.monotonic() + 20
+        while not (now := engine.counts())["dropped"]:
+            assert time.monotonic() < deadline, now
+            time.sleep(0.02)
+    assert now["active"] == now["pictures"] == 0
+
+
+def test_file_answers_are_the_picture_and_png_says_what_made_it(server: Any, serving: Any) -> None:
+    card = ModelCard(
+        "tiny", 32, networks={"decoder": "abcdef0123456789"}, version="1.2",
+        sampling={"decoder": {"method": "ddpm", "num_steps": 7, "guidance_scale": 2.0}}, aliases=("dall-e-2",),
+    )  # fmt: skip
+    body = {"prompt": PROMPT, "negative_prompt": "blue", "seed": 5, "guidance_scale": 4, "response_format": "file"}
+    with serving(create_app(server.engine, None, ApiSettings(card))) as url:
+        answer = post_to(url, body)
+        assert post_to(url, {"prompt": PROMPT, "model": "dall-e-2"}).status_code == 200
+        assert [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]] == ["tiny", "dall-e-2"]
+        assert post_to(url, body | {"output_format": "jpeg"}).content[:2] == b"\xff\xd8"
+    assert answer.headers["Content-Type"] == "image/png"
+    with Image.open(io.BytesIO(answer.content)) as picture:
+        chunks: dict[str, str] = picture.text
+    assert chunks["parameters"] == (
+        f"{PROMPT}\nNegative prompt: blue\nSteps: 7, Sampler: ddpm, CFG scale: 4.0, Seed: 5, Size: 32x32, "
+        "Model hash: abcdef0123, Model: tiny, Version: unclip 1.2"
+    )
+    everything = json.loads(chunks["unclip"])
+    assert (everything["seed"], everything["prompt"], everything["networks"]) == (5, PROMPT, card.networks)
+    assert everything["sampling"]["decoder"]["guidance_scale"] == 4.0
+
+
 def test_what_the_networks_cannot_do_is_400(server: Any, serving: Any) -> None:
     decoder = server.cascade.stage("decoder", DecoderStage)
     engine = Engine(Cascade(server.cascade.clip, [decoder]))
     side_px = decoder.network.config.image_px
-    with contextlib.closing(engine), serving(create_app(engine, None, ApiSettings("tiny", side_px))) as url:
-        answer = post_to(url, {"prompt": "a", "prior_guidance_scale": 2.0})
-    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "no stage prior; this cascade has decoder")
+    with contextlib.closing(engine), serving(create_app(engine, None, ApiSettings(ModelCard("tiny", side_px)))) as url:
+        answers = [post_to(url, {"prompt": "a", "prior_guidance_scale": 2.0, "stream": on}) for on in (False, True)]
+    for answer in answers:
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"] == "no stage prior; this cascade has decoder"
 
 
 def test_defaults_are_one_picture_of_full_size_and_a_new_seed_each_time(client: openai.OpenAI) -> None:
@@ -110,12 +203,12 @@ def test_a_size_that_no_stage_makes_is_the_next_larger_picture_made_smaller(clie
     large = client.images.generate(prompt=PROMPT, size="auto", extra_body=seed).data or []
     picture, whole = (pixels(base64.b64decode(answer[0].b64_json or "")) for answer in (small, large))
     assert picture.shape == (24, 24, 3)
-    assert np.abs(picture.astype(int) - pixels(to_png_of_side(whole, 24))).mean() < 1
+    assert np.abs(picture.astype(int) - pixels(encode_picture(whole, 24))).mean() < 1
 
 
 def test_to_png_shrinks_with_antialiasing() -> None:
     checkers = np.indices((32, 32)).sum(0)[..., None].repeat(3, 2) % 2 * 255
-    shrunk = pixels(to_png_of_side(checkers.astype(np.uint8), 16))[2:-2, 2:-2]
+    shrunk = pixels(encode_picture(checkers.astype(np.uint8), 16))[2:-2, 2:-2]
     assert np.abs(shrunk.astype(int) - 127).max() <= 2  # grey; taking every second pixel would be black or white
 
 
@@ -155,9 +248,13 @@ def test_models_are_listed_and_an_unknown_one_is_404(client: openai.OpenAI) -> N
         ({"prompt": "x", "size": "large"}, "size", "invalid_value"),
         ({"prompt": "x", "size": "2x2"}, "size", "invalid_value"),
         ({"prompt": "x", "response_format": "png"}, "response_format", "invalid_value"),
+        ({"prompt": "x", "response_format": "file", "n": 2}, "response_format", "invalid_value"),
+        ({"prompt": "x", "partial_images": 2}, "partial_images", "invalid_value"),
+        ({"prompt": "x", "stream": True, "partial_images": 4}, "partial_images", "invalid_value"),
+        ({"prompt": "x", "background": "transparent"}, "background", "invalid_value"),
+        ({"prompt": "x", "output_format": "gif"}, "output_format", "invalid_value"),
         ({"prompt": "x", "seed": -1}, "seed", "invalid_value"),
-        ({"prompt": "x", "stream": True}, "stream", "invalid_value"),
-        ({"prompt": "x", "quality": "hd"}, "quality", "invalid_value"),
+        ({"prompt": "x", "quality": "best"}, "quality", "invalid_value"),
         ({"prompt": "x", "steps": 3}, "steps", "unknown_parameter"),
         ({"prompt": "x", "guidance_scale": -1}, "guidance_scale", "invalid_value"),
         ({"prompt": "x", "num_inference_steps": 0}, "num_inference_steps", "invalid_value"),
@@ -209,7 +306,7 @@ def test_pages_of_other_origins_are_refused(server: Any) -> None:
 
 
 def test_a_key_is_required_if_one_is_set(server: Any, serving: Any) -> None:
-    app = create_app(server.engine, None, ApiSettings("tiny", 32, api_key="secret"))
+    app = create_app(server.engine, None, ApiSettings(ModelCard("tiny", 32), api_key="secret"))
     with serving(app) as url:
         right = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
         wrong = openai.OpenAI(base_url=f"{url}/v1", api_key="secret2", max_retries=0)
@@ -241,7 +338,7 @@ def test_a_client_that_leaves_is_dropped(serving: Any, tmp_path: Path) -> None:
     slow = served_workspace(tmp_path, overrides=("decoder.model.sampler.num_steps=400",))  # time enough to leave
     engine = Engine(load_cascade(finished_artifacts(slow, CASCADE_STEPS)), max_batch_size=4, max_waiting=3)
     body = b'{"prompt": "a", "n": 10}'
-    with contextlib.closing(engine), serving(create_app(engine, None, ApiSettings("slow", 32))) as url:
+    with contextlib.closing(engine), serving(create_app(engine, None, ApiSettings(ModelCard("slow", 32)))) as url:
         host, port = url.removeprefix("http://").split(":")
         with contextlib.closing(socket.create_connection((host, int(port)))) as link:
             link.sendall(
@@ -269,7 +366,7 @@ def test_health_and_metrics_count_the_sampled_pictures(server: Any) -> None:
 def test_a_dead_engine_is_not_healthy(server: Any, serving: Any) -> None:
     engine = Engine(server.cascade)
     engine.close()
-    with serving(create_app(engine, None, ApiSettings("tiny", 32))) as url:
+    with serving(create_app(engine, None, ApiSettings(ModelCard("tiny", 32)))) as url:
         assert httpx.get(f"{url}/healthz").status_code == 503
         assert post_to(url, {"prompt": "a"}).json()["error"]["type"] == "overloaded_error"
 

@@ -14,6 +14,7 @@ from pipeline.data.vectors import to_unit
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.serve import knn
 from pipeline.serve.api import ApiSettings, create_app
+from pipeline.serve.picture_files import ModelCard
 from pipeline.workspace.store import Workspace
 from tests.tiny.shards import pixels, plain_picture
 from tests.tiny.workspace import COLOURS
@@ -61,7 +62,7 @@ def test_an_embedding_finds_what_is_nearest_by_arithmetic(server: Any) -> None:
 
 
 def test_a_server_without_an_index_says_so_and_still_samples(server: Any, serving: Any) -> None:
-    with serving(create_app(server.engine, None, ApiSettings("tiny", 32))) as url:
+    with serving(create_app(server.engine, None, ApiSettings(ModelCard("tiny", 32)))) as url:
         assert httpx.get(f"{url}/indices-list").json() == []
         for path, body in (
             ("/knn-service", {"text": "a", "modality": "image", "num_images": 3}),

@@ -1,7 +1,9 @@
 """A request is one object from the HTTP body to the stage: no layer between them takes it apart."""
 
 import asyncio
+import re
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,8 @@ from models.request import SampleRequest
 from models.stage import Batch, Chain
 from pipeline.serve import images
 from pipeline.serve.engine import Engine
-from pipeline.serve.images import GenerationRequest, generate
+from pipeline.serve.images import Generation, GenerationRequest
+from pipeline.serve.picture_files import ModelCard
 from pipeline.serve.protocols import SampledPictures
 
 
@@ -40,13 +43,13 @@ class Stage:
 
 def test_a_new_field_reaches_the_stage_through_every_layer(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        images, "sample_request", lambda body, _px: TilingRequest(body.prompt, (body.seed,), tiling=True)
+        images, "sample_request", lambda body, *_: TilingRequest(body.prompt, (body.seed,), tiling=True)
     )
     last = Stage(cascade.stages[-1])
     engine = Engine(Cascade(cascade.clip, [*cascade.stages[:-1], last]))
     try:
         body = GenerationRequest(prompt="a red circle", seed=5)
-        answer = asyncio.run(generate(engine, body, name="tiny", image_px=32))
+        answer = asyncio.run(Generation(engine, body, ModelCard("tiny", 32)).answer())
     finally:
         engine.close()
     assert [entry["seed"] for entry in answer["data"]] == [5]
@@ -77,6 +80,13 @@ def test_replicas_and_their_proxy_pass_the_object_whole() -> None:
     assert received == [request, request]
     assert all(one is request for one in received)
     del replica._engine
+
+
+def test_the_page_about_http_names_every_field() -> None:
+    page = (Path(__file__).parents[2] / "docs/http.md").read_text()
+    section = page.partition("## Fields of")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted(GenerationRequest.model_fields)
 
 
 def test_body_becomes_the_request(monkeypatch: pytest.MonkeyPatch) -> None:

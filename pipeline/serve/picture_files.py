@@ -1,0 +1,103 @@
+"""Pictures as files: PNG, JPEG or WebP of a side, and what made them, inside a PNG."""
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from models.request import SampleRequest
+from pipeline.serve.protocols import Images
+
+Format = Literal["png", "jpeg", "webp"]
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a server's pictures are made with."""
+
+    name: str
+    """Name of the recipe."""
+    image_px: int
+    """Side of the cascade's pictures, in pixels."""
+    networks: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Key of each network's artifact, by step."""
+    sampling: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    """How each stage is sampled unless a request changes it."""
+    aliases: tuple[str, ...] = ()
+    """Other names by which clients may call the model."""
+    version: str = ""
+    """Of this program."""
+
+
+def encode_picture(
+    image: Images, side_px: int, kind: Format = "png", *, quality: int = 100, made_with: Mapping[str, str] | None = None
+) -> bytes:
+    """A picture (H, W, 3) as a file.
+
+    Args:
+        image: The picture.
+        side_px: Side of the file's picture; a larger one is shrunk with antialiasing, a smaller one enlarged.
+        kind: Format.
+        quality: Of JPEG and WebP, from 0 to 100.
+        made_with: Text chunks of a PNG.
+    """
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    if picture.width != side_px:
+        resample = Image.Resampling.LANCZOS if picture.width > side_px else Image.Resampling.BICUBIC
+        picture = picture.resize((side_px, side_px), resample)
+    stream = io.BytesIO()
+    if kind == "png":
+        chunks = PngImagePlugin.PngInfo()
+        for name, text in (made_with or {}).items():
+            chunks.add_itxt(name, text)
+        picture.save(stream, "PNG", pnginfo=chunks)
+    else:
+        picture.save(stream, kind.upper(), quality=quality)
+    return stream.getvalue()
+
+
+def made_with(card: ModelCard, request: SampleRequest, seed: int, side_px: int) -> dict[str, str]:
+    """The text chunks of a PNG: A1111's ``parameters``, which other viewers read, and all of it as JSON.
+
+    Args:
+        card: What the server's pictures are made with.
+        request: The request.
+        seed: Of this picture.
+        side_px: Side of the file's picture, in pixels.
+    """
+    sampling = {
+        stage: {
+            **settings,
+            **({"guidance_scale": request.guidance_scale[stage]} if stage in request.guidance_scale else {}),
+            **({"num_steps": request.num_steps[stage]} if stage in request.num_steps else {}),
+        }
+        for stage, settings in card.sampling.items()
+    }
+    decoder = sampling.get("decoder", {})
+    facts = {
+        "Steps": decoder.get("num_steps"),
+        "Sampler": decoder.get("method"),
+        "CFG scale": decoder.get("guidance_scale"),
+        "Seed": seed,
+        "Size": f"{side_px}x{side_px}",
+        "Model hash": card.networks.get("decoder", "")[:10] or None,
+        "Model": card.name,
+        "Version": f"unclip {card.version}",
+    }
+    lines = [request.prompt, *([f"Negative prompt: {request.negative_prompt}"] if request.negative_prompt else [])]
+    lines.append(", ".join(f"{name}: {value}" for name, value in facts.items() if value is not None))
+    everything = {
+        "recipe": card.name,
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "seed": seed,
+        "side_px": side_px,
+        "sampling": sampling,
+        "networks": dict(card.networks),
+        "version": card.version,
+    }
+    return {"parameters": "\n".join(lines), "unclip": json.dumps(everything, ensure_ascii=False)}
