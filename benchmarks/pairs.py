@@ -49,19 +49,19 @@ def write_list(folder: Path, num_rows: int, kind: str) -> None:
             path.write_text("URL\tTEXT\n" + "".join(lines), encoding="utf-8")
 
 
-def _peak_mib() -> float:
-    """Largest resident set of this process so far; getrusage counts that of the process that started it too."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+def _resident_mib(field: str) -> float:
+    """VmRSS, now, or VmHWM, the largest since it was reset; getrusage counts the process that started this one too."""
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) / 1024
 
 
 def measure(folder: Path, output: Path) -> dict[str, Any]:
     """Write the pairs of a list in this process."""
-    idle_mib = _peak_mib()
+    Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM counts anew
+    idle_mib = _resident_mib("VmRSS")
     start, before_s = time.perf_counter(), time.process_time()
     summary = write_pairs(Source(PairsConfig(source="list", path=str(folder))), Artifact(str(output)))
     seconds, processor_s = time.perf_counter() - start, time.process_time() - before_s
-    peak_mib = _peak_mib() - idle_mib
+    peak_mib = _resident_mib("VmHWM") - idle_mib
     return {"counts": dict(summary.counts), "seconds": seconds, "processor_s": processor_s, "peak_mib": peak_mib}
 
 

@@ -1,7 +1,7 @@
 """Finds repeated uids among any number of rows with little memory: sorted runs on disk, compared bucket by bucket.
 
-A run holds the uids of up to ``RUN_ROWS`` rows with their positions, sorted by uid. A bucket is the uids with one first
-byte: one span of every run. Equal uids are in one bucket, so buckets are compared independently of each other.
+A run holds the uids of up to ``RUN_ROWS`` rows with their positions, sorted by uid. A bucket is the uids with the same
+first ten bits: one span of every run. Equal uids are in one bucket, so buckets are compared one by one.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 RUN_ROWS = 1_000_000
 """Rows of a run: 24 MB."""
-GROUP_ROWS = 4_000_000
-"""About how many rows are compared at once: 96 MB, and as much for sorting."""
-_NUM_BUCKETS = 256
+GROUP_ROWS = 1_000_000
+"""About how many rows are compared at once: 24 MB, and four times as much for sorting."""
+_BUCKET_BITS = 10
+_NUM_BUCKETS = 1 << _BUCKET_BITS
 _ROW_BITS = 40
 _ENTRY = np.dtype([("high", ">u8"), ("low", ">u8"), ("position", "<u8")])
 
@@ -65,8 +66,8 @@ class RunWriter:
         high = halves[:, 0].astype(np.uint64)
         order = np.argsort(high, kind="stable")
         entries[order].tofile(self._stream)
-        first_bytes = np.arange(_NUM_BUCKETS, dtype=np.uint64) << np.uint64(56)
-        bounds = [*np.searchsorted(high[order], first_bytes).tolist(), len(halves)]
+        first_bits = np.arange(_NUM_BUCKETS, dtype=np.uint64) << np.uint64(64 - _BUCKET_BITS)
+        bounds = [*np.searchsorted(high[order], first_bits).tolist(), len(halves)]
         self.runs.append(Run(self._written, tuple(bounds)))
         self._written += len(halves)
         self._next += len(halves)

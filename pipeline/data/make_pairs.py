@@ -7,7 +7,7 @@ a phase, and a run that was killed repeats only the tasks under way:
 2. ``live/compare/AAA-BBB`` finds the repeated uids in a range of buckets.
 3. ``NNNNN`` writes a part: the rows of a piece without the repeated ones.
 
-No task holds more than a batch of rows, or a few million uids (docs/formats.md describes the files).
+No task holds more than a batch of rows, or about a million uids (docs/formats.md describes the files).
 """
 
 import contextlib
@@ -163,7 +163,7 @@ class PairsMaker:
         """The tasks that compare; known when all pieces are read."""
         records = self._output.shard_records()
         groups = bucket_groups(sum(records[f"{READ}{name}"].counts.get("ok", 0) for name in self._names))
-        return [f"{COMPARE}{first:03d}-{end:03d}" for first, end in groups]
+        return [f"{COMPARE}{first:04d}-{end:04d}" for first, end in groups]
 
     @cached_property
     def _runs(self) -> list[tuple[Path, list[Run]]]:
