@@ -2,7 +2,7 @@
 
     python -m benchmarks.pairs
 
-Makes lists of 1M, 2M and 5M rows (one row in twenty is a repeated one) and writes each as pairs in a process of its
+Makes lists of 1M, 2M and 5M rows (a few are repeated) and writes each as pairs in a process of its
 own, with one worker. `peak_mib` is the process's largest resident set less that after its imports. Floor: the peak of
 the largest list is at most 1.25 times that of the smallest. The hours for 100M rows follow from one worker's speed.
 """
