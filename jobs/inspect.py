@@ -52,7 +52,7 @@ def plan(
         return
     for status in statuses:
         why = "" if status.state == "done" else "; ".join(status.reasons)
-        typer.echo(f"{status.step.name:<12} {status.step.key}  {status.state:<8} {why}".rstrip())
+        typer.echo(f"{status.step.name:<17} {status.step.key}  {status.state:<8} {why}".rstrip())
     for note in unseen_inputs(resolved):
         typer.echo(note)
     todo = [status.step.name for status in statuses if status.state != "done"]
@@ -74,7 +74,7 @@ def status(recipe: RecipePath, overrides: Overrides = None, json: AsJson = False
         print_json(rows)
         return
     for row in rows:
-        typer.echo(f"{row['step']:<12} {row['key']}  {row['state']:<8} {_describe(row)}".rstrip())
+        typer.echo(f"{row['step']:<17} {row['key']}  {row['state']:<8} {_describe(row)}".rstrip())
     if any(item.state != "done" for item in statuses):
         typer.echo(f"run: {rest.explain(recipe_words(recipe, overrides))}")
     typer.echo(f"workspace {workspace.root}")
@@ -120,10 +120,10 @@ def _print_times(recipe: Recipe, statuses: list[StepStatus], *, json: bool) -> N
     for status in statuses:
         span = run.spans.get(status.step.name)
         if span is None:
-            typer.echo(f"{status.step.name:<12} {'done' if status.state == 'done' else 'not timed'}")
+            typer.echo(f"{status.step.name:<17} {'done' if status.state == 'done' else 'not timed'}")
         else:
             ends = f"{clock_time(span.start_s)} to {clock_time(span.end_s)}"
-            typer.echo(f"{status.step.name:<12} {duration(span.end_s - span.start_s):>9}   {ends}")
+            typer.echo(f"{status.step.name:<17} {duration(span.end_s - span.start_s):>9}   {ends}")
     typer.echo(
         f"run: about {duration(run.seconds)} on {machine.cpus:g} CPUs; with all of them busy, work takes "
         f"{machine.crowding:.2f} times as long; measured in {duration(measured_s)}"

@@ -14,7 +14,7 @@ REASONS = {
     "long_caption": "caption too long",
     "language": "another language",
     "small_image": "picture too small",
-    "aspect_ratio": "picture too long",
+    "aspect_ratio": "picture too long and narrow",
     "watermark": "watermark",
     "nsfw": "unsafe, by the list's score",
     "nsfw_tag": "unsafe, by the list's tag",
