@@ -137,7 +137,7 @@ class RowRules:
             classify = self._language
             languages = [classify(text) for text in captions]
             labels.leave_out(
-                (prob < config.min_language_prob for prob, _ in languages),
+                (name not in config.languages and prob < config.min_language_prob for prob, name in languages),
                 "language",
                 lambda row: f"probably {languages[row][1]}; {', '.join(config.languages)}: {languages[row][0]:.2f}",
             )

@@ -233,8 +233,9 @@ class FilterConfig(StepSection):
     """Largest longer side over shorter side of the downloaded picture; 0: no limit."""
     languages: tuple[Annotated[str, Field(pattern="^[a-z]{2,3}$")], ...] = ()
     """Languages of captions that stay (ISO 639 codes, as en, de, zh); empty: all."""
-    min_language_prob: Prob = 0.15
-    """Least probability that a caption is in one of ``languages``; low, because a few words say little about theirs."""
+    min_language_prob: Prob = 0.08
+    """Least probability that a caption is in one of ``languages``, if another one is more probable; low, because a few
+    words say little about theirs."""
     max_watermark: Prob = 1.0
     """Largest pwatermark (LAION) or watermark_score (COYO); 1: no rule. This column and those below must be in
     download.extra_columns."""

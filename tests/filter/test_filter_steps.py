@@ -166,6 +166,15 @@ def test_a_rule_without_its_column_says_how_to_bring_it(tmp_path: Path) -> None:
         run_filter(context)
 
 
+def test_short_captions_are_no_other_language(tmp_path: Path) -> None:
+    planted = Planted({}, {})
+    for number, caption in enumerate(("a blue cross", "a yellow circle", "a small blue circle")):
+        planted.add(caption, "", pair("", caption, encode(scene_picture(number))))
+    planted.add("french", "language", pair("", "un chat noir sur un canape", encode(scene_picture(4))))
+    _, labels = _filtered(tmp_path, planted, {"languages": ["en"]})
+    assert {name: labels[_uid(planted, name)]["reason"] for name in planted.pairs} == planted.reasons
+
+
 def test_an_unknown_language_is_refused_with_the_languages_there_are(tmp_path: Path) -> None:
     context = make_context(tmp_path, "filter", tiny_recipe(tmp_path, filter={"languages": ["en", "xx"]}))
     planted_pairs(3).write(context.inputs["download"])
