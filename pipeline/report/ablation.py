@@ -41,6 +41,10 @@ def order_rows(result: Json) -> list[Json]:
     ]
 
 
+_FEW = 5
+"""Most measures that a sentence names."""
+
+
 def order_titles() -> list[str]:
     """The two comparisons of the paper's order."""
     return [f"{first} over {second}" for first, second in pairwise(_ORDER)]
@@ -59,7 +63,10 @@ def order_verdict(result: Json) -> list[str]:
             named[HOLDS if verdicts == {HOLDS} else OPEN].append(_name(measure))
     head = f"The paper's order is {' over '.join(_ORDER)}."
     holds = f"It holds by {', '.join(named[HOLDS])}." if named[HOLDS] else "No measure shows the whole order."
-    left = f"{result['num_prompts']} prompts leave it open by {', '.join(named[OPEN])}." if named[OPEN] else ""
+    measures = ", ".join(named[OPEN])
+    if len(named[OPEN]) > _FEW:
+        measures = f"{len(named[OPEN])} measures, whose intervals more prompts (-n) would narrow"
+    left = f"{result['num_prompts']} prompts leave it open by {measures}." if measures else ""
     return [text for text in (head, holds, *reversals, left) if text]
 
 
