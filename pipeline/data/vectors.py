@@ -73,11 +73,12 @@ def read_column(path: Path, name: str) -> NDArray[np.float16]:
     a list for itself, reads the others.
     """
     with pq.ParquetFile(path) as file:
-        if not _ONE_PAGE.items() <= (file.schema_arrow.metadata or {}).items():
-            return to_numpy(file.read([name]).column(name))
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
         embed_dim = file.schema_arrow.field(name).type.list_size
         leaf = file.schema_arrow.get_field_index(name)  # each column has one leaf
+        is_ours = _ONE_PAGE.items() <= (file.schema_arrow.metadata or {}).items()
+        if not (is_ours and all(_is_plain(group, leaf) for group in groups)):
+            return to_numpy(file.read([name]).column(name))
     if not groups:
         return np.zeros((0, embed_dim), np.float16)
     content, parts = np.memmap(path, np.uint8, "r"), list[NDArray[np.float16]]()
@@ -87,6 +88,13 @@ def read_column(path: Path, name: str) -> NDArray[np.float16]:
         numbers = content[stop - 2 * embed_dim * group.num_rows : stop]
         parts.append(numbers.view(np.float16).reshape(group.num_rows, embed_dim))
     return np.concatenate(parts)
+
+
+def _is_plain(group: Any, leaf: int) -> bool:
+    """Whether a row group may be one of ``write_embeddings``: programs that write a file anew keep its metadata."""
+    chunk = group.column(leaf)
+    is_stored_plainly = chunk.compression == "UNCOMPRESSED" and not chunk.has_dictionary_page
+    return is_stored_plainly and group.num_rows <= ROW_GROUP_ROWS
 
 
 def read_vectors(path: Path) -> Vectors:
