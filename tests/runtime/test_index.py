@@ -31,7 +31,7 @@ def _context(folder: Path, **index: Any) -> tuple[Recipe, StepContext]:
 
 
 def _embed(artifact: Artifact, vectors: Any, *, first: int = 0) -> Artifact:
-    make_embeddings(artifact, vectors, vectors, rows_per_shard=20_000, first=first)
+    make_embeddings(artifact, vectors, vectors, rows_per_shard=10_000, first=first)
     artifact.commit(Manifest(step="embed", key="k", step_version=1, section={}, inputs={"clip": "c"}))
     return artifact
 
