@@ -46,12 +46,12 @@ from autofaiss import build_index
 folder, queries, threads = sys.argv[1:]
 start = time.perf_counter()
 index, _ = build_index(embeddings=folder, save_on_disk=False, nb_cores=int(threads), verbose=40)
-build_s, times, found = time.perf_counter() - start, [], []
+build_s, times, ids = time.perf_counter() - start, [], []
 for query in np.load(queries):
     start = time.perf_counter()
-    found.append(index.search(query[None], 10)[1][0].tolist())
+    ids.append(index.search(query[None], 10)[1][0].tolist())
     times.append(time.perf_counter() - start)
-print(json.dumps({"build_s": build_s, "query_ms": 1000 * float(np.median(times)), "found": found}))
+print(json.dumps({"build_s": build_s, "query_ms": 1000 * float(np.median(times)), "ids": ids}))
 """
 
 
@@ -165,7 +165,7 @@ def _autofaiss(workspace: Workspace, embed: Artifact, queries: Floats, args: arg
     command = [args.autofaiss, "-c", _AUTOFAISS, str(folder), str(folder.parent / "queries.npy"), str(args.threads)]
     answer = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
     true = np.argsort(-(queries @ vectors.T), axis=1)[:, :10]
-    hits = [len(set(one) & set(other)) for one, other in zip(answer.pop("found"), true.tolist(), strict=True)]
+    hits = [len(set(one) & set(other)) for one, other in zip(answer.pop("ids"), true.tolist(), strict=True)]
     return {**answer, "recall": float(np.mean(hits) / 10), "source": "this run"}
 
 

@@ -100,8 +100,8 @@ def run(
     start = time.monotonic()
     resolved = load_recipe(recipe, overrides or [])
     if retry_failed and not is_class(retry_failed):
-        known = ", ".join([ALL, *CLASSES, "http-404 and so on", *PICTURE_FAULTS])
-        raise ConfigError(f"--retry-failed {retry_failed}: no such class of failures; there are {known}")
+        classes = ", ".join([ALL, *CLASSES, "http-404 and so on", *PICTURE_FAULTS])
+        raise ConfigError(f"--retry-failed {retry_failed}: no such class of failures; there are {classes}")
     if retry_failed and resolved.pairs.source == "shards":
         raise ConfigError("--retry-failed: these shards are taken in as they are; nothing is downloaded")
     words = shown_as or recipe_words(recipe, overrides)

@@ -175,9 +175,9 @@ class _Process:
         self._process.wait()
 
     def _ask(self, chunk: Chunk) -> DecodedChunk | Exception:
-        given, answers = cast("IO[bytes]", self._process.stdin), cast("IO[bytes]", self._process.stdout)
-        pickle.dump(chunk, given)
-        given.flush()
+        questions, answers = cast("IO[bytes]", self._process.stdin), cast("IO[bytes]", self._process.stdout)
+        pickle.dump(chunk, questions)
+        questions.flush()
         return pickle.load(answers)
 
     def _start(self) -> "subprocess.Popen[bytes]":

@@ -92,10 +92,10 @@ def find_in_tar(path: Path, file: int, key: str) -> dict[str, tuple[int, int]]:
             low = place
     files: dict[str, tuple[int, int]] = {}
     while _is_header(os.pread(file, _BLOCK_BYTES, low)):
-        found, extension, size = _member_at(path, file, low)
-        if found > key:
+        stem, extension, size = _member_at(path, file, low)
+        if stem > key:
             break
-        if found == key:
+        if stem == key:
             files[extension] = (low + _BLOCK_BYTES, size)
         low += _BLOCK_BYTES + -(-size // _BLOCK_BYTES) * _BLOCK_BYTES
     return files

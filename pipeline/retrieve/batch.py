@@ -78,8 +78,9 @@ class PartSearcher:
         vectors, problems = encode_rows(queries, self._searcher.encoder, self._searcher.retriever.index.embed_dim)
         options, conditions = self._options, self._conditions
         good = [row for row, problem in enumerate(problems) if not problem]
-        found = self._searcher.retriever.search(vectors[good], options.k, options.modality, conditions) if good else []
-        results: dict[int, Results] = dict(zip(good, found, strict=True))
+        search = self._searcher.retriever.search
+        answers = search(vectors[good], options.k, options.modality, conditions) if good else []
+        results: dict[int, Results] = dict(zip(good, answers, strict=True))
         statuses = ["failed" if problem else _status(results[row]) for row, problem in enumerate(problems)]
         counts.update(statuses)
         counts["in"] += len(statuses)

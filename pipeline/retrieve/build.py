@@ -44,7 +44,7 @@ _FLAT_UP_TO_ROWS = 50_000
 _GRAPH_UP_TO_ROWS = 20_000  # in order, on one thread: a second for 2,000 rows, longer for each as they get more
 _ROWS_PER_LIST = 39  # with a smaller sample, FAISS warns
 _MIN_PART_ROWS, _MAX_PARTS = 65_536, 256
-_QUERY_SHARDS = 64
+_QUERY_SHARDS, _MOST_QUERY_SHARDS = 64, 1024  # 1,024 where validation rows are rare
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,10 @@ class SegmentBuild:
             DataError: If there are no embeddings, or a shard is damaged.
         """
         inputs = [*(source.uri for source in self.sources), *self.earlier, self.deleted]
-        if self.output.exists(self._live("plan.json")):
-            if self.output.read_json(self._live("plan.json"))["inputs"] == inputs:
-                return
-            self.clear()  # of a change that was given up
+        plan = self._live("plan.json")
+        if self.output.exists(plan) and self.output.read_json(plan)["inputs"] == inputs:
+            return
+        self.clear()  # of a change that was given up, or of a removal that was stopped
         kinds.set_threads(self.num_threads)
         embedded, rng = EmbeddedShards.open(self.sources), np.random.default_rng(self.seed)
         query_rows = _query_rows(embedded, self.config.num_recall_queries, rng)
@@ -103,9 +103,9 @@ class SegmentBuild:
         if any(kinds.is_listed(kind) for kind in chosen):
             num_lists = choose_num_lists(self.config, embedded.num_rows)
             count = min(self.config.num_train_rows, embedded.num_rows)
-            drawn = np.sort(rng.choice(embedded.num_rows, count, replace=False))
-            others = np.setdiff1d(drawn, query_rows)
-            sample_rows = others if len(others) >= num_lists else drawn
+            random_rows = np.sort(rng.choice(embedded.num_rows, count, replace=False))
+            others = np.setdiff1d(random_rows, query_rows)
+            sample_rows = others if len(others) >= num_lists else random_rows
             reader = _reader(embedded, np.unique(embedded.shard_of(sample_rows)))
             for modality in MODALITIES:
                 sample = reader.read(sample_rows, f"z_{modality}")
@@ -172,7 +172,11 @@ class SegmentBuild:
         return IndexSummary(counts, _metrics(description, tried, embedded))
 
     def clear(self) -> None:
-        """Remove what was written between the stages; a step's commit does this itself."""
+        """Remove what was written between the stages; a step's commit does this itself.
+
+        The plan goes first: without it the next build begins anew, and does not miss the files that are gone by then.
+        """
+        self.output.remove(self._live("plan.json"))
         for name in self.output.names():
             if name.startswith(f"{LIVE}{self.segment}/"):
                 self.output.remove(name)
@@ -229,8 +233,8 @@ class SegmentBuild:
             )
             before = Rows(self.output, segment, embedded)  # with its deleted rows
             for start in range(0, len(rows), _MIN_PART_ROWS):
-                found = np.flatnonzero(before.positions(np.asarray(rows.ids[start : start + _MIN_PART_ROWS])) >= 0)
-                hidden.append(found + start)
+                part = np.asarray(rows.ids[start : start + _MIN_PART_ROWS])
+                hidden.append(np.flatnonzero(before.positions(part) >= 0) + start)
         all_hidden = np.unique(np.concatenate([np.zeros(0, np.int64), *hidden]))
         earlier = len(all_hidden) - counts.total()
         counts.update({"already_indexed": earlier} if earlier > 0 else {})
@@ -489,16 +493,17 @@ def _reader(embedded: EmbeddedShards, shards: Ids) -> StoredVectors:
 
 def _query_rows(embedded: EmbeddedShards, count: int, rng: np.random.Generator) -> Ids:
     """Random validation rows from random shards; random rows of any split if there are fewer than two."""
-    found, num_found = list[Ids](), 0
-    for looked_at, shard in enumerate(rng.permutation(len(embedded.shards)).tolist()):
-        if looked_at >= _QUERY_SHARDS and num_found >= count:
+    parts, num_rows = list[Ids](), 0
+    for num_read, shard in enumerate(rng.permutation(len(embedded.shards)).tolist()):
+        if (num_read >= _QUERY_SHARDS and num_rows >= count) or num_read == _MOST_QUERY_SHARDS:
             break
         split = np.array(embedded.read_column(shard, "split"))
-        found.append(np.flatnonzero(split == "validation") + embedded.starts[shard])
-        num_found += len(found[-1])
-    rows = np.sort(np.concatenate(found))
+        parts.append(np.flatnonzero(split == "validation") + embedded.starts[shard])
+        num_rows += len(parts[-1])
+    rows = np.sort(np.concatenate(parts))
     if len(rows) < 2:
-        rows, count = np.arange(embedded.num_rows), min(count, max(2, embedded.num_rows // 10))
+        count = min(count, max(2, embedded.num_rows // 10), embedded.num_rows)
+        return np.sort(rng.choice(embedded.num_rows, count, replace=False))
     return np.sort(rng.choice(rows, min(count, len(rows)), replace=False))
 
 

@@ -124,8 +124,8 @@ class Retriever:
         while waiting := [query for query, one in enumerate(results) if one is None]:
             num_parts = -(-len(waiting) * num_candidates // _CANDIDATES_AT_ONCE)
             for part in np.array_split(np.array(waiting), num_parts):
-                found = self._search_once(vectors[part], k, modality, conditions, num_candidates, most)
-                for query, one in zip(part, found, strict=True):
+                answers = self._search_once(vectors[part], k, modality, conditions, num_candidates, most)
+                for query, one in zip(part, answers, strict=True):
                     results[query] = one
             num_candidates = min(_MORE_CANDIDATES * num_candidates, most)
         return [one for one in results if one is not None]

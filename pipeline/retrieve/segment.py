@@ -48,8 +48,8 @@ class Segment:
                     f"{artifact.uri}/{name}: {side.searcher.num_rows} vectors of {modality}, {len(self.rows)} rows"
                 )
         hidden = np.load(artifact.path(f"{name}/hidden.npy"))
-        gone = self.rows.positions(deleted)
-        self._left_out = np.union1d(hidden, gone[gone >= 0])
+        positions = self.rows.positions(deleted)
+        self._left_out = np.union1d(hidden, positions[positions >= 0])
 
     @property
     def num_rows(self) -> int:

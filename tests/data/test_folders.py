@@ -35,9 +35,9 @@ def test_metadata_of_imagefolder_is_found_at_any_depth(name: str, kind: str, dep
         pq.write_table(pa.Table.from_pylist([row]), path)
     else:
         path.write_text("file_name,text\n" + ",".join(row.values()) if kind == "csv" else json.dumps(row))
-    found, reading = _captions(tmp_path)
-    assert (f"{depth}0001.png", "a red house", "metadata") in found
-    assert [source for _, _, source in found].count("name") == 2
+    captions, reading = _captions(tmp_path)
+    assert (f"{depth}0001.png", "a red house", "metadata") in captions
+    assert [source for _, _, source in captions].count("name") == 2
     assert reading.notes["captions_from_metadata"] == 1
     assert reading.notes["metadata_without_picture"] == 0
 
@@ -53,8 +53,8 @@ def test_the_nearest_metadata_wins(tmp_path: Path) -> None:
     _pictures(tmp_path, "a/1.png", "a/2.png")
     (tmp_path / "metadata.csv").write_text("file_name,text\na/1.png,far one\na/2.png,far two\n")
     (tmp_path / "a/metadata.csv").write_text("file_name,text\n1.png,near one\n")
-    found, reading = _captions(tmp_path)
-    assert found == [("a/1.png", "near one", "metadata"), ("a/2.png", "far two", "metadata")]
+    captions, reading = _captions(tmp_path)
+    assert captions == [("a/1.png", "near one", "metadata"), ("a/2.png", "far two", "metadata")]
     assert reading.notes["metadata_without_picture"] == 1  # the far row of 1.png stands for nothing
 
 
@@ -93,8 +93,8 @@ def test_annotations_of_coco_and_flickr_give_a_pair_for_each_caption(name: str, 
     _pictures(tmp_path, "train2017/b.jpg", "train2017/d.jpg")
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(_ANNOTATIONS[name])
-    found, reading = _captions(tmp_path)
-    assert found == [
+    captions, reading = _captions(tmp_path)
+    assert captions == [
         ("train2017/b.jpg", "b one", "metadata"),
         ("train2017/b.jpg", "b two", "metadata"),
         ("train2017/d.jpg", "d", "name"),
@@ -105,8 +105,8 @@ def test_annotations_of_coco_and_flickr_give_a_pair_for_each_caption(name: str, 
 def test_a_broken_line_of_metadata_is_counted_and_named(tmp_path: Path) -> None:
     _pictures(tmp_path, "1.png", "2.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "one"}\n{"file_name"\n')
-    found, reading = _captions(tmp_path)
-    assert [caption for _, caption, _ in found] == ["one", "2"]
+    captions, reading = _captions(tmp_path)
+    assert [caption for _, caption, _ in captions] == ["one", "2"]
     assert reading.notes["malformed_metadata"] == 1
     assert name_examples([reading])[0].startswith(f"{tmp_path}/metadata.jsonl:2: not JSON")
     assert not reading.counts["malformed"]
@@ -126,8 +126,8 @@ def test_a_strange_sidecar_costs_its_picture_and_no_other(
 ) -> None:
     _pictures(tmp_path, "1.png", "2.png", "3.png")
     (tmp_path / name).write_bytes(content)
-    found, reading = _captions(tmp_path)
-    assert [name for name, _, _ in found] == ["1.png", "3.png"]
+    captions, reading = _captions(tmp_path)
+    assert [name for name, _, _ in captions] == ["1.png", "3.png"]
     assert reading.counts["malformed"] == 1
     assert reason in name_examples([reading])[0]
 

@@ -48,8 +48,8 @@ def test_csv_is_read_as_by_pythons_own_reader(
     path.write_text(text.getvalue(), encoding="utf-8", newline="")
     with path.open(encoding="utf-8", newline="") as stream:
         expected = [tuple(row[1:]) for row in list(csv.reader(stream))[1:] if row]
-    found, reading = _rows(path)
-    assert found == expected
+    pairs, reading = _rows(path)
+    assert pairs == expected
     assert not reading.counts["malformed"]
 
 
@@ -66,11 +66,11 @@ def test_no_line_of_a_broken_csv_takes_another_with_it(
     good = [f"http://a/{number},caption {number}" for number in range(len(lines) + 1)]
     mixed = [good[0]] + [line for pair in zip(lines, good[1:], strict=True) for line in pair]
     path.write_text("\n".join(["url,caption", *mixed]) + "\n", encoding="utf-8")
-    found, reading = _rows(path)
+    pairs, reading = _rows(path)
     expected = [tuple(line.split(",")) for line in good]
-    assert [row for row in found if row in expected] == expected
+    assert [row for row in pairs if row in expected] == expected
     others = [line for line in lines if line]
-    assert len(found) + reading.counts["malformed"] == len(good) + len(others)
+    assert len(pairs) + reading.counts["malformed"] == len(good) + len(others)
 
 
 @given(rows=st.lists(st.tuples(_LINE, _LINE), max_size=12), end=st.sampled_from(["\n", "\r\n"]))
@@ -83,8 +83,8 @@ def test_tsv_is_read_as_by_pythons_own_reader_without_quotes(
     with path.open(encoding="utf-8", newline="\n") as stream:
         lines = [line.rstrip("\r\n") for line in stream]
     expected = [tuple(next(csv.reader([line], delimiter="\t", quoting=csv.QUOTE_NONE))) for line in lines[1:] if line]
-    found, reading = _rows(path)
-    assert found == expected
+    pairs, reading = _rows(path)
+    assert pairs == expected
     assert not reading.counts["malformed"]
 
 
@@ -99,14 +99,14 @@ def test_json_is_read_as_by_pythons_own_reader_and_captions_are_texts_or_numbers
 ) -> None:
     path = tmp_path_factory.mktemp("json") / f"list.{kind}"
     path.write_text("\n".join(map(json.dumps, rows)) if kind == "jsonl" else json.dumps(rows, indent=1))
-    found, reading = _rows(path)
+    pairs, reading = _rows(path)
 
     def is_caption(value: Any) -> bool:
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
         return value is None or isinstance(value, str) or is_number
 
     good = [row for row in rows if is_caption(row["caption"])]
-    assert found == [(row["url"], None if row["caption"] is None else str(row["caption"])) for row in good]
+    assert pairs == [(row["url"], None if row["caption"] is None else str(row["caption"])) for row in good]
     assert reading.counts["malformed"] == len(rows) - len(good)
 
 
@@ -128,8 +128,8 @@ def test_spans_of_a_file_hold_every_line_once_and_in_order(
         "txt": urls,
     }[kind]
     path.write_text("\n".join(lines) + ("\n" if has_end else ""))
-    found, reading = _rows(path, num_bytes=num_bytes)
-    assert [url for url, _ in found] == urls
+    pairs, reading = _rows(path, num_bytes=num_bytes)
+    assert [url for url, _ in pairs] == urls
     assert not reading.counts["malformed"]
     assert sum(count for _, count in reading.lines) == len(lines)
 
@@ -171,8 +171,8 @@ def test_a_list_without_a_header_is_seen_by_its_first_url(
     name: str, first: str, expected: tuple[str, str], tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text(f"{first}\n{first}\n")
-    found, _ = _rows(tmp_path / name)
-    assert found == [expected, expected]
+    pairs, _ = _rows(tmp_path / name)
+    assert pairs == [expected, expected]
     assert set(list_columns(str(tmp_path / name))) == {"url", "caption"}
 
 
@@ -245,8 +245,8 @@ _BAD_PARQUET: dict[str, pa.Array] = {
 def test_a_strange_cell_of_parquet_is_counted_with_its_row(name: str, tmp_path: Path) -> None:
     table = pa.table({"url": ["http://a/1", "http://a/2"], "caption": _BAD_PARQUET[name]})
     pq.write_table(table, tmp_path / "list.parquet")
-    found, reading = _rows(tmp_path / "list.parquet")
-    assert found == [("http://a/1", "fine")]
+    pairs, reading = _rows(tmp_path / "list.parquet")
+    assert pairs == [("http://a/1", "fine")]
     assert reading.counts["malformed"] == 1
     assert name_examples([reading])[0].startswith(f"{tmp_path}/list.parquet:2: ")
 
@@ -286,8 +286,8 @@ def test_bytes_that_are_no_utf8_are_counted_and_the_list_goes_on(kind: str, tmp_
     lines = [line % number for number in range(3)]
     lines[1] = lines[1].replace(b"\xc3\xa9", b"\xe9")
     (tmp_path / f"list.{kind}").write_bytes(header + b"".join(lines))
-    found, reading = _rows(tmp_path / f"list.{kind}")
-    assert len(found) == 2
+    pairs, reading = _rows(tmp_path / f"list.{kind}")
+    assert len(pairs) == 2
     assert reading.counts["malformed"] == 1
     number = 3 if header else 2
     assert name_examples([reading])[0].startswith(f"{tmp_path}/list.{kind}:{number}: not UTF-8")
@@ -305,8 +305,8 @@ def test_an_oversized_cell_or_line_is_counted_and_the_list_goes_on(
         "http://a/4\tfour",
     ]
     (tmp_path / "list.tsv").write_text("\n".join(["url\tcaption", *rows]))
-    found, reading = _rows(tmp_path / "list.tsv")
-    assert found == [("http://a/1", "one"), ("http://a/4", "four")]
+    pairs, reading = _rows(tmp_path / "list.tsv")
+    assert pairs == [("http://a/1", "one"), ("http://a/4", "four")]
     assert [name.partition(":")[2].split(":")[0] for name in name_examples([reading])] == ["3", "4"]
 
 
@@ -319,8 +319,8 @@ def test_half_of_an_emoji_is_counted_and_the_list_goes_on(kind: str, tmp_path: P
         path.write_bytes("\n".join(lines).encode(errors="surrogatepass"))
     else:
         path.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
-    found, reading = _rows(path)
-    assert found == [("http://a/2", "fine")]
+    pairs, reading = _rows(path)
+    assert pairs == [("http://a/2", "fine")]
     assert reading.counts["malformed"] == 1
 
 
@@ -328,8 +328,8 @@ def test_an_unbalanced_quote_far_from_its_end_costs_one_row(tmp_path: Path) -> N
     lines = [f"http://a/{number},caption {number}" for number in range(200_000)]
     lines[5] = 'http://a/5,"an open quote'
     (tmp_path / "list.csv").write_text("\n".join(["url,caption", *lines]))
-    found, reading = _rows(tmp_path / "list.csv")
-    assert len(found) == len(lines) - 1
+    pairs, reading = _rows(tmp_path / "list.csv")
+    assert len(pairs) == len(lines) - 1
     assert name_examples([reading]) == [f"{tmp_path}/list.csv:7: a quote is opened and not closed"]
 
 
@@ -348,8 +348,8 @@ _COCO = {
 
 def test_cocos_annotations_are_a_list_with_a_row_for_each_caption(tmp_path: Path) -> None:
     (tmp_path / "captions.json").write_text(json.dumps(_COCO))
-    found, _ = _rows(tmp_path / "captions.json")
-    assert found == [("http://c/b.jpg", "b one"), ("http://c/a.jpg", "a one"), ("http://c/b.jpg", "b two")]
+    pairs, _ = _rows(tmp_path / "captions.json")
+    assert pairs == [("http://c/b.jpg", "b one"), ("http://c/a.jpg", "a one"), ("http://c/b.jpg", "b two")]
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -404,10 +404,10 @@ def test_row_groups_of_a_large_parquet_file_are_spans(tmp_path: Path) -> None:
     assert len(spans) > 2
     assert [span.stop for span in spans][:-1] == [span.start for span in spans][1:]
     reading = Reading()
-    found = [
+    pairs = [
         url for span in spans for table in read_span(span, ListColumns(), reading) for url in table["url"].to_pylist()
     ]
-    assert found == urls
+    assert pairs == urls
 
 
 def test_a_csv_and_a_compressed_file_are_not_cut(tmp_path: Path) -> None:

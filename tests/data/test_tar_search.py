@@ -31,10 +31,10 @@ def test_every_key_is_found_with_its_files(tmp_path: Path) -> None:
     _write(tar, keys)
     file = os.open(tar, os.O_RDONLY)
     members = index_tar(tar)
-    found = {key: find_in_tar(tar, file, key) for key in keys}
+    results = {key: find_in_tar(tar, file, key) for key in keys}
     # The picture that is a tar may lead a search astray; then it finds nothing, never something else.
-    assert all(files in ({}, members[key]) for key, files in found.items())
-    assert sum(files != {} for files in found.values()) > 0.9 * len(keys)
+    assert all(files in ({}, members[key]) for key, files in results.items())
+    assert sum(files != {} for files in results.values()) > 0.9 * len(keys)
     assert all(find_in_tar(tar, file, key) == {} for key in ("", "000000001", "000000399", "1"))
     os.close(file)
     pictures = ShardPictures(tar, "00000", indexed=False)

@@ -20,7 +20,7 @@ from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve import NeighbourIndex, build
 from pipeline.retrieve.build import build_index
 from pipeline.retrieve.changes import delete
-from pipeline.workspace.store import LIVE, Artifact, Workspace, translate_os_errors
+from pipeline.workspace.store import Artifact, Workspace, translate_os_errors
 from tests.retrieve.conftest import unit
 from tests.tiny.shards import make_embeddings
 
@@ -38,9 +38,8 @@ def embed(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 
 def _digests(index: Artifact) -> dict[str, str]:
-    """Of every file of the index, without what a killed writer left under ``live/``: a step's commit removes that."""
-    names = [name for name in index.names() if not name.startswith(LIVE)]
-    return {name: hashlib.sha256(index.path(name).read_bytes()).hexdigest() for name in names}
+    """Of every published file, without what a killed writer left; a run removes that before it starts."""
+    return {name: hashlib.sha256(index.path(name).read_bytes()).hexdigest() for name in index.names()}
 
 
 @pytest.fixture
@@ -89,12 +88,36 @@ def test_a_build_killed_at_random_moments_ends_in_the_same_bytes(embed: Artifact
                     break
                 time.sleep(0.001)
             if pid:
-                sys.exit(print(kills) or status)
+                print(kills)
+                sys.exit(1 if status else 0)  # 256, the status of an error, would exit with 0
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", textwrap.dedent(script)]
     output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=Path.cwd())
     assert int(output.stdout) >= 5
+    assert _digests(killed) == _digests(whole)
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("num_removed", range(0, 60, 7))
+def test_a_build_killed_while_it_removes_its_scratch_files_is_made_again(
+    embed: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_removed: int
+) -> None:
+    whole, killed = (Workspace(str(tmp_path)).artifact("index", name) for name in ("whole", "killed"))
+    build_index(embed, whole, _CONFIG, seed=0)
+    remove, removed = Artifact.remove, list[str]()
+
+    def stop_after_some(self: Artifact, name: str) -> None:
+        if self.exists(name) and name.startswith("live/"):
+            if len(removed) == num_removed:
+                raise KeyboardInterrupt
+            removed.append(name)
+        remove(self, name)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(Artifact, "remove", stop_after_some)
+        build_index(embed, killed, _CONFIG, seed=0)
+    build_index(embed, killed, _CONFIG, seed=0)
     assert _digests(killed) == _digests(whole)
 
 

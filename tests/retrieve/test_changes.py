@@ -59,12 +59,12 @@ def _compact(index: Artifact) -> dict[str, int]:
 def _rows(index: NeighbourIndex, vectors: NDArray[np.float32]) -> set[int]:
     """Numbers of the rows that a search for everything returns; each must be found by its own vector."""
     [ids], rows = index.search(vectors[:1], len(vectors))[1], {row_id(_uid(row)): row for row in range(len(vectors))}
-    found = [rows[number] for number in ids.tolist() if number >= 0]
-    assert len(set(found)) == len(found) == index.num_rows
-    for row in found:
+    results = [rows[number] for number in ids.tolist() if number >= 0]
+    assert len(set(results)) == len(results) == index.num_rows
+    for row in results:
         [[best]] = index.find(vectors[[row]], 1)
         assert (best.uid, best.url) == (_uid(row), f"http://a/{row}")
-    return set(found)
+    return set(results)
 
 
 @pytest.fixture

@@ -183,10 +183,10 @@ def test_rows_of_several_sources_have_their_own_columns_and_pictures(tmp_path: P
     assert numbers("height > 7") == [4, 5]
     assert numbers("height is None and split == 'train'") == [0, 1, 2, 6, 7, 8]
     [results] = search.search(vectors[:1], 9)
-    found = {int(one.caption.split()[1]): one for one in results.neighbours}
-    assert [search.picture(found[row]) for row in (0, 5)] == [b"first", b"second"]
+    results = {int(one.caption.split()[1]): one for one in results.neighbours}
+    assert [search.picture(results[row]) for row in (0, 5)] == [b"first", b"second"]
     with pytest.raises(DataError, match="these embeddings name no download"):
-        search.picture(found[8])
+        search.picture(results[8])
 
 
 def _files(name: str, row: bytes) -> list[tuple[str, bytes]]:

@@ -114,11 +114,11 @@ def test_a_wrong_embedding_is_refused_by_its_file(searcher: Searcher, tmp_path: 
 
 
 def test_the_command_prints_a_table_or_json_and_says_what_is_short(file: str) -> None:
-    found = unclip_json("search", file, "a red picture", "--modality", "text", "-k", "3")
-    assert [set(row) for row in found["neighbours"]] == [
+    results = unclip_json("search", file, "a red picture", "--modality", "text", "-k", "3")
+    assert [set(row) for row in results["neighbours"]] == [
         {"id", "uid", "similarity", "url", "caption", "key", "shard"}
     ] * 3
-    assert (found["neighbours"][0]["caption"], found["shortage"]) == ("a red picture", "")
+    assert (results["neighbours"][0]["caption"], results["shortage"]) == ("a red picture", "")
     done = unclip_here("search", file, "a red picture", "--modality", "text", "-k", "20", "--where", "key < '0000004'")
     lines = done.stdout.splitlines()
     assert len(lines) == 4
@@ -158,12 +158,12 @@ def test_the_contact_sheet_holds_pictures_captions_scores_urls_and_uids(file: st
     (tmp_path / "red.png").write_bytes(plain_picture("red", 40))
     page = tmp_path / "pages" / "sheet.html"
     arguments = ["a <b>red</b> picture", "--image", str(tmp_path / "red.png"), "-k", "10", "--html", str(page)]
-    found = unclip_json("search", file, *arguments)
+    results = unclip_json("search", file, *arguments)
     text = page.read_text()
     assert [path.name for path in page.parent.iterdir()] == ["sheet.html"]
     pictures = re.findall(r'<button[^>]+class="pic"[^>]*><img src="data:image/jpeg;base64,([^"]+)"', text)
     assert len(pictures) == len(COLOURS)
-    for row, picture in zip(found["neighbours"], pictures, strict=True):
+    for row, picture in zip(results["neighbours"], pictures, strict=True):
         colour = row["caption"].split()[1]
         with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
             pixel = np.asarray(image.convert("RGB"))[5, 5].astype(int)

@@ -170,17 +170,17 @@ def test_map_shards_waits_for_a_shard_whose_readings_change_and_counts_its_rows(
         limit_s=2,
         read=lambda _shard: ShardReading(rows=int(10 * (time.monotonic() - start))),
     )
-    seen: list[int] = []
+    counts: list[int] = []
     update = Progress.update
 
     def note(progress: Progress, done: int, *values: Any, **settings: Any) -> None:
-        seen.append(done)
+        counts.append(done)
         update(progress, done, *values, **settings)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Progress, "update", note)
         assert len(map_shards(context, job)) == 1
-    assert any(0 < done < 100 for done in seen)
+    assert any(0 < done < 100 for done in counts)
 
 
 class _Slow(_Stage):

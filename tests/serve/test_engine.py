@@ -395,12 +395,11 @@ def test_negative_prompts_lead_every_guided_stage_away(cascade: Cascade) -> None
     for one in (cascade, cascade.with_stages(ArPriorStage.of(prior))):
         scale = {"prior": 3.0, "decoder": 3.0}
         requests = [
-            SampleRequest("two", (1,), guidance_scale=scale, negative_prompt=negative)
-            for negative in ("", "a red circle")
+            SampleRequest("two", (1,), guidance_scale=scale, negative_prompt=text) for text in ("", "a red circle")
         ]
-        plain, led = (one.sample_request(request) for request in requests)
-        assert (plain.z_image - led.z_image).abs().max() > 1e-3
-        assert (plain.pictures["decoder"].int() - led.pictures["decoder"].int()).abs().max() > 1
+        plain, negative = (one.sample_request(request) for request in requests)
+        assert (plain.z_image - negative.z_image).abs().max() > 1e-3
+        assert (plain.pictures["decoder"].int() - negative.pictures["decoder"].int()).abs().max() > 1
         empty = one.sample_request(dataclasses.replace(requests[0], guidance_scale={"prior": 1.0, "decoder": 1.0}))
         same = one.sample_request(dataclasses.replace(requests[1], guidance_scale={"prior": 1.0, "decoder": 1.0}))
         assert torch.equal(empty.images, same.images)  # without guidance nothing leads away
