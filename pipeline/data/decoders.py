@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from pipeline.data.bodies import Body
 from pipeline.data.causes import FetchError
-from pipeline.data.fetch import Body
 from pipeline.data.resize import Boxes, Resizer, StoredPicture
 from pipeline.errors import StepError
 from pipeline.pictures import PictureError

@@ -318,7 +318,7 @@ class Downloader:
             tasks.append(asyncio.create_task(_report(results, causes, tasks[:], on_progress)))
         try:
             await asyncio.gather(*tasks)
-        except BaseException:
+        except BaseException:  # also a cancellation: no task may outlive the shard
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

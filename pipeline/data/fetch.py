@@ -14,43 +14,31 @@ import email.utils
 import errno
 import os
 import random
-import socket
-import tempfile
-import threading
 import time
 import urllib.request
-import zlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar
 
 import aiohttp
-import aiohttp.abc
 from yarl import URL
 
 from pipeline.data import opt_outs
+from pipeline.data.bodies import Body, read_body
 from pipeline.data.causes import FetchError
 from pipeline.data.hosts import NO_LEASE, HostLimits, Limits
 from pipeline.data.opt_outs import PathRules
+from pipeline.data.resolver import HostCache, Resolver
 from pipeline.data.urls import AddressRules, Url, file_path, is_address, parse_url, refused_address
 from pipeline.recipe.sections import DownloadConfig
 
-Body = IO[bytes]
-T = TypeVar("T")
-
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_REDIRECTS = 10
-_MEMORY_BYTES = 1 << 20
-"""Part of a body that stays in memory; the rest goes to a temporary file: hundreds of bodies arrive at once."""
 _BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 8.0
 _KEEP_ALIVE_S = 5.0
-_NAME_TTL_S, _POLICY_TTL_S, _FAILURE_TTL_S = 300.0, 86_400.0, 60.0
-_LOOKUPS_AT_ONCE = 256
-_CACHED_HOSTS = 50_000
+_POLICY_TTL_S = 86_400.0
 _MAX_HEADER_BYTES = 16_384
-_GZIP = b"\x1f\x8b"
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # of the temporary file: no fault of the row
 
 
@@ -84,7 +72,7 @@ class Fetcher:
         self._limits = limits or HostLimits(resources.max_per_host, resources.max_rate_per_host)
         self._token = config.user_agent_token.strip().lower()
         self._directives = {directive.strip().lower() for directive in config.disallowed_header_directives}
-        self._policies = _Cache(self._policy, _POLICY_TTL_S)
+        self._policies = HostCache(self._policy, _POLICY_TTL_S)
         self._proxies = urllib.request.getproxies()
         self.num_waiting = 0
         """Requests that wait for their host's turn."""
@@ -94,7 +82,7 @@ class Fetcher:
         self._proxy_hosts = proxies
         connector = aiohttp.TCPConnector(
             limit=0,
-            resolver=_Resolver(self._rules, proxies),
+            resolver=Resolver(self._rules, proxies),
             use_dns_cache=False,  # the resolver has its own
             keepalive_timeout=_KEEP_ALIVE_S,
         )
@@ -190,7 +178,7 @@ class Fetcher:
                     if not is_policy:
                         self._require_headers(response)
                     limit = opt_outs.MAX_BYTES if is_policy else self._config.max_body_bytes
-                    return await _read_body(response, limit)
+                    return await read_body(response, limit)
             except (aiohttp.ClientError, OSError, ValueError) as error:
                 if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
                     raise
@@ -290,109 +278,6 @@ class _Final(FetchError):
         return False
 
 
-class _Cache(Generic[T]):
-    """Results of coroutines, by key: a key is asked once for all that wait for it, and errors are forgotten sooner."""
-
-    def __init__(self, ask: Callable[[str], Coroutine[Any, Any, T | FetchError]], ttl_s: float) -> None:
-        self._ask = ask
-        self._ttl_s = ttl_s
-        self._tasks: dict[str, tuple[asyncio.Task[T | FetchError], float]] = {}
-
-    async def get(self, key: str) -> T:
-        """The result of a key.
-
-        Raises:
-            FetchError: If the coroutine returned one.
-        """
-        now = time.monotonic()
-        task, start = self._tasks.get(key, (None, 0.0))
-        if task is None or now - start > self._ttl_of(task):
-            task = asyncio.create_task(self._ask(key))
-            if len(self._tasks) >= _CACHED_HOSTS:
-                self._tasks.pop(next(iter(self._tasks)))
-            self._tasks[key] = (task, now)
-        result = await asyncio.shield(task)
-        if isinstance(result, FetchError):
-            raise type(result)(result.cause, result.detail)  # a new one: many rows raise it
-        return result
-
-    def close(self) -> None:
-        """Stop what still runs."""
-        for task, _ in self._tasks.values():
-            task.cancel()
-
-    def _ttl_of(self, task: asyncio.Task[T | FetchError]) -> float:
-        is_error = task.done() and (task.cancelled() or isinstance(task.result(), FetchError))
-        return _FAILURE_TTL_S if is_error else self._ttl_s
-
-
-class _Resolver(aiohttp.abc.AbstractResolver):
-    """Resolves names in threads of its own, remembers them, and leaves out addresses that are not allowed.
-
-    The system's resolver cannot be interrupted: a slow name keeps a thread, not a row and not the end of the process.
-    """
-
-    def __init__(self, rules: AddressRules, trusted: set[str]) -> None:
-        self._rules = rules
-        self._trusted = trusted
-        self._slots = asyncio.Semaphore(_LOOKUPS_AT_ONCE)
-        self._names = _Cache(self._look_up, _NAME_TTL_S)
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
-    ) -> list[aiohttp.abc.ResolveResult]:
-        """The allowed addresses of a name.
-
-        Raises:
-            FetchError: If it has none.
-        """
-        del family
-        addresses = await self._names.get(host)
-        allowed = [one for one in addresses if host in self._trusted or self._rules.allows(one)]
-        if not allowed:
-            raise refused_address(addresses[0])
-        return [
-            aiohttp.abc.ResolveResult(
-                hostname=host,
-                host=address,
-                port=port,
-                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
-                proto=0,
-                flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
-            )
-            for address in allowed
-        ]
-
-    async def close(self) -> None:
-        """Forget every name; threads that still wait end by themselves."""
-        self._names.close()
-
-    async def _look_up(self, host: str) -> list[str] | FetchError:
-        loop = asyncio.get_running_loop()
-        async with self._slots:
-            result: asyncio.Future[list[str] | FetchError] = loop.create_future()
-
-            def finish(addresses: list[str] | FetchError) -> None:
-                if not result.done():
-                    result.set_result(addresses)
-
-            def work() -> None:
-                addresses = _addresses(host)
-                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                    loop.call_soon_threadsafe(finish, addresses)
-
-            threading.Thread(target=work, daemon=True, name=f"resolve {host}").start()
-            return await result
-
-
-def _addresses(host: str) -> list[str] | FetchError:
-    try:
-        entries = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        return FetchError("dns", getattr(error, "strerror", None) or "no valid name")
-    return list(dict.fromkeys(str(entry[4][0]) for entry in entries))
-
-
 def _read_file(path: Path, max_bytes: int) -> Body:
     try:
         if path.stat().st_size > max_bytes:
@@ -407,53 +292,6 @@ def _target_of(response: aiohttp.ClientResponse, url: Url) -> Url:
     if not location:
         raise FetchError("redirects", f"http-{response.status} without Location")
     return parse_url(location, url)
-
-
-async def _read_body(response: aiohttp.ClientResponse, max_bytes: int) -> Body:
-    """The body, its content encoding undone.
-
-    Raises:
-        FetchError: If it is larger than ``max_bytes``, before or after that.
-    """
-    if (response.content_length or 0) > max_bytes:
-        raise FetchError("body-size")
-    body: Body = tempfile.SpooledTemporaryFile(_MEMORY_BYTES)  # noqa: SIM115  (the caller closes it)
-    try:
-        await _copy_body(response, body, max_bytes)
-    except BaseException:
-        body.close()
-        raise
-    body.seek(0)
-    return body
-
-
-async def _copy_body(response: aiohttp.ClientResponse, body: Body, max_bytes: int) -> None:
-    encoding = "".join(filter(str.isprintable, response.headers.get("Content-Encoding", ""))).strip().lower()[:40]
-    decoder: Any = None
-    num_bytes = 0
-    async for chunk in response.content.iter_any():
-        if not num_bytes and encoding not in {"identity", "", "none"}:
-            decoder = _decoder(encoding, chunk)
-        try:
-            data = chunk if decoder is None else decoder.decompress(chunk, max_bytes + 1)
-        except zlib.error:
-            raise FetchError("encoding", encoding) from None
-        num_bytes += len(data)
-        if num_bytes > max_bytes or (decoder is not None and decoder.unconsumed_tail):
-            raise FetchError("body-size")
-        body.write(data)
-    if decoder is not None and not decoder.eof:
-        raise FetchError("body-cut", encoding)
-
-
-def _decoder(encoding: str, start: bytes) -> Any:
-    """What undoes a content encoding; None if the body does not have it, whatever its header says."""
-    if encoding in {"gzip", "x-gzip"}:
-        return zlib.decompressobj(16 + zlib.MAX_WBITS) if start.startswith(_GZIP) else None
-    if encoding == "deflate":
-        is_zlib = len(start) > 1 and start[0] & 15 == 8 and (start[0] << 8 | start[1]) % 31 == 0
-        return zlib.decompressobj(zlib.MAX_WBITS if is_zlib else -zlib.MAX_WBITS)
-    raise FetchError("encoding", encoding)
 
 
 def _retry_after_s(value: str) -> float | None:

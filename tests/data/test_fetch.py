@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.data import fetch
+from pipeline.data import bodies
 from pipeline.data.causes import CLASSES, FetchError
 from pipeline.data.fetch import Fetcher, user_agent
 from pipeline.data.hosts import HostLimits, Limits
@@ -395,7 +395,7 @@ def test_a_proxy_is_asked_for_the_rest(hostile: HostileServer, monkeypatch: pyte
 
 
 def test_large_bodies_leave_memory(hostile: HostileServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "_MEMORY_BYTES", 1000)
+    monkeypatch.setattr(bodies, "_MEMORY_BYTES", 1000)
 
     async def run() -> bool:
         async with Fetcher(_CONFIG, AddressRules(_NEAR)) as fetcher:

@@ -1,0 +1,64 @@
+"""Bodies of answers: read up to a limit, their content encoding undone, and kept on the disk where they are large."""
+
+from __future__ import annotations
+
+import tempfile
+import zlib
+from typing import IO, Any
+
+import aiohttp
+
+from pipeline.data.causes import FetchError
+
+Body = IO[bytes]
+
+_MEMORY_BYTES = 1 << 20
+"""Part of a body that stays in memory; the rest goes to a temporary file: hundreds of bodies arrive at once."""
+_GZIP = b"\x1f\x8b"
+
+
+async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> Body:
+    """The body, its content encoding undone.
+
+    Raises:
+        FetchError: If it is larger than ``max_bytes``, before or after that.
+    """
+    if (response.content_length or 0) > max_bytes:
+        raise FetchError("body-size")
+    body: Body = tempfile.SpooledTemporaryFile(_MEMORY_BYTES)  # noqa: SIM115  (the caller closes it)
+    try:
+        await _copy_body(response, body, max_bytes)
+    except BaseException:  # also a cancellation: nobody else would close the file
+        body.close()
+        raise
+    body.seek(0)
+    return body
+
+
+async def _copy_body(response: aiohttp.ClientResponse, body: Body, max_bytes: int) -> None:
+    encoding = "".join(filter(str.isprintable, response.headers.get("Content-Encoding", ""))).strip().lower()[:40]
+    decoder: Any = None
+    num_bytes = 0
+    async for chunk in response.content.iter_any():
+        if not num_bytes and encoding not in {"identity", "", "none"}:
+            decoder = _decoder(encoding, chunk)
+        try:
+            data = chunk if decoder is None else decoder.decompress(chunk, max_bytes + 1)
+        except zlib.error:
+            raise FetchError("encoding", encoding) from None
+        num_bytes += len(data)
+        if num_bytes > max_bytes or (decoder is not None and decoder.unconsumed_tail):
+            raise FetchError("body-size")
+        body.write(data)
+    if decoder is not None and not decoder.eof:
+        raise FetchError("body-cut", encoding)
+
+
+def _decoder(encoding: str, start: bytes) -> Any:
+    """What undoes a content encoding; None if the body does not have it, whatever its header says."""
+    if encoding in {"gzip", "x-gzip"}:
+        return zlib.decompressobj(16 + zlib.MAX_WBITS) if start.startswith(_GZIP) else None
+    if encoding == "deflate":
+        is_zlib = len(start) > 1 and start[0] & 15 == 8 and (start[0] << 8 | start[1]) % 31 == 0
+        return zlib.decompressobj(zlib.MAX_WBITS if is_zlib else -zlib.MAX_WBITS)
+    raise FetchError("encoding", encoding)

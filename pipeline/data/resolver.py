@@ -1,0 +1,125 @@
+"""Names of hosts: resolved in threads, remembered, and without the addresses that are not allowed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, TypeVar
+
+import aiohttp.abc
+
+from pipeline.data.causes import FetchError
+from pipeline.data.urls import AddressRules, refused_address
+
+T = TypeVar("T")
+
+_NAME_TTL_S, _FAILURE_TTL_S = 300.0, 60.0
+_LOOKUPS_AT_ONCE = 256
+_CACHED_HOSTS = 50_000
+
+
+class HostCache(Generic[T]):
+    """Results of coroutines, by key: a key is asked once for all that wait for it, and errors are forgotten sooner."""
+
+    def __init__(self, ask: Callable[[str], Coroutine[Any, Any, T | FetchError]], ttl_s: float) -> None:
+        self._ask = ask
+        self._ttl_s = ttl_s
+        self._tasks: dict[str, tuple[asyncio.Task[T | FetchError], float]] = {}
+
+    async def get(self, key: str) -> T:
+        """The result of a key.
+
+        Raises:
+            FetchError: If the coroutine returned one.
+        """
+        now = time.monotonic()
+        task, start = self._tasks.get(key, (None, 0.0))
+        if task is None or now - start > self._ttl_of(task):
+            task = asyncio.create_task(self._ask(key))
+            if len(self._tasks) >= _CACHED_HOSTS:
+                self._tasks.pop(next(iter(self._tasks)))
+            self._tasks[key] = (task, now)
+        result = await asyncio.shield(task)
+        if isinstance(result, FetchError):
+            raise type(result)(result.cause, result.detail)  # a new one: many rows raise it
+        return result
+
+    def close(self) -> None:
+        """Stop what still runs."""
+        for task, _ in self._tasks.values():
+            task.cancel()
+
+    def _ttl_of(self, task: asyncio.Task[T | FetchError]) -> float:
+        is_error = task.done() and (task.cancelled() or isinstance(task.result(), FetchError))
+        return _FAILURE_TTL_S if is_error else self._ttl_s
+
+
+class Resolver(aiohttp.abc.AbstractResolver):
+    """Resolves names in threads of its own, remembers them, and leaves out addresses that are not allowed.
+
+    The system's resolver cannot be interrupted: a slow name keeps a thread, not a row and not the end of the process.
+    """
+
+    def __init__(self, rules: AddressRules, trusted: set[str]) -> None:
+        self._rules = rules
+        self._trusted = trusted
+        self._slots = asyncio.Semaphore(_LOOKUPS_AT_ONCE)
+        self._names = HostCache(self._look_up, _NAME_TTL_S)
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[aiohttp.abc.ResolveResult]:
+        """The allowed addresses of a name.
+
+        Raises:
+            FetchError: If it has none.
+        """
+        del family
+        addresses = await self._names.get(host)
+        allowed = [one for one in addresses if host in self._trusted or self._rules.allows(one)]
+        if not allowed:
+            raise refused_address(addresses[0])
+        return [
+            aiohttp.abc.ResolveResult(
+                hostname=host,
+                host=address,
+                port=port,
+                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
+                proto=0,
+                flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+            )
+            for address in allowed
+        ]
+
+    async def close(self) -> None:
+        """Forget every name; threads that still wait end by themselves."""
+        self._names.close()
+
+    async def _look_up(self, host: str) -> list[str] | FetchError:
+        loop = asyncio.get_running_loop()
+        async with self._slots:
+            result: asyncio.Future[list[str] | FetchError] = loop.create_future()
+
+            def finish(addresses: list[str] | FetchError) -> None:
+                if not result.done():
+                    result.set_result(addresses)
+
+            def work() -> None:
+                addresses = _addresses(host)
+                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                    loop.call_soon_threadsafe(finish, addresses)
+
+            threading.Thread(target=work, daemon=True, name=f"resolve {host}").start()
+            return await result
+
+
+def _addresses(host: str) -> list[str] | FetchError:
+    try:
+        entries = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        return FetchError("dns", getattr(error, "strerror", None) or "no valid name")
+    return list(dict.fromkeys(str(entry[4][0]) for entry in entries))
