@@ -363,12 +363,14 @@ class Engine:
         load.joined.advance()
         for picture in pictures:
             picture.pending.num_steps += 1
-            self._preview(stage, picture)
+            self._guarded([picture.pending], partial(self._preview, stage, picture))
         left = [picture for picture, chain in zip(pictures, chains, strict=True) if chain.finished]
-        for picture in left:
-            assert picture.chain is not None
-            load.steps, load.joined = len(picture.chain.timesteps), None
-            picture.batch = picture.batch.with_values(**{stage.makes: stage.leave(picture.chain)})
+        # All results before any picture moves: if one cannot be computed, all of them are still in this stage.
+        results = [stage.leave(chain) for chain in chains if chain.finished]
+        if left:
+            load.steps, load.joined = max(len(chain.timesteps) for chain in chains if chain.finished), None
+        for picture, result in zip(left, results, strict=True):
+            picture.batch = picture.batch.with_values(**{stage.makes: result})
             picture.chain, picture.stage, picture.arrived_s = None, number + 1, time.monotonic()
         finished = {picture for picture in left if picture.finished}
         with self._changed:
@@ -379,7 +381,7 @@ class Engine:
             self._note_finished(len(finished))
         for pending in {picture.pending for picture in finished}:
             if pending.finished:
-                _answer(pending)
+                self._guarded([pending], partial(_answer, pending))
 
     def _preview(self, stage: Stage, picture: _Picture) -> None:
         """Show a picture's present state if it is time for one of its previews."""

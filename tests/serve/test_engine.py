@@ -345,6 +345,53 @@ def upsampler_condition(cascade: Cascade, prompt: str) -> torch.Tensor:
     return conditions[0]
 
 
+def test_a_result_that_cannot_be_computed_moves_no_picture_on(cascade: Cascade) -> None:
+    """Two pictures end their last stage in one step, and there is no memory for the second result, once."""
+
+    class Last:
+        def __init__(self, stage: Any) -> None:
+            self.stage, self.calls = stage, 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.stage, name)
+
+        def leave(self, chain: Chain) -> torch.Tensor:
+            self.calls += 1
+            if self.calls == 2:
+                raise MemoryError("no room for a result")
+            return self.stage.leave(chain)
+
+    engine = Engine(Cascade(cascade.clip, [*cascade.stages[:-1], Last(cascade.stages[-1])]), max_batch_size=2)
+    try:
+        sampled = engine.submit(SampleRequest("a", (0, 1))).result(60)
+        assert almost_equal(sampled.images, cascade.sample(["a", "a"], [0, 1]).images.numpy())
+        assert engine.submit(SampleRequest("b", (2,))).result(60).images.shape == (1, 32, 32, 3)
+        assert engine.counts()["halved"] == 1
+    finally:
+        engine.close()
+
+
+def test_a_preview_or_an_answer_that_fails_ends_its_request_alone(
+    cascade: Cascade, make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(max_batch_size=4)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("nobody listens")
+
+    shown = engine.submit(SampleRequest("a", (0,)), num_previews=1, show=fail)
+    other = engine.submit(SampleRequest("b", (1,)))
+    with pytest.raises(RuntimeError, match="nobody listens"):
+        shown.result(60)
+    assert almost_equal(other.result(60).images, cascade.sample(["b"], [1]).images.numpy())
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.serve.engine.to_uint8", fail)
+        with pytest.raises(RuntimeError, match="nobody listens"):
+            engine.submit(SampleRequest("a", (0,))).result(60)
+    assert engine.submit(SampleRequest("b", (1,))).result(60).images.shape == (1, 32, 32, 3)
+    assert engine.alive
+
+
 def test_late_pictures_catch_up_and_share_the_steps_of_those_ahead(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine(max_batch_size=8)
     engine.submit(SampleRequest("warm", (0,))).result(60)  # the engine learns how long the stages take
