@@ -387,7 +387,7 @@ def test_a_preview_or_an_answer_that_fails_ends_its_request_alone(
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.serve.engine.to_uint8", fail)
         with pytest.raises(RuntimeError, match="nobody listens"):
-            engine.submit(SampleRequest("a", (0,))).result(60)
+            engine.submit(SampleRequest("a", (0, 1))).result(60)
     assert engine.submit(SampleRequest("b", (1,))).result(60).images.shape == (1, 32, 32, 3)
     assert engine.alive
 
