@@ -384,6 +384,7 @@ def test_a_preview_or_an_answer_that_fails_ends_its_request_alone(
     with pytest.raises(RuntimeError, match="nobody listens"):
         shown.result(60)
     assert almost_equal(other.result(60).images, cascade.sample(["b"], [1]).images.numpy())
+    engine = make_engine(max_batch_size=4)
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.serve.engine.to_uint8", fail)
         with pytest.raises(RuntimeError, match="nobody listens"):
