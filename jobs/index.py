@@ -4,6 +4,7 @@ A search and a server that are under way keep the version that they have opened.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -76,15 +77,13 @@ def delete(
 ) -> None:
     """Take pairs out of the index: no search returns them, from its next start on.
 
+    The same holds for every other index of the workspace, and for those that are built later.
+
     Example: unclip delete my.toml --url https://example.com/cat.jpg --file takedown.txt
     """
-    resolved = load_recipe(recipe, overrides or [])
+    from pipeline.retrieve.changes import delete_everywhere
 
-    from pipeline.retrieve import changes
-
-    names = _names(uid, url, file)
-    with locked_workspace(Workspace(resolved.workspace)):
-        _print_change(changes.delete(_finished_index(resolved), names), "deleted", json=json)
+    _change(load_recipe(recipe, overrides or []), _names(uid, url, file), delete_everywhere, "deleted", json=json)
 
 
 def restore(
@@ -95,17 +94,38 @@ def restore(
     overrides: Overrides = None,
     json: AsJson = False,
 ) -> None:
-    """Undo delete. A pair that was compacted away comes back when its embeddings are appended again.
+    """Undo delete. A pair that a later build left out comes back when its embeddings are appended.
 
     Example: unclip restore my.toml --file takedown.txt
     """
-    resolved = load_recipe(recipe, overrides or [])
+    from pipeline.retrieve.changes import restore_everywhere
 
-    from pipeline.retrieve import changes
+    _change(load_recipe(recipe, overrides or []), _names(uid, url, file), restore_everywhere, "restored", json=json)
 
-    names = _names(uid, url, file)
-    with locked_workspace(Workspace(resolved.workspace)):
-        _print_change(changes.restore(_finished_index(resolved), names), "restored", json=json)
+
+def _change(
+    recipe: Recipe,
+    names: list[str],
+    change_everywhere: Callable[[Workspace, Sequence[str]], dict[str, "Change"]],
+    what: str,
+    *,
+    json: bool,
+) -> None:
+    """Change every index of the workspace; print the change of the recipe's own, and how many others changed."""
+    own, workspace = _finished_index(recipe).uri.rpartition("/")[2], Workspace(recipe.workspace)
+    with locked_workspace(workspace):
+        changes = change_everywhere(workspace, names)
+    change = changes.pop(own)
+    num_others = sum(other.changed > 0 for other in changes.values())
+    if json:
+        print_json({**dataclasses.asdict(change), "other_indexes_changed": num_others})
+        return
+    before = f"; {change.unchanged} {what} before" if change.unchanged else ""
+    others = f"; {num_others} other indexes of this workspace changed, too" if num_others else ""
+    typer.echo(f"{change.changed} pairs {what}{before}; the index has version {change.version}{others}")
+    later = "; no later build of an index takes it" if what == "deleted" else ""
+    for name in change.unknown:
+        typer.echo(f"not in the index: {name}{later}", err=True)
 
 
 def _names(uids: list[str] | None, urls: list[str] | None, file: str) -> list[str]:
@@ -125,16 +145,6 @@ def _embeddings_of(recipe: Recipe) -> Artifact:
     from pipeline.data.selection import embeddings_of
 
     return embeddings_of(finished_artifacts(recipe, ("embed", "filter_embeddings")))
-
-
-def _print_change(change: "Change", what: str, *, json: bool) -> None:
-    if json:
-        print_json(dataclasses.asdict(change))
-        return
-    before = f"; {change.unchanged} {what} before" if change.unchanged else ""
-    typer.echo(f"{change.changed} pairs {what}{before}; the index has version {change.version}")
-    for name in change.unknown:
-        typer.echo(f"not in the index: {name}", err=True)
 
 
 def _print_summary(summary: "IndexSummary", *, json: bool) -> None:

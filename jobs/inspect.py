@@ -51,7 +51,7 @@ def plan(
         print_json([_as_row(workspace, status) for status in statuses])
         return
     for status in statuses:
-        why = "" if status.state == "done" else "; ".join(status.reasons)
+        why = "; ".join(status.reasons)
         typer.echo(f"{status.step.name:<17} {status.step.key}  {status.state:<8} {why}".rstrip())
     for note in unseen_inputs(resolved):
         typer.echo(note)
@@ -150,7 +150,7 @@ def _describe(row: dict[str, Any]) -> str:
     if row["state"] == "done":
         totals_first = sorted(row["counts"].items(), key=lambda item: (item[0] not in {"in", "ok"}, item[0]))
         counts = ", ".join(f"{value} {name}" for name, value in totals_first)
-        return f"{row['wall_s']:7.1f} s  {counts}"
+        return "; ".join([f"{row['wall_s']:7.1f} s  {counts}", *row["reasons"]])
     if row["progress"]:
         return ProgressState(**row["progress"]).text
     return "; ".join(row["reasons"])

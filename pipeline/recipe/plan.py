@@ -50,7 +50,8 @@ class StepStatus:
     """done, partial (committed shards or checkpoints wait to be continued), todo, or unreadable (it has a manifest that
     cannot be read: a run stops there)."""
     reasons: tuple[str, ...]
-    """Why it has to run: the fields that differ from the newest artifact of the step; or why it cannot be read."""
+    """Why it has to run: the fields that differ from the newest artifact of the step; or why it cannot be read. Of a
+    step that is done: why it may have to run again."""
     manifest: Manifest | None
 
 
@@ -184,7 +185,7 @@ def manifest_of(step: Step, output: Artifact, counts: dict[str, int] | None = No
 
 def plan_status(workspace: Workspace, steps: list[Step]) -> list[StepStatus]:
     """The state of every step, with the reasons why it has to run."""
-    statuses, contents = list[StepStatus](), dict[str, str]()
+    statuses, contents, outdated = list[StepStatus](), dict[str, str](), set[str]()
     for step in steps:
         artifact = artifact_of(workspace, step)
         try:
@@ -196,6 +197,11 @@ def plan_status(workspace: Workspace, steps: list[Step]) -> list[StepStatus]:
             contents[step.name] = content_of(manifest)
             anew = [name for name, content in manifest.input_contents.items() if contents.get(name, content) != content]
             reasons = tuple(f"{name} was made anew, with other content" for name in anew)
+            if not anew:
+                made_of = [name for name in step.inputs if name in outdated]
+                reasons = tuple(f"runs again if {name}, which is out of date, comes out different" for name in made_of)
+            if reasons:
+                outdated.add(step.name)
             statuses.append(StepStatus(step, "todo" if anew else "done", reasons, None if anew else manifest))
             continue
         earlier, damages = workspace.manifests(step.name)

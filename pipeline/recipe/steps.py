@@ -103,7 +103,7 @@ _BEFORE_EVALUATE = (
     StepRow(
         name="index",
         title="Index",
-        version=2,
+        version=3,
         inputs=("embed", "filter_embeddings"),
         runner="pipeline.runtime.index:run_index",
     ),

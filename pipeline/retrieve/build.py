@@ -32,6 +32,7 @@ from pipeline.retrieve.segment import (
     sizes_file,
     workspace_of,
 )
+from pipeline.retrieve.takedown import Takedown
 from pipeline.retrieve.tune import NUM_NEAREST, Truth, Tuned, fastest, tune
 from pipeline.retrieve.versions import Version
 from pipeline.workspace.manifest import ShardRecord, add_counts
@@ -91,7 +92,7 @@ class SegmentBuild:
         Raises:
             DataError: If there are no embeddings, or a shard is damaged.
         """
-        inputs = [*(source.uri for source in self.sources), *self.earlier, self.deleted]
+        inputs = [*(source.uri for source in self.sources), *self.earlier, self.deleted, self.takedown().digest]
         plan = self._live("plan.json")
         if self.output.exists(plan) and self.output.read_json(plan)["inputs"] == inputs:
             return
@@ -162,10 +163,15 @@ class SegmentBuild:
         tried: dict[Modality, dict[str, Tuned]] = {modality: {} for modality in MODALITIES}
         for modality in MODALITIES:
             for kind in self.kinds_tried():
-                self._join_codes(names, modality, kind)
-                searcher = open_searcher(self.output, self.segment, modality, kind)
+                if kind == "hnsw":
+                    searcher = self._graph_without(names, modality, truth.own_positions)
+                else:
+                    self._join_codes(names, modality, kind)
+                    searcher = open_searcher(self.output, self.segment, modality, kind)
                 tried[modality][kind] = tune(searcher, rows, truth, modality, self.config.recall_target)
             best = fastest(list(tried[modality].values()))
+            if best.kind == "hnsw":
+                self._join_codes(names, modality, best.kind)
             self._remove_others(modality, best.kind)
             description[modality] = {"kind": best.kind, "efforts": [effort.to_json() for effort in best.efforts]}
         self.output.write_json(f"{self.segment}/segment.json", description)
@@ -180,6 +186,10 @@ class SegmentBuild:
         for name in self.output.names():
             if name.startswith(f"{LIVE}{self.segment}/"):
                 self.output.remove(name)
+
+    def takedown(self) -> Takedown:
+        """Rows that no index of this workspace may have."""
+        return Takedown.read(workspace_of(self.output))
 
     def _live(self, name: str) -> str:
         return f"{LIVE}{self.segment}/{name}"
@@ -257,10 +267,7 @@ class SegmentBuild:
         """Write the index of one kind: the codes of each list from every part, side by side."""
         parts = [self._load(name, f"{modality}.{_code_name(kind)}") for name in names]
         if kinds.is_exact(kind):
-            index = kinds.new_exact(kind, parts[0].shape[1])
-            kinds.set_threads(1 if kind == "hnsw" else self.num_threads)  # a graph depends on the order
-            for part in parts:
-                index.add(np.ascontiguousarray(part))
+            index = self._exact(kind, parts)
         else:
             index = self.read_coder(modality, kind)
             sizes = np.stack([self._load(name, f"{modality}.sizes") for name in names])
@@ -273,6 +280,32 @@ class SegmentBuild:
             kinds.search_lists_by_graph(index)
         with self.output.write(index_file(self.segment, modality, kind)) as path:
             kinds.write(index, path)
+
+    def _exact(self, kind: kinds.Kind, parts: Sequence[NDArray[np.float32]]) -> Any:
+        """An index that holds the vectors of some parts themselves."""
+        index = kinds.new_exact(kind, parts[0].shape[1])
+        kinds.set_threads(1 if kind == "hnsw" else self.num_threads)  # a graph depends on the order
+        for part in parts:
+            index.add(np.ascontiguousarray(part))
+        kinds.set_threads(self.num_threads)
+        return index
+
+    def _graph_without(self, names: Sequence[str], modality: Modality, left_out: Ids) -> kinds.Searcher:
+        """A graph of all rows but a few.
+
+        The queries are rows, and a graph leads to the neighbours of its own nodes sooner than to those of a new query.
+        """
+        parts = [self._load(name, f"{modality}.vectors") for name in names]
+        starts = np.cumsum([0, *map(len, parts)])
+        others = np.setdiff1d(np.arange(starts[-1]), left_out)
+        if len(others) < len(left_out):  # hardly any other rows: a graph of them would say nothing
+            others = np.arange(starts[-1])
+        cuts = np.searchsorted(others, starts)
+        kept = [
+            part[others[cut:end] - start]
+            for part, start, cut, end in zip(parts, starts.tolist(), cuts.tolist(), cuts[1:].tolist(), strict=False)
+        ]
+        return kinds.Searcher("hnsw", self._exact("hnsw", kept), others)
 
     def _remove_others(self, modality: Modality, kind: kinds.Kind) -> None:
         for name in self.output.names():
@@ -380,6 +413,7 @@ class _PartWriter:
         self._queries = np.array(build.read_array("queries"))
         self._query_rows = np.array(build.read_array("query_rows"))
         self._deleted = np.load(build.output.path(build.deleted)) if build.deleted else np.zeros(0, np.int64)
+        self._takedown = build.takedown()
         self.counts = Counter[str]({"in": 0, "ok": 0})
         self._tables, self._ids, self._places = list[pa.Table](), list[Ids](), list[Ids]()
         self._groups = list[NDArray[np.int64]]()
@@ -395,7 +429,7 @@ class _PartWriter:
         check_places(groups, vectors, path)
         self._groups.append(np.column_stack([groups.first_rows, groups.files, groups.offsets]))
         ids = np.array([row_id(uid) for uid in vectors.table.column("uid").to_pylist()], np.int64)
-        kept = np.flatnonzero(~np.isin(ids, self._deleted))
+        kept = np.flatnonzero(~np.isin(ids, self._deleted) & ~self._takedown.has(vectors.table))
         self.counts.update({"in": len(ids), "ok": len(kept)})
         if len(kept) < len(ids):
             self.counts["deleted"] += len(ids) - len(kept)

@@ -19,8 +19,9 @@ from pipeline.retrieve.build import SegmentBuild
 from pipeline.retrieve.embedded import EmbeddedShards, Ids
 from pipeline.retrieve.rows import Rows, write_array
 from pipeline.retrieve.segment import workspace_of
+from pipeline.retrieve.takedown import Takedown
 from pipeline.retrieve.versions import Version, read_version, read_versions
-from pipeline.workspace.store import LIVE, Artifact
+from pipeline.workspace.store import LIVE, Artifact, Workspace
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported, and have no types
 
@@ -71,6 +72,62 @@ def restore(index: Artifact, names: Sequence[str]) -> Change:
     ids = np.union1d(ids, np.array([row_id(name) for name in compacted], np.int64))
     left = tuple(name for name in unknown if name not in compacted)
     return _publish_deleted(index, version, np.setdiff1d(before, ids), ~np.isin(ids, before), left)
+
+
+def delete_everywhere(workspace: Workspace, names: Sequence[str]) -> dict[str, Change]:
+    """Put names on the list that every later build reads, and delete their rows from every finished index.
+
+    Args:
+        workspace: The workspace, locked.
+        names: As ``delete``. Names that no index has stay on the list, too.
+
+    Returns:
+        The change of each index, by its key.
+
+    Raises:
+        DataError: If a file of an index is damaged.
+    """
+    Takedown.read(workspace.root).add(names).write(workspace.root)  # first: what is stopped here is only done again
+    return {index.uri.rpartition("/")[2]: delete(index, names) for index in _finished(workspace)}
+
+
+def restore_everywhere(workspace: Workspace, names: Sequence[str]) -> dict[str, Change]:
+    """Undo ``delete_everywhere``.
+
+    Raises:
+        ConfigError: If a pair is named by its uid, and its URL stays on the list: the next build would leave it out.
+        DataError: If a file of an index is damaged.
+    """
+    takedown, indexes = Takedown.read(workspace.root), _finished(workspace)
+    left = takedown.remove(names)
+    for index in indexes:
+        version = read_version(index)
+        ids, _ = find_ids(index, version, names)
+        for segment in version.segments:
+            rows = open_rows(index, segment)
+            positions = rows.positions(ids)
+            pairs = rows.columns(positions[positions >= 0])
+            blocked = pairs.filter(pa.array(left.has(pairs))).slice(0, 1).to_pylist()
+            if blocked:
+                raise ConfigError(
+                    f"{blocked[0]['uid']}: its URL was deleted, and with it every pair of the URL; restore the URL: "
+                    f"{blocked[0]['url']}"
+                )
+    changes = {index.uri.rpartition("/")[2]: restore(index, names) for index in indexes}
+    left.write(workspace.root)
+    return changes
+
+
+def _finished(workspace: Workspace) -> list[Artifact]:
+    """Every finished index of a workspace.
+
+    Raises:
+        DataError: If a manifest cannot be read: its index would keep the pairs.
+    """
+    manifests, damages = workspace.manifests("index")
+    if damages:
+        raise DataError("; ".join(damages))
+    return [workspace.artifact("index", manifest.key) for manifest in manifests]
 
 
 def find_ids(index: Artifact, version: Version, names: Sequence[str]) -> tuple[Ids, tuple[str, ...]]:

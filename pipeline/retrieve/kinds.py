@@ -187,11 +187,17 @@ class Searcher:
     """Searches an index with a given effort; several threads may search at once.
 
     The effort is the lists to visit (ivf) or the nodes to keep (hnsw); flat has none.
+
+    Args:
+        kind: The kind.
+        index: FAISS's index.
+        positions: Position of each of its rows; default: they are numbered by position.
     """
 
-    def __init__(self, kind: Kind, index: Any) -> None:
+    def __init__(self, kind: Kind, index: Any, positions: Ids | None = None) -> None:
         self.kind: Kind = kind
         self._index = index
+        self._positions = positions
 
     @property
     def num_rows(self) -> int:
@@ -207,6 +213,10 @@ class Searcher:
 
     def search(self, queries: Floats, count: int, effort: int) -> tuple[Floats, Ids]:
         """The similarities, as the index knows them, and the positions of rows (Q, count); -1 where there is none."""
+        scores, rows = self._search(queries, count, effort)
+        return scores, rows if self._positions is None else np.where(rows < 0, -1, self._positions[rows])
+
+    def _search(self, queries: Floats, count: int, effort: int) -> tuple[Floats, Ids]:
         parameters = None
         if is_listed(self.kind):
             parameters = faiss.SearchParametersIVF(nprobe=effort)

@@ -199,6 +199,16 @@ def test_plan_status_sees_that_an_input_was_made_anew_with_other_bytes(tmp_path:
         assert [status.state for status in plan_status(workspace, steps)] == states
     make_pairs(b"two", b"3")
     assert plan_status(workspace, steps)[1].reasons == ("pairs was made anew, with other content",)
+    clip, embed = (step for step in make_plan(load_recipe(None), until="embed") if step.name in {"clip", "embed"})
+    for step, made_of in ((clip, download), (embed, download)):
+        manifest = made_of.manifest()
+        assert manifest is not None
+        later = artifact_of(workspace, step)
+        later.commit(replace(manifest_of(step, later), input_contents={"download": content_of(manifest)}))
+    statuses = plan_status(workspace, [*steps, clip, embed])
+    assert [status.state for status in statuses] == ["done", "todo", "done", "done"]
+    assert statuses[2].reasons == ("runs again if download, which is out of date, comes out different",)
+    assert statuses[3].reasons[-1] == "runs again if clip, which is out of date, comes out different"
     pairs.clear()
     assert [status.state for status in plan_status(workspace, steps)] == ["todo", "done"]  # nothing to compare with
 

@@ -8,11 +8,19 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipeline.data.rows import make_uid, row_id
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve import NeighbourIndex
 from pipeline.retrieve.build import SegmentBuild, build_index
-from pipeline.retrieve.changes import delete, publish_segment, restore, segment_of_all, segment_of_more
+from pipeline.retrieve.changes import (
+    delete,
+    delete_everywhere,
+    publish_segment,
+    restore,
+    restore_everywhere,
+    segment_of_all,
+    segment_of_more,
+)
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.store import Artifact, Workspace
 from tests.retrieve.conftest import unit
@@ -129,6 +137,44 @@ def test_an_append_that_was_given_up_is_no_part_of_the_next_one(index: Any) -> N
     assert _append(output, _embed(workspace, "y", vectors[40:], first=40)) == {"in": 8, "ok": 8}
     assert _rows(NeighbourIndex.open(output), vectors) == {*range(24), *range(40, 48)}
     assert not [name for name in output.names() if name.startswith("live/")]
+
+
+def test_a_takedown_holds_in_every_index_of_the_workspace_and_in_those_that_are_built_later(index: Any) -> None:
+    output, workspace, vectors = index
+    output.commit(Manifest(step="index", key="i", step_version=1, section={}, inputs={}))
+    other = workspace.artifact("index", "other")
+    build_index(workspace.artifact("embed", "base"), other, _CONFIG, seed=1)
+    other.commit(Manifest(step="index", key="other", step_version=1, section={}, inputs={}))
+    changes = delete_everywhere(workspace, [_uid(3), "http://a/30", "http://a/5"])
+    assert {key: (change.changed, change.unknown) for key, change in changes.items()} == dict.fromkeys(
+        ["i", "other"], (2, ("http://a/30",))
+    )
+    assert _rows(NeighbourIndex.open(other), vectors) == set(range(24)) - {3, 5}
+
+    later = workspace.artifact("index", "later")
+    built = build_index(_embed(workspace, "all", vectors), later, _CONFIG, seed=0)
+    assert built.counts == {"in": 48, "ok": 45, "deleted": 3}
+    assert _rows(NeighbourIndex.open(later), vectors) == set(range(48)) - {3, 5, 30}
+    assert _append(output, workspace.artifact("embed", "all"))["deleted"] == 3
+    assert _rows(NeighbourIndex.open(output), vectors) == set(range(48)) - {3, 5, 30}
+
+    with pytest.raises(ConfigError, match="restore the URL: http://a/5"):
+        restore_everywhere(workspace, [_uid(5)])
+    assert restore_everywhere(workspace, ["http://a/5"])["i"].changed == 1
+    assert _compact(output)["deleted"] == 3  # row 3 twice: two of its embeddings are in the index
+    assert _rows(NeighbourIndex.open(output), vectors) == set(range(48)) - {3, 30}
+    assert _append(later, workspace.artifact("embed", "base"))["ok"] == 1
+    assert _rows(NeighbourIndex.open(later), vectors) == set(range(48)) - {3, 30}
+
+
+def test_a_build_that_was_stopped_before_a_takedown_does_not_keep_its_parts(index: Any) -> None:
+    _, workspace, vectors = index
+    build = SegmentBuild((_embed(workspace, "all", vectors),), workspace.artifact("index", "j"), _CONFIG, 0)
+    build.prepare()
+    build.output.commit_shard(build.add_part(build.parts()[0]))
+    delete_everywhere(workspace, [_uid(3)])
+    build.prepare()
+    assert not build.output.shard_records()
 
 
 def test_embeddings_of_another_clip_are_refused(index: Any) -> None:

@@ -14,6 +14,7 @@ from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve import NeighbourIndex
 from pipeline.retrieve.build import build_index, kinds_to_try
 from pipeline.retrieve.efforts import Effort, effort_for
+from pipeline.retrieve.tune import tune as tune_index
 from pipeline.workspace.store import Artifact, Workspace
 from tests.retrieve.conftest import DIM, NUM_ROWS, stored, unit
 from tests.tiny.shards import make_embeddings
@@ -114,6 +115,29 @@ def test_index_is_built_to_the_same_bytes(kind: str, build: Build) -> None:
     one, two = (build(_config(kind), name) for name in ("a", "b"))
     assert {name: one.describe(name) for name in one.names()} == {name: two.describe(name) for name in two.names()}
     assert not [name for name in one.names() if name.startswith("live/")]
+
+
+def test_a_graph_is_tuned_with_queries_that_are_no_nodes_of_it(
+    embed: Artifact, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = list[Any]()
+
+    def tune(searcher: Any, rows: Any, truth: Any, modality: Any, target: float) -> Any:
+        nodes = np.setdiff1d(np.arange(len(rows)), truth.own_positions)
+        scores, positions = searcher.search(truth.queries, 20, len(nodes))
+        assert np.isin(positions, nodes).all()
+        np.testing.assert_allclose(
+            np.einsum("qd,qkd->qk", truth.queries, [rows.vectors(row, f"z_{modality}") for row in positions]),
+            scores,
+            atol=1e-5,
+        )
+        tuned.append(modality)
+        return tune_index(searcher, rows, truth, modality, target)
+
+    monkeypatch.setattr(pipeline.retrieve.build, "tune", tune)
+    index = NeighbourIndex.open(build(_config("hnsw", num_recall_queries=300)))
+    assert tuned == ["image", "text"]
+    assert index.num_rows == NUM_ROWS  # and in the index itself they are
 
 
 def test_a_higher_target_takes_more_effort(build: Build) -> None:

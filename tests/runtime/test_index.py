@@ -6,26 +6,32 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 
 from pipeline.data.rows import make_uid, row_id
 from pipeline.errors import StepError
 from pipeline.recipe.plan import make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.retrieve import NeighbourIndex
+from pipeline.retrieve.build import build_index
 from pipeline.retrieve.changes import delete
 from pipeline.runtime import index as runtime_index
 from pipeline.runtime.context import StepContext
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.store import Artifact, Workspace
 from tests.retrieve.conftest import unit
+from tests.tiny.command import unclip_here, unclip_json
 from tests.tiny.recipe import tiny_tables
 from tests.tiny.shards import make_embeddings
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
 
+_INDEX = {"kind": "flat", "num_recall_queries": 4}
+
+
 def _context(folder: Path, **index: Any) -> tuple[Recipe, StepContext]:
-    recipe = parse_recipe(tiny_tables(folder, index={"kind": "flat", "num_recall_queries": 4, **index}))
+    recipe = parse_recipe(tiny_tables(folder, index=_INDEX | index))
     [step] = [step for step in make_plan(recipe) if step.name == "index"]
     return recipe, StepContext(recipe, step, Workspace(recipe.workspace).root)
 
@@ -55,6 +61,35 @@ def test_parts_are_built_by_workers_and_changed_like_an_index_of_one_part(tmp_pa
     assert (compacted.num_rows, compacted.version) == (80_049, 3)
     assert compacted.source_of(row_id(make_uid("http://a/5", "caption 5"))).uri == embed.uri
     assert not [name for name in context.output.names() if name.startswith("live/")]
+
+
+def test_the_commands_append_delete_restore_and_compact(tmp_path: Path) -> None:
+    vectors = unit(np.random.default_rng(0).normal(size=(40, 4)))
+    recipe, context = _context(tmp_path / "workspace")
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(tomli_w.dumps(tiny_tables(tmp_path / "workspace", index=_INDEX)).encode())
+    missing = unclip_here("delete", str(path), "--uid", "u")
+    assert (missing.returncode, "unclip run" in missing.stderr) == (2, True)
+    _embed(context.inputs["embed"], vectors[:30])
+    build_index(context.inputs["embed"], context.output, recipe.index, seed=0)
+    context.output.commit(manifest_of(context.step, context.output))
+
+    nothing = unclip_here("delete", str(path))
+    assert (nothing.returncode, "--uid UID" in nothing.stderr) == (2, True)
+    names = tmp_path / "takedown.txt"
+    names.write_text("http://a/7\n\nhttp://a/35\n")
+    deleted = unclip_here("delete", str(path), "--file", str(names), "--uid", make_uid("http://a/2", "caption 2"))
+    assert (deleted.returncode, deleted.stdout) == (0, "2 pairs deleted; the index has version 1\n")
+    assert deleted.stderr == "not in the index: http://a/35; no later build of an index takes it\n"
+
+    more = _embed(Workspace(recipe.workspace).artifact("embed", "more"), vectors[30:], first=30)
+    appended = unclip_json("append", str(path), more.uri)
+    assert appended["counts"] == {"in": 10, "ok": 9, "deleted": 1}
+    assert "9 of 10" not in unclip_here("append", str(path), more.uri).stdout  # they are there already
+    assert unclip_json("restore", str(path), "--url", "http://a/7")["changed"] == 1
+    assert unclip_json("compact", str(path))["counts"] == {"in": 40, "ok": 38, "deleted": 2}
+    assert NeighbourIndex.open(context.output).num_rows == 38
+    assert unclip_here("append", str(path), str(tmp_path)).returncode == 3
 
 
 def test_a_gpu_that_faiss_does_not_see_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

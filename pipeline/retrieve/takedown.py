@@ -1,0 +1,62 @@
+"""Pairs that no index of a workspace may return: ``takedown.txt`` in the workspace, with a uid or a URL in each line.
+
+`unclip delete` adds lines and `unclip restore` removes them. Every build of an index reads the file, whatever its
+recipe and its embeddings, so a deleted pair does not come back with a new index.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+from numpy.typing import NDArray
+
+from pipeline.workspace.store import Artifact
+
+pc: Any = pyarrow.compute  # its functions are made when it is imported, and have no types
+
+TAKEDOWN = "takedown.txt"
+
+
+@dataclass(frozen=True)
+class Takedown:
+    """The uids and URLs of the file, each once, in the order in which they were added."""
+
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, workspace: str) -> "Takedown":
+        """The file of a workspace, by its root; no names if there is none."""
+        root = Artifact(workspace)
+        if not root.exists(TAKEDOWN):
+            return cls()
+        return cls(tuple(root.path(TAKEDOWN).read_text(encoding="utf-8").splitlines()))
+
+    def write(self, workspace: str) -> None:
+        """Replace the file of a workspace."""
+        Artifact(workspace).write_bytes(TAKEDOWN, "".join(f"{name}\n" for name in self.names).encode())
+
+    def add(self, names: Iterable[str]) -> "Takedown":
+        """With more names."""
+        return Takedown(tuple(dict.fromkeys([*self.names, *names])))
+
+    def remove(self, names: Iterable[str]) -> "Takedown":
+        """Without some names."""
+        removed = set(names)
+        return Takedown(tuple(name for name in self.names if name not in removed))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the names."""
+        return hashlib.sha256("\n".join(self.names).encode()).hexdigest()
+
+    def has(self, rows: pa.Table) -> NDArray[np.bool_]:
+        """Whether the uid or the URL of each row is named: (rows,)."""
+        if not self.names:
+            return np.zeros(rows.num_rows, np.bool_)
+        names = pa.array(self.names, pa.string())
+        is_named = pc.or_(*(pc.is_in(rows.column(column), value_set=names) for column in ("uid", "url")))
+        return np.asarray(is_named.to_numpy())
