@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.options import AsJson, Overrides, RayAddress, RecipePath, print_json
+from jobs.options import AsJson, Overrides, RayAddress, RecipePath, print_json, print_warning
 from pipeline.errors import ConfigError
 from pipeline.recipe.plan import finished_artifacts, make_plan
 from pipeline.recipe.recipe import Recipe, load_recipe
@@ -47,7 +47,7 @@ def append(
 
     _finished_index(resolved)
     [step] = [step for step in make_plan(resolved) if step.name == "index"]
-    with locked_workspace(Workspace(resolved.workspace)), connect(address):
+    with locked_workspace(Workspace(resolved.workspace), print_warning), connect(address):
         _print_summary(index.append(resolved, step, embed), json=json)
 
 
@@ -63,7 +63,7 @@ def compact(recipe: RecipePath, overrides: Overrides = None, address: RayAddress
 
     _finished_index(resolved)
     [step] = [step for step in make_plan(resolved) if step.name == "index"]
-    with locked_workspace(Workspace(resolved.workspace)), connect(address):
+    with locked_workspace(Workspace(resolved.workspace), print_warning), connect(address):
         _print_summary(index.compact(resolved, step), json=json)
 
 
@@ -113,7 +113,7 @@ def _change(
 ) -> None:
     """Change every index of the workspace; print the change of the recipe's own, and how many others changed."""
     own, workspace = _finished_index(recipe).uri.rpartition("/")[2], Workspace(recipe.workspace)
-    with locked_workspace(workspace):
+    with locked_workspace(workspace, print_warning):
         changes = change_everywhere(workspace, names)
     change = changes.pop(own)
     num_others = sum(other.changed > 0 for other in changes.values())

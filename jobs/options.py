@@ -34,6 +34,11 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=1))
 
 
+def print_warning(message: str) -> None:
+    """Something that a person should know, on standard error."""
+    typer.echo(f"warning: {message}", err=True)
+
+
 def print_measured(what: str) -> None:
     """What is measured next, on standard error."""
     typer.echo(f"measuring: {what}", err=True)

@@ -46,7 +46,7 @@ from pipeline.data.urls import AddressRules
 from pipeline.errors import ConfigError, DataError
 from pipeline.pictures import PictureError
 from pipeline.recipe.sections import DownloadConfig, PairsConfig
-from pipeline.workspace.store import translate_os_errors
+from pipeline.workspace.disk import translate_os_errors
 
 T = TypeVar("T")
 OnProgress = Callable[[int, Counter[str]], None]

@@ -11,7 +11,7 @@ import tarfile
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -178,20 +178,20 @@ def _key_and_extension(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{key}", extension
 
 
-def read_table(path: Path, columns: Sequence[str]) -> pa.Table:
-    """Read columns of a shard's table.
+def read_table(path: Path | IO[bytes], columns: Sequence[str]) -> pa.Table:
+    """Read columns of a shard's table, from a local path or what ``Artifact.ranged`` gives.
 
     Raises:
         DataError: If the table is damaged or lacks a column; names the file.
     """
-    require_columns(read_names(path), columns, where=str(path))
+    require_columns(read_names(path), columns, where=_name_of(path))
     try:
         return pq.read_table(path, columns=list(columns))
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: damaged ({error}); {REPAIR_HINT}") from error
+        raise DataError(f"{_name_of(path)}: damaged ({error}); {REPAIR_HINT}") from error
 
 
-def read_names(path: Path) -> list[str]:
+def read_names(path: Path | IO[bytes]) -> list[str]:
     """Names of the columns of a shard's table.
 
     Raises:
@@ -200,7 +200,11 @@ def read_names(path: Path) -> list[str]:
     try:
         return list(pq.read_schema(path).names)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: damaged ({error}); {REPAIR_HINT}") from error
+        raise DataError(f"{_name_of(path)}: damaged ({error}); {REPAIR_HINT}") from error
+
+
+def _name_of(path: Path | IO[bytes]) -> str:
+    return str(path) if isinstance(path, Path) else path.name
 
 
 def good_rows(table: pa.Table) -> pa.Table:

@@ -6,6 +6,7 @@ Legend: N rows of a shard, D features of an embedding.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ _ROW_COLUMNS = ["uid", "key", "caption", "split"]
 NUM_SAMPLED_CAPTIONS = 20_000
 """Captions whose words stand for the corpus: at 20 words each, at most 400,000 pairs of words, some 60 MB."""
 _MAX_SAMPLED_SHARDS = 64
+_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class ShardReader:
         self._split = split
         self._selection = selection
         self.shards = sorted(rows.shard_records())
-        self.shard_rows = [self._count(shard) for shard in self.shards]
+        with ThreadPoolExecutor(_THREADS) as threads:  # an object store answers many requests at a time
+            self.shard_rows = list(threads.map(self._count, self.shards))
 
     def table(self, shard: str) -> ShardTable:
         """Read the rows of a shard."""
@@ -92,8 +95,8 @@ class ShardReader:
         """The distinct captions of the split, sorted; reads the caption column of every shard."""
         captions: set[str] = set()
         for shard in self.shards:
-            path = self._rows.path(f"{shard}.parquet")
-            table = self._select(read_table(path, self._filter_columns("caption")), shard)
+            file = self._rows.ranged(f"{shard}.parquet")
+            table = self._select(read_table(file, self._filter_columns("caption")), shard)
             captions.update(caption or "" for caption in table["caption"].to_pylist())
         return sorted(captions)
 
@@ -101,7 +104,7 @@ class ShardReader:
         return ["split", *([] if self._embed else ["status"]), *(["uid"] if self._selection else []), *more]
 
     def _count(self, shard: str) -> int:
-        table = read_table(self._rows.path(f"{shard}.parquet"), self._filter_columns())
+        table = read_table(self._rows.ranged(f"{shard}.parquet"), self._filter_columns())
         return self._select(table, shard).num_rows
 
     def _select(self, table: pa.Table, shard: str) -> pa.Table:
@@ -129,7 +132,7 @@ def sample_captions(rows: Artifact, num_captions: int = NUM_SAMPLED_CAPTIONS) ->
     captions: list[str] = []
     for number in range(num_shards):
         shard = shards[number * len(shards) // num_shards]
-        table = read_table(rows.path(f"{shard}.parquet"), ["split", "caption"])
+        table = read_table(rows.ranged(f"{shard}.parquet"), ["split", "caption"])
         columns = zip(table["split"].to_pylist(), table["caption"].to_pylist(), strict=True)
         training = [caption for split, caption in columns if split == "train" and caption]
         share = min(len(training), (num_captions - len(captions)) // (num_shards - number))

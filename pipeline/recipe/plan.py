@@ -184,7 +184,12 @@ def manifest_of(step: Step, output: Artifact, counts: dict[str, int] | None = No
 
 
 def plan_status(workspace: Workspace, steps: list[Step]) -> list[StepStatus]:
-    """The state of every step, with the reasons why it has to run."""
+    """The state of every step, with the reasons why it has to run.
+
+    Raises:
+        ConfigError: If the workspace's object store cannot be used as it is set.
+    """
+    workspace.check()
     statuses, contents, outdated = list[StepStatus](), dict[str, str](), set[str]()
     for step in steps:
         artifact = artifact_of(workspace, step)

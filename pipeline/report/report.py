@@ -18,7 +18,8 @@ from pipeline.report.ablation import ablation_rows, order_rows, order_titles, or
 from pipeline.report.filter import filter_of
 from pipeline.report.sections import Done, Finished
 from pipeline.report.tables import failure_groups, measure_rows, novelty_groups, quality_groups, tiles_of
-from pipeline.workspace.store import Workspace, translate_os_errors
+from pipeline.workspace.disk import translate_os_errors
+from pipeline.workspace.store import Workspace
 
 Json = dict[str, Any]
 

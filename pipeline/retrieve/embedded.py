@@ -51,7 +51,7 @@ class EmbeddedShards:
             sizes += [record.counts["ok"] for record in records.values()]
             if not sum(record.counts["ok"] for record in records.values()):
                 raise DataError(f"index: {source.uri} holds no embeddings: every picture failed")
-            schema = pq.read_schema(source.path(f"{next(iter(records))}.parquet"))
+            schema = pq.read_schema(source.ranged(f"{next(iter(records))}.parquet"))
             widths[source.uri] = int(schema.field("z_image").type.list_size)
         if len(set(widths.values())) > 1:
             raise DataError(f"index: embeddings of different widths: {widths}; all must be of one CLIP")
@@ -73,7 +73,8 @@ class EmbeddedShards:
 
     def read_column(self, shard: int, name: str) -> list[Any]:
         """One column of a shard, without its vectors."""
-        return read_table(self.path(shard), [name]).column(name).to_pylist()
+        source, file = self.shards[shard]
+        return read_table(self.sources[source].ranged(f"{file}.parquet"), [name]).column(name).to_pylist()
 
     def path(self, shard: int) -> Path:
         """The local path of one shard's file."""

@@ -17,7 +17,7 @@ from pipeline.retrieve.index import Neighbour
 from pipeline.retrieve.queries import Query
 from pipeline.retrieve.retriever import Results
 from pipeline.retrieve.search import Searcher, SearchOptions
-from pipeline.workspace.store import translate_os_errors
+from pipeline.workspace.disk import translate_os_errors
 
 _LARGEST_PX = 512
 _SHOWN_AS_STORED_BYTES = 80_000

@@ -28,7 +28,7 @@ from pipeline.recipe.schedule import needs_of
 from pipeline.recipe.steps import STEP_ROWS
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.tracking import Tracking
-from pipeline.workspace.lock import locked_workspace
+from pipeline.workspace.lock import Lock, locked_workspace
 from pipeline.workspace.manifest import Manifest, content_of
 from pipeline.workspace.progress import Progress, ProgressState, read_progress
 from pipeline.workspace.store import LIVE, MANIFEST, Workspace
@@ -88,13 +88,17 @@ def run_recipe(
     if all(status.state == "done" for status in statuses) and not retry_failed:
         return
     workspace = Workspace(recipe.workspace)
-    with locked_workspace(workspace), Tracking(recipe, workspace, observer.warned) as tracking, connect(address):
+    with (
+        locked_workspace(workspace, observer.warned) as lock,
+        Tracking(recipe, workspace, observer.warned) as tracking,
+        connect(address),
+    ):
         workspace.artifact("recipes", recipe.name).write_json("resolved.json", to_dict(recipe))
         may_start = at_once if address else fits_now
         if retry_failed:
             statuses = [_reopened(workspace, status) for status in statuses]
         while any(status.state != "done" for status in statuses):
-            _run_steps(recipe, workspace, statuses, observer, tracking, may_start, retry_failed)
+            _run_steps(recipe, workspace, statuses, observer, tracking, may_start, lock, retry_failed)
             # A finished step whose input was made anew with other bytes just now is not done any more.
             statuses, retry_failed = plan_status(workspace, [status.step for status in statuses]), ""
 
@@ -106,6 +110,7 @@ def _run_steps(
     observer: Observer,
     tracking: Tracking,
     may_start: Admission,
+    lock: Lock,
     retry_failed: str = "",
 ) -> None:
     done = {status.step.name for status in statuses if status.state == "done"}
@@ -116,6 +121,7 @@ def _run_steps(
     try:
         while waiting or running:
             require_alive(servers)
+            lock.check()
             for step in [step for step in waiting if set(step.inputs) <= done]:
                 context = StepContext(recipe, step, workspace.root, retry_failed=retry_failed)
                 if not may_start(context, running.values()):
@@ -140,6 +146,7 @@ def _run_steps(
             if ready:
                 require_alive(servers)  # otherwise every step would report a lost worker
             for reference in ready:
+                lock.check()
                 context = running.pop(reference)
                 manifest = _commit(context, _result(reference, context), tracking)
                 done.add(context.step.name)

@@ -1,6 +1,5 @@
 """The batch search: answers to all queries of a file, on Ray; it continues after a stop of any kind."""
 
-import contextlib
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,7 +87,9 @@ def search_many(
     manifest = output.manifest()
     if manifest is not None:
         return output, manifest
-    with _locked(output, is_local=where.is_local):
+    place = f"{output.uri}: another run writes these answers"
+    lock = f"{output.uri}/{LIVE}lock" if where.is_local else f"{output.uri}.lock"  # a commit removes the live files
+    with locked(lock, place, observer.warned):
         output.clear_temporaries()
         if not output.exists(SEARCH):
             with output.write(QUERIES) as path:
@@ -160,11 +161,6 @@ def _run_search(context: SearchContext) -> dict[str, int]:
     parts = [f"{number:0{_PART_DIGITS}d}" for number in range(num_parts(queries))]
     num_rows = pq.read_metadata(queries).num_rows
     return total_counts(map_shards(context, ShardJob(SearchWorker, parts, num_rows, context.recipe.embed.resources)))
-
-
-def _locked(output: Artifact, *, is_local: bool) -> contextlib.AbstractContextManager[None]:
-    place = f"{output.uri}: another run writes these answers"
-    return locked(Path(output.uri) / LIVE / "lock", place) if is_local else contextlib.nullcontext()
 
 
 def _require_same_search(output: Artifact, step: Step) -> None:

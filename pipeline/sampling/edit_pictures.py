@@ -31,7 +31,8 @@ from pipeline.sampling.edit_options import EditOptions
 from pipeline.sampling.grid import Block, draw_grid
 from pipeline.sampling.preview import Preview
 from pipeline.sampling.sample import GRID
-from pipeline.workspace.store import Artifact, Workspace, translate_os_errors
+from pipeline.workspace.disk import translate_os_errors
+from pipeline.workspace.store import Artifact, Workspace
 
 Json = dict[str, Any]
 Pixels = NDArray[np.uint8]

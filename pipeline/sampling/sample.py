@@ -25,7 +25,7 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.sampling.grid import Block, draw_grid
 from pipeline.sampling.preview import Preview
-from pipeline.workspace.store import translate_os_errors
+from pipeline.workspace.disk import translate_os_errors
 
 Json = dict[str, Any]
 

@@ -7,18 +7,16 @@ A path is a local path, or a URI that fsspec understands: ``s3://``, ``gs://``, 
 import contextlib
 import glob
 import os
-import shutil
 import tempfile
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
-from pipeline.errors import DataError
-from pipeline.workspace.store import file_system
+from pipeline.workspace.objects import ObjectStore, stamp_of
 
-_STAMPS = ("ETag", "etag", "md5Hash", "checksum", "generation", "LastModified", "last_modified", "updated", "mtime")
 _PATTERN = frozenset("*?[")
+_READ_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,8 @@ def open_file(uri: str) -> IO[bytes]:
     """
     if not is_remote(uri):
         return Path(_local(uri)).open("rb")
-    files, path = file_system(uri)
-    return cast("IO[bytes]", files.open(path, "rb"))
+    store = ObjectStore(uri)
+    return cast("IO[bytes]", store.open(store.path, _READ_BYTES))
 
 
 @contextlib.contextmanager
@@ -96,33 +94,27 @@ def local_copy(uri: str) -> Generator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="unclip-") as folder:
         target = Path(folder) / uri.rpartition("/")[2]
-        with open_file(uri) as source, target.open("wb") as copy:
-            shutil.copyfileobj(source, copy, 1 << 20)
+        store = ObjectStore(uri)
+        store.get_file(store.path, str(target))
         yield target
 
 
 def _find_remote(uri: str) -> list[UserFile]:
-    files, path = file_system(uri)
-    try:
-        if _PATTERN & set(path):
-            infos: dict[str, Any] = files.glob(path, detail=True)
-        else:
-            infos = {path: files.info(path)}
-            if infos[path].get("type") == "directory":
-                infos = files.find(path, detail=True)
-    except FileNotFoundError as error:
-        if isinstance(error.__cause__, OSError):  # a web server that does not answer
-            raise DataError(f"{uri}: cannot be looked at: {error.__cause__}") from None
+    store = ObjectStore(uri)
+    path, info = store.path, None if _PATTERN & set(store.path) else store.info(store.path)
+    if _PATTERN & set(path):
+        infos = store.glob(path)
+    elif info is None:
         return []
-    except Exception as error:  # noqa: BLE001  (each store has exceptions of its own)
-        raise DataError(f"{uri}: cannot be looked at: {type(error).__name__}: {error}") from None
+    else:
+        infos = store.find(path) if info.get("type") == "directory" else {path: info}
     names = [name for name, info in infos.items() if info.get("type") != "directory"]
     visible = [name for name in names if not any(part.startswith(".") for part in name[len(path) :].split("/"))]
     return [
         UserFile(
-            str(files.unstrip_protocol(name)),
+            store.unstrip_protocol(name),
             int(infos[name].get("size") or 0),
-            " ".join(f"{key}={infos[name][key]}" for key in _STAMPS if infos[name].get(key)),
+            stamp_of(infos[name]),
         )
         for name in sorted(visible)
     ]

@@ -7,21 +7,20 @@ Shards of a data step are committed one by one with a record, ``<shard>.done.jso
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
-import fsspec
-
-from pipeline.errors import ConfigError, DataError, StepError, UnclipError
+from pipeline.errors import DataError, StepError
+from pipeline.workspace.cache import Cached, Version, cached_path, keep, lookup, sha256_of, temporary_file
+from pipeline.workspace.disk import own_folder, translate_os_errors
 from pipeline.workspace.manifest import Manifest, ShardRecord
+from pipeline.workspace.objects import ObjectStore, file_system, stamp_of
 
 Json = dict[str, Any]
 
@@ -29,27 +28,7 @@ MANIFEST = "manifest.json"
 RECORD_SUFFIX = ".done.json"
 LIVE = "live/"
 _TEMPORARY = ".tmp-"
-_DISK_REASONS = {
-    errno.ENOSPC: "the disk is full; free some space and run again, finished work is kept",
-    errno.EDQUOT: "the disk quota is used up; free some space and run again, finished work is kept",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "permission denied",
-    errno.ENOTDIR: "a part of this path is a file, not a folder",
-    errno.EEXIST: "a file is where a folder should be",
-}
-
-
-def file_system(uri: str) -> tuple[Any, str]:
-    """The file system of a URI, and the path in it.
-
-    Raises:
-        ConfigError: If no file system has this scheme, or its package is missing; names the package.
-    """
-    try:
-        files, path = fsspec.url_to_fs(uri)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"{uri}: {error}") from None
-    return files, str(path)
+_BLOCK_BYTES = 8 << 20
 
 
 class Workspace:
@@ -69,12 +48,11 @@ class Workspace:
 
     def manifests(self, step: str) -> tuple[list[Manifest], list[str]]:
         """The manifests of every committed artifact of a step, the newest first; and why the others cannot be read."""
-        files, base = fsspec.url_to_fs(f"{self.root}/{step}")
         manifests: list[Manifest] = []
         damages: list[str] = []
-        for name in sorted(files.ls(base, detail=False)) if files.exists(base) else []:
+        for key in self.keys(step):
             try:
-                manifest = self.artifact(step, Path(name).name).manifest()
+                manifest = self.artifact(step, key).manifest()
             except DataError as error:
                 damages.append(str(error))
                 continue
@@ -82,12 +60,29 @@ class Workspace:
                 manifests.append(manifest)
         return sorted(manifests, key=lambda manifest: manifest.created, reverse=True), damages
 
+    def keys(self, step: str) -> list[str]:
+        """The keys under which a step has files, committed or not, sorted."""
+        if not self.is_local:
+            store = ObjectStore(f"{self.root}/{step}")
+            return store.folders(store.path)
+        folder = Path(self.root) / step
+        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+    def check(self) -> None:
+        """Make sure that the place of the workspace answers.
+
+        Raises:
+            ConfigError: If it is an object store whose package, credentials, bucket or endpoint is missing.
+        """
+        if not self.is_local:
+            ObjectStore(self.root).check()
+
     @property
     def local_root(self) -> Path:
         """The folder for what must be a local file (the default tracker's database, reports, locks)."""
         if self.is_local:
             return Path(self.root)
-        return _own_folder("unclip") / hashlib.sha256(self.root.encode()).hexdigest()[:12]
+        return own_folder("unclip") / hashlib.sha256(self.root.encode()).hexdigest()[:12]
 
 
 class Artifact:
@@ -95,7 +90,7 @@ class Artifact:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        files, base = fsspec.url_to_fs(uri)
+        files, base = file_system(uri)
         self._files: Any = files
         self._base: str = base
         self._is_local = "://" not in uri
@@ -110,20 +105,21 @@ class Artifact:
         Raises:
             StepError: If the disk is full or the place cannot be written; nothing is left behind.
         """
-        if self._is_local:
-            target = Path(self._base) / name
-            with translate_os_errors(str(target)):
-                target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}-{target.name}")
-        else:
-            folder = Path(tempfile.mkdtemp(prefix="unclip-"))
-            temporary = folder / Path(name).name
+        if not self._is_local:
+            with temporary_file(Path(name).name) as temporary, translate_os_errors(f"{self.uri}/{name}"):
+                yield temporary
+                self._upload(temporary, name)
+            return
+        target = Path(self._base) / name
+        with translate_os_errors(str(target)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}-{target.name}")
         try:
             with translate_os_errors(f"{self.uri}/{name}"):
                 yield temporary
-                self._publish(temporary, name)
+                _publish(temporary, target)
         finally:
-            _remove(temporary if self._is_local else temporary.parent)
+            _remove(temporary)
 
     def link(self, name: str, uri: str) -> None:
         """Publish a user's file under ``name``: by a link if both are on local disks, else by a copy.
@@ -148,31 +144,41 @@ class Artifact:
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a small file whole."""
-        with self.write(name) as path:
-            path.write_bytes(data)
+        if self._is_local:
+            with self.write(name) as path:
+                path.write_bytes(data)
+        else:
+            self._files.pipe_file(f"{self._base}/{name}", data)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a small JSON file whole, keys sorted."""
-        self.write_bytes(name, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+        self.write_bytes(name, _json_bytes(value))
 
     def path(self, name: str) -> Path:
-        """A local path to read ``name`` from; an object store's file is fetched once into a cache.
+        """A local path to read ``name`` from; an object store's file is fetched once for all processes of the machine.
+
+        Raises:
+            DataError: If the artifact has no such file, or it is not what its record says.
+        """
+        if not self._is_local:
+            return self._cached(name, self._version(name))
+        local = Path(self._base) / name
+        if not local.exists():
+            raise self._missing(name)
+        return local
+
+    def ranged(self, name: str) -> Path | IO[bytes]:
+        """What pyarrow reads parts of ``name`` from: a local path, or a file of an object store, read by ranges.
 
         Raises:
             DataError: If the artifact has no such file.
         """
         if self._is_local:
-            local = Path(self._base) / name
-        else:
-            local = _own_folder("unclip-cache") / hashlib.sha256(self.uri.encode()).hexdigest()[:16] / name
-            if not local.exists() and self.exists(name):
-                local.parent.mkdir(parents=True, exist_ok=True)
-                partial = local.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
-                self._files.get_file(f"{self._base}/{name}", str(partial))
-                partial.replace(local)
-        if not local.exists():
-            raise DataError(f"{self.uri}: no file {name}; {self._mend()}")
-        return local
+            return self.path(name)
+        version = self._version(name)
+        if lookup(f"{self.uri}/{name}", version):
+            return self._cached(name, version)
+        return cast("IO[bytes]", self._files.open(f"{self._base}/{name}"))
 
     def read_json(self, name: str) -> Any:
         """Read a JSON file.
@@ -183,7 +189,7 @@ class Artifact:
         try:
             return json.loads(self._files.cat_file(f"{self._base}/{name}"))
         except FileNotFoundError:
-            raise DataError(f"{self.uri}: no file {name}; {self._mend()}") from None
+            raise self._missing(name) from None
         except ValueError as error:
             raise DataError(f"{self.uri}/{name}: not valid JSON ({error}); {self._mend()}") from None
 
@@ -193,10 +199,7 @@ class Artifact:
 
     def names(self) -> list[str]:
         """Every published file, by its path inside the artifact, sorted."""
-        if not self._files.exists(self._base):
-            return []
-        self._files.invalidate_cache()
-        paths = cast("list[str]", self._files.find(self._base))
+        paths = list(cast("Sequence[str]", self._files.find(self._base)))
         names = [path[len(self._base) :].lstrip("/") for path in paths]
         return sorted(name for name in names if _TEMPORARY not in name)
 
@@ -224,16 +227,20 @@ class Artifact:
 
     def shard_records(self) -> dict[str, ShardRecord]:
         """The committed shards, by name, sorted; not those of an artifact of its own in ``live/``."""
-        records = {name: self._record(name) for name in self.names() if name.endswith(RECORD_SUFFIX)}
+        names = [name for name in self.names() if name.endswith(RECORD_SUFFIX)]
+        paths = [f"{self._base}/{name}" for name in names]
+        contents = map(self._files.cat_file, paths) if self._is_local else self._files.cat_files(paths)
+        records = {name: self._record(name, content) for name, content in zip(names, contents, strict=True)}
         return {record.shard: record for name, record in records.items() if name == f"{record.shard}{RECORD_SUFFIX}"}
 
     def shard_record(self, shard: str) -> ShardRecord:
         """One committed shard."""
-        return self._record(f"{shard}{RECORD_SUFFIX}")
+        name = f"{shard}{RECORD_SUFFIX}"
+        return self._record(name, self._files.cat_file(f"{self._base}/{name}"))
 
-    def _record(self, name: str) -> ShardRecord:
+    def _record(self, name: str, content: bytes) -> ShardRecord:
         try:
-            return ShardRecord.from_dict(json.loads(self._files.cat_file(f"{self._base}/{name}")))
+            return ShardRecord.from_dict(json.loads(content))
         except (DataError, ValueError) as error:
             mend = self._mend() if self.exists(MANIFEST) else "remove this record: its shard alone is made again"
             raise DataError(f"{self.uri}/{name}: {error}; {mend}") from None
@@ -244,18 +251,29 @@ class Artifact:
         Raises:
             DataError: If there is one that cannot be read; names the file and says what to do.
         """
-        if not self.exists(MANIFEST):
-            return None
-        data = self.read_json(MANIFEST)
         try:
-            return Manifest.from_dict(data)
+            content = self._files.cat_file(f"{self._base}/{MANIFEST}")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        try:
+            return Manifest.from_dict(json.loads(content))
+        except ValueError as error:
+            raise DataError(f"{self.uri}/{MANIFEST}: not valid JSON ({error}); {self._mend()}") from None
         except DataError as error:
             mend = "use its release" if "newer" in str(error) else self._mend()
             raise DataError(f"{self.uri}/{MANIFEST}: {error}; {mend}") from None
 
     def commit(self, manifest: Manifest) -> None:
-        """Publish the manifest, and with it the artifact; then remove the live files."""
-        self.write_json(MANIFEST, manifest.to_dict())
+        """Publish the manifest, and with it the artifact; then remove the live files.
+
+        Raises:
+            StepError: If another run has committed the artifact in an object store.
+        """
+        content = _json_bytes(manifest.to_dict())
+        if self._is_local:
+            self.write_bytes(MANIFEST, content)
+        elif not self._files.create(f"{self._base}/{MANIFEST}", content):
+            raise StepError(f"{self.uri}: another run has committed this step; run again to go on from there")
         for name in self.names():
             if name.startswith(LIVE):
                 self.remove(name)
@@ -272,12 +290,18 @@ class Artifact:
 
     def describe(self, name: str) -> Json:
         """Size in bytes and SHA-256 of one published file."""
-        digest, size = hashlib.sha256(), 0
-        with self._files.open(f"{self._base}/{name}", "rb") as stream:
-            while block := stream.read(1 << 20):
+        if self._is_local:
+            local = self.path(name)
+            return {"bytes": local.stat().st_size, "sha256": sha256_of(local)}
+        version = self._version(name)
+        cached = lookup(f"{self.uri}/{name}", version)
+        if cached is not None:
+            return {"bytes": version.num_bytes, "sha256": cached.sha256}
+        digest = hashlib.sha256()
+        with self._files.open(f"{self._base}/{name}", _BLOCK_BYTES) as stream:
+            while block := stream.read(_BLOCK_BYTES):
                 digest.update(block)
-                size += len(block)
-        return {"bytes": size, "sha256": digest.hexdigest()}
+        return {"bytes": version.num_bytes, "sha256": digest.hexdigest()}
 
     def verify(self, name: str) -> None:
         """Check one file against the manifest.
@@ -296,61 +320,60 @@ class Artifact:
 
     def clear_temporaries(self) -> None:
         """Remove what a killed writer left behind; call only while no other writer is alive."""
-        if self._is_local and Path(self._base).exists():
+        if not self._is_local:
+            self._files.abort_uploads(self._base)
+        elif Path(self._base).exists():
             for path in Path(self._base).rglob(f"{_TEMPORARY}*"):
                 _remove(path)
 
-    def _publish(self, temporary: Path, name: str) -> None:
-        if not self._is_local:
-            self._files.put_file(str(temporary), f"{self._base}/{name}")
-            return
-        target = Path(self._base) / name
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-            os.fchmod(stream.fileno(), 0o666 & ~_UMASK)  # safetensors makes files that only their owner may read
-        temporary.replace(target)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    def _missing(self, name: str) -> DataError:
+        return DataError(f"{self.uri}: no file {name}; {self._mend()}")
+
+    def _version(self, name: str) -> Version:
+        info = self._files.info(f"{self._base}/{name}")
+        if info is None or info.get("type") == "directory":
+            raise self._missing(name)
+        return Version(stamp_of(info), int(info["size"]))
+
+    def _upload(self, temporary: Path, name: str) -> None:
+        """Upload a file; it moves into the cache, so that this machine neither fetches nor reads it again."""
+        sha256, num_bytes = sha256_of(temporary), temporary.stat().st_size
+        self._files.put_file(str(temporary), f"{self._base}/{name}")
+        version = self._version(name)
+        if version.num_bytes == num_bytes:  # else somebody has replaced it already
+            keep(f"{self.uri}/{name}", temporary, Cached(version, sha256))
+
+    def _cached(self, name: str, version: Version) -> Path:
+        def check(sha256: str) -> None:
+            record = f"{name.partition('.')[0]}{RECORD_SUFFIX}"
+            with contextlib.suppress(FileNotFoundError):
+                files = self._record(record, self._files.cat_file(f"{self._base}/{record}")).files
+                if name in files and files[name]["sha256"] != sha256:
+                    raise DataError(f"{self.uri}/{name}: does not match its checksum; {self._mend()}")
+
+        def fetch(path: Path) -> None:
+            try:
+                self._files.get_file(f"{self._base}/{name}", str(path))
+            except FileNotFoundError:
+                raise self._missing(name) from None
+
+        return cached_path(f"{self.uri}/{name}", version, fetch, check)
 
 
-@contextlib.contextmanager
-def translate_os_errors(where: str) -> Generator[None]:
-    """Turn a full or forbidden disk into a message.
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
-    Raises:
-        StepError: For a full disk or quota, a read-only disk, a missing permission, or a file in the place of a folder:
-            from an OSError, or a library's error that quotes one (safetensors: SafetensorError, FAISS: RuntimeError).
-    """
+
+def _publish(temporary: Path, target: Path) -> None:
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+        os.fchmod(stream.fileno(), 0o666 & ~_UMASK)  # safetensors makes files that only their owner may read
+    temporary.replace(target)
+    folder = os.open(target.parent, os.O_RDONLY)
     try:
-        yield
-    except UnclipError:
-        raise
-    except OSError as error:
-        if error.errno not in _DISK_REASONS:
-            raise
-        raise StepError(f"{where}: {_DISK_REASONS[error.errno]}") from error
-    except Exception as error:  # each library has its own class; one that quotes no OSError passes unchanged
-        reasons = [reason for code, reason in _DISK_REASONS.items() if os.strerror(code) in str(error)]
-        if not reasons:
-            raise
-        raise StepError(f"{where}: {reasons[0]}") from error
-
-
-def _own_folder(name: str) -> Path:
-    """A folder for temporary files that this user alone can read and write, whoever else uses this machine.
-
-    Raises:
-        StepError: If another user has made it.
-    """
-    folder = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
-    with translate_os_errors(str(folder)):
-        folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise StepError(f"{folder} belongs to another user; remove it, or set TMPDIR to a folder of your own")
-    return folder
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _umask() -> int:

@@ -20,7 +20,8 @@ from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve import NeighbourIndex, build
 from pipeline.retrieve.build import build_index
 from pipeline.retrieve.changes import delete
-from pipeline.workspace.store import Artifact, Workspace, translate_os_errors
+from pipeline.workspace.disk import translate_os_errors
+from pipeline.workspace.store import Artifact, Workspace
 from tests.retrieve.conftest import unit
 from tests.tiny.shards import make_embeddings
 

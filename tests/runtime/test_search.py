@@ -124,7 +124,7 @@ def test_a_second_run_of_the_same_search_waits_its_turn(folder: Path, recipe: Re
     from pipeline.workspace.lock import locked
 
     out = tmp_path / "out"
-    with locked(out / "live/lock", "held"):
+    with locked(f"{out}/live/lock", "held", print):
         done = unclip_here(*_command(folder, None, "--out", str(out)))
     assert done.returncode == 4
     assert f"{out}: another run writes these answers (process " in done.stderr

@@ -86,11 +86,13 @@ def test_a_plan_sees_a_remote_list_change_and_says_what_it_cannot_see(tmp_path: 
 
 
 def test_a_missing_package_of_a_store_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def url_to_fs(uri: str) -> None:
+    def url_to_fs(uri: str, **options: object) -> None:
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr(fsspec, "url_to_fs", url_to_fs)
-    with pytest.raises(ConfigError, match="s3://bucket/list: Install s3fs to access S3"):
+    with pytest.raises(
+        ConfigError, match=r"s3://bucket/list: a package for s3:// is missing: pip install 'unclip\[s3\]'"
+    ):
         find_files("s3://bucket/list")
 
 

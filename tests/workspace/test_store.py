@@ -22,8 +22,9 @@ from safetensors.numpy import save_file
 
 from pipeline.data.rows import make_uid, split_of
 from pipeline.errors import DataError, StepError
+from pipeline.workspace.disk import translate_os_errors
 from pipeline.workspace.manifest import Manifest, ShardRecord, add_counts, check_counts
-from pipeline.workspace.store import Artifact, Workspace, translate_os_errors
+from pipeline.workspace.store import Artifact, Workspace
 
 
 def _manifest(**changes: object) -> Manifest:

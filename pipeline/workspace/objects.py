@@ -1,0 +1,352 @@
+"""A file system of fsspec, made fit for object stores: fresh, patient, and with errors for people.
+
+Nothing is kept of what a store once listed, because other machines write to it. A request that fails for a reason that
+passes (500, 503, a closed connection, a server that is down for a while) is made again. What does not pass becomes one
+sentence: a package, a credential, a bucket or an endpoint that is missing.
+"""
+
+import contextlib
+import errno
+import io
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import fsspec
+
+from pipeline.errors import ConfigError, DataError, StepError
+
+T = TypeVar("T")
+
+_STAMPS = ("md5Hash", "ETag", "etag", "checksum", "generation", "LastModified", "last_modified", "updated", "mtime")
+"""What stores say of a content, the surest first."""
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
+_CREDENTIALS = {
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give this machine an instance profile",
+    "gcs": "set GOOGLE_APPLICATION_CREDENTIALS, or run `gcloud auth application-default login`",
+    "azure": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_STORAGE_CONNECTION_STRING",
+}
+_ENDPOINTS = {"s3": "; is AWS_ENDPOINT_URL right, and AWS_REGION?"}
+_NO_CREDENTIALS = frozenset(
+    {
+        "ClientAuthenticationError",
+        "DefaultCredentialsError",
+        "NoCredentialsError",
+        "PartialCredentialsError",
+        "PermissionError",
+        "ProfileNotFound",
+        "RefreshError",
+        "TokenRetrievalError",
+        "UnauthorizedSSOTokenError",
+    }
+)
+_NO_CONNECTION = frozenset(
+    {
+        "ClientError",  # aiohttp's; botocore's class of this name is told apart by its response
+        "ConnectionError",
+        "HTTPClientError",
+        "IncompleteRead",
+        "ServiceRequestError",
+        "ServiceResponseError",
+        "TimeoutError",
+    }
+)
+_PASSING_ERRNOS = frozenset({errno.EREMOTEIO, errno.EBUSY})  # s3fs's numbers for 500 and 503
+_FIRST_PATIENCE_S = 10.0
+_PATIENCE_S = 300.0
+_LONGEST_WAIT_S = 15.0
+_BATCH = 1000
+
+_answered = set[str]()
+"""Stores that have answered this process once: then a failure is no wrong setting."""
+
+
+def file_system(uri: str) -> tuple[Any, str]:
+    """The file system of a URI, and the path in it; a local path gives fsspec's own local file system.
+
+    Raises:
+        ConfigError: If no file system has this scheme, or its package or a setting is missing; names it.
+    """
+    if "://" not in uri or uri.startswith("file://"):
+        files, path = fsspec.url_to_fs(uri)
+        return files, str(path)
+    store = ObjectStore(uri)
+    return store, store.path
+
+
+class ObjectStore:
+    """The store that a URI names; its methods take paths in it, as fsspec writes them.
+
+    Args:
+        uri: Any URI of the store.
+
+    Raises:
+        ConfigError: As ``file_system``.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._scheme = uri.partition("://")[0]
+        self._kind = _EXTRAS.get(self._scheme, "")
+        try:
+            _, path = fsspec.url_to_fs(uri, use_listings_cache=False)
+        except ImportError as error:
+            mend = f"pip install 'unclip[{self._kind}]'" if self._kind else str(error)
+            raise ConfigError(f"{uri}: a package for {self._scheme}:// is missing: {mend}") from None
+        except ValueError as error:
+            raise ConfigError(f"{uri}: {error}") from None
+        self.path = str(path)
+        # s3fs would ask for the size first, to read a large file in several requests.
+        self._one_request = {"max_concurrency": 1} if self._kind == "s3" else {}
+        self._name = f"{self._scheme}://{self.path.strip('/').partition('/')[0]}"
+
+    @property
+    def _files(self) -> Any:
+        return fsspec.url_to_fs(self._uri, use_listings_cache=False)[0]  # one object for each process: fork-safe
+
+    def check(self) -> None:
+        """Make one request.
+
+        Raises:
+            ConfigError: If the bucket does not exist or may not be read, or the endpoint does not answer.
+        """
+        bucket = self.path.strip("/").partition("/")[0]
+        if self._kind and self._ask(lambda: self._files.info(bucket), missing=None) is None:
+            raise ConfigError(f"{self._uri}: there is no bucket {bucket}; create it, or correct the URI")
+
+    def info(self, path: str) -> dict[str, Any] | None:
+        """What the store says of a file or folder; None if there is none."""
+        return self._ask(lambda: cast("dict[str, Any]", self._files.info(path)), missing=None)
+
+    def exists(self, path: str) -> bool:
+        """Whether there is a file or folder."""
+        return self.info(path) is not None
+
+    def find(self, path: str) -> dict[str, dict[str, Any]]:
+        """All files below a folder at any depth, by path."""
+        return self._ask(lambda: cast("dict[str, dict[str, Any]]", self._files.find(path, detail=True)), missing={})
+
+    def glob(self, pattern: str) -> dict[str, dict[str, Any]]:
+        """What matches a pattern, by path."""
+        return self._ask(lambda: cast("dict[str, dict[str, Any]]", self._files.glob(pattern, detail=True)), missing={})
+
+    def folders(self, path: str) -> list[str]:
+        """Names of the folders and files directly in a folder."""
+        entries = self._ask(lambda: cast("list[str]", self._files.ls(path, detail=False)), missing=[])
+        return sorted(entry.rstrip("/").rpartition("/")[2] for entry in entries)
+
+    def cat_file(self, path: str) -> bytes:
+        """The content of a small file.
+
+        Raises:
+            FileNotFoundError: If there is none.
+        """
+        return self._ask(lambda: cast("bytes", self._files.cat_file(path, **self._one_request)))
+
+    def cat_files(self, paths: Sequence[str]) -> list[bytes]:
+        """The contents of small files, many requests at a time.
+
+        Raises:
+            FileNotFoundError: If one is not there.
+        """
+        contents: list[bytes] = []
+        for start in range(0, len(paths), _BATCH):
+            batch = list(paths[start : start + _BATCH])
+            found: dict[str, bytes] = self._ask(lambda batch=batch: self._files.cat(batch, **self._one_request))
+            by_end = {path.lstrip("/"): content for path, content in found.items()}
+            contents += [by_end[path.lstrip("/")] for path in batch]
+        return contents
+
+    def open(self, path: str, buffer_bytes: int = 64 << 10) -> Any:
+        """Open a file for reading by ranges: only what is read is fetched, ``buffer_bytes`` at the least.
+
+        A web server, which may know neither ranges nor the file's size, is read from the beginning.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            DataError: While it is read, if another process replaces the file.
+        """
+        if self._scheme in {"http", "https"}:
+            return self._ask(lambda: self._files.open(path, "rb"))
+        return io.BufferedReader(_RangedFile(self, path), buffer_bytes)
+
+    def get_file(self, path: str, local: str) -> None:
+        """Fetch a file whole.
+
+        Raises:
+            FileNotFoundError: If there is none.
+        """
+        self._ask(lambda: self._files.get_file(path, local))
+
+    def put_file(self, local: str, path: str) -> None:
+        """Upload a file whole: a reader sees the old content until the upload is complete."""
+        self._put(lambda: self._files.put_file(local, path))
+
+    def pipe_file(self, path: str, data: bytes) -> None:
+        """Upload a small file."""
+        self._put(lambda: self._files.pipe_file(path, data))
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Upload a small file if there is none: of several who try, one succeeds; False for the others."""
+        try:
+            self._put(lambda: self._files.pipe_file(path, data, mode="create"))
+        except FileExistsError:
+            # A request whose answer was lost is made again, and meets its own file.
+            return self.cat_file(path) == data
+        return True
+
+    def rm_file(self, path: str) -> None:
+        """Remove a file if it is there."""
+        self._ask(lambda: self._files.rm_file(path), missing=None)
+
+    def mv(self, path: str, target: str) -> None:
+        """Move a file."""
+        self._ask(lambda: self._files.mv(path, target))
+
+    def modified(self, path: str) -> float:
+        """When a file was written by the store's own clock, in seconds since the epoch.
+
+        Raises:
+            FileNotFoundError: If there is none.
+        """
+        return float(self._ask(lambda: self._files.modified(path)).timestamp())
+
+    def abort_uploads(self, path: str) -> None:
+        """Give up the uploads in parts below a folder that killed writers began: they are billed, and never listed.
+
+        Only S3 needs it; the others forget such parts by themselves after some days.
+        """
+        files = self._files
+        if not hasattr(files, "list_multipart_uploads"):
+            return
+        bucket, _, prefix = path.partition("/")
+        for upload in self._ask(lambda: files.list_multipart_uploads(bucket), missing=[]):
+            if upload["Key"].startswith(prefix + "/"):
+                self._ask(
+                    lambda upload=upload: files.abort_mpu(bucket, upload["Key"], upload["UploadId"]), missing=None
+                )
+
+    def unstrip_protocol(self, path: str) -> str:
+        """The URI of a path."""
+        return str(self._files.unstrip_protocol(path))
+
+    def opened(self, path: str) -> tuple[Any, int]:
+        """An open file of fsspec without a buffer, and its size in bytes."""
+        file = self._ask(lambda: self._files.open(path, "rb", cache_type="none"))
+        return file, int(file.size or 0)
+
+    def read_range(self, file: Any, start: int, stop: int) -> bytes:
+        """Bytes of an opened file."""
+
+        def read() -> bytes:
+            file.seek(start)
+            return cast("bytes", file.read(stop - start))
+
+        return self._ask(read)
+
+    def _put(self, action: Callable[[], Any]) -> None:
+        try:
+            self._ask(action)
+        except FileNotFoundError:
+            raise ConfigError(f"{self._uri}: there is no bucket {self._name}; create it, or correct the URI") from None
+
+    def _ask(self, action: Callable[[], T], **missing: T) -> T:
+        """Make a request, again while its failure may pass; ``missing`` is the answer if there is no such file."""
+        wait_s, start = 0.2, time.monotonic()
+        while True:
+            try:
+                answer = action()
+            except FileExistsError:
+                raise
+            except FileNotFoundError as error:
+                if isinstance(error.__cause__, OSError):  # a web server that does not answer
+                    raise DataError(f"{self._uri}: cannot be looked at: {error.__cause__}") from None
+                if "missing" in missing:
+                    return missing["missing"]
+                raise
+            except Exception as error:
+                patience_s = _PATIENCE_S if self._name in _answered else _FIRST_PATIENCE_S
+                if not _passes(error) or time.monotonic() - start > patience_s:
+                    raise self._explained(error) from error
+            else:
+                _answered.add(self._name)
+                return answer
+            time.sleep(wait_s)
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+
+    def _explained(self, error: Exception) -> Exception:
+        names = {cls.__name__ for cls in type(error).__mro__}
+        text = " ".join(str(error).split()) or type(error).__name__
+        if type(error).__name__ == "FileExpired":
+            return DataError(f"{self._uri}: a file was replaced while it was read; run again")
+        if names & _NO_CREDENTIALS:
+            mend = _CREDENTIALS.get(self._kind, "check the credentials")
+            return ConfigError(f"{self._uri}: no access ({text}); {mend}")
+        if _passes(error) and self._name not in _answered:
+            return ConfigError(f"{self._uri}: no answer ({text}){_ENDPOINTS.get(self._kind, '')}")
+        if _passes(error):
+            return StepError(
+                f"{self._uri}: no answer for {_PATIENCE_S / 60:.0f} minutes ({text}); finished work is kept, run again"
+            )
+        return StepError(f"{self._uri}: {type(error).__name__}: {text}")
+
+
+def stamp_of(info: dict[str, Any]) -> str:
+    """What a store says about a file's content: its checksum or ETag, else its time; empty if it says nothing."""
+    return next((f"{key}={info[key]}" for key in _STAMPS if info.get(key)), "")
+
+
+def _passes(error: Exception) -> bool:
+    """Whether a request that failed so may succeed later."""
+    if isinstance(error, PermissionError):
+        return False
+    response: Any = getattr(error, "response", None)  # botocore's ClientError
+    if isinstance(response, dict):
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status >= 500 or status in {408, 429}
+    status = getattr(error, "status", None)  # aiohttp's ClientResponseError
+    if isinstance(status, int) and status:
+        return status >= 500 or status in {408, 429}
+    code = getattr(error, "code", None)  # gcsfs's HttpError
+    if isinstance(code, int | str) and str(code) in {"408", "429", "500", "502", "503", "504"}:
+        return True
+    if isinstance(error, OSError) and error.errno in _PASSING_ERRNOS:
+        return True
+    return bool({cls.__name__ for cls in type(error).__mro__} & _NO_CONNECTION)
+
+
+class _RangedFile(io.RawIOBase):
+    """A file of a store, read by ranges."""
+
+    def __init__(self, store: ObjectStore, path: str) -> None:
+        self._store = store
+        self.name = store.unstrip_protocol(path)
+        self._file, self._size = store.opened(path)
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._position + len(buffer), self._size)
+        data = self._store.read_range(self._file, self._position, stop) if stop > self._position else b""
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            with contextlib.suppress(Exception):
+                self._file.close()
+        super().close()

@@ -1,0 +1,328 @@
+"""A workspace in an object store, on a local S3 server: nothing stale, nothing twice, faults that pass, one sentence."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.data.shards import read_table
+from pipeline.errors import ConfigError, DataError, StepError
+from pipeline.workspace import cache, lock, objects
+from pipeline.workspace.digests import fingerprint
+from pipeline.workspace.files import open_file
+from pipeline.workspace.lock import locked_workspace
+from pipeline.workspace.manifest import Manifest, ShardRecord
+from pipeline.workspace.objects import ObjectStore
+from pipeline.workspace.store import Artifact, Workspace
+from tests.s3_server import S3Server
+from tests.workspace.conftest import use
+
+_CONTENT = bytes(range(256)) * 1000
+
+
+def _manifest(**changes: object) -> Manifest:
+    fields: dict[str, object] = {"step": "s", "key": "k", "step_version": 1, "section": {}, "inputs": {}}
+    return Manifest(**(fields | changes))  # type: ignore[arg-type]
+
+
+def _fetches(server: S3Server, name: str) -> list[int]:
+    return [size for method, path, size in server.requests() if method == "GET" and name in path]
+
+
+def _name(uri: str) -> str:
+    return uri.removeprefix("s3://")
+
+
+@pytest.mark.parametrize("kind", ["500", "throttled", "reset", "half", "slow"])
+def test_a_fault_that_passes_changes_no_byte(
+    kind: str, bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    artifact = Artifact(f"{bucket}/step/key")
+    s3_server.fail(kind, "PUT", "00000.tar", times=2, seconds=0.2)
+    with artifact.write("00000.tar") as path:
+        path.write_bytes(_CONTENT)
+    monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "other"))
+    s3_server.fail(kind, "GET", "00000.tar", times=2, seconds=0.2)
+    assert artifact.path("00000.tar").read_bytes() == _CONTENT
+    s3_server.fail(kind, "GET", "00000.tar", times=2, seconds=0.2)
+    with open_file(f"{artifact.uri}/00000.tar") as stream:
+        stream.seek(1000)
+        assert stream.read(5000) == _CONTENT[1000:6000]
+    s3_server.fail(kind, "HEAD", "00000.tar", times=2, seconds=0.2)
+    assert artifact.exists("00000.tar")
+
+
+@contextmanager
+def _proxy(port: int, server: S3Server) -> Generator[None]:
+    """Forwards a port to the server; at the end nothing answers there, and what was open is closed."""
+    opened: list[socket.socket] = []
+
+    def pump(source: socket.socket, target: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                target.sendall(data)
+        except OSError:
+            pass
+        finally:
+            for end in (source, target):
+                end.close()
+
+    def accept() -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            other = socket.create_connection(("127.0.0.1", server.port))
+            opened.extend((client, other))
+            for ends in ((client, other), (other, client)):
+                threading.Thread(target=pump, args=ends, daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", port), reuse_port=True) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield
+        listener.shutdown(socket.SHUT_RDWR)
+        for end in opened:
+            end.close()
+
+
+def test_a_server_that_is_killed_and_comes_back_changes_no_byte(
+    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    use(s3_server.environment | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}, monkeypatch)
+    artifact = Artifact(f"{bucket}/step/key")
+    with _proxy(port, s3_server):
+        artifact.write_bytes("first", b"1")
+    back = threading.Event()
+
+    def come_back() -> None:
+        time.sleep(1)
+        with _proxy(port, s3_server):
+            back.wait(60)
+
+    thread = threading.Thread(target=come_back)
+    thread.start()
+    try:
+        with artifact.write("00000.tar") as path:
+            path.write_bytes(_CONTENT)
+        assert artifact.names() == ["00000.tar", "first"]
+        assert artifact.path("00000.tar").read_bytes() == _CONTENT
+    finally:
+        back.set()
+        thread.join()
+
+
+def test_nothing_is_stale_that_another_machine_wrote(bucket: str, s3_server: S3Server) -> None:
+    artifact, folder = Artifact(f"{bucket}/step/key"), f"{_name(bucket)}/step/key"
+    assert artifact.names() == []
+    s3_server.put(f"{folder}/metrics.jsonl", b"1\n")
+    assert artifact.names() == ["metrics.jsonl"]
+    assert artifact.path("metrics.jsonl").read_text() == "1\n"
+    s3_server.put(f"{folder}/metrics.jsonl", b"1\n2\n")
+    assert artifact.path("metrics.jsonl").read_text() == "1\n2\n"
+    s3_server.put(f"{folder}/metrics.jsonl", b"3\n4\n")  # of the same size
+    assert artifact.path("metrics.jsonl").read_text() == "3\n4\n"
+    with open_file(f"{bucket}/step/key/metrics.jsonl") as stream:
+        assert stream.read() == b"3\n4\n"
+    before = fingerprint(f"{bucket}/step/key")
+    assert fingerprint(f"{bucket}/step/key") == before
+    s3_server.put(f"{folder}/metrics.jsonl", b"5\n6\n")
+    assert fingerprint(f"{bucket}/step/key") != before
+
+
+def test_a_file_is_fetched_once_for_all_readers_of_a_machine(bucket: str, s3_server: S3Server) -> None:
+    artifact = Artifact(f"{bucket}/step/key")
+    s3_server.put(f"{_name(bucket)}/step/key/00000.tar", _CONTENT)
+    s3_server.fail("slow", "GET", "00000.tar", seconds=0.3)
+    with ThreadPoolExecutor(8) as threads:  # each opens the lock for itself, as processes do
+        paths = list(threads.map(artifact.path, ["00000.tar"] * 8))
+    assert [path.read_bytes() == _CONTENT for path in paths] == [True] * 8
+    assert _fetches(s3_server, "00000.tar") == [len(_CONTENT)]
+    assert artifact.describe("00000.tar")["bytes"] == len(_CONTENT)
+    assert _fetches(s3_server, "00000.tar") == []
+
+
+def test_what_this_machine_wrote_is_neither_fetched_nor_read_back(bucket: str, s3_server: S3Server) -> None:
+    artifact = Artifact(f"{bucket}/step/key")
+    with artifact.write("00000.tar") as path:
+        path.write_bytes(_CONTENT)
+    assert artifact.describe("00000.tar") == Artifact(artifact.uri).describe("00000.tar")
+    assert artifact.path("00000.tar").read_bytes() == _CONTENT
+    assert _fetches(s3_server, "00000.tar") == []
+
+
+def test_a_fetched_file_is_compared_with_its_record(bucket: str, s3_server: S3Server) -> None:
+    artifact = Artifact(f"{bucket}/step/key")
+    s3_server.put(f"{_name(bucket)}/step/key/00000.tar", _CONTENT)
+    record = ShardRecord(shard="00000", counts={}, files={"00000.tar": {"bytes": 3, "sha256": "0" * 64}})
+    artifact.commit_shard(record)
+    assert artifact.shard_records() == {"00000": record}
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"00000.tar: does not match its checksum; bring it back"):
+            artifact.path("00000.tar")
+    right = artifact.describe("00000.tar")
+    artifact.commit_shard(ShardRecord(shard="00000", counts={}, files={"00000.tar": right}))
+    assert artifact.path("00000.tar").read_bytes() == _CONTENT
+
+
+def test_a_column_of_a_table_is_read_without_the_table(bucket: str, s3_server: S3Server, tmp_path: Path) -> None:
+    artifact = Artifact(f"{bucket}/step/key")
+    vectors = np.random.default_rng(0).random(200_000)
+    pq.write_table(pa.table({"vector": vectors, "split": ["train"] * len(vectors)}), tmp_path / "0.parquet")
+    s3_server.put(f"{_name(bucket)}/step/key/0.parquet", (tmp_path / "0.parquet").read_bytes())
+    table = read_table(artifact.ranged("0.parquet"), ["split"])
+    assert table.column("split").to_pylist() == ["train"] * len(vectors)
+    assert sum(_fetches(s3_server, "0.parquet")) < (tmp_path / "0.parquet").stat().st_size / 4
+    assert read_table(artifact.path("0.parquet"), ["vector"])["vector"].to_numpy().tolist() == vectors.tolist()
+    s3_server.requests()
+    read_table(artifact.ranged("0.parquet"), ["split"])  # it is here now
+    assert _fetches(s3_server, "0.parquet") == []
+
+
+def test_the_cache_keeps_what_was_used_last_within_its_bytes(
+    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    artifact = Artifact(f"{bucket}/step/key")
+    for number in range(6):
+        s3_server.put(f"{_name(bucket)}/step/key/{number}.tar", _CONTENT)
+    monkeypatch.setenv("UNCLIP_CACHE_GB", str(3.5 * len(_CONTENT) / 1e9))
+    monkeypatch.setattr(cache, "_GRACE_S", 0.0)
+    for name in ("0", "1", "2", "0", "3", "0", "4"):
+        assert artifact.path(f"{name}.tar").read_bytes() == _CONTENT
+        time.sleep(0.01)
+    assert sorted(path.name for path in (tmp_path / "cache").rglob("*.tar")) == ["0.tar", "3.tar", "4.tar"]
+    s3_server.requests()
+    assert artifact.path("1.tar").read_bytes() == _CONTENT
+    assert _fetches(s3_server, "1.tar") == [len(_CONTENT)]
+    monkeypatch.setattr(cache, "_GRACE_S", 60.0)  # whoever was given a path may not have opened it yet
+    paths = [artifact.path(f"{number}.tar") for number in range(6)]
+    assert all(path.exists() for path in paths)
+    monkeypatch.setenv("UNCLIP_CACHE_GB", "much")
+    with pytest.raises(ConfigError, match="UNCLIP_CACHE_GB=much: write a number of gigabytes"):
+        cache.limit_bytes(0, tmp_path)
+
+
+def test_what_a_killed_writer_left_is_removed_with_the_next_file(bucket: str, tmp_path: Path) -> None:
+    artifact = Artifact(f"{bucket}/step/key")
+    artifact.write_bytes("first", b"")
+    with artifact.write("second") as path:
+        abandoned = path.parent.parent / "abandoned"
+        abandoned.mkdir()
+        (abandoned / "half").write_bytes(_CONTENT)
+        with artifact.write("third") as other:
+            other.write_bytes(b"3")
+            assert not abandoned.exists()
+        path.write_bytes(b"2")
+    assert artifact.names() == ["first", "second", "third"]
+
+
+def test_uploads_in_parts_that_a_kill_left_are_given_up(bucket: str) -> None:
+    store = ObjectStore(f"{bucket}/step/key")
+    files = store._files
+    names = [_name(bucket), "step/key/big.bin"]
+    files.call_s3("create_multipart_upload", Bucket=names[0], Key=names[1])
+    files.call_s3("create_multipart_upload", Bucket=names[0], Key="step/key2/of-another.bin")
+    Artifact(f"{bucket}/step/key").clear_temporaries()
+    assert [upload["Key"] for upload in files.list_multipart_uploads(names[0])] == ["step/key2/of-another.bin"]
+
+
+def test_a_missing_bucket_is_one_sentence(bucket: str) -> None:
+    with pytest.raises(ConfigError, match="there is no bucket no-such-bucket; create it"):
+        Workspace("s3://no-such-bucket/prefix").check()
+    with pytest.raises(ConfigError, match="there is no bucket"):
+        Artifact("s3://no-such-bucket/step/key").write_bytes("file", b"")
+    Workspace(f"{bucket}/prefix").check()
+
+
+def test_missing_credentials_are_one_sentence(
+    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    environment = {name: str(tmp_path / "none") for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE")}
+    use(environment, monkeypatch)
+    with pytest.raises(ConfigError, match=r"no access \(Unable to locate credentials\); set AWS_ACCESS_KEY_ID"):
+        Workspace(f"{bucket}/prefix").check()
+
+
+def test_an_endpoint_that_does_not_answer_is_one_sentence(
+    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(s3_server.environment | {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, monkeypatch)
+    monkeypatch.setattr(objects, "_FIRST_PATIENCE_S", 0.0)
+    with pytest.raises(ConfigError, match=r"no answer .*; is AWS_ENDPOINT_URL right"):
+        Workspace(f"{bucket}/prefix").check()
+
+
+def test_two_commits_of_one_artifact_are_one(bucket: str) -> None:
+    artifact = Artifact(f"{bucket}/step/key")
+    artifact.commit(_manifest(created=1.0))
+    artifact.commit(_manifest(created=1.0))  # the same one, whose answer was lost
+    with pytest.raises(StepError, match="another run has committed this step"):
+        artifact.commit(_manifest(created=2.0))
+    manifest = artifact.manifest()
+    assert manifest is not None
+    assert manifest.created == 1.0
+
+
+def test_one_run_holds_a_workspace_in_a_store(bucket: str) -> None:
+    workspace, warnings = Workspace(f"{bucket}/prefix"), list[str]()
+    for _ in range(2):  # it can be taken again after its end
+        with locked_workspace(workspace, warnings.append) as held:
+            held.check()
+            with (
+                pytest.raises(StepError, match=r"another run is using this workspace \(process \d+ on .*wait for it"),
+                locked_workspace(workspace, warnings.append),
+            ):
+                pass
+    assert warnings == []
+
+
+def test_of_several_who_take_a_lock_one_gets_it(bucket: str) -> None:
+    workspace, everyone_tried = Workspace(f"{bucket}/prefix"), threading.Barrier(4)
+
+    def take(_: int) -> bool:
+        try:
+            with locked_workspace(workspace, lambda _: None):
+                everyone_tried.wait(30)
+                return True
+        except StepError:
+            everyone_tried.wait(30)
+            return False
+
+    with ThreadPoolExecutor(4) as threads:
+        assert sorted(threads.map(take, range(4))) == [False, False, False, True]
+
+
+def test_a_silent_lock_is_broken_aloud_and_its_owner_stops(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace, warnings = Workspace(f"{bucket}/prefix"), list[str]()
+    monkeypatch.setattr(lock, "BEAT_S", 1000.0)
+    with locked_workspace(workspace, warnings.append) as silent:
+        monkeypatch.setattr(lock, "EXPIRY_S", -1.0)  # by the store's clock, whose times are whole seconds
+        with locked_workspace(workspace, warnings.append):
+            [warning] = warnings
+            assert "counts as dead, and its lock is broken" in warning
+            with pytest.raises(StepError, match="the other one took over"):
+                silent.check()
+
+
+def test_a_lock_that_is_written_again_does_not_expire(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "BEAT_S", 0.05)
+    store = ObjectStore(f"{bucket}/prefix/.lock")
+    with locked_workspace(Workspace(f"{bucket}/prefix"), lambda _: None):
+        beats = list[int]()
+        for _ in range(2):
+            beats.append(json.loads(store.cat_file(f"{store.path}/1.json"))["beats"])
+            time.sleep(0.5)
+        assert beats[1] > beats[0]
