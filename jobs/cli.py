@@ -13,7 +13,7 @@ from typing import Annotated, Any, cast
 import typer
 import typer.core
 
-from jobs import ablate, cluster, edit_commands, exchange, generate, index, inspect, search, start
+from jobs import ablate, cluster, edit_commands, exchange, generate, index, inspect, keys, search, start
 from pipeline.data.causes import ALL
 from pipeline.errors import UnclipError
 
@@ -37,6 +37,7 @@ COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
         "sample": (generate.sample, "Make pictures from prompts."),
         "search": (search.search, "Find the nearest pairs to a text or a picture."),
         "serve": (generate.serve, "Serve pictures, neighbours and a page over HTTP."),
+        "keys": (keys.keys, "Add, list or revoke the keys of a server."),
     },
     "Index": {
         "append": (index.append, "Add the pairs of another recipe to the index."),

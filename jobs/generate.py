@@ -1,5 +1,6 @@
 """``unclip sample``, ``evaluate`` and ``serve``."""
 
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -91,14 +92,20 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, address: RayAddres
 
 def serve(
     recipe: RecipeOrFolder,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; default: serve.host.")] = "",
+    port: Annotated[int, typer.Option("--port", help="Port to listen on; default: serve.port.")] = 0,
+    name: Annotated[str, typer.Option("--name", help="Name of the model and of this server on its cluster.")] = "",
     overrides: Overrides = None,
     address: RayAddress = "",
 ) -> None:
     """Serve pictures (OpenAI's image API), neighbours (clip-retrieval's API) and a page, until Ctrl-C.
 
-    Example: unclip serve configs/demo.toml --set serve.port=8000
+    Example: unclip serve configs/demo.toml --port 8000
     """
-    resolved = load_recipe(recipe, overrides or [])
+    changes = [
+        f"serve.{key}={dumps(value)}" for key, value in {"host": host, "port": port, "name": name}.items() if value
+    ]
+    resolved = load_recipe(recipe, [*(overrides or []), *changes])
 
     from pipeline.runtime.serve import serve_recipe
 

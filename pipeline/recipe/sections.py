@@ -7,6 +7,7 @@ other fields.
 
 import ipaddress
 from collections.abc import Iterable
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Generic, Literal, TypeVar
 
@@ -532,22 +533,36 @@ class EvaluateConfig(StepSection):
 class ServeConfig:
     """The server; changes no artifact."""
 
+    name: str = ""
+    """Name of the model, and of the server on its cluster; empty: the recipe's."""
     host: str = "127.0.0.1"
-    """Address to listen on; loopback unless a proxy is in front."""
+    """Address to listen on; one that other machines reach is refused without a key."""
     port: Port = 8000
     """Port to listen on."""
+    drain_s: NonNegativeFloat = 60.0
+    """Longest time that requests under way are waited for at the end, in seconds."""
     num_replicas: PositiveInt = 1
     """Copies of the cascade."""
     cpus_per_replica: PositiveFloat = 1.0
     """Logical CPUs of each; also its torch threads."""
     accelerator: Literal["cpu", "cuda"] = "cpu"
     """Device of each."""
+    label_selector: dict[str, str] = field(default_factory=dict[str, str])
+    """Labels of Ray that its machines must have, for example {"unclip-role" = "serve"} with cluster.yaml."""
     max_batch_size: PositiveInt = 16
     """Pictures in one forward pass."""
     max_queued_requests: PositiveInt = 64
     """Requests waiting before new ones get 429."""
-    api_key: str = ""
-    """When set, requests must carry it: Authorization: Bearer KEY."""
+    keys: str = ""
+    """File of `unclip keys`; when set, requests must carry one of its keys: Authorization: Bearer KEY."""
+    hosts: tuple[str, ...] = ()
+    """Names of this server, beside localhost and addresses; requests to other names are refused."""
+    access_log: str = ""
+    """File that gets a JSON object a line for each request; empty: none."""
+    log_prompts: bool = False
+    """Whether the access log holds prompts."""
+    safety_hook: str = ""
+    """MODULE:FUNCTION that may refuse a prompt or blank a picture (docs/operations.md)."""
     aliases: tuple[str, ...] = ()
     """Other names of the model, for clients that are built with one ("dall-e-2", "gpt-image-1")."""
 

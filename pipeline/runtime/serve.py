@@ -1,196 +1,54 @@
-"""Ray Serve: the API in one process, the networks in replicas, both with the plain classes of pipeline.serve.
+"""``unclip serve``: the process that speaks HTTP, with the networks in replicas of Ray Serve.
 
-The API's process loads no torch. One replica holds one cascade with its engine; requests reach it through Ray, and
-the request of a client that leaves is cancelled there too.
+Ray Serve's own proxies are not used, because all recipes of a cluster would share their one port. Here every recipe has
+its own, and answers in the API's form while the networks load, end or have died. This process loads no torch.
 """
 
-import asyncio
 import logging
-import os
 import re
-import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import ray
 import ray.exceptions
 from ray import serve
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.api import RunTarget
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatusOverview
+from starlette.types import ASGIApp
 
-from models.request import SampleRequest
 from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.sections import ServeConfig
 from pipeline.recipe.steps import CASCADE_STEPS
-from pipeline.runtime.run import connect
+from pipeline.runtime.replicas import NETWORKS, RemoteModel, needs_of_replica, networks_application
+from pipeline.runtime.run import connect, own_servers, require_alive
+from pipeline.serve.gate import Gate
+from pipeline.serve.guarded_model import GuardedModel, load_hook
+from pipeline.serve.guards import Guards, GuardSettings
+from pipeline.serve.http_server import HttpServer, is_loopback, url_of
+from pipeline.serve.keys import KeyRing, Meter
 from pipeline.serve.picture_files import ModelCard
-from pipeline.serve.protocols import Event, Images, NotServing, Overloaded, SampledPictures, Vectors
+from pipeline.serve.protocols import PictureModel
 from pipeline.workspace.store import Artifact
 
-APPLICATION = "unclip"
 _NEIGHBOURS = ("download", "embed", "index")
+_NAMESPACE = "unclip"
 _WATCH_EVERY_S = 1.0
-_SPARE_REQUESTS = 64
-_UNAVAILABLE = (
-    BackPressureError,
-    DeploymentUnavailableError,
-    ReplicaUnavailableError,
-    ray.exceptions.RayActorError,
-)
+_LOOK_EVERY_S = 0.2
+
+Announce = Callable[[str], None]
 
 
-class ModelReplica:
-    """One copy of the cascade; a ``protocols.PictureModel`` that Ray Serve places."""
-
-    def __init__(self, artifacts: dict[str, Artifact], recipe: Recipe) -> None:
-        import torch
-
-        from pipeline.networks.cascade import load_cascade, network_configs
-        from pipeline.serve.engine import Engine
-
-        config = recipe.serve
-        torch.set_num_threads(max(1, int(config.cpus_per_replica)))
-        self._engine = Engine(
-            load_cascade(artifacts, config.accelerator, network_configs(recipe)),
-            max_batch_size=config.max_batch_size,
-            max_waiting=config.max_queued_requests,
-        )
-
-    async def sample(self, request: SampleRequest, client: str = "") -> SampledPictures:
-        """See ``PictureModel``."""
-        return await self._engine.sample(request, client)
-
-    async def stream(self, request: SampleRequest, client: str = "", num_previews: int = 0) -> AsyncGenerator[Event]:
-        """See ``PictureModel``."""
-        async with aclosing(self._engine.stream(request, client, num_previews)) as events:
-            async for event in events:
-                yield event
-
-    async def embed_text(self, text: str) -> Vectors:
-        """See ``PictureModel``."""
-        return await self._engine.embed_text(text)
-
-    async def embed_image(self, image: Images) -> Vectors:
-        """See ``PictureModel``."""
-        return await self._engine.embed_image(image)
-
-    async def stats(self) -> dict[str, int]:
-        """See ``PictureModel``."""
-        return await self._engine.stats()
-
-    async def check_health(self) -> None:
-        """Called by Ray Serve, which replaces a replica that raises."""
-        if not self._engine.alive:
-            raise RuntimeError("the engine has ended")
-
-    def __del__(self) -> None:
-        if hasattr(self, "_engine"):
-            self._engine.close()
-
-
-class RemoteModel:
-    """A ``protocols.PictureModel`` that calls the replicas.
-
-    Args:
-        handle: Of the deployment of ``ModelReplica``.
-    """
-
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._handle = handle
-
-    async def sample(self, request: SampleRequest, client: str = "") -> SampledPictures:
-        """See ``PictureModel``."""
-        return await self._call("sample", request, client)
-
-    async def stream(self, request: SampleRequest, client: str = "", num_previews: int = 0) -> AsyncGenerator[Event]:
-        """See ``PictureModel``."""
-        events: Any = self._handle.options(stream=True).stream.remote(request, client, num_previews)
-        try:
-            with _plain_errors():
-                async for event in events:
-                    yield event
-        finally:
-            events.cancel()
-
-    async def embed_text(self, text: str) -> Vectors:
-        """See ``PictureModel``."""
-        return await self._call("embed_text", text)
-
-    async def embed_image(self, image: Images) -> Vectors:
-        """See ``PictureModel``."""
-        return await self._call("embed_image", image)
-
-    async def stats(self) -> dict[str, int]:
-        """See ``PictureModel``; of one replica if there are several."""
-        try:
-            return await self._call("stats")
-        except NotServing:
-            return {}
-
-    async def _call(self, method: str, *arguments: Any) -> Any:
-        response = getattr(self._handle, method).remote(*arguments)
-        try:
-            with _plain_errors():
-                return await response
-        except asyncio.CancelledError:
-            response.cancel()
-            raise
-
-
-@contextmanager
-def _plain_errors() -> Generator[None]:
-    """Raise the errors of a replica as the engine raised them."""
-    try:
-        yield
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, Overloaded | NotServing | ValueError):
-            raise error.cause from None
-        raise
-    except _UNAVAILABLE as error:
-        raise NotServing(f"no replica is ready ({type(error).__name__})") from None
-
-
-class Front:
-    """The HTTP interface; Ray Serve takes the application that it builds.
-
-    Args:
-        model: Handle of the networks.
-        artifacts: The finished steps, by name.
-        recipe: The recipe that is served.
-    """
-
-    def __init__(self, model: DeploymentHandle[Any], artifacts: dict[str, Artifact], recipe: Recipe) -> None:
-        self._model = model
-        self._artifacts = artifacts
-        self._recipe = recipe
-
-    def __serve_build_asgi_app__(self) -> Any:
-        """The FastAPI application, built where it runs."""
-        from pipeline.retrieve.retriever import Retriever
-        from pipeline.serve.api import ApiSettings, create_app
-        from pipeline.serve.knn import LocalNeighbours
-
-        manifest = self._artifacts["decoder"].manifest()
-        settings = ApiSettings(
-            card=model_card(self._recipe, self._artifacts),
-            api_key=self._recipe.serve.api_key,
-            created=int(manifest.created) if manifest else 0,
-        )
-        neighbours = None
-        if "index" in self._artifacts:
-            neighbours = LocalNeighbours(Retriever.open(self._artifacts["index"]))
-        return create_app(RemoteModel(self._model), neighbours, settings)
-
-
-def serve_recipe(recipe: Recipe, *, address: str = "", announce: Callable[[str], None] | None = None) -> None:
-    """Serve the trained cascade of a recipe until Ctrl-C (or SIGTERM).
+def serve_recipe(recipe: Recipe, *, address: str = "", announce: Announce | None = None) -> None:
+    """Serve the trained cascade of a recipe until Ctrl-C (or SIGTERM); requests under way are finished first.
 
     Without a finished index, pictures are served without their neighbours, and a line says so.
 
@@ -200,71 +58,72 @@ def serve_recipe(recipe: Recipe, *, address: str = "", announce: Callable[[str],
         announce: Takes lines for people; None writes them to standard output.
 
     Raises:
-        ConfigError: If a network is not finished; names the command that finishes it.
-        StepError: If the port is taken, the cluster lacks CPUs or GPUs, a replica cannot start, or Ray goes away.
+        ConfigError: If a network is not finished (names the command that finishes it), the keys or the hook cannot be
+            read, or the server would be open to other machines without keys.
+        StepError: If the port or the name is taken, our own Ray lacks CPUs or GPUs, a replica cannot start, or Ray goes
+            away.
     """
     config = recipe.serve
     announce = announce or _write_line
+    if not is_loopback(config.host) and not config.keys:
+        raise ConfigError(
+            f"serve.host: {config.host} is open to other machines, and every one of them could use the server; make "
+            "keys (unclip keys add FILE NAME), and name their file in serve.keys"
+        )
+    meter, gate = Meter(), Gate()
+    guards = Guards(
+        gate,
+        GuardSettings(config.hosts, config.access_log, config.log_prompts),
+        KeyRing(Path(config.keys)) if config.keys else None,
+        meter,
+    )
+    hook = load_hook(config.safety_hook) if config.safety_hook else None
     artifacts, no_neighbours = finished_artifacts(recipe, CASCADE_STEPS), ""
     try:
         artifacts |= finished_artifacts(recipe, _NEIGHBOURS)
     except ConfigError as error:
         no_neighbours = f"without neighbours: {error}"
     _quieten()
-    # Ray Serve kills an HTTP proxy that is not up in 5 s: a busy machine needs longer.
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
-    if not address:
-        _require_free_port(config.host, config.port)
-    with connect(address):
-        _require_room(config)
+    with HttpServer(guards, config.host, config.port), connect(address):
+        if not address:
+            _require_room(config)
         try:
-            try:
-                serve.start(
-                    proxy_location="HeadOnly",
-                    http_options={"host": config.host, "port": config.port},
-                    logging_config={"log_level": "WARNING", "enable_access_log": False},
-                )
-                serve.run(build_application(recipe, artifacts), name=APPLICATION, route_prefix="/")
-            except RuntimeError as error:
-                raise StepError(f"serve: a replica could not start: {_reason(str(error))}") from None
-            except ray.exceptions.RayError as error:
-                raise StepError(
-                    f"serve: Ray Serve could not start ({type(error).__name__}); if the machine was only too busy, the "
-                    "same command works again"
-                ) from None
-            host = "127.0.0.1" if config.host in {"0.0.0.0", "::"} else config.host  # noqa: S104  (compared, not bound)
-            announce(f"{recipe.name} is served at http://{host}:{config.port} - Ctrl-C ends it")
-            if no_neighbours:
-                announce(no_neighbours)
-            _watch()
+            with _deployed(recipe, artifacts, gate, announce, shared=bool(address)) as handle:
+                model = GuardedModel(RemoteModel(handle), model_card(recipe, artifacts).image_px, meter, hook)
+                app = build_app(recipe, artifacts, cast("PictureModel", model))
+                gate.open(app)
+                announce(f"{server_name(recipe)} is served at {url_of(config.host, config.port)} - Ctrl-C ends it")
+                if no_neighbours:
+                    announce(no_neighbours)
+                try:
+                    _watch(recipe, app, gate, announce)
+                finally:
+                    _drain(gate, config.drain_s, announce)
         except KeyboardInterrupt:
-            announce("stopping")
-        finally:
-            if address:  # our own Ray ends with its processes
-                with suppress(ray.exceptions.RayError):
-                    _end_on_cluster()
+            gate.close("the server has ended")
 
 
-def build_application(recipe: Recipe, artifacts: dict[str, Artifact]) -> serve.Application:
-    """The two deployments of a recipe, connected."""
-    config = recipe.serve
-    num_gpus = 1 if config.accelerator == "cuda" else 0
-    model: Any = serve.deployment(
-        ModelReplica,
-        num_replicas=config.num_replicas,
-        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": num_gpus},
-        # The engine decides how many may wait; Ray must not stop them before.
-        max_ongoing_requests=config.max_batch_size + config.max_queued_requests + _SPARE_REQUESTS,
-        graceful_shutdown_timeout_s=5,
-    )
-    front: Any = serve.deployment(
-        serve.ingress()(Front),
-        ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=config.num_replicas * (config.max_batch_size + config.max_queued_requests) * 4 + 256,
-        graceful_shutdown_timeout_s=5,
-    )
-    networks = {name: artifact for name, artifact in artifacts.items() if name in CASCADE_STEPS}
-    return front.bind(model.bind(networks, recipe), artifacts, recipe)
+def server_name(recipe: Recipe) -> str:
+    """Name of the model, its index and its application."""
+    return recipe.serve.name or recipe.name
+
+
+def build_app(recipe: Recipe, artifacts: dict[str, Artifact], model: PictureModel) -> ASGIApp:
+    """The HTTP interface of a recipe.
+
+    Args:
+        recipe: The recipe that is served.
+        artifacts: Its finished steps, by name.
+        model: Its networks.
+    """
+    from pipeline.retrieve.retriever import Retriever
+    from pipeline.serve.api import ApiSettings, create_app
+    from pipeline.serve.knn import LocalNeighbours
+
+    manifest = artifacts["decoder"].manifest()
+    settings = ApiSettings(model_card(recipe, artifacts), created=int(manifest.created) if manifest else 0)
+    neighbours = LocalNeighbours(Retriever.open(artifacts["index"])) if "index" in artifacts else None
+    return create_app(model, neighbours, settings)
 
 
 def model_card(recipe: Recipe, artifacts: dict[str, Artifact]) -> ModelCard:
@@ -281,7 +140,7 @@ def model_card(recipe: Recipe, artifacts: dict[str, Artifact]) -> ModelCard:
     }
     stages = {name: getattr(recipe, name).model for name in networks if name != "clip"}
     return ModelCard(
-        recipe.name,
+        server_name(recipe),
         [recipe.decoder.model, *recipe.upsamplers().values()][-1].image_px,
         networks=networks,
         sampling={name: asdict(model.sampler) for name, model in stages.items() if hasattr(model, "sampler")},
@@ -290,48 +149,148 @@ def model_card(recipe: Recipe, artifacts: dict[str, Artifact]) -> ModelCard:
     )
 
 
-def _require_free_port(host: str, port: int) -> None:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise StepError(
-                f"serve: {host}:{port} cannot be listened on ({error.strerror}); choose another: --set serve.port=8001"
-            ) from None
+@contextmanager
+def _deployed(
+    recipe: Recipe, artifacts: dict[str, Artifact], gate: Gate, announce: Announce, *, shared: bool
+) -> Generator[DeploymentHandle[Any]]:
+    """The replicas of a recipe, ready; on a shared cluster they are removed at the end, and nothing else is."""
+    application = application_name(recipe)
+    owner = _claim(application) if shared else None
+    try:
+        with _errors_for_people():
+            serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
+            target = RunTarget(networks_application(recipe, artifacts), name=application, route_prefix=None)
+            [handle] = serve.run_many([target], wait_for_applications_running=False)
+            _wait_until_ready(recipe, gate, announce)
+        yield handle
+    finally:
+        if shared:  # our own Ray ends with its processes
+            with suppress(ray.exceptions.RayError, TimeoutError):
+                serve.delete(application)
+        del owner
+
+
+def application_name(recipe: Recipe) -> str:
+    """Name of the recipe's application in Ray Serve."""
+    return f"unclip-{server_name(recipe)}"
+
+
+@ray.remote(num_cpus=0)
+class _Owner:
+    """Holds the name of an application while the process that serves it lives; Ray ends both together."""
+
+
+def _claim(application: str) -> Any:
+    """Reserve an application's name on the cluster.
+
+    Raises:
+        StepError: If another process serves under it.
+    """
+    try:
+        return _Owner.options(name=application, namespace=_NAMESPACE).remote()
+    except ValueError:
+        name = application.removeprefix("unclip-")
+        raise StepError(
+            f"serve: {name!r} is served on this cluster already; give this server another name (--name) or end that one"
+        ) from None
+
+
+@contextmanager
+def _errors_for_people() -> Generator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise StepError(f"serve: a replica could not start: {_reason(str(error))}") from None
+    except ray.exceptions.RayError as error:
+        raise StepError(
+            f"serve: Ray Serve could not start ({type(error).__name__}); if the machine was only too busy, the same "
+            "command works again"
+        ) from None
+
+
+def _wait_until_ready(recipe: Recipe, gate: Gate, announce: Announce) -> None:
+    """Wait for the replicas, and say what is waited for.
+
+    Raises:
+        RuntimeError: If they cannot start.
+    """
+    servers = own_servers()
+    while True:
+        require_alive(servers)
+        state = _application(recipe)
+        if state.status == "RUNNING":
+            return
+        if state.status == "DEPLOY_FAILED":
+            raise RuntimeError(state.message)
+        reason = missing_machine(recipe.serve) or "the networks are loading"
+        if reason != gate.reason:
+            if reason != "the networks are loading":
+                announce(f"waiting: {reason}")
+            gate.close(reason)
+        time.sleep(_LOOK_EVERY_S)
+
+
+def missing_machine(config: ServeConfig) -> str:
+    """What is waited for, if no machine of the cluster is large enough for a replica; empty if one is."""
+    needs = needs_of_replica(config)
+    for node in ray.nodes():
+        is_large = all(node["Resources"].get(kind, 0.0) >= number for kind, number in needs.items())
+        has_labels = config.label_selector.items() <= node["Labels"].items()
+        if node["Alive"] and is_large and has_labels:
+            return ""
+    size = " and ".join(f"{number:g} {kind}" for kind, number in needs.items())
+    labels = ", ".join(f"{name}={value}" for name, value in config.label_selector.items())
+    return f"a replica needs a machine with {size}{' and ' + labels if labels else ''}; the cluster was asked for one"
 
 
 def _require_room(config: ServeConfig) -> None:
-    """Refuse a demand that Ray would wait for without end."""
+    """Refuse a demand that our own Ray would wait for without end."""
     total = ray.cluster_resources()
-    demand = {"CPU": config.num_replicas * config.cpus_per_replica}
-    if config.accelerator == "cuda":
-        demand["GPU"] = float(config.num_replicas)
-    for name, number in demand.items():
-        if total.get(name, 0.0) < number:
+    for name, number in needs_of_replica(config).items():
+        demand = config.num_replicas * number
+        if total.get(name, 0.0) < demand:
             raise StepError(
-                f"serve: {config.num_replicas} replicas need {number:g} {name}, Ray has {total.get(name, 0.0):g}; "
-                "see serve.num_replicas, serve.cpus_per_replica and serve.accelerator"
+                f"serve: {config.num_replicas} replicas need {demand:g} {name}, this machine has "
+                f"{total.get(name, 0.0):g}; see serve.num_replicas, serve.cpus_per_replica and serve.accelerator"
             )
 
 
-def _end_on_cluster() -> None:
-    """End our application, and Ray Serve with it unless others use it."""
-    if set(serve.status().applications) - {APPLICATION}:
-        serve.delete(APPLICATION)
-    else:
-        serve.shutdown()
-
-
-def _watch() -> None:
+def _watch(recipe: Recipe, app: ASGIApp, gate: Gate, announce: Announce) -> None:
+    """Look after the replicas until Ctrl-C; while none runs, requests are answered with 503."""
+    servers = own_servers()
     while True:
         time.sleep(_WATCH_EVERY_S)
+        require_alive(servers)
         try:
-            application = serve.status().applications.get(APPLICATION)
+            state = _application(recipe)
         except ray.exceptions.RayError as error:
             raise StepError(f"serve: Ray went away ({type(error).__name__})") from None
-        if application is None:
-            raise StepError("serve: the application was ended from elsewhere")
+        replicas = state.deployments[NETWORKS].replica_states if NETWORKS in state.deployments else {}
+        num_running = sum(number for state, number in replicas.items() if state == "RUNNING")
+        if not num_running and not gate.reason:
+            gate.close("no replica is running, others are started")
+            announce("no replica is running; requests are answered with 503 until others have started")
+        elif num_running and gate.reason:
+            gate.open(app)
+            announce("served again")
+
+
+def _application(recipe: Recipe) -> ApplicationStatusOverview:
+    state = serve.status().applications.get(application_name(recipe))
+    if state is None:
+        raise StepError("serve: the application was ended from elsewhere")
+    return state
+
+
+def _drain(gate: Gate, timeout_s: float, announce: Announce) -> None:
+    """Finish what is under way, and refuse what is new; a second Ctrl-C ends it at once."""
+    gate.close("the server is stopping")
+    if not gate.num_requests:
+        announce("stopping")
+        return
+    announce(f"stopping; requests under way: {gate.num_requests} - Ctrl-C again ends them at once")
+    if not gate.wait_until_idle(timeout_s):
+        announce(f"not finished within {timeout_s:g} s (serve.drain_s): {gate.num_requests}")
 
 
 def _reason(text: str) -> str:

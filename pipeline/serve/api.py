@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from pipeline.serve.images import Generation, GenerationRequest
@@ -28,7 +28,6 @@ from pipeline.serve.web import (
     install_error_handlers,
     parse,
     read_json,
-    require_key,
     while_connected,
 )
 
@@ -43,8 +42,6 @@ class ApiSettings:
 
     card: ModelCard
     """What the pictures are made with; its name is that of the model and of the index."""
-    api_key: str = ""
-    """If set, every route except the page and the health check requires it."""
     created: int = 0
     """When the model was finished, in seconds since the epoch."""
 
@@ -55,14 +52,13 @@ def create_app(model: PictureModel, neighbours: Neighbours | None, settings: Api
     Args:
         model: The networks.
         neighbours: Search over the training pictures; None: there is no index, and its routes say so.
-        settings: Names, sizes and the key.
+        settings: Names and sizes.
     """
     app = FastAPI(title="unclip", docs_url=None, redoc_url=None, openapi_url=None)
     install_error_handlers(app)
     app.include_router(_pages(model, settings, has_neighbours=neighbours is not None))
-    guarded = [Depends(require_key(settings.api_key))]
-    app.include_router(_openai(model, settings), dependencies=guarded)
-    app.include_router(_clip_retrieval(model, neighbours, settings), dependencies=guarded)
+    app.include_router(_openai(model, settings))
+    app.include_router(_clip_retrieval(model, neighbours, settings))
     return app
 
 
@@ -81,7 +77,7 @@ def _pages(model: PictureModel, settings: ApiSettings, *, has_neighbours: bool) 
             raise ApiError(503, "the engine is not running", code="not_ready")
         return JSONResponse({"status": "ok", "model": settings.card.name, **stats})
 
-    @router.get("/metrics", dependencies=[Depends(require_key(settings.api_key))])
+    @router.get("/metrics")
     async def metrics() -> PlainTextResponse:
         stats = await model.stats()
         lines = [f"unclip_{name} {value}\n" for name, value in sorted(stats.items())]

@@ -1,11 +1,10 @@
-"""Parts that all routes share: errors in OpenAI's form, the API key, body limits and clients that disconnect."""
+"""Parts that all routes share: errors in OpenAI's form, body limits and clients that disconnect."""
 
 import asyncio
 import hashlib
-import hmac
 import json
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Any, TypeVar, cast
 
 from fastapi import FastAPI, Request
@@ -89,21 +88,6 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Overloaded, on_overload)
     app.add_exception_handler(NotServing, on_absence)
     app.add_exception_handler(Exception, on_bug)
-
-
-def require_key(api_key: str) -> Callable[[Request], None]:
-    """A dependency that refuses pages of other origins, and requests without the key, if it is not empty."""
-
-    def check(request: Request) -> None:
-        origin = request.headers.get("origin")
-        if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
-            raise ApiError(403, f"requests from pages of {origin} are refused", code="foreign_origin")
-        header = request.headers.get("authorization", "")
-        if api_key and not hmac.compare_digest(header.encode(), f"Bearer {api_key}".encode()):
-            message = "wrong API key" if header else "no API key: send the header Authorization: Bearer KEY"
-            raise ApiError(401, message, code="invalid_api_key")
-
-    return check
 
 
 async def read_json(request: Request, limit_bytes: int, max_values: int | None = None) -> Json:

@@ -22,22 +22,24 @@ import pytest
 import ray
 import torch
 from PIL import Image
+from ray.cluster_utils import Cluster
 
 import pipeline.runtime.serve as serve_module
 from pipeline.errors import ConfigError, StepError
-from pipeline.networks.cascade import load_cascade
+from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.recipe.plan import finished_artifacts
-from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.runtime.serve import serve_recipe
-from tests.ports import free_port
+from tests.ports import free_port, free_ports
 from tests.readme import python_blocks
-from tests.tiny.command import start_unclip
+from tests.tiny.command import ROOT, start_unclip
 from tests.tiny.networks import make_cascade, save_cascade
 from tests.tiny.shards import pixels, plain_picture
 from tests.tiny.workspace import served_workspace
 
 pytestmark = pytest.mark.ray
+SLOW = ("--set", "decoder.model.sampler.num_steps=100")  # long enough to leave before the end
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,10 @@ class Served:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("served")
-    slow = "decoder.model.sampler.num_steps=100"  # long enough to leave before the end
-    recipe = served_workspace(folder, overrides=(slow,))
+    recipe = served_workspace(folder, overrides=SLOW[1:])
     port = free_port()
-    settings = (slow, f"serve.port={port}", "serve.max_batch_size=4", "serve.max_queued_requests=2")
-    arguments = [word for setting in settings for word in ("--set", setting)]
-    process = start_unclip("serve", str(folder / "tiny.toml"), *arguments)
+    limits = ("--set", "serve.max_batch_size=4", "--set", "serve.max_queued_requests=2")
+    process = start_unclip("serve", str(folder / "tiny.toml"), "--port", str(port), *SLOW, *limits)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -130,7 +130,7 @@ def test_a_client_that_leaves_is_dropped_by_the_replica(served: Served) -> None:
     body = b'{"prompt": "a", "n": 10}'
     with contextlib.closing(socket.create_connection((host, int(port)))) as link:
         link.sendall(
-            b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
         )
         while health(served)["requests"] == before["requests"]:
             time.sleep(0.01)
@@ -159,25 +159,30 @@ def test_streams_and_files_pass_through_ray(served: Served) -> None:
 
 
 def test_overload_of_the_replica_is_429(served: Served) -> None:
-    def ask(number: int) -> httpx.Response:
-        body = {"prompt": f"{number}", "n": 10}
-        return httpx.post(f"{served.url}/v1/images/generations", json=body, timeout=120)
-
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
-        answers = list(pool.map(ask, range(12)))
+        answers = list(pool.map(lambda number: ask(served.url, {"prompt": f"{number}", "n": 10}), range(12)))
     assert {answer.status_code for answer in answers} == {200, 429}
     refused = next(answer for answer in answers if answer.status_code == 429)
     assert int(refused.headers["Retry-After"]) >= 1
     assert refused.json()["error"]["message"] == "2 requests are waiting already; try again later"
 
 
-def test_ctrl_c_ends_the_server_and_everything_it_started(served: Served) -> None:
+def test_ctrl_c_finishes_what_is_under_way_and_ends_everything_it_started(served: Served) -> None:
     family = psutil.Process(served.process.pid).children(recursive=True)
     assert len(family) > 3
-    os.killpg(served.process.pid, signal.SIGINT)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        under_way = pool.submit(ask, served.url, {"prompt": "a"})
+        while not health(served)["active"]:
+            time.sleep(0.01)
+        os.killpg(served.process.pid, signal.SIGINT)
+        while httpx.get(f"{served.url}/readyz").status_code != 503:
+            time.sleep(0.01)
+        refused = ask(served.url, {"prompt": "a"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "not_ready")
+        assert under_way.result().status_code == 200
     output, _ = served.process.communicate(timeout=60)
     assert served.process.returncode == 0, output
-    assert output.strip() == "stopping"
+    assert output.strip() == "stopping; requests under way: 1 - Ctrl-C again ends them at once"
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive
     with pytest.raises(httpx.ConnectError):
@@ -189,26 +194,87 @@ def test_serving_an_unfinished_recipe_names_the_step(tmp_path: Path) -> None:
         serve_recipe(parse_recipe({"workspace": str(tmp_path)}))
 
 
-def test_a_folder_of_networks_is_served_without_an_index(tmp_path: Path) -> None:
-    cascade, port = make_cascade(), free_port()
+def test_servers_share_a_cluster_whose_machines_come_later(tmp_path: Path) -> None:
+    cascade, ports = make_cascade(), free_ports(2)
     save_cascade(cascade, tmp_path / "mine")
-    url = f"http://127.0.0.1:{port}"
-    process = start_unclip("serve", str(tmp_path / "mine"), "--set", f"serve.port={port}")
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert f"mine is served at {url}" in line, line + process.stdout.read()
-        assert process.stdout.readline().startswith("without neighbours: download is not finished")
-        body = {"prompt": "a red circle", "seed": 7}
-        [image] = httpx.post(f"{url}/v1/images/generations", json=body, timeout=60).json()["data"]
-        expected = cascade.sample(["a red circle"], [7]).images[0].numpy()
-        assert np.abs(pixels(base64.b64decode(image["b64_json"])).astype(int) - expected).mean() < 0.1
-        answer = httpx.post(f"{url}/knn-service", json={"text": "a", "modality": "image", "num_images": 1})
-        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "index_not_found")
-    finally:
-        os.killpg(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
+    served_workspace(tmp_path)
+    urls = [f"http://127.0.0.1:{port}" for port in ports]
+    with cluster_without_cpus() as cluster:
+
+        def start(recipe: str, port: int, *words: str) -> subprocess.Popen[str]:
+            address = ("--address", cluster.address, "--port", str(port), *SLOW)
+            return start_unclip("serve", str(tmp_path / recipe), *address, *words)
+
+        processes = [start("mine", ports[0])]
+        try:
+            assert "waiting: a replica needs a machine with 1 CPU" in line_of(processes[0])
+            assert httpx.get(f"{urls[0]}/livez").status_code == 200
+            refused = ask(urls[0], {"prompt": "a"})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "not_ready")
+            assert "the cluster was asked for one" in refused.json()["error"]["message"]
+            cluster.add_node(num_cpus=2)
+            assert f"mine is served at {urls[0]}" in line_of(processes[0])
+            assert line_of(processes[0]).startswith("without neighbours: download is not finished")
+
+            processes.append(start("tiny.toml", ports[1], "--name", "other"))
+            assert f"other is served at {urls[1]}" in line_of(processes[1])
+            assert httpx.get(f"{urls[1]}/v1/models").json()["data"][0]["id"] == "other"
+            second = start("mine", free_port())
+            output, _ = second.communicate(timeout=60)
+            assert second.returncode == 4
+            assert "'mine' is served on this cluster already; give this server another name (--name)" in output
+
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                under_way = pool.submit(ask, urls[1], {"prompt": "a"})
+                while not httpx.get(f"{urls[1]}/healthz", timeout=30).json()["active"]:
+                    time.sleep(0.01)
+                processes[1].terminate()
+                assert under_way.result().status_code == 200
+            processes[1].communicate(timeout=60)
+            assert processes[1].returncode == 0
+
+            [image] = ask(urls[0], {"prompt": "a red circle", "seed": 7}).json()["data"]
+            answer = httpx.post(f"{urls[0]}/knn-service", json={"text": "a", "modality": "image", "num_images": 1})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "index_not_found")
+            processes[0].terminate()
+            output, _ = processes[0].communicate(timeout=60)
+            assert (processes[0].returncode, output.strip()) == (0, "stopping")
+        finally:
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+    recipe = load_recipe(tmp_path / "mine", SLOW[1::2])
+    networks = load_cascade(finished_artifacts(recipe, CASCADE_STEPS), "cpu", network_configs(recipe))
+    expected = networks.sample(["a red circle"], [7]).images[0].numpy()
+    assert np.abs(pixels(base64.b64decode(image["b64_json"])).astype(int) - expected).mean() < 0.1
+
+
+@contextlib.contextmanager
+def cluster_without_cpus() -> Iterator[Cluster]:
+    """A head as that of cluster.yaml, to which machines come later."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        try:
+            yield cluster
+        finally:
+            cluster.shutdown()
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline() or f"ended: {process.wait(10)}"
+
+
+def ask(url: str, body: dict[str, Any]) -> httpx.Response:
+    return httpx.post(f"{url}/v1/images/generations", json=body, timeout=120)
+
+
+def test_a_server_for_other_machines_without_a_key_is_refused(served: Served) -> None:
+    recipe = dataclasses.replace(served.recipe, serve=dataclasses.replace(served.recipe.serve, host="0.0.0.0"))
+    with pytest.raises(ConfigError, match=r"serve\.host: 0\.0\.0\.0 is open to other machines.*unclip keys add"):
+        serve_recipe(recipe)
 
 
 def test_serving_on_a_taken_port_says_so_before_ray_starts(served: Served) -> None:
@@ -224,13 +290,9 @@ def test_a_ray_serve_that_cannot_start_is_one_message(served: Served, monkeypatc
     def start(**_options: object) -> None:
         raise ray.exceptions.ActorDiedError
 
-    monkeypatch.delenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", raising=False)
     monkeypatch.setattr(serve_module, "connect", lambda _address: contextlib.nullcontext())  # pyright: ignore[reportUnknownLambdaType]
     monkeypatch.setattr(serve_module, "_require_room", lambda _config: None)  # pyright: ignore[reportUnknownLambdaType]
     monkeypatch.setattr(serve_module.serve, "start", start)
     recipe = dataclasses.replace(served.recipe, serve=dataclasses.replace(served.recipe.serve, port=free_port()))
     with pytest.raises(StepError, match=r"Ray Serve could not start \(ActorDiedError\)"):
         serve_recipe(recipe)
-    assert (
-        float(os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"]) >= 60
-    )  # Ray's own 5 s are too few on a busy machine

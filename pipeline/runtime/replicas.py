@@ -1,0 +1,176 @@
+"""The networks in replicas that Ray Serve places on machines, and the calls that reach them."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator, Generator
+from contextlib import aclosing, contextmanager
+from typing import Any, cast
+
+import ray.exceptions
+from ray import serve
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from models.request import SampleRequest
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.sections import ServeConfig
+from pipeline.recipe.steps import CASCADE_STEPS
+from pipeline.serve.protocols import Event, Images, NotServing, Overloaded, SampledPictures, Vectors
+from pipeline.workspace.store import Artifact
+
+NETWORKS = "networks"
+"""Name of the deployment."""
+_SPARE_REQUESTS = 64
+_STATS_TIMEOUT_S = 2.0
+_UNAVAILABLE = (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+    ray.exceptions.RayActorError,
+)
+
+
+class ModelReplica:
+    """One copy of the cascade; a ``protocols.PictureModel`` that Ray Serve places."""
+
+    def __init__(self, artifacts: dict[str, Artifact], recipe: Recipe) -> None:
+        import torch
+
+        from pipeline.networks.cascade import load_cascade, network_configs
+        from pipeline.serve.engine import Engine
+
+        config = recipe.serve
+        torch.set_num_threads(max(1, int(config.cpus_per_replica)))
+        self._engine = Engine(
+            load_cascade(artifacts, config.accelerator, network_configs(recipe)),
+            max_batch_size=config.max_batch_size,
+            max_waiting=config.max_queued_requests,
+        )
+
+    async def sample(self, request: SampleRequest, client: str = "") -> SampledPictures:
+        """See ``PictureModel``."""
+        return await self._engine.sample(request, client)
+
+    async def stream(self, request: SampleRequest, client: str = "", num_previews: int = 0) -> AsyncGenerator[Event]:
+        """See ``PictureModel``."""
+        async with aclosing(self._engine.stream(request, client, num_previews)) as events:
+            async for event in events:
+                yield event
+
+    async def embed_text(self, text: str) -> Vectors:
+        """See ``PictureModel``."""
+        return await self._engine.embed_text(text)
+
+    async def embed_image(self, image: Images) -> Vectors:
+        """See ``PictureModel``."""
+        return await self._engine.embed_image(image)
+
+    async def stats(self) -> dict[str, int]:
+        """See ``PictureModel``."""
+        return await self._engine.stats()
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve, which replaces a replica that raises."""
+        if not self._engine.alive:
+            raise RuntimeError("the engine has ended")
+
+    def __del__(self) -> None:
+        if hasattr(self, "_engine"):
+            self._engine.close()
+
+
+class RemoteModel:
+    """A ``protocols.PictureModel`` that calls the replicas.
+
+    Args:
+        handle: Of the deployment of ``ModelReplica``.
+    """
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+
+    async def sample(self, request: SampleRequest, client: str = "") -> SampledPictures:
+        """See ``PictureModel``."""
+        return await self._call("sample", request, client)
+
+    async def stream(self, request: SampleRequest, client: str = "", num_previews: int = 0) -> AsyncGenerator[Event]:
+        """See ``PictureModel``."""
+        events: Any = self._handle.options(stream=True).stream.remote(request, client, num_previews)
+        try:
+            with _plain_errors():
+                async for event in events:
+                    yield event
+        finally:
+            events.cancel()
+
+    async def embed_text(self, text: str) -> Vectors:
+        """See ``PictureModel``."""
+        return await self._call("embed_text", text)
+
+    async def embed_image(self, image: Images) -> Vectors:
+        """See ``PictureModel``."""
+        return await self._call("embed_image", image)
+
+    async def stats(self) -> dict[str, int]:
+        """See ``PictureModel``; the sums over all replicas."""
+        call = self._handle.broadcast("stats")
+        try:
+            answers = await call.results_async(timeout_s=_STATS_TIMEOUT_S, return_exceptions=True)
+        except (TimeoutError, *_UNAVAILABLE):
+            return {}
+        sums = Counter[str]()
+        for answer in answers:
+            if isinstance(answer, dict):
+                sums.update(cast("dict[str, int]", answer))
+        return dict(sums)
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        response = getattr(self._handle, method).remote(*arguments)
+        try:
+            with _plain_errors():
+                return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+
+
+@contextmanager
+def _plain_errors() -> Generator[None]:
+    """Raise the errors of a replica as the engine raised them."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, Overloaded | NotServing | ValueError):
+            raise error.cause from None
+        raise
+    except _UNAVAILABLE as error:
+        raise NotServing(f"no replica is ready ({type(error).__name__})") from None
+
+
+def networks_application(recipe: Recipe, artifacts: dict[str, Artifact]) -> serve.Application:
+    """The networks of a recipe as an application of Ray Serve.
+
+    Args:
+        recipe: The recipe.
+        artifacts: Its finished steps, by name.
+    """
+    config = recipe.serve
+    deployment: Any = serve.deployment(
+        ModelReplica,
+        name=NETWORKS,
+        num_replicas=config.num_replicas,
+        ray_actor_options={
+            **{f"num_{kind.lower()}s": number for kind, number in needs_of_replica(config).items()},
+            "label_selector": config.label_selector,
+        },
+        # The engine decides how many may wait; Ray must not stop them before.
+        max_ongoing_requests=config.max_batch_size + config.max_queued_requests + _SPARE_REQUESTS,
+        graceful_shutdown_timeout_s=config.drain_s,
+    )
+    networks = {name: artifact for name, artifact in artifacts.items() if name in CASCADE_STEPS}
+    return deployment.bind(networks, recipe)
+
+
+def needs_of_replica(config: ServeConfig) -> dict[str, float]:
+    """Ray's resources that one replica takes."""
+    return {"CPU": config.cpus_per_replica} | ({"GPU": 1.0} if config.accelerator == "cuda" else {})

@@ -1,0 +1,97 @@
+"""The entrance of a server: what is answered while the networks load, and how the last requests end.
+
+GET /livez   200 while the process answers at all
+GET /readyz  200 while pictures can be requested, else 503 with the reason
+"""
+
+import logging
+import threading
+import time
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pipeline.serve.web import ApiError
+
+_log = logging.getLogger(__name__)
+
+_POLL_S = 0.05
+
+
+class Gate:
+    """An ASGI application that passes requests on while it is open, and answers 503 with the reason while it is not."""
+
+    def __init__(self) -> None:
+        self._app: ASGIApp | None = None
+        self._reason = "the server starts"
+        self._num_requests = 0
+        self._lock = threading.Lock()
+
+    @property
+    def reason(self) -> str:
+        """Why it is closed; empty while it is open."""
+        return self._reason
+
+    @property
+    def num_requests(self) -> int:
+        """Requests under way."""
+        return self._num_requests
+
+    def open(self, app: ASGIApp) -> None:
+        """Pass new requests to ``app``; those under way stay where they are."""
+        self._app, self._reason = app, ""
+
+    def close(self, reason: str) -> None:
+        """Answer new requests with 503; those under way go on."""
+        self._reason = reason
+
+    def wait_until_idle(self, timeout_s: float) -> bool:
+        """Wait until no request is under way; False if the time runs out first. Not for the thread of the requests."""
+        deadline = time.monotonic() + timeout_s
+        while self._num_requests and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        return not self._num_requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            return  # no websockets; uvicorn's lifespan is off
+        path = scope["path"]
+        if path == "/livez":
+            await JSONResponse({"status": "ok"})(scope, receive, send)
+        elif self._reason or self._app is None:
+            await _refusal(self._reason)(scope, receive, send)
+        elif path == "/readyz":
+            await JSONResponse({"status": "ok"})(scope, receive, send)
+        else:
+            await self._pass_on(self._app, scope, receive, send)
+
+    async def _pass_on(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        has_started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
+            await send(message)
+
+        self._count(1)
+        try:
+            await app(scope, receive, watched_send)
+        except Exception as error:
+            _log.exception("%s %s failed", scope["method"], scope["path"])
+            if has_started:
+                raise
+            message = f"{type(error).__name__}: see the server's log"
+            await ApiError(500, message, code="internal_error").response()(scope, receive, send)
+        finally:
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self._num_requests += change
+
+
+def _refusal(reason: str) -> JSONResponse:
+    response = ApiError(503, f"not ready: {reason}; try again shortly", code="not_ready").response()
+    response.headers["Connection"] = "close"  # a proxy in front then takes another server for the next request
+    return response

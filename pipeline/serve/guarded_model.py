@@ -1,0 +1,114 @@
+"""The networks behind their guards: pixels are counted, and a safety hook may refuse a prompt or blank a picture."""
+
+import asyncio
+import importlib
+import logging
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+
+from models.request import SampleRequest
+from pipeline.errors import ConfigError
+from pipeline.serve.guards import CURRENT, RequestFacts, refuse_above
+from pipeline.serve.keys import Meter
+from pipeline.serve.protocols import Event, Images, PictureModel, Preview, SampledPictures
+from pipeline.serve.web import ApiError
+
+_log = logging.getLogger(__name__)
+
+SafetyHook = Callable[[str, Images | None], str | None]
+"""(prompt, picture) -> the reason to refuse it, or None.
+
+It is called with the prompt alone before pictures are sampled, and with every preview and picture, (H, W, 3), before
+it is sent; a picture that it refuses is sent black. It is called in threads, several at once.
+"""
+
+
+def load_hook(name: str) -> SafetyHook:
+    """The hook that a recipe names.
+
+    Args:
+        name: ``module:function``; the module must be importable where the server runs.
+
+    Raises:
+        ConfigError: If there is no such function.
+    """
+    module, _, function = name.partition(":")
+    try:
+        hook = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"serve.safety_hook: {name!r}: {error}; it is MODULE:FUNCTION") from None
+    if not callable(hook):
+        raise ConfigError(f"serve.safety_hook: {name!r} is not a function")
+    return cast("SafetyHook", hook)
+
+
+class GuardedModel:
+    """A ``PictureModel`` that lets through what the guards allow.
+
+    Args:
+        model: The networks.
+        image_px: Side of their pictures, in pixels.
+        meter: What the keys have used.
+        hook: Refuses prompts and pictures; None: nothing is refused.
+    """
+
+    def __init__(self, model: PictureModel, image_px: int, meter: Meter, hook: SafetyHook | None = None) -> None:
+        self._model = model
+        self._image_px = image_px
+        self._meter = meter
+        self._hook = hook
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    async def sample(self, request: SampleRequest, client: str = "") -> SampledPictures:
+        """See ``PictureModel``."""
+        facts = await self._admit(request)
+        return await self._checked(await self._model.sample(request, client), request, facts)
+
+    async def stream(self, request: SampleRequest, client: str = "", num_previews: int = 0) -> AsyncGenerator[Event]:
+        """See ``PictureModel``."""
+        facts = await self._admit(request)
+        events = self._model.stream(request, client, num_previews)
+        try:
+            async for event in events:
+                if isinstance(event, SampledPictures):
+                    yield await self._checked(event, request, facts)
+                elif isinstance(event, Preview):
+                    [image] = await self._images(event.image[None], request.prompt, facts)
+                    yield replace(event, image=image)
+                else:
+                    yield event
+        finally:
+            await events.aclose()
+
+    async def _admit(self, request: SampleRequest) -> RequestFacts:
+        facts = CURRENT.get() or RequestFacts("")
+        facts.prompt = request.prompt
+        facts.pixels = len(request.seeds) * (request.side_px or self._image_px) ** 2
+        if self._hook and (reason := await asyncio.to_thread(self._hook, request.prompt, None)):
+            facts.refused_by = "safety"
+            raise ApiError(400, f"prompt: refused: {reason}", param="prompt", code="content_policy_violation")
+        if facts.key:
+            refuse_above(self._meter, facts.key, "pixels", facts.pixels, facts)
+            self._meter.use(facts.key, "pixels", facts.pixels)
+        return facts
+
+    async def _checked(self, sampled: SampledPictures, request: SampleRequest, facts: RequestFacts) -> SampledPictures:
+        return replace(sampled, images=await self._images(sampled.images, request.prompt, facts))
+
+    async def _images(self, images: Images, prompt: str, facts: RequestFacts) -> Images:
+        """Pictures (n, H, W, 3) with those black that the hook refuses."""
+        hook = self._hook
+        if hook is None:
+            return images
+        reasons = await asyncio.to_thread(lambda: [hook(prompt, image) for image in images])
+        for reason in filter(None, reasons):
+            _log.warning("request %s: a picture is blanked: %s", facts.request_id, reason)
+        facts.blanked += sum(map(bool, reasons))
+        return np.stack(
+            [np.zeros_like(image) if reason else image for image, reason in zip(images, reasons, strict=True)]
+        )

@@ -1,0 +1,279 @@
+"""What stands before the API: names of the server, keys and their limits, slow clients, headers, the access log.
+
+It looks at the head of a request alone, so a refused request costs no parsing.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import re
+import time
+import uuid
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pipeline.errors import ConfigError
+from pipeline.serve.keys import Key, KeyRing, Meter
+from pipeline.serve.keys import Scope as KeyScope
+from pipeline.serve.web import ApiError
+
+BODY_LIMIT_BYTES = 64 << 20
+"""Of any route; each has a smaller limit of its own."""
+_BODY_TIMEOUT_S = 30.0
+_SEND_TIMEOUT_S = 60.0
+_OPEN_PATHS = {"/", "/healthz", "/livez", "/readyz"}
+_SCOPES: tuple[tuple[str, KeyScope | None], ...] = (
+    ("/metrics", "metrics"),
+    ("/v1/images/", "images"),
+    ("/v1/models", None),
+    ("/v1/embeddings", "search"),
+    ("/knn-service", "search"),
+    ("/metadata", "search"),
+    ("/indices-list", "search"),
+)
+"""What a key must open, by the beginning of a path; None: any key will do."""
+_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-store",
+}
+"""Of every answer, unless it has its own."""
+
+
+@dataclass
+class RequestFacts:
+    """What is known of the request that is answered now; parts of the server add to it."""
+
+    request_id: str
+    key: Key | None = None
+    prompt: str = ""
+    pixels: int = 0
+    refused_by: str = ""
+    """What refused it: host, origin, key, scope, limit, safety."""
+    blanked: int = 0
+    """Pictures that the safety hook made black."""
+    bytes_received: int = 0
+    bytes_sent: int = 0
+
+
+CURRENT: ContextVar[RequestFacts | None] = ContextVar("unclip_request", default=None)
+
+
+@dataclass(frozen=True)
+class GuardSettings:
+    """Settings of the guards, from a recipe."""
+
+    hosts: tuple[str, ...] = ()
+    """Names of the server, beside localhost and bare addresses."""
+    access_log: str = ""
+    """File; empty: none."""
+    log_prompts: bool = False
+    body_timeout_s: float = _BODY_TIMEOUT_S
+
+
+@dataclass
+class Guards:
+    """An ASGI application around the API.
+
+    Args:
+        app: The API.
+        settings: From a recipe.
+        keys: Who may come in; None: everybody.
+        meter: What the keys have used.
+    """
+
+    app: ASGIApp
+    settings: GuardSettings = GuardSettings()
+    keys: KeyRing | None = None
+    meter: Meter = field(default_factory=Meter)
+
+    def __post_init__(self) -> None:
+        """Open the log."""
+        self._log = AccessLog(self.settings) if self.settings.access_log else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        headers = Headers(scope=scope)
+        asked_id = headers.get("x-request-id", "")
+        facts = RequestFacts(asked_id if _REQUEST_ID.fullmatch(asked_id) else uuid.uuid4().hex)
+        token = CURRENT.set(facts)
+        started_s, status = time.monotonic(), 499
+
+        async def guarded_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                answer = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    answer.setdefault(name, value)
+                answer["X-Request-Id"] = facts.request_id
+                self._add_limits(facts.key, answer)
+            facts.bytes_sent += len(message.get("body", b""))
+            async with asyncio.timeout(_SEND_TIMEOUT_S):
+                await send(message)
+
+        try:
+            try:
+                self._check(scope, headers, facts)
+            except ApiError as error:
+                await error.response()(scope, receive, guarded_send)
+            else:
+                await self.app(scope, self._timed(receive, facts), guarded_send)
+        finally:
+            if facts.key:
+                self.meter.use(facts.key, "bytes", facts.bytes_received + facts.bytes_sent)
+            if self._log:
+                self._log.write(scope, facts, status, time.monotonic() - started_s)
+            CURRENT.reset(token)
+
+    def _check(self, scope: Scope, headers: Headers, facts: RequestFacts) -> None:
+        path: str = scope["path"]
+        host = headers.get("host", "")
+        if not self._is_ours(host):
+            facts.refused_by = "host"
+            message = f"{host!r} is no name of this server; if it should be, add it to serve.hosts"
+            raise ApiError(421, message, code="unknown_host")
+        origin = headers.get("origin")
+        if origin is not None and not self._is_same(origin, host):
+            facts.refused_by = "origin"
+            raise ApiError(403, f"requests from pages of {origin} are refused", code="foreign_origin")
+        declared = headers.get("content-length", "0")
+        if not declared.isdigit() or int(declared) > BODY_LIMIT_BYTES:
+            raise ApiError(413, f"the body is above {BODY_LIMIT_BYTES} bytes", code="body_too_large")
+        if self.keys is not None and path not in _OPEN_PATHS:
+            facts.key = self._key(headers, facts)
+            self._check_scope(facts.key, path, facts)
+            self._check_limits(facts.key, facts)
+
+    def _is_ours(self, host: str) -> bool:
+        """Whether a Host is one that no page of another name can have: DNS rebinding sends the page's own."""
+        name = urlsplit(f"//{host}").hostname or ""
+        with contextlib.suppress(ValueError):
+            return bool(ipaddress.ip_address(name))
+        return name == "localhost" or name in self.settings.hosts
+
+    def _is_same(self, origin: str, host: str) -> bool:
+        return origin.partition("://")[2] == host or (urlsplit(origin).hostname or "") in self.settings.hosts
+
+    def _key(self, headers: Headers, facts: RequestFacts) -> Key:
+        header = headers.get("authorization", "")
+        kind, _, secret = header.partition(" ")
+        try:
+            key = self.keys.find(secret.strip()) if self.keys and kind.lower() == "bearer" else None
+        except ConfigError as error:
+            raise ApiError(503, str(error), code="no_keys") from None
+        if key is None:
+            facts.refused_by = "key"
+            message = "wrong API key" if header else "no API key: send the header Authorization: Bearer KEY"
+            raise ApiError(401, message, code="invalid_api_key")
+        return key
+
+    def _check_scope(self, key: Key, path: str, facts: RequestFacts) -> None:
+        needed = next((scope for beginning, scope in _SCOPES if path.startswith(beginning)), None)
+        if needed is not None and needed not in key.scopes:
+            facts.refused_by = "scope"
+            message = f"this key does not open {path}: it lacks the scope {needed!r}"
+            raise ApiError(403, message, code="insufficient_scope")
+
+    def _check_limits(self, key: Key, facts: RequestFacts) -> None:
+        for unit in ("requests", "pixels", "bytes"):
+            refuse_above(self.meter, key, unit, 1, facts)
+        self.meter.use(key, "requests", 1)
+
+    def _timed(self, receive: Receive, facts: RequestFacts) -> Receive:
+        """``receive`` with one deadline for the whole body."""
+        deadline_s: float | None = asyncio.get_running_loop().time() + self.settings.body_timeout_s
+
+        async def timed_receive() -> Message:
+            nonlocal deadline_s
+            if deadline_s is None:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline_s):
+                    message = await receive()
+            except TimeoutError:
+                raise ApiError(408, "the body did not come in time", code="slow_body") from None
+            facts.bytes_received += len(message.get("body", b""))
+            if not message.get("more_body"):
+                deadline_s = None
+            return message
+
+        return timed_receive
+
+    def _add_limits(self, key: Key | None, answer: MutableHeaders) -> None:
+        """OpenAI's headers of a limit."""
+        if key and key.requests:
+            answer["x-ratelimit-limit-requests"] = str(key.requests)
+            answer["x-ratelimit-remaining-requests"] = str(self.meter.rest(key, "requests"))
+
+
+def refuse_above(meter: Meter, key: Key, unit: Any, amount: float, facts: RequestFacts) -> None:
+    """Refuse what is above a limit of a key.
+
+    Raises:
+        ApiError: 429, with the time until it is allowed.
+    """
+    wait_s = meter.wait_s(key, unit, amount)
+    if wait_s > 0:
+        facts.refused_by = "limit"
+        message = f"the limit of this key is {getattr(key, unit)} {unit} a minute"
+        raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=wait_s)
+
+
+class AccessLog:
+    """A JSON object a line for each request, without what clients write, unless the recipe asks for prompts.
+
+    Args:
+        settings: From a recipe.
+
+    Raises:
+        ConfigError: If the file cannot be written.
+    """
+
+    def __init__(self, settings: GuardSettings) -> None:
+        self._prompts = settings.log_prompts
+        self._path = Path(settings.access_log)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._append("")
+        except OSError as error:
+            raise ConfigError(f"serve.access_log: {self._path} cannot be written: {error.strerror}") from None
+
+    def write(self, scope: Scope, facts: RequestFacts, status: int, duration_s: float) -> None:
+        """Write the line of one request."""
+        client = scope.get("client")
+        line: dict[str, Any] = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "request_id": facts.request_id,
+            "client": client[0] if client else "",
+            "key": facts.key.name if facts.key else "",
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status,
+            "duration_s": round(duration_s, 4),
+            "bytes_received": facts.bytes_received,
+            "bytes_sent": facts.bytes_sent,
+            "pixels": facts.pixels,
+            "refused_by": facts.refused_by,
+            "blanked": facts.blanked,
+        }
+        if self._prompts:
+            line["prompt"] = facts.prompt
+        self._append(json.dumps(line) + "\n")
+
+    def _append(self, text: str) -> None:
+        with self._path.open("a", encoding="utf-8") as file:  # opened anew each time, so that it can be rotated
+            file.write(text)

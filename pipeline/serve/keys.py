@@ -1,0 +1,193 @@
+"""Keys of a server, in a file that holds their digests alone, and what each may use a minute.
+
+The file is JSON: ``{"keys": [{"name", "sha256", "scopes", "requests", "pixels", "bytes", "created"}]}``. A key is 256
+random bits, so a plain digest is enough: nobody can guess what it is of.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.errors import ConfigError
+
+Scope = Literal["images", "search", "metrics"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+Unit = Literal["requests", "pixels", "bytes"]
+_PREFIX = "unclip-"
+_MINUTE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Key:
+    """What the file says of a key."""
+
+    name: str
+    """Whose it is; stands in the access log."""
+    sha256: str
+    """Digest of the key, in hexadecimal."""
+    scopes: tuple[Scope, ...] = SCOPES
+    """What it opens."""
+    requests: int = 0
+    """Most requests a minute; 0: no limit."""
+    pixels: int = 0
+    """Most pixels of pictures a minute; 0: no limit."""
+    bytes: int = 0
+    """Most bytes of bodies, received and sent, a minute; 0: no limit."""
+    created: str = ""
+    """UTC, ISO 8601."""
+
+
+def add_key(path: Path, name: str, scopes: Sequence[Scope] = SCOPES, **limits: int) -> str:
+    """Add a key to a file, which is made if it is not there.
+
+    Args:
+        path: The file.
+        name: Whose it is.
+        scopes: What it opens.
+        **limits: Most ``requests``, ``pixels`` and ``bytes`` a minute.
+
+    Returns:
+        The key, which stands nowhere else.
+
+    Raises:
+        ConfigError: If the file cannot be read or written, or has a key of that name.
+    """
+    keys = read_keys(path) if path.exists() else []
+    if any(key.name == name for key in keys):
+        raise ConfigError(f"{path}: has a key named {name!r}; revoke it first, or take another name")
+    secret = _PREFIX + secrets.token_urlsafe(32)
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    _write(path, [*keys, Key(name, digest_of(secret), tuple(scopes), **limits, created=created)])
+    return secret
+
+
+def revoke_key(path: Path, name: str) -> None:
+    """Take a key out of a file; running servers notice at their next request.
+
+    Raises:
+        ConfigError: If the file cannot be read or written, or has no key of that name.
+    """
+    keys = read_keys(path)
+    rest = [key for key in keys if key.name != name]
+    if len(rest) == len(keys):
+        names = ", ".join(key.name for key in keys) or "none"
+        raise ConfigError(f"{path}: has no key named {name!r}; its keys: {names}")
+    _write(path, rest)
+
+
+def read_keys(path: Path) -> list[Key]:
+    """The keys of a file.
+
+    Raises:
+        ConfigError: If it is not there, or not such a file.
+    """
+    try:
+        return TypeAdapter(list[Key]).validate_python(json.loads(path.read_bytes())["keys"])
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file of keys; first: unclip keys add {path} NAME") from None
+    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+        raise ConfigError(f"{path}: not a file of keys, as `unclip keys` writes it ({type(error).__name__})") from None
+
+
+def digest_of(secret: str) -> str:
+    """What the file holds of a key."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _write(path: Path, keys: Sequence[Key]) -> None:
+    text = json.dumps({"keys": [asdict(key) for key in keys]}, indent=1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # its mode is 0600
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+        Path(temporary).replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+class KeyRing:
+    """The keys of a file, read again when it changes.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ConfigError: If it is not there, or not such a file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stamp = self._stamp_of_file()
+        self._keys = {key.sha256: key for key in read_keys(path)}
+
+    def find(self, secret: str) -> Key | None:
+        """The key that a client sends; None if there is none, or it was revoked.
+
+        Raises:
+            ConfigError: If the file cannot be read any more: then nobody comes in.
+        """
+        stamp = self._stamp_of_file()
+        if stamp != self._stamp:
+            self._keys = {key.sha256: key for key in read_keys(self._path)}
+            self._stamp = stamp
+        return self._keys.get(digest_of(secret))
+
+    def _stamp_of_file(self) -> tuple[int, ...]:
+        try:
+            status = self._path.stat()
+        except OSError:
+            return ()
+        return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+@dataclass
+class _Bucket:
+    level: float
+    filled_s: float
+
+
+@dataclass
+class Meter:
+    """What the keys have used: a bucket for each key and unit, which holds a minute's limit and fills evenly."""
+
+    clock: Callable[[], float] = time.monotonic
+    _buckets: dict[tuple[str, Unit], _Bucket] = field(default_factory=dict[tuple[str, Unit], _Bucket])
+
+    def wait_s(self, key: Key, unit: Unit, amount: float = 1.0) -> float:
+        """Seconds until ``amount`` may be used; 0: now. More than a whole bucket may be used when it is full."""
+        bucket, limit = self._filled(key, unit)
+        if bucket is None:
+            return 0.0
+        return max(0.0, (min(amount, limit) - bucket.level) / limit * _MINUTE_S)
+
+    def use(self, key: Key, unit: Unit, amount: float) -> None:
+        """Take out of a bucket, below its bottom if need be."""
+        bucket, _ = self._filled(key, unit)
+        if bucket is not None:
+            bucket.level -= amount
+
+    def rest(self, key: Key, unit: Unit) -> int:
+        """What is left in a bucket."""
+        bucket, _ = self._filled(key, unit)
+        return 0 if bucket is None else max(0, int(bucket.level))
+
+    def _filled(self, key: Key, unit: Unit) -> tuple[_Bucket | None, float]:
+        limit: Any = getattr(key, unit)
+        if not limit:
+            return None, 0.0
+        now = self.clock()
+        bucket = self._buckets.setdefault((key.sha256, unit), _Bucket(float(limit), now))
+        bucket.level = min(float(limit), bucket.level + (now - bucket.filled_s) * limit / _MINUTE_S)
+        bucket.filled_s = now
+        return bucket, float(limit)

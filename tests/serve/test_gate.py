@@ -1,0 +1,102 @@
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from pipeline.errors import StepError
+from pipeline.serve.gate import Gate
+from pipeline.serve.http_server import HttpServer, is_loopback, url_of
+from tests.ports import free_port
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture
+def url(gate: Gate, serving: Callable[[Any], AbstractContextManager[str]]) -> Iterator[str]:
+    with serving(gate) as url:
+        yield url
+
+
+def test_while_the_networks_load_everything_but_livez_is_503_with_the_reason(gate: Gate, url: str) -> None:
+    gate.close("the networks are loading")
+    assert httpx.get(f"{url}/livez").status_code == 200
+    for path in ("/readyz", "/healthz", "/", "/v1/models"):
+        answer = httpx.get(url + path)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+        assert "the networks are loading" in answer.json()["error"]["message"]
+        assert answer.headers["Connection"] == "close"
+        assert int(answer.headers["Retry-After"]) >= 1
+
+
+def test_what_is_under_way_ends_and_what_is_new_is_refused(gate: Gate, url: str) -> None:
+    has_begun, may_end = threading.Event(), threading.Event()
+    app = FastAPI()
+
+    @app.get("/slow")
+    def slow() -> str:
+        has_begun.set()
+        may_end.wait(10)
+        return "done"
+
+    gate.open(app)
+    assert httpx.get(f"{url}/readyz").status_code == 200
+    answers: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: answers.append(httpx.get(f"{url}/slow")))
+    thread.start()
+    assert has_begun.wait(10)
+    gate.close("the server is stopping")
+    assert gate.num_requests == 1
+    assert not gate.wait_until_idle(0.01)
+    assert httpx.get(f"{url}/slow").status_code == 503
+    may_end.set()
+    assert gate.wait_until_idle(10)
+    thread.join()
+    assert (answers[0].status_code, answers[0].json()) == (200, "done")
+
+
+def test_a_failure_that_nothing_caught_has_the_form_of_the_api(gate: Gate, url: str) -> None:
+    async def broken(_scope: Any, _receive: Any, _send: Any) -> None:
+        raise KeyError("secret")
+
+    gate.open(broken)
+    answer = httpx.get(f"{url}/v1/models")
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+    assert "secret" not in answer.text
+    assert gate.num_requests == 0
+
+
+def test_a_taken_port_is_refused_and_a_free_one_is_answered_on(gate: Gate) -> None:
+    port = free_port()
+    with HttpServer(gate, "127.0.0.1", port):
+        assert httpx.get(f"http://127.0.0.1:{port}/livez").status_code == 200
+        with pytest.raises(StepError, match=rf"127\.0\.0\.1:{port} cannot be listened on .*--port {port + 1}"):
+            HttpServer(gate, "127.0.0.1", port)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{port}/livez")
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("example.org", False),
+    ],
+)
+def test_loopback_is_what_only_this_machine_reaches(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
+
+
+def test_urls_are_those_of_a_browser() -> None:
+    assert url_of("0.0.0.0", 80) == "http://127.0.0.1:80"
+    assert url_of("::1", 80) == "http://[::1]:80"

@@ -1,0 +1,246 @@
+import base64
+import json
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from models.request import SampleRequest
+from pipeline.errors import ConfigError
+from pipeline.serve.api import ApiSettings, create_app
+from pipeline.serve.guarded_model import GuardedModel, load_hook
+from pipeline.serve.guards import Guards, GuardSettings
+from pipeline.serve.keys import KeyRing, Meter, add_key, read_keys, revoke_key
+from pipeline.serve.picture_files import ModelCard
+from pipeline.serve.protocols import Accepted, Images, Preview, SampledPictures
+from tests.tiny.command import unclip_here
+from tests.tiny.shards import pixels
+
+Serving = Callable[[Any], AbstractContextManager[str]]
+
+
+class WhiteModel:
+    """Networks that answer at once."""
+
+    async def sample(self, request: SampleRequest, _client: str = "") -> SampledPictures:
+        return SampledPictures(np.full((len(request.seeds), 16, 16, 3), 255, np.uint8), None)
+
+    async def stream(self, request: SampleRequest, _client: str = "", _num_previews: int = 0) -> Any:
+        yield Accepted()
+        yield Preview(0, 0, np.full((16, 16, 3), 255, np.uint8))
+        yield await self.sample(request)
+
+    async def stats(self) -> dict[str, int]:
+        return {"requests": 1}
+
+
+def guarded(settings: GuardSettings = GuardSettings(), keys: Path | None = None, hook: Any = None) -> Guards:  # noqa: B008
+    meter = Meter(clock=lambda: 0.0)
+    model: Any = GuardedModel(WhiteModel(), 16, meter, hook)  # pyright: ignore[reportArgumentType]
+    app = create_app(model, None, ApiSettings(ModelCard("tiny", 16)))
+    return Guards(app, settings, KeyRing(keys) if keys else None, meter)
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    return tmp_path / "keys.json"
+
+
+def client_of(app: Any, key: str = "") -> TestClient:
+    """A client that calls the application without a socket."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return TestClient(app, base_url="http://127.0.0.1", headers=headers)
+
+
+def ask(app: Any, key: str = "", **fields: Any) -> Any:
+    return client_of(app, key).post("/v1/images/generations", json={"prompt": "a"} | fields)
+
+
+def test_keys_open_what_their_scopes_name_until_they_are_revoked(keys: Path) -> None:
+    both, search = add_key(keys, "alice"), add_key(keys, "bob", ["search"])
+    app = guarded(keys=keys)
+    assert ask(app, both).status_code == 200
+    wrong = ask(app, both + "x")
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (401, "invalid_api_key")
+    nothing = client_of(app).get("/v1/models")
+    assert (nothing.status_code, nothing.headers["WWW-Authenticate"]) == (401, "Bearer")
+    for path in ("/metrics", "/knn-service", "/anything"):
+        assert client_of(app).get(path).status_code == 401
+    for path in ("/", "/healthz"):
+        assert client_of(app).get(path).status_code == 200
+    refused = ask(app, search)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "insufficient_scope")
+    assert client_of(app, search).get("/indices-list").status_code == 200
+    revoke_key(keys, "alice")
+    assert ask(app, both).status_code == 401
+    keys.write_text("{}")
+    assert ask(app, search).status_code == 503  # nobody comes in by a file that cannot be read
+
+
+def test_the_file_holds_no_key_and_nobody_else_may_read_it(keys: Path) -> None:
+    secret = add_key(keys, "alice")
+    assert secret not in keys.read_text()
+    assert len(secret) > 43  # 256 bits in base64
+    assert keys.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(ConfigError, match="has a key named 'alice'"):
+        add_key(keys, "alice")
+    with pytest.raises(ConfigError, match="has no key named 'bob'; its keys: alice"):
+        revoke_key(keys, "bob")
+    with pytest.raises(ConfigError, match="no such file of keys; first: unclip keys add"):
+        read_keys(keys.with_name("none.json"))
+    assert [path.name for path in keys.parent.iterdir()] == ["keys.json"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected", "unit"),
+    [
+        ({"requests": 2}, [200, 200, 429], "requests"),
+        ({"pixels": 2 * 16 * 16}, [200, 200, 429], "pixels"),
+        ({"bytes": 10}, [200, 429], "bytes"),
+    ],
+)
+def test_what_a_key_uses_is_limited(keys: Path, limits: dict[str, int], expected: list[int], unit: str) -> None:
+    key, other = add_key(keys, "alice", **limits), add_key(keys, "bob")
+    app = guarded(keys=keys)
+    answers = [ask(app, key) for _ in expected]
+    assert [answer.status_code for answer in answers] == expected
+    error = answers[-1].json()["error"]
+    assert (error["code"], error["type"]) == ("rate_limit_exceeded", "rate_limit_error")
+    assert unit in error["message"]
+    assert 1 <= int(answers[-1].headers["Retry-After"]) <= 36000
+    assert ask(app, other).status_code == 200
+    if unit == "requests":
+        assert [answer.headers["x-ratelimit-remaining-requests"] for answer in answers] == ["1", "0", "0"]
+
+
+def test_a_bucket_fills_evenly_and_a_large_request_passes_when_it_is_full(keys: Path) -> None:
+    now_s = 0.0
+    add_key(keys, "alice", pixels=600)
+    [key] = read_keys(keys)
+    meter = Meter(clock=lambda: now_s)
+    assert meter.wait_s(key, "pixels", 10_000) == 0
+    meter.use(key, "pixels", 660)
+    assert meter.wait_s(key, "pixels", 60) == pytest.approx(12)
+    now_s = 12.0
+    assert meter.wait_s(key, "pixels", 60) == pytest.approx(0)
+    assert meter.wait_s(key, "requests") == 0
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8000", 200),
+        ("localhost", 200),
+        ("[::1]:8000", 200),
+        ("10.1.2.3", 200),
+        ("pictures.example", 200),
+        ("evil.example", 421),
+        ("pictures.example.evil.example", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("", 421),
+    ],
+)
+def test_a_host_that_was_not_named_is_refused(host: str, status: int) -> None:
+    client = client_of(guarded(GuardSettings(hosts=("pictures.example",))))
+    answer = client.get("/v1/models", headers={"Host": host})
+    assert answer.status_code == status
+    if status != 200:
+        assert answer.json()["error"]["code"] == "unknown_host"
+
+
+def test_pages_of_other_origins_are_refused() -> None:
+    client = client_of(guarded(GuardSettings(hosts=("pictures.example",))))
+    for origin, status in (("http://127.0.0.1", 200), ("https://pictures.example", 200), ("https://evil.example", 403)):
+        assert client.get("/v1/models", headers={"Origin": origin}).status_code == status
+
+
+def test_every_answer_has_a_request_id_and_security_headers() -> None:
+    client = client_of(guarded())
+    for path in ("/", "/v1/models", "/nothing"):
+        headers = client.get(path, headers={"X-Request-Id": "mine-1"}).headers
+        assert headers["X-Request-Id"] == "mine-1"
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["X-Frame-Options"] == "DENY"
+        assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
+    assert "script-src" in client.get("/").headers["Content-Security-Policy"]  # the page keeps its own
+    forged = client.get("/v1/models", headers={"X-Request-Id": "a b"}).headers["X-Request-Id"]
+    assert forged != "a b"
+    assert len(forged) == 32
+
+
+def test_bodies_that_are_declared_too_large_or_come_too_slowly_are_refused(serving: Serving) -> None:
+    with serving(guarded(GuardSettings(body_timeout_s=0.05))) as url:
+        host, port = url.removeprefix("http://").split(":")
+        for length, status in ((1 << 30, b"413"), (20, b"408")):
+            with socket.create_connection((host, int(port)), timeout=60) as link:
+                head = f"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n"
+                link.sendall(head.encode() + b"{")
+                assert link.recv(4096).split()[1] == status
+
+
+def test_the_access_log_is_json_lines_without_prompts_and_keys(keys: Path, tmp_path: Path) -> None:
+    key, log = add_key(keys, "alice"), tmp_path / "logs" / "access.jsonl"
+    for log_prompts in (False, True):
+        app = guarded(GuardSettings(access_log=str(log), log_prompts=log_prompts), keys)
+        answer = ask(app, key, prompt="a secret wish", n=2)
+        assert ask(app, "wrong").status_code == 401
+        first, second = map(json.loads, log.read_text().splitlines()[-2:])
+        assert (first["key"], first["status"], first["path"]) == ("alice", 200, "/v1/images/generations")
+        assert first["request_id"] == answer.headers["X-Request-Id"]
+        assert first["pixels"] == 2 * 16 * 16
+        assert first["bytes_received"] > 20
+        assert first["bytes_sent"] == len(answer.content)
+        assert (second["key"], second["status"], second["refused_by"]) == ("", 401, "key")
+        assert ("a secret wish" in log.read_text()) == log_prompts
+        assert key not in log.read_text()
+
+
+def refuse_rude_and_bright(prompt: str, image: Images | None) -> str | None:
+    if image is None:
+        return "rude" if "rude" in prompt else None
+    return "too bright" if image.mean() > 128 and "bright" in prompt else None
+
+
+def test_the_safety_hook_refuses_prompts_and_blanks_pictures(tmp_path: Path) -> None:
+    log = tmp_path / "access.jsonl"
+    app = guarded(GuardSettings(access_log=str(log)), hook=refuse_rude_and_bright)
+    refused = ask(app, prompt="a rude picture")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "content_policy_violation")
+    for prompt, value in (("a picture", 255), ("a bright picture", 0)):
+        [image] = ask(app, prompt=prompt).json()["data"]
+        assert np.unique(pixels(base64.b64decode(image["b64_json"]))).tolist() == [value]
+    events = ask(app, prompt="a bright picture", stream=True, partial_images=1).text
+    files = [json.loads(line[6:])["b64_json"] for line in events.splitlines() if line.startswith("data: ")]
+    assert len(files) == 2
+    for file in files:
+        assert pixels(base64.b64decode(file)).max() == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(line["refused_by"], line["blanked"]) for line in lines] == [("safety", 0), ("", 0), ("", 1), ("", 2)]
+
+
+def test_a_hook_is_found_by_name_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("my_safety")
+    module.check = refuse_rude_and_bright  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "my_safety", module)
+    assert load_hook("my_safety:check") is refuse_rude_and_bright
+    for name in ("my_safety:nothing", "no_such_module:check", "my_safety"):
+        with pytest.raises(ConfigError, match="MODULE:FUNCTION"):
+            load_hook(name)
+
+
+def test_the_keys_command_adds_lists_and_revokes(keys: Path) -> None:
+    added = unclip_here("keys", "add", str(keys), "alice", "--scope", "images", "--requests", "60")
+    assert added.stdout.startswith("unclip-")
+    assert "alice" in unclip_here("keys", "list", str(keys)).stdout
+    assert added.stdout.strip() not in unclip_here("keys", "list", str(keys)).stdout
+    assert unclip_here("keys", "add", str(keys), "bob", "--scope", "all").returncode == 2
+    assert unclip_here("keys", "revoke", str(keys)).returncode == 2
+    assert unclip_here("keys", "revoke", str(keys), "alice").returncode == 0
+    assert read_keys(keys) == []
