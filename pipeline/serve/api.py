@@ -10,7 +10,9 @@ GET /healthz, GET /metrics
 
 import base64
 import hashlib
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -56,18 +58,18 @@ def create_app(model: PictureModel, neighbours: Neighbours | None, settings: Api
     """
     app = FastAPI(title="unclip", docs_url=None, redoc_url=None, openapi_url=None)
     install_error_handlers(app)
-    app.include_router(_pages(model, settings, has_neighbours=neighbours is not None))
     app.include_router(_openai(model, settings))
     app.include_router(_clip_retrieval(model, neighbours, settings))
+    app.include_router(_pages(model, settings, has_neighbours=neighbours is not None))
     return app
 
 
 def _pages(model: PictureModel, settings: ApiSettings, *, has_neighbours: bool) -> APIRouter:
     router = APIRouter()
-    page, policy = _page(settings, has_neighbours=has_neighbours)
 
     @router.get("/")
-    async def show() -> HTMLResponse:
+    async def show(request: Request) -> HTMLResponse:
+        page, policy = _page(settings, list(request.app.openapi()["paths"]), has_neighbours=has_neighbours)
         return HTMLResponse(page, headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"})
 
     @router.get("/healthz")
@@ -151,18 +153,29 @@ def _clip_retrieval(model: PictureModel, neighbours: Neighbours | None, settings
     return router
 
 
-def _page(settings: ApiSettings, *, has_neighbours: bool) -> tuple[str, str]:
-    """The page, and a policy that lets it run only its own script, show inline pictures and call this server."""
+def _page(settings: ApiSettings, routes: Sequence[str], *, has_neighbours: bool) -> tuple[str, str]:
+    """The page, and a policy that lets it run only its own script, show its own pictures and call this server.
+
+    Args:
+        settings: Names, sizes and how stages are sampled by default.
+        routes: Paths of this server: the page shows no button for a route that is not there.
+        has_neighbours: Whether the data can be searched.
+    """
     page = files("pipeline.serve").joinpath("page.html").read_text(encoding="utf-8")
-    facts = {"SIDE_PX": str(settings.card.image_px), "HAS_NEIGHBOURS": str(has_neighbours).lower()}
-    for name, value in facts.items():
-        page = page.replace(f"{{{{{name}}}}}", value)
+    facts = {
+        "model": settings.card.name,
+        "image_px": settings.card.image_px,
+        "sampling": settings.card.sampling,
+        "routes": routes,
+        "neighbours": has_neighbours,
+    }
     digests: dict[str, str] = {}
     for tag in ("script", "style"):
         inside = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
         text = inside[1] if inside else ""
         digests[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return page, (
+    encoded = json.dumps(facts, default=dict).replace("<", "\\u003c")  # no text of a recipe ends the element
+    return page.replace("{{FACTS}}", encoded), (
         f"default-src 'none'; script-src 'sha256-{digests['script']}'; style-src 'sha256-{digests['style']}'; "
-        "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
