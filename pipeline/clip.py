@@ -70,7 +70,6 @@ _TORCHVISION_SCHEMAS = _declare_torchvision_operators()  # without this referenc
 
 with _hide_package("wandb"):  # open_clip's timm would import it for half a second; img2dataset depends on it
     import open_clip
-from open_clip.loss import ClipLoss  # noqa: E402
 from open_clip.tokenizer import SimpleTokenizer  # noqa: E402
 from open_clip.transformer import TextTransformer, text_global_pool  # noqa: E402
 
@@ -326,40 +325,6 @@ def freeze(clip: OpenClip) -> FrozenText:
 def create_clip(config: ClipConfig) -> OpenClip:
     """Create a CLIP with random weights from torch's global generator, for training."""
     return _assemble(config.to_open_clip())
-
-
-def clip_loss(
-    clip: OpenClip,
-    images: Tensor,
-    tokens: Int[Tensor, "B L"],
-    *,
-    negatives: Int[Tensor, "B L"] | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Float[Tensor, ""]:
-    """open_clip's contrastive loss of B pairs (arXiv:2103.00020, figure 3).
-
-    With hard negatives, each picture is also told from its own: the mean of -log P(caption) against that one caption
-    is added. Where a row of ``negatives`` is the caption itself, it adds a constant and no gradient.
-
-    Args:
-        clip: The model in training.
-        images: Pictures, in a form that ``OpenClip.prepare`` accepts.
-        tokens: Token ids of their captions, (B, context length).
-        negatives: Token ids of their hard negatives.
-        rank: Rank of this process among those that share the batch.
-        world_size: Number of these processes; above 1, features are gathered with their gradients.
-    """
-    image_features, text_features, logit_scale, *bias = clip.model(clip.prepare(images), tokens)
-    loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
-    with torch.autocast(image_features.device.type, enabled=False):  # logits near 100 have no digits left in bfloat16
-        total = loss(image_features.float(), text_features.float(), logit_scale, *bias)
-    if negatives is None:
-        return total
-    negative_features = clip.model.encode_text(negatives, normalize=True)
-    with torch.autocast(image_features.device.type, enabled=False):
-        margins = (image_features.float() * (text_features.float() - negative_features.float())).sum(1)
-        return total + F.softplus(-logit_scale * margins).mean()
 
 
 def clamp_logit_scale(clip: OpenClip) -> None:

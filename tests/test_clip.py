@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pipeline.clip import FrozenClip, clip_loss, create_clip, load_clip, load_pretrained, open_clip, save_clip
+from models.sample_random import SampleRandom
+from pipeline.clip import FrozenClip, OpenClip, create_clip, load_clip, load_pretrained, open_clip, save_clip
 from pipeline.data.batches import Batch
 from pipeline.networks.clip import CLIP as CLIP_KIND
 from pipeline.networks.clip import ClipObjective
+from pipeline.networks.contrast import Pairs, contrastive_loss
 from pipeline.pictures import Framing
 from tests.tiny.command import ROOT
 from tests.tiny.networks import CLIP
@@ -88,6 +90,20 @@ def test_frozen_clip_stays_in_evaluation_mode_without_gradients(frozen: FrozenCl
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
 
 
+def clip_loss(
+    clip: OpenClip, images: torch.Tensor, tokens: torch.Tensor, *, negatives: torch.Tensor | None = None
+) -> torch.Tensor:
+    image, text, scale, *_ = clip.model(clip.prepare(images), tokens)
+    negative = None if negatives is None else clip.model.encode_text(negatives, normalize=True)
+    return contrastive_loss(Pairs(image, text, scale, negative))
+
+
+def _loss_of(objective: ClipObjective, batch: Batch) -> float:
+    """The loss of one worker's step, or of a validation."""
+    random = SampleRandom.of_samples(1, range(len(batch)))
+    return float(objective(objective.prepare(batch, random) if objective.training else batch, random).detach())
+
+
 def test_clip_loss_of_half_precision_features_is_taken_in_full_precision() -> None:
     clip = create_clip(CONFIG)
     clip.model.logit_scale.data.fill_(4.6)
@@ -127,10 +143,7 @@ def test_objective_takes_hard_negatives_in_training_alone_and_repeats_them_by_se
         torch.manual_seed(0)
         network = CLIP_KIND.create(replace(CONFIG, hard_negatives=hard_negatives), CONFIG.dims())
         objective = ClipObjective(network)
-        losses[hard_negatives] = [
-            objective.train(training)(batch, torch.Generator().manual_seed(1)).item()
-            for training in (True, True, False)
-        ]
+        losses[hard_negatives] = [_loss_of(objective.train(training), batch) for training in (True, True, False)]
     assert losses[True][0] > losses[False][0] + 0.1
     assert losses[True][0] == losses[True][1]
     assert losses[True][2] == losses[False][2]

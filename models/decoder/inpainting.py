@@ -21,6 +21,7 @@ from models.diffusion.noise import NoiseSource
 from models.diffusion.process import Denoise, Diffusion
 from models.diffusion.steps import SamplerState, Step
 from models.pixels import resize_crop, to_pixels
+from models.sample_random import SampleRandom
 
 PICTURE, MASK = "picture", "mask"
 """Values of a batch that is inpainted: square pictures, uint8 (B, H, W, 3), and masks, bool (B, h, w)."""
@@ -59,19 +60,16 @@ def known_planes(pixels: Float[Tensor, "B 3 H W"], mask: Bool[Tensor, "B 1 H W"]
     return torch.cat([pixels * keep, keep], dim=1)
 
 
-def random_masks(
-    size: int, side_px: int, unknown_prob: float, generator: torch.Generator
-) -> Bool[Tensor, "B 1 side side"]:
+def random_masks(random: SampleRandom, side_px: int, unknown_prob: float) -> Bool[Tensor, "B 1 side side"]:
     """Random masks, one per sample: everything, a rectangle, or everything but a rectangle.
 
     Args:
-        size: B.
+        random: Random numbers of B samples.
         side_px: Side of the pictures, in pixels.
         unknown_prob: Probability of everything; otherwise rectangles (inpainting) and their surroundings (outpainting)
             are equally frequent.
-        generator: Source of the random numbers, on the CPU.
     """
-    kind, sides, corners = (torch.rand(size, count, generator=generator) for count in (2, 2, 2))
+    kind, sides, corners = random.uniform("mask", 3, 2).unbind(1)
     least, largest = _SIDE_SHARE
     lengths = ((least + (largest - least) * sides) * side_px).round().clamp(min=1)
     starts = (corners * (side_px - lengths + 1)).floor()

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from models.diffusion.config import DiffusionConfig
+from models.sample_random import SampleRandom
+
+_STREAM = "timestep"
 
 
 class UniformTimesteps:
@@ -21,9 +24,9 @@ class UniformTimesteps:
     def __init__(self, num_timesteps: int) -> None:
         self.num_timesteps = num_timesteps
 
-    def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(self, random: SampleRandom) -> tuple[Tensor, Tensor]:
         """Timesteps and weights, (B,) each, on the CPU."""
-        return torch.randint(self.num_timesteps, (batch,), generator=generator), torch.ones(batch)
+        return random.integers(_STREAM, self.num_timesteps), torch.ones(len(random))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Nothing is remembered."""
@@ -55,10 +58,12 @@ class LossAwareTimesteps:
         size = self._losses.square().mean(dim=1).sqrt()
         return (1 - self.uniform_prob) * size / size.sum() + self.uniform_prob * uniform
 
-    def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(self, random: SampleRandom) -> tuple[Tensor, Tensor]:
         """Timesteps, and weights 1 / (T p), (B,) each, on the CPU."""
         probabilities = self.probabilities()
-        t = torch.multinomial(probabilities, batch, replacement=True, generator=generator)
+        units = random.seeds(_STREAM).double() * 2.0**-63
+        sums = probabilities.cumsum(0)
+        t = torch.searchsorted(sums, units * sums[-1], right=True).clamp(max=self.num_timesteps - 1)
         return t, (1 / (self.num_timesteps * probabilities[t])).to(torch.float32)
 
     def update(self, t: Tensor, losses: Tensor) -> None:

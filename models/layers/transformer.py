@@ -16,6 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.layers.dropout import SampleDropout
+
 
 class KeysValues(NamedTuple):
     """The part of earlier tokens that later ones read, in one layer."""
@@ -61,7 +63,8 @@ class Block(nn.Module):
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp_in = nn.Linear(width, mlp_ratio * width)
         self.mlp_out = nn.Linear(mlp_ratio * width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = SampleDropout(dropout)
+        self.dropout_mlp = SampleDropout(dropout)
 
     def forward(
         self, x: Float[Tensor, "B S W"], mask: Bool[Tensor, "B 1 S K"], past: KeysValues | None, num_out: int
@@ -90,7 +93,7 @@ class Block(nn.Module):
         mixed = F.scaled_dot_product_attention(query, read.keys, read.values, attn_mask=mask)
         x = x + self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))
         hidden = F.gelu(self.mlp_in(self.norm_mlp(x)))
-        return x + self.dropout(self.mlp_out(hidden))
+        return x + self.dropout_mlp(self.mlp_out(hidden))
 
     def _heads(self, x: Float[Tensor, "B S W"]) -> Float[Tensor, "B H S C"]:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

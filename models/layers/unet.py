@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.layers.config import UNetConfig
+from models.layers.dropout import SampleDropout
 from models.layers.embedding import TimestepEmbedding
 from models.layers.transformer import CausalTransformer, KeysValues
 
@@ -60,7 +61,7 @@ class ResBlock(nn.Module):
         self.conv_in = nn.Conv2d(num_in, num_out, 3, padding=1)
         self.embedding = nn.Linear(width, (2 if self.scale_shift else 1) * num_out)
         self.norm_out = nn.GroupNorm(config.norm_groups, num_out)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = SampleDropout(config.dropout)
         self.conv_out = _zeroed(nn.Conv2d(num_out, num_out, 3, padding=1))
         self.skip = nn.Conv2d(num_in, num_out, 1) if num_in != num_out else nn.Identity()
 

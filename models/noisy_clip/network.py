@@ -64,15 +64,6 @@ class NoisyClip(nn.Module):
         return F.normalize(self.out(pooled).float(), dim=-1)
 
 
-def noisy_clip_loss(network: NoisyClip, x_t: Tensor, t: Tensor, z_text: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
-    """Contrastive loss of B noised pictures and their captions, both ways (arXiv:2103.00020, figure 3)."""
-    z_image = network(x_t, t)
-    with torch.autocast(z_image.device.type, enabled=False):  # logits near 100 have no digits left in bfloat16
-        logits = network.logit_scale * z_image @ z_text.float().T
-    targets = torch.arange(len(z_text), device=logits.device)
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-
-
 def clip_guided(
     denoise: Denoise, network: NoisyClip, z_text: Float[Tensor, "B D"], diffusion: Diffusion, scale: float
 ) -> Denoise:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.pixels import resize
+from models.sample_random import SampleRandom
 from models.upsampler.jpeg import jpeg
 
 T = TypeVar("T")
@@ -24,7 +25,7 @@ GREY_LEVEL = 2 / 255
 RESIZE_MODES = ("bilinear", "bicubic", "area")
 
 
-def bsr_light(image: Tensor, small_px: int, generator: torch.Generator) -> Tensor:
+def bsr_light(image: Tensor, small_px: int, random: SampleRandom) -> Tensor:
     """Degraded small pictures, (B, 3, small_px, small_px).
 
     Each picture goes through blur, downsampling by a random factor, downsampling to ``small_px``, Gaussian noise and
@@ -33,7 +34,7 @@ def bsr_light(image: Tensor, small_px: int, generator: torch.Generator) -> Tenso
     Args:
         image: Large pictures, (B, 3, H, H) in [-1, 1], H a multiple of small_px.
         small_px: Side of the result, in pixels; at least 8.
-        generator: Source of every draw, on the CPU.
+        random: Random numbers of these samples.
 
     Raises:
         ValueError: If the sizes do not fit.
@@ -41,7 +42,9 @@ def bsr_light(image: Tensor, small_px: int, generator: torch.Generator) -> Tenso
     side = image.shape[-1]
     if image.shape[-2] != side or small_px < 8 or side % small_px:
         raise ValueError(f"pictures of {tuple(image.shape[-2:])} px cannot be degraded to {small_px} px squares")
-    return torch.cat([_degrade(one[None], small_px, Draws(generator)) for one in image])
+    seeds = random.seeds("bsr").tolist()
+    draws = [Draws(torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.cat([_degrade(one[None], small_px, its) for one, its in zip(image, draws, strict=True)])
 
 
 class Draws:

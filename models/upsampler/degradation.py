@@ -1,8 +1,7 @@
 """The degradation of the small picture in an upsampler's training: arXiv:2204.06125, appendix C.
 
 Legend: B batch, C channels, H and W pixels. Pictures are (B, C, H, W), float, in [-1, 1]. Every random number is of one
-picture (a blur sampled per batch teaches the network to tell batches apart) and of the torch.Generator that is passed
-in.
+picture: a blur sampled per batch teaches the network to tell batches apart.
 """
 
 from __future__ import annotations
@@ -13,19 +12,20 @@ import torch
 from torch import Tensor
 
 from models.pixels import resize
+from models.sample_random import SampleRandom
 from models.upsampler.bsr import bsr_light, filter_each
 
 Degradation = Literal["blur", "bsr", "none"]
 
 
-def degraded_low_res(image: Tensor, small_px: int, kind: Degradation, generator: torch.Generator) -> Tensor:
+def degraded_low_res(image: Tensor, small_px: int, kind: Degradation, random: SampleRandom) -> Tensor:
     """Shrink pictures and corrupt each in its own way, (B, 3, small_px, small_px).
 
     Args:
         image: Large pictures or crops of them, (B, 3, H, H) in [-1, 1].
         small_px: Side of the result, in pixels; H is a multiple of it.
         kind: "blur" for 64 -> 256, "bsr" for 256 -> 1024, "none" to shrink alone.
-        generator: Source of the random numbers, on the CPU.
+        random: Random numbers of these samples.
 
     Raises:
         ValueError: If the sizes do not fit ``bsr``.
@@ -33,9 +33,9 @@ def degraded_low_res(image: Tensor, small_px: int, kind: Degradation, generator:
     # Under a training's bfloat16 autocast the filters would keep only 8 bits of the pictures.
     with torch.autocast(image.device.type, enabled=False):
         if kind == "bsr":
-            return bsr_light(image, small_px, generator)
+            return bsr_light(image, small_px, random)
         small = resize(image, small_px)
-        return random_blur(small, generator) if kind == "blur" else small
+        return random_blur(small, random) if kind == "blur" else small
 
 
 def gaussian_blur(image: Tensor, sigma_px: Tensor, kernel_size: int = 3) -> Tensor:
@@ -54,39 +54,39 @@ def gaussian_blur(image: Tensor, sigma_px: Tensor, kernel_size: int = 3) -> Tens
 
 
 def random_blur(
-    image: Tensor, generator: torch.Generator, *, sigma_px: float = 0.6, prob: float = 0.5, kernel_size: int = 3
+    image: Tensor, random: SampleRandom, *, sigma_px: float = 0.6, prob: float = 0.5, kernel_size: int = 3
 ) -> Tensor:
     """Blur some of the pictures: the corruption of 64 -> 256 (arXiv:2204.06125, appendix C: kernel 3, sigma 0.6).
 
     Args:
         image: (B, C, H, W).
-        generator: Source of the random numbers, on the CPU.
+        random: Random numbers of these samples.
         sigma_px: Standard deviation of the blur, in pixels.
         prob: Probability that a picture is blurred. [reading]: the paper gives none.
         kernel_size: Odd width of the kernel, in pixels.
     """
-    blurred = torch.rand(image.shape[0], generator=generator) < prob
+    blurred = random.uniform("blur") < prob
     return gaussian_blur(image, sigma_px * blurred.to(image.dtype), kernel_size)
 
 
-def random_crop(image: Tensor, size_px: int, generator: torch.Generator, *, multiple_px: int = 1) -> Tensor:
+def random_crop(image: Tensor, size_px: int, random: SampleRandom, *, multiple_px: int = 1) -> Tensor:
     """One random square of each picture, (B, C, size_px, size_px).
 
     Args:
         image: (B, C, H, W).
         size_px: Side of the crop, in pixels.
-        generator: Source of the random numbers, on the CPU.
+        random: Random numbers of these samples.
         multiple_px: The corner lies on a multiple of this, in pixels: the scale factor of an upsampler, so that a crop
             and its small picture share one grid.
 
     Raises:
         ValueError: If the crop is larger than the picture.
     """
-    batch, _, height, width = image.shape
+    height, width = image.shape[2:]
     if size_px > min(height, width):
         raise ValueError(f"a crop of {size_px} px does not fit a picture of {height} x {width} px")
-    tops = torch.randint((height - size_px) // multiple_px + 1, (batch,), generator=generator) * multiple_px
-    lefts = torch.randint((width - size_px) // multiple_px + 1, (batch,), generator=generator) * multiple_px
+    tops = random.integers("crop_top", (height - size_px) // multiple_px + 1) * multiple_px
+    lefts = random.integers("crop_left", (width - size_px) // multiple_px + 1) * multiple_px
     corners = zip(image, tops.tolist(), lefts.tolist(), strict=True)
     return torch.stack([one[:, y : y + size_px, x : x + size_px] for one, y, x in corners])
 

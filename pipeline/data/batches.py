@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.rows import concat_rows
 from models.text import TextEncoding
-from pipeline.data.order import SampleOrder, worker_slice
+from pipeline.data.order import SampleOrder, Share
 from pipeline.data.shards import ShardPictures
 from pipeline.data.training_rows import ShardReader, ShardTable
 from pipeline.errors import DataError
@@ -41,9 +41,22 @@ class Batch:
     """uint8 (B, H, W, 3)."""
     z_image: Tensor | None = None
     """float32 (B, D), of length one."""
+    negatives: tuple[str, ...] | None = None
+    """Hard negatives of the captions."""
 
     def __len__(self) -> int:
         return len(self.uids)
+
+    def rows(self, part: slice) -> Batch:
+        """Some of the samples; shares their memory."""
+        return replace(
+            self,
+            uids=self.uids[part],
+            captions=self.captions[part],
+            images=None if self.images is None else self.images[part],
+            z_image=None if self.z_image is None else self.z_image[part],
+            negatives=None if self.negatives is None else self.negatives[part],
+        )
 
     def require_images(self) -> Tensor:
         """The pictures, for a training that reads them."""
@@ -148,16 +161,6 @@ class Samples:
         return image
 
 
-@dataclass(frozen=True)
-class Share:
-    """The part of each global batch that one worker reads."""
-
-    batch_size: int
-    """Global batch, in samples."""
-    rank: int = 0
-    world_size: int = 1
-
-
 def iterate_batches(
     samples: Samples, order: SampleOrder, share: Share, start_step: int, *, prefetch: bool = False
 ) -> Generator[Batch]:
@@ -172,8 +175,8 @@ def iterate_batches(
     """
 
     def read(step: int) -> Batch:
-        start, stop = worker_slice(step, share.batch_size, share.rank, share.world_size)
-        return samples.batch(order.locations(start, stop))
+        first = step * share.batch_size
+        return samples.batch(order.locations(first + share.start, first + share.stop))
 
     step = start_step
     if not prefetch:

@@ -9,6 +9,7 @@ Legend: N rows in an epoch.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,14 +103,35 @@ class SampleOrder:
         return rng.permutation(self._windows(epoch)[number].num_rows)
 
 
-def worker_slice(step: int, batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The samples [start, stop) that a worker reads of the global batch of ``step`` (0-based).
+@dataclass(frozen=True)
+class Share:
+    """The samples of each global batch that one worker takes: a run of them, as long as the others' to within one."""
 
-    Raises:
-        ValueError: If the number of workers does not divide the batch.
-    """
-    if batch_size % world_size:
-        raise ValueError(f"batch_size {batch_size} cannot be divided among {world_size} workers")
-    share = batch_size // world_size
-    start = step * batch_size + rank * share
-    return start, start + share
+    batch_size: int
+    """Global batch, in samples."""
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def start(self) -> int:
+        """Its first sample, counted inside the batch."""
+        return self.rank * self.batch_size // self.world_size
+
+    @property
+    def stop(self) -> int:
+        """The sample after its last one."""
+        return (self.rank + 1) * self.batch_size // self.world_size
+
+    @property
+    def largest(self) -> int:
+        """Samples of the worker that has the most."""
+        return -(-self.batch_size // self.world_size)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def parts(self, most: int) -> list[slice]:
+        """The share in parts of at most ``most`` samples, evenly; 0: in one part."""
+        num_parts = -(-self.largest // most) if most else 1
+        cuts = [number * len(self) // num_parts for number in range(num_parts + 1)]
+        return [slice(start, stop) for start, stop in pairwise(cuts) if start < stop]

@@ -19,11 +19,11 @@ from models.ar_prior.stage import ArPriorStage
 from models.clip_config import ClipDims
 from models.layers.transformer import TokenCache
 from models.pca import PcaSums
+from models.sample_random import SampleRandom
 from pipeline.data.batches import Batch, TextEncoder
 from pipeline.data.vectors import read_vectors, to_unit
 from pipeline.errors import ConfigError, DataError
 from pipeline.networks.counting import Work, count, first_steps, full_captions
-from pipeline.networks.diffusion_loss import draw_keep
 from pipeline.networks.kind import NetworkKind
 from pipeline.networks.measuring import ValidationRows, cosines_to_captions
 from pipeline.workspace.store import Artifact
@@ -45,12 +45,12 @@ class ArPriorObjective(nn.Module):
         self.network = network
         self._encode_text = encode_text
 
-    def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
+    def forward(self, batch: Batch, random: SampleRandom) -> Tensor:
         """Mean loss of the batch, in nats per component."""
         network, z_image = self.network, batch.require_z_image()
         text = self._encode_text(batch.captions)
         drop_prob = network.config.text_drop_prob
-        keep = draw_keep(len(batch), drop_prob, generator, z_image.device) if self.training else None
+        keep = random.keep("text", drop_prob, z_image.device) if self.training else None
         tokens = network.tokenize(z_image)
         dot = network.dot_tokens(z_image, text.z_text, keep)
         logits = network(tokens, dot, network.encode_condition(text, keep=keep))

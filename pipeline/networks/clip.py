@@ -1,15 +1,17 @@
-"""CLIP: the contrastive loss of its training, open_clip's own, and its artifact, in open_clip's own layout.
+"""CLIP: the loss of its training, and its artifact, in open_clip's own layout.
 
 open_clip takes longer to import than torch. It is imported lazily, so that upsamplers start without it.
 """
 
 from __future__ import annotations
 
-import random
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +19,11 @@ import torch.distributed
 from torch import Tensor, nn
 
 from models.clip_config import ClipConfig, ClipDims
+from models.sample_random import SampleRandom
 from pipeline.data.batches import Batch
-from pipeline.data.negatives import bigrams_of, hard_negatives
+from pipeline.data.negatives import Bigrams, bigrams_of, hard_negatives
 from pipeline.errors import DataError
+from pipeline.networks.contrast import ContrastiveObjective, Pairs
 from pipeline.networks.counting import Work, count
 from pipeline.networks.kind import NetworkKind
 from pipeline.workspace.store import MANIFEST, Artifact
@@ -28,7 +32,7 @@ if TYPE_CHECKING:
     from pipeline.clip import FrozenClip, FrozenText, OpenClip
 
 
-class ClipObjective(nn.Module):
+class ClipObjective(ContrastiveObjective):
     """The contrastive loss over the global batch; in training, against hard negatives too where the recipe says so.
 
     Args:
@@ -41,27 +45,43 @@ class ClipObjective(nn.Module):
         self._clip = _with_tokenizer(network)
         self._hard_negatives: bool = getattr(network, "config").hard_negatives  # noqa: B009  (open_clip's class)
 
-    def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Mean loss of this worker's share, against the captions and pictures of all workers."""
-        from pipeline.clip import clamp_logit_scale, clip_loss
+    def prepare(self, batch: Batch, random: SampleRandom) -> Batch:
+        """Add a hard negative of each caption, by the words of the global batch."""
+        if not self._hard_negatives:
+            return batch
+        bigrams = bigrams_of_all(batch.captions)
+        seeds = random.seeds("negatives").tolist()
+        return replace(batch, negatives=tuple(map(_reordered, batch.captions, repeat(bigrams), seeds)))
 
-        rank, world_size, negatives = 0, 1, None
+    def encode(self, batch: Batch, random: SampleRandom) -> Pairs:
+        """The features of a batch."""
+        from pipeline.clip import clamp_logit_scale
+
+        del random
         if self.training:
             clamp_logit_scale(self._clip)
-            if torch.distributed.is_initialized():
-                rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         images = batch.require_images()
-        tokens = self._clip.tokenize(batch.captions).to(images.device)
-        if self.training and self._hard_negatives:
-            seed = int(torch.randint(2**62, (1,), generator=generator))
-            negatives = self._clip.tokenize(_reordered(batch.captions, random.Random(seed))).to(images.device)
-        return clip_loss(self._clip, images, tokens, negatives=negatives, rank=rank, world_size=world_size)
+        model, tokens = self._clip.model, self._clip.tokenize(batch.captions).to(images.device)
+        image, text, scale, *_ = model(self._clip.prepare(images), tokens)
+        if batch.negatives is None:
+            return Pairs(image, text, scale)
+        negatives = self._clip.tokenize(batch.negatives).to(images.device)
+        return Pairs(image, text, scale, model.encode_text(negatives, normalize=True))
 
 
-def _reordered(captions: Sequence[str], rng: random.Random) -> list[str]:
-    """A hard negative of each caption, by the words of all of them; the caption itself where there is none."""
-    bigrams = bigrams_of(captions)
-    return [next(iter(hard_negatives(caption, bigrams, 1, rng)), caption) for caption in captions]
+def bigrams_of_all(captions: Sequence[str]) -> Bigrams:
+    """The pairs of neighbouring words of the captions of all workers."""
+    own = bigrams_of(captions)
+    if not torch.distributed.is_initialized():
+        return own
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, own)
+    return frozenset().union(*parts)
+
+
+def _reordered(caption: str, bigrams: Bigrams, seed: int) -> str:
+    """A hard negative of a caption; the caption itself where there is none."""
+    return next(iter(hard_negatives(caption, bigrams, 1, Random(seed))), caption)
 
 
 def save_clip_artifact(artifact: Artifact, clip: OpenClip) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pipeline.clip import OpenClip, create_clip, describe_clip
+from pipeline.data.order import Share
 from pipeline.errors import ConfigError
 from pipeline.networks.counting import FlashLikeAttention, count_training_pass
 from pipeline.networks.files import num_parameters
@@ -51,8 +52,8 @@ class NetworkCost:
     optimizer_bytes: int
     average_bytes: int
     activations_bytes: int
-    """Saved for the backward pass of this worker's share of the batch, in float32; under bfloat16 the inputs of matrix
-    products take half of it, those of norms do not. The kernels' workspaces are not counted."""
+    """Saved for the backward pass of this worker's share of the batch, or of a part of it, in float32; under bfloat16
+    the inputs of matrix products take half of it, those of norms do not. The kernels' workspaces are not counted."""
 
     @property
     def training_bytes(self) -> int:
@@ -91,7 +92,7 @@ def format_costs(costs: list[NetworkCost]) -> str:
         f"training: forward and backward of one sample; hours: all samples at {UTILISATION:.0%} of the bfloat16 peak.",
         "sampling: all network calls for one result; clip: one picture embedded.",
         "state: weights, gradients, two moments and the average, float32, for each worker; activations: for its share",
-        "of the batch, in float32 too. The frozen CLIP and the kernels' workspaces are not counted.",
+        "of the batch or a part of it, in float32 too. The frozen CLIP and the kernels' workspaces are not counted.",
     ]
     return "\n".join(lines)
 
@@ -139,7 +140,15 @@ def _cost(name: str, section: TrainedSection, clip: OpenClip, recipe: Recipe) ->
         gradients_bytes=weights,
         optimizer_bytes=_OPTIMIZER_STATES * weights,
         average_bytes=weights,
-        activations_bytes=round(activations * (train.batch_size // section.resources.num_workers)),
+        activations_bytes=round(activations * samples_at_a_time(section)),
+    )
+
+
+def samples_at_a_time(section: TrainedSection) -> int:
+    """Samples in one forward and backward pass of a worker."""
+    return min(
+        Share(section.train.batch_size, 0, section.resources.num_workers).largest,
+        section.resources.micro_batch_size or section.train.batch_size,
     )
 
 

@@ -11,9 +11,10 @@ from models.decoder.network import Decoder
 from models.decoder.stage import DecoderStage, decoder_denoiser
 from models.diffusion.process import Denoise, Diffusion
 from models.pixels import resize_crop, to_pixels, to_uint8
+from models.sample_random import SampleRandom
 from pipeline.data.batches import Batch, TextEncoder
 from pipeline.networks.counting import Work, count_chain, first_steps, full_captions
-from pipeline.networks.diffusion_loss import DiffusionLoss, draw_keep
+from pipeline.networks.diffusion_loss import DiffusionLoss
 from pipeline.networks.kind import OF_DIFFUSION, NetworkKind
 from pipeline.networks.measuring import ValidationRows, mean_cosine, sample_few_steps
 
@@ -35,24 +36,24 @@ class DecoderObjective(nn.Module):
         self._encode_text = encode_text
         self._loss = DiffusionLoss(network.config.diffusion)
 
-    def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
+    def forward(self, batch: Batch, random: SampleRandom) -> Tensor:
         """Mean loss of the batch."""
         network, config, z_image = self.network, self.network.config, batch.require_z_image()
-        size, device = len(batch), z_image.device
+        device = z_image.device
         x0 = resize_crop(to_pixels(batch.require_images()), config.image_px)
         text = self._encode_text(batch.captions)
-        keep_image = draw_keep(size, config.image_drop_prob, generator, device) if self.training else None
-        keep_text = draw_keep(size, config.text_drop_prob, generator, device) if self.training else None
+        keep_image = random.keep("image", config.image_drop_prob, device) if self.training else None
+        keep_text = random.keep("text", config.text_drop_prob, device) if self.training else None
         planes, keep_pooled = None, None
         if config.pooled_drop_prob > 0 and self.training:
-            keep_pooled = draw_keep(size, config.pooled_drop_prob, generator, device)
+            keep_pooled = random.keep("pooled", config.pooled_drop_prob, device)
         if config.inpainting and self.training:
-            mask = random_masks(size, config.image_px, config.unknown_prob, generator).to(device)
+            mask = random_masks(random, config.image_px, config.unknown_prob).to(device)
             planes = known_planes(x0, mask)
         condition = network.encode_condition(
             z_image, text, keep_image=keep_image, keep_text=keep_text, keep_pooled=keep_pooled, planes=planes
         )
-        return self._loss(lambda x, t: network(x, t, condition), x0, generator)
+        return self._loss(lambda x, t: network(x, t, condition), x0, random)
 
 
 def _denoiser(decoder: Decoder, rows: ValidationRows) -> tuple[Denoise, Tensor]:

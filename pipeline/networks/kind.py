@@ -44,8 +44,8 @@ class NetworkKind(Generic[C, N]):
     create: Callable[[C, ClipDims], N]
     """Create a network with random weights from torch's global generator."""
     objective: Callable[[N, TextEncoder], nn.Module]
-    """The loss module (batch, generator) -> mean loss, around a network or its average. The text encoder is the frozen
-    CLIP's, for a kind that reads captions."""
+    """The loss module (batch, random numbers) -> mean loss, around a network or its average. The text encoder is the
+    frozen CLIP's, for a kind that reads captions. A loss that compares samples is a ``ContrastiveObjective``."""
     work: Callable[[N, OpenClip], Work]
     """The work to count on the meta device: (network, the recipe's CLIP) -> work."""
     measure: Callable[[N, ValidationRows], dict[str, float]] | None = None

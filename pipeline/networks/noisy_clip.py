@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.diffusion.process import Diffusion
 from models.diffusion.timesteps import UniformTimesteps
 from models.noisy_clip.config import NoisyClipConfig
-from models.noisy_clip.network import NoisyClip, noisy_clip_loss
+from models.noisy_clip.network import NoisyClip
 from models.pixels import resize_crop, to_pixels
+from models.sample_random import SampleRandom
 from pipeline.data.batches import Batch, TextEncoder
+from pipeline.networks.contrast import ContrastiveObjective, Pairs
 from pipeline.networks.counting import Work, count, first_steps
-from pipeline.networks.diffusion_loss import draw_normal
 from pipeline.networks.kind import NetworkKind
 
 
-class NoisyClipObjective(nn.Module):
-    """Pictures at random timesteps against their captions, as the frozen CLIP embeds these.
-
-    Each worker contrasts only its own share of the batch, so the number of negatives is that of a share.
+class NoisyClipObjective(ContrastiveObjective):
+    """Pictures at random timesteps against the captions of the global batch, as the frozen CLIP embeds these.
 
     Args:
         network: The noise-aware tower.
@@ -33,12 +32,13 @@ class NoisyClipObjective(nn.Module):
         self._diffusion = Diffusion(network.config.diffusion)
         self._draws = UniformTimesteps(self._diffusion.num_timesteps)
 
-    def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Mean loss of the batch."""
-        x0 = resize_crop(to_pixels(batch.require_images()), self.network.config.image_px)
-        t = self._draws.draw(len(batch), generator)[0].to(x0.device, non_blocking=True)
-        x_t = self._diffusion.q_sample(x0, t, draw_normal(x0, generator))
-        return noisy_clip_loss(self.network, x_t, t, self._encode_text(batch.captions).z_text)
+    def encode(self, batch: Batch, random: SampleRandom) -> Pairs:
+        """The features of a batch."""
+        network = self.network
+        x0 = resize_crop(to_pixels(batch.require_images()), network.config.image_px)
+        t = self._draws.draw(random)[0].to(x0.device, non_blocking=True)
+        x_t = self._diffusion.q_sample(x0, t, random.normal_like("noise", x0))
+        return Pairs(network(x_t, t), self._encode_text(batch.captions).z_text, network.logit_scale)
 
 
 def _work(network: NoisyClip, _clip: object) -> Work:

@@ -12,9 +12,10 @@ from models.diffusion.samplers import config_timesteps
 from models.prior.config import PriorConfig
 from models.prior.network import Prior
 from models.prior.stage import PriorStage, prior_denoiser
+from models.sample_random import SampleRandom
 from pipeline.data.batches import Batch, Samples, TextEncoder
 from pipeline.networks.counting import Work, count_chain, first_steps, full_captions
-from pipeline.networks.diffusion_loss import DiffusionLoss, draw_keep
+from pipeline.networks.diffusion_loss import DiffusionLoss
 from pipeline.networks.kind import OF_DIFFUSION, NetworkKind
 from pipeline.networks.measuring import ValidationRows, cosines_to_captions, sample_few_steps
 
@@ -35,15 +36,14 @@ class PriorObjective(nn.Module):
         self._encode_text = encode_text
         self._loss = DiffusionLoss(network.config.diffusion)
 
-    def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
+    def forward(self, batch: Batch, random: SampleRandom) -> Tensor:
         """Mean loss of the batch."""
         network, z_image = self.network, batch.require_z_image()
-        size, device = len(batch), z_image.device
         text = self._encode_text(batch.captions)
-        keep = draw_keep(size, network.config.text_drop_prob, generator, device) if self.training else None
+        keep = random.keep("text", network.config.text_drop_prob, z_image.device) if self.training else None
         x0 = network.scale(z_image)
         condition = network.encode_condition(text, keep=keep)
-        return self._loss(lambda x, t: network(x, t, condition), x0, generator)
+        return self._loss(lambda x, t: network(x, t, condition), x0, random)
 
 
 def _measure(prior: Prior, rows: ValidationRows) -> dict[str, float]:

@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from models.diffusion.process import Denoise, Diffusion
 from models.pixels import resize, resize_crop, to_pixels, to_uint8
+from models.sample_random import SampleRandom
 from models.upsampler.config import UpsamplerConfig
 from models.upsampler.degradation import degraded_low_res, random_crop
 from models.upsampler.network import Upsampler
 from models.upsampler.stage import UpsamplerStage
 from pipeline.data.batches import Batch
 from pipeline.networks.counting import Work, count_chain, first_steps
-from pipeline.networks.diffusion_loss import DiffusionLoss, draw_normal
+from pipeline.networks.diffusion_loss import DiffusionLoss
 from pipeline.networks.kind import NetworkKind
 from pipeline.networks.measuring import ValidationRows, sample_few_steps
 from pipeline.networks.quality import psnr_db
@@ -31,21 +32,21 @@ class UpsamplerObjective(nn.Module):
         self.network = network
         self._loss = DiffusionLoss(network.config.diffusion)
 
-    def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
+    def forward(self, batch: Batch, random: SampleRandom) -> Tensor:
         """Mean loss of the batch."""
         network, config = self.network, self.network.config
         pictures = resize_crop(to_pixels(batch.require_images()), config.image_px)
-        x0 = random_crop(pictures, config.crop_px, generator, multiple_px=network.factor)
-        low_res = degraded_low_res(x0, config.crop_px // network.factor, config.degradation, generator)
-        condition = network.encode_condition(low_res, *self._level(x0, generator))
-        return self._loss(lambda x, t: network(x, t, condition), x0, generator)
+        x0 = random_crop(pictures, config.crop_px, random, multiple_px=network.factor)
+        low_res = degraded_low_res(x0, config.crop_px // network.factor, config.degradation, random)
+        condition = network.encode_condition(low_res, *self._level(x0, random))
+        return self._loss(lambda x, t: network(x, t, condition), x0, random)
 
-    def _level(self, x0: Tensor, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
+    def _level(self, x0: Tensor, random: SampleRandom) -> tuple[Tensor | None, Tensor | None]:
         """The share of noise of each sample's condition, and that noise; None if it has none."""
         largest = self.network.config.noise_level_max
         if not largest:
             return None, None
-        return torch.rand(len(x0), generator=generator).to(x0.device) * largest, draw_normal(x0, generator)
+        return random.uniform("level").to(x0.device) * largest, random.normal_like("condition", x0)
 
 
 def _denoiser(upsampler: Upsampler, rows: ValidationRows) -> tuple[Denoise, Tensor]:

@@ -112,8 +112,8 @@ class Recipe:
             )
         for name, trained in self.trained().items():
             workers, batch = trained.resources.num_workers, trained.train.batch_size
-            if batch % workers:
-                raise ValueError(f"{name}.train.batch_size {batch} does not divide among {workers} workers")
+            if batch < workers:
+                raise ValueError(f"{name}.train.batch_size is {batch}: too few samples for {workers} workers")
 
         self._require_noisy_clip()
 

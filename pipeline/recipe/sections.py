@@ -343,7 +343,11 @@ class TrainResources:
     """Where a training runs and how often it saves and logs; changes no sample and no order."""
 
     num_workers: PositiveInt = 1
-    """Data-parallel workers; each takes an equal slice of every global batch."""
+    """Data-parallel workers. They divide every global batch among them, to within one sample."""
+    micro_batch_size: NonNegativeInt = 0
+    """Most samples in one forward and backward pass of a worker, which bounds its memory; 0: its whole share of the
+    batch. The parts' gradients are added up: the same training up to rounding. A contrastive loss (clip, noisy_clip)
+    computes its features twice then. Not for a CLIP with a ResNet, whose batch norms depend on the part."""
     cpus_per_worker: PositiveFloat = 1.0
     """Logical CPUs of each worker; also its torch threads."""
     accelerator: Literal["cpu", "cuda"] = "cpu"
@@ -384,6 +388,10 @@ class ClipStepConfig(StepSection):
     def __post_init__(self) -> None:
         if self.source == "train" and self.train.num_steps == 0:
             raise ValueError("train.num_steps is 0: random weights are of no use; set source = 'pretrained'")
+        if self.resources.micro_batch_size and self.model.vision == "resnet":
+            raise ValueError(
+                "resources.micro_batch_size: the batch norms of model.vision = 'resnet' need the batch undivided"
+            )
 
     @property
     def reads_inputs(self) -> bool:
@@ -504,7 +512,7 @@ class NoisyClipStepConfig(StepSection):
     train: TrainConfig = TrainConfig()
     """Its optimisation."""
     resources: TrainResources = TrainResources()
-    """Its workers; each contrasts its own share of the batch."""
+    """Its workers."""
 
 
 @configclass

@@ -67,7 +67,7 @@ _BEFORE_EVALUATE = (
     StepRow(
         name="clip",
         title="CLIP",
-        version=2,
+        version=3,
         inputs=("download", "filter"),
         runner="pipeline.runtime.train:run_clip",
         trains="clip",
@@ -93,7 +93,7 @@ _BEFORE_EVALUATE = (
     StepRow(
         name="decoder",
         title="Decoder",
-        version=3,
+        version=4,
         inputs=("download", "clip", "embed", "filter_embeddings"),
         runner=_TRAINING,
         trains="decoder",
@@ -110,7 +110,7 @@ _BEFORE_EVALUATE = (
     StepRow(
         name="prior",
         title="Prior",
-        version=2,
+        version=3,
         inputs=("clip", "embed", "filter_embeddings"),
         runner=_TRAINING,
         trains="prior",
@@ -120,7 +120,7 @@ _BEFORE_EVALUATE = (
     StepRow(
         name="prior_2",
         title="Prior 2",
-        version=2,
+        version=3,
         inputs=("clip", "embed", "filter_embeddings"),
         runner=_TRAINING,
         trains="prior",
@@ -129,7 +129,7 @@ _BEFORE_EVALUATE = (
     StepRow(
         name="noisy_clip",
         title="Noisy CLIP",
-        version=2,
+        version=3,
         inputs=("download", "filter", "clip", "filter_embeddings"),
         runner=_TRAINING,
         trains="noisy_clip",
@@ -139,7 +139,7 @@ _BEFORE_EVALUATE = (
         StepRow(
             name=f"upsampler_{number}",
             title=f"Upsampler {number}",
-            version=3,
+            version=4,
             inputs=("download", "filter", "filter_embeddings"),
             runner=_TRAINING,
             trains="upsampler",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from pipeline.data.batches import IMAGE_CACHE_BYTES, Batch, plan_order
-from pipeline.data.order import worker_slice
+from pipeline.data.order import Share
 from pipeline.networks.diffusion_loss import draws_of
 from pipeline.timing.clock import Clock
 from pipeline.timing.units import TrainingUnits
@@ -37,7 +37,9 @@ class RehearsedTraining:
         self._state = create_state(self._parts.network, job.section.train, job.device)
         objective = self._parts.objective(self._state.network).train()
         self._state.draws = draws_of(objective)
-        self._step = make_step(objective, job.section.train, seed=job.seed)
+        self._share = Share(job.section.train.batch_size, 0, job.section.resources.num_workers)
+        alone = Share(len(self._share))  # the others are not there to exchange anything with
+        self._step = make_step(objective, job.section, alone, seed=job.seed)
         self._order = plan_order(self._parts.train, job.seed, where=job.name)
         self._build_s = self.clock.now() - start
 
@@ -79,13 +81,11 @@ class RehearsedTraining:
 
     def _read(self) -> Batch:
         """The first batch of this worker."""
-        start, stop = worker_slice(0, self.job.section.train.batch_size, 0, self.job.section.resources.num_workers)
-        return self._parts.train.batch(self._order.locations(start, stop))
+        return self._parts.train.batch(self._order.locations(self._share.start, self._share.stop))
 
     @property
     def _num_distinct(self) -> int:
-        share = self.job.section.train.batch_size // self.job.section.resources.num_workers
-        return min(share, self._parts.train.num_rows)
+        return min(len(self._share), self._parts.train.num_rows)
 
 
 def _wall_s(work: Callable[[], object]) -> float:

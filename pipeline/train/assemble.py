@@ -70,7 +70,7 @@ class Parts:
 
     network: nn.Module
     objective: Callable[[nn.Module], nn.Module]
-    """Loss module (batch, generator) -> mean loss, around the network or its average."""
+    """Loss module (batch, random numbers) -> mean loss, around the network or its average."""
     train: Samples
     validation: Samples
     publish: Callable[[nn.Module], None]

@@ -11,7 +11,8 @@ import torch
 import torch.distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.data.batches import Share, iterate_batches, plan_order
+from pipeline.data.batches import iterate_batches, plan_order
+from pipeline.data.order import Share
 from pipeline.errors import ResumeError
 from pipeline.networks.diffusion_loss import draws_of
 from pipeline.networks.files import num_parameters
@@ -54,7 +55,7 @@ def run_job(job: TrainJob, watch: Watch) -> Json:
         for module in job.kind.compiled(state.network):
             module.compile()  # lazily and in place, so that state_dict names do not change
     if job.world_size > 1:
-        objective = DistributedDataParallel(objective)
+        objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
     order = plan_order(parts.train, job.seed, where=job.name)
     share = Share(config.batch_size, job.rank, job.world_size)
     prefetch = job.num_threads > 1 or job.device.type != "cpu"
@@ -74,7 +75,7 @@ def run_job(job: TrainJob, watch: Watch) -> Json:
 
     if is_first:
         watch(state.step, config.num_steps, "training")
-    step_fn = make_step(objective, config, seed=job.seed, rank=job.rank)
+    step_fn = make_step(objective, section, share, seed=job.seed)
     with closing(iterate_batches(parts.train, order, share, state.step, prefetch=prefetch)) as batches:
         train(state, step_fn, batches, config, resources, save, report)
     if not is_first:

@@ -10,11 +10,16 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from models.diffusion.noise import derive_seed
 from models.layers.ema import update_average
+from models.sample_random import SampleRandom
 from pipeline.data.batches import Batch
+from pipeline.data.order import Share
 from pipeline.errors import StepError
-from pipeline.networks.diffusion_loss import step_seed
+from pipeline.networks.diffusion_loss import diffusion_losses_of
+from pipeline.recipe.recipe import TrainedSection
 from pipeline.recipe.sections import TrainConfig, TrainResources
+from pipeline.train.accumulation import make_accumulate
 from pipeline.train.state import TrainState
 
 StepFunction = Callable[[TrainState, Batch], None]
@@ -58,32 +63,30 @@ def train(
             save(state)
 
 
-def make_step(objective: nn.Module, config: TrainConfig, *, seed: int, rank: int = 0) -> StepFunction:
+def make_step(objective: nn.Module, section: TrainedSection, share: Share, *, seed: int) -> StepFunction:
     """The step function of one training.
 
     A step whose loss or gradient is not finite updates nothing, and neither do later steps. The check runs on the
     device; ``require_finite`` reads its result.
 
     Args:
-        objective: (batch, generator) -> mean loss of this worker's share; wrapped for data parallelism where needed.
-        config: Optimisation.
-        seed: Seed of the training's draws.
-        rank: This worker.
+        objective: (batch, random numbers) -> mean loss of the samples; wrapped for data parallelism where needed.
+        section: Optimisation, and the largest part of the batch that is worked off at a time.
+        share: This worker's share of the global batch.
+        seed: Seed of the training's random numbers.
     """
-    world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    half = config.precision == "bfloat16"
+    config = section.train
     max_norm = config.grad_clip_norm or math.inf
+    accumulate = make_accumulate(objective, share, section.resources.micro_batch_size, config.precision)
+    losses = diffusion_losses_of(objective)
 
     def step(state: TrainState, batch: Batch) -> None:
-        device = state.bad_step.device
-        draws = step_seed(seed, state.step, rank)
-        torch.manual_seed(draws)  # dropout draws from torch's global generator
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            loss = objective(batch.to(device), torch.Generator().manual_seed(draws))
-        loss.backward()
-        loss = loss.detach()
-        if world_size > 1:
-            torch.distributed.all_reduce(loss.div_(world_size))
+        random = SampleRandom.of_samples(step_seed(seed, state.step), range(share.start, share.stop))
+        loss = accumulate(batch, random, state.bad_step.device)
+        for diffusion_loss in losses:
+            diffusion_loss.end_step(share)
+        if share.world_size > 1:
+            torch.distributed.all_reduce(loss)
         parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
         state.grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm)
         _note(state, loss)
@@ -94,6 +97,11 @@ def make_step(objective: nn.Module, config: TrainConfig, *, seed: int, rank: int
         update_average(state.ema, state.network, config.ema_decay, state.step + 1)
 
     return step
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Seed of everything random in one step, on all workers; a resumed run repeats it."""
+    return derive_seed(seed, f"train/{step}")
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

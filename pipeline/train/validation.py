@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cached_property
 
 import torch
 from torch import nn
 
 from models.diffusion.noise import derive_seed
+from models.sample_random import SampleRandom
 from pipeline.data.batches import Batch
 from pipeline.networks.measuring import NUM_EMBEDDINGS, ValidationRows, num_pictures
 from pipeline.train.assemble import Parts, TrainJob
@@ -48,19 +48,10 @@ class Validation:
 
     def _loss(self, network: nn.Module, rows: Batch) -> float:
         objective, size = self._parts.objective(network).eval(), self._job.section.train.batch_size
-        generator = torch.Generator().manual_seed(derive_seed(self._job.seed, "validation"))
+        random = SampleRandom.of_samples(derive_seed(self._job.seed, "validation"), range(len(rows)))
         total = 0.0
         for start in range(0, len(rows), size):
-            batch = _part(rows, slice(start, start + size)).to(self._job.device)
-            total += float(objective(batch, generator)) * len(batch)
+            part = slice(start, start + size)
+            batch = rows.rows(part).to(self._job.device)
+            total += float(objective(batch, random.rows(part))) * len(batch)
         return total / len(rows)
-
-
-def _part(batch: Batch, part: slice) -> Batch:
-    return replace(
-        batch,
-        uids=batch.uids[part],
-        captions=batch.captions[part],
-        images=None if batch.images is None else batch.images[part],
-        z_image=None if batch.z_image is None else batch.z_image[part],
-    )

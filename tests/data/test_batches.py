@@ -7,7 +7,8 @@ import torch
 
 from models.text import TextEncoding
 from pipeline.data import batches as module
-from pipeline.data.batches import CaptionTable, Samples, Share, iterate_batches, plan_order
+from pipeline.data.batches import CaptionTable, Samples, iterate_batches, plan_order
+from pipeline.data.order import Share
 from pipeline.data.training_rows import ShardReader
 from pipeline.errors import DataError
 from tests.tiny.shards import write_download, write_embed
@@ -24,8 +25,10 @@ def test_workers_share_the_global_batches_of_one(tmp_path: Path) -> None:
     samples = _samples(tmp_path)
     order = plan_order(samples, 0, where="test")
     alone = [b.uids for b in islice(iterate_batches(samples, order, Share(4), 0), 9)]
-    shares = [[b.uids for b in islice(iterate_batches(samples, order, Share(4, rank, 2), 0), 9)] for rank in range(2)]
-    assert [one + two for one, two in zip(*shares, strict=True)] == alone
+    for world_size in (2, 3):
+        shares = [Share(4, rank, world_size) for rank in range(world_size)]
+        uids = [[b.uids for b in islice(iterate_batches(samples, order, share, 0), 9)] for share in shares]
+        assert [sum(parts, ()) for parts in zip(*uids, strict=True)] == alone
 
 
 def test_batches_continue_from_any_step_with_and_without_prefetch(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.order import SampleOrder, worker_slice
+from pipeline.data.order import SampleOrder, Share
 
 _SHARDS = st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(sum)
 
@@ -48,9 +48,14 @@ def test_sample_order_refuses_no_rows() -> None:
         SampleOrder([0, 0], 0)
 
 
-def test_worker_slices_together_are_the_global_batch() -> None:
-    for world_size in (1, 2, 4):
-        slices = [worker_slice(5, 8, rank, world_size) for rank in range(world_size)]
-        assert [p for start, stop in slices for p in range(start, stop)] == list(range(40, 48))
-    with pytest.raises(ValueError, match="cannot be divided"):
-        worker_slice(0, 8, 0, 3)
+@given(batch_size=st.integers(1, 40), world_size=st.integers(1, 9), most=st.integers(0, 12))
+def test_shares_of_the_workers_together_are_the_global_batch(batch_size: int, world_size: int, most: int) -> None:
+    shares = [Share(batch_size, rank, world_size) for rank in range(world_size)]
+    assert [place for share in shares for place in range(share.start, share.stop)] == list(range(batch_size))
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) == shares[0].largest
+    for share in shares:
+        parts = [range(len(share))[part] for part in share.parts(most)]
+        assert [place for part in parts for place in part] == list(range(len(share)))
+        assert all(0 < len(part) <= (most or batch_size) for part in parts)

@@ -16,6 +16,7 @@ from models.diffusion.steps import ddim_step
 from models.pixels import resize
 from models.prior.config import PriorConfig
 from models.prior.network import Prior
+from models.sample_random import SampleRandom
 from models.upsampler.degradation import random_blur
 
 
@@ -86,7 +87,7 @@ def test_low_resolution_conditioning_is_not_resized_by_nearest_neighbour() -> No
 
 def test_blur_is_not_sampled_once_for_a_batch() -> None:
     picture = torch.rand(1, 3, 16, 16) * 2 - 1
-    blurred = random_blur(picture.repeat(8, 1, 1, 1), torch.Generator().manual_seed(0))
+    blurred = random_blur(picture.repeat(8, 1, 1, 1), SampleRandom.of_samples(0, range(8)))
     assert len({round(float(one.std()), 6) for one in blurred}) == 2  # blurred ones and plain ones, in one batch
 
 

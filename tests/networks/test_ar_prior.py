@@ -8,6 +8,7 @@ import torch
 from sklearn.decomposition import PCA
 
 from models.ar_prior.config import ArPriorConfig
+from models.sample_random import SampleRandom
 from pipeline.data.batches import Batch
 from pipeline.data.vectors import read_vectors, to_unit
 from pipeline.errors import ConfigError, DataError
@@ -80,5 +81,5 @@ def test_loss_before_training_is_that_of_a_guess(embed: Artifact, tmp_path: Path
     z_image = torch.from_numpy(training_rows(embed)[0][:6])
     batch = Batch(tuple("abcdef"), ("a red circle",) * 6, z_image=z_image)
     objective = ArPriorObjective(build_ar_prior(SMALL, clip.dims, embed), clip.encode_text)
-    loss = objective(batch, torch.Generator().manual_seed(0))
+    loss = objective(batch, SampleRandom.of_samples(0, range(6)))
     assert float(loss.detach()) == pytest.approx(np.log(16), abs=1e-6)

@@ -20,9 +20,9 @@ from models.text import TextEncoding
 from models.upsampler.network import Upsampler
 from pipeline.clip import create_clip
 from pipeline.errors import ConfigError
-from pipeline.networks.costs import NetworkCost, format_costs, recipe_costs
+from pipeline.networks.costs import NetworkCost, format_costs, recipe_costs, samples_at_a_time
 from pipeline.recipe.recipe import Recipe, load_recipe
-from pipeline.recipe.sections import NoisyClipStepConfig
+from pipeline.recipe.sections import NoisyClipStepConfig, TrainConfig, TrainResources
 from tests.models.tiny_models import CONVOLUTION
 from tests.tiny.command import ROOT, unclip_json
 from tests.tiny.recipe import write_recipe
@@ -122,6 +122,17 @@ def test_kept_activations_are_those_of_real_tensors(tiny: Recipe) -> None:
     cost = next(cost for cost in recipe_costs(tiny) if cost.name == "upsampler_1")
     share = tiny.upsampler_1.train.batch_size
     assert cost.activations_bytes == pytest.approx(sum(storages.values()) / 2 * share, rel=0.02)
+
+
+def test_activations_are_those_of_the_largest_part_of_a_share() -> None:
+    section = NoisyClipStepConfig(train=TrainConfig(batch_size=10))
+    counts = {
+        (workers, part): samples_at_a_time(
+            dataclasses.replace(section, resources=TrainResources(num_workers=workers, micro_batch_size=part))
+        )
+        for workers, part in ((1, 0), (3, 0), (1, 4), (3, 7))
+    }
+    assert counts == {(1, 0): 10, (3, 0): 4, (1, 4): 4, (3, 7): 4}
 
 
 def test_sampling_counts_steps_guidance_and_candidates(tiny: Recipe, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ import torch
 from torch import Tensor, nn
 
 from models.toy.config import ToyConfig
+from models.sample_random import SampleRandom
 from models.toy.network import Toy
 from pipeline.data.batches import Batch, TextEncoder
 from pipeline.networks.counting import Work, count
@@ -72,8 +73,8 @@ class ToyObjective(nn.Module):
         self.network = network
         self._encode_text = encode_text
 
-    def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        del generator
+    def forward(self, batch: Batch, random: SampleRandom) -> Tensor:
+        del random
         guess = self.network(self._encode_text(batch.captions).z_text)
         return (guess - batch.require_z_image()).square().mean()
 

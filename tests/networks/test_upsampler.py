@@ -2,10 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
+import pytest
 import torch
 
 from models.clip_config import ClipDims
+from models.sample_random import SampleRandom
 from models.upsampler.config import UpsamplerConfig
 from models.upsampler.network import Upsampler
 from pipeline.data.batches import Batch
@@ -34,7 +37,7 @@ def _batch(size: int) -> Batch:
 
 def test_every_sample_is_trained_at_a_noise_level_of_its_own() -> None:
     network = Watching(CONFIG)
-    UpsamplerObjective(network)(_batch(64), torch.Generator().manual_seed(0))
+    UpsamplerObjective(network)(_batch(64), SampleRandom.of_samples(0, range(64)))
     level = network.condition[:, 3, 0, 0]
     assert (network.condition[:, 3] == level[:, None, None]).all()
     assert len(level.unique()) == 64
@@ -44,17 +47,16 @@ def test_every_sample_is_trained_at_a_noise_level_of_its_own() -> None:
     torch.testing.assert_close(spread, level, rtol=0.25, atol=0.01)
 
 
-def test_without_levels_the_training_samples_the_same_noise_as_before() -> None:
-    network, generator = Watching(replace(CONFIG, noise_level_max=0.0)), torch.Generator().manual_seed(0)
-    UpsamplerObjective(network)(_batch(4), generator)
-    assert network.condition.shape == (4, 3, 8, 8)
-    expected = torch.Generator().manual_seed(0)
-    for shape in ((4,), (4,)):
-        torch.randint(5, shape, generator=expected)  # the corners of the crops
-    torch.rand(4, generator=expected)  # the blur
-    torch.randint(1000, (4,), generator=expected)
-    torch.randn(4, 3, 8, 8, generator=expected)
-    assert torch.equal(torch.rand(1, generator=generator), torch.rand(1, generator=expected))
+@pytest.mark.parametrize("degradation", ["blur", "bsr"])
+def test_crop_and_degradation_belong_to_a_sample(degradation: Literal["blur", "bsr"]) -> None:
+    network = Watching(replace(CONFIG, image_px=64, low_res_px=16, crop_px=32, degradation=degradation))
+    pixels = torch.randint(256, (5, 64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    batch, random = Batch(tuple("abcde"), tuple("abcde"), pixels), SampleRandom.of_samples(3, range(5))
+    UpsamplerObjective(network)(batch, random)
+    whole, part = network.condition, slice(2, 4)
+    assert not torch.equal(whole[2], whole[3])
+    UpsamplerObjective(network)(batch.rows(part), random.rows(part))
+    assert torch.equal(network.condition, whole[part])
 
 
 def test_a_trained_network_is_sampled_at_the_noise_level_of_the_recipe(tmp_path: Path) -> None:

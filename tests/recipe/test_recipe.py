@@ -102,7 +102,7 @@ def test_load_recipe_round_trips_through_resolved_json(tmp_path: Path) -> None:
             ["upsampler_1.model.low_res_px"],
         ),
         (
-            {"prior": {"train": {"batch_size": 9}, "resources": {"num_workers": 2}}},
+            {"prior": {"train": {"batch_size": 1}, "resources": {"num_workers": 2}}},
             ["prior.train.batch_size", "2 workers"],
         ),
         ({"prior": {"resources": {"num_workers": 0}}}, ["prior.resources.num_workers", "greater than 0"]),

@@ -1,19 +1,18 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import torch
-import torch.distributed
-import torch.multiprocessing
 from torch import Tensor, nn
 
-from models.diffusion.config import DiffusionConfig
+from models.layers.dropout import SampleDropout
 from models.layers.ema import create_average
+from models.sample_random import SampleRandom
 from pipeline.data.batches import Batch
+from pipeline.data.order import Share
 from pipeline.errors import ResumeError, StepError
-from pipeline.networks.diffusion_loss import DiffusionLoss
-from pipeline.recipe.sections import TrainConfig, TrainResources
+from pipeline.recipe.sections import NoisyClipStepConfig, TrainConfig, TrainResources
 from pipeline.train.loop import StepFunction, learning_rate, make_step, train
 from pipeline.train.state import (
     TrainState,
@@ -32,13 +31,13 @@ class _Regression(nn.Module):
 
     def __init__(self, *, dropout: float = 0.5, noise: float = 1.0) -> None:
         super().__init__()
-        hidden = [nn.Linear(3, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Dropout(dropout), nn.Linear(32, 1)]
+        hidden = [nn.Linear(3, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), SampleDropout(dropout), nn.Linear(32, 1)]
         self.network = nn.Sequential(*hidden)
         self.noise = noise
 
-    def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
+    def forward(self, batch: Batch, random: SampleRandom) -> Tensor:
         x = torch.tensor([[float(uid), float(uid) ** 2, 1.0] for uid in batch.uids]) / 10
-        target = x.sum(1, keepdim=True) + self.noise * torch.randn(len(batch), 1, generator=generator)
+        target = x.sum(1, keepdim=True) + self.noise * random.normal("noise", (1,))
         return ((self.network(x) - target) ** 2).mean()
 
 
@@ -46,16 +45,20 @@ def _nothing(state: TrainState) -> None:
     """Neither saves nor reports."""
 
 
-def _batches(start: int, share: slice = slice(None)) -> Iterator[Batch]:
+def _batches(start: int) -> Iterator[Batch]:
     for step in range(start, 1000):
         uids = tuple(str((step * 4 + i) % 7) for i in range(4))
-        yield Batch(uids[share], ("",) * len(uids[share]))
+        yield Batch(uids, ("",) * 4)
+
+
+def _make_step(objective: nn.Module, config: TrainConfig) -> StepFunction:
+    return make_step(objective, NoisyClipStepConfig(train=config), Share(4), seed=1)
 
 
 def _start(config: TrainConfig, **options: float) -> tuple[TrainState, StepFunction]:
     torch.manual_seed(0)
     objective = _Regression(**options).train()
-    return create_state(objective.network, config, torch.device("cpu")), make_step(objective, config, seed=1)
+    return create_state(objective.network, config, torch.device("cpu")), _make_step(objective, config)
 
 
 def _run(state: TrainState, step: StepFunction, config: TrainConfig, save: Callable[[TrainState], None]) -> None:
@@ -153,9 +156,9 @@ def test_steps_after_a_bad_one_change_nothing_either() -> None:
     # On a GPU the loop reads the flag only at log lines: until then the steps must be idle.
     config = TrainConfig(learning_rate=0.1)
     state, step = _start(config)
-    step(state, Batch(("nan",), ("",)))
+    step(state, Batch(("nan", "1", "2", "3"), ("",) * 4))
     frozen = create_average(state.network)
-    step(state, Batch(("1",), ("",)))
+    step(state, Batch(("1", "2", "3", "4"), ("",) * 4))
     assert int(state.bad_step) == 1
     assert _same(frozen, state.network)
 
@@ -189,58 +192,3 @@ def test_learning_rate_rises_then_falls() -> None:
     assert rates[60] == pytest.approx(0.5)
     assert rates[-1] < 0.001
     assert learning_rate(TrainConfig(learning_rate=1.0), 900) == 1.0
-
-
-def _train_ranked(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    config = TrainConfig(num_steps=6, learning_rate=0.05, batch_size=4)
-    torch.manual_seed(0)
-    objective = _Regression(dropout=0.0, noise=0.0).train()
-    state = create_state(objective.network, config, torch.device("cpu"))
-    step = make_step(nn.parallel.DistributedDataParallel(objective), config, seed=1, rank=rank)
-    losses: list[float] = []
-    train(
-        state, step, _batches(0, slice(2 * rank, 2 * rank + 2)), config, TrainResources(log_every_steps=1),
-        _nothing, lambda state: losses.append(float(state.loss_sum[0])),
-    )  # fmt: skip
-    timestep_losses = {"timesteps": _loss_aware_history(rank)}
-    torch.save({"weights": state.network.state_dict(), "losses": losses} | timestep_losses, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def _loss_aware_history(rank: int) -> dict[str, Tensor]:
-    loss = DiffusionLoss(DiffusionConfig(num_timesteps=2, timestep_draws="loss_aware"))
-    generator = torch.Generator().manual_seed(rank)
-    for _ in range(6):
-        loss(lambda x, t: x * t[:, None], torch.zeros(4, 3), generator)
-    return loss.draws.state_dict()
-
-
-@pytest.fixture(scope="module")
-def two_workers(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """What each of two workers came to."""
-    folder = tmp_path_factory.mktemp("workers")
-    torch.multiprocessing.spawn(_train_ranked, (str(folder),), nprocs=2)  # pyright: ignore
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-
-
-def test_two_workers_sample_timesteps_by_the_losses_of_both(two_workers: list[Any]) -> None:
-    one, two = (actual["timesteps"] for actual in two_workers)
-    assert one["counts"].sum() == 2 * 4 * 6
-    assert torch.equal(one["counts"], two["counts"])
-    assert torch.equal(one["losses"], two["losses"])
-    assert len(one["losses"].unique()) == 2 * 10  # each worker's own noise, and nothing twice
-
-
-def test_two_workers_train_as_one_does(two_workers: list[Any]) -> None:
-    config = TrainConfig(num_steps=6, learning_rate=0.05, batch_size=4)
-    alone, step = _start(config, dropout=0.0, noise=0.0)
-    losses: list[float] = []
-    train(
-        alone, step, _batches(0), config, TrainResources(log_every_steps=1),
-        _nothing, lambda state: losses.append(float(state.loss_sum[0])),
-    )  # fmt: skip
-    for actual in two_workers:
-        assert actual["losses"] == pytest.approx(losses, rel=1e-5)
-        for name, weight in alone.network.state_dict().items():
-            assert torch.allclose(actual["weights"][name], weight, atol=1e-6)

@@ -12,10 +12,11 @@ from models.diffusion.noise import NoiseSource
 from models.diffusion.process import Diffusion
 from models.diffusion.steps import SamplerState, initial_state
 from models.rows import concat_rows
+from models.sample_random import SampleRandom
 
 
 def test_regions_are_everything_rectangles_or_what_is_around_them() -> None:
-    masks = random_masks(4000, 16, 0.4, torch.Generator().manual_seed(0))[:, 0]
+    masks = random_masks(SampleRandom.of_samples(0, range(4000)), 16, 0.4)[:, 0]
     everything = masks.flatten(1).all(1)
     assert everything.float().mean().item() == pytest.approx(0.4, abs=0.03)
     kinds = [(_is_rectangle(region), _is_rectangle(~region)) for region in masks[~everything][:300]]
@@ -24,7 +25,7 @@ def test_regions_are_everything_rectangles_or_what_is_around_them() -> None:
 
 
 def test_rectangles_have_sides_of_their_own_and_reach_every_pixel() -> None:
-    masks = random_masks(2000, 16, 0.0, torch.Generator().manual_seed(1))[:, 0]
+    masks = random_masks(SampleRandom.of_samples(1, range(2000)), 16, 0.0)[:, 0]
     rectangles = torch.stack([region for region in masks if _is_rectangle(region)])
     assert len(rectangles) == pytest.approx(1000, abs=70)  # the others are around one
     heights, widths = rectangles.any(2).sum(1), rectangles.any(1).sum(1)
@@ -41,11 +42,11 @@ def _is_rectangle(region: torch.Tensor) -> bool:
     return torch.equal(region, rows[:, None] & columns[None]) and min(sides) >= 4 and max(sides) <= 14
 
 
-def test_regions_differ_from_sample_to_sample_and_follow_the_generator() -> None:
-    first, again = (random_masks(8, 16, 0.0, torch.Generator().manual_seed(3)) for _ in range(2))
+def test_regions_differ_from_sample_to_sample_and_follow_the_seed() -> None:
+    first, again = (random_masks(SampleRandom.of_samples(3, range(8)), 16, 0.0) for _ in range(2))
     assert torch.equal(first, again)
     assert len({region.numpy().tobytes() for region in first}) == 8
-    assert random_masks(8, 16, 1.0, torch.Generator().manual_seed(3)).all()
+    assert random_masks(SampleRandom.of_samples(3, range(8)), 16, 1.0).all()
 
 
 @pytest.fixture

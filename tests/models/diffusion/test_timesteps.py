@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from models.diffusion.timesteps import LossAwareTimesteps, UniformTimesteps
+from models.sample_random import SampleRandom
 
 
 def warmed(losses: list[float], history: int = 3, uniform_prob: float = 0.001) -> LossAwareTimesteps:
@@ -14,7 +15,7 @@ def warmed(losses: list[float], history: int = 3, uniform_prob: float = 0.001) -
 
 
 def test_uniform_samples_reach_every_timestep_with_weight_one() -> None:
-    t, weights = UniformTimesteps(5).draw(2000, torch.Generator().manual_seed(0))
+    t, weights = UniformTimesteps(5).draw(SampleRandom.of_samples(0, range(2000)))
     assert torch.bincount(t, minlength=5).min() > 320
     assert bool((weights == 1).all())
 
@@ -52,7 +53,7 @@ def test_loss_aware_history_passes_over_a_loss_that_is_not_finite() -> None:
 
 def test_loss_aware_weights_leave_the_expected_loss_unchanged() -> None:
     losses = torch.tensor([8.0, 1.0, 0.5, 0.1])
-    t, weights = warmed(losses.tolist()).draw(40_000, torch.Generator().manual_seed(0))
+    t, weights = warmed(losses.tolist()).draw(SampleRandom.of_samples(0, range(40_000)))
     assert (weights * losses[t]).mean().item() == pytest.approx(losses.mean().item(), rel=0.01)
     assert torch.bincount(t, minlength=4)[0] > 30_000  # 8 / 9.6 of the draws
 

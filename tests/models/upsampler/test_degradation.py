@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.pixels import quantise_8bit, resize
+from models.sample_random import SampleRandom
 from models.upsampler.bsr import Draws, add_noise, blur_kernel, bsr_light
 from models.upsampler.degradation import (
     augment_noise,
@@ -23,6 +24,11 @@ from models.upsampler.jpeg import jpeg
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def numbers(pictures: Tensor, seed: int = 0) -> SampleRandom:
+    """Random numbers of each of the pictures."""
+    return SampleRandom.of_samples(seed, range(len(pictures)))
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +77,13 @@ def test_gaussian_blur_has_its_own_width_for_each_picture(photo: Tensor) -> None
 
 def test_random_blur_is_sampled_for_each_picture_and_not_for_the_batch(photo: Tensor) -> None:
     batch = photo.expand(200, -1, -1, -1)[..., :8, :8]
-    blurred = (random_blur(batch, seeded()) - batch).abs().flatten(1).amax(dim=1) > 1e-4
+    blurred = (random_blur(batch, numbers(batch)) - batch).abs().flatten(1).amax(dim=1) > 1e-4
     assert 60 < int(blurred.sum()) < 140
-    assert torch.equal(random_blur(batch, seeded(3)), random_blur(batch, seeded(3)))
-    assert torch.equal(random_blur(batch, seeded(), prob=0.0), batch)
-    torch.testing.assert_close(random_blur(batch, seeded(), prob=1.0), gaussian_blur(batch, torch.full((200,), 0.6)))
+    assert torch.equal(random_blur(batch, numbers(batch, 3)), random_blur(batch, numbers(batch, 3)))
+    assert torch.equal(random_blur(batch, numbers(batch), prob=0.0), batch)
+    torch.testing.assert_close(
+        random_blur(batch, numbers(batch), prob=1.0), gaussian_blur(batch, torch.full((200,), 0.6))
+    )
 
 
 def test_filter_each_correlates_with_the_kernel_of_each_picture() -> None:
@@ -91,16 +99,16 @@ def test_filter_each_correlates_with_the_kernel_of_each_picture() -> None:
 
 def test_random_crop_cuts_on_the_grid_of_the_small_picture() -> None:
     place = torch.arange(32 * 32, dtype=torch.float32).reshape(1, 1, 32, 32).expand(50, 2, -1, -1)
-    actual = random_crop(place, 8, seeded(), multiple_px=4)
+    actual = random_crop(place, 8, numbers(place), multiple_px=4)
     assert actual.shape == (50, 2, 8, 8)
     tops, lefts = actual[:, 0, 0, 0] // 32, actual[:, 0, 0, 0] % 32
     assert set(tops.tolist()) == set(range(0, 25, 4)) == set(lefts.tolist())
     torch.testing.assert_close(actual[0, 1, 3, 5], actual[0, 0, 0, 0] + 3 * 32 + 5)
-    assert torch.equal(actual, random_crop(place, 8, seeded(), multiple_px=4))
+    assert torch.equal(actual, random_crop(place, 8, numbers(place), multiple_px=4))
     wide = torch.arange(8 * 40, dtype=torch.float32).reshape(1, 1, 8, 40).expand(50, -1, -1, -1)
-    assert set(random_crop(wide, 8, seeded(), multiple_px=8)[:, 0, 0, 0].tolist()) == {0, 8, 16, 24, 32}
+    assert set(random_crop(wide, 8, numbers(wide), multiple_px=8)[:, 0, 0, 0].tolist()) == {0, 8, 16, 24, 32}
     with pytest.raises(ValueError, match="33 px"):
-        random_crop(place, 33, seeded())
+        random_crop(place, 33, numbers(place))
 
 
 def test_augment_noise_keeps_the_variance_and_has_a_level_per_picture() -> None:
@@ -119,11 +127,11 @@ def test_jpeg_takes_any_size_and_refuses_other_qualities(photo: Tensor) -> None:
 
 def test_bsr_degrades_each_picture_in_its_own_way_from_the_generator(photo: Tensor) -> None:
     batch = photo.expand(12, -1, -1, -1)
-    actual = bsr_light(batch, 32, seeded(5))
+    actual = bsr_light(batch, 32, numbers(batch, 5))
     assert actual.shape == (12, 3, 32, 32)
     assert actual.abs().max() <= 1
-    assert torch.equal(actual, bsr_light(batch, 32, seeded(5)))
-    assert not torch.equal(actual, bsr_light(batch, 32, seeded(6)))
+    assert torch.equal(actual, bsr_light(batch, 32, numbers(batch, 5)))
+    assert not torch.equal(actual, bsr_light(batch, 32, numbers(batch, 6)))
     errors = (actual - resize(photo, 32)).square().mean(dim=(1, 2, 3))
     assert len(set(errors.tolist())) == 12
     psnr = 10 * torch.log10(4 / errors)
@@ -133,7 +141,7 @@ def test_bsr_degrades_each_picture_in_its_own_way_from_the_generator(photo: Tens
 @pytest.mark.parametrize(("scale", "stretch"), [(2, 6e-4), (4, 3.5e-3), (8, 6e-3)])
 def test_bsr_keeps_the_picture_in_place(scale: int, stretch: float) -> None:
     ramp = torch.linspace(-0.8, 0.8, 128).expand(6, 3, 128, 128)
-    actual = bsr_light(ramp, 128 // scale, seeded())
+    actual = bsr_light(ramp, 128 // scale, numbers(ramp))
     expected = resize(ramp, 128 // scale)
     inner = slice(128 // scale // 4, -(128 // scale // 4))
     errors = (actual - expected)[..., inner]
@@ -143,7 +151,7 @@ def test_bsr_keeps_the_picture_in_place(scale: int, stretch: float) -> None:
 
 def test_bsr_refuses_sizes_that_do_not_fit(photo: Tensor) -> None:
     with pytest.raises(ValueError, match="128"):
-        bsr_light(photo, 48, seeded())
+        bsr_light(photo, 48, numbers(photo))
 
 
 def test_blur_kernels_sum_to_one_and_are_round_or_stretched() -> None:
@@ -184,7 +192,7 @@ def test_bsr_blurs_a_picture_that_it_has_halved_by_the_scale_that_is_left(
         return blur_kernel(scale, draws, side_px)
 
     monkeypatch.setattr("models.upsampler.bsr.blur_kernel", watched)
-    bsr_light(photo[..., :32, :32].expand(24, -1, -1, -1), 8, seeded())
+    bsr_light(photo[..., :32, :32].expand(24, -1, -1, -1), 8, SampleRandom.of_samples(0, range(24)))
     whole_or_halved = {(scale, side_px) for scale, side_px in pairs if side_px in {16, 32}}
     assert whole_or_halved == {(4, 32), (2, 16)}
 
@@ -212,7 +220,7 @@ def test_bsr_ends_in_jpeg_and_often_goes_through_it_before(photo: Tensor, monkey
         return written[-1][1]
 
     monkeypatch.setattr("models.upsampler.bsr.jpeg", watched)
-    actual = bsr_light(photo[..., :32, :32].expand(24, -1, -1, -1), 8, seeded())
+    actual = bsr_light(photo[..., :32, :32].expand(24, -1, -1, -1), 8, SampleRandom.of_samples(0, range(24)))
     assert 24 + 16 < len(written) <= 24 + 24  # nine of ten
     assert torch.equal(written[-1][1], actual[-1:])
     assert {quality for quality, _ in written} <= set(range(80, 96))
@@ -222,14 +230,14 @@ def test_bsr_ends_in_jpeg_and_often_goes_through_it_before(photo: Tensor, monkey
 def test_small_pictures_are_spoilt_in_full_precision(photo: Tensor, kind: Literal["blur", "bsr"]) -> None:
     photos = photo.repeat(4, 1, 1, 1)
     with torch.autocast("cpu", torch.bfloat16):
-        half = degraded_low_res(photos, photo.shape[-1] // 4, kind, torch.Generator().manual_seed(0))
-    full = degraded_low_res(photos, photo.shape[-1] // 4, kind, torch.Generator().manual_seed(0))
+        half = degraded_low_res(photos, photo.shape[-1] // 4, kind, numbers(photos))
+    full = degraded_low_res(photos, photo.shape[-1] // 4, kind, numbers(photos))
     assert torch.equal(half, full)
 
 
 def test_degraded_low_res_follows_its_kind(photo: Tensor) -> None:
     batch = photo.expand(4, -1, -1, -1)
     plain = resize(batch, 32)
-    assert torch.equal(degraded_low_res(batch, 32, "none", seeded()), plain)
-    assert torch.equal(degraded_low_res(batch, 32, "blur", seeded()), random_blur(plain, seeded()))
-    assert torch.equal(degraded_low_res(batch, 32, "bsr", seeded()), bsr_light(batch, 32, seeded()))
+    assert torch.equal(degraded_low_res(batch, 32, "none", numbers(batch)), plain)
+    assert torch.equal(degraded_low_res(batch, 32, "blur", numbers(batch)), random_blur(plain, numbers(plain)))
+    assert torch.equal(degraded_low_res(batch, 32, "bsr", numbers(batch)), bsr_light(batch, 32, numbers(batch)))
