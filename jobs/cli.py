@@ -13,7 +13,7 @@ from typing import Annotated, Any, cast
 import typer
 import typer.core
 
-from jobs import ablate, cluster, edit_commands, exchange, generate, index, inspect, keys, search, start
+from jobs import ablate, cluster, edit_commands, exchange, generate, index, inspect, keys, origins, search, start
 from pipeline.data.causes import ALL
 from pipeline.errors import UnclipError
 
@@ -29,6 +29,8 @@ COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
         "plan": (inspect.plan, "Show which steps would run and why, or the cost."),
         "run": (start.run, "Run every step that is not done."),
         "status": (inspect.status, "Show where every step stands."),
+        "lineage": (origins.lineage, "Show what a picture or an artifact was made from."),
+        "gc": (origins.gc, "Remove the artifacts that no recipe needs."),
         "config": (inspect.config, "Print the resolved recipe, or the schema."),
         "evaluate": (generate.evaluate, "Measure the trained cascade."),
         "ablate": (ablate.ablate, "Show what the prior is for."),

@@ -33,18 +33,21 @@ def export(
     from pipeline.clip import FrozenText
     from pipeline.networks.cascade import load_cascade, network_configs
     from pipeline.networks.diffusers import export_diffusers, export_native
+    from pipeline.recipe.lineage import write_origin
     from pipeline.recipe.plan import finished_artifacts
     from pipeline.recipe.steps import CASCADE_STEPS
 
     artifacts = finished_artifacts(resolved, CASCADE_STEPS)
     if native:
         export_native(artifacts, Path(native))
+        write_origin(Path(native), resolved, artifacts)
         typer.echo(f"{', '.join(artifacts)} in {native}")
         return
     cascade = load_cascade(artifacts, configs=network_configs(resolved))
     assert isinstance(cascade.clip, FrozenText)
     for note in export_diffusers(cascade, cascade.clip, Path(diffusers)):
         typer.echo(f"note: {note}")
+    write_origin(Path(diffusers), resolved, artifacts)
     typer.echo(f"diffusers' UnCLIPPipeline loads {diffusers}")
 
 

@@ -1,5 +1,6 @@
 """``unclip sample``, ``evaluate`` and ``serve``."""
 
+from contextlib import nullcontext
 from json import dumps
 from pathlib import Path
 from typing import Annotated
@@ -107,6 +108,13 @@ def serve(
     ]
     resolved = load_recipe(recipe, [*(overrides or []), *changes])
 
+    from pipeline.recipe.plan import make_plan
     from pipeline.runtime.serve import serve_recipe
+    from pipeline.workspace.lock import in_use
+    from pipeline.workspace.store import Workspace
 
-    serve_recipe(resolved, address=address)
+    workspace = Workspace(resolved.workspace)
+    names = [f"{step.name}/{step.key}" for step in make_plan(resolved)]
+    is_used = not workspace.is_local or Path(workspace.root).is_dir()  # a folder of networks has no workspace
+    with in_use(workspace, names) if is_used else nullcontext():
+        serve_recipe(resolved, address=address)

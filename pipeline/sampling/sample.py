@@ -7,6 +7,7 @@ effect of other words.
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from models.editor import ImageEncoder
 from models.stage import Watch
 from pipeline.errors import ConfigError
 from pipeline.networks.cascade import load_cascade, network_configs
-from pipeline.pictures import to_png
+from pipeline.pictures import to_png, with_text
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
@@ -50,9 +51,9 @@ def sample_recipe(
     Raises:
         ConfigError: If a network is not trained yet; names the command that trains it.
     """
-    accelerator = recipe.evaluate.resources.accelerator
-    cascade = load_cascade(finished_artifacts(recipe, CASCADE_STEPS), accelerator, network_configs(recipe))
-    return sample_prompts(
+    accelerator, artifacts = recipe.evaluate.resources.accelerator, finished_artifacts(recipe, CASCADE_STEPS)
+    cascade = load_cascade(artifacts, accelerator, network_configs(recipe))
+    rows = sample_prompts(
         cascade,
         prompts,
         num_images=num_images,
@@ -62,6 +63,13 @@ def sample_recipe(
         batch_size=recipe.evaluate.batch_size,
         watch=watch,
     )
+    networks = {name: artifact.uri.rpartition("/")[2] for name, artifact in artifacts.items()}
+    for row in rows:
+        facts = {"recipe": recipe.name, "networks": networks, "version": version("unclip")}
+        facts |= {name: row[name] for name in ("prompt", "seed")}
+        path = out_dir / row["file"]
+        path.write_bytes(with_text(path.read_bytes(), "unclip", json.dumps(facts, ensure_ascii=False)))
+    return rows
 
 
 def sample_prompts(

@@ -16,7 +16,7 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from pipeline.workspace.store import Workspace
 BEAT_S = 10.0
 EXPIRY_S = 60.0
 _CLOCK = "clock"
+_USES = "uses"
 
 
 class Lock:
@@ -60,8 +61,51 @@ def locked_workspace(workspace: Workspace, warn: Callable[[str], None]) -> conte
     return locked(f"{workspace.root}/.lock", f"{workspace.root}: another run is using this workspace", warn)
 
 
+def in_use(workspace: Workspace, artifacts: Sequence[str]) -> contextlib.AbstractContextManager[Lock]:
+    """Say inside a block that artifacts are being read, so that `unclip gc` leaves them.
+
+    Args:
+        workspace: The workspace.
+        artifacts: ``step/key`` of each.
+    """
+    at = f"{workspace.root}/{_USES}/{uuid.uuid4().hex}"
+    if workspace.is_local:
+        return _locked_here(Path(at), "", artifacts)
+    return _locked_in_store(at, "", lambda _: None, artifacts)
+
+
+def used_artifacts(workspace: Workspace) -> dict[str, str]:
+    """``step/key`` of each artifact that a living process reads, with the process; what dead ones left is removed."""
+    used: dict[str, str] = {}
+    for name in workspace.keys(_USES):
+        at = f"{workspace.root}/{_USES}/{name}"
+        data = _use_here(Path(at)) if workspace.is_local else _use_in_store(ObjectStore(at))
+        used |= dict.fromkeys(data.get("artifacts", []), str(data.get("owner", "")))
+    return used
+
+
+def _use_here(file: Path) -> dict[str, Any]:
+    with contextlib.suppress(FileNotFoundError), file.open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner, _, artifacts = lock.read().partition("\n")
+            return {"owner": owner, "artifacts": artifacts.split()}
+        file.unlink()
+    return {}
+
+
+def _use_in_store(store: ObjectStore) -> dict[str, Any]:
+    number, owner, age_s = _newest(store)
+    if owner and age_s < EXPIRY_S:
+        return json.loads(store.cat_file(f"{store.path}/{number}.json"))
+    for path in store.find(store.path):
+        store.rm_file(path)
+    return {}
+
+
 @contextlib.contextmanager
-def _locked_here(file: Path, place: str) -> Generator[Lock]:
+def _locked_here(file: Path, place: str, artifacts: Sequence[str] = ()) -> Generator[Lock]:
     with translate_os_errors(str(file.parent)):
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = file.open("a+")
@@ -73,17 +117,19 @@ def _locked_here(file: Path, place: str) -> Generator[Lock]:
             raise StepError(f"{place} ({lock.read().strip()}); wait for it") from None
         lock.truncate(0)
         with translate_os_errors(str(file.parent)):
-            os.write(lock.fileno(), _owner().encode())
+            os.write(lock.fileno(), "\n".join([_owner(), *artifacts]).encode())
         yield Lock()
 
 
 @contextlib.contextmanager
-def _locked_in_store(folder: str, place: str, warn: Callable[[str], None]) -> Generator[Lock]:
+def _locked_in_store(
+    folder: str, place: str, warn: Callable[[str], None], artifacts: Sequence[str] = ()
+) -> Generator[Lock]:
     store = ObjectStore(folder)
     number, owner, age_s = _newest(store)
     if owner and age_s < EXPIRY_S:
         raise StepError(f"{place} ({owner}, last heard {age_s:.0f} s ago); wait for it, or for {EXPIRY_S:.0f} s")
-    lock = _StoreLock(store, place, number + 1)
+    lock = _StoreLock(store, place, number + 1, artifacts)
     if not store.create(lock.path, lock.content()):
         raise StepError(f"{place}: it was taken at this moment; wait for it")
     if owner:
@@ -98,12 +144,13 @@ def _locked_in_store(folder: str, place: str, warn: Callable[[str], None]) -> Ge
 class _StoreLock(Lock):
     """A lock in an object store, written again by a thread."""
 
-    def __init__(self, store: ObjectStore, place: str, number: int) -> None:
+    def __init__(self, store: ObjectStore, place: str, number: int, artifacts: Sequence[str]) -> None:
         self._store, self._place, self._number = store, place, number
         self.path = f"{store.path}/{number}.json"
         self._beat_at = _boot_time()
         self._is_lost = False
         self._owner, self._token = _owner(), uuid.uuid4().hex
+        self._artifacts = list(artifacts)
         self._beats = 0
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True)
@@ -112,7 +159,8 @@ class _StoreLock(Lock):
         """The lock's file; an empty owner releases it."""
         self._beats += 1
         name = self._owner if owner is None else owner
-        return json.dumps({"owner": name, "beats": self._beats, "token": self._token}).encode()
+        facts = {"owner": name, "beats": self._beats, "token": self._token, "artifacts": self._artifacts}
+        return json.dumps(facts).encode()
 
     def start(self, previous: int) -> None:
         """Remove what the owners before left, and begin to write."""

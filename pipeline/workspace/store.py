@@ -203,11 +203,31 @@ class Artifact:
         names = [path[len(self._base) :].lstrip("/") for path in paths]
         return sorted(name for name in names if _TEMPORARY not in name)
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file, also of those that are being written, by its path inside the artifact.
+
+        A link to a user's file counts as nothing, because removing it frees nothing.
+        """
+        if not self._is_local:
+            files = self._files.find(self._base)
+            return {path[len(self._base) :].lstrip("/"): int(info["size"]) for path, info in files.items()}
+        base = Path(self._base)
+        files = [path for path in base.rglob("*") if path.is_symlink() or path.is_file()]
+        return {str(path.relative_to(base)): 0 if path.is_symlink() else path.stat().st_size for path in files}
+
     def clear(self) -> None:
         """Remove every file, the commit first."""
         self.remove(MANIFEST)
         for name in self.names():
             self.remove(name)
+
+    def destroy(self) -> None:
+        """Remove the artifact, the commit first, with what was never published."""
+        self.remove(MANIFEST)
+        for name in self.sizes():
+            self.remove(name)
+        if self._is_local:
+            shutil.rmtree(self._base, ignore_errors=True)
 
     def remove(self, name: str) -> None:
         """Remove one file if it is there."""

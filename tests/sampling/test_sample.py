@@ -7,6 +7,7 @@ from PIL import Image
 
 from models.cascade import Cascade
 from pipeline.errors import ConfigError, StepError
+from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.sampling.sample import sample_prompts, sample_recipe
 from tests.tiny.workspace import evaluated_tables
@@ -28,6 +29,11 @@ def test_sample_recipe_writes_pictures_grid_and_rows(tiny: Recipe, tmp_path: Pat
     assert rows[0]["settings"]["decoder"]["guidance_scale"] == 1.5
     with Image.open(tmp_path / rows[0]["file"]) as image:
         assert image.size == (32, 32)
+        image.load()
+        facts = json.loads(image.info["unclip"])
+    assert (facts["prompt"], facts["seed"]) == (PROMPTS[0], 3)
+    assert facts["networks"] == {step.name: step.key for step in make_plan(tiny) if step.name in facts["networks"]}
+    assert {"clip", "prior", "decoder", "upsampler_2"} <= facts["networks"].keys()
 
 
 def test_sample_grid_has_a_block_for_each_prompt(cascade: Cascade, tmp_path: Path) -> None:

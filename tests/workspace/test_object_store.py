@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.workspace import cache, lock, objects
 from pipeline.workspace.digests import fingerprint
 from pipeline.workspace.files import open_file
-from pipeline.workspace.lock import locked_workspace
+from pipeline.workspace.lock import in_use, locked_workspace, used_artifacts
 from pipeline.workspace.manifest import Manifest, ShardRecord
 from pipeline.workspace.objects import ObjectStore
 from pipeline.workspace.store import Artifact, Workspace
@@ -326,3 +326,23 @@ def test_a_lock_that_is_written_again_does_not_expire(bucket: str, monkeypatch: 
             beats.append(json.loads(store.cat_file(f"{store.path}/1.json"))["beats"])
             time.sleep(0.5)
         assert beats[1] > beats[0]
+
+
+def test_what_a_living_server_reads_is_known_in_a_store(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace = Workspace(f"{bucket}/prefix")
+    assert used_artifacts(workspace) == {}
+    with in_use(workspace, ["prior/0"]):
+        assert list(used_artifacts(workspace)) == ["prior/0"]
+        monkeypatch.setattr(lock, "EXPIRY_S", -1.0)
+        assert used_artifacts(workspace) == {}
+        assert workspace.keys("uses") == []
+
+
+def test_an_artifact_in_a_store_is_sized_and_destroyed(bucket: str) -> None:
+    workspace = Workspace(f"{bucket}/prefix")
+    artifact = workspace.artifact("prior", "key")
+    artifact.write_bytes("live/checkpoint", b"12345")
+    assert artifact.sizes() == {"live/checkpoint": 5}
+    assert workspace.keys("prior") == ["key"]
+    artifact.destroy()
+    assert workspace.keys("prior") == []

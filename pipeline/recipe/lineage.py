@@ -1,0 +1,212 @@
+"""What something was made from: an artifact, a checkpoint, an exported folder, or a picture, back to its pairs."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError, UnclipError
+from pipeline.recipe.plan import Step, make_plan
+from pipeline.recipe.recipe import Recipe, flatten, parse_recipe
+from pipeline.recipe.steps import STEP_ROWS, STEPS
+from pipeline.workspace.manifest import Manifest
+from pipeline.workspace.store import Artifact, Workspace
+
+Json = dict[str, Any]
+
+ORIGIN = "unclip.json"
+"""File of an exported folder that says which artifacts its networks are."""
+_KEY = re.compile(r"[0-9a-f]{16}")
+_KEY_START = re.compile(r"[0-9a-f]{6,16}")
+_SHARD = re.compile(r"\d{5,}")
+_SHOWN = ("source", "name", "tag", "init_from", "train.num_steps", "train.batch_size", "seed")
+"""Fields of a section that say most about what was done."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One artifact in the lineage."""
+
+    step: str
+    key: str
+    state: str
+    """done, unfinished, or missing: nothing of it is in the workspace."""
+    inputs: dict[str, str]
+    """Key of each input, by step name."""
+    recipes: tuple[str, ...] = ()
+    """Names of the recipes of this workspace whose plan holds it."""
+    created: float = 0.0
+    """Commit time, in seconds since the epoch."""
+    wall_s: float = 0.0
+    counts: dict[str, int] = field(default_factory=dict[str, int])
+    num_shards: int = 0
+    settings: Json = field(default_factory=dict[str, Any])
+    """The fields of its section that say most about it."""
+    versions: dict[str, str] = field(default_factory=dict[str, str])
+    """Of the project and of the packages that shaped its bytes."""
+    tracking_run_id: str = ""
+    """MLflow run, or empty."""
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where something comes from."""
+
+    what: str
+    """What was asked for."""
+    facts: Json
+    """What it says of itself: the prompt and the seed of a picture."""
+    workspace: str
+    nodes: tuple[Node, ...]
+    """The last step first; each before its inputs."""
+    notes: tuple[str, ...]
+    """What could not be found out."""
+
+    def to_dict(self) -> Json:
+        """As JSON."""
+        return asdict(self)
+
+
+def write_origin(folder: Path, recipe: Recipe, artifacts: Mapping[str, Artifact]) -> None:
+    """Say in an exported folder which artifacts its networks are."""
+    networks = {name: artifact.uri.rpartition("/")[2] for name, artifact in artifacts.items()}
+    origin = {"recipe": recipe.name, "workspace": Workspace(recipe.workspace).root, "networks": networks}
+    Artifact(str(folder.resolve())).write_json(ORIGIN, origin)
+
+
+def trace(what: str, workspace: str = "") -> Lineage:
+    """Find out what something was made from.
+
+    Args:
+        what: Path or URI of an artifact, of a file in it, of an exported folder or of a picture; or a key's beginning.
+        workspace: Where the artifacts are; empty: where ``what`` says.
+
+    Raises:
+        ConfigError: If nothing is known of it, or the workspace is needed and was not given.
+        DataError: If a manifest cannot be read.
+    """
+    root, roots, facts = _identify(what, workspace)
+    place = Workspace(root)
+    plans, notes = _plans(place)
+    nodes: dict[tuple[str, str], Node] = {}
+    waiting = list(roots.items())
+    while waiting:
+        step, key = waiting.pop()
+        if (step, key) not in nodes:
+            nodes[step, key] = _node(place, step, key, plans)
+            waiting += nodes[step, key].inputs.items()
+    if all(node.state == "missing" for node in nodes.values()):
+        raise ConfigError(f"{what}: none of its artifacts is in {place.root}; name their workspace with --workspace")
+    order = {row.name: number for number, row in enumerate(STEPS)}
+    ordered = sorted(nodes.values(), key=lambda node: (-order.get(node.step, len(order)), node.key))
+    return Lineage(what, facts, place.root, tuple(ordered), tuple(notes))
+
+
+def mermaid(lineage: Lineage) -> str:
+    """The lineage as a mermaid graph, from the data down."""
+    lines = ["graph TD"]
+    for node in reversed(lineage.nodes):
+        shape = f'["{node.step}<br/>{node.key}"]' if node.state == "done" else f'("{node.step}<br/>{node.state}")'
+        lines.append(f"  {node.step}_{node.key}{shape}")
+        lines += [f"  {name}_{key} --> {node.step}_{node.key}" for name, key in node.inputs.items()]
+    return "\n".join(lines)
+
+
+def _identify(what: str, workspace: str) -> tuple[str, dict[str, str], Json]:
+    """The workspace, the artifacts by step, and what the thing says of itself."""
+    path = Path(what)
+    if "://" not in what and path.is_file() and path.suffix.lower() == ".png":
+        facts = _picture_facts(path)
+        return _require(workspace, what), facts.pop("networks"), facts
+    if "://" not in what and (path / ORIGIN).is_file():
+        origin = json.loads((path / ORIGIN).read_text(encoding="utf-8"))
+        return workspace or origin["workspace"], origin["networks"], {"recipe": origin["recipe"]}
+    parts = (what if "://" in what else str(path.absolute())).rstrip("/").split("/")
+    for place in range(len(parts) - 1, 0, -1):
+        if _KEY.fullmatch(parts[place]) and parts[place - 1] in STEP_ROWS:
+            return "/".join(parts[: place - 1]), {parts[place - 1]: parts[place]}, {}
+    if _KEY_START.fullmatch(what):
+        return _by_key(what, _require(workspace, what))
+    raise ConfigError(
+        f"{what}: neither an artifact (WORKSPACE/STEP/KEY), a file in one, an exported folder nor a picture of this "
+        "program; its key's first six digits do, too"
+    )
+
+
+def _by_key(start: str, root: str) -> tuple[str, dict[str, str], Json]:
+    place = Workspace(root)
+    matches = [(row.name, key) for row in STEPS for key in place.keys(row.name) if key.startswith(start)]
+    if len(matches) == 1:
+        return root, dict(matches), {}
+    names = ", ".join(f"{step}/{key}" for step, key in matches)
+    raise ConfigError(f"{start}: {f'more than one key begins so: {names}' if matches else f'no key in {root}'}")
+
+
+def _require(workspace: str, what: str) -> str:
+    if not workspace:
+        raise ConfigError(f"{what}: say where the artifacts are: --workspace FOLDER, or --recipe RECIPE")
+    return workspace
+
+
+def _picture_facts(path: Path) -> Json:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            image.load()  # a chunk may stand behind the pixels
+            facts = json.loads(image.info["unclip"])
+            return {**facts, "networks": dict(facts["networks"])}
+    except (OSError, UnidentifiedImageError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{path}: no picture of this program, or another one has removed its metadata") from None
+
+
+def _node(workspace: Workspace, step: str, key: str, plans: Mapping[str, Sequence[Step]]) -> Node:
+    artifact = workspace.artifact(step, key)
+    manifest = artifact.manifest()
+    planned = {name: one for name, steps in plans.items() for one in steps if (one.name, one.key) == (step, key)}
+    if manifest is not None:
+        return _done(manifest, tuple(planned))
+    state = "unfinished" if artifact.names() else "missing"
+    one = next(iter(planned.values()), None)
+    inputs, section = (one.inputs, one.section) if one else ({}, {})
+    return Node(step, key, state, inputs, tuple(planned), settings=_settings(section))
+
+
+def _done(manifest: Manifest, recipes: tuple[str, ...]) -> Node:
+    shards = {name.rpartition("/")[2].partition(".")[0] for name in manifest.files}
+    return Node(
+        manifest.step,
+        manifest.key,
+        "done",
+        manifest.inputs,
+        recipes,
+        created=manifest.created,
+        wall_s=manifest.wall_s,
+        counts=manifest.counts,
+        num_shards=sum(bool(_SHARD.fullmatch(shard)) for shard in shards),
+        settings=_settings(manifest.section),
+        versions=manifest.versions,
+        tracking_run_id=manifest.tracking_run_id,
+    )
+
+
+def _settings(section: Json) -> Json:
+    fields = flatten(section)
+    return {name: fields[name] for name in _SHOWN if fields.get(name) not in {None, ""}}
+
+
+def _plans(workspace: Workspace) -> tuple[dict[str, list[Step]], list[str]]:
+    """The plan of each recipe that was run in the workspace, as it was at its last run."""
+    plans: dict[str, list[Step]] = {}
+    notes: list[str] = []
+    for name in workspace.keys("recipes"):
+        artifact = workspace.artifact("recipes", name)
+        if not artifact.exists("resolved.json"):
+            continue
+        try:
+            plans[name] = make_plan(parse_recipe(artifact.read_json("resolved.json")))
+        except UnclipError as error:
+            notes.append(f"recipe {name}: its plan is not known any more: {error}")
+    return plans, notes

@@ -1,0 +1,165 @@
+"""From a picture, a folder or an artifact back to the pairs; and what no recipe needs."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from jobs.cli import app
+from pipeline.errors import ConfigError
+from pipeline.pictures import to_png, with_text
+from pipeline.recipe.garbage import Garbage, find_garbage, remove_garbage
+from pipeline.recipe.lineage import mermaid, trace, write_origin
+from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
+from pipeline.recipe.recipe import Recipe, parse_recipe, to_dict
+from pipeline.recipe.steps import CASCADE_STEPS
+from pipeline.workspace.lock import in_use
+from pipeline.workspace.store import Workspace
+from tests.tiny.recipe import tiny_tables, write_recipe
+
+
+def _finish(recipe: Recipe) -> dict[str, str]:
+    """Commit every step of a recipe with a file that is no network; the key of each step."""
+    workspace = Workspace(recipe.workspace)
+    workspace.artifact("recipes", recipe.name).write_json("resolved.json", to_dict(recipe))
+    steps = make_plan(recipe)
+    for step in steps:
+        output = artifact_of(workspace, step)
+        output.write_bytes("00000.bin", step.name.encode())
+        output.commit(manifest_of(step, output, {"in": 3, "ok": 3}))
+    return {step.name: step.key for step in steps}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    """A recipe, not run."""
+    return parse_recipe(tiny_tables(tmp_path / "workspace"))
+
+
+def _picture(folder: Path, networks: dict[str, str]) -> Path:
+    facts = {"prompt": "a red \N{SNOWMAN}", "seed": 3, "networks": networks}
+    png = with_text(to_png(np.zeros((4, 4, 3), np.uint8)), "unclip", json.dumps(facts, ensure_ascii=False))
+    (folder / "picture.png").write_bytes(png)
+    return folder / "picture.png"
+
+
+def test_a_text_chunk_leaves_the_pixels_alone() -> None:
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    with Image.open(io.BytesIO(with_text(to_png(pixels), "unclip", "\N{SNOWMAN}"))) as image:
+        image.load()
+        assert image.info["unclip"] == "\N{SNOWMAN}"
+        assert np.array_equal(np.asarray(image), pixels)
+
+
+def test_a_picture_leads_to_its_pairs(recipe: Recipe, tmp_path: Path) -> None:
+    keys = _finish(recipe)
+    networks = {name: keys[name] for name in CASCADE_STEPS if name in keys}
+    found = trace(str(_picture(tmp_path, networks)), recipe.workspace)
+    assert (found.facts["prompt"], found.facts["seed"]) == ("a red \N{SNOWMAN}", 3)
+    nodes = {node.step: node for node in found.nodes}
+    assert {name: node.key for name, node in nodes.items()} == {
+        name: key for name, key in keys.items() if name not in {"index", "evaluate"}
+    }
+    assert found.nodes[-1].step == "pairs"
+    assert nodes["decoder"].inputs == {name: keys[name] for name in nodes["decoder"].inputs}
+    assert (nodes["decoder"].recipes, nodes["decoder"].num_shards) == ((recipe.name,), 1)
+    assert nodes["decoder"].settings["train.num_steps"] == recipe.decoder.train.num_steps
+    assert f"  clip_{keys['clip']} --> decoder_{keys['decoder']}" in mermaid(found).splitlines()
+
+
+def test_lineage_takes_artifacts_checkpoints_folders_and_keys(recipe: Recipe, tmp_path: Path) -> None:
+    keys = _finish(recipe)
+    expected = trace(f"{recipe.workspace}/prior/{keys['prior']}").nodes
+    assert expected[0].step == "prior"
+    assert trace(f"{recipe.workspace}/prior/{keys['prior']}/live/checkpoint").nodes == expected
+    assert trace(keys["prior"][:8], recipe.workspace).nodes == expected
+    step = next(step for step in make_plan(recipe) if step.name == "prior")
+    workspace = Workspace(recipe.workspace)
+    write_origin(tmp_path / "exported", recipe, {"prior": artifact_of(workspace, step)})
+    assert trace(str(tmp_path / "exported")).nodes == expected
+    artifact_of(workspace, step).clear()
+    artifact_of(workspace, step).write_bytes("live/checkpoint", b"")
+    again = trace(f"{recipe.workspace}/prior/{keys['prior']}")
+    assert again.nodes[0].state == "unfinished"  # its inputs are known from the recipe's plan
+    assert again.nodes[1:] == expected[1:]
+
+
+def test_what_leads_nowhere_is_one_sentence(recipe: Recipe, tmp_path: Path) -> None:
+    _finish(recipe)
+    (tmp_path / "plain.png").write_bytes(to_png(np.zeros((4, 4, 3), np.uint8)))
+    for what, workspace, reason in [
+        (str(tmp_path / "plain.png"), recipe.workspace, "no picture of this program"),
+        (str(_picture(tmp_path, {"prior": "0" * 16})), "", "--workspace FOLDER"),
+        (str(_picture(tmp_path, {"prior": "0" * 16})), recipe.workspace, "none of its artifacts is in"),
+        ("abcdef0", recipe.workspace, "no key in"),
+        (str(tmp_path), "", "neither an artifact"),
+    ]:
+        with pytest.raises(ConfigError, match=reason):
+            trace(what, workspace)
+
+
+def test_the_command_prints_the_lineage(recipe: Recipe, tmp_path: Path) -> None:
+    keys = _finish(recipe)
+    picture = str(_picture(tmp_path, {"prior": keys["prior"]}))
+    text = CliRunner().invoke(app, ["lineage", picture, "--workspace", recipe.workspace])
+    assert text.exit_code == 0, text.output
+    assert f"prior             {keys['prior']}  made " in text.stdout
+    assert "prompt 'a red \N{SNOWMAN}', seed 3" in text.stdout
+    graph = CliRunner().invoke(app, ["lineage", picture, "--workspace", recipe.workspace, "--graph"])
+    assert graph.stdout.startswith("graph TD\n")
+    data = CliRunner().invoke(app, ["lineage", picture, "--workspace", recipe.workspace, "--json"])
+    assert json.loads(data.stdout)["nodes"][0]["key"] == keys["prior"]
+
+
+def test_garbage_is_what_no_recipe_needs(recipe: Recipe, tmp_path: Path) -> None:
+    old = parse_recipe(tiny_tables(tmp_path / "workspace", prior={"train": {"num_steps": 77}}))
+    old_keys, keys = _finish(old), _finish(recipe)
+    workspace = Workspace(recipe.workspace)
+    workspace.artifact("prior", "f" * 16).write_bytes("live/checkpoint", bytes(100))
+    garbage, kept = find_garbage(workspace, [recipe])
+    assert {(one.step, one.key) for one in garbage} == {
+        *((step, key) for step, key in old_keys.items() if keys[step] != key),
+        ("prior", "f" * 16),
+    }
+    assert garbage[0].num_bytes > 100  # a manifest is larger than the checkpoint
+    assert Garbage("prior", "f" * 16, 100, is_finished=False) in garbage
+    assert kept == []
+    assert find_garbage(workspace, [recipe, old])[0] == [Garbage("prior", "f" * 16, 100, is_finished=False)]
+    remove_garbage(workspace, garbage)
+    assert find_garbage(workspace, [recipe]) == ([], [])
+    assert workspace.keys("prior") == [keys["prior"]]
+    assert all(artifact_of(workspace, step).manifest() for step in make_plan(recipe))
+
+
+def test_what_is_served_and_what_an_index_reads_stays(recipe: Recipe, tmp_path: Path) -> None:
+    old = parse_recipe(tiny_tables(tmp_path / "workspace", embed={"precision": "bfloat16"}))
+    old_keys, _ = _finish(old), _finish(recipe)
+    workspace = Workspace(recipe.workspace)
+    index = next(artifact_of(workspace, step) for step in make_plan(recipe) if step.name == "index")
+    index.write_json("segment_00001/segment.json", {"embedded": {"sources": [f"embed/{old_keys['embed']}"]}})
+    names = {(one.step, one.key) for one in find_garbage(workspace, [recipe])[0]}
+    assert ("embed", old_keys["embed"]) not in names
+    assert ("prior", old_keys["prior"]) in names
+    with in_use(workspace, [f"prior/{old_keys['prior']}"]):
+        garbage, [kept] = find_garbage(workspace, [recipe])
+        assert {(one.step, one.key) for one in garbage} == names - {("prior", old_keys["prior"])}
+        assert (kept.step, kept.key) == ("prior", old_keys["prior"])
+        assert "in use by process" in kept.why
+    assert {(one.step, one.key) for one in find_garbage(workspace, [recipe])[0]} == names
+
+
+def test_the_command_removes_only_when_told(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, port=1)
+    workspace = Workspace(str(tmp_path / "workspace"))
+    workspace.artifact("prior", "f" * 16).write_bytes("live/checkpoint", bytes(2000))
+    listed = CliRunner().invoke(app, ["gc", str(path)])
+    assert listed.exit_code == 0, listed.output
+    assert "1 artifacts, 2.0 KB: not needed" in listed.stdout
+    assert f"next: unclip gc {path} --delete" in listed.stdout
+    assert workspace.keys("prior") == ["f" * 16]
+    assert "1 artifacts, 2.0 KB: removed" in CliRunner().invoke(app, ["gc", str(path), "--delete"]).stdout
+    assert workspace.keys("prior") == []
