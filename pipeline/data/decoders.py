@@ -27,7 +27,7 @@ from pipeline.data.bodies import Body
 from pipeline.data.causes import FetchError
 from pipeline.data.resize import Boxes, Resizer, StoredPicture
 from pipeline.errors import StepError
-from pipeline.pictures import PictureError
+from pipeline.pictures import PictureError, keep_freed_memory
 from pipeline.recipe.sections import DownloadConfig
 
 _LIMIT_S = 60.0
@@ -250,6 +250,7 @@ def main() -> int:
         return 0
     config: DownloadConfig = message[1]
     resizer = Resizer(config)
+    keep_freed_memory()
     _limit_memory(config)
     os.dup2(quiet, 2)  # libtiff and libpng write a line for every damaged picture
     os.dup2(quiet, 1)

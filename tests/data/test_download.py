@@ -421,6 +421,29 @@ def test_many_pictures_through_few_decoders_come_back_to_their_rows(
     assert sum(map(bool, stored)) > 90
 
 
+def test_a_decoder_keeps_the_memory_of_a_picture_for_the_next_one() -> None:
+    """Else the system clears its pages for every picture: a quarter of the time (docs/lab.md)."""
+    picture = make_picture(0, size=(640, 480))
+
+    async def faults_for_each(count: int) -> float:
+        async with decoders.Decoders(replace(_CONFIG, image_px=256), 1) as pool:
+            [decoder] = pool._all
+            assert decoder._process is not None
+            stat = Path(f"/proc/{decoder._process.pid}/stat")
+            for _ in range(3):
+                await pool.store(io.BytesIO(picture))
+            before = _page_faults(stat)
+            for _ in range(count):
+                await pool.store(io.BytesIO(picture))
+            return (_page_faults(stat) - before) / count
+
+    assert asyncio.run(faults_for_each(20)) < 60
+
+
+def _page_faults(stat: Path) -> int:
+    return int(stat.read_text().rpartition(")")[2].split()[7])
+
+
 def test_a_picture_that_keeps_its_decoder_busy_is_a_row_with_a_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

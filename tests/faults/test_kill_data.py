@@ -1,0 +1,116 @@
+"""``kill -9`` of download and of filter at twenty random moments: in the end the bytes are those of a calm run.
+
+``test_kill.py`` kills drivers, workers and clusters of a real Ray; here the work of a step runs in one process, which
+is killed often and anywhere, also between the files of a shard and its record.
+"""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipeline.data.rows import make_uid
+from pipeline.recipe.plan import make_plan
+from pipeline.recipe.recipe import parse_recipe
+from pipeline.runtime.context import StepContext
+from pipeline.runtime.download import DownloadWorker
+from pipeline.runtime.filter import run_filter
+from pipeline.workspace.store import RECORD_SUFFIX, Artifact
+from tests.data.hostile import HostileServer
+from tests.filter.planted import make_context, planted_pairs, tiny_recipe, without_ray
+from tests.tiny.pairs import write_parts
+
+_SHARDS = [f"{number:05d}" for number in range(4)]
+_ROWS = 6
+_NUM_KILLS = pytest.mark.parametrize("num_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+
+
+@pytest.fixture
+def server() -> Generator[HostileServer]:
+    """A server of pictures."""
+    with HostileServer() as running:
+        yield running
+
+
+def _start(work: Callable[[], object]) -> int:
+    """Do the work in a process of its own; returns its id."""
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        work()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _finish(process: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def _files(output: Artifact) -> dict[str, object]:
+    """What must not differ: all but times, and what only a running step reads."""
+    names = [name for name in output.names() if not name.startswith("live/")]
+    return {name: output.describe(name) for name in names if not name.endswith((RECORD_SUFFIX, "_stats.json"))}
+
+
+def _kill_often(work: Callable[[], object], output: Artifact, *, num_kills: int, num_files: int) -> None:
+    start = time.monotonic()
+    assert _finish(_start(work)) == 0
+    took_s, expected, rng = time.monotonic() - start, _files(output), random.Random(0)
+    assert len(expected) == num_files
+    output.clear()
+    num_killed = 0
+    while num_killed < num_kills:
+        process = _start(work)
+        time.sleep(rng.uniform(0, took_s))
+        os.kill(process, signal.SIGKILL)
+        if _finish(process) == 0:
+            output.clear()
+        else:
+            num_killed += 1
+    output.clear_temporaries()
+    assert _finish(_start(work)) == 0
+    assert _files(output) == expected
+
+
+@_NUM_KILLS
+def test_download_ends_in_the_same_bytes(server: HostileServer, tmp_path: Path, num_kills: int) -> None:
+    settings = {"samples_per_shard": _ROWS, "image_px": 64, "retries": 0, "allowed_networks": ["127.0.0.1/32"]}
+    recipe = parse_recipe({"workspace": str(tmp_path), "download": settings})
+    step = next(step for step in make_plan(recipe) if step.name == "download")
+    context = StepContext(recipe, step, recipe.workspace)
+    paths = ["missing" if row % 5 == 4 else f"ok?seed={row}" for row in range(_ROWS * len(_SHARDS))]
+    urls = [f"{server.url}/{path}" for path in paths]
+    columns = {"uid": [make_uid(url, "a caption") for url in urls], "url": urls, "caption": ["a caption"] * len(urls)}
+    pairs = pa.table({**columns, "split": ["train"] * len(urls)})
+    write_parts(Path(context.inputs["pairs"].uri), [pairs])
+
+    def work() -> None:
+        missing = [shard for shard in _SHARDS if shard not in context.output.shard_records()]
+        worker = DownloadWorker(context) if missing else None
+        for shard in missing:
+            assert worker is not None
+            assert worker(shard).counts["in"] == _ROWS
+
+    _kill_often(work, context.output, num_kills=num_kills, num_files=2 * len(_SHARDS))
+
+
+@_NUM_KILLS
+def test_filter_ends_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_kills: int) -> None:
+    without_ray(monkeypatch)
+    recipe = tiny_recipe(tmp_path, filter={"min_caption_words": 2, "duplicates": "near", "num_examples": 2})
+    context = make_context(tmp_path, "filter", recipe)
+    planted_pairs().write(context.inputs["download"])
+    num_shards = len(context.inputs["download"].shard_records())
+    run_filter(context)
+    num_files = len(_files(context.output))
+    assert num_files > num_shards
+    context.output.clear()
+    _kill_often(lambda: run_filter(context), context.output, num_kills=num_kills, num_files=num_files)
