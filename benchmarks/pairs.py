@@ -4,7 +4,8 @@
 
 Makes lists of 1M, 2M and 5M rows (a few are repeated) and writes each as pairs in a process of its
 own, with one worker. `peak_mib` is the process's largest resident set less that after its imports. Floor: the peak of
-the largest list is at most 1.25 times that of the smallest. The hours for 100M rows follow from one worker's speed.
+the largest list is at most 1.25 times that of the smallest, which is smaller than one piece (256 MB, here about 5M
+rows); from one piece on the peak is flat (docs/lab.md). The hours for 100M rows follow from one worker's speed.
 """
 
 import argparse
