@@ -254,7 +254,7 @@ def recipe_changes(recipe: Recipe) -> list[tuple[str, str, str]]:
     return [
         (name, _text(value), _text(defaults[name]) if name in defaults else "")
         for name, value in values.items()
-        if value is not None and defaults.get(name) != value and not name.endswith("api_key")
+        if value is not None and defaults.get(name) != value
     ]
 
 

@@ -69,6 +69,12 @@ class ModelReplica:
         """See ``PictureModel``."""
         return await self._engine.stats()
 
+    async def metrics(self) -> dict[str, str]:
+        """See ``PictureModel``."""
+        name = serve.get_replica_context().replica_id.unique_id
+        [text] = (await self._engine.metrics()).values()
+        return {name: text}
+
     async def check_health(self) -> None:
         """Called by Ray Serve, which replaces a replica that raises."""
         if not self._engine.alive:
@@ -113,16 +119,23 @@ class RemoteModel:
 
     async def stats(self) -> dict[str, int]:
         """See ``PictureModel``; the sums over all replicas."""
-        call = self._handle.broadcast("stats")
+        sums = Counter[str]()
+        for counts in await self._of_all("stats"):
+            sums.update(counts)
+        return dict(sums)
+
+    async def metrics(self) -> dict[str, str]:
+        """See ``PictureModel``."""
+        return {name: text for texts in await self._of_all("metrics") for name, text in texts.items()}
+
+    async def _of_all(self, method: str) -> list[dict[str, Any]]:
+        """The answers of all replicas that answer soon."""
+        call = self._handle.broadcast(method)
         try:
             answers = await call.results_async(timeout_s=_STATS_TIMEOUT_S, return_exceptions=True)
         except (TimeoutError, *_UNAVAILABLE):
-            return {}
-        sums = Counter[str]()
-        for answer in answers:
-            if isinstance(answer, dict):
-                sums.update(cast("dict[str, int]", answer))
-        return dict(sums)
+            return []
+        return [cast("dict[str, Any]", answer) for answer in answers if isinstance(answer, dict)]
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         response = getattr(self._handle, method).remote(*arguments)

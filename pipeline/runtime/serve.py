@@ -35,6 +35,7 @@ from pipeline.serve.guarded_model import GuardedModel, load_hook
 from pipeline.serve.guards import Guards, GuardSettings
 from pipeline.serve.http_server import HttpServer, is_loopback, url_of
 from pipeline.serve.keys import KeyRing, Meter
+from pipeline.serve.metrics import HttpMetrics
 from pipeline.serve.picture_files import ModelCard
 from pipeline.serve.protocols import PictureModel
 from pipeline.workspace.store import Artifact
@@ -70,12 +71,13 @@ def serve_recipe(recipe: Recipe, *, address: str = "", announce: Announce | None
             f"serve.host: {config.host} is open to other machines, and every one of them could use the server; make "
             "keys (unclip keys add FILE NAME), and name their file in serve.keys"
         )
-    meter, gate = Meter(), Gate()
+    meter, metrics, gate = Meter(), HttpMetrics(), Gate()
     guards = Guards(
         gate,
         GuardSettings(config.hosts, config.access_log, config.log_prompts),
         KeyRing(Path(config.keys)) if config.keys else None,
         meter,
+        metrics,
     )
     hook = load_hook(config.safety_hook) if config.safety_hook else None
     artifacts, no_neighbours = finished_artifacts(recipe, CASCADE_STEPS), ""
@@ -90,7 +92,7 @@ def serve_recipe(recipe: Recipe, *, address: str = "", announce: Announce | None
         try:
             with _deployed(recipe, artifacts, gate, announce, shared=bool(address)) as handle:
                 model = GuardedModel(RemoteModel(handle), model_card(recipe, artifacts).image_px, meter, hook)
-                app = build_app(recipe, artifacts, cast("PictureModel", model))
+                app = build_app(recipe, artifacts, cast("PictureModel", model), metrics)
                 gate.open(app)
                 announce(f"{server_name(recipe)} is served at {url_of(config.host, config.port)} - Ctrl-C ends it")
                 if no_neighbours:
@@ -108,21 +110,26 @@ def server_name(recipe: Recipe) -> str:
     return recipe.serve.name or recipe.name
 
 
-def build_app(recipe: Recipe, artifacts: dict[str, Artifact], model: PictureModel) -> ASGIApp:
+def build_app(recipe: Recipe, artifacts: dict[str, Artifact], model: PictureModel, metrics: HttpMetrics) -> ASGIApp:
     """The HTTP interface of a recipe.
 
     Args:
         recipe: The recipe that is served.
         artifacts: Its finished steps, by name.
         model: Its networks.
+        metrics: What the process measures.
     """
     from pipeline.retrieve.retriever import Retriever
     from pipeline.serve.api import ApiSettings, create_app
     from pipeline.serve.knn import LocalNeighbours
 
     manifest = artifacts["decoder"].manifest()
-    settings = ApiSettings(model_card(recipe, artifacts), created=int(manifest.created) if manifest else 0)
-    neighbours = LocalNeighbours(Retriever.open(artifacts["index"])) if "index" in artifacts else None
+    created = int(manifest.created) if manifest else 0
+    settings = ApiSettings(model_card(recipe, artifacts), created=created, metrics=metrics)
+    neighbours = None
+    if "index" in artifacts:
+        neighbours = LocalNeighbours(Retriever.open(artifacts["index"]))
+        neighbours.search = metrics.neighbours.time()(neighbours.search)
     return create_app(model, neighbours, settings)
 
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
@@ -22,6 +22,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 
 from pipeline.serve.images import Generation, GenerationRequest
 from pipeline.serve.knn import MAX_NUMBERS, KnnRequest, MetadataRequest, find, metadata
+from pipeline.serve.metrics import CONTENT_TYPE, HttpMetrics
 from pipeline.serve.picture_files import ModelCard
 from pipeline.serve.protocols import Neighbours, PictureModel
 from pipeline.serve.web import (
@@ -46,6 +47,8 @@ class ApiSettings:
     """What the pictures are made with; its name is that of the model and of the index."""
     created: int = 0
     """When the model was finished, in seconds since the epoch."""
+    metrics: HttpMetrics = field(default_factory=HttpMetrics)
+    """What the HTTP process measures."""
 
 
 def create_app(model: PictureModel, neighbours: Neighbours | None, settings: ApiSettings) -> FastAPI:
@@ -81,9 +84,7 @@ def _pages(model: PictureModel, settings: ApiSettings, *, has_neighbours: bool) 
 
     @router.get("/metrics")
     async def metrics() -> PlainTextResponse:
-        stats = await model.stats()
-        lines = [f"unclip_{name} {value}\n" for name, value in sorted(stats.items())]
-        return PlainTextResponse("".join(lines), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(settings.metrics.text(await model.metrics()), media_type=CONTENT_TYPE)
 
     return router
 

@@ -23,6 +23,7 @@ from models.request import SampleRequest
 from models.stage import PIXELS, Z_IMAGE, Batch, Chain, JoinedChains, Stage
 from pipeline.clip import FrozenClip
 from pipeline.serve.fair_queue import FairQueue
+from pipeline.serve.metrics import EngineMetrics
 from pipeline.serve.protocols import (
     Accepted,
     Event,
@@ -80,6 +81,7 @@ class _Pending:
     show: Callable[[Preview], None] | None = None
     """Called with each preview, by the engine's thread."""
     future: Future[SampledPictures] = field(default_factory=Future[SampledPictures])
+    arrived_s: float = field(default_factory=time.monotonic)
     num_steps: int = 0
     """Steps that its pictures have taken."""
     batch: Batch | None = None
@@ -144,6 +146,7 @@ class Engine:
         self._max_batch_size = max_batch_size
         self._max_waiting = max_waiting
         self._stats = EngineStats()
+        self._metrics = EngineMetrics()
         self._waiting: FairQueue[_Pending] = FairQueue()
         self._active: list[_Picture] = []
         self._picture_s = 0.0
@@ -195,6 +198,7 @@ class Engine:
             num_waiting = sum(not waiting.future.cancelled() for waiting in self._waiting)
             if num_waiting >= self._max_waiting:
                 self._stats.refused += 1
+                self._metrics.requests.labels("refused").inc()
                 raise Overloaded(f"{num_waiting} requests are waiting already", retry_after_s=self._wait_s())
             self._stats.requests += 1
             self._waiting.add(pending, client)
@@ -233,6 +237,13 @@ class Engine:
     async def stats(self) -> dict[str, int]:
         """See ``PictureModel``."""
         return self.counts() if self.alive else {}
+
+    async def metrics(self) -> dict[str, str]:
+        """See ``PictureModel``."""
+        counts = self.counts()
+        self._metrics.waiting.set(counts["waiting"])
+        self._metrics.active.set(counts["active"])
+        return {"": self._metrics.text()}
 
     @property
     def _clip(self) -> FrozenClip:
@@ -288,6 +299,8 @@ class Engine:
     def _enter(self, pending: _Pending, count: int) -> None:
         """Admit the next ``count`` pictures of a request."""
         if pending.batch is None:
+            if not pending.num_steps:
+                self._metrics.queue.observe(time.monotonic() - pending.arrived_s)
             pending.batch = self._cascade.batch_of(pending.request)
         first = len(pending.pictures)
         pictures = [_Picture(pending, pending.batch[row : row + 1]) for row in range(first, first + count)]
@@ -360,7 +373,9 @@ class Engine:
             load.joined is None or load.joined.chains != chains
         ):  # what no step changes is joined once for the same pictures
             load.joined = stage.join(chains)
-        load.joined.advance()
+        with self._metrics.step.labels(stage.name).time():
+            load.joined.advance()
+        self._metrics.batch.labels(stage.name).observe(len(pictures))
         for picture in pictures:
             picture.pending.num_steps += 1
             self._guarded([picture.pending], partial(self._preview, stage, picture))
@@ -371,17 +386,30 @@ class Engine:
             load.steps, load.joined = max(len(chain.timesteps) for chain in chains if chain.finished), None
         for picture, result in zip(left, results, strict=True):
             picture.batch = picture.batch.with_values(**{stage.makes: result})
+            self._metrics.stage.labels(stage.name).observe(time.monotonic() - picture.arrived_s)
             picture.chain, picture.stage, picture.arrived_s = None, number + 1, time.monotonic()
         finished = {picture for picture in left if picture.finished}
         with self._changed:
             self._stats.steps += 1
             self._stats.rows += len(pictures)
             self._stats.pictures += len(finished)
+            self._metrics.pictures.inc(len(finished))
             self._active = [picture for picture in self._active if picture not in finished]
             self._note_finished(len(finished))
         for pending in {picture.pending for picture in finished}:
             if pending.finished:
-                self._guarded([pending], partial(_answer, pending))
+                self._guarded([pending], partial(self._answer, pending))
+
+    def _answer(self, pending: _Pending) -> None:
+        values = [picture.batch.values for picture in pending.pictures]
+        images = to_uint8(torch.cat([value[PIXELS] for value in values])).cpu().numpy()
+        z_image = (
+            torch.cat([value[Z_IMAGE] for value in values]).float().cpu().numpy() if Z_IMAGE in values[0] else None
+        )
+        if pending.future.set_running_or_notify_cancel():
+            self._metrics.requests.labels("answered").inc()
+            self._metrics.sampling.observe(time.monotonic() - pending.arrived_s)
+            pending.future.set_result(SampledPictures(images, z_image, pending.num_steps))
 
     def _preview(self, stage: Stage, picture: _Picture) -> None:
         """Show a picture's present state if it is time for one of its previews."""
@@ -419,13 +447,19 @@ class Engine:
                 pending.future.set_exception(error)
         with self._changed:
             self._stats.failed += len(failed)
+            self._count_lost("failed", failed)
             self._remove(failed)
 
     def _forget_cancelled(self) -> None:
         """Drop cancelled requests; call with the lock held."""
         cancelled = {pending for pending in self._unanswered() if pending.future.cancelled()}
         self._stats.dropped += len(cancelled)
+        self._count_lost("cancelled", cancelled)
         self._remove(cancelled)
+
+    def _count_lost(self, outcome: str, requests: set[_Pending]) -> None:
+        self._metrics.requests.labels(outcome).inc(len(requests))
+        self._metrics.wasted_steps.labels(outcome).inc(sum(pending.num_steps for pending in requests))
 
     def _unanswered(self) -> set[_Pending]:
         return {*self._waiting, *(picture.pending for picture in self._active)}
@@ -443,11 +477,3 @@ def preview_places(num_steps: int, num_previews: int) -> list[int]:
     """The numbers of steps after which previews are shown: the first after a tenth of a chain, the others evenly."""
     places = {max(1, round(num_steps * (0.1 + 0.9 * number / num_previews))) for number in range(num_previews)}
     return sorted(place for place in places if place < num_steps)
-
-
-def _answer(pending: _Pending) -> None:
-    values = [picture.batch.values for picture in pending.pictures]
-    images = to_uint8(torch.cat([value[PIXELS] for value in values])).cpu().numpy()
-    z_image = torch.cat([value[Z_IMAGE] for value in values]).float().cpu().numpy() if Z_IMAGE in values[0] else None
-    if pending.future.set_running_or_notify_cancel():
-        pending.future.set_result(SampledPictures(images, z_image, pending.num_steps))

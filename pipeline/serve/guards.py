@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pipeline.errors import ConfigError
 from pipeline.serve.keys import Key, KeyRing, Meter
 from pipeline.serve.keys import Scope as KeyScope
+from pipeline.serve.metrics import HttpMetrics
 from pipeline.serve.web import ApiError
 
 BODY_LIMIT_BYTES = 64 << 20
@@ -93,12 +94,14 @@ class Guards:
         settings: From a recipe.
         keys: Who may come in; None: everybody.
         meter: What the keys have used.
+        metrics: What is measured.
     """
 
     app: ASGIApp
     settings: GuardSettings = GuardSettings()
     keys: KeyRing | None = None
     meter: Meter = field(default_factory=Meter)
+    metrics: HttpMetrics = field(default_factory=HttpMetrics)
 
     def __post_init__(self) -> None:
         """Open the log."""
@@ -135,8 +138,10 @@ class Guards:
         finally:
             if facts.key:
                 self.meter.use(facts.key, "bytes", facts.bytes_received + facts.bytes_sent)
+            duration_s = time.monotonic() - started_s
+            self.metrics.note(getattr(scope.get("route"), "path", "other"), status, duration_s, facts.refused_by)
             if self._log:
-                self._log.write(scope, facts, status, time.monotonic() - started_s)
+                self._log.write(scope, facts, status, duration_s)
             CURRENT.reset(token)
 
     def _check(self, scope: Scope, headers: Headers, facts: RequestFacts) -> None:

@@ -103,6 +103,10 @@ class PictureModel(Protocol):
         """Counts of the engine; empty if it is not running."""
         ...
 
+    async def metrics(self) -> dict[str, str]:
+        """Samples for Prometheus of each replica, by its name."""
+        ...
+
 
 @dataclass(frozen=True)
 class NeighbourRow:

@@ -336,9 +336,10 @@ def test_health_and_metrics_count_the_sampled_pictures(server: Any) -> None:
     before = httpx.get(f"{server.url}/healthz").json()
     assert (before["status"], before["model"]) == ("ok", "tiny")
     post(server, {"prompt": "a", "n": 2})
-    lines = dict(line.split() for line in httpx.get(f"{server.url}/metrics").text.splitlines())
-    assert int(lines["unclip_pictures"]) == before["pictures"] + 2
-    assert int(lines["unclip_requests"]) == before["requests"] + 1
+    after = httpx.get(f"{server.url}/healthz").json()
+    assert after["pictures"] == before["pictures"] + 2
+    assert after["requests"] == before["requests"] + 1
+    assert f'unclip_pictures_total{{replica=""}} {float(after["pictures"])}' in httpx.get(f"{server.url}/metrics").text
 
 
 def test_a_dead_engine_is_not_healthy(server: Any, serving: Any) -> None:

@@ -1,0 +1,121 @@
+"""What a server measures, for Prometheus: each replica of the networks has a registry, and the HTTP process one more.
+
+``GET /metrics`` shows all of them: the samples of a replica have its name as the label ``replica``.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+prometheus_client.disable_created_metrics()  # a second sample for each counter, which nobody reads
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_PICTURES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_CAUSES = {
+    400: "invalid",
+    401: "key",
+    404: "unknown",
+    408: "slow body",
+    413: "too large",
+    429: "queue",
+    499: "client left",
+    500: "error",
+    503: "not ready",
+}
+"""Of an answer that no guard refused."""
+
+
+class EngineMetrics:
+    """What one engine measures."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        here: dict[str, Any] = {"registry": self.registry}
+        self.queue = Histogram(
+            "unclip_queue_seconds", "From a request to the admission of its first picture.", buckets=_SECONDS, **here
+        )
+        self.step = Histogram("unclip_step_seconds", "One step of a stage.", ["stage"], buckets=_SECONDS, **here)
+        self.batch = Histogram(
+            "unclip_batch_pictures", "Pictures in one step of a stage.", ["stage"], buckets=_PICTURES, **here
+        )
+        self.stage = Histogram("unclip_stage_seconds", "A picture in a stage.", ["stage"], buckets=_SECONDS, **here)
+        self.sampling = Histogram(
+            "unclip_sampling_seconds", "From a request to its last picture.", buckets=_SECONDS, **here
+        )
+        self.requests = Counter(
+            "unclip_requests", "Requests, by how they ended: answered, refused, cancelled, failed.", ["outcome"], **here
+        )
+        self.pictures = Counter("unclip_pictures", "Pictures that were finished.", **here)
+        self.wasted_steps = Counter(
+            "unclip_wasted_steps", "Steps of pictures whose request was cancelled or failed.", ["outcome"], **here
+        )
+        self.waiting = Gauge("unclip_waiting_requests", "Requests that wait for admission.", **here)
+        self.active = Gauge("unclip_active_pictures", "Pictures in progress.", **here)
+
+    def text(self) -> str:
+        """All of it, as Prometheus reads it."""
+        return generate_latest(self.registry).decode()
+
+
+class HttpMetrics:
+    """What the HTTP process measures."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._duration = Histogram(
+            "unclip_http_seconds",
+            "From the head of a request to the end of its answer.",
+            ["route", "status"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._refusals = Counter(
+            "unclip_refusals", "Answers with an error status, by cause.", ["cause"], registry=self.registry
+        )
+        self.neighbours = Histogram(
+            "unclip_neighbours_seconds", "One search of the index.", buckets=_SECONDS, registry=self.registry
+        )
+
+    def note(self, route: str, status: int, duration_s: float, refused_by: str) -> None:
+        """Count an answer.
+
+        Args:
+            route: Pattern of its route.
+            status: HTTP status; 499: the client left.
+            duration_s: Its time, in seconds.
+            refused_by: The guard that refused it, if one did.
+        """
+        self._duration.labels(route, str(status)).observe(duration_s)
+        if status >= 400:
+            self._refusals.labels(refused_by or _CAUSES.get(status, "other")).inc()
+
+    def text(self, replicas: Mapping[str, str]) -> str:
+        """Its samples, and those of the replicas.
+
+        Args:
+            replicas: ``EngineMetrics.text`` of each, by name.
+        """
+        merged: dict[str, Metric] = {metric.name: metric for metric in self.registry.collect()}
+        for replica, text in sorted(replicas.items()):
+            for family in text_string_to_metric_families(text):
+                whole = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                for sample in family.samples:
+                    whole.add_sample(sample.name, {**sample.labels, "replica": replica}, sample.value)
+        registry = CollectorRegistry()
+        registry.register(_Fixed(merged.values()))
+        return generate_latest(registry).decode()
+
+
+class _Fixed(Collector):
+    def __init__(self, metrics: Iterable[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        """The metrics as they are."""
+        return self._metrics

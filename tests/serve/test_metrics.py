@@ -1,0 +1,115 @@
+import asyncio
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
+
+from models.request import SampleRequest
+from pipeline.serve.api import ApiSettings, create_app
+from pipeline.serve.engine import Engine
+from pipeline.serve.guards import Guards
+from pipeline.serve.metrics import EngineMetrics, HttpMetrics
+from pipeline.serve.picture_files import ModelCard
+from pipeline.serve.protocols import Overloaded
+
+ROOT = Path(__file__).parents[2]
+
+
+def values(text: str) -> dict[tuple[str, ...], float]:
+    """Samples by name and the values of their labels, sorted by label."""
+    return {
+        (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if not sample.name.endswith("_bucket")
+    }
+
+
+def test_an_engine_measures_its_queue_steps_stages_and_requests(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(max_batch_size=4, max_waiting=2)
+    first, second = engine.submit(SampleRequest("a", (1, 2))), engine.submit(SampleRequest("b", (3,)))
+    sampled = first.result(60), second.result(60)
+    text = asyncio.run(engine.metrics())[""]
+    found = values(text)
+    assert found["unclip_requests_total", "answered"] == 2
+    assert found["unclip_pictures_total",] == 3
+    assert found["unclip_queue_seconds_count",] == 2
+    assert found["unclip_sampling_seconds_count",] == 2
+    for stage in ("prior", "decoder", "upsampler_1"):
+        assert found["unclip_stage_seconds_count", stage] == 3
+        assert found["unclip_step_seconds_sum", stage] > 0
+    rows = sum(found["unclip_batch_pictures_sum", stage] for stage in ("prior", "decoder", "upsampler_1"))
+    assert rows == sum(pictures.num_steps for pictures in sampled)
+    assert (found["unclip_waiting_requests",], found["unclip_active_pictures",]) == (0, 0)
+
+
+def test_steps_for_a_client_who_left_are_counted_as_wasted(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(max_batch_size=1, max_waiting=1)
+    under_way = engine.submit(SampleRequest("a", tuple(range(10))))
+    while not engine.counts()["steps"]:
+        pass
+    with pytest.raises(Overloaded):  # nine of its pictures wait
+        engine.submit(SampleRequest("b", (1,)))
+    under_way.cancel()
+    while not engine.counts()["dropped"]:
+        pass
+    found = values(asyncio.run(engine.metrics())[""])
+    assert found["unclip_wasted_steps_total", "cancelled"] >= 1
+    assert found["unclip_requests_total", "cancelled"] == 1
+    assert found["unclip_requests_total", "refused"] == 1
+
+
+def test_the_samples_of_all_replicas_stand_beside_each_other() -> None:
+    replicas: dict[str, str] = {}
+    for number, name in enumerate(("a", "b"), 1):
+        metrics = EngineMetrics()
+        metrics.pictures.inc(number)
+        metrics.step.labels("decoder").observe(0.1)
+        replicas[name] = metrics.text()
+    text = HttpMetrics().text(replicas)
+    found = values(text)
+    assert (found["unclip_pictures_total", "a"], found["unclip_pictures_total", "b"]) == (1, 2)
+    assert found["unclip_step_seconds_count", "a", "decoder"] == 1
+    assert text.count("# TYPE unclip_pictures_total counter") == 1
+
+
+class Model:
+    async def metrics(self) -> dict[str, str]:
+        return {"r1": EngineMetrics().text()}
+
+    async def stats(self) -> dict[str, int]:
+        return {}
+
+    async def sample(self, *_: Any) -> Any:
+        raise Overloaded("2 requests are waiting already")
+
+
+def test_answers_and_refusals_are_counted_by_route_and_cause() -> None:
+    metrics, model = HttpMetrics(), Model()
+    app = create_app(model, None, ApiSettings(ModelCard("tiny", 32), metrics=metrics))  # pyright: ignore[reportArgumentType]
+    client = TestClient(Guards(app, metrics=metrics), base_url="http://127.0.0.1")
+    for body in ({"prompt": "a"}, {"prompt": "a", "size": "1x1"}):
+        client.post("/v1/images/generations", json=body)
+    client.get("/v1/models", headers={"Host": "evil.example"})
+    client.get("/v1/models/tiny")
+    client.get("/anything/at/all")
+    found = values(client.get("/metrics").text)
+    assert found["unclip_http_seconds_count", "/v1/images/generations", "429"] == 1
+    assert found["unclip_http_seconds_count", "/v1/models/{name}", "200"] == 1
+    assert found["unclip_http_seconds_count", "other", "404"] == 1
+    causes = {key[1]: value for key, value in found.items() if key[0] == "unclip_refusals_total"}
+    assert causes == {"queue": 1, "invalid": 1, "host": 1, "unknown": 1}
+    assert ("unclip_pictures_total", "r1") in found
+
+
+def test_the_dashboard_shows_only_what_is_measured_and_all_of_it() -> None:
+    board = json.loads((ROOT / "deploy/grafana-dashboard.json").read_text())
+    expressions = " ".join(target["expr"] for panel in board["panels"] for target in panel["targets"])
+    shown = {re.sub(r"_(bucket|sum|count|total)$", "", name) for name in re.findall(r"unclip_\w+", expressions)}
+    measured = {metric.name for one in (EngineMetrics(), HttpMetrics()) for metric in one.registry.collect()}
+    assert shown == measured
