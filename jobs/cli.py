@@ -13,7 +13,20 @@ from typing import Annotated, Any, cast
 import typer
 import typer.core
 
-from jobs import ablate, cluster, edit_commands, exchange, generate, index, inspect, keys, origins, search, start
+from jobs import (
+    ablate,
+    cluster,
+    doctor,
+    edit_commands,
+    exchange,
+    generate,
+    index,
+    inspect,
+    keys,
+    origins,
+    search,
+    start,
+)
 from pipeline.data.causes import ALL
 from pipeline.errors import UnclipError
 
@@ -26,6 +39,7 @@ _INTERRUPTED = 130
 COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
     "Train": {
         "init": (start.init, "Look at your pairs, write a recipe."),
+        "doctor": (doctor.doctor, "Check what would stop a run here, with mends."),
         "plan": (inspect.plan, "Show which steps would run and why, or the cost."),
         "run": (start.run, "Run every step that is not done."),
         "status": (inspect.status, "Show where every step stands."),

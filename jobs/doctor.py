@@ -1,0 +1,43 @@
+"""``unclip doctor``: what would stop a run here, and its mend."""
+
+import dataclasses
+from typing import Annotated
+
+import typer
+
+from jobs.options import AsJson, Overrides, print_json
+from pipeline.errors import StepError
+from pipeline.recipe.recipe import load_recipe
+
+_MARKS = {"ok": "ok", "warning": "!", "problem": "STOP"}
+
+
+def doctor(
+    recipe: Annotated[
+        str, typer.Argument(metavar="[RECIPE]", help="Also check its workspace, tracker and accelerators.")
+    ] = "",
+    overrides: Overrides = None,
+    json: AsJson = False,
+) -> None:
+    """Check what would stop a run on this machine, and say how to mend it; exit code 4 if something would.
+
+    Example: unclip doctor configs/demo.toml
+    """
+    from pipeline.init.doctor import Finding, examine
+
+    findings: list[Finding] = []
+    for finding in examine(load_recipe(recipe, overrides or []) if recipe else None):
+        findings.append(finding)
+        if not json:
+            typer.echo(f"{_MARKS[finding.state]:<4}  {finding.name:<24} {finding.text}")
+            if finding.mend:
+                typer.echo(f"{'':<6}{'':<24} mend: {finding.mend}")
+    if json:
+        print_json([dataclasses.asdict(finding) for finding in findings])
+    problems = [finding.name for finding in findings if finding.state == "problem"]
+    if problems:
+        typer.echo(f"a run would stop: {', '.join(problems)}", err=True)
+        raise typer.Exit(StepError.exit_code)
+    if not json:
+        typer.echo(f"nothing stops a run{' here' if not recipe else ''}")
+        typer.echo(f"next: unclip plan {recipe or 'RECIPE'}; unclip run {recipe or 'RECIPE'}")

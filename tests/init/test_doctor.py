@@ -1,0 +1,118 @@
+"""Each check says what is there, and what to do."""
+
+import json
+import resource
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from jobs.cli import app
+from pipeline.init import doctor
+from pipeline.recipe.recipe import parse_recipe
+from pipeline.workspace.store import Workspace
+from tests.ports import free_port
+from tests.tiny.recipe import tiny_tables, write_recipe
+
+
+@pytest.mark.parametrize(
+    ("finding", "state", "words"),
+    [
+        (doctor.check_python((3, 10)), "problem", "install Python 3.11"),
+        (doctor.check_python((3, 11)), "ok", ""),
+        (doctor.check_import("no_such_module", "some-package"), "problem", "some-package"),
+        (doctor.check_import("json", "pytest"), "ok", ""),
+        (doctor.check_faiss(set(), has_driver=True), "problem", r"'.\[gpu\]'"),
+        (doctor.check_faiss({"faiss-cpu", "faiss-gpu"}, has_driver=True), "problem", "uninstall"),
+        (doctor.check_faiss({"faiss-cpu"}, has_driver=True), "warning", "faiss-gpu"),
+        (doctor.check_faiss({"faiss-cpu"}, has_driver=False), "ok", ""),
+        (doctor.check_memory(1.0e9), "problem", "container's limit"),
+        (doctor.check_memory(4.0e9), "warning", "container's limit"),
+        (doctor.check_memory(64e9), "ok", ""),
+        (doctor.check_shared_memory(Path("/no/such/place")), "warning", "--shm-size"),
+        (doctor.check_open_files(256), "problem", "ulimit -Hn 65536"),
+        (doctor.check_open_files(4096), "warning", "ulimit -Hn 65536"),
+        (doctor.check_open_files(resource.RLIM_INFINITY), "ok", ""),
+        (doctor.check_socket_path("/tmp"), "ok", ""),
+        (doctor.check_socket_path("/scratch/" + "a" * 40), "problem", "shorter by 10 bytes"),
+        (doctor.check_proxy({}), "ok", ""),
+        (doctor.check_proxy({"HTTP_PROXY": "http://p:3128"}), "problem", "no_proxy=127.0.0.1,localhost"),
+        (doctor.check_proxy({"http_proxy": "http://p", "NO_PROXY": "localhost, 127.0.0.1"}), "ok", ""),
+        (doctor.check_proxy({"http_proxy": "http://p", "no_proxy": "*"}), "ok", ""),
+        (doctor.check_tracker(""), "ok", ""),
+        (doctor.check_tracker("http://127.0.0.1:1"), "problem", "mlflow server --port 1"),
+    ],
+)
+def test_a_check_says_what_to_do(finding: doctor.Finding, state: str, words: str) -> None:
+    assert finding.state == state
+    assert bool(finding.mend) == (state != "ok")
+    assert words.replace("\\", "") in finding.mend
+
+
+def test_the_longest_folder_that_passes_gives_sockets_that_linux_takes() -> None:
+    folder = "/" + "a" * (107 - len(doctor._RAY_SOCKET) - 1)
+    assert doctor.check_socket_path(folder).state == "ok"
+    assert doctor.check_socket_path(folder + "a").state == "problem"
+
+
+@pytest.mark.parametrize(
+    ("has_driver", "needs_cuda", "state", "words"),
+    [
+        (False, False, "ok", ""),
+        (False, True, "problem", "resources.accelerator"),
+        (True, False, "warning", "install the CUDA build"),
+        (True, True, "problem", "install the CUDA build"),
+    ],
+)
+def test_a_gpu_that_torch_does_not_see_is_named(
+    has_driver: bool, needs_cuda: bool, state: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(doctor, "_DRIVER", tmp_path if has_driver else tmp_path / "none")
+    finding = doctor.check_torch(needs_cuda=needs_cuda)
+    assert finding.state == state
+    assert words in finding.mend
+
+
+def test_a_workspace_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    finding = doctor.check_workspace(Workspace(str(tmp_path / "file/workspace")))
+    assert finding.state == "problem"
+    assert "not a folder" in finding.text
+    assert doctor.check_workspace(Workspace(str(tmp_path / "good"))).state == "ok"
+    assert not (tmp_path / "good").exists()
+
+
+def test_a_disk_without_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.check_disk(str(tmp_path / "not/there/yet"), "workspace").text.endswith(str(tmp_path))
+    monkeypatch.setattr(doctor, "_LEAST_DISK_GB", 1e9)
+    finding = doctor.check_disk(str(tmp_path), "workspace")
+    assert (finding.state, finding.mend.startswith("free some space")) == ("problem", True)
+
+
+def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    monkeypatch.setattr(doctor, "_MEMORY_LIMIT", tmp_path / "memory.max")
+    assert doctor.memory_bytes() == 2_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert doctor.memory_bytes() > 2_000_000
+
+
+def test_a_recipe_that_asks_for_a_gpu_is_seen(tmp_path: Path) -> None:
+    assert not doctor.uses_cuda(parse_recipe(tiny_tables(tmp_path)))
+    assert doctor.uses_cuda(parse_recipe(tiny_tables(tmp_path, decoder={"resources": {"accelerator": "cuda"}})))
+
+
+def test_the_command_ends_with_code_4_where_a_run_would_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(write_recipe(tmp_path, port=free_port()))
+    for limit in ("_LEAST_DISK_GB", "_LEAST_MEMORY_GB"):
+        monkeypatch.setattr(doctor, limit, 0.0)
+    good = CliRunner().invoke(app, ["doctor", path])
+    assert good.exit_code == 0, good.output
+    assert f"next: unclip plan {path}; unclip run {path}" in good.stdout
+    bad = CliRunner().invoke(app, ["doctor", path, "--set", "tracking.uri=http://127.0.0.1:1", "--json"])
+    assert bad.exit_code == 4
+    states = {finding["name"]: finding["state"] for finding in json.loads(bad.stdout)}
+    assert [name for name, state in states.items() if state == "problem"] == ["tracker"]
+    assert {"Python", "torch", "faiss", "ray", "memory", "/dev/shm", "open files", "TMPDIR", "proxy"} <= states.keys()
