@@ -8,7 +8,7 @@ Legend: B items, D joint space, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -36,6 +36,21 @@ class TextEncoder(Protocol):
     def encode_text(self, captions: Sequence[str]) -> TextEncoding:
         """Encode captions."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class Phase:
+    """Items of a request that pass the same stages.
+
+    A request has one phase, or several, each made from the results of the one before.
+    """
+
+    num_items: int
+    stages: tuple[Stage, ...]
+    batch: Callable[[], Batch]
+    """Computes the items before the first stage: embeddings of captions and pictures."""
+    then: Callable[[Mapping[str, Tensor]], Phase] | None = None
+    """The next phase, from the values of these items after their last stage; None: they are the answer."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +134,19 @@ class Cascade:
         Raises:
             ValueError: If the cascade's pictures are smaller.
         """
-        for number, stage in enumerate(self.stages, 1):
-            if request.side_px and (stage.side_px or 0) >= request.side_px:
-                return self.stages[:number]
-        if request.side_px:
-            raise ValueError(f"side_px = {request.side_px}: this cascade ends at {max(self.sides_px.values())} px")
-        return self.stages
+        largest_px = max(self.sides_px.values(), default=0)
+        if request.side_px > largest_px:
+            raise ValueError(f"side_px = {request.side_px}: this cascade ends at {largest_px} px")
+        return up_to(self.stages, request.side_px)
+
+    def phase_of(self, request: SampleRequest) -> Phase:
+        """A request for pictures of its prompt alone, before the first stage.
+
+        Raises:
+            ValueError: If the request cannot be met; see ``check``.
+        """
+        self.check(request)
+        return Phase(len(request.seeds), self.stages_of(request), lambda: self.batch_of(request))
 
     def batch_of(self, request: SampleRequest, seeds: Sequence[int] | None = None) -> Batch:
         """The items of a request before the first stage; ``seeds`` are some of its own (all of them if None)."""
@@ -145,12 +167,17 @@ class Cascade:
         """Side of the pictures of each stage that makes them, smallest first."""
         return {stage.name: stage.side_px for stage in self.stages if stage.side_px is not None}
 
-    def check(self, request: SampleRequest) -> None:
-        """Raise ValueError if a request names an unknown stage, or a setting that its stage does not support."""
+    def check(self, request: SampleRequest, stages: Sequence[Stage] | None = None) -> None:
+        """Raise ValueError if a request names an unknown stage, or a setting that its stage does not support.
+
+        Args:
+            request: The request.
+            stages: Those that it passes; by default ``stages_of`` it.
+        """
         unknown = {*request.guidance_scale, *request.num_steps} - {stage.name for stage in self.stages}
         if unknown:
             raise ValueError(f"no stage {', '.join(sorted(unknown))}; this cascade has {', '.join(self.settings)}")
-        for stage in self.stages_of(request):
+        for stage in self.stages_of(request) if stages is None else stages:
             stage.check(request)
 
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], watch: Watch | None = None) -> CascadeResult:
@@ -191,3 +218,11 @@ class Cascade:
         """The result of one stage for a batch, computed for ``micro_batch`` items at a time."""
         starts = range(0, len(batch), self.micro_batch)
         return torch.cat([run_stage(stage, batch[start : start + self.micro_batch], watch) for start in starts])
+
+
+def up_to(stages: Sequence[Stage], side_px: int) -> tuple[Stage, ...]:
+    """The stages up to the first whose pictures have at least this side, in pixels; all of them if it is 0."""
+    for number, stage in enumerate(stages, 1):
+        if side_px and (stage.side_px or 0) >= side_px:
+            return tuple(stages[:number])
+    return tuple(stages)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -19,11 +20,14 @@ from torch import Tensor
 
 from models.cascade import Cascade, CascadeResult, TextEncoder
 from models.decoder.inpainting import MASK, PICTURE
-from models.decoder.stage import X_T, DecoderStage
+from models.decoder.network import DecoderCondition
+from models.decoder.stage import START, STRENGTH, X_T, DecoderStage
 from models.diffusion.noise import NoiseSource
-from models.diffusion.samplers import config_timesteps, iterate_inversion, make_limit
+from models.diffusion.samplers import config_timesteps, make_limit
+from models.diffusion.steps import Step, ddim_invert_step, ddim_step
 from models.pixels import resize_crop, to_pixels, to_uint8
-from models.stage import Z_IMAGE, Batch, Chain, StageStep, Watch
+from models.request import WALK_STEPS
+from models.stage import Z_IMAGE, Batch, Chain, Watch
 from models.text import TextEncoding
 
 _PARALLEL = 1e-6
@@ -47,7 +51,7 @@ class ImageEncoder(TextEncoder, Protocol):
 class EditSettings:
     """How the decoder samples and inverts."""
 
-    num_steps: int = 50
+    num_steps: int = WALK_STEPS
     """DDIM steps from noise to picture."""
     num_refinements: int = 3
     """Extra network calls per step of the inversion; each makes the inversion more exact."""
@@ -67,23 +71,70 @@ class Latents:
     """Noise from which DDIM makes the picture under that embedding."""
 
 
+X_0 = "x0"
+"""Value that an inversion starts from: pictures of the decoder's size, (B, 3, H, W) in [-1, 1]."""
+ETA = "eta"
+"""Value of a walk: the noise of DDIM of each item, (B,); without it, that of the stage's sampler."""
+
+
 @dataclass(frozen=True, eq=False)
 class WalkStage(DecoderStage):
-    """The decoder, started from an edit's noised pictures; its noise has a stream of its own."""
-
-    num_last_steps: int | None = None
-    """Take only this many of the last steps; None: all steps."""
+    """The decoder sampled by DDIM from an edit's noised pictures, ``X_T``; its noise has a stream of its own."""
 
     def noise(self, seeds: Sequence[int]) -> NoiseSource:
         """See ``DiffusionStage``."""
         return NoiseSource.from_seeds(seeds, "edit")
 
+    def step(self, chains: Sequence[Chain], noise: NoiseSource) -> Step:
+        """See ``DiffusionStage``."""
+        if not any(ETA in chain.batch.values for chain in chains):
+            return super().step(chains, noise)
+        usual = torch.tensor([self.sampler.eta])
+        etas = [chain.batch.values.get(ETA, usual.expand(len(chain.noise))) for chain in chains]
+        eta = torch.cat([one.to(chain.state.x.device) for one, chain in zip(etas, chains, strict=True)])
+        return partial(ddim_step, noise=noise, eta=eta, limit=make_limit(self.sampler))
+
+
+@dataclass(frozen=True, eq=False)
+class InversionStage(DecoderStage):
+    """DDIM backwards: from pictures ``X_0`` and their z_image to the noise ``X_T`` that makes them, section 3.
+
+    Args:
+        num_refinements: Further network calls in each step; the reconstruction is nearer with each.
+    """
+
+    num_refinements: int = 0
+
+    @property
+    def makes(self) -> str:
+        """See ``Stage``."""
+        return X_T
+
+    @property
+    def side_px(self) -> None:
+        """See ``Stage``; its result is no picture."""
+
+    def begin(self, batch: Batch, noise: NoiseSource, *, guided: bool) -> tuple[Tensor, DecoderCondition]:
+        """See ``DiffusionStage``; the chain begins at the picture."""
+        del noise
+        return batch.values[X_0], self.encode(batch.text, batch.values, guided=guided)
+
     def enter(self, batch: Batch, noise: NoiseSource | None = None) -> Chain:
         """See ``Stage``."""
         chain = super().enter(batch, noise)
-        if self.num_last_steps is not None:
-            chain.timesteps = chain.timesteps[-self.num_last_steps :]
+        first, *others = chain.timesteps
+        chain.timesteps, chain.end = (-1, *reversed(others)), first
         return chain
+
+    def step(self, chains: Sequence[Chain], noise: NoiseSource) -> Step:
+        """See ``DiffusionStage``."""
+        del chains, noise
+        return partial(ddim_invert_step, num_refinements=self.num_refinements, limit=make_limit(self.sampler))
+
+    def finish(self, batch: Batch, x: Tensor) -> Tensor:
+        """See ``DiffusionStage``."""
+        del batch
+        return x
 
 
 class Editor:
@@ -113,7 +164,14 @@ class Editor:
         longest = self.decoder.diffusion.num_timesteps
         if not 1 <= self.settings.num_steps <= longest:
             raise EditError(f"{self.settings.num_steps} steps: this decoder's chain has 1 to {longest}")
-        self.timesteps = config_timesteps(self.walk().sampler, self.decoder.diffusion)
+        self.latent_walk = self.walk(guidance_scale=self.settings.latent_guidance)
+        self.inversion = InversionStage(
+            decoder.network,
+            self.latent_walk.sampler,
+            "inversion",
+            num_refinements=self.settings.num_refinements,
+        )
+        self.timesteps = config_timesteps(self.latent_walk.sampler, self.decoder.diffusion)
 
     @property
     def side_px(self) -> int:
@@ -139,29 +197,12 @@ class Editor:
     def encode(self, images: UInt8[Tensor, "F H W 3"]) -> Latents:
         """z_image by CLIP, x_T by DDIM inversion of the decoder under it: section 3, first paragraph."""
         z_image = self.embed(images)
-        x0 = resize_crop(to_pixels(images.to(z_image.device)), self.decoder.network.config.image_px)
-        size = self.cascade.micro_batch
-        spans = [slice(begin, begin + size) for begin in range(0, len(x0), size)]
-        return Latents(z_image, torch.cat([self._invert(x0[span], z_image[span]) for span in spans]))
+        batch = Batch(self.no_caption(len(images)), (0,) * len(images), {Z_IMAGE: z_image, X_0: self.shrink(images)})
+        return Latents(z_image, self.cascade.run_stage(self.inversion, batch, self._watch))
 
-    def _invert(self, x0: Tensor, z_image: Tensor) -> Tensor:
-        stage, x = self._latent_walk(), x0
-        text, scale = self._no_caption(len(x0)), stage.sampler.guidance_scale
-        with torch.no_grad():
-            condition = stage.encode(text, {Z_IMAGE: z_image}, guided=scale != 1.0)
-        states = iterate_inversion(
-            stage.denoiser(condition, [scale] * len(x0)),
-            x0,
-            stage.diffusion,
-            self.timesteps,
-            num_refinements=self.settings.num_refinements,
-            limit=make_limit(stage.sampler),
-        )
-        for done, state in enumerate(states, start=1):
-            x = state.x
-            if self._watch is not None:
-                self._watch(StageStep("inversion", done, len(self.timesteps), state.x0))
-        return x
+    def shrink(self, images: UInt8[Tensor, "F H W 3"]) -> Float[Tensor, "F 3 h w"]:
+        """The centre squares of pictures of any size as the decoder would make them."""
+        return resize_crop(to_pixels(images.to(self.device)), self.decoder.network.config.image_px)
 
     def noise(self, seeds: Sequence[int]) -> Float[Tensor, "F 3 H W"]:
         """The x_T from which ``Cascade.sample`` would begin with these seeds."""
@@ -172,12 +213,14 @@ class Editor:
 
     def reconstruct(self, latents: Latents, seeds: Sequence[int]) -> CascadeResult:
         """Reconstruct pictures from their latents."""
-        return self.run(self._latent_walk(), self.frames(latents.z_image, latents.x_T, seeds))
+        return self.run(self.latent_walk, self.frames(latents.z_image, latents.x_T, seeds))
 
     def vary(self, latents: Latents, seeds: Sequence[int], *, eta: float) -> CascadeResult:
         """One variation of a picture for each seed: DDIM with noise, section 3.1; eta = 0 is the reconstruction."""
         z_image, x_T = (part.expand(len(seeds), *part.shape[1:]) for part in (latents.z_image, latents.x_T))
-        return self.run(self._latent_walk(eta), self.frames(z_image, x_T, seeds))
+        return self.run(
+            self.walk(eta=eta, guidance_scale=self.settings.latent_guidance), self.frames(z_image, x_T, seeds)
+        )
 
     def interpolate(
         self, a: Latents, b: Latents, shares: Sequence[float], seed: int, *, noise: Literal["slerp", "fixed"] = "slerp"
@@ -194,7 +237,7 @@ class Editor:
         """
         x_T = slerp(a.x_T, b.x_T, shares) if noise == "slerp" else self.noise([seed]).expand(len(shares), -1, -1, -1)
         z_image = slerp(a.z_image, b.z_image, shares)
-        return self.run(self._latent_walk(), self.frames(z_image, x_T, [seed] * len(shares)))
+        return self.run(self.latent_walk, self.frames(z_image, x_T, [seed] * len(shares)))
 
     def text_diff(
         self, latents: Latents, source: str, target: str, thetas: Sequence[float], seed: int
@@ -211,18 +254,24 @@ class Editor:
         Raises:
             EditError: If CLIP sees no difference between the texts.
         """
+        z_image = self.turned(latents.z_image, source, target, thetas)
+        x_T = latents.x_T.expand(len(thetas), -1, -1, -1)
+        return self.run(self.latent_walk, self.frames(z_image, x_T, [seed] * len(thetas)))
+
+    def turned(
+        self, z_image: Float[Tensor, "1 D"], source: str, target: str, thetas: Sequence[float]
+    ) -> Float[Tensor, "F D"]:
+        """``z_image`` rotated from one text towards another; arguments and errors as ``text_diff``."""
         z_source, z_target = self._clip.encode_text([source, target]).z_text
         difference = z_target - z_source
         if difference.norm() < _PARALLEL:
             raise EditError(f"CLIP reads {source!r} and {target!r} as the same: there is no direction to turn to")
-        z_image = slerp(latents.z_image, F.normalize(difference, dim=0)[None], thetas)
-        x_T = latents.x_T.expand(len(thetas), -1, -1, -1)
-        return self.run(self._latent_walk(), self.frames(z_image, x_T, [seed] * len(thetas)))
+        return slerp(z_image, F.normalize(difference, dim=0)[None], thetas)
 
     def sample_embeddings(self, z_image: Float[Tensor, "F D"], seed: int) -> CascadeResult:
         """Decode embeddings of length one, all from the noise of ``seed``, to show what each contains: section 4."""
         x_T = self.noise([seed]).expand(len(z_image), -1, -1, -1)
-        return self.run(self._latent_walk(), self.frames(z_image, x_T, [seed] * len(z_image)))
+        return self.run(self.latent_walk, self.frames(z_image, x_T, [seed] * len(z_image)))
 
     def inpaint(
         self, image: UInt8[Tensor, "1 H W 3"], mask: Bool[Tensor, "1 h w"], prompt: str, seeds: Sequence[int]
@@ -251,16 +300,16 @@ class Editor:
             seeds: One for each frame.
             strength: Share of the steps to take, in [0, 1]; if it rounds to no step, the picture itself is returned.
         """
-        num_steps, batch = round(strength * len(self.timesteps)), self._prompted(prompt, seeds)
-        pixels = to_pixels(image.to(self.device)).expand(len(seeds), -1, -1, -1)
-        if not num_steps:
+        batch = self._prompted(prompt, seeds)
+        if not round(strength * len(self.timesteps)):
+            pixels = to_pixels(image.to(self.device)).expand(len(seeds), -1, -1, -1)
             sides = self.cascade.sides_px.items()
             resized = {name: to_uint8(resize_crop(pixels, side)).cpu() for name, side in sides}
             return CascadeResult(batch.values, resized)
-        x0 = resize_crop(pixels, self.decoder.network.config.image_px)
-        t = torch.full((len(seeds),), self.timesteps[-num_steps], device=x0.device)
-        x = self.decoder.diffusion.q_sample(x0, t, self.noise(seeds))
-        return self.run(replace(self._prompt_walk(), num_last_steps=num_steps), batch.with_values(**{X_T: x}))
+        start, share = image.expand(len(seeds), -1, -1, -1), torch.full((len(seeds),), strength)
+        return self.run(
+            self._prompt_walk(), batch.with_values(**{START: start, STRENGTH: share, X_T: self.noise(seeds)})
+        )
 
     # ---- what all edits share ----------------------------------------------------------------
 
@@ -296,10 +345,7 @@ class Editor:
             x_T: Noise from which the sampling starts.
             seeds: One for each frame: of DDIM's noise, and of the upsamplers.
         """
-        return Batch(self._no_caption(len(seeds)), tuple(seeds), {Z_IMAGE: z_image, X_T: x_T})
-
-    def _latent_walk(self, eta: float = 0.0) -> WalkStage:
-        return self.walk(eta=eta, guidance_scale=self.settings.latent_guidance)
+        return Batch(self.no_caption(len(seeds)), tuple(seeds), {Z_IMAGE: z_image, X_T: x_T})
 
     def _prompt_walk(self) -> WalkStage:
         sampler, scale = self.decoder.sampler, self.settings.prompt_guidance
@@ -314,7 +360,8 @@ class Editor:
         stages = self.cascade.stages[: self.cascade.stages.index(self.decoder)]
         return batch.with_values(**self.cascade.run(batch, stages, self._watch).values)
 
-    def _no_caption(self, count: int) -> TextEncoding:
+    def no_caption(self, count: int) -> TextEncoding:
+        """The empty caption for each of ``count`` frames."""
         return self.decoder.network.null_text.encoding(count)
 
 

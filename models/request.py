@@ -1,12 +1,98 @@
 """A request to a cascade: one object, passed from the HTTP body to the stages that read it.
 
-This file does not import torch, because the HTTP process builds requests.
+A request that edits pictures carries them as bytes. This file does not import torch or numpy, because the HTTP process
+builds requests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
+
+WALK_STEPS = 50
+"""Steps of an inversion, and of the DDIM that starts from it, unless a request has others."""
+
+
+@dataclass(frozen=True)
+class RawPicture:
+    """A decoded picture."""
+
+    width: int
+    height: int
+    levels: bytes = field(repr=False)
+    """height * width * 3 levels of red, green and blue, row by row."""
+    sha256: str = ""
+    """Of the file that it was decoded from, for the records."""
+
+
+@dataclass(frozen=True)
+class RawMask:
+    """Which pixels of a square picture are resampled."""
+
+    side_px: int
+    """Its own side: it may be another than the picture's."""
+    cells: bytes = field(repr=False)
+    """side_px * side_px bytes, row by row: 1 where the picture is resampled, else 0."""
+
+
+@dataclass(frozen=True)
+class Inpainting:
+    """Resample a part of a square picture under the prompt; the rest stays as it is."""
+
+    picture: RawPicture
+    mask: RawMask
+
+
+@dataclass(frozen=True)
+class StartPicture:
+    """Noise a picture and denoise it under the prompt (SDEdit, arXiv:2108.01073)."""
+
+    picture: RawPicture
+    strength: float
+    """Share of the decoder's steps that are taken, in (0, 1]; at least one step."""
+
+
+@dataclass(frozen=True)
+class Variation:
+    """Pictures with the z_image of a picture: arXiv:2204.06125, section 3.1."""
+
+    picture: RawPicture
+    eta: float | None = None
+    """None: they start from noise of their own. A number: they start from the picture's x_T, and DDIM adds noise to it;
+    0 is the reconstruction."""
+
+
+@dataclass(frozen=True)
+class Interpolation:
+    """Frames from one picture to another: section 3.2."""
+
+    pictures: tuple[RawPicture, RawPicture]
+    shares: tuple[float, ...]
+    """Place of each frame, from 0 to 1."""
+    noise: Literal["slerp", "fixed"] = "slerp"
+    """slerp: x_T is interpolated too, so that the ends are the reconstructions; fixed: x_T is the seed's noise."""
+
+
+@dataclass(frozen=True)
+class TextDiff:
+    """Frames in which z_image is rotated from one text towards another: section 3.3."""
+
+    picture: RawPicture
+    source: str
+    """What the picture shows."""
+    target: str
+    """What it should show."""
+    thetas: tuple[float, ...]
+    """Share of the rotation of each frame, from 0 to 1; 0 is the reconstruction."""
+
+
+Edit = Inpainting | StartPicture | Variation | Interpolation | TextDiff
+
+
+def is_walk(edit: Edit | None) -> bool:
+    """Whether the decoder is sampled by DDIM: the edit starts from the noise that makes its picture."""
+    return isinstance(edit, Interpolation | TextDiff) or (isinstance(edit, Variation) and edit.eta is not None)
 
 
 @dataclass(frozen=True)
@@ -26,6 +112,13 @@ class SampleRequest:
     guidance do not read it."""
     side_px: int = 0
     """The cascade ends at its first stage whose pictures have at least this side, in pixels; 0: at its last stage."""
+    edit: Edit | None = None
+    """The pictures that it starts from; None: from the prompt alone."""
+
+    @property
+    def shows(self) -> str:
+        """What the pictures are to show, in words: the prompt, or where a text-diff leads."""
+        return self.edit.target if isinstance(self.edit, TextDiff) else self.prompt
 
     def __post_init__(self) -> None:
         """Raise ValueError if there is nothing to sample."""

@@ -78,6 +78,8 @@ class Chain:
     guidance_scale: float = 1.0
     position: int = 0
     """Steps taken."""
+    end: int = -1
+    """Timestep that the last step reaches; -1 is the clean sample."""
 
     @property
     def finished(self) -> bool:
@@ -335,7 +337,7 @@ class _JoinedDiffusion:
     def advance(self) -> None:
         """See ``JoinedChains``."""
         state = concat_rows([chain.state for chain in self.chains])
-        spans = [(*chain.timesteps, -1)[chain.position : chain.position + 2] for chain in self.chains]
+        spans = [(*chain.timesteps, chain.end)[chain.position : chain.position + 2] for chain in self.chains]
         row_spans = [span for span, chain in zip(spans, self.chains, strict=True) for _ in chain.noise.generators]
         t, t_prev = (torch.tensor(column, device=state.x.device) for column in zip(*row_spans, strict=True))
         state: SamplerState = self._step(self._denoise, state, t, t_prev, self._stage.diffusion)

@@ -10,7 +10,7 @@ Two methods, for decoders trained with and without inpainting channels:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -81,14 +81,29 @@ def random_masks(random: SampleRandom, side_px: int, unknown_prob: float) -> Boo
     return (region | (kind[:, 0] < unknown_prob)[:, None, None])[:, None]
 
 
-def replacing(step: Step, pixels: Float[Tensor, "B 3 H W"], mask: Bool[Tensor, "B 1 H W"], noise: NoiseSource) -> Step:
-    """``step``, after which the known part of ``pixels`` is restored, noised to the step reached."""
+def replacing(
+    step: Step,
+    pixels: Float[Tensor, "K 3 H W"],
+    mask: Bool[Tensor, "K 1 H W"],
+    noise: NoiseSource,
+    rows: Sequence[int] | None = None,
+) -> Step:
+    """``step``, after which the known part of ``pixels`` is restored, noised to the step reached.
+
+    Args:
+        step: A step of B items.
+        pixels: Pictures of K of them.
+        mask: Their masks.
+        noise: K sources.
+        rows: Which of the B items they are; None: all.
+    """
 
     def replaced(
         denoise: Denoise, state: SamplerState, t: Tensor, t_prev: Tensor, diffusion: Diffusion
     ) -> SamplerState:
         after = step(denoise, state, t, t_prev, diffusion)
-        noised = diffusion.q_sample(pixels, t_prev, noise.normal_like(pixels))
-        return after._replace(x=torch.where(mask, after.x, noised))
+        some = torch.tensor(range(len(t)) if rows is None else rows, device=t.device)
+        noised = diffusion.q_sample(pixels, t_prev[some], noise.normal_like(pixels))
+        return after._replace(x=after.x.index_copy(0, some, torch.where(mask, after.x[some], noised)))
 
     return replaced

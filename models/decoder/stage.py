@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float
@@ -17,21 +18,25 @@ from models.decoder.network import NUM_COLOURS, Decoder, DecoderCondition
 from models.diffusion.config import SamplerConfig
 from models.diffusion.noise import NoiseSource
 from models.diffusion.process import Denoise
-from models.diffusion.steps import Step
+from models.diffusion.steps import Step, initial_state
 from models.noisy_clip.network import NoisyClip, clip_guided
+from models.pixels import resize_crop, to_pixels
 from models.rows import concat_rows
 from models.stage import Z_IMAGE, Batch, Chain, DiffusionStage
 from models.text import TextEncoding
 
 X_T = "x_T"
 """Value that an edit starts from: noised small pictures (B, 3, H, W) at the first timestep."""
+START, STRENGTH = "start", "strength"
+"""Values of SDEdit (arXiv:2108.01073): pictures to start from, uint8 (B, H, W, 3), and the share of the steps that is
+taken, (B,), the same for all."""
 
 
 @dataclass(frozen=True, eq=False)
 class DecoderStage(DiffusionStage):
     """Samples pictures from ``z_image`` where the batch has one, else from captions alone.
 
-    Values of an edit: ``X_T``, and those of models/decoder/inpainting.py.
+    Values of an edit: ``X_T``, ``START`` and ``STRENGTH``, and those of models/decoder/inpainting.py.
 
     Raises:
         ValueError: If guidance by CLIP is requested, and there is no noise-aware CLIP, or one of another size.
@@ -66,6 +71,18 @@ class DecoderStage(DiffusionStage):
         if x is None:
             x = noise.normal((NUM_COLOURS, side_px, side_px), device=batch.text.pooled.device)
         return x, self.encode(batch.text, batch.values, guided=guided, negative=batch.negative)
+
+    def enter(self, batch: Batch, noise: NoiseSource | None = None) -> Chain:
+        """See ``Stage``; pictures of ``START`` are noised to the timestep of the first step that is taken."""
+        chain = super().enter(batch, noise)
+        start = batch.values.get(START)
+        if start is not None:
+            num_steps = max(1, round(float(batch.values[STRENGTH][0]) * len(chain.timesteps)))
+            chain.timesteps = chain.timesteps[-num_steps:]
+            x0 = resize_crop(to_pixels(start.to(chain.state.x.device)), self.network.config.image_px)
+            t = torch.full((len(x0),), chain.timesteps[0], device=x0.device)
+            chain.state = initial_state(self.diffusion.q_sample(x0, t, chain.state.x), self.diffusion)
+        return chain
 
     def encode(
         self,
@@ -108,8 +125,16 @@ class DecoderStage(DiffusionStage):
         step = super().step(chains, noise)
         if self.network.config.inpainting:
             return step
-        part = concat_rows([self._known_part(chain.batch.values) for chain in chains])
-        return step if part is None else replacing(step, *part, noise)
+        parts, rows = list[tuple[Tensor, Tensor]](), list[int]()
+        ends = accumulate(len(chain.noise) for chain in chains)
+        for chain, end in zip(chains, ends, strict=True):
+            part = self._known_part(chain.batch.values)
+            if part is not None:
+                parts.append(part)
+                rows += range(end - len(chain.noise), end)
+        # Only these rows sample noise: what a picture becomes does not depend on whether its neighbours are inpainted.
+        sources = NoiseSource(noise.generators[row] for row in rows)
+        return replacing(step, *concat_rows(parts), sources, rows) if parts else step
 
     def finish(self, batch: Batch, x: Tensor) -> Float[Tensor, "B 3 H W"]:
         """See ``DiffusionStage``."""

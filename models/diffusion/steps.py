@@ -118,7 +118,7 @@ def ddim_step(
     diffusion: Diffusion,
     *,
     noise: NoiseSource | None = None,
-    eta: float = 0.0,
+    eta: float | Tensor = 0.0,
     limit: Limit | None = None,
 ) -> SamplerState:
     """DDIM step: arXiv:2010.02502, equations 12 and 16.
@@ -130,7 +130,7 @@ def ddim_step(
         t_prev: Timestep to go to, per item: the next of the sampler's own list, not t - T / n.
         diffusion: The process.
         noise: Noise of each item; needed where eta > 0.
-        eta: 0 is deterministic, 1 as noisy as the ancestral step.
+        eta: 0 is deterministic, 1 as noisy as the ancestral step; a number for all items, or one for each, (B,).
         limit: Limit on the predicted x0.
 
     Raises:
@@ -142,7 +142,7 @@ def ddim_step(
     # (1 - alpha_bar_prev) - variance can end a rounding error below 0 where eta = 1 and t_prev = 0.
     direction = (1 - alpha_bar_prev - variance).clamp(min=0).sqrt()
     x = spread(alpha_bar_prev.sqrt(), state.x) * prediction.x0 + spread(direction, state.x) * prediction.eps
-    if eta > 0:
+    if torch.as_tensor(eta > 0).any():
         if noise is None:
             raise ValueError(f"eta = {eta} adds noise: give a NoiseSource")
         x = x + spread(variance.sqrt(), state.x) * noise.normal_like(state.x)

@@ -571,6 +571,9 @@ class ServeConfig:
     """Whether the access log holds prompts."""
     safety_hook: str = ""
     """MODULE:FUNCTION that may refuse a prompt or blank a picture (docs/operations.md)."""
+    image_urls: bool = False
+    """Whether a search may name a picture by its URL, which the server then fetches: from public addresses alone, up to
+    16 MB, within 10 s."""
     aliases: tuple[str, ...] = ()
     """Other names of the model, for clients that are built with one ("dall-e-2", "gpt-image-1")."""
 

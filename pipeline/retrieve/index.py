@@ -159,6 +159,12 @@ class NeighbourIndex:
             vectors[chosen] = segment.rows.vectors(positions, f"z_{modality}")
         return vectors
 
+    def sample(self, split: str, count: int, seed: int = 0) -> Ids:
+        """Ids of at most ``count`` random rows of a split from each segment; the time does not grow with the rows."""
+        rng = np.random.default_rng(seed)
+        ids = np.concatenate([segment.rows.sample(split, count, rng) for segment in self._segments])
+        return ids[self.has(ids)]
+
     def has(self, ids: Sequence[int] | Ids) -> Any:
         """Whether a search may return each row, (len(ids),) of bool."""
         numbers = np.asarray(ids, np.int64).reshape(-1)

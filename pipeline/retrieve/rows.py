@@ -28,6 +28,7 @@ BATCH_ROWS = 8192
 _SORT_BUCKETS = 16  # the ids are sorted in parts, so that 1/16 of them is in memory
 _ID_BITS = 53
 _CACHED_BATCHES = 4096
+_MOST_SAMPLED_BATCHES = 64
 
 
 class Rows:
@@ -101,6 +102,19 @@ class Rows:
         """All rows in order, batch by batch: the position of the first row, and the columns of ``names``."""
         for number in range(-(-len(self) // BATCH_ROWS)):
             yield number * BATCH_ROWS, pa.Table.from_batches([self._batch(number)]).select(names)
+
+    def sample(self, split: str, count: int, rng: np.random.Generator) -> Ids:
+        """Ids of at most ``count`` rows of a split, from random batches, of which only some are read."""
+        num_batches = -(-len(self) // BATCH_ROWS)
+        parts, num_rows = [np.empty(0, np.int64)], 0
+        for number in rng.permutation(num_batches)[:_MOST_SAMPLED_BATCHES].tolist():
+            if num_rows >= count:
+                break
+            places = np.flatnonzero(np.array(self._batch(number).column("split").to_pylist()) == split)
+            parts.append(np.asarray(self.ids[number * BATCH_ROWS + places]))
+            num_rows += len(places)
+        ids = np.concatenate(parts)
+        return rng.choice(ids, min(count, len(ids)), replace=False)
 
     def vectors(self, positions: Ids, column: str) -> Floats:
         """The vectors (len(positions), D) of ``z_image`` or ``z_text``, of length one, from the embeddings."""

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any, cast
 
@@ -57,9 +57,9 @@ class ModelReplica:
             async for event in events:
                 yield event
 
-    async def embed_text(self, text: str) -> Vectors:
+    async def embed_texts(self, texts: Sequence[str]) -> Vectors:
         """See ``PictureModel``."""
-        return await self._engine.embed_text(text)
+        return await self._engine.embed_texts(texts)
 
     async def embed_image(self, image: Images) -> Vectors:
         """See ``PictureModel``."""
@@ -109,9 +109,9 @@ class RemoteModel:
         finally:
             events.cancel()
 
-    async def embed_text(self, text: str) -> Vectors:
+    async def embed_texts(self, texts: Sequence[str]) -> Vectors:
         """See ``PictureModel``."""
-        return await self._call("embed_text", text)
+        return await self._call("embed_texts", texts)
 
     async def embed_image(self, image: Images) -> Vectors:
         """See ``PictureModel``."""

@@ -125,7 +125,9 @@ def build_app(recipe: Recipe, artifacts: dict[str, Artifact], model: PictureMode
 
     manifest = artifacts["decoder"].manifest()
     created = int(manifest.created) if manifest else 0
-    settings = ApiSettings(model_card(recipe, artifacts), created=created, metrics=metrics)
+    settings = ApiSettings(
+        model_card(recipe, artifacts), created=created, fetches_urls=recipe.serve.image_urls, metrics=metrics
+    )
     neighbours = None
     if "index" in artifacts:
         neighbours = LocalNeighbours(Retriever.open(artifacts["index"]))

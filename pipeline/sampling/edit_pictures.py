@@ -29,6 +29,7 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.sampling.edit_options import EditOptions
 from pipeline.sampling.grid import Block, draw_grid
+from pipeline.sampling.masks import masked_pixels
 from pipeline.sampling.preview import Preview
 from pipeline.sampling.sample import GRID
 from pipeline.workspace.disk import translate_os_errors
@@ -43,8 +44,6 @@ _COLUMNS = 10
 """Most pictures side by side in the grid."""
 _NUM_COMPONENTS = (20, 40, 80, 160)
 """Principal components shown by default; the paper's figure 7 goes from 20 to 320."""
-_THRESHOLD = 128
-"""The grey level of a mask from which a pixel is masked."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,8 @@ def _text_diff(editor: Editor, sources: Sources, options: EditOptions) -> Frames
 
 
 def _inpaint(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
-    mask = torch.from_numpy(read_mask(options.mask, sources.pictures[0], sources.files[0]))[None]
+    masked = masked_pixels(read_file(options.mask, alpha=True), sources.pictures[0], options.mask, sources.files[0])
+    mask = torch.from_numpy(masked)[None]
     image = sources.square(editor.side_px, editor.device)
     return _inpaint_masked(editor, image, mask.to(editor.device), options)
 
@@ -241,36 +241,7 @@ EDITS: dict[str, Callable[[Editor, Sources, EditOptions], Frames]] = {
 }
 
 
-# ---- masks and embeddings--------------------------------------------------------------------------
-
-
-def read_mask(path: str, picture: Image.Image, picture_name: str) -> NDArray[np.bool_]:
-    """True where a picture is masked, cut to the picture's centre square.
-
-    A pixel is masked where the file is transparent (as in OpenAI's API), or white if the file has no transparency.
-
-    Args:
-        path: The mask's file.
-        picture: The picture it belongs to.
-        picture_name: Name of the picture, for messages.
-
-    Raises:
-        ConfigError: If it cannot be read, differs in size from the picture, or masks nothing.
-    """
-    mask = read_file(path, alpha=True)
-    if mask.size != picture.size:
-        sizes = " and ".join(f"{width} x {height} px" for width, height in (mask.size, picture.size))
-        raise ConfigError(f"{path}: the mask and {picture_name} are of different sizes, {sizes}; make them equal")
-    if mask.mode == "RGBA":
-        masked = np.asarray(mask.getchannel("A")) < _THRESHOLD
-    else:
-        masked = np.asarray(mask.convert("L")) >= _THRESHOLD
-    side = min(mask.size)
-    left, top = (mask.width - side) // 2, (mask.height - side) // 2
-    masked = masked[top : top + side, left : left + side]
-    if not masked.any():
-        raise ConfigError(f"{path}: the mask is empty; make the part to inpaint white, or transparent")
-    return np.ascontiguousarray(masked)
+# ---- embeddings ----------------------------------------------------------------------------------
 
 
 def training_pca(embed: Artifact) -> Pca:

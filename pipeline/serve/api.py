@@ -2,12 +2,15 @@
 
 GET /                        the page
 POST /v1/images/generations  pictures, as OpenAI's Images API
+POST /v1/images/...          pictures from pictures: edits, variations, and the rows of pipeline/serve/edits.py
+POST /v1/embeddings          embeddings of texts and pictures
 GET /v1/models               the one model
 POST /knn-service            neighbours, as clip-retrieval; 404 on a server without an index
 POST /metadata, GET /indices-list
 GET /healthz, GET /metrics
 """
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -20,11 +23,14 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from pipeline.serve.images import Generation, GenerationRequest
+from pipeline.serve.edits import EDITS, EditKind, edit_of
+from pipeline.serve.embeddings import EmbeddingRequest, embed
+from pipeline.serve.images import Generation, GenerationRequest, PictureOptions, check_options
 from pipeline.serve.knn import MAX_NUMBERS, KnnRequest, MetadataRequest, find, metadata
 from pipeline.serve.metrics import CONTENT_TYPE, HttpMetrics
 from pipeline.serve.picture_files import ModelCard
 from pipeline.serve.protocols import Neighbours, PictureModel
+from pipeline.serve.uploads import read_form
 from pipeline.serve.web import (
     ApiError,
     client_of,
@@ -37,6 +43,8 @@ from pipeline.serve.web import (
 TEXT_BODY_LIMIT_BYTES = 1 << 20
 PICTURE_BODY_LIMIT_BYTES = 24 << 20
 _MAX_KNN_VALUES = 2 * MAX_NUMBERS  # an embedding, the commas of a text, and the fields
+_NOTES = "X-Unclip-Notes"  # the answer of a search is a list, which has no place for notes
+_MAX_COMMAS = 1 << 20  # of texts to embed, which may hold commas themselves
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,8 @@ class ApiSettings:
     """What the pictures are made with; its name is that of the model and of the index."""
     created: int = 0
     """When the model was finished, in seconds since the epoch."""
+    fetches_urls: bool = False
+    """Whether a search may name a picture by its URL."""
     metrics: HttpMetrics = field(default_factory=HttpMetrics)
     """What the HTTP process measures."""
 
@@ -61,7 +71,7 @@ def create_app(model: PictureModel, neighbours: Neighbours | None, settings: Api
     """
     app = FastAPI(title="unclip", docs_url=None, redoc_url=None, openapi_url=None)
     install_error_handlers(app)
-    app.include_router(_openai(model, settings))
+    app.include_router(_openai(model, neighbours, settings))
     app.include_router(_clip_retrieval(model, neighbours, settings))
     app.include_router(_pages(model, settings, has_neighbours=neighbours is not None))
     return app
@@ -89,7 +99,7 @@ def _pages(model: PictureModel, settings: ApiSettings, *, has_neighbours: bool) 
     return router
 
 
-def _openai(model: PictureModel, settings: ApiSettings) -> APIRouter:
+def _openai(model: PictureModel, neighbours: Neighbours | None, settings: ApiSettings) -> APIRouter:
     router = APIRouter(prefix="/v1")
     names = [settings.card.name, *settings.card.aliases]
 
@@ -110,15 +120,40 @@ def _openai(model: PictureModel, settings: ApiSettings) -> APIRouter:
     @router.post("/images/generations")
     async def generations(request: Request) -> Response:
         body = parse(GenerationRequest, await read_json(request, TEXT_BODY_LIMIT_BYTES))
-        generation = Generation(model, body, settings.card, client_of(request))
-        if body.stream:
-            return StreamingResponse(await generation.events(), media_type="text/event-stream")
-        if body.response_format == "file":
-            file, media_type = await while_connected(request, generation.file())
-            return Response(file, media_type=media_type)
-        return JSONResponse(await while_connected(request, generation.answer()))
+        return await _answer(
+            request, body, Generation(model, body, settings.card, client_of(request), index=neighbours)
+        )
+
+    def route(name: str, kind: EditKind) -> None:
+        @router.post(f"/images/{name}", name=name)
+        async def edits(request: Request) -> Response:
+            form = await read_form(request, PICTURE_BODY_LIMIT_BYTES)
+            body = parse(kind.body, form.texts, is_form=True)
+            check_options(body, settings.card)
+            edit, notes = await asyncio.to_thread(edit_of, kind, body, form, settings.card.image_px)
+            client = client_of(request)
+            return await _answer(
+                request, body, Generation(model, body, settings.card, client, edit=edit, notes=notes, index=neighbours)
+            )
+
+    for name, kind in EDITS.items():
+        route(name, kind)
+
+    @router.post("/embeddings")
+    async def embeddings(request: Request) -> JSONResponse:
+        body = parse(EmbeddingRequest, await read_json(request, PICTURE_BODY_LIMIT_BYTES, _MAX_COMMAS))
+        return JSONResponse(await while_connected(request, embed(model, body, settings.card)))
 
     return router
+
+
+async def _answer(request: Request, body: PictureOptions, generation: Generation) -> Response:
+    if body.stream:
+        return StreamingResponse(await generation.events(), media_type="text/event-stream")
+    if body.response_format == "file":
+        file, media_type = await while_connected(request, generation.file())
+        return Response(file, media_type=media_type)
+    return JSONResponse(await while_connected(request, generation.answer()))
 
 
 def _clip_retrieval(model: PictureModel, neighbours: Neighbours | None, settings: ApiSettings) -> APIRouter:
@@ -143,7 +178,9 @@ def _clip_retrieval(model: PictureModel, neighbours: Neighbours | None, settings
     async def knn(request: Request) -> JSONResponse:
         body = parse(KnnRequest, await read_json(request, PICTURE_BODY_LIMIT_BYTES, _MAX_KNN_VALUES))
         index = require_index(body.indice_name)
-        return JSONResponse(await while_connected(request, find(model, index, body)))
+        work = find(model, index, body, fetches_urls=settings.fetches_urls)
+        headers = {_NOTES: f"no effect: {', '.join(body.unused)}"} if body.unused else None
+        return JSONResponse(await while_connected(request, work), headers=headers)
 
     @router.post("/metadata")
     async def rows(request: Request) -> JSONResponse:

@@ -2,7 +2,8 @@
 
 One thread runs the networks. Between two steps it drops the pictures of cancelled requests, admits waiting ones in fair
 shares (pipeline/serve/fair_queue.py), and chooses the stage that takes a step next (``_choose``).
-A picture is a batch of one item: it equals the picture that ``Cascade.sample_request`` samples alone.
+A picture is a batch of one item: it equals the picture that ``Cascade.sample_request`` samples alone. A request that
+starts from pictures may have several phases (models/edit_phases.py); each waits and is admitted as a request does.
 """
 
 import asyncio
@@ -15,9 +16,13 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import cast
 
+import numpy as np
 import torch
 
-from models.cascade import Cascade
+from models.cascade import Cascade, Phase
+from models.decoder.stage import DecoderStage
+from models.edit_phases import edit_phase
+from models.editor import EditError, Editor, EditSettings
 from models.pixels import to_uint8
 from models.request import SampleRequest
 from models.stage import PIXELS, Z_IMAGE, Batch, Chain, JoinedChains, Stage
@@ -39,6 +44,7 @@ _log = logging.getLogger(__name__)
 
 _STEPS_TO_TRUST = 64
 """Steps without a failure after which a stage is given twice as many pictures again."""
+_TEXTS_AT_ONCE = 64
 _SMOOTHING = 0.1
 """Weight of the newest measurement in a running mean."""
 
@@ -73,9 +79,10 @@ class EngineStats:
 class _Pending:
     """A request without an answer yet."""
 
-    request: SampleRequest
-    stages: tuple[Stage, ...]
-    """The stages that its pictures pass."""
+    phase: Phase
+    """What is sampled now."""
+    client: str
+    """Who asks."""
     num_previews: int = 0
     """Previews of each picture."""
     show: Callable[[Preview], None] | None = None
@@ -85,14 +92,19 @@ class _Pending:
     num_steps: int = 0
     """Steps that its pictures have taken."""
     batch: Batch | None = None
-    """All of its items, with the captions encoded; None before the first is admitted."""
+    """All items of the phase, with the captions encoded; None before the first is admitted."""
     pictures: list["_Picture"] = field(default_factory=list["_Picture"])
-    """Its pictures in progress or finished, in the order of the seeds."""
+    """The phase's pictures in progress or finished, in the order of its items."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Pictures of the phase that are not admitted yet."""
+        return self.phase.num_items - len(self.pictures)
 
     @property
     def finished(self) -> bool:
-        """Whether all of its pictures are sampled."""
-        return len(self.pictures) == len(self.request.seeds) and all(picture.finished for picture in self.pictures)
+        """Whether all pictures of the phase are sampled."""
+        return not self.num_waiting and all(picture.finished for picture in self.pictures)
 
 
 @dataclass(eq=False)
@@ -103,7 +115,7 @@ class _Picture:
     batch: Batch
     """One item."""
     stage: int = 0
-    """Number of its stage."""
+    """Number of its stage among those of its phase."""
     chain: Chain | None = None
     """Its state in that stage; None before its first step there."""
     arrived_s: float = field(default_factory=time.monotonic)
@@ -112,7 +124,7 @@ class _Picture:
     @property
     def finished(self) -> bool:
         """Whether it has left its last stage."""
-        return self.stage == len(self.pending.stages)
+        return self.stage == len(self.pending.phase.stages)
 
 
 @dataclass
@@ -142,7 +154,9 @@ class Engine:
 
     def __init__(self, cascade: Cascade, *, max_batch_size: int = 16, max_waiting: int = 64) -> None:
         self._cascade = cascade
-        self._loads = [_StageLoad(max_batch_size) for _ in cascade.stages]
+        self._editor = _editor_of(cascade)
+        self._stages = _all_stages(cascade, self._editor)
+        self._loads = [_StageLoad(max_batch_size) for _ in self._stages]
         self._max_batch_size = max_batch_size
         self._max_waiting = max_waiting
         self._stats = EngineStats()
@@ -190,8 +204,7 @@ class Engine:
             Overloaded: If too many requests wait.
             NotServing: If the engine is closed.
         """
-        self._cascade.check(request)
-        pending = _Pending(request, self._cascade.stages_of(request), num_previews, show)
+        pending = _Pending(self._phase_of(request), client, num_previews, show)
         with self._changed:
             if self._closed:
                 raise NotServing("the engine is shutting down")
@@ -226,9 +239,16 @@ class Engine:
         finally:
             future.cancel()
 
-    async def embed_text(self, text: str) -> Vectors:
+    async def embed_texts(self, texts: Sequence[str]) -> Vectors:
         """See ``PictureModel``."""
-        return await asyncio.to_thread(lambda: self._clip.embed_text([text])[0].cpu().numpy())
+
+        def embed() -> Vectors:
+            starts = range(0, len(texts), _TEXTS_AT_ONCE)
+            return np.concatenate(
+                [self._clip.embed_text(texts[start : start + _TEXTS_AT_ONCE]).cpu().numpy() for start in starts]
+            )
+
+        return await asyncio.to_thread(embed)
 
     async def embed_image(self, image: Images) -> Vectors:
         """See ``PictureModel``."""
@@ -263,7 +283,7 @@ class Engine:
 
     def _wait_s(self) -> float:
         """Estimate of the time until one more request is admitted, in seconds; call with the lock held."""
-        num_waiting = sum(len(pending.request.seeds) - len(pending.pictures) for pending in self._waiting)
+        num_waiting = sum(pending.num_waiting for pending in self._waiting)
         return self._picture_s * (num_waiting + len(self._active)) / max(1, len(self._waiting))
 
     def _run(self) -> None:
@@ -292,7 +312,7 @@ class Engine:
             pending = self._waiting.next()
             counts[pending] = counts.get(pending, 0) + 1
             self._waiting.serve(pending, 1.0)
-            if len(pending.pictures) + counts[pending] == len(pending.request.seeds):
+            if counts[pending] == pending.num_waiting:
                 self._waiting.remove(pending)
         return list(counts.items())
 
@@ -301,7 +321,7 @@ class Engine:
         if pending.batch is None:
             if not pending.num_steps:
                 self._metrics.queue.observe(time.monotonic() - pending.arrived_s)
-            pending.batch = self._cascade.batch_of(pending.request)
+            pending.batch = pending.phase.batch()
         first = len(pending.pictures)
         pictures = [_Picture(pending, pending.batch[row : row + 1]) for row in range(first, first + count)]
         with self._changed:
@@ -318,7 +338,7 @@ class Engine:
         now = time.monotonic()
         by_stage: dict[int, list[_Picture]] = {}
         for picture in self._active:
-            by_stage.setdefault(picture.stage, []).append(picture)
+            by_stage.setdefault(self._place(picture), []).append(picture)
         if not by_stage:
             return []
         urgent = [number for number, pictures in by_stage.items() if self._is_urgent(number, pictures, now)]
@@ -338,7 +358,7 @@ class Engine:
 
     def _advance(self, pictures: Sequence[_Picture]) -> None:
         """Take pictures of one stage one step further; if that fails, fewer of them are tried together."""
-        number = pictures[0].stage
+        number = self._place(pictures[0])
         load = self._loads[number]
         try:
             started = time.monotonic()
@@ -364,7 +384,7 @@ class Engine:
                 self._stats.halved += 1
 
     def _step(self, number: int, pictures: Sequence[_Picture]) -> None:
-        stage, load = self._cascade.stages[number], self._loads[number]
+        stage, load = self._stages[number], self._loads[number]
         chains: list[Chain] = []
         for picture in pictures:
             picture.chain = picture.chain or stage.enter(picture.batch)
@@ -387,18 +407,30 @@ class Engine:
         for picture, result in zip(left, results, strict=True):
             picture.batch = picture.batch.with_values(**{stage.makes: result})
             self._metrics.stage.labels(stage.name).observe(time.monotonic() - picture.arrived_s)
-            picture.chain, picture.stage, picture.arrived_s = None, number + 1, time.monotonic()
+            picture.chain, picture.stage, picture.arrived_s = None, picture.stage + 1, time.monotonic()
         finished = {picture for picture in left if picture.finished}
+        num_sampled = sum(picture.pending.phase.then is None for picture in finished)
         with self._changed:
             self._stats.steps += 1
             self._stats.rows += len(pictures)
-            self._stats.pictures += len(finished)
-            self._metrics.pictures.inc(len(finished))
+            self._stats.pictures += num_sampled
+            self._metrics.pictures.inc(num_sampled)
             self._active = [picture for picture in self._active if picture not in finished]
-            self._note_finished(len(finished))
+            self._note_finished(num_sampled)
         for pending in {picture.pending for picture in finished}:
             if pending.finished:
-                self._guarded([pending], partial(self._answer, pending))
+                self._guarded([pending], partial(self._end_phase, pending))
+
+    def _end_phase(self, pending: _Pending) -> None:
+        """Answer a request, or let its next phase wait."""
+        if pending.phase.then is None:
+            self._answer(pending)
+            return
+        values = [picture.batch.values for picture in pending.pictures]
+        phase = pending.phase.then({name: torch.cat([value[name] for value in values]) for name in values[0]})
+        with self._changed:
+            pending.phase, pending.batch, pending.pictures = phase, None, []
+            self._waiting.add(pending, pending.client)
 
     def _answer(self, pending: _Pending) -> None:
         values = [picture.batch.values for picture in pending.pictures]
@@ -430,14 +462,29 @@ class Engine:
             self._since_s = now
 
     def _name(self, number: int) -> str:
-        return self._cascade.stages[number].name
+        return self._stages[number].name
+
+    def _place(self, picture: _Picture) -> int:
+        """Number of a picture's stage among all of them."""
+        stage = picture.pending.phase.stages[picture.stage]
+        return next(number for number, one in enumerate(self._stages) if one is stage)
+
+    def _phase_of(self, request: SampleRequest) -> Phase:
+        if request.edit is None:
+            return self._cascade.phase_of(request)
+        if self._editor is None:
+            raise ValueError(
+                "this server's networks cannot start from pictures: that takes a decoder, and a CLIP for pictures"
+            )
+        return edit_phase(self._editor, request)
 
     def _guarded(self, requests: Sequence[_Pending], act: Callable[[], None]) -> None:
         """Run a part of the loop; an error fails its requests, and the loop continues."""
         try:
             act()
         except Exception as error:  # noqa: BLE001  (it fails the request, not the server)
-            _log.exception("sampling failed")
+            if not isinstance(error, EditError):
+                _log.exception("sampling failed")
             self._fail(requests, error)
 
     def _fail(self, requests: Iterable[_Pending], error: Exception) -> None:
@@ -471,6 +518,26 @@ class Engine:
             self._active = [picture for picture in self._active if picture.pending not in requests]
             for load in self._loads:
                 load.joined = None
+
+
+def _editor_of(cascade: Cascade) -> Editor | None:
+    """The editor of a cascade, with as many steps as its decoder's chain allows; None if it cannot edit."""
+    longest = min(
+        (stage.diffusion.num_timesteps for stage in cascade.stages if isinstance(stage, DecoderStage)), default=0
+    )
+    try:
+        return Editor(cascade, EditSettings(num_steps=min(EditSettings.num_steps, longest)))
+    except EditError:
+        return None
+
+
+def _all_stages(cascade: Cascade, editor: Editor | None) -> list[Stage]:
+    """The stages that pictures pass, the earliest first: those of the cascade, and the two of edits."""
+    stages = list(cascade.stages)
+    if editor is not None:
+        place = stages.index(editor.decoder)
+        stages[place:place] = [editor.inversion, editor.latent_walk]
+    return stages
 
 
 def preview_places(num_steps: int, num_previews: int) -> list[int]:

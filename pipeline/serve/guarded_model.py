@@ -78,7 +78,7 @@ class GuardedModel:
                 if isinstance(event, SampledPictures):
                     yield await self._checked(event, request, facts)
                 elif isinstance(event, Preview):
-                    [image] = await self._images(event.image[None], request.prompt, facts)
+                    [image] = await self._images(event.image[None], request.shows, facts)
                     yield replace(event, image=image)
                 else:
                     yield event
@@ -87,9 +87,9 @@ class GuardedModel:
 
     async def _admit(self, request: SampleRequest) -> RequestFacts:
         facts = CURRENT.get() or RequestFacts("")
-        facts.prompt = request.prompt
+        facts.prompt = request.shows
         facts.pixels = len(request.seeds) * (request.side_px or self._image_px) ** 2
-        if self._hook and (reason := await asyncio.to_thread(self._hook, request.prompt, None)):
+        if self._hook and (reason := await asyncio.to_thread(self._hook, request.shows, None)):
             facts.refused_by = "safety"
             raise ApiError(400, f"prompt: refused: {reason}", param="prompt", code="content_policy_violation")
         if facts.key:
@@ -98,7 +98,7 @@ class GuardedModel:
         return facts
 
     async def _checked(self, sampled: SampledPictures, request: SampleRequest, facts: RequestFacts) -> SampledPictures:
-        return replace(sampled, images=await self._images(sampled.images, request.prompt, facts))
+        return replace(sampled, images=await self._images(sampled.images, request.shows, facts))
 
     async def _images(self, images: Images, prompt: str, facts: RequestFacts) -> Images:
         """Pictures (n, H, W, 3) with those black that the hook refuses."""

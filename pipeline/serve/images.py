@@ -1,8 +1,9 @@
-"""``POST /v1/images/generations`` of OpenAI's Images API, with additional fields.
+"""Requests for pictures and their answers, as OpenAI's Images API, with additional fields.
 
 ``seed``, and by the names that other servers of diffusion models use: ``negative_prompt``, ``guidance_scale`` and
 ``num_inference_steps`` of the decoder, ``prior_guidance_scale`` of the prior. Fields of OpenAI's that mean nothing to a
-model of one's own are accepted, and the answer's ``notes`` say so; docs/http.md lists every field.
+model of one's own are accepted, and the answer's ``notes`` say so; docs/http.md lists every field. Bodies of requests
+that start from pictures are in pipeline/serve/edits.py; their answers have the same form.
 """
 
 import asyncio
@@ -11,14 +12,25 @@ import json
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from typing import Any, Literal
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from models.request import SampleRequest
+from models.request import WALK_STEPS, Edit, Interpolation, SampleRequest, TextDiff, is_walk
 from pipeline.serve.picture_files import Format, ModelCard, encode_picture, made_with
-from pipeline.serve.protocols import Event, Images, NotServing, Overloaded, PictureModel, Preview, SampledPictures
+from pipeline.serve.protocols import (
+    Event,
+    Images,
+    NeighbourRow,
+    Neighbours,
+    NotServing,
+    Overloaded,
+    PictureModel,
+    Preview,
+    SampledPictures,
+)
 from pipeline.serve.web import ApiError
 
 MAX_IMAGES = 10
@@ -26,19 +38,20 @@ MAX_PROMPT_CHARS = 4000
 MIN_SIDE_PX = 8
 MAX_GUIDANCE = 100.0
 MAX_STEPS = 1000
+MAX_NEIGHBOURS = 20
 _MAX_SEED = 2**63 - 1 - MAX_IMAGES
 _STEPS_OF_QUALITY = {"low": 0.5, "medium": 1, "standard": 1, "auto": 1, "high": 1.5, "hd": 1.5, "xhigh": 2, "max": 3}
 """Factors of the decoder's steps."""
+_USER_ERROR = "invalid_request_error"
 _MEANINGLESS = ("style", "moderation", "complexity")
 """Accepted for clients that send them."""
 
 
-class GenerationRequest(BaseModel):
-    """The body of a request; None is the default, as in OpenAI's clients."""
+class PictureOptions(BaseModel):
+    """The fields that every request for pictures has; None is the default, as in OpenAI's clients."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: str = Field(max_length=MAX_PROMPT_CHARS)
     model: str | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_IMAGES)
     size: str | None = None
@@ -51,14 +64,26 @@ class GenerationRequest(BaseModel):
     partial_images: int | None = Field(default=None, ge=0, le=3)
     user: str | None = None
     safety_identifier: str | None = None
-    style: Literal["vivid", "natural"] | None = None
-    moderation: Literal["auto", "low"] | None = None
     complexity: Literal["low", "medium", "high"] | None = None
     seed: int | None = Field(default=None, ge=0, le=_MAX_SEED)
-    negative_prompt: str | None = Field(default=None, max_length=MAX_PROMPT_CHARS)
     guidance_scale: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)
-    prior_guidance_scale: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)
     num_inference_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
+    neighbours: int | None = Field(default=None, ge=0, le=MAX_NEIGHBOURS)
+
+    default_n: ClassVar[int] = 1
+
+    @property
+    def num_images(self) -> int:
+        """Pictures of the answer."""
+        return self.n or self.default_n
+
+
+class PromptOptions(PictureOptions):
+    """The fields of a request with a prompt."""
+
+    prompt: str = Field(max_length=MAX_PROMPT_CHARS)
+    negative_prompt: str | None = Field(default=None, max_length=MAX_PROMPT_CHARS)
+    prior_guidance_scale: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)
 
     @field_validator("prompt")
     @classmethod
@@ -66,6 +91,30 @@ class GenerationRequest(BaseModel):
         if not prompt.strip():
             raise ValueError("is empty; say what the picture shows")
         return prompt
+
+
+class GenerationRequest(PromptOptions):
+    """The body of ``POST /v1/images/generations``."""
+
+    style: Literal["vivid", "natural"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+
+
+def check_options(body: PictureOptions, card: ModelCard) -> None:
+    """Refuse what a checked body must not combine, before its pictures are decoded.
+
+    Raises:
+        ApiError: 404 for another model, 400 for an impossible size or combination of fields.
+    """
+    if body.model not in {None, card.name, *card.aliases}:
+        message = f"model {body.model!r} does not exist; this server has {card.name!r}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+    if body.partial_images and not body.stream:
+        raise ApiError(400, "partial_images: needs stream = true", param="partial_images", code="invalid_value")
+    if body.response_format == "file" and (body.stream or body.num_images > 1):
+        message = "response_format: 'file' is one picture (n = 1), and not streamed"
+        raise ApiError(400, message, param="response_format", code="invalid_value")
+    side_of(body.size, card.image_px)
 
 
 class Generation:
@@ -76,23 +125,33 @@ class Generation:
         body: The checked body.
         card: What the pictures are made with.
         client: Who asks; clients get equal shares.
+        edit: The pictures that it starts from.
+        notes: What the answer says of fields that had no effect.
+        index: Of the training pictures, for ``neighbours``.
 
     Raises:
-        ApiError: 404 for another model, 400 for an impossible size or combination of fields.
+        ApiError: As ``check_options``; 400 if neighbours are requested and there is no index.
     """
 
-    def __init__(self, model: PictureModel, body: GenerationRequest, card: ModelCard, client: str = "") -> None:
-        if body.model not in {None, card.name, *card.aliases}:
-            message = f"model {body.model!r} does not exist; this server has {card.name!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
-        if body.partial_images and not body.stream:
-            raise ApiError(400, "partial_images: needs stream = true", param="partial_images", code="invalid_value")
-        if body.response_format == "file" and (body.stream or (body.n or 1) > 1):
-            message = "response_format: 'file' is one picture (n = 1), and not streamed"
-            raise ApiError(400, message, param="response_format", code="invalid_value")
-        self._model, self._body, self._card, self._client = model, body, card, client
+    def __init__(
+        self,
+        model: PictureModel,
+        body: PictureOptions,
+        card: ModelCard,
+        client: str = "",
+        *,
+        edit: Edit | None = None,
+        notes: Sequence[str] = (),
+        index: Neighbours | None = None,
+    ) -> None:
+        check_options(body, card)
+        if body.neighbours and index is None:
+            message = "neighbours: this server has no index of the training pictures"
+            raise ApiError(400, message, param="neighbours", code="index_not_found")
+        self._index = index
+        self._model, self._body, self._card, self._client, self._notes = model, body, card, client, notes
         self.side_px = side_of(body.size, card.image_px)
-        self.request = sample_request(body, self.side_px, card.sampling)
+        self.request = sample_request(body, self.side_px, card.sampling, edit)
 
     async def answer(self) -> dict[str, Any]:
         """The answer in one piece.
@@ -103,11 +162,12 @@ class Generation:
             NotServing: If no networks are there.
         """
         sampled = await self._sample()
-        files = await self._files(sampled)
+        files, neighbours = await asyncio.gather(self._files(sampled), self._neighbours(sampled))
         form = f"data:image/{self._format};base64," if self._body.response_format == "url" else ""
         name = "url" if self._body.response_format == "url" else "b64_json"
         data = [
-            {name: form + _base64(file), "seed": seed} for file, seed in zip(files, self.request.seeds, strict=True)
+            {name: form + _base64(file), **self._about(index), **near}
+            for index, (file, near) in enumerate(zip(files, neighbours, strict=True))
         ]
         return {"created": int(time.time()), "data": data, **self._facts(), "usage": self._usage(sampled)}
 
@@ -130,22 +190,32 @@ class Generation:
 
     async def _events(self, stream: AsyncGenerator[Event]) -> AsyncGenerator[str]:
         facts = {"created_at": int(time.time()), **self._facts()}
+        kind = "image_generation" if self.request.edit is None else "image_edit"
         try:
             async for event in stream:
                 if isinstance(event, Preview):
                     [file] = await self._encode([event.image], [None])
                     yield _event(
-                        "image_generation.partial_image",
+                        f"{kind}.partial_image",
                         {"b64_json": _base64(file), "partial_image_index": event.number, "index": event.index, **facts},
                     )
                 elif isinstance(event, SampledPictures):
                     usage = self._usage(event)
-                    for index, file in enumerate(await self._files(event)):
-                        seed = self.request.seeds[index]
+                    files, neighbours = await asyncio.gather(self._files(event), self._neighbours(event))
+                    for index, (file, near) in enumerate(zip(files, neighbours, strict=True)):
                         yield _event(
-                            "image_generation.completed",
-                            {"b64_json": _base64(file), "index": index, "seed": seed, "usage": usage, **facts},
+                            f"{kind}.completed",
+                            {
+                                "b64_json": _base64(file),
+                                "index": index,
+                                **self._about(index),
+                                **near,
+                                "usage": usage,
+                                **facts,
+                            },
                         )
+        except ValueError as error:  # of an edit that its pictures and texts do not allow
+            yield _event("error", {"error": {"message": str(error), "type": _USER_ERROR, "code": "invalid_value"}})
         except (Overloaded, NotServing) as error:
             yield _event("error", {"error": {"message": str(error), "type": "overloaded_error", "code": "not_ready"}})
         except Exception as error:  # the status is sent already, so the error goes into the stream
@@ -175,6 +245,32 @@ class Generation:
         pairs = list(zip(images, seeds, strict=True))
         return await asyncio.to_thread(lambda: [encode(image, seed) for image, seed in pairs])
 
+    async def _neighbours(self, sampled: SampledPictures) -> list[dict[str, Any]]:
+        """What is said of the training pictures nearest to each picture; nothing unless it is requested."""
+        count, index = self._body.neighbours, self._index
+        if not count or index is None:
+            return [{}] * len(sampled.images)
+        vectors = await asyncio.gather(*(self._model.embed_image(image) for image in sampled.images))
+
+        def find() -> list[dict[str, Any]]:
+            limit = index.near_copy
+            found = index.search(np.stack(vectors), count, "image")
+            return [{"neighbours": [_neighbour(row, limit) for row in rows]} for rows in found]
+
+        return await asyncio.to_thread(find)
+
+    def _about(self, index: int) -> dict[str, Any]:
+        """What is said of one picture: its seed, and its place among the frames of an edit."""
+        about: dict[str, Any] = {"seed": self.request.seeds[index]}
+        match self.request.edit:
+            case Interpolation(_, shares):
+                about["share"] = shares[index]
+            case TextDiff(_, _, _, thetas):
+                about["theta"] = thetas[index]
+            case _:
+                pass
+        return about
+
     @property
     def _format(self) -> Format:
         return self._body.output_format or "png"
@@ -182,7 +278,8 @@ class Generation:
     def _facts(self) -> dict[str, Any]:
         """What OpenAI's answers and events say of the pictures, and which fields had no effect."""
         body = self._body
-        notes = [f"{name}: has no effect here" for name in _MEANINGLESS if getattr(body, name) is not None]
+        notes = [f"{name}: has no effect here" for name in _MEANINGLESS if getattr(body, name, None) is not None]
+        notes += self._notes
         if body.output_compression is not None and self._format == "png":
             notes.append("output_compression: has no effect on png, which loses nothing")
         identifier = body.safety_identifier or body.user
@@ -228,7 +325,10 @@ def side_of(size: str | None, image_px: int) -> int:
 
 
 def sample_request(
-    body: GenerationRequest, side_px: int = 0, sampling: Mapping[str, Mapping[str, Any]] | None = None
+    body: PictureOptions,
+    side_px: int = 0,
+    sampling: Mapping[str, Mapping[str, Any]] | None = None,
+    edit: Edit | None = None,
 ) -> SampleRequest:
     """The request to the cascade; without a seed in the body, the first seed is random.
 
@@ -236,21 +336,33 @@ def sample_request(
         body: The checked body.
         side_px: Side of the pictures; the cascade ends at the first stage that reaches it.
         sampling: How each stage is sampled by default, for ``quality``, which multiplies the decoder's steps.
+        edit: The pictures that it starts from; the frames of a way from one picture to another share one seed.
     """
     first = secrets.randbelow(2**31) if body.seed is None else body.seed
-    scales = {"decoder": body.guidance_scale, "prior": body.prior_guidance_scale}
+    is_way = isinstance(edit, Interpolation | TextDiff)
+    seeds = (first,) * body.num_images if is_way else tuple(range(first, first + body.num_images))
+    prompt = body if isinstance(body, PromptOptions) else None
+    scales = {"decoder": body.guidance_scale, "prior": prompt.prior_guidance_scale if prompt else None}
     num_steps, factor = body.num_inference_steps, _STEPS_OF_QUALITY[body.quality or "auto"]
-    usual = (sampling or {}).get("decoder", {}).get("num_steps")
+    usual = WALK_STEPS if is_walk(edit) else (sampling or {}).get("decoder", {}).get("num_steps")
     if num_steps is None and factor != 1 and usual:
         num_steps = min(MAX_STEPS, max(1, round(factor * usual)))
     return SampleRequest(
-        body.prompt,
-        tuple(range(first, first + (body.n or 1))),
+        prompt.prompt if prompt else "",
+        seeds,
         guidance_scale={stage: scale for stage, scale in scales.items() if scale is not None},
         num_steps={} if num_steps is None else {"decoder": num_steps},
-        negative_prompt=body.negative_prompt or "",
+        negative_prompt=(prompt.negative_prompt if prompt else "") or "",
         side_px=side_px,
+        edit=edit,
     )
+
+
+def _neighbour(row: NeighbourRow, limit: float | None) -> dict[str, Any]:
+    """A row for an answer. Only what was trained on can be copied; without a limit nobody can tell."""
+    is_copy = None if limit is None else row.columns["split"] == "train" and row.similarity > limit
+    columns = {name: row.columns[name] for name in ("uid", "url", "caption", "split")}
+    return {"id": row.id, **columns, "similarity": row.similarity, "near_copy": is_copy}
 
 
 def _event(name: str, data: dict[str, Any]) -> str:

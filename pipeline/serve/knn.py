@@ -2,7 +2,7 @@
 
 import asyncio
 import base64
-import binascii
+import functools
 import io
 import logging
 import math
@@ -10,12 +10,18 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
+from pipeline.data.causes import CLASSES, FetchError
+from pipeline.data.fetch import Fetcher
+from pipeline.data.urls import AddressRules
 from pipeline.errors import DataError
-from pipeline.pictures import PictureError, decode, read, resize
+from pipeline.pictures import decode
+from pipeline.recipe.sections import DownloadConfig
+from pipeline.retrieve.copies import near_copy_similarity
 from pipeline.retrieve.retriever import Conditions, Retriever
 from pipeline.serve.protocols import Images, NeighbourRow, Neighbours, PictureModel, Vectors
+from pipeline.serve.uploads import bounded_picture, decode_base64
 from pipeline.serve.web import ApiError
 
 _log = logging.getLogger(__name__)
@@ -29,8 +35,16 @@ _DUPLICATE_COSINE = 0.94
 _MAX_CANDIDATES = 50_000
 """Most rows that are looked at for one request without near-duplicates."""
 _MAX_ID = 2**53
-_MAX_QUERY_PX = 40_000_000
-_MAX_SHORTER_PX = 1024
+_MAX_TEXT_CHARS = 4000
+MAX_QUERIES = 32
+"""Most searches of one request."""
+UNUSED = ("use_safety_model", "use_violence_detector", "aesthetic_score")
+"""Fields of clip-retrieval's client that have no effect."""
+_FETCHING = DownloadConfig(
+    max_body_bytes=16 << 20, timeout_s=5, deadline_s=10.0, retries=0, robots_txt=False, tdm_reservation=False
+)
+"""A person asks for one picture, to look at: the opt-outs of collections do not apply."""
+Row = dict[str, Any]
 _JPEG = b"\xff\xd8"
 
 
@@ -41,12 +55,45 @@ def _require_numbers(value: Any) -> Any:
     return value
 
 
-_Numbers = Annotated[list[float], BeforeValidator(_require_numbers)]
+def _check_vectors(value: Any) -> Any:
+    """An embedding, or a list of them; refused at its first wrong item, as by ``_require_numbers``."""
+    items = cast("list[Any]", value) if isinstance(value, list) else []
+    vectors = items if items and isinstance(items[0], list) else [value]
+    if len(vectors) > MAX_QUERIES or not all(
+        isinstance(vector, list) and len(vector) <= MAX_NUMBERS for vector in vectors
+    ):
+        raise ValueError(f"give at most {MAX_NUMBERS} numbers, or at most {MAX_QUERIES} lists of numbers")
+    for vector in vectors:
+        _require_numbers(vector)
+    return value
+
+
+def _check_texts(value: Any) -> Any:
+    """A text, or a list of them."""
+    items = cast("list[Any]", value) if isinstance(value, list) else [value]
+    if not 0 < len(items) <= MAX_QUERIES or not all(isinstance(item, str) for item in items):
+        raise ValueError(f"give a text, or a list of 1 to {MAX_QUERIES}")
+    return value
+
+
+def _check_short_texts(value: Any) -> Any:
+    for item in [value] if isinstance(value, str) else _check_texts(value):
+        if len(item) > _MAX_TEXT_CHARS:
+            raise ValueError(f"a text has more than {_MAX_TEXT_CHARS} characters")
+    return value
+
+
+_Vectors = Annotated[list[float] | list[list[float]], PlainValidator(_check_vectors)]
 _Ids = Annotated[list[int], BeforeValidator(_require_numbers)]
+_Texts = Annotated[str | list[str], PlainValidator(_check_short_texts)]
+_Pictures = Annotated[str | list[str], PlainValidator(_check_texts)]
 
 
 class KnnRequest(BaseModel):
-    """The body of a request; clip-retrieval's filter fields are ignored, as there without the filters' models."""
+    """The body of a request; a list of texts, pictures or embeddings is as many searches, and a list of answers.
+
+    Other fields of clip-retrieval's client ask for filters by models that no server of ours has (``UNUSED``).
+    """
 
     model_config = ConfigDict(extra="ignore")
 
@@ -54,11 +101,20 @@ class KnnRequest(BaseModel):
     num_images: int = Field(ge=0, le=MAX_IMAGES)
     indice_name: str | None = None
     num_result_ids: int | None = Field(default=None, ge=0, le=MAX_RESULT_IDS)
-    text: str | None = Field(default=None, max_length=4000)
-    image: str | None = None
-    image_url: str | None = None
-    embedding_input: _Numbers | None = Field(default=None, max_length=MAX_NUMBERS)
+    text: _Texts | None = None
+    image: _Pictures | None = None
+    image_url: _Texts | None = None
+    embedding_input: _Vectors | None = None
     deduplicate: bool | None = False
+    use_mclip: bool | None = False
+    use_safety_model: bool | None = False
+    use_violence_detector: bool | None = False
+    aesthetic_score: float | Literal[""] | None = None
+
+    @property
+    def unused(self) -> list[str]:
+        """Fields that were sent and had no effect. The client sends them by default, so they are not refused."""
+        return [name for name in UNUSED if getattr(self, name) not in {None, "", False}]
 
 
 class MetadataRequest(BaseModel):
@@ -75,22 +131,28 @@ class LocalNeighbours:
 
     def __init__(self, retriever: Retriever) -> None:
         self._retriever = retriever
+        self._near_copy = functools.cache(lambda: near_copy_similarity(retriever.index))
 
     @property
     def embed_dim(self) -> int:
         """See ``Neighbours``."""
         return self._retriever.index.embed_dim
 
+    @property
+    def near_copy(self) -> float | None:
+        """See ``Neighbours``; measured when it is first asked for."""
+        return self._near_copy()
+
     def search(
-        self, vector: Vectors, k: int, modality: Literal["image", "text"], *, distinct: bool = False
-    ) -> list[NeighbourRow]:
+        self, vectors: Vectors, k: int, modality: Literal["image", "text"], *, distinct: bool = False
+    ) -> list[list[NeighbourRow]]:
         """See ``Neighbours``."""
         conditions = Conditions(distinct=_DUPLICATE_COSINE, max_candidates=_MAX_CANDIDATES) if distinct else None
-        [results] = self._retriever.search(vector[None], k, modality, conditions)
-        rows = self.rows([neighbour.id for neighbour in results.neighbours])
+        results = self._retriever.search(vectors, k, modality, conditions)
+        rows = iter(self.rows([neighbour.id for result in results for neighbour in result.neighbours]))
         return [
-            NeighbourRow(neighbour.id, neighbour.similarity, row)
-            for neighbour, row in zip(results.neighbours, rows, strict=True)
+            [NeighbourRow(neighbour.id, neighbour.similarity, next(rows)) for neighbour in result.neighbours]
+            for result in results
         ]
 
     def rows(self, ids: Sequence[int]) -> list[dict[str, Any]]:
@@ -116,17 +178,30 @@ class LocalNeighbours:
         return stream.getvalue()
 
 
-async def find(model: PictureModel, neighbours: Neighbours, body: KnnRequest) -> list[dict[str, Any]]:
-    """Answer a search: the rows nearest to a text, else a picture, else an embedding.
+async def find(model: PictureModel, neighbours: Neighbours, body: KnnRequest, *, fetches_urls: bool = False) -> Any:
+    """Answer a search: the rows nearest to a text, else a picture, else one of a URL, else an embedding.
+
+    Args:
+        model: Embeds texts and pictures.
+        neighbours: The index.
+        body: What to look for.
+        fetches_urls: Whether pictures of ``image_url`` are fetched.
+
+    Returns:
+        A list of rows; of a list of texts, pictures or embeddings, a list of such lists.
 
     Raises:
         ApiError: 400, if there is nothing to search for, or it cannot be read.
     """
-    vector = await _query(model, neighbours, body)
+    if body.use_mclip:
+        message = "use_mclip: this server has one CLIP, which made the index; search without it"
+        raise ApiError(400, message, param="use_mclip", code="unsupported")
+    vectors, is_batch = await _queries(model, neighbours, body, fetches_urls=fetches_urls)
     num_results = max(body.num_images, body.num_result_ids or 0)
     if num_results == 0:
-        return []
-    return await asyncio.to_thread(_search, neighbours, vector, num_results, body)
+        return [[] for _ in vectors] if is_batch else []
+    answers = await asyncio.to_thread(_search, neighbours, vectors, num_results, body)
+    return answers if is_batch else answers[0]
 
 
 def metadata(neighbours: Neighbours, body: MetadataRequest) -> list[dict[str, Any]]:
@@ -142,55 +217,76 @@ def metadata(neighbours: Neighbours, body: MetadataRequest) -> list[dict[str, An
     return [{"id": number, "metadata": row} for number, row in zip(body.ids, rows, strict=True)]
 
 
-def _search(neighbours: Neighbours, vector: Vectors, num_results: int, body: KnnRequest) -> list[dict[str, Any]]:
-    rows = neighbours.search(vector, num_results, body.modality, distinct=bool(body.deduplicate))
-    results: list[dict[str, Any]] = []
-    for place, row in enumerate(rows):
-        result: dict[str, Any] = {}
-        if place < body.num_images:
-            result |= row.columns
-            picture = neighbours.picture(row)
-            if picture is not None:
-                result["image"] = base64.b64encode(picture).decode()
-        results.append(result | {"id": row.id, "similarity": row.similarity})
-    return results
+def _search(neighbours: Neighbours, vectors: Vectors, num_results: int, body: KnnRequest) -> list[list[Row]]:
+    found = neighbours.search(vectors, num_results, body.modality, distinct=bool(body.deduplicate))
+    return [
+        [_result(neighbours, row, is_whole=place < body.num_images) for place, row in enumerate(rows)] for rows in found
+    ]
 
 
-async def _query(model: PictureModel, neighbours: Neighbours, body: KnnRequest) -> Vectors:
+def _result(neighbours: Neighbours, row: NeighbourRow, *, is_whole: bool) -> Row:
+    result: Row = {}
+    if is_whole:
+        result |= row.columns
+        picture = neighbours.picture(row)
+        if picture is not None:
+            result["image"] = base64.b64encode(picture).decode()
+    return result | {"id": row.id, "similarity": row.similarity}
+
+
+async def _queries(
+    model: PictureModel, neighbours: Neighbours, body: KnnRequest, *, fetches_urls: bool
+) -> tuple[Vectors, bool]:
+    """The queries (Q, D), of length one, and whether the request has a list of them."""
     if body.text:
-        return await model.embed_text(body.text)
+        texts = _listed(body.text)
+        return await model.embed_texts(texts), isinstance(body.text, list)
     if body.image:
-        return await model.embed_image(await asyncio.to_thread(decode_query, body.image))
+        pictures = [await asyncio.to_thread(decode_base64, text, "image") for text in _listed(body.image)]
+        return await _embed_pictures(model, pictures), isinstance(body.image, list)
     if body.image_url:
-        message = "image_url: this server fetches no URLs (a request could reach addresses inside its network); "
-        raise ApiError(400, message + "send the picture itself as image, base64", param="image_url", code="unsupported")
-    if body.embedding_input is None:
+        if not fetches_urls:
+            message = "image_url: this server fetches no URLs (serve.image_urls); send the picture as image, base64"
+            raise ApiError(400, message, param="image_url", code="unsupported")
+        fetched = [await _fetch(url) for url in _listed(body.image_url)]
+        return await _embed_pictures(model, fetched), isinstance(body.image_url, list)
+    if not body.embedding_input:
         raise ApiError(400, "give one of text, image, embedding_input", code="missing_parameter")
-    values = body.embedding_input
-    if len(values) != neighbours.embed_dim or not all(math.isfinite(value) for value in values):
-        message = f"embedding_input: {len(values)} numbers; this index takes {neighbours.embed_dim}, all finite"
+    is_batch = isinstance(body.embedding_input[0], list)
+    vectors = cast("list[list[float]]", body.embedding_input if is_batch else [body.embedding_input])
+    return np.stack([_unit(vector, neighbours.embed_dim) for vector in vectors]), is_batch
+
+
+def _listed(value: str | list[str]) -> list[str]:
+    return value if isinstance(value, list) else [value]
+
+
+async def _embed_pictures(model: PictureModel, pictures: Sequence[Images]) -> Vectors:
+    return np.stack([await model.embed_image(picture) for picture in pictures])
+
+
+async def _fetch(url: str) -> Images:
+    """A picture of the public internet: every hop is checked, its size and time are limited (pipeline/data/fetch.py).
+
+    Raises:
+        ApiError: 400, if it does not come, or is no picture.
+    """
+    try:
+        async with Fetcher(_FETCHING, AddressRules()) as fetcher:
+            with await fetcher.fetch(url) as body:
+                data = body.read()
+    except FetchError as error:
+        message = f"image_url: {error.cause}: {CLASSES.get(error.cause.partition('-')[0], error.cause)}"
+        raise ApiError(400, message, param="image_url", code="invalid_value") from None
+    return await asyncio.to_thread(bounded_picture, data, "image_url")
+
+
+def _unit(values: Sequence[float], width: int) -> Vectors:
+    if len(values) != width or not all(math.isfinite(value) for value in values):
+        message = f"embedding_input: {len(values)} numbers; this index takes {width}, all finite"
         raise ApiError(400, message, param="embedding_input", code="invalid_value")
     vector = np.asarray(values, np.float64)
     length = float(np.linalg.norm(vector))
     if length == 0:
         raise ApiError(400, "embedding_input: all zero", param="embedding_input", code="invalid_value")
     return (vector / length).astype(np.float32)
-
-
-def decode_query(encoded: str) -> Images:
-    """A picture in base64, resized so that its shorter side is 1,024 px at most.
-
-    Raises:
-        ApiError: 400, if it is not base64, no picture, or too large to decode.
-    """
-    try:
-        data = base64.b64decode(encoded, validate=True)
-        image = read(data, where="image", max_area_px=_MAX_QUERY_PX).image
-    except binascii.Error:
-        raise ApiError(400, "image: not base64", param="image", code="invalid_value") from None
-    except PictureError as error:
-        raise ApiError(400, str(error), param="image", code="invalid_value") from None
-    scale = min(
-        1, _MAX_SHORTER_PX / min(image.size)
-    )  # a whole picture, because CLIP's own framing decides what it sees
-    return np.array(resize(image, (round(image.width * scale), round(image.height * scale))) if scale < 1 else image)

@@ -3,13 +3,13 @@
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from models.request import SampleRequest
+from models.request import WALK_STEPS, Edit, RawMask, RawPicture, SampleRequest, StartPicture, is_walk
 from pipeline.serve.protocols import Images
 
 Format = Literal["png", "jpeg", "webp"]
@@ -69,13 +69,18 @@ def made_with(card: ModelCard, request: SampleRequest, seed: int, side_px: int) 
         seed: Of this picture.
         side_px: Side of the file's picture, in pixels.
     """
+    walk = {"decoder": {"method": "ddim", "num_steps": WALK_STEPS, "guidance_scale": 1.0, "respacing": ""}}
+    usual = {
+        stage: {**settings, **(walk if is_walk(request.edit) else {}).get(stage, {})}
+        for stage, settings in card.sampling.items()
+    }
     sampling = {
         stage: {
             **settings,
             **({"guidance_scale": request.guidance_scale[stage]} if stage in request.guidance_scale else {}),
             **({"num_steps": request.num_steps[stage]} if stage in request.num_steps else {}),
         }
-        for stage, settings in card.sampling.items()
+        for stage, settings in usual.items()
     }
     decoder = sampling.get("decoder", {})
     facts = {
@@ -84,6 +89,7 @@ def made_with(card: ModelCard, request: SampleRequest, seed: int, side_px: int) 
         "CFG scale": decoder.get("guidance_scale"),
         "Seed": seed,
         "Size": f"{side_px}x{side_px}",
+        "Denoising strength": request.edit.strength if isinstance(request.edit, StartPicture) else None,
         "Model hash": card.networks.get("decoder", "")[:10] or None,
         "Model": card.name,
         "Version": f"unclip {card.version}",
@@ -97,7 +103,25 @@ def made_with(card: ModelCard, request: SampleRequest, seed: int, side_px: int) 
         "seed": seed,
         "side_px": side_px,
         "sampling": sampling,
+        **({"edit": _edit_facts(request.edit)} if request.edit else {}),
         "networks": dict(card.networks),
         "version": card.version,
     }
     return {"parameters": "\n".join(lines), "unclip": json.dumps(everything, ensure_ascii=False)}
+
+
+def _edit_facts(edit: Edit) -> dict[str, Any]:
+    """An edit by name, with its settings, and with its pictures by the digests of their files."""
+    facts: dict[str, Any] = {"kind": type(edit).__name__.lower()}
+    for field_ in fields(edit):
+        value = getattr(edit, field_.name)
+        match value:
+            case RawPicture():
+                facts["sources"] = [value.sha256]
+            case (RawPicture(), *_):
+                facts["sources"] = [picture.sha256 for picture in value]
+            case RawMask():
+                pass
+            case _:
+                facts[field_.name] = value
+    return facts

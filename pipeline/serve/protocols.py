@@ -91,8 +91,8 @@ class PictureModel(Protocol):
         """As ``sample``, with ``num_previews`` previews of each picture; ending the iteration drops the request."""
         ...
 
-    async def embed_text(self, text: str) -> Vectors:
-        """z_text, (D,), of length one."""
+    async def embed_texts(self, texts: Sequence[str]) -> Vectors:
+        """z_text of n texts, (n, D), each of length one."""
         ...
 
     async def embed_image(self, image: Images) -> Vectors:
@@ -126,10 +126,15 @@ class Neighbours(Protocol):
         """Width D of a query, in features."""
         ...
 
+    @property
+    def near_copy(self) -> float | None:
+        """The cosine above which a picture is a near copy of a training row's; None: too few held-out rows to say."""
+        ...
+
     def search(
-        self, vector: Vectors, k: int, modality: Literal["image", "text"], *, distinct: bool = False
-    ) -> list[NeighbourRow]:
-        """The ``k`` rows nearest to a vector (D,) of length one, the nearest first.
+        self, vectors: Vectors, k: int, modality: Literal["image", "text"], *, distinct: bool = False
+    ) -> list[list[NeighbourRow]]:
+        """The ``k`` rows nearest to each of Q vectors (Q, D) of length one, the nearest first.
 
         If ``distinct``, rows whose picture is nearly that of a nearer row are left out.
         """

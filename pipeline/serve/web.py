@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import json
 import math
-from collections.abc import Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from typing import Any, TypeVar, cast
 
 from fastapi import FastAPI, Request
@@ -90,6 +90,24 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, on_bug)
 
 
+async def read_body(request: Request, limit_bytes: int) -> AsyncGenerator[bytes]:
+    """The body in chunks, up to a limit.
+
+    Raises:
+        ApiError: 413 above it.
+    """
+    too_large = ApiError(413, f"the body is above {limit_bytes} bytes", code="body_too_large")
+    declared = request.headers.get("content-length", "0")
+    if not declared.isdigit() or int(declared) > limit_bytes:
+        raise too_large
+    num_bytes = 0
+    async for chunk in request.stream():
+        num_bytes += len(chunk)
+        if num_bytes > limit_bytes:
+            raise too_large
+        yield chunk
+
+
 async def read_json(request: Request, limit_bytes: int, max_values: int | None = None) -> Json:
     """The body as a JSON object; its content type is ignored.
 
@@ -102,15 +120,9 @@ async def read_json(request: Request, limit_bytes: int, max_values: int | None =
     Raises:
         ApiError: 413 above a limit, 400 if it is not a JSON object.
     """
-    too_large = ApiError(413, f"the body is above {limit_bytes} bytes", code="body_too_large")
-    declared = request.headers.get("content-length", "0")
-    if not declared.isdigit() or int(declared) > limit_bytes:
-        raise too_large
     body = bytearray()
-    async for chunk in request.stream():
+    async for chunk in read_body(request, limit_bytes):
         body += chunk
-        if len(body) > limit_bytes:
-            raise too_large
     if max_values is not None and body.count(b",") > max_values:
         raise ApiError(413, f"the body has more than {max_values} values", code="body_too_large")
     try:
@@ -122,14 +134,14 @@ async def read_json(request: Request, limit_bytes: int, max_values: int | None =
     return cast("Json", value)
 
 
-def parse(model: type[Model], body: Json) -> Model:
-    """Validate the body as a ``model``.
+def parse(model: type[Model], body: Mapping[str, Any], *, is_form: bool = False) -> Model:
+    """Validate the body as a ``model``; the values of a form are texts.
 
     Raises:
         ApiError: 400; names the first wrong field.
     """
     try:
-        return model.model_validate(body)
+        return model.model_validate_strings(body) if is_form else model.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         param = ".".join(str(part) for part in first["loc"]) or None
@@ -138,7 +150,7 @@ def parse(model: type[Model], body: Json) -> Model:
         if first["type"] == "missing":
             raise ApiError(400, f"{param} is required", param=param, code="missing_parameter") from None
         message = first["msg"].removeprefix("Value error, ")
-        raise ApiError(400, f"{param}: {message}", param=param, code="invalid_value") from None
+        raise ApiError(400, f"{param}: {message}" if param else message, param=param, code="invalid_value") from None
 
 
 def client_of(request: Request) -> str:

@@ -24,7 +24,7 @@ from pipeline.data.urls import AddressRules
 from pipeline.data.vectors import Vectors, read_vectors, to_unit, write_embeddings
 from pipeline.pictures import read_file, square
 from pipeline.recipe.sections import DownloadConfig, EmbedConfig
-from pipeline.serve.knn import decode_query
+from pipeline.serve.uploads import decode_base64
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.store import Artifact
 from tests.data.conftest import CASES, PictureServer
@@ -100,7 +100,7 @@ def test_every_query_of_a_file_has_one_vector_and_finds_the_file(data: _Data, na
     """``search --image`` and the edits read the file, the server gets it in base64."""
     path = CASES / name
     by_file = data.clip.encode_image(torch.from_numpy(np.array(read_file(str(path))))[None])
-    served = decode_query(base64.b64encode(path.read_bytes()).decode())
+    served = decode_base64(base64.b64encode(path.read_bytes()).decode(), "image")
     assert torch.equal(data.clip.encode_image(torch.from_numpy(served)[None]), by_file)
     similarities = to_unit(data.vectors.z_image) @ by_file[0].numpy()
     row = data.vectors.table.column("caption").to_pylist().index(f"case/{name}")

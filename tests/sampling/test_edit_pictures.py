@@ -13,11 +13,13 @@ from models.editor import Editor, EditSettings
 from models.pca import PcaSums
 from pipeline.data.vectors import read_vectors
 from pipeline.errors import ConfigError
+from pipeline.pictures import read_file
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.sampling import edit_pictures
 from pipeline.sampling.edit_options import EditOptions
-from pipeline.sampling.edit_pictures import EDITS, Sources, edit_recipe, read_mask, training_pca
+from pipeline.sampling.edit_pictures import EDITS, Sources, edit_recipe, training_pca
+from pipeline.sampling.masks import masked_pixels
 from pipeline.sampling.sample import sample_recipe
 from pipeline.shapes.draw import draw_array
 from pipeline.shapes.scene import training_scene
@@ -130,19 +132,23 @@ def _embed(recipe: Recipe) -> Artifact:
     return artifact_of(Workspace(recipe.workspace), next(s for s in make_plan(recipe) if s.name == "embed"))
 
 
+def read_mask(path: Path, picture: Image.Image) -> np.ndarray:
+    return masked_pixels(read_file(str(path), alpha=True), picture, str(path), "0.png")
+
+
 def test_mask_is_read_from_white_or_from_transparency(files: list[str], tmp_path: Path) -> None:
     with Image.open(files[0]) as picture:
         whole = picture.convert("RGB")
     hole = np.full((48, 60, 4), 255, np.uint8)
     hole[10:20, 30:40, 3] = 0
     Image.fromarray(hole).save(tmp_path / "hole.png")
-    masked = read_mask(str(tmp_path / "hole.png"), whole, "0.png")
+    masked = read_mask(tmp_path / "hole.png", whole)
     assert masked.shape == (48, 48)
     assert np.argwhere(masked).min(0).tolist() == [10, 24]
     assert masked.sum() == 100
     gray = Image.fromarray(np.where(hole[..., 3] == 0, 255, 0).astype(np.uint8))
     gray.save(tmp_path / "white.png")
-    np.testing.assert_array_equal(read_mask(str(tmp_path / "white.png"), whole, "0.png"), masked)
+    np.testing.assert_array_equal(read_mask(tmp_path / "white.png", whole), masked)
 
 
 def test_masks_that_cannot_be_used_are_refused(files: list[str], tmp_path: Path) -> None:
@@ -151,10 +157,10 @@ def test_masks_that_cannot_be_used_are_refused(files: list[str], tmp_path: Path)
     path = tmp_path / "mask.png"
     Image.new("L", (60, 60), 255).save(path)
     with pytest.raises(ConfigError, match=r"60 x 60 px and 60 x 48 px"):
-        read_mask(str(path), whole, "0.png")
+        read_mask(path, whole)
     Image.new("L", (60, 48), 0).save(path)
     with pytest.raises(ConfigError, match="empty"):
-        read_mask(str(path), whole, "0.png")
+        read_mask(path, whole)
 
 
 def test_what_cannot_be_edited_is_a_configuration_error(

@@ -1,6 +1,8 @@
 import base64
+import dataclasses
 import json
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -8,8 +10,11 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from fastapi import FastAPI
+from fastapi.responses import RedirectResponse, Response
 
 from pipeline.data.rows import make_uid
+from pipeline.data.urls import AddressRules
 from pipeline.data.vectors import to_unit
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.serve import knn
@@ -170,3 +175,122 @@ def test_a_picture_that_would_fill_the_memory_is_not_decoded(server: Any) -> Non
     answer = post(server, image=base64.b64encode(bomb).decode())
     assert answer.status_code == 400
     assert "image: image area too large (6400 x 6400 px" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("shape", ["text", "escapes", "numbers", "image", "no json"])
+def test_a_large_body_that_is_refused_costs_little(server: Any, shape: str) -> None:
+    num_bytes = 23 << 20
+    bodies = {
+        "text": b'{"modality": "image", "num_images": 3, "text": "' + b"x" * num_bytes + b'"}',
+        "escapes": b'{"modality": "image", "num_images": 3, "text": "' + b"a\\n" * (num_bytes // 3) + b'"}',
+        "numbers": b'{"modality": "image", "num_images": 3, "embedding_input": [' + b"1," * (num_bytes // 2) + b"1]}",
+        "image": b'{"modality": "image", "num_images": 3, "image": "' + b"AAAA" * (num_bytes // 4) + b'"}',
+        "no json": b"{" * num_bytes,
+    }
+    process = psutil.Process()
+    with httpx.Client(timeout=60) as client:
+        client.post(f"{server.url}/knn-service", content=b"{}")
+        before, start = process.memory_info().rss, time.process_time()
+        answer = client.post(f"{server.url}/knn-service", content=bodies[shape])
+        taken_s = time.process_time() - start  # of client and server
+    assert answer.status_code in {400, 413}
+    assert taken_s < 0.5
+    assert process.memory_info().rss - before < 100 << 20
+
+
+def places(rows: Any) -> list[Any]:
+    """Rows without their similarity, whose last digits a batched product rounds in its own way."""
+    return [(row["id"], len(row)) for row in rows]
+
+
+def test_a_list_of_queries_gets_a_list_of_answers(server: Any) -> None:
+    texts = ["a red picture", "a blue picture"]
+    alone = [places(post(server, text=text).json()) for text in texts]
+    assert [places(rows) for rows in post(server, text=texts).json()] == alone
+    assert [places(rows) for rows in post(server, text=texts[:1]).json()] == alone[:1]
+    pictures = [base64.b64encode(plain_picture(colour, 40)).decode() for colour in ("red", "blue")]
+    found = post(server, image=pictures).json()
+    assert [rows[0]["caption"] for rows in found] == texts
+    vectors = np.array(embeddings(server).column("z_image").to_pylist(), np.float32)
+    several = [places(rows) for rows in post(server, embedding_input=vectors[2:4].tolist()).json()]
+    assert several == [places(post(server, embedding_input=vectors[row].tolist()).json()) for row in (2, 3)]
+    assert post(server, text=texts, num_images=0, num_result_ids=0).json() == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"text": ["a"] * 33}, "text: give a text, or a list of 1 to 32"),
+        ({"text": []}, "text: give a text"),
+        ({"text": ["a", 3]}, "text: give a text"),
+        ({"text": ["a", "x" * 4001]}, "text: a text has more than 4000 characters"),
+        ({"embedding_input": [[1.0] * 16, 1.0]}, "embedding_input: give at most"),
+        ({"embedding_input": [[1.0] * 16, [1.0]]}, "embedding_input: 1 numbers; this index takes 16"),
+        ({"embedding_input": 3}, "embedding_input: give at most"),
+        ({"embedding_input": ["a"]}, "embedding_input: an item is not a number"),
+        ({"text": "a", "use_mclip": True}, "use_mclip: this server has one CLIP"),
+    ],
+)
+def test_wrong_lists_of_queries_are_400_and_say_why(server: Any, body: dict[str, Any], words: str) -> None:
+    answer = post(server, **body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(words)
+
+
+def test_filters_that_have_no_effect_are_named_in_a_header(server: Any) -> None:
+    sent = post(server, text="a", use_safety_model=True, use_violence_detector=False, aesthetic_score=9)
+    assert sent.headers["X-Unclip-Notes"] == "no effect: use_safety_model, aesthetic_score"
+    plain = post(server, text="a", use_safety_model=False, use_violence_detector=False, aesthetic_score="")
+    assert "X-Unclip-Notes" not in plain.headers
+
+
+@pytest.fixture(scope="module")
+def fetching(server: Any, neighbours: Any, serving: Any) -> Any:
+    """A server that fetches pictures."""
+    settings = ApiSettings(ModelCard("tiny", 32), fetches_urls=True)
+    with serving(create_app(server.engine, neighbours, settings)) as url:
+        yield SimpleNamespace(url=url)
+
+
+@pytest.fixture(scope="module")
+def pictures(serving: Any) -> Any:
+    """A host of pictures on this machine."""
+    app = FastAPI()
+
+    @app.get("/red.png")
+    async def red() -> Response:
+        return Response(plain_picture("red", 40), media_type="image/png")
+
+    @app.get("/away")
+    async def away() -> Response:
+        return RedirectResponse("http://169.254.169.254/latest/meta-data")
+
+    with serving(app) as url:
+        yield url
+
+
+def test_addresses_that_are_not_public_are_refused_on_every_hop(
+    fetching: Any, pictures: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = [f"{pictures}/red.png", pictures.replace("127.0.0.1", "localhost") + "/red.png", "http://[::1]/a.png"]
+    for url in [*hosts, "http://169.254.169.254/latest", "http://10.0.0.1/a.png"]:
+        answer = post(fetching, image_url=url)
+        assert answer.status_code == 400, url
+        assert "image_url: address: the host has a private, loopback" in answer.json()["error"]["message"]
+    for url, cause in (("file:///etc/passwd", "scheme"), ("gopher://a/b", "scheme"), ("http://", "url")):
+        assert post(fetching, image_url=url).json()["error"]["message"].startswith(f"image_url: {cause}: ")
+    monkeypatch.setattr(knn, "AddressRules", lambda: AddressRules(["127.0.0.1/32"]))
+    assert "image_url: address: " in post(fetching, image_url=f"{pictures}/away").json()["error"]["message"]
+
+
+def test_a_picture_is_fetched_where_that_is_on(
+    fetching: Any, server: Any, pictures: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(knn, "AddressRules", lambda: AddressRules(["127.0.0.1/32"]))
+    [nearest, *_] = post(fetching, image_url=f"{pictures}/red.png").json()
+    assert nearest["caption"] == "a red picture"
+    assert "fetches no URLs" in post(server, image_url=f"{pictures}/red.png").json()["error"]["message"]
+    small = dataclasses.replace(knn._FETCHING, max_body_bytes=20)
+    monkeypatch.setattr(knn, "_FETCHING", small)
+    message = post(fetching, image_url=f"{pictures}/red.png").json()["error"]["message"]
+    assert message.startswith("image_url: body-size: ")

@@ -104,7 +104,7 @@ def test_body_becomes_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
         side_px=64,
     )
     assert {field.name for field in fields(SampleRequest)} == {
-        "prompt", "seeds", "guidance_scale", "num_steps", "negative_prompt", "side_px",
+        "prompt", "seeds", "guidance_scale", "num_steps", "negative_prompt", "side_px", "edit",
     }  # fmt: skip
     monkeypatch.setattr(images.secrets, "randbelow", lambda _limit: 11)
     assert images.sample_request(GenerationRequest(prompt="a")) == SampleRequest("a", (11,))

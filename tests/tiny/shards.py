@@ -124,8 +124,12 @@ def make_embeddings(
     rows_per_shard: int,
     *,
     first: int = 0,
+    held_out_every: int = 0,
 ) -> None:
-    """Commit shards of embeddings; captions and urls are ``caption N`` and ``http://a/N``, from N = ``first`` on."""
+    """Commit shards of embeddings; captions and urls are ``caption N`` and ``http://a/N``, from N = ``first`` on.
+
+    Rows are of the split train, but those whose number ``held_out_every`` divides.
+    """
     for start in range(0, len(z_image), rows_per_shard):
         part = slice(start, start + rows_per_shard)
         shard = f"{start // rows_per_shard:05d}"
@@ -135,7 +139,7 @@ def make_embeddings(
                 "key": f"{shard}{i - start:05d}",
                 "url": f"http://a/{first + i}",
                 "caption": f"caption {first + i}",
-                "split": "train",
+                "split": "validation" if held_out_every and i % held_out_every == 0 else "train",
             }
             for i in range(start, start + len(z_image[part]))
         ]

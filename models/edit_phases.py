@@ -1,0 +1,163 @@
+"""Edits as requests: the phases of a request that starts from pictures, so that a server joins it with others.
+
+An inpainting, or a picture to start from, is one more input of the decoder's own stage; so is the z_image of a picture,
+in place of the prior's. Such requests share every forward pass with requests for pictures of a prompt. Others begin
+with a phase that inverts their pictures; their frames are sampled by DDIM, as ``Editor`` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from models.cascade import CascadeResult, Phase, up_to
+from models.decoder.inpainting import MASK, PICTURE
+from models.decoder.stage import START, STRENGTH, X_T
+from models.editor import ETA, X_0, EditError, Editor, Latents, slerp
+from models.request import (
+    Inpainting,
+    Interpolation,
+    RawMask,
+    RawPicture,
+    SampleRequest,
+    StartPicture,
+    TextDiff,
+    Variation,
+)
+from models.stage import Z_IMAGE, Batch, Stage
+
+
+def edit_phase(editor: Editor, request: SampleRequest) -> Phase:
+    """The first phase of a request that starts from pictures.
+
+    Args:
+        editor: Of the cascade that answers.
+        request: With an ``edit``.
+
+    Raises:
+        EditError: If it has none.
+        ValueError: If the cascade cannot do what is requested.
+    """
+    match request.edit:
+        case Inpainting(picture, mask):
+            phase = _prompted(editor, request, {PICTURE: _tensor(picture), MASK: _mask(mask)})
+        case StartPicture(picture, strength):
+            phase = _prompted(editor, request, {START: _tensor(picture), STRENGTH: torch.tensor([strength])})
+        case Variation(picture, None):
+            stages = up_to(editor.cascade.after(Z_IMAGE), request.side_px)
+            phase = _frames(editor, request, stages, lambda: _repeat({Z_IMAGE: _embed(editor, picture)}, request))
+        case Interpolation(pictures, _, "fixed"):
+            phase = _walked(editor, request, lambda: torch.cat([_embed(editor, one) for one in pictures]), None)
+        case Interpolation(pictures):
+            phase = _inverted(editor, request, pictures)
+        case Variation(picture) | TextDiff(picture):
+            phase = _inverted(editor, request, [picture])
+        case None:
+            raise EditError("the request has no picture to start from")
+    return phase
+
+
+def run_phases(editor: Editor, request: SampleRequest) -> CascadeResult:
+    """The pictures of one request that starts from pictures; errors as ``edit_phase``."""
+    phase = edit_phase(editor, request)
+    while True:
+        result = editor.cascade.run(phase.batch(), phase.stages)
+        if phase.then is None:
+            return result
+        phase = phase.then(result.values)
+
+
+def _prompted(editor: Editor, request: SampleRequest, values: Mapping[str, Tensor]) -> Phase:
+    """The stages of a prompt, of which the decoder reads ``values`` too."""
+    phase = editor.cascade.phase_of(request)
+    on_device = {name: value.to(editor.device) for name, value in values.items()}
+    return replace(phase, batch=lambda: phase.batch().with_values(**_repeat(on_device, request)))
+
+
+def _frames(
+    editor: Editor, request: SampleRequest, stages: Sequence[Stage], values: Callable[[], Mapping[str, Tensor]]
+) -> Phase:
+    """Frames without captions."""
+    editor.cascade.check(request, stages)
+
+    def batch() -> Batch:
+        return Batch(editor.no_caption(len(request.seeds)), request.seeds, values(), request)
+
+    return Phase(len(request.seeds), tuple(stages), batch)
+
+
+def _inverted(editor: Editor, request: SampleRequest, pictures: Sequence[RawPicture]) -> Phase:
+    """The inversion of pictures, and then their frames."""
+    walk = editor.decoder.name
+    # The inversion is guided, and takes as many steps, as the walk of the frames will be.
+    scale, steps = request.guidance_scale, request.num_steps
+    inversion = replace(
+        request,
+        guidance_scale={editor.inversion.name: scale[walk]} if walk in scale else {},
+        num_steps={editor.inversion.name: steps[walk]} if walk in steps else {},
+    )
+    editor.cascade.check(request, _walk_stages(editor, request))  # refuse it before the inversion
+
+    def batch() -> Batch:
+        values = {
+            Z_IMAGE: torch.cat([_embed(editor, picture) for picture in pictures]),
+            X_0: torch.cat([editor.shrink(_tensor(picture)) for picture in pictures]),
+        }
+        return Batch(editor.no_caption(len(pictures)), (0,) * len(pictures), values, inversion)
+
+    def then(values: Mapping[str, Tensor]) -> Phase:
+        return _walked(editor, request, lambda: values[Z_IMAGE], values[X_T])
+
+    return Phase(len(pictures), (editor.inversion,), batch, then)
+
+
+def _walked(editor: Editor, request: SampleRequest, z_image: Callable[[], Tensor], x_T: Tensor | None) -> Phase:
+    """Frames by DDIM from the embeddings and the noise of the request's pictures; by default, from that of the seed."""
+
+    def values() -> Mapping[str, Tensor]:
+        noise = editor.noise(request.seeds) if x_T is None else x_T
+        return _repeat(_walk_values(editor, request, Latents(z_image(), noise)), request)
+
+    return _frames(editor, request, _walk_stages(editor, request), values)
+
+
+def _walk_values(editor: Editor, request: SampleRequest, latents: Latents) -> Mapping[str, Tensor]:
+    z_image, x_T = latents.z_image, latents.x_T
+    match request.edit:
+        case Interpolation(_, shares, noise):
+            x_T = slerp(x_T[:1], x_T[1:], shares) if noise == "slerp" else x_T
+            return {Z_IMAGE: slerp(z_image[:1], z_image[1:], shares), X_T: x_T}
+        case TextDiff(_, source, target, thetas):
+            return {Z_IMAGE: editor.turned(z_image, source, target, thetas), X_T: x_T}
+        case Variation(_, eta):
+            return {Z_IMAGE: z_image, X_T: x_T, ETA: torch.tensor([eta or 0.0], device=x_T.device)}
+        case _:
+            raise EditError("the request is no walk from a picture")
+
+
+def _walk_stages(editor: Editor, request: SampleRequest) -> tuple[Stage, ...]:
+    stages = editor.cascade.stages
+    return up_to((editor.latent_walk, *stages[stages.index(editor.decoder) + 1 :]), request.side_px)
+
+
+def _repeat(values: Mapping[str, Tensor], request: SampleRequest) -> dict[str, Tensor]:
+    """Values of one row become those of every picture of the request."""
+    count = len(request.seeds)
+    return {name: value.expand(count, *value.shape[1:]) for name, value in values.items()}
+
+
+def _embed(editor: Editor, picture: RawPicture) -> Tensor:
+    return editor.embed(_tensor(picture))
+
+
+def _tensor(picture: RawPicture) -> Tensor:
+    levels = torch.frombuffer(bytearray(picture.levels), dtype=torch.uint8)
+    return levels.view(1, picture.height, picture.width, 3)
+
+
+def _mask(mask: RawMask) -> Tensor:
+    cells = torch.frombuffer(bytearray(mask.cells), dtype=torch.uint8)
+    return cells.view(1, mask.side_px, mask.side_px).bool()

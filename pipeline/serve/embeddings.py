@@ -1,0 +1,82 @@
+"""``POST /v1/embeddings``, as OpenAI's, of texts and of pictures: both are vectors of CLIP's joint space."""
+
+import asyncio
+import base64
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, cast
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from pipeline.serve.images import MAX_PROMPT_CHARS
+from pipeline.serve.picture_files import ModelCard
+from pipeline.serve.protocols import PictureModel, Vectors
+from pipeline.serve.uploads import decode_base64
+from pipeline.serve.web import ApiError
+
+MAX_INPUTS = 2048
+_DATA_URL = "data:image/"
+
+
+def _require_texts(value: Any) -> Any:
+    """Make a list of one text, and refuse another list at its first wrong item, as knn.py does."""
+    items = cast("list[Any]", value if isinstance(value, list) else [value])
+    if not all(isinstance(item, str) for item in items):
+        raise ValueError("give texts, or pictures as data URLs; lists of token numbers are those of another tokenizer")
+    if not all(items):
+        raise ValueError("a text is empty")
+    if any(len(item) > MAX_PROMPT_CHARS and not item.startswith(_DATA_URL) for item in items):
+        raise ValueError(f"a text has more than {MAX_PROMPT_CHARS} characters")
+    return items
+
+
+class EmbeddingRequest(BaseModel):
+    """The body of a request."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    input: Annotated[list[str], BeforeValidator(_require_texts)] = Field(min_length=1, max_length=MAX_INPUTS)
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    user: str | None = None
+
+
+async def embed(model: PictureModel, body: EmbeddingRequest, card: ModelCard) -> dict[str, Any]:
+    """Answer a request.
+
+    Raises:
+        ApiError: 404 for another model; 400, if a picture cannot be read, or another number of dimensions is requested.
+    """
+    if body.model not in {None, card.name, *card.aliases}:
+        message = f"model {body.model!r} does not exist; this server has {card.name!r}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+    vectors = await _vectors(model, body.input)
+    width = vectors.shape[1]
+    if body.dimensions not in {None, width}:
+        message = f"dimensions: embeddings of this CLIP have {width} numbers, and no fewer"
+        raise ApiError(400, message, param="dimensions", code="invalid_value")
+    rows = [_encoded(row, body.encoding_format or "float") for row in vectors]
+    return {
+        "object": "list",
+        "model": card.name,
+        "data": [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)],
+        "usage": {"prompt_tokens": 0, "total_tokens": 0},
+    }
+
+
+async def _vectors(model: PictureModel, inputs: Sequence[str]) -> Vectors:
+    """One row for each input: the texts together, the pictures one after another, because each is large."""
+    texts = [text for text in inputs if not text.startswith(_DATA_URL)]
+    of_texts = iter(await model.embed_texts(texts)) if texts else iter(())
+    rows: list[Vectors] = []
+    for item in inputs:
+        if item.startswith(_DATA_URL):
+            rows.append(await model.embed_image(await asyncio.to_thread(decode_base64, item, "input")))
+        else:
+            rows.append(next(of_texts))
+    return np.stack(rows)
+
+
+def _encoded(row: Vectors, form: Literal["float", "base64"]) -> list[float] | str:
+    return base64.b64encode(row.astype("<f4").tobytes()).decode() if form == "base64" else row.tolist()

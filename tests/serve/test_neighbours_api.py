@@ -1,0 +1,64 @@
+"""The training pictures beside each picture that was sampled."""
+
+import base64
+import json
+from typing import Any
+
+import httpx
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipeline.recipe.plan import artifact_of, make_plan
+from pipeline.serve.api import ApiSettings, create_app
+from pipeline.serve.knn import LocalNeighbours
+from pipeline.serve.picture_files import ModelCard
+from pipeline.workspace.store import Workspace
+from tests.tiny.shards import pixels, plain_picture
+
+
+def test_every_picture_has_its_nearest_pairs_by_its_own_pixels(server: Any) -> None:
+    body = {"prompt": "a red picture", "n": 2, "seed": 5, "neighbours": 3}
+    answer = httpx.post(f"{server.url}/v1/images/generations", json=body, timeout=60).json()
+    steps = {step.name: step for step in make_plan(server.recipe)}
+    embed = artifact_of(Workspace(server.recipe.workspace), steps["embed"])
+    table = pq.read_table(embed.path("00000.parquet"))
+    rows = np.array(table.column("z_image").to_pylist(), np.float32)
+    for entry in answer["data"]:
+        picture = torch.from_numpy(pixels(base64.b64decode(entry["b64_json"])).copy())[None]
+        cosines = rows @ server.cascade.clip.encode_image(picture)[0].numpy() / np.linalg.norm(rows, axis=1)
+        order = np.argsort(-cosines)[:3]
+        near = entry["neighbours"]
+        assert [one["similarity"] for one in near] == pytest.approx(cosines[order], abs=2e-3)
+        assert near[0]["uid"] == table.column("uid")[int(order[0])].as_py()
+        assert set(near[0]) == {"id", "uid", "url", "caption", "split", "similarity", "near_copy"}
+        assert near[0]["near_copy"] is None  # ten rows say nothing of how near others come
+
+
+def test_a_near_copy_is_above_the_limit_and_of_a_training_row(
+    server: Any, neighbours: LocalNeighbours, serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = LocalNeighbours(neighbours._retriever)
+    files, form = {"image": plain_picture("red", 32)}, {"neighbours": "10", "seed": "1"}
+    with serving(create_app(server.engine, own, ApiSettings(ModelCard("tiny", 32)))) as url:
+        route = f"{url}/v1/images/variations"
+        near = httpx.post(route, data=form, files=files, timeout=60).json()["data"][0]["neighbours"]
+        limit = near[4]["similarity"]
+        monkeypatch.setattr(own, "_near_copy", lambda: limit)
+        again = httpx.post(route, data=form, files=files, timeout=60).json()["data"][0]["neighbours"]
+        stream = httpx.post(route, data=form | {"stream": "true"}, files=files, timeout=60).text
+    assert [one["id"] for one in again] == [one["id"] for one in near]
+    flags = [one["near_copy"] for one in again]
+    assert flags == [one["split"] == "train" and one["similarity"] > limit for one in again]
+    assert True in flags[:4]
+    completed = json.loads(stream.rpartition("data: ")[2])
+    assert completed["neighbours"] == again
+
+
+def test_neighbours_without_an_index_are_refused_before_anything_is_sampled(server: Any, serving: Any) -> None:
+    before = server.engine.counts()["requests"]
+    with serving(create_app(server.engine, None, ApiSettings(ModelCard("tiny", 32)))) as url:
+        answer = httpx.post(f"{url}/v1/images/generations", json={"prompt": "a", "neighbours": 1})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "neighbours")
+    assert server.engine.counts()["requests"] == before
