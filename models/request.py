@@ -112,6 +112,9 @@ class SampleRequest:
     guidance do not read it."""
     side_px: int = 0
     """The cascade ends at its first stage whose pictures have at least this side, in pixels; 0: at its last stage."""
+    num_candidates: int = 0
+    """Embeddings that a prior samples of each picture, of which it keeps the nearest to the prompt; 0: as the prior's
+    own settings say. Stages without candidates do not read it."""
     edit: Edit | None = None
     """The pictures that it starts from; None: from the prompt alone."""
 

@@ -42,9 +42,9 @@ class ArPriorStage(CandidateStage):
 
     def enter(self, batch: Batch, noise: NoiseSource | None = None) -> Chain:
         """See ``Stage``; a step is a component."""
-        noise = self.noise(batch.seeds) if noise is None else noise
-        sampler = self._sampler(batch.request)
-        text, negative = self.repeat(batch.text), self.repeat_negative(batch)
+        stage, sampler = self.of_request(batch.request), self._sampler(batch.request)
+        noise = stage.noise(batch.seeds) if noise is None else noise
+        text, negative = stage.repeat(batch.text), stage.repeat_negative(batch)
         state = initial_tokens(self.network, text, noise, sampler, negative)
         return Chain(batch, state, tuple(range(self.network.num_components)))
 

@@ -6,7 +6,7 @@ Legend: B captions; R = B candidates rows, the first candidate of every caption,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -17,8 +17,9 @@ from models.diffusion.config import SamplerConfig
 from models.diffusion.noise import NoiseSource
 from models.diffusion.process import Denoise
 from models.prior.network import Prior, PriorCondition
+from models.request import SampleRequest
 from models.rows import concat_rows
-from models.stage import Z_IMAGE, Batch, DiffusionStage
+from models.stage import Z_IMAGE, Batch, Chain, DiffusionStage
 from models.text import TextEncoding
 
 
@@ -50,6 +51,11 @@ class CandidateStage:
         """See ``Stage``."""
         return asdict(self.sampler) | {"num_candidates": self.num_candidates}
 
+    def of_request(self, request: SampleRequest | None) -> Self:
+        """The stage with as many candidates as a request has."""
+        count = request.num_candidates if request else 0
+        return replace(self, num_candidates=count) if count else self
+
     def noise(self, seeds: Sequence[int]) -> NoiseSource:
         """Noise of the first candidate of every seed, then of the second, and so on."""
         noise = NoiseSource(())
@@ -80,6 +86,10 @@ class PriorStage(CandidateStage, DiffusionStage):
     def x0_variance(self) -> Tensor | None:
         """See ``DiffusionStage``."""
         return self.network.x0_variance if self.network.x0_variance.any() else None
+
+    def enter(self, batch: Batch, noise: NoiseSource | None = None) -> Chain:
+        """See ``Stage``."""
+        return DiffusionStage.enter(self.of_request(batch.request), batch, noise)
 
     def begin(self, batch: Batch, noise: NoiseSource, *, guided: bool) -> tuple[Tensor, PriorCondition]:
         """See ``DiffusionStage``."""

@@ -39,6 +39,7 @@ MIN_SIDE_PX = 8
 MAX_GUIDANCE = 100.0
 MAX_STEPS = 1000
 MAX_NEIGHBOURS = 20
+MAX_CANDIDATES = 16
 _MAX_SEED = 2**63 - 1 - MAX_IMAGES
 _STEPS_OF_QUALITY = {"low": 0.5, "medium": 1, "standard": 1, "auto": 1, "high": 1.5, "hd": 1.5, "xhigh": 2, "max": 3}
 """Factors of the decoder's steps."""
@@ -84,6 +85,7 @@ class PromptOptions(PictureOptions):
     prompt: str = Field(max_length=MAX_PROMPT_CHARS)
     negative_prompt: str | None = Field(default=None, max_length=MAX_PROMPT_CHARS)
     prior_guidance_scale: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)
+    num_candidates: int | None = Field(default=None, ge=1, le=MAX_CANDIDATES)
 
     @field_validator("prompt")
     @classmethod
@@ -354,6 +356,7 @@ def sample_request(
         num_steps={} if num_steps is None else {"decoder": num_steps},
         negative_prompt=(prompt.negative_prompt if prompt else "") or "",
         side_px=side_px,
+        num_candidates=(prompt.num_candidates if prompt else 0) or 0,
         edit=edit,
     )
 

@@ -103,6 +103,7 @@ def made_with(card: ModelCard, request: SampleRequest, seed: int, side_px: int) 
         "seed": seed,
         "side_px": side_px,
         "sampling": sampling,
+        **({"num_candidates": request.num_candidates} if request.num_candidates else {}),
         **({"edit": _edit_facts(request.edit)} if request.edit else {}),
         "networks": dict(card.networks),
         "version": card.version,

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import inspect
 import io
 import json
 from pathlib import Path
@@ -391,3 +392,31 @@ def test_the_page_about_http_names_every_field_of_every_route() -> None:
         named = {part.strip("` ") for part in row.split("|")[3].split(",")} - {""}
         shared = set(next(cls for cls in kind.body.__mro__ if cls.__name__ == "PictureOptions").model_fields)
         assert named == set(kind.body.model_fields) - shared, route
+
+
+VALUES = {
+    "prompt": PROMPT, "n": 1, "size": "16x16", "model": "tiny", "response_format": "b64_json", "quality": "low",
+    "background": "opaque", "output_format": "jpeg", "output_compression": 50, "stream": False, "partial_images": 0,
+    "user": "me", "safety_identifier": "me", "complexity": "low", "input_fidelity": "low", "frame_count": 3,
+    "frame_duration_ms": 100, "svg": {"model": "x"},
+}  # fmt: skip
+"""A value of each parameter of the client that is not a file."""
+CLIENTS_OWN = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
+REFUSED = {"markup", "frame_count", "frame_duration_ms", "svg"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_every_parameter_of_openais_client_is_honoured_or_refused_by_name(client: openai.OpenAI) -> None:
+    page = (Path(__file__).parents[2] / "docs/http.md").read_text()
+    files = {"image": ("p.png", noisy_picture(1)), "mask": ("m.png", right_half()), "markup": ("m.png", right_half())}
+    for method, always in ((client.images.edit, ("image", "prompt")), (client.images.create_variation, ("image",))):
+        names = [name for name in inspect.signature(method).parameters if name not in CLIENTS_OWN]
+        assert {"image", "model", "n", "user"} <= set(names)
+        accepted = {name: (files | VALUES)[name] for name in names if name not in REFUSED}
+        answer: Any = method(**accepted, extra_body=STEPS)
+        assert len(answer.data) == 1
+        for name in names:
+            assert f"`{name}`" in page, f"docs/http.md does not say what {name} does"
+        for name in REFUSED & set(names):
+            with pytest.raises(openai.BadRequestError, match=f"unknown parameter: {name}"):
+                method(**{one: accepted[one] for one in always}, **{name: (files | VALUES)[name]})

@@ -67,6 +67,15 @@ def test_joined_chains_sample_what_the_cascade_samples_alone(cascade: Cascade, m
     check_staggered(Cascade(cascade.clip, [first, *stages]))
 
 
+def test_requests_with_other_numbers_of_candidates_share_steps(cascade: Cascade) -> None:
+    several = SampleRequest("two", (5,), num_candidates=3)
+    check_staggered(cascade, [REQUESTS[0], several, REQUESTS[1]])
+    prior = dataclasses.replace(cascade.stage("prior", PriorStage), num_candidates=3)
+    expected = cascade.with_stages(prior).sample(["two"], [5])
+    assert torch.equal(cascade.sample_request(several).z_image, expected.z_image)
+    assert not torch.equal(cascade.sample(["two"], [5]).z_image, expected.z_image)
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 1.7])
 def test_joined_chains_sample_tokens_too(cascade: Cascade, guidance_scale: float) -> None:
     torch.manual_seed(1)

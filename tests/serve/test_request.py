@@ -93,7 +93,13 @@ def test_body_becomes_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     body = GenerationRequest(prompt="a", n=3, seed=7)
     assert images.sample_request(body) == SampleRequest("a", (7, 8, 9))
     full = GenerationRequest(
-        prompt="a", seed=7, negative_prompt="b", guidance_scale=2, prior_guidance_scale=3, num_inference_steps=4
+        prompt="a",
+        seed=7,
+        negative_prompt="b",
+        guidance_scale=2,
+        prior_guidance_scale=3,
+        num_inference_steps=4,
+        num_candidates=5,
     )
     assert images.sample_request(full, 64) == SampleRequest(
         "a",
@@ -101,10 +107,11 @@ def test_body_becomes_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
         guidance_scale={"decoder": 2.0, "prior": 3.0},
         num_steps={"decoder": 4},
         negative_prompt="b",
+        num_candidates=5,
         side_px=64,
     )
     assert {field.name for field in fields(SampleRequest)} == {
-        "prompt", "seeds", "guidance_scale", "num_steps", "negative_prompt", "side_px", "edit",
+        "prompt", "seeds", "guidance_scale", "num_steps", "negative_prompt", "side_px", "num_candidates", "edit",
     }  # fmt: skip
     monkeypatch.setattr(images.secrets, "randbelow", lambda _limit: 11)
     assert images.sample_request(GenerationRequest(prompt="a")) == SampleRequest("a", (11,))
