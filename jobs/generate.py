@@ -26,6 +26,14 @@ def sample(
             "--candidates", min=0, help="Sample this many of each and keep the -n nearest by CLIP; 0: sample -n."
         ),
     ] = 0,
+    at: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--at",
+            metavar="STEP@NUMBER",
+            help="Take a network in training from a checkpoint: decoder@40000, decoder@last.",
+        ),
+    ] = None,
     overrides: Overrides = None,
     json: AsJson = False,
 ) -> None:
@@ -54,6 +62,7 @@ def sample(
             seed=seed,
             out_dir=Path(out),
             num_candidates=candidates,
+            at=at or [],
             watch=watcher,
         )
     if json:

@@ -133,7 +133,7 @@ def _cost(name: str, section: TrainedSection, clip: OpenClip, recipe: Recipe) ->
         name=name,
         num_parameters=parameters,
         training_flops=flops,
-        num_samples=train.batch_size * train.num_steps,
+        num_samples=train.batch_size * train.total_steps,
         sampling_flops=work.sampling_flops,
         num_calls=work.num_calls,
         weights_bytes=weights,

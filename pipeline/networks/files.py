@@ -41,13 +41,22 @@ def save_network(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     with artifact.write(WEIGHTS) as path:
         save_file(tensors, path, metadata={"format": "pt"})
-    content = {
+    artifact.write_json(CONFIG, _content(config, dims))
+
+
+def network_content(network: nn.Module) -> dict[str, Any]:
+    """What config.json says about a network; empty for one without a configuration."""
+    config = getattr(network, "config", None)
+    return {} if config is None else _content(config, getattr(network, "dims", None))
+
+
+def _content(config: NetworkConfig, dims: ClipDims | None) -> dict[str, Any]:
+    return {
         "schema_version": SCHEMA_VERSION,
         "kind": kind_of(config).name,
         "config": to_dict(config),
         "dims": None if dims is None else to_dict(dims),
     }
-    artifact.write_json(CONFIG, content)
 
 
 def load_network(

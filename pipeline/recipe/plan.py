@@ -8,7 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ _ADDED_LATER = {
     "compiled": False,
     "import_from": "",
     "import_validation_prob": 0.02,
+    "train.phases": [],
 }
 """Fields added later, by their dotted name in a section, with their old default. A field at its old default is left out
 of the key, so that existing trainings stay valid."""
@@ -149,6 +150,21 @@ def _without_sampling(tables: Json) -> Json:
         return tables
     fields = {name: value for name, value in model.items() if name not in SAMPLING}
     return tables | {"model": fields | {name: value for name, value in _IN_TRAINING.items() if name in model}}
+
+
+def earlier_trainings(step: Step) -> list[tuple[str, int]]:
+    """The trainings that a step continues: the same without its last phase, without the last two, and so on.
+
+    Returns:
+        Key of each, and the step (of its optimizer) up to which it is the same training.
+    """
+    phases: list[Json] = step.section.get("train", {}).get("phases", [])
+    trainings: list[tuple[str, int]] = []
+    for count in reversed(range(len(phases))):
+        train = step.section["train"] | {"phases": phases[:count]}
+        section = _without_added(step.section | {"train": train})
+        trainings.append((replace(step, section=section).key, phases[count]["from_step"]))
+    return trainings
 
 
 def artifact_of(workspace: Workspace, step: Step) -> Artifact:

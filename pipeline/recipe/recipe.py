@@ -338,6 +338,6 @@ def _value_at(data: Any, location: list[str]) -> Any:
     for part in location:
         if isinstance(data, dict) and part in data:
             data = cast("Json", data)[part]
-        elif isinstance(data, list) and part.isdigit():
+        elif isinstance(data, list) and part.isdigit() and int(part) < len(cast("list[Any]", data)):
             data = cast("list[Any]", data)[int(part)]
     return data

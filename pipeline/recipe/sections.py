@@ -7,7 +7,7 @@ other fields.
 
 import ipaddress
 from collections.abc import Iterable
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Generic, Literal, TypeVar
 
@@ -302,6 +302,31 @@ class FilterEmbeddingsConfig(StepSection):
 
 
 @configclass
+class TrainPhase:
+    """Settings of a training that change at a step; what is None stays as it was."""
+
+    from_step: PositiveInt
+    """First step (0-based) of the phase; a training that has come further continues from a checkpoint before it."""
+    learning_rate: PositiveFloat | None = None
+    """Peak rate from here on."""
+    lr_schedule: Literal["constant", "cosine"] | None = None
+    """Schedule from here on."""
+    warmup_steps: NonNegativeInt = 0
+    """Linear rise of the rate after from_step, in steps."""
+    num_steps: PositiveInt | None = None
+    """Steps of the whole training."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """Arithmetic of the forward pass."""
+    grad_clip_norm: NonNegativeFloat | None = None
+    """Largest gradient norm; 0 switches clipping off."""
+
+    @property
+    def restarts_schedule(self) -> bool:
+        """Whether the rate follows a schedule of its own from here on: to num_steps, with this warm-up."""
+        return bool(self.warmup_steps or self.learning_rate or self.lr_schedule or self.num_steps)
+
+
+@configclass
 class TrainConfig:
     """Optimisation of one network: what changes its weights."""
 
@@ -332,10 +357,48 @@ class TrainConfig:
     """Decay of the weight average that is saved and sampled from; ramps up as (1 + step) / (10 + step)."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward pass; weights, loss and optimizer stay float32."""
+    phases: tuple[TrainPhase, ...] = ()
+    """Changes from a step on: tables with from_step (0-based) and any of learning_rate, lr_schedule, warmup_steps,
+    num_steps, precision, grad_clip_norm. A training under the same recipe without the last phases is continued from its
+    newest checkpoint before them, a finished one from the state that resources.keep_state kept. After a change of rate,
+    schedule, warm-up or num_steps the schedule begins anew, and ends at num_steps."""
 
     def __post_init__(self) -> None:
         if self.warmup_steps > self.num_steps:
             raise ValueError(f"warmup_steps must be in 0..num_steps, got {self.warmup_steps}")
+        first, last = 0, self.num_steps
+        for number, phase in enumerate(self.phases):
+            if not first < phase.from_step <= last:
+                raise ValueError(f"phases[{number}].from_step is {phase.from_step}: after {first} and at most {last}")
+            first, last = phase.from_step, phase.num_steps or last
+            if first + phase.warmup_steps >= last:
+                raise ValueError(f"phases[{number}] ends its warm-up at {first + phase.warmup_steps} of {last} steps")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all phases together."""
+        return self.at(self.phases[-1].from_step).num_steps if self.phases else self.num_steps
+
+    def at(self, step: int) -> "TrainConfig":
+        """The settings of step ``step`` (0-based)."""
+        settings = self
+        for phase in self.phases:
+            if phase.from_step <= step:
+                values = {name: value for name in _OF_PHASE if (value := getattr(phase, name)) is not None}
+                settings = replace(settings, **values, warmup_steps=0, phases=())  # see schedule_at
+        return settings
+
+    def schedule_at(self, step: int) -> tuple[int, int]:
+        """The first step of the schedule that the rate of step ``step`` follows, and the steps of its warm-up."""
+        starts = [
+            (phase.from_step, phase.warmup_steps)
+            for phase in self.phases
+            if phase.from_step <= step and phase.restarts_schedule
+        ]
+        return starts[-1] if starts else (0, self.warmup_steps)
+
+
+_OF_PHASE = ("learning_rate", "lr_schedule", "num_steps", "precision", "grad_clip_norm")
 
 
 @configclass
@@ -357,7 +420,16 @@ class TrainResources:
     log_every_steps: PositiveInt = 20
     """Steps between reads of the loss from the device."""
     num_checkpoints: PositiveInt = 2
-    """Newest checkpoints kept while training."""
+    """Newest checkpoints kept while training. A damaged one is passed over for the one before, so two are better."""
+    keep_best: str = ""
+    """A measure of the validation, such as val_loss or val_cos_z_image: while training, the best checkpoint by it is
+    kept besides the newest, of a loss the lowest, of others the highest; empty: none."""
+    keep_state: bool = False
+    """Keep weights, average and moments of the last step with the finished network, so that the training can be
+    lengthened by a phase: four times the weights on the disk."""
+    max_bad_steps: NonNegativeInt = 0
+    """Steps in all whose loss or gradient may be not finite: they change no weight and are counted. One more stops the
+    training, which says in which step, samples and parameters; run again with a larger number it goes on."""
     max_failures: NonNegativeInt = 2
     """Restarts from the newest checkpoint after a lost worker."""
     checkpointing: bool = False

@@ -114,7 +114,7 @@ def training_of(done: Done, recipe: Recipe) -> list[Json]:
             {
                 "title": finished.title,
                 "svg": line_chart(curve, label=f"Loss of {finished.title} over {curve.steps[-1]} steps"),
-                "num_steps": section.train.num_steps,
+                "num_steps": section.train.total_steps,
                 "batch_size": section.train.batch_size,
                 "num_parameters": num_parameters(finished.artifact),
                 "wall_s": finished.manifest.wall_s,

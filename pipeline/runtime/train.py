@@ -13,10 +13,11 @@ import ray.exceptions
 
 from pipeline import errors
 from pipeline.errors import ConfigError, StepError, UnclipError
+from pipeline.recipe.plan import earlier_trainings
 from pipeline.recipe.sections import TrainResources
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.workspace.progress import Progress
-from pipeline.workspace.store import LIVE
+from pipeline.workspace.store import LIVE, Workspace
 
 if TYPE_CHECKING:
     import torch
@@ -119,10 +120,10 @@ def _run_worker(context: StepContext, rank: int = 0, world_size: int = 1) -> Jso
     progress = Progress(context.output)
     import torch
 
-    from pipeline.train.assemble import TrainJob
+    from pipeline.train.assemble import EarlierTraining, TrainJob
     from pipeline.train.job import run_job
 
-    name, output = context.step.name, context.output
+    name, output, workspace = context.step.name, context.output, Workspace(context.recipe.workspace)
     resources = context.recipe.trained()[name].resources
     num_threads = max(1, int(resources.cpus_per_worker))
     torch.set_num_threads(num_threads)
@@ -136,13 +137,17 @@ def _run_worker(context: StepContext, rank: int = 0, world_size: int = 1) -> Jso
         rank=rank,
         world_size=world_size,
         num_threads=num_threads,
+        earlier=tuple(
+            EarlierTraining(workspace.artifact(name, key), key, last_step)
+            for key, last_step in earlier_trainings(context.step)
+        ),
     )
     try:
         metrics = run_job(job, lambda done, total, message: progress.update(done, total, "steps", message))
     except UnclipError as error:
         raise type(error)(f"{name}: {error}") from error
     if rank == 0:
-        progress.update(job.section.train.num_steps, job.section.train.num_steps, "steps", "trained", force=True)
+        progress.update(job.section.train.total_steps, job.section.train.total_steps, "steps", "trained", force=True)
     return metrics
 
 

@@ -24,6 +24,7 @@ from pipeline.pictures import to_png, with_text
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
+from pipeline.sampling.at import checkpoint_networks
 from pipeline.sampling.grid import Block, draw_grid
 from pipeline.sampling.preview import Preview
 from pipeline.workspace.disk import translate_os_errors
@@ -44,15 +45,28 @@ def sample_recipe(
     seed: int,
     out_dir: Path,
     num_candidates: int = 0,
+    at: Sequence[str] = (),
     watch: Watch | None = None,
 ) -> list[Json]:
     """Sample prompts with the trained cascade of a recipe; see ``sample_prompts``.
 
+    Args:
+        recipe: The recipe.
+        prompts: What the pictures show.
+        num_images: Pictures of each prompt.
+        seed: Seed of each prompt's first picture.
+        out_dir: Folder for the pictures.
+        num_candidates: See ``sample_prompts``.
+        at: Networks that are still trained, each as STEP@NUMBER, with the checkpoint to take.
+        watch: Called after each step of each stage.
+
     Raises:
-        ConfigError: If a network is not trained yet; names the command that trains it.
+        ConfigError: If a network is not trained yet, or has no such checkpoint; says what there is.
     """
-    accelerator, artifacts = recipe.evaluate.resources.accelerator, finished_artifacts(recipe, CASCADE_STEPS)
-    cascade = load_cascade(artifacts, accelerator, network_configs(recipe))
+    accelerator = recipe.evaluate.resources.accelerator
+    with checkpoint_networks(recipe, at) as live:
+        artifacts = finished_artifacts(recipe, set(CASCADE_STEPS) - live.keys()) | live
+        cascade = load_cascade(artifacts, accelerator, network_configs(recipe))
     rows = sample_prompts(
         cascade,
         prompts,

@@ -14,8 +14,9 @@ from pipeline.networks.diffusion_loss import draws_of
 from pipeline.timing.clock import Clock
 from pipeline.timing.units import TrainingUnits
 from pipeline.train.assemble import CAPTION_TABLE_BYTES, TrainJob, assemble, caption_bytes
+from pipeline.train.checkpoint import Keep, save_checkpoint
 from pipeline.train.loop import make_step
-from pipeline.train.state import create_state, save_checkpoint
+from pipeline.train.state import create_state
 from pipeline.train.validation import Validation
 
 _STEPS_S = 0.5
@@ -66,7 +67,7 @@ class RehearsedTraining:
         save_s = end_s = 0.0
         if parts.validation.num_rows:
             save_s = end_s = clock.time(lambda: Validation(job, parts)(state.ema))
-        save_s += _wall_s(lambda: save_checkpoint(state, job.output, job.digest, 1))
+        save_s += _wall_s(lambda: save_checkpoint(state, job.output, job.digest, Keep(1)))
         end_s += _wall_s(lambda: parts.publish(state.ema))
         return TrainingUnits(
             step_s=step_s,

@@ -113,11 +113,11 @@ def training_seconds(section: TrainedSection, unit: TrainingUnits, num_rows: int
     if isinstance(section, ClipStepConfig) and section.source == "pretrained":
         return unit.start_s
     train, resources = section.train, section.resources
-    samples = train.num_steps * train.batch_size / resources.num_workers
+    samples = train.total_steps * train.batch_size / resources.num_workers
     reads = min(samples, num_rows) if num_rows <= unit.most_cached_rows else samples
     captions = num_rows if num_rows <= unit.most_encoded_rows else samples
-    saves = max(0, train.num_steps - 1) // resources.save_every_steps
-    work_s = train.num_steps * unit.step_s + reads * unit.row_s + captions * unit.caption_s
+    saves = max(0, train.total_steps - 1) // resources.save_every_steps
+    work_s = train.total_steps * unit.step_s + reads * unit.row_s + captions * unit.caption_s
     return unit.start_s + work_s + saves * unit.save_s + unit.end_s
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,33 +17,38 @@ from pipeline.data.batches import Batch
 from pipeline.data.order import Share
 from pipeline.networks.contrast import ContrastiveObjective, Pairs, gradients_of
 
-Accumulate = Callable[[Batch, SampleRandom, torch.device], Tensor]
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how precisely a forward pass is computed."""
+
+    device: torch.device
+    precision: str
+    """float32 or bfloat16."""
 
 
-def make_accumulate(objective: nn.Module, share: Share, micro_batch_size: int, precision: str) -> Accumulate:
+Accumulate = Callable[[Batch, SampleRandom, Place], Tensor]
+
+
+def make_accumulate(objective: nn.Module, share: Share, micro_batch_size: int) -> Accumulate:
     """A function that adds up the gradients of the mean loss of the global batch.
 
-    It takes this worker's samples, on the CPU, their random numbers and the device; it returns this worker's summand of
-    that loss, detached. Every sample has the same weight, however many of them a worker or a part has.
+    It takes this worker's samples, on the CPU, their random numbers, and where to compute; it returns this worker's
+    summand of that loss, detached. Every sample has the same weight, however many of them a worker or a part has.
 
     Args:
         objective: (batch, random numbers) -> mean loss; wrapped for data parallelism where needed, which divides the
             sum of the workers' gradients by their number.
         share: This worker's share of the global batch.
         micro_batch_size: Most samples in one forward and backward pass; 0: no limit.
-        precision: Of the forward pass.
     """
     parts = share.parts(micro_batch_size)
     parallel = isinstance(objective, DistributedDataParallel)
     bare: nn.Module = objective.module if parallel else objective
-    dropouts = dropouts_of(bare)
     if isinstance(bare, ContrastiveObjective):
         bare.share = share
 
-    def run(call: Callable[..., Any], batch: Batch, random: SampleRandom, device: torch.device, *more: Pairs) -> Any:
-        set_dropout_random(dropouts, random, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            return call(batch.to(device), random, *more)
+    run = make_runner(bare)
 
     def split(batch: Batch, random: SampleRandom) -> list[tuple[Batch, SampleRandom]]:
         return [(batch.rows(part), random.rows(part)) for part in parts]
@@ -53,12 +59,12 @@ def make_accumulate(objective: nn.Module, share: Share, micro_batch_size: int, p
             return objective.no_sync()
         return contextlib.nullcontext()
 
-    def accumulate(batch: Batch, random: SampleRandom, device: torch.device) -> Tensor:
-        total = torch.zeros((), device=device)
+    def accumulate(batch: Batch, random: SampleRandom, place: Place) -> Tensor:
+        total = torch.zeros((), device=place.device)
         for number, (part, numbers) in enumerate(split(batch, random)):
             weight = len(part) / share.batch_size
             with waits(number):
-                loss: Tensor = run(objective, part, numbers, device)
+                loss: Tensor = run(objective, part, numbers, place)
                 (loss * (weight * share.world_size)).backward()
             total += loss.detach() * weight
         return total
@@ -67,17 +73,29 @@ def make_accumulate(objective: nn.Module, share: Share, micro_batch_size: int, p
         return accumulate
     contrast = bare
 
-    def accumulate_contrast(batch: Batch, random: SampleRandom, device: torch.device) -> Tensor:
+    def accumulate_contrast(batch: Batch, random: SampleRandom, place: Place) -> Tensor:
         batch = contrast.prepare(batch, random)
         if not 0 < micro_batch_size < share.largest:
-            return accumulate(batch, random, device)
+            return accumulate(batch, random, place)
         pieces, weight = split(batch, random), len(batch) / share.batch_size
         with torch.no_grad():
-            features: list[Pairs] = [run(contrast.encode, *piece, device) for piece in pieces]
+            features: list[Pairs] = [run(contrast.encode, *piece, place) for piece in pieces]
         loss, gradients = gradients_of(features, share, weight * share.world_size)
         for number, (piece, gradient) in enumerate(zip(pieces, gradients, strict=True)):
             with waits(number):
-                run(objective, *piece, device, gradient).backward()
+                run(objective, *piece, place, gradient).backward()
         return loss * weight
 
     return accumulate_contrast
+
+
+def make_runner(objective: nn.Module) -> Callable[..., Any]:
+    """A function that calls an objective, or its method, on a part of a batch, with dropout by the part's numbers."""
+    dropouts = dropouts_of(objective)
+
+    def run(call: Callable[..., Any], batch: Batch, random: SampleRandom, place: Place, *more: Pairs) -> Any:
+        set_dropout_random(dropouts, random, place.device)
+        with torch.autocast(place.device.type, torch.bfloat16, enabled=place.precision == "bfloat16"):
+            return call(batch.to(place.device), random, *more)
+
+    return run

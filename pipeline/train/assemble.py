@@ -31,6 +31,16 @@ CAPTION_TABLE_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
+class EarlierTraining:
+    """A training that this one continues with other settings."""
+
+    artifact: Artifact
+    key: str
+    last_step: int
+    """Steps up to which both are the same."""
+
+
+@dataclass(frozen=True)
 class TrainJob:
     """One network to train on one worker."""
 
@@ -47,6 +57,8 @@ class TrainJob:
     world_size: int = 1
     num_threads: int = 1
     """Threads of this worker that decode pictures."""
+    earlier: tuple[EarlierTraining, ...] = ()
+    """Trainings without the last phases of this one, the nearest first."""
 
     @property
     def section(self) -> TrainedSection:

@@ -16,14 +16,18 @@ from pipeline.data.order import Share
 from pipeline.errors import ResumeError
 from pipeline.networks.diffusion_loss import draws_of
 from pipeline.networks.files import num_parameters
+from pipeline.train.accumulation import Place
 from pipeline.train.assemble import TrainJob, assemble
-from pipeline.train.loop import learning_rate, make_step, train
-from pipeline.train.state import TrainState, create_state, load_newest_checkpoint, save_checkpoint
+from pipeline.train.checkpoint import Keep, load_newest_checkpoint, save_checkpoint, state_name, write_state
+from pipeline.train.diagnosis import describe, find_culprits, of_all_workers
+from pipeline.train.loop import learning_rate, make_step, random_of_step, train
+from pipeline.train.state import TrainState, create_state
 from pipeline.train.validation import Validation
 from pipeline.workspace.progress import METRICS
-from pipeline.workspace.store import Artifact
+from pipeline.workspace.store import LIVE, MANIFEST, Artifact
 
 Json = dict[str, Any]
+_ORIGIN = f"{LIVE}origin.json"
 Watch = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, message) by rank 0 at every log line."""
 
@@ -40,16 +44,18 @@ def run_job(job: TrainJob, watch: Watch) -> Json:
 
     Raises:
         DataError: If the input artifacts are damaged, or hold no row.
-        StepError: If a loss is not finite.
-        ResumeError: If a checkpoint does not fit.
+        StepError: If more steps than ``max_bad_steps`` are not finite.
+        ResumeError: If a checkpoint does not fit, or none is whole.
     """
     section, is_first = job.section, job.rank == 0
     config, resources = section.train, section.resources
     parts = assemble(job)
     state = create_state(parts.network, config, job.device)
-    objective = parts.objective(state.network).train()
+    bare = objective = parts.objective(state.network).train()
     state.draws = draws_of(objective)
-    load_newest_checkpoint(state, job.output, job.digest)
+    damages: list[str] = []
+    log = continue_training(state, job, damages.append)
+    note = f"; continued from step {state.step}: {'; '.join(damages)}" if damages else ""
     _require_same_step(state)
     if resources.compiled:
         for module in job.kind.compiled(state.network):
@@ -59,31 +65,71 @@ def run_job(job: TrainJob, watch: Watch) -> Json:
     order = plan_order(parts.train, job.seed, where=job.name)
     share = Share(config.batch_size, job.rank, job.world_size)
     prefetch = job.num_threads > 1 or job.device.type != "cpu"
-    log = MetricsLog(job.output, state.step)
+    keep = Keep(resources.num_checkpoints, resources.keep_best)
     validation = Validation(job, parts)
 
     def report(state: TrainState) -> None:
         if is_first:
             loss = log.add_losses(state, learning_rate(config, state.step - 1))
-            watch(state.step, config.num_steps, f"loss {loss:.4f}")
+            skipped = f", {int(state.num_bad)} steps not finite and skipped" if state.num_bad else ""
+            watch(state.step, config.total_steps, f"loss {loss:.4f}{skipped}{note}")
 
     def save(state: TrainState) -> None:
         if is_first:
-            log.add_validation(state.step, validation(state.ema))
+            measures = validation(state.ema)
+            log.add_validation(state.step, measures)
             log.flush()
-            save_checkpoint(state, job.output, job.digest, resources.num_checkpoints)
+            save_checkpoint(state, job.output, job.digest, keep, measures)
+
+    def explain(state: TrainState) -> str:
+        first = (int(state.bad_step) - 1) * config.batch_size
+        batch = parts.train.batch(order.locations(first + share.start, first + share.stop))
+        random = random_of_step(job.seed, int(state.bad_step) - 1, share)
+        place = Place(job.device, config.at(int(state.bad_step) - 1).precision)
+        return describe(of_all_workers(find_culprits(bare, batch, random, place)))
 
     if is_first:
-        watch(state.step, config.num_steps, "training")
+        watch(state.step, config.total_steps, f"training{note}")
     step_fn = make_step(objective, section, share, seed=job.seed)
     with closing(iterate_batches(parts.train, order, share, state.step, prefetch=prefetch)) as batches:
-        train(state, step_fn, batches, config, resources, save, report)
+        train(state, step_fn, batches, config, resources, save, report, explain)
     if not is_first:
         return {}
     log.add_validation(state.step, validation(state.ema))
     log.flush()
     parts.publish(state.ema)
-    return log.summary() | {"num_parameters": num_parameters(state.network), "num_steps": state.step}
+    if resources.keep_state:
+        write_state(state, job.output, state_name(state.step), job.digest)
+    counts = {"num_parameters": num_parameters(state.network), "num_steps": state.step}
+    events = {"num_damaged_checkpoints": len(damages), "num_skipped_steps": int(state.num_bad)}
+    return log.summary() | counts | {name: number for name, number in events.items() if number} | origin_of(job)
+
+
+def continue_training(state: TrainState, job: TrainJob, warn: Callable[[str], None]) -> MetricsLog:
+    """Load the newest checkpoint of this training, or of the one that its last phases continue; returns its metrics.
+
+    Raises:
+        ResumeError: If a checkpoint does not fit, none is whole, or the earlier training has none that is early enough.
+    """
+    if load_newest_checkpoint(state, job.output, job.digest, warn):
+        return MetricsLog(job.output, state.step)
+    for earlier in job.earlier:
+        if load_newest_checkpoint(state, earlier.artifact, earlier.key, warn, last_step=earlier.last_step):
+            if job.rank == 0:
+                job.output.write_json(_ORIGIN, {"key": earlier.key, "step": state.step})
+            return MetricsLog(job.output, state.step, before=earlier.artifact)
+        if earlier.artifact.exists(MANIFEST):
+            raise ResumeError(
+                f"{earlier.artifact.uri}: the training that phases from step {earlier.last_step} on would continue is "
+                "finished and kept no state of its optimizer (resources.keep_state); start from its weights instead: "
+                "init_from, without phases"
+            )
+    return MetricsLog(job.output, 0)
+
+
+def origin_of(job: TrainJob) -> Json:
+    """The training that this one continued, for the manifest."""
+    return {"continued": job.output.read_json(_ORIGIN)} if job.output.exists(_ORIGIN) else {}
 
 
 class MetricsLog:
@@ -92,13 +138,12 @@ class MetricsLog:
     Args:
         artifact: The artifact of the running step.
         step: Step of the checkpoint that is continued; rows beyond it are dropped.
+        before: The artifact whose rows are continued, if it is another one.
     """
 
-    def __init__(self, artifact: Artifact, step: int) -> None:
-        self._artifact = artifact
-        lines = (
-            artifact.path(METRICS).read_text(encoding="utf-8").splitlines() if step and artifact.exists(METRICS) else []
-        )
+    def __init__(self, artifact: Artifact, step: int, before: Artifact | None = None) -> None:
+        self._artifact, before = artifact, before or artifact
+        lines = before.path(METRICS).read_text(encoding="utf-8").splitlines() if step and before.exists(METRICS) else []
         self.rows: list[Json] = [row for row in map(json.loads, lines) if row["step"] <= step]
 
     def add_losses(self, state: TrainState, rate: float) -> float:
@@ -111,7 +156,8 @@ class MetricsLog:
     def add_validation(self, step: int, metrics: dict[str, float]) -> None:
         """Add loss and measures on the validation split, if there is one; their names begin with ``val_``."""
         if metrics:
-            self.rows.append({"step": step, **metrics})
+            earlier = [row for row in self.rows if row["step"] != step or "loss" in row]  # a run that ended after this
+            self.rows = [*earlier, {"step": step, **metrics}]
 
     def flush(self) -> None:
         """Publish all rows."""

@@ -19,7 +19,7 @@ from pipeline.errors import StepError
 from pipeline.networks.diffusion_loss import diffusion_losses_of
 from pipeline.recipe.recipe import TrainedSection
 from pipeline.recipe.sections import TrainConfig, TrainResources
-from pipeline.train.accumulation import make_accumulate
+from pipeline.train.accumulation import Place, make_accumulate
 from pipeline.train.state import TrainState
 
 StepFunction = Callable[[TrainState, Batch], None]
@@ -33,6 +33,7 @@ def train(
     resources: TrainResources,
     save: Callable[[TrainState], None],
     report: Callable[[TrainState], None],
+    explain: Callable[[TrainState], str] = lambda _: "",
 ) -> None:
     """Train from ``state.step`` to the end.
 
@@ -44,18 +45,19 @@ def train(
         resources: Steps between logs and saves.
         save: Called between steps, every ``save_every_steps``, not after the last.
         report: Called every ``log_every_steps`` and after the last step; reads the device.
+        explain: Says where a step was not finite.
 
     Raises:
-        StepError: If a loss or gradient is not finite; names the step, which changed no weight.
+        StepError: If more steps than ``max_bad_steps`` were not finite; names the step, which changed no weight.
     """
-    while state.step < config.num_steps:
+    while state.step < config.total_steps:
         step_fn(state, next(batches))  # forward, backward, finite check, clip, optimizer, average
         state.step += 1
-        is_last = state.step == config.num_steps
+        is_last = state.step == config.total_steps
         saves = state.step % resources.save_every_steps == 0 and not is_last
         logs = state.step % resources.log_every_steps == 0 or is_last
         if saves or logs or state.bad_step.device.type == "cpu":
-            require_finite(state)  # on a GPU this waits for it, so not at every step
+            require_finite(state, explain)  # on a GPU this waits for it, so not at every step
         if logs:
             report(state)
             state.loss_sum.zero_()
@@ -66,8 +68,8 @@ def train(
 def make_step(objective: nn.Module, section: TrainedSection, share: Share, *, seed: int) -> StepFunction:
     """The step function of one training.
 
-    A step whose loss or gradient is not finite updates nothing, and neither do later steps. The check runs on the
-    device; ``require_finite`` reads its result.
+    A step whose loss or gradient is not finite updates nothing, and once there were more of them than
+    ``max_bad_steps``, neither do later steps. The check runs on the device; ``require_finite`` reads its result.
 
     Args:
         objective: (batch, random numbers) -> mean loss of the samples; wrapped for data parallelism where needed.
@@ -76,20 +78,20 @@ def make_step(objective: nn.Module, section: TrainedSection, share: Share, *, se
         seed: Seed of the training's random numbers.
     """
     config = section.train
-    max_norm = config.grad_clip_norm or math.inf
-    accumulate = make_accumulate(objective, share, section.resources.micro_batch_size, config.precision)
+    accumulate = make_accumulate(objective, share, section.resources.micro_batch_size)
     losses = diffusion_losses_of(objective)
 
     def step(state: TrainState, batch: Batch) -> None:
-        random = SampleRandom.of_samples(step_seed(seed, state.step), range(share.start, share.stop))
-        loss = accumulate(batch, random, state.bad_step.device)
+        random = random_of_step(seed, state.step, share)
+        now = config.at(state.step)
+        loss = accumulate(batch, random, Place(state.bad_step.device, now.precision))
         for diffusion_loss in losses:
             diffusion_loss.end_step(share)
         if share.world_size > 1:
             torch.distributed.all_reduce(loss)
         parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-        state.grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-        _note(state, loss)
+        state.grad_norm = nn.utils.clip_grad_norm_(parameters, now.grad_clip_norm or math.inf)
+        _note(state, loss, section.resources.max_bad_steps)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(config, state.step)
         state.optimizer.step()
@@ -99,40 +101,49 @@ def make_step(objective: nn.Module, section: TrainedSection, share: Share, *, se
     return step
 
 
-def step_seed(seed: int, step: int) -> int:
-    """Seed of everything random in one step, on all workers; a resumed run repeats it."""
-    return derive_seed(seed, f"train/{step}")
+def random_of_step(seed: int, step: int, share: Share) -> SampleRandom:
+    """Everything random of a worker's samples in one step (0-based); a resumed run repeats it."""
+    return SampleRandom.of_samples(derive_seed(seed, f"train/{step}"), range(share.start, share.stop))
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Rate in step ``step`` (0-based): a linear rise, then constant or half a cosine down to zero."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.lr_schedule == "constant":
-        return config.learning_rate
-    done = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    now, (start, warmup_steps) = config.at(step), config.schedule_at(step)
+    done = step - start
+    if done < warmup_steps:
+        return now.learning_rate * (done + 1) / warmup_steps
+    if now.lr_schedule == "constant":
+        return now.learning_rate
+    share = (done - warmup_steps) / max(1, now.num_steps - start - warmup_steps)
+    return now.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def require_finite(state: TrainState) -> None:
-    """Stop a training after a loss or gradient that is not finite.
+def require_finite(state: TrainState, explain: Callable[[TrainState], str]) -> None:
+    """Stop a training after more steps than allowed whose loss or gradient was not finite.
 
     Raises:
-        StepError: Names the first bad step; no weight was changed by it.
+        StepError: Names the step; no weight was changed by it.
     """
     bad_step = int(state.bad_step)
     if bad_step >= 0:
+        skipped = int(state.num_bad) - 1
+        before = f", after {skipped} that were skipped" if skipped else ""
         raise StepError(
-            f"step {bad_step}: loss or gradient is not finite (gradient norm {float(state.grad_norm):g}); "
-            "no weight was changed by it; lower learning_rate, or use precision float32"
+            f"step {bad_step}: loss or gradient is not finite (gradient norm {float(state.grad_norm):g}){before}"
+            f"{explain(state)}; no weight was changed by it. Change learning_rate or precision in a phase "
+            f"(train.phases, from_step = {bad_step - 1}), or skip such steps (resources.max_bad_steps = {skipped + 10})"
         )
 
 
-def _note(state: TrainState, loss: Tensor) -> None:
-    """Add up the loss, and let the optimizer skip this step (on the device) if it or an earlier one is not finite."""
+def _note(state: TrainState, loss: Tensor, max_bad_steps: int) -> None:
+    """Add up the loss, and let the optimizer skip this step (on the device) if it or an earlier stop is not finite."""
     is_bad = ~(torch.isfinite(loss) & torch.isfinite(state.grad_norm))
-    state.bad_step = torch.where(is_bad & (state.bad_step < 0), state.step + 1, state.bad_step)
-    state.loss_sum += torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
+    stopped = state.bad_step >= 0
+    state.num_bad = state.num_bad + (is_bad & ~stopped)
+    stops = is_bad & ~stopped & (state.num_bad > max_bad_steps)
+    state.bad_step = torch.where(stops, state.step + 1, state.bad_step)
+    terms = torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
+    state.loss_sum += torch.where(is_bad, 0.0, terms)
     # The fused AdamW looks for these two attributes, which torch's GradScaler sets, and skips its step by the second.
     optimizer: Any = state.optimizer
-    optimizer.grad_scale, optimizer.found_inf = None, (state.bad_step >= 0).float()
+    optimizer.grad_scale, optimizer.found_inf = None, (is_bad | stopped).float()

@@ -135,13 +135,19 @@ def check_counts(counts: dict[str, int], *, where: str) -> None:
         raise DataError(f"{where}: rows do not add up: {counts}")
 
 
+_STATE = "state/"
+"""Start of the names of files by which a training can be lengthened, which no step reads."""
 _TIMES = (".done.json", "_stats.json", "metrics.jsonl")
 """Ends of the names of files that hold times, which no step reads."""
 
 
 def content_of(manifest: Manifest) -> str:
     """16 hex digits over the content of an artifact: equal if it was made anew with equal bytes."""
-    digests = {name: info.get("sha256") for name, info in manifest.files.items() if not name.endswith(_TIMES)}
+    digests = {
+        name: info.get("sha256")
+        for name, info in manifest.files.items()
+        if not name.endswith(_TIMES) and not name.startswith(_STATE)
+    }
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
 
 

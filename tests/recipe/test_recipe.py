@@ -282,3 +282,17 @@ def test_config_refuses_unknown_keys_and_converts_nothing(cls: type) -> None:
     first_int = next(field.name for field in dataclasses.fields(cls) if isinstance(field.default, int))
     with pytest.raises(ValidationError, match=first_int):
         adapter.validate_json(f'{{"{first_int}": "1"}}')
+
+
+def test_phases_of_a_training_are_tables_of_a_recipe() -> None:
+    recipe = load_recipe(
+        None, ["decoder.train.phases=[{from_step=500, learning_rate=1e-5}, {from_step=600, num_steps=2000}]"]
+    )
+    assert [phase.from_step for phase in recipe.decoder.train.phases] == [500, 600]
+    assert recipe.decoder.train.at(700).learning_rate == 1e-5
+    assert recipe.decoder.train.total_steps == 2000
+    assert parse_recipe(to_dict(recipe)) == recipe
+    with pytest.raises(ConfigError, match=r"unknown key decoder\.train\.phases\.0\.rate"):
+        load_recipe(None, ["decoder.train.phases=[{from_step=500, rate=1e-5}]"])
+    with pytest.raises(ConfigError, match=r"phases\[0\]\.from_step is 5000: after 0 and at most 1000"):
+        load_recipe(None, ["decoder.train.phases=[{from_step=5000, num_steps=9000}]"])

@@ -18,8 +18,8 @@ from pipeline.networks.clip import load_clip_artifact
 from pipeline.networks.files import load_network
 from pipeline.recipe.recipe import Recipe
 from pipeline.train.assemble import TrainJob, assemble
+from pipeline.train.checkpoint import checkpoint_name
 from pipeline.train.job import run_job
-from pipeline.train.state import checkpoint_name
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Artifact
 from tests.tiny.shards import EMBED_DIM

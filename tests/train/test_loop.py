@@ -12,15 +12,10 @@ from models.sample_random import SampleRandom
 from pipeline.data.batches import Batch
 from pipeline.data.order import Share
 from pipeline.errors import ResumeError, StepError
-from pipeline.recipe.sections import NoisyClipStepConfig, TrainConfig, TrainResources
+from pipeline.recipe.sections import NoisyClipStepConfig, TrainConfig, TrainPhase, TrainResources
+from pipeline.train.checkpoint import Keep, checkpoint_name, load_newest_checkpoint, save_checkpoint
 from pipeline.train.loop import StepFunction, learning_rate, make_step, train
-from pipeline.train.state import (
-    TrainState,
-    checkpoint_name,
-    create_state,
-    load_newest_checkpoint,
-    save_checkpoint,
-)
+from pipeline.train.state import TrainState, create_state
 from pipeline.workspace.store import Artifact
 
 _RESOURCES = TrainResources(save_every_steps=4, log_every_steps=3)
@@ -51,14 +46,16 @@ def _batches(start: int) -> Iterator[Batch]:
         yield Batch(uids, ("",) * 4)
 
 
-def _make_step(objective: nn.Module, config: TrainConfig) -> StepFunction:
-    return make_step(objective, NoisyClipStepConfig(train=config), Share(4), seed=1)
+def _make_step(objective: nn.Module, config: TrainConfig, max_bad_steps: int = 0) -> StepFunction:
+    section = NoisyClipStepConfig(train=config, resources=TrainResources(max_bad_steps=max_bad_steps))
+    return make_step(objective, section, Share(4), seed=1)
 
 
-def _start(config: TrainConfig, **options: float) -> tuple[TrainState, StepFunction]:
+def _start(config: TrainConfig, max_bad_steps: int = 0) -> tuple[TrainState, StepFunction]:
     torch.manual_seed(0)
-    objective = _Regression(**options).train()
-    return create_state(objective.network, config, torch.device("cpu")), _make_step(objective, config)
+    objective = _Regression().train()
+    step = _make_step(objective, config, max_bad_steps)
+    return create_state(objective.network, config, torch.device("cpu")), step
 
 
 def _run(state: TrainState, step: StepFunction, config: TrainConfig, save: Callable[[TrainState], None]) -> None:
@@ -83,7 +80,7 @@ def test_resumed_training_equals_an_uninterrupted_one(
     )
     whole, step = _start(config)
     artifact = Artifact(str(tmp_path))
-    _run(whole, step, config, lambda state: save_checkpoint(state, artifact, "key", 2))
+    _run(whole, step, config, lambda state: save_checkpoint(state, artifact, "key", Keep(2)))
     assert [name for name in artifact.names() if "checkpoints" in name] == [checkpoint_name(4), checkpoint_name(8)]
 
     artifact.remove(checkpoint_name(8))
@@ -97,23 +94,11 @@ def test_resumed_training_equals_an_uninterrupted_one(
     assert _same(whole.ema, resumed.ema)
 
 
-def test_load_newest_checkpoint_passes_over_a_damaged_one(tmp_path: Path) -> None:
-    config = TrainConfig(num_steps=10)
-    state, step = _start(config)
-    artifact = Artifact(str(tmp_path))
-    assert not load_newest_checkpoint(state, artifact, "key")
-    _run(state, step, config, lambda state: save_checkpoint(state, artifact, "key", 2))
-    whole = artifact.path(checkpoint_name(8)).read_bytes()
-    artifact.write_bytes(checkpoint_name(8), whole[: len(whole) // 2])
-    assert load_newest_checkpoint(state, artifact, "key")
-    assert state.step == 4
-
-
 def test_load_newest_checkpoint_refuses_what_belongs_to_another_recipe(tmp_path: Path) -> None:
     config = TrainConfig(num_steps=10)
     state, _ = _start(config)
     artifact = Artifact(str(tmp_path))
-    save_checkpoint(state, artifact, "key", 2)
+    save_checkpoint(state, artifact, "key", Keep(2))
     with pytest.raises(ResumeError, match="another recipe"):
         load_newest_checkpoint(state, artifact, "other")
     with pytest.raises(ResumeError, match="does not fit the network"):
@@ -128,7 +113,7 @@ def test_checkpoint_keeps_the_memory_order_of_kernels(tmp_path: Path) -> None:
     state.optimizer.step()
     moment = state.optimizer.state[network.weight]["exp_avg"].clone()
     artifact = Artifact(str(tmp_path))
-    save_checkpoint(state, artifact, "key", 1)
+    save_checkpoint(state, artifact, "key", Keep(1))
     assert load_newest_checkpoint(state, artifact, "key")
     loaded = state.optimizer.state[network.weight]["exp_avg"]
     assert torch.equal(loaded, moment)
@@ -163,6 +148,33 @@ def test_steps_after_a_bad_one_change_nothing_either() -> None:
     assert _same(frozen, state.network)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_bad_steps_are_skipped_and_counted_up_to_their_budget(optimizer: Literal["adamw", "muon"]) -> None:
+    config = TrainConfig(num_steps=10, learning_rate=0.1, optimizer=optimizer)
+    state, step = _start(config, max_bad_steps=2)
+    losses: list[list[float]] = []
+    changed: list[bool] = []
+
+    def poisoned(state: TrainState, batch: Batch) -> None:
+        before = create_average(state.network)
+        step(state, Batch(("nan", *batch.uids[1:]), batch.captions) if state.step in {2, 5, 7} else batch)
+        changed.append(not _same(before, state.network))
+
+    def explain(state: TrainState) -> str:
+        return f"; {int(state.num_bad)} in all"
+
+    with pytest.raises(
+        StepError, match=r"step 8: .* after 2 that were skipped; 3 in all; no weight .*max_bad_steps = 12"
+    ):
+        train(
+            state, poisoned, _batches(0), config, _RESOURCES,
+            _nothing, lambda state: losses.append(state.loss_sum.tolist()), explain,
+        )  # fmt: skip
+    assert changed == [True, True, False, True, True, False, True, False]
+    assert [count for _, count in losses] == [2, 2]  # of the steps that were finite
+    assert all(total > 0 for total, _ in losses)
+
+
 def test_train_saves_and_reports_when_due() -> None:
     config = TrainConfig(num_steps=8)
     state, step = _start(config)
@@ -192,3 +204,32 @@ def test_learning_rate_rises_then_falls() -> None:
     assert rates[60] == pytest.approx(0.5)
     assert rates[-1] < 0.001
     assert learning_rate(TrainConfig(learning_rate=1.0), 900) == 1.0
+
+
+def test_phases_change_settings_from_their_step_on() -> None:
+    first = TrainPhase(from_step=40, grad_clip_norm=0.5, precision="bfloat16")
+    second = TrainPhase(from_step=60, learning_rate=0.5, lr_schedule="cosine", warmup_steps=10, num_steps=130)
+    config = TrainConfig(num_steps=100, warmup_steps=10, learning_rate=1.0, phases=(first, second))
+    assert config.total_steps == 130
+    assert [config.at(step).precision for step in (39, 40, 129)] == ["float32", "bfloat16", "bfloat16"]
+    assert [config.at(step).grad_clip_norm for step in (39, 40, 129)] == [1.0, 0.5, 0.5]
+    rates = [learning_rate(config, step) for step in range(130)]
+    assert rates[9:60] == [1.0] * 51  # the first phase leaves the schedule as it is
+    assert rates[60] == pytest.approx(0.05)
+    assert rates[69] == rates[70] == 0.5
+    assert rates[100] == pytest.approx(0.25)
+    assert 0 < rates[129] < 0.001
+
+
+@pytest.mark.parametrize(
+    ("phases", "words"),
+    [
+        ((TrainPhase(from_step=101),), "from_step is 101: after 0 and at most 100"),
+        ((TrainPhase(from_step=100),), "ends its warm-up at 100 of 100 steps"),
+        ((TrainPhase(from_step=50), TrainPhase(from_step=50)), r"phases\[1\].from_step is 50: after 50"),
+        ((TrainPhase(from_step=50, warmup_steps=60),), "ends its warm-up at 110 of 100 steps"),
+    ],
+)
+def test_phases_that_cannot_be_are_refused(phases: tuple[TrainPhase, ...], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        TrainConfig(num_steps=100, phases=phases)

@@ -1,0 +1,171 @@
+"""Checkpoints: damage is found and said, the one before is used; which ones stay; how one is sampled from."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pipeline.errors import ConfigError, DataError, ResumeError
+from pipeline.networks.files import load_network
+from pipeline.recipe.plan import artifact_of, make_plan
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.sections import TrainConfig
+from pipeline.sampling.at import checkpoint_networks
+from pipeline.train.assemble import TrainJob
+from pipeline.train.checkpoint import (
+    DamagedCheckpointError,
+    Keep,
+    checkpoint_name,
+    checkpoint_steps,
+    load_newest_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
+from pipeline.train.job import run_job
+from pipeline.train.state import TrainState, create_state
+from pipeline.workspace.store import Artifact, Workspace
+from tests.tiny.training import no_watch, tiny_inputs, training_recipe
+
+
+def _state(step: int = 0) -> TrainState:
+    torch.manual_seed(step)
+    state = create_state(nn.Linear(3, 2), TrainConfig(), torch.device("cpu"))
+    state.network(torch.ones(1, 3)).sum().backward()
+    state.optimizer.step()
+    state.step = step
+    return state
+
+
+def _saved(folder: Path, steps: tuple[int, ...] = (2, 4)) -> Artifact:
+    artifact = Artifact(str(folder))
+    for step in steps:
+        save_checkpoint(_state(step), artifact, "key", Keep(len(steps)))
+    return artifact
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    path = _saved(tmp_path).path(checkpoint_name(4))
+    whole = path.read_bytes()
+    assert read_checkpoint(path).step == 4
+    for place in range(0, len(whole), 5):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedCheckpointError):
+            read_checkpoint(path)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(tmp_path: Path, damage: str) -> None:
+    artifact = _saved(tmp_path)
+    path, warnings = artifact.path(checkpoint_name(4)), list[str]()
+    whole = path.read_bytes()
+    flipped = whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]
+    path.write_bytes({"flipped": flipped, "cut": whole[:-9], "empty": b""}[damage])
+    state = _state()
+    assert load_newest_checkpoint(state, artifact, "key", warnings.append)
+    assert state.step == 2
+    assert torch.equal(state.network.state_dict()["weight"], _state(2).network.state_dict()["weight"])
+    assert len(warnings) == 1
+    assert warnings[0].startswith("the checkpoint of step 4 is damaged")
+
+
+def test_a_training_whose_checkpoints_are_all_damaged_does_not_start_again(tmp_path: Path) -> None:
+    artifact = _saved(tmp_path)
+    for step in (2, 4):
+        path = artifact.path(checkpoint_name(step))
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ResumeError, match=r"no checkpoint is whole: .*00000004.*00000002.* to start again"):
+        load_newest_checkpoint(_state(), artifact, "key")
+    for step in (2, 4):
+        artifact.remove(checkpoint_name(step))
+    assert not load_newest_checkpoint(_state(), artifact, "key")
+
+
+def test_a_checkpoint_of_an_earlier_release_is_refused_by_its_format(tmp_path: Path) -> None:
+    artifact = _saved(tmp_path)
+    path = artifact.path(checkpoint_name(4))
+    save_file(load_file(path), path, metadata={"format": "unclip-checkpoint-1", "step": "4", "digest": "key"})
+    with pytest.raises(ResumeError, match="format unclip-checkpoint-1, this unclip reads unclip-checkpoint-2"):
+        load_newest_checkpoint(_state(), artifact, "key")
+
+
+@pytest.mark.parametrize(("name", "best"), [("val_loss", 4), ("val_cos_z_image", 2)])
+def test_the_newest_checkpoints_are_kept_and_the_best(tmp_path: Path, name: str, best: int) -> None:
+    artifact, keep = Artifact(str(tmp_path)), Keep(2, name)
+    for step, value in ((2, 0.5), (4, 0.3), (6, 0.4), (8, 0.45), (10, 0.35)):
+        save_checkpoint(_state(step), artifact, "key", keep, {name: value})
+    assert checkpoint_steps(artifact) == [best, 8, 10]
+    better = 0.1 if name == "val_loss" else 0.9
+    for step, value in ((12, better), (14, 0.4), (16, 0.4)):
+        save_checkpoint(_state(step), artifact, "key", keep, {name: value})
+    assert checkpoint_steps(artifact) == [12, 14, 16]
+    with pytest.raises(ConfigError, match=f"keep_best = 'val_psnr': the measures of this training are {name}"):
+        save_checkpoint(_state(18), artifact, "key", Keep(2, "val_psnr"), {name: value})
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, TrainJob, list[str]]:
+    """An upsampler's training under its recipe, of which the newest checkpoint was flipped, and what it said then."""
+    folder = tmp_path_factory.mktemp("training")
+    recipe = dataclasses.replace(training_recipe(), workspace=str(folder / "workspace"))
+    step = next(step for step in make_plan(recipe) if step.name == "upsampler_1")
+    output = artifact_of(Workspace(recipe.workspace), step)
+    job = TrainJob(step.name, recipe, tiny_inputs(folder), output, step.key, torch.device("cpu"))
+    run_job(job, no_watch)
+    weights = output.path("model.safetensors").read_bytes()
+    path = output.path(checkpoint_name(4))
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    messages: list[str] = []
+
+    def note(done: int, total: int, message: str) -> None:
+        messages.append(f"{done} {message}")
+
+    metrics = run_job(job, note)
+    assert metrics["num_damaged_checkpoints"] == 1
+    assert output.path("model.safetensors").read_bytes() == weights
+    return recipe, job, messages
+
+
+def test_a_training_says_that_it_continues_from_an_older_checkpoint(
+    training: tuple[Recipe, TrainJob, list[str]],
+) -> None:
+    _, _, messages = training
+    assert messages[0].startswith("2 training; continued from step 2: the checkpoint of step 4 is damaged")
+    assert "the checkpoint of step 4 is damaged" in messages[-1]
+
+
+@pytest.mark.parametrize("number", ["4", "last"])
+def test_a_network_in_training_is_read_from_its_checkpoint(
+    training: tuple[Recipe, TrainJob, list[str]], number: str
+) -> None:
+    recipe, job, _ = training
+    with checkpoint_networks(recipe, [f"upsampler_1@{number}"]) as live:
+        network = load_network(live["upsampler_1"], requested=recipe.trained()["upsampler_1"].model)
+        assert live["upsampler_1"].uri.endswith(f"/{job.digest}@4")
+    with safe_open(job.output.path(checkpoint_name(4)), "pt") as file:
+        for name, weight in network.state_dict().items():
+            assert torch.equal(weight, file.get_tensor(f"ema.{name}"))
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_by_those_that_are(
+    training: tuple[Recipe, TrainJob, list[str]],
+) -> None:
+    recipe, job, _ = training
+    refused = {
+        "upsampler_1@3": "upsampler_1 has the checkpoints at 2, 4",
+        "prior@last": "prior has no checkpoint",
+        "clip@4": "write STEP@NUMBER",
+        "upsampler_1@": "write STEP@NUMBER",
+    }
+    for text, words in refused.items():
+        with pytest.raises(ConfigError, match=words), checkpoint_networks(recipe, [text]):
+            pass
+    path = job.output.path(checkpoint_name(2))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match="take another checkpoint"), checkpoint_networks(recipe, ["upsampler_1@2"]):
+        pass
