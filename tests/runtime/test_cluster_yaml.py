@@ -62,4 +62,4 @@ def test_gpu_roles_install_the_gpu_build_and_all_of_them_under_the_pins(cluster:
     installs = {name: setup(name) for name in ("download", "embed", "train", "serve")}
     installs["head"] = "\n".join(cluster["head_setup_commands"])
     assert all("-c ~/unclip/constraints.txt" in text for text in installs.values())
-    assert {name for name, text in installs.items() if "[gpu]" in text} == {"embed", "train", "serve"}
+    assert {name for name, text in installs.items() if "[gpu,s3]" in text} == {"embed", "train", "serve"}
