@@ -7,7 +7,8 @@ with a phase that inverts their pictures; their frames are sampled by DDIM, as `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -90,7 +91,7 @@ def _frames(
 
 
 def _inverted(editor: Editor, request: SampleRequest, pictures: Sequence[RawPicture]) -> Phase:
-    """The inversion of pictures, and then their frames."""
+    """The inversion of pictures, unless it is remembered, and then their frames."""
     walk = editor.decoder.name
     # The inversion is guided, and takes as many steps, as the walk of the frames will be.
     scale, steps = request.guidance_scale, request.num_steps
@@ -100,6 +101,10 @@ def _inverted(editor: Editor, request: SampleRequest, pictures: Sequence[RawPict
         num_steps={editor.inversion.name: steps[walk]} if walk in steps else {},
     )
     editor.cascade.check(request, _walk_stages(editor, request))  # refuse it before the inversion
+    keys = [_key(picture, scale.get(walk), steps.get(walk)) for picture in pictures]
+    recent = editor.recent.find(keys)
+    if recent is not None:
+        return _walked(editor, request, lambda: recent.z_image, recent.x_T)
 
     def batch() -> Batch:
         values = {
@@ -109,6 +114,7 @@ def _inverted(editor: Editor, request: SampleRequest, pictures: Sequence[RawPict
         return Batch(editor.no_caption(len(pictures)), (0,) * len(pictures), values, inversion)
 
     def then(values: Mapping[str, Tensor]) -> Phase:
+        editor.recent.add(keys, Latents(values[Z_IMAGE], values[X_T]))
         return _walked(editor, request, lambda: values[Z_IMAGE], values[X_T])
 
     return Phase(len(pictures), (editor.inversion,), batch, then)
@@ -147,6 +153,11 @@ def _repeat(values: Mapping[str, Tensor], request: SampleRequest) -> dict[str, T
     """Values of one row become those of every picture of the request."""
     count = len(request.seeds)
     return {name: value.expand(count, *value.shape[1:]) for name, value in values.items()}
+
+
+def _key(picture: RawPicture, guidance_scale: float | None, num_steps: int | None) -> Hashable:
+    """What an inversion depends on, beside the networks."""
+    return hashlib.sha256(picture.levels).digest(), picture.width, picture.height, guidance_scale, num_steps
 
 
 def _embed(editor: Editor, picture: RawPicture) -> Tensor:

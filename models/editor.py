@@ -8,7 +8,8 @@ Legend: F frames (items made), D joint space, H W pixels. Each frame depends on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, Protocol, runtime_checkable
@@ -137,6 +138,36 @@ class InversionStage(DecoderStage):
         return x
 
 
+class RecentLatents:
+    """The latents of the pictures that were inverted last: several edits of one picture then invert it once.
+
+    Args:
+        size: Most pictures that are remembered.
+    """
+
+    def __init__(self, size: int = 64) -> None:
+        self._size = size
+        self._latents: dict[Hashable, Latents] = {}
+        self._lock = threading.Lock()
+
+    def find(self, keys: Sequence[Hashable]) -> Latents | None:
+        """The latents of all pictures of ``keys``, in their order; None if one is not remembered."""
+        with self._lock:
+            parts = [self._latents[key] for key in keys if key in self._latents]
+        if len(parts) < len(keys):
+            return None
+        return Latents(torch.cat([part.z_image for part in parts]), torch.cat([part.x_T for part in parts]))
+
+    def add(self, keys: Sequence[Hashable], latents: Latents) -> None:
+        """Remember latents, one picture for each key; the oldest are forgotten."""
+        with self._lock:
+            for row, key in enumerate(keys):
+                self._latents.pop(key, None)
+                self._latents[key] = Latents(latents.z_image[row : row + 1], latents.x_T[row : row + 1])
+            for key in list(self._latents)[: -self._size]:
+                del self._latents[key]
+
+
 class Editor:
     """Edits with the stages of a cascade.
 
@@ -171,6 +202,7 @@ class Editor:
             "inversion",
             num_refinements=self.settings.num_refinements,
         )
+        self.recent = RecentLatents()
         self.timesteps = config_timesteps(self.latent_walk.sampler, self.decoder.diffusion)
 
     @property

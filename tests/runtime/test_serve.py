@@ -158,6 +158,19 @@ def test_streams_and_files_pass_through_ray(served: Served) -> None:
     assert everything["sampling"]["decoder"]["num_steps"] >= 1
 
 
+def test_pictures_and_errors_of_edits_pass_through_ray(served: Served) -> None:
+    route, files = f"{served.url}/v1/images/text-diffs", {"image": plain_picture("red")}
+    fields = {"source": "a red circle", "target": "a blue star", "num_inference_steps": "3", "neighbours": "2"}
+    answer = httpx.post(route, data=fields | {"n": "2"}, files=files, timeout=120).json()
+    assert [frame["theta"] for frame in answer["data"]] == [0.0, 0.4]
+    assert [len(frame["neighbours"]) for frame in answer["data"]] == [2, 2]
+    refused = httpx.post(route, data=fields | {"target": "A RED circle"}, files=files, timeout=120)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_value")
+    assert "no direction" in refused.json()["error"]["message"]
+    vectors = httpx.post(f"{served.url}/v1/embeddings", json={"input": ["a", "b"], "model": "tiny"}, timeout=60).json()
+    assert len({len(entry["embedding"]) for entry in vectors["data"]}) == 1
+
+
 def test_overload_of_the_replica_is_429(served: Served) -> None:
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(lambda number: ask(served.url, {"prompt": f"{number}", "n": 10}), range(12)))

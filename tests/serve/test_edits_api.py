@@ -17,7 +17,7 @@ from PIL import Image
 
 from models.cascade import Cascade
 from models.edit_phases import run_phases
-from models.editor import Editor, EditSettings
+from models.editor import Editor, EditSettings, Latents, RecentLatents
 from models.request import (
     Inpainting,
     Interpolation,
@@ -195,7 +195,7 @@ def test_text_diffs_are_those_of_the_command(server: Any, editor: Editor) -> Non
 def test_a_size_ends_an_edit_at_the_stage_that_makes_it(server: Any) -> None:
     side = server.cascade.sides_px["decoder"]
     for route in ("variations", "reconstructions"):
-        answer = post(server, route, noisy_picture(1), size=f"{side}x{side}")
+        answer = post(server, route, noisy_picture(3), size=f"{side}x{side}")
         assert images(answer)[0].shape == (side, side, 3)
         steps = 3 * (2 if route == "reconstructions" else 1)
         assert answer.json()["usage"]["steps"] == steps
@@ -328,6 +328,33 @@ def test_edits_and_generations_share_steps_and_each_is_as_alone(cascade: Cascade
     assert counts["pictures"] == sum(len(request.seeds) for request in requests)
     assert counts["active"] == counts["waiting"] == 0
     assert counts["rows"] / counts["steps"] > 3
+
+
+def test_several_edits_of_a_picture_invert_it_once(cascade: Cascade) -> None:
+    one, other = raw(noisy_picture(1)), raw(noisy_picture(2))
+    edits = [Variation(one, 0.0), Variation(other, 0.0), Interpolation((one, other), (0.0,)), Variation(one, 0.0)]
+    settings = [{}, {}, {}, {"guidance_scale": {"decoder": 1.5}}]
+    engine = Engine(cascade)
+    try:
+        answers = [
+            engine.submit(SampleRequest("", (5,), num_steps={"decoder": 4}, edit=edit, **changes)).result(60)
+            for edit, changes in zip(edits, settings, strict=True)
+        ]
+    finally:
+        engine.close()
+    walk = answers[0].num_steps - 4
+    assert [answer.num_steps for answer in answers] == [walk + 4, walk + 4, walk, walk + 4]
+    assert close_to(answers[2].images, answers[0].images)
+
+
+def test_only_the_pictures_inverted_last_are_remembered() -> None:
+    recent, latents = RecentLatents(2), Latents(torch.eye(3), torch.arange(3).view(3, 1, 1, 1))
+    recent.add(["a", "b", "c"], latents)
+    assert recent.find(["a"]) is None
+    assert recent.find(["b", "a"]) is None
+    found = recent.find(["c", "b"])
+    assert found is not None
+    assert found.x_T.flatten().tolist() == [2, 1]
 
 
 def test_a_cancelled_edit_leaves_between_its_phases_too(cascade: Cascade) -> None:
