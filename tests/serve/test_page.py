@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
@@ -234,6 +235,92 @@ def test_a_result_shows_its_neighbours(page: Page, server: Any) -> None:
     viewer = page.get_by_role("dialog")
     expect(viewer.get_by_role("figure").first).to_contain_text("a red picture")
     expect(viewer.get_by_role("tab", selected=True)).to_have_text("Neighbours")
+
+
+def test_a_near_copy_is_flagged(page: Page, neighbours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "_near_copy", lambda: -1.0)  # everything is above it
+    generate(page)
+    expect(page.locator("#pictures").get_by_text("near copy")).to_be_visible()
+    finished(page).click()
+    expect(page.get_by_role("figure").first).to_contain_text("near copy")
+
+
+def open_with(page: Page, tool: str) -> Locator:
+    """Generate a picture, open it and choose a tool."""
+    generate(page, steps=2)
+    finished(page).click()
+    viewer = page.get_by_role("dialog")
+    viewer.get_by_role("tab", name=tool, exact=True).click()
+    return viewer
+
+
+@both_widths
+def test_a_picture_is_varied(page: Page) -> None:
+    viewer = open_with(page, "Variations")
+    viewer.get_by_label("Pictures", exact=True).fill("3")
+    viewer.get_by_role("button", name="Make variations", exact=True).click()
+    expect(viewer).not_to_be_visible()
+    expect(finished(page)).to_have_count(3)
+    expect(page.get_by_role("heading", name="Variations of " + PROMPT)).to_be_visible()
+    finished(page).first.click()
+    expect(page.get_by_role("dialog").locator("dl")).to_contain_text("Variation")
+
+
+@both_widths
+def test_what_is_painted_over_is_repainted_and_nothing_else(page: Page) -> None:
+    viewer = open_with(page, "Repaint")
+    before = pixels_of(page, "#view-image")
+    viewer.get_by_label("Whole picture afterwards").fill("a blue star")
+    viewer.get_by_label("Pictures", exact=True).fill("1")
+    repaint = viewer.get_by_role("button", name="Repaint", exact=True)
+    repaint.click()
+    expect(viewer).to_contain_text("Nothing is painted over yet.")
+    canvas = viewer.locator("canvas")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 0.2 * box["width"], box["y"] + 0.2 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.3 * box["height"], steps=3)
+    page.mouse.up()
+    repaint.click()
+    expect(viewer).not_to_be_visible()
+    expect(page.get_by_role("heading", name="a blue star")).to_be_visible()
+    expect(finished(page)).to_have_count(1)
+    difference = np.abs(pixels_of(page, "#pictures img").astype(int) - before).max(axis=-1)
+    assert difference[3:14, 3:14].any()
+    assert not difference[20:, 20:].any()
+
+
+def test_a_text_changes_a_picture_and_a_slider_shows_the_way(page: Page) -> None:
+    viewer = open_with(page, "Change by text")
+    viewer.get_by_label("To", exact=True).fill("a blue star")
+    viewer.get_by_label("Frames", exact=True).fill("3")
+    viewer.get_by_role("button", name="Change by text", exact=True).click()
+    way = viewer.get_by_role("slider", name="Change", exact=True)
+    expect(way).to_have_value("2")
+    last = viewer.locator("#view-image").get_attribute("src")
+    way.press("ArrowLeft")
+    assert viewer.locator("#view-image").get_attribute("src") != last
+    expect(viewer.locator("output").last).to_have_text("20 %")
+    viewer.get_by_role("button", name="Keep this frame").click()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("region", name="History").get_by_role("button", name="Towards a blue star")).to_have_count(
+        1
+    )
+
+
+def pixels_of(page: Page, selector: str) -> Any:
+    """The pixels of a shown picture, (H, W, 3)."""
+    values, side = page.locator(selector).evaluate(
+        """async (image) => {
+          await image.decode();
+          const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight), context = canvas.getContext("2d");
+          context.drawImage(image, 0, 0);
+          return [[...context.getImageData(0, 0, canvas.width, canvas.height).data], canvas.width];
+        }"""
+    )
+    return np.array(values, np.uint8).reshape(-1, side, 4)[..., :3]
 
 
 def test_the_keys_do_what_their_list_says(page: Page) -> None:
