@@ -25,6 +25,8 @@ from tests.tiny.command import ROOT, unclip_here, unclip_json
 from tests.tiny.shards import plain_picture
 from tests.tiny.workspace import COLOURS, served_workspace
 
+_NOBODY = 65_534
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -216,6 +218,31 @@ def test_a_workspace_that_cannot_be_written_is_searched_as_it_is(recipe: Recipe,
     assert len(done.stdout.splitlines()) == len(COLOURS) + 1
     assert {path: path.stat().st_mtime_ns for path in paths} == before
     assert set(paths) == {Path(recipe.workspace), *Path(recipe.workspace).rglob("*")}
+
+
+def test_another_user_may_read_every_file_of_a_workspace(recipe: Recipe) -> None:
+    """By the modes that the umask asks for, and, where the tests may change their user, as another one."""
+    workspace = Path(recipe.workspace)
+    files = [path for path in workspace.rglob("*") if path.is_file()]
+    by_hand = workspace / "by-hand"
+    by_hand.touch()
+    mode = by_hand.stat().st_mode
+    by_hand.unlink()
+    assert {path.name for path in files} >= {"model.safetensors", "open_clip_model.safetensors", "manifest.json"}
+    assert [path for path in files if path.stat().st_mode & mode & 0o444 != mode & 0o444] == []
+    if os.geteuid() == 0 and mode & 0o004:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.chdir(workspace)  # what is above it is pytest's, for its own user alone
+                os.setgroups([])
+                os.setgid(_NOBODY)
+                os.setuid(_NOBODY)
+                code = 0 if all(path.relative_to(workspace).read_bytes() is not None for path in files) else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_url_that_is_no_web_address_is_no_link(searcher: Searcher, tmp_path: Path) -> None:

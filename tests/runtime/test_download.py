@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import tomli_w
 
 from pipeline.recipe.plan import make_plan, manifest_of
 from pipeline.recipe.recipe import parse_recipe
@@ -22,6 +23,7 @@ from pipeline.workspace.progress import read_progress
 from pipeline.workspace.store import MANIFEST, Artifact
 from tests.data.hostile import HostileServer
 from tests.tiny.command import unclip, unclip_json
+from tests.tiny.recipe import tiny_tables, training
 
 pytestmark = [pytest.mark.ray]
 
@@ -166,3 +168,39 @@ def test_the_command_tries_failed_rows_again(server: HostileServer, tmp_path: Pa
     row = next(row for row in unclip_json("status", str(recipe)) if row["step"] == "download")
     assert row["counts"]["ok"] == 3
     assert Artifact(row["artifact"]).exists(MANIFEST)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_embed_and_index_follow_the_rows_that_a_retry_brings(server: HostileServer, tmp_path: Path) -> None:
+    paths = [*(f"ok?seed={row}" for row in range(9)), "status?code=503&times=1", "missing"]
+    made = _tables(tmp_path, [f"{server.url}/{path}" for path in paths])
+    one_worker = {"resources": {"num_workers": 1}}
+    tables = tiny_tables(
+        tmp_path / "workspace",
+        pairs=made["pairs"],
+        download=made["download"],
+        clip=training(2, batch_size=4),
+        embed={"batch_size": 8, **one_worker},
+        index={"num_recall_queries": 4},
+        tracking={"uri": "off"},
+    )
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_bytes(tomli_w.dumps(tables).encode())
+
+    def rows() -> dict[str, Any]:
+        return {row["step"]: row for row in unclip_json("status", str(recipe))}
+
+    done = unclip("run", str(recipe), "--until", "index")
+    assert done.returncode == 0, done.stdout
+    assert rows()["index"]["counts"] == {"in": 9, "ok": 9}
+    done = unclip("run", str(recipe), "--until", "download", "--retry-failed", "http-503")
+    assert done.returncode == 0, done.stdout
+    after = rows()
+    assert after["download"]["counts"]["ok"] == 10
+    assert [after[step]["state"] for step in ("clip", "embed", "index")] == ["todo", "todo", "done"]
+    assert "download was made anew, with other content" in after["embed"]["reasons"]
+    assert after["index"]["reasons"] == ["runs again if embed, which is out of date, comes out different"]
+    done = unclip("run", str(recipe), "--until", "index")
+    assert done.returncode == 0, done.stdout
+    assert rows()["index"]["counts"] == {"in": 10, "ok": 10}
