@@ -11,6 +11,7 @@ from the begin of the first to the end of the last, without the start of either 
 import argparse
 import asyncio
 import contextlib
+import gc
 import io
 import json
 import multiprocessing
@@ -167,6 +168,7 @@ def _work(table: Path, out: Path, shards: list[str]) -> None:
     config = DownloadConfig(samples_per_shard=_SHARD_ROWS, image_px=_IMAGE_PX)
     rows = pq.read_table(table).select(["uid", "split", "caption", "url"])
     with Downloader(config, AddressRules(["127.0.0.1/32"])) as downloader, ThreadPoolExecutor(2) as pool:
+        gc.freeze()  # as the step's worker does
 
         def make(shard: str) -> None:
             part = rows.slice(int(shard) * _SHARD_ROWS, _SHARD_ROWS)

@@ -239,7 +239,9 @@ def test_another_user_may_read_every_file_of_a_workspace(recipe: Recipe) -> None
                 os.setgroups([])
                 os.setgid(_NOBODY)
                 os.setuid(_NOBODY)
-                code = 0 if all(path.relative_to(workspace).read_bytes() is not None for path in files) else 2
+                for path in files:
+                    path.relative_to(workspace).read_bytes()
+                code = 0
             finally:
                 os._exit(code)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
