@@ -2,6 +2,7 @@
 
 import binascii
 import hashlib
+import threading
 from dataclasses import dataclass, field
 from math import sqrt
 
@@ -18,11 +19,16 @@ from pipeline.sampling.masks import Mask, centre_square, masked_pixels, shrink_m
 from pipeline.serve.protocols import Images
 from pipeline.serve.web import ApiError, read_body
 
+FILE_FIELDS = ("image", "mask")
 MAX_FILES = 4
 _MAX_FIELDS = 64
 _MAX_FIELD_BYTES = 1 << 16
 _MAX_AREA_PX = 40_000_000
 """Largest picture that is decoded for a client, in pixels."""
+_MAX_MEMORY_BYTES = 512 << 20
+"""Largest memory that decoding one of them may take, by its header."""
+_DECODING = threading.BoundedSemaphore(2)
+"""More at once would need the memory of as many: any number of clients may send the largest picture."""
 _MAX_SHORTER_PX = 1024
 _MAX_SENT_PX = 1 << 24
 """Largest area of a picture that is sent to the networks, in pixels; a longer strip is resized."""
@@ -57,6 +63,9 @@ async def read_form(request: Request, limit_bytes: int) -> Form:
         for name, value in data.multi_items():
             if isinstance(value, UploadFile):
                 form.files.setdefault(name.removesuffix("[]"), []).append(await value.read())
+            elif name.removesuffix("[]") in FILE_FIELDS:
+                message = f"{name}: came as text; send the file itself, with a file name"
+                raise ApiError(400, message, param=name, code="invalid_value")
             elif name in form.texts:
                 raise ApiError(400, f"{name}: given twice", param=name, code="invalid_value")
             elif value:  # an empty field is the default, as null is in JSON
@@ -93,7 +102,9 @@ def decode_picture(data: bytes, name: str, *, alpha: bool = False) -> Image.Imag
         ApiError: 400, if it is no picture, or too large to decode.
     """
     try:
-        return read(data, where=name, max_area_px=_MAX_AREA_PX, alpha=alpha).image
+        with _DECODING:
+            limits = {"max_area_px": _MAX_AREA_PX, "max_memory_bytes": _MAX_MEMORY_BYTES}
+            return read(data, where=name, alpha=alpha, **limits).image
     except PictureError as error:
         raise ApiError(400, str(error), param=name, code="invalid_value") from None
 

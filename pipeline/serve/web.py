@@ -134,7 +134,18 @@ async def read_json(request: Request, limit_bytes: int, max_values: int | None =
         raise ApiError(400, "the body is not JSON", code="invalid_json") from None
     if not isinstance(value, dict):
         raise ApiError(400, "the body is not a JSON object", code="invalid_json")
+    if b"\\ud" in body or b"\\uD" in body:
+        _require_whole_characters(value)
     return cast("Json", value)
+
+
+def _require_whole_characters(value: Any) -> None:
+    """Refuse half of a character (half an emoji, as a cut leaves it): no file and no answer could hold it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = repr(error.object[error.start])
+        raise ApiError(400, f"the body has half of a character, {half}", code="invalid_json") from None
 
 
 def parse(model: type[Model], body: Mapping[str, Any], *, is_form: bool = False) -> Model:

@@ -2,9 +2,11 @@
 
 import asyncio
 import base64
+import concurrent.futures
 import inspect
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from models.request import (
 )
 from models.stage import Z_IMAGE
 from pipeline.sampling.masks import shrink_mask
+from pipeline.serve import uploads
 from pipeline.serve.edits import EDITS
 from pipeline.serve.engine import Engine
 from tests.tiny.shards import pixels, plain_picture
@@ -279,6 +282,34 @@ def test_bodies_that_are_no_form_or_too_large_are_refused(server: Any) -> None:
         assert answer.status_code == 400
     large = httpx.post(url, files={"image": b"x" * (25 << 20)}, timeout=60)
     assert (large.status_code, large.json()["error"]["code"]) == (413, "body_too_large")
+
+
+def test_a_picture_that_comes_as_text_is_refused_in_words(server: Any) -> None:
+    form = [("image", (None, base64.b64encode(black()).decode())), ("prompt", (None, PROMPT))]
+    error = httpx.post(f"{server.url}/v1/images/edits", files=form).json()["error"]
+    assert (error["param"], error["message"]) == (
+        "image",
+        "image: came as text; send the file itself, with a file name",
+    )
+
+
+def test_no_more_than_two_pictures_of_clients_are_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    running, most, read = list[int](), list[int](), uploads.read
+
+    def slow(data: bytes, **options: Any) -> Any:
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.01)
+        try:
+            return read(data, **options)
+        finally:
+            running.pop()
+
+    monkeypatch.setattr(uploads, "read", slow)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        pictures = list(pool.map(lambda _: uploads.raw_picture(black(), "image"), range(12)))
+    assert len({picture.sha256 for picture in pictures}) == 1
+    assert max(most) == 2
 
 
 def test_texts_that_clip_reads_as_the_same_are_400_and_stop_nothing(server: Any) -> None:

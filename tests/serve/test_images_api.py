@@ -288,6 +288,16 @@ def test_bodies_that_are_no_json_are_400_and_large_ones_413(server: Any) -> None
     assert (chunked.status_code, chunked.json()["error"]["code"]) == (413, "body_too_large")
 
 
+@pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/embeddings", "/knn-service"])
+def test_half_of_a_character_is_400_wherever_it_stands(server: Any, path: str) -> None:
+    for field in (b'"user": "cut \\ud83d"', b'"\\uD83D": 1'):
+        answer = httpx.post(f"{server.url}{path}", content=b'{"prompt": "a", ' + field + b"}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+        assert r"half of a character, '\ud83d'" in answer.json()["error"]["message"]
+    whole = post(server, content=b'{"prompt": "a", "user": "\\ud83d\\ude00"}')
+    assert whole.json()["safety_identifier"] == "\U0001f600"
+
+
 def test_any_content_type_is_read_as_json(server: Any) -> None:
     answer = post(server, content=b'{"prompt": "a"}', headers={"Content-Type": "text/plain"})
     assert answer.status_code == 200
