@@ -130,8 +130,7 @@ def build_app(recipe: Recipe, artifacts: dict[str, Artifact], model: PictureMode
     )
     neighbours = None
     if "index" in artifacts:
-        neighbours = LocalNeighbours(Retriever.open(artifacts["index"]))
-        neighbours.search = metrics.neighbours.time()(neighbours.search)
+        neighbours = LocalNeighbours(Retriever.open(artifacts["index"]), metrics.neighbours.time)
     return create_app(model, neighbours, settings)
 
 

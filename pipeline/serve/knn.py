@@ -2,11 +2,12 @@
 
 import asyncio
 import base64
+import contextlib
 import functools
 import io
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
@@ -127,10 +128,18 @@ class MetadataRequest(BaseModel):
 
 
 class LocalNeighbours:
-    """``protocols.Neighbours`` from an index and the shards of its pictures."""
+    """``protocols.Neighbours`` from an index and the shards of its pictures.
 
-    def __init__(self, retriever: Retriever) -> None:
+    Args:
+        retriever: The index.
+        timed: Opens a context that measures one search.
+    """
+
+    def __init__(
+        self, retriever: Retriever, timed: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    ) -> None:
         self._retriever = retriever
+        self._timed = timed
         self._near_copy = functools.cache(lambda: near_copy_similarity(retriever.index))
 
     @property
@@ -148,8 +157,9 @@ class LocalNeighbours:
     ) -> list[list[NeighbourRow]]:
         """See ``Neighbours``."""
         conditions = Conditions(distinct=_DUPLICATE_COSINE, max_candidates=_MAX_CANDIDATES) if distinct else None
-        results = self._retriever.search(vectors, k, modality, conditions)
-        rows = iter(self.rows([neighbour.id for result in results for neighbour in result.neighbours]))
+        with self._timed():
+            results = self._retriever.search(vectors, k, modality, conditions)
+            rows = iter(self.rows([neighbour.id for result in results for neighbour in result.neighbours]))
         return [
             [NeighbourRow(neighbour.id, neighbour.similarity, next(rows)) for neighbour in result.neighbours]
             for result in results

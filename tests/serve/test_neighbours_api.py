@@ -13,6 +13,7 @@ import torch
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.knn import LocalNeighbours
+from pipeline.serve.metrics import HttpMetrics
 from pipeline.serve.picture_files import ModelCard
 from pipeline.workspace.store import Workspace
 from tests.tiny.shards import pixels, plain_picture
@@ -62,3 +63,10 @@ def test_neighbours_without_an_index_are_refused_before_anything_is_sampled(serv
         answer = httpx.post(f"{url}/v1/images/generations", json={"prompt": "a", "neighbours": 1})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "neighbours")
     assert server.engine.counts()["requests"] == before
+
+
+def test_searches_are_timed_as_the_server_times_them(neighbours: LocalNeighbours) -> None:
+    metrics = HttpMetrics()
+    timed = LocalNeighbours(neighbours._retriever, metrics.neighbours.time)
+    timed.search(np.eye(timed.embed_dim, dtype=np.float32)[:2], 1, "image")
+    assert metrics.registry.get_sample_value("unclip_neighbours_seconds_count") == 1
