@@ -292,6 +292,19 @@ def test_what_is_painted_over_is_repainted_and_nothing_else(page: Page) -> None:
     assert not difference[20:, 20:].any()
 
 
+def test_the_brush_is_moved_by_keys(page: Page) -> None:
+    viewer = open_with(page, "Repaint")
+    canvas = viewer.locator("canvas")
+    expect(canvas).to_have_attribute("width", "512")
+    blank = canvas.evaluate("(canvas) => canvas.toDataURL()")
+    for key in ("Space", "ArrowRight", "Space"):
+        canvas.press(key)
+    canvas.evaluate("(canvas) => canvas.blur()")  # the brush itself is no longer drawn
+    assert canvas.evaluate("(canvas) => canvas.toDataURL()") != blank
+    viewer.get_by_role("button", name="Undo").click()
+    assert canvas.evaluate("(canvas) => canvas.toDataURL()") == blank
+
+
 def test_a_text_changes_a_picture_and_a_slider_shows_the_way(page: Page) -> None:
     viewer = open_with(page, "Change by text")
     viewer.get_by_label("To", exact=True).fill("a blue star")
@@ -308,6 +321,18 @@ def test_a_text_changes_a_picture_and_a_slider_shows_the_way(page: Page) -> None
     expect(page.get_by_role("region", name="History").get_by_role("button", name="Towards a blue star")).to_have_count(
         1
     )
+
+
+def test_two_pictures_are_blended(page: Page) -> None:
+    drop(page, "red.png", plain_picture("red", 40))
+    expect(page.get_by_role("dialog")).to_be_visible()
+    page.keyboard.press("Escape")
+    viewer = open_with(page, "Blend")
+    viewer.get_by_role("button", name="Blend with: a picture").click()
+    viewer.get_by_label("Frames", exact=True).fill("3")
+    viewer.get_by_role("button", name="Blend", exact=True).click()
+    expect(viewer.get_by_role("slider", name="Way")).to_have_value("2")
+    expect(viewer.locator("output").last).to_have_text("100 %")
 
 
 def pixels_of(page: Page, selector: str) -> Any:
