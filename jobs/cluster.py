@@ -4,7 +4,17 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import DASHBOARD, AsJson, JobAddress, Overrides, RecipePath, Until, print_json, recipe_words
+from jobs.options import (
+    DASHBOARD,
+    AsJson,
+    JobAddress,
+    Overrides,
+    RecipePath,
+    Until,
+    print_json,
+    print_next,
+    recipe_words,
+)
 from pipeline.recipe.recipe import load_recipe
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Job id, as `unclip jobs` lists it, or its beginning.")]
@@ -33,6 +43,8 @@ def submit(
         print_json(submitted.to_dict())
     else:
         typer.echo(f"{submitted.job_id}: {submitted.message}")
+        if not follow:
+            print_next(*(f"{command} {submitted.job_id} --address {address}" for command in ("logs", "stop")))
     if follow:
         from pipeline.runtime.jobs import follow_job
 

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import AsJson, Overrides, RayAddress, RecipeOrFolder, RecipePath, Seed, print_json
+from jobs.options import (
+    AsJson,
+    Overrides,
+    RayAddress,
+    RecipeOrFolder,
+    RecipePath,
+    Seed,
+    print_json,
+    print_next,
+    recipe_words,
+)
 from jobs.watch import SamplingWatcher
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import load_recipe
@@ -70,6 +80,8 @@ def sample(
         return
     count = "1 picture" if len(rows) == 1 else f"{len(rows)} pictures"
     typer.echo(f"{count} in {out}; all at a glance: {Path(out) / 'grid.png'}")
+    words = recipe_words(recipe, overrides)
+    print_next(f"lineage {Path(out) / rows[0]['file']} --workspace {resolved.workspace}", f"serve {words}")
 
 
 def evaluate(recipe: RecipePath, overrides: Overrides = None, address: RayAddress = "", json: AsJson = False) -> None:
@@ -98,6 +110,8 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, address: RayAddres
 
     typer.echo(format_metrics(metrics))
     typer.echo(f"pictures: {artifact.uri}")
+    words = recipe_words(recipe, overrides)
+    print_next(f'sample {words} "your prompt" --out out', f"serve {words}", f"export {words} --native FOLDER")
 
 
 def serve(

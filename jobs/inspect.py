@@ -4,16 +4,21 @@
 """
 
 import dataclasses
+import sys
+import time as clock
 from typing import Annotated, Any
 
 import typer
 
-from jobs.options import AsJson, Overrides, RecipePath, Until, print_json, print_measured, recipe_words
+from jobs.options import AsJson, Overrides, RecipePath, Until, print_json, print_measured, print_next, recipe_words
 from pipeline.recipe.estimate import status_remaining
 from pipeline.recipe.plan import StepStatus, artifact_of, make_plan, plan_status, unseen_inputs
 from pipeline.recipe.recipe import Recipe, json_schema, load_recipe, to_dict
-from pipeline.workspace.progress import ProgressState, clock_time, duration, read_progress
+from pipeline.workspace.lock import holder_of
+from pipeline.workspace.progress import ProgressState, clock_time, duration, last_error, read_progress
 from pipeline.workspace.store import Workspace
+
+_WATCH_S = 2.0
 
 
 def plan(
@@ -48,7 +53,7 @@ def plan(
         _print_times(resolved, statuses, json=json)
         return
     if json:
-        print_json([_as_row(workspace, status) for status in statuses])
+        print_json([_as_row(workspace, status, holder_of(workspace)) for status in statuses])
         return
     for status in statuses:
         why = "; ".join(status.reasons)
@@ -57,27 +62,62 @@ def plan(
         typer.echo(note)
     todo = [status.step.name for status in statuses if status.state != "done"]
     typer.echo(f"{len(todo)} of {len(statuses)} steps to run: {', '.join(todo)}" if todo else "nothing to do")
+    words = recipe_words(recipe, overrides)
+    if todo:
+        print_next(f"plan {words} --time", f"run {words}{f' --until {until}' if until else ''}")
+    else:
+        print_next(f"status {words}")
 
 
-def status(recipe: RecipePath, overrides: Overrides = None, json: AsJson = False) -> None:
-    """Show where every step stands: time spent, rows, and for running ones the rate and the time to go.
+def status(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Print it again every two seconds while a run goes on.")
+    ] = False,
+    json: AsJson = False,
+) -> None:
+    """Show where every step stands: time spent, rows, and for running ones the rate, the time to go and the workers.
 
-    Example: unclip status configs/demo.toml
+    A step that no living run works on is shown as stopped, with its last error.
+
+    Example: unclip status configs/demo.toml --watch
     """
-    resolved = load_recipe(recipe, overrides or [])
+    resolved, words = load_recipe(recipe, overrides or []), recipe_words(recipe, overrides)
+    while True:
+        if watch and sys.stdout.isatty() and not json:
+            typer.echo("\x1b[H\x1b[2J", nl=False)
+        is_running = _print_status(resolved, words, json=json)
+        if not (watch and is_running):
+            return
+        clock.sleep(_WATCH_S)
+
+
+def _print_status(resolved: Recipe, words: str, *, json: bool) -> bool:
+    """Print the state of every step once; returns whether a run goes on."""
     workspace = Workspace(resolved.workspace)
     statuses = plan_status(workspace, make_plan(resolved))
     rest = status_remaining(resolved, statuses)
     spans = {name: dataclasses.asdict(span) for name, span in rest.spans.items()}
-    rows = [_as_row(workspace, item) | spans.get(item.step.name, {}) for item in statuses]
+    owner = holder_of(workspace)
+    rows = [_as_row(workspace, item, owner) | spans.get(item.step.name, {}) for item in statuses]
     if json:
         print_json(rows)
-        return
+        return bool(owner)
     for row in rows:
-        typer.echo(f"{row['step']:<17} {row['key']}  {row['state']:<8} {_describe(row)}".rstrip())
-    if any(item.state != "done" for item in statuses):
-        typer.echo(f"run: {rest.explain(recipe_words(recipe, overrides))}")
-    typer.echo(f"workspace {workspace.root}")
+        state = "running" if row["is_running"] else row["state"]
+        typer.echo(f"{row['step']:<17} {row['key']}  {state:<8} {_describe(row)}".rstrip())
+    is_done = all(item.state == "done" for item in statuses)
+    if not is_done:
+        typer.echo(f"run: {rest.explain(words)}")
+    typer.echo(f"workspace {workspace.root}{f', held by {owner}' if owner else ''}")
+    if owner:
+        print_next(f"status {words} --watch")
+    elif is_done:
+        print_next(f'sample {words} "your prompt" --out out', f"serve {words}")
+    else:
+        print_next(f"run {words}")
+    return bool(owner)
 
 
 def config(
@@ -130,10 +170,12 @@ def _print_times(recipe: Recipe, statuses: list[StepStatus], *, json: bool) -> N
     )
 
 
-def _as_row(workspace: Workspace, status: StepStatus) -> dict[str, Any]:
+def _as_row(workspace: Workspace, status: StepStatus, owner: str) -> dict[str, Any]:
+    """A step's state as JSON; ``owner`` is the living run of the workspace, or empty."""
     artifact = artifact_of(workspace, status.step)
     progress = read_progress(artifact) if status.state == "partial" else None
     manifest = status.manifest
+    error = last_error(artifact) if status.state == "partial" else ""
     return {
         "step": status.step.name,
         "key": status.step.key,
@@ -143,6 +185,9 @@ def _as_row(workspace: Workspace, status: StepStatus) -> dict[str, Any]:
         "wall_s": manifest.wall_s if manifest else None,
         "counts": manifest.counts if manifest else {},
         "progress": dataclasses.asdict(progress) if progress else None,
+        "age_s": round(progress.age_s, 1) if progress else None,
+        "is_running": bool(owner and progress and not error),
+        "error": error,
     }
 
 
@@ -152,8 +197,22 @@ def _describe(row: dict[str, Any]) -> str:
         counts = ", ".join(f"{value} {name}" for name, value in totals_first)
         return "; ".join([f"{row['wall_s']:7.1f} s  {counts}", *row["reasons"]])
     if row["progress"]:
-        return ProgressState(**row["progress"]).text
+        state = ProgressState(**row["progress"])
+        return _running_text(state) if row["is_running"] else _stopped_text(state, row["error"])
     return "; ".join(row["reasons"])
+
+
+def _running_text(state: ProgressState) -> str:
+    machines = ", ".join(f"{number} on {machine}" for machine, number in state.workers.items())
+    workers = f"; workers: {machines}" if machines else ""
+    return f"{state.text}{workers}; read {duration(state.age_s)} ago"
+
+
+def _stopped_text(state: ProgressState, error: str) -> str:
+    """A reading that no living run has written."""
+    share = f" at {state.done}/{state.total} {state.unit}" if state.has_begun else ""
+    why = error or "it wrote no error: the run was killed, or its machine went away"
+    return f"stopped {duration(state.age_s)} ago{share}; {why}"
 
 
 def _without_none(tables: dict[str, Any]) -> dict[str, Any]:

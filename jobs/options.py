@@ -20,6 +20,10 @@ Until = Annotated[str, typer.Option("--until", metavar="STEP", help="Stop after 
 RayAddress = Annotated[
     str, typer.Option("--address", help="Ray cluster to join, for example auto; default: a new one on this machine.")
 ]
+From = Annotated[
+    str, typer.Option("--from", metavar="STEP", help="Start with this step; what it reads must be finished.")
+]
+Only = Annotated[str, typer.Option("--step", metavar="STEP", help="This step alone; what it reads must be finished.")]
 DASHBOARD = "http://127.0.0.1:8265"
 JobAddress = Annotated[str, typer.Option("--address", help="Dashboard URL of the Ray cluster.")]
 
@@ -27,6 +31,13 @@ JobAddress = Annotated[str, typer.Option("--address", help="Dashboard URL of the
 def recipe_words(recipe: str, overrides: list[str] | None) -> str:
     """A recipe and its changes as words of a shell command."""
     return shlex.join([recipe, *(word for override in overrides or [] for word in ("--set", override))])
+
+
+def print_next(*commands: str) -> None:
+    """The commands that are useful now."""
+    typer.echo("next:")
+    for command in commands:
+        typer.echo(f"  unclip {command}")
 
 
 def print_json(value: Any) -> None:

@@ -5,11 +5,23 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import AsJson, Overrides, RayAddress, RecipePath, Until, print_json, print_measured, recipe_words
+from jobs.options import (
+    AsJson,
+    From,
+    Only,
+    Overrides,
+    RayAddress,
+    RecipePath,
+    Until,
+    print_json,
+    print_measured,
+    print_next,
+    recipe_words,
+)
 from pipeline.data.causes import ALL, CLASSES, PICTURE_FAULTS, is_class
 from pipeline.errors import ConfigError, UnclipError
 from pipeline.recipe.estimate import status_remaining
-from pipeline.recipe.plan import make_plan, plan_status, steps_until
+from pipeline.recipe.plan import StepStatus, chosen_steps, make_plan, plan_status
 from pipeline.recipe.recipe import load_recipe
 from pipeline.workspace.progress import duration
 from pipeline.workspace.store import Workspace
@@ -81,6 +93,12 @@ def run(
     recipe: RecipePath,
     overrides: Overrides = None,
     until: Until = "",
+    start: From = "",
+    step: Only = "",
+    force: Annotated[
+        bool, typer.Option("--force", help="With --from or --step: make them anew although they are finished.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and why; run nothing.")] = False,
     address: RayAddress = "",
     json: AsJson = False,
     retry_failed: Annotated[
@@ -97,7 +115,7 @@ def run(
 
     Example: unclip run configs/demo.toml
     """
-    start = time.monotonic()
+    begun = time.monotonic()
     resolved = load_recipe(recipe, overrides or [])
     if retry_failed and not is_class(retry_failed):
         classes = ", ".join([ALL, *CLASSES, "http-404 and so on", *PICTURE_FAULTS])
@@ -107,12 +125,17 @@ def run(
     words = shown_as or recipe_words(recipe, overrides)
     workspace = Workspace(resolved.workspace)
     steps = make_plan(resolved)
-    before = plan_status(workspace, steps_until(steps, until))
-    ran = [
-        status.step.name
-        for status in before
-        if status.state != "done" or (retry_failed and status.step.name == "download")
-    ]
+    within, chosen = chosen_steps(steps, start=start, until=until, only=step)
+    if force and not (start or step):
+        raise ConfigError("--force: say what is to be made anew, with --from STEP or --step STEP")
+    before = plan_status(workspace, within)
+    forced = chosen if force else set[str]()
+    reopened = {"download"} if retry_failed else set[str]()
+    ran = [item.step.name for item in before if item.state != "done" or item.step.name in forced | reopened]
+    _require_inputs([item for item in before if item.step.name not in chosen], words)
+    if dry_run:
+        _print_dry_run([item for item in before if item.step.name in ran], forced, json=json)
+        return
     report = workspace.local_root / "report.html"
     if ran:
         from jobs.watch import Watcher
@@ -120,30 +143,55 @@ def run(
 
         watcher = Watcher()
         try:
-            run_recipe(resolved, before, watcher, address=address, retry_failed=retry_failed)
+            run_recipe(resolved, before, watcher, address=address, retry_failed=retry_failed, force=forced)
         finally:
             watcher.close()
         from pipeline.report.report import write_report
 
         write_report(workspace, steps, resolved, report, words)
-    wall_s = round(time.monotonic() - start, 1)
+    wall_s = round(time.monotonic() - begun, 1)
     if json:
         print_json({"ran": ran, "wall_s": wall_s, "workspace": workspace.root, "report": str(report)})
         return
-    steps = "1 step" if len(ran) == 1 else f"{len(ran)} steps"
-    typer.echo(f"ran {steps} in {wall_s:.0f} s" if ran else f"nothing to do: all {len(before)} steps are done")
+    number = "1 step" if len(ran) == 1 else f"{len(ran)} steps"
+    typer.echo(f"ran {number} in {wall_s:.0f} s" if ran else f"nothing to do: all {len(before)} steps are done")
     if report.exists():
         typer.echo(f"report: {report}")
     _print_next(words, {status.step.name for status in before}, has_shapes=resolved.pairs.source == "drawn")
 
 
+def _require_inputs(inputs: list[StepStatus], words: str) -> None:
+    """Refuse to run steps whose inputs are not finished."""
+    missing = [item.step.name for item in inputs if item.state != "done"]
+    if missing:
+        first = f"unclip run {words} --until {missing[-1]}"
+        raise ConfigError(f"{', '.join(missing)}: not finished, and not among the chosen steps; first: {first}")
+
+
+def _print_dry_run(statuses: list[StepStatus], forced: set[str], *, json: bool) -> None:
+    rows = [
+        {
+            "step": item.step.name,
+            "key": item.step.key,
+            "reasons": ["it is made anew"] if item.step.name in forced and item.state == "done" else [*item.reasons],
+        }
+        for item in statuses
+    ]
+    if json:
+        print_json(rows)
+        return
+    for row in rows:
+        typer.echo(f"{row['step']:<17} {row['key']}  {'; '.join(row['reasons'])}".rstrip())
+    typer.echo(f"{len(rows)} steps would run" if rows else "nothing to do")
+
+
 def _print_next(recipe: str, steps: set[str], *, has_shapes: bool) -> None:
-    typer.echo("next:")
+    commands: list[str] = []
     if "evaluate" in steps:
         prompt = "a large red star on a white background" if has_shapes else "your prompt"
-        typer.echo(f'  unclip sample {recipe} "{prompt}" -n 4 --out out')
+        commands.append(f'sample {recipe} "{prompt}" -n 4 --out out')
     if "index" in steps:
-        typer.echo(f'  unclip search {recipe} "{"a blue circle" if has_shapes else "your words"}" -k 10')
+        commands.append(f'search {recipe} "{"a blue circle" if has_shapes else "your words"}" -k 10')
     if "evaluate" in steps:
-        typer.echo(f"  unclip serve {recipe}")
-    typer.echo(f"  unclip status {recipe}")
+        commands.append(f"serve {recipe}")
+    print_next(*commands, f"status {recipe}")

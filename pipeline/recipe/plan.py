@@ -7,7 +7,7 @@ finished step is never run again and a changed field re-runs only what depends o
 import hashlib
 import json
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,45 @@ def steps_until(steps: list[Step], until: str) -> list[Step]:
         if step.name in needed:
             needed |= set(step.inputs)
     return [step for step in steps if step.name in needed]
+
+
+def dependents(steps: Sequence[Step], name: str) -> set[str]:
+    """A step and all that are made from it, directly or not, by name."""
+    names = {name}
+    for step in steps:  # each comes after its inputs
+        if names & set(step.inputs):
+            names.add(step.name)
+    return names
+
+
+def chosen_steps(steps: list[Step], *, start: str = "", until: str = "", only: str = "") -> tuple[list[Step], set[str]]:
+    """The part of a plan that a command works on.
+
+    Args:
+        steps: The whole plan.
+        start: First step: itself and all that are made from it. Empty: all.
+        until: Last step; empty: none.
+        only: The only step; empty: as the other two say.
+
+    Returns:
+        The steps that may run and those that they read, and the names of the former; the latter must be finished.
+
+    Raises:
+        ConfigError: If a name is no step of the plan, or the names leave no step.
+    """
+    if only and (start or until):
+        raise ConfigError("--step: give it alone, without --from and --until")
+    for option, name in (("--from", start), ("--step", only)):
+        if name and name not in {step.name for step in steps}:
+            raise ConfigError(
+                f"{option} {name}: no such step in this recipe; it has {', '.join(s.name for s in steps)}"
+            )
+    names = {only} if only else dependents(steps, start) if start else {step.name for step in steps}
+    chosen = names & {step.name for step in steps_until(steps, until)}
+    if not chosen:
+        raise ConfigError(f"--from {start} --until {until}: no step of this recipe is after one and before the other")
+    read = {name for step in steps if step.name in chosen for name in step.inputs}
+    return [step for step in steps if step.name in chosen | read], chosen
 
 
 def sampling_tables(recipe: Recipe) -> Json:

@@ -5,6 +5,7 @@ and its own checkpoint commits by written block (650 of 800 rows done, none save
 commits it, and a lost worker costs one shard.
 """
 
+import platform
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -78,11 +79,15 @@ class _Actor:
     def __init__(self) -> None:
         self._worker: ShardWorker | None = None
 
-    def start(self, worker: type[ShardWorker], context: StepContext) -> float:
-        """Build the worker; not in __init__, where Ray would hide the error's class. Returns how long it took, in s."""
+    def start(self, worker: type[ShardWorker], context: StepContext) -> tuple[float, str]:
+        """Build the worker; not in __init__, where Ray would hide the error's class.
+
+        Returns:
+            How long it took, in seconds, and the name of the machine.
+        """
         start = time.monotonic()
         self._worker = worker(context)
-        return time.monotonic() - start
+        return time.monotonic() - start, platform.node()
 
     def make(self, shard: str) -> ShardRecord:
         assert self._worker is not None
@@ -123,7 +128,9 @@ def map_shards(context: StepContext, job: ShardJob) -> list[ShardRecord]:
             if pool.first_start_s is not None:
                 progress.begin(ago_s=pool.first_start_s)
             message = pool.message() or job.note(list(records.values()))
-            progress.update(done + pool.num_rows_under_way, job.num_rows, job.unit, message)
+            progress.update(
+                done + pool.num_rows_under_way, job.num_rows, job.unit, message, workers=Counter(pool.hosts.values())
+            )
             for record in pool.poll():
                 records[record.shard] = record
                 done += record.counts["in"]
@@ -152,6 +159,8 @@ class _Pool:
         self._start = time.monotonic()
         self.first_start_s: float | None = None
         """Seconds that the first worker took to start once it had its CPUs or GPUs; None while all wait."""
+        self.hosts: dict[Any, str] = {}
+        """Machine of each worker that has started."""
         self._worker = ray.put(job.worker)
         for _ in range(min(job.resources.num_workers, len(waiting))):
             self._add_worker()
@@ -198,7 +207,7 @@ class _Pool:
     def _collect(self, reference: Any) -> ShardRecord | None:
         running = self._running[reference]
         try:
-            result: ShardRecord | float = ray.get(reference)
+            result: ShardRecord | tuple[float, str] = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             raise _explain(error, running.shard) from (None if isinstance(error.cause, UnclipError) else error)
         except ray.exceptions.RayError as error:
@@ -208,7 +217,8 @@ class _Pool:
         self._assign_shards(running.actor)
         if isinstance(result, ShardRecord):
             return result
-        self.first_start_s = result if self.first_start_s is None else self.first_start_s
+        start_s, self.hosts[running.actor] = result
+        self.first_start_s = start_s if self.first_start_s is None else self.first_start_s
         return None
 
     def _assign_shards(self, actor: Any) -> None:
@@ -221,16 +231,20 @@ class _Pool:
             self._running[actor.make.remote(shard)] = _Running(actor, shard, time.monotonic())
             shards.append(shard)
         if not shards:
-            ray.kill(actor)
+            self._end(actor)
 
     def _handle_loss(self, lost: _Running, reason: str) -> None:
         """Replace a worker and put back all that it was making."""
-        ray.kill(lost.actor)
+        self._end(lost.actor)
         for reference, running in list(self._running.items()):
             if running.actor is lost.actor:
                 del self._running[reference]
                 self._put_back(running.shard or "", reason)
         self._add_worker()
+
+    def _end(self, actor: Any) -> None:
+        ray.kill(actor)
+        self.hosts.pop(actor, None)
 
     def _put_back(self, shard: str, reason: str) -> None:
         self._losses[shard] += 1

@@ -20,17 +20,17 @@ import psutil
 import ray
 import ray.exceptions
 
-from pipeline.errors import DataError, StepError, UnclipError
+from pipeline.errors import ConfigError, DataError, StepError, UnclipError
 from pipeline.recipe.estimate import Remaining, load_times, remaining
-from pipeline.recipe.plan import Step, StepStatus, artifact_of, manifest_of, plan_status
+from pipeline.recipe.plan import Step, StepStatus, artifact_of, dependents, manifest_of, plan_status
 from pipeline.recipe.recipe import Recipe, to_dict
 from pipeline.recipe.schedule import needs_of
 from pipeline.recipe.steps import STEP_ROWS
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.tracking import Tracking
-from pipeline.workspace.lock import Lock, locked_workspace
+from pipeline.workspace.lock import Lock, locked_workspace, used_artifacts
 from pipeline.workspace.manifest import Manifest, content_of
-from pipeline.workspace.progress import Progress, ProgressState, read_progress
+from pipeline.workspace.progress import ERROR, Progress, ProgressState, read_progress
 from pipeline.workspace.store import LIVE, MANIFEST, Workspace
 
 _PACKAGES = ("unclip", "torch", "open_clip_torch", "ray", "pyarrow", "img2dataset", "numpy")
@@ -66,7 +66,13 @@ class Observer(Protocol):
 
 
 def run_recipe(
-    recipe: Recipe, statuses: Sequence[StepStatus], observer: Observer, *, address: str = "", retry_failed: str = ""
+    recipe: Recipe,
+    statuses: Sequence[StepStatus],
+    observer: Observer,
+    *,
+    address: str = "",
+    retry_failed: str = "",
+    force: Collection[str] = (),
 ) -> None:
     """Run the steps of a recipe that are not done.
 
@@ -76,16 +82,17 @@ def run_recipe(
         observer: Receives starts, readings, commits and warnings.
         address: Ray cluster; empty: one of our own on this machine, ended with the run.
         retry_failed: Class of the download's failures that are tried again, finished or not; empty: none.
+        force: Names of steps that are made anew although they are finished.
 
     Raises:
-        ConfigError: If the tracker does not answer.
+        ConfigError: If the tracker does not answer, or a server reads what is to be made anew.
         DataError: If a step has a manifest that cannot be read: running it again would replace it.
         StepError: If a step failed, the cluster does not answer, or another run holds the workspace.
     """
     for status in statuses:
         if status.state == "unreadable":
             raise DataError(status.reasons[0])
-    if all(status.state == "done" for status in statuses) and not retry_failed:
+    if all(status.state == "done" for status in statuses) and not retry_failed and not force:
         return
     workspace = Workspace(recipe.workspace)
     with (
@@ -97,6 +104,7 @@ def run_recipe(
         may_start = at_once if address else fits_now
         if retry_failed:
             statuses = [_reopened(workspace, status) for status in statuses]
+        statuses = _cleared(workspace, statuses, force)
         while any(status.state != "done" for status in statuses):
             _run_steps(recipe, workspace, statuses, observer, tracking, may_start, lock, retry_failed)
             # A finished step whose input was made anew with other bytes just now is not done any more.
@@ -116,6 +124,7 @@ def _run_steps(
     done = {status.step.name for status in statuses if status.state == "done"}
     waiting = [status.step for status in statuses if status.state != "done"]
     running: dict[Any, StepContext] = {}
+    failures: list[UnclipError] = []
     servers = own_servers()
     forecast = _Forecast(recipe, waiting, observer, can_grow=not servers)
     try:
@@ -127,36 +136,65 @@ def _run_steps(
                 if not may_start(context, running.values()):
                     continue
                 waiting.remove(step)
-                context.output.clear_temporaries()
-                _forget_if_inputs_changed(context)
-                # Submitted first: to submit to a Ray that is killed at the first sign of progress hangs for a minute.
-                running[_run_step.remote(context)] = context
-                Progress(context.output, waits=True).update(0, 1, "", "starting", force=True)
-                tracking.started(context)
+                running[_start(context, tracking)] = context
                 observer.started(step)
             ready, _ = ray.wait(list(running), timeout=_POLL_S, num_returns=1)
-            readings: dict[str, ProgressState] = {}
-            for context in running.values():
-                tracking.forward(context)
-                state = read_progress(context.output)
-                if state:
-                    readings[context.step.name] = state
-                    observer.progressed(context.step, state)
-            forecast.update(readings, done)
+            forecast.update(_readings(running.values(), observer, tracking), done)
             if ready:
                 require_alive(servers)  # otherwise every step would report a lost worker
             for reference in ready:
                 lock.check()
                 context = running.pop(reference)
-                manifest = _commit(context, _result(reference, context), tracking)
-                done.add(context.step.name)
-                observer.finished(context.step, manifest)
+                try:
+                    manifest = _commit(context, _result(reference, context), tracking)
+                except UnclipError as error:  # what is not made from it goes on
+                    failures.append(_noted(error, context, tracking))
+                    lost = dependents(waiting, context.step.name)
+                    waiting = [step for step in waiting if step.name not in lost]
+                    observer.warned(f"{error}{'; the steps that do not read it go on' if waiting or running else ''}")
+                else:
+                    done.add(context.step.name)
+                    observer.finished(context.step, manifest)
     except BaseException:  # also Ctrl-C: no step continues without its driver
         for reference, context in running.items():
             if all(_is_alive(server) for server in servers):
                 ray.cancel(reference, force=True)
             tracking.failed(context)
         raise
+    if failures:
+        raise type(failures[0])("; and ".join(map(str, failures)))
+
+
+def _start(context: StepContext, tracking: Tracking) -> Any:
+    """Submit a step; returns Ray's reference to its result."""
+    context.output.clear_temporaries()
+    _forget_if_inputs_changed(context)
+    context.output.remove(ERROR)
+    # Submitted first: to submit to a Ray that is killed at the first sign of progress hangs for a minute.
+    reference = _run_step.remote(context)
+    Progress(context.output, waits=True).update(0, 1, "", "starting", force=True)
+    tracking.started(context)
+    return reference
+
+
+def _readings(running: Collection[StepContext], observer: Observer, tracking: Tracking) -> dict[str, ProgressState]:
+    """The newest readings of the running steps, by name, after the observer and the tracker have them."""
+    readings: dict[str, ProgressState] = {}
+    for context in running:
+        tracking.forward(context)
+        state = read_progress(context.output)
+        if state:
+            readings[context.step.name] = state
+            observer.progressed(context.step, state)
+    return readings
+
+
+def _noted(error: UnclipError, context: StepContext, tracking: Tracking) -> UnclipError:
+    """Write why a step failed, for `unclip status`, unless its details are there."""
+    if not context.output.exists(ERROR):
+        context.output.write_bytes(ERROR, f"{error}\n".encode())
+    tracking.failed(context)
+    return error
 
 
 def _forget_if_inputs_changed(context: StepContext) -> None:
@@ -177,6 +215,22 @@ def _reopened(workspace: Workspace, status: StepStatus) -> StepStatus:
         return status
     artifact_of(workspace, status.step).remove(MANIFEST)
     return dataclasses.replace(status, state="partial", manifest=None)
+
+
+def _cleared(workspace: Workspace, statuses: Sequence[StepStatus], force: Collection[str]) -> list[StepStatus]:
+    """The statuses after what is to be made anew was removed."""
+    used = used_artifacts(workspace) if force else {}
+    for status in statuses:
+        if status.step.name in force and (owner := used.get(f"{status.step.name}/{status.step.key}")):
+            raise ConfigError(f"--force: {status.step.name} is in use by {owner}; end it first")
+    cleared: list[StepStatus] = []
+    for status in statuses:
+        if status.step.name in force:
+            artifact_of(workspace, status.step).clear()
+            cleared.append(StepStatus(status.step, "todo", ("it is made anew",), None))
+        else:
+            cleared.append(status)
+    return cleared
 
 
 class _Forecast:
@@ -280,9 +334,8 @@ def _result(reference: Any, context: StepContext) -> StepResult:
         cause = error.cause
         if isinstance(cause, UnclipError):
             raise cause from None
-        details = f"{LIVE}error.txt"
-        output.write_bytes(details, "".join(traceback.format_exception(error)).encode())
-        raise StepError(f"{name}: {type(cause).__name__}: {cause}; details in {output.uri}/{details}") from None
+        output.write_bytes(ERROR, "".join(traceback.format_exception(error)).encode())
+        raise StepError(f"{name}: {type(cause).__name__}: {cause}; details in {output.uri}/{ERROR}") from None
     except ray.exceptions.RayError as error:
         raise StepError(
             f"{name}: lost its worker {_STEP_RETRIES + 1} times ({type(error).__name__}); "

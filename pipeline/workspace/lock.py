@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.errors import StepError
 from pipeline.workspace.disk import translate_os_errors
@@ -84,14 +84,36 @@ def used_artifacts(workspace: Workspace) -> dict[str, str]:
     return used
 
 
-def _use_here(file: Path) -> dict[str, Any]:
-    with contextlib.suppress(FileNotFoundError), file.open() as lock:
+def holder_of(workspace: Workspace) -> str:
+    """The living process that holds a workspace: a run, or a change of its index; empty if there is none."""
+    if not workspace.is_local:
+        _, owner, age_s = _newest(ObjectStore(f"{workspace.root}/.lock"))
+        return owner if age_s < EXPIRY_S else ""
+    return _use_here(Path(workspace.root) / ".lock", remove=False).get("owner", "")
+
+
+def _taken(lock: IO[str]) -> bool:
+    """Take a lock; again after a moment, because `status` looks at it by taking it for an instant."""
+    for wait_s in (0.05, 0.05, None):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if wait_s:
+                time.sleep(wait_s)
+        else:
+            return True
+    return False
+
+
+def _use_here(file: Path, *, remove: bool = True) -> dict[str, Any]:
+    with contextlib.suppress(FileNotFoundError), file.open() as lock:
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_EX if remove else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
             owner, _, artifacts = lock.read().partition("\n")
             return {"owner": owner, "artifacts": artifacts.split()}
-        file.unlink()
+        if remove:
+            file.unlink()
     return {}
 
 
@@ -110,11 +132,9 @@ def _locked_here(file: Path, place: str, artifacts: Sequence[str] = ()) -> Gener
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = file.open("a+")
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _taken(lock):
             lock.seek(0)
-            raise StepError(f"{place} ({lock.read().strip()}); wait for it") from None
+            raise StepError(f"{place} ({lock.read().strip()}); wait for it")
         lock.truncate(0)
         with translate_os_errors(str(file.parent)):
             os.write(lock.fileno(), "\n".join([_owner(), *artifacts]).encode())

@@ -1,13 +1,15 @@
 """Progress of a running step: a small file under ``live/`` that `unclip status` reads without Ray."""
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 
 from pipeline.workspace.manifest import parse_record
 from pipeline.workspace.store import LIVE, Artifact
 
 PROGRESS = f"{LIVE}progress.json"
 METRICS = "metrics.jsonl"
+ERROR = f"{LIVE}error.txt"
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,13 @@ class ProgressState:
     """Seconds of work on the step over all its starts, without the waiting for CPUs or GPUs."""
     updated: float
     """Seconds since the epoch."""
+    workers: dict[str, int] = field(default_factory=dict[str, int])
+    """Workers at work, by the name of their machine; empty while it is not known."""
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since this reading."""
+        return max(0.0, time.time() - self.updated)
 
     @property
     def has_begun(self) -> bool:
@@ -71,8 +80,17 @@ class Progress:
         if self._start is None:
             self._start = time.monotonic() - ago_s
 
-    def update(self, done: int, total: int, unit: str, message: str = "", *, force: bool = False) -> None:
-        """Record that ``done`` of ``total`` units are finished."""
+    def update(
+        self,
+        done: int,
+        total: int,
+        unit: str,
+        message: str = "",
+        *,
+        workers: Mapping[str, int] | None = None,
+        force: bool = False,
+    ) -> None:
+        """Record that ``done`` of ``total`` units are finished, and how many workers are at it on which machine."""
         now = time.monotonic()
         if self._first is None and self._start is not None:
             self._first = (now, done)
@@ -81,7 +99,7 @@ class Progress:
         first_s, first_done = self._first or (now, done)
         rate = (done - first_done) / max(now - first_s, 1e-9)
         eta_s = (total - done) / rate if rate > 0 else 0.0
-        state = ProgressState(done, total, unit, rate, eta_s, message, self.wall_s, time.time())
+        state = ProgressState(done, total, unit, rate, eta_s, message, self.wall_s, time.time(), dict(workers or {}))
         self._artifact.write_json(PROGRESS, asdict(state))
         self._written_at = now
 
@@ -94,6 +112,14 @@ def read_progress(artifact: Artifact) -> ProgressState | None:
     if not artifact.exists(PROGRESS):
         return None
     return parse_record(ProgressState, artifact.read_json(PROGRESS))
+
+
+def last_error(artifact: Artifact) -> str:
+    """Why a step stopped at its last start: the last line of what was written then; empty if nothing was."""
+    if not artifact.exists(ERROR):
+        return ""
+    lines = artifact.path(ERROR).read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def duration(seconds: float) -> str:

@@ -17,8 +17,9 @@ from pipeline.runtime.run import at_once, fits_now
 from pipeline.workspace.progress import Progress
 from pipeline.workspace.store import Workspace
 from tests.ports import free_port
-from tests.tiny.command import ROOT, start_unclip, unclip
+from tests.tiny.command import ROOT, start_unclip, unclip, unclip_here
 from tests.tiny.recipe import write_recipe
+from tests.tiny.workspace import served_workspace
 
 _DEMO = ROOT / "configs" / "demo.toml"
 
@@ -121,3 +122,32 @@ def test_a_step_made_from_an_input_that_was_made_anew_runs_again(
     assert after is not None
     assert after.counts["in"] == rows.num_rows == before.counts["in"] - 3
     assert "nothing to do" in unclip(*command).stdout
+
+
+@pytest.mark.ray
+def test_a_step_that_fails_leaves_its_siblings_to_finish_and_a_finished_one_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "150")
+    recipe = served_workspace(tmp_path)
+    workspace = Workspace(recipe.workspace)
+    outputs = {step.name: artifact_of(workspace, step) for step in make_plan(recipe)}
+    for name in ("index", "upsampler_1"):
+        outputs[name].clear()
+    tar = outputs["download"].path("00000.tar")
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[: len(whole) // 3])
+    command = ["run", str(tmp_path / "tiny.toml"), "--set", "tracking.uri=off"]
+    done = unclip(*command)
+    assert done.returncode == 3, done.stdout
+    assert "the steps that do not read it go on" in done.stdout
+    assert "00000.tar" in done.stdout.splitlines()[-1]
+    assert outputs["index"].manifest() is not None
+    assert outputs["upsampler_1"].manifest() is None
+    assert not outputs["evaluate"].names()  # it reads what failed
+    status = unclip_here("status", str(tmp_path / "tiny.toml"), "--set", "tracking.uri=off").stdout
+    assert [line for line in status.splitlines() if line.startswith("upsampler_1") and "00000.tar" in line]
+    created = outputs["index"].manifest().created  # pyright: ignore[reportOptionalMemberAccess]
+    again = unclip(*command, "--step", "index", "--force")
+    assert "ran 1 step" in again.stdout, again.stdout
+    assert outputs["index"].manifest().created > created  # pyright: ignore[reportOptionalMemberAccess]
