@@ -151,7 +151,8 @@ def _run_steps(
                     failures.append(_noted(error, context, tracking))
                     lost = dependents(waiting, context.step.name)
                     waiting = [step for step in waiting if step.name not in lost]
-                    observer.warned(f"{error}{'; the steps that do not read it go on' if waiting or running else ''}")
+                    if waiting or running:
+                        observer.warned(f"{error}; the steps that do not read it go on")
                 else:
                     done.add(context.step.name)
                     observer.finished(context.step, manifest)
