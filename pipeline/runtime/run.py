@@ -148,11 +148,9 @@ def _run_steps(
                 try:
                     manifest = _commit(context, _result(reference, context), tracking)
                 except UnclipError as error:  # what is not made from it goes on
-                    failures.append(_noted(error, context, tracking))
                     lost = dependents(waiting, context.step.name)
                     waiting = [step for step in waiting if step.name not in lost]
-                    if waiting or running:
-                        observer.warned(f"{error}; the steps that do not read it go on")
+                    failures.append(_noted(error, context, tracking, observer if waiting or running else None))
                 else:
                     done.add(context.step.name)
                     observer.finished(context.step, manifest)
@@ -190,8 +188,10 @@ def _readings(running: Collection[StepContext], observer: Observer, tracking: Tr
     return readings
 
 
-def _noted(error: UnclipError, context: StepContext, tracking: Tracking) -> UnclipError:
-    """Write why a step failed, for `unclip status`, unless its details are there."""
+def _noted(error: UnclipError, context: StepContext, tracking: Tracking, observer: Observer | None) -> UnclipError:
+    """Write why a step failed, for `unclip status`; the observer is told at once if other steps go on."""
+    if observer is not None:
+        observer.warned(f"{error}; the steps that do not read it go on")
     if not context.output.exists(ERROR):
         context.output.write_bytes(ERROR, f"{error}\n".encode())
     tracking.failed(context)
