@@ -73,6 +73,11 @@ class TaskResources:
     """Device of the networks in this step."""
     max_retries: NonNegativeInt = 2
     """Retries after a lost worker, for each shard."""
+    label_selector: dict[str, str] = field(default_factory=dict[str, str])
+    """Labels of Ray that the workers' machines must have, for example {"ray.io/accelerator-type" = "H100"}. Empty: the
+    step's role (unclip-role), if the cluster's machines have such a label, as those of cluster.yaml do."""
+    memory_gb_per_worker: NonNegativeFloat = 0.0
+    """Memory that Ray sets aside for each worker, in GB; 0: none, and Ray counts CPUs and GPUs alone."""
 
 
 @configclass
@@ -432,6 +437,11 @@ class TrainResources:
     training, which says in which step, samples and parameters; run again with a larger number it goes on."""
     max_failures: NonNegativeInt = 2
     """Restarts from the newest checkpoint after a lost worker."""
+    label_selector: dict[str, str] = field(default_factory=dict[str, str])
+    """Labels of Ray that the workers' machines must have, for example {"ray.io/accelerator-type" = "H100"}. Empty: the
+    step's role (unclip-role), if the cluster's machines have such a label, as those of cluster.yaml do."""
+    memory_gb_per_worker: NonNegativeFloat = 0.0
+    """Memory that Ray sets aside for each worker, in GB; 0: none, and Ray counts CPUs and GPUs alone."""
     checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them: the same numbers from less memory, in about a
     third more time. Not for CLIP, whose network is open_clip's."""

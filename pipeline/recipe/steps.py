@@ -21,6 +21,9 @@ class StepRow:
     """Steps whose artifacts it reads; a step that the recipe does not have is no input."""
     runner: str
     """``module:function`` that runs it; the function takes a StepContext and returns a StepResult."""
+    role: str = "embed"
+    """Role of the machines that do its work, where a cluster's machines have roles: download (network and CPU), embed
+    (one small GPU), or train (many GPUs)."""
     seeded: bool = True
     """Whether the recipe's seed is part of its key."""
     trains: str = ""
@@ -46,6 +49,7 @@ _BEFORE_EVALUATE = (
         title="Pairs",
         version=3,
         runner="pipeline.runtime.pairs:run_pairs",
+        role="download",
         files={"path": "content"},
         reads=("download.extra_columns", "download.blur_column", "download.hash_column"),
     ),
@@ -55,6 +59,7 @@ _BEFORE_EVALUATE = (
         version=4,
         inputs=("pairs",),
         runner="pipeline.runtime.download:run_download",
+        role="download",
         seeded=False,
     ),
     StepRow(
@@ -62,6 +67,7 @@ _BEFORE_EVALUATE = (
         title="Filter",
         inputs=("download",),
         runner="pipeline.runtime.filter:run_filter",
+        role="download",
         seeded=False,
     ),
     StepRow(
@@ -70,6 +76,7 @@ _BEFORE_EVALUATE = (
         version=3,
         inputs=("download", "filter"),
         runner="pipeline.runtime.train:run_clip",
+        role="train",
         trains="clip",
         in_cascade=True,
         files={"name": "content", "tag": "content"},
@@ -96,6 +103,7 @@ _BEFORE_EVALUATE = (
         version=4,
         inputs=("download", "clip", "embed", "filter_embeddings"),
         runner=_TRAINING,
+        role="train",
         trains="decoder",
         in_cascade=True,
         files=_INIT_FILES,
@@ -113,6 +121,7 @@ _BEFORE_EVALUATE = (
         version=3,
         inputs=("clip", "embed", "filter_embeddings"),
         runner=_TRAINING,
+        role="train",
         trains="prior",
         in_cascade=True,
         files=_INIT_FILES,
@@ -123,6 +132,7 @@ _BEFORE_EVALUATE = (
         version=3,
         inputs=("clip", "embed", "filter_embeddings"),
         runner=_TRAINING,
+        role="train",
         trains="prior",
         files=_INIT_FILES,
     ),
@@ -132,6 +142,7 @@ _BEFORE_EVALUATE = (
         version=3,
         inputs=("download", "filter", "clip", "filter_embeddings"),
         runner=_TRAINING,
+        role="train",
         trains="noisy_clip",
         in_cascade=True,
     ),
@@ -142,6 +153,7 @@ _BEFORE_EVALUATE = (
             version=4,
             inputs=("download", "filter", "filter_embeddings"),
             runner=_TRAINING,
+            role="train",
             trains="upsampler",
             in_cascade=True,
             files=_INIT_FILES,

@@ -21,6 +21,7 @@ from pipeline.retrieve.changes import publish_segment, segment_of_all, segment_o
 from pipeline.retrieve.kinds import has_gpu
 from pipeline.retrieve.versions import Version
 from pipeline.runtime.context import StepContext, StepResult
+from pipeline.runtime.placement import cluster_has_roles, worker_options
 from pipeline.runtime.pool import ShardJob, ShardWorker, map_shards
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.progress import PROGRESS, Progress
@@ -104,11 +105,8 @@ class _Built(IndexSummary):
 def _build(context: StepContext, build: SegmentBuild) -> _Built:
     """All stages, on Ray."""
     needs, parts = context.recipe.index.resources, build.parts()
-    options: dict[str, Any] = {
-        "num_cpus": needs.cpus_per_worker,
-        "num_gpus": 1 if build.on_gpu else 0,
-        "max_retries": needs.max_retries,
-    }
+    options = worker_options(context.step.name, needs, has_roles=cluster_has_roles())
+    options |= {"num_gpus": 1 if build.on_gpu else 0, "max_retries": needs.max_retries}
     if len(parts) == 1:
         return _Built(**vars(_get(_build_alone.options(**options).remote(build))))
     _get(_prepare.options(**options).remote(build))

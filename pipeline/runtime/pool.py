@@ -18,8 +18,9 @@ import ray.exceptions
 from pipeline.errors import StepError, UnclipError
 from pipeline.recipe.sections import TaskResources
 from pipeline.runtime.context import StepContext
+from pipeline.runtime.placement import cluster_has_roles, describe, worker_options
 from pipeline.workspace.manifest import ShardRecord, add_counts
-from pipeline.workspace.progress import Progress
+from pipeline.workspace.progress import Progress, duration
 from pipeline.workspace.store import Artifact
 
 _POLL_S = 1.0
@@ -161,6 +162,7 @@ class _Pool:
         """Seconds that the first worker took to start once it had its CPUs or GPUs; None while all wait."""
         self.hosts: dict[Any, str] = {}
         """Machine of each worker that has started."""
+        self._options = worker_options(context.step.name, job.resources, has_roles=cluster_has_roles())
         self._worker = ray.put(job.worker)
         for _ in range(min(job.resources.num_workers, len(waiting))):
             self._add_worker()
@@ -174,9 +176,11 @@ class _Pool:
         """A message if the cluster provides no worker; else empty."""
         if self.first_start_s is not None or time.monotonic() - self._start < _SLOW_START_S:
             return ""
-        needs, free = self._job.resources, ray.available_resources()
-        amount = f"{needs.cpus_per_worker:g} CPU" + (" and 1 GPU" if needs.accelerator == "cuda" else "")
-        return f"waiting for a worker of {amount}; free now: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU"
+        free, waited = ray.available_resources(), duration(time.monotonic() - self._start)
+        return (
+            f"waiting since {waited} for a worker of {describe(self._options)}; "
+            f"free now: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU"
+        )
 
     def poll(self) -> list[ShardRecord]:
         """Wait a moment; returns the new records, and replaces lost workers."""
@@ -263,10 +267,7 @@ class _Pool:
         return self._losses[shard] <= self._job.resources.max_retries
 
     def _add_worker(self) -> None:
-        needs = self._job.resources
-        num_gpus = 1 if needs.accelerator == "cuda" else 0
-        options = {"num_cpus": needs.cpus_per_worker, "num_gpus": num_gpus, "max_concurrency": self._job.num_at_once}
-        actor = cast("Any", _Actor).options(**options).remote()
+        actor = cast("Any", _Actor).options(**self._options, max_concurrency=self._job.num_at_once).remote()
         self._running[actor.start.remote(self._worker, self._context)] = _Running(actor, None, time.monotonic())
 
 

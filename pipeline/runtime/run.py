@@ -27,6 +27,7 @@ from pipeline.recipe.recipe import Recipe, to_dict
 from pipeline.recipe.schedule import needs_of
 from pipeline.recipe.steps import STEP_ROWS
 from pipeline.runtime.context import StepContext, StepResult
+from pipeline.runtime.placement import cluster_has_roles, controller_options
 from pipeline.runtime.tracking import Tracking
 from pipeline.workspace.lock import Lock, locked_workspace, used_artifacts
 from pipeline.workspace.manifest import Manifest, content_of
@@ -170,7 +171,7 @@ def _start(context: StepContext, tracking: Tracking) -> Any:
     _forget_if_inputs_changed(context)
     context.output.remove(ERROR)
     # Submitted first: to submit to a Ray that is killed at the first sign of progress hangs for a minute.
-    reference = _run_step.remote(context)
+    reference = _run_step.options(**controller_options(has_roles=cluster_has_roles())).remote(context)
     Progress(context.output, waits=True).update(0, 1, "", "starting", force=True)
     tracking.started(context)
     return reference

@@ -16,6 +16,7 @@ from pipeline.errors import ConfigError, StepError, UnclipError
 from pipeline.recipe.plan import earlier_trainings
 from pipeline.recipe.sections import TrainResources
 from pipeline.runtime.context import StepContext, StepResult
+from pipeline.runtime.placement import cluster_has_roles, scaling_options, worker_options
 from pipeline.workspace.progress import Progress
 from pipeline.workspace.store import LIVE, Workspace
 
@@ -48,11 +49,9 @@ def run_training(context: StepContext) -> StepResult:
 
 def _fit_one(context: StepContext, resources: TrainResources) -> Json:
     """Train on one worker: a task, which is retried when its process is lost but not when it raises."""
+    options = worker_options(context.step.name, resources, has_roles=cluster_has_roles())
     task = ray.remote(_run_worker).options(
-        name=f"{context.step.name}: train",
-        num_cpus=resources.cpus_per_worker,
-        num_gpus=_num_gpus(resources),
-        max_retries=resources.max_failures,
+        name=f"{context.step.name}: train", max_retries=resources.max_failures, **options
     )
     try:
         return ray.get(task.remote(context))
@@ -74,6 +73,7 @@ def _fit_many(context: StepContext, resources: TrainResources) -> Json:
         output.remove(file)
     os.environ.update({key: value for key, value in _RAY_TRAIN_SETTINGS.items() if key not in os.environ})
     num_gpus = _num_gpus(resources)
+    options = worker_options(context.step.name, resources, has_roles=cluster_has_roles())
     trainer = TorchTrainer(
         _run_ranked,
         train_loop_config={"context": context},
@@ -81,7 +81,7 @@ def _fit_many(context: StepContext, resources: TrainResources) -> Json:
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
             use_gpu=num_gpus > 0,
-            resources_per_worker={"CPU": resources.cpus_per_worker} | ({"GPU": num_gpus} if num_gpus else {}),
+            **scaling_options(options),
         ),
         run_config=RunConfig(
             name=f"{context.step.name}-{context.step.key}",
