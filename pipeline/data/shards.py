@@ -197,8 +197,17 @@ def read_names(path: Path | IO[bytes]) -> list[str]:
     Raises:
         DataError: If the table is damaged; names the file.
     """
+    return list(read_schema(path).names)
+
+
+def read_schema(path: Path | IO[bytes]) -> pa.Schema:
+    """Columns of a shard's table, with their types and the table's metadata.
+
+    Raises:
+        DataError: If the table is damaged; names the file.
+    """
     try:
-        return list(pq.read_schema(path).names)
+        return pq.read_schema(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{_name_of(path)}: damaged ({error}); {REPAIR_HINT}") from error
 

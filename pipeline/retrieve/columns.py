@@ -7,9 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute
-import pyarrow.parquet as pq
 
-from pipeline.data.shards import REPAIR_HINT, read_table
+from pipeline.data.shards import REPAIR_HINT, read_schema, read_table
 from pipeline.errors import DataError
 from pipeline.workspace.store import Artifact
 
@@ -43,7 +42,7 @@ class StoredColumns:
             shard = next((name for name in artifact.names() if name.endswith(_SUFFIX)), None)
             if shard is None:  # its files were moved away; filters by the others' columns need none of them
                 continue
-            schema = pq.read_schema(artifact.path(shard))
+            schema = read_schema(artifact.ranged(shard))
             columns = {field.name: field.type for field in schema if not pa.types.is_nested(field.type)}
             schemas.append((artifact, columns))
         return schemas

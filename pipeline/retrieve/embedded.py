@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.data.shards import REPAIR_HINT, read_table
+from pipeline.data.shards import REPAIR_HINT, read_schema, read_table
 from pipeline.data.vectors import Vectors, read_vectors
 from pipeline.errors import DataError
 from pipeline.workspace.store import Artifact
@@ -51,7 +50,7 @@ class EmbeddedShards:
             sizes += [record.counts["ok"] for record in records.values()]
             if not sum(record.counts["ok"] for record in records.values()):
                 raise DataError(f"index: {source.uri} holds no embeddings: every picture failed")
-            schema = pq.read_schema(source.ranged(f"{next(iter(records))}.parquet"))
+            schema = read_schema(source.ranged(f"{next(iter(records))}.parquet"))
             widths[source.uri] = int(schema.field("z_image").type.list_size)
         if len(set(widths.values())) > 1:
             raise DataError(f"index: embeddings of different widths: {widths}; all must be of one CLIP")

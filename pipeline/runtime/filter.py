@@ -6,11 +6,10 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.data.selection import label_file
-from pipeline.data.shards import read_names, read_table
+from pipeline.data.shards import read_names, read_schema, read_table
 from pipeline.errors import StepError
 from pipeline.filter.duplicates import Part, find_duplicates, search_parts
 from pipeline.filter.examples import write_examples
@@ -252,7 +251,7 @@ class ScoreWorker(_EmbeddingWorker):
         from pipeline.filter.scores import ScoreRules
 
         shards = list(self._embed.shard_records())
-        schema = pq.read_schema(self._embed.path(f"{shards[0]}.parquet"))
+        schema = read_schema(self._embed.ranged(f"{shards[0]}.parquet"))
         self._rules = ScoreRules(self._section, int(schema.field("z_image").type.list_size))
 
     def __call__(self, shard: str) -> ShardRecord:

@@ -29,6 +29,7 @@ RECORD_SUFFIX = ".done.json"
 LIVE = "live/"
 _TEMPORARY = ".tmp-"
 _BLOCK_BYTES = 8 << 20
+_SMALL_BYTES = 1 << 20  # fetched whole in the time of one request
 
 
 class Workspace:
@@ -176,7 +177,7 @@ class Artifact:
         if self._is_local:
             return self.path(name)
         version = self._version(name)
-        if lookup(f"{self.uri}/{name}", version):
+        if version.num_bytes <= _SMALL_BYTES or lookup(f"{self.uri}/{name}", version):
             return self._cached(name, version)
         return cast("IO[bytes]", self._files.open(f"{self._base}/{name}"))
 

@@ -15,15 +15,22 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data.shards import read_table
+from pipeline.data.training_rows import ShardReader
 from pipeline.errors import ConfigError, DataError, StepError
+from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan, plan_status
+from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.sampling.sample import sample_recipe
 from pipeline.workspace import cache, lock, objects
 from pipeline.workspace.digests import fingerprint
 from pipeline.workspace.files import open_file
 from pipeline.workspace.lock import in_use, locked_workspace, used_artifacts
-from pipeline.workspace.manifest import Manifest, ShardRecord
+from pipeline.workspace.manifest import Manifest, ShardRecord, content_of
 from pipeline.workspace.objects import ObjectStore
 from pipeline.workspace.store import Artifact, Workspace
 from tests.s3_server import S3Server
+from tests.tiny.recipe import merge
+from tests.tiny.shards import drawn_sample
+from tests.tiny.workspace import NUM_PICTURES, evaluated_tables, finish_workspace
 from tests.workspace.conftest import use
 
 _CONTENT = bytes(range(256)) * 1000
@@ -346,3 +353,33 @@ def test_an_artifact_in_a_store_is_sized_and_destroyed(bucket: str) -> None:
     assert workspace.keys("prior") == ["key"]
     artifact.destroy()
     assert workspace.keys("prior") == []
+
+
+def test_a_recipe_in_a_store_has_the_bytes_of_one_here_whatever_fails(
+    bucket: str, s3_server: S3Server, tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = parse_recipe(merge(evaluated_tables(tmp_path), {"workspace": f"{bucket}/prefix"}))
+    s3_server.fail("reset", "PUT", "/decoder/", times=2)
+    finish_workspace(
+        recipe, (drawn_sample(i, seed=recipe.seed, is_validation=i % 5 == 0) for i in range(NUM_PICTURES)), "png"
+    )
+    here, there = Workspace(tiny.workspace), Workspace(recipe.workspace)
+    steps = [step for step in make_plan(recipe) if step.name != "evaluate"]
+    for step in steps:
+        manifests = [artifact_of(workspace, step).manifest() for workspace in (here, there)]
+        assert len({content_of(manifest) for manifest in manifests if manifest}) == 1, step.name
+    assert [status.state for status in plan_status(there, steps)] == ["done"] * len(steps)
+    monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "another-machine"))
+    s3_server.requests()
+    s3_server.fail("half", "GET", "/decoder/", times=2)
+    for one, out in ((tiny, tmp_path / "here"), (recipe, tmp_path / "there")):
+        sample_recipe(one, ["a red circle"], num_images=2, seed=3, out_dir=out)
+    for name in ("000-0.png", "000-1.png"):
+        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
+    artifacts = finished_artifacts(recipe, ("download", "embed"))
+    reader = ShardReader(artifacts["download"], artifacts["embed"], "train")
+    table, pictures = reader.table("00000"), reader.pictures("00000")
+    assert [pictures.decode(*row).size for row in zip(table.keys, table.uids, strict=True)] == [(32, 32)] * len(table)
+    fetched = [path for method, path, _ in s3_server.requests() if method == "GET" and "!" not in path]
+    for name in ("00000.tar", "00000.parquet", "model.safetensors"):
+        assert all(fetched.count(path) == 1 for path in fetched if name in path), name
