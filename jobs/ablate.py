@@ -43,4 +43,4 @@ def ablate(
         return
     typer.echo(format_ablation(result))
     typer.echo(f"pictures: {output.path('ablation.png')}")
-    typer.echo(f"report: {report}")
+    typer.echo(f"report: {workspace.publish('report.html')}")

@@ -149,14 +149,15 @@ def run(
         from pipeline.report.report import write_report
 
         write_report(workspace, steps, resolved, report, words)
+    where = workspace.publish("report.html")
     wall_s = round(time.monotonic() - begun, 1)
     if json:
-        print_json({"ran": ran, "wall_s": wall_s, "workspace": workspace.root, "report": str(report)})
+        print_json({"ran": ran, "wall_s": wall_s, "workspace": workspace.root, "report": where})
         return
     number = "1 step" if len(ran) == 1 else f"{len(ran)} steps"
     typer.echo(f"ran {number} in {wall_s:.0f} s" if ran else f"nothing to do: all {len(before)} steps are done")
     if report.exists():
-        typer.echo(f"report: {report}")
+        typer.echo(f"report: {where}")
     _print_next(words, {status.step.name for status in before}, has_shapes=resolved.pairs.source == "drawn")
 
 

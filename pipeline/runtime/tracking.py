@@ -16,13 +16,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from pipeline.errors import ConfigError, StepError
+from pipeline.errors import ConfigError, StepError, UnclipError
 from pipeline.recipe.recipe import Recipe, flatten
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Workspace
 
 OFF = "off"
+_DATABASE = "mlflow.db"
 _START_TIMEOUT_S = 60.0
 _MAX_BATCH = 1000
 _MAX_PARAMS = 100
@@ -127,12 +128,14 @@ class Tracking:
 
     Args:
         recipe: Its ``tracking`` table names the server.
-        workspace: Holds the sqlite database where no server is named.
+        workspace: Holds the sqlite database where no server is named, published at each commit to an object store.
         warn: Called with a message when the tracker fails.
     """
 
     def __init__(self, recipe: Recipe, workspace: Workspace, warn: Callable[[str], None]) -> None:
-        self._uri = recipe.tracking.uri or f"sqlite:///{workspace.local_root}/mlflow.db"
+        self._uri = recipe.tracking.uri or f"sqlite:///{workspace.local_root}/{_DATABASE}"
+        self._workspace = workspace
+        self._owns_database = not recipe.tracking.uri
         self._experiment = recipe.tracking.experiment or recipe.name
         self._warn = warn
         self._on = self._uri != OFF
@@ -145,9 +148,12 @@ class Tracking:
     def __enter__(self) -> "Tracking":
         if self._on:
             _check_reachable(self._uri)
+        if self._owns_database:
+            self._workspace.restore(_DATABASE)
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._thread.submit(self._close)
         self._thread.shutdown(wait=True)
 
     def started(self, context: StepContext) -> None:
@@ -168,6 +174,16 @@ class Tracking:
         """Close the step's run as failed."""
         name = context.step.name
         self._submit(lambda tracker: tracker.fail(self._run_ids[name]) if name in self._run_ids else None)
+
+    def _close(self) -> None:
+        try:
+            self._publish()  # also what a failed or interrupted run has tracked
+        except UnclipError as error:
+            self._warn(f"the tracker's database is not in the workspace: {error}")
+
+    def _publish(self) -> None:
+        if self._owns_database:
+            self._workspace.publish(_DATABASE)
 
     def _submit(self, action: Callable[[Tracker], None]) -> Future[None]:
         return self._thread.submit(self._act, action)
@@ -206,6 +222,7 @@ class Tracking:
             f"input.{name}": key for name, key in context.step.inputs.items()
         }
         tracker.finish(self._run_ids[context.step.name], result.metrics | {"rows": result.counts}, tags, _now_ms())
+        self._publish()
 
 
 def _now_ms() -> int:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import sqlite3
 import uuid
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -80,10 +81,41 @@ class Workspace:
 
     @property
     def local_root(self) -> Path:
-        """The folder for what must be a local file (the default tracker's database, reports, locks)."""
+        """The folder for what must be a local file (the default tracker's database, the report).
+
+        Of a workspace in an object store it is a folder of this machine: ``publish`` brings its files there.
+        """
         if self.is_local:
             return Path(self.root)
-        return own_folder("unclip") / hashlib.sha256(self.root.encode()).hexdigest()[:12]
+        folder = own_folder("unclip") / hashlib.sha256(self.root.encode()).hexdigest()[:12]
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def publish(self, name: str) -> str:
+        """Bring a file of ``local_root`` into the workspace, if it is there; returns where it is then.
+
+        A database may be in use meanwhile: what is brought is whole.
+        """
+        local = self.local_root / name
+        if self.is_local or not local.exists():
+            return str(local)
+        root = Artifact(self.root)
+        with root.write(name) as path:
+            if name.endswith(".db"):
+                with (
+                    contextlib.closing(sqlite3.connect(local)) as source,
+                    contextlib.closing(sqlite3.connect(path)) as copy,
+                ):
+                    source.backup(copy)
+            else:
+                shutil.copyfile(local, path)
+        return f"{self.root}/{name}"
+
+    def restore(self, name: str) -> None:
+        """Bring a file of the workspace to ``local_root``, if it has one: another machine may have published it."""
+        root = Artifact(self.root)
+        if not self.is_local and root.exists(name):
+            shutil.copyfile(root.path(name), self.local_root / name)
 
 
 class Artifact:

@@ -1,7 +1,9 @@
 """A workspace in an object store, on a local S3 server: nothing stale, nothing twice, faults that pass, one sentence."""
 
+import contextlib
 import json
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Generator
@@ -19,6 +21,7 @@ from pipeline.data.training_rows import ShardReader
 from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan, plan_status
 from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.runtime.tracking import Tracking
 from pipeline.sampling.sample import sample_recipe
 from pipeline.workspace import cache, lock, objects
 from pipeline.workspace.digests import fingerprint
@@ -383,3 +386,43 @@ def test_a_recipe_in_a_store_has_the_bytes_of_one_here_whatever_fails(
     fetched = [path for method, path, _ in s3_server.requests() if method == "GET" and "!" not in path]
     for name in ("00000.tar", "00000.parquet", "model.safetensors"):
         assert all(fetched.count(path) == 1 for path in fetched if name in path), name
+
+
+def test_a_database_and_a_report_are_in_the_store_and_come_back_on_another_machine(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for machine in ("one", "two"):
+        (tmp_path / machine).mkdir()
+    workspace = Workspace(f"{bucket}/prefix")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "one"))
+    with sqlite3.connect(workspace.local_root / "mlflow.db") as database:
+        database.execute("CREATE TABLE runs (name TEXT)")
+        database.execute("INSERT INTO runs VALUES ('decoder')")
+        database.commit()
+        database.execute("INSERT INTO runs VALUES ('half')")  # a run that is being written
+        assert workspace.publish("mlflow.db") == f"{bucket}/prefix/mlflow.db"
+    database.close()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "two"))
+    workspace.restore("mlflow.db")
+    with contextlib.closing(sqlite3.connect(workspace.local_root / "mlflow.db")) as copy:
+        assert copy.execute("SELECT name FROM runs").fetchall() == [("decoder",)]
+    assert str(workspace.local_root).startswith(str(tmp_path / "two"))
+    assert not workspace.publish("report.html").startswith("s3://")  # there is none
+    (workspace.local_root / "report.html").write_text("<html>")
+    assert workspace.publish("report.html") == f"{bucket}/prefix/report.html"
+    assert Artifact(f"{bucket}/prefix").path("report.html").read_text() == "<html>"
+
+
+def test_tracking_keeps_its_database_in_the_store(bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    recipe = parse_recipe(merge(evaluated_tables(tmp_path), {"workspace": f"{bucket}/prefix"}))
+    workspace, warnings = Workspace(recipe.workspace), list[str]()
+    with Tracking(recipe, workspace, warnings.append):
+        sqlite3.connect(workspace.local_root / "mlflow.db").close()
+        with contextlib.closing(sqlite3.connect(workspace.local_root / "mlflow.db")) as database:
+            database.execute("CREATE TABLE runs (name TEXT)")
+    assert warnings == []
+    assert Artifact(workspace.root).exists("mlflow.db")
+    (workspace.local_root / "mlflow.db").unlink()
+    with Tracking(recipe, workspace, warnings.append):
+        assert (workspace.local_root / "mlflow.db").exists()
