@@ -72,7 +72,7 @@ def read_column(path: Path, name: str) -> NDArray[np.float16]:
     From a file of ``write_embeddings`` the numbers are copied as they lie there; pyarrow, which decodes every number of
     a list for itself, reads the others.
     """
-    with pq.ParquetFile(path) as file:
+    with _opened(path) as file:
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
         embed_dim = file.schema_arrow.field(name).type.list_size
         leaf = file.schema_arrow.get_field_index(name)  # each column has one leaf
@@ -95,6 +95,13 @@ def _is_plain(group: Any, leaf: int) -> bool:
     chunk = group.column(leaf)
     is_stored_plainly = chunk.compression == "UNCOMPRESSED" and not chunk.has_dictionary_page
     return is_stored_plainly and group.num_rows <= ROW_GROUP_ROWS
+
+
+def _opened(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: damaged ({error}); {REPAIR_HINT}") from error
 
 
 def read_vectors(path: Path) -> Vectors:
@@ -127,9 +134,9 @@ class RowGroups:
         """Read the places from the footer of a file that was written with ``WRITER_OPTIONS``.
 
         Raises:
-            DataError: If the file lacks a column, or its first vectors are not where they should be.
+            DataError: If the file is damaged or lacks a column, or its first vectors are not where they should be.
         """
-        with pq.ParquetFile(path) as parquet:
+        with _opened(path) as parquet:
             metadata = parquet.metadata
             names = [metadata.schema.column(i).path.split(".")[0] for i in range(metadata.num_columns)]
             first_rows, offsets = list[int](), list[list[int]]()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.errors import StepError
+from pipeline.errors import DataError, StepError
 from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve import NeighbourIndex, build
 from pipeline.retrieve.build import build_index
@@ -157,6 +157,17 @@ def test_a_full_disk_is_one_message_at_every_write_and_the_next_build_ends_in_th
     monkeypatch.setattr(Artifact, "write", write)
     build_index(embed, tried, _CONFIG, seed=0)
     assert _digests(tried) == _digests(whole)
+
+
+@pytest.mark.parametrize("shard", [0, 3])
+def test_a_truncated_table_of_embeddings_is_named(shard: int, tmp_path: Path) -> None:
+    vectors = unit(np.random.default_rng(0).normal(size=(400, 8)))
+    embed = Workspace(str(tmp_path)).artifact("embed", "k")
+    make_embeddings(embed, vectors, vectors, rows_per_shard=100)
+    table = embed.path(f"{sorted(embed.shard_records())[shard]}.parquet")
+    table.write_bytes(table.read_bytes()[:500])
+    with pytest.raises(DataError, match=rf"{table.name}: damaged .*only that shard is made again"):
+        build_index(embed, Workspace(str(tmp_path)).artifact("index", "k"), _CONFIG, seed=0)
 
 
 def test_a_version_stays_readable_while_others_are_written(embed: Artifact, tmp_path: Path) -> None:
