@@ -96,6 +96,7 @@ class S3Server:
             "AWS_SECRET_ACCESS_KEY": "secret",
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_MAX_ATTEMPTS": "1",  # what is tested is the project's own patience, not that of botocore
         }
 
     def make_bucket(self, name: str) -> None:
