@@ -24,7 +24,7 @@ from models.decoder.stage import DecoderStage
 from models.edit_phases import edit_phase
 from models.editor import EditError, Editor, EditSettings
 from models.pixels import to_uint8
-from models.request import SampleRequest
+from models.request import WALK_STEPS, SampleRequest
 from models.stage import PIXELS, Z_IMAGE, Batch, Chain, JoinedChains, Stage
 from pipeline.clip import FrozenClip
 from pipeline.serve.fair_queue import FairQueue
@@ -526,7 +526,7 @@ def _editor_of(cascade: Cascade) -> Editor | None:
         (stage.diffusion.num_timesteps for stage in cascade.stages if isinstance(stage, DecoderStage)), default=0
     )
     try:
-        return Editor(cascade, EditSettings(num_steps=min(EditSettings.num_steps, longest)))
+        return Editor(cascade, EditSettings(num_steps=min(WALK_STEPS, longest)))
     except EditError:
         return None
 
