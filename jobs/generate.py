@@ -1,6 +1,5 @@
 """``unclip sample``, ``evaluate`` and ``serve``."""
 
-from contextlib import nullcontext
 from json import dumps
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +19,7 @@ from jobs.options import (
 )
 from jobs.watch import SamplingWatcher
 from pipeline.errors import ConfigError
-from pipeline.recipe.recipe import load_recipe
+from pipeline.recipe.recipe import Recipe, load_recipe
 
 
 def sample(
@@ -119,6 +118,9 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="Address to listen on; default: serve.host.")] = "",
     port: Annotated[int, typer.Option("--port", help="Port to listen on; default: serve.port.")] = 0,
     name: Annotated[str, typer.Option("--name", help="Name of the model and of this server on its cluster.")] = "",
+    config_only: Annotated[
+        bool, typer.Option("--config-only", help="Print a file for Ray Serve's own `serve deploy`, and end.")
+    ] = False,
     overrides: Overrides = None,
     address: RayAddress = "",
 ) -> None:
@@ -129,15 +131,16 @@ def serve(
     changes = [
         f"serve.{key}={dumps(value)}" for key, value in {"host": host, "port": port, "name": name}.items() if value
     ]
-    resolved = load_recipe(recipe, [*(overrides or []), *changes])
 
-    from pipeline.recipe.plan import make_plan
+    def load() -> Recipe:
+        return load_recipe(recipe, [*(overrides or []), *changes])
+
+    if config_only:
+        from pipeline.runtime.serve_file import serve_file
+
+        typer.echo(serve_file(load()), nl=False)
+        return
+
     from pipeline.runtime.serve import serve_recipe
-    from pipeline.workspace.lock import in_use
-    from pipeline.workspace.store import Workspace
 
-    workspace = Workspace(resolved.workspace)
-    names = [f"{step.name}/{step.key}" for step in make_plan(resolved)]
-    is_used = not workspace.is_local or Path(workspace.root).is_dir()  # a folder of networks has no workspace
-    with in_use(workspace, names) if is_used else nullcontext():
-        serve_recipe(resolved, address=address)
+    serve_recipe(load(), address=address, reload=load)

@@ -631,8 +631,10 @@ class ServeConfig:
     """Port to listen on."""
     drain_s: NonNegativeFloat = 60.0
     """Longest time that requests under way are waited for at the end, in seconds."""
-    num_replicas: PositiveInt = 1
-    """Copies of the cascade."""
+    replicas: tuple[PositiveInt, PositiveInt] = (1, 1)
+    """Fewest and most copies of the cascade; Ray Serve starts more while requests wait, and ends them again."""
+    target_requests: PositiveFloat = 16.0
+    """Requests of each copy, under way or waiting, above which another one is started."""
     cpus_per_replica: PositiveFloat = 1.0
     """Logical CPUs of each; also its torch threads."""
     accelerator: Literal["cpu", "cuda"] = "cpu"
@@ -658,6 +660,10 @@ class ServeConfig:
     16 MB, within 10 s."""
     aliases: tuple[str, ...] = ()
     """Other names of the model, for clients that are built with one ("dall-e-2", "gpt-image-1")."""
+
+    def __post_init__(self) -> None:
+        if self.replicas[0] > self.replicas[1]:
+            raise ValueError(f"replicas: the fewest ({self.replicas[0]}) are more than the most ({self.replicas[1]})")
 
 
 @configclass

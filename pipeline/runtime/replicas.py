@@ -4,7 +4,8 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, contextmanager
-from typing import Any, cast
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, cast
 
 import ray.exceptions
 from ray import serve
@@ -12,15 +13,22 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from models.request import SampleRequest
-from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.recipe import Recipe, parse_recipe, to_dict
 from pipeline.recipe.sections import ServeConfig
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.serve.protocols import Event, Images, NotServing, Overloaded, SampledPictures, Vectors
 from pipeline.workspace.store import Artifact
 
+if TYPE_CHECKING:
+    from pipeline.serve.engine import Engine
+
+Tables = dict[str, Any]
+
 NETWORKS = "networks"
 """Name of the deployment."""
 _SPARE_REQUESTS = 64
+_UPSCALE_DELAY_S = 10.0
+_IDLE_POLL_S = 0.2
 _STATS_TIMEOUT_S = 2.0
 _UNAVAILABLE = (
     BackPressureError,
@@ -30,22 +38,48 @@ _UNAVAILABLE = (
 )
 
 
+def write_tables(recipe: Recipe, artifacts: dict[str, Artifact]) -> Tables:
+    """A recipe and its finished steps as plain tables, which Ray Serve passes to the replicas."""
+    return {"recipe": to_dict(recipe), "artifacts": {name: artifact.uri for name, artifact in artifacts.items()}}
+
+
+def read_tables(tables: Tables) -> tuple[Recipe, dict[str, Artifact]]:
+    """What ``write_tables`` wrote."""
+    return parse_recipe(tables["recipe"]), {name: Artifact(uri) for name, uri in tables["artifacts"].items()}
+
+
 class ModelReplica:
     """One copy of the cascade; a ``protocols.PictureModel`` that Ray Serve places."""
 
-    def __init__(self, artifacts: dict[str, Artifact], recipe: Recipe) -> None:
-        import torch
+    def __init__(self) -> None:
+        self._tables: Tables = {}
+        self._current: Engine | None = None
+        self._loading = asyncio.Lock()
+        self._ending: set[asyncio.Task[None]] = set()
 
-        from pipeline.networks.cascade import load_cascade, network_configs
-        from pipeline.serve.engine import Engine
+    async def reconfigure(self, tables: Tables) -> None:
+        """Load the networks of a recipe; requests under way end with those that they began with.
 
-        config = recipe.serve
-        torch.set_num_threads(max(1, int(config.cpus_per_replica)))
-        self._engine = Engine(
-            load_cascade(artifacts, config.accelerator, network_configs(recipe)),
-            max_batch_size=config.max_batch_size,
-            max_waiting=config.max_queued_requests,
-        )
+        Called by Ray Serve at the start, and when the recipe that is served changes.
+
+        Args:
+            tables: See ``write_tables``.
+        """
+        async with self._loading:
+            if tables == self._tables:
+                return
+            engine = await asyncio.to_thread(_load_engine, tables)
+            previous, self._current, self._tables = self._current, engine, tables
+            if previous is not None:
+                task = asyncio.create_task(_end_when_idle(previous))
+                self._ending.add(task)
+                task.add_done_callback(self._ending.discard)
+
+    @property
+    def _engine(self) -> "Engine":
+        if self._current is None:
+            raise NotServing("the networks are loading")
+        return self._current
 
     async def sample(self, request: SampleRequest, client: str = "") -> SampledPictures:
         """See ``PictureModel``."""
@@ -81,8 +115,31 @@ class ModelReplica:
             raise RuntimeError("the engine has ended")
 
     def __del__(self) -> None:
-        if hasattr(self, "_engine"):
+        if getattr(self, "_current", None) is not None:
             self._engine.close()
+
+
+def _load_engine(tables: Tables) -> "Engine":
+    import torch
+
+    from pipeline.networks.cascade import load_cascade, network_configs
+    from pipeline.serve.engine import Engine
+
+    recipe, artifacts = read_tables(tables)
+    config = recipe.serve
+    torch.set_num_threads(max(1, int(config.cpus_per_replica)))
+    networks = {name: artifact for name, artifact in artifacts.items() if name in CASCADE_STEPS}
+    return Engine(
+        load_cascade(networks, config.accelerator, network_configs(recipe)),
+        max_batch_size=config.max_batch_size,
+        max_waiting=config.max_queued_requests,
+    )
+
+
+async def _end_when_idle(engine: "Engine") -> None:
+    while (counts := engine.counts())["waiting"] or counts["active"]:
+        await asyncio.sleep(_IDLE_POLL_S)
+    await asyncio.to_thread(engine.close)
 
 
 class RemoteModel:
@@ -160,6 +217,27 @@ def _plain_errors() -> Generator[None]:
         raise NotServing(f"no replica is ready ({type(error).__name__})") from None
 
 
+def networks_options(config: ServeConfig) -> dict[str, Any]:
+    """How Ray Serve places the networks, in the words of its configuration files."""
+    fewest, most = config.replicas
+    scaling = {
+        "min_replicas": fewest,
+        "max_replicas": most,
+        "target_ongoing_requests": config.target_requests,
+        "upscale_delay_s": _UPSCALE_DELAY_S,
+    }
+    return {
+        **({"num_replicas": fewest} if fewest == most else {"autoscaling_config": scaling}),
+        "ray_actor_options": {
+            **{f"num_{kind.lower()}s": number for kind, number in needs_of_replica(config).items()},
+            "label_selector": config.label_selector,
+        },
+        # The engine decides how many may wait; Ray must not stop them before.
+        "max_ongoing_requests": config.max_batch_size + config.max_queued_requests + _SPARE_REQUESTS,
+        "graceful_shutdown_timeout_s": config.drain_s,
+    }
+
+
 def networks_application(recipe: Recipe, artifacts: dict[str, Artifact]) -> serve.Application:
     """The networks of a recipe as an application of Ray Serve.
 
@@ -167,21 +245,11 @@ def networks_application(recipe: Recipe, artifacts: dict[str, Artifact]) -> serv
         recipe: The recipe.
         artifacts: Its finished steps, by name.
     """
-    config = recipe.serve
     deployment: Any = serve.deployment(
-        ModelReplica,
-        name=NETWORKS,
-        num_replicas=config.num_replicas,
-        ray_actor_options={
-            **{f"num_{kind.lower()}s": number for kind, number in needs_of_replica(config).items()},
-            "label_selector": config.label_selector,
-        },
-        # The engine decides how many may wait; Ray must not stop them before.
-        max_ongoing_requests=config.max_batch_size + config.max_queued_requests + _SPARE_REQUESTS,
-        graceful_shutdown_timeout_s=config.drain_s,
+        ModelReplica, name=NETWORKS, user_config=write_tables(recipe, artifacts), **networks_options(recipe.serve)
     )
-    networks = {name: artifact for name, artifact in artifacts.items() if name in CASCADE_STEPS}
-    return deployment.bind(networks, recipe)
+    # With a version of our own, Ray Serve sees when only the networks changed, and keeps the replicas.
+    return deployment.options(version=version("unclip"), _internal=True).bind()
 
 
 def needs_of_replica(config: ServeConfig) -> dict[str, float]:

@@ -4,16 +4,16 @@ Ray Serve's own proxies are not used, because all recipes of a cluster would sha
 its own, and answers in the API's form while the networks load, end or have died. This process loads no torch.
 """
 
+import dataclasses
 import logging
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
-from importlib.metadata import version
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import ray
 import ray.exceptions
@@ -21,26 +21,19 @@ from ray import serve
 from ray.serve.api import RunTarget
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatusOverview
-from starlette.types import ASGIApp
 
-from pipeline.errors import ConfigError, StepError
-from pipeline.recipe.plan import finished_artifacts
+from pipeline.errors import ConfigError, StepError, UnclipError
+from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.sections import ServeConfig
-from pipeline.recipe.steps import CASCADE_STEPS
-from pipeline.runtime.replicas import NETWORKS, RemoteModel, needs_of_replica, networks_application
+from pipeline.runtime.front import Front, served_artifacts, server_name
+from pipeline.runtime.replicas import NETWORKS, needs_of_replica, networks_application, write_tables
 from pipeline.runtime.run import connect, own_servers, require_alive
 from pipeline.serve.gate import Gate
-from pipeline.serve.guarded_model import GuardedModel, load_hook
-from pipeline.serve.guards import Guards, GuardSettings
 from pipeline.serve.http_server import HttpServer, is_loopback, url_of
-from pipeline.serve.keys import KeyRing, Meter
-from pipeline.serve.metrics import HttpMetrics
-from pipeline.serve.picture_files import ModelCard
-from pipeline.serve.protocols import PictureModel
-from pipeline.workspace.store import Artifact
+from pipeline.workspace.lock import in_use
+from pipeline.workspace.store import Artifact, Workspace
 
-_NEIGHBOURS = ("download", "embed", "index")
 _NAMESPACE = "unclip"
 _WATCH_EVERY_S = 1.0
 _LOOK_EVERY_S = 0.2
@@ -48,7 +41,13 @@ _LOOK_EVERY_S = 0.2
 Announce = Callable[[str], None]
 
 
-def serve_recipe(recipe: Recipe, *, address: str = "", announce: Announce | None = None) -> None:
+def serve_recipe(
+    recipe: Recipe,
+    *,
+    address: str = "",
+    reload: Callable[[], Recipe] | None = None,
+    announce: Announce | None = None,
+) -> None:
     """Serve the trained cascade of a recipe until Ctrl-C (or SIGTERM); requests under way are finished first.
 
     Without a finished index, pictures are served without their neighbours, and a line says so.
@@ -56,6 +55,7 @@ def serve_recipe(recipe: Recipe, *, address: str = "", announce: Announce | None
     Args:
         recipe: A checked recipe whose networks are finished.
         address: Ray cluster; empty: one of our own on this machine, ended with the server.
+        reload: Reads the recipe again; SIGHUP then swaps to its networks of that time. None: SIGHUP is left alone.
         announce: Takes lines for people; None writes them to standard output.
 
     Raises:
@@ -71,90 +71,35 @@ def serve_recipe(recipe: Recipe, *, address: str = "", announce: Announce | None
             f"serve.host: {config.host} is open to other machines, and every one of them could use the server; make "
             "keys (unclip keys add FILE NAME), and name their file in serve.keys"
         )
-    meter, metrics, gate = Meter(), HttpMetrics(), Gate()
-    guards = Guards(
-        gate,
-        GuardSettings(config.hosts, config.access_log, config.log_prompts),
-        KeyRing(Path(config.keys)) if config.keys else None,
-        meter,
-        metrics,
-    )
-    hook = load_hook(config.safety_hook) if config.safety_hook else None
-    artifacts, no_neighbours = finished_artifacts(recipe, CASCADE_STEPS), ""
-    try:
-        artifacts |= finished_artifacts(recipe, _NEIGHBOURS)
-    except ConfigError as error:
-        no_neighbours = f"without neighbours: {error}"
+    front = Front(config)
     _quieten()
-    with HttpServer(guards, config.host, config.port), connect(address):
+    with ExitStack() as stack:
+        stack.enter_context(_in_use(recipe))
+        artifacts, no_neighbours = served_artifacts(recipe)
+        stack.enter_context(HttpServer(front, config.host, config.port))
+        stack.enter_context(connect(address))
         if not address:
             _require_room(config)
         try:
-            with _deployed(recipe, artifacts, gate, announce, shared=bool(address)) as handle:
-                model = GuardedModel(RemoteModel(handle), model_card(recipe, artifacts).image_px, meter, hook)
-                app = build_app(recipe, artifacts, cast("PictureModel", model), metrics)
-                gate.open(app)
+            with _deployed(recipe, artifacts, front.gate, announce, shared=bool(address)) as handle:
+                front.open(recipe, artifacts, handle)
                 announce(f"{server_name(recipe)} is served at {url_of(config.host, config.port)} - Ctrl-C ends it")
                 if no_neighbours:
                     announce(no_neighbours)
                 try:
-                    _watch(recipe, app, gate, announce)
+                    _Watch(recipe, artifacts, front, handle, announce, stack).run(reload)
                 finally:
-                    _drain(gate, config.drain_s, announce)
+                    _drain(front.gate, config.drain_s, announce)
         except KeyboardInterrupt:
-            gate.close("the server has ended")
+            front.gate.close("the server has ended")
 
 
-def server_name(recipe: Recipe) -> str:
-    """Name of the model, its index and its application."""
-    return recipe.serve.name or recipe.name
-
-
-def build_app(recipe: Recipe, artifacts: dict[str, Artifact], model: PictureModel, metrics: HttpMetrics) -> ASGIApp:
-    """The HTTP interface of a recipe.
-
-    Args:
-        recipe: The recipe that is served.
-        artifacts: Its finished steps, by name.
-        model: Its networks.
-        metrics: What the process measures.
-    """
-    from pipeline.retrieve.retriever import Retriever
-    from pipeline.serve.api import ApiSettings, create_app
-    from pipeline.serve.knn import LocalNeighbours
-
-    manifest = artifacts["decoder"].manifest()
-    created = int(manifest.created) if manifest else 0
-    settings = ApiSettings(
-        model_card(recipe, artifacts), created=created, fetches_urls=recipe.serve.image_urls, metrics=metrics
-    )
-    neighbours = None
-    if "index" in artifacts:
-        neighbours = LocalNeighbours(Retriever.open(artifacts["index"]), metrics.neighbours.time)
-    return create_app(model, neighbours, settings)
-
-
-def model_card(recipe: Recipe, artifacts: dict[str, Artifact]) -> ModelCard:
-    """What the server's pictures are made with.
-
-    Args:
-        recipe: The recipe.
-        artifacts: The finished steps, by name.
-    """
-    networks = {
-        name: artifact.uri.rstrip("/").rpartition("/")[2]
-        for name, artifact in artifacts.items()
-        if name in CASCADE_STEPS
-    }
-    stages = {name: getattr(recipe, name).model for name in networks if name != "clip"}
-    return ModelCard(
-        server_name(recipe),
-        [recipe.decoder.model, *recipe.upsamplers().values()][-1].image_px,
-        networks=networks,
-        sampling={name: asdict(model.sampler) for name, model in stages.items() if hasattr(model, "sampler")},
-        aliases=recipe.serve.aliases,
-        version=version("unclip"),
-    )
+def _in_use(recipe: Recipe) -> AbstractContextManager[object]:
+    """Keep `unclip gc` from removing what is served."""
+    workspace = Workspace(recipe.workspace)
+    if workspace.is_local and not Path(workspace.root).is_dir():  # a folder of networks has no workspace
+        return nullcontext()
+    return in_use(workspace, [f"{step.name}/{step.key}" for step in make_plan(recipe)])
 
 
 @contextmanager
@@ -255,32 +200,110 @@ def _require_room(config: ServeConfig) -> None:
     """Refuse a demand that our own Ray would wait for without end."""
     total = ray.cluster_resources()
     for name, number in needs_of_replica(config).items():
-        demand = config.num_replicas * number
+        demand = config.replicas[0] * number
         if total.get(name, 0.0) < demand:
             raise StepError(
-                f"serve: {config.num_replicas} replicas need {demand:g} {name}, this machine has "
-                f"{total.get(name, 0.0):g}; see serve.num_replicas, serve.cpus_per_replica and serve.accelerator"
+                f"serve: {config.replicas[0]} replicas need {demand:g} {name}, this machine has "
+                f"{total.get(name, 0.0):g}; see serve.replicas, serve.cpus_per_replica and serve.accelerator"
             )
 
 
-def _watch(recipe: Recipe, app: ASGIApp, gate: Gate, announce: Announce) -> None:
-    """Look after the replicas until Ctrl-C; while none runs, requests are answered with 503."""
-    servers = own_servers()
-    while True:
-        time.sleep(_WATCH_EVERY_S)
-        require_alive(servers)
-        try:
-            state = _application(recipe)
-        except ray.exceptions.RayError as error:
-            raise StepError(f"serve: Ray went away ({type(error).__name__})") from None
+class _Watch:
+    """Looks after the replicas of a server; while none runs, requests are answered with 503.
+
+    Args:
+        recipe: The recipe that is served.
+        artifacts: Its finished steps, by name.
+        front: Its HTTP interface.
+        handle: Of its replicas.
+        announce: Takes lines for people.
+        stack: Holds what is in use until the end.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        artifacts: dict[str, Artifact],
+        front: Front,
+        handle: DeploymentHandle[Any],
+        announce: Announce,
+        stack: ExitStack,
+    ) -> None:
+        self._recipe = recipe
+        self._artifacts = artifacts
+        self._front = front
+        self._handle = handle
+        self._announce = announce
+        self._stack = stack
+        self._is_swap_requested = False
+
+    def run(self, reload: Callable[[], Recipe] | None) -> None:
+        """Watch until Ctrl-C; SIGHUP swaps to the networks of ``reload``'s recipe.
+
+        Raises:
+            StepError: If Ray or the application goes away.
+        """
+        if reload is not None:
+            signal.signal(signal.SIGHUP, self._request_swap)
+        servers = own_servers()
+        while True:
+            time.sleep(_WATCH_EVERY_S)
+            require_alive(servers)
+            try:
+                self._look()
+            except ray.exceptions.RayError as error:
+                raise StepError(f"serve: Ray went away ({type(error).__name__})") from None
+            if self._is_swap_requested and reload is not None:
+                self._is_swap_requested = False
+                try:
+                    self.swap(reload())
+                except UnclipError as error:
+                    self._announce(f"not swapped: {error}")
+
+    def _request_swap(self, _number: int, _frame: object) -> None:
+        self._is_swap_requested = True
+
+    def _look(self) -> None:
+        state = _application(self._recipe)
         replicas = state.deployments[NETWORKS].replica_states if NETWORKS in state.deployments else {}
-        num_running = sum(number for state, number in replicas.items() if state == "RUNNING")
+        num_running = sum(number for state, number in replicas.items() if state in {"RUNNING", "UPDATING"})
+        gate = self._front.gate
         if not num_running and not gate.reason:
             gate.close("no replica is running, others are started")
-            announce("no replica is running; requests are answered with 503 until others have started")
+            self._announce("no replica is running; requests are answered with 503 until others have started")
         elif num_running and gate.reason:
-            gate.open(app)
-            announce("served again")
+            self._front.open(self._recipe, self._artifacts, self._handle)
+            self._announce("served again")
+
+    def swap(self, recipe: Recipe) -> None:
+        """Let every replica load the networks of ``recipe`` beside its own, and then change over.
+
+        Requests under way end with the networks that they began with. Where the server listens stays as it is.
+
+        Raises:
+            UnclipError: If the networks are not finished, or a replica cannot load them; then all keep the old ones.
+        """
+        recipe = dataclasses.replace(recipe, serve=self._recipe.serve)
+        self._stack.enter_context(_in_use(recipe))
+        artifacts, _ = served_artifacts(recipe)
+        old, new = (write_tables(*served) for served in ((self._recipe, self._artifacts), (recipe, artifacts)))
+        if old == new:
+            self._announce("nothing to swap: these networks are served already")
+            return
+        self._announce("loading other networks")
+        replies = self._handle.broadcast("reconfigure", new).results(return_exceptions=True)
+        errors = [reply for reply in replies if isinstance(reply, Exception)]
+        if errors or not replies:
+            self._handle.broadcast("reconfigure", old).results(return_exceptions=True)
+            reason = _reason(str(errors[0])) if errors else "no replica is running"
+            raise StepError(f"serve: the networks cannot be loaded: {reason}")
+        # Replicas that start later load the same; those that have loaded it have nothing to do.
+        target = RunTarget(networks_application(recipe, artifacts), name=application_name(recipe), route_prefix=None)
+        with _errors_for_people():
+            serve.run_many([target], wait_for_applications_running=False)
+        self._recipe, self._artifacts = recipe, artifacts
+        self._front.open(recipe, artifacts, self._handle)
+        self._announce("other networks are served")
 
 
 def _application(recipe: Recipe) -> ApplicationStatusOverview:

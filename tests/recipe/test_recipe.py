@@ -181,7 +181,7 @@ def test_load_recipe_malformed_file_is_one_message(tmp_path: Path, text: str, wo
         *("index.num_train_rows=-1", "prior.train.learning_rate=0", "prior.train.num_steps=-1", "prior.train.beta1=1"),
         *("decoder.train.ema_decay=1", "decoder.train.weight_decay=-1", "decoder.resources.save_every_steps=0"),
         *("decoder.resources.max_failures=-1", "evaluate.num_shown=0", "serve.port=0", "serve.port=65536"),
-        *("serve.num_replicas=0", "serve.max_batch_size=0", "serve.max_queued_requests=0"),
+        *("serve.max_batch_size=0", "serve.max_queued_requests=0"),
     ],
 )
 def test_load_recipe_refuses_an_impossible_number_by_its_name(override: str) -> None:

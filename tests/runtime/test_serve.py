@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -237,6 +238,10 @@ def test_servers_share_a_cluster_whose_machines_come_later(tmp_path: Path) -> No
             assert second.returncode == 4
             assert "'mine' is served on this cluster already; give this server another name (--name)" in output
 
+            served_workspace(tmp_path, overrides=("seed=11",))
+            (tmp_path / "tiny.toml").write_text("seed = 11\n" + (tmp_path / "tiny.toml").read_text())
+            assert swapped_under_load(processes[1], urls[1]) == {200}
+
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
                 under_way = pool.submit(ask, urls[1], {"prompt": "a"})
                 while not httpx.get(f"{urls[1]}/healthz", timeout=30).json()["active"]:
@@ -260,6 +265,31 @@ def test_servers_share_a_cluster_whose_machines_come_later(tmp_path: Path) -> No
     networks = load_cascade(finished_artifacts(recipe, CASCADE_STEPS), "cpu", network_configs(recipe))
     expected = networks.sample(["a red circle"], [7]).images[0].numpy()
     assert np.abs(pixels(base64.b64decode(image["b64_json"])).astype(int) - expected).mean() < 0.1
+
+
+def swapped_under_load(process: subprocess.Popen[str], url: str) -> set[int]:
+    """Swap the networks while clients ask for pictures; the statuses of their answers."""
+    body, answers = {"prompt": "a", "seed": 3}, list[httpx.Response]()
+    before, is_over = ask(url, body).content, threading.Event()
+
+    def ask_on() -> None:
+        while not is_over.is_set():
+            answers.append(ask(url, body))
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        clients = [pool.submit(ask_on) for _ in range(3)]
+        process.send_signal(signal.SIGHUP)
+        try:
+            assert line_of(process) == "loading other networks\n"
+            assert line_of(process) == "other networks are served\n"
+        finally:
+            is_over.set()
+        for client in clients:
+            client.result()
+    pictures = [json.loads(answer)["data"][0]["b64_json"] for answer in (before, ask(url, body).content)]
+    assert pictures[0] != pictures[1]
+    assert httpx.get(f"{url}/healthz", timeout=30).json()["pictures"] >= 1
+    return {answer.status_code for answer in answers}
 
 
 @contextlib.contextmanager

@@ -72,14 +72,14 @@ def test_replicas_and_their_proxy_pass_the_object_whole() -> None:
         async def remote(self, request: SampleRequest, client: str) -> SampledPictures:
             return await self.sample(request, client)
 
-    replica = ModelReplica.__new__(ModelReplica)
-    replica._engine = Handled()
+    replica = ModelReplica()
+    replica._current = Handled()
     asyncio.run(replica.sample(request, "me"))
     handle: Any = type("Handle", (), {"sample": Handled()})()
     asyncio.run(RemoteModel(handle).sample(request, "me"))
     assert received == [request, request]
     assert all(one is request for one in received)
-    del replica._engine
+    replica._current = None
 
 
 def test_the_page_about_http_names_every_field() -> None:

@@ -1,0 +1,145 @@
+"""The HTTP interface of a recipe, assembled: the guards, the gate behind them, and the API that the gate opens."""
+
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from pipeline.errors import ConfigError
+from pipeline.recipe.plan import finished_artifacts
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.sections import ServeConfig
+from pipeline.recipe.steps import CASCADE_STEPS
+from pipeline.runtime.replicas import RemoteModel, Tables, read_tables
+from pipeline.serve.gate import Gate
+from pipeline.serve.guarded_model import GuardedModel, load_hook
+from pipeline.serve.guards import Guards, GuardSettings
+from pipeline.serve.keys import KeyRing, Meter
+from pipeline.serve.metrics import HttpMetrics
+from pipeline.serve.picture_files import ModelCard
+from pipeline.serve.protocols import PictureModel
+from pipeline.workspace.store import Artifact
+
+_NEIGHBOURS = ("download", "embed", "index")
+
+
+class Front:
+    """An ASGI application that answers 503 until it is opened with a recipe.
+
+    Args:
+        config: How it is guarded.
+
+    Raises:
+        ConfigError: If the keys, the safety hook or the log cannot be used.
+    """
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.gate = Gate()
+        self._meter = Meter()
+        self._metrics = HttpMetrics()
+        self._hook = load_hook(config.safety_hook) if config.safety_hook else None
+        keys = KeyRing(Path(config.keys)) if config.keys else None
+        settings = GuardSettings(config.hosts, config.access_log, config.log_prompts)
+        self._guards = Guards(self.gate, settings, keys, self._meter, self._metrics)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        await self._guards(scope, receive, send)
+
+    def open(self, recipe: Recipe, artifacts: dict[str, Artifact], handle: DeploymentHandle[Any]) -> None:
+        """Pass new requests to the API of a recipe; those under way stay with the one before.
+
+        Args:
+            recipe: The recipe.
+            artifacts: Its finished steps, by name.
+            handle: Of its replicas.
+        """
+        model = GuardedModel(RemoteModel(handle), model_card(recipe, artifacts).image_px, self._meter, self._hook)
+        self.gate.open(_build_app(recipe, artifacts, cast("PictureModel", model), self._metrics))
+
+
+class FrontReplica:
+    """A ``Front`` that Ray Serve places behind its own proxies, for `serve deploy`.
+
+    Args:
+        handle: Of the deployment of the networks.
+    """
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+        self._front = Front(ServeConfig())
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """The application, which exists before the recipe is known."""
+
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            await self._front(scope, receive, send)
+
+        return answer
+
+    def reconfigure(self, tables: Tables) -> None:
+        """Serve a recipe; called by Ray Serve at the start, and when `serve deploy` brings another one."""
+        recipe, artifacts = read_tables(tables)
+        front = Front(recipe.serve)
+        front.open(recipe, artifacts, self._handle)
+        self._front = front
+
+
+def served_artifacts(recipe: Recipe) -> tuple[dict[str, Artifact], str]:
+    """The finished steps that a server reads, by name; and why there are no neighbours, if there are none.
+
+    Raises:
+        ConfigError: If a network is not finished.
+    """
+    artifacts = finished_artifacts(recipe, CASCADE_STEPS)
+    try:
+        return artifacts | finished_artifacts(recipe, _NEIGHBOURS), ""
+    except ConfigError as error:
+        return artifacts, f"without neighbours: {error}"
+
+
+def server_name(recipe: Recipe) -> str:
+    """Name of the model, its index and its application."""
+    return recipe.serve.name or recipe.name
+
+
+def _build_app(recipe: Recipe, artifacts: dict[str, Artifact], model: PictureModel, metrics: HttpMetrics) -> ASGIApp:
+    from pipeline.retrieve.retriever import Retriever
+    from pipeline.serve.api import ApiSettings, create_app
+    from pipeline.serve.knn import LocalNeighbours
+
+    manifest = artifacts["decoder"].manifest()
+    created = int(manifest.created) if manifest else 0
+    settings = ApiSettings(
+        model_card(recipe, artifacts), created=created, fetches_urls=recipe.serve.image_urls, metrics=metrics
+    )
+    neighbours = None
+    if "index" in artifacts:
+        neighbours = LocalNeighbours(Retriever.open(artifacts["index"]), metrics.neighbours.time)
+    return create_app(model, neighbours, settings)
+
+
+def model_card(recipe: Recipe, artifacts: dict[str, Artifact]) -> ModelCard:
+    """What the server's pictures are made with.
+
+    Args:
+        recipe: The recipe.
+        artifacts: The finished steps, by name.
+    """
+    networks = {
+        name: artifact.uri.rstrip("/").rpartition("/")[2]
+        for name, artifact in artifacts.items()
+        if name in CASCADE_STEPS
+    }
+    stages = {name: getattr(recipe, name).model for name in networks if name != "clip"}
+    return ModelCard(
+        server_name(recipe),
+        [recipe.decoder.model, *recipe.upsamplers().values()][-1].image_px,
+        networks=networks,
+        sampling={name: asdict(model.sampler) for name, model in stages.items() if hasattr(model, "sampler")},
+        aliases=recipe.serve.aliases,
+        version=version("unclip"),
+    )

@@ -1,0 +1,61 @@
+"""A file for `serve deploy`: Ray Serve then runs the HTTP interface too, behind its own proxies."""
+
+from typing import Any
+
+import yaml
+from ray import serve
+from ray.serve.schema import ServeDeploySchema
+
+from pipeline.errors import ConfigError
+from pipeline.recipe.recipe import Recipe
+from pipeline.runtime.front import FrontReplica, served_artifacts, server_name
+from pipeline.runtime.replicas import NETWORKS, ModelReplica, networks_options, write_tables
+from pipeline.serve.http_server import is_loopback
+
+HTTP = "http"
+_HTTP_REQUESTS = 1000
+"""Most requests of one HTTP process; the engines decide how many may wait."""
+
+_networks: Any = serve.deployment(ModelReplica, name=NETWORKS)
+_http: Any = serve.deployment(serve.ingress()(FrontReplica), name=HTTP)
+application: serve.Application = _http.bind(_networks.bind())
+"""What the file imports; the recipe comes with the options of its deployments."""
+
+
+def serve_file(recipe: Recipe) -> str:
+    """The file, in YAML. Another file with other networks swaps them without a restart.
+
+    Args:
+        recipe: A checked recipe whose networks are finished.
+
+    Raises:
+        ConfigError: If a network is not finished, or the server would be open to other machines without keys.
+    """
+    config = recipe.serve
+    if not is_loopback(config.host) and not config.keys:
+        raise ConfigError(f"serve.host: {config.host} is open to other machines; name a file of keys in serve.keys")
+    artifacts, _ = served_artifacts(recipe)
+    tables = write_tables(recipe, artifacts)
+    http = {
+        "name": HTTP,
+        "num_replicas": 1,
+        "ray_actor_options": {"num_cpus": 0},
+        "max_ongoing_requests": _HTTP_REQUESTS,
+        "graceful_shutdown_timeout_s": config.drain_s,
+        "user_config": tables,
+    }
+    file = {
+        "proxy_location": "HeadOnly" if is_loopback(config.host) else "EveryNode",
+        "http_options": {"host": config.host, "port": config.port},
+        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+        "applications": [
+            {
+                "name": server_name(recipe),
+                "route_prefix": "/",
+                "import_path": f"{__name__}:application",
+                "deployments": [http, {"name": NETWORKS, **networks_options(config), "user_config": tables}],
+            }
+        ],
+    }
+    ServeDeploySchema.model_validate(file)
+    return yaml.safe_dump(file, sort_keys=False)
