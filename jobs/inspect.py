@@ -40,12 +40,14 @@ def plan(
     resolved = load_recipe(recipe, overrides or [])
     if cost:
         from pipeline.networks.costs import format_costs, recipe_costs
+        from pipeline.train.memory import format_memory, recipe_memory
 
-        costs = recipe_costs(resolved)
+        costs, memories = recipe_costs(resolved), recipe_memory(resolved)
         if json:
-            print_json([network.to_dict() for network in costs])
+            of_workers = {memory.name: memory.to_dict() for memory in memories}
+            print_json([network.to_dict() | {"worker_memory": of_workers.get(network.name)} for network in costs])
         else:
-            typer.echo(format_costs(costs))
+            typer.echo(f"{format_costs(costs)}\n\n{format_memory(memories, resolved)}")
         return
     workspace = Workspace(resolved.workspace)
     statuses = plan_status(workspace, make_plan(resolved, until=until))

@@ -78,7 +78,7 @@ def recipe_costs(recipe: Recipe) -> list[NetworkCost]:
         ConfigError: If the shape of the recipe's pretrained CLIP is not known on this machine.
     """
     with torch.device("meta"), FlashLikeAttention():
-        clip = _build_clip(recipe)
+        clip = build_clip(recipe)
         return [_cost(name, section, clip, recipe) for name, section in recipe.trained().items()]
 
 
@@ -107,7 +107,12 @@ def _cells(cost: NetworkCost) -> tuple[str, ...]:
     return (cost.name, _short(cost.num_parameters), *training, f"{_short(cost.sampling_flops)}FLOP", *memory)
 
 
-def _build_clip(recipe: Recipe) -> OpenClip:
+def build_clip(recipe: Recipe) -> OpenClip:
+    """The recipe's CLIP with random weights, on the default device.
+
+    Raises:
+        ConfigError: If the shape of a pretrained one is not known on this machine.
+    """
     section = recipe.clip
     if section.source == "train":
         return create_clip(section.model)

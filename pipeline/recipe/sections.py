@@ -420,6 +420,9 @@ class TrainResources:
     """Logical CPUs of each worker; also its torch threads."""
     accelerator: Literal["cpu", "cuda"] = "cpu"
     """Device of the network; cuda takes one GPU a worker."""
+    gpu_memory_gb: NonNegativeFloat = 0.0
+    """Memory of that GPU, in 10^9 bytes (an A100 or H100 with 80 GB: 80): `plan --cost` says whether the training fits,
+    and if not, what would make it fit; 0: it only counts."""
     save_every_steps: PositiveInt = 200
     """Steps between checkpoints."""
     log_every_steps: PositiveInt = 20

@@ -38,9 +38,16 @@ class TrainState:
 
 
 def create_state(network: nn.Module, config: TrainConfig, device: torch.device) -> TrainState:
-    """A state at step 0; weight decay is for matrices and kernels, not for biases, norms and single vectors."""
+    """A state at step 0."""
     network.to(device)
-    ema = create_average(network)
+    state = TrainState(network, create_average(network), create_optimizer(network, config))
+    state.loss_sum, state.bad_step = state.loss_sum.to(device), state.bad_step.to(device)
+    state.num_bad = state.num_bad.to(device)
+    return state
+
+
+def create_optimizer(network: nn.Module, config: TrainConfig) -> Muon:
+    """The optimizer; weight decay is for matrices and kernels, not for biases, norms and single vectors."""
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     kernels = kernels_of(network) if config.optimizer == "muon" else []
     of_muon = set(kernels)
@@ -50,14 +57,10 @@ def create_state(network: nn.Module, config: TrainConfig, device: torch.device) 
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay, "muon": False},
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, "muon": False},
     ]
-    optimizer = Muon(
+    return Muon(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         fused=True,
     )
-    state = TrainState(network, ema, optimizer)
-    state.loss_sum, state.bad_step = state.loss_sum.to(device), state.bad_step.to(device)
-    state.num_bad = state.num_bad.to(device)
-    return state

@@ -1,0 +1,128 @@
+"""The counted memory of a training against what its first steps allocate, byte by byte."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.data.order import Share
+from pipeline.networks.clip import load_clip_artifact
+from pipeline.networks.costs import build_clip
+from pipeline.recipe.recipe import Recipe
+from pipeline.train.assemble import assemble
+from pipeline.train.loop import make_step
+from pipeline.train.memory import USABLE, LiveBytes, WorkerMemory, advice, count_memory, format_memory, recipe_memory
+from pipeline.train.state import create_state
+from pipeline.workspace.store import Artifact
+from tests.tiny.training import tiny_inputs, tiny_job, training_recipe
+
+
+def _changed(name: str, train: dict[str, object], resources: dict[str, object]) -> Recipe:
+    recipe = training_recipe()
+    section = recipe.trained()[name]
+    changed = dataclasses.replace(
+        section,
+        train=dataclasses.replace(section.train, **train),
+        resources=dataclasses.replace(section.resources, **resources),
+    )
+    return dataclasses.replace(recipe, **{name: changed})
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    return tiny_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def _counted(recipe: Recipe, name: str) -> WorkerMemory:
+    with torch.device("meta"):
+        clip = build_clip(recipe)
+    return count_memory(name, recipe.trained()[name], recipe, clip)
+
+
+def _measured(recipe: Recipe, name: str, inputs: dict[str, Artifact], folder: Path) -> int:
+    """Most bytes of tensors in the second step of the real training: its state, and what the step allocates."""
+    job = tiny_job(name, inputs, folder, recipe)
+    parts = assemble(job)
+    state = create_state(parts.network, job.section.train, job.device)
+    share = Share(job.section.train.batch_size)
+    step = make_step(parts.objective(state.network).train(), job.section, share, seed=1)
+    batch = parts.train.batch(torch.stack([torch.zeros(len(share)), torch.arange(len(share)) % 3], 1).long().numpy())
+    if name == "prior":  # captions of full length are counted
+        batch = dataclasses.replace(batch, captions=("a red circle " * 9,) * len(batch))
+    step(state, batch)
+    state.step = 1
+    moments = [value for values in state.optimizer.state.values() for value in values.values()]
+    own = [*state.network.state_dict().values(), *state.ema.state_dict().values(), *moments]
+    with LiveBytes(own) as live:
+        step(state, batch)
+    clip = (
+        0
+        if parts.clip is None
+        else sum(t.nbytes for t in load_clip_artifact(inputs["clip"]).model.state_dict().values())
+    )
+    return sum(tensor.nbytes for tensor in own) + live.peak + clip
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "resources"),
+    [
+        ("upsampler_1", {"batch_size": 32}, {}),
+        ("upsampler_1", {"batch_size": 32, "precision": "bfloat16"}, {}),
+        ("upsampler_1", {"batch_size": 32}, {"checkpointing": True}),
+        ("upsampler_1", {"batch_size": 32}, {"micro_batch_size": 8}),
+        ("upsampler_1", {"batch_size": 32, "optimizer": "muon"}, {}),
+        ("prior", {"batch_size": 64}, {}),
+        ("decoder", {"batch_size": 16, "precision": "bfloat16"}, {}),
+        ("clip", {"batch_size": 16}, {}),
+        ("noisy_clip", {"batch_size": 32}, {}),
+    ],
+)
+def test_counted_memory_is_that_of_the_real_step(
+    inputs: dict[str, Artifact], tmp_path: Path, name: str, train: dict[str, object], resources: dict[str, object]
+) -> None:
+    recipe = _changed(name, train, resources)
+    counted = _counted(recipe, name)
+    assert counted.total == pytest.approx(_measured(recipe, name, inputs, tmp_path), rel=0.1)
+
+
+def test_several_workers_keep_gradients_in_buckets_and_beside_them_while_they_add_up_parts() -> None:
+    alone, two, parts = (
+        _counted(_changed("upsampler_1", {"batch_size": 8}, resources), "upsampler_1")
+        for resources in ({}, {"num_workers": 2}, {"num_workers": 2, "micro_batch_size": 2})
+    )
+    assert (alone.samples, two.samples, parts.samples) == (8, 4, 2)
+    assert (alone.buckets, two.buckets, parts.buckets) == (0, 0, parts.gradients)
+    assert parts.work < two.work < alone.work
+
+
+def test_a_training_that_does_not_fit_is_told_what_would_make_it_fit() -> None:
+    whole = _counted(_changed("upsampler_1", {"batch_size": 32}, {}), "upsampler_1")
+    quarter = _counted(_changed("upsampler_1", {"batch_size": 32}, {"micro_batch_size": 8}), "upsampler_1")
+    checkpointed = _counted(
+        _changed("upsampler_1", {"batch_size": 32}, {"micro_batch_size": 1, "checkpointing": True}), "upsampler_1"
+    )
+    one = _counted(_changed("upsampler_1", {"batch_size": 32}, {"micro_batch_size": 1}), "upsampler_1")
+    assert checkpointed.total < one.total < quarter.total < whole.total
+    words = {
+        whole.total: None,
+        quarter.total: "resources: micro_batch_size = 8",
+        (checkpointed.total + one.total) // 2: "resources: checkpointing = true and micro_batch_size = ",
+        whole.state // 2: "its state alone is larger",
+    }
+    for num_bytes, expected in words.items():
+        gpu_memory_gb = (num_bytes + 1) / USABLE / 1e9
+        recipe = _changed("upsampler_1", {"batch_size": 32}, {"gpu_memory_gb": gpu_memory_gb})
+        memory = _counted(recipe, "upsampler_1")
+        assert memory.fits == (expected is None)
+        if expected is not None:
+            assert advice(memory, recipe).startswith(expected)
+            assert f"upsampler_1 does not fit: {whole.total / 1e6:.3g} MB of" in format_memory([memory], recipe)
+
+
+def test_every_training_of_a_recipe_is_counted() -> None:
+    recipe = training_recipe()
+    memories = recipe_memory(recipe)
+    assert [memory.name for memory in memories] == list(recipe.trained())
+    assert all(memory.fits and memory.work > 0 for memory in memories)  # no GPU is named
+    assert "does not fit" not in format_memory(memories, recipe)
