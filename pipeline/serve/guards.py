@@ -109,6 +109,8 @@ class Guards:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
+        if scope["type"] != "http":
+            return  # Ray Serve asks for a lifespan, of which there is none; no websockets
         headers = Headers(scope=scope)
         asked_id = headers.get("x-request-id", "")
         facts = RequestFacts(asked_id if _REQUEST_ID.fullmatch(asked_id) else uuid.uuid4().hex)

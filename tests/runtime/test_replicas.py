@@ -163,6 +163,8 @@ def test_the_http_interface_of_serve_deploy_opens_with_its_recipe(recipe: Recipe
     front = FrontReplica(object())  # pyright: ignore[reportArgumentType]
     client = TestClient(front.__serve_build_asgi_app__(), base_url="http://127.0.0.1")
     assert client.get("/readyz").status_code == 503
+    no_message: Any = None
+    asyncio.run(front.__serve_build_asgi_app__()({"type": "lifespan"}, no_message, no_message))
     front.reconfigure(write_tables(recipe, served_artifacts(recipe)[0]))
     assert client.get("/readyz").status_code == 200
     assert client.get("/v1/models").json()["data"][0]["id"] == "mine"
