@@ -123,9 +123,10 @@ def gpu_tables(num_pairs: int, steps: int) -> Tables:
 
 def _on_gpu(num_steps: int, batch_size: int, learning_rate: float) -> Tables:
     fixed = {"lr_schedule": "cosine", "warmup_steps": 500, "ema_decay": 0.999, "precision": "bfloat16"}
+    resources = {"accelerator": "cuda", "gpu_memory_gb": 24, "cpus_per_worker": 4.0, "save_every_steps": 1000}
     return {
         "train": {"num_steps": num_steps, "batch_size": batch_size, "learning_rate": learning_rate} | fixed,
-        "resources": {"accelerator": "cuda", "cpus_per_worker": 4.0, "save_every_steps": 1000},
+        "resources": resources,
     }
 
 
