@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from ray.serve.handle import DeploymentHandle
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.errors import ConfigError
 from pipeline.recipe.plan import finished_artifacts
@@ -76,7 +77,12 @@ class FrontReplica:
         """The application, which exists before the recipe is known."""
 
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-            await self._front(scope, receive, send)
+            async def send_unnamed(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    del MutableHeaders(scope=message)["X-Request-Id"]  # Ray Serve's proxy adds the same one
+                await send(message)
+
+            await self._front(scope, receive, send_unnamed)
 
         return answer
 

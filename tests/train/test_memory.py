@@ -97,22 +97,23 @@ def test_several_workers_keep_gradients_in_buckets_and_beside_them_while_they_ad
 
 
 def test_a_training_that_does_not_fit_is_told_what_would_make_it_fit() -> None:
-    whole = _counted(_changed("upsampler_1", {"batch_size": 32}, {}), "upsampler_1")
-    quarter = _counted(_changed("upsampler_1", {"batch_size": 32}, {"micro_batch_size": 8}), "upsampler_1")
+    train = {"batch_size": 8, "optimizer": "adamw"}
+    whole = _counted(_changed("upsampler_1", train, {}), "upsampler_1")
+    quarter = _counted(_changed("upsampler_1", train, {"micro_batch_size": 2}), "upsampler_1")
     checkpointed = _counted(
-        _changed("upsampler_1", {"batch_size": 32}, {"micro_batch_size": 1, "checkpointing": True}), "upsampler_1"
+        _changed("upsampler_1", train, {"micro_batch_size": 1, "checkpointing": True}), "upsampler_1"
     )
-    one = _counted(_changed("upsampler_1", {"batch_size": 32}, {"micro_batch_size": 1}), "upsampler_1")
+    one = _counted(_changed("upsampler_1", train, {"micro_batch_size": 1}), "upsampler_1")
     assert checkpointed.total < one.total < quarter.total < whole.total
     words = {
         whole.total: None,
-        quarter.total: "resources: micro_batch_size = 8",
+        quarter.total: "resources: micro_batch_size = 2",
         (checkpointed.total + one.total) // 2: "resources: checkpointing = true and micro_batch_size = ",
         whole.state // 2: "its state alone is larger",
     }
     for num_bytes, expected in words.items():
         gpu_memory_gb = (num_bytes + 1) / USABLE / 1e9
-        recipe = _changed("upsampler_1", {"batch_size": 32}, {"gpu_memory_gb": gpu_memory_gb})
+        recipe = _changed("upsampler_1", train, {"gpu_memory_gb": gpu_memory_gb})
         memory = _counted(recipe, "upsampler_1")
         assert memory.fits == (expected is None)
         if expected is not None:
