@@ -30,13 +30,13 @@ def lineage(
 
     Example: unclip lineage out/000-0.png --recipe configs/demo.toml
     """
-    found = trace(what, workspace or (load_recipe(recipe).workspace if recipe else ""))
+    lineage = trace(what, workspace or (load_recipe(recipe).workspace if recipe else ""))
     if json:
-        print_json(found.to_dict())
+        print_json(lineage.to_dict())
     elif graph:
-        typer.echo(mermaid(found))
+        typer.echo(mermaid(lineage))
     else:
-        _print_lineage(found)
+        _print_lineage(lineage)
 
 
 def gc(
@@ -55,44 +55,46 @@ def gc(
     workspace = Workspace(loaded[0].workspace)
     workspace.check()
     with locked_workspace(workspace, print_warning):  # what runs is not looked at, nor touched
-        garbage, kept = find_garbage(workspace, loaded)
+        garbage, others = find_garbage(workspace, loaded)
         if delete:
             remove_garbage(workspace, garbage)
     total = sum(one.num_bytes for one in garbage)
     if json:
         rows = [dataclasses.asdict(one) for one in garbage]
-        print_json({"garbage": rows, "bytes": total, "removed": delete, "kept": [dataclasses.asdict(k) for k in kept]})
+        print_json(
+            {"garbage": rows, "bytes": total, "removed": delete, "kept": [dataclasses.asdict(k) for k in others]}
+        )
         return
     for one in garbage:
         state = "" if one.is_finished else "  unfinished"
         typer.echo(f"{one.step:<17} {one.key}  {_size(one.num_bytes):>9}{state}")
-    for one in kept:
+    for one in others:
         typer.echo(f"{one.step:<17} {one.key}  stays: {one.why}")
-    done = "removed" if delete else "not needed"
-    typer.echo(f"{len(garbage)} artifacts, {_size(total)}: {done}")
+    verdict = "removed" if delete else "not needed"
+    typer.echo(f"{len(garbage)} artifacts, {_size(total)}: {verdict}")
     if garbage and not delete:
         typer.echo(f"next: unclip gc {' '.join(recipes)} --delete")
 
 
-def _print_lineage(found: Lineage) -> None:
-    facts = ", ".join(f"{name} {found.facts[name]!r}" for name in ("prompt", "seed") if name in found.facts)
-    typer.echo(f"{found.what}{f': {facts}' if facts else ''}")
-    for node in found.nodes:
+def _print_lineage(lineage: Lineage) -> None:
+    facts = ", ".join(f"{name} {lineage.facts[name]!r}" for name in ("prompt", "seed") if name in lineage.facts)
+    typer.echo(f"{lineage.what}{f': {facts}' if facts else ''}")
+    for node in lineage.nodes:
         typer.echo(f"{node.step:<17} {node.key}  {_describe(node)}")
         for name, value in _details(node).items():
             typer.echo(f"{'':<17} {name}: {value}")
-    for note in found.notes:
+    for note in lineage.notes:
         typer.echo(f"note: {note}")
-    typer.echo(f"workspace {found.workspace}")
+    typer.echo(f"workspace {lineage.workspace}")
 
 
 def _describe(node: Node) -> str:
     if node.state != "done":
         return node.state
-    made = time.strftime("%F %H:%M", time.localtime(node.created))
+    when = time.strftime("%F %H:%M", time.localtime(node.created))
     rows = f", {node.counts['in']} rows" if "in" in node.counts else ""
     shards = f" in {node.num_shards} shards" if node.num_shards else ""
-    return f"made {made} in {duration(node.wall_s)}{rows}{shards}"
+    return f"made {when} in {duration(node.wall_s)}{rows}{shards}"
 
 
 def _details(node: Node) -> dict[str, str]:

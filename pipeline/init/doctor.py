@@ -106,9 +106,9 @@ def check_import(name: str, package: str, *, module: str = "") -> Finding:
 
 def check_torch(*, needs_cuda: bool) -> Finding:
     """Torch loads, and sees the GPU that the machine or the recipe says there is."""
-    found = check_import("torch", "torch")
-    if found.state != "ok":
-        return found
+    library = check_import("torch", "torch")
+    if library.state != "ok":
+        return library
     import torch
 
     if torch.cuda.is_available():

@@ -5,6 +5,7 @@ Legend: B samples of the global batch, b of them at hand, D features.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ class Pairs(NamedTuple):
     """Features of the captions' hard negatives."""
 
 
-class ContrastiveObjective(nn.Module):
+class ContrastiveObjective(nn.Module, ABC):
     """A loss that compares each sample with all others of the global batch; a network's own part is ``encode``.
 
     ``share`` says which samples of the global batch a call brings; None: they are the batch.
@@ -40,9 +41,9 @@ class ContrastiveObjective(nn.Module):
 
     share: Share | None = None
 
+    @abstractmethod
     def encode(self, batch: Batch, random: SampleRandom) -> Pairs:
         """The features of a batch."""
-        raise NotImplementedError
 
     def prepare(self, batch: Batch, random: SampleRandom) -> Batch:
         """Add what depends on the captions of the whole global batch, once a step; every worker calls it."""

@@ -16,7 +16,7 @@ import torch
 from pipeline.clip import OpenClip, create_clip, describe_clip
 from pipeline.data.order import Share
 from pipeline.errors import ConfigError
-from pipeline.networks.counting import FlashLikeAttention, count_training_pass
+from pipeline.networks.counting import CountedAttention, FusedAttention, count_training_pass
 from pipeline.networks.files import num_parameters
 from pipeline.networks.table import kind_of
 from pipeline.recipe.recipe import Recipe, TrainedSection
@@ -77,7 +77,7 @@ def recipe_costs(recipe: Recipe) -> list[NetworkCost]:
     Raises:
         ConfigError: If the shape of the recipe's pretrained CLIP is not known on this machine.
     """
-    with torch.device("meta"), FlashLikeAttention():
+    with torch.device("meta"), FusedAttention(CountedAttention):
         clip = build_clip(recipe)
         return [_cost(name, section, clip, recipe) for name, section in recipe.trained().items()]
 

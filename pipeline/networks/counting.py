@@ -39,16 +39,24 @@ class Counter(TorchDispatchMode):
         return out
 
 
-class FlashLikeAttention(TorchFunctionMode):
-    """Attention that saves only what a fused kernel saves: on the meta device torch would save all the weights."""
+class FusedAttention(TorchFunctionMode):
+    """Attention by ``kernel``, since torch keeps all weights of tensors without data.
+
+    Args:
+        kernel: An autograd function of (query, key, value).
+    """
+
+    def __init__(self, kernel: type[torch.autograd.Function]) -> None:
+        super().__init__()
+        self._kernel = kernel
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            return _Attention.apply(*args[:3])
+            return self._kernel.apply(*args[:3])
         return func(*args, **(kwargs or {}))
 
 
-class _Attention(torch.autograd.Function):
+class CountedAttention(torch.autograd.Function):
     """The matrix products of attention and of its gradient; the other operations cost next to nothing."""
 
     @staticmethod

@@ -49,17 +49,17 @@ def find_garbage(workspace: Workspace, recipes: Sequence[Recipe]) -> tuple[list[
     needed = _with_inputs(workspace, needed)
     used = used_artifacts(workspace)
     garbage: list[Garbage] = []
-    kept: list[Kept] = []
+    others: list[Kept] = []
     for row in STEPS:
         for key in workspace.keys(row.name):
             if (row.name, key) in needed:
                 continue
             if owner := used.get(f"{row.name}/{key}"):
-                kept.append(Kept(row.name, key, f"in use by {owner}"))
+                others.append(Kept(row.name, key, f"in use by {owner}"))
                 continue
             artifact = workspace.artifact(row.name, key)
             garbage.append(Garbage(row.name, key, sum(artifact.sizes().values()), artifact.manifest() is not None))
-    return sorted(garbage, key=lambda one: -one.num_bytes), kept
+    return sorted(garbage, key=lambda one: -one.num_bytes), others
 
 
 def remove_garbage(workspace: Workspace, garbage: Sequence[Garbage]) -> None:
@@ -70,12 +70,12 @@ def remove_garbage(workspace: Workspace, garbage: Sequence[Garbage]) -> None:
 
 def _with_inputs(workspace: Workspace, artifacts: set[tuple[str, str]]) -> set[tuple[str, str]]:
     """Artifacts and all that they were made from or read."""
-    waiting, seen = list(artifacts), set[tuple[str, str]]()
+    waiting, reached = list(artifacts), set[tuple[str, str]]()
     while waiting:
         step, key = waiting.pop()
-        if (step, key) in seen:
+        if (step, key) in reached:
             continue
-        seen.add((step, key))
+        reached.add((step, key))
         artifact = workspace.artifact(step, key)
         manifest = artifact.manifest()
         if manifest is not None:
@@ -84,7 +84,7 @@ def _with_inputs(workspace: Workspace, artifacts: set[tuple[str, str]]) -> set[t
             names = [name for name in artifact.names() if name.endswith("/segment.json")]
             sources = [source for name in names for source in _sources(artifact.read_json(name))]
             waiting += [(parts[-2], parts[-1]) for source in sources if len(parts := source.split("/")) >= 2]
-    return seen
+    return reached
 
 
 def _sources(segment: Any) -> list[str]:

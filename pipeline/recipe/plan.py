@@ -156,8 +156,8 @@ def chosen_steps(steps: list[Step], *, start: str = "", until: str = "", only: s
     chosen = names & {step.name for step in steps_until(steps, until)}
     if not chosen:
         raise ConfigError(f"--from {start} --until {until}: no step of this recipe is after one and before the other")
-    read = {name for step in steps if step.name in chosen for name in step.inputs}
-    return [step for step in steps if step.name in chosen | read], chosen
+    inputs = {name for step in steps if step.name in chosen for name in step.inputs}
+    return [step for step in steps if step.name in chosen | inputs], chosen
 
 
 def sampling_tables(recipe: Recipe) -> Json:

@@ -301,11 +301,11 @@ class SegmentBuild:
         if len(others) < len(left_out):  # hardly any other rows: a graph of them would say nothing
             others = np.arange(starts[-1])
         cuts = np.searchsorted(others, starts)
-        kept = [
+        rows = [
             part[others[cut:end] - start]
             for part, start, cut, end in zip(parts, starts.tolist(), cuts.tolist(), cuts[1:].tolist(), strict=False)
         ]
-        return kinds.Searcher("hnsw", self._exact("hnsw", kept), others)
+        return kinds.Searcher("hnsw", self._exact("hnsw", rows), others)
 
     def _remove_others(self, modality: Modality, kind: kinds.Kind) -> None:
         for name in self.output.names():
@@ -429,16 +429,16 @@ class _PartWriter:
         check_places(groups, vectors, path)
         self._groups.append(np.column_stack([groups.first_rows, groups.files, groups.offsets]))
         ids = np.array([row_id(uid) for uid in vectors.table.column("uid").to_pylist()], np.int64)
-        kept = np.flatnonzero(~np.isin(ids, self._deleted) & ~self._takedown.has(vectors.table))
-        self.counts.update({"in": len(ids), "ok": len(kept)})
-        if len(kept) < len(ids):
-            self.counts["deleted"] += len(ids) - len(kept)
-        self._places.append(start + kept)
-        self._ids.append(ids[kept])
+        rows = np.flatnonzero(~np.isin(ids, self._deleted) & ~self._takedown.has(vectors.table))
+        self.counts.update({"in": len(ids), "ok": len(rows)})
+        if len(rows) < len(ids):
+            self.counts["deleted"] += len(ids) - len(rows)
+        self._places.append(start + rows)
+        self._ids.append(ids[rows])
         name = pa.array([self._embedded.shards[shard][1]] * len(ids), pa.string())
-        self._tables.append(vectors.table.append_column("shard", name).take(pa.array(kept)))
+        self._tables.append(vectors.table.append_column("shard", name).take(pa.array(rows)))
         for modality in MODALITIES:
-            self._code(modality, start + kept, to_unit(getattr(vectors, f"z_{modality}")[kept]))
+            self._code(modality, start + rows, to_unit(getattr(vectors, f"z_{modality}")[rows]))
 
     def _code(self, modality: Modality, places: Ids, rows: Floats) -> None:
         lists = self._assign[modality](rows) if self._assign else np.zeros(len(rows), np.int64)

@@ -70,8 +70,8 @@ def restore(index: Artifact, names: Sequence[str]) -> Change:
     ids, unknown = find_ids(index, version, names)
     compacted = [name for name in unknown if row_id(name) in before]
     ids = np.union1d(ids, np.array([row_id(name) for name in compacted], np.int64))
-    left = tuple(name for name in unknown if name not in compacted)
-    return _publish_deleted(index, version, np.setdiff1d(before, ids), ~np.isin(ids, before), left)
+    rest = tuple(name for name in unknown if name not in compacted)
+    return _publish_deleted(index, version, np.setdiff1d(before, ids), ~np.isin(ids, before), rest)
 
 
 def delete_everywhere(workspace: Workspace, names: Sequence[str]) -> dict[str, Change]:
@@ -99,7 +99,7 @@ def restore_everywhere(workspace: Workspace, names: Sequence[str]) -> dict[str, 
         DataError: If a file of an index is damaged.
     """
     takedown, indexes = Takedown.read(workspace.root), _finished(workspace)
-    left = takedown.remove(names)
+    rest = takedown.remove(names)
     for index in indexes:
         version = read_version(index)
         ids, _ = find_ids(index, version, names)
@@ -107,14 +107,14 @@ def restore_everywhere(workspace: Workspace, names: Sequence[str]) -> dict[str, 
             rows = open_rows(index, segment)
             positions = rows.positions(ids)
             pairs = rows.columns(positions[positions >= 0])
-            blocked = pairs.filter(pa.array(left.has(pairs))).slice(0, 1).to_pylist()
+            blocked = pairs.filter(pa.array(rest.has(pairs))).slice(0, 1).to_pylist()
             if blocked:
                 raise ConfigError(
                     f"{blocked[0]['uid']}: its URL was deleted, and with it every pair of the URL; restore the URL: "
                     f"{blocked[0]['url']}"
                 )
     changes = {index.uri.rpartition("/")[2]: restore(index, names) for index in indexes}
-    left.write(workspace.root)
+    rest.write(workspace.root)
     return changes
 
 

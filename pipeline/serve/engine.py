@@ -399,25 +399,25 @@ class Engine:
         for picture in pictures:
             picture.pending.num_steps += 1
             self._guarded([picture.pending], partial(self._preview, stage, picture))
-        left = [picture for picture, chain in zip(pictures, chains, strict=True) if chain.finished]
+        leaving = [picture for picture, chain in zip(pictures, chains, strict=True) if chain.finished]
         # All results before any picture moves: if one cannot be computed, all of them are still in this stage.
         results = [stage.leave(chain) for chain in chains if chain.finished]
-        if left:
+        if leaving:
             load.steps, load.joined = max(len(chain.timesteps) for chain in chains if chain.finished), None
-        for picture, result in zip(left, results, strict=True):
+        for picture, result in zip(leaving, results, strict=True):
             picture.batch = picture.batch.with_values(**{stage.makes: result})
             self._metrics.stage.labels(stage.name).observe(time.monotonic() - picture.arrived_s)
             picture.chain, picture.stage, picture.arrived_s = None, picture.stage + 1, time.monotonic()
-        finished = {picture for picture in left if picture.finished}
-        num_sampled = sum(picture.pending.phase.then is None for picture in finished)
+        complete = {picture for picture in leaving if picture.finished}
+        num_sampled = sum(picture.pending.phase.then is None for picture in complete)
         with self._changed:
             self._stats.steps += 1
             self._stats.rows += len(pictures)
             self._stats.pictures += num_sampled
             self._metrics.pictures.inc(num_sampled)
-            self._active = [picture for picture in self._active if picture not in finished]
+            self._active = [picture for picture in self._active if picture not in complete]
             self._note_finished(num_sampled)
-        for pending in {picture.pending for picture in finished}:
+        for pending in {picture.pending for picture in complete}:
             if pending.finished:
                 self._guarded([pending], partial(self._end_phase, pending))
 

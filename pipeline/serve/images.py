@@ -256,8 +256,8 @@ class Generation:
 
         def find() -> list[dict[str, Any]]:
             limit = index.near_copy
-            found = index.search(np.stack(vectors), count, "image")
-            return [{"neighbours": [_neighbour(row, limit) for row in rows]} for rows in found]
+            neighbours = index.search(np.stack(vectors), count, "image")
+            return [{"neighbours": [_neighbour(row, limit) for row in rows]} for rows in neighbours]
 
         return await asyncio.to_thread(find)
 

@@ -228,9 +228,9 @@ def metadata(neighbours: Neighbours, body: MetadataRequest) -> list[dict[str, An
 
 
 def _search(neighbours: Neighbours, vectors: Vectors, num_results: int, body: KnnRequest) -> list[list[Row]]:
-    found = neighbours.search(vectors, num_results, body.modality, distinct=bool(body.deduplicate))
+    hits = neighbours.search(vectors, num_results, body.modality, distinct=bool(body.deduplicate))
     return [
-        [_result(neighbours, row, is_whole=place < body.num_images) for place, row in enumerate(rows)] for rows in found
+        [_result(neighbours, row, is_whole=place < body.num_images) for place, row in enumerate(rows)] for rows in hits
     ]
 
 

@@ -104,9 +104,9 @@ def save_checkpoint(
     """
     write_state(state, artifact, checkpoint_name(state.step), digest)
     best = _note_best(artifact, state.step, keep.best_by, measures or {}) if keep.best_by else None
-    kept = {best, *checkpoint_steps(artifact)[-keep.num_newest :]}
+    steps_to_keep = {best, *checkpoint_steps(artifact)[-keep.num_newest :]}
     for step in checkpoint_steps(artifact):
-        if step not in kept:
+        if step not in steps_to_keep:
             artifact.remove(checkpoint_name(step))
 
 
@@ -179,8 +179,8 @@ def load_newest_checkpoint(
 
 def _states(artifact: Artifact) -> dict[int, str]:
     """The files of a training by their step: its checkpoints, and what a finished one kept."""
-    kept = [name for name in artifact.names() if name.startswith(KEPT_STATE)]
-    names = [*kept, *map(checkpoint_name, checkpoint_steps(artifact))]
+    states = [name for name in artifact.names() if name.startswith(KEPT_STATE)]
+    names = [*states, *map(checkpoint_name, checkpoint_steps(artifact))]
     return {int(Path(name).stem): name for name in names}
 
 
@@ -232,8 +232,8 @@ def _seal(header: Mapping[str, str]) -> str:
 def _note_best(artifact: Artifact, step: int, name: str, measures: Mapping[str, float]) -> int:
     """The step of the best checkpoint so far, this one included."""
     if name not in measures:
-        known = ", ".join(measures) or "none, because there are no validation rows"
-        raise ConfigError(f"resources.keep_best = {name!r}: the measures of this training are {known}")
+        names = ", ".join(measures) or "none, because there are no validation rows"
+        raise ConfigError(f"resources.keep_best = {name!r}: the measures of this training are {names}")
     sign = 1 if name.endswith("loss") else -1
     this = {"step": step, "value": measures[name], "by": name}
     if artifact.exists(_BEST):

@@ -71,8 +71,8 @@ def run_job(job: TrainJob, watch: Watch) -> Json:
     def report(state: TrainState) -> None:
         if is_first:
             loss = log.add_losses(state, learning_rate(config, state.step - 1))
-            skipped = f", {int(state.num_bad)} steps not finite and skipped" if state.num_bad else ""
-            watch(state.step, config.total_steps, f"loss {loss:.4f}{skipped}{note}")
+            note_of_skips = f", {int(state.num_bad)} steps not finite and skipped" if state.num_bad else ""
+            watch(state.step, config.total_steps, f"loss {loss:.4f}{note_of_skips}{note}")
 
     def save(state: TrainState) -> None:
         if is_first:

@@ -109,12 +109,12 @@ def random_of_step(seed: int, step: int, share: Share) -> SampleRandom:
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Rate in step ``step`` (0-based): a linear rise, then constant or half a cosine down to zero."""
     now, (start, warmup_steps) = config.at(step), config.schedule_at(step)
-    done = step - start
-    if done < warmup_steps:
-        return now.learning_rate * (done + 1) / warmup_steps
+    num_steps_taken = step - start
+    if num_steps_taken < warmup_steps:
+        return now.learning_rate * (num_steps_taken + 1) / warmup_steps
     if now.lr_schedule == "constant":
         return now.learning_rate
-    share = (done - warmup_steps) / max(1, now.num_steps - start - warmup_steps)
+    share = (num_steps_taken - warmup_steps) / max(1, now.num_steps - start - warmup_steps)
     return now.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
 
@@ -126,12 +126,12 @@ def require_finite(state: TrainState, explain: Callable[[TrainState], str]) -> N
     """
     bad_step = int(state.bad_step)
     if bad_step >= 0:
-        skipped = int(state.num_bad) - 1
-        before = f", after {skipped} that were skipped" if skipped else ""
+        skips = int(state.num_bad) - 1
+        before = f", after {skips} that were skipped" if skips else ""
         raise StepError(
             f"step {bad_step}: loss or gradient is not finite (gradient norm {float(state.grad_norm):g}){before}"
             f"{explain(state)}; no weight was changed by it. Change learning_rate or precision in a phase "
-            f"(train.phases, from_step = {bad_step - 1}), or skip such steps (resources.max_bad_steps = {skipped + 10})"
+            f"(train.phases, from_step = {bad_step - 1}), or skip such steps (resources.max_bad_steps = {skips + 10})"
         )
 
 

@@ -13,10 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -26,6 +24,7 @@ from models.layers.unet import set_checkpointing
 from pipeline.clip import OpenClip
 from pipeline.data.order import Share
 from pipeline.networks.costs import build_clip
+from pipeline.networks.counting import FusedAttention
 from pipeline.networks.table import kind_of
 from pipeline.recipe.recipe import Recipe, TrainedSection
 from pipeline.train.muon import Muon
@@ -147,7 +146,7 @@ def count_memory(name: str, section: TrainedSection, recipe: Recipe, frozen: Ope
         network: nn.Module = clip.model if kind.name == "clip" else kind.create(section.model, clip.dims)
         average = create_average(network)
         run = None if kind.name == "clip" else kind.work(network, clip).run  # CLIP's holds pictures of its own
-    with FakeTensorMode(), torch.device("cpu"), FusedAttention():
+    with FakeTensorMode(), torch.device("cpu"), FusedAttention(_Attention):
         _make_fake(network)
         _make_fake(average)
         run = run or kind.work(network, clip).run
@@ -214,16 +213,9 @@ def format_memory(memories: list[WorkerMemory], recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
-class FusedAttention(TorchFunctionMode):
-    """Attention that keeps and makes only what a fused kernel does."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return _Attention.apply(*args[:3])
-        return func(*args, **(kwargs or {}))
-
-
 class _Attention(torch.autograd.Function):
+    """It makes and keeps only what a fused kernel does."""
+
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
@@ -242,15 +234,15 @@ def _share(section: TrainedSection) -> Share:
 
 def _make_fake(network: nn.Module) -> None:
     """Replace the tensors of a network on the meta device by those of the active mode, on the CPU, in place."""
-    made: dict[Tensor, Tensor] = {}
+    fakes: dict[Tensor, Tensor] = {}
     for module in network.modules():
         own: Any = module  # its tensors by name, also where two modules share one
         for tensors in (own._parameters, own._buffers):
             for name, tensor in tensors.items():
-                if tensor is not None and tensor not in made:
+                if tensor is not None and tensor not in fakes:
                     empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-                    made[tensor] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
-                tensors[name] = None if tensor is None else made[tensor]
+                    fakes[tensor] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+                tensors[name] = None if tensor is None else fakes[tensor]
 
 
 @dataclass

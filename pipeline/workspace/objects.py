@@ -152,8 +152,10 @@ class ObjectStore:
         contents: list[bytes] = []
         for start in range(0, len(paths), _BATCH):
             batch = list(paths[start : start + _BATCH])
-            found: dict[str, bytes] = self._ask(lambda batch=batch: self._files.cat(batch, **self._one_request))
-            by_end = {path.lstrip("/"): content for path, content in found.items()}
+            batch_contents: dict[str, bytes] = self._ask(
+                lambda batch=batch: self._files.cat(batch, **self._one_request)
+            )
+            by_end = {path.lstrip("/"): content for path, content in batch_contents.items()}
             contents += [by_end[path.lstrip("/")] for path in batch]
         return contents
 

@@ -58,17 +58,17 @@ def test_a_text_chunk_leaves_the_pixels_alone() -> None:
 def test_a_picture_leads_to_its_pairs(recipe: Recipe, tmp_path: Path) -> None:
     keys = _finish(recipe)
     networks = {name: keys[name] for name in CASCADE_STEPS if name in keys}
-    found = trace(str(_picture(tmp_path, networks)), recipe.workspace)
-    assert (found.facts["prompt"], found.facts["seed"]) == ("a red \N{SNOWMAN}", 3)
-    nodes = {node.step: node for node in found.nodes}
+    lineage = trace(str(_picture(tmp_path, networks)), recipe.workspace)
+    assert (lineage.facts["prompt"], lineage.facts["seed"]) == ("a red \N{SNOWMAN}", 3)
+    nodes = {node.step: node for node in lineage.nodes}
     assert {name: node.key for name, node in nodes.items()} == {
         name: key for name, key in keys.items() if name not in {"index", "evaluate"}
     }
-    assert found.nodes[-1].step == "pairs"
+    assert lineage.nodes[-1].step == "pairs"
     assert nodes["decoder"].inputs == {name: keys[name] for name in nodes["decoder"].inputs}
     assert (nodes["decoder"].recipes, nodes["decoder"].num_shards) == ((recipe.name,), 1)
     assert nodes["decoder"].settings["train.num_steps"] == recipe.decoder.train.num_steps
-    assert f"  clip_{keys['clip']} --> decoder_{keys['decoder']}" in mermaid(found).splitlines()
+    assert f"  clip_{keys['clip']} --> decoder_{keys['decoder']}" in mermaid(lineage).splitlines()
 
 
 def test_lineage_takes_artifacts_checkpoints_folders_and_keys(recipe: Recipe, tmp_path: Path) -> None:
@@ -120,14 +120,14 @@ def test_garbage_is_what_no_recipe_needs(recipe: Recipe, tmp_path: Path) -> None
     old_keys, keys = _finish(old), _finish(recipe)
     workspace = Workspace(recipe.workspace)
     workspace.artifact("prior", "f" * 16).write_bytes("live/checkpoint", bytes(100))
-    garbage, kept = find_garbage(workspace, [recipe])
+    garbage, others = find_garbage(workspace, [recipe])
     assert {(one.step, one.key) for one in garbage} == {
         *((step, key) for step, key in old_keys.items() if keys[step] != key),
         ("prior", "f" * 16),
     }
     assert garbage[0].num_bytes > 100  # a manifest is larger than the checkpoint
     assert Garbage("prior", "f" * 16, 100, is_finished=False) in garbage
-    assert kept == []
+    assert others == []
     assert find_garbage(workspace, [recipe, old])[0] == [Garbage("prior", "f" * 16, 100, is_finished=False)]
     remove_garbage(workspace, garbage)
     assert find_garbage(workspace, [recipe]) == ([], [])
@@ -145,10 +145,10 @@ def test_what_is_served_and_what_an_index_reads_stays(recipe: Recipe, tmp_path: 
     assert ("embed", old_keys["embed"]) not in names
     assert ("prior", old_keys["prior"]) in names
     with in_use(workspace, [f"prior/{old_keys['prior']}"]):
-        garbage, [kept] = find_garbage(workspace, [recipe])
+        garbage, [others] = find_garbage(workspace, [recipe])
         assert {(one.step, one.key) for one in garbage} == names - {("prior", old_keys["prior"])}
-        assert (kept.step, kept.key) == ("prior", old_keys["prior"])
-        assert "in use by process" in kept.why
+        assert (others.step, others.key) == ("prior", old_keys["prior"])
+        assert "in use by process" in others.why
     assert {(one.step, one.key) for one in find_garbage(workspace, [recipe])[0]} == names
 
 
@@ -156,10 +156,10 @@ def test_the_command_removes_only_when_told(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, port=1)
     workspace = Workspace(str(tmp_path / "workspace"))
     workspace.artifact("prior", "f" * 16).write_bytes("live/checkpoint", bytes(2000))
-    listed = CliRunner().invoke(app, ["gc", str(path)])
-    assert listed.exit_code == 0, listed.output
-    assert "1 artifacts, 2.0 KB: not needed" in listed.stdout
-    assert f"next: unclip gc {path} --delete" in listed.stdout
+    dry_run = CliRunner().invoke(app, ["gc", str(path)])
+    assert dry_run.exit_code == 0, dry_run.output
+    assert "1 artifacts, 2.0 KB: not needed" in dry_run.stdout
+    assert f"next: unclip gc {path} --delete" in dry_run.stdout
     assert workspace.keys("prior") == ["f" * 16]
     assert "1 artifacts, 2.0 KB: removed" in CliRunner().invoke(app, ["gc", str(path), "--delete"]).stdout
     assert workspace.keys("prior") == []
