@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import AsJson, Overrides, print_json
+from jobs.options import AsJson, Overrides, print_json, print_next, recipe_words
 from pipeline.errors import StepError
 from pipeline.recipe.recipe import load_recipe
 
@@ -40,4 +40,5 @@ def doctor(
         raise typer.Exit(StepError.exit_code)
     if not json:
         typer.echo(f"nothing stops a run{' here' if not recipe else ''}")
-        typer.echo(f"next: unclip plan {recipe or 'RECIPE'}; unclip run {recipe or 'RECIPE'}")
+        words = recipe_words(recipe, overrides) if recipe else "RECIPE"
+        print_next(f"plan {words}", f"run {words}")

@@ -1,5 +1,6 @@
 """``unclip init`` and ``unclip run``."""
 
+import shlex
 import time
 from typing import Annotated
 
@@ -71,7 +72,7 @@ def init(
     typer.echo(f"{out}: {summary}")
     if time or minutes is not None:
         typer.echo(f"time: {_time_of(out, is_measured=minutes is not None)}")
-    typer.echo(f"next: unclip plan {out}; unclip run {out}")
+    print_next(f"plan {shlex.quote(out)}", f"run {shlex.quote(out)}")
 
 
 def _time_of(path: str, *, is_measured: bool) -> str:

@@ -17,8 +17,9 @@ from torch import Tensor
 from models.cascade import CascadeResult, Phase, up_to
 from models.decoder.inpainting import MASK, PICTURE
 from models.decoder.stage import START, STRENGTH, X_T
-from models.editor import ETA, X_0, EditError, Editor, Latents, slerp
+from models.editor import ETA, X_0, Editor, Latents, slerp
 from models.request import (
+    EditError,
     Inpainting,
     Interpolation,
     RawMask,
@@ -44,9 +45,9 @@ def edit_phase(editor: Editor, request: SampleRequest) -> Phase:
     """
     match request.edit:
         case Inpainting(picture, mask):
-            phase = _prompted(editor, request, {PICTURE: _tensor(picture), MASK: _mask(mask)})
+            phase = _prompted(editor, request, lambda: {PICTURE: _tensor(picture), MASK: _mask(mask)})
         case StartPicture(picture, strength):
-            phase = _prompted(editor, request, {START: _tensor(picture), STRENGTH: torch.tensor([strength])})
+            phase = _prompted(editor, request, lambda: {START: _tensor(picture), STRENGTH: torch.tensor([strength])})
         case Variation(picture, None):
             stages = up_to(editor.cascade.after(Z_IMAGE), request.side_px)
             phase = _frames(editor, request, stages, lambda: _repeat({Z_IMAGE: _embed(editor, picture)}, request))
@@ -71,11 +72,15 @@ def run_phases(editor: Editor, request: SampleRequest) -> CascadeResult:
         phase = phase.then(result.values)
 
 
-def _prompted(editor: Editor, request: SampleRequest, values: Mapping[str, Tensor]) -> Phase:
+def _prompted(editor: Editor, request: SampleRequest, values: Callable[[], Mapping[str, Tensor]]) -> Phase:
     """The stages of a prompt, of which the decoder reads ``values`` too."""
     phase = editor.cascade.phase_of(request)
-    on_device = {name: value.to(editor.device) for name, value in values.items()}
-    return replace(phase, batch=lambda: phase.batch().with_values(**_repeat(on_device, request)))
+
+    def batch() -> Batch:  # pictures are copied to the device here: a request that is refused copies none
+        on_device = {name: value.to(editor.device) for name, value in values().items()}
+        return phase.batch().with_values(**_repeat(on_device, request))
+
+    return replace(phase, batch=batch)
 
 
 def _frames(
@@ -157,7 +162,8 @@ def _repeat(values: Mapping[str, Tensor], request: SampleRequest) -> dict[str, T
 
 def _key(picture: RawPicture, guidance_scale: float | None, num_steps: int | None) -> Hashable:
     """What an inversion depends on, beside the networks."""
-    return hashlib.sha256(picture.levels).digest(), picture.width, picture.height, guidance_scale, num_steps
+    digest = picture.sha256 or hashlib.sha256(picture.levels).hexdigest()
+    return digest, picture.width, picture.height, guidance_scale, num_steps
 
 
 def _embed(editor: Editor, picture: RawPicture) -> Tensor:

@@ -27,16 +27,12 @@ from models.diffusion.noise import NoiseSource
 from models.diffusion.samplers import config_timesteps, make_limit
 from models.diffusion.steps import Step, ddim_invert_step, ddim_step
 from models.pixels import resize_crop, to_pixels, to_uint8
-from models.request import WALK_STEPS
+from models.request import WALK_STEPS, EditError
 from models.stage import Z_IMAGE, Batch, Chain, Watch
 from models.text import TextEncoding
 
 _PARALLEL = 1e-6
 """Below this angle, in radians, slerp is a straight line; this close to half a turn it has no direction."""
-
-
-class EditError(ValueError):
-    """The edit cannot be done with these pictures, texts or networks; says why."""
 
 
 @runtime_checkable

@@ -14,6 +14,13 @@ WALK_STEPS = 50
 """Steps of an inversion, and of the DDIM that starts from it, unless a request has others."""
 
 
+class EditError(ValueError):
+    """The edit cannot be done with these pictures, texts or networks; says why.
+
+    It stands here, without torch, because it is sent from the networks' process to that of HTTP.
+    """
+
+
 @dataclass(frozen=True)
 class RawPicture:
     """A decoded picture."""

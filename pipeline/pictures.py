@@ -347,14 +347,14 @@ def _to_8_bits(picture: Image.Image, where: str, *, alpha: bool) -> Image.Image:
     if picture.mode == "F" or picture.mode.startswith("I"):
         picture = _scale_levels(picture, where)
     if picture.has_transparency_data:
-        image = picture.convert("RGBA") if alpha else _on_white(picture)
+        image = picture.convert("RGBA") if alpha else on_white(picture)
     else:
         image = picture if picture.mode == "RGB" else picture.convert("RGB")
     image.info = {}  # Pillow would write a profile or a palette's transparency into files of this picture
     return image
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
+def on_white(picture: Image.Image) -> Image.Image:
     """A transparent picture on white, strip by strip: whole, it would take twice the memory."""
     image = Image.new("RGB", picture.size)
     rows = max(1, _STRIP_AREA_PX // picture.width)

@@ -18,6 +18,7 @@ from pipeline.runtime.replicas import RemoteModel, Tables, read_tables
 from pipeline.serve.gate import Gate
 from pipeline.serve.guarded_model import GuardedModel, load_hook
 from pipeline.serve.guards import Guards, GuardSettings
+from pipeline.serve.http_server import is_loopback
 from pipeline.serve.keys import KeyRing, Meter
 from pipeline.serve.metrics import HttpMetrics
 from pipeline.serve.picture_files import ModelCard
@@ -58,8 +59,12 @@ class Front:
             artifacts: Its finished steps, by name.
             handle: Of its replicas.
         """
+        self.gate.open(self.build(recipe, artifacts, handle))
+
+    def build(self, recipe: Recipe, artifacts: dict[str, Artifact], handle: DeploymentHandle[Any]) -> ASGIApp:
+        """The API of a recipe; arguments as ``open``."""
         model = GuardedModel(RemoteModel(handle), model_card(recipe, artifacts).image_px, self._meter, self._hook)
-        self.gate.open(_build_app(recipe, artifacts, cast("PictureModel", model), self._metrics))
+        return _build_app(recipe, artifacts, cast("PictureModel", model), self._metrics)
 
 
 class FrontReplica:
@@ -105,6 +110,19 @@ def served_artifacts(recipe: Recipe) -> tuple[dict[str, Artifact], str]:
         return artifacts | finished_artifacts(recipe, _NEIGHBOURS), ""
     except ConfigError as error:
         return artifacts, f"without neighbours: {error}"
+
+
+def require_keys(config: ServeConfig) -> None:
+    """Refuse to be open to other machines without keys.
+
+    Raises:
+        ConfigError: If the server would be.
+    """
+    if not is_loopback(config.host) and not config.keys:
+        raise ConfigError(
+            f"serve.host: {config.host} is open to other machines, and every one of them could use the server; make "
+            "keys (unclip keys add FILE NAME), and name their file in serve.keys"
+        )
 
 
 def server_name(recipe: Recipe) -> str:

@@ -27,9 +27,9 @@ from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.job_submission import JobSubmissionClient
 
 from pipeline.errors import ConfigError, StepError
+from pipeline.recipe.paths import with_absolute_paths
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe, to_dict
-from pipeline.recipe.sections import NetworkStepConfig
 from pipeline.runtime.dashboard import DEFAULT_ADDRESS, dashboard_client, is_loopback
 
 PACKAGES = ("models", "pipeline", "jobs")
@@ -224,46 +224,6 @@ def job_name(recipe: Recipe, until: str = "") -> str:
     keys = [[step.name, step.key] for step in make_plan(recipe, until=until)]
     digest = hashlib.sha256(json.dumps([keys, recipe.workspace]).encode()).hexdigest()[:10]
     return f"{re.sub(r'[^A-Za-z0-9_]+', '-', recipe.name).strip('-') or 'unclip'}-{digest}"
-
-
-def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """The recipe with its local paths made absolute: a job starts in another folder."""
-    clip = recipe.clip
-    if clip.source == "pretrained":
-        clip = dataclasses.replace(clip, name=_existing(clip.name), tag=_existing(clip.tag))
-    networks = {
-        name: dataclasses.replace(section, init_from=_absolute(section.init_from))
-        for name, section in recipe.trained().items()
-        if isinstance(section, NetworkStepConfig)
-    }
-    return dataclasses.replace(
-        recipe,
-        **networks,
-        workspace=_absolute(recipe.workspace),
-        pairs=dataclasses.replace(recipe.pairs, path=_absolute(recipe.pairs.path)),
-        clip=clip,
-        evaluate=dataclasses.replace(
-            recipe.evaluate,
-            prompts_path=_absolute(recipe.evaluate.prompts_path),
-            features_path=_absolute(recipe.evaluate.features_path),
-        ),
-        tracking=dataclasses.replace(recipe.tracking, uri=_absolute_database(recipe.tracking.uri)),
-    )
-
-
-def _absolute(path: str) -> str:
-    return path if not path or "://" in path else str(Path(path).absolute())
-
-
-def _existing(path: str) -> str:
-    return _absolute(path) if path and Path(path).exists() else path
-
-
-def _absolute_database(uri: str) -> str:
-    scheme, separator, path = uri.partition(":///")
-    if separator and scheme == "sqlite" and not path.startswith("/"):
-        return f"{scheme}:///{Path(path).absolute()}"
-    return uri
 
 
 def _pack(source: Path, recipe: Recipe, folder: Path) -> None:

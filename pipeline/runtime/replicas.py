@@ -13,6 +13,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from models.request import SampleRequest
+from pipeline.recipe.paths import with_absolute_paths
 from pipeline.recipe.recipe import Recipe, parse_recipe, to_dict
 from pipeline.recipe.sections import ServeConfig
 from pipeline.recipe.steps import CASCADE_STEPS
@@ -39,8 +40,12 @@ _UNAVAILABLE = (
 
 
 def write_tables(recipe: Recipe, artifacts: dict[str, Artifact]) -> Tables:
-    """A recipe and its finished steps as plain tables, which Ray Serve passes to the replicas."""
-    return {"recipe": to_dict(recipe), "artifacts": {name: artifact.uri for name, artifact in artifacts.items()}}
+    """A recipe and its finished steps as plain tables, which Ray Serve passes to the replicas.
+
+    Local paths become absolute: the replicas run in other folders.
+    """
+    places = {name: artifact.uri for name, artifact in artifacts.items()}
+    return {"recipe": to_dict(with_absolute_paths(recipe)), "artifacts": places}
 
 
 def read_tables(tables: Tables) -> tuple[Recipe, dict[str, Artifact]]:
@@ -137,7 +142,7 @@ def _load_engine(tables: Tables) -> "Engine":
 
 
 async def _end_when_idle(engine: "Engine") -> None:
-    while (counts := engine.counts())["waiting"] or counts["active"]:
+    while not engine.idle:
         await asyncio.sleep(_IDLE_POLL_S)
     await asyncio.to_thread(engine.close)
 
@@ -189,7 +194,8 @@ class RemoteModel:
         """The answers of all replicas that answer soon."""
         call = self._handle.broadcast(method)
         try:
-            answers = await call.results_async(timeout_s=_STATS_TIMEOUT_S, return_exceptions=True)
+            # results_async would give up all answers for one that does not come.
+            answers = await asyncio.to_thread(call.results, timeout_s=_STATS_TIMEOUT_S, return_exceptions=True)
         except (TimeoutError, *_UNAVAILABLE):
             return []
         return [cast("dict[str, Any]", answer) for answer in answers if isinstance(answer, dict)]

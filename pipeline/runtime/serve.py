@@ -22,15 +22,15 @@ from ray.serve.api import RunTarget
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatusOverview
 
-from pipeline.errors import ConfigError, StepError, UnclipError
+from pipeline.errors import StepError, UnclipError
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.sections import ServeConfig
-from pipeline.runtime.front import Front, served_artifacts, server_name
-from pipeline.runtime.replicas import NETWORKS, needs_of_replica, networks_application, write_tables
+from pipeline.runtime.front import Front, require_keys, served_artifacts, server_name
+from pipeline.runtime.replicas import NETWORKS, Tables, needs_of_replica, networks_application, write_tables
 from pipeline.runtime.run import connect, own_servers, require_alive
 from pipeline.serve.gate import Gate
-from pipeline.serve.http_server import HttpServer, is_loopback, url_of
+from pipeline.serve.http_server import HttpServer, url_of
 from pipeline.workspace.lock import in_use
 from pipeline.workspace.store import Artifact, Workspace
 
@@ -66,15 +66,14 @@ def serve_recipe(
     """
     config = recipe.serve
     announce = announce or _write_line
-    if not is_loopback(config.host) and not config.keys:
-        raise ConfigError(
-            f"serve.host: {config.host} is open to other machines, and every one of them could use the server; make "
-            "keys (unclip keys add FILE NAME), and name their file in serve.keys"
-        )
+    require_keys(config)
+    # Networks that are swapped in keep the name, by which the application is found.
+    recipe = dataclasses.replace(recipe, serve=dataclasses.replace(config, name=server_name(recipe)))
     front = Front(config)
     _quieten()
     with ExitStack() as stack:
-        stack.enter_context(_in_use(recipe))
+        uses = stack.enter_context(ExitStack())
+        uses.enter_context(_in_use(recipe))
         artifacts, no_neighbours = served_artifacts(recipe)
         stack.enter_context(HttpServer(front, config.host, config.port))
         stack.enter_context(connect(address))
@@ -87,7 +86,7 @@ def serve_recipe(
                 if no_neighbours:
                     announce(no_neighbours)
                 try:
-                    _Watch(recipe, artifacts, front, handle, announce, stack).run(reload)
+                    _Watch(recipe, artifacts, front, handle, announce, uses).run(reload)
                 finally:
                     _drain(front.gate, config.drain_s, announce)
         except KeyboardInterrupt:
@@ -217,7 +216,7 @@ class _Watch:
         front: Its HTTP interface.
         handle: Of its replicas.
         announce: Takes lines for people.
-        stack: Holds what is in use until the end.
+        uses: Holds what is served in use until the end.
     """
 
     def __init__(
@@ -227,14 +226,14 @@ class _Watch:
         front: Front,
         handle: DeploymentHandle[Any],
         announce: Announce,
-        stack: ExitStack,
+        uses: ExitStack,
     ) -> None:
         self._recipe = recipe
         self._artifacts = artifacts
         self._front = front
         self._handle = handle
         self._announce = announce
-        self._stack = stack
+        self._uses = uses
         self._is_swap_requested = False
 
     def run(self, reload: Callable[[], Recipe] | None) -> None:
@@ -272,7 +271,7 @@ class _Watch:
             gate.close("no replica is running, others are started")
             self._announce("no replica is running; requests are answered with 503 until others have started")
         elif num_running and gate.reason:
-            self._front.open(self._recipe, self._artifacts, self._handle)
+            gate.reopen()
             self._announce("served again")
 
     def swap(self, recipe: Recipe) -> None:
@@ -284,26 +283,41 @@ class _Watch:
             UnclipError: If the networks are not finished, or a replica cannot load them; then all keep the old ones.
         """
         recipe = dataclasses.replace(recipe, serve=self._recipe.serve)
-        self._stack.enter_context(_in_use(recipe))
         artifacts, _ = served_artifacts(recipe)
         old, new = (write_tables(*served) for served in ((self._recipe, self._artifacts), (recipe, artifacts)))
         if old == new:
             self._announce("nothing to swap: these networks are served already")
             return
-        self._announce("loading other networks")
-        replies = self._handle.broadcast("reconfigure", new).results(return_exceptions=True)
+        with ExitStack() as uses:
+            uses.enter_context(_in_use(recipe))
+            app = self._front.build(recipe, artifacts, self._handle)  # what can fail without the replicas fails here
+            self._announce("loading other networks")
+            try:
+                self._load(recipe, artifacts, new)
+            except Exception:
+                with suppress(ray.exceptions.RayError):  # the watch says that Ray went away
+                    self._reconfigure(old)
+                raise
+            self._uses.close()
+            self._uses.enter_context(uses.pop_all())
+        self._recipe, self._artifacts = recipe, artifacts
+        self._front.gate.open(app)
+        self._announce("other networks are served")
+
+    def _load(self, recipe: Recipe, artifacts: dict[str, Artifact], tables: Tables) -> None:
+        with _errors_for_people():
+            replies = self._reconfigure(tables)
         errors = [reply for reply in replies if isinstance(reply, Exception)]
         if errors or not replies:
-            self._handle.broadcast("reconfigure", old).results(return_exceptions=True)
             reason = _reason(str(errors[0])) if errors else "no replica is running"
             raise StepError(f"serve: the networks cannot be loaded: {reason}")
         # Replicas that start later load the same; those that have loaded it have nothing to do.
         target = RunTarget(networks_application(recipe, artifacts), name=application_name(recipe), route_prefix=None)
         with _errors_for_people():
             serve.run_many([target], wait_for_applications_running=False)
-        self._recipe, self._artifacts = recipe, artifacts
-        self._front.open(recipe, artifacts, self._handle)
-        self._announce("other networks are served")
+
+    def _reconfigure(self, tables: Tables) -> list[Any]:
+        return self._handle.broadcast("reconfigure", tables).results(return_exceptions=True)
 
 
 def _application(recipe: Recipe) -> ApplicationStatusOverview:

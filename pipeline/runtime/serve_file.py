@@ -6,9 +6,8 @@ import yaml
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
-from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe
-from pipeline.runtime.front import FrontReplica, served_artifacts, server_name
+from pipeline.runtime.front import FrontReplica, require_keys, served_artifacts, server_name
 from pipeline.runtime.replicas import NETWORKS, ModelReplica, networks_options, write_tables
 from pipeline.serve.http_server import is_loopback
 
@@ -32,8 +31,7 @@ def serve_file(recipe: Recipe) -> str:
         ConfigError: If a network is not finished, or the server would be open to other machines without keys.
     """
     config = recipe.serve
-    if not is_loopback(config.host) and not config.keys:
-        raise ConfigError(f"serve.host: {config.host} is open to other machines; name a file of keys in serve.keys")
+    require_keys(config)
     artifacts, _ = served_artifacts(recipe)
     tables = write_tables(recipe, artifacts)
     http = {

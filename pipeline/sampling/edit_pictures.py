@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from models.cascade import CascadeResult
-from models.editor import EditError, Editor, EditSettings, Latents
+from models.editor import Editor, EditSettings, Latents
 from models.pca import Pca, PcaSums
+from models.request import EditError
 from models.stage import Watch
 from pipeline.data.vectors import read_vectors, to_unit
 from pipeline.errors import ConfigError

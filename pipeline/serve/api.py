@@ -10,7 +10,6 @@ POST /metadata, GET /indices-list
 GET /healthz, GET /metrics
 """
 
-import asyncio
 import base64
 import hashlib
 import json
@@ -25,15 +24,15 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 
 from pipeline.serve.edits import EDITS, EditKind, edit_of
 from pipeline.serve.embeddings import EmbeddingRequest, embed
-from pipeline.serve.images import Generation, GenerationRequest, PictureOptions, check_options
+from pipeline.serve.guards import client_of
+from pipeline.serve.images import Generation, GenerationRequest, PictureOptions, check_options, require_model
 from pipeline.serve.knn import MAX_NUMBERS, KnnRequest, MetadataRequest, find, metadata
 from pipeline.serve.metrics import CONTENT_TYPE, HttpMetrics
 from pipeline.serve.picture_files import ModelCard
 from pipeline.serve.protocols import Neighbours, PictureModel
-from pipeline.serve.uploads import read_form
+from pipeline.serve.uploads import decoding, read_form
 from pipeline.serve.web import (
     ApiError,
-    client_of,
     install_error_handlers,
     parse,
     read_json,
@@ -112,9 +111,7 @@ def _openai(model: PictureModel, neighbours: Neighbours | None, settings: ApiSet
 
     @router.get("/models/{name}")
     async def one_model(name: str) -> dict[str, Any]:
-        if name not in names:
-            message = f"model {name!r} does not exist; this server has {settings.card.name!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+        require_model(name, settings.card)
         return entry(name)
 
     @router.post("/images/generations")
@@ -130,7 +127,7 @@ def _openai(model: PictureModel, neighbours: Neighbours | None, settings: ApiSet
             form = await read_form(request, PICTURE_BODY_LIMIT_BYTES)
             body = parse(kind.body, form.texts, is_form=True)
             check_options(body, settings.card)
-            edit, notes = await asyncio.to_thread(edit_of, kind, body, form, settings.card.image_px)
+            edit, notes = await decoding(edit_of, kind, body, form, settings.card.image_px)
             client = client_of(request)
             return await _answer(
                 request, body, Generation(model, body, settings.card, client, edit=edit, notes=notes, index=neighbours)

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from models.request import Edit, Inpainting, Interpolation, StartPicture, TextDiff, Variation
 from pipeline.serve.images import MAX_PROMPT_CHARS, PictureOptions, PromptOptions
-from pipeline.serve.uploads import Form, raw_mask, raw_picture
+from pipeline.serve.uploads import Form, masked_picture, raw_picture
 from pipeline.serve.web import ApiError
 
 _STRENGTH = 0.6
@@ -109,8 +109,7 @@ def edit_of(kind: EditKind, body: PictureOptions, form: Form, side_px: int) -> t
 def _edit(body: EditRequest, form: Form, side_px: int) -> tuple[Edit, list[str]]:
     [data] = form.files["image"]
     [mask_data] = form.files.get("mask", [None])
-    mask = raw_mask(data, mask_data, side_px)
-    picture = raw_picture(data, "image", side_px)
+    picture, mask = masked_picture(data, mask_data, side_px)
     if mask is None:
         strength = body.strength or _STRENGTH_OF_FIDELITY[body.input_fidelity or "low"]
         return StartPicture(picture, strength), [f"no mask: the whole picture is edited, with strength {strength:g}"]

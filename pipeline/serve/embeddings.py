@@ -1,6 +1,5 @@
 """``POST /v1/embeddings``, as OpenAI's, of texts and of pictures: both are vectors of CLIP's joint space."""
 
-import asyncio
 import base64
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast
@@ -8,10 +7,11 @@ from typing import Annotated, Any, Literal, cast
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from pipeline.serve.images import MAX_PROMPT_CHARS
+from pipeline.serve.images import MAX_PROMPT_CHARS, require_model
+from pipeline.serve.knn import MAX_QUERIES
 from pipeline.serve.picture_files import ModelCard
 from pipeline.serve.protocols import PictureModel, Vectors
-from pipeline.serve.uploads import decode_base64
+from pipeline.serve.uploads import decode_base64, decoding
 from pipeline.serve.web import ApiError
 
 MAX_INPUTS = 2048
@@ -27,6 +27,8 @@ def _require_texts(value: Any) -> Any:
         raise ValueError("a text is empty")
     if any(len(item) > MAX_PROMPT_CHARS and not item.startswith(_DATA_URL) for item in items):
         raise ValueError(f"a text has more than {MAX_PROMPT_CHARS} characters")
+    if sum(item.startswith(_DATA_URL) for item in items) > MAX_QUERIES:
+        raise ValueError(f"more than {MAX_QUERIES} pictures; send them in several requests")
     return items
 
 
@@ -48,9 +50,7 @@ async def embed(model: PictureModel, body: EmbeddingRequest, card: ModelCard) ->
     Raises:
         ApiError: 404 for another model; 400, if a picture cannot be read, or another number of dimensions is requested.
     """
-    if body.model not in {None, card.name, *card.aliases}:
-        message = f"model {body.model!r} does not exist; this server has {card.name!r}"
-        raise ApiError(404, message, param="model", code="model_not_found")
+    require_model(body.model, card)
     vectors = await _vectors(model, body.input)
     width = vectors.shape[1]
     if body.dimensions not in {None, width}:
@@ -72,7 +72,7 @@ async def _vectors(model: PictureModel, inputs: Sequence[str]) -> Vectors:
     rows: list[Vectors] = []
     for item in inputs:
         if item.startswith(_DATA_URL):
-            rows.append(await model.embed_image(await asyncio.to_thread(decode_base64, item, "input")))
+            rows.append(await model.embed_image(await decoding(decode_base64, item, "input")))
         else:
             rows.append(next(of_texts))
     return np.stack(rows)

@@ -22,9 +22,9 @@ import torch
 from models.cascade import Cascade, Phase
 from models.decoder.stage import DecoderStage
 from models.edit_phases import edit_phase
-from models.editor import EditError, Editor, EditSettings
+from models.editor import Editor, EditSettings
 from models.pixels import to_uint8
-from models.request import WALK_STEPS, SampleRequest
+from models.request import WALK_STEPS, EditError, SampleRequest
 from models.stage import PIXELS, Z_IMAGE, Batch, Chain, JoinedChains, Stage
 from pipeline.clip import FrozenClip
 from pipeline.serve.fair_queue import FairQueue
@@ -163,6 +163,8 @@ class Engine:
         self._metrics = EngineMetrics()
         self._waiting: FairQueue[_Pending] = FairQueue()
         self._active: list[_Picture] = []
+        self._unended = 0
+        """Requests without an answer; one that enters, or goes to its next phase, neither waits nor is active."""
         self._picture_s = 0.0
         """Running mean of the time between two finished pictures, while there is work."""
         self._since_s = 0.0
@@ -176,6 +178,11 @@ class Engine:
     def alive(self) -> bool:
         """Whether the engine's thread runs."""
         return self._thread.is_alive() and not self._closed
+
+    @property
+    def idle(self) -> bool:
+        """Whether every request has its answer."""
+        return not self._unended
 
     def counts(self) -> dict[str, int]:
         """``EngineStats`` as plain numbers."""
@@ -214,6 +221,8 @@ class Engine:
                 self._metrics.requests.labels("refused").inc()
                 raise Overloaded(f"{num_waiting} requests are waiting already", retry_after_s=self._wait_s())
             self._stats.requests += 1
+            self._unended += 1
+            pending.future.add_done_callback(self._note_ended)
             self._waiting.add(pending, client)
             self._changed.notify()
         return pending.future
@@ -280,6 +289,10 @@ class Engine:
         for pending in unanswered:
             if pending.future.set_running_or_notify_cancel():
                 pending.future.set_exception(NotServing("the engine is shutting down"))
+
+    def _note_ended(self, _: Future[SampledPictures]) -> None:
+        with self._changed:
+            self._unended -= 1
 
     def _wait_s(self) -> float:
         """Estimate of the time until one more request is admitted, in seconds; call with the lock held."""

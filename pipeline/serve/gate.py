@@ -9,7 +9,7 @@ import threading
 import time
 
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pipeline.serve.web import ApiError
 
@@ -41,6 +41,10 @@ class Gate:
         """Pass new requests to ``app``; those under way stay where they are."""
         self._app, self._reason = app, ""
 
+    def reopen(self) -> None:
+        """Pass new requests to the application that it had before it was closed."""
+        self._reason = ""
+
     def close(self, reason: str) -> None:
         """Answer new requests with 503; those under way go on."""
         self._reason = reason
@@ -67,22 +71,12 @@ class Gate:
             await self._pass_on(self._app, scope, receive, send)
 
     async def _pass_on(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        has_started = False
-
-        async def watched_send(message: Message) -> None:
-            nonlocal has_started
-            has_started = True
-            await send(message)
-
         self._count(1)
         try:
-            await app(scope, receive, watched_send)
-        except Exception as error:
+            await app(scope, receive, send)
+        except Exception:  # the API has answered; uvicorn is quiet, so this is the line of the log
             _log.exception("%s %s failed", scope["method"], scope["path"])
-            if has_started:
-                raise
-            message = f"{type(error).__name__}: see the server's log"
-            await ApiError(500, message, code="internal_error").response()(scope, receive, send)
+            raise
         finally:
             self._count(-1)
 

@@ -3,7 +3,8 @@
 import asyncio
 import importlib
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from models.request import SampleRequest
 from pipeline.errors import ConfigError
 from pipeline.serve.guards import CURRENT, RequestFacts, refuse_above
 from pipeline.serve.keys import Meter
-from pipeline.serve.protocols import Event, Images, PictureModel, Preview, SampledPictures
+from pipeline.serve.protocols import Event, Images, NotServing, Overloaded, PictureModel, Preview, SampledPictures
 from pipeline.serve.web import ApiError
 
 _log = logging.getLogger(__name__)
@@ -67,13 +68,18 @@ class GuardedModel:
     async def sample(self, request: SampleRequest, client: str = "") -> SampledPictures:
         """See ``PictureModel``."""
         facts = await self._admit(request)
-        return await self._checked(await self._model.sample(request, client), request, facts)
+        with self._paying_back(facts):
+            sampled = await self._model.sample(request, client)
+        return await self._checked(sampled, request, facts)
 
     async def stream(self, request: SampleRequest, client: str = "", num_previews: int = 0) -> AsyncGenerator[Event]:
         """See ``PictureModel``."""
         facts = await self._admit(request)
         events = self._model.stream(request, client, num_previews)
         try:
+            with self._paying_back(facts):
+                accepted = await anext(events)
+            yield accepted
             async for event in events:
                 if isinstance(event, SampledPictures):
                     yield await self._checked(event, request, facts)
@@ -96,6 +102,16 @@ class GuardedModel:
             refuse_above(self._meter, facts.key, "pixels", facts.pixels, facts)
             self._meter.use(facts.key, "pixels", facts.pixels)
         return facts
+
+    @contextmanager
+    def _paying_back(self, facts: RequestFacts) -> Generator[None]:
+        """A key pays nothing for pictures that the networks refuse to sample."""
+        try:
+            yield
+        except (Overloaded, NotServing, ValueError):
+            if facts.key:
+                self._meter.use(facts.key, "pixels", -facts.pixels)
+            raise
 
     async def _checked(self, sampled: SampledPictures, request: SampleRequest, facts: RequestFacts) -> SampledPictures:
         return replace(sampled, images=await self._images(sampled.images, request.shows, facts))

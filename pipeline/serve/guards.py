@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.errors import ConfigError
@@ -106,6 +107,7 @@ class Guards:
     def __post_init__(self) -> None:
         """Open the log."""
         self._log = AccessLog(self.settings) if self.settings.access_log else None
+        self._hosts = {host.lower() for host in self.settings.hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -158,7 +160,7 @@ class Guards:
             facts.refused_by = "origin"
             raise ApiError(403, f"requests from pages of {origin} are refused", code="foreign_origin")
         declared = headers.get("content-length", "0")
-        if not declared.isdigit() or int(declared) > BODY_LIMIT_BYTES:
+        if not declared.isdecimal() or int(declared) > BODY_LIMIT_BYTES:
             raise ApiError(413, f"the body is above {BODY_LIMIT_BYTES} bytes", code="body_too_large")
         if self.keys is not None and path not in _OPEN_PATHS:
             facts.key = self._key(headers, facts)
@@ -167,13 +169,13 @@ class Guards:
 
     def _is_ours(self, host: str) -> bool:
         """Whether a Host is one that no page of another name can have: DNS rebinding sends the page's own."""
-        name = urlsplit(f"//{host}").hostname or ""
+        name = _host_of(f"//{host}")
         with contextlib.suppress(ValueError):
             return bool(ipaddress.ip_address(name))
-        return name == "localhost" or name in self.settings.hosts
+        return name == "localhost" or name in self._hosts
 
     def _is_same(self, origin: str, host: str) -> bool:
-        return origin.partition("://")[2] == host or (urlsplit(origin).hostname or "") in self.settings.hosts
+        return origin.partition("://")[2].lower() == host.lower() or _host_of(origin) in self._hosts
 
     def _key(self, headers: Headers, facts: RequestFacts) -> Key:
         header = headers.get("authorization", "")
@@ -225,6 +227,22 @@ class Guards:
         if key and key.requests:
             answer["x-ratelimit-limit-requests"] = str(key.requests)
             answer["x-ratelimit-remaining-requests"] = str(self.meter.rest(key, "requests"))
+
+
+def _host_of(url: str) -> str:
+    """The name of a URL's host, in lower case; empty if it has none, or none that can be read."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+def client_of(request: Request) -> str:
+    """Who asks, for equal shares: the key that was checked, or the address without one."""
+    facts = CURRENT.get()
+    if facts and facts.key:
+        return facts.key.sha256[:16]
+    return request.client.host if request.client else ""
 
 
 def refuse_above(meter: Meter, key: Key, unit: Any, amount: float, facts: RequestFacts) -> None:

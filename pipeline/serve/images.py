@@ -102,15 +102,24 @@ class GenerationRequest(PromptOptions):
     moderation: Literal["auto", "low"] | None = None
 
 
+def require_model(name: str | None, card: ModelCard) -> None:
+    """Refuse a model that is not there; None is the one that is.
+
+    Raises:
+        ApiError: 404.
+    """
+    if name not in {None, card.name, *card.aliases}:
+        message = f"model {name!r} does not exist; this server has {card.name!r}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
 def check_options(body: PictureOptions, card: ModelCard) -> None:
     """Refuse what a checked body must not combine, before its pictures are decoded.
 
     Raises:
         ApiError: 404 for another model, 400 for an impossible size or combination of fields.
     """
-    if body.model not in {None, card.name, *card.aliases}:
-        message = f"model {body.model!r} does not exist; this server has {card.name!r}"
-        raise ApiError(404, message, param="model", code="model_not_found")
+    require_model(body.model, card)
     if body.partial_images and not body.stream:
         raise ApiError(400, "partial_images: needs stream = true", param="partial_images", code="invalid_value")
     if body.response_format == "file" and (body.stream or body.num_images > 1):

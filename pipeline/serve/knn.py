@@ -22,7 +22,7 @@ from pipeline.recipe.sections import DownloadConfig
 from pipeline.retrieve.copies import near_copy_similarity
 from pipeline.retrieve.retriever import Conditions, Retriever
 from pipeline.serve.protocols import Images, NeighbourRow, Neighbours, PictureModel, Vectors
-from pipeline.serve.uploads import bounded_picture, decode_base64
+from pipeline.serve.uploads import bounded_picture, decode_base64, decoding
 from pipeline.serve.web import ApiError
 
 _log = logging.getLogger(__name__)
@@ -252,7 +252,7 @@ async def _queries(
         texts = _listed(body.text)
         return await model.embed_texts(texts), isinstance(body.text, list)
     if body.image:
-        pictures = [await asyncio.to_thread(decode_base64, text, "image") for text in _listed(body.image)]
+        pictures = [await decoding(decode_base64, text, "image") for text in _listed(body.image)]
         return await _embed_pictures(model, pictures), isinstance(body.image, list)
     if body.image_url:
         if not fetches_urls:
@@ -288,7 +288,7 @@ async def _fetch(url: str) -> Images:
     except FetchError as error:
         message = f"image_url: {error.cause}: {CLASSES.get(error.cause.partition('-')[0], error.cause)}"
         raise ApiError(400, message, param="image_url", code="invalid_value") from None
-    return await asyncio.to_thread(bounded_picture, data, "image_url")
+    return await decoding(bounded_picture, data, "image_url")
 
 
 def _unit(values: Sequence[float], width: int) -> Vectors:

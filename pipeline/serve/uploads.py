@@ -1,10 +1,13 @@
 """Pictures that clients send: forms with files (multipart/form-data), base64, and their one way through the decoder."""
 
+import asyncio
 import binascii
 import hashlib
-import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import sqrt
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 from fastapi import Request
@@ -14,7 +17,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from models.request import RawMask, RawPicture
 from pipeline.errors import ConfigError
-from pipeline.pictures import PictureError, read, resize, square
+from pipeline.pictures import PictureError, on_white, read, resize, square
 from pipeline.sampling.masks import Mask, centre_square, masked_pixels, shrink_mask, transparent_pixels
 from pipeline.serve.protocols import Images
 from pipeline.serve.web import ApiError, read_body
@@ -27,11 +30,21 @@ _MAX_AREA_PX = 40_000_000
 """Largest picture that is decoded for a client, in pixels."""
 _MAX_MEMORY_BYTES = 512 << 20
 """Largest memory that decoding one of them may take, by its header."""
-_DECODING = threading.BoundedSemaphore(2)
-"""More at once would need the memory of as many: any number of clients may send the largest picture."""
+_DECODERS = ThreadPoolExecutor(2, "unclip-decode")
+"""More would need the memory of as many pictures: any number of clients may send the largest one. Those that wait do so
+here, and hold no thread that other requests need."""
 _MAX_SHORTER_PX = 1024
 _MAX_SENT_PX = 1 << 24
 """Largest area of a picture that is sent to the networks, in pixels; a longer strip is resized."""
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+async def decoding(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run what decodes pictures of clients in one of the threads for it."""
+    return await asyncio.wrap_future(_DECODERS.submit(work, *args, **kwargs))
 
 
 @dataclass(frozen=True)
@@ -102,9 +115,8 @@ def decode_picture(data: bytes, name: str, *, alpha: bool = False) -> Image.Imag
         ApiError: 400, if it is no picture, or too large to decode.
     """
     try:
-        with _DECODING:
-            limits = {"max_area_px": _MAX_AREA_PX, "max_memory_bytes": _MAX_MEMORY_BYTES}
-            return read(data, where=name, alpha=alpha, **limits).image
+        limits = {"max_area_px": _MAX_AREA_PX, "max_memory_bytes": _MAX_MEMORY_BYTES}
+        return read(data, where=name, alpha=alpha, **limits).image
     except PictureError as error:
         raise ApiError(400, str(error), param=name, code="invalid_value") from None
 
@@ -121,14 +133,17 @@ def raw_picture(data: bytes, name: str, side_px: int = 0) -> RawPicture:
     Raises:
         ApiError: As ``decode_picture``.
     """
-    image = decode_picture(data, name)
+    return _raw_picture(decode_picture(data, name), data, side_px)
+
+
+def _raw_picture(image: Image.Image, data: bytes, side_px: int) -> RawPicture:
     pixels = square(image, side_px) if side_px else np.array(_bounded(image))
     height, width, _ = pixels.shape
     return RawPicture(width, height, pixels.tobytes(), hashlib.sha256(data).hexdigest())
 
 
-def raw_mask(picture: bytes, mask: bytes | None, side_px: int) -> RawMask | None:
-    """Where a client's picture is resampled: by its mask, or without one where the picture itself is transparent.
+def masked_picture(picture: bytes, mask: bytes | None, side_px: int) -> tuple[RawPicture, RawMask | None]:
+    """The centre square of a client's picture, and where it is resampled: where its mask says so, or it is transparent.
 
     Args:
         picture: File of the picture.
@@ -136,20 +151,22 @@ def raw_mask(picture: bytes, mask: bytes | None, side_px: int) -> RawMask | None
         side_px: Side of the pictures that the networks make, in pixels: a larger mask is resized.
 
     Returns:
-        None if there is no mask, and the picture is opaque.
+        The picture, as ``raw_picture``; and the mask, None if there is none and the picture is opaque.
 
     Raises:
         ApiError: 400, if one is no picture, the sizes differ, or the mask is empty.
     """
     image = decode_picture(picture, "image", alpha=True)
+    is_transparent = image.mode == "RGBA"
+    raw = _raw_picture(on_white(image) if is_transparent else image, picture, side_px)
     if mask is None:
-        masked = centre_square(transparent_pixels(image)) if image.mode == "RGBA" else np.zeros((1, 1), np.bool_)
-        return _raw_mask(masked, side_px) if masked.any() else None
+        masked = centre_square(transparent_pixels(image)) if is_transparent else np.zeros((1, 1), np.bool_)
+        return raw, _raw_mask(masked, side_px) if masked.any() else None
     try:
         masked = masked_pixels(decode_picture(mask, "mask", alpha=True), image, "mask", "image")
     except ConfigError as error:
         raise ApiError(400, str(error), param="mask", code="invalid_value") from None
-    return _raw_mask(masked, side_px)
+    return raw, _raw_mask(masked, side_px)
 
 
 def _raw_mask(masked: Mask, side_px: int) -> RawMask:

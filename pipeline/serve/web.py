@@ -1,7 +1,6 @@
 """Parts that all routes share: errors in OpenAI's form, body limits and clients that disconnect."""
 
 import asyncio
-import hashlib
 import json
 import math
 from collections.abc import AsyncGenerator, Awaitable, Mapping
@@ -99,7 +98,7 @@ async def read_body(request: Request, limit_bytes: int) -> AsyncGenerator[bytes]
     """
     too_large = ApiError(413, f"the body is above {limit_bytes} bytes", code="body_too_large")
     declared = request.headers.get("content-length", "0")
-    if not declared.isdigit() or int(declared) > limit_bytes:
+    if not declared.isdecimal() or int(declared) > limit_bytes:
         raise too_large
     num_bytes = 0
     async for chunk in request.stream():
@@ -165,14 +164,6 @@ def parse(model: type[Model], body: Mapping[str, Any], *, is_form: bool = False)
             raise ApiError(400, f"{param} is required", param=param, code="missing_parameter") from None
         message = first["msg"].removeprefix("Value error, ")
         raise ApiError(400, f"{param}: {message}" if param else message, param=param, code="invalid_value") from None
-
-
-def client_of(request: Request) -> str:
-    """Who asks, for equal shares: a digest of the key, or the address if there is none."""
-    header = request.headers.get("authorization", "")
-    if header:
-        return hashlib.sha256(header.encode()).hexdigest()[:16]
-    return request.client.host if request.client else ""
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:

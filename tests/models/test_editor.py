@@ -20,13 +20,14 @@ from models.diffusion.noise import NoiseSource
 from models.diffusion.process import Diffusion
 from models.diffusion.samplers import sample_along
 from models.diffusion.steps import ddim_step
-from models.editor import EditError, Editor, EditSettings, Latents, slerp
+from models.editor import Editor, EditSettings, Latents, slerp
 from models.noisy_clip.config import NoisyClipConfig
 from models.noisy_clip.network import NoisyClip
 from models.pixels import resize_crop, to_pixels, to_uint8
 from models.prior.config import PriorConfig
 from models.prior.network import Prior
 from models.prior.stage import PriorStage
+from models.request import EditError
 from models.stage import Z_IMAGE, Batch, StageStep
 from models.upsampler.config import UpsamplerConfig
 from models.upsampler.network import Upsampler

@@ -13,6 +13,7 @@ import pytest
 from ray._raylet import AuthenticationTokenLoader, Config
 
 from pipeline.errors import ConfigError, StepError
+from pipeline.recipe.paths import with_absolute_paths
 from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe, to_dict
 from pipeline.runtime.jobs import (
     follow_job,
@@ -21,7 +22,6 @@ from pipeline.runtime.jobs import (
     list_jobs,
     stop_job,
     submit_recipe,
-    with_absolute_paths,
 )
 from tests.ports import free_port
 
@@ -225,6 +225,7 @@ def test_paths_of_a_shipped_recipe_are_absolute(tmp_path: Path, monkeypatch: pyt
             "pairs": {"source": "list", "path": "list.csv"},
             "clip": {"source": "pretrained", "name": "clip", "tag": "laion2b"},
             "prior": {"init_from": "prior"},
+            "serve": {"keys": "keys.json", "access_log": "access.jsonl"},
             "tracking": {"uri": "sqlite:///runs.db"},
         }
     )
@@ -234,6 +235,10 @@ def test_paths_of_a_shipped_recipe_are_absolute(tmp_path: Path, monkeypatch: pyt
     assert (shipped.clip.name, shipped.clip.tag) == (str(tmp_path / "clip"), "laion2b")
     assert shipped.prior.init_from == str(tmp_path / "prior")
     assert shipped.decoder == recipe.decoder
+    assert (shipped.serve.keys, shipped.serve.access_log) == (
+        str(tmp_path / "keys.json"),
+        str(tmp_path / "access.jsonl"),
+    )
     assert shipped.tracking.uri == f"sqlite:///{tmp_path}/runs.db"
     remote = parse_recipe({"workspace": "s3://bucket/work", "tracking": {"uri": "http://tracker:5000"}})
     assert with_absolute_paths(remote) == remote

@@ -3,7 +3,9 @@ import base64
 import os
 import signal
 import threading
-from contextlib import ExitStack, nullcontext
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,16 +16,25 @@ import numpy as np
 import pytest
 import yaml
 from ray import serve
+from ray.serve.handle import DeploymentBroadcastResponse
 from starlette.testclient import TestClient
 
 import pipeline.runtime.replicas as replicas_module
 import pipeline.runtime.serve as serve_module
 from models.request import SampleRequest
-from pipeline.errors import ConfigError, UnclipError
+from pipeline.errors import ConfigError, StepError, UnclipError
 from pipeline.networks.cascade import load_cascade
+from pipeline.recipe.paths import with_absolute_paths
 from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
 from pipeline.runtime.front import Front, FrontReplica, served_artifacts
-from pipeline.runtime.replicas import ModelReplica, networks_application, networks_options, read_tables, write_tables
+from pipeline.runtime.replicas import (
+    ModelReplica,
+    RemoteModel,
+    networks_application,
+    networks_options,
+    read_tables,
+    write_tables,
+)
 from pipeline.runtime.serve import _Watch, serve_recipe
 from pipeline.runtime.serve_file import application, serve_file
 from pipeline.serve.protocols import Images, NotServing, SampledPictures
@@ -50,8 +61,9 @@ class FakeEngine:
         self.num_active -= 1
         return SampledPictures(np.full((1, 1, 1, 3), self.number, np.uint8), None)
 
-    def counts(self) -> dict[str, int]:
-        return {"waiting": 0, "active": self.num_active}
+    @property
+    def idle(self) -> bool:
+        return not self.num_active
 
     def close(self) -> None:
         assert not self.num_active
@@ -127,9 +139,46 @@ def test_tables_hold_a_recipe_and_where_its_artifacts_are(recipe: Recipe) -> Non
     assert reason.startswith("without neighbours")
     tables = yaml.safe_load(yaml.safe_dump(write_tables(recipe, artifacts)))
     read, places = read_tables(tables)
-    assert read == recipe
+    assert read == with_absolute_paths(recipe)
     assert {name: place.uri for name, place in places.items()} == {name: one.uri for name, one in artifacts.items()}
     assert all(Path(place.uri).is_absolute() for place in places.values())
+
+
+def test_tables_hold_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    relative = parse_recipe({"workspace": "work", "serve": {"keys": "keys.json", "access_log": "log"}})
+    tables = write_tables(relative, {})["recipe"]
+    assert tables["workspace"] == str(tmp_path / "work")
+    assert (tables["serve"]["keys"], tables["serve"]["access_log"]) == (
+        str(tmp_path / "keys.json"),
+        str(tmp_path / "log"),
+    )
+
+
+class Answer:
+    """What Ray Serve holds of one replica's answer; ``None`` never comes."""
+
+    def __init__(self, value: dict[str, int] | None) -> None:
+        self.value = value
+
+    def get(self, timeout_s: float) -> dict[str, int]:
+        if self.value is None:
+            time.sleep(timeout_s)
+            raise TimeoutError
+        return self.value
+
+    async def get_async(self) -> dict[str, int]:
+        return await asyncio.to_thread(self.get, 0.5)
+
+
+def test_one_slow_replica_hides_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas_module, "_STATS_TIMEOUT_S", 0.05)
+
+    async def answers() -> Any:
+        return [Answer({"requests": 1}), Answer(None), Answer({"requests": 2})]
+
+    handle: Any = SimpleNamespace(broadcast=lambda _method: DeploymentBroadcastResponse(answers(), None))
+    assert asyncio.run(RemoteModel(handle).stats()) == {"requests": 3}
 
 
 def test_replicas_are_a_number_or_scale_between_two() -> None:
@@ -176,10 +225,7 @@ def test_ray_serve_loads_a_recipe_and_swaps_it_for_another(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In Ray Serve's local mode: its own code around the replica, in this process."""
-    other = make_cascade()
-    for stage in other.stages:
-        randomise(stage.network)
-    save_cascade(other, tmp_path / "mine")
+    save_other(tmp_path / "mine")
     artifacts, _ = served_artifacts(recipe)
     handle = serve.run(
         networks_application(recipe, artifacts), name="local", route_prefix=None, _local_testing_mode=True
@@ -212,6 +258,77 @@ def test_ray_serve_loads_a_recipe_and_swaps_it_for_another(
         watch.swap(recipe_of_nothing(tmp_path))
     assert np.abs(picture() - expected).mean() < 0.1
 
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("RuntimeError: the controller is gone")
+
+    monkeypatch.setattr(serve_module.serve, "run_many", fail)
+    with pytest.raises(StepError, match="the controller is gone"):
+        watch.swap(recipe)
+    assert np.abs(picture() - expected).mean() < 0.1  # the replicas have gone back
+    monkeypatch.setattr(front, "build", fail)
+    with pytest.raises(RuntimeError):
+        watch.swap(recipe)
+    assert np.abs(picture() - expected).mean() < 0.1
+
+
+def test_what_is_served_is_in_use_and_nothing_else(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = list[str]()
+
+    @contextmanager
+    def note(one: Recipe) -> Iterator[None]:
+        used.append(one.workspace)
+        try:
+            yield
+        finally:
+            used.remove(one.workspace)
+
+    answers: list[Any] = [None]
+    broadcast = SimpleNamespace(results=lambda **_: answers)
+    handle: Any = SimpleNamespace(broadcast=lambda *_: broadcast)
+    monkeypatch.setattr(serve_module, "_in_use", note)
+    monkeypatch.setattr(serve_module.serve, "run_many", lambda *_, **__: None)
+    other = load_recipe(save_other(tmp_path / "others"))
+    with ExitStack() as uses:
+        uses.enter_context(note(recipe))
+        watch = _Watch(recipe, served_artifacts(recipe)[0], Front(recipe.serve), handle, lambda _: None, uses)
+        watch.swap(recipe)
+        answers[0] = OSError("OSError: no such file")
+        with pytest.raises(StepError, match="no such file"):
+            watch.swap(other)
+        assert used == [recipe.workspace]
+        answers[0] = None
+        watch.swap(other)
+        assert used == [other.workspace]
+    assert used == []
+
+
+def test_the_gate_reopens_with_the_interface_that_it_had(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {"RUNNING": 0}
+    state = SimpleNamespace(deployments={"networks": SimpleNamespace(replica_states=states)})
+    monkeypatch.setattr(serve_module, "_application", lambda _recipe: state)
+    handle: Any = object()
+    artifacts, lines = served_artifacts(recipe)[0], list[str]()
+    front = Front(recipe.serve)
+    front.open(recipe, artifacts, handle)
+    app = front.gate._app
+    watch = _Watch(recipe, artifacts, front, handle, lines.append, ExitStack())
+    watch._look()
+    assert front.gate.reason
+    states["RUNNING"] = 1
+    watch._look()
+    assert (front.gate.reason, front.gate._app is app, lines[-1]) == ("", True, "served again")
+
+
+def save_other(folder: Path) -> Path:
+    """Other networks than the fixture's."""
+    other = make_cascade()
+    for stage in other.stages:
+        randomise(stage.network)
+    save_cascade(other, folder)
+    return folder
+
 
 def recipe_of_nothing(folder: Path) -> Recipe:
     """A recipe whose networks are not finished."""
@@ -222,17 +339,15 @@ def test_a_server_answers_swaps_at_sighup_and_ends_at_ctrl_c(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole of ``serve_recipe``, with Ray Serve in its local mode."""
-    other = make_cascade()
-    for stage in other.stages:
-        randomise(stage.network)
-    save_cascade(other, tmp_path / "mine")
+    save_other(tmp_path / "others")
     running = SimpleNamespace(
         status="RUNNING", deployments={"networks": SimpleNamespace(replica_states={"RUNNING": 1})}
     )
-    handles: list[Any] = []
+    handles, names = list[Any](), list[str]()
 
     def run_many(targets: Any, **_: object) -> list[Any]:
         [target] = targets
+        names.append(target.name)
         if not handles:
             tables = target.target._bound_deployment.user_config
             handle = serve.run(target.target, name="here", route_prefix=None, _local_testing_mode=True)
@@ -262,8 +377,9 @@ def test_a_server_answers_swaps_at_sighup_and_ends_at_ctrl_c(
             threading.Thread(target=lambda: (ask(), os.kill(os.getpid(), signal.SIGINT))).start()
 
     try:
-        serve_recipe(served, reload=lambda: load_recipe(tmp_path / "mine"), announce=announce)
+        serve_recipe(served, reload=lambda: load_recipe(tmp_path / "others"), announce=announce)
     finally:
         signal.signal(signal.SIGHUP, before)
     assert [line.split()[0] for line in lines] == ["mine", "without", "loading", "other", "stopping"]
     assert len(set(pictures)) == 2
+    assert names == ["unclip-mine"] * 2  # another application would have been another name

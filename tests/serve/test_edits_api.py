@@ -7,7 +7,10 @@ import contextlib
 import inspect
 import io
 import json
+import pickle
 import random
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -20,10 +23,12 @@ import pytest
 import torch
 from PIL import Image
 
+from models import edit_phases
 from models.cascade import Cascade
 from models.edit_phases import run_phases
-from models.editor import EditError, Editor, EditSettings, Latents, RecentLatents
+from models.editor import Editor, EditSettings, Latents, RecentLatents
 from models.request import (
+    EditError,
     Inpainting,
     Interpolation,
     RawMask,
@@ -39,6 +44,7 @@ from pipeline.serve import engine as engine_module
 from pipeline.serve import uploads
 from pipeline.serve.edits import EDITS
 from pipeline.serve.engine import Engine
+from tests.tiny.command import ROOT
 from tests.tiny.shards import pixels, plain_picture
 
 PROMPT = "a large red circle on a white background"
@@ -297,7 +303,9 @@ def test_a_picture_that_comes_as_text_is_refused_in_words(server: Any) -> None:
     )
 
 
-def test_no_more_than_two_pictures_of_clients_are_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_than_two_pictures_of_clients_are_decoded_at_once_and_other_threads_stay_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     running, most, read = list[int](), list[int](), uploads.read
 
     def slow(data: bytes, **options: Any) -> Any:
@@ -310,10 +318,48 @@ def test_no_more_than_two_pictures_of_clients_are_decoded_at_once(monkeypatch: p
             running.pop()
 
     monkeypatch.setattr(uploads, "read", slow)
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        pictures = list(pool.map(lambda _: uploads.raw_picture(black(), "image"), range(12)))
+
+    async def decode_many() -> list[RawPicture]:
+        asyncio.get_running_loop().set_default_executor(concurrent.futures.ThreadPoolExecutor(2))
+        decoded = asyncio.gather(*(uploads.decoding(uploads.raw_picture, black(), "image") for _ in range(12)))
+        await asyncio.wait_for(asyncio.to_thread(lambda: None), 5)
+        assert not decoded.done()
+        return await decoded
+
+    pictures = asyncio.run(decode_many())
     assert len({picture.sha256 for picture in pictures}) == 1
     assert max(most) == 2
+
+
+def test_the_error_of_an_edit_reaches_the_http_process_without_torch() -> None:
+    code = "import pickle, sys; pickle.loads(bytes.fromhex(sys.argv[1])); sys.exit('torch' in sys.modules)"
+    sent = pickle.dumps(EditError("the two ends are opposite")).hex()
+    assert subprocess.run([sys.executable, "-c", code, sent], check=False, cwd=ROOT).returncode == 0
+
+
+def test_a_picture_with_a_mask_is_decoded_once_as_it_was_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, calls = uploads.read, list[str]()
+    monkeypatch.setattr(
+        uploads, "read", lambda data, **options: calls.append(options["where"]) or read(data, **options)
+    )
+    levels = np.random.default_rng(0).integers(0, 256, (40, 30, 4), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(levels).save(stream, "PNG")
+    picture, mask = uploads.masked_picture(stream.getvalue(), None, 16)
+    assert calls == ["image"]
+    assert picture == uploads.raw_picture(stream.getvalue(), "image", 16)
+    assert mask is not None
+
+
+def test_an_edit_that_is_refused_copies_no_picture(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[RawPicture] = []
+    tensor_of = edit_phases._tensor
+    monkeypatch.setattr(edit_phases, "_tensor", lambda picture: copied.append(picture) or tensor_of(picture))
+    edit = StartPicture(RawPicture(8, 8, bytes(8 * 8 * 3)), 0.5)
+    phase = edit_phases.edit_phase(Editor(cascade, EditSettings(num_steps=3)), SampleRequest("a", (1,), edit=edit))
+    assert not copied
+    phase.batch()
+    assert copied == [edit.picture]
 
 
 def test_texts_that_clip_reads_as_the_same_are_400_and_stop_nothing(server: Any) -> None:
@@ -494,6 +540,7 @@ def test_openais_client_embeds_texts_and_pictures(server: Any, client: openai.Op
         ({"input": []}, 400, "input"),
         ({"input": ""}, 400, "input"),
         ({"input": ["a"] * 2049}, 400, "input"),
+        ({"input": ["data:image/png;base64,AAAA"] * 33}, 400, "input"),
         ({"input": "data:image/png;base64,AAAA"}, 400, "input"),
         ({"input": "a", "dimensions": 3}, 400, "dimensions"),
         ({"input": "a", "encoding_format": "int8"}, 400, "encoding_format"),

@@ -1,5 +1,6 @@
 import asyncio
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -264,6 +265,31 @@ def test_engine_keeps_within_its_batch_and_still_finishes_a_larger_request(make_
         most = max(most, engine.counts()["active"])
     assert most == 2
     assert future.result().images.shape == (5, 32, 32, 3)
+
+
+def test_a_request_that_is_encoded_is_not_idle(
+    cascade: Cascade, make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_begun, may_go, encode = threading.Event(), threading.Event(), cascade.clip.encode_text
+
+    def slow(texts: list[str]) -> Any:
+        has_begun.set()
+        assert may_go.wait(20)
+        return encode(texts)
+
+    monkeypatch.setattr(cascade.clip, "encode_text", slow)
+    engine = make_engine()
+    assert engine.idle
+    future = engine.submit(SampleRequest("a", (1,)))
+    assert has_begun.wait(20)
+    counts = engine.counts()
+    assert (counts["waiting"], counts["active"], engine.idle) == (0, 0, False)
+    may_go.set()
+    future.result(60)
+    wait_until(lambda: engine.idle)
+    cancelled = engine.submit(SampleRequest("a", (1,)))
+    cancelled.cancel()
+    wait_until(lambda: engine.idle)
 
 
 def test_engine_refuses_more_than_may_wait_and_takes_more_once_there_is_room(

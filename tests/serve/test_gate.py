@@ -8,8 +8,10 @@ import pytest
 from fastapi import FastAPI
 
 from pipeline.errors import StepError
+from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.gate import Gate
 from pipeline.serve.http_server import HttpServer, is_loopback, url_of
+from pipeline.serve.picture_files import ModelCard
 from tests.ports import free_port
 
 
@@ -62,14 +64,16 @@ def test_what_is_under_way_ends_and_what_is_new_is_refused(gate: Gate, url: str)
 
 
 def test_a_failure_that_nothing_caught_has_the_form_of_the_api(gate: Gate, url: str) -> None:
-    async def broken(_scope: Any, _receive: Any, _send: Any) -> None:
-        raise KeyError("secret")
+    class Broken:
+        async def stats(self) -> dict[str, int]:
+            raise KeyError("secret")
 
-    gate.open(broken)
-    answer = httpx.get(f"{url}/v1/models")
+    model: Any = Broken()
+    gate.open(create_app(model, None, ApiSettings(ModelCard("tiny", 16))))
+    answer = httpx.get(f"{url}/healthz")
     assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
     assert "secret" not in answer.text
-    assert gate.num_requests == 0
+    assert gate.wait_until_idle(10)
 
 
 def test_a_taken_port_is_refused_and_a_free_one_is_answered_on(gate: Gate) -> None:

@@ -19,7 +19,7 @@ from pipeline.serve.guarded_model import GuardedModel, load_hook
 from pipeline.serve.guards import Guards, GuardSettings
 from pipeline.serve.keys import KeyRing, Meter, add_key, read_keys, revoke_key
 from pipeline.serve.picture_files import ModelCard
-from pipeline.serve.protocols import Accepted, Images, Preview, SampledPictures
+from pipeline.serve.protocols import Accepted, Images, NotServing, Overloaded, Preview, SampledPictures
 from tests.tiny.command import unclip_here
 from tests.tiny.shards import pixels
 
@@ -41,10 +41,15 @@ class WhiteModel:
         return {"requests": 1}
 
 
-def guarded(settings: GuardSettings = GuardSettings(), keys: Path | None = None, hook: Any = None) -> Guards:  # noqa: B008
+def guarded(
+    settings: GuardSettings = GuardSettings(),  # noqa: B008
+    keys: Path | None = None,
+    hook: Any = None,
+    model: Any = None,
+) -> Guards:
     meter = Meter(clock=lambda: 0.0)
-    model: Any = GuardedModel(WhiteModel(), 16, meter, hook)  # pyright: ignore[reportArgumentType]
-    app = create_app(model, None, ApiSettings(ModelCard("tiny", 16)))
+    behind: Any = GuardedModel(model or WhiteModel(), 16, meter, hook)  # pyright: ignore[reportArgumentType]
+    app = create_app(behind, None, ApiSettings(ModelCard("tiny", 16)))
     return Guards(app, settings, KeyRing(keys) if keys else None, meter)
 
 
@@ -120,6 +125,48 @@ def test_what_a_key_uses_is_limited(keys: Path, limits: dict[str, int], expected
         assert [answer.headers["x-ratelimit-remaining-requests"] for answer in answers] == ["1", "0", "0"]
 
 
+class RefusingModel:
+    """Networks that refuse, each time for the next of these reasons, and then answer."""
+
+    def __init__(self) -> None:
+        self.errors = [Overloaded("full"), NotServing("none"), ValueError("no such size")]
+        self.clients = list[str]()
+
+    async def sample(self, request: SampleRequest, client: str = "") -> SampledPictures:
+        self.clients.append(client)
+        if self.errors:
+            raise self.errors.pop()
+        return SampledPictures(np.zeros((len(request.seeds), 16, 16, 3), np.uint8), None)
+
+    async def stream(self, request: SampleRequest, client: str = "", _num_previews: int = 0) -> Any:
+        sampled = await self.sample(request, client)
+        yield Accepted()
+        yield sampled
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_key_pays_no_pixels_for_pictures_that_are_refused(keys: Path, stream: bool) -> None:
+    key = add_key(keys, "alice", pixels=16 * 16)
+    app = guarded(keys=keys, model=RefusingModel())
+    assert [ask(app, key, stream=stream).status_code for _ in range(5)] == [400, 503, 429, 200, 429]
+
+
+def test_shares_are_of_checked_keys_and_else_of_addresses(keys: Path) -> None:
+    key, other = add_key(keys, "alice"), add_key(keys, "bob")
+    for path, headers, number in (
+        (keys, [f"Bearer {key}", f"bearer {key}", f"Bearer  {key}"], 1),
+        (keys, [f"Bearer {key}", f"Bearer {other}"], 2),
+        (None, ["Bearer invented", "Bearer another", "Basic x"], 1),
+    ):
+        model = RefusingModel()
+        model.errors.clear()
+        client = client_of(guarded(keys=path, model=model))
+        for header in headers:
+            answer = client.post("/v1/images/generations", json={"prompt": "a"}, headers={"Authorization": header})
+            assert answer.status_code == 200
+        assert len(set(model.clients)) == number
+
+
 def test_a_bucket_fills_evenly_and_a_large_request_passes_when_it_is_full(keys: Path) -> None:
     now_s = 0.0
     add_key(keys, "alice", pixels=600)
@@ -145,10 +192,12 @@ def test_a_bucket_fills_evenly_and_a_large_request_passes_when_it_is_full(keys: 
         ("pictures.example.evil.example", 421),
         ("127.0.0.1.evil.example", 421),
         ("", 421),
+        ("[", 421),
+        ("PICTURES.example", 200),
     ],
 )
 def test_a_host_that_was_not_named_is_refused(host: str, status: int) -> None:
-    client = client_of(guarded(GuardSettings(hosts=("pictures.example",))))
+    client = client_of(guarded(GuardSettings(hosts=("Pictures.Example",))))
     answer = client.get("/v1/models", headers={"Host": host})
     assert answer.status_code == status
     if status != 200:
@@ -156,8 +205,9 @@ def test_a_host_that_was_not_named_is_refused(host: str, status: int) -> None:
 
 
 def test_pages_of_other_origins_are_refused() -> None:
-    client = client_of(guarded(GuardSettings(hosts=("pictures.example",))))
-    for origin, status in (("http://127.0.0.1", 200), ("https://pictures.example", 200), ("https://evil.example", 403)):
+    client = client_of(guarded(GuardSettings(hosts=("Pictures.example",))))
+    origins = {"http://127.0.0.1": 200, "https://pictures.example": 200, "https://evil.example": 403, "http://[": 403}
+    for origin, status in origins.items():
         assert client.get("/v1/models", headers={"Origin": origin}).status_code == status
 
 
