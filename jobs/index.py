@@ -47,8 +47,8 @@ def append(
 
     _finished_index(resolved)
     [step] = [step for step in make_plan(resolved) if step.name == "index"]
-    with locked_workspace(Workspace(resolved.workspace), print_warning), connect(address):
-        _print_summary(index.append(resolved, step, embed), json=json)
+    with locked_workspace(Workspace(resolved.workspace), print_warning) as lock, connect(address):
+        _print_summary(index.append(resolved, step, embed, lock.check), json=json)
 
 
 def compact(recipe: RecipePath, overrides: Overrides = None, address: RayAddress = "", json: AsJson = False) -> None:
@@ -63,8 +63,8 @@ def compact(recipe: RecipePath, overrides: Overrides = None, address: RayAddress
 
     _finished_index(resolved)
     [step] = [step for step in make_plan(resolved) if step.name == "index"]
-    with locked_workspace(Workspace(resolved.workspace), print_warning), connect(address):
-        _print_summary(index.compact(resolved, step), json=json)
+    with locked_workspace(Workspace(resolved.workspace), print_warning) as lock, connect(address):
+        _print_summary(index.compact(resolved, step, lock.check), json=json)
 
 
 def delete(
@@ -106,15 +106,15 @@ def restore(
 def _change(
     recipe: Recipe,
     names: list[str],
-    change_everywhere: Callable[[Workspace, Sequence[str]], dict[str, "Change"]],
+    change_everywhere: Callable[[Workspace, Sequence[str], Callable[[], None]], dict[str, "Change"]],
     what: str,
     *,
     json: bool,
 ) -> None:
     """Change every index of the workspace; print the change of the recipe's own, and how many others changed."""
-    own, workspace = _finished_index(recipe).uri.rpartition("/")[2], Workspace(recipe.workspace)
-    with locked_workspace(workspace, print_warning):
-        changes = change_everywhere(workspace, names)
+    own, workspace = _finished_index(recipe).key, Workspace(recipe.workspace)
+    with locked_workspace(workspace, print_warning) as lock:
+        changes = change_everywhere(workspace, names, lock.check)
     change = changes.pop(own)
     num_others = sum(other.changed > 0 for other in changes.values())
     if json:
@@ -123,7 +123,7 @@ def _change(
     before = f"; {change.unchanged} {what} before" if change.unchanged else ""
     others = f"; {num_others} other indexes of this workspace changed, too" if num_others else ""
     typer.echo(f"{change.changed} pairs {what}{before}; the index has version {change.version}{others}")
-    later = "; no later build of an index takes it" if what == "deleted" else ""
+    later = "; no later build of an index takes it" if what == "deleted" else "; the next build or append takes it"
     for name in change.unknown:
         typer.echo(f"not in the index: {name}{later}", err=True)
 

@@ -55,7 +55,8 @@ def plan(
         _print_times(resolved, statuses, json=json)
         return
     if json:
-        print_json([_as_row(workspace, status, holder_of(workspace)) for status in statuses])
+        owner = holder_of(workspace)
+        print_json([_as_row(workspace, status, owner) for status in statuses])
         return
     for status in statuses:
         why = "; ".join(status.reasons)

@@ -167,7 +167,10 @@ def memory_bytes() -> float:
         used = float(_MEMORY_LIMIT.with_name("memory.current").read_text())
     except (OSError, ValueError):  # no container, or "max"
         return available
-    return min(available, limit - used)
+    stat = _MEMORY_LIMIT.with_name("memory.stat")
+    values = dict(line.split() for line in stat.read_text().splitlines()) if stat.is_file() else {}
+    reclaimable = float(values.get("inactive_file", 0))  # files' pages, which give way to a program's
+    return min(available, limit - used + reclaimable)
 
 
 def check_shared_memory(place: Path) -> Finding:

@@ -80,7 +80,7 @@ class SegmentBuild:
 
     def parts(self) -> list[str]:
         """Names of the parts, in order; each is some consecutive shards."""
-        return list(_Parts.of(self).shards)
+        return list(_Parts.of(self.segment, EmbeddedShards.open(self.sources)).shards)
 
     def num_rows(self) -> int:
         """Rows of the embeddings."""
@@ -93,12 +93,13 @@ class SegmentBuild:
             DataError: If there are no embeddings, or a shard is damaged.
         """
         inputs = [*(source.uri for source in self.sources), *self.earlier, self.deleted, self.takedown().digest]
+        embedded, rng = EmbeddedShards.open(self.sources), np.random.default_rng(self.seed)
+        origin = {"inputs": inputs, "embedded": embedded.to_json(workspace_of(self.output))}
         plan = self._live("plan.json")
-        if self.output.exists(plan) and self.output.read_json(plan)["inputs"] == inputs:
+        if self.output.exists(plan) and self.output.read_json(plan).items() >= origin.items():
             return
         self.clear()  # of a change that was given up, or of a removal that was stopped
         kinds.set_threads(self.num_threads)
-        embedded, rng = EmbeddedShards.open(self.sources), np.random.default_rng(self.seed)
         query_rows = _query_rows(embedded, self.config.num_recall_queries, rng)
         chosen = kinds_to_try(self.config, embedded.num_rows, embedded.embed_dim)
         if any(kinds.is_listed(kind) for kind in chosen):
@@ -125,7 +126,7 @@ class SegmentBuild:
         ]
         self._write_array("queries", np.concatenate(queries)[order])
         self._write_array("query_rows", query_rows[order])
-        self.output.write_json(self._live("plan.json"), {"kinds": chosen, "inputs": inputs})
+        self.output.write_json(self._live("plan.json"), {"kinds": chosen, **origin})
 
     def add_part(self, name: str) -> ShardRecord:
         """Read the shards of one part, once, and write what the segment needs of them.
@@ -134,9 +135,9 @@ class SegmentBuild:
             DataError: If a shard is damaged.
         """
         kinds.set_threads(self.num_threads)
-        embedded = EmbeddedShards.open(self.sources)
+        embedded = self._embedded()
         part = _PartWriter(self, embedded)
-        for shard in _Parts.of(self).shards[name]:
+        for shard in _Parts.of(self.segment, embedded).shards[name]:
             part.add(shard, embedded.read(shard))
         part.write(name)
         return ShardRecord(shard=name, counts=dict(part.counts), files={})
@@ -144,7 +145,8 @@ class SegmentBuild:
     def finish(self) -> IndexSummary:
         """Put the parts together, tune, and write the segment's description last."""
         kinds.set_threads(self.num_threads)
-        embedded, names = EmbeddedShards.open(self.sources), self.parts()
+        embedded = self._embedded()
+        names = list(_Parts.of(self.segment, embedded).shards)
         records = self.output.shard_records()
         counts = add_counts([records[name].counts for name in names])
         self._join_rows(names)
@@ -193,6 +195,11 @@ class SegmentBuild:
 
     def _live(self, name: str) -> str:
         return f"{LIVE}{self.segment}/{name}"
+
+    def _embedded(self) -> EmbeddedShards:
+        """The embeddings as the first stage opened them, so that no part reads the records of all shards again."""
+        plan = self.output.read_json(self._live("plan.json"))
+        return EmbeddedShards.from_json(plan["embedded"], workspace_of(self.output))
 
     def kinds_tried(self) -> list[kinds.Kind]:
         """The kinds that the first stage chose."""
@@ -384,13 +391,13 @@ class _Parts:
     shards: dict[str, range]
 
     @classmethod
-    def of(cls, build: SegmentBuild) -> "_Parts":
-        starts = EmbeddedShards.open(build.sources).starts
+    def of(cls, segment: str, embedded: EmbeddedShards) -> "_Parts":
+        starts = embedded.starts
         rows = max(_MIN_PART_ROWS, -(-int(starts[-1]) // _MAX_PARTS))
         shards, first = dict[str, range](), 0
         for last in range(1, len(starts)):
             if starts[last] - starts[first] >= rows or last == len(starts) - 1:
-                shards[f"{LIVE}{build.segment}/part-{len(shards):06d}"] = range(first, last)
+                shards[f"{LIVE}{segment}/part-{len(shards):06d}"] = range(first, last)
                 first = last
         return cls(shards)
 

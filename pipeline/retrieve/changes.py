@@ -5,7 +5,7 @@ opened. The files of the version before stay, for a reader that is opening it; o
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,10 @@ from pipeline.workspace.store import LIVE, Artifact, Workspace
 pc: Any = pyarrow.compute  # its functions are made when it is imported, and have no types
 
 _SEGMENT = re.compile(r"segment_(\d{5})/")
+_BLOCK_ROWS = 65_536
+
+Check = Callable[[], None]
+"""Raises StepError if the workspace's lock was lost; called before each commit."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,11 @@ class Change:
     """Uids and URLs of which the index has no row."""
 
 
-def delete(index: Artifact, names: Sequence[str]) -> Change:
+def _unlocked() -> None:
+    """The check of a caller who is alone."""
+
+
+def delete(index: Artifact, names: Sequence[str], check: Check = _unlocked) -> Change:
     """Let no search return the rows of some uids or URLs.
 
     The rows stay in the files until `unclip index compact`; they are not added again by an append.
@@ -49,6 +57,7 @@ def delete(index: Artifact, names: Sequence[str]) -> Change:
     Args:
         index: The index.
         names: Uids, or URLs, of which each may have several rows.
+        check: Called before the commit.
 
     Raises:
         DataError: If a file of the index is damaged.
@@ -56,6 +65,7 @@ def delete(index: Artifact, names: Sequence[str]) -> Change:
     version = read_version(index)
     ids, unknown = find_ids(index, version, names)
     before = version.read_deleted(index)
+    check()
     return _publish_deleted(index, version, np.union1d(before, ids), np.isin(ids, before), unknown)
 
 
@@ -66,56 +76,84 @@ def restore(index: Artifact, names: Sequence[str]) -> Change:
         DataError: If a file of the index is damaged.
     """
     version = read_version(index)
+    return _restore(index, version, *find_ids(index, version, names))
+
+
+def _restore(index: Artifact, version: Version, ids: Ids, unknown: Sequence[str]) -> Change:
     before = version.read_deleted(index)
-    ids, unknown = find_ids(index, version, names)
     compacted = [name for name in unknown if row_id(name) in before]
     ids = np.union1d(ids, np.array([row_id(name) for name in compacted], np.int64))
     rest = tuple(name for name in unknown if name not in compacted)
     return _publish_deleted(index, version, np.setdiff1d(before, ids), ~np.isin(ids, before), rest)
 
 
-def delete_everywhere(workspace: Workspace, names: Sequence[str]) -> dict[str, Change]:
+def delete_everywhere(workspace: Workspace, names: Sequence[str], check: Check = _unlocked) -> dict[str, Change]:
     """Put names on the list that every later build reads, and delete their rows from every finished index.
 
     Args:
         workspace: The workspace, locked.
         names: As ``delete``. Names that no index has stay on the list, too.
+        check: Called before each commit.
 
     Returns:
         The change of each index, by its key.
 
     Raises:
+        ConfigError: If a name has a line break.
         DataError: If a file of an index is damaged.
     """
-    Takedown.read(workspace.root).add(names).write(workspace.root)  # first: what is stopped here is only done again
-    return {index.uri.rpartition("/")[2]: delete(index, names) for index in _finished(workspace)}
+    takedown = Takedown.read(workspace.root).add(names)
+    check()
+    takedown.write(workspace.root)  # first: what is stopped here is only done again
+    return {index.key: delete(index, names, check) for index in _finished(workspace)}
 
 
-def restore_everywhere(workspace: Workspace, names: Sequence[str]) -> dict[str, Change]:
-    """Undo ``delete_everywhere``.
+def restore_everywhere(workspace: Workspace, names: Sequence[str], check: Check = _unlocked) -> dict[str, Change]:
+    """Undo ``delete_everywhere``; see there.
 
     Raises:
-        ConfigError: If a pair is named by its uid, and its URL stays on the list: the next build would leave it out.
+        ConfigError: If a pair stays on the list by its other name, its URL or its uid: the next build would leave it
+            out.
         DataError: If a file of an index is damaged.
     """
-    takedown, indexes = Takedown.read(workspace.root), _finished(workspace)
-    rest = takedown.remove(names)
-    for index in indexes:
+    rest = Takedown.read(workspace.root).remove(names)
+    rows_of_indexes: list[tuple[Artifact, Version, Ids, tuple[str, ...]]] = []
+    for index in _finished(workspace):
         version = read_version(index)
-        ids, _ = find_ids(index, version, names)
-        for segment in version.segments:
-            rows = open_rows(index, segment)
-            positions = rows.positions(ids)
-            pairs = rows.columns(positions[positions >= 0])
-            blocked = pairs.filter(pa.array(rest.has(pairs))).slice(0, 1).to_pylist()
-            if blocked:
-                raise ConfigError(
-                    f"{blocked[0]['uid']}: its URL was deleted, and with it every pair of the URL; restore the URL: "
-                    f"{blocked[0]['url']}"
-                )
-    changes = {index.uri.rpartition("/")[2]: restore(index, names) for index in indexes}
+        ids, unknown = find_ids(index, version, names)
+        for _, pairs in _pairs_of(index, version, ids):
+            _require_off_list(pairs, rest)
+        rows_of_indexes.append((index, version, ids, unknown))
+    changes: dict[str, Change] = {}
+    for index, version, ids, unknown in rows_of_indexes:
+        check()
+        changes[index.key] = _restore(index, version, ids, unknown)
+    check()
     rest.write(workspace.root)
     return changes
+
+
+def _require_off_list(pairs: pa.Table, takedown: Takedown) -> None:
+    blocked: list[dict[str, str]] = pairs.filter(pa.array(takedown.has(pairs))).slice(0, 1).to_pylist()
+    for pair in blocked:
+        if pair["url"] in takedown.names:
+            raise ConfigError(
+                f"{pair['uid']}: its URL was deleted, and with it every pair of the URL; restore the URL: {pair['url']}"
+            )
+        raise ConfigError(
+            f"{pair['url']}: a pair of it was deleted by its uid, too; also restore the uid: {pair['uid']}"
+        )
+
+
+def _pairs_of(index: Artifact, version: Version, ids: Ids) -> Iterator[tuple[Ids, pa.Table]]:
+    """The rows of some ids, block by block: the ids, and their columns."""
+    for segment in version.segments:
+        rows = open_rows(index, segment)
+        positions = rows.positions(ids)
+        positions = positions[positions >= 0]
+        for start in range(0, len(positions), _BLOCK_ROWS):
+            block = positions[start : start + _BLOCK_ROWS]
+            yield np.asarray(rows.ids[block]), rows.columns(block)
 
 
 def _finished(workspace: Workspace) -> list[Artifact]:
@@ -182,13 +220,29 @@ def segment_of_all(build: SegmentBuild) -> SegmentBuild:
     )
 
 
-def publish_segment(build: SegmentBuild, *, replaces: bool) -> None:
-    """Make a finished segment part of the index, or all of it."""
+def publish_segment(build: SegmentBuild, *, replaces: bool, check: Check = _unlocked) -> None:
+    """Make a finished segment part of the index, or all of it; ``check`` is called before the commit.
+
+    A segment that replaces all others has no deleted rows. What the list of takedowns names need not be deleted a
+    second time, so that its row comes back when it is taken off the list and appended.
+    """
     version = read_version(build.output)
-    segments = (build.segment,) if replaces else (*version.segments, build.segment)
-    replace(version, number=version.number + 1, segments=segments).write(build.output)
+    number = version.number + 1
+    segments, deleted = (*version.segments, build.segment), version.deleted
+    if replaces:
+        segments, deleted = (build.segment,), _write_deleted(build.output, number, _only_deleted_here(build, version))
+    check()
+    replace(version, number=number, segments=segments, deleted=deleted).write(build.output)
     build.clear()
     _remove_old_files(build.output)
+
+
+def _only_deleted_here(build: SegmentBuild, version: Version) -> Ids:
+    """The deleted ids that the list of takedowns does not name: they were deleted before there was the list."""
+    takedown, deleted = build.takedown(), version.read_deleted(build.output)
+    listed = [_ids_of(takedown.names)]
+    listed += [ids[takedown.has(pairs)] for ids, pairs in _pairs_of(build.output, version, deleted)]
+    return np.setdiff1d(deleted, np.concatenate(listed))
 
 
 def open_rows(index: Artifact, segment: str) -> Rows:
@@ -221,13 +275,18 @@ def _publish_deleted(
     changed, unchanged = int((~is_unchanged).sum()), int(is_unchanged.sum())
     if not changed:
         return Change(version.number, 0, unchanged, unknown)
+    replace(version, number=number, deleted=_write_deleted(index, number, deleted)).write(index)
+    _remove_old_files(index)
+    return Change(number, changed, unchanged, unknown)
+
+
+def _write_deleted(index: Artifact, number: int, deleted: Ids) -> str:
+    """Write the sorted ids of deleted rows; returns the file's name, empty if there are none."""
     name = f"changes/deleted-{number:06d}.npy" if len(deleted) else ""
     if name:
         with index.write(name) as path:
             write_array(path, [deleted], deleted.shape, np.int64)
-    replace(version, number=number, deleted=name).write(index)
-    _remove_old_files(index)
-    return Change(number, changed, unchanged, unknown)
+    return name
 
 
 def _new_name(index: Artifact) -> str:

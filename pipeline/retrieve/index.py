@@ -160,10 +160,11 @@ class NeighbourIndex:
         return vectors
 
     def sample(self, split: str, count: int, seed: int = 0) -> Ids:
-        """Ids of at most ``count`` random rows of a split from each segment; the time does not grow with the rows."""
+        """Ids of at most ``count`` random rows of a split; the time does not grow with the rows."""
         rng = np.random.default_rng(seed)
         ids = np.concatenate([segment.rows.sample(split, count, rng) for segment in self._segments])
-        return ids[self.has(ids)]
+        ids = ids[self.has(ids)]
+        return ids if len(ids) <= count else rng.choice(ids, count, replace=False)
 
     def has(self, ids: Sequence[int] | Ids) -> Any:
         """Whether a search may return each row, (len(ids),) of bool."""

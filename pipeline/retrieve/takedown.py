@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute
 from numpy.typing import NDArray
 
+from pipeline.errors import ConfigError
 from pipeline.workspace.store import Artifact
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported, and have no types
@@ -33,15 +34,24 @@ class Takedown:
         root = Artifact(workspace)
         if not root.exists(TAKEDOWN):
             return cls()
-        return cls(tuple(root.path(TAKEDOWN).read_text(encoding="utf-8").splitlines()))
+        lines = root.path(TAKEDOWN).read_bytes().decode().split("\n")  # a URL may have any other line break
+        return cls(tuple(filter(None, lines)))
 
     def write(self, workspace: str) -> None:
         """Replace the file of a workspace."""
         Artifact(workspace).write_bytes(TAKEDOWN, "".join(f"{name}\n" for name in self.names).encode())
 
     def add(self, names: Iterable[str]) -> "Takedown":
-        """With more names."""
-        return Takedown(tuple(dict.fromkeys([*self.names, *names])))
+        """With more names.
+
+        Raises:
+            ConfigError: If a name has a line break: the file would hold two others.
+        """
+        all_names = tuple(dict.fromkeys([*self.names, *names]))
+        for name in all_names:
+            if "\n" in name:
+                raise ConfigError(f"{name!r}: a name with a line break; give the uid of the pair")
+        return Takedown(all_names)
 
     def remove(self, names: Iterable[str]) -> "Takedown":
         """Without some names."""

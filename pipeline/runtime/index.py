@@ -17,7 +17,7 @@ from pipeline.errors import StepError
 from pipeline.recipe.plan import Step
 from pipeline.recipe.recipe import Recipe
 from pipeline.retrieve.build import BASE_SEGMENT, IndexSummary, SegmentBuild
-from pipeline.retrieve.changes import publish_segment, segment_of_all, segment_of_more
+from pipeline.retrieve.changes import Check, publish_segment, segment_of_all, segment_of_more
 from pipeline.retrieve.kinds import has_gpu
 from pipeline.retrieve.versions import Version
 from pipeline.runtime.context import StepContext, StepResult
@@ -40,31 +40,32 @@ def run_index(context: StepContext) -> StepResult:
     return StepResult(counts=summary.counts, metrics=summary.metrics, num_workers=summary.num_workers)
 
 
-def append(recipe: Recipe, step: Step, embed: Artifact) -> IndexSummary:
+def append(recipe: Recipe, step: Step, embed: Artifact, check: Check) -> IndexSummary:
     """Add the rows of more embeddings to an index, as a new segment. Rows that it has already are not added again.
 
     Args:
         recipe: The recipe of the index.
         step: Its index step, finished.
         embed: Embeddings by the same CLIP.
+        check: Called before the commit.
 
     Raises:
         DataError: If the embeddings are of another CLIP, or damaged.
         StepError: See ``run_index``.
     """
     context = StepContext(recipe, step, Workspace(recipe.workspace).root)
-    return _change(context, segment_of_more(_segment_build(context, (embed,))), replaces=False)
+    return _change(context, segment_of_more(_segment_build(context, (embed,))), check, replaces=False)
 
 
-def compact(recipe: Recipe, step: Step) -> IndexSummary:
-    """Build one segment from the embeddings of all segments, without the deleted rows.
+def compact(recipe: Recipe, step: Step, check: Check) -> IndexSummary:
+    """Build one segment from the embeddings of all segments, without the deleted rows; see ``append``.
 
     Raises:
         DataError: If embeddings are damaged or gone.
         StepError: See ``run_index``.
     """
     context = StepContext(recipe, step, Workspace(recipe.workspace).root)
-    return _change(context, segment_of_all(_segment_build(context, ())), replaces=True)
+    return _change(context, segment_of_all(_segment_build(context, ())), check, replaces=True)
 
 
 class PartWorker:
@@ -88,12 +89,12 @@ def _segment_build(context: StepContext, sources: tuple[Artifact, ...]) -> Segme
     return SegmentBuild(sources, context.output, config, context.recipe.seed, num_threads=num_threads, on_gpu=on_gpu)
 
 
-def _change(context: StepContext, build: SegmentBuild, *, replaces: bool) -> IndexSummary:
+def _change(context: StepContext, build: SegmentBuild, check: Check, *, replaces: bool) -> IndexSummary:
     try:
         summary = _build(context, build)
     finally:
         context.output.remove(PROGRESS)
-    publish_segment(build, replaces=replaces)
+    publish_segment(build, replaces=replaces, check=check)
     return summary
 
 

@@ -128,17 +128,27 @@ def _use_in_store(store: ObjectStore) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _locked_here(file: Path, place: str, artifacts: Sequence[str] = ()) -> Generator[Lock]:
-    with translate_os_errors(str(file.parent)):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = file.open("a+")
-    with lock:
-        if not _taken(lock):
-            lock.seek(0)
-            raise StepError(f"{place} ({lock.read().strip()}); wait for it")
-        lock.truncate(0)
+    while True:
         with translate_os_errors(str(file.parent)):
-            os.write(lock.fileno(), "\n".join([_owner(), *artifacts]).encode())
-        yield Lock()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = file.open("a+")
+        with lock:
+            if not _taken(lock):
+                lock.seek(0)
+                raise StepError(f"{place} ({lock.read().strip()}); wait for it")
+            if not _is_at(file, lock):  # it was removed before it was locked, as one that a dead process left
+                continue
+            lock.truncate(0)
+            with translate_os_errors(str(file.parent)):
+                os.write(lock.fileno(), "\n".join([_owner(), *artifacts]).encode())
+            yield Lock()
+            return
+
+
+def _is_at(file: Path, opened: IO[str]) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.fstat(opened.fileno()).st_ino == file.stat().st_ino
+    return False
 
 
 @contextlib.contextmanager
@@ -150,7 +160,11 @@ def _locked_in_store(
     if owner and age_s < EXPIRY_S:
         raise StepError(f"{place} ({owner}, last heard {age_s:.0f} s ago); wait for it, or for {EXPIRY_S:.0f} s")
     lock = _StoreLock(store, place, number + 1, artifacts)
-    if not store.create(lock.path, lock.content()):
+    is_taken = not store.create(lock.path, lock.content())
+    if not is_taken and max(_numbers(store)) > number + 1:  # others have held, and removed, this number since we looked
+        store.rm_file(lock.path)
+        is_taken = True
+    if is_taken:
         raise StepError(f"{place}: it was taken at this moment; wait for it")
     if owner:
         warn(f"{place} ({owner}) was silent for {age_s:.0f} s: it counts as dead, and its lock is broken")

@@ -7,6 +7,7 @@ sentence: a package, a credential, a bucket or an endpoint that is missing.
 
 import contextlib
 import errno
+import functools
 import io
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import fsspec
 
 from pipeline.errors import ConfigError, DataError, StepError
 
+Json = dict[str, Any]
 T = TypeVar("T")
 
 _STAMPS = ("md5Hash", "ETag", "etag", "checksum", "generation", "LastModified", "last_modified", "updated", "mtime")
@@ -201,6 +203,16 @@ class ObjectStore:
         """Remove a file if it is there."""
         self._ask(lambda: self._files.rm_file(path), missing=None)
 
+    def rm_files(self, paths: Sequence[str]) -> None:
+        """Remove files if they are there, many with one request where the store can."""
+        for start in range(0, len(paths), _BATCH):
+            batch = list(paths[start : start + _BATCH])
+            try:
+                self._ask(lambda batch=batch: self._files.rm(batch))
+            except (FileNotFoundError, StepError):  # one is gone, or the store takes no such request
+                for path in batch:
+                    self.rm_file(path)
+
     def mv(self, path: str, target: str) -> None:
         """Move a file."""
         self._ask(lambda: self._files.mv(path, target))
@@ -216,17 +228,23 @@ class ObjectStore:
     def abort_uploads(self, path: str) -> None:
         """Give up the uploads in parts below a folder that killed writers began: they are billed, and never listed.
 
-        Only S3 needs it; the others forget such parts by themselves after some days.
+        Only S3 needs it; the others forget such parts by themselves after some days. A role without the right to list
+        or to give up uploads leaves them: no run depends on it.
         """
         files = self._files
         if not hasattr(files, "list_multipart_uploads"):
             return
         bucket, _, prefix = path.partition("/")
-        for upload in self._ask(lambda: files.list_multipart_uploads(bucket), missing=[]):
-            if upload["Key"].startswith(prefix + "/"):
-                self._ask(
-                    lambda upload=upload: files.abort_mpu(bucket, upload["Key"], upload["UploadId"]), missing=None
-                )
+        request: Json = {"Bucket": bucket, "Prefix": f"{prefix}/"}
+        while True:
+            look = functools.partial(files.call_s3, "list_multipart_uploads", **request)
+            page = self._ask(lambda look=look: _permitted(look), missing={})
+            for upload in page.get("Uploads", []):
+                abort = functools.partial(files.abort_mpu, bucket, upload["Key"], upload["UploadId"])
+                self._ask(lambda abort=abort: _permitted(abort), missing={})
+            if not page.get("IsTruncated"):
+                return
+            request |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
     def unstrip_protocol(self, path: str) -> str:
         """The URI of a path."""
@@ -291,6 +309,14 @@ class ObjectStore:
                 f"{self._uri}: no answer for {_PATIENCE_S / 60:.0f} minutes ({text}); finished work is kept, run again"
             )
         return StepError(f"{self._uri}: {type(error).__name__}: {text}")
+
+
+def _permitted(action: Callable[[], Any]) -> Json:
+    """The answer to a request that a role need not be permitted to make; empty if it is not."""
+    try:
+        return action() or {}
+    except PermissionError:
+        return {}
 
 
 def stamp_of(info: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import os
 import shutil
 import sqlite3
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -127,6 +127,11 @@ class Artifact:
         self._files: Any = files
         self._base: str = base
         self._is_local = "://" not in uri
+
+    @property
+    def key(self) -> str:
+        """The last part of the URI."""
+        return self.uri.rpartition("/")[2]
 
     def __reduce__(self) -> tuple[type["Artifact"], tuple[str]]:
         return (Artifact, (self.uri,))
@@ -251,14 +256,12 @@ class Artifact:
     def clear(self) -> None:
         """Remove every file, the commit first."""
         self.remove(MANIFEST)
-        for name in self.names():
-            self.remove(name)
+        self._remove_all(self.names())
 
     def destroy(self) -> None:
         """Remove the artifact, the commit first, with what was never published."""
         self.remove(MANIFEST)
-        for name in self.sizes():
-            self.remove(name)
+        self._remove_all(self.sizes())
         if self._is_local:
             shutil.rmtree(self._base, ignore_errors=True)
 
@@ -266,6 +269,15 @@ class Artifact:
         """Remove one file if it is there."""
         with contextlib.suppress(FileNotFoundError):
             self._files.rm_file(f"{self._base}/{name}")
+
+    def _remove_all(self, names: Collection[str]) -> None:
+        if self._is_local:
+            for name in names:
+                self.remove(name)
+        else:
+            self._files.rm_files([f"{self._base}/{name}" for name in names])
+            for name in self.sizes().keys() & set(names):  # a store names no file of a batch that it did not remove
+                self.remove(name)
 
     def move(self, name: str, target: "Artifact") -> None:
         """Move a file to another artifact of the same workspace, in the place of its file of this name."""
@@ -327,9 +339,7 @@ class Artifact:
             self.write_bytes(MANIFEST, content)
         elif not self._files.create(f"{self._base}/{MANIFEST}", content):
             raise StepError(f"{self.uri}: another run has committed this step; run again to go on from there")
-        for name in self.names():
-            if name.startswith(LIVE):
-                self.remove(name)
+        self._remove_all([name for name in self.names() if name.startswith(LIVE)])
 
     def describe_files(self) -> dict[str, Json]:
         """Size and SHA-256 of every published file but the manifest and the live ones, for the manifest."""

@@ -95,6 +95,8 @@ def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "memory.current").write_text("1000000\n")
     monkeypatch.setattr(doctor, "_MEMORY_LIMIT", tmp_path / "memory.max")
     assert doctor.memory_bytes() == 2_000_000
+    (tmp_path / "memory.stat").write_text("anon 100000\ninactive_file 600000\nactive_file 300000\n")
+    assert doctor.memory_bytes() == 2_600_000
     (tmp_path / "memory.max").write_text("max\n")
     assert doctor.memory_bytes() > 2_000_000
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipeline.data.rows import make_uid, row_id
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve import NeighbourIndex
 from pipeline.retrieve.build import SegmentBuild, build_index
@@ -21,6 +21,9 @@ from pipeline.retrieve.changes import (
     segment_of_all,
     segment_of_more,
 )
+from pipeline.retrieve.embedded import EmbeddedShards
+from pipeline.retrieve.takedown import Takedown
+from pipeline.retrieve.versions import read_version
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.store import Artifact, Workspace
 from tests.retrieve.conftest import unit
@@ -165,6 +168,82 @@ def test_a_takedown_holds_in_every_index_of_the_workspace_and_in_those_that_are_
     assert _rows(NeighbourIndex.open(output), vectors) == set(range(48)) - {3, 30}
     assert _append(later, workspace.artifact("embed", "base"))["ok"] == 1
     assert _rows(NeighbourIndex.open(later), vectors) == set(range(48)) - {3, 30}
+
+
+def test_a_restored_pair_comes_back_after_a_compaction_and_one_that_is_on_no_list_stays_away(index: Any) -> None:
+    output, workspace, vectors = index
+    output.commit(Manifest(step="index", key="i", step_version=1, section={}, inputs={}))
+    base = workspace.artifact("embed", "base")
+    delete(output, [_uid(7)])  # as before there was the list
+    delete_everywhere(workspace, ["http://a/5", _uid(3)])
+    assert _compact(output)["deleted"] == 3
+    assert _append(output, base) == {"in": 24, "ok": 0, "already_indexed": 21, "deleted": 3}
+    restore_everywhere(workspace, ["http://a/5"])
+    assert _append(output, base)["ok"] == 1
+    assert _rows(NeighbourIndex.open(output), vectors) == set(range(24)) - {3, 7}
+
+
+def test_a_pair_that_was_deleted_by_both_its_names_says_which_one_is_left(index: Any) -> None:
+    output, workspace, vectors = index
+    output.commit(Manifest(step="index", key="i", step_version=1, section={}, inputs={}))
+    delete_everywhere(workspace, [_uid(5), "http://a/5"])
+    with pytest.raises(ConfigError, match="restore the URL: http://a/5"):
+        restore_everywhere(workspace, [_uid(5)])
+    with pytest.raises(ConfigError, match=f"restore the uid: {_uid(5)}"):
+        restore_everywhere(workspace, ["http://a/5"])
+    restore_everywhere(workspace, [_uid(5), "http://a/5"])
+    assert _rows(NeighbourIndex.open(output), vectors) == set(range(24))
+
+
+def test_a_url_with_another_line_break_stays_deleted(tmp_path: Path) -> None:
+    names = ("http://a/1\u2028", "http://a/\x852", "http://a/\r3")
+    Takedown().add(names).write(str(tmp_path))
+    assert Takedown.read(str(tmp_path)).names == names
+    with pytest.raises(ConfigError, match="a name with a line break"):
+        Takedown().add(["http://a/\n4"])
+
+
+def test_nothing_is_committed_after_the_lock_was_lost(index: Any) -> None:
+    output, workspace, _ = index
+    output.commit(Manifest(step="index", key="i", step_version=1, section={}, inputs={}))
+
+    def lost() -> None:
+        raise StepError("lost")
+
+    before = output.names()
+    for change in (
+        lambda: delete_everywhere(workspace, [_uid(3)], lost),
+        lambda: delete(output, [_uid(3)], lost),
+        lambda: restore_everywhere(workspace, [_uid(3)], lost),
+    ):
+        with pytest.raises(StepError, match="lost"):
+            change()
+    assert (output.names(), Takedown.read(workspace.root).names) == (before, ())
+    build = segment_of_all(SegmentBuild((), output, _CONFIG, 0))
+    _build(build)
+    with pytest.raises(StepError, match="lost"):
+        publish_segment(build, replaces=True, check=lost)
+    assert read_version(output).number == 0
+
+
+def test_the_parts_do_not_read_the_records_of_all_embeddings_again(index: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, _, _ = index
+    build = segment_of_all(SegmentBuild((), output, _CONFIG, 0))
+    build.prepare()
+    names = build.parts()
+    monkeypatch.setattr(EmbeddedShards, "open", None)
+    for name in names:
+        output.commit_shard(build.add_part(name))
+    assert build.finish().counts == {"in": 24, "ok": 24}
+
+
+def test_a_sample_has_as_many_rows_as_were_requested_however_many_segments_there_are(index: Any) -> None:
+    output, workspace, vectors = index
+    _append(output, _embed(workspace, "more", vectors[24:], first=24))
+    opened = NeighbourIndex.open(output)
+    splits = set(opened.rows([row_id(_uid(row)) for row in range(48)]).column("split").to_pylist())
+    for split in splits:
+        assert len(set(opened.sample(split, 1).tolist())) == 1
 
 
 def test_a_build_that_was_stopped_before_a_takedown_does_not_keep_its_parts(index: Any) -> None:

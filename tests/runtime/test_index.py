@@ -55,8 +55,12 @@ def test_parts_are_built_by_workers_and_changed_like_an_index_of_one_part(tmp_pa
     assert [row[0].caption for row in opened.find(vectors[rows], 1)] == [f"caption {row}" for row in rows]
     delete(context.output, ["http://a/65535"])
     more = _embed(Workspace(recipe.workspace).artifact("embed", "more"), vectors[79_990:], first=79_990)
-    assert runtime_index.append(recipe, context.step, more).counts == {"in": 60, "ok": 50, "already_indexed": 10}
-    assert runtime_index.compact(recipe, context.step).counts["deleted"] == 1
+    assert runtime_index.append(recipe, context.step, more, lambda: None).counts == {
+        "in": 60,
+        "ok": 50,
+        "already_indexed": 10,
+    }
+    assert runtime_index.compact(recipe, context.step, lambda: None).counts["deleted"] == 1
     compacted = NeighbourIndex.open(context.output)
     assert (compacted.num_rows, compacted.version) == (80_049, 3)
     assert compacted.source_of(row_id(make_uid("http://a/5", "caption 5"))).uri == embed.uri

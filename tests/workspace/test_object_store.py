@@ -247,6 +247,29 @@ def test_uploads_in_parts_that_a_kill_left_are_given_up(bucket: str) -> None:
     assert [upload["Key"] for upload in files.list_multipart_uploads(names[0])] == ["step/key2/of-another.bin"]
 
 
+def test_a_role_that_may_not_list_uploads_runs_all_the_same(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = ObjectStore(bucket)._files
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("Access Denied")
+
+    for name in ("call_s3", "list_multipart_uploads"):
+        monkeypatch.setattr(files, name, refuse)
+    Artifact(f"{bucket}/step/key").clear_temporaries()
+
+
+def test_files_are_removed_many_with_one_request(bucket: str, s3_server: S3Server) -> None:
+    artifact = Artifact(f"{bucket}/step/key")
+    for number in range(5):
+        artifact.write_bytes(f"{number}", b"")
+    Artifact(f"{bucket}/step/key2").write_bytes("of-another", b"")
+    s3_server.requests()
+    artifact.clear()
+    changes = [method for method, _, _ in s3_server.requests() if method in {"DELETE", "POST"}]
+    assert len(changes) <= 2  # the commit, and the rest
+    assert (artifact.names(), Artifact(f"{bucket}/step/key2").names()) == ([], ["of-another"])
+
+
 def test_a_missing_bucket_is_one_sentence(bucket: str) -> None:
     with pytest.raises(ConfigError, match="there is no bucket no-such-bucket; create it"):
         Workspace("s3://no-such-bucket/prefix").check()
@@ -325,6 +348,20 @@ def test_a_silent_lock_is_broken_aloud_and_its_owner_stops(bucket: str, monkeypa
             assert "counts as dead, and its lock is broken" in warning
             with pytest.raises(StepError, match="the other one took over"):
                 silent.check()
+
+
+def test_whoever_stalled_while_others_took_the_lock_gives_up(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ObjectStore(f"{bucket}/prefix/.lock")
+    for _ in range(2):
+        with locked_workspace(Workspace(f"{bucket}/prefix"), lambda _: None):
+            pass
+    monkeypatch.setattr(lock, "_newest", lambda _: (0, "", 0.0))  # what it saw before
+    with (
+        pytest.raises(StepError, match="taken at this moment"),
+        locked_workspace(Workspace(f"{bucket}/prefix"), lambda _: None),
+    ):
+        pass
+    assert [path.rpartition("/")[2] for path in store.find(store.path) if path.endswith(".json")] == ["2.json"]
 
 
 def test_a_lock_that_is_written_again_does_not_expire(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import faiss
 import numpy as np
@@ -22,7 +23,9 @@ from safetensors.numpy import save_file
 
 from pipeline.data.rows import make_uid, split_of
 from pipeline.errors import DataError, StepError
+from pipeline.workspace import lock
 from pipeline.workspace.disk import translate_os_errors
+from pipeline.workspace.lock import in_use, used_artifacts
 from pipeline.workspace.manifest import Manifest, ShardRecord, add_counts, check_counts
 from pipeline.workspace.store import Artifact, Workspace
 
@@ -282,3 +285,20 @@ def test_write_json_is_stable_bytes(tmp_path: Path) -> None:
     artifact = Artifact(f"{tmp_path}/s/k")
     artifact.write_json("a.json", {"b": 1, "a": 2})
     assert list(json.loads(artifact.path("a.json").read_text())) == ["a", "b"]
+
+
+def test_a_use_whose_file_was_removed_before_it_was_locked_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, taken, num_taken = Workspace(str(tmp_path)), lock._taken, 0
+
+    def remove_first(opened: IO[str]) -> bool:
+        nonlocal num_taken
+        num_taken += 1
+        if num_taken == 1:
+            assert used_artifacts(workspace) == {}  # gc takes it for one that a dead process left
+        return taken(opened)
+
+    monkeypatch.setattr(lock, "_taken", remove_first)
+    with in_use(workspace, ["prior/0"]):
+        assert list(used_artifacts(workspace)) == ["prior/0"]
