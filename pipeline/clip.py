@@ -324,7 +324,9 @@ def freeze(clip: OpenClip) -> FrozenText:
 
 def create_clip(config: ClipConfig) -> OpenClip:
     """Create a CLIP with random weights from torch's global generator, for training."""
-    return _assemble(config.to_open_clip())
+    clip = _assemble(config.to_open_clip())
+    setattr(clip.model, "config", config)  # noqa: B010  (open_clip's class has no such attribute; a copy keeps it)
+    return clip
 
 
 def clamp_logit_scale(clip: OpenClip) -> None:

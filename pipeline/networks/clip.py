@@ -141,9 +141,7 @@ def load_text_artifact(artifact: Artifact, device: torch.device | str = "cpu") -
 def _create(config: ClipConfig, _dims: ClipDims) -> nn.Module:
     from pipeline.clip import create_clip
 
-    model = create_clip(config).model
-    setattr(model, "config", config)  # noqa: B010  (open_clip's class has no such attribute; a copy keeps it)
-    return model
+    return create_clip(config).model
 
 
 def _with_tokenizer(network: Any) -> OpenClip:
@@ -158,10 +156,14 @@ def _work(network: nn.Module, clip: OpenClip) -> Work:
     images = torch.zeros(1, 3, clip.image_px, clip.image_px)
     tokens = torch.zeros(1, clip.dims.context_length, dtype=torch.int64)
     network.eval()
+    encode_text: Any = network.encode_text
 
     def run(size: int) -> Tensor:
         image, text, *_ = network(images.expand(size, -1, -1, -1), tokens.expand(size, -1))
-        return image.sum() + text.sum()
+        total = image.sum() + text.sum()
+        if getattr(getattr(network, "config", None), "hard_negatives", False):  # a pretrained one has no configuration
+            total = total + encode_text(tokens.expand(size, -1)).sum()
+        return total
 
     return Work(run, count(lambda: clip.model.encode_image(images)), 1)
 
@@ -173,6 +175,7 @@ CLIP = NetworkKind(
     objective=lambda network, _: ClipObjective(network),
     work=_work,
     pictures=True,
+    contrasts=True,
     publish=lambda output, network: save_clip_artifact(output, _with_tokenizer(network)),
     meaning=(),
     compiled=lambda _: (),

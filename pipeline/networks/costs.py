@@ -16,7 +16,7 @@ import torch
 from pipeline.clip import OpenClip, create_clip, describe_clip
 from pipeline.data.order import Share
 from pipeline.errors import ConfigError
-from pipeline.networks.counting import CountedAttention, FusedAttention, count_training_pass
+from pipeline.networks.counting import CountedAttention, FusedAttention, count_forward_pass, count_training_pass
 from pipeline.networks.files import num_parameters
 from pipeline.networks.table import kind_of
 from pipeline.recipe.recipe import Recipe, TrainedSection
@@ -133,7 +133,10 @@ def _cost(name: str, section: TrainedSection, clip: OpenClip, recipe: Recipe) ->
     if is_clip and recipe.clip.source == "pretrained":
         return NetworkCost(name, parameters, 0.0, 0, work.sampling_flops, work.num_calls, weights, 0, 0, 0, 0)
     flops, activations = count_training_pass(network, work.run)
-    train = section.train
+    train, share = section.train, Share(section.train.batch_size, 0, section.resources.num_workers)
+    part = share.largest_part(section.resources.micro_batch_size)
+    if kind.contrasts and part < share.largest:
+        flops += count_forward_pass(work.run)
     return NetworkCost(
         name=name,
         num_parameters=parameters,
@@ -145,15 +148,7 @@ def _cost(name: str, section: TrainedSection, clip: OpenClip, recipe: Recipe) ->
         gradients_bytes=weights,
         optimizer_bytes=_OPTIMIZER_STATES * weights,
         average_bytes=weights,
-        activations_bytes=round(activations * samples_at_a_time(section)),
-    )
-
-
-def samples_at_a_time(section: TrainedSection) -> int:
-    """Samples in one forward and backward pass of a worker."""
-    return min(
-        Share(section.train.batch_size, 0, section.resources.num_workers).largest,
-        section.resources.micro_batch_size or section.train.batch_size,
+        activations_bytes=round(activations * part),
     )
 
 

@@ -80,7 +80,7 @@ class Activations(contextlib.AbstractContextManager["Activations"]):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self._own = {_identity(tensor) for tensor in [*network.parameters(), *network.buffers()]}
+        self._own = {identity_of(tensor) for tensor in [*network.parameters(), *network.buffers()]}
         self._counted: dict[int, Tensor] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
         self.num_bytes = 0
@@ -93,14 +93,15 @@ class Activations(contextlib.AbstractContextManager["Activations"]):
         self._hooks.__exit__(*error)
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        identity = _identity(tensor)
+        identity = identity_of(tensor)
         if identity not in self._own and identity not in self._counted:
             self._counted[identity] = tensor  # alive, so that no other piece of memory gets its number
             self.num_bytes += tensor.untyped_storage().nbytes()
         return tensor
 
 
-def _identity(tensor: Tensor) -> int:
+def identity_of(tensor: Tensor) -> int:
+    """A number of the tensor's memory, while it is alive."""
     storage: Any = tensor.untyped_storage()
     return int(storage._cdata)  # tensors without data have no address
 
@@ -133,6 +134,11 @@ def count_training_pass(network: nn.Module, run: Callable[[int], Tensor]) -> tup
         loss.backward()
     network.zero_grad(set_to_none=True)
     return counter.flops / _COUNTED, activations.num_bytes / _COUNTED
+
+
+def count_forward_pass(run: Callable[[int], Tensor]) -> float:
+    """Operations of a forward pass of one sample."""
+    return count(lambda: run(_COUNTED)) / _COUNTED
 
 
 def count_chain(

@@ -57,6 +57,8 @@ class NetworkKind(Generic[C, N]):
     """Whether it is trained on pictures, of ``config.image_px``."""
     embeddings: bool = False
     """Whether it is trained on z_image."""
+    contrasts: bool = False
+    """Whether its loss is a ``ContrastiveObjective``: worked off in parts, each sample is encoded twice."""
     captions: bool = False
     """Whether it is trained on captions as the frozen CLIP encodes them; its shape then depends on that CLIP."""
     create_on_data: Callable[[C, ClipDims, Artifact], N] | None = None

@@ -65,6 +65,7 @@ NOISY_CLIP = NetworkKind(
     objective=NoisyClipObjective,
     work=_work,
     pictures=True,
+    contrasts=True,
     captions=True,
     channels_last=True,
 )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import ConfigError
-from pipeline.recipe.plan import make_plan
+from pipeline.recipe.plan import artifact_of, earlier_trainings, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import STEPS
 from pipeline.workspace.lock import used_artifacts
@@ -34,8 +34,8 @@ class Kept:
 def find_garbage(workspace: Workspace, recipes: Sequence[Recipe]) -> tuple[list[Garbage], list[Kept]]:
     """What may be removed, the largest first; and what stays for another reason than a recipe.
 
-    What a recipe's plan holds is needed, finished or not; so is all that it was made from, and the embeddings that an
-    index of it reads, be they of another recipe.
+    What a recipe's plan holds is needed, finished or not; so is all that it was made from, the embeddings that an index
+    of it reads, be they of another recipe, and the trainings that an unfinished one of it continues.
 
     Raises:
         ConfigError: If a recipe has another workspace.
@@ -45,7 +45,10 @@ def find_garbage(workspace: Workspace, recipes: Sequence[Recipe]) -> tuple[list[
     for recipe in recipes:
         if Workspace(recipe.workspace).root != workspace.root:
             raise ConfigError(f"recipe {recipe.name} has another workspace: {recipe.workspace}")
-        needed |= {(step.name, step.key) for step in make_plan(recipe)}
+        for step in make_plan(recipe):
+            needed.add((step.name, step.key))
+            if artifact_of(workspace, step).manifest() is None:
+                needed |= {(step.name, key) for key, _ in earlier_trainings(step)}
     needed = _with_inputs(workspace, needed)
     used = used_artifacts(workspace)
     garbage: list[Garbage] = []

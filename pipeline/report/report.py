@@ -128,7 +128,7 @@ def next_commands(recipe: Recipe, recipe_file: str, prompt: str, done: set[str])
             ("show what is done, what remains and why", f"unclip plan {file}"),
             ("continue; finished work is kept", f"unclip run {file}"),
         ]
-    steps = 2 * recipe.decoder.train.num_steps
+    steps = 2 * recipe.decoder.train.total_steps
     return [
         ("sample your own prompt", f"unclip sample {file} {words} -n 4 --seed 1 --out out"),
         ("find the training pictures nearest to a text", f"unclip search {file} {words} -k 10"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -104,7 +105,8 @@ def save_checkpoint(
     """
     write_state(state, artifact, checkpoint_name(state.step), digest)
     best = _note_best(artifact, state.step, keep.best_by, measures or {}) if keep.best_by else None
-    steps_to_keep = {best, *checkpoint_steps(artifact)[-keep.num_newest :]}
+    earlier = [step for step in checkpoint_steps(artifact) if step <= state.step]  # later ones were found damaged
+    steps_to_keep = {best, *earlier[-keep.num_newest :]}
     for step in checkpoint_steps(artifact):
         if step not in steps_to_keep:
             artifact.remove(checkpoint_name(step))
@@ -229,16 +231,25 @@ def _seal(header: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode()).hexdigest()
 
 
-def _note_best(artifact: Artifact, step: int, name: str, measures: Mapping[str, float]) -> int:
-    """The step of the best checkpoint so far, this one included."""
+def require_measure(name: str, measures: Mapping[str, float]) -> None:
+    """Refuse a measure that a training does not take.
+
+    Raises:
+        ConfigError: Names those that it takes.
+    """
     if name not in measures:
         names = ", ".join(measures) or "none, because there are no validation rows"
         raise ConfigError(f"resources.keep_best = {name!r}: the measures of this training are {names}")
+
+
+def _note_best(artifact: Artifact, step: int, name: str, measures: Mapping[str, float]) -> int:
+    """The step of the best checkpoint so far, this one included."""
+    require_measure(name, measures)
     sign = 1 if name.endswith("loss") else -1
-    this = {"step": step, "value": measures[name], "by": name}
+    this: Json = {"step": step, "value": measures[name], "by": name}
     if artifact.exists(_BEST):
         best: Json = artifact.read_json(_BEST)
-        is_better = best["by"] == name and sign * best["value"] <= sign * this["value"]
+        is_better = best["by"] == name and (math.isnan(this["value"]) or sign * best["value"] <= sign * this["value"])
         if is_better and artifact.exists(checkpoint_name(best["step"])):
             return int(best["step"])
     artifact.write_json(_BEST, this)

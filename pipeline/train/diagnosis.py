@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,16 +28,20 @@ class Culprits:
     """Names of the parameters whose gradient was not finite for one of them."""
 
 
-def find_culprits(objective: nn.Module, batch: Batch, random: SampleRandom, place: Place) -> Culprits:
+def find_culprits(
+    objective: nn.Module, batch: Batch, random: SampleRandom, place: Place, parts: Sequence[slice]
+) -> Culprits:
     """Compute the samples of a step again, in halves of halves, until those that are not finite stand alone.
 
-    No weight was changed since, and the random numbers belong to the samples, so they give what they gave.
+    No weight was changed since, and the random numbers belong to the samples, so they give what they gave. Loss-aware
+    timesteps are the exception: their distribution has moved on by a step.
 
     Args:
         objective: Not wrapped for data parallelism.
         batch: This worker's samples of the step.
         random: Their random numbers.
         place: Where to compute.
+        parts: The parts of the batch that fit into the memory.
     """
     if isinstance(objective, ContrastiveObjective):
         objective.share = None  # the others compute other halves
@@ -60,7 +65,8 @@ def find_culprits(objective: nn.Module, batch: Batch, random: SampleRandom, plac
         search(slice(part.start, middle))
         search(slice(middle, part.stop))
 
-    search(slice(0, len(batch)))
+    for part in parts:
+        search(part)
     objective.zero_grad(set_to_none=True)
     return culprits
 

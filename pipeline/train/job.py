@@ -18,7 +18,14 @@ from pipeline.networks.diffusion_loss import draws_of
 from pipeline.networks.files import num_parameters
 from pipeline.train.accumulation import Place
 from pipeline.train.assemble import TrainJob, assemble
-from pipeline.train.checkpoint import Keep, load_newest_checkpoint, save_checkpoint, state_name, write_state
+from pipeline.train.checkpoint import (
+    Keep,
+    load_newest_checkpoint,
+    require_measure,
+    save_checkpoint,
+    state_name,
+    write_state,
+)
 from pipeline.train.diagnosis import describe, find_culprits, of_all_workers
 from pipeline.train.loop import learning_rate, make_step, random_of_step, train
 from pipeline.train.state import TrainState, create_state
@@ -65,8 +72,8 @@ def run_job(job: TrainJob, watch: Watch) -> Json:
     order = plan_order(parts.train, job.seed, where=job.name)
     share = Share(config.batch_size, job.rank, job.world_size)
     prefetch = job.num_threads > 1 or job.device.type != "cpu"
-    keep = Keep(resources.num_checkpoints, resources.keep_best)
     validation = Validation(job, parts)
+    keep = _keep(job, validation, state)
 
     def report(state: TrainState) -> None:
         if is_first:
@@ -86,7 +93,8 @@ def run_job(job: TrainJob, watch: Watch) -> Json:
         batch = parts.train.batch(order.locations(first + share.start, first + share.stop))
         random = random_of_step(job.seed, int(state.bad_step) - 1, share)
         place = Place(job.device, config.at(int(state.bad_step) - 1).precision)
-        return describe(of_all_workers(find_culprits(bare, batch, random, place)))
+        divided = share.parts(resources.micro_batch_size)
+        return describe(of_all_workers(find_culprits(bare, batch, random, place, divided)))
 
     if is_first:
         watch(state.step, config.total_steps, f"training{note}")
@@ -113,17 +121,24 @@ def continue_training(state: TrainState, job: TrainJob, warn: Callable[[str], No
     """
     if load_newest_checkpoint(state, job.output, job.digest, warn):
         return MetricsLog(job.output, state.step)
+    finished = None
     for earlier in job.earlier:
         if load_newest_checkpoint(state, earlier.artifact, earlier.key, warn, last_step=earlier.last_step):
             if job.rank == 0:
                 job.output.write_json(_ORIGIN, {"key": earlier.key, "step": state.step})
             return MetricsLog(job.output, state.step, before=earlier.artifact)
         if earlier.artifact.exists(MANIFEST):
-            raise ResumeError(
-                f"{earlier.artifact.uri}: the training that phases from step {earlier.last_step} on would continue is "
-                "finished and kept no state of its optimizer (resources.keep_state); start from its weights instead: "
-                "init_from, without phases"
-            )
+            finished = finished or earlier
+    if finished is not None:
+        instead = (
+            "start from its weights instead: init_from, without phases"
+            if hasattr(job.section, "init_from")
+            else ("train without phases, from the beginning")
+        )
+        raise ResumeError(
+            f"{finished.artifact.uri}: the training that phases from step {finished.last_step} on would continue is "
+            f"finished and kept no state of its optimizer (resources.keep_state); {instead}"
+        )
     return MetricsLog(job.output, 0)
 
 
@@ -170,6 +185,18 @@ class MetricsLog:
         for row in self.rows:
             last |= {name: value for name, value in row.items() if name == "loss" or name.startswith("val_")}
         return last
+
+
+def _keep(job: TrainJob, validation: Validation, state: TrainState) -> Keep:
+    """Which checkpoints stay.
+
+    Raises:
+        ConfigError: If the best is to be kept by a measure that the training does not take: now, not after hours.
+    """
+    resources = job.section.resources
+    if job.rank == 0 and resources.keep_best:
+        require_measure(resources.keep_best, validation(state.ema))
+    return Keep(resources.num_checkpoints, resources.keep_best)
 
 
 def _require_same_step(state: TrainState) -> None:

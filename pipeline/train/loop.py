@@ -84,6 +84,8 @@ def make_step(objective: nn.Module, section: TrainedSection, share: Share, *, se
     def step(state: TrainState, batch: Batch) -> None:
         random = random_of_step(seed, state.step, share)
         now = config.at(state.step)
+        statistics = statistics_of(state.network) if section.resources.max_bad_steps else []
+        before = [buffer.clone() for buffer in statistics]
         loss = accumulate(batch, random, Place(state.bad_step.device, now.precision))
         for diffusion_loss in losses:
             diffusion_loss.end_step(share)
@@ -91,7 +93,9 @@ def make_step(objective: nn.Module, section: TrainedSection, share: Share, *, se
             torch.distributed.all_reduce(loss)
         parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
         state.grad_norm = nn.utils.clip_grad_norm_(parameters, now.grad_clip_norm or math.inf)
-        _note(state, loss, section.resources.max_bad_steps)
+        skips = _note(state, loss, section.resources.max_bad_steps)
+        for buffer, value in zip(statistics, before, strict=True):
+            buffer.copy_(torch.where(skips, value, buffer))
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(config, state.step)
         state.optimizer.step()
@@ -99,6 +103,12 @@ def make_step(objective: nn.Module, section: TrainedSection, share: Share, *, se
         update_average(state.ema, state.network, config.ema_decay, state.step + 1)
 
     return step
+
+
+def statistics_of(network: nn.Module) -> list[Tensor]:
+    """The running statistics of batch norms, which a forward pass changes and not the optimizer."""
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    return [buffer for module in network.modules() if isinstance(module, norms) for buffer in module.buffers()]
 
 
 def random_of_step(seed: int, step: int, share: Share) -> SampleRandom:
@@ -128,15 +138,20 @@ def require_finite(state: TrainState, explain: Callable[[TrainState], str]) -> N
     if bad_step >= 0:
         skips = int(state.num_bad) - 1
         before = f", after {skips} that were skipped" if skips else ""
+        phase = f" in a phase (train.phases, from_step = {bad_step - 1})" if bad_step > 1 else ""
         raise StepError(
             f"step {bad_step}: loss or gradient is not finite (gradient norm {float(state.grad_norm):g}){before}"
-            f"{explain(state)}; no weight was changed by it. Change learning_rate or precision in a phase "
-            f"(train.phases, from_step = {bad_step - 1}), or skip such steps (resources.max_bad_steps = {skips + 10})"
+            f"{explain(state)}; no weight was changed by it. Change learning_rate or precision{phase}, or skip such "
+            f"steps (resources.max_bad_steps = {skips + 10})"
         )
 
 
-def _note(state: TrainState, loss: Tensor, max_bad_steps: int) -> None:
-    """Add up the loss, and let the optimizer skip this step (on the device) if it or an earlier stop is not finite."""
+def _note(state: TrainState, loss: Tensor, max_bad_steps: int) -> Tensor:
+    """Add up the loss, and let the optimizer skip this step (on the device) if it or an earlier stop is not finite.
+
+    Returns:
+        Whether it skips, a bool of shape ().
+    """
     is_bad = ~(torch.isfinite(loss) & torch.isfinite(state.grad_norm))
     stopped = state.bad_step >= 0
     state.num_bad = state.num_bad + (is_bad & ~stopped)
@@ -147,3 +162,4 @@ def _note(state: TrainState, loss: Tensor, max_bad_steps: int) -> None:
     # The fused AdamW looks for these two attributes, which torch's GradScaler sets, and skips its step by the second.
     optimizer: Any = state.optimizer
     optimizer.grad_scale, optimizer.found_inf = None, (is_bad | stopped).float()
+    return is_bad | stopped

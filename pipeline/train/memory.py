@@ -24,7 +24,7 @@ from models.layers.unet import set_checkpointing
 from pipeline.clip import OpenClip
 from pipeline.data.order import Share
 from pipeline.networks.costs import build_clip
-from pipeline.networks.counting import FusedAttention
+from pipeline.networks.counting import FusedAttention, identity_of
 from pipeline.networks.table import kind_of
 from pipeline.recipe.recipe import Recipe, TrainedSection
 from pipeline.train.muon import Muon
@@ -87,7 +87,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, before: Iterable[Tensor]) -> None:
         super().__init__()
-        self._sizes = {_identity(tensor): 0 for tensor in before}
+        self._sizes = {identity_of(tensor): 0 for tensor in before}
         self.now = 0
         self.peak = 0
 
@@ -99,7 +99,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def _note(self, tensor: Tensor) -> None:
-        identity = _identity(tensor)
+        identity = identity_of(tensor)
         if identity in self._sizes:
             return
         storage = tensor.untyped_storage()
@@ -138,8 +138,8 @@ def count_memory(name: str, section: TrainedSection, recipe: Recipe, frozen: Ope
         frozen: The recipe's CLIP, on the meta device.
     """
     resources, share = section.resources, _share(section)
-    num_parts = len(share.parts(resources.micro_batch_size))
-    samples = -(-share.largest // num_parts)
+    samples = share.largest_part(resources.micro_batch_size)
+    is_divided = samples < share.largest
     kind = kind_of(section.model)
     with torch.device("meta"):
         clip = build_clip(recipe) if kind.name == "clip" else frozen
@@ -153,7 +153,7 @@ def count_memory(name: str, section: TrainedSection, recipe: Recipe, frozen: Ope
         network.train().requires_grad_(requires_grad=True)
         set_checkpointing(network, enabled=resources.checkpointing)
         step = _Step(network, average, create_optimizer(network, section.train), run, section.train.precision)
-        stays = share.world_size > 1 or num_parts > 1
+        stays = share.world_size > 1 or is_divided
         work = step.peak_bytes(samples, gradients_stay=stays)
         weights, gradients = _bytes_of([*network.parameters(), *network.buffers()]), _bytes_of(network.parameters())
         moments = _bytes_of(step.moments())
@@ -164,7 +164,7 @@ def count_memory(name: str, section: TrainedSection, recipe: Recipe, frozen: Ope
         gradients=gradients,
         optimizer=moments,
         average=weights,
-        buckets=gradients if share.world_size > 1 and num_parts > 1 else 0,
+        buckets=gradients if share.world_size > 1 and is_divided else 0,
         clip=_bytes_of([*frozen.model.parameters(), *frozen.model.buffers()]) if kind.captions else 0,
         work=max(0, work),
         gpu=round(resources.gpu_memory_gb * 1e9),
@@ -291,11 +291,6 @@ class _Step:
 
 def _bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-
-
-def _identity(tensor: Tensor) -> int:
-    storage: Any = tensor.untyped_storage()
-    return int(storage._cdata)  # tensors without data have no address
 
 
 def _cells(memory: WorkerMemory) -> tuple[str, ...]:

@@ -20,9 +20,9 @@ from models.text import TextEncoding
 from models.upsampler.network import Upsampler
 from pipeline.clip import create_clip
 from pipeline.errors import ConfigError
-from pipeline.networks.costs import NetworkCost, format_costs, recipe_costs, samples_at_a_time
+from pipeline.networks.costs import NetworkCost, format_costs, recipe_costs
 from pipeline.recipe.recipe import Recipe, load_recipe
-from pipeline.recipe.sections import NoisyClipStepConfig, TrainConfig, TrainResources
+from pipeline.recipe.sections import NoisyClipStepConfig
 from tests.models.tiny_models import CONVOLUTION
 from tests.tiny.command import ROOT, unclip_json
 from tests.tiny.recipe import write_recipe
@@ -124,15 +124,19 @@ def test_kept_activations_are_those_of_real_tensors(tiny: Recipe) -> None:
     assert cost.activations_bytes == pytest.approx(sum(storages.values()) / 2 * share, rel=0.02)
 
 
-def test_activations_are_those_of_the_largest_part_of_a_share() -> None:
-    section = NoisyClipStepConfig(train=TrainConfig(batch_size=10))
-    counts = {
-        (workers, part): samples_at_a_time(
-            dataclasses.replace(section, resources=TrainResources(num_workers=workers, micro_batch_size=part))
-        )
-        for workers, part in ((1, 0), (3, 0), (1, 4), (3, 7))
-    }
-    assert counts == {(1, 0): 10, (3, 0): 4, (1, 4): 4, (3, 7): 4}
+def test_costs_follow_the_parts_of_a_share(tmp_path: Path) -> None:
+    def cost(name: str, part: int) -> NetworkCost:
+        overrides = ["clip.model.vision=vit", "clip.model.patch_px=8", f"{name}.resources.micro_batch_size={part}"]
+        recipe = load_recipe(write_recipe(tmp_path, port=1), overrides)
+        return next(cost for cost in recipe_costs(recipe) if cost.name == name)
+
+    size = load_recipe(write_recipe(tmp_path, port=1)).decoder.train.batch_size
+    whole, third = cost("decoder", 0), cost("decoder", size // 2)
+    assert third.activations_bytes * 2 == pytest.approx(whole.activations_bytes, rel=0.01)
+    assert third.training_flops == whole.training_flops
+    # A contrastive loss encodes each sample of a divided batch twice: a third more.
+    assert cost("clip", 2).training_flops / cost("clip", 0).training_flops == pytest.approx(4 / 3, rel=0.03)
+    assert cost("clip", 1 << 20).training_flops == cost("clip", 0).training_flops
 
 
 def test_sampling_counts_steps_guidance_and_candidates(tiny: Recipe, tmp_path: Path) -> None:

@@ -135,6 +135,15 @@ def test_garbage_is_what_no_recipe_needs(recipe: Recipe, tmp_path: Path) -> None
     assert all(artifact_of(workspace, step).manifest() for step in make_plan(recipe))
 
 
+def test_the_training_that_an_unfinished_one_continues_stays(recipe: Recipe, tmp_path: Path) -> None:
+    phase = {"from_step": 1, "learning_rate": 1e-4}
+    longer = parse_recipe(tiny_tables(tmp_path / "workspace", prior={"train": {"phases": [phase]}}))
+    keys, workspace = _finish(recipe), Workspace(recipe.workspace)
+    assert ("prior", keys["prior"]) not in {(one.step, one.key) for one in find_garbage(workspace, [longer])[0]}
+    _finish(longer)
+    assert ("prior", keys["prior"]) in {(one.step, one.key) for one in find_garbage(workspace, [longer])[0]}
+
+
 def test_what_is_served_and_what_an_index_reads_stays(recipe: Recipe, tmp_path: Path) -> None:
     old = parse_recipe(tiny_tables(tmp_path / "workspace", embed={"precision": "bfloat16"}))
     old_keys, _ = _finish(old), _finish(recipe)

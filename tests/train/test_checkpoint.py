@@ -108,6 +108,22 @@ def test_the_newest_checkpoints_are_kept_and_the_best(tmp_path: Path, name: str,
         save_checkpoint(_state(18), artifact, "key", Keep(2, "val_psnr"), {name: value})
 
 
+def test_a_measure_that_is_not_a_number_is_never_the_best(tmp_path: Path) -> None:
+    artifact, keep = Artifact(str(tmp_path)), Keep(1, "val_loss")
+    for step, value in ((2, float("nan")), (4, 0.3), (6, float("nan")), (8, 0.4)):
+        save_checkpoint(_state(step), artifact, "key", keep, {"val_loss": value})
+    assert checkpoint_steps(artifact) == [4, 8]
+
+
+def test_later_checkpoints_that_were_passed_over_do_not_count_as_the_newest(tmp_path: Path) -> None:
+    artifact = _saved(tmp_path)
+    path = artifact.path(checkpoint_name(4))
+    path.write_bytes(path.read_bytes()[:-1])
+    save_checkpoint(_state(3), artifact, "key", Keep(1))
+    assert checkpoint_steps(artifact) == [3]
+    assert load_newest_checkpoint(_state(), artifact, "key")
+
+
 @pytest.fixture(scope="module")
 def training(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, TrainJob, list[str]]:
     """An upsampler's training under its recipe, of which the newest checkpoint was flipped, and what it said then."""

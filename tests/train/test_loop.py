@@ -175,6 +175,18 @@ def test_bad_steps_are_skipped_and_counted_up_to_their_budget(optimizer: Literal
     assert all(total > 0 for total, _ in losses)
 
 
+def test_a_skipped_step_changes_no_statistics_of_batch_norms() -> None:
+    torch.manual_seed(0)
+    objective, config = _Regression(dropout=0.0).train(), TrainConfig(num_steps=2, learning_rate=0.1)
+    objective.network.insert(1, nn.BatchNorm1d(32))
+    state, step = create_state(objective.network, config, torch.device("cpu")), _make_step(objective, config, 1)
+    step(state, Batch(("1", "2", "3", "4"), ("",) * 4))
+    before = create_average(state.network)
+    step(state, Batch(("nan", "2", "3", "4"), ("",) * 4))
+    assert _same(before, state.network)
+    assert all(bool(torch.isfinite(value).all()) for value in state.ema.state_dict().values())
+
+
 def test_train_saves_and_reports_when_due() -> None:
     config = TrainConfig(num_steps=8)
     state, step = _start(config)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.layers.dropout import SampleDropout
 from models.sample_random import SampleRandom
 from pipeline.data.batches import Batch
-from pipeline.errors import ResumeError, StepError
+from pipeline.errors import ConfigError, ResumeError, StepError
 from pipeline.networks.contrast import ContrastiveObjective, Pairs
 from pipeline.recipe.plan import artifact_of, earlier_trainings, make_plan
 from pipeline.recipe.recipe import Recipe
@@ -111,6 +111,10 @@ def test_a_finished_training_is_lengthened_from_the_state_that_it_kept(
     refused = _job(_recipe(tmp_path, dataclasses.replace(phase, num_steps=9)), inputs)
     with pytest.raises(ResumeError, match=r"kept no state of its optimizer \(resources\.keep_state\)"):
         run_job(refused, no_watch)
+    asked = _job(_recipe(tmp_path / "whole", keep_best="val_beauty"), inputs)
+    with pytest.raises(ConfigError, match="keep_best = 'val_beauty'"):
+        run_job(asked, no_watch)
+    assert not checkpoint_steps(asked.output)  # it is refused before the first save
 
 
 def test_a_phase_before_the_first_checkpoint_is_refused_by_its_step(
@@ -164,11 +168,11 @@ def test_samples_and_parameters_that_are_not_finite_are_found(objective: nn.Modu
     uids = tuple(f"{'bad' if place in {3, 9} else 'good'}{place}" for place in range(11))
     batch, random = Batch(uids, ("",) * 11), SampleRandom.of_samples(1, range(11))
     place = Place(torch.device("cpu"), "float32")
-    culprits = find_culprits(objective.train(), batch, random, place)
+    culprits = find_culprits(objective.train(), batch, random, place, [slice(0, 4), slice(4, 11)])
     assert culprits.uids == ["bad3", "bad9"]
     assert any(name.endswith("weight") for name in culprits.parameters)
     assert all(parameter.grad is None for parameter in objective.parameters())
-    good = find_culprits(objective, batch.rows(slice(4, 9)), random.rows(slice(4, 9)), place)
+    good = find_culprits(objective, batch.rows(slice(4, 9)), random.rows(slice(4, 9)), place, [slice(0, 5)])
     assert good == Culprits()
 
 
