@@ -1,12 +1,13 @@
 """``unclip lineage`` and ``unclip gc``: where something comes from, and what nobody needs."""
 
 import dataclasses
+import shlex
 import time
 from typing import Annotated
 
 import typer
 
-from jobs.options import AsJson, print_json, print_warning
+from jobs.options import AsJson, print_json, print_next, print_warning
 from pipeline.recipe.lineage import Lineage, Node, mermaid, trace
 from pipeline.recipe.recipe import load_recipe
 from pipeline.workspace.progress import duration
@@ -73,7 +74,7 @@ def gc(
     verdict = "removed" if delete else "not needed"
     typer.echo(f"{len(garbage)} artifacts, {_size(total)}: {verdict}")
     if garbage and not delete:
-        typer.echo(f"next: unclip gc {' '.join(recipes)} --delete")
+        print_next(f"gc {shlex.join(recipes)} --delete")
 
 
 def _print_lineage(lineage: Lineage) -> None:
