@@ -55,10 +55,11 @@ def gc(
     loaded = [load_recipe(recipe) for recipe in recipes]
     workspace = Workspace(loaded[0].workspace)
     workspace.check()
-    with locked_workspace(workspace, print_warning):  # what runs is not looked at, nor touched
+    with locked_workspace(workspace, print_warning) as lock:  # what runs is not looked at, nor touched
         garbage, others = find_garbage(workspace, loaded)
         if delete:
-            remove_garbage(workspace, garbage)
+            garbage, begun = remove_garbage(workspace, garbage, lock.check)
+            others += begun
     total = sum(one.num_bytes for one in garbage)
     if json:
         rows = [dataclasses.asdict(one) for one in garbage]
@@ -100,7 +101,7 @@ def _describe(node: Node) -> str:
 
 def _details(node: Node) -> dict[str, str]:
     details = {
-        "reads": ", ".join(f"{name} {key}" for name, key in node.inputs.items()),
+        "reads": ", ".join(f"{name} {key}" for name, key in [*node.inputs.items(), *node.others]),
         "settings": ", ".join(f"{name} = {value}" for name, value in node.settings.items()),
         "recipes": ", ".join(node.recipes),
         "versions": ", ".join(f"{name} {version}" for name, version in node.versions.items()),

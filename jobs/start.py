@@ -97,7 +97,10 @@ def run(
     start: From = "",
     step: Only = "",
     force: Annotated[
-        bool, typer.Option("--force", help="With --from or --step: make them anew although they are finished.")
+        bool,
+        typer.Option(
+            "--force", help="With --from or --step: make them anew if they are finished; unfinished work is continued."
+        ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and why; run nothing.")] = False,
     address: RayAddress = "",

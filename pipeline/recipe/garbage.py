@@ -1,14 +1,16 @@
 """The artifacts of a workspace that no given recipe needs."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StepError
+from pipeline.recipe.lineage import indexed_embeddings
 from pipeline.recipe.plan import artifact_of, earlier_trainings, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import STEPS
-from pipeline.workspace.lock import used_artifacts
+from pipeline.workspace.lock import in_use, used_artifacts
 from pipeline.workspace.store import Workspace
 
 
@@ -50,14 +52,14 @@ def find_garbage(workspace: Workspace, recipes: Sequence[Recipe]) -> tuple[list[
             if artifact_of(workspace, step).manifest() is None:
                 needed |= {(step.name, key) for key, _ in earlier_trainings(step)}
     needed = _with_inputs(workspace, needed)
-    used = used_artifacts(workspace)
+    used = read_artifacts(workspace)
     garbage: list[Garbage] = []
     others: list[Kept] = []
     for row in STEPS:
         for key in workspace.keys(row.name):
             if (row.name, key) in needed:
                 continue
-            if owner := used.get(f"{row.name}/{key}"):
+            if owner := used.get((row.name, key)):
                 others.append(Kept(row.name, key, f"in use by {owner}"))
                 continue
             artifact = workspace.artifact(row.name, key)
@@ -65,10 +67,53 @@ def find_garbage(workspace: Workspace, recipes: Sequence[Recipe]) -> tuple[list[
     return sorted(garbage, key=lambda one: -one.num_bytes), others
 
 
-def remove_garbage(workspace: Workspace, garbage: Sequence[Garbage]) -> None:
-    """Remove artifacts; the caller holds the workspace's lock."""
+def remove_garbage(
+    workspace: Workspace, garbage: Sequence[Garbage], check: Callable[[], None]
+) -> tuple[list[Garbage], list[Kept]]:
+    """Remove artifacts, but those that somebody has begun to read.
+
+    Args:
+        workspace: The workspace, locked.
+        garbage: What may go.
+        check: Raises StepError if the lock was lost.
+
+    Returns:
+        What was removed, and what stays.
+    """
+    removed: list[Garbage] = []
+    others: list[Kept] = []
     for one in garbage:
+        check()
+        if owner := read_artifacts(workspace).get((one.step, one.key)):
+            others.append(Kept(one.step, one.key, f"in use by {owner}"))
+            continue
         workspace.artifact(one.step, one.key).destroy()
+        removed.append(one)
+    return removed, others
+
+
+@contextlib.contextmanager
+def in_use_of(recipe: Recipe, steps: Collection[str]) -> Generator[None]:
+    """Say inside a block that some steps of a recipe are being read, so that `unclip gc` leaves them.
+
+    Who may only read the workspace cannot say so, and reads all the same.
+    """
+    workspace = Workspace(recipe.workspace)
+    artifacts = [f"{step.name}/{step.key}" for step in make_plan(recipe) if step.name in steps]
+    with contextlib.ExitStack() as stack:
+        if not workspace.is_local or Path(workspace.root).is_dir():  # a folder of networks has no workspace
+            with contextlib.suppress(ConfigError, StepError):
+                stack.enter_context(in_use(workspace, artifacts))
+        yield
+
+
+def read_artifacts(workspace: Workspace) -> dict[tuple[str, str], str]:
+    """Each artifact, by step and key, that a living process reads, with all that it was made from; and the process."""
+    read: dict[tuple[str, str], str] = {}
+    for name, owner in used_artifacts(workspace).items():
+        step, _, key = name.partition("/")
+        read |= dict.fromkeys(_with_inputs(workspace, {(step, key)}), owner)
+    return read
 
 
 def _with_inputs(workspace: Workspace, artifacts: set[tuple[str, str]]) -> set[tuple[str, str]]:
@@ -83,13 +128,5 @@ def _with_inputs(workspace: Workspace, artifacts: set[tuple[str, str]]) -> set[t
         manifest = artifact.manifest()
         if manifest is not None:
             waiting += manifest.inputs.items()
-        if step == "index":
-            names = [name for name in artifact.names() if name.endswith("/segment.json")]
-            sources = [source for name in names for source in _sources(artifact.read_json(name))]
-            waiting += [(parts[-2], parts[-1]) for source in sources if len(parts := source.split("/")) >= 2]
+        waiting += indexed_embeddings(step, artifact)
     return reached
-
-
-def _sources(segment: Any) -> list[str]:
-    """The embeddings that a segment of an index reads, by their place in the workspace."""
-    return list(segment["embedded"]["sources"])

@@ -35,6 +35,9 @@ class Node:
     """done, unfinished, or missing: nothing of it is in the workspace."""
     inputs: dict[str, str]
     """Key of each input, by step name."""
+    others: tuple[tuple[str, str], ...] = ()
+    """Step and key of what it reads beside its inputs: the embeddings of an index to which others were appended, and
+    the training that one with more phases continued."""
     recipes: tuple[str, ...] = ()
     """Names of the recipes of this workspace whose plan holds it."""
     created: float = 0.0
@@ -71,7 +74,7 @@ class Lineage:
 
 def write_origin(folder: Path, recipe: Recipe, artifacts: Mapping[str, Artifact]) -> None:
     """Say in an exported folder which artifacts its networks are."""
-    networks = {name: artifact.uri.rpartition("/")[2] for name, artifact in artifacts.items()}
+    networks = {name: artifact.key for name, artifact in artifacts.items()}
     origin = {"recipe": recipe.name, "workspace": Workspace(recipe.workspace).root, "networks": networks}
     Artifact(str(folder.resolve())).write_json(ORIGIN, origin)
 
@@ -96,11 +99,13 @@ def trace(what: str, workspace: str = "") -> Lineage:
         step, key = waiting.pop()
         if (step, key) not in nodes:
             nodes[step, key] = _node(place, step, key, plans)
-            waiting += nodes[step, key].inputs.items()
+            waiting += [*nodes[step, key].inputs.items(), *nodes[step, key].others]
     if all(node.state == "missing" for node in nodes.values()):
         raise ConfigError(f"{what}: none of its artifacts is in {place.root}; name their workspace with --workspace")
     order = {row.name: number for number, row in enumerate(STEPS)}
-    ordered = sorted(nodes.values(), key=lambda node: (-order.get(node.step, len(order)), node.key))
+    ordered = sorted(
+        nodes.values(), key=lambda node: -order.get(node.step, len(order))
+    )  # of one step, as they were reached
     return Lineage(what, facts, place.root, tuple(ordered), tuple(notes))
 
 
@@ -110,7 +115,7 @@ def mermaid(lineage: Lineage) -> str:
     for node in reversed(lineage.nodes):
         shape = f'["{node.step}<br/>{node.key}"]' if node.state == "done" else f'("{node.step}<br/>{node.state}")'
         lines.append(f"  {node.step}_{node.key}{shape}")
-        lines += [f"  {name}_{key} --> {node.step}_{node.key}" for name, key in node.inputs.items()]
+        lines += [f"  {name}_{key} --> {node.step}_{node.key}" for name, key in [*node.inputs.items(), *node.others]]
     return "\n".join(lines)
 
 
@@ -167,20 +172,33 @@ def _node(workspace: Workspace, step: str, key: str, plans: Mapping[str, Sequenc
     manifest = artifact.manifest()
     planned = {name: one for name, steps in plans.items() for one in steps if (one.name, one.key) == (step, key)}
     if manifest is not None:
-        return _done(manifest, tuple(planned))
+        return _done(artifact, manifest, tuple(planned))
     state = "unfinished" if artifact.names() else "missing"
     one = next(iter(planned.values()), None)
     inputs, section = (one.inputs, one.section) if one else ({}, {})
-    return Node(step, key, state, inputs, tuple(planned), settings=_settings(section))
+    return Node(step, key, state, inputs, recipes=tuple(planned), settings=_settings(section))
 
 
-def _done(manifest: Manifest, recipes: tuple[str, ...]) -> Node:
+def indexed_embeddings(step: str, artifact: Artifact) -> list[tuple[str, str]]:
+    """Step and key of the embeddings that the segments of an index read; none for an artifact of another step."""
+    if step != "index":
+        return []
+    names = [name for name in artifact.names() if name.endswith("/segment.json")]
+    sources = dict.fromkeys(source for name in names for source in artifact.read_json(name)["embedded"]["sources"])
+    return [(parts[-2], parts[-1]) for source in sources if len(parts := source.split("/")) >= 2]
+
+
+def _done(artifact: Artifact, manifest: Manifest, recipes: tuple[str, ...]) -> Node:
+    others = [one for one in indexed_embeddings(manifest.step, artifact) if one not in manifest.inputs.items()]
+    if "continued" in manifest.metrics:
+        others.append((manifest.step, manifest.metrics["continued"]["key"]))
     shards = {name.rpartition("/")[2].partition(".")[0] for name in manifest.files}
     return Node(
         manifest.step,
         manifest.key,
         "done",
         manifest.inputs,
+        tuple(others),
         recipes,
         created=manifest.created,
         wall_s=manifest.wall_s,

@@ -22,6 +22,7 @@ import ray.exceptions
 
 from pipeline.errors import ConfigError, DataError, StepError, UnclipError
 from pipeline.recipe.estimate import Remaining, load_times, remaining
+from pipeline.recipe.garbage import read_artifacts
 from pipeline.recipe.plan import Step, StepStatus, artifact_of, dependents, manifest_of, plan_status
 from pipeline.recipe.recipe import Recipe, to_dict
 from pipeline.recipe.schedule import needs_of
@@ -29,7 +30,7 @@ from pipeline.recipe.steps import STEP_ROWS
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.placement import cluster_has_roles, controller_options
 from pipeline.runtime.tracking import Tracking
-from pipeline.workspace.lock import Lock, locked_workspace, used_artifacts
+from pipeline.workspace.lock import Lock, locked_workspace
 from pipeline.workspace.manifest import Manifest, content_of
 from pipeline.workspace.progress import ERROR, Progress, ProgressState, read_progress
 from pipeline.workspace.store import LIVE, MANIFEST, Workspace
@@ -83,7 +84,7 @@ def run_recipe(
         observer: Receives starts, readings, commits and warnings.
         address: Ray cluster; empty: one of our own on this machine, ended with the run.
         retry_failed: Class of the download's failures that are tried again, finished or not; empty: none.
-        force: Names of steps that are made anew although they are finished.
+        force: Names of steps that are made anew if they are finished; work that is under way goes on.
 
     Raises:
         ConfigError: If the tracker does not answer, or a server reads what is to be made anew.
@@ -105,7 +106,7 @@ def run_recipe(
         may_start = at_once if address else fits_now
         if retry_failed:
             statuses = [_reopened(workspace, status) for status in statuses]
-        statuses = _cleared(workspace, statuses, force)
+        statuses = _to_make_anew(workspace, statuses, force)
         while any(status.state != "done" for status in statuses):
             _run_steps(recipe, workspace, statuses, observer, tracking, may_start, lock, retry_failed)
             # A finished step whose input was made anew with other bytes just now is not done any more.
@@ -219,20 +220,19 @@ def _reopened(workspace: Workspace, status: StepStatus) -> StepStatus:
     return dataclasses.replace(status, state="partial", manifest=None)
 
 
-def _cleared(workspace: Workspace, statuses: Sequence[StepStatus], force: Collection[str]) -> list[StepStatus]:
-    """The statuses after what is to be made anew was removed."""
-    used = used_artifacts(workspace) if force else {}
-    for status in statuses:
-        if status.step.name in force and (owner := used.get(f"{status.step.name}/{status.step.key}")):
-            raise ConfigError(f"--force: {status.step.name} is in use by {owner}; end it first")
-    cleared: list[StepStatus] = []
-    for status in statuses:
-        if status.step.name in force:
-            artifact_of(workspace, status.step).clear()
-            cleared.append(StepStatus(status.step, "todo", ("it is made anew",), None))
-        else:
-            cleared.append(status)
-    return cleared
+def _to_make_anew(workspace: Workspace, statuses: Sequence[StepStatus], force: Collection[str]) -> list[StepStatus]:
+    """The statuses with the finished steps of ``force`` as not done: what one has made is removed when it starts."""
+    forced = {
+        status.step.name: status.step for status in statuses if status.step.name in force and status.state == "done"
+    }
+    used = read_artifacts(workspace) if forced else {}
+    for name, step in forced.items():
+        if owner := used.get((name, step.key)):
+            raise ConfigError(f"--force: {name} is in use by {owner}; end it first")
+    return [
+        StepStatus(status.step, "todo", ("it is made anew",), None) if status.step.name in forced else status
+        for status in statuses
+    ]
 
 
 class _Forecast:

@@ -8,6 +8,7 @@ import ray
 import ray.exceptions
 
 from pipeline.errors import ConfigError, StepError, UnclipError
+from pipeline.recipe.garbage import in_use_of
 from pipeline.recipe.plan import Step, finished_artifacts, manifest_of
 from pipeline.recipe.recipe import Recipe
 from pipeline.retrieve.query_list import num_parts, write_queries
@@ -78,7 +79,7 @@ def search_many(
         raise ConfigError(f"--queries {queries}: no such file")
     Retriever.open(artifacts["index"]).conditions(options.where, options.distinct)  # refuses a wrong filter before Ray
     section = asdict(options) | {"queries": fingerprint(queries)}
-    inputs = {name: artifact.uri.rsplit("/", 1)[1] for name, artifact in artifacts.items()}
+    inputs = {name: artifact.key for name, artifact in artifacts.items()}
     step = Step("search", _VERSION, section, inputs)
     where = Workspace(out) if out else Workspace(recipe.workspace)
     context = SearchContext(recipe, step, where.root, options, artifacts, where.root if out else "")
@@ -89,7 +90,7 @@ def search_many(
         return output, manifest
     place = f"{output.uri}: another run writes these answers"
     lock = f"{output.uri}/{LIVE}lock" if where.is_local else f"{output.uri}.lock"  # a commit removes the live files
-    with locked(lock, place, observer.warned):
+    with in_use_of(recipe, STEPS), locked(lock, place, observer.warned) as held:
         output.clear_temporaries()
         if not output.exists(SEARCH):
             with output.write(QUERIES) as path:
@@ -98,6 +99,7 @@ def search_many(
         with connect(address):
             counts = _answer(context, observer)
         manifest = manifest_of(step, output, counts, wall_s=Progress(output, waits=True).wall_s)
+        held.check()
         output.commit(manifest)
         observer.finished(step, manifest)
         return output, manifest

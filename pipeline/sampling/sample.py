@@ -21,6 +21,7 @@ from models.stage import Watch
 from pipeline.errors import ConfigError
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.pictures import to_png, with_text
+from pipeline.recipe.garbage import in_use_of
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
@@ -64,7 +65,7 @@ def sample_recipe(
         ConfigError: If a network is not trained yet, or has no such checkpoint; says what there is.
     """
     accelerator = recipe.evaluate.resources.accelerator
-    with checkpoint_networks(recipe, at) as live:
+    with in_use_of(recipe, CASCADE_STEPS), checkpoint_networks(recipe, at) as live:
         artifacts = finished_artifacts(recipe, set(CASCADE_STEPS) - live.keys()) | live
         cascade = load_cascade(artifacts, accelerator, network_configs(recipe))
     rows = sample_prompts(
@@ -77,7 +78,7 @@ def sample_recipe(
         batch_size=recipe.evaluate.batch_size,
         watch=watch,
     )
-    networks = {name: artifact.uri.rpartition("/")[2] for name, artifact in artifacts.items()}
+    networks = {name: artifact.key for name, artifact in artifacts.items()}
     for row in rows:
         facts = {"recipe": recipe.name, "networks": networks, "version": version("unclip")}
         facts |= {name: row[name] for name in ("prompt", "seed")}

@@ -1,8 +1,10 @@
 """From a picture, a folder or an artifact back to the pairs; and what no recipe needs."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,15 +12,16 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StepError
 from pipeline.pictures import to_png, with_text
-from pipeline.recipe.garbage import Garbage, find_garbage, remove_garbage
+from pipeline.recipe.garbage import Garbage, find_garbage, in_use_of, remove_garbage
 from pipeline.recipe.lineage import mermaid, trace, write_origin
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe, parse_recipe, to_dict
 from pipeline.recipe.steps import CASCADE_STEPS
-from pipeline.workspace.lock import in_use
-from pipeline.workspace.store import Workspace
+from pipeline.sampling import sample
+from pipeline.workspace.lock import in_use, used_artifacts
+from pipeline.workspace.store import MANIFEST, Workspace
 from tests.tiny.recipe import tiny_tables, write_recipe
 
 
@@ -129,7 +132,7 @@ def test_garbage_is_what_no_recipe_needs(recipe: Recipe, tmp_path: Path) -> None
     assert Garbage("prior", "f" * 16, 100, is_finished=False) in garbage
     assert others == []
     assert find_garbage(workspace, [recipe, old])[0] == [Garbage("prior", "f" * 16, 100, is_finished=False)]
-    remove_garbage(workspace, garbage)
+    assert remove_garbage(workspace, garbage, lambda: None) == (garbage, [])
     assert find_garbage(workspace, [recipe]) == ([], [])
     assert workspace.keys("prior") == [keys["prior"]]
     assert all(artifact_of(workspace, step).manifest() for step in make_plan(recipe))
@@ -159,6 +162,71 @@ def test_what_is_served_and_what_an_index_reads_stays(recipe: Recipe, tmp_path: 
         assert (others.step, others.key) == ("prior", old_keys["prior"])
         assert "in use by process" in others.why
     assert {(one.step, one.key) for one in find_garbage(workspace, [recipe])[0]} == names
+
+
+def test_what_is_read_stays_with_all_that_it_reads_from_the_moment_on(recipe: Recipe, tmp_path: Path) -> None:
+    old = parse_recipe(tiny_tables(tmp_path / "workspace", embed={"precision": "bfloat16"}))
+    other = parse_recipe(tiny_tables(tmp_path / "workspace", download={"image_px": 48}))
+    old_keys, other_keys, _ = _finish(old), _finish(other), _finish(recipe)
+    workspace = Workspace(recipe.workspace)
+    index = workspace.artifact("index", old_keys["index"])
+    index.write_json("segment_00001/segment.json", {"embedded": {"sources": [f"embed/{other_keys['embed']}"]}})
+    garbage, _ = find_garbage(workspace, [recipe])
+    read = {("index", old_keys["index"]), ("embed", old_keys["embed"]), ("embed", other_keys["embed"])}
+    assert read <= {(one.step, one.key) for one in garbage}
+    with in_use_of(old, {"index"}):
+        assert not read & {(one.step, one.key) for one in find_garbage(workspace, [recipe])[0]}
+        removed, stays = remove_garbage(workspace, garbage, lambda: None)  # listed before it was read
+        assert read <= {(one.step, one.key) for one in stays}
+        assert {(one.step, one.key) for one in removed} == {(one.step, one.key) for one in garbage} - {
+            (one.step, one.key) for one in stays
+        }
+    assert index.manifest() is not None
+
+
+def test_gc_stops_when_it_lost_the_lock(recipe: Recipe) -> None:
+    workspace = Workspace(recipe.workspace)
+    workspace.artifact("prior", "f" * 16).write_bytes("live/checkpoint", bytes(100))
+    garbage, _ = find_garbage(workspace, [recipe])
+
+    def lost() -> None:
+        raise StepError("lost")
+
+    with pytest.raises(StepError, match="lost"):
+        remove_garbage(workspace, garbage, lost)
+    assert workspace.keys("prior") == ["f" * 16]
+
+
+def test_sampling_marks_the_networks_that_it_reads(recipe: Recipe, tmp_path: Path, monkeypatch: Any) -> None:
+    keys, used = _finish(recipe), set[str]()
+
+    def load(*_: object) -> None:
+        used.update(used_artifacts(Workspace(recipe.workspace)))
+        raise ConfigError("no network")
+
+    monkeypatch.setattr(sample, "load_cascade", load)
+    with pytest.raises(ConfigError, match="no network"):
+        sample.sample_recipe(recipe, ["a"], num_images=1, seed=0, out_dir=tmp_path / "out")
+    assert used == {f"{name}/{key}" for name, key in keys.items() if name in CASCADE_STEPS}
+
+
+def test_lineage_shows_appended_embeddings_and_the_training_that_was_continued(recipe: Recipe, tmp_path: Path) -> None:
+    old = parse_recipe(tiny_tables(tmp_path / "workspace", embed={"precision": "bfloat16"}))
+    old_keys, keys = _finish(old), _finish(recipe)
+    workspace = Workspace(recipe.workspace)
+    index = workspace.artifact("index", keys["index"])
+    sources = [f"embed/{one['embed']}" for one in (keys, old_keys)]
+    index.write_json("segment_00001/segment.json", {"embedded": {"sources": sources}})
+    lineage = trace(index.uri)
+    assert lineage.nodes[0].others == (("embed", old_keys["embed"]),)
+    assert ("embed", old_keys["embed"]) in {(node.step, node.key) for node in lineage.nodes}
+    assert f"  embed_{old_keys['embed']} --> index_{keys['index']}" in mermaid(lineage).splitlines()
+    prior = workspace.artifact("prior", keys["prior"])
+    manifest = prior.manifest()
+    assert manifest is not None
+    prior.remove(MANIFEST)
+    prior.commit(dataclasses.replace(manifest, metrics={"continued": {"key": old_keys["prior"], "step": 5}}))
+    assert trace(prior.uri).nodes[0].others == (("prior", old_keys["prior"]),)
 
 
 def test_the_command_removes_only_when_told(tmp_path: Path) -> None:

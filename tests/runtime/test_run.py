@@ -10,10 +10,13 @@ import pytest
 import ray
 
 from pipeline.data.pairs import write_index
-from pipeline.recipe.plan import artifact_of, make_plan, plan_status
+from pipeline.errors import ConfigError
+from pipeline.recipe.plan import artifact_of, make_plan, manifest_of, plan_status
 from pipeline.recipe.recipe import load_recipe
+from pipeline.runtime import run
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.run import at_once, fits_now
+from pipeline.workspace.lock import in_use
 from pipeline.workspace.progress import Progress
 from pipeline.workspace.store import Workspace
 from tests.ports import free_port
@@ -76,6 +79,35 @@ def test_a_step_that_never_fits_is_handed_over_when_nothing_else_runs(
 ) -> None:
     _free(monkeypatch)
     assert fits_now(_contexts(tmp_path)["decoder"], [])  # Ray's own words then say what is missing
+
+
+def test_what_is_forced_stays_until_its_step_starts_and_partial_work_goes_on(tmp_path: Path) -> None:
+    steps = _contexts(tmp_path)
+    names = ("clip", "decoder", "prior")
+    for name in ("clip", "prior"):
+        steps[name].output.commit(manifest_of(steps[name].step, steps[name].output))
+    steps["decoder"].output.write_bytes("live/checkpoint-5.safetensors", b"5")
+    workspace = Workspace(steps["clip"].recipe.workspace)
+    before = plan_status(workspace, [steps[name].step for name in names])
+    after = run._to_make_anew(workspace, before, {"decoder", "prior"})
+    assert [status.state for status in after] == [before[0].state, before[1].state, "todo"]
+    assert steps["prior"].output.manifest() is not None
+    assert steps["decoder"].output.exists("live/checkpoint-5.safetensors")
+    run._forget_if_inputs_changed(steps["prior"])  # its start
+    assert steps["prior"].output.manifest() is None
+
+
+def test_what_is_read_is_not_made_anew(tmp_path: Path) -> None:
+    steps = _contexts(tmp_path)
+    for name in ("clip", "prior"):
+        steps[name].output.commit(manifest_of(steps[name].step, steps[name].output))
+    workspace = Workspace(steps["clip"].recipe.workspace)
+    statuses = plan_status(workspace, [steps[name].step for name in ("clip", "prior")])
+    with (
+        in_use(workspace, [f"prior/{steps['prior'].step.key}"]),  # and with it the CLIP that it was made from
+        pytest.raises(ConfigError, match="--force: clip is in use by process"),
+    ):
+        run._to_make_anew(workspace, statuses, {"clip"})
 
 
 @pytest.mark.ray
