@@ -7,17 +7,20 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pipeline.errors import StepError
 from pipeline.recipe.recipe import Recipe
-from pipeline.retrieve.search import Query, Searcher, SearchOptions
+from pipeline.retrieve.search import STEPS, Query, Searcher, SearchOptions
+from pipeline.runtime import search
+from pipeline.workspace.lock import used_artifacts
 from pipeline.workspace.progress import read_progress
-from pipeline.workspace.store import Artifact
+from pipeline.workspace.store import Artifact, Workspace
 from tests.ray_head import RayHead, ray_head
 from tests.tiny.command import ROOT, start_unclip, unclip, unclip_here
 from tests.tiny.workspace import COLOURS, served_workspace
@@ -118,6 +121,23 @@ def test_wrong_batch_searches_are_one_message(
     done = unclip_here(*_command(folder, None, "--out", str(tmp_path / "out"), *words))
     assert (done.returncode, message in done.stderr, "Traceback" in done.stderr) == (code, True, False), done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_search_marks_what_it_reads(
+    folder: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = set[str]()
+
+    def connect(_: str) -> None:
+        used.update(name.partition("/")[0] for name in used_artifacts(Workspace(recipe.workspace)))
+        raise StepError("no Ray")
+
+    monkeypatch.setattr(search, "connect", connect)
+    with pytest.raises(StepError, match="no Ray"):
+        search.search_many(
+            recipe, str(folder / "queries.txt"), SearchOptions(), cast("Any", _Nobody()), out=str(tmp_path / "out")
+        )
+    assert used == set(STEPS)
 
 
 def test_a_second_run_of_the_same_search_waits_its_turn(folder: Path, recipe: Recipe, tmp_path: Path) -> None:
