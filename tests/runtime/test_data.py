@@ -50,7 +50,14 @@ def test_data_steps_from_pairs_to_index(tmp_path: Path) -> None:
     resources = {"num_workers": 2, "cpus_per_worker": 0.5}
     sections: dict[str, Any] = {
         "pairs": {"drawn": {"num_pairs": 50, "image_px": 48, "port": free_port(), "num_faulty": 7}},
-        "download": {"samples_per_shard": 20, "image_px": 32, "timeout_s": 1, "deadline_s": 2, "resources": resources},
+        "download": {
+            "samples_per_shard": 20,
+            "image_px": 32,
+            "timeout_s": 3,
+            "deadline_s": 5,
+            # With more requests at once, a busy machine misses deadlines.
+            "resources": {**resources, "num_connections": 8},
+        },
         "embed": {"batch_size": 8, "resources": resources},
         "decoder": {"model": {"image_px": 32, "unet": {"attention_resolutions": [16, 8]}}},
     }
