@@ -29,7 +29,7 @@ from pipeline.recipe.schedule import needs_of
 from pipeline.recipe.steps import STEP_ROWS
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.placement import cluster_has_roles, controller_options
-from pipeline.runtime.tracking import Tracking
+from pipeline.runtime.tracking.run import Tracking, send_waiting
 from pipeline.workspace.lock import Lock, locked_workspace
 from pipeline.workspace.manifest import Manifest, content_of
 from pipeline.workspace.progress import ERROR, Progress, ProgressState, read_progress
@@ -87,16 +87,17 @@ def run_recipe(
         force: Names of steps that are made anew if they are finished; work that is under way goes on.
 
     Raises:
-        ConfigError: If the tracker does not answer, or a server reads what is to be made anew.
+        ConfigError: If the tracker's address cannot be one, or a server reads what is to be made anew.
         DataError: If a step has a manifest that cannot be read: running it again would replace it.
         StepError: If a step failed, the cluster does not answer, or another run holds the workspace.
     """
     for status in statuses:
         if status.state == "unreadable":
             raise DataError(status.reasons[0])
-    if all(status.state == "done" for status in statuses) and not retry_failed and not force:
-        return
     workspace = Workspace(recipe.workspace)
+    if all(status.state == "done" for status in statuses) and not retry_failed and not force:
+        send_waiting(recipe, workspace, observer.warned)
+        return
     with (
         locked_workspace(workspace, observer.warned) as lock,
         Tracking(recipe, workspace, observer.warned) as tracking,

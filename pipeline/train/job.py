@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -35,6 +36,7 @@ from pipeline.workspace.store import LIVE, MANIFEST, Artifact
 
 Json = dict[str, Any]
 _ORIGIN = f"{LIVE}origin.json"
+_FLUSH_S = 5.0
 Watch = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, message) by rank 0 at every log line."""
 
@@ -160,19 +162,30 @@ class MetricsLog:
         self._artifact, before = artifact, before or artifact
         lines = before.path(METRICS).read_text(encoding="utf-8").splitlines() if step and before.exists(METRICS) else []
         self.rows: list[Json] = [row for row in map(json.loads, lines) if row["step"] <= step]
+        self._due = 0.0
 
     def add_losses(self, state: TrainState, rate: float) -> float:
         """Add the mean loss since the last log line, with the last gradient norm and rate; returns the loss."""
         total, count = state.loss_sum.tolist()
         loss = total / max(count, 1)
-        self.rows.append({"step": state.step, "loss": loss, "grad_norm": float(state.grad_norm), "lr": rate})
+        row = {"step": state.step, "time": _now(), "loss": loss, "grad_norm": float(state.grad_norm), "lr": rate}
+        self.rows.append(row)
+        self._flush_if_due()
         return loss
 
     def add_validation(self, step: int, metrics: dict[str, float]) -> None:
         """Add loss and measures on the validation split, if there is one; their names begin with ``val_``."""
         if metrics:
             earlier = [row for row in self.rows if row["step"] != step or "loss" in row]  # a run that ended after this
-            self.rows = [*earlier, {"step": step, **metrics}]
+            self.rows = [*earlier, {"step": step, "time": _now(), **metrics}]
+
+    def _flush_if_due(self) -> None:
+        """Publish the rows so often that curves are seen as they happen, and writing takes at most 1 % of the time."""
+        begun = time.monotonic()
+        if begun >= self._due:
+            self.flush()
+            now = time.monotonic()
+            self._due = now + max(_FLUSH_S, 100 * (now - begun))
 
     def flush(self) -> None:
         """Publish all rows."""
@@ -185,6 +198,11 @@ class MetricsLog:
         for row in self.rows:
             last |= {name: value for name, value in row.items() if name == "loss" or name.startswith("val_")}
         return last
+
+
+def _now() -> float:
+    """Seconds since the epoch, to a millisecond."""
+    return round(time.time(), 3)
 
 
 def _keep(job: TrainJob, validation: Validation, state: TrainState) -> Keep:

@@ -1,17 +1,28 @@
-"""Tracking on a real sqlite store, and trackers that fail."""
+"""Tracking on a real sqlite store, and trackers that fail; tests/runtime/test_tracking_server.py has a real server."""
 
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.plan import Step
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.runtime.context import StepContext, StepResult
-from pipeline.runtime.tracking import Tracking
-from pipeline.workspace.store import Workspace
+from pipeline.runtime.tracking.outbox import RECORDS, Outbox
+from pipeline.runtime.tracking.records import new_points
+from pipeline.runtime.tracking.run import Tracking, send_waiting
+from pipeline.workspace.manifest import Manifest, content_of
+from pipeline.workspace.store import Artifact, Workspace
 from tests.ports import free_port
+
+Json = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -19,90 +30,194 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
 
 
-def _recipe(uri: str) -> Recipe:
-    return parse_recipe({"name": "tracked", "tracking": {"uri": uri}})
+def _recipe(uri: str, experiment: str = "") -> Recipe:
+    return parse_recipe({"name": "tracked", "tracking": {"uri": uri, "experiment": experiment}})
 
 
-def _context(recipe: Recipe, root: Path, key_field: int = 1) -> StepContext:
-    return StepContext(recipe, Step("prior", 1, {"train": {"num_steps": key_field}}, {"embed": "abc"}), str(root))
+def _context(recipe: Recipe, root: Path, name: str = "prior", inputs: dict[str, str] | None = None) -> StepContext:
+    return StepContext(recipe, Step(name, 1, {"train": {"num_steps": 1}}, inputs or {}), str(root))
 
 
 def _write_rows(context: StepContext, num_rows: int) -> None:
-    lines = "".join(f'{{"step": {step}, "loss": {1 / (step + 1)}}}\n' for step in range(num_rows))
-    context.output.write_bytes("metrics.jsonl", lines.encode())
+    rows = [{"step": step, "time": 1000 + step, "loss": 1 / (step + 1)} for step in range(num_rows)]
+    context.output.write_bytes("metrics.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows).encode())
 
 
-def _history(uri: str, run_id: str) -> list[tuple[int, float]]:
+def _client(uri: str) -> Any:
     from mlflow.tracking import MlflowClient
 
-    points: Any = MlflowClient(tracking_uri=uri).get_metric_history(run_id, "loss")
-    return sorted((point.step, point.value) for point in points)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def test_tracking_continues_the_run_of_a_continued_step_without_doubles(database: str, tmp_path: Path) -> None:
-    from mlflow.tracking import MlflowClient
+def _runs(uri: str, experiment: str = "tracked") -> list[Any]:
+    client = _client(uri)
+    return client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
 
-    recipe = _recipe(database)
-    context = _context(recipe, tmp_path)
-    with Tracking(recipe, Workspace(str(tmp_path)), pytest.fail) as tracking:
+
+def _history(uri: str, run_id: str) -> list[tuple[int, float, int]]:
+    return sorted((p.step, p.value, p.timestamp) for p in _client(uri).get_metric_history(run_id, "loss"))
+
+
+@contextlib.contextmanager
+def _stopped(recipe: Recipe, workspace: Workspace) -> Generator[Tracking]:
+    """A run that stops with an error at the end of the block."""
+    tracking = Tracking(recipe, workspace, pytest.fail)
+    yield tracking.__enter__()
+    tracking.__exit__(StepError, StepError("stopped"), None)
+
+
+def test_a_stopped_run_is_continued_in_its_parent_without_doubles(database: str, tmp_path: Path) -> None:
+    recipe, workspace = _recipe(database), Workspace(str(tmp_path))
+    embed = Artifact(f"{tmp_path}/embed/abc")
+    embed.write_bytes("00000.parquet", b"rows")
+    embed.commit(Manifest(step="embed", key="abc", step_version=1, section={}, inputs={}, counts={"in": 3, "ok": 3}))
+    context = _context(recipe, tmp_path, inputs={"embed": "abc"})
+    with _stopped(recipe, workspace) as tracking:
         tracking.started(context)
         _write_rows(context, 3)
         tracking.forward(context)
-    with Tracking(recipe, Workspace(str(tmp_path)), pytest.fail) as tracking:
+        tracking.failed(context)
+    with Tracking(recipe, workspace, pytest.fail) as tracking:
         tracking.started(context)
         _write_rows(context, 5)
+        with context.output.write("grid.png") as path:
+            Image.new("RGB", (8, 8)).save(path, "PNG")
         result = StepResult(
             counts={"in": 2, "ok": 2}, metrics={"quality": {"colour": 0.5}, "failures": {"<urlopen [Errno 111]>": 3}}
         )
         run_id = tracking.finished(context, result)
-    assert _history(database, run_id) == [(step, 1 / (step + 1)) for step in range(5)]
-    run: Any = MlflowClient(tracking_uri=database).get_run(run_id)
-    assert run.info.status == "FINISHED"
-    assert run.data.metrics["final.quality.colour"] == 0.5
-    assert run.data.metrics["final.rows.ok"] == 2
-    assert run.data.metrics["final.failures._urlopen _Errno 111__"] == 3
-    assert run.data.params["train.num_steps"] == "1"
-    assert run.data.tags["input.embed"] == "abc"
+    parent, child = sorted(_runs(database), key=lambda run: run.data.tags["unclip.step"] != "pipeline")
+    assert [parent.info.status, child.info.status] == ["FINISHED", "FINISHED"]
+    assert child.info.run_id == run_id
+    assert child.info.artifact_uri.startswith(f"file://{Path(database.removeprefix('sqlite:///')).parent}/mlflow/")
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert _history(database, run_id) == [(step, 1 / (step + 1), 1000 * (1000 + step)) for step in range(5)]
+    assert child.data.metrics["final.quality.colour"] == 0.5
+    assert child.data.metrics["final.rows.ok"] == 2
+    assert child.data.metrics["final.failures._urlopen _Errno 111__"] == 3
+    assert child.data.params["train.num_steps"] == "1"
+    assert parent.data.tags["unclip.workspace"] == str(tmp_path)
+    assert len(parent.data.tags["mlflow.source.git.commit"]) == 40
+    manifest = embed.manifest()
+    assert manifest is not None
+    (used,) = child.inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == ("embed", content_of(manifest))
+    client = _client(database)
+    assert len(client.list_artifacts(run_id, "images")) == 2  # MLflow adds a small copy of each
+    (model,) = client.search_logged_models([parent.info.experiment_id])
+    assert model.tags["unclip.key"] == context.step.key
+    assert str(model.status) == "READY"
+    text = client.download_artifacts(parent.info.run_id, "recipe.json", str(tmp_path))
+    assert json.loads(Path(text).read_text())["name"] == "tracked"
 
 
-def test_tracking_failed_step_is_marked(database: str, tmp_path: Path) -> None:
-    from mlflow.tracking import MlflowClient
+def test_two_workspaces_and_a_copied_one_have_runs_of_their_own(database: str, tmp_path: Path) -> None:
+    recipe = _recipe(database, "shared")
+    for name in ("one", "two"):
+        with _stopped(recipe, Workspace(f"{tmp_path}/{name}")) as tracking:
+            tracking.started(_context(recipe, tmp_path / name))
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    with Tracking(recipe, Workspace(f"{tmp_path}/copy"), pytest.fail) as tracking:
+        tracking.started(_context(recipe, tmp_path / "copy"))
+    runs = _runs(database, "shared")
+    assert len({run.data.tags["unclip.run"] for run in runs}) == 3
+    assert len(runs) == 6
 
-    recipe = _recipe(database)
-    context = _context(recipe, tmp_path, key_field=2)
-    with Tracking(recipe, Workspace(str(tmp_path)), pytest.fail) as tracking:
+
+def test_an_evaluation_is_a_version_of_the_registered_model(database: str, tmp_path: Path) -> None:
+    recipe = _recipe(database, "registry")
+    for key in ("a", "b"):
+        context = _context(recipe, tmp_path, "evaluate", {"prior": key})
+        with Tracking(recipe, Workspace(str(tmp_path)), pytest.fail) as tracking:
+            tracking.started(context)
+            tracking.finished(context, StepResult())
+    client = _client(database)
+    version = client.get_model_version_by_alias("registry", "candidate")
+    assert version.tags["unclip.prior"] == "b"
+    assert version.version == 2
+
+
+def test_a_tracker_that_is_not_there_touches_nothing_and_gets_everything_later(database: str, tmp_path: Path) -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    recipe, warnings = _recipe(uri, "later"), list[str]()
+    context, workspace = _context(recipe, tmp_path), Workspace(str(tmp_path))
+    with Tracking(recipe, workspace, warnings.append) as tracking:
+        begun = time.monotonic()
         tracking.started(context)
-        tracking.failed(context)
-    client: Any = MlflowClient(tracking_uri=database)
-    experiment = client.get_experiment_by_name("tracked")
-    runs = client.search_runs([experiment.experiment_id], filter_string=f"tags.`unclip.key` = '{context.step.key}'")
-    assert [run.info.status for run in runs] == ["FAILED"]
+        _write_rows(context, 3)
+        tracking.forward(context)
+        assert tracking.finished(context, StepResult()) == ""
+        assert time.monotonic() - begun < 1
+    assert len(warnings) == 2
+    assert "does not answer" in warnings[0]
+    assert "records wait in" in warnings[1]
+    # The server is back: here the same records, in the outbox of a tracker that answers.
+    (folder,) = (tmp_path / "tracking").iterdir()
+    answered = _recipe(database, "later")
+    send_waiting(answered, workspace, pytest.fail)
+    other = next(path for path in (tmp_path / "tracking").iterdir() if path != folder)
+    shutil.copy(folder / RECORDS, other / RECORDS)
+    send_waiting(answered, workspace, pytest.fail)
+    child = next(run for run in _runs(database, "later") if run.data.tags["unclip.step"] == "prior")
+    assert child.info.status == "FINISHED"
+    assert len(_history(database, child.info.run_id)) == 3
+    assert (other / RECORDS).read_bytes() == b""
 
 
-def test_tracking_unreachable_server_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    recipe = _recipe(f"http://127.0.0.1:{free_port()}")
-    with pytest.raises(ConfigError, match=r"tracking\.uri=off"), Tracking(recipe, Workspace(str(tmp_path)), print):
+def test_what_the_server_refuses_is_left_out_and_said(database: str, tmp_path: Path) -> None:
+    recipe, warnings = _recipe(database, "refused"), list[str]()
+    context = _context(recipe, tmp_path)
+    with Tracking(recipe, Workspace(str(tmp_path)), warnings.append) as tracking:
+        tracking.forward(_context(recipe, tmp_path, "decoder"))
+        _write_rows(context, 2)
+        tracking.forward(context)  # of a run that was never started
+        tracking.started(context)
+        assert tracking.finished(context, StepResult())
+    assert [warning for warning in warnings if "refuses metrics" in warning]
+    assert len(_runs(database, "refused")) == 2
+
+
+@pytest.mark.parametrize("uri", ["mlruns", "htp://host", "host:5000"])
+def test_an_address_that_no_tracker_has_is_refused_before_anything_runs(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tracking\.uri"), Tracking(_recipe(uri), Workspace(str(tmp_path)), print):
         pytest.fail("entered")
 
 
-def test_tracking_that_breaks_later_is_one_warning(tmp_path: Path) -> None:
-    recipe = _recipe(f"sqlite:///{tmp_path}/no/such/folder/mlflow.db")
-    (tmp_path / "no").write_text("a file where a folder should be")
-    warnings: list[str] = []
-    context = _context(recipe, tmp_path)
-    with Tracking(recipe, Workspace(str(tmp_path)), warnings.append) as tracking:
-        tracking.started(context)
-        _write_rows(context, 2)
-        tracking.forward(context)
-        assert tracking.finished(context, StepResult()) == ""
-    assert len(warnings) == 1
-    assert "metrics.jsonl" in warnings[0]
-
-
-def test_tracking_off_never_imports_mlflow(tmp_path: Path) -> None:
+def test_tracking_off_writes_nothing(tmp_path: Path) -> None:
     recipe = _recipe("off")
     context = _context(recipe, tmp_path)
     with Tracking(recipe, Workspace(str(tmp_path)), pytest.fail) as tracking:
         tracking.started(context)
         assert tracking.finished(context, StepResult()) == ""
-    assert not list(tmp_path.glob("*.db"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_outbox_keeps_records_through_kills_at_every_place(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    outbox.append([{"n": 1}, {"n": 2}])
+    (_, first), (_, second) = outbox.read(10)
+    outbox.mark_sent(first)
+    with (tmp_path / RECORDS).open("ab") as file:
+        file.write(b'{"n": 3')  # killed in the middle of a line
+    assert [record for record, _ in Outbox(tmp_path).read(10)] == [{"n": 2}]
+    outbox.append([{"n": 4}])
+    assert [record for record, _ in outbox.read(10)] == [{"n": 2}, None, {"n": 4}]
+    assert outbox.num_records == 3
+    outbox.mark_sent(outbox.read(10)[-1][1])
+    outbox.compact()
+    assert outbox.num_bytes == 0
+    outbox.append([{"n": 5}])
+    assert [record for record, _ in outbox.read(10)] == [{"n": 5}]
+    assert second > first
+
+
+def test_outbox_is_delivered_by_one_process(tmp_path: Path) -> None:
+    with Outbox(tmp_path).delivering() as first, Outbox(tmp_path).delivering() as second:
+        assert (first, second) == (True, False)
+
+
+def test_points_are_new_by_curve_because_a_step_writes_its_validation_later() -> None:
+    last: dict[str, int] = {}
+    assert new_points(['{"step": 2, "time": 7.5, "loss": 1.0}'], last) == [["loss", 1.0, 7500, 2]]
+    lines = ['{"step": 2, "time": 7.5, "loss": 1.0}', '{"step": 2, "time": 8, "val_loss": 3}']
+    assert new_points(lines, last) == [["val_loss", 3.0, 8000, 2]]

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import socket
 import sqlite3
 import threading
@@ -21,7 +22,7 @@ from pipeline.data.training_rows import ShardReader
 from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan, plan_status
 from pipeline.recipe.recipe import Recipe, parse_recipe
-from pipeline.runtime.tracking import Tracking
+from pipeline.runtime.tracking.place import Place
 from pipeline.sampling.sample import sample_recipe
 from pipeline.workspace import cache, lock, objects
 from pipeline.workspace.digests import fingerprint
@@ -450,16 +451,21 @@ def test_a_database_and_a_report_are_in_the_store_and_come_back_on_another_machi
     assert Artifact(f"{bucket}/prefix").path("report.html").read_text() == "<html>"
 
 
-def test_tracking_keeps_its_database_in_the_store(bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_tracking_keeps_its_database_and_its_outbox_in_the_store(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     recipe = parse_recipe(merge(evaluated_tables(tmp_path), {"workspace": f"{bucket}/prefix"}))
-    workspace, warnings = Workspace(recipe.workspace), list[str]()
-    with Tracking(recipe, workspace, warnings.append):
-        sqlite3.connect(workspace.local_root / "mlflow.db").close()
-        with contextlib.closing(sqlite3.connect(workspace.local_root / "mlflow.db")) as database:
-            database.execute("CREATE TABLE runs (name TEXT)")
-    assert warnings == []
-    assert Artifact(workspace.root).exists("mlflow.db")
-    (workspace.local_root / "mlflow.db").unlink()
-    with Tracking(recipe, workspace, warnings.append):
-        assert (workspace.local_root / "mlflow.db").exists()
+    workspace = Workspace(recipe.workspace)
+    place = Place(recipe, workspace)
+    place.open().append([{"op": "finish"}])
+    place.state["attempts"]["tiny"] = {"name": "a"}
+    place.save()
+    with contextlib.closing(sqlite3.connect(workspace.local_root / "mlflow.db")) as database:
+        database.execute("CREATE TABLE runs (name TEXT)")
+    place.publish()
+    shutil.rmtree(workspace.local_root)  # the next run is on another machine
+    place = Place(recipe, workspace)
+    assert [record for record, _ in place.open().read(9)] == [{"op": "finish"}]
+    assert place.state["attempts"] == {"tiny": {"name": "a"}}
+    assert (workspace.local_root / "mlflow.db").exists()

@@ -1,0 +1,113 @@
+"""Where the records of one workspace for one tracker are, and what was said so far."""
+
+import contextlib
+import hashlib
+import json
+import threading
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError
+from pipeline.recipe.recipe import Recipe
+from pipeline.runtime.tracking.outbox import RECORDS, SENT, Outbox
+from pipeline.runtime.tracking.tracker import Tracker
+from pipeline.workspace.store import Workspace
+
+Json = dict[str, Any]
+
+OFF = "off"
+_DATABASE = "mlflow.db"
+_STATE = "state.json"
+_SCHEMES = {"http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks"}
+
+
+class Place:
+    """Where the records of one workspace for one tracker are, and what was said so far.
+
+    Args:
+        recipe: Its ``tracking`` table names the server.
+        workspace: Holds the outbox, and the sqlite database where no server is named; both are published at each end of
+            a step to an object store.
+    """
+
+    def __init__(self, recipe: Recipe, workspace: Workspace) -> None:
+        self.owns_database = not recipe.tracking.uri
+        self.uri = recipe.tracking.uri or f"sqlite:///{workspace.local_root}/{_DATABASE}"
+        self.is_local = self.uri.startswith("sqlite")
+        self.shown_uri = _without_password(self.uri)
+        self.experiment = recipe.tracking.experiment or recipe.name
+        self.root = workspace.root
+        self._workspace = workspace
+        tracker = hashlib.sha256(f"{recipe.tracking.uri} {self.experiment}".encode()).hexdigest()[:8]
+        self._folder = f"tracking/{tracker}"
+        self._lock = threading.Lock()
+        self.state: Json = {}
+
+    def open(self) -> Outbox:
+        """Bring what another machine published here, and read it; a copied workspace begins with nothing."""
+        if self.owns_database:
+            self._workspace.restore(_DATABASE)
+        folder = self._workspace.local_root / self._folder
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / _STATE).exists():
+            for name in (_STATE, RECORDS, SENT):
+                self._workspace.restore(f"{self._folder}/{name}")
+        outbox, where = Outbox(folder), self._identity(folder)
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            self.state = json.loads((folder / _STATE).read_text())
+        if self.state.get("place") != where:
+            outbox.clear()  # it belongs to the workspace that this one is a copy of
+            self.state = {"place": where, "attempts": {}, "forwarded": {}}
+            self.save()
+        return outbox
+
+    def save(self) -> None:
+        """Write what was said so far."""
+        path = self._workspace.local_root / self._folder / _STATE
+        with self._lock:
+            new = path.with_suffix(".new")
+            new.write_text(json.dumps(self.state, sort_keys=True))
+            new.replace(path)
+
+    def publish(self) -> None:
+        """Bring database and outbox into the workspace, if it is in an object store."""
+        names = [f"{self._folder}/{name}" for name in (_STATE, RECORDS, SENT)]
+        for name in [*names, *([_DATABASE] if self.owns_database else [])]:
+            self._workspace.publish(name)
+
+    def tracker(self) -> Tracker:
+        """Open the server."""
+        database = urllib.parse.urlsplit(self.uri).path[1:]
+        return Tracker(
+            self.uri, self.experiment, Path(database).absolute().parent / "mlflow" if self.is_local else None
+        )
+
+    @property
+    def kept_in(self) -> str:
+        """Where records wait."""
+        return f"{self.root}/{self._folder}/{RECORDS}"
+
+    def _identity(self, folder: Path) -> str:
+        """Another one for a copy, because its folder is another one."""
+        return f"{self.root} {folder.stat().st_ino}" if self._workspace.is_local else self.root
+
+
+def check_scheme(uri: str) -> None:
+    """Refuse an address that no tracker can have.
+
+    Raises:
+        ConfigError: If it is one.
+    """
+    scheme = urllib.parse.urlsplit(uri).scheme.partition("+")[0]
+    if scheme not in _SCHEMES:
+        raise ConfigError(
+            f'tracking.uri {uri}: no such kind of tracker; "http://host:5000", "sqlite:///file.db" or "off"'
+        )
+
+
+def _without_password(uri: str) -> str:
+    parts = urllib.parse.urlsplit(uri)
+    if parts.password is None:
+        return uri
+    return urllib.parse.urlunsplit(parts._replace(netloc=f"{parts.username}:***@{parts.netloc.rpartition('@')[2]}"))

@@ -1,0 +1,254 @@
+"""What a run says to its tracking server: one parent run, and a child for each step, with its curves and its inputs.
+
+The driver alone speaks, and only to an ``Outbox`` in the workspace; a thread delivers it. Steps write their curves to
+``metrics.jsonl`` beside their weights, and the driver forwards new points from there.
+"""
+
+import hashlib
+import json
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.errors import UnclipError
+from pipeline.recipe.recipe import Recipe, flatten
+from pipeline.runtime.context import StepContext, StepResult
+from pipeline.runtime.tracking.delivery import Delivery
+from pipeline.runtime.tracking.outbox import Outbox
+from pipeline.runtime.tracking.place import OFF, Place, check_scheme
+from pipeline.runtime.tracking.records import (
+    code_tags,
+    datasets_of,
+    model_record,
+    new_points,
+    params_of,
+    shareable,
+    version_record,
+)
+from pipeline.runtime.tracking.tracker import now_ms
+from pipeline.workspace.progress import METRICS
+from pipeline.workspace.store import Workspace
+
+Json = dict[str, Any]
+
+CANDIDATE = "candidate"
+_DATABASE_WAIT_S = 60.0
+"""A local database is waited for: mlflow's import and the first migration take seconds, and no network."""
+_SERVER_WAIT_S = 5.0
+
+
+class Tracking:
+    """One recipe's run on its tracking server; a context manager.
+
+    Nothing here waits for a server, or fails by one. What it did not get is kept in the workspace, and sent by the next
+    run.
+
+    Args:
+        recipe: Its ``tracking`` table names the server.
+        workspace: Holds the records.
+        warn: Called with a message when the tracker fails.
+    """
+
+    def __init__(self, recipe: Recipe, workspace: Workspace, warn: Callable[[str], None]) -> None:
+        self._recipe, self._warn = recipe, warn
+        self._place = Place(recipe, workspace)
+        self._attempt = ""
+        self._begun_ms = 0
+        self._seen: dict[str, Any] = {}
+        self._outbox: Outbox | None = None
+        self._delivery: Delivery | None = None
+
+    def __enter__(self) -> "Tracking":
+        if self._place.uri == OFF:
+            return self
+        check_scheme(self._place.uri)
+        self._outbox = self._place.open()
+        self._begin_attempt()
+        self._delivery = _delivery_of(self._place, self._outbox, self._warn)
+        tables = shareable(self._recipe)
+        tags = code_tags() | {"unclip.workspace": self._place.root, "unclip.recipe": self._recipe.name}
+        self._say(
+            self._start_record("", self._recipe.name, params_of(tables), tags),
+            {"op": "text", "run": self._run(""), "file": "recipe.json", "text": json.dumps(tables, indent=1)},
+        )
+        self._delivery.start(self._add_readings)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self._outbox is None or self._delivery is None:
+            return
+        status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
+        if kind is None:
+            del self._place.state["attempts"][self._recipe.name]
+            self._save()
+        self._say({"op": "finish", "run": self._run(""), "status": status, "tags": {}, "time_ms": now_ms()})
+        _close(self._place, self._outbox, self._delivery, self._warn)
+
+    def started(self, context: StepContext) -> None:
+        """Begin, or continue, the step's run."""
+        if self._outbox is None:
+            return
+        step = context.step
+        tags = {"unclip.key": step.key, "unclip.artifact": context.output.uri}
+        tags |= {f"input.{name}": key for name, key in step.inputs.items()}
+        self._say(
+            self._start_record(step.name, step.name, params_of(step.section), tags),
+            {"op": "inputs", "run": self._run(step.name), "datasets": datasets_of(context)},
+        )
+
+    def forward(self, context: StepContext) -> None:
+        """Send the new points of the step's curves."""
+        if self._outbox is None or not context.output.exists(METRICS):
+            return
+        path, name = context.output.path(METRICS), context.step.name
+        facts = path.stat()
+        stamp = (str(path), facts.st_mtime_ns, facts.st_size)
+        if self._seen.get(name) == stamp:
+            return
+        self._seen[name] = stamp
+        last: dict[str, int] = self._place.state["forwarded"].setdefault(f"{self._attempt}/{name}", {})
+        points = new_points(path.read_text(encoding="utf-8").splitlines(), last)
+        if points:
+            self._say({"op": "metrics", "run": self._run(name), "points": points})
+            self._save()
+
+    def finished(self, context: StepContext, result: StepResult) -> str:
+        """Close the step's run; returns its id as far as it is known, or an empty string."""
+        if self._outbox is None or self._delivery is None:
+            return ""
+        name, now = context.step.name, now_ms()
+        self.forward(context)
+        # Under a name of its own, so that no point is added to a curve.
+        flat = flatten(result.metrics | {"rows": result.counts})
+        points = [
+            [f"final.{key}", float(value), now, 0] for key, value in flat.items() if isinstance(value, int | float)
+        ]
+        run = self._run(name)
+        pictures = sorted(file for file in context.output.names() if file.endswith(".png") and "/" not in file)
+        self._say(
+            {"op": "metrics", "run": run, "points": points},
+            *(
+                {
+                    "op": "image",
+                    "run": run,
+                    "key": file.removesuffix(".png"),
+                    "artifact": context.output.uri,
+                    "file": file,
+                    "step": 0,
+                    "time_ms": now,
+                }
+                for file in pictures
+            ),
+            *self._model_records(context),
+            {"op": "finish", "run": run, "status": "FINISHED", "tags": {}, "time_ms": now},
+        )
+        return self.run_id(context, _DATABASE_WAIT_S if self._place.is_local else 0.0)
+
+    def run_id(self, context: StepContext, wait_s: float = 0.0) -> str:
+        """MLflow's id of a step's run; empty if it is not known after ``wait_s`` seconds."""
+        return self._delivery.run_id((self._attempt, context.step.name), wait_s) if self._delivery else ""
+
+    def failed(self, context: StepContext) -> None:
+        """Close the step's run as failed."""
+        self._say(
+            {"op": "finish", "run": self._run(context.step.name), "status": "FAILED", "tags": {}, "time_ms": now_ms()}
+        )
+
+    def _model_records(self, context: StepContext) -> list[Json]:
+        """A trained network as a model; a measured cascade as a version, the newest candidate."""
+        name = context.step.name
+        if name == "evaluate":
+            return [version_record(self._recipe, context, self._run(name), CANDIDATE)]
+        if name not in self._recipe.trained() and name != "clip":
+            return []
+        return [model_record("model", name, context, self._run(name))]
+
+    def _begin_attempt(self) -> None:
+        """Give this pipeline run a random name: that of the last one if it was stopped and had the same recipe."""
+        digest = hashlib.sha256(json.dumps(shareable(self._recipe), sort_keys=True).encode()).hexdigest()[:16]
+        attempts = self._place.state["attempts"]
+        previous = attempts.get(self._recipe.name, {})
+        if previous.get("recipe") != digest:
+            attempts[self._recipe.name] = previous = {"name": uuid.uuid4().hex, "recipe": digest, "time_ms": now_ms()}
+            forwarded, names = self._place.state["forwarded"], {attempt["name"] for attempt in attempts.values()}
+            self._place.state["forwarded"] = {
+                run: forwarded[run] for run in forwarded if run.partition("/")[0] in names
+            }
+            self._save()
+        self._attempt, self._begun_ms = str(previous["name"]), int(previous["time_ms"])
+
+    def _run(self, step: str) -> list[str]:
+        return [self._attempt, step]
+
+    def _start_record(self, step: str, title: str, params: Json, tags: dict[str, str]) -> Json:
+        run = {"op": "start", "run": self._run(step), "name": title, "params": params, "time_ms": now_ms()}
+        return run | {"tags": {name: value for name, value in tags.items() if value}}
+
+    def _add_readings(self, readings: dict[str, float]) -> None:
+        now = now_ms()
+        seconds = (now - self._begun_ms) // 1000
+        points = [[name, value, now, seconds] for name, value in readings.items()]
+        self._say({"op": "metrics", "run": self._run(""), "points": points})
+
+    def _say(self, *records: Json) -> None:
+        if self._outbox is None:
+            return
+        try:
+            self._outbox.append(records)
+        except OSError as error:
+            self._warn(f"{self._place.kept_in}: {error}; the tracker does not get {records[0]['op']}")
+        if self._delivery is not None:
+            self._delivery.wake()
+
+    def _save(self) -> None:
+        try:
+            self._place.save()
+        except OSError as error:
+            self._warn(f"{self._place.kept_in}: {error}; the tracker may get some points twice")
+
+
+def send_waiting(recipe: Recipe, workspace: Workspace, warn: Callable[[str], None], *records: Json) -> None:
+    """Send what earlier runs left, and these records after it; a run that goes on at this moment sends them itself.
+
+    Args:
+        recipe: Its ``tracking`` table names the server.
+        workspace: Holds the records.
+        warn: Called with a message when the tracker fails.
+        records: More records.
+    """
+    place = Place(recipe, workspace)
+    if place.uri == OFF:
+        return
+    check_scheme(place.uri)
+    outbox = place.open()
+    if records:
+        outbox.append(records)
+    if outbox.num_bytes:
+        delivery = _delivery_of(place, outbox, warn)
+        delivery.start()
+        _close(place, outbox, delivery, warn)
+
+
+def _delivery_of(place: Place, outbox: Outbox, warn: Callable[[str], None]) -> Delivery:
+    def publish() -> None:
+        try:
+            place.publish()
+        except UnclipError as error:
+            warn(f"the tracker's database is not in the workspace: {error}")
+
+    return Delivery(outbox, place.tracker, place.shown_uri, warn, publish)
+
+
+def _close(place: Place, outbox: Outbox, delivery: Delivery, warn: Callable[[str], None]) -> None:
+    delivery.close(_DATABASE_WAIT_S if place.is_local else _SERVER_WAIT_S)
+    if number := outbox.num_records:
+        warn(
+            f"tracker {place.shown_uri}: {number} records wait in {place.kept_in}; the next `unclip run` of this "
+            "recipe sends them, also if all its steps are done"
+        )
+    else:
+        outbox.compact()
+    try:
+        place.publish()  # also what a failed or interrupted run has tracked
+    except UnclipError as error:
+        warn(f"what the tracker did not get is not in the workspace: {error}")
