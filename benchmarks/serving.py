@@ -1,40 +1,53 @@
-"""The server's engine beside the bare sampler: pictures a second, steps shared, latency, and equality in a crowd.
+"""The server's engine beside the bare sampler: pictures a second, latency, previews, steps wasted, equality in a crowd.
 
-    python -m benchmarks.serving RECIPE [--clients 16] [--pictures 3] [--gap-s 0.3] [--threads 1]
+    python -m benchmarks.serving RECIPE [--clients 16] [--gap-s 0.3] [--rounds 3] [--threads 1]
 
-Every client requests one picture after another, and begins a gap after the client before it; gap 0 lets all begin
-together. The rate counts the pictures that are finished while every client has one in progress. The bare sampler takes
-a batch of as many items as there are clients through the cascade. Rounds alternate. Floors: 0.9 of the bare sampler's
-rate if all begin together, 0.85 with gaps; a request alone less than 50 ms above the bare sampler; a picture in the
-crowd at most one grey level, in less than 0.1 % of its values, from the same picture alone.
+Networks that are not trained yet have random weights of the recipe's sizes, which take the same time. Every client
+requests a picture, and the next one when it has it; all begin together, or a gap after the client before. Pictures are
+counted between two ends of pictures: when every client has its first one, and when every client has two more. The bare
+sampler takes batches of its best size. All times but ``neighbours`` are processor times of this process, so that other
+programs on the machine do not count; gaps too are of that clock. Rounds alternate, and ratios are of one round.
 """
 
 import argparse
+import queue
 import statistics
-import threading
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.search import make_index
 from benchmarks.side_by_side import publish
 from models.cascade import Cascade
 from models.request import SampleRequest
+from pipeline.clip import FrozenClip
+from pipeline.errors import ConfigError
 from pipeline.networks.cascade import load_cascade, network_configs
-from pipeline.recipe.plan import finished_artifacts
-from pipeline.recipe.recipe import load_recipe
+from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan
+from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.serve.engine import Engine
+from pipeline.serve.knn import LocalNeighbours
+from pipeline.serve.protocols import Preview
 from pipeline.shapes.captions import canonical_caption
 from pipeline.shapes.scene import evaluation_scenes
+from pipeline.workspace.store import Workspace
+from tests.tiny.workspace import write_networks
 
 Images = dict[tuple[str, int], NDArray[np.uint8]]
 """Pictures (1, H, W, 3) by prompt and seed."""
+
+_BATCH_SIZES = (8, 16, 32)
+_INDEX_ROWS = 100_000
+_LEAVERS = 20
 
 
 @dataclass
@@ -42,88 +55,188 @@ class Crowd:
     """What many clients got."""
 
     rate: float
-    """Pictures a second while every client had one in progress."""
+    """Pictures a second."""
     rows_per_step: float
-    images: Images = field(default_factory=dict[tuple[str, int], NDArray[np.uint8]])
+    images: Images
 
 
-def run(cascade: Cascade, *, clients: int, pictures: int, gap_s: float, rounds: int) -> list[dict[str, Any]]:
-    """One row for each way in which the clients begin."""
-    prompts = [canonical_caption(scene.scene) for scene in evaluation_scenes(clients, 0)]
-    rows: list[dict[str, Any]] = []
-    bare: list[float] = []
-    alone: list[float] = []
-    crowds: dict[float, list[Crowd]] = {0.0: [], gap_s: []}
-    cascade.sample(prompts, list(range(clients)))  # warm
+def load_networks(recipe: Recipe) -> Cascade:
+    """The recipe's trained networks, or random ones of its sizes."""
+    try:
+        artifacts = finished_artifacts(recipe, CASCADE_STEPS)
+    except ConfigError:
+        with tempfile.TemporaryDirectory() as folder:
+            workspace = Workspace(folder)
+            steps = [step for step in make_plan(recipe) if step.name in CASCADE_STEPS]
+            artifacts = {step.name: artifact_of(workspace, step) for step in steps}
+            write_networks(recipe, artifacts)
+            return load_cascade(artifacts, recipe.serve.accelerator, network_configs(recipe))
+    return load_cascade(artifacts, recipe.serve.accelerator, network_configs(recipe))
+
+
+def rates(
+    cascade: Cascade, prompts: Sequence[str], gap_s: float, rounds: int, sizes: Sequence[int] = _BATCH_SIZES
+) -> tuple[list[dict[str, Any]], dict[str, Images]]:
+    """The engine's rate as a share of the bare sampler's, for both ways to begin, and pictures of each."""
+    by_size = {size: _bare_rate(cascade, prompts, size) for size in sizes}
+    best = max(by_size, key=by_size.__getitem__)
+    results: dict[str, list[tuple[float, Crowd]]] = {"together": [], "apart": []}
     for _ in range(rounds):
-        bare.append(clients / _seconds(lambda: cascade.sample(prompts, list(range(clients)))))
-        for gap, results in crowds.items():
-            results.append(serve_crowd(cascade, prompts, pictures, gap))
-        alone.append(_latency(cascade, prompts[0]))
-    for gap, results in crowds.items():
-        difference = _difference(cascade, results[-1].images)
+        for begin, found in results.items():
+            bare = _bare_rate(cascade, prompts, best)
+            found.append((bare, serve_crowd(cascade, prompts, gap_s if begin == "apart" else 0.0)))
+    rows: list[dict[str, Any]] = []
+    for begin, floor in (("together", 0.9), ("apart", 0.85)):
+        shares = [crowd.rate / bare for bare, crowd in results[begin]]
+        batch = statistics.median(crowd.rows_per_step for _, crowd in results[begin])
+        note = f"bare: batches of {best}; {batch:.1f} pictures a step; {min(shares):.2f} .. {max(shares):.2f}"
         rows.append(
-            {
-                "begin": "together" if gap == 0 else f"{gap:g} s apart",
-                "of_bare_rate": statistics.median(crowd.rate / rate for crowd, rate in zip(results, bare, strict=True)),
-                "floor": 0.9 if gap == 0 else 0.85,
-                "rows_per_step": statistics.median(crowd.rows_per_step for crowd in results),
-                "latency_above_bare_ms": 1000 * statistics.median(alone),
-                "largest_difference_levels": int(difference.max()),
-                "values_that_differ_percent": 100 * float((difference > 0).mean()),
-            }
+            _row(f"{len(prompts)} clients, {begin}: share of the bare rate", statistics.median(shares), floor, note)
         )
-    return rows
+    return rows, {begin: crowds[-1][1].images for begin, crowds in results.items()}
 
 
-def serve_crowd(cascade: Cascade, prompts: Sequence[str], pictures: int, gap_s: float) -> Crowd:
-    """Let a client for each prompt request ``pictures`` pictures one after another."""
-    finished: list[list[float]] = [[] for _ in prompts]
-    crowd = Crowd(0.0, 0.0)
+def serve_crowd(cascade: Cascade, prompts: Sequence[str], gap_s: float, num_pictures: int = 2) -> Crowd:
+    """A client for each prompt requests pictures one after another, until all have ``num_pictures`` after the first."""
+    images: Images = {}
+    ended: queue.SimpleQueue[tuple[int, float]] = queue.SimpleQueue()
+    counts = [0] * len(prompts)
+    ends: list[float] = []
+    window: list[tuple[float, dict[str, int]]] = []
     with closing(Engine(cascade, max_batch_size=len(prompts))) as engine:
         engine.submit(SampleRequest(prompts[0], (0,))).result()  # the engine learns how long its stages take
-        before = engine.counts()
-        started_s = time.monotonic()
 
         def ask(number: int) -> None:
-            time.sleep(number * gap_s)
-            for seed in range(pictures):
-                request = SampleRequest(prompts[number], (seed,))
-                crowd.images[request.prompt, seed] = engine.submit(request).result().images
-                finished[number].append(time.monotonic() - started_s)
+            key = (prompts[number], counts[number])
 
-        threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(prompts))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        counts = engine.counts()
-    first_s, last_s = (len(prompts) - 1) * gap_s, min(times[-1] for times in finished)
-    inside = sum(first_s < moment <= last_s for times in finished for moment in times)
-    crowd.rate = inside / (last_s - first_s)
-    crowd.rows_per_step = (counts["rows"] - before["rows"]) / (counts["steps"] - before["steps"])
-    return crowd
+            def note(future: Any) -> None:
+                if future.exception() is None:  # else the engine is closed
+                    images[key] = future.result().images
+                    ended.put((number, time.process_time()))
+
+            engine.submit(SampleRequest(key[0], (key[1],))).add_done_callback(note)
+
+        begun, start_s = 0, time.process_time()
+        while len(window) < 2:
+            late = [number for number in range(begun, len(prompts)) if number * gap_s <= time.process_time() - start_s]
+            if begun < len(prompts) and sum(counts) >= begun:  # nothing to do, so that the clock stands still
+                late = late or [begun]
+            for number in late:
+                ask(number)
+            begun += len(late)
+            try:
+                number, end_s = ended.get(timeout=0.01)
+            except queue.Empty:
+                continue
+            counts[number] += 1
+            ends.append(end_s)
+            if min(counts) == (1, 1 + num_pictures)[len(window)]:
+                window.append((end_s, engine.counts()))
+            ask(number)
+    (first_s, before), (last_s, after) = window
+    rate = sum(first_s < end_s <= last_s for end_s in ends) / (last_s - first_s)
+    return Crowd(rate, (after["rows"] - before["rows"]) / (after["steps"] - before["steps"]), images)
 
 
-def _latency(cascade: Cascade, prompt: str) -> float:
-    """Seconds that one request takes longer than the bare sampler."""
+def latency(cascade: Cascade, prompt: str, rounds: int) -> dict[str, Any]:
+    """Milliseconds that one request takes longer than the bare sampler."""
     request = SampleRequest(prompt, (1,))
     with closing(Engine(cascade)) as engine:
         engine.submit(request).result()
-        served = statistics.median(_seconds(lambda: engine.submit(request).result()) for _ in range(3))
-    return served - statistics.median(_seconds(lambda: cascade.sample_request(request)) for _ in range(3))
+        pairs = [
+            (_seconds(lambda: engine.submit(request).result()), _seconds(lambda: cascade.sample_request(request)))
+            for _ in range(3 * rounds)
+        ]
+    above = 1000 * statistics.median(served - bare for served, bare in pairs)
+    return _row("one request above the bare sampler, ms", above, -50, f"bare: {1000 * pairs[0][1]:.0f} ms")
 
 
-def _difference(cascade: Cascade, images: Images) -> NDArray[np.int64]:
-    """Grey levels between pictures of the crowd and the same ones sampled alone."""
-    alone = {key: cascade.sample([key[0]], [key[1]]).images.numpy() for key in images}
-    return np.stack([np.abs(image.astype(int) - alone[key]) for key, image in images.items()])
+def first_preview(cascade: Cascade, prompt: str, rounds: int) -> dict[str, Any]:
+    """Share of a picture's time after which its first preview is there, with 50 steps in the decoder."""
+    shares: list[float] = []
+    with closing(Engine(cascade)) as engine:
+        for seed in range(2 * rounds):
+            times: list[float] = []
+
+            def show(_: Preview, times: list[float] = times) -> None:
+                times.append(time.process_time())
+
+            start_s = time.process_time()
+            engine.submit(SampleRequest(prompt, (seed,), num_steps={"decoder": 50}), num_previews=3, show=show).result()
+            shares.append((times[0] - start_s) / (time.process_time() - start_s))
+    return _row("first preview of a 50-step picture, share of its time", statistics.median(shares), -0.15)
 
 
-def _seconds(work: Any) -> float:
-    started_s = time.perf_counter()
+def steps_after_leaving(cascade: Cascade, prompt: str, num_clients: int, latest: int) -> dict[str, Any]:
+    """Most steps that end for a client after it left, at a random one of its first ``latest`` steps."""
+    most = 0
+    with closing(Engine(cascade)) as engine:
+        for number, share in enumerate(np.random.default_rng(0).random(num_clients)):
+            before = engine.counts()["steps"]
+            future = engine.submit(SampleRequest(prompt, (number,)))
+            while engine.counts()["steps"] < before + 1 + int(latest * share):
+                time.sleep(0.001)
+            left_at = engine.counts()["steps"]
+            future.cancel()
+            while engine.counts()["active"]:
+                time.sleep(0.001)
+            most = max(most, engine.counts()["steps"] - left_at)
+    return _row("steps for a client after it left, at most", most, -1, f"{num_clients} clients")
+
+
+def differences(cascade: Cascade, crowds: dict[str, Images], most: int) -> list[dict[str, Any]]:
+    """Pictures of the crowds beside the same ones sampled alone."""
+    levels: list[NDArray[np.int64]] = []
+    for images in crowds.values():
+        for (prompt, seed), image in list(images.items())[:: max(1, len(images) // most)]:
+            alone = cascade.sample([prompt], [seed]).images.numpy()
+            levels.append(np.abs(image.astype(np.int64) - alone))
+    difference = np.stack(levels)
+    return [
+        _row("alone and in a crowd: largest difference, levels", int(difference.max()), -1, f"{len(levels)} pictures"),
+        _row("alone and in a crowd: values that differ, %", 100 * float((difference > 0).mean()), -0.1),
+    ]
+
+
+def neighbours(cascade: Cascade) -> dict[str, Any]:
+    """Milliseconds of wall time that the neighbours of a picture add to its request."""
+    clip = cascade.clip
+    assert isinstance(clip, FrozenClip)
+    times: list[float] = []
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        retriever, _ = make_index(Path(folder), _INDEX_ROWS, clip.dims.embed_dim)
+        index = LocalNeighbours(retriever)
+        pictures = torch.randint(0, 256, (60, 128, 128, 3), dtype=torch.uint8)
+        for number in range(60):
+            start_s = time.perf_counter()
+            vector = clip.encode_image(pictures[number : number + 1])[0].cpu().numpy()
+            index.search(vector[None], 10, "image")
+            times.append(1000 * (time.perf_counter() - start_s))
+    low, median, high = np.percentile(times[10:], [25, 50, 75])
+    return _row(f"10 neighbours among {_INDEX_ROWS} rows, ms", float(median), -10, f"quartiles {low:.1f}, {high:.1f}")
+
+
+def _row(what: str, value: float, floor: float, note: str = "") -> dict[str, Any]:
+    """A row of the table; a negative ``floor`` is a ceiling."""
+    limit = f">= {floor:g}" if floor >= 0 else f"<= {-floor:g}"
+    return {
+        "what": what,
+        "value": value,
+        "required": limit,
+        "holds": value >= floor if floor >= 0 else value <= -floor,
+        "note": note,
+    }
+
+
+def _bare_rate(cascade: Cascade, prompts: Sequence[str], size: int) -> float:
+    many = [prompts[number % len(prompts)] for number in range(size)]
+    return size / _seconds(lambda: cascade.sample(many, range(size)))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start_s = time.process_time()
     work()
-    return time.perf_counter() - started_s
+    return time.process_time() - start_s
 
 
 def main() -> None:
@@ -131,16 +244,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--pictures", type=int, default=3)
     parser.add_argument("--gap-s", type=float, default=0.3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    recipe = load_recipe(arguments.recipe)
-    cascade = load_cascade(finished_artifacts(recipe, CASCADE_STEPS), recipe.serve.accelerator, network_configs(recipe))
-    options = {"clients": arguments.clients, "pictures": arguments.pictures, "gap_s": arguments.gap_s}
-    publish("serving", run(cascade, rounds=arguments.rounds, **options), vars(arguments))
+    cascade = load_networks(load_recipe(arguments.recipe))
+    prompts = [canonical_caption(scene.scene) for scene in evaluation_scenes(arguments.clients, 0)]
+    cascade.sample(prompts[:1], [0])  # warm
+    rows, crowds = rates(cascade, prompts, arguments.gap_s, arguments.rounds)
+    rows += differences(cascade, crowds, most=8)
+    rows += [latency(cascade, prompts[0], arguments.rounds), first_preview(cascade, prompts[0], arguments.rounds)]
+    rows += [steps_after_leaving(cascade, prompts[0], _LEAVERS, latest=40), neighbours(cascade)]
+    publish("serving", rows, vars(arguments))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Legend: B items of a batch; R rows of a chain, R = B, or B times the candidates 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -186,6 +186,51 @@ def run_stage(stage: Stage, batch: Batch, watch: Watch | None = None, noise: Noi
         return stage.leave(chain)
 
 
+def enter_each(stage: Stage, batches: Sequence[Batch]) -> list[Chain]:
+    """The chain of each batch before its first step; those that a stage would treat alike are computed together."""
+    if not isinstance(stage, DiffusionStage):
+        return [stage.enter(batch) for batch in batches]
+    groups: dict[Hashable, list[int]] = {}
+    for number, batch in enumerate(batches):
+        groups.setdefault(stage.entry_kind(batch) or number, []).append(number)
+    chains: dict[int, Chain] = {}
+    for numbers in groups.values():
+        parts = [batches[number] for number in numbers]
+        entered = [stage.enter(parts[0])] if len(parts) == 1 else _split(stage.enter(_join_batches(parts)), parts)
+        chains.update(zip(numbers, entered, strict=True))
+    return [chains[number] for number in range(len(batches))]
+
+
+def _join_batches(batches: Sequence[Batch]) -> Batch:
+    first = batches[0]
+    return replace(
+        first,
+        text=concat_rows([batch.text for batch in batches]),
+        seeds=tuple(seed for batch in batches for seed in batch.seeds),
+        values={name: torch.cat([batch.values[name] for batch in batches]) for name in first.values},
+        negative=concat_rows([batch.negative for batch in batches]),
+    )
+
+
+def _split(chain: Chain, batches: Sequence[Batch]) -> list[Chain]:
+    """The part of each batch of a chain that they entered together."""
+    num_items, num_rows = len(chain.batch), len(chain.noise)
+    device, parts = chain.state.x.device, list[Chain]()
+    for end, batch in zip(accumulate(map(len, batches)), batches, strict=True):
+        rows = [row + item for row in range(0, num_rows, num_items) for item in range(end - len(batch), end)]
+        halves = [*rows, *(row + num_rows for row in rows)] if chain.guidance_scale != 1.0 else rows
+        parts.append(
+            replace(
+                chain,
+                batch=batch,
+                state=take_rows(chain.state, torch.tensor(rows, device=device)),
+                condition=take_rows(chain.condition, torch.tensor(halves, device=device)),
+                noise=NoiseSource(chain.noise.generators[row] for row in rows),
+            )
+        )
+    return parts
+
+
 @dataclass(frozen=True, eq=False)
 class DiffusionStage(ABC):
     """A stage whose network denoises: the code that all such stages share."""
@@ -266,6 +311,13 @@ class DiffusionStage(ABC):
         timesteps = config_timesteps(sampler, self.diffusion)
         scale = sampler.guidance_scale if self.has_guidance else 1.0
         return Chain(batch, initial_state(x, self.diffusion), timesteps, condition, noise, scale)
+
+    def entry_kind(self, batch: Batch) -> tuple[Hashable, ...]:
+        """What batches have in common that may enter together; empty: this one enters alone."""
+        if batch.values.keys() - {Z_IMAGE, PIXELS}:  # the inputs of an edit may have any size
+            return ()
+        shapes = tuple((name, value.shape[1:]) for name, value in sorted(batch.values.items()))
+        return self._sampler(batch.request), shapes, batch.negative is None
 
     def noise(self, seeds: Sequence[int]) -> NoiseSource:
         """This stage's stream of each seed."""

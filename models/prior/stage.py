@@ -5,7 +5,7 @@ Legend: B captions; R = B candidates rows, the first candidate of every caption,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
@@ -86,6 +86,11 @@ class PriorStage(CandidateStage, DiffusionStage):
     def x0_variance(self) -> Tensor | None:
         """See ``DiffusionStage``."""
         return self.network.x0_variance if self.network.x0_variance.any() else None
+
+    def entry_kind(self, batch: Batch) -> tuple[Hashable, ...]:
+        """See ``DiffusionStage``."""
+        kind = super().entry_kind(batch)
+        return (*kind, self.of_request(batch.request).num_candidates) if kind else ()
 
     def enter(self, batch: Batch, noise: NoiseSource | None = None) -> Chain:
         """See ``Stage``."""

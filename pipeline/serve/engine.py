@@ -25,7 +25,7 @@ from models.edit_phases import edit_phase
 from models.editor import Editor, EditSettings
 from models.pixels import to_uint8
 from models.request import WALK_STEPS, EditError, SampleRequest
-from models.stage import PIXELS, Z_IMAGE, Batch, Chain, JoinedChains, Stage
+from models.stage import PIXELS, Z_IMAGE, Batch, Chain, JoinedChains, Stage, enter_each
 from pipeline.clip import FrozenClip
 from pipeline.serve.fair_queue import FairQueue
 from pipeline.serve.metrics import EngineMetrics
@@ -39,6 +39,7 @@ from pipeline.serve.protocols import (
     SampledPictures,
     Vectors,
 )
+from pipeline.serve.step_times import StepTimes
 
 _log = logging.getLogger(__name__)
 
@@ -120,6 +121,8 @@ class _Picture:
     """Its state in that stage; None before its first step there."""
     arrived_s: float = field(default_factory=time.monotonic)
     """When it came to that stage."""
+    moved_s: float = field(default_factory=time.monotonic)
+    """When it came there, or took its last step there."""
 
     @property
     def finished(self) -> bool:
@@ -135,8 +138,8 @@ class _StageLoad:
     """Pictures that take a step together."""
     joined: JoinedChains | None = None
     """Those that took the last step."""
-    step_s: float = 0.0
-    """Running mean of the time of a step."""
+    times: StepTimes = field(default_factory=StepTimes)
+    """Of its steps."""
     good_steps: int = 0
     """Steps since the last failure."""
     steps: int = 0
@@ -344,30 +347,35 @@ class Engine:
     def _choose(self) -> list[_Picture]:
         """The pictures that take the next step together, all of one stage.
 
-        The earliest stage goes first, so that late pictures catch up with those ahead and share their steps. But nobody
-        waits without bound for others: a stage goes before that if it is full, or if one of its pictures has been in it
-        for twice the time that its own steps take; of several such stages, the last.
+        The stage whose step makes the best use of its time goes first: one with few pictures waits for others, while
+        another stage has more. Of stages that are about equally good, the earliest goes first, so that late pictures
+        catch up. But nobody waits for others longer than a full batch takes through all stages.
         """
-        now = time.monotonic()
         by_stage: dict[int, list[_Picture]] = {}
         for picture in self._active:
             by_stage.setdefault(self._place(picture), []).append(picture)
         if not by_stage:
             return []
-        urgent = [number for number, pictures in by_stage.items() if self._is_urgent(number, pictures, now)]
-        number = max(urgent) if urgent else min(by_stage)
+        oldest = min(self._active, key=lambda picture: picture.moved_s)
+        if len(by_stage) > 1 and time.monotonic() - oldest.moved_s > self._longest_wait_s():
+            number = self._place(oldest)
+        else:
+            number = max(by_stage, key=lambda number: (round(self._use(number, len(by_stage[number])), 1), -number))
         limit = self._loads[number].limit
         pictures = by_stage[number]
         if len(pictures) > limit:  # those that are nearest to their end
             pictures = sorted(pictures, key=lambda picture: picture.chain.position if picture.chain else -1)[-limit:]
         return pictures
 
-    def _is_urgent(self, number: int, pictures: Sequence[_Picture], now: float) -> bool:
+    def _use(self, number: int, count: int) -> float:
+        """How well a step of a stage with ``count`` pictures would use its time: 1 is as well as the largest step."""
         load = self._loads[number]
-        if len(pictures) >= min(load.limit, self._max_batch_size):
-            return True
-        longest = max(now - picture.arrived_s for picture in pictures)
-        return longest >= 2 * load.steps * load.step_s
+        most = min(load.limit, self._max_batch_size)
+        return load.times.share(min(count, most), most)
+
+    def _longest_wait_s(self) -> float:
+        """The time that a full batch takes through all stages, in seconds."""
+        return sum(load.steps * load.times.of(load.limit) for load in self._loads)
 
     def _advance(self, pictures: Sequence[_Picture]) -> None:
         """Take pictures of one stage one step further; if that fails, fewer of them are tried together."""
@@ -377,7 +385,7 @@ class Engine:
             started = time.monotonic()
             self._step(number, pictures)
             taken_s = time.monotonic() - started
-            load.step_s += (taken_s - load.step_s) * (_SMOOTHING if load.step_s else 1.0)
+            load.times.add(len(pictures), taken_s)
             load.good_steps += 1
             if load.good_steps % _STEPS_TO_TRUST == 0:
                 load.limit = min(2 * load.limit, self._max_batch_size)
@@ -398,10 +406,10 @@ class Engine:
 
     def _step(self, number: int, pictures: Sequence[_Picture]) -> None:
         stage, load = self._stages[number], self._loads[number]
-        chains: list[Chain] = []
-        for picture in pictures:
-            picture.chain = picture.chain or stage.enter(picture.batch)
-            chains.append(picture.chain)
+        entering = [picture for picture in pictures if picture.chain is None]
+        for picture, chain in zip(entering, enter_each(stage, [one.batch for one in entering]), strict=True):
+            picture.chain = chain
+        chains = [picture.chain for picture in pictures if picture.chain is not None]
         if (
             load.joined is None or load.joined.chains != chains
         ):  # what no step changes is joined once for the same pictures
@@ -411,6 +419,7 @@ class Engine:
         self._metrics.batch.labels(stage.name).observe(len(pictures))
         for picture in pictures:
             picture.pending.num_steps += 1
+            picture.moved_s = time.monotonic()
             self._guarded([picture.pending], partial(self._preview, stage, picture))
         leaving = [picture for picture, chain in zip(pictures, chains, strict=True) if chain.finished]
         # All results before any picture moves: if one cannot be computed, all of them are still in this stage.
@@ -421,6 +430,7 @@ class Engine:
             picture.batch = picture.batch.with_values(**{stage.makes: result})
             self._metrics.stage.labels(stage.name).observe(time.monotonic() - picture.arrived_s)
             picture.chain, picture.stage, picture.arrived_s = None, picture.stage + 1, time.monotonic()
+            picture.moved_s = picture.arrived_s
         complete = {picture for picture in leaving if picture.finished}
         num_sampled = sum(picture.pending.phase.then is None for picture in complete)
         with self._changed:

@@ -15,14 +15,12 @@ from benchmarks import side_by_side
 from benchmarks.memory import run as run_memory
 from benchmarks.sampler_steps import DecoderQuality
 from benchmarks.sampler_steps import run as run_sampler_steps
-from benchmarks.serving import run as run_serving
+from benchmarks.serving import differences, load_networks, steps_after_leaving
+from benchmarks.serving import rates as serving_rates
 from benchmarks.side_by_side import compare, publish
 from benchmarks.train_step import DECODER, PRIOR
 from benchmarks.train_step import run as run_train_step
 from models.diffusion.samplers import SAMPLERS
-from pipeline.networks.cascade import load_cascade
-from pipeline.recipe.plan import finished_artifacts
-from pipeline.recipe.steps import CASCADE_STEPS
 from tests.ports import free_port
 from tests.tiny.command import ROOT
 from tests.tiny.workspace import served_workspace
@@ -105,12 +103,17 @@ def test_sampler_steps_compares_every_sampler(tmp_path: Path) -> None:
 
 
 def test_serving_compares_crowds_with_the_bare_sampler(tmp_path: Path) -> None:
-    recipe = served_workspace(tmp_path, port=free_port())
-    cascade = load_cascade(finished_artifacts(recipe, CASCADE_STEPS))
-    rows = run_serving(cascade, clients=3, pictures=2, gap_s=0.01, rounds=1)
-    assert [row["begin"] for row in rows] == ["together", "0.01 s apart"]
-    assert all(1 <= row["rows_per_step"] <= 3 and row["of_bare_rate"] > 0 for row in rows)
-    assert all(row["largest_difference_levels"] < 16 for row in rows)
+    cascade = load_networks(served_workspace(tmp_path, port=free_port()))
+    prompts = ["a", "b", "c"]
+    rows, crowds = serving_rates(cascade, prompts, 0.01, 1, sizes=(2,))
+    assert [row["what"] for row in rows] == [
+        f"3 clients, {begin}: share of the bare rate" for begin in ("together", "apart")
+    ]
+    assert all(0 < row["value"] < 3 for row in rows)
+    assert {key[0] for images in crowds.values() for key in images} == set(prompts)
+    largest, _ = differences(cascade, crowds, most=2)
+    assert largest["value"] < 16
+    assert steps_after_leaving(cascade, "a", 2, 5)["value"] <= 1
 
 
 def test_gpu_benchmark_counts_and_times_on_any_device(tmp_path: Path) -> None:

@@ -34,8 +34,9 @@ from models.pixels import resize_crop, to_pixels, to_uint8
 from models.prior.config import PriorConfig
 from models.prior.network import Prior
 from models.prior.stage import PriorStage
-from models.rows import concat_rows
-from models.stage import PIXELS, Z_IMAGE, Batch
+from models.request import SampleRequest
+from models.rows import concat_rows, map_rows
+from models.stage import PIXELS, Z_IMAGE, Batch, Chain, DiffusionStage, enter_each, run_stage
 from models.text import TextEncoding
 from models.upsampler.network import Upsampler
 from models.upsampler.stage import UpsamplerStage
@@ -197,6 +198,52 @@ def test_a_tuple_without_a_prior_is_a_cascade_from_captions_alone() -> None:
         assert torch.equal(result.pictures["decoder"], to_uint8(small))
     assert result.images.shape == (3, 16, 16, 3)
     assert Z_IMAGE not in result.values
+
+
+def tensors_of(chain: Chain) -> list[torch.Tensor]:
+    """All that its steps read, beside numbers."""
+    tensors = [generator.get_state() for generator in chain.noise.generators]
+    map_rows((chain.state, chain.condition), lambda tensor: tensors.append(tensor) or tensor)
+    return tensors
+
+
+def test_batches_that_enter_together_are_chains_as_if_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    networks = make_networks()
+    cascade = networks.cascade(SamplerConfig(method="ddim", num_steps=3, eta=0.5, guidance_scale=SCALE))
+    requests = [
+        SampleRequest("abc", (1, 2)),
+        SampleRequest("ab", (3,), num_candidates=3),
+        SampleRequest("abcde", (4,), num_steps={"decoder": 2}),
+        SampleRequest("abcde", (5,), negative_prompt="a"),
+        SampleRequest("a", (6, 7)),
+        SampleRequest("abcd", (8,), guidance_scale={"prior": 1.0, "decoder": 1.0}),
+    ]
+    calls: list[tuple[str, int]] = []
+    enter = DiffusionStage.enter
+
+    def counted(stage: DiffusionStage, batch: Batch, noise: NoiseSource | None = None) -> Chain:
+        calls.append((stage.name, len(batch)))
+        return enter(stage, batch, noise)
+
+    batches = [cascade.batch_of(request) for request in requests]
+    with torch.no_grad():
+        for stage in cascade.stages:
+            alone = [run_stage(stage, batch) for batch in batches]
+            with monkeypatch.context() as patch:
+                patch.setattr(DiffusionStage, "enter", counted)
+                chains = enter_each(stage, batches)
+            for chain, batch in zip(chains, batches, strict=True):
+                one = stage.enter(batch)
+                torch.testing.assert_close(tensors_of(chain), tensors_of(one), atol=1e-5, rtol=1e-5)
+                assert (chain.batch, chain.timesteps, chain.guidance_scale) == (
+                    batch,
+                    one.timesteps,
+                    one.guidance_scale,
+                )
+            batches = [batch.with_values(**{stage.makes: result}) for batch, result in zip(batches, alone, strict=True)]
+    assert sorted(count for name, count in calls if name == "prior") == [1, 1, 1, 5]
+    assert sorted(count for name, count in calls if name == "decoder") == [1, 1, 1, 5]
+    assert sorted(count for name, count in calls if name == "upsampler_1") == [1, 7]
 
 
 def test_a_latent_stage_hands_on_what_its_autoencoder_decodes() -> None:

@@ -75,7 +75,7 @@ def finish_workspace(recipe: Recipe, samples: Iterable[Sample], suffix: str) -> 
         with outputs["pairs"].write("evaluation.parquet") as path:
             write_evaluation(path, recipe.seed)
     tar, parquet = write_shard(outputs["download"], "00000", samples, suffix)
-    _write_networks(recipe, outputs)
+    write_networks(recipe, outputs)
     result = Embedder(outputs["clip"].path("open_clip_config.json").parent, recipe.embed)(tar, parquet, "00000")
     with outputs["embed"].write("00000.parquet") as path:
         write_embeddings([result.table], path, result.table.schema)
@@ -85,7 +85,8 @@ def finish_workspace(recipe: Recipe, samples: Iterable[Sample], suffix: str) -> 
         outputs[name].commit(manifest_of(step, outputs[name]))
 
 
-def _write_networks(recipe: Recipe, outputs: dict[str, Artifact]) -> None:
+def write_networks(recipe: Recipe, outputs: dict[str, Artifact]) -> None:
+    """Write every trained network of a recipe with random weights."""
     torch.manual_seed(recipe.seed)
     save_clip_artifact(outputs["clip"], create_clip(recipe.clip.model))
     null_text = load_clip_artifact(outputs["clip"]).encode_text([""])
