@@ -24,6 +24,7 @@ from jobs import (
     inspect,
     keys,
     origins,
+    promote,
     search,
     start,
 )
@@ -47,6 +48,7 @@ COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
         "gc": (origins.gc, "Remove the artifacts that no recipe needs."),
         "config": (inspect.config, "Print the resolved recipe, or the schema."),
         "evaluate": (generate.evaluate, "Measure the trained cascade."),
+        "promote": (promote.promote_, "Make the measured cascade the champion."),
         "ablate": (ablate.ablate, "Show what the prior is for."),
     },
     "Use": {

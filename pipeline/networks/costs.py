@@ -82,6 +82,16 @@ def recipe_costs(recipe: Recipe) -> list[NetworkCost]:
         return [_cost(name, section, clip, recipe) for name, section in recipe.trained().items()]
 
 
+def training_flops(recipe: Recipe, name: str) -> float:
+    """Operations of the forward and backward pass of one sample of one training.
+
+    Raises:
+        ConfigError: If the shape of the recipe's pretrained CLIP is not known on this machine.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), FusedAttention(CountedAttention):
+        return _cost(name, recipe.trained()[name], build_clip(recipe), recipe).training_flops
+
+
 def format_costs(costs: list[NetworkCost]) -> str:
     """The costs as a table for a terminal."""
     names = ("network", "parameters", "training", "samples", "A100 h", "H100 h", "sampling", "state", "activations")

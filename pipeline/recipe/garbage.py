@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import ConfigError, StepError
+from pipeline.recipe.champion import champions
 from pipeline.recipe.lineage import indexed_embeddings
 from pipeline.recipe.plan import artifact_of, earlier_trainings, make_plan
 from pipeline.recipe.recipe import Recipe
@@ -52,7 +53,7 @@ def find_garbage(workspace: Workspace, recipes: Sequence[Recipe]) -> tuple[list[
             if artifact_of(workspace, step).manifest() is None:
                 needed |= {(step.name, key) for key, _ in earlier_trainings(step)}
     needed = _with_inputs(workspace, needed)
-    used = read_artifacts(workspace)
+    used = read_artifacts(workspace) | _with_champions(workspace)
     garbage: list[Garbage] = []
     others: list[Kept] = []
     for row in STEPS:
@@ -114,6 +115,14 @@ def read_artifacts(workspace: Workspace) -> dict[tuple[str, str], str]:
         step, _, key = name.partition("/")
         read |= dict.fromkeys(_with_inputs(workspace, {(step, key)}), owner)
     return read
+
+
+def _with_champions(workspace: Workspace) -> dict[tuple[str, str], str]:
+    """Each artifact that a champion needs, with all that it was made from; and whose champion it is."""
+    kept: dict[tuple[str, str], str] = {}
+    for artifact, owner in champions(workspace).items():
+        kept |= dict.fromkeys(_with_inputs(workspace, {artifact}), owner)
+    return kept
 
 
 def _with_inputs(workspace: Workspace, artifacts: set[tuple[str, str]]) -> set[tuple[str, str]]:

@@ -29,6 +29,7 @@ from pipeline.train.checkpoint import (
 )
 from pipeline.train.diagnosis import describe, find_culprits, of_all_workers
 from pipeline.train.loop import learning_rate, make_step, random_of_step, train
+from pipeline.train.speed import Speed, describe_speed
 from pipeline.train.state import TrainState, create_state
 from pipeline.train.validation import Validation
 from pipeline.workspace.progress import METRICS
@@ -73,15 +74,14 @@ def run_job(job: TrainJob, watch: Watch) -> Json:
         objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
     order = plan_order(parts.train, job.seed, where=job.name)
     share = Share(config.batch_size, job.rank, job.world_size)
-    prefetch = job.num_threads > 1 or job.device.type != "cpu"
     validation = Validation(job, parts)
     keep = _keep(job, validation, state)
 
     def report(state: TrainState) -> None:
         if is_first:
-            loss = log.add_losses(state, learning_rate(config, state.step - 1))
+            text = log.add_losses(state, learning_rate(config, state.step - 1), speed.read(state.step))
             note_of_skips = f", {int(state.num_bad)} steps not finite and skipped" if state.num_bad else ""
-            watch(state.step, config.total_steps, f"loss {loss:.4f}{note_of_skips}{note}")
+            watch(state.step, config.total_steps, f"{text}{note_of_skips}{note}")
 
     def save(state: TrainState) -> None:
         if is_first:
@@ -100,9 +100,10 @@ def run_job(job: TrainJob, watch: Watch) -> Json:
 
     if is_first:
         watch(state.step, config.total_steps, f"training{note}")
+    speed = Speed(job, state.step)
     step_fn = make_step(objective, section, share, seed=job.seed)
-    with closing(iterate_batches(parts.train, order, share, state.step, prefetch=prefetch)) as batches:
-        train(state, step_fn, batches, config, resources, save, report, explain)
+    with closing(iterate_batches(parts.train, order, share, state.step, prefetch=_prefetches(job))) as batches:
+        train(state, step_fn, speed.timed(batches), config, resources, save, report, explain)
     if not is_first:
         return {}
     log.add_validation(state.step, validation(state.ema))
@@ -164,14 +165,14 @@ class MetricsLog:
         self.rows: list[Json] = [row for row in map(json.loads, lines) if row["step"] <= step]
         self._due = 0.0
 
-    def add_losses(self, state: TrainState, rate: float) -> float:
-        """Add the mean loss since the last log line, with the last gradient norm and rate; returns the loss."""
+    def add_losses(self, state: TrainState, rate: float, speed: dict[str, float]) -> str:
+        """Add the mean loss since the last log line, the last gradient norm, rate and speed; returns it in words."""
         total, count = state.loss_sum.tolist()
         loss = total / max(count, 1)
         row = {"step": state.step, "time": _now(), "loss": loss, "grad_norm": float(state.grad_norm), "lr": rate}
-        self.rows.append(row)
+        self.rows.append(row | {name: float(f"{value:.4g}") for name, value in speed.items()})
         self._flush_if_due()
-        return loss
+        return f"loss {loss:.4f}, {describe_speed(speed)}"
 
     def add_validation(self, step: int, metrics: dict[str, float]) -> None:
         """Add loss and measures on the validation split, if there is one; their names begin with ``val_``."""
@@ -198,6 +199,11 @@ class MetricsLog:
         for row in self.rows:
             last |= {name: value for name, value in row.items() if name == "loss" or name.startswith("val_")}
         return last
+
+
+def _prefetches(job: TrainJob) -> bool:
+    """Whether another thread reads ahead: on one core it would only take the time of the training."""
+    return job.num_threads > 1 or job.device.type != "cpu"
 
 
 def _now() -> float:

@@ -17,7 +17,7 @@ from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.tracking.outbox import RECORDS, Outbox
 from pipeline.runtime.tracking.records import new_points
-from pipeline.runtime.tracking.run import Tracking, send_waiting
+from pipeline.runtime.tracking.run import Tracking, send_champion, send_waiting
 from pipeline.workspace.manifest import Manifest, content_of
 from pipeline.workspace.store import Artifact, Workspace
 from tests.ports import free_port
@@ -125,16 +125,27 @@ def test_two_workspaces_and_a_copied_one_have_runs_of_their_own(database: str, t
 
 
 def test_an_evaluation_is_a_version_of_the_registered_model(database: str, tmp_path: Path) -> None:
-    recipe = _recipe(database, "registry")
+    recipe = parse_recipe({"name": "registry", "workspace": str(tmp_path), "tracking": {"uri": database}})
     for key in ("a", "b"):
         context = _context(recipe, tmp_path, "evaluate", {"prior": key})
         with Tracking(recipe, Workspace(str(tmp_path)), pytest.fail) as tracking:
             tracking.started(context)
             tracking.finished(context, StepResult())
+    send_champion(
+        recipe, Step("evaluate", 1, {"train": {"num_steps": 1}}, {"prior": "a"}), "it is sharper", pytest.fail
+    )
     client = _client(database)
     version = client.get_model_version_by_alias("registry", "candidate")
     assert version.tags["unclip.prior"] == "b"
     assert version.version == 2
+    champion = client.get_model_version_by_alias("registry", "champion")
+    assert (champion.version, champion.description) == (1, "it is sharper")
+
+
+def test_a_champion_that_was_measured_without_a_tracker_is_registered(database: str, tmp_path: Path) -> None:
+    recipe = parse_recipe({"name": "late", "workspace": str(tmp_path), "tracking": {"uri": database}})
+    send_champion(recipe, Step("evaluate", 1, {}, {"prior": "a"}), "the first", pytest.fail)
+    assert _client(database).get_model_version_by_alias("late", "champion").tags["unclip.prior"] == "a"
 
 
 def test_a_tracker_that_is_not_there_touches_nothing_and_gets_everything_later(database: str, tmp_path: Path) -> None:

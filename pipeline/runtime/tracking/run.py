@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.errors import UnclipError
+from pipeline.recipe.plan import Step
 from pipeline.recipe.recipe import Recipe, flatten
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.tracking.delivery import Delivery
@@ -32,6 +33,7 @@ from pipeline.workspace.store import Workspace
 Json = dict[str, Any]
 
 CANDIDATE = "candidate"
+CHAMPION = "champion"
 _DATABASE_WAIT_S = 60.0
 """A local database is waited for: mlflow's import and the first migration take seconds, and no network."""
 _SERVER_WAIT_S = 5.0
@@ -227,6 +229,20 @@ def send_waiting(recipe: Recipe, workspace: Workspace, warn: Callable[[str], Non
         delivery = _delivery_of(place, outbox, warn)
         delivery.start()
         _close(place, outbox, delivery, warn)
+
+
+def send_champion(recipe: Recipe, step: Step, reason: str, warn: Callable[[str], None]) -> None:
+    """Move the registered model's alias ``champion`` to a measured cascade.
+
+    Args:
+        recipe: Its ``tracking`` table names the server.
+        step: The evaluation.
+        reason: Becomes the version's description.
+        warn: Called with a message when the tracker fails.
+    """
+    workspace = Workspace(recipe.workspace)
+    record = version_record(recipe, StepContext(recipe, step, workspace.root), [], CHAMPION)
+    send_waiting(recipe, workspace, warn, record | {"reason": reason})
 
 
 def _delivery_of(place: Place, outbox: Outbox, warn: Callable[[str], None]) -> Delivery:

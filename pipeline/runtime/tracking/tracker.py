@@ -65,7 +65,6 @@ class Tracker:
             "text": self._log_text,
             "model": self._log_model,
             "version": self._register,
-            "champion": self._promote,
             "finish": self._finish,
         }
 
@@ -161,7 +160,7 @@ class Tracker:
     def _logged_model(self, record: Json, run_id: str | None) -> Any:
         where = f"name = '{record['name']}' and tags.`unclip.key` = '{record['tags']['unclip.key']}'"
         existing = self._client.search_logged_models([self._experiment_id], filter_string=where)
-        own = [model for model in existing if model.source_run_id == run_id]
+        own = [model for model in existing if run_id is None or model.source_run_id == run_id]
         model = own[0] if own else self._create_model(record, run_id)
         if str(model.status) != "READY":
             with tempfile.TemporaryDirectory() as folder:
@@ -182,16 +181,11 @@ class Tracker:
         return model
 
     def _register(self, record: Json) -> None:
-        """A cascade as a version of the registered model, the newest as ``candidate``."""
+        """A cascade as a version of the registered model, under an alias."""
         version = self._version(record["tags"]["unclip.key"]) or self._create_version(record)
         self._client.set_registered_model_alias(self._name, record["alias"], version)
-        for name, value in record["version_tags"].items():
-            self._client.set_model_version_tag(self._name, version, name, value)
-
-    def _promote(self, record: Json) -> None:
-        self._register(record)
-        version = self._version(record["tags"]["unclip.key"])
-        self._client.update_model_version(self._name, version, record["reason"])
+        if "reason" in record:
+            self._client.update_model_version(self._name, version, record["reason"])
 
     def _create_version(self, record: Json) -> str:
         from mlflow.exceptions import MlflowException
@@ -209,7 +203,8 @@ class Tracker:
             run_id,
             record["tags"],
             await_creation_for=0,
-            model_id=model.model_id,
+            # Without a run, mlflow looks for the model at its own default server.
+            model_id=None if run_id is None else model.model_id,
         )
         return str(version.version)
 

@@ -1,0 +1,163 @@
+"""The champion of a recipe: the measured cascade that a person has chosen, with the measures and the reason."""
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline.errors import ConfigError
+from pipeline.recipe.plan import Step, artifact_of, make_plan
+from pipeline.recipe.recipe import Recipe
+from pipeline.workspace.manifest import Manifest, parse_record
+from pipeline.workspace.store import Artifact, Workspace
+
+Json = dict[str, Any]
+
+DEFAULT_MEASURE = "clip_score.generated"
+_FILE = "champion.json"
+_CHANGES_LITTLE = {"seed", "batch_size", "num_shown", "num_images_per_shown"}
+"""Settings of an evaluation whose measures compare all the same."""
+_LOWER_IS_BETTER = ("frechet", "cmmd", "bits_per_dim", "memori")
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """One choice of a champion."""
+
+    evaluate: str
+    """Key of the evaluation that measured it."""
+    artifacts: dict[str, str]
+    """Key of each step that the evaluation read, by name."""
+    measures: dict[str, float]
+    """What the evaluation measured, by dotted name."""
+    settings: Json
+    """How it was measured: the evaluation's own settings."""
+    by: str
+    """The measure that decided."""
+    reason: str
+    time: float
+    """Seconds since the epoch."""
+
+
+@dataclass(frozen=True)
+class Promotions:
+    """All choices, the newest last."""
+
+    promotions: tuple[Promotion, ...] = field(default=())
+
+    @property
+    def champion(self) -> Promotion | None:
+        """The present champion."""
+        return self.promotions[-1] if self.promotions else None
+
+
+def read_promotions(workspace: Workspace, name: str) -> Promotions:
+    """The choices for a recipe, by its name.
+
+    Raises:
+        DataError: If their file is damaged.
+    """
+    artifact = _artifact(workspace, name)
+    return parse_record(Promotions, artifact.read_json(_FILE)) if artifact.exists(_FILE) else Promotions()
+
+
+def champions(workspace: Workspace) -> dict[tuple[str, str], str]:
+    """Each artifact, by step and key, that a present champion is made from or was measured in; and whose it is."""
+    artifacts: dict[tuple[str, str], str] = {}
+    for name in workspace.keys("recipes"):
+        champion = read_promotions(workspace, name).champion
+        if champion is not None:
+            keys = champion.artifacts | {"evaluate": champion.evaluate}
+            artifacts |= dict.fromkeys(keys.items(), f"recipe {name}, whose champion it is")
+    return artifacts
+
+
+def evaluated(recipe: Recipe, shown: str) -> tuple[Step, Manifest]:
+    """The evaluation of a recipe's cascade.
+
+    Args:
+        recipe: The recipe.
+        shown: The recipe in the command that is proposed.
+
+    Raises:
+        ConfigError: If the cascade, as the recipe is now, was not measured.
+    """
+    step = make_plan(recipe, until="evaluate")[-1]
+    manifest = artifact_of(Workspace(recipe.workspace), step).manifest()
+    if manifest is None:
+        raise ConfigError(f"the cascade of this recipe, as it is now, was not measured; first: unclip evaluate {shown}")
+    return step, manifest
+
+
+def promote(
+    recipe: Recipe, step: Step, manifest: Manifest, *, by: str, reason: str, force: bool
+) -> tuple[Promotion, bool]:
+    """Make a measured cascade the champion if it is better than the present one.
+
+    Args:
+        recipe: The recipe.
+        step: Its evaluation.
+        manifest: The evaluation's commit.
+        by: The measure that decides, by its dotted name.
+        reason: A person's words; stored with the two numbers.
+        force: Promote it whatever the measure says; needs a reason.
+
+    Returns:
+        The choice, and whether it changes anything.
+
+    Raises:
+        ConfigError: If there is no such measure, the present champion is as good, or was measured in another way.
+    """
+    workspace = Workspace(recipe.workspace)
+    measures = {name: float(value) for name, value in manifest.metrics.items() if isinstance(value, int | float)}
+    if by not in measures:
+        raise ConfigError(f"--by {by}: the evaluation has no such measure; it has {', '.join(sorted(measures))}")
+    if force and not reason:
+        raise ConfigError("--force: say why, with --reason; it is stored")
+    settings = {
+        name: value
+        for name, value in manifest.section.items()
+        if not isinstance(value, dict) and name not in _CHANGES_LITTLE
+    }
+    promotions = read_promotions(workspace, recipe.name)
+    before = promotions.champion
+    if before is not None and before.evaluate == step.key:
+        return before, False
+    numbers = _compare(before, measures, settings, by, force=force)
+    new = Promotion(
+        step.key, step.inputs, measures, settings, by, f"{numbers}; {reason}" if reason else numbers, time.time()
+    )
+    file = {"promotions": [asdict(one) for one in (*promotions.promotions, new)]}
+    _artifact(workspace, recipe.name).write_json(_FILE, file)
+    return new, True
+
+
+def _compare(before: Promotion | None, measures: dict[str, float], settings: Json, by: str, *, force: bool) -> str:
+    """The two numbers in words.
+
+    Raises:
+        ConfigError: If the champion stays.
+    """
+    now = measures[by]
+    if before is None:
+        return f"{by} {now:.4g}, the first champion"
+    if by not in before.measures:
+        if force:
+            return f"{by} {now:.4g}, which the champion {before.evaluate} was not measured by"
+        raise ConfigError(f"--by {by}: the champion {before.evaluate} was not measured by it; --force promotes anyway")
+    numbers = f"{by} {now:.4g} against {before.measures[by]:.4g} of {before.evaluate}"
+    changed = sorted(name for name in settings | before.settings if settings.get(name) != before.settings.get(name))
+    if changed and not force:
+        raise ConfigError(
+            f"{numbers} do not compare: {', '.join(changed)} of [evaluate] was another; measure both alike, or promote "
+            "it anyway with --force and a --reason"
+        )
+    is_lower = by.startswith(_LOWER_IS_BETTER)
+    is_better = now < before.measures[by] if is_lower else now > before.measures[by]
+    if not is_better and not force:
+        rule = "lower" if is_lower else "higher"
+        raise ConfigError(f"{numbers}: no better ({rule} is better); promote it anyway with --force and a --reason")
+    return numbers
+
+
+def _artifact(workspace: Workspace, name: str) -> Artifact:
+    return workspace.artifact("recipes", name)

@@ -1,0 +1,93 @@
+"""``unclip promote``: by the evaluation's measures, with a reason that stays."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from typer.testing import CliRunner
+
+from jobs.cli import app
+from pipeline.errors import ConfigError
+from pipeline.recipe.champion import read_promotions
+from pipeline.recipe.garbage import find_garbage
+from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
+from pipeline.recipe.recipe import Recipe, load_recipe
+from pipeline.workspace.store import Workspace
+from tests.tiny.recipe import tiny_tables
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(tomli_w.dumps(tiny_tables(tmp_path / "w", tracking={"uri": "off"})))
+    return path
+
+
+def _measure(recipe: Recipe, **measures: float) -> str:
+    workspace = Workspace(recipe.workspace)
+    for step in make_plan(recipe):
+        artifact = artifact_of(workspace, step)
+        artifact.write_bytes("file", b"bytes")
+        numbers = {name.replace("__", "."): value for name, value in measures.items()}
+        metrics = numbers if step.name == "evaluate" else {}
+        artifact.commit(dataclasses.replace(manifest_of(step, artifact), metrics=metrics))
+    return make_plan(recipe)[-1].key
+
+
+def _promote(path: Path, *words: str) -> Any:
+    return CliRunner().invoke(app, ["promote", str(path), *words])
+
+
+def test_a_cascade_that_was_not_measured_is_refused_with_the_command_that_measures(path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"first: unclip evaluate {path}"):
+        CliRunner().invoke(app, ["promote", str(path)], catch_exceptions=False)
+
+
+def test_the_better_cascade_becomes_champion_and_the_worse_one_only_by_force(path: Path) -> None:
+    first, better, worse = (load_recipe(str(path), [f"seed={seed}"]) for seed in (1, 2, 3))
+    keys = [
+        _measure(recipe, clip_score__generated=score, cmmd__generated=10 * score)
+        for recipe, score in ((first, 0.3), (better, 0.4), (worse, 0.2))
+    ]
+    workspace = Workspace(first.workspace)
+    done = _promote(path, "--set", "seed=1", "--json")
+    assert json.loads(done.stdout)["evaluate"] == keys[0]
+    assert _promote(path, "--set", "seed=2", "--reason", "sharper").exit_code == 0
+    champion = read_promotions(workspace, "tiny").champion
+    assert champion is not None
+    assert champion.reason == f"clip_score.generated 0.4 against 0.3 of {keys[0]}; sharper"
+    assert "no better (higher is better)" in str(_promote(path, "--set", "seed=3").exception)
+    assert "no better" not in str(_promote(path, "--set", "seed=3", "--by", "cmmd.generated").exception)  # lower is
+    assert _promote(path, "--set", "seed=2", "--force", "--reason", "sharper").exit_code == 0
+    assert "with --reason" in str(_promote(path, "--set", "seed=3", "--force").exception)
+    choices = read_promotions(workspace, "tiny").promotions
+    assert [choice.evaluate for choice in choices] == [keys[0], keys[1], keys[2], keys[1]]
+    again = json.loads(_promote(path, "--set", "seed=2", "--json").stdout)
+    assert again["changed"] is False
+    assert len(read_promotions(workspace, "tiny").promotions) == 4
+
+
+def test_measures_of_other_settings_do_not_compare_and_unknown_ones_are_named(path: Path) -> None:
+    _measure(load_recipe(str(path)), clip_score__generated=0.3)
+    assert _promote(path).exit_code == 0
+    few = "evaluate.num_prompts=8"
+    _measure(load_recipe(str(path), [few]), clip_score__generated=0.9)
+    assert "num_prompts of [evaluate] was another" in str(_promote(path, "--set", few).exception)
+    assert "it has clip_score.generated" in str(_promote(path, "--by", "beauty").exception)
+
+
+def test_gc_leaves_the_champion_with_all_that_it_was_made_from(path: Path) -> None:
+    champion, other = load_recipe(str(path), ["seed=1"]), load_recipe(str(path), ["seed=2"])
+    key = _measure(champion, clip_score__generated=0.3)
+    _measure(other, clip_score__generated=0.3)
+    workspace = Workspace(other.workspace)
+    garbage, _ = find_garbage(workspace, [other])
+    assert key in {one.key for one in garbage}
+    assert _promote(path, "--set", "seed=1").exit_code == 0
+    garbage, kept = find_garbage(workspace, [other])
+    assert garbage == []
+    assert {one.why for one in kept} == {"in use by recipe tiny, whose champion it is"}
+    assert {"evaluate", "decoder"} <= {one.step for one in kept}
