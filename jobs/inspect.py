@@ -12,8 +12,9 @@ import typer
 
 from jobs.options import AsJson, Overrides, RecipePath, Until, print_json, print_measured, print_next, recipe_words
 from pipeline.recipe.estimate import status_remaining
-from pipeline.recipe.plan import StepStatus, artifact_of, make_plan, plan_status, unseen_inputs
+from pipeline.recipe.plan import StepStatus, artifact_of, dependents, make_plan, plan_status, unseen_inputs
 from pipeline.recipe.recipe import Recipe, json_schema, load_recipe, to_dict
+from pipeline.workspace.forgotten import Forgotten, Pending
 from pipeline.workspace.lock import holder_of
 from pipeline.workspace.progress import ProgressState, clock_time, duration, last_error, read_progress
 from pipeline.workspace.store import Workspace
@@ -56,12 +57,16 @@ def plan(
         return
     if json:
         owner = holder_of(workspace)
-        print_json([_as_row(workspace, status, owner) for status in statuses])
+        forgotten = Forgotten.read(workspace.root)
+        rows = [_as_row(workspace, status, owner) for status in statuses]
+        for row, item in zip(rows, statuses, strict=True):
+            row["forgotten_pairs"] = forgotten.trained_on(item.manifest) if item.manifest else 0
+        print_json(rows)
         return
     for status in statuses:
         why = "; ".join(status.reasons)
         typer.echo(f"{status.step.name:<17} {status.step.key}  {status.state:<8} {why}".rstrip())
-    for note in unseen_inputs(resolved):
+    for note in [*unseen_inputs(resolved), *_forgotten_notes(workspace, statuses)]:
         typer.echo(note)
     todo = [status.step.name for status in statuses if status.state != "done"]
     typer.echo(f"{len(todo)} of {len(statuses)} steps to run: {', '.join(todo)}" if todo else "nothing to do")
@@ -70,6 +75,24 @@ def plan(
         print_next(f"plan {words} --time", f"run {words}{f' --until {until}' if until else ''}")
     else:
         print_next(f"status {words}")
+
+
+def _forgotten_notes(workspace: Workspace, statuses: list[StepStatus]) -> list[str]:
+    """A sentence if rows wait to leave the files, and for each network that was trained on forgotten pairs."""
+    forgotten, notes = Forgotten.read(workspace.root), list[str]()
+    if Pending.read(workspace.root) is not None:
+        notes.append("forgotten rows leave the files when a run starts, or with: unclip forget --compact")
+    trained = {
+        item.step.name: count for item in statuses if item.manifest and (count := forgotten.trained_on(item.manifest))
+    }
+    for name, count in trained.items():
+        made = dependents([item.step for item in statuses], name)
+        node_s = sum(item.manifest.node_s for item in statuses if item.manifest and item.step.name in made)
+        notes.append(
+            f"{name}: was trained on {count} pairs that are forgotten; `run --from {name} --force` makes it and what "
+            f"is made from it anew, which took {duration(node_s)} of machines"
+        )
+    return notes
 
 
 def status(

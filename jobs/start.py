@@ -24,6 +24,7 @@ from pipeline.errors import ConfigError, UnclipError
 from pipeline.recipe.estimate import status_remaining
 from pipeline.recipe.plan import StepStatus, chosen_steps, make_plan, plan_status
 from pipeline.recipe.recipe import load_recipe
+from pipeline.workspace.forgotten import Pending
 from pipeline.workspace.progress import duration
 from pipeline.workspace.store import Workspace
 
@@ -141,7 +142,7 @@ def run(
         _print_dry_run([item for item in before if item.step.name in ran], forced, json=json)
         return
     report = workspace.local_root / "report.html"
-    if ran:
+    if ran or Pending.read(workspace.root) is not None:
         from jobs.watch import Watcher
         from pipeline.runtime.run import run_recipe
 

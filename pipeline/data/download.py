@@ -47,6 +47,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.pictures import PictureError
 from pipeline.recipe.sections import DownloadConfig, PairsConfig
 from pipeline.workspace.disk import translate_os_errors
+from pipeline.workspace.forgotten import CAUSE
 
 T = TypeVar("T")
 OnProgress = Callable[[int, Counter[str]], None]
@@ -327,6 +328,8 @@ class Downloader:
 
     async def _fetch_one(self, request: _Request) -> StoredPicture | _Failure:
         """Fetch and store a picture; nothing that a row brings ends the shard."""
+        if not request.url:  # every pair has a URL, until it is forgotten
+            return _Failure(FAILED_TO_DOWNLOAD, CAUSE, CAUSE)
         try:
             body = await self._fetcher.fetch(request.url)
         except FetchError as error:

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
+from pipeline.data.blank import blank_rows, num_blank
 from pipeline.data.captions import MOST_CAPTIONS, count_long
 from pipeline.data.duplicates import Run, RunWriter, bucket_groups, repeated_positions, rows_of_piece
 from pipeline.data.lists import Span
@@ -32,6 +33,7 @@ from pipeline.data.reading import Reading, name_examples
 from pipeline.data.rows import make_uid, numbered_names, pairs_schema, split_of
 from pipeline.data.sources import Source
 from pipeline.errors import DataError
+from pipeline.workspace.forgotten import CAUSE, Forgotten
 from pipeline.workspace.manifest import ShardRecord, add_counts
 from pipeline.workspace.store import LIVE, Artifact
 
@@ -57,11 +59,13 @@ class PairsMaker:
     Args:
         source: The source.
         output: The artifact to write.
+        forgotten: Pairs whose rows stay empty; None: none.
     """
 
-    def __init__(self, source: Source, output: Artifact) -> None:
+    def __init__(self, source: Source, output: Artifact, forgotten: Forgotten | None = None) -> None:
         self._source = source
         self._output = output
+        self._forgotten = forgotten
         if not output.exists(_PIECES):
             output.write_json(_PIECES, [[asdict(span) for span in piece] for piece in source.pieces()])
         self._pieces = [[Span(**span) for span in piece] for piece in output.read_json(_PIECES)]
@@ -203,6 +207,8 @@ class PairsMaker:
                 keep[repeats[low:high] - row] = False
                 row += batch.num_rows
                 table = pa.Table.from_batches([batch]).filter(pa.array(keep))
+                if self._forgotten is not None:
+                    table = blank_rows(table, self._forgotten)
                 notes.update(_notes(table))
                 every = -(-rows.metadata.num_rows // MOST_CAPTIONS)
                 captions += table.column("caption").to_pylist()[-num_rows % every :: every]
@@ -286,7 +292,8 @@ def _to_pairs(batch: pa.Table, validation_prob: float, reading: Reading) -> tupl
 
 
 def _notes(table: pa.Table) -> dict[str, int]:
-    """Rows of each split, and rows with an empty caption."""
+    """Rows of each split, rows with an empty caption, and rows of forgotten pairs, if there are any."""
     is_train = pc.sum(pc.equal(table.column("split"), "train")).as_py() or 0
     is_empty = pc.sum(pc.equal(pc.utf8_trim_whitespace(table.column("caption")), "")).as_py() or 0
-    return {"train": is_train, "validation": table.num_rows - is_train, "empty_captions": is_empty}
+    notes = {"train": is_train, "validation": table.num_rows - is_train, "empty_captions": is_empty}
+    return notes | ({CAUSE: count} if (count := num_blank(table)) else {})

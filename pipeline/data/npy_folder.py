@@ -17,9 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.data.blank import gone_rows
 from pipeline.data.rows import embeddings_schema, make_uid, numbered_names, split_of
 from pipeline.data.vectors import read_vectors, to_arrow, write_embeddings
 from pipeline.errors import ConfigError, DataError
+from pipeline.workspace.forgotten import CAUSE, Forgotten
 from pipeline.workspace.store import Artifact
 
 _NAMES = ("uid", "key", "url", "caption", "split", "clip_score")
@@ -115,7 +117,9 @@ def find_parts(folder: Path) -> list[NpyPart]:
     return parts
 
 
-def import_part(part: NpyPart, validation_prob: float, target: Path) -> tuple[Counter[str], list[dict[str, str]]]:
+def import_part(
+    part: NpyPart, validation_prob: float, target: Path, forgotten: Forgotten | None = None
+) -> tuple[Counter[str], list[dict[str, str]]]:
     """Write one part as a shard of the embed step, in slices, so that a part of any size takes little memory.
 
     A uid, key and split that we exported stay. Other rows get the uid of their URL (or path) and caption.
@@ -124,15 +128,25 @@ def import_part(part: NpyPart, validation_prob: float, target: Path) -> tuple[Co
         part: The part.
         validation_prob: Share of rows for validation, where the metadata has no split.
         target: Parquet file to write, in ``rows.embeddings_schema``.
+        forgotten: Pairs to leave out; None: none.
 
     Returns:
-        Numbers of rows, ``in`` = ``ok`` + ``corrupt``; and the corrupt rows, whose vectors are not finite or zero.
+        Numbers of rows, ``in`` = ``ok`` + ``corrupt`` + ``forgotten``; and the corrupt rows, whose vectors are not
+        finite or zero.
     """
     failures: list[dict[str, str]] = []
-    schema = embeddings_schema(part.embed_dim)
-    write_embeddings(_slices(part, validation_prob, schema, failures), target, schema)
-    num_corrupt = len(failures)
-    return Counter({"in": part.num_rows, "ok": part.num_rows - num_corrupt, "corrupt": num_corrupt}), failures
+    counts, schema = Counter({"in": part.num_rows, "ok": 0}), embeddings_schema(part.embed_dim)
+
+    def slices() -> Iterator[pa.Table]:
+        for table in _slices(part, validation_prob, schema, failures, forgotten):
+            counts["ok"] += table.num_rows
+            yield table
+
+    write_embeddings(slices(), target, schema)
+    counts["corrupt"] = len(failures)
+    if num_forgotten := part.num_rows - counts["ok"] - counts["corrupt"]:
+        counts[CAUSE] = num_forgotten
+    return counts, failures
 
 
 def write_import_recipe(folder: Path, out: Path) -> tuple[int, Path]:
@@ -166,7 +180,11 @@ def _quote(text: str) -> str:
 
 
 def _slices(
-    part: NpyPart, validation_prob: float, schema: pa.Schema, failures: list[dict[str, str]]
+    part: NpyPart,
+    validation_prob: float,
+    schema: pa.Schema,
+    failures: list[dict[str, str]],
+    forgotten: Forgotten | None,
 ) -> Iterator[pa.Table]:
     arrays = [_open_array(path) for path in (part.img, part.text)]
     with pq.ParquetFile(part.metadata) as file:
@@ -176,7 +194,9 @@ def _slices(
             vectors = [_to_unit(np.asarray(array[start : start + batch.num_rows])) for array in arrays]
             table = _identify(pa.Table.from_batches([batch]), part, start, validation_prob)
             good = np.logical_and(*(np.isfinite(rows).all(1) & (np.abs(rows).max(1) > 0) for rows in vectors))
-            bad = table.filter(pa.array(~good)).select(["uid", "key", "url"]).to_pylist()
+            stays = np.ones(table.num_rows, np.bool_) if forgotten is None else ~gone_rows(table, forgotten)
+            bad = table.filter(pa.array(stays & ~good)).select(["uid", "key", "url"]).to_pylist()
+            good &= stays
             failures += [row | {"reason": "embedding is zero or not finite", "detail": part.img.name} for row in bad]
             z_image, z_text = (to_arrow(rows[good]) for rows in vectors)
             score = (vectors[0][good].astype(np.float32) * vectors[1][good].astype(np.float32)).sum(1)

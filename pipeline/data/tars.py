@@ -16,12 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from pipeline.data.blank import BLANK, num_blank
 from pipeline.data.reading import MAX_CELL, Reading
 from pipeline.data.rows import make_uid
 from pipeline.data.shards import TAKEN_IN, index_tar, picture_span, sample_caption, sample_url
 from pipeline.errors import DataError
 from pipeline.pictures import FORMATS
 from pipeline.workspace.files import UserFile, find_files, local_copy
+from pipeline.workspace.forgotten import CAUSE
 from pipeline.workspace.store import Artifact
 
 BATCH_ROWS = 10_000
@@ -122,6 +124,9 @@ def table_of(tar: Path, shard: str, pairs: pa.Table) -> pa.Table:
     rows: list[dict[str, Any]] = []
     with tar.open("rb") as stream:
         for row in pairs.to_pylist():
+            if not row["uid"]:
+                rows.append(row | BLANK)
+                continue
             sample = samples.get(row["key"])
             if sample is None or sample.uid != row["uid"]:
                 raise DataError(f"{tar}: key {row['key']}: is not what it was when the list of pairs was made")
@@ -149,9 +154,12 @@ def take_in(uri: str, pairs: pa.Table, shard: str, output: Artifact) -> dict[str
     table = table_of(output.path(names[0]), shard, pairs)
     with output.write(names[1]) as path:
         pq.write_table(table, path)
-    counts = {"count": table.num_rows, "successes": table.num_rows, "failed_to_download": 0, "failed_to_resize": 0}
+    num_forgotten = num_blank(table)
+    num_ok = table.num_rows - num_forgotten
+    counts = {"count": table.num_rows, "successes": num_ok, "failed_to_download": num_forgotten, "failed_to_resize": 0}
     times = {"start_time": 0.0, "end_time": 0.0, "duration": 0.0}
-    output.write_json(names[2], counts | times | {"status_dict": {"success": table.num_rows}})
+    causes = {"success": num_ok} | ({CAUSE: num_forgotten} if num_forgotten else {})
+    output.write_json(names[2], counts | times | {"status_dict": causes})
     return {name: output.describe(name) for name in names}
 
 

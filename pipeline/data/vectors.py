@@ -142,6 +142,8 @@ class RowGroups:
             first_rows, offsets = list[int](), list[list[int]]()
             for number in range(metadata.num_row_groups):
                 group = metadata.row_group(number)
+                if not group.num_rows:  # a shard of which no row stays
+                    continue
                 chunks = [group.column(names.index(column)) for column in VECTOR_COLUMNS]
                 # The last bytes of a chunk are its values, two bytes each.
                 offsets.append([c.data_page_offset + c.total_compressed_size - 2 * c.num_values for c in chunks])

@@ -18,7 +18,7 @@ from pipeline.recipe.sections import StepSection
 from pipeline.recipe.steps import STEPS, StepRow
 from pipeline.workspace.digests import fingerprint, unseen_files
 from pipeline.workspace.files import exists
-from pipeline.workspace.manifest import Manifest, content_of
+from pipeline.workspace.manifest import Manifest, has_content
 from pipeline.workspace.store import Artifact, Workspace
 
 Json = dict[str, Any]
@@ -245,7 +245,7 @@ def plan_status(workspace: Workspace, steps: list[Step]) -> list[StepStatus]:
         ConfigError: If the workspace's object store cannot be used as it is set.
     """
     workspace.check()
-    statuses, contents, outdated = list[StepStatus](), dict[str, str](), set[str]()
+    statuses, inputs, outdated = list[StepStatus](), dict[str, Manifest](), set[str]()
     for step in steps:
         artifact = artifact_of(workspace, step)
         try:
@@ -254,8 +254,12 @@ def plan_status(workspace: Workspace, steps: list[Step]) -> list[StepStatus]:
             statuses.append(StepStatus(step, "unreadable", (str(error),), None))
             continue
         if manifest is not None:
-            contents[step.name] = content_of(manifest)
-            anew = [name for name, content in manifest.input_contents.items() if contents.get(name, content) != content]
+            inputs[step.name] = manifest
+            anew = [
+                name
+                for name, content in manifest.input_contents.items()
+                if name in inputs and not has_content(inputs[name], content)
+            ]
             reasons = tuple(f"{name} was made anew, with other content" for name in anew)
             if not anew:
                 made_of = [name for name in step.inputs if name in outdated]

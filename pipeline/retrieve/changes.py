@@ -308,9 +308,14 @@ def _clip_of(embed: Artifact) -> list[str]:
     return [info["sha256"] for name, info in files if name.endswith(".safetensors")] or [key]
 
 
-def _remove_old_files(index: Artifact) -> None:
+def remove_earlier_versions(index: Artifact) -> None:
+    """Remove what the newest version does not name; call it only while nobody reads the index."""
+    _remove_old_files(index, num_kept=1)
+
+
+def _remove_old_files(index: Artifact, *, num_kept: int = 2) -> None:
     """Remove what neither the newest version nor the one before it names."""
-    kept = read_versions(index)[-2:]
+    kept = read_versions(index)[-num_kept:]
     segments, others = {name for one in kept for name in one.segments}, {one.deleted for one in kept}
     for name in index.names():
         segment = _SEGMENT.match(name)

@@ -10,8 +10,9 @@ import pyarrow as pa
 from pipeline.data.rows import require_columns
 from pipeline.errors import DataError
 from pipeline.retrieve.embedded import Floats, Ids
-from pipeline.retrieve.segment import Modality, Segment
+from pipeline.retrieve.segment import Modality, Segment, workspace_of
 from pipeline.retrieve.versions import read_version
+from pipeline.workspace.forgotten import require_whole_index
 from pipeline.workspace.store import Artifact
 
 ROW_COLUMNS = ("uid", "key", "shard", "url", "caption", "split")
@@ -53,7 +54,9 @@ class NeighbourIndex:
 
         Raises:
             DataError: If a file is missing or damaged, or the numbers of rows of two files differ.
+            StepError: If rows of its embeddings are being forgotten at this moment.
         """
+        require_whole_index(workspace_of(index), index.key)
         version = read_version(index)
         try:
             deleted = version.read_deleted(index)

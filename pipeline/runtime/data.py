@@ -11,6 +11,7 @@ from pipeline.data.shards import REPAIR_HINT
 from pipeline.errors import DataError
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.pool import ShardJob, map_shards, total_counts
+from pipeline.workspace.forgotten import Forgotten
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.progress import Progress
 from pipeline.workspace.store import Artifact
@@ -104,6 +105,7 @@ class EmbeddingsImporter:
 
         self._config = context.recipe.embed
         self._parts = {part.name: part for part in find_parts(Path(self._config.import_from))}
+        self._forgotten = Forgotten.read(context.root)
         self._output = context.output
 
     def __call__(self, shard: str) -> ShardRecord:
@@ -112,7 +114,8 @@ class EmbeddingsImporter:
 
         start = time.monotonic()
         with self._output.write(f"{shard}.parquet") as path:
-            counts, failures = import_part(self._parts[shard], self._config.import_validation_prob, path)
+            part, share = self._parts[shard], self._config.import_validation_prob
+            counts, failures = import_part(part, share, path, self._forgotten)
         return _commit_embeddings(self._output, shard, dict(counts), failures, start)
 
 

@@ -2,6 +2,7 @@
 
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.pool import ShardJob, map_shards
+from pipeline.workspace.forgotten import Forgotten
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.progress import Progress
 
@@ -15,7 +16,7 @@ def run_pairs(context: StepContext) -> StepResult:
 
     recipe, output = context.recipe, context.output
     resources, num_rows = recipe.pairs.resources, count_pairs(recipe.pairs)
-    maker, num_workers = PairsMaker(source_of(recipe), output), 1
+    maker, num_workers = PairsMaker(source_of(recipe), output, Forgotten.read(context.root)), 1
     for names in maker.phases():
         missing = [name for name in names if name not in output.shard_records()]
         # The rows that max_pairs leaves to a piece depend on those before it.
@@ -40,7 +41,7 @@ class PairsWorker:
         from pipeline.data.make_pairs import PairsMaker
         from pipeline.data.sources import source_of
 
-        self._maker = PairsMaker(source_of(context.recipe), context.output)
+        self._maker = PairsMaker(source_of(context.recipe), context.output, Forgotten.read(context.root))
 
     def __call__(self, shard: str) -> ShardRecord:
         """Do one task and commit it."""

@@ -28,12 +28,14 @@ from pipeline.recipe.recipe import Recipe, to_dict
 from pipeline.recipe.schedule import needs_of
 from pipeline.recipe.steps import STEP_ROWS
 from pipeline.runtime.context import StepContext, StepResult
+from pipeline.runtime.forget import finish_forgetting
 from pipeline.runtime.placement import cluster_has_roles, controller_options
 from pipeline.runtime.tracking.run import Tracking, send_waiting
+from pipeline.workspace.forgotten import Pending
 from pipeline.workspace.lock import Lock, locked_workspace
-from pipeline.workspace.manifest import Manifest, content_of
+from pipeline.workspace.manifest import Manifest, content_of, has_content
 from pipeline.workspace.progress import ERROR, Progress, ProgressState, read_progress
-from pipeline.workspace.store import LIVE, MANIFEST, Workspace
+from pipeline.workspace.store import INPUTS, MANIFEST, Workspace
 
 _PACKAGES = ("unclip", "torch", "open_clip_torch", "ray", "pyarrow", "img2dataset", "numpy")
 _POLL_S = 0.5
@@ -41,7 +43,6 @@ _CONNECT_TIMEOUT_S = 5.0
 _STEP_RETRIES = 2
 _HEAD_START_S = 20.0
 _FORECAST_S = 5.0
-_INPUTS = f"{LIVE}inputs.json"
 
 
 Admission = Callable[[StepContext, Collection[StepContext]], bool]
@@ -89,13 +90,15 @@ def run_recipe(
     Raises:
         ConfigError: If the tracker's address cannot be one, or a server reads what is to be made anew.
         DataError: If a step has a manifest that cannot be read: running it again would replace it.
-        StepError: If a step failed, the cluster does not answer, or another run holds the workspace.
+        StepError: If a step failed, the cluster does not answer, another run holds the workspace, or rows that are to
+            be forgotten are being read.
     """
     for status in statuses:
         if status.state == "unreadable":
             raise DataError(status.reasons[0])
     workspace = Workspace(recipe.workspace)
-    if all(status.state == "done" for status in statuses) and not retry_failed and not force:
+    is_all_done = all(status.state == "done" for status in statuses)
+    if is_all_done and not retry_failed and not force and Pending.read(workspace.root) is None:
         send_waiting(recipe, workspace, observer.warned)
         return
     with (
@@ -105,6 +108,8 @@ def run_recipe(
     ):
         workspace.artifact("recipes", recipe.name).write_json("resolved.json", to_dict(recipe))
         may_start = at_once if address else fits_now
+        if finish_forgetting(workspace, lock.check, recipe):
+            statuses = plan_status(workspace, [status.step for status in statuses])
         if retry_failed:
             statuses = [_reopened(workspace, status) for status in statuses]
         statuses = _to_make_anew(workspace, statuses, force)
@@ -203,14 +208,20 @@ def _noted(error: UnclipError, context: StepContext, tracking: Tracking, observe
 
 def _forget_if_inputs_changed(context: StepContext) -> None:
     """Remove what a step made from other bytes of its inputs, finished or not, and note the bytes of today."""
-    output, contents = context.output, dict[str, str]()
+    output, manifests = context.output, dict[str, Manifest]()
     for name, artifact in context.inputs.items():
         manifest = artifact.manifest()
         if manifest is not None:
-            contents[name] = content_of(manifest)
-    if output.exists(MANIFEST) or (output.exists(_INPUTS) and output.read_json(_INPUTS) != contents):
+            manifests[name] = manifest
+    before: dict[str, str] = output.read_json(INPUTS) if output.exists(INPUTS) else {}
+    is_same = before.keys() == manifests.keys() and all(
+        has_content(manifests[name], content) for name, content in before.items()
+    )
+    if output.exists(MANIFEST) or (before and not is_same):
         output.clear()
-    output.write_json(_INPUTS, contents)
+    elif before:
+        return  # what was begun with rows that were forgotten since keeps their content: its manifest says so
+    output.write_json(INPUTS, {name: content_of(manifest) for name, manifest in manifests.items()})
 
 
 def _reopened(workspace: Workspace, status: StepStatus) -> StepStatus:
@@ -352,7 +363,7 @@ def _commit(context: StepContext, result: StepResult, tracking: Tracking) -> Man
     manifest = dataclasses.replace(
         manifest_of(step, output, result.counts, wall_s=wall_s),
         metrics=result.metrics,
-        input_contents=output.read_json(_INPUTS),
+        input_contents=output.read_json(INPUTS),
         node_s=round(wall_s * result.num_workers, 3),
         versions={name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         tracking_run_id=tracking.finished(context, result),

@@ -1,9 +1,11 @@
 """The download step of shards that a person has already: they are taken in as they are, nothing is downloaded."""
 
 import time
+from collections import Counter
 
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.pool import ShardJob, map_shards, total_counts
+from pipeline.workspace.forgotten import CAUSE
 from pipeline.workspace.manifest import ShardRecord
 
 
@@ -17,7 +19,9 @@ def take_in_shards(context: StepContext) -> StepResult:
     shards = [part.name for part, _ in zip(pairs.parts, tars, strict=False) if part.num_rows]
     records = map_shards(context, ShardJob(TakeInWorker, shards, pairs.num_rows, resources))
     counts = total_counts(records)
-    return StepResult(counts=counts, metrics={"success": 1.0, "failures": {}}, num_workers=resources.num_workers)
+    causes = sum((Counter(record.causes) for record in records), Counter[str]())
+    metrics = {"success": counts["ok"] / max(1, counts["in"]), "failures": dict(causes)}
+    return StepResult(counts=counts, metrics=metrics, num_workers=resources.num_workers)
 
 
 class TakeInWorker:
@@ -34,12 +38,16 @@ class TakeInWorker:
 
     def __call__(self, shard: str) -> ShardRecord:
         """Take in one shard and commit it."""
+        from pipeline.data.blank import num_blank
         from pipeline.data.tars import take_in
 
-        start = time.monotonic()
-        files = take_in(self._tars[shard].uri, self._pairs.part(shard), shard, self._output)
-        num_rows = self._pairs.part(shard).num_rows
+        start, rows = time.monotonic(), self._pairs.part(shard)
+        files = take_in(self._tars[shard].uri, rows, shard, self._output)
+        num_forgotten = num_blank(rows)
+        counts = {"in": rows.num_rows, "ok": rows.num_rows - num_forgotten}
+        causes = {CAUSE: num_forgotten} if num_forgotten else {}
+        counts |= {"failed_to_download": num_forgotten} if num_forgotten else {}
         wall_s = round(time.monotonic() - start, 3)
-        record = ShardRecord(shard=shard, counts={"in": num_rows, "ok": num_rows}, files=files, wall_s=wall_s)
+        record = ShardRecord(shard=shard, counts=counts, files=files, causes=causes, wall_s=wall_s)
         self._output.commit_shard(record)
         return record

@@ -64,6 +64,8 @@ class Manifest:
     """Key of each input, by step name."""
     input_contents: dict[str, str] = field(default_factory=dict[str, str])
     """``content_of`` each input when the step read it, by step name: an input may be made anew under its key."""
+    former_contents: tuple[str, ...] = ()
+    """``content_of`` it before rows were forgotten: what was made from these stays done."""
     counts: dict[str, int] = field(default_factory=dict[str, int])
     """Rows: ``in`` = ``ok`` + each kind of failure; empty for steps without rows."""
     metrics: Json = field(default_factory=dict[str, Any])
@@ -149,6 +151,11 @@ def content_of(manifest: Manifest) -> str:
         if not name.endswith(_TIMES) and not name.startswith(_STATE)
     }
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def has_content(manifest: Manifest, content: str) -> bool:
+    """Whether an artifact has this content, or had it before rows were forgotten."""
+    return content in {content_of(manifest), *manifest.former_contents}
 
 
 def add_counts(all_counts: list[dict[str, int]]) -> dict[str, int]:

@@ -28,6 +28,8 @@ Json = dict[str, Any]
 MANIFEST = "manifest.json"
 RECORD_SUFFIX = ".done.json"
 LIVE = "live/"
+INPUTS = f"{LIVE}inputs.json"
+"""Content of each input of a step that is not finished, when it began."""
 _TEMPORARY = ".tmp-"
 _BLOCK_BYTES = 8 << 20
 _SMALL_BYTES = 1 << 20  # fetched whole in the time of one request

@@ -95,6 +95,16 @@ def test_the_commands_append_delete_restore_and_compact(tmp_path: Path) -> None:
     assert NeighbourIndex.open(context.output).num_rows == 38
     assert unclip_here("append", str(path), str(tmp_path)).returncode == 3
 
+    words = ("http://a/9", "--workspace", recipe.workspace)
+    assert unclip_json("forget", *words)["rows"] == {"embed": 1, "index": 1}
+    done = unclip_json("forget", *words, "--delete", "--compact")  # by the manifest of the index, without a recipe
+    assert (done["pairs"], done["rewritten"]) == (1, True)
+    opened = NeighbourIndex.open(context.output)
+    assert opened.num_rows == 37
+    assert [row.caption for row in opened.find(vectors[[39]], 1)[0]] == ["caption 39"]
+    assert make_uid("http://a/9", "caption 9") not in {row.uid for row in opened.find(vectors[[9]], 37)[0]}
+    assert not [name for name in context.output.names() if name.startswith("segment_00002/")]
+
 
 def test_a_gpu_that_faiss_does_not_see_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, context = _context(tmp_path, resources={"accelerator": "cuda"})

@@ -1,0 +1,131 @@
+"""``unclip forget``: pairs leave a workspace, and do not come back."""
+
+import contextlib
+import shlex
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jobs.options import AsJson, RayAddress, print_json, print_next, print_warning
+from pipeline.errors import ConfigError
+from pipeline.recipe.recipe import Recipe, load_recipe
+from pipeline.workspace.forgotten import Pending
+from pipeline.workspace.lock import Lock, locked_workspace
+from pipeline.workspace.progress import duration
+from pipeline.workspace.store import Workspace
+
+if TYPE_CHECKING:
+    from pipeline.forget.search import Search
+
+
+def forget(
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="URL|UID|FILE...", help="URLs (every pair of each), uids, or files of them, one a line."
+        ),
+    ] = None,
+    recipe: Annotated[str, typer.Option("--recipe", help="A recipe with this workspace.")] = "",
+    workspace: Annotated[str, typer.Option("--workspace", help="Where the artifacts are.")] = "",
+    delete: Annotated[bool, typer.Option("--delete", help="Forget them; without it they are only counted.")] = False,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="Also rewrite the files now, and not at the start of the next run.")
+    ] = False,
+    address: RayAddress = "",
+    json: AsJson = False,
+) -> None:
+    """Count what a workspace holds of some pairs; with --delete, forget them.
+
+    From then on no search returns them, no list, download or append takes them again, and no training reads them. The
+    workspace keeps hashes of their names, without content. Their rows and pictures leave its files with --compact, or
+    when the next run starts.
+
+    Example: unclip forget https://example.com/cat.jpg takedown.txt --recipe my.toml --delete --compact
+    """
+    from pipeline.forget.search import names_of
+
+    if not what and not compact:
+        raise ConfigError("say what to forget: URLs, uids, or files of them, one a line")
+    if what and compact and not delete:
+        raise ConfigError("--compact rewrites files: give it with --delete, or alone to finish what was begun")
+    resolved, place = _place(recipe, workspace)
+    names, option = names_of(what or []), f"--recipe {shlex.quote(recipe)}" if recipe else f"--workspace {place.root}"
+    search = None
+    with locked_workspace(place, print_warning) as lock:
+        if names:
+            from pipeline.forget import forget as forgetting
+            from pipeline.forget.search import search as search_in
+
+            search = search_in(place, names)
+            if delete:
+                forgetting.forget(place, search, lock.check)
+        is_rewritten = compact and _rewrite(place, lock, resolved, address)
+    if json:
+        print_json(_as_json(search, is_forgotten=delete, is_rewritten=is_rewritten))
+        return
+    if search is not None:
+        _print_search(search, recipe or "RECIPE", is_forgotten=delete)
+    if is_rewritten:
+        typer.echo("their files are rewritten" if search else "the files of what was forgotten are rewritten")
+    elif compact:
+        typer.echo("nothing to rewrite")
+    elif search is not None and search.rows and delete:
+        print_next(f"forget --compact {option}")
+    elif search is not None and search.rows:
+        print_next(f"forget {shlex.join(what or [])} {option} --delete --compact")
+
+
+def _place(recipe: str, workspace: str) -> tuple[Recipe | None, Workspace]:
+    if not recipe and not workspace:
+        raise ConfigError("say which workspace: --recipe RECIPE, or --workspace FOLDER")
+    resolved = load_recipe(recipe) if recipe else None
+    place = Workspace(workspace or (resolved.workspace if resolved else ""))
+    place.check()
+    return resolved, place
+
+
+def _rewrite(place: Workspace, lock: Lock, recipe: Recipe | None, address: str) -> bool:
+    """Rewrite what holds forgotten rows; returns whether there was anything."""
+    pending = Pending.read(place.root)
+    if pending is None:
+        return False
+    from pipeline.runtime.forget import finish_forgetting
+    from pipeline.runtime.run import connect
+
+    with connect(address) if pending.indexes else contextlib.nullcontext():
+        finish_forgetting(place, lock.check, recipe)
+    return True
+
+
+def _print_search(search: "Search", recipe: str, *, is_forgotten: bool) -> None:
+    for step, count in search.rows.items():
+        typer.echo(f"{step:<17} {count} rows")
+    for network in search.networks:
+        typer.echo(f"{network.step:<17} {network.key}  was trained on {network.pairs} of these pairs")
+    if search.networks:
+        others = ", ".join(dict.fromkeys(step for step, _ in search.dirty))
+        first = min(search.networks, key=lambda network: [step for step, _ in search.dirty].index(network.step))
+        typer.echo(
+            f"to have no network that was trained on them: unclip run {recipe} --from {first.step} --force; "
+            f"{others} took {duration(search.node_s)} of machines"
+        )
+    for name in search.unknown:
+        typer.echo(f"not in the workspace: {name}{'; it will not be taken' if is_forgotten else ''}", err=True)
+    verdict = "forgotten" if is_forgotten else "found; nothing is changed"
+    typer.echo(f"{len(search.uids)} pairs of {len(search.names)} names: {verdict}")
+
+
+def _as_json(search: "Search | None", *, is_forgotten: bool, is_rewritten: bool) -> dict[str, object]:
+    state: dict[str, object] = {"forgotten": is_forgotten and search is not None, "rewritten": is_rewritten}
+    if search is None:
+        return state
+    networks = [{"step": one.step, "key": one.key, "pairs": one.pairs} for one in search.networks]
+    made = [{"step": step, "key": key} for step, key in search.dirty]
+    return state | {
+        "pairs": len(search.uids),
+        "rows": search.rows,
+        "unknown": list(search.unknown),
+        "networks": networks,
+        "to_make_anew": made,
+        "node_s": round(search.node_s, 3),
+    }

@@ -1,0 +1,108 @@
+"""Forgets pairs: at once in every index and for all that comes later, and then in the files that hold their rows."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from pipeline.errors import StepError
+from pipeline.forget.rewrite import rewrite
+from pipeline.forget.search import Search
+from pipeline.recipe.garbage import read_artifacts
+from pipeline.retrieve.changes import delete, remove_earlier_versions
+from pipeline.retrieve.takedown import Takedown
+from pipeline.workspace.forgotten import Forgotten, Pending
+from pipeline.workspace.store import Artifact, Workspace
+
+REPORT = "report.html"
+
+
+def forget(workspace: Workspace, search: Search, check: Callable[[], None]) -> None:
+    """Let no search return the pairs, and no later step read them; their rows leave the files with ``finish``.
+
+    Stopped anywhere, it is only done again.
+
+    Args:
+        workspace: The workspace, locked.
+        search: The pairs, and what the workspace holds of them.
+        check: Raises StepError if the lock was lost; called before each commit.
+
+    Raises:
+        DataError: If a file of an index is damaged.
+    """
+    root, before = workspace.root, Pending.read(workspace.root) or Pending()
+    check()
+    before.merge(search.pending).write(
+        root
+    )  # first: it holds no names, and rewriting what is not forgotten is harmless
+    names = sorted({*search.names, *search.uids})
+    Forgotten.read(root).add(names, time.time(), search.rows, search.networks).write(root)
+    listed = Takedown.read(root)
+    if set(names) & set(listed.names):
+        listed.remove(names).write(root)  # that file has them in words
+    for key in search.pending.indexes:
+        delete(workspace.artifact("index", key), names, check)
+
+
+def finish(workspace: Workspace, compact_index: Callable[[str], None], check: Callable[[], None]) -> Pending | None:
+    """Rewrite everything that still holds forgotten rows; nothing to do if there is nothing.
+
+    Args:
+        workspace: The workspace, locked.
+        compact_index: Builds one segment from all of an index, by its key.
+        check: Raises StepError if the lock was lost; called before each commit.
+
+    Returns:
+        What was done; None if nothing was to be done.
+
+    Raises:
+        DataError: If a file is damaged.
+        StepError: If somebody reads what is to be rewritten.
+    """
+    work = pending = Pending.read(workspace.root)
+    if pending is None or work is None:
+        return None
+    _require_unread(workspace, pending)
+    forgotten = Forgotten.read(workspace.root)
+    pending = replace(pending, has_begun=True)
+    _write(workspace, pending, check)
+    for one in work.rewrites:
+        rewrite(workspace.artifact(one.step, one.key), one, forgotten, check)
+        pending = replace(pending, rewrites=pending.rewrites[1:])
+        _write(workspace, pending, check)
+    for step, key in work.removals:
+        check()
+        workspace.artifact(step, key).destroy()
+    for key in work.indexes:
+        compact_index(key)
+        remove_earlier_versions(workspace.artifact("index", key))
+        pending = replace(pending, indexes=pending.indexes[1:])
+        _write(workspace, pending, check)
+    check()
+    root = Artifact(workspace.root)
+    root.remove(REPORT)  # it shows pictures; the next run writes it anew
+    (workspace.local_root / REPORT).unlink(missing_ok=True)
+    pending.remove(workspace.root)
+    return work
+
+
+def _write(workspace: Workspace, pending: Pending, check: Callable[[], None]) -> None:
+    check()
+    pending.write(workspace.root)
+
+
+def _require_unread(workspace: Workspace, pending: Pending) -> None:
+    """Refuse to rewrite embeddings and indexes of which somebody knows the places of rows.
+
+    Raises:
+        StepError: If somebody reads one of them.
+    """
+    embeddings = [(one.step, one.key) for one in pending.rewrites if one.step in {"embed", "filter_embeddings"}]
+    indexes = [("index", key) for key in pending.indexes]
+    places: Sequence[tuple[str, str]] = [*embeddings, *indexes, *pending.removals]
+    used = read_artifacts(workspace) if places else {}
+    for step, key in places:
+        if owner := used.get((step, key)):
+            raise StepError(
+                f"{step}/{key} holds rows that are to be forgotten, and is in use by {owner}; end it, then: "
+                f"unclip forget --compact --workspace {workspace.root}"
+            )

@@ -1,0 +1,242 @@
+"""Rewrites the shards that hold forgotten rows.
+
+A list of pairs and a shard of the download keep the row, empty and counted as a failure of the class ``forgotten``, so
+that the rows after it keep their numbers and keys, and rows in are rows out. Labels and embeddings lose the row.
+To rewrite a shard a second time changes nothing, so that what was killed is done again.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.data.blank import BLANK, KEPT, blank_rows, gone_rows
+from pipeline.data.pairs import ROW_GROUP_ROWS
+from pipeline.data.selection import label_file
+from pipeline.data.shard_writer import (
+    FAILED_TO_DOWNLOAD,
+    SUCCESS,
+    ShardFiles,
+    ShardRow,
+    failure_causes,
+    read_shard,
+    write_shard,
+)
+from pipeline.data.shards import TAKEN_IN, index_tar, read_names, read_schema, read_table
+from pipeline.data.vectors import write_embeddings
+from pipeline.filter.examples import EXAMPLES
+from pipeline.filter.labels import count_reasons
+from pipeline.forget.search import FAILURES
+from pipeline.workspace.forgotten import CAUSE, Forgotten, Rewrite
+from pipeline.workspace.manifest import Manifest, add_counts, content_of
+from pipeline.workspace.store import LIVE, MANIFEST, RECORD_SUFFIX, Artifact
+
+Counts = dict[str, int]
+
+
+def rewrite(artifact: Artifact, work: Rewrite, forgotten: Forgotten, check: Callable[[], None]) -> None:
+    """Rewrite some shards of an artifact without the forgotten rows, then its manifest.
+
+    Args:
+        artifact: The artifact, of the step of ``work``.
+        work: The shards.
+        forgotten: What is forgotten.
+        check: Raises StepError if the lock of the workspace was lost.
+
+    Raises:
+        DataError: If a file is damaged.
+        StepError: If the disk is full.
+    """
+    for shard in work.shards:
+        check()
+        _REWRITERS[work.step](artifact, shard, forgotten)
+    manifest = artifact.manifest()
+    check()
+    if manifest is None:
+        for name in [name for name in artifact.names() if name.startswith((f"{LIVE}parts/", f"{LIVE}retry-"))]:
+            artifact.remove(name)  # parts of shards under way; they are made again
+        return
+    if work.step in {"filter", "filter_embeddings"}:
+        _rewrite_examples(artifact, forgotten)
+    new = _manifest_of(artifact, manifest, work.step, forgotten)
+    former = [*manifest.former_contents, work.content]
+    contents = tuple(dict.fromkeys(one for one in former if one != content_of(new)))
+    artifact.write_json(MANIFEST, replace(new, former_contents=contents).to_dict())
+
+
+def _manifest_of(artifact: Artifact, manifest: Manifest, step: str, forgotten: Forgotten) -> Manifest:
+    """The manifest with the files, rows and failures of today."""
+    records = list(artifact.shard_records().values())
+    files, metrics = artifact.describe_files(), dict(manifest.metrics)
+    if step == "pairs":  # its rows are all there
+        return replace(manifest, files=files)
+    counts = add_counts([record.counts for record in records])
+    if step == "download":
+        causes = sum((Counter(record.causes) for record in records), Counter[str]())
+        metrics |= {"failures": dict(causes.most_common()), "success": counts["ok"] / max(1, counts["in"])}
+        repeated: list[dict[str, Any]] = metrics.get("repeated", [])
+        is_forgotten = forgotten.has([one["url"] for one in repeated])
+        metrics["repeated"] = [one for one, gone in zip(repeated, is_forgotten, strict=True) if not gone]
+    return replace(manifest, files=files, counts=counts, metrics=metrics)
+
+
+def _rewrite_pairs(artifact: Artifact, part: str, forgotten: Forgotten) -> None:
+    """Empty the rows of one part of a list, batch by batch."""
+    name = f"{part}.parquet"
+    with (
+        pq.ParquetFile(artifact.path(name)) as rows,
+        artifact.write(name) as path,
+        pq.ParquetWriter(path, rows.schema_arrow, compression="zstd") as writer,
+    ):
+        for batch in rows.iter_batches(ROW_GROUP_ROWS):
+            writer.write_table(blank_rows(pa.Table.from_batches([batch]), forgotten))
+    _commit(artifact, part, [name])
+
+
+def _rewrite_download(artifact: Artifact, shard: str, forgotten: Forgotten) -> None:
+    """Empty the rows of one shard, and take their pictures out of the tar."""
+    names = [f"{shard}.tar", f"{shard}.parquet", f"{shard}_stats.json"]
+    if not artifact.exists(f"{shard}{RECORD_SUFFIX}"):  # a killed worker left it; it is made anew
+        for name in names:
+            artifact.remove(name)
+        return
+    old = ShardFiles(*map(artifact.path, names))
+    if TAKEN_IN in (read_schema(old.parquet).metadata or {}):
+        counts, causes = _rewrite_taken_in(artifact, shard, forgotten)
+    else:
+        with old.tar.open("rb") as stream:
+            rows, schema = read_shard(old.tar, old.parquet, stream)
+            gone = forgotten.has_rows([row.values["uid"] for row in rows], [row.values["url"] for row in rows])
+            rows = [_empty(row) if is_gone else row for row, is_gone in zip(rows, gone, strict=True)]
+            extension = _extension_of(old)
+            with (
+                artifact.write(names[0]) as tar,
+                artifact.write(names[1]) as parquet,
+                artifact.write(names[2]) as stats,
+            ):
+                start = float(json.loads(old.stats.read_text()).get("start_time", 0.0))
+                counts = dict(write_shard(rows, schema, extension, ShardFiles(tar, parquet, stats), start=start))
+        causes = dict(failure_causes([artifact.read_json(names[2])]))
+    _commit(artifact, shard, names, counts, causes)
+
+
+def _rewrite_taken_in(artifact: Artifact, shard: str, forgotten: Forgotten) -> tuple[Counts, Counts]:
+    """Empty the rows in the table of a shard whose tar is its owner's, and stays."""
+    name = f"{shard}.parquet"
+    table = blank_rows(pq.read_table(artifact.path(name)), forgotten)
+    with artifact.write(name) as path:
+        pq.write_table(table, path)
+    num_ok = Counter(table.column("status").to_pylist())[SUCCESS]
+    num_failed = table.num_rows - num_ok
+    stats = artifact.read_json(f"{shard}_stats.json")
+    totals = {"successes": num_ok, FAILED_TO_DOWNLOAD: num_failed, "status_dict": {SUCCESS: num_ok, CAUSE: num_failed}}
+    artifact.write_json(f"{shard}_stats.json", stats | totals)
+    return {"in": table.num_rows, "ok": num_ok, FAILED_TO_DOWNLOAD: num_failed}, {CAUSE: num_failed}
+
+
+def _empty(row: ShardRow) -> ShardRow:
+    return ShardRow({name: BLANK.get(name) if name not in KEPT else value for name, value in row.values.items()}, None)
+
+
+def _extension_of(files: ShardFiles) -> str:
+    """Suffix of the pictures in a shard's tar: that of its first one."""
+    for members in index_tar(files.tar).values():
+        for extension in members.keys() - {"json", "txt"}:
+            return extension
+    return "jpg"  # it has no picture
+
+
+def _rewrite_labels(artifact: Artifact, shard: str, forgotten: Forgotten) -> None:
+    """Take the rows out of a shard's labels; what was left out as a copy of one stays left out."""
+    counts = _labels_without(artifact, shard, forgotten)
+    _commit(artifact, shard, [label_file(shard)], counts)
+
+
+def _labels_without(artifact: Artifact, shard: str, forgotten: Forgotten) -> Counts:
+    name = label_file(shard)
+    path = artifact.path(name)
+    table = read_table(path, read_names(path))
+    table = table.filter(pa.array([not gone for gone in forgotten.has(table.column("uid").to_pylist())]))
+    same_as: list[str] = table.column("same_as").to_pylist()
+    kept = ["" if gone else uid for uid, gone in zip(same_as, forgotten.has(same_as), strict=True)]
+    table = table.set_column(table.schema.get_field_index("same_as"), "same_as", pa.array(kept, pa.string()))
+    with artifact.write(name) as target:
+        pq.write_table(table, target)
+    return count_reasons(table.column("reason").to_pylist())
+
+
+def _rewrite_embed(artifact: Artifact, shard: str, forgotten: Forgotten) -> None:
+    """Take the rows out of a shard's embeddings, and out of the rows that could not be embedded."""
+    names = [f"{shard}.parquet", f"{shard}{FAILURES}"]
+    if not artifact.exists(f"{shard}{RECORD_SUFFIX}"):
+        artifact.remove(names[0])
+        return
+    num_ok, num_failed = _embeddings_without(artifact, names[0], forgotten), 0
+    if artifact.exists(names[1]):
+        rows = [json.loads(line) for line in artifact.path(names[1]).read_text(encoding="utf-8").splitlines()]
+        gone = forgotten.has_rows([row["uid"] for row in rows], [row["url"] for row in rows])
+        rows = [row for row, is_gone in zip(rows, gone, strict=True) if not is_gone]
+        num_failed = len(rows)
+        artifact.write_bytes(names[1], "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+    counts = artifact.shard_record(shard).counts | {"ok": num_ok}
+    if "corrupt" in counts:
+        counts["corrupt"] = num_failed
+    counts["in"] = sum(count for name, count in counts.items() if name != "in")
+    _commit(artifact, shard, [name for name in names if artifact.exists(name)], counts)
+
+
+def _rewrite_filtered(artifact: Artifact, shard: str, forgotten: Forgotten) -> None:
+    """Take the rows out of the labels and of the embeddings that stay."""
+    _embeddings_without(artifact, f"{shard}.parquet", forgotten)
+    counts = _labels_without(artifact, shard, forgotten)
+    _commit(artifact, shard, [label_file(shard), f"{shard}.parquet"], counts)
+
+
+def _embeddings_without(artifact: Artifact, name: str, forgotten: Forgotten) -> int:
+    path = artifact.path(name)
+    table = read_table(path, read_names(path))
+    stays = ~gone_rows(table, forgotten)
+    with artifact.write(name) as target:
+        write_embeddings([table.filter(pa.array(stays))], target, table.schema)
+    return int(stays.sum())
+
+
+def _rewrite_examples(artifact: Artifact, forgotten: Forgotten) -> None:
+    """Take the pairs out of the examples of a filter, with their pictures."""
+    if not artifact.exists(EXAMPLES):
+        return
+    examples: Mapping[str, Sequence[dict[str, Any]]] = artifact.read_json(EXAMPLES)["examples"]
+    kept: dict[str, list[dict[str, Any]]] = {}
+    for reason, rows in examples.items():
+        uids = [[row["uid"], *([row["stays"]["uid"]] if row["stays"] else [])] for row in rows]
+        gone = [any(forgotten.has(names)) for names in uids]
+        kept[reason] = [row for row, is_gone in zip(rows, gone, strict=True) if not is_gone]
+        for row, is_gone in zip(rows, gone, strict=True):
+            for picture in row["pictures"] if is_gone else ():
+                artifact.remove(picture["file"])
+    artifact.write_json(EXAMPLES, {"examples": kept})
+
+
+def _commit(
+    artifact: Artifact, shard: str, names: Sequence[str], counts: Counts | None = None, causes: Counts | None = None
+) -> None:
+    """Write the record of a rewritten shard, if it had one; what is None stays."""
+    if not artifact.exists(f"{shard}{RECORD_SUFFIX}"):
+        return
+    record = artifact.shard_record(shard)
+    files = {name: artifact.describe(name) for name in names} if record.files else {}
+    counts, causes = record.counts if counts is None else counts, record.causes if causes is None else causes
+    artifact.commit_shard(replace(record, counts=counts, files=files, causes=causes))
+
+
+_REWRITERS: dict[str, Callable[[Artifact, str, Forgotten], None]] = {
+    "pairs": _rewrite_pairs,
+    "download": _rewrite_download,
+    "filter": _rewrite_labels,
+    "embed": _rewrite_embed,
+    "filter_embeddings": _rewrite_filtered,
+}

@@ -1,0 +1,299 @@
+"""Finds the rows of some uids and URLs in the artifacts of a workspace; reads two or three columns of each shard."""
+
+import itertools
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.data.drawn import EVALUATION
+from pipeline.data.shards import read_names, read_table
+from pipeline.errors import DataError
+from pipeline.recipe.lineage import indexed_embeddings
+from pipeline.recipe.steps import STEP_ROWS
+from pipeline.retrieve.changes import find_ids
+from pipeline.retrieve.versions import read_version
+from pipeline.workspace.forgotten import Pending, Rewrite, TrainedOn
+from pipeline.workspace.manifest import Manifest, content_of
+from pipeline.workspace.store import INPUTS, LIVE, Artifact, Workspace
+
+TABLES = ("pairs", "download", "filter", "embed", "filter_embeddings")
+"""Steps whose artifacts hold a row for each pair, in the order in which they are searched and rewritten."""
+FAILURES = "_failures.jsonl"
+_SHARD = re.compile(r"(?:labels/)?(\d{5,})\.parquet")
+_THREADS = 8
+_NAMES = ("uid", "url")
+_COLUMNS = (*_NAMES, "caption", "split", "status", "reason")
+_SEARCHED = (*_NAMES, "same_as")
+"""Labels name a pair by its copies, too, which may be in another shard."""
+_ROWS_OF_NETWORK = ("filter_embeddings", "embed", "filter", "download")
+"""Inputs of a training; the first that it has says which rows it reads."""
+
+
+@dataclass
+class Rows:
+    """Rows of the named pairs in one artifact."""
+
+    uids: set[str] = field(default_factory=set[str])
+    trained: set[str] = field(default_factory=set[str])
+    """Uids of those that a training reads: good, of the training split, and not left out."""
+    captions: set[str] = field(default_factory=set[str])
+    shards: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
+    """Uids by shard."""
+    is_live: bool = False
+    """Whether files of unfinished work hold such rows, too."""
+
+    def add(self, other: "Rows") -> None:
+        """Add the rows of one more file."""
+        self.uids |= other.uids
+        self.trained |= other.trained
+        self.captions |= other.captions
+        for shard, uids in other.shards.items():
+            self.shards.setdefault(shard, set()).update(uids)
+        self.is_live |= other.is_live
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a workspace holds of some pairs."""
+
+    names: tuple[str, ...]
+    """The uids and URLs that were searched."""
+    uids: frozenset[str]
+    """Uids of all their pairs."""
+    unknown: tuple[str, ...]
+    """Names of which the workspace has no row."""
+    rows: dict[str, int]
+    """Rows by step; of an index, those that a search may return."""
+    pending: Pending
+    """What has to be rewritten."""
+    networks: tuple[TrainedOn, ...]
+    dirty: tuple[tuple[str, str], ...]
+    """Step and key of the networks, and of all that was made from them."""
+    node_s: float
+    """What the making of ``dirty`` took: wall seconds times workers."""
+
+
+def search(workspace: Workspace, names: Iterable[str]) -> Search:
+    """Find the rows of some uids and URLs; memory is that of the rows that are found, and of one shard for each thread.
+
+    Raises:
+        DataError: If a manifest or a file cannot be read: it might hold such a row.
+    """
+    searched = tuple(dict.fromkeys(names))
+    manifests = {step: _manifests(workspace, step) for step in STEP_ROWS}
+    found: dict[tuple[str, str], Rows] = {}
+    uids, seen = set(searched), set[str]()
+    for step in TABLES:
+        for key in workspace.keys(step):
+            rows, names_seen = _search_artifact(step, workspace.artifact(step, key), {*uids}, found)
+            seen |= names_seen
+            if rows.shards or rows.is_live:
+                found[step, key] = rows
+                uids |= rows.uids
+    counts = Counter[str]()
+    for (step, _), rows in found.items():
+        counts[step] += sum(map(len, rows.shards.values()))
+    indexes: list[str] = []
+    for key in manifests["index"]:
+        index = workspace.artifact("index", key)
+        ids, unknown = find_ids(index, version := read_version(index), sorted(uids))
+        counts["index"] += sum(int(one) not in set(version.read_deleted(index).tolist()) for one in ids)
+        seen |= set(searched) - set(unknown)
+        if len(ids) or any(one in found for one in indexed_embeddings("index", index)):
+            indexes.append(key)
+    networks = (*_networks(manifests, found), *_unfinished_networks(workspace, manifests, found))
+    dirty = _made_from(manifests, {(one.step, one.key) for one in networks if one.key in manifests[one.step]})
+    return Search(
+        searched,
+        frozenset(uid for rows in found.values() for uid in rows.uids),
+        tuple(name for name in searched if name not in seen),
+        {step: count for step, count in counts.items() if count},
+        Pending(
+            tuple(_rewrites(found, manifests)),
+            tuple(indexes),
+            tuple(_removals(workspace, manifests, found)),
+        ),
+        networks,
+        tuple(sorted(dirty)),
+        sum(manifests[step][key].node_s for step, key in dirty),
+    )
+
+
+def _manifests(workspace: Workspace, step: str) -> dict[str, Manifest]:
+    manifests, damages = workspace.manifests(step)
+    if damages:
+        raise DataError("; ".join(damages))
+    return {manifest.key: manifest for manifest in manifests}
+
+
+def _search_artifact(
+    step: str, artifact: Artifact, names: set[str], found: Mapping[tuple[str, str], Rows]
+) -> tuple[Rows, set[str]]:
+    """The rows of one artifact; and which of the names it has."""
+    files = [name for name in artifact.names() if name.endswith((".parquet", FAILURES)) and name != EVALUATION]
+    if step in {"filter", "filter_embeddings"}:  # the files of their passes have no uids
+        files = [name for name in files if not name.startswith(LIVE)]
+    trained = {uid for (name, _), rows in found.items() if name == "download" for uid in rows.trained}
+
+    def search_file(name: str) -> tuple[Rows, set[str]]:
+        if name.endswith(FAILURES):
+            return _search_failures(artifact, name, names)
+        return _search_table(artifact, name, names, trained)
+
+    rows, seen = Rows(), set[str]()
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for of_file, names_seen in threads.map(search_file, files):
+            rows.add(of_file)
+            seen |= names_seen
+    return rows, seen
+
+
+def _search_table(artifact: Artifact, name: str, names: set[str], trained: set[str]) -> tuple[Rows, set[str]]:
+    """The rows of one Parquet file; of labels, ``trained`` has the uids of the training split."""
+    file = artifact.ranged(name)
+    existing = read_names(file)
+    keys, columns = ([one for one in chosen if one in existing] for chosen in (_SEARCHED, _COLUMNS))
+    if not keys:
+        return Rows(), set()
+    table = read_table(file, keys)
+    rows_of_names = zip(*(table.column(one).to_pylist() for one in keys), strict=True)
+    places = [place for place, row in enumerate(rows_of_names) if not names.isdisjoint(row)]
+    if not places:
+        return Rows(), set()
+    rows_there = read_table(file, columns).take(pa.array(places)).to_pylist()
+    named = [row for row in rows_there if names & {row["uid"], row.get("url")}]
+    shard = _SHARD.fullmatch(name)
+    uids = {row["uid"] for row in named}
+    rows = Rows(uids, shards={shard.group(1): uids} if shard else {}, is_live=shard is None)
+    for row in named:
+        rows.captions.add(row.get("caption") or "")
+        is_train = row["split"] == "train" if "split" in row else row["uid"] in trained
+        if is_train and row.get("status", "success") == "success" and not row.get("reason"):
+            rows.trained.add(row["uid"])
+    return rows, {row[key] for row in named for key in _NAMES if row.get(key)}
+
+
+def _search_failures(artifact: Artifact, name: str, names: set[str]) -> tuple[Rows, set[str]]:
+    """The rows that could not be embedded; they are in no table of the artifact."""
+    lines = artifact.path(name).read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if names & {row["uid"], row["url"]}]
+    shard = name.removesuffix(FAILURES)
+    uids = {row["uid"] for row in rows}
+    return Rows(uids, shards={shard: uids} if uids else {}), {row[key] for row in rows for key in ("uid", "url")}
+
+
+def _rewrites(
+    found: Mapping[tuple[str, str], Rows], manifests: Mapping[str, Mapping[str, Manifest]]
+) -> Iterator[Rewrite]:
+    for (step, key), rows in found.items():
+        manifest = manifests[step].get(key)
+        if (rows.shards or rows.is_live) and (manifest is not None or step in {"download", "embed"}):
+            content = content_of(manifest) if manifest else ""
+            yield Rewrite(step, key, tuple(sorted(rows.shards)), content)
+
+
+def _removals(
+    workspace: Workspace, manifests: Mapping[str, Mapping[str, Manifest]], found: Mapping[tuple[str, str], Rows]
+) -> Iterator[tuple[str, str]]:
+    """Unfinished lists and filters that may hold such a row, and evaluations that show one."""
+    for step in ("pairs", "filter", "filter_embeddings"):
+        for key in workspace.keys(step):
+            if key not in manifests[step] and (step != "pairs" or (step, key) in found) and found:
+                yield step, key
+    uids, captions = ({one for rows in found.values() for one in getattr(rows, name)} for name in ("uids", "captions"))
+    for key in workspace.keys("evaluate") if found else ():
+        artifact = workspace.artifact("evaluate", key)
+        if any(_shows(artifact, name, uids | captions - {""}) for name in artifact.names()):
+            yield "evaluate", key
+
+
+def _shows(artifact: Artifact, name: str, words: set[str]) -> bool:
+    """Whether a file of an evaluation names a pair by its uid, or was made for its caption."""
+    if name.endswith(".parquet"):
+        path = artifact.path(name)
+        columns = [one for one in ("uid", "caption", "prompt") if one in read_names(path)]
+        table = pq.read_table(path, columns=columns)
+        return any(not words.isdisjoint(table.column(one).to_pylist()) for one in columns)
+    if name.endswith((".json", ".jsonl")) and not name.endswith(".done.json"):
+        text = artifact.path(name).read_text(encoding="utf-8")
+        return any(json.dumps(word) in text or json.dumps(word, ensure_ascii=False) in text for word in words)
+    return False
+
+
+def _networks(
+    manifests: Mapping[str, Mapping[str, Manifest]], found: Mapping[tuple[str, str], Rows]
+) -> list[TrainedOn]:
+    """The finished networks that were trained on the pairs."""
+    networks: list[TrainedOn] = []
+    for row in STEP_ROWS.values():
+        for manifest in manifests[row.name].values() if row.trains else ():
+            source = _source_of(manifest.inputs)
+            rows = found.get((source, manifest.inputs.get(source, "")))
+            if rows is not None and rows.trained:
+                content = manifest.input_contents.get(source, "")
+                networks.append(TrainedOn(row.name, manifest.key, len(rows.trained), source, content))
+    return networks
+
+
+def _unfinished_networks(
+    workspace: Workspace, manifests: Mapping[str, Mapping[str, Manifest]], found: Mapping[tuple[str, str], Rows]
+) -> list[TrainedOn]:
+    """The networks that are being trained on the pairs; their inputs are known by content alone."""
+    trained = {
+        (step, content): len(rows.trained)
+        for (step, key), rows in found.items()
+        if rows.trained and key in manifests[step]
+        for content in (content_of(manifests[step][key]), *manifests[step][key].former_contents)
+    }
+    networks: list[TrainedOn] = []
+    for row in STEP_ROWS.values():
+        for key in workspace.keys(row.name) if row.trains and trained else ():
+            artifact = workspace.artifact(row.name, key)
+            if key not in manifests[row.name] and artifact.exists(INPUTS):
+                contents: dict[str, str] = artifact.read_json(INPUTS)
+                source = _source_of(contents)
+                content = contents.get(source, "")
+                if (source, content) in trained:
+                    networks.append(TrainedOn(row.name, key, trained[source, content], source, content))
+    return networks
+
+
+def _source_of(inputs: Mapping[str, str]) -> str:
+    """The input that says which rows a training reads; empty if it reads none."""
+    return next((name for name in _ROWS_OF_NETWORK if name in inputs), "")
+
+
+def _made_from(manifests: Mapping[str, Mapping[str, Manifest]], roots: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Artifacts, and all that were made from them, directly or not."""
+    users: defaultdict[tuple[str, str], set[tuple[str, str]]] = defaultdict(set)
+    for step, of_step in manifests.items():
+        for key, manifest in of_step.items():
+            for one in manifest.inputs.items():
+                users[one].add((step, key))
+    reached, waiting = set[tuple[str, str]](), list(roots)
+    while waiting:
+        one = waiting.pop()
+        if one not in reached:
+            reached.add(one)
+            waiting += users[one]
+    return reached
+
+
+def names_of(words: Iterable[str]) -> list[str]:
+    """Uids and URLs, of which a word that is a file has one a line.
+
+    Raises:
+        ConfigError: If a file cannot be read.
+    """
+    from pathlib import Path
+
+    from pipeline.retrieve.changes import read_names as read_lines
+
+    lists = [read_lines(word) if "://" not in word and Path(word).is_file() else [word] for word in words]
+    return list(dict.fromkeys(itertools.chain.from_iterable(lists)))

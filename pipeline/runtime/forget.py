@@ -1,0 +1,40 @@
+"""Forgotten rows leave the files of a workspace; indexes are built anew on Ray."""
+
+from collections.abc import Callable
+
+from pipeline.errors import DataError
+from pipeline.forget.forget import finish
+from pipeline.recipe.plan import Step, make_plan
+from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.runtime import index
+from pipeline.workspace.forgotten import Pending
+from pipeline.workspace.store import Workspace
+
+
+def finish_forgetting(workspace: Workspace, check: Callable[[], None], recipe: Recipe | None = None) -> Pending | None:
+    """Rewrite everything that still holds forgotten rows; see ``pipeline.forget.forget.finish``.
+
+    Args:
+        workspace: The workspace, locked; Ray is connected if an index has to be built anew.
+        check: Raises StepError if the lock was lost.
+        recipe: The recipe that runs; the resources of its index count for that index.
+    """
+
+    def compact_index(key: str) -> None:
+        index.compact(*_recipe_of(workspace, key, recipe), check)
+
+    return finish(workspace, compact_index, check)
+
+
+def _recipe_of(workspace: Workspace, key: str, recipe: Recipe | None) -> tuple[Recipe, Step]:
+    """A recipe and its index step for a finished index, whose own recipe may be gone: its manifest has what counts."""
+    for step in make_plan(recipe) if recipe else ():
+        if recipe and (step.name, step.key) == ("index", key):
+            return recipe, step
+    manifest = workspace.artifact("index", key).manifest()
+    if manifest is None:
+        raise DataError(f"{workspace.root}/index/{key}: its manifest is gone; remove this folder and run again")
+    section = {name: value for name, value in manifest.section.items() if name != "seed"}
+    tables = {"workspace": workspace.root, "seed": manifest.section.get("seed", 0), "index": section}
+    step = Step("index", manifest.step_version, manifest.section, manifest.inputs)
+    return parse_recipe(tables, where=f"{workspace.root}/index/{key}"), step
