@@ -10,6 +10,8 @@ MODULES = {
     "train_step": "train_step",
     "train_step_dalle2": "train_step_dalle2",
     "memory": "memory",
+    "sharding": "sharding",
+    "checkpoints": "checkpoints",
     "sampling": "sampling",
     "sampling_karlo": "sampling",
     "sampler_steps": "sampler_steps",

@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Generator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -70,8 +70,9 @@ _TORCHVISION_SCHEMAS = _declare_torchvision_operators()  # without this referenc
 
 with _hide_package("wandb"):  # open_clip's timm would import it for half a second; img2dataset depends on it
     import open_clip
+from open_clip.modified_resnet import Bottleneck  # noqa: E402
 from open_clip.tokenizer import SimpleTokenizer  # noqa: E402
-from open_clip.transformer import TextTransformer, text_global_pool  # noqa: E402
+from open_clip.transformer import ResidualAttentionBlock, TextTransformer, text_global_pool  # noqa: E402
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -180,6 +181,12 @@ class OpenClip:
             text_width=text.get("width", 512),
             context_length=self.inputs.context_length,
         )
+
+    def without_images(self) -> OpenClip:
+        """The same CLIP with its text tower alone; the image tower of this one is gone, too."""
+        config = {name: value for name, value in self.model_config.items() if name != "vision_cfg"}
+        del self.model.visual
+        return replace(self, inputs=replace(self.inputs, model_config=config))
 
     def tokenize(self, captions: Sequence[str]) -> Int[Tensor, "B L"]:
         """See ``ClipInputs.tokenize``."""
@@ -329,8 +336,13 @@ def create_clip(config: ClipConfig) -> OpenClip:
     return clip
 
 
+def blocks_of_clip(model: nn.Module) -> list[nn.Module]:
+    """The blocks of both towers that run one after another."""
+    return [module for module in model.modules() if isinstance(module, Bottleneck | ResidualAttentionBlock)]
+
+
 def clamp_logit_scale(clip: OpenClip) -> None:
-    """Keep the temperature above 1/100; called after each optimizer step (arXiv:2103.00020, section 2.5)."""
+    """Keep the temperature above 1/100; called before each step (arXiv:2103.00020, section 2.5)."""
     with torch.no_grad():
         clip.model.logit_scale.clamp_(0, 4.6052)
 

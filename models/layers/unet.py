@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from models.layers.config import UNetConfig
 from models.layers.dropout import SampleDropout
 from models.layers.embedding import TimestepEmbedding
-from models.layers.transformer import CausalTransformer, KeysValues
+from models.layers.transformer import Block, KeysValues
 
 Resample = Literal["down", "up", "none"]
 _LEAST_FUSED_PX = 16
@@ -296,15 +296,29 @@ def _takes_skip(num_levels: int, num_res_blocks: int) -> tuple[bool, ...]:
     return tuple(([*level, False] * num_levels)[:-1])
 
 
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """The parts of UNets and transformers that run one after another, an inner one before the one around it.
+
+    What reads the context of an attention runs before the stage that it is in, so it stands alone.
+    """
+    attentions = (module for module in network.modules() if isinstance(module, Attention))
+    readers = [reader for attention in attentions if (reader := attention.context_key_value) is not None]
+    return [*readers, *(module for module in network.modules() if isinstance(module, UNetStage | Block))]
+
+
 def set_checkpointing(network: nn.Module, *, enabled: bool) -> int:
     """Recompute the stages of every UNet and the blocks of every transformer in the backward pass, or keep them.
 
-    Activation checkpointing (arXiv:1604.06174): memory for time, with the same numbers.
+    Activation checkpointing (arXiv:1604.06174): memory for time, with the same numbers. open_clip's transformers have
+    the same by another name.
 
     Returns:
         How many modules of ``network`` support it; 0 means that it always keeps its activations.
     """
-    modules = [module for module in network.modules() if isinstance(module, UNetStage | CausalTransformer)]
-    for module in modules:
-        module.checkpointing = enabled
-    return len(modules)
+    num_modules = 0
+    for module in network.modules():
+        for name in ("checkpointing", "grad_checkpointing"):
+            if isinstance(getattr(module, name, None), bool):
+                setattr(module, name, enabled)
+                num_modules += 1
+    return num_modules

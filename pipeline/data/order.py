@@ -132,13 +132,14 @@ class Share:
 
     def largest_part(self, most: int) -> int:
         """Samples of the largest of all workers' ``parts``."""
-        return -(-self.largest // self._num_parts(most))
+        return -(-self.largest // self.num_parts(most))
 
     def parts(self, most: int) -> list[slice]:
         """The share in parts of at most ``most`` samples, evenly; 0: in one part."""
-        num_parts = self._num_parts(most)
+        num_parts = self.num_parts(most)
         cuts = [number * len(self) // num_parts for number in range(num_parts + 1)]
         return [slice(start, stop) for start, stop in pairwise(cuts) if start < stop]
 
-    def _num_parts(self, most: int) -> int:
+    def num_parts(self, most: int) -> int:
+        """Parts of the worker that has the most."""
         return -(-self.largest // most) if most else 1

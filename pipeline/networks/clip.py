@@ -46,7 +46,11 @@ class ClipObjective(ContrastiveObjective):
         self._hard_negatives: bool = getattr(network, "config").hard_negatives  # noqa: B009  (open_clip's class)
 
     def prepare(self, batch: Batch, random: SampleRandom) -> Batch:
-        """Add a hard negative of each caption, by the words of the global batch."""
+        """Bound the temperature, and add a hard negative of each caption, by the words of the global batch."""
+        from pipeline.clip import clamp_logit_scale
+
+        if self.training:
+            clamp_logit_scale(self._clip)
         if not self._hard_negatives:
             return batch
         bigrams = bigrams_of_all(batch.captions)
@@ -55,11 +59,7 @@ class ClipObjective(ContrastiveObjective):
 
     def encode(self, batch: Batch, random: SampleRandom) -> Pairs:
         """The features of a batch."""
-        from pipeline.clip import clamp_logit_scale
-
         del random
-        if self.training:
-            clamp_logit_scale(self._clip)
         images = batch.require_images()
         model, tokens = self._clip.model, self._clip.tokenize(batch.captions).to(images.device)
         image, text, scale, *_ = model(self._clip.prepare(images), tokens)
@@ -124,8 +124,10 @@ def load_clip_artifact(artifact: Artifact, device: torch.device | str = "cpu") -
     return clip
 
 
-def load_text_artifact(artifact: Artifact, device: torch.device | str = "cpu") -> FrozenText:
-    """Read the frozen CLIP, with its image tower if it has one.
+def load_text_artifact(
+    artifact: Artifact, device: torch.device | str = "cpu", *, with_images: bool = True
+) -> FrozenText:
+    """Read the frozen CLIP, with its image tower if it has one and ``with_images`` is set.
 
     Raises:
         DataError: If it is missing or damaged.
@@ -133,15 +135,22 @@ def load_text_artifact(artifact: Artifact, device: torch.device | str = "cpu") -
     from pipeline.clip import freeze, load_clip
 
     try:
-        return freeze(load_clip(clip_folder(artifact))).to(device)
+        clip = load_clip(clip_folder(artifact))
     except ValueError as error:
         raise DataError(f"{artifact.uri}: {error}; remove it and run again") from error
+    return freeze(clip if with_images or not clip.has_images else clip.without_images()).to(device)
 
 
 def _create(config: ClipConfig, _dims: ClipDims) -> nn.Module:
     from pipeline.clip import create_clip
 
     return create_clip(config).model
+
+
+def _blocks(network: nn.Module) -> list[nn.Module]:
+    from pipeline.clip import blocks_of_clip
+
+    return blocks_of_clip(network)
 
 
 def _with_tokenizer(network: Any) -> OpenClip:
@@ -178,5 +187,6 @@ CLIP = NetworkKind(
     contrasts=True,
     publish=lambda output, network: save_clip_artifact(output, _with_tokenizer(network)),
     meaning=(),
+    blocks=_blocks,
     compiled=lambda _: (),
 )

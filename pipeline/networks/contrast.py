@@ -50,9 +50,16 @@ class ContrastiveObjective(nn.Module, ABC):
         del random
         return batch
 
-    def forward(self, batch: Batch, random: SampleRandom, gradients: Pairs | None = None) -> Tensor:
-        """Mean loss of the samples; with ``gradients``, a number with these gradients by its features."""
+    def forward(
+        self, batch: Batch, random: SampleRandom, gradients: Pairs | None = None, *, encodes: bool = False
+    ) -> Tensor | Pairs:
+        """Mean loss of the samples; with ``gradients``, a number with these gradients by its features.
+
+        With ``encodes`` the features: a divided network is gathered only where the objective itself is called.
+        """
         pairs = self.encode(batch, random)
+        if encodes:
+            return pairs
         return contrastive_loss(pairs, self.share) if gradients is None else _product(pairs, gradients)
 
 
@@ -102,6 +109,12 @@ def gradients_of(parts: Sequence[Pairs], share: Share, weight: float) -> tuple[T
     rows = zip(*(grad.split(sizes) for grad in (image_grad, text_grad, *negative_grad)), strict=True)
     scales = [scale_grad if number == 0 else torch.zeros_like(scale_grad) for number in range(len(parts))]
     return loss.detach(), [Pairs(row[0], row[1], one, *row[2:]) for row, one in zip(rows, scales, strict=True)]
+
+
+def no_gradients(pairs: Pairs) -> Pairs:
+    """Gradients by these features that are zero."""
+    image, text, scale = (torch.zeros_like(feature) for feature in pairs[:3])
+    return Pairs(image, text, scale, None if pairs.negative is None else torch.zeros_like(pairs.negative))
 
 
 def _rows(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -38,7 +38,8 @@ class DiffusionLoss(nn.Module):
     def end_step(self, share: Share) -> None:
         """Let loss-aware timesteps remember the losses of a whole global batch, in its order."""
         if self._losses and isinstance(self.draws, LossAwareTimesteps):
-            pairs = rows_of_all(torch.cat(self._losses), share).cpu()
+            losses = torch.cat(self._losses)[: len(share)]  # those of parts that were computed again come last
+            pairs = rows_of_all(losses, share).cpu()
             self.draws.update(pairs[:, 0].long(), pairs[:, 1])
         self._losses.clear()
 

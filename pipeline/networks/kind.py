@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.clip_config import ClipDims
 from models.diffusion.process import Denoise
+from models.layers.unet import blocks_of
 from models.stage import Stage
 from pipeline.data.batches import Samples, TextEncoder
 from pipeline.networks.counting import Work
@@ -61,6 +62,8 @@ class NetworkKind(Generic[C, N]):
     """Whether its loss is a ``ContrastiveObjective``: worked off in parts, each sample is encoded twice."""
     captions: bool = False
     """Whether it is trained on captions as the frozen CLIP encodes them; its shape then depends on that CLIP."""
+    measures_pictures: bool = False
+    """Whether its measures embed pictures: other trainings keep the text tower of the frozen CLIP alone."""
     create_on_data: Callable[[C, ClipDims, Artifact], N] | None = None
     """For training, in place of ``create``: a network with parts that are measured on the embed step's artifact."""
     finish: Callable[[N, TextEncoder, Samples, int], None] | None = None
@@ -74,6 +77,9 @@ class NetworkKind(Generic[C, N]):
     stage: Callable[[str, Mapping[str, Any]], Stage] | None = None
     """Make the network's stage of a cascade: (step name, all networks of the cascade by step) -> stage; None: it has no
     stage of its own."""
+    blocks: Callable[[N], Sequence[nn.Module]] = blocks_of
+    """The modules that are called one after another and hold most parameters, an inner one before the one around it. A
+    divided state is gathered block by block, so each must be read by calling it alone."""
     compiled: Callable[[N], Sequence[nn.Module]] = _itself
     """The modules to compile with torch.compile; none if the forward cannot be one graph."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +21,7 @@ from models.text import TextEncoding
 from pipeline.data.batches import Batch
 
 if TYPE_CHECKING:
-    from pipeline.clip import FrozenClip
+    from pipeline.clip import FrozenClip, FrozenText
 
 NUM_EMBEDDINGS = 64
 """Rows on which a network of embeddings is measured."""
@@ -42,16 +42,21 @@ class ValidationRows:
 
     batch: Batch
     """On the device of the network."""
-    frozen_clip: FrozenClip | None
+    frozen_clip: FrozenText | None
     """None for a network that does not read captions."""
     seed: int
     """Seed of the training."""
 
     @property
-    def clip(self) -> FrozenClip:
+    def clip(self) -> FrozenText:
         """The frozen CLIP, which this training was set up to read."""
         assert self.frozen_clip is not None
         return self.frozen_clip
+
+    @property
+    def image_clip(self) -> FrozenClip:
+        """The frozen CLIP with its image tower, for a kind that measures pictures."""
+        return cast("FrozenClip", self.clip)
 
     @cached_property
     def text(self) -> TextEncoding:

@@ -416,6 +416,11 @@ class TrainResources:
     """Most samples in one forward and backward pass of a worker, which bounds its memory; 0: its whole share of the
     batch. The parts' gradients are added up: the same training up to rounding. A contrastive loss (clip, noisy_clip)
     computes its features twice then. Not for a CLIP with a ResNet, whose batch norms depend on the part."""
+    num_shards: NonNegativeInt = 1
+    """Workers that divide one copy of the training's state (weights, gradients, average, moments) among them, for
+    networks that are too large for one GPU. 1: every worker has all of it (DDP); 0: all workers together have one copy
+    (FSDP2); a divisor of num_workers: as many, such as the GPUs of one machine, inside which most traffic then stays
+    (HSDP). The same training up to rounding."""
     cpus_per_worker: PositiveFloat = 1.0
     """Logical CPUs of each worker; also its torch threads."""
     accelerator: Literal["cpu", "cuda"] = "cpu"
@@ -447,10 +452,19 @@ class TrainResources:
     """Memory that Ray sets aside for each worker, in GB; 0: none, and Ray counts CPUs and GPUs alone."""
     checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them: the same numbers from less memory, in about a
-    third more time. Not for CLIP, whose network is open_clip's."""
+    third more time. Of a CLIP with a ResNet only the text tower."""
     compiled: bool = False
     """Train through torch.compile: faster on a GPU after some minutes at the start; numbers differ by rounding. Not for
     CLIP."""
+
+    def __post_init__(self) -> None:
+        if self.num_shards and self.num_workers % self.num_shards:
+            raise ValueError(f"num_shards is {self.num_shards}: no divisor of num_workers, which is {self.num_workers}")
+
+    @property
+    def shards(self) -> int:
+        """Workers that divide one copy of the state."""
+        return self.num_shards or self.num_workers
 
 
 @configclass

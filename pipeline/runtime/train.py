@@ -162,7 +162,9 @@ def _device(resources: TrainResources, world_size: int) -> "torch.device":
         return torch.device("cuda")
     from ray.train.torch import get_device
 
-    return get_device()
+    device = get_device()
+    torch.cuda.set_device(device)  # collectives of objects take the current one
+    return device
 
 
 def _num_gpus(resources: TrainResources) -> int:

@@ -13,7 +13,8 @@ from pipeline.networks.files import CONFIG, WEIGHTS
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import STEP_ROWS
-from pipeline.train.checkpoint import DamagedCheckpointError, checkpoint_name, checkpoint_steps, read_checkpoint
+from pipeline.train.checkpoint import Checkpoint, DamagedCheckpointError
+from pipeline.train.resume import checkpoint_name, checkpoint_steps
 from pipeline.workspace.store import Artifact, Workspace
 
 _LAST = "last"
@@ -57,13 +58,14 @@ def _averaged(recipe: Recipe, name: str, number: str, folder: str) -> Artifact:
         have = f"the checkpoints at {', '.join(map(str, steps))}" if steps else "no checkpoint"
         raise ConfigError(f"--at {name}@{number}: {name} has {have} under this recipe; a finished training keeps none")
     step_number = steps[-1] if number == _LAST else int(number)
-    path = training.path(checkpoint_name(step_number))
+    name_of_file = checkpoint_name(step_number)
     try:
-        checkpoint = read_checkpoint(path)
+        checkpoint = Checkpoint(training, name_of_file)
+        average = checkpoint.read("ema")
     except DamagedCheckpointError as error:
-        raise DataError(f"{path}: {error}; take another checkpoint") from None
+        raise DataError(f"{training.uri}/{name_of_file}: {error}; take another checkpoint") from None
     network = Artifact(f"{folder}/{step.key}@{step_number}")  # what a picture says of its networks
     with network.write(WEIGHTS) as file:
-        save_file(checkpoint.part("ema"), file, metadata={"format": "pt"})
+        save_file(average, file, metadata={"format": "pt"})
     network.write_json(CONFIG, checkpoint.network)
     return network

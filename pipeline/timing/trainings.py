@@ -14,8 +14,8 @@ from pipeline.networks.diffusion_loss import draws_of
 from pipeline.timing.clock import Clock
 from pipeline.timing.units import TrainingUnits
 from pipeline.train.assemble import CAPTION_TABLE_BYTES, TrainJob, assemble, caption_bytes
-from pipeline.train.checkpoint import Keep, save_checkpoint
 from pipeline.train.loop import make_step
+from pipeline.train.resume import Keep, save_checkpoint
 from pipeline.train.state import create_state
 from pipeline.train.validation import Validation
 

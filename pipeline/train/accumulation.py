@@ -15,7 +15,8 @@ from models.layers.dropout import dropouts_of, set_dropout_random
 from models.sample_random import SampleRandom
 from pipeline.data.batches import Batch
 from pipeline.data.order import Share
-from pipeline.networks.contrast import ContrastiveObjective, Pairs, gradients_of
+from pipeline.networks.contrast import ContrastiveObjective, Pairs, gradients_of, no_gradients
+from pipeline.train.sharding import is_sharded
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ def make_accumulate(objective: nn.Module, share: Share, micro_batch_size: int) -
     bare: nn.Module = objective.module if parallel else objective
     if isinstance(bare, ContrastiveObjective):
         bare.share = share
+    weights = [(part.stop - part.start) / share.batch_size for part in parts]
+    if is_sharded(objective):  # all workers take part in every pass: with nothing to add, of a part that has been
+        num_idle = share.num_parts(micro_batch_size) - len(parts)
+        parts, weights = parts + parts[:num_idle], weights + [0.0] * num_idle
 
     run = make_runner(bare)
 
@@ -54,7 +59,7 @@ def make_accumulate(objective: nn.Module, share: Share, micro_batch_size: int) -
         return [(batch.rows(part), random.rows(part)) for part in parts]
 
     def waits(number: int) -> contextlib.AbstractContextManager[None]:
-        """Workers add up their gradients once a step, in the last backward pass."""
+        """Workers add up their gradients once a step, in the last backward pass; of a divided state in every one."""
         if isinstance(objective, DistributedDataParallel) and number < len(parts) - 1:
             return objective.no_sync()
         return contextlib.nullcontext()
@@ -62,11 +67,10 @@ def make_accumulate(objective: nn.Module, share: Share, micro_batch_size: int) -
     def accumulate(batch: Batch, random: SampleRandom, place: Place) -> Tensor:
         total = torch.zeros((), device=place.device)
         for number, (part, numbers) in enumerate(split(batch, random)):
-            weight = len(part) / share.batch_size
             with waits(number):
                 loss: Tensor = run(objective, part, numbers, place)
-                (loss * (weight * share.world_size)).backward()
-            total += loss.detach() * weight
+                (loss * (weights[number] * share.world_size)).backward()
+            total += loss.detach() * weights[number]
         return total
 
     if not isinstance(bare, ContrastiveObjective):
@@ -79,8 +83,10 @@ def make_accumulate(objective: nn.Module, share: Share, micro_batch_size: int) -
             return accumulate(batch, random, place)
         pieces, weight = split(batch, random), len(batch) / share.batch_size
         with torch.no_grad():
-            features: list[Pairs] = [run(contrast.encode, *piece, place) for piece in pieces]
-        loss, gradients = gradients_of(features, share, weight * share.world_size)
+            features: list[Pairs] = [run(contrast, *piece, place, encodes=True) for piece in pieces]
+        num_own = sum(weight > 0 for weight in weights)
+        loss, gradients = gradients_of(features[:num_own], share, weight * share.world_size)
+        gradients += [no_gradients(pairs) for pairs in features[num_own:]]
         for number, (piece, gradient) in enumerate(zip(pieces, gradients, strict=True)):
             with waits(number):
                 run(objective, *piece, place, gradient).backward()
@@ -90,12 +96,15 @@ def make_accumulate(objective: nn.Module, share: Share, micro_batch_size: int) -
 
 
 def make_runner(objective: nn.Module) -> Callable[..., Any]:
-    """A function that calls an objective, or its method, on a part of a batch, with dropout by the part's numbers."""
+    """A function that calls an objective on a part of a batch, with dropout by the part's numbers."""
     dropouts = dropouts_of(objective)
 
-    def run(call: Callable[..., Any], batch: Batch, random: SampleRandom, place: Place, *more: Pairs) -> Any:
+    def run(
+        call: Callable[..., Any], batch: Batch, random: SampleRandom, place: Place, *more: Pairs, encodes: bool = False
+    ) -> Any:
         set_dropout_random(dropouts, random, place.device)
+        options = {"encodes": True} if encodes else {}
         with torch.autocast(place.device.type, torch.bfloat16, enabled=place.precision == "bfloat16"):
-            return call(batch.to(place.device), random, *more)
+            return call(batch.to(place.device), random, *more, **options)
 
     return run

@@ -16,7 +16,7 @@ from models.text import NullText, TextEncoding
 from pipeline.data.batches import CaptionTable, Samples, TextEncoder
 from pipeline.data.selection import embeddings_of, selection_of
 from pipeline.data.training_rows import ShardReader
-from pipeline.networks.clip import load_clip_artifact
+from pipeline.networks.clip import load_clip_artifact, load_text_artifact
 from pipeline.networks.files import load_initial, save_network
 from pipeline.networks.kind import AnyKind
 from pipeline.networks.table import kind_of
@@ -24,7 +24,7 @@ from pipeline.recipe.recipe import Recipe, TrainedSection
 from pipeline.workspace.store import Artifact
 
 if TYPE_CHECKING:
-    from pipeline.clip import FrozenClip
+    from pipeline.clip import FrozenText
 
 CAPTION_TABLE_BYTES = 512 << 20
 """Encodings of all captions are kept in memory if they take at most this much."""
@@ -87,7 +87,7 @@ class Parts:
     validation: Samples
     publish: Callable[[nn.Module], None]
     """Write a network as the step's artifact."""
-    clip: FrozenClip | None
+    clip: FrozenText | None
     """For a kind that reads captions."""
 
 
@@ -99,7 +99,7 @@ def assemble(job: TrainJob) -> Parts:
     """
     torch.manual_seed(derive_seed(job.seed, "weights"))
     kind = job.kind
-    clip = load_clip_artifact(job.inputs["clip"], job.device) if kind.captions else None
+    clip = _load_clip(job) if kind.captions else None
     network = _create(job, clip)
     train, validation = (_samples(job, split) for split in ("train", "validation"))
     encode = _no_captions if clip is None else _caption_table(clip, train)
@@ -116,7 +116,14 @@ def assemble(job: TrainJob) -> Parts:
     return Parts(network, lambda module: kind.objective(module, encode), train, validation, publish, clip)
 
 
-def _create(job: TrainJob, clip: FrozenClip | None) -> nn.Module:
+def _load_clip(job: TrainJob) -> FrozenText:
+    """The frozen CLIP; its image tower only on the worker that measures pictures with it."""
+    if job.kind.measures_pictures and job.rank == 0:
+        return load_clip_artifact(job.inputs["clip"], job.device)
+    return load_text_artifact(job.inputs["clip"], job.device, with_images=False)
+
+
+def _create(job: TrainJob, clip: FrozenText | None) -> nn.Module:
     kind, section = job.kind, job.section
     dims = ClipDims() if clip is None else clip.dims
     if kind.create_on_data is not None:
@@ -153,7 +160,7 @@ def _no_captions(captions: Sequence[str]) -> TextEncoding:
     )
 
 
-def _caption_table(clip: FrozenClip, train: Samples) -> TextEncoder:
+def _caption_table(clip: FrozenText, train: Samples) -> TextEncoder:
     """An encoder that encodes all captions once if they are few, else batch by batch."""
     if train.num_rows * caption_bytes(clip.dims) > CAPTION_TABLE_BYTES:
         return CaptionTable(clip.encode_text, None)

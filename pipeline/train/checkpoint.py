@@ -1,16 +1,20 @@
-"""Checkpoints of a training: each is one safetensors file that shows by itself whether it is whole.
+"""One checkpoint of a training: safetensors files that show by themselves whether they are whole.
 
 Layout (docs/formats.md): ``network.<name>`` and ``ema.<name>`` are weights, ``optimizer.<parameter>.<key>`` the
 moments, ``report.loss_sum`` the losses since the last log line, ``report.num_bad`` the skipped steps, ``draws.<name>``
 the losses by which loss-aware timesteps are sampled. The header has the step, the format, the key of the step that the
 file belongs to, the network's configuration, and checksums of the tensors and of the header itself.
+
+A state that is divided among S workers is S files, each with some rows of every parameter. The first file has what is
+not divided, and the checksums of the others' headers; it is written last, which makes it the commit of the checkpoint.
+The files of one checkpoint alone in a folder are what ``torch.distributed.checkpoint`` reads as a sharded checkpoint.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,19 +26,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.errors import ConfigError, ResumeError
+from pipeline.errors import DataError, ResumeError, StepError
 from pipeline.networks.files import network_content
 from pipeline.train.state import TrainState
-from pipeline.workspace.store import LIVE, Artifact
+from pipeline.workspace.store import Artifact
 
 FORMAT = "unclip-checkpoint-2"
-CHECKPOINTS = f"{LIVE}checkpoints/"
-KEPT_STATE = "state/"
 _EARLIER_FORMAT = "unclip-checkpoint-1"
-_BEST = f"{LIVE}best.json"
 _NUM_THREADS = 4
+_POLL_S = 0.05
 
 Json = dict[str, Any]
+Rows = Callable[[str], "slice | None"]
+"""The rows of a tensor that are read, by its name in its part of the state; None: all."""
 
 
 class DamagedCheckpointError(Exception):
@@ -42,177 +46,193 @@ class DamagedCheckpointError(Exception):
 
 
 @dataclass(frozen=True)
-class Keep:
-    """Which checkpoints stay while a training runs."""
-
-    num_newest: int = 2
-    """The newest ones, at least one."""
-    best_by: str = ""
-    """Besides them the best by this measure: of a loss the lowest, of any other measure the highest. Empty: none."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The content of a whole checkpoint."""
+class Snapshot:
+    """What one worker writes of a state: copies on the CPU, which the training does not change any more."""
 
     step: int
-    digest: str
-    """Key of the step that it belongs to."""
     network: Json
-    """``config.json`` of its network."""
+    """``config.json`` of the network."""
     tensors: dict[str, Tensor]
+    shapes: dict[str, list[int]]
+    """Whole shapes of the divided tensors."""
+    number: int
+    """Which file of the checkpoint it becomes, from 0."""
+    num_files: int
 
-    def part(self, name: str) -> dict[str, Tensor]:
-        """The tensors ``<name>.<rest>``, by their rest."""
-        start = f"{name}."
-        return {key.removeprefix(start): value for key, value in self.tensors.items() if key.startswith(start)}
+    @staticmethod
+    def of(state: TrainState) -> Snapshot:
+        """Copy what this worker writes."""
+        tensors, sharding = _state_tensors(state), state.sharding
+        number, num_files, shapes = 0, 1, dict[str, list[int]]()
+        if sharding is not None:
+            number, num_files = sharding.place
+            for name in tensors:
+                part, _, rest = name.partition(".")
+                shape = sharding.whole_shape(rest if part != "optimizer" else rest.rpartition(".")[0])
+                if shape is not None and part in {"network", "ema", "optimizer"} and not name.endswith(".step"):
+                    shapes[name] = shape
+        kept = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if (name in shapes and tensor.numel()) or (name not in shapes and number == 0)
+        }
+        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in kept.items()}
+        return Snapshot(state.step, network_content(state.network), copies, shapes, number, num_files)
+
+    def publish(
+        self, artifact: Artifact, name: str, digest: str, attempt: str = "", ends: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Write this worker's file; the first worker's comes last, when the others' are there.
+
+        Args:
+            artifact: Where to write.
+            name: Name of the first file.
+            digest: Key of the training.
+            attempt: What all workers of this start of the training have in common, and those of another have not.
+            ends: Whether the training has failed, so that the others' files may never come.
+
+        Raises:
+            StepError: If the disk is full, the place cannot be written, or the training has failed.
+        """
+        header = {
+            "format": FORMAT,
+            "step": str(self.step),
+            "digest": digest,
+            "network": json.dumps(self.network),
+            "checksums": json.dumps(_checksums(self.tensors)),
+        }
+        if self.num_files > 1:
+            header |= {"shapes": json.dumps(self.shapes), "DCP_SHARDING_INFO": json.dumps(self._offsets())}
+            if self.number == 0:
+                header["seals"] = json.dumps(
+                    [""]
+                    + [
+                        _wait_for_seal(artifact, file_name(name, number, self.num_files), attempt, ends)
+                        for number in range(1, self.num_files)
+                    ]
+                )
+        own, seal = file_name(name, self.number, self.num_files), _seal(header)
+        with artifact.write(own) as path:
+            save_file(self.tensors, path, metadata=header | {"seal": seal})
+        if self.number > 0:
+            artifact.write_json(_record_name(own), {"attempt": attempt, "seal": seal})
+
+    def _offsets(self) -> dict[str, Json]:
+        """Where each tensor lies in the whole one, as ``torch.distributed.checkpoint`` writes it."""
+        return {
+            name: {"saved_offsets": [self._first_row(name), *[0] * (tensor.ndim - 1)][: tensor.ndim]}
+            for name, tensor in self.tensors.items()
+        }
+
+    def _first_row(self, name: str) -> int:
+        return self.number * -(-self.shapes[name][0] // self.num_files) if name in self.shapes else 0
 
 
-def checkpoint_name(step: int) -> str:
-    """Name of a checkpoint inside its artifact."""
-    return f"{CHECKPOINTS}{step:08d}.safetensors"
+def file_name(name: str, number: int, num_files: int) -> str:
+    """Name of a file of a checkpoint, by the name of its first."""
+    return name if number == 0 else name.replace(".safetensors", f".{number + 1}-of-{num_files}.safetensors")
 
 
-def state_name(step: int) -> str:
-    """Name of the state that a finished training keeps."""
-    return f"{KEPT_STATE}{step:08d}.safetensors"
+def _record_name(own: str) -> str:
+    return own.replace(".safetensors", ".json")
 
 
-def checkpoint_steps(artifact: Artifact) -> list[int]:
-    """The steps of which an artifact has checkpoints, whole or not, the oldest first."""
-    names = [name.removeprefix(CHECKPOINTS) for name in artifact.names() if name.startswith(CHECKPOINTS)]
-    return sorted(int(stem) for stem in (name.removesuffix(".safetensors") for name in names) if stem.isdigit())
+def _wait_for_seal(artifact: Artifact, own: str, attempt: str, ends: Callable[[], bool]) -> str:
+    """The checksum of another worker's file, as soon as it is there."""
+    while not ends():
+        if artifact.exists(_record_name(own)):
+            record: Json = artifact.read_json(_record_name(own))
+            if record["attempt"] == attempt:
+                return str(record["seal"])
+        time.sleep(_POLL_S)
+    raise StepError(f"{artifact.uri}/{own}: its worker did not write it before the training ended")
 
 
-def save_checkpoint(
-    state: TrainState,
-    artifact: Artifact,
-    digest: str,
-    keep: Keep,
-    measures: Mapping[str, float] | None = None,
-) -> None:
-    """Publish the state, and remove the checkpoints that are not to be kept.
+class Checkpoint:
+    """A checkpoint that is there; its tensors are compared with their checksums when they are read.
 
     Args:
-        state: The state.
         artifact: The artifact of the running step.
-        digest: Key of the training: seed, configuration and inputs.
-        keep: Which checkpoints stay.
-        measures: Validation loss and measures of the state's average.
+        name: Name of its first file.
 
     Raises:
-        ConfigError: If the best is to be kept by a measure that the training does not take.
-    """
-    write_state(state, artifact, checkpoint_name(state.step), digest)
-    best = _note_best(artifact, state.step, keep.best_by, measures or {}) if keep.best_by else None
-    earlier = [step for step in checkpoint_steps(artifact) if step <= state.step]  # later ones were found damaged
-    steps_to_keep = {best, *earlier[-keep.num_newest :]}
-    for step in checkpoint_steps(artifact):
-        if step not in steps_to_keep:
-            artifact.remove(checkpoint_name(step))
-
-
-def write_state(state: TrainState, artifact: Artifact, name: str, digest: str) -> None:
-    """Publish the state as a file with this name."""
-    tensors = {
-        f"{part}.{key}": tensor.detach().cpu().contiguous()
-        for part, of_part in _state_tensors(state).items()
-        for key, tensor in of_part.items()
-    }
-    header = {
-        "format": FORMAT,
-        "step": str(state.step),
-        "digest": digest,
-        "network": json.dumps(network_content(state.network)),
-        "checksums": json.dumps(_checksums(tensors)),
-    }
-    with artifact.write(name) as path:
-        save_file(tensors, path, metadata=header | {"seal": _seal(header)})
-
-
-def load_newest_checkpoint(
-    state: TrainState,
-    artifact: Artifact,
-    digest: str,
-    warn: Callable[[str], None] = lambda _: None,
-    *,
-    last_step: int | None = None,
-) -> bool:
-    """Continue from the newest whole checkpoint; False if there is none at all.
-
-    Args:
-        state: The state to load into.
-        artifact: The artifact of the running step, or of the training that it continues.
-        digest: Key of that training.
-        warn: Receives a sentence about each damaged checkpoint that is passed over.
-        last_step: The newest step that may be taken; None: any.
-
-    Raises:
-        ResumeError: If a checkpoint belongs to another configuration or does not fit the network, if all of them are
-            damaged (the work of days must not start again without a word), or all of them are later than ``last_step``.
-    """
-    steps, damages = _states(artifact), list[str]()
-    for step, name in sorted(steps.items(), reverse=True):
-        if last_step is not None and step > last_step:
-            continue
-        path = artifact.path(name)
-        try:
-            checkpoint = read_checkpoint(path)
-        except DamagedCheckpointError as error:
-            damages.append(f"{path}: {error}")
-            warn(f"the checkpoint of step {step} is damaged ({error})")
-            continue
-        if checkpoint.digest != digest:
-            raise ResumeError(f"{path}: was written under another recipe; remove {artifact.uri} to start again")
-        _restore(state, checkpoint, path)
-        return True
-    if damages:
-        raise ResumeError(
-            f"no checkpoint is whole: {'; '.join(damages)}; bring one back from a copy, or remove "
-            f"{artifact.uri}/{CHECKPOINTS} to start again"
-        )
-    if steps:
-        raise ResumeError(
-            f"{artifact.uri}: its first checkpoint is of step {min(steps)}, later than the phase that begins at step "
-            f"{last_step}; let the phase begin there"
-        )
-    return False
-
-
-def _states(artifact: Artifact) -> dict[int, str]:
-    """The files of a training by their step: its checkpoints, and what a finished one kept."""
-    states = [name for name in artifact.names() if name.startswith(KEPT_STATE)]
-    names = [*states, *map(checkpoint_name, checkpoint_steps(artifact))]
-    return {int(Path(name).stem): name for name in names}
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint and compare it with its checksums.
-
-    Raises:
-        DamagedCheckpointError: If the file is cut short or changed.
+        DamagedCheckpointError: If the header is cut short or changed.
         ResumeError: If another release wrote it.
     """
+
+    def __init__(self, artifact: Artifact, name: str) -> None:
+        self._artifact, self._name = artifact, name
+        header = _read_header(artifact.path(name))
+        self.step = int(header["step"])
+        self.digest = header["digest"]
+        """Key of the step that it belongs to."""
+        self.network: Json = json.loads(header["network"])
+        """``config.json`` of its network."""
+        self._seals: list[str] = json.loads(header.get("seals", '[""]'))
+        self._shapes: dict[str, list[int]] = json.loads(header.get("shapes", "{}"))
+        self._checksums: dict[int, dict[str, str]] = {0: json.loads(header["checksums"])}
+
+    def read(self, part: str, rows: Rows = lambda _: None) -> dict[str, Tensor]:
+        """The tensors ``<part>.<rest>``, by their rest, with the rows that are asked for.
+
+        Raises:
+            DamagedCheckpointError: If one of them, or a file, is cut short, changed or missing.
+        """
+        start = f"{part}."
+        names = [name.removeprefix(start) for name in self._checksums[0] if name.startswith(start)]
+        with ThreadPoolExecutor(_NUM_THREADS) as threads:  # hashing large buffers releases the interpreter's lock
+            tensors = threads.map(lambda name: self._tensor(start + name, rows(name)), names)
+            return dict(zip(names, tensors, strict=True))
+
+    def _tensor(self, name: str, rows: slice | None) -> Tensor:
+        if name not in self._shapes:
+            whole = self._piece(0, name)
+            return whole if rows is None else whole[rows]
+        num_rows = self._shapes[name][0]
+        most = -(-num_rows // len(self._seals))
+        rows = rows or slice(0, num_rows)
+        pieces = [
+            self._piece(number, name)[max(0, rows.start - number * most) : rows.stop - number * most]
+            for number in range(rows.start // most, -(-rows.stop // most))
+        ]
+        return torch.cat(pieces) if pieces else self._piece(0, name)[:0]
+
+    def _piece(self, number: int, name: str) -> Tensor:
+        try:
+            path = self._artifact.path(file_name(self._name, number, len(self._seals)))
+        except DataError:
+            raise DamagedCheckpointError(f"file {number + 1} of {len(self._seals)} is missing") from None
+        if number not in self._checksums:
+            header = _read_header(path)
+            if _seal(header) != self._seals[number]:
+                raise DamagedCheckpointError(f"{path.name} is of another checkpoint")
+            self._checksums[number] = json.loads(header["checksums"])
+        try:
+            with safe_open(path, "pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise DamagedCheckpointError(f"{path.name} is cut short or not readable: {error}") from None
+        if _checksum(tensor) != self._checksums[number].get(name):
+            raise DamagedCheckpointError(f"{name} does not match its checksum")
+        return tensor
+
+
+def _read_header(path: Path) -> dict[str, str]:
+    """The header of a file, compared with its checksum and without it."""
     try:
         with safe_open(path, "pt") as file:
             header: dict[str, str] = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
     except (SafetensorError, OSError, ValueError, RuntimeError, UnicodeDecodeError) as error:
         raise DamagedCheckpointError(f"it is cut short or not readable: {error}") from None
     if header.get("format") == _EARLIER_FORMAT:
         raise ResumeError(f"{path}: format {_EARLIER_FORMAT}, this unclip reads {FORMAT}; remove it to start again")
-    seal = header.pop("seal", "")
-    if seal != _seal(header):
+    if header.pop("seal", "") != _seal(header):
         raise DamagedCheckpointError("its header does not match its checksum")
     if header["format"] != FORMAT:
         raise ResumeError(
             f"{path}: format {header['format']}, this unclip reads {FORMAT}; use the release that wrote it"
         )
-    expected, actual = json.loads(header["checksums"]), _checksums(tensors)
-    differing = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
-    if differing:
-        raise DamagedCheckpointError(f"{differing[0]} does not match its checksum")
-    return Checkpoint(int(header["step"]), header["digest"], json.loads(header["network"]), tensors)
+    return header
 
 
 def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -231,72 +251,51 @@ def _seal(header: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode()).hexdigest()
 
 
-def require_measure(name: str, measures: Mapping[str, float]) -> None:
-    """Refuse a measure that a training does not take.
-
-    Raises:
-        ConfigError: Names those that it takes.
-    """
-    if name not in measures:
-        names = ", ".join(measures) or "none, because there are no validation rows"
-        raise ConfigError(f"resources.keep_best = {name!r}: the measures of this training are {names}")
-
-
-def _note_best(artifact: Artifact, step: int, name: str, measures: Mapping[str, float]) -> int:
-    """The step of the best checkpoint so far, this one included."""
-    require_measure(name, measures)
-    sign = 1 if name.endswith("loss") else -1
-    this: Json = {"step": step, "value": measures[name], "by": name}
-    if artifact.exists(_BEST):
-        best: Json = artifact.read_json(_BEST)
-        is_better = best["by"] == name and (math.isnan(this["value"]) or sign * best["value"] <= sign * this["value"])
-        if is_better and artifact.exists(checkpoint_name(best["step"])):
-            return int(best["step"])
-    artifact.write_json(_BEST, this)
-    return step
-
-
-def _state_tensors(state: TrainState) -> dict[str, dict[str, Tensor]]:
-    draws = {} if state.draws is None else state.draws.state_dict()
-    return {
+def _state_tensors(state: TrainState) -> dict[str, Tensor]:
+    names: dict[Tensor, str] = {parameter: name for name, parameter in state.network.named_parameters()}
+    parts: dict[str, Mapping[str, Tensor]] = {
         "network": state.network.state_dict(),
         "ema": state.ema.state_dict(),
-        "optimizer": _optimizer_tensors(state),
+        "optimizer": {
+            f"{names[parameter]}.{key}": value
+            for parameter, values in state.optimizer.state.items()
+            for key, value in values.items()
+        },
         "report": {"loss_sum": state.loss_sum, "num_bad": state.num_bad},
-        "draws": draws,
+        "draws": {} if state.draws is None else state.draws.state_dict(),
     }
+    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
 
-def _restore(state: TrainState, checkpoint: Checkpoint, path: Path) -> None:
-    try:
-        state.network.load_state_dict(checkpoint.part("network"))
-        state.ema.load_state_dict(checkpoint.part("ema"))
-    except RuntimeError as error:
-        raise ResumeError(f"{path}: does not fit the network: {error}") from error
-    _load_optimizer(state, checkpoint.part("optimizer"))
-    state.loss_sum.copy_(checkpoint.tensors["report.loss_sum"])
-    state.num_bad.copy_(checkpoint.tensors["report.num_bad"])
-    if state.draws is not None:
-        state.draws.load_state_dict(checkpoint.part("draws"))
-    state.step = checkpoint.step
+def restore(state: TrainState, checkpoint: Checkpoint) -> Callable[[], None]:
+    """Read what this worker needs of a checkpoint; the returned function puts it into the state.
 
+    Raises:
+        DamagedCheckpointError: If a part that is read is not whole.
+    """
+    rows: Rows = (lambda _: None) if state.sharding is None else state.sharding.rows
+    weights = {part: checkpoint.read(part, rows) for part in ("network", "ema")}
+    moments = checkpoint.read(
+        "optimizer", lambda name: None if name.endswith(".step") else rows(name.rpartition(".")[0])
+    )
+    report, draws = checkpoint.read("report"), checkpoint.read("draws")
 
-def _names(state: TrainState) -> dict[Tensor, str]:
-    return {parameter: name for name, parameter in state.network.named_parameters()}
+    def put() -> None:
+        state.network.load_state_dict(weights["network"])
+        state.ema.load_state_dict(weights["ema"])
+        _load_optimizer(state, moments)
+        state.loss_sum.copy_(report["loss_sum"])
+        state.num_bad.copy_(report["num_bad"])
+        if state.draws is not None:
+            state.draws.load_state_dict(draws)
+        state.step = checkpoint.step
 
-
-def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
-    names = _names(state)
-    return {
-        f"{names[parameter]}.{key}": value
-        for parameter, values in state.optimizer.state.items()
-        for key, value in values.items()
-    }
+    return put
 
 
 def _load_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
     state.optimizer.state.clear()
-    for parameter, name in _names(state).items():
+    for name, parameter in state.network.named_parameters():
         keys = [key for key in ("exp_avg", "exp_avg_sq", "momentum") if f"{name}.{key}" in tensors]
         # The fused kernel walks parameter and moments in memory order: they must have the same one.
         moments = {key: torch.empty_like(parameter).detach() for key in keys}

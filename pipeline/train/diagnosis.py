@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from models.sample_random import SampleRandom
 from pipeline.data.batches import Batch
+from pipeline.data.order import Share
 from pipeline.networks.contrast import ContrastiveObjective
 from pipeline.train.accumulation import Place, make_runner
 
@@ -71,6 +73,52 @@ def find_culprits(
     return culprits
 
 
+def find_culprits_together(
+    objective: nn.Module, batch: Batch, random: SampleRandom, place: Place, share: Share
+) -> Culprits:
+    """The same of a divided network, which all workers run together: each brings one sample at a time.
+
+    Where every loss is finite and a gradient is not, each worker's sample is weighted by one in turn, the others' by
+    zero.
+    """
+    if isinstance(objective, ContrastiveObjective):
+        objective.share = None
+        batch = objective.prepare(batch, random)
+    run, culprits, num_bad = make_runner(objective), Culprits(), 0
+
+    def names_by(part: slice, weight: float) -> tuple[Tensor, list[str]]:
+        loss = run(objective, batch.rows(part), random.rows(part), place)
+        (loss * weight).backward()
+        names = [name for name, parameter in objective.named_parameters() if not _is_finite(parameter.grad)]
+        objective.zero_grad(set_to_none=True)
+        return loss.detach(), names
+
+    for number in range(share.largest):
+        row = min(number, len(share) - 1)
+        part = slice(row, row + 1)
+        loss, names = names_by(part, 1.0)
+        is_bad = not bool(torch.isfinite(loss))
+        has_bad_loss, has_bad_gradient = _any_worker(place, is_bad), _any_worker(place, bool(names))
+        if has_bad_gradient and not has_bad_loss:
+            for turn in range(share.world_size):
+                _, of_turn = names_by(part, float(turn == share.rank))
+                if _any_worker(place, bool(of_turn)) and turn == share.rank:
+                    is_bad = True
+        if is_bad:
+            culprits.uids.append(batch.uids[row])
+            culprits.parameters.extend(name for name in names if name not in culprits.parameters)
+        num_bad += has_bad_loss or has_bad_gradient
+        if num_bad >= _MOST_SAMPLES:
+            break
+    return Culprits(list(dict.fromkeys(culprits.uids)), culprits.parameters)
+
+
+def _any_worker(place: Place, holds: bool) -> bool:
+    flag = torch.tensor(float(holds), device=place.device)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag)
+
+
 def of_all_workers(culprits: Culprits) -> Culprits:
     """The findings of all workers together."""
     if not torch.distributed.is_initialized():
@@ -96,5 +144,6 @@ def describe(culprits: Culprits) -> str:
     return text
 
 
-def _is_finite(gradient: torch.Tensor | None) -> bool:
-    return gradient is None or bool(torch.isfinite(gradient).all())
+def _is_finite(gradient: Tensor | None) -> bool:
+    own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    return own is None or bool(torch.isfinite(own).all())

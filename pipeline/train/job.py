@@ -8,27 +8,20 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
-import torch
-import torch.distributed
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.data.batches import iterate_batches, plan_order
+from pipeline.data.batches import Batch, iterate_batches, plan_order
 from pipeline.data.order import Share
 from pipeline.errors import ResumeError
 from pipeline.networks.diffusion_loss import draws_of
 from pipeline.networks.files import num_parameters
 from pipeline.train.accumulation import Place
-from pipeline.train.assemble import TrainJob, assemble
-from pipeline.train.checkpoint import (
-    Keep,
-    load_newest_checkpoint,
-    require_measure,
-    save_checkpoint,
-    state_name,
-    write_state,
-)
-from pipeline.train.diagnosis import describe, find_culprits, of_all_workers
+from pipeline.train.assemble import Parts, TrainJob, assemble
+from pipeline.train.diagnosis import describe, find_culprits, find_culprits_together, of_all_workers
 from pipeline.train.loop import learning_rate, make_step, random_of_step, train
+from pipeline.train.resume import CheckpointWriter, Keep, load_newest_checkpoint, require_measure
+from pipeline.train.sharding import create_mesh, is_sharded, shard
 from pipeline.train.speed import Speed, describe_speed
 from pipeline.train.state import TrainState, create_state
 from pipeline.train.validation import Validation
@@ -60,22 +53,14 @@ def run_job(job: TrainJob, watch: Watch) -> Json:
     section, is_first = job.section, job.rank == 0
     config, resources = section.train, section.resources
     parts = assemble(job)
-    state = create_state(parts.network, config, job.device)
-    bare = objective = parts.objective(state.network).train()
-    state.draws = draws_of(objective)
+    objective, state = start_training(job, parts)
     damages: list[str] = []
     log = continue_training(state, job, damages.append)
     note = f"; continued from step {state.step}: {'; '.join(damages)}" if damages else ""
-    _require_same_step(state)
-    if resources.compiled:
-        for module in job.kind.compiled(state.network):
-            module.compile()  # lazily and in place, so that state_dict names do not change
-    if job.world_size > 1:
-        objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
     order = plan_order(parts.train, job.seed, where=job.name)
     share = Share(config.batch_size, job.rank, job.world_size)
     validation = Validation(job, parts)
-    keep = _keep(job, validation, state)
+    writer = CheckpointWriter(job.output, job.digest, _keep(job, validation, state))
 
     def report(state: TrainState) -> None:
         if is_first:
@@ -84,36 +69,67 @@ def run_job(job: TrainJob, watch: Watch) -> Json:
             watch(state.step, config.total_steps, f"{text}{note_of_skips}{note}")
 
     def save(state: TrainState) -> None:
-        if is_first:
-            measures = validation(state.ema)
+        measures: dict[str, float] = {}
+        average = state.average
+        if is_first and average is not None:
+            measures = validation(average)
             log.add_validation(state.step, measures)
             log.flush()
-            save_checkpoint(state, job.output, job.digest, keep, measures)
+        writer.save(state, measures)
 
     def explain(state: TrainState) -> str:
-        first = (int(state.bad_step) - 1) * config.batch_size
-        batch = parts.train.batch(order.locations(first + share.start, first + share.stop))
-        random = random_of_step(job.seed, int(state.bad_step) - 1, share)
-        place = Place(job.device, config.at(int(state.bad_step) - 1).precision)
-        divided = share.parts(resources.micro_batch_size)
-        return describe(of_all_workers(find_culprits(bare, batch, random, place, divided)))
+        number = int(state.bad_step) - 1
+        locations = order.locations(number * config.batch_size + share.start, number * config.batch_size + share.stop)
+        return _explain(objective, job, number, parts.train.batch(locations))
 
     if is_first:
         watch(state.step, config.total_steps, f"training{note}")
     speed = Speed(job, state.step)
     step_fn = make_step(objective, section, share, seed=job.seed)
-    with closing(iterate_batches(parts.train, order, share, state.step, prefetch=_prefetches(job))) as batches:
+    reader = iterate_batches(parts.train, order, share, state.step, prefetch=_prefetches(job))
+    with writer, closing(reader) as batches:
         train(state, step_fn, speed.timed(batches), config, resources, save, report, explain)
-    if not is_first:
+        writer.wait()
+        if resources.keep_state:
+            writer.keep_state(state)
+    average = state.average
+    if not is_first or average is None:
         return {}
-    log.add_validation(state.step, validation(state.ema))
+    log.add_validation(state.step, validation(average))
     log.flush()
-    parts.publish(state.ema)
-    if resources.keep_state:
-        write_state(state, job.output, state_name(state.step), job.digest)
-    counts = {"num_parameters": num_parameters(state.network), "num_steps": state.step}
+    parts.publish(average)
+    counts = {"num_parameters": num_parameters(average), "num_steps": state.step}
     events = {"num_damaged_checkpoints": len(damages), "num_skipped_steps": int(state.num_bad)}
     return log.summary() | counts | {name: number for name, number in events.items() if number} | origin_of(job)
+
+
+def start_training(job: TrainJob, parts: Parts) -> tuple[nn.Module, TrainState]:
+    """The loss module, in parallel with the other workers', and the state at step 0."""
+    resources, config = job.section.resources, job.section.train
+    network = parts.network.to(job.device)
+    objective, blocks = parts.objective(network).train(), job.kind.blocks(network)
+    mesh = create_mesh(resources, job.device, job.world_size)
+    if resources.compiled:
+        for module in job.kind.compiled(network) if mesh is None else blocks:
+            module.compile()  # lazily and in place, so that state_dict names do not change
+    sharding = None if mesh is None else shard(objective, network, blocks, mesh, config)
+    state = create_state(network if sharding is None else sharding.part, config, job.device, sharding)
+    state.draws = draws_of(objective)
+    if job.world_size > 1 and sharding is None:
+        objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
+    return objective, state
+
+
+def _explain(objective: nn.Module, job: TrainJob, number: int, batch: Batch) -> str:
+    """Why step ``number`` (0-based) was not finite, of which ``batch`` is this worker's share."""
+    config = job.section.train
+    share = Share(config.batch_size, job.rank, job.world_size)
+    random, place = random_of_step(job.seed, number, share), Place(job.device, config.at(number).precision)
+    if is_sharded(objective):
+        return describe(of_all_workers(find_culprits_together(objective, batch, random, place, share)))
+    bare: nn.Module = objective.module if isinstance(objective, DistributedDataParallel) else objective
+    parts = share.parts(job.section.resources.micro_batch_size)
+    return describe(of_all_workers(find_culprits(bare, batch, random, place, parts)))
 
 
 def continue_training(state: TrainState, job: TrainJob, warn: Callable[[str], None]) -> MetricsLog:
@@ -218,23 +234,8 @@ def _keep(job: TrainJob, validation: Validation, state: TrainState) -> Keep:
         ConfigError: If the best is to be kept by a measure that the training does not take: now, not after hours.
     """
     resources = job.section.resources
-    if job.rank == 0 and resources.keep_best:
-        require_measure(resources.keep_best, validation(state.ema))
+    if resources.keep_best:
+        average = state.average
+        if job.rank == 0 and average is not None:
+            require_measure(resources.keep_best, validation(average))
     return Keep(resources.num_checkpoints, resources.keep_best)
-
-
-def _require_same_step(state: TrainState) -> None:
-    """All workers must continue from the same checkpoint; they cannot if the workspace is not shared.
-
-    Raises:
-        ResumeError: If they do not.
-    """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return
-    steps = torch.tensor([state.step, -state.step], device=state.bad_step.device)
-    torch.distributed.all_reduce(steps, torch.distributed.ReduceOp.MAX)
-    if steps.sum() != 0:
-        raise ResumeError(
-            f"workers see different checkpoints (steps {-int(steps[1])} and {int(steps[0])}): "
-            "put the workspace on storage that all nodes share"
-        )

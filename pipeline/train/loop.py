@@ -91,8 +91,7 @@ def make_step(objective: nn.Module, section: TrainedSection, share: Share, *, se
             diffusion_loss.end_step(share)
         if share.world_size > 1:
             torch.distributed.all_reduce(loss)
-        parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-        state.grad_norm = nn.utils.clip_grad_norm_(parameters, now.grad_clip_norm or math.inf)
+        state.clip_gradients(now.grad_clip_norm)
         skips = _note(state, loss, section.resources.max_bad_steps)
         for buffer, value in zip(statistics, before, strict=True):
             buffer.copy_(torch.where(skips, value, buffer))

@@ -8,7 +8,7 @@ the optimizer's temporaries count as they are.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,7 +27,9 @@ from pipeline.networks.costs import build_clip
 from pipeline.networks.counting import FusedAttention, identity_of
 from pipeline.networks.table import kind_of
 from pipeline.recipe.recipe import Recipe, TrainedSection
+from pipeline.recipe.sections import TrainResources
 from pipeline.train.muon import Muon
+from pipeline.train.sharding import gathered_dtype
 from pipeline.train.state import create_optimizer
 
 Json = dict[str, Any]
@@ -51,6 +53,8 @@ class WorkerMemory:
     average: int
     buckets: int
     """The buckets beside the gradients, which several workers have while they add up parts of a batch."""
+    gathered: int
+    """Of a divided state: the layers outside of the network's blocks, whole, and a few blocks on their way."""
     clip: int
     """The frozen CLIP of a network that reads captions."""
     work: int
@@ -61,7 +65,8 @@ class WorkerMemory:
     @property
     def state(self) -> int:
         """All that does not depend on the number of samples."""
-        return self.weights + self.gradients + self.optimizer + self.average + self.buckets + self.clip
+        own = self.weights + self.gradients + self.optimizer + self.average
+        return own + self.buckets + self.gathered + self.clip
 
     @property
     def total(self) -> int:
@@ -139,7 +144,6 @@ def count_memory(name: str, section: TrainedSection, recipe: Recipe, frozen: Ope
     """
     resources, share = section.resources, _share(section)
     samples = share.largest_part(resources.micro_batch_size)
-    is_divided = samples < share.largest
     kind = kind_of(section.model)
     with torch.device("meta"):
         clip = build_clip(recipe) if kind.name == "clip" else frozen
@@ -153,56 +157,128 @@ def count_memory(name: str, section: TrainedSection, recipe: Recipe, frozen: Ope
         network.train().requires_grad_(requires_grad=True)
         set_checkpointing(network, enabled=resources.checkpointing)
         step = _Step(network, average, create_optimizer(network, section.train), run, section.train.precision)
-        stays = share.world_size > 1 or is_divided
-        work = step.peak_bytes(samples, gradients_stay=stays)
-        weights, gradients = _bytes_of([*network.parameters(), *network.buffers()]), _bytes_of(network.parameters())
-        moments = _bytes_of(step.moments())
+        count = _count_whole if resources.shards == 1 else _count_divided
+        parts = count(step, section, samples, kind.blocks(network))
     return WorkerMemory(
         name=name,
         samples=samples,
-        weights=weights,
-        gradients=gradients,
-        optimizer=moments,
-        average=weights,
-        buckets=gradients if share.world_size > 1 and is_divided else 0,
-        clip=_bytes_of([*frozen.model.parameters(), *frozen.model.buffers()]) if kind.captions else 0,
-        work=max(0, work),
+        clip=_clip_bytes(frozen, with_images=kind.measures_pictures) if kind.captions else 0,
         gpu=round(resources.gpu_memory_gb * 1e9),
+        **parts,
     )
+
+
+def _clip_bytes(frozen: OpenClip, *, with_images: bool) -> int:
+    """Of the worker that measures pictures, where one does."""
+    image = frozen.model.visual if frozen.has_images and not with_images else nn.Module()
+    whole, left_out = ([*module.parameters(), *module.buffers()] for module in (frozen.model, image))
+    return _bytes_of(whole) - _bytes_of(left_out)
+
+
+def _count_whole(step: _Step, section: TrainedSection, samples: int, blocks: Sequence[nn.Module]) -> dict[str, int]:
+    """The parts of the memory of a worker that has the whole state."""
+    del blocks
+    share, network = _share(section), step.network
+    is_divided = samples < share.largest
+    work = step.peak_bytes(samples, gradients_stay=share.world_size > 1 or is_divided)
+    weights, gradients = _bytes_of([*network.parameters(), *network.buffers()]), _bytes_of(network.parameters())
+    return {
+        "weights": weights,
+        "gradients": gradients,
+        "optimizer": _bytes_of(step.moments()),
+        "average": weights,
+        "buckets": gradients if share.world_size > 1 and is_divided else 0,
+        "gathered": 0,
+        "work": max(0, work),
+    }
+
+
+def _count_divided(step: _Step, section: TrainedSection, samples: int, blocks: Sequence[nn.Module]) -> dict[str, int]:
+    """The parts of the memory of a worker that divides the state with others.
+
+    While a block runs, the next is gathered: both with their copies on the way (FSDP gathers into one tensor and copies
+    out of it), and in the backward pass the gradients of one are sent while those of the next are computed.
+    """
+    network, num_shards = step.network, section.resources.shards
+    step.take(samples)
+    own = sum(_part_bytes(parameter, num_shards) for parameter in network.parameters())
+    moments = sum(_part_bytes(moment, num_shards) for moment in step.moments())
+    whole, buffers = _bytes_of(network.parameters()), _bytes_of(network.buffers())
+    in_blocks: set[Tensor] = {parameter for block in blocks for parameter in block.parameters()}
+    largest = max((sum(parameter.numel() for parameter in block.parameters()) for block in blocks), default=0)
+    dtype = gathered_dtype(section.train)
+    step.gather_blocks(in_blocks, dtype)
+    outside = _bytes_of(parameter for parameter in network.parameters() if parameter.dtype == torch.float32)
+    if dtype == torch.float32:
+        outside = whole - _bytes_of(in_blocks)
+    work = step.divided_peak_bytes(samples)
+    return {
+        "weights": own + buffers,
+        "gradients": own,
+        "optimizer": moments,
+        "average": own + buffers,
+        "buckets": 0,
+        "gathered": outside + largest * (3 * dtype.itemsize + 2 * torch.float32.itemsize),
+        "work": max(work, whole),  # the first worker gathers the average to validate and to publish it
+    }
 
 
 def advice(memory: WorkerMemory, recipe: Recipe) -> str:
     """What would make a training fit that does not; each proposal is counted before it is made."""
-    section, room = recipe.trained()[memory.name], USABLE * memory.gpu
-    if memory.state > room:
-        return f"its state alone is larger; a GPU of {_gb(memory.state / USABLE)} and more, or a smaller network"
+    section = recipe.trained()[memory.name]
     with torch.device("meta"):
         frozen = build_clip(recipe)
-    can_checkpoint = not section.resources.checkpointing and kind_of(section.model).name != "clip"
-    can_divide = getattr(section.model, "vision", "") != "resnet"
-    sizes = [0, *(2**power for power in reversed(range(memory.samples.bit_length())))] if can_divide else [0]
-    for checkpointing in (False, True) if can_checkpoint else (section.resources.checkpointing,):
-        for size in sizes:
-            resources = replace(
-                section.resources,
-                checkpointing=checkpointing,
-                micro_batch_size=size or section.resources.micro_batch_size,
-            )
-            if count_memory(memory.name, replace(section, resources=resources), recipe, frozen).fits:
-                changes = ["checkpointing = true"] if checkpointing and can_checkpoint else []
-                return "resources: " + " and ".join(changes + ([f"micro_batch_size = {size}"] if size else []))
-    return "more workers or a smaller batch" if not can_divide else "a larger GPU: not even one sample has room"
+
+    def count(resources: TrainResources) -> WorkerMemory:
+        return count_memory(memory.name, replace(section, resources=resources), recipe, frozen)
+
+    for proposed, changes in _proposals(memory, section):
+        if count(proposed).fits:
+            return "resources: " + " and ".join(changes)
+    if memory.state > USABLE * memory.gpu:
+        return (
+            f"its state alone is larger; a GPU of {_gb(memory.state / USABLE)} and more, or more workers that divide it"
+        )
+    return "a larger GPU: not even one sample has room" if _can_divide(section) else "more workers or a smaller batch"
+
+
+def _proposals(memory: WorkerMemory, section: TrainedSection) -> Iterator[tuple[TrainResources, list[str]]]:
+    """Resources that need less memory, with the fields that change, the cheapest first."""
+    resources, room = section.resources, USABLE * memory.gpu
+    parts = [0, *(2**power for power in reversed(range(memory.samples.bit_length())))] if _can_divide(section) else [0]
+    own = memory.state - memory.clip - memory.gathered
+    workers = range(2, resources.num_workers + 1 if resources.shards == 1 else 0)
+    divisors = [number for number in workers if resources.num_workers % number == 0]
+    shards = [number for number in divisors if memory.clip + own / number < room / 2][:1] or divisors[-1:]
+    for num_shards in ([0] if memory.state <= room else []) + shards:
+        for checkpointing in (False, True) if not resources.checkpointing else (True,):
+            for size in parts:
+                changes = {"num_shards": num_shards, "checkpointing": checkpointing, "micro_batch_size": size}
+                changes = {
+                    name: value for name, value in changes.items() if value and value != getattr(resources, name)
+                }
+                if changes:
+                    yield (
+                        replace(resources, **changes),
+                        [f"{name} = {str(value).lower()}" for name, value in changes.items()],
+                    )
+
+
+def _can_divide(section: TrainedSection) -> bool:
+    """Whether a batch may be worked off in parts."""
+    return getattr(section.model, "vision", "") != "resnet"
 
 
 def format_memory(memories: list[WorkerMemory], recipe: Recipe) -> str:
     """A table for a terminal, with a sentence about each training that does not fit."""
-    names = ("network", "samples", "weights", "gradients", "moments", "average", "CLIP", "work", "in all", "GPU")
+    names = ("network", "samples", "weights", "gradients", "moments", "average", "gathered", "work", "in all", "GPU")
     widths = (11, 9, 10, 10, 10, 10, 10, 10, 10, 10)
     rows = [names, *(_cells(memory) for memory in memories)]
     lines = ["".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines += [
-        "memory of a worker at its peak; samples: in one pass; gradients: with buckets; work: activations, copies in",
-        f"half precision, temporaries. A training fits into {USABLE:.0%} of its GPU (resources.gpu_memory_gb).",
+        "memory of a worker at its peak; samples: in one pass; gradients: with buckets; gathered: the frozen CLIP, and",
+        "what is gathered of a divided state; work: activations, copies in half precision, temporaries.",
+        f"A training fits into {USABLE:.0%} of its GPU (resources.gpu_memory_gb).",
     ]
     for memory in memories:
         if not memory.fits:
@@ -264,29 +340,60 @@ class _Step:
                 buckets of several workers.
         """
         if not self.optimizer.state:
-            self._take(size)
+            self.take(size)
         parameters = list(self.network.parameters())
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter) if gradients_stay else None
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         states = (*self.network.state_dict().values(), *self.average.state_dict().values(), *self.moments())
         with LiveBytes([*states, *gradients]) as live:
-            self._take(size)
+            self.take(size)
         return live.peak if gradients_stay else live.peak - _bytes_of(parameters)
 
     def moments(self) -> list[Tensor]:
         """The optimizer's tensors."""
         return [value for values in self.optimizer.state.values() for value in values.values()]
 
-    def _take(self, size: int) -> None:
+    def gather_blocks(self, parameters: set[Tensor], dtype: torch.dtype) -> None:
+        """Give parameters the type in which they are gathered, and free their gradients as soon as they are there."""
+        for module in self.network.modules():
+            own: Any = module
+            for name, parameter in own._parameters.items():
+                if parameter in parameters:
+                    own._parameters[name] = gathered = nn.Parameter(parameter.detach().to(dtype))
+                    gathered.register_post_accumulate_grad_hook(_free_gradient)
+            if hasattr(module, "get_cast_dtype"):  # open_clip asks a block; the rows that it has are float32
+                own.get_cast_dtype = lambda: torch.float32
+
+    def divided_peak_bytes(self, size: int) -> int:
+        """Most bytes alive in the passes of ``size`` samples, without the state."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with LiveBytes([*self.network.parameters(), *self.network.buffers()]) as live:
+            self._pass(size)
+        return live.peak
+
+    def take(self, size: int) -> None:
+        """One step of ``size`` samples."""
+        self._pass(size)
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        update_average(self.average, self.network, 0.9, 1)
+
+    def _pass(self, size: int) -> None:
         for dropout in dropouts_of(self.network):
             dropout.keys = torch.zeros(size, 2, dtype=torch.int32)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16"):
             loss = self.run(size)
         loss.float().backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-        self.optimizer.step()
-        update_average(self.average, self.network, 0.9, 1)
+
+
+def _free_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _part_bytes(tensor: Tensor, num_shards: int) -> int:
+    """Bytes of one worker's rows."""
+    return tensor.nbytes if tensor.ndim == 0 else -(-len(tensor) // num_shards) * tensor[:1].nbytes
 
 
 def _bytes_of(tensors: Iterable[Tensor]) -> int:
@@ -295,7 +402,8 @@ def _bytes_of(tensors: Iterable[Tensor]) -> int:
 
 def _cells(memory: WorkerMemory) -> tuple[str, ...]:
     gradients = memory.gradients + memory.buckets
-    parts = (memory.weights, gradients, memory.optimizer, memory.average, memory.clip, memory.work, memory.total)
+    frozen = memory.gathered + memory.clip
+    parts = (memory.weights, gradients, memory.optimizer, memory.average, frozen, memory.work, memory.total)
     gpu = _gb(memory.gpu) if memory.gpu else "not named"
     return (memory.name, str(memory.samples), *map(_gb, parts), gpu)
 

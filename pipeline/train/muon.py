@@ -9,10 +9,12 @@ Legend: G kernels of one shape, M rows, N columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -26,6 +28,43 @@ _RMS = 0.2
 """Root mean square of an update of rate one, which is about AdamW's (arXiv:2502.16982, section 2.2)."""
 
 
+@dataclass(frozen=True)
+class MatrixShards:
+    """Kernels of which each worker of a group has some rows, a run of them in the order of the workers."""
+
+    group: torch.distributed.ProcessGroup
+    num_rows: dict[Tensor, int]
+    """M of each kernel, by this worker's part of it."""
+
+    def orthogonal(self, parts: Sequence[Tensor], num_rows: int) -> Iterator[Tensor]:
+        """This worker's rows of the orthogonal matrix of each; every worker of the group iterates over all of it.
+
+        As many matrices as there are workers are gathered at a time, each by one worker, which computes its orthogonal
+        matrix and sends the rows back.
+
+        Args:
+            parts: This worker's rows of each matrix, (m, N).
+            num_rows: M.
+        """
+        rank, size = self.group.rank(), self.group.size()
+        most = -(-num_rows // size)
+        columns = parts[0].shape[1]
+        lengths = [columns * max(0, min(most, num_rows - place * most)) for place in range(size)]
+        for start in range(0, len(parts), size):
+            some = parts[start : start + size]
+            sent = [some[0].numel() if place < len(some) else 0 for place in range(size)]
+            received = lengths if rank < len(some) else [0] * size
+            matrix = self._exchange(torch.cat([part.flatten() for part in some]), sent, received)
+            if rank < len(some):
+                matrix = orthogonal(matrix.view(1, num_rows, columns)).flatten()
+            yield from self._exchange(matrix, received, sent).view(len(some), -1, columns)
+
+    def _exchange(self, tensor: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        out = tensor.new_empty(sum(received))
+        torch.distributed.all_to_all_single(out, tensor.contiguous(), received, sent, group=self.group)
+        return out
+
+
 class Muon(torch.optim.AdamW):
     """AdamW whose groups with ``muon = True`` are moved by orthogonalised momentum instead.
 
@@ -36,6 +75,8 @@ class Muon(torch.optim.AdamW):
 
     found_inf: Tensor | None = None
     """1 if the gradients are not finite: the step then changes nothing, and the host does not wait for the device."""
+    shards: MatrixShards | None = None
+    """Where the kernels' other rows are; None: every worker has all of them."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -51,13 +92,26 @@ class Muon(torch.optim.AdamW):
     def _move(self, group: dict[str, Any]) -> None:
         is_bad = torch.zeros(()) if self.found_inf is None else self.found_inf
         keep = is_bad.to(group["params"][0].device) == 0
-        for kernels in _by_shape(group["params"]):
-            momenta = torch.stack([self._momentum(kernel, keep) for kernel in kernels])
-            rows, columns = momenta.shape[1:]
+        for (rows, columns), kernels in self._by_shape(group["params"]):
+            momenta = [self._momentum(kernel, keep) for kernel in kernels]
+            if self.shards is None:
+                directions = iter(orthogonal(torch.stack(momenta)))
+            else:
+                directions = self.shards.orthogonal(momenta, rows)
             rate = group["lr"] * _RMS * math.sqrt(max(rows, columns))
-            updates = torch.where(keep, rate * orthogonal(momenta), 0.0)
-            for kernel, update in zip(kernels, updates, strict=True):
+            for kernel, direction in zip(kernels, directions, strict=True):
+                update = torch.where(keep, rate * direction, 0.0)
                 kernel.mul_(1 - group["lr"] * group["weight_decay"] * keep).sub_(update.view(kernel.shape))
+
+    def _by_shape(self, kernels: list[Tensor]) -> Iterator[tuple[tuple[int, int], list[Tensor]]]:
+        """Kernels with gradients, those of one shape (M, N) together: their products are then one batch."""
+        num_rows = {} if self.shards is None else self.shards.num_rows
+        shapes: dict[tuple[int, int], list[Tensor]] = {}
+        for kernel in kernels:
+            if kernel.grad is not None:
+                shape = (num_rows.get(kernel, kernel.shape[0]), math.prod(kernel.shape[1:]))
+                shapes.setdefault(shape, []).append(kernel)
+        yield from shapes.items()
 
     def _momentum(self, kernel: Tensor, keep: Tensor) -> Float[Tensor, "M N"]:
         """Update a kernel's momentum, and look one step ahead (Nesterov)."""
@@ -101,12 +155,3 @@ def kernels_of(network: nn.Module) -> list[Tensor]:
         and module.weight.requires_grad
         and min(module.weight.flatten(1).shape) >= MIN_SIDE
     ]
-
-
-def _by_shape(kernels: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Kernels with gradients, those of one shape together: their products are then one batch."""
-    shapes: dict[tuple[int, int], list[Tensor]] = {}
-    for kernel in kernels:
-        if kernel.grad is not None:
-            shapes.setdefault((kernel.shape[0], kernel[0].numel()), []).append(kernel)
-    yield from shapes.values()

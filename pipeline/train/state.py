@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +14,18 @@ from models.layers.ema import create_average
 from pipeline.recipe.sections import TrainConfig
 from pipeline.train.muon import Muon, kernels_of
 
+if TYPE_CHECKING:
+    from pipeline.train.sharding import Sharding
+
 
 @dataclass
 class TrainState:
     """Everything that changes during a training."""
 
     network: nn.Module
-    """The network in training, float32."""
+    """The network in training, float32; this worker's part of it where the state is divided."""
     ema: nn.Module
-    """Its moving average: what is saved and sampled from."""
+    """Its moving average, or this worker's part of it: what is saved and sampled from."""
     optimizer: Muon
     """AdamW, or Muon for the kernels and AdamW for the rest."""
     step: int = 0
@@ -35,21 +40,50 @@ class TrainState:
     """Norm of the last gradient before clipping, on the device."""
     draws: TimestepDraws | None = None
     """The distribution of a diffusion objective's timesteps; None for other objectives."""
+    sharding: Sharding | None = None
+    """How the state is divided among the workers; None: each has all of it."""
+
+    @property
+    def average(self) -> nn.Module | None:
+        """The whole average, on the first worker of a divided state; every worker asks for it."""
+        return self.ema if self.sharding is None else self.sharding.gather_network(self.ema)
+
+    def clip_gradients(self, largest: float) -> None:
+        """Scale the gradients to a norm of at most ``largest`` (0: any), and note what it was."""
+        if self.sharding is not None:
+            self.grad_norm = self.sharding.clip_gradients(largest or math.inf)
+            return
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.grad_norm = nn.utils.clip_grad_norm_(parameters, largest or math.inf)
 
 
-def create_state(network: nn.Module, config: TrainConfig, device: torch.device) -> TrainState:
-    """A state at step 0."""
+def create_state(
+    network: nn.Module, config: TrainConfig, device: torch.device, sharding: Sharding | None = None
+) -> TrainState:
+    """A state at step 0: of a network, or of this worker's part of a divided one."""
     network.to(device)
-    state = TrainState(network, create_average(network), create_optimizer(network, config))
+    optimizer = create_optimizer(network, config, None if sharding is None else sharding.kernels)
+    if sharding is not None:
+        optimizer.shards = sharding.matrices
+    state = TrainState(network, create_average(network), optimizer, sharding=sharding)
     state.loss_sum, state.bad_step = state.loss_sum.to(device), state.bad_step.to(device)
     state.num_bad = state.num_bad.to(device)
     return state
 
 
-def create_optimizer(network: nn.Module, config: TrainConfig) -> Muon:
-    """The optimizer; weight decay is for matrices and kernels, not for biases, norms and single vectors."""
+def create_optimizer(network: nn.Module, config: TrainConfig, kernels_by_name: list[str] | None = None) -> Muon:
+    """The optimizer; weight decay is for matrices and kernels, not for biases, norms and single vectors.
+
+    Args:
+        network: The network, or this worker's part of it.
+        config: Optimisation.
+        kernels_by_name: What Muon moves; None: what ``kernels_of`` the network are.
+    """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    kernels = kernels_of(network) if config.optimizer == "muon" else []
+    kernels: list[Tensor] = []
+    if config.optimizer == "muon":
+        names = kernels_by_name
+        kernels = kernels_of(network) if names is None else [network.get_parameter(name) for name in names]
     of_muon = set(kernels)
     others = [parameter for parameter in parameters if parameter not in of_muon]
     groups = [

@@ -1,31 +1,35 @@
 """Checkpoints: damage is found and said, the one before is used; which ones stay; how one is sampled from."""
 
 import dataclasses
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from pipeline.errors import ConfigError, DataError, ResumeError
+from pipeline.errors import ConfigError, DataError, ResumeError, StepError
 from pipeline.networks.files import load_network
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.sections import TrainConfig
 from pipeline.sampling.at import checkpoint_networks
 from pipeline.train.assemble import TrainJob
-from pipeline.train.checkpoint import (
-    DamagedCheckpointError,
+from pipeline.train.checkpoint import Checkpoint, DamagedCheckpointError, Snapshot
+from pipeline.train.job import run_job
+from pipeline.train.resume import (
+    CheckpointWriter,
     Keep,
     checkpoint_name,
     checkpoint_steps,
     load_newest_checkpoint,
-    read_checkpoint,
     save_checkpoint,
 )
-from pipeline.train.job import run_job
 from pipeline.train.state import TrainState, create_state
 from pipeline.workspace.store import Artifact, Workspace
 from tests.tiny.training import no_watch, tiny_inputs, training_recipe
@@ -47,16 +51,24 @@ def _saved(folder: Path, steps: tuple[int, ...] = (2, 4)) -> Artifact:
     return artifact
 
 
+def _read(artifact: Artifact) -> None:
+    checkpoint = Checkpoint(artifact, checkpoint_name(4))
+    assert checkpoint.step == 4
+    for part in ("network", "ema", "optimizer", "report", "draws"):
+        checkpoint.read(part)
+
+
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
-    path = _saved(tmp_path).path(checkpoint_name(4))
+    artifact = _saved(tmp_path)
+    path = artifact.path(checkpoint_name(4))
     whole = path.read_bytes()
-    assert read_checkpoint(path).step == 4
+    _read(artifact)
     for place in range(0, len(whole), 5):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
         with pytest.raises(DamagedCheckpointError):
-            read_checkpoint(path)
+            _read(artifact)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
@@ -122,6 +134,106 @@ def test_later_checkpoints_that_were_passed_over_do_not_count_as_the_newest(tmp_
     save_checkpoint(_state(3), artifact, "key", Keep(1))
     assert checkpoint_steps(artifact) == [3]
     assert load_newest_checkpoint(_state(), artifact, "key")
+
+
+@pytest.fixture
+def divided(tmp_path: Path) -> tuple[Artifact, dict[str, torch.Tensor]]:
+    """A checkpoint in three files of a parameter with seven rows, and what is in it."""
+    whole = {"network.a": torch.randn(7, 2, 3), "network.b": torch.randn(2), "network.c": torch.tensor(3.0)}
+    shapes = {"network.a": [7, 2, 3], "network.b": [2]}
+    artifact = Artifact(str(tmp_path / "artifact"))
+    for number in (2, 1, 0):
+        cuts = {"network.a": slice(3 * number, 3 * number + 3), "network.b": slice(number, number + 1)}
+        parts = {name: tensor[cuts[name]] if name in cuts else tensor for name, tensor in whole.items()}
+        kept = {name: part.clone() for name, part in parts.items() if number == 0 or (name in cuts and part.numel())}
+        Snapshot(4, {}, kept, shapes, number, 3).publish(artifact, checkpoint_name(4), "key", "attempt")
+        assert checkpoint_steps(artifact) == ([4] if number == 0 else [])  # the first file is the commit
+    return artifact, whole
+
+
+def test_rows_are_read_from_the_files_that_have_them(divided: tuple[Artifact, dict[str, torch.Tensor]]) -> None:
+    artifact, whole = divided
+    first = checkpoint_name(4)
+    for name in ("a", "b", "c"):
+        assert torch.equal(Checkpoint(artifact, first).read("network")[name], whole[f"network.{name}"])
+    for rows in (slice(0, 2), slice(2, 7), slice(4, 6), slice(7, 7)):
+        read = Checkpoint(artifact, first).read("network", lambda name, rows=rows: rows if name == "a" else None)
+        assert torch.equal(read["a"], whole["network.a"][rows])
+    third = artifact.path(first.replace(".safetensors", ".3-of-3.safetensors"))
+    content = third.read_bytes()
+    third.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DamagedCheckpointError, match=r"network\.a does not match its checksum"):
+        Checkpoint(artifact, first).read("network")
+    third.unlink()
+    with pytest.raises(DamagedCheckpointError, match="file 3 of 3 is missing"):
+        Checkpoint(artifact, first).read("network")
+
+
+def test_a_file_of_another_attempt_is_not_taken_for_that_of_this_one(
+    divided: tuple[Artifact, dict[str, torch.Tensor]],
+) -> None:
+    artifact, whole = divided
+    first = checkpoint_name(4)
+    shapes = {"network.a": [7, 2, 3]}
+    other = {"network.a": whole["network.a"][3:6] + 1}
+    Snapshot(4, {}, other, shapes, 1, 3).publish(artifact, first, "key", "another")
+    with pytest.raises(DamagedCheckpointError, match=r"2-of-3\.safetensors is of another checkpoint"):
+        Checkpoint(artifact, first).read("network")
+    first_part = {"network.a": whole["network.a"][:3]}
+    with pytest.raises(StepError, match=r"2-of-3\.safetensors: its worker did not write it"):
+        Snapshot(4, {}, first_part, shapes, 0, 3).publish(
+            artifact, first, "key", "attempt", iter([False, True]).__next__
+        )
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process reads all of it
+def test_torch_reads_a_divided_checkpoint(divided: tuple[Artifact, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    artifact, whole = divided
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    for name in artifact.names():
+        if name.endswith(".safetensors"):
+            (folder / name.rpartition("/")[2]).symlink_to(artifact.path(name))
+    state = {name: torch.empty_like(tensor) for name, tensor in whole.items() if tensor.ndim > 0}
+    checkpoint.load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in state.items())
+
+
+def test_a_checkpoint_is_the_state_of_its_step_whatever_the_training_does_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact, state, begun, goes_on = Artifact(str(tmp_path)), _state(2), threading.Event(), threading.Event()
+    publish = Snapshot.publish
+
+    def slowly(snapshot: Snapshot, *arguments: Any) -> None:
+        begun.set()
+        assert goes_on.wait(10)
+        publish(snapshot, *arguments)
+
+    monkeypatch.setattr(Snapshot, "publish", slowly)
+    before = state.network.weight.detach().clone()  # pyright: ignore
+    with CheckpointWriter(artifact, "key", Keep(1)) as writer:
+        writer.save(state)
+        assert begun.wait(10)
+        assert not checkpoint_steps(artifact)  # the training goes on meanwhile
+        with torch.no_grad():
+            state.network.weight.zero_()  # pyright: ignore
+        goes_on.set()
+    assert checkpoint_steps(artifact) == [2]
+    assert torch.equal(Checkpoint(artifact, checkpoint_name(2)).read("network")["weight"], before)
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_training_at_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise StepError("no space left")
+
+    monkeypatch.setattr(Snapshot, "publish", fail)
+    with CheckpointWriter(Artifact(str(tmp_path)), "key", Keep(1)) as writer:
+        writer.save(_state(2))
+        with pytest.raises(StepError, match="no space left"):
+            writer.save(_state(4))
 
 
 @pytest.fixture(scope="module")

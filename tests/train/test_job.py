@@ -18,8 +18,8 @@ from pipeline.networks.clip import load_clip_artifact
 from pipeline.networks.files import load_network
 from pipeline.recipe.recipe import Recipe
 from pipeline.train.assemble import TrainJob, assemble
-from pipeline.train.checkpoint import checkpoint_name
 from pipeline.train.job import run_job
+from pipeline.train.resume import checkpoint_name
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Artifact
 from tests.tiny.shards import EMBED_DIM
@@ -79,14 +79,15 @@ def _changed(name: str, **changes: Any) -> Recipe:
     return dataclasses.replace(training_recipe(), **{name: section})
 
 
-@pytest.mark.parametrize("name", ["prior", "decoder"])
+@pytest.mark.parametrize("name", ["clip", "prior", "decoder"])
 def test_checkpointing_changes_no_byte(tmp_path: Path, name: str) -> None:
     inputs = tiny_inputs(tmp_path)
     run_job(tiny_job(name, inputs, tmp_path / "kept"), no_watch)
     job = tiny_job(name, inputs, tmp_path / "recomputed", _changed(name, resources__checkpointing=True))
     run_job(job, no_watch)
     assert _contents(tmp_path / "recomputed") == _contents(tmp_path / "kept")
-    assert any(getattr(module, "checkpointing", False) for module in assemble(job).network.modules())
+    names = ("checkpointing", "grad_checkpointing")
+    assert any(getattr(module, name, False) for module in assemble(job).network.modules() for name in names)
 
 
 @pytest.mark.parametrize("name", ["prior", "prior_2", "decoder", "noisy_clip", "upsampler_1"])

@@ -13,8 +13,8 @@ from pipeline.data.batches import Batch
 from pipeline.data.order import Share
 from pipeline.errors import ResumeError, StepError
 from pipeline.recipe.sections import NoisyClipStepConfig, TrainConfig, TrainPhase, TrainResources
-from pipeline.train.checkpoint import Keep, checkpoint_name, load_newest_checkpoint, save_checkpoint
 from pipeline.train.loop import StepFunction, learning_rate, make_step, train
+from pipeline.train.resume import Keep, checkpoint_name, load_newest_checkpoint, save_checkpoint
 from pipeline.train.state import TrainState, create_state
 from pipeline.workspace.store import Artifact
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from pipeline.data.order import Share
-from pipeline.networks.clip import load_clip_artifact
 from pipeline.networks.costs import build_clip
 from pipeline.recipe.recipe import Recipe
 from pipeline.train.assemble import assemble
@@ -56,11 +55,7 @@ def _measured(recipe: Recipe, name: str, inputs: dict[str, Artifact], folder: Pa
     own = [*state.network.state_dict().values(), *state.ema.state_dict().values(), *moments]
     with LiveBytes(own) as live:
         step(state, batch)
-    clip = (
-        0
-        if parts.clip is None
-        else sum(t.nbytes for t in load_clip_artifact(inputs["clip"]).model.state_dict().values())
-    )
+    clip = 0 if parts.clip is None else sum(tensor.nbytes for tensor in parts.clip.model.state_dict().values())
     return sum(tensor.nbytes for tensor in own) + live.peak + clip
 
 
@@ -94,6 +89,36 @@ def test_several_workers_keep_gradients_in_buckets_and_beside_them_while_they_ad
     assert (alone.samples, two.samples, parts.samples) == (8, 4, 2)
     assert (alone.buckets, two.buckets, parts.buckets) == (0, 0, parts.gradients)
     assert parts.work < two.work < alone.work
+
+
+def test_a_divided_state_is_counted_by_its_parts_and_by_what_is_gathered() -> None:
+    train = {"batch_size": 8, "precision": "bfloat16"}
+    whole, quarter = (
+        _counted(_changed("upsampler_1", train, {"num_workers": 4, "num_shards": num_shards}), "upsampler_1")
+        for num_shards in (1, 0)
+    )
+    for field in ("weights", "gradients", "optimizer", "average"):
+        assert 0.25 <= getattr(quarter, field) / getattr(whole, field) < 0.3
+    assert whole.gathered == 0
+    assert 0 < quarter.gathered < 2 * whole.weights  # a tiny network is a few blocks
+    assert quarter.work < whole.work + whole.weights  # no copies of the whole weights in half precision
+
+
+def test_a_state_that_is_too_large_is_proposed_to_be_divided() -> None:
+    train, resources = {"batch_size": 8, "optimizer": "adamw"}, {"num_workers": 8, "micro_batch_size": 1}
+    whole, divided = (
+        _counted(_changed("upsampler_1", train, resources | {"num_shards": num_shards}), "upsampler_1")
+        for num_shards in (1, 8)
+    )
+    assert divided.total < whole.state
+    room = (divided.total + whole.state) / 2
+    recipe = _changed("upsampler_1", train, resources | {"gpu_memory_gb": room / USABLE / 1e9})
+    assert advice(_counted(recipe, "upsampler_1"), recipe).startswith("resources: num_shards = ")
+
+
+def test_the_text_tower_alone_is_counted_where_no_picture_is_embedded() -> None:
+    prior, decoder = (_counted(training_recipe(), name).clip for name in ("prior", "decoder"))
+    assert 0 < prior < decoder
 
 
 def test_a_training_that_does_not_fit_is_told_what_would_make_it_fit() -> None:

@@ -20,9 +20,9 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.sections import TrainPhase
 from pipeline.train.accumulation import Place
 from pipeline.train.assemble import EarlierTraining, TrainJob
-from pipeline.train.checkpoint import checkpoint_name, checkpoint_steps
 from pipeline.train.diagnosis import Culprits, describe, find_culprits
 from pipeline.train.job import run_job
+from pipeline.train.resume import checkpoint_name, checkpoint_steps
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import MANIFEST, Artifact, Workspace
 from tests.tiny.training import no_watch, tiny_inputs, training_recipe

@@ -1,0 +1,279 @@
+"""Which checkpoints of a training stay, which one is continued, and how they are written while it goes on."""
+
+from __future__ import annotations
+
+import math
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch.distributed
+
+from pipeline.errors import ConfigError, ResumeError
+from pipeline.train.checkpoint import Checkpoint, DamagedCheckpointError, Snapshot, restore
+from pipeline.train.state import TrainState
+from pipeline.workspace.store import LIVE, Artifact
+
+CHECKPOINTS = f"{LIVE}checkpoints/"
+KEPT_STATE = "state/"
+_BEST = f"{LIVE}best.json"
+_SUFFIX = ".safetensors"
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay while a training runs."""
+
+    num_newest: int = 2
+    """The newest ones, at least one."""
+    best_by: str = ""
+    """Besides them the best by this measure: of a loss the lowest, of any other measure the highest. Empty: none."""
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of a checkpoint's first file inside its artifact."""
+    return f"{CHECKPOINTS}{step:08d}{_SUFFIX}"
+
+
+def state_name(step: int) -> str:
+    """Name of the first file of the state that a finished training keeps."""
+    return f"{KEPT_STATE}{step:08d}{_SUFFIX}"
+
+
+def checkpoint_steps(artifact: Artifact) -> list[int]:
+    """The steps of which an artifact has checkpoints, whole or not, the oldest first."""
+    return sorted(_committed(artifact, CHECKPOINTS))
+
+
+def _committed(artifact: Artifact, folder: str) -> dict[int, str]:
+    """The first files in a folder, by their step: each is the last that is written of its checkpoint."""
+    names = [name for name in artifact.names() if name.startswith(folder)]
+    steps = {name: name.removeprefix(folder).removesuffix(_SUFFIX) for name in names}
+    return {int(stem): name for name, stem in steps.items() if stem.isdigit()}
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread of its own, while the training goes on; one at a time.
+
+    Every worker of a divided state has one and writes its part. No collective runs in the thread: the first worker
+    looks for the files of the others. Leaving the block waits for the checkpoint that is being written.
+
+    Args:
+        artifact: The artifact of the running step.
+        digest: Key of the training: seed, configuration and inputs.
+        keep: Which checkpoints stay.
+    """
+
+    def __init__(self, artifact: Artifact, digest: str, keep: Keep) -> None:
+        self._artifact, self._digest, self._keep = artifact, digest, keep
+        self._attempt = _shared_by_all(uuid.uuid4().hex)
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+        self._ends = threading.Event()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is not None:
+            self._ends.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def save(self, state: TrainState, measures: Mapping[str, float] | None = None) -> None:
+        """Copy the state, and write it in the background.
+
+        Args:
+            state: The state.
+            measures: Validation loss and measures of the state's average.
+
+        Raises:
+            StepError: If the last checkpoint could not be written.
+            ConfigError: If the best is to be kept by a measure that the training does not take.
+        """
+        self.wait()
+        if not _writes(state):
+            return
+        if self._keep.best_by and _rank() == 0:
+            require_measure(self._keep.best_by, measures or {})
+        snapshot = Snapshot.of(state)
+        self._thread = threading.Thread(target=self._write, args=(snapshot, measures or {}), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written.
+
+        Raises:
+            StepError: If it could not be written, for example because the disk is full.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def keep_state(self, state: TrainState) -> None:
+        """Write the state of the last step beside the finished network, now.
+
+        Raises:
+            StepError: If it could not be written.
+        """
+        self.wait()
+        if _writes(state):
+            Snapshot.of(state).publish(self._artifact, state_name(state.step), self._digest, self._attempt)
+
+    def _write(self, snapshot: Snapshot, measures: Mapping[str, float]) -> None:
+        try:
+            name = checkpoint_name(snapshot.step)
+            snapshot.publish(self._artifact, name, self._digest, self._attempt, self._ends.is_set)
+            if snapshot.number == 0:
+                _remove_others(self._artifact, snapshot.step, self._keep, measures)
+        except Exception as error:  # noqa: BLE001  (it is raised where the training waits)
+            self._failure = error
+
+
+def save_checkpoint(
+    state: TrainState, artifact: Artifact, digest: str, keep: Keep, measures: Mapping[str, float] | None = None
+) -> None:
+    """Publish a state, and remove the checkpoints that are not to be kept; see ``CheckpointWriter``."""
+    with CheckpointWriter(artifact, digest, keep) as writer:
+        writer.save(state, measures)
+        writer.wait()
+
+
+def _remove_others(artifact: Artifact, step: int, keep: Keep, measures: Mapping[str, float]) -> None:
+    """Remove the checkpoints that are not to be kept, and what is left of those that were never whole."""
+    best = _note_best(artifact, step, keep.best_by, measures) if keep.best_by else None
+    committed = _committed(artifact, CHECKPOINTS)
+    earlier = [number for number in sorted(committed) if number <= step]
+    stays = {best, *earlier[-keep.num_newest :]}
+    for number, name in committed.items():
+        if number not in stays:  # later ones were found damaged; their other files are overwritten
+            artifact.remove(name)
+    for name in artifact.names():
+        number = name.removeprefix(CHECKPOINTS).partition(".")[0]
+        if name.startswith(CHECKPOINTS) and number.isdigit() and int(number) < step and int(number) not in stays:
+            artifact.remove(name)
+
+
+def load_newest_checkpoint(
+    state: TrainState,
+    artifact: Artifact,
+    digest: str,
+    warn: Callable[[str], None] = lambda _: None,
+    *,
+    last_step: int | None = None,
+) -> bool:
+    """Continue from the newest whole checkpoint; False if there is none at all. Every worker calls this.
+
+    Args:
+        state: The state to load into.
+        artifact: The artifact of the running step, or of the training that it continues.
+        digest: Key of that training.
+        warn: Receives a sentence about each damaged checkpoint that is passed over.
+        last_step: The newest step that may be taken; None: any.
+
+    Raises:
+        ResumeError: If a checkpoint belongs to another configuration or does not fit the network, if all of them are
+            damaged (the work of days must not start again without a word), all of them are later than ``last_step``, or
+            workers see different ones.
+    """
+    steps, damages = _committed(artifact, KEPT_STATE) | _committed(artifact, CHECKPOINTS), list[str]()
+    _require_same(sorted(steps))
+    for step, name in sorted(steps.items(), reverse=True):
+        if last_step is not None and step > last_step:
+            continue
+        where, put, damage = f"{artifact.uri}/{name}", None, ""
+        try:
+            checkpoint = Checkpoint(artifact, name)
+            if checkpoint.digest != digest:
+                raise ResumeError(f"{where}: was written under another recipe; remove {artifact.uri} to start again")
+            put = restore(state, checkpoint)
+        except DamagedCheckpointError as error:
+            damage = str(error)
+        damage = next((found for found in _gathered(damage) if found), "")  # all workers take the same one
+        if damage or put is None:
+            damages.append(f"{where}: {damage}")
+            warn(f"the checkpoint of step {step} is damaged ({damage})")
+            continue
+        try:
+            put()
+        except RuntimeError as error:
+            raise ResumeError(f"{where}: does not fit the network: {error}") from error
+        return True
+    if damages:
+        raise ResumeError(
+            f"no checkpoint is whole: {'; '.join(damages)}; bring one back from a copy, or remove "
+            f"{artifact.uri}/{CHECKPOINTS} to start again"
+        )
+    if steps:
+        raise ResumeError(
+            f"{artifact.uri}: its first checkpoint is of step {min(steps)}, later than the phase that begins at step "
+            f"{last_step}; let the phase begin there"
+        )
+    return False
+
+
+def _require_same(steps: list[int]) -> None:
+    """All workers must continue from the same checkpoint; they cannot if the workspace is not shared."""
+    seen = sorted(set(_gathered(", ".join(map(str, steps)) or "none")))
+    if len(seen) > 1:
+        raise ResumeError(
+            f"workers see different checkpoints (steps {' and '.join(seen)}): put the workspace on storage that all "
+            "nodes share"
+        )
+
+
+def require_measure(name: str, measures: Mapping[str, float]) -> None:
+    """Refuse a measure that a training does not take.
+
+    Raises:
+        ConfigError: Names those that it takes.
+    """
+    if name not in measures:
+        names = ", ".join(measures) or "none, because there are no validation rows"
+        raise ConfigError(f"resources.keep_best = {name!r}: the measures of this training are {names}")
+
+
+def _note_best(artifact: Artifact, step: int, name: str, measures: Mapping[str, float]) -> int:
+    """The step of the best checkpoint so far, this one included."""
+    sign = 1 if name.endswith("loss") else -1
+    this: Json = {"step": step, "value": measures[name], "by": name}
+    if artifact.exists(_BEST):
+        best: Json = artifact.read_json(_BEST)
+        is_better = best["by"] == name and (math.isnan(this["value"]) or sign * best["value"] <= sign * this["value"])
+        if is_better and artifact.exists(checkpoint_name(best["step"])):
+            return int(best["step"])
+    artifact.write_json(_BEST, this)
+    return step
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _writes(state: TrainState) -> bool:
+    """Whether this worker has a part that no other one writes."""
+    return _rank() == 0 if state.sharding is None else state.sharding.writes
+
+
+def _shared_by_all(value: str) -> str:
+    """The first worker's value."""
+    values = [value]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def _gathered(value: str) -> list[str]:
+    """The values of all workers."""
+    values = [value]
+    if torch.distributed.is_initialized():
+        values *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(values, value)
+    return values

@@ -1,0 +1,227 @@
+"""Trainings whose state is divided among workers: the same as by one worker up to rounding, in a share of the memory.
+
+All of them run in one start of four processes; each training is one of four workers, or of the first two.
+"""
+
+import dataclasses
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+
+from pipeline.data.batches import plan_order
+from pipeline.data.order import Share
+from pipeline.recipe.recipe import Recipe
+from pipeline.train.assemble import TrainJob, assemble
+from pipeline.train.job import start_training
+from pipeline.train.loop import make_step
+from pipeline.train.resume import CheckpointWriter, Keep, checkpoint_name, load_newest_checkpoint
+from pipeline.train.state import TrainState
+from pipeline.workspace.store import Artifact
+from tests.tiny.training import bound_recipe, tiny_inputs, training_recipe
+
+NUM_STEPS = 3
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A training of a few steps."""
+
+    name: str
+    world_size: int = 2
+    num_shards: int = 0
+    train: dict[str, Any] = field(default_factory=dict[str, Any])
+    resources: dict[str, Any] = field(default_factory=dict[str, Any])
+    model: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def step(self) -> str:
+        """The step that trains it."""
+        return self.name.partition(" ")[0]
+
+    def recipe(self, world_size: int, num_shards: int) -> Recipe:
+        """The recipe, for so many workers."""
+        recipe = bound_recipe() if self.name.endswith("bound") else training_recipe()
+        section = recipe.trained()[self.step]
+        resources = self.resources | {"num_workers": world_size, "num_shards": num_shards}
+        changed = dataclasses.replace(
+            section,
+            model=dataclasses.replace(section.model, **self.model),
+            train=dataclasses.replace(section.train, eps=1e-4, **self.train),
+            resources=dataclasses.replace(section.resources, **resources),
+        )
+        return dataclasses.replace(recipe, **{self.step: changed})
+
+
+CASES = {
+    "clip": _Case(
+        "clip",
+        resources={"micro_batch_size": 1, "checkpointing": True},
+        model={"vision": "vit", "vision_width": 32, "vision_depth": 1, "vision_heads": 2, "patch_px": 8},
+    ),
+    "prior": _Case("prior", train={"grad_clip_norm": 0.1}),
+    "ar_prior": _Case("prior_2", resources={"checkpointing": True}),
+    "decoder": _Case("decoder bound", 4, train={"batch_size": 6}, resources={"checkpointing": True}),
+    "noisy_clip": _Case("noisy_clip", 4, train={"batch_size": 7}, resources={"micro_batch_size": 1}),
+    "upsampler": _Case("upsampler_1", 4, train={"optimizer": "muon", "weight_decay": 0.1}),
+    "two copies": _Case("upsampler_1", 4, 2, train={"optimizer": "muon", "batch_size": 5}),
+}
+
+
+def _start(
+    case: _Case, inputs: dict[str, Artifact], folder: str, share: Share, num_shards: int
+) -> tuple[TrainJob, TrainState, Callable[[int], list[float]]]:
+    """A training, and a function that takes some steps and returns the loss and the norm of each."""
+    recipe, output = case.recipe(share.world_size, num_shards), Artifact(f"{folder}/out")
+    job = TrainJob(case.step, recipe, inputs, output, "key", CPU, rank=share.rank, world_size=share.world_size)
+    parts = assemble(job)
+    objective, state = start_training(job, parts)
+    step = make_step(objective, job.section, share, seed=job.seed)
+    order = plan_order(parts.train, job.seed, where=case.name)
+
+    def take(num_steps: int) -> list[float]:
+        history: list[float] = []
+        for _ in range(num_steps):
+            first = state.step * share.batch_size
+            before = float(state.loss_sum[0])
+            step(state, parts.train.batch(order.locations(first + share.start, first + share.stop)))
+            history += [float(state.loss_sum[0]) - before, float(state.grad_norm)]
+            state.step += 1
+        return history
+
+    return job, state, take
+
+
+def _train(case: _Case, inputs: dict[str, Artifact], folder: str, share: Share, num_shards: int) -> dict[str, Any]:
+    """Some steps: losses, norms and the whole weights, on the first worker; the bytes of the state, on each."""
+    _, state, take = _start(case, inputs, folder, share, num_shards)
+    history = torch.tensor(take(NUM_STEPS))
+    return {"history": history, "bytes": _state_bytes(state)} | _weights(state)
+
+
+def _weights(state: TrainState) -> dict[str, torch.Tensor]:
+    gather = dict[str, torch.Tensor] if state.sharding is None else state.sharding.gather
+    return {
+        f"{name}.{key}": tensor
+        for name, part in (("network", state.network), ("ema", state.ema))
+        for key, tensor in gather(part.state_dict()).items()
+    }
+
+
+def _go_on(case: _Case, inputs: dict[str, Artifact], folder: str, share: Share, last_step: int) -> dict[str, Any]:
+    """Continue up to a step, and write a checkpoint."""
+    job, state, take = _start(case, inputs, folder, share, 0)
+    damages: list[str] = []
+    load_newest_checkpoint(state, job.output, "key", damages.append)
+    first_step = state.step
+    take(last_step - state.step)
+    with CheckpointWriter(job.output, "key", Keep(3)) as writer:
+        writer.save(state)
+    return {"first_step": first_step, "damages": damages} | _weights(state)
+
+
+def _state_bytes(state: TrainState) -> int:
+    """Weights, average, moments, and gradients, which are as large as the weights."""
+    moments = [value for values in state.optimizer.state.values() for value in values.values()]
+    weights = list(state.network.parameters())
+    tensors = [*weights, *weights, *state.network.buffers(), *state.ema.state_dict().values(), *moments]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def _work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    inputs = {name: Artifact(f"{folder}/{name}") for name in ("download", "embed", "clip")}
+    results: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for number, (name, case) in enumerate(CASES.items()):
+        if number % 4 == rank:
+            batch_size = case.recipe(1, 1).trained()[case.step].train.batch_size
+            results[name, 1, 1] = _train(case, inputs, folder, Share(batch_size), 1)
+    for number, world_size in enumerate((4, 2, 3, 4)):
+        if rank >= world_size:
+            continue
+        store = f"file://{folder}/store{number}"
+        torch.distributed.init_process_group("gloo", store, rank=rank, world_size=world_size)
+        share = Share(6, rank, world_size)
+        if number < 2:
+            for name, case in CASES.items():
+                if case.world_size == world_size:
+                    batch_size = case.recipe(1, 1).trained()[case.step].train.batch_size
+                    own = Share(batch_size, rank, world_size)
+                    results[name, world_size, 0] = _train(case, inputs, folder, own, case.num_shards)
+        if number == 0:
+            results["decoder", 4, 1] = _train(CASES["decoder"], inputs, folder, share, 1)
+        if number == 3 and rank == 0:  # a bit of the second of three files
+            file = Path(f"{folder}/out") / checkpoint_name(2).replace(".safetensors", ".2-of-3.safetensors")
+            whole = file.read_bytes()
+            file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        if number != 1:
+            torch.distributed.barrier()
+            last_step = (1, 0, 2, 3)[number]
+            results["resumed", number, 0] = _go_on(CASES["decoder"], inputs, folder, share, last_step)
+        torch.distributed.destroy_process_group()
+    torch.save(results, f"{folder}/{rank}.pt")
+
+
+Results = dict[tuple[str, int, int], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("workers")
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> list[Results]:
+    """Of each rank: what every training came to, by (case, workers, shards)."""
+    tiny_inputs(folder)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "pipeline.clip"])  # imported once for all workers
+    workers = [context.Process(target=_work, args=(rank, str(folder))) for rank in range(4)]
+    for worker in workers:
+        worker.start()
+    left = list(workers)
+    while left:
+        connection.wait([worker.sentinel for worker in left])
+        left = [worker for worker in left if worker.is_alive()]
+        if any(worker.exitcode for worker in workers):  # the others wait for it
+            for worker in left:
+                worker.terminate()
+    assert [worker.exitcode for worker in workers] == [0] * len(workers)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_divided_training_is_that_of_one_worker(trained: list[Results], name: str) -> None:
+    case = CASES[name]
+    expected = next(results[name, 1, 1] for results in trained if (name, 1, 1) in results)
+    actual = trained[0][name, case.world_size, 0]
+    assert actual.keys() == expected.keys()
+    assert expected["history"].isfinite().all()
+    for key in expected.keys() - {"bytes"}:
+        torch.testing.assert_close(actual[key], expected[key], rtol=1e-3, atol=2e-5, msg=f"{name} {key}")
+
+
+def test_four_workers_hold_less_than_a_third_of_what_each_holds_alone(trained: list[Results]) -> None:
+    divided, alone = (max(results["decoder", 4, shards]["bytes"] for results in trained) for shards in (0, 1))
+    assert divided <= 0.30 * alone
+
+
+def test_a_divided_training_goes_on_with_other_numbers_of_workers_and_past_a_damaged_file(
+    trained: list[Results],
+) -> None:
+    expected = next(results["decoder", 1, 1] for results in trained if ("decoder", 1, 1) in results)
+    assert [trained[0]["resumed", number, 0]["first_step"] for number in (0, 2, 3)] == [0, 1, 1]
+    for results in trained:
+        damage = results["resumed", 3, 0]["damages"]  # whoever does not read that file hears of it, too
+        assert len(damage) == 1
+        assert "the checkpoint of step 2 is damaged" in damage[0]
+    for key in expected.keys() - {"bytes", "history"}:
+        actual = trained[0]["resumed", 3, 0][key]
+        torch.testing.assert_close(actual, expected[key], rtol=1e-3, atol=2e-5, msg=key)
