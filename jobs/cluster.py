@@ -29,15 +29,27 @@ def submit(
     again: Annotated[
         bool, typer.Option("--again", help="Run it again although it has succeeded (its workspace was removed).")
     ] = False,
+    manifest: Annotated[
+        str,
+        typer.Option(
+            "--manifest", metavar="IMAGE", help="Print KubeRay's RayJob with this image instead; submit nothing."
+        ),
+    ] = "",
     json: AsJson = False,
 ) -> None:
     """Run a recipe as a job on a Ray cluster; the same recipe is not run twice.
 
     Example: unclip submit configs/demo.toml --address http://127.0.0.1:8265 --follow
     """
+    resolved, words = load_recipe(recipe, overrides or []), recipe_words(recipe, overrides)
+    if manifest:
+        from pipeline.runtime.kuberay import ray_job
+
+        typer.echo(ray_job(resolved, manifest, until), nl=False)
+        return
+
     from pipeline.runtime.jobs import submit_recipe
 
-    resolved, words = load_recipe(recipe, overrides or []), recipe_words(recipe, overrides)
     submitted = submit_recipe(resolved, address=address, until=until, again=again, shown_as=words)
     if json:
         print_json(submitted.to_dict())

@@ -130,7 +130,7 @@ def submit_recipe(
             lambda: client.submit_job(
                 entrypoint=_entrypoint(python, until, shown_as, on_this_machine=is_loopback(url)),
                 submission_id=job_id,
-                runtime_env={"working_dir": folder, "env_vars": _environment()},
+                runtime_env={"working_dir": folder, "env_vars": job_environment()},
                 metadata={"unclip": "1", "recipe": recipe.name, "until": until, "workspace": recipe.workspace},
             ),
             job_id,
@@ -236,20 +236,31 @@ def _pack(source: Path, recipe: Recipe, folder: Path) -> None:
     (folder / "recipe.json").write_text(json.dumps(to_dict(recipe), indent=1, sort_keys=True), encoding="utf-8")
 
 
-def _entrypoint(python: str, until: str, shown_as: str, *, on_this_machine: bool) -> str:
+def entrypoint(recipe: str, until: str, shown_as: str = "", python: str = "python") -> str:
+    """The shell command of a job.
+
+    Args:
+        recipe: The recipe's file on the cluster.
+        until: Last step; empty: all.
+        shown_as: The recipe in the commands that the job proposes; empty: the file.
+        python: Interpreter on the cluster.
+    """
     options = {"--until": until, "--shown-as": shown_as}
     words = [word for name, value in options.items() if value for word in (name, value)]
-    arguments = shlex.join(["-m", "jobs.cli", "run", "recipe.json", "--address", "auto", *words])
-    if python:
-        return f"exec {shlex.quote(python)} {arguments}"
-    if not on_this_machine:
-        return f"exec python {arguments}"
+    return shlex.join(["exec", python, "-m", "jobs.cli", "run", recipe, "--address", "auto", *words])
+
+
+def _entrypoint(python: str, until: str, shown_as: str, *, on_this_machine: bool) -> str:
+    if python or not on_this_machine:
+        return entrypoint("recipe.json", until, shown_as, python or "python")
     # A loopback address may be the end of an SSH tunnel: the interpreter of this process need not exist there.
     here = shlex.quote(sys.executable)
-    return f"if [ -x {here} ]; then exec {here} {arguments}; else exec python {arguments}; fi"
+    here_first, other = (entrypoint("recipe.json", until, shown_as, one) for one in (sys.executable, "python"))
+    return f"if [ -x {here} ]; then {here_first}; else {other}; fi"
 
 
-def _environment() -> dict[str, str]:
+def job_environment() -> dict[str, str]:
+    """Environment of a job."""
     # Ray's own way to stop is SIGTERM, then SIGKILL after 3 s: too short for a checkpoint.
     return {
         "RAY_JOB_STOP_SIGNAL": "SIGINT",

@@ -1,0 +1,197 @@
+"""The files of deploy/, and the Dockerfile, against the schemas and checkers of what reads them."""
+
+import copy
+import http.server
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve.schema import ServeDeploySchema
+
+from pipeline.runtime.placement import ROLE
+from tests.tiny.command import ROOT, unclip_here
+
+_SCHEMAS: dict[str, Any] = json.loads((Path(__file__).parent / "kuberay.json").read_text())
+_ROLES = {"download", "embed", "train", "serve"}
+
+
+def _validate(resource: dict[str, Any]) -> None:
+    schema = {"$ref": f"#/$defs/{resource['kind']}", **_SCHEMAS}
+    jsonschema.Draft202012Validator(schema).validate(resource)
+
+
+def _load(name: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "deploy" / name).read_text())
+
+
+@pytest.mark.parametrize("name", ["raycluster", "rayjob", "rayservice"])
+def test_kuberay_takes_the_manifests(name: str) -> None:
+    resource = _load(f"kuberay/{name}.yaml")
+    assert resource["kind"].lower() == name
+    _validate(resource)
+
+
+def test_the_schema_would_notice_a_misspelt_or_a_missing_field() -> None:
+    resource = _load("kuberay/raycluster.yaml")
+    for change in (
+        lambda spec: spec.update(headGroupSpecs=spec.pop("headGroupSpec")),
+        lambda spec: spec["authOptions"].update(mode="tokens"),
+        lambda spec: spec["workerGroupSpecs"][0]["template"]["spec"]["containers"][0].pop("name"),
+        lambda spec: spec["workerGroupSpecs"][0].update(maxReplicas="8"),
+    ):
+        broken = copy.deepcopy(resource)
+        change(broken["spec"])
+        with pytest.raises(jsonschema.ValidationError):
+            _validate(broken)
+
+
+def test_every_cluster_on_kubernetes_asks_for_the_token_and_has_groups_by_role() -> None:
+    cluster = _load("kuberay/raycluster.yaml")["spec"]
+    assert {group["groupName"]: group["labels"] for group in cluster["workerGroupSpecs"]} == {
+        role: {ROLE: role} for role in _ROLES
+    }
+    for spec in (cluster, _load("kuberay/rayservice.yaml")["spec"]["rayClusterConfig"]):
+        assert spec["authOptions"] == {"mode": "token"}
+        assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+        assert spec["headGroupSpec"]["labels"] == {ROLE: "head"}
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            pod = group["template"]["spec"]
+            [container] = pod["containers"]
+            mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+            assert {"/local", "/dev/shm"} <= mounted
+            assert {mount["name"] for mount in container["volumeMounts"]} == {
+                volume["name"] for volume in pod["volumes"]
+            }
+
+
+def test_ray_serve_takes_the_services_file() -> None:
+    config = ServeDeploySchema.model_validate(yaml.safe_load(_load("kuberay/rayservice.yaml")["spec"]["serveConfigV2"]))
+    assert config.applications[0].import_path == "pipeline.runtime.serve_file:application"
+
+
+def test_submit_prints_a_rayjob_with_the_recipe_and_a_cluster_of_its_own(tmp_path: Path) -> None:
+    recipe = str(ROOT / "configs/demo.toml")
+    done = unclip_here("submit", recipe, "--set", "workspace=s3://b/w", "--manifest", "host/unclip", "--until", "embed")
+    assert done.returncode == 0, done.stderr
+    config, job = yaml.safe_load_all(done.stdout)
+    _validate(job)
+    spec = job["spec"]
+    assert spec["entrypoint"].endswith("run /recipes/recipe.json --address auto --until embed")
+    assert json.loads(config["data"]["recipe.json"])["workspace"] == "s3://b/w"
+    pod = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    assert {"name": "recipes", "configMap": {"name": config["metadata"]["name"]}} in pod["volumes"]
+    assert pod["containers"][0]["image"] == "host/unclip:cpu"
+    assert "IMAGE" not in done.stdout
+    here = unclip_here("submit", recipe, "--set", f"workspace={tmp_path}", "--manifest", "host/unclip")
+    assert (here.returncode, here.stdout) == (2, "")
+    assert "name a bucket" in here.stderr
+
+
+def test_google_clouds_cluster_is_what_ray_up_takes_and_has_the_roles_of_the_other() -> None:
+    config = prepare_config(_load("gcp.yaml"))
+    config.setdefault("cluster_synced_files", [])
+    validate_config(config)
+    other = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    for one in (config, other):
+        labels = {name: node["labels"][ROLE] for name, node in one["available_node_types"].items()}
+        assert labels == {role: role for role in (*_ROLES, "head")}
+        head, workers = one["head_start_ray_commands"], one["worker_start_ray_commands"]
+        assert "--dashboard-host=127.0.0.1" in head[-1]
+        assert all("RAY_AUTH_MODE=token" in line for line in (head[1], workers[1]))
+        assert all("--object-spilling-directory=/local/spill" in line for line in (head[1], workers[1]))
+        assert all("UNCLIP_CACHE=/local/cache" in line for line in (head[1], workers[1]))
+        assert f"spot-drain.sh {one['provider']['type']}" in workers[-1]
+    profiles = {name: node["node_config"]["IamInstanceProfile"] for name, node in other["available_node_types"].items()}
+    assert profiles == {role: {"Name": "unclip-workspace"} for role in _ROLES} | {"head": {"Name": "unclip-head"}}
+    made = (ROOT / "deploy/aws-roles.sh").read_text()
+    assert "for role in unclip-workspace unclip-head" in made
+
+
+def _checker(name: str) -> str:
+    path = Path(sys.executable).parent / name
+    if not path.exists():
+        pytest.skip(f"{name} is not installed: it comes with unclip[dev], where its package has a wheel")
+    return str(path)
+
+
+def test_shellcheck_finds_nothing() -> None:
+    scripts = [str(path) for path in sorted((ROOT / "deploy").glob("*.sh"))]
+    assert len(scripts) >= 4
+    done = subprocess.run([_checker("shellcheck"), *scripts], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_hadolint_finds_nothing_and_the_image_has_both_targets() -> None:
+    done = subprocess.run([_checker("hadolint"), str(ROOT / "Dockerfile")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    text = (ROOT / "Dockerfile").read_text()
+    assert "FROM base AS cpu" in text
+    assert "FROM base AS gpu" in text
+
+
+@pytest.fixture
+def metadata() -> Generator[tuple[str, dict[str, str]]]:
+    """A cloud's metadata server, and its answers by path; others are 404."""
+    answers: dict[str, str] = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer = answers.get(self.path)
+            self.send_response(200 if answer is not None else 404)
+            self.end_headers()
+            self.wfile.write((answer or "").encode())
+
+        do_PUT = do_GET
+
+        def log_message(self, format: str, *args: Any) -> None:
+            del format, args
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", answers
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("cloud", "path", "before", "notice", "seconds"),
+    [
+        ("aws", "/latest/meta-data/spot/instance-action", None, '{"action": "terminate"}', "110"),
+        ("gcp", "/computeMetadata/v1/instance/preempted", "FALSE", "TRUE", "25"),
+    ],
+)
+def test_a_spot_notice_becomes_a_drain(
+    metadata: tuple[str, dict[str, str]],
+    tmp_path: Path,
+    cloud: str,
+    path: str,
+    before: str | None,
+    notice: str,
+    seconds: str,
+) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    url, answers = metadata
+    answers["/latest/api/token"] = "token"
+    if before is not None:
+        answers[path] = before
+    (tmp_path / "ray").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\n')
+    (tmp_path / "ray").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SPOT_METADATA": url, "SPOT_EVERY_S": "0.1"}
+    with subprocess.Popen(["bash", str(ROOT / "deploy/spot-drain.sh"), cloud], env=environment) as process:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.7)
+        assert not (tmp_path / "called").exists()
+        answers[path] = notice
+        assert process.wait(20) == 0
+    words = (tmp_path / "called").read_text()
+    assert words.startswith("drain-node --reason DRAIN_NODE_REASON_PREEMPTION")
+    assert words.endswith(f"--deadline-remaining-seconds {seconds}\n")
