@@ -104,7 +104,7 @@ class SegmentBuild:
         chosen = kinds_to_try(self.config, embedded.num_rows, embedded.embed_dim)
         if any(kinds.is_listed(kind) for kind in chosen):
             num_lists = choose_num_lists(self.config, embedded.num_rows)
-            count = min(self.config.num_train_rows, embedded.num_rows)
+            count = min(self.config.num_train_rows, embedded.num_rows, _ROWS_PER_LIST * num_lists + len(query_rows))
             random_rows = np.sort(rng.choice(embedded.num_rows, count, replace=False))
             others = np.setdiff1d(random_rows, query_rows)
             sample_rows = others if len(others) >= num_lists else random_rows
@@ -170,7 +170,10 @@ class SegmentBuild:
                 else:
                     self._join_codes(names, modality, kind)
                     searcher = open_searcher(self.output, self.segment, modality, kind)
-                tried[modality][kind] = tune(searcher, rows, truth, modality, self.config.recall_target)
+                able = [tuned.latency_ms for tuned in tried[modality].values() if tuned.reaches_target]
+                tried[modality][kind] = tune(
+                    searcher, rows, truth, modality, self.config.recall_target, limit_ms=min(able, default=float("inf"))
+                )
             best = fastest(list(tried[modality].values()))
             if best.kind == "hnsw":
                 self._join_codes(names, modality, best.kind)
@@ -363,7 +366,7 @@ def kinds_to_try(config: IndexConfig, num_rows: int, embed_dim: int) -> list[kin
     """The kinds that fit into the memory budget; the fastest of them is kept.
 
     Few rows are compared one by one, faster than any lists are visited. A graph of more than 20,000 rows takes too long
-    to build to be tried.
+    to build to be tried. One bit a feature is for what fits in no other way: its search reads many more exact vectors.
     """
     if config.kind != "auto":
         return [config.kind]
@@ -376,7 +379,7 @@ def kinds_to_try(config: IndexConfig, num_rows: int, embed_dim: int) -> list[kin
         chosen.append("hnsw")
     budget = config.memory_gb * 1e9
     fitting: list[kinds.Kind] = [kind for kind in chosen if num_rows * kinds.row_bytes(kind, embed_dim) <= budget]
-    return [*fitting, "ivf_rabitq"]
+    return fitting or ["ivf_rabitq"]
 
 
 def choose_num_lists(config: IndexConfig, num_rows: int) -> int:

@@ -1,8 +1,9 @@
 """Opens and searches the neighbour index: its newest version, which is a list of segments and of deleted rows."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -107,19 +108,17 @@ class NeighbourIndex:
         if vectors.ndim != 2 or vectors.shape[1] != self.embed_dim:
             raise ValueError(f"queries of shape {vectors.shape}: this index takes (Q, {self.embed_dim})")
         queries = np.ascontiguousarray(vectors, np.float32)
-        scores, ids = list[Floats](), list[Ids]()
-        for segment in self._segments:
-            near, positions = segment.search(queries, k, modality)
-            scores.append(near)
-            ids.append(np.where(positions < 0, -1, segment.rows.ids[positions]))
-        all_scores, all_ids = np.concatenate(scores, axis=1), np.concatenate(ids, axis=1)
-        order = np.lexsort((all_ids, -all_scores))[:, :k]  # ties by id, so that results do not change
-        return np.take_along_axis(all_scores, order, axis=1), np.take_along_axis(all_ids, order, axis=1)
+        parts = [_search_segment(segment, queries, k, modality) for segment in self._segments]
+        scores, ids = (np.concatenate(each, axis=1) for each in zip(*parts, strict=True)) if parts[1:] else parts[0]
+        query, order = np.arange(len(queries))[:, None], np.lexsort((ids, -scores))[:, :k]
+        return scores[query, order], ids[query, order]  # ties by id, so that results do not change
 
     def find(self, vectors: Floats, k: int, modality: Modality = "image") -> list[list[Neighbour]]:
         """The same search, with the columns of each row; fewer than k rows if the index has fewer."""
         scores, ids = self.search(vectors, k, modality)
-        return [self.neighbours(near[row >= 0], row[row >= 0]) for near, row in zip(scores, ids, strict=True)]
+        is_row = ids >= 0
+        neighbours = iter(self.neighbours(scores[is_row], ids[is_row]))  # of all queries at once
+        return [list(itertools.islice(neighbours, count)) for count in is_row.sum(axis=1).tolist()]
 
     def neighbours(self, scores: Floats, ids: Ids) -> list[Neighbour]:
         """Rows by id with their similarities.
@@ -127,10 +126,13 @@ class NeighbourIndex:
         Raises:
             ValueError: If no search returns such a row.
         """
-        rows = self.rows(ids).select(_NEIGHBOUR_COLUMNS).to_pylist()
+        rows = list[Any]([None]) * len(ids)
+        for segment, chosen, positions in self._locate(ids):
+            for place, row in zip(chosen.tolist(), segment.rows.values(positions, _NEIGHBOUR_COLUMNS), strict=True):
+                rows[place] = row
         return [
-            Neighbour(id=number, similarity=score, **cast("dict[str, str]", row))
-            for number, score, row in zip(ids.tolist(), scores.tolist(), rows, strict=True)
+            Neighbour(number, uid, score, *others)
+            for number, score, (uid, *others) in zip(ids.tolist(), scores.tolist(), rows, strict=True)
         ]
 
     def rows(self, ids: Sequence[int] | Ids) -> pa.Table:
@@ -196,4 +198,10 @@ class NeighbourIndex:
         return located
 
 
-_NEIGHBOUR_COLUMNS = ["uid", "url", "caption", "key", "shard"]
+_NEIGHBOUR_COLUMNS = ("uid", "url", "caption", "key", "shard")
+
+
+def _search_segment(segment: Segment, queries: Floats, k: int, modality: Modality) -> tuple[Floats, Ids]:
+    """The scores and the ids (Q, k) of the nearest rows of one segment; -inf and -1 where there are none."""
+    scores, positions = segment.search(queries, k, modality)
+    return scores, np.where(positions < 0, -1, segment.rows.ids[positions])

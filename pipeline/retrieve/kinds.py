@@ -11,6 +11,7 @@ memory-mapped, so that building and opening an index of any size needs little me
 Legend: N rows, Q queries, D features, L lists.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +32,13 @@ _HNSW_LINKS = 32
 _HNSW_BUILD_EFFORT = 80
 _ID_BYTES = 8
 _ALIGNMENT = 8  # rows of a list are padded to a multiple of it, so that the ids behind the codes are aligned
-_KMEANS_ROUNDS = 6
+_KMEANS_ROUNDS, _LAST_ROUNDS = 6, 2
+_TWO_LEVELS_FROM_LISTS = 256
+_QUANTISER_ROWS = 16_384  # the range of each feature is learned from this many
 _GRAPH_ABOVE_LISTS = 4096  # with more lists, their centroids are searched by a graph
 
 _MAX_CANDIDATES = 16_384
+_CACHED_PARAMETERS = 1024
 
 
 @dataclass(frozen=True)
@@ -78,15 +82,37 @@ def row_bytes(kind: Kind, embed_dim: int) -> int:
 
 
 def train_centroids(sample: Floats, num_lists: int, *, seed: int, on_gpu: bool) -> Floats:
-    """The centroids (L, D) of k-means on a sample of rows, compared by inner product."""
-    clustering = faiss.Clustering(sample.shape[1], num_lists)
-    clustering.niter = _KMEANS_ROUNDS
+    """The centroids (L, D) of k-means on a sample of rows, compared by inner product.
+
+    Many are trained on two levels: the sample is divided into about sqrt(L) groups, each group is clustered for itself,
+    and two last rounds compare all rows with all centroids. They take most of the time.
+    """
+    cluster = functools.partial(_kmeans, seed=seed, on_gpu=on_gpu)
+    if num_lists < _TWO_LEVELS_FROM_LISTS:
+        return cluster(sample, num_lists, rounds=_KMEANS_ROUNDS)
+    groups = cluster(sample, round(num_lists**0.5), rounds=_KMEANS_ROUNDS)
+    group_of = nearest(sample, groups, 1)[1][:, 0]
+    # The first k L / N lists belong to the first k rows, in order of group: each group gets its share, and all are L.
+    ends = np.cumsum(np.bincount(group_of, minlength=len(groups))) * num_lists // len(sample)
+    parts = [
+        cluster(sample[group_of == group], count, rounds=_KMEANS_ROUNDS)
+        for group, count in enumerate(np.diff(ends, prepend=0).tolist())
+        if count
+    ]
+    return cluster(sample, num_lists, rounds=_LAST_ROUNDS, start=np.concatenate(parts))
+
+
+def _kmeans(rows: Floats, count: int, *, rounds: int, seed: int, on_gpu: bool, start: Floats | None = None) -> Floats:
+    clustering = faiss.Clustering(rows.shape[1], count)
+    clustering.niter = rounds
     clustering.seed = seed + 1
     clustering.spherical = True
     clustering.min_points_per_centroid = 1
-    clustering.max_points_per_centroid = len(sample)
-    clustering.train(sample, _maybe_on_gpu(faiss.IndexFlatIP(sample.shape[1]), on_gpu))
-    return faiss.vector_to_array(clustering.centroids).reshape(num_lists, sample.shape[1])
+    clustering.max_points_per_centroid = len(rows)
+    if start is not None:
+        faiss.copy_array_to_vector(start.reshape(-1), clustering.centroids)
+    clustering.train(np.ascontiguousarray(rows), _maybe_on_gpu(faiss.IndexFlatIP(rows.shape[1]), on_gpu))
+    return faiss.vector_to_array(clustering.centroids).reshape(count, rows.shape[1])
 
 
 def train_coder(kind: Kind, centroids: Floats, sample: Floats) -> Any:
@@ -100,7 +126,7 @@ def train_coder(kind: Kind, centroids: Floats, sample: Floats) -> Any:
         index = faiss.IndexIVFRaBitQ(quantizer, width, len(centroids), metric)
     quantizer.this.disown()
     index.own_fields = True
-    index.train(sample)
+    index.train(np.ascontiguousarray(sample[:: -(-len(sample) // _QUANTISER_ROWS)]))
     return index
 
 
@@ -198,6 +224,8 @@ class Searcher:
         self.kind: Kind = kind
         self._index = index
         self._positions = positions
+        # Making an object of FAISS takes as long as visiting a list.
+        self._parameters = functools.lru_cache(_CACHED_PARAMETERS)(self._make_parameters)
 
     @property
     def num_rows(self) -> int:
@@ -217,17 +245,21 @@ class Searcher:
         return scores, rows if self._positions is None else np.where(rows < 0, -1, self._positions[rows])
 
     def _search(self, queries: Floats, count: int, effort: int) -> tuple[Floats, Ids]:
-        parameters = None
-        if is_listed(self.kind):
-            parameters = faiss.SearchParametersIVF(nprobe=effort)
-            if self._index.nlist > _GRAPH_ABOVE_LISTS:
-                nodes = faiss.SearchParametersHNSW(efSearch=max(32, 2 * effort))
-                parameters.quantizer_params = nodes
-        elif self.kind == "hnsw":
+        if self.kind == "hnsw":
             if count > self.num_rows // 4:  # a graph does not reach every node
                 return self._index.storage.search(queries, count)
-            parameters = faiss.SearchParametersHNSW(efSearch=max(effort, count))
-        return self._index.search(queries, count, params=parameters)
+            effort = max(effort, count)
+        return self._index.search(queries, count, params=self._parameters(effort))
+
+    def _make_parameters(self, effort: int) -> Any:
+        if self.kind == "flat":
+            return None
+        if self.kind == "hnsw":
+            return faiss.SearchParametersHNSW(efSearch=effort)
+        parameters = faiss.SearchParametersIVF(nprobe=effort)
+        if self._index.nlist > _GRAPH_ABOVE_LISTS:
+            parameters.quantizer_params = faiss.SearchParametersHNSW(efSearch=max(32, 2 * effort))
+        return parameters
 
 
 def efforts(kind: Kind, largest: int) -> list[int]:

@@ -117,9 +117,10 @@ class Retriever:
             DataError: If a file of a neighbour is damaged.
         """
         conditions = conditions or Conditions()
+        if conditions.where is None and conditions.distinct is None:
+            return self._search_plainly(vectors, k, modality)
         most = min(self.index.num_rows, max(k, conditions.max_candidates))
-        is_plain = conditions.where is None and conditions.distinct is None
-        num_candidates = min(k if is_plain else _FIRST_CANDIDATES * k, most)
+        num_candidates = min(_FIRST_CANDIDATES * k, most)
         results: list[Results | None] = [None if most else Results([], 0, "index")] * len(vectors)
         while waiting := [query for query, one in enumerate(results) if one is None]:
             num_parts = -(-len(waiting) * num_candidates // _CANDIDATES_AT_ONCE)
@@ -129,6 +130,18 @@ class Retriever:
                     results[query] = one
             num_candidates = min(_MORE_CANDIDATES * num_candidates, most)
         return [one for one in results if one is not None]
+
+    def _search_plainly(self, vectors: Floats, k: int, modality: Modality) -> list[Results]:
+        """Find the nearest rows, without conditions; some queries at a time."""
+        count = min(k, self.index.num_rows)
+        if not count:  # an index of no rows has no width either
+            return [Results([], 0, "index")] * len(vectors)
+        at_once = max(1, _CANDIDATES_AT_ONCE // count)
+        return [
+            Results(neighbours, count, "enough" if len(neighbours) == k else "index")
+            for start in range(0, len(vectors), at_once)
+            for neighbours in self.index.find(vectors[start : start + at_once], count, modality)
+        ]
 
     def _search_once(
         self, vectors: Floats, k: int, modality: Modality, conditions: Conditions, num_candidates: int, most: int

@@ -61,6 +61,7 @@ class Rows:
                 raise DataError(f"{where}: {size} rows in {name}, {num_rows} in rows.arrow")
         self.shards = shards
         self._batch = functools.lru_cache(_CACHED_BATCHES)(reader.get_batch)
+        self._batch_columns = functools.lru_cache(_CACHED_BATCHES)(self._read_batch_columns)
         self.column_names = tuple(str(name) for name in reader.schema.names)
         self._vectors = StoredVectors(
             RowGroups(groups[:, 0].copy(), groups[:, 1].copy(), groups[:, 2:].copy()), shards.path, shards.embed_dim
@@ -81,6 +82,17 @@ class Rows:
         """The position of each row of the embeddings, -1 if the segment leaves it out."""
         ranks = np.minimum(np.searchsorted(self._places, places), len(self) - 1)
         return np.where(self._places[ranks] == places, ranks, -1)
+
+    def values(self, positions: Ids, names: tuple[str, ...]) -> list[tuple[Any, ...]]:
+        """The values of some columns of rows, in the order of ``positions``.
+
+        For the ten rows of a search it takes a tenth of the time of ``columns``, which makes tables.
+        """
+        batches, offsets = (part.tolist() for part in np.divmod(positions, BATCH_ROWS))
+        return [
+            tuple([column[offset].as_py() for column in self._batch_columns(batch, names)])
+            for batch, offset in zip(batches, offsets, strict=True)
+        ]
 
     def columns(self, positions: Ids) -> pa.Table:
         """The columns of rows, in the order of ``positions``: uid, key, shard, url, caption, split and others."""
@@ -119,6 +131,10 @@ class Rows:
     def vectors(self, positions: Ids, column: str) -> Floats:
         """The vectors (len(positions), D) of ``z_image`` or ``z_text``, of length one, from the embeddings."""
         return self._vectors.read(np.asarray(self._places[positions]), column)
+
+    def _read_batch_columns(self, number: int, names: tuple[str, ...]) -> list[Any]:
+        batch = self._batch(number)
+        return [batch.column(name) for name in names]
 
     def source_of(self, position: int) -> Artifact:
         """The embed step's artifact that a row comes from."""

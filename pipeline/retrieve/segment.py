@@ -1,5 +1,7 @@
 """One segment of an index: rows that were built together, and never change."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +24,11 @@ class _Side:
 
     searcher: kinds.Searcher
     efforts: tuple[Effort, ...]
+
+    @functools.cached_property
+    def effort_for(self) -> Callable[[int], tuple[int, int]]:
+        """The effort and the number of candidates for any K."""
+        return functools.cache(functools.partial(effort_for, self.efforts))
 
 
 class Segment:
@@ -66,8 +73,7 @@ class Segment:
 
         Missing rows, in a segment of fewer than k, have the similarity -inf and the position -1.
         """
-        side = self.sides[modality]
-        effort, count = effort_for(side.efforts, k)
+        effort, count = self.sides[modality].effort_for(k)
         return self._search(queries, k, modality, effort, count)
 
     def _search(self, queries: Floats, k: int, modality: Modality, effort: int, count: int) -> tuple[Floats, Ids]:
@@ -78,16 +84,14 @@ class Segment:
         if not count:
             return scores, positions
         near, candidates = searcher.search(queries, count, effort)
-        is_row = (candidates >= 0) & ~self._is_left_out(candidates)
+        candidates[self._is_left_out(candidates)] = -1
+        is_row = candidates >= 0
         if not kinds.is_exact(searcher.kind):
             near = self._exact(queries, candidates, is_row, modality)
-        near = np.where(is_row, near, -np.inf)
+        near[~is_row] = -np.inf
         width = min(k, count)
-        best = np.lexsort((candidates, -near))[:, :width]
-        scores[:, :width] = np.take_along_axis(near, best, axis=1)
-        positions[:, :width] = np.where(
-            np.take_along_axis(is_row, best, axis=1), np.take_along_axis(candidates, best, axis=1), -1
-        )
+        query, best = np.arange(len(queries))[:, None], np.lexsort((candidates, -near))[:, :width]
+        scores[:, :width], positions[:, :width] = near[query, best], candidates[query, best]
         is_short = is_row.sum(axis=1) < min(k, self.num_rows)
         if is_short.any() and (count < len(self.rows) or effort < searcher.max_effort):
             again = self._search(np.ascontiguousarray(queries[is_short]), k, modality, 2 * effort, 2 * count)
@@ -95,7 +99,7 @@ class Segment:
         return scores, positions
 
     def _exact(self, queries: Floats, candidates: Ids, is_row: Any, modality: Modality) -> Floats:
-        near = np.full(candidates.shape, -np.inf, np.float32)
+        near = np.empty(candidates.shape, np.float32)
         for number, query in enumerate(queries):
             valid = is_row[number]
             near[number, valid] = self.rows.vectors(candidates[number, valid], f"z_{modality}") @ query

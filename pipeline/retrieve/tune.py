@@ -61,7 +61,7 @@ class Tuned:
     latency_ms: float
     """Median time of one search for the first K, one query at a time, in ms."""
     reaches_target: bool
-    """Whether it reaches the target at every K, on the queries of the tuning."""
+    """Whether it reaches the target at every K, on the queries of the tuning; false if it was given up."""
 
     def to_json(self) -> dict[str, Any]:
         """As JSON."""
@@ -73,8 +73,18 @@ class Tuned:
         }
 
 
-def tune(searcher: kinds.Searcher, rows: Rows, truth: Truth, modality: Modality, target: float) -> Tuned:
+def tune(
+    searcher: kinds.Searcher,
+    rows: Rows,
+    truth: Truth,
+    modality: Modality,
+    target: float,
+    *,
+    limit_ms: float = float("inf"),
+) -> Tuned:
     """Find the smallest effort at each K whose recall is above the target with 95 % confidence, else the largest.
+
+    A kind that is slower than another that reaches the target is given up after the first K.
 
     Args:
         searcher: The index.
@@ -82,8 +92,10 @@ def tune(searcher: kinds.Searcher, rows: Rows, truth: Truth, modality: Modality,
         truth: The true neighbours.
         modality: What the index holds.
         target: Recall to reach.
+        limit_ms: Latency from which on the kind is given up.
     """
     measurement, efforts, smallest, reaches_all = _Measurement(searcher, rows, truth, modality), list[Effort](), 1, True
+    latency_ms = 0.0
     for k in truth.measured_k(modality):
         halves = [np.arange(len(truth.queries))[half::2][: _MAX_QUERIES.get(k)] for half in (0, 1)]
         halves = [half if len(half) else halves[0] for half in halves]
@@ -93,7 +105,11 @@ def tune(searcher: kinds.Searcher, rows: Rows, truth: Truth, modality: Modality,
         interval = _TWO_SIDED * _error(other)
         efforts.append(Effort(k, effort, candidates, float(tuned.mean()), float(other.mean()), interval))
         smallest = effort
-    latency_ms = measurement.latency_ms(efforts[0])
+        if len(efforts) == 1:
+            latency_ms = measurement.latency_ms(efforts[0])
+            if latency_ms >= limit_ms:
+                reaches_all = False
+                break
     return Tuned(searcher.kind, tuple(efforts), tuple(measurement.curve), latency_ms, reaches_all)
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe.sections import IndexConfig
-from pipeline.retrieve import retriever
+from pipeline.retrieve import retriever, rows
 from pipeline.retrieve.build import SegmentBuild, build_index
 from pipeline.retrieve.changes import publish_segment, segment_of_more
 from pipeline.retrieve.columns import StoredColumns
@@ -201,3 +201,21 @@ def test_an_index_whose_rows_are_all_deleted_gives_none(data: tuple[Artifact, Ar
 
     [results] = Retriever(Empty([], 0)).search(_vectors(data)[:1], 3)
     assert results.shortage(3) == "only 0 of 3: all 0 rows of the index were looked at"
+
+
+def test_a_search_without_conditions_makes_no_tables(
+    search: Retriever, data: tuple[Artifact, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A table of ten rows from ten batches took most of a search.
+    queries = _vectors(data)[:2]
+    before = search.search(
+        queries, 10, conditions=Conditions(max_candidates=10, where=search.conditions("width > 0").where)
+    )
+    monkeypatch.setattr(rows.Rows, "columns", None)
+    plain = search.search(queries, 10)
+    assert [[near.uid for near in one.neighbours] for one in plain] == [
+        [near.uid for near in one.neighbours] for one in before
+    ]
+    assert {(one.num_candidates, one.end) for one in plain} == {(10, "enough")}
+    [more] = search.search(queries[:1], _NUM_ROWS + 1)
+    assert (len(more.neighbours), more.end, more.num_candidates) == (_NUM_ROWS, "index", _NUM_ROWS)
