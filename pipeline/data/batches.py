@@ -5,9 +5,9 @@ Legend: B samples of this worker's share of a batch, D features, H W pixels.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from models.rows import concat_rows
 from models.text import TextEncoding
-from pipeline.data.order import SampleOrder, Share
-from pipeline.data.shards import ShardPictures
+from pipeline.data.order import WINDOW_ROWS, SampleOrder, Share
+from pipeline.data.shards import REPAIR_HINT, ShardPictures
 from pipeline.data.training_rows import ShardReader, ShardTable
 from pipeline.errors import DataError
 from pipeline.pictures import square
@@ -27,8 +27,11 @@ from pipeline.pictures import square
 TextEncoder = Callable[[Sequence[str]], TextEncoding]
 IMAGE_CACHE_BYTES = 512 << 20
 """Decoded pictures are cached if all of them fit into this many bytes."""
-_PREFETCH_BATCHES = 2
-_OPEN_ROWS = 400_000  # two windows of the planned order
+PREFETCH_BYTES = 256 << 20
+"""Batches are read ahead up to this size, at least two and at most 16: enough to ride out a slow one."""
+_MOST_AHEAD = 16
+_AHEAD_STEPS = 32
+"""Steps by which a shard is opened before its first row, one a step: a new window has many shards."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.uids)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of its tensors."""
+        return sum(tensor.nbytes for tensor in (self.images, self.z_image) if tensor is not None)
 
     def rows(self, part: slice) -> Batch:
         """Some of the samples; shares their memory."""
@@ -97,11 +105,15 @@ class Samples:
         reader: Reader of the rows.
         image_px: Side of the decoded pictures, in pixels; 0 reads no pictures.
         num_threads: Threads that decode; 1 decodes in the calling thread.
+        window_rows: Rows in a window of the planned order; two windows stay open.
     """
 
-    def __init__(self, reader: ShardReader, image_px: int, *, num_threads: int = 1) -> None:
+    def __init__(
+        self, reader: ShardReader, image_px: int, *, num_threads: int = 1, window_rows: int = WINDOW_ROWS
+    ) -> None:
         self.reader = reader
         self.num_rows = sum(reader.shard_rows)
+        self.window_rows = window_rows
         self._image_px = image_px
         self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
         self._open_rows = 0
@@ -112,20 +124,47 @@ class Samples:
 
     def batch(self, locations: NDArray[np.int64]) -> Batch:
         """The samples at locations (B, 2) of (shard number, row)."""
-        rows = [(self._open(int(number)), int(row)) for number, row in locations]
-        images = z_image = None
+        num_rows = len(locations)
+        texts = {name: [""] * num_rows for name in ("uid", "caption", *(["key"] if self._image_px else []))}
+        shards: dict[int, _OpenShard] = {}
+        vectors: NDArray[np.float16] | None = None
+        for number in np.unique(locations[:, 0]):
+            places = np.flatnonzero(locations[:, 0] == number)
+            shard, rows = self._open(int(number)), locations[places, 1]
+            for name, column in texts.items():
+                for place, text in zip(places.tolist(), shard.table.take(name, rows), strict=True):
+                    column[place] = text
+            shards[int(number)] = shard
+            if shard.table.stored is not None:
+                part = shard.table.z_image(rows)
+                vectors = np.empty((num_rows, part.shape[1]), np.float16) if vectors is None else vectors
+                vectors[places] = part
+        images = None
         if self._image_px:
-            arrays = self._pool.map(self._image, rows) if self._pool else map(self._image, rows)
+            opened = [shards[number] for number in locations[:, 0].tolist()]
+            stored = zip(opened, locations[:, 1].tolist(), texts["key"], texts["uid"], strict=True)
+            arrays = self._pool.map(self._image, stored) if self._pool else map(self._image, stored)
             images = torch.from_numpy(np.stack(list(arrays)))
-        vectors = [shard.table.z_image[row] for shard, row in rows if shard.table.z_image is not None]
-        if vectors:
-            z_image = torch.nn.functional.normalize(torch.from_numpy(np.stack(vectors)).float(), dim=-1)
         return Batch(
-            uids=tuple(shard.table.uids[row] for shard, row in rows),
-            captions=tuple(shard.table.captions[row] for shard, row in rows),
+            uids=tuple(texts["uid"]),
+            captions=tuple(texts["caption"]),
             images=images,
-            z_image=z_image,
+            z_image=None
+            if vectors is None
+            else torch.nn.functional.normalize(torch.from_numpy(vectors).float(), dim=-1),
         )
+
+    @property
+    def open_shards(self) -> list[int]:
+        """Numbers of the shards that are open, the longest unused first."""
+        return list(self._open_shards)
+
+    def open_one(self, locations: NDArray[np.int64]) -> None:
+        """Open one shard of some locations that is not open yet, if there is one."""
+        for number in np.unique(locations[:, 0]).tolist():
+            if number not in self._open_shards:
+                self._open(number)
+                return
 
     def first(self, count: int) -> Batch | None:
         """The first ``count`` rows in order of shard and key, or None if there is no row."""
@@ -138,23 +177,26 @@ class Samples:
             return self._open_shards[number]
         name, px = self.reader.shards[number], self._image_px
         table = self.reader.table(name)
+        if len(table) != self.reader.shard_rows[number]:
+            expected = self.reader.shard_rows[number]
+            raise DataError(f"shard {name}: {len(table)} rows of this split, its record says {expected}; {REPAIR_HINT}")
         shard = _OpenShard(table, self.reader.pictures(name) if px else None)
         if px and self._caches:
             shard.images = np.empty((len(table), px, px, 3), np.uint8)
         self._open_shards[number] = shard
         self._open_rows += len(table)
-        while self._open_rows > _OPEN_ROWS and len(self._open_shards) > 1:
+        while self._open_rows > 2 * self.window_rows and len(self._open_shards) > 1:
             _, oldest = self._open_shards.popitem(last=False)
             self._open_rows -= len(oldest.table)
         return shard
 
-    def _image(self, location: tuple[_OpenShard, int]) -> NDArray[np.uint8]:
-        shard, row = location
-        table, pictures, images = shard.table, shard.pictures, shard.images
+    def _image(self, sample: tuple[_OpenShard, int, str, str]) -> NDArray[np.uint8]:
+        shard, row, key, uid = sample
+        pictures, images = shard.pictures, shard.images
         assert pictures is not None
         if images is not None and row in shard.cached_rows:
             return images[row]
-        image = square(pictures.decode(table.keys[row], table.uids[row]), self._image_px)
+        image = square(pictures.decode(key, uid), self._image_px)
         if images is not None:
             images[row] = image
             shard.cached_rows.add(row)
@@ -174,9 +216,14 @@ def iterate_batches(
         prefetch: Read ahead in a separate thread.
     """
 
-    def read(step: int) -> Batch:
+    def locations(step: int) -> NDArray[np.int64]:
         first = step * share.batch_size
-        return samples.batch(order.locations(first + share.start, first + share.stop))
+        return order.locations(first + share.start, first + share.stop)
+
+    def read(step: int) -> Batch:
+        batch = samples.batch(locations(step))
+        samples.open_one(locations(step + _AHEAD_STEPS))
+        return batch
 
     step = start_step
     if not prefetch:
@@ -184,10 +231,13 @@ def iterate_batches(
             yield read(step)
             step += 1
     with ThreadPoolExecutor(1) as thread:
-        ahead: list[Future[Batch]] = [thread.submit(read, step + i) for i in range(_PREFETCH_BATCHES)]
+        first = read(step)
+        num_ahead = max(2, min(_MOST_AHEAD, PREFETCH_BYTES // max(1, first.num_bytes)))
+        ahead = deque(thread.submit(read, step + 1 + i) for i in range(num_ahead))
+        yield first
         while True:
-            yield ahead.pop(0).result()
-            ahead.append(thread.submit(read, step + _PREFETCH_BATCHES))
+            yield ahead.popleft().result()
+            ahead.append(thread.submit(read, step + 1 + num_ahead))
             step += 1
 
 
@@ -201,7 +251,7 @@ def plan_order(samples: Samples, seed: int, *, where: str) -> SampleOrder:
         raise DataError(
             f"{where}: no row to train on in {len(samples.reader.shards)} shards; look at the download's counts"
         )
-    return SampleOrder(samples.reader.shard_rows, seed)
+    return SampleOrder(samples.reader.shard_rows, seed, window_rows=samples.window_rows)
 
 
 class CaptionTable:

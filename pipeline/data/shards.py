@@ -9,6 +9,7 @@ import json
 import os
 import tarfile
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -219,6 +220,15 @@ def _name_of(path: Path | IO[bytes]) -> str:
 def good_rows(table: pa.Table) -> pa.Table:
     """The rows whose picture was stored."""
     return table.filter(pc.field("status") == "success")
+
+
+def split_counts(path: Path) -> dict[str, int]:
+    """Rows of a shard's table by split, without those that have no picture; for the shard's record."""
+    names = [name for name in ("split", "status") if name in read_names(path)]
+    table = read_table(path, names)
+    table = good_rows(table) if "status" in names else table
+    counts = Counter(table["split"].to_pylist())
+    return {str(split): count for split, count in sorted(counts.items())}
 
 
 class ShardPictures:

@@ -1,6 +1,6 @@
 """Reads training rows from committed shards: tables from Parquet, and pictures from tars, matched by key and uid.
 
-A shard's table is read as a whole; its pictures are read one by one when a batch needs them.
+A shard's texts are read as a whole; its pictures and its embeddings one by one, when a batch needs them.
 Legend: N rows of a shard, D features of an embedding.
 """
 
@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 
 from pipeline.data.selection import Selection
 from pipeline.data.shards import ShardPictures, read_table
-from pipeline.data.vectors import to_numpy
+from pipeline.data.vectors import StoredColumn
+from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.store import Artifact
 
 pc: Any = pyarrow.compute  # its functions are created at import, so a type checker does not know them
 _ROW_COLUMNS = ["uid", "key", "caption", "split"]
+_FILE_ROW = "row in the file"
 
 NUM_SAMPLED_CAPTIONS = 20_000
 """Captions whose words stand for the corpus: at 20 words each, at most 400,000 pairs of words, some 60 MB."""
@@ -34,14 +36,40 @@ class ShardTable:
     """The rows of one shard that one training reads, in order of key."""
 
     shard: str
-    uids: list[str]
-    keys: list[str]
-    captions: list[str]
-    z_image: NDArray[np.float16] | None
-    """(N, D), of length one; None if the training does not read it."""
+    columns: pa.Table
+    """uid, key, caption: as Arrow keeps them, because Python's strings take four times the memory."""
+    stored: StoredColumn | None = None
+    """z_image of every row of the file; None if the training does not read it."""
+    file_rows: NDArray[np.int64] | None = None
+    """(N,) place of each row in the file."""
 
     def __len__(self) -> int:
-        return len(self.uids)
+        return self.columns.num_rows
+
+    @property
+    def uids(self) -> list[str]:
+        """All uids."""
+        return self.columns["uid"].to_pylist()
+
+    @property
+    def keys(self) -> list[str]:
+        """All keys."""
+        return self.columns["key"].to_pylist()
+
+    @property
+    def captions(self) -> list[str]:
+        """All captions; an absent one is empty."""
+        return self.columns["caption"].to_pylist()
+
+    def take(self, name: str, rows: NDArray[np.int64]) -> list[str]:
+        """The texts of a column in some rows."""
+        return self.columns[name].take(pa.array(rows)).to_pylist()
+
+    def z_image(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
+        """The image embeddings of some rows, (len(rows), D), of length one."""
+        assert self.stored is not None
+        assert self.file_rows is not None
+        return self.stored.read(self.file_rows[rows])
 
 
 class ShardReader:
@@ -68,22 +96,21 @@ class ShardReader:
         self._embed = embed
         self._split = split
         self._selection = selection
-        self.shards = sorted(rows.shard_records())
+        records = rows.shard_records()
+        self.shards = sorted(records)
         with ThreadPoolExecutor(_THREADS) as threads:  # an object store answers many requests at a time
-            self.shard_rows = list(threads.map(self._count, self.shards))
+            self.shard_rows = list(threads.map(self._count, [records[shard] for shard in self.shards]))
 
     def table(self, shard: str) -> ShardTable:
         """Read the rows of a shard."""
         path = self._rows.path(f"{shard}.parquet")
-        columns = [*_ROW_COLUMNS, "z_image"] if self._embed else [*_ROW_COLUMNS, "status"]
-        table = self._select(read_table(path, columns), shard).sort_by("key")
-        return ShardTable(
-            shard=shard,
-            uids=table["uid"].to_pylist(),
-            keys=table["key"].to_pylist(),
-            captions=[caption or "" for caption in table["caption"].to_pylist()],
-            z_image=to_numpy(table["z_image"]) if self._embed else None,
-        )
+        table = read_table(path, _ROW_COLUMNS if self._embed else [*_ROW_COLUMNS, "status"])
+        table = table.append_column(_FILE_ROW, pa.array(np.arange(table.num_rows)))
+        table = self._select(table, shard).sort_by("key").combine_chunks()
+        captions = pc.fill_null(table["caption"].cast(pa.string()), "")
+        columns = pa.table({"uid": table["uid"], "key": table["key"], "caption": captions})
+        stored = StoredColumn(path, "z_image") if self._embed else None
+        return ShardTable(shard, columns, stored, table[_FILE_ROW].to_numpy())
 
     def pictures(self, shard: str) -> ShardPictures:
         """Open the pictures of a shard."""
@@ -103,9 +130,12 @@ class ShardReader:
     def _filter_columns(self, *more: str) -> list[str]:
         return ["split", *([] if self._embed else ["status"]), *(["uid"] if self._selection else []), *more]
 
-    def _count(self, shard: str) -> int:
-        table = read_table(self._rows.ranged(f"{shard}.parquet"), self._filter_columns())
-        return self._select(table, shard).num_rows
+    def _count(self, record: ShardRecord) -> int:
+        """Rows of a shard: from its record, or from its table if that does not say it or a filter has labelled it."""
+        if record.splits and self._selection is None:
+            return record.splits.get(self._split, 0)
+        table = read_table(self._rows.ranged(f"{record.shard}.parquet"), self._filter_columns())
+        return self._select(table, record.shard).num_rows
 
     def _select(self, table: pa.Table, shard: str) -> pa.Table:
         keep = pc.equal(table["split"], self._split)

@@ -90,6 +90,42 @@ def read_column(path: Path, name: str) -> NDArray[np.float16]:
     return np.concatenate(parts)
 
 
+class StoredColumn:
+    """One column of vectors of a shard, read row by row when it is asked for.
+
+    A file of ``write_embeddings`` stays on the disk, mapped, so that it takes no memory of the process; pyarrow reads
+    the column of any other file at once.
+
+    Args:
+        path: The shard.
+        name: The column.
+
+    Raises:
+        DataError: If the file is damaged.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._starts = np.zeros(0, np.int64)
+        with _opened(path) as file:
+            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+            self._row_bytes = 2 * file.schema_arrow.field(name).type.list_size
+            leaf = file.schema_arrow.get_field_index(name)
+            is_ours = _ONE_PAGE.items() <= (file.schema_arrow.metadata or {}).items()
+            if not groups or not (is_ours and all(_is_plain(group, leaf) for group in groups)):
+                self._bytes = to_numpy(file.read([name]).column(name)).view(np.uint8).reshape(-1)
+                self._starts = np.arange(len(self._bytes) // self._row_bytes) * self._row_bytes
+                return
+        self._bytes = np.memmap(path, np.uint8, "r")
+        stops = [group.column(leaf).data_page_offset + group.column(leaf).total_compressed_size for group in groups]
+        rows = [np.arange(-group.num_rows, 0) * self._row_bytes for group in groups]
+        self._starts = np.concatenate([stop + offsets for stop, offsets in zip(stops, rows, strict=True)])
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
+        """The vectors of some rows of the file, (len(rows), D)."""
+        windows = np.lib.stride_tricks.sliding_window_view(self._bytes, self._row_bytes)
+        return np.ascontiguousarray(windows[self._starts[rows]]).view(np.float16)
+
+
 def _is_plain(group: Any, leaf: int) -> bool:
     """Whether a row group may be one of ``write_embeddings``: programs that write a file anew keep its metadata."""
     chunk = group.column(leaf)

@@ -26,7 +26,7 @@ from pipeline.data.shard_writer import (
     read_shard,
     write_shard,
 )
-from pipeline.data.shards import TAKEN_IN, index_tar, read_names, read_schema, read_table
+from pipeline.data.shards import TAKEN_IN, index_tar, read_names, read_schema, read_table, split_counts
 from pipeline.data.vectors import write_embeddings
 from pipeline.filter.examples import EXAMPLES
 from pipeline.filter.labels import count_reasons
@@ -230,7 +230,8 @@ def _commit(
     record = artifact.shard_record(shard)
     files = {name: artifact.describe(name) for name in names} if record.files else {}
     counts, causes = record.counts if counts is None else counts, record.causes if causes is None else causes
-    artifact.commit_shard(replace(record, counts=counts, files=files, causes=causes))
+    splits = split_counts(artifact.path(f"{shard}.parquet")) if record.splits else {}
+    artifact.commit_shard(replace(record, counts=counts, files=files, causes=causes, splits=splits))
 
 
 _REWRITERS: dict[str, Callable[[Artifact, str, Forgotten], None]] = {

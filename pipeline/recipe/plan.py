@@ -69,6 +69,7 @@ _ADDED_LATER = {
     "import_from": "",
     "import_validation_prob": 0.02,
     "train.phases": [],
+    "train.shuffle_rows": 200_000,
 }
 """Fields added later, by their dotted name in a section, with their old default. A field at its old default is left out
 of the key, so that existing trainings stay valid."""

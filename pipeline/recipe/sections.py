@@ -362,6 +362,8 @@ class TrainConfig:
     """Decay of the weight average that is saved and sampled from; ramps up as (1 + step) / (10 + step)."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward pass; weights, loss and optimizer stay float32."""
+    shuffle_rows: PositiveInt = 200_000
+    """Rows that are shuffled together, shard by shard; two such windows are open at a time (0.1 GB of texts each)."""
     phases: tuple[TrainPhase, ...] = ()
     """Changes from a step on: tables with from_step (0-based) and any of learning_rate, lr_schedule, warmup_steps,
     num_steps, precision, grad_clip_norm. A training under the same recipe without the last phases is continued from its

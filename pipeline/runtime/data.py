@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from pipeline.data.selection import selection_of
-from pipeline.data.shards import REPAIR_HINT
+from pipeline.data.shards import REPAIR_HINT, split_counts
 from pipeline.errors import DataError
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.pool import ShardJob, map_shards, total_counts
@@ -138,11 +138,18 @@ class EvaluateWorker:
         return self._runner.run(self._parts[shard])
 
 
-def commit_shard(output: Artifact, shard: str, counts: dict[str, int], names: list[str], start: float) -> ShardRecord:
+def commit_shard(
+    output: Artifact,
+    shard: str,
+    counts: dict[str, int],
+    names: list[str],
+    start: float,
+    splits: dict[str, int] | None = None,
+) -> ShardRecord:
     """Commit a shard whose files ``names`` are published; ``start`` is when its work began, by ``time.monotonic``."""
     files = {name: output.describe(name) for name in names}
     wall_s = round(time.monotonic() - start, 3)
-    record = ShardRecord(shard=shard, counts=counts, files=files, wall_s=wall_s)
+    record = ShardRecord(shard=shard, counts=counts, files=files, wall_s=wall_s, splits=splits or {})
     output.commit_shard(record)
     return record
 
@@ -154,7 +161,7 @@ def _commit_embeddings(
     if failures:
         names.append(_embed_failures_file(shard))
         output.write_bytes(names[1], "".join(f"{json.dumps(failure)}\n" for failure in failures).encode())
-    return commit_shard(output, shard, counts, names, start)
+    return commit_shard(output, shard, counts, names, start, split_counts(output.path(names[0])))
 
 
 def _embed_failures_file(shard: str) -> str:

@@ -19,6 +19,7 @@ import ray
 from pipeline.data.causes import CLASSES, is_in_class
 from pipeline.data.hosts import HostLimits, Limits
 from pipeline.data.shard_writer import ShardFiles, failure_causes
+from pipeline.data.shards import split_counts
 from pipeline.data.splits import Split
 from pipeline.errors import StepError
 from pipeline.recipe.sections import DownloadConfig
@@ -316,7 +317,8 @@ def _commit(output: Artifact, shard: str, counts: dict[str, int], start: float) 
     files = {name: output.describe(name) for name in _names(shard)}
     causes = dict(failure_causes([output.read_json(_names(shard)[2])]))
     wall_s = round(time.monotonic() - start, 3)
-    record = ShardRecord(shard=shard, counts=counts, files=files, causes=causes, wall_s=wall_s)
+    splits = split_counts(output.path(f"{shard}.parquet"))
+    record = ShardRecord(shard=shard, counts=counts, files=files, causes=causes, wall_s=wall_s, splits=splits)
     output.commit_shard(record)
     return record
 

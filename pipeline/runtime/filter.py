@@ -329,6 +329,7 @@ class KeepWorker(_EmbeddingWorker):
 
     def __call__(self, shard: str) -> ShardRecord:
         """Label the rows of one shard and write those that stay."""
+        from pipeline.data.shards import split_counts
         from pipeline.data.vectors import write_embeddings
 
         start, names = time.monotonic(), [label_file(shard), f"{shard}.parquet"]
@@ -340,4 +341,4 @@ class KeepWorker(_EmbeddingWorker):
         table = read_table(path, read_names(path))
         with self._output.write(names[1]) as path:
             write_embeddings([table.filter(stays)], path, table.schema)
-        return commit_shard(self._output, shard, counts, names, start)
+        return commit_shard(self._output, shard, counts, names, start, split_counts(self._output.path(names[1])))

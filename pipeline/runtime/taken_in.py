@@ -39,6 +39,7 @@ class TakeInWorker:
     def __call__(self, shard: str) -> ShardRecord:
         """Take in one shard and commit it."""
         from pipeline.data.blank import num_blank
+        from pipeline.data.shards import split_counts
         from pipeline.data.tars import take_in
 
         start, rows = time.monotonic(), self._pairs.part(shard)
@@ -48,6 +49,7 @@ class TakeInWorker:
         causes = {CAUSE: num_forgotten} if num_forgotten else {}
         counts |= {"failed_to_download": num_forgotten} if num_forgotten else {}
         wall_s = round(time.monotonic() - start, 3)
-        record = ShardRecord(shard=shard, counts=counts, files=files, causes=causes, wall_s=wall_s)
+        splits = split_counts(self._output.path(f"{shard}.parquet"))
+        record = ShardRecord(shard=shard, counts=counts, files=files, causes=causes, wall_s=wall_s, splits=splits)
         self._output.commit_shard(record)
         return record

@@ -151,7 +151,8 @@ def _samples(job: TrainJob, split: str) -> Samples:
     download = job.inputs["download"] if kind.pictures else None
     embed = embeddings_of(job.inputs) if kind.embeddings else None
     reader = ShardReader(download, embed, split, None if kind.embeddings else selection_of(job.inputs))
-    return Samples(reader, image_px, num_threads=job.num_threads)
+    window_rows = job.section.train.shuffle_rows
+    return Samples(reader, image_px, num_threads=job.num_threads, window_rows=window_rows)
 
 
 def _no_captions(captions: Sequence[str]) -> TextEncoding:

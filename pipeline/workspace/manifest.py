@@ -28,6 +28,8 @@ class ShardRecord:
     """Size and SHA-256 of each file of the shard."""
     causes: dict[str, int] = field(default_factory=dict[str, int])
     """Failed rows by class of cause."""
+    splits: dict[str, int] = field(default_factory=dict[str, int])
+    """Good rows by split, for a training; empty in records of other steps, and of releases that did not count them."""
     wall_s: float = 0.0
     """Time spent, in seconds."""
 

@@ -2,6 +2,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,6 +56,44 @@ def test_batches_are_the_same_when_pictures_are_not_cached(tmp_path: Path, monke
     )
     for one, two in islice(pairs, 8):
         assert torch.equal(one.require_images(), two.require_images())
+
+
+def test_batches_are_read_ahead_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = _samples(tmp_path)
+    order, num_read = plan_order(samples, 0, where="test"), list[int]()
+    read = samples.batch
+    monkeypatch.setattr(samples, "batch", lambda locations: num_read.append(1) or read(locations))
+    for size, expected in ((1, 2), (5 * read(order.locations(0, 3)).num_bytes, 5), (1 << 40, 16)):
+        monkeypatch.setattr(module, "PREFETCH_BYTES", size)
+        num_read.clear()
+        stream = iterate_batches(samples, order, Share(3), 0, prefetch=True)
+        next(stream)
+        stream.close()  # waits for what is under way
+        assert len(num_read) == 1 + expected
+
+
+def test_the_shards_of_the_next_window_are_opened_before_it_begins(tmp_path: Path) -> None:
+    """16 rows of two shards, each a window of its own."""
+    download = write_download(tmp_path / "download")
+    reader = ShardReader(download, write_embed(tmp_path / "embed", download), "train")
+    samples = Samples(reader, 16, window_rows=8)
+    order = plan_order(samples, 0, where="test")
+    first = {int(number) for number in order.locations(0, 8)[:, 0]}
+    assert len(first) == 1
+    stream = iterate_batches(samples, order, Share(4), 0)
+    uids = next(stream).uids
+    assert set(uids) <= set(reader.table(reader.shards[first.pop()]).uids)
+    assert len(samples.open_shards) == 1  # 32 steps later the same shard is read
+    next(stream)
+    next(islice(iterate_batches(samples, order, Share(3), 0), 1))
+    assert len(samples.open_shards) == 2
+
+
+def test_a_record_that_counts_other_rows_is_refused(tmp_path: Path) -> None:
+    samples = _samples(tmp_path)
+    samples.reader.shard_rows[1] -= 1
+    with pytest.raises(DataError, match="shard 00001: 8 rows of this split, its record says 7"):
+        samples.batch(np.array([[1, 0]]))
 
 
 def test_plan_order_refuses_a_split_without_rows(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -6,7 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data.batches import Samples
+from pipeline.data.shards import split_counts
 from pipeline.data.training_rows import ShardReader
+from pipeline.data.vectors import StoredColumn
 from pipeline.errors import DataError
 from pipeline.shapes.draw import draw_array
 from pipeline.shapes.scene import training_scene
@@ -34,11 +38,46 @@ def test_pictures_are_read_by_key(tmp_path: Path) -> None:
 
 def test_reader_matches_embeddings_by_key_and_uid(tmp_path: Path) -> None:
     download = write_download(tmp_path / "download")
-    reader = ShardReader(download, write_embed(tmp_path / "embed", download), "train")
-    table = reader.table("00000")
-    assert table.z_image is not None
-    assert table.z_image.shape == (8, 16)
-    assert np.allclose(np.linalg.norm(table.z_image.astype(np.float32), axis=1), 1, atol=1e-2)
+    embed = write_embed(tmp_path / "embed", download)
+    table = ShardReader(download, embed, "train").table("00000")
+    stored = pq.read_table(embed.path("00000.parquet"))
+    by_uid = dict(zip(stored["uid"].to_pylist(), stored["z_image"].to_pylist(), strict=True))
+    rows = np.array([5, 0, 5])
+    assert table.z_image(rows).tolist() == [by_uid[uid] for uid in table.take("uid", rows)]
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "zstd"}, {"row_group_size": 3}, {"data_page_size": 8}])
+def test_a_column_is_read_row_by_row_however_the_file_was_written(options: Any, tmp_path: Path) -> None:
+    download = write_download(tmp_path / "download")
+    path = write_embed(tmp_path / "embed", download).path("00000.parquet")
+    table = pq.read_table(path)
+    if options:
+        pq.write_table(table, path, **options)
+    rows = np.array([7, 1, 1, 0])
+    assert StoredColumn(path, "z_image").read(rows).tolist() == table["z_image"].take(pa.array(rows)).to_pylist()
+
+
+def test_rows_are_counted_from_the_records_and_no_file_is_opened_before_it_is_needed(tmp_path: Path) -> None:
+    download = write_download(tmp_path / "download")
+    embed = write_embed(tmp_path / "embed", download)
+    counts = {split: ShardReader(None, embed, split).shard_rows for split in ("train", "validation")}
+    for shard, record in embed.shard_records().items():
+        splits = split_counts(embed.path(f"{shard}.parquet"))
+        assert sum(splits.values()) == record.counts["ok"]
+        embed.commit_shard(dataclasses.replace(record, splits=splits))
+    path = embed.path("00001.parquet")
+    path.rename(tmp_path / "away")
+    for split, rows in counts.items():
+        assert ShardReader(None, embed, split).shard_rows == rows
+    with pytest.raises(DataError, match=r"no file 00001\.parquet"):
+        ShardReader(None, embed, "train").table("00001")
+
+
+def test_counts_of_a_download_leave_out_the_rows_without_a_picture(tmp_path: Path) -> None:
+    download = write_download(tmp_path / "download")
+    counts = [ShardReader(download, None, split).shard_rows for split in ("train", "validation")]
+    splits = [split_counts(download.path(f"{shard}.parquet")) for shard in download.shard_records()]
+    assert counts == [[one.get(name, 0) for one in splits] for name in ("train", "validation")]
 
 
 def test_training_names_the_row_whose_uid_is_not_in_the_tar(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from pipeline.data.make_pairs import PairsMaker
 from pipeline.data.rows import make_uid
 from pipeline.data.selection import embeddings_of, selection_of
 from pipeline.data.shard_writer import ShardFiles
-from pipeline.data.shards import ShardPictures
+from pipeline.data.shards import ShardPictures, split_counts
 from pipeline.data.sources import source_of
 from pipeline.data.training_rows import ShardReader
 from pipeline.data.urls import AddressRules
@@ -122,7 +122,8 @@ def _make(folder: Path) -> Made:
             for name, record in context.output.shard_records().items():
                 files = {file: context.output.describe(file) for file in (f"{name}.tar", f"{name}.parquet")}
                 context.output.write_json(f"{name}_stats.json", {"status_dict": {}, "start_time": 1.0})
-                context.output.commit_shard(dataclasses.replace(record, files=files))
+                splits = split_counts(context.output.path(f"{name}.parquet"))
+                context.output.commit_shard(dataclasses.replace(record, files=files, splits=splits))
         elif step.name == "filter":
             counts = run_filter(context).counts
         elif step.name == "embed":
@@ -229,6 +230,7 @@ def test_what_is_left_is_whole(made: Made) -> None:
     for record in records:
         table = pq.read_table(download.path(f"{record.shard}.parquet"))
         assert table.num_rows == record.counts["in"]
+        assert record.splits == split_counts(download.path(f"{record.shard}.parquet"))
         pictures = ShardPictures(download.path(f"{record.shard}.tar"), record.shard)
         for row in table.to_pylist():
             if row["uid"]:
@@ -240,8 +242,8 @@ def test_what_is_left_is_whole(made: Made) -> None:
     vectors = ShardReader(None, embeddings_of(inputs), "train")
     for shard in vectors.shards:
         table = vectors.table(shard)
-        assert table.z_image is not None
-        for uid, z_image in zip(table.uids, table.z_image.astype(np.float32), strict=True):
+        images = table.z_image(np.arange(len(table))).astype(np.float32)
+        for uid, z_image in zip(table.uids, images, strict=True):
             assert [row.uid for row in index.find(z_image[None], 1)[0]] == [uid]
     states = {status.step.name: status.state for status in plan_status(made.workspace, make_plan(made.recipe))}
     assert states.pop("evaluate") == "todo"
