@@ -121,6 +121,9 @@ def serve(
     config_only: Annotated[
         bool, typer.Option("--config-only", help="Print a file for Ray Serve's own `serve deploy`, and end.")
     ] = False,
+    image: Annotated[
+        str, typer.Option("--image", help="With --config-only: print a KubeRay RayService of this container instead.")
+    ] = "",
     overrides: Overrides = None,
     address: RayAddress = "",
 ) -> None:
@@ -135,10 +138,13 @@ def serve(
     def load() -> Recipe:
         return load_recipe(recipe, [*(overrides or []), *changes])
 
+    if image and not config_only:
+        raise ConfigError("--image: only read with --config-only")
     if config_only:
+        from pipeline.runtime.ray_service import ray_service
         from pipeline.runtime.serve_file import serve_file
 
-        typer.echo(serve_file(load()), nl=False)
+        typer.echo(ray_service(load(), image) if image else serve_file(load()), nl=False)
         return
 
     from pipeline.runtime.serve import serve_recipe

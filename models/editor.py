@@ -208,8 +208,9 @@ class Editor:
 
     @property
     def device(self) -> torch.device:
-        """Device of the networks."""
-        return next(self.decoder.network.parameters()).device
+        """Device of the networks; the CPU if the decoder has no weights here."""
+        device = next(self.decoder.network.parameters()).device
+        return torch.device("cpu") if device.type == "meta" else device
 
     @property
     def inpaint_method(self) -> Literal["channels", "replacement"]:

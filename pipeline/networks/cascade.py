@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
+from torch import nn
 
 from models.cascade import Cascade, TextEncoder
 from pipeline.errors import DataError
@@ -21,6 +22,7 @@ def load_cascade(
     device: torch.device | str = "cpu",
     configs: Mapping[str, NetworkConfig] | None = None,
     clip: TextEncoder | None = None,
+    steps: Collection[str] | None = None,
 ) -> Cascade:
     """Load all networks of a cascade.
 
@@ -29,16 +31,21 @@ def load_cascade(
         device: Device to load to.
         configs: The recipe's configurations by step name (`network_configs`), with the present sampler settings.
         clip: The frozen CLIP, if it is already loaded.
+        steps: Steps whose networks are sampled here; the others keep their shapes alone. None: all.
 
     Raises:
         DataError: If an artifact is missing or damaged, or the networks do not fit together.
     """
-    clip, configs = clip or load_text_artifact(artifacts["clip"], device), configs or {}
-    networks = {
-        name: load_network(artifacts[name], device, configs.get(name))
-        for name in CASCADE_STEPS
-        if name in artifacts and name != "clip"
-    }
+
+    def load(name: str) -> nn.Module:
+        if steps is None or name in steps:
+            return load_network(artifacts[name], device, configs.get(name))
+        return _without_weights(load_network(artifacts[name], "cpu", configs.get(name)))
+
+    configs = configs or {}
+    if clip is None:
+        clip = load_text_artifact(artifacts["clip"], device if steps is None or "clip" in steps else "meta")
+    networks = {name: load(name) for name in CASCADE_STEPS if name in artifacts and name != "clip"}
     kinds = {name: kind_of(network.config) for name, network in networks.items()}
     try:
         # The rows of the table are in the order in which a picture passes their networks.
@@ -46,6 +53,14 @@ def load_cascade(
         return Cascade(clip, [stage(name, networks) for name in order if (stage := kinds[name].stage) is not None])
     except ValueError as error:
         raise DataError(f"the networks do not fit together: {error}; run the recipe again") from error
+
+
+def _without_weights(network: nn.Module) -> nn.Module:
+    """Keep the shapes of a network alone, and its empty caption, which the first stage of an edit reads."""
+    for name, part in network.named_children():
+        if name != "null_text":
+            part.to("meta")
+    return network
 
 
 def network_configs(recipe: Recipe) -> dict[str, NetworkConfig]:

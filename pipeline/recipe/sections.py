@@ -638,6 +638,34 @@ class EvaluateConfig(StepSection):
     """Workers of this step."""
 
 
+def _require_order(replicas: tuple[int, int]) -> None:
+    if replicas[0] > replicas[1]:
+        raise ValueError(f"replicas: the fewest ({replicas[0]}) are more than the most ({replicas[1]})")
+
+
+@configclass
+class ServeStageConfig:
+    """Where a part of the cascade runs, with serve.mode = "chain"."""
+
+    replicas: tuple[PositiveInt, PositiveInt] = (1, 1)
+    """Fewest and most copies; Ray Serve starts more while requests wait, and ends them again."""
+    target_requests: PositiveFloat = 16.0
+    """Requests of each copy, under way or waiting, above which another one is started."""
+    cpus_per_replica: PositiveFloat = 1.0
+    """Logical CPUs of each; also its torch threads."""
+    gpus_per_replica: PositiveFloat = 1.0
+    """GPUs of each with serve.accelerator = "cuda"; parts that share one have fractions."""
+    memory_gb_per_replica: NonNegativeFloat = 0.0
+    """Memory of each that Ray reserves, in GB; 0: none."""
+    label_selector: dict[str, str] = field(default_factory=dict[str, str])
+    """Labels of Ray that its machines must have, beside those of serve.label_selector."""
+    max_batch_size: int = 0
+    """Pictures in one forward pass; 0: serve.max_batch_size."""
+
+    def __post_init__(self) -> None:
+        _require_order(self.replicas)
+
+
 @configclass
 class ServeConfig:
     """The server; changes no artifact."""
@@ -650,6 +678,17 @@ class ServeConfig:
     """Port to listen on."""
     drain_s: NonNegativeFloat = 60.0
     """Longest time that requests under way are waited for at the end, in seconds."""
+    mode: Literal["replica", "chain"] = "replica"
+    """replica: every copy has all networks. chain: CLIP and the prior, the decoder and each upsampler run apart, each
+    as its table below says, and requests pass from one to the next."""
+    prior: ServeStageConfig = ServeStageConfig()
+    """CLIP and the prior, in a chain."""
+    decoder: ServeStageConfig = ServeStageConfig()
+    """The decoder, in a chain."""
+    upsampler_1: ServeStageConfig = ServeStageConfig()
+    """The first upsampler, in a chain."""
+    upsampler_2: ServeStageConfig = ServeStageConfig()
+    """The second upsampler, in a chain."""
     replicas: tuple[PositiveInt, PositiveInt] = (1, 1)
     """Fewest and most copies of the cascade; Ray Serve starts more while requests wait, and ends them again."""
     target_requests: PositiveFloat = 16.0
@@ -681,8 +720,11 @@ class ServeConfig:
     """Other names of the model, for clients that are built with one ("dall-e-2", "gpt-image-1")."""
 
     def __post_init__(self) -> None:
-        if self.replicas[0] > self.replicas[1]:
-            raise ValueError(f"replicas: the fewest ({self.replicas[0]}) are more than the most ({self.replicas[1]})")
+        _require_order(self.replicas)
+        stages = {name: getattr(self, name) for name in ("prior", "decoder", "upsampler_1", "upsampler_2")}
+        unused = [f"serve.{name}" for name, stage in stages.items() if stage != ServeStageConfig()]
+        if self.mode == "replica" and unused:
+            raise ValueError(f'{", ".join(unused)}: only read with serve.mode = "chain"')
 
 
 @configclass

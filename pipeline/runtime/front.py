@@ -14,7 +14,7 @@ from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.sections import ServeConfig
 from pipeline.recipe.steps import CASCADE_STEPS
-from pipeline.runtime.replicas import RemoteModel, Tables, read_tables
+from pipeline.runtime.replicas import Handles, RemoteModel, Tables, most_requests, read_tables
 from pipeline.serve.gate import Gate
 from pipeline.serve.guarded_model import GuardedModel, load_hook
 from pipeline.serve.guards import Guards, GuardSettings
@@ -51,19 +51,20 @@ class Front:
         """Answer one request."""
         await self._guards(scope, receive, send)
 
-    def open(self, recipe: Recipe, artifacts: dict[str, Artifact], handle: DeploymentHandle[Any]) -> None:
+    def open(self, recipe: Recipe, artifacts: dict[str, Artifact], handles: Handles) -> None:
         """Pass new requests to the API of a recipe; those under way stay with the one before.
 
         Args:
             recipe: The recipe.
             artifacts: Its finished steps, by name.
-            handle: Of its replicas.
+            handles: Of its replicas.
         """
-        self.gate.open(self.build(recipe, artifacts, handle))
+        self.gate.open(self.build(recipe, artifacts, handles))
 
-    def build(self, recipe: Recipe, artifacts: dict[str, Artifact], handle: DeploymentHandle[Any]) -> ASGIApp:
+    def build(self, recipe: Recipe, artifacts: dict[str, Artifact], handles: Handles) -> ASGIApp:
         """The API of a recipe; arguments as ``open``."""
-        model = GuardedModel(RemoteModel(handle), model_card(recipe, artifacts).image_px, self._meter, self._hook)
+        remote = RemoteModel(handles, most_requests(recipe.serve))
+        model = GuardedModel(remote, model_card(recipe, artifacts).image_px, self._meter, self._hook)
         return _build_app(recipe, artifacts, cast("PictureModel", model), self._metrics)
 
 
@@ -71,11 +72,11 @@ class FrontReplica:
     """A ``Front`` that Ray Serve places behind its own proxies, for `serve deploy`.
 
     Args:
-        handle: Of the deployment of the networks.
+        handles: Of the deployments of the networks.
     """
 
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._handle = handle
+    def __init__(self, **handles: DeploymentHandle[Any]) -> None:
+        self._handles = handles
         self._front = Front(ServeConfig())
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -95,7 +96,7 @@ class FrontReplica:
         """Serve a recipe; called by Ray Serve at the start, and when `serve deploy` brings another one."""
         recipe, artifacts = read_tables(tables)
         front = Front(recipe.serve)
-        front.open(recipe, artifacts, self._handle)
+        front.open(recipe, artifacts, self._handles)
         self._front = front
 
 

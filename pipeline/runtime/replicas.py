@@ -1,42 +1,110 @@
-"""The networks in replicas that Ray Serve places on machines, and the calls that reach them."""
+"""The networks in replicas that Ray Serve places on machines, and the calls that reach them.
+
+A replica has all networks, or a part of them (``serve.mode = "chain"``). A request then goes from part to part: the
+process that speaks HTTP calls one after another, and what is left of the request stays in Ray's object store.
+"""
 
 import asyncio
+import hashlib
+import json
+import logging
+import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
+import ray
 import ray.exceptions
-from ray import serve
+from ray import ObjectRef, serve
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from models.request import SampleRequest
 from pipeline.recipe.paths import with_absolute_paths
 from pipeline.recipe.recipe import Recipe, parse_recipe, to_dict
-from pipeline.recipe.sections import ServeConfig
+from pipeline.recipe.sections import ServeConfig, ServeStageConfig
 from pipeline.recipe.steps import CASCADE_STEPS
-from pipeline.serve.protocols import Event, Images, NotServing, Overloaded, SampledPictures, Vectors
+from pipeline.serve.protocols import Accepted, Event, Images, NotServing, Overloaded, Preview, SampledPictures, Vectors
 from pipeline.workspace.store import Artifact
 
 if TYPE_CHECKING:
     from pipeline.serve.engine import Engine
+    from pipeline.serve.work import Work
+
+_log = logging.getLogger(__name__)
 
 Tables = dict[str, Any]
 
+Handles = Mapping[str, DeploymentHandle[Any]]
+"""Of the parts, by name; CLIP's is the first."""
+
 NETWORKS = "networks"
-"""Name of the deployment."""
+"""Name of the deployment that has all networks."""
+_FIRST = "prior"
+"""The part of a chain with CLIP, the prior, and what has no part of its own."""
+_BYTES_PER_GB = 1e9
 _SPARE_REQUESTS = 64
 _UPSCALE_DELAY_S = 10.0
 _IDLE_POLL_S = 0.2
 _STATS_TIMEOUT_S = 2.0
+_SMOOTHING = 0.1
+"""Weight of the newest measurement in a running mean."""
 _UNAVAILABLE = (
     BackPressureError,
     DeploymentUnavailableError,
     ReplicaUnavailableError,
     ray.exceptions.RayActorError,
 )
+
+
+@dataclass(frozen=True)
+class Hop:
+    """A request on its way to the next part of a chain."""
+
+    step: str
+    """Step of the recipe whose network comes next; empty: CLIP's part."""
+    work: Any
+    """``serve.work.Work``, or Ray's reference to it."""
+    served: str
+    """Digest of what is served: other networks do not continue with it."""
+
+
+def parts_of(recipe: Recipe) -> dict[str, tuple[str, ...]]:
+    """The steps of each part of a cascade, by the name of its deployment; CLIP's part is the first."""
+    steps = [name for name in CASCADE_STEPS if getattr(recipe, name) is not None]
+    if recipe.serve.mode == "replica":
+        return {NETWORKS: tuple(steps)}
+    parts: dict[str, tuple[str, ...]] = {}
+    for step in steps:
+        part = "decoder" if step == "noisy_clip" else step if step in {"decoder", *recipe.upsamplers()} else _FIRST
+        parts[part] = (*parts.get(part, ()), step)
+    return parts
+
+
+def place_of(config: ServeConfig, part: str) -> ServeStageConfig:
+    """Where a part runs."""
+    if part == NETWORKS:
+        return ServeStageConfig(
+            replicas=config.replicas,
+            target_requests=config.target_requests,
+            cpus_per_replica=config.cpus_per_replica,
+            label_selector=config.label_selector,
+            max_batch_size=config.max_batch_size,
+        )
+    stage: ServeStageConfig = getattr(config, part)
+    return replace(
+        stage,
+        label_selector={**config.label_selector, **stage.label_selector},
+        max_batch_size=stage.max_batch_size or config.max_batch_size,
+    )
+
+
+def part_tables(recipe: Recipe, tables: Tables, part: str) -> Tables:
+    """What the replicas of a part are configured with."""
+    return tables if part == NETWORKS else {**tables, "part": part, "steps": list(parts_of(recipe)[part])}
 
 
 def write_tables(recipe: Recipe, artifacts: dict[str, Artifact]) -> Tables:
@@ -54,11 +122,17 @@ def read_tables(tables: Tables) -> tuple[Recipe, dict[str, Artifact]]:
 
 
 class ModelReplica:
-    """One copy of the cascade; a ``protocols.PictureModel`` that Ray Serve places."""
+    """One copy of the cascade or of a part of it; a ``protocols.PictureModel`` that Ray Serve places.
 
-    def __init__(self) -> None:
-        self._tables: Tables = {}
-        self._current: Engine | None = None
+    Args:
+        others: The other parts of the chain, so that Ray Serve starts them too.
+    """
+
+    def __init__(self, *others: DeploymentHandle[Any]) -> None:
+        del others
+        self._served = ""
+        self._engines: dict[str, Engine] = {}
+        """By digest of what they serve; those before the last are ending."""
         self._loading = asyncio.Lock()
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -68,33 +142,60 @@ class ModelReplica:
         Called by Ray Serve at the start, and when the recipe that is served changes.
 
         Args:
-            tables: See ``write_tables``.
+            tables: See ``write_tables`` and ``part_tables``.
         """
         async with self._loading:
-            if tables == self._tables:
+            served = _digest(tables)
+            if served == self._served:
                 return
-            engine = await asyncio.to_thread(_load_engine, tables)
-            previous, self._current, self._tables = self._current, engine, tables
-            if previous is not None:
-                task = asyncio.create_task(_end_when_idle(previous))
+            if served not in self._engines:  # else it is ending, and goes on
+                self._engines[served] = await asyncio.to_thread(_load_engine, tables)
+            previous, self._served = self._served, served
+            if previous:
+                keep_s = tables["recipe"]["serve"]["drain_s"] if "part" in tables else 0.0
+                task = asyncio.create_task(self._end_when_idle(previous, keep_s))
                 self._ending.add(task)
                 task.add_done_callback(self._ending.discard)
 
+    async def _end_when_idle(self, served: str, keep_s: float) -> None:
+        """End an engine that serves no new requests; in a chain some are still with the parts before it."""
+        await asyncio.sleep(keep_s)
+        while self._served != served and not self._engines[served].idle:
+            await asyncio.sleep(_IDLE_POLL_S)
+        if self._served != served:
+            await asyncio.to_thread(self._engines.pop(served).close)
+
     @property
     def _engine(self) -> "Engine":
-        if self._current is None:
+        if not self._served:
             raise NotServing("the networks are loading")
-        return self._current
+        return self._engines[self._served]
 
-    async def sample(self, request: SampleRequest, client: str = "") -> SampledPictures:
-        """See ``PictureModel``."""
-        return await self._engine.sample(request, client)
+    async def _continued(self, hop: Hop | None) -> "tuple[str, Engine, Work | None]":
+        """What is served, its engine, and what is left of a request."""
+        if hop is None:
+            return self._served, self._engine, None
+        if hop.served not in self._engines:
+            raise NotServing("other networks are served since the request began")
+        try:
+            work = await hop.work if isinstance(hop.work, ObjectRef) else hop.work
+        except ray.exceptions.RayError as error:
+            raise NotServing(f"the replica before this one has died ({type(error).__name__})") from None
+        return hop.served, self._engines[hop.served], work
 
-    async def stream(self, request: SampleRequest, client: str = "", num_previews: int = 0) -> AsyncGenerator[Event]:
-        """See ``PictureModel``."""
-        async with aclosing(self._engine.stream(request, client, num_previews)) as events:
+    async def sample(self, request: SampleRequest, client: str = "", hop: Hop | None = None) -> SampledPictures | Hop:
+        """See ``PictureModel``; a part of a chain may end with the way to the next one."""
+        served, engine, work = await self._continued(hop)
+        return _sent(await engine.sample(request, client, work), served)
+
+    async def stream(
+        self, request: SampleRequest, client: str = "", num_previews: int = 0, hop: Hop | None = None
+    ) -> AsyncGenerator[Event | Hop]:
+        """See ``PictureModel``; a part of a chain may end with the way to the next one."""
+        served, engine, work = await self._continued(hop)
+        async with aclosing(engine.stream(request, client, num_previews, work)) as events:
             async for event in events:
-                yield event
+                yield _sent(event, served)
 
     async def embed_texts(self, texts: Sequence[str]) -> Vectors:
         """See ``PictureModel``."""
@@ -120,8 +221,21 @@ class ModelReplica:
             raise RuntimeError("the engine has ended")
 
     def __del__(self) -> None:
-        if getattr(self, "_current", None) is not None:
-            self._engine.close()
+        for engine in getattr(self, "_engines", {}).values():
+            engine.close()
+
+
+def _digest(tables: Tables) -> str:
+    """Of what is served, the same for all parts of a chain."""
+    common = {name: value for name, value in tables.items() if name not in {"part", "steps"}}
+    return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sent(result: Any, served: str) -> Any:
+    """A result as another process gets it; what is left of a request goes by reference."""
+    if isinstance(result, Accepted | Preview | SampledPictures):
+        return result
+    return Hop(result.step, ray.put(result) if ray.is_initialized() else result, served)
 
 
 def _load_engine(tables: Tables) -> "Engine":
@@ -131,45 +245,93 @@ def _load_engine(tables: Tables) -> "Engine":
     from pipeline.serve.engine import Engine
 
     recipe, artifacts = read_tables(tables)
-    config = recipe.serve
-    torch.set_num_threads(max(1, int(config.cpus_per_replica)))
+    config, part, steps = recipe.serve, tables.get("part", NETWORKS), tables.get("steps")
+    place = place_of(config, part)
+    torch.set_num_threads(max(1, int(place.cpus_per_replica)))
     networks = {name: artifact for name, artifact in artifacts.items() if name in CASCADE_STEPS}
     return Engine(
-        load_cascade(networks, config.accelerator, network_configs(recipe)),
-        max_batch_size=config.max_batch_size,
+        load_cascade(networks, config.accelerator, network_configs(recipe), steps=steps),
+        max_batch_size=place.max_batch_size,
         max_waiting=config.max_queued_requests,
+        steps=steps,
+        device=config.accelerator,
     )
-
-
-async def _end_when_idle(engine: "Engine") -> None:
-    while not engine.idle:
-        await asyncio.sleep(_IDLE_POLL_S)
-    await asyncio.to_thread(engine.close)
 
 
 class RemoteModel:
     """A ``protocols.PictureModel`` that calls the replicas.
 
     Args:
-        handle: Of the deployment of ``ModelReplica``.
+        handles: Of the deployments of ``ModelReplica``.
+        most: Requests that may be in a chain at a time; 0: the engines decide.
     """
 
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._handle = handle
+    def __init__(self, handles: Handles, most: int = 0) -> None:
+        self._handles = handles
+        self._most = most
+        self._num_open = 0
+        self._mean_s = 0.0
+        """Running mean of the time of a request."""
 
     async def sample(self, request: SampleRequest, client: str = "") -> SampledPictures:
-        """See ``PictureModel``."""
-        return await self._call("sample", request, client)
+        """See ``PictureModel``. If a replica dies, the request is begun once more: its pictures are the same."""
+        with self._admitted():
+            try:
+                return await self._pass_on(request, client)
+            except NotServing as error:
+                _log.warning("%s; a request is begun once more", error)
+                return await self._pass_on(request, client)
+
+    async def _pass_on(self, request: SampleRequest, client: str) -> SampledPictures:
+        hop: Hop | None = None
+        while True:
+            result = await self._call("sample", _left(request, hop), client, hop, handle=self._handle_of(hop))
+            if not isinstance(result, Hop):
+                return result
+            hop = result
 
     async def stream(self, request: SampleRequest, client: str = "", num_previews: int = 0) -> AsyncGenerator[Event]:
         """See ``PictureModel``."""
-        events: Any = self._handle.options(stream=True).stream.remote(request, client, num_previews)
+        with self._admitted():
+            hop: Hop | None = None
+            is_over = False
+            while not is_over:
+                streaming = self._handle_of(hop).options(stream=True)
+                events: Any = streaming.stream.remote(_left(request, hop), client, num_previews, hop)
+                is_over = True
+                try:
+                    with _plain_errors():
+                        async for event in events:
+                            if isinstance(event, Hop):
+                                hop, is_over = event, False
+                            else:
+                                yield event
+                finally:
+                    events.cancel()
+
+    @property
+    def _first(self) -> DeploymentHandle[Any]:
+        return next(iter(self._handles.values()))
+
+    def _handle_of(self, hop: Hop | None) -> DeploymentHandle[Any]:
+        return self._first if hop is None else self._handles.get(hop.step, self._first)
+
+    @contextmanager
+    def _admitted(self) -> Generator[None]:
+        """Bound the requests in a chain: its first part is done with a request long before the last one is.
+
+        Raises:
+            Overloaded: If there are too many.
+        """
+        if self._most and self._num_open >= self._most:
+            raise Overloaded(f"{self._num_open} requests are under way already", retry_after_s=self._mean_s)
+        self._num_open += 1
+        begun_s = time.monotonic()
         try:
-            with _plain_errors():
-                async for event in events:
-                    yield event
+            yield
+            self._mean_s += (time.monotonic() - begun_s - self._mean_s) * (_SMOOTHING if self._mean_s else 1.0)
         finally:
-            events.cancel()
+            self._num_open -= 1
 
     async def embed_texts(self, texts: Sequence[str]) -> Vectors:
         """See ``PictureModel``."""
@@ -192,22 +354,31 @@ class RemoteModel:
 
     async def _of_all(self, method: str) -> list[dict[str, Any]]:
         """The answers of all replicas that answer soon."""
-        call = self._handle.broadcast(method)
-        try:
-            # results_async would give up all answers for one that does not come.
-            answers = await asyncio.to_thread(call.results, timeout_s=_STATS_TIMEOUT_S, return_exceptions=True)
-        except (TimeoutError, *_UNAVAILABLE):
-            return []
-        return [cast("dict[str, Any]", answer) for answer in answers if isinstance(answer, dict)]
 
-    async def _call(self, method: str, *arguments: Any) -> Any:
-        response = getattr(self._handle, method).remote(*arguments)
+        async def of(handle: DeploymentHandle[Any]) -> list[Any]:
+            try:
+                # results_async would give up all answers for one that does not come.
+                results = handle.broadcast(method).results
+                return await asyncio.to_thread(results, timeout_s=_STATS_TIMEOUT_S, return_exceptions=True)
+            except (TimeoutError, *_UNAVAILABLE):
+                return []
+
+        answers = await asyncio.gather(*map(of, self._handles.values()))
+        return [cast("dict[str, Any]", answer) for some in answers for answer in some if isinstance(answer, dict)]
+
+    async def _call(self, method: str, *arguments: Any, handle: DeploymentHandle[Any] | None = None) -> Any:
+        response = getattr(handle or self._first, method).remote(*arguments)
         try:
             with _plain_errors():
                 return await response
         except asyncio.CancelledError:
             response.cancel()
             raise
+
+
+def _left(request: SampleRequest, hop: Hop | None) -> SampleRequest:
+    """What the next part reads of a request: its pictures go to CLIP's part alone."""
+    return replace(request, edit=None) if hop is not None and hop.step else request
 
 
 @contextmanager
@@ -223,23 +394,27 @@ def _plain_errors() -> Generator[None]:
         raise NotServing(f"no replica is ready ({type(error).__name__})") from None
 
 
-def networks_options(config: ServeConfig) -> dict[str, Any]:
-    """How Ray Serve places the networks, in the words of its configuration files."""
-    fewest, most = config.replicas
+def networks_options(config: ServeConfig, part: str = NETWORKS) -> dict[str, Any]:
+    """How Ray Serve places a part of the networks, in the words of its configuration files."""
+    place = place_of(config, part)
+    fewest, most = place.replicas
     scaling = {
         "min_replicas": fewest,
         "max_replicas": most,
-        "target_ongoing_requests": config.target_requests,
+        "target_ongoing_requests": place.target_requests,
         "upscale_delay_s": _UPSCALE_DELAY_S,
     }
+    needs = needs_of_replica(config, part)
+    memory = {"memory": int(needs.pop("memory"))} if "memory" in needs else {}
     return {
         **({"num_replicas": fewest} if fewest == most else {"autoscaling_config": scaling}),
         "ray_actor_options": {
-            **{f"num_{kind.lower()}s": number for kind, number in needs_of_replica(config).items()},
-            "label_selector": config.label_selector,
+            **{f"num_{kind.lower()}s": number for kind, number in needs.items()},
+            **memory,
+            "label_selector": place.label_selector,
         },
         # The engine decides how many may wait; Ray must not stop them before.
-        "max_ongoing_requests": config.max_batch_size + config.max_queued_requests + _SPARE_REQUESTS,
+        "max_ongoing_requests": place.max_batch_size + config.max_queued_requests + _SPARE_REQUESTS,
         "graceful_shutdown_timeout_s": config.drain_s,
     }
 
@@ -251,13 +426,31 @@ def networks_application(recipe: Recipe, artifacts: dict[str, Artifact]) -> serv
         recipe: The recipe.
         artifacts: Its finished steps, by name.
     """
-    deployment: Any = serve.deployment(
-        ModelReplica, name=NETWORKS, user_config=write_tables(recipe, artifacts), **networks_options(recipe.serve)
-    )
-    # With a version of our own, Ray Serve sees when only the networks changed, and keeps the replicas.
-    return deployment.options(version=version("unclip"), _internal=True).bind()
+    tables = write_tables(recipe, artifacts)
+
+    def bind(part: str, *others: serve.Application) -> serve.Application:
+        options = networks_options(recipe.serve, part)
+        deployment: Any = serve.deployment(
+            ModelReplica, name=part, user_config=part_tables(recipe, tables, part), **options
+        )
+        # With a version of our own, Ray Serve sees when only the networks changed, and keeps the replicas.
+        return deployment.options(version=version("unclip"), _internal=True).bind(*others)
+
+    first, *others = parts_of(recipe)
+    return bind(first, *map(bind, others))
 
 
-def needs_of_replica(config: ServeConfig) -> dict[str, float]:
+def needs_of_replica(config: ServeConfig, part: str = NETWORKS) -> dict[str, float]:
     """Ray's resources that one replica takes."""
-    return {"CPU": config.cpus_per_replica} | ({"GPU": 1.0} if config.accelerator == "cuda" else {})
+    place = place_of(config, part)
+    needs = {"CPU": place.cpus_per_replica}
+    if config.accelerator == "cuda":
+        needs["GPU"] = place.gpus_per_replica
+    if place.memory_gb_per_replica:
+        needs["memory"] = place.memory_gb_per_replica * _BYTES_PER_GB
+    return needs
+
+
+def most_requests(config: ServeConfig) -> int:
+    """Requests that may be in a chain at a time; 0 without one, because its engine decides."""
+    return config.max_batch_size + config.max_queued_requests if config.mode == "chain" else 0

@@ -19,15 +19,22 @@ import ray
 import ray.exceptions
 from ray import serve
 from ray.serve.api import RunTarget
-from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatusOverview
 
 from pipeline.errors import StepError, UnclipError
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.sections import ServeConfig
 from pipeline.runtime.front import Front, require_keys, served_artifacts, server_name
-from pipeline.runtime.replicas import NETWORKS, Tables, needs_of_replica, networks_application, write_tables
+from pipeline.runtime.replicas import (
+    Handles,
+    Tables,
+    needs_of_replica,
+    networks_application,
+    part_tables,
+    parts_of,
+    place_of,
+    write_tables,
+)
 from pipeline.runtime.run import connect, own_servers, require_alive
 from pipeline.serve.gate import Gate
 from pipeline.serve.http_server import HttpServer, url_of
@@ -78,15 +85,15 @@ def serve_recipe(
         stack.enter_context(HttpServer(front, config.host, config.port))
         stack.enter_context(connect(address))
         if not address:
-            _require_room(config)
+            _require_room(recipe)
         try:
-            with _deployed(recipe, artifacts, front.gate, announce, shared=bool(address)) as handle:
-                front.open(recipe, artifacts, handle)
+            with _deployed(recipe, artifacts, front.gate, announce, shared=bool(address)) as handles:
+                front.open(recipe, artifacts, handles)
                 announce(f"{server_name(recipe)} is served at {url_of(config.host, config.port)} - Ctrl-C ends it")
                 if no_neighbours:
                     announce(no_neighbours)
                 try:
-                    _Watch(recipe, artifacts, front, handle, announce, uses).run(reload)
+                    _Watch(recipe, artifacts, front, handles, announce, uses).run(reload)
                 finally:
                     _drain(front.gate, config.drain_s, announce)
         except KeyboardInterrupt:
@@ -104,7 +111,7 @@ def _in_use(recipe: Recipe) -> AbstractContextManager[object]:
 @contextmanager
 def _deployed(
     recipe: Recipe, artifacts: dict[str, Artifact], gate: Gate, announce: Announce, *, shared: bool
-) -> Generator[DeploymentHandle[Any]]:
+) -> Generator[Handles]:
     """The replicas of a recipe, ready; on a shared cluster they are removed at the end, and nothing else is."""
     application = application_name(recipe)
     owner = _claim(application) if shared else None
@@ -112,9 +119,10 @@ def _deployed(
         with _errors_for_people():
             serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
             target = RunTarget(networks_application(recipe, artifacts), name=application, route_prefix=None)
-            [handle] = serve.run_many([target], wait_for_applications_running=False)
+            [first] = serve.run_many([target], wait_for_applications_running=False)
             _wait_until_ready(recipe, gate, announce)
-        yield handle
+        name, *others = parts_of(recipe)
+        yield {name: first, **{other: serve.get_deployment_handle(other, application) for other in others}}
     finally:
         if shared:  # our own Ray ends with its processes
             with suppress(ray.exceptions.RayError, TimeoutError):
@@ -174,7 +182,7 @@ def _wait_until_ready(recipe: Recipe, gate: Gate, announce: Announce) -> None:
             return
         if state.status == "DEPLOY_FAILED":
             raise RuntimeError(state.message)
-        reason = missing_machine(recipe.serve) or "the networks are loading"
+        reason = missing_machine(recipe) or "the networks are loading"
         if reason != gate.reason:
             if reason != "the networks are loading":
                 announce(f"waiting: {reason}")
@@ -182,27 +190,37 @@ def _wait_until_ready(recipe: Recipe, gate: Gate, announce: Announce) -> None:
         time.sleep(_LOOK_EVERY_S)
 
 
-def missing_machine(config: ServeConfig) -> str:
+def missing_machine(recipe: Recipe) -> str:
     """What is waited for, if no machine of the cluster is large enough for a replica; empty if one is."""
-    needs = needs_of_replica(config)
-    for node in ray.nodes():
-        is_large = all(node["Resources"].get(kind, 0.0) >= number for kind, number in needs.items())
-        has_labels = config.label_selector.items() <= node["Labels"].items()
-        if node["Alive"] and is_large and has_labels:
-            return ""
-    size = " and ".join(f"{number:g} {kind}" for kind, number in needs.items())
-    labels = ", ".join(f"{name}={value}" for name, value in config.label_selector.items())
-    return f"a replica needs a machine with {size}{' and ' + labels if labels else ''}; the cluster was asked for one"
+    for part in parts_of(recipe):
+        needs, labels_of = needs_of_replica(recipe.serve, part), place_of(recipe.serve, part).label_selector
+        if not any(_fits(node, needs, labels_of) for node in ray.nodes()):
+            size = " and ".join(f"{number:g} {kind}" for kind, number in needs.items())
+            labels = ", ".join(f"{name}={value}" for name, value in labels_of.items())
+            return (
+                f"a replica needs a machine with {size}{' and ' + labels if labels else ''}; the cluster was asked for "
+                "one"
+            )
+    return ""
 
 
-def _require_room(config: ServeConfig) -> None:
+def _fits(node: dict[str, Any], needs: dict[str, float], labels: dict[str, str]) -> bool:
+    is_large = all(node["Resources"].get(kind, 0.0) >= number for kind, number in needs.items())
+    return bool(node["Alive"]) and is_large and labels.items() <= node["Labels"].items()
+
+
+def _require_room(recipe: Recipe) -> None:
     """Refuse a demand that our own Ray would wait for without end."""
-    total = ray.cluster_resources()
-    for name, number in needs_of_replica(config).items():
-        demand = config.replicas[0] * number
-        if total.get(name, 0.0) < demand:
+    total, demand, num_replicas = ray.cluster_resources(), dict[str, float](), 0
+    for part in parts_of(recipe):
+        count = place_of(recipe.serve, part).replicas[0]
+        num_replicas += count
+        for name, number in needs_of_replica(recipe.serve, part).items():
+            demand[name] = demand.get(name, 0.0) + count * number
+    for name, number in demand.items():
+        if total.get(name, 0.0) < number:
             raise StepError(
-                f"serve: {config.replicas[0]} replicas need {demand:g} {name}, this machine has "
+                f"serve: {num_replicas} replicas need {number:g} {name}, this machine has "
                 f"{total.get(name, 0.0):g}; see serve.replicas, serve.cpus_per_replica and serve.accelerator"
             )
 
@@ -214,7 +232,7 @@ class _Watch:
         recipe: The recipe that is served.
         artifacts: Its finished steps, by name.
         front: Its HTTP interface.
-        handle: Of its replicas.
+        handles: Of its replicas.
         announce: Takes lines for people.
         uses: Holds what is served in use until the end.
     """
@@ -224,14 +242,14 @@ class _Watch:
         recipe: Recipe,
         artifacts: dict[str, Artifact],
         front: Front,
-        handle: DeploymentHandle[Any],
+        handles: Handles,
         announce: Announce,
         uses: ExitStack,
     ) -> None:
         self._recipe = recipe
         self._artifacts = artifacts
         self._front = front
-        self._handle = handle
+        self._handles = handles
         self._announce = announce
         self._uses = uses
         self._is_swap_requested = False
@@ -264,8 +282,11 @@ class _Watch:
 
     def _look(self) -> None:
         state = _application(self._recipe)
-        replicas = state.deployments[NETWORKS].replica_states if NETWORKS in state.deployments else {}
-        num_running = sum(number for state, number in replicas.items() if state in {"RUNNING", "UPDATING"})
+        running = {
+            name: sum(number for kind, number in one.replica_states.items() if kind in {"RUNNING", "UPDATING"})
+            for name, one in state.deployments.items()
+        }
+        num_running = min(running.get(part, 0) for part in self._handles)
         gate = self._front.gate
         if not num_running and not gate.reason:
             gate.close("no replica is running, others are started")
@@ -284,13 +305,15 @@ class _Watch:
         """
         recipe = dataclasses.replace(recipe, serve=self._recipe.serve)
         artifacts, _ = served_artifacts(recipe)
+        if parts_of(recipe) != parts_of(self._recipe):
+            raise StepError("serve: the recipe has other networks than the chain that is served; start the server anew")
         old, new = (write_tables(*served) for served in ((self._recipe, self._artifacts), (recipe, artifacts)))
         if old == new:
             self._announce("nothing to swap: these networks are served already")
             return
         with ExitStack() as uses:
             uses.enter_context(_in_use(recipe))
-            app = self._front.build(recipe, artifacts, self._handle)  # what can fail without the replicas fails here
+            app = self._front.build(recipe, artifacts, self._handles)  # what can fail without the replicas fails here
             self._announce("loading other networks")
             try:
                 self._load(recipe, artifacts, new)
@@ -317,7 +340,15 @@ class _Watch:
             serve.run_many([target], wait_for_applications_running=False)
 
     def _reconfigure(self, tables: Tables) -> list[Any]:
-        return self._handle.broadcast("reconfigure", tables).results(return_exceptions=True)
+        """Configure all replicas, the last part of a chain first: requests come to networks that are there."""
+        replies: list[Any] = []
+        for part, handle in reversed(self._handles.items()):
+            configured = part_tables(self._recipe, tables, part)
+            some = handle.broadcast("reconfigure", configured).results(return_exceptions=True)
+            if not some or any(isinstance(reply, Exception) for reply in some):
+                return some
+            replies += some
+        return replies
 
 
 def _application(recipe: Recipe) -> ApplicationStatusOverview:

@@ -8,17 +8,24 @@ from ray.serve.schema import ServeDeploySchema
 
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.front import FrontReplica, require_keys, served_artifacts, server_name
-from pipeline.runtime.replicas import NETWORKS, ModelReplica, networks_options, write_tables
+from pipeline.runtime.replicas import ModelReplica, networks_options, part_tables, parts_of, write_tables
 from pipeline.serve.http_server import is_loopback
 
 HTTP = "http"
 _HTTP_REQUESTS = 1000
 """Most requests of one HTTP process; the engines decide how many may wait."""
 
-_networks: Any = serve.deployment(ModelReplica, name=NETWORKS)
 _http: Any = serve.deployment(serve.ingress()(FrontReplica), name=HTTP)
-application: serve.Application = _http.bind(_networks.bind())
-"""What the file imports; the recipe comes with the options of its deployments."""
+
+
+def application(parts: dict[str, list[str]]) -> serve.Application:
+    """What the file imports; the recipe comes with the options of its deployments.
+
+    Args:
+        parts: ``names``: the deployments of the networks, CLIP's first.
+    """
+    networks: Any = {name: serve.deployment(ModelReplica, name=name) for name in parts["names"]}
+    return _http.bind(**{name: deployment.bind() for name, deployment in networks.items()})
 
 
 def serve_file(recipe: Recipe) -> str:
@@ -42,6 +49,14 @@ def serve_file(recipe: Recipe) -> str:
         "graceful_shutdown_timeout_s": config.drain_s,
         "user_config": tables,
     }
+    parts = {
+        name: {
+            "name": name,
+            **networks_options(config, name),
+            "user_config": part_tables(recipe, tables, name),
+        }
+        for name in parts_of(recipe)
+    }
     file = {
         "proxy_location": "HeadOnly" if is_loopback(config.host) else "EveryNode",
         "http_options": {"host": config.host, "port": config.port},
@@ -51,7 +66,8 @@ def serve_file(recipe: Recipe) -> str:
                 "name": server_name(recipe),
                 "route_prefix": "/",
                 "import_path": f"{__name__}:application",
-                "deployments": [http, {"name": NETWORKS, **networks_options(config), "user_config": tables}],
+                "args": {"names": list(parts)},
+                "deployments": [http, *parts.values()],
             }
         ],
     }

@@ -2,6 +2,7 @@
 
 One thread runs the networks. Between two steps it drops the pictures of cancelled requests, admits waiting ones in fair
 shares (pipeline/serve/fair_queue.py), and chooses the stage that takes a step next (``_choose``).
+An engine may have some of the cascade's stages alone; what is left of a request then goes to another one (work.py).
 A picture is a batch of one item: it equals the picture that ``Cascade.sample_request`` samples alone. A request that
 starts from pictures may have several phases (models/edit_phases.py); each waits and is admitted as a request does.
 """
@@ -10,11 +11,11 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,7 +32,6 @@ from pipeline.serve.fair_queue import FairQueue
 from pipeline.serve.metrics import EngineMetrics
 from pipeline.serve.protocols import (
     Accepted,
-    Event,
     Images,
     NotServing,
     Overloaded,
@@ -40,6 +40,7 @@ from pipeline.serve.protocols import (
     Vectors,
 )
 from pipeline.serve.step_times import StepTimes
+from pipeline.serve.work import Work, on_device, portable
 
 _log = logging.getLogger(__name__)
 
@@ -88,10 +89,15 @@ class _Pending:
     """Previews of each picture."""
     show: Callable[[Preview], None] | None = None
     """Called with each preview, by the engine's thread."""
-    future: Future[SampledPictures] = field(default_factory=Future[SampledPictures])
+    future: Future[Any] = field(default_factory=Future[Any])
+    """``SampledPictures``, or ``Work`` for another engine."""
     arrived_s: float = field(default_factory=time.monotonic)
     num_steps: int = 0
     """Steps that its pictures have taken."""
+    rest: tuple[int, ...] = ()
+    """Stages of the phase that another engine has, by number."""
+    is_last: bool = True
+    """Whether the phase is the request's last."""
     batch: Batch | None = None
     """All items of the phase, with the captions encoded; None before the first is admitted."""
     pictures: list["_Picture"] = field(default_factory=list["_Picture"])
@@ -153,12 +159,24 @@ class Engine:
         cascade: The trained networks, on their device.
         max_batch_size: Pictures sampled at a time.
         max_waiting: Most requests that may wait to start; further ones are refused.
+        steps: Steps of the recipe whose networks this engine has; the others of ``cascade`` have no weights. None: all.
+        device: Of its networks.
     """
 
-    def __init__(self, cascade: Cascade, *, max_batch_size: int = 16, max_waiting: int = 64) -> None:
+    def __init__(
+        self,
+        cascade: Cascade,
+        *,
+        max_batch_size: int = 16,
+        max_waiting: int = 64,
+        steps: Collection[str] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self._cascade = cascade
         self._editor = _editor_of(cascade)
         self._stages = _all_stages(cascade, self._editor)
+        self._steps = None if steps is None else frozenset(steps)
+        self._device = device
         self._loads = [_StageLoad(max_batch_size) for _ in self._stages]
         self._max_batch_size = max_batch_size
         self._max_waiting = max_waiting
@@ -198,14 +216,16 @@ class Engine:
         request: SampleRequest,
         client: str = "",
         *,
+        work: Work | None = None,
         num_previews: int = 0,
         show: Callable[[Preview], None] | None = None,
-    ) -> Future[SampledPictures]:
-        """Request pictures; cancelling the future drops the request.
+    ) -> Future[Any]:
+        """Request pictures, or work for the next engine; cancelling the future drops the request.
 
         Args:
             request: What to sample.
             client: Who asks; clients get equal shares.
+            work: What is left of the request, from the engine before; never refused.
             num_previews: Previews of each picture.
             show: Called with each of them, by the engine's thread.
 
@@ -214,37 +234,42 @@ class Engine:
             Overloaded: If too many requests wait.
             NotServing: If the engine is closed.
         """
-        pending = _Pending(self._phase_of(request), client, num_previews, show)
+        phase, is_last = self._phase_of(request, work)
+        pending = _Pending(phase, client, num_previews, show, num_steps=work.num_steps if work else 0)
+        self._begin_phase(pending, phase, is_last=is_last)
         with self._changed:
             if self._closed:
                 raise NotServing("the engine is shutting down")
             num_waiting = sum(not waiting.future.cancelled() for waiting in self._waiting)
-            if num_waiting >= self._max_waiting:
+            if work is None and num_waiting >= self._max_waiting:
                 self._stats.refused += 1
                 self._metrics.requests.labels("refused").inc()
                 raise Overloaded(f"{num_waiting} requests are waiting already", retry_after_s=self._wait_s())
-            self._stats.requests += 1
+            self._stats.requests += work is None
             self._unended += 1
             pending.future.add_done_callback(self._note_ended)
             self._waiting.add(pending, client)
             self._changed.notify()
         return pending.future
 
-    async def sample(self, request: SampleRequest, client: str = "") -> SampledPictures:
-        """See ``PictureModel``; cancelling the task drops the request."""
-        return await asyncio.wrap_future(self.submit(request, client))
+    async def sample(self, request: SampleRequest, client: str = "", work: Work | None = None) -> Any:
+        """See ``PictureModel``; cancelling the task drops the request. Part of a chain may return ``Work``."""
+        return await asyncio.wrap_future(self.submit(request, client, work=work))
 
-    async def stream(self, request: SampleRequest, client: str = "", num_previews: int = 0) -> AsyncGenerator[Event]:
-        """See ``PictureModel``."""
+    async def stream(
+        self, request: SampleRequest, client: str = "", num_previews: int = 0, work: Work | None = None
+    ) -> AsyncGenerator[Any]:
+        """See ``PictureModel``; part of a chain may end with ``Work``."""
         loop, previews = asyncio.get_running_loop(), asyncio.Queue[Preview | None]()
 
         def show(preview: Preview) -> None:
             loop.call_soon_threadsafe(previews.put_nowait, preview)
 
-        future = asyncio.wrap_future(self.submit(request, client, num_previews=num_previews, show=show))
+        future = asyncio.wrap_future(self.submit(request, client, work=work, num_previews=num_previews, show=show))
         future.add_done_callback(lambda _: previews.put_nowait(None))
         try:
-            yield Accepted()
+            if work is None:
+                yield Accepted()
             while (preview := await previews.get()) is not None:
                 yield preview
             yield await future
@@ -293,7 +318,7 @@ class Engine:
             if pending.future.set_running_or_notify_cancel():
                 pending.future.set_exception(NotServing("the engine is shutting down"))
 
-    def _note_ended(self, _: Future[SampledPictures]) -> None:
+    def _note_ended(self, _: Future[Any]) -> None:
         with self._changed:
             self._unended -= 1
 
@@ -338,6 +363,11 @@ class Engine:
             if not pending.num_steps:
                 self._metrics.queue.observe(time.monotonic() - pending.arrived_s)
             pending.batch = pending.phase.batch()
+        if not pending.phase.stages:  # another engine has them; the pictures are there as soon as they are encoded
+            with self._changed:
+                self._waiting.remove(pending)
+            self._hand_on(pending, pending.batch)
+            return
         first = len(pending.pictures)
         pictures = [_Picture(pending, pending.batch[row : row + 1]) for row in range(first, first + count)]
         with self._changed:
@@ -432,7 +462,7 @@ class Engine:
             picture.chain, picture.stage, picture.arrived_s = None, picture.stage + 1, time.monotonic()
             picture.moved_s = picture.arrived_s
         complete = {picture for picture in leaving if picture.finished}
-        num_sampled = sum(picture.pending.phase.then is None for picture in complete)
+        num_sampled = sum(one.pending.is_last and not one.pending.rest for one in complete)
         with self._changed:
             self._stats.steps += 1
             self._stats.rows += len(pictures)
@@ -444,16 +474,35 @@ class Engine:
             if pending.finished:
                 self._guarded([pending], partial(self._end_phase, pending))
 
+    def _begin_phase(self, pending: _Pending, phase: Phase, *, is_last: bool) -> None:
+        """Let a request begin with those stages of a phase that come first and are this engine's."""
+        numbers = [self._number(stage) for stage in phase.stages]
+        count = next((place for place, number in enumerate(numbers) if not self._has(number)), len(numbers))
+        pending.phase, pending.rest = replace(phase, stages=phase.stages[:count]), tuple(numbers[count:])
+        pending.is_last, pending.batch, pending.pictures = is_last, None, []
+
     def _end_phase(self, pending: _Pending) -> None:
-        """Answer a request, or let its next phase wait."""
-        if pending.phase.then is None:
+        """Answer a request, hand it on, or let its next phase wait."""
+        if pending.is_last and not pending.rest:
             self._answer(pending)
             return
         values = [picture.batch.values for picture in pending.pictures]
-        phase = pending.phase.then({name: torch.cat([value[name] for value in values]) for name in values[0]})
+        joined = {name: torch.cat([value[name] for value in values]) for name in values[0]}
+        if pending.rest or pending.phase.then is None:
+            assert pending.batch is not None
+            self._hand_on(pending, pending.batch.with_values(**joined))
+            return
+        phase = pending.phase.then(joined)
         with self._changed:
-            pending.phase, pending.batch, pending.pictures = phase, None, []
+            self._begin_phase(pending, phase, is_last=phase.then is None)
             self._waiting.add(pending, pending.client)
+
+    def _hand_on(self, pending: _Pending, batch: Batch) -> None:
+        """End a request here: another engine does what is left."""
+        step = self._step_of(pending.rest[0]) if pending.rest else ""
+        sent = portable(batch, [self._stages[number] for number in pending.rest])
+        if pending.future.set_running_or_notify_cancel():
+            pending.future.set_result(Work(sent, pending.rest, step, pending.is_last, pending.num_steps))
 
     def _answer(self, pending: _Pending) -> None:
         values = [picture.batch.values for picture in pending.pictures]
@@ -489,10 +538,30 @@ class Engine:
 
     def _place(self, picture: _Picture) -> int:
         """Number of a picture's stage among all of them."""
-        stage = picture.pending.phase.stages[picture.stage]
+        return self._number(picture.pending.phase.stages[picture.stage])
+
+    def _number(self, stage: Stage) -> int:
         return next(number for number, one in enumerate(self._stages) if one is stage)
 
-    def _phase_of(self, request: SampleRequest) -> Phase:
+    def _step_of(self, number: int) -> str:
+        """Step of the recipe whose network does a stage."""
+        stage, editor = self._stages[number], self._editor
+        return editor.decoder.name if editor is not None and stage is editor.inversion else stage.name
+
+    def _has(self, number: int) -> bool:
+        return self._steps is None or self._step_of(number) in self._steps
+
+    def _phase_of(self, request: SampleRequest, work: Work | None) -> tuple[Phase, bool]:
+        """The phase in which a request is, and whether it is its last."""
+        if work is not None and work.stages:
+            stages = tuple(self._stages[number] for number in work.stages)
+            return Phase(len(work.batch), stages, lambda: on_device(work.batch, self._device)), work.is_last
+        phase = self._first_phase(request)
+        if work is not None and phase.then is not None:
+            phase = phase.then(on_device(work.batch, self._device).values)
+        return phase, phase.then is None
+
+    def _first_phase(self, request: SampleRequest) -> Phase:
         if request.edit is None:
             return self._cascade.phase_of(request)
         if self._editor is None:

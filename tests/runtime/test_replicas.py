@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import ray.exceptions
 import yaml
 from ray import serve
 from ray.serve.handle import DeploymentBroadcastResponse
@@ -26,22 +27,26 @@ from pipeline.errors import ConfigError, StepError, UnclipError
 from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.paths import with_absolute_paths
 from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
+from pipeline.recipe.sections import ServeStageConfig
 from pipeline.runtime.front import Front, FrontReplica, served_artifacts
+from pipeline.runtime.ray_service import ray_service
 from pipeline.runtime.replicas import (
     ModelReplica,
     RemoteModel,
     networks_application,
     networks_options,
+    part_tables,
+    parts_of,
     read_tables,
     write_tables,
 )
 from pipeline.runtime.serve import _Watch, serve_recipe
 from pipeline.runtime.serve_file import application, serve_file
-from pipeline.serve.protocols import Images, NotServing, SampledPictures
+from pipeline.serve.protocols import Images, NotServing, Overloaded, SampledPictures
 from tests.models.tiny_models import randomise
 from tests.ports import free_port
 from tests.tiny.networks import make_cascade, save_cascade
-from tests.tiny.shards import pixels
+from tests.tiny.shards import pixels, plain_picture
 
 
 class FakeEngine:
@@ -55,7 +60,7 @@ class FakeEngine:
         self.num_active = 0
         self.is_closed = False
 
-    async def sample(self, _request: SampleRequest, _client: str) -> SampledPictures:
+    async def sample(self, _request: SampleRequest, _client: str, _work: None) -> SampledPictures:
         self.num_active += 1
         await self.may_answer.wait()
         self.num_active -= 1
@@ -155,6 +160,96 @@ def test_tables_hold_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
 
 
+def chained(recipe: Recipe) -> Recipe:
+    return replace(recipe, serve=replace(recipe.serve, mode="chain"))
+
+
+def test_a_chain_of_deployments_samples_what_the_cascade_does(recipe: Recipe) -> None:
+    """In Ray Serve's local mode; each part has the weights of its own networks alone."""
+    artifacts, _ = served_artifacts(recipe)
+    chain, handles = chained(recipe), dict[str, Any]()
+    tables = write_tables(chain, artifacts)
+    assert parts_of(chain) == {"prior": ("clip", "prior"), "decoder": ("decoder",), "upsampler_1": ("upsampler_1",)}
+    for part in parts_of(chain):
+        deployment: Any = serve.deployment(ModelReplica, name=part, user_config=part_tables(chain, tables, part))
+        handles[part] = serve.run(deployment.bind(), name=part, route_prefix=None, _local_testing_mode=True)
+        while handles[part].broadcast("reconfigure", part_tables(chain, tables, part)).results() != [None]:
+            pass
+    front = Front(chain.serve)
+    front.open(chain, artifacts, handles)
+    client = TestClient(front, base_url="http://127.0.0.1")
+    body = {"prompt": "a", "seed": 3, "n": 2}
+    data = client.post("/v1/images/generations", json=body).json()["data"]
+    expected = load_cascade(artifacts).sample(["a", "a"], [3, 4]).images.numpy()
+    for image, picture in zip(data, expected, strict=True):
+        assert np.abs(pixels(base64.b64decode(image["b64_json"])).astype(int) - picture).mean() < 0.1
+    lines = client.post("/v1/images/generations", json=body | {"stream": True, "partial_images": 2}).text.splitlines()
+    kinds = [line.removeprefix("event: image_generation.") for line in lines if line.startswith("event: ")]
+    assert kinds == ["partial_image"] * 4 + ["completed"] * 2
+    files = {"image": plain_picture("red")}
+    answer = client.post("/v1/images/text-diffs", data={"source": "a red circle", "target": "a star"}, files=files)
+    assert answer.status_code == 200, answer.text
+    small = client.post("/v1/images/generations", json=body | {"size": "16x16"}).json()
+    assert pixels(base64.b64decode(small["data"][0]["b64_json"])).shape == (16, 16, 3)
+    stats = client.get("/healthz").json()
+    assert (stats["requests"], stats["active"], stats["waiting"]) == (4, 0, 0)
+    stale: Any = {**tables, "artifacts": {**tables["artifacts"], "embed": "elsewhere"}}
+    handles["decoder"].broadcast("reconfigure", {**stale, "part": "decoder", "steps": ["decoder"]}).results()
+    assert client.post("/v1/images/generations", json=body).status_code == 200  # the older engine ends what it began
+
+
+def test_a_chain_places_each_part_by_its_own_table() -> None:
+    decoder = {"replicas": [1, 3], "gpus_per_replica": 0.5, "memory_gb_per_replica": 2, "label_selector": {"b": "2"}}
+    tables = {"mode": "chain", "accelerator": "cuda", "label_selector": {"a": "1"}, "decoder": decoder}
+    config = parse_recipe({"serve": tables}).serve
+    options = networks_options(config, "decoder")
+    assert options["autoscaling_config"]["max_replicas"] == 3
+    assert options["ray_actor_options"] == {
+        "num_cpus": 1.0, "num_gpus": 0.5, "memory": 2 * 10**9, "label_selector": {"a": "1", "b": "2"},
+    }  # fmt: skip
+    assert networks_options(config, "prior")["ray_actor_options"]["num_gpus"] == 1
+    with pytest.raises(ConfigError, match=r'serve\.decoder: only read with serve\.mode = "chain"'):
+        parse_recipe({"serve": {"decoder": decoder}})
+
+
+def test_a_chain_refuses_more_requests_than_it_may_hold(recipe: Recipe) -> None:
+    never = SimpleNamespace(sample=SimpleNamespace(remote=lambda *_: asyncio.get_running_loop().create_future()))
+    model = RemoteModel({"prior": never}, most=1)  # pyright: ignore[reportArgumentType]
+
+    async def ask() -> None:
+        first = asyncio.ensure_future(model.sample(SampleRequest("a", (1,))))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="1 requests are under way"):
+            await model.sample(SampleRequest("b", (1,)))
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert not model._num_open
+
+    asyncio.run(ask())
+
+
+def test_a_request_whose_replica_dies_is_begun_once_more() -> None:
+    pictures, calls = SampledPictures(np.zeros((1, 1, 1, 3), np.uint8), None), list[str]()
+
+    async def answer(outcomes: list[Any]) -> SampledPictures:
+        def remote(request: SampleRequest, *_: object) -> asyncio.Future[Any]:
+            calls.append(request.prompt)
+            future = asyncio.get_running_loop().create_future()
+            outcome = outcomes.pop(0)
+            (future.set_exception if isinstance(outcome, Exception) else future.set_result)(outcome)
+            return future
+
+        handle: Any = SimpleNamespace(sample=SimpleNamespace(remote=remote))
+        return await RemoteModel({"networks": handle}).sample(SampleRequest("a", (1,)))
+
+    died = [ray.exceptions.ActorDiedError() for _ in range(2)]
+    assert asyncio.run(answer([died[0], pictures])) is pictures
+    with pytest.raises(NotServing, match="no replica is ready"):
+        asyncio.run(answer(list(died)))
+    assert calls == ["a"] * 4
+
+
 class Answer:
     """What Ray Serve holds of one replica's answer; ``None`` never comes."""
 
@@ -178,7 +273,7 @@ def test_one_slow_replica_hides_no_others(monkeypatch: pytest.MonkeyPatch) -> No
         return [Answer({"requests": 1}), Answer(None), Answer({"requests": 2})]
 
     handle: Any = SimpleNamespace(broadcast=lambda _method: DeploymentBroadcastResponse(answers(), None))
-    assert asyncio.run(RemoteModel(handle).stats()) == {"requests": 3}
+    assert asyncio.run(RemoteModel({"networks": handle}).stats()) == {"requests": 3}
 
 
 def test_replicas_are_a_number_or_scale_between_two() -> None:
@@ -201,15 +296,33 @@ def test_the_file_for_serve_deploy_names_what_it_imports(recipe: Recipe) -> None
     assert served["import_path"] == "pipeline.runtime.serve_file:application"
     assert file["http_options"] == {"host": "127.0.0.1", "port": 8000}
     names = {deployment["name"] for deployment in served["deployments"]}
-    bound = application._bound_deployment
-    assert names == {bound.name, bound.init_args[0]._bound_deployment.name}
+    bound = application(served["args"])._bound_deployment
+    assert names == {bound.name, bound.init_kwargs["networks"]._bound_deployment.name}
     open_to_all = parse_recipe({"serve": {"host": "0.0.0.0"}})
     with pytest.raises(ConfigError, match=r"serve\.host: 0\.0\.0\.0 is open"):
         serve_file(open_to_all)
 
 
+def test_a_ray_service_has_machines_for_each_part_of_a_chain(recipe: Recipe) -> None:
+    with pytest.raises(ConfigError, match=r"serve\.host: 127\.0\.0\.1 is seen by its own machine alone"):
+        ray_service(recipe, "unclip:1")
+    decoder = ServeStageConfig(replicas=(1, 3), memory_gb_per_replica=6, label_selector={"gpu": "h100"})
+    open_to_all = {"mode": "chain", "host": "0.0.0.0", "keys": "keys.json", "accelerator": "cuda", "decoder": decoder}
+    served = replace(recipe, serve=replace(recipe.serve, **open_to_all))
+    spec = yaml.safe_load(ray_service(served, "unclip:1"))["spec"]
+    assert yaml.safe_load(spec["serveConfigV2"]) == yaml.safe_load(serve_file(served))
+    groups = {group["groupName"]: group for group in spec["rayClusterConfig"]["workerGroupSpecs"]}
+    assert groups.keys() == {"prior", "decoder", "upsampler-1"}
+    assert (groups["decoder"]["maxReplicas"], groups["decoder"]["labels"]) == (3, {"gpu": "h100"})
+    [container] = groups["decoder"]["template"]["spec"]["containers"]
+    assert container["image"] == "unclip:1"
+    assert container["resources"]["limits"] == {"cpu": 2, "memory": "10G", "nvidia.com/gpu": 1}
+    names = [one["name"] for one in yaml.safe_load(serve_file(served))["applications"][0]["deployments"]]
+    assert names == ["http", "prior", "decoder", "upsampler_1"]
+
+
 def test_the_http_interface_of_serve_deploy_opens_with_its_recipe(recipe: Recipe) -> None:
-    front = FrontReplica(object())  # pyright: ignore[reportArgumentType]
+    front = FrontReplica(networks=object())  # pyright: ignore[reportArgumentType]
     client = TestClient(front.__serve_build_asgi_app__(), base_url="http://127.0.0.1")
     assert client.get("/readyz").status_code == 503
     no_message: Any = None
@@ -233,10 +346,10 @@ def test_ray_serve_loads_a_recipe_and_swaps_it_for_another(
     deployed: list[Any] = []
     monkeypatch.setattr(serve_module.serve, "run_many", lambda targets, **_: deployed.extend(targets))
     front, lines = Front(recipe.serve), list[str]()
-    watch = _Watch(recipe, artifacts, front, handle, lines.append, ExitStack())
+    watch = _Watch(recipe, artifacts, front, {"networks": handle}, lines.append, ExitStack())
     while handle.broadcast("reconfigure", write_tables(recipe, artifacts)).results() != [None]:
         pass
-    front.open(recipe, artifacts, handle)
+    front.open(recipe, artifacts, {"networks": handle})
     client = TestClient(front, base_url="http://127.0.0.1")
 
     def picture() -> Images:
@@ -292,7 +405,9 @@ def test_what_is_served_is_in_use_and_nothing_else(
     other = load_recipe(save_other(tmp_path / "others"))
     with ExitStack() as uses:
         uses.enter_context(note(recipe))
-        watch = _Watch(recipe, served_artifacts(recipe)[0], Front(recipe.serve), handle, lambda _: None, uses)
+        watch = _Watch(
+            recipe, served_artifacts(recipe)[0], Front(recipe.serve), {"networks": handle}, lambda _: None, uses
+        )
         watch.swap(recipe)
         answers[0] = OSError("OSError: no such file")
         with pytest.raises(StepError, match="no such file"):
@@ -311,9 +426,9 @@ def test_the_gate_reopens_with_the_interface_that_it_had(recipe: Recipe, monkeyp
     handle: Any = object()
     artifacts, lines = served_artifacts(recipe)[0], list[str]()
     front = Front(recipe.serve)
-    front.open(recipe, artifacts, handle)
+    front.open(recipe, artifacts, {"networks": handle})
     app = front.gate._app
-    watch = _Watch(recipe, artifacts, front, handle, lines.append, ExitStack())
+    watch = _Watch(recipe, artifacts, front, {"networks": handle}, lines.append, ExitStack())
     watch._look()
     assert front.gate.reason
     states["RUNNING"] = 1
