@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError, UnclipError
+from pipeline.recipe import provenance
 from pipeline.recipe.plan import Step, make_plan
 from pipeline.recipe.recipe import Recipe, flatten, parse_recipe
 from pipeline.recipe.steps import STEP_ROWS, STEPS
@@ -162,9 +163,21 @@ def _picture_facts(path: Path) -> Json:
         with Image.open(path) as image:
             image.load()  # a chunk may stand behind the pixels
             facts = json.loads(image.info["unclip"])
-            return {**facts, "networks": dict(facts["networks"])}
+            return {**facts, **_signature(image), "networks": dict(facts["networks"])}
     except (OSError, UnidentifiedImageError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{path}: no picture of this program, or another one has removed its metadata") from None
+
+
+def _signature(image: Any) -> Json:
+    """What a picture's signature says; nothing if it has none."""
+    chunk = image.info.get(provenance.CHUNK)
+    if chunk is None:
+        return {}
+    try:
+        key = provenance.verify(chunk, image.size, image.convert("RGB").tobytes(), image.info["unclip"])
+    except ValueError as error:
+        return {"signed": str(error)}
+    return {"signed": f"by the key {key}, and unchanged since"}
 
 
 def _node(workspace: Workspace, step: str, key: str, plans: Mapping[str, Sequence[Step]]) -> Node:

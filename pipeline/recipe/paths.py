@@ -29,7 +29,10 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
             features_path=_absolute(recipe.evaluate.features_path),
         ),
         serve=dataclasses.replace(
-            recipe.serve, keys=_absolute(recipe.serve.keys), access_log=_absolute(recipe.serve.access_log)
+            recipe.serve,
+            keys=_absolute(recipe.serve.keys),
+            access_log=_absolute(recipe.serve.access_log),
+            provenance=_absolute(recipe.serve.provenance),
         ),
         tracking=dataclasses.replace(recipe.tracking, uri=_absolute_database(recipe.tracking.uri)),
     )

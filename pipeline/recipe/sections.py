@@ -713,6 +713,9 @@ class ServeConfig:
     """Whether the access log holds prompts."""
     safety_hook: str = ""
     """MODULE:FUNCTION that may refuse a prompt or blank a picture (docs/operations.md)."""
+    provenance: str = ""
+    """File of an Ed25519 private key (PEM) that signs the PNG files, so that `unclip lineage` shows who made a picture,
+    and that it is unchanged; empty: no signature."""
     image_urls: bool = False
     """Whether a search may name a picture by its URL, which the server then fetches: from public addresses alone, up to
     16 MB, within 10 s."""

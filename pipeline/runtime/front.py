@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.errors import ConfigError
 from pipeline.recipe.plan import finished_artifacts
+from pipeline.recipe.provenance import Signer
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.sections import ServeConfig
 from pipeline.recipe.steps import CASCADE_STEPS
@@ -35,7 +36,7 @@ class Front:
         config: How it is guarded.
 
     Raises:
-        ConfigError: If the keys, the safety hook or the log cannot be used.
+        ConfigError: If a key, the safety hook or the log cannot be used.
     """
 
     def __init__(self, config: ServeConfig) -> None:
@@ -43,6 +44,8 @@ class Front:
         self._meter = Meter()
         self._metrics = HttpMetrics()
         self._hook = load_hook(config.safety_hook) if config.safety_hook else None
+        if config.provenance:
+            Signer.read(Path(config.provenance))  # what cannot be read is said before anything starts
         keys = KeyRing(Path(config.keys)) if config.keys else None
         settings = GuardSettings(config.hosts, config.access_log, config.log_prompts)
         self._guards = Guards(self.gate, settings, keys, self._meter, self._metrics)
@@ -167,4 +170,5 @@ def model_card(recipe: Recipe, artifacts: dict[str, Artifact]) -> ModelCard:
         sampling={name: asdict(model.sampler) for name, model in stages.items() if hasattr(model, "sampler")},
         aliases=recipe.serve.aliases,
         version=version("unclip"),
+        signer=Signer.read(Path(recipe.serve.provenance)) if recipe.serve.provenance else None,
     )

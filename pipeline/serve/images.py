@@ -251,7 +251,8 @@ class Generation:
 
         def encode(image: Images, seed: int | None) -> bytes:
             chunks = None if seed is None else made_with(self._card, self.request, seed, self.side_px)
-            return encode_picture(image, self.side_px, self._format, quality=quality, made_with=chunks)
+            signer = self._card.signer
+            return encode_picture(image, self.side_px, self._format, quality=quality, made_with=chunks, signer=signer)
 
         pairs = list(zip(images, seeds, strict=True))
         return await asyncio.to_thread(lambda: [encode(image, seed) for image, seed in pairs])

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from models.request import WALK_STEPS, Edit, RawMask, RawPicture, SampleRequest, StartPicture, is_walk
+from pipeline.recipe.provenance import C2PA, CHUNK, Signer
 from pipeline.serve.protocols import Images
 
 Format = Literal["png", "jpeg", "webp"]
@@ -31,10 +32,18 @@ class ModelCard:
     """Other names by which clients may call the model."""
     version: str = ""
     """Of this program."""
+    signer: Signer | None = None
+    """Signs the pictures; None: they are not signed."""
 
 
 def encode_picture(
-    image: Images, side_px: int, kind: Format = "png", *, quality: int = 100, made_with: Mapping[str, str] | None = None
+    image: Images,
+    side_px: int,
+    kind: Format = "png",
+    *,
+    quality: int = 100,
+    made_with: Mapping[str, str] | None = None,
+    signer: Signer | None = None,
 ) -> bytes:
     """A picture (H, W, 3) as a file.
 
@@ -44,6 +53,7 @@ def encode_picture(
         kind: Format.
         quality: Of JPEG and WebP, from 0 to 100.
         made_with: Text chunks of a PNG.
+        signer: Signs a PNG that has them.
     """
     picture = Image.fromarray(np.ascontiguousarray(image))
     if picture.width != side_px:
@@ -54,6 +64,8 @@ def encode_picture(
         chunks = PngImagePlugin.PngInfo()
         for name, text in (made_with or {}).items():
             chunks.add_itxt(name, text)
+        if signer is not None and made_with:
+            chunks.add_itxt(CHUNK, signer.sign(picture.size, picture.tobytes(), made_with["unclip"]))
         picture.save(stream, "PNG", pnginfo=chunks)
     else:
         picture.save(stream, kind.upper(), quality=quality)
@@ -107,6 +119,7 @@ def made_with(card: ModelCard, request: SampleRequest, seed: int, side_px: int) 
         **({"edit": _edit_facts(request.edit)} if request.edit else {}),
         "networks": dict(card.networks),
         "version": card.version,
+        **C2PA,
     }
     return {"parameters": "\n".join(lines), "unclip": json.dumps(everything, ensure_ascii=False)}
 
