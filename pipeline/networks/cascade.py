@@ -36,13 +36,13 @@ def load_cascade(
     Raises:
         DataError: If an artifact is missing or damaged, or the networks do not fit together.
     """
+    settings = configs or {}
 
     def load(name: str) -> nn.Module:
         if steps is None or name in steps:
-            return load_network(artifacts[name], device, configs.get(name))
-        return _without_weights(load_network(artifacts[name], "cpu", configs.get(name)))
+            return load_network(artifacts[name], device, settings.get(name))
+        return _without_weights(load_network(artifacts[name], "cpu", settings.get(name)))
 
-    configs = configs or {}
     if clip is None:
         clip = load_text_artifact(artifacts["clip"], device if steps is None or "clip" in steps else "meta")
     networks = {name: load(name) for name in CASCADE_STEPS if name in artifacts and name != "clip"}

@@ -183,7 +183,7 @@ class ModelReplica:
             raise NotServing(f"the replica before this one has died ({type(error).__name__})") from None
         return hop.served, self._engines[hop.served], work
 
-    async def sample(self, request: SampleRequest, client: str = "", hop: Hop | None = None) -> SampledPictures | Hop:
+    async def sample(self, request: SampleRequest, client: str = "", hop: Hop | None = None) -> Any:
         """See ``PictureModel``; a part of a chain may end with the way to the next one."""
         served, engine, work = await self._continued(hop)
         return _sent(await engine.sample(request, client, work), served)

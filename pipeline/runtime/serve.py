@@ -342,7 +342,7 @@ class _Watch:
     def _reconfigure(self, tables: Tables) -> list[Any]:
         """Configure all replicas, the last part of a chain first: requests come to networks that are there."""
         replies: list[Any] = []
-        for part, handle in reversed(self._handles.items()):
+        for part, handle in [*self._handles.items()][::-1]:
             configured = part_tables(self._recipe, tables, part)
             some = handle.broadcast("reconfigure", configured).results(return_exceptions=True)
             if not some or any(isinstance(reply, Exception) for reply in some):
