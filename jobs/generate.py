@@ -121,8 +121,8 @@ def serve(
     config_only: Annotated[
         bool, typer.Option("--config-only", help="Print a file for Ray Serve's own `serve deploy`, and end.")
     ] = False,
-    image: Annotated[
-        str, typer.Option("--image", help="With --config-only: print a KubeRay RayService of this container instead.")
+    manifest: Annotated[
+        str, typer.Option("--manifest", metavar="IMAGE", help="Print a KubeRay RayService with this image, and end.")
     ] = "",
     overrides: Overrides = None,
     address: RayAddress = "",
@@ -138,13 +138,15 @@ def serve(
     def load() -> Recipe:
         return load_recipe(recipe, [*(overrides or []), *changes])
 
-    if image and not config_only:
-        raise ConfigError("--image: only read with --config-only")
+    if manifest:
+        from pipeline.runtime.kuberay import ray_service
+
+        typer.echo(ray_service(load(), manifest), nl=False)
+        return
     if config_only:
-        from pipeline.runtime.ray_service import ray_service
         from pipeline.runtime.serve_file import serve_file
 
-        typer.echo(ray_service(load(), image) if image else serve_file(load()), nl=False)
+        typer.echo(serve_file(load()), nl=False)
         return
 
     from pipeline.runtime.serve import serve_recipe

@@ -1,6 +1,12 @@
-"""A recipe as KubeRay's RayJob: the recipe in a ConfigMap, and a cluster that starts and ends with the job."""
+"""A recipe as KubeRay's resources: a RayJob that runs it, and a RayService that serves it.
 
+A job has the recipe in a ConfigMap, and a cluster that starts and ends with it. Other networks in a service are swapped
+in place; another image or other machines come up beside the old ones, and take over their traffic in steps.
+"""
+
+import copy
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -9,11 +15,19 @@ import yaml
 
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe, to_dict
+from pipeline.runtime.front import server_name
 from pipeline.runtime.jobs import entrypoint, job_environment, job_name
+from pipeline.runtime.replicas import parts_of, place_of
+from pipeline.runtime.serve_file import serve_file
+from pipeline.serve.http_server import is_loopback
 
-CLUSTER_FILE = "deploy/kuberay/raycluster.yaml"
+CLUSTER_FILE, _SERVICE_FILE = "deploy/kuberay/raycluster.yaml", "deploy/kuberay/rayservice.yaml"
 _MOST_NAME = 47  # KubeRay's names of pods have no room for more
 _RETRIES = 3
+_UPGRADE = {"gatewayClassName": "istio", "maxSurgePercent": 25, "stepSizePercent": 5, "intervalSeconds": 10}
+_RAY_CPUS = 1
+_GB_PER_CPU = 4
+"""Memory of a machine, in GB a CPU, unless its part names it."""
 
 
 def ray_job(recipe: Recipe, image: str, until: str = "") -> str:
@@ -27,12 +41,8 @@ def ray_job(recipe: Recipe, image: str, until: str = "") -> str:
     Raises:
         ConfigError: If the recipe names files of this machine, or the tree's ``deploy/`` is missing.
     """
-    if "://" not in recipe.workspace:
-        raise ConfigError(f"--manifest: workspace {recipe.workspace} is on this machine; name a bucket, as s3://...")
-    file = Path(__file__).parents[2] / CLUSTER_FILE
-    if not file.exists():
-        raise ConfigError(f"--manifest: no {CLUSTER_FILE} beside the package; run it from a checkout of the project")
-    cluster = yaml.safe_load(file.read_text(encoding="utf-8").replace("IMAGE", image))["spec"]
+    _require_bucket(recipe)
+    cluster = _template(CLUSTER_FILE, image)["spec"]
     name = re.sub(r"[^a-z0-9]+", "-", job_name(recipe, until).lower())[-_MOST_NAME:].lstrip("-0123456789")
     [volume] = [one for one in cluster["headGroupSpec"]["template"]["spec"]["volumes"] if one["name"] == "recipes"]
     volume["configMap"] = {"name": name}
@@ -57,3 +67,63 @@ def ray_job(recipe: Recipe, image: str, until: str = "") -> str:
         },
     }
     return yaml.safe_dump_all([config, job], sort_keys=False)
+
+
+def ray_service(recipe: Recipe, image: str) -> str:
+    """The manifest of a server, in YAML, with a kind of machine for each part of the networks.
+
+    Args:
+        recipe: A checked recipe whose networks are finished, in a workspace that is a URI.
+        image: As for ``ray_job``.
+
+    Raises:
+        ConfigError: As ``ray_job`` and ``serve_file``, or if the server would listen on its own machine alone.
+    """
+    _require_bucket(recipe)
+    if is_loopback(recipe.serve.host):
+        raise ConfigError(
+            f"serve.host: {recipe.serve.host} is seen by its own machine alone; on Kubernetes it is 0.0.0.0, with "
+            "serve.keys"
+        )
+    manifest = _template(_SERVICE_FILE, image)
+    manifest["metadata"]["name"] = re.sub(r"[^a-z0-9]+", "-", f"unclip-{server_name(recipe)}".lower()).strip("-")
+    spec = manifest["spec"]
+    spec["upgradeStrategy"] = {"type": "NewClusterWithIncrementalUpgrade", "clusterUpgradeOptions": _UPGRADE}
+    spec["serveConfigV2"] = serve_file(recipe)
+    cluster = spec["rayClusterConfig"]
+    [group] = cluster["workerGroupSpecs"]
+    cluster["workerGroupSpecs"] = [_group(recipe, part, group, image) for part in parts_of(recipe)]
+    return yaml.safe_dump(manifest, sort_keys=False)
+
+
+def _group(recipe: Recipe, part: str, group: dict[str, Any], image: str) -> dict[str, Any]:
+    """Machines of which each takes one replica of a part."""
+    place, on_gpu = place_of(recipe.serve, part), recipe.serve.accelerator == "cuda"
+    own_gb, cpus = math.ceil(place.memory_gb_per_replica), math.ceil(place.cpus_per_replica) + _RAY_CPUS
+    memory = f"{own_gb + _GB_PER_CPU if own_gb else _GB_PER_CPU * cpus}G"
+    gpus = {"nvidia.com/gpu": str(math.ceil(place.gpus_per_replica))} if on_gpu else {}
+    made = copy.deepcopy(group)
+    [container] = made["template"]["spec"]["containers"]
+    container["image"] = f"{image}:{'gpu' if on_gpu else 'cpu'}"
+    container["resources"] = {
+        "requests": {"cpu": str(cpus), "memory": memory},
+        "limits": {"memory": memory, **gpus},
+    }
+    return {
+        **made,
+        "groupName": part.replace("_", "-"),
+        "labels": {**group["labels"], **place.label_selector},
+        "maxReplicas": place.replicas[1],
+    }
+
+
+def _require_bucket(recipe: Recipe) -> None:
+    if "://" not in recipe.workspace:
+        raise ConfigError(f"--manifest: workspace {recipe.workspace} is on this machine; name a bucket, as s3://...")
+
+
+def _template(name: str, image: str) -> dict[str, Any]:
+    file = Path(__file__).parents[2] / name
+    if not file.exists():
+        raise ConfigError(f"--manifest: no {name} beside the package; run it from a checkout of the project")
+    return yaml.safe_load(file.read_text(encoding="utf-8").replace("IMAGE", image))

@@ -17,6 +17,9 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
+from pipeline.errors import ConfigError
+from pipeline.recipe.recipe import parse_recipe
+from pipeline.runtime.kuberay import ray_service
 from pipeline.runtime.placement import ROLE
 from tests.tiny.command import ROOT, unclip_here
 
@@ -76,6 +79,25 @@ def test_every_cluster_on_kubernetes_asks_for_the_token_and_has_groups_by_role()
 def test_ray_serve_takes_the_services_file() -> None:
     config = ServeDeploySchema.model_validate(yaml.safe_load(_load("kuberay/rayservice.yaml")["spec"]["serveConfigV2"]))
     assert config.applications[0].import_path == "pipeline.runtime.serve_file:application"
+
+
+def test_serve_prints_a_rayservice_with_machines_for_each_part_of_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = {"replicas": [1, 3], "memory_gb_per_replica": 6, "label_selector": {"gpu": "h100"}}
+    serve = {"mode": "chain", "host": "0.0.0.0", "keys": "keys.json", "accelerator": "cuda", "decoder": decoder}
+    recipe = parse_recipe({"name": "my model", "workspace": "s3://b/w", "serve": serve})
+    monkeypatch.setattr("pipeline.runtime.kuberay.serve_file", lambda _: "applications: []\n")
+    service = yaml.safe_load(ray_service(recipe, "host/unclip"))
+    _validate(service)
+    assert service["metadata"]["name"] == "unclip-my-model"
+    groups = {group["groupName"]: group for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]}
+    assert groups.keys() == {"prior", "decoder", *(name.replace("_", "-") for name in recipe.upsamplers())}
+    assert (groups["decoder"]["maxReplicas"], groups["prior"]["maxReplicas"]) == (3, 1)
+    assert groups["decoder"]["labels"] == {ROLE: "serve", "gpu": "h100"}
+    [container] = groups["decoder"]["template"]["spec"]["containers"]
+    assert container["image"] == "host/unclip:gpu"
+    assert container["resources"]["limits"] == {"memory": "10G", "nvidia.com/gpu": "1"}
+    with pytest.raises(ConfigError, match=r"serve\.host: 127\.0\.0\.1 is seen by its own machine alone"):
+        ray_service(parse_recipe({"workspace": "s3://b/w"}), "host/unclip")
 
 
 def test_submit_prints_a_rayjob_with_the_recipe_and_a_cluster_of_its_own(tmp_path: Path) -> None:

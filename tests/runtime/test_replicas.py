@@ -27,9 +27,7 @@ from pipeline.errors import ConfigError, StepError, UnclipError
 from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.paths import with_absolute_paths
 from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
-from pipeline.recipe.sections import ServeStageConfig
 from pipeline.runtime.front import Front, FrontReplica, served_artifacts
-from pipeline.runtime.ray_service import ray_service
 from pipeline.runtime.replicas import (
     ModelReplica,
     RemoteModel,
@@ -298,27 +296,11 @@ def test_the_file_for_serve_deploy_names_what_it_imports(recipe: Recipe) -> None
     names = {deployment["name"] for deployment in served["deployments"]}
     bound = application(served["args"])._bound_deployment
     assert names == {bound.name, bound.init_kwargs["networks"]._bound_deployment.name}
+    names = [one["name"] for one in yaml.safe_load(serve_file(chained(recipe)))["applications"][0]["deployments"]]
+    assert names == ["http", "prior", "decoder", "upsampler_1"]
     open_to_all = parse_recipe({"serve": {"host": "0.0.0.0"}})
     with pytest.raises(ConfigError, match=r"serve\.host: 0\.0\.0\.0 is open"):
         serve_file(open_to_all)
-
-
-def test_a_ray_service_has_machines_for_each_part_of_a_chain(recipe: Recipe) -> None:
-    with pytest.raises(ConfigError, match=r"serve\.host: 127\.0\.0\.1 is seen by its own machine alone"):
-        ray_service(recipe, "unclip:1")
-    decoder = ServeStageConfig(replicas=(1, 3), memory_gb_per_replica=6, label_selector={"gpu": "h100"})
-    open_to_all = {"mode": "chain", "host": "0.0.0.0", "keys": "keys.json", "accelerator": "cuda", "decoder": decoder}
-    served = replace(recipe, serve=replace(recipe.serve, **open_to_all))
-    spec = yaml.safe_load(ray_service(served, "unclip:1"))["spec"]
-    assert yaml.safe_load(spec["serveConfigV2"]) == yaml.safe_load(serve_file(served))
-    groups = {group["groupName"]: group for group in spec["rayClusterConfig"]["workerGroupSpecs"]}
-    assert groups.keys() == {"prior", "decoder", "upsampler-1"}
-    assert (groups["decoder"]["maxReplicas"], groups["decoder"]["labels"]) == (3, {"gpu": "h100"})
-    [container] = groups["decoder"]["template"]["spec"]["containers"]
-    assert container["image"] == "unclip:1"
-    assert container["resources"]["limits"] == {"cpu": 2, "memory": "10G", "nvidia.com/gpu": 1}
-    names = [one["name"] for one in yaml.safe_load(serve_file(served))["applications"][0]["deployments"]]
-    assert names == ["http", "prior", "decoder", "upsampler_1"]
 
 
 def test_the_http_interface_of_serve_deploy_opens_with_its_recipe(recipe: Recipe) -> None:

@@ -64,22 +64,24 @@ def test_replicas_and_their_proxy_pass_the_object_whole() -> None:
     class Handled:
         """Stands for the engine behind a replica, and for Ray's handle before it."""
 
-        async def sample(self, request: SampleRequest, client: str) -> SampledPictures:
-            assert client == "me"
+        async def sample(self, request: SampleRequest, client: str, hop: None) -> SampledPictures:
+            assert (client, hop) == ("me", None)
             received.append(request)
             return SampledPictures(np.zeros((1, 2, 2, 3), np.uint8), None)
 
-        async def remote(self, request: SampleRequest, client: str) -> SampledPictures:
-            return await self.sample(request, client)
+        async def remote(self, request: SampleRequest, client: str, hop: None) -> SampledPictures:
+            return await self.sample(request, client, hop)
+
+        def close(self) -> None:
+            """As the engine's."""
 
     replica = ModelReplica()
-    replica._current = Handled()
+    replica._engines, replica._served = {"now": Handled()}, "now"
     asyncio.run(replica.sample(request, "me"))
     handle: Any = type("Handle", (), {"sample": Handled()})()
-    asyncio.run(RemoteModel(handle).sample(request, "me"))
+    asyncio.run(RemoteModel({"networks": handle}).sample(request, "me"))
     assert received == [request, request]
     assert all(one is request for one in received)
-    replica._current = None
 
 
 def test_the_page_about_http_names_every_field() -> None:
