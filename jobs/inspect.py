@@ -29,6 +29,9 @@ def plan(
     cost: Annotated[
         bool, typer.Option("--cost", help="Count parameters, arithmetic, GPU hours and memory instead; loads torch.")
     ] = False,
+    graph: Annotated[
+        bool, typer.Option("--graph", help="Print the steps as a mermaid graph, with their states.")
+    ] = False,
     time: Annotated[
         bool, typer.Option("--time", help="Measure this machine for some seconds; print the time of steps and run.")
     ] = False,
@@ -52,6 +55,9 @@ def plan(
         return
     workspace = Workspace(resolved.workspace)
     statuses = plan_status(workspace, make_plan(resolved, until=until))
+    if graph:
+        typer.echo(_mermaid(statuses))
+        return
     if time:
         _print_times(resolved, statuses, json=json)
         return
@@ -75,6 +81,17 @@ def plan(
         print_next(f"plan {words} --time", f"run {words}{f' --until {until}' if until else ''}")
     else:
         print_next(f"status {words}")
+
+
+def _mermaid(statuses: list[StepStatus]) -> str:
+    """The plan as a mermaid graph, from the data down; what is not done has rounded corners."""
+    lines = ["graph TD"]
+    for status in statuses:
+        name = status.step.name
+        left, right = ("[", "]") if status.state == "done" else ("(", ")")
+        lines.append(f'  {name}{left}"{name}<br/>{status.step.key}<br/>{status.state}"{right}')
+        lines += [f"  {one} --> {name}" for one in status.step.inputs]
+    return "\n".join(lines)
 
 
 def _forgotten_notes(workspace: Workspace, statuses: list[StepStatus]) -> list[str]:

@@ -29,7 +29,8 @@ def _names(path: Path) -> list[str]:
     if path.suffix == ".parquet":
         return pq.read_schema(path).names
     if path.suffix == ".json":
-        return list(json.loads(path.read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return list(content) if isinstance(content, dict) else list({name: None for row in content for name in row})
     if path.suffix == ".jsonl":
         return list({name for line in path.read_text(encoding="utf-8").splitlines() for name in json.loads(line)})
     return []

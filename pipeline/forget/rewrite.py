@@ -33,7 +33,7 @@ from pipeline.filter.labels import count_reasons
 from pipeline.forget.search import FAILURES
 from pipeline.workspace.forgotten import CAUSE, Forgotten, Rewrite
 from pipeline.workspace.manifest import Manifest, add_counts, content_of
-from pipeline.workspace.store import LIVE, MANIFEST, RECORD_SUFFIX, Artifact
+from pipeline.workspace.store import ALL_RECORDS, LIVE, MANIFEST, RECORD_SUFFIX, Artifact
 
 Counts = dict[str, int]
 
@@ -51,6 +51,8 @@ def rewrite(artifact: Artifact, work: Rewrite, forgotten: Forgotten, check: Call
         DataError: If a file is damaged.
         StepError: If the disk is full.
     """
+    check()
+    artifact.remove(ALL_RECORDS)
     for shard in work.shards:
         check()
         _REWRITERS[work.step](artifact, shard, forgotten)
@@ -70,8 +72,8 @@ def rewrite(artifact: Artifact, work: Rewrite, forgotten: Forgotten, check: Call
 
 def _manifest_of(artifact: Artifact, manifest: Manifest, step: str, forgotten: Forgotten) -> Manifest:
     """The manifest with the files, rows and failures of today."""
-    records = list(artifact.shard_records().values())
-    files, metrics = artifact.describe_files(), dict(manifest.metrics)
+    by_name = artifact.fold_records()
+    records, files, metrics = list(by_name.values()), artifact.describe_files(by_name), dict(manifest.metrics)
     if step == "pairs":  # its rows are all there
         return replace(manifest, files=files)
     counts = add_counts([record.counts for record in records])

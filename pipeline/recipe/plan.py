@@ -7,7 +7,7 @@ finished step is never run again and a changed field re-runs only what depends o
 import hashlib
 import json
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from pipeline.recipe.sections import StepSection
 from pipeline.recipe.steps import STEPS, StepRow
 from pipeline.workspace.digests import fingerprint, unseen_files
 from pipeline.workspace.files import exists
-from pipeline.workspace.manifest import Manifest, has_content
+from pipeline.workspace.manifest import Manifest, ShardRecord, has_content
 from pipeline.workspace.store import Artifact, Workspace
 
 Json = dict[str, Any]
@@ -217,7 +217,14 @@ def inputs_of(workspace: Workspace, step: Step) -> dict[str, Artifact]:
     return {name: workspace.artifact(name, key) for name, key in step.inputs.items()}
 
 
-def manifest_of(step: Step, output: Artifact, counts: dict[str, int] | None = None, *, wall_s: float = 0.0) -> Manifest:
+def manifest_of(
+    step: Step,
+    output: Artifact,
+    counts: dict[str, int] | None = None,
+    *,
+    wall_s: float = 0.0,
+    records: Mapping[str, ShardRecord] | None = None,
+) -> Manifest:
     """The manifest of a step whose files are all written.
 
     Args:
@@ -225,6 +232,7 @@ def manifest_of(step: Step, output: Artifact, counts: dict[str, int] | None = No
         output: The artifact with the files.
         counts: Rows; None if the step has no rows.
         wall_s: Time of the step, in seconds.
+        records: The records of all its shards; None: they are read.
     """
     return Manifest(
         step=step.name,
@@ -233,7 +241,7 @@ def manifest_of(step: Step, output: Artifact, counts: dict[str, int] | None = No
         section=step.section,
         inputs=step.inputs,
         counts=counts or {},
-        files=output.describe_files(),
+        files=output.describe_files(records),
         wall_s=round(wall_s, 3),
         created=time.time(),
     )

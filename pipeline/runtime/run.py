@@ -361,7 +361,7 @@ def _commit(context: StepContext, result: StepResult, tracking: Tracking) -> Man
     step, output = context.step, context.output
     wall_s = Progress(output, waits=True).wall_s
     manifest = dataclasses.replace(
-        manifest_of(step, output, result.counts, wall_s=wall_s),
+        manifest_of(step, output, result.counts, wall_s=wall_s, records=output.fold_records()),
         metrics=result.metrics,
         input_contents=output.read_json(INPUTS),
         node_s=round(wall_s * result.num_workers, 3),

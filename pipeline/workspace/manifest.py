@@ -49,6 +49,18 @@ class ShardRecord:
         """
         return parse_record(cls, data)
 
+    @staticmethod
+    def list_from_json(content: bytes) -> "list[ShardRecord]":
+        """Many records from a JSON list, at once.
+
+        Raises:
+            DataError: See ``from_dict``.
+        """
+        try:
+            return _adapter(list[ShardRecord]).validate_json(content, strict=True)
+        except ValidationError as error:
+            raise DataError(_first_error(error)) from None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
@@ -124,9 +136,13 @@ def parse_record(cls: type[T], data: Any) -> T:
         # From JSON: in Python's objects, pydantic's strict mode accepts no dict for a nested dataclass.
         return _adapter(cls).validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{name}: {first['msg']}" if name else first["msg"]) from None
+        raise DataError(_first_error(error)) from None
+
+
+def _first_error(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    return f"{name}: {first['msg']}" if name else first["msg"]
 
 
 def check_counts(counts: dict[str, int], *, where: str) -> None:

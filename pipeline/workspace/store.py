@@ -13,7 +13,7 @@ import os
 import shutil
 import sqlite3
 import uuid
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -27,6 +27,9 @@ Json = dict[str, Any]
 
 MANIFEST = "manifest.json"
 RECORD_SUFFIX = ".done.json"
+ALL_RECORDS = f"all{RECORD_SUFFIX}"
+"""The records of all shards in one file, which counts while the step is finished: a hundred thousand files take minutes
+to read from an object store, by every worker that reads the step."""
 LIVE = "live/"
 INPUTS = f"{LIVE}inputs.json"
 """Content of each input of a step that is not finished, when it began."""
@@ -294,7 +297,10 @@ class Artifact:
 
     def shard_records(self) -> dict[str, ShardRecord]:
         """The committed shards, by name, sorted; not those of an artifact of its own in ``live/``."""
-        names = [name for name in self.names() if name.endswith(RECORD_SUFFIX)]
+        if self.exists(MANIFEST):
+            with contextlib.suppress(FileNotFoundError):
+                return self._folded(self._files.cat_file(f"{self._base}/{ALL_RECORDS}"))
+        names = [name for name in self.names() if name.endswith(RECORD_SUFFIX) and name != ALL_RECORDS]
         paths = [f"{self._base}/{name}" for name in names]
         contents = map(self._files.cat_file, paths) if self._is_local else self._files.cat_files(paths)
         records = {name: self._record(name, content) for name, content in zip(names, contents, strict=True)}
@@ -304,6 +310,20 @@ class Artifact:
         """One committed shard."""
         name = f"{shard}{RECORD_SUFFIX}"
         return self._record(name, self._files.cat_file(f"{self._base}/{name}"))
+
+    def fold_records(self) -> dict[str, ShardRecord]:
+        """Write the records of all shards into one file, before the step is committed; returns them."""
+        records = self.shard_records()
+        if records:
+            lines = ",\n".join(json.dumps(record.to_dict(), sort_keys=True) for record in records.values())
+            self.write_bytes(ALL_RECORDS, f"[{lines}]\n".encode())
+        return records
+
+    def _folded(self, content: bytes) -> dict[str, ShardRecord]:
+        try:
+            return {record.shard: record for record in ShardRecord.list_from_json(content)}
+        except DataError as error:
+            raise DataError(f"{self.uri}/{ALL_RECORDS}: {error}; remove this file") from None
 
     def _record(self, name: str, content: bytes) -> ShardRecord:
         try:
@@ -343,9 +363,14 @@ class Artifact:
             raise StepError(f"{self.uri}: another run has committed this step; run again to go on from there")
         self._remove_all([name for name in self.names() if name.startswith(LIVE)])
 
-    def describe_files(self) -> dict[str, Json]:
-        """Size and SHA-256 of every published file but the manifest and the live ones, for the manifest."""
-        shard_files = {name: info for record in self.shard_records().values() for name, info in record.files.items()}
+    def describe_files(self, records: Mapping[str, ShardRecord] | None = None) -> dict[str, Json]:
+        """Size and SHA-256 of every published file but the manifest and the live ones, for the manifest.
+
+        Args:
+            records: The records of all shards; None: they are read.
+        """
+        records = self.shard_records() if records is None else records
+        shard_files = {name: info for record in records.values() for name, info in record.files.items()}
         described: dict[str, Json] = {}
         for name in self.names():
             if name == MANIFEST or name.startswith(LIVE):

@@ -17,6 +17,7 @@ from pipeline.recipe.recipe import load_recipe
 from pipeline.workspace.lock import holder_of, locked_workspace
 from pipeline.workspace.progress import PROGRESS, ProgressState
 from pipeline.workspace.store import Artifact, Workspace
+from tests.tiny.command import unclip_here
 from tests.tiny.recipe import write_recipe
 
 
@@ -100,6 +101,16 @@ def test_every_command_ends_with_what_is_useful_next(recipe: Path) -> None:
 
 def _names(steps: list[Step]) -> set[str]:
     return {step.name for step in steps}
+
+
+def test_a_plan_as_a_graph_has_every_step_its_state_and_its_inputs(recipe: Path) -> None:
+    lines = unclip_here("plan", str(recipe), "--graph").stdout.splitlines()
+    steps = make_plan(load_recipe(recipe))
+    assert lines[0] == "graph TD"
+    assert sum(" --> " in line for line in lines) == sum(len(step.inputs) for step in steps)
+    for step in steps:
+        assert any(line.startswith(f"  {step.name}") and step.key in line for line in lines)
+        assert all(f"  {name} --> {step.name}" in lines for name in step.inputs)
 
 
 def test_a_part_of_a_plan_holds_what_it_reads(recipe: Path) -> None:

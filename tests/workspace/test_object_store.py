@@ -187,6 +187,24 @@ def test_a_fetched_file_is_compared_with_its_record(bucket: str, s3_server: S3Se
     assert artifact.path("00000.tar").read_bytes() == _CONTENT
 
 
+def test_records_of_a_finished_step_are_one_file(bucket: str, s3_server: S3Server) -> None:
+    artifact = Artifact(f"{bucket}/step/key")
+    records = {f"{n:05d}": ShardRecord(shard=f"{n:05d}", counts={"in": n, "ok": n}, files={}) for n in range(20)}
+    for record in records.values():
+        artifact.commit_shard(record)
+    assert artifact.fold_records() == records
+    s3_server.requests()
+    assert artifact.shard_records() == records
+    assert len(s3_server.requests()) > 20  # until the step is committed, each record counts for itself
+    artifact.commit(_manifest(files=artifact.describe_files(records)))
+    s3_server.requests()
+    assert Artifact(artifact.uri).shard_records() == records
+    assert len(s3_server.requests()) <= 2
+    artifact.remove("manifest.json")  # as the messages on a damaged shard say: only that one is made again
+    artifact.remove("00007.done.json")
+    assert artifact.shard_records().keys() == records.keys() - {"00007"}
+
+
 def test_a_column_of_a_table_is_read_without_the_table(bucket: str, s3_server: S3Server, tmp_path: Path) -> None:
     artifact = Artifact(f"{bucket}/step/key")
     vectors = np.random.default_rng(0).random(200_000)
