@@ -14,7 +14,7 @@ import sys
 from collections.abc import Generator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self, cast
@@ -120,7 +120,10 @@ class ClipInputs:
         """
         text: dict[str, Any] = self.model_config["text_cfg"]
         if "hf_tokenizer_name" not in text:
-            return SimpleTokenizer(context_length=self.context_length, **text.get("tokenizer_kwargs", {}))
+            options = text.get("tokenizer_kwargs")
+            if not options:
+                return _plain_tokenizer(self.context_length)
+            return SimpleTokenizer(context_length=self.context_length, **options)
         try:
             return open_clip.get_tokenizer(self.source)
         except ImportError as error:
@@ -455,6 +458,12 @@ def describe_clip(name: str) -> OpenClip:
     if model_config is None:
         raise ValueError(f"CLIP {name!r} is unknown on this machine; choose an open_clip architecture or a folder")
     return _assemble(model_config, source=name)
+
+
+@lru_cache(maxsize=4)
+def _plain_tokenizer(context_length: int) -> SimpleTokenizer:
+    """CLIP's own tokenizer; making one takes half a second, so all CLIPs of a process share it."""
+    return SimpleTokenizer(context_length=context_length)
 
 
 def count_tokens(captions: Sequence[str]) -> list[int]:

@@ -68,9 +68,13 @@ class Snapshot:
             number, num_files = sharding.place
             for name in tensors:
                 part, _, rest = name.partition(".")
-                shape = sharding.whole_shape(rest if part != "optimizer" else rest.rpartition(".")[0])
-                if shape is not None and part in {"network", "ema", "optimizer"} and not name.endswith(".step"):
-                    shapes[name] = shape
+                parameter = rest if part != "optimizer" else rest.rpartition(".")[0]
+                if (
+                    part in {"network", "ema", "optimizer"}
+                    and parameter in sharding.shapes
+                    and rest != f"{parameter}.step"
+                ):
+                    shapes[name] = sharding.shapes[parameter]
         kept = {
             name: tensor
             for name, tensor in tensors.items()

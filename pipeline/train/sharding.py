@@ -7,6 +7,7 @@ gathered when it is run, and freed again. Legend: S workers that share one copy 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,8 @@ class Sharding:
     """The same modules, whose parameters have no data."""
     kernels: list[str]
     """The parameters that Muon would move."""
+    shapes: dict[str, list[int]]
+    """Whole shapes of the parameters that are divided, by name."""
 
     @property
     def is_first(self) -> bool:
@@ -46,8 +49,7 @@ class Sharding:
     @property
     def matrices(self) -> MatrixShards:
         """How the kernels of this worker's part become whole matrices."""
-        wholes, parts = (dict(network.named_parameters()) for network in (self.network, self.part))
-        num_rows: dict[Tensor, int] = {parts[name]: wholes[name].shape[0] for name in self.kernels}
+        num_rows: dict[Tensor, int] = {self.part.get_parameter(name): self.shapes[name][0] for name in self.kernels}
         return MatrixShards(self.mesh[_SHARDS].get_group(), num_rows)
 
     def clip_gradients(self, largest: float) -> Tensor:
@@ -88,10 +90,9 @@ class Sharding:
         Returns:
             On the first worker the whole tensors, on the CPU; on the others nothing.
         """
-        wholes, tensors = dict(self.network.named_parameters()), dict[str, Tensor]()
+        tensors: dict[str, Tensor] = {}
         for name, part in parts.items():
-            whole = wholes.get(name)
-            tensor = self._gather(part, whole.shape[0]) if isinstance(whole, DTensor) else part
+            tensor = self._gather(part, self.shapes[name][0]) if name in self.shapes else part
             if self.is_first:
                 tensors[name] = tensor.cpu()
         return tensors
@@ -126,18 +127,13 @@ class Sharding:
         """Whether this worker's part is written; its copies on other workers are not."""
         return self.mesh[_REPLICAS].get_local_rank() == 0
 
-    def whole_shape(self, name: str) -> list[int] | None:
-        """Shape of a parameter that is divided; None for any other name."""
-        parameter = dict(self.network.named_parameters()).get(name)
-        return list(parameter.shape) if isinstance(parameter, DTensor) else None
-
     def rows(self, name: str) -> slice | None:
         """The rows that this worker has of a divided parameter; None for any other name."""
-        shape, (number, num_parts) = self.whole_shape(name), self.place
-        if shape is None:
+        if name not in self.shapes:
             return None
-        most = -(-shape[0] // num_parts)
-        return slice(min(number * most, shape[0]), min((number + 1) * most, shape[0]))
+        num_rows, (number, num_parts) = self.shapes[name][0], self.place
+        most = -(-num_rows // num_parts)
+        return slice(min(number * most, num_rows), min((number + 1) * most, num_rows))
 
 
 def create_mesh(resources: TrainResources, device: torch.device, world_size: int) -> DeviceMesh | None:
@@ -173,11 +169,14 @@ def shard(
     policy = MixedPrecisionPolicy(
         param_dtype=gathered_dtype(config), reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    # A linear layer returns a view; no network of ours changes the output of a block in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for block in blocks:
         fully_shard(block, mesh=own, mp_policy=policy, ignored_params=numbers)
     whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     fully_shard(objective, mesh=own, mp_policy=whole, ignored_params=numbers)
-    return Sharding(mesh, network, _part(network, shell), shell, names)
+    shapes = {name: list(whole.shape) for name, whole in network.named_parameters() if isinstance(whole, DTensor)}
+    return Sharding(mesh, network, _part(network, shell), shell, names, shapes)
 
 
 def gathered_dtype(config: TrainConfig) -> torch.dtype:

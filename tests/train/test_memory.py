@@ -8,12 +8,13 @@ import torch
 
 from pipeline.data.order import Share
 from pipeline.networks.costs import build_clip
-from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.train.assemble import assemble
 from pipeline.train.loop import make_step
 from pipeline.train.memory import USABLE, LiveBytes, WorkerMemory, advice, count_memory, format_memory, recipe_memory
 from pipeline.train.state import create_state
 from pipeline.workspace.store import Artifact
+from tests.tiny.command import ROOT
 from tests.tiny.training import tiny_inputs, tiny_job, training_recipe
 
 
@@ -152,3 +153,10 @@ def test_every_training_of_a_recipe_is_counted() -> None:
     assert [memory.name for memory in memories] == list(recipe.trained())
     assert all(memory.fits and memory.work > 0 for memory in memories)  # no GPU is named
     assert "does not fit" not in format_memory(memories, recipe)
+
+
+@pytest.mark.slow  # minutes
+@pytest.mark.parametrize("name", ["dalle2-paper", "karlo", "laion-vit-l14", "single-gpu"])
+def test_every_training_of_the_shipped_recipes_fits_into_the_gpu_that_it_names(name: str) -> None:
+    memories = recipe_memory(load_recipe(ROOT / "configs" / f"{name}.toml"))
+    assert all(memory.gpu and memory.fits for memory in memories)

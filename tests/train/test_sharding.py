@@ -14,19 +14,22 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
+from safetensors.torch import load_file
 
 from pipeline.data.batches import plan_order
 from pipeline.data.order import Share
 from pipeline.recipe.recipe import Recipe
 from pipeline.train.assemble import TrainJob, assemble
-from pipeline.train.job import start_training
+from pipeline.train.job import run_job, start_training
 from pipeline.train.loop import make_step
-from pipeline.train.resume import CheckpointWriter, Keep, checkpoint_name, load_newest_checkpoint
+from pipeline.train.resume import CheckpointWriter, Keep, checkpoint_name, checkpoint_steps, load_newest_checkpoint
 from pipeline.train.state import TrainState
 from pipeline.workspace.store import Artifact
-from tests.tiny.training import bound_recipe, tiny_inputs, training_recipe
+from tests.tiny.training import bound_recipe, no_watch, tiny_inputs, training_recipe
 
 NUM_STEPS = 3
+Results = dict[tuple[str, int, int], dict[str, Any]]
+"""What trainings came to, by (case, workers, shards)."""
 CPU = torch.device("cpu")
 
 
@@ -45,6 +48,11 @@ class _Case:
     def step(self) -> str:
         """The step that trains it."""
         return self.name.partition(" ")[0]
+
+    @property
+    def batch_size(self) -> int:
+        """Its global batch."""
+        return self.recipe(1, 1).trained()[self.step].train.batch_size
 
     def recipe(self, world_size: int, num_shards: int) -> Recipe:
         """The recipe, for so many workers."""
@@ -135,41 +143,52 @@ def _state_bytes(state: TrainState) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
+def _run(inputs: dict[str, Artifact], folder: str, rank: int, world_size: int) -> dict[str, Any]:
+    """A whole training, with its checkpoints, its validation and its artifact."""
+    recipe = _Case("upsampler_1", resources={"save_every_steps": 2}).recipe(world_size, 0)
+    output = Artifact(f"{folder}/run-{world_size}")
+    return run_job(
+        TrainJob("upsampler_1", recipe, inputs, output, "key", CPU, rank=rank, world_size=world_size), no_watch
+    )
+
+
 def _work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     inputs = {name: Artifact(f"{folder}/{name}") for name in ("download", "embed", "clip")}
-    results: dict[tuple[str, int, int], dict[str, Any]] = {}
+    results: Results = {}
     for number, (name, case) in enumerate(CASES.items()):
         if number % 4 == rank:
-            batch_size = case.recipe(1, 1).trained()[case.step].train.batch_size
-            results[name, 1, 1] = _train(case, inputs, folder, Share(batch_size), 1)
+            results[name, 1, 1] = _train(case, inputs, folder, Share(case.batch_size), 1)
+    if rank == 3:
+        results["run", 1, 0] = _run(inputs, folder, 0, 1)
     for number, world_size in enumerate((4, 2, 3, 4)):
-        if rank >= world_size:
-            continue
-        store = f"file://{folder}/store{number}"
-        torch.distributed.init_process_group("gloo", store, rank=rank, world_size=world_size)
-        share = Share(6, rank, world_size)
-        if number < 2:
-            for name, case in CASES.items():
-                if case.world_size == world_size:
-                    batch_size = case.recipe(1, 1).trained()[case.step].train.batch_size
-                    own = Share(batch_size, rank, world_size)
-                    results[name, world_size, 0] = _train(case, inputs, folder, own, case.num_shards)
-        if number == 0:
-            results["decoder", 4, 1] = _train(CASES["decoder"], inputs, folder, share, 1)
-        if number == 3 and rank == 0:  # a bit of the second of three files
-            file = Path(f"{folder}/out") / checkpoint_name(2).replace(".safetensors", ".2-of-3.safetensors")
-            whole = file.read_bytes()
-            file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        if number != 1:
-            torch.distributed.barrier()
-            last_step = (1, 0, 2, 3)[number]
-            results["resumed", number, 0] = _go_on(CASES["decoder"], inputs, folder, share, last_step)
-        torch.distributed.destroy_process_group()
+        if rank < world_size:
+            store = f"file://{folder}/store{number}"
+            torch.distributed.init_process_group("gloo", store, rank=rank, world_size=world_size)
+            results |= _work_together(number, rank, world_size, inputs, folder)
+            torch.distributed.destroy_process_group()
     torch.save(results, f"{folder}/{rank}.pt")
 
 
-Results = dict[tuple[str, int, int], dict[str, Any]]
+def _work_together(number: int, rank: int, world_size: int, inputs: dict[str, Artifact], folder: str) -> Results:
+    """The trainings of several workers: first those of the cases, then one that goes on with other numbers of them."""
+    results: Results = {}
+    for name, case in CASES.items():
+        if number < 2 and case.world_size == world_size:
+            share = Share(case.batch_size, rank, world_size)
+            results[name, world_size, 0] = _train(case, inputs, folder, share, case.num_shards)
+    if number == 1:
+        return results | {("run", 2, 0): _run(inputs, folder, rank, 2)}
+    share = Share(CASES["decoder"].batch_size, rank, world_size)
+    if number == 0:
+        results["decoder", 4, 1] = _train(CASES["decoder"], inputs, folder, share, 1)
+    if number == 3 and rank == 0:  # a bit of the second of three files
+        file = Path(f"{folder}/out") / checkpoint_name(2).replace(".safetensors", ".2-of-3.safetensors")
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    torch.distributed.barrier()
+    last_step = {0: 1, 2: 2, 3: 3}[number]
+    return results | {("resumed", number, 0): _go_on(CASES["decoder"], inputs, folder, share, last_step)}
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +201,7 @@ def trained(folder: Path) -> list[Results]:
     """Of each rank: what every training came to, by (case, workers, shards)."""
     tiny_inputs(folder)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "pipeline.clip"])  # imported once for all workers
+    context.set_forkserver_preload([__name__, "pipeline.clip", "torch._dynamo"])  # imported once for all workers
     workers = [context.Process(target=_work, args=(rank, str(folder))) for rank in range(4)]
     for worker in workers:
         worker.start()
@@ -206,6 +225,20 @@ def test_a_divided_training_is_that_of_one_worker(trained: list[Results], name: 
     assert expected["history"].isfinite().all()
     for key in expected.keys() - {"bytes"}:
         torch.testing.assert_close(actual[key], expected[key], rtol=1e-3, atol=2e-5, msg=f"{name} {key}")
+
+
+def test_a_divided_training_is_validated_and_published_as_that_of_one_worker(
+    trained: list[Results], folder: Path
+) -> None:
+    expected, actual = trained[3]["run", 1, 0], trained[0]["run", 2, 0]
+    assert trained[1]["run", 2, 0] == {}
+    assert actual.keys() == expected.keys()
+    assert actual == pytest.approx(expected, rel=1e-3)
+    one, two = (load_file(folder / f"run-{world_size}" / "model.safetensors") for world_size in (1, 2))
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=2e-5, msg=name)
+    assert checkpoint_steps(Artifact(str(folder / "run-2"))) == [2, 4]
 
 
 def test_four_workers_hold_less_than_a_third_of_what_each_holds_alone(trained: list[Results]) -> None:
