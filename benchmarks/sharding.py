@@ -100,7 +100,7 @@ def _work(rank: int, folder: str) -> None:
 def run() -> list[dict[str, Any]]:
     """One row for each way."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__spec__.name])
+    context.set_forkserver_preload(["pipeline.networks.decoder", "pipeline.train.sharding"])
     with tempfile.TemporaryDirectory() as folder:
         workers = [context.Process(target=_work, args=(rank, folder)) for rank in range(NUM_WORKERS)]
         for worker in workers:
