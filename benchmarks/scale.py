@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.workspace.manifest import Manifest, ShardRecord
-from pipeline.workspace.store import Artifact, Workspace
+from pipeline.workspace.store import ALL_RECORDS, Artifact, Workspace
 
 _BATCH = 65_536
 _CACHED_FILES = 2_000
@@ -139,7 +139,7 @@ def _finish(artifact: Artifact, shards: int, rows: int, step: str = "s", key: st
         )
         for n in range(shards)
     )
-    artifact.write_json("all.done.json", [line.to_dict() for line in lines])
+    artifact.write_json(ALL_RECORDS, [line.to_dict() for line in lines])
     counts = {"in": rows * shards, "ok": rows * shards}
     artifact.commit(Manifest(step=step, key=key, step_version=1, section={}, inputs={}, counts=counts, files=files))
 

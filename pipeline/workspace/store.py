@@ -27,7 +27,7 @@ Json = dict[str, Any]
 
 MANIFEST = "manifest.json"
 RECORD_SUFFIX = ".done.json"
-ALL_RECORDS = f"all{RECORD_SUFFIX}"
+ALL_RECORDS = f"all.shards{RECORD_SUFFIX}"  # no shard has a point in its name
 """The records of all shards in one file, which counts while the step is finished: a hundred thousand files take minutes
 to read from an object store, by every worker that reads the step."""
 LIVE = "live/"

@@ -141,6 +141,17 @@ def test_manifest_of_another_schema_is_refused(tmp_path: Path) -> None:
         artifact.manifest()
 
 
+def test_a_shard_may_have_any_name_beside_the_file_of_all_records(tmp_path: Path) -> None:
+    artifact = Artifact(f"{tmp_path}/step/key")
+    records = {name: ShardRecord(shard=name, counts={"in": 1, "ok": 1}, files={}) for name in ("00000", "all", "shards")}
+    for record in records.values():
+        artifact.commit_shard(record)
+    assert artifact.fold_records() == records
+    assert artifact.shard_records() == records
+    artifact.commit(_manifest())
+    assert artifact.shard_records() == records
+
+
 def test_records_with_a_field_of_a_later_release_are_read(tmp_path: Path) -> None:
     artifact = Artifact(f"{tmp_path}/step/key")
     record = ShardRecord(shard="00000", counts={"in": 1, "ok": 1}, files={})
