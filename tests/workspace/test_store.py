@@ -143,7 +143,9 @@ def test_manifest_of_another_schema_is_refused(tmp_path: Path) -> None:
 
 def test_a_shard_may_have_any_name_beside_the_file_of_all_records(tmp_path: Path) -> None:
     artifact = Artifact(f"{tmp_path}/step/key")
-    records = {name: ShardRecord(shard=name, counts={"in": 1, "ok": 1}, files={}) for name in ("00000", "all", "shards")}
+    records = {
+        name: ShardRecord(shard=name, counts={"in": 1, "ok": 1}, files={}) for name in ("00000", "all", "shards")
+    }
     for record in records.values():
         artifact.commit_shard(record)
     assert artifact.fold_records() == records
