@@ -35,15 +35,23 @@ _CASES = (
 )
 
 
-def make_index(folder: Path, arguments: argparse.Namespace) -> tuple[Retriever, Any]:
+def make_index(
+    folder: Path,
+    num_rows: int,
+    embed_dim: int,
+    *,
+    train_rows: int = 200_000,
+    tuned_by: int = 500,
+    num_queries: int = 500,
+) -> tuple[Retriever, Any]:
     """An index of rows around random centres, and queries around them."""
     workspace, rng = Workspace(str(folder)), np.random.default_rng(0)
     embed, index = workspace.artifact("embed", "e"), workspace.artifact("index", "i")
-    centres = rng.normal(size=(max(100, arguments.rows // 50), arguments.embed_dim)).astype(np.float32)
-    write_rows(embed, centres, arguments.rows)
-    config = IndexConfig(num_train_rows=arguments.train_rows, num_recall_queries=arguments.tuned_by)
+    centres = rng.normal(size=(max(100, num_rows // 50), embed_dim)).astype(np.float32)
+    write_rows(embed, centres, num_rows)
+    config = IndexConfig(num_train_rows=train_rows, num_recall_queries=tuned_by)
     build_index(embed, index, config, seed=0)
-    return Retriever.open(index), rows_around(centres, rng, arguments.queries)[0]
+    return Retriever.open(index), rows_around(centres, rng, num_queries)[0]
 
 
 def measure(retriever: Retriever, queries: Any, k: int, conditions: Conditions) -> tuple[Any, Any]:
@@ -76,7 +84,14 @@ def main() -> None:
     faiss.omp_set_num_threads(1)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        retriever, queries = make_index(Path(folder), arguments)
+        retriever, queries = make_index(
+            Path(folder),
+            arguments.rows,
+            arguments.embed_dim,
+            train_rows=arguments.train_rows,
+            tuned_by=arguments.tuned_by,
+            num_queries=arguments.queries,
+        )
         for name, k, where, distinct in _CASES:
             floor = None
             if (name, k) == ("plain", 10):
