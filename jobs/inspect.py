@@ -138,6 +138,8 @@ def status(
 
 def _print_status(resolved: Recipe, words: str, *, json: bool) -> bool:
     """Print the state of every step once; returns whether a run goes on."""
+    from pipeline.runtime.tracking.place import Place
+
     workspace = Workspace(resolved.workspace)
     statuses = plan_status(workspace, make_plan(resolved))
     rest = status_remaining(resolved, statuses)
@@ -154,6 +156,10 @@ def _print_status(resolved: Recipe, words: str, *, json: bool) -> bool:
     if not is_done:
         typer.echo(f"run: {rest.explain(words)}")
     typer.echo(f"workspace {workspace.root}{f', held by {owner}' if owner else ''}")
+    place = Place(resolved, workspace)
+    if number := place.num_waiting():
+        sender = "the run that goes on sends" if owner else f"`unclip run {words}` sends"
+        typer.echo(f"tracker {place.shown_uri}: {number} records wait in {place.kept_in}; {sender} them")
     if owner:
         print_next(f"status {words} --watch")
     elif is_done:

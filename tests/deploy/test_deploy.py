@@ -41,6 +41,8 @@ def test_kuberay_takes_the_manifests(name: str) -> None:
     resource = _load(f"kuberay/{name}.yaml")
     assert resource["kind"].lower() == name
     _validate(resource)
+    # What the operator refuses beside the schema: a job on a cluster that stays is not begun again.
+    assert not {"clusterSelector", "backoffLimit"} <= resource["spec"].keys()
 
 
 def test_the_schema_would_notice_a_misspelt_or_a_missing_field() -> None:

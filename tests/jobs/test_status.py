@@ -14,6 +14,7 @@ from jobs.cli import app
 from pipeline.errors import ConfigError
 from pipeline.recipe.plan import Step, artifact_of, chosen_steps, make_plan, manifest_of
 from pipeline.recipe.recipe import load_recipe
+from pipeline.runtime.tracking.place import Place
 from pipeline.workspace.lock import holder_of, locked_workspace
 from pipeline.workspace.progress import PROGRESS, ProgressState
 from pipeline.workspace.store import Artifact, Workspace
@@ -101,6 +102,21 @@ def test_every_command_ends_with_what_is_useful_next(recipe: Path) -> None:
 
 def _names(steps: list[Step]) -> set[str]:
     return {step.name for step in steps}
+
+
+def test_what_waits_for_a_tracker_is_counted_with_where_it_is_and_what_to_do(recipe: Path) -> None:
+    words = ["status", str(recipe), "--set", "tracking.uri=http://me:secret@127.0.0.1:1"]
+    assert "records wait" not in CliRunner().invoke(app, words).stdout
+    loaded = load_recipe(recipe, words[3:])
+    place = Place(loaded, Workspace(loaded.workspace))
+    outbox = place.open()
+    outbox.append([{"op": "metrics"}] * 3)
+    outbox.mark_sent(outbox.read(1)[0][1])
+    [line] = [line for line in CliRunner().invoke(app, words).stdout.splitlines() if line.startswith("tracker http")]
+    assert line == (
+        f"tracker http://me:***@127.0.0.1:1: 2 records wait in {place.kept_in}; "
+        f"`unclip run {recipe} --set {words[3]}` sends them"
+    )
 
 
 def test_a_plan_as_a_graph_has_every_step_its_state_and_its_inputs(recipe: Path) -> None:

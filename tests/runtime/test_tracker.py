@@ -15,7 +15,9 @@ from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.plan import Step
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.runtime.context import StepContext, StepResult
-from pipeline.runtime.tracking.outbox import RECORDS, Outbox
+from pipeline.runtime.tracking import run, tracker
+from pipeline.runtime.tracking.outbox import RECORDS, SENT, Outbox
+from pipeline.runtime.tracking.place import Place
 from pipeline.runtime.tracking.records import new_points
 from pipeline.runtime.tracking.run import Tracking, send_champion, send_waiting
 from pipeline.workspace.manifest import Manifest, content_of
@@ -201,6 +203,68 @@ def test_tracking_off_writes_nothing(tmp_path: Path) -> None:
         tracking.started(context)
         assert tracking.finished(context, StepResult()) == ""
     assert not list(tmp_path.iterdir())
+
+
+def _fail_between(monkeypatch: pytest.MonkeyPatch, name: str, error: Exception) -> None:
+    """MLflow's client fails at one of its calls, and answers else."""
+    from mlflow.tracking import MlflowClient
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(MlflowClient, name, fail)
+
+
+def test_files_that_nobody_takes_hold_up_no_curve(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server whose files are in a bucket that this machine has no driver or password for."""
+    monkeypatch.setattr(tracker, "_WAIT_S", 0.01)
+    _fail_between(monkeypatch, "log_text", OSError("no password for the bucket"))
+    recipe, warnings = _recipe(database, "files"), list[str]()
+    context = _context(recipe, tmp_path)
+    with Tracking(recipe, Workspace(str(tmp_path)), warnings.append) as tracking:
+        tracking.started(context)
+        _write_rows(context, 2)
+        run_id = tracking.finished(context, StepResult())
+    assert len(_history(database, run_id)) == 2
+    assert [warning for warning in warnings if "refuses text (no password for the bucket)" in warning]
+
+
+def test_a_404_of_a_proxy_whose_server_is_away_drops_nothing(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND
+
+    recipe, warnings = _recipe(database, "proxy"), list[str]()
+    context, workspace = _context(recipe, tmp_path), Workspace(str(tmp_path))
+    with monkeypatch.context() as patch:
+        for name in ("search_runs", "get_experiment"):
+            _fail_between(patch, name, MlflowException("404 page", error_code=ENDPOINT_NOT_FOUND))
+        patch.setattr(run, "_DATABASE_WAIT_S", 0.5)
+        with Tracking(recipe, workspace, warnings.append) as tracking:
+            tracking.started(context)
+            tracking.finished(context, StepResult())
+    assert "does not answer (404 page)" in warnings[0]
+    assert Place(recipe, workspace).num_waiting() > 0
+    shutil.move(tmp_path, moved := tmp_path.with_name("moved"))
+    send_waiting(recipe, Workspace(str(moved)), pytest.fail)
+    assert {one.info.status for one in _runs(database, "proxy")} == {"FINISHED"}
+    assert Place(recipe, Workspace(str(moved))).num_waiting() == 0
+
+
+def test_a_kill_between_two_files_that_are_published_makes_nothing_count_as_sent(tmp_path: Path) -> None:
+    """The bytes of an older file that were sent must not meet the records of a newer one."""
+    published: list[str] = []
+
+    class Recorder(Workspace):
+        def publish(self, name: str) -> str:
+            published.append(name.rpartition("/")[2])
+            return name
+
+    Place(_recipe("http://127.0.0.1:1"), Recorder(str(tmp_path))).publish()
+    assert published.index(SENT) < published.index(RECORDS) < published.index("state.json")
 
 
 def test_outbox_keeps_records_through_kills_at_every_place(tmp_path: Path) -> None:

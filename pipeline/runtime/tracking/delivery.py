@@ -14,6 +14,7 @@ _IDLE_S = 0.25
 _MOST_WAIT_S = 60.0
 _AT_A_TIME = 500
 _MOST_REFUSALS = 3
+_AFTER_EVERY_S = 300.0
 _SYSTEM_EVERY_S = 10.0
 _SYSTEM_BYTES = 16 << 20
 """Readings of the machine are the first thing to go without when this much waits for a server."""
@@ -27,7 +28,7 @@ class Delivery:
         open_tracker: Opens the server.
         uri: The server, for messages.
         warn: Receives one sentence when the server fails, and one when it answers again.
-        after: Called after each end of a run is delivered, and when nothing is left.
+        after: Called after each end of a run is delivered, and every five minutes when nothing is left.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Delivery:
         self._outbox, self._open, self._uri, self._warn, self._after = outbox, open_tracker, uri, warn, after
         self._tracker: Tracker | None = None
         self._ready, self._wake, self._stop = threading.Event(), threading.Event(), threading.Event()
-        self._delivered_at = self._failed_at = float("-inf")
+        self._delivered_at = self._failed_at = self._after_at = float("-inf")
         self._is_failing = False
         self._num_refusals = 0
         # Daemons: a server that does not answer must not keep the process from ending.
@@ -86,10 +87,17 @@ class Delivery:
         self._wake.set()
         if not self._outbox.num_bytes:
             self._threads[0].join(patience_s)
+        if self._num_refusals > _MOST_REFUSALS:
+            self._warn(f"tracker {self._uri} has refused {self._num_refusals} records in all; they are left out")
 
     def _deliver(self) -> None:
-        prepare()
-        self._ready.set()
+        try:
+            prepare()
+        except ImportError as error:
+            self._warn(f"the tracker gets nothing: mlflow cannot be imported ({_reason(error)})")
+            return
+        finally:
+            self._ready.set()
         while not self._stop.wait(_IDLE_S):
             with self._outbox.delivering() as is_ours:
                 if is_ours:
@@ -112,7 +120,9 @@ class Delivery:
                 self._deliver_group(self._tracker, records)
                 self._outbox.mark_sent(offset)
                 self._delivered_at = time.monotonic()
-                if any(record["op"] == "finish" for record in records) or not self._outbox.num_bytes:
+                is_due = self._delivered_at - self._after_at > _AFTER_EVERY_S and not self._outbox.num_bytes
+                if is_due or any(record["op"] == "finish" for record in records):
+                    self._after_at = self._delivered_at
                     self._after()
                 if self._stop.is_set():
                     break

@@ -43,11 +43,7 @@ class Outbox:
     @property
     def num_records(self) -> int:
         """Records that are not delivered yet; reads them."""
-        if not self.num_bytes:
-            return 0
-        with self._records.open("rb") as file:
-            file.seek(self._offset(self._records.stat().st_size))
-            return sum(1 for _ in file)
+        return count_waiting(self._records, self._sent) if self.num_bytes else 0
 
     def append(self, records: Sequence[Json]) -> None:
         """Add records at the end, whole.
@@ -100,12 +96,6 @@ class Outbox:
                 self._write_offset(0)  # first: after a kill between the two, all is delivered once more
                 os.ftruncate(file, 0)
 
-    def clear(self) -> None:
-        """Remove all records, delivered or not."""
-        with self._exclusive() as file:
-            self._write_offset(0)
-            os.ftruncate(file, 0)
-
     @contextlib.contextmanager
     def delivering(self) -> Generator[bool]:
         """Whether this process delivers, inside a block; another one may."""
@@ -130,15 +120,32 @@ class Outbox:
 
     def _offset(self, size: int) -> int:
         """Bytes that are delivered."""
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            offset = int(self._sent.read_text())
-            return offset if offset <= size else 0  # of an older file
-        return 0
+        return _read_offset(self._sent, size)
 
     def _write_offset(self, offset: int) -> None:
         new = self._sent.with_suffix(".new")
         new.write_text(str(offset))
         new.replace(self._sent)
+
+
+def count_waiting(records: Path, sent: Path | None) -> int:
+    """Records of an outbox's two files that are not delivered yet.
+
+    Args:
+        records: The file of the records.
+        sent: The file of the bytes that are delivered; None: nothing is.
+    """
+    with records.open("rb") as file:
+        file.seek(_read_offset(sent, os.fstat(file.fileno()).st_size) if sent else 0)
+        return sum(1 for _ in file)
+
+
+def _read_offset(sent: Path, size: int) -> int:
+    """Bytes of a file of ``size`` bytes that are delivered."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        offset = int(sent.read_text())
+        return offset if offset <= size else 0  # of an older file
+    return 0
 
 
 def _parsed(line: bytes) -> Json | None:

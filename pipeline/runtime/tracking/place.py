@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe
-from pipeline.runtime.tracking.outbox import RECORDS, SENT, Outbox
+from pipeline.runtime.tracking.outbox import RECORDS, SENT, Outbox, count_waiting
 from pipeline.runtime.tracking.tracker import Tracker
 from pipeline.workspace.store import Workspace
 
@@ -19,6 +19,9 @@ Json = dict[str, Any]
 OFF = "off"
 _DATABASE = "mlflow.db"
 _STATE = "state.json"
+_FILES = (SENT, RECORDS, _STATE)
+"""In the order in which they are copied. A kill between two of them makes records be sent twice, which changes nothing;
+in another order, records that nobody has sent would count as sent."""
 _SCHEMES = {"http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks"}
 
 
@@ -45,21 +48,26 @@ class Place:
         self.state: Json = {}
 
     def open(self) -> Outbox:
-        """Bring what another machine published here, and read it; a copied workspace begins with nothing."""
+        """Bring what another machine published here, and read it.
+
+        A workspace that was copied or moved begins runs of its own, and sends what waits in it, too.
+        """
         if self.owns_database:
             self._workspace.restore(_DATABASE)
         folder = self._workspace.local_root / self._folder
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / _STATE).exists():
-            for name in (_STATE, RECORDS, SENT):
+            for name in _FILES:
                 self._workspace.restore(f"{self._folder}/{name}")
         outbox, where = Outbox(folder), self._identity(folder)
         with contextlib.suppress(FileNotFoundError, ValueError):
             self.state = json.loads((folder / _STATE).read_text())
         if self.state.get("place") != where:
-            outbox.clear()  # it belongs to the workspace that this one is a copy of
             self.state = {"place": where, "attempts": {}, "forwarded": {}}
             self.save()
+        elif not self._workspace.is_local:
+            # A killed run may have written points that were not published, or into a database that was not.
+            self.state["forwarded"] = {}
         return outbox
 
     def save(self) -> None:
@@ -72,7 +80,7 @@ class Place:
 
     def publish(self) -> None:
         """Bring database and outbox into the workspace, if it is in an object store."""
-        names = [f"{self._folder}/{name}" for name in (_STATE, RECORDS, SENT)]
+        names = [f"{self._folder}/{name}" for name in _FILES]
         for name in [*names, *([_DATABASE] if self.owns_database else [])]:
             self._workspace.publish(name)
 
@@ -82,6 +90,13 @@ class Place:
         return Tracker(
             self.uri, self.experiment, Path(database).absolute().parent / "mlflow" if self.is_local else None
         )
+
+    def num_waiting(self) -> int:
+        """Records in the workspace that the tracker does not have yet; changes nothing."""
+        folder = self._workspace.artifact(*self._folder.split("/"))
+        if self.uri == OFF or not folder.exists(RECORDS):
+            return 0
+        return count_waiting(folder.path(RECORDS), folder.path(SENT) if folder.exists(SENT) else None)
 
     @property
     def kept_in(self) -> str:

@@ -224,7 +224,10 @@ def send_waiting(recipe: Recipe, workspace: Workspace, warn: Callable[[str], Non
     check_scheme(place.uri)
     outbox = place.open()
     if records:
-        outbox.append(records)
+        try:
+            outbox.append(records)
+        except OSError as error:
+            warn(f"{place.kept_in}: {error}; the tracker does not get {records[0]['op']}")
     if outbox.num_bytes:
         delivery = _delivery_of(place, outbox, warn)
         delivery.start()

@@ -4,6 +4,7 @@ Every record can be written twice with the effect of once. A run is found again 
 pipeline run, which is new in every workspace, and the step.
 """
 
+import itertools
 import logging
 import os
 import re
@@ -23,6 +24,8 @@ _MAX_VALUE_CHARS = 500
 _PARENT = "pipeline"
 _PASSING = {401, 403, 408, 425, 429}
 """Refusals that a person or time may lift: a password, too many requests."""
+_MOST_TRIES = 3
+_WAIT_S = 1.0
 # mlflow reads these at import: no telemetry, and no waiting inside of it, because the outbox is tried again anyway.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -75,6 +78,23 @@ class Tracker:
             RefusedError: If the server will never accept it.
             Exception: If the server does not answer, or not well: try again later.
         """
+        for tries in itertools.count(1):
+            error = self._failure(records)
+            if error is None:
+                return
+            # Not the server's failure, if it answers here: one of the store where it keeps files (no driver, no
+            # password), or of the record. Curves must not wait for it. Nor a 404 of a proxy whose server is away.
+            self._client.get_experiment(self._experiment_id)
+            if isinstance(error, RefusedError) or tries == _MOST_TRIES:
+                raise RefusedError(str(error) or type(error).__name__) from error
+            time.sleep(_WAIT_S)
+
+    def _failure(self, records: Sequence[Json]) -> Exception | None:
+        """What has failed that is not the server's own trouble; a ``RefusedError`` if trying again changes nothing.
+
+        Raises:
+            MlflowException: If it is the server's own trouble.
+        """
         from mlflow.exceptions import MlflowException
 
         try:
@@ -84,9 +104,12 @@ class Tracker:
                 self._actions[records[0]["op"]](records[0])
         except MlflowException as error:
             status = error.get_http_status_code()
-            if 400 <= status < 500 and status not in _PASSING:
-                raise RefusedError(str(error)) from error
-            raise
+            if not 400 <= status < 500 or status in _PASSING:
+                raise
+            return RefusedError(str(error))
+        except Exception as error:  # noqa: BLE001  (what the drivers of stores for files throw)
+            return error
+        return None
 
     def _experiment(self, files: str | None) -> str:
         existing = self._client.get_experiment_by_name(self._name)
@@ -102,9 +125,9 @@ class Tracker:
         runs = self._search(attempt, step)
         if not runs:
             tags = record["tags"] | own | parent
-            self._client.create_run(self._experiment_id, record["time_ms"], tags, record["name"])
+            run = self._client.create_run(self._experiment_id, record["time_ms"], tags, record["name"])
             # A request that went unanswered may have been answered since.
-            runs = self._search(attempt, step)
+            runs = self._search(attempt, step) or [run.info.run_id]
             for double in runs[1:]:
                 self._client.delete_run(double)
         self.run_ids[attempt, step] = runs[0]
