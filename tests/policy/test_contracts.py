@@ -21,7 +21,7 @@ PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CONTRACTS: dict[str, dict[str, Any]] = {row["name"]: row for row in PYPROJECT["tool"]["importlinter"]["contracts"]}
 ROOMS = next(row["layers"] for row in CONTRACTS.values() if row.get("containers") == ["pipeline"])
 LIGHT = CONTRACTS["the light core loads nothing heavy, on no way"]
-INSTALLED_APART = {"clip_retrieval", "dalle2_pytorch", "k_diffusion", "transformers"}
+INSTALLED_APART = {"clip_retrieval", "dalle2_pytorch", "k_diffusion", "streaming", "transformers"}
 """Other libraries that tests and benchmarks compare with, from folders of their own: the Makefile, docs/benchmarks.md."""
 TORCH_ALONE = {*sys.stdlib_module_names, "torch", "numpy", "jaxtyping", "models"}
 
