@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe, to_dict
 from pipeline.runtime.front import server_name
 from pipeline.runtime.jobs import entrypoint, job_environment, job_name
-from pipeline.runtime.replicas import parts_of, place_of
+from pipeline.runtime.parts import parts_of, place_of
 from pipeline.runtime.serve_file import serve_file
 from pipeline.serve.http_server import is_loopback
 
@@ -43,7 +43,7 @@ def ray_job(recipe: Recipe, image: str, until: str = "") -> str:
     """
     _require_bucket(recipe)
     cluster = _template(CLUSTER_FILE, image)["spec"]
-    name = re.sub(r"[^a-z0-9]+", "-", job_name(recipe, until).lower())[-_MOST_NAME:].lstrip("-0123456789")
+    name = _name(job_name(recipe, until))
     [volume] = [one for one in cluster["headGroupSpec"]["template"]["spec"]["volumes"] if one["name"] == "recipes"]
     volume["configMap"] = {"name": name}
     config = {
@@ -86,7 +86,7 @@ def ray_service(recipe: Recipe, image: str) -> str:
             "serve.keys"
         )
     manifest = _template(_SERVICE_FILE, image)
-    manifest["metadata"]["name"] = re.sub(r"[^a-z0-9]+", "-", f"unclip-{server_name(recipe)}".lower()).strip("-")
+    manifest["metadata"]["name"] = _name(f"unclip-{server_name(recipe)}")
     spec = manifest["spec"]
     spec["upgradeStrategy"] = {"type": "NewClusterWithIncrementalUpgrade", "clusterUpgradeOptions": _UPGRADE}
     spec["serveConfigV2"] = serve_file(recipe)
@@ -96,21 +96,26 @@ def ray_service(recipe: Recipe, image: str) -> str:
     return yaml.safe_dump(manifest, sort_keys=False)
 
 
+def _name(text: str) -> str:
+    """A name that Kubernetes takes: the end of ``text``, in which two names are most likely to differ."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).rstrip("-")[-_MOST_NAME:].lstrip("-0123456789")
+
+
 def _group(recipe: Recipe, part: str, group: dict[str, Any], image: str) -> dict[str, Any]:
     """Machines of which each takes one replica of a part."""
     place, on_gpu = place_of(recipe.serve, part), recipe.serve.accelerator == "cuda"
     own_gb, cpus = math.ceil(place.memory_gb_per_replica), math.ceil(place.cpus_per_replica) + _RAY_CPUS
     memory = f"{own_gb + _GB_PER_CPU if own_gb else _GB_PER_CPU * cpus}G"
     gpus = {"nvidia.com/gpu": str(math.ceil(place.gpus_per_replica))} if on_gpu else {}
-    made = copy.deepcopy(group)
-    [container] = made["template"]["spec"]["containers"]
+    group = copy.deepcopy(group)
+    [container] = group["template"]["spec"]["containers"]
     container["image"] = f"{image}:{'gpu' if on_gpu else 'cpu'}"
     container["resources"] = {
         "requests": {"cpu": str(cpus), "memory": memory},
         "limits": {"memory": memory, **gpus},
     }
     return {
-        **made,
+        **group,
         "groupName": part.replace("_", "-"),
         "labels": {**group["labels"], **place.label_selector},
         "maxReplicas": place.replicas[1],

@@ -23,10 +23,18 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from models.request import SampleRequest
-from pipeline.recipe.paths import with_absolute_paths
-from pipeline.recipe.recipe import Recipe, parse_recipe, to_dict
-from pipeline.recipe.sections import ServeConfig, ServeStageConfig
+from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
+from pipeline.runtime.parts import (
+    NETWORKS,
+    Tables,
+    networks_options,
+    part_tables,
+    parts_of,
+    place_of,
+    read_tables,
+    write_tables,
+)
 from pipeline.serve.protocols import Accepted, Event, Images, NotServing, Overloaded, Preview, SampledPictures, Vectors
 from pipeline.workspace.store import Artifact
 
@@ -36,18 +44,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-Tables = dict[str, Any]
-
 Handles = Mapping[str, DeploymentHandle[Any]]
 """Of the parts, by name; CLIP's is the first."""
 
-NETWORKS = "networks"
-"""Name of the deployment that has all networks."""
-_FIRST = "prior"
-"""The part of a chain with CLIP, the prior, and what has no part of its own."""
-_BYTES_PER_GB = 1e9
-_SPARE_REQUESTS = 64
-_UPSCALE_DELAY_S = 10.0
 _IDLE_POLL_S = 0.2
 _STATS_TIMEOUT_S = 2.0
 _SMOOTHING = 0.1
@@ -72,55 +71,6 @@ class Hop:
     """Digest of what is served: other networks do not continue with it."""
 
 
-def parts_of(recipe: Recipe) -> dict[str, tuple[str, ...]]:
-    """The steps of each part of a cascade, by the name of its deployment; CLIP's part is the first."""
-    steps = [name for name in CASCADE_STEPS if getattr(recipe, name) is not None]
-    if recipe.serve.mode == "replica":
-        return {NETWORKS: tuple(steps)}
-    parts: dict[str, tuple[str, ...]] = {}
-    for step in steps:
-        part = "decoder" if step == "noisy_clip" else step if step in {"decoder", *recipe.upsamplers()} else _FIRST
-        parts[part] = (*parts.get(part, ()), step)
-    return parts
-
-
-def place_of(config: ServeConfig, part: str) -> ServeStageConfig:
-    """Where a part runs."""
-    if part == NETWORKS:
-        return ServeStageConfig(
-            replicas=config.replicas,
-            target_requests=config.target_requests,
-            cpus_per_replica=config.cpus_per_replica,
-            label_selector=config.label_selector,
-            max_batch_size=config.max_batch_size,
-        )
-    stage: ServeStageConfig = getattr(config, part)
-    return replace(
-        stage,
-        label_selector={**config.label_selector, **stage.label_selector},
-        max_batch_size=stage.max_batch_size or config.max_batch_size,
-    )
-
-
-def part_tables(recipe: Recipe, tables: Tables, part: str) -> Tables:
-    """What the replicas of a part are configured with."""
-    return tables if part == NETWORKS else {**tables, "part": part, "steps": list(parts_of(recipe)[part])}
-
-
-def write_tables(recipe: Recipe, artifacts: dict[str, Artifact]) -> Tables:
-    """A recipe and its finished steps as plain tables, which Ray Serve passes to the replicas.
-
-    Local paths become absolute: the replicas run in other folders.
-    """
-    places = {name: artifact.uri for name, artifact in artifacts.items()}
-    return {"recipe": to_dict(with_absolute_paths(recipe)), "artifacts": places}
-
-
-def read_tables(tables: Tables) -> tuple[Recipe, dict[str, Artifact]]:
-    """What ``write_tables`` wrote."""
-    return parse_recipe(tables["recipe"]), {name: Artifact(uri) for name, uri in tables["artifacts"].items()}
-
-
 class ModelReplica:
     """One copy of the cascade or of a part of it; a ``protocols.PictureModel`` that Ray Serve places.
 
@@ -134,7 +84,8 @@ class ModelReplica:
         self._engines: dict[str, Engine] = {}
         """By digest of what they serve; those before the last are ending."""
         self._loading = asyncio.Lock()
-        self._ending: set[asyncio.Task[None]] = set()
+        self._ending: dict[str, asyncio.Task[None]] = {}
+        """What ends an engine, by the digest of what it serves."""
 
     async def reconfigure(self, tables: Tables) -> None:
         """Load the networks of a recipe; requests under way end with those that they began with.
@@ -148,22 +99,22 @@ class ModelReplica:
             served = _digest(tables)
             if served == self._served:
                 return
-            if served not in self._engines:  # else it is ending, and goes on
+            if served in self._engines:  # it is ending, and goes on
+                self._ending.pop(served).cancel()
+            else:
                 self._engines[served] = await asyncio.to_thread(_load_engine, tables)
             previous, self._served = self._served, served
             if previous:
                 keep_s = tables["recipe"]["serve"]["drain_s"] if "part" in tables else 0.0
-                task = asyncio.create_task(self._end_when_idle(previous, keep_s))
-                self._ending.add(task)
-                task.add_done_callback(self._ending.discard)
+                self._ending[previous] = asyncio.create_task(self._end_when_idle(previous, keep_s))
 
     async def _end_when_idle(self, served: str, keep_s: float) -> None:
         """End an engine that serves no new requests; in a chain some are still with the parts before it."""
         await asyncio.sleep(keep_s)
-        while self._served != served and not self._engines[served].idle:
+        while not self._engines[served].idle:
             await asyncio.sleep(_IDLE_POLL_S)
-        if self._served != served:
-            await asyncio.to_thread(self._engines.pop(served).close)
+        engine = self._engines.pop(served)
+        await asyncio.to_thread(engine.close)
 
     @property
     def _engine(self) -> "Engine":
@@ -175,13 +126,14 @@ class ModelReplica:
         """What is served, its engine, and what is left of a request."""
         if hop is None:
             return self._served, self._engine, None
-        if hop.served not in self._engines:
+        engine = self._engines.get(hop.served)
+        if engine is None:
             raise NotServing("other networks are served since the request began")
         try:
             work = await hop.work if isinstance(hop.work, ObjectRef) else hop.work
         except ray.exceptions.RayError as error:
             raise NotServing(f"the replica before this one has died ({type(error).__name__})") from None
-        return hop.served, self._engines[hop.served], work
+        return hop.served, engine, work
 
     async def sample(self, request: SampleRequest, client: str = "", hop: Hop | None = None) -> Any:
         """See ``PictureModel``; a part of a chain may end with the way to the next one."""
@@ -394,31 +346,6 @@ def _plain_errors() -> Generator[None]:
         raise NotServing(f"no replica is ready ({type(error).__name__})") from None
 
 
-def networks_options(config: ServeConfig, part: str = NETWORKS) -> dict[str, Any]:
-    """How Ray Serve places a part of the networks, in the words of its configuration files."""
-    place = place_of(config, part)
-    fewest, most = place.replicas
-    scaling = {
-        "min_replicas": fewest,
-        "max_replicas": most,
-        "target_ongoing_requests": place.target_requests,
-        "upscale_delay_s": _UPSCALE_DELAY_S,
-    }
-    needs = needs_of_replica(config, part)
-    memory = {"memory": int(needs.pop("memory"))} if "memory" in needs else {}
-    return {
-        **({"num_replicas": fewest} if fewest == most else {"autoscaling_config": scaling}),
-        "ray_actor_options": {
-            **{f"num_{kind.lower()}s": number for kind, number in needs.items()},
-            **memory,
-            "label_selector": place.label_selector,
-        },
-        # The engine decides how many may wait; Ray must not stop them before.
-        "max_ongoing_requests": place.max_batch_size + config.max_queued_requests + _SPARE_REQUESTS,
-        "graceful_shutdown_timeout_s": config.drain_s,
-    }
-
-
 def networks_application(recipe: Recipe, artifacts: dict[str, Artifact]) -> serve.Application:
     """The networks of a recipe as an application of Ray Serve.
 
@@ -438,19 +365,3 @@ def networks_application(recipe: Recipe, artifacts: dict[str, Artifact]) -> serv
 
     first, *others = parts_of(recipe)
     return bind(first, *map(bind, others))
-
-
-def needs_of_replica(config: ServeConfig, part: str = NETWORKS) -> dict[str, float]:
-    """Ray's resources that one replica takes."""
-    place = place_of(config, part)
-    needs = {"CPU": place.cpus_per_replica}
-    if config.accelerator == "cuda":
-        needs["GPU"] = place.gpus_per_replica
-    if place.memory_gb_per_replica:
-        needs["memory"] = place.memory_gb_per_replica * _BYTES_PER_GB
-    return needs
-
-
-def most_requests(config: ServeConfig) -> int:
-    """Requests that may be in a chain at a time; 0 without one, because its engine decides."""
-    return config.max_batch_size + config.max_queued_requests if config.mode == "chain" else 0

@@ -25,16 +25,8 @@ from pipeline.errors import StepError, UnclipError
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.front import Front, require_keys, served_artifacts, server_name
-from pipeline.runtime.replicas import (
-    Handles,
-    Tables,
-    needs_of_replica,
-    networks_application,
-    part_tables,
-    parts_of,
-    place_of,
-    write_tables,
-)
+from pipeline.runtime.parts import Tables, needs_of_replica, part_tables, parts_of, place_of, write_tables
+from pipeline.runtime.replicas import Handles, networks_application
 from pipeline.runtime.run import connect, own_servers, require_alive
 from pipeline.serve.gate import Gate
 from pipeline.serve.http_server import HttpServer, url_of
@@ -343,8 +335,8 @@ class _Watch:
         """Configure all replicas, the last part of a chain first: requests come to networks that are there."""
         replies: list[Any] = []
         for part, handle in [*self._handles.items()][::-1]:
-            configured = part_tables(self._recipe, tables, part)
-            some = handle.broadcast("reconfigure", configured).results(return_exceptions=True)
+            own = part_tables(self._recipe, tables, part)
+            some = handle.broadcast("reconfigure", own).results(return_exceptions=True)
             if not some or any(isinstance(reply, Exception) for reply in some):
                 return some
             replies += some

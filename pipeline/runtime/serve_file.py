@@ -8,7 +8,8 @@ from ray.serve.schema import ServeDeploySchema
 
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.front import FrontReplica, require_keys, served_artifacts, server_name
-from pipeline.runtime.replicas import ModelReplica, networks_options, part_tables, parts_of, write_tables
+from pipeline.runtime.parts import networks_options, part_tables, parts_of, write_tables
+from pipeline.runtime.replicas import ModelReplica
 from pipeline.serve.http_server import is_loopback
 
 HTTP = "http"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,8 @@ def test_serve_prints_a_rayservice_with_machines_for_each_part_of_a_chain(monkey
     [container] = groups["decoder"]["template"]["spec"]["containers"]
     assert container["image"] == "host/unclip:gpu"
     assert container["resources"]["limits"] == {"memory": "10G", "nvidia.com/gpu": "1"}
+    long = replace(recipe, name="a" * 60 + " small ")
+    assert yaml.safe_load(ray_service(long, "host/unclip"))["metadata"]["name"] == "a" * 41 + "-small"  # KubeRay: 47
     with pytest.raises(ConfigError, match=r"serve\.host: 127\.0\.0\.1 is seen by its own machine alone"):
         ray_service(parse_recipe({"workspace": "s3://b/w"}), "host/unclip")
 

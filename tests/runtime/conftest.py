@@ -4,8 +4,18 @@ from collections.abc import Callable, Generator
 import pytest
 import ray
 
+from pipeline.recipe.recipe import Recipe, load_recipe
 from tests import ray_head as heads
 from tests.tiny.command import ROOT
+from tests.tiny.networks import make_cascade, save_cascade
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """Of a folder of networks, as ``unclip serve FOLDER`` reads it."""
+    folder = tmp_path_factory.mktemp("networks") / "mine"
+    save_cascade(make_cascade(), folder)
+    return load_recipe(folder)
 
 
 @pytest.fixture(scope="module")

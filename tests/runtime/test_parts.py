@@ -1,0 +1,95 @@
+"""The parts of the networks as Ray Serve places them: tables, needs, and the files that name them."""
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from starlette.testclient import TestClient
+
+from pipeline.errors import ConfigError
+from pipeline.recipe.paths import with_absolute_paths
+from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.runtime.front import FrontReplica, served_artifacts
+from pipeline.runtime.parts import networks_options, read_tables, write_tables
+from pipeline.runtime.serve_file import application, serve_file
+
+
+def test_tables_hold_a_recipe_and_where_its_artifacts_are(recipe: Recipe) -> None:
+    artifacts, reason = served_artifacts(recipe)
+    assert reason.startswith("without neighbours")
+    tables = yaml.safe_load(yaml.safe_dump(write_tables(recipe, artifacts)))
+    read, places = read_tables(tables)
+    assert read == with_absolute_paths(recipe)
+    assert {name: place.uri for name, place in places.items()} == {name: one.uri for name, one in artifacts.items()}
+    assert all(Path(place.uri).is_absolute() for place in places.values())
+
+
+def test_tables_hold_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    relative = parse_recipe({"workspace": "work", "serve": {"keys": "keys.json", "access_log": "log"}})
+    tables = write_tables(relative, {})["recipe"]
+    assert tables["workspace"] == str(tmp_path / "work")
+    assert (tables["serve"]["keys"], tables["serve"]["access_log"]) == (
+        str(tmp_path / "keys.json"),
+        str(tmp_path / "log"),
+    )
+
+
+def test_a_chain_places_each_part_by_its_own_table() -> None:
+    decoder = {"replicas": [1, 3], "gpus_per_replica": 0.5, "memory_gb_per_replica": 2, "label_selector": {"b": "2"}}
+    tables = {"mode": "chain", "accelerator": "cuda", "label_selector": {"a": "1"}, "decoder": decoder}
+    config = parse_recipe({"serve": tables}).serve
+    options = networks_options(config, "decoder")
+    assert options["autoscaling_config"]["max_replicas"] == 3
+    assert options["ray_actor_options"] == {
+        "num_cpus": 1.0, "num_gpus": 0.5, "memory": 2 * 10**9, "label_selector": {"a": "1", "b": "2"},
+    }  # fmt: skip
+    assert networks_options(config, "prior")["ray_actor_options"]["num_gpus"] == 1
+    with pytest.raises(ConfigError, match=r'serve\.decoder: only read with serve\.mode = "chain"'):
+        parse_recipe({"serve": {"decoder": decoder}})
+
+
+def test_replicas_are_a_number_or_scale_between_two() -> None:
+    fixed = networks_options(parse_recipe({"serve": {"replicas": [2, 2], "accelerator": "cuda"}}).serve)
+    assert fixed["num_replicas"] == 2
+    assert fixed["ray_actor_options"]["num_gpus"] == 1
+    scaled = networks_options(parse_recipe({"serve": {"replicas": [1, 4], "target_requests": 3}}).serve)
+    scaling = scaled["autoscaling_config"]
+    assert (scaling["min_replicas"], scaling["max_replicas"], scaling["target_ongoing_requests"]) == (1, 4, 3)
+    assert "num_replicas" not in scaled
+    for impossible in ([0, 1], [2, 1], [1]):
+        with pytest.raises(ConfigError, match=r"serve\.?.*replicas"):
+            parse_recipe({"serve": {"replicas": impossible}})
+
+
+def test_the_file_for_serve_deploy_names_what_it_imports(recipe: Recipe) -> None:
+    file = yaml.safe_load(serve_file(recipe))
+    [served] = file["applications"]
+    assert served["name"] == "mine"
+    assert served["import_path"] == "pipeline.runtime.serve_file:application"
+    assert file["http_options"] == {"host": "127.0.0.1", "port": 8000}
+    names = {deployment["name"] for deployment in served["deployments"]}
+    bound = application(served["args"])._bound_deployment
+    assert names == {bound.name, bound.init_kwargs["networks"]._bound_deployment.name}
+    chain = replace(recipe, serve=replace(recipe.serve, mode="chain"))
+    names = [one["name"] for one in yaml.safe_load(serve_file(chain))["applications"][0]["deployments"]]
+    assert names == ["http", "prior", "decoder", "upsampler_1"]
+    open_to_all = parse_recipe({"serve": {"host": "0.0.0.0"}})
+    with pytest.raises(ConfigError, match=r"serve\.host: 0\.0\.0\.0 is open"):
+        serve_file(open_to_all)
+
+
+def test_the_http_interface_of_serve_deploy_opens_with_its_recipe(recipe: Recipe) -> None:
+    front = FrontReplica(networks=object())  # pyright: ignore[reportArgumentType]
+    client = TestClient(front.__serve_build_asgi_app__(), base_url="http://127.0.0.1")
+    assert client.get("/readyz").status_code == 503
+    no_message: Any = None
+    asyncio.run(front.__serve_build_asgi_app__()({"type": "lifespan"}, no_message, no_message))
+    front.reconfigure(write_tables(recipe, served_artifacts(recipe)[0]))
+    ready = client.get("/readyz")
+    assert ready.status_code == 200
+    assert "X-Request-Id" not in ready.headers  # Ray Serve's proxy adds it
+    assert client.get("/v1/models").json()["data"][0]["id"] == "mine"

@@ -1,0 +1,198 @@
+"""A server whose networks are swapped for others, with Ray Serve in its local mode."""
+
+import base64
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from ray import serve
+from starlette.testclient import TestClient
+
+import pipeline.runtime.serve as serve_module
+from pipeline.errors import StepError, UnclipError
+from pipeline.networks.cascade import load_cascade
+from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
+from pipeline.runtime.front import Front, served_artifacts
+from pipeline.runtime.parts import write_tables
+from pipeline.runtime.replicas import networks_application
+from pipeline.runtime.serve import _Watch, serve_recipe
+from pipeline.serve.protocols import Images
+from tests.models.tiny_models import randomise
+from tests.ports import free_port
+from tests.tiny.networks import make_cascade, save_cascade
+from tests.tiny.shards import pixels
+
+
+def test_ray_serve_loads_a_recipe_and_swaps_it_for_another(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Ray Serve's local mode: its own code around the replica, in this process."""
+    save_other(tmp_path / "mine")
+    artifacts, _ = served_artifacts(recipe)
+    handle = serve.run(
+        networks_application(recipe, artifacts), name="local", route_prefix=None, _local_testing_mode=True
+    )
+    deployed: list[Any] = []
+    monkeypatch.setattr(serve_module.serve, "run_many", lambda targets, **_: deployed.extend(targets))
+    front, lines = Front(recipe.serve), list[str]()
+    watch = _Watch(recipe, artifacts, front, {"networks": handle}, lines.append, ExitStack())
+    while handle.broadcast("reconfigure", write_tables(recipe, artifacts)).results() != [None]:
+        pass
+    front.open(recipe, artifacts, {"networks": handle})
+    client = TestClient(front, base_url="http://127.0.0.1")
+
+    def picture() -> Images:
+        [image] = client.post("/v1/images/generations", json={"prompt": "a", "seed": 3}).json()["data"]
+        return pixels(base64.b64decode(image["b64_json"])).astype(int)
+
+    before = picture()
+    assert client.get("/healthz").json()["pictures"] == 1
+    watch.swap(recipe)
+    assert lines == ["nothing to swap: these networks are served already"]
+    watch.swap(load_recipe(tmp_path / "mine"))
+    assert lines[1:] == ["loading other networks", "other networks are served"]
+    expected = load_cascade(served_artifacts(load_recipe(tmp_path / "mine"))[0]).sample(["a"], [3]).images[0].numpy()
+    assert np.abs(picture() - expected).mean() < 0.1
+    assert np.abs(before - expected).mean() > 1
+    [target] = deployed  # for replicas that start later
+    assert target.target._bound_deployment.user_config["artifacts"]["prior"] == str(tmp_path / "mine/prior")
+    with pytest.raises(UnclipError):
+        watch.swap(recipe_of_nothing(tmp_path))
+    assert np.abs(picture() - expected).mean() < 0.1
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("RuntimeError: the controller is gone")
+
+    monkeypatch.setattr(serve_module.serve, "run_many", fail)
+    with pytest.raises(StepError, match="the controller is gone"):
+        watch.swap(recipe)
+    assert np.abs(picture() - expected).mean() < 0.1  # the replicas have gone back
+    monkeypatch.setattr(front, "build", fail)
+    with pytest.raises(RuntimeError):
+        watch.swap(recipe)
+    assert np.abs(picture() - expected).mean() < 0.1
+
+
+def test_what_is_served_is_in_use_and_nothing_else(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = list[str]()
+
+    @contextmanager
+    def note(one: Recipe) -> Iterator[None]:
+        used.append(one.workspace)
+        try:
+            yield
+        finally:
+            used.remove(one.workspace)
+
+    answers: list[Any] = [None]
+    broadcast = SimpleNamespace(results=lambda **_: answers)
+    handle: Any = SimpleNamespace(broadcast=lambda *_: broadcast)
+    monkeypatch.setattr(serve_module, "_in_use", note)
+    monkeypatch.setattr(serve_module.serve, "run_many", lambda *_, **__: None)
+    other = load_recipe(save_other(tmp_path / "others"))
+    with ExitStack() as uses:
+        uses.enter_context(note(recipe))
+        watch = _Watch(
+            recipe, served_artifacts(recipe)[0], Front(recipe.serve), {"networks": handle}, lambda _: None, uses
+        )
+        watch.swap(recipe)
+        answers[0] = OSError("OSError: no such file")
+        with pytest.raises(StepError, match="no such file"):
+            watch.swap(other)
+        assert used == [recipe.workspace]
+        answers[0] = None
+        watch.swap(other)
+        assert used == [other.workspace]
+    assert used == []
+
+
+def test_the_gate_reopens_with_the_interface_that_it_had(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {"RUNNING": 0}
+    state = SimpleNamespace(deployments={"networks": SimpleNamespace(replica_states=states)})
+    monkeypatch.setattr(serve_module, "_application", lambda _recipe: state)
+    handle: Any = object()
+    artifacts, lines = served_artifacts(recipe)[0], list[str]()
+    front = Front(recipe.serve)
+    front.open(recipe, artifacts, {"networks": handle})
+    app = front.gate._app
+    watch = _Watch(recipe, artifacts, front, {"networks": handle}, lines.append, ExitStack())
+    watch._look()
+    assert front.gate.reason
+    states["RUNNING"] = 1
+    watch._look()
+    assert (front.gate.reason, front.gate._app is app, lines[-1]) == ("", True, "served again")
+
+
+def save_other(folder: Path) -> Path:
+    """Other networks than the fixture's."""
+    other = make_cascade()
+    for stage in other.stages:
+        randomise(stage.network)
+    save_cascade(other, folder)
+    return folder
+
+
+def recipe_of_nothing(folder: Path) -> Recipe:
+    """A recipe whose networks are not finished."""
+    return parse_recipe({"workspace": str(folder / "empty")})
+
+
+def test_a_server_answers_swaps_at_sighup_and_ends_at_ctrl_c(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole of ``serve_recipe``, with Ray Serve in its local mode."""
+    save_other(tmp_path / "others")
+    running = SimpleNamespace(
+        status="RUNNING", deployments={"networks": SimpleNamespace(replica_states={"RUNNING": 1})}
+    )
+    handles, names = list[Any](), list[str]()
+
+    def run_many(targets: Any, **_: object) -> list[Any]:
+        [target] = targets
+        names.append(target.name)
+        if not handles:
+            tables = target.target._bound_deployment.user_config
+            handle = serve.run(target.target, name="here", route_prefix=None, _local_testing_mode=True)
+            while handle.broadcast("reconfigure", tables).results() != [None]:
+                pass
+            handles.append(handle)
+        return handles
+
+    monkeypatch.setattr(serve_module, "connect", lambda _address: nullcontext())
+    monkeypatch.setattr(serve_module, "_require_room", lambda _config: None)
+    monkeypatch.setattr(serve_module, "_application", lambda _recipe: running)
+    monkeypatch.setattr(serve_module, "_WATCH_EVERY_S", 0.05)
+    monkeypatch.setattr(serve_module.serve, "start", lambda **_: None)
+    monkeypatch.setattr(serve_module.serve, "run_many", run_many)
+    lines, pictures, before = list[str](), list[str](), signal.getsignal(signal.SIGHUP)
+    served = replace(recipe, serve=replace(recipe.serve, port=free_port()))
+    url = f"http://127.0.0.1:{served.serve.port}/v1/images/generations"
+
+    def ask() -> None:
+        pictures.append(httpx.post(url, json={"prompt": "a", "seed": 3}, timeout=60).json()["data"][0]["b64_json"])
+
+    def announce(line: str) -> None:
+        lines.append(line)
+        if line.startswith("without neighbours"):
+            threading.Thread(target=lambda: (ask(), os.kill(os.getpid(), signal.SIGHUP))).start()
+        if line == "other networks are served":
+            threading.Thread(target=lambda: (ask(), os.kill(os.getpid(), signal.SIGINT))).start()
+
+    try:
+        serve_recipe(served, reload=lambda: load_recipe(tmp_path / "others"), announce=announce)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert [line.split()[0] for line in lines] == ["mine", "without", "loading", "other", "stopping"]
+    assert len(set(pictures)) == 2
+    assert names == ["unclip-mine"] * 2  # another application would have been another name
