@@ -1,8 +1,9 @@
 """The engine samples the pictures of many requests together, each at its own step.
 
 One thread runs the networks. Between two steps it drops the pictures of cancelled requests, admits waiting ones in fair
-shares (pipeline/serve/fair_queue.py), and chooses the stage that takes a step next (``_choose``).
-An engine may have some of the cascade's stages alone; what is left of a request then goes to another one (work.py).
+shares (pipeline/serve/fair_queue.py), and chooses the stage that takes a step next (schedule.py).
+An engine may have some of the cascade's stages alone (served_stages.py); what is left of a request then goes to another
+one (work.py).
 A picture is a batch of one item: it equals the picture that ``Cascade.sample_request`` samples alone. A request that
 starts from pictures may have several phases (models/edit_phases.py); each waits and is admitted as a request does.
 """
@@ -13,7 +14,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -21,14 +22,12 @@ import numpy as np
 import torch
 
 from models.cascade import Cascade, Phase
-from models.decoder.stage import DecoderStage
-from models.edit_phases import edit_phase
-from models.editor import Editor, EditSettings
 from models.pixels import to_uint8
-from models.request import WALK_STEPS, EditError, SampleRequest
-from models.stage import PIXELS, Z_IMAGE, Batch, Chain, JoinedChains, Stage, enter_each
+from models.request import EditError, SampleRequest
+from models.stage import PIXELS, Z_IMAGE, Batch, JoinedChains, enter_each
 from pipeline.clip import FrozenClip
 from pipeline.serve.fair_queue import FairQueue
+from pipeline.serve.in_progress import Pending, Picture, show_preview
 from pipeline.serve.metrics import EngineMetrics
 from pipeline.serve.protocols import (
     Accepted,
@@ -39,13 +38,12 @@ from pipeline.serve.protocols import (
     SampledPictures,
     Vectors,
 )
-from pipeline.serve.step_times import StepTimes
-from pipeline.serve.work import Work, on_device, portable
+from pipeline.serve.schedule import Schedule
+from pipeline.serve.served_stages import ServedStages
+from pipeline.serve.work import Work, portable
 
 _log = logging.getLogger(__name__)
 
-_STEPS_TO_TRUST = 64
-"""Steps without a failure after which a stage is given twice as many pictures again."""
 _TEXTS_AT_ONCE = 64
 _SMOOTHING = 0.1
 """Weight of the newest measurement in a running mean."""
@@ -77,81 +75,6 @@ class EngineStats:
     """Pictures in progress."""
 
 
-@dataclass(eq=False)
-class _Pending:
-    """A request without an answer yet."""
-
-    phase: Phase
-    """What is sampled now."""
-    client: str
-    """Who asks."""
-    num_previews: int = 0
-    """Previews of each picture."""
-    show: Callable[[Preview], None] | None = None
-    """Called with each preview, by the engine's thread."""
-    future: Future[Any] = field(default_factory=Future[Any])
-    """``SampledPictures``, or ``Work`` for another engine."""
-    arrived_s: float = field(default_factory=time.monotonic)
-    num_steps: int = 0
-    """Steps that its pictures have taken."""
-    rest: tuple[int, ...] = ()
-    """Stages of the phase that another engine has, by number."""
-    is_last: bool = True
-    """Whether the phase is the request's last."""
-    batch: Batch | None = None
-    """All items of the phase, with the captions encoded; None before the first is admitted."""
-    pictures: list["_Picture"] = field(default_factory=list["_Picture"])
-    """The phase's pictures in progress or finished, in the order of its items."""
-
-    @property
-    def num_waiting(self) -> int:
-        """Pictures of the phase that are not admitted yet."""
-        return self.phase.num_items - len(self.pictures)
-
-    @property
-    def finished(self) -> bool:
-        """Whether all pictures of the phase are sampled."""
-        return not self.num_waiting and all(picture.finished for picture in self.pictures)
-
-
-@dataclass(eq=False)
-class _Picture:
-    """One picture in the cascade."""
-
-    pending: _Pending
-    batch: Batch
-    """One item."""
-    stage: int = 0
-    """Number of its stage among those of its phase."""
-    chain: Chain | None = None
-    """Its state in that stage; None before its first step there."""
-    arrived_s: float = field(default_factory=time.monotonic)
-    """When it came to that stage."""
-    moved_s: float = field(default_factory=time.monotonic)
-    """When it came there, or took its last step there."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether it has left its last stage."""
-        return self.stage == len(self.pending.phase.stages)
-
-
-@dataclass
-class _StageLoad:
-    """What the engine has learned of one stage."""
-
-    limit: int
-    """Pictures that take a step together."""
-    joined: JoinedChains | None = None
-    """Those that took the last step."""
-    times: StepTimes = field(default_factory=StepTimes)
-    """Of its steps."""
-    good_steps: int = 0
-    """Steps since the last failure."""
-    steps: int = 0
-    """Steps of the last picture that left it."""
-
-
 class Engine:
     """Samples requests with a cascade; a ``protocols.PictureModel`` in this process.
 
@@ -173,17 +96,16 @@ class Engine:
         device: torch.device | str = "cpu",
     ) -> None:
         self._cascade = cascade
-        self._editor = _editor_of(cascade)
-        self._stages = _all_stages(cascade, self._editor)
-        self._steps = None if steps is None else frozenset(steps)
-        self._device = device
-        self._loads = [_StageLoad(max_batch_size) for _ in self._stages]
+        self._stages = ServedStages(cascade, steps, device)
+        self._schedule = Schedule(len(self._stages), max_batch_size)
+        self._joined: list[JoinedChains | None] = [None] * len(self._stages)
+        """The chains of each stage that took its last step."""
         self._max_batch_size = max_batch_size
         self._max_waiting = max_waiting
         self._stats = EngineStats()
         self._metrics = EngineMetrics()
-        self._waiting: FairQueue[_Pending] = FairQueue()
-        self._active: list[_Picture] = []
+        self._waiting: FairQueue[Pending] = FairQueue()
+        self._active: list[Picture] = []
         self._unended = 0
         """Requests without an answer; one that enters, or goes to its next phase, neither waits nor is active."""
         self._picture_s = 0.0
@@ -234,8 +156,8 @@ class Engine:
             Overloaded: If too many requests wait.
             NotServing: If the engine is closed.
         """
-        phase, is_last = self._phase_of(request, work)
-        pending = _Pending(phase, client, num_previews, show, num_steps=work.num_steps if work else 0)
+        phase, is_last = self._stages.phase_of(request, work)
+        pending = Pending(phase, client, num_previews, show, num_steps=work.num_steps if work else 0)
         self._begin_phase(pending, phase, is_last=is_last)
         with self._changed:
             if self._closed:
@@ -340,13 +262,15 @@ class Engine:
                     entering = self._take_waiting()
                 for pending, count in entering:
                     self._guarded([pending], partial(self._enter, pending, count))
-                pictures = self._choose()
-                if pictures:
-                    self._advance(pictures)
+                if self._active:
+                    by_stage: dict[int, list[Picture]] = {}
+                    for picture in self._active:
+                        by_stage.setdefault(self._number(picture), []).append(picture)
+                    self._advance(self._schedule.choose(by_stage))
 
-    def _take_waiting(self) -> list[tuple[_Pending, int]]:
+    def _take_waiting(self) -> list[tuple[Pending, int]]:
         """The next requests, each with the number of pictures for which there is room; call with the lock held."""
-        counts: dict[_Pending, int] = {}
+        counts: dict[Pending, int] = {}
         for _ in range(self._max_batch_size - len(self._active)):
             if not len(self._waiting):
                 break
@@ -357,7 +281,7 @@ class Engine:
                 self._waiting.remove(pending)
         return list(counts.items())
 
-    def _enter(self, pending: _Pending, count: int) -> None:
+    def _enter(self, pending: Pending, count: int) -> None:
         """Admit the next ``count`` pictures of a request."""
         if pending.batch is None:
             if not pending.num_steps:
@@ -369,93 +293,55 @@ class Engine:
             self._hand_on(pending, pending.batch)
             return
         first = len(pending.pictures)
-        pictures = [_Picture(pending, pending.batch[row : row + 1]) for row in range(first, first + count)]
+        pictures = [Picture(pending, pending.batch[row : row + 1]) for row in range(first, first + count)]
         with self._changed:
             pending.pictures += pictures
             self._active += pictures
 
-    def _choose(self) -> list[_Picture]:
-        """The pictures that take the next step together, all of one stage.
-
-        The stage whose step makes the best use of its time goes first: one with few pictures waits for others, while
-        another stage has more. Of stages that are about equally good, the earliest goes first, so that late pictures
-        catch up. But nobody waits for others longer than a full batch takes through all stages.
-        """
-        by_stage: dict[int, list[_Picture]] = {}
-        for picture in self._active:
-            by_stage.setdefault(self._place(picture), []).append(picture)
-        if not by_stage:
-            return []
-        oldest = min(self._active, key=lambda picture: picture.moved_s)
-        if len(by_stage) > 1 and time.monotonic() - oldest.moved_s > self._longest_wait_s():
-            number = self._place(oldest)
-        else:
-            number = max(by_stage, key=lambda number: (round(self._use(number, len(by_stage[number])), 1), -number))
-        limit = self._loads[number].limit
-        pictures = by_stage[number]
-        if len(pictures) > limit:  # those that are nearest to their end
-            pictures = sorted(pictures, key=lambda picture: picture.chain.position if picture.chain else -1)[-limit:]
-        return pictures
-
-    def _use(self, number: int, count: int) -> float:
-        """How well a step of a stage with ``count`` pictures would use its time: 1 is as well as the largest step."""
-        load = self._loads[number]
-        most = min(load.limit, self._max_batch_size)
-        return load.times.share(min(count, most), most)
-
-    def _longest_wait_s(self) -> float:
-        """The time that a full batch takes through all stages, in seconds."""
-        return sum(load.steps * load.times.of(load.limit) for load in self._loads)
-
-    def _advance(self, pictures: Sequence[_Picture]) -> None:
+    def _advance(self, pictures: Sequence[Picture]) -> None:
         """Take pictures of one stage one step further; if that fails, fewer of them are tried together."""
-        number = self._place(pictures[0])
-        load = self._loads[number]
+        number = self._number(pictures[0])
         try:
             started = time.monotonic()
             self._step(number, pictures)
-            taken_s = time.monotonic() - started
-            load.times.add(len(pictures), taken_s)
-            load.good_steps += 1
-            if load.good_steps % _STEPS_TO_TRUST == 0:
-                load.limit = min(2 * load.limit, self._max_batch_size)
+            self._schedule.note_step(number, len(pictures), time.monotonic() - started)
         except Exception as error:  # noqa: BLE001  (any error of a network, often of memory; the server goes on)
-            load.joined, load.good_steps = None, 0
+            self._joined[number] = None
+            self._schedule.note_failure(number, len(pictures))
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if len(pictures) == 1:
                 _log.exception("sampling failed")
                 self._fail([pictures[0].pending], error)
                 return
-            load.limit = len(pictures) // 2
-            _log.warning("a step of %s failed for %d pictures: %s", self._name(number), len(pictures), error)
+            _log.warning("a step of %s failed for %d pictures: %s", self._stages[number].name, len(pictures), error)
             for picture in pictures:  # noise may have been drawn, so they begin the stage again
                 picture.chain = None
             with self._changed:
                 self._stats.halved += 1
 
-    def _step(self, number: int, pictures: Sequence[_Picture]) -> None:
-        stage, load = self._stages[number], self._loads[number]
+    def _step(self, number: int, pictures: Sequence[Picture]) -> None:
+        stage = self._stages[number]
         entering = [picture for picture in pictures if picture.chain is None]
         for picture, chain in zip(entering, enter_each(stage, [one.batch for one in entering]), strict=True):
             picture.chain = chain
         chains = [picture.chain for picture in pictures if picture.chain is not None]
-        if (
-            load.joined is None or load.joined.chains != chains
-        ):  # what no step changes is joined once for the same pictures
-            load.joined = stage.join(chains)
+        joined = self._joined[number]
+        if joined is None or joined.chains != chains:  # what no step changes is joined once for the same pictures
+            joined = self._joined[number] = stage.join(chains)
         with self._metrics.step.labels(stage.name).time():
-            load.joined.advance()
+            joined.advance()
         self._metrics.batch.labels(stage.name).observe(len(pictures))
         for picture in pictures:
             picture.pending.num_steps += 1
             picture.moved_s = time.monotonic()
-            self._guarded([picture.pending], partial(self._preview, stage, picture))
+            self._guarded([picture.pending], partial(show_preview, stage, picture))
         leaving = [picture for picture, chain in zip(pictures, chains, strict=True) if chain.finished]
         # All results before any picture moves: if one cannot be computed, all of them are still in this stage.
         results = [stage.leave(chain) for chain in chains if chain.finished]
         if leaving:
-            load.steps, load.joined = max(len(chain.timesteps) for chain in chains if chain.finished), None
+            self._schedule.note_left(number, max(len(chain.timesteps) for chain in chains if chain.finished))
+            self._joined[number] = None
         for picture, result in zip(leaving, results, strict=True):
             picture.batch = picture.batch.with_values(**{stage.makes: result})
             self._metrics.stage.labels(stage.name).observe(time.monotonic() - picture.arrived_s)
@@ -474,14 +360,12 @@ class Engine:
             if pending.finished:
                 self._guarded([pending], partial(self._end_phase, pending))
 
-    def _begin_phase(self, pending: _Pending, phase: Phase, *, is_last: bool) -> None:
+    def _begin_phase(self, pending: Pending, phase: Phase, *, is_last: bool) -> None:
         """Let a request begin with those stages of a phase that come first and are this engine's."""
-        numbers = [self._number(stage) for stage in phase.stages]
-        count = next((place for place, number in enumerate(numbers) if not self._has(number)), len(numbers))
-        pending.phase, pending.rest = replace(phase, stages=phase.stages[:count]), tuple(numbers[count:])
+        pending.phase, pending.rest = self._stages.split(phase)
         pending.is_last, pending.batch, pending.pictures = is_last, None, []
 
-    def _end_phase(self, pending: _Pending) -> None:
+    def _end_phase(self, pending: Pending) -> None:
         """Answer a request, hand it on, or let its next phase wait."""
         if pending.is_last and not pending.rest:
             self._answer(pending)
@@ -497,14 +381,14 @@ class Engine:
             self._begin_phase(pending, phase, is_last=phase.then is None)
             self._waiting.add(pending, pending.client)
 
-    def _hand_on(self, pending: _Pending, batch: Batch) -> None:
+    def _hand_on(self, pending: Pending, batch: Batch) -> None:
         """End a request here: another engine does what is left."""
-        step = self._step_of(pending.rest[0]) if pending.rest else ""
+        step = self._stages.step_of(pending.rest[0]) if pending.rest else ""
         sent = portable(batch, [self._stages[number] for number in pending.rest])
         if pending.future.set_running_or_notify_cancel():
             pending.future.set_result(Work(sent, pending.rest, step, pending.is_last, pending.num_steps))
 
-    def _answer(self, pending: _Pending) -> None:
+    def _answer(self, pending: Pending) -> None:
         values = [picture.batch.values for picture in pending.pictures]
         images = to_uint8(torch.cat([value[PIXELS] for value in values])).cpu().numpy()
         z_image = (
@@ -515,16 +399,6 @@ class Engine:
             self._metrics.sampling.observe(time.monotonic() - pending.arrived_s)
             pending.future.set_result(SampledPictures(images, z_image, pending.num_steps))
 
-    def _preview(self, stage: Stage, picture: _Picture) -> None:
-        """Show a picture's present state if it is time for one of its previews."""
-        pending, chain = picture.pending, picture.chain
-        if pending.show is None or chain is None or chain.finished or PIXELS in picture.batch.values:
-            return
-        places = preview_places(len(chain.timesteps), pending.num_previews)
-        if stage.makes == PIXELS and chain.position in places:
-            image = to_uint8(stage.preview(chain))[0].cpu().numpy()
-            pending.show(Preview(pending.pictures.index(picture), places.index(chain.position), image))
-
     def _note_finished(self, count: int) -> None:
         """Update the mean time of a picture."""
         if count:
@@ -533,44 +407,11 @@ class Engine:
             self._picture_s += (taken_s - self._picture_s) * (_SMOOTHING if self._picture_s else 1.0)
             self._since_s = now
 
-    def _name(self, number: int) -> str:
-        return self._stages[number].name
+    def _number(self, picture: Picture) -> int:
+        """Number of the stage in which a picture is."""
+        return self._stages.number(picture.pending.phase.stages[picture.stage])
 
-    def _place(self, picture: _Picture) -> int:
-        """Number of a picture's stage among all of them."""
-        return self._number(picture.pending.phase.stages[picture.stage])
-
-    def _number(self, stage: Stage) -> int:
-        return next(number for number, one in enumerate(self._stages) if one is stage)
-
-    def _step_of(self, number: int) -> str:
-        """Step of the recipe whose network does a stage."""
-        stage, editor = self._stages[number], self._editor
-        return editor.decoder.name if editor is not None and stage is editor.inversion else stage.name
-
-    def _has(self, number: int) -> bool:
-        return self._steps is None or self._step_of(number) in self._steps
-
-    def _phase_of(self, request: SampleRequest, work: Work | None) -> tuple[Phase, bool]:
-        """The phase in which a request is, and whether it is its last."""
-        if work is not None and work.stages:
-            stages = tuple(self._stages[number] for number in work.stages)
-            return Phase(len(work.batch), stages, lambda: on_device(work.batch, self._device)), work.is_last
-        phase = self._first_phase(request)
-        if work is not None and phase.then is not None:
-            phase = phase.then(on_device(work.batch, self._device).values)
-        return phase, phase.then is None
-
-    def _first_phase(self, request: SampleRequest) -> Phase:
-        if request.edit is None:
-            return self._cascade.phase_of(request)
-        if self._editor is None:
-            raise ValueError(
-                "this server's networks cannot start from pictures: that takes a decoder, and a CLIP for pictures"
-            )
-        return edit_phase(self._editor, request)
-
-    def _guarded(self, requests: Sequence[_Pending], act: Callable[[], None]) -> None:
+    def _guarded(self, requests: Sequence[Pending], act: Callable[[], None]) -> None:
         """Run a part of the loop; an error fails its requests, and the loop continues."""
         try:
             act()
@@ -579,7 +420,7 @@ class Engine:
                 _log.exception("sampling failed")
             self._fail(requests, error)
 
-    def _fail(self, requests: Iterable[_Pending], error: Exception) -> None:
+    def _fail(self, requests: Iterable[Pending], error: Exception) -> None:
         failed = set(requests)
         for pending in failed:
             if pending.future.set_running_or_notify_cancel():
@@ -596,43 +437,16 @@ class Engine:
         self._count_lost("cancelled", cancelled)
         self._remove(cancelled)
 
-    def _count_lost(self, outcome: str, requests: set[_Pending]) -> None:
+    def _count_lost(self, outcome: str, requests: set[Pending]) -> None:
         self._metrics.requests.labels(outcome).inc(len(requests))
         self._metrics.wasted_steps.labels(outcome).inc(sum(pending.num_steps for pending in requests))
 
-    def _unanswered(self) -> set[_Pending]:
+    def _unanswered(self) -> set[Pending]:
         return {*self._waiting, *(picture.pending for picture in self._active)}
 
-    def _remove(self, requests: set[_Pending]) -> None:
+    def _remove(self, requests: set[Pending]) -> None:
         if requests:
             for pending in requests:
                 self._waiting.remove(pending)
             self._active = [picture for picture in self._active if picture.pending not in requests]
-            for load in self._loads:
-                load.joined = None
-
-
-def _editor_of(cascade: Cascade) -> Editor | None:
-    """The editor of a cascade, with as many steps as its decoder's chain allows; None if it cannot edit."""
-    longest = min(
-        (stage.diffusion.num_timesteps for stage in cascade.stages if isinstance(stage, DecoderStage)), default=0
-    )
-    try:
-        return Editor(cascade, EditSettings(num_steps=min(WALK_STEPS, longest)))
-    except EditError:
-        return None
-
-
-def _all_stages(cascade: Cascade, editor: Editor | None) -> list[Stage]:
-    """The stages that pictures pass, the earliest first: those of the cascade, and the two of edits."""
-    stages = list(cascade.stages)
-    if editor is not None:
-        place = stages.index(editor.decoder)
-        stages[place:place] = [editor.inversion, editor.latent_walk]
-    return stages
-
-
-def preview_places(num_steps: int, num_previews: int) -> list[int]:
-    """The numbers of steps after which previews are shown: the first after a tenth of a chain, the others evenly."""
-    places = {max(1, round(num_steps * (0.1 + 0.9 * number / num_previews))) for number in range(num_previews)}
-    return sorted(place for place in places if place < num_steps)
+            self._joined = [None] * len(self._stages)
