@@ -5,8 +5,9 @@
 Networks that are not trained yet have random weights of the recipe's sizes, which take the same time. Every client
 requests a picture, and the next one when it has it; all begin together, or a gap after the client before. Pictures are
 counted between two ends of pictures: when every client has its first one, and when every client has two more. The bare
-sampler takes batches of its best size. All times but ``neighbours`` are processor times of this process, so that other
-programs on the machine do not count; gaps too are of that clock. Rounds alternate, and ratios are of one round.
+sampler takes batches of its best size, and of one picture for each client. All times but ``neighbours`` are processor
+times of this process, so that other programs on the machine do not count; gaps too are of that clock. Rounds alternate,
+and ratios are of one round.
 """
 
 import argparse
@@ -80,19 +81,21 @@ def rates(
     """The engine's rate as a share of the bare sampler's, for both ways to begin, and pictures of each."""
     by_size = {size: _bare_rate(cascade, prompts, size) for size in sizes}
     best = max(by_size, key=by_size.__getitem__)
-    results: dict[str, list[tuple[float, Crowd]]] = {"together": [], "apart": []}
+    bare_sizes = sorted({best, len(prompts)})
+    results: dict[str, list[tuple[dict[int, float], Crowd]]] = {"together": [], "apart": []}
     for _ in range(rounds):
-        for begin, found in results.items():
-            bare = _bare_rate(cascade, prompts, best)
-            found.append((bare, serve_crowd(cascade, prompts, gap_s if begin == "apart" else 0.0)))
+        for begin, crowds in results.items():
+            bare = {size: _bare_rate(cascade, prompts, size) for size in bare_sizes}
+            crowds.append((bare, serve_crowd(cascade, prompts, gap_s if begin == "apart" else 0.0)))
     rows: list[dict[str, Any]] = []
     for begin, floor in (("together", 0.9), ("apart", 0.85)):
-        shares = [crowd.rate / bare for bare, crowd in results[begin]]
         batch = statistics.median(crowd.rows_per_step for _, crowd in results[begin])
-        note = f"bare: batches of {best}; {batch:.1f} pictures a step; {min(shares):.2f} .. {max(shares):.2f}"
-        rows.append(
-            _row(f"{len(prompts)} clients, {begin}: share of the bare rate", statistics.median(shares), floor, note)
-        )
+        for size in dict.fromkeys((best, len(prompts))):
+            shares = [crowd.rate / bare[size] for bare, crowd in results[begin]]
+            what = f"{len(prompts)} clients, {begin}: share of the bare rate in batches of {size}"
+            rate = statistics.median(bare[size] for bare, _ in results[begin])
+            note = f"bare: {rate:.2f} a second; {batch:.1f} pictures a step; {min(shares):.2f} .. {max(shares):.2f}"
+            rows.append(_row(what, statistics.median(shares), floor, note))
     return rows, {begin: crowds[-1][1].images for begin, crowds in results.items()}
 
 

@@ -107,7 +107,9 @@ def test_serving_compares_crowds_with_the_bare_sampler(tmp_path: Path) -> None:
     prompts = ["a", "b", "c"]
     rows, crowds = serving_rates(cascade, prompts, 0.01, 1, sizes=(2,))
     assert [row["what"] for row in rows] == [
-        f"3 clients, {begin}: share of the bare rate" for begin in ("together", "apart")
+        f"3 clients, {begin}: share of the bare rate in batches of {size}"
+        for begin in ("together", "apart")
+        for size in (2, 3)
     ]
     assert all(0 < row["value"] < 3 for row in rows)
     assert {key[0] for images in crowds.values() for key in images} == set(prompts)
