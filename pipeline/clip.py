@@ -468,7 +468,7 @@ def _plain_tokenizer(context_length: int) -> SimpleTokenizer:
 
 def count_tokens(captions: Sequence[str]) -> list[int]:
     """Tokens of each caption by CLIP's own tokenizer, with the start and the end token, before anything is cut off."""
-    tokenizer = SimpleTokenizer()
+    tokenizer = _plain_tokenizer(77)  # the length only matters where captions are cut
     return [len(tokenizer.encode(caption)) + 2 for caption in captions]
 
 

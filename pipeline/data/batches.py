@@ -31,7 +31,8 @@ PREFETCH_BYTES = 256 << 20
 """Batches are read ahead up to this size, at least two and at most 16: enough to ride out a slow one."""
 _MOST_AHEAD = 16
 _AHEAD_STEPS = 32
-"""Steps by which a shard is opened before its first row, one a step: a new window has many shards."""
+"""Steps by which a shard is opened before its first row, one a step: a new window has many shards. In steps of large
+batches it is a window: shards of the one after the next would displace those that are read first."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class Samples:
         self._image_px = image_px
         self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
         self._open_rows = 0
+        self._most_open_rows = 2 * max(window_rows, *reader.shard_rows, 1)  # a larger shard is a window of its own
         self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
         self.row_bytes = image_px * image_px * 3
         """Memory of one decoded picture."""
@@ -135,15 +137,15 @@ class Samples:
                 for place, text in zip(places.tolist(), shard.table.take(name, rows), strict=True):
                     column[place] = text
             shards[int(number)] = shard
-            if shard.table.stored is not None:
+            if shard.table.vectors is not None:
                 part = shard.table.z_image(rows)
                 vectors = np.empty((num_rows, part.shape[1]), np.float16) if vectors is None else vectors
                 vectors[places] = part
         images = None
         if self._image_px:
-            opened = [shards[number] for number in locations[:, 0].tolist()]
-            stored = zip(opened, locations[:, 1].tolist(), texts["key"], texts["uid"], strict=True)
-            arrays = self._pool.map(self._image, stored) if self._pool else map(self._image, stored)
+            shard_of_row = [shards[number] for number in locations[:, 0].tolist()]
+            pictures = zip(shard_of_row, locations[:, 1].tolist(), texts["key"], texts["uid"], strict=True)
+            arrays = self._pool.map(self._image, pictures) if self._pool else map(self._image, pictures)
             images = torch.from_numpy(np.stack(list(arrays)))
         return Batch(
             uids=tuple(texts["uid"]),
@@ -185,7 +187,7 @@ class Samples:
             shard.images = np.empty((len(table), px, px, 3), np.uint8)
         self._open_shards[number] = shard
         self._open_rows += len(table)
-        while self._open_rows > 2 * self.window_rows and len(self._open_shards) > 1:
+        while self._open_rows > self._most_open_rows and len(self._open_shards) > 1:
             _, oldest = self._open_shards.popitem(last=False)
             self._open_rows -= len(oldest.table)
         return shard
@@ -215,6 +217,7 @@ def iterate_batches(
         start_step: First step, 0-based.
         prefetch: Read ahead in a separate thread.
     """
+    ahead_steps = max(1, min(_AHEAD_STEPS, samples.window_rows // share.batch_size))
 
     def locations(step: int) -> NDArray[np.int64]:
         first = step * share.batch_size
@@ -222,7 +225,7 @@ def iterate_batches(
 
     def read(step: int) -> Batch:
         batch = samples.batch(locations(step))
-        samples.open_one(locations(step + _AHEAD_STEPS))
+        samples.open_one(locations(step + ahead_steps))
         return batch
 
     step = start_step

@@ -37,8 +37,9 @@ class ShardTable:
 
     shard: str
     columns: pa.Table
-    """uid, key, caption: as Arrow keeps them, because Python's strings take four times the memory."""
-    stored: StoredColumn | None = None
+    """uid, key, caption, which is empty if absent: as Arrow keeps them, because Python's strings take four times the
+    memory."""
+    vectors: StoredColumn | None = None
     """z_image of every row of the file; None if the training does not read it."""
     file_rows: NDArray[np.int64] | None = None
     """(N,) place of each row in the file."""
@@ -46,30 +47,15 @@ class ShardTable:
     def __len__(self) -> int:
         return self.columns.num_rows
 
-    @property
-    def uids(self) -> list[str]:
-        """All uids."""
-        return self.columns["uid"].to_pylist()
-
-    @property
-    def keys(self) -> list[str]:
-        """All keys."""
-        return self.columns["key"].to_pylist()
-
-    @property
-    def captions(self) -> list[str]:
-        """All captions; an absent one is empty."""
-        return self.columns["caption"].to_pylist()
-
     def take(self, name: str, rows: NDArray[np.int64]) -> list[str]:
         """The texts of a column in some rows."""
         return self.columns[name].take(pa.array(rows)).to_pylist()
 
     def z_image(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
         """The image embeddings of some rows, (len(rows), D), of length one."""
-        assert self.stored is not None
+        assert self.vectors is not None
         assert self.file_rows is not None
-        return self.stored.read(self.file_rows[rows])
+        return self.vectors.read(self.file_rows[rows])
 
 
 class ShardReader:
@@ -109,8 +95,8 @@ class ShardReader:
         table = self._select(table, shard).sort_by("key").combine_chunks()
         captions = pc.fill_null(table["caption"].cast(pa.string()), "")
         columns = pa.table({"uid": table["uid"], "key": table["key"], "caption": captions})
-        stored = StoredColumn(path, "z_image") if self._embed else None
-        return ShardTable(shard, columns, stored, table[_FILE_ROW].to_numpy())
+        vectors = StoredColumn(path, "z_image") if self._embed else None
+        return ShardTable(shard, columns, vectors, table[_FILE_ROW].to_numpy())
 
     def pictures(self, shard: str) -> ShardPictures:
         """Open the pictures of a shard."""

@@ -75,12 +75,11 @@ class Snapshot:
                     and rest != f"{parameter}.step"
                 ):
                     shapes[name] = sharding.shapes[parameter]
-        kept = {
-            name: tensor
+        copies = {
+            name: tensor.detach().to("cpu", copy=True).contiguous()
             for name, tensor in tensors.items()
             if (name in shapes and tensor.numel()) or (name not in shapes and number == 0)
         }
-        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in kept.items()}
         return Snapshot(state.step, network_content(state.network), copies, shapes, number, num_files)
 
     def publish(

@@ -245,14 +245,15 @@ def advice(memory: WorkerMemory, recipe: Recipe) -> str:
 def _proposals(memory: WorkerMemory, section: TrainedSection) -> Iterator[tuple[TrainResources, list[str]]]:
     """Resources that need less memory, with the fields that change, the cheapest first."""
     resources, room = section.resources, USABLE * memory.gpu
-    parts = [0, *(2**power for power in reversed(range(memory.samples.bit_length())))] if _can_divide(section) else [0]
+    smaller = [2**power for power in reversed(range((memory.samples - 1).bit_length()))]
+    sizes = [0, *(smaller if _can_divide(section) else ())]
     own = memory.state - memory.clip - memory.gathered
     workers = range(2, resources.num_workers + 1 if resources.shards == 1 else 0)
     divisors = [number for number in workers if resources.num_workers % number == 0]
     shards = [number for number in divisors if memory.clip + own / number < room / 2][:1] or divisors[-1:]
     for num_shards in ([0] if memory.state <= room else []) + shards:
         for checkpointing in (False, True) if not resources.checkpointing else (True,):
-            for size in parts:
+            for size in sizes:
                 changes = {"num_shards": num_shards, "checkpointing": checkpointing, "micro_batch_size": size}
                 changes = {
                     name: value for name, value in changes.items() if value and value != getattr(resources, name)

@@ -52,16 +52,16 @@ class MatrixShards:
         lengths = [columns * max(0, min(most, num_rows - place * most)) for place in range(size)]
         for start in range(0, len(parts), size):
             some = parts[start : start + size]
-            sent = [some[0].numel() if place < len(some) else 0 for place in range(size)]
-            received = lengths if rank < len(some) else [0] * size
-            matrix = self._exchange(torch.cat([part.flatten() for part in some]), sent, received)
+            send_sizes = [some[0].numel() if place < len(some) else 0 for place in range(size)]
+            receive_sizes = lengths if rank < len(some) else [0] * size
+            matrix = self._exchange(torch.cat([part.flatten() for part in some]), send_sizes, receive_sizes)
             if rank < len(some):
                 matrix = orthogonal(matrix.view(1, num_rows, columns)).flatten()
-            yield from self._exchange(matrix, received, sent).view(len(some), -1, columns)
+            yield from self._exchange(matrix, receive_sizes, send_sizes).view(len(some), -1, columns)
 
-    def _exchange(self, tensor: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        out = tensor.new_empty(sum(received))
-        torch.distributed.all_to_all_single(out, tensor.contiguous(), received, sent, group=self.group)
+    def _exchange(self, tensor: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
+        out = tensor.new_empty(sum(receive_sizes))
+        torch.distributed.all_to_all_single(out, tensor.contiguous(), receive_sizes, send_sizes, group=self.group)
         return out
 
 

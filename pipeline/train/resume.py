@@ -196,7 +196,7 @@ def load_newest_checkpoint(
             put = restore(state, checkpoint)
         except DamagedCheckpointError as error:
             damage = str(error)
-        damage = next((found for found in _gathered(damage) if found), "")  # all workers take the same one
+        damage = next(filter(None, _gathered(damage)), "")  # all workers take the same one
         if damage or put is None:
             damages.append(f"{where}: {damage}")
             warn(f"the checkpoint of step {step} is damaged ({damage})")
@@ -221,10 +221,10 @@ def load_newest_checkpoint(
 
 def _require_same(steps: list[int]) -> None:
     """All workers must continue from the same checkpoint; they cannot if the workspace is not shared."""
-    seen = sorted(set(_gathered(", ".join(map(str, steps)) or "none")))
-    if len(seen) > 1:
+    views = sorted(set(_gathered(", ".join(map(str, steps)) or "none")))
+    if len(views) > 1:
         raise ResumeError(
-            f"workers see different checkpoints (steps {' and '.join(seen)}): put the workspace on storage that all "
+            f"workers see different checkpoints (steps {' and '.join(views)}): put the workspace on storage that all "
             "nodes share"
         )
 

@@ -76,16 +76,19 @@ class Speed:
         return numbers
 
     def _count(self, step: int) -> float:
-        """Seconds that one sample would take all workers at their peak; 0 if its arithmetic cannot be counted."""
+        """Seconds that one sample would take all workers at their peak; 0 if this cannot be counted.
+
+        A GPU that the training fills has no room for the product: the training goes on without the number.
+        """
         from pipeline.networks.costs import training_flops  # loads open_clip, which few trainings need
 
         job = self._job
         try:
             flops = training_flops(job.recipe, job.name)
-        except ConfigError:
+            precision = job.section.train.at(min(step, job.section.train.total_steps - 1)).precision
+            return flops / (measure_peak(job.device, precision) * job.world_size)
+        except (ConfigError, torch.OutOfMemoryError):
             return 0.0
-        precision = job.section.train.at(min(step, job.section.train.total_steps - 1)).precision
-        return flops / (measure_peak(job.device, precision) * job.world_size)
 
 
 def describe_speed(numbers: dict[str, float]) -> str:

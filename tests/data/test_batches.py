@@ -1,8 +1,11 @@
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -10,7 +13,7 @@ from models.text import TextEncoding
 from pipeline.data import batches as module
 from pipeline.data.batches import CaptionTable, Samples, iterate_batches, plan_order
 from pipeline.data.order import Share
-from pipeline.data.training_rows import ShardReader
+from pipeline.data.training_rows import ShardReader, ShardTable
 from pipeline.errors import DataError
 from tests.tiny.shards import write_download, write_embed
 
@@ -80,13 +83,29 @@ def test_the_shards_of_the_next_window_are_opened_before_it_begins(tmp_path: Pat
     order = plan_order(samples, 0, where="test")
     first = {int(number) for number in order.locations(0, 8)[:, 0]}
     assert len(first) == 1
-    stream = iterate_batches(samples, order, Share(4), 0)
+    stream = iterate_batches(samples, order, Share(2), 0)  # a window is four steps
     uids = next(stream).uids
-    assert set(uids) <= set(reader.table(reader.shards[first.pop()]).uids)
-    assert len(samples.open_shards) == 1  # 32 steps later the same shard is read
     next(stream)
-    next(islice(iterate_batches(samples, order, Share(3), 0), 1))
+    assert set(uids) <= set(reader.table(reader.shards[first.pop()]).columns["uid"].to_pylist())
     assert len(samples.open_shards) == 2
+
+
+@pytest.mark.parametrize(("window_rows", "batch_size"), [(16, 8), (2, 4)])
+def test_no_shard_is_opened_twice_in_an_epoch(window_rows: int, batch_size: int) -> None:
+    """Windows of two shards and of one, which is larger than a window; in steps of large batches."""
+    names = list[str]()
+
+    def table(name: str) -> ShardTable:
+        names.append(name)
+        columns = {column: [f"{name}-{row}" for row in range(8)] for column in ("uid", "key", "caption")}
+        return ShardTable(name, pa.table(columns))
+
+    reader: Any = SimpleNamespace(shards=[f"{number:05d}" for number in range(8)], shard_rows=[8] * 8, table=table)
+    samples = Samples(reader, 0, window_rows=window_rows)
+    order = plan_order(samples, 0, where="test")
+    uids = [uid for batch in islice(iterate_batches(samples, order, Share(batch_size), 0), 6) for uid in batch.uids]
+    assert len(set(uids)) == 6 * batch_size
+    assert len(names) == len(set(names))
 
 
 def test_a_record_that_counts_other_rows_is_refused(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ def test_reader_takes_good_rows_of_its_split(tmp_path: Path) -> None:
     assert reader.shards == ["00000", "00001"]
     assert reader.shard_rows == [8, 8]  # 12 rows; rows 5 and 11 are validation; 3 failed, row 11 among them
     table = reader.table("00001")
-    assert table.keys == sorted(table.keys)
+    keys = table.columns["key"].to_pylist()
+    assert keys == sorted(keys)
     assert sum(ShardReader(download, None, "validation").shard_rows) == 2
     assert len(reader.captions()) == len(set(reader.captions()))
 
@@ -32,8 +33,8 @@ def test_pictures_are_read_by_key(tmp_path: Path) -> None:
     download = write_download(tmp_path / "download")
     reader = ShardReader(download, None, "train")
     table, pictures = reader.table("00001"), reader.pictures("00001")
-    number = 12 + int(table.keys[3][5:])
-    assert np.array_equal(pictures.decode(table.keys[3], table.uids[3]), draw_array(training_scene(0, number), 32))
+    (key,), (uid,) = (table.take(name, np.array([3])) for name in ("key", "uid"))
+    assert np.array_equal(pictures.decode(key, uid), draw_array(training_scene(0, 12 + int(key[5:])), 32))
 
 
 def test_reader_matches_embeddings_by_key_and_uid(tmp_path: Path) -> None:
@@ -89,7 +90,7 @@ def test_training_names_the_row_whose_uid_is_not_in_the_tar(tmp_path: Path) -> N
     uids[2] = "f" * 32
     pq.write_table(table.set_column(0, "uid", pa.array(uids)), path)
     samples = Samples(ShardReader(download, embed, "train"), 32)
-    row = samples.reader.table("00001").uids.index("f" * 32)
+    row = samples.reader.table("00001").columns["uid"].to_pylist().index("f" * 32)
     with pytest.raises(DataError, match=f"shard 00001: key 0000102: uid {'f' * 32}: the row has uid "):
         samples.batch(np.array([[1, row]]))
 

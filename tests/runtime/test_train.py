@@ -24,10 +24,10 @@ from tests.tiny.recipe import tiny_tables
 from tests.tiny.shards import write_download
 
 
-def _recipe(workspace: Path, *, num_workers: int, learning_rate: float = 1e-3) -> Recipe:
+def _recipe(workspace: Path, *, learning_rate: float = 1e-3, **resources: int) -> Recipe:
     upsampler = {
         "train": {"num_steps": 4, "batch_size": 4, "learning_rate": learning_rate},
-        "resources": {"num_workers": num_workers, "cpus_per_worker": 0.5, "save_every_steps": 2},
+        "resources": {"cpus_per_worker": 0.5, "save_every_steps": 2, **resources},
     }
     return parse_recipe(tiny_tables(workspace, upsampler_1=upsampler))
 
@@ -65,7 +65,7 @@ def _cpus_taken(*, seconds: float) -> Generator[None]:
 @pytest.mark.ray
 def test_fit_trains_on_one_worker_and_on_two(tmp_path: Path) -> None:
     with connect():
-        weights = {}
+        weights: dict[int | str, dict[str, torch.Tensor]] = {}
         for num_workers in (1, 2):
             context = _context(_recipe(tmp_path / str(num_workers), num_workers=num_workers))
             with _cpus_taken(seconds=4):
@@ -79,9 +79,14 @@ def test_fit_trains_on_one_worker_and_on_two(tmp_path: Path) -> None:
             assert result.num_workers == num_workers
             assert result.metrics["num_steps"] == 4
             weights[num_workers] = load_file(context.output.path("model.safetensors"))
+        context = _context(_recipe(tmp_path / "divided", num_workers=2, num_shards=0, keep_state=True))
+        assert _step(context).metrics["num_steps"] == 4
+        assert "state/00000004.2-of-2.safetensors" in context.output.names()
+        weights["divided"] = load_file(context.output.path("model.safetensors"))
         # The same samples with the same random numbers, added up in another order.
-        gaps = [float((weights[1][name] - weights[2][name]).abs().max()) for name in weights[1]]
-        assert max(gaps) < 1e-4
+        for other in (2, "divided"):
+            gaps = [float((weights[1][name] - weights[other][name]).abs().max()) for name in weights[1]]
+            assert max(gaps) < 1e-4
 
         context = _context(_recipe(tmp_path / "nan", num_workers=1, learning_rate=1e38))
         with pytest.raises(StepError, match="upsampler_1: step 2: loss or gradient is not finite"):

@@ -145,8 +145,8 @@ def divided(tmp_path: Path) -> tuple[Artifact, dict[str, torch.Tensor]]:
     for number in (2, 1, 0):
         cuts = {"network.a": slice(3 * number, 3 * number + 3), "network.b": slice(number, number + 1)}
         parts = {name: tensor[cuts[name]] if name in cuts else tensor for name, tensor in whole.items()}
-        kept = {name: part.clone() for name, part in parts.items() if number == 0 or (name in cuts and part.numel())}
-        Snapshot(4, {}, kept, shapes, number, 3).publish(artifact, checkpoint_name(4), "key", "attempt")
+        tensors = {name: part.clone() for name, part in parts.items() if number == 0 or (name in cuts and part.numel())}
+        Snapshot(4, {}, tensors, shapes, number, 3).publish(artifact, checkpoint_name(4), "key", "attempt")
         assert checkpoint_steps(artifact) == ([4] if number == 0 else [])  # the first file is the commit
     return artifact, whole
 

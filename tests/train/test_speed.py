@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.train import speed as speed_module
 from pipeline.train.speed import Speed, describe_speed, measure_peak
 from tests.tiny.training import tiny_job
 
@@ -55,6 +56,17 @@ def test_mfu_is_the_counted_share_of_a_measured_peak_once_a_training_has_run_for
     clock.now += 2
     assert speed.read(3)["mfu"] == pytest.approx(one / 2)  # half as fast
     assert 0 < one < 1
+
+
+def test_a_gpu_without_room_for_the_product_costs_the_number_and_not_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> float:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(speed_module, "measure_peak", fail)
+    speed = Speed(tiny_job("prior", {}, tmp_path), 0, count_after_s=0)
+    assert "mfu" not in speed.read(1)
 
 
 def test_the_peak_of_this_machine_is_that_of_a_product() -> None:
