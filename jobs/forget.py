@@ -49,7 +49,7 @@ def forget(
     if what and compact and not delete:
         raise ConfigError("--compact rewrites files: give it with --delete, or alone to finish what was begun")
     resolved, place = _place(recipe, workspace)
-    names, option = names_of(what or []), f"--recipe {shlex.quote(recipe)}" if recipe else f"--workspace {place.root}"
+    names, option = names_of(what or []), shlex.join(["--recipe", recipe] if recipe else ["--workspace", place.root])
     search = None
     with locked_workspace(place, print_warning) as lock:
         if names:
@@ -101,13 +101,16 @@ def _print_search(search: "Search", recipe: str, *, is_forgotten: bool) -> None:
     for step, count in search.rows.items():
         typer.echo(f"{step:<17} {count} rows")
     for network in search.networks:
-        typer.echo(f"{network.step:<17} {network.key}  was trained on {network.pairs} of these pairs")
-    if search.networks:
-        others = ", ".join(dict.fromkeys(step for step, _ in search.dirty))
-        first = min(search.networks, key=lambda network: [step for step, _ in search.dirty].index(network.step))
+        verb = "was trained" if (network.step, network.key) in search.dirty else "is being trained"
+        typer.echo(f"{network.step:<17} {network.key}  {verb} on {network.pairs} of these pairs")
+    if search.dirty:
+        runs = [
+            f"unclip run {recipe} --from {step} --force" for step in dict.fromkeys(step for step, _ in search.roots)
+        ]
+        steps = ", ".join(dict.fromkeys(step for step, _ in search.dirty))
         typer.echo(
-            f"to have no network that was trained on them: unclip run {recipe} --from {first.step} --force; "
-            f"{others} took {duration(search.node_s)} of machines"
+            f"to have no network that was trained on them: {'; and '.join(runs)}; "
+            f"{steps} took {duration(search.node_s)} of machines"
         )
     for name in search.unknown:
         typer.echo(f"not in the workspace: {name}{'; it will not be taken' if is_forgotten else ''}", err=True)

@@ -12,7 +12,7 @@ from pipeline.workspace.forgotten import CAUSE, Forgotten
 
 pc: Any = pyarrow.compute  # its functions are created at import, so a type checker does not know them
 
-KEPT = frozenset({"key", "split"})
+COLUMNS_THAT_STAY = frozenset({"key", "split"})
 """Columns of an empty row that keep their value."""
 BLANK = {"uid": "", "url": "", "caption": "", "status": FAILED_TO_DOWNLOAD, "error_message": CAUSE}
 """What an empty row has in the columns that are never null; its other columns are null."""
@@ -25,18 +25,18 @@ def blank_rows(table: pa.Table, forgotten: Forgotten) -> pa.Table:
         table: Columns ``uid``, ``url`` and any others.
         forgotten: What is forgotten.
     """
-    gone = gone_rows(table, forgotten)
-    if not gone.any():
+    is_forgotten = are_forgotten(table, forgotten)
+    if not is_forgotten.any():
         return table
-    mask = pa.array(gone)
+    mask = pa.array(is_forgotten)
     for place, field in enumerate(table.schema):
-        if field.name not in KEPT:
+        if field.name not in COLUMNS_THAT_STAY:
             value = pa.scalar(BLANK.get(field.name), field.type)
             table = table.set_column(place, field, pc.if_else(mask, value, table.column(place)))
     return table
 
 
-def gone_rows(table: pa.Table, forgotten: Forgotten) -> NDArray[np.bool_]:
+def are_forgotten(table: pa.Table, forgotten: Forgotten) -> NDArray[np.bool_]:
     """Whether the pair of each row of a table with ``uid`` and ``url`` was forgotten: (rows,)."""
     if not forgotten.entries:
         return np.zeros(table.num_rows, np.bool_)

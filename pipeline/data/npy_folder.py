@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.data.blank import gone_rows
+from pipeline.data.blank import are_forgotten
 from pipeline.data.rows import embeddings_schema, make_uid, numbered_names, split_of
 from pipeline.data.vectors import read_vectors, to_arrow, write_embeddings
 from pipeline.errors import ConfigError, DataError
@@ -194,7 +194,7 @@ def _slices(
             vectors = [_to_unit(np.asarray(array[start : start + batch.num_rows])) for array in arrays]
             table = _identify(pa.Table.from_batches([batch]), part, start, validation_prob)
             good = np.logical_and(*(np.isfinite(rows).all(1) & (np.abs(rows).max(1) > 0) for rows in vectors))
-            stays = np.ones(table.num_rows, np.bool_) if forgotten is None else ~gone_rows(table, forgotten)
+            stays = np.ones(table.num_rows, np.bool_) if forgotten is None else ~are_forgotten(table, forgotten)
             bad = table.filter(pa.array(stays & ~good)).select(["uid", "key", "url"]).to_pylist()
             good &= stays
             failures += [row | {"reason": "embedding is zero or not finite", "detail": part.img.name} for row in bad]

@@ -10,12 +10,13 @@ import os
 import tarfile
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -24,6 +25,8 @@ from pipeline.data.rows import make_uid, require_columns
 from pipeline.errors import DataError
 from pipeline.pictures import decode
 from pipeline.workspace.store import Artifact
+
+pc: Any = pyarrow.compute  # its functions are created at import, so a type checker does not know them
 
 _PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2", "ppm"})
 TAKEN_IN = b"taken_in"
@@ -188,6 +191,27 @@ def read_table(path: Path | IO[bytes], columns: Sequence[str]) -> pa.Table:
     require_columns(read_names(path), columns, where=_name_of(path))
     try:
         return pq.read_table(path, columns=list(columns))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{_name_of(path)}: damaged ({error}); {REPAIR_HINT}") from error
+
+
+def find_rows(
+    path: Path | IO[bytes], keys: Sequence[str], values: pa.Array, columns: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Columns of the rows of which one of the columns ``keys`` has one of some strings; reads a row group at a time.
+
+    Raises:
+        DataError: If the table is damaged; names the file.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, list(keys))
+                is_match = np.zeros(table.num_rows, np.bool_)
+                for key in keys:
+                    is_match |= pc.is_in(table.column(key).cast(pa.string()), value_set=values).to_numpy()
+                if is_match.any():
+                    yield from file.read_row_group(group, list(columns)).filter(pa.array(is_match)).to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{_name_of(path)}: damaged ({error}); {REPAIR_HINT}") from error
 

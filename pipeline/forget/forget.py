@@ -31,11 +31,11 @@ def forget(workspace: Workspace, search: Search, check: Callable[[], None]) -> N
     """
     root, before = workspace.root, Pending.read(workspace.root) or Pending()
     check()
-    before.merge(search.pending).write(
-        root
-    )  # first: it holds no names, and rewriting what is not forgotten is harmless
-    names = sorted({*search.names, *search.uids})
-    Forgotten.read(root).add(names, time.time(), search.rows, search.networks).write(root)
+    # First: it holds no names, and to rewrite what is not forgotten is harmless.
+    before.merge(search.pending).write(root)
+    names, forgotten = sorted({*search.names, *search.uids}), Forgotten.read(root)
+    if not all(forgotten.has(names)):  # what is only done again counts once
+        forgotten.add(names, time.time(), search.rows, search.networks).write(root)
     listed = Takedown.read(root)
     if set(names) & set(listed.names):
         listed.remove(names).write(root)  # that file has them in words
@@ -58,12 +58,11 @@ def finish(workspace: Workspace, compact_index: Callable[[str], None], check: Ca
         DataError: If a file is damaged.
         StepError: If somebody reads what is to be rewritten.
     """
-    work = pending = Pending.read(workspace.root)
-    if pending is None or work is None:
+    work = Pending.read(workspace.root)
+    if work is None:
         return None
-    _require_unread(workspace, pending)
-    forgotten = Forgotten.read(workspace.root)
-    pending = replace(pending, has_begun=True)
+    _require_unread(workspace, work)
+    forgotten, pending = Forgotten.read(workspace.root), replace(work, has_begun=True)
     _write(workspace, pending, check)
     for one in work.rewrites:
         rewrite(workspace.artifact(one.step, one.key), one, forgotten, check)
@@ -73,8 +72,12 @@ def finish(workspace: Workspace, compact_index: Callable[[str], None], check: Ca
         check()
         workspace.artifact(step, key).destroy()
     for key in work.indexes:
-        compact_index(key)
-        remove_earlier_versions(workspace.artifact("index", key))
+        index = workspace.artifact("index", key)
+        if index.manifest() is None:  # somebody has removed it since
+            index.destroy()
+        else:
+            compact_index(key)
+            remove_earlier_versions(index)
         pending = replace(pending, indexes=pending.indexes[1:])
         _write(workspace, pending, check)
     check()

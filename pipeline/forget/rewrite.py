@@ -5,7 +5,9 @@ that the rows after it keep their numbers and keys, and rows in are rows out. La
 To rewrite a shard a second time changes nothing, so that what was killed is done again.
 """
 
+import itertools
 import json
+import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.blank import BLANK, KEPT, blank_rows, gone_rows
+from pipeline.data.blank import BLANK, COLUMNS_THAT_STAY, are_forgotten, blank_rows
 from pipeline.data.pairs import ROW_GROUP_ROWS
 from pipeline.data.selection import label_file
 from pipeline.data.shard_writer import (
@@ -30,7 +32,7 @@ from pipeline.data.shards import TAKEN_IN, index_tar, read_names, read_schema, r
 from pipeline.data.vectors import write_embeddings
 from pipeline.filter.examples import EXAMPLES
 from pipeline.filter.labels import count_reasons
-from pipeline.forget.search import FAILURES
+from pipeline.forget.search import FAILURES, SHARDS_STAY
 from pipeline.workspace.forgotten import CAUSE, Forgotten, Rewrite
 from pipeline.workspace.manifest import Manifest, add_counts, content_of
 from pipeline.workspace.store import ALL_RECORDS, LIVE, MANIFEST, RECORD_SUFFIX, Artifact
@@ -40,6 +42,8 @@ Counts = dict[str, int]
 
 def rewrite(artifact: Artifact, work: Rewrite, forgotten: Forgotten, check: Callable[[], None]) -> None:
     """Rewrite some shards of an artifact without the forgotten rows, then its manifest.
+
+    What is left of an artifact that somebody has removed since goes, too.
 
     Args:
         artifact: The artifact, of the step of ``work``.
@@ -52,11 +56,15 @@ def rewrite(artifact: Artifact, work: Rewrite, forgotten: Forgotten, check: Call
         StepError: If the disk is full.
     """
     check()
+    manifest = artifact.manifest()
+    if manifest is None and work.step not in SHARDS_STAY:
+        artifact.destroy()
+        return
     artifact.remove(ALL_RECORDS)
     for shard in work.shards:
         check()
+        _drop_checksums(artifact, shard)
         _REWRITERS[work.step](artifact, shard, forgotten)
-    manifest = artifact.manifest()
     check()
     if manifest is None:
         for name in [name for name in artifact.names() if name.startswith((f"{LIVE}parts/", f"{LIVE}retry-"))]:
@@ -82,7 +90,7 @@ def _manifest_of(artifact: Artifact, manifest: Manifest, step: str, forgotten: F
         metrics |= {"failures": dict(causes.most_common()), "success": counts["ok"] / max(1, counts["in"])}
         repeated: list[dict[str, Any]] = metrics.get("repeated", [])
         is_forgotten = forgotten.has([one["url"] for one in repeated])
-        metrics["repeated"] = [one for one, gone in zip(repeated, is_forgotten, strict=True) if not gone]
+        metrics["repeated"] = list(itertools.compress(repeated, map(operator.not_, is_forgotten)))
     return replace(manifest, files=files, counts=counts, metrics=metrics)
 
 
@@ -112,8 +120,12 @@ def _rewrite_download(artifact: Artifact, shard: str, forgotten: Forgotten) -> N
     else:
         with old.tar.open("rb") as stream:
             rows, schema = read_shard(old.tar, old.parquet, stream)
-            gone = forgotten.has_rows([row.values["uid"] for row in rows], [row.values["url"] for row in rows])
-            rows = [_empty(row) if is_gone else row for row, is_gone in zip(rows, gone, strict=True)]
+            is_forgotten = forgotten.has_rows([row.values["uid"] for row in rows], [row.values["url"] for row in rows])
+            # A row that is empty already has its picture still, if a kill came between its table and its tar.
+            rows = [
+                _empty(row) if goes or not row.values["uid"] else row
+                for row, goes in zip(rows, is_forgotten, strict=True)
+            ]
             extension = _extension_of(old)
             with (
                 artifact.write(names[0]) as tar,
@@ -141,7 +153,8 @@ def _rewrite_taken_in(artifact: Artifact, shard: str, forgotten: Forgotten) -> t
 
 
 def _empty(row: ShardRow) -> ShardRow:
-    return ShardRow({name: BLANK.get(name) if name not in KEPT else value for name, value in row.values.items()}, None)
+    values = {name: value if name in COLUMNS_THAT_STAY else BLANK.get(name) for name, value in row.values.items()}
+    return ShardRow(values, None)
 
 
 def _extension_of(files: ShardFiles) -> str:
@@ -162,10 +175,10 @@ def _labels_without(artifact: Artifact, shard: str, forgotten: Forgotten) -> Cou
     name = label_file(shard)
     path = artifact.path(name)
     table = read_table(path, read_names(path))
-    table = table.filter(pa.array([not gone for gone in forgotten.has(table.column("uid").to_pylist())]))
+    table = table.filter(pa.array([not goes for goes in forgotten.has(table.column("uid").to_pylist())]))
     same_as: list[str] = table.column("same_as").to_pylist()
-    kept = ["" if gone else uid for uid, gone in zip(same_as, forgotten.has(same_as), strict=True)]
-    table = table.set_column(table.schema.get_field_index("same_as"), "same_as", pa.array(kept, pa.string()))
+    copies = ["" if goes else uid for uid, goes in zip(same_as, forgotten.has(same_as), strict=True)]
+    table = table.set_column(table.schema.get_field_index("same_as"), "same_as", pa.array(copies, pa.string()))
     with artifact.write(name) as target:
         pq.write_table(table, target)
     return count_reasons(table.column("reason").to_pylist())
@@ -180,8 +193,8 @@ def _rewrite_embed(artifact: Artifact, shard: str, forgotten: Forgotten) -> None
     num_ok, num_failed = _embeddings_without(artifact, names[0], forgotten), 0
     if artifact.exists(names[1]):
         rows = [json.loads(line) for line in artifact.path(names[1]).read_text(encoding="utf-8").splitlines()]
-        gone = forgotten.has_rows([row["uid"] for row in rows], [row["url"] for row in rows])
-        rows = [row for row, is_gone in zip(rows, gone, strict=True) if not is_gone]
+        is_forgotten = forgotten.has_rows([row["uid"] for row in rows], [row["url"] for row in rows])
+        rows = [row for row, goes in zip(rows, is_forgotten, strict=True) if not goes]
         num_failed = len(rows)
         artifact.write_bytes(names[1], "".join(f"{json.dumps(row)}\n" for row in rows).encode())
     counts = artifact.shard_record(shard).counts | {"ok": num_ok}
@@ -201,7 +214,7 @@ def _rewrite_filtered(artifact: Artifact, shard: str, forgotten: Forgotten) -> N
 def _embeddings_without(artifact: Artifact, name: str, forgotten: Forgotten) -> int:
     path = artifact.path(name)
     table = read_table(path, read_names(path))
-    stays = ~gone_rows(table, forgotten)
+    stays = ~are_forgotten(table, forgotten)
     with artifact.write(name) as target:
         write_embeddings([table.filter(pa.array(stays))], target, table.schema)
     return int(stays.sum())
@@ -212,15 +225,27 @@ def _rewrite_examples(artifact: Artifact, forgotten: Forgotten) -> None:
     if not artifact.exists(EXAMPLES):
         return
     examples: Mapping[str, Sequence[dict[str, Any]]] = artifact.read_json(EXAMPLES)["examples"]
-    kept: dict[str, list[dict[str, Any]]] = {}
+    others: dict[str, list[dict[str, Any]]] = {}
     for reason, rows in examples.items():
-        uids = [[row["uid"], *([row["stays"]["uid"]] if row["stays"] else [])] for row in rows]
-        gone = [any(forgotten.has(names)) for names in uids]
-        kept[reason] = [row for row, is_gone in zip(rows, gone, strict=True) if not is_gone]
-        for row, is_gone in zip(rows, gone, strict=True):
-            for picture in row["pictures"] if is_gone else ():
+        others[reason] = []
+        for row in rows:
+            if not any(forgotten.has([row["uid"], *([row["stays"]["uid"]] if row["stays"] else [])])):
+                others[reason].append(row)
+                continue
+            for picture in row["pictures"]:
                 artifact.remove(picture["file"])
-    artifact.write_json(EXAMPLES, {"examples": kept})
+    artifact.write_json(EXAMPLES, {"examples": others})
+
+
+def _drop_checksums(artifact: Artifact, shard: str) -> None:
+    """Compare the files of a shard with its record for the last time: while it is rewritten, they differ."""
+    if not artifact.exists(f"{shard}{RECORD_SUFFIX}"):
+        return
+    record = artifact.shard_record(shard)
+    for name in record.files:
+        artifact.path(name)
+    if record.files:
+        artifact.commit_shard(replace(record, files={}))
 
 
 def _commit(
@@ -230,7 +255,7 @@ def _commit(
     if not artifact.exists(f"{shard}{RECORD_SUFFIX}"):
         return
     record = artifact.shard_record(shard)
-    files = {name: artifact.describe(name) for name in names} if record.files else {}
+    files = {name: artifact.describe(name) for name in names}
     counts, causes = record.counts if counts is None else counts, record.causes if causes is None else causes
     splits = split_counts(artifact.path(f"{shard}.parquet")) if record.splits else {}
     artifact.commit_shard(replace(record, counts=counts, files=files, causes=causes, splits=splits))

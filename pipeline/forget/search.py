@@ -1,4 +1,4 @@
-"""Finds the rows of some uids and URLs in the artifacts of a workspace; reads two or three columns of each shard."""
+"""Finds the rows of some uids and URLs in the artifacts of a workspace; reads two or three columns of each file."""
 
 import itertools
 import json
@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.drawn import EVALUATION
-from pipeline.data.shards import read_names, read_table
+from pipeline.data.shards import find_rows, read_names
 from pipeline.errors import DataError
 from pipeline.recipe.lineage import indexed_embeddings
 from pipeline.recipe.steps import STEP_ROWS
@@ -24,6 +25,8 @@ from pipeline.workspace.store import INPUTS, LIVE, Artifact, Workspace
 
 TABLES = ("pairs", "download", "filter", "embed", "filter_embeddings")
 """Steps whose artifacts hold a row for each pair, in the order in which they are searched and rewritten."""
+SHARDS_STAY = frozenset({"download", "embed"})
+"""Steps whose finished shards count while the step is unfinished; other unfinished work is removed and made anew."""
 FAILURES = "_failures.jsonl"
 _SHARD = re.compile(r"(?:labels/)?(\d{5,})\.parquet")
 _THREADS = 8
@@ -74,53 +77,59 @@ class Search:
     """What has to be rewritten."""
     networks: tuple[TrainedOn, ...]
     dirty: tuple[tuple[str, str], ...]
-    """Step and key of the networks, and of all that was made from them."""
+    """Step and key of the finished networks, and of all that was made from them, in the order of the steps."""
+    roots: tuple[tuple[str, str], ...]
+    """Those of ``dirty`` that are made from none of it: who makes these and all that follows anew makes all anew."""
     node_s: float
     """What the making of ``dirty`` took: wall seconds times workers."""
 
 
 def search(workspace: Workspace, names: Iterable[str]) -> Search:
-    """Find the rows of some uids and URLs; memory is that of the rows that are found, and of one shard for each thread.
+    """Find the rows of some uids and URLs; memory is that of these rows, and of one row group for each thread.
 
     Raises:
         DataError: If a manifest or a file cannot be read: it might hold such a row.
     """
     searched = tuple(dict.fromkeys(names))
     manifests = {step: _manifests(workspace, step) for step in STEP_ROWS}
-    found: dict[tuple[str, str], Rows] = {}
-    uids, seen = set(searched), set[str]()
+    rows_by_artifact: dict[tuple[str, str], Rows] = {}
+    uids, names_of_rows = set(searched), set[str]()
     for step in TABLES:
         for key in workspace.keys(step):
-            rows, names_seen = _search_artifact(step, workspace.artifact(step, key), {*uids}, found)
-            seen |= names_seen
+            rows, names_here = _search_artifact(step, workspace.artifact(step, key), {*uids}, rows_by_artifact)
+            names_of_rows |= names_here
             if rows.shards or rows.is_live:
-                found[step, key] = rows
+                rows_by_artifact[step, key] = rows
                 uids |= rows.uids
     counts = Counter[str]()
-    for (step, _), rows in found.items():
+    for (step, _), rows in rows_by_artifact.items():
         counts[step] += sum(map(len, rows.shards.values()))
     indexes: list[str] = []
     for key in manifests["index"]:
         index = workspace.artifact("index", key)
         ids, unknown = find_ids(index, version := read_version(index), sorted(uids))
-        counts["index"] += sum(int(one) not in set(version.read_deleted(index).tolist()) for one in ids)
-        seen |= set(searched) - set(unknown)
-        if len(ids) or any(one in found for one in indexed_embeddings("index", index)):
+        counts["index"] += len(np.setdiff1d(ids, version.read_deleted(index)))
+        names_of_rows |= set(searched) - set(unknown)
+        if len(ids) or any(one in rows_by_artifact for one in indexed_embeddings("index", index)):
             indexes.append(key)
-    networks = (*_networks(manifests, found), *_unfinished_networks(workspace, manifests, found))
+    networks = (
+        *_networks(manifests, rows_by_artifact),
+        *_unfinished_networks(workspace, manifests, rows_by_artifact),
+    )
     dirty = _made_from(manifests, {(one.step, one.key) for one in networks if one.key in manifests[one.step]})
     return Search(
         searched,
-        frozenset(uid for rows in found.values() for uid in rows.uids),
-        tuple(name for name in searched if name not in seen),
+        frozenset(uid for rows in rows_by_artifact.values() for uid in rows.uids),
+        tuple(name for name in searched if name not in names_of_rows),
         {step: count for step, count in counts.items() if count},
         Pending(
-            tuple(_rewrites(found, manifests)),
+            tuple(_rewrites(rows_by_artifact, manifests)),
             tuple(indexes),
-            tuple(_removals(workspace, manifests, found)),
+            tuple(_removals(workspace, manifests, rows_by_artifact)),
         ),
         networks,
-        tuple(sorted(dirty)),
+        dirty,
+        tuple(one for one in dirty if manifests[one[0]][one[1]].inputs.items().isdisjoint(dirty)),
         sum(manifests[step][key].node_s for step, key in dirty),
     )
 
@@ -133,41 +142,39 @@ def _manifests(workspace: Workspace, step: str) -> dict[str, Manifest]:
 
 
 def _search_artifact(
-    step: str, artifact: Artifact, names: set[str], found: Mapping[tuple[str, str], Rows]
+    step: str, artifact: Artifact, names: set[str], rows_by_artifact: Mapping[tuple[str, str], Rows]
 ) -> tuple[Rows, set[str]]:
     """The rows of one artifact; and which of the names it has."""
     files = [name for name in artifact.names() if name.endswith((".parquet", FAILURES)) and name != EVALUATION]
     if step in {"filter", "filter_embeddings"}:  # the files of their passes have no uids
         files = [name for name in files if not name.startswith(LIVE)]
-    trained = {uid for (name, _), rows in found.items() if name == "download" for uid in rows.trained}
+    trained = {uid for (name, _), rows in rows_by_artifact.items() if name == "download" for uid in rows.trained}
+    values = pa.array(sorted(names), pa.string())
 
     def search_file(name: str) -> tuple[Rows, set[str]]:
         if name.endswith(FAILURES):
             return _search_failures(artifact, name, names)
-        return _search_table(artifact, name, names, trained)
+        return _search_table(artifact, name, values, trained)
 
-    rows, seen = Rows(), set[str]()
+    rows, names_of_rows = Rows(), set[str]()
     with ThreadPoolExecutor(_THREADS) as threads:
-        for of_file, names_seen in threads.map(search_file, files):
-            rows.add(of_file)
-            seen |= names_seen
-    return rows, seen
+        for rows_of_file, names_of_file in threads.map(search_file, files):
+            rows.add(rows_of_file)
+            names_of_rows |= names_of_file
+    return rows, names_of_rows
 
 
-def _search_table(artifact: Artifact, name: str, names: set[str], trained: set[str]) -> tuple[Rows, set[str]]:
-    """The rows of one Parquet file; of labels, ``trained`` has the uids of the training split."""
+def _search_table(artifact: Artifact, name: str, values: pa.Array, trained: set[str]) -> tuple[Rows, set[str]]:
+    """The rows of one Parquet file that name one of ``values``; of labels, ``trained`` has the training uids."""
     file = artifact.ranged(name)
     existing = read_names(file)
     keys, columns = ([one for one in chosen if one in existing] for chosen in (_SEARCHED, _COLUMNS))
     if not keys:
         return Rows(), set()
-    table = read_table(file, keys)
-    rows_of_names = zip(*(table.column(one).to_pylist() for one in keys), strict=True)
-    places = [place for place, row in enumerate(rows_of_names) if not names.isdisjoint(row)]
-    if not places:
+    matches, names = list(find_rows(file, keys, values, columns)), set(values.to_pylist())
+    if not matches:
         return Rows(), set()
-    rows_there = read_table(file, columns).take(pa.array(places)).to_pylist()
-    named = [row for row in rows_there if names & {row["uid"], row.get("url")}]
+    named = [row for row in matches if names & {row["uid"], row.get("url")}]
     shard = _SHARD.fullmatch(name)
     uids = {row["uid"] for row in named}
     rows = Rows(uids, shards={shard.group(1): uids} if shard else {}, is_live=shard is None)
@@ -189,27 +196,31 @@ def _search_failures(artifact: Artifact, name: str, names: set[str]) -> tuple[Ro
 
 
 def _rewrites(
-    found: Mapping[tuple[str, str], Rows], manifests: Mapping[str, Mapping[str, Manifest]]
+    rows_by_artifact: Mapping[tuple[str, str], Rows], manifests: Mapping[str, Mapping[str, Manifest]]
 ) -> Iterator[Rewrite]:
-    for (step, key), rows in found.items():
+    for (step, key), rows in rows_by_artifact.items():
         manifest = manifests[step].get(key)
-        if (rows.shards or rows.is_live) and (manifest is not None or step in {"download", "embed"}):
+        if (rows.shards or rows.is_live) and (manifest is not None or step in SHARDS_STAY):
             content = content_of(manifest) if manifest else ""
             yield Rewrite(step, key, tuple(sorted(rows.shards)), content)
 
 
 def _removals(
-    workspace: Workspace, manifests: Mapping[str, Mapping[str, Manifest]], found: Mapping[tuple[str, str], Rows]
+    workspace: Workspace,
+    manifests: Mapping[str, Mapping[str, Manifest]],
+    rows_by_artifact: Mapping[tuple[str, str], Rows],
 ) -> Iterator[tuple[str, str]]:
-    """Unfinished lists and filters that may hold such a row, and evaluations that show one."""
-    for step in ("pairs", "filter", "filter_embeddings"):
+    """Unfinished lists, filters and indexes that may hold such a row, and evaluations that show one."""
+    if not rows_by_artifact:
+        return
+    for step in ("pairs", "filter", "filter_embeddings", "index"):
         for key in workspace.keys(step):
-            if key not in manifests[step] and (step != "pairs" or (step, key) in found) and found:
+            if key not in manifests[step] and (step != "pairs" or (step, key) in rows_by_artifact):
                 yield step, key
-    uids, captions = ({one for rows in found.values() for one in getattr(rows, name)} for name in ("uids", "captions"))
-    for key in workspace.keys("evaluate") if found else ():
+    words = {word for rows in rows_by_artifact.values() for word in rows.uids | rows.captions} - {""}
+    for key in workspace.keys("evaluate"):
         artifact = workspace.artifact("evaluate", key)
-        if any(_shows(artifact, name, uids | captions - {""}) for name in artifact.names()):
+        if any(_shows(artifact, name, words) for name in artifact.names()):
             yield "evaluate", key
 
 
@@ -227,14 +238,14 @@ def _shows(artifact: Artifact, name: str, words: set[str]) -> bool:
 
 
 def _networks(
-    manifests: Mapping[str, Mapping[str, Manifest]], found: Mapping[tuple[str, str], Rows]
+    manifests: Mapping[str, Mapping[str, Manifest]], rows_by_artifact: Mapping[tuple[str, str], Rows]
 ) -> list[TrainedOn]:
     """The finished networks that were trained on the pairs."""
     networks: list[TrainedOn] = []
     for row in STEP_ROWS.values():
         for manifest in manifests[row.name].values() if row.trains else ():
             source = _source_of(manifest.inputs)
-            rows = found.get((source, manifest.inputs.get(source, "")))
+            rows = rows_by_artifact.get((source, manifest.inputs.get(source, "")))
             if rows is not None and rows.trained:
                 content = manifest.input_contents.get(source, "")
                 networks.append(TrainedOn(row.name, manifest.key, len(rows.trained), source, content))
@@ -242,12 +253,14 @@ def _networks(
 
 
 def _unfinished_networks(
-    workspace: Workspace, manifests: Mapping[str, Mapping[str, Manifest]], found: Mapping[tuple[str, str], Rows]
+    workspace: Workspace,
+    manifests: Mapping[str, Mapping[str, Manifest]],
+    rows_by_artifact: Mapping[tuple[str, str], Rows],
 ) -> list[TrainedOn]:
     """The networks that are being trained on the pairs; their inputs are known by content alone."""
     trained = {
         (step, content): len(rows.trained)
-        for (step, key), rows in found.items()
+        for (step, key), rows in rows_by_artifact.items()
         if rows.trained and key in manifests[step]
         for content in (content_of(manifests[step][key]), *manifests[step][key].former_contents)
     }
@@ -269,8 +282,10 @@ def _source_of(inputs: Mapping[str, str]) -> str:
     return next((name for name in _ROWS_OF_NETWORK if name in inputs), "")
 
 
-def _made_from(manifests: Mapping[str, Mapping[str, Manifest]], roots: set[tuple[str, str]]) -> set[tuple[str, str]]:
-    """Artifacts, and all that were made from them, directly or not."""
+def _made_from(
+    manifests: Mapping[str, Mapping[str, Manifest]], roots: set[tuple[str, str]]
+) -> tuple[tuple[str, str], ...]:
+    """Artifacts, and all that were made from them, directly or not, in the order of the steps."""
     users: defaultdict[tuple[str, str], set[tuple[str, str]]] = defaultdict(set)
     for step, of_step in manifests.items():
         for key, manifest in of_step.items():
@@ -282,7 +297,7 @@ def _made_from(manifests: Mapping[str, Mapping[str, Manifest]], roots: set[tuple
         if one not in reached:
             reached.add(one)
             waiting += users[one]
-    return reached
+    return tuple((step, key) for step in STEP_ROWS for key in sorted(manifests[step]) if (step, key) in reached)
 
 
 def names_of(words: Iterable[str]) -> list[str]:

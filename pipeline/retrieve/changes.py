@@ -112,8 +112,8 @@ def restore_everywhere(workspace: Workspace, names: Sequence[str], check: Check 
     """Undo ``delete_everywhere``; see there.
 
     Raises:
-        ConfigError: If a pair stays on the list by its other name, its URL or its uid: the next build would leave it
-            out.
+        ConfigError: If a pair was forgotten, or stays on the list by its other name, its URL or its uid: the next
+            build would leave it out.
         DataError: If a file of an index is damaged.
     """
     rest = Takedown.read(workspace.root).remove(names)
@@ -136,6 +136,8 @@ def restore_everywhere(workspace: Workspace, names: Sequence[str], check: Check 
 def _require_off_list(pairs: pa.Table, takedown: Takedown) -> None:
     blocked: list[dict[str, str]] = pairs.filter(pa.array(takedown.has(pairs))).slice(0, 1).to_pylist()
     for pair in blocked:
+        if any(takedown.forgotten.has([pair["uid"], pair["url"]])):
+            raise ConfigError(f"{pair['url']}: this pair was forgotten (`unclip forget`), so it does not come back")
         if pair["url"] in takedown.names:
             raise ConfigError(
                 f"{pair['uid']}: its URL was deleted, and with it every pair of the URL; restore the URL: {pair['url']}"

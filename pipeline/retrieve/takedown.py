@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute
 from numpy.typing import NDArray
 
-from pipeline.data.blank import gone_rows
+from pipeline.data.blank import are_forgotten
 from pipeline.errors import ConfigError
 from pipeline.workspace.forgotten import Forgotten
 from pipeline.workspace.store import Artifact
@@ -71,7 +71,7 @@ class Takedown:
 
     def has(self, rows: pa.Table) -> NDArray[np.bool_]:
         """Whether the uid or the URL of each row is named or forgotten: (rows,)."""
-        is_forgotten = gone_rows(rows, self.forgotten)
+        is_forgotten = are_forgotten(rows, self.forgotten)
         if not self.names:
             return is_forgotten
         names = pa.array(self.names, pa.string())

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-from pipeline.errors import DataError
 from pipeline.forget.forget import finish
 from pipeline.recipe.plan import Step, make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe
@@ -32,8 +31,7 @@ def _recipe_of(workspace: Workspace, key: str, recipe: Recipe | None) -> tuple[R
         if recipe and (step.name, step.key) == ("index", key):
             return recipe, step
     manifest = workspace.artifact("index", key).manifest()
-    if manifest is None:
-        raise DataError(f"{workspace.root}/index/{key}: its manifest is gone; remove this folder and run again")
+    assert manifest is not None
     section = {name: value for name, value in manifest.section.items() if name != "seed"}
     tables = {"workspace": workspace.root, "seed": manifest.section.get("seed", 0), "index": section}
     step = Step("index", manifest.step_version, manifest.section, manifest.inputs)

@@ -312,8 +312,11 @@ class Artifact:
         return self._record(name, self._files.cat_file(f"{self._base}/{name}"))
 
     def fold_records(self) -> dict[str, ShardRecord]:
-        """Write the records of all shards into one file, before the step is committed; returns them."""
-        records = self.shard_records()
+        """Write the records of all shards but the live ones into one file, before the step is committed; returns them.
+
+        A finished index has no such file, because a change of it reads the records of its own, live parts.
+        """
+        records = {name: record for name, record in self.shard_records().items() if not name.startswith(LIVE)}
         if records:
             lines = ",\n".join(json.dumps(record.to_dict(), sort_keys=True) for record in records.values())
             self.write_bytes(ALL_RECORDS, f"[{lines}]\n".encode())

@@ -259,7 +259,7 @@ def test_trainings_the_index_and_the_evaluation_read_what_stays(tmp_path: Path) 
     of_embeddings = ShardReader(None, embeddings_of(inputs), "train")
     of_both = ShardReader(inputs["download"], embeddings_of(inputs), "train")
     for reader in (of_pictures, of_embeddings, of_both):
-        uids = [uid for shard in reader.shards for uid in reader.table(shard).uids]
+        uids = [uid for shard in reader.shards for uid in reader.table(shard).columns["uid"].to_pylist()]
         assert set(uids) == staying
         assert sum(reader.shard_rows) == len(uids) == len(staying)
         assert len(reader.captions()) == len(

@@ -16,17 +16,18 @@ import pyarrow.parquet as pq
 import pytest
 import tomli_w
 
+from jobs.forget import _print_search  # pyright: ignore[reportPrivateUsage]
 from pipeline.data.blank import blank_rows
 from pipeline.data.download import download_shard
 from pipeline.data.make_pairs import PairsMaker
 from pipeline.data.rows import make_uid
 from pipeline.data.selection import embeddings_of, selection_of
 from pipeline.data.shard_writer import ShardFiles
-from pipeline.data.shards import ShardPictures, split_counts
+from pipeline.data.shards import ShardPictures, find_rows, split_counts
 from pipeline.data.sources import source_of
-from pipeline.data.training_rows import ShardReader
+from pipeline.data.training_rows import ShardReader, ShardTable
 from pipeline.data.urls import AddressRules
-from pipeline.errors import StepError
+from pipeline.errors import DataError, StepError
 from pipeline.forget.forget import finish, forget
 from pipeline.forget.search import Search, names_of, search
 from pipeline.recipe.plan import artifact_of, inputs_of, make_plan, manifest_of, plan_status
@@ -39,6 +40,7 @@ from pipeline.retrieve.takedown import Takedown
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.filter import run_filter, run_filter_embeddings
 from pipeline.runtime.run import _forget_if_inputs_changed  # pyright: ignore[reportPrivateUsage]
+from pipeline.workspace import store
 from pipeline.workspace.forgotten import FORGOTTEN, PENDING, Forgotten, Pending
 from pipeline.workspace.lock import in_use, locked_workspace
 from pipeline.workspace.manifest import content_of
@@ -178,6 +180,10 @@ def _forget(made: Made, *names: str) -> Search:
     return result
 
 
+def _uids(table: ShardTable) -> list[str]:
+    return table.take("uid", np.arange(len(table)))
+
+
 def test_a_search_counts_rows_and_names_the_networks_and_changes_nothing(made: Made) -> None:
     before = _texts(made.workspace)
     result = search(made.workspace, [_BY_URL, made.uids[_BY_UID], "http://nowhere/"])
@@ -188,24 +194,25 @@ def test_a_search_counts_rows_and_names_the_networks_and_changes_nothing(made: M
     assert trained == dict.fromkeys(("clip", "decoder", "prior", "upsampler_1", "upsampler_2"), 2)
     assert {step for step, _ in result.dirty} == {*trained, "embed", "filter_embeddings", "index", "evaluate"}
     assert result.node_s == 9 * 3600.0
+    assert result.roots == (("clip", made.artifact("clip").key),)
     assert _texts(made.workspace) == before
 
 
 def test_forgotten_pairs_are_in_no_file_and_everything_else_is(made: Made) -> None:
-    gone = {_BY_URL, _BY_UID}
+    urls = {_BY_URL, _BY_UID}
     contents = _texts(made.workspace)
-    assert all(made.uids[url] in contents and f"{url}'" in contents for url in gone)
+    assert all(made.uids[url] in contents and f"{url}'" in contents for url in urls)
     _forget(made, _BY_URL, made.uids[_BY_UID])
     opened = NeighbourIndex.open(made.artifact("index"))
     assert opened.num_rows == 26  # at once
     made.finish()
     contents = _texts(made.workspace)
-    for url in gone:
+    for url in urls:
         assert made.uids[url] not in contents
         assert f"{url}'" not in contents
         assert f"{url}\n" not in contents
     assert made.pictures[_BY_UID].decode("latin-1") not in contents  # another URL has a copy of the first one's file
-    for url in made.uids.keys() - gone:
+    for url in made.uids.keys() - urls:
         assert made.uids[url] in contents
         assert made.pictures[url].decode("latin-1") in contents
     assert not made.artifact("evaluate").names()
@@ -236,14 +243,14 @@ def test_what_is_left_is_whole(made: Made) -> None:
             if row["uid"]:
                 assert pictures.read(row["key"], row["uid"]) == made.pictures[row["url"]]
     reader = ShardReader(download, None, "train", selection_of(inputs))
-    left = {uid for shard in reader.shards for uid in reader.table(shard).uids}
+    left = {uid for shard in reader.shards for uid in _uids(reader.table(shard))}
     index = NeighbourIndex.open(made.artifact("index"))
     assert index.num_rows == len(left) == 26
     vectors = ShardReader(None, embeddings_of(inputs), "train")
     for shard in vectors.shards:
         table = vectors.table(shard)
         images = table.z_image(np.arange(len(table))).astype(np.float32)
-        for uid, z_image in zip(table.uids, images, strict=True):
+        for uid, z_image in zip(_uids(table), images, strict=True):
             assert [row.uid for row in index.find(z_image[None], 1)[0]] == [uid]
     states = {status.step.name: status.state for status in plan_status(made.workspace, make_plan(made.recipe))}
     assert states.pop("evaluate") == "todo"
@@ -296,12 +303,77 @@ def test_an_append_leaves_them_out_and_the_list_of_takedowns_loses_their_names(m
 def test_the_record_has_when_and_how_many_and_no_name(made: Made) -> None:
     start = time.time()
     _forget(made, _BY_URL)
+    _forget(made, _BY_URL)  # as after a kill: it counts once
     text = (Path(made.workspace.root) / FORGOTTEN).read_text()
     assert made.uids[_BY_URL] not in text
     assert "http" not in text
     [entry] = Forgotten.read(made.workspace.root).entries
     assert start <= entry.at <= time.time()
     assert entry.rows["download"] == 1
+
+
+def test_a_kill_between_a_table_and_its_tar_leaves_no_picture(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    _forget(made, made.uids[_BY_UID])
+    publish = store._publish  # pyright: ignore[reportPrivateUsage]
+
+    def stop_at_tar(temporary: Path, target: Path) -> None:
+        if target.suffix == ".tar":
+            raise StepError("killed")
+        publish(temporary, target)
+
+    monkeypatch.setattr(store, "_publish", stop_at_tar)
+    with pytest.raises(StepError, match="killed"):
+        made.finish()
+    monkeypatch.setattr(store, "_publish", publish)
+    assert made.pictures[_BY_UID].decode("latin-1") in _texts(made.workspace)
+    made.finish()
+    assert made.pictures[_BY_UID].decode("latin-1") not in _texts(made.workspace)
+
+
+def test_what_was_removed_before_it_was_rewritten_stops_nothing(made: Made) -> None:
+    unfinished = made.workspace.artifact("index", "unfinished")
+    unfinished.write_bytes("live/segment_00000/rows", made.uids[_BY_URL].encode())
+    _forget(made, _BY_URL)
+    for name in ("pairs", "embed", "filter_embeddings", "index"):
+        made.artifact(name).destroy()
+    made.artifact("filter").remove("manifest.json")  # a removal that was killed
+    assert made.finish() is not None
+    assert Pending.read(made.workspace.root) is None
+    assert (made.artifact("filter").names(), unfinished.names()) == ([], [])
+    assert made.uids[_BY_URL] not in _texts(made.workspace)
+
+
+def test_networks_that_are_not_made_from_each_other_are_each_named(
+    made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made.artifact("clip").destroy()  # as with a CLIP of others
+    prior = made.artifact("prior")
+    manifest = prior.manifest()
+    assert manifest is not None
+    prior.clear()
+    prior.write_json(INPUTS, manifest.input_contents)
+    result = search(made.workspace, [_BY_URL])
+    assert {step for step, _ in result.roots} == {"decoder", "upsampler_1", "upsampler_2"}
+    _print_search(result, "my.toml", is_forgotten=True)
+    text = capsys.readouterr().out
+    assert f"{prior.key}  is being trained on 1 of these pairs" in text
+    assert "unclip run my.toml --from decoder --force; and unclip run my.toml --from upsampler_1 --force; and" in text
+    for step in ("decoder", "upsampler_1", "upsampler_2"):
+        made.artifact(step).clear()
+    _print_search(search(made.workspace, [_BY_URL]), "my.toml", is_forgotten=True)
+    assert "--from" not in capsys.readouterr().out
+
+
+def test_rows_are_found_in_the_row_groups_that_have_them(tmp_path: Path) -> None:
+    path, numbers = tmp_path / "part.parquet", range(10)
+    columns = {"uid": [f"u{n}" for n in numbers], "same_as": [None, *(f"u{n - 5}" for n in numbers[1:])]}
+    pq.write_table(pa.table(columns | {"row": list(numbers)}), path, row_group_size=3)
+    values = pa.array(["u4", "nobody"])
+    rows = list(find_rows(path, ["uid", "same_as"], values, ["uid", "row"]))
+    assert rows == [{"uid": "u4", "row": 4}, {"uid": "u9", "row": 9}]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"part\.parquet: damaged"):
+        list(find_rows(path, ["uid"], values, ["uid"]))
 
 
 @pytest.mark.parametrize("num_kills", [2, pytest.param(20, marks=pytest.mark.slow)])

@@ -24,6 +24,7 @@ from pipeline.retrieve.changes import (
 from pipeline.retrieve.embedded import EmbeddedShards
 from pipeline.retrieve.takedown import Takedown
 from pipeline.retrieve.versions import read_version
+from pipeline.workspace.forgotten import Forgotten
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.store import Artifact, Workspace
 from tests.retrieve.conftest import unit
@@ -193,6 +194,15 @@ def test_a_pair_that_was_deleted_by_both_its_names_says_which_one_is_left(index:
         restore_everywhere(workspace, ["http://a/5"])
     restore_everywhere(workspace, [_uid(5), "http://a/5"])
     assert _rows(NeighbourIndex.open(output), vectors) == set(range(24))
+
+
+def test_a_forgotten_pair_is_not_restored(index: Any) -> None:
+    output, workspace, _ = index
+    output.commit(Manifest(step="index", key="i", step_version=1, section={}, inputs={}))
+    Forgotten.read(workspace.root).add(["http://a/3"], 0.0, {}, []).write(workspace.root)
+    delete(output, [_uid(3)])
+    with pytest.raises(ConfigError, match="http://a/3: this pair was forgotten"):
+        restore_everywhere(workspace, [_uid(3)])
 
 
 def test_a_url_with_another_line_break_stays_deleted(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import pytest
 from pipeline.data.shards import read_table
 from pipeline.data.training_rows import ShardReader
 from pipeline.errors import ConfigError, DataError, StepError
+from pipeline.forget import rewrite as rewriting
 from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan, plan_status
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.runtime.tracking.place import Place
@@ -27,6 +28,7 @@ from pipeline.sampling.sample import sample_recipe
 from pipeline.workspace import cache, lock, objects
 from pipeline.workspace.digests import fingerprint
 from pipeline.workspace.files import open_file
+from pipeline.workspace.forgotten import Forgotten, Rewrite
 from pipeline.workspace.lock import in_use, locked_workspace, used_artifacts
 from pipeline.workspace.manifest import Manifest, ShardRecord, content_of
 from pipeline.workspace.objects import ObjectStore
@@ -267,14 +269,45 @@ def test_uploads_in_parts_that_a_kill_left_are_given_up(bucket: str) -> None:
 
 
 def test_a_role_that_may_not_list_uploads_runs_all_the_same(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = ObjectStore(bucket)._files
+    files, artifact, requests = ObjectStore(bucket)._files, Artifact(f"{bucket}/step/key"), list[str]()
+    files.call_s3("create_multipart_upload", Bucket=_name(bucket), Key="step/key/big.bin")
 
-    def refuse(*_: object, **__: object) -> None:
+    def refuse(request: str) -> None:
+        requests.append(request)
         raise PermissionError("Access Denied")
 
-    for name in ("call_s3", "list_multipart_uploads"):
-        monkeypatch.setattr(files, name, refuse)
-    Artifact(f"{bucket}/step/key").clear_temporaries()
+    monkeypatch.setattr(files, "abort_mpu", lambda *_: refuse("abort"))
+    artifact.clear_temporaries()
+    monkeypatch.setattr(files, "call_s3", lambda name, **_: refuse(name))
+    artifact.clear_temporaries()
+    assert requests == ["abort", "list_multipart_uploads"]
+
+
+def test_a_shard_is_rewritten_again_after_a_kill_before_its_record(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    artifact, forgotten = Artifact(f"{bucket}/pairs/key"), Forgotten("salt").add(["http://a/1"], 0.0, {}, [])
+    rows = {"uid": ["u0", "u1"], "url": ["http://a/0", "http://a/1"], "caption": ["c", "c"], "split": ["train"] * 2}
+    with artifact.write("00000.parquet") as path:
+        pq.write_table(pa.table(rows), path)
+    files = {"00000.parquet": artifact.describe("00000.parquet")}
+    artifact.commit_shard(ShardRecord(shard="00000", counts={"in": 2, "ok": 2}, files=files))
+    artifact.commit(_manifest(step="pairs", files=artifact.describe_files(artifact.fold_records())))
+    work = Rewrite("pairs", "key", ("00000",))
+
+    def stop(*_: object) -> None:
+        raise StepError("killed")
+
+    commit = rewriting._commit
+    monkeypatch.setattr(rewriting, "_commit", stop)
+    with pytest.raises(StepError, match="killed"):
+        rewriting.rewrite(artifact, work, forgotten, lambda: None)
+    monkeypatch.setattr(rewriting, "_commit", commit)
+    monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "of-another-machine"))
+    rewriting.rewrite(artifact, work, forgotten, lambda: None)
+    assert pq.read_table(artifact.path("00000.parquet")).column("url").to_pylist() == ["http://a/0", ""]
+    assert artifact.shard_records()["00000"].files == {"00000.parquet": artifact.describe("00000.parquet")}
+    artifact.verify("00000.parquet")
 
 
 def test_files_are_removed_many_with_one_request(bucket: str, s3_server: S3Server) -> None:
@@ -438,7 +471,8 @@ def test_a_recipe_in_a_store_has_the_bytes_of_one_here_whatever_fails(
     artifacts = finished_artifacts(recipe, ("download", "embed"))
     reader = ShardReader(artifacts["download"], artifacts["embed"], "train")
     table, pictures = reader.table("00000"), reader.pictures("00000")
-    assert [pictures.decode(*row).size for row in zip(table.keys, table.uids, strict=True)] == [(32, 32)] * len(table)
+    keys, uids = (table.take(name, np.arange(len(table))) for name in ("key", "uid"))
+    assert [pictures.decode(*row).size for row in zip(keys, uids, strict=True)] == [(32, 32)] * len(table)
     fetched = [path for method, path, _ in s3_server.requests() if method == "GET" and "!" not in path]
     for name in ("00000.tar", "00000.parquet", "model.safetensors"):
         assert all(fetched.count(path) == 1 for path in fetched if name in path), name

@@ -146,10 +146,11 @@ def test_a_shard_may_have_any_name_beside_the_file_of_all_records(tmp_path: Path
     records = {
         name: ShardRecord(shard=name, counts={"in": 1, "ok": 1}, files={}) for name in ("00000", "all", "shards")
     }
-    for record in records.values():
+    live = ShardRecord(shard="live/part", counts={}, files={})
+    for record in (*records.values(), live):
         artifact.commit_shard(record)
     assert artifact.fold_records() == records
-    assert artifact.shard_records() == records
+    assert artifact.shard_records() == records | {"live/part": live}
     artifact.commit(_manifest())
     assert artifact.shard_records() == records
 
