@@ -17,6 +17,7 @@ MODULES = {
     "sampler_steps": "sampler_steps",
     "pairs": "pairs",
     "download": "download",
+    "reader": "reader",
     "index": "index",
     "search": "search",
     "search_millions": "search",

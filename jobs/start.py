@@ -17,6 +17,7 @@ from jobs.options import (
     print_json,
     print_measured,
     print_next,
+    print_warning,
     recipe_words,
 )
 from pipeline.data.causes import ALL, CLASSES, PICTURE_FAULTS, is_class
@@ -154,6 +155,10 @@ def run(
         from pipeline.report.report import write_report
 
         write_report(workspace, steps, resolved, report, words)
+    else:
+        from pipeline.runtime.tracking.run import send_waiting
+
+        send_waiting(resolved, workspace, print_warning)
     where = workspace.publish("report.html")
     wall_s = round(time.monotonic() - begun, 1)
     if json:

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from PIL import Image
+from typer.testing import CliRunner
 
+from jobs.cli import app
 from pipeline.errors import ConfigError, StepError
-from pipeline.recipe.plan import Step
-from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.recipe.plan import Step, artifact_of, make_plan, manifest_of
+from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.tracking import run, tracker
 from pipeline.runtime.tracking.outbox import RECORDS, SENT, Outbox
@@ -23,6 +26,7 @@ from pipeline.runtime.tracking.run import Tracking, send_champion, send_waiting
 from pipeline.workspace.manifest import Manifest, content_of
 from pipeline.workspace.store import Artifact, Workspace
 from tests.ports import free_port
+from tests.tiny.recipe import tiny_tables
 
 Json = dict[str, Any]
 
@@ -167,7 +171,7 @@ def test_a_tracker_that_is_not_there_touches_nothing_and_gets_everything_later(d
     # The server is back: here the same records, in the outbox of a tracker that answers.
     (folder,) = (tmp_path / "tracking").iterdir()
     answered = _recipe(database, "later")
-    send_waiting(answered, workspace, pytest.fail)
+    Place(answered, workspace).open()
     other = next(path for path in (tmp_path / "tracking").iterdir() if path != folder)
     shutil.copy(folder / RECORDS, other / RECORDS)
     send_waiting(answered, workspace, pytest.fail)
@@ -188,6 +192,24 @@ def test_what_the_server_refuses_is_left_out_and_said(database: str, tmp_path: P
         assert tracking.finished(context, StepResult())
     assert [warning for warning in warnings if "refuses metrics" in warning]
     assert len(_runs(database, "refused")) == 2
+
+
+def test_a_run_whose_steps_are_all_done_sends_what_waits(database: str, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.toml"
+    path.write_text(tomli_w.dumps(tiny_tables(tmp_path / "w", tracking={"uri": database, "experiment": "done"})))
+    recipe = load_recipe(str(path))
+    workspace = Workspace(recipe.workspace)
+    for step in make_plan(recipe):
+        artifact = artifact_of(workspace, step)
+        artifact.commit(manifest_of(step, artifact))
+    place = Place(recipe, workspace)
+    start = {"op": "start", "run": ["attempt", ""], "name": "late", "params": {}, "tags": {}, "time_ms": 1}
+    place.open().append([start])
+    assert place.num_waiting() == 1
+    done = CliRunner().invoke(app, ["run", str(path)])
+    assert "nothing to do" in done.stdout
+    assert place.num_waiting() == 0
+    assert [one.info.run_name for one in _runs(database, "done")] == ["late"]
 
 
 @pytest.mark.parametrize("uri", ["mlruns", "htp://host", "host:5000"])

@@ -12,7 +12,7 @@ from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.tracking.outbox import RECORDS, SENT, Outbox, count_waiting
 from pipeline.runtime.tracking.tracker import Tracker
-from pipeline.workspace.store import Workspace
+from pipeline.workspace.store import Artifact, Workspace
 
 Json = dict[str, Any]
 
@@ -92,8 +92,10 @@ class Place:
         )
 
     def num_waiting(self) -> int:
-        """Records in the workspace that the tracker does not have yet; changes nothing."""
-        folder = self._workspace.artifact(*self._folder.split("/"))
+        """Records that the tracker does not have yet: of this machine, or what another published; changes nothing."""
+        folder = Artifact(f"{self._workspace.local_root}/{self._folder}")
+        if not folder.exists(_STATE):
+            folder = Artifact(f"{self.root}/{self._folder}")
         if self.uri == OFF or not folder.exists(RECORDS):
             return 0
         return count_waiting(folder.path(RECORDS), folder.path(SENT) if folder.exists(SENT) else None)

@@ -222,6 +222,8 @@ def send_waiting(recipe: Recipe, workspace: Workspace, warn: Callable[[str], Non
     if place.uri == OFF:
         return
     check_scheme(place.uri)
+    if not records and not place.num_waiting():
+        return
     outbox = place.open()
     if records:
         try:
