@@ -33,9 +33,10 @@ from PIL import Image
 
 from pipeline.clip import FrozenClip, describe_clip, load_clip, save_clip
 from pipeline.data.chunks import ProcessDecoders
-from pipeline.data.embed import Embedder, set_arithmetic
+from pipeline.data.embed import Embedder
 from pipeline.data.rows import make_uid
 from pipeline.data.vectors import write_embeddings
+from pipeline.networks.arithmetic import Arithmetic
 from pipeline.recipe.sections import EmbedConfig, TaskResources
 from tests.tiny.shards import write_tar
 
@@ -170,7 +171,7 @@ def main() -> None:
         batch_size=args.batch_size, precision=args.precision, compiled=args.compiled, resources=resources
     )
     torch.set_num_threads(args.cpus)
-    set_arithmetic(config)
+    Arithmetic(config.precision).set_up()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         torch.manual_seed(0)

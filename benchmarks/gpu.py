@@ -1,6 +1,6 @@
 """Training of the large decoder and prior on a GPU: bf16, compiled, as a share of the FLOP/s of a matrix product there.
 
-    python -m benchmarks.gpu [--batch-size-decoder 64] [--batch-size-prior 256] [--steps 20]
+    python -m benchmarks.gpu [--batch-size-decoder 64] [--batch-size-prior 256] [--steps 20] [--compile blocks]
     python -m benchmarks.gpu --tiny --device cpu        the same path at tiny sizes, to check that it runs
 
 Needs only torch and jaxtyping. FLOPs are those of forward and backward on the meta device, without recomputation. The
@@ -25,6 +25,7 @@ from models.decoder.config import DecoderConfig
 from models.decoder.network import Decoder
 from models.diffusion.config import DiffusionConfig
 from models.layers.config import UNetConfig
+from models.layers.unet import blocks_of
 from models.prior.config import PriorConfig
 from models.prior.network import Prior
 from models.text import TextEncoding
@@ -121,14 +122,16 @@ def measure(
     peak: float,
     steps: int,
     *,
-    compiled: bool,
+    compiled: str,
 ) -> dict[str, Any]:
     """One row: time, FLOPs, share of the peak, memory."""
     flops, num_parameters = count_flops(make)
     with device:
         network, loss = make()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
-    run = torch.compile(loss, fullgraph=True) if compiled else loss
+    run = torch.compile(loss, fullgraph=True) if compiled == "whole" else loss
+    for block in blocks_of(network) if compiled == "blocks" else ():
+        block.compile()
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16):
@@ -158,11 +161,12 @@ def main() -> None:
     parser.add_argument("--batch-size-decoder", type=int, default=64)
     parser.add_argument("--batch-size-prior", type=int, default=256)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--eager", action="store_true", help="Do not compile.")
+    parser.add_argument("--compile", choices=("blocks", "whole", "none"), default="blocks", help="What is compiled.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu.json")
     arguments = parser.parse_args()
     device, tiny = torch.device(arguments.device), arguments.tiny
     torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = 256  # blocks of one class, for each of their shapes
     dims = ClipDims(embed_dim=16, text_width=16, context_length=8) if tiny else ClipDims()
     prior, decoder = (TINY_PRIOR, TINY_DECODER) if tiny else (PRIOR, DECODER)
     peak = measure_peak(device, (64,) if tiny else (4096, 8192, 16384))
@@ -170,16 +174,18 @@ def main() -> None:
         "decoder": lambda: decoder_loss(decoder, dims, arguments.batch_size_decoder),
         "prior": lambda: prior_loss(prior, dims, arguments.batch_size_prior),
     }
-    rows = [
-        measure(name, make, device, peak, arguments.steps, compiled=not arguments.eager) for name, make in makes.items()
-    ]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    rows: list[dict[str, Any]] = []
+    for network, make in makes.items():
+        rows.append(measure(network, make, device, peak, arguments.steps, compiled=arguments.compile))
+        print(json.dumps(rows[-1]), flush=True)
+    settings = {"device": name, "peak_tflop_s": peak / 1e12, "compiled": arguments.compile}
     document = {
         "benchmark": "gpu",
-        "device": name,
-        "peak_tflop_s": peak / 1e12,
-        "torch": torch.__version__,
+        "settings": settings,
         "rows": rows,
+        "machine": {"threads": torch.get_num_threads()},
+        "versions": {"torch": torch.__version__},
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(document, indent=1) + "\n")

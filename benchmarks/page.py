@@ -23,6 +23,8 @@ MODULES = {
     "search_millions": "search",
     "serving": "serving",
     "gpu": "gpu",
+    "gpu_memory": "gpu_memory",
+    "ablations": "ablations",
     "emoji_search": "emoji",
     "emoji": "emoji",
 }

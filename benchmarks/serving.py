@@ -1,6 +1,6 @@
 """The server's engine beside the bare sampler: pictures a second, latency, previews, steps wasted, equality in a crowd.
 
-    python -m benchmarks.serving RECIPE [--clients 16] [--gap-s 0.3] [--rounds 3] [--threads 1]
+    python -m benchmarks.serving RECIPE [--clients 16] [--gap-s 0.3] [--rounds 3] [--threads 1] [--set KEY=VALUE]
 
 Networks that are not trained yet have random weights of the recipe's sizes, which take the same time. Every client
 requests a picture, and the next one when it has it; all begin together, or a gap after the client before. Pictures are
@@ -31,6 +31,7 @@ from models.cascade import Cascade
 from models.request import SampleRequest
 from pipeline.clip import FrozenClip
 from pipeline.errors import ConfigError
+from pipeline.networks.arithmetic import Arithmetic, Precision
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan
 from pipeline.recipe.recipe import Recipe, load_recipe
@@ -47,6 +48,13 @@ Images = dict[tuple[str, int], NDArray[np.uint8]]
 """Pictures (1, H, W, 3) by prompt and seed."""
 
 _BATCH_SIZES = (8, 16, 32)
+_clocks = [time.process_time]
+
+
+def _clock() -> float:
+    return _clocks[-1]()
+
+
 _INDEX_ROWS = 100_000
 _LEAVERS = 20
 
@@ -61,8 +69,10 @@ class Crowd:
     images: Images
 
 
-def load_networks(recipe: Recipe) -> Cascade:
-    """The recipe's trained networks, or random ones of its sizes."""
+def load_networks(recipe: Recipe, precision: Precision | None = None) -> Cascade:
+    """The recipe's trained networks, or random ones of its sizes; ``precision`` replaces the recipe's."""
+    arithmetic = Arithmetic(precision or recipe.serve.precision, recipe.serve.compiled)
+    arithmetic.set_up()
     try:
         artifacts = finished_artifacts(recipe, CASCADE_STEPS)
     except ConfigError:
@@ -71,8 +81,8 @@ def load_networks(recipe: Recipe) -> Cascade:
             steps = [step for step in make_plan(recipe) if step.name in CASCADE_STEPS]
             artifacts = {step.name: artifact_of(workspace, step) for step in steps}
             write_networks(recipe, artifacts)
-            return load_cascade(artifacts, recipe.serve.accelerator, network_configs(recipe))
-    return load_cascade(artifacts, recipe.serve.accelerator, network_configs(recipe))
+            return load_cascade(artifacts, recipe.serve.accelerator, network_configs(recipe), arithmetic=arithmetic)
+    return load_cascade(artifacts, recipe.serve.accelerator, network_configs(recipe), arithmetic=arithmetic)
 
 
 def rates(
@@ -115,13 +125,13 @@ def serve_crowd(cascade: Cascade, prompts: Sequence[str], gap_s: float, num_pict
             def note(future: Any) -> None:
                 if future.exception() is None:  # else the engine is closed
                     images[key] = future.result().images
-                    ended.put((number, time.process_time()))
+                    ended.put((number, _clock()))
 
             engine.submit(SampleRequest(key[0], (key[1],))).add_done_callback(note)
 
-        begun, start_s = 0, time.process_time()
+        begun, start_s = 0, _clock()
         while len(window) < 2:
-            late = [number for number in range(begun, len(prompts)) if number * gap_s <= time.process_time() - start_s]
+            late = [number for number in range(begun, len(prompts)) if number * gap_s <= _clock() - start_s]
             if begun < len(prompts) and sum(counts) >= begun:  # nothing to do, so that the clock stands still
                 late = late or [begun]
             for number in late:
@@ -162,11 +172,11 @@ def first_preview(cascade: Cascade, prompt: str, rounds: int) -> dict[str, Any]:
             times: list[float] = []
 
             def show(_: Preview, times: list[float] = times) -> None:
-                times.append(time.process_time())
+                times.append(_clock())
 
-            start_s = time.process_time()
+            start_s = _clock()
             engine.submit(SampleRequest(prompt, (seed,), num_steps={"decoder": 50}), num_previews=3, show=show).result()
-            shares.append((times[0] - start_s) / (time.process_time() - start_s))
+            shares.append((times[0] - start_s) / (_clock() - start_s))
     return _row("first preview of a 50-step picture, share of its time", statistics.median(shares), -0.15)
 
 
@@ -198,6 +208,20 @@ def differences(cascade: Cascade, crowds: dict[str, Images], most: int) -> list[
     return [
         _row("alone and in a crowd: largest difference, levels", int(difference.max()), -1, f"{len(levels)} pictures"),
         _row("alone and in a crowd: values that differ, %", 100 * float((difference > 0).mean()), -0.1),
+    ]
+
+
+def precisions(recipe: Recipe, cascade: Cascade, prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """Pictures in the recipe's precision beside those in float32, and how much sooner they are there."""
+    whole, seeds = load_networks(recipe, "float32"), range(len(prompts))
+    images = [one.sample(prompts, seeds).images.numpy().astype(np.float64) for one in (cascade, whole)]
+    noise = np.square(images[0] - images[1]).mean((1, 2, 3))
+    psnr_db = 10 * np.log10(255**2 / np.maximum(noise, 1e-6))
+    times = [_seconds(lambda one=one: one.sample(prompts, seeds)) for one in (whole, cascade)]
+    what = f"{recipe.serve.precision} beside float32: "
+    return [
+        _row(what + "PSNR, dB", float(np.median(psnr_db)), 40, f"lowest of {len(prompts)}: {psnr_db.min():.1f}"),
+        _row(what + "times as many pictures a second", times[0] / times[1], 0, f"float32: {times[0]:.2f} s"),
     ]
 
 
@@ -237,9 +261,9 @@ def _bare_rate(cascade: Cascade, prompts: Sequence[str], size: int) -> float:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    start_s = time.process_time()
+    start_s = _clock()
     work()
-    return time.process_time() - start_s
+    return _clock() - start_s
 
 
 def main() -> None:
@@ -250,16 +274,26 @@ def main() -> None:
     parser.add_argument("--gap-s", type=float, default=0.3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="Change a field of the recipe.")
+    parser.add_argument("--name", default="serving", help="Of the file of results.")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    cascade = load_networks(load_recipe(arguments.recipe))
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    if recipe.serve.accelerator == "cuda":
+        _clocks.append(time.perf_counter)
+    cascade = load_networks(recipe)
     prompts = [canonical_caption(scene.scene) for scene in evaluation_scenes(arguments.clients, 0)]
     cascade.sample(prompts[:1], [0])  # warm
     rows, crowds = rates(cascade, prompts, arguments.gap_s, arguments.rounds)
     rows += differences(cascade, crowds, most=8)
     rows += [latency(cascade, prompts[0], arguments.rounds), first_preview(cascade, prompts[0], arguments.rounds)]
-    rows += [steps_after_leaving(cascade, prompts[0], _LEAVERS, latest=40), neighbours(cascade)]
-    publish("serving", rows, vars(arguments))
+    rows.append(steps_after_leaving(cascade, prompts[0], _LEAVERS, latest=40))
+    if recipe.serve.precision != "float32":
+        rows += precisions(recipe, cascade, prompts)
+    if recipe.serve.accelerator == "cpu":  # the search runs on processors
+        rows.append(neighbours(cascade))
+    device = torch.cuda.get_device_name() if recipe.serve.accelerator == "cuda" else "cpu"
+    publish(arguments.name, rows, vars(arguments) | {"device": device})
 
 
 if __name__ == "__main__":

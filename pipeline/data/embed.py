@@ -176,12 +176,6 @@ class Embedder:
             yield
 
 
-def set_arithmetic(config: EmbedConfig) -> None:
-    """Set this process's float32 arithmetic on GPUs, since torch's default rounds the factors of convolutions alone."""
-    torch.set_float32_matmul_precision("high" if config.has_tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = config.has_tf32
-
-
 def _chunks(rows: pa.Table, pictures: ShardPictures) -> list[Chunk]:
     chunks: list[Chunk] = []
     for start in range(0, rows.num_rows, CHUNK_ROWS):

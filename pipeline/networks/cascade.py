@@ -9,6 +9,7 @@ from torch import nn
 
 from models.cascade import Cascade, TextEncoder
 from pipeline.errors import DataError
+from pipeline.networks.arithmetic import Arithmetic
 from pipeline.networks.clip import load_text_artifact
 from pipeline.networks.files import NetworkConfig, load_network
 from pipeline.networks.table import NETWORKS, kind_of
@@ -23,6 +24,7 @@ def load_cascade(
     configs: Mapping[str, NetworkConfig] | None = None,
     clip: TextEncoder | None = None,
     steps: Collection[str] | None = None,
+    arithmetic: Arithmetic = Arithmetic(),  # noqa: B008  (it is frozen)
 ) -> Cascade:
     """Load all networks of a cascade.
 
@@ -32,6 +34,7 @@ def load_cascade(
         configs: The recipe's configurations by step name (`network_configs`), with the present sampler settings.
         clip: The frozen CLIP, if it is already loaded.
         steps: Steps whose networks are sampled here; the others keep their shapes alone. None: all.
+        arithmetic: How the networks compute; of those that diffuse.
 
     Raises:
         DataError: If an artifact is missing or damaged, or the networks do not fit together.
@@ -40,7 +43,9 @@ def load_cascade(
 
     def load(name: str) -> nn.Module:
         if steps is None or name in steps:
-            return load_network(artifacts[name], device, settings.get(name))
+            network = load_network(artifacts[name], device, settings.get(name))
+            arithmetic.prepare(network, kind_of(network.config), device)
+            return network
         return _without_weights(load_network(artifacts[name], "cpu", settings.get(name)))
 
     if clip is None:

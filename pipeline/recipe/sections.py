@@ -697,6 +697,11 @@ class ServeConfig:
     """Logical CPUs of each; also its torch threads."""
     accelerator: Literal["cpu", "cuda"] = "cpu"
     """Device of each."""
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
+    """Of the products in a step of a diffusion network (docs/lab.md has what it costs and saves). With float32 no GPU
+    rounds to TF32; tf32 and float16 need a GPU."""
+    compiled: bool = False
+    """Whether torch.compile makes the diffusion networks quicker, and their start some minutes longer."""
     label_selector: dict[str, str] = field(default_factory=dict[str, str])
     """Labels of Ray that its machines must have, for example {"unclip-role" = "serve"} with cluster.yaml."""
     max_batch_size: PositiveInt = 16
@@ -724,6 +729,8 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         _require_order(self.replicas)
+        if self.precision in {"tf32", "float16"} and self.accelerator == "cpu":
+            raise ValueError(f'precision = "{self.precision}" needs accelerator = "cuda"')
         stages = {name: getattr(self, name) for name in ("prior", "decoder", "upsampler_1", "upsampler_2")}
         unused = [f"serve.{name}" for name, stage in stages.items() if stage != ServeStageConfig()]
         if self.mode == "replica" and unused:

@@ -68,12 +68,13 @@ class EmbedWorker:
         import torch
 
         from pipeline.data.chunks import ProcessDecoders
-        from pipeline.data.embed import Embedder, set_arithmetic
+        from pipeline.data.embed import Embedder
+        from pipeline.networks.arithmetic import Arithmetic
         from pipeline.networks.clip import clip_folder
 
         config, folder = context.recipe.embed, clip_folder(context.inputs["clip"])
         torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
-        set_arithmetic(config)
+        Arithmetic(config.precision).set_up()
         num_processes = int(config.resources.cpus_per_worker) - 1 if config.resources.accelerator == "cuda" else 0
         decoders = ProcessDecoders(folder, num_processes) if num_processes > 0 else None
         self._embedder = Embedder(folder, config, decoders, selection_of(context.inputs))

@@ -193,6 +193,7 @@ def _sent(result: Any, served: str) -> Any:
 def _load_engine(tables: Tables) -> "Engine":
     import torch
 
+    from pipeline.networks.arithmetic import Arithmetic
     from pipeline.networks.cascade import load_cascade, network_configs
     from pipeline.serve.engine import Engine
 
@@ -201,8 +202,11 @@ def _load_engine(tables: Tables) -> "Engine":
     place = place_of(config, part)
     torch.set_num_threads(max(1, int(place.cpus_per_replica)))
     networks = {name: artifact for name, artifact in artifacts.items() if name in CASCADE_STEPS}
+    arithmetic = Arithmetic(config.precision, config.compiled)
+    arithmetic.set_up()
+    configs = network_configs(recipe)
     return Engine(
-        load_cascade(networks, config.accelerator, network_configs(recipe), steps=steps),
+        load_cascade(networks, config.accelerator, configs, steps=steps, arithmetic=arithmetic),
         max_batch_size=place.max_batch_size,
         max_waiting=config.max_queued_requests,
         steps=steps,

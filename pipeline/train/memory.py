@@ -7,6 +7,7 @@ the optimizer's temporaries count as they are.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map
 
 from models.layers.dropout import dropouts_of
 from models.layers.ema import create_average, update_average
@@ -37,6 +39,21 @@ Json = dict[str, Any]
 USABLE = 0.94
 """Share of a GPU's memory that tensors can have: CUDA's context, the kernels' workspaces and gaps between tensors take
 the rest. An assumption."""
+_IN_FLOAT32 = frozenset(
+    {
+        "group_norm",
+        "layer_norm",
+        "softmax",
+        "log_softmax",
+        "interpolate",
+        "mse_loss",
+        "cross_entropy",
+        "exp",
+        "pow",
+        "sum",
+    }
+)
+"""Those of the functions that autocast computes in float32 on a GPU that networks use."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +134,17 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self._sizes.pop(identity, 0)
 
 
+class GpuAutocast(TorchFunctionMode):
+    """Under autocast, compute in float32 what a GPU does in float32: the count has tensors of a CPU, which does not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not torch.is_autocast_enabled("cpu") or getattr(func, "__name__", "") not in _IN_FLOAT32:
+            return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map(_to_float, (args, kwargs or {}))
+        with torch.autocast("cpu", enabled=False):
+            return func(*args, **kwargs)
+
+
 def recipe_memory(recipe: Recipe) -> list[WorkerMemory]:
     """Memory of a worker of every training of a recipe.
 
@@ -150,7 +178,8 @@ def count_memory(name: str, section: TrainedSection, recipe: Recipe, frozen: Ope
         network: nn.Module = clip.model if kind.name == "clip" else kind.create(section.model, clip.dims)
         average = create_average(network)
         run = None if kind.name == "clip" else kind.work(network, clip).run  # CLIP's holds pictures of its own
-    with FakeTensorMode(), torch.device("cpu"), FusedAttention(_Attention):
+    functions = GpuAutocast() if resources.accelerator == "cuda" else contextlib.nullcontext()
+    with FakeTensorMode(), torch.device("cpu"), FusedAttention(_Attention), functions:
         _make_fake(network)
         _make_fake(average)
         run = run or kind.work(network, clip).run
@@ -307,6 +336,10 @@ class _Attention(torch.autograd.Function):
 
 def _share(section: TrainedSection) -> Share:
     return Share(section.train.batch_size, 0, section.resources.num_workers)
+
+
+def _to_float(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
 
 
 def _make_fake(network: nn.Module) -> None:

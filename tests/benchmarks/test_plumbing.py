@@ -121,7 +121,7 @@ def test_serving_compares_crowds_with_the_bare_sampler(tmp_path: Path) -> None:
 def test_gpu_benchmark_counts_and_times_on_any_device(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     sizes = ["--steps", "1", "--batch-size-decoder", "2", "--batch-size-prior", "2"]
-    arguments = ["-m", "benchmarks.gpu", "--tiny", "--eager", "--device", "cpu", *sizes, "--out", str(out)]
+    arguments = ["-m", "benchmarks.gpu", "--tiny", "--compile", "none", "--device", "cpu", *sizes, "--out", str(out)]
     subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
     comparison = json.loads(out.read_text())
     assert [row["network"] for row in comparison["rows"]] == ["decoder", "prior"]

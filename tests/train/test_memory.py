@@ -5,13 +5,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from pipeline.data.order import Share
 from pipeline.networks.costs import build_clip
 from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.train.assemble import assemble
 from pipeline.train.loop import make_step
-from pipeline.train.memory import USABLE, LiveBytes, WorkerMemory, advice, count_memory, format_memory, recipe_memory
+from pipeline.train.memory import (
+    USABLE,
+    GpuAutocast,
+    LiveBytes,
+    WorkerMemory,
+    advice,
+    count_memory,
+    format_memory,
+    recipe_memory,
+)
 from pipeline.train.state import create_state
 from pipeline.workspace.store import Artifact
 from tests.tiny.command import ROOT
@@ -80,6 +90,21 @@ def test_counted_memory_is_that_of_the_real_step(
     recipe = _changed(name, train, resources)
     counted = _counted(recipe, name)
     assert counted.total == pytest.approx(_measured(recipe, name, inputs, tmp_path), rel=0.1)
+
+
+def test_a_gpu_computes_norms_in_float32_under_autocast() -> None:
+    network, x = nn.Sequential(nn.Conv2d(4, 8, 3), nn.GroupNorm(2, 8)), torch.randn(1, 4, 8, 8)
+    with GpuAutocast():
+        assert network.double()(x.double()).dtype == torch.float64
+        network.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (network[0](x).dtype, network(x).dtype) == (torch.bfloat16, torch.float32)
+    halves = {"precision": "bfloat16", "batch_size": 64}
+    on_cpu, on_gpu = (
+        _counted(_changed("decoder", halves, {"accelerator": device}), "decoder") for device in ("cpu", "cuda")
+    )
+    assert on_gpu.state == on_cpu.state
+    assert 1.1 < on_gpu.work / on_cpu.work < 2.5
 
 
 def test_several_workers_keep_gradients_in_buckets_and_beside_them_while_they_add_up_parts() -> None:

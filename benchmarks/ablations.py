@@ -1,0 +1,168 @@
+"""What each part of the demo's decoder is worth: every recipe in configs/ablations beside the demo, with several seeds.
+
+    unclip run configs/demo.toml
+    python -m benchmarks.ablations [adapter plain ...] [--share 0.5] [--seeds 3] [--jobs 2] [--device cuda]
+
+Data, CLIP, prior and upsamplers are the demo's own. Each recipe trains what it changes, which is the decoder and, with
+hard negatives, CLIP and prior; then it samples the 240 held-out prompts and checks their pixels. All recipes see the
+same number of samples, or the same share of them. The first row is the demo itself. A row takes about 15 minutes of two
+cores, as `unclip run configs/ablations/NAME.toml` does, and half of them with half of the samples. No Ray runs.
+
+Rates are in per cent: the mean over the seeds, and after `±` half of the distance between the lowest and the highest.
+A rate of 120 pictures of one seed has an interval of up to nine points on each side.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.side_by_side import publish
+from pipeline.data.embed import Embedder
+from pipeline.data.selection import selection_of
+from pipeline.data.shards import split_counts
+from pipeline.data.vectors import write_embeddings
+from pipeline.evaluate.checks import pixel_check
+from pipeline.evaluate.parts import check_pixels, picture_seed
+from pipeline.evaluate.prompts import choose_prompts
+from pipeline.networks.cascade import load_cascade, network_configs
+from pipeline.networks.clip import clip_folder
+from pipeline.recipe.plan import Step, artifact_of, finished_artifacts, make_plan, manifest_of
+from pipeline.recipe.recipe import Recipe, load_recipe
+from pipeline.recipe.steps import CASCADE_STEPS
+from pipeline.train.assemble import TrainJob
+from pipeline.train.job import run_job
+from pipeline.workspace.manifest import ShardRecord
+from pipeline.workspace.store import Artifact, Workspace
+
+Json = dict[str, Any]
+DEMO = Path(__file__).parents[1] / "configs" / "demo.toml"
+ABLATIONS = DEMO.parent / "ablations"
+SHOWN = {
+    "one object": ("colour", "shape", "size", "everything"),
+    "two objects": ("both colours", "both shapes", "binding", "binding, given both shapes", "relation", "everything"),
+}
+"""Attributes of the table, by number of objects."""
+_BATCH = 48
+
+
+def train_and_check(path: Path, seed: int, device: str, num_threads: int, share: float, num_prompts: int) -> Json:
+    """Train what a recipe changes in the demo, sample its held-out prompts and check them.
+
+    Returns:
+        ``recipe``, ``seed``, ``train_s`` and ``pixel_check``.
+    """
+    torch.set_num_threads(num_threads)
+    demo, num_steps = load_recipe(DEMO), round(share * load_recipe(path).decoder.train.num_steps)
+    recipe = load_recipe(path, [f"decoder.train.num_steps={num_steps}"])
+    same = {step.name: step.key for step in make_plan(demo)}
+    inputs = dict(finished_artifacts(demo, ("pairs", "download", "embed", *CASCADE_STEPS)))
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        for step in make_plan(recipe):
+            if step.name in inputs and (step.key != same[step.name] or step.name == "decoder"):
+                output = artifact_of(Workspace(folder), step)
+                if step.name == "embed":
+                    _embed(recipe, inputs, output)
+                else:
+                    _train(replace(recipe, seed=seed), step, inputs, output, device, num_threads)
+                output.commit(manifest_of(step, output))
+                inputs[step.name] = output
+        train_s = time.monotonic() - start
+        return {"recipe": path.stem, "seed": seed, "train_s": train_s} | _check(recipe, inputs, device, num_prompts)
+
+
+def _train(
+    recipe: Recipe, step: Step, inputs: Mapping[str, Artifact], output: Artifact, device: str, num_threads: int
+) -> None:
+    job = TrainJob(step.name, recipe, dict(inputs), output, step.key, torch.device(device), num_threads=num_threads)
+    run_job(job, lambda *_: None)
+
+
+def _embed(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact) -> None:
+    embedder, download = (
+        Embedder(clip_folder(inputs["clip"]), recipe.embed, None, selection_of(inputs)),
+        inputs["download"],
+    )
+    for shard in download.shard_records():
+        result = embedder(download.path(f"{shard}.tar"), download.path(f"{shard}.parquet"), shard)
+        name = f"{shard}.parquet"
+        with output.write(name) as path:
+            write_embeddings([result.table], path, result.table.schema)
+        files, splits = {name: output.describe(name)}, split_counts(output.path(name))
+        output.commit_shard(ShardRecord(shard=shard, counts=dict(result.counts), files=files, splits=splits))
+
+
+def _check(recipe: Recipe, inputs: Mapping[str, Artifact], device: str, num_prompts: int) -> Json:
+    prompts = choose_prompts("", inputs["pairs"], inputs["embed"], num_prompts)
+    networks = {name: artifact for name, artifact in inputs.items() if name in CASCADE_STEPS}
+    cascade, rows = load_cascade(networks, device, network_configs(recipe)), list[Json]()
+    for first in range(0, len(prompts.prompts), _BATCH):
+        numbers = range(first, min(first + _BATCH, len(prompts.prompts)))
+        seeds = [picture_seed(recipe.seed, number, 0) for number in numbers]
+        pictures = cascade.sample([prompts.prompts[number].text for number in numbers], seeds).images.numpy()
+        rows += [
+            {"prompt_number": number} | check_pixels(prompts, number, picture)
+            for number, picture in zip(numbers, pictures, strict=True)
+        ]
+    return {"num_prompts": len(rows), "pixel_check": pixel_check(rows, prompts)}
+
+
+def table_of(runs: Sequence[Json]) -> list[Json]:
+    """A row for each recipe, in the order of their first runs: rates over its seeds."""
+    rows: list[Json] = []
+    for name in dict.fromkeys(run["recipe"] for run in runs):
+        own = [run for run in runs if run["recipe"] == name]
+        row: Json = {"recipe": name, "seeds": len(own)}
+        for group, attributes in SHOWN.items():
+            for attribute in attributes:
+                checks = [run["pixel_check"].get(group, {}).get(attribute) for run in own]
+                rates = [100 * check["generated"]["rate"] for check in checks if check is not None]
+                row[f"{group}: {attribute}"] = _spread(rates) if rates else None
+        rows.append(row)
+    return rows
+
+
+def _spread(rates: Sequence[float]) -> str:
+    return f"{statistics.mean(rates):.1f} ± {(max(rates) - min(rates)) / 2:.1f}"
+
+
+def main() -> None:
+    """Train and check all, print a table and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="Files of configs/ablations without .toml, or demo; none: all.")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="Trainings at a time, each in a process of its own.")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--share", type=float, default=1.0, help="Share of the decoder's steps that the recipe says.")
+    parser.add_argument("--num-prompts", type=int, default=240)
+    args = parser.parse_args()
+    names = args.names or ["demo", *sorted(path.stem for path in ABLATIONS.glob("*.toml"))]
+    paths = [DEMO if name == "demo" else ABLATIONS / f"{name}.toml" for name in names]
+    num_threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
+    settings = (args.device, num_threads, args.share, args.num_prompts)
+    runs: list[Json] = []
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        tasks = [pool.submit(train_and_check, path, seed, *settings) for seed in range(args.seeds) for path in paths]
+        for number, task in enumerate(as_completed(tasks)):
+            run = task.result()
+            runs.append(run)
+            print(f"{number + 1}/{len(tasks)}: {run['recipe']}, seed {run['seed']}: {run['train_s']:.0f} s", flush=True)
+            print(json.dumps(table_of([run])[0]), flush=True)
+    runs.sort(key=lambda run: (names.index(run["recipe"]), run["seed"]))
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    publish("ablations", table_of(runs), {"device": device, "share": args.share, "runs": runs})
+
+
+if __name__ == "__main__":
+    main()
