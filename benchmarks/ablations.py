@@ -8,7 +8,7 @@ hard negatives, CLIP and prior; then it samples the 240 held-out prompts and che
 same number of samples, or the same share of them. The first row is the demo itself. A row takes about 15 minutes of two
 cores, as `unclip run configs/ablations/NAME.toml` does, and half of them with half of the samples. No Ray runs.
 
-Rates are in per cent: the mean over the seeds, and after `±` half of the distance between the lowest and the highest.
+Rates are in per cent: the mean over the seeds, and after `+-` half of the distance between the lowest and the highest.
 A rate of 120 pictures of one seed has an interval of up to nine points on each side.
 """
 
@@ -134,7 +134,7 @@ def table_of(runs: Sequence[Json]) -> list[Json]:
 
 
 def _spread(rates: Sequence[float]) -> str:
-    return f"{statistics.mean(rates):.1f} ± {(max(rates) - min(rates)) / 2:.1f}"
+    return f"{statistics.mean(rates):.1f} +- {(max(rates) - min(rates)) / 2:.1f}"
 
 
 def main() -> None:
