@@ -71,6 +71,8 @@ def _type(spec: dict[str, Any]) -> str:
         return " or ".join(f"`{value}`" for value in spec["enum"])
     if "const" in spec:
         return f"`{spec['const']}`"
+    if "anyOf" in spec:
+        return " or ".join(_type(one) for one in spec["anyOf"])
     return str(spec.get("type", "any"))
 
 

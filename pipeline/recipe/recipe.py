@@ -111,7 +111,7 @@ class Recipe:
                 f"{low_res[0]} is {low_res[1]} px but download.image_px stores only {self.download.image_px} px"
             )
         for name, trained in self.trained().items():
-            workers, batch = trained.resources.num_workers, trained.train.batch_size
+            workers, batch = trained.resources.most_workers, trained.train.batch_size
             if batch < workers:
                 raise ValueError(f"{name}.train.batch_size is {batch}: too few samples for {workers} workers")
 

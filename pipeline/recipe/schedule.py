@@ -101,10 +101,10 @@ def needs_of(section: object) -> Needs:
     resources = getattr(section, "resources", None)
     if not isinstance(resources, TaskResources | TrainResources):
         return Needs()
-    all_at_once = isinstance(resources, TrainResources)
+    fewest, most = resources.workers if isinstance(resources, TrainResources) else (1, resources.num_workers)
     return Needs(
-        num_workers=resources.num_workers if all_at_once else 1,
-        most_workers=resources.num_workers,
+        num_workers=fewest,
+        most_workers=most,
         cpus=resources.cpus_per_worker,
         gpus=1.0 if resources.accelerator == "cuda" else 0.0,
     )

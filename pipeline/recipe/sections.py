@@ -412,8 +412,10 @@ _OF_PHASE = ("learning_rate", "lr_schedule", "num_steps", "precision", "grad_cli
 class TrainResources:
     """Where a training runs and how often it saves and logs; changes no sample and no order."""
 
-    num_workers: PositiveInt = 1
-    """Data-parallel workers. They divide every global batch among them, to within one sample."""
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Data-parallel workers. They divide every global batch among them, to within one sample. With [fewest, most] the
+    training starts with as many as there is room for, goes on with fewer when a machine is lost, and with more when
+    there is room again: the same training up to rounding."""
     micro_batch_size: NonNegativeInt = 0
     """Most samples in one forward and backward pass of a worker, which bounds its memory; 0: its whole share of the
     batch. The parts' gradients are added up: the same training up to rounding. A contrastive loss (clip, noisy_clip)
@@ -447,6 +449,12 @@ class TrainResources:
     training, which says in which step, samples and parameters; run again with a larger number it goes on."""
     max_failures: NonNegativeInt = 2
     """Restarts from the newest checkpoint after a lost worker."""
+    resize_every_s: PositiveFloat = 300.0
+    """With [fewest, most] workers: seconds between looks whether there is room for more, who then begin with all others
+    at the newest checkpoint."""
+    hang_timeout_s: PositiveInt = 1800
+    """Seconds that a worker waits for the others within a step before the training counts as hung, and begins again at
+    the newest checkpoint, as after a lost worker. A validation must end within it."""
     label_selector: dict[str, str] = field(default_factory=dict[str, str])
     """Labels of Ray that the workers' machines must have, for example {"ray.io/accelerator-type" = "H100"}. Empty: the
     step's role (unclip-role), if the cluster's machines have such a label, as those of cluster.yaml do."""
@@ -460,13 +468,34 @@ class TrainResources:
     CLIP."""
 
     def __post_init__(self) -> None:
-        if self.num_shards and self.num_workers % self.num_shards:
+        if self.fewest_workers > self.most_workers:
+            raise ValueError(f"num_workers is {list(self.workers)}: give the fewest first, then the most")
+        if self.num_shards > 1 and self.fewest_workers < self.most_workers:
+            raise ValueError(
+                f"num_shards is {self.num_shards}: with a varying number of workers only 0 or 1 is possible"
+            )
+        if self.num_shards and self.most_workers % self.num_shards:
             raise ValueError(f"num_shards is {self.num_shards}: no divisor of num_workers, which is {self.num_workers}")
 
     @property
+    def workers(self) -> tuple[int, int]:
+        """Fewest and most workers."""
+        return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
+
+    @property
+    def fewest_workers(self) -> int:
+        """Workers without which the training waits."""
+        return self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that it takes if there is room."""
+        return self.workers[1]
+
+    @property
     def shards(self) -> int:
-        """Workers that divide one copy of the state."""
-        return self.num_shards or self.num_workers
+        """Workers that divide one copy of the state, of the fewest."""
+        return self.num_shards or self.fewest_workers
 
 
 @configclass

@@ -41,10 +41,10 @@ def run_clip(context: StepContext) -> StepResult:
 def run_training(context: StepContext) -> StepResult:
     """Train the network of a step."""
     needs = context.recipe.trained()[context.step.name].resources
-    amount = f"{needs.num_workers} x {needs.cpus_per_worker:g} CPU" + (" and 1 GPU" if _num_gpus(needs) else "")
+    amount = f"{needs.fewest_workers} x {needs.cpus_per_worker:g} CPU" + (" and 1 GPU" if _num_gpus(needs) else "")
     Progress(context.output, waits=True).update(0, 1, "", f"waiting for {amount}", force=True)
-    fit = _fit_one if needs.num_workers == 1 else _fit_many
-    return StepResult(metrics=fit(context, needs), num_workers=needs.num_workers)
+    fit = _fit_one if needs.most_workers == 1 else _fit_many
+    return StepResult(metrics=fit(context, needs), num_workers=needs.most_workers)
 
 
 def _fit_one(context: StepContext, resources: TrainResources) -> Json:
@@ -77,10 +77,11 @@ def _fit_many(context: StepContext, resources: TrainResources) -> Json:
     trainer = TorchTrainer(
         _run_ranked,
         train_loop_config={"context": context},
-        torch_config=TorchConfig(backend="nccl" if num_gpus else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if num_gpus else "gloo", timeout_s=resources.hang_timeout_s),
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
             use_gpu=num_gpus > 0,
+            elastic_resize_monitor_interval_s=resources.resize_every_s,
             **scaling_options(options),
         ),
         run_config=RunConfig(

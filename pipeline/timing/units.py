@@ -113,7 +113,7 @@ def training_seconds(section: TrainedSection, unit: TrainingUnits, num_rows: int
     if isinstance(section, ClipStepConfig) and section.source == "pretrained":
         return unit.start_s
     train, resources = section.train, section.resources
-    samples = train.total_steps * train.batch_size / resources.num_workers
+    samples = train.total_steps * train.batch_size / resources.most_workers
     reads = min(samples, num_rows) if num_rows <= unit.most_cached_rows else samples
     captions = num_rows if num_rows <= unit.most_encoded_rows else samples
     saves = max(0, train.total_steps - 1) // resources.save_every_steps

@@ -64,7 +64,7 @@ def run_job(job: TrainJob, watch: Watch) -> Json:
 
     def report(state: TrainState) -> None:
         if is_first:
-            text = log.add_losses(state, learning_rate(config, state.step - 1), speed.read(state.step))
+            text = log.add_losses(state, learning_rate(config, state.step - 1), speed.read(state.step), job.world_size)
             note_of_skips = f", {int(state.num_bad)} steps not finite and skipped" if state.num_bad else ""
             watch(state.step, config.total_steps, f"{text}{note_of_skips}{note}")
 
@@ -181,11 +181,12 @@ class MetricsLog:
         self.rows: list[Json] = [row for row in map(json.loads, lines) if row["step"] <= step]
         self._due = 0.0
 
-    def add_losses(self, state: TrainState, rate: float, speed: dict[str, float]) -> str:
+    def add_losses(self, state: TrainState, rate: float, speed: dict[str, float], workers: int) -> str:
         """Add the mean loss since the last log line, the last gradient norm, rate and speed; returns it in words."""
         total, count = state.loss_sum.tolist()
         loss = total / max(count, 1)
         row = {"step": state.step, "time": _now(), "loss": loss, "grad_norm": float(state.grad_norm), "lr": rate}
+        row["workers"] = workers
         self.rows.append(row | {name: float(f"{value:.4g}") for name, value in speed.items()})
         self._flush_if_due()
         return f"loss {loss:.4f}, {describe_speed(speed)}"

@@ -209,14 +209,15 @@ def _count_whole(step: _Step, section: TrainedSection, samples: int, blocks: Seq
     del blocks
     share, network = _share(section), step.network
     is_divided = samples < share.largest
-    work = step.peak_bytes(samples, gradients_stay=share.world_size > 1 or is_divided)
+    has_buckets = section.resources.most_workers > 1
+    work = step.peak_bytes(samples, gradients_stay=has_buckets or is_divided)
     weights, gradients = _bytes_of([*network.parameters(), *network.buffers()]), _bytes_of(network.parameters())
     return {
         "weights": weights,
         "gradients": gradients,
         "optimizer": _bytes_of(step.moments()),
         "average": weights,
-        "buckets": gradients if share.world_size > 1 and is_divided else 0,
+        "buckets": gradients if has_buckets and is_divided else 0,
         "gathered": 0,
         "work": max(0, work),
     }
@@ -277,8 +278,9 @@ def _proposals(memory: WorkerMemory, section: TrainedSection) -> Iterator[tuple[
     smaller = [2**power for power in reversed(range((memory.samples - 1).bit_length()))]
     sizes = [0, *(smaller if _can_divide(section) else ())]
     own = memory.state - memory.clip - memory.gathered
-    workers = range(2, resources.num_workers + 1 if resources.shards == 1 else 0)
-    divisors = [number for number in workers if resources.num_workers % number == 0]
+    fewest, most = resources.workers
+    workers = range(2, most + 1 if resources.shards == 1 and fewest == most else 0)
+    divisors = [number for number in workers if most % number == 0]
     shards = [number for number in divisors if memory.clip + own / number < room / 2][:1] or divisors[-1:]
     for num_shards in ([0] if memory.state <= room else []) + shards:
         for checkpointing in (False, True) if not resources.checkpointing else (True,):
@@ -335,7 +337,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _share(section: TrainedSection) -> Share:
-    return Share(section.train.batch_size, 0, section.resources.num_workers)
+    return Share(section.train.batch_size, 0, section.resources.fewest_workers)
 
 
 def _to_float(value: Any) -> Any:

@@ -138,9 +138,10 @@ class Sharding:
 
 def create_mesh(resources: TrainResources, device: torch.device, world_size: int) -> DeviceMesh | None:
     """The workers (R, S) of a training whose state is divided; None if each has all of it."""
-    if world_size == 1 or resources.shards == 1:
+    shards = resources.num_shards or world_size
+    if shards == 1:
         return None
-    copies = (world_size // resources.shards, resources.shards)
+    copies = (world_size // shards, shards)
     return init_device_mesh(device.type, copies, mesh_dim_names=(_REPLICAS, _SHARDS))
 
 

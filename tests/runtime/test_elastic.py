@@ -1,0 +1,134 @@
+"""A training whose machines come and go: it goes on with those that are there, and ends as an undisturbed one."""
+
+import itertools
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+from safetensors.torch import load_file
+
+from pipeline.errors import ConfigError
+from pipeline.recipe.plan import make_plan
+from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.recipe.schedule import needs_of
+from pipeline.runtime.context import StepContext
+from pipeline.runtime.run import connect
+from pipeline.runtime.train import run_training
+from pipeline.workspace.progress import METRICS
+from pipeline.workspace.store import Artifact
+from tests.tiny.command import ROOT
+from tests.tiny.recipe import tiny_tables
+from tests.tiny.shards import write_download
+
+NUM_STEPS, SAVE_EVERY, LOG_EVERY = 1200, 25, 5
+
+
+def _recipe(workspace: Path, **resources: object) -> Recipe:
+    upsampler = {
+        "train": {"num_steps": NUM_STEPS, "batch_size": 3},
+        "resources": {"save_every_steps": SAVE_EVERY, "log_every_steps": LOG_EVERY, **resources},
+    }
+    return parse_recipe(tiny_tables(workspace, upsampler_1=upsampler))
+
+
+def _context(recipe: Recipe) -> StepContext:
+    step = next(step for step in make_plan(recipe) if step.name == "upsampler_1")
+    context = StepContext(recipe, step, recipe.workspace)
+    write_download(Path(context.inputs["download"].uri))
+    return context
+
+
+def _parts(output: Artifact) -> list[tuple[int, int]]:
+    """(number of workers, steps) of each part of the training so far."""
+    lines = output.path(METRICS).read_text().splitlines() if output.exists(METRICS) else []
+    rows = [row for row in map(json.loads, lines) if "workers" in row]
+    return [
+        (workers, len(list(part)) * LOG_EVERY) for workers, part in itertools.groupby(rows, lambda row: row["workers"])
+    ]
+
+
+def _wait_for(output: Artifact, workers: list[int], done: threading.Event) -> None:
+    """Until the last part has written a checkpoint."""
+    end = time.monotonic() + 120
+    while True:
+        parts = _parts(output)
+        if [number for number, _ in parts] == workers and parts[-1][1] >= 2 * SAVE_EVERY:
+            return
+        assert time.monotonic() < end, f"{parts} in place of {workers}"
+        assert not done.is_set(), "the training ended before"
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head without CPUs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        try:
+            yield started
+        finally:
+            started.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.slow  # Ray takes a minute to miss a machine
+def test_a_machine_that_is_lost_and_one_that_comes(cluster: Cluster, tmp_path: Path) -> None:
+    for_both, done = _context(_recipe(tmp_path / "elastic", num_workers=[1, 2], resize_every_s=3.0)), threading.Event()
+    output = for_both.output
+    first, _ = cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)
+    with connect(cluster.address):
+        task = ray.remote(num_cpus=0, max_retries=0)(run_training).remote(for_both)
+        watcher = threading.Thread(target=lambda: (ray.wait([task]), done.set()), daemon=True)
+        watcher.start()
+        _wait_for(output, [2], done)
+        cluster.remove_node(first, allow_graceful=False)
+        _wait_for(output, [2, 1], done)
+        cluster.add_node(num_cpus=1)
+        _wait_for(output, [2, 1, 2], done)
+        assert ray.get(task).metrics["num_steps"] == NUM_STEPS
+        alone = _context(_recipe(tmp_path / "alone", num_workers=1))
+        ray.get(ray.remote(num_cpus=0)(run_training).remote(alone))
+    assert [number for number, _ in _parts(output)] == [2, 1, 2]
+    assert sum(steps for _, steps in _parts(output)) == NUM_STEPS
+    weights = [load_file(context.output.path("model.safetensors")) for context in (for_both, alone)]
+    gaps = [float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]]
+    assert max(gaps) < 1e-2 * max(float(weight.abs().max()) for weight in weights[1].values())
+    assert all(torch.isfinite(weight).all() for weight in weights[0].values())
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_missed_and_replaced(tmp_path: Path) -> None:
+    hung, done = _context(_recipe(tmp_path, num_workers=2, cpus_per_worker=0.5, hang_timeout_s=10)), threading.Event()
+    with connect():
+        task = ray.remote(num_cpus=0, max_retries=0)(run_training).remote(hung)
+        threading.Thread(target=lambda: (ray.wait([task]), done.set()), daemon=True).start()
+        _wait_for(hung.output, [2], done)
+        workers = [one for one in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(one.info["cmdline"])]
+        assert len(workers) == 2
+        workers[0].suspend()
+        assert ray.get(task).metrics["num_steps"] == NUM_STEPS
+        assert not workers[0].is_running()
+
+
+def test_a_range_of_workers_is_checked_and_planned_for(tmp_path: Path) -> None:
+    resources = _recipe(tmp_path, num_workers=[2, 3]).trained()["upsampler_1"].resources
+    assert (resources.fewest_workers, resources.most_workers, resources.shards) == (2, 3, 1)
+    needs = needs_of(_recipe(tmp_path, num_workers=[2, 3]).upsampler_1)
+    assert (needs.num_workers, needs.most_workers) == (2, 3)
+    for fields, words in (
+        ({"num_workers": [3, 2]}, r"num_workers is \[3, 2\]: give the fewest first"),
+        ({"num_workers": [1, 2], "num_shards": 2}, "with a varying number of workers only 0 or 1"),
+        ({"num_workers": [1, 4]}, "too few samples for 4 workers"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            _recipe(tmp_path, **fields)
