@@ -80,6 +80,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(900)
 @pytest.mark.slow  # Ray takes a minute to miss a machine
 def test_a_machine_that_is_lost_and_one_that_comes(cluster: Cluster, tmp_path: Path) -> None:
     for_both, done = _context(_recipe(tmp_path / "elastic", num_workers=[1, 2], resize_every_s=3.0)), threading.Event()
@@ -106,6 +107,7 @@ def test_a_machine_that_is_lost_and_one_that_comes(cluster: Cluster, tmp_path: P
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_missed_and_replaced(tmp_path: Path) -> None:
     hung, done = _context(_recipe(tmp_path, num_workers=2, cpus_per_worker=0.5, hang_timeout_s=10)), threading.Event()
