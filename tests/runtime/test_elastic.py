@@ -23,7 +23,7 @@ from pipeline.runtime.run import connect
 from pipeline.runtime.train import run_training
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Artifact
-from tests.tiny.command import ROOT
+from tests.tiny.cluster import cluster_without_cpus
 from tests.tiny.recipe import tiny_tables
 from tests.tiny.shards import write_download
 
@@ -68,15 +68,8 @@ def _wait_for(output: Artifact, workers: list[int], done: threading.Event) -> No
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """A head without CPUs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-        try:
-            yield started
-        finally:
-            started.shutdown()
+    with cluster_without_cpus() as started:
+        yield started
 
 
 @pytest.mark.ray

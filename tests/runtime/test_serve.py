@@ -23,7 +23,6 @@ import pytest
 import ray
 import torch
 from PIL import Image
-from ray.cluster_utils import Cluster
 
 import pipeline.runtime.serve as serve_module
 from pipeline.errors import ConfigError, StepError
@@ -34,7 +33,8 @@ from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.runtime.serve import serve_recipe
 from tests.ports import free_port, free_ports
 from tests.readme import python_blocks
-from tests.tiny.command import ROOT, start_unclip
+from tests.tiny.cluster import cluster_without_cpus
+from tests.tiny.command import start_unclip
 from tests.tiny.networks import make_cascade, save_cascade
 from tests.tiny.shards import pixels, plain_picture
 from tests.tiny.workspace import served_workspace
@@ -290,19 +290,6 @@ def swapped_under_load(process: subprocess.Popen[str], url: str) -> set[int]:
     assert pictures[0] != pictures[1]
     assert httpx.get(f"{url}/healthz", timeout=30).json()["pictures"] >= 1
     return {answer.status_code for answer in answers}
-
-
-@contextlib.contextmanager
-def cluster_without_cpus() -> Iterator[Cluster]:
-    """A head as that of cluster.yaml, to which machines come later."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-        try:
-            yield cluster
-        finally:
-            cluster.shutdown()
 
 
 def line_of(process: subprocess.Popen[str]) -> str:

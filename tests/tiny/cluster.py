@@ -1,0 +1,22 @@
+"""A Ray cluster of several nodes on this machine."""
+
+import contextlib
+from collections.abc import Generator
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from tests.tiny.command import ROOT
+
+
+@contextlib.contextmanager
+def cluster_without_cpus() -> Generator[Cluster]:
+    """A head as that of cluster.yaml, to which machines come later."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        try:
+            yield cluster
+        finally:
+            cluster.shutdown()
