@@ -22,6 +22,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
+from pipeline.serve.document import ERRORS, PICTURES, form_body, json_body
 from pipeline.serve.edits import EDITS, EditKind, edit_of
 from pipeline.serve.embeddings import EmbeddingRequest, embed
 from pipeline.serve.guards import client_of
@@ -68,7 +69,7 @@ def create_app(model: PictureModel, neighbours: Neighbours | None, settings: Api
         neighbours: Search over the training pictures; None: there is no index, and its routes say so.
         settings: Names and sizes.
     """
-    app = FastAPI(title="unclip", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="unclip", version="1", docs_url=None, redoc_url=None, responses=ERRORS)
     install_error_handlers(app)
     app.include_router(_openai(model, neighbours, settings))
     app.include_router(_clip_retrieval(model, neighbours, settings))
@@ -79,7 +80,7 @@ def create_app(model: PictureModel, neighbours: Neighbours | None, settings: Api
 def _pages(model: PictureModel, settings: ApiSettings, *, has_neighbours: bool) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/")
+    @router.get("/", response_class=HTMLResponse)
     async def show(request: Request) -> HTMLResponse:
         page, policy = _page(settings, list(request.app.openapi()["paths"]), has_neighbours=has_neighbours)
         return HTMLResponse(page, headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"})
@@ -91,7 +92,7 @@ def _pages(model: PictureModel, settings: ApiSettings, *, has_neighbours: bool) 
             raise ApiError(503, "the engine is not running", code="not_ready")
         return JSONResponse({"status": "ok", "model": settings.card.name, **stats})
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> PlainTextResponse:
         return PlainTextResponse(settings.metrics.text(await model.metrics()), media_type=CONTENT_TYPE)
 
@@ -114,7 +115,7 @@ def _openai(model: PictureModel, neighbours: Neighbours | None, settings: ApiSet
         require_model(name, settings.card)
         return entry(name)
 
-    @router.post("/images/generations")
+    @router.post("/images/generations", responses=PICTURES, openapi_extra=json_body(GenerationRequest))
     async def generations(request: Request) -> Response:
         body = parse(GenerationRequest, await read_json(request, TEXT_BODY_LIMIT_BYTES))
         return await _answer(
@@ -122,7 +123,9 @@ def _openai(model: PictureModel, neighbours: Neighbours | None, settings: ApiSet
         )
 
     def route(name: str, kind: EditKind) -> None:
-        @router.post(f"/images/{name}", name=name)
+        form_of_kind = form_body(kind.body, kind.num_pictures, takes_mask=kind.takes_mask)
+
+        @router.post(f"/images/{name}", name=name, responses=PICTURES, openapi_extra=form_of_kind)
         async def edits(request: Request) -> Response:
             form = await read_form(request, PICTURE_BODY_LIMIT_BYTES)
             body = parse(kind.body, form.texts, is_form=True)
@@ -136,7 +139,7 @@ def _openai(model: PictureModel, neighbours: Neighbours | None, settings: ApiSet
     for name, kind in EDITS.items():
         route(name, kind)
 
-    @router.post("/embeddings")
+    @router.post("/embeddings", openapi_extra=json_body(EmbeddingRequest))
     async def embeddings(request: Request) -> JSONResponse:
         body = parse(EmbeddingRequest, await read_json(request, PICTURE_BODY_LIMIT_BYTES, _MAX_COMMAS))
         return JSONResponse(await while_connected(request, embed(model, body, settings.card)))
@@ -171,7 +174,7 @@ def _clip_retrieval(model: PictureModel, neighbours: Neighbours | None, settings
     async def indices() -> list[str]:
         return [] if neighbours is None else [settings.card.name]
 
-    @router.post("/knn-service")
+    @router.post("/knn-service", openapi_extra=json_body(KnnRequest))
     async def knn(request: Request) -> JSONResponse:
         body = parse(KnnRequest, await read_json(request, PICTURE_BODY_LIMIT_BYTES, _MAX_KNN_VALUES))
         index = require_index(body.indice_name)
@@ -179,7 +182,7 @@ def _clip_retrieval(model: PictureModel, neighbours: Neighbours | None, settings
         headers = {_NOTES: f"no effect: {', '.join(body.unused)}"} if body.unused else None
         return JSONResponse(await while_connected(request, work), headers=headers)
 
-    @router.post("/metadata")
+    @router.post("/metadata", openapi_extra=json_body(MetadataRequest))
     async def rows(request: Request) -> JSONResponse:
         body = parse(MetadataRequest, await read_json(request, TEXT_BODY_LIMIT_BYTES))
         index = require_index(body.indice_name)

@@ -1,0 +1,84 @@
+"""The OpenAPI document, and what the server answers to whatever can be made from it."""
+
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from pipeline.serve.edits import EDITS
+from tests.serve.conftest import Server
+
+_SLOW = "num_inference_steps"
+
+
+@pytest.fixture(scope="module")
+def document(server: Server) -> dict[str, Any]:
+    return httpx.get(f"{server.url}/openapi.json").json()
+
+
+@pytest.fixture
+def api(document: dict[str, Any], server: Server) -> Any:
+    for path in document["paths"].values():  # a thousand steps are asked for where only their number matters
+        for content in path.get("post", {}).get("requestBody", {"content": {}})["content"].values():
+            content["schema"]["properties"].pop(_SLOW, None)
+    schema = schemathesis.openapi.from_dict(document)
+    schema.config.update(base_url=server.url)
+    return schema
+
+
+def test_the_document_names_every_route_and_field(document: dict[str, Any]) -> None:
+    assert {f"/v1/images/{name}" for name in ("generations", *EDITS)} < document["paths"].keys()
+    body = document["paths"]["/v1/images/generations"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["required"] == ["prompt"]
+    assert {"seed", "negative_prompt", "partial_images"} < body["properties"].keys()
+    form = document["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert {"prompt", "image", "mask"} < form["properties"].keys()
+    assert form["required"] == ["prompt", "image"]
+    assert all("$ref" not in str(path) for path in document["paths"].values())
+
+
+PATHS = {
+    "GET": ["/", "/healthz", "/metrics", "/v1/models", "/v1/models/{name}", "/indices-list"],
+    "POST": [
+        *(f"/v1/images/{name}" for name in ("generations", *EDITS)),
+        "/v1/embeddings",
+        "/knn-service",
+        "/metadata",
+    ],
+}
+
+
+def test_every_route_is_tried(document: dict[str, Any]) -> None:
+    paths = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
+    assert paths == {(method, path) for method, of_method in PATHS.items() for path in of_method}
+
+
+REQUESTS = [
+    (method, path, mode)
+    for method, paths in PATHS.items()
+    for path in paths
+    for mode in GenerationMode
+    if method == "POST" or mode is GenerationMode.POSITIVE  # nothing of the others can be wrong
+]
+
+
+@pytest.mark.parametrize(("method", "path", "mode"), REQUESTS)
+def test_no_request_breaks_the_server(api: Any, method: str, path: str, mode: GenerationMode) -> None:
+    @given(api[path][method].as_strategy(generation_mode=mode))
+    @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    def check(case: Any) -> None:
+        answer = case.call()
+        assert answer.status_code < 500
+        case.validate_response(
+            answer, checks=[status_code_conformance, content_type_conformance, response_schema_conformance]
+        )
+
+    check()
