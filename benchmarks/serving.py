@@ -48,11 +48,8 @@ Images = dict[tuple[str, int], NDArray[np.uint8]]
 """Pictures (1, H, W, 3) by prompt and seed."""
 
 _BATCH_SIZES = (8, 16, 32)
-_clocks = [time.process_time]
-
-
-def _clock() -> float:
-    return _clocks[-1]()
+Clock = Callable[[], float]
+"""Seconds."""
 
 
 _INDEX_ROWS = 100_000
@@ -86,17 +83,22 @@ def load_networks(recipe: Recipe, precision: Precision | None = None) -> Cascade
 
 
 def rates(
-    cascade: Cascade, prompts: Sequence[str], gap_s: float, rounds: int, sizes: Sequence[int] = _BATCH_SIZES
+    cascade: Cascade,
+    prompts: Sequence[str],
+    gap_s: float,
+    rounds: int,
+    sizes: Sequence[int] = _BATCH_SIZES,
+    clock: Clock = time.process_time,
 ) -> tuple[list[dict[str, Any]], dict[str, Images]]:
     """The engine's rate as a share of the bare sampler's, for both ways to begin, and pictures of each."""
-    by_size = {size: _bare_rate(cascade, prompts, size) for size in sizes}
+    by_size = {size: _bare_rate(cascade, prompts, size, clock) for size in sizes}
     best = max(by_size, key=by_size.__getitem__)
     bare_sizes = sorted({best, len(prompts)})
     results: dict[str, list[tuple[dict[int, float], Crowd]]] = {"together": [], "apart": []}
     for _ in range(rounds):
         for begin, crowds in results.items():
-            bare = {size: _bare_rate(cascade, prompts, size) for size in bare_sizes}
-            crowds.append((bare, serve_crowd(cascade, prompts, gap_s if begin == "apart" else 0.0)))
+            bare = {size: _bare_rate(cascade, prompts, size, clock) for size in bare_sizes}
+            crowds.append((bare, serve_crowd(cascade, prompts, gap_s if begin == "apart" else 0.0, clock)))
     rows: list[dict[str, Any]] = []
     for begin, floor in (("together", 0.9), ("apart", 0.85)):
         batch = statistics.median(crowd.rows_per_step for _, crowd in results[begin])
@@ -109,7 +111,7 @@ def rates(
     return rows, {begin: crowds[-1][1].images for begin, crowds in results.items()}
 
 
-def serve_crowd(cascade: Cascade, prompts: Sequence[str], gap_s: float, num_pictures: int = 2) -> Crowd:
+def serve_crowd(cascade: Cascade, prompts: Sequence[str], gap_s: float, clock: Clock, num_pictures: int = 2) -> Crowd:
     """A client for each prompt requests pictures one after another, until all have ``num_pictures`` after the first."""
     images: Images = {}
     ended: queue.SimpleQueue[tuple[int, float]] = queue.SimpleQueue()
@@ -125,13 +127,13 @@ def serve_crowd(cascade: Cascade, prompts: Sequence[str], gap_s: float, num_pict
             def note(future: Any) -> None:
                 if future.exception() is None:  # else the engine is closed
                     images[key] = future.result().images
-                    ended.put((number, _clock()))
+                    ended.put((number, clock()))
 
             engine.submit(SampleRequest(key[0], (key[1],))).add_done_callback(note)
 
-        begun, start_s = 0, _clock()
+        begun, start_s = 0, clock()
         while len(window) < 2:
-            late = [number for number in range(begun, len(prompts)) if number * gap_s <= _clock() - start_s]
+            late = [number for number in range(begun, len(prompts)) if number * gap_s <= clock() - start_s]
             if begun < len(prompts) and sum(counts) >= begun:  # nothing to do, so that the clock stands still
                 late = late or [begun]
             for number in late:
@@ -151,20 +153,23 @@ def serve_crowd(cascade: Cascade, prompts: Sequence[str], gap_s: float, num_pict
     return Crowd(rate, (after["rows"] - before["rows"]) / (after["steps"] - before["steps"]), images)
 
 
-def latency(cascade: Cascade, prompt: str, rounds: int) -> dict[str, Any]:
+def latency(cascade: Cascade, prompt: str, rounds: int, clock: Clock) -> dict[str, Any]:
     """Milliseconds that one request takes longer than the bare sampler."""
     request = SampleRequest(prompt, (1,))
     with closing(Engine(cascade)) as engine:
         engine.submit(request).result()
         pairs = [
-            (_seconds(lambda: engine.submit(request).result()), _seconds(lambda: cascade.sample_request(request)))
+            (
+                _seconds(lambda: engine.submit(request).result(), clock),
+                _seconds(lambda: cascade.sample_request(request), clock),
+            )
             for _ in range(3 * rounds)
         ]
     above = 1000 * statistics.median(served - bare for served, bare in pairs)
     return _row("one request above the bare sampler, ms", above, -50, f"bare: {1000 * pairs[0][1]:.0f} ms")
 
 
-def first_preview(cascade: Cascade, prompt: str, rounds: int) -> dict[str, Any]:
+def first_preview(cascade: Cascade, prompt: str, rounds: int, clock: Clock) -> dict[str, Any]:
     """Share of a picture's time after which its first preview is there, with 50 steps in the decoder."""
     shares: list[float] = []
     with closing(Engine(cascade)) as engine:
@@ -172,11 +177,11 @@ def first_preview(cascade: Cascade, prompt: str, rounds: int) -> dict[str, Any]:
             times: list[float] = []
 
             def show(_: Preview, times: list[float] = times) -> None:
-                times.append(_clock())
+                times.append(clock())
 
-            start_s = _clock()
+            start_s = clock()
             engine.submit(SampleRequest(prompt, (seed,), num_steps={"decoder": 50}), num_previews=3, show=show).result()
-            shares.append((times[0] - start_s) / (_clock() - start_s))
+            shares.append((times[0] - start_s) / (clock() - start_s))
     return _row("first preview of a 50-step picture, share of its time", statistics.median(shares), -0.15)
 
 
@@ -211,13 +216,13 @@ def differences(cascade: Cascade, crowds: dict[str, Images], most: int) -> list[
     ]
 
 
-def precisions(recipe: Recipe, cascade: Cascade, prompts: Sequence[str]) -> list[dict[str, Any]]:
+def precisions(recipe: Recipe, cascade: Cascade, prompts: Sequence[str], clock: Clock) -> list[dict[str, Any]]:
     """Pictures in the recipe's precision beside those in float32, and how much sooner they are there."""
     whole, seeds = load_networks(recipe, "float32"), range(len(prompts))
     images = [one.sample(prompts, seeds).images.numpy().astype(np.float64) for one in (cascade, whole)]
     noise = np.square(images[0] - images[1]).mean((1, 2, 3))
     psnr_db = 10 * np.log10(255**2 / np.maximum(noise, 1e-6))
-    times = [_seconds(lambda one=one: one.sample(prompts, seeds)) for one in (whole, cascade)]
+    times = [_seconds(lambda one=one: one.sample(prompts, seeds), clock) for one in (whole, cascade)]
     what = f"{recipe.serve.precision} beside float32: "
     return [
         _row(what + "PSNR, dB", float(np.median(psnr_db)), 40, f"lowest of {len(prompts)}: {psnr_db.min():.1f}"),
@@ -255,15 +260,15 @@ def _row(what: str, value: float, floor: float, note: str = "") -> dict[str, Any
     }
 
 
-def _bare_rate(cascade: Cascade, prompts: Sequence[str], size: int) -> float:
+def _bare_rate(cascade: Cascade, prompts: Sequence[str], size: int, clock: Clock) -> float:
     many = [prompts[number % len(prompts)] for number in range(size)]
-    return size / _seconds(lambda: cascade.sample(many, range(size)))
+    return size / _seconds(lambda: cascade.sample(many, range(size)), clock)
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    start_s = _clock()
+def _seconds(work: Callable[[], object], clock: Clock) -> float:
+    start_s = clock()
     work()
-    return _clock() - start_s
+    return clock() - start_s
 
 
 def main() -> None:
@@ -279,17 +284,16 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     recipe = load_recipe(arguments.recipe, arguments.set)
-    if recipe.serve.accelerator == "cuda":
-        _clocks.append(time.perf_counter)
+    clock = time.perf_counter if recipe.serve.accelerator == "cuda" else time.process_time
     cascade = load_networks(recipe)
     prompts = [canonical_caption(scene.scene) for scene in evaluation_scenes(arguments.clients, 0)]
     cascade.sample(prompts[:1], [0])  # warm
-    rows, crowds = rates(cascade, prompts, arguments.gap_s, arguments.rounds)
+    rows, crowds = rates(cascade, prompts, arguments.gap_s, arguments.rounds, clock=clock)
     rows += differences(cascade, crowds, most=8)
-    rows += [latency(cascade, prompts[0], arguments.rounds), first_preview(cascade, prompts[0], arguments.rounds)]
+    rows += [measure(cascade, prompts[0], arguments.rounds, clock) for measure in (latency, first_preview)]
     rows.append(steps_after_leaving(cascade, prompts[0], _LEAVERS, latest=40))
     if recipe.serve.precision != "float32":
-        rows += precisions(recipe, cascade, prompts)
+        rows += precisions(recipe, cascade, prompts, clock)
     if recipe.serve.accelerator == "cpu":  # the search runs on processors
         rows.append(neighbours(cascade))
     device = torch.cuda.get_device_name() if recipe.serve.accelerator == "cuda" else "cpu"
