@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from models.rows import concat_rows
 from models.text import TextEncoding
@@ -44,7 +45,7 @@ class Batch:
     images: Tensor | None = None
     """uint8 (B, H, W, 3)."""
     z_image: Tensor | None = None
-    """float32 (B, D), of length one."""
+    """(B, D) in float16, as stored; whoever reads them normalises them."""
     negatives: tuple[str, ...] | None = None
     """Hard negatives of the captions."""
 
@@ -73,9 +74,13 @@ class Batch:
         return self.images
 
     def require_z_image(self) -> Tensor:
-        """The image embeddings, for a training that reads them."""
+        """The image embeddings, float32 (B, D) of length one, for a training that reads them.
+
+        They are made where the batch is: the reader would take longer for that than for all else, and send twice the
+        bytes to a GPU.
+        """
         assert self.z_image is not None
-        return self.z_image
+        return self.z_image if self.z_image.dtype == torch.float32 else normalize(self.z_image.float(), dim=-1)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
@@ -151,9 +156,7 @@ class Samples:
             uids=tuple(texts["uid"]),
             captions=tuple(texts["caption"]),
             images=images,
-            z_image=None
-            if vectors is None
-            else torch.nn.functional.normalize(torch.from_numpy(vectors).float(), dim=-1),
+            z_image=None if vectors is None else torch.from_numpy(vectors),
         )
 
     @property
