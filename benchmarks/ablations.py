@@ -13,7 +13,6 @@ A rate of 120 pictures of one seed has an interval of up to nine points on each 
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
@@ -138,7 +137,7 @@ def _spread(rates: Sequence[float]) -> str:
 
 
 def main() -> None:
-    """Train and check all, print a table and write the results."""
+    """Train and check all; prints the table and writes the results after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="Files of configs/ablations without .toml, or demo; none: all.")
     parser.add_argument("--seeds", type=int, default=3)
@@ -151,6 +150,7 @@ def main() -> None:
     paths = [DEMO if name == "demo" else ABLATIONS / f"{name}.toml" for name in names]
     num_threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
     settings = (args.device, num_threads, args.share, args.num_prompts)
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     runs: list[Json] = []
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         tasks = [pool.submit(train_and_check, path, seed, *settings) for seed in range(args.seeds) for path in paths]
@@ -158,10 +158,8 @@ def main() -> None:
             run = task.result()
             runs.append(run)
             print(f"{number + 1}/{len(tasks)}: {run['recipe']}, seed {run['seed']}: {run['train_s']:.0f} s", flush=True)
-            print(json.dumps(table_of([run])[0]), flush=True)
-    runs.sort(key=lambda run: (names.index(run["recipe"]), run["seed"]))
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    publish("ablations", table_of(runs), {"device": device, "share": args.share, "runs": runs})
+            runs.sort(key=lambda run: (names.index(run["recipe"]), run["seed"]))
+            publish("ablations", table_of(runs), {"device": device, "share": args.share, "runs": runs})
 
 
 if __name__ == "__main__":

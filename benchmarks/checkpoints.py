@@ -20,7 +20,7 @@ from benchmarks.sharding import CONFIG, DIMS, DecoderLoss
 from benchmarks.side_by_side import publish
 from models.decoder.network import Decoder
 from models.layers.ema import update_average
-from pipeline.recipe.sections import TrainConfig, TrainResources
+from pipeline.recipe.train_sections import TrainConfig, TrainResources
 from pipeline.train.checkpoint import Snapshot
 from pipeline.train.resume import CheckpointWriter, Keep, checkpoint_name
 from pipeline.train.state import create_state

@@ -31,10 +31,11 @@ from models.cascade import Cascade
 from models.request import SampleRequest
 from pipeline.clip import FrozenClip
 from pipeline.errors import ConfigError
-from pipeline.networks.arithmetic import Arithmetic, Precision
+from pipeline.networks.arithmetic import Arithmetic
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan
 from pipeline.recipe.recipe import Recipe, load_recipe
+from pipeline.recipe.sections import Precision
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.serve.engine import Engine
 from pipeline.serve.knn import LocalNeighbours
@@ -134,7 +135,7 @@ def serve_crowd(cascade: Cascade, prompts: Sequence[str], gap_s: float, clock: C
         begun, start_s = 0, clock()
         while len(window) < 2:
             late = [number for number in range(begun, len(prompts)) if number * gap_s <= clock() - start_s]
-            if begun < len(prompts) and sum(counts) >= begun:  # nothing to do, so that the clock stands still
+            if begun < len(prompts) and sum(counts) >= begun and clock is time.process_time:  # it stands still now
                 late = late or [begun]
             for number in late:
                 ask(number)

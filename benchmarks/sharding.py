@@ -24,7 +24,7 @@ from models.decoder.network import Decoder
 from models.layers.config import UNetConfig
 from pipeline.networks.counting import first_steps, full_captions
 from pipeline.networks.decoder import DECODER as KIND
-from pipeline.recipe.sections import TrainConfig, TrainResources
+from pipeline.recipe.train_sections import TrainConfig, TrainResources
 from pipeline.train.sharding import create_mesh, shard
 from pipeline.train.state import TrainState, create_state
 

@@ -14,7 +14,7 @@ def reference() -> str:
     lines = [
         "# Recipe reference",
         "",
-        "`make docs` writes this page from the types in `pipeline/recipe/sections.py` and `models/*/config.py`: every",
+        "`make docs` writes this page from the types in `pipeline/recipe/*sections.py` and `models/*/config.py`: every",
         "field with its default. A recipe holds only what differs. Tables named `resources` change no bytes and are no",
         'part of a key. `extends = "other.toml"`, a path from the recipe\'s own folder, puts its tables on those of',
         "another recipe; `unclip config RECIPE` prints the result.",

@@ -45,7 +45,7 @@ class Batch:
     images: Tensor | None = None
     """uint8 (B, H, W, 3)."""
     z_image: Tensor | None = None
-    """(B, D) in float16, as stored; whoever reads them normalises them."""
+    """(B, D) in float16, as stored, or in float32, of length one; ``require_z_image`` gives the second."""
     negatives: tuple[str, ...] | None = None
     """Hard negatives of the captions."""
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.recipe.sections import ClipStepConfig
+from pipeline.recipe.train_sections import ClipStepConfig
 
 MOST_CAPTIONS = 10_000
 """Captions of a part that are measured: every one, or evenly spaced ones of a part that has more."""

@@ -2,7 +2,7 @@
 
 A list of pairs and a shard of the download keep the row, empty and counted as a failure of the class ``forgotten``, so
 that the rows after it keep their numbers and keys, and rows in are rows out. Labels and embeddings lose the row.
-To rewrite a shard a second time changes nothing, so that what was killed is done again.
+To rewrite a shard a second time changes nothing, so that what was killed is done again. Memory is that of one shard.
 """
 
 import itertools

@@ -154,7 +154,7 @@ def _search_artifact(
     def search_file(name: str) -> tuple[Rows, set[str]]:
         if name.endswith(FAILURES):
             return _search_failures(artifact, name, names)
-        return _search_table(artifact, name, values, trained)
+        return _search_table(artifact, name, names, values, trained)
 
     rows, names_of_rows = Rows(), set[str]()
     with ThreadPoolExecutor(_THREADS) as threads:
@@ -164,14 +164,24 @@ def _search_artifact(
     return rows, names_of_rows
 
 
-def _search_table(artifact: Artifact, name: str, values: pa.Array, trained: set[str]) -> tuple[Rows, set[str]]:
-    """The rows of one Parquet file that name one of ``values``; of labels, ``trained`` has the training uids."""
+def _search_table(
+    artifact: Artifact, name: str, names: set[str], values: pa.Array, trained: set[str]
+) -> tuple[Rows, set[str]]:
+    """The rows of one Parquet file.
+
+    Args:
+        artifact: The file's artifact.
+        name: The file.
+        names: What is searched.
+        values: The same for Arrow.
+        trained: Of labels, the uids of the training split.
+    """
     file = artifact.ranged(name)
     existing = read_names(file)
     keys, columns = ([one for one in chosen if one in existing] for chosen in (_SEARCHED, _COLUMNS))
     if not keys:
         return Rows(), set()
-    matches, names = list(find_rows(file, keys, values, columns)), set(values.to_pylist())
+    matches = list(find_rows(file, keys, values, columns))
     if not matches:
         return Rows(), set()
     named = [row for row in matches if names & {row["uid"], row.get("url")}]

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.networks.kind import AnyKind
-
-Precision = Literal["float32", "tf32", "bfloat16", "float16"]
+from pipeline.recipe.sections import Precision
 
 _HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

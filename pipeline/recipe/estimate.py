@@ -19,7 +19,7 @@ from pipeline.errors import DataError
 from pipeline.recipe.plan import Step, StepStatus, artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe, to_dict
 from pipeline.recipe.schedule import Load, Machine, Span, needs_of, schedule, this_machine
-from pipeline.recipe.sections import TrainResources
+from pipeline.recipe.train_sections import TrainResources
 from pipeline.workspace.manifest import parse_record
 from pipeline.workspace.progress import ProgressState, duration, read_progress
 from pipeline.workspace.store import Artifact, Workspace

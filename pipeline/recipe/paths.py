@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.sections import NetworkStepConfig
+from pipeline.recipe.train_sections import NetworkStepConfig
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:

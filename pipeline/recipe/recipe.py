@@ -23,7 +23,6 @@ from models.upsampler.config import UpsamplerConfig
 from pipeline.errors import ConfigError
 from pipeline.recipe.folder import folder_tables
 from pipeline.recipe.sections import (
-    ClipStepConfig,
     DownloadConfig,
     DownloadResources,
     EmbedConfig,
@@ -31,14 +30,13 @@ from pipeline.recipe.sections import (
     FilterConfig,
     FilterEmbeddingsConfig,
     IndexConfig,
-    NetworkStepConfig,
-    NoisyClipStepConfig,
     PairsConfig,
-    ServeConfig,
     TaskResources,
     TrackingConfig,
 )
+from pipeline.recipe.serve_sections import ServeConfig
 from pipeline.recipe.steps import STEP_ROWS
+from pipeline.recipe.train_sections import ClipStepConfig, NetworkStepConfig, NoisyClipStepConfig
 
 Json = dict[str, Any]
 SAMPLING = ("sampler", "num_candidates", "noise_level")

@@ -13,7 +13,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.recipe.sections import TaskResources, TrainResources
+from pipeline.recipe.sections import TaskResources
+from pipeline.recipe.train_sections import TrainResources
 
 _GPUS = Path("/proc/driver/nvidia/gpus")
 _LITTLE = 1e-9

@@ -13,7 +13,7 @@ from pipeline.errors import ConfigError
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.provenance import Signer
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.sections import ServeConfig
+from pipeline.recipe.serve_sections import ServeConfig
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.runtime.parts import Tables, most_requests, read_tables
 from pipeline.runtime.replicas import Handles, RemoteModel

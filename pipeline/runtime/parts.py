@@ -5,7 +5,7 @@ from typing import Any
 
 from pipeline.recipe.paths import with_absolute_paths
 from pipeline.recipe.recipe import Recipe, parse_recipe, to_dict
-from pipeline.recipe.sections import ServeConfig, ServeStageConfig
+from pipeline.recipe.serve_sections import ServeConfig, ServeStageConfig
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.workspace.store import Artifact
 

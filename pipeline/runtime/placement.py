@@ -10,8 +10,9 @@ from typing import Any
 
 import ray
 
-from pipeline.recipe.sections import TaskResources, TrainResources
+from pipeline.recipe.sections import TaskResources
 from pipeline.recipe.steps import STEP_ROWS
+from pipeline.recipe.train_sections import TrainResources
 
 ROLE = "unclip-role"
 """Label of a machine that says what it is there for."""

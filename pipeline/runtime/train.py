@@ -14,7 +14,7 @@ import ray.exceptions
 from pipeline import errors
 from pipeline.errors import ConfigError, StepError, UnclipError
 from pipeline.recipe.plan import earlier_trainings
-from pipeline.recipe.sections import TrainResources
+from pipeline.recipe.train_sections import TrainResources
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.placement import cluster_has_roles, scaling_options, worker_options
 from pipeline.workspace.progress import Progress

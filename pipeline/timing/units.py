@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from pipeline.recipe.estimate import StepTime
 from pipeline.recipe.recipe import Recipe, TrainedSection
-from pipeline.recipe.sections import ClipStepConfig
+from pipeline.recipe.train_sections import ClipStepConfig
 
 
 @dataclass(frozen=True, kw_only=True)

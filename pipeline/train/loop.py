@@ -18,7 +18,7 @@ from pipeline.data.order import Share
 from pipeline.errors import StepError
 from pipeline.networks.diffusion_loss import diffusion_losses_of
 from pipeline.recipe.recipe import TrainedSection
-from pipeline.recipe.sections import TrainConfig, TrainResources
+from pipeline.recipe.train_sections import TrainConfig, TrainResources
 from pipeline.train.accumulation import Place, make_accumulate
 from pipeline.train.state import TrainState
 

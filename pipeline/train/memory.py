@@ -29,7 +29,7 @@ from pipeline.networks.costs import build_clip
 from pipeline.networks.counting import FusedAttention, identity_of
 from pipeline.networks.table import kind_of
 from pipeline.recipe.recipe import Recipe, TrainedSection
-from pipeline.recipe.sections import TrainResources
+from pipeline.recipe.train_sections import TrainResources
 from pipeline.train.muon import Muon
 from pipeline.train.sharding import gathered_dtype
 from pipeline.train.state import create_optimizer

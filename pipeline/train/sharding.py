@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from pipeline.recipe.sections import TrainConfig, TrainResources
+from pipeline.recipe.train_sections import TrainConfig, TrainResources
 from pipeline.train.muon import MatrixShards, kernels_of
 
 _REPLICAS, _SHARDS = "replicas", "shards"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.diffusion.timesteps import TimestepDraws
 from models.layers.ema import create_average
-from pipeline.recipe.sections import TrainConfig
+from pipeline.recipe.train_sections import TrainConfig
 from pipeline.train.muon import Muon, kernels_of
 
 if TYPE_CHECKING:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from models.cascade import Cascade
+from models.stage import PIXELS, Z_IMAGE, Batch
 from pipeline.errors import ConfigError
 from pipeline.networks.arithmetic import Arithmetic
 from pipeline.networks.cascade import load_cascade, network_configs
@@ -60,6 +62,19 @@ def test_the_diffusion_networks_are_compiled_for_any_batch(folder: Path, monkeyp
     assert not compiled
     _load(folder, Arithmetic(compiled=True))
     assert set(compiled) == {("Prior", True), ("Decoder", True), ("Upsampler", True)}
+
+
+@pytest.mark.slow  # a compiler of C++ takes minutes for a tiny network
+@pytest.mark.timeout(900)
+def test_a_compiled_network_samples_the_same_for_batches_of_any_size(folder: Path) -> None:
+    eager, compiled = (_load(folder, Arithmetic(compiled=is_compiled)) for is_compiled in (False, True))
+    counters.clear()
+    for size in (2, 3, 4):
+        pixels, z_image = torch.zeros(size, 3, 16, 16), torch.zeros(size, eager.clip.dims.embed_dim)
+        batch = Batch(eager.clip.encode_text(["a"] * size), tuple(range(size)), {PIXELS: pixels, Z_IMAGE: z_image})
+        one, other = (cascade.run_stage(cascade.stages[-1], batch) for cascade in (eager, compiled))
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_float32_is_whole_on_a_gpu_unless_tf32_is_asked_for(float32_settings: None) -> None:

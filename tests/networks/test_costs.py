@@ -22,7 +22,7 @@ from pipeline.clip import create_clip
 from pipeline.errors import ConfigError
 from pipeline.networks.costs import NetworkCost, format_costs, recipe_costs
 from pipeline.recipe.recipe import Recipe, load_recipe
-from pipeline.recipe.sections import NoisyClipStepConfig
+from pipeline.recipe.train_sections import NoisyClipStepConfig
 from tests.models.tiny_models import CONVOLUTION
 from tests.tiny.command import ROOT, unclip_json
 from tests.tiny.recipe import write_recipe

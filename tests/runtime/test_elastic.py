@@ -15,17 +15,15 @@ from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
 from pipeline.errors import ConfigError
-from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.recipe.schedule import needs_of
-from pipeline.runtime.context import StepContext
 from pipeline.runtime.run import connect
 from pipeline.runtime.train import run_training
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Artifact
 from tests.tiny.cluster import cluster_without_cpus
 from tests.tiny.recipe import tiny_tables
-from tests.tiny.shards import write_download
+from tests.tiny.training import upsampler_context
 
 NUM_STEPS, SAVE_EVERY, LOG_EVERY = 1200, 25, 5
 
@@ -36,13 +34,6 @@ def _recipe(workspace: Path, **resources: object) -> Recipe:
         "resources": {"save_every_steps": SAVE_EVERY, "log_every_steps": LOG_EVERY, **resources},
     }
     return parse_recipe(tiny_tables(workspace, upsampler_1=upsampler))
-
-
-def _context(recipe: Recipe) -> StepContext:
-    step = next(step for step in make_plan(recipe) if step.name == "upsampler_1")
-    context = StepContext(recipe, step, recipe.workspace)
-    write_download(Path(context.inputs["download"].uri))
-    return context
 
 
 def _parts(output: Artifact) -> list[tuple[int, int]]:
@@ -76,7 +67,10 @@ def cluster() -> Iterator[Cluster]:
 @pytest.mark.timeout(900)
 @pytest.mark.slow  # Ray takes a minute to miss a machine
 def test_a_machine_that_is_lost_and_one_that_comes(cluster: Cluster, tmp_path: Path) -> None:
-    for_both, done = _context(_recipe(tmp_path / "elastic", num_workers=[1, 2], resize_every_s=3.0)), threading.Event()
+    for_both, done = (
+        upsampler_context(_recipe(tmp_path / "elastic", num_workers=[1, 2], resize_every_s=3.0)),
+        threading.Event(),
+    )
     output = for_both.output
     first, _ = cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)
     with connect(cluster.address):
@@ -89,7 +83,7 @@ def test_a_machine_that_is_lost_and_one_that_comes(cluster: Cluster, tmp_path: P
         cluster.add_node(num_cpus=1)
         _wait_for(output, [2, 1, 2], done)
         assert ray.get(task).metrics["num_steps"] == NUM_STEPS
-        alone = _context(_recipe(tmp_path / "alone", num_workers=1))
+        alone = upsampler_context(_recipe(tmp_path / "alone", num_workers=1))
         ray.get(ray.remote(num_cpus=0)(run_training).remote(alone))
     assert [number for number, _ in _parts(output)] == [2, 1, 2]
     assert sum(steps for _, steps in _parts(output)) == NUM_STEPS
@@ -103,7 +97,10 @@ def test_a_machine_that_is_lost_and_one_that_comes(cluster: Cluster, tmp_path: P
 @pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_missed_and_replaced(tmp_path: Path) -> None:
-    hung, done = _context(_recipe(tmp_path, num_workers=2, cpus_per_worker=0.5, hang_timeout_s=10)), threading.Event()
+    hung, done = (
+        upsampler_context(_recipe(tmp_path, num_workers=2, cpus_per_worker=0.5, hang_timeout_s=10)),
+        threading.Event(),
+    )
     with connect():
         task = ray.remote(num_cpus=0, max_retries=0)(run_training).remote(hung)
         threading.Thread(target=lambda: (ray.wait([task]), done.set()), daemon=True).start()

@@ -12,8 +12,9 @@ from ray.core.generated.autoscaler_pb2 import GangResourceRequest, ResourceReque
 from ray.core.generated.common_pb2 import LabelSelectorOperator
 
 from pipeline.recipe.recipe import Recipe, load_recipe
-from pipeline.recipe.sections import TaskResources, TrainResources
+from pipeline.recipe.sections import TaskResources
 from pipeline.recipe.steps import STEPS
+from pipeline.recipe.train_sections import TrainResources
 from pipeline.runtime.placement import controller_options, describe, scaling_options, worker_options
 from tests.tiny.command import ROOT
 

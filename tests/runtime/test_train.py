@@ -21,7 +21,7 @@ from pipeline.workspace.progress import read_progress
 from pipeline.workspace.store import Artifact
 from tests.tiny.networks import make_clip
 from tests.tiny.recipe import tiny_tables
-from tests.tiny.shards import write_download
+from tests.tiny.training import upsampler_context
 
 
 def _recipe(workspace: Path, *, learning_rate: float = 1e-3, **resources: int) -> Recipe:
@@ -30,13 +30,6 @@ def _recipe(workspace: Path, *, learning_rate: float = 1e-3, **resources: int) -
         "resources": {"cpus_per_worker": 0.5, "save_every_steps": 2, **resources},
     }
     return parse_recipe(tiny_tables(workspace, upsampler_1=upsampler))
-
-
-def _context(recipe: Recipe) -> StepContext:
-    step = next(step for step in make_plan(recipe) if step.name == "upsampler_1")
-    context = StepContext(recipe, step, recipe.workspace)
-    write_download(Path(context.inputs["download"].uri))
-    return context
 
 
 def _step(context: StepContext) -> object:
@@ -67,7 +60,7 @@ def test_fit_trains_on_one_worker_and_on_two(tmp_path: Path) -> None:
     with connect():
         weights: dict[int | str, dict[str, torch.Tensor]] = {}
         for num_workers in (1, 2):
-            context = _context(_recipe(tmp_path / str(num_workers), num_workers=num_workers))
+            context = upsampler_context(_recipe(tmp_path / str(num_workers), num_workers=num_workers))
             with _cpus_taken(seconds=4):
                 begun = time.monotonic()
                 result = _step(context)
@@ -79,7 +72,7 @@ def test_fit_trains_on_one_worker_and_on_two(tmp_path: Path) -> None:
             assert result.num_workers == num_workers
             assert result.metrics["num_steps"] == 4
             weights[num_workers] = load_file(context.output.path("model.safetensors"))
-        context = _context(_recipe(tmp_path / "divided", num_workers=2, num_shards=0, keep_state=True))
+        context = upsampler_context(_recipe(tmp_path / "divided", num_workers=2, num_shards=0, keep_state=True))
         assert _step(context).metrics["num_steps"] == 4
         assert "state/00000004.2-of-2.safetensors" in context.output.names()
         weights["divided"] = load_file(context.output.path("model.safetensors"))
@@ -88,10 +81,10 @@ def test_fit_trains_on_one_worker_and_on_two(tmp_path: Path) -> None:
             gaps = [float((weights[1][name] - weights[other][name]).abs().max()) for name in weights[1]]
             assert max(gaps) < 1e-4
 
-        context = _context(_recipe(tmp_path / "nan", num_workers=1, learning_rate=1e38))
+        context = upsampler_context(_recipe(tmp_path / "nan", num_workers=1, learning_rate=1e38))
         with pytest.raises(StepError, match="upsampler_1: step 2: loss or gradient is not finite"):
             _step(context)
-        context = _context(_recipe(tmp_path / "torn", num_workers=2))
+        context = upsampler_context(_recipe(tmp_path / "torn", num_workers=2))
         Artifact(context.inputs["download"].uri).write_bytes("00001.tar", b"no tar")
         with pytest.raises(DataError, match=r"upsampler_1: .*00001\.tar: truncated"):
             _step(context)

@@ -8,7 +8,9 @@ import torch
 from models.diffusion.config import DiffusionConfig
 from pipeline.clip import create_clip
 from pipeline.networks.clip import save_clip_artifact
+from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.runtime.context import StepContext
 from pipeline.train.assemble import TrainJob
 from pipeline.workspace.store import Artifact
 from tests.tiny.networks import CLIP
@@ -66,3 +68,11 @@ def tiny_job(name: str, inputs: dict[str, Artifact], output: Path, recipe: Recip
 
 def no_watch(done: int, total: int, message: str) -> None:
     """Nobody watches."""
+
+
+def upsampler_context(recipe: Recipe) -> StepContext:
+    """The training of a recipe's first upsampler, with its pictures."""
+    step = next(step for step in make_plan(recipe) if step.name == "upsampler_1")
+    context = StepContext(recipe, step, recipe.workspace)
+    write_download(Path(context.inputs["download"].uri))
+    return context

@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError, DataError, ResumeError, StepError
 from pipeline.networks.files import load_network
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.sections import TrainConfig
+from pipeline.recipe.train_sections import TrainConfig
 from pipeline.sampling.at import checkpoint_networks
 from pipeline.train.assemble import TrainJob
 from pipeline.train.checkpoint import Checkpoint, DamagedCheckpointError, Snapshot

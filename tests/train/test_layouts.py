@@ -21,7 +21,7 @@ from pipeline.data.order import Share
 from pipeline.networks.clip import bigrams_of_all
 from pipeline.networks.contrast import ContrastiveObjective, Pairs
 from pipeline.networks.diffusion_loss import DiffusionLoss, draws_of
-from pipeline.recipe.sections import NoisyClipStepConfig, TrainConfig, TrainResources
+from pipeline.recipe.train_sections import NoisyClipStepConfig, TrainConfig, TrainResources
 from pipeline.train.loop import make_step
 from pipeline.train.state import create_state
 

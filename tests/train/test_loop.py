@@ -12,7 +12,7 @@ from models.sample_random import SampleRandom
 from pipeline.data.batches import Batch
 from pipeline.data.order import Share
 from pipeline.errors import ResumeError, StepError
-from pipeline.recipe.sections import NoisyClipStepConfig, TrainConfig, TrainPhase, TrainResources
+from pipeline.recipe.train_sections import NoisyClipStepConfig, TrainConfig, TrainPhase, TrainResources
 from pipeline.train.loop import StepFunction, learning_rate, make_step, train
 from pipeline.train.resume import Keep, checkpoint_name, load_newest_checkpoint, save_checkpoint
 from pipeline.train.state import TrainState, create_state

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.recipe.sections import TrainConfig
+from pipeline.recipe.train_sections import TrainConfig
 from pipeline.train.muon import Muon, kernels_of, orthogonal
 from pipeline.train.state import create_state
 

@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError, ResumeError, StepError
 from pipeline.networks.contrast import ContrastiveObjective, Pairs
 from pipeline.recipe.plan import artifact_of, earlier_trainings, make_plan
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.sections import TrainPhase
+from pipeline.recipe.train_sections import TrainPhase
 from pipeline.train.accumulation import Place
 from pipeline.train.assemble import EarlierTraining, TrainJob
 from pipeline.train.diagnosis import Culprits, describe, find_culprits

@@ -1,0 +1,108 @@
+"""The section of a recipe that says how its networks are served; it changes no artifact."""
+
+from dataclasses import field
+from typing import Literal
+
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+
+from models.configclass import configclass
+from pipeline.recipe.sections import Port, Precision
+
+
+def _require_order(replicas: tuple[int, int]) -> None:
+    if replicas[0] > replicas[1]:
+        raise ValueError(f"replicas: the fewest ({replicas[0]}) are more than the most ({replicas[1]})")
+
+
+@configclass
+class ServeStageConfig:
+    """Where a part of the cascade runs, with serve.mode = "chain"."""
+
+    replicas: tuple[PositiveInt, PositiveInt] = (1, 1)
+    """Fewest and most copies; Ray Serve starts more while requests wait, and ends them again."""
+    target_requests: PositiveFloat = 16.0
+    """Requests of each copy, under way or waiting, above which another one is started."""
+    cpus_per_replica: PositiveFloat = 1.0
+    """Logical CPUs of each; also its torch threads."""
+    gpus_per_replica: PositiveFloat = 1.0
+    """GPUs of each with serve.accelerator = "cuda"; parts that share one have fractions."""
+    memory_gb_per_replica: NonNegativeFloat = 0.0
+    """Memory of each that Ray reserves, in GB; 0: none."""
+    label_selector: dict[str, str] = field(default_factory=dict[str, str])
+    """Labels of Ray that its machines must have, beside those of serve.label_selector."""
+    max_batch_size: int = 0
+    """Pictures in one forward pass; 0: serve.max_batch_size."""
+
+    def __post_init__(self) -> None:
+        _require_order(self.replicas)
+
+
+@configclass
+class ServeConfig:
+    """The server; changes no artifact."""
+
+    name: str = ""
+    """Name of the model, and of the server on its cluster; empty: the recipe's."""
+    host: str = "127.0.0.1"
+    """Address to listen on; one that other machines reach is refused without a key."""
+    port: Port = 8000
+    """Port to listen on."""
+    drain_s: NonNegativeFloat = 60.0
+    """Longest time that requests under way are waited for at the end, in seconds."""
+    mode: Literal["replica", "chain"] = "replica"
+    """replica: every copy has all networks. chain: CLIP and the prior, the decoder and each upsampler run apart, each
+    as its table below says, and requests pass from one to the next."""
+    prior: ServeStageConfig = ServeStageConfig()
+    """CLIP and the prior, in a chain."""
+    decoder: ServeStageConfig = ServeStageConfig()
+    """The decoder, in a chain."""
+    upsampler_1: ServeStageConfig = ServeStageConfig()
+    """The first upsampler, in a chain."""
+    upsampler_2: ServeStageConfig = ServeStageConfig()
+    """The second upsampler, in a chain."""
+    replicas: tuple[PositiveInt, PositiveInt] = (1, 1)
+    """Fewest and most copies of the cascade; Ray Serve starts more while requests wait, and ends them again."""
+    target_requests: PositiveFloat = 16.0
+    """Requests of each copy, under way or waiting, above which another one is started."""
+    cpus_per_replica: PositiveFloat = 1.0
+    """Logical CPUs of each; also its torch threads."""
+    accelerator: Literal["cpu", "cuda"] = "cpu"
+    """Device of each."""
+    precision: Precision = "float32"
+    """Of the products in a step of a diffusion network (docs/lab.md has what it costs and saves). With float32 no GPU
+    rounds to TF32; tf32 and float16 need a GPU."""
+    compiled: bool = False
+    """Whether torch.compile makes the diffusion networks quicker, and their start some minutes longer."""
+    label_selector: dict[str, str] = field(default_factory=dict[str, str])
+    """Labels of Ray that its machines must have, for example {"unclip-role" = "serve"} with cluster.yaml."""
+    max_batch_size: PositiveInt = 16
+    """Pictures in one forward pass."""
+    max_queued_requests: PositiveInt = 64
+    """Requests waiting before new ones get 429."""
+    keys: str = ""
+    """File of `unclip keys`; when set, requests must carry one of its keys: Authorization: Bearer KEY."""
+    hosts: tuple[str, ...] = ()
+    """Names of this server, beside localhost and addresses; requests to other names are refused."""
+    access_log: str = ""
+    """File that gets a JSON object a line for each request; empty: none."""
+    log_prompts: bool = False
+    """Whether the access log holds prompts."""
+    safety_hook: str = ""
+    """MODULE:FUNCTION that may refuse a prompt or blank a picture (docs/operations.md)."""
+    provenance: str = ""
+    """File of an Ed25519 private key (PEM) that signs the PNG files, so that `unclip lineage` shows who made a picture,
+    and that it is unchanged; empty: no signature."""
+    image_urls: bool = False
+    """Whether a search may name a picture by its URL, which the server then fetches: from public addresses alone, up to
+    16 MB, within 10 s."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the model, for clients that are built with one ("dall-e-2", "gpt-image-1")."""
+
+    def __post_init__(self) -> None:
+        _require_order(self.replicas)
+        if self.precision in {"tf32", "float16"} and self.accelerator == "cpu":
+            raise ValueError(f'precision = "{self.precision}" needs accelerator = "cuda"')
+        stages = {name: getattr(self, name) for name in ("prior", "decoder", "upsampler_1", "upsampler_2")}
+        unused = [f"serve.{name}" for name, stage in stages.items() if stage != ServeStageConfig()]
+        if self.mode == "replica" and unused:
+            raise ValueError(f'{", ".join(unused)}: only read with serve.mode = "chain"')

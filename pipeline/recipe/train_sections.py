@@ -1,0 +1,300 @@
+"""The sections of a recipe that train a network: what is trained, how, and where."""
+
+from collections.abc import Iterable
+from dataclasses import field, replace
+from pathlib import Path
+from typing import Generic, Literal, TypeVar
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from models.clip_config import ClipConfig
+from models.configclass import configclass
+from models.noisy_clip.config import NoisyClipConfig
+from pipeline.recipe.sections import Share, StepSection
+
+ModelT_co = TypeVar("ModelT_co", covariant=True)
+"""Shape of the network that a step trains."""
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
+
+
+@configclass
+class TrainPhase:
+    """Settings of a training that change at a step; what is None stays as it was."""
+
+    from_step: PositiveInt
+    """First step (0-based) of the phase; a training that has come further continues from a checkpoint before it."""
+    learning_rate: PositiveFloat | None = None
+    """Peak rate from here on."""
+    lr_schedule: Literal["constant", "cosine"] | None = None
+    """Schedule from here on."""
+    warmup_steps: NonNegativeInt = 0
+    """Linear rise of the rate after from_step, in steps."""
+    num_steps: PositiveInt | None = None
+    """Steps of the whole training."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """Arithmetic of the forward pass."""
+    grad_clip_norm: NonNegativeFloat | None = None
+    """Largest gradient norm; 0 switches clipping off."""
+
+    @property
+    def restarts_schedule(self) -> bool:
+        """Whether the rate follows a schedule of its own from here on: to num_steps, with this warm-up."""
+        return bool(self.warmup_steps or self.learning_rate or self.lr_schedule or self.num_steps)
+
+
+@configclass
+class TrainConfig:
+    """Optimisation of one network: what changes its weights."""
+
+    num_steps: NonNegativeInt = 1000
+    """Optimizer steps; 0 takes the weights of ``init_from`` as they are."""
+    batch_size: PositiveInt = 64
+    """Global batch, over all workers, in samples."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw (the paper's), or muon for the kernels and matrices inside the network and adamw for the rest: fewer steps
+    for a small network, a little more work a step."""
+    learning_rate: PositiveFloat = 1e-4
+    """Peak rate; an update of muon is about as large as one of adamw at the same rate."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """constant, or half a cosine down to zero over num_steps."""
+    warmup_steps: NonNegativeInt = 0
+    """Linear rise of the rate, in steps (paper: none stated)."""
+    beta1: Share = 0.9
+    """AdamW beta 1 (paper: 0.9)."""
+    beta2: Share = 0.999
+    """AdamW beta 2."""
+    eps: NonNegativeFloat = 1e-8
+    """AdamW epsilon."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    grad_clip_norm: NonNegativeFloat = 1.0
+    """Largest gradient norm; 0 switches clipping off."""
+    ema_decay: Share = 0.9999
+    """Decay of the weight average that is saved and sampled from; ramps up as (1 + step) / (10 + step)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the forward pass; weights, loss and optimizer stay float32."""
+    shuffle_rows: PositiveInt = 200_000
+    """Rows that are shuffled together, shard by shard; two such windows are open at a time (0.1 GB of texts each)."""
+    phases: tuple[TrainPhase, ...] = ()
+    """Changes from a step on: tables with from_step (0-based) and any of learning_rate, lr_schedule, warmup_steps,
+    num_steps, precision, grad_clip_norm. A training under the same recipe without the last phases is continued from its
+    newest checkpoint before them, a finished one from the state that resources.keep_state kept. After a change of rate,
+    schedule, warm-up or num_steps the schedule begins anew, and ends at num_steps."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps > self.num_steps:
+            raise ValueError(f"warmup_steps must be in 0..num_steps, got {self.warmup_steps}")
+        first, last = 0, self.num_steps
+        for number, phase in enumerate(self.phases):
+            if not first < phase.from_step <= last:
+                raise ValueError(f"phases[{number}].from_step is {phase.from_step}: after {first} and at most {last}")
+            first, last = phase.from_step, phase.num_steps or last
+            if first + phase.warmup_steps >= last:
+                raise ValueError(f"phases[{number}] ends its warm-up at {first + phase.warmup_steps} of {last} steps")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all phases together."""
+        return self.at(self.phases[-1].from_step).num_steps if self.phases else self.num_steps
+
+    def at(self, step: int) -> "TrainConfig":
+        """The settings of step ``step`` (0-based)."""
+        settings = self
+        for phase in self.phases:
+            if phase.from_step <= step:
+                values = {name: value for name in _OF_PHASE if (value := getattr(phase, name)) is not None}
+                settings = replace(settings, **values, warmup_steps=0, phases=())  # see schedule_at
+        return settings
+
+    def schedule_at(self, step: int) -> tuple[int, int]:
+        """The first step of the schedule that the rate of step ``step`` follows, and the steps of its warm-up."""
+        starts = [
+            (phase.from_step, phase.warmup_steps)
+            for phase in self.phases
+            if phase.from_step <= step and phase.restarts_schedule
+        ]
+        return starts[-1] if starts else (0, self.warmup_steps)
+
+
+_OF_PHASE = ("learning_rate", "lr_schedule", "num_steps", "precision", "grad_clip_norm")
+
+
+@configclass
+class TrainResources:
+    """Where a training runs and how often it saves and logs; changes no sample and no order."""
+
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Data-parallel workers. They divide every global batch among them, to within one sample. With [fewest, most] the
+    training starts with as many as there is room for, goes on with fewer when a machine is lost, and with more when
+    there is room again: the same training up to rounding."""
+    micro_batch_size: NonNegativeInt = 0
+    """Most samples in one forward and backward pass of a worker, which bounds its memory; 0: its whole share of the
+    batch. The parts' gradients are added up: the same training up to rounding. A contrastive loss (clip, noisy_clip)
+    computes its features twice then. Not for a CLIP with a ResNet, whose batch norms depend on the part."""
+    num_shards: NonNegativeInt = 1
+    """Workers that divide one copy of the training's state (weights, gradients, average, moments) among them, for
+    networks that are too large for one GPU. 1: every worker has all of it (DDP); 0: all workers together have one copy
+    (FSDP2); a divisor of num_workers: as many, such as the GPUs of one machine, inside which most traffic then stays
+    (HSDP). The same training up to rounding."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """Logical CPUs of each worker; also its torch threads."""
+    accelerator: Literal["cpu", "cuda"] = "cpu"
+    """Device of the network; cuda takes one GPU a worker."""
+    gpu_memory_gb: NonNegativeFloat = 0.0
+    """Memory of that GPU, in 10^9 bytes (an A100 or H100 with 80 GB: 80): `plan --cost` says whether the training fits,
+    and if not, what would make it fit; 0: it only counts."""
+    save_every_steps: PositiveInt = 200
+    """Steps between checkpoints."""
+    log_every_steps: PositiveInt = 20
+    """Steps between reads of the loss from the device."""
+    num_checkpoints: PositiveInt = 2
+    """Newest checkpoints kept while training. A damaged one is passed over for the one before, so two are better."""
+    keep_best: str = ""
+    """A measure of the validation, such as val_loss or val_cos_z_image: while training, the best checkpoint by it is
+    kept besides the newest, of a loss the lowest, of others the highest; empty: none."""
+    keep_state: bool = False
+    """Keep weights, average and moments of the last step with the finished network, so that the training can be
+    lengthened by a phase: four times the weights on the disk."""
+    max_bad_steps: NonNegativeInt = 0
+    """Steps in all whose loss or gradient may be not finite: they change no weight and are counted. One more stops the
+    training, which says in which step, samples and parameters; run again with a larger number it goes on."""
+    max_failures: NonNegativeInt = 2
+    """Restarts from the newest checkpoint after a lost worker."""
+    resize_every_s: PositiveFloat = 300.0
+    """With [fewest, most] workers: seconds between looks whether there is room for more, who then begin with all others
+    at the newest checkpoint."""
+    hang_timeout_s: PositiveInt = 1800
+    """Seconds that a worker waits for the others within a step before the training counts as hung, and begins again at
+    the newest checkpoint, as after a lost worker. A validation must end within it."""
+    label_selector: dict[str, str] = field(default_factory=dict[str, str])
+    """Labels of Ray that the workers' machines must have, for example {"ray.io/accelerator-type" = "H100"}. Empty: the
+    step's role (unclip-role), if the cluster's machines have such a label, as those of cluster.yaml do."""
+    memory_gb_per_worker: NonNegativeFloat = 0.0
+    """Memory that Ray sets aside for each worker, in GB; 0: none, and Ray counts CPUs and GPUs alone."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them: the same numbers from less memory, in about a
+    third more time. Of a CLIP with a ResNet only the text tower."""
+    compiled: bool = False
+    """Train through torch.compile: faster on a GPU after some minutes at the start; numbers differ by rounding. Not for
+    CLIP."""
+
+    def __post_init__(self) -> None:
+        if self.fewest_workers > self.most_workers:
+            raise ValueError(f"num_workers is {list(self.workers)}: give the fewest first, then the most")
+        if self.num_shards > 1 and self.fewest_workers < self.most_workers:
+            raise ValueError(
+                f"num_shards is {self.num_shards}: with a varying number of workers only 0 or 1 is possible"
+            )
+        if self.num_shards and self.most_workers % self.num_shards:
+            raise ValueError(f"num_shards is {self.num_shards}: no divisor of num_workers, which is {self.num_workers}")
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """Fewest and most workers."""
+        return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
+
+    @property
+    def fewest_workers(self) -> int:
+        """Workers without which the training waits."""
+        return self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that it takes if there is room."""
+        return self.workers[1]
+
+    @property
+    def shards(self) -> int:
+        """Workers that divide one copy of the state, of the fewest."""
+        return self.num_shards or self.fewest_workers
+
+
+@configclass
+class ClipStepConfig(StepSection):
+    """The frozen CLIP: trained here on the shards, or pretrained."""
+
+    source: Literal["train", "pretrained"] = "train"
+    """train: a new open_clip model on the shards; pretrained: an open_clip name with a tag, or a local folder."""
+    name: str = "ViT-L-14"
+    """pretrained: open_clip model name, hf-hub:OWNER/REPOSITORY, or a folder in open_clip's local-dir layout."""
+    tag: str = "laion2b_s32b_b82k"
+    """pretrained: open_clip's pretrained tag, or the path of a checkpoint; ignored for a folder and for hf-hub."""
+    model: ClipConfig = ClipConfig()
+    """train: the network."""
+    train: TrainConfig = TrainConfig()
+    """train: its optimisation."""
+    resources: TrainResources = TrainResources()
+    """train: its workers."""
+
+    def __post_init__(self) -> None:
+        if self.source == "train" and self.train.num_steps == 0:
+            raise ValueError("train.num_steps is 0: random weights are of no use; set source = 'pretrained'")
+        if self.resources.micro_batch_size and self.model.vision == "resnet":
+            raise ValueError(
+                "resources.micro_batch_size: the batch norms of model.vision = 'resnet' need the batch undivided"
+            )
+
+    @property
+    def reads_inputs(self) -> bool:
+        """See ``StepSection``."""
+        return self.source == "train"
+
+    @property
+    def finished_network(self) -> str:
+        """See ``StepSection``."""
+        is_folder = self.source == "pretrained" and (Path(self.name) / "open_clip_model.safetensors").is_file()
+        return self.name if is_folder else ""
+
+    def local_paths(self, fields: Iterable[str]) -> dict[str, str]:
+        """The one of name and tag that is a path on this machine: a folder, or the checkpoint of a named model."""
+        if self.source != "pretrained" or self.name.startswith("hf-hub:"):
+            return {}
+        is_path = {"name": "/" in self.name or Path(self.name).is_dir(), "tag": Path(self.tag).is_file()}
+        return super().local_paths([name for name in fields if is_path[name]][:1])
+
+    def files_in_key(self, path: str) -> list[str]:
+        """Configuration and weights of a folder, because networks of the same shape have files of the same size."""
+        if not Path(path).is_dir():
+            return [path]
+        weights = sorted(str(file) for file in Path(path).iterdir() if file.suffix in _WEIGHTS)
+        return [str(Path(path) / "open_clip_config.json"), *weights]
+
+
+@configclass
+class NetworkStepConfig(StepSection, Generic[ModelT_co]):
+    """A step that trains one network: its shape, its first weights, its optimisation, its workers."""
+
+    model: ModelT_co
+    """The network, its diffusion and its sampler."""
+    init_from: str = ""
+    """Folder of a trained network (config.json, model.safetensors) to start from, of the same shape: from `unclip
+    import`, or another run's artifact. Empty: random weights."""
+    train: TrainConfig = TrainConfig()
+    """Its optimisation."""
+    resources: TrainResources = TrainResources()
+    """Its workers."""
+
+    def __post_init__(self) -> None:
+        if self.train.num_steps == 0 and not self.init_from:
+            raise ValueError("train.num_steps is 0, which needs init_from: an untrained network samples noise")
+
+    @property
+    def finished_network(self) -> str:
+        """See ``StepSection``."""
+        return self.init_from if self.train.num_steps == 0 else ""
+
+    def files_in_key(self, path: str) -> list[str]:
+        """The weights of ``init_from``."""
+        return [f"{path}/model.safetensors"]
+
+
+@configclass
+class NoisyClipStepConfig(StepSection):
+    """The noise-aware CLIP, for CLIP guidance of the decoder: an optional step."""
+
+    model: NoisyClipConfig = NoisyClipConfig()
+    """The image tower and the noise it sees."""
+    train: TrainConfig = TrainConfig()
+    """Its optimisation."""
+    resources: TrainResources = TrainResources()
+    """Its workers."""
