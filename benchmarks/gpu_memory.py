@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import CheckpointError
 
 from benchmarks.side_by_side import publish
 from pipeline.clip import create_clip
@@ -118,7 +119,7 @@ def main() -> None:
             try:
                 rows.append(pool.submit(measure, name, args.steps, "cuda").result())
                 print(rows[-1], flush=True)
-            except torch.cuda.OutOfMemoryError as error:
+            except (torch.cuda.OutOfMemoryError, CheckpointError) as error:
                 print(f"{name}: {error}")
     publish("gpu_memory", rows, {"device": torch.cuda.get_device_name(), "steps": args.steps})
 

@@ -35,7 +35,15 @@ def _zeroed(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
 def _resample(x: Tensor, how: Resample) -> Tensor:
     if how == "down":
         return F.avg_pool2d(x, 2)
-    return F.interpolate(x, scale_factor=2.0, mode="nearest") if how == "up" else x
+    if how == "none":
+        return x
+    return enlarge(x) if torch.compiler.is_compiling() else F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def enlarge(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C 2*H 2*W"]:
+    """Each pixel twice in both directions, channels-last; the gradient is a sum, where that of interpolate scatters."""
+    rows = x.permute(0, 2, 3, 1)[:, :, None, :, None]  # B H 1 W 1 C
+    return rows.expand(-1, -1, 2, -1, 2, -1).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 def _enlarged_conv(x: Float[Tensor, "B C H W"], conv: nn.Conv2d) -> Float[Tensor, "B D 2*H 2*W"]:
@@ -49,6 +57,32 @@ def _enlarged_conv(x: Float[Tensor, "B C H W"], conv: nn.Conv2d) -> Float[Tensor
     return F.conv_transpose2d(x, cast(Tensor, kernel), conv.bias, stride=2, padding=1)
 
 
+class GroupNorm(nn.GroupNorm):
+    """torch's, but written out where it is compiled, so that channels-last pictures stay so.
+
+    torch's own kernel for GPUs gives rows of pixels whatever its input is. The compiler keeps to that order between
+    operators, and each convolution before and after it copies its gradient or its input.
+    """
+
+    def forward(self, input: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """Normalise each group of channels."""
+        if not torch.compiler.is_compiling():
+            return super().forward(input)
+        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
+def group_norm(
+    x: Float[Tensor, "B C H W"], num_groups: int, weight: Float[Tensor, " C"], bias: Float[Tensor, " C"], eps: float
+) -> Float[Tensor, "B C H W"]:
+    """``F.group_norm`` in float32, by moments of each channel; channels-last, and so is its gradient."""
+    rows = x.float().permute(0, 2, 3, 1)
+    variance, mean = (one.unflatten(1, (num_groups, -1)) for one in torch.var_mean(rows, dim=(1, 2), correction=0))
+    between, centre = torch.var_mean(mean, dim=2, correction=0, keepdim=True)
+    scale = torch.rsqrt(variance.mean(2, keepdim=True) + between + eps) * weight.unflatten(0, (num_groups, -1))
+    shift = bias - (centre * scale).flatten(1)
+    return torch.addcmul(shift[:, None, None], rows, scale.flatten(1)[:, None, None]).permute(0, 3, 1, 2)
+
+
 class ResBlock(nn.Module):
     """Two convolutions beside a skip; the embedding enters between them; both branches may change the side."""
 
@@ -57,10 +91,10 @@ class ResBlock(nn.Module):
         num_in, num_out = channels
         self.resample: Resample = resample
         self.scale_shift = config.time_norm == "scale_shift"
-        self.norm_in = nn.GroupNorm(config.norm_groups, num_in)
+        self.norm_in = GroupNorm(config.norm_groups, num_in)
         self.conv_in = nn.Conv2d(num_in, num_out, 3, padding=1)
         self.embedding = nn.Linear(width, (2 if self.scale_shift else 1) * num_out)
-        self.norm_out = nn.GroupNorm(config.norm_groups, num_out)
+        self.norm_out = GroupNorm(config.norm_groups, num_out)
         self.dropout = SampleDropout(config.dropout)
         self.conv_out = _zeroed(nn.Conv2d(num_out, num_out, 3, padding=1))
         self.skip = nn.Conv2d(num_in, num_out, 1) if num_in != num_out else nn.Identity()
@@ -88,7 +122,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, context_width: int | None, config: UNetConfig) -> None:
         super().__init__()
         self.num_heads = channels // config.head_channels
-        self.norm = nn.GroupNorm(config.norm_groups, channels)
+        self.norm = GroupNorm(config.norm_groups, channels)
         self.query_key_value = nn.Linear(channels, 3 * channels)
         self.context_key_value = None if context_width is None else nn.Linear(context_width, 2 * channels)
         self.out = _zeroed(nn.Linear(channels, channels))
@@ -180,7 +214,7 @@ class UNet(nn.Module):
         reads_context = context_width is not None
         self._num_context_layers = sum(stage.attention is not None for stage in self._stages()) if reads_context else 0
         self.takes_skip = _takes_skip(len(widths), config.num_res_blocks)
-        self.norm_out = nn.GroupNorm(config.norm_groups, widths[0])
+        self.norm_out = GroupNorm(config.norm_groups, widths[0])
         self.conv_out = _zeroed(nn.Conv2d(widths[0], out_channels * patch_area, 3, padding=1))
         # Convolutions then return channels-last for any order of their input: 5-15 % faster on a CPU, and the order
         # that tensor cores need.

@@ -17,7 +17,7 @@ from models.clip_config import ClipDims
 from models.diffusion.guidance import clip_log_prob, score_guided
 from models.diffusion.process import Denoise, Diffusion
 from models.layers.embedding import TimestepEmbedding
-from models.layers.unet import ResBlock, UNetStage
+from models.layers.unet import GroupNorm, ResBlock, UNetStage
 from models.noisy_clip.config import NoisyClipConfig
 
 _FIRST_TEMPERATURE, _LEAST_TEMPERATURE = 0.07, 0.01
@@ -44,7 +44,7 @@ class NoisyClip(nn.Module):
                 stages.append(UNetStage(ResBlock((channels, tower.channels * mult), width, tower), None))
                 channels = tower.channels * mult
         self.stages = nn.ModuleList(stages)
-        self.norm_out = nn.GroupNorm(tower.norm_groups, channels)
+        self.norm_out = GroupNorm(tower.norm_groups, channels)
         self.out = nn.Linear(channels, dims.embed_dim)
         self.log_scale = nn.Parameter(torch.tensor(-math.log(_FIRST_TEMPERATURE)))
 

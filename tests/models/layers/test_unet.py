@@ -1,14 +1,16 @@
 """The UNet: shapes, context, and what starts at zero."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import UNET, randomise
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.layers.config import UNetConfig
-from models.layers.unet import ResBlock, UNet, set_checkpointing
+from models.layers.unet import ResBlock, UNet, enlarge, group_norm, set_checkpointing
 
 CONFIG = replace(UNET, num_res_blocks=2)
 
@@ -189,3 +191,54 @@ def test_res_block_that_enlarges_is_a_convolution_of_the_enlarged_picture() -> N
         hidden = torch.nn.functional.silu(block.norm_out(plain) * (scale + 1) + shift)
         expected = wide(x, scale_factor=2.0, mode="nearest") + block.conv_out(hidden)
         torch.testing.assert_close(block(x, embedding), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_written_out_for_the_compiler_equals_torch_and_keeps_the_order_of_pixels() -> None:
+    torch.manual_seed(0)
+    x = (3 + torch.randn(2, 6, 5, 4)).to(memory_format=torch.channels_last)
+    weight, bias = torch.randn(6), torch.randn(6)
+    pairs = [
+        (lambda x: group_norm(x, 3, weight, bias, 1e-5), lambda x: F.group_norm(x, 3, weight, bias, 1e-5)),
+        (enlarge, lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest")),
+    ]
+    for ours, torchs in pairs:
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        outputs = [ours(inputs[0]), torchs(inputs[1])]
+        gradient = torch.randn_like(outputs[0])
+        for output in outputs:
+            output.backward(gradient)
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-5, atol=1e-5)
+        for tensor in (outputs[0], inputs[0].grad):
+            assert tensor is not None
+            assert tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+class ConvolutionInputs(TorchDispatchMode):
+    """Strides of the channels of all that convolutions read, forward and backward, but for pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strides: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        num_inputs = {"aten::convolution": 1, "aten::convolution_backward": 2}.get(func.name(), 0)
+        self.strides += [one.stride(1) for one in args[:num_inputs] if one.shape[1] > 3]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_compiling", [True, False])
+def test_compiled_unet_is_channels_last_where_the_device_norm_is_not(
+    is_compiling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def norm_of_a_gpu(x: torch.Tensor, *args: Any) -> torch.Tensor:
+        return torch.group_norm(x.contiguous(), *args)
+
+    monkeypatch.setattr(F, "group_norm", norm_of_a_gpu)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiling)
+    model = UNet(CONFIG, 8, 3, 3, context_width=10)
+    x, t = inputs()
+    with ConvolutionInputs() as seen:
+        model(x, t, context=model.encode_context(torch.randn(2, 5, 10))).sum().backward()
+    assert len(seen.strides) > 50
+    assert (set(seen.strides) == {1}) == is_compiling
