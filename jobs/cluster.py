@@ -94,7 +94,7 @@ def logs(job: JobId, address: JobAddress = DASHBOARD) -> None:
 
 
 def stop(job: JobId, address: JobAddress = DASHBOARD) -> None:
-    """Stop a job; what it finished is kept and the next submit continues.
+    """Stop a job; its trainings write a checkpoint first, and the next submit continues.
 
     Example: unclip stop demo-1a2b3c4d5e
     """

@@ -159,7 +159,12 @@ class TrainResources:
     """Steps in all whose loss or gradient may be not finite: they change no weight and are counted. One more stops the
     training, which says in which step, samples and parameters; run again with a larger number it goes on."""
     max_failures: NonNegativeInt = 2
-    """Restarts from the newest checkpoint after a lost worker."""
+    """Restarts from the newest checkpoint after an error or a lost worker."""
+    max_preemptions: NonNegativeInt = 1000
+    """Restarts after a machine was lost or taken away, or a worker got SIGTERM. Where there is notice, the training
+    writes a checkpoint first, so that nothing is lost."""
+    max_out_of_memory: NonNegativeInt = 4
+    """Restarts after memory did not suffice, each with half the micro_batch_size: the same training up to rounding."""
     resize_every_s: PositiveFloat = 300.0
     """With [fewest, most] workers: seconds between looks whether there is room for more, who then begin with all others
     at the newest checkpoint."""

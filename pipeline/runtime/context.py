@@ -18,6 +18,8 @@ class StepContext:
     """The workspace's root."""
     retry_failed: str = field(default="", kw_only=True)
     """Class of the download's failures that are tried again; empty: none."""
+    notice: str = field(default="", kw_only=True)
+    """Why the step begins again, for people; empty: it does not."""
 
     @property
     def workspace(self) -> Workspace:

@@ -31,11 +31,12 @@ from pipeline.recipe.paths import with_absolute_paths
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe, to_dict
 from pipeline.runtime.dashboard import DEFAULT_ADDRESS, dashboard_client, is_loopback
+from pipeline.runtime.stopping import STOP_WAIT_S
 
 PACKAGES = ("models", "pipeline", "jobs")
 _SHIPPED_SUFFIXES = {".py", ".html", ".typed"}
 _AGENT_TIMEOUT_S = 60.0
-_STOP_WAIT_S = 30
+_STOP_WAIT_S = int(STOP_WAIT_S) + 30
 _FINAL = {"SUCCEEDED", "FAILED", "STOPPED"}
 _STOPPED_EXIT_CODE = 130
 
@@ -197,7 +198,7 @@ def follow_job(job_id: str, write: Callable[[str], None], address: str = DEFAULT
 
 
 def stop_job(job_id: str, address: str = DEFAULT_ADDRESS) -> str:
-    """Interrupt a job, wait for its end and give its last status; finished work is kept.
+    """Interrupt a job, wait for its end and give its last status; its trainings write a checkpoint first.
 
     Args:
         job_id: Its id, or a beginning of it that no other job has.

@@ -56,6 +56,11 @@ def cluster_has_roles() -> bool:
     return any(node["Alive"] and ROLE in node["Labels"] for node in ray.nodes())
 
 
+def living_machines() -> set[str]:
+    """Ids of the connected cluster's machines."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
 def describe(options: dict[str, Any]) -> str:
     """What a worker with these options asks for, for people."""
     words = f"{options['num_cpus']:g} CPU" + (" and 1 GPU" if options["num_gpus"] else "")

@@ -30,6 +30,7 @@ from pipeline.recipe.steps import STEP_ROWS
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.forget import finish_forgetting
 from pipeline.runtime.placement import cluster_has_roles, controller_options
+from pipeline.runtime.stopping import STOP, STOP_WAIT_S, request_stop
 from pipeline.runtime.tracking.run import Tracking, send_waiting
 from pipeline.workspace.forgotten import Pending
 from pipeline.workspace.lock import Lock, locked_workspace
@@ -132,7 +133,7 @@ def _run_steps(
     done = {status.step.name for status in statuses if status.state == "done"}
     waiting = [status.step for status in statuses if status.state != "done"]
     running: dict[Any, StepContext] = {}
-    failures: list[UnclipError] = []
+    failures, notices = list[UnclipError](), dict[str, str]()
     servers = own_servers()
     forecast = _Forecast(recipe, waiting, observer, can_grow=not servers)
     try:
@@ -147,7 +148,7 @@ def _run_steps(
                 running[_start(context, tracking)] = context
                 observer.started(step)
             ready, _ = ray.wait(list(running), timeout=_POLL_S, num_returns=1)
-            forecast.update(_readings(running.values(), observer, tracking), done)
+            forecast.update(_readings(running.values(), observer, tracking, notices), done)
             if ready:
                 require_alive(servers)  # otherwise every step would report a lost worker
             for reference in ready:
@@ -162,21 +163,66 @@ def _run_steps(
                 else:
                     done.add(context.step.name)
                     observer.finished(context.step, manifest)
-    except BaseException:  # also Ctrl-C: no step continues without its driver
+    except BaseException as error:  # also Ctrl-C: no step continues without its driver
+        if isinstance(error, KeyboardInterrupt):
+            _end_trainings(running, observer, tracking, lock)
         for reference, context in running.items():
-            if all(_is_alive(server) for server in servers):
-                ray.cancel(reference, force=True)
+            _cancel(reference, servers)
             tracking.failed(context)
         raise
     if failures:
         raise type(failures[0])("; and ".join(map(str, failures)))
 
 
+def _cancel(reference: Any, servers: list[psutil.Process]) -> None:
+    if all(_is_alive(server) for server in servers):
+        ray.cancel(reference, force=True)
+
+
+def _end_trainings(running: dict[Any, StepContext], observer: Observer, tracking: Tracking, lock: Lock) -> None:
+    """Let the trainings that have begun write a checkpoint and end; a second Ctrl-C does not wait for it.
+
+    Args:
+        running: The running steps, by Ray's reference; those that end are taken out.
+        observer: Is told.
+        tracking: Is told.
+        lock: The workspace's.
+    """
+    servers = own_servers()
+    trainings = [reference for reference, context in running.items() if _is_training(context)]
+    for reference in trainings:
+        request_stop(running[reference].output)
+    if trainings:
+        names = ", ".join(running[reference].step.name for reference in trainings)
+        observer.warned(f"{names}: ends after a checkpoint; interrupt again to end at once")
+    deadline = time.monotonic() + STOP_WAIT_S
+    with contextlib.suppress(KeyboardInterrupt):
+        while trainings and time.monotonic() < deadline and all(_is_alive(server) for server in servers):
+            ready, trainings = ray.wait(trainings, timeout=_POLL_S)
+            for reference in ready:
+                context = running.pop(reference)
+                try:
+                    lock.check()
+                    manifest = _commit(context, _result(reference, context), tracking)
+                except UnclipError as error:
+                    observer.warned(str(error))
+                    _noted(error, context, tracking, None)
+                else:
+                    observer.finished(context.step, manifest)
+
+
+def _is_training(context: StepContext) -> bool:
+    """Whether a step trains just now, so that it can write a checkpoint."""
+    state = read_progress(context.output)
+    return context.step.name in context.recipe.trained() and state is not None and state.unit == "steps"
+
+
 def _start(context: StepContext, tracking: Tracking) -> Any:
     """Submit a step; returns Ray's reference to its result."""
     context.output.clear_temporaries()
     _forget_if_inputs_changed(context)
-    context.output.remove(ERROR)
+    for name in (ERROR, STOP):
+        context.output.remove(name)
     # Submitted first: to submit to a Ray that is killed at the first sign of progress hangs for a minute.
     reference = _run_step.options(**controller_options(has_roles=cluster_has_roles())).remote(context)
     Progress(context.output, waits=True).update(0, 1, "", "starting", force=True)
@@ -184,14 +230,26 @@ def _start(context: StepContext, tracking: Tracking) -> Any:
     return reference
 
 
-def _readings(running: Collection[StepContext], observer: Observer, tracking: Tracking) -> dict[str, ProgressState]:
-    """The newest readings of the running steps, by name, after the observer and the tracker have them."""
+def _readings(
+    running: Collection[StepContext], observer: Observer, tracking: Tracking, notices: dict[str, str]
+) -> dict[str, ProgressState]:
+    """The newest readings of the running steps, by name, after the observer and the tracker have them.
+
+    Args:
+        running: The running steps.
+        observer: Is told, and warned once why a step begins again.
+        tracking: Is told.
+        notices: What the observer was warned of last, by step.
+    """
     readings: dict[str, ProgressState] = {}
     for context in running:
         tracking.forward(context)
         state = read_progress(context.output)
         if state:
             readings[context.step.name] = state
+            if state.notice and notices.get(context.step.name) != state.notice:
+                notices[context.step.name] = state.notice
+                observer.warned(f"{context.step.name}: {state.notice}")
             observer.progressed(context.step, state)
     return readings
 

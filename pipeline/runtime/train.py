@@ -1,11 +1,13 @@
-"""Trainings on Ray: a task for one worker, Ray Train for more; a lost worker continues from the newest checkpoint.
+"""Trainings on Ray: a task for one worker, Ray Train for more; whatever ends one, it begins again where it was.
 
 One worker needs no process group, and a task starts in 2 s; a TorchTrainer first starts five helper actors (10 to 19 s
-on 2 cores). Both run the same ``pipeline.train.job.run_job``. torch and Ray Train are imported only where a
-training runs, so that the process that waits for it stays small.
+on 2 cores). Both run the same ``pipeline.train.job.run_job``, and neither begins again by itself: how often it does
+depends on what ended it (``restarts.py``). torch and Ray Train are imported only where a training runs, so that the
+process that waits for it stays small.
 """
 
 import os
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -14,9 +16,12 @@ import ray.exceptions
 from pipeline import errors
 from pipeline.errors import ConfigError, StepError, UnclipError
 from pipeline.recipe.plan import earlier_trainings
+from pipeline.recipe.recipe import TrainedSection
 from pipeline.recipe.train_sections import TrainResources
 from pipeline.runtime.context import StepContext, StepResult
-from pipeline.runtime.placement import cluster_has_roles, scaling_options, worker_options
+from pipeline.runtime.placement import cluster_has_roles, living_machines, scaling_options, worker_options
+from pipeline.runtime.restarts import End, Restarts
+from pipeline.runtime.stopping import StopNotice, handle_sigterm, is_stop_requested
 from pipeline.workspace.progress import Progress
 from pipeline.workspace.store import LIVE, Workspace
 
@@ -25,7 +30,7 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
-_RESULT = f"{LIVE}result.json"
+_END = f"{LIVE}end.json"
 _ERROR = f"{LIVE}error.json"
 # How often Ray Train's controller looks at its workers: every start and end of a training waits for it (default: 2 s).
 _RAY_TRAIN_SETTINGS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
@@ -39,37 +44,57 @@ def run_clip(context: StepContext) -> StepResult:
 
 
 def run_training(context: StepContext) -> StepResult:
-    """Train the network of a step."""
-    needs = context.recipe.trained()[context.step.name].resources
-    amount = f"{needs.fewest_workers} x {needs.cpus_per_worker:g} CPU" + (" and 1 GPU" if _num_gpus(needs) else "")
-    Progress(context.output, waits=True).update(0, 1, "", f"waiting for {amount}", force=True)
-    fit = _fit_one if needs.most_workers == 1 else _fit_many
-    return StepResult(metrics=fit(context, needs), num_workers=needs.most_workers)
+    """Train the network of a step.
+
+    Raises:
+        StepError: If the training ended more often than its budgets allow, or was asked to end.
+    """
+    restarts = Restarts(context)
+    while True:
+        needs = context.recipe.trained()[context.step.name].resources
+        amount = f"{needs.fewest_workers} x {needs.cpus_per_worker:g} CPU" + (" and 1 GPU" if _num_gpus(needs) else "")
+        progress = Progress(context.output, waits=True, notice=context.notice)
+        progress.update(0, 1, "", f"waiting for {amount}", force=True)
+        end = (_fit_one if needs.most_workers == 1 else _fit_many)(context, needs)
+        if end.kind == "finished":
+            return StepResult(metrics=end.metrics | restarts.metrics, num_workers=needs.most_workers)
+        if end.kind == "preempted" and is_stop_requested(context.output):
+            raise StepError(f"{context.step.name}: {end.cause}; run again to continue")
+        context = restarts.next(end)
 
 
-def _fit_one(context: StepContext, resources: TrainResources) -> Json:
-    """Train on one worker: a task, which is retried when its process is lost but not when it raises."""
+def _fit_one(context: StepContext, resources: TrainResources) -> End:
+    """Train on one worker, a task."""
     options = worker_options(context.step.name, resources, has_roles=cluster_has_roles())
-    task = ray.remote(_run_worker).options(
-        name=f"{context.step.name}: train", max_retries=resources.max_failures, **options
-    )
+    task = ray.remote(_run_worker).options(name=f"{context.step.name}: train", max_retries=0, **options)
+    machines = living_machines()
     try:
         return ray.get(task.remote(context))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UnclipError):
             raise error.cause from None
-        raise
-    except ray.exceptions.WorkerCrashedError as error:
-        raise StepError(_lost(context, resources, "its process was lost")) from error
+        return End("failed", _last_line(error), error=error)
+    except ray.exceptions.OutOfMemoryError as error:
+        section = context.recipe.trained()[context.step.name]
+        return _out_of_memory(section, 1, _last_line(error))
+    except ray.exceptions.RayError as error:
+        return _lost(machines, _last_line(error))
 
 
-def _fit_many(context: StepContext, resources: TrainResources) -> Json:
-    """Train on several workers: Ray Train forms the process group, and forms it again when a worker is lost."""
+def _fit_many(context: StepContext, resources: TrainResources) -> End:
+    """Train on several workers: Ray Train forms the process group, and another one when there is room for more."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.execution.callback import WorkerCallback
+    from ray.train.v2.api.exceptions import PreemptionError
+
+    class HandleTermination(WorkerCallback):
+        def after_init_train_context(self) -> None:
+            """Called in the main thread of a worker, before the training begins in another one."""
+            handle_sigterm()
 
     output = context.output
-    for file in (_ERROR, _RESULT):
+    for file in (_ERROR, _END):
         output.remove(file)
     os.environ.update({key: value for key, value in _RAY_TRAIN_SETTINGS.items() if key not in os.environ})
     num_gpus = _num_gpus(resources)
@@ -87,16 +112,20 @@ def _fit_many(context: StepContext, resources: TrainResources) -> Json:
         run_config=RunConfig(
             name=f"{context.step.name}-{context.step.key}",
             storage_path=f"{output.uri}/{LIVE}ray",
-            failure_config=FailureConfig(max_failures=resources.max_failures),
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+            callbacks=[HandleTermination()],  # pyright: ignore[reportArgumentType]  (Ray takes all of its kinds)
         ),
     )
+    machines = living_machines()
     try:
         trainer.fit()
+    except PreemptionError:
+        return End("preempted", "its machine was taken away")
     except TrainingFailedError as error:
         _raise_reported(context)
-        raise StepError(_lost(context, resources, _cause(error))) from error
+        return End(**output.read_json(_END)) if output.exists(_END) else _lost(machines, _cause(error))
     _raise_reported(context)
-    return output.read_json(_RESULT)
+    return End(**output.read_json(_END))
 
 
 def _run_ranked(config: dict[str, Any]) -> None:
@@ -105,27 +134,30 @@ def _run_ranked(config: dict[str, Any]) -> None:
 
     context: StepContext = config["context"]
     output, world = context.output, get_context()
-    if output.exists(_ERROR):  # a restart cannot help: a person has to
-        return
     try:
-        metrics = _run_worker(context, world.get_world_rank(), world.get_world_size())
+        end = _run_worker(context, world.get_world_rank(), world.get_world_size())
     except UnclipError as error:
         output.write_json(_ERROR, {"class": type(error).__name__, "message": str(error)})
         raise  # the other workers may be waiting for this one
+    if end.kind == "out_of_memory":
+        output.write_json(_END, asdict(end))
+        raise StepError(end.cause)
     if world.get_world_rank() == 0:
-        output.write_json(_RESULT, metrics)
+        output.write_json(_END, asdict(end))
 
 
-def _run_worker(context: StepContext, rank: int = 0, world_size: int = 1) -> Json:
+def _run_worker(context: StepContext, rank: int = 0, world_size: int = 1) -> End:
     """Train on one worker; runs in a process of its own, which starts when it has its CPUs."""
-    progress = Progress(context.output)
+    progress = Progress(context.output, notice=context.notice)
     import torch
 
     from pipeline.train.assemble import EarlierTraining, TrainJob
     from pipeline.train.job import run_job
+    from pipeline.train.stop import StoppedError
 
     name, output, workspace = context.step.name, context.output, Workspace(context.recipe.workspace)
-    resources = context.recipe.trained()[name].resources
+    section = context.recipe.trained()[name]
+    resources = section.resources
     num_threads = max(1, int(resources.cpus_per_worker))
     torch.set_num_threads(num_threads)
     job = TrainJob(
@@ -144,12 +176,34 @@ def _run_worker(context: StepContext, rank: int = 0, world_size: int = 1) -> Jso
         ),
     )
     try:
-        metrics = run_job(job, lambda done, total, message: progress.update(done, total, "steps", message))
+        with StopNotice(output, reads_requests=rank == 0) as notice:
+            metrics = run_job(job, lambda done, total, message: progress.update(done, total, "steps", message), notice)
+    except StoppedError as error:
+        if rank == 0:
+            progress.update(error.step, section.train.total_steps, "steps", str(error), force=True)
+        return End("preempted", str(error))
+    except (RuntimeError, MemoryError) as error:  # torch has a class of its own for a GPU's memory alone
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        return _out_of_memory(section, world_size, str(error).partition("\n")[0])
     except UnclipError as error:
         raise type(error)(f"{name}: {error}") from error
     if rank == 0:
-        progress.update(job.section.train.total_steps, job.section.train.total_steps, "steps", "trained", force=True)
-    return metrics
+        progress.update(section.train.total_steps, section.train.total_steps, "steps", "trained", force=True)
+    return End("finished", metrics=metrics)
+
+
+def _out_of_memory(section: TrainedSection, world_size: int, cause: str) -> End:
+    """The end of a training whose worker has too little memory."""
+    share = -(-section.train.batch_size // world_size)
+    largest = min(section.resources.micro_batch_size or share, share)
+    return End("out_of_memory", f"out of memory with {largest} samples at a time ({cause})", largest_pass=largest)
+
+
+def _lost(machines: set[str], cause: str) -> End:
+    """The end of a training that lost a worker: with one of the machines that were there, or alone."""
+    gone = machines - living_machines()
+    return End("preempted", f"a machine was lost ({cause})") if gone else End("failed", f"a worker failed ({cause})")
 
 
 def _device(resources: TrainResources, world_size: int) -> "torch.device":
@@ -172,13 +226,6 @@ def _num_gpus(resources: TrainResources) -> int:
     return 1 if resources.accelerator == "cuda" else 0
 
 
-def _lost(context: StepContext, resources: TrainResources, cause: str) -> str:
-    return (
-        f"{context.step.name}: training failed after {resources.max_failures} restarts: {cause}; "
-        f"its checkpoints are kept in {context.output.uri}; run again to continue"
-    )
-
-
 def _raise_reported(context: StepContext) -> None:
     """Raise the UnclipError that a worker reported."""
     if context.output.exists(_ERROR):
@@ -189,8 +236,11 @@ def _raise_reported(context: StepContext) -> None:
 def _cause(error: Exception) -> str:
     """The first worker's own error, in one line."""
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    cause = next(iter(failures.values()), error)
-    lines = str(cause).strip().splitlines() or [type(cause).__name__]
+    return _last_line(next(iter(failures.values()), error))
+
+
+def _last_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1]
 
 

@@ -24,6 +24,7 @@ from pipeline.train.resume import CheckpointWriter, Keep, load_newest_checkpoint
 from pipeline.train.sharding import create_mesh, is_sharded, shard
 from pipeline.train.speed import Speed, describe_speed
 from pipeline.train.state import TrainState, create_state
+from pipeline.train.stop import StoppedError, StopVote, WantsStop, never
 from pipeline.train.validation import Validation
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import LIVE, MANIFEST, Artifact
@@ -35,12 +36,13 @@ Watch = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, message) by rank 0 at every log line."""
 
 
-def run_job(job: TrainJob, watch: Watch) -> Json:
+def run_job(job: TrainJob, watch: Watch, wants_stop: WantsStop = never) -> Json:
     """Train, or continue, and publish the averaged network; every worker of the training calls this.
 
     Args:
         job: What to train, and which worker this is.
         watch: Receives progress; called on rank 0 only.
+        wants_stop: Why this worker's training should end early; see ``pipeline.train.stop``.
 
     Returns:
         Metrics: the last losses, parameters, steps; empty on ranks above 0.
@@ -49,6 +51,7 @@ def run_job(job: TrainJob, watch: Watch) -> Json:
         DataError: If the input artifacts are damaged, or hold no row.
         StepError: If more steps than ``max_bad_steps`` are not finite.
         ResumeError: If a checkpoint does not fit, or none is whole.
+        StoppedError: If a worker wants to end early: after a checkpoint, on all workers.
     """
     section, is_first = job.section, job.rank == 0
     config, resources = section.train, section.resources
@@ -69,8 +72,9 @@ def run_job(job: TrainJob, watch: Watch) -> Json:
             watch(state.step, config.total_steps, f"{text}{note_of_skips}{note}")
 
     def save(state: TrainState) -> None:
-        measures: dict[str, float] = {}
-        average = state.average
+        is_due = state.step % resources.save_every_steps == 0  # else the training ends early, and may have little time
+        measures = dict[str, float]() if is_due else None
+        average = state.average if is_due else None
         if is_first and average is not None:
             measures = validation(average)
             log.add_validation(state.step, measures)
@@ -85,13 +89,17 @@ def run_job(job: TrainJob, watch: Watch) -> Json:
     if is_first:
         watch(state.step, config.total_steps, f"training{note}")
     speed = Speed(job, state.step)
-    step_fn = make_step(objective, section, share, seed=job.seed)
+    vote = StopVote(wants_stop, job.world_size)
+    step_fn = make_step(objective, section, share, seed=job.seed, vote=vote)
     reader = iterate_batches(parts.train, order, share, state.step, prefetch=_prefetches(job))
     with writer, closing(reader) as batches:
         train(state, step_fn, speed.timed(batches), config, resources, save, report, explain)
+        reason = vote.reason() if state.step < config.total_steps else ""
         writer.wait()
-        if resources.keep_state:
+        if resources.keep_state and not reason:
             writer.keep_state(state)
+    if reason:
+        raise _stopped(job, state, log, reason)
     average = state.average
     if not is_first or average is None:
         return {}
@@ -101,6 +109,13 @@ def run_job(job: TrainJob, watch: Watch) -> Json:
     counts = {"num_parameters": num_parameters(average), "num_steps": state.step}
     events = {"num_damaged_checkpoints": len(damages), "num_skipped_steps": int(state.num_bad)}
     return log.summary() | counts | {name: number for name, number in events.items() if number} | origin_of(job)
+
+
+def _stopped(job: TrainJob, state: TrainState, log: MetricsLog, reason: str) -> StoppedError:
+    """The end of a training whose last checkpoint is written, and its curves with it."""
+    if job.rank == 0:
+        log.flush()
+    return StoppedError(state.step, reason)
 
 
 def start_training(job: TrainJob, parts: Parts) -> tuple[nn.Module, TrainState]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from models.diffusion.noise import derive_seed
@@ -21,6 +20,7 @@ from pipeline.recipe.recipe import TrainedSection
 from pipeline.recipe.train_sections import TrainConfig, TrainResources
 from pipeline.train.accumulation import Place, make_accumulate
 from pipeline.train.state import TrainState
+from pipeline.train.stop import StopVote, never
 
 StepFunction = Callable[[TrainState, Batch], None]
 
@@ -35,7 +35,7 @@ def train(
     report: Callable[[TrainState], None],
     explain: Callable[[TrainState], str] = lambda _: "",
 ) -> None:
-    """Train from ``state.step`` to the end.
+    """Train from ``state.step`` to the end, or to the step after which all workers have agreed to end.
 
     Args:
         state: The state of the training.
@@ -43,18 +43,18 @@ def train(
         batches: Batches from step ``state.step`` on.
         config: Number of steps.
         resources: Steps between logs and saves.
-        save: Called between steps, every ``save_every_steps``, not after the last.
+        save: Called between steps, every ``save_every_steps`` and when the workers end early, not after the last.
         report: Called every ``log_every_steps`` and after the last step; reads the device.
         explain: Says where a step was not finite.
 
     Raises:
         StepError: If more steps than ``max_bad_steps`` were not finite; names the step, which changed no weight.
     """
-    while state.step < config.total_steps:
+    while state.step < config.total_steps and not state.ends:
         step_fn(state, next(batches))  # forward, backward, finite check, clip, optimizer, average
         state.step += 1
         is_last = state.step == config.total_steps
-        saves = state.step % resources.save_every_steps == 0 and not is_last
+        saves = (state.ends or state.step % resources.save_every_steps == 0) and not is_last
         logs = state.step % resources.log_every_steps == 0 or is_last
         if saves or logs or state.bad_step.device.type == "cpu":
             require_finite(state, explain)  # on a GPU this waits for it, so not at every step
@@ -65,7 +65,9 @@ def train(
             save(state)
 
 
-def make_step(objective: nn.Module, section: TrainedSection, share: Share, *, seed: int) -> StepFunction:
+def make_step(
+    objective: nn.Module, section: TrainedSection, share: Share, *, seed: int, vote: StopVote | None = None
+) -> StepFunction:
     """The step function of one training.
 
     A step whose loss or gradient is not finite updates nothing, and once there were more of them than
@@ -76,8 +78,9 @@ def make_step(objective: nn.Module, section: TrainedSection, share: Share, *, se
         section: Optimisation, and the largest part of the batch that is worked off at a time.
         share: This worker's share of the global batch.
         seed: Seed of the training's random numbers.
+        vote: How the workers agree to end early; None: they never do.
     """
-    config = section.train
+    config, vote = section.train, vote or StopVote(never, share.world_size)
     accumulate = make_accumulate(objective, share, section.resources.micro_batch_size)
     losses = diffusion_losses_of(objective)
 
@@ -89,8 +92,8 @@ def make_step(objective: nn.Module, section: TrainedSection, share: Share, *, se
         loss = accumulate(batch, random, Place(state.bad_step.device, now.precision))
         for diffusion_loss in losses:
             diffusion_loss.end_step(share)
-        if share.world_size > 1:
-            torch.distributed.all_reduce(loss)
+        loss = vote.add_up(loss)
+        state.ends = vote.is_decided
         state.clip_gradients(now.grad_clip_norm)
         skips = _note(state, loss, section.resources.max_bad_steps)
         for buffer, value in zip(statistics, before, strict=True):

@@ -89,7 +89,7 @@ class CheckpointWriter:
 
         Args:
             state: The state.
-            measures: Validation loss and measures of the state's average.
+            measures: Validation loss and measures of the state's average; None: they were not taken.
 
         Raises:
             StepError: If the last checkpoint could not be written.
@@ -98,10 +98,10 @@ class CheckpointWriter:
         self.wait()
         if not _writes(state):
             return
-        if self._keep.best_by and _rank() == 0:
-            require_measure(self._keep.best_by, measures or {})
+        if self._keep.best_by and measures is not None and _rank() == 0:
+            require_measure(self._keep.best_by, measures)
         snapshot = Snapshot.of(state)
-        self._thread = threading.Thread(target=self._write, args=(snapshot, measures or {}), name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(snapshot, measures), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
@@ -127,7 +127,7 @@ class CheckpointWriter:
         if _writes(state):
             Snapshot.of(state).publish(self._artifact, state_name(state.step), self._digest, self._attempt)
 
-    def _write(self, snapshot: Snapshot, measures: Mapping[str, float]) -> None:
+    def _write(self, snapshot: Snapshot, measures: Mapping[str, float] | None) -> None:
         try:
             name = checkpoint_name(snapshot.step)
             snapshot.publish(self._artifact, name, self._digest, self._attempt, self._ends.is_set)
@@ -146,7 +146,7 @@ def save_checkpoint(
         writer.wait()
 
 
-def _remove_others(artifact: Artifact, step: int, keep: Keep, measures: Mapping[str, float]) -> None:
+def _remove_others(artifact: Artifact, step: int, keep: Keep, measures: Mapping[str, float] | None) -> None:
     """Remove the checkpoints that are not to be kept, and what is left of those that were never whole."""
     best = _note_best(artifact, step, keep.best_by, measures) if keep.best_by else None
     committed = _committed(artifact, CHECKPOINTS)
@@ -240,16 +240,18 @@ def require_measure(name: str, measures: Mapping[str, float]) -> None:
         raise ConfigError(f"resources.keep_best = {name!r}: the measures of this training are {names}")
 
 
-def _note_best(artifact: Artifact, step: int, name: str, measures: Mapping[str, float]) -> int:
-    """The step of the best checkpoint so far, this one included."""
+def _note_best(artifact: Artifact, step: int, name: str, measures: Mapping[str, float] | None) -> int | None:
+    """The step of the best checkpoint so far, this one included if it was measured."""
     sign = 1 if name.endswith("loss") else -1
-    this: Json = {"step": step, "value": measures[name], "by": name}
+    value = math.nan if measures is None else measures[name]
     if artifact.exists(_BEST):
         best: Json = artifact.read_json(_BEST)
-        is_better = best["by"] == name and (math.isnan(this["value"]) or sign * best["value"] <= sign * this["value"])
+        is_better = best["by"] == name and (math.isnan(value) or sign * best["value"] <= sign * value)
         if is_better and artifact.exists(checkpoint_name(best["step"])):
             return int(best["step"])
-    artifact.write_json(_BEST, this)
+    if measures is None:
+        return None
+    artifact.write_json(_BEST, {"step": step, "value": value, "by": name})
     return step
 
 

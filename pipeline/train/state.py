@@ -38,6 +38,8 @@ class TrainState:
     """Steps so far whose loss or gradient was not finite, on the device; they changed nothing."""
     grad_norm: Tensor = field(default_factory=lambda: torch.zeros(()))
     """Norm of the last gradient before clipping, on the device."""
+    ends: bool = False
+    """Whether all workers have agreed to end after this step, with a checkpoint."""
     draws: TimestepDraws | None = None
     """The distribution of a diffusion objective's timesteps; None for other objectives."""
     sharding: Sharding | None = None

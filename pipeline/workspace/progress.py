@@ -30,6 +30,8 @@ class ProgressState:
     """Seconds since the epoch."""
     workers: dict[str, int] = field(default_factory=dict[str, int])
     """Workers at work, by the name of their machine; empty while it is not known."""
+    notice: str = ""
+    """Why the step began again, if it did."""
 
     @property
     def age_s(self) -> float:
@@ -59,10 +61,11 @@ class Progress:
         artifact: The step's artifact.
         every_s: Least time between two writes, in seconds.
         waits: Whether the work still waits for its CPUs or GPUs: the clock starts at `begin`.
+        notice: Why the step begins again, if it does.
     """
 
-    def __init__(self, artifact: Artifact, *, every_s: float = 1.0, waits: bool = False) -> None:
-        self._artifact = artifact
+    def __init__(self, artifact: Artifact, *, every_s: float = 1.0, waits: bool = False, notice: str = "") -> None:
+        self._artifact, self._notice = artifact, notice
         self._every_s = every_s
         self._start = None if waits else time.monotonic()
         self._written_at = float("-inf")
@@ -99,7 +102,8 @@ class Progress:
         first_s, first_done = self._first or (now, done)
         rate = (done - first_done) / max(now - first_s, 1e-9)
         eta_s = (total - done) / rate if rate > 0 else 0.0
-        state = ProgressState(done, total, unit, rate, eta_s, message, self.wall_s, time.time(), dict(workers or {}))
+        wall_s, updated, machines = self.wall_s, time.time(), dict(workers or {})
+        state = ProgressState(done, total, unit, rate, eta_s, message, wall_s, updated, machines, self._notice)
         self._artifact.write_json(PROGRESS, asdict(state))
         self._written_at = now
 

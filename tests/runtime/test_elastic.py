@@ -1,11 +1,16 @@
 """A training whose machines come and go: it goes on with those that are there, and ends as an undisturbed one."""
 
+import contextlib
 import itertools
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,6 +22,7 @@ from safetensors.torch import load_file
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.recipe.schedule import needs_of
+from pipeline.runtime.context import StepContext
 from pipeline.runtime.run import connect
 from pipeline.runtime.train import run_training
 from pipeline.workspace.progress import METRICS
@@ -43,6 +49,28 @@ def _parts(output: Artifact) -> list[tuple[int, int]]:
     return [
         (workers, len(list(part)) * LOG_EVERY) for workers, part in itertools.groupby(rows, lambda row: row["workers"])
     ]
+
+
+def _wait_for_steps(output: Artifact, steps: int) -> None:
+    """Until the log has a line of that step or a later one."""
+    end = time.monotonic() + 120
+    while sum(number for _, number in _parts(output)) < steps:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def _workers() -> list[psutil.Process]:
+    """The workers of Ray Train that this process's own Ray has started."""
+    workers: list[psutil.Process] = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "RayTrainWorker" in " ".join(child.cmdline()):
+                workers.append(child)
+    return workers
+
+
+def _weights(context: StepContext) -> bytes:
+    return context.output.path("model.safetensors").read_bytes()
 
 
 def _wait_for(output: Artifact, workers: list[int], done: threading.Event) -> None:
@@ -105,7 +133,7 @@ def test_a_worker_that_hangs_is_missed_and_replaced(tmp_path: Path) -> None:
         task = ray.remote(num_cpus=0, max_retries=0)(run_training).remote(hung)
         threading.Thread(target=lambda: (ray.wait([task]), done.set()), daemon=True).start()
         _wait_for(hung.output, [2], done)
-        workers = [one for one in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(one.info["cmdline"])]
+        workers = _workers()
         assert len(workers) == 2
         workers[0].suspend()
         assert ray.get(task).metrics["num_steps"] == NUM_STEPS
@@ -124,3 +152,60 @@ def test_a_range_of_workers_is_checked_and_planned_for(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             _recipe(tmp_path, **fields)
+
+
+def _drain(cluster: Cluster, node: Any, *, seconds: int) -> None:
+    """What a watcher of spot notices does."""
+    options = {"--address": cluster.address, "--node-id": node.node_id, "--deadline-remaining-seconds": str(seconds)}
+    options |= {"--reason": "DRAIN_NODE_REASON_PREEMPTION", "--reason-message": "a spot notice"}
+    words = [word for option in options.items() for word in option]
+    ray_command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
+    subprocess.run([*ray_command, "drain-node", *words], check=True, timeout=60)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+@pytest.mark.slow
+def test_a_machine_that_is_drained_with_notice(cluster: Cluster, tmp_path: Path) -> None:
+    never = {"save_every_steps": 2 * NUM_STEPS}  # so that every checkpoint is one of a notice
+    elastic = upsampler_context(_recipe(tmp_path / "elastic", num_workers=[1, 2], resize_every_s=3.0, **never))
+    moved, calm = (upsampler_context(_recipe(tmp_path / name, num_workers=1, **never)) for name in ("moved", "calm"))
+    first, second = cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)
+    with connect(cluster.address):
+        start = ray.remote(num_cpus=0, max_retries=0)(run_training).remote
+        for context, leaving in ((elastic, first), (moved, second)):
+            task, done = start(context), threading.Event()
+            threading.Thread(target=lambda task=task, done=done: (ray.wait([task]), done.set()), daemon=True).start()
+            _wait_for(context.output, [2 if context is elastic else 1], done)
+            if context is moved:
+                cluster.add_node(num_cpus=1)
+            _drain(cluster, leaving, seconds=30)
+            metrics = ray.get(task).metrics
+            assert (metrics["num_steps"], metrics["num_preemptions"]) == (NUM_STEPS, 1)
+        ray.get(start(calm))
+    assert [number for number, _ in _parts(elastic.output)] == [2, 1]
+    weights = [load_file(context.output.path("model.safetensors")) for context in (elastic, moved, calm)]
+    largest = max(float(weight.abs().max()) for weight in weights[2].values())
+    for name, weight in weights[2].items():
+        assert torch.equal(weights[1][name], weight)
+        assert float((weights[0][name] - weight).abs().max()) < 1e-2 * largest
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+@pytest.mark.slow
+def test_workers_that_get_sigterm_or_are_killed_lose_no_step_or_few(tmp_path: Path) -> None:
+    disturbed, calm = (
+        upsampler_context(_recipe(tmp_path / name, num_workers=2, cpus_per_worker=0.5)) for name in ("wild", "calm")
+    )
+    with connect():
+        start = ray.remote(num_cpus=0, max_retries=0)(run_training).remote
+        task, done = start(disturbed), threading.Event()
+        threading.Thread(target=lambda: (ray.wait([task]), done.set()), daemon=True).start()
+        for number, kill in enumerate((signal.SIGTERM, signal.SIGKILL)):
+            _wait_for_steps(disturbed.output, NUM_STEPS // 4 * (number + 1))
+            _workers()[number].send_signal(kill)
+        metrics = ray.get(task).metrics
+        ray.get(start(calm))
+    assert (metrics["num_preemptions"], metrics["num_failures"]) == (1, 1)
+    assert _weights(disturbed) == _weights(calm)

@@ -24,6 +24,7 @@ from pipeline.train.job import run_job, start_training
 from pipeline.train.loop import make_step
 from pipeline.train.resume import CheckpointWriter, Keep, checkpoint_name, checkpoint_steps, load_newest_checkpoint
 from pipeline.train.state import TrainState
+from pipeline.train.stop import StoppedError
 from pipeline.workspace.store import Artifact
 from tests.tiny.training import bound_recipe, no_watch, tiny_inputs, training_recipe
 
@@ -152,6 +153,28 @@ def _run(inputs: dict[str, Artifact], folder: str, rank: int, world_size: int) -
     )
 
 
+def _stop_and_go_on(inputs: dict[str, Artifact], folder: str, rank: int, world_size: int) -> dict[str, Any]:
+    """The same run, which the last worker wants to end early at its third step, and which goes on then."""
+    recipe = _Case("upsampler_1", resources={"save_every_steps": 2}).recipe(world_size, 0)
+    output, calls = Artifact(f"{folder}/stopped"), list[int]()
+    job = TrainJob("upsampler_1", recipe, inputs, output, "key", CPU, rank=rank, world_size=world_size)
+
+    def wants_stop() -> str:
+        calls.append(rank)
+        return "its machine is taken away" if rank == world_size - 1 and len(calls) >= 3 else ""
+
+    ends = list[str]()
+    try:
+        run_job(job, no_watch, wants_stop)
+    except StoppedError as error:
+        ends.append(str(error))
+    torch.distributed.barrier()
+    steps = checkpoint_steps(output)
+    torch.distributed.barrier()
+    run_job(job, no_watch)
+    return {"ends": ends, "steps": steps}
+
+
 def _work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     inputs = {name: Artifact(f"{folder}/{name}") for name in ("download", "embed", "clip")}
@@ -178,7 +201,8 @@ def _work_together(number: int, rank: int, world_size: int, inputs: dict[str, Ar
             share = Share(case.batch_size, rank, world_size)
             results[name, world_size, 0] = _train(case, inputs, folder, share, case.num_shards)
     if number == 1:
-        return results | {("run", 2, 0): _run(inputs, folder, rank, 2)}
+        results["run", 2, 0] = _run(inputs, folder, rank, 2)
+        return results | {("stopped", 2, 0): _stop_and_go_on(inputs, folder, rank, 2)}
     share = Share(CASES["decoder"].batch_size, rank, world_size)
     if number == 0:
         results["decoder", 4, 1] = _train(CASES["decoder"], inputs, folder, share, 1)
@@ -239,6 +263,17 @@ def test_a_divided_training_is_validated_and_published_as_that_of_one_worker(
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=2e-5, msg=name)
     assert checkpoint_steps(Artifact(str(folder / "run-2"))) == [2, 4]
+
+
+def test_workers_end_after_the_same_step_if_one_wants_to_and_go_on_as_if_they_had_not(
+    trained: list[Results], folder: Path
+) -> None:
+    for results in trained[:2]:
+        stopped = results["stopped", 2, 0]
+        assert stopped["ends"] == ["ended after step 3, with a checkpoint: its machine is taken away"]
+        assert stopped["steps"] == [2, 3]
+    weights = [(folder / name / "model.safetensors").read_bytes() for name in ("run-2", "stopped")]
+    assert weights[0] == weights[1]
 
 
 def test_four_workers_hold_less_than_a_third_of_what_each_holds_alone(trained: list[Results]) -> None:

@@ -1,0 +1,101 @@
+"""How a start of a training ended, and whether the training begins again: each kind of end has a budget of its own."""
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from pipeline.errors import StepError
+from pipeline.recipe.recipe import Recipe, TrainedSection
+from pipeline.recipe.train_sections import ClipStepConfig
+from pipeline.runtime.context import StepContext
+
+Json = dict[str, Any]
+Kind = Literal["finished", "preempted", "out_of_memory", "failed"]
+_COUNTS = {"preempted": "num_preemptions", "out_of_memory": "num_out_of_memory", "failed": "num_failures"}
+
+
+@dataclass(frozen=True)
+class End:
+    """How one start of a training ended."""
+
+    kind: Kind
+    cause: str = ""
+    """Why it did not finish."""
+    metrics: Json = field(default_factory=dict[str, Any])
+    """What a finished one measured."""
+    largest_pass: int = 0
+    """Samples in one pass for which the memory did not suffice."""
+    error: Exception | None = None
+    """The error that it failed with, where a person should see all of it."""
+
+
+class Restarts:
+    """The starts of one training so far.
+
+    Args:
+        context: The step.
+    """
+
+    def __init__(self, context: StepContext) -> None:
+        self._context = context
+        self._counts = Counter[Kind]()
+
+    def next(self, end: End) -> StepContext:
+        """The step as the next start runs it, after one that did not finish.
+
+        Raises:
+            StepError: If there were more ends of this kind than the recipe allows, or memory does not suffice for one
+                sample at a time.
+        """
+        context, name = self._context, self._context.step.name
+        section = context.recipe.trained()[name]
+        self._counts[end.kind] += 1
+        limit = _limits(section)[end.kind]
+        if self._counts[end.kind] > limit:
+            if end.error is not None:
+                raise end.error
+            raise StepError(
+                f"{name}: training {_WORDS[end.kind]} more than {limit} times: {end.cause}; its checkpoints are kept "
+                f"in {context.output.uri}; run again to continue"
+            )
+        notice = f"{end.cause}; it goes on from its newest checkpoint"
+        if end.kind == "out_of_memory":
+            half = (end.largest_pass + 1) // 2
+            if half == end.largest_pass or not _goes_in_parts(section):
+                raise StepError(
+                    f"{name}: {end.cause}, and less is not possible; set resources.checkpointing, or num_shards = 0 "
+                    "with more workers, or make the network smaller; `unclip plan --cost` counts its memory"
+                )
+            notice = f"{end.cause}; it goes on with {half} (resources.micro_batch_size = {half}), the same training"
+            context = replace(context, recipe=_with_micro_batch(context.recipe, name, half))
+        self._context = replace(context, notice=notice)
+        return self._context
+
+    @property
+    def metrics(self) -> Json:
+        """How often it began again, for the manifest."""
+        return {_COUNTS[kind]: count for kind, count in self._counts.items()}
+
+
+_WORDS = {"preempted": "was preempted", "out_of_memory": "ran out of memory", "failed": "failed"}
+
+
+def _limits(section: TrainedSection) -> dict[Kind, int]:
+    resources = section.resources
+    return {
+        "preempted": resources.max_preemptions,
+        "out_of_memory": resources.max_out_of_memory,
+        "failed": resources.max_failures,
+    }
+
+
+def _goes_in_parts(section: TrainedSection) -> bool:
+    """Whether ``micro_batch_size`` may be set: the batch norms of a ResNet need the batch undivided."""
+    return not (isinstance(section, ClipStepConfig) and section.model.vision == "resnet")
+
+
+def _with_micro_batch(recipe: Recipe, name: str, size: int) -> Recipe:
+    """The recipe with another ``micro_batch_size`` of one training."""
+    section = recipe.trained()[name]
+    section = replace(section, resources=replace(section.resources, micro_batch_size=size))
+    return replace(recipe, **{name: section})

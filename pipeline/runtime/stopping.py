@@ -1,0 +1,125 @@
+"""Why a training should end early: the run is interrupted, its process gets SIGTERM, or Ray drains its machine.
+
+The driver asks through a file beside the training's progress, because it shares nothing but the workspace with the
+workers.
+"""
+
+import contextlib
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any, Self
+
+import ray
+import ray.exceptions
+from ray._private.state import state as ray_state
+
+from pipeline.errors import UnclipError
+from pipeline.workspace.store import LIVE, Artifact
+
+STOP = f"{LIVE}stop"
+STOP_WAIT_S = 300.0
+"""Longest time for a training to end after it was asked: a step, and writing a checkpoint."""
+_POLL_S = 1.0
+_DRAIN_POLL_S = 5.0
+NOTICE_S = 120.0
+"""A training on a machine that Ray takes away goes on until so long before that."""
+
+
+def request_stop(output: Artifact) -> None:
+    """Ask the training of an artifact to end after a checkpoint."""
+    output.write_bytes(STOP, b"stop\n")
+
+
+def is_stop_requested(output: Artifact) -> bool:
+    """Whether the training was asked to end since it was submitted."""
+    return output.exists(STOP)
+
+
+class _Termination:
+    """SIGTERM to this process. During a training the first one is noted; any other one ends the process as before."""
+
+    def __init__(self) -> None:
+        self.is_training = self.is_noted = False
+        self._before: Any = None
+
+    def install(self) -> None:
+        """Handle SIGTERM; only the main thread of a process may call this."""
+        self._before = signal.signal(signal.SIGTERM, self._handle)
+
+    def restore(self) -> None:
+        """Let the handler of before handle SIGTERM again."""
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.is_training and not self.is_noted:
+            self.is_noted = True
+        elif callable(self._before):
+            self._before(number, frame)
+        else:
+            raise SystemExit(128 + number)
+
+
+_termination = _Termination()
+
+
+def handle_sigterm() -> None:
+    """Let SIGTERM end the trainings of this process early; for processes whose trainings run in another thread."""
+    _termination.install()
+
+
+class StopNotice:
+    """Whether a worker's training should end early; inside a ``with`` block a thread looks for reasons.
+
+    Args:
+        output: The artifact of the training.
+        reads_requests: Whether this worker looks for what the driver asks; one of a training is enough.
+    """
+
+    def __init__(self, output: Artifact, *, reads_requests: bool) -> None:
+        self._output, self._reads_requests = output, reads_requests
+        self._reason = ""
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="stop notice", daemon=True)
+        self._is_main = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> Self:
+        if self._is_main:
+            _termination.install()
+        _termination.is_training, _termination.is_noted = True, False
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ends.set()
+        self._thread.join()
+        _termination.is_training = False
+        if self._is_main:
+            _termination.restore()
+
+    def __call__(self) -> str:
+        """Why; empty if it should go on."""
+        return "its process got SIGTERM" if _termination.is_noted else self._reason
+
+    def _watch(self) -> None:
+        drain_due = 0.0
+        while not self._reason and not self._ends.wait(_POLL_S):
+            # A store or a head that does not answer for a moment is asked again.
+            with contextlib.suppress(UnclipError, OSError, ray.exceptions.RayError):
+                if self._reads_requests and is_stop_requested(self._output):
+                    self._reason = "the run was asked to end"
+                elif ray.is_initialized() and time.monotonic() >= drain_due:
+                    drain_due = time.monotonic() + _DRAIN_POLL_S
+                    if is_leaving(ray.get_runtime_context().get_node_id(), time.time()):
+                        self._reason = "its machine is taken away"
+
+
+def is_leaving(node_id: str, now: float) -> bool:
+    """Whether Ray takes a machine away within ``NOTICE_S`` of ``now`` (seconds since the epoch), or does not say when.
+
+    Ray has no public call for this; its own trainer asks as we do.
+    """
+    deadlines_ms: dict[str, int] = ray_state.get_draining_nodes()
+    deadline_ms = deadlines_ms.get(node_id)
+    return deadline_ms is not None and (deadline_ms == 0 or deadline_ms / 1000 - now <= NOTICE_S)

@@ -1,0 +1,115 @@
+"""A training begins again after memory did not suffice, errors and preemptions; each has a budget of its own."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+
+from pipeline.errors import StepError
+from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.runtime import train
+from pipeline.runtime.context import StepContext
+from pipeline.runtime.restarts import End, Restarts
+from pipeline.runtime.run import connect
+from pipeline.train import job
+from pipeline.train.loop import StepFunction, make_step
+from pipeline.workspace.progress import read_progress
+from tests.tiny.faults import FaultyContext
+from tests.tiny.recipe import tiny_tables
+from tests.tiny.training import upsampler_context
+
+
+def _recipe(workspace: Path, **resources: float) -> Recipe:
+    upsampler = {
+        "train": {"num_steps": 6, "batch_size": 4, "learning_rate": 1e-3},
+        "resources": {"save_every_steps": 2, **resources},
+    }
+    return parse_recipe(tiny_tables(workspace, upsampler_1=upsampler))
+
+
+def _here(context: StepContext, _resources: object) -> End:
+    """A start of the training in this process."""
+    return train._run_worker(context)
+
+
+def _with_little_memory(enough_for: int, at_step: int) -> Any:
+    """``make_step`` on a device whose memory holds so many samples at a time; it notices at a step."""
+
+    def make(objective: Any, section: Any, share: Any, **options: Any) -> StepFunction:
+        step = make_step(objective, section, share, **options)
+
+        def scarce(state: Any, batch: Any) -> None:
+            if state.step >= at_step and (section.resources.micro_batch_size or share.batch_size) > enough_for:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore words.")
+            step(state, batch)
+
+        return scarce
+
+    return make
+
+
+def test_a_training_goes_on_with_half_the_micro_batch_and_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "_fit_one", _here)
+    calm, scarce = (upsampler_context(_recipe(tmp_path / name)) for name in ("calm", "scarce"))
+    expected = train.run_training(calm).metrics
+    monkeypatch.setattr(job, "make_step", _with_little_memory(1, at_step=3))
+    metrics = train.run_training(scarce).metrics
+    progress = read_progress(scarce.output)
+    assert progress is not None
+    assert progress.notice == (
+        "out of memory with 2 samples at a time (CUDA out of memory. Tried to allocate 2 GiB.); it goes on with 1 "
+        "(resources.micro_batch_size = 1), the same training"
+    )
+    assert metrics["num_out_of_memory"] == 2
+    assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    weights = [load_file(context.output.path("model.safetensors")) for context in (calm, scarce)]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("enough_for", "resources", "words"),
+    [
+        (0, {}, "out of memory with 1 samples at a time .*less is not possible; set resources.checkpointing"),
+        (1, {"max_out_of_memory": 1}, "upsampler_1: training ran out of memory more than 1 times: .*with 2 samples"),
+    ],
+)
+def test_a_training_that_never_fits_ends(
+    enough_for: int, resources: dict[str, int], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "_fit_one", _here)
+    monkeypatch.setattr(job, "make_step", _with_little_memory(enough_for, at_step=0))
+    with pytest.raises(StepError, match=words):
+        train.run_training(upsampler_context(_recipe(tmp_path, **resources)))
+
+
+def test_preemptions_and_errors_have_budgets_of_their_own(tmp_path: Path) -> None:
+    restarts = Restarts(upsampler_context(_recipe(tmp_path, max_failures=1, max_preemptions=3)))
+    lost, drained = End("failed", "a worker failed"), End("preempted", "its machine is taken away")
+    for end in (drained, lost, drained):
+        assert restarts.next(end).notice == f"{end.cause}; it goes on from its newest checkpoint"
+    assert restarts.metrics == {"num_preemptions": 2, "num_failures": 1}
+    with pytest.raises(StepError, match="training failed more than 1 times: a worker failed; its checkpoints are kept"):
+        restarts.next(lost)
+    restarts.next(drained)
+    with pytest.raises(StepError, match="training was preempted more than 3 times: its machine is taken away"):
+        restarts.next(drained)
+    with pytest.raises(ZeroDivisionError):  # a person sees all of an error
+        restarts.next(End("failed", "division by zero", error=ZeroDivisionError()))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_that_raise_are_started_again(num_workers: int, tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, num_workers=num_workers, cpus_per_worker=0.5)
+    context = upsampler_context(recipe)
+    faulty = FaultyContext(recipe, context.step, context.root)
+    with connect():
+        metrics = ray.get(ray.remote(num_cpus=0, max_retries=0)(train.run_training).remote(faulty)).metrics
+    assert (metrics["num_failures"], metrics["num_out_of_memory"], metrics["num_steps"]) == (1, 1, 6)

@@ -1,0 +1,96 @@
+"""What ends a training early: SIGTERM, the driver, a machine that is drained. The same training goes on afterwards."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.runtime import stopping
+from pipeline.runtime.stopping import NOTICE_S, STOP, StopNotice, is_leaving, request_stop
+from pipeline.train.job import run_job
+from pipeline.train.resume import checkpoint_steps
+from pipeline.train.stop import StoppedError
+from pipeline.workspace.store import Artifact
+from tests.tiny.training import no_watch, tiny_inputs, tiny_job
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    return tiny_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def calm(inputs: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The weights of the undisturbed training."""
+    output = tmp_path_factory.mktemp("calm")
+    run_job(tiny_job("upsampler_1", inputs, output), no_watch)
+    return (output / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("step", [1, 3, 5])  # regular checkpoints are of steps 2 and 4
+def test_sigterm_ends_a_training_at_its_step_and_it_goes_on_there(
+    step: int, inputs: dict[str, Artifact], calm: bytes, tmp_path: Path
+) -> None:
+    job, steps = tiny_job("upsampler_1", inputs, tmp_path), list[int]()
+
+    def terminate(done: int, total: int, message: str) -> None:
+        if done == step - 1:  # the step after this line is the last
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def note(done: int, total: int, message: str) -> None:
+        steps.append(done)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.raises(StoppedError, match=f"ended after step {step}, with a checkpoint: its process got SIGTERM"),
+        StopNotice(job.output, reads_requests=True) as notice,
+    ):
+        run_job(job, terminate, notice)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert checkpoint_steps(job.output)[-1] == step
+    run_job(job, note)
+    assert steps[0] == step
+    assert (tmp_path / "model.safetensors").read_bytes() == calm
+
+
+def test_a_training_ends_when_the_driver_asks(
+    inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stopping, "_POLL_S", 0.01)
+    job = tiny_job("upsampler_1", inputs, tmp_path)
+    with StopNotice(job.output, reads_requests=True) as notice:
+
+        def ask(done: int, total: int, message: str) -> None:
+            if done == 3:
+                request_stop(job.output)
+                while not notice():
+                    time.sleep(0.001)
+
+        with pytest.raises(StoppedError, match="ended after step 4, with a checkpoint: the run was asked to end"):
+            run_job(job, ask, notice)
+    assert job.output.exists(STOP)
+
+
+def test_a_second_sigterm_and_one_outside_of_a_training_are_handled_as_before(tmp_path: Path) -> None:
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        with StopNotice(Artifact(str(tmp_path)), reads_requests=False) as notice:
+            assert notice() == ""
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (notice(), received) == ("its process got SIGTERM", [])
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert received == [signal.SIGTERM]
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert len(received) == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_training_leaves_a_drained_machine_shortly_before_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    deadlines_s = {"soon": 1000 + NOTICE_S, "later": 1001 + NOTICE_S, "unknown": 0}
+    draining = {name: int(1000 * deadline) for name, deadline in deadlines_s.items()}
+    monkeypatch.setattr(stopping.ray_state, "get_draining_nodes", lambda: draining)
+    assert [is_leaving(name, 1000) for name in (*draining, "another")] == [True, False, True, False]

@@ -1,0 +1,39 @@
+"""Faults inside the workers of a training: they cannot read their inputs, each time it starts for another reason."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.runtime.context import StepContext
+from pipeline.workspace.store import Artifact
+
+
+class _Unreadable(Artifact):
+    """An artifact whose files cannot be read.
+
+    Args:
+        uri: Its folder.
+        error: Class of what is raised.
+    """
+
+    def __init__(self, uri: str, error: type[Exception]) -> None:
+        super().__init__(uri)
+        self._error = error
+
+    def path(self, name: str) -> Path:
+        """Raises the error."""
+        raise self._error(f"{name} cannot be read")
+
+
+@dataclass(frozen=True)
+class FaultyContext(StepContext):
+    """A training whose first start ends with an error, the second without memory; the third is sound."""
+
+    @property
+    def inputs(self) -> dict[str, Artifact]:
+        """The inputs, in the process that asks for them."""
+        if "memory" in self.notice:
+            return super().inputs
+        error = torch.OutOfMemoryError if self.notice else RuntimeError
+        return {name: _Unreadable(artifact.uri, error) for name, artifact in super().inputs.items()}
