@@ -78,7 +78,7 @@ def measure_cache(shards: int, rows: int, gpus: int) -> str:
         cache._GRACE_S = 0.0  # (files come within the minute in which one that was used stays)
         for number in range(_CACHED_FILES):
             version = cache.Version(str(number), 1000)
-            path = cache.cached_path(
+            path, _ = cache.cached_path(
                 f"s3://b/{number // 1000}/{number}",
                 version,
                 lambda local: local.write_bytes(bytes(1000)) and None,

@@ -1,4 +1,4 @@
-"""A local S3 server in a process of its own, with faults on request.
+"""A local S3 server in a process of its own, with faults on request, that counts what is asked of it.
 
 It is moto's server behind one port that this module owns: a list of faults is applied to the next requests, and every
 request is noted. A test speaks to it through `S3Server`.
@@ -12,8 +12,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import urllib.request
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,9 @@ _ERRORS = {
     "500": ("500 Internal", b"<Error><Code>InternalError</Code></Error>"),
     "throttled": ("503 Slow", b"<Error><Code>SlowDown</Code></Error>"),
 }
-_REQUESTS: list[tuple[str, str, int]] = []
+_REQUESTS: list[tuple[str, str, int, str]] = []
+_DISTURBANCE: dict[str, Any] = {"every": 0, "kinds": [], "number": 0}
+_SLOW_S = 0.2
 
 
 def _application(inner: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
@@ -33,9 +36,12 @@ def _application(inner: Callable[..., Iterable[bytes]]) -> Callable[..., Iterabl
         return [body]
 
     def control(path: str, environ: dict[str, Any]) -> bytes:
+        size = int(environ.get("CONTENT_LENGTH") or 0)
         if path == "/-/faults":
-            size = int(environ.get("CONTENT_LENGTH") or 0)
             _FAULTS[:] = json.loads(environ["wsgi.input"].read(size))
+            return b"{}"
+        if path == "/-/disturbance":
+            _DISTURBANCE.update(json.loads(environ["wsgi.input"].read(size)))
             return b"{}"
         body = json.dumps(_REQUESTS).encode()
         _REQUESTS.clear()
@@ -46,22 +52,19 @@ def _application(inner: Callable[..., Iterable[bytes]]) -> Callable[..., Iterabl
         if path.startswith("/-/"):
             return answer(environ, start, "200 OK", control(path, environ))
         with lock:
-            fault = next((one for one in _FAULTS if one["method"] == method and one["in_path"] in path), None)
-            if fault is not None:
-                fault["times"] -= 1
-                if not fault["times"]:
-                    _FAULTS.remove(fault)
+            fault = _next_fault(method, path)
+        kind = _kind(environ)
         if fault is None or fault["kind"] == "slow":
             time.sleep(fault["seconds"] if fault else 0)
             pieces = inner(environ, start)
             body = b"".join(pieces)
-            _REQUESTS.append((method, path + "?" + environ.get("QUERY_STRING", ""), len(body)))
+            _REQUESTS.append((method, path + "?" + environ.get("QUERY_STRING", ""), len(body), kind))
             return [body]
-        _REQUESTS.append((method, f"{path}!{fault['kind']}", 0))
+        _REQUESTS.append((method, f"{path}!{fault['kind']}", 0, kind))
         if fault["kind"] in _ERRORS:
             return answer(environ, start, *_ERRORS[fault["kind"]])
         # A reset, before the answer or in the middle of it.
-        if fault["kind"] == "half":
+        if fault["kind"] == "half" and method == "GET":
             body = b"".join(inner(environ, lambda *_: None))
             start("200 OK", [("Content-Length", str(len(body))), ("ETag", '"half"')])
             return _half(environ, body)
@@ -71,9 +74,49 @@ def _application(inner: Callable[..., Iterable[bytes]]) -> Callable[..., Iterabl
     return application
 
 
+def _next_fault(method: str, path: str) -> dict[str, Any] | None:
+    """What happens to a request; None: nothing."""
+    fault = next((one for one in _FAULTS if one["method"] == method and one["in_path"] in path), None)
+    if fault is not None:
+        fault["times"] -= 1
+        if not fault["times"]:
+            _FAULTS.remove(fault)
+    elif _DISTURBANCE["every"]:
+        number = _DISTURBANCE["number"] = _DISTURBANCE["number"] + 1
+        turn, rest = divmod(number, _DISTURBANCE["every"])
+        if not rest:
+            kinds = _DISTURBANCE["kinds"]
+            return {"kind": kinds[turn % len(kinds)], "seconds": _SLOW_S}
+    return fault
+
+
+def _kind(environ: dict[str, Any]) -> str:
+    """What a request is, by the words of a store's price list."""
+    method, query = environ["REQUEST_METHOD"], urllib.parse.parse_qs(environ.get("QUERY_STRING", ""), True)
+    if query.keys() & {"uploads", "uploadId", "partNumber"}:
+        return "LIST" if method == "GET" else "multipart"
+    if method == "GET":
+        return "LIST" if "list-type" in query else "ranged GET" if "HTTP_RANGE" in environ else "GET"
+    if method == "POST":
+        return "DELETE"  # of many
+    return "COPY" if "HTTP_X_AMZ_COPY_SOURCE" in environ else method
+
+
 def _half(environ: dict[str, Any], body: bytes) -> Generator[bytes]:
     yield body[: len(body) // 2]
     environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request that a server has answered."""
+
+    kind: str
+    """GET, ranged GET, HEAD, PUT, LIST, DELETE, COPY or multipart."""
+    name: str
+    """Bucket and key; of a LIST, what the keys begin with."""
+    num_bytes: int
+    """Of the answer's body."""
 
 
 @dataclass
@@ -119,7 +162,23 @@ class S3Server:
 
     def requests(self) -> list[tuple[str, str, int]]:
         """Method, path and bytes of the answer of every request since the last call."""
-        return [(method, path, size) for method, path, size in json.loads(self._ask("GET", "/-/requests", None))]
+        return [(method, path, size) for method, path, size, _ in self._log()]
+
+    def counted(self) -> list[Request]:
+        """Every request since the last call."""
+        requests: list[Request] = []
+        for _, path, size, kind in self._log():
+            key, _, query = path.partition("?")
+            prefix = urllib.parse.parse_qs(query).get("prefix", [""])[0]
+            requests.append(Request(kind, f"{key}/{prefix}".strip("/") if prefix else key.strip("/"), size))
+        return requests
+
+    def disturb(self, every: int, kinds: Sequence[str] = ()) -> None:
+        """Let each request of that number fail, in one way after the other; 0: none."""
+        self._ask("POST", "/-/disturbance", {"every": every, "kinds": list(kinds), "number": 0})
+
+    def _log(self) -> list[tuple[str, str, int, str]]:
+        return json.loads(self._ask("GET", "/-/requests", None))
 
     def _ask(self, method: str, path: str, data: Any) -> bytes:
         body = None if data is None else json.dumps(data).encode()
@@ -137,6 +196,43 @@ def started() -> Generator[S3Server]:
             yield S3Server(int(process.stdout.readline()))
         finally:
             process.kill()
+
+
+@contextlib.contextmanager
+def proxy(port: int, server: S3Server) -> Generator[None]:
+    """Forwards a port to the server; at the end nothing answers there, and what was open is closed."""
+    opened: list[socket.socket] = []
+
+    def cut(*ends: socket.socket) -> None:
+        for end in ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)  # closing alone would leave a thread that reads from it waiting
+            end.close()
+
+    def pump(source: socket.socket, target: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                target.sendall(data)
+        except OSError:
+            pass
+        finally:
+            cut(source, target)
+
+    def accept() -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            other = socket.create_connection(("127.0.0.1", server.port))
+            opened.extend((client, other))
+            for ends in ((client, other), (other, client)):
+                threading.Thread(target=pump, args=ends, daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", port), reuse_port=True) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield
+        cut(listener, *opened)
 
 
 def _main() -> None:

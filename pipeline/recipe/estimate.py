@@ -231,8 +231,9 @@ def _recorded(workspace: Workspace, step: Step, recipe: Recipe, crowding: float)
 def _read_times(home: Artifact) -> Times:
     """The measured times; none if the file is missing, damaged or of another release: no run may stop for them."""
     with contextlib.suppress(DataError):
-        if home.exists(TIMES):
-            return parse_record(Times, home.read_json(TIMES))
+        times = home.find_json(TIMES)
+        if times is not None:
+            return parse_record(Times, times)
     return Times()
 
 

@@ -96,7 +96,7 @@ class SegmentBuild:
         embedded, rng = EmbeddedShards.open(self.sources), np.random.default_rng(self.seed)
         origin = {"inputs": inputs, "embedded": embedded.to_json(workspace_of(self.output))}
         plan = self._live("plan.json")
-        if self.output.exists(plan) and self.output.read_json(plan).items() >= origin.items():
+        if (self.output.find_json(plan) or {}).items() >= origin.items():
             return
         self.clear()  # of a change that was given up, or of a removal that was stopped
         kinds.set_threads(self.num_threads)

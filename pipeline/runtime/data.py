@@ -88,14 +88,16 @@ class EmbedWorker:
 
         start, paths = time.monotonic(), list[Path]()
         for source in (f"{shard}.tar", f"{shard}.parquet"):
-            paths.append(self._download.path(source))
-            if self._download.describe(source) != self._records[shard].files[source]:
+            path = self._download.matching(source, self._records[shard].files[source])
+            if path is None:
                 where = f"embed: shard {shard}: {self._download.uri}/{source}"
                 raise DataError(f"{where} does not match its checksum; {REPAIR_HINT}")
+            paths.append(path)
         result = self._embedder(paths[0], paths[1], shard)
         with self._output.write(f"{shard}.parquet") as path:
             write_embeddings([result.table], path, result.table.schema)
-        return _commit_embeddings(self._output, shard, dict(result.counts), result.failures, start)
+            splits = split_counts(path)
+        return _commit_embeddings(self._output, shard, dict(result.counts), result.failures, splits, start)
 
 
 class EmbeddingsImporter:
@@ -117,7 +119,8 @@ class EmbeddingsImporter:
         with self._output.write(f"{shard}.parquet") as path:
             part, share = self._parts[shard], self._config.import_validation_prob
             counts, failures = import_part(part, share, path, self._forgotten)
-        return _commit_embeddings(self._output, shard, dict(counts), failures, start)
+            splits = split_counts(path)
+        return _commit_embeddings(self._output, shard, dict(counts), failures, splits, start)
 
 
 class EvaluateWorker:
@@ -156,13 +159,18 @@ def commit_shard(
 
 
 def _commit_embeddings(
-    output: Artifact, shard: str, counts: dict[str, int], failures: list[dict[str, str]], start: float
+    output: Artifact,
+    shard: str,
+    counts: dict[str, int],
+    failures: list[dict[str, str]],
+    splits: dict[str, int],
+    start: float,
 ) -> ShardRecord:
     names = [f"{shard}.parquet"]
     if failures:
         names.append(_embed_failures_file(shard))
         output.write_bytes(names[1], "".join(f"{json.dumps(failure)}\n" for failure in failures).encode())
-    return commit_shard(output, shard, counts, names, start, split_counts(output.path(names[0])))
+    return commit_shard(output, shard, counts, names, start, splits)
 
 
 def _embed_failures_file(shard: str) -> str:

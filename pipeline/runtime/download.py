@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import json
 import shutil
 import tempfile
 import time
@@ -68,9 +69,8 @@ def run_download(context: StepContext) -> StepResult:
     shards = shard_names(num_rows, config.samples_per_shard)
     failed_class = context.retry_failed
     is_drawn = context.recipe.pairs.source == "drawn"
-    is_needed = bool(failed_class) or bool(set(shards) - set(output.shard_records()))
     with contextlib.ExitStack() as stack:
-        if is_drawn and is_needed:
+        if is_drawn and (failed_class or set(shards) - set(output.shard_records())):
             stack.enter_context(served_pictures(context.recipe.pairs.drawn.port))
         stack.enter_context(_shared_limits(context))
         records = map_shards(context, _job(context, DownloadWorker, shards, num_rows))
@@ -80,7 +80,7 @@ def run_download(context: StepContext) -> StepResult:
             map_shards(context, _job(context, RetryWorker, failed, num_failed))
             _adopt(output)
             records = list(output.shard_records().values())
-    counts, stats = total_counts(records), [output.read_json(f"{shard}_stats.json") for shard in shards]
+    counts, stats = total_counts(records), output.read_jsons([f"{shard}_stats.json" for shard in shards])
     metrics: dict[str, Any] = {
         "success": counts["ok"] / counts["in"],
         "failures": dict(_causes(records).most_common(_NUM_CAUSES)),
@@ -147,7 +147,8 @@ class DownloadWorker:
                 counts = self._downloader.download(rows, shard, files, self._reporter(shard))
             else:
                 counts = self._download_in_parts(rows, shard, split, files)
-        return _commit(output, shard, dict(counts), start)
+            causes, splits = _facts_of(files)
+        return _commit(output, shard, dict(counts), causes, splits, start)
 
     def _download_in_parts(self, rows: pa.Table, shard: str, split: Split, files: ShardFiles) -> Counter[str]:
         """Download a shard that took its workers down, part by part; what is done before a loss is kept."""
@@ -189,10 +190,11 @@ class RetryWorker(DownloadWorker):
                 record = dataclasses.replace(output.shard_record(shard), files={})
                 staged.commit_shard(record)
                 return record
+            causes, splits = _facts_of(files)
             for source in files:
                 with staged.write(source.name) as target:
                     shutil.copyfile(source, target)
-        return _commit(staged, shard, dict(counts), start)
+        return _commit(staged, shard, dict(counts), causes, splits, start)
 
 
 class ClusterLimits:
@@ -256,12 +258,13 @@ class _Watch:
         """How far a shard is; looked at every few seconds."""
         now = time.monotonic()
         read_at, reading, _ = self._readings.get(shard, (float("-inf"), ShardReading(), {}))
-        name = _progress_name(shard)
-        if now - read_at < _READ_EVERY_S or not self._output.exists(name):
+        if now - read_at < _READ_EVERY_S:
             return reading
-        values = self._output.read_json(name)
-        reading = ShardReading(values["rows"], values["beat"])
-        self._readings[shard] = (now, reading, values["causes"])
+        causes = dict[str, int]()
+        values = self._output.find_json(_progress_name(shard))
+        if values is not None:
+            reading, causes = ShardReading(values["rows"], values["beat"]), values["causes"]
+        self._readings[shard] = (now, reading, causes)
         return reading
 
     def note(self, records: list[ShardRecord]) -> str:
@@ -291,8 +294,8 @@ def _split(output: Artifact, config: DownloadConfig, shard: str, losses: int) ->
 
 
 def _read_split(output: Artifact, shard: str) -> Split | None:
-    name = f"{LIVE}split-{shard}.json"
-    return Split.from_dict(output.read_json(name)) if output.exists(name) else None
+    split = output.find_json(f"{LIVE}split-{shard}.json")
+    return None if split is None else Split.from_dict(split)
 
 
 def _write_split(output: Artifact, shard: str, split: Split) -> None:
@@ -313,11 +316,17 @@ def _written(output: Artifact, shard: str) -> Generator[ShardFiles]:
         yield ShardFiles(*(stack.enter_context(output.write(name)) for name in _names(shard)))
 
 
-def _commit(output: Artifact, shard: str, counts: dict[str, int], start: float) -> ShardRecord:
+def _facts_of(files: ShardFiles) -> tuple[dict[str, int], dict[str, int]]:
+    """Failed rows by cause, and good rows by split, of files that are not published yet: nothing is read back."""
+    causes = failure_causes([json.loads(files.stats.read_text(encoding="utf-8"))])
+    return dict(causes), split_counts(files.parquet)
+
+
+def _commit(
+    output: Artifact, shard: str, counts: dict[str, int], causes: dict[str, int], splits: dict[str, int], start: float
+) -> ShardRecord:
     files = {name: output.describe(name) for name in _names(shard)}
-    causes = dict(failure_causes([output.read_json(_names(shard)[2])]))
     wall_s = round(time.monotonic() - start, 3)
-    splits = split_counts(output.path(f"{shard}.parquet"))
     record = ShardRecord(shard=shard, counts=counts, files=files, causes=causes, wall_s=wall_s, splits=splits)
     output.commit_shard(record)
     return record

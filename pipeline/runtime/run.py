@@ -271,7 +271,7 @@ def _forget_if_inputs_changed(context: StepContext) -> None:
         manifest = artifact.manifest()
         if manifest is not None:
             manifests[name] = manifest
-    before: dict[str, str] = output.read_json(INPUTS) if output.exists(INPUTS) else {}
+    before: dict[str, str] = output.find_json(INPUTS) or {}
     is_same = before.keys() == manifests.keys() and all(
         has_content(manifests[name], content) for name, content in before.items()
     )

@@ -52,8 +52,12 @@ class Cached:
     sha256: str
 
 
-def cached_path(uri: str, version: Version, fetch: Callable[[Path], None], check: Callable[[str], None]) -> Path:
-    """The local path of one version of a file; the first process that needs it fetches it, the others wait.
+def cached_path(
+    uri: str, version: Version, fetch: Callable[[Path], None], check: Callable[[str], None]
+) -> tuple[Path, str]:
+    """The local path of one version of a file, and its SHA-256; the first process that needs it fetches it.
+
+    The others wait.
 
     Args:
         uri: The file.
@@ -69,9 +73,9 @@ def cached_path(uri: str, version: Version, fetch: Callable[[Path], None], check
     with translate_os_errors(str(local)), _entry(local) as entry:
         cached = _read(entry)
         is_fresh = cached is not None and version.stamp != "" and cached.version == version
-        if is_fresh and local.exists() and local.stat().st_size == version.num_bytes:
+        if cached and is_fresh and local.exists() and local.stat().st_size == version.num_bytes:
             os.utime(entry.fileno())
-            return local
+            return local, cached.sha256
         partial = local.with_name(f"{_PARTIAL}{local.name}")  # one at a time: the entry is locked
         fetch(partial)
         fetched_bytes, sha256 = partial.stat().st_size, sha256_of(partial)
@@ -85,7 +89,7 @@ def cached_path(uri: str, version: Version, fetch: Callable[[Path], None], check
             raise
         _put(entry, partial, local, Cached(version, sha256))
     _make_room(fetched_bytes)
-    return local
+    return local, sha256
 
 
 def keep(uri: str, local_file: Path, cached: Cached) -> None:

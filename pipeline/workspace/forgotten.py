@@ -69,11 +69,9 @@ class Forgotten:
         Raises:
             DataError: If it cannot be read: what it holds must not come back unnoticed.
         """
-        root = Artifact(workspace)
-        if not root.exists(FORGOTTEN):
-            return cls(secrets.token_hex(_DIGEST_BYTES))
         try:
-            return parse_record(cls, root.read_json(FORGOTTEN))
+            entries = Artifact(workspace).find_json(FORGOTTEN)
+            return cls(secrets.token_hex(_DIGEST_BYTES)) if entries is None else parse_record(cls, entries)
         except DataError as error:
             raise DataError(f"{workspace}/{FORGOTTEN}: {error}; bring it back from a copy") from None
 
@@ -145,8 +143,8 @@ class Pending:
     @classmethod
     def read(cls, workspace: str) -> "Pending | None":
         """The file of a workspace, by its root; None if nothing is to be done."""
-        root = Artifact(workspace)
-        return parse_record(cls, root.read_json(PENDING)) if root.exists(PENDING) else None
+        pending = Artifact(workspace).find_json(PENDING)
+        return None if pending is None else parse_record(cls, pending)
 
     def write(self, workspace: str) -> None:
         """Replace the file of a workspace."""

@@ -58,6 +58,8 @@ _FIRST_PATIENCE_S = 10.0
 _PATIENCE_S = 300.0
 _LONGEST_WAIT_S = 15.0
 _BATCH = 1000
+_PART_BYTES = 50 << 20
+_PARTS_AT_ONCE = 4  # so much of a file is in memory while it comes
 
 _answered = set[str]()
 """Stores that have answered this process once: then a failure is no wrong setting."""
@@ -120,9 +122,22 @@ class ObjectStore:
         """What the store says of a file or folder; None if there is none."""
         return self._ask(lambda: cast("dict[str, Any]", self._files.info(path)), missing=None)
 
+    def file_info(self, path: str) -> dict[str, Any] | None:
+        """What the store says of a file; None if there is none."""
+        if self._kind != "s3":
+            return self.info(path)
+        bucket, _, key = path.partition("/")
+
+        # s3fs would list a folder of this name where there is no file: a second request, and one that costs more.
+        def look() -> dict[str, Any]:
+            head: Json = self._files.call_s3("head_object", self._files.kwargs, Bucket=bucket, Key=key)
+            return {"ETag": head.get("ETag"), "LastModified": head.get("LastModified"), "size": head["ContentLength"]}
+
+        return self._ask(look, missing=None)
+
     def exists(self, path: str) -> bool:
-        """Whether there is a file or folder."""
-        return self.info(path) is not None
+        """Whether there is a file."""
+        return self.file_info(path) is not None
 
     def find(self, path: str) -> dict[str, dict[str, Any]]:
         """All files below a folder at any depth, by path."""
@@ -174,13 +189,30 @@ class ObjectStore:
             return self._ask(lambda: self._files.open(path, "rb"))
         return io.BufferedReader(_RangedFile(self, path), buffer_bytes)
 
-    def get_file(self, path: str, local: str) -> None:
+    def get_file(self, path: str, local: str, num_bytes: int = 0) -> None:
         """Fetch a file whole.
+
+        Args:
+            path: The file.
+            local: Where it is written.
+            num_bytes: Its size, if it is known: a large file comes in parts, several at a time.
 
         Raises:
             FileNotFoundError: If there is none.
         """
-        self._ask(lambda: self._files.get_file(path, local))
+        if self._kind != "s3" or num_bytes <= _PART_BYTES:
+            self._ask(lambda: self._files.get_file(path, local, **self._one_request))
+            return
+        # s3fs would ask for the whole file first, to learn its size, and throw away what came of it.
+        starts = range(0, num_bytes, _PART_BYTES)
+        with open(local, "wb") as file:  # noqa: PTH123  (a string, as fsspec takes)
+            for first in range(0, len(starts), _PARTS_AT_ONCE):
+                some = list(starts[first : first + _PARTS_AT_ONCE])
+                stops = [min(start + _PART_BYTES, num_bytes) for start in some]
+                file.writelines(self._ask(functools.partial(self._ranges, path, some, stops)))
+
+    def _ranges(self, path: str, starts: list[int], stops: list[int]) -> list[bytes]:
+        return self._files.cat_ranges([path] * len(starts), starts, stops, max_gap=None, on_error="raise")
 
     def put_file(self, local: str, path: str) -> None:
         """Upload a file whole: a reader sees the old content until the upload is complete."""

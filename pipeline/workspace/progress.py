@@ -113,9 +113,8 @@ class Progress:
 
 def read_progress(artifact: Artifact) -> ProgressState | None:
     """The newest reading of a step, or None."""
-    if not artifact.exists(PROGRESS):
-        return None
-    return parse_record(ProgressState, artifact.read_json(PROGRESS))
+    state = artifact.find_json(PROGRESS)
+    return None if state is None else parse_record(ProgressState, state)
 
 
 def last_error(artifact: Artifact) -> str:

@@ -7,9 +7,8 @@ import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Generator
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ from pipeline.workspace.lock import in_use, locked_workspace, used_artifacts
 from pipeline.workspace.manifest import Manifest, ShardRecord, content_of
 from pipeline.workspace.objects import ObjectStore
 from pipeline.workspace.store import Artifact, Workspace
-from tests.s3_server import S3Server
+from tests.s3_server import S3Server, proxy
 from tests.tiny.recipe import merge
 from tests.tiny.shards import drawn_sample
 from tests.tiny.workspace import NUM_PICTURES, evaluated_tables, finish_workspace
@@ -74,40 +73,6 @@ def test_a_fault_that_passes_changes_no_byte(
     assert artifact.exists("00000.tar")
 
 
-@contextmanager
-def _proxy(port: int, server: S3Server) -> Generator[None]:
-    """Forwards a port to the server; at the end nothing answers there, and what was open is closed."""
-    opened: list[socket.socket] = []
-
-    def pump(source: socket.socket, target: socket.socket) -> None:
-        try:
-            while data := source.recv(65536):
-                target.sendall(data)
-        except OSError:
-            pass
-        finally:
-            for end in (source, target):
-                end.close()
-
-    def accept() -> None:
-        while True:
-            try:
-                client, _ = listener.accept()
-            except OSError:
-                return
-            other = socket.create_connection(("127.0.0.1", server.port))
-            opened.extend((client, other))
-            for ends in ((client, other), (other, client)):
-                threading.Thread(target=pump, args=ends, daemon=True).start()
-
-    with socket.create_server(("127.0.0.1", port), reuse_port=True) as listener:
-        threading.Thread(target=accept, daemon=True).start()
-        yield
-        listener.shutdown(socket.SHUT_RDWR)
-        for end in opened:
-            end.close()
-
-
 def test_a_server_that_is_killed_and_comes_back_changes_no_byte(
     bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,13 +80,13 @@ def test_a_server_that_is_killed_and_comes_back_changes_no_byte(
         port = free.getsockname()[1]
     use(s3_server.environment | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}, monkeypatch)
     artifact = Artifact(f"{bucket}/step/key")
-    with _proxy(port, s3_server):
+    with proxy(port, s3_server):
         artifact.write_bytes("first", b"1")
     back = threading.Event()
 
     def come_back() -> None:
         time.sleep(1)
-        with _proxy(port, s3_server):
+        with proxy(port, s3_server):
             back.wait(60)
 
     thread = threading.Thread(target=come_back)
@@ -175,6 +140,75 @@ def test_what_this_machine_wrote_is_neither_fetched_nor_read_back(bucket: str, s
     assert _fetches(s3_server, "00000.tar") == []
 
 
+def test_no_request_is_made_that_says_what_is_known(
+    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def kinds() -> list[str]:
+        return [request.kind for request in s3_server.counted()]
+
+    artifact = Artifact(f"{bucket}/step/key")
+    with artifact.write("00000.tar") as path:
+        path.write_bytes(_CONTENT)
+    assert kinds() == ["PUT", "HEAD"]
+    described = artifact.describe("00000.tar")
+    assert kinds() == []
+    assert artifact.describe("00000.tar") == described  # asked for again, it is what the store has by then
+    assert kinds() == ["HEAD"]
+    monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "another-machine"))
+    assert artifact.matching("00000.tar", described) == artifact.matching("00000.tar", described)
+    assert kinds() == ["HEAD", "GET", "HEAD"]
+    assert not artifact.exists("none.json")
+    assert kinds() == ["HEAD"]
+    assert artifact.find_json("none.json") is None
+    assert kinds() == ["GET"]
+    for number in range(3):
+        artifact.write_json(f"{number}.json", number)
+    assert artifact.read_jsons(["0.json", "1.json", "2.json"]) == [0, 1, 2]
+    assert kinds() == ["PUT"] * 3 + ["GET"] * 3
+    with pytest.raises(DataError, match=r"no file 4\.json"):
+        artifact.read_jsons(["0.json", "4.json"])
+
+
+def test_a_file_that_differs_from_its_record_is_not_kept(
+    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    artifact = Artifact(f"{bucket}/step/key")
+    with artifact.write("00000.tar") as path:
+        path.write_bytes(_CONTENT)
+    described = artifact.describe("00000.tar")
+    s3_server.put(f"{_name(bucket)}/step/key/00000.tar", bytes(len(_CONTENT)))
+    for machine in ("this", "another"):
+        monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / machine))
+        assert artifact.matching("00000.tar", described) is None
+        assert not list((tmp_path / machine).rglob("00000.tar"))
+    assert artifact.path("00000.tar").read_bytes() == bytes(len(_CONTENT))
+    assert artifact.matching("00000.tar", described) is None  # it is here, and another one
+    here = Artifact(str(tmp_path / "step/key"))
+    with here.write("00000.tar") as path:
+        path.write_bytes(_CONTENT)
+    assert here.matching("00000.tar", described) == here.path("00000.tar")
+    assert here.matching("00000.tar", described | {"sha256": ""}) is None
+
+
+def test_a_large_file_comes_in_parts_and_no_byte_twice(
+    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "_PART_BYTES", 50_000)
+    monkeypatch.setattr(objects, "_PARTS_AT_ONCE", 2)
+    s3_server.put(f"{_name(bucket)}/step/key/00000.tar", _CONTENT)
+    s3_server.counted()
+    s3_server.fail("half", "GET", "00000.tar", times=2)
+    assert Artifact(f"{bucket}/step/key").path("00000.tar").read_bytes() == _CONTENT
+    fetched = [request.num_bytes for request in s3_server.counted() if request.kind == "ranged GET"]
+    assert sorted(set(fetched)) == [0, len(_CONTENT) % 50_000, 50_000]  # 0: those that failed
+    s3_server.put(f"{_name(bucket)}/step/key/00001.tar", _CONTENT)
+    s3_server.counted()
+    assert Artifact(f"{bucket}/step/key").path("00001.tar").read_bytes() == _CONTENT
+    requests = [request for request in s3_server.counted() if request.name.endswith(".tar")]
+    assert Counter(request.kind for request in requests) == {"HEAD": 1, "ranged GET": 6}
+    assert sum(request.num_bytes for request in requests) == len(_CONTENT)
+
+
 def test_a_fetched_file_is_compared_with_its_record(bucket: str, s3_server: S3Server) -> None:
     artifact = Artifact(f"{bucket}/step/key")
     s3_server.put(f"{_name(bucket)}/step/key/00000.tar", _CONTENT)
@@ -198,7 +232,12 @@ def test_records_of_a_finished_step_are_one_file(bucket: str, s3_server: S3Serve
     s3_server.requests()
     assert artifact.shard_records() == records
     assert len(s3_server.requests()) > 20  # until the step is committed, each record counts for itself
-    artifact.commit(_manifest(files=artifact.describe_files(records)))
+    assert artifact.fold_records() == records
+    s3_server.counted()
+    files = artifact.describe_files(records)
+    assert [request.kind for request in s3_server.counted()] == ["LIST"]  # what was folded is not read again
+    assert files == Artifact(artifact.uri).describe_files()
+    artifact.commit(_manifest(files=files))
     s3_server.requests()
     assert Artifact(artifact.uri).shard_records() == records
     assert len(s3_server.requests()) <= 2
