@@ -88,6 +88,9 @@ class ServeConfig:
     """File that gets a JSON object a line for each request; empty: none."""
     log_prompts: bool = False
     """Whether the access log holds prompts."""
+    traces: str = ""
+    """URL of a collector of OpenTelemetry that takes OTLP over HTTP, for example "http://127.0.0.1:4318"; every request
+    is then a trace. It needs `pip install 'unclip[traces]'`. Empty: none."""
     safety_hook: str = ""
     """MODULE:FUNCTION that may refuse a prompt or blank a picture (docs/operations.md)."""
     provenance: str = ""
@@ -101,6 +104,8 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         _require_order(self.replicas)
+        if self.traces and not self.traces.startswith(("http://", "https://")):
+            raise ValueError(f"traces = {self.traces!r} is no URL of http:// or https://")
         if self.precision in {"tf32", "float16"} and self.accelerator == "cpu":
             raise ValueError(f'precision = "{self.precision}" needs accelerator = "cuda"')
         stages = {name: getattr(self, name) for name in ("prior", "decoder", "upsampler_1", "upsampler_2")}

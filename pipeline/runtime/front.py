@@ -1,5 +1,6 @@
 """The HTTP interface of a recipe, assembled: the guards, the gate behind them, and the API that the gate opens."""
 
+import threading
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ from pipeline.serve.keys import KeyRing, Meter
 from pipeline.serve.metrics import HttpMetrics
 from pipeline.serve.picture_files import ModelCard
 from pipeline.serve.protocols import PictureModel
+from pipeline.serve.traces import open_traces
 from pipeline.workspace.store import Artifact
 
 _NEIGHBOURS = ("download", "embed", "index")
@@ -37,7 +39,7 @@ class Front:
         config: How it is guarded.
 
     Raises:
-        ConfigError: If a key, the safety hook or the log cannot be used.
+        ConfigError: If a key, the safety hook or the log cannot be used, or traces need a package that is missing.
     """
 
     def __init__(self, config: ServeConfig) -> None:
@@ -49,7 +51,15 @@ class Front:
             Signer.read(Path(config.provenance))  # what cannot be read is said before anything starts
         keys = KeyRing(Path(config.keys)) if config.keys else None
         settings = GuardSettings(config.hosts, config.access_log, config.log_prompts)
-        self._guards = Guards(self.gate, settings, keys, self._meter, self._metrics)
+        self._traces = open_traces(config.traces, config.name)
+        if self._traces is not None:
+            self._metrics.registry.register(self._traces.spans)
+        self._guards = Guards(self.gate, settings, keys, self._meter, self._metrics, self._traces)
+
+    def close(self) -> None:
+        """Send the last spans."""
+        if self._traces is not None:
+            self._traces.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -101,6 +111,9 @@ class FrontReplica:
         recipe, artifacts = read_tables(tables)
         front = Front(recipe.serve)
         front.open(recipe, artifacts, self._handles)
+        closing = threading.Timer(recipe.serve.drain_s, self._front.close)  # its last requests are still under way
+        closing.daemon = True
+        closing.start()
         self._front = front
 
 

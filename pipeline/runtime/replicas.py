@@ -196,6 +196,7 @@ def _load_engine(tables: Tables) -> "Engine":
     from pipeline.networks.arithmetic import Arithmetic
     from pipeline.networks.cascade import load_cascade, network_configs
     from pipeline.serve.engine import Engine
+    from pipeline.serve.traces import open_traces
 
     recipe, artifacts = read_tables(tables)
     config, part, steps = recipe.serve, tables.get("part", NETWORKS), tables.get("steps")
@@ -211,6 +212,7 @@ def _load_engine(tables: Tables) -> "Engine":
         max_waiting=config.max_queued_requests,
         steps=steps,
         device=config.accelerator,
+        traces=open_traces(config.traces, config.name),
     )
 
 

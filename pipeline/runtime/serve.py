@@ -71,6 +71,7 @@ def serve_recipe(
     front = Front(config)
     _quieten()
     with ExitStack() as stack:
+        stack.callback(front.close)
         uses = stack.enter_context(ExitStack())
         uses.enter_context(_in_use(recipe))
         artifacts, no_neighbours = served_artifacts(recipe)

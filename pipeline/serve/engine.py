@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequ
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -40,7 +40,11 @@ from pipeline.serve.protocols import (
 )
 from pipeline.serve.schedule import Schedule
 from pipeline.serve.served_stages import ServedStages
+from pipeline.serve.traces import EngineSpans
 from pipeline.serve.work import Work, portable
+
+if TYPE_CHECKING:
+    from pipeline.serve.otlp import Traces
 
 _log = logging.getLogger(__name__)
 
@@ -84,6 +88,7 @@ class Engine:
         max_waiting: Most requests that may wait to start; further ones are refused.
         steps: Steps of the recipe whose networks this engine has; the others of ``cascade`` have no weights. None: all.
         device: Of its networks.
+        traces: Where the spans of requests go; closed with the engine. None: nothing is recorded.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class Engine:
         max_waiting: int = 64,
         steps: Collection[str] | None = None,
         device: torch.device | str = "cpu",
+        traces: "Traces | None" = None,
     ) -> None:
         self._cascade = cascade
         self._stages = ServedStages(cascade, steps, device)
@@ -104,6 +110,9 @@ class Engine:
         self._max_waiting = max_waiting
         self._stats = EngineStats()
         self._metrics = EngineMetrics()
+        self._traces = traces
+        if traces is not None:
+            self._metrics.registry.register(traces.spans)
         self._waiting: FairQueue[Pending] = FairQueue()
         self._active: list[Picture] = []
         self._unended = 0
@@ -157,7 +166,8 @@ class Engine:
             NotServing: If the engine is closed.
         """
         phase, is_last = self._stages.phase_of(request, work)
-        pending = Pending(phase, client, num_previews, show, num_steps=work.num_steps if work else 0)
+        spans = EngineSpans(self._traces, request.traceparent)
+        pending = Pending(phase, client, num_previews, show, spans, num_steps=work.num_steps if work else 0)
         self._begin_phase(pending, phase, is_last=is_last)
         with self._changed:
             if self._closed:
@@ -170,6 +180,7 @@ class Engine:
             self._stats.requests += work is None
             self._unended += 1
             pending.future.add_done_callback(self._note_ended)
+            pending.future.add_done_callback(spans.end)
             self._waiting.add(pending, client)
             self._changed.notify()
         return pending.future
@@ -239,6 +250,8 @@ class Engine:
         for pending in unanswered:
             if pending.future.set_running_or_notify_cancel():
                 pending.future.set_exception(NotServing("the engine is shutting down"))
+        if self._traces is not None:
+            self._traces.close()
 
     def _note_ended(self, _: Future[Any]) -> None:
         with self._changed:
@@ -286,6 +299,7 @@ class Engine:
         if pending.batch is None:
             if not pending.num_steps:
                 self._metrics.queue.observe(time.monotonic() - pending.arrived_s)
+            pending.spans.admit()
             pending.batch = pending.phase.batch()
         if not pending.phase.stages:  # another engine has them; the pictures are there as soon as they are encoded
             with self._changed:
@@ -321,7 +335,7 @@ class Engine:
                 self._stats.halved += 1
 
     def _step(self, number: int, pictures: Sequence[Picture]) -> None:
-        stage = self._stages[number]
+        stage, began_ns = self._stages[number], time.time_ns()
         entering = [picture for picture in pictures if picture.chain is None]
         for picture, chain in zip(entering, enter_each(stage, [one.batch for one in entering]), strict=True):
             picture.chain = chain
@@ -334,6 +348,7 @@ class Engine:
         self._metrics.batch.labels(stage.name).observe(len(pictures))
         for picture in pictures:
             picture.pending.num_steps += 1
+            picture.pending.spans.step(stage.name, began_ns, len(pictures))
             picture.moved_s = time.monotonic()
             self._guarded([picture.pending], partial(show_preview, stage, picture))
         leaving = [picture for picture, chain in zip(pictures, chains, strict=True) if chain.finished]
@@ -364,6 +379,7 @@ class Engine:
         """Let a request begin with those stages of a phase that come first and are this engine's."""
         pending.phase, pending.rest = self._stages.split(phase)
         pending.is_last, pending.batch, pending.pictures = is_last, None, []
+        pending.spans.wait()
 
     def _end_phase(self, pending: Pending) -> None:
         """Answer a request, hand it on, or let its next phase wait."""

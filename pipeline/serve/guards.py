@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -25,7 +25,11 @@ from pipeline.errors import ConfigError
 from pipeline.serve.keys import Key, KeyRing, Meter
 from pipeline.serve.keys import Scope as KeyScope
 from pipeline.serve.metrics import HttpMetrics
+from pipeline.serve.traces import RequestTrace
 from pipeline.serve.web import ApiError
+
+if TYPE_CHECKING:
+    from pipeline.serve.otlp import Traces
 
 BODY_LIMIT_BYTES = 64 << 20
 """Of any route; each has a smaller limit of its own."""
@@ -96,6 +100,7 @@ class Guards:
         keys: Who may come in; None: everybody.
         meter: What the keys have used.
         metrics: What is measured.
+        traces: Where the spans of requests go; None: nothing is recorded.
     """
 
     app: ASGIApp
@@ -103,6 +108,7 @@ class Guards:
     keys: KeyRing | None = None
     meter: Meter = field(default_factory=Meter)
     metrics: HttpMetrics = field(default_factory=HttpMetrics)
+    traces: "Traces | None" = None
 
     def __post_init__(self) -> None:
         """Open the log."""
@@ -117,6 +123,7 @@ class Guards:
         asked_id = headers.get("x-request-id", "")
         facts = RequestFacts(asked_id if _REQUEST_ID.fullmatch(asked_id) else uuid.uuid4().hex)
         token = CURRENT.set(facts)
+        trace = RequestTrace(self.traces, scope["path"], headers)
         started_s, status = time.monotonic(), 499
 
         async def guarded_send(message: Message) -> None:
@@ -143,7 +150,16 @@ class Guards:
             if facts.key:
                 self.meter.use(facts.key, "bytes", facts.bytes_received + facts.bytes_sent)
             duration_s = time.monotonic() - started_s
-            self.metrics.note(getattr(scope.get("route"), "path", "other"), status, duration_s, facts.refused_by)
+            route = getattr(scope.get("route"), "path", "other")
+            self.metrics.note(route, status, duration_s, facts.refused_by)
+            trace.end(
+                scope["method"],
+                route,
+                status,
+                request_id=facts.request_id,
+                refused_by=facts.refused_by,
+                pixels=facts.pixels,
+            )
             if self._log:
                 self._log.write(scope, facts, status, duration_s)
             CURRENT.reset(token)

@@ -13,6 +13,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -30,7 +31,9 @@ from pipeline.serve.protocols import (
     PictureModel,
     Preview,
     SampledPictures,
+    Vectors,
 )
+from pipeline.serve.traces import current_traceparent, span
 from pipeline.serve.web import ApiError
 
 MAX_IMAGES = 10
@@ -162,7 +165,8 @@ class Generation:
         self._index = index
         self._model, self._body, self._card, self._client, self._notes = model, body, card, client, notes
         self.side_px = side_of(body.size, card.image_px)
-        self.request = sample_request(body, self.side_px, card.sampling, edit)
+        request = sample_request(body, self.side_px, card.sampling, edit)
+        self.request = replace(request, traceparent=current_traceparent())
 
     async def answer(self) -> dict[str, Any]:
         """The answer in one piece.
@@ -255,21 +259,23 @@ class Generation:
             return encode_picture(image, self.side_px, self._format, quality=quality, made_with=chunks, signer=signer)
 
         pairs = list(zip(images, seeds, strict=True))
-        return await asyncio.to_thread(lambda: [encode(image, seed) for image, seed in pairs])
+        with span("encode", pictures=len(pairs)):
+            return await asyncio.to_thread(lambda: [encode(image, seed) for image, seed in pairs])
 
     async def _neighbours(self, sampled: SampledPictures) -> list[dict[str, Any]]:
         """What is said of the training pictures nearest to each picture; nothing unless it is requested."""
         count, index = self._body.neighbours, self._index
         if not count or index is None:
             return [{}] * len(sampled.images)
-        vectors = await asyncio.gather(*(self._model.embed_image(image) for image in sampled.images))
 
-        def find() -> list[dict[str, Any]]:
+        def find(vectors: Sequence[Vectors]) -> list[dict[str, Any]]:
             limit = index.near_copy
             neighbours = index.search(np.stack(vectors), count, "image")
             return [{"neighbours": [_neighbour(row, limit) for row in rows]} for rows in neighbours]
 
-        return await asyncio.to_thread(find)
+        with span("neighbours", pictures=len(sampled.images)):
+            vectors = await asyncio.gather(*(self._model.embed_image(image) for image in sampled.images))
+            return await asyncio.to_thread(find, vectors)
 
     def _about(self, index: int) -> dict[str, Any]:
         """What is said of one picture: its seed, and its place among the frames of an edit."""

@@ -10,6 +10,7 @@ from models.cascade import Phase
 from models.pixels import to_uint8
 from models.stage import PIXELS, Batch, Chain, Stage
 from pipeline.serve.protocols import Preview
+from pipeline.serve.traces import EngineSpans
 
 
 @dataclass(eq=False)
@@ -24,6 +25,8 @@ class Pending:
     """Previews of each picture."""
     show: Callable[[Preview], None] | None = None
     """Called with each preview, by the engine's thread."""
+    spans: EngineSpans = field(default_factory=EngineSpans)
+    """Its part of the request's trace."""
     future: Future[Any] = field(default_factory=Future[Any])
     """``SampledPictures``, or ``Work`` for another engine."""
     arrived_s: float = field(default_factory=time.monotonic)

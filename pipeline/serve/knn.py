@@ -22,6 +22,7 @@ from pipeline.recipe.sections import DownloadConfig
 from pipeline.retrieve.copies import near_copy_similarity
 from pipeline.retrieve.retriever import Conditions, Retriever
 from pipeline.serve.protocols import Images, NeighbourRow, Neighbours, PictureModel, Vectors
+from pipeline.serve.traces import span
 from pipeline.serve.uploads import bounded_picture, decode_base64, decoding
 from pipeline.serve.web import ApiError
 
@@ -210,7 +211,8 @@ async def find(model: PictureModel, neighbours: Neighbours, body: KnnRequest, *,
     num_results = max(body.num_images, body.num_result_ids or 0)
     if num_results == 0:
         return [[] for _ in vectors] if is_batch else []
-    answers = await asyncio.to_thread(_search, neighbours, vectors, num_results, body)
+    with span("neighbours", queries=len(vectors)):
+        answers = await asyncio.to_thread(_search, neighbours, vectors, num_results, body)
     return answers if is_batch else answers[0]
 
 

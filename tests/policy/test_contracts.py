@@ -214,9 +214,8 @@ def test_dependencies_are_the_imports(key: str, folders: tuple[str, ...]) -> Non
     """A direct dependency is imported, or a comment says why it is there; and what is imported is declared."""
     owners = importlib.metadata.packages_distributions()
     declared = _declared(key)
-    extras = {
-        _canonical(line) for name in ("cpu", "gpu") for line in PYPROJECT["project"]["optional-dependencies"][name]
-    }
+    optional = PYPROJECT["project"]["optional-dependencies"]
+    extras = {_canonical(line) for name in ("cpu", "gpu", "traces") for line in optional[name]}
     allowed = set(declared) | extras | (set() if key == "dependencies" else set(_declared("dependencies")))
     expected_names = {*sys.stdlib_module_names, *house.PACKAGES, "tests", "benchmarks", *INSTALLED_APART}
     expected_names |= {path.stem for path in (ROOT / "tests").rglob("*.py")}

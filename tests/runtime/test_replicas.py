@@ -4,6 +4,7 @@ import asyncio
 import base64
 import gc
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from pipeline.runtime.front import Front, served_artifacts
 from pipeline.runtime.parts import part_tables, parts_of, write_tables
 from pipeline.runtime.replicas import Hop, ModelReplica, RemoteModel
 from pipeline.serve.protocols import NotServing, Overloaded, SampledPictures
+from tests.tiny.collector import Collector, collecting
 from tests.tiny.shards import pixels, plain_picture
 
 
@@ -158,14 +160,21 @@ def test_a_request_whose_networks_end_while_its_work_comes_is_begun_again(
     asyncio.run(asyncio.wait_for(hop(), 30))
 
 
-def chained(recipe: Recipe) -> Recipe:
-    return replace(recipe, serve=replace(recipe.serve, mode="chain"))
+def chained(recipe: Recipe, **serve: Any) -> Recipe:
+    return replace(recipe, serve=replace(recipe.serve, mode="chain", **serve))
 
 
-def test_a_chain_of_deployments_samples_what_the_cascade_does(recipe: Recipe) -> None:
+@pytest.fixture
+def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
+    with collecting() as one:
+        yield one
+
+
+def test_a_chain_of_deployments_samples_what_the_cascade_does(recipe: Recipe, collector: Collector) -> None:
     """In Ray Serve's local mode; each part has the weights of its own networks alone."""
     artifacts, _ = served_artifacts(recipe)
-    chain, handles = chained(recipe), dict[str, Any]()
+    chain, handles = chained(recipe, traces=collector.url), dict[str, Any]()
     tables = write_tables(chain, artifacts)
     assert parts_of(chain) == {"prior": ("clip", "prior"), "decoder": ("decoder",), "upsampler_1": ("upsampler_1",)}
     for part in parts_of(chain):
@@ -177,7 +186,13 @@ def test_a_chain_of_deployments_samples_what_the_cascade_does(recipe: Recipe) ->
     front.open(chain, artifacts, handles)
     client = TestClient(front, base_url="http://127.0.0.1")
     body = {"prompt": "a", "seed": 3, "n": 2}
-    data = client.post("/v1/images/generations", json=body).json()["data"]
+    trace_id = "1" * 32
+    headers = {"traceparent": f"00-{trace_id}-{'2' * 16}-01"}
+    data = client.post("/v1/images/generations", json=body, headers=headers).json()["data"]
+    spans = collector.wait_for(trace_id, 8)
+    assert [one.name for one in collector.spans(trace_id)].count("queue") == 3  # one in each part
+    assert spans.keys() == {"POST /v1/images/generations", "queue", "prior", "decoder", "upsampler_1", "encode"}
+    assert {one.parent_id for one in spans.values()} == {"2" * 16, spans["POST /v1/images/generations"].span_id}
     expected = load_cascade(artifacts).sample(["a", "a"], [3, 4]).images.numpy()
     for image, picture in zip(data, expected, strict=True):
         assert np.abs(pixels(base64.b64decode(image["b64_json"])).astype(int) - picture).mean() < 0.1

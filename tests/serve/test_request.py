@@ -114,6 +114,7 @@ def test_body_becomes_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert {field.name for field in fields(SampleRequest)} == {
         "prompt", "seeds", "guidance_scale", "num_steps", "negative_prompt", "side_px", "num_candidates", "edit",
+        "traceparent",
     }  # fmt: skip
     monkeypatch.setattr(images.secrets, "randbelow", lambda _limit: 11)
     assert images.sample_request(GenerationRequest(prompt="a")) == SampleRequest("a", (11,))
