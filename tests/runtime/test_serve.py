@@ -34,6 +34,7 @@ from pipeline.runtime.serve import serve_recipe
 from tests.ports import free_port, free_ports
 from tests.readme import python_blocks
 from tests.tiny.cluster import cluster_without_cpus
+from tests.tiny.collector import Collector, collecting
 from tests.tiny.command import start_unclip
 from tests.tiny.networks import make_cascade, save_cascade
 from tests.tiny.shards import pixels, plain_picture
@@ -48,6 +49,7 @@ class Served:
     recipe: Recipe
     url: str
     process: subprocess.Popen[str]
+    collector: Collector
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +59,19 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     recipe = served_workspace(folder, overrides=SLOW[1:])
     port = free_port()
     limits = ("--set", "serve.max_batch_size=4", "--set", "serve.max_queued_requests=2")
-    process = start_unclip("serve", str(folder / "tiny.toml"), "--port", str(port), *SLOW, *limits)
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert f"tiny is served at http://127.0.0.1:{port}" in line, line + process.stdout.read()
-        yield Served(recipe, f"http://127.0.0.1:{port}", process)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(10)
+    with collecting() as collector, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+        traces = ("--set", f"serve.traces={collector.url}")
+        process = start_unclip("serve", str(folder / "tiny.toml"), "--port", str(port), *SLOW, *limits, *traces)
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert f"tiny is served at http://127.0.0.1:{port}" in line, line + process.stdout.read()
+            yield Served(recipe, f"http://127.0.0.1:{port}", process, collector)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
 
 
 def health(served: Served) -> Any:
@@ -84,6 +89,20 @@ def test_served_pictures_are_those_of_the_cascade(served: Served) -> None:
     for image, picture in zip(answer.data or [], expected, strict=True):
         difference = np.abs(pixels(base64.b64decode(image.b64_json or "")).astype(int) - picture)
         assert difference.mean() < 0.1
+
+
+def test_a_served_request_is_one_trace_of_two_processes(served: Served) -> None:
+    trace_id = "1" * 32
+    headers = {"traceparent": f"00-{trace_id}-{'2' * 16}-01"}
+    httpx.post(f"{served.url}/v1/images/generations", json={"prompt": "a"}, headers=headers, timeout=60)
+    stages = {"prior", "decoder", "upsampler_1", "upsampler_2"}
+    spans = served.collector.wait_for(trace_id, 7)
+    root = spans.pop("POST /v1/images/generations")
+    assert spans.keys() == {"queue", "encode", *stages}
+    assert {one.parent_id for one in spans.values()} == {root.span_id}
+    places = {one.name: one.resource["service.instance.id"] for one in spans.values()}
+    assert places["encode"] == root.resource["service.instance.id"] != places["queue"]
+    assert {places[name] for name in stages} == {places["queue"]}
 
 
 def test_readme_client_gets_its_picture(served: Served) -> None:
