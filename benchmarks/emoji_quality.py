@@ -18,12 +18,12 @@ from PIL import Image
 from benchmarks.emoji import BACKGROUNDS, DRAWINGS, caption_of, fraction, on_background, trained_colours
 from benchmarks.side_by_side import publish
 from pipeline.clip import FrozenClip
+from pipeline.grid import Block, draw_grid
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.networks.clip import load_clip_artifact
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.recipe.steps import CASCADE_STEPS
-from pipeline.sampling.grid import Block, draw_grid
 
 Array = NDArray[Any]
 

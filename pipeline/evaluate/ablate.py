@@ -38,12 +38,12 @@ from pipeline.evaluate.order import (
 )
 from pipeline.evaluate.parts import Part, check_pixels, picture_seed, read_part, write_rows
 from pipeline.evaluate.prompts import PromptSet, choose_prompts
+from pipeline.grid import Block, draw_grid
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.pictures import decode, to_png
 from pipeline.recipe.plan import Step, artifact_of, finished_artifacts, make_plan, manifest_of, sampling_tables
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
-from pipeline.sampling.grid import Block, draw_grid
 from pipeline.shapes.draw import draw_array
 from pipeline.workspace.manifest import ShardRecord, add_counts
 from pipeline.workspace.store import Artifact, Workspace

@@ -66,6 +66,7 @@ def _measure(decoder: Decoder, rows: ValidationRows) -> dict[str, float]:
     z_image, (denoise, real) = rows.batch.require_z_image(), _denoiser(decoder, rows)
     x = rows.noise().normal(real.shape[1:], device=z_image.device)
     pictures = to_uint8(sample_few_steps(denoise, x, Diffusion(decoder.config.diffusion), clip=True))
+    rows.show(pictures)
     embeddings = rows.image_clip.encode_image(pictures)
     references = {"z_image": z_image, "unrelated_image": z_image.roll(1, dims=0)}
     return {f"cos_{name}": mean_cosine(embeddings, vectors) for name, vectors in references.items()}

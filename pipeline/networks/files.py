@@ -41,16 +41,17 @@ def save_network(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     with artifact.write(WEIGHTS) as path:
         save_file(tensors, path, metadata={"format": "pt"})
-    artifact.write_json(CONFIG, _content(config, dims))
+    artifact.write_json(CONFIG, config_content(config, dims))
 
 
 def network_content(network: nn.Module) -> dict[str, Any]:
     """What config.json says about a network; empty for one without a configuration."""
     config = getattr(network, "config", None)
-    return {} if config is None else _content(config, getattr(network, "dims", None))
+    return {} if config is None else config_content(config, getattr(network, "dims", None))
 
 
-def _content(config: NetworkConfig, dims: ClipDims | None) -> dict[str, Any]:
+def config_content(config: NetworkConfig, dims: ClipDims | None) -> dict[str, Any]:
+    """config.json of a network with this configuration, on CLIP's widths if it depends on them."""
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": kind_of(config).name,
@@ -73,8 +74,27 @@ def load_network(
         DataError: If a file is missing, of a newer schema, damaged, of another kind than the recipe's, or its
             weights are not those of the configuration.
     """
-    content: dict[str, Any] = artifact.read_json(CONFIG)
     where = f"{artifact.uri}/{CONFIG}"
+    network = create_network(artifact.read_json(CONFIG), where, requested)
+    path = artifact.path(WEIGHTS)
+    try:
+        network.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise DataError(f"{path}: not the weights of {where}: {error}; remove {artifact.uri} and run again") from error
+    return network.to(device).eval().requires_grad_(requires_grad=False)
+
+
+def create_network(content: dict[str, Any], where: str, requested: NetworkConfig | None = None) -> nn.Module:
+    """A network with random weights, of which config.json says ``content``.
+
+    Args:
+        content: See ``network_content``.
+        where: Where it stands, for messages.
+        requested: See ``load_network``.
+
+    Raises:
+        DataError: If it is of a newer schema, damaged, or of another kind than the recipe's.
+    """
     version, name = content.get("schema_version"), str(content.get("kind"))
     kind = kind_named(name)
     if version != SCHEMA_VERSION or kind is None:
@@ -84,15 +104,9 @@ def load_network(
     try:
         config = TypeAdapter(kind.config).validate_json(json.dumps(content["config"]))
         dims = TypeAdapter(ClipDims).validate_json(json.dumps(content["dims"] or {}))
-        network = kind.create(_sampled_as(config, requested), dims)
+        return kind.create(_sampled_as(config, requested), dims)
     except (ValidationError, ValueError, KeyError) as error:
         raise DataError(f"{where}: {error}; train the step again") from error
-    path = artifact.path(WEIGHTS)
-    try:
-        network.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise DataError(f"{path}: not the weights of {where}: {error}; remove {artifact.uri} and run again") from error
-    return network.to(device).eval().requires_grad_(requires_grad=False)
 
 
 def _sampled_as(config: NetworkConfig, requested: NetworkConfig | None) -> NetworkConfig:

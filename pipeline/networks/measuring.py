@@ -6,7 +6,7 @@ training. Legend: B rows, D joint space.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
@@ -46,6 +46,8 @@ class ValidationRows:
     """None for a network that does not read captions."""
     seed: int
     """Seed of the training."""
+    shown: list[Tensor] = field(default_factory=list[Tensor])
+    """The pictures of the last measure, uint8 (B, H, W, 3), if it samples any."""
 
     @property
     def clip(self) -> FrozenText:
@@ -62,6 +64,10 @@ class ValidationRows:
     def text(self) -> TextEncoding:
         """The captions of the rows."""
         return self.clip.encode_text(self.batch.captions)
+
+    def show(self, pictures: Tensor) -> None:
+        """Keep what a measure has sampled for the rows, for people to look at."""
+        self.shown[:] = [pictures]
 
     def noise(self) -> NoiseSource:
         """Noise for each row, the same at every call."""

@@ -66,12 +66,13 @@ def _measure(upsampler: Upsampler, rows: ValidationRows) -> dict[str, float]:
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         return upsampler(x, t, condition)
 
-    ours = sample_few_steps(denoise, x, Diffusion(config.diffusion), clip=True)
+    ours = to_uint8(sample_few_steps(denoise, x, Diffusion(config.diffusion), clip=True))
+    rows.show(ours)
     real = to_uint8(large).cpu().numpy()
     # Equal pictures have no finite ratio: a blank page counts as 99 dB, as in the evaluation.
     return {
-        name: float(psnr_db(to_uint8(pixels).cpu().numpy(), real).clip(max=99.0).mean())
-        for name, pixels in (("psnr_db", ours), ("bicubic_psnr_db", resize(small, config.image_px)))
+        name: float(psnr_db(pictures.cpu().numpy(), real).clip(max=99.0).mean())
+        for name, pictures in (("psnr_db", ours), ("bicubic_psnr_db", to_uint8(resize(small, config.image_px))))
     }
 
 

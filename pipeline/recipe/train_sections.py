@@ -152,6 +152,15 @@ class TrainResources:
     keep_best: str = ""
     """A measure of the validation, such as val_loss or val_cos_z_image: while training, the best checkpoint by it is
     kept besides the newest, of a loss the lowest, of others the highest; empty: none."""
+    validation: Literal["auto", "in_line", "beside"] = "auto"
+    """Who computes loss and measures of each checkpoint on validation rows: in_line, the first worker, for whom the
+    others wait; beside, another process on CPUs or a GPU that are free at that moment, for which nobody waits: if
+    nothing is free, or the one before still runs, the checkpoint is skipped, which the progress says. The finished
+    network is always validated. auto: in_line with one worker, beside with several."""
+    validation_cpus: PositiveFloat = 1.0
+    """CPUs of a validation beside the training; also its torch threads."""
+    validation_gpus: NonNegativeFloat = 0.0
+    """GPUs of a validation beside the training: 1, or the share of one; 0: it computes on its CPUs."""
     keep_state: bool = False
     """Keep weights, average and moments of the last step with the finished network, so that the training can be
     lengthened by a phase: four times the weights on the disk."""
@@ -170,7 +179,8 @@ class TrainResources:
     at the newest checkpoint."""
     hang_timeout_s: PositiveInt = 1800
     """Seconds that a worker waits for the others within a step before the training counts as hung, and begins again at
-    the newest checkpoint, as after a lost worker. A validation must end within it."""
+    the newest checkpoint, as after a lost worker. A validation must end within it, or counts as failed if it is beside
+    the training."""
     label_selector: dict[str, str] = field(default_factory=dict[str, str])
     """Labels of Ray that the workers' machines must have, for example {"ray.io/accelerator-type" = "H100"}. Empty: the
     step's role (unclip-role), if the cluster's machines have such a label, as those of cluster.yaml do."""
@@ -207,6 +217,11 @@ class TrainResources:
     def most_workers(self) -> int:
         """Workers that it takes if there is room."""
         return self.workers[1]
+
+    @property
+    def validates_beside(self) -> bool:
+        """Whether checkpoints are validated by another process."""
+        return self.validation == "beside" or (self.validation == "auto" and self.most_workers > 1)
 
     @property
     def shards(self) -> int:

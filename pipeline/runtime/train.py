@@ -22,6 +22,7 @@ from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.placement import cluster_has_roles, living_machines, scaling_options, worker_options
 from pipeline.runtime.restarts import End, Restarts
 from pipeline.runtime.stopping import StopNotice, handle_sigterm, is_stop_requested
+from pipeline.runtime.validate import ValidationsBeside
 from pipeline.workspace.progress import Progress
 from pipeline.workspace.store import LIVE, Workspace
 
@@ -49,6 +50,16 @@ def run_training(context: StepContext) -> StepResult:
     Raises:
         StepError: If the training ended more often than its budgets allow, or was asked to end.
     """
+    needs = context.recipe.trained()[context.step.name].resources
+    if not needs.validates_beside:
+        return StepResult(metrics=_fit(context), num_workers=needs.most_workers)
+    with ValidationsBeside(context, needs) as validations:
+        metrics = _fit(context) | validations.finish()
+    return StepResult(metrics=metrics, num_workers=needs.most_workers)
+
+
+def _fit(context: StepContext) -> Json:
+    """Train, from the newest checkpoint after each loss, until the network is finished; returns its metrics."""
     restarts = Restarts(context)
     while True:
         needs = context.recipe.trained()[context.step.name].resources
@@ -57,7 +68,7 @@ def run_training(context: StepContext) -> StepResult:
         progress.update(0, 1, "", f"waiting for {amount}", force=True)
         end = (_fit_one if needs.most_workers == 1 else _fit_many)(context, needs)
         if end.kind == "finished":
-            return StepResult(metrics=end.metrics | restarts.metrics, num_workers=needs.most_workers)
+            return end.metrics | restarts.metrics
         if end.kind == "preempted" and is_stop_requested(context.output):
             raise StepError(f"{context.step.name}: {end.cause}; run again to continue")
         context = restarts.next(end)

@@ -23,13 +23,13 @@ from models.request import EditError
 from models.stage import Watch
 from pipeline.data.vectors import read_vectors, to_unit
 from pipeline.errors import ConfigError
+from pipeline.grid import Block, draw_grid
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.pictures import read_file, square, to_png
 from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.sampling.edit_options import EditOptions
-from pipeline.sampling.grid import Block, draw_grid
 from pipeline.sampling.masks import masked_pixels
 from pipeline.sampling.preview import Preview
 from pipeline.sampling.sample import GRID

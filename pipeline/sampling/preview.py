@@ -6,8 +6,8 @@ from types import TracebackType
 
 from models.pixels import to_uint8
 from models.stage import StageStep, Watch
+from pipeline.grid import Block, draw_grid
 from pipeline.pictures import to_png
-from pipeline.sampling.grid import Block, draw_grid
 
 PREVIEW = "preview.png"
 _MAX_PICTURES = 16

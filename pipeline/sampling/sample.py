@@ -19,6 +19,7 @@ from models.cascade import Cascade
 from models.editor import ImageEncoder
 from models.stage import Watch
 from pipeline.errors import ConfigError
+from pipeline.grid import Block, draw_grid
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.pictures import to_png, with_text
 from pipeline.recipe.garbage import in_use_of
@@ -26,7 +27,6 @@ from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.sampling.at import checkpoint_networks
-from pipeline.sampling.grid import Block, draw_grid
 from pipeline.sampling.preview import Preview
 from pipeline.workspace.disk import translate_os_errors
 

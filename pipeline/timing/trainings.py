@@ -66,7 +66,10 @@ class RehearsedTraining:
             caption_s = clock.time(lambda: encode(captions)) / max(1, len(captions))
         save_s = end_s = 0.0
         if parts.validation.num_rows:
-            save_s = end_s = clock.time(lambda: Validation(job, parts)(state.ema))
+            is_beside = job.section.resources.validates_beside
+            validation = Validation.alone(job) if is_beside else Validation(job, parts.clip, parts.validation)
+            end_s = clock.time(lambda: validation(state.ema))
+            save_s = 0.0 if is_beside else end_s
         save_s += _wall_s(lambda: save_checkpoint(state, job.output, job.digest, Keep(1)))
         end_s += _wall_s(lambda: parts.publish(state.ema))
         return TrainingUnits(

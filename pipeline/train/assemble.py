@@ -99,10 +99,12 @@ def assemble(job: TrainJob) -> Parts:
     """
     torch.manual_seed(derive_seed(job.seed, "weights"))
     kind = job.kind
-    clip = _load_clip(job) if kind.captions else None
+    # The image tower only on the worker that measures pictures with it.
+    with_images = kind.measures_pictures and job.rank == 0 and not job.section.resources.validates_beside
+    clip = load_frozen(job, with_images=with_images) if kind.captions else None
     network = _create(job, clip)
-    train, validation = (_samples(job, split) for split in ("train", "validation"))
-    encode = _no_captions if clip is None else _caption_table(clip, train)
+    train, validation = (samples_of(job, split) for split in ("train", "validation"))
+    encode = text_encoder(clip) if clip is None else _caption_table(clip, train)
 
     def publish(trained: nn.Module) -> None:
         if kind.finish is not None:
@@ -116,11 +118,20 @@ def assemble(job: TrainJob) -> Parts:
     return Parts(network, lambda module: kind.objective(module, encode), train, validation, publish, clip)
 
 
-def _load_clip(job: TrainJob) -> FrozenText:
-    """The frozen CLIP; its image tower only on the worker that measures pictures with it."""
-    if job.kind.measures_pictures and job.rank == 0:
+def load_frozen(job: TrainJob, *, with_images: bool) -> FrozenText:
+    """The frozen CLIP that the training reads, or its text tower alone.
+
+    Raises:
+        DataError: If it is missing or damaged, or has no image tower.
+    """
+    if with_images:
         return load_clip_artifact(job.inputs["clip"], job.device)
     return load_text_artifact(job.inputs["clip"], job.device, with_images=False)
+
+
+def text_encoder(clip: FrozenText | None) -> TextEncoder:
+    """The encoder of captions, batch by batch; of a kind that reads none, one that is never called."""
+    return _no_captions if clip is None else clip.encode_text
 
 
 def _create(job: TrainJob, clip: FrozenText | None) -> nn.Module:
@@ -138,13 +149,19 @@ def _create(job: TrainJob, clip: FrozenText | None) -> nn.Module:
         for module in network.modules():
             if isinstance(module, NullText):
                 module.set(empty)
-    if kind.channels_last:
-        network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (missing in the stubs)
+    network = in_memory_order(kind, network)
     set_checkpointing(network, enabled=section.resources.checkpointing)
     return network
 
 
-def _samples(job: TrainJob, split: str) -> Samples:
+def in_memory_order(kind: AnyKind, network: nn.Module) -> nn.Module:
+    """The network with its kernels in the memory order in which its kind is fast."""
+    if not kind.channels_last:
+        return network
+    return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (missing in the stubs)
+
+
+def samples_of(job: TrainJob, split: str) -> Samples:
     """Rows of one split, with the columns that this kind of network reads."""
     kind, config = job.kind, job.section.model
     image_px: int = getattr(config, "image_px") if kind.pictures else 0  # noqa: B009  (kinds of pictures have it)

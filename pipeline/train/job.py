@@ -20,6 +20,7 @@ from pipeline.train.accumulation import Place
 from pipeline.train.assemble import Parts, TrainJob, assemble
 from pipeline.train.diagnosis import describe, find_culprits, find_culprits_together, of_all_workers
 from pipeline.train.loop import learning_rate, make_step, random_of_step, train
+from pipeline.train.results import read_beside, read_result, result_steps
 from pipeline.train.resume import CheckpointWriter, Keep, load_newest_checkpoint, require_measure
 from pipeline.train.sharding import create_mesh, is_sharded, shard
 from pipeline.train.speed import Speed, describe_speed
@@ -62,24 +63,25 @@ def run_job(job: TrainJob, watch: Watch, wants_stop: WantsStop = never) -> Json:
     note = f"; continued from step {state.step}: {'; '.join(damages)}" if damages else ""
     order = plan_order(parts.train, job.seed, where=job.name)
     share = Share(config.batch_size, job.rank, job.world_size)
-    validation = Validation(job, parts)
-    writer = CheckpointWriter(job.output, job.digest, _keep(job, validation, state))
+    validation = Validation(job, parts.clip, parts.validation)
+    writer = CheckpointWriter(job.output, job.digest, _keep(job, state))
 
     def report(state: TrainState) -> None:
         if is_first:
             text = log.add_losses(state, learning_rate(config, state.step - 1), speed.read(state.step), job.world_size)
             note_of_skips = f", {int(state.num_bad)} steps not finite and skipped" if state.num_bad else ""
-            watch(state.step, config.total_steps, f"{text}{note_of_skips}{note}")
+            watch(state.step, config.total_steps, f"{text}{note_of_skips}{log.note}{note}")
+
+    def validate(average: nn.Module | None) -> None:
+        if is_first and average is not None:
+            if not resources.validates_beside:
+                validation.write(average, state.step)
+            log.flush(state.step)
 
     def save(state: TrainState) -> None:
         is_due = state.step % resources.save_every_steps == 0  # else the training ends early, and may have little time
-        measures = dict[str, float]() if is_due else None
-        average = state.average if is_due else None
-        if is_first and average is not None:
-            measures = validation(average)
-            log.add_validation(state.step, measures)
-            log.flush()
-        writer.save(state, measures)
+        validate(state.average if is_due and not resources.validates_beside else None)
+        writer.save(state)
 
     def explain(state: TrainState) -> str:
         number = int(state.bad_step) - 1
@@ -103,8 +105,7 @@ def run_job(job: TrainJob, watch: Watch, wants_stop: WantsStop = never) -> Json:
     average = state.average
     if not is_first or average is None:
         return {}
-    log.add_validation(state.step, validation(average))
-    log.flush()
+    validate(average)
     parts.publish(average)
     counts = {"num_parameters": num_parameters(average), "num_steps": state.step}
     events = {"num_damaged_checkpoints": len(damages), "num_skipped_steps": int(state.num_bad)}
@@ -114,7 +115,7 @@ def run_job(job: TrainJob, watch: Watch, wants_stop: WantsStop = never) -> Json:
 def _stopped(job: TrainJob, state: TrainState, log: MetricsLog, reason: str) -> StoppedError:
     """The end of a training whose last checkpoint is written, and its curves with it."""
     if job.rank == 0:
-        log.flush()
+        log.flush(state.step)
     return StoppedError(state.step, reason)
 
 
@@ -194,6 +195,9 @@ class MetricsLog:
         self._artifact, before = artifact, before or artifact
         lines = before.path(METRICS).read_text(encoding="utf-8").splitlines() if step and before.exists(METRICS) else []
         self.rows: list[Json] = [row for row in map(json.loads, lines) if row["step"] <= step]
+        self.note = ""
+        """What to say of validations that did not take place."""
+        self._validated = {row["step"] for row in self.rows if "val_loss" in row}
         self._due = 0.0
 
     def add_losses(self, state: TrainState, rate: float, speed: dict[str, float], workers: int) -> str:
@@ -203,27 +207,31 @@ class MetricsLog:
         row = {"step": state.step, "time": _now(), "loss": loss, "grad_norm": float(state.grad_norm), "lr": rate}
         row["workers"] = workers
         self.rows.append(row | {name: float(f"{value:.4g}") for name, value in speed.items()})
-        self._flush_if_due()
+        self._flush_if_due(state.step)
         return f"loss {loss:.4f}, {describe_speed(speed)}"
 
-    def add_validation(self, step: int, metrics: dict[str, float]) -> None:
-        """Add loss and measures on the validation split, if there is one; their names begin with ``val_``."""
-        if metrics:
-            earlier = [row for row in self.rows if row["step"] != step or "loss" in row]  # a run that ended after this
-            self.rows = [*earlier, {"step": step, "time": _now(), **metrics}]
-
-    def _flush_if_due(self) -> None:
+    def _flush_if_due(self, step: int) -> None:
         """Publish the rows so often that curves are seen as they happen, and writing takes at most 1 % of the time."""
         begun = time.monotonic()
         if begun >= self._due:
-            self.flush()
+            self.flush(step)
             now = time.monotonic()
             self._due = now + max(_FLUSH_S, 100 * (now - begun))
 
-    def flush(self) -> None:
-        """Publish all rows."""
+    def flush(self, step: int) -> None:
+        """Publish all rows, with the results of the validations up to a step, whoever computed them."""
+        self._take_results(step)
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         self._artifact.write_bytes(METRICS, text.encode())
+
+    def _take_results(self, step: int) -> None:
+        for number in result_steps(self._artifact):
+            if number <= step and number not in self._validated:
+                self._validated.add(number)
+                self.rows.append({"step": number, **read_result(self._artifact, number)})
+        self.rows = sorted((row for row in self.rows if len(row) > 2), key=lambda row: row["step"])
+        text = read_beside(self._artifact).text
+        self.note = f"; {text}" if text else ""
 
     def summary(self) -> Json:
         """The last loss of each kind, and the last measures."""
@@ -243,7 +251,7 @@ def _now() -> float:
     return round(time.time(), 3)
 
 
-def _keep(job: TrainJob, validation: Validation, state: TrainState) -> Keep:
+def _keep(job: TrainJob, state: TrainState) -> Keep:
     """Which checkpoints stay.
 
     Raises:
@@ -253,5 +261,5 @@ def _keep(job: TrainJob, validation: Validation, state: TrainState) -> Keep:
     if resources.keep_best:
         average = state.average
         if job.rank == 0 and average is not None:
-            require_measure(resources.keep_best, validation(average))
+            require_measure(resources.keep_best, Validation.alone(job)(average))
     return Keep(resources.num_checkpoints, resources.keep_best)

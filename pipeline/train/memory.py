@@ -173,6 +173,7 @@ def count_memory(name: str, section: TrainedSection, recipe: Recipe, frozen: Ope
     resources, share = section.resources, _share(section)
     samples = share.largest_part(resources.micro_batch_size)
     kind = kind_of(section.model)
+    with_images = kind.measures_pictures and not resources.validates_beside
     with torch.device("meta"):
         clip = build_clip(recipe) if kind.name == "clip" else frozen
         network: nn.Module = clip.model if kind.name == "clip" else kind.create(section.model, clip.dims)
@@ -191,7 +192,7 @@ def count_memory(name: str, section: TrainedSection, recipe: Recipe, frozen: Ope
     return WorkerMemory(
         name=name,
         samples=samples,
-        clip=_clip_bytes(frozen, with_images=kind.measures_pictures) if kind.captions else 0,
+        clip=_clip_bytes(frozen, with_images=with_images) if kind.captions else 0,
         gpu=round(resources.gpu_memory_gb * 1e9),
         **parts,
     )
@@ -249,7 +250,7 @@ def _count_divided(step: _Step, section: TrainedSection, samples: int, blocks: S
         "average": own + buffers,
         "buckets": 0,
         "gathered": outside + largest * (3 * dtype.itemsize + 2 * torch.float32.itemsize),
-        "work": max(work, whole),  # the first worker gathers the average to validate and to publish it
+        "work": max(work, whole),  # the first worker gathers the average to publish it
     }
 
 

@@ -7,21 +7,19 @@ import threading
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch.distributed
 
 from pipeline.errors import ConfigError, ResumeError
 from pipeline.train.checkpoint import Checkpoint, DamagedCheckpointError, Snapshot, restore
+from pipeline.train.results import read_beside, read_result
 from pipeline.train.state import TrainState
 from pipeline.workspace.store import LIVE, Artifact
 
 CHECKPOINTS = f"{LIVE}checkpoints/"
 KEPT_STATE = "state/"
-_BEST = f"{LIVE}best.json"
 _SUFFIX = ".safetensors"
-
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,8 @@ class Keep:
     num_newest: int = 2
     """The newest ones, at least one."""
     best_by: str = ""
-    """Besides them the best by this measure: of a loss the lowest, of any other measure the highest. Empty: none."""
+    """Besides them the best of those that were validated, by this measure: of a loss the lowest, of any other measure
+    the highest. Empty: none."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -84,24 +83,17 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.join()
 
-    def save(self, state: TrainState, measures: Mapping[str, float] | None = None) -> None:
+    def save(self, state: TrainState) -> None:
         """Copy the state, and write it in the background.
-
-        Args:
-            state: The state.
-            measures: Validation loss and measures of the state's average; None: they were not taken.
 
         Raises:
             StepError: If the last checkpoint could not be written.
-            ConfigError: If the best is to be kept by a measure that the training does not take.
         """
         self.wait()
         if not _writes(state):
             return
-        if self._keep.best_by and measures is not None and _rank() == 0:
-            require_measure(self._keep.best_by, measures)
         snapshot = Snapshot.of(state)
-        self._thread = threading.Thread(target=self._write, args=(snapshot, measures), name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
@@ -127,31 +119,29 @@ class CheckpointWriter:
         if _writes(state):
             Snapshot.of(state).publish(self._artifact, state_name(state.step), self._digest, self._attempt)
 
-    def _write(self, snapshot: Snapshot, measures: Mapping[str, float] | None) -> None:
+    def _write(self, snapshot: Snapshot) -> None:
         try:
             name = checkpoint_name(snapshot.step)
             snapshot.publish(self._artifact, name, self._digest, self._attempt, self._ends.is_set)
             if snapshot.number == 0:
-                _remove_others(self._artifact, snapshot.step, self._keep, measures)
+                _remove_others(self._artifact, snapshot.step, self._keep)
         except Exception as error:  # noqa: BLE001  (it is raised where the training waits)
             self._failure = error
 
 
-def save_checkpoint(
-    state: TrainState, artifact: Artifact, digest: str, keep: Keep, measures: Mapping[str, float] | None = None
-) -> None:
+def save_checkpoint(state: TrainState, artifact: Artifact, digest: str, keep: Keep) -> None:
     """Publish a state, and remove the checkpoints that are not to be kept; see ``CheckpointWriter``."""
     with CheckpointWriter(artifact, digest, keep) as writer:
-        writer.save(state, measures)
+        writer.save(state)
         writer.wait()
 
 
-def _remove_others(artifact: Artifact, step: int, keep: Keep, measures: Mapping[str, float] | None) -> None:
+def _remove_others(artifact: Artifact, step: int, keep: Keep) -> None:
     """Remove the checkpoints that are not to be kept, and what is left of those that were never whole."""
-    best = _note_best(artifact, step, keep.best_by, measures) if keep.best_by else None
     committed = _committed(artifact, CHECKPOINTS)
     earlier = [number for number in sorted(committed) if number <= step]
-    stays = {best, *earlier[-keep.num_newest :]}
+    in_validation = read_beside(artifact).running
+    stays = {_best_of(artifact, earlier, keep.best_by), in_validation, *earlier[-keep.num_newest :]}
     for number, name in committed.items():
         if number not in stays:  # later ones were found damaged; their other files are overwritten
             artifact.remove(name)
@@ -240,19 +230,14 @@ def require_measure(name: str, measures: Mapping[str, float]) -> None:
         raise ConfigError(f"resources.keep_best = {name!r}: the measures of this training are {names}")
 
 
-def _note_best(artifact: Artifact, step: int, name: str, measures: Mapping[str, float] | None) -> int | None:
-    """The step of the best checkpoint so far, this one included if it was measured."""
-    sign = 1 if name.endswith("loss") else -1
-    value = math.nan if measures is None else measures[name]
-    if artifact.exists(_BEST):
-        best: Json = artifact.read_json(_BEST)
-        is_better = best["by"] == name and (math.isnan(value) or sign * best["value"] <= sign * value)
-        if is_better and artifact.exists(checkpoint_name(best["step"])):
-            return int(best["step"])
-    if measures is None:
+def _best_of(artifact: Artifact, steps: list[int], name: str) -> int | None:
+    """The best of some checkpoints by a measure, the earliest of equals; None if there is no measure, or no result."""
+    if not name:
         return None
-    artifact.write_json(_BEST, {"step": step, "value": value, "by": name})
-    return step
+    sign = 1 if name.endswith("loss") else -1
+    values = {step: sign * float(read_result(artifact, step).get(name, math.nan)) for step in steps}
+    numbers = {step: value for step, value in values.items() if not math.isnan(value)}
+    return min(numbers, key=lambda step: (numbers[step], step), default=None)
 
 
 def _rank() -> int:

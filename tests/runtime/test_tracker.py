@@ -23,6 +23,7 @@ from pipeline.runtime.tracking.outbox import RECORDS, SENT, Outbox
 from pipeline.runtime.tracking.place import Place
 from pipeline.runtime.tracking.records import new_points
 from pipeline.runtime.tracking.run import Tracking, send_champion, send_waiting
+from pipeline.train.results import grid_name
 from pipeline.workspace.manifest import Manifest, content_of
 from pipeline.workspace.store import Artifact, Workspace
 from tests.ports import free_port
@@ -86,8 +87,15 @@ def test_a_stopped_run_is_continued_in_its_parent_without_doubles(database: str,
     with Tracking(recipe, workspace, pytest.fail) as tracking:
         tracking.started(context)
         _write_rows(context, 5)
-        with context.output.write("grid.png") as path:
-            Image.new("RGB", (8, 8)).save(path, "PNG")
+        validated = json.dumps({"step": 4, "time": 1004, "val_loss": 0.5})
+        context.output.write_bytes(
+            "metrics.jsonl", context.output.path("metrics.jsonl").read_bytes() + validated.encode()
+        )
+        for name in ("grid.png", grid_name(4)):
+            with context.output.write(name) as path:
+                Image.new("RGB", (8, 8)).save(path, "PNG")
+        tracking.forward(context)
+        context.output.remove(grid_name(4))  # as the commit does, before it is delivered
         result = StepResult(
             counts={"in": 2, "ok": 2}, metrics={"quality": {"colour": 0.5}, "failures": {"<urlopen [Errno 111]>": 3}}
         )
@@ -109,7 +117,9 @@ def test_a_stopped_run_is_continued_in_its_parent_without_doubles(database: str,
     (used,) = child.inputs.dataset_inputs
     assert (used.dataset.name, used.dataset.digest) == ("embed", content_of(manifest))
     client = _client(database)
-    assert len(client.list_artifacts(run_id, "images")) == 2  # MLflow adds a small copy of each
+    images = [Path(file.path).name for file in client.list_artifacts(run_id, "images")]
+    assert len(images) == 4  # MLflow adds a small copy of each
+    assert sum(name.startswith("validation+step+4+") for name in images) == 2
     (model,) = client.search_logged_models([parent.info.experiment_id])
     assert model.tags["unclip.key"] == context.step.key
     assert str(model.status) == "READY"

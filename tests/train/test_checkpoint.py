@@ -22,12 +22,14 @@ from pipeline.sampling.at import checkpoint_networks
 from pipeline.train.assemble import TrainJob
 from pipeline.train.checkpoint import Checkpoint, DamagedCheckpointError, Snapshot
 from pipeline.train.job import run_job
+from pipeline.train.results import BesideState, write_beside, write_result
 from pipeline.train.resume import (
     CheckpointWriter,
     Keep,
     checkpoint_name,
     checkpoint_steps,
     load_newest_checkpoint,
+    require_measure,
     save_checkpoint,
 )
 from pipeline.train.state import TrainState, create_state
@@ -110,20 +112,40 @@ def test_a_checkpoint_of_an_earlier_release_is_refused_by_its_format(tmp_path: P
 def test_the_newest_checkpoints_are_kept_and_the_best(tmp_path: Path, name: str, best: int) -> None:
     artifact, keep = Artifact(str(tmp_path)), Keep(2, name)
     for step, value in ((2, 0.5), (4, 0.3), (6, 0.4), (8, 0.45), (10, 0.35)):
-        save_checkpoint(_state(step), artifact, "key", keep, {name: value})
+        _save_validated(artifact, keep, step, {name: value})
     assert checkpoint_steps(artifact) == [best, 8, 10]
     better = 0.1 if name == "val_loss" else 0.9
     for step, value in ((12, better), (14, 0.4), (16, 0.4)):
-        save_checkpoint(_state(step), artifact, "key", keep, {name: value})
+        _save_validated(artifact, keep, step, {name: value})
     assert checkpoint_steps(artifact) == [12, 14, 16]
     with pytest.raises(ConfigError, match=f"keep_best = 'val_psnr': the measures of this training are {name}"):
-        save_checkpoint(_state(18), artifact, "key", Keep(2, "val_psnr"), {name: value})
+        require_measure("val_psnr", {name: value})
+
+
+def _save_validated(artifact: Artifact, keep: Keep, step: int, measures: dict[str, float]) -> None:
+    write_result(artifact, step, measures)
+    save_checkpoint(_state(step), artifact, "key", keep)
+
+
+def test_a_checkpoint_that_is_validated_beside_the_training_stays_until_it_is_known_whether_it_is_the_best(
+    tmp_path: Path,
+) -> None:
+    artifact, keep = Artifact(str(tmp_path)), Keep(1, "val_loss")
+    _save_validated(artifact, keep, 2, {"val_loss": 0.5})
+    write_beside(artifact, BesideState(running=4))
+    for step in (4, 6, 8):
+        save_checkpoint(_state(step), artifact, "key", keep)
+    assert checkpoint_steps(artifact) == [2, 4, 8]
+    write_result(artifact, 4, {"val_loss": 0.4})
+    write_beside(artifact, BesideState())
+    save_checkpoint(_state(10), artifact, "key", keep)
+    assert checkpoint_steps(artifact) == [4, 10]
 
 
 def test_a_measure_that_is_not_a_number_is_never_the_best(tmp_path: Path) -> None:
     artifact, keep = Artifact(str(tmp_path)), Keep(1, "val_loss")
     for step, value in ((2, float("nan")), (4, 0.3), (6, float("nan")), (8, 0.4)):
-        save_checkpoint(_state(step), artifact, "key", keep, {"val_loss": value})
+        _save_validated(artifact, keep, step, {"val_loss": value})
     assert checkpoint_steps(artifact) == [4, 8]
 
 

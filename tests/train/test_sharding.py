@@ -146,7 +146,8 @@ def _state_bytes(state: TrainState) -> int:
 
 def _run(inputs: dict[str, Artifact], folder: str, rank: int, world_size: int) -> dict[str, Any]:
     """A whole training, with its checkpoints, its validation and its artifact."""
-    recipe = _Case("upsampler_1", resources={"save_every_steps": 2}).recipe(world_size, 0)
+    resources = {"save_every_steps": 2, "validation": "in_line"}
+    recipe = _Case("upsampler_1", resources=resources).recipe(world_size, 0)
     output = Artifact(f"{folder}/run-{world_size}")
     return run_job(
         TrainJob("upsampler_1", recipe, inputs, output, "key", CPU, rank=rank, world_size=world_size), no_watch

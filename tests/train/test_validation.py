@@ -5,9 +5,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from models.ar_prior.network import ArPrior
@@ -17,12 +19,14 @@ from models.upsampler.network import Upsampler
 from pipeline.clip import FrozenClip
 from pipeline.networks.clip import load_clip_artifact
 from pipeline.networks.measuring import NUM_EMBEDDINGS
-from pipeline.train.assemble import assemble
-from pipeline.train.job import run_job
-from pipeline.train.validation import Validation
+from pipeline.train.assemble import TrainJob, assemble
+from pipeline.train.job import MetricsLog, run_job
+from pipeline.train.results import BesideState, grid_name, read_result, result_steps, write_beside
+from pipeline.train.resume import checkpoint_name, checkpoint_steps
+from pipeline.train.validation import Validation, validate_beside
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Artifact
-from tests.tiny.training import no_watch, tiny_inputs, tiny_job
+from tests.tiny.training import no_watch, tiny_inputs, tiny_job, training_recipe
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,7 @@ def network_and_measures(name: str, inputs: dict[str, Artifact], folder: Path) -
     parts = assemble(job)
     for parameter in parts.network.parameters():
         nn.init.normal_(parameter, std=0.1)
-    validation = Validation(job, parts)
+    validation = Validation(job, parts.clip, parts.validation)
 
     def measures(network: nn.Module) -> dict[str, float]:
         values = validation(network)
@@ -122,3 +126,100 @@ def test_measures_stand_beside_the_validation_loss_and_in_the_summary(
     measured = [row[measure] for row in rows if "val_loss" in row]
     assert len(measured) == 3
     assert summary[measure] == measured[-1]
+
+
+def _beside(name: str, inputs: dict[str, Artifact], output: Path, **resources: object) -> TrainJob:
+    """A training of six steps with checkpoints at 2 and 4, which somebody else validates."""
+    recipe = training_recipe()
+    section = recipe.trained()[name]
+    section = replace(section, resources=replace(section.resources, validation="beside", **resources))
+    return tiny_job(name, inputs, output, replace(recipe, **{name: section}))
+
+
+def _measured(job: TrainJob) -> dict[int, dict[str, float]]:
+    """Loss and measures of each step in the curves, in their order."""
+    rows = [json.loads(line) for line in job.output.path(METRICS).read_text().splitlines()]
+    named = {row["step"]: {name: row[name] for name in row if name.startswith("val_")} for row in rows}
+    assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
+    return {step: measures for step, measures in named.items() if measures}
+
+
+@pytest.mark.parametrize("name", ["clip", "prior", "prior_2", "decoder", "noisy_clip", "upsampler_1"])
+def test_whoever_validates_a_checkpoint_gets_the_numbers_of_the_training(
+    inputs: dict[str, Artifact], tmp_path: Path, name: str
+) -> None:
+    in_line = tiny_job(name, inputs, tmp_path / "in_line")
+    run_job(in_line, no_watch)
+    expected = _measured(in_line)
+    assert list(expected) == [2, 4, 6]
+    job = _beside(name, inputs, tmp_path / "beside")
+    run_job(job, no_watch)
+    assert _measured(job) == {}
+    weights = [file for file in in_line.output.names() if file.endswith(".safetensors") and "/" not in file]
+    for file in weights:
+        assert job.output.path(file).read_bytes() == in_line.output.path(file).read_bytes()
+    for step in (6, 4, 2):
+        assert validate_beside(job, step)
+        grids = [one.output.exists(grid_name(step)) for one in (job, in_line)]
+        assert grids == [job.kind.measures_pictures or name == "upsampler_1"] * 2
+        if grids[0]:
+            with (
+                Image.open(job.output.path(grid_name(step))) as ours,
+                Image.open(in_line.output.path(grid_name(step))) as theirs,
+            ):
+                assert ours.size[0] > 4 * 96
+                assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+    log = MetricsLog(job.output, 6)
+    log.flush(6)
+    assert _measured(job) == expected
+    assert log.summary().keys() >= expected[6].keys()
+    job.output.remove(checkpoint_name(2))
+    assert not validate_beside(job, 2)
+
+
+def test_a_training_puts_results_from_beside_into_its_curves_and_says_what_was_left_out(
+    inputs: dict[str, Artifact], tmp_path: Path
+) -> None:
+    job, messages = _beside("upsampler_1", inputs, tmp_path), list[str]()
+
+    def watch(done: int, total: int, message: str) -> None:
+        messages.append(message)
+        if done == 4:
+            assert validate_beside(job, 2)
+            write_beside(job.output, BesideState(skipped=3, failed=1, reason="only 0 of 1 CPU was free"))
+
+    run_job(job, watch)
+    assert list(_measured(job)) == [2]
+    assert read_result(job.output, 2).keys() >= _measured(job)[2].keys()
+    assert result_steps(job.output) == [2]
+    log = MetricsLog(job.output, 6)
+    log.flush(6)
+    assert log.note == "; validations: 3 skipped, 1 failed (only 0 of 1 CPU was free)"
+
+
+def test_a_training_that_is_validated_beside_it_loads_no_image_tower(
+    inputs: dict[str, Artifact], tmp_path: Path
+) -> None:
+    in_line, beside = (
+        assemble(tiny_job("decoder", inputs, tmp_path)).clip,
+        assemble(_beside("decoder", inputs, tmp_path)).clip,
+    )
+    assert in_line is not None
+    assert beside is not None
+    assert (in_line.clip.has_images, beside.clip.has_images) == (True, False)
+
+
+def test_the_best_of_the_checkpoints_that_are_validated_beside_is_kept(
+    inputs: dict[str, Artifact], tmp_path: Path
+) -> None:
+    job = _beside("upsampler_1", inputs, tmp_path, keep_best="val_psnr_db", num_checkpoints=1, save_every_steps=1)
+
+    def watch(done: int, total: int, message: str) -> None:
+        if done == 3:
+            job.output.write_json(f"live/validation/{2:08d}.json", {"time": 0.0, "val_psnr_db": 99.0})
+            write_beside(job.output, BesideState(running=2))
+        if done == 4:
+            write_beside(job.output, BesideState())
+
+    run_job(job, watch)
+    assert checkpoint_steps(job.output) == [2, 5]

@@ -4,6 +4,7 @@ The driver alone speaks, and only to an ``Outbox`` in the workspace; a thread de
 ``metrics.jsonl`` beside their weights, and the driver forwards new points from there.
 """
 
+import base64
 import hashlib
 import json
 import uuid
@@ -27,6 +28,7 @@ from pipeline.runtime.tracking.records import (
     version_record,
 )
 from pipeline.runtime.tracking.tracker import now_ms
+from pipeline.train.results import grid_name
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Workspace
 
@@ -111,8 +113,18 @@ class Tracking:
         last: dict[str, int] = self._place.state["forwarded"].setdefault(f"{self._attempt}/{name}", {})
         points = new_points(path.read_text(encoding="utf-8").splitlines(), last)
         if points:
-            self._say({"op": "metrics", "run": self._run(name), "points": points})
+            self._say({"op": "metrics", "run": self._run(name), "points": points}, *self._grids(context, points))
             self._save()
+
+    def _grids(self, context: StepContext, points: list[list[Any]]) -> list[Json]:
+        """The grids of the validations whose losses are new, with their bytes: the commit removes the files."""
+        records: list[Json] = []
+        for name, _, time_ms, step in points:
+            if name == "val_loss" and context.output.exists(grid_name(step)):
+                png = base64.b64encode(context.output.path(grid_name(step)).read_bytes()).decode()
+                facts = {"key": "validation", "png": png, "step": step, "time_ms": time_ms}
+                records.append({"op": "image", "run": self._run(context.step.name), **facts})
+        return records
 
     def finished(self, context: StepContext, result: StepResult) -> str:
         """Close the step's run; returns its id as far as it is known, or an empty string."""

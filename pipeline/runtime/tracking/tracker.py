@@ -4,6 +4,8 @@ Every record can be written twice with the effect of once. A run is found again 
 pipeline run, which is new in every workspace, and the step.
 """
 
+import base64
+import io
 import itertools
 import logging
 import os
@@ -167,10 +169,7 @@ class Tracker:
         logged = [Path(file.path).name for file in self._client.list_artifacts(run_id, "images")]
         if any(name.startswith(f"{key}+step+{record['step']}+") for name in logged):
             return
-        artifact = Artifact(record["artifact"])
-        if not artifact.exists(record["file"]):
-            raise RefusedError(f"{artifact.uri}/{record['file']} is not there any more")
-        with Image.open(artifact.path(record["file"])) as image:
+        with Image.open(_picture(record)) as image:
             self._client.log_image(run_id, image, key=key, step=record["step"], timestamp=record["time_ms"])
 
     def _log_text(self, record: Json) -> None:
@@ -288,6 +287,20 @@ class SystemMetrics:
             values |= {f"system/{name}": float(value) for name, value in readings.items()}
             monitor.clear_metrics()
         return values
+
+
+def _picture(record: Json) -> Path | io.BytesIO:
+    """The file of a picture, or its bytes if the record has them.
+
+    Raises:
+        RefusedError: If the file is not there any more.
+    """
+    if "png" in record:
+        return io.BytesIO(base64.b64decode(record["png"]))
+    artifact = Artifact(record["artifact"])
+    if not artifact.exists(record["file"]):
+        raise RefusedError(f"{artifact.uri}/{record['file']} is not there any more")
+    return artifact.path(record["file"])
 
 
 def now_ms() -> int:

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image, ImageFont
 
 from pipeline.errors import DataError
+from pipeline.grid import Block, draw_grid, fit, wrap
 from pipeline.pictures import decode, square, thumbnail, to_png
-from pipeline.sampling.grid import Block, draw_grid, fit, wrap
 
 
 def _flat(colour: tuple[int, int, int], side_px: int = 8) -> np.ndarray:

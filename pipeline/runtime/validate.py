@@ -1,0 +1,247 @@
+"""Validations beside a training: of each checkpoint that it commits, one at a time, on what is free at that moment.
+
+A training knows nothing of them and waits for none. A thread beside it looks for new checkpoints and starts a Ray task
+for one; the task writes the result, which the training puts into its curves at its next log line. Only the validation
+of the finished network is waited for, when the training's own workers are free again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+
+from pipeline.recipe.train_sections import TrainResources
+from pipeline.runtime.context import StepContext
+from pipeline.train.results import read_beside, result_steps, write_beside
+from pipeline.workspace.progress import Progress
+from pipeline.workspace.store import Artifact
+
+Json = dict[str, Any]
+
+_POLL_S = 2.0
+_NICE = 5
+"""By how much a validation gives way to the trainings of its machine."""
+_MAX_REASON_CHARS = 200
+
+
+@dataclass(frozen=True)
+class Task:
+    """A validation that was started."""
+
+    step: int
+    future: Future[bool]
+    """Whether there was a checkpoint to validate."""
+    cancel: Callable[[], None]
+    begun: float
+    """On the monotonic clock."""
+
+
+class Validations:
+    """Which checkpoints of a training are validated, and what became of the others.
+
+    Args:
+        output: The artifact of the training.
+        start: Starts the validation of a step, which writes its result.
+        lacks: What is not free for one now; empty if there is room.
+        limit_s: Seconds after which one counts as failed.
+    """
+
+    def __init__(
+        self, output: Artifact, start: Callable[[int], Task], lacks: Callable[[], str], limit_s: float
+    ) -> None:
+        self._output, self._start, self._lacks, self._limit_s = output, start, lacks, limit_s
+        self._seen = set(result_steps(output))
+        self._task: Task | None = None
+        self.state = replace(read_beside(output), running=-1)
+        write_beside(output, self.state)
+
+    def look(self) -> None:
+        """Take the result of the running validation if it has one, and start that of the newest new checkpoint.
+
+        Only a checkpoint that has just been committed is validated: then the training has its workers, and nothing is
+        taken from it that it waits for.
+        """
+        from pipeline.train.resume import checkpoint_steps
+
+        self._collect()
+        new = [step for step in checkpoint_steps(self._output) if step not in self._seen]
+        self._seen |= set(new)
+        if not new:
+            return
+        reason = "the one before still ran" if self._task else self._lacks()
+        if not reason:
+            self._begin(new[-1])
+        passed_over = len(new) - (not reason)
+        if passed_over:
+            self._note(skipped=passed_over, reason=reason or "a newer checkpoint was there")
+
+    def finish(self, last_step: int) -> None:
+        """Wait for the running validation, and for that of the finished network."""
+        while self._task is not None:
+            self._wait()
+        if last_step not in result_steps(self._output):
+            self._begin(last_step)
+            while self._task is not None:
+                self._wait()
+
+    def end(self) -> None:
+        """End the running validation: the training has failed."""
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+            self._change(running=-1)
+
+    def fails(self, error: Exception) -> None:
+        """Say that looking itself has failed, once for each cause."""
+        if _reason(error) != self.state.reason:
+            self._note(failed=1, reason=_reason(error))
+
+    def _begin(self, step: int) -> None:
+        self._task = self._start(step)
+        self._change(running=step)
+
+    def _wait(self) -> None:
+        assert self._task is not None
+        left_s = self._task.begun + self._limit_s - time.monotonic()
+        with contextlib.suppress(Exception):  # ``_collect`` reads it
+            self._task.future.result(timeout=max(0.0, left_s))
+        self._collect()
+
+    def _collect(self) -> None:
+        """Read the result of the running validation, or end it after its time."""
+        task = self._task
+        if task is None:
+            return
+        if not task.future.done():
+            if time.monotonic() - task.begun < self._limit_s:
+                return
+            task.cancel()
+            self._note(failed=1, reason=f"it took more than {self._limit_s:g} s")
+        else:
+            try:
+                if not task.future.result():
+                    self._note(skipped=1, reason="a newer checkpoint had replaced it")
+            except Exception as error:  # noqa: BLE001  (whatever a validation raises, nobody stops)
+                self._note(failed=1, reason=_reason(error))
+        self._task = None
+        self._change(running=-1)
+
+    def _note(self, *, skipped: int = 0, failed: int = 0, reason: str) -> None:
+        self._change(skipped=self.state.skipped + skipped, failed=self.state.failed + failed, reason=reason)
+
+    def _change(self, **fields: Any) -> None:
+        self.state = replace(self.state, **fields)
+        write_beside(self._output, self.state)
+
+
+class ValidationsBeside:
+    """The validations of one training, as Ray tasks, inside a block that trains.
+
+    Args:
+        context: The step.
+        resources: Of its training.
+    """
+
+    def __init__(self, context: StepContext, resources: TrainResources) -> None:
+        self._context, self._resources = context, resources
+        self._amounts = {"CPU": resources.validation_cpus, "GPU": resources.validation_gpus}
+        self._validations = Validations(context.output, self._start, self._lacks, resources.hang_timeout_s)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="validations", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._validations.end()
+
+    def finish(self) -> Json:
+        """Wait for the validation of the finished network; returns the last measures, and what was left out.
+
+        A validation that fails is counted, and the network is finished without its numbers.
+        """
+        from pipeline.train.job import MetricsLog
+
+        self._stop.set()
+        self._thread.join()
+        output, name = self._context.output, self._context.step.name
+        last_step = self._context.recipe.trained()[name].train.total_steps
+        progress = Progress(output)
+        progress.update(last_step, last_step, "steps", "trained; the network is validated", force=True)
+        self._validations.finish(last_step)
+        state = self._validations.state
+        text = f"trained; {state.text}" if state.text else "trained"
+        progress.update(last_step, last_step, "steps", text, force=True)
+        log = MetricsLog(output, last_step)
+        log.flush(last_step)
+        measures = {name: value for name, value in log.summary().items() if name.startswith("val_")}
+        counts = {"num_skipped_validations": state.skipped, "num_failed_validations": state.failed}
+        return measures | {name: count for name, count in counts.items() if count}
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_POLL_S):
+            try:
+                self._validations.look()
+            except Exception as error:  # noqa: BLE001  (an object store that does not answer for once, say)
+                with contextlib.suppress(Exception):
+                    self._validations.fails(error)
+
+    def _start(self, step: int) -> Task:
+        name = f"{self._context.step.name}: validate step {step}"
+        options = {"num_cpus": self._amounts["CPU"], "num_gpus": self._amounts["GPU"], "name": name}
+        reference = _validate.options(**options).remote(self._context, step)
+        return Task(step, reference.future(), lambda: ray.cancel(reference, force=True), time.monotonic())
+
+    def _lacks(self) -> str:
+        free = ray.available_resources()
+        return " and ".join(
+            f"only {free.get(name, 0.0):g} of {amount:g} {name} was free"
+            for name, amount in self._amounts.items()
+            if free.get(name, 0.0) < amount
+        )
+
+
+# A process of its own, because it gives way to others for as long as it lives. It can be tried again because of such
+# tasks Ray ends the youngest first when a machine is short of memory: this one, and no worker of the training.
+@ray.remote(max_calls=1, max_retries=1)
+def _validate(context: StepContext, step: int) -> bool:
+    os.nice(_NICE)
+    import torch
+
+    from pipeline.train.assemble import TrainJob
+    from pipeline.train.validation import validate_beside
+
+    name = context.step.name
+    resources = context.recipe.trained()[name].resources
+    num_threads = max(1, int(resources.validation_cpus))
+    torch.set_num_threads(num_threads)
+    job = TrainJob(
+        name=name,
+        recipe=context.recipe,
+        inputs=context.inputs,
+        output=context.output,
+        digest=context.step.key,
+        device=torch.device("cuda" if resources.validation_gpus else "cpu"),
+        num_threads=num_threads,
+    )
+    return validate_beside(job, step)
+
+
+def _reason(error: BaseException) -> str:
+    cause = getattr(error, "cause", None) or error
+    line = next((line for line in reversed(str(cause).splitlines()) if line.strip()), "")
+    return f"{type(cause).__name__}: {line.strip()}"[:_MAX_REASON_CHARS]

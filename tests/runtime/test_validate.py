@@ -1,0 +1,140 @@
+"""Which checkpoints are validated beside a training, and what becomes of slow, killed and unplaced validations."""
+
+import itertools
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from pipeline.runtime.validate import Task, Validations
+from pipeline.train.results import BesideState, read_beside, write_result
+from pipeline.train.resume import checkpoint_name
+from pipeline.workspace.store import Artifact
+
+
+class _Cluster:
+    """Starts validations that end when the test says so."""
+
+    def __init__(self, output: Artifact, limit_s: float = 60.0) -> None:
+        self.output, self.tasks, self.cancelled = output, dict[int, Future[bool]](), list[int]()
+        self.lacks = ""
+        self.validations = Validations(output, self.start, lambda: self.lacks, limit_s)
+
+    def start(self, step: int) -> Task:
+        self.tasks[step] = Future()
+        return Task(step, self.tasks[step], lambda: self.cancelled.append(step), time.monotonic())
+
+    def look_at(self, *steps: int) -> None:
+        """The training commits checkpoints, and somebody looks."""
+        for step in steps:
+            self.output.write_bytes(checkpoint_name(step), b"")
+        self.validations.look()
+
+    def end(self, step: int, *, is_there: bool = True) -> None:
+        if is_there:
+            write_result(self.output, step, {"val_loss": 1.0})
+        self.tasks[step].set_result(is_there)
+
+    @property
+    def state(self) -> BesideState:
+        state = read_beside(self.output)
+        assert state == self.validations.state
+        return state
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> _Cluster:
+    return _Cluster(Artifact(str(tmp_path)))
+
+
+def test_each_checkpoint_is_validated_once(cluster: _Cluster) -> None:
+    cluster.look_at()
+    assert not cluster.tasks
+    for step in (2, 4):
+        cluster.look_at(step)
+        assert cluster.state == BesideState(running=step)
+        cluster.end(step)
+        cluster.look_at()
+        assert cluster.state == BesideState()
+    assert list(cluster.tasks) == [2, 4]
+    again = _Cluster(cluster.output)  # a driver that was killed
+    again.look_at()
+    assert not again.tasks
+    assert again.state.text == ""
+
+
+def test_a_slow_validation_makes_the_next_checkpoints_be_skipped(cluster: _Cluster) -> None:
+    cluster.look_at(2)
+    cluster.look_at(4)
+    cluster.look_at(6)
+    assert cluster.state == BesideState(running=2, skipped=2, reason="the one before still ran")
+    cluster.end(2)
+    cluster.look_at(8, 10)  # committed between two looks: the newest counts
+    assert list(cluster.tasks) == [2, 10]
+    assert cluster.state == BesideState(running=10, skipped=3, reason="a newer checkpoint was there")
+
+
+def test_a_checkpoint_for_which_nothing_is_free_is_skipped_for_good(cluster: _Cluster) -> None:
+    cluster.lacks = "only 0 of 1 CPU was free"
+    cluster.look_at(2)
+    cluster.lacks = ""
+    cluster.look_at()  # what is free now may be what the training waits for
+    assert not cluster.tasks
+    assert cluster.state.text == "validations: 1 skipped (only 0 of 1 CPU was free)"
+    cluster.look_at(4)
+    assert list(cluster.tasks) == [4]
+    assert read_beside(_Cluster(cluster.output).output).skipped == 1  # counted over all starts
+
+
+def test_a_killed_validation_and_one_without_its_checkpoint_change_nothing_but_the_counts(cluster: _Cluster) -> None:
+    cluster.look_at(2)
+    cluster.tasks[2].set_exception(MemoryError("no\n12 GB left\n"))
+    cluster.look_at(4)
+    assert cluster.state == BesideState(running=4, failed=1, reason="MemoryError: 12 GB left")
+    cluster.end(4, is_there=False)
+    cluster.look_at()
+    assert cluster.state == BesideState(skipped=1, failed=1, reason="a newer checkpoint had replaced it")
+
+
+def test_a_validation_that_hangs_is_ended_after_its_time(tmp_path: Path) -> None:
+    cluster = _Cluster(Artifact(str(tmp_path)), limit_s=0.05)
+    cluster.look_at(2)
+    time.sleep(0.06)
+    cluster.look_at()
+    assert cluster.cancelled == [2]
+    assert cluster.state.text == "validations: 1 failed (it took more than 0.05 s)"
+    cluster.validations.finish(6)  # the last one hangs, too, and the run ends
+    assert cluster.cancelled == [2, 6]
+    assert cluster.state.failed == 2
+
+
+def test_the_end_waits_for_the_running_validation_and_for_the_finished_network(cluster: _Cluster) -> None:
+    cluster.look_at(2)
+    begun: list[int] = []
+
+    def start(step: int) -> Task:
+        begun.append(step)
+        task = _Cluster.start(cluster, step)
+        cluster.end(step)
+        return task
+
+    cluster.validations = Validations(cluster.output, start, lambda: "", 60.0)
+    cluster.look_at(4)
+    cluster.validations.finish(6)
+    assert begun == [4, 6]
+    cluster.validations.finish(6)
+    assert begun == [4, 6]
+
+
+def test_a_failed_training_ends_its_validation(cluster: _Cluster) -> None:
+    cluster.look_at(2)
+    cluster.validations.end()
+    assert cluster.cancelled == [2]
+    assert cluster.state.running == -1
+
+
+def test_a_fault_of_looking_itself_is_counted_once(cluster: _Cluster) -> None:
+    for error in itertools.repeat(OSError("no answer"), 3):
+        cluster.validations.fails(error)
+    assert cluster.state == BesideState(failed=1, reason="OSError: no answer")
