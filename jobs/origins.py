@@ -3,15 +3,19 @@
 import dataclasses
 import shlex
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jobs.options import AsJson, print_json, print_next, print_warning
+from pipeline.errors import UnclipError
 from pipeline.recipe.lineage import Lineage, Node, mermaid, trace
 from pipeline.recipe.recipe import load_recipe
 from pipeline.workspace.progress import duration
 from pipeline.workspace.store import Workspace
+
+if TYPE_CHECKING:
+    from pipeline.retrieve.index import Neighbour
 
 
 def lineage(
@@ -25,19 +29,44 @@ def lineage(
     workspace: Annotated[str, typer.Option("--workspace", help="Where the artifacts are.")] = "",
     recipe: Annotated[str, typer.Option("--recipe", help="A recipe with this workspace.")] = "",
     graph: Annotated[bool, typer.Option("--graph", help="Print a mermaid graph.")] = False,
+    nearest: Annotated[
+        int,
+        typer.Option(
+            "--nearest", min=0, help="Of a picture: how many of the nearest training pairs are named; 0: none."
+        ),
+    ] = 3,
     json: AsJson = False,
 ) -> None:
     """Show what something was made from: networks, trainings, data, recipes, versions, MLflow runs.
 
+    Of a picture, also the training pairs that are nearest to it, if the workspace has their index.
+
     Example: unclip lineage out/000-0.png --recipe configs/demo.toml
     """
     lineage = trace(what, workspace or (load_recipe(recipe).workspace if recipe else ""))
-    if json:
-        print_json(lineage.to_dict())
-    elif graph:
+    if graph:
         typer.echo(mermaid(lineage))
+        return
+    pairs: list[Neighbour] = []
+    if nearest and what.lower().endswith(".png"):
+        pairs, lineage = _nearest(what, lineage, nearest)
+    if json:
+        print_json(lineage.to_dict() | {"nearest": [dataclasses.asdict(pair) for pair in pairs]})
     else:
-        _print_lineage(lineage)
+        _print_lineage(lineage, pairs)
+
+
+def _nearest(picture: str, lineage: Lineage, count: int) -> "tuple[list[Neighbour], Lineage]":
+    """The nearest training pairs, and the lineage with a note if they are not known."""
+    from pipeline.retrieve.origins import nearest_pairs  # loads torch
+
+    try:
+        pairs = nearest_pairs(picture, lineage, count)
+        why = "" if pairs else "the workspace has no finished index of them"
+    except UnclipError as error:  # what the manifests say is known all the same
+        pairs, why = [], str(error)
+    notes = (f"the nearest training pairs are not known: {why}",) if why else ()
+    return pairs, dataclasses.replace(lineage, notes=(*lineage.notes, *notes))
 
 
 def gc(
@@ -78,12 +107,16 @@ def gc(
         print_next(f"gc {shlex.join(recipes)} --delete")
 
 
-def _print_lineage(lineage: Lineage) -> None:
+def _print_lineage(lineage: Lineage, pairs: "list[Neighbour]") -> None:
     facts = ", ".join(f"{name} {lineage.facts[name]!r}" for name in ("prompt", "seed") if name in lineage.facts)
     typer.echo(f"{lineage.what}{f': {facts}' if facts else ''}")
     for node in lineage.nodes:
         typer.echo(f"{node.step:<17} {node.key}  {_describe(node)}")
         for name, value in _details(node).items():
+            typer.echo(f"{'':<17} {name}: {value}")
+    for pair in pairs:
+        typer.echo(f"{'nearest':<17} {pair.uid}  cosine {pair.similarity:.3f}")
+        for name, value in {"url": pair.url, "caption": pair.caption}.items():
             typer.echo(f"{'':<17} {name}: {value}")
     for note in lineage.notes:
         typer.echo(f"note: {note}")

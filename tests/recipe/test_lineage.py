@@ -112,6 +112,7 @@ def test_the_command_prints_the_lineage(recipe: Recipe, tmp_path: Path) -> None:
     assert text.exit_code == 0, text.output
     assert f"prior             {keys['prior']}  made " in text.stdout
     assert "prompt 'a red \N{SNOWMAN}', seed 3" in text.stdout
+    assert "note: the nearest training pairs are not known: " in text.stdout  # its index is damaged
     graph = CliRunner().invoke(app, ["lineage", picture, "--workspace", recipe.workspace, "--graph"])
     assert graph.stdout.startswith("graph TD\n")
     data = CliRunner().invoke(app, ["lineage", picture, "--workspace", recipe.workspace, "--json"])
