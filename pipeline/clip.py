@@ -295,7 +295,11 @@ class FrozenText(nn.Module):
         projection = tower.text_projection
         if projection is None:
             return pooled
-        return projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+        # In float32 also of a tower in half precision: it is one small product.
+        if isinstance(projection, nn.Linear):
+            bias: Tensor | None = getattr(projection, "bias", None)
+            return F.linear(pooled, projection.weight.float(), None if bias is None else bias.float())
+        return pooled @ projection.float()
 
 
 class FrozenClip(FrozenText):
@@ -317,7 +321,7 @@ class FrozenClip(FrozenText):
         Returns:
             z_image, of length one.
         """
-        pixels = self.clip.prepare(images.to(self.device))
+        pixels = self.clip.prepare(images.to(self.device)).to(self.model.logit_scale.dtype)
         return F.normalize(self.model.encode_image(pixels).float(), dim=-1)
 
     def compile_towers(self) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +38,26 @@ def test_encode_text_equals_open_clip(frozen: FrozenClip) -> None:
     ours = frozen.encode_text(CAPTIONS)
     theirs = frozen.model.encode_text(frozen.clip.tokenize(CAPTIONS), normalize=True)
     torch.testing.assert_close(ours.z_text, theirs, rtol=0, atol=1e-6)
+
+
+def test_a_clip_in_half_precision_says_the_same_to_two_decimals() -> None:
+    """Bounds: cosines of embeddings above .999, states of tokens within 3 % of their norm; all leaves in float32."""
+    torch.manual_seed(0)
+    whole = FrozenClip(create_clip(CONFIG))
+    half = deepcopy(whole).to(torch.bfloat16)
+    images = torch.randint(0, 255, (4, 32, 32, 3), dtype=torch.uint8)
+    pairs = [
+        (whole.encode_image(images), half.encode_image(images)),
+        (whole.encode_text(CAPTIONS).z_text, half.encode_text(CAPTIONS).z_text),
+    ]
+    for ours, rounded in pairs:
+        assert rounded.dtype == torch.float32
+        assert not torch.equal(ours, rounded)
+        assert (ours * rounded).sum(1).min() > 0.999
+    states, rounded_states = whole.encode_text(CAPTIONS).hidden, half.encode_text(CAPTIONS).hidden
+    assert rounded_states.dtype == torch.float32
+    assert ((states - rounded_states).norm(dim=-1) / states.norm(dim=-1)).max() < 0.03
+    torch.testing.assert_close(half.embed_text(CAPTIONS), half.encode_text(CAPTIONS).z_text)
 
 
 def test_encode_text_masks_up_to_the_end_token_and_cuts_the_rest(frozen: FrozenClip) -> None:

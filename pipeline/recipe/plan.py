@@ -70,6 +70,7 @@ _ADDED_LATER = {
     "import_validation_prob": 0.02,
     "train.phases": [],
     "train.shuffle_rows": 200_000,
+    "train.clip_precision": "float32",
 }
 """Fields added later, by their dotted name in a section, with their old default. A field at its old default is left out
 of the key, so that existing trainings stay valid."""

@@ -112,6 +112,8 @@ class Recipe:
             workers, batch = trained.resources.most_workers, trained.train.batch_size
             if batch < workers:
                 raise ValueError(f"{name}.train.batch_size is {batch}: too few samples for {workers} workers")
+            if trained.train.clip_precision != "float32" and "clip" not in STEP_ROWS[name].inputs:
+                raise ValueError(f"{name}.train.clip_precision: this training reads no frozen CLIP")
 
         self._require_noisy_clip()
 

@@ -73,6 +73,9 @@ class TrainConfig:
     """Decay of the weight average that is saved and sampled from; ramps up as (1 + step) / (10 + step)."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward pass; weights, loss and optimizer stay float32."""
+    clip_precision: Literal["float32", "bfloat16"] = "float32"
+    """Weights and arithmetic of the frozen CLIP that encodes the captions while a prior, a decoder or a noisy CLIP is
+    trained; bfloat16 halves its memory, and rounds what it says. Stored embeddings and sampling are not affected."""
     shuffle_rows: PositiveInt = 200_000
     """Rows that are shuffled together, shard by shard; two such windows are open at a time (0.1 GB of texts each)."""
     phases: tuple[TrainPhase, ...] = ()

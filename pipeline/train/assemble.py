@@ -124,9 +124,9 @@ def load_frozen(job: TrainJob, *, with_images: bool) -> FrozenText:
     Raises:
         DataError: If it is missing or damaged, or has no image tower.
     """
-    if with_images:
-        return load_clip_artifact(job.inputs["clip"], job.device)
-    return load_text_artifact(job.inputs["clip"], job.device, with_images=False)
+    artifact, is_half = job.inputs["clip"], job.section.train.clip_precision == "bfloat16"
+    clip = load_clip_artifact(artifact) if with_images else load_text_artifact(artifact, with_images=False)
+    return clip.to(job.device, torch.bfloat16) if is_half else clip.to(job.device)
 
 
 def text_encoder(clip: FrozenText | None) -> TextEncoder:

@@ -29,7 +29,7 @@ from pipeline.networks.costs import build_clip
 from pipeline.networks.counting import FusedAttention, identity_of
 from pipeline.networks.table import kind_of
 from pipeline.recipe.recipe import Recipe, TrainedSection
-from pipeline.recipe.train_sections import TrainResources
+from pipeline.recipe.train_sections import TrainConfig, TrainResources
 from pipeline.train.muon import Muon
 from pipeline.train.sharding import gathered_dtype
 from pipeline.train.state import create_optimizer
@@ -192,17 +192,20 @@ def count_memory(name: str, section: TrainedSection, recipe: Recipe, frozen: Ope
     return WorkerMemory(
         name=name,
         samples=samples,
-        clip=_clip_bytes(frozen, with_images=with_images) if kind.captions else 0,
+        clip=_clip_bytes(frozen, section.train, with_images=with_images) if kind.captions else 0,
         gpu=round(resources.gpu_memory_gb * 1e9),
         **parts,
     )
 
 
-def _clip_bytes(frozen: OpenClip, *, with_images: bool) -> int:
+def _clip_bytes(frozen: OpenClip, config: TrainConfig, *, with_images: bool) -> int:
     """Of the worker that measures pictures, where one does."""
     image = frozen.model.visual if frozen.has_images and not with_images else nn.Module()
-    whole, left_out = ([*module.parameters(), *module.buffers()] for module in (frozen.model, image))
-    return _bytes_of(whole) - _bytes_of(left_out)
+    left_out = {*image.parameters(), *image.buffers()}
+    tensors = [tensor for tensor in (*frozen.model.parameters(), *frozen.model.buffers()) if tensor not in left_out]
+    if config.clip_precision == "float32":
+        return _bytes_of(tensors)
+    return sum(tensor.nbytes // 2 if tensor.is_floating_point() else tensor.nbytes for tensor in tensors)
 
 
 def _count_whole(step: _Step, section: TrainedSection, samples: int, blocks: Sequence[nn.Module]) -> dict[str, int]:

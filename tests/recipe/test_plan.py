@@ -35,6 +35,14 @@ def test_fields_that_came_later_are_in_the_keys_of_those_alone_that_set_them() -
         diffusion = next(step.section["model"]["diffusion"] for step in plan if step.name == "decoder")
         return {"loss", "timestep_draws", "schedule"} & diffusion.keys()
 
+    def keys(*overrides: str) -> dict[str, str]:
+        return _keys(load_recipe(None, overrides))
+
+    assert keys() == keys("prior.train.clip_precision=float32")
+    changed = keys("prior.train.clip_precision=bfloat16")
+    assert {name for name, key in keys().items() if changed[name] != key} == {"prior", "evaluate"}
+    with pytest.raises(ConfigError, match=r"upsampler_1\.train\.clip_precision: this training reads no frozen CLIP"):
+        load_recipe(None, ["upsampler_1.train.clip_precision=bfloat16"])
     assert fields() == fields("decoder.model.diffusion.loss=simple") == {"schedule"}
     assert fields("decoder.model.diffusion.loss=vlb") == {"loss", "schedule"}
 

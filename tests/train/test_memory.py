@@ -147,6 +147,23 @@ def test_the_text_tower_alone_is_counted_where_no_picture_is_embedded() -> None:
     assert 0 < prior < decoder
 
 
+@pytest.mark.parametrize("name", ["prior", "decoder", "noisy_clip"])
+def test_a_frozen_clip_in_half_precision_takes_half_the_memory(
+    name: str, inputs: dict[str, Artifact], tmp_path: Path
+) -> None:
+    recipe = _changed(name, {"clip_precision": "bfloat16"}, {})
+    counted = [_counted(each, name).clip for each in (training_recipe(), recipe)]
+    assert counted[0] == pytest.approx(2 * counted[1], rel=1e-3)  # batch norms count their batches in integers
+    whole, half = (assemble(tiny_job(name, inputs, tmp_path, each)).clip for each in (training_recipe(), recipe))
+    assert whole is not None
+    assert half is not None
+    sizes = [sum(tensor.nbytes for tensor in clip.model.state_dict().values()) for clip in (whole, half)]
+    assert counted == pytest.approx(sizes, rel=1e-2)  # the mask of the text tower is no weight
+    ours, theirs = (clip.encode_text(["a red circle", ""]) for clip in (whole, half))
+    assert not torch.equal(ours.hidden, theirs.hidden)
+    torch.testing.assert_close(ours.z_text, theirs.z_text, rtol=0, atol=0.02)
+
+
 def test_a_training_that_does_not_fit_is_told_what_would_make_it_fit() -> None:
     train = {"batch_size": 8, "optimizer": "adamw"}
     whole = _counted(_changed("upsampler_1", train, {}), "upsampler_1")
