@@ -12,6 +12,7 @@ MODULES = {
     "memory": "memory",
     "sharding": "sharding",
     "checkpoints": "checkpoints",
+    "recovery": "recovery",
     "sampling": "sampling",
     "sampling_karlo": "sampling",
     "sampler_steps": "sampler_steps",

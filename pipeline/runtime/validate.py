@@ -159,6 +159,9 @@ class ValidationsBeside:
         self._thread = threading.Thread(target=self._watch, name="validations", daemon=True)
 
     def __enter__(self) -> Self:
+        # Loaded before the thread begins: Ray Train loads torch in this one, and two at once end the process.
+        import pipeline.train.resume  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
         self._thread.start()
         return self
 

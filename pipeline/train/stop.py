@@ -11,7 +11,7 @@ from torch import Tensor
 
 WantsStop = Callable[[], str]
 """Why the training of this worker should end early; empty while it need not. It is called at every step."""
-_LAG_STEPS = 2
+_LAG_STEPS = {"cpu": 0, "cuda": 2}
 
 
 def never() -> str:
@@ -47,7 +47,7 @@ class StopVote:
 
     def __init__(self, wants_stop: WantsStop, world_size: int) -> None:
         self._wants_stop, self._world_size = wants_stop, world_size
-        self._counts: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        self._counts: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self.is_decided = False
         """Whether all workers end after this step; the same on each of them."""
 
@@ -60,21 +60,13 @@ class StopVote:
         both = torch.stack([loss, torch.full_like(loss, float(wish))])
         torch.distributed.all_reduce(both)
         total, count = both.unbind()
-        self.is_decided = bool(count) if count.device.type == "cpu" else self._read_later(count)
+        self._counts.append((count, None) if count.device.type == "cpu" else _copy_behind(count))
+        if len(self._counts) > _LAG_STEPS[count.device.type]:
+            earlier, copied = self._counts.popleft()
+            if copied is not None:
+                copied.synchronize()
+            self.is_decided = bool(earlier)
         return total
-
-    def _read_later(self, count: Tensor) -> bool:
-        """Copy the count of this step to the host, and read that of two steps before."""
-        copy = torch.empty((), pin_memory=True)
-        copy.copy_(count, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._counts.append((copy, event))
-        if len(self._counts) <= _LAG_STEPS:
-            return False
-        earlier, copied = self._counts.popleft()
-        copied.synchronize()
-        return bool(earlier)
 
     def reason(self) -> str:
         """Why the workers end, in words; every worker calls this after the decision."""
@@ -83,3 +75,11 @@ class StopVote:
             reasons *= self._world_size
             torch.distributed.all_gather_object(reasons, reasons[0])
         return "; ".join(dict.fromkeys(filter(None, reasons))) or "a worker had to end"
+
+
+def _copy_behind(count: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """A copy of a GPU's number on the host, and the event after which it is there."""
+    copy, copied = torch.empty((), pin_memory=True), torch.cuda.Event()
+    copy.copy_(count, non_blocking=True)
+    copied.record()
+    return copy, copied
