@@ -149,6 +149,10 @@ def serve(
         typer.echo(serve_file(load()), nl=False)
         return
 
+    from pipeline.serve.keeper import keep
+
+    served = load()
+    kept = keep(served.serve, typer.echo)
     from pipeline.runtime.serve import serve_recipe
 
-    serve_recipe(load(), address=address, reload=load)
+    serve_recipe(served, address=address, reload=load, kept=kept)

@@ -21,12 +21,12 @@ from pipeline.runtime.replicas import Handles, RemoteModel
 from pipeline.serve.gate import Gate
 from pipeline.serve.guarded_model import GuardedModel, load_hook
 from pipeline.serve.guards import Guards, GuardSettings
-from pipeline.serve.http_server import is_loopback
 from pipeline.serve.keys import KeyRing, Meter
 from pipeline.serve.metrics import HttpMetrics
 from pipeline.serve.picture_files import ModelCard
 from pipeline.serve.protocols import PictureModel
 from pipeline.serve.traces import open_traces
+from pipeline.serve.upkeep import Upkeep
 from pipeline.workspace.store import Artifact
 
 _NEIGHBOURS = ("download", "embed", "index")
@@ -46,6 +46,7 @@ class Front:
         self.gate = Gate()
         self._meter = Meter()
         self._metrics = HttpMetrics()
+        self.upkeep = Upkeep(self._metrics.registry)
         self._hook = load_hook(config.safety_hook) if config.safety_hook else None
         if config.provenance:
             Signer.read(Path(config.provenance))  # what cannot be read is said before anything starts
@@ -77,7 +78,7 @@ class Front:
 
     def build(self, recipe: Recipe, artifacts: dict[str, Artifact], handles: Handles) -> ASGIApp:
         """The API of a recipe; arguments as ``open``."""
-        remote = RemoteModel(handles, most_requests(recipe.serve))
+        remote = RemoteModel(handles, most_requests(recipe.serve), self.upkeep)
         model = GuardedModel(remote, model_card(recipe, artifacts).image_px, self._meter, self._hook)
         return _build_app(recipe, artifacts, cast("PictureModel", model), self._metrics)
 
@@ -128,19 +129,6 @@ def served_artifacts(recipe: Recipe) -> tuple[dict[str, Artifact], str]:
         return artifacts | finished_artifacts(recipe, _NEIGHBOURS), ""
     except ConfigError as error:
         return artifacts, f"without neighbours: {error}"
-
-
-def require_keys(config: ServeConfig) -> None:
-    """Refuse to be open to other machines without keys.
-
-    Raises:
-        ConfigError: If the server would be.
-    """
-    if not is_loopback(config.host) and not config.keys:
-        raise ConfigError(
-            f"serve.host: {config.host} is open to other machines, and every one of them could use the server; make "
-            "keys (unclip keys add FILE NAME), and name their file in serve.keys"
-        )
 
 
 def server_name(recipe: Recipe) -> str:

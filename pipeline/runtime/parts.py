@@ -18,6 +18,8 @@ _FIRST = "prior"
 _BYTES_PER_GB = 1e9
 _SPARE_REQUESTS = 64
 _UPSCALE_DELAY_S = 10.0
+HEALTH_CHECK_PERIOD_S = 1.0
+"""How often Ray Serve looks whether a replica lives (10 s by default, which a dead one is then missed for)."""
 
 
 def parts_of(recipe: Recipe) -> dict[str, tuple[str, ...]]:
@@ -91,6 +93,7 @@ def networks_options(config: ServeConfig, part: str = NETWORKS) -> dict[str, Any
         # The engine decides how many may wait; Ray must not stop them before.
         "max_ongoing_requests": place.max_batch_size + config.max_queued_requests + _SPARE_REQUESTS,
         "graceful_shutdown_timeout_s": config.drain_s,
+        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
     }
 
 

@@ -10,11 +10,11 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import ray
 import ray.exceptions
@@ -36,6 +36,7 @@ from pipeline.runtime.parts import (
     write_tables,
 )
 from pipeline.serve.protocols import Accepted, Event, Images, NotServing, Overloaded, Preview, SampledPictures, Vectors
+from pipeline.serve.upkeep import Upkeep
 from pipeline.workspace.store import Artifact
 
 if TYPE_CHECKING:
@@ -44,11 +45,16 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 Handles = Mapping[str, DeploymentHandle[Any]]
 """Of the parts, by name; CLIP's is the first."""
 
 _IDLE_POLL_S = 0.2
 _STATS_TIMEOUT_S = 2.0
+_ABSENCE_POLL_S = 1.0
+_LONGEST_ABSENCE_S = 60.0
+"""How long requests that are under way wait for a replica while none runs."""
 _SMOOTHING = 0.1
 """Weight of the newest measurement in a running mean."""
 _UNAVAILABLE = (
@@ -56,6 +62,8 @@ _UNAVAILABLE = (
     DeploymentUnavailableError,
     ReplicaUnavailableError,
     ray.exceptions.RayActorError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,  # an answer, or what is left of a request, went with its machine
 )
 
 
@@ -216,29 +224,34 @@ def _load_engine(tables: Tables) -> "Engine":
     )
 
 
+class _NoReplica(NotServing):
+    """A call waits for a replica that does not come."""
+
+
 class RemoteModel:
     """A ``protocols.PictureModel`` that calls the replicas.
+
+    If a replica dies, what was asked of it is asked once more, of another one or of its successor: the same request has
+    the same pictures.
 
     Args:
         handles: Of the deployments of ``ModelReplica``.
         most: Requests that may be in a chain at a time; 0: the engines decide.
+        upkeep: What is known of the replicas.
     """
 
-    def __init__(self, handles: Handles, most: int = 0) -> None:
+    def __init__(self, handles: Handles, most: int = 0, upkeep: Upkeep | None = None) -> None:
         self._handles = handles
         self._most = most
+        self._upkeep = upkeep or Upkeep()
         self._num_open = 0
         self._mean_s = 0.0
         """Running mean of the time of a request."""
 
     async def sample(self, request: SampleRequest, client: str = "") -> SampledPictures:
-        """See ``PictureModel``. If a replica dies, the request is begun once more: its pictures are the same."""
+        """See ``PictureModel``."""
         with self._admitted():
-            try:
-                return await self._pass_on(request, client)
-            except NotServing as error:
-                _log.warning("%s; a request is begun once more", error)
-                return await self._pass_on(request, client)
+            return await self._twice(lambda: self._pass_on(request, client))
 
     async def _pass_on(self, request: SampleRequest, client: str) -> SampledPictures:
         hop: Hop | None = None
@@ -249,23 +262,55 @@ class RemoteModel:
             hop = result
 
     async def stream(self, request: SampleRequest, client: str = "", num_previews: int = 0) -> AsyncGenerator[Event]:
-        """See ``PictureModel``."""
+        """See ``PictureModel``. If a replica dies, what was sent of the stream is not sent again."""
         with self._admitted():
-            hop: Hop | None = None
-            is_over = False
+            sent = set[object]()
+            has_begun_again = is_over = False
             while not is_over:
-                streaming = self._handle_of(hop).options(stream=True)
-                events: Any = streaming.stream.remote(_left(request, hop), client, num_previews, hop)
-                is_over = True
                 try:
-                    with _plain_errors():
+                    async with aclosing(self._stream(request, client, num_previews)) as events:
                         async for event in events:
-                            if isinstance(event, Hop):
-                                hop, is_over = event, False
-                            else:
+                            place = (event.index, event.number) if isinstance(event, Preview) else type(event)
+                            if place not in sent:
+                                sent.add(place)
                                 yield event
-                finally:
-                    events.cancel()
+                    is_over = True
+                except NotServing as error:
+                    if has_begun_again:
+                        raise
+                    has_begun_again = True
+                    self._note_again(error)
+
+    async def _stream(self, request: SampleRequest, client: str, num_previews: int) -> AsyncGenerator[Event]:
+        hop: Hop | None = None
+        is_over = False
+        while not is_over:
+            streaming = self._handle_of(hop).options(stream=True)
+            events: Any = streaming.stream.remote(_left(request, hop), client, num_previews, hop)
+            is_over = True
+            try:
+                while True:
+                    try:
+                        event = await self._while_served(anext(events))
+                    except StopAsyncIteration:
+                        break
+                    if isinstance(event, Hop):
+                        hop, is_over = event, False
+                    else:
+                        yield event
+            finally:
+                events.cancel()
+
+    async def _twice(self, act: Callable[[], Awaitable[T]]) -> T:
+        try:
+            return await act()
+        except NotServing as error:
+            self._note_again(error)
+            return await act()
+
+    def _note_again(self, error: NotServing) -> None:
+        _log.warning("%s; a request is begun once more", error)
+        self._upkeep.begun_again.inc()
 
     @property
     def _first(self) -> DeploymentHandle[Any]:
@@ -293,11 +338,11 @@ class RemoteModel:
 
     async def embed_texts(self, texts: Sequence[str]) -> Vectors:
         """See ``PictureModel``."""
-        return await self._call("embed_texts", texts)
+        return await self._twice(lambda: self._call("embed_texts", texts))
 
     async def embed_image(self, image: Images) -> Vectors:
         """See ``PictureModel``."""
-        return await self._call("embed_image", image)
+        return await self._twice(lambda: self._call("embed_image", image))
 
     async def stats(self) -> dict[str, int]:
         """See ``PictureModel``; the sums over all replicas."""
@@ -327,11 +372,34 @@ class RemoteModel:
     async def _call(self, method: str, *arguments: Any, handle: DeploymentHandle[Any] | None = None) -> Any:
         response = getattr(handle or self._first, method).remote(*arguments)
         try:
-            with _plain_errors():
-                return await response
-        except asyncio.CancelledError:
+            return await self._while_served(response)
+        except (asyncio.CancelledError, _NoReplica):
             response.cancel()
             raise
+
+    async def _while_served(self, answer: Awaitable[T]) -> T:
+        """An answer of a replica, unless none has run for long: Ray Serve would wait for one without end.
+
+        Raises:
+            NotServing: If the replica dies, or no one comes.
+        """
+        task = asyncio.ensure_future(answer)
+        task.add_done_callback(_read_error)
+        try:
+            with _plain_errors():
+                while not task.done():
+                    await asyncio.wait({task}, timeout=_ABSENCE_POLL_S)
+                    if self._upkeep.absent_s > _LONGEST_ABSENCE_S and not task.done():
+                        raise _NoReplica(f"no replica has been running for {_LONGEST_ABSENCE_S:g} s")
+                return task.result()
+        finally:
+            task.cancel()
+
+
+def _read_error(task: asyncio.Task[Any] | asyncio.Future[Any]) -> None:
+    """Let asyncio not complain of an error that nobody waits for, because the client has left."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _left(request: SampleRequest, hop: Hop | None) -> SampleRequest:

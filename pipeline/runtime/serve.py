@@ -9,8 +9,10 @@ import logging
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -24,18 +26,24 @@ from ray.serve.schema import ApplicationStatusOverview
 from pipeline.errors import StepError, UnclipError
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe
-from pipeline.runtime.front import Front, require_keys, served_artifacts, server_name
+from pipeline.runtime.front import Front, served_artifacts, server_name
 from pipeline.runtime.parts import Tables, needs_of_replica, part_tables, parts_of, place_of, write_tables
 from pipeline.runtime.replicas import Handles, networks_application
 from pipeline.runtime.run import connect, own_servers, require_alive
 from pipeline.serve.gate import Gate
-from pipeline.serve.http_server import HttpServer, url_of
+from pipeline.serve.guards import require_keys
+from pipeline.serve.http_server import HttpServer, listen, url_of
+from pipeline.serve.keeper import Kept
 from pipeline.workspace.lock import in_use
 from pipeline.workspace.store import Artifact, Workspace
 
 _NAMESPACE = "unclip"
 _WATCH_EVERY_S = 1.0
 _LOOK_EVERY_S = 0.2
+_CONTROLLER_ANSWERS_S = 3.0
+_CLAIM_S = 5.0
+_RUNNING = {"RUNNING", "UPDATING", "RECOVERING"}
+"""States of replicas that take requests; a controller that was restarted looks at those that it finds: RECOVERING."""
 
 Announce = Callable[[str], None]
 
@@ -46,6 +54,7 @@ def serve_recipe(
     address: str = "",
     reload: Callable[[], Recipe] | None = None,
     announce: Announce | None = None,
+    kept: Kept | None = None,
 ) -> None:
     """Serve the trained cascade of a recipe until Ctrl-C (or SIGTERM); requests under way are finished first.
 
@@ -56,6 +65,7 @@ def serve_recipe(
         address: Ray cluster; empty: one of our own on this machine, ended with the server.
         reload: Reads the recipe again; SIGHUP then swaps to its networks of that time. None: SIGHUP is left alone.
         announce: Takes lines for people; None writes them to standard output.
+        kept: Of the process that starts this one again if it is killed; None: there is none.
 
     Raises:
         ConfigError: If a network is not finished (names the command that finishes it), the keys or the hook cannot be
@@ -75,7 +85,9 @@ def serve_recipe(
         uses = stack.enter_context(ExitStack())
         uses.enter_context(_in_use(recipe))
         artifacts, no_neighbours = served_artifacts(recipe)
-        stack.enter_context(HttpServer(front, config.host, config.port))
+        stack.enter_context(HttpServer(front, kept.listener if kept else listen(config.host, config.port)))
+        if kept:
+            kept.note_listening()
         stack.enter_context(connect(address))
         if not address:
             _require_room(recipe)
@@ -139,13 +151,18 @@ def _claim(application: str) -> Any:
     Raises:
         StepError: If another process serves under it.
     """
-    try:
-        return _Owner.options(name=application, namespace=_NAMESPACE).remote()
-    except ValueError:
+    deadline_s = time.monotonic() + _CLAIM_S
+    while True:
+        try:
+            return _Owner.options(name=application, namespace=_NAMESPACE).remote()
+        except ValueError:
+            if time.monotonic() < deadline_s:  # Ray has yet to notice that a server was killed
+                time.sleep(_LOOK_EVERY_S)
+                continue
         name = application.removeprefix("unclip-")
         raise StepError(
             f"serve: {name!r} is served on this cluster already; give this server another name (--name) or end that one"
-        ) from None
+        )
 
 
 @contextmanager
@@ -246,6 +263,10 @@ class _Watch:
         self._announce = announce
         self._uses = uses
         self._is_swap_requested = False
+        self._state: Future[ApplicationStatusOverview] | None = None
+        """What Ray Serve's controller was asked for and has not answered yet."""
+        self._unhealthy = set[str]()
+        """Parts of which a replica has died and is not replaced yet."""
 
     def run(self, reload: Callable[[], Recipe] | None) -> None:
         """Watch until Ctrl-C; SIGHUP swaps to the networks of ``reload``'s recipe.
@@ -274,19 +295,46 @@ class _Watch:
         self._is_swap_requested = True
 
     def _look(self) -> None:
-        state = _application(self._recipe)
-        running = {
-            name: sum(number for kind, number in one.replica_states.items() if kind in {"RUNNING", "UPDATING"})
-            for name, one in state.deployments.items()
-        }
-        num_running = min(running.get(part, 0) for part in self._handles)
+        state = self._state_of_application()
+        if state is None:
+            return
+        running = dict.fromkeys(self._handles, 0)
+        for part in running.keys() & state.deployments.keys():
+            deployment = state.deployments[part]
+            running[part] = sum(count for kind, count in deployment.replica_states.items() if kind in _RUNNING)
+            self._note_health(part, is_healthy=deployment.status != "UNHEALTHY")
+        self._front.upkeep.note_running(running)
         gate = self._front.gate
-        if not num_running and not gate.reason:
+        gate.note = f"a replica has died: {', '.join(sorted(self._unhealthy))}" if self._unhealthy else ""
+        if not all(running.values()) and not gate.reason:
             gate.close("no replica is running, others are started")
             self._announce("no replica is running; requests are answered with 503 until others have started")
-        elif num_running and gate.reason:
+        elif all(running.values()) and gate.reason:
             gate.reopen()
             self._announce("served again")
+
+    def _state_of_application(self) -> ApplicationStatusOverview | None:
+        """What runs; None if Ray Serve's controller does not answer, because it has died and is started again."""
+        is_late = self._state is not None
+        self._state = self._state or _in_thread(lambda: _application(self._recipe))
+        wait({self._state}, timeout=_CONTROLLER_ANSWERS_S)
+        if not self._state.done():
+            self._front.gate.note = "Ray Serve's controller does not answer: a replica that dies is not replaced"
+            if not is_late:
+                self._announce(f"{self._front.gate.note} until it has started again; requests are answered")
+            return None
+        answer, self._state = self._state, None
+        if is_late:
+            self._announce("Ray Serve's controller answers again")
+        return answer.result()
+
+    def _note_health(self, part: str, *, is_healthy: bool) -> None:
+        if is_healthy:
+            self._unhealthy.discard(part)
+        elif part not in self._unhealthy:
+            self._unhealthy.add(part)
+            self._front.upkeep.deaths.labels(part).inc()
+            self._announce(f"a replica has died ({part}), another one is started")
 
     def swap(self, recipe: Recipe) -> None:
         """Let every replica load the networks of ``recipe`` beside its own, and then change over.
@@ -342,6 +390,20 @@ class _Watch:
                 return some
             replies += some
         return replies
+
+
+def _in_thread(question: Callable[[], ApplicationStatusOverview]) -> Future[ApplicationStatusOverview]:
+    """Ask in a thread that does not hold up the end of the process."""
+    answer = Future[ApplicationStatusOverview]()
+
+    def ask() -> None:
+        try:
+            answer.set_result(question())
+        except BaseException as error:  # noqa: BLE001  (raised where the answer is read)
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, name="unclip-watch", daemon=True).start()
+    return answer
 
 
 def _application(recipe: Recipe) -> ApplicationStatusOverview:

@@ -7,14 +7,21 @@ from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
 from pipeline.recipe.recipe import Recipe
-from pipeline.runtime.front import FrontReplica, require_keys, served_artifacts, server_name
-from pipeline.runtime.parts import networks_options, part_tables, parts_of, write_tables
+from pipeline.runtime.front import FrontReplica, served_artifacts, server_name
+from pipeline.runtime.parts import HEALTH_CHECK_PERIOD_S, networks_options, part_tables, parts_of, write_tables
 from pipeline.runtime.replicas import ModelReplica
+from pipeline.serve.guards import require_keys
 from pipeline.serve.http_server import is_loopback
 
 HTTP = "http"
 _HTTP_REQUESTS = 1000
 """Most requests of one HTTP process; the engines decide how many may wait."""
+
+PROXY_ENVIRONMENT = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "pipeline.serve.proxy_answers:middlewares",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+}
+"""Of every `ray start`: Ray Serve's proxies then answer in the API's form, and a dead one is missed for 4 s, not 28."""
 
 _http: Any = serve.deployment(serve.ingress()(FrontReplica), name=HTTP)
 
@@ -48,6 +55,7 @@ def serve_file(recipe: Recipe) -> str:
         "ray_actor_options": {"num_cpus": 0},
         "max_ongoing_requests": _HTTP_REQUESTS,
         "graceful_shutdown_timeout_s": config.drain_s,
+        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
         "user_config": tables,
     }
     parts = {
@@ -73,4 +81,5 @@ def serve_file(recipe: Recipe) -> str:
         ],
     }
     ServeDeploySchema.model_validate(file)
-    return yaml.safe_dump(file, sort_keys=False)
+    environment = " ".join(f"{name}={value}" for name, value in PROXY_ENVIRONMENT.items())
+    return f"# Start Ray on every machine with: {environment}\n{yaml.safe_dump(file, sort_keys=False)}"

@@ -1,7 +1,7 @@
 """The entrance of a server: what is answered while the networks load, and how the last requests end.
 
 GET /livez   200 while the process answers at all
-GET /readyz  200 while pictures can be requested, else 503 with the reason
+GET /readyz  200 while pictures can be requested, with a note of what is amiss, if anything is; else 503 with the reason
 """
 
 import logging
@@ -24,6 +24,8 @@ class Gate:
     def __init__(self) -> None:
         self._app: ASGIApp | None = None
         self._reason = "the server starts"
+        self.note = ""
+        """What is amiss although requests are answered."""
         self._num_requests = 0
         self._lock = threading.Lock()
 
@@ -66,7 +68,7 @@ class Gate:
         elif self._reason or self._app is None:
             await _refusal(self._reason)(scope, receive, send)
         elif path == "/readyz":
-            await JSONResponse({"status": "ok"})(scope, receive, send)
+            await JSONResponse({"status": "ok"} | ({"note": self.note} if self.note else {}))(scope, receive, send)
         else:
             await self._pass_on(self._app, scope, receive, send)
 

@@ -22,6 +22,8 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.errors import ConfigError
+from pipeline.recipe.serve_sections import ServeConfig
+from pipeline.serve.http_server import is_loopback
 from pipeline.serve.keys import Key, KeyRing, Meter
 from pipeline.serve.keys import Scope as KeyScope
 from pipeline.serve.metrics import HttpMetrics
@@ -243,6 +245,19 @@ class Guards:
         if key and key.requests:
             answer["x-ratelimit-limit-requests"] = str(key.requests)
             answer["x-ratelimit-remaining-requests"] = str(self.meter.rest(key, "requests"))
+
+
+def require_keys(config: ServeConfig) -> None:
+    """Refuse to be open to other machines without keys.
+
+    Raises:
+        ConfigError: If the server would be.
+    """
+    if not is_loopback(config.host) and not config.keys:
+        raise ConfigError(
+            f"serve.host: {config.host} is open to other machines, and every one of them could use the server; make "
+            "keys (unclip keys add FILE NAME), and name their file in serve.keys"
+        )
 
 
 def _host_of(url: str) -> str:

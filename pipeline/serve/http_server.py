@@ -20,21 +20,11 @@ class HttpServer:
 
     Args:
         app: What answers.
-        host: Address to listen on.
-        port: Port to listen on.
-
-    Raises:
-        StepError: If the address cannot be listened on.
+        listener: What ``listen`` returned.
     """
 
-    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            self._socket = socket.create_server((host, port), family=family, backlog=_BACKLOG)
-        except OSError as error:
-            raise StepError(
-                f"serve: {host}:{port} cannot be listened on ({error.strerror}); choose another port: --port {port + 1}"
-            ) from None
+    def __init__(self, app: ASGIApp, listener: socket.socket) -> None:
+        self._socket = listener
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -60,6 +50,21 @@ class HttpServer:
         self._server.should_exit = True
         self._thread.join()
         self._socket.close()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Listen on an address; connections wait until a server answers them.
+
+    Raises:
+        StepError: If the address cannot be listened on.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise StepError(
+            f"serve: {host}:{port} cannot be listened on ({error.strerror}); choose another port: --port {port + 1}"
+        ) from None
 
 
 def is_loopback(host: str) -> bool:

@@ -8,7 +8,6 @@ that start from pictures are in pipeline/serve/edits.py; their answers have the 
 
 import asyncio
 import base64
-import json
 import re
 import secrets
 import time
@@ -34,7 +33,7 @@ from pipeline.serve.protocols import (
     Vectors,
 )
 from pipeline.serve.traces import current_traceparent, span
-from pipeline.serve.web import ApiError
+from pipeline.serve.web import ApiError, error_event, server_event
 
 MAX_IMAGES = 10
 MAX_PROMPT_CHARS = 4000
@@ -210,7 +209,7 @@ class Generation:
             async for event in stream:
                 if isinstance(event, Preview):
                     [file] = await self._encode([event.image], [None])
-                    yield _event(
+                    yield server_event(
                         f"{kind}.partial_image",
                         {"b64_json": _base64(file), "partial_image_index": event.number, "index": event.index, **facts},
                     )
@@ -218,7 +217,7 @@ class Generation:
                     usage = self._usage(event)
                     files, neighbours = await asyncio.gather(self._files(event), self._neighbours(event))
                     for index, (file, near) in enumerate(zip(files, neighbours, strict=True)):
-                        yield _event(
+                        yield server_event(
                             f"{kind}.completed",
                             {
                                 "b64_json": _base64(file),
@@ -230,12 +229,12 @@ class Generation:
                             },
                         )
         except ValueError as error:  # of an edit that its pictures and texts do not allow
-            yield _event("error", {"error": {"message": str(error), "type": _USER_ERROR, "code": "invalid_value"}})
+            yield error_event(str(error), _USER_ERROR, "invalid_value")
         except (Overloaded, NotServing) as error:
-            yield _event("error", {"error": {"message": str(error), "type": "overloaded_error", "code": "not_ready"}})
+            yield error_event(str(error), "overloaded_error", "not_ready")
         except Exception as error:  # the status is sent already, so the error goes into the stream
             message = f"{type(error).__name__}: see the server's log"
-            yield _event("error", {"error": {"message": message, "type": "server_error", "code": "internal_error"}})
+            yield error_event(message, "server_error", "internal_error")
             raise
         finally:
             await stream.aclose()
@@ -382,10 +381,6 @@ def _neighbour(row: NeighbourRow, limit: float | None) -> dict[str, Any]:
     is_copy = None if limit is None else row.columns["split"] == "train" and row.similarity > limit
     columns = {name: row.columns[name] for name in ("uid", "url", "caption", "split")}
     return {"id": row.id, **columns, "similarity": row.similarity, "near_copy": is_copy}
-
-
-def _event(name: str, data: dict[str, Any]) -> str:
-    return f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n"
 
 
 def _base64(file: bytes) -> str:

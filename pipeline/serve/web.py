@@ -61,6 +61,22 @@ class ApiError(Exception):
         return JSONResponse({"error": error}, self.status, headers)
 
 
+def server_event(name: str, data: Json) -> str:
+    """One event of a stream."""
+    return f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n"
+
+
+def error_event(message: str, kind: str, code: str) -> str:
+    """The last event of a stream that fails: its status has been sent already.
+
+    Args:
+        message: What is wrong.
+        kind: ``type`` of the error in OpenAI's form.
+        code: Short name for programs.
+    """
+    return server_event("error", {"error": {"message": message, "type": kind, "code": code}})
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Give every error, the framework's own too, OpenAI's form."""
 

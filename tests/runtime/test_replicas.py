@@ -23,7 +23,8 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.front import Front, served_artifacts
 from pipeline.runtime.parts import part_tables, parts_of, write_tables
 from pipeline.runtime.replicas import Hop, ModelReplica, RemoteModel
-from pipeline.serve.protocols import NotServing, Overloaded, SampledPictures
+from pipeline.serve.protocols import Accepted, NotServing, Overloaded, Preview, SampledPictures
+from pipeline.serve.upkeep import Upkeep
 from tests.tiny.collector import Collector, collecting
 from tests.tiny.shards import pixels, plain_picture
 
@@ -247,6 +248,128 @@ def test_a_request_whose_replica_dies_is_begun_once_more() -> None:
     with pytest.raises(NotServing, match="no replica is ready"):
         asyncio.run(answer(list(died)))
     assert calls == ["a"] * 4
+
+
+class Streaming:
+    """A handle of replicas that stream; an error among the events is a replica's death."""
+
+    def __init__(self, *streams: list[Any]) -> None:
+        self.streams = list(streams)
+        self.num_cancelled = 0
+        self.stream = SimpleNamespace(remote=lambda *_: Events(self, self.streams.pop(0)))
+
+    def options(self, **_: bool) -> "Streaming":
+        return self
+
+
+class Events:
+    def __init__(self, handle: Streaming, events: list[Any]) -> None:
+        self.handle = handle
+        self.events = iter(events)
+
+    async def __anext__(self) -> Any:
+        try:
+            event = next(self.events)
+        except StopIteration:
+            raise StopAsyncIteration from None
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    def cancel(self) -> None:
+        self.handle.num_cancelled += 1
+
+
+def test_a_stream_whose_replica_dies_goes_on_where_it_was() -> None:
+    image, upkeep = np.zeros((1, 1, 3), np.uint8), Upkeep()
+    previews = [Preview(0, number, image) for number in range(3)]
+    pictures = SampledPictures(image[None], None)
+
+    async def events(handle: Any) -> list[Any]:
+        model = RemoteModel({"networks": handle}, upkeep=upkeep)
+        received = list[Any]()
+        try:
+            async for event in model.stream(SampleRequest("a", (1,)), num_previews=3):
+                received.append(event)
+        except NotServing as error:
+            received.append(error)
+        return received
+
+    died = [Accepted(), *previews[:2], ray.exceptions.ActorDiedError()]
+    handle = Streaming(died, [Accepted(), *previews, pictures])
+    assert asyncio.run(events(handle)) == [Accepted(), *previews, pictures]
+    assert (handle.num_cancelled, upkeep.begun_again._value.get()) == (2, 1)
+    *sent, error = asyncio.run(events(Streaming(list(died), list(died))))
+    assert (sent, type(error)) == ([Accepted(), *previews[:2]], NotServing)
+
+
+def test_texts_are_embedded_once_more_if_a_replica_dies() -> None:
+    outcomes: list[Any] = [ray.exceptions.ActorDiedError(), np.ones((1, 2), np.float32)]
+
+    def remote(*_: object) -> asyncio.Future[Any]:
+        future, outcome = asyncio.get_running_loop().create_future(), outcomes.pop(0)
+        (future.set_exception if isinstance(outcome, Exception) else future.set_result)(outcome)
+        return future
+
+    async def embed() -> Any:
+        handle: Any = SimpleNamespace(embed_texts=SimpleNamespace(remote=remote))
+        return await RemoteModel({"networks": handle}).embed_texts(["a"])
+
+    assert asyncio.run(embed()).shape == (1, 2)
+
+
+def test_a_client_that_leaves_leaves_no_complaint_behind() -> None:
+    """Ray Serve's answers raise an error of their own when they are cancelled."""
+    complaints, cancelled = list[Any](), list[bool]()
+
+    class Response:
+        def __await__(self) -> Any:
+            try:
+                yield from asyncio.Event().wait().__await__()
+            except asyncio.CancelledError:
+                raise RuntimeError("cancelled") from None
+
+        def cancel(self) -> None:
+            cancelled.append(True)
+
+    async def ask_and_leave() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        handle: Any = SimpleNamespace(sample=SimpleNamespace(remote=lambda *_: Response()))
+        asking = asyncio.ensure_future(RemoteModel({"networks": handle}).sample(SampleRequest("a", (1,))))
+        await asyncio.sleep(0.01)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        await asyncio.sleep(0.01)
+        del asking
+        gc.collect()
+
+    asyncio.run(ask_and_leave())
+    assert (cancelled, complaints) == ([True], [])
+
+
+def test_requests_do_not_wait_without_end_for_a_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas_module, "_ABSENCE_POLL_S", 0.01)
+    monkeypatch.setattr(replicas_module, "_LONGEST_ABSENCE_S", 0.1)
+    upkeep, cancelled = Upkeep(), list[str]()
+
+    class Never(asyncio.Future[Any]):
+        def cancel(self, msg: Any = None) -> bool:
+            cancelled.append("future")
+            return super().cancel(msg)
+
+    async def ask() -> None:
+        handle: Any = SimpleNamespace(sample=SimpleNamespace(remote=lambda *_: Never()))
+        model = RemoteModel({"networks": handle}, upkeep=upkeep)
+        upkeep.note_running({"networks": 1, "decoder": 0})
+        with pytest.raises(NotServing, match=r"no replica has been running for 0\.1 s"):
+            await model.sample(SampleRequest("a", (1,)))
+        assert cancelled
+        upkeep.note_running({"networks": 1, "decoder": 1})
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(model.sample(SampleRequest("a", (1,))), 0.3)
+
+    asyncio.run(ask())
 
 
 class Answer:

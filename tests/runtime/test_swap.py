@@ -14,7 +14,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from prometheus_client import generate_latest
 from ray import serve
+from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
 import pipeline.runtime.serve as serve_module
@@ -119,7 +121,7 @@ def test_what_is_served_is_in_use_and_nothing_else(
 
 def test_the_gate_reopens_with_the_interface_that_it_had(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     states = {"RUNNING": 0}
-    state = SimpleNamespace(deployments={"networks": SimpleNamespace(replica_states=states)})
+    state = SimpleNamespace(deployments={"networks": SimpleNamespace(replica_states=states, status="UNHEALTHY")})
     monkeypatch.setattr(serve_module, "_application", lambda _recipe: state)
     handle: Any = object()
     artifacts, lines = served_artifacts(recipe)[0], list[str]()
@@ -129,9 +131,47 @@ def test_the_gate_reopens_with_the_interface_that_it_had(recipe: Recipe, monkeyp
     watch = _Watch(recipe, artifacts, front, {"networks": handle}, lines.append, ExitStack())
     watch._look()
     assert front.gate.reason
-    states["RUNNING"] = 1
+    assert lines[0] == "a replica has died (networks), another one is started"
+    states["RECOVERING"] = 1  # what a controller that was restarted finds
     watch._look()
     assert (front.gate.reason, front.gate._app is app, lines[-1]) == ("", True, "served again")
+    assert len(lines) == 3
+    client = TestClient(front, base_url="http://127.0.0.1")
+    assert client.get("/readyz").json() == {"status": "ok", "note": "a replica has died: networks"}
+    state.deployments["networks"].status = "HEALTHY"
+    watch._look()
+    assert client.get("/readyz").json() == {"status": "ok"}
+    metrics = generate_latest(front._metrics.registry).decode()
+    assert 'unclip_replica_deaths_total{part="networks"} 1.0' in metrics
+    assert 'unclip_replicas{part="networks"} 1.0' in metrics
+
+
+def test_a_controller_that_does_not_answer_is_said_and_ends_nothing(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_answer = threading.Event()
+    state = SimpleNamespace(deployments={"networks": SimpleNamespace(replica_states={"RUNNING": 1}, status="HEALTHY")})
+
+    def ask(_recipe: Recipe) -> Any:
+        may_answer.wait(10)
+        return state
+
+    monkeypatch.setattr(serve_module, "_application", ask)
+    monkeypatch.setattr(serve_module, "_CONTROLLER_ANSWERS_S", 0.05)
+    front, lines, handle = Front(recipe.serve), list[str](), object()
+    watch = _Watch(recipe, {}, front, {"networks": handle}, lines.append, ExitStack())  # pyright: ignore[reportArgumentType]
+    front.gate.open(PlainTextResponse("here"))
+    client = TestClient(front, base_url="http://127.0.0.1")
+    watch._look()
+    watch._look()
+    assert client.get("/readyz").json()["note"].startswith("Ray Serve's controller does not answer")
+    assert client.get("/").text == "here"
+    may_answer.set()
+    while "note" in client.get("/readyz").json():
+        watch._look()
+    [silent, back] = lines
+    assert silent.endswith("until it has started again; requests are answered")
+    assert back == "Ray Serve's controller answers again"
 
 
 def save_other(folder: Path) -> Path:
@@ -154,7 +194,8 @@ def test_a_server_answers_swaps_at_sighup_and_ends_at_ctrl_c(
     """The whole of ``serve_recipe``, with Ray Serve in its local mode."""
     save_other(tmp_path / "others")
     running = SimpleNamespace(
-        status="RUNNING", deployments={"networks": SimpleNamespace(replica_states={"RUNNING": 1})}
+        status="RUNNING",
+        deployments={"networks": SimpleNamespace(replica_states={"RUNNING": 1}, status="HEALTHY")},
     )
     handles, names = list[Any](), list[str]()
 

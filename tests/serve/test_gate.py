@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from pipeline.errors import StepError
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.gate import Gate
-from pipeline.serve.http_server import HttpServer, is_loopback, url_of
+from pipeline.serve.http_server import HttpServer, is_loopback, listen, url_of
 from pipeline.serve.picture_files import ModelCard
 from tests.ports import free_port
 
@@ -78,10 +78,10 @@ def test_a_failure_that_nothing_caught_has_the_form_of_the_api(gate: Gate, url: 
 
 def test_a_taken_port_is_refused_and_a_free_one_is_answered_on(gate: Gate) -> None:
     port = free_port()
-    with HttpServer(gate, "127.0.0.1", port):
+    with HttpServer(gate, listen("127.0.0.1", port)):
         assert httpx.get(f"http://127.0.0.1:{port}/livez").status_code == 200
         with pytest.raises(StepError, match=rf"127\.0\.0\.1:{port} cannot be listened on .*--port {port + 1}"):
-            HttpServer(gate, "127.0.0.1", port)
+            listen("127.0.0.1", port)
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://127.0.0.1:{port}/livez")
 

@@ -1,0 +1,205 @@
+"""``kill -9`` of what serves, while requests are under way: each is answered, or 503 in the API's form, and none hangs.
+
+Two servers are taken through their kills: `unclip serve` on a Ray of its own (a replica, Ray Serve's controller, both, the
+server's process), and the file of `--config-only` behind Ray Serve's proxies (the HTTP process, a proxy, the controller).
+"""
+
+import concurrent.futures
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from pipeline.runtime.serve_file import PROXY_ENVIRONMENT
+from tests.ports import free_port
+from tests.ray_head import ray_head
+from tests.tiny.command import ROOT, start_unclip, unclip
+from tests.tiny.workspace import served_workspace
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+
+_NUM_CLIENTS = 3
+_BACK_S = 40.0
+"""Longest time until pictures are sampled again: two processes that import torch on a machine that does other things."""
+_SLOW = ("decoder.model.sampler.num_steps=400",)  # a second or more: it is killed in the middle
+
+
+@dataclass
+class Server:
+    """A server that is killed in parts."""
+
+    url: str
+    root: psutil.Process
+    """The process that all of it descends from."""
+    lines: list[str] = field(default_factory=list[str])
+    """What it has said."""
+
+    def find(self, title: str) -> psutil.Process:
+        for process in self.root.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.cmdline()[:1] and process.cmdline()[0].startswith(title):
+                    return process
+        raise AssertionError(f"no process {title}")
+
+    def health(self) -> Any:
+        return httpx.get(f"{self.url}/healthz", timeout=10).json()
+
+    def metrics(self) -> str:
+        return httpx.get(f"{self.url}/metrics", timeout=10).text
+
+
+def ask(server: Server, body: dict[str, Any]) -> httpx.Response | None:
+    """None: the connection was closed, as it is when the process at its other end is killed."""
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.post(f"{server.url}/v1/images/generations", json=body, timeout=_BACK_S)
+    return None
+
+
+def kill_in_the_middle(server: Server, kill: Callable[[], None]) -> list[httpx.Response | None]:
+    """Kill while clients wait for pictures; their answers, the last one's a stream."""
+    bodies: list[dict[str, Any]] = [{"prompt": "a", "seed": number} for number in range(_NUM_CLIENTS)]
+    bodies.append({"prompt": "a", "seed": 9, "stream": True, "partial_images": 2})
+    with concurrent.futures.ThreadPoolExecutor(len(bodies)) as pool:
+        answers = [pool.submit(ask, server, body) for body in bodies]
+        deadline = time.monotonic() + 20
+        while server.health().get("active", 0) < len(bodies):
+            assert time.monotonic() < deadline, server.health()
+            time.sleep(0.02)
+        kill()
+        return [answer.result() for answer in answers]
+
+
+def require_answered(answers: list[httpx.Response | None]) -> None:
+    """All pictures are there, those of the stream too."""
+    statuses = [answer.status_code if answer is not None else 0 for answer in answers]
+    assert statuses == [200] * len(answers), [answer.text[:200] for answer in answers if answer is not None]
+    *_, stream = answers
+    assert stream is not None
+    kinds = [line.rpartition(".")[2] for line in stream.text.splitlines() if line.startswith("event: ")]
+    assert kinds == ["partial_image", "partial_image", "completed"], kinds
+
+
+def seconds_until_back(server: Server) -> float:
+    """How long the server does not sample pictures; whatever it answers until then is 503 in the API's form."""
+    started_s = time.monotonic()
+    while time.monotonic() < started_s + _BACK_S:
+        answer = ask(server, {"prompt": "a", "seed": 1, "num_inference_steps": 1})
+        if answer is not None and answer.status_code == 200:
+            return time.monotonic() - started_s
+        if answer is not None:
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+            assert answer.headers["Retry-After"]
+        time.sleep(0.1)
+    raise AssertionError(f"not back after {_BACK_S} s")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("killed")
+    served_workspace(folder, overrides=_SLOW)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def own(folder: Path) -> Iterator[Server]:
+    """`unclip serve` with a Ray of its own."""
+    port = free_port()
+    process = start_unclip("serve", str(folder / "tiny.toml"), "--port", str(port), "--set", _SLOW[0])
+    assert process.stdout is not None
+    server = Server(f"http://127.0.0.1:{port}", psutil.Process(process.pid))
+    try:
+        while "is served at" not in (line := process.stdout.readline()):
+            assert line, process.wait(10)
+        output = process.stdout
+        threading.Thread(target=lambda: server.lines.extend(iter(output.readline, "")), daemon=True).start()
+        yield server
+        process.terminate()
+        process.wait(60)
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in server.root.children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
+
+
+def test_a_replica_that_is_killed_costs_no_request(own: Server) -> None:
+    answers = kill_in_the_middle(own, own.find("ray::ServeReplica").kill)
+    require_answered(answers)
+    print(f"a replica: back after {seconds_until_back(own):.1f} s")
+    assert "a replica has died (networks), another one is started\n" in own.lines
+    metrics = own.metrics()
+    assert 'unclip_replica_deaths_total{part="networks"} 1.0' in metrics
+    assert f"unclip_begun_again_total {_NUM_CLIENTS + 1}.0" in metrics
+
+
+def test_a_controller_that_is_killed_costs_no_request_and_replaces_replicas_when_it_is_back(own: Server) -> None:
+    require_answered(kill_in_the_middle(own, own.find("ray::ServeController").kill))
+    assert httpx.get(f"{own.url}/readyz").status_code == 200
+
+    def kill_both() -> None:
+        own.find("ray::ServeController").kill()
+        own.find("ray::ServeReplica").kill()
+
+    require_answered(kill_in_the_middle(own, kill_both))
+    print(f"controller and replica: back after {seconds_until_back(own):.1f} s")
+
+
+def test_a_server_whose_process_is_killed_answers_503_until_it_is_back(own: Server) -> None:
+    [server] = own.root.children()
+    started_s = time.monotonic()
+    answers = kill_in_the_middle(own, server.kill)
+    assert answers == [None] * len(answers)  # nobody else holds their connections
+    assert time.monotonic() - started_s < 10
+    print(f"the server's process: back after {seconds_until_back(own):.1f} s")
+    assert any(line.startswith("the server was killed by SIGKILL") for line in own.lines)
+    assert not server.is_running()
+
+
+@pytest.fixture(scope="module")
+def deployed(folder: Path) -> Iterator[Server]:
+    """The file of `--config-only`, by Ray Serve alone."""
+    port = free_port()
+    done = unclip("serve", str(folder / "tiny.toml"), "--config-only", "--port", str(port), "--set", _SLOW[0], cwd=ROOT)
+    (folder / "serve.yaml").write_text(done.stdout)
+    with ray_head(environment={"PYTHONPATH": str(ROOT), **PROXY_ENVIRONMENT}) as head:
+        serve = str(Path(sys.executable).with_name("serve"))
+        environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+        subprocess.run(
+            [serve, "deploy", "--address", head.dashboard, str(folder / "serve.yaml")], check=True, env=environment
+        )
+        server = Server(f"http://127.0.0.1:{port}", psutil.Process(head.pid))
+        seconds_until_back(server)
+        yield server
+
+
+def test_an_http_process_behind_proxies_that_is_killed_costs_no_request(deployed: Server) -> None:
+    answers = kill_in_the_middle(deployed, deployed.find("ray::ServeReplica:tiny:http").kill)
+    *whole, stream = answers
+    assert [answer.status_code if answer else 0 for answer in whole] == [200] * _NUM_CLIENTS, answers
+    assert stream is not None
+    assert "event: image_generation.completed" in stream.text or '"code": "not_ready"' in stream.text
+    print(f"the HTTP process: back after {seconds_until_back(deployed):.1f} s")
+
+
+def test_a_proxy_that_is_killed_is_back_soon(deployed: Server) -> None:
+    answers = kill_in_the_middle(deployed, deployed.find("ray::ProxyActor").kill)
+    assert answers == [None] * len(answers)  # nobody else holds their connections
+    print(f"a proxy: back after {seconds_until_back(deployed):.1f} s")
+
+
+def test_a_controller_behind_proxies_that_is_killed_costs_no_request(deployed: Server) -> None:
+    require_answered(kill_in_the_middle(deployed, deployed.find("ray::ServeController").kill))

@@ -1,0 +1,123 @@
+"""The process that keeps a server's address, with a server that takes no time to start."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import httpx
+import psutil
+import pytest
+
+from tests.ports import free_port
+from tests.tiny.command import ROOT
+
+_SERVER = """
+import os, signal, sys, threading, time
+from starlette.responses import PlainTextResponse
+from pipeline.errors import StepError
+from pipeline.recipe.recipe import parse_recipe
+from pipeline.serve.http_server import HttpServer
+from pipeline.serve.keeper import keep
+
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+config = parse_recipe({"serve": {"port": int(sys.argv[1])}}).serve
+try:
+    kept = keep(config, lambda line: print(line, flush=True))
+except StepError as error:
+    sys.exit(f"error: {error}")
+if sys.argv[2] == "dies":
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(0.5)
+swaps = []
+signal.signal(signal.SIGHUP, lambda *_: swaps.append(1))
+
+async def app(scope, receive, send):
+    await PlainTextResponse(f"{os.getpid()} {len(swaps)}")(scope, receive, send)
+
+try:
+    with HttpServer(app, kept.listener):
+        kept.note_listening()
+        print("listens", flush=True)
+        while True:
+            time.sleep(0.05)
+except KeyboardInterrupt:
+    sys.exit(7)
+"""
+
+Start = Callable[..., tuple[subprocess.Popen[str], str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    processes = list[subprocess.Popen[str]]()
+
+    def begin(mode: str = "lives") -> tuple[subprocess.Popen[str], str]:
+        port = free_port()
+        command = [sys.executable, "-c", _SERVER, str(port), mode]
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        processes.append(process)
+        return process, f"http://127.0.0.1:{port}"
+
+    yield begin
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+        process.communicate(timeout=10)
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def test_a_server_that_is_killed_is_started_again_and_503_is_answered_until_then(start: Start) -> None:
+    process, url = start()
+    assert line_of(process) == "listens"
+    first = int(httpx.get(url).text.split()[0])
+    assert first != process.pid
+    os.kill(first, signal.SIGKILL)
+    assert line_of(process) == ("the server was killed by SIGKILL; it is started again, requests are answered with 503")
+    answer = httpx.get(f"{url}/v1/models")  # nothing is refused: it waits for whoever answers next
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+    assert answer.headers["Retry-After"]
+    assert answer.headers["X-Frame-Options"] == "DENY"
+    assert line_of(process) == "listens"
+    deadline = time.monotonic() + 5
+    while (answer := httpx.get(url)).status_code == 503:
+        assert time.monotonic() < deadline
+    second = int(answer.text.split()[0])
+    assert second not in {first, process.pid}
+    assert {int(httpx.get(url).text.split()[0]) for _ in range(20)} == {second}  # what stood in for it has ended
+
+    process.send_signal(signal.SIGHUP)
+    while not httpx.get(url).text.endswith(" 1"):
+        assert time.monotonic() < deadline
+    os.killpg(process.pid, signal.SIGINT)  # Ctrl-C
+    assert process.wait(10) == 7
+    assert not psutil.pid_exists(second)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url)
+
+
+def test_a_server_ends_with_its_keeper(start: Start) -> None:
+    process, url = start()
+    assert line_of(process) == "listens"
+    child = psutil.Process(int(httpx.get(url).text.split()[0]))
+    process.kill()
+    child.wait(10)
+
+
+def test_a_server_that_is_killed_again_and_again_is_given_up(start: Start) -> None:
+    process, _ = start("dies")
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert output.count("the server was killed by SIGKILL") == 4
+    assert output.endswith("error: serve: the server was killed 5 times by SIGKILL; is memory enough?\n")

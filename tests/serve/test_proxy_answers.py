@@ -1,0 +1,98 @@
+"""What Ray Serve's proxies answer by themselves; a function stands for the proxy and what is behind it."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.testclient import TestClient
+from starlette.types import Message, Receive, Scope, Send
+
+from pipeline.serve import proxy_answers
+from pipeline.serve.proxy_answers import middlewares
+
+
+class Proxy:
+    """Answers each request with the next outcome; None: the process behind it dies."""
+
+    def __init__(self, *outcomes: Any) -> None:
+        self.outcomes = list(outcomes)
+        self.bodies = list[bytes]()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        self.bodies.append(body)
+        outcome = self.outcomes.pop(0)
+        if outcome is not None:
+            await outcome(scope, receive, send)
+
+
+def client_of(proxy: Proxy) -> TestClient:
+    [middleware] = middlewares()
+    return TestClient(middleware.cls(proxy))
+
+
+def test_a_request_whose_http_process_dies_is_passed_on_once_more() -> None:
+    proxy = Proxy(None, JSONResponse({"a": 1}))
+    answer = client_of(proxy).post("/v1/images/generations", content=iter([b"one ", b"two"]))
+    assert answer.json() == {"a": 1}
+    assert proxy.bodies == [b"one two"] * 2
+
+
+@pytest.mark.parametrize(
+    "outcomes", [(None, None), (PlainTextResponse("Path '/' not found.", 404),), (None, PlainTextResponse("busy", 503))]
+)
+def test_what_a_proxy_answers_itself_is_503_in_the_form_of_the_api(outcomes: tuple[Any, ...]) -> None:
+    answer = client_of(Proxy(*outcomes)).post("/v1/images/generations", content=b"body")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+    assert int(answer.headers["Retry-After"]) >= 1
+
+
+def test_answers_of_the_http_process_and_health_checks_pass_as_they_are() -> None:
+    answers = (JSONResponse({"error": {}}, 404), PlainTextResponse("unclip_pictures 1"), PlainTextResponse("no", 503))
+    client = client_of(Proxy(*answers))
+    assert client.get("/v1/models").json() == {"error": {}}
+    assert client.get("/metrics").text == "unclip_pictures 1"
+    assert client.get("/-/healthz").text == "no"
+
+
+def test_a_stream_that_breaks_off_ends_with_an_event_that_says_so() -> None:
+    async def break_off(_scope: Scope, _receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"event: a\ndata: {}\n\n", "more_body": True})
+
+    text = client_of(Proxy(break_off)).post("/", content=b"").text
+    assert text.startswith("event: a\n")
+    assert '"code": "not_ready"' in text.partition("event: error\n")[2]
+
+    whole = StreamingResponse(iter(["event: a\ndata: {}\n\n"]), media_type="text/event-stream")
+    assert client_of(Proxy(whole)).post("/", content=b"").text == "event: a\ndata: {}\n\n"
+
+
+async def _leave() -> Message:
+    return {"type": "http.disconnect"}
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+def test_nothing_is_passed_on_again_for_a_client_that_left_or_a_body_above_the_limit(
+    limit: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    proxy, sent = Proxy(None, None), list[Message]()
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/", "headers": []}
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"body"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    if limit is not None:
+        monkeypatch.setattr(proxy_answers, "BODY_LIMIT_BYTES", limit)
+    asyncio.run(middlewares()[0].cls(proxy)(scope, receive if limit else _leave, send))
+    assert len(proxy.bodies) == 1
+    assert [message["status"] for message in sent if "status" in message] == ([503] if limit else [])
