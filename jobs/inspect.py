@@ -27,7 +27,7 @@ def plan(
     overrides: Overrides = None,
     until: Until = "",
     cost: Annotated[
-        bool, typer.Option("--cost", help="Count parameters, arithmetic, GPU hours and memory instead; loads torch.")
+        bool, typer.Option("--cost", help="Count parameters, arithmetic, GPU hours, memory and money instead.")
     ] = False,
     graph: Annotated[
         bool, typer.Option("--graph", help="Print the steps as a mermaid graph, with their states.")
@@ -43,15 +43,7 @@ def plan(
     """
     resolved = load_recipe(recipe, overrides or [])
     if cost:
-        from pipeline.networks.costs import format_costs, recipe_costs
-        from pipeline.train.memory import format_memory, recipe_memory
-
-        costs, memories = recipe_costs(resolved), recipe_memory(resolved)
-        if json:
-            of_workers = {memory.name: memory.to_dict() for memory in memories}
-            print_json([network.to_dict() | {"worker_memory": of_workers.get(network.name)} for network in costs])
-        else:
-            typer.echo(f"{format_costs(costs)}\n\n{format_memory(memories, resolved)}")
+        _print_cost(resolved, json=json)
         return
     workspace = Workspace(resolved.workspace)
     statuses = plan_status(workspace, make_plan(resolved, until=until))
@@ -81,6 +73,23 @@ def plan(
         print_next(f"plan {words} --time", f"run {words}{f' --until {until}' if until else ''}")
     else:
         print_next(f"status {words}")
+
+
+def _print_cost(resolved: Recipe, *, json: bool) -> None:
+    """Print what the networks of a recipe cost, and the money at its prices."""
+    from pipeline.networks.bill import format_bill, recipe_bill
+    from pipeline.networks.costs import format_costs, recipe_costs
+    from pipeline.train.memory import format_memory, recipe_memory
+
+    costs, memories = recipe_costs(resolved), recipe_memory(resolved)
+    bill = recipe_bill(resolved, costs)
+    if json:
+        of_workers = {memory.name: memory.to_dict() for memory in memories}
+        networks = [network.to_dict() | {"worker_memory": of_workers.get(network.name)} for network in costs]
+        print_json({"networks": networks, "bill": bill and bill.to_dict()})
+        return
+    parts = [format_costs(costs), format_memory(memories, resolved), *([format_bill(bill)] if bill else [])]
+    typer.echo("\n\n".join(parts))
 
 
 def _mermaid(statuses: list[StepStatus]) -> str:

@@ -31,6 +31,7 @@ from pipeline.recipe.sections import (
     FilterEmbeddingsConfig,
     IndexConfig,
     PairsConfig,
+    PricesConfig,
     TaskResources,
     TrackingConfig,
 )
@@ -88,6 +89,8 @@ class Recipe:
     """The server."""
     tracking: TrackingConfig = TrackingConfig()
     """MLflow."""
+    prices: PricesConfig = PricesConfig()
+    """Prices, for `plan --cost`."""
 
     def __post_init__(self) -> None:
         if not self.name or self.name.startswith(".") or "/" in self.name:

@@ -380,6 +380,33 @@ class EvaluateConfig(StepSection):
 
 
 @configclass
+class PricesConfig:
+    """What a cloud asks for, for `unclip plan --cost`; what has no price is not in the bill."""
+
+    currency: str = "USD"
+    """Name of the money."""
+    gpu: Literal["a100", "h100"] = "h100"
+    """The GPU that ``gpu_hour`` is for. Trainings and embeddings that no time is known of are counted for it."""
+    gpu_hour: NonNegativeFloat = 0.0
+    """One GPU for an hour, with the CPUs that come with it."""
+    cpu_hour: NonNegativeFloat = 0.0
+    """One logical CPU for an hour, of a step without a GPU."""
+    storage_gb_month: NonNegativeFloat = 0.0
+    """10^9 bytes for a month."""
+    storage_months: PositiveFloat = 1.0
+    """How long the files are kept, in months."""
+    reads_1000: NonNegativeFloat = 0.0
+    """1,000 requests of an object store that read: GET, HEAD."""
+    writes_1000: NonNegativeFloat = 0.0
+    """1,000 requests of an object store that write or list: PUT, LIST."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has a price."""
+        return not any((self.gpu_hour, self.cpu_hour, self.storage_gb_month, self.reads_1000, self.writes_1000))
+
+
+@configclass
 class TrackingConfig:
     """MLflow; changes no artifact."""
 

@@ -182,7 +182,9 @@ def test_cost_of_an_autoregressive_prior_equals_what_real_tensors_take(tmp_path:
 
 
 def test_plan_prints_costs_as_json() -> None:
-    rows = unclip_json("plan", "configs/demo.toml", "--cost")
+    answer = unclip_json("plan", "configs/demo.toml", "--cost")
+    assert answer["bill"] is None  # it names no price
+    rows = answer["networks"]
     assert [row["name"] for row in rows] == ["clip", "prior", "decoder", "upsampler_1", "upsampler_2"]
     assert all(row["training_bytes"] > row["activations_bytes"] > 0 for row in rows)
     assert rows[2]["h100_hours"] < rows[2]["a100_hours"]

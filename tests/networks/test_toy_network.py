@@ -238,7 +238,7 @@ def test_a_new_network_is_trained_and_measured(outcome: dict[str, Any]) -> None:
 
 
 def test_a_new_network_is_counted(outcome: dict[str, Any]) -> None:
-    cost = next(row for row in outcome["costs"] if row["name"] == "toy")
+    cost = next(row for row in outcome["costs"]["networks"] if row["name"] == "toy")
     assert cost["num_parameters"] == 16 * 17
     assert cost["sampling_flops"] == 2 * 16 * 16
     assert cost["num_samples"] == 40 * 8

@@ -1,0 +1,81 @@
+"""What a recipe costs in money."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.networks.bill import REQUESTS, Bill, format_bill, recipe_bill, requests_of
+from pipeline.networks.costs import recipe_costs
+from pipeline.recipe.estimate import StepTime, save_times
+from pipeline.recipe.recipe import Recipe, parse_recipe
+from tests.scaling_page import counted_by_hand
+from tests.tiny.recipe import tiny_tables
+
+_PRICES = {"gpu_hour": 2.0, "cpu_hour": 0.5, "storage_gb_month": 0.02, "storage_months": 3.0, "writes_1000": 5.0}
+_GPU = {"resources": {"accelerator": "cuda"}}
+
+
+def _recipe(workspace: Path, **changes: Any) -> Recipe:
+    drawn = {"num_pairs": 20_000, "num_faulty": 0}
+    tables = tiny_tables(workspace, prices=_PRICES, pairs={"drawn": drawn}, decoder=_GPU, embed=_GPU, **changes)
+    return parse_recipe(tables)
+
+
+def _bill(recipe: Recipe) -> Bill:
+    bill = recipe_bill(recipe, recipe_costs(recipe))
+    assert bill is not None
+    return bill
+
+
+def test_a_bill_is_hours_and_storage_at_the_prices_of_the_recipe(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path / "w", clip={"resources": {"num_workers": 3, "cpus_per_worker": 2.0}})
+    save_times(recipe, {"download": StepTime(0.0, 7200.0), "clip": StepTime(3600.0)}, 1.0)
+    bill, costs = _bill(recipe), {cost.name: cost for cost in recipe_costs(recipe)}
+    gpu, cpu, storage = bill.entries
+    embedding_s = 20_000 * costs["clip"].sampling_flops / (989e12 * 0.4)
+    assert gpu.amounts == {
+        "embed": pytest.approx(embedding_s / 3600),
+        "decoder": pytest.approx(costs["decoder"].hours("h100")),
+    }
+    # A step's time is that of one worker; a training has all of its workers from beginning to end.
+    assert cpu.amounts == {"download": 2.0 * recipe.download.resources.cpus_per_worker, "clip": 1.0 * 3 * 2.0}
+    assert storage.amounts["download"] == pytest.approx(20_000 * 25e3 * (32 / 256) ** 2 / 1e9)
+    assert storage.amounts["decoder"] == pytest.approx(costs["decoder"].weights_bytes / 1e9)
+    assert storage.money == pytest.approx(0.02 * 3 * sum(storage.amounts.values()))
+    assert bill.money == pytest.approx(2.0 * gpu.amount + 0.5 * cpu.amount + storage.money)
+    [note] = bill.notes
+    assert note.startswith("no time is known of pairs, index, prior, ")
+    assert format_bill(bill).splitlines()[3].split() == ["together", f"{bill.money:,.2f}", "USD"]
+    assert bill.to_dict()["entries"][1]["money"] == pytest.approx(0.5 * cpu.amount)
+
+
+def test_files_of_a_finished_step_are_counted_as_they_are(tiny: Recipe) -> None:
+    recipe = replace(tiny, prices=_recipe(Path("w")).prices)
+    storage = next(entry for entry in _bill(recipe).entries if entry.what == "storage")
+    sizes = [path.stat().st_size for path in Path(tiny.workspace).glob("decoder/*/*") if path.name != "manifest.json"]
+    assert storage.amounts["decoder"] == pytest.approx(sum(sizes) / 1e9)
+
+
+def test_a_recipe_without_prices_has_no_bill(tiny: Recipe) -> None:
+    assert recipe_bill(tiny, recipe_costs(tiny)) is None
+
+
+def test_requests_are_those_of_the_page_about_scaling() -> None:
+    page = counted_by_hand()
+    assert REQUESTS.keys() == page.keys()
+    for step, (reads, writes) in REQUESTS.items():
+        of_kinds = [("GET", "ranged GET", "HEAD"), ("PUT", "LIST")]
+        by_hand = [tuple(sum(page[step][kind][place] for kind in kinds) for place in (0, 1)) for kinds in of_kinds]
+        assert [reads, writes] == by_hand, step
+
+
+def test_requests_are_counted_for_an_object_store_alone() -> None:
+    recipe = _recipe(Path("w"))
+    assert requests_of(recipe, 10_000_000) == ({}, {})
+    reads, writes = requests_of(replace(recipe, workspace="s3://bucket/w"), 1000 * recipe.download.samples_per_shard)
+    assert reads["download"] == pytest.approx(7.025)
+    assert writes["download"] == pytest.approx(4.017)
+    assert reads["upsampler_1"] == reads["clip"]  # both read pictures and captions alone
+    assert "evaluate" not in reads
