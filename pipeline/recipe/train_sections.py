@@ -159,9 +159,9 @@ class TrainResources:
     """Who computes loss and measures of each checkpoint on validation rows: in_line, the first worker, for whom the
     others wait; beside, another process on CPUs or a GPU that are free at that moment, for which nobody waits: if
     nothing is free, or the one before still runs, the checkpoint is skipped, which the progress says. The finished
-    network is always validated. auto: in_line with one worker, beside with several."""
-    validation_cpus: PositiveFloat = 1.0
-    """CPUs of a validation beside the training; also its torch threads."""
+    network is always validated. auto: beside with several workers on GPUs, else in_line."""
+    validation_cpus: NonNegativeFloat = 0.0
+    """CPUs of a validation beside the training; also its torch threads. 0: as many as a worker has."""
     validation_gpus: NonNegativeFloat = 0.0
     """GPUs of a validation beside the training: 1, or the share of one; 0: it computes on its CPUs."""
     keep_state: bool = False
@@ -224,7 +224,14 @@ class TrainResources:
     @property
     def validates_beside(self) -> bool:
         """Whether checkpoints are validated by another process."""
-        return self.validation == "beside" or (self.validation == "auto" and self.most_workers > 1)
+        if self.validation == "auto":
+            return self.most_workers > 1 and self.accelerator == "cuda"
+        return self.validation == "beside"
+
+    @property
+    def cpus_of_validation(self) -> float:
+        """CPUs of a validation beside the training."""
+        return self.validation_cpus or self.cpus_per_worker
 
     @property
     def shards(self) -> int:

@@ -21,6 +21,7 @@ import ray
 
 from pipeline.recipe.train_sections import TrainResources
 from pipeline.runtime.context import StepContext
+from pipeline.runtime.stopping import is_stop_requested
 from pipeline.train.results import read_beside, result_steps, write_beside
 from pipeline.workspace.progress import Progress
 from pipeline.workspace.store import Artifact
@@ -31,6 +32,7 @@ _POLL_S = 2.0
 _NICE = 5
 """By how much a validation gives way to the trainings of its machine."""
 _MAX_REASON_CHARS = 200
+_ENDS = "the run was asked to end"
 
 
 @dataclass(frozen=True)
@@ -84,17 +86,19 @@ class Validations:
         if passed_over:
             self._note(skipped=passed_over, reason=reason or "a newer checkpoint was there")
 
-    def finish(self, last_step: int) -> None:
-        """Wait for the running validation, and for that of the finished network."""
-        while self._task is not None:
-            self._wait()
-        if last_step not in result_steps(self._output):
+    def finish(self, last_step: int, wants_end: Callable[[], bool]) -> None:
+        """Wait for the running validation, and for that of the finished network, unless the run is asked to end."""
+        self._wait(wants_end)
+        if last_step in result_steps(self._output):
+            return
+        if wants_end():
+            self._note(skipped=1, reason=_ENDS)
+        else:
             self._begin(last_step)
-            while self._task is not None:
-                self._wait()
+            self._wait(wants_end)
 
     def end(self) -> None:
-        """End the running validation: the training has failed."""
+        """End the running validation."""
         if self._task is not None:
             self._task.cancel()
             self._task = None
@@ -109,12 +113,17 @@ class Validations:
         self._task = self._start(step)
         self._change(running=step)
 
-    def _wait(self) -> None:
-        assert self._task is not None
-        left_s = self._task.begun + self._limit_s - time.monotonic()
-        with contextlib.suppress(Exception):  # ``_collect`` reads it
-            self._task.future.result(timeout=max(0.0, left_s))
+    def _wait(self, wants_end: Callable[[], bool]) -> None:
         self._collect()
+        while self._task is not None:
+            if wants_end():
+                self.end()
+                self._note(failed=1, reason=_ENDS)
+                return
+            left_s = self._task.begun + self._limit_s - time.monotonic()
+            with contextlib.suppress(Exception):  # ``_collect`` reads it
+                self._task.future.result(timeout=max(0.0, min(left_s, _POLL_S)))
+            self._collect()
 
     def _collect(self) -> None:
         """Read the result of the running validation, or end it after its time."""
@@ -153,7 +162,7 @@ class ValidationsBeside:
 
     def __init__(self, context: StepContext, resources: TrainResources) -> None:
         self._context, self._resources = context, resources
-        self._amounts = {"CPU": resources.validation_cpus, "GPU": resources.validation_gpus}
+        self._amounts = {"CPU": resources.cpus_of_validation, "GPU": resources.validation_gpus}
         self._validations = Validations(context.output, self._start, self._lacks, resources.hang_timeout_s)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="validations", daemon=True)
@@ -185,7 +194,7 @@ class ValidationsBeside:
         last_step = self._context.recipe.trained()[name].train.total_steps
         progress = Progress(output)
         progress.update(last_step, last_step, "steps", "trained; the network is validated", force=True)
-        self._validations.finish(last_step)
+        self._validations.finish(last_step, lambda: is_stop_requested(output))
         state = self._validations.state
         text = f"trained; {state.text}" if state.text else "trained"
         progress.update(last_step, last_step, "steps", text, force=True)
@@ -230,7 +239,7 @@ def _validate(context: StepContext, step: int) -> bool:
 
     name = context.step.name
     resources = context.recipe.trained()[name].resources
-    num_threads = max(1, int(resources.validation_cpus))
+    num_threads = max(1, int(resources.cpus_of_validation))
     torch.set_num_threads(num_threads)
     job = TrainJob(
         name=name,
