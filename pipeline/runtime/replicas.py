@@ -204,6 +204,7 @@ def _load_engine(tables: Tables) -> "Engine":
     from pipeline.networks.arithmetic import Arithmetic
     from pipeline.networks.cascade import load_cascade, network_configs
     from pipeline.serve.engine import Engine
+    from pipeline.serve.memory import GpuMemory
     from pipeline.serve.traces import open_traces
 
     recipe, artifacts = read_tables(tables)
@@ -214,13 +215,15 @@ def _load_engine(tables: Tables) -> "Engine":
     arithmetic = Arithmetic(config.precision, config.compiled)
     arithmetic.set_up()
     configs = network_configs(recipe)
+    cascade = load_cascade(networks, config.accelerator, configs, steps=steps, arithmetic=arithmetic)
     return Engine(
-        load_cascade(networks, config.accelerator, configs, steps=steps, arithmetic=arithmetic),
+        cascade,
         max_batch_size=place.max_batch_size,
         max_waiting=config.max_queued_requests,
         steps=steps,
         device=config.accelerator,
         traces=open_traces(config.traces, config.name),
+        memory=GpuMemory(place.gpus_per_replica) if config.accelerator == "cuda" else None,
     )
 
 

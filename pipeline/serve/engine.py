@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -28,6 +29,7 @@ from models.stage import PIXELS, Z_IMAGE, Batch, JoinedChains, enter_each
 from pipeline.clip import FrozenClip
 from pipeline.serve.fair_queue import FairQueue
 from pipeline.serve.in_progress import Pending, Picture, show_preview
+from pipeline.serve.memory import TEXTS_AT_ONCE, DeviceMemory, MemoryLimits
 from pipeline.serve.metrics import EngineMetrics
 from pipeline.serve.protocols import (
     Accepted,
@@ -48,7 +50,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_TEXTS_AT_ONCE = 64
 _SMOOTHING = 0.1
 """Weight of the newest measurement in a running mean."""
 
@@ -89,6 +90,10 @@ class Engine:
         steps: Steps of the recipe whose networks this engine has; the others of ``cascade`` have no weights. None: all.
         device: Of its networks.
         traces: Where the spans of requests go; closed with the engine. None: nothing is recorded.
+        memory: Of that device, which then bounds how many pictures are taken; None: ``max_batch_size`` alone does.
+
+    Raises:
+        StepError: If one picture does not fit into the memory.
     """
 
     def __init__(
@@ -100,9 +105,14 @@ class Engine:
         steps: Collection[str] | None = None,
         device: torch.device | str = "cpu",
         traces: "Traces | None" = None,
+        memory: DeviceMemory | None = None,
     ) -> None:
         self._cascade = cascade
         self._stages = ServedStages(cascade, steps, device)
+        self._limits = MemoryLimits(cascade, self._stages, memory, device) if memory else None
+        self._turn = memory.turn if memory else nullcontext()
+        self._embedding = threading.Lock()
+        """Embeddings are made one after another, so that their memory is bounded."""
         self._schedule = Schedule(len(self._stages), max_batch_size)
         self._joined: list[JoinedChains | None] = [None] * len(self._stages)
         """The chains of each stage that took its last step."""
@@ -213,16 +223,22 @@ class Engine:
         """See ``PictureModel``."""
 
         def embed() -> Vectors:
-            starts = range(0, len(texts), _TEXTS_AT_ONCE)
-            return np.concatenate(
-                [self._clip.embed_text(texts[start : start + _TEXTS_AT_ONCE]).cpu().numpy() for start in starts]
-            )
+            starts = range(0, len(texts), TEXTS_AT_ONCE)
+            with self._embedding:
+                return np.concatenate(
+                    [self._clip.embed_text(texts[start : start + TEXTS_AT_ONCE]).cpu().numpy() for start in starts]
+                )
 
         return await asyncio.to_thread(embed)
 
     async def embed_image(self, image: Images) -> Vectors:
         """See ``PictureModel``."""
-        return await asyncio.to_thread(lambda: self._clip.encode_image(torch.from_numpy(image)[None])[0].cpu().numpy())
+
+        def embed() -> Vectors:
+            with self._embedding:
+                return self._clip.encode_image(torch.from_numpy(image)[None])[0].cpu().numpy()
+
+        return await asyncio.to_thread(embed)
 
     async def stats(self) -> dict[str, int]:
         """See ``PictureModel``."""
@@ -279,12 +295,19 @@ class Engine:
                     by_stage: dict[int, list[Picture]] = {}
                     for picture in self._active:
                         by_stage.setdefault(self._number(picture), []).append(picture)
-                    self._advance(self._schedule.choose(by_stage))
+                    pictures = self._schedule.choose(by_stage)
+                    if self._limits:
+                        pictures = self._limits.fitting(self._number(pictures[0]), pictures)
+                    with self._turn:
+                        self._advance(pictures)
 
     def _take_waiting(self) -> list[tuple[Pending, int]]:
         """The next requests, each with the number of pictures for which there is room; call with the lock held."""
         counts: dict[Pending, int] = {}
-        for _ in range(self._max_batch_size - len(self._active)):
+        room = self._max_batch_size - len(self._active)
+        if self._limits and len(self._waiting):
+            room = self._limits.admissible(room, len(self._active))
+        for _ in range(room):
             if not len(self._waiting):
                 break
             pending = self._waiting.next()

@@ -48,7 +48,7 @@ class ServedStages:
     def split(self, phase: Phase) -> tuple[Phase, tuple[int, ...]]:
         """A phase with those stages alone that come first and are the engine's, and the numbers of the rest."""
         numbers = [self.number(stage) for stage in phase.stages]
-        count = next((place for place, number in enumerate(numbers) if not self._has(number)), len(numbers))
+        count = next((place for place, number in enumerate(numbers) if not self.has(number)), len(numbers))
         return replace(phase, stages=phase.stages[:count]), tuple(numbers[count:])
 
     def phase_of(self, request: SampleRequest, work: Work | None) -> tuple[Phase, bool]:
@@ -74,8 +74,14 @@ class ServedStages:
             )
         return edit_phase(self._editor, request)
 
-    def _has(self, number: int) -> bool:
+    def has(self, number: int) -> bool:
+        """Whether the engine has the network of a stage."""
         return self._steps is None or self.step_of(number) in self._steps
+
+    @property
+    def has_clip(self) -> bool:
+        """Whether the engine has CLIP."""
+        return self._steps is None or "clip" in self._steps
 
 
 def _editor_of(cascade: Cascade) -> Editor | None:

@@ -1,0 +1,211 @@
+"""How many pictures of each stage fit into a device's memory: measured when an engine starts, asked before every step.
+
+A few steps of each stage with one picture, and with more, give a line: what a step takes, and what each picture adds.
+How much is free changes while a server runs (pictures in progress, another engine on the same GPU), so it is read each
+time.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from models.cascade import Cascade
+from models.request import SampleRequest
+from models.stage import PIXELS, Z_IMAGE, Batch, Stage
+from models.text import TextEncoding
+from pipeline.clip import FrozenClip
+from pipeline.errors import StepError
+from pipeline.serve.in_progress import Picture
+from pipeline.serve.served_stages import ServedStages
+
+TEXTS_AT_ONCE = 64
+"""Captions that an engine embeds together."""
+_COUNTS = (1, 2, 4)
+"""Pictures that are measured, as far as they fit; the fewest and the most give the line."""
+_STEPS = 2
+"""Steps of each: samplers of second order keep more after the first one."""
+_GUIDED = 2.0
+_USABLE = 0.9
+"""Share of the free memory that is used: the allocator cannot fill every gap."""
+_BYTES_PER_GB = 1e9
+
+
+class DeviceMemory(Protocol):
+    """The memory of a device."""
+
+    @property
+    def turn(self) -> AbstractContextManager[Any]:
+        """Held by whoever computes, so that a measurement sees its own memory alone."""
+        ...
+
+    def free_bytes(self) -> int:
+        """What can be allocated now."""
+        ...
+
+    def measure(self, act: Callable[[], object]) -> tuple[int, int]:
+        """What ``act`` allocates at most, and what its result keeps, in bytes; MemoryError if that is not free."""
+        ...
+
+
+class GpuMemory:
+    """The memory of this process's GPU.
+
+    Args:
+        share: Of the GPU, if other processes have the rest: its allocator takes no more.
+    """
+
+    turn = threading.Lock()
+
+    def __init__(self, share: float = 1.0) -> None:
+        self._share = min(1.0, share)
+        torch.cuda.set_per_process_memory_fraction(self._share)
+
+    def free_bytes(self) -> int:
+        """See ``DeviceMemory``."""
+        free, total = torch.cuda.mem_get_info()
+        allocated = torch.cuda.memory_allocated()
+        return min(free + torch.cuda.memory_reserved() - allocated, int(self._share * total) - allocated)
+
+    def measure(self, act: Callable[[], object]) -> tuple[int, int]:
+        """See ``DeviceMemory``."""
+        with self.turn:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            try:
+                result = act()
+                torch.cuda.synchronize()
+                peak, kept = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+            except torch.OutOfMemoryError as error:
+                raise MemoryError(str(error)) from None
+            del result
+        return peak - before, max(0, kept - before)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Memory of a step, in bytes."""
+
+    fixed: float
+    each: float
+
+    def most(self, free: float) -> float:
+        """Pictures that fit into ``free`` bytes; below 1 if none does."""
+        return (free - self.fixed) / max(self.each, 1.0)
+
+
+class MemoryLimits:
+    """How many pictures an engine may take, by what is free.
+
+    Args:
+        cascade: The trained networks.
+        stages: Those that the engine has.
+        memory: Of its device.
+        device: Its name.
+
+    Raises:
+        StepError: If one picture of a stage does not fit.
+    """
+
+    def __init__(
+        self, cascade: Cascade, stages: ServedStages, memory: DeviceMemory, device: torch.device | str
+    ) -> None:
+        self._memory = memory
+        self._stages = stages
+        self._lines: dict[str, _Line] = {}
+        """By the step of the recipe whose network it is; edits have other stages of the same networks."""
+        self._kept = 0.0
+        """What a picture in progress keeps between its steps, in bytes."""
+        for stage in cascade.stages:
+            if stages.has(stages.number(stage)):
+                self._measure(stage, cascade, device)
+        self._reserved = self._clip_bytes(cascade.clip) if stages.has_clip else 0
+
+    def fitting(self, number: int, pictures: Sequence[Picture]) -> list[Picture]:
+        """Those of ``pictures`` that may take a step together now, at least one: the nearest to their end."""
+        stage, most = self._stages[number], self._lines[self._stages.step_of(number)].most(self._free_bytes())
+        fitting, taken = list[Picture](), 0.0
+        for picture in sorted(pictures, key=_position, reverse=True):
+            taken += _weight(stage, picture)
+            if fitting and taken > most:
+                break
+            fitting.append(picture)
+        return fitting
+
+    def admissible(self, most: int, num_active: int) -> int:
+        """How many pictures, up to ``most``, may begin, so that one of any stage can still take a step."""
+        largest = max((line.fixed + line.each for line in self._lines.values()), default=0.0)
+        room = (self._free_bytes() - largest) / max(self._kept, 1.0)
+        return max(int(num_active == 0), min(most, int(room)))
+
+    def _free_bytes(self) -> float:
+        return _USABLE * self._memory.free_bytes() - self._reserved
+
+    def _measure(self, stage: Stage, cascade: Cascade, device: torch.device | str) -> None:
+        peaks: dict[int, int] = {}
+        for count in _COUNTS:
+            try:
+                peaks[count], kept = self._memory.measure(lambda: _try(stage, cascade, count, device))  # noqa: B023
+            except MemoryError:
+                if not peaks:
+                    free_gb = self._memory.free_bytes() / _BYTES_PER_GB
+                    raise StepError(
+                        f"serve: one picture of {stage.name} does not fit into the {free_gb:.2f} GB that are free on "
+                        "this device; give each replica a larger share of one (serve.gpus_per_replica)"
+                    ) from None
+                break
+            self._kept = max(self._kept, kept / count)
+        (first, peak), (last, highest) = min(peaks.items()), max(peaks.items())
+        each = (highest - peak) / (last - first) if last > first else peak
+        self._lines[self._stages.step_of(self._stages.number(stage))] = _Line(peak - each * first, each)
+
+    def _clip_bytes(self, clip: Any) -> int:
+        """What embeddings take, which are made beside the steps."""
+        texts, _ = self._memory.measure(lambda: clip.encode_text(["a picture " * 40] * TEXTS_AT_ONCE))
+        if not isinstance(clip, FrozenClip):
+            return texts
+        picture = torch.zeros(1, clip.image_px, clip.image_px, 3, dtype=torch.uint8)
+        return max(texts, self._memory.measure(lambda: clip.encode_image(picture))[0])
+
+
+def _position(picture: Picture) -> int:
+    return picture.chain.position if picture.chain else -1
+
+
+def _weight(stage: Stage, picture: Picture) -> float:
+    """Rows of a picture, in those that were measured: a request may ask a prior for more candidates."""
+    request = picture.batch.request
+    usual = getattr(stage, "num_candidates", 0)
+    return max(1.0, request.num_candidates / usual) if request and usual else 1.0
+
+
+def _try(stage: Stage, cascade: Cascade, count: int, device: torch.device | str) -> object:
+    """A few steps of ``count`` pictures; the chain that they leave."""
+    dims = cascade.clip.dims
+    shape = (count, dims.context_length)
+    text = TextEncoding(
+        torch.zeros(count, dims.embed_dim, device=device),
+        torch.zeros(*shape, dims.text_width, device=device),
+        torch.ones(shape, dtype=torch.bool, device=device),
+        torch.zeros(shape, dtype=torch.long, device=device),
+    )
+    values = {Z_IMAGE: F.normalize(torch.ones(count, dims.embed_dim, device=device), dim=-1)}
+    if stage.low_res_px is not None:
+        values[PIXELS] = torch.zeros(count, 3, stage.low_res_px, stage.low_res_px, device=device)
+    request = SampleRequest("", tuple(range(count)), guidance_scale={stage.name: _GUIDED})
+    try:
+        stage.check(request)
+    except ValueError:  # it has no guidance
+        request = SampleRequest("", request.seeds)
+    with torch.inference_mode():
+        chain = stage.enter(Batch(text, request.seeds, values, request))
+        joined = stage.join([chain])
+        for _ in range(min(_STEPS, len(chain.timesteps))):
+            joined.advance()
+        stage.preview(chain)
+        return chain

@@ -1,0 +1,135 @@
+"""Batches that fit into memory; a device that counts the rows of each call of a network stands for a GPU."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.cascade import Cascade
+from models.request import SampleRequest
+from pipeline.errors import StepError
+from pipeline.serve.engine import Engine
+from pipeline.serve.memory import GpuMemory, MemoryLimits
+from pipeline.serve.served_stages import ServedStages
+
+_FIXED, _EACH = 1000, 100
+
+
+class Device:
+    """Has room for calls of so many rows, in bytes; a call of a network takes ``_FIXED`` and ``_EACH`` a row."""
+
+    turn = nullcontext()
+
+    def __init__(self, room: int, kept: int = 0) -> None:
+        self.room = room
+        self.kept = kept
+        self.peak = 0
+        self.rows: dict[str, int] = {}
+        """Most rows of a call, by the class of the network."""
+
+    def free_bytes(self) -> int:
+        return math.ceil((_FIXED + self.room * _EACH) / 0.9)
+
+    def measure(self, act: Callable[[], object]) -> tuple[int, int]:
+        self.peak = 0
+        result: Any = act()
+        self.rows.clear()
+        return self.peak, self.kept * len(getattr(result, "batch", ()))
+
+    def note_call(self, network: nn.Module, inputs: tuple[Any, ...]) -> None:
+        rows = max(len(one) for one in inputs if isinstance(one, Tensor))
+        self.peak = max(self.peak, _FIXED + _EACH * rows)
+        if rows > self.room:
+            raise MemoryError(f"{rows} rows")
+        self.rows[type(network).__name__] = max(rows, self.rows.get(type(network).__name__, 0))
+
+
+@pytest.fixture
+def use(cascade: Cascade) -> Iterator[Callable[[Device], Device]]:
+    hooks = list[Any]()
+
+    def attach(device: Device) -> Device:
+        hooks.extend(stage.network.register_forward_pre_hook(device.note_call) for stage in cascade.stages)  # pyright: ignore[reportAttributeAccessIssue]
+        return device
+
+    yield attach
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("has_limits", [True, False])
+def test_no_step_needs_more_memory_than_there_is(
+    make_engine: Callable[..., Engine], use: Callable[[Device], Device], has_limits: bool
+) -> None:
+    device = use(Device(6))
+    engine = make_engine(max_batch_size=8, memory=device if has_limits else None)
+    requests = [SampleRequest("a", (seed,), guidance_scale={"decoder": 2.0}) for seed in range(8)]
+    requests.append(SampleRequest("a", (9,), num_candidates=3))
+    for future in [engine.submit(request) for request in requests]:
+        future.result(60)
+    counts = engine.counts()
+    assert (counts["failed"], counts["pictures"]) == (0, 9)
+    assert (counts["halved"] == 0) == has_limits  # else it learns by failing
+    if has_limits:
+        assert device.rows == {"Prior": 6, "Decoder": 6, "Upsampler": 6}  # guided pictures are two rows
+
+
+def test_measured_pictures_have_guidance_and_more_candidates_count_as_more(
+    cascade: Cascade, use: Callable[[Device], Device]
+) -> None:
+    use(device := Device(40))
+    limits = MemoryLimits(cascade, ServedStages(cascade, None, "cpu"), device, "cpu")
+    lines = {name: (line.fixed, line.each) for name, line in limits._lines.items()}
+    # Guided pictures are two rows, and this prior samples two candidates.
+    assert lines == {"prior": (1000, 400), "decoder": (1000, 200), "upsampler_1": (1000, 100)}
+
+
+def test_pictures_wait_for_the_memory_that_those_in_progress_keep(
+    cascade: Cascade, use: Callable[[Device], Device]
+) -> None:
+    use(device := Device(40, kept=500))
+    limits = MemoryLimits(cascade, ServedStages(cascade, None, "cpu"), device, "cpu")
+    # 5,000 bytes are free, a step of one picture takes up to 1,400.
+    assert limits.admissible(16, 3) == 7
+    assert limits.admissible(4, 3) == 4
+    device.room = 2
+    assert (limits.admissible(16, 3), limits.admissible(16, 0)) == (0, 1)
+
+
+def test_a_picture_that_does_not_fit_is_said_at_the_start(cascade: Cascade, use: Callable[[Device], Device]) -> None:
+    with pytest.raises(StepError, match=r"one picture of prior does not fit into the 0\.00 GB .*gpus_per_replica"):
+        Engine(cascade, memory=use(Device(1)))
+    use(device := Device(1))  # one fits, two do not
+    limits = MemoryLimits(cascade, ServedStages(cascade, ["upsampler_1"], "cpu"), device, "cpu")
+    assert limits._lines["upsampler_1"].each == _FIXED + _EACH
+
+
+def test_a_share_of_a_gpu_is_all_that_is_free_and_a_full_one_is_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's questions to the driver and to its allocator, answered by numbers of a test."""
+    allocated, fractions = [300, 900, 400], list[float]()
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5000, 10_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: allocated[0])
+    for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    assert GpuMemory(2.0).free_bytes() == 5000 + 1000 - 300  # what the allocator keeps is free for it
+    half = GpuMemory(0.5)
+    assert (half.free_bytes(), fractions) == (5000 - 300, [1.0, 0.5])
+
+    def act() -> None:
+        allocated[0] = allocated[2]
+
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: allocated[1])
+    assert half.measure(act) == (600, 100)
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(MemoryError, match="full"):
+        half.measure(fail)
+    assert not GpuMemory.turn.locked()
