@@ -77,7 +77,10 @@ def kill_in_the_middle(server: Server, kill: Callable[[], None]) -> list[httpx.R
             assert time.monotonic() < deadline, server.health()
             time.sleep(0.02)
         kill()
-        return [answer.result() for answer in answers]
+        killed_s = time.monotonic()
+        results = [answer.result() for answer in answers]
+        print(f"under way: ended after {time.monotonic() - killed_s:.1f} s")
+        return results
 
 
 def require_answered(answers: list[httpx.Response | None]) -> None:
