@@ -23,6 +23,8 @@ MODULES = {
     "search": "search",
     "search_millions": "search",
     "serving": "serving",
+    "serving_diffusers": "serving_diffusers",
+    "serving_diffusers_gpu": "serving_diffusers",
     "gpu": "gpu",
     "gpu_memory": "gpu_memory",
     "ablations": "ablations",

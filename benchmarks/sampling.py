@@ -34,7 +34,9 @@ from models.upsampler.config import UpsamplerConfig
 from models.upsampler.network import Upsampler
 from models.upsampler.stage import UpsamplerStage
 from pipeline.clip import FrozenClip, create_clip
+from pipeline.networks.arithmetic import Arithmetic
 from pipeline.networks.diffusers import export_components, export_diffusers, write_tokenizer
+from pipeline.networks.table import kind_of
 from pipeline.recipe.recipe import load_recipe
 from pipeline.workspace.store import Artifact
 
@@ -105,10 +107,14 @@ def karlo() -> Size:
     )
 
 
-def make_cascade(size: Size) -> Cascade:
+def make_cascade(
+    size: Size,
+    device: str = "cpu",
+    arithmetic: Arithmetic = Arithmetic(),  # noqa: B008  (it is frozen)
+) -> Cascade:
     """Random weights; every sampler except the upsampler's is guided with the size's scale."""
     torch.manual_seed(0)
-    clip = FrozenClip(create_clip(size.clip))
+    clip = FrozenClip(create_clip(size.clip)).to(device)
 
     def guided(sampler: SamplerConfig) -> SamplerConfig:
         return replace(sampler, guidance_scale=size.guidance_scale)
@@ -118,24 +124,28 @@ def make_cascade(size: Size) -> Cascade:
     upsampler = Upsampler(size.upsampler)
     for network in (prior, decoder, upsampler):
         randomise(network)
+        network.to(device)
+        arithmetic.prepare(network, kind_of(network.config), device)
     for network in (prior, decoder):
         network.null_text.set(clip.encode_text([""]))
     return Cascade(clip, [PriorStage.of(prior), DecoderStage.of(decoder), UpsamplerStage.of(upsampler)])
 
 
-def load_pipeline(cascade: Cascade, clip: FrozenClip) -> Any:
+def load_pipeline(cascade: Cascade, clip: FrozenClip, dtype: torch.dtype = torch.float32) -> Any:
     """The exported folder in diffusers, with the shim of docs/formats.md."""
+    sys.path.append(str(Path(sys.prefix) / "oracles"))  # only there transformers is installed
     import diffusers
     from diffusers.pipelines.deprecated import unclip
 
     diffusers.pipelines.unclip = unclip
     with tempfile.TemporaryDirectory() as folder:
         export_diffusers(cascade, clip, Path(folder) / "unclip")
-        return diffusers.UnCLIPPipeline.from_pretrained(f"{folder}/unclip")
+        return diffusers.UnCLIPPipeline.from_pretrained(f"{folder}/unclip", dtype=dtype)
 
 
 def share_pipeline(cascade: Cascade, clip: FrozenClip) -> Any:
     """The pipeline of the same components, on the cascade's own weights."""
+    sys.path.append(str(Path(sys.prefix) / "oracles"))
     import diffusers
     import transformers
     from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
@@ -165,7 +175,6 @@ def share_pipeline(cascade: Cascade, clip: FrozenClip) -> Any:
 
 def run(size: Size, rounds: int, *, share: bool) -> list[Comparison]:
     """Both sample the same number of pictures from text to the upsampler's size."""
-    sys.path.append(str(Path(sys.prefix) / "oracles"))  # only there transformers is installed
     cascade = make_cascade(size)
     assert isinstance(cascade.clip, FrozenClip)
     pipe = (share_pipeline if share else load_pipeline)(cascade, cascade.clip)

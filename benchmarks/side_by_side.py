@@ -49,8 +49,13 @@ def compare(
             (ours, theirs)[who]()
             pair[who] = time.perf_counter() - start_s
         times.append((pair[0], pair[1]))
+    return summarise(name, times, floor=floor)
+
+
+def summarise(name: str, times: Sequence[tuple[float, float]], *, floor: float) -> Comparison:
+    """What the times of ours and theirs, a pair for each round, say."""
     ratios = [b / a for a, b in times]
-    low, _, high = statistics.quantiles(ratios, n=4) if rounds > 1 else (ratios[0],) * 3
+    low, _, high = statistics.quantiles(ratios, n=4) if len(times) > 1 else (ratios[0],) * 3
     return Comparison(
         name=name,
         ours_s=statistics.median(a for a, _ in times),
@@ -59,7 +64,7 @@ def compare(
         low=low,
         high=high,
         floor=floor,
-        rounds=rounds,
+        rounds=len(times),
     )
 
 

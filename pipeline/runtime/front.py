@@ -1,7 +1,7 @@
 """The HTTP interface of a recipe, assembled: the guards, the gate behind them, and the API that the gate opens."""
 
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -110,7 +110,7 @@ class FrontReplica:
     def reconfigure(self, tables: Tables) -> None:
         """Serve a recipe; called by Ray Serve at the start, and when `serve deploy` brings another one."""
         recipe, artifacts = read_tables(tables)
-        front = Front(recipe.serve)
+        front = Front(replace(recipe.serve, name=server_name(recipe)))
         front.open(recipe, artifacts, self._handles)
         closing = threading.Timer(recipe.serve.drain_s, self._front.close)  # its last requests are still under way
         closing.daemon = True

@@ -222,7 +222,7 @@ def _load_engine(tables: Tables) -> "Engine":
         max_waiting=config.max_queued_requests,
         steps=steps,
         device=config.accelerator,
-        traces=open_traces(config.traces, config.name),
+        traces=open_traces(config.traces, config.name or recipe.name),
         memory=GpuMemory(place.gpus_per_replica) if config.accelerator == "cuda" else None,
     )
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -128,3 +129,27 @@ def test_gpu_benchmark_counts_and_times_on_any_device(tmp_path: Path) -> None:
     for row in comparison["rows"]:
         assert row["tflop_s"] == pytest.approx(row["tflop_a_step"] / row["step_s"])
         assert row["of_measured_peak"] > 0
+
+
+_SERVING_DIFFUSERS = """
+from dataclasses import replace
+from benchmarks import serving_diffusers
+from benchmarks.serving_diffusers import Setting, demo, measure
+
+if __name__ == "__main__":
+    size = serving_diffusers._with_steps(demo(), 2, 2, 2)
+    rows = {row["what"].partition(":")[0]: row for row in measure(Setting(size, "cpu", "float32", 1, clients=2), 1)}
+    assert abs(rows["parameters, M"]["ratio"] - 1) < 1e-3, rows
+    assert 0.9 < rows["GFLOP of a picture"]["ratio"] < 1.2, rows
+    assert rows["2 clients, a picture each"]["ratio"] > 0, rows
+"""
+
+
+@pytest.mark.slow
+def test_our_server_and_that_of_diffusers_have_the_same_networks(tmp_path: Path) -> None:
+    script = tmp_path / "serving.py"
+    script.write_text(_SERVING_DIFFUSERS)
+    command = [sys.executable, str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
