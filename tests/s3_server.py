@@ -26,6 +26,9 @@ _ERRORS = {
 _REQUESTS: list[tuple[str, str, int, str]] = []
 _DISTURBANCE: dict[str, Any] = {"every": 0, "kinds": [], "number": 0}
 _SLOW_S = 0.2
+_EVERY = 23
+"""Of a faulty server one request of so many fails."""
+_CUT_S = 3.0
 
 
 def _application(inner: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
@@ -233,6 +236,40 @@ def proxy(port: int, server: S3Server) -> Generator[None]:
         threading.Thread(target=accept, daemon=True).start()
         yield
         cut(listener, *opened)
+
+
+def _serve_with_cuts(server: S3Server, port: int, steps: Sequence[str], cuts: list[str], done: threading.Event) -> None:
+    """Forward the port to the server, but for a while after the first output of some steps."""
+    while not done.is_set():
+        with proxy(port, server):
+            while not done.is_set():
+                written = [request.name for request in server.counted() if request.kind == "PUT"]
+                outputs = [name for name in written if not name.endswith(("inputs.json", "progress.json"))]
+                new = [step for step in steps if step not in cuts and any(f"/{step}/" in name for name in outputs)]
+                if new:
+                    cuts.append(new[0])
+                    break
+                time.sleep(0.3)
+        done.wait(_CUT_S)
+
+
+@contextlib.contextmanager
+def faulty(server: S3Server, port: int, steps: Sequence[str]) -> Generator[list[str]]:
+    """Let requests fail in every way, and the server be gone for a while in the middle of each step.
+
+    Yields:
+        The steps in which it was gone so far.
+    """
+    done, cuts = threading.Event(), list[str]()
+    thread = threading.Thread(target=_serve_with_cuts, args=(server, port, steps, cuts, done))
+    thread.start()
+    server.disturb(_EVERY, ("500", "slow", "reset", "throttled", "half"))
+    try:
+        yield cuts
+    finally:
+        server.disturb(0)
+        done.set()
+        thread.join()
 
 
 def _main() -> None:

@@ -1,4 +1,4 @@
-"""What the steps of a recipe ask of an object store, counted by a server, and by hand in docs/scaling.md.
+"""What the steps of a recipe ask of an object store, counted by a server, and by hand in docs/scaling.md; and its faults.
 
 The steps run in this process, with the code of their workers and of their commits, but without Ray.
 """
@@ -7,6 +7,7 @@ import importlib
 import shutil
 from collections import Counter
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ from pipeline.runtime.train import _run_worker
 from pipeline.shapes.server import serve_pictures
 from pipeline.workspace.manifest import ShardRecord
 from tests.ports import free_port
-from tests.s3_server import Request, S3Server
+from tests.s3_server import Request, S3Server, faulty
 from tests.scaling_page import by_the_clock, counted_by_hand
 from tests.tiny.recipe import tiny_tables, training
 from tests.workspace.conftest import use
@@ -36,6 +37,8 @@ _ROWS = 24
 """Rows of a shard: every shard holds a query of the index."""
 _FEW, _MORE = 2, 4
 """Shards."""
+_TIMED = (".done.json", "_stats.json", "metrics.jsonl", "segment.json", "index.json")
+"""Ends of the names of files that hold times."""
 _BESIDES_BYTES = 4000
 """What a training may fetch for a shard beside its files: 0.02 % of a shard of 20 MB."""
 
@@ -97,6 +100,15 @@ def _count(recipe: Recipe, server: S3Server, cache: Path) -> dict[str, list[Requ
     return requests
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _without_ray() -> Generator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (data, download):
+            patch.setattr(module, "map_shards", _map_here)
+        patch.setattr(download, "served_pictures", serve_pictures)
+        yield
+
+
 @pytest.fixture(scope="module")
 def counted(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Generator[list[dict[str, list[Request]]]]:
     """The requests of recipes with few and with more shards, by step."""
@@ -104,9 +116,6 @@ def counted(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Ge
     s3_server.make_bucket("counted")
     with pytest.MonkeyPatch.context() as patch:
         use(s3_server.environment | {"UNCLIP_CACHE": str(cache)}, patch)
-        for module in (data, download):
-            patch.setattr(module, "map_shards", _map_here)
-        patch.setattr(download, "served_pictures", serve_pictures)
         yield [_count(_recipe(f"s3://counted/{number}", number), s3_server, cache) for number in (_FEW, _MORE)]
 
 
@@ -133,3 +142,31 @@ def test_a_training_fetches_its_data_once(counted: list[dict[str, list[Request]]
         )
         besides = (all_bytes[1] - all_bytes[0]) - (data_bytes[1] - data_bytes[0])
         assert 0 < besides / (_MORE - _FEW) <= _BESIDES_BYTES, step
+
+
+def _checksums(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """Of the files of each step, without those that hold times."""
+    checksums: dict[str, dict[str, str]] = {}
+    for step in make_plan(recipe):
+        if step.name in _STEPS:
+            context = StepContext(recipe, step, recipe.workspace)
+            _run_step(context)
+            manifest = context.output.manifest()
+            assert manifest is not None
+            files = manifest.files.items()
+            checksums[step.name] = {name: facts["sha256"] for name, facts in files if not name.endswith(_TIMED)}
+    return checksums
+
+
+def test_steps_on_a_store_that_fails_have_the_bytes_of_steps_here(
+    s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, cut_in = free_port(), ("download", "embed", "prior")
+    s3_server.make_bucket("faulty")
+    here = _recipe(str(tmp_path / "w"), _FEW)
+    there = replace(here, workspace="s3://faulty/w")
+    environment = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "UNCLIP_CACHE": str(tmp_path / "cache")}
+    use(s3_server.environment | environment, monkeypatch)
+    with faulty(s3_server, port, cut_in) as cuts:
+        assert _checksums(there) == _checksums(here)
+    assert sorted(cuts) == sorted(cut_in)
