@@ -28,15 +28,16 @@ from pipeline.runtime.train import run_training
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Artifact
 from tests.tiny.cluster import cluster_without_cpus
+from tests.tiny.faults import FaultyContext
 from tests.tiny.recipe import tiny_tables
 from tests.tiny.training import upsampler_context
 
 NUM_STEPS, SAVE_EVERY, LOG_EVERY = 1200, 25, 5
 
 
-def _recipe(workspace: Path, **resources: object) -> Recipe:
+def _recipe(workspace: Path, *, num_steps: int = NUM_STEPS, **resources: object) -> Recipe:
     upsampler = {
-        "train": {"num_steps": NUM_STEPS, "batch_size": 3},
+        "train": {"num_steps": num_steps, "batch_size": 3},
         "resources": {"save_every_steps": SAVE_EVERY, "log_every_steps": LOG_EVERY, **resources},
     }
     return parse_recipe(tiny_tables(workspace, upsampler_1=upsampler))
@@ -194,18 +195,24 @@ def test_a_machine_that_is_drained_with_notice(cluster: Cluster, tmp_path: Path)
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 @pytest.mark.slow
-def test_workers_that_get_sigterm_or_are_killed_lose_no_step_or_few(tmp_path: Path) -> None:
+def test_workers_that_get_sigterm_are_killed_or_raise_begin_again(tmp_path: Path) -> None:
+    resources = {"num_workers": 2, "cpus_per_worker": 0.5}
     disturbed, calm = (
-        upsampler_context(_recipe(tmp_path / name, num_workers=2, cpus_per_worker=0.5)) for name in ("wild", "calm")
+        upsampler_context(_recipe(tmp_path / name, num_steps=400, **resources)) for name in ("wild", "calm")
     )
     with connect():
         start = ray.remote(num_cpus=0, max_retries=0)(run_training).remote
         task, done = start(disturbed), threading.Event()
         threading.Thread(target=lambda: (ray.wait([task]), done.set()), daemon=True).start()
         for number, kill in enumerate((signal.SIGTERM, signal.SIGKILL)):
-            _wait_for_steps(disturbed.output, NUM_STEPS // 4 * (number + 1))
+            _wait_for_steps(disturbed.output, 100 * (number + 1))
             _workers()[number].send_signal(kill)
         metrics = ray.get(task).metrics
         ray.get(start(calm))
-    assert (metrics["num_preemptions"], metrics["num_failures"]) == (1, 1)
-    assert _weights(disturbed) == _weights(calm)
+        assert (metrics["num_preemptions"], metrics["num_failures"]) == (1, 1)
+        assert _weights(disturbed) == _weights(calm)
+        for num_workers in (1, 2):
+            recipe = _recipe(tmp_path / str(num_workers), num_steps=6, num_workers=num_workers, cpus_per_worker=0.5)
+            context = upsampler_context(recipe)
+            metrics = ray.get(start(FaultyContext(recipe, context.step, context.root))).metrics
+            assert (metrics["num_failures"], metrics["num_out_of_memory"], metrics["num_steps"]) == (1, 1, 6)

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
 from safetensors.torch import load_file
 
@@ -13,11 +12,9 @@ from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.runtime import train
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.restarts import End, Restarts
-from pipeline.runtime.run import connect
 from pipeline.train import job
 from pipeline.train.loop import StepFunction, make_step
 from pipeline.workspace.progress import read_progress
-from tests.tiny.faults import FaultyContext
 from tests.tiny.recipe import tiny_tables
 from tests.tiny.training import upsampler_context
 
@@ -101,15 +98,3 @@ def test_preemptions_and_errors_have_budgets_of_their_own(tmp_path: Path) -> Non
         restarts.next(drained)
     with pytest.raises(ZeroDivisionError):  # a person sees all of an error
         restarts.next(End("failed", "division by zero", error=ZeroDivisionError()))
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_workers_that_raise_are_started_again(num_workers: int, tmp_path: Path) -> None:
-    recipe = _recipe(tmp_path, num_workers=num_workers, cpus_per_worker=0.5)
-    context = upsampler_context(recipe)
-    faulty = FaultyContext(recipe, context.step, context.root)
-    with connect():
-        metrics = ray.get(ray.remote(num_cpus=0, max_retries=0)(train.run_training).remote(faulty)).metrics
-    assert (metrics["num_failures"], metrics["num_out_of_memory"], metrics["num_steps"]) == (1, 1, 6)
