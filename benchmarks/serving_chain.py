@@ -1,0 +1,87 @@
+"""The time of a hop: one request to a chain of deployments, beside the same request to one replica.
+
+    python -m benchmarks.serving_chain [--rounds 40]
+
+Tiny networks with random weights, so that Ray's part of a request shows, on a Ray of this machine; both in turns, from
+one process, as the server calls them. Required: less than 20 ms a hop.
+"""
+
+import argparse
+import asyncio
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+
+from benchmarks.side_by_side import publish
+from models.request import SampleRequest
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.serve_sections import ServeStageConfig
+from pipeline.runtime.front import served_artifacts
+from pipeline.runtime.parts import parts_of
+from pipeline.runtime.replicas import RemoteModel, networks_application
+from pipeline.runtime.run import connect
+from pipeline.workspace.store import Artifact
+from tests.tiny.workspace import served_workspace
+
+_PARTS = ("prior", "decoder", "upsampler_1", "upsampler_2")
+_CPUS = 0.25
+_FLOOR_MS = 20.0
+
+
+def main() -> None:
+    """Deploy both, and time them alternately."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40)
+    rounds = parser.parse_args().rounds
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = served_workspace(Path(folder))
+        artifacts, _ = served_artifacts(recipe)
+        section = replace(recipe.serve, cpus_per_replica=_CPUS)
+        stages: dict[str, Any] = {part: ServeStageConfig(cpus_per_replica=_CPUS) for part in _PARTS}
+        one = replace(recipe, serve=section)
+        chain = replace(recipe, serve=replace(section, mode="chain", **stages))
+        with connect():
+            serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
+            models = [_deploy(name, served, artifacts) for name, served in (("one", one), ("chain", chain))]
+            times_s = asyncio.run(_alternate(models, rounds))
+        num_hops = len(parts_of(chain)) - 1
+    medians_ms = [1000 * statistics.median(times) for times in times_s]
+    extra_ms = sorted(1000 * (b - a) / num_hops for a, b in zip(*times_s, strict=True))
+    low, median, high = statistics.quantiles(extra_ms, n=4)
+    row = {
+        "one_replica_ms": medians_ms[0],
+        "chain_ms": medians_ms[1],
+        "hops": num_hops,
+        "hop_ms": median,
+        "low_ms": low,
+        "high_ms": high,
+        "floor_ms": _FLOOR_MS,
+    }
+    publish("serving_chain", [row], {"rounds": rounds})
+
+
+def _deploy(name: str, recipe: Recipe, artifacts: dict[str, Artifact]) -> RemoteModel:
+    first = serve.run(networks_application(recipe, artifacts), name=name, route_prefix=None)
+    first_part, *others = parts_of(recipe)
+    return RemoteModel({first_part: first, **{part: serve.get_deployment_handle(part, name) for part in others}})
+
+
+async def _alternate(models: list[RemoteModel], rounds: int) -> list[list[float]]:
+    """Times of each model, in seconds; the order changes every round."""
+    times_s: list[list[float]] = [[], []]
+    for number in range(-3, rounds):  # the first ones warm up
+        for who in ((0, 1), (1, 0))[number % 2]:
+            started_s = time.perf_counter()
+            await models[who].sample(SampleRequest("a red circle", (number + 3,)))
+            if number >= 0:
+                times_s[who].append(time.perf_counter() - started_s)
+    return times_s
+
+
+if __name__ == "__main__":
+    main()
