@@ -276,4 +276,4 @@ def test_networks_compile_in_one_graph(prior: PriorStage, decoder: DecoderStage)
 
     compiled = torch.compile(forward, backend="eager", fullgraph=True)
     for ours, expected in zip(compiled(x, pixels), forward(x, pixels), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)  # norms are written out where they are compiled
