@@ -48,7 +48,7 @@ from pipeline.recipe.sections import Precision
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
 from pipeline.serve.guards import Guards
-from pipeline.serve.http_server import HttpServer
+from pipeline.serve.http_server import HttpServer, listen
 from pipeline.serve.picture_files import ModelCard
 from tests.ports import free_port
 
@@ -185,7 +185,7 @@ def serve(who: Who, setting: Setting, port: int, pipe: Connection) -> None:
     Arithmetic(setting.precision).set_up()
     with ExitStack() as stack:
         app, facts = (our_server if who == "ours" else their_server)(setting, stack)
-        stack.enter_context(HttpServer(app, "127.0.0.1", port))
+        stack.enter_context(HttpServer(app, listen("127.0.0.1", port)))
         pipe.send(facts)
         pipe.recv()
 
