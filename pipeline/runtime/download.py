@@ -25,9 +25,10 @@ from pipeline.data.splits import Split
 from pipeline.errors import StepError
 from pipeline.recipe.sections import DownloadConfig
 from pipeline.runtime.context import StepContext, StepResult
-from pipeline.runtime.picture_servers import served_pictures
+from pipeline.runtime.picture_servers import answers, served_pictures
 from pipeline.runtime.pool import ShardJob, ShardReading, ShardWorker, map_shards, total_counts
 from pipeline.runtime.taken_in import take_in_shards
+from pipeline.shapes.server import HOST
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.store import LIVE, RECORD_SUFFIX, Artifact
 
@@ -144,21 +145,27 @@ class DownloadWorker:
         split = _read_split(output, shard)
         with _written(output, shard) as files:
             if split is None:
-                counts = self._downloader.download(rows, shard, files, self._reporter(shard))
+                counts = self._download(rows, shard, files)
             else:
                 counts = self._download_in_parts(rows, shard, split, files)
             causes, splits = _facts_of(files)
         return _commit(output, shard, dict(counts), causes, splits, start)
 
+    def _download(self, rows: pa.Table, shard: str, files: ShardFiles, first: int = 0) -> Counter[str]:
+        counts = self._downloader.download(rows, shard, files, self._reporter(shard), first=first)
+        pairs = self._context.recipe.pairs
+        if pairs.source == "drawn":
+            _require_server(rows, shard, _causes_of(files), pairs.drawn.port)
+        return counts
+
     def _download_in_parts(self, rows: pa.Table, shard: str, split: Split, files: ShardFiles) -> Counter[str]:
         """Download a shard that took its workers down, part by part; what is done before a loss is kept."""
         parts = Artifact(f"{self._output.uri}/{LIVE}parts/{shard}")
-        reporter = self._reporter(shard)
         while (part := split.begin()) is not None:
             _write_split(self._output, shard, split)
             with _written(parts, f"{part[0]}-{part[1]}") as part_files:
                 part_rows = rows.slice(part[0], part[1] - part[0])
-                self._downloader.download(part_rows, shard, part_files, reporter, first=part[0])
+                self._download(part_rows, shard, part_files, first=part[0])
             split.finish()
             _write_split(self._output, shard, split)
         made = [ShardFiles(*map(parts.path, _names(f"{start}-{stop}"))) for start, stop in split.done]
@@ -316,10 +323,27 @@ def _written(output: Artifact, shard: str) -> Generator[ShardFiles]:
         yield ShardFiles(*(stack.enter_context(output.write(name)) for name in _names(shard)))
 
 
+def _require_server(rows: pa.Table, shard: str, causes: dict[str, int], port: int) -> None:
+    """Refuse a shard during which the server of drawn pictures ended: its rows would stay failed for ever.
+
+    If a run is killed, that server ends at once, and this worker a moment later.
+
+    Raises:
+        StepError: If it did.
+    """
+    base = f"http://{HOST}:{port}/"
+    num_elsewhere = sum(not url.as_py().startswith(base) for url in rows["url"])
+    if causes.get("connect", 0) > num_elsewhere or (causes.get("lost") and not answers(port)):
+        raise StepError(f"download: shard {shard}: the server of the drawn pictures, {base}, has ended; run again")
+
+
 def _facts_of(files: ShardFiles) -> tuple[dict[str, int], dict[str, int]]:
     """Failed rows by cause, and good rows by split, of files that are not published yet: nothing is read back."""
-    causes = failure_causes([json.loads(files.stats.read_text(encoding="utf-8"))])
-    return dict(causes), split_counts(files.parquet)
+    return _causes_of(files), split_counts(files.parquet)
+
+
+def _causes_of(files: ShardFiles) -> dict[str, int]:
+    return dict(failure_causes([json.loads(files.stats.read_text(encoding="utf-8"))]))
 
 
 def _commit(

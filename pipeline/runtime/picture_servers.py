@@ -46,7 +46,7 @@ class _Server:
 
     def start(self, port: int) -> None:
         """Serve, unless this machine serves already: the nodes of a test may share one machine."""
-        if not _answers(port):
+        if not answers(port):
             self._stack.enter_context(_serve_patiently(port))
 
 
@@ -66,7 +66,8 @@ def _serve_patiently(port: int) -> Generator[None]:
         yield
 
 
-def _answers(port: int) -> bool:
+def answers(port: int) -> bool:
+    """Whether a picture server is there, on this machine."""
     try:
         with urllib.request.urlopen(f"http://{HOST}:{port}/", timeout=2) as answer:
             return answer.read() == b"ok\n"

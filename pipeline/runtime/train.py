@@ -213,8 +213,9 @@ def _out_of_memory(section: TrainedSection, world_size: int, cause: str) -> End:
 
 def _lost(machines: set[str], cause: str) -> End:
     """The end of a training that lost a worker: with one of the machines that were there, or alone."""
-    gone = machines - living_machines()
-    return End("preempted", f"a machine was lost ({cause})") if gone else End("failed", f"a worker failed ({cause})")
+    if machines <= living_machines():
+        return End("failed", f"a worker failed ({cause})")
+    return End("preempted", f"a machine was lost ({cause})")
 
 
 def _device(resources: TrainResources, world_size: int) -> "torch.device":

@@ -33,11 +33,11 @@ class _Silent:
 
 def _tables(workspace: str, port: int) -> dict[str, Any]:
     one_worker = {"resources": {"num_workers": 1}}
-    drawn = {"num_pairs": 48, "image_px": 32, "port": port, "num_faulty": 0}
+    scenes = {"num_pairs": 48, "image_px": 32, "port": port, "num_faulty": 0}
     tables = tiny_tables(
         Path("replaced"),
         tracking={"uri": "off"},
-        pairs={"validation_prob": 0.2, "drawn": drawn},
+        pairs={"validation_prob": 0.2, "drawn": scenes},
         download={"samples_per_shard": 24, **one_worker},
         embed={"batch_size": 8, **one_worker},
         index={"num_recall_queries": 8},

@@ -15,14 +15,17 @@ import pyarrow as pa
 import pytest
 
 from pipeline.data.rows import make_uid
+from pipeline.errors import StepError
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import parse_recipe
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.download import DownloadWorker
 from pipeline.runtime.filter import run_filter
+from pipeline.shapes.server import serve_pictures
 from pipeline.workspace.store import RECORD_SUFFIX, Artifact
 from tests.data.hostile import HostileServer
 from tests.filter.planted import make_context, planted_pairs, tiny_recipe, without_ray
+from tests.ports import free_port
 from tests.tiny.pairs import write_parts
 
 _SHARDS = [f"{number:05d}" for number in range(4)]
@@ -100,6 +103,25 @@ def test_download_ends_in_the_same_bytes(server: HostileServer, tmp_path: Path, 
             assert worker(shard).counts["in"] == _ROWS
 
     _kill_often(work, context.output, num_kills=num_kills, num_files=2 * len(_SHARDS))
+
+
+def test_a_shard_whose_picture_server_was_killed_with_its_run_is_made_again(tmp_path: Path) -> None:
+    port = free_port()
+    settings = {"samples_per_shard": 3, "image_px": 64, "retries": 0}
+    recipe = parse_recipe({"workspace": str(tmp_path), "pairs": {"drawn": {"port": port}}, "download": settings})
+    step = next(step for step in make_plan(recipe) if step.name == "download")
+    context = StepContext(recipe, step, recipe.workspace)
+    urls = [f"http://127.0.0.1:{port}/0/32/{index}.png" for index in range(2)]
+    urls.append("http://127.0.0.1:1/faulty/refused/2.png")
+    columns = {"uid": [make_uid(url, "a caption") for url in urls], "url": urls, "caption": ["a caption"] * len(urls)}
+    write_parts(Path(context.inputs["pairs"].uri), [pa.table({**columns, "split": ["train"] * len(urls)})])
+    with pytest.raises(StepError, match=rf"shard 00000: the server .*:{port}/, has ended; run again"):
+        DownloadWorker(context)("00000")
+    assert not context.output.exists("00000.tar")
+    assert not context.output.shard_records()
+    with serve_pictures(port):
+        record = DownloadWorker(context)("00000")
+    assert (record.counts["ok"], dict(record.causes)) == (2, {"connect": 1})
 
 
 @_NUM_KILLS

@@ -3,7 +3,6 @@
 Between them the driver is interrupted once. The final weights are those of a training that nobody disturbed.
 """
 
-import contextlib
 import json
 import random
 import signal
@@ -13,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
@@ -24,6 +22,7 @@ from pipeline.workspace.store import MANIFEST, Artifact, Workspace
 from tests.ports import free_port
 from tests.tiny.cluster import cluster_without_cpus
 from tests.tiny.command import start_unclip
+from tests.tiny.faults import train_workers
 from tests.tiny.recipe import write_recipe
 
 _NUM_STEPS, _SAVE_EVERY = 1200, 20
@@ -65,7 +64,7 @@ class _Disturbed:
             self._cluster.remove_node(self.machines.pop(0), allow_graceful=False)
             self.machines.append(self._cluster.add_node(num_cpus=1))
         elif kind == "worker":
-            random.choice(_workers()).kill()
+            random.choice(train_workers()).kill()
         else:
             self._run.send_signal(signal.SIGKILL if kind == "driver" else signal.SIGINT)
             output, _ = self._run.communicate(timeout=60)
@@ -90,16 +89,6 @@ def _steps(output: Artifact, since: float) -> int:
     """The steps by the newest reading, if it was taken after ``since``."""
     state = read_progress(output)
     return state.done if state is not None and state.unit == "steps" and state.updated > since else 0
-
-
-def _workers() -> list[psutil.Process]:
-    """The workers of Ray Train of this test's cluster."""
-    workers: list[psutil.Process] = []
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "RayTrainWorker" in " ".join(child.cmdline()):
-                workers.append(child)
-    return workers
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ _GPU = {"resources": {"accelerator": "cuda"}}
 
 
 def _recipe(workspace: Path, **changes: Any) -> Recipe:
-    drawn = {"num_pairs": 20_000, "num_faulty": 0}
-    tables = tiny_tables(workspace, prices=_PRICES, pairs={"drawn": drawn}, decoder=_GPU, embed=_GPU, **changes)
+    scenes = {"num_pairs": 20_000, "num_faulty": 0}
+    tables = tiny_tables(workspace, prices=_PRICES, pairs={"drawn": scenes}, decoder=_GPU, embed=_GPU, **changes)
     return parse_recipe(tables)
 
 

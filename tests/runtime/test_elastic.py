@@ -1,6 +1,5 @@
 """A training whose machines come and go: it goes on with those that are there, and ends as an undisturbed one."""
 
-import contextlib
 import itertools
 import json
 import signal
@@ -12,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 import torch
@@ -28,7 +26,7 @@ from pipeline.runtime.train import run_training
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Artifact
 from tests.tiny.cluster import cluster_without_cpus
-from tests.tiny.faults import FaultyContext
+from tests.tiny.faults import FaultyContext, train_workers
 from tests.tiny.recipe import tiny_tables
 from tests.tiny.training import upsampler_context
 
@@ -58,16 +56,6 @@ def _wait_for_steps(output: Artifact, steps: int) -> None:
     while sum(number for _, number in _parts(output)) < steps:
         assert time.monotonic() < end
         time.sleep(0.05)
-
-
-def _workers() -> list[psutil.Process]:
-    """The workers of Ray Train that this process's own Ray has started."""
-    workers: list[psutil.Process] = []
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "RayTrainWorker" in " ".join(child.cmdline()):
-                workers.append(child)
-    return workers
 
 
 def _weights(context: StepContext) -> bytes:
@@ -134,7 +122,7 @@ def test_a_worker_that_hangs_is_missed_and_replaced(tmp_path: Path) -> None:
         task = ray.remote(num_cpus=0, max_retries=0)(run_training).remote(hung)
         threading.Thread(target=lambda: (ray.wait([task]), done.set()), daemon=True).start()
         _wait_for(hung.output, [2], done)
-        workers = _workers()
+        workers = train_workers()
         assert len(workers) == 2
         workers[0].suspend()
         assert ray.get(task).metrics["num_steps"] == NUM_STEPS
@@ -206,7 +194,7 @@ def test_workers_that_get_sigterm_are_killed_or_raise_begin_again(tmp_path: Path
         threading.Thread(target=lambda: (ray.wait([task]), done.set()), daemon=True).start()
         for number, kill in enumerate((signal.SIGTERM, signal.SIGKILL)):
             _wait_for_steps(disturbed.output, 100 * (number + 1))
-            _workers()[number].send_signal(kill)
+            train_workers()[number].send_signal(kill)
         metrics = ray.get(task).metrics
         ray.get(start(calm))
         assert (metrics["num_preemptions"], metrics["num_failures"]) == (1, 1)

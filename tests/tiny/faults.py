@@ -1,8 +1,10 @@
-"""Faults inside the workers of a training: they cannot read their inputs, each time it starts for another reason."""
+"""Faults of a training's workers: they cannot read their inputs, each time for another reason; or a test kills them."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from pipeline.runtime.context import StepContext
@@ -37,3 +39,13 @@ class FaultyContext(StepContext):
             return super().inputs
         error = torch.OutOfMemoryError if self.notice else RuntimeError
         return {name: _Unreadable(artifact.uri, error) for name, artifact in super().inputs.items()}
+
+
+def train_workers() -> list[psutil.Process]:
+    """The workers of Ray Train below this process."""
+    workers: list[psutil.Process] = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "RayTrainWorker" in " ".join(child.cmdline()):
+                workers.append(child)
+    return workers

@@ -77,10 +77,10 @@ def _run_step(context: StepContext) -> None:
 def _recipe(workspace: str, num_shards: int) -> Recipe:
     """One worker a step, no validation rows, an epoch."""
     train = training(num_shards * _ROWS // 8, batch_size=8, save_every_steps=1000, log_every_steps=1000)
-    drawn = {"num_pairs": num_shards * _ROWS, "image_px": 32, "port": free_port(), "num_faulty": 0}
+    scenes = {"num_pairs": num_shards * _ROWS, "image_px": 32, "port": free_port(), "num_faulty": 0}
     tables = tiny_tables(
         Path("replaced"),
-        pairs={"validation_prob": 0.0, "drawn": drawn},
+        pairs={"validation_prob": 0.0, "drawn": scenes},
         download={"samples_per_shard": _ROWS, "resources": {"max_per_host": 0, "max_rate_per_host": 0.0}},
         index={"num_recall_queries": 8},
         **dict.fromkeys(("clip", "prior", "decoder"), train),

@@ -238,7 +238,7 @@ def test_compiled_unet_is_channels_last_where_the_device_norm_is_not(
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiling)
     model = UNet(CONFIG, 8, 3, 3, context_width=10)
     x, t = inputs()
-    with ConvolutionInputs() as seen:
+    with ConvolutionInputs() as convolutions:
         model(x, t, context=model.encode_context(torch.randn(2, 5, 10))).sum().backward()
-    assert len(seen.strides) > 50
-    assert (set(seen.strides) == {1}) == is_compiling
+    assert len(convolutions.strides) > 50
+    assert (set(convolutions.strides) == {1}) == is_compiling
