@@ -133,7 +133,8 @@ class DownloadWorker:
         rules = address_rules(context.recipe.pairs, config)
         num_decoders = max(1, int(config.resources.cpus_per_worker))
         downloader = Downloader(config, rules, _find_limits(context), num_decoders=num_decoders)
-        self._downloader = downloader.__enter__()  # until the worker ends, and its decoders with it
+        self._stack = contextlib.ExitStack()  # left open: a worker's process ends, and its decoders with it
+        self._downloader = self._stack.enter_context(downloader)
         gc.freeze()  # the collector went through all modules again and again: a fifth of the time of fetching
 
     def __call__(self, shard: str) -> ShardRecord:
@@ -150,6 +151,10 @@ class DownloadWorker:
                 counts = self._download_in_parts(rows, shard, split, files)
             causes, splits = _facts_of(files)
         return _commit(output, shard, dict(counts), causes, splits, start)
+
+    def close(self) -> None:
+        """End its decoders, where it is not the process that ends."""
+        self._stack.close()
 
     def _download(self, rows: pa.Table, shard: str, files: ShardFiles, first: int = 0) -> Counter[str]:
         counts = self._downloader.download(rows, shard, files, self._reporter(shard), first=first)

@@ -4,6 +4,7 @@
 is killed often and anywhere, also between the files of a shard and its record.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -115,12 +116,13 @@ def test_a_shard_whose_picture_server_was_killed_with_its_run_is_made_again(tmp_
     urls.append("http://127.0.0.1:1/faulty/refused/2.png")
     columns = {"uid": [make_uid(url, "a caption") for url in urls], "url": urls, "caption": ["a caption"] * len(urls)}
     write_parts(Path(context.inputs["pairs"].uri), [pa.table({**columns, "split": ["train"] * len(urls)})])
-    with pytest.raises(StepError, match=rf"shard 00000: the server .*:{port}/, has ended; run again"):
-        DownloadWorker(context)("00000")
+    message = rf"shard 00000: the server .*:{port}/, has ended; run again"
+    with contextlib.closing(DownloadWorker(context)) as worker, pytest.raises(StepError, match=message):
+        worker("00000")
     assert not context.output.exists("00000.tar")
     assert not context.output.shard_records()
-    with serve_pictures(port):
-        record = DownloadWorker(context)("00000")
+    with serve_pictures(port), contextlib.closing(DownloadWorker(context)) as worker:
+        record = worker("00000")
     assert (record.counts["ok"], dict(record.causes)) == (2, {"connect": 1})
 
 
