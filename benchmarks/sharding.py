@@ -64,7 +64,7 @@ def state_bytes(num_shards: int) -> dict[str, int]:
         state = create_state(network, config, CPU)
         objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
     else:
-        sharding = shard(objective, network, KIND.blocks(network), mesh, config)
+        sharding = shard(objective, network, KIND.blocks(network), mesh, config, CPU)
         state = create_state(sharding.part, config, CPU, sharding)
     objective().backward()
     state.clip_gradients(1.0)

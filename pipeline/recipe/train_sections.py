@@ -236,7 +236,11 @@ class TrainResources:
     @property
     def shards(self) -> int:
         """Workers that divide one copy of the state, of the fewest."""
-        return self.num_shards or self.fewest_workers
+        return self.shards_of(self.fewest_workers)
+
+    def shards_of(self, world_size: int) -> int:
+        """Workers that divide one copy of the state, of so many; 1: each has all of it."""
+        return self.num_shards or world_size
 
 
 @configclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,11 @@ class TrainJob:
         return kind_of(self.section.model)
 
     @property
+    def has_weights(self) -> bool:
+        """Whether this worker builds the first weights; where the state is divided, the first worker hands them out."""
+        return self.rank == 0 or self.section.resources.shards_of(self.world_size) == 1
+
+    @property
     def seed(self) -> int:
         """Seed of this training alone."""
         return derive_seed(self.recipe.seed, self.name)
@@ -81,6 +87,7 @@ class Parts:
     """The parts of one training."""
 
     network: nn.Module
+    """On the CPU; on the meta device where ``TrainJob.has_weights`` is false."""
     objective: Callable[[nn.Module], nn.Module]
     """Loss module (batch, random numbers) -> mean loss, around the network or its average."""
     train: Samples
@@ -140,9 +147,10 @@ def _create(job: TrainJob, clip: FrozenText | None) -> nn.Module:
     if kind.create_on_data is not None:
         network = kind.create_on_data(section.model, dims, embeddings_of(job.inputs))
     else:
-        network = kind.create(section.model, dims)
+        with contextlib.nullcontext() if job.has_weights else torch.device("meta"):
+            network = kind.create(section.model, dims)
     init_from = getattr(section, "init_from", "")
-    if init_from:
+    if init_from and job.has_weights:
         load_initial(network, init_from)
     if clip is not None:
         empty = clip.encode_text([""])

@@ -122,13 +122,13 @@ def _stopped(job: TrainJob, state: TrainState, log: MetricsLog, reason: str) -> 
 def start_training(job: TrainJob, parts: Parts) -> tuple[nn.Module, TrainState]:
     """The loss module, in parallel with the other workers', and the state at step 0."""
     resources, config = job.section.resources, job.section.train
-    network = parts.network.to(job.device)
-    objective, blocks = parts.objective(network).train(), job.kind.blocks(network)
     mesh = create_mesh(resources, job.device, job.world_size)
+    network = parts.network.to(job.device) if mesh is None else parts.network
+    objective, blocks = parts.objective(network).train(), job.kind.blocks(network)
     if resources.compiled:
         for module in job.kind.compiled(network) if mesh is None else blocks:
             module.compile()  # lazily and in place, so that state_dict names do not change
-    sharding = None if mesh is None else shard(objective, network, blocks, mesh, config)
+    sharding = None if mesh is None else shard(objective, network, blocks, mesh, config, job.device)
     state = create_state(network if sharding is None else sharding.part, config, job.device, sharding)
     state.draws = draws_of(objective)
     if job.world_size > 1 and sharding is None:

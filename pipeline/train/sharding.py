@@ -16,7 +16,7 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipeline.recipe.train_sections import TrainConfig, TrainResources
 from pipeline.train.muon import MatrixShards, kernels_of
@@ -138,7 +138,7 @@ class Sharding:
 
 def create_mesh(resources: TrainResources, device: torch.device, world_size: int) -> DeviceMesh | None:
     """The workers (R, S) of a training whose state is divided; None if each has all of it."""
-    shards = resources.num_shards or world_size
+    shards = resources.shards_of(world_size)
     if shards == 1:
         return None
     copies = (world_size // shards, shards)
@@ -146,25 +146,36 @@ def create_mesh(resources: TrainResources, device: torch.device, world_size: int
 
 
 def shard(
-    objective: nn.Module, network: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, config: TrainConfig
+    objective: nn.Module,
+    network: nn.Module,
+    blocks: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    config: TrainConfig,
+    device: torch.device,
 ) -> Sharding:
     """Divide a network among workers: the blocks first, then what is left.
+
+    The weights come from the first worker, one parameter after another: nobody else builds them, and no device ever has
+    more of them than its rows and one whole parameter.
 
     Under bfloat16 the blocks are gathered in it, and their gradients are added up in float32. What is outside of them
     (temperatures, positions, the first and the last layer) is gathered in float32.
 
     Args:
         objective: The loss module around the network: calling it gathers and frees.
-        network: On its device, with the same weights on every worker.
+        network: On the first worker with its weights, on the CPU; the others' have shapes alone, or are not looked at.
         blocks: Its modules that are gathered one after another; an inner one before the one around it.
         mesh: The workers.
         config: Precision of the forward pass, in all phases.
+        device: Where the network is trained.
     """
     _keep_pictures_channels_last(network)
     for parameter in network.parameters():
         parameter.data = parameter.data.contiguous()  # FSDP has no other memory order
     shell, kernels = _without_data(network), {id(kernel) for kernel in kernels_of(network)}
     names = [name for name, parameter in network.named_parameters() if id(parameter) in kernels]
+    tensors = dict(_tensors_of(network)) if torch.distributed.get_rank() == 0 else {}
+    network.to("meta")
     numbers = {parameter for parameter in network.parameters() if parameter.ndim == 0}
     own = mesh if mesh.shape[0] > 1 else mesh[_SHARDS]
     policy = MixedPrecisionPolicy(
@@ -176,6 +187,8 @@ def shard(
         fully_shard(block, mesh=own, mp_policy=policy, ignored_params=numbers)
     whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     fully_shard(objective, mesh=own, mp_policy=whole, ignored_params=numbers)
+    objective.to_empty(device=device)
+    _hand_out(tensors, network, device)
     shapes = {name: list(whole.shape) for name, whole in network.named_parameters() if isinstance(whole, DTensor)}
     return Sharding(mesh, network, _part(network, shell), shell, names, shapes)
 
@@ -207,6 +220,24 @@ def _without_data(network: nn.Module) -> nn.Module:
     empty = {id(parameter): nn.Parameter(parameter.detach().to("meta")) for parameter in network.parameters()}
     memo: dict[int, object] = dict(empty)
     return copy.deepcopy(network, memo)
+
+
+def _tensors_of(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from network.named_parameters()
+    yield from network.named_buffers()
+
+
+@torch.no_grad()
+def _hand_out(tensors: dict[str, Tensor], network: nn.Module, device: torch.device) -> None:
+    """Fill a divided network with the first worker's tensors, which has each whole; frees them one after another."""
+    for name, tensor in _tensors_of(network):
+        whole = (
+            tensors.pop(name).to(device) if tensors else torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        )
+        torch.distributed.broadcast(whole, src=0)
+        if isinstance(tensor, DTensor):
+            whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
+        _local(tensor).copy_(whole)
 
 
 def _part(network: nn.Module, shell: nn.Module) -> nn.Module:

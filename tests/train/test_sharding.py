@@ -252,6 +252,18 @@ def test_a_divided_training_is_that_of_one_worker(trained: list[Results], name: 
         torch.testing.assert_close(actual[key], expected[key], rtol=1e-3, atol=2e-5, msg=f"{name} {key}")
 
 
+@pytest.mark.usefixtures("trained")  # for the inputs
+@pytest.mark.parametrize("name", [name for name in CASES if name != "ar_prior"])  # its shape is measured on the data
+def test_of_a_divided_training_the_first_worker_alone_builds_the_weights(name: str, folder: Path) -> None:
+    inputs = {step: Artifact(str(folder / step)) for step in ("download", "embed", "clip")}
+    case = CASES[name]
+    for rank, num_shards, has_weights in ((0, 0, True), (1, 0, False), (1, 1, True)):
+        recipe, output = case.recipe(2, num_shards), Artifact(str(folder / "unused"))
+        job = TrainJob(case.step, recipe, inputs, output, "key", CPU, rank=rank, world_size=2)
+        tensors = [*(network := assemble(job).network).parameters(), *network.buffers()]
+        assert [tensor.is_meta for tensor in tensors] == [not has_weights] * len(tensors)
+
+
 def test_a_divided_training_is_validated_and_published_as_that_of_one_worker(
     trained: list[Results], folder: Path
 ) -> None:
