@@ -17,10 +17,10 @@ demo: .venv/.ready
 	$(BIN)/unclip run configs/demo.toml
 
 test: .venv/.dev lint
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-all: .venv/.dev lint
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov
 
 lint: .venv/.dev
 	$(BIN)/ruff format --check .
