@@ -45,7 +45,7 @@ def _commit(context: StepContext, result: StepResult) -> Artifact:
     return context.output
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_data_steps_from_pairs_to_index(tmp_path: Path) -> None:
     resources = {"num_workers": 2, "cpus_per_worker": 0.5}
     sections: dict[str, Any] = {

@@ -86,6 +86,7 @@ class _Fragile(DownloadWorker):
         downloader._fetch_one = fetch_or_die
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.timeout(600)
 def test_a_row_that_takes_workers_down_is_found_and_labelled(

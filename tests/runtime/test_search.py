@@ -150,6 +150,7 @@ def test_a_second_run_of_the_same_search_waits_its_turn(folder: Path, recipe: Re
     assert f"{out}: another run writes these answers (process " in done.stderr
 
 
+@pytest.mark.slow
 def test_kill_anywhere_ends_in_the_same_bytes(folder: Path, recipe: Recipe, calm: Artifact, head: RayHead) -> None:
     """Drivers and workers die at random moments, until a driver comes to its end."""
     wild, rng, kills = Artifact(str(folder / "wild")), random.Random(7), {"driver": 0, "workers": 0}

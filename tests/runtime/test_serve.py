@@ -227,6 +227,7 @@ def test_serving_an_unfinished_recipe_names_the_step(tmp_path: Path) -> None:
         serve_recipe(parse_recipe({"workspace": str(tmp_path)}))
 
 
+@pytest.mark.slow
 def test_servers_share_a_cluster_whose_machines_come_later(tmp_path: Path) -> None:
     cascade, ports = make_cascade(), free_ports(2)
     save_cascade(cascade, tmp_path / "mine")

@@ -272,7 +272,7 @@ def test_late_pictures_catch_up_and_share_the_steps_of_those_ahead(
         future.result(60)
     counts = engine.counts()
     assert (counts["rows"] - before["rows"]) == 6 * (6 + 7 + 4)
-    assert (counts["rows"] - before["rows"]) / (counts["steps"] - before["steps"]) > 1.8
+    assert (counts["rows"] - before["rows"]) / (counts["steps"] - before["steps"]) > 1.5  # one by one it is 1
 
 
 def test_clients_and_requests_share_equally(make_engine: Callable[..., Engine]) -> None:
