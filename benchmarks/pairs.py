@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from benchmarks.side_by_side import publish
 from pipeline.data.make_pairs import write_pairs
 from pipeline.data.sources import Source
-from pipeline.recipe.sections import PairsConfig
+from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.workspace.store import Artifact
 
 _ROWS_PER_FILE = 250_000

@@ -5,6 +5,7 @@ Legend: B samples of this worker's share of a batch, D features, H W pixels.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from torch.nn.functional import normalize
 
 from models.rows import concat_rows
 from models.text import TextEncoding
+from pipeline.data.mixture import Mixture
 from pipeline.data.order import WINDOW_ROWS, SampleOrder, Share
 from pipeline.data.shards import REPAIR_HINT, ShardPictures
 from pipeline.data.training_rows import ShardReader, ShardTable
@@ -112,14 +114,22 @@ class Samples:
         image_px: Side of the decoded pictures, in pixels; 0 reads no pictures.
         num_threads: Threads that decode; 1 decodes in the calling thread.
         window_rows: Rows in a window of the planned order; two windows stay open.
+        weights: Weight of each list of pairs; empty: each is 1.
     """
 
     def __init__(
-        self, reader: ShardReader, image_px: int, *, num_threads: int = 1, window_rows: int = WINDOW_ROWS
+        self,
+        reader: ShardReader,
+        image_px: int,
+        *,
+        num_threads: int = 1,
+        window_rows: int = WINDOW_ROWS,
+        weights: Sequence[float] = (),
     ) -> None:
         self.reader = reader
         self.num_rows = sum(reader.shard_rows)
         self.window_rows = window_rows
+        self.weights = tuple(weights)
         self._image_px = image_px
         self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
         self._open_rows = 0
@@ -172,8 +182,17 @@ class Samples:
                 return
 
     def first(self, count: int) -> Batch | None:
-        """The first ``count`` rows in order of shard and key, or None if there is no row."""
-        locations = [(s, r) for s, rows in enumerate(self.reader.shard_rows) for r in range(min(rows, count))][:count]
+        """The first ``count`` rows in order of shard and key, or None if there is no row.
+
+        Of several lists, the first rows of each, as many as its share in the samples of the training.
+        """
+        if not self.num_rows:
+            return None
+        shard_rows, shard_lists = self.reader.shard_rows, self.reader.shard_lists
+        locations: list[tuple[int, int]] = []
+        for number, size in enumerate(Mixture(shard_rows, 0, shard_lists, self.weights).sizes(count)):
+            rows = ((s, r) for s, rows in enumerate(shard_rows) if shard_lists[s] == number for r in range(rows))
+            locations += itertools.islice(rows, size)
         return self.batch(np.asarray(locations, dtype=np.int64)) if locations else None
 
     def _open(self, number: int) -> _OpenShard:
@@ -257,7 +276,14 @@ def plan_order(samples: Samples, seed: int, *, where: str) -> SampleOrder:
         raise DataError(
             f"{where}: no row to train on in {len(samples.reader.shards)} shards; look at the download's counts"
         )
-    return SampleOrder(samples.reader.shard_rows, seed, window_rows=samples.window_rows)
+    reader = samples.reader
+    return SampleOrder(
+        reader.shard_rows,
+        seed,
+        window_rows=samples.window_rows,
+        shard_lists=reader.shard_lists,
+        weights=samples.weights,
+    )
 
 
 class CaptionTable:

@@ -45,7 +45,8 @@ from pipeline.data.shards import REPAIR_HINT
 from pipeline.data.urls import AddressRules
 from pipeline.errors import ConfigError, DataError
 from pipeline.pictures import PictureError
-from pipeline.recipe.sections import DownloadConfig, PairsConfig
+from pipeline.recipe.pairs_sections import PairsConfig
+from pipeline.recipe.sections import DownloadConfig
 from pipeline.workspace.disk import translate_os_errors
 from pipeline.workspace.forgotten import CAUSE
 
@@ -62,9 +63,30 @@ _PROGRESS_S = 2.0
 _LOOPBACK = "127.0.0.1/32"
 
 
-def shard_names(num_rows: int, samples_per_shard: int) -> list[str]:
-    """Names of the shards that hold ``num_rows`` rows."""
-    return numbered_names(-(-num_rows // samples_per_shard))
+def shard_names(list_rows: Sequence[int], samples_per_shard: int) -> list[str]:
+    """Names of the shards that hold the rows of some lists."""
+    return numbered_names(sum(-(-rows // samples_per_shard) for rows in list_rows))
+
+
+@dataclass(frozen=True)
+class ShardSpan:
+    """The rows of one shard in the list of pairs; they are of one list, so that a training finds the rows of each."""
+
+    start: int
+    stop: int
+    list_number: int
+
+    @classmethod
+    def of(cls, shard: str, list_rows: Sequence[int], samples_per_shard: int) -> ShardSpan:
+        """The rows of a shard by its name, which is its number."""
+        number, start = int(shard), 0
+        for list_number, rows in enumerate(list_rows):
+            num_shards = -(-rows // samples_per_shard)
+            if number < num_shards:
+                first = start + number * samples_per_shard
+                return cls(first, min(start + rows, first + samples_per_shard), list_number)
+            number, start = number - num_shards, start + rows
+        raise ValueError(f"no shard {shard} of {sum(list_rows)} rows")
 
 
 def check_columns(config: DownloadConfig, columns: list[str], where: str) -> None:
@@ -91,9 +113,9 @@ def read_rows(pairs: Pairs, shard: str, config: DownloadConfig) -> pa.Table:
         shard: Shard name.
         config: The recipe's section.
     """
-    start = int(shard) * config.samples_per_shard
+    span = ShardSpan.of(shard, pairs.list_rows, config.samples_per_shard)
     columns = [*_PASSED_THROUGH, *config.extra_columns, *sorted(_read_only(config)), "caption", "url"]
-    return pairs.read(start, start + config.samples_per_shard, list(dict.fromkeys(columns)))
+    return pairs.read(span.start, span.stop, list(dict.fromkeys(columns)))
 
 
 def address_rules(pairs: PairsConfig, config: DownloadConfig) -> AddressRules:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.lists import BATCH_ROWS
-from pipeline.recipe.sections import DrawnConfig
+from pipeline.recipe.pairs_sections import DrawnConfig
 from pipeline.shapes.captions import canonical_caption
 from pipeline.shapes.scene import evaluation_scenes
 from pipeline.shapes.server import HOST

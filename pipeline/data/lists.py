@@ -47,6 +47,8 @@ class Span:
     """Byte, or row group, after the last; None: to the end."""
     num_bytes: int = 0
     """Size of the span."""
+    list_number: int = 0
+    """Which of the recipe's lists it is of, from 0."""
 
 
 def list_files(path: str) -> list[UserFile]:

@@ -13,7 +13,7 @@ No task holds more than a batch of rows, or about a million uids (docs/formats.m
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,10 +28,10 @@ from pipeline.data.blank import blank_rows, num_blank
 from pipeline.data.captions import MOST_CAPTIONS, count_long
 from pipeline.data.duplicates import Run, RunWriter, bucket_groups, repeated_positions, rows_of_piece
 from pipeline.data.lists import Span
-from pipeline.data.pairs import ROW_GROUP_ROWS, cast_column, plain_type, write_index
+from pipeline.data.pairs import ROW_GROUP_ROWS, Part, cast_column, plain_type, write_index
 from pipeline.data.reading import Reading, name_examples
 from pipeline.data.rows import make_uid, numbered_names, pairs_schema, split_of
-from pipeline.data.sources import Source
+from pipeline.data.sources import Source, list_of, named_list
 from pipeline.errors import DataError
 from pipeline.workspace.forgotten import CAUSE, Forgotten
 from pipeline.workspace.manifest import ShardRecord, add_counts
@@ -70,6 +70,7 @@ class PairsMaker:
             output.write_json(_PIECES, [[asdict(span) for span in piece] for piece in source.pieces()])
         self._pieces = [[Span(**span) for span in piece] for piece in output.read_json(_PIECES)]
         self._names = numbered_names(len(self._pieces))
+        self._lists = [list_of(piece) for piece in self._pieces]
 
     def phases(self) -> Iterator[list[str]]:
         """The tasks of each phase, by the names of their records; ask for a phase when the one before is done.
@@ -118,11 +119,22 @@ class PairsMaker:
         if num_captions := summary.metrics.get("captions_measured"):
             summary.metrics["context_length"] = self._source.context_length
             summary.metrics["long_caption_share"] = round(summary.metrics["long_captions"] / num_captions, 6)
+        if len(self._source.config.lists) > 1:
+            summary.metrics["lists"] = self._count_lists(readings, parts)
         if examples := name_examples(readings):
             summary.metrics["malformed_rows"] = examples
         schemas = [pq.read_schema(self._output.path(f"{name}.parquet")) for name in self._names]
-        write_index(self._output, [part["ok"] for part in parts], schemas)
+        numbered = zip(self._names, parts, self._lists, strict=True)
+        write_index(self._output, [Part(name, counts["ok"], number) for name, counts, number in numbered], schemas)
         return summary
+
+    def _count_lists(self, readings: Sequence[Reading], parts: Sequence[Mapping[str, int]]) -> list[dict[str, int]]:
+        """Rows of each list by outcome, as those of all lists together."""
+        lists = [Counter[str]() for _ in self._source.config.lists]
+        for number, reading, part in zip(self._lists, readings, parts, strict=True):
+            left_out = {name: count for name, count in reading.counts.items() if name != "ok"}
+            lists[number].update(left_out | {"ok": part["ok"], "duplicate": part["duplicate"]})
+        return [dict(counts) for counts in lists]
 
     def _read(self, name: str, on_rows: OnRows) -> dict[str, int]:
         number = self._names.index(name.removeprefix(READ))
@@ -149,17 +161,23 @@ class PairsMaker:
 
     def _require_rows(self) -> None:
         records = self._output.shard_records()
-        counts = add_counts([records[f"{READ}{name}"].counts for name in self._names])
-        if not counts.get("ok"):
-            where = f"{self._source.config.path}: " if self._source.config.path else ""
-            raise DataError(f"pairs: {where}no usable row among {counts.get('in', 0)}: {counts}")
+        for number, config in enumerate(self._source.config.each()):
+            names = [name for name, of in zip(self._names, self._lists, strict=True) if of == number]
+            counts = add_counts([records[f"{READ}{name}"].counts for name in names])
+            if not counts.get("ok"):
+                with named_list(self._source.config, number):
+                    where = f"{config.path}: " if config.path else ""
+                    raise DataError(f"pairs: {where}no usable row among {counts.get('in', 0)}: {counts}")
 
     def _rows_left(self, number: int) -> int | None:
-        """Rows that ``max_pairs`` leaves to a piece; None: all."""
+        """Rows that ``max_pairs`` leaves to a piece of its list; None: all."""
         if not self._source.config.max_pairs:
             return None
         records = self._output.shard_records() if number else {}
-        rows_before = sum(records[f"{READ}{name}"].counts.get("in", 0) for name in self._names[:number])
+        before = [
+            name for name, of in zip(self._names[:number], self._lists, strict=False) if of == self._lists[number]
+        ]
+        rows_before = sum(records[f"{READ}{name}"].counts.get("in", 0) for name in before)
         return max(0, self._source.config.max_pairs - rows_before)
 
     @cached_property

@@ -1,9 +1,9 @@
 """The planned order of samples, which depends on (seed, epoch) and not on the number of workers.
 
 Shards are shuffled and grouped into windows of about ``window_rows`` rows, and rows are shuffled inside a window. So a
-reader holds one window (two at a border), not all data. Data smaller than a window is shuffled as a whole. Sample ``p``
-of the training is row ``p mod N`` of epoch ``p // N``, so the step alone is the cursor of a run.
-Legend: N rows in an epoch.
+reader holds one window (two at a border), not all data. Data smaller than a window is shuffled as a whole. The epochs
+follow one another, and their lengths follow from the numbers of rows and the weights of the lists
+(``pipeline.data.mixture``), so the step alone is the cursor of a run.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.mixture import Mixture
+
 WINDOW_ROWS = 200_000
 """Rows in a shuffle window: 600 MB of two fp16 embeddings of width 768."""
 
@@ -22,16 +24,27 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _Window:
-    shards: Ints
-    """Shard numbers of the window, in shuffled order."""
+    visits: Ints
+    """What it visits of which shards, in shuffled order; see ``Mixture.visits``."""
     starts: Ints
-    """First row of each shard, counted inside the window; the last entry is the number of the window's rows."""
+    """First row of each visit, counted inside the window; the last entry is the number of the window's rows."""
     first: int
     """First row of the window, counted inside the epoch."""
+    divided: dict[int, Ints]
+    """The rows of each visit that takes a part of its shard, by its place in the window."""
 
     @property
     def num_rows(self) -> int:
         return int(self.starts[-1])
+
+    def locations(self, rows: Ints) -> tuple[Ints, Ints]:
+        """Shard numbers, and rows in the shards' tables, of some of its rows."""
+        visits = np.searchsorted(self.starts, rows, side="right") - 1
+        rows_of_shard = rows - self.starts[visits]
+        for visit, part in self.divided.items():
+            is_here = visits == visit
+            rows_of_shard[is_here] = part[rows_of_shard[is_here]]
+        return self.visits[visits, 0], rows_of_shard
 
 
 class SampleOrder:
@@ -41,16 +54,26 @@ class SampleOrder:
         shard_rows: Number of rows of each shard; at least one row in all.
         seed: Seed of the order.
         window_rows: Number of rows that are shuffled together.
+        shard_lists: List of each shard.
+        weights: Weight of each list; see ``Mixture``.
 
     Raises:
         ValueError: If there is no row.
     """
 
-    def __init__(self, shard_rows: Sequence[int], seed: int, *, window_rows: int = WINDOW_ROWS) -> None:
+    def __init__(
+        self,
+        shard_rows: Sequence[int],
+        seed: int,
+        *,
+        window_rows: int = WINDOW_ROWS,
+        shard_lists: Sequence[int] = (),
+        weights: Sequence[float] = (),
+    ) -> None:
         self.num_rows = sum(shard_rows)
         if self.num_rows == 0:
             raise ValueError("no rows to order")
-        self._shard_rows = np.asarray(shard_rows, dtype=np.int64)
+        self.mixture = Mixture(shard_rows, seed, shard_lists, weights)
         self._seed = seed
         self._window_rows = window_rows
         # A batch that crosses a border uses two epochs or two windows.
@@ -66,37 +89,38 @@ class SampleOrder:
         locations = np.empty((stop - start, 2), dtype=np.int64)
         position = start
         while position < stop:
-            epoch, offset = divmod(position, self.num_rows)
+            epoch = self.mixture.epoch_of(position)
+            offset = position - self.mixture.start(epoch)
             windows = self._windows(epoch)
             number = int(np.searchsorted([window.first for window in windows], offset, side="right")) - 1
             window = windows[number]
             inside = offset - window.first
             count = min(stop - position, window.num_rows - inside)
             rows = self._permutation(epoch, number)[inside : inside + count]
-            owners = np.searchsorted(window.starts, rows, side="right") - 1
             out = locations[position - start : position - start + count]
-            out[:, 0] = window.shards[owners]
-            out[:, 1] = rows - window.starts[owners]
+            out[:, 0], out[:, 1] = window.locations(rows)
             position += count
         return locations
 
     def _plan_epoch(self, epoch: int) -> list[_Window]:
-        shard_order = np.random.default_rng((self._seed, epoch)).permutation(len(self._shard_rows))
+        visits = self.mixture.visits(epoch)
+        visits = visits[np.random.default_rng((self._seed, epoch)).permutation(len(visits))]
         windows: list[_Window] = []
         members: list[int] = []
         first = rows = 0
-        for shard in [int(shard) for shard in shard_order if self._shard_rows[shard]]:
-            if members and rows + self._shard_rows[shard] > self._window_rows:
-                windows.append(self._window(members, first))
+        for place in np.flatnonzero(visits[:, 2]).tolist():
+            num_rows = int(visits[place, 2])
+            if members and rows + num_rows > self._window_rows:
+                windows.append(self._window(visits[members], first))
                 first, rows, members = first + rows, 0, []
-            members.append(shard)
-            rows += int(self._shard_rows[shard])
-        return [*windows, self._window(members, first)]
+            members.append(place)
+            rows += num_rows
+        return [*windows, self._window(visits[members], first)]
 
-    def _window(self, members: list[int], first: int) -> _Window:
-        shards = np.asarray(members, dtype=np.int64)
-        starts = np.concatenate([[0], np.cumsum(self._shard_rows[shards])])
-        return _Window(shards, starts, first)
+    def _window(self, visits: Ints, first: int) -> _Window:
+        starts = np.concatenate([[0], np.cumsum(visits[:, 2])])
+        parts = {place: self.mixture.part(visit) for place, visit in enumerate(visits)}
+        return _Window(visits, starts, first, {place: rows for place, rows in parts.items() if rows is not None})
 
     def _shuffle_window(self, epoch: int, number: int) -> Ints:
         rng = np.random.default_rng((self._seed, epoch, number, 1))

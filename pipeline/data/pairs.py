@@ -14,7 +14,7 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.rows import numbered_names, pairs_schema, require_columns
+from pipeline.data.rows import pairs_schema, require_columns
 from pipeline.errors import DataError
 from pipeline.workspace.store import Artifact
 
@@ -31,6 +31,8 @@ class Part:
     """Name of the part; its file is ``<name>.parquet``."""
     num_rows: int
     """Rows of the file."""
+    list_number: int = 0
+    """Which of the recipe's lists they are of, from 0."""
 
 
 class Pairs:
@@ -47,7 +49,8 @@ class Pairs:
         self._artifact = artifact
         index = artifact.read_json(INDEX)
         try:
-            self._parts = [Part(part["name"], int(part["rows"])) for part in index["parts"]]
+            parts = index["parts"]
+            self._parts = [Part(part["name"], int(part["rows"]), int(part.get("list", 0))) for part in parts]
             self._types = {str(name): _TYPES[kind] for name, kind in index["columns"]}
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{self.where}: malformed ({error!r}); run the pairs step again") from None
@@ -76,6 +79,14 @@ class Pairs:
     def num_rows(self) -> int:
         """Rows of all parts."""
         return self._starts[-1]
+
+    @property
+    def list_rows(self) -> list[int]:
+        """Rows of each list; the rows of a list follow one another, and the lists as the recipe names them."""
+        rows = [0] * (1 + max((part.list_number for part in self._parts), default=0))
+        for part in self._parts:
+            rows[part.list_number] += part.num_rows
+        return rows
 
     @property
     def columns(self) -> list[str]:
@@ -125,17 +136,19 @@ class Pairs:
                 raise DataError(f"{path}: damaged ({error}); run the pairs step again") from error
 
 
-def write_index(artifact: Artifact, part_rows: Sequence[int], schemas: Sequence[pa.Schema]) -> None:
+def write_index(artifact: Artifact, parts: Sequence[Part], schemas: Sequence[pa.Schema]) -> None:
     """Write the index of a list.
 
     Args:
         artifact: The artifact of the pairs step.
-        part_rows: Rows of each part; its name is its number.
-        schemas: Schemas of the parts.
+        parts: The parts, in order.
+        schemas: Their schemas.
     """
-    names = numbered_names(len(part_rows))
     index = {
-        "parts": [{"name": name, "rows": rows} for name, rows in zip(names, part_rows, strict=True)],
+        "parts": [
+            {"name": part.name, "rows": part.num_rows} | ({"list": part.list_number} if part.list_number else {})
+            for part in parts
+        ],
         "columns": [[name, str(kind)] for name, kind in common_types(schemas).items()],
     }
     artifact.write_json(INDEX, index)

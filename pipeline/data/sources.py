@@ -1,7 +1,8 @@
 """The sources of pairs: each is cut into pieces that workers read independently of one another."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,12 +12,13 @@ from pipeline.data.drawn import drawn_batches
 from pipeline.data.folders import count_pictures, read_folder
 from pipeline.data.list_columns import OWN_COLUMNS, ListColumns
 from pipeline.data.lists import Span, count_list_rows, explain_damage, extra_schemas, list_spans, read_span
-from pipeline.data.pairs import cast_column, common_types
+from pipeline.data.pairs import Part, cast_column, common_types
 from pipeline.data.reading import Reading
 from pipeline.data.tars import count_samples, tar_files, tar_tables
+from pipeline.errors import DataError
+from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.sections import PairsConfig
-from pipeline.workspace.files import local_copy
+from pipeline.workspace.files import UserFile, local_copy
 
 PIECE_BYTES = 256 << 20
 """Files are read together, and cut where their format allows it, up to this size."""
@@ -36,21 +38,18 @@ class Source:
     """Tokens of a caption that CLIP reads; 0: captions are not measured."""
 
     def pieces(self) -> list[list[Span]]:
-        """The pieces, in the order of the source.
+        """The pieces, in the order of the source; each is of one list.
 
         Each tar is one; so is a drawn source, a folder, and a list with ``max_pairs``.
 
         Raises:
             DataError: If the source is missing or of no known format.
         """
-        if self.config.source == "shards":
-            tars = tar_files(self.config.path)
-            return [[Span(tar.uri, num_bytes=tar.num_bytes)] for tar in tars[: self.config.max_pairs or None]]
-        if self.config.source != "list":
-            return [[]]
-        if self.config.max_pairs:
-            return [list_spans(self.config.path)]
-        return _group(list_spans(self.config.path, PIECE_BYTES))
+        pieces: list[list[Span]] = []
+        for number, config in enumerate(self.config.each()):
+            with named_list(self.config, number):
+                pieces += [[replace(span, list_number=number) for span in piece] for piece in _pieces(config)]
+        return pieces
 
     def read(self, piece: Sequence[Span], name: str, reading: Reading) -> Iterator[pa.Table]:
         """Stream the rows of a piece.
@@ -66,7 +65,11 @@ class Source:
         Raises:
             DataError: If the source is damaged or lacks a column.
         """
-        config = self.config
+        number = list_of(piece)
+        with named_list(self.config, number):
+            yield from self._read(self.config.each()[number], piece, name, reading)
+
+    def _read(self, config: PairsConfig, piece: Sequence[Span], name: str, reading: Reading) -> Iterator[pa.Table]:
         if config.source == "drawn":
             yield from drawn_batches(config.drawn, self.seed)
         elif config.source == "folder":
@@ -98,6 +101,49 @@ def count_pairs(config: PairsConfig) -> int:
     Raises:
         DataError: If the source is missing or damaged.
     """
+    total = 0
+    for number, one in enumerate(config.each()):
+        with named_list(config, number):
+            total += _count_one(one)
+    return total
+
+
+def tars_of(config: PairsConfig, parts: Sequence[Part]) -> dict[str, UserFile]:
+    """The tar of each part of the list of pairs; of source shards.
+
+    Raises:
+        DataError: If a folder is missing.
+    """
+    tars: dict[str, UserFile] = {}
+    for number, one in enumerate(config.each()):
+        with named_list(config, number):
+            names = [part.name for part in parts if part.list_number == number]
+            tars |= dict(zip(names, tar_files(one.path), strict=False))  # max_pairs leaves tars out
+    return tars
+
+
+def list_of(piece: Sequence[Span]) -> int:
+    """Which of the recipe's lists a piece is of, from 0."""
+    return piece[0].list_number if piece else 0
+
+
+@contextlib.contextmanager
+def named_list(config: PairsConfig, number: int) -> Generator[None]:
+    """Say in an error which of several lists it is about.
+
+    Args:
+        config: The recipe's section.
+        number: Number of the list, from 0; people count from 1.
+    """
+    try:
+        yield
+    except DataError as error:
+        if len(config.lists) < 2:
+            raise
+        raise DataError(f"list {number + 1} of pairs.lists: {error}") from error
+
+
+def _count_one(config: PairsConfig) -> int:
     if config.source == "drawn":
         return config.drawn.num_pairs + config.drawn.num_faulty
     if config.source == "shards":
@@ -105,6 +151,18 @@ def count_pairs(config: PairsConfig) -> int:
     else:
         count = count_list_rows(config.path) if config.source == "list" else count_pictures(Path(config.path))
     return min(count, config.max_pairs or count)
+
+
+def _pieces(config: PairsConfig) -> list[list[Span]]:
+    """The pieces of one list."""
+    if config.source == "shards":
+        tars = tar_files(config.path)
+        return [[Span(tar.uri, num_bytes=tar.num_bytes)] for tar in tars[: config.max_pairs or None]]
+    if config.source != "list":
+        return [[Span(config.path)]]
+    if config.max_pairs:
+        return [list_spans(config.path)]
+    return _group(list_spans(config.path, PIECE_BYTES))
 
 
 def _group(spans: Sequence[Span]) -> list[list[Span]]:

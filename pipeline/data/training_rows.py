@@ -84,6 +84,7 @@ class ShardReader:
         self._selection = selection
         records = rows.shard_records()
         self.shards = sorted(records)
+        self.shard_lists = [records[shard].list_number for shard in self.shards]
         with ThreadPoolExecutor(_THREADS) as threads:  # an object store answers many requests at a time
             self.shard_rows = list(threads.map(self._count, [records[shard] for shard in self.shards]))
 

@@ -14,7 +14,7 @@ from pipeline.data.lists import format_of, list_columns, list_files
 from pipeline.data.reading import Reading, name_examples
 from pipeline.data.sources import Source, count_pairs
 from pipeline.errors import ConfigError, DataError
-from pipeline.recipe.sections import PairsConfig
+from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.workspace.files import exists, find_files
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported

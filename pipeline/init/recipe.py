@@ -21,8 +21,8 @@ from pipeline.init.sizes import (
     gpu_tables,
 )
 from pipeline.recipe.estimate import save_times
+from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.recipe.recipe import Recipe, parse_recipe
-from pipeline.recipe.sections import PairsConfig
 from pipeline.workspace.store import Artifact
 
 

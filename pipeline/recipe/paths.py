@@ -17,11 +17,12 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         for name, section in recipe.trained().items()
         if isinstance(section, NetworkStepConfig)
     }
+    lists = tuple(dataclasses.replace(one, path=_absolute(one.path)) for one in recipe.pairs.lists)
     return dataclasses.replace(
         recipe,
         **networks,
         workspace=_absolute(recipe.workspace),
-        pairs=dataclasses.replace(recipe.pairs, path=_absolute(recipe.pairs.path)),
+        pairs=dataclasses.replace(recipe.pairs, path=_absolute(recipe.pairs.path), lists=lists),
         clip=clip,
         evaluate=dataclasses.replace(
             recipe.evaluate,

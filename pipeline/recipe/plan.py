@@ -71,6 +71,7 @@ _ADDED_LATER = {
     "train.phases": [],
     "train.shuffle_rows": 200_000,
     "train.clip_precision": "float32",
+    "lists": [],
 }
 """Fields added later, by their dotted name in a section, with their old default. A field at its old default is left out
 of the key, so that existing trainings stay valid."""
@@ -95,9 +96,15 @@ def make_plan(recipe: Recipe, *, until: str = "") -> list[Step]:
         section: StepSection | None = getattr(recipe, row.name)
         if section is None:
             continue
+        lists = section.each()
+        section = lists[0] if len(lists) == 1 else section  # the only one of several is the same as one alone
         tables = _without_added(without_resources(to_dict(section)))
         if row.seeded:
             tables["seed"] = recipe.seed
+        if len(lists) > 1:
+            tables["lists"] = _lists_in_key(row, lists, tables["lists"])
+        if row.trains and section.reads_inputs and recipe.pairs.weights:
+            tables["list_weights"] = list(recipe.pairs.weights)
         tables |= _local_inputs(row, section) | {name: value for name in row.reads if (value := fields[name])}
         tables = tables | sampling_tables(recipe) if row.samples else _without_sampling(tables)
         inputs = {name: steps[name].key for name in row.inputs if name in steps and section.reads_inputs}
@@ -312,7 +319,7 @@ def unseen_inputs(recipe: Recipe) -> list[str]:
         section: StepSection | None = getattr(recipe, row.name)
         if section is None:
             continue
-        for path in section.local_paths(row.files).values():
+        for path in [path for one in section.each() for path in one.local_paths(row.files).values()]:
             if files_by_size := unseen_files(path, section.known_by_size):
                 files = (
                     f"{len(files_by_size)} files, such as {files_by_size[0]},"
@@ -325,13 +332,22 @@ def unseen_inputs(recipe: Recipe) -> list[str]:
     return notes
 
 
-def _local_inputs(row: StepRow, section: StepSection) -> Json:
+def _lists_in_key(row: StepRow, lists: Sequence[StepSection], tables: Sequence[Json]) -> Json:
+    """Each list of pairs, by its number from 1; its weight changes none of its rows."""
+    return {
+        str(number): {name: value for name, value in table.items() if name != "weight"}
+        | _local_inputs(row, one, f"list {number}: ")
+        for number, (one, table) in enumerate(zip(lists, tables, strict=True), 1)
+    }
+
+
+def _local_inputs(row: StepRow, section: StepSection, where: str = "") -> Json:
     """Fingerprints of the user's files that a section names; in the key they replace the paths."""
     entries: Json = {}
     for name, path in section.local_paths(row.files).items():
         if not exists(path):
             raise ConfigError(
-                f"{row.name}: {path} does not exist; relative paths start at the folder where you run unclip"
+                f"{row.name}: {where}{path} does not exist; relative paths start at the folder where you run unclip"
             )
         content = [fingerprint(file, section.known_by_size) for file in section.files_in_key(path)]
         entries |= {name: section.path_in_key(path), row.files[name]: content if len(content) > 1 else content[0]}

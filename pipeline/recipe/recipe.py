@@ -22,6 +22,7 @@ from models.prior.config import PriorConfig
 from models.upsampler.config import UpsamplerConfig
 from pipeline.errors import ConfigError
 from pipeline.recipe.folder import folder_tables
+from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.recipe.sections import (
     DownloadConfig,
     DownloadResources,
@@ -30,7 +31,6 @@ from pipeline.recipe.sections import (
     FilterConfig,
     FilterEmbeddingsConfig,
     IndexConfig,
-    PairsConfig,
     PricesConfig,
     TaskResources,
     TrackingConfig,
@@ -118,6 +118,8 @@ class Recipe:
             if trained.train.clip_precision != "float32" and "clip" not in STEP_ROWS[name].inputs:
                 raise ValueError(f"{name}.train.clip_precision: this training reads no frozen CLIP")
 
+        if self.pairs.weights and self.embed.import_from:
+            raise ValueError("pairs.lists have weights, but the rows of embed.import_from are of no list")
         self._require_noisy_clip()
 
     def _require_noisy_clip(self) -> None:

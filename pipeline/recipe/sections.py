@@ -1,4 +1,4 @@
-"""The sections of a recipe, one for each step; those that train are in train_sections.py, serving in serve_sections.py.
+"""The sections of a recipe, one for each step; others are in files of their own: pairs, trainings, serving.
 
 Fields that change bytes are in the section itself and are hashed into the step's key; the others (workers, devices,
 cadence) are in its ``resources`` table. The type of a field checks its value alone; ``__post_init__`` checks it against
@@ -6,9 +6,8 @@ other fields.
 """
 
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import field
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -30,6 +29,10 @@ class StepSection:
     def reads_inputs(self) -> bool:
         """Whether the step reads the artifacts of its row's inputs."""
         return True
+
+    def each(self) -> "Sequence[StepSection]":
+        """The sections that name its files: itself, or one for each of its lists."""
+        return [self]
 
     @property
     def finished_network(self) -> str:
@@ -73,61 +76,6 @@ class TaskResources:
     step's role (unclip-role), if the cluster's machines have such a label, as those of cluster.yaml do."""
     memory_gb_per_worker: NonNegativeFloat = 0.0
     """Memory that Ray sets aside for each worker, in GB; 0: none, and Ray counts CPUs and GPUs alone."""
-
-
-@configclass
-class DrawnConfig:
-    """Captioned pictures that the project draws itself and serves on 127.0.0.1 while they are downloaded."""
-
-    num_pairs: PositiveInt = 8000
-    """Pictures to draw, in images."""
-    image_px: Annotated[int, Field(ge=16, le=1024)] = 128
-    """Side of a picture, in pixels."""
-    port: Port = 8976
-    """Port of the picture server on 127.0.0.1; part of every URL, so it changes the uids."""
-    num_faulty: NonNegativeInt = 12
-    """URLs added that are dead, slow, corrupt or not pictures, in rows."""
-
-
-@configclass
-class PairsConfig(StepSection):
-    """Where the image-text pairs come from; the step writes one list of (uid, url, caption, split)."""
-
-    source: Literal["drawn", "list", "folder", "shards"] = "drawn"
-    """drawn: shapes drawn by the project; list: URLs and captions; folder: pictures with captions; shards: tars of
-    pictures and texts, as webdataset and img2dataset write them, which are taken in as they are."""
-    path: str = ""
-    """The list (txt, csv, tsv, json, jsonl, ndjson, each also .gz or .zst, or parquet), a folder of its parts, or a
-    pattern such as data/*.parquet; here or under s3://, gs://, https://. Or the folder of pictures, or of shards."""
-    url_column: str = ""
-    """Column that holds the URL (list); empty: found by its name."""
-    caption_column: str = ""
-    """Column that holds the caption; empty: found by its name; "-": the list has no captions."""
-    validation_prob: Share = 0.02
-    """Share of pictures set aside for validation, by hash of the URL: all captions of a picture are on one side."""
-    max_pairs: NonNegativeInt = 0
-    """Rows to read from the start of the list, by one worker; 0: all."""
-    drawn: DrawnConfig = DrawnConfig()
-    """Settings of the drawn source."""
-    resources: TaskResources = TaskResources()
-    """Workers of this step, for a list of more than one piece (256 MB)."""
-
-    def __post_init__(self) -> None:
-        if self.source != "drawn" and not self.path:
-            raise ValueError(f"path is required when source is {self.source!r}")
-
-    def local_paths(self, fields: Iterable[str]) -> dict[str, str]:
-        """The list or folder, which may be in an object store too."""
-        return {name: self.path for name in fields if self.source != "drawn"}
-
-    @property
-    def known_by_size(self) -> tuple[str, ...]:
-        """Tars: a plan does not read terabytes."""
-        return (".tar",) if self.source == "shards" else ()
-
-    def path_in_key(self, path: str) -> str:
-        """A folder's absolute path, because the URLs of its pictures contain it."""
-        return str(Path(path).resolve()) if self.source == "folder" else ""
 
 
 @configclass

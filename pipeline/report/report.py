@@ -108,7 +108,7 @@ def build_view(done: Done, step_names: list[str], recipe: Recipe, recipe_file: s
         "measures": measure_rows(metrics),
         "training": training,
         "filter": filter_of(done),
-        "pairs": sections.pairs_of(done),
+        "pairs": sections.pairs_of(done, recipe.pairs.lists),
         "download": sections.download_of(done),
         "index": _index_view(sections.index_of(done)),
         "times": sections.times_of(done),

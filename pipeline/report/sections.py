@@ -8,11 +8,13 @@ import base64
 import io
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import DataError
 from pipeline.pictures import decode, thumbnail
+from pipeline.recipe.pairs_sections import PairsList
 from pipeline.recipe.plan import Step, sampling_tables
 from pipeline.recipe.recipe import Recipe, default_tables, flatten, to_dict
 from pipeline.recipe.steps import STEP_ROWS
@@ -167,8 +169,8 @@ _ODD_CAPTIONS = {
 }
 
 
-def pairs_of(done: Done) -> Json | None:
-    """Rows of the list, what was left out or is odd, and the first rows that could not be read."""
+def pairs_of(done: Done, lists: Sequence[PairsList] = ()) -> Json | None:
+    """Rows of the list, or of each list, what was left out or is odd, and the first rows that could not be read."""
     if "pairs" not in done:
         return None
     counts, metrics = done["pairs"].manifest.counts, done["pairs"].manifest.metrics
@@ -181,6 +183,11 @@ def pairs_of(done: Done) -> Json | None:
         "total": counts.get("in", 0),
         "ok": counts.get("ok", 0),
         "validation": metrics.get("validation", 0),
+        "lists": [
+            f"list {number} ({one.path}): {rows['ok']:,} of {rows['in']:,} rows, {rows['duplicate']:,} came before; "
+            f"weight {one.weight:g}"
+            for number, (one, rows) in enumerate(zip(lists, metrics.get("lists", []), strict=False), 1)
+        ],
         "odd": [{"words": words, "count": count} for words, count in odd if count],
         "malformed": metrics.get("malformed_rows", []),
     }

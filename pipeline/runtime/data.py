@@ -97,7 +97,8 @@ class EmbedWorker:
         with self._output.write(f"{shard}.parquet") as path:
             write_embeddings([result.table], path, result.table.schema)
             splits = split_counts(path)
-        return _commit_embeddings(self._output, shard, dict(result.counts), result.failures, splits, start)
+        list_number = self._records[shard].list_number
+        return _commit_embeddings(self._output, shard, dict(result.counts), result.failures, splits, start, list_number)
 
 
 class EmbeddingsImporter:
@@ -149,11 +150,14 @@ def commit_shard(
     names: list[str],
     start: float,
     splits: dict[str, int] | None = None,
+    list_number: int = 0,
 ) -> ShardRecord:
     """Commit a shard whose files ``names`` are published; ``start`` is when its work began, by ``time.monotonic``."""
     files = {name: output.describe(name) for name in names}
     wall_s = round(time.monotonic() - start, 3)
-    record = ShardRecord(shard=shard, counts=counts, files=files, wall_s=wall_s, splits=splits or {})
+    record = ShardRecord(
+        shard=shard, counts=counts, files=files, splits=splits or {}, list_number=list_number, wall_s=wall_s
+    )
     output.commit_shard(record)
     return record
 
@@ -165,12 +169,13 @@ def _commit_embeddings(
     failures: list[dict[str, str]],
     splits: dict[str, int],
     start: float,
+    list_number: int = 0,
 ) -> ShardRecord:
     names = [f"{shard}.parquet"]
     if failures:
         names.append(_embed_failures_file(shard))
         output.write_bytes(names[1], "".join(f"{json.dumps(failure)}\n" for failure in failures).encode())
-    return commit_shard(output, shard, counts, names, start, splits)
+    return commit_shard(output, shard, counts, names, start, splits, list_number)
 
 
 def _embed_failures_file(shard: str) -> str:

@@ -67,7 +67,7 @@ def run_download(context: StepContext) -> StepResult:
     num_rows = pairs.num_rows
     check_columns(config, pairs.columns, pairs.where)
     _adopt(output)
-    shards = shard_names(num_rows, config.samples_per_shard)
+    shards = shard_names(pairs.list_rows, config.samples_per_shard)
     failed_class = context.retry_failed
     is_drawn = context.recipe.pairs.source == "drawn"
     with contextlib.ExitStack() as stack:
@@ -150,7 +150,7 @@ class DownloadWorker:
             else:
                 counts = self._download_in_parts(rows, shard, split, files)
             causes, splits = _facts_of(files)
-        return _commit(output, shard, dict(counts), causes, splits, start)
+        return self._commit(output, shard, dict(counts), causes, splits, start)
 
     def close(self) -> None:
         """End its decoders, where it is not the process that ends."""
@@ -175,6 +175,30 @@ class DownloadWorker:
             _write_split(self._output, shard, split)
         made = [ShardFiles(*map(parts.path, _names(f"{start}-{stop}"))) for start, stop in split.done]
         return self._downloader.join(rows, shard, made, split.killers, files)
+
+    def _commit(
+        self,
+        output: Artifact,
+        shard: str,
+        counts: dict[str, int],
+        causes: dict[str, int],
+        splits: dict[str, int],
+        start: float,
+    ) -> ShardRecord:
+        from pipeline.data.download import ShardSpan
+
+        span = ShardSpan.of(shard, self._pairs.list_rows, self._config.samples_per_shard)
+        record = ShardRecord(
+            shard=shard,
+            counts=counts,
+            files={name: output.describe(name) for name in _names(shard)},
+            causes=causes,
+            splits=splits,
+            list_number=span.list_number,
+            wall_s=round(time.monotonic() - start, 3),
+        )
+        output.commit_shard(record)
+        return record
 
     def _reporter(self, shard: str) -> OnProgress:
         def report(done: int, causes: Counter[str]) -> None:
@@ -206,7 +230,7 @@ class RetryWorker(DownloadWorker):
             for source in files:
                 with staged.write(source.name) as target:
                     shutil.copyfile(source, target)
-        return _commit(staged, shard, dict(counts), causes, splits, start)
+        return self._commit(staged, shard, dict(counts), causes, splits, start)
 
 
 class ClusterLimits:
@@ -349,16 +373,6 @@ def _facts_of(files: ShardFiles) -> tuple[dict[str, int], dict[str, int]]:
 
 def _causes_of(files: ShardFiles) -> dict[str, int]:
     return dict(failure_causes([json.loads(files.stats.read_text(encoding="utf-8"))]))
-
-
-def _commit(
-    output: Artifact, shard: str, counts: dict[str, int], causes: dict[str, int], splits: dict[str, int], start: float
-) -> ShardRecord:
-    files = {name: output.describe(name) for name in _names(shard)}
-    wall_s = round(time.monotonic() - start, 3)
-    record = ShardRecord(shard=shard, counts=counts, files=files, causes=causes, wall_s=wall_s, splits=splits)
-    output.commit_shard(record)
-    return record
 
 
 def _staged(output: Artifact, failed_class: str) -> Artifact:

@@ -327,6 +327,10 @@ class SemanticWorker(_EmbeddingWorker):
 class KeepWorker(_EmbeddingWorker):
     """The last pass of ``filter_embeddings``: the labels, and the embeddings of the rows that stay."""
 
+    def __init__(self, context: StepContext) -> None:
+        super().__init__(context)
+        self._lists = {name: record.list_number for name, record in self._embed.shard_records().items()}
+
     def __call__(self, shard: str) -> ShardRecord:
         """Label the rows of one shard and write those that stay."""
         from pipeline.data.shards import split_counts
@@ -341,4 +345,5 @@ class KeepWorker(_EmbeddingWorker):
         table = read_table(path, read_names(path))
         with self._output.write(names[1]) as path:
             write_embeddings([table.filter(stays)], path, table.schema)
-        return commit_shard(self._output, shard, counts, names, start, split_counts(self._output.path(names[1])))
+        splits = split_counts(self._output.path(names[1]))
+        return commit_shard(self._output, shard, counts, names, start, splits, self._lists[shard])

@@ -12,11 +12,11 @@ from pipeline.workspace.manifest import ShardRecord
 def take_in_shards(context: StepContext) -> StepResult:
     """Record every shard of the source with a table of its rows; the tars stay where they are."""
     from pipeline.data.pairs import Pairs
-    from pipeline.data.tars import tar_files
+    from pipeline.data.sources import tars_of
 
     pairs, resources = Pairs(context.inputs["pairs"]), context.recipe.download.resources
-    tars = tar_files(context.recipe.pairs.path)
-    shards = [part.name for part, _ in zip(pairs.parts, tars, strict=False) if part.num_rows]
+    tars = tars_of(context.recipe.pairs, pairs.parts)
+    shards = [part.name for part in pairs.parts if part.num_rows and part.name in tars]
     records = map_shards(context, ShardJob(TakeInWorker, shards, pairs.num_rows, resources))
     counts = total_counts(records)
     causes = sum((Counter(record.causes) for record in records), Counter[str]())
@@ -29,12 +29,12 @@ class TakeInWorker:
 
     def __init__(self, context: StepContext) -> None:
         from pipeline.data.pairs import Pairs
-        from pipeline.data.tars import tar_files
+        from pipeline.data.sources import tars_of
 
         self._output = context.output
         self._pairs = Pairs(context.inputs["pairs"])
-        names = [part.name for part in self._pairs.parts]
-        self._tars = dict(zip(names, tar_files(context.recipe.pairs.path), strict=False))
+        self._tars = tars_of(context.recipe.pairs, self._pairs.parts)
+        self._lists = {part.name: part.list_number for part in self._pairs.parts}
 
     def __call__(self, shard: str) -> ShardRecord:
         """Take in one shard and commit it."""
@@ -50,6 +50,14 @@ class TakeInWorker:
         counts |= {"failed_to_download": num_forgotten} if num_forgotten else {}
         wall_s = round(time.monotonic() - start, 3)
         splits = split_counts(self._output.path(f"{shard}.parquet"))
-        record = ShardRecord(shard=shard, counts=counts, files=files, causes=causes, wall_s=wall_s, splits=splits)
+        record = ShardRecord(
+            shard=shard,
+            counts=counts,
+            files=files,
+            causes=causes,
+            splits=splits,
+            list_number=self._lists[shard],
+            wall_s=wall_s,
+        )
         self._output.commit_shard(record)
         return record

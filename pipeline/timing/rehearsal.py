@@ -54,7 +54,8 @@ class Rehearsal:
 
     def __init__(self, recipe: Recipe, folder: Path, finished: Mapping[str, Artifact]) -> None:
         shapes = replace(recipe.pairs.drawn, num_pairs=NUM_ROWS, num_faulty=0, port=_free_port())
-        pairs = replace(recipe.pairs, max_pairs=NUM_ROWS, validation_prob=0.5, drawn=shapes)
+        first_list = recipe.pairs.each()[0]
+        pairs = replace(first_list, max_pairs=NUM_ROWS, validation_prob=0.5, drawn=shapes)
         # A dead host may take its deadline in a real run; a rehearsal waits less long for a row.
         deadline_s = min(recipe.download.deadline_s, _DEADLINE_S)
         download = replace(recipe.download, samples_per_shard=NUM_ROWS, retries=0, deadline_s=deadline_s)

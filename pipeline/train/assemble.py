@@ -177,7 +177,8 @@ def samples_of(job: TrainJob, split: str) -> Samples:
     embed = embeddings_of(job.inputs) if kind.embeddings else None
     reader = ShardReader(download, embed, split, None if kind.embeddings else selection_of(job.inputs))
     window_rows = job.section.train.shuffle_rows
-    return Samples(reader, image_px, num_threads=job.num_threads, window_rows=window_rows)
+    weights = job.recipe.pairs.weights
+    return Samples(reader, image_px, num_threads=job.num_threads, window_rows=window_rows, weights=weights)
 
 
 def _no_captions(captions: Sequence[str]) -> TextEncoding:

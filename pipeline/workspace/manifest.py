@@ -30,6 +30,8 @@ class ShardRecord:
     """Failed rows by class of cause."""
     splits: dict[str, int] = field(default_factory=dict[str, int])
     """Good rows by split, for a training; empty in records of other steps, and of releases that did not count them."""
+    list_number: int = 0
+    """Which of the recipe's lists its rows are of, from 0: no shard has rows of two."""
     wall_s: float = 0.0
     """Time spent, in seconds."""
 

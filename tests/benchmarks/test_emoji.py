@@ -15,8 +15,8 @@ from benchmarks.emoji import BACKGROUNDS, STYLES, main
 from benchmarks.emoji_quality import Asked, Drawings, features, judge, rms, show, table
 from pipeline.data.reading import Reading
 from pipeline.data.sources import Source
+from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.recipe.recipe import load_recipe
-from pipeline.recipe.sections import PairsConfig
 from tests.ports import free_port
 from tests.tiny.command import ROOT
 from tests.tiny.workspace import served_workspace

@@ -100,7 +100,9 @@ def test_no_shard_is_opened_twice_in_an_epoch(window_rows: int, batch_size: int)
         columns = {column: [f"{name}-{row}" for row in range(8)] for column in ("uid", "key", "caption")}
         return ShardTable(name, pa.table(columns))
 
-    reader: Any = SimpleNamespace(shards=[f"{number:05d}" for number in range(8)], shard_rows=[8] * 8, table=table)
+    reader: Any = SimpleNamespace(
+        shards=[f"{number:05d}" for number in range(8)], shard_rows=[8] * 8, shard_lists=[0] * 8, table=table
+    )
     samples = Samples(reader, 0, window_rows=window_rows)
     order = plan_order(samples, 0, where="test")
     uids = [uid for batch in islice(iterate_batches(samples, order, Share(batch_size), 0), 6) for uid in batch.uids]

@@ -261,8 +261,8 @@ def test_read_rows_reads_one_shard_of_any_parts_and_row_groups(tmp_path: Path) -
     rows = _rows("http://x", [f"jpg/{i}" for i in range(250)])
     pairs = write_parts(tmp_path, [rows.slice(0, 130), rows.slice(130)])
     config = DownloadConfig(samples_per_shard=100, extra_columns=("score",))
-    assert shard_names(250, 100) == ["00000", "00001", "00002"]
-    parts = [read_rows(pairs, shard, config) for shard in shard_names(250, 100)]
+    assert shard_names([250], 100) == ["00000", "00001", "00002"]
+    parts = [read_rows(pairs, shard, config) for shard in shard_names([250], 100)]
     assert [part.num_rows for part in parts] == [100, 100, 50]
     assert pa.concat_tables(parts).equals(rows)
 
@@ -288,10 +288,10 @@ def _stored(tar: Path) -> dict[str, bytes]:
 
 
 def test_shard_names_sort_beyond_five_digits() -> None:
-    names = shard_names(1_000_010, 10)
+    names = shard_names([1_000_010], 10)
     assert (names[0], names[-1]) == ("000000", "100000")
     assert names == sorted(names)
-    assert shard_names(40, 20) == ["00000", "00001"]
+    assert shard_names([40], 20) == ["00000", "00001"]
     assert [key_of("00003", 7, size) for size in (1, 10, 11, 1000)] == ["00010", "000037", "0000307", "00003007"]
 
 

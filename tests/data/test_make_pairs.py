@@ -16,7 +16,7 @@ from pipeline.data.pairs import Pairs
 from pipeline.data.rows import make_uid, numbered_names, split_of
 from pipeline.data.sources import Source
 from pipeline.errors import DataError
-from pipeline.recipe.sections import PairsConfig
+from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.store import LIVE, Artifact
 from tests.tiny.pairs import write_parts

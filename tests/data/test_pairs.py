@@ -18,7 +18,7 @@ from pipeline.data.pairs import Pairs
 from pipeline.data.rows import make_uid
 from pipeline.data.sources import Source, count_pairs
 from pipeline.errors import DataError
-from pipeline.recipe.sections import DrawnConfig, PairsConfig
+from pipeline.recipe.pairs_sections import DrawnConfig, PairsConfig
 from pipeline.shapes.url_list import FAULTS
 from pipeline.workspace.store import Artifact
 from tests.data.conftest import make_picture

@@ -17,7 +17,7 @@ from pipeline.data.shards import StoredPictures, good_samples
 from pipeline.data.sources import Source, count_pairs
 from pipeline.data.tars import take_in
 from pipeline.errors import DataError
-from pipeline.recipe.sections import PairsConfig
+from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.workspace.store import Artifact
 from tests.data.conftest import make_picture
 

@@ -13,6 +13,7 @@ from PIL import Image
 from pipeline.errors import DataError
 from pipeline.evaluate.ablate import ablation_step
 from pipeline.pictures import to_png
+from pipeline.recipe.pairs_sections import PairsConfig, PairsList
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe
 from pipeline.report.report import duration, format_metrics, short_count, write_report
@@ -306,3 +307,10 @@ def test_report_names_what_is_odd_about_the_list_of_pairs(recipe: Recipe, tmp_pa
         "list.csv:3: &lt;b&gt;3 cells",
     ):
         assert words in page, words
+    lists = (PairsList(path="a.csv"), PairsList(path="b.csv", weight=0.5))
+    recipe = replace(recipe, pairs=PairsConfig(source="list", lists=lists))
+    metrics["lists"] = [{"in": 700, "ok": 690, "duplicate": 0}, {"in": 300, "ok": 210, "duplicate": 60}]
+    output.remove("manifest.json")
+    output.commit(replace(manifest_of(steps[0], output, counts), metrics=metrics))
+    write_report(workspace, steps, recipe, tmp_path / "report.html", "r.toml")
+    assert "list 2 (b.csv): 210 of 300 rows, 60 came before; weight 0.5" in (tmp_path / "report.html").read_text()

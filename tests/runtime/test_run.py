@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from pipeline.data.pairs import write_index
+from pipeline.data.pairs import Part, write_index
 from pipeline.errors import ConfigError
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of, plan_status
 from pipeline.recipe.recipe import load_recipe
@@ -140,7 +140,7 @@ def test_a_step_made_from_an_input_that_was_made_anew_runs_again(
     before = download.manifest()
     rows = pq.read_table(pairs.path("00000.parquet")).slice(3)
     pq.write_table(rows, pairs.path("00000.parquet"))
-    write_index(pairs, [rows.num_rows], [rows.schema])
+    write_index(pairs, [Part("00000", rows.num_rows)], [rows.schema])
     manifest = pairs.manifest()
     assert before is not None
     assert manifest is not None

@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.pairs import Pairs, write_index
+from pipeline.data.pairs import Pairs, Part, write_index
 from pipeline.data.rows import numbered_names
 from pipeline.workspace.store import Artifact
 
@@ -16,5 +16,10 @@ def write_parts(folder: Path, parts: list[pa.Table], *, row_group_size: int = 70
     for name, part in zip(numbered_names(len(parts)), parts, strict=True):
         pq.write_table(part, folder / f"{name}.parquet", row_group_size=row_group_size)
     artifact = Artifact(str(folder))
-    write_index(artifact, [part.num_rows for part in parts], [part.schema for part in parts])
+    names = numbered_names(len(parts))
+    write_index(
+        artifact,
+        [Part(name, part.num_rows) for name, part in zip(names, parts, strict=True)],
+        [part.schema for part in parts],
+    )
     return Pairs(artifact)

@@ -16,9 +16,9 @@ from pipeline.data.make_pairs import write_pairs
 from pipeline.data.pairs import Pairs
 from pipeline.data.sources import Source
 from pipeline.errors import ConfigError, DataError
+from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import load_recipe
-from pipeline.recipe.sections import PairsConfig
 from pipeline.workspace.digests import fingerprint, unseen_files
 from pipeline.workspace.files import exists, find_files, local_copy, open_file
 from pipeline.workspace.store import Artifact
