@@ -3,7 +3,8 @@
     python -m benchmarks.reader [--shards 16] [--rows 10000] [--streaming FOLDER]
 
 Prior: uid, caption and z_image in batches of 4,096 rows, from shards with z_image and z_text in float16 (width 768).
-Ours gives them shuffled, as a training reads them; Ray Data's ``iter_batches`` in the order of the files, which is its
+Ours gives them shuffled, as a training reads them, in two threads, with uids that are gathered only when they are asked
+for; Ray Data's ``iter_batches`` in the order of the files, which is its
 quickest; mosaicml-streaming (installed apart, in FOLDER) shuffled, by a DataLoader with one process. All take turns,
 and the time begins with the first batch, so that no start counts. The ratio is of the medians.
 

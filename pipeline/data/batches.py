@@ -10,9 +10,12 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property, lru_cache
+from threading import Lock
+from typing import Any, overload
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -33,6 +36,8 @@ IMAGE_CACHE_BYTES = 512 << 20
 PREFETCH_BYTES = 256 << 20
 """Batches are read ahead up to this size, at least two and at most 16: enough to ride out a slow one."""
 _MOST_AHEAD = 16
+_THREADS = 2
+"""Threads that read ahead, a batch each: while one copies vectors, which leaves the GIL, the other makes texts."""
 _AHEAD_STEPS = 32
 """Steps by which a shard is opened before its first row, one a step: a new window has many shards. In steps of large
 batches it is a window: shards of the one after the next would displace those that are read first."""
@@ -42,7 +47,8 @@ batches it is a window: shards of the one after the next would displace those th
 class Batch:
     """B samples; a field that a training does not read is None."""
 
-    uids: tuple[str, ...]
+    uids: Sequence[str]
+    """Often not yet read: a training needs them only to name a sample."""
     captions: tuple[str, ...]
     images: Tensor | None = None
     """uint8 (B, H, W, 3)."""
@@ -106,6 +112,75 @@ class _OpenShard:
     """Rows of ``images`` that are filled."""
 
 
+class _Rows:
+    """The rows of a batch, of several shards.
+
+    Args:
+        tables: The shards' tables.
+        order: Places in the batch, (B,), those of the first shard first.
+        places: The same, shard by shard.
+        rows: Rows in the tables, shard by shard.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[ShardTable],
+        order: NDArray[np.int64],
+        places: Sequence[NDArray[np.int64]],
+        rows: Sequence[NDArray[np.int64]],
+    ) -> None:
+        self._tables, self._order, self._places, self._rows = tables, order, places, rows
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def texts(self, name: str) -> list[str]:
+        """A column of texts: gathered by Arrow, and made Python's at once, because that takes most of the time."""
+        parts = [table.take(name, rows) for table, rows in zip(self._tables, self._rows, strict=True)]
+        inverse = np.empty_like(self._order)
+        inverse[self._order] = np.arange(len(self._order))
+        return pa.concat_arrays(parts).take(pa.array(inverse)).to_numpy(zero_copy_only=False).tolist()
+
+    def vectors(self) -> Tensor | None:
+        """The image embeddings, (B, D); None if the training reads none."""
+        vectors: NDArray[np.float16] | None = None
+        for table, places, rows in zip(self._tables, self._places, self._rows, strict=True):
+            if table.vectors is None:
+                return None
+            of_shard = table.z_image(rows)
+            vectors = np.empty((len(self), of_shard.shape[1]), np.float16) if vectors is None else vectors
+            vectors[places] = of_shard
+        return None if vectors is None else torch.from_numpy(vectors)
+
+
+class _Uids(Sequence[str]):
+    """The uids of a batch, or of a part of it, gathered when somebody asks for one.
+
+    Args:
+        rows: The rows of the batch.
+        places: Their places in it.
+    """
+
+    def __init__(self, rows: _Rows, places: range) -> None:
+        self._rows, self._places = rows, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> _Uids: ...
+    def __getitem__(self, place: int | slice) -> str | _Uids:
+        if isinstance(place, slice):
+            return _Uids(self._rows, self._places[place])
+        return self._texts[self._places[place]]
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        return self._rows.texts("uid")
+
+
 class Samples:
     """Random access to the rows of one split, with their pictures and embeddings; small data is cached.
 
@@ -134,6 +209,7 @@ class Samples:
         self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
         self._open_rows = 0
         self._most_open_rows = 2 * max(window_rows, *reader.shard_rows, 1)  # a larger shard is a window of its own
+        self._lock = Lock()  # of the open shards; what is open may be read by several threads
         self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
         self.row_bytes = image_px * image_px * 3
         """Memory of one decoded picture."""
@@ -141,33 +217,33 @@ class Samples:
 
     def batch(self, locations: NDArray[np.int64]) -> Batch:
         """The samples at locations (B, 2) of (shard number, row)."""
-        num_rows = len(locations)
-        texts = {name: [""] * num_rows for name in ("uid", "caption", *(["key"] if self._image_px else []))}
-        shards: dict[int, _OpenShard] = {}
-        vectors: NDArray[np.float16] | None = None
-        for number in np.unique(locations[:, 0]):
-            places = np.flatnonzero(locations[:, 0] == number)
-            shard, rows = self._open(int(number)), locations[places, 1]
-            for name, column in texts.items():
-                for place, text in zip(places.tolist(), shard.table.take(name, rows), strict=True):
-                    column[place] = text
-            shards[int(number)] = shard
-            if shard.table.vectors is not None:
-                part = shard.table.z_image(rows)
-                vectors = np.empty((num_rows, part.shape[1]), np.float16) if vectors is None else vectors
-                vectors[places] = part
-        images = None
-        if self._image_px:
-            shard_of_row = [shards[number] for number in locations[:, 0].tolist()]
-            pictures = zip(shard_of_row, locations[:, 1].tolist(), texts["key"], texts["uid"], strict=True)
-            arrays = self._pool.map(self._image, pictures) if self._pool else map(self._image, pictures)
-            images = torch.from_numpy(np.stack(list(arrays)))
+        rows, shards = self._find(locations)
+        uids = _Uids(rows, range(len(rows)))
         return Batch(
-            uids=tuple(texts["uid"]),
-            captions=tuple(texts["caption"]),
-            images=images,
-            z_image=None if vectors is None else torch.from_numpy(vectors),
+            uids=uids,
+            captions=tuple(rows.texts("caption")),
+            images=self._images(rows, uids, shards, locations) if self._image_px else None,
+            z_image=rows.vectors(),
         )
+
+    def _find(self, locations: NDArray[np.int64]) -> tuple[_Rows, dict[int, _OpenShard]]:
+        """The rows at some locations, and their shards, by number."""
+        order = np.argsort(locations[:, 0], kind="stable")
+        numbers, firsts = np.unique(locations[order, 0], return_index=True)
+        with self._lock:
+            shards = {number: self._open(number) for number in numbers.tolist()}
+        places = np.split(order, firsts[1:])
+        rows = [locations[of_shard, 1] for of_shard in places]
+        return _Rows([shard.table for shard in shards.values()], order, places, rows), shards
+
+    def _images(
+        self, rows: _Rows, uids: Sequence[str], shards: dict[int, _OpenShard], locations: NDArray[np.int64]
+    ) -> Tensor:
+        """The decoded pictures, (B, H, W, 3)."""
+        shard_of_row = [shards[number] for number in locations[:, 0].tolist()]
+        pictures = zip(shard_of_row, locations[:, 1].tolist(), rows.texts("key"), uids, strict=True)
+        arrays = self._pool.map(self._image, pictures) if self._pool else map(self._image, pictures)
+        return torch.from_numpy(np.stack(list(arrays)))
 
     @property
     def open_shards(self) -> list[int]:
@@ -176,10 +252,11 @@ class Samples:
 
     def open_one(self, locations: NDArray[np.int64]) -> None:
         """Open one shard of some locations that is not open yet, if there is one."""
-        for number in np.unique(locations[:, 0]).tolist():
-            if number not in self._open_shards:
-                self._open(number)
-                return
+        with self._lock:
+            for number in np.unique(locations[:, 0]).tolist():
+                if number not in self._open_shards:
+                    self._open(number)
+                    return
 
     def first(self, count: int) -> Batch | None:
         """The first ``count`` rows in order of shard and key, or None if there is no row.
@@ -237,10 +314,11 @@ def iterate_batches(
         order: Their planned order.
         share: This worker's part of each batch.
         start_step: First step, 0-based.
-        prefetch: Read ahead in a separate thread.
+        prefetch: Read ahead in threads.
     """
     ahead_steps = max(1, min(_AHEAD_STEPS, samples.window_rows // share.batch_size))
 
+    @lru_cache(2 * _AHEAD_STEPS)  # each is asked for when its shards are opened, and when it is read
     def locations(step: int) -> NDArray[np.int64]:
         first = step * share.batch_size
         return order.locations(first + share.start, first + share.stop)
@@ -255,14 +333,14 @@ def iterate_batches(
         while True:
             yield read(step)
             step += 1
-    with ThreadPoolExecutor(1) as thread:
+    with ThreadPoolExecutor(_THREADS) as threads:
         first = read(step)
         num_ahead = max(2, min(_MOST_AHEAD, PREFETCH_BYTES // max(1, first.num_bytes)))
-        ahead = deque(thread.submit(read, step + 1 + i) for i in range(num_ahead))
+        ahead = deque(threads.submit(read, step + 1 + i) for i in range(num_ahead))
         yield first
         while True:
             yield ahead.popleft().result()
-            ahead.append(thread.submit(read, step + 1 + num_ahead))
+            ahead.append(threads.submit(read, step + 1 + num_ahead))
             step += 1
 
 

@@ -182,15 +182,21 @@ def _key_and_extension(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{key}", extension
 
 
-def read_table(path: Path | IO[bytes], columns: Sequence[str]) -> pa.Table:
+def read_table(path: Path | IO[bytes], columns: Sequence[str], *, use_threads: bool = True) -> pa.Table:
     """Read columns of a shard's table, from a local path or what ``Artifact.ranged`` gives.
+
+    Args:
+        path: The table.
+        columns: Names of the columns, in the order in which they are given back.
+        use_threads: Whether several threads decode, which takes less time and more of the processor.
 
     Raises:
         DataError: If the table is damaged or lacks a column; names the file.
     """
-    require_columns(read_names(path), columns, where=_name_of(path))
     try:
-        return pq.read_table(path, columns=list(columns))
+        with pq.ParquetFile(path) as file:
+            require_columns(file.schema_arrow.names, columns, where=_name_of(path))
+            return file.read(list(columns), use_threads=use_threads).select(list(columns))
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{_name_of(path)}: damaged ({error}); {REPAIR_HINT}") from error
 

@@ -47,9 +47,11 @@ class ShardTable:
     def __len__(self) -> int:
         return self.columns.num_rows
 
-    def take(self, name: str, rows: NDArray[np.int64]) -> list[str]:
+    def take(self, name: str, rows: NDArray[np.int64]) -> pa.Array:
         """The texts of a column in some rows."""
-        return self.columns[name].take(pa.array(rows)).to_pylist()
+        column = self.columns[name]
+        texts = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+        return texts.take(pa.array(rows))
 
     def z_image(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
         """The image embeddings of some rows, (len(rows), D), of length one."""
@@ -91,9 +93,9 @@ class ShardReader:
     def table(self, shard: str) -> ShardTable:
         """Read the rows of a shard."""
         path = self._rows.path(f"{shard}.parquet")
-        table = read_table(path, _ROW_COLUMNS if self._embed else [*_ROW_COLUMNS, "status"])
+        table = read_table(path, _ROW_COLUMNS if self._embed else [*_ROW_COLUMNS, "status"], use_threads=False)
         table = table.append_column(_FILE_ROW, pa.array(np.arange(table.num_rows)))
-        table = self._select(table, shard).sort_by("key").combine_chunks()
+        table = _by_key(self._select(table, shard).combine_chunks())
         captions = pc.fill_null(table["caption"].cast(pa.string()), "")
         columns = pa.table({"uid": table["uid"], "key": table["key"], "caption": captions})
         vectors = StoredColumn(path, "z_image") if self._embed else None
@@ -130,6 +132,13 @@ class ShardReader:
             keep = pc.and_(keep, pc.equal(table["status"], "success"))
         table = table.filter(keep)
         return table if self._selection is None else self._selection.of(table, shard)
+
+
+def _by_key(table: pa.Table) -> pa.Table:
+    """The rows in order of key, in which our own files have them."""
+    keys = table["key"]
+    is_sorted = pc.all(pc.less_equal(keys.slice(0, max(0, len(keys) - 1)), keys.slice(1))).as_py()
+    return table if is_sorted else table.sort_by("key").combine_chunks()
 
 
 def sample_captions(rows: Artifact, num_captions: int = NUM_SAMPLED_CAPTIONS) -> list[str]:

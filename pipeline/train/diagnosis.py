@@ -60,7 +60,7 @@ def find_culprits(
         if not names and bool(torch.isfinite(loss.detach())):
             return
         if part.stop - part.start == 1:
-            culprits.uids.append(batch.uids[part.start])
+            culprits.uids.extend(batch.uids[part])
             culprits.parameters.extend(name for name in names if name not in culprits.parameters)
             return
         middle = (part.start + part.stop) // 2

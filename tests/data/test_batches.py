@@ -28,10 +28,10 @@ def _samples(tmp_path: Path, *, num_threads: int = 1) -> Samples:
 def test_workers_share_the_global_batches_of_one(tmp_path: Path) -> None:
     samples = _samples(tmp_path)
     order = plan_order(samples, 0, where="test")
-    alone = [b.uids for b in islice(iterate_batches(samples, order, Share(4), 0), 9)]
+    alone = [tuple(b.uids) for b in islice(iterate_batches(samples, order, Share(4), 0), 9)]
     for world_size in (2, 3):
         shares = [Share(4, rank, world_size) for rank in range(world_size)]
-        uids = [[b.uids for b in islice(iterate_batches(samples, order, share, 0), 9)] for share in shares]
+        uids = [[tuple(b.uids) for b in islice(iterate_batches(samples, order, share, 0), 9)] for share in shares]
         assert [sum(parts, ()) for parts in zip(*uids, strict=True)] == alone
 
 
@@ -44,9 +44,20 @@ def test_batches_continue_from_any_step_with_and_without_prefetch(tmp_path: Path
         rest = list(islice(stream, 7))
         stream.close()
         for one, two in zip(whole[5:], rest, strict=True):
-            assert one.uids == two.uids
+            assert list(one.uids) == list(two.uids)
             assert torch.equal(one.require_images(), two.require_images())
             assert torch.equal(one.require_z_image(), two.require_z_image())
+
+
+def test_parts_of_a_batch_keep_their_uids(tmp_path: Path) -> None:
+    samples = _samples(tmp_path)
+    batch = samples.batch(np.array([[1, 3], [0, 5], [1, 0], [0, 2]]))
+    tables = [samples.reader.table(name) for name in samples.reader.shards]
+    uids = [tables[shard].columns["uid"][row].as_py() for shard, row in ((1, 3), (0, 5), (1, 0), (0, 2))]
+    assert list(batch.uids) == uids
+    part = batch.rows(slice(1, 4))
+    assert (list(part.uids), list(part.rows(slice(1, 2)).uids), part.uids[-1]) == (uids[1:], uids[2:3], uids[3])
+    assert (len(part), len(part.captions)) == (3, 3)
 
 
 def test_batches_are_the_same_when_pictures_are_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ def test_training_and_embed_read_the_square_of_what_is_stored(data: _Data, name:
     row, expected = data.rows[f"case/{name}"], square(data.stored(name), _SIDE_PX)
     samples = Samples(ShardReader(data.download, None, "train"), _SIDE_PX)
     batch = samples.batch(np.array([[0, samples.reader.table("00000").columns["uid"].to_pylist().index(row["uid"])]]))
-    assert batch.uids == (row["uid"],)
+    assert list(batch.uids) == [row["uid"]]
     assert np.array_equal(batch.require_images()[0].numpy(), expected)
     z_image = data.vectors.z_image[data.vectors.table.column("uid").to_pylist().index(row["uid"])]
     own = data.clip.encode_image(torch.from_numpy(expected)[None])[0].numpy()

@@ -14,7 +14,7 @@ from pipeline.data.vectors import StoredColumn
 from pipeline.errors import DataError
 from pipeline.shapes.draw import draw_array
 from pipeline.shapes.scene import training_scene
-from tests.tiny.shards import write_download, write_embed
+from tests.tiny.shards import EMBED_DIM, write_download, write_embed
 
 
 def test_reader_takes_good_rows_of_its_split(tmp_path: Path) -> None:
@@ -29,11 +29,25 @@ def test_reader_takes_good_rows_of_its_split(tmp_path: Path) -> None:
     assert len(reader.captions()) == len(set(reader.captions()))
 
 
+def test_rows_are_in_order_of_key_whatever_their_order_in_the_file(tmp_path: Path) -> None:
+    download = write_download(tmp_path / "download")
+    embed = write_embed(tmp_path / "embed", download)
+    calm = ShardReader(download, embed, "train").table("00000")
+    rows = np.arange(len(calm))
+    vectors = calm.z_image(rows)  # before the file, which is mapped, is another one
+    path = embed.path("00000.parquet")
+    stored = pq.read_table(path)
+    pq.write_table(stored.take(pa.array(np.random.default_rng(0).permutation(stored.num_rows))), path)
+    table = ShardReader(download, embed, "train").table("00000")
+    assert table.columns == calm.columns
+    assert np.array_equal(table.z_image(rows), vectors)
+
+
 def test_pictures_are_read_by_key(tmp_path: Path) -> None:
     download = write_download(tmp_path / "download")
     reader = ShardReader(download, None, "train")
     table, pictures = reader.table("00001"), reader.pictures("00001")
-    (key,), (uid,) = (table.take(name, np.array([3])) for name in ("key", "uid"))
+    (key,), (uid,) = (table.take(name, np.array([3])).to_pylist() for name in ("key", "uid"))
     assert np.array_equal(pictures.decode(key, uid), draw_array(training_scene(0, 12 + int(key[5:])), 32))
 
 
@@ -44,7 +58,7 @@ def test_reader_matches_embeddings_by_key_and_uid(tmp_path: Path) -> None:
     stored = pq.read_table(embed.path("00000.parquet"))
     by_uid = dict(zip(stored["uid"].to_pylist(), stored["z_image"].to_pylist(), strict=True))
     rows = np.array([5, 0, 5])
-    assert table.z_image(rows).tolist() == [by_uid[uid] for uid in table.take("uid", rows)]
+    assert table.z_image(rows).tolist() == [by_uid[uid] for uid in table.take("uid", rows).to_pylist()]
 
 
 @pytest.mark.parametrize("options", [{}, {"compression": "zstd"}, {"row_group_size": 3}, {"data_page_size": 8}])
@@ -56,6 +70,7 @@ def test_a_column_is_read_row_by_row_however_the_file_was_written(options: Any, 
         pq.write_table(table, path, **options)
     rows = np.array([7, 1, 1, 0])
     assert StoredColumn(path, "z_image").read(rows).tolist() == table["z_image"].take(pa.array(rows)).to_pylist()
+    assert StoredColumn(path, "z_image").read(rows[:0]).shape == (0, EMBED_DIM)
 
 
 def test_rows_are_counted_from_the_records_and_no_file_is_opened_before_it_is_needed(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def _forget(made: Made, *names: str) -> Search:
 
 
 def _uids(table: ShardTable) -> list[str]:
-    return table.take("uid", np.arange(len(table)))
+    return table.take("uid", np.arange(len(table))).to_pylist()
 
 
 def test_a_search_counts_rows_and_names_the_networks_and_changes_nothing(made: Made) -> None:
