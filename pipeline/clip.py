@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import importlib.util
 import json
 import sys
@@ -66,10 +67,34 @@ def _hide_package(name: str) -> Generator[None]:
             del sys.modules[name]
 
 
+@contextlib.contextmanager
+def _hide_compiler() -> Generator[None]:
+    """Keep torchvision from importing torch's compiler inside the block, unless it is loaded already.
+
+    Its ``roi_align``, which CLIP does not use, asks the compiler for one function; importing the compiler takes as long
+    as importing torch. The first ``torch.compile`` imports it.
+    """
+    name = "torch._dynamo"
+    if name in sys.modules:
+        yield
+        return
+    compiler, utils = ModuleType(name), ModuleType(f"{name}.utils")
+    vars(utils)["is_compile_supported"] = lambda _device: False
+    stand_ins = {name: compiler, utils.__name__: utils}
+    sys.modules.update(stand_ins)
+    try:
+        yield
+    finally:
+        for stand_in in stand_ins:
+            del sys.modules[stand_in]
+
+
 _TORCHVISION_SCHEMAS = _declare_torchvision_operators()  # without this reference the schemas would be removed
 
-with _hide_package("wandb"):  # open_clip's timm would import it for half a second; img2dataset depends on it
+with _hide_package("timm"), _hide_compiler():  # see ``_add_timm``
     import open_clip
+from open_clip import model as open_clip_model  # noqa: E402
+from open_clip import timm_model  # noqa: E402
 from open_clip.modified_resnet import Bottleneck  # noqa: E402
 from open_clip.tokenizer import SimpleTokenizer  # noqa: E402
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer, text_global_pool  # noqa: E402
@@ -433,6 +458,7 @@ def load_pretrained(name: str, pretrained: str | None = None) -> OpenClip:
     if folder.is_dir() and "vision_cfg" not in (open_clip.get_model_config(name) or {"vision_cfg": None}):
         raise ValueError(f"{folder}: {NO_IMAGE_TOWER}")
     _require_activation(name, pretrained or "")
+    _add_timm()
     try:
         model: Any = open_clip.create_model(name, pretrained=pretrained, require_pretrained=True)
         model_config = open_clip.get_model_config(name.replace("/", "-") if ":" not in name else name)
@@ -507,6 +533,7 @@ def _assemble(model_config: dict[str, Any], preprocess: dict[str, Any] | None = 
     arguments = {key: value for key, value in deepcopy(model_config).items() if key != "custom_text"}
     text = arguments["text_cfg"]
     if "timm_model_name" in arguments.get("vision_cfg", {}):
+        _add_timm()
         arguments["vision_cfg"]["timm_model_pretrained"] = False
     if "hf_model_name" in text:
         text["hf_model_pretrained"] = False
@@ -520,6 +547,18 @@ def _assemble(model_config: dict[str, Any], preprocess: dict[str, Any] | None = 
     if "vision_cfg" not in model_config:
         del model.visual  # open_clip cannot build a text tower alone
     return wrap_clip(model, model_config, preprocess, source)
+
+
+def _add_timm() -> None:
+    """Import timm, by which open_clip builds the image towers that are not its own, such as SigLIP's.
+
+    It takes a process longer than torch does, so it is hidden from open_clip until a CLIP needs it.
+    """
+    module: Any = timm_model
+    if module.timm is None:
+        with _hide_package("wandb"):  # timm would import it for half a second; img2dataset depends on it
+            importlib.reload(timm_model)
+        cast("Any", open_clip_model).TimmModel = timm_model.TimmModel
 
 
 def _require_activation(name: str, tag: str) -> None:

@@ -1,6 +1,8 @@
 """Any of open_clip's models: the preprocessing, tokenizer and activation that its weights were trained with."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from pipeline.clip import (
 )
 from pipeline.errors import ConfigError
 from pipeline.pictures import Framing
+from tests.tiny.command import ROOT
 from tests.tiny.networks import CLIP
 
 _SIZES = [(48, 48), (64, 40), (31, 97), (24, 24), (20, 33), (200, 9)]
@@ -144,6 +147,23 @@ def test_every_kind_of_text_tower_embeds_as_open_clip_does(name: str, tmp_path: 
     else:
         with pytest.raises(ConfigError, match="it can embed and search, not train or sample"):
             ours.encode_text(captions)
+
+
+_LOADED_LATE = """
+import sys
+from pipeline.clip import describe_clip, torch
+
+late = {"timm", "torch._dynamo", "wandb"}
+assert not late & set(sys.modules), late & set(sys.modules)
+assert describe_clip("MobileCLIP2-S0").model.visual.trunk.num_features
+assert "timm" in sys.modules
+assert torch._dynamo.utils.is_compile_supported("cpu")
+"""
+
+
+def test_what_few_clips_need_is_imported_when_it_is_needed() -> None:
+    done = subprocess.run([sys.executable, "-c", _LOADED_LATE], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_hugging_face_tokenizer_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
