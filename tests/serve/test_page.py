@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Route, expect, sync_playwright
 
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.guards import Guards
@@ -143,6 +143,50 @@ def test_a_cancelled_request_leaves_the_engine(page: Page, server: Any) -> None:
     expect(page.locator("#server-text")).to_have_text("Idle")
     generate(page, steps=2)  # and the next one is answered
     expect(finished(page)).to_have_count(1)
+
+
+def test_a_low_window_has_the_button_in_view_beside_a_long_history(page: Page) -> None:
+    generate(page, count=10, steps=1)
+    expect(finished(page)).to_have_count(10)
+    page.set_viewport_size({"width": 1280, "height": 560})
+    for place in (0, 150):
+        page.evaluate("(place) => scrollTo(0, place)", place)
+        expect(button(page, "Generate")).to_be_in_viewport(ratio=1)
+        expect(page.get_by_role("status").first).to_be_in_viewport(ratio=1)
+
+
+def test_the_state_of_the_server_closes_without_cancelling_and_the_title_has_the_progress(page: Page) -> None:
+    state = page.locator("#server-facts")
+    page.locator("#server summary").click()
+    expect(state).to_contain_text("Requests waiting")
+    page.get_by_role("heading", name="History").click()
+    expect(state).not_to_be_visible()
+    generate(page, steps=200)
+    expect(page).to_have_title(re.compile("^[1-9][0-9]? % - tiny"))
+    page.locator("#server summary").click()
+    page.keyboard.press("Escape")
+    expect(state).not_to_be_visible()
+    expect(finished(page)).to_have_count(1)
+    expect(page).to_have_title("tiny - unclip")
+
+
+def test_a_server_that_is_not_ready_is_asked_again(browser: Browser, server: Any) -> None:
+    answers = [("1", 503), ("1", 429)]
+
+    def refuse(route: Route) -> None:
+        if not answers:
+            return route.fallback()
+        seconds, status = answers.pop()
+        return route.fulfill(status=status, headers={"Retry-After": seconds}, json={"error": {"message": "not now"}})
+
+    with browser.new_context() as context:
+        page = context.new_page()
+        page.goto(server.url)
+        page.route("**/v1/images/generations", refuse)
+        generate(page)
+        expect(page.get_by_role("status").first).to_have_text("Too many requests are waiting; trying again in 1 s.")
+        expect(page.get_by_role("status").first).to_have_text("The server is not ready; trying again in 1 s.")
+        expect(finished(page)).to_have_count(1)
 
 
 def test_a_locked_seed_stays_and_another_one_changes(page: Page) -> None:
@@ -305,6 +349,7 @@ def test_the_brush_is_moved_by_keys(page: Page) -> None:
     assert canvas.evaluate("(canvas) => canvas.toDataURL()") == blank
 
 
+@both_widths
 def test_a_text_changes_a_picture_and_a_slider_shows_the_way(page: Page) -> None:
     viewer = open_with(page, "Change by text")
     viewer.get_by_label("To", exact=True).fill("a blue star")
@@ -315,12 +360,38 @@ def test_a_text_changes_a_picture_and_a_slider_shows_the_way(page: Page) -> None
     last = viewer.locator("#view-image").get_attribute("src")
     way.press("ArrowLeft")
     assert viewer.locator("#view-image").get_attribute("src") != last
-    expect(viewer.locator("output").last).to_have_text("20 %")
-    viewer.get_by_role("button", name="Keep this frame").click()
-    page.keyboard.press("Escape")
-    expect(page.get_by_role("region", name="History").get_by_role("button", name="Towards a blue star")).to_have_count(
-        1
-    )
+    expect(viewer.locator("#view-frames output")).to_have_text("20 %")
+    expect(viewer.locator("#view-image")).to_be_in_viewport()
+    expect(way).to_be_in_viewport()  # both at once, on a phone too
+    kept = page.get_by_role("region", name="History").get_by_role("button", name="Towards a blue star")
+    for name, count in (("Keep this frame", 1), ("Keep all frames", 4)):
+        viewer.get_by_role("button", name=name).click()
+        expect(kept).to_have_count(count)  # hidden behind the dialog
+    viewer.get_by_role("tab", name="Variations", exact=True).click()
+    expect(way).not_to_be_visible()
+
+
+def test_frames_are_previewed_and_can_be_cancelled(page: Page, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    viewer = open_with(page, "Change by text")
+    advance = server.engine._advance
+    monkeypatch.setattr(server.engine, "_advance", lambda pictures: time.sleep(0.2) or advance(pictures))
+    shown = viewer.locator("#view-image")
+    original = shown.get_attribute("src")
+    viewer.get_by_label("To", exact=True).fill("a blue star")
+    viewer.get_by_label("Frames", exact=True).fill("10")
+    viewer.get_by_role("button", name="Change by text", exact=True).click()
+    before = server.engine.counts()["dropped"]
+    expect(shown).not_to_have_attribute("src", str(original))
+    cancel = viewer.get_by_role("button", name="Cancel", exact=True)
+    expect(cancel).to_be_visible()
+    cancel.click()
+    expect(viewer.get_by_text("Cancelled.")).to_be_visible()
+    expect(shown).to_have_attribute("src", str(original))
+    expect(viewer.get_by_role("slider", name="Change", exact=True)).not_to_be_visible()
+    deadline = time.monotonic() + 60
+    while server.engine.counts()["dropped"] == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_two_pictures_are_blended(page: Page) -> None:
@@ -332,7 +403,7 @@ def test_two_pictures_are_blended(page: Page) -> None:
     viewer.get_by_label("Frames", exact=True).fill("3")
     viewer.get_by_role("button", name="Blend", exact=True).click()
     expect(viewer.get_by_role("slider", name="Way")).to_have_value("2")
-    expect(viewer.locator("output").last).to_have_text("100 %")
+    expect(viewer.locator("#view-frames output")).to_have_text("100 %")
 
 
 def pixels_of(page: Page, selector: str) -> Any:
