@@ -114,6 +114,8 @@ def decode_picture(data: bytes, name: str, *, alpha: bool = False) -> Image.Imag
     Raises:
         ApiError: 400, if it is no picture, or too large to decode.
     """
+    if not data:
+        raise ApiError(400, f"{name}: the file is empty", param=name, code="invalid_value")
     try:
         limits = {"max_area_px": _MAX_AREA_PX, "max_memory_bytes": _MAX_MEMORY_BYTES}
         return read(data, where=name, alpha=alpha, **limits).image

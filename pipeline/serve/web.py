@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 from collections.abc import AsyncGenerator, Awaitable, Mapping
+from difflib import get_close_matches
 from typing import Any, TypeVar, cast
 
 from fastapi import FastAPI, Request
@@ -22,6 +23,8 @@ _RETRY_AFTER_S = 2
 _CLIENT_CLOSED_STATUS = 499
 _DISCONNECT_POLL_S = 0.2
 _MAX_ESCAPES = 1 << 20  # of strings: the parser takes 30 ns for each; PHP writes a slash of base64 as one
+_MAX_SHOWN_CHARS = 60
+"""Of a wrong value that an error repeats."""
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "overloaded_error", 500: "server_error"}
 
 
@@ -85,9 +88,19 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def on_http_error(request: Request, error: Exception) -> JSONResponse:
         status = cast("HTTPException", error).status_code
-        what = f"{request.method} {request.url.path}"
-        message = f"no such route: {what}" if status == 404 else f"{what}: {cast('HTTPException', error).detail}"
-        return ApiError(status, message, code="unknown_url" if status == 404 else None).response()
+        what, path = f"{request.method} {request.url.path}", request.url.path
+        if status == 404:
+            near = {f"/v1{path}", path.removeprefix("/v1")} & set(app.openapi()["paths"]) - {path}
+            hint = f"; do you mean {near.pop()}? OpenAI's client takes a base_url that ends with /v1" if near else ""
+            return ApiError(404, f"no such route: {what}{hint}", code="unknown_url").response()
+        headers = cast("HTTPException", error).headers or {}
+        if status == 405:
+            message, code = f"{what}: this route takes {headers['Allow']}", "method_not_allowed"
+        else:
+            message, code = f"{what}: {cast('HTTPException', error).detail}", None
+        response = ApiError(status, message, code=code).response()
+        response.headers.update(headers)
+        return response
 
     async def on_overload(_: Request, error: Exception) -> JSONResponse:
         wait_s = cast("Overloaded", error).retry_after_s or _RETRY_AFTER_S
@@ -145,8 +158,11 @@ async def read_json(request: Request, limit_bytes: int, max_values: int | None =
         raise ApiError(413, f"the body has more than {_MAX_ESCAPES} backslashes", code="body_too_large")
     try:
         value = json.loads(body)
-    except (ValueError, RecursionError):
-        raise ApiError(400, "the body is not JSON", code="invalid_json") from None
+    except (ValueError, RecursionError) as error:
+        is_form = request.headers.get("content-type", "").startswith(("multipart/", "application/x-www-form"))
+        reason = "a form came" if is_form else str(error) if isinstance(error, json.JSONDecodeError) else "unreadable"
+        message = f'the body is not JSON ({reason}); send an object, such as {{"prompt": "a red star"}}'
+        raise ApiError(400, message, code="invalid_json") from None
     if not isinstance(value, dict):
         raise ApiError(400, "the body is not a JSON object", code="invalid_json")
     if b"\\ud" in body or b"\\uD" in body:
@@ -175,11 +191,27 @@ def parse(model: type[Model], body: Mapping[str, Any], *, is_form: bool = False)
         first = error.errors(include_url=False)[0]
         param = ".".join(str(part) for part in first["loc"]) or None
         if first["type"] == "extra_forbidden":
-            raise ApiError(400, f"unknown parameter: {param}", param=param, code="unknown_parameter") from None
+            message = f"unknown parameter: {param}{_similar(str(param), model)}"
+            raise ApiError(400, message, param=param, code="unknown_parameter") from None
         if first["type"] == "missing":
             raise ApiError(400, f"{param} is required", param=param, code="missing_parameter") from None
-        message = first["msg"].removeprefix("Value error, ")
+        message, value = first["msg"].removeprefix("Value error, "), first["input"]
+        if message.startswith("Input should") and isinstance(value, str | int | float):
+            message = f"{message}, got {_shortened(value)}"
         raise ApiError(400, f"{param}: {message}" if param else message, param=param, code="invalid_value") from None
+
+
+def _shortened(value: str | float) -> str:
+    """A wrong value as an error repeats it."""
+    text = repr(value[:_MAX_SHOWN_CHARS] if isinstance(value, str) else value)
+    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}..."
+
+
+def _similar(param: str, model: type[BaseModel]) -> str:
+    """The field that is meant by another name, if one is similar."""
+    names, short = list(model.model_fields), param[:_MAX_SHOWN_CHARS]
+    near = [name for name in names if short in name] or get_close_matches(short, names, n=1)
+    return f"; do you mean {near[0]}?" if near else ""
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:

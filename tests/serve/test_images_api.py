@@ -298,6 +298,40 @@ def test_half_of_a_character_is_400_wherever_it_stands(server: Any, path: str) -
     assert whole.json()["safety_identifier"] == "\U0001f600"
 
 
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"prompt": "x", "guidance": 3}, "unknown parameter: guidance; do you mean guidance_scale?"),
+        ({"prompt": "x", "steps": 3}, "unknown parameter: steps; do you mean num_inference_steps?"),
+        ({"promt": "x", "prompt": "y"}, "unknown parameter: promt; do you mean prompt?"),
+        ({"prompt": "x", "loras": []}, "unknown parameter: loras"),
+        ({"prompt": "x", "n": 1000}, "n: Input should be less than or equal to 10, got 1000"),
+        ({"prompt": "x", "quality": "ultra"}, "or 'hd', got 'ultra'"),
+        ({"prompt": "x", "quality": "u" * 9999}, f"or 'hd', got '{'u' * 59}..."),
+    ],
+)
+def test_an_error_says_what_came_and_what_is_meant(server: Any, body: Any, says: str) -> None:
+    assert post(server, body).json()["error"]["message"].endswith(says)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"content": b"a red star"}, "Expecting value: line 1 column 1 (char 0)"),
+        ({"content": b'{"prompt": "a",}'}, "line 1 column"),
+        ({"content": b"[" * 100_000}, "unreadable"),
+        ({"data": {"prompt": "a"}}, "a form came"),
+        ({"files": {"image": b"x"}}, "a form came"),
+    ],
+)
+def test_a_body_that_is_no_json_is_told_why(server: Any, body: Any, reason: str) -> None:
+    answer = httpx.post(f"{server.url}/v1/images/generations", **body)
+    message = answer.json()["error"]["message"]
+    assert answer.status_code == 400
+    assert reason in message
+    assert message.endswith('; send an object, such as {"prompt": "a red star"}')
+
+
 def test_any_content_type_is_read_as_json(server: Any) -> None:
     answer = post(server, content=b'{"prompt": "a"}', headers={"Content-Type": "text/plain"})
     assert answer.status_code == 200
@@ -306,8 +340,13 @@ def test_any_content_type_is_read_as_json(server: Any) -> None:
 def test_unknown_routes_and_methods_are_errors_of_the_same_form(server: Any) -> None:
     missing = httpx.post(f"{server.url}/v1/images/nothing")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "unknown_url")
-    assert httpx.get(f"{server.url}/v1/images/generations").status_code == 405
-    assert "error" in httpx.get(f"{server.url}/v1/images/generations").json()
+    method = httpx.get(f"{server.url}/v1/images/generations")
+    assert (method.status_code, method.headers["Allow"]) == (405, "POST")
+    assert method.json()["error"]["message"] == "GET /v1/images/generations: this route takes POST"
+    for base in ("", "/v1/v1"):  # a client whose base_url is wrong
+        wrong = openai.OpenAI(base_url=f"{server.url}{base}", api_key="any", max_retries=0)
+        with pytest.raises(openai.NotFoundError, match="do you mean /v1/images/generations"):
+            wrong.images.generate(prompt="a")
 
 
 def test_overload_is_429_with_a_time_to_come_back(server: Any) -> None:
