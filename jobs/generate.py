@@ -149,10 +149,12 @@ def serve(
         typer.echo(serve_file(load()), nl=False)
         return
 
+    from pipeline.runtime.kept_ray import KeptRay
     from pipeline.serve.keeper import keep
 
     served = load()
-    kept = keep(served.serve, typer.echo)
+    own_ray = None if address else KeptRay()
+    kept = keep(served.serve, typer.echo, own_ray and own_ray.hold)
     from pipeline.runtime.serve import serve_recipe
 
-    serve_recipe(served, address=address, reload=load, kept=kept)
+    serve_recipe(served, address=address, reload=load, kept=kept, own_ray=own_ray)

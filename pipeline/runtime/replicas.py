@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -94,6 +94,8 @@ class ModelReplica:
         self._loading = asyncio.Lock()
         self._ending: dict[str, asyncio.Task[None]] = {}
         """What ends an engine, by the digest of what it serves."""
+        self._requests = set[asyncio.Task[Any]]()
+        """What is under way."""
 
     async def reconfigure(self, tables: Tables) -> None:
         """Load the networks of a recipe; requests under way end with those that they began with.
@@ -145,17 +147,34 @@ class ModelReplica:
 
     async def sample(self, request: SampleRequest, client: str = "", hop: Hop | None = None) -> Any:
         """See ``PictureModel``; a part of a chain may end with the way to the next one."""
-        served, engine, work = await self._continued(hop)
-        return _sent(await engine.sample(request, client, work), served)
+        with self._under_way():
+            served, engine, work = await self._continued(hop)
+            return _sent(await engine.sample(request, client, work), served)
 
     async def stream(
         self, request: SampleRequest, client: str = "", num_previews: int = 0, hop: Hop | None = None
     ) -> AsyncGenerator[Event | Hop]:
         """See ``PictureModel``; a part of a chain may end with the way to the next one."""
-        served, engine, work = await self._continued(hop)
-        async with aclosing(engine.stream(request, client, num_previews, work)) as events:
-            async for event in events:
-                yield _sent(event, served)
+        with self._under_way():
+            served, engine, work = await self._continued(hop)
+            async with aclosing(engine.stream(request, client, num_previews, work)) as events:
+                async for event in events:
+                    yield _sent(event, served)
+
+    @contextmanager
+    def _under_way(self) -> Generator[None]:
+        task = asyncio.current_task()
+        assert task is not None
+        self._requests.add(task)
+        try:
+            yield
+        finally:
+            self._requests.discard(task)
+
+    async def end_requests(self) -> None:
+        """Cancel what is under way."""
+        for task in self._requests:
+            task.cancel()
 
     async def embed_texts(self, texts: Sequence[str]) -> Vectors:
         """See ``PictureModel``."""
@@ -397,6 +416,13 @@ class RemoteModel:
                 return task.result()
         finally:
             task.cancel()
+
+
+def end_requests(handles: Handles) -> None:
+    """Cancel what a server that was killed has left under way: nobody waits for it."""
+    for handle in handles.values():
+        with suppress(TimeoutError, *_UNAVAILABLE):
+            handle.broadcast("end_requests").results(timeout_s=_STATS_TIMEOUT_S, return_exceptions=True)
 
 
 def _read_error(task: asyncio.Task[Any] | asyncio.Future[Any]) -> None:

@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import ray.exceptions
 from ray import serve
@@ -27,8 +28,9 @@ from pipeline.errors import StepError, UnclipError
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.front import Front, served_artifacts, server_name
+from pipeline.runtime.kept_ray import KeptRay
 from pipeline.runtime.parts import Tables, needs_of_replica, part_tables, parts_of, place_of, write_tables
-from pipeline.runtime.replicas import Handles, networks_application
+from pipeline.runtime.replicas import Handles, end_requests, networks_application
 from pipeline.runtime.run import connect, own_servers, require_alive
 from pipeline.serve.gate import Gate
 from pipeline.serve.guards import require_keys
@@ -55,6 +57,7 @@ def serve_recipe(
     reload: Callable[[], Recipe] | None = None,
     announce: Announce | None = None,
     kept: Kept | None = None,
+    own_ray: KeptRay | None = None,
 ) -> None:
     """Serve the trained cascade of a recipe until Ctrl-C (or SIGTERM); requests under way are finished first.
 
@@ -66,6 +69,7 @@ def serve_recipe(
         reload: Reads the recipe again; SIGHUP then swaps to its networks of that time. None: SIGHUP is left alone.
         announce: Takes lines for people; None writes them to standard output.
         kept: Of the process that starts this one again if it is killed; None: there is none.
+        own_ray: A Ray of our own that another process holds; None: the cluster's, or one that ends with this process.
 
     Raises:
         ConfigError: If a network is not finished (names the command that finishes it), the keys or the hook cannot be
@@ -88,17 +92,17 @@ def serve_recipe(
         stack.enter_context(HttpServer(front, kept.listener if kept else listen(config.host, config.port)))
         if kept:
             kept.note_listening()
-        stack.enter_context(connect(address))
+        servers = stack.enter_context(own_ray.join() if own_ray else _connected(address))
         if not address:
             _require_room(recipe)
         try:
-            with _deployed(recipe, artifacts, front.gate, announce, shared=bool(address)) as handles:
+            with _deployed(recipe, artifacts, front.gate, announce, servers, shared=bool(address)) as handles:
                 front.open(recipe, artifacts, handles)
                 announce(f"{server_name(recipe)} is served at {url_of(config.host, config.port)} - Ctrl-C ends it")
                 if no_neighbours:
                     announce(no_neighbours)
                 try:
-                    _Watch(recipe, artifacts, front, handles, announce, uses).run(reload)
+                    _Watch(recipe, artifacts, front, handles, announce, uses).run(reload, servers)
                 finally:
                     _drain(front.gate, config.drain_s, announce)
         except KeyboardInterrupt:
@@ -114,10 +118,31 @@ def _in_use(recipe: Recipe) -> AbstractContextManager[object]:
 
 
 @contextmanager
+def _connected(address: str) -> Generator[list[psutil.Process]]:
+    with connect(address):
+        yield own_servers()
+
+
+@contextmanager
 def _deployed(
-    recipe: Recipe, artifacts: dict[str, Artifact], gate: Gate, announce: Announce, *, shared: bool
+    recipe: Recipe,
+    artifacts: dict[str, Artifact],
+    gate: Gate,
+    announce: Announce,
+    servers: list[psutil.Process],
+    *,
+    shared: bool,
 ) -> Generator[Handles]:
-    """The replicas of a recipe, ready; on a shared cluster they are removed at the end, and nothing else is."""
+    """The replicas of a recipe, ready; on a shared cluster they are removed at the end, and nothing else is.
+
+    Args:
+        recipe: The recipe.
+        artifacts: Its finished steps, by name.
+        gate: Says what is waited for.
+        announce: Takes lines for people.
+        servers: Of our own Ray; empty on a shared cluster.
+        shared: Whether the cluster is somebody else's.
+    """
     application = application_name(recipe)
     owner = _claim(application) if shared else None
     try:
@@ -125,9 +150,11 @@ def _deployed(
             serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
             target = RunTarget(networks_application(recipe, artifacts), name=application, route_prefix=None)
             [first] = serve.run_many([target], wait_for_applications_running=False)
-            _wait_until_ready(recipe, gate, announce)
+            _wait_until_ready(recipe, gate, announce, servers)
         name, *others = parts_of(recipe)
-        yield {name: first, **{other: serve.get_deployment_handle(other, application) for other in others}}
+        handles = {name: first, **{other: serve.get_deployment_handle(other, application) for other in others}}
+        end_requests(handles)
+        yield handles
     finally:
         if shared:  # our own Ray ends with its processes
             with suppress(ray.exceptions.RayError, TimeoutError):
@@ -178,13 +205,12 @@ def _errors_for_people() -> Generator[None]:
         ) from None
 
 
-def _wait_until_ready(recipe: Recipe, gate: Gate, announce: Announce) -> None:
+def _wait_until_ready(recipe: Recipe, gate: Gate, announce: Announce, servers: list[psutil.Process]) -> None:
     """Wait for the replicas, and say what is waited for.
 
     Raises:
         RuntimeError: If they cannot start.
     """
-    servers = own_servers()
     while True:
         require_alive(servers)
         state = _application(recipe)
@@ -268,15 +294,18 @@ class _Watch:
         self._unhealthy = set[str]()
         """Parts of which a replica has died and is not replaced yet."""
 
-    def run(self, reload: Callable[[], Recipe] | None) -> None:
+    def run(self, reload: Callable[[], Recipe] | None, servers: list[psutil.Process]) -> None:
         """Watch until Ctrl-C; SIGHUP swaps to the networks of ``reload``'s recipe.
+
+        Args:
+            reload: See ``serve_recipe``.
+            servers: Of our own Ray; empty on a shared cluster.
 
         Raises:
             StepError: If Ray or the application goes away.
         """
         if reload is not None:
             signal.signal(signal.SIGHUP, self._request_swap)
-        servers = own_servers()
         while True:
             time.sleep(_WATCH_EVERY_S)
             require_alive(servers)

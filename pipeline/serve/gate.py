@@ -16,6 +16,8 @@ from pipeline.serve.web import ApiError
 _log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
+_START_S = 10.0
+"""How long a process takes to start: a client that comes back sooner would spend its retries (OpenAI's has two)."""
 
 
 class Gate:
@@ -88,6 +90,7 @@ class Gate:
 
 
 def _refusal(reason: str) -> JSONResponse:
-    response = ApiError(503, f"not ready: {reason}; try again shortly", code="not_ready").response()
+    message = f"not ready: {reason}; try again shortly"
+    response = ApiError(503, message, code="not_ready", retry_after_s=_START_S).response()
     response.headers["Connection"] = "close"  # a proxy in front then takes another server for the next request
     return response

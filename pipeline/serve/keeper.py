@@ -3,7 +3,8 @@
 ``keep`` forks: the child serves, and the parent holds the listening socket and does nothing else that could fail. A
 child that ends by itself ends the parent too, with its exit code. If it is killed (kill -9, out of memory), a process
 between answers 503 on the same socket, in the API's form, until the next child listens. Signals of the parent go to the
-child, which has a process group of its own, so that Ctrl-C reaches it once.
+child, which has a process group of its own, so that Ctrl-C reaches it once. What a killed child must not take along
+runs in a companion process, which the parent ends last.
 """
 
 import os
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -56,12 +58,13 @@ class Kept:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def keep(config: ServeConfig, announce: Callable[[str], None]) -> Kept:
+def keep(config: ServeConfig, announce: Callable[[str], None], companion: Callable[[Kept], None] | None = None) -> Kept:
     """Listen, fork, and return in the child. The parent returns never: it ends as its last child does.
 
     Args:
         config: Where the server listens.
         announce: Takes lines for people.
+        companion: Runs in a process of its own, until the parent interrupts it or has ended.
 
     Raises:
         ConfigError: If the server would be open to other machines without keys.
@@ -69,16 +72,19 @@ def keep(config: ServeConfig, announce: Callable[[str], None]) -> Kept:
         SystemExit: In the parent, with the exit code of a child that ended by itself.
     """
     require_keys(config)
-    return _Keeper(config, announce).run()
+    return _Keeper(config, announce, companion).run()
 
 
 class _Keeper:
-    def __init__(self, config: ServeConfig, announce: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: ServeConfig, announce: Callable[[str], None], companion: Callable[[Kept], None] | None
+    ) -> None:
         self._kept = Kept(listen(config.host, config.port), os.getpid())
+        self._accompany = companion
         self._hosts = config.hosts
         self._announce = announce
-        self._child = self._stand_in = 0
-        """Process ids of the server and of what answers in its place; 0: there is none."""
+        self._child = self._stand_in = self._companion = 0
+        """Process ids of the server, of what answers in its place, and of what outlives it; 0: there is none."""
         self._is_ending = False
         self._handlers: dict[signal.Signals, Any] = {}
 
@@ -87,6 +93,10 @@ class _Keeper:
         num_early_deaths = 0
         for number in (*_PASSED_ON, _LISTENS):
             self._handlers[number] = signal.signal(number, self._handle)
+        if self._accompany and self._is_child("_companion"):
+            self._kept.listener.close()
+            self._accompany(self._kept)
+            os._exit(0)
         while True:
             started_s = time.monotonic()
             if self._is_child("_child"):
@@ -94,12 +104,12 @@ class _Keeper:
             _, status = os.waitpid(self._child, 0)
             self._child, code = 0, os.waitstatus_to_exitcode(status)
             if code >= 0 or self._is_ending or code == -signal.SIGHUP:
-                self._end_stand_in()
+                self._end_others()
                 raise SystemExit(code if code >= 0 else 128 - code)
             killer = signal.Signals(-code).name
             num_early_deaths = num_early_deaths + 1 if time.monotonic() - started_s < _STEADY_S else 0
             if num_early_deaths == _MOST_EARLY_DEATHS:
-                self._end_stand_in()
+                self._end_others()
                 raise StepError(f"serve: the server was killed {num_early_deaths} times by {killer}; is memory enough?")
             self._announce(f"the server was killed by {killer}; it is started again, requests are answered with 503")
             if not self._stand_in and self._is_child("_stand_in"):
@@ -133,6 +143,13 @@ class _Keeper:
         self._is_ending |= number != signal.SIGHUP
         if self._child:
             os.kill(self._child, number)
+
+    def _end_others(self) -> None:
+        self._end_stand_in()
+        if self._companion:
+            with suppress(ProcessLookupError):
+                os.kill(self._companion, signal.SIGTERM)
+            os.waitpid(self._companion, 0)
 
     def _end_stand_in(self) -> None:
         if self._stand_in:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import psutil
 import pytest
 
@@ -31,7 +32,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
 _NUM_CLIENTS = 3
 _BACK_S = 40.0
-"""Longest time until pictures are sampled again: two processes that import torch on a machine that does other things."""
+"""Longest time until pictures are sampled again: a process that imports torch on a machine that does other things."""
 _SLOW = ("decoder.model.sampler.num_steps=400",)  # a second or more: it is killed in the middle
 
 
@@ -66,14 +67,14 @@ def ask(server: Server, body: dict[str, Any]) -> httpx.Response | None:
     return None
 
 
-def kill_in_the_middle(server: Server, kill: Callable[[], None]) -> list[httpx.Response | None]:
-    """Kill while clients wait for pictures; their answers, the last one's a stream."""
+def kill_in_the_middle(server: Server, kill: Callable[[], None], *, num_others: int = 0) -> list[httpx.Response | None]:
+    """Kill while clients, and some others, wait for pictures; their answers, the last one's a stream."""
     bodies: list[dict[str, Any]] = [{"prompt": "a", "seed": number} for number in range(_NUM_CLIENTS)]
     bodies.append({"prompt": "a", "seed": 9, "stream": True, "partial_images": 2})
     with concurrent.futures.ThreadPoolExecutor(len(bodies)) as pool:
         answers = [pool.submit(ask, server, body) for body in bodies]
         deadline = time.monotonic() + 20
-        while server.health().get("active", 0) < len(bodies):
+        while server.health().get("active", 0) < len(bodies) + num_others:
             assert time.monotonic() < deadline, server.health()
             time.sleep(0.02)
         kill()
@@ -162,14 +163,21 @@ def test_a_controller_that_is_killed_costs_no_request_and_replaces_replicas_when
 
 
 def test_a_server_whose_process_is_killed_answers_503_until_it_is_back(own: Server) -> None:
-    [server] = own.root.children()
-    started_s = time.monotonic()
-    answers = kill_in_the_middle(own, server.kill)
-    assert answers == [None] * len(answers)  # nobody else holds their connections
-    assert time.monotonic() - started_s < 10
-    print(f"the server's process: back after {seconds_until_back(own):.1f} s")
+    [server] = [child for child in own.root.children() if not child.children()]  # the other one holds Ray
+    replica = own.find("ray::ServeReplica")
+    client = openai.OpenAI(base_url=f"{own.url}/v1", api_key="any", max_retries=4)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        retried = pool.submit(client.images.generate, prompt="a", extra_body={"seed": 5})
+        started_s = time.monotonic()
+        answers = kill_in_the_middle(own, server.kill, num_others=1)
+        assert answers == [None] * len(answers)  # nobody else holds their connections
+        assert time.monotonic() - started_s < 10
+        print(f"the server's process: back after {seconds_until_back(own):.1f} s")
+        assert len(retried.result().data or []) == 1  # OpenAI's client comes back as the 503 says
     assert any(line.startswith("the server was killed by SIGKILL") for line in own.lines)
     assert not server.is_running()
+    assert own.find("ray::ServeReplica") == replica  # the networks were not loaded again
+    assert own.health()["dropped"] == len(answers) + 1  # nobody waits for these pictures any more
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,17 @@ from pipeline.serve.keeper import keep
 
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 config = parse_recipe({"serve": {"port": int(sys.argv[1])}}).serve
+
+def accompany(kept):
+    print(os.getpid(), flush=True)
+    try:
+        kept.wait_until_keeper_ends()
+    except KeyboardInterrupt:
+        time.sleep(0.5)
+        print("interrupted", flush=True)
+
 try:
-    kept = keep(config, lambda line: print(line, flush=True))
+    kept = keep(config, lambda line: print(line, flush=True), accompany if sys.argv[2] == "accompanied" else None)
 except StepError as error:
     sys.exit(f"error: {error}")
 if sys.argv[2] == "dies":
@@ -113,6 +122,28 @@ def test_a_server_ends_with_its_keeper(start: Start) -> None:
     child = psutil.Process(int(httpx.get(url).text.split()[0]))
     process.kill()
     child.wait(10)
+
+
+def test_a_companion_outlives_a_killed_server_and_is_ended_last(start: Start) -> None:
+    process, url = start("accompanied")
+    companion = psutil.Process(int(line_of(process)))
+    assert line_of(process) == "listens"
+    os.kill(int(httpx.get(url).text.split()[0]), signal.SIGKILL)
+    assert line_of(process).startswith("the server was killed")
+    assert line_of(process) == "listens"
+    assert companion.is_running()
+    assert companion.status() != psutil.STATUS_ZOMBIE
+    process.send_signal(signal.SIGTERM)
+    assert line_of(process) == "interrupted"
+    assert process.wait(10) == 7
+    assert not companion.is_running()
+
+
+def test_a_companion_ends_with_a_keeper_that_is_killed(start: Start) -> None:
+    process, _ = start("accompanied")
+    companion = psutil.Process(int(line_of(process)))
+    process.kill()
+    companion.wait(10)
 
 
 def test_a_server_that_is_killed_again_and_again_is_given_up(start: Start) -> None:

@@ -1,0 +1,83 @@
+"""Our own Ray beside a server: if the server is killed, Ray goes on with the networks loaded, and the next joins it.
+
+The process that starts Ray holds it and does nothing else. It is forked before anything is imported, and ends Ray when
+the server's keeper ends.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import psutil
+
+from pipeline.errors import StepError
+from pipeline.serve.keeper import Kept
+
+_LOOK_EVERY_S = 0.05
+_LONGEST_START_S = 120.0
+
+
+class KeptRay:
+    """A Ray that one process holds and others join; made before they are forked."""
+
+    def __init__(self) -> None:
+        self._notes = tempfile.TemporaryFile()  # noqa: SIM115  (open in all processes, until the last one ends)
+
+    def hold(self, kept: Kept) -> None:
+        """Start Ray, and hold it until the keeper ends or this process is interrupted.
+
+        Args:
+            kept: What this process has of its keeper.
+        """
+        import ray
+
+        from pipeline.runtime.run import connect, own_servers
+
+        try:
+            with suppress(KeyboardInterrupt), connect():
+                servers = [server.pid for server in own_servers()]
+                self._note({"address": ray.get_runtime_context().gcs_address, "servers": servers})
+                kept.wait_until_keeper_ends()
+        except StepError as error:
+            self._note({"error": str(error)})
+
+    @contextmanager
+    def join(self) -> Generator[list[psutil.Process]]:
+        """Connect to Ray inside a block; its servers.
+
+        Raises:
+            StepError: If it could not be started, or has ended.
+        """
+        from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+        from pipeline.runtime.run import connect, require_alive
+
+        deadline_s = time.monotonic() + _LONGEST_START_S
+        while not (note := self._read()):
+            if time.monotonic() > deadline_s:
+                raise StepError(f"serve: Ray has not started within {_LONGEST_START_S:g} s; run the command again")
+            time.sleep(_LOOK_EVERY_S)
+        if "error" in note:
+            raise StepError(note["error"])
+        try:
+            servers = [psutil.Process(server) for server in note["servers"]]
+        except psutil.NoSuchProcess as error:
+            raise StepError(
+                f"serve: Ray has ended with the server (process {error.pid}); start the server anew"
+            ) from None
+        require_alive(servers)
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as it was for the process that holds Ray
+        with connect(note["address"]):
+            yield servers
+
+    def _note(self, note: dict[str, Any]) -> None:
+        os.pwrite(self._notes.fileno(), json.dumps(note).encode() + b"\n", 0)
+
+    def _read(self) -> dict[str, Any]:
+        """What was noted; empty as long as nothing is."""
+        text = os.pread(self._notes.fileno(), 1 << 16, 0)
+        return json.loads(text) if text.endswith(b"\n") else {}
