@@ -29,6 +29,8 @@ MODULES = {
     "gpu": "gpu",
     "gpu_memory": "gpu_memory",
     "ablations": "ablations",
+    "requests": "requests",
+    "requests_sample": "requests",
     "emoji_search": "emoji",
     "emoji": "emoji",
 }

@@ -4,6 +4,7 @@
 those that stayed. So the later of the two says for every row whether it stays.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from pipeline.data.shards import read_table
+from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.store import Artifact
 
 pc: Any = pyarrow.compute  # its functions are created at import, so a type checker does not know them
@@ -29,6 +31,18 @@ class Selection:
 
     def __init__(self, labels: Artifact) -> None:
         self._labels = labels
+
+    def num_rows(self, shard: str, split: str) -> int | None:
+        """The rows of a shard that stay in a split, by the record of its labels.
+
+        None if the record does not say it: an earlier release wrote it, or rows of the shard were forgotten.
+        """
+        record = self._records.get(shard)
+        return None if record is None else record.rows_of(split)
+
+    @functools.cached_property
+    def _records(self) -> dict[str, ShardRecord]:
+        return self._labels.shard_records()
 
     def of(self, table: pa.Table, shard: str) -> pa.Table:
         """The rows of a shard's table that stay.

@@ -195,10 +195,10 @@ def read_table(path: Path | IO[bytes], columns: Sequence[str], *, use_threads: b
     """
     try:
         with pq.ParquetFile(path) as file:
-            require_columns(file.schema_arrow.names, columns, where=_name_of(path))
+            require_columns(file.schema_arrow.names, columns, where=name_of(path))
             return file.read(list(columns), use_threads=use_threads).select(list(columns))
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{_name_of(path)}: damaged ({error}); {REPAIR_HINT}") from error
+        raise DataError(f"{name_of(path)}: damaged ({error}); {REPAIR_HINT}") from error
 
 
 def find_rows(
@@ -219,7 +219,7 @@ def find_rows(
                 if is_match.any():
                     yield from file.read_row_group(group, list(columns)).filter(pa.array(is_match)).to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{_name_of(path)}: damaged ({error}); {REPAIR_HINT}") from error
+        raise DataError(f"{name_of(path)}: damaged ({error}); {REPAIR_HINT}") from error
 
 
 def read_names(path: Path | IO[bytes]) -> list[str]:
@@ -240,10 +240,11 @@ def read_schema(path: Path | IO[bytes]) -> pa.Schema:
     try:
         return pq.read_schema(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{_name_of(path)}: damaged ({error}); {REPAIR_HINT}") from error
+        raise DataError(f"{name_of(path)}: damaged ({error}); {REPAIR_HINT}") from error
 
 
-def _name_of(path: Path | IO[bytes]) -> str:
+def name_of(path: Path | IO[bytes]) -> str:
+    """What a message calls a file of ``Artifact.ranged``."""
     return str(path) if isinstance(path, Path) else path.name
 
 

@@ -120,9 +120,11 @@ class ShardReader:
         return ["split", *([] if self._embed else ["status"]), *(["uid"] if self._selection else []), *more]
 
     def _count(self, record: ShardRecord) -> int:
-        """Rows of a shard: from its record, or from its table if that does not say it or a filter has labelled it."""
-        if record.splits and self._selection is None:
-            return record.splits.get(self._split, 0)
+        """Rows of a shard: from its record or that of its labels, or from its table if that does not say it."""
+        selected = self._selection
+        counted = selected.num_rows(record.shard, self._split) if selected else record.rows_of(self._split)
+        if counted is not None:
+            return counted
         table = read_table(self._rows.ranged(f"{record.shard}.parquet"), self._filter_columns())
         return self._select(table, record.shard).num_rows
 

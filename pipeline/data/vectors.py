@@ -5,7 +5,7 @@ import mmap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.data.rows import embeddings_schema
-from pipeline.data.shards import REPAIR_HINT, read_table
+from pipeline.data.shards import REPAIR_HINT, name_of, read_table
 from pipeline.errors import DataError
 
 ROW_GROUP_ROWS = 1024
@@ -135,11 +135,11 @@ def _is_plain(group: Any, leaf: int) -> bool:
     return is_stored_plainly and group.num_rows <= ROW_GROUP_ROWS
 
 
-def _opened(path: Path) -> pq.ParquetFile:
+def _opened(path: Path | IO[bytes]) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: damaged ({error}); {REPAIR_HINT}") from error
+        raise DataError(f"{name_of(path)}: damaged ({error}); {REPAIR_HINT}") from error
 
 
 def read_vectors(path: Path) -> Vectors:
@@ -168,8 +168,10 @@ class RowGroups:
     """(G, 2) place of its first z_image and z_text, in bytes from the start of the file."""
 
     @classmethod
-    def of_file(cls, path: Path, *, file: int = 0, first_row: int = 0) -> "RowGroups":
+    def of_file(cls, path: Path | IO[bytes], *, file: int = 0, first_row: int = 0) -> "RowGroups":
         """Read the places from the footer of a file that was written with ``WRITER_OPTIONS``.
+
+        Of a file of ``Artifact.ranged`` in an object store nothing else is fetched.
 
         Raises:
             DataError: If the file is damaged or lacks a column, or its first vectors are not where they should be.

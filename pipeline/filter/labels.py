@@ -70,6 +70,18 @@ def count_reasons(reasons: Iterable[str]) -> dict[str, int]:
     return {"in": num_staying + counts.total(), "ok": num_staying} | dict(sorted(counts.items()))
 
 
+def count_splits(measures: pa.Table, stays: Bools) -> dict[str, int]:
+    """Rows that stay by split, for the shard's record; empty if an earlier release measured the shard without it.
+
+    Args:
+        measures: The shard's rows.
+        stays: The rows that stay, (N,).
+    """
+    if "split" not in measures.column_names:
+        return {}
+    return dict(sorted(Counter(measures["split"].filter(pa.array(stays)).to_pylist()).items()))
+
+
 def describe(counts: dict[str, int]) -> str:
     """One line for people: how many rows are left out, and for what reasons, the most frequent first."""
     reasons = Counter({name: count for name, count in counts.items() if name not in {"in", "ok"}})

@@ -22,7 +22,7 @@ from pipeline.filter.language import LanguageClassifier
 from pipeline.pictures import PictureError
 from pipeline.recipe.sections import FilterConfig
 
-_ROW_COLUMNS = ("uid", "key", "caption", "status")
+_ROW_COLUMNS = ("uid", "key", "caption", "split", "status")
 _NO_HASH = PictureHash(0, 0, bytes(THUMB_BYTES))
 
 
@@ -81,9 +81,9 @@ class RowRules:
             shard: Name of the shard.
 
         Returns:
-            The good rows, sorted by key: ``uid``, ``key``, ``reason`` (empty: stays so far), ``detail``; for the search
-            for duplicates ``digest`` (of the picture's file), ``group`` (only rows of one group are duplicates),
-            ``direct``, ``mirrored`` and ``thumb`` (see ``hash_picture``).
+            The good rows, sorted by key: ``uid``, ``key``, ``split``, ``reason`` (empty: stays so far), ``detail``; for
+            the search for duplicates ``digest`` (of the picture's file), ``group`` (only rows of one group are
+            duplicates), ``direct``, ``mirrored`` and ``thumb`` (see ``hash_picture``).
 
         Raises:
             ConfigError: If a rule needs a column that the shard does not have.
@@ -96,7 +96,7 @@ class RowRules:
         self._apply_to_captions(captions, labels)
         self._apply_to_sizes(table, labels)
         self._apply_to_columns(table, labels)
-        columns: dict[str, Any] = {"uid": table["uid"], "key": table["key"]}
+        columns: dict[str, Any] = {name: table[name] for name in ("uid", "key", "split")}
         if self._config.duplicates != "keep":
             columns |= self._measure_pictures(tar, table, shard, labels, captions)
         return pa.table(columns | {"reason": labels.reasons, "detail": labels.details})

@@ -257,7 +257,8 @@ def _commit(
     record = artifact.shard_record(shard)
     files = {name: artifact.describe(name) for name in names}
     counts, causes = record.counts if counts is None else counts, record.causes if causes is None else causes
-    splits = split_counts(artifact.path(f"{shard}.parquet")) if record.splits else {}
+    has_table = f"{shard}.parquet" in names  # labels alone do not say the split of their rows
+    splits = split_counts(artifact.path(f"{shard}.parquet")) if record.splits and has_table else {}
     artifact.commit_shard(replace(record, counts=counts, files=files, causes=causes, splits=splits))
 
 

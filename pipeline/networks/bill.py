@@ -27,9 +27,10 @@ Json = dict[str, Any]
 REQUESTS: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
     "pairs": ((0, 51), (0, 33)),
     "download": ((7, 25), (4, 17)),
+    "filter": ((11, 26), (4, 22)),
     "clip": ((6, 35), (0, 18)),
     "embed": ((6, 35), (2, 17)),
-    "index": ((7, 112), (0, 45)),
+    "index": ((5, 112), (0, 45)),
     "prior": ((4, 46), (0, 18)),
     "decoder": ((7, 46), (0, 18)),
 }
@@ -185,7 +186,8 @@ def requests_of(recipe: Recipe, num_rows: int) -> tuple[dict[str, float], dict[s
 
 def _requests_by_step(recipe: Recipe) -> Mapping[str, tuple[tuple[int, int], tuple[int, int]]]:
     """Requests of the steps; a training is counted as the one of those in the table that reads the same files."""
-    by_step = {name: REQUESTS[name] for name in ("pairs", "download", "embed", "index")}
+    filters = ("filter",) if recipe.filter else ()
+    by_step = {name: REQUESTS[name] for name in ("pairs", "download", *filters, "embed", "index")}
     for name, section in recipe.trained().items():
         kind = kind_of(section.model)
         if name != "clip" or recipe.clip.source == "train":

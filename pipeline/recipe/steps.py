@@ -111,7 +111,7 @@ _BEFORE_EVALUATE = (
     StepRow(
         name="index",
         title="Index",
-        version=4,
+        version=5,
         inputs=("embed", "filter_embeddings"),
         runner="pipeline.runtime.index:run_index",
     ),

@@ -18,11 +18,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.data.rows import row_id
-from pipeline.data.vectors import VECTOR_COLUMNS, RowGroups, StoredVectors, Vectors, check_places, to_unit
+from pipeline.data.vectors import VECTOR_COLUMNS, RowGroups, check_places, to_unit
 from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve import kinds
 from pipeline.retrieve.embedded import EmbeddedShards, Floats, Ids
 from pipeline.retrieve.rows import Rows, repeated_positions, sorted_positions, write_array, write_rows
+from pipeline.retrieve.sample import choose_queries, choose_sample, read_rows
 from pipeline.retrieve.segment import (
     MODALITIES,
     Modality,
@@ -45,7 +46,6 @@ _FLAT_UP_TO_ROWS = 50_000
 _GRAPH_UP_TO_ROWS = 20_000  # in order, on one thread: a second for 2,000 rows, longer for each as they get more
 _ROWS_PER_LIST = 39  # with a smaller sample, FAISS warns
 _MIN_PART_ROWS, _MAX_PARTS = 65_536, 256
-_QUERY_SHARDS, _MOST_QUERY_SHARDS = 64, 1024  # 1,024 where validation rows are rare
 
 
 @dataclass(frozen=True)
@@ -100,31 +100,31 @@ class SegmentBuild:
             return
         self.clear()  # of a change that was given up, or of a removal that was stopped
         kinds.set_threads(self.num_threads)
-        query_rows = _query_rows(embedded, self.config.num_recall_queries, rng)
+        is_alone = len(_Parts.of(self.segment, embedded).shards) == 1
+        query_rows = choose_queries(embedded, self.config.num_recall_queries, rng)
         chosen = kinds_to_try(self.config, embedded.num_rows, embedded.embed_dim)
-        if any(kinds.is_listed(kind) for kind in chosen):
+        listed: list[kinds.Kind] = [kind for kind in chosen if kinds.is_listed(kind)]
+        if listed:
             num_lists = choose_num_lists(self.config, embedded.num_rows)
             count = min(self.config.num_train_rows, embedded.num_rows, _ROWS_PER_LIST * num_lists + len(query_rows))
-            random_rows = np.sort(rng.choice(embedded.num_rows, count, replace=False))
+            random_rows = choose_sample(embedded.num_rows, count, rng)
             others = np.setdiff1d(random_rows, query_rows)
             sample_rows = others if len(others) >= num_lists else random_rows
-            reader = _reader(embedded, np.unique(embedded.shard_of(sample_rows)))
+            samples = read_rows(embedded, dict.fromkeys(VECTOR_COLUMNS, sample_rows), whole=is_alone)
             for modality in MODALITIES:
-                sample = reader.read(sample_rows, f"z_{modality}")
+                sample = samples[f"z_{modality}"]
                 centroids = kinds.train_centroids(
                     sample, min(num_lists, len(sample)), seed=self.seed, on_gpu=self.on_gpu
                 )
-                for kind in filter(kinds.is_listed, chosen):
+                for kind in listed:
                     with self.output.write(self._live(f"{modality}.{kind}.faiss")) as path:
                         kinds.write(kinds.train_coder(kind, centroids, sample), path)
-        reader = _reader(embedded, np.unique(embedded.shard_of(query_rows)))
         half = len(query_rows) // 2
         # Shuffled, so that each half of the queries holds pictures and captions.
         order = rng.permutation(len(query_rows))
-        queries = [
-            reader.read(rows, name) for rows, name in zip(np.split(query_rows, [half]), VECTOR_COLUMNS, strict=True)
-        ]
-        self._write_array("queries", np.concatenate(queries)[order])
+        halves: dict[str, Ids] = dict(zip(VECTOR_COLUMNS, np.split(query_rows, [half]), strict=True))
+        queries = read_rows(embedded, halves, whole=is_alone)
+        self._write_array("queries", np.concatenate([queries[name] for name in VECTOR_COLUMNS])[order])
         self._write_array("query_rows", query_rows[order])
         self.output.write_json(self._live("plan.json"), {"kinds": chosen, **origin})
 
@@ -138,7 +138,7 @@ class SegmentBuild:
         embedded = self._embedded()
         part = _PartWriter(self, embedded)
         for shard in _Parts.of(self.segment, embedded).shards[name]:
-            part.add(shard, embedded.read(shard))
+            part.add(shard)
         part.write(name)
         return ShardRecord(shard=name, counts=dict(part.counts), files={})
 
@@ -188,9 +188,7 @@ class SegmentBuild:
         The plan goes first: without it the next build begins anew, and does not miss the files that are gone by then.
         """
         self.output.remove(self._live("plan.json"))
-        for name in self.output.names():
-            if name.startswith(f"{LIVE}{self.segment}/"):
-                self.output.remove(name)
+        self.output.remove_all([name for name in self.output.names() if name.startswith(f"{LIVE}{self.segment}/")])
 
     def takedown(self) -> Takedown:
         """Rows that no index of this workspace may have."""
@@ -318,10 +316,9 @@ class SegmentBuild:
         return kinds.Searcher("hnsw", self._exact("hnsw", rows), others)
 
     def _remove_others(self, modality: Modality, kind: kinds.Kind) -> None:
-        for name in self.output.names():
-            start = f"{self.segment}/{modality}."
-            if name.startswith(start) and not name.startswith(f"{start}{kind}."):
-                self.output.remove(name)
+        start = f"{self.segment}/{modality}."
+        names = [name for name in self.output.names() if name.startswith(start)]
+        self.output.remove_all([name for name in names if not name.startswith(f"{start}{kind}.")])
 
 
 def build_index(
@@ -432,9 +429,10 @@ class _PartWriter:
         none = np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int64)
         self._nearest: dict[Modality, tuple[Floats, Ids]] = dict.fromkeys(MODALITIES, none)
 
-    def add(self, shard: int, vectors: Vectors) -> None:
+    def add(self, shard: int) -> None:
         """Take the rows of one shard."""
         start, path = int(self._embedded.starts[shard]), self._embedded.path(shard)
+        vectors = self._embedded.read(shard, path)
         groups = RowGroups.of_file(path, file=shard, first_row=start)
         check_places(groups, vectors, path)
         self._groups.append(np.column_stack([groups.first_rows, groups.files, groups.offsets]))
@@ -524,31 +522,6 @@ def _list_blocks(
         )
         free = capacity - len(codes)
         yield codes.tobytes() + bytes(free * codes.shape[1]) + numbers.astype(np.int64).tobytes() + bytes(8 * free)
-
-
-def _reader(embedded: EmbeddedShards, shards: Ids) -> StoredVectors:
-    """Reads single vectors of some shards."""
-    groups = [
-        RowGroups.of_file(embedded.path(shard), file=shard, first_row=int(embedded.starts[shard]))
-        for shard in shards.tolist()
-    ]
-    return StoredVectors(RowGroups.concatenate(groups), embedded.path, embedded.embed_dim)
-
-
-def _query_rows(embedded: EmbeddedShards, count: int, rng: np.random.Generator) -> Ids:
-    """Random validation rows from random shards; random rows of any split if there are fewer than two."""
-    parts, num_rows = list[Ids](), 0
-    for num_read, shard in enumerate(rng.permutation(len(embedded.shards)).tolist()):
-        if (num_read >= _QUERY_SHARDS and num_rows >= count) or num_read == _MOST_QUERY_SHARDS:
-            break
-        split = np.array(embedded.read_column(shard, "split"))
-        parts.append(np.flatnonzero(split == "validation") + embedded.starts[shard])
-        num_rows += len(parts[-1])
-    rows = np.sort(np.concatenate(parts))
-    if len(rows) < 2:
-        count = min(count, max(2, embedded.num_rows // 10), embedded.num_rows)
-        return np.sort(rng.choice(embedded.num_rows, count, replace=False))
-    return np.sort(rng.choice(rows, min(count, len(rows)), replace=False))
 
 
 def _metrics(

@@ -319,9 +319,11 @@ def _remove_old_files(index: Artifact, *, num_kept: int = 2) -> None:
     """Remove what neither the newest version nor the one before it names."""
     kept = read_versions(index)[-num_kept:]
     segments, others = {name for one in kept for name in one.segments}, {one.deleted for one in kept}
+    old = list[str]()
     for name in index.names():
         segment = _SEGMENT.match(name)
         is_old = segment is not None and segment.group(0)[:-1] not in segments
         is_unused = name.startswith("changes/deleted-") and name not in others
         if is_old or is_unused or name.startswith(f"{LIVE}segment_"):
-            index.remove(name)
+            old.append(name)
+    index.remove_all(old)

@@ -57,13 +57,17 @@ class EmbeddedShards:
         starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         return cls(tuple(sources), tuple(shards), starts, next(iter(widths.values())))
 
-    def read(self, shard: int) -> Vectors:
+    def read(self, shard: int, path: Path | None = None) -> Vectors:
         """The rows of one shard, by its number.
+
+        Args:
+            shard: The number.
+            path: Its local path, if it is known already.
 
         Raises:
             DataError: If the file is damaged, or has another number of rows than its record.
         """
-        vectors, num_rows = read_vectors(self.path(shard)), int(self.starts[shard + 1] - self.starts[shard])
+        vectors, num_rows = read_vectors(path or self.path(shard)), int(self.starts[shard + 1] - self.starts[shard])
         if len(vectors.z_image) != num_rows:
             raise DataError(
                 f"index: {self.name(shard)} has {len(vectors.z_image)} rows, its record says {num_rows}; {REPAIR_HINT}"

@@ -1,9 +1,9 @@
 """The filter steps on Ray: every pass is a pool of workers that commits shard by shard under ``live/``."""
 
 import time
-from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from pipeline.filter.duplicates import Part, find_duplicates, search_parts
 from pipeline.filter.examples import write_examples
 from pipeline.filter.labels import (
     count_reasons,
+    count_splits,
     describe,
     duplicates_of_shard,
     map_table,
@@ -29,6 +30,9 @@ from pipeline.runtime.pool import ShardJob, ShardWorker, map_shards, total_count
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.progress import Progress
 from pipeline.workspace.store import LIVE, Artifact
+
+if TYPE_CHECKING:
+    from pipeline.filter.semantic import Group
 
 MEASURES, DUPLICATES, CENTROIDS, CLUSTERS = (
     f"{LIVE}{name}" for name in ("measures", "duplicates", "centroids", "clusters")
@@ -61,11 +65,13 @@ class _Passes:
         self._num_rows = num_rows
         self._section: Any = getattr(context.recipe, context.step.name)
 
-    def run(self, worker: type[ShardWorker], folder: str, title: str, names: Sequence[str] = ()) -> list[ShardRecord]:
-        """Make the shards of one pass, or of ``names``, that are not committed yet."""
+    def run(
+        self, worker: Callable[..., Callable[[str], ShardRecord]], folder: str, title: str, names: Sequence[str] = ()
+    ) -> list[ShardRecord]:
+        """Make the shards of one pass, or of ``names``, that are not committed yet; ``worker`` takes the step."""
         output = part_of(self._context.output, folder) if folder else self._context.output
         job = ShardJob(
-            worker,
+            cast("type[ShardWorker]", worker),
             names or self._shards,
             len(names) or self._num_rows,
             self._section.resources,
@@ -100,9 +106,10 @@ def run_filter(context: StepContext) -> StepResult:
     download = context.inputs["download"].shard_records()
     passes = _Passes(context, list(download), sum(record.counts["ok"] for record in download.values()))
     measures = passes.run(MeasureWorker, MEASURES, "measuring")
-    parts = search_parts(_section(context), total_counts(measures).get("ok", 0))
+    parts = {part.name: part for part in search_parts(_section(context), total_counts(measures).get("ok", 0))}
     if parts:
-        passes.run(DuplicateWorker, DUPLICATES, "searching duplicates", [part.name for part in parts])
+        worker = partial(DuplicateWorker, shards=list(download), parts=parts)
+        passes.run(worker, DUPLICATES, "searching duplicates", list(parts))
     return passes.finish(passes.run(LabelWorker, "", "labelling"))
 
 
@@ -130,8 +137,10 @@ def run_filter_embeddings(context: StepContext) -> StepResult:
         passes.run(CentroidWorker, CENTROIDS, "clustering", [_ALL])
         passes.run(ClusterWorker, CLUSTERS, "clustering")
         metrics["num_clusters"] = len(_centroids(output))
-        groups = plan_groups(part_of(output, CLUSTERS), shards, int(metrics["num_clusters"]))
-        passes.run(SemanticWorker, DUPLICATES, "searching semantic duplicates", [group.name for group in groups])
+        planned = plan_groups(part_of(output, CLUSTERS), shards, int(metrics["num_clusters"]))
+        groups = {group.name: group for group in planned}
+        worker = partial(SemanticWorker, shards=shards, groups=groups)
+        passes.run(worker, DUPLICATES, "searching semantic duplicates", list(groups))
     result = passes.finish(passes.run(KeepWorker, "", "labelling"))
     return StepResult(counts=result.counts, metrics=metrics, num_workers=result.num_workers)
 
@@ -191,14 +200,18 @@ class MeasureWorker(_PassWorker):
 
 
 class DuplicateWorker(_PassWorker):
-    """The second pass of ``filter``: pictures that occur again."""
+    """The second pass of ``filter``: pictures that occur again.
 
-    def __init__(self, context: StepContext) -> None:
+    Args:
+        context: The step.
+        shards: Names of all shards.
+        parts: The parts of the search, by name.
+    """
+
+    def __init__(self, context: StepContext, shards: Sequence[str], parts: Mapping[str, Part]) -> None:
         super().__init__(context)
-        measures = self._part(MEASURES).shard_records()
-        self._shards = list(measures)
-        num_rows = sum(record.counts["ok"] for record in measures.values())
-        self._parts: dict[str, Part] = {part.name: part for part in search_parts(_section(context), num_rows)}
+        self._shards = shards
+        self._parts = parts
 
     def __call__(self, shard: str) -> ShardRecord:
         """Search one part."""
@@ -218,8 +231,8 @@ class LabelWorker(_PassWorker):
         measures = map_table(self._part(MEASURES).path(f"{shard}.arrow"))
         with self._output.write(name) as path:
             duplicates = duplicates_of_shard(self._duplicate_files, shard)
-            counts, _ = write_labels(measures, duplicates, path, where=f"filter: shard {shard}")
-        return commit_shard(self._output, shard, counts, [name], start)
+            counts, stays = write_labels(measures, duplicates, path, where=f"filter: shard {shard}")
+        return commit_shard(self._output, shard, counts, [name], start, count_splits(measures, stays))
 
 
 class _EmbeddingWorker(_PassWorker):
@@ -301,16 +314,18 @@ class ClusterWorker(_EmbeddingWorker):
 
 
 class SemanticWorker(_EmbeddingWorker):
-    """Compares the rows of clusters."""
+    """Compares the rows of clusters.
 
-    def __init__(self, context: StepContext) -> None:
+    Args:
+        context: The step.
+        shards: Names of all shards.
+        groups: The groups of clusters, by name.
+    """
+
+    def __init__(self, context: StepContext, shards: Sequence[str], groups: "Mapping[str, Group]") -> None:
         super().__init__(context)
-        from pipeline.filter.semantic import Group, plan_groups
-
-        num_clusters = len(_centroids(self._output))
-        self._shards = list(self._part(CLUSTERS).shard_records())
-        groups = plan_groups(self._part(CLUSTERS), self._shards, num_clusters)
-        self._groups: dict[str, Group] = {group.name: group for group in groups}
+        self._shards = shards
+        self._groups = groups
 
     def __call__(self, shard: str) -> ShardRecord:
         """Compare the rows of one group of clusters."""
@@ -345,5 +360,5 @@ class KeepWorker(_EmbeddingWorker):
         table = read_table(path, read_names(path))
         with self._output.write(names[1]) as path:
             write_embeddings([table.filter(stays)], path, table.schema)
-        splits = split_counts(self._output.path(names[1]))
+            splits = split_counts(path)
         return commit_shard(self._output, shard, counts, names, start, splits, self._lists[shard])

@@ -29,7 +29,8 @@ class ShardRecord:
     causes: dict[str, int] = field(default_factory=dict[str, int])
     """Failed rows by class of cause."""
     splits: dict[str, int] = field(default_factory=dict[str, int])
-    """Good rows by split, for a training; empty in records of other steps, and of releases that did not count them."""
+    """Good rows by split, for a training; of a filter, those that stay. Empty in records of other steps, of releases
+    that did not count them, and of labels from which rows were forgotten."""
     list_number: int = 0
     """Which of the recipe's lists its rows are of, from 0: no shard has rows of two."""
     wall_s: float = 0.0
@@ -37,6 +38,10 @@ class ShardRecord:
 
     def __post_init__(self) -> None:
         check_counts(self.counts, where=f"shard {self.shard}")
+
+    def rows_of(self, split: str) -> int | None:
+        """Good rows of a split; None if the record does not count them."""
+        return self.splits.get(split, 0) if self.splits or not self.counts["ok"] else None
 
     def to_dict(self) -> Json:
         """As JSON."""

@@ -161,20 +161,30 @@ class ObjectStore:
         return self._ask(lambda: cast("bytes", self._files.cat_file(path, **self._one_request)))
 
     def cat_files(self, paths: Sequence[str]) -> list[bytes]:
-        """The contents of small files, many requests at a time.
+        """The contents of small files, many requests at a time; what fails in a way that passes is asked for again.
 
         Raises:
             FileNotFoundError: If one is not there.
         """
-        contents: list[bytes] = []
+        contents = dict[str, bytes]()
         for start in range(0, len(paths), _BATCH):
-            batch = list(paths[start : start + _BATCH])
-            batch_contents: dict[str, bytes] = self._ask(
-                lambda batch=batch: self._files.cat(batch, **self._one_request)
-            )
-            by_end = {path.lstrip("/"): content for path, content in batch_contents.items()}
-            contents += [by_end[path.lstrip("/")] for path in batch]
-        return contents
+            self._ask(functools.partial(self._cat_missing, paths[start : start + _BATCH], contents))
+        return [contents[path] for path in paths]
+
+    def _cat_missing(self, paths: Sequence[str], contents: dict[str, bytes]) -> None:
+        """Add the files to ``contents`` that are not in it yet, also if others of them fail."""
+        missing = [path for path in paths if path not in contents]
+        answers: dict[str, bytes | Exception] = self._files.cat(missing, on_error="return", **self._one_request)
+        by_end = {path.lstrip("/"): answer for path, answer in answers.items()}
+        errors = list[Exception]()
+        for path in missing:
+            answer = by_end[path.lstrip("/")]
+            if isinstance(answer, Exception):
+                errors.append(answer)
+            else:
+                contents[path] = answer
+        if errors:
+            raise next((error for error in errors if isinstance(error, FileNotFoundError)), errors[0])
 
     def open(self, path: str, buffer_bytes: int = 64 << 10) -> Any:
         """Open a file for reading by ranges: only what is read is fetched, ``buffer_bytes`` at the least.
@@ -187,7 +197,7 @@ class ObjectStore:
         """
         if self._scheme in {"http", "https"}:
             return self._ask(lambda: self._files.open(path, "rb"))
-        return io.BufferedReader(_RangedFile(self, path), buffer_bytes)
+        return RangedFile(self, path, buffer_bytes)
 
     def get_file(self, path: str, local: str, num_bytes: int = 0) -> None:
         """Fetch a file whole.
@@ -209,7 +219,15 @@ class ObjectStore:
             for first in range(0, len(starts), _PARTS_AT_ONCE):
                 some = list(starts[first : first + _PARTS_AT_ONCE])
                 stops = [min(start + _PART_BYTES, num_bytes) for start in some]
-                file.writelines(self._ask(functools.partial(self._ranges, path, some, stops)))
+                file.writelines(self.read_ranges(path, some, stops))
+
+    def read_ranges(self, path: str, starts: list[int], stops: list[int]) -> list[bytes]:
+        """Parts of a file, from ``starts`` to ``stops`` in bytes: a request each, many at a time.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+        """
+        return self._ask(functools.partial(self._ranges, path, starts, stops))
 
     def _ranges(self, path: str, starts: list[int], stops: list[int]) -> list[bytes]:
         return self._files.cat_ranges([path] * len(starts), starts, stops, max_gap=None, on_error="raise")
@@ -375,9 +393,20 @@ def _passes(error: Exception) -> bool:
     return bool({cls.__name__ for cls in type(error).__mro__} & _NO_CONNECTION)
 
 
-class _RangedFile(io.RawIOBase):
+class RangedFile(io.BufferedReader):
     """A file of a store, read by ranges."""
 
+    def __init__(self, store: ObjectStore, path: str, buffer_bytes: int) -> None:
+        super().__init__(_RawFile(store, path), buffer_bytes)
+        self._store = store
+        self._path = path
+
+    def read_ranges(self, starts: list[int], stops: list[int]) -> list[bytes]:
+        """See ``ObjectStore.read_ranges``: not a byte more is fetched."""
+        return self._store.read_ranges(self._path, starts, stops)
+
+
+class _RawFile(io.RawIOBase):
     def __init__(self, store: ObjectStore, path: str) -> None:
         self._store = store
         self.name = store.unstrip_protocol(path)

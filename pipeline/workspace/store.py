@@ -15,13 +15,13 @@ import sqlite3
 import uuid
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 from pipeline.errors import DataError, StepError
 from pipeline.workspace.cache import Cached, Version, cached_path, keep, lookup, sha256_of, temporary_file
 from pipeline.workspace.disk import own_folder, translate_os_errors
 from pipeline.workspace.manifest import Manifest, ShardRecord
-from pipeline.workspace.objects import ObjectStore, file_system, stamp_of
+from pipeline.workspace.objects import ObjectStore, RangedFile, file_system, stamp_of
 
 Json = dict[str, Any]
 
@@ -231,7 +231,7 @@ class Artifact:
             return self._cached(name, self._version(name), described)
         return None
 
-    def ranged(self, name: str) -> Path | IO[bytes]:
+    def ranged(self, name: str) -> Path | RangedFile:
         """What pyarrow reads parts of ``name`` from: a local path, or a file of an object store, read by ranges.
 
         Raises:
@@ -242,7 +242,7 @@ class Artifact:
         version = self._version(name)
         if version.num_bytes <= _SMALL_BYTES or lookup(f"{self.uri}/{name}", version):
             return self._cached(name, version)
-        return cast("IO[bytes]", self._files.open(f"{self._base}/{name}"))
+        return cast("RangedFile", self._files.open(f"{self._base}/{name}"))
 
     def read_json(self, name: str) -> Any:
         """Read a JSON file.
@@ -312,12 +312,12 @@ class Artifact:
     def clear(self) -> None:
         """Remove every file, the commit first."""
         self.remove(MANIFEST)
-        self._remove_all(self.names())
+        self.remove_all(self.names())
 
     def destroy(self) -> None:
         """Remove the artifact, the commit first, with what was never published."""
         self.remove(MANIFEST)
-        self._remove_all(self.sizes())
+        self.remove_all(self.sizes())
         if self._is_local:
             shutil.rmtree(self._base, ignore_errors=True)
 
@@ -326,7 +326,10 @@ class Artifact:
         with contextlib.suppress(FileNotFoundError):
             self._files.rm_file(f"{self._base}/{name}")
 
-    def _remove_all(self, names: Collection[str]) -> None:
+    def remove_all(self, names: Collection[str]) -> None:
+        """Remove files, a thousand with one request where the store can."""
+        if not names:
+            return
         if self._is_local:
             for name in names:
                 self.remove(name)
@@ -346,16 +349,21 @@ class Artifact:
         """Publish a shard's record; its files must be published already."""
         self.write_json(f"{record.shard}{RECORD_SUFFIX}", record.to_dict())
 
-    def shard_records(self) -> dict[str, ShardRecord]:
-        """The committed shards, by name, sorted; not those of an artifact of its own in ``live/``."""
+    def shard_records(self, *, live: bool = True) -> dict[str, ShardRecord]:
+        """The committed shards, by name, sorted; not those of an artifact of its own in ``live/``.
+
+        Args:
+            live: Whether shards of this artifact may be live files themselves; else nothing in ``live/`` is read.
+        """
         if self.exists(MANIFEST):
             with contextlib.suppress(FileNotFoundError):
                 return self._folded(self._files.cat_file(f"{self._base}/{ALL_RECORDS}"))
-        records = {name: self._record(name, content) for name, content in self._record_files()}
+        records = {name: self._record(name, content) for name, content in self._record_files(live=live)}
         return {record.shard: record for name, record in records.items() if name == f"{record.shard}{RECORD_SUFFIX}"}
 
-    def _record_files(self) -> Iterator[tuple[str, bytes]]:
+    def _record_files(self, *, live: bool) -> Iterator[tuple[str, bytes]]:
         names = [name for name in self.names() if name.endswith(RECORD_SUFFIX) and name != ALL_RECORDS]
+        names = [name for name in names if live or not name.startswith(LIVE)]
         paths = [f"{self._base}/{name}" for name in names]
         contents = map(self._files.cat_file, paths) if self._is_local else self._files.cat_files(paths)
         return zip(names, contents, strict=True)
@@ -371,9 +379,9 @@ class Artifact:
         A finished index has no such file, because a change of it reads the records of its own, live parts.
         """
         records = dict[str, ShardRecord]()
-        for name, content in self._record_files():
+        for name, content in self._record_files(live=False):
             record = self._record(name, content)
-            if name == f"{record.shard}{RECORD_SUFFIX}" and not name.startswith(LIVE):
+            if name == f"{record.shard}{RECORD_SUFFIX}":
                 records[record.shard] = record
                 self._descriptions[name] = _description(content)
         if records:
@@ -425,7 +433,7 @@ class Artifact:
             self.write_bytes(MANIFEST, content)
         elif not self._files.create(f"{self._base}/{MANIFEST}", content):
             raise StepError(f"{self.uri}: another run has committed this step; run again to go on from there")
-        self._remove_all([name for name in self.names() if name.startswith(LIVE)])
+        self.remove_all([name for name in self.names() if name.startswith(LIVE)])
 
     def describe_files(self, records: Mapping[str, ShardRecord] | None = None) -> dict[str, Json]:
         """Size and SHA-256 of every published file but the manifest and the live ones, for the manifest.

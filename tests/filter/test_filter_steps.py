@@ -262,6 +262,7 @@ def test_trainings_the_index_and_the_evaluation_read_what_stays(tmp_path: Path) 
         uids = [uid for shard in reader.shards for uid in reader.table(shard).columns["uid"].to_pylist()]
         assert set(uids) == staying
         assert sum(reader.shard_rows) == len(uids) == len(staying)
+        assert reader.shard_rows == [len(reader.table(shard)) for shard in reader.shards]
         assert len(reader.captions()) == len(
             {planted.pairs[name].caption for name, why in planted.reasons.items() if not why}
         )

@@ -246,6 +246,21 @@ def test_records_of_a_finished_step_are_one_file(bucket: str, s3_server: S3Serve
     assert artifact.shard_records().keys() == records.keys() - {"00007"}
 
 
+def test_of_many_files_only_one_that_failed_is_asked_for_again(bucket: str, s3_server: S3Server) -> None:
+    artifact = Artifact(f"{bucket}/step/key")
+    names = [f"{number}.json" for number in range(20)]
+    for number, name in enumerate(names):
+        artifact.write_json(name, number)
+    s3_server.requests()
+    s3_server.fail("500", "GET", "/7.json")
+    assert artifact.read_jsons(names) == list(range(20))
+    assert Counter(request.name.rpartition("/")[2].partition("!")[0] for request in s3_server.counted()) == {
+        name: 2 if name == "7.json" else 1 for name in names
+    }
+    with pytest.raises(DataError, match="no file gone"):
+        artifact.read_jsons([*names, "gone.json"])
+
+
 def test_a_column_of_a_table_is_read_without_the_table(bucket: str, s3_server: S3Server, tmp_path: Path) -> None:
     artifact = Artifact(f"{bucket}/step/key")
     vectors = np.random.default_rng(0).random(200_000)

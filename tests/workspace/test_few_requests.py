@@ -1,0 +1,91 @@
+"""What asks an object store for as little with many shards as with few, counted by a local server."""
+
+import dataclasses
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.data.selection import selection_of
+from pipeline.data.shards import split_counts
+from pipeline.data.training_rows import ShardReader
+from pipeline.recipe.sections import IndexConfig
+from pipeline.retrieve import build as builds
+from pipeline.retrieve.build import SegmentBuild
+from pipeline.runtime.filter import run_filter
+from pipeline.workspace.store import Artifact
+from tests.filter.planted import commit, make_context, output_of, tiny_recipe, without_ray
+from tests.s3_server import S3Server
+from tests.tiny.shards import drawn_sample, make_embeddings, write_shard
+
+_DIM, _ROWS, _SHARDS = 256, 1024, 16
+
+
+def test_an_index_is_trained_on_a_sample_of_shards_that_are_not_fetched(
+    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(builds, "_MIN_PART_ROWS", 4 * _ROWS)  # several parts: other machines fetch the files
+    embed, output = Artifact(f"{bucket}/embed/k"), Artifact(f"{bucket}/index/k")
+    vectors = np.random.default_rng(0).normal(size=(_SHARDS * _ROWS, _DIM)).astype(np.float32)
+    make_embeddings(embed, vectors, vectors, _ROWS, held_out_every=50)
+    data_bytes = sum(size for name, size in embed.sizes().items() if name.endswith(".parquet"))
+    shutil.rmtree(tmp_path / "cache")
+    s3_server.counted()
+    config = IndexConfig(kind="ivf_rabitq", num_train_rows=2000, num_recall_queries=20)
+    SegmentBuild((embed,), output, config, seed=0).prepare()
+    requests = [one for one in s3_server.counted() if one.name.endswith(".parquet")]
+    kinds = Counter(one.kind for one in requests)
+    assert kinds.keys() == {"HEAD", "ranged GET"}  # no file is fetched whole
+    # A block of 2 rows is a range of each column, a query one of one column; beside these comes what pyarrow reads of
+    # a footer, twice of a shard with queries, and its column of splits.
+    ranges = [one.num_bytes for one in requests if one.kind == "ranged GET"]
+    blocks = [size for size in ranges if size % (2 * _DIM) == 0 and size <= 8 * _DIM]
+    assert 1900 <= len(blocks) <= 2 * 1000 + 20
+    assert sum(blocks) <= 2 * _DIM * (2 * 2000 + 20)
+    assert len(ranges) - len(blocks) <= 5 * _SHARDS
+    assert sum(ranges) < 0.3 * data_bytes
+
+
+def test_a_build_that_begins_anew_removes_the_old_files_with_one_request(bucket: str, s3_server: S3Server) -> None:
+    output = Artifact(f"{bucket}/index/k")
+    for number in range(40):
+        output.write_json(f"live/segment_00000/part-{number:06d}.json", {})
+    output.write_json("live/segment_00001/other.json", {})
+    s3_server.counted()
+    SegmentBuild((), output, IndexConfig(), seed=0).clear()
+    assert Counter(one.kind for one in s3_server.counted()) == {"DELETE": 2, "LIST": 2}
+    assert output.names() == ["live/segment_00001/other.json"]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_training_that_starts_with_a_selection_reads_no_table(
+    split: str, bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    without_ray(monkeypatch)
+    asked = list[Counter[str]]()
+    for num_shards in (2, 5):
+        root = f"{bucket}/{num_shards}"
+        recipe = dataclasses.replace(tiny_recipe(tmp_path, filter={"min_caption_words": 8}), workspace=root)
+        context = dataclasses.replace(make_context(tmp_path, "filter", recipe), root=root)
+        download = context.inputs["download"]
+        for shard in range(num_shards):
+            name = f"{shard:05d}"
+            samples = [drawn_sample(12 * shard + i, is_validation=i % 3 == 0, failed=i % 4 == 3) for i in range(12)]
+            write_shard(download, name, samples, "png")
+            splits = split_counts(download.path(f"{name}.parquet"))
+            download.commit_shard(dataclasses.replace(download.shard_record(name), splits=splits))
+        result = run_filter(context)
+        download.fold_records()
+        download.write_json("manifest.json", {})  # the step is finished
+        context.output.fold_records()
+        commit(context, result)
+        assert 0 < result.counts["short_caption"] < result.counts["in"]
+        s3_server.counted()
+        reader = ShardReader(download, None, split, selection_of({"filter": output_of(recipe, "filter")}))
+        requests = s3_server.counted()
+        asked.append(Counter(one.kind for one in requests))
+        assert not [one for one in requests if one.name.endswith(".parquet")]
+        assert reader.shard_rows == [len(reader.table(shard)) for shard in reader.shards]
+    assert asked[0] == asked[1] == {"HEAD": 2, "GET": 2}
