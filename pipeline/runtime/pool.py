@@ -21,7 +21,7 @@ from pipeline.runtime.context import StepContext
 from pipeline.runtime.placement import cluster_has_roles, describe, worker_options
 from pipeline.workspace.manifest import ShardRecord, add_counts
 from pipeline.workspace.progress import Progress, duration
-from pipeline.workspace.store import Artifact
+from pipeline.workspace.store import LIVE, Artifact
 
 _POLL_S = 1.0
 _SLOW_START_S = 20.0
@@ -119,7 +119,8 @@ def map_shards(context: StepContext, job: ShardJob) -> list[ShardRecord]:
         UnclipError: If a worker raised one.
         StepError: If a shard lost its worker ``max_retries + 1`` times, or a worker failed in an unforeseen way.
     """
-    committed = (job.output or context.output).shard_records()
+    are_live = any(name.startswith(LIVE) for name in job.shards)
+    committed = (job.output or context.output).shard_records(live=are_live)
     records = {name: committed[name] for name in job.shards if name in committed}
     pool = _Pool(context, job, deque(name for name in job.shards if name not in records))
     progress = Progress(context.output, waits=True)
@@ -128,6 +129,7 @@ def map_shards(context: StepContext, job: ShardJob) -> list[ShardRecord]:
         while pool.is_busy:
             if pool.first_start_s is not None:
                 progress.begin(ago_s=pool.first_start_s)
+            progress.notice = pool.notice
             message = pool.message() or job.note(list(records.values()))
             progress.update(
                 done + pool.num_rows_under_way, job.num_rows, job.unit, message, workers=Counter(pool.hosts.values())
@@ -162,6 +164,8 @@ class _Pool:
         """Seconds that the first worker took to start once it had its CPUs or GPUs; None while all wait."""
         self.hosts: dict[Any, str] = {}
         """Machine of each worker that has started."""
+        self.notice = ""
+        """Which worker was lost last; empty: none."""
         self._options = worker_options(context.step.name, job.resources, has_roles=cluster_has_roles())
         self._worker = ray.put(job.worker)
         for _ in range(min(job.resources.num_workers, len(waiting))):
@@ -239,11 +243,16 @@ class _Pool:
 
     def _handle_loss(self, lost: _Running, reason: str) -> None:
         """Replace a worker and put back all that it was making."""
+        host = self.hosts.get(lost.actor, "a machine that it had not reached")
         self._end(lost.actor)
+        shards = list[str]()
         for reference, running in list(self._running.items()):
             if running.actor is lost.actor:
                 del self._running[reference]
+                shards += [running.shard] if running.shard else []
                 self._put_back(running.shard or "", reason)
+        again = f"; made again: {', '.join(shards)}" if shards else ""
+        self.notice = f"a worker on {host} was lost ({reason}){again}"
         self._add_worker()
 
     def _end(self, actor: Any) -> None:

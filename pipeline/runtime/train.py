@@ -33,6 +33,9 @@ Json = dict[str, Any]
 
 _END = f"{LIVE}end.json"
 _ERROR = f"{LIVE}error.json"
+_MACHINE = f"{LIVE}machine.json"
+"""Ray's id of the machine on which the one worker runs."""
+_LOOK_S = 5.0
 # How often Ray Train's controller looks at its workers: every start and end of a training waits for it (default: 2 s).
 _RAY_TRAIN_SETTINGS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
 
@@ -77,10 +80,20 @@ def _fit(context: StepContext) -> Json:
 def _fit_one(context: StepContext, resources: TrainResources) -> End:
     """Train on one worker, a task."""
     options = worker_options(context.step.name, resources, has_roles=cluster_has_roles())
-    task = ray.remote(_run_worker).options(name=f"{context.step.name}: train", max_retries=0, **options)
+    task = ray.remote(_run_alone).options(name=f"{context.step.name}: train", max_retries=0, **options)
     machines = living_machines()
+    context.output.remove(_MACHINE)
+    reference = task.remote(context)
     try:
-        return ray.get(task.remote(context))
+        # Ray misses a machine that is cut off in seconds, and a task on it only when its connection times out: minutes.
+        is_cut_off = False
+        while not ray.wait([reference], timeout=_LOOK_S)[0]:
+            if is_cut_off:
+                return End("preempted", "a machine was lost (it is cut off from the others)")
+            machines |= living_machines()
+            gone = machines - living_machines()
+            is_cut_off = bool(gone) and context.output.find_json(_MACHINE) in gone
+        return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UnclipError):
             raise error.cause from None
@@ -90,6 +103,12 @@ def _fit_one(context: StepContext, resources: TrainResources) -> End:
         return _out_of_memory(section, 1, _last_line(error))
     except ray.exceptions.RayError as error:
         return _lost(machines, _last_line(error))
+
+
+def _run_alone(context: StepContext) -> End:
+    """The only worker; runs in a process of its own."""
+    context.output.write_json(_MACHINE, ray.get_runtime_context().get_node_id())
+    return _run_worker(context)
 
 
 def _fit_many(context: StepContext, resources: TrainResources) -> End:

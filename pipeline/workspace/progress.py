@@ -31,7 +31,7 @@ class ProgressState:
     workers: dict[str, int] = field(default_factory=dict[str, int])
     """Workers at work, by the name of their machine; empty while it is not known."""
     notice: str = ""
-    """Why the step began again, if it did."""
+    """Why the step began again, or which worker was lost last, if any."""
 
     @property
     def age_s(self) -> float:
@@ -65,7 +65,9 @@ class Progress:
     """
 
     def __init__(self, artifact: Artifact, *, every_s: float = 1.0, waits: bool = False, notice: str = "") -> None:
-        self._artifact, self._notice = artifact, notice
+        self._artifact = artifact
+        self.notice = notice
+        """Part of each reading from now on."""
         self._every_s = every_s
         self._start = None if waits else time.monotonic()
         self._written_at = float("-inf")
@@ -103,7 +105,7 @@ class Progress:
         rate = (done - first_done) / max(now - first_s, 1e-9)
         eta_s = (total - done) / rate if rate > 0 else 0.0
         wall_s, updated, machines = self.wall_s, time.time(), dict(workers or {})
-        state = ProgressState(done, total, unit, rate, eta_s, message, wall_s, updated, machines, self._notice)
+        state = ProgressState(done, total, unit, rate, eta_s, message, wall_s, updated, machines, self.notice)
         self._artifact.write_json(PROGRESS, asdict(state))
         self._written_at = now
 
