@@ -41,11 +41,11 @@ def test_an_index_is_trained_on_a_sample_of_shards_that_are_not_fetched(
     # A block of 2 rows is a range of each column, a query one of one column; beside these comes what pyarrow reads of
     # a footer, twice of a shard with queries, and its column of splits.
     ranges = [one.num_bytes for one in requests if one.kind == "ranged GET"]
-    blocks = [size for size in ranges if size % (2 * _DIM) == 0 and size <= 8 * _DIM]
-    assert 1900 <= len(blocks) <= 2 * 1000 + 20
+    blocks = [size for size in ranges if size % (2 * _DIM) == 0 and size <= 64 * _DIM]
+    assert 1700 <= len(blocks) <= 2 * 1000 + 20  # blocks side by side are one range
     assert sum(blocks) <= 2 * _DIM * (2 * 2000 + 20)
     assert len(ranges) - len(blocks) <= 5 * _SHARDS
-    assert sum(ranges) < 0.3 * data_bytes
+    assert sum(ranges) < 0.5 * data_bytes  # of small shards, footers are most of it
 
 
 def test_a_build_that_begins_anew_removes_the_old_files_with_one_request(bucket: str, s3_server: S3Server) -> None:
