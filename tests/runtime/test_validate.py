@@ -1,19 +1,31 @@
 """Which checkpoints are validated beside a training, and what becomes of slow, killed and unplaced validations."""
 
 import itertools
+import json
+import os
+import threading
 import time
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import ray
 
+from pipeline.recipe.recipe import parse_recipe
 from pipeline.recipe.train_sections import TrainResources
+from pipeline.runtime.context import StepContext
+from pipeline.runtime.run import connect
+from pipeline.runtime.train import run_training
 from pipeline.runtime.validate import Task, Validations
 from pipeline.train.results import BesideState, read_beside, write_result
 from pipeline.train.resume import checkpoint_name
+from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Artifact
+from tests.tiny.recipe import tiny_tables
+from tests.tiny.training import upsampler_context
 
 
 class _Cluster:
@@ -171,3 +183,59 @@ def test_a_fault_of_looking_itself_is_counted_once(cluster: _Cluster) -> None:
     for error in itertools.repeat(OSError("no answer"), 3):
         cluster.validations.fails(error)
     assert cluster.state == BesideState(failed=1, reason="OSError: no answer")
+
+
+def _context(workspace: Path, **resources: object) -> StepContext:
+    upsampler = {
+        "train": {"num_steps": 2400, "batch_size": 4},
+        "resources": {"save_every_steps": 300, "log_every_steps": 50, **resources},
+    }
+    return upsampler_context(parse_recipe(tiny_tables(workspace, upsampler_1=upsampler)))
+
+
+def _kill_validations(count: int, done: threading.Event) -> None:
+    """Kill the first processes of this Ray that validate."""
+    killed = set[int]()
+    while len(killed) < count and not done.wait(0.05):
+        for process in psutil.Process().children(recursive=True):
+            try:
+                is_one = process.pid not in killed and "validate step" in " ".join(process.cmdline())
+            except psutil.Error:
+                continue
+            if is_one:
+                process.kill()
+                killed.add(process.pid)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_training_on_ray_is_validated_beside_it_and_is_what_it_would_be_without(tmp_path: Path) -> None:
+    alone, beside, full = (
+        _context(tmp_path / name, **resources)
+        for name, resources in (
+            ("alone", {"validation": "in_line"}),
+            ("beside", {"validation": "beside"}),
+            ("full", {"num_workers": 2, "cpus_per_worker": max(2, os.cpu_count() or 1) / 2, "validation": "beside"}),
+        )
+    )
+    with connect():
+        task = ray.remote(num_cpus=0, max_retries=0)(run_training)
+        expected = ray.get(task.remote(alone)).metrics
+        done = threading.Event()
+        killer = threading.Thread(target=_kill_validations, args=(2, done))
+        killer.start()
+        metrics = ray.get(task.remote(beside)).metrics
+        done.set()
+        killer.join()
+        in_full = ray.get(task.remote(full)).metrics
+    weights = [context.output.path("model.safetensors").read_bytes() for context in (alone, beside)]
+    assert weights[0] == weights[1]
+    assert metrics["num_failed_validations"] == 1  # the first was begun twice, and killed twice
+    assert metrics.items() >= {name: value for name, value in expected.items() if name.startswith("val_")}.items()
+    rows = [[json.loads(line) for line in one.output.path(METRICS).read_text().splitlines()] for one in (alone, beside)]
+    ours, theirs = ({row["step"]: row["val_loss"] for row in part if "val_loss" in row} for part in rows)
+    assert ours.items() >= theirs.items()
+    assert len(theirs) >= 2
+    assert in_full["num_skipped_validations"] == 7  # its workers have every CPU
+    assert in_full["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-2)
