@@ -1,5 +1,6 @@
 """``unclip submit``, ``jobs``, ``logs`` and ``stop``: the same recipe as a job on a Ray cluster."""
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -48,32 +49,35 @@ def submit(
         typer.echo(ray_job(resolved, manifest, until), nl=False)
         return
 
-    from pipeline.runtime.jobs import submit_recipe
+    from pipeline.runtime.jobs import follow_job, submit_recipe
+    from pipeline.runtime.tunnel import reachable
 
-    submitted = submit_recipe(resolved, address=address, until=until, again=again, shown_as=words)
-    if json:
-        print_json(submitted.to_dict())
-    else:
-        typer.echo(f"{submitted.job_id}: {submitted.message}")
-        if not follow:
-            print_next(*(f"{command} {submitted.job_id} --address {address}" for command in ("logs", "stop")))
-    if follow:
-        from pipeline.runtime.jobs import follow_job
+    def write(text: str) -> None:
+        typer.echo(text, nl=False, err=json)  # one JSON document is all of standard output
 
-        def write(text: str) -> None:
-            typer.echo(text, nl=False, err=json)  # one JSON document is all of standard output
-
-        raise typer.Exit(follow_job(submitted.job_id, address=address, write=write))
+    with reachable(address) as url:
+        submitted = submit_recipe(resolved, address=url, until=until, again=again, shown_as=words)
+        submitted = replace(submitted, address=submitted.address if url == address else address)
+        if json:
+            print_json(submitted.to_dict())
+        else:
+            typer.echo(f"{submitted.job_id}: {submitted.message}")
+            if not follow:
+                print_next(*(f"{command} {submitted.job_id} --address {address}" for command in ("logs", "stop")))
+        if follow:
+            raise typer.Exit(follow_job(submitted.job_id, address=url, write=write))
 
 
 def jobs(address: JobAddress = DASHBOARD, json: AsJson = False) -> None:
     """List the cluster's unclip jobs, the newest first.
 
-    Example: unclip jobs --address http://127.0.0.1:8265
+    Example: unclip jobs --address ssh://ubuntu@head.example.org
     """
     from pipeline.runtime.jobs import list_jobs
+    from pipeline.runtime.tunnel import reachable
 
-    rows = list_jobs(address=address)
+    with reachable(address) as url:
+        rows = list_jobs(address=url)
     if json:
         print_json([row.to_dict() for row in rows])
         return
@@ -89,8 +93,10 @@ def logs(job: JobId, address: JobAddress = DASHBOARD) -> None:
     Example: unclip logs demo-1a2b3c4d5e
     """
     from pipeline.runtime.jobs import job_logs
+    from pipeline.runtime.tunnel import reachable
 
-    typer.echo(job_logs(job, address=address), nl=False)
+    with reachable(address) as url:
+        typer.echo(job_logs(job, address=url), nl=False)
 
 
 def stop(job: JobId, address: JobAddress = DASHBOARD) -> None:
@@ -99,5 +105,7 @@ def stop(job: JobId, address: JobAddress = DASHBOARD) -> None:
     Example: unclip stop demo-1a2b3c4d5e
     """
     from pipeline.runtime.jobs import stop_job
+    from pipeline.runtime.tunnel import reachable
 
-    typer.echo(f"{job}: {stop_job(job, address=address)}")
+    with reachable(address) as url:
+        typer.echo(f"{job}: {stop_job(job, address=url)}")

@@ -25,7 +25,10 @@ From = Annotated[
 ]
 Only = Annotated[str, typer.Option("--step", metavar="STEP", help="This step alone; what it reads must be finished.")]
 DASHBOARD = "http://127.0.0.1:8265"
-JobAddress = Annotated[str, typer.Option("--address", help="Dashboard URL of the Ray cluster.")]
+JobAddress = Annotated[
+    str,
+    typer.Option("--address", help="Dashboard URL of the Ray cluster, or ssh://USER@HOST for one behind its head."),
+]
 
 
 def recipe_words(recipe: str, overrides: list[str] | None) -> str:

@@ -42,7 +42,7 @@ def dashboard_client(address: str) -> tuple[JobSubmissionClient, str]:
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ConfigError(
             f"--address {address}: give the URL of the cluster's dashboard, for example {DEFAULT_ADDRESS}; "
-            "a cluster elsewhere is reached through `ray dashboard cluster.yaml` or an SSH tunnel"
+            "a cluster elsewhere is reached through its head: ssh://USER@HOST"
         )
     url = url.rstrip("/")
     no_answer = (
