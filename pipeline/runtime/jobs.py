@@ -248,7 +248,7 @@ def entrypoint(recipe: str, until: str, shown_as: str = "", python: str = "pytho
     """
     options = {"--until": until, "--shown-as": shown_as}
     words = [word for name, value in options.items() if value for word in (name, value)]
-    return shlex.join(["exec", python, "-m", "jobs.cli", "run", recipe, "--address", "auto", *words])
+    return shlex.join(["exec", python, "-m", "jobs.job", "run", recipe, "--address", "auto", *words])
 
 
 def _entrypoint(python: str, until: str, shown_as: str, *, on_this_machine: bool) -> str:

@@ -72,7 +72,7 @@ def source(tmp_path: Path) -> Path:
     for package in ("models", "pipeline", "jobs"):
         (root / package).mkdir(parents=True)
         (root / package / "__init__.py").touch()
-    (root / "jobs" / "cli.py").write_text(COMMAND)
+    (root / "jobs" / "job.py").write_text(COMMAND)
     (root / "pipeline" / "greeting.py").write_text("WORD = 'shipped'\n")
     (root / "pipeline" / "secret.env").write_text("not for shipping")
     return root
