@@ -101,10 +101,8 @@ def serve_recipe(
                 announce(f"{server_name(recipe)} is served at {url_of(config.host, config.port)} - Ctrl-C ends it")
                 if no_neighbours:
                     announce(no_neighbours)
-                try:
+                with _finishing(front.gate, config.drain_s, announce):
                     _Watch(recipe, artifacts, front, handles, announce, uses).run(reload, servers)
-                finally:
-                    _drain(front.gate, config.drain_s, announce)
         except KeyboardInterrupt:
             front.gate.close("the server has ended")
 
@@ -440,6 +438,21 @@ def _application(recipe: Recipe) -> ApplicationStatusOverview:
     if state is None:
         raise StepError("serve: the application was ended from elsewhere")
     return state
+
+
+@contextmanager
+def _finishing(gate: Gate, timeout_s: float, announce: Announce) -> Generator[None]:
+    """After the block, finish what is under way; not if Ray or the application has ended, as nobody works on it."""
+    can_finish = True
+    try:
+        yield
+    except StepError:
+        can_finish = False
+        gate.close("the server has ended")
+        raise
+    finally:
+        if can_finish:
+            _drain(gate, timeout_s, announce)
 
 
 def _drain(gate: Gate, timeout_s: float, announce: Announce) -> None:

@@ -31,6 +31,7 @@ from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.runtime.serve import serve_recipe
+from pipeline.serve.gate import Gate
 from tests.ports import free_port, free_ports
 from tests.readme import python_blocks
 from tests.tiny.cluster import cluster_without_cpus
@@ -220,6 +221,22 @@ def test_ctrl_c_finishes_what_is_under_way_and_ends_everything_it_started(served
     assert not alive
     with pytest.raises(httpx.ConnectError):
         httpx.get(served.url)
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        (KeyboardInterrupt(), ["stopping; requests under way: 1", "not finished within 0.01 s (serve.drain_s): 1"]),
+        (StepError("Ray has ended"), []),  # nobody works on it
+    ],
+)
+def test_what_is_under_way_is_waited_for_as_long_as_somebody_works_on_it(end: BaseException, said: list[str]) -> None:
+    gate, lines = Gate(), list[str]()
+    gate._count(1)
+    with pytest.raises(type(end)), serve_module._finishing(gate, 0.01, lines.append):
+        raise end
+    assert [line.partition(" - ")[0] for line in lines] == said
+    assert gate.reason
 
 
 def test_serving_an_unfinished_recipe_names_the_step(tmp_path: Path) -> None:
