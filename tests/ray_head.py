@@ -52,7 +52,7 @@ def ray_head(*, num_cpus: int = 2, environment: dict[str, str] | None = None) ->
         _wait_until_up(url, process, folder / "start.log")
         yield RayHead(f"127.0.0.1:{gcs}", url, folder, process.pid)
     finally:
-        _end(process)
+        end_with_children(process)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -72,8 +72,8 @@ def _wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path) -> Non
     raise RuntimeError(f"no dashboard after 60 s: {log.read_text()}")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the head and every process that it started, and no other."""
+def end_with_children(process: subprocess.Popen[bytes]) -> None:
+    """End a process and every one that it started, and no other."""
     with contextlib.suppress(psutil.NoSuchProcess):
         family = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)

@@ -91,8 +91,8 @@ def _fit_one(context: StepContext, resources: TrainResources) -> End:
             if is_cut_off:
                 return End("preempted", "a machine was lost (it is cut off from the others)")
             machines |= living_machines()
-            gone = machines - living_machines()
-            is_cut_off = bool(gone) and context.output.find_json(_MACHINE) in gone
+            lost_machines = machines - living_machines()
+            is_cut_off = bool(lost_machines) and context.output.find_json(_MACHINE) in lost_machines
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UnclipError):

@@ -42,13 +42,13 @@ def test_each_row_is_seen_as_often_as_its_weight_says(
     lists: list[tuple[list[int], float]], window: int, seed: int
 ) -> None:
     order = _order(lists, seed, window)
-    seen: Counter[Any] = Counter()
+    counts: Counter[Any] = Counter()
     stops = np.cumsum([len(rows) for rows, _ in lists]).tolist()
     shards_of = [range(stop - len(rows), stop) for (rows, _), stop in zip(lists, stops, strict=True)]
     for epoch in range(10):
-        seen += _epoch(order, epoch)
+        counts += _epoch(order, epoch)
         for shards, (rows, weight) in zip(shards_of, lists, strict=True):
-            times = [seen[s, row] for s, count in zip(shards, rows, strict=True) for row in range(count)]
+            times = [counts[s, row] for s, count in zip(shards, rows, strict=True) for row in range(count)]
             expected = Fraction(str(weight)) * (epoch + 1)
             assert sum(times) == int(expected * sum(rows))
             assert max(times, default=0) - min(times, default=0) <= 1, "every row, before one is seen again"

@@ -73,19 +73,19 @@ def test_a_training_sees_the_rows_of_each_list_as_its_weight_says(
     assert pairs is not None
     assert [rows["ok"] for rows in pairs.metrics["lists"]] == [12, 10]
 
-    seen: list[tuple[str, ...]] = []
+    batches: list[tuple[str, ...]] = []
     batch_of = Samples.batch
 
     def note(samples: Samples, locations: NDArray[np.int64]) -> Batch:
         batch = batch_of(samples, locations)
-        seen.append(batch.captions)
+        batches.append(batch.captions)
         return batch
 
     monkeypatch.setattr(Samples, "batch", note)
     job = TrainJob("prior", recipe, inputs_of(workspace, steps["prior"]), Artifact(str(tmp_path / "calm")),
                    steps["prior"].key, torch.device("cpu"))  # fmt: skip
     run_job(job, no_watch)
-    calm = list(seen)
+    calm = list(batches)
     captions = [caption for batch in calm for caption in batch]
     rows = {name: {f"picture {number}" for number in numbers} for name, numbers in _NUMBERS.items()}
     reader = samples_of(job, "train").reader
@@ -107,10 +107,10 @@ def test_a_training_sees_the_rows_of_each_list_as_its_weight_says(
             raise _KilledError
 
     wild = replace(job, output=Artifact(str(tmp_path / "wild")))
-    seen.clear()
+    batches.clear()
     with pytest.raises(_KilledError):
         run_job(wild, kill)
-    assert seen == calm[:5]
-    seen.clear()
+    assert batches == calm[:5]
+    batches.clear()
     run_job(wild, no_watch)
-    assert seen == calm[4:]
+    assert batches == calm[4:]

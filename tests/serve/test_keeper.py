@@ -143,7 +143,7 @@ def test_a_companion_ends_with_a_keeper_that_is_killed(start: Start) -> None:
     process, _ = start("accompanied")
     companion = psutil.Process(int(line_of(process)))
     process.kill()
-    companion.wait(10)
+    assert not psutil.wait_procs([companion], timeout=10)[1]
 
 
 def test_a_server_that_is_killed_again_and_again_is_given_up(start: Start) -> None:

@@ -6,7 +6,6 @@ A bridge in the head's namespace joins the cables. Files are shared, as on a clu
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from pipeline.runtime.placement import ROLE
+from tests.ray_head import end_with_children
 from tests.tiny.command import ROOT
 
 _NETWORK = "10.77.83"
@@ -116,16 +116,7 @@ class Machines:
 
     def end(self, number: int) -> None:
         """End what runs on a machine."""
-        process = self.processes.pop(number)
-        family = [psutil.Process(process.pid)]
-        family += family[0].children(recursive=True)
-        process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-        for member in psutil.wait_procs(family, timeout=3)[1]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        process.wait(10)
+        end_with_children(self.processes.pop(number))
 
 
 @contextlib.contextmanager
