@@ -13,6 +13,7 @@ MODULES = {
     "sharding": "sharding",
     "checkpoints": "checkpoints",
     "recovery": "recovery",
+    "loop": "loop",
     "sampling": "sampling",
     "sampling_karlo": "sampling",
     "sampler_steps": "sampler_steps",

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from benchmarks import side_by_side
+from benchmarks.loop import Sizes
+from benchmarks.loop import run as run_loop
 from benchmarks.memory import run as run_memory
 from benchmarks.sampler_steps import DecoderQuality
 from benchmarks.sampler_steps import run as run_sampler_steps
@@ -153,3 +155,11 @@ def test_our_server_and_that_of_diffusers_have_the_same_networks(tmp_path: Path)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_training_and_its_bare_step_are_timed_in_turns() -> None:
+    rows = run_loop(1, 40, Sizes(channels=8, image_px=32, batch_size=4))
+    assert [row["workers"] for row in rows] == [1, 2]
+    assert all(row["training_step_s"] > 0 and row["bare_step_s"] > 0 for row in rows)
+    assert all(row["ratio"] == pytest.approx(row["bare_step_s"] / row["training_step_s"]) for row in rows)
