@@ -31,7 +31,9 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from pipeline.clip import FrozenClip, describe_clip, load_clip, save_clip
+from pipeline.clip.files import load_clip, save_clip
+from pipeline.clip.frozen import FrozenClip
+from pipeline.clip.model import describe_clip
 from pipeline.data.chunks import ProcessDecoders
 from pipeline.data.embed import Embedder
 from pipeline.data.rows import make_uid

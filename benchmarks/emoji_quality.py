@@ -17,7 +17,7 @@ from PIL import Image
 
 from benchmarks.emoji import BACKGROUNDS, DRAWINGS, caption_of, fraction, on_background, trained_colours
 from benchmarks.side_by_side import publish
-from pipeline.clip import FrozenClip
+from pipeline.clip.frozen import FrozenClip
 from pipeline.grid import Block, draw_grid
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.networks.clip import load_clip_artifact

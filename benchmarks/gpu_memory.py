@@ -18,7 +18,7 @@ import torch
 from torch.utils.checkpoint import CheckpointError
 
 from benchmarks.side_by_side import publish
-from pipeline.clip import create_clip
+from pipeline.clip.model import create_clip
 from pipeline.data.vectors import to_unit
 from pipeline.networks.arithmetic import Arithmetic
 from pipeline.networks.clip import save_clip_artifact

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import pipeline.clip  # noqa: F401  (it lets torchvision be imported beside a torch without CUDA)
+import pipeline.clip.library  # noqa: F401  (it lets torchvision be imported beside a torch without CUDA)
 from models.clip_config import END_TOKEN, START_TOKEN, ClipDims
 from models.decoder.config import DecoderConfig
 from models.decoder.network import Decoder

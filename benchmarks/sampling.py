@@ -33,7 +33,8 @@ from models.prior.stage import PriorStage
 from models.upsampler.config import UpsamplerConfig
 from models.upsampler.network import Upsampler
 from models.upsampler.stage import UpsamplerStage
-from pipeline.clip import FrozenClip, create_clip
+from pipeline.clip.frozen import FrozenClip
+from pipeline.clip.model import create_clip
 from pipeline.networks.arithmetic import Arithmetic
 from pipeline.networks.diffusers import export_components, export_diffusers, write_tokenizer
 from pipeline.networks.table import kind_of

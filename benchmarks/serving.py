@@ -29,7 +29,7 @@ from benchmarks.search import make_index
 from benchmarks.side_by_side import publish
 from models.cascade import Cascade
 from models.request import SampleRequest
-from pipeline.clip import FrozenClip
+from pipeline.clip.frozen import FrozenClip
 from pipeline.errors import ConfigError
 from pipeline.networks.arithmetic import Arithmetic
 from pipeline.networks.cascade import load_cascade, network_configs

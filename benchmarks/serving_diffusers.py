@@ -40,7 +40,7 @@ from benchmarks.side_by_side import publish, summarise
 from models.diffusion.config import SamplerConfig
 from models.prior.config import PriorConfig
 from models.stage import DiffusionStage
-from pipeline.clip import FrozenClip
+from pipeline.clip.frozen import FrozenClip
 from pipeline.networks.arithmetic import Arithmetic
 from pipeline.networks.counting import Counter
 from pipeline.recipe.recipe import load_recipe

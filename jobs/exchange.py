@@ -30,7 +30,7 @@ def export(
         _export_embeddings(resolved, Path(embeddings))
         return
 
-    from pipeline.clip import FrozenText
+    from pipeline.clip.frozen import FrozenText
     from pipeline.networks.cascade import load_cascade, network_configs
     from pipeline.networks.diffusers import export_diffusers, export_native
     from pipeline.recipe.lineage import write_origin

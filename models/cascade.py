@@ -26,7 +26,7 @@ _Stage = TypeVar("_Stage", bound=Stage)
 
 
 class TextEncoder(Protocol):
-    """The part of the frozen CLIP that sampling needs (pipeline.clip.FrozenClip)."""
+    """The part of the frozen CLIP that sampling needs (pipeline.clip.frozen.FrozenClip)."""
 
     @property
     def dims(self) -> ClipDims:

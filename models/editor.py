@@ -37,7 +37,7 @@ _PARALLEL = 1e-6
 
 @runtime_checkable
 class ImageEncoder(TextEncoder, Protocol):
-    """A CLIP with its image tower (pipeline.clip.FrozenClip)."""
+    """A CLIP with its image tower (pipeline.clip.frozen.FrozenClip)."""
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Embed pictures, uint8 (B, H, W, 3): (B, D) of length one."""

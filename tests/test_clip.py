@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from models.sample_random import SampleRandom
-from pipeline.clip import FrozenClip, OpenClip, create_clip, load_clip, load_pretrained, open_clip, save_clip
+from pipeline.clip.files import load_clip, load_pretrained, save_clip
+from pipeline.clip.frozen import FrozenClip
+from pipeline.clip.library import open_clip
+from pipeline.clip.model import OpenClip, create_clip
 from pipeline.data.batches import Batch
 from pipeline.networks.clip import CLIP as CLIP_KIND
 from pipeline.networks.clip import ClipObjective
@@ -171,7 +174,7 @@ def test_objective_takes_hard_negatives_in_training_alone_and_repeats_them_by_se
 
 
 def test_open_clip_is_loaded_without_wandb_which_others_may_still_load() -> None:
-    code = "import sys, pipeline.clip; sys.exit('wandb' in sys.modules)"
+    code = "import sys, pipeline.clip.library; sys.exit('wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

@@ -12,18 +12,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pipeline.clip import (
-    FrozenClip,
-    OpenClip,
-    create_clip,
-    describe_clip,
-    load_clip,
-    load_inputs,
-    load_pretrained,
-    open_clip,
-    save_clip,
-    wrap_clip,
-)
+from pipeline.clip.files import load_clip, load_inputs, load_pretrained, save_clip
+from pipeline.clip.frozen import FrozenClip
+from pipeline.clip.library import open_clip
+from pipeline.clip.model import OpenClip, create_clip, describe_clip, wrap_clip
 from pipeline.errors import ConfigError
 from pipeline.pictures import Framing
 from tests.tiny.command import ROOT
@@ -151,7 +143,8 @@ def test_every_kind_of_text_tower_embeds_as_open_clip_does(name: str, tmp_path: 
 
 _LOADED_LATE = """
 import sys
-from pipeline.clip import describe_clip, torch
+import torch
+from pipeline.clip.model import describe_clip
 
 late = {"timm", "torch._dynamo", "wandb"}
 assert not late & set(sys.modules), late & set(sys.modules)

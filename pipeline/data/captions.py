@@ -17,7 +17,7 @@ def count_long(captions: Sequence[str], context_length: int) -> int:
     uncertain = [caption for caption in captions if len(caption.encode()) + 2 > context_length]
     if not uncertain:
         return 0
-    from pipeline.clip import count_tokens
+    from pipeline.clip.inputs import count_tokens
 
     return sum(tokens > context_length for tokens in count_tokens(uncertain))
 
@@ -26,6 +26,6 @@ def context_length(clip: ClipStepConfig) -> int:
     """Tokens of a caption that the recipe's CLIP reads."""
     if clip.source == "train":
         return clip.model.context_length
-    from pipeline.clip import named_context_length
+    from pipeline.clip.inputs import named_context_length
 
     return named_context_length(f"local-dir:{clip.name}" if Path(clip.name).is_dir() else clip.name)

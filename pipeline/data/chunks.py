@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.clip import ClipInputs, load_inputs
+from pipeline.clip.files import load_inputs
+from pipeline.clip.inputs import ClipInputs
 from pipeline.data.shards import ShardPictures
 from pipeline.errors import DataError
 from pipeline.pictures import PictureError, Pixels, decode

@@ -19,7 +19,8 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from pipeline.clip import NO_IMAGE_TOWER, FrozenClip, load_clip
+from pipeline.clip.files import NO_IMAGE_TOWER, load_clip
+from pipeline.clip.frozen import FrozenClip
 from pipeline.data.chunks import CHUNK_ROWS, Chunk, DecodedChunk, Decoders, ThreadDecoders
 from pipeline.data.rows import embeddings_schema
 from pipeline.data.selection import Selection

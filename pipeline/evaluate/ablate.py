@@ -23,7 +23,7 @@ from torch import Tensor
 
 from models.cascade import Cascade
 from models.stage import Z_IMAGE, Batch
-from pipeline.clip import FrozenClip
+from pipeline.clip.frozen import FrozenClip
 from pipeline.data.selection import embeddings_of
 from pipeline.evaluate.checks import flags_by_attribute, pixel_check
 from pipeline.evaluate.metrics import cosine, mean_of, own_is_nearest, rate_of

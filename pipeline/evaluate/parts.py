@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from models.cascade import Cascade
 from models.pixels import resize, to_pixels, to_uint8
 from models.stage import PIXELS, Z_IMAGE, Batch, DiffusionStage
-from pipeline.clip import FrozenClip
+from pipeline.clip.frozen import FrozenClip
 from pipeline.data import batches
 from pipeline.data.shards import StoredPictures
 from pipeline.errors import DataError

@@ -59,7 +59,7 @@ def examine(recipe: Recipe | None) -> Iterator[Finding]:
     workspace = Workspace(recipe.workspace) if recipe else None
     yield check_python(sys.version_info[:2])
     yield check_torch(needs_cuda=recipe is not None and uses_cuda(recipe))
-    yield check_import("open_clip", "open_clip_torch", module="pipeline.clip")
+    yield check_import("open_clip", "open_clip_torch", module="pipeline.clip.library")
     yield check_faiss({name for name in ("faiss-cpu", "faiss-gpu") if _version(name)}, has_driver=_DRIVER.exists())
     yield check_import("ray", "ray")
     places = {tempfile.gettempdir(): "temporary files"}

@@ -29,7 +29,8 @@ from pipeline.networks.kind import NetworkKind
 from pipeline.workspace.store import MANIFEST, Artifact
 
 if TYPE_CHECKING:
-    from pipeline.clip import FrozenClip, FrozenText, OpenClip
+    from pipeline.clip.frozen import FrozenClip, FrozenText
+    from pipeline.clip.model import OpenClip
 
 
 class ClipObjective(ContrastiveObjective):
@@ -47,7 +48,7 @@ class ClipObjective(ContrastiveObjective):
 
     def prepare(self, batch: Batch, random: SampleRandom) -> Batch:
         """Bound the temperature, and add a hard negative of each caption, by the words of the global batch."""
-        from pipeline.clip import clamp_logit_scale
+        from pipeline.clip.model import clamp_logit_scale
 
         if self.training:
             clamp_logit_scale(self._clip)
@@ -86,7 +87,7 @@ def _reordered(caption: str, bigrams: Bigrams, seed: int) -> str:
 
 def save_clip_artifact(artifact: Artifact, clip: OpenClip) -> None:
     """Write CLIP in open_clip's ``local-dir:`` layout, the configuration last."""
-    from pipeline.clip import CONFIG_FILE, save_clip
+    from pipeline.clip.files import CONFIG_FILE, save_clip
 
     with tempfile.TemporaryDirectory(prefix="unclip-") as name:
         folder = Path(name)
@@ -102,7 +103,7 @@ def clip_folder(artifact: Artifact) -> Path:
     Raises:
         DataError: If the configuration or the weights are missing.
     """
-    from pipeline.clip import CONFIG_FILE, WEIGHTS_FILE
+    from pipeline.clip.files import CONFIG_FILE, WEIGHTS_FILE
 
     beside = {name for name in artifact.names() if "/" not in name and name.endswith((".json", ".model", ".txt"))}
     for name in sorted(beside - {MANIFEST} | {WEIGHTS_FILE}):
@@ -116,7 +117,8 @@ def load_clip_artifact(artifact: Artifact, device: torch.device | str = "cpu") -
     Raises:
         DataError: If it is missing or damaged, or has no image tower.
     """
-    from pipeline.clip import NO_IMAGE_TOWER, FrozenClip
+    from pipeline.clip.files import NO_IMAGE_TOWER
+    from pipeline.clip.frozen import FrozenClip
 
     clip = load_text_artifact(artifact, device)
     if not isinstance(clip, FrozenClip):
@@ -132,7 +134,8 @@ def load_text_artifact(
     Raises:
         DataError: If it is missing or damaged.
     """
-    from pipeline.clip import freeze, load_clip
+    from pipeline.clip.files import load_clip
+    from pipeline.clip.frozen import freeze
 
     try:
         clip = load_clip(clip_folder(artifact))
@@ -142,20 +145,20 @@ def load_text_artifact(
 
 
 def _create(config: ClipConfig, _dims: ClipDims) -> nn.Module:
-    from pipeline.clip import create_clip
+    from pipeline.clip.model import create_clip
 
     return create_clip(config).model
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
-    from pipeline.clip import blocks_of_clip
+    from pipeline.clip.model import blocks_of_clip
 
     return blocks_of_clip(network)
 
 
 def _with_tokenizer(network: Any) -> OpenClip:
     """A network of ``_create``, or a copy of one, with its tokenizer and its configuration."""
-    from pipeline.clip import wrap_clip
+    from pipeline.clip.model import wrap_clip
 
     return wrap_clip(network, network.config.to_open_clip())
 

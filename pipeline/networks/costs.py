@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pipeline.clip import OpenClip, create_clip, describe_clip
+from pipeline.clip.model import OpenClip, create_clip, describe_clip
 from pipeline.data.order import Share
 from pipeline.errors import ConfigError
 from pipeline.networks.counting import CountedAttention, FusedAttention, count_forward_pass, count_training_pass

@@ -37,7 +37,9 @@ from models.prior.network import Prior
 from models.prior.stage import PriorStage
 from models.upsampler.network import Upsampler
 from models.upsampler.stage import UpsamplerStage
-from pipeline.clip import NO_IMAGE_TOWER, FrozenText, OpenClip, build_clip, freeze, load_clip
+from pipeline.clip.files import NO_IMAGE_TOWER, load_clip
+from pipeline.clip.frozen import FrozenText, freeze
+from pipeline.clip.model import OpenClip, build_clip
 from pipeline.errors import ConfigError, DataError
 from pipeline.networks.clip import save_clip_artifact
 from pipeline.networks.files import NetworkConfig, save_network

@@ -22,7 +22,7 @@ from pipeline.networks.measuring import ValidationRows
 from pipeline.workspace.store import Artifact
 
 if TYPE_CHECKING:
-    from pipeline.clip import OpenClip
+    from pipeline.clip.model import OpenClip
 
 C = TypeVar("C")
 N = TypeVar("N", bound=nn.Module)

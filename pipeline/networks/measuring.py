@@ -21,7 +21,7 @@ from models.text import TextEncoding
 from pipeline.data.batches import Batch
 
 if TYPE_CHECKING:
-    from pipeline.clip import FrozenClip, FrozenText
+    from pipeline.clip.frozen import FrozenClip, FrozenText
 
 NUM_EMBEDDINGS = 64
 """Rows on which a network of embeddings is measured."""

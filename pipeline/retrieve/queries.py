@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from pipeline.clip import FrozenClip
+from pipeline.clip.frozen import FrozenClip
 from pipeline.errors import ConfigError
 from pipeline.pictures import read_file
 from pipeline.retrieve.embedded import Floats

@@ -276,7 +276,7 @@ def _last_line(error: Exception) -> str:
 
 
 def _load_clip(context: StepContext) -> StepResult:
-    from pipeline.clip import load_pretrained
+    from pipeline.clip.files import load_pretrained
     from pipeline.networks.clip import save_clip_artifact
     from pipeline.networks.files import num_parameters
 

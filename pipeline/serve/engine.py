@@ -26,7 +26,7 @@ from models.cascade import Cascade, Phase
 from models.pixels import to_uint8
 from models.request import EditError, SampleRequest
 from models.stage import PIXELS, Z_IMAGE, Batch, JoinedChains, enter_each
-from pipeline.clip import FrozenClip
+from pipeline.clip.frozen import FrozenClip
 from pipeline.serve.fair_queue import FairQueue
 from pipeline.serve.in_progress import Pending, Picture, show_preview
 from pipeline.serve.memory import TEXTS_AT_ONCE, DeviceMemory, MemoryLimits

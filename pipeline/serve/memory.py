@@ -18,7 +18,7 @@ from models.cascade import Cascade
 from models.request import SampleRequest
 from models.stage import PIXELS, Z_IMAGE, Batch, Stage
 from models.text import TextEncoding
-from pipeline.clip import FrozenClip
+from pipeline.clip.frozen import FrozenClip
 from pipeline.errors import StepError
 from pipeline.serve.in_progress import Picture
 from pipeline.serve.served_stages import ServedStages

@@ -19,7 +19,7 @@ from pipeline.timing.units import EvaluationUnits
 from pipeline.workspace.store import Artifact
 
 if TYPE_CHECKING:
-    from pipeline.clip import FrozenClip
+    from pipeline.clip.frozen import FrozenClip
 
 _CAPTION = "a small red circle to the left of a large blue square"
 _STEPS_S = 0.5

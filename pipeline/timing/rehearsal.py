@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from pipeline.clip import describe_clip
+from pipeline.clip.model import describe_clip
 from pipeline.data.download import Downloader, address_rules, read_rows
 from pipeline.data.drawn import EVALUATION, write_evaluation
 from pipeline.data.embed import Embedder

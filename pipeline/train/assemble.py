@@ -25,7 +25,7 @@ from pipeline.recipe.recipe import Recipe, TrainedSection
 from pipeline.workspace.store import Artifact
 
 if TYPE_CHECKING:
-    from pipeline.clip import FrozenText
+    from pipeline.clip.frozen import FrozenText
 
 CAPTION_TABLE_BYTES = 512 << 20
 """Encodings of all captions are kept in memory if they take at most this much."""

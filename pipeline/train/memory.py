@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_iter, tree_map
 from models.layers.dropout import dropouts_of
 from models.layers.ema import create_average, update_average
 from models.layers.unet import set_checkpointing
-from pipeline.clip import OpenClip
+from pipeline.clip.model import OpenClip
 from pipeline.data.order import Share
 from pipeline.networks.costs import build_clip
 from pipeline.networks.counting import FusedAttention, identity_of

@@ -26,7 +26,7 @@ from pipeline.train.results import write_result
 from pipeline.train.resume import checkpoint_name
 
 if TYPE_CHECKING:
-    from pipeline.clip import FrozenText
+    from pipeline.clip.frozen import FrozenText
 
 _LOSS_ROWS = 128
 _CELL_PX = 96

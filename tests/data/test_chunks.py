@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from pipeline.clip import load_inputs
+from pipeline.clip.files import load_inputs
 from pipeline.data.chunks import Chunk, DecodedChunk, ProcessDecoders, decode_chunk
 from pipeline.data.embed import Embedder
 from pipeline.data.shards import good_samples

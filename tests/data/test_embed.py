@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pipeline.clip import FrozenClip, load_clip
+from pipeline.clip.files import load_clip
+from pipeline.clip.frozen import FrozenClip
 from pipeline.data.embed import Embedder
 from pipeline.data.rows import embeddings_schema
 from pipeline.data.shards import good_samples

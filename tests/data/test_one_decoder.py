@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.clip import FrozenClip, load_clip
+from pipeline.clip.files import load_clip
+from pipeline.clip.frozen import FrozenClip
 from pipeline.data.batches import Samples
 from pipeline.data.download import download_shard
 from pipeline.data.embed import Embedder

@@ -23,7 +23,8 @@ from models.pixels import to_uint8
 from models.prior.stage import PriorStage
 from models.rows import concat_rows
 from models.stage import Z_IMAGE, Batch
-from pipeline.clip import FrozenClip, create_clip
+from pipeline.clip.frozen import FrozenClip
+from pipeline.clip.model import create_clip
 from pipeline.errors import ConfigError
 from pipeline.evaluate import metrics as m
 from pipeline.evaluate.ablate import AblationRunner, ablate_recipe, ablation_step, plan_variants

@@ -75,7 +75,8 @@ def test_measurement_refuses_too_few_rows(tmp_path: Path) -> None:
 
 
 def test_loss_before_training_is_that_of_a_guess(embed: Artifact, tmp_path: Path) -> None:
-    from pipeline.clip import FrozenClip, load_clip
+    from pipeline.clip.files import load_clip
+    from pipeline.clip.frozen import FrozenClip
 
     clip = FrozenClip(load_clip(make_clip(tmp_path / "clip")))
     z_image = torch.from_numpy(training_rows(embed)[0][:6])

@@ -18,7 +18,7 @@ from models.noisy_clip.network import NoisyClip
 from models.prior.network import Prior
 from models.text import TextEncoding
 from models.upsampler.network import Upsampler
-from pipeline.clip import create_clip
+from pipeline.clip.model import create_clip
 from pipeline.errors import ConfigError
 from pipeline.networks.costs import NetworkCost, format_costs, recipe_costs
 from pipeline.recipe.recipe import Recipe, load_recipe

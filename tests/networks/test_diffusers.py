@@ -23,7 +23,8 @@ from models.prior.network import Prior
 from models.prior.stage import PriorStage
 from models.upsampler.network import Upsampler
 from models.upsampler.stage import UpsamplerStage
-from pipeline.clip import FrozenClip, FrozenText, load_pretrained
+from pipeline.clip.files import load_pretrained
+from pipeline.clip.frozen import FrozenClip, FrozenText
 from pipeline.errors import ConfigError, DataError
 from pipeline.networks.cascade import load_cascade
 from pipeline.networks.clip import load_clip_artifact, load_text_artifact

@@ -125,7 +125,7 @@ RUN = """
 import json, sys
 from pathlib import Path
 import torch
-from pipeline.clip import create_clip
+from pipeline.clip.model import create_clip
 from pipeline.networks.clip import save_clip_artifact
 from pipeline.networks.files import load_network
 from pipeline.recipe.plan import artifact_of, inputs_of, make_plan, manifest_of

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from diffusers.schedulers import scheduling_unclip
 from torch import Tensor
 
-import pipeline.clip  # noqa: F401  (first: it lets torchvision be imported beside a torch without CUDA)
+import pipeline.clip.library  # noqa: F401  (first: it lets torchvision be imported beside a torch without CUDA)
 from models.cascade import Cascade
 from models.diffusion.noise import NoiseSource
 from models.diffusion.schedules import cosine_betas

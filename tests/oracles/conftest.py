@@ -1,3 +1,3 @@
-"""Loaded first: pipeline.clip lets torchvision be imported beside a torch without CUDA, which diffusers' modules want."""
+"""Loaded first: it lets torchvision be imported beside a torch without CUDA, which diffusers' modules want."""
 
-import pipeline.clip  # noqa: F401
+import pipeline.clip.library  # noqa: F401

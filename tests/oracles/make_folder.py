@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pipeline.clip  # noqa: F401  (first: it lets torchvision be imported beside a torch without CUDA)
+import pipeline.clip.library  # noqa: F401  (first: it lets torchvision be imported beside a torch without CUDA)
 
 sys.path.append(str(Path(sys.prefix) / "oracles"))
 
@@ -31,7 +31,8 @@ from models.clip_config import ClipDims
 from models.decoder.network import Decoder
 from models.interchange.networks import export_decoder, export_upsampler
 from models.upsampler.network import Upsampler
-from pipeline.clip import FrozenText, create_clip
+from pipeline.clip.frozen import FrozenText
+from pipeline.clip.model import create_clip
 from pipeline.networks.diffusers import write_tokenizer
 from pipeline.workspace.store import Artifact
 from tests.oracles.compare_pipeline import share_noise

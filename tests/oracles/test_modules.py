@@ -52,7 +52,7 @@ def assert_equal_outputs(ours: Tensor, reference: Tensor) -> None:
 def text_proj() -> Any:
     from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 
-    import pipeline.clip  # noqa: F401  (it lets torchvision be imported, which the pipelines' modules want)
+    import pipeline.clip.library  # noqa: F401  (it lets torchvision be imported, which the pipelines' modules want)
 
     return UnCLIPTextProjModel
 

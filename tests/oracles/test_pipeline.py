@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.clip import FrozenClip
+from pipeline.clip.frozen import FrozenClip
 from pipeline.networks.diffusers import export_diffusers
 from tests.tiny.networks import make_cascade, save_cascade
 

@@ -87,7 +87,7 @@ def test_paper_recipe_gives_the_source_of_every_value_of_its_networks() -> None:
 
 
 def test_recipes_on_public_clips_name_weights_that_open_clip_knows() -> None:
-    from pipeline.clip import open_clip
+    from pipeline.clip.library import open_clip
 
     public = set(open_clip.list_pretrained())
     named = {recipe.name: (recipe.clip.name, recipe.clip.tag) for recipe in map(load_recipe, CONFIGS.glob("*.toml"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.clip import FrozenClip
+from pipeline.clip.frozen import FrozenClip
 from pipeline.data.vectors import read_vectors, to_unit
 from pipeline.networks.clip import load_clip_artifact
 from pipeline.pictures import decode

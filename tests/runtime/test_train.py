@@ -10,7 +10,7 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from pipeline.clip import load_clip
+from pipeline.clip.files import load_clip
 from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe

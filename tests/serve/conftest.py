@@ -22,7 +22,8 @@ from models.prior.stage import PriorStage
 from models.upsampler.config import UpsamplerConfig
 from models.upsampler.network import Upsampler
 from models.upsampler.stage import UpsamplerStage
-from pipeline.clip import FrozenClip, create_clip
+from pipeline.clip.frozen import FrozenClip
+from pipeline.clip.model import create_clip
 from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan
 from pipeline.recipe.recipe import Recipe

@@ -18,7 +18,9 @@ from models.prior.stage import PriorStage
 from models.upsampler.config import UpsamplerConfig
 from models.upsampler.network import Upsampler
 from models.upsampler.stage import UpsamplerStage
-from pipeline.clip import FrozenClip, create_clip, save_clip
+from pipeline.clip.files import save_clip
+from pipeline.clip.frozen import FrozenClip
+from pipeline.clip.model import create_clip
 from pipeline.networks.clip import save_clip_artifact
 from pipeline.networks.files import save_network
 from pipeline.workspace.store import Artifact

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from models.diffusion.config import DiffusionConfig
-from pipeline.clip import create_clip
+from pipeline.clip.model import create_clip
 from pipeline.networks.clip import save_clip_artifact
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe

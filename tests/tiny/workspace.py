@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pipeline.clip import create_clip
+from pipeline.clip.model import create_clip
 from pipeline.data.drawn import write_evaluation
 from pipeline.data.embed import Embedder
 from pipeline.data.vectors import write_embeddings

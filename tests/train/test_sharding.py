@@ -226,7 +226,7 @@ def trained(folder: Path) -> list[Results]:
     """Of each rank: what every training came to, by (case, workers, shards)."""
     tiny_inputs(folder)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "pipeline.clip", "torch._dynamo"])  # imported once for all workers
+    context.set_forkserver_preload([__name__, "pipeline.clip.frozen", "torch._dynamo"])  # imported once for all workers
     workers = [context.Process(target=_work, args=(rank, str(folder))) for rank in range(4)]
     for worker in workers:
         worker.start()

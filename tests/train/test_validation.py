@@ -16,7 +16,7 @@ from models.ar_prior.network import ArPrior
 from models.decoder.network import Decoder
 from models.prior.network import Prior
 from models.upsampler.network import Upsampler
-from pipeline.clip import FrozenClip
+from pipeline.clip.frozen import FrozenClip
 from pipeline.networks.clip import load_clip_artifact
 from pipeline.networks.measuring import NUM_EMBEDDINGS
 from pipeline.train.assemble import TrainJob, assemble

@@ -1,0 +1,115 @@
+"""What a CLIP's inputs are made by: the framing of its pictures and the tokens of its captions. No weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from pipeline.clip.library import SimpleTokenizer, open_clip
+from pipeline.errors import ConfigError
+from pipeline.pictures import Framing
+
+_MAX_CAPTION_CHARS = 2048
+_MAX_CACHED_WORDS = 1 << 20
+
+
+@dataclass(frozen=True)
+class ClipInputs:
+    """How pictures and captions become the inputs of a CLIP. It holds no weights, so that other processes can do it."""
+
+    framing: Framing
+    """The image tower's own preprocessing, up to the standardisation of levels."""
+    model_config: dict[str, Any]
+    """open_clip's model configuration, as in open_clip_config.json."""
+    source: str
+    """Where open_clip finds a Hugging Face tokenizer: ``local-dir:FOLDER``, ``hf-hub:OWNER/REPOSITORY`` or one of its
+    own names; CLIP's tokenizer needs none."""
+
+    @property
+    def context_length(self) -> int:
+        """Length of a tokenised caption, in tokens."""
+        return self.model_config["text_cfg"].get("context_length", 77)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """open_clip's tokenizer: CLIP's own, or one that wraps Hugging Face's.
+
+        Raises:
+            ConfigError: If a Hugging Face tokenizer cannot be loaded; says what is missing.
+        """
+        text: dict[str, Any] = self.model_config["text_cfg"]
+        if "hf_tokenizer_name" not in text:
+            options = text.get("tokenizer_kwargs")
+            if not options:
+                return _plain_tokenizer(self.context_length)
+            return SimpleTokenizer(context_length=self.context_length, **options)
+        try:
+            return open_clip.get_tokenizer(self.source)
+        except ImportError as error:
+            raise ConfigError(
+                f"clip: the tokenizer {text['hf_tokenizer_name']} is from Hugging Face and needs the package "
+                f"{error.name or 'transformers'}, which is not installed: pip install 'unclip[hf]'"
+            ) from error
+        except Exception as error:  # transformers, the hub client and the socket each raise their own
+            raise ConfigError(
+                f"clip: the tokenizer {text['hf_tokenizer_name']} of {self.source} cannot be loaded; without a network "
+                f"its tokenizer.json and tokenizer_config.json must be in the CLIP's folder. {first_line(error)}"
+            ) from error
+
+    def tokenize(self, captions: Sequence[str]) -> Int[Tensor, "B L"]:
+        """Token ids of captions, L = context length; longer captions are truncated."""
+        if isinstance(self.tokenizer, SimpleTokenizer) and len(self.tokenizer.cache) > _MAX_CACHED_WORDS:
+            self.tokenizer.cache.clear()  # it keeps every word that it has ever seen
+        return self.tokenizer([_shorten(caption) for caption in captions], context_length=self.context_length)
+
+
+def inputs_of(model_config: dict[str, Any], preprocess: dict[str, Any], source: str) -> ClipInputs:
+    """The inputs that open_clip's configuration of a model and of its preprocessing describe.
+
+    Raises:
+        ValueError: If its pictures are not square.
+    """
+    size = preprocess.get("size") or model_config.get("vision_cfg", {}).get("image_size", 224)
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) > 1:
+        raise ValueError(f"CLIP {source!r}: its pictures are {size} px, no square")
+    # "random" is of open_clip's training alone; it resizes with the bicubic kernel otherwise.
+    kernel = "bilinear" if preprocess.get("interpolation") == "bilinear" else "bicubic"
+    mode, fill_level = preprocess.get("resize_mode") or "shortest", preprocess.get("fill_color") or 0
+    return ClipInputs(Framing(sides.pop(), mode, kernel, fill_level), model_config, source)
+
+
+def count_tokens(captions: Sequence[str]) -> list[int]:
+    """Tokens of each caption by CLIP's own tokenizer, with the start and the end token, before anything is cut off."""
+    tokenizer = _plain_tokenizer(77)  # the length only matters where captions are cut
+    return [len(tokenizer.encode(caption)) + 2 for caption in captions]
+
+
+def named_context_length(name: str) -> int:
+    """Context length of an open_clip model or folder; 77, which nearly all have, if this machine does not know it."""
+    config = open_clip.get_model_config(name) if not name.startswith("hf-hub:") else None
+    return int((config or {}).get("text_cfg", {}).get("context_length", 77))
+
+
+def first_line(error: Exception) -> str:
+    """Class and first line of an error, for a message to people."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+@lru_cache(maxsize=4)
+def _plain_tokenizer(context_length: int) -> SimpleTokenizer:
+    """CLIP's own tokenizer; making one takes half a second, so all CLIPs of a process share it."""
+    return SimpleTokenizer(context_length=context_length)
+
+
+def _shorten(caption: str) -> str:
+    """A caption of at most ``_MAX_CAPTION_CHARS``: more than any context length holds.
+
+    CLIP's tokenizer takes time with the square of a word's length: minutes for a page without spaces.
+    """
+    return caption if len(caption) <= _MAX_CAPTION_CHARS else " ".join(caption.split())[:_MAX_CAPTION_CHARS]
