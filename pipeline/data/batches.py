@@ -190,6 +190,7 @@ class Samples:
         num_threads: Threads that decode; 1 decodes in the calling thread.
         window_rows: Rows in a window of the planned order; two windows stay open.
         weights: Weight of each list of pairs; empty: each is 1.
+        num_streams: Streams of the planned order, each with a part of the window.
     """
 
     def __init__(
@@ -200,15 +201,18 @@ class Samples:
         num_threads: int = 1,
         window_rows: int = WINDOW_ROWS,
         weights: Sequence[float] = (),
+        num_streams: int = 1,
     ) -> None:
         self.reader = reader
         self.num_rows = sum(reader.shard_rows)
         self.window_rows = window_rows
         self.weights = tuple(weights)
+        self.num_streams = num_streams
         self._image_px = image_px
         self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
         self._open_rows = 0
-        self._most_open_rows = 2 * max(window_rows, *reader.shard_rows, 1)  # a larger shard is a window of its own
+        # A larger shard is a window of its own, in each stream.
+        self._most_open_rows = 2 * max(window_rows, num_streams * max(reader.shard_rows, default=0), 1)
         self._lock = Lock()  # of the open shards; what is open may be read by several threads
         self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
         self.row_bytes = image_px * image_px * 3
@@ -344,24 +348,29 @@ def iterate_batches(
             step += 1
 
 
-def plan_order(samples: Samples, seed: int, *, where: str) -> SampleOrder:
-    """Plan the order of a training's samples.
+def plan_order(samples: Samples, seed: int, *, where: str, batch_size: int = 1) -> SampleOrder:
+    """Plan the order of a training's samples; only with several streams it depends on the size of the global batch.
 
     Raises:
-        DataError: If there are no samples.
+        DataError: If there are no samples, or too few for the streams.
     """
     if samples.num_rows == 0:
         raise DataError(
             f"{where}: no row to train on in {len(samples.reader.shards)} shards; look at the download's counts"
         )
     reader = samples.reader
-    return SampleOrder(
-        reader.shard_rows,
-        seed,
-        window_rows=samples.window_rows,
-        shard_lists=reader.shard_lists,
-        weights=samples.weights,
-    )
+    try:
+        return SampleOrder(
+            reader.shard_rows,
+            seed,
+            window_rows=samples.window_rows,
+            shard_lists=reader.shard_lists,
+            weights=samples.weights,
+            num_streams=samples.num_streams,
+            batch_size=batch_size,
+        )
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 class CaptionTable:

@@ -70,6 +70,7 @@ _ADDED_LATER = {
     "import_validation_prob": 0.02,
     "train.phases": [],
     "train.shuffle_rows": 200_000,
+    "train.num_streams": 1,
     "train.clip_precision": "float32",
     "lists": [],
 }

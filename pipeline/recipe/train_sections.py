@@ -78,6 +78,11 @@ class TrainConfig:
     trained; bfloat16 halves its memory, and rounds what it says. Stored embeddings and sampling are not affected."""
     shuffle_rows: PositiveInt = 200_000
     """Rows that are shuffled together, shard by shard; two such windows are open at a time (0.1 GB of texts each)."""
+    num_streams: PositiveInt = 1
+    """Runs into which the shards of an epoch are divided, each shuffled by itself; every batch takes an equal part of
+    each. With as many as machines, or a multiple of that, a machine fetches the shards of its own runs alone: an epoch
+    takes each shard from the storage once, and with 1 once for every machine. The order is the same on any number of
+    machines, so 12 serves 1, 2, 3, 4, 6 and 12 well."""
     phases: tuple[TrainPhase, ...] = ()
     """Changes from a step on: tables with from_step (0-based) and any of learning_rate, lr_schedule, warmup_steps,
     num_steps, precision, grad_clip_norm. A training under the same recipe without the last phases is continued from its
@@ -87,6 +92,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.warmup_steps > self.num_steps:
             raise ValueError(f"warmup_steps must be in 0..num_steps, got {self.warmup_steps}")
+        if self.num_streams > self.batch_size:
+            raise ValueError(f"num_streams is {self.num_streams}: at most batch_size, which is {self.batch_size}")
         first, last = 0, self.num_steps
         for number, phase in enumerate(self.phases):
             if not first < phase.from_step <= last:

@@ -41,7 +41,7 @@ class RehearsedTraining:
         self._share = Share(job.section.train.batch_size, 0, job.section.resources.most_workers)
         alone = Share(len(self._share))  # the others are not there to exchange anything with
         self._step = make_step(objective, job.section, alone, seed=job.seed)
-        self._order = plan_order(self._parts.train, job.seed, where=job.name)
+        self._order = plan_order(self._parts.train, job.seed, where=job.name, batch_size=job.section.train.batch_size)
         self._build_s = self.clock.now() - start
 
     def take_step(self) -> None:

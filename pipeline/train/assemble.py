@@ -171,14 +171,20 @@ def in_memory_order(kind: AnyKind, network: nn.Module) -> nn.Module:
 
 def samples_of(job: TrainJob, split: str) -> Samples:
     """Rows of one split, with the columns that this kind of network reads."""
-    kind, config = job.kind, job.section.model
-    image_px: int = getattr(config, "image_px") if kind.pictures else 0  # noqa: B009  (kinds of pictures have it)
+    kind, model = job.kind, job.section.model
+    image_px: int = getattr(model, "image_px") if kind.pictures else 0  # noqa: B009  (kinds of pictures have it)
     download = job.inputs["download"] if kind.pictures else None
     embed = embeddings_of(job.inputs) if kind.embeddings else None
     reader = ShardReader(download, embed, split, None if kind.embeddings else selection_of(job.inputs))
-    window_rows = job.section.train.shuffle_rows
-    weights = job.recipe.pairs.weights
-    return Samples(reader, image_px, num_threads=job.num_threads, window_rows=window_rows, weights=weights)
+    config = job.section.train
+    return Samples(
+        reader,
+        image_px,
+        num_threads=job.num_threads,
+        window_rows=config.shuffle_rows,
+        weights=job.recipe.pairs.weights,
+        num_streams=config.num_streams,
+    )
 
 
 def _no_captions(captions: Sequence[str]) -> TextEncoding:

@@ -61,7 +61,7 @@ def run_job(job: TrainJob, watch: Watch, wants_stop: WantsStop = never) -> Json:
     damages: list[str] = []
     log = continue_training(state, job, damages.append)
     note = f"; continued from step {state.step}: {'; '.join(damages)}" if damages else ""
-    order = plan_order(parts.train, job.seed, where=job.name)
+    order = plan_order(parts.train, job.seed, where=job.name, batch_size=config.batch_size)
     share = Share(config.batch_size, job.rank, job.world_size)
     validation = Validation(job, parts.clip, parts.validation)
     writer = CheckpointWriter(job.output, job.digest, _keep(job, state))

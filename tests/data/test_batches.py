@@ -121,6 +121,33 @@ def test_no_shard_is_opened_twice_in_an_epoch(window_rows: int, batch_size: int)
     assert len(names) == len(set(names))
 
 
+def test_workers_of_two_machines_open_the_shards_of_their_own_streams() -> None:
+    """Each shard once in an epoch, but for one that both divide and a few of the next epoch; with one stream twice."""
+    opened = list[str]()
+
+    def table(name: str) -> ShardTable:
+        opened.append(name)
+        columns = {column: [f"{name}-{row}" for row in range(8)] for column in ("uid", "key", "caption")}
+        return ShardTable(name, pa.table(columns))
+
+    reader: Any = SimpleNamespace(
+        shards=[f"{number:05d}" for number in range(40)], shard_rows=[8] * 40, shard_lists=[0] * 40, table=table
+    )
+    num_reads = list[int]()
+    for num_streams in (1, 2):
+        opened.clear()
+        uids = list[str]()
+        for rank in range(2):
+            samples = Samples(reader, 0, window_rows=36, num_streams=num_streams)
+            order = plan_order(samples, 0, where="test", batch_size=4)
+            batches = iterate_batches(samples, order, Share(4, rank, 2), 0)
+            uids += [uid for batch in islice(batches, 80) for uid in batch.uids]
+        assert len(set(uids)) == 320
+        num_reads.append(len(opened))
+    assert num_reads[0] >= 80
+    assert num_reads[1] <= 41 + 2 * 4
+
+
 def test_a_record_that_counts_other_rows_is_refused(tmp_path: Path) -> None:
     samples = _samples(tmp_path)
     samples.reader.shard_rows[1] -= 1
@@ -133,6 +160,9 @@ def test_plan_order_refuses_a_split_without_rows(tmp_path: Path) -> None:
     assert samples.first(4) is None
     with pytest.raises(DataError, match="decoder: no row to train on"):
         plan_order(samples, 0, where="decoder")
+    few = Samples(ShardReader(write_download(tmp_path / "few"), None, "train"), 16, num_streams=4)
+    with pytest.raises(DataError, match=r"decoder: .* rows are too few for num_streams = 4: it needs 32"):
+        plan_order(few, 0, where="decoder", batch_size=8)
 
 
 def _encode(captions: Sequence[str]) -> TextEncoding:

@@ -1,3 +1,4 @@
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -41,6 +42,60 @@ def test_locations_stay_inside_a_window() -> None:
     locations = order.locations(0, 120)
     for start in range(0, 120, 30):
         assert len(set(locations[start : start + 30, 0].tolist())) == 3
+
+
+@given(shards=_SHARDS, streams=st.integers(2, 4), part=st.integers(1, 3), window=st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_streams_visit_every_row_once_an_epoch_and_share_shards_only_where_they_meet(
+    shards: list[int], streams: int, part: int, window: int
+) -> None:
+    batch = streams * part
+    shards = [*shards, 9 * batch - sum(shards) % batch]  # an epoch of whole batches
+    order = SampleOrder(shards, 3, window_rows=window, num_streams=streams, batch_size=batch)
+    rows = sorted((s, r) for s, count in enumerate(shards) for r in range(count))
+    for epoch in range(2):
+        visited = order.locations(epoch * order.num_rows, (epoch + 1) * order.num_rows)
+        assert sorted(map(tuple, visited.tolist())) == rows
+        of_streams = visited.reshape(-1, streams, part, 2).transpose(1, 0, 2, 3).reshape(streams, -1, 2)
+        num_reads = sum(len(np.unique(locations[:, 0])) for locations in of_streams)
+        assert num_reads <= np.count_nonzero(shards) + streams - 1
+
+
+@given(
+    shards=st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(lambda shards: sum(shards) >= 40),
+    streams=st.integers(2, 5),
+    more=st.integers(0, 9),
+    cuts=st.lists(st.integers(0, 400), max_size=4),
+)
+@settings(max_examples=60, deadline=None)
+def test_uneven_streams_lead_by_no_more_than_a_batch(
+    shards: list[int], streams: int, more: int, cuts: list[int]
+) -> None:
+    def order() -> SampleOrder:
+        return SampleOrder(shards, 3, window_rows=20, num_streams=streams, batch_size=streams + more)
+
+    visits = Counter(map(tuple, order().locations(0, 4 * sum(shards)).tolist()))
+    assert len(visits) == sum(shards)
+    assert set(visits.values()) <= {3, 4, 5}
+    assert sum(visits.values()) - 4 * len(visits) == 0
+    assert sum(count != 4 for count in visits.values()) <= 2 * (streams + more)
+    borders = [0, *sorted(cuts), 400]
+    pieces = [order().locations(start, stop) for start, stop in pairwise(borders)]
+    assert np.array_equal(np.concatenate(pieces), order().locations(0, 400))
+
+
+def test_streams_shuffle_differently_and_windows_are_divided_among_them() -> None:
+    order = SampleOrder([10] * 12, 0, window_rows=40, num_streams=2, batch_size=20)
+    first, second = order.locations(0, 120).reshape(6, 2, 10, 2).transpose(1, 0, 2, 3).reshape(2, 60, 2)
+    assert not np.array_equal(first[:, 1], second[:, 1])
+    for locations in (first, second):
+        for start in range(0, 60, 20):
+            assert len(set(locations[start : start + 20, 0].tolist())) == 2
+
+
+def test_sample_order_refuses_more_streams_than_its_rows_can_fill() -> None:
+    with pytest.raises(ValueError, match="20 rows are too few for num_streams = 3: it needs 24"):
+        SampleOrder([10, 10], 0, num_streams=3, batch_size=4)
 
 
 def test_sample_order_refuses_no_rows() -> None:
