@@ -25,8 +25,8 @@ from pipeline.networks.clip import save_clip_artifact
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.train.assemble import TrainJob
+from pipeline.train.fitting import recipe_memory
 from pipeline.train.job import run_job
-from pipeline.train.memory import recipe_memory
 from pipeline.workspace.store import Artifact, Workspace
 from tests.tiny.shards import Sample, make_embeddings, make_jpeg, write_shard
 

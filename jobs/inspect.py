@@ -79,7 +79,7 @@ def _print_cost(resolved: Recipe, *, json: bool) -> None:
     """Print what the networks of a recipe cost, and the money at its prices."""
     from pipeline.networks.bill import format_bill, recipe_bill
     from pipeline.networks.costs import format_costs, recipe_costs
-    from pipeline.train.memory import format_memory, recipe_memory
+    from pipeline.train.fitting import format_memory, recipe_memory
 
     costs, memories = recipe_costs(resolved), recipe_memory(resolved)
     bill = recipe_bill(resolved, costs)

@@ -144,7 +144,7 @@ def _cost(name: str, section: TrainedSection, clip: OpenClip, recipe: Recipe) ->
         return NetworkCost(name, parameters, 0.0, 0, work.sampling_flops, work.num_calls, weights, 0, 0, 0, 0)
     flops, activations = count_training_pass(network, work.run)
     train, share = section.train, Share(section.train.batch_size, 0, section.resources.fewest_workers)
-    part = share.largest_part(section.resources.micro_batch_size)
+    part = share.largest_part(section.resources.samples_a_pass)
     if kind.contrasts and part < share.largest:
         flops += count_forward_pass(work.run)
     return NetworkCost(

@@ -137,10 +137,12 @@ class TrainResources:
     """Data-parallel workers. They divide every global batch among them, to within one sample. With [fewest, most] the
     training starts with as many as there is room for, goes on with fewer when a machine is lost, and with more when
     there is room again: the same training up to rounding."""
-    micro_batch_size: NonNegativeInt = 0
+    micro_batch_size: NonNegativeInt | Literal["auto"] = 0
     """Most samples in one forward and backward pass of a worker, which bounds its memory; 0: its whole share of the
-    batch. The parts' gradients are added up: the same training up to rounding. A contrastive loss (clip, noisy_clip)
-    computes its features twice then. Not for a CLIP with a ResNet, whose batch norms depend on the part."""
+    batch; "auto": all of it or the largest power of two that fits, counted as `plan --cost` counts it, once, before the
+    first step, against the GPU's memory, or on CPUs against memory_gb_per_worker or the worker's share of its machine.
+    The parts' gradients are added up: the same training up to rounding. A contrastive loss (clip, noisy_clip) computes
+    its features twice then. Not for a CLIP with a ResNet, whose batch norms depend on the part."""
     num_shards: NonNegativeInt = 1
     """Workers that divide one copy of the training's state (weights, gradients, average, moments) among them, for
     networks that are too large for one GPU. 1: every worker has all of it (DDP); 0: all workers together have one copy
@@ -219,6 +221,11 @@ class TrainResources:
         return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
 
     @property
+    def samples_a_pass(self) -> int:
+        """``micro_batch_size`` as a number; 0 while "auto" has not been counted."""
+        return 0 if self.micro_batch_size == "auto" else self.micro_batch_size
+
+    @property
     def fewest_workers(self) -> int:
         """Workers without which the training waits."""
         return self.workers[0]
@@ -270,7 +277,7 @@ class ClipStepConfig(StepSection):
     def __post_init__(self) -> None:
         if self.source == "train" and self.train.num_steps == 0:
             raise ValueError("train.num_steps is 0: random weights are of no use; set source = 'pretrained'")
-        if self.resources.micro_batch_size and self.model.vision == "resnet":
+        if self.resources.samples_a_pass and self.model.vision == "resnet":
             raise ValueError(
                 "resources.micro_batch_size: the batch norms of model.vision = 'resnet' need the batch undivided"
             )

@@ -67,7 +67,7 @@ class Restarts:
                     "with more workers, or make the network smaller; `unclip plan --cost` counts its memory"
                 )
             notice = f"{end.cause}; it goes on with {half} (resources.micro_batch_size = {half}), the same training"
-            context = replace(context, recipe=_with_micro_batch(context.recipe, name, half))
+            context = replace(context, recipe=with_micro_batch(context.recipe, name, half))
         self._context = replace(context, notice=notice)
         return self._context
 
@@ -94,7 +94,7 @@ def _goes_in_parts(section: TrainedSection) -> bool:
     return not (isinstance(section, ClipStepConfig) and section.model.vision == "resnet")
 
 
-def _with_micro_batch(recipe: Recipe, name: str, size: int) -> Recipe:
+def with_micro_batch(recipe: Recipe, name: str, size: int) -> Recipe:
     """The recipe with another ``micro_batch_size`` of one training."""
     section = recipe.trained()[name]
     section = replace(section, resources=replace(section.resources, micro_batch_size=size))

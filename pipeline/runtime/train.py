@@ -19,6 +19,7 @@ from pipeline.recipe.plan import earlier_trainings
 from pipeline.recipe.recipe import TrainedSection
 from pipeline.recipe.train_sections import TrainResources
 from pipeline.runtime.context import StepContext, StepResult
+from pipeline.runtime.memory import with_counted_part
 from pipeline.runtime.placement import cluster_has_roles, living_machines, scaling_options, worker_options
 from pipeline.runtime.restarts import End, Restarts
 from pipeline.runtime.stopping import StopNotice, handle_sigterm, is_stop_requested
@@ -51,13 +52,17 @@ def run_training(context: StepContext) -> StepResult:
     """Train the network of a step.
 
     Raises:
-        StepError: If the training ended more often than its budgets allow, or was asked to end.
+        ConfigError: If its memory is to be counted, and the shape of a pretrained CLIP is not known.
+        StepError: If the training ended more often than its budgets allow, was asked to end, or does not fit.
     """
+    asked = context.recipe.trained()[context.step.name].resources.micro_batch_size
+    context = with_counted_part(context)
     needs = context.recipe.trained()[context.step.name].resources
+    metrics = {} if asked == needs.micro_batch_size else {"micro_batch_size": needs.micro_batch_size}
     if not needs.validates_beside:
-        return StepResult(metrics=_fit(context), num_workers=needs.most_workers)
+        return StepResult(metrics=_fit(context) | metrics, num_workers=needs.most_workers)
     with ValidationsBeside(context, needs) as validations:
-        metrics = _fit(context) | validations.finish()
+        metrics |= _fit(context) | validations.finish()
     return StepResult(metrics=metrics, num_workers=needs.most_workers)
 
 
@@ -226,7 +231,7 @@ def _run_worker(context: StepContext, rank: int = 0, world_size: int = 1) -> End
 def _out_of_memory(section: TrainedSection, world_size: int, cause: str) -> End:
     """The end of a training whose worker has too little memory."""
     share = -(-section.train.batch_size // world_size)
-    largest = min(section.resources.micro_batch_size or share, share)
+    largest = min(section.resources.samples_a_pass or share, share)
     return End("out_of_memory", f"out of memory with {largest} samples at a time ({cause})", largest_pass=largest)
 
 

@@ -144,7 +144,7 @@ def _explain(objective: nn.Module, job: TrainJob, number: int, batch: Batch) -> 
     if is_sharded(objective):
         return describe(of_all_workers(find_culprits_together(objective, batch, random, place, share)))
     bare: nn.Module = objective.module if isinstance(objective, DistributedDataParallel) else objective
-    parts = share.parts(job.section.resources.micro_batch_size)
+    parts = share.parts(job.section.resources.samples_a_pass)
     return describe(of_all_workers(find_culprits(bare, batch, random, place, parts)))
 
 

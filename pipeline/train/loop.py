@@ -81,7 +81,7 @@ def make_step(
         vote: How the workers agree to end early; None: they never do.
     """
     config, vote = section.train, vote or StopVote(never, share.world_size)
-    accumulate = make_accumulate(objective, share, section.resources.micro_batch_size)
+    accumulate = make_accumulate(objective, share, section.resources.samples_a_pass)
     losses = diffusion_losses_of(objective)
 
     def step(state: TrainState, batch: Batch) -> None:

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 from pipeline.errors import StepError
 from pipeline.recipe.recipe import Recipe, parse_recipe
-from pipeline.runtime import train
+from pipeline.runtime import memory, train
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.restarts import End, Restarts
+from pipeline.runtime.run import connect
 from pipeline.train import job
 from pipeline.train.loop import StepFunction, make_step
 from pipeline.workspace.progress import read_progress
@@ -19,7 +20,7 @@ from tests.tiny.recipe import tiny_tables
 from tests.tiny.training import upsampler_context
 
 
-def _recipe(workspace: Path, **resources: float) -> Recipe:
+def _recipe(workspace: Path, **resources: float | str) -> Recipe:
     upsampler = {
         "train": {"num_steps": 6, "batch_size": 4, "learning_rate": 1e-3},
         "resources": {"save_every_steps": 2, **resources},
@@ -83,6 +84,33 @@ def test_a_training_that_never_fits_ends(
     monkeypatch.setattr(job, "make_step", _with_little_memory(enough_for, at_step=0))
     with pytest.raises(StepError, match=words):
         train.run_training(upsampler_context(_recipe(tmp_path, **resources)))
+
+
+def test_the_part_of_a_batch_is_counted_once_where_the_recipe_leaves_it_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = upsampler_context(_recipe(tmp_path / "auto", micro_batch_size="auto", memory_gb_per_worker=4))
+    with connect():
+        counted = memory.with_counted_part(context)
+    assert counted.recipe.upsampler_1.resources.micro_batch_size == 4
+    assert counted.notice.startswith("micro_batch_size = 4: a worker needs 0.00")
+    assert counted.notice.endswith("GB of 2.5 GB")
+    monkeypatch.setattr(train, "_fit_one", _here)
+    metrics = train.run_training(context).metrics  # without Ray: it is not counted again
+    assert metrics["micro_batch_size"] == 4
+    alone = upsampler_context(_recipe(tmp_path / "alone"))
+    train.run_training(alone)
+    weights = [load_file(each.output.path("model.safetensors")) for each in (context, alone)]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=0)
+
+
+def test_a_training_of_which_no_part_fits_is_told_what_would() -> None:
+    context = upsampler_context(_recipe(Path("nowhere"), micro_batch_size="auto", memory_gb_per_worker=1.5001))
+    with pytest.raises(
+        StepError, match=r"upsampler_1: not even 1 samples at a time fit: a worker needs .* of 0.0001 GB"
+    ):
+        memory._count("upsampler_1", context)
 
 
 def test_preemptions_and_errors_have_budgets_of_their_own(tmp_path: Path) -> None:

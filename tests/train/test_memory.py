@@ -11,17 +11,9 @@ from pipeline.data.order import Share
 from pipeline.networks.costs import build_clip
 from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.train.assemble import assemble
+from pipeline.train.fitting import advice, format_memory, memory_of, recipe_memory
 from pipeline.train.loop import make_step
-from pipeline.train.memory import (
-    USABLE,
-    GpuAutocast,
-    LiveBytes,
-    WorkerMemory,
-    advice,
-    count_memory,
-    format_memory,
-    recipe_memory,
-)
+from pipeline.train.memory import USABLE, GpuAutocast, LiveBytes, WorkerMemory, count_memory
 from pipeline.train.state import create_state
 from pipeline.workspace.store import Artifact
 from tests.tiny.command import ROOT
@@ -188,6 +180,26 @@ def test_a_training_that_does_not_fit_is_told_what_would_make_it_fit() -> None:
         if expected is not None:
             assert last_line.startswith(f"upsampler_1 does not fit: {whole.total / 1e6:.3g} MB of")
             assert f"; what would make it fit: {expected}" in last_line
+
+
+def test_the_largest_part_that_fits_is_found_and_checkpointing_proposed_where_none_does() -> None:
+    train = {"batch_size": 12, "optimizer": "adamw"}
+    sizes = {
+        size: _counted(_changed("upsampler_1", train, {"micro_batch_size": size}), "upsampler_1") for size in (0, 4, 1)
+    }
+    clip = build_clip(training_recipe())
+    for room, samples in (
+        (sizes[0].total, 12),
+        (sizes[0].total - 1000, 6),
+        (sizes[4].total, 4),
+        (sizes[1].total - 1000, 1),
+    ):
+        gpu_gb = (room + 1) / USABLE / 1e9
+        recipe = _changed("upsampler_1", train, {"micro_batch_size": "auto", "gpu_memory_gb": gpu_gb})
+        memory = memory_of("upsampler_1", recipe.trained()["upsampler_1"], recipe, clip)
+        assert (memory.samples, memory.fits) == (samples, room >= sizes[1].total)
+    assert advice(memory, recipe) == "resources: checkpointing = true"
+    assert "upsampler_1 does not fit" in format_memory(recipe_memory(recipe), recipe)
 
 
 def test_every_training_of_a_recipe_is_counted() -> None:

@@ -1,0 +1,85 @@
+"""The largest part of a batch that fits into a worker's memory, where a recipe leaves it open."""
+
+import json
+import os
+from dataclasses import asdict, replace
+from typing import Any
+
+import psutil
+import ray
+import ray.exceptions
+
+from pipeline.errors import StepError, UnclipError
+from pipeline.recipe.train_sections import TrainResources
+from pipeline.runtime.context import StepContext
+from pipeline.runtime.placement import cluster_has_roles, worker_options
+from pipeline.runtime.restarts import with_micro_batch
+from pipeline.workspace.progress import Progress
+from pipeline.workspace.store import LIVE
+
+Json = dict[str, Any]
+
+_FOUND = f"{LIVE}micro_batch.json"
+_PROCESS_GB = 1.5
+"""Of a worker on CPUs, beside its tensors: the libraries, and the rows that are read ahead."""
+
+
+def with_counted_part(context: StepContext) -> StepContext:
+    """A training with a number in place of ``micro_batch_size = "auto"``; one that has a number is returned as it is.
+
+    It is counted on a machine on which a worker can run, and kept for later starts with the same resources.
+
+    Raises:
+        ConfigError: If the shape of a pretrained CLIP is not known there.
+        StepError: If not even the smallest part fits; says what would make it fit.
+    """
+    name, resources = context.step.name, context.recipe.trained()[context.step.name].resources
+    if resources.micro_batch_size != "auto":
+        return context
+    known = context.output.find_json(_FOUND)
+    of = json.loads(json.dumps(asdict(resources)))
+    if known is None or known["of"] != of:
+        Progress(context.output, waits=True).update(0, 1, "", "waiting for a worker that counts its memory", force=True)
+        options = worker_options(name, resources, has_roles=cluster_has_roles())
+        task = ray.remote(_count).options(name=f"{name}: count memory", **options)
+        try:
+            known = ray.get(task.remote(name, context)) | {"of": of}
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, UnclipError) else error) from None
+        context.output.write_json(_FOUND, known)
+    samples = known["samples"]
+    recipe = with_micro_batch(context.recipe, name, samples)
+    return replace(context, recipe=recipe, notice=f"micro_batch_size = {samples}: {known['words']}")
+
+
+def _count(name: str, context: StepContext) -> Json:
+    """The part that fits here; runs in a process of its own."""
+    import torch
+
+    from pipeline.networks.costs import build_clip
+    from pipeline.train.fitting import advice, memory_of
+
+    recipe = context.recipe
+    section = recipe.trained()[name]
+    room_gb = _room_gb(section.resources)
+    section = replace(section, resources=replace(section.resources, gpu_memory_gb=room_gb))
+    with torch.device("meta"):
+        frozen = build_clip(recipe)
+    memory = memory_of(name, section, recipe, frozen)
+    words = f"a worker needs {memory.total / 1e9:.3g} GB of {room_gb:.3g} GB"
+    if not memory.fits:
+        raise StepError(
+            f"{name}: not even {memory.samples} samples at a time fit: {words}; what would make it fit: "
+            f"{advice(memory, recipe)}"
+        )
+    return {"samples": memory.samples, "words": words}
+
+
+def _room_gb(resources: TrainResources) -> float:
+    """Memory of a worker's tensors, in 10^9 bytes."""
+    if resources.accelerator == "cuda":
+        import torch
+
+        return resources.gpu_memory_gb or torch.cuda.get_device_properties(0).total_memory / 1e9
+    share = resources.cpus_per_worker / (os.cpu_count() or 1)
+    return (resources.memory_gb_per_worker or psutil.virtual_memory().total / 1e9 * share) - _PROCESS_GB
