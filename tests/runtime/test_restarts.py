@@ -105,8 +105,8 @@ def test_the_part_of_a_batch_is_counted_once_where_the_recipe_leaves_it_open(
         torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=0)
 
 
-def test_a_training_of_which_no_part_fits_is_told_what_would() -> None:
-    context = upsampler_context(_recipe(Path("nowhere"), micro_batch_size="auto", memory_gb_per_worker=1.5001))
+def test_a_training_of_which_no_part_fits_is_told_what_would(tmp_path: Path) -> None:
+    context = upsampler_context(_recipe(tmp_path, micro_batch_size="auto", memory_gb_per_worker=1.5001))
     with pytest.raises(
         StepError, match=r"upsampler_1: not even 1 samples at a time fit: a worker needs .* of 0.0001 GB"
     ):
