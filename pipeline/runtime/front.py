@@ -29,6 +29,8 @@ from pipeline.serve.traces import open_traces
 from pipeline.serve.upkeep import Upkeep
 from pipeline.workspace.store import Artifact
 
+_END_S = 5.0
+"""Longest time until the last requests of a server that ends are answered."""
 _NEIGHBOURS = ("download", "embed", "index")
 
 
@@ -65,6 +67,12 @@ class Front:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         await self._guards(scope, receive, send)
+
+    def end(self, reason: str) -> None:
+        """Answer all requests with 503, also those under way, for which nobody works any more."""
+        self.gate.close(reason)
+        self.upkeep.has_ended = True
+        self.gate.wait_until_idle(_END_S)
 
     def open(self, recipe: Recipe, artifacts: dict[str, Artifact], handles: Handles) -> None:
         """Pass new requests to the API of a recipe; those under way stay with the one before.

@@ -6,11 +6,12 @@ the server's keeper ends.
 
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -47,14 +48,14 @@ class KeptRay:
 
     @contextmanager
     def join(self) -> Generator[list[psutil.Process]]:
-        """Connect to Ray inside a block; its servers.
+        """Connect to Ray inside a block; its servers. If they end in the block, its error ends the process.
 
         Raises:
-            StepError: If it could not be started, or has ended.
+            StepError: If Ray could not be started, or has ended.
         """
         from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
-        from pipeline.runtime.run import connect, require_alive
+        from pipeline.runtime.run import are_alive, connect, require_alive
 
         deadline_s = time.monotonic() + _LONGEST_START_S
         while not (note := self._read()):
@@ -72,7 +73,12 @@ class KeptRay:
         require_alive(servers)
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as it was for the process that holds Ray
         with connect(note["address"]):
-            yield servers
+            try:
+                yield servers
+            except StepError as error:
+                if not are_alive(servers):
+                    _end_process(error)
+                raise
 
     def _note(self, note: dict[str, Any]) -> None:
         os.pwrite(self._notes.fileno(), json.dumps(note).encode() + b"\n", 0)
@@ -81,3 +87,11 @@ class KeptRay:
         """What was noted; empty as long as nothing is."""
         text = os.pread(self._notes.fileno(), 1 << 16, 0)
         return json.loads(text) if text.endswith(b"\n") else {}
+
+
+def _end_process(error: StepError) -> NoReturn:
+    """Say what is wrong, and end at once: to disconnect from a Ray that is gone takes Ray a minute and a half."""
+    sys.stderr.write(f"error: {error}\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(error.exit_code)

@@ -250,6 +250,13 @@ class _NoReplica(NotServing):
     """A call waits for a replica that does not come."""
 
 
+class _Ended(NotServing):
+    """There will be no replica any more."""
+
+    def __init__(self) -> None:
+        super().__init__("the server has ended")
+
+
 class RemoteModel:
     """A ``protocols.PictureModel`` that calls the replicas.
 
@@ -298,7 +305,7 @@ class RemoteModel:
                                 yield event
                     is_over = True
                 except NotServing as error:
-                    if has_begun_again:
+                    if has_begun_again or self._upkeep.has_ended:
                         raise
                     has_begun_again = True
                     self._note_again(error)
@@ -321,12 +328,15 @@ class RemoteModel:
                     else:
                         yield event
             finally:
-                events.cancel()
+                if not self._upkeep.has_ended:
+                    events.cancel()
 
     async def _twice(self, act: Callable[[], Awaitable[T]]) -> T:
         try:
             return await act()
         except NotServing as error:
+            if self._upkeep.has_ended:
+                raise
             self._note_again(error)
             return await act()
 
@@ -395,7 +405,7 @@ class RemoteModel:
         response = getattr(handle or self._first, method).remote(*arguments)
         try:
             return await self._while_served(response)
-        except (asyncio.CancelledError, _NoReplica):
+        except (asyncio.CancelledError, _NoReplica):  # a Ray that has ended is not called
             response.cancel()
             raise
 
@@ -403,7 +413,7 @@ class RemoteModel:
         """An answer of a replica, unless none has run for long: Ray Serve would wait for one without end.
 
         Raises:
-            NotServing: If the replica dies, or no one comes.
+            NotServing: If the replica dies, no one comes, or Ray has ended.
         """
         task = asyncio.ensure_future(answer)
         task.add_done_callback(_read_error)
@@ -411,6 +421,8 @@ class RemoteModel:
             with _plain_errors():
                 while not task.done():
                     await asyncio.wait({task}, timeout=_ABSENCE_POLL_S)
+                    if self._upkeep.has_ended and not task.done():
+                        raise _Ended
                     if self._upkeep.absent_s > _LONGEST_ABSENCE_S and not task.done():
                         raise _NoReplica(f"no replica has been running for {_LONGEST_ABSENCE_S:g} s")
                 return task.result()

@@ -378,13 +378,18 @@ def _is_alive(server: psutil.Process) -> bool:
     return False
 
 
+def are_alive(servers: list[psutil.Process]) -> bool:
+    """Whether all servers of a Ray run."""
+    return all(map(_is_alive, servers))
+
+
 def require_alive(servers: list[psutil.Process]) -> None:
     """Notice at once that Ray is gone; Ray itself waits a minute and then ends the process without a message.
 
     Raises:
         StepError: If a server has ended.
     """
-    if not all(_is_alive(server) for server in servers):
+    if not are_alive(servers):
         raise StepError(
             "Ray on this machine has ended in the middle of the run (killed, or the machine is out of memory); "
             "what is finished is kept, run the same command again to continue"

@@ -101,7 +101,7 @@ def serve_recipe(
                 announce(f"{server_name(recipe)} is served at {url_of(config.host, config.port)} - Ctrl-C ends it")
                 if no_neighbours:
                     announce(no_neighbours)
-                with _finishing(front.gate, config.drain_s, announce):
+                with _finishing(front, config.drain_s, announce):
                     _Watch(recipe, artifacts, front, handles, announce, uses).run(reload, servers)
         except KeyboardInterrupt:
             front.gate.close("the server has ended")
@@ -441,18 +441,16 @@ def _application(recipe: Recipe) -> ApplicationStatusOverview:
 
 
 @contextmanager
-def _finishing(gate: Gate, timeout_s: float, announce: Announce) -> Generator[None]:
-    """After the block, finish what is under way; not if Ray or the application has ended, as nobody works on it."""
-    can_finish = True
+def _finishing(front: Front, timeout_s: float, announce: Announce) -> Generator[None]:
+    """After the block, finish what is under way; if Ray or the application has ended, it is answered with 503."""
     try:
         yield
     except StepError:
-        can_finish = False
-        gate.close("the server has ended")
+        front.end("the server has ended")
         raise
-    finally:
-        if can_finish:
-            _drain(gate, timeout_s, announce)
+    except BaseException:
+        _drain(front.gate, timeout_s, announce)
+        raise
 
 
 def _drain(gate: Gate, timeout_s: float, announce: Announce) -> None:

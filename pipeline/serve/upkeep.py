@@ -21,6 +21,8 @@ class Upkeep:
             "unclip_begun_again", "Requests that were begun once more because a replica died.", registry=registry
         )
         self._absent_since_s: float | None = None
+        self.has_ended = False
+        """Whether no replica will run again, because Ray is gone: no request waits for one."""
 
     @property
     def absent_s(self) -> float:

@@ -1,7 +1,8 @@
 """``kill -9`` of what serves, while requests are under way: each is answered, or 503 in the API's form, and none hangs.
 
 Two servers are taken through their kills: `unclip serve` on a Ray of its own (a replica, Ray Serve's controller, both, the
-server's process), and the file of `--config-only` behind Ray Serve's proxies (the HTTP process, a proxy, the controller).
+server's process, the one that holds Ray), and the file of `--config-only` behind Ray Serve's proxies (the HTTP process, a
+proxy, the controller).
 """
 
 import concurrent.futures
@@ -22,6 +23,7 @@ import openai
 import psutil
 import pytest
 
+from pipeline.errors import StepError
 from pipeline.runtime.serve_file import PROXY_ENVIRONMENT
 from tests.ports import free_port
 from tests.ray_head import ray_head
@@ -33,6 +35,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 _NUM_CLIENTS = 3
 _BACK_S = 40.0
 """Longest time until pictures are sampled again: a process that imports torch on a machine that does other things."""
+_ENDED_S = 12.0
+"""Longest time until a server has ended whose Ray is gone."""
 _SLOW = ("decoder.model.sampler.num_steps=400",)  # a second or more: it is killed in the middle
 
 
@@ -125,8 +129,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def own(folder: Path) -> Iterator[Server]:
+@contextlib.contextmanager
+def started(folder: Path) -> Generator[tuple[Server, subprocess.Popen[str]]]:
     """`unclip serve` with a Ray of its own."""
     port = free_port()
     process = start_unclip("serve", str(folder / "tiny.toml"), "--port", str(port), "--set", _SLOW[0])
@@ -137,7 +141,7 @@ def own(folder: Path) -> Iterator[Server]:
             assert line, process.wait(10)
         output = process.stdout
         threading.Thread(target=lambda: server.lines.extend(iter(output.readline, "")), daemon=True).start()
-        yield server
+        yield server, process
         process.terminate()
         process.wait(60)
     finally:
@@ -148,6 +152,12 @@ def own(folder: Path) -> Iterator[Server]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def own(folder: Path) -> Iterator[Server]:
+    with started(folder) as (server, _):
+        yield server
 
 
 def test_a_replica_that_is_killed_costs_no_request(own: Server) -> None:
@@ -185,6 +195,36 @@ def test_a_server_whose_process_is_killed_answers_503_until_it_is_back(own: Serv
     assert not server.is_running()
     assert own.find("ray::ServeReplica") == replica  # the networks were not loaded again
     assert own.health()["dropped"] == len(answers) + 1  # nobody waits for these pictures any more
+
+
+def test_a_server_whose_ray_is_killed_answers_503_and_ends(folder: Path) -> None:
+    with started(folder) as (server, process):
+        [holder] = [child for child in server.root.children() if child.children()]
+        left = holder.children(recursive=True)
+        killed_s: list[float] = []
+
+        def kill() -> None:
+            killed_s.append(time.monotonic())
+            holder.kill()
+
+        try:
+            answers = kill_in_the_middle(server, kill)
+            print(f"Ray: answered after {time.monotonic() - killed_s[0]:.1f} s")
+            *whole, stream = answers
+            for answer in whole:
+                assert answer is not None
+                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready"), answer.text
+            assert stream is not None
+            assert '"code": "not_ready"' in stream.text, stream.text
+            assert process.wait(60) == StepError.exit_code
+            taken_s = time.monotonic() - killed_s[0]
+            print(f"Ray: the server has ended after {taken_s:.1f} s")
+            assert taken_s < _ENDED_S
+            assert any("Ray on this machine has ended" in line for line in server.lines), server.lines
+        finally:
+            for one in left:  # Ray's own agents end after a minute and a half
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
 
 
 @pytest.fixture(scope="module")

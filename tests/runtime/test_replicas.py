@@ -372,6 +372,29 @@ def test_requests_do_not_wait_without_end_for_a_replica(monkeypatch: pytest.Monk
     asyncio.run(ask())
 
 
+def test_requests_end_with_ray_and_are_not_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas_module, "_ABSENCE_POLL_S", 0.01)
+    upkeep, calls = Upkeep(), list[str]()
+
+    async def ask() -> None:
+        def remote(request: SampleRequest, *_: object) -> asyncio.Future[Any]:
+            calls.append(request.prompt)
+            return asyncio.Future()
+
+        handle: Any = SimpleNamespace(sample=SimpleNamespace(remote=remote))
+        request = asyncio.ensure_future(
+            RemoteModel({"networks": handle}, upkeep=upkeep).sample(SampleRequest("a", (1,)))
+        )
+        await asyncio.sleep(0.1)
+        assert not request.done()
+        upkeep.has_ended = True
+        with pytest.raises(NotServing, match="the server has ended"):
+            await asyncio.wait_for(request, 5)
+
+    asyncio.run(ask())
+    assert calls == ["a"]
+
+
 class Answer:
     """What Ray Serve holds of one replica's answer; ``None`` never comes."""
 

@@ -24,14 +24,16 @@ import ray
 import torch
 from PIL import Image
 
+import pipeline.runtime.front as front_module
 import pipeline.runtime.serve as serve_module
 from pipeline.errors import ConfigError, StepError
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
+from pipeline.recipe.serve_sections import ServeConfig
 from pipeline.recipe.steps import CASCADE_STEPS
+from pipeline.runtime.front import Front
 from pipeline.runtime.serve import serve_recipe
-from pipeline.serve.gate import Gate
 from tests.ports import free_port, free_ports
 from tests.readme import python_blocks
 from tests.tiny.cluster import cluster_without_cpus
@@ -227,16 +229,20 @@ def test_ctrl_c_finishes_what_is_under_way_and_ends_everything_it_started(served
     ("end", "said"),
     [
         (KeyboardInterrupt(), ["stopping; requests under way: 1", "not finished within 0.01 s (serve.drain_s): 1"]),
-        (StepError("Ray has ended"), []),  # nobody works on it
+        (StepError("Ray has ended"), []),  # nobody works on it: it is answered with 503
     ],
 )
-def test_what_is_under_way_is_waited_for_as_long_as_somebody_works_on_it(end: BaseException, said: list[str]) -> None:
-    gate, lines = Gate(), list[str]()
-    gate._count(1)
-    with pytest.raises(type(end)), serve_module._finishing(gate, 0.01, lines.append):
+def test_what_is_under_way_is_waited_for_as_long_as_somebody_works_on_it(
+    end: BaseException, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front_module, "_END_S", 0.01)
+    front, lines = Front(ServeConfig()), list[str]()
+    front.gate._count(1)
+    with pytest.raises(type(end)), serve_module._finishing(front, 0.01, lines.append):
         raise end
     assert [line.partition(" - ")[0] for line in lines] == said
-    assert gate.reason
+    assert front.gate.reason
+    assert front.upkeep.has_ended == (not said)
 
 
 def test_serving_an_unfinished_recipe_names_the_step(tmp_path: Path) -> None:

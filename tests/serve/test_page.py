@@ -225,6 +225,10 @@ def test_a_dropped_png_of_the_server_brings_its_settings_back(page: Page, server
     ]
     assert values == [PROMPT, "a blue star", "4", "3"]
     assert seed.input_value() == "9007199254740993"
+    kept = page.get_by_role("region", name="History").get_by_role("button", name=PROMPT)
+    expect(kept).to_have_count(1)  # it was there already
+    drop(page, "other.png", png({"parameters": PROMPT + "\nSteps: 20, Seed: 1, Size: 64x64"}))
+    expect(kept).to_have_count(2)
 
 
 def test_a_png_of_another_program_brings_its_settings_back(page: Page) -> None:
