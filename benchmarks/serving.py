@@ -1,13 +1,14 @@
 """The server's engine beside the bare sampler: pictures a second, latency, previews, steps wasted, equality in a crowd.
 
-    python -m benchmarks.serving RECIPE [--clients 16] [--gap-s 0.3] [--rounds 3] [--threads 1] [--set KEY=VALUE]
+    unclip run configs/demo.toml
+    python -m benchmarks.serving configs/demo.toml [--clients 16] [--gap-s 0.3] [--rounds 3] [--threads 1]
 
-Networks that are not trained yet have random weights of the recipe's sizes, which take the same time. Every client
-requests a picture, and the next one when it has it; all begin together, or a gap after the client before. Pictures are
-counted between two ends of pictures: when every client has its first one, and when every client has two more. The bare
-sampler takes batches of its best size, and of one picture for each client. All times but ``neighbours`` are processor
-times of this process, so that other programs on the machine do not count; gaps too are of that clock. Rounds alternate,
-and ratios are of one round.
+Networks that are not trained yet have random weights of the recipe's sizes, which take the same time; but they magnify
+rounding, so that pictures are then not compared. Every client requests a picture, and the next one when it has it; all
+begin together, or a gap after the client before. Pictures are counted between two ends of pictures: when every client
+has its first one, and when every client has two more. The bare sampler takes batches of its best size, and of one
+picture for each client. All times but ``neighbours`` are processor times of this process, so that other programs on the
+machine do not count; gaps too are of that clock. Rounds alternate, and ratios are of one round.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from pipeline.serve.knn import LocalNeighbours
 from pipeline.serve.protocols import Preview
 from pipeline.shapes.captions import canonical_caption
 from pipeline.shapes.scene import evaluation_scenes
-from pipeline.workspace.store import Workspace
+from pipeline.workspace.store import Artifact, Workspace
 from tests.tiny.workspace import write_networks
 
 Images = dict[tuple[str, int], NDArray[np.uint8]]
@@ -71,9 +72,8 @@ def load_networks(recipe: Recipe, precision: Precision | None = None) -> Cascade
     """The recipe's trained networks, or random ones of its sizes; ``precision`` replaces the recipe's."""
     arithmetic = Arithmetic(precision or recipe.serve.precision, recipe.serve.compiled)
     arithmetic.set_up()
-    try:
-        artifacts = finished_artifacts(recipe, CASCADE_STEPS)
-    except ConfigError:
+    artifacts = _trained(recipe)
+    if not artifacts:
         with tempfile.TemporaryDirectory() as folder:
             workspace = Workspace(folder)
             steps = [step for step in make_plan(recipe) if step.name in CASCADE_STEPS]
@@ -81,6 +81,14 @@ def load_networks(recipe: Recipe, precision: Precision | None = None) -> Cascade
             write_networks(recipe, artifacts)
             return load_cascade(artifacts, recipe.serve.accelerator, network_configs(recipe), arithmetic=arithmetic)
     return load_cascade(artifacts, recipe.serve.accelerator, network_configs(recipe), arithmetic=arithmetic)
+
+
+def _trained(recipe: Recipe) -> dict[str, Artifact]:
+    """The recipe's trained networks; empty if one is not finished."""
+    try:
+        return finished_artifacts(recipe, CASCADE_STEPS)
+    except ConfigError:
+        return {}
 
 
 def rates(
@@ -290,10 +298,12 @@ def main() -> None:
     prompts = [canonical_caption(scene.scene) for scene in evaluation_scenes(arguments.clients, 0)]
     cascade.sample(prompts[:1], [0])  # warm
     rows, crowds = rates(cascade, prompts, arguments.gap_s, arguments.rounds, clock=clock)
-    rows += differences(cascade, crowds, most=8)
+    is_trained = bool(_trained(recipe))
+    if is_trained:
+        rows += differences(cascade, crowds, most=8)
     rows += [measure(cascade, prompts[0], arguments.rounds, clock) for measure in (latency, first_preview)]
     rows.append(steps_after_leaving(cascade, prompts[0], _LEAVERS, latest=40))
-    if recipe.serve.precision != "float32":
+    if is_trained and recipe.serve.precision != "float32":
         rows += precisions(recipe, cascade, prompts, clock)
     if recipe.serve.accelerator == "cpu":  # the search runs on processors
         rows.append(neighbours(cascade))

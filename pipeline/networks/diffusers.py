@@ -42,7 +42,7 @@ from pipeline.clip.frozen import FrozenText, freeze
 from pipeline.clip.model import OpenClip, build_clip
 from pipeline.errors import ConfigError, DataError
 from pipeline.networks.clip import save_clip_artifact
-from pipeline.networks.files import NetworkConfig, save_network
+from pipeline.networks.files import NetworkConfig, save_network, verified_files
 from pipeline.recipe.folder import folder_tables
 from pipeline.recipe.recipe import default_tables
 from pipeline.workspace.store import Artifact
@@ -216,10 +216,8 @@ def export_native(networks: dict[str, Artifact], folder: Path) -> None:
     """
     _require_empty(folder)
     for step, artifact in networks.items():
-        for name in artifact.names():
-            if name.endswith((".json", ".safetensors")) and "/" not in name and name != "manifest.json":
-                artifact.verify(name)
-                Artifact(f"{folder.resolve()}/{step}").write_bytes(name, artifact.path(name).read_bytes())
+        for name in verified_files(artifact):
+            Artifact(f"{folder.resolve()}/{step}").write_bytes(name, artifact.path(name).read_bytes())
 
 
 def import_diffusers(folder: Path, out: Path) -> list[str]:

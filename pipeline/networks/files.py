@@ -44,6 +44,19 @@ def save_network(
     artifact.write_json(CONFIG, config_content(config, dims))
 
 
+def verified_files(artifact: Artifact) -> list[str]:
+    """Names of the files that hold a network, after their checksums were compared.
+
+    Raises:
+        DataError: If one is damaged.
+    """
+    names = [name for name in artifact.names() if name.endswith((".json", ".safetensors"))]
+    names = [name for name in names if "/" not in name and name != "manifest.json"]
+    for name in names:
+        artifact.verify(name)
+    return names
+
+
 def network_content(network: nn.Module) -> dict[str, Any]:
     """What config.json says about a network; empty for one without a configuration."""
     config = getattr(network, "config", None)

@@ -218,10 +218,12 @@ def _sent(result: Any, served: str) -> Any:
 
 
 def _load_engine(tables: Tables) -> "Engine":
+    """The networks of a recipe, with checksums compared, and the engine that samples them."""
     import torch
 
     from pipeline.networks.arithmetic import Arithmetic
     from pipeline.networks.cascade import load_cascade, network_configs
+    from pipeline.networks.files import verified_files
     from pipeline.serve.engine import Engine
     from pipeline.serve.memory import GpuMemory
     from pipeline.serve.traces import open_traces
@@ -231,6 +233,8 @@ def _load_engine(tables: Tables) -> "Engine":
     place = place_of(config, part)
     torch.set_num_threads(max(1, int(place.cpus_per_replica)))
     networks = {name: artifact for name, artifact in artifacts.items() if name in CASCADE_STEPS}
+    for name in networks.keys() if steps is None else networks.keys() & steps:
+        verified_files(networks[name])
     arithmetic = Arithmetic(config.precision, config.compiled)
     arithmetic.set_up()
     configs = network_configs(recipe)

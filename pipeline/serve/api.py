@@ -7,6 +7,7 @@ POST /v1/embeddings          embeddings of texts and pictures
 GET /v1/models               the one model
 POST /knn-service            neighbours, as clip-retrieval; 404 on a server without an index
 POST /metadata, GET /indices-list
+GET /docs                    the routes and their fields, for people
 GET /healthz, GET /metrics
 """
 
@@ -22,6 +23,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
+from pipeline.serve.api_page import api_page
 from pipeline.serve.document import ERRORS, PICTURES, form_body, json_body
 from pipeline.serve.edits import EDITS, EditKind, edit_of
 from pipeline.serve.embeddings import EmbeddingRequest, embed
@@ -85,6 +87,11 @@ def _pages(model: PictureModel, settings: ApiSettings, *, has_neighbours: bool) 
         page, policy = _page(settings, list(request.app.openapi()["paths"]), has_neighbours=has_neighbours)
         return HTMLResponse(page, headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"})
 
+    @router.get("/docs", response_class=HTMLResponse)
+    async def docs(request: Request) -> HTMLResponse:
+        page, policy = api_page(request.app.openapi(), settings.card.name)
+        return HTMLResponse(page, headers={"Content-Security-Policy": policy})
+
     @router.get("/healthz")
     async def healthz() -> JSONResponse:
         stats = await model.stats()
@@ -101,7 +108,7 @@ def _pages(model: PictureModel, settings: ApiSettings, *, has_neighbours: bool) 
 
 def _openai(model: PictureModel, neighbours: Neighbours | None, settings: ApiSettings) -> APIRouter:
     router = APIRouter(prefix="/v1")
-    names = [settings.card.name, *settings.card.aliases]
+    names, encoding = [settings.card.name, *settings.card.aliases], settings.metrics.encoding.time
 
     def entry(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": settings.created, "owned_by": "unclip"}
@@ -119,7 +126,9 @@ def _openai(model: PictureModel, neighbours: Neighbours | None, settings: ApiSet
     async def generations(request: Request) -> Response:
         body = parse(GenerationRequest, await read_json(request, TEXT_BODY_LIMIT_BYTES))
         return await _answer(
-            request, body, Generation(model, body, settings.card, client_of(request), index=neighbours)
+            request,
+            body,
+            Generation(model, body, settings.card, client_of(request), index=neighbours, encoding=encoding),
         )
 
     def route(name: str, kind: EditKind) -> None:
@@ -133,7 +142,11 @@ def _openai(model: PictureModel, neighbours: Neighbours | None, settings: ApiSet
             edit, notes = await decoding(edit_of, kind, body, form, settings.card.image_px)
             client = client_of(request)
             return await _answer(
-                request, body, Generation(model, body, settings.card, client, edit=edit, notes=notes, index=neighbours)
+                request,
+                body,
+                Generation(
+                    model, body, settings.card, client, edit=edit, notes=notes, index=neighbours, encoding=encoding
+                ),
             )
 
     for name, kind in EDITS.items():

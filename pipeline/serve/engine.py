@@ -323,7 +323,8 @@ class Engine:
             if not pending.num_steps:
                 self._metrics.queue.observe(time.monotonic() - pending.arrived_s)
             pending.spans.admit()
-            pending.batch = pending.phase.batch()
+            with self._metrics.admission.time():
+                pending.batch = pending.phase.batch()
         if not pending.phase.stages:  # another engine has them; the pictures are there as soon as they are encoded
             with self._changed:
                 self._waiting.remove(pending)

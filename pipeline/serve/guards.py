@@ -37,7 +37,7 @@ BODY_LIMIT_BYTES = 64 << 20
 """Of any route; each has a smaller limit of its own."""
 _BODY_TIMEOUT_S = 30.0
 _SEND_TIMEOUT_S = 60.0
-_OPEN_PATHS = {"/", "/healthz", "/livez", "/openapi.json", "/readyz"}
+_OPEN_PATHS = {"/", "/docs", "/healthz", "/livez", "/openapi.json", "/readyz"}
 _SCOPES: tuple[tuple[str, KeyScope | None], ...] = (
     ("/metrics", "metrics"),
     ("/v1/images/", "images"),

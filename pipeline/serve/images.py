@@ -11,7 +11,8 @@ import base64
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -141,6 +142,7 @@ class Generation:
         edit: The pictures that it starts from.
         notes: What the answer says of fields that had no effect.
         index: Of the training pictures, for ``neighbours``.
+        encoding: Measures the time in which files are made.
 
     Raises:
         ApiError: As ``check_options``; 400 if neighbours are requested and there is no index.
@@ -156,12 +158,13 @@ class Generation:
         edit: Edit | None = None,
         notes: Sequence[str] = (),
         index: Neighbours | None = None,
+        encoding: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         check_options(body, card)
         if body.neighbours and index is None:
             message = "neighbours: this server has no index of the training pictures"
             raise ApiError(400, message, param="neighbours", code="index_not_found")
-        self._index = index
+        self._index, self._encoding = index, encoding
         self._model, self._body, self._card, self._client, self._notes = model, body, card, client, notes
         self.side_px = side_of(body.size, card.image_px)
         request = sample_request(body, self.side_px, card.sampling, edit)
@@ -258,7 +261,7 @@ class Generation:
             return encode_picture(image, self.side_px, self._format, quality=quality, made_with=chunks, signer=signer)
 
         pairs = list(zip(images, seeds, strict=True))
-        with span("encode", pictures=len(pairs)):
+        with span("encode", pictures=len(pairs)), self._encoding():
             return await asyncio.to_thread(lambda: [encode(image, seed) for image, seed in pairs])
 
     async def _neighbours(self, sampled: SampledPictures) -> list[dict[str, Any]]:

@@ -40,6 +40,12 @@ class EngineMetrics:
         self.queue = Histogram(
             "unclip_queue_seconds", "From a request to the admission of its first picture.", buckets=_SECONDS, **here
         )
+        self.admission = Histogram(
+            "unclip_admission_seconds",
+            "Encoding the captions of a request when it is admitted.",
+            buckets=_SECONDS,
+            **here,
+        )
         self.step = Histogram("unclip_step_seconds", "One step of a stage.", ["stage"], buckets=_SECONDS, **here)
         self.batch = Histogram(
             "unclip_batch_pictures", "Pictures in one step of a stage.", ["stage"], buckets=_PICTURES, **here
@@ -80,6 +86,13 @@ class HttpMetrics:
         )
         self.neighbours = Histogram(
             "unclip_neighbours_seconds", "One search of the index.", buckets=_SECONDS, registry=self.registry
+        )
+
+        self.encoding = Histogram(
+            "unclip_encode_seconds",
+            "Making the files of an answer's pictures, or of a preview.",
+            buckets=_SECONDS,
+            registry=self.registry,
         )
 
     def note(self, route: str, status: int, duration_s: float, refused_by: str) -> None:

@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from starlette.testclient import TestClient
 
 import pipeline.runtime.replicas as replicas_module
 from models.request import SampleRequest
+from pipeline.errors import DataError
 from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.front import Front, served_artifacts
@@ -27,6 +29,7 @@ from pipeline.serve.protocols import Accepted, NotServing, Overloaded, Preview, 
 from pipeline.serve.upkeep import Upkeep
 from tests.tiny.collector import Collector, collecting
 from tests.tiny.shards import pixels, plain_picture
+from tests.tiny.workspace import served_workspace
 
 
 class FakeEngine:
@@ -110,6 +113,22 @@ def test_networks_that_cannot_be_loaded_leave_the_old_ones_and_the_same_are_not_
         assert (await replica.sample(SampleRequest("a", (1,)))).images.max() == 1
 
     asyncio.run(swap())
+
+
+def test_networks_with_a_flipped_bit_are_not_served(tmp_path: Path) -> None:
+    recipe = served_workspace(tmp_path)
+    artifacts, _ = served_artifacts(recipe)
+    weights = artifacts["decoder"].path("model.safetensors")
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.chmod(0o644)
+    weights.write_bytes(damaged)
+    chain = chained(recipe)
+    tables = write_tables(chain, artifacts)
+    for own in (write_tables(recipe, artifacts), part_tables(chain, tables, "decoder")):
+        with pytest.raises(DataError, match=r"decoder.*/model\.safetensors: does not match its checksum"):
+            asyncio.run(ModelReplica().reconfigure(own))
+    asyncio.run(ModelReplica().reconfigure(part_tables(chain, tables, "prior")))  # these weights are not its own
 
 
 def test_networks_that_are_served_again_end_only_after_they_are_left_again(

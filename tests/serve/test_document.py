@@ -45,8 +45,24 @@ def test_the_document_names_every_route_and_field(document: dict[str, Any]) -> N
     assert all("$ref" not in str(path) for path in document["paths"].values())
 
 
+def test_the_page_of_the_document_names_every_route_and_field_with_its_limits(
+    document: dict[str, Any], server: Server
+) -> None:
+    answer = httpx.get(f"{server.url}/docs")
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            assert f"{method.upper()} {path}" in answer.text
+            for media in operation.get("requestBody", {"content": {}})["content"].values():
+                assert all(f"<code>{field}</code>" in answer.text for field in media["schema"]["properties"])
+    assert "<td><code>prompt</code></td><td>required</td><td>string, at most 4000 characters</td>" in answer.text
+    assert "<td><code>n</code></td><td></td><td>integer, 1 to 10</td>" in answer.text
+    assert "<td><code>output_format</code></td><td></td><td>png, jpeg, webp</td>" in answer.text
+    assert "<td><code>image[]</code></td><td>required</td><td>list of file, at most 2</td>" in answer.text
+    assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+
+
 PATHS = {
-    "GET": ["/", "/healthz", "/metrics", "/v1/models", "/v1/models/{name}", "/indices-list"],
+    "GET": ["/", "/docs", "/healthz", "/metrics", "/v1/models", "/v1/models/{name}", "/indices-list"],
     "POST": [
         *(f"/v1/images/{name}" for name in ("generations", *EDITS)),
         "/v1/embeddings",

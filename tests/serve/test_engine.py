@@ -2,12 +2,15 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from models.cascade import Cascade
 from models.request import SampleRequest
@@ -18,6 +21,7 @@ from tests.tiny.pictures import almost_equal
 
 PROMPTS = ["a red circle", "a large blue square above a small green star", "two", "a red circle"]
 SEEDS = [1, 2, 3, 4]
+GUIDED = ("prior", "decoder")
 REQUESTS = [SampleRequest(prompt, (seed,)) for prompt, seed in zip(PROMPTS, SEEDS, strict=True)]
 
 
@@ -115,6 +119,47 @@ def test_a_request_that_is_encoded_is_not_idle(
     cancelled = engine.submit(SampleRequest("a", (1,)))
     cancelled.cancel()
     wait_until(lambda: engine.idle)
+
+
+@st.composite
+def arrivals(draw: st.DrawFn) -> tuple[SampleRequest, float, float | None]:
+    """A request, how long after the one before it comes, and how long after that it is cancelled, if it is; in seconds."""
+    first = draw(st.integers(0, 99))
+    request = SampleRequest(
+        draw(st.sampled_from(PROMPTS)),
+        tuple(range(first, first + draw(st.integers(1, 3)))),
+        guidance_scale={stage: draw(st.sampled_from((1.0, 2.5))) for stage in draw(st.sets(st.sampled_from(GUIDED)))},
+        num_steps={"decoder": draw(st.integers(1, 7))},
+        negative_prompt=draw(st.sampled_from(("", "a blue star"))),
+        side_px=draw(st.sampled_from((8, 32))),
+        num_candidates=draw(st.sampled_from((0, 2))),
+    )
+    return request, draw(st.sampled_from((0.0, 0.01, 0.05))), draw(st.sampled_from((None, None, 0.0, 0.02)))
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(requests=st.lists(arrivals(), min_size=2, max_size=8), max_batch_size=st.integers(1, 6))
+def test_requests_of_all_kinds_that_come_and_go_get_their_own_pictures(
+    cascade: Cascade, requests: list[tuple[SampleRequest, float, float | None]], max_batch_size: int
+) -> None:
+    with closing(Engine(cascade, max_batch_size=max_batch_size)) as engine:
+        futures: list[Future[Any]] = []
+        for request, wait_s, leaves_s in requests:
+            time.sleep(wait_s)
+            futures.append(engine.submit(request, client=request.prompt))
+            if leaves_s is not None:
+                threading.Timer(leaves_s, futures[-1].cancel).start()
+        for (request, _, leaves_s), future in zip(requests, futures, strict=True):
+            try:
+                sampled = future.result(60)
+            except CancelledError:
+                assert leaves_s is not None
+                continue
+            assert almost_equal(sampled.images, cascade.sample_request(request).images.numpy())
+        wait_until(lambda: engine.idle and not engine.counts()["active"])
+        counts = engine.counts()
+    assert (counts["waiting"], counts["failed"], counts["refused"]) == (0, 0, 0)
+    assert counts["dropped"] == sum(future.cancelled() for future in futures)
 
 
 def test_engine_refuses_more_than_may_wait_and_takes_more_once_there_is_room(

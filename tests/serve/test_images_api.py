@@ -1,3 +1,4 @@
+import asyncio
 import base64
 import concurrent.futures
 import contextlib
@@ -120,6 +121,24 @@ def test_stream_shows_each_picture_as_it_comes(server: Any, client: openai.OpenA
     first = [pixels(base64.b64decode(event.b64_json)) for event in partial if event.partial_image_index == 0]
     assert all(picture.shape == (32, 32, 3) for picture in first)
     assert not close_to(first[0], finished[0])  # it is a state on the way
+
+
+def test_openais_asynchronous_client_generates_edits_and_streams(server: Any) -> None:
+    async def ask() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
+            whole, stream = await asyncio.gather(
+                client.images.generate(prompt=PROMPT, extra_body={"seed": 5}),
+                client.images.generate(prompt=PROMPT, stream=True, partial_images=1, extra_body={"seed": 5}),
+            )
+            events = [event async for event in stream]
+            assert [event.type.rpartition(".")[2] for event in events] == ["partial_image", "completed"]
+            answers = [(whole.data or [])[0].b64_json, events[-1].b64_json]
+            for answer in answers:
+                assert close_to(pixels(base64.b64decode(answer or "")), expected(server, PROMPT, [5]).images.numpy()[0])
+            edited = await client.images.edit(image=base64.b64decode(answers[0] or ""), prompt="a blue star")
+            assert len(edited.data or []) == 1
+
+    asyncio.run(ask())
 
 
 def test_refused_streams_are_errors_and_no_events(server: Any, client: openai.OpenAI) -> None:
@@ -388,7 +407,11 @@ def test_health_and_metrics_count_the_sampled_pictures(server: Any) -> None:
     after = httpx.get(f"{server.url}/healthz").json()
     assert after["pictures"] == before["pictures"] + 2
     assert after["requests"] == before["requests"] + 1
-    assert f'unclip_pictures_total{{replica=""}} {float(after["pictures"])}' in httpx.get(f"{server.url}/metrics").text
+    metrics = httpx.get(f"{server.url}/metrics").text
+    assert f'unclip_pictures_total{{replica=""}} {float(after["pictures"])}' in metrics
+    encoded = re.search(r"^unclip_encode_seconds_count (.+)$", metrics, re.MULTILINE)
+    assert encoded
+    assert float(encoded[1]) > 0
 
 
 def test_a_dead_engine_is_not_healthy(server: Any, serving: Any) -> None:

@@ -39,6 +39,8 @@ def test_an_engine_measures_its_queue_steps_stages_and_requests(make_engine: Cal
     assert found["unclip_requests_total", "answered"] == 2
     assert found["unclip_pictures_total",] == 3
     assert found["unclip_queue_seconds_count",] == 2
+    assert found["unclip_admission_seconds_count",] == 2
+    assert found["unclip_admission_seconds_sum",] > 0
     assert found["unclip_sampling_seconds_count",] == 2
     for stage in ("prior", "decoder", "upsampler_1"):
         assert found["unclip_stage_seconds_count", stage] == 3

@@ -437,8 +437,10 @@ def test_the_keys_do_what_their_list_says(page: Page) -> None:
     page.keyboard.press("h")
     viewer = page.locator("#viewer")
     newest = viewer.locator("#view-image").get_attribute("src")
+    viewer.get_by_role("button", name="Open result 1", exact=True).focus()
     page.keyboard.press("ArrowRight")
     assert viewer.locator("#view-image").get_attribute("src") != newest
+    expect(button(page, "Next picture")).to_be_focused()  # the result is gone
     page.keyboard.press("s")
     expect(viewer).not_to_be_visible()
     expect(page.get_by_label("Prompt", exact=True)).to_be_focused()
