@@ -130,10 +130,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def started(folder: Path) -> Generator[tuple[Server, subprocess.Popen[str]]]:
+def started(recipe: Path, *changes: str) -> Generator[tuple[Server, subprocess.Popen[str]]]:
     """`unclip serve` with a Ray of its own."""
     port = free_port()
-    process = start_unclip("serve", str(folder / "tiny.toml"), "--port", str(port), "--set", _SLOW[0])
+    settings = [part for change in changes for part in ("--set", change)]
+    process = start_unclip("serve", str(recipe), "--port", str(port), *settings)
     assert process.stdout is not None
     server = Server(f"http://127.0.0.1:{port}", psutil.Process(process.pid))
     try:
@@ -156,7 +157,7 @@ def started(folder: Path) -> Generator[tuple[Server, subprocess.Popen[str]]]:
 
 @pytest.fixture(scope="module")
 def own(folder: Path) -> Iterator[Server]:
-    with started(folder) as (server, _):
+    with started(folder / "tiny.toml", *_SLOW) as (server, _):
         yield server
 
 
@@ -198,7 +199,7 @@ def test_a_server_whose_process_is_killed_answers_503_until_it_is_back(own: Serv
 
 
 def test_a_server_whose_ray_is_killed_answers_503_and_ends(folder: Path) -> None:
-    with started(folder) as (server, process):
+    with started(folder / "tiny.toml", *_SLOW) as (server, process):
         [holder] = [child for child in server.root.children() if child.children()]
         left = holder.children(recursive=True)
         killed_s: list[float] = []
