@@ -23,7 +23,8 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.serve_sections import ServeStageConfig
 from pipeline.runtime.front import served_artifacts
 from pipeline.runtime.parts import parts_of
-from pipeline.runtime.replicas import RemoteModel, networks_application
+from pipeline.runtime.remote_model import RemoteModel
+from pipeline.runtime.replicas import networks_application
 from pipeline.runtime.run import connect
 from pipeline.workspace.store import Artifact
 from tests.tiny.workspace import served_workspace

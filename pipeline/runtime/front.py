@@ -17,7 +17,7 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.serve_sections import ServeConfig
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.runtime.parts import Tables, most_requests, read_tables
-from pipeline.runtime.replicas import Handles, RemoteModel
+from pipeline.runtime.remote_model import Handles, RemoteModel
 from pipeline.serve.gate import Gate
 from pipeline.serve.guarded_model import GuardedModel, load_hook
 from pipeline.serve.guards import Guards, GuardSettings

@@ -17,6 +17,7 @@ from ray import serve
 from ray.serve.handle import DeploymentBroadcastResponse
 from starlette.testclient import TestClient
 
+import pipeline.runtime.remote_model as remote_module
 import pipeline.runtime.replicas as replicas_module
 from models.request import SampleRequest
 from pipeline.errors import DataError
@@ -24,7 +25,8 @@ from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.front import Front, served_artifacts
 from pipeline.runtime.parts import part_tables, parts_of, write_tables
-from pipeline.runtime.replicas import Hop, ModelReplica, RemoteModel
+from pipeline.runtime.remote_model import RemoteModel
+from pipeline.runtime.replicas import Hop, ModelReplica
 from pipeline.serve.protocols import Accepted, NotServing, Overloaded, Preview, SampledPictures
 from pipeline.serve.upkeep import Upkeep
 from tests.tiny.collector import Collector, collecting
@@ -368,8 +370,8 @@ def test_a_client_that_leaves_leaves_no_complaint_behind() -> None:
 
 
 def test_requests_do_not_wait_without_end_for_a_replica(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replicas_module, "_ABSENCE_POLL_S", 0.01)
-    monkeypatch.setattr(replicas_module, "_LONGEST_ABSENCE_S", 0.1)
+    monkeypatch.setattr(remote_module, "_ABSENCE_POLL_S", 0.01)
+    monkeypatch.setattr(remote_module, "_LONGEST_ABSENCE_S", 0.1)
     upkeep, cancelled = Upkeep(), list[str]()
 
     class Never(asyncio.Future[Any]):
@@ -392,7 +394,7 @@ def test_requests_do_not_wait_without_end_for_a_replica(monkeypatch: pytest.Monk
 
 
 def test_requests_end_with_ray_and_are_not_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replicas_module, "_ABSENCE_POLL_S", 0.01)
+    monkeypatch.setattr(remote_module, "_ABSENCE_POLL_S", 0.01)
     upkeep, calls = Upkeep(), list[str]()
 
     async def ask() -> None:
@@ -431,7 +433,7 @@ class Answer:
 
 
 def test_one_slow_replica_hides_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replicas_module, "_STATS_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(remote_module, "_STATS_TIMEOUT_S", 0.05)
 
     async def answers() -> Any:
         return [Answer({"requests": 1}), Answer(None), Answer({"requests": 2})]

@@ -57,7 +57,8 @@ def test_a_new_field_reaches_the_stage_through_every_layer(cascade: Cascade, mon
 
 
 def test_replicas_and_their_proxy_pass_the_object_whole() -> None:
-    from pipeline.runtime.replicas import ModelReplica, RemoteModel
+    from pipeline.runtime.remote_model import RemoteModel
+    from pipeline.runtime.replicas import ModelReplica
 
     request, received = TilingRequest("a", (1,), tiling=True), list[SampleRequest]()
 
