@@ -1,5 +1,6 @@
 """``unclip submit``, ``jobs``, ``logs`` and ``stop``: the same recipe as a job on a Ray cluster."""
 
+import sys
 from dataclasses import replace
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from jobs.options import (
     print_next,
     recipe_words,
 )
+from jobs.watch import Follower
 from pipeline.recipe.recipe import load_recipe
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Job id, as `unclip jobs` lists it, or its beginning.")]
@@ -26,7 +28,9 @@ def submit(
     overrides: Overrides = None,
     until: Until = "",
     address: JobAddress = DASHBOARD,
-    follow: Annotated[bool, typer.Option("--follow", help="Print the job's log and wait for its end.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Show the job's lines and its live table until its end.")
+    ] = False,
     again: Annotated[
         bool, typer.Option("--again", help="Run it again although it has succeeded (its workspace was removed).")
     ] = False,
@@ -49,11 +53,9 @@ def submit(
         typer.echo(ray_job(resolved, manifest, until), nl=False)
         return
 
-    from pipeline.runtime.jobs import follow_job, submit_recipe
+    from pipeline.runtime.follow import follow_job
+    from pipeline.runtime.jobs import submit_recipe
     from pipeline.runtime.tunnel import reachable
-
-    def write(text: str) -> None:
-        typer.echo(text, nl=False, err=json)  # one JSON document is all of standard output
 
     with reachable(address) as url:
         submitted = submit_recipe(resolved, address=url, until=until, again=again, shown_as=words)
@@ -65,7 +67,11 @@ def submit(
             if not follow:
                 print_next(*(f"{command} {submitted.job_id} --address {address}" for command in ("logs", "stop")))
         if follow:
-            raise typer.Exit(follow_job(submitted.job_id, address=url, write=write))
+            with Follower(
+                sys.stderr if json else sys.stdout
+            ) as follower:  # one JSON document is all of standard output
+                code = follow_job(submitted.job_id, follower.write, url, follower.show if follower.is_live else None)
+            raise typer.Exit(code)
 
 
 def jobs(address: JobAddress = DASHBOARD, json: AsJson = False) -> None:

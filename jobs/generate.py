@@ -95,9 +95,10 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, address: RayAddres
 
     resolved = load_recipe(recipe, overrides or [])
     workspace, steps = Workspace(resolved.workspace), make_plan(resolved, until="evaluate")
-    watcher = Watcher()
+    statuses = plan_status(workspace, steps)
+    watcher = Watcher(statuses)
     try:
-        run_recipe(resolved, plan_status(workspace, steps), watcher, address=address)
+        run_recipe(resolved, statuses, watcher, address=address)
     finally:
         watcher.close()
     artifact = artifact_of(workspace, steps[-1])

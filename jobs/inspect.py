@@ -261,10 +261,8 @@ def _describe(row: dict[str, Any]) -> str:
 
 
 def _running_text(state: ProgressState) -> str:
-    machines = ", ".join(f"{number} on {machine}" for machine, number in state.workers.items())
-    workers = f"; workers: {machines}" if machines else ""
     notice = f"; {state.notice}" if state.notice else ""
-    return f"{state.text}{workers}{notice}; read {duration(state.age_s)} ago"
+    return f"{state.text}{state.where}{notice}; read {duration(state.age_s)} ago"
 
 
 def _stopped_text(state: ProgressState, error: str) -> str:

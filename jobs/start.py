@@ -116,6 +116,7 @@ def run(
         ),
     ] = "",
     shown_as: Annotated[str, typer.Option(hidden=True, help="The recipe in the commands that are proposed.")] = "",
+    job: Annotated[str, typer.Option(hidden=True, help="Id of the Ray job that this run is.")] = "",
 ) -> None:
     """Run every step that is not done; run it again after a stop of any kind and it continues.
 
@@ -145,9 +146,10 @@ def run(
     report = workspace.local_root / "report.html"
     if ran or Pending.read(workspace.root) is not None:
         from jobs.watch import Watcher
+        from pipeline.runtime.follow import TablePublisher
         from pipeline.runtime.run import run_recipe
 
-        watcher = Watcher()
+        watcher = Watcher(before, TablePublisher(job) if job else None)
         try:
             run_recipe(resolved, before, watcher, address=address, retry_failed=retry_failed, force=forced)
         finally:

@@ -4,7 +4,6 @@ A job's id is a digest of its plan, so that submitting a recipe twice does not r
 resolved recipe are uploaded with the job; the cluster's machines need only the dependencies.
 """
 
-import asyncio
 import contextlib
 import dataclasses
 import hashlib
@@ -21,7 +20,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import aiohttp
 import requests
 from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.job_submission import JobSubmissionClient
@@ -129,7 +127,7 @@ def submit_recipe(
         _pack(source or Path(__file__).parents[2], recipe, Path(folder))
         started = _retrying(
             lambda: client.submit_job(
-                entrypoint=_entrypoint(python, until, shown_as, on_this_machine=is_loopback(url)),
+                entrypoint=_entrypoint(python, until, shown_as, job_id, on_this_machine=is_loopback(url)),
                 submission_id=job_id,
                 runtime_env={"working_dir": folder, "env_vars": job_environment()},
                 metadata={"unclip": "1", "recipe": recipe.name, "until": until, "workspace": recipe.workspace},
@@ -163,38 +161,7 @@ def job_logs(job_id: str, address: str = DEFAULT_ADDRESS) -> str:
         StepError: If no cluster answers.
     """
     client, _ = dashboard_client(address)
-    return _logs(client, _find(client, job_id))
-
-
-def follow_job(job_id: str, write: Callable[[str], None], address: str = DEFAULT_ADDRESS) -> int:
-    """Write what a job prints, from its start to its end; an interrupt ends this function, not the job.
-
-    Args:
-        job_id: Its id, or a beginning of it that no other job has.
-        write: Takes pieces of text, line ends included.
-        address: URL of the cluster's dashboard.
-
-    Returns:
-        The job's exit code; 130 if it was stopped.
-
-    Raises:
-        ConfigError: If there is no such job, or more than one; names the candidates.
-        StepError: If no cluster answers, or it goes away before the job ends.
-    """
-    client, url = dashboard_client(address)
-    name = str(_find(client, job_id).submission_id)
-    num_written = 0
-    while True:
-        details = _details(client, name, url)
-        if details.status.value in _FINAL:
-            break
-        num_written = asyncio.run(_tail(client, name, num_written, write))
-        time.sleep(0.3)
-    job, text = _view(details), _logs(client, details)
-    write(text[num_written:])
-    if job.status == "failed" and not text:
-        write(job.message.rstrip() + "\n")
-    return job.exit_code if job.exit_code is not None else StepError.exit_code
+    return logs_of(client, find_job(client, job_id))
 
 
 def stop_job(job_id: str, address: str = DEFAULT_ADDRESS) -> str:
@@ -209,12 +176,12 @@ def stop_job(job_id: str, address: str = DEFAULT_ADDRESS) -> str:
         StepError: If no cluster answers, or the job outlives its time to stop.
     """
     client, url = dashboard_client(address)
-    name = str(_find(client, job_id).submission_id)
+    name = str(find_job(client, job_id).submission_id)
     client.stop_job(name)
     deadline = time.monotonic() + _STOP_WAIT_S + 15
     while time.monotonic() < deadline:
-        details = _details(client, name, url)
-        if details.status.value in _FINAL:
+        details = job_details(client, name, url)
+        if is_final(details):
             return _status(details)
         time.sleep(0.2)
     raise StepError(f"job {name} did not stop within {_STOP_WAIT_S + 15} s; see `unclip logs {name}`")
@@ -237,7 +204,7 @@ def _pack(source: Path, recipe: Recipe, folder: Path) -> None:
     (folder / "recipe.json").write_text(json.dumps(to_dict(recipe), indent=1, sort_keys=True), encoding="utf-8")
 
 
-def entrypoint(recipe: str, until: str, shown_as: str = "", python: str = "python") -> str:
+def entrypoint(recipe: str, until: str, shown_as: str = "", python: str = "python", job_id: str = "") -> str:
     """The shell command of a job.
 
     Args:
@@ -245,18 +212,19 @@ def entrypoint(recipe: str, until: str, shown_as: str = "", python: str = "pytho
         until: Last step; empty: all.
         shown_as: The recipe in the commands that the job proposes; empty: the file.
         python: Interpreter on the cluster.
+        job_id: The job's id, under which its live table is published; empty: nowhere.
     """
-    options = {"--until": until, "--shown-as": shown_as}
+    options = {"--until": until, "--shown-as": shown_as, "--job": job_id}
     words = [word for name, value in options.items() if value for word in (name, value)]
     return shlex.join(["exec", python, "-m", "jobs.job", "run", recipe, "--address", "auto", *words])
 
 
-def _entrypoint(python: str, until: str, shown_as: str, *, on_this_machine: bool) -> str:
+def _entrypoint(python: str, until: str, shown_as: str, job_id: str, *, on_this_machine: bool) -> str:
     if python or not on_this_machine:
-        return entrypoint("recipe.json", until, shown_as, python or "python")
+        return entrypoint("recipe.json", until, shown_as, python or "python", job_id)
     # A loopback address may be the end of an SSH tunnel: the interpreter of this process need not exist there.
     here = shlex.quote(sys.executable)
-    here_first, other = (entrypoint("recipe.json", until, shown_as, one) for one in (sys.executable, "python"))
+    here_first, other = (entrypoint("recipe.json", until, shown_as, one, job_id) for one in (sys.executable, "python"))
     return f"if [ -x {here} ]; then {here_first}; else {other}; fi"
 
 
@@ -297,7 +265,12 @@ def _attempts(client: JobSubmissionClient, base: str) -> dict[int, JobDetails]:
     return attempts
 
 
-def _find(client: JobSubmissionClient, job_id: str) -> JobDetails:
+def find_job(client: JobSubmissionClient, job_id: str) -> JobDetails:
+    """The job of a recipe, by its id or a beginning of it.
+
+    Raises:
+        ConfigError: If there is no such job, or more than one; names the candidates.
+    """
     ours = {str(details.submission_id): details for details in client.list_jobs() if _is_ours(details)}
     matches = [job_id] if job_id in ours else [name for name in ours if name.startswith(job_id)]
     if len(matches) == 1:
@@ -307,7 +280,12 @@ def _find(client: JobSubmissionClient, job_id: str) -> JobDetails:
     raise ConfigError(f"job {job_id}: no such job; there are {', '.join(sorted(ours)) or 'none'}")
 
 
-def _details(client: JobSubmissionClient, name: str, url: str) -> JobDetails:
+def job_details(client: JobSubmissionClient, name: str, url: str) -> JobDetails:
+    """What the cluster says of a job now.
+
+    Raises:
+        StepError: If the cluster has gone away.
+    """
     try:
         return client.get_job_info(name)
     except (RuntimeError, requests.exceptions.RequestException) as error:
@@ -317,29 +295,26 @@ def _details(client: JobSubmissionClient, name: str, url: str) -> JobDetails:
         ) from None
 
 
-def _logs(client: JobSubmissionClient, details: JobDetails) -> str:
+def logs_of(client: JobSubmissionClient, details: JobDetails) -> str:
+    """What a job has printed so far."""
     # A job that never reached its machine has no log file there.
     with contextlib.suppress(RuntimeError):
         return client.get_job_logs(str(details.submission_id))
     return ""
 
 
-async def _tail(client: JobSubmissionClient, name: str, num_written: int, write: Callable[[str], None]) -> int:
-    """Write a log from character ``num_written`` until the connection ends; returns the characters written so far."""
-    position = 0
-    # The connection also ends when the job does, or for a moment when its machine is not known yet.
-    with contextlib.suppress(RuntimeError, OSError, aiohttp.ClientError):
-        async for text in client.tail_job_logs(name):
-            fresh = text[max(0, num_written - position) :]
-            position += len(text)
-            if fresh:
-                write(fresh)
-                num_written = position
-    return num_written
-
-
 def _is_ours(details: JobDetails) -> bool:
     return bool(details.submission_id) and "unclip" in (details.metadata or {})
+
+
+def is_final(details: JobDetails) -> bool:
+    """Whether a job has ended."""
+    return details.status.value in _FINAL
+
+
+def exit_code_of(details: JobDetails) -> int | None:
+    """Exit code of a job's ``unclip run``, 130 if it was stopped; None before its end, or if it has never begun."""
+    return _STOPPED_EXIT_CODE if _status(details) == "stopped" else details.driver_exit_code
 
 
 def _status(details: JobDetails) -> Literal["pending", "running", "succeeded", "failed", "stopped"]:
@@ -347,18 +322,14 @@ def _status(details: JobDetails) -> Literal["pending", "running", "succeeded", "
 
 
 def _view(details: JobDetails) -> Job:
-    status = _status(details)
-    exit_code = details.driver_exit_code
-    if status == "stopped":
-        exit_code = _STOPPED_EXIT_CODE
     return Job(
         job_id=str(details.submission_id),
         recipe=(details.metadata or {}).get("recipe", ""),
-        status=status,
+        status=_status(details),
         message=details.message or "",
         started=_utc(details.start_time),
         ended=_utc(details.end_time),
-        exit_code=exit_code,
+        exit_code=exit_code_of(details),
     )
 
 

@@ -65,6 +65,9 @@ class Observer(Protocol):
     def finished(self, step: Step, manifest: Manifest) -> None:
         """A step was committed."""
 
+    def failed(self, step: Step, lost: Collection[str]) -> None:
+        """A step failed, and the waiting steps ``lost``, which are made from it, are not run."""
+
     def warned(self, message: str) -> None:
         """Something went wrong that does not stop the run."""
 
@@ -159,6 +162,7 @@ def _run_steps(
                 except UnclipError as error:  # what is not made from it goes on
                     lost = dependents(waiting, context.step.name)
                     waiting = [step for step in waiting if step.name not in lost]
+                    observer.failed(context.step, lost)
                     failures.append(_noted(error, context, tracking, observer if waiting or running else None))
                 else:
                     done.add(context.step.name)

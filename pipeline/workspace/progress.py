@@ -53,6 +53,12 @@ class ProgressState:
         message = f", {self.message}" if self.message else ""
         return f"{self.done}/{self.total} {self.unit} ({share:.0f} %), {self.rate:.1f}/s{rest}{message}"
 
+    @property
+    def where(self) -> str:
+        """The workers and their machines, as the end of a line; empty while they are not known."""
+        machines = ", ".join(f"{number} on {machine}" for machine, number in self.workers.items())
+        return f"; workers: {machines}" if machines else ""
+
 
 class Progress:
     """Writes the reading of one step, at most once per ``every_s`` seconds.

@@ -1,16 +1,20 @@
 """What a person sees while a recipe runs and while pictures are sampled."""
 
+import io
+import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from jobs import watch
-from jobs.watch import SamplingWatcher, Watcher
+from jobs.watch import Follower, SamplingWatcher, Watcher, is_reading
 from models.stage import StageStep
 from pipeline.recipe.estimate import Remaining
-from pipeline.recipe.plan import Step
+from pipeline.recipe.plan import Step, StepStatus
 from pipeline.recipe.schedule import Span
+from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.progress import ProgressState
 
 STEPS = [StageStep(stage, done, 12, torch.zeros(0)) for stage, done in (("decoder", 12), ("prior", 3))]
@@ -74,9 +78,101 @@ def test_a_run_names_the_steps_of_unknown_time_once(
     assert last.endswith("2 min to go; run: at least 60 s to go")
 
 
-def test_a_terminal_shows_the_time_to_go_first(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    _watch_run(Remaining({"decoder": Span(0, 300)}))
-    assert "\rrun: 5 min to go  decoder 50/100 steps" in capsys.readouterr().err
+class _Terminal(io.StringIO):
+    """A terminal that knows the codes of ``LiveLines``; ``screen`` is what a person sees."""
+
+    def isatty(self) -> bool:
+        return True
+
+    @property
+    def screen(self) -> list[str]:
+        lines, row = [""], 0
+        for code, up, text in re.findall(r"(\x1b\[(\d*)[AJK])|([^\x1b]+)", self.getvalue()):
+            if code.endswith("A"):
+                row -= int(up)
+                assert row >= 0
+            elif code.endswith("J"):
+                del lines[row:]
+                lines.append("")
+            for part in re.findall(r"\n|[^\n\r]+", text):
+                if part == "\n":
+                    row += 1
+                    lines += [""] * (row + 1 - len(lines))
+                else:
+                    lines[row] = part
+        return lines
+
+
+def _statuses(*names: str) -> list[StepStatus]:
+    return [StepStatus(Step(name, 1, {}, {}), "todo", (), None) for name in names]
+
+
+def test_a_terminal_has_a_table_of_what_runs_and_waits_below_the_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_DRAW_S", -1.0)
+    monkeypatch.setenv("COLUMNS", "78")
+    monkeypatch.setattr(sys, "stderr", terminal := _Terminal())
+    watcher = Watcher(_statuses("clip", "decoder", "evaluate"))
+    watcher.started(Step("clip", 1, {}, {}))
+    watcher.started(_DECODER)
+    watcher.remaining(Remaining({"decoder": Span(0, 300)}))
+    watcher.progressed(_DECODER, replace(_READING, workers={"node-a": 2}))
+    assert terminal.screen == [
+        "  0:00  clip: starts",
+        "  0:00  decoder: starts",
+        "  0:00  run: 5 min to go",
+        "  0:00  run: 5 min to go; 0 of 3 steps done",
+        "        clip              starts",
+        "        decoder           50/100 steps (50 %), 0.5/s, 2 min to go; workers: 2",  # 76 columns
+        "        next              evaluate",
+        "",
+    ]
+    watcher.finished(Step("clip", 1, {}, {}), Manifest("clip", "0", 1, {}, {}))
+    watcher.failed(_DECODER, {"decoder", "evaluate"})
+    watcher.warned("it failed")
+    watcher.close()
+    assert terminal.screen[3:] == ["  0:00  clip: done in 0.0 s", "  0:00  warning: it failed", ""]
+
+
+def test_a_follower_has_the_table_of_the_run_that_it_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    published: list[str] = []
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(watch, "_EVERY_S", -1.0)
+    watcher = Watcher(_statuses("decoder", "evaluate"), published.append)
+    watcher.started(_DECODER)
+    watcher.progressed(_DECODER, _READING)
+    log = sys.stderr.getvalue()
+    assert "decoder: 50/100 steps" in log
+    monkeypatch.setattr(watch, "_EVERY_S", 60.0)
+    with Follower(terminal := _Terminal()) as follower:
+        follower.write("  0:00  run: 5 m")
+        follower.show(published[-1])
+        follower.write("in to go\n" + log)
+        assert terminal.screen == [
+            "  0:00  run: 5 min to go",
+            "  0:00  decoder: starts",
+            "  0:00  run: 0 of 2 steps done",
+            "        decoder           50/100 steps (50 %), 0.5/s, 2 min to go",
+            "        next              evaluate",
+            "",
+        ]
+        monkeypatch.setattr(watch, "_EVERY_S", -1.0)
+        follower.show(published[-1])
+        assert terminal.screen[2].endswith("; last heard 0 s ago")
+        follower.write("report: x\nnext")
+    assert terminal.screen[2:] == ["report: x", "next"]
+
+
+def test_a_follower_without_a_table_says_every_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "  0:15  decoder: 50/100 steps (50 %), 0.5/s, 2 min to go\n"
+    assert is_reading(line)
+    assert not any(
+        map(is_reading, ("  0:15  decoder: done in 4 s (50 in, 50 ok)", "decoder: 50/100 (50 %), x", line[8:]))
+    )
+    with Follower(terminal := _Terminal()) as follower:
+        follower.write(line)
+        follower.show("of another release")
+    assert terminal.screen == [line.rstrip(), ""]
+    with Follower(plain := io.StringIO()) as follower:
+        assert not follower.is_live
+        follower.write(line)
+    assert plain.getvalue() == line

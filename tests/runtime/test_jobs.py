@@ -15,8 +15,8 @@ from ray._raylet import AuthenticationTokenLoader, Config
 from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.paths import with_absolute_paths
 from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe, to_dict
+from pipeline.runtime.follow import follow_job
 from pipeline.runtime.jobs import (
-    follow_job,
     job_logs,
     job_name,
     list_jobs,
@@ -102,7 +102,7 @@ def test_submit_runs_the_shipped_tree_once_and_says_so(head: Any, source: Path, 
     pieces: list[str] = []
     assert follow_job(first.job_id, pieces.append, head.dashboard) == 0
     text = "".join(pieces)
-    assert "arguments run recipe.json --address auto --until embed\n" in text
+    assert f"arguments run recipe.json --address auto --until embed --job {first.job_id}\n" in text
     assert f"workspace {tmp_path / 'work'}\nshipped\n" in text
     assert text == job_logs(first.job_id[:12], head.dashboard)
 
