@@ -22,6 +22,7 @@ from models.prior.config import PriorConfig
 from models.upsampler.config import UpsamplerConfig
 from pipeline.errors import ConfigError
 from pipeline.recipe.folder import folder_tables
+from pipeline.recipe.job_sections import JobConfig
 from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.recipe.sections import (
     DownloadConfig,
@@ -91,6 +92,8 @@ class Recipe:
     """MLflow."""
     prices: PricesConfig = PricesConfig()
     """Prices, for `plan --cost`."""
+    job: JobConfig = JobConfig()
+    """The environment of a submitted job."""
 
     def __post_init__(self) -> None:
         if not self.name or self.name.startswith(".") or "/" in self.name:

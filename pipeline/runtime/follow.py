@@ -78,9 +78,24 @@ def follow_job(job_id: str, write: Write, address: str = DEFAULT_ADDRESS, show: 
     text = logs_of(client, details)
     write(text[num_written:])
     if details.status.value == "FAILED" and not text:
-        write((details.message or "").rstrip() + "\n")
+        write(f"error: {_why_not_started(details.message or '')}\n")
     code = exit_code_of(details)
     return StepError.exit_code if code is None else code
+
+
+def _why_not_started(message: str) -> str:
+    """Why a job has printed nothing, in one line; what pip says is among the lines of Ray's message."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    if not lines:
+        return "the job failed before it has printed anything, and Ray does not say why"
+    if "runtime_env" not in lines[0]:
+        return lines[0]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    why = errors[-1] if errors else lines[-1]
+    return (
+        f"the environment of the job could not be made, and nothing was started: {why}; "
+        "see job.pip and job.extras of the recipe"
+    )
 
 
 async def _follow(

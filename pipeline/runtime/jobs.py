@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -29,12 +30,11 @@ from pipeline.recipe.paths import with_absolute_paths
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe, to_dict
 from pipeline.runtime.dashboard import DEFAULT_ADDRESS, dashboard_client, is_loopback
-from pipeline.runtime.stopping import STOP_WAIT_S
+from pipeline.runtime.environment import STOP_S, pack_secrets, runtime_environment, secret_values
 
 PACKAGES = ("models", "pipeline", "jobs")
 _SHIPPED_SUFFIXES = {".py", ".html", ".typed"}
 _AGENT_TIMEOUT_S = 60.0
-_STOP_WAIT_S = int(STOP_WAIT_S) + 30
 _FINAL = {"SUCCEEDED", "FAILED", "STOPPED"}
 _STOPPED_EXIT_CODE = 130
 
@@ -107,7 +107,7 @@ def submit_recipe(
         shown_as: The recipe in the commands that the job proposes at its end; empty: the shipped file.
 
     Raises:
-        ConfigError: If the address is no URL, ``until`` is no step, or a local input is missing.
+        ConfigError: If the address is no URL, ``until`` is no step, or a local input or a secret is missing.
         StepError: If no cluster answers, it refuses, or it gets no agent ready in time.
     """
     recipe = with_absolute_paths(recipe)
@@ -121,15 +121,18 @@ def submit_recipe(
             return Submission(str(newest.submission_id), "attached", url)
         if status == "succeeded" and not again:
             return Submission(str(newest.submission_id), "succeeded", url)
+    environment, secrets = runtime_environment(recipe.job), secret_values(recipe.job, os.environ)
     number = max(attempts, default=0) + 1
     job_id = base if number == 1 else f"{base}-{number}"
+    may_be_ours = is_loopback(url) and "pip" not in environment  # pip's environment has an interpreter of its own
     with tempfile.TemporaryDirectory(prefix="unclip-") as folder:
         _pack(source or Path(__file__).parents[2], recipe, Path(folder))
+        environment |= {"working_dir": folder} | pack_secrets(secrets, Path(folder))
         started = _retrying(
             lambda: client.submit_job(
-                entrypoint=_entrypoint(python, until, shown_as, job_id, on_this_machine=is_loopback(url)),
+                entrypoint=_entrypoint(python, until, shown_as, job_id, may_be_ours=may_be_ours),
                 submission_id=job_id,
-                runtime_env={"working_dir": folder, "env_vars": job_environment()},
+                runtime_env=environment,
                 metadata={"unclip": "1", "recipe": recipe.name, "until": until, "workspace": recipe.workspace},
             ),
             job_id,
@@ -178,13 +181,13 @@ def stop_job(job_id: str, address: str = DEFAULT_ADDRESS) -> str:
     client, url = dashboard_client(address)
     name = str(find_job(client, job_id).submission_id)
     client.stop_job(name)
-    deadline = time.monotonic() + _STOP_WAIT_S + 15
+    deadline = time.monotonic() + STOP_S + 15
     while time.monotonic() < deadline:
         details = job_details(client, name, url)
         if is_final(details):
             return _status(details)
         time.sleep(0.2)
-    raise StepError(f"job {name} did not stop within {_STOP_WAIT_S + 15} s; see `unclip logs {name}`")
+    raise StepError(f"job {name} did not stop within {STOP_S + 15} s; see `unclip logs {name}`")
 
 
 def job_name(recipe: Recipe, until: str = "") -> str:
@@ -219,23 +222,13 @@ def entrypoint(recipe: str, until: str, shown_as: str = "", python: str = "pytho
     return shlex.join(["exec", python, "-m", "jobs.job", "run", recipe, "--address", "auto", *words])
 
 
-def _entrypoint(python: str, until: str, shown_as: str, job_id: str, *, on_this_machine: bool) -> str:
-    if python or not on_this_machine:
+def _entrypoint(python: str, until: str, shown_as: str, job_id: str, *, may_be_ours: bool) -> str:
+    if python or not may_be_ours:
         return entrypoint("recipe.json", until, shown_as, python or "python", job_id)
     # A loopback address may be the end of an SSH tunnel: the interpreter of this process need not exist there.
     here = shlex.quote(sys.executable)
     here_first, other = (entrypoint("recipe.json", until, shown_as, one, job_id) for one in (sys.executable, "python"))
     return f"if [ -x {here} ]; then {here_first}; else {other}; fi"
-
-
-def job_environment() -> dict[str, str]:
-    """Environment of a job."""
-    # Ray's own way to stop is SIGTERM, then SIGKILL after 3 s: too short for a checkpoint.
-    return {
-        "RAY_JOB_STOP_SIGNAL": "SIGINT",
-        "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S),
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
 
 
 def _retrying(start: Callable[[], Any], job_id: str) -> bool:

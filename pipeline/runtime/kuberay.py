@@ -15,13 +15,16 @@ import yaml
 
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe, to_dict
+from pipeline.runtime.environment import runtime_environment
 from pipeline.runtime.front import server_name
-from pipeline.runtime.jobs import entrypoint, job_environment, job_name
+from pipeline.runtime.jobs import entrypoint, job_name
 from pipeline.runtime.parts import parts_of, place_of
 from pipeline.runtime.serve_file import serve_file
 from pipeline.serve.http_server import is_loopback
 
 CLUSTER_FILE, _SERVICE_FILE = "deploy/kuberay/raycluster.yaml", "deploy/kuberay/rayservice.yaml"
+SECRET = "unclip-job"
+"""Kubernetes' secret with the values of ``job.secrets``, by the names of the variables."""
 _MOST_NAME = 47  # KubeRay's names of pods have no room for more
 _RETRIES = 3
 _UPGRADE = {"gatewayClassName": "istio", "maxSurgePercent": 25, "stepSizePercent": 5, "intervalSeconds": 10}
@@ -46,6 +49,9 @@ def ray_job(recipe: Recipe, image: str, until: str = "") -> str:
     name = _name(job_name(recipe, until))
     [volume] = [one for one in cluster["headGroupSpec"]["template"]["spec"]["volumes"] if one["name"] == "recipes"]
     volume["configMap"] = {"name": name}
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        for container in group["template"]["spec"]["containers"]:
+            container["env"] = [*container.get("env", []), *map(_from_secret, recipe.job.secrets)]
     config = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -62,11 +68,16 @@ def ray_job(recipe: Recipe, image: str, until: str = "") -> str:
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 600,
             "backoffLimit": _RETRIES,
-            "runtimeEnvYAML": yaml.safe_dump({"env_vars": job_environment()}),
+            "runtimeEnvYAML": yaml.safe_dump(runtime_environment(recipe.job)),
             "rayClusterSpec": cluster,
         },
     }
     return yaml.safe_dump_all([config, job], sort_keys=False)
+
+
+def _from_secret(name: str) -> dict[str, Any]:
+    """An environment variable whose value is in the Kubernetes secret of the job."""
+    return {"name": name, "valueFrom": {"secretKeyRef": {"name": SECRET, "key": name}}}
 
 
 def ray_service(recipe: Recipe, image: str) -> str:
