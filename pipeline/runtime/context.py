@@ -5,6 +5,7 @@ from typing import Any
 
 from pipeline.recipe.plan import Step, artifact_of, inputs_of
 from pipeline.recipe.recipe import Recipe
+from pipeline.workspace.fence import FencedArtifact
 from pipeline.workspace.store import Artifact, Workspace
 
 
@@ -20,6 +21,8 @@ class StepContext:
     """Class of the download's failures that are tried again; empty: none."""
     notice: str = field(default="", kw_only=True)
     """Why the step begins again, for people; empty: it does not."""
+    attempt: str = field(default="", kw_only=True)
+    """Which start of a training this is; empty: none that another one may follow."""
 
     @property
     def workspace(self) -> Workspace:
@@ -30,6 +33,11 @@ class StepContext:
     def output(self) -> Artifact:
         """The artifact to write."""
         return artifact_of(self.workspace, self.step)
+
+    @property
+    def own_output(self) -> Artifact:
+        """The artifact to write, for the workers of one start: they cannot once another start has begun."""
+        return FencedArtifact(self.output.uri, self.attempt) if self.attempt else self.output
 
     @property
     def inputs(self) -> dict[str, Artifact]:

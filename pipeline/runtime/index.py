@@ -7,10 +7,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Generator
-from typing import Any, cast
-
-import ray
-import ray.exceptions
+from typing import cast
 
 from pipeline.data.selection import embeddings_of
 from pipeline.errors import StepError
@@ -20,6 +17,7 @@ from pipeline.retrieve.build import BASE_SEGMENT, IndexSummary, SegmentBuild
 from pipeline.retrieve.changes import Check, publish_segment, segment_of_all, segment_of_more
 from pipeline.retrieve.kinds import has_gpu
 from pipeline.retrieve.versions import Version
+from pipeline.runtime.calls import call_again
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.placement import cluster_has_roles, worker_options
 from pipeline.runtime.pool import ShardJob, ShardWorker, map_shards
@@ -107,17 +105,17 @@ def _build(context: StepContext, build: SegmentBuild) -> _Built:
     """All stages, on Ray."""
     needs, parts = context.recipe.index.resources, build.parts()
     options = worker_options(context.step.name, needs, has_roles=cluster_has_roles())
-    options |= {"num_gpus": 1 if build.on_gpu else 0, "max_retries": needs.max_retries}
+    options |= {"num_gpus": 1 if build.on_gpu else 0, "name": context.step.name}
+    run = functools.partial(call_again, options=options, max_retries=needs.max_retries)
     if len(parts) == 1:
-        return _Built(**vars(_get(_build_alone.options(**options).remote(build))))
-    _get(_prepare.options(**options).remote(build))
+        return _Built(**vars(run(_build_alone, build)))
+    run(_prepare, build)
     worker = cast("type[ShardWorker]", functools.partial(PartWorker, build=build))
     map_shards(context, ShardJob(worker, parts, build.num_rows(), needs))
-    summary = _get(_finish.options(**options).remote(build))
+    summary: IndexSummary = run(_finish, build)
     return _Built(summary.counts, summary.metrics, needs.num_workers)
 
 
-@ray.remote
 def _build_alone(build: SegmentBuild) -> IndexSummary:
     with _progress(build, "building and tuning"):
         _require_gpu(build)
@@ -128,14 +126,12 @@ def _build_alone(build: SegmentBuild) -> IndexSummary:
         return build.finish()
 
 
-@ray.remote
 def _prepare(build: SegmentBuild) -> None:
     with _progress(build, "training on a sample of the rows"):
         _require_gpu(build)
         build.prepare()
 
 
-@ray.remote
 def _finish(build: SegmentBuild) -> IndexSummary:
     with _progress(build, "putting the parts together, tuning"):
         return build.finish()
@@ -156,10 +152,3 @@ def _require_gpu(build: SegmentBuild) -> None:
             "index: index.resources.accelerator is cuda, but this FAISS sees no GPU: it is the build for CPUs "
             "(install unclip[gpu] in place of unclip[cpu]), or the machine has none; or set it to cpu"
         )
-
-
-def _get(reference: Any) -> Any:
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None

@@ -9,6 +9,7 @@ first; where no machine has a role, only it counts.
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.recipe.sections import TaskResources
 from pipeline.recipe.steps import STEP_ROWS
@@ -47,8 +48,14 @@ def scaling_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def controller_options(*, has_roles: bool) -> dict[str, Any]:
-    """Ray's options for what only waits for workers: it takes no CPU, and stands on the machine that stays."""
-    return {"num_cpus": 0} | ({"label_selector": {ROLE: "head"}} if has_roles else {})
+    """Ray's options for what only waits for workers: it takes no CPU, and stands on a machine that stays.
+
+    Where no machine has a role, that is the one of this process: if it goes, the run ends anyway.
+    """
+    if has_roles:
+        return {"num_cpus": 0, "label_selector": {ROLE: "head"}}
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return {"num_cpus": 0, "scheduling_strategy": here}
 
 
 def cluster_has_roles() -> bool:

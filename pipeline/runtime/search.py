@@ -15,6 +15,7 @@ from pipeline.retrieve.query_list import num_parts, write_queries
 from pipeline.retrieve.retriever import Retriever
 from pipeline.retrieve.search import STEPS, SearchOptions
 from pipeline.runtime.context import StepContext
+from pipeline.runtime.placement import cluster_has_roles, controller_options
 from pipeline.runtime.pool import ShardJob, map_shards, total_counts
 from pipeline.runtime.run import Observer, connect, own_servers, require_alive
 from pipeline.workspace.digests import fingerprint
@@ -137,7 +138,7 @@ def _answer(context: SearchContext, observer: Observer) -> dict[str, int]:
     """Run the pool in a Ray task, whose progress is read from its file, and pass on what it raises."""
     servers = own_servers()
     observer.started(context.step)
-    task = _run_search.remote(context)
+    task = _run_search.options(**controller_options(has_roles=cluster_has_roles())).remote(context)
     try:
         while not ray.wait([task], timeout=_POLL_S)[0]:
             require_alive(servers)
@@ -155,7 +156,7 @@ def _answer(context: SearchContext, observer: Observer) -> dict[str, int]:
         raise
 
 
-@ray.remote(num_cpus=0)
+@ray.remote
 def _run_search(context: SearchContext) -> dict[str, int]:
     import pyarrow.parquet as pq
 

@@ -7,10 +7,10 @@ process that waits for it stays small.
 """
 
 import os
-from dataclasses import asdict
+import uuid
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-import ray
 import ray.exceptions
 
 from pipeline import errors
@@ -18,12 +18,14 @@ from pipeline.errors import ConfigError, StepError, UnclipError
 from pipeline.recipe.plan import earlier_trainings
 from pipeline.recipe.recipe import TrainedSection
 from pipeline.recipe.train_sections import TrainResources
+from pipeline.runtime.calls import MachineLostError, call
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.memory import with_counted_part
 from pipeline.runtime.placement import cluster_has_roles, living_machines, scaling_options, worker_options
 from pipeline.runtime.restarts import End, Restarts
 from pipeline.runtime.stopping import StopNotice, handle_sigterm, is_stop_requested
 from pipeline.runtime.validate import ValidationsBeside
+from pipeline.workspace.fence import begin_attempt
 from pipeline.workspace.progress import Progress
 from pipeline.workspace.store import LIVE, Workspace
 
@@ -34,9 +36,6 @@ Json = dict[str, Any]
 
 _END = f"{LIVE}end.json"
 _ERROR = f"{LIVE}error.json"
-_MACHINE = f"{LIVE}machine.json"
-"""Ray's id of the machine on which the one worker runs."""
-_LOOK_S = 5.0
 # How often Ray Train's controller looks at its workers: every start and end of a training waits for it (default: 2 s).
 _RAY_TRAIN_SETTINGS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
 
@@ -70,6 +69,8 @@ def _fit(context: StepContext) -> Json:
     """Train, from the newest checkpoint after each loss, until the network is finished; returns its metrics."""
     restarts = Restarts(context)
     while True:
+        context = replace(context, attempt=uuid.uuid4().hex)
+        begin_attempt(context.output, context.attempt)
         needs = context.recipe.trained()[context.step.name].resources
         amount = f"{needs.fewest_workers} x {needs.cpus_per_worker:g} CPU" + (" and 1 GPU" if _num_gpus(needs) else "")
         progress = Progress(context.output, waits=True, notice=context.notice)
@@ -85,20 +86,11 @@ def _fit(context: StepContext) -> Json:
 def _fit_one(context: StepContext, resources: TrainResources) -> End:
     """Train on one worker, a task."""
     options = worker_options(context.step.name, resources, has_roles=cluster_has_roles())
-    task = ray.remote(_run_alone).options(name=f"{context.step.name}: train", max_retries=0, **options)
     machines = living_machines()
-    context.output.remove(_MACHINE)
-    reference = task.remote(context)
     try:
-        # Ray misses a machine that is cut off in seconds, and a task on it only when its connection times out: minutes.
-        is_cut_off = False
-        while not ray.wait([reference], timeout=_LOOK_S)[0]:
-            if is_cut_off:
-                return End("preempted", "a machine was lost (it is cut off from the others)")
-            machines |= living_machines()
-            lost_machines = machines - living_machines()
-            is_cut_off = bool(lost_machines) and context.output.find_json(_MACHINE) in lost_machines
-        return ray.get(reference)
+        return call(_run_worker, context, options={"name": f"{context.step.name}: train", **options})
+    except MachineLostError as error:
+        return End("preempted", f"a machine was lost ({error})")
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UnclipError):
             raise error.cause from None
@@ -108,12 +100,6 @@ def _fit_one(context: StepContext, resources: TrainResources) -> End:
         return _out_of_memory(section, 1, _last_line(error))
     except ray.exceptions.RayError as error:
         return _lost(machines, _last_line(error))
-
-
-def _run_alone(context: StepContext) -> End:
-    """The only worker; runs in a process of its own."""
-    context.output.write_json(_MACHINE, ray.get_runtime_context().get_node_id())
-    return _run_worker(context)
 
 
 def _fit_many(context: StepContext, resources: TrainResources) -> End:
@@ -168,7 +154,7 @@ def _run_ranked(config: dict[str, Any]) -> None:
     from ray.train import get_context
 
     context: StepContext = config["context"]
-    output, world = context.output, get_context()
+    output, world = context.own_output, get_context()
     try:
         end = _run_worker(context, world.get_world_rank(), world.get_world_size())
     except UnclipError as error:
@@ -183,14 +169,14 @@ def _run_ranked(config: dict[str, Any]) -> None:
 
 def _run_worker(context: StepContext, rank: int = 0, world_size: int = 1) -> End:
     """Train on one worker; runs in a process of its own, which starts when it has its CPUs."""
-    progress = Progress(context.output, notice=context.notice)
+    progress = Progress(context.own_output, notice=context.notice)
     import torch
 
     from pipeline.train.assemble import EarlierTraining, TrainJob
     from pipeline.train.job import run_job
     from pipeline.train.stop import StoppedError
 
-    name, output, workspace = context.step.name, context.output, Workspace(context.recipe.workspace)
+    name, output, workspace = context.step.name, context.own_output, Workspace(context.recipe.workspace)
     section = context.recipe.trained()[name]
     resources = section.resources
     num_threads = max(1, int(resources.cpus_per_worker))

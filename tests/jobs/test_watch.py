@@ -126,7 +126,7 @@ def test_a_terminal_has_a_table_of_what_runs_and_waits_below_the_lines(monkeypat
         "        next              evaluate",
         "",
     ]
-    watcher.finished(Step("clip", 1, {}, {}), Manifest("clip", "0", 1, {}, {}))
+    watcher.finished(Step("clip", 1, {}, {}), Manifest(step="clip", key="0", step_version=1, section={}, inputs={}))
     watcher.failed(_DECODER, {"decoder", "evaluate"})
     watcher.warned("it failed")
     watcher.close()

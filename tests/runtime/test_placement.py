@@ -128,7 +128,6 @@ def test_serving_starts_serving_machines(recipe: Recipe) -> None:
 
 def test_controllers_stand_on_the_head_and_work_does_not() -> None:
     assert controller_options(has_roles=True) == {"num_cpus": 0, "label_selector": {"unclip-role": "head"}}
-    assert controller_options(has_roles=False) == {"num_cpus": 0}
     assert _node_types()["head"].resources["CPU"] == 0
 
 

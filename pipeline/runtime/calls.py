@@ -1,0 +1,86 @@
+"""Functions that run in a Ray task, perhaps on another machine; that its machine is cut off is noticed in seconds.
+
+Ray gives up a machine that does not answer within seconds, but waits for a task on it until its connection times out:
+minutes. So the task says first where it runs, and whoever waits for it looks whether that machine is still there. (An
+actor's end is told at once, as in ``pool.py``; but an actor never gets a process that has loaded torch already.)
+"""
+
+from collections.abc import Callable, Generator
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from pipeline.errors import StepError
+from pipeline.runtime.placement import living_machines
+
+_LOOK_S = 5.0
+
+
+class MachineLostError(Exception):
+    """The machine of a task has gone; says how that was seen."""
+
+
+def call(function: Callable[..., Any], *arguments: Any, options: dict[str, Any]) -> Any:
+    """Run a function in a task, once, and wait for what it returns.
+
+    Args:
+        function: What to run; Ray sends it by reference.
+        arguments: What it is called with.
+        options: Ray's options for the task.
+
+    Raises:
+        MachineLostError: If the task's machine has ended, or is cut off.
+        RayTaskError: If the function raised an error, which is its ``cause``.
+        RayError: If its process ended.
+    """
+    values = _located.options(num_returns="streaming", max_retries=0, **options).remote(function, *arguments)
+    machine, is_missing = "", False
+    while True:
+        if not ray.wait([values], timeout=_LOOK_S)[0]:
+            if is_missing:  # seen twice: what it has sent before may still be on its way
+                raise MachineLostError("it is cut off from the others")
+            is_missing = machine != "" and machine not in living_machines()
+            continue
+        try:
+            value = ray.get(next(values))
+        except ray.exceptions.RayTaskError:
+            raise
+        except ray.exceptions.RayError as error:
+            if isinstance(error, ray.exceptions.NodeDiedError) or (machine and machine not in living_machines()):
+                raise MachineLostError(_first_line(error)) from None
+            raise
+        if machine:
+            return value
+        machine = value
+
+
+def call_again(function: Callable[..., Any], *arguments: Any, options: dict[str, Any], max_retries: int) -> Any:
+    """As ``call``, and again after a lost process or machine.
+
+    Raises:
+        StepError: If it was lost more than ``max_retries`` times.
+        Exception: What the function raised.
+    """
+    for losses in range(max_retries + 1):
+        try:
+            return call(function, *arguments, options=options)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except (MachineLostError, ray.exceptions.RayError) as error:
+            if losses == max_retries:
+                name = options.get("name", function.__name__)
+                raise StepError(
+                    f"{name}: lost its worker {losses + 1} times; last time: {_first_line(error)}"
+                ) from None
+    raise AssertionError
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@ray.remote
+def _located(function: Callable[..., Any], *arguments: Any) -> Generator[Any]:
+    yield ray.get_runtime_context().get_node_id()
+    yield function(*arguments)
