@@ -61,8 +61,8 @@ def test_a_training_that_comes_back_removes_no_checkpoint_and_changes_no_network
                 assert old.poll() is None
                 time.sleep(0.05)
             begin_attempt(output, "second")
-            second = replace(tiny_job("upsampler_1", inputs, folder), output=FencedArtifact(str(folder), "second"))
-            run_job(second, no_watch)
+            job = tiny_job("upsampler_1", inputs, folder, training_recipe(12))
+            run_job(replace(job, output=FencedArtifact(str(folder), "second")), no_watch)
             if is_committed:
                 names = {"step": "upsampler_1", "key": "output", "step_version": 1}
                 output.commit(Manifest(**names, section={}, inputs={}, files=output.describe_files()))
