@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import ray
@@ -43,7 +44,8 @@ class TablePublisher:
         if now - self._written_at < _TABLE_S or not ray.is_initialized():
             return
         self._written_at = now
-        file = Path(global_worker.node.get_logs_dir_path()) / _file_name(self._job_id)
+        node: Any = global_worker.node
+        file = Path(node.get_logs_dir_path()) / _file_name(self._job_id)
         temporary = file.with_suffix(".tmp")
         with contextlib.suppress(OSError):  # a full disk of the machine is no reason to end a run
             temporary.write_text(table, encoding="utf-8")
@@ -147,8 +149,9 @@ def _read_table(client: JobSubmissionClient, details: JobDetails) -> str:
     if details.driver_node_id is None:
         return ""
     query = {"node_id": details.driver_node_id, "filename": _file_name(str(details.submission_id)), "lines": "-1"}
-    # Ray's own `ray logs` asks like this; its Python functions for it take no dashboard's URL with a path.
-    reply = client._do_request("GET", "/api/v0/logs/file", params=query, timeout=_TIMEOUT_S)
+    # `ray logs` asks like this; the client's own request brings the token along.
+    any_client: Any = client
+    reply: requests.Response = any_client._do_request("GET", "/api/v0/logs/file", params=query, timeout=_TIMEOUT_S)
     return reply.text if reply.status_code == requests.codes.ok else ""
 
 

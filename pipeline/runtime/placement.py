@@ -75,3 +75,19 @@ def describe(options: dict[str, Any]) -> str:
         words += f", {options['memory'] / 1e9:g} GB"
     labels = ", ".join(f"{name}={value}" for name, value in options.get("label_selector", {}).items())
     return f"{words} on a machine with {labels}" if labels else words
+
+
+def unoffered(options: dict[str, Any]) -> str:
+    """The end of a sentence about a worker that waits, if no machine has what it asks for, free or not; else empty."""
+    if any(node["Alive"] and _offers(node, options) for node in ray.nodes()):
+        return ""
+    return "; no machine that is there now has that"
+
+
+def _offers(node: dict[str, Any], options: dict[str, Any]) -> bool:
+    amounts = {"CPU": options["num_cpus"], "GPU": options["num_gpus"], "memory": options.get("memory", 0)}
+    has_amounts = all(node["Resources"].get(name, 0) >= amount for name, amount in amounts.items())
+    return has_amounts and all(
+        node["Labels"].get(name) == value or not value.replace("-", "").isalnum()  # Ray reads "!a" and "in(a, b)", too
+        for name, value in options.get("label_selector", {}).items()
+    )

@@ -18,7 +18,7 @@ import ray.exceptions
 from pipeline.errors import StepError, UnclipError
 from pipeline.recipe.sections import TaskResources
 from pipeline.runtime.context import StepContext
-from pipeline.runtime.placement import cluster_has_roles, describe, worker_options
+from pipeline.runtime.placement import cluster_has_roles, describe, unoffered, worker_options
 from pipeline.workspace.manifest import ShardRecord, add_counts
 from pipeline.workspace.progress import Progress, duration
 from pipeline.workspace.store import LIVE, Artifact
@@ -183,7 +183,7 @@ class _Pool:
         free, waited = ray.available_resources(), duration(time.monotonic() - self._start)
         return (
             f"waiting since {waited} for a worker of {describe(self._options)}; "
-            f"free now: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU"
+            f"free now: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU{unoffered(self._options)}"
         )
 
     def poll(self) -> list[ShardRecord]:

@@ -21,7 +21,14 @@ from pipeline.recipe.train_sections import TrainResources
 from pipeline.runtime.calls import MachineLostError, call
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.memory import with_counted_part
-from pipeline.runtime.placement import cluster_has_roles, living_machines, scaling_options, worker_options
+from pipeline.runtime.placement import (
+    cluster_has_roles,
+    describe,
+    living_machines,
+    scaling_options,
+    unoffered,
+    worker_options,
+)
 from pipeline.runtime.restarts import End, Restarts
 from pipeline.runtime.stopping import StopNotice, handle_sigterm, is_stop_requested
 from pipeline.runtime.validate import ValidationsBeside
@@ -72,7 +79,8 @@ def _fit(context: StepContext) -> Json:
         context = replace(context, attempt=uuid.uuid4().hex)
         begin_attempt(context.output, context.attempt)
         needs = context.recipe.trained()[context.step.name].resources
-        amount = f"{needs.fewest_workers} x {needs.cpus_per_worker:g} CPU" + (" and 1 GPU" if _num_gpus(needs) else "")
+        options = worker_options(context.step.name, needs, has_roles=cluster_has_roles())
+        amount = f"{needs.fewest_workers} x {describe(options)}{unoffered(options)}"
         progress = Progress(context.output, waits=True, notice=context.notice)
         progress.update(0, 1, "", f"waiting for {amount}", force=True)
         end = (_fit_one if needs.most_workers == 1 else _fit_many)(context, needs)

@@ -2,9 +2,12 @@
 
 import contextlib
 import os
+import re
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from pipeline.errors import DataError, StepError
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import parse_recipe
 from pipeline.recipe.sections import TaskResources
+from pipeline.runtime import pool
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.pool import ShardJob, ShardReading, map_shards
 from pipeline.workspace.manifest import ShardRecord
@@ -229,3 +233,19 @@ def test_a_pass_commits_in_its_own_folder_and_the_progress_says_what_it_has(tmp_
     output.write_bytes("tried-a", b"before")
     map_shards(context, job)
     assert output.path("tried-a").read_bytes() == b"before"
+
+
+def test_who_waits_is_told_since_when_for_what_and_that_nothing_offers_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "_SLOW_START_S", -1.0)
+    for resources, what, is_offered in (
+        (replace(_ONE, cpus_per_worker=64), "64 CPU; free now: ", False),
+        (replace(_ONE, label_selector={"color": "red"}), "0.5 CPU on a machine with color=red; free now: ", False),
+        (replace(_ONE, label_selector={"color": "!red"}), "0.5 CPU on a machine with color=!red; free now: ", True),
+    ):
+        waiting = pool._Pool(_context(tmp_path), ShardJob(_Stage, ["a"], 2, resources), deque(["a"]))
+        message = waiting.message()
+        waiting.close()
+        assert re.match(f"waiting since [01] s for a worker of {what}", message)
+        assert message.endswith("; no machine that is there now has that") != is_offered
