@@ -22,7 +22,7 @@ class JobConfig:
     """Extras of unclip that the cluster's machines lack, such as "s3" or "hf": pip installs their packages on each
     machine, into an environment that this job alone uses and that has all of the machine's own packages."""
     pip: tuple[str, ...] = ()
-    """Further packages, each as a line of a requirements file: "my-safety==1.0", "--index-url https://..."."""
+    """Further packages, each as a line of a requirements file, such as "my-safety==1.0"."""
     env: dict[Variable, str] = field(default_factory=dict[str, str])
     """Environment variables and their values. A recipe is written beside the artifacts: for a password or a key, give
     the variable's name to ``secrets``."""
