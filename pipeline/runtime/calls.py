@@ -34,7 +34,8 @@ def call(function: Callable[..., Any], *arguments: Any, options: dict[str, Any])
         RayTaskError: If the function raised an error, which is its ``cause``.
         RayError: If its process ended.
     """
-    values = _located.options(num_returns="streaming", max_retries=0, **options).remote(function, *arguments)
+    task: Any = _located
+    values = task.options(num_returns="streaming", max_retries=0, **options).remote(function, *arguments)
     machine, is_missing = "", False
     while True:
         if not ray.wait([values], timeout=_LOOK_S)[0]:
