@@ -44,7 +44,7 @@ def call(function: Callable[..., Any], *arguments: Any, options: dict[str, Any])
             is_missing = machine != "" and machine not in living_machines()
             continue
         try:
-            value = ray.get(next(values))
+            value: Any = ray.get(next(values))
         except ray.exceptions.RayTaskError:
             raise
         except ray.exceptions.RayError as error:
