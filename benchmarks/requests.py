@@ -3,14 +3,12 @@
     python -m benchmarks.requests
 
 The real code of the steps runs in one process, with one worker a step, on a local S3 server that counts. Each step
-starts on a machine that has none of the files. By hand: the page's requests of a shard times the shards, and the
-requests of the step besides, which are counted on a few shards and are at most the page's. Listings and removals are by
-the thousand, so of these the page's number is the most for each thousand files. What is asked by the clock is left out.
-The second table is the training sample of an index of more rows than one machine reads: it is not to fetch the shards.
+starts on a machine that has none of the files. What is asked by the clock is left out. The page says what N, B, Q and P
+are. The second table is the training sample of an index of more rows than one machine reads: it is not to fetch the
+shards.
 """
 
 import argparse
-import math
 import shutil
 import tempfile
 from collections import Counter
@@ -22,6 +20,7 @@ import pytest
 
 from benchmarks.side_by_side import publish
 from pipeline.data.selection import embeddings_of
+from pipeline.filter.gathered import plan_bundles
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.sections import IndexConfig
@@ -31,16 +30,11 @@ from pipeline.retrieve.sample import choose_queries
 from pipeline.runtime.context import StepContext
 from pipeline.workspace.store import Artifact
 from tests.s3_server import S3Server, started
-from tests.scaling_page import counted_by_hand
+from tests.scaling_page import counted_by_hand, value
 from tests.tiny.shards import make_embeddings
-from tests.tiny.steps_here import count_requests, counted_recipe, steps_here
+from tests.tiny.steps_here import count_all_steps, counted_recipe, steps_here
 from tests.workspace.conftest import use
 
-_FEW_SHARDS = 4
-_PAGE_NAMES = 1000
-"""Names of a listing, and files of a removal."""
-_LARGEST_STEP = 5
-"""Files of a shard of the step with most: those of a download, its record, and the two that it has while it is made."""
 _DIM, _SAMPLE_SHARDS, _SAMPLE_SHARD_ROWS, _SAMPLE_ROWS = 256, 128, 1024, 8000
 
 Row = dict[str, Any]
@@ -48,39 +42,20 @@ Row = dict[str, Any]
 
 def run(server: S3Server, cache: Path, num_shards: int, shard_rows: int) -> list[Row]:
     """One row for each step and kind of request."""
-    recipes = {n: counted_recipe(f"s3://counted/{n}", n, shard_rows) for n in (_FEW_SHARDS, num_shards)}
-    counted = {
-        n: {
-            step: Counter(one.kind for one in requests) for step, requests in count_requests(one, server, cache).items()
-        }
-        for n, one in recipes.items()
-    }
+    workspace = f"s3://counted/{num_shards}"
+    counted = count_all_steps(workspace, num_shards, shard_rows, server, cache)
+    num_bundles = len(plan_bundles(num_shards))
+    num_queried = _shards_with_queries(counted_recipe(workspace, num_shards, shard_rows))
+    letters = {"N": num_shards, "B": num_bundles, "Q": num_queried}
     page, rows = counted_by_hand(), list[Row]()
-    with_queries = {n: _shards_with_queries(recipe) for n, recipe in recipes.items()}
-    for step, kinds in counted[num_shards].items():
-        for kind in sorted(kinds | counted[_FEW_SHARDS][step]):
-            of_shard, besides = page[step][kind]
-            few, many = (counted[n][step][kind] for n in (_FEW_SHARDS, num_shards))
-            if kind in {"LIST", "DELETE"}:
-                by_hand = besides * math.ceil(_LARGEST_STEP * num_shards / _PAGE_NAMES)
-                is_equal = many <= by_hand
-            else:
-                shards = {n: of_shard * n for n in recipes}
-                if (step, kind) == ("index", "HEAD"):  # one of a shard's only where it holds a query
-                    shards = {n: (of_shard - 1) * n + with_queries[n] for n in recipes}
-                by_hand = shards[num_shards] + few - shards[_FEW_SHARDS]
-                is_equal = many == by_hand and few - shards[_FEW_SHARDS] <= besides
-            rows.append(
-                {
-                    "step": step,
-                    "kind": kind,
-                    "of_shard": of_shard,
-                    "counted": many,
-                    "by_hand": by_hand,
-                    "at_most": kind in {"LIST", "DELETE"},
-                    "agrees": is_equal,
-                }
-            )
+    for step, requests in counted.items():
+        kinds = Counter(one.kind for one in requests)
+        for kind in page[step] | kinds:
+            cell = page[step].get(kind, "0")
+            numbers = {"counted": kinds[kind], "by_hand": value(cell, letters)}
+            rows.append({"step": step, "kind": kind, "page": cell, **numbers})
+    for row in rows:
+        row["equal"] = row["counted"] == row["by_hand"]
     return rows
 
 
@@ -133,7 +108,7 @@ def main() -> None:
             rows = run(server, cache, arguments.shards, arguments.rows)
     publish("requests", rows, vars(arguments))
     publish("requests_sample", [sample], {"width": _DIM})
-    raise SystemExit(0 if all(row["agrees"] for row in rows) else 1)
+    raise SystemExit(0 if all(row["equal"] for row in rows) else 1)
 
 
 if __name__ == "__main__":

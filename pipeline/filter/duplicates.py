@@ -1,4 +1,4 @@
-"""The second pass of ``filter``: pictures that occur again, exactly or nearly, in parts of bounded size.
+"""The search of ``filter`` for duplicates: pictures that occur again, exactly or nearly, in parts of bounded size.
 
 Equal pictures have equal digests, so a part takes the digests with one remainder. Hashes that differ in at most d bits
 agree in at least one of d + 1 pieces of their bits, so near pictures are searched once for each piece, among those that
@@ -12,18 +12,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 from numpy.typing import NDArray
 
+from pipeline.filter.gathered import Bundle, read_batches
 from pipeline.filter.hashes import NUM_BITS, THUMB_BYTES, Hashes, Thumbs, find_near
-from pipeline.filter.labels import duplicates_table, map_table
+from pipeline.filter.labels import duplicates_table
 from pipeline.recipe.sections import FilterConfig
 from pipeline.workspace.store import Artifact
 
-pc: Any = pyarrow.compute  # its functions are created at import, so a type checker does not know them
-
 ROWS_PER_PART = 2_000_000
-"""Rows of a part: 80 MB of digests, or 500 MB of hashes and colours, and as much again while they are sorted."""
+"""Rows of a part: 140 MB of digests and uids, or 560 MB of hashes, colours and uids, and as much again while they are
+sorted."""
 
 Rows = NDArray[np.int64]
 
@@ -53,66 +52,70 @@ def search_parts(config: FilterConfig, num_rows: int) -> list[Part]:
     return [Part(piece, remainder, divisor) for piece in pieces for remainder in range(divisor)]
 
 
-def find_duplicates(measures: Artifact, shards: Sequence[str], part: Part, config: FilterConfig) -> pa.Table:
+def find_duplicates(
+    gathered: Artifact, bundles: Sequence[Bundle], shards: Sequence[str], part: Part, config: FilterConfig
+) -> pa.Table:
     """The duplicates of one part, in the layout of ``duplicates_table``; memory is that of ``ROWS_PER_PART`` rows.
 
     Args:
-        measures: ``<shard>.arrow`` of every shard, as ``RowRules`` measures it.
+        gathered: The files of the bundles, see ``gather_measures``.
+        bundles: All bundles.
         shards: Names of the shards, sorted.
         part: The part.
         config: The recipe's section.
     """
     if part.piece < 0:
-        places, pairs = _find_exact(measures, shards, part)
+        rows, pairs = _find_exact(gathered, bundles, part)
     else:
-        places, pairs = _find_near(measures, shards, part, config.max_hash_distance)
-    uids = _uids(measures, shards, places, sorted(set(pairs.values())))
+        rows, pairs = _find_near(gathered, bundles, part, config.max_hash_distance)
+    numbers, places, uids = rows["number"].to_numpy(), rows["row"].to_numpy(), rows["uid"]
     reason = "duplicate" if part.piece < 0 else "near_duplicate"
     return duplicates_table(
         [
             {
-                "shard": shards[places[again, 0]],
-                "row": int(places[again, 1]),
+                "shard": shards[numbers[again]],
+                "row": int(places[again]),
                 "reason": reason,
                 "detail": "",
-                "same_as": uids[first],
-                "same_as_shard": shards[places[first, 0]],
+                "same_as": uids[first].as_py(),
+                "same_as_shard": shards[numbers[first]],
             }
             for again, first in pairs.items()
         ]
     )
 
 
-def _find_exact(measures: Artifact, shards: Sequence[str], part: Part) -> tuple[Rows, dict[int, int]]:
-    """Places (N, 2) of shard number and row; and for each repeated one the place of its first, by position."""
-    places: list[Rows] = []
+def _find_exact(gathered: Artifact, bundles: Sequence[Bundle], part: Part) -> tuple[pa.Table, dict[int, int]]:
+    """The part's N rows; and for each repeated one its first, both by position."""
+    places: list[pa.Table] = []
     keys: list[Hashes] = []
-    for number, table in _stays(measures, shards):
+    for table in read_batches(gathered, bundles):
         digests = _fixed(table["digest"], 16).view(np.uint64)
         rows = np.flatnonzero(digests[:, 0] % np.uint64(part.divisor) == part.remainder)
-        places.append(_places(number, table, rows))
+        places.append(_places(table, rows))
         keys.append(np.column_stack([digests[rows], _numbers(table["group"])[rows]]))
-    if not keys:
-        return np.zeros((0, 2), np.int64), {}
     all_keys = np.concatenate(keys)
     order = np.lexsort((np.arange(len(all_keys)), *all_keys.T))
     ordered = all_keys[order]
     is_new = np.ones(len(order), np.bool_)
     is_new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
     firsts = order[np.maximum.accumulate(np.where(is_new, np.arange(len(order)), 0))] if len(order) else order
-    return np.concatenate(places), dict(zip(order[~is_new].tolist(), firsts[~is_new].tolist(), strict=True))
+    pairs = dict(zip(order[~is_new].tolist(), firsts[~is_new].tolist(), strict=True))
+    return pa.concat_tables(places).combine_chunks(), pairs
 
 
-def _find_near(measures: Artifact, shards: Sequence[str], part: Part, max_distance: int) -> tuple[Rows, dict[int, int]]:
+def _find_near(
+    gathered: Artifact, bundles: Sequence[Bundle], part: Part, max_distance: int
+) -> tuple[pa.Table, dict[int, int]]:
     """As ``_find_exact``; of the rows that agree in the part's piece of their bits."""
     start, stop = (NUM_BITS * (part.piece + i) // (max_distance + 1) for i in (0, 1))
     shift, mask = np.uint64(start), np.uint64((1 << (stop - start)) - 1)
-    places, columns, thumbs = [np.zeros((0, 2), np.int64)], [np.zeros((0, 3), np.uint64)], [_no_thumbs()]
-    for number, table in _stays(measures, shards):
+    places, columns, thumbs = list[pa.Table](), list[Hashes](), list[Thumbs]()
+    for table in read_batches(gathered, bundles):
         hashes = np.column_stack([_numbers(table[name]) for name in ("direct", "mirrored", "group")])
         is_here = (hashes[:, :2] >> shift & mask) % np.uint64(part.divisor) == part.remainder
         rows = np.flatnonzero(is_here.any(axis=1))
-        places.append(_places(number, table, rows))
+        places.append(_places(table, rows))
         columns.append(hashes[rows])
         thumbs.append(_fixed(table["thumb"], THUMB_BYTES)[rows])
     hashes, colours = np.concatenate(columns), np.concatenate(thumbs)
@@ -122,7 +125,7 @@ def _find_near(measures: Artifact, shards: Sequence[str], part: Part, max_distan
         same_as = find_near(direct, mirrored, colours[members], groups, max_distance)
         again = np.flatnonzero(same_as >= 0)
         pairs |= dict(zip(members[again].tolist(), members[same_as[again]].tolist(), strict=True))
-    return np.concatenate(places), pairs
+    return pa.concat_tables(places).combine_chunks(), pairs
 
 
 def _buckets(values: Hashes) -> Iterator[Rows]:
@@ -135,16 +138,8 @@ def _buckets(values: Hashes) -> Iterator[Rows]:
             yield bucket
 
 
-def _stays(measures: Artifact, shards: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
-    """The measured rows without a reason, with their row number, by number of the shard."""
-    for number, shard in enumerate(shards):
-        table = map_table(measures.path(f"{shard}.arrow"))
-        table = table.append_column("row", pa.array(range(table.num_rows), pa.int64()))
-        yield number, table.filter(pc.equal(table["reason"], "")).combine_chunks()
-
-
-def _places(number: int, table: pa.Table, rows: Rows) -> Rows:
-    return np.column_stack([np.full(len(rows), number), table["row"].to_numpy()[rows]])
+def _places(table: pa.Table, rows: Rows) -> pa.Table:
+    return table.select(["number", "row", "uid"]).take(pa.array(rows))
 
 
 def _numbers(column: pa.ChunkedArray) -> Hashes:
@@ -156,18 +151,3 @@ def _fixed(column: pa.ChunkedArray, width: int) -> Thumbs:
     values: Any = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
     data = np.frombuffer(values.buffers()[1], np.uint8) if len(values) else np.zeros(0, np.uint8)
     return data[values.offset * width : (values.offset + len(values)) * width].reshape(-1, width)
-
-
-def _no_thumbs() -> Thumbs:
-    return np.zeros((0, THUMB_BYTES), np.uint8)
-
-
-def _uids(measures: Artifact, shards: Sequence[str], places: Rows, positions: list[int]) -> dict[int, str]:
-    """The uids of some places, by position; each shard is opened once."""
-    uids: dict[int, str] = {}
-    numbers = places[positions, 0] if positions else np.zeros(0, np.int64)
-    for number in np.unique(numbers):
-        here = [position for position, own in zip(positions, numbers, strict=True) if own == number]
-        column = map_table(measures.path(f"{shards[number]}.arrow"))["uid"]
-        uids |= dict(zip(here, column.take(pa.array(places[here, 1])).to_pylist(), strict=True))
-    return uids

@@ -8,8 +8,11 @@ Legend: N rows, D features of an embedding, K clusters.
 """
 
 import hashlib
+import itertools
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.shards import read_table
 from pipeline.data.vectors import to_arrow, to_numpy, to_unit
+from pipeline.filter.gathered import Bundle
 from pipeline.filter.labels import duplicates_table, map_table
 from pipeline.filter.scores import CLIP_SCORE, stays
 from pipeline.workspace.store import Artifact
@@ -30,6 +34,9 @@ ROWS_PER_GROUP = 200_000
 to 600 MB for one cluster in float32. A larger cluster is compared in pieces of this size."""
 
 _ROWS_PER_CENTROID = 64
+_SIZES_AT_ONCE = 256
+_NUM_BATCHES = b"batches"
+"""Key of a bundle's metadata: how many batches each group has."""
 _NUM_ITERATIONS = 10
 _BLOCK_ROWS = 1024
 _NO_SIMILARITY = -2.0
@@ -42,7 +49,9 @@ Ints = NDArray[np.int64]
 class Group:
     """Consecutive clusters that are compared together."""
 
+    number: int
     first: int
+    """Number of its first cluster."""
     stop: int
 
     @property
@@ -137,28 +146,77 @@ def assign(embeddings: pa.Table, measures: pa.Table, centroids: Floats, groups: 
     )
 
 
+def write_sizes(assigned: pa.Table, assignments: Artifact, shard: str) -> None:
+    """Write how many rows of a shard each of its clusters has, so that nobody fetches the rows to count them."""
+    clusters, sizes = np.unique(assigned["cluster"].to_numpy(), return_counts=True)
+    assignments.write_bytes(_sizes_file(shard), json.dumps([clusters.tolist(), sizes.tolist()]).encode())
+
+
 def plan_groups(assignments: Artifact, shards: Sequence[str], num_clusters: int) -> list[Group]:
     """Divide the clusters into groups of at most ``ROWS_PER_GROUP`` rows, or one larger cluster."""
     sizes = np.zeros(num_clusters, np.int64)
-    for shard in shards:
-        clusters = map_table(assignments.path(f"{shard}.arrow"))["cluster"].to_numpy()
-        sizes += np.bincount(clusters, minlength=num_clusters)
+    for start in range(0, len(shards), _SIZES_AT_ONCE):
+        names = [_sizes_file(shard) for shard in shards[start : start + _SIZES_AT_ONCE]]
+        for clusters, of_shard in assignments.read_jsons(names):
+            sizes[clusters] += of_shard
     groups: list[Group] = []
     first, rows = 0, 0
     for cluster, size in enumerate(sizes.tolist()):
         if rows and rows + size > ROWS_PER_GROUP:
-            groups.append(Group(first, cluster))
+            groups.append(Group(len(groups), first, cluster))
             first, rows = cluster, 0
         rows += size
-    return [*groups, Group(first, num_clusters)]
+    return [*groups, Group(len(groups), first, num_clusters)]
+
+
+def write_bundle(
+    assignments: Artifact, shards: Sequence[str], bundle: Bundle, groups: Sequence[Group], path: Path
+) -> None:
+    """Write the rows of a bundle's shards by group, so that a group reads its own alone.
+
+    A group has one record batch, more if it has more than ``ROWS_PER_GROUP`` rows, and none without rows. Its rows
+    stand in the order of their shards; ``number`` is that of the shard.
+    """
+    numbers = range(bundle.first, bundle.stop)
+    tables = [map_table(assignments.path(f"{shards[number]}.arrow")) for number in numbers]
+    borders = [*(group.first for group in groups), groups[-1].stop]
+    places = np.stack([np.searchsorted(table["cluster"].to_numpy(), borders) for table in tables])
+    num_batches = -(-np.diff(places).sum(axis=0) // ROWS_PER_GROUP)
+    schema = tables[0].schema.append(pa.field("number", pa.int64()))
+    schema = schema.with_metadata({_NUM_BATCHES: json.dumps(num_batches.tolist()).encode()})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for group, batches in zip(groups, num_batches.tolist(), strict=True):
+            parts: list[pa.Table] = []
+            for number, table, (start, stop) in zip(
+                numbers, tables, places[:, group.number : group.number + 2].tolist(), strict=True
+            ):
+                part = table.slice(start, stop - start)
+                parts.append(part.append_column("number", pa.array(np.full(part.num_rows, number, np.int64))))
+            rows = pa.concat_tables(parts)
+            for batch in range(batches):
+                writer.write_table(rows.slice(batch * ROWS_PER_GROUP, ROWS_PER_GROUP).combine_chunks())
 
 
 def find_semantic_duplicates(
-    assignments: Artifact, shards: Sequence[str], group: Group, max_similarity: float, device: str = "cpu"
+    gathered: Artifact,
+    bundles: Sequence[Bundle],
+    shards: Sequence[str],
+    group: Group,
+    max_similarity: float,
+    device: str = "cpu",
 ) -> pa.Table:
-    """The duplicates of a group of clusters, in the layout of ``duplicates_table``; see ``ROWS_PER_GROUP``."""
+    """The duplicates of a group of clusters, in the layout of ``duplicates_table``; see ``ROWS_PER_GROUP``.
+
+    Args:
+        gathered: The files of the bundles, see ``write_bundle``.
+        bundles: All bundles.
+        shards: Names of the shards, sorted.
+        group: The group.
+        max_similarity: The recipe's threshold.
+        device: Torch device.
+    """
     duplicates: list[dict[str, object]] = []
-    for piece in _pieces(assignments, shards, group):
+    for piece in _pieces(gathered, bundles, group):
         clusters = piece["cluster"].to_numpy()
         numbers, rows = piece["number"].to_numpy(), piece["row"].to_numpy()
         order = np.lexsort((rows, numbers, -piece[CLIP_SCORE].to_numpy(), clusters))
@@ -225,18 +283,35 @@ def _similarities(rows: torch.Tensor, groups: torch.Tensor, a: torch.Tensor, b: 
     return torch.where(groups[a][:, None] == groups[b][None], scores, torch.full_like(scores, _NO_SIMILARITY))
 
 
-def _pieces(assignments: Artifact, shards: Sequence[str], group: Group) -> Iterator[pa.Table]:
+def _pieces(gathered: Artifact, bundles: Sequence[Bundle], group: Group) -> Iterator[pa.Table]:
     """The rows of a group from all shards, with the number of their shard; in pieces if they are too many."""
     parts: list[pa.Table] = []
     num_rows = 0
-    for number, shard in enumerate(shards):
-        table = map_table(assignments.path(f"{shard}.arrow"))
-        start, stop = np.searchsorted(table["cluster"].to_numpy(), [group.first, group.stop])
-        part = table.slice(int(start), int(stop - start))
+    for part in _parts(gathered, bundles, group):
         if num_rows and num_rows + part.num_rows > ROWS_PER_GROUP:
             yield pa.concat_tables(parts).combine_chunks()
             parts, num_rows = [], 0
-        parts.append(part.append_column("number", pa.array(np.full(part.num_rows, number))))
+        parts.append(part)
         num_rows += part.num_rows
     if num_rows:
         yield pa.concat_tables(parts).combine_chunks()
+
+
+def _parts(gathered: Artifact, bundles: Sequence[Bundle], group: Group) -> Iterator[pa.Table]:
+    """The rows of a group, shard by shard."""
+    for bundle in bundles:
+        place = gathered.ranged(bundle.file)
+        with pa.memory_map(str(place)) if isinstance(place, Path) else place as file:
+            reader = pa.ipc.open_file(file)
+            num_batches: list[int] = json.loads(reader.schema.metadata[_NUM_BATCHES])
+            first = sum(num_batches[: group.number])
+            for batch in range(first, first + num_batches[group.number]):
+                table = pa.Table.from_batches([reader.get_batch(batch)])
+                numbers = table["number"].to_numpy()
+                borders = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
+                for start, stop in itertools.pairwise(borders):
+                    yield table.slice(start, stop - start)
+
+
+def _sizes_file(shard: str) -> str:
+    return f"{shard}.sizes.json"

@@ -94,7 +94,7 @@ _BEFORE_EVALUATE = (
         name="filter_embeddings",
         title="Filter by embeddings",
         inputs=("download", "embed"),
-        runner="pipeline.runtime.filter:run_filter_embeddings",
+        runner="pipeline.runtime.filter_embeddings:run_filter_embeddings",
         files={"aesthetic_weights": "aesthetic_content", "nsfw_weights": "nsfw_content"},
     ),
     StepRow(

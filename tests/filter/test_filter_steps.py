@@ -17,7 +17,8 @@ from pipeline.errors import ConfigError, StepError
 from pipeline.evaluate.prompts import choose_rows
 from pipeline.retrieve.embedded import EmbeddedShards
 from pipeline.runtime.context import StepContext
-from pipeline.runtime.filter import MeasureWorker, run_filter, run_filter_embeddings
+from pipeline.runtime.filter import MeasureWorker, run_filter
+from pipeline.runtime.filter_embeddings import run_filter_embeddings
 from tests.filter.planted import (
     Planted,
     caption_of,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from pipeline.filter import duplicates
+from pipeline.filter import duplicates, gathered
 from pipeline.filter.hashes import PictureHash, find_near, hash_picture
 from pipeline.filter.labels import write_table
 from pipeline.filter.rules import RowRules
@@ -63,6 +63,7 @@ def test_only_rows_of_one_group_are_near() -> None:
 def test_small_parts_find_what_one_part_finds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_per_part: int
 ) -> None:
+    monkeypatch.setattr(gathered, "LEAST_SHARDS", 3)
     download, measures = Artifact(str(tmp_path / "download")), Artifact(str(tmp_path / "measures"))
     planted_pairs().write(download)
     config = FilterConfig(duplicates="near")
@@ -74,9 +75,16 @@ def test_small_parts_find_what_one_part_finds(
         with measures.write(f"{shard}.arrow") as path:
             write_table(table, path)
 
+    bundles = gathered.plan_bundles(len(shards))
+    assert len(bundles) == -(-len(shards) // 3)
+    files = Artifact(str(tmp_path / "gathered"))
+    for bundle in bundles:
+        with files.write(bundle.file) as path:
+            gathered.write_batches(gathered.gather_measures(measures, shards, bundle, config), path)
+
     def find() -> set[tuple[str, int, str, str]]:
         parts = duplicates.search_parts(config, num_rows)
-        tables = [duplicates.find_duplicates(measures, shards, part, config).to_pylist() for part in parts]
+        tables = [duplicates.find_duplicates(files, bundles, shards, part, config).to_pylist() for part in parts]
         return {(row["shard"], row["row"], row["reason"], row["same_as"]) for rows in tables for row in rows}
 
     whole = find()

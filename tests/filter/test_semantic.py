@@ -9,13 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.filter import semantic
+from pipeline.filter import gathered, semantic
 from pipeline.filter.labels import write_table
 from pipeline.filter.scores import CLIP_SCORE, NUM_BINS, least_score_of_share
 from pipeline.workspace.store import Artifact
 from tests.tiny.shards import make_embeddings
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+
+@pytest.fixture(autouse=True)
+def _small_bundles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathered, "LEAST_SHARDS", 3)
 
 
 def _unit(rows: Floats) -> Floats:
@@ -56,7 +61,8 @@ def test_rows_of_other_groups_are_no_duplicates() -> None:
 
 def _duplicates(folder: Path, z: Floats, scores: Floats, *, rows_per_group: int, seed: int = 3) -> dict[str, str]:
     """The uids left out, with those that stay in their place, by the passes of the step."""
-    embed, measures, clusters = (Artifact(str(folder / name)) for name in ("embed", "measures", "clusters"))
+    names = ("embed", "measures", "clusters", "gathered")
+    embed, measures, clusters, files = (Artifact(str(folder / name)) for name in names)
     make_embeddings(embed, z, z, 25)
     shards = list(embed.shard_records())
     tables: dict[str, pa.Table] = {}
@@ -73,13 +79,19 @@ def _duplicates(folder: Path, z: Floats, scores: Floats, *, rows_per_group: int,
         table = pa.parquet.read_table(embed.path(f"{shard}.parquet"))
         with clusters.write(f"{shard}.arrow") as path:
             groups = semantic.caption_groups(table["caption"], differ=False)
-            write_table(semantic.assign(table, tables[shard], centroids, groups), path)
+            assigned = semantic.assign(table, tables[shard], centroids, groups)
+            write_table(assigned, path)
+            semantic.write_sizes(assigned, clusters, shard)
     groups = semantic.plan_groups(clusters, shards, len(centroids))
     assert (len(groups) > 1) == (rows_per_group < len(z))
     assert [group.first for group in groups[1:]] == [group.stop for group in groups[:-1]]
-    rows = [
-        row for group in groups for row in semantic.find_semantic_duplicates(clusters, shards, group, 0.95).to_pylist()
-    ]
+    bundles = gathered.plan_bundles(len(shards))
+    assert len(bundles) == -(-len(shards) // 3)
+    for bundle in bundles:
+        with files.write(bundle.file) as path:
+            semantic.write_bundle(clusters, shards, bundle, groups, path)
+    tables_of_groups = [semantic.find_semantic_duplicates(files, bundles, shards, group, 0.95) for group in groups]
+    rows = [row for table in tables_of_groups for row in table.to_pylist()]
     uid_of = {(shard, row): uid.as_py() for shard in shards for row, uid in enumerate(tables[shard]["uid"])}
     return {uid_of[row["shard"], row["row"]]: row["same_as"] for row in rows}
 

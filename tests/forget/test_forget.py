@@ -38,7 +38,8 @@ from pipeline.retrieve.build import SegmentBuild, build_index
 from pipeline.retrieve.changes import publish_segment, segment_of_all
 from pipeline.retrieve.takedown import Takedown
 from pipeline.runtime.context import StepContext
-from pipeline.runtime.filter import run_filter, run_filter_embeddings
+from pipeline.runtime.filter import run_filter
+from pipeline.runtime.filter_embeddings import run_filter_embeddings
 from pipeline.runtime.run import _forget_if_inputs_changed  # pyright: ignore[reportPrivateUsage]
 from pipeline.workspace import store
 from pipeline.workspace.forgotten import FORGOTTEN, PENDING, Forgotten, Pending

@@ -8,7 +8,8 @@ import pytest
 from pipeline.recipe.plan import make_plan
 from pipeline.report import filter as section
 from pipeline.report.report import finished_steps, write_report
-from pipeline.runtime.filter import run_filter, run_filter_embeddings
+from pipeline.runtime.filter import run_filter
+from pipeline.runtime.filter_embeddings import run_filter_embeddings
 from pipeline.workspace.store import Workspace
 from tests.filter.planted import commit, embed_by_eye, make_context, output_of, planted_pairs, tiny_recipe, without_ray
 from tests.tiny.command import ROOT

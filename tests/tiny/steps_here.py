@@ -89,9 +89,26 @@ def counted_recipe(workspace: str, num_shards: int, shard_rows: int, **sections:
     return parse_recipe(tables | {"workspace": workspace})
 
 
-def count_requests(
-    recipe: Recipe, server: S3Server, cache: Path, steps: Collection[str] = COUNTED_STEPS
+def count_all_steps(
+    workspace: str,
+    num_shards: int,
+    shard_rows: int,
+    server: S3Server,
+    cache: Path,
+    steps: Collection[str] = COUNTED_STEPS,
 ) -> dict[str, list[Request]]:
+    """Run the steps that the page counts, or ``steps`` and what they need; the requests of each.
+
+    The filter comes last, from a recipe of its own, because the other steps are counted without its selection.
+    """
+    plain = counted_recipe(workspace, num_shards, shard_rows)
+    filtered = counted_recipe(workspace, num_shards, shard_rows, filter={"duplicates": "exact"})
+    needed = {*steps, "pairs", "download", *(("clip",) if "embed" in steps else ())} - {"filter"}
+    counted = _count_requests(plain, server, cache, needed)
+    return counted | (_count_requests(filtered, server, cache, {"filter"}) if "filter" in steps else {})
+
+
+def _count_requests(recipe: Recipe, server: S3Server, cache: Path, steps: Collection[str]) -> dict[str, list[Request]]:
     """Run steps; the requests of each, on a machine that has none of the store's files, but those made by the clock."""
     requests: dict[str, list[Request]] = {}
     for step in make_plan(recipe):

@@ -11,12 +11,14 @@ import pytest
 from pipeline.data.selection import selection_of
 from pipeline.data.shards import split_counts
 from pipeline.data.training_rows import ShardReader
+from pipeline.filter import duplicates, semantic
 from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve import build as builds
 from pipeline.retrieve.build import SegmentBuild
 from pipeline.runtime.filter import run_filter
+from pipeline.runtime.filter_embeddings import run_filter_embeddings
 from pipeline.workspace.store import Artifact
-from tests.filter.planted import commit, make_context, output_of, tiny_recipe, without_ray
+from tests.filter.planted import commit, embed_by_eye, make_context, output_of, tiny_recipe, without_ray
 from tests.s3_server import S3Server
 from tests.tiny.shards import drawn_sample, make_embeddings, write_shard
 
@@ -46,6 +48,42 @@ def test_an_index_is_trained_on_a_sample_of_shards_that_are_not_fetched(
     assert sum(blocks) <= 2 * _DIM * (2 * 2000 + 20)
     assert len(ranges) - len(blocks) <= 5 * _SHARDS
     assert sum(ranges) < 0.5 * data_bytes  # of small shards, footers are most of it
+
+
+def _filtered(root: str, num_shards: int, folder: Path, server: S3Server) -> tuple[Counter[str], int]:
+    """Requests of both filter steps on shards of drawn rows, and how many parts they searched."""
+    rules = {"filter": {"duplicates": "near"}, "filter_embeddings": {"max_similarity": 0.99}}
+    recipe = dataclasses.replace(tiny_recipe(folder, **rules), workspace=root)
+    contexts = {
+        step: dataclasses.replace(make_context(folder, step, recipe), root=root)
+        for step in ("filter", "embed", "filter_embeddings")
+    }
+    download = contexts["filter"].inputs["download"]
+    for shard in range(num_shards):
+        write_shard(download, f"{shard:05d}", [drawn_sample(12 * shard + i) for i in range(12)], "png")
+    server.counted()
+    commit(contexts["filter"], run_filter(contexts["filter"]))
+    requests = server.counted()
+    embed_by_eye(contexts["embed"])
+    server.counted()
+    commit(contexts["filter_embeddings"], run_filter_embeddings(contexts["filter_embeddings"]))
+    requests += server.counted()
+    num_parts = len({one.name for one in requests if "live/duplicates/" in one.name and "PUT" in one.kind})
+    return Counter(one.kind for one in requests if "/duplicates" not in one.name), num_parts
+
+
+def test_a_search_for_duplicates_asks_for_no_shard_in_each_of_its_parts(
+    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    without_ray(monkeypatch)
+    few, num_few = _filtered(f"{bucket}/few", 12, tmp_path, s3_server)
+    monkeypatch.setattr(duplicates, "ROWS_PER_PART", 24)
+    monkeypatch.setattr(semantic, "ROWS_PER_GROUP", 24)
+    many, num_many = _filtered(f"{bucket}/many", 12, tmp_path, s3_server)
+    num_more = (num_many - num_few) // 2  # a file and a record each
+    assert num_more > 20
+    # One bundle: each part looks at it, and none at the twelve shards.
+    assert many - few == {"HEAD": num_more}
 
 
 def test_a_build_that_begins_anew_removes_the_old_files_with_one_request(bucket: str, s3_server: S3Server) -> None:

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.filter.gathered import plan_bundles
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.context import StepContext
+from pipeline.workspace import objects
 from tests.ports import free_port
-from tests.s3_server import Request, S3Server, faulty
-from tests.scaling_page import counted_by_hand
-from tests.tiny.steps_here import COUNTED_STEPS, count_requests, counted_recipe, run_step, steps_here
+from tests.s3_server import Request, S3Server, faulty, started
+from tests.scaling_page import counted_by_hand, value
+from tests.tiny.steps_here import COUNTED_STEPS, count_all_steps, counted_recipe, run_step, steps_here
 from tests.workspace.conftest import use
 
 pytestmark = pytest.mark.slow
@@ -47,23 +49,35 @@ def counted(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Ge
         use(s3_server.environment | {"UNCLIP_CACHE": str(cache)}, patch)
         requests = list[dict[str, list[Request]]]()
         for number in (_FEW, _MORE):
-            plain = counted_recipe(f"s3://counted/{number}", number, _ROWS)
-            filtered = counted_recipe(f"s3://counted/{number}-filter", number, _ROWS, filter={"duplicates": "exact"})
-            of_plain = count_requests(plain, s3_server, cache)
-            of_filtered = count_requests(filtered, s3_server, cache, ("pairs", "download", "filter"))
-            requests.append(of_plain | {"filter": of_filtered["filter"]})
+            requests.append(count_all_steps(f"s3://counted/{number}", number, _ROWS, s3_server, cache))
         yield requests
 
 
-def test_a_shard_costs_the_requests_that_the_page_counts_by_hand(counted: list[dict[str, list[Request]]]) -> None:
-    page, (few, more) = counted_by_hand(), counted
+def test_the_steps_ask_what_the_page_counts_by_hand(counted: list[dict[str, list[Request]]]) -> None:
+    page = counted_by_hand()
     assert page.keys() == set(COUNTED_STEPS)
-    for step in COUNTED_STEPS:
-        kinds = [Counter(one.kind for one in requests[step]) for requests in (few, more)]
-        assert kinds[1].keys() <= page[step].keys()
-        slopes = {kind: (kinds[1][kind] - kinds[0][kind]) / (_MORE - _FEW) for kind in page[step]}
-        assert slopes == {kind: of_shard for kind, (of_shard, _) in page[step].items()}, step
-        assert all(kinds[0][kind] - of_shard * _FEW <= rest for kind, (of_shard, rest) in page[step].items()), step
+    for number, requests in zip((_FEW, _MORE), counted, strict=True):
+        letters = {"N": number, "B": 1, "Q": number}
+        for step in COUNTED_STEPS:
+            by_hand = {kind: value(cell, letters) for kind, cell in page[step].items()}
+            assert Counter(one.kind for one in requests[step]) == Counter(by_hand), step
+
+
+def test_pages_and_bundles_cost_what_the_page_counts_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules of the page for so many shards that a listing has several pages, and the filter several bundles."""
+    num_shards, page_names, steps = 33, 60, ("download", "filter", "embed")
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", str(page_names))
+    monkeypatch.setattr(objects, "_BATCH", page_names)
+    with started() as server:
+        server.make_bucket("paged")
+        use(server.environment | {"UNCLIP_CACHE": str(tmp_path / "cache")}, monkeypatch)
+        counted = count_all_steps("s3://paged/w", num_shards, 2, server, tmp_path / "cache", steps)
+    page, letters = counted_by_hand(), {"N": num_shards, "B": 2}
+    assert len(plan_bundles(num_shards)) == 2
+    for step in steps:
+        by_hand = {kind: value(cell, letters, page_names) for kind, cell in page[step].items()}
+        assert by_hand["LIST"] > value(page[step]["LIST"], letters)
+        assert Counter(one.kind for one in counted[step]) == Counter(by_hand), step
 
 
 def test_a_training_fetches_its_data_once(counted: list[dict[str, list[Request]]]) -> None:
