@@ -22,6 +22,7 @@ _FAULTS: list[dict[str, Any]] = []
 _ERRORS = {
     "500": ("500 Internal", b"<Error><Code>InternalError</Code></Error>"),
     "throttled": ("503 Slow", b"<Error><Code>SlowDown</Code></Error>"),
+    "skewed": ("403 Forbidden", b"<Error><Code>RequestTimeTooSkewed</Code></Error>"),
 }
 _REQUESTS: list[tuple[str, str, int, str]] = []
 _DISTURBANCE: dict[str, Any] = {"every": 0, "kinds": [], "number": 0}
@@ -65,7 +66,8 @@ def _application(inner: Callable[..., Iterable[bytes]]) -> Callable[..., Iterabl
             return [body]
         _REQUESTS.append((method, f"{path}!{fault['kind']}", 0, kind))
         if fault["kind"] in _ERRORS:
-            return answer(environ, start, *_ERRORS[fault["kind"]])
+            status, body = _ERRORS[fault["kind"]]
+            return answer(environ, start, status, b"" if method == "HEAD" else body)
         # A reset, before the answer or in the middle of it.
         if fault["kind"] == "half" and method == "GET":
             body = b"".join(inner(environ, lambda *_: None))
@@ -159,7 +161,7 @@ class S3Server:
             pass
 
     def fail(self, kind: str, method: str, in_path: str, times: int = 1, seconds: float = 0.0) -> None:
-        """Let the next requests fail: 500, throttled, reset, half (of the body), or slow."""
+        """Let the next requests fail: 500, throttled, skewed, reset, half (of the body), or slow."""
         fault = {"kind": kind, "method": method, "in_path": in_path, "times": times, "seconds": seconds}
         self._ask("POST", "/-/faults", [fault])
 

@@ -39,6 +39,7 @@ from pipeline.data.shard_writer import (
     failed_rows,
     key_of,
     read_shard,
+    time_of_day,
     write_shard,
 )
 from pipeline.data.shards import REPAIR_HINT
@@ -191,13 +192,13 @@ class Downloader:
             StepError: If the disk is full.
         """
         keys = [key_of(shard, first + row, self._config.samples_per_shard) for row in range(rows.num_rows)]
-        start = time.time()
+        start = time.monotonic()
         with (
             translate_os_errors(f"download: shard {shard}: {files.tar.parent}"),
             tempfile.SpooledTemporaryFile(_MEMORY_BYTES) as scratch,
         ):
             result = self.fetch_rows(rows, keys, scratch, on_progress)
-            return write_shard(result, self.schema(rows), self._config.encode_format, files, start=start)
+            return write_shard(result, self.schema(rows), self._config.encode_format, files, start=time_of_day(start))
 
     def retry(
         self,
@@ -223,7 +224,7 @@ class Downloader:
             DataError: If the shard has other rows.
             StepError: If the disk is full.
         """
-        start = time.time()
+        start = time.monotonic()
         with (
             translate_os_errors(f"download: {files.tar.parent}"),
             old.tar.open("rb") as stream,
@@ -245,7 +246,7 @@ class Downloader:
                 return None
             for number, row in zip(failed, again, strict=True):
                 merged[number] = row
-            return write_shard(merged, schema, self._config.encode_format, files, start=start)
+            return write_shard(merged, schema, self._config.encode_format, files, start=time_of_day(start))
 
     def join(
         self, rows: pa.Table, shard: str, parts: Sequence[ShardFiles], killers: Sequence[int], files: ShardFiles
@@ -259,7 +260,7 @@ class Downloader:
             killers: Numbers of the rows that are in no part: their pictures took workers down.
             files: The files to write.
         """
-        start = time.time()
+        start = time.monotonic()
         with translate_os_errors(f"download: shard {shard}: {files.tar.parent}"), contextlib.ExitStack() as stack:
             joined: list[ShardRow] = []
             for part in parts:
@@ -273,7 +274,7 @@ class Downloader:
                 key = key_of(shard, number, self._config.samples_per_shard)
                 joined.append(ShardRow(self._values(stored, key, failure), None))
             joined.sort(key=lambda row: row.values["key"])
-            return write_shard(joined, self.schema(rows), self._config.encode_format, files, start=start)
+            return write_shard(joined, self.schema(rows), self._config.encode_format, files, start=time_of_day(start))
 
     def beat(self) -> int:
         """A number that grows from call to call while rows of any shard end, or wait for their host's turn."""

@@ -16,7 +16,7 @@ import os
 import random
 import time
 import urllib.request
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -205,7 +205,7 @@ class Fetcher:
     async def _refusal(self, url: Url, response: aiohttp.ClientResponse) -> FetchError:
         retry_after_s = None
         if response.status in {429, 503}:
-            retry_after_s = _retry_after_s(response.headers.get("Retry-After", ""))
+            retry_after_s = _retry_after_s(response.headers)
             if retry_after_s:
                 await self._limits.pause(url.host, retry_after_s)
         reason = "".join(filter(str.isprintable, response.reason or ""))[:80]
@@ -294,12 +294,19 @@ def _target_of(response: aiohttp.ClientResponse, url: Url) -> Url:
     return parse_url(location, url)
 
 
-def _retry_after_s(value: str) -> float | None:
-    """Seconds of a Retry-After header, which holds seconds or a date."""
-    if value.strip().isdecimal():
+def _retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Seconds of a Retry-After header, which holds seconds or a date; the date is compared with the server's own."""
+    value = headers.get("Retry-After", "").strip()
+    if value.isdecimal():
         return float(value)
+    retry_at, now = _seconds_of(value), _seconds_of(headers.get("Date", ""))
+    return None if retry_at is None else max(0.0, retry_at - (time.time() if now is None else now))
+
+
+def _seconds_of(date: str) -> float | None:
+    """A date of a header in seconds since the epoch; None if it is none."""
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+        return email.utils.parsedate_to_datetime(date).timestamp()
     except (ValueError, TypeError):
         return None
 

@@ -78,6 +78,11 @@ def key_of(shard: str, row: int, samples_per_shard: int) -> str:
     return str(int(shard) * 10**digits + row).zfill(len(shard) + digits)
 
 
+def time_of_day(then: float) -> float:
+    """A moment of ``time.monotonic`` in seconds since the epoch, by the clock as it is set now: it may have jumped."""
+    return time.time() - (time.monotonic() - then)
+
+
 def write_shard(
     rows: Sequence[ShardRow], schema: pa.Schema, extension: str, files: ShardFiles, *, start: float
 ) -> Counter[str]:

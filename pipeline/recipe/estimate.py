@@ -174,7 +174,8 @@ def status_remaining(recipe: Recipe, statuses: Sequence[StepStatus]) -> Remainin
     steps = [status.step for status in statuses if status.state != "done"]
     times, machine = load_times(recipe, steps)
     states = {step.name: read_progress(artifact_of(workspace, step)) for step in steps}
-    live = {name: state for name, state in states.items() if state is not None and now - state.updated < _ALIVE_S}
+    # A reading from far ahead was written before the clock went back.
+    live = {name: state for name, state in states.items() if state is not None and abs(now - state.updated) < _ALIVE_S}
     if not live:
         return remaining_from(recipe, statuses, times, machine)
     return remaining(recipe, steps, live, times, machine)

@@ -362,7 +362,8 @@ def fits_now(context: StepContext, running: Collection[StepContext]) -> bool:
 def _is_starting(context: StepContext) -> bool:
     """Whether a step may soon take resources that seem free."""
     state = read_progress(context.output)
-    return state is not None and not state.has_begun and time.time() - state.updated < _HEAD_START_S
+    # A reading of a later time than now was written before the clock went back.
+    return state is not None and not state.has_begun and 0 <= time.time() - state.updated < _HEAD_START_S
 
 
 def _needs(context: StepContext) -> dict[str, float]:

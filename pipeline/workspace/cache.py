@@ -5,7 +5,8 @@ default one of this user's in the temporary folder; ``UNCLIP_CACHE_GB`` bounds i
 has free. The files that were not used for longest go first.
 
 Beside each file ``<name>`` stands ``.<name>.cached`` with the version that it is. A process that fetches or removes the
-file holds a lock on it, so that the others wait, and read what it fetched.
+file holds a lock on it, so that the others wait, and read what it fetched. The time of this entry is when the file was
+used last, in seconds since the machine started: the time of day may jump.
 """
 
 import contextlib
@@ -74,7 +75,7 @@ def cached_path(
         cached = _read(entry)
         is_fresh = cached is not None and version.stamp != "" and cached.version == version
         if cached and is_fresh and local.exists() and local.stat().st_size == version.num_bytes:
-            os.utime(entry.fileno())
+            _note_use(entry)
             return local, cached.sha256
         partial = local.with_name(f"{_PARTIAL}{local.name}")  # one at a time: the entry is locked
         fetch(partial)
@@ -198,6 +199,12 @@ def _put(entry: IO[bytes], source: Path, local: Path, cached: Cached) -> None:
     source.replace(local)
     entry.write(json.dumps(asdict(cached)).encode())
     entry.flush()
+    _note_use(entry)
+
+
+def _note_use(entry: IO[bytes]) -> None:
+    now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    os.utime(entry.fileno(), ns=(now_ns, now_ns))
 
 
 def _make_room(new_bytes: int) -> None:
@@ -208,15 +215,18 @@ def _make_room(new_bytes: int) -> None:
     if _added_bytes < _SHARE_BETWEEN_SCANS * limit_bytes(0, root):
         return
     _added_bytes = 0
-    entries: list[tuple[float, int, Path]] = []
+    now, entries = time.clock_gettime(time.CLOCK_BOOTTIME), list[tuple[float, int, Path]]()
     for path in root.glob(f"*/.*{_SUFFIX}"):
         local = path.with_name(path.name[1 : -len(_SUFFIX)])
         with contextlib.suppress(FileNotFoundError):
-            entries.append((path.stat().st_mtime, local.stat().st_size, local))
+            age_s = now - path.stat().st_mtime
+            # Used when the machine had not been started anew, or by a release that noted the time of day.
+            age_s = age_s if age_s >= 0 else float("inf")
+            entries.append((age_s, local.stat().st_size, local))
     used = sum(num_bytes for _, num_bytes, _ in entries)
     limit = limit_bytes(used, root)
-    for used_at, num_bytes, local in sorted(entries):
-        if used <= limit or time.time() - used_at < _GRACE_S:
+    for age_s, num_bytes, local in sorted(entries, reverse=True):
+        if used <= limit or age_s < _GRACE_S:
             return
         with contextlib.suppress(OSError), _entry(local):
             local.unlink(missing_ok=True)

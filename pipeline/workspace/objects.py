@@ -6,6 +6,7 @@ sentence: a package, a credential, a bucket or an endpoint that is missing.
 """
 
 import contextlib
+import email.utils
 import errno
 import functools
 import io
@@ -53,6 +54,8 @@ _NO_CONNECTION = frozenset(
         "TimeoutError",
     }
 )
+_MOST_SKEW_S = 900.0
+"""S3 refuses what is signed with a time that is off by so much; it passes when the machine's clock is set right."""
 _PASSING_ERRNOS = frozenset({errno.EREMOTEIO, errno.EBUSY})  # s3fs's numbers for 500 and 503
 _FIRST_PATIENCE_S = 10.0
 _PATIENCE_S = 300.0
@@ -349,6 +352,8 @@ class ObjectStore:
         text = " ".join(str(error).split()) or type(error).__name__
         if type(error).__name__ == "FileExpired":
             return DataError(f"{self._uri}: a file was replaced while it was read; run again")
+        if _is_of_wrong_clock(error):
+            return StepError(f"{self._uri}: this machine's clock is wrong ({text}); set it, then run again")
         if names & _NO_CREDENTIALS:
             mend = _CREDENTIALS.get(self._kind, "check the credentials")
             return ConfigError(f"{self._uri}: no access ({text}); {mend}")
@@ -374,10 +379,22 @@ def stamp_of(info: dict[str, Any]) -> str:
     return next((f"{key}={info[key]}" for key in _STAMPS if info.get(key)), "")
 
 
+def _is_of_wrong_clock(error: Exception) -> bool:
+    """Whether a store refuses a request because this machine's time is wrong; the answer has the store's own."""
+    response: Any = getattr(error.__cause__, "response", None) or getattr(error, "response", None)
+    if not isinstance(response, dict):
+        return False
+    facts: Json = cast("Json", response).get("ResponseMetadata", {})
+    date: str = facts.get("HTTPHeaders", {}).get("date", "")
+    if facts.get("HTTPStatusCode") != 403 or not date:
+        return False
+    return abs(email.utils.parsedate_to_datetime(date).timestamp() - time.time()) > _MOST_SKEW_S
+
+
 def _passes(error: Exception) -> bool:
     """Whether a request that failed so may succeed later."""
     if isinstance(error, PermissionError):
-        return False
+        return _is_of_wrong_clock(error)
     response: Any = getattr(error, "response", None)  # botocore's ClientError
     if isinstance(response, dict):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from email.utils import formatdate
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.data.conftest import make_picture
@@ -216,12 +217,16 @@ class HostileServer:
         return _send(connection, b"", status="302 Found", headers=f"Location: {unquote(query['url'])}\r\n")
 
     def do_status(self, connection: socket.socket, target: str, query: dict[str, str]) -> bool:
-        """?code=, with Retry-After ?after=, for the first ?times= requests; then a picture."""
+        """?code=, with Retry-After ?after= or by the server's ?clock=, for the first ?times= requests; then a picture."""
         with self._lock:
             count = self.requests[target]
         if count > int(query.get("times", "1000000")):
             return _send(connection, make_picture(0))
         after = f"Retry-After: {query['after']}\r\n" if "after" in query else ""
+        if "clock" in query:  # a date in two seconds, by a clock that is off by so many
+            now = time.time() + float(query["clock"])
+            dates = [formatdate(moment, usegmt=True) for moment in (now, now + 2)]
+            after = f"Date: {dates[0]}\r\nRetry-After: {dates[1]}\r\n"
         return _send(connection, b"busy", status=f"{query['code']} Busy", headers=after)
 
     def do_gzip(self, connection: socket.socket, _target: str, query: dict[str, str]) -> bool:

@@ -245,6 +245,14 @@ def test_retry_after_is_honoured_for_the_whole_host(hostile: HostileServer) -> N
     assert 1 < asyncio.run(run()) < 3
 
 
+@pytest.mark.parametrize("off_s", [86_400, -86_400])
+def test_a_date_to_retry_after_is_read_by_the_clock_of_the_server(hostile: HostileServer, off_s: int) -> None:
+    config = replace(_CONFIG, retries=1, deadline_s=5)
+    assert _cause(_fetch([f"{hostile.url}/status?code=429&clock={off_s}&times=1"], config)[0]) == _PICTURE
+    times = hostile.times["127.0.0.1"]
+    assert 1 < times[-1] - times[-2] < 4
+
+
 def test_a_host_that_asks_to_wait_longer_than_the_deadline_is_left_alone(hostile: HostileServer) -> None:
     start = time.monotonic()
     config = replace(_CONFIG, retries=3)

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -17,12 +19,14 @@ from jobs.cli import main
 ROOT = Path(__file__).parents[2]
 
 
-def start_unclip(*arguments: str, cwd: Path = ROOT) -> subprocess.Popen[str]:
-    """Start the command in a process group of its own."""
+def start_unclip(
+    *arguments: str, cwd: Path = ROOT, environment: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.Popen[str]:
+    """Start the command in a process group of its own, with more variables in its environment."""
     return subprocess.Popen(
         [sys.executable, "-m", "jobs.cli", *arguments],
         cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -30,9 +34,14 @@ def start_unclip(*arguments: str, cwd: Path = ROOT) -> subprocess.Popen[str]:
     )
 
 
-def unclip(*arguments: str, cwd: Path = ROOT, timeout_s: float = 280) -> subprocess.CompletedProcess[str]:
+def unclip(
+    *arguments: str,
+    cwd: Path = ROOT,
+    timeout_s: float = 280,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> subprocess.CompletedProcess[str]:
     """Run the command to its end; its output, both streams in order, is in ``stdout``."""
-    process = start_unclip(*arguments, cwd=cwd)
+    process = start_unclip(*arguments, cwd=cwd, environment=environment)
     try:
         output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import socket
 import sqlite3
@@ -71,6 +72,27 @@ def test_a_fault_that_passes_changes_no_byte(
         assert stream.read(5000) == _CONTENT[1000:6000]
     s3_server.fail(kind, "HEAD", "00000.tar", times=2, seconds=0.2)
     assert artifact.exists("00000.tar")
+
+
+def test_a_clock_that_the_store_refuses_is_told_unless_it_is_set_right(
+    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact, now_s = Artifact(f"{bucket}/step/key"), time.time
+    artifact.write_bytes("00000.tar", _CONTENT)
+    monkeypatch.setattr(time, "time", lambda: now_s() + 86_400)
+    for method in ("HEAD", "GET"):  # the answer to a HEAD has no body that says why
+        s3_server.fail("skewed", method, "00000.tar", times=2)
+        assert artifact.exists("00000.tar")
+        with open_file(f"{artifact.uri}/00000.tar") as stream:
+            assert stream.read() == _CONTENT
+    monkeypatch.setattr(objects, "_PATIENCE_S", 0.0)
+    s3_server.fail("skewed", "HEAD", "00000.tar")
+    with pytest.raises(StepError, match=r"this machine's clock is wrong \(.*\); set it, then run again"):
+        artifact.exists("00000.tar")
+    monkeypatch.setattr(time, "time", now_s)
+    s3_server.fail("skewed", "HEAD", "00000.tar")
+    with pytest.raises(ConfigError, match="no access"):  # by a clock that is right, it is something else
+        artifact.exists("00000.tar")
 
 
 def test_a_server_that_is_killed_and_comes_back_changes_no_byte(
@@ -293,6 +315,13 @@ def test_the_cache_keeps_what_was_used_last_within_its_bytes(
     monkeypatch.setattr(cache, "_GRACE_S", 60.0)  # whoever was given a path may not have opened it yet
     paths = [artifact.path(f"{number}.tar") for number in range(6)]
     assert all(path.exists() for path in paths)
+    monkeypatch.setattr(cache, "_added_bytes", float("inf"))
+    entry = next((tmp_path / "cache").rglob(".5.tar.cached"))
+    os.utime(entry, (time.time(), time.time()))  # of another start of the machine: it counts as the oldest
+    assert artifact.path("0.tar").exists()
+    s3_server.put(f"{_name(bucket)}/step/key/6.tar", _CONTENT)
+    assert artifact.path("6.tar").exists()
+    assert sorted(path.name for path in (tmp_path / "cache").rglob("*.tar")) == [f"{n}.tar" for n in (0, 1, 2, 3, 4, 6)]
     monkeypatch.setenv("UNCLIP_CACHE_GB", "much")
     with pytest.raises(ConfigError, match="UNCLIP_CACHE_GB=much: write a number of gigabytes"):
         cache.limit_bytes(0, tmp_path)
