@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import shutil
 from collections.abc import Collection, Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ import pytest
 from pipeline.data.selection import embeddings_of
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.recipe.sections import FilterConfig
 from pipeline.recipe.steps import STEP_ROWS
 from pipeline.retrieve.build import build_index
 from pipeline.runtime import data, download, run
@@ -74,7 +76,7 @@ def run_step(context: StepContext) -> None:
     run._commit(context, result, cast("Any", _NoTracking()))
 
 
-def counted_recipe(workspace: str, num_shards: int, shard_rows: int, **sections: Any) -> Recipe:
+def counted_recipe(workspace: str, num_shards: int, shard_rows: int) -> Recipe:
     """A tiny recipe of so many shards: one worker a step, no validation rows, trainings of an epoch."""
     train = training(num_shards * shard_rows // 8, batch_size=8, save_every_steps=1000, log_every_steps=1000)
     scenes = {"num_pairs": num_shards * shard_rows, "image_px": 32, "port": free_port(), "num_faulty": 0}
@@ -84,7 +86,6 @@ def counted_recipe(workspace: str, num_shards: int, shard_rows: int, **sections:
         download={"samples_per_shard": shard_rows, "resources": {"max_per_host": 0, "max_rate_per_host": 0.0}},
         index={"num_recall_queries": 8},
         **dict.fromkeys(("clip", "prior", "decoder"), train),
-        **sections,
     )
     return parse_recipe(tables | {"workspace": workspace})
 
@@ -102,7 +103,7 @@ def count_all_steps(
     The filter comes last, from a recipe of its own, because the other steps are counted without its selection.
     """
     plain = counted_recipe(workspace, num_shards, shard_rows)
-    filtered = counted_recipe(workspace, num_shards, shard_rows, filter={"duplicates": "exact"})
+    filtered = replace(plain, filter=FilterConfig(duplicates="exact"))
     needed = {*steps, "pairs", "download", *(("clip",) if "embed" in steps else ())} - {"filter"}
     counted = _count_requests(plain, server, cache, needed)
     return counted | (_count_requests(filtered, server, cache, {"filter"}) if "filter" in steps else {})
