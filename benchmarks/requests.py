@@ -42,10 +42,10 @@ Row = dict[str, Any]
 
 def run(server: S3Server, cache: Path, num_shards: int, shard_rows: int) -> list[Row]:
     """One row for each step and kind of request."""
-    workspace = f"s3://counted/{num_shards}"
-    counted = count_all_steps(workspace, num_shards, shard_rows, server, cache)
+    recipe = counted_recipe(f"s3://counted/{num_shards}", num_shards, shard_rows)
+    counted = count_all_steps(recipe, server, cache)
     num_bundles = len(plan_bundles(num_shards))
-    num_queried = _shards_with_queries(counted_recipe(workspace, num_shards, shard_rows))
+    num_queried = _shards_with_queries(recipe)
     letters = {"N": num_shards, "B": num_bundles, "Q": num_queried}
     page, rows = counted_by_hand(), list[Row]()
     for step, requests in counted.items():

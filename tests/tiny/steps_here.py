@@ -91,21 +91,15 @@ def counted_recipe(workspace: str, num_shards: int, shard_rows: int) -> Recipe:
 
 
 def count_all_steps(
-    workspace: str,
-    num_shards: int,
-    shard_rows: int,
-    server: S3Server,
-    cache: Path,
-    steps: Collection[str] = COUNTED_STEPS,
+    recipe: Recipe, server: S3Server, cache: Path, steps: Collection[str] = COUNTED_STEPS
 ) -> dict[str, list[Request]]:
     """Run the steps that the page counts, or ``steps`` and what they need; the requests of each.
 
     The filter comes last, from a recipe of its own, because the other steps are counted without its selection.
     """
-    plain = counted_recipe(workspace, num_shards, shard_rows)
-    filtered = replace(plain, filter=FilterConfig(duplicates="exact"))
+    filtered = replace(recipe, filter=FilterConfig(duplicates="exact"))
     needed = {*steps, "pairs", "download", *(("clip",) if "embed" in steps else ())} - {"filter"}
-    counted = _count_requests(plain, server, cache, needed)
+    counted = _count_requests(recipe, server, cache, needed)
     return counted | (_count_requests(filtered, server, cache, {"filter"}) if "filter" in steps else {})
 
 

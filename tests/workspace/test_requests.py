@@ -49,7 +49,8 @@ def counted(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Ge
         use(s3_server.environment | {"UNCLIP_CACHE": str(cache)}, patch)
         requests = list[dict[str, list[Request]]]()
         for number in (_FEW, _MORE):
-            requests.append(count_all_steps(f"s3://counted/{number}", number, _ROWS, s3_server, cache))
+            recipe = counted_recipe(f"s3://counted/{number}", number, _ROWS)
+            requests.append(count_all_steps(recipe, s3_server, cache))
         yield requests
 
 
@@ -71,7 +72,8 @@ def test_pages_and_bundles_cost_what_the_page_counts_by_hand(tmp_path: Path, mon
     with started() as server:
         server.make_bucket("paged")
         use(server.environment | {"UNCLIP_CACHE": str(tmp_path / "cache")}, monkeypatch)
-        counted = count_all_steps("s3://paged/w", num_shards, 2, server, tmp_path / "cache", steps)
+        recipe = counted_recipe("s3://paged/w", num_shards, 2)
+        counted = count_all_steps(recipe, server, tmp_path / "cache", steps)
     page, letters = counted_by_hand(), {"N": num_shards, "B": 2}
     assert len(plan_bundles(num_shards)) == 2
     for step in steps:
