@@ -7,13 +7,16 @@ requests to an object store would grow with the square of the shards; each part 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 
 from pipeline.filter.labels import map_table
 from pipeline.recipe.sections import FilterConfig
 from pipeline.workspace.store import Artifact
+
+pc: Any = pyarrow.compute  # its functions are created at import, so a type checker does not know them
 
 MOST_BUNDLES = 32
 LEAST_SHARDS = 32
