@@ -41,7 +41,7 @@ from pipeline.runtime.context import StepContext
 from pipeline.runtime.filter import run_filter
 from pipeline.runtime.filter_embeddings import run_filter_embeddings
 from pipeline.runtime.run import _forget_if_inputs_changed  # pyright: ignore[reportPrivateUsage]
-from pipeline.workspace import store
+from pipeline.workspace import folder
 from pipeline.workspace.forgotten import FORGOTTEN, PENDING, Forgotten, Pending
 from pipeline.workspace.lock import in_use, locked_workspace
 from pipeline.workspace.manifest import content_of
@@ -315,17 +315,17 @@ def test_the_record_has_when_and_how_many_and_no_name(made: Made) -> None:
 
 def test_a_kill_between_a_table_and_its_tar_leaves_no_picture(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     _forget(made, made.uids[_BY_UID])
-    publish = store._publish  # pyright: ignore[reportPrivateUsage]
+    publish = folder._publish  # pyright: ignore[reportPrivateUsage]
 
     def stop_at_tar(temporary: Path, target: Path) -> None:
         if target.suffix == ".tar":
             raise StepError("killed")
         publish(temporary, target)
 
-    monkeypatch.setattr(store, "_publish", stop_at_tar)
+    monkeypatch.setattr(folder, "_publish", stop_at_tar)
     with pytest.raises(StepError, match="killed"):
         made.finish()
-    monkeypatch.setattr(store, "_publish", publish)
+    monkeypatch.setattr(folder, "_publish", publish)
     assert made.pictures[_BY_UID].decode("latin-1") in _texts(made.workspace)
     made.finish()
     assert made.pictures[_BY_UID].decode("latin-1") not in _texts(made.workspace)
