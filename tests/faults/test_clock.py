@@ -13,7 +13,7 @@ from pipeline.recipe.recipe import load_recipe
 from pipeline.workspace.progress import read_progress
 from pipeline.workspace.store import MANIFEST, Artifact, Workspace
 from tests.ports import free_port
-from tests.s3_server import S3Server
+from tests.s3_server import S3Server, started
 from tests.tiny.command import ROOT, start_unclip, unclip
 from tests.tiny.recipe import write_recipe
 from tests.workspace.conftest import use
@@ -56,20 +56,25 @@ class _Run:
         """What ``unclip status`` says by the same clock, by step."""
         done = unclip("status", *self.arguments, "--json", environment=self.environment)
         assert done.returncode == 0, done.stdout
-        rows = json.loads(done.stdout[done.stdout.index("{") :])["steps"]
-        return {row["step"]: row for row in rows}
+        return {row["step"]: row for row in json.loads(done.stdout)}
+
+
+@pytest.fixture(name="server")
+def _server() -> Iterator[S3Server]:
+    with started() as server:
+        yield server
 
 
 @pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_clock_that_jumps_in_the_middle_of_steps_changes_nothing(
-    s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, recipe = tmp_path / "clock", write_recipe(tmp_path, port=free_port(), num_steps=30, save_every=3)
     clock.write_text("0")
-    s3_server.make_bucket("clock")
-    store = s3_server.environment | {"UNCLIP_CACHE": str(tmp_path / "cache"), "UNCLIP_CACHE_GB": "0.00001"}
+    server.make_bucket("clock")
+    store = server.environment | {"UNCLIP_CACHE": str(tmp_path / "cache"), "UNCLIP_CACHE_GB": "0.00001"}
     use(store, monkeypatch)
     path = os.pathsep.join([str(ROOT / "tests/tiny/jumping_clock"), str(ROOT)])
     run = _Run(recipe, "s3://clock/w", store | {"PYTHONPATH": path, "UNCLIP_TEST_CLOCK": str(clock)}, clock)
