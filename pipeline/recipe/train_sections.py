@@ -189,6 +189,9 @@ class TrainResources:
     resize_every_s: PositiveFloat = 300.0
     """With [fewest, most] workers: seconds between looks whether there is room for more, who then begin with all others
     at the newest checkpoint."""
+    max_wait_s: PositiveFloat = 86_400.0
+    """Seconds that a training waits for machines with room for its workers, at its start and after a loss; then it
+    fails and says what it waited for. Its checkpoints are kept, and the next run continues it."""
     hang_timeout_s: PositiveInt = 1800
     """Seconds that a worker waits for the others within a step before the training counts as hung, and begins again at
     the newest checkpoint, as after a lost worker. A validation must end within it, or counts as failed if it is beside

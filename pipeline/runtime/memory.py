@@ -6,11 +6,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import psutil
-import ray
-import ray.exceptions
 
-from pipeline.errors import StepError, UnclipError
+from pipeline.errors import StepError
 from pipeline.recipe.train_sections import TrainResources
+from pipeline.runtime.calls import call_again
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.placement import cluster_has_roles, worker_options
 from pipeline.runtime.restarts import with_micro_batch
@@ -41,11 +40,9 @@ def with_counted_part(context: StepContext) -> StepContext:
     if known is None or known["of"] != of:
         Progress(context.output, waits=True).update(0, 1, "", "waiting for a worker that counts its memory", force=True)
         options = worker_options(name, resources, has_roles=cluster_has_roles())
-        task = ray.remote(_count).options(name=f"{name}: count memory", **options)
-        try:
-            known = ray.get(task.remote(name, context)) | {"of": of}
-        except ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, UnclipError) else error) from None
+        options |= {"name": f"{name}: count memory"}
+        counted: Json = call_again(_count, name, context, options=options, max_retries=resources.max_failures)
+        known = counted | {"of": of}
         context.output.write_json(_FOUND, known)
     samples = known["samples"]
     recipe = with_micro_batch(context.recipe, name, samples)

@@ -29,13 +29,13 @@ from pipeline.recipe.schedule import needs_of
 from pipeline.recipe.steps import STEP_ROWS
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.forget import finish_forgetting
-from pipeline.runtime.placement import cluster_has_roles, controller_options
+from pipeline.runtime.placement import cluster_has_roles, controller_options, describe, unoffered, worker_options
 from pipeline.runtime.stopping import STOP, STOP_WAIT_S, request_stop
 from pipeline.runtime.tracking.run import Tracking, send_waiting
 from pipeline.workspace.forgotten import Pending
 from pipeline.workspace.lock import Lock, locked_workspace
 from pipeline.workspace.manifest import Manifest, content_of, has_content
-from pipeline.workspace.progress import ERROR, Progress, ProgressState, read_progress
+from pipeline.workspace.progress import ERROR, Progress, ProgressState, duration, read_progress
 from pipeline.workspace.store import INPUTS, MANIFEST, Workspace
 
 _PACKAGES = ("unclip", "torch", "open_clip_torch", "ray", "pyarrow", "img2dataset", "numpy")
@@ -138,7 +138,7 @@ def _run_steps(
     running: dict[Any, StepContext] = {}
     failures, notices = list[UnclipError](), dict[str, str]()
     servers = own_servers()
-    forecast = _Forecast(recipe, waiting, observer, can_grow=not servers)
+    forecast, waits = _Forecast(recipe, waiting, observer, can_grow=not servers), _Waits(servers)
     try:
         while waiting or running:
             require_alive(servers)
@@ -151,14 +151,16 @@ def _run_steps(
                 running[_start(context, tracking)] = context
                 observer.started(step)
             ready, _ = ray.wait(list(running), timeout=_POLL_S, num_returns=1)
-            forecast.update(_readings(running.values(), observer, tracking, notices), done)
+            readings = _readings(running.values(), observer, tracking, notices)
+            forecast.update(readings, done)
             if ready:
                 require_alive(servers)  # otherwise every step would report a lost worker
-            for reference in ready:
+            late = waits.end_late({key: running[key] for key in running.keys() - ready}, readings)
+            for reference in [*ready, *late]:
                 lock.check()
                 context = running.pop(reference)
                 try:
-                    manifest = _commit(context, _result(reference, context), tracking)
+                    manifest = _commit(context, _result(reference, context, late), tracking)
                 except UnclipError as error:  # what is not made from it goes on
                     lost = dependents(waiting, context.step.name)
                     waiting = [step for step in waiting if step.name not in lost]
@@ -207,7 +209,7 @@ def _end_trainings(running: dict[Any, StepContext], observer: Observer, tracking
                 context = running.pop(reference)
                 try:
                     lock.check()
-                    manifest = _commit(context, _result(reference, context), tracking)
+                    manifest = _commit(context, _result(reference, context, {}), tracking)
                 except UnclipError as error:
                     observer.warned(str(error))
                     _noted(error, context, tracking, None)
@@ -342,6 +344,47 @@ class _Forecast:
         self._observer.remaining(remaining(self._recipe, steps, readings, self._times, machine))
 
 
+class _Waits:
+    """Since when which trainings wait for machines.
+
+    Args:
+        servers: The servers of our own Ray.
+    """
+
+    def __init__(self, servers: list[psutil.Process]) -> None:
+        self._servers = servers
+        self._since: dict[str, float] = {}
+
+    def end_late(
+        self, running: Mapping[Any, StepContext], readings: Mapping[str, ProgressState]
+    ) -> dict[Any, StepError]:
+        """End the trainings that have waited for longer than their recipe allows; returns what each waited for.
+
+        Args:
+            running: The running steps, by Ray's reference.
+            readings: Their newest readings, by name.
+        """
+        late: dict[Any, StepError] = {}
+        for reference, context in running.items():
+            name, trained = context.step.name, context.recipe.trained()
+            if name not in trained or name not in readings or readings[name].has_begun:
+                self._since.pop(name, None)
+            elif time.monotonic() - self._since.setdefault(name, time.monotonic()) > trained[name].resources.max_wait_s:
+                late[reference] = self._error(context)
+                _cancel(reference, self._servers)
+        return late
+
+    def _error(self, context: StepContext) -> StepError:
+        name = context.step.name
+        resources = context.recipe.trained()[name].resources
+        options = worker_options(name, resources, has_roles=cluster_has_roles())
+        return StepError(
+            f"{name}: waited {duration(time.monotonic() - self._since[name])} for {resources.fewest_workers} x "
+            f"{describe(options)}{unoffered(options)}. Add machines, or change {name}.resources (label_selector, "
+            "num_workers, max_wait_s), and run again: its checkpoints are kept"
+        )
+
+
 def at_once(_context: StepContext, _running: Collection[StepContext]) -> bool:
     """On a cluster, submit every ready step, so that the autoscaler sees the demand."""
     return True
@@ -408,8 +451,11 @@ def _run_step(context: StepContext) -> StepResult:
     return function(context)
 
 
-def _result(reference: Any, context: StepContext) -> StepResult:
+def _result(reference: Any, context: StepContext, ended: Mapping[Any, StepError]) -> StepResult:
+    """The result of a step that Ray has finished, or that was ended before."""
     name, output = context.step.name, context.output
+    if reference in ended:
+        raise ended[reference]
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:

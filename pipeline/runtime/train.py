@@ -79,10 +79,6 @@ def _fit(context: StepContext) -> Json:
         context = replace(context, attempt=uuid.uuid4().hex)
         begin_attempt(context.output, context.attempt)
         needs = context.recipe.trained()[context.step.name].resources
-        options = worker_options(context.step.name, needs, has_roles=cluster_has_roles())
-        amount = f"{needs.fewest_workers} x {describe(options)}{unoffered(options)}"
-        progress = Progress(context.output, waits=True, notice=context.notice)
-        progress.update(0, 1, "", f"waiting for {amount}", force=True)
         end = (_fit_one if needs.most_workers == 1 else _fit_many)(context, needs)
         if end.kind == "finished":
             return end.metrics | restarts.metrics
@@ -91,9 +87,19 @@ def _fit(context: StepContext) -> Json:
         context = restarts.next(end)
 
 
+def _options(context: StepContext, resources: TrainResources) -> Json:
+    """What each worker asks Ray for; the progress says that it is waited for."""
+    options = worker_options(context.step.name, resources, has_roles=cluster_has_roles())
+    progress = Progress(context.output, waits=True, notice=context.notice)
+    progress.update(
+        0, 1, "", f"waiting for {resources.fewest_workers} x {describe(options)}{unoffered(options)}", force=True
+    )
+    return options
+
+
 def _fit_one(context: StepContext, resources: TrainResources) -> End:
     """Train on one worker, a task."""
-    options = worker_options(context.step.name, resources, has_roles=cluster_has_roles())
+    options = _options(context, resources)
     machines = living_machines()
     try:
         return call(_run_worker, context, options={"name": f"{context.step.name}: train", **options})
@@ -127,7 +133,7 @@ def _fit_many(context: StepContext, resources: TrainResources) -> End:
         output.remove(file)
     os.environ.update({key: value for key, value in _RAY_TRAIN_SETTINGS.items() if key not in os.environ})
     num_gpus = _num_gpus(resources)
-    options = worker_options(context.step.name, resources, has_roles=cluster_has_roles())
+    options = _options(context, resources)
     trainer = TorchTrainer(
         _run_ranked,
         train_loop_config={"context": context},

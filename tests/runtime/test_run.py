@@ -1,5 +1,6 @@
 """A run of a recipe: which steps start at once, and how SIGTERM ends it."""
 
+import re
 import signal
 import time
 from dataclasses import replace
@@ -17,7 +18,7 @@ from pipeline.runtime import run
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.run import at_once, fits_now
 from pipeline.workspace.lock import in_use
-from pipeline.workspace.progress import Progress
+from pipeline.workspace.progress import Progress, read_progress
 from pipeline.workspace.store import Workspace
 from tests.ports import free_port
 from tests.tiny.command import ROOT, start_unclip, unclip, unclip_here
@@ -155,6 +156,27 @@ def test_a_step_made_from_an_input_that_was_made_anew_runs_again(
     assert after is not None
     assert after.counts["in"] == rows.num_rows == before.counts["in"] - 3
     assert "nothing to do" in unclip(*command).stdout
+
+
+@pytest.mark.ray
+def test_a_training_waits_for_a_machine_as_long_as_the_recipe_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "150")
+    recipe = served_workspace(tmp_path)
+    [output] = [artifact_of(Workspace(recipe.workspace), step) for step in make_plan(recipe) if step.name == "clip"]
+    output.remove("manifest.json")
+    waiting = ["clip.resources.label_selector.zone=nowhere", "clip.resources.max_wait_s=2", "tracking.uri=off"]
+    sets = [part for setting in waiting for part in ("--set", setting)]
+    done = unclip("run", str(tmp_path / "tiny.toml"), "--until", "clip", *sets)
+    assert done.returncode == 4, done.stdout
+    assert re.search(
+        r"clip: waited \d+ s for 1 x 1 CPU on a machine with zone=nowhere; no machine that is there now has that\. Add",
+        done.stdout.splitlines()[-1],
+    ), done.stdout
+    state = read_progress(output)
+    assert state is not None
+    assert state.text == "waiting for 1 x 1 CPU on a machine with zone=nowhere; no machine that is there now has that"
 
 
 @pytest.mark.ray
