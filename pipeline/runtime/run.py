@@ -514,13 +514,7 @@ def connect(address: str = "") -> Generator[None]:
         if address:
             ray.init(address=address, **quiet)
         else:
-            # At least two logical CPUs: a data step and a training must be able to run at the same time.
-            ray.init(
-                address="local",
-                num_cpus=max(2, os.cpu_count() or 1),
-                include_dashboard=False,
-                **quiet,
-            )
+            _start_here(**quiet)
     except Exception as error:  # noqa: BLE001  (Ray itself raises a bare Exception when a busy machine starts it slowly)
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         if address:
@@ -533,6 +527,20 @@ def connect(address: str = "") -> Generator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_here(**options: Any) -> None:
+    """Start a Ray of our own; where the machine is so busy that its first server is given up, once more."""
+    for tries_left in (1, 0):
+        try:
+            # At least two logical CPUs: a data step and a training must be able to run at the same time.
+            ray.init(address="local", num_cpus=max(2, os.cpu_count() or 1), include_dashboard=False, **options)
+        except Exception:
+            ray.shutdown()  # ends what was started
+            if not tries_left:
+                raise
+        else:
+            return
 
 
 def _require_listener(address: str) -> None:

@@ -5,18 +5,19 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import ray
 
 from pipeline.data.pairs import Part, write_index
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of, plan_status
 from pipeline.recipe.recipe import load_recipe
 from pipeline.runtime import run
 from pipeline.runtime.context import StepContext
-from pipeline.runtime.run import at_once, fits_now
+from pipeline.runtime.run import at_once, connect, fits_now
 from pipeline.workspace.lock import in_use
 from pipeline.workspace.progress import Progress, read_progress
 from pipeline.workspace.store import Workspace
@@ -156,6 +157,25 @@ def test_a_step_made_from_an_input_that_was_made_anew_runs_again(
     assert after is not None
     assert after.counts["in"] == rows.num_rows == before.counts["in"] - 3
     assert "nothing to do" in unclip(*command).stdout
+
+
+def test_a_ray_that_was_given_up_is_started_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "")
+    starts = list[dict[str, Any]]()
+
+    def start(**options: Any) -> None:
+        starts.append(options)
+        if len(starts) < 2:
+            raise RuntimeError("Failed to start GCS.")
+
+    monkeypatch.setattr(ray, "init", start)
+    with connect():
+        assert [options["address"] for options in starts] == ["local"] * 2
+    starts.clear()
+    monkeypatch.setattr(ray, "init", lambda **options: starts.append(options) or 1 / 0)
+    with pytest.raises(StepError, match="Ray did not start on this machine: division by zero"), connect():
+        pass
+    assert len(starts) == 2
 
 
 @pytest.mark.ray
