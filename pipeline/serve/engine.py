@@ -427,6 +427,8 @@ class Engine:
         sent = portable(batch, [self._stages[number] for number in pending.rest])
         if pending.future.set_running_or_notify_cancel():
             pending.future.set_result(Work(sent, pending.rest, step, pending.is_last, pending.num_steps))
+        else:
+            self._count_cancelled({pending})
 
     def _answer(self, pending: Pending) -> None:
         values = [picture.batch.values for picture in pending.pictures]
@@ -438,6 +440,8 @@ class Engine:
             self._metrics.requests.labels("answered").inc()
             self._metrics.sampling.observe(time.monotonic() - pending.arrived_s)
             pending.future.set_result(SampledPictures(images, z_image, pending.num_steps))
+        else:  # its client left after the last step
+            self._count_cancelled({pending})
 
     def _note_finished(self, count: int) -> None:
         """Update the mean time of a picture."""
@@ -473,9 +477,13 @@ class Engine:
     def _forget_cancelled(self) -> None:
         """Drop cancelled requests; call with the lock held."""
         cancelled = {pending for pending in self._unanswered() if pending.future.cancelled()}
-        self._stats.dropped += len(cancelled)
-        self._count_lost("cancelled", cancelled)
+        self._count_cancelled(cancelled)
         self._remove(cancelled)
+
+    def _count_cancelled(self, requests: set[Pending]) -> None:
+        with self._changed:
+            self._stats.dropped += len(requests)
+            self._count_lost("cancelled", requests)
 
     def _count_lost(self, outcome: str, requests: set[Pending]) -> None:
         self._metrics.requests.labels(outcome).inc(len(requests))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from models.cascade import Cascade
 from models.request import SampleRequest
 from models.stage import Chain
+from pipeline.serve import engine as engine_module
 from pipeline.serve.engine import Engine
 from pipeline.serve.protocols import NotServing, Overloaded
 from tests.tiny.pictures import almost_equal
@@ -176,6 +177,23 @@ def test_engine_refuses_more_than_may_wait_and_takes_more_once_there_is_room(
     for future in (under_way, waiting[0], last):
         assert future.result(60).images.shape == (1, 32, 32, 3)
     assert engine.counts()["refused"] == 1
+
+
+def test_a_client_that_leaves_after_the_last_step_is_counted(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(max_batch_size=1)
+    futures: list[Future[Any]] = []
+    convert = engine_module.to_uint8
+
+    def leave(images: Any) -> Any:
+        futures[0].cancel()
+        return convert(images)
+
+    monkeypatch.setattr(engine_module, "to_uint8", leave)
+    futures.append(engine.submit(SampleRequest("a", (0,))))
+    wait_until(lambda: engine.counts()["dropped"] == 1)
+    assert futures[0].cancelled()
 
 
 def test_engine_drops_a_request_that_nobody_waits_for(make_engine: Callable[..., Engine]) -> None:
