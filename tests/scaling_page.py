@@ -9,7 +9,7 @@ from tests.tiny.command import ROOT
 PAGE_NAMES = 1000
 """Files of a page: what one LIST names, and one DELETE removes."""
 _BY_THE_CLOCK = re.compile(r"/\.lock|/live/(progress\.json|shard-|stop)|/metrics\.jsonl")
-_TERM = re.compile(r"(?:(\d+) )?(?:([NBQ])|P\(([^)]*)\))|(\d+)")
+_TERM = re.compile(r"(?:(\d+) )?(?:([NBEQ])|P\(([^)]*)\))|(\d+)")
 
 
 def counted_by_hand() -> dict[str, dict[str, str]]:
@@ -31,7 +31,7 @@ def value(cell: str, letters: dict[str, int], page_names: int = PAGE_NAMES) -> i
 
     Args:
         cell: Such as ``2 N + 3 P(4 N + 2) + 7``.
-        letters: What N, B and Q stand for.
+        letters: What N, B, E and Q stand for.
         page_names: Files of a page.
     """
     total = 0

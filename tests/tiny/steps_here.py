@@ -90,6 +90,11 @@ def counted_recipe(workspace: str, num_shards: int, shard_rows: int) -> Recipe:
     return parse_recipe(tables | {"workspace": workspace})
 
 
+def with_filter(recipe: Recipe) -> Recipe:
+    """The recipe with the filter that is counted."""
+    return replace(recipe, filter=FilterConfig(duplicates="exact"))
+
+
 def count_all_steps(
     recipe: Recipe, server: S3Server, cache: Path, steps: Collection[str] = COUNTED_STEPS
 ) -> dict[str, list[Request]]:
@@ -97,10 +102,9 @@ def count_all_steps(
 
     The filter comes last, from a recipe of its own, because the other steps are counted without its selection.
     """
-    filtered = replace(recipe, filter=FilterConfig(duplicates="exact"))
     needed = {*steps, "pairs", "download", *(("clip",) if "embed" in steps else ())} - {"filter"}
     counted = _count_requests(recipe, server, cache, needed)
-    return counted | (_count_requests(filtered, server, cache, {"filter"}) if "filter" in steps else {})
+    return counted | (_count_requests(with_filter(recipe), server, cache, {"filter"}) if "filter" in steps else {})
 
 
 def _count_requests(recipe: Recipe, server: S3Server, cache: Path, steps: Collection[str]) -> dict[str, list[Request]]:

@@ -58,7 +58,7 @@ def test_the_steps_ask_what_the_page_counts_by_hand(counted: list[dict[str, list
     page = counted_by_hand()
     assert page.keys() == set(COUNTED_STEPS)
     for number, requests in zip((_FEW, _MORE), counted, strict=True):
-        letters = {"N": number, "B": 1, "Q": number}
+        letters = {"N": number, "B": 1, "E": 0, "Q": number}
         for step in COUNTED_STEPS:
             by_hand = {kind: value(cell, letters) for kind, cell in page[step].items()}
             assert Counter(one.kind for one in requests[step]) == Counter(by_hand), step
@@ -74,7 +74,7 @@ def test_pages_and_bundles_cost_what_the_page_counts_by_hand(tmp_path: Path, mon
         use(server.environment | {"UNCLIP_CACHE": str(tmp_path / "cache")}, monkeypatch)
         recipe = counted_recipe("s3://paged/w", num_shards, 2)
         counted = count_all_steps(recipe, server, tmp_path / "cache", steps)
-    page, letters = counted_by_hand(), {"N": num_shards, "B": 2}
+    page, letters = counted_by_hand(), {"N": num_shards, "B": 2, "E": 0}
     assert len(plan_bundles(num_shards)) == 2
     for step in steps:
         by_hand = {kind: value(cell, letters, page_names) for kind, cell in page[step].items()}
