@@ -6,6 +6,8 @@ A process serves photographs with keep-alive from memory, on the same cores as b
 runs both, one after the other, as a command with a process a core and the same size, resize mode, encoding, checksum
 and shards; ours without Ray, whose workers do the same. Pictures per second are those of the shards:
 from the begin of the first to the end of the last, without the start of either program. Floor: 1.5 times img2dataset's.
+Processor milliseconds are those of all processes of a command for each picture, less those of a command with one
+picture.
 """
 
 import argparse
@@ -16,12 +18,14 @@ import io
 import json
 import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -101,15 +105,38 @@ def served(folder: Path) -> Generator[str]:
         child.wait()
 
 
-def _rate(folder: Path) -> tuple[float, int]:
-    """Pictures per second between the begin of the first shard and the end of the last, and their number."""
-    stats = [json.loads(path.read_text()) for path in folder.glob("*_stats.json")]
-    successes = sum(one["successes"] for one in stats)
-    return successes / (max(one["end_time"] for one in stats) - min(one["start_time"] for one in stats)), successes
+@dataclass(frozen=True)
+class Run:
+    """One command."""
+
+    per_s: float
+    """Pictures per second between the begin of the first shard and the end of the last."""
+    pictures: int
+    """How many came through."""
+    command_s: float
+    """The whole command, in seconds."""
+    cpu_s: float
+    """Processor time of all its processes, in seconds."""
 
 
-def run_theirs(table: Path, out: Path, num_processes: int) -> tuple[float, float, int]:
-    """img2dataset's command: pictures per second in its shards, seconds of the whole command, pictures."""
+def _run(command: list[str], out: Path, environment: dict[str, str]) -> Run:
+    start_s, start_cpu_s = time.monotonic(), _cpu_s()
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+    command_s, cpu_s = time.monotonic() - start_s, _cpu_s() - start_cpu_s
+    stats = [json.loads(path.read_text()) for path in out.glob("*_stats.json")]
+    pictures = sum(one["successes"] for one in stats)
+    shards_s = max(one["end_time"] for one in stats) - min(one["start_time"] for one in stats)
+    return Run(pictures / shards_s, pictures, command_s, cpu_s)
+
+
+def _cpu_s() -> float:
+    """Processor time of the children that have ended, and of theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def run_theirs(table: Path, out: Path, num_processes: int) -> Run:
+    """img2dataset's command."""
     options = {
         "url_list": str(table),
         "input_format": "parquet",
@@ -127,21 +154,15 @@ def run_theirs(table: Path, out: Path, num_processes: int) -> tuple[float, float
         "compute_hash": "sha256",
         "enable_wandb": False,
     }
-    start = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.download", "--img2dataset", json.dumps(options)]
-    environment = os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, capture_output=True, env=environment)
-    return *_rate(out)[:1], time.monotonic() - start, _rate(out)[1]
+    return _run(command, out, {"NO_ALBUMENTATIONS_UPDATE": "1"})
 
 
-def run_ours(table: Path, out: Path, num_processes: int) -> tuple[float, float, int]:
+def run_ours(table: Path, out: Path, num_processes: int) -> Run:
     """Our downloader in as many processes, as ``run_theirs``."""
     out.mkdir()
-    start = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.download", "--ours", str(table), str(out), str(num_processes)]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    rate, count = _rate(out)
-    return rate, time.monotonic() - start, count
+    return _run(command, out, {})
 
 
 def _download_ours(table: Path, out: Path, num_processes: int) -> None:
@@ -208,20 +229,32 @@ def main() -> None:
 def _compare(folder: Path, url: str, kind: str, arguments: argparse.Namespace, cores: int) -> list[dict[str, object]]:
     """Rounds of one set of pictures, and their median."""
     folder.mkdir()
-    urls = [f"{url}/{number}.jpg" for number in range(arguments.pictures)]
-    columns = {"url": urls, "caption": ["a photograph"] * len(urls), "uid": urls, "split": ["train"] * len(urls)}
-    pq.write_table(pa.table(columns), folder / "table.parquet")
+    _write_list(folder / "warm.parquet", url, 1)
+    _write_list(folder / "table.parquet", url, arguments.pictures)
+    both: list[tuple[str, Callable[[Path, Path, int], Run]]] = [("our", run_ours), ("their", run_theirs)]
+    start_cpu_s = {name: run(folder / "warm.parquet", folder / f"{name}-warm", cores).cpu_s for name, run in both}
     rounds: list[dict[str, float]] = []
     for number in range(arguments.rounds):
-        both = [(run_ours, folder / f"ours-{number}"), (run_theirs, folder / f"theirs-{number}")]
-        results = {run: run(folder / "table.parquet", out, cores) for run, out in both[:: 1 if number % 2 else -1]}
-        ours, theirs = results[run_ours], results[run_theirs]
-        assert ours[2] == theirs[2] == arguments.pictures
-        rates = {"ours_per_s": ours[0], "theirs_per_s": theirs[0], "ratio": ours[0] / theirs[0]}
-        rounds.append(rates | {"our_command_s": ours[1], "their_command_s": theirs[1]})
+        results = {
+            name: run(folder / "table.parquet", folder / f"{name}-{number}", cores)
+            for name, run in both[:: 1 if number % 2 else -1]
+        }
+        assert all(result.pictures == arguments.pictures for result in results.values())
+        cpu_ms = {name: 1000 * (results[name].cpu_s - start_cpu_s[name]) / arguments.pictures for name, _ in both}
+        ours, theirs = results["our"], results["their"]
+        rates = {"ours_per_s": ours.per_s, "theirs_per_s": theirs.per_s, "ratio": ours.per_s / theirs.per_s}
+        times = {"our_cpu_ms": cpu_ms["our"], "their_cpu_ms": cpu_ms["their"]}
+        commands = {"our_command_s": ours.command_s, "their_command_s": theirs.command_s}
+        rounds.append(rates | times | {"cpu_ratio": cpu_ms["their"] / cpu_ms["our"]} | commands)
     middle = {key: median(row[key] for row in rounds) for key in rounds[0]}
     shown = [(str(number), row) for number, row in enumerate(rounds)] + [("median", middle)]
     return [{"pictures": kind, "round": name, **row} for name, row in shown]
+
+
+def _write_list(path: Path, url: str, pictures: int) -> None:
+    urls = [f"{url}/{number}.jpg" for number in range(pictures)]
+    columns = {"url": urls, "caption": ["a photograph"] * len(urls), "uid": urls, "split": ["train"] * len(urls)}
+    pq.write_table(pa.table(columns), path)
 
 
 if __name__ == "__main__":

@@ -98,8 +98,8 @@ class HostLimits:
     def _wait_s(self, state: _Host) -> float:
         """Seconds until the next request may start, if nothing changes before; 0: now."""
         now = time.monotonic()
-        for lease in [lease for lease, end in state.leases.items() if end <= now]:
-            del state.leases[lease]
+        while state.leases and next(iter(state.leases.values())) <= now:  # the oldest ends first
+            del state.leases[next(iter(state.leases))]
         if self._max_per_host and len(state.leases) >= self._max_per_host:
             return min(state.leases.values()) - now
         return max(0.0, state.next_start - now)

@@ -12,10 +12,9 @@ from typing import Any
 
 import exifread
 import numpy as np
-from PIL import Image
 
 from pipeline.data.causes import FetchError
-from pipeline.pictures import DecodedPicture, PictureError, crop_square, read, resize
+from pipeline.pictures import DecodedPicture, PictureError, Pixels, encode, fit, load_opencv, read, square_box
 from pipeline.recipe.sections import DownloadConfig
 
 Boxes = Sequence[Sequence[float]]
@@ -51,6 +50,7 @@ class Resizer:
     """
 
     def __init__(self, config: DownloadConfig) -> None:
+        load_opencv()  # before the memory of this process is limited
         self._config = config
         self._blur: Any = _load_blurrer() if config.blur_column else None
 
@@ -85,51 +85,41 @@ class Resizer:
             max_area_px=config.max_image_area_px,
             max_memory_bytes=config.max_memory_bytes,
         )
-        shorter, longer = sorted((picture.width, picture.height))
-        if shorter < config.min_image_px:
+        original = picture.width, picture.height
+        if min(original) < config.min_image_px:
             raise PictureError(_WHERE, "image too small")
-        if longer > config.max_aspect_ratio * shorter:
+        if max(original) > config.max_aspect_ratio * min(original):
             raise PictureError(_WHERE, "aspect ratio too large")
-        image = self._resize(picture, boxes)
+        pixels = self._resize(picture, boxes)
+        height, width = pixels.shape[:2]
+        is_unchanged = (width, height) == original and not boxes
         is_stored_format = picture.format == _PILLOW_FORMATS[config.encode_format]
-        if config.skip_reencode and image is picture.image and picture.is_plain and is_stored_format:
-            return data, picture.width, picture.height, picture.width, picture.height
-        return self._encode(image), *image.size, picture.width, picture.height
+        if config.skip_reencode and is_unchanged and picture.is_plain and is_stored_format:
+            return data, *original, *original
+        return encode(pixels, config.encode_format, config.encode_quality), width, height, *original
 
-    def _resize(self, picture: DecodedPicture, boxes: Boxes) -> Image.Image:
-        """The picture at its target size, its boxes blurred; the same object if nothing changes."""
-        config, image, side_px = self._config, picture.image, self._config.image_px
+    def _resize(self, picture: DecodedPicture, boxes: Boxes) -> Pixels:
+        """The picture at its target size, its boxes blurred."""
+        config, side_px = self._config, self._config.image_px
         of_longer = config.resize_mode in {"border", "keep_ratio_largest"}
         side = (max if of_longer else min)(picture.width, picture.height)
         if config.resize_mode == "no" or (config.resize_only_if_bigger and side <= side_px):
-            return self._blurred(image, boxes)
-        is_square = config.resize_mode in {"border", "center_crop"}
-        if is_square and image.size == (side_px, side_px):
-            return self._blurred(image, boxes)
+            return self._blurred(fit(picture.image, picture.image.size), boxes)
         if config.resize_mode == "center_crop":
-            image = resize(crop_square(image), (side_px, side_px), is_quick=True)
-            return self._blurred(image, _in_square(boxes, picture))
+            pixels = fit(picture.image, (side_px, side_px), square_box(picture.image))
+            return self._blurred(pixels, _in_square(boxes, picture))
         width, height = (max(1, round(length * side_px / side)) for length in (picture.width, picture.height))
-        if image.size != (width, height):
-            image = resize(image, (width, height), is_quick=True)
-        image = self._blurred(image, boxes)
+        pixels = self._blurred(fit(picture.image, (width, height)), boxes)
         if config.resize_mode != "border":
-            return image
-        canvas = Image.new("RGB", (side_px, side_px), "white")
-        canvas.paste(image, ((side_px - width) // 2, (side_px - height) // 2))
+            return pixels
+        canvas = np.full((side_px, side_px, 3), 255, np.uint8)
+        top, left = (side_px - height) // 2, (side_px - width) // 2
+        canvas[top : top + height, left : left + width] = pixels
         return canvas
 
-    def _blurred(self, image: Image.Image, boxes: Boxes) -> Image.Image:
-        """The picture with blurred boxes, by img2dataset's blurrer; the same object if there are none."""
-        if not boxes:
-            return image
-        return Image.fromarray(self._blur(np.asarray(image), boxes))
-
-    def _encode(self, image: Image.Image) -> bytes:
-        buffer, quality = io.BytesIO(), self._config.encode_quality
-        option = {"compress_level": quality} if self._config.encode_format == "png" else {"quality": quality}
-        image.save(buffer, _PILLOW_FORMATS[self._config.encode_format], **option)
-        return buffer.getvalue()
+    def _blurred(self, pixels: Pixels, boxes: Boxes) -> Pixels:
+        """The picture with blurred boxes, by img2dataset's blurrer."""
+        return self._blur(pixels, boxes) if boxes else pixels
 
 
 def _load_blurrer() -> Any:

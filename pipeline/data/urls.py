@@ -7,6 +7,7 @@ after the name is resolved, so a name that points elsewhere the second time (DNS
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 import socket
@@ -27,6 +28,7 @@ _FORBIDDEN_IN_HOST = re.compile(r"[\x00-\x20\x7f#%/:<>?@\[\\\]^|]")
 _IPV4_LIKE = re.compile(r"(?:.*\.)?(?:0[xX][0-9A-Fa-f]*|[0-9]+)\.?")
 _DOT, _DOTS = {".", "%2e"}, {"..", ".%2e", "%2e.", "%2e%2e"}
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+_KEPT_HOSTS = 4096
 _METADATA = frozenset({ipaddress.ip_address("168.63.129.16")})  # Azure's host agent has a public address
 _EMBEDDED = {ipaddress.ip_network("64:ff9b::/96"): 0, ipaddress.ip_network("2002::/16"): 80}
 """IPv6 networks (NAT64, 6to4) with the place of the IPv4 address in theirs, in bits from the right."""
@@ -152,6 +154,7 @@ def refused_address(address: str) -> FetchError:
     return FetchError("address", f"{address} is not public; download.allowed_networks allows a network")
 
 
+@functools.lru_cache(_KEPT_HOSTS)
 def is_address(host: str) -> bool:
     """Whether a host is an IP address and no name."""
     try:
@@ -173,6 +176,7 @@ def _absolute(text: str, base: Url) -> str:
     return f"{base.origin}{base.path.rpartition('/')[0]}/{text}"
 
 
+@functools.lru_cache(_KEPT_HOSTS)
 def _read_host(text: str, default_port: int) -> tuple[str, int]:
     match = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::([0-9]*))?", text)
     if match is None or not match[1] or int(match[2] or 0) > 65535:

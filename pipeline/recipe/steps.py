@@ -56,7 +56,7 @@ _BEFORE_EVALUATE = (
     StepRow(
         name="download",
         title="Download",
-        version=4,
+        version=5,
         inputs=("pairs",),
         runner="pipeline.runtime.download:run_download",
         role="download",

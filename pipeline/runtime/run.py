@@ -38,7 +38,17 @@ from pipeline.workspace.manifest import Manifest, content_of, has_content
 from pipeline.workspace.progress import ERROR, Progress, ProgressState, duration, read_progress
 from pipeline.workspace.store import INPUTS, MANIFEST, Workspace
 
-_PACKAGES = ("unclip", "torch", "open_clip_torch", "ray", "pyarrow", "img2dataset", "numpy")
+_PACKAGES = (
+    "unclip",
+    "torch",
+    "open_clip_torch",
+    "ray",
+    "pyarrow",
+    "img2dataset",
+    "numpy",
+    "opencv-python-headless",
+    "pillow",
+)
 _POLL_S = 0.5
 _CONNECT_TIMEOUT_S = 5.0
 _STEP_RETRIES = 2
