@@ -1,4 +1,4 @@
-"""``kill -9`` of download and of filter at twenty random moments: in the end the bytes are those of a calm run.
+"""``kill -9`` of pairs, download and filter at twenty random moments: in the end the bytes are those of a calm run.
 
 ``test_kill.py`` kills drivers, workers and clusters of a real Ray; here the work of a step runs in one process, which
 is killed often and anywhere, also between the files of a shard and its record.
@@ -13,8 +13,10 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from pipeline.data import duplicates, sources
 from pipeline.data.rows import make_uid
 from pipeline.errors import StepError
 from pipeline.recipe.plan import make_plan
@@ -22,6 +24,7 @@ from pipeline.recipe.recipe import parse_recipe
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.download import DownloadWorker
 from pipeline.runtime.filter import run_filter
+from pipeline.runtime.pairs import run_pairs
 from pipeline.shapes.server import serve_pictures
 from pipeline.workspace.store import RECORD_SUFFIX, Artifact
 from tests.data.hostile import HostileServer
@@ -82,6 +85,21 @@ def _kill_often(work: Callable[[], object], output: Artifact, *, num_kills: int,
     output.clear_temporaries()
     assert _finish(_start(work)) == 0
     assert _files(output) == expected
+
+
+@_NUM_KILLS
+def test_pairs_end_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_kills: int) -> None:
+    monkeypatch.setattr(sources, "PIECE_BYTES", 1)  # a piece for every file
+    monkeypatch.setattr(duplicates, "RUN_ROWS", 70)
+    (tmp_path / "list").mkdir()
+    for part in range(8):
+        numbers = [number - 100 * (number % 3 == 0) for number in range(part * 300, (part + 1) * 300)]
+        columns = {"url": [f"http://a/{n // 2}" for n in numbers], "caption": [f"caption {n}" for n in numbers]}
+        pq.write_table(pa.table(columns), tmp_path / "list" / f"{part}.parquet")
+    pairs = {"source": "list", "path": str(tmp_path / "list"), "resources": {"num_workers": 1}}
+    recipe = parse_recipe({"workspace": str(tmp_path), "pairs": pairs})
+    context = StepContext(recipe, make_plan(recipe)[0], recipe.workspace)
+    _kill_often(lambda: run_pairs(context), context.output, num_kills=num_kills, num_files=8 + 1)
 
 
 @_NUM_KILLS
