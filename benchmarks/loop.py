@@ -37,8 +37,8 @@ from pipeline.data.batches import plan_order
 from pipeline.data.order import Share
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import parse_recipe
+from pipeline.runtime.connection import connect
 from pipeline.runtime.context import StepContext
-from pipeline.runtime.run import connect
 from pipeline.runtime.train import run_training
 from pipeline.train.assemble import TrainJob, assemble
 from pipeline.train.loop import random_of_step

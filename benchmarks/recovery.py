@@ -20,7 +20,7 @@ import ray.exceptions
 
 from benchmarks.side_by_side import publish
 from pipeline.recipe.recipe import parse_recipe
-from pipeline.runtime.run import connect
+from pipeline.runtime.connection import connect
 from pipeline.runtime.train import run_training
 from pipeline.workspace.progress import ProgressState, read_progress
 from pipeline.workspace.store import Artifact

@@ -89,8 +89,8 @@ def _rewrite(place: Workspace, lock: Lock, recipe: Recipe | None, address: str) 
     pending = Pending.read(place.root)
     if pending is None:
         return False
+    from pipeline.runtime.connection import connect
     from pipeline.runtime.forget import finish_forgetting
-    from pipeline.runtime.run import connect
 
     with connect(address) if pending.indexes else contextlib.nullcontext():
         finish_forgetting(place, lock.check, recipe)

@@ -43,7 +43,7 @@ def append(
     embed = Artifact(str(Path(more).resolve())) if Path(more).is_dir() else _embeddings_of(load_recipe(more, []))
 
     from pipeline.runtime import index
-    from pipeline.runtime.run import connect
+    from pipeline.runtime.connection import connect
 
     _finished_index(resolved)
     [step] = [step for step in make_plan(resolved) if step.name == "index"]
@@ -59,7 +59,7 @@ def compact(recipe: RecipePath, overrides: Overrides = None, address: RayAddress
     resolved = load_recipe(recipe, overrides or [])
 
     from pipeline.runtime import index
-    from pipeline.runtime.run import connect
+    from pipeline.runtime.connection import connect
 
     _finished_index(resolved)
     [step] = [step for step in make_plan(resolved) if step.name == "index"]

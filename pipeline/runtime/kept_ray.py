@@ -36,7 +36,7 @@ class KeptRay:
         """
         import ray
 
-        from pipeline.runtime.run import connect, own_servers
+        from pipeline.runtime.connection import connect, own_servers
 
         try:
             with suppress(KeyboardInterrupt), connect():
@@ -55,7 +55,7 @@ class KeptRay:
         """
         from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
-        from pipeline.runtime.run import are_alive, connect, require_alive
+        from pipeline.runtime.connection import are_alive, connect, require_alive
 
         deadline_s = time.monotonic() + _LONGEST_START_S
         while not (note := self._read()):

@@ -18,7 +18,7 @@ from pipeline.workspace.store import LIVE
 
 Json = dict[str, Any]
 
-_FOUND = f"{LIVE}micro_batch.json"
+_PART = f"{LIVE}micro_batch.json"
 _PROCESS_GB = 1.5
 """Of a worker on CPUs, beside its tensors: the libraries, and the rows that are read ahead."""
 
@@ -35,18 +35,16 @@ def with_counted_part(context: StepContext) -> StepContext:
     name, resources = context.step.name, context.recipe.trained()[context.step.name].resources
     if resources.micro_batch_size != "auto":
         return context
-    known = context.output.find_json(_FOUND)
     of = json.loads(json.dumps(asdict(resources)))
-    if known is None or known["of"] != of:
+    part: Json = context.output.find_json(_PART) or {}
+    if part.get("of") != of:
         Progress(context.output, waits=True).update(0, 1, "", "waiting for a worker that counts its memory", force=True)
-        options = worker_options(name, resources, has_roles=cluster_has_roles())
-        options |= {"name": f"{name}: count memory"}
-        counted: Json = call_again(_count, name, context, options=options, max_retries=resources.max_failures)
-        known = counted | {"of": of}
-        context.output.write_json(_FOUND, known)
-    samples = known["samples"]
+        options = worker_options(name, resources, has_roles=cluster_has_roles()) | {"name": f"{name}: count memory"}
+        part = call_again(_count, name, context, options=options, max_retries=resources.max_failures) | {"of": of}
+        context.output.write_json(_PART, part)
+    samples = part["samples"]
     recipe = with_micro_batch(context.recipe, name, samples)
-    return replace(context, recipe=recipe, notice=f"micro_batch_size = {samples}: {known['words']}")
+    return replace(context, recipe=recipe, notice=f"micro_batch_size = {samples}: {part['words']}")
 
 
 def _count(name: str, context: StepContext) -> Json:

@@ -14,10 +14,11 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.retrieve.query_list import num_parts, write_queries
 from pipeline.retrieve.retriever import Retriever
 from pipeline.retrieve.search import STEPS, SearchOptions
+from pipeline.runtime.connection import connect, own_servers, require_alive
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.placement import cluster_has_roles, controller_options
 from pipeline.runtime.pool import ShardJob, map_shards, total_counts
-from pipeline.runtime.run import Observer, connect, own_servers, require_alive
+from pipeline.runtime.run import Observer
 from pipeline.workspace.digests import fingerprint
 from pipeline.workspace.lock import locked
 from pipeline.workspace.manifest import Manifest, ShardRecord

@@ -27,12 +27,12 @@ from ray.serve.schema import ApplicationStatusOverview
 from pipeline.errors import StepError, UnclipError
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe
+from pipeline.runtime.connection import connect, own_servers, require_alive
 from pipeline.runtime.front import Front, served_artifacts, server_name
 from pipeline.runtime.kept_ray import KeptRay
 from pipeline.runtime.parts import Tables, needs_of_replica, part_tables, parts_of, place_of, write_tables
 from pipeline.runtime.remote_model import Handles, end_requests
 from pipeline.runtime.replicas import networks_application
-from pipeline.runtime.run import connect, own_servers, require_alive
 from pipeline.serve.gate import Gate
 from pipeline.serve.guards import require_keys
 from pipeline.serve.http_server import HttpServer, listen, url_of

@@ -101,20 +101,23 @@ def test_the_shards_of_the_next_window_are_opened_before_it_begins(tmp_path: Pat
     assert len(samples.open_shards) == 2
 
 
+def _noting_reader(num_shards: int, opened: list[str]) -> Any:
+    """A reader of shards of eight rows, which notes the names of those that are opened."""
+
+    def table(name: str) -> ShardTable:
+        opened.append(name)
+        columns = {column: [f"{name}-{row}" for row in range(8)] for column in ("uid", "key", "caption")}
+        return ShardTable(name, pa.table(columns))
+
+    shards = [f"{number:05d}" for number in range(num_shards)]
+    return SimpleNamespace(shards=shards, shard_rows=[8] * num_shards, shard_lists=[0] * num_shards, table=table)
+
+
 @pytest.mark.parametrize(("window_rows", "batch_size"), [(16, 8), (2, 4)])
 def test_no_shard_is_opened_twice_in_an_epoch(window_rows: int, batch_size: int) -> None:
     """Windows of two shards and of one, which is larger than a window; in steps of large batches."""
     names = list[str]()
-
-    def table(name: str) -> ShardTable:
-        names.append(name)
-        columns = {column: [f"{name}-{row}" for row in range(8)] for column in ("uid", "key", "caption")}
-        return ShardTable(name, pa.table(columns))
-
-    reader: Any = SimpleNamespace(
-        shards=[f"{number:05d}" for number in range(8)], shard_rows=[8] * 8, shard_lists=[0] * 8, table=table
-    )
-    samples = Samples(reader, 0, window_rows=window_rows)
+    samples = Samples(_noting_reader(8, names), 0, window_rows=window_rows)
     order = plan_order(samples, 0, where="test")
     uids = [uid for batch in islice(iterate_batches(samples, order, Share(batch_size), 0), 6) for uid in batch.uids]
     assert len(set(uids)) == 6 * batch_size
@@ -124,15 +127,7 @@ def test_no_shard_is_opened_twice_in_an_epoch(window_rows: int, batch_size: int)
 def test_workers_of_two_machines_open_the_shards_of_their_own_streams() -> None:
     """Each shard once in an epoch, but for one that both divide and a few of the next epoch; with one stream twice."""
     opened = list[str]()
-
-    def table(name: str) -> ShardTable:
-        opened.append(name)
-        columns = {column: [f"{name}-{row}" for row in range(8)] for column in ("uid", "key", "caption")}
-        return ShardTable(name, pa.table(columns))
-
-    reader: Any = SimpleNamespace(
-        shards=[f"{number:05d}" for number in range(40)], shard_rows=[8] * 40, shard_lists=[0] * 40, table=table
-    )
+    reader = _noting_reader(40, opened)
     num_reads = list[int]()
     for num_streams in (1, 2):
         opened.clear()

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.recipe.schedule import needs_of
+from pipeline.runtime.connection import connect
 from pipeline.runtime.context import StepContext
-from pipeline.runtime.run import connect
 from pipeline.runtime.train import run_training
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Artifact

@@ -9,7 +9,7 @@ from collections.abc import Generator
 import pytest
 
 from pipeline.errors import StepError
-from pipeline.runtime import run
+from pipeline.runtime import connection
 from pipeline.runtime.kept_ray import KeptRay
 from pipeline.serve.keeper import Kept
 
@@ -20,7 +20,7 @@ def test_a_ray_that_does_not_start_is_the_servers_error(monkeypatch: pytest.Monk
         raise StepError("Ray did not start on this machine")
         yield
 
-    monkeypatch.setattr(run, "connect", fail)
+    monkeypatch.setattr(connection, "connect", fail)
     own_ray = KeptRay()
     with socket.socket() as listener:
         own_ray.hold(Kept(listener, 0))

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from pipeline.errors import StepError
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.runtime import memory, train
+from pipeline.runtime.connection import connect
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.restarts import End, Restarts
-from pipeline.runtime.run import connect
 from pipeline.train import job
 from pipeline.train.loop import StepFunction, make_step
 from pipeline.workspace.progress import read_progress

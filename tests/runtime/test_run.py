@@ -16,8 +16,9 @@ from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of, plan_status
 from pipeline.recipe.recipe import load_recipe
 from pipeline.runtime import run
+from pipeline.runtime.connection import connect
 from pipeline.runtime.context import StepContext
-from pipeline.runtime.run import at_once, connect, fits_now
+from pipeline.runtime.run import at_once, fits_now
 from pipeline.workspace.lock import in_use
 from pipeline.workspace.progress import Progress, read_progress
 from pipeline.workspace.store import Workspace

@@ -14,8 +14,8 @@ from pipeline.clip.files import load_clip
 from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.runtime.connection import connect
 from pipeline.runtime.context import StepContext
-from pipeline.runtime.run import connect
 from pipeline.runtime.train import run_clip, run_training
 from pipeline.workspace.progress import read_progress
 from pipeline.workspace.store import Artifact

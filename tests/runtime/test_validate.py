@@ -16,8 +16,8 @@ import ray
 
 from pipeline.recipe.recipe import parse_recipe
 from pipeline.recipe.train_sections import TrainResources
+from pipeline.runtime.connection import connect
 from pipeline.runtime.context import StepContext
-from pipeline.runtime.run import connect
 from pipeline.runtime.train import run_training
 from pipeline.runtime.validate import Task, Validations
 from pipeline.train.results import BesideState, read_beside, write_result

@@ -1,0 +1,119 @@
+"""The Ray that this process uses: a cluster, or one of its own on this machine, and whether that one is still there."""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+
+from pipeline.errors import StepError
+
+_CONNECT_TIMEOUT_S = 5.0
+
+
+@contextlib.contextmanager
+def connect(address: str = "") -> Generator[None]:
+    """Connect to Ray inside a block: to a cluster, or to one of our own that ends with the block.
+
+    Args:
+        address: Cluster address (``auto``, ``host:port``, ``ray://...``); empty: our own, on this machine's loopback.
+
+    Raises:
+        StepError: If no cluster answers at the address, or none could be started here.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Our own Ray uses a token by default; its long notice about that helps nobody here.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    # Workers import this tree by name, in whatever folder the command runs. They inherit the path through the
+    # environment, because Ray cannot use its prestarted workers with a runtime_env.
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    if address:
+        _require_listener(address)
+    on_termination = signal.getsignal(signal.SIGTERM)
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            _start_here(**quiet)
+    except Exception as error:  # noqa: BLE001  (Ray itself raises a bare Exception when a busy machine starts it slowly)
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if address:
+            raise StepError(f"no Ray cluster at {address}: {reason}") from None
+        raise StepError(f"Ray did not start on this machine: {reason} Run again; finished work is kept") from None
+    # Ray's handler of SIGTERM ends the process with a stack dump: restore the handler of before.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_termination)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_here(**options: Any) -> None:
+    """Start a Ray of our own; where the machine is so busy that its first server is given up, once more."""
+    for tries_left in (1, 0):
+        try:
+            # At least two logical CPUs: a data step and a training must be able to run at the same time.
+            ray.init(address="local", num_cpus=max(2, os.cpu_count() or 1), include_dashboard=False, **options)
+        except Exception:
+            ray.shutdown()  # ends what was started
+            if not tries_left:
+                raise
+        else:
+            return
+
+
+def _require_listener(address: str) -> None:
+    """Check the port first, because Ray waits for minutes if nobody listens.
+
+    Raises:
+        StepError: If nobody listens at ``host:port``.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise StepError(f"no Ray cluster at {address}: {error}; start one with `ray start --head`") from None
+
+
+def own_servers() -> list[psutil.Process]:
+    """The servers of our own Ray; empty on a cluster, whose servers are no children of this process."""
+    return [child for child in psutil.Process().children() if child.name() in {"gcs_server", "raylet"}]
+
+
+def _is_alive(server: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return server.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def are_alive(servers: list[psutil.Process]) -> bool:
+    """Whether all servers of a Ray run."""
+    return all(map(_is_alive, servers))
+
+
+def require_alive(servers: list[psutil.Process]) -> None:
+    """Notice at once that Ray is gone; Ray itself waits a minute and then ends the process without a message.
+
+    Raises:
+        StepError: If a server has ended.
+    """
+    if not are_alive(servers):
+        raise StepError(
+            "Ray on this machine has ended in the middle of the run (killed, or the machine is out of memory); "
+            "what is finished is kept, run the same command again to continue"
+        )
