@@ -61,10 +61,10 @@ def run_training(context: StepContext) -> StepResult:
         ConfigError: If its memory is to be counted, and the shape of a pretrained CLIP is not known.
         StepError: If the training ended more often than its budgets allow, was asked to end, or does not fit.
     """
-    recipes_own = context.recipe.trained()[context.step.name].resources.micro_batch_size
+    in_recipe = context.recipe.trained()[context.step.name].resources.micro_batch_size
     context = with_counted_part(context)
     needs = context.recipe.trained()[context.step.name].resources
-    metrics = {} if recipes_own == needs.micro_batch_size else {"micro_batch_size": needs.micro_batch_size}
+    metrics = {} if in_recipe == needs.micro_batch_size else {"micro_batch_size": needs.micro_batch_size}
     if not needs.validates_beside:
         return StepResult(metrics=_fit(context) | metrics, num_workers=needs.most_workers)
     with ValidationsBeside(context, needs) as validations:
