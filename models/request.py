@@ -124,6 +124,8 @@ class SampleRequest:
     own settings say. Stages without candidates do not read it."""
     edit: Edit | None = None
     """The pictures that it starts from; None: from the prompt alone."""
+    timeout_s: float = 0.0
+    """Longest time until the pictures are sampled, in seconds; 0: any. No stage reads it."""
     traceparent: str = ""
     """The span of the HTTP request, as W3C Trace Context writes it; empty: nothing is traced. No stage reads it."""
 

@@ -87,7 +87,8 @@ class Front:
     def build(self, recipe: Recipe, artifacts: dict[str, Artifact], handles: Handles) -> ASGIApp:
         """The API of a recipe; arguments as ``open``."""
         remote = RemoteModel(handles, most_requests(recipe.serve), self.upkeep)
-        model = GuardedModel(remote, model_card(recipe, artifacts).image_px, self._meter, self._hook)
+        side_px, longest_s = model_card(recipe, artifacts).image_px, recipe.serve.timeout_s
+        model = GuardedModel(remote, side_px, self._meter, self._hook, longest_s)
         return _build_app(recipe, artifacts, cast("PictureModel", model), self._metrics)
 
 

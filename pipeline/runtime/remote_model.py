@@ -18,7 +18,17 @@ from ray.serve.handle import DeploymentHandle
 
 from models.request import SampleRequest
 from pipeline.runtime.replicas import Hop
-from pipeline.serve.protocols import Event, Images, NotServing, Overloaded, Preview, SampledPictures, Vectors
+from pipeline.serve.protocols import (
+    DeadlinePassed,
+    Event,
+    Images,
+    NotServing,
+    Overloaded,
+    Preview,
+    SampledPictures,
+    Vectors,
+    end_of,
+)
 from pipeline.serve.upkeep import Upkeep
 
 _log = logging.getLogger(__name__)
@@ -77,25 +87,28 @@ class RemoteModel:
 
     async def sample(self, request: SampleRequest, client: str = "") -> SampledPictures:
         """See ``PictureModel``."""
+        ends_s = end_of(request)
         with self._admitted():
-            return await self._twice(lambda: self._pass_on(request, client))
+            return await self._twice(lambda: self._pass_on(request, client, ends_s))
 
-    async def _pass_on(self, request: SampleRequest, client: str) -> SampledPictures:
+    async def _pass_on(self, request: SampleRequest, client: str, ends_s: float) -> SampledPictures:
         hop: Hop | None = None
         while True:
-            result = await self._call("sample", _left(request, hop), client, hop, handle=self._handle_of(hop))
+            left = _left(request, hop, ends_s)
+            result = await self._call("sample", left, client, hop, handle=self._handle_of(hop))
             if not isinstance(result, Hop):
                 return result
             hop = result
 
     async def stream(self, request: SampleRequest, client: str = "", num_previews: int = 0) -> AsyncGenerator[Event]:
         """See ``PictureModel``. If a replica dies, what was sent of the stream is not sent again."""
+        ends_s = end_of(request)
         with self._admitted():
             sent = set[object]()
             has_begun_again = is_over = False
             while not is_over:
                 try:
-                    async with aclosing(self._stream(request, client, num_previews)) as events:
+                    async with aclosing(self._stream(request, client, num_previews, ends_s)) as events:
                         async for event in events:
                             place = (event.index, event.number) if isinstance(event, Preview) else type(event)
                             if place not in sent:
@@ -108,12 +121,14 @@ class RemoteModel:
                     has_begun_again = True
                     self._note_again(error)
 
-    async def _stream(self, request: SampleRequest, client: str, num_previews: int) -> AsyncGenerator[Event]:
+    async def _stream(
+        self, request: SampleRequest, client: str, num_previews: int, ends_s: float
+    ) -> AsyncGenerator[Event]:
         hop: Hop | None = None
         is_over = False
         while not is_over:
             streaming = self._handle_of(hop).options(stream=True)
-            events: Any = streaming.stream.remote(_left(request, hop), client, num_previews, hop)
+            events: Any = streaming.stream.remote(_left(request, hop, ends_s), client, num_previews, hop)
             is_over = True
             try:
                 while True:
@@ -241,8 +256,17 @@ def _read_error(task: asyncio.Task[Any] | asyncio.Future[Any]) -> None:
         task.exception()
 
 
-def _left(request: SampleRequest, hop: Hop | None) -> SampleRequest:
-    """What the next part reads of a request: its pictures go to CLIP's part alone."""
+def _left(request: SampleRequest, hop: Hop | None, ends_s: float) -> SampleRequest:
+    """What the next part reads of a request: its pictures go to CLIP's part alone, and some of its time is gone.
+
+    Raises:
+        DeadlinePassed: If all of it is.
+    """
+    if request.timeout_s:
+        left_s = ends_s - time.monotonic()
+        if left_s <= 0:
+            raise DeadlinePassed("the time of the request was up before it was finished")
+        request = replace(request, timeout_s=left_s)
     return replace(request, edit=None) if hop is not None and hop.step else request
 
 
@@ -252,7 +276,7 @@ def _plain_errors() -> Generator[None]:
     try:
         yield
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, Overloaded | NotServing | ValueError):
+        if isinstance(error.cause, Overloaded | NotServing | DeadlinePassed | ValueError):
             raise error.cause from None
         raise
     except _UNAVAILABLE as error:

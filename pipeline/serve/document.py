@@ -38,6 +38,10 @@ PICTURES: dict[int | str, Json] = {
         "content": {"application/json": {}} | _STREAM | _FILE,
     },
     **ERRORS,
+    504: {
+        "description": "Not finished within its timeout",
+        "content": {"application/json": {"schema": _ERROR}},
+    },
 }
 """The answers of a route for pictures."""
 

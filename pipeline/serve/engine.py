@@ -33,12 +33,15 @@ from pipeline.serve.memory import TEXTS_AT_ONCE, DeviceMemory, MemoryLimits
 from pipeline.serve.metrics import EngineMetrics
 from pipeline.serve.protocols import (
     Accepted,
+    DeadlinePassed,
     Images,
     NotServing,
     Overloaded,
     Preview,
     SampledPictures,
+    TooLittleTime,
     Vectors,
+    end_of,
 )
 from pipeline.serve.schedule import Schedule
 from pipeline.serve.served_stages import ServedStages
@@ -61,9 +64,11 @@ class EngineStats:
     requests: int = 0
     """Accepted."""
     refused: int = 0
-    """Refused because too many requests waited."""
+    """Refused because too many requests waited, or because their time would not suffice."""
     dropped: int = 0
     """Cancelled by their clients before they were finished."""
+    expired: int = 0
+    """Dropped because their time was up."""
     failed: int = 0
     """Ended by an error of a network."""
     halved: int = 0
@@ -172,21 +177,23 @@ class Engine:
 
         Raises:
             ValueError: If the cascade cannot do what is requested.
-            Overloaded: If too many requests wait.
+            Overloaded: If too many requests wait, or ``TooLittleTime``: an engine that has nothing else to do takes
+                every request, so that its estimates are renewed.
             NotServing: If the engine is closed.
         """
         phase, is_last = self._stages.phase_of(request, work)
         spans = EngineSpans(self._traces, request.traceparent)
-        pending = Pending(phase, client, num_previews, show, spans, num_steps=work.num_steps if work else 0)
+        pending = Pending(
+            phase, client, num_previews, show, spans, ends_s=end_of(request), num_steps=work.num_steps if work else 0
+        )
         self._begin_phase(pending, phase, is_last=is_last)
         with self._changed:
             if self._closed:
                 raise NotServing("the engine is shutting down")
-            num_waiting = sum(not waiting.future.cancelled() for waiting in self._waiting)
-            if work is None and num_waiting >= self._max_waiting:
+            if work is None and (refusal := self._refusal(pending, request)):
                 self._stats.refused += 1
                 self._metrics.requests.labels("refused").inc()
-                raise Overloaded(f"{num_waiting} requests are waiting already", retry_after_s=self._wait_s())
+                raise refusal
             self._stats.requests += work is None
             self._unended += 1
             pending.future.add_done_callback(self._note_ended)
@@ -273,6 +280,23 @@ class Engine:
         with self._changed:
             self._unended -= 1
 
+    def _refusal(self, pending: Pending, request: SampleRequest) -> Overloaded | None:
+        """Why a new request is not taken, if it is not; call with the lock held."""
+        num_waiting = sum(not waiting.future.cancelled() for waiting in self._waiting)
+        if num_waiting >= self._max_waiting:
+            return Overloaded(f"{num_waiting} requests are waiting already", retry_after_s=self._wait_s())
+        if not request.timeout_s or not self._unended:
+            return None
+        count = pending.num_waiting
+        own = {} if request.edit else request.num_steps  # an edit may take a share of them
+        steps = {self._stages.number(stage): own.get(stage.name, 0) for stage in pending.phase.stages}
+        num_ahead = len(self._active) + sum(min(count, waiting.num_waiting) for waiting in self._waiting)
+        needed_s = self._schedule.estimate_s(steps, count, num_ahead)
+        if needed_s <= request.timeout_s:
+            return None
+        reason = f"timeout: {request.timeout_s:.3g} s are less than the {needed_s:.3g} s that it would take now"
+        return TooLittleTime(reason, retry_after_s=needed_s - request.timeout_s)
+
     def _wait_s(self) -> float:
         """Estimate of the time until one more request is admitted, in seconds; call with the lock held."""
         num_waiting = sum(pending.num_waiting for pending in self._waiting)
@@ -287,7 +311,7 @@ class Engine:
                         self._since_s = time.monotonic()
                     if self._closed:
                         return
-                    self._forget_cancelled()
+                    self._drop()
                     entering = self._take_waiting()
                 for pending, count in entering:
                     self._guarded([pending], partial(self._enter, pending, count))
@@ -428,7 +452,7 @@ class Engine:
         if pending.future.set_running_or_notify_cancel():
             pending.future.set_result(Work(sent, pending.rest, step, pending.is_last, pending.num_steps))
         else:
-            self._count_cancelled({pending})
+            self._count_dropped({pending})
 
     def _answer(self, pending: Pending) -> None:
         values = [picture.batch.values for picture in pending.pictures]
@@ -441,7 +465,7 @@ class Engine:
             self._metrics.sampling.observe(time.monotonic() - pending.arrived_s)
             pending.future.set_result(SampledPictures(images, z_image, pending.num_steps))
         else:  # its client left after the last step
-            self._count_cancelled({pending})
+            self._count_dropped({pending})
 
     def _note_finished(self, count: int) -> None:
         """Update the mean time of a picture."""
@@ -474,16 +498,25 @@ class Engine:
             self._count_lost("failed", failed)
             self._remove(failed)
 
-    def _forget_cancelled(self) -> None:
-        """Drop cancelled requests; call with the lock held."""
-        cancelled = {pending for pending in self._unanswered() if pending.future.cancelled()}
-        self._count_cancelled(cancelled)
-        self._remove(cancelled)
+    def _drop(self) -> None:
+        """Drop requests that were cancelled, or whose time is up; call with the lock held."""
+        now_s = time.monotonic()
+        dropped = {pending for pending in self._unanswered() if pending.future.cancelled() or pending.ends_s <= now_s}
+        for pending in dropped:
+            if pending.future.set_running_or_notify_cancel():
+                pending.future.set_exception(DeadlinePassed("the time of the request was up before it was finished"))
+        self._count_dropped(dropped)
+        self._remove(dropped)
 
-    def _count_cancelled(self, requests: set[Pending]) -> None:
+    def _count_dropped(self, requests: set[Pending]) -> None:
+        """Count requests that nobody waits for: whoever waits gives up, too, when the time is up."""
+        now_s = time.monotonic()
+        expired = {pending for pending in requests if pending.ends_s <= now_s}
         with self._changed:
-            self._stats.dropped += len(requests)
-            self._count_lost("cancelled", requests)
+            self._stats.expired += len(expired)
+            self._stats.dropped += len(requests) - len(expired)
+            self._count_lost("expired", expired)
+            self._count_lost("cancelled", requests - expired)
 
     def _count_lost(self, outcome: str, requests: set[Pending]) -> None:
         self._metrics.requests.labels(outcome).inc(len(requests))

@@ -3,10 +3,12 @@
 import asyncio
 import importlib
 import logging
-from collections.abc import AsyncGenerator, Callable, Generator
+import math
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -14,10 +16,25 @@ from models.request import SampleRequest
 from pipeline.errors import ConfigError
 from pipeline.serve.guards import CURRENT, RequestFacts, refuse_above
 from pipeline.serve.keys import Meter
-from pipeline.serve.protocols import Event, Images, NotServing, Overloaded, PictureModel, Preview, SampledPictures
+from pipeline.serve.protocols import (
+    DeadlinePassed,
+    Event,
+    Images,
+    NotServing,
+    Overloaded,
+    PictureModel,
+    Preview,
+    SampledPictures,
+    TooLittleTime,
+    end_of,
+)
 from pipeline.serve.web import ApiError
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_GRACE_S = 0.5
 
 SafetyHook = Callable[[str, Images | None], str | None]
 """(prompt, picture) -> the reason to refuse it, or None.
@@ -46,6 +63,18 @@ def load_hook(name: str) -> SafetyHook:
     return cast("SafetyHook", hook)
 
 
+async def _until(ends_s: float, answer: Awaitable[T]) -> T:
+    """An answer of the networks. The engine, which counts what it drops, has half a second to say that time is up."""
+    left_s = None if ends_s == math.inf else max(0.0, ends_s - time.monotonic()) + _GRACE_S
+    try:
+        async with asyncio.timeout(left_s) as limit:
+            return await answer
+    except TimeoutError:
+        if limit.expired():
+            raise DeadlinePassed("the time of the request was up before it was finished") from None
+        raise
+
+
 class GuardedModel:
     """A ``PictureModel`` that lets through what the guards allow.
 
@@ -54,33 +83,42 @@ class GuardedModel:
         image_px: Side of their pictures, in pixels.
         meter: What the keys have used.
         hook: Refuses prompts and pictures; None: nothing is refused.
+        longest_s: Longest time of a request, in seconds; 0: any.
     """
 
-    def __init__(self, model: PictureModel, image_px: int, meter: Meter, hook: SafetyHook | None = None) -> None:
+    def __init__(
+        self,
+        model: PictureModel,
+        image_px: int,
+        meter: Meter,
+        hook: SafetyHook | None = None,
+        longest_s: float = 0.0,
+    ) -> None:
         self._model = model
         self._image_px = image_px
         self._meter = meter
         self._hook = hook
+        self._longest_s = longest_s
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     async def sample(self, request: SampleRequest, client: str = "") -> SampledPictures:
         """See ``PictureModel``."""
-        facts = await self._admit(request)
+        facts, request = await self._admit(request), self._timed(request)
         with self._paying_back(facts):
-            sampled = await self._model.sample(request, client)
+            sampled = await _until(end_of(request), self._model.sample(request, client))
         return await self._checked(sampled, request, facts)
 
     async def stream(self, request: SampleRequest, client: str = "", num_previews: int = 0) -> AsyncGenerator[Event]:
         """See ``PictureModel``."""
-        facts = await self._admit(request)
-        events = self._model.stream(request, client, num_previews)
+        facts, request = await self._admit(request), self._timed(request)
+        ends_s, events = end_of(request), self._model.stream(request, client, num_previews)
         try:
             with self._paying_back(facts):
-                accepted = await anext(events)
+                accepted = await _until(ends_s, anext(events))
             yield accepted
-            async for event in events:
+            while (event := await _until(ends_s, anext(events, None))) is not None:
                 if isinstance(event, SampledPictures):
                     yield await self._checked(event, request, facts)
                 elif isinstance(event, Preview):
@@ -90,6 +128,11 @@ class GuardedModel:
                     yield event
         finally:
             await events.aclose()
+
+    def _timed(self, request: SampleRequest) -> SampleRequest:
+        """A request with the shorter one of its own and the server's longest time."""
+        times_s = [time_s for time_s in (request.timeout_s, self._longest_s) if time_s]
+        return replace(request, timeout_s=min(times_s)) if times_s else request
 
     async def _admit(self, request: SampleRequest) -> RequestFacts:
         facts = CURRENT.get() or RequestFacts("")
@@ -108,7 +151,9 @@ class GuardedModel:
         """A key pays nothing for pictures that the networks refuse to sample."""
         try:
             yield
-        except (Overloaded, NotServing, ValueError):
+        except (Overloaded, NotServing, ValueError) as error:
+            if isinstance(error, TooLittleTime):
+                facts.refused_by = "deadline"
             if facts.key:
                 self._meter.use(facts.key, "pixels", -facts.pixels)
             raise

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from models.request import WALK_STEPS, Edit, Interpolation, SampleRequest, TextDiff, is_walk
 from pipeline.serve.picture_files import Format, ModelCard, encode_picture, made_with
 from pipeline.serve.protocols import (
+    DeadlinePassed,
     Event,
     Images,
     NeighbourRow,
@@ -43,6 +44,7 @@ MAX_GUIDANCE = 100.0
 MAX_STEPS = 1000
 MAX_NEIGHBOURS = 20
 MAX_CANDIDATES = 16
+MAX_TIMEOUT_S = 3600.0
 _MAX_SEED = 2**63 - 1 - MAX_IMAGES
 _STEPS_OF_QUALITY = {"low": 0.5, "medium": 1, "standard": 1, "auto": 1, "high": 1.5, "hd": 1.5, "xhigh": 2, "max": 3}
 """Factors of the decoder's steps."""
@@ -73,6 +75,7 @@ class PictureOptions(BaseModel):
     guidance_scale: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)
     num_inference_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     neighbours: int | None = Field(default=None, ge=0, le=MAX_NEIGHBOURS)
+    timeout: float | None = Field(default=None, gt=0, le=MAX_TIMEOUT_S)
 
     default_n: ClassVar[int] = 1
 
@@ -175,7 +178,8 @@ class Generation:
 
         Raises:
             ApiError: 400, if the networks cannot do what is requested.
-            Overloaded: If too many requests wait.
+            Overloaded: If too many requests wait, or its time would not suffice.
+            DeadlinePassed: If its time is up.
             NotServing: If no networks are there.
         """
         sampled = await self._sample()
@@ -235,6 +239,8 @@ class Generation:
             yield error_event(str(error), _USER_ERROR, "invalid_value")
         except (Overloaded, NotServing) as error:
             yield error_event(str(error), "overloaded_error", "not_ready")
+        except DeadlinePassed as error:
+            yield error_event(f"timeout: {error}", "timeout_error", "deadline_exceeded")
         except Exception as error:  # the status is sent already, so the error goes into the stream
             message = f"{type(error).__name__}: see the server's log"
             yield error_event(message, "server_error", "internal_error")
@@ -376,6 +382,7 @@ def sample_request(
         side_px=side_px,
         num_candidates=(prompt.num_candidates if prompt else 0) or 0,
         edit=edit,
+        timeout_s=body.timeout or 0.0,
     )
 
 

@@ -1,5 +1,6 @@
 """A request in progress: the phase that is sampled now, its pictures, and the previews that it shows of them."""
 
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -30,6 +31,8 @@ class Pending:
     future: Future[Any] = field(default_factory=Future[Any])
     """``SampledPictures``, or ``Work`` for another engine."""
     arrived_s: float = field(default_factory=time.monotonic)
+    ends_s: float = math.inf
+    """When its time is up, by ``time.monotonic``."""
     num_steps: int = 0
     """Steps that its pictures have taken."""
     rest: tuple[int, ...] = ()

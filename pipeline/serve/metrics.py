@@ -27,6 +27,7 @@ _CAUSES = {
     499: "client left",
     500: "error",
     503: "not ready",
+    504: "deadline",
 }
 """Of an answer that no guard refused."""
 
@@ -55,11 +56,17 @@ class EngineMetrics:
             "unclip_sampling_seconds", "From a request to its last picture.", buckets=_SECONDS, **here
         )
         self.requests = Counter(
-            "unclip_requests", "Requests, by how they ended: answered, refused, cancelled, failed.", ["outcome"], **here
+            "unclip_requests",
+            "Requests, by how they ended: answered, refused, cancelled, expired, failed.",
+            ["outcome"],
+            **here,
         )
         self.pictures = Counter("unclip_pictures", "Pictures that were finished.", **here)
         self.wasted_steps = Counter(
-            "unclip_wasted_steps", "Steps of pictures whose request was cancelled or failed.", ["outcome"], **here
+            "unclip_wasted_steps",
+            "Steps of pictures whose request was cancelled, expired or failed.",
+            ["outcome"],
+            **here,
         )
         self.waiting = Gauge("unclip_waiting_requests", "Requests that wait for admission.", **here)
         self.active = Gauge("unclip_active_pictures", "Pictures in progress.", **here)

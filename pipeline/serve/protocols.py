@@ -3,6 +3,8 @@
 This module imports no torch, because the process that speaks HTTP does not need it.
 """
 
+import math
+import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -35,6 +37,19 @@ class Overloaded(Exception):
 
     def __str__(self) -> str:
         return self.reason
+
+
+class TooLittleTime(Overloaded):
+    """A request would not be finished within its own timeout, so it is not begun."""
+
+
+class DeadlinePassed(Exception):
+    """The time of a request is up before its pictures are sampled."""
+
+
+def end_of(request: SampleRequest) -> float:
+    """When the time of a request that comes now is up, by ``time.monotonic``; infinity if it has any."""
+    return time.monotonic() + request.timeout_s if request.timeout_s else math.inf
 
 
 @dataclass(frozen=True)
@@ -82,7 +97,8 @@ class PictureModel(Protocol):
 
         Raises:
             ValueError: If the networks cannot do what is requested.
-            Overloaded: If too many requests wait.
+            Overloaded: If too many requests wait, or ``TooLittleTime``.
+            DeadlinePassed: If its time is up.
             NotServing: If there is no engine.
         """
         ...

@@ -1,5 +1,6 @@
 """Which pictures take the next step together, and how many of them a stage is given."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
@@ -75,6 +76,23 @@ class Schedule:
     def note_left(self, number: int, num_steps: int) -> None:
         """Learn how many steps a picture has taken in a stage that it left."""
         self._loads[number].steps = num_steps
+
+    def estimate_s(self, steps: Mapping[int, int], count: int, num_ahead: int) -> float:
+        """How long a request takes from now to its last picture, in seconds: it passes its stages in full batches.
+
+        Args:
+            steps: Steps of the request in each stage, by its number; 0: as many as the last picture there.
+            count: Its pictures.
+            num_ahead: Pictures in progress, and those that are admitted before the last one of the request.
+        """
+        total = count + num_ahead
+        batch = min(total, self._max_batch_size)
+        pass_s = 0.0
+        for number, num_steps in steps.items():
+            load = self._loads[number]
+            size = min(batch, load.limit)
+            pass_s += (num_steps or load.steps) * load.times.of(size) * math.ceil(batch / size)
+        return pass_s * total / batch
 
     def _use(self, number: int, count: int) -> float:
         """How well a step of a stage with ``count`` pictures would use its time: 1 is as well as the largest step."""

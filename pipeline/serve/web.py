@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
-from pipeline.serve.protocols import NotServing, Overloaded
+from pipeline.serve.protocols import DeadlinePassed, NotServing, Overloaded
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -25,7 +25,13 @@ _DISCONNECT_POLL_S = 0.2
 _MAX_ESCAPES = 1 << 20  # of strings: the parser takes 30 ns for each; PHP writes a slash of base64 as one
 _MAX_SHOWN_CHARS = 60
 """Of a wrong value that an error repeats."""
-_TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "overloaded_error", 500: "server_error"}
+_TYPES = {
+    401: "authentication_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
 
 class ApiError(Exception):
@@ -59,6 +65,8 @@ class ApiError(Exception):
         kind = _TYPES.get(self.status, "invalid_request_error")
         error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         headers = {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))} if self.status in {429, 503} else {}
+        if self.status == 504:
+            headers["X-Should-Retry"] = "false"  # OpenAI's client would ask again at once
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse({"error": error}, self.status, headers)
@@ -109,6 +117,9 @@ def install_error_handlers(app: FastAPI) -> None:
     async def on_absence(_: Request, error: Exception) -> JSONResponse:
         return ApiError(503, f"{error}; try again shortly", code="not_ready").response()
 
+    async def on_end(_: Request, error: Exception) -> JSONResponse:
+        return ApiError(504, f"timeout: {error}", param="timeout", code="deadline_exceeded").response()
+
     async def on_bug(_: Request, error: Exception) -> JSONResponse:
         return ApiError(500, f"{type(error).__name__}: see the server's log", code="internal_error").response()
 
@@ -116,6 +127,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(Overloaded, on_overload)
     app.add_exception_handler(NotServing, on_absence)
+    app.add_exception_handler(DeadlinePassed, on_end)
     app.add_exception_handler(Exception, on_bug)
 
 

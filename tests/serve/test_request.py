@@ -103,6 +103,7 @@ def test_body_becomes_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
         prior_guidance_scale=3,
         num_inference_steps=4,
         num_candidates=5,
+        timeout=6,
     )
     assert images.sample_request(full, 64) == SampleRequest(
         "a",
@@ -112,10 +113,11 @@ def test_body_becomes_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
         negative_prompt="b",
         num_candidates=5,
         side_px=64,
+        timeout_s=6.0,
     )
     assert {field.name for field in fields(SampleRequest)} == {
         "prompt", "seeds", "guidance_scale", "num_steps", "negative_prompt", "side_px", "num_candidates", "edit",
-        "traceparent",
+        "timeout_s", "traceparent",
     }  # fmt: skip
     monkeypatch.setattr(images.secrets, "randbelow", lambda _limit: 11)
     assert images.sample_request(GenerationRequest(prompt="a")) == SampleRequest("a", (11,))
