@@ -66,8 +66,9 @@ def load_hook(name: str) -> SafetyHook:
 async def _until(ends_s: float, answer: Awaitable[T]) -> T:
     """An answer of the networks. The engine, which counts what it drops, has half a second to say that time is up."""
     left_s = None if ends_s == math.inf else max(0.0, ends_s - time.monotonic()) + _GRACE_S
+    limit = asyncio.timeout(left_s)
     try:
-        async with asyncio.timeout(left_s) as limit:
+        async with limit:
             return await answer
     except TimeoutError:
         if limit.expired():
