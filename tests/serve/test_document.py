@@ -92,7 +92,7 @@ def test_no_request_breaks_the_server(api: Any, method: str, path: str, mode: Ge
     @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     def check(case: Any) -> None:
         answer = case.call()
-        assert answer.status_code < 500
+        assert answer.status_code < 500 or (answer.status_code == 504 and "timeout" in case.body)
         case.validate_response(
             answer, checks=[status_code_conformance, content_type_conformance, response_schema_conformance]
         )
