@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import AsJson, Overrides, RecipePath, print_json, recipe_words
+from jobs.options import AsJson, Next, Overrides, RecipePath, print_json, recipe_words
 from pipeline.recipe.recipe import load_recipe
 
 
@@ -16,7 +16,7 @@ def ablate(
     num_shown: Annotated[int, typer.Option("--shown", min=1, help="Prompts shown in the picture, one a row.")] = 8,
     overrides: Overrides = None,
     json: AsJson = False,
-) -> None:
+) -> Next:
     """Show what the prior is for: caption only, z_text as z_image, the prior, the true z_image; same seeds.
 
     It says by which measures the paper's order holds, and writes the report with a section about it.
@@ -37,10 +37,12 @@ def ablate(
     output, result = ablate_recipe(resolved, num_prompts=num_prompts, num_shown=num_shown, watch=watch)
     workspace = Workspace(resolved.workspace)
     report = workspace.local_root / "report.html"
-    write_report(workspace, make_plan(resolved), resolved, report, recipe_words(recipe, overrides))
+    words = recipe_words(recipe, overrides)
+    write_report(workspace, make_plan(resolved), resolved, report, words)
     if json:
         print_json(result | {"artifact": output.uri})
-        return
+        return ()
     typer.echo(format_ablation(result))
     typer.echo(f"pictures: {output.path('ablation.png')}")
     typer.echo(f"report: {workspace.publish('report.html')}")
+    return (f'unclip sample {words} "your prompt" --out out', f"unclip promote {words}")

@@ -3,6 +3,7 @@
 Errors that a user can mend are one message on standard error and an exit code (see ``pipeline.errors``); Ctrl-C is 130.
 """
 
+import functools
 import os
 import signal
 import sys
@@ -29,6 +30,7 @@ from jobs import (
     search,
     start,
 )
+from jobs.options import Next, print_next
 from pipeline.data.causes import ALL
 from pipeline.errors import UnclipError
 
@@ -38,7 +40,7 @@ _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 _INTERRUPTED = 130
 
 # One line of 80 columns each in `unclip --help`; the whole sentence stands in `unclip COMMAND --help`.
-COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
+COMMANDS: dict[str, dict[str, tuple[Callable[..., Next], str]]] = {
     "Train": {
         "init": (start.init, "Look at your pairs, write a recipe."),
         "doctor": (doctor.doctor, "Check what would stop a run here, with mends."),
@@ -88,6 +90,18 @@ COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
 }
 
 
+def _ending(command: Callable[..., Next]) -> Callable[..., None]:
+    """The command, which then prints what is useful next; with ``--json``, which is for scripts, it does not."""
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        following = command(**values)
+        if not values.get("json"):
+            print_next(*following)
+
+    return run
+
+
 class _GroupedCommands(typer.core.TyperGroup):
     """Print the commands of the help text in groups; Typer alone does so with rich markup only."""
 
@@ -109,7 +123,7 @@ app = typer.Typer(
 )
 for table in COMMANDS.values():
     for name, (command, line) in table.items():
-        app.command(name, short_help=line)(command)
+        app.command(name, short_help=line)(_ending(command))
 
 
 def _print_version(value: bool) -> None:

@@ -10,6 +10,7 @@ from jobs.options import (
     DASHBOARD,
     AsJson,
     JobAddress,
+    Next,
     Overrides,
     RecipePath,
     Until,
@@ -41,7 +42,7 @@ def submit(
         ),
     ] = "",
     json: AsJson = False,
-) -> None:
+) -> Next:
     """Run a recipe as a job on a Ray cluster; the same recipe is not run twice.
 
     Example: unclip submit configs/demo.toml --address http://127.0.0.1:8265 --follow
@@ -51,7 +52,7 @@ def submit(
         from pipeline.runtime.kuberay import ray_job
 
         typer.echo(ray_job(resolved, manifest, until), nl=False)
-        return
+        return ("kubectl apply -f FILE", "kubectl get rayjobs")
 
     from pipeline.runtime.follow import follow_job
     from pipeline.runtime.jobs import submit_recipe
@@ -64,17 +65,21 @@ def submit(
             print_json(submitted.to_dict())
         else:
             typer.echo(f"{submitted.job_id}: {submitted.message}")
-            if not follow:
-                print_next(*(f"{command} {submitted.job_id} --address {address}" for command in ("logs", "stop")))
+        following = tuple(f"unclip {command} {submitted.job_id} --address {address}" for command in ("logs", "stop"))
         if follow:
             with Follower(
                 sys.stderr if json else sys.stdout
             ) as follower:  # one JSON document is all of standard output
                 code = follow_job(submitted.job_id, follower.write, url, follower.show if follower.is_live else None)
-            raise typer.Exit(code)
+            if code:
+                if not json:
+                    print_next(following[0], f"unclip submit {words} --address {address} --follow")
+                raise typer.Exit(code)
+            following = (f"unclip jobs --address {address}", f"unclip status {words}")
+    return following
 
 
-def jobs(address: JobAddress = DASHBOARD, json: AsJson = False) -> None:
+def jobs(address: JobAddress = DASHBOARD, json: AsJson = False) -> Next:
     """List the cluster's unclip jobs, the newest first.
 
     Example: unclip jobs --address ssh://ubuntu@head.example.org
@@ -86,14 +91,16 @@ def jobs(address: JobAddress = DASHBOARD, json: AsJson = False) -> None:
         rows = list_jobs(address=url)
     if json:
         print_json([row.to_dict() for row in rows])
-        return
+        return ()
     for row in rows:
         typer.echo(f"{row.job_id:<40} {row.status:<10} {row.started}")
     if not rows:
         typer.echo("no jobs")
+        return (f"unclip submit RECIPE --address {address}",)
+    return tuple(f"unclip {command} {rows[0].job_id} --address {address}" for command in ("logs", "stop"))
 
 
-def logs(job: JobId, address: JobAddress = DASHBOARD) -> None:
+def logs(job: JobId, address: JobAddress = DASHBOARD) -> Next:
     """Print a job's log.
 
     Example: unclip logs demo-1a2b3c4d5e
@@ -103,9 +110,10 @@ def logs(job: JobId, address: JobAddress = DASHBOARD) -> None:
 
     with reachable(address) as url:
         typer.echo(job_logs(job, address=url), nl=False)
+    return (f"unclip jobs --address {address}", f"unclip stop {job} --address {address}")
 
 
-def stop(job: JobId, address: JobAddress = DASHBOARD) -> None:
+def stop(job: JobId, address: JobAddress = DASHBOARD) -> Next:
     """Stop a job; its trainings write a checkpoint first, and the next submit continues.
 
     Example: unclip stop demo-1a2b3c4d5e
@@ -115,3 +123,4 @@ def stop(job: JobId, address: JobAddress = DASHBOARD) -> None:
 
     with reachable(address) as url:
         typer.echo(f"{job}: {stop_job(job, address=url)}")
+    return (f"unclip logs {job} --address {address}", f"unclip submit RECIPE --address {address}")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import AsJson, Overrides, print_json, print_next, recipe_words
+from jobs.options import AsJson, Next, Overrides, print_json, print_next, recipe_words
 from pipeline.errors import StepError
 from pipeline.recipe.recipe import load_recipe
 
@@ -18,7 +18,7 @@ def doctor(
     ] = "",
     overrides: Overrides = None,
     json: AsJson = False,
-) -> None:
+) -> Next:
     """Check what would stop a run on this machine, and say how to mend it; exit code 4 if something would.
 
     Example: unclip doctor configs/demo.toml
@@ -34,11 +34,13 @@ def doctor(
                 typer.echo(f"{'':<6}{'':<24} mend: {finding.mend}")
     if json:
         print_json([dataclasses.asdict(finding) for finding in findings])
+    words = recipe_words(recipe, overrides) if recipe else ""
     problems = [finding.name for finding in findings if finding.state == "problem"]
     if problems:
         typer.echo(f"a run would stop: {', '.join(problems)}", err=True)
+        if not json:
+            print_next(f"unclip doctor {words}".rstrip())
         raise typer.Exit(StepError.exit_code)
     if not json:
         typer.echo(f"nothing stops a run{' here' if not recipe else ''}")
-        words = recipe_words(recipe, overrides) if recipe else "RECIPE"
-        print_next(f"plan {words}", f"run {words}")
+    return (f"unclip plan {words or 'RECIPE'}", f"unclip run {words or 'RECIPE'}")

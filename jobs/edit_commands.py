@@ -6,6 +6,7 @@ The work itself is in pipeline/sampling/edit_pictures.py.
 import dataclasses
 import functools
 import inspect
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from jobs.options import AsJson, Overrides, RecipeOrFolder, Seed, print_json
+from jobs.options import AsJson, Next, Overrides, RecipeOrFolder, Seed, print_json, recipe_words
 from jobs.watch import SamplingWatcher
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import load_recipe
@@ -48,7 +49,7 @@ def _edit(
     out: Annotated[str, typer.Option("--out", help="Folder for the pictures, grid.png and edits.jsonl.")] = "out",
     overrides: Overrides = None,
     json: AsJson = False,
-) -> None:
+) -> Next:
     """Do the edit ``name`` and print the folder; from ``recipe`` on, these are parameters of every edit's command."""
     resolved = load_recipe(recipe, overrides or [])
 
@@ -62,13 +63,16 @@ def _edit(
         rows = edit_recipe(resolved, name, request.files, options, settings, out_dir=Path(out), watch=watcher)
     if json:
         print_json(rows)
-        return
+        return ()
     method = f", sampled by {rows[0]['method']}" if "method" in rows[0] else ""
     count = "1 picture" if len(rows) == 1 else f"{len(rows)} pictures"
     typer.echo(f"{count} in {out}{method}; all at a glance: {Path(out) / 'grid.png'}")
+    picture = shlex.quote(str(Path(out) / rows[-1]["file"]))
+    words = recipe_words(recipe, overrides)
+    return (f"unclip vary {words} {picture} --out {shlex.quote(f'{out}-varied')}", f"unclip serve {words}")
 
 
-def _command(read: Callable[..., _Request]) -> Callable[..., None]:
+def _command(read: Callable[..., _Request]) -> Callable[..., Next]:
     """The command of an edit: RECIPE, the parameters of ``read``, then those that all edits share.
 
     Typer takes a command's parameters from its signature and has no groups of them, so this joins two signatures.
@@ -78,11 +82,11 @@ def _command(read: Callable[..., _Request]) -> Callable[..., None]:
     parameters = {parameter.name: parameter for parameter in (recipe, *own.values(), *shared)}
 
     @functools.wraps(read)
-    def command(**values: Any) -> None:
+    def command(**values: Any) -> Next:
         request = read(**{name: values.pop(name) for name in own})
-        _edit(read.__name__.replace("_", "-"), request, **values)
+        return _edit(read.__name__.replace("_", "-"), request, **values)
 
-    command.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
+    command.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()} | {"return": Next}
     setattr(command, "__signature__", inspect.Signature(list(parameters.values())))  # noqa: B010  (unknown to pyright)
     return command
 

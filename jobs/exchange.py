@@ -1,11 +1,12 @@
 """``unclip export`` and ``unclip import``."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from jobs.options import Overrides, RecipePath
+from jobs.options import Next, Overrides, RecipePath, recipe_words
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe, load_recipe
 
@@ -18,7 +19,7 @@ def export(
         str, typer.Option("--embeddings", help="Folder to write the embeddings to, in clip-retrieval's layout.")
     ] = "",
     overrides: Overrides = None,
-) -> None:
+) -> Next:
     """Write for other programs: the trained cascade, as diffusers' UnCLIPPipeline or in our own layout; or embeddings.
 
     Example: unclip export my.toml --diffusers my-unclip
@@ -28,7 +29,7 @@ def export(
     resolved = load_recipe(recipe, overrides or [])
     if embeddings:
         _export_embeddings(resolved, Path(embeddings))
-        return
+        return (f"unclip status {recipe_words(recipe, overrides)}",)
 
     from pipeline.clip.frozen import FrozenText
     from pipeline.networks.cascade import load_cascade, network_configs
@@ -42,13 +43,15 @@ def export(
         export_native(artifacts, Path(native))
         write_origin(Path(native), resolved, artifacts)
         typer.echo(f"{', '.join(artifacts)} in {native}")
-        return
+        folder = shlex.quote(native)
+        return (f'unclip sample {folder} "your prompt" --out out', f"unclip lineage {folder}")
     cascade = load_cascade(artifacts, configs=network_configs(resolved))
     assert isinstance(cascade.clip, FrozenText)
     for note in export_diffusers(cascade, cascade.clip, Path(diffusers)):
         typer.echo(f"note: {note}")
     write_origin(Path(diffusers), resolved, artifacts)
     typer.echo(f"diffusers' UnCLIPPipeline loads {diffusers}")
+    return (f"unclip lineage {shlex.quote(diffusers)}",)
 
 
 def _export_embeddings(recipe: Recipe, folder: Path) -> None:
@@ -64,7 +67,7 @@ def import_(
         str, typer.Argument(metavar="FOLDER", help="Folder in the layout of UnCLIPPipeline, or of clip-retrieval.")
     ],
     out: Annotated[str, typer.Option("--out", help="Folder for the networks, and for a recipe that starts from them.")],
-) -> None:
+) -> Next:
     """Import networks in diffusers' layout (for example Karlo's public weights) to sample, edit or fine-tune them.
 
     A folder of clip-retrieval's embeddings (img_emb, text_emb, metadata) gives a recipe that takes them over.
@@ -75,16 +78,13 @@ def import_(
         from pipeline.data.npy_folder import write_import_recipe
 
         num_rows, path = write_import_recipe(Path(folder), Path(out))
-        typer.echo(
-            f"{num_rows} embeddings in {folder}; name the CLIP that made them in {path}, then: unclip run {path} "
-            f"--until index; unclip run {path} --until clip"
-        )
-        return
+        typer.echo(f"{num_rows} embeddings in {folder}; first name the CLIP that made them in {path}")
+        recipe = shlex.quote(str(path))
+        return (f"unclip run {recipe} --until index", f"unclip run {recipe} --until clip")
     from pipeline.networks.diffusers import import_diffusers
 
     for note in import_diffusers(Path(folder), Path(out)):
         typer.echo(f"note: {note}")
-    typer.echo(
-        f'networks in {out}; sample them: unclip sample {out} "a red fox" -n 4; serve them: unclip serve {out}; '
-        f"fine-tune them: {out}/recipe.toml"
-    )
+    typer.echo(f"networks in {out}; {out}/recipe.toml fine-tunes them")
+    networks = shlex.quote(out)
+    return (f'unclip sample {networks} "a red fox" -n 4', f"unclip serve {networks}")

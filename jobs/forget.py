@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.options import AsJson, RayAddress, print_json, print_next, print_warning
+from jobs.options import AsJson, Next, RayAddress, print_json, print_warning
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.workspace.forgotten import Pending
@@ -33,7 +33,7 @@ def forget(
     ] = False,
     address: RayAddress = "",
     json: AsJson = False,
-) -> None:
+) -> Next:
     """Count what a workspace holds of some pairs; with --delete, forget them.
 
     From then on no search returns them, no list, download or append takes them again, and no training reads them. The
@@ -62,7 +62,7 @@ def forget(
         is_rewritten = compact and _rewrite(place, lock, resolved, address)
     if json:
         print_json(_as_json(search, is_forgotten=delete, is_rewritten=is_rewritten))
-        return
+        return ()
     if search is not None:
         _print_search(search, recipe or "RECIPE", is_forgotten=delete)
     if is_rewritten:
@@ -70,9 +70,10 @@ def forget(
     elif compact:
         typer.echo("nothing to rewrite")
     elif search is not None and search.rows and delete:
-        print_next(f"forget --compact {option}")
+        return (f"unclip forget --compact {option}",)
     elif search is not None and search.rows:
-        print_next(f"forget {shlex.join(what or [])} {option} --delete --compact")
+        return (f"unclip forget {shlex.join(what or [])} {option} --delete --compact",)
+    return (f"unclip plan {shlex.quote(recipe) if recipe else 'RECIPE'}",)
 
 
 def _place(recipe: str, workspace: str) -> tuple[Recipe | None, Workspace]:

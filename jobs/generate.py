@@ -8,6 +8,7 @@ import typer
 
 from jobs.options import (
     AsJson,
+    Next,
     Overrides,
     RayAddress,
     RecipeOrFolder,
@@ -45,7 +46,7 @@ def sample(
     ] = None,
     overrides: Overrides = None,
     json: AsJson = False,
-) -> None:
+) -> Next:
     """Sample pictures from prompts with the trained cascade.
 
     Example: unclip sample configs/demo.toml "a large red star on a white background" -n 4 --out out
@@ -76,14 +77,17 @@ def sample(
         )
     if json:
         print_json(rows)
-        return
+        return ()
     count = "1 picture" if len(rows) == 1 else f"{len(rows)} pictures"
     typer.echo(f"{count} in {out}; all at a glance: {Path(out) / 'grid.png'}")
     words = recipe_words(recipe, overrides)
-    print_next(f"lineage {Path(out) / rows[0]['file']} --workspace {resolved.workspace}", f"serve {words}")
+    return (
+        f"unclip lineage {Path(out) / rows[0]['file']} --workspace {resolved.workspace}",
+        f"unclip serve {words}",
+    )
 
 
-def evaluate(recipe: RecipePath, overrides: Overrides = None, address: RayAddress = "", json: AsJson = False) -> None:
+def evaluate(recipe: RecipePath, overrides: Overrides = None, address: RayAddress = "", json: AsJson = False) -> Next:
     """Measure the trained cascade; its unfinished inputs run first.
 
     Example: unclip evaluate configs/demo.toml
@@ -105,13 +109,17 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, address: RayAddres
     metrics = artifact.read_json("metrics.json")
     if json:
         print_json(metrics)
-        return
+        return ()
     from pipeline.report.report import format_metrics
 
     typer.echo(format_metrics(metrics))
     typer.echo(f"pictures: {artifact.uri}")
     words = recipe_words(recipe, overrides)
-    print_next(f'sample {words} "your prompt" --out out', f"serve {words}", f"export {words} --native FOLDER")
+    return (
+        f'unclip sample {words} "your prompt" --out out',
+        f"unclip serve {words}",
+        f"unclip export {words} --native FOLDER",
+    )
 
 
 def serve(
@@ -127,7 +135,7 @@ def serve(
     ] = "",
     overrides: Overrides = None,
     address: RayAddress = "",
-) -> None:
+) -> Next:
     """Serve pictures (OpenAI's image API), neighbours (clip-retrieval's API) and a page, until Ctrl-C.
 
     Example: unclip serve configs/demo.toml --port 8000
@@ -143,12 +151,12 @@ def serve(
         from pipeline.runtime.kuberay import ray_service
 
         typer.echo(ray_service(load(), manifest), nl=False)
-        return
+        return ("kubectl apply -f FILE", "kubectl get rayservices")
     if config_only:
         from pipeline.runtime.serve_file import serve_file
 
         typer.echo(serve_file(load()), nl=False)
-        return
+        return ("serve deploy FILE", "serve status")
 
     from pipeline.runtime.kept_ray import KeptRay
     from pipeline.serve.keeper import keep
@@ -157,5 +165,12 @@ def serve(
     own_ray = None if address else KeptRay()
     kept = keep(served.serve, typer.echo, own_ray and own_ray.hold)
     from pipeline.runtime.serve import serve_recipe
+    from pipeline.serve.http_server import url_of
 
-    serve_recipe(served, address=address, reload=load, kept=kept, own_ray=own_ray)
+    words = recipe_words(recipe, overrides)
+
+    def propose() -> None:
+        print_next(f"curl {url_of(served.serve.host, served.serve.port)}/readyz", "unclip keys add keys.json NAME")
+
+    serve_recipe(served, address=address, reload=load, on_ready=propose, kept=kept, own_ray=own_ray)
+    return (f"unclip serve {words}", f"unclip status {words}")

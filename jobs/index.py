@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.options import AsJson, Overrides, RayAddress, RecipePath, print_json, print_warning
+from jobs.options import AsJson, Next, Overrides, RayAddress, RecipePath, print_json, print_warning, recipe_words
 from pipeline.errors import ConfigError
 from pipeline.recipe.plan import finished_artifacts, make_plan
 from pipeline.recipe.recipe import Recipe, load_recipe
@@ -32,7 +32,7 @@ def append(
     overrides: Overrides = None,
     address: RayAddress = "",
     json: AsJson = False,
-) -> None:
+) -> Next:
     """Add pairs to a finished index: the embeddings of another recipe, by the same CLIP.
 
     First write a recipe of the new pairs, with this recipe's CLIP, and run it: unclip run more.toml --until embed
@@ -49,9 +49,10 @@ def append(
     [step] = [step for step in make_plan(resolved) if step.name == "index"]
     with locked_workspace(Workspace(resolved.workspace), print_warning) as lock, connect(address):
         _print_summary(index.append(resolved, step, embed, lock.check), json=json)
+    return _search_it(recipe, overrides)
 
 
-def compact(recipe: RecipePath, overrides: Overrides = None, address: RayAddress = "", json: AsJson = False) -> None:
+def compact(recipe: RecipePath, overrides: Overrides = None, address: RayAddress = "", json: AsJson = False) -> Next:
     """Build one segment from all, without the deleted pairs: searches get faster, and deleted pairs leave the disk.
 
     Example: unclip compact my.toml
@@ -65,6 +66,7 @@ def compact(recipe: RecipePath, overrides: Overrides = None, address: RayAddress
     [step] = [step for step in make_plan(resolved) if step.name == "index"]
     with locked_workspace(Workspace(resolved.workspace), print_warning) as lock, connect(address):
         _print_summary(index.compact(resolved, step, lock.check), json=json)
+    return _search_it(recipe, overrides)
 
 
 def delete(
@@ -74,7 +76,7 @@ def delete(
     file: File = "",
     overrides: Overrides = None,
     json: AsJson = False,
-) -> None:
+) -> Next:
     """Take pairs out of the index: no search returns them, from its next start on.
 
     The same holds for every other index of the workspace, and for those that are built later.
@@ -84,6 +86,8 @@ def delete(
     from pipeline.retrieve.changes import delete_everywhere
 
     _change(load_recipe(recipe, overrides or []), _names(uid, url, file), delete_everywhere, "deleted", json=json)
+    words = recipe_words(recipe, overrides)
+    return (f"unclip compact {words}", f"unclip restore {words} --uid UID")
 
 
 def restore(
@@ -93,7 +97,7 @@ def restore(
     file: File = "",
     overrides: Overrides = None,
     json: AsJson = False,
-) -> None:
+) -> Next:
     """Undo delete. A pair that a later build left out comes back when its embeddings are appended.
 
     Example: unclip restore my.toml --file takedown.txt
@@ -101,6 +105,11 @@ def restore(
     from pipeline.retrieve.changes import restore_everywhere
 
     _change(load_recipe(recipe, overrides or []), _names(uid, url, file), restore_everywhere, "restored", json=json)
+    return _search_it(recipe, overrides)
+
+
+def _search_it(recipe: str, overrides: list[str] | None) -> Next:
+    return (f'unclip search {recipe_words(recipe, overrides)} "your words" -k 10',)
 
 
 def _change(

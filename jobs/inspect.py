@@ -10,7 +10,17 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.options import AsJson, Overrides, RecipePath, Until, print_json, print_measured, print_next, recipe_words
+from jobs.options import (
+    AsJson,
+    Next,
+    Overrides,
+    RecipePath,
+    Until,
+    print_json,
+    print_measured,
+    print_next,
+    recipe_words,
+)
 from pipeline.recipe.estimate import status_remaining
 from pipeline.recipe.plan import StepStatus, artifact_of, dependents, make_plan, plan_status, unseen_inputs
 from pipeline.recipe.recipe import Recipe, json_schema, load_recipe, to_dict
@@ -36,23 +46,26 @@ def plan(
         bool, typer.Option("--time", help="Measure this machine for some seconds; print the time of steps and run.")
     ] = False,
     json: AsJson = False,
-) -> None:
+) -> Next:
     """Show which steps would run, and why; or what its networks cost, or how long the run takes.
 
     Example: unclip plan configs/demo.toml --set decoder.train.num_steps=2000
     """
-    resolved = load_recipe(recipe, overrides or [])
+    resolved, words = load_recipe(recipe, overrides or []), recipe_words(recipe, overrides)
+    run = f"unclip run {words}{f' --until {until}' if until else ''}"
     if cost:
         _print_cost(resolved, json=json)
-        return
+        return (f"unclip plan {words}", run)
     workspace = Workspace(resolved.workspace)
     statuses = plan_status(workspace, make_plan(resolved, until=until))
+    todo = [status.step.name for status in statuses if status.state != "done"]
+    after = (run,) if todo else (f"unclip status {words}",)
     if graph:
         typer.echo(_mermaid(statuses))
-        return
+        return after
     if time:
         _print_times(resolved, statuses, json=json)
-        return
+        return after
     if json:
         owner = holder_of(workspace)
         forgotten = Forgotten.read(workspace.root)
@@ -60,19 +73,14 @@ def plan(
         for row, item in zip(rows, statuses, strict=True):
             row["forgotten_pairs"] = forgotten.trained_on(item.manifest) if item.manifest else 0
         print_json(rows)
-        return
+        return ()
     for status in statuses:
         why = "; ".join(status.reasons)
         typer.echo(f"{status.step.name:<17} {status.step.key}  {status.state:<8} {why}".rstrip())
     for note in [*unseen_inputs(resolved), *_forgotten_notes(workspace, statuses)]:
         typer.echo(note)
-    todo = [status.step.name for status in statuses if status.state != "done"]
     typer.echo(f"{len(todo)} of {len(statuses)} steps to run: {', '.join(todo)}" if todo else "nothing to do")
-    words = recipe_words(recipe, overrides)
-    if todo:
-        print_next(f"plan {words} --time", f"run {words}{f' --until {until}' if until else ''}")
-    else:
-        print_next(f"status {words}")
+    return (f"unclip plan {words} --time", run) if todo else after
 
 
 def _print_cost(resolved: Recipe, *, json: bool) -> None:
@@ -128,7 +136,7 @@ def status(
         bool, typer.Option("--watch", help="Print it again every two seconds while a run goes on.")
     ] = False,
     json: AsJson = False,
-) -> None:
+) -> Next:
     """Show where every step stands: time spent, rows, and for running ones the rate, the time to go and the workers.
 
     A step that no living run works on is shown as stopped, with its last error.
@@ -139,14 +147,16 @@ def status(
     while True:
         if watch and sys.stdout.isatty() and not json:
             typer.echo("\x1b[H\x1b[2J", nl=False)
-        is_running = _print_status(resolved, words, json=json)
+        is_running, following = _print_status(resolved, words, json=json)
         if not (watch and is_running):
-            return
+            return following
+        if not json:
+            print_next(*following)
         clock.sleep(_WATCH_S)
 
 
-def _print_status(resolved: Recipe, words: str, *, json: bool) -> bool:
-    """Print the state of every step once; returns whether a run goes on."""
+def _print_status(resolved: Recipe, words: str, *, json: bool) -> tuple[bool, Next]:
+    """Print the state of every step once; returns whether a run goes on, and what is useful next."""
     from pipeline.runtime.tracking.place import Place
 
     workspace = Workspace(resolved.workspace)
@@ -157,7 +167,7 @@ def _print_status(resolved: Recipe, words: str, *, json: bool) -> bool:
     rows = [_as_row(workspace, item, owner) | spans.get(item.step.name, {}) for item in statuses]
     if json:
         print_json(rows)
-        return bool(owner)
+        return bool(owner), ()
     for row in rows:
         state = "running" if row["is_running"] else row["state"]
         typer.echo(f"{row['step']:<17} {row['key']}  {state:<8} {_describe(row)}".rstrip())
@@ -170,12 +180,10 @@ def _print_status(resolved: Recipe, words: str, *, json: bool) -> bool:
         sender = "the run that goes on sends" if owner else f"`unclip run {words}` sends"
         typer.echo(f"tracker {place.shown_uri}: {number} records wait in {place.kept_in}; {sender} them")
     if owner:
-        print_next(f"status {words} --watch")
-    elif is_done:
-        print_next(f'sample {words} "your prompt" --out out', f"serve {words}")
-    else:
-        print_next(f"run {words}")
-    return bool(owner)
+        return True, (f"unclip status {words} --watch",)
+    if is_done:
+        return False, (f'unclip sample {words} "your prompt" --out out', f"unclip serve {words}")
+    return False, (f"unclip run {words}",)
 
 
 def config(
@@ -183,21 +191,23 @@ def config(
     overrides: Overrides = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of all recipes.")] = False,
     json: AsJson = False,
-) -> None:
+) -> Next:
     """Print the resolved recipe as TOML or JSON, or the JSON schema of all recipes.
 
     Example: unclip config configs/demo.toml --set seed=1
     """
+    following = (f"unclip plan {recipe_words(recipe, overrides)}",) if recipe else ("unclip init LIST --out my.toml",)
     if schema:
         print_json(json_schema())
-        return
+        return following
     tables = to_dict(load_recipe(recipe or None, overrides or []))
     if json:
         print_json(tables)
-        return
+        return ()
     import tomli_w
 
     typer.echo(tomli_w.dumps(_without_none(tables)), nl=False)
+    return following
 
 
 def _print_times(recipe: Recipe, statuses: list[StepStatus], *, json: bool) -> None:

@@ -1,11 +1,12 @@
 """``unclip keys``: who may use a server."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
 import typer
 
-from jobs.options import AsJson, print_json
+from jobs.options import AsJson, Next, print_json
 from pipeline.errors import ConfigError
 from pipeline.serve.keys import SCOPES, Scope, add_key, read_keys, revoke_key
 
@@ -23,11 +24,12 @@ def keys(
     pixels: Annotated[int, typer.Option("--pixels", min=0, help=f"Most pixels of pictures {_PER_MINUTE}")] = 0,
     num_bytes: Annotated[int, typer.Option("--bytes", min=0, help=f"Most bytes of bodies {_PER_MINUTE}")] = 0,
     json: AsJson = False,
-) -> None:
+) -> Next:
     """Add, list or revoke the keys of a server. The file holds digests: a key is printed once, by add.
 
     Example: unclip keys add keys.json alice --scope images --requests 60
     """
+    file = shlex.quote(str(path))
     if action == "list":
         rows = [
             (key.name, key.created, ",".join(key.scopes), key.requests, key.pixels, key.bytes)
@@ -36,19 +38,19 @@ def keys(
         if json:
             columns = ("name", "created", "scopes", "requests", "pixels", "bytes")
             print_json([dict(zip(columns, row, strict=True)) for row in rows])
-            return
+            return ()
         for whose, created, opens, *limits in rows:
             used = " ".join(
                 f"{unit}={limit or '-'}" for unit, limit in zip(("requests", "pixels", "bytes"), limits, strict=True)
             )
             typer.echo(f"{whose:20} {created} {opens} {used}")
-        return
+        return (f"unclip keys add {file} NAME", f"unclip keys revoke {file} NAME")
     if not name:
         raise ConfigError(f"keys {action}: say whose key: unclip keys {action} {path} NAME")
     if action == "revoke":
         revoke_key(path, name)
         typer.echo(f"{name} is revoked; running servers refuse the key from now on", err=True)
-        return
+        return (f"unclip keys list {file}",)
     unknown = sorted({*(scopes or [])} - {*SCOPES})
     if unknown:
         raise ConfigError(f"--scope {unknown[0]}: one of {', '.join(SCOPES)}")
@@ -57,6 +59,7 @@ def keys(
     )
     if json:
         print_json({"name": name, "key": secret})
-        return
+        return ()
     typer.echo(secret)
     typer.echo(f"the key of {name}; it is shown only now", err=True)
+    return (f"unclip serve RECIPE --set serve.keys={file}", f"unclip keys list {file}")

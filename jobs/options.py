@@ -24,6 +24,8 @@ From = Annotated[
     str, typer.Option("--from", metavar="STEP", help="Start with this step; what it reads must be finished.")
 ]
 Only = Annotated[str, typer.Option("--step", metavar="STEP", help="This step alone; what it reads must be finished.")]
+Next = tuple[str, ...]
+"""What a command returns: the commands, with all their words, that are useful after it."""
 DASHBOARD = "http://127.0.0.1:8265"
 JobAddress = Annotated[
     str,
@@ -37,10 +39,10 @@ def recipe_words(recipe: str, overrides: list[str] | None) -> str:
 
 
 def print_next(*commands: str) -> None:
-    """The commands that are useful now."""
-    typer.echo("next:")
+    """The commands that are useful now, on standard error: they are no part of what a command makes."""
+    typer.echo("next:", err=True)
     for command in commands:
-        typer.echo(f"  unclip {command}")
+        typer.echo(f"  {command}", err=True)
 
 
 def print_json(value: Any) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.options import AsJson, print_json, print_next, print_warning
+from jobs.options import AsJson, Next, print_json, print_warning
 from pipeline.errors import UnclipError
 from pipeline.recipe.lineage import Lineage, Node, mermaid, trace
 from pipeline.recipe.recipe import load_recipe
@@ -36,7 +36,7 @@ def lineage(
         ),
     ] = 3,
     json: AsJson = False,
-) -> None:
+) -> Next:
     """Show what something was made from: networks, trainings, data, recipes, versions, MLflow runs.
 
     Of a picture, also the training pairs that are nearest to it, if the workspace has their index.
@@ -44,9 +44,11 @@ def lineage(
     Example: unclip lineage out/000-0.png --recipe configs/demo.toml
     """
     lineage = trace(what, workspace or (load_recipe(recipe).workspace if recipe else ""))
+    option = ["--recipe", recipe] if recipe else ["--workspace", workspace] if workspace else []
+    again = f"unclip lineage {shlex.join([what, *option])}"
     if graph:
         typer.echo(mermaid(lineage))
-        return
+        return (again,)
     pairs: list[Neighbour] = []
     if nearest and what.lower().endswith(".png"):
         pairs, lineage = _nearest(what, lineage, nearest)
@@ -54,6 +56,7 @@ def lineage(
         print_json(lineage.to_dict() | {"nearest": [dataclasses.asdict(pair) for pair in pairs]})
     else:
         _print_lineage(lineage, pairs)
+    return (f"{again} --graph", *([f"unclip status {shlex.quote(recipe)}"] if recipe else []))
 
 
 def _nearest(picture: str, lineage: Lineage, count: int) -> "tuple[list[Neighbour], Lineage]":
@@ -73,7 +76,7 @@ def gc(
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Every recipe whose artifacts stay.")],
     delete: Annotated[bool, typer.Option("--delete", help="Remove them; without it they are only listed.")] = False,
     json: AsJson = False,
-) -> None:
+) -> Next:
     """List the artifacts of a workspace that none of these recipes needs; with --delete, remove them.
 
     Example: unclip gc my.toml other.toml
@@ -95,7 +98,7 @@ def gc(
         print_json(
             {"garbage": rows, "bytes": total, "removed": delete, "kept": [dataclasses.asdict(k) for k in others]}
         )
-        return
+        return ()
     for one in garbage:
         state = "" if one.is_finished else "  unfinished"
         typer.echo(f"{one.step:<17} {one.key}  {_size(one.num_bytes):>9}{state}")
@@ -104,7 +107,8 @@ def gc(
     verdict = "removed" if delete else "not needed"
     typer.echo(f"{len(garbage)} artifacts, {_size(total)}: {verdict}")
     if garbage and not delete:
-        print_next(f"gc {shlex.join(recipes)} --delete")
+        return (f"unclip gc {shlex.join(recipes)} --delete",)
+    return (f"unclip status {shlex.quote(recipes[0])}",)
 
 
 def _print_lineage(lineage: Lineage, pairs: "list[Neighbour]") -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import AsJson, Overrides, RecipePath, print_json, print_next, print_warning, recipe_words
+from jobs.options import AsJson, Next, Overrides, RecipePath, print_json, print_warning, recipe_words
 from pipeline.recipe.champion import DEFAULT_MEASURE, evaluated, promote
 from pipeline.recipe.recipe import load_recipe
 
@@ -21,7 +21,7 @@ def promote_(
         bool, typer.Option("--force", help="Promote it whatever the measure says; needs a --reason.")
     ] = False,
     json: AsJson = False,
-) -> None:
+) -> Next:
     """Make the measured cascade of a recipe its champion, if it is better than the present one.
 
     The choice is kept in the workspace, whose `gc` then leaves the champion's artifacts; the tracker's alias `champion`
@@ -38,8 +38,12 @@ def promote_(
         send_champion(resolved, step, promotion.reason, print_warning)
     if json:
         print_json(dataclasses.asdict(promotion) | {"changed": is_new})
-        return
+        return ()
     typer.echo(f"champion of {resolved.name}: {promotion.evaluate} ({promotion.reason})")
     if not is_new:
         typer.echo("it was the champion already; nothing has changed")
-    print_next(f"serve {words}", f"export {words} --native FOLDER", f"lineage {step.key} --recipe {recipe}")
+    return (
+        f"unclip serve {words}",
+        f"unclip export {words} --native FOLDER",
+        f"unclip lineage {step.key} --recipe {recipe}",
+    )

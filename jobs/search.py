@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from jobs.options import AsJson, Overrides, RayAddress, RecipePath, print_json, recipe_words
+from jobs.options import AsJson, Next, Overrides, RayAddress, RecipePath, print_json, recipe_words
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe, load_recipe
 
@@ -73,7 +73,7 @@ def search(
     html: Annotated[str, typer.Option("--html", metavar="FILE", help="Write a contact sheet: one HTML page.")] = "",
     overrides: Overrides = None,
     json: AsJson = False,
-) -> None:
+) -> Next:
     """Find the nearest pairs to a text, a picture, a vector or another pair, or to a mixture of them.
 
     Example: unclip search configs/demo.toml "a blue circle" -k 10 --html sheet.html
@@ -91,7 +91,7 @@ def search(
             address,
             json=json,
         )
-        return
+        return (f"unclip status {recipe_words(recipe, overrides)}",)
     if not things:
         raise ConfigError(
             "search: give a text, --image FILE, --embedding FILE or --uid UID, "
@@ -124,6 +124,9 @@ def search(
             typer.echo(f"contact sheet: {html}")
     for problem in [*([shortage] if shortage else []), *(f"no picture: {problem}" for problem in problems)]:
         typer.echo(problem, err=True)
+    words, found = recipe_words(recipe, overrides), results.neighbours
+    like_the_first = (f"unclip search {words} --uid {found[0].uid}",) if found else ()
+    return (*like_the_first, f"unclip serve {words}")
 
 
 def _search_many(recipe: Recipe, queries: str, options: Any, out: str, address: str, *, json: bool) -> None:

@@ -9,6 +9,7 @@ import typer
 from jobs.options import (
     AsJson,
     From,
+    Next,
     Only,
     Overrides,
     RayAddress,
@@ -16,7 +17,6 @@ from jobs.options import (
     Until,
     print_json,
     print_measured,
-    print_next,
     print_warning,
     recipe_words,
 )
@@ -55,7 +55,7 @@ def init(
     time: Annotated[
         bool, typer.Option("--time/--no-time", help="Measure this machine, and say how long the run takes.")
     ] = True,
-) -> None:
+) -> Next:
     """Look at your pairs and write a short recipe for them and for this machine; say how long it takes.
 
     Example: unclip init pairs.parquet --out my.toml --minutes 30
@@ -74,7 +74,7 @@ def init(
     typer.echo(f"{out}: {summary}")
     if time or minutes is not None:
         typer.echo(f"time: {_time_of(out, is_measured=minutes is not None)}")
-    print_next(f"plan {shlex.quote(out)}", f"run {shlex.quote(out)}")
+    return (f"unclip plan {shlex.quote(out)}", f"unclip run {shlex.quote(out)}")
 
 
 def _time_of(path: str, *, is_measured: bool) -> str:
@@ -117,7 +117,7 @@ def run(
     ] = "",
     shown_as: Annotated[str, typer.Option(hidden=True, help="The recipe in the commands that are proposed.")] = "",
     job: Annotated[str, typer.Option(hidden=True, help="Id of the Ray job that this run is.")] = "",
-) -> None:
+) -> Next:
     """Run every step that is not done; run it again after a stop of any kind and it continues.
 
     Example: unclip run configs/demo.toml
@@ -142,7 +142,7 @@ def run(
     _require_inputs([item for item in before if item.step.name not in chosen], words)
     if dry_run:
         _print_dry_run([item for item in before if item.step.name in ran], forced, json=json)
-        return
+        return (f"unclip run {words}",) if ran else (f"unclip status {words}",)
     report = workspace.local_root / "report.html"
     if ran or Pending.read(workspace.root) is not None:
         from jobs.watch import Watcher
@@ -165,12 +165,12 @@ def run(
     wall_s = round(time.monotonic() - begun, 1)
     if json:
         print_json({"ran": ran, "wall_s": wall_s, "workspace": workspace.root, "report": where})
-        return
+        return ()
     number = "1 step" if len(ran) == 1 else f"{len(ran)} steps"
     typer.echo(f"ran {number} in {wall_s:.0f} s" if ran else f"nothing to do: all {len(before)} steps are done")
     if report.exists():
         typer.echo(f"report: {where}")
-    _print_next(words, {status.step.name for status in before}, has_shapes=resolved.pairs.source == "drawn")
+    return _next(words, {status.step.name for status in before}, has_shapes=resolved.pairs.source == "drawn")
 
 
 def _require_inputs(inputs: list[StepStatus], words: str) -> None:
@@ -198,13 +198,13 @@ def _print_dry_run(statuses: list[StepStatus], forced: set[str], *, json: bool) 
     typer.echo(f"{len(rows)} steps would run" if rows else "nothing to do")
 
 
-def _print_next(recipe: str, steps: set[str], *, has_shapes: bool) -> None:
+def _next(recipe: str, steps: set[str], *, has_shapes: bool) -> Next:
     commands: list[str] = []
     if "evaluate" in steps:
         prompt = "a large red star on a white background" if has_shapes else "your prompt"
-        commands.append(f'sample {recipe} "{prompt}" -n 4 --out out')
+        commands.append(f'unclip sample {recipe} "{prompt}" -n 4 --out out')
     if "index" in steps:
-        commands.append(f'search {recipe} "{"a blue circle" if has_shapes else "your words"}" -k 10')
+        commands.append(f'unclip search {recipe} "{"a blue circle" if has_shapes else "your words"}" -k 10')
     if "evaluate" in steps:
-        commands.append(f"serve {recipe}")
-    print_next(*commands, f"status {recipe}")
+        commands.append(f"unclip serve {recipe}")
+    return (*commands, f"unclip status {recipe}")

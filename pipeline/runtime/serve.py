@@ -57,6 +57,7 @@ def serve_recipe(
     address: str = "",
     reload: Callable[[], Recipe] | None = None,
     announce: Announce | None = None,
+    on_ready: Callable[[], None] | None = None,
     kept: Kept | None = None,
     own_ray: KeptRay | None = None,
 ) -> None:
@@ -69,6 +70,7 @@ def serve_recipe(
         address: Ray cluster; empty: one of our own on this machine, ended with the server.
         reload: Reads the recipe again; SIGHUP then swaps to its networks of that time. None: SIGHUP is left alone.
         announce: Takes lines for people; None writes them to standard output.
+        on_ready: Called once requests are answered; None: nobody waits for that.
         kept: Of the process that starts this one again if it is killed; None: there is none.
         own_ray: A Ray of our own that another process holds; None: the cluster's, or one that ends with this process.
 
@@ -102,6 +104,8 @@ def serve_recipe(
                 announce(f"{server_name(recipe)} is served at {url_of(config.host, config.port)} - Ctrl-C ends it")
                 if no_neighbours:
                     announce(no_neighbours)
+                if on_ready is not None:
+                    on_ready()
                 with _finishing(front, config.drain_s, announce):
                     _Watch(recipe, artifacts, front, handles, announce, uses).run(reload, servers)
         except KeyboardInterrupt:

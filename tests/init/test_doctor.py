@@ -112,7 +112,7 @@ def test_the_command_ends_with_code_4_where_a_run_would_stop(tmp_path: Path, mon
         monkeypatch.setattr(doctor, limit, 0.0)
     good = CliRunner().invoke(app, ["doctor", path])
     assert good.exit_code == 0, good.output
-    assert f"next:\n  unclip plan {path}\n  unclip run {path}\n" in good.stdout
+    assert f"next:\n  unclip plan {path}\n  unclip run {path}\n" in good.stderr
     bad = CliRunner().invoke(app, ["doctor", path, "--set", "tracking.uri=http://127.0.0.1:1", "--json"])
     assert bad.exit_code == 4
     states = {finding["name"]: finding["state"] for finding in json.loads(bad.stdout)}

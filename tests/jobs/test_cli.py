@@ -8,10 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 from jobs import cli
+from jobs.options import Next
 from pipeline.recipe.recipe import Recipe
 from tests.ports import free_port
 from tests.tiny.command import ROOT, unclip_here
@@ -47,6 +49,16 @@ def test_help_says_each_command_in_one_whole_line_of_its_group() -> None:
     assert said == {group: list(commands) for group, commands in cli.COMMANDS.items()}
     assert len(text.split("\n\n")) == len(said) + 1
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_every_command_ends_with_the_next_useful_ones() -> None:
+    commands = {name: command for group in cli.COMMANDS.values() for name, (command, _) in group.items()}
+    assert {name for name, command in commands.items() if get_type_hints(command)["return"] != Next} == set()
+    sources = "".join(path.read_text() for path in (ROOT / "jobs").glob("*.py"))
+    assert set(re.findall(r"f?[\"']unclip ([a-z-]+)", sources)) <= commands.keys()
+    done = unclip_here("config", "configs/demo.toml", "--set", "seed=9")
+    assert (done.stderr, "next:" in done.stdout) == ("next:\n  unclip plan configs/demo.toml --set seed=9\n", False)
+    assert not unclip_here("config", "configs/demo.toml", "--json").stderr
 
 
 def test_version_is_the_package_version() -> None:

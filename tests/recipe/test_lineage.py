@@ -237,7 +237,7 @@ def test_the_command_removes_only_when_told(tmp_path: Path) -> None:
     dry_run = CliRunner().invoke(app, ["gc", str(path)])
     assert dry_run.exit_code == 0, dry_run.output
     assert "1 artifacts, 2.0 KB: not needed" in dry_run.stdout
-    assert f"next:\n  unclip gc {path} --delete" in dry_run.stdout
+    assert f"next:\n  unclip gc {path} --delete" in dry_run.stderr
     assert workspace.keys("prior") == ["f" * 16]
     assert "1 artifacts, 2.0 KB: removed" in CliRunner().invoke(app, ["gc", str(path), "--delete"]).stdout
     assert workspace.keys("prior") == []

@@ -51,7 +51,10 @@ def unclip(
 
 
 def unclip_here(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run the command in this process, which has loaded torch already: for tests that are not about processes."""
+    """Run the command in this process, which has loaded torch already: for tests that are not about processes.
+
+    One that ends well must have said what is useful next, unless it is asked for JSON.
+    """
     output, errors = io.StringIO(), io.StringIO()
     argv = sys.argv
     sys.argv = ["unclip", *arguments]
@@ -67,6 +70,8 @@ def unclip_here(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProces
     finally:
         sys.argv = argv
     code = int(exit_.value.code or 0)
+    if code == 0 and not {"--json", "--version", "--help"} & {*arguments}:
+        assert "\nnext:\n  " in f"\n{errors.getvalue()}", arguments
     return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
 
 
