@@ -39,6 +39,12 @@ class PairsList:
     """How often a training sees a row of the list in one epoch."""
 
 
+FOLDERS_ARE_HERE = (
+    "pictures in a folder are read from a disk that every worker has; copy the folder there, or put the pictures into "
+    "shards (*.tar), which may stay where they are"
+)
+
+
 @configclass
 class PairsConfig(StepSection):
     """Where the image-text pairs come from; the step writes one list of (uid, url, caption, split)."""
@@ -48,7 +54,8 @@ class PairsConfig(StepSection):
     pictures and texts, as webdataset and img2dataset write them, which are taken in as they are."""
     path: str = ""
     """The list (txt, csv, tsv, json, jsonl, ndjson, each also .gz or .zst, or parquet), a folder of its parts, or a
-    pattern such as data/*.parquet; here or under s3://, gs://, https://. Or the folder of pictures, or of shards."""
+    pattern such as data/*.parquet; here or under s3://, gs://, https://. Or the folder of shards, there too, or of
+    pictures, on a disk that every worker has."""
     url_column: str = ""
     """Column that holds the URL (list); empty: found by its name."""
     caption_column: str = ""
@@ -71,6 +78,9 @@ class PairsConfig(StepSection):
             self._check_lists()
         elif self.source != "drawn" and not self.path:
             raise ValueError(f"path is required when source is {self.source!r}")
+        for path in (one.path for one in self.each()):
+            if self.source == "folder" and "://" in path:
+                raise ValueError(f"{path}: {FOLDERS_ARE_HERE}")
 
     def _check_lists(self) -> None:
         if self.source == "drawn":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import socket
 import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from email.utils import formatdate
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -16,6 +17,7 @@ from tests.data.conftest import make_picture
 
 STALL_S = 20.0
 _ADDRESSES = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
+DEAD_ADDRESSES = tuple(f"127.0.9.{number}" for number in range(1, 7))
 
 
 class HostileServer:
@@ -248,6 +250,36 @@ class HostileServer:
     def do_header(self, connection: socket.socket, _target: str, query: dict[str, str]) -> bool:
         """A picture with the header ?name=, ?value=."""
         return _send(connection, make_picture(0), headers=f"{query['name']}: {query['value']}\r\n")
+
+
+@contextlib.contextmanager
+def dead_addresses() -> Generator[int]:
+    """A port at which ``DEAD_ADDRESSES`` never answer a SYN: their queues are full."""
+    listeners, fillers, port = list[socket.socket](), list[socket.socket](), 0
+    for address in DEAD_ADDRESSES:
+        listener = socket.socket()
+        listener.bind((address, port))
+        listener.listen(0)
+        port = listener.getsockname()[1]
+        listeners.append(listener)
+        for _ in range(3):
+            filler = socket.socket()
+            filler.setblocking(False)
+            filler.connect_ex((address, port))
+            fillers.append(filler)
+    time.sleep(0.1)
+    yield port
+    for one in [*fillers, *listeners]:
+        one.close()
+
+
+def urls_that_never_end(server: HostileServer, dead_port: int, count: int) -> list[str]:
+    """URLs of a server that drips or never answers, and of dead addresses, each kind as often as the others."""
+    paths = ("silent", "drip", "half-body", "drip-head")
+    urls = [f"{server.url}/{path}" for path in paths] + [
+        f"http://{address}:{dead_port}/a" for address in DEAD_ADDRESSES
+    ]
+    return [f"{urls[number % len(urls)]}?{number}" for number in range(count)]
 
 
 def _head(num_bytes: int, status: str = "200 OK", headers: str = "") -> bytes:

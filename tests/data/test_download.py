@@ -9,7 +9,7 @@ import signal
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.pictures import PictureError, decode, square
 from pipeline.recipe.sections import DownloadConfig, DownloadResources
 from tests.data.conftest import CASES, PictureServer, make_picture
-from tests.data.hostile import HostileServer
+from tests.data.hostile import HostileServer, dead_addresses, urls_that_never_end
 from tests.tiny.pairs import write_parts
 
 _CONFIG = DownloadConfig(
@@ -59,8 +59,11 @@ _FAULTS = {
 
 
 def _rows(url: str, paths: Iterable[str]) -> pa.Table:
-    urls = [f"{url}/{path}" for path in paths]
-    captions = [f"picture {path}" for path in paths]
+    return _rows_of([f"{url}/{path}" for path in paths])
+
+
+def _rows_of(urls: Sequence[str]) -> pa.Table:
+    captions = [f"picture {url.partition('//')[2].partition('/')[2]}" for url in urls]
     return pa.table(
         {
             "uid": [make_uid(*pair) for pair in zip(urls, captions, strict=True)],
@@ -318,14 +321,14 @@ def test_placeholders_and_pictures_of_one_pixel_are_reported(server: PictureServ
 
 
 def test_a_hundred_urls_of_hosts_that_never_end_take_one_deadline(hostile: HostileServer, tmp_path: Path) -> None:
-    paths = [f"{kind}?{i}" for i in range(25) for kind in ("silent", "drip", "half-body", "drip-head")]
     config = replace(_CONFIG, timeout_s=2, deadline_s=3, extra_columns=())
-    rows = _rows(hostile.url, paths).drop_columns(["score"])
-    with Downloader(config, _NEAR) as downloader:
+    with dead_addresses() as port, Downloader(config, _NEAR) as downloader:
+        rows = _rows_of(urls_that_never_end(hostile, port, 100)).drop_columns(["score"])
         start = time.monotonic()
         counts = downloader.download(rows, "00003", _files(tmp_path))
         assert time.monotonic() - start < config.deadline_s + 2
     assert counts == {"in": 100, "ok": 0, "failed_to_download": 100, "failed_to_resize": 0}
+    assert json.loads(_files(tmp_path).stats.read_text())["status_dict"].keys() <= {"timeout", "deadline"}
 
 
 def test_progress_counts_rows_and_causes_while_they_come(

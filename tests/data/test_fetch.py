@@ -17,7 +17,7 @@ from pipeline.data.hosts import HostLimits, Limits
 from pipeline.data.urls import AddressRules
 from pipeline.recipe.sections import DownloadConfig, DownloadResources
 from tests.data.conftest import make_picture
-from tests.data.hostile import HostileServer
+from tests.data.hostile import DEAD_ADDRESSES, HostileServer, dead_addresses
 
 _CONFIG = DownloadConfig(timeout_s=1, deadline_s=3.5, retries=0, max_body_bytes=2_000_000)
 _SPARE_S = 2.0
@@ -107,27 +107,13 @@ def test_a_picture_comes_as_it_was_sent(hostile: HostileServer) -> None:
 
 @pytest.fixture
 def black_holes() -> Generator[int]:
-    """A port at which 127.0.9.1 to 127.0.9.6 never answer a SYN: their queues are full."""
-    listeners, fillers, port = list[socket.socket](), list[socket.socket](), 0
-    for number in range(1, 7):
-        listener = socket.socket()
-        listener.bind((f"127.0.9.{number}", port))
-        listener.listen(0)
-        port = listener.getsockname()[1]
-        listeners.append(listener)
-        for _ in range(3):
-            filler = socket.socket()
-            filler.setblocking(False)
-            filler.connect_ex((f"127.0.9.{number}", port))
-            fillers.append(filler)
-    time.sleep(0.1)
-    yield port
-    for one in [*fillers, *listeners]:
-        one.close()
+    """The port of the addresses that never answer."""
+    with dead_addresses() as port:
+        yield port
 
 
 def test_six_dead_addresses_end_at_the_deadline(names: Names, black_holes: int) -> None:
-    names["dead.test"] = (0, [f"127.0.9.{number}" for number in range(1, 7)])
+    names["dead.test"] = (0, list(DEAD_ADDRESSES))
     start = time.monotonic()
     (result,) = _fetch([f"http://dead.test:{black_holes}/a.jpg"], replace(_CONFIG, retries=2))
     assert _cause(result) in {"deadline", "timeout"}

@@ -3,6 +3,7 @@ import errno
 import tarfile
 from pathlib import Path
 
+import fsspec
 import pytest
 from PIL import Image
 
@@ -48,6 +49,15 @@ def test_write_recipe_takes_a_folder_of_pictures(tmp_path: Path) -> None:
     recipe = load_recipe(out)
     assert (recipe.pairs.source, recipe.pairs.path) == ("folder", str(tmp_path))
     assert recipe.clip.train.batch_size == 4
+
+
+def test_write_recipe_refuses_a_folder_of_pictures_that_no_worker_has_on_its_disk(tmp_path: Path) -> None:
+    store, out = fsspec.filesystem("memory"), tmp_path / "mine.toml"
+    store.pipe("/photographs/train/0001.png", make_picture(0, kind="PNG"))
+    store.pipe("/photographs/metadata.csv", b"file_name,text\ntrain/0001.png,a red house\n")
+    with pytest.raises(ConfigError, match=r"memory://photographs: pictures in a folder are .*copy the folder"):
+        write_recipe("memory://photographs", str(out), gpu=False)
+    assert not out.exists()
 
 
 def test_write_recipe_sizes_a_cpu_cascade_that_fits_together(tmp_path: Path) -> None:
