@@ -12,8 +12,12 @@ from pipeline.data.causes import FetchError
 from pipeline.data.urls import AddressRules, Url, is_address, parse_url
 
 _RULES = AddressRules()
-_TEXT = st.text(st.sampled_from("/\\?#%@:[]. \t\n\x00aA0é日🐈\udcff|<>\"'"), max_size=20) | st.text(max_size=20)
-_HOSTS = st.sampled_from(["a.example", "bücher.example", "例え.test", "8.8.8.8", "[2606:4700::1111]", "0x08080808"])
+_TEXT = st.text(st.sampled_from("/\\?#%@:[]. \t\n\x00aA0\u00e9\u65e5\U0001f408\udcff|<>\"'"), max_size=20) | st.text(
+    max_size=20
+)
+_HOSTS = st.sampled_from(
+    ["a.example", "b\u00fccher.example", "\u4f8b\u3048.test", "8.8.8.8", "[2606:4700::1111]", "0x08080808"]
+)
 _SEGMENT = st.text(string.ascii_letters + string.digits + "-_~", min_size=1, max_size=6)
 _PATH = st.lists(_SEGMENT, max_size=5).map("/".join)
 _REFERENCE = st.lists(_SEGMENT | st.sampled_from([".", ".."]), max_size=5).map("/".join)
