@@ -1,12 +1,14 @@
 """The champion of a recipe: the measured cascade that a person has chosen, with the measures and the reason."""
 
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.recipe.plan import Step, artifact_of, make_plan
-from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.recipe import Recipe, parse_recipe, to_dict
+from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.workspace.manifest import Manifest, parse_record
 from pipeline.workspace.store import Artifact, Workspace
 
@@ -14,6 +16,8 @@ Json = dict[str, Any]
 
 DEFAULT_MEASURE = "clip_score.generated"
 _FILE = "champion.json"
+_CONFIG = "config.json"
+"""Of a network's artifact."""
 _CHANGES_LITTLE = {"seed", "batch_size", "num_shown", "num_images_per_shown"}
 """Settings of an evaluation whose measures compare all the same."""
 _LOWER_IS_BETTER = ("frechet", "cmmd", "bits_per_dim", "memori")
@@ -86,6 +90,41 @@ def evaluated(recipe: Recipe, shown: str) -> tuple[Step, Manifest]:
     if manifest is None:
         raise ConfigError(f"the cascade of this recipe, as it is now, was not measured; first: unclip evaluate {shown}")
     return step, manifest
+
+
+def measured_cascade(recipe: Recipe, key: str, names: Collection[str]) -> tuple[Recipe, dict[str, Artifact]]:
+    """A cascade as it was measured: its networks and how they were sampled, in the rest of a recipe.
+
+    Args:
+        recipe: What is not said by the evaluation is taken from here; its workspace holds the networks.
+        key: Of the evaluation.
+        names: Steps that are looked for; those that are not networks may be missing.
+
+    Returns:
+        The recipe with these networks, and the artifacts that are there, by step.
+
+    Raises:
+        ConfigError: If the workspace does not have the evaluation, or a network of it.
+    """
+    workspace = Workspace(recipe.workspace)
+    manifest = workspace.artifact("evaluate", key).manifest()
+    if manifest is None:
+        raise ConfigError(
+            f"the evaluation {key} is not in {workspace.root}: it was made in another workspace, or removed"
+        )
+    artifacts = {name: workspace.artifact(name, own) for name, own in manifest.inputs.items() if name in names}
+    artifacts = {name: artifact for name, artifact in artifacts.items() if artifact.manifest() is not None}
+    tables = to_dict(recipe)
+    for name in CASCADE_STEPS:
+        if name not in manifest.inputs:
+            tables[name] = None
+        elif name not in artifacts:
+            raise ConfigError(f"{name} of the evaluation {key} is not in {workspace.root} any more")
+        elif name != "clip":
+            sampling = manifest.section.get(name, {}).get("model", {})
+            section: Json = tables[name] or {}
+            tables[name] = section | {"model": artifacts[name].read_json(_CONFIG)["config"] | sampling}
+    return parse_recipe({name: table for name, table in tables.items() if table is not None}), artifacts
 
 
 def promote(

@@ -43,6 +43,9 @@ class ServeConfig:
 
     name: str = ""
     """Name of the model, and of the server on its cluster; empty: the recipe's."""
+    networks: str = ""
+    """Alias of a version of the tracker's registered model, for example "champion", whose networks are served as they
+    were measured: at the start, and again at each SIGHUP. Empty: the recipe's own networks."""
     host: str = "127.0.0.1"
     """Address to listen on; one that other machines reach is refused without a key."""
     port: Port = 8000

@@ -10,14 +10,13 @@ from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipeline.errors import ConfigError
-from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.provenance import Signer
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.serve_sections import ServeConfig
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.runtime.parts import Tables, most_requests, read_tables
 from pipeline.runtime.remote_model import Handles, RemoteModel
+from pipeline.runtime.served import server_name
 from pipeline.serve.gate import Gate
 from pipeline.serve.guarded_model import GuardedModel, load_hook
 from pipeline.serve.guards import Guards, GuardSettings
@@ -31,7 +30,6 @@ from pipeline.workspace.store import Artifact
 
 _END_S = 5.0
 """Longest time until the last requests of a server that ends are answered."""
-_NEIGHBOURS = ("download", "embed", "index")
 
 
 class Front:
@@ -125,24 +123,6 @@ class FrontReplica:
         closing.daemon = True
         closing.start()
         self._front = front
-
-
-def served_artifacts(recipe: Recipe) -> tuple[dict[str, Artifact], str]:
-    """The finished steps that a server reads, by name; and why there are no neighbours, if there are none.
-
-    Raises:
-        ConfigError: If a network is not finished.
-    """
-    artifacts = finished_artifacts(recipe, CASCADE_STEPS)
-    try:
-        return artifacts | finished_artifacts(recipe, _NEIGHBOURS), ""
-    except ConfigError as error:
-        return artifacts, f"without neighbours: {error}"
-
-
-def server_name(recipe: Recipe) -> str:
-    """Name of the model, its index and its application."""
-    return recipe.serve.name or recipe.name
 
 
 def _build_app(recipe: Recipe, artifacts: dict[str, Artifact], model: PictureModel, metrics: HttpMetrics) -> ASGIApp:

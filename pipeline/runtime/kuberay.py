@@ -16,10 +16,10 @@ import yaml
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe, to_dict
 from pipeline.runtime.environment import runtime_environment
-from pipeline.runtime.front import server_name
 from pipeline.runtime.jobs import entrypoint, job_name
 from pipeline.runtime.parts import parts_of, place_of
 from pipeline.runtime.serve_file import serve_file
+from pipeline.runtime.served import server_name
 from pipeline.serve.http_server import is_loopback
 
 CLUSTER_FILE, _SERVICE_FILE = "deploy/kuberay/raycluster.yaml", "deploy/kuberay/rayservice.yaml"

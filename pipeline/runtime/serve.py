@@ -28,11 +28,12 @@ from pipeline.errors import StepError, UnclipError
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.connection import connect, own_servers, require_alive
-from pipeline.runtime.front import Front, served_artifacts, server_name
+from pipeline.runtime.front import Front
 from pipeline.runtime.kept_ray import KeptRay
 from pipeline.runtime.parts import Tables, needs_of_replica, part_tables, parts_of, place_of, write_tables
 from pipeline.runtime.remote_model import Handles, end_requests
 from pipeline.runtime.replicas import networks_application
+from pipeline.runtime.served import served_by, server_name
 from pipeline.serve.gate import Gate
 from pipeline.serve.guards import require_keys
 from pipeline.serve.http_server import HttpServer, listen, url_of
@@ -89,12 +90,13 @@ def serve_recipe(
     _quieten()
     with ExitStack() as stack:
         stack.callback(front.close)
-        uses = stack.enter_context(ExitStack())
-        uses.enter_context(_in_use(recipe))
-        artifacts, no_neighbours = served_artifacts(recipe)
         stack.enter_context(HttpServer(front, kept.listener if kept else listen(config.host, config.port)))
         if kept:
             kept.note_listening()
+        served = served_by(recipe)
+        recipe, artifacts = served.recipe, served.artifacts
+        uses = stack.enter_context(ExitStack())
+        uses.enter_context(_in_use(recipe, artifacts))
         servers = stack.enter_context(own_ray.join() if own_ray else _connected(address))
         if not address:
             _require_room(recipe)
@@ -102,8 +104,8 @@ def serve_recipe(
             with _deployed(recipe, artifacts, front.gate, announce, servers, shared=bool(address)) as handles:
                 front.open(recipe, artifacts, handles)
                 announce(f"{server_name(recipe)} is served at {url_of(config.host, config.port)} - Ctrl-C ends it")
-                if no_neighbours:
-                    announce(no_neighbours)
+                for note in served.notes:
+                    announce(note)
                 if on_ready is not None:
                     on_ready()
                 with _finishing(front, config.drain_s, announce):
@@ -112,12 +114,13 @@ def serve_recipe(
             front.gate.close("the server has ended")
 
 
-def _in_use(recipe: Recipe) -> AbstractContextManager[object]:
+def _in_use(recipe: Recipe, artifacts: dict[str, Artifact]) -> AbstractContextManager[object]:
     """Keep `unclip gc` from removing what is served."""
     workspace = Workspace(recipe.workspace)
     if workspace.is_local and not Path(workspace.root).is_dir():  # a folder of networks has no workspace
         return nullcontext()
-    return in_use(workspace, [f"{step.name}/{step.key}" for step in make_plan(recipe)])
+    planned = {f"{step.name}/{step.key}" for step in make_plan(recipe)}
+    return in_use(workspace, sorted(planned | {f"{name}/{artifact.key}" for name, artifact in artifacts.items()}))
 
 
 @contextmanager
@@ -321,7 +324,7 @@ class _Watch:
                 try:
                     self.swap(reload())
                 except UnclipError as error:
-                    self._announce(f"not swapped: {error}")
+                    self._announce(f"not swapped, the networks of before go on: {error}")
 
     def _request_swap(self, _number: int, _frame: object) -> None:
         self._is_swap_requested = True
@@ -376,8 +379,8 @@ class _Watch:
         Raises:
             UnclipError: If the networks are not finished, or a replica cannot load them; then all keep the old ones.
         """
-        recipe = dataclasses.replace(recipe, serve=self._recipe.serve)
-        artifacts, _ = served_artifacts(recipe)
+        served = served_by(dataclasses.replace(recipe, serve=self._recipe.serve))
+        recipe, artifacts = served.recipe, served.artifacts
         if parts_of(recipe) != parts_of(self._recipe):
             raise StepError("serve: the recipe has other networks than the chain that is served; start the server anew")
         old, new = (write_tables(*served) for served in ((self._recipe, self._artifacts), (recipe, artifacts)))
@@ -385,7 +388,7 @@ class _Watch:
             self._announce("nothing to swap: these networks are served already")
             return
         with ExitStack() as uses:
-            uses.enter_context(_in_use(recipe))
+            uses.enter_context(_in_use(recipe, artifacts))
             app = self._front.build(recipe, artifacts, self._handles)  # what can fail without the replicas fails here
             self._announce("loading other networks")
             try:
@@ -399,6 +402,8 @@ class _Watch:
         self._recipe, self._artifacts = recipe, artifacts
         self._front.gate.open(app)
         self._announce("other networks are served")
+        for note in served.notes:
+            self._announce(note)
 
     def _load(self, recipe: Recipe, artifacts: dict[str, Artifact], tables: Tables) -> None:
         with _errors_for_people():

@@ -7,9 +7,10 @@ from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
 from pipeline.recipe.recipe import Recipe
-from pipeline.runtime.front import FrontReplica, served_artifacts, server_name
+from pipeline.runtime.front import FrontReplica
 from pipeline.runtime.parts import HEALTH_CHECK_PERIOD_S, networks_options, part_tables, parts_of, write_tables
 from pipeline.runtime.replicas import ModelReplica
+from pipeline.runtime.served import served_by, server_name
 from pipeline.serve.guards import require_keys
 from pipeline.serve.http_server import is_loopback
 
@@ -47,8 +48,9 @@ def serve_file(recipe: Recipe) -> str:
     """
     config = recipe.serve
     require_keys(config)
-    artifacts, _ = served_artifacts(recipe)
-    tables = write_tables(recipe, artifacts)
+    served = served_by(recipe)
+    recipe = served.recipe
+    tables = write_tables(recipe, served.artifacts)
     http = {
         "name": HTTP,
         "num_replicas": 1,

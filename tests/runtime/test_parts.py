@@ -12,9 +12,10 @@ from starlette.testclient import TestClient
 from pipeline.errors import ConfigError
 from pipeline.recipe.paths import with_absolute_paths
 from pipeline.recipe.recipe import Recipe, parse_recipe
-from pipeline.runtime.front import FrontReplica, served_artifacts
+from pipeline.runtime.front import FrontReplica
 from pipeline.runtime.parts import networks_options, read_tables, write_tables
 from pipeline.runtime.serve_file import application, serve_file
+from pipeline.runtime.served import served_artifacts
 
 
 def test_tables_hold_a_recipe_and_where_its_artifacts_are(recipe: Recipe) -> None:

@@ -23,10 +23,11 @@ from models.request import SampleRequest
 from pipeline.errors import DataError
 from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.recipe import Recipe
-from pipeline.runtime.front import Front, served_artifacts
+from pipeline.runtime.front import Front
 from pipeline.runtime.parts import part_tables, parts_of, write_tables
 from pipeline.runtime.remote_model import RemoteModel
 from pipeline.runtime.replicas import Hop, ModelReplica
+from pipeline.runtime.served import served_artifacts
 from pipeline.serve.protocols import Accepted, NotServing, Overloaded, Preview, SampledPictures
 from pipeline.serve.upkeep import Upkeep
 from tests.tiny.collector import Collector, collecting

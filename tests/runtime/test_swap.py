@@ -23,10 +23,11 @@ import pipeline.runtime.serve as serve_module
 from pipeline.errors import StepError, UnclipError
 from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
-from pipeline.runtime.front import Front, served_artifacts
+from pipeline.runtime.front import Front
 from pipeline.runtime.parts import write_tables
 from pipeline.runtime.replicas import networks_application
 from pipeline.runtime.serve import _Watch, serve_recipe
+from pipeline.runtime.served import served_artifacts
 from pipeline.serve.protocols import Images
 from tests.models.tiny_models import randomise
 from tests.ports import free_port
@@ -90,7 +91,7 @@ def test_what_is_served_is_in_use_and_nothing_else(
     used = list[str]()
 
     @contextmanager
-    def note(one: Recipe) -> Iterator[None]:
+    def note(one: Recipe, _: object = None) -> Iterator[None]:
         used.append(one.workspace)
         try:
             yield

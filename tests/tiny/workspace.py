@@ -56,11 +56,11 @@ def evaluated_workspace(workspace: Path, **changes: Any) -> Recipe:
 def served_workspace(folder: Path, *, port: int = 8976, overrides: tuple[str, ...] = ()) -> Recipe:
     """All that ``serve`` reads, beside its recipe's file: a plain JPEG picture of each colour."""
     recipe = load_recipe(write_recipe(folder, port=port), overrides)
-    finish_workspace(recipe, _plain_samples(), "jpg")
+    finish_workspace(recipe, plain_samples(), "jpg")
     return recipe
 
 
-def _plain_samples() -> Iterator[Sample]:
+def plain_samples() -> Iterator[Sample]:
     for colour in COLOURS:
         picture = plain_picture(colour, kind="JPEG")
         yield Sample(f"http://127.0.0.1:1/{colour}.jpg", f"a {colour} picture", picture)

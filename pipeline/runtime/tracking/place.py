@@ -52,8 +52,7 @@ class Place:
 
         A workspace that was copied or moved begins runs of its own, and sends what waits in it, too.
         """
-        if self.owns_database:
-            self._workspace.restore(_DATABASE)
+        self.restore_database()
         folder = self._workspace.local_root / self._folder
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / _STATE).exists():
@@ -69,6 +68,11 @@ class Place:
             # A killed run may have written points that were not published, or into a database that was not.
             self.state["forwarded"] = {}
         return outbox
+
+    def restore_database(self) -> None:
+        """Bring the workspace's own database here, where no server is named and it is in an object store."""
+        if self.owns_database:
+            self._workspace.restore(_DATABASE)
 
     def save(self) -> None:
         """Write what was said so far."""

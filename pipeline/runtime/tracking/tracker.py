@@ -42,6 +42,26 @@ def prepare() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def tags_by_alias(uri: str, name: str, alias: str) -> tuple[str, dict[str, str]]:
+    """The version of a registered model that has an alias, and its tags.
+
+    Raises:
+        LookupError: If the server has no such version.
+        Exception: If it does not answer, or not well.
+    """
+    prepare()
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    try:
+        version: Any = MlflowClient(tracking_uri=uri, registry_uri=uri).get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+            raise LookupError(alias) from None
+        raise
+    return str(version.version), dict(version.tags)
+
+
 class RefusedError(Exception):
     """The server will never accept this record."""
 

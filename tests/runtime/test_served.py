@@ -1,0 +1,97 @@
+"""Networks that an alias of the tracker names, on a real database of MLflow."""
+
+import dataclasses
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import ConfigError, StepError
+from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
+from pipeline.recipe.recipe import Recipe, load_recipe
+from pipeline.runtime.served import served_by
+from pipeline.runtime.tracking.aliases import evaluation_of
+from pipeline.runtime.tracking.run import send_champion
+from pipeline.workspace.store import Workspace
+from tests.ports import free_port
+from tests.tiny.recipe import write_recipe
+from tests.tiny.workspace import finish_workspace, plain_samples
+
+ALIAS = ("serve.networks=champion",)
+
+
+def measured(folder: Path, *overrides: str) -> Recipe:
+    """A recipe whose cascade is finished and measured."""
+    recipe = load_recipe(write_recipe(folder, port=8976), [*ALIAS, *overrides])
+    finish_workspace(recipe, plain_samples(), "jpg")
+    step = make_plan(recipe)[-1]
+    artifact = artifact_of(Workspace(recipe.workspace), step)
+    artifact.commit(manifest_of(step, artifact))
+    return recipe
+
+
+def promote(recipe: Recipe) -> str:
+    step = make_plan(recipe)[-1]
+    send_champion(recipe, step, "because", pytest.fail)
+    return step.key
+
+
+def test_the_champion_is_served_as_it_was_measured_whatever_the_recipe_says_now(tmp_path: Path) -> None:
+    few = measured(tmp_path, "decoder.model.sampler.num_steps=2", "seed=3")
+    now = measured(tmp_path, "decoder.model.sampler.num_steps=5", "decoder.model.context_width=12")
+    with pytest.raises(ConfigError, match=r"no version of tiny has this alias .* `unclip promote RECIPE`"):
+        served_by(now)
+    assert not (tmp_path / "workspace/mlflow.db").exists()
+    for champion in (few, now):
+        key = promote(champion)
+        served = served_by(now)
+        plan = {step.name: step.key for step in make_plan(champion)}
+        networks = ("clip", "prior", "decoder", "upsampler_1", "upsampler_2")
+        names = (*networks, "download", "embed", "index")
+        assert {name: artifact.key for name, artifact in served.artifacts.items()} == {
+            name: plan[name] for name in names
+        }
+        assert served.recipe.decoder.model == champion.decoder.model
+        assert served.recipe.upsampler_2 is not None
+        assert served.recipe.serve == now.serve
+        assert f"evaluation {key}" in served.notes[0]
+    assert now.upsampler_2 is not None
+    without = dataclasses.replace(now, upsampler_2=None)
+    assert (
+        getattr(served_by(without).recipe.upsampler_2, "model", None) == now.upsampler_2.model
+    )  # the champion has one
+    manifest = artifact_of(Workspace(now.workspace), next(step for step in make_plan(now) if step.name == "index"))
+    manifest.remove("manifest.json")
+    served = served_by(now)
+    assert "without neighbours: index of that evaluation" in served.notes[1]
+    assert "embed" not in served.artifacts
+    elsewhere = dataclasses.replace(now, workspace=str(tmp_path / "other"), tracking=tracked_by(now))
+    with pytest.raises(ConfigError, match="was made in another workspace, or removed"):
+        served_by(elsewhere)
+
+
+def tracked_by(recipe: Recipe) -> Any:
+    return dataclasses.replace(recipe.tracking, uri=f"sqlite:///{recipe.workspace}/mlflow.db")
+
+
+def test_a_tracker_that_is_down_slow_or_off_is_said_in_one_sentence(tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, port=8976))
+
+    def tracked(uri: str) -> Recipe:
+        return dataclasses.replace(recipe, tracking=dataclasses.replace(recipe.tracking, uri=uri))
+
+    with pytest.raises(ConfigError, match=r'tracking\.uri is "off"'):
+        evaluation_of(tracked("off"), "champion")
+    down = f"http://me:secret@127.0.0.1:{free_port()}"
+    with pytest.raises(StepError, match=r'^serve.networks = "champion": the tracker .* does not answer \(') as caught:
+        evaluation_of(tracked(down), "champion")
+    assert "secret" not in str(caught.value)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        connected = threading.Thread(target=silent.accept, daemon=True)
+        connected.start()
+        slow = tracked(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(StepError, match="does not answer within 1 s"):
+            evaluation_of(slow, "champion", 1)
+        connected.join(20)
