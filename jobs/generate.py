@@ -161,16 +161,23 @@ def serve(
     from pipeline.runtime.kept_ray import KeptRay
     from pipeline.serve.keeper import keep
 
-    served = load()
-    own_ray = None if address else KeptRay()
+    served, words = load(), recipe_words(recipe, overrides)
+    is_here = served.serve.mode == "process"
+    if is_here and address:
+        raise ConfigError('--address: serve.mode = "process" uses no Ray; with "replica" the networks run on a cluster')
+    own_ray = None if address or is_here else KeptRay()
     kept = keep(served.serve, typer.echo, own_ray and own_ray.hold)
-    from pipeline.runtime.serve import serve_recipe
     from pipeline.serve.http_server import url_of
-
-    words = recipe_words(recipe, overrides)
 
     def propose() -> None:
         print_next(f"curl {url_of(served.serve.host, served.serve.port)}/readyz", "unclip keys add keys.json NAME")
 
-    serve_recipe(served, address=address, reload=load, on_ready=propose, kept=kept, own_ray=own_ray)
+    if is_here:
+        from pipeline.runtime.serve_here import serve_here
+
+        serve_here(served, reload=load, on_ready=propose, kept=kept)
+    else:
+        from pipeline.runtime.serve import serve_recipe
+
+        serve_recipe(served, address=address, reload=load, on_ready=propose, kept=kept, own_ray=own_ray)
     return (f"unclip serve {words}", f"unclip status {words}")

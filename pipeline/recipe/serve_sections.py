@@ -55,9 +55,10 @@ class ServeConfig:
     timeout_s: NonNegativeFloat = 0.0
     """Longest time from a request to its last picture, in seconds; then it is dropped, and answered with 504. A request
     may have a shorter one (`timeout`). 0: none."""
-    mode: Literal["replica", "chain"] = "replica"
+    mode: Literal["replica", "chain", "process"] = "replica"
     """replica: every copy has all networks. chain: CLIP and the prior, the decoder and each upsampler run apart, each
-    as its table below says, and requests pass from one to the next."""
+    as its table below says, and requests pass from one to the next. process: the networks run in the process that
+    speaks HTTP, without Ray: for a laptop, and for one GPU."""
     prior: ServeStageConfig = ServeStageConfig()
     """CLIP and the prior, in a chain."""
     decoder: ServeStageConfig = ServeStageConfig()
@@ -116,5 +117,7 @@ class ServeConfig:
             raise ValueError(f'precision = "{self.precision}" needs accelerator = "cuda"')
         stages = {name: getattr(self, name) for name in ("prior", "decoder", "upsampler_1", "upsampler_2")}
         unused = [f"serve.{name}" for name, stage in stages.items() if stage != ServeStageConfig()]
-        if self.mode == "replica" and unused:
+        if self.mode == "process" and self.replicas != (1, 1):
+            raise ValueError('replicas: one copy is all that serve.mode = "process" has')
+        if self.mode != "chain" and unused:
             raise ValueError(f'{", ".join(unused)}: only read with serve.mode = "chain"')

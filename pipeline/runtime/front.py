@@ -1,21 +1,19 @@
-"""The HTTP interface of a recipe, assembled: the guards, the gate behind them, and the API that the gate opens."""
+"""The HTTP interface of a recipe, assembled: the guards, the gate behind them, and the API that the gate opens.
 
-import threading
-from dataclasses import asdict, replace
+It loads neither Ray nor torch: the networks are wherever its ``PictureModel`` finds them.
+"""
+
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from ray.serve.handle import DeploymentHandle
-from starlette.datastructures import MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pipeline.recipe.provenance import Signer
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.serve_sections import ServeConfig
 from pipeline.recipe.steps import CASCADE_STEPS
-from pipeline.runtime.parts import Tables, most_requests, read_tables
-from pipeline.runtime.remote_model import Handles, RemoteModel
 from pipeline.runtime.served import server_name
 from pipeline.serve.gate import Gate
 from pipeline.serve.guarded_model import GuardedModel, load_hook
@@ -72,57 +70,21 @@ class Front:
         self.upkeep.has_ended = True
         self.gate.wait_until_idle(_END_S)
 
-    def open(self, recipe: Recipe, artifacts: dict[str, Artifact], handles: Handles) -> None:
+    def open(self, recipe: Recipe, artifacts: dict[str, Artifact], model: PictureModel) -> None:
         """Pass new requests to the API of a recipe; those under way stay with the one before.
 
         Args:
             recipe: The recipe.
             artifacts: Its finished steps, by name.
-            handles: Of its replicas.
+            model: Its networks.
         """
-        self.gate.open(self.build(recipe, artifacts, handles))
+        self.gate.open(self.build(recipe, artifacts, model))
 
-    def build(self, recipe: Recipe, artifacts: dict[str, Artifact], handles: Handles) -> ASGIApp:
+    def build(self, recipe: Recipe, artifacts: dict[str, Artifact], model: PictureModel) -> ASGIApp:
         """The API of a recipe; arguments as ``open``."""
-        remote = RemoteModel(handles, most_requests(recipe.serve), self.upkeep)
         side_px, longest_s = model_card(recipe, artifacts).image_px, recipe.serve.timeout_s
-        model = GuardedModel(remote, side_px, self._meter, self._hook, longest_s)
-        return _build_app(recipe, artifacts, cast("PictureModel", model), self._metrics)
-
-
-class FrontReplica:
-    """A ``Front`` that Ray Serve places behind its own proxies, for `serve deploy`.
-
-    Args:
-        handles: Of the deployments of the networks.
-    """
-
-    def __init__(self, **handles: DeploymentHandle[Any]) -> None:
-        self._handles = handles
-        self._front = Front(ServeConfig())
-
-    def __serve_build_asgi_app__(self) -> ASGIApp:
-        """The application, which exists before the recipe is known."""
-
-        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-            async def send_unnamed(message: Message) -> None:
-                if message["type"] == "http.response.start":
-                    del MutableHeaders(scope=message)["X-Request-Id"]  # Ray Serve's proxy adds the same one
-                await send(message)
-
-            await self._front(scope, receive, send_unnamed)
-
-        return answer
-
-    def reconfigure(self, tables: Tables) -> None:
-        """Serve a recipe; called by Ray Serve at the start, and when `serve deploy` brings another one."""
-        recipe, artifacts = read_tables(tables)
-        front = Front(replace(recipe.serve, name=server_name(recipe)))
-        front.open(recipe, artifacts, self._handles)
-        closing = threading.Timer(recipe.serve.drain_s, self._front.close)  # its last requests are still under way
-        closing.daemon = True
-        closing.start()
-        self._front = front
+        guarded = GuardedModel(model, side_px, self._meter, self._hook, longest_s)
+        return _build_app(recipe, artifacts, cast("PictureModel", guarded), self._metrics)
 
 
 def _build_app(recipe: Recipe, artifacts: dict[str, Artifact], model: PictureModel, metrics: HttpMetrics) -> ASGIApp:

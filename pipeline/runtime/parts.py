@@ -25,7 +25,7 @@ HEALTH_CHECK_PERIOD_S = 1.0
 def parts_of(recipe: Recipe) -> dict[str, tuple[str, ...]]:
     """The steps of each part of a cascade, by the name of its deployment; CLIP's part is the first."""
     steps = [name for name in CASCADE_STEPS if getattr(recipe, name) is not None]
-    if recipe.serve.mode == "replica":
+    if recipe.serve.mode != "chain":
         return {NETWORKS: tuple(steps)}
     parts: dict[str, tuple[str, ...]] = {}
     for step in steps:

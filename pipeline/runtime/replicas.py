@@ -20,15 +20,12 @@ from ray.serve.handle import DeploymentHandle
 
 from models.request import SampleRequest
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.steps import CASCADE_STEPS
+from pipeline.runtime.loading import load_engine
 from pipeline.runtime.parts import (
-    NETWORKS,
     Tables,
     networks_options,
     part_tables,
     parts_of,
-    place_of,
-    read_tables,
     write_tables,
 )
 from pipeline.serve.protocols import Accepted, Event, Images, NotServing, Preview, SampledPictures, Vectors
@@ -86,7 +83,7 @@ class ModelReplica:
             if served in self._engines:  # it is ending, and goes on
                 self._ending.pop(served).cancel()
             else:
-                self._engines[served] = await asyncio.to_thread(_load_engine, tables)
+                self._engines[served] = await asyncio.to_thread(load_engine, tables)
             previous, self._served = self._served, served
             if previous:
                 keep_s = tables["recipe"]["serve"]["drain_s"] if "part" in tables else 0.0
@@ -189,39 +186,6 @@ def _sent(result: Any, served: str) -> Any:
     if isinstance(result, Accepted | Preview | SampledPictures):
         return result
     return Hop(result.step, ray.put(result) if ray.is_initialized() else result, served)
-
-
-def _load_engine(tables: Tables) -> "Engine":
-    """The networks of a recipe, with checksums compared, and the engine that samples them."""
-    import torch
-
-    from pipeline.networks.arithmetic import Arithmetic
-    from pipeline.networks.cascade import load_cascade, network_configs
-    from pipeline.networks.files import verified_files
-    from pipeline.serve.engine import Engine
-    from pipeline.serve.memory import GpuMemory
-    from pipeline.serve.traces import open_traces
-
-    recipe, artifacts = read_tables(tables)
-    config, part, steps = recipe.serve, tables.get("part", NETWORKS), tables.get("steps")
-    place = place_of(config, part)
-    torch.set_num_threads(max(1, int(place.cpus_per_replica)))
-    networks = {name: artifact for name, artifact in artifacts.items() if name in CASCADE_STEPS}
-    for name in networks.keys() if steps is None else networks.keys() & steps:
-        verified_files(networks[name])
-    arithmetic = Arithmetic(config.precision, config.compiled)
-    arithmetic.set_up()
-    configs = network_configs(recipe)
-    cascade = load_cascade(networks, config.accelerator, configs, steps=steps, arithmetic=arithmetic)
-    return Engine(
-        cascade,
-        max_batch_size=place.max_batch_size,
-        max_waiting=config.max_queued_requests,
-        steps=steps,
-        device=config.accelerator,
-        traces=open_traces(config.traces, config.name or recipe.name),
-        memory=GpuMemory(place.gpus_per_replica) if config.accelerator == "cuda" else None,
-    )
 
 
 def networks_application(recipe: Recipe, artifacts: dict[str, Artifact]) -> serve.Application:

@@ -8,13 +8,11 @@ import dataclasses
 import logging
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, wait
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from pathlib import Path
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import psutil
@@ -25,21 +23,28 @@ from ray.serve.api import RunTarget
 from ray.serve.schema import ApplicationStatusOverview
 
 from pipeline.errors import StepError, UnclipError
-from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.connection import connect, own_servers, require_alive
+from pipeline.runtime.draining import Announce, finishing, write_line
 from pipeline.runtime.front import Front
 from pipeline.runtime.kept_ray import KeptRay
-from pipeline.runtime.parts import Tables, needs_of_replica, part_tables, parts_of, place_of, write_tables
-from pipeline.runtime.remote_model import Handles, end_requests
+from pipeline.runtime.parts import (
+    Tables,
+    most_requests,
+    needs_of_replica,
+    part_tables,
+    parts_of,
+    place_of,
+    write_tables,
+)
+from pipeline.runtime.remote_model import Handles, RemoteModel, end_requests
 from pipeline.runtime.replicas import networks_application
-from pipeline.runtime.served import served_by, server_name
+from pipeline.runtime.served import in_use_of, served_by, server_name
 from pipeline.serve.gate import Gate
 from pipeline.serve.guards import require_keys
 from pipeline.serve.http_server import HttpServer, listen, url_of
 from pipeline.serve.keeper import Kept
-from pipeline.workspace.lock import in_use
-from pipeline.workspace.store import Artifact, Workspace
+from pipeline.workspace.store import Artifact
 
 _NAMESPACE = "unclip"
 _WATCH_EVERY_S = 1.0
@@ -48,8 +53,6 @@ _CONTROLLER_ANSWERS_S = 3.0
 _CLAIM_S = 5.0
 _RUNNING = {"RUNNING", "UPDATING", "RECOVERING"}
 """States of replicas that take requests; a controller that was restarted looks at those that it finds: RECOVERING."""
-
-Announce = Callable[[str], None]
 
 
 def serve_recipe(
@@ -82,7 +85,7 @@ def serve_recipe(
             away.
     """
     config = recipe.serve
-    announce = announce or _write_line
+    announce = announce or write_line
     require_keys(config)
     # Networks that are swapped in keep the name, by which the application is found.
     recipe = dataclasses.replace(recipe, serve=dataclasses.replace(config, name=server_name(recipe)))
@@ -96,31 +99,22 @@ def serve_recipe(
         served = served_by(recipe)
         recipe, artifacts = served.recipe, served.artifacts
         uses = stack.enter_context(ExitStack())
-        uses.enter_context(_in_use(recipe, artifacts))
+        uses.enter_context(in_use_of(recipe, artifacts))
         servers = stack.enter_context(own_ray.join() if own_ray else _connected(address))
         if not address:
             _require_room(recipe)
         try:
             with _deployed(recipe, artifacts, front.gate, announce, servers, shared=bool(address)) as handles:
-                front.open(recipe, artifacts, handles)
+                front.open(recipe, artifacts, _remote_model(recipe, front, handles))
                 announce(f"{server_name(recipe)} is served at {url_of(config.host, config.port)} - Ctrl-C ends it")
                 for note in served.notes:
                     announce(note)
                 if on_ready is not None:
                     on_ready()
-                with _finishing(front, config.drain_s, announce):
+                with finishing(front, config.drain_s, announce):
                     _Watch(recipe, artifacts, front, handles, announce, uses).run(reload, servers)
         except KeyboardInterrupt:
             front.gate.close("the server has ended")
-
-
-def _in_use(recipe: Recipe, artifacts: dict[str, Artifact]) -> AbstractContextManager[object]:
-    """Keep `unclip gc` from removing what is served."""
-    workspace = Workspace(recipe.workspace)
-    if workspace.is_local and not Path(workspace.root).is_dir():  # a folder of networks has no workspace
-        return nullcontext()
-    planned = {f"{step.name}/{step.key}" for step in make_plan(recipe)}
-    return in_use(workspace, sorted(planned | {f"{name}/{artifact.key}" for name, artifact in artifacts.items()}))
 
 
 @contextmanager
@@ -166,6 +160,11 @@ def _deployed(
             with suppress(ray.exceptions.RayError, TimeoutError):
                 serve.delete(application)
         del owner
+
+
+def _remote_model(recipe: Recipe, front: Front, handles: Handles) -> RemoteModel:
+    """The networks of a recipe in its replicas, as its front sees them."""
+    return RemoteModel(handles, most_requests(recipe.serve), front.upkeep)
 
 
 def application_name(recipe: Recipe) -> str:
@@ -388,8 +387,10 @@ class _Watch:
             self._announce("nothing to swap: these networks are served already")
             return
         with ExitStack() as uses:
-            uses.enter_context(_in_use(recipe, artifacts))
-            app = self._front.build(recipe, artifacts, self._handles)  # what can fail without the replicas fails here
+            uses.enter_context(in_use_of(recipe, artifacts))
+            app = self._front.build(
+                recipe, artifacts, _remote_model(recipe, self._front, self._handles)
+            )  # what can fail without the replicas fails here
             self._announce("loading other networks")
             try:
                 self._load(recipe, artifacts, new)
@@ -402,8 +403,8 @@ class _Watch:
         self._recipe, self._artifacts = recipe, artifacts
         self._front.gate.open(app)
         self._announce("other networks are served")
-        for note in served.notes:
-            self._announce(note)
+        if served.version:
+            self._announce(served.version)
 
     def _load(self, recipe: Recipe, artifacts: dict[str, Artifact], tables: Tables) -> None:
         with _errors_for_people():
@@ -450,30 +451,6 @@ def _application(recipe: Recipe) -> ApplicationStatusOverview:
     return state
 
 
-@contextmanager
-def _finishing(front: Front, timeout_s: float, announce: Announce) -> Generator[None]:
-    """After the block, finish what is under way; if Ray or the application has ended, it is answered with 503."""
-    try:
-        yield
-    except StepError:
-        front.end("the server has ended")
-        raise
-    except BaseException:
-        _drain(front.gate, timeout_s, announce)
-        raise
-
-
-def _drain(gate: Gate, timeout_s: float, announce: Announce) -> None:
-    """Finish what is under way, and refuse what is new; a second Ctrl-C ends it at once."""
-    gate.close("the server is stopping")
-    if not gate.num_requests:
-        announce("stopping")
-        return
-    announce(f"stopping; requests under way: {gate.num_requests} - Ctrl-C again ends them at once")
-    if not gate.wait_until_idle(timeout_s):
-        announce(f"not finished within {timeout_s:g} s (serve.drain_s): {gate.num_requests}")
-
-
 def _reason(text: str) -> str:
     """The last error that a replica's traceback names."""
     errors = re.findall(r"^(?:\w+\.)*(\w*(?:Error|Exception)): (.+)$", text, re.MULTILINE)
@@ -483,8 +460,3 @@ def _reason(text: str) -> str:
 def _quieten() -> None:
     for name in ("ray.serve", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _write_line(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()

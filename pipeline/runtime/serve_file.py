@@ -6,8 +6,9 @@ import yaml
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
+from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe
-from pipeline.runtime.front import FrontReplica
+from pipeline.runtime.front_replica import FrontReplica
 from pipeline.runtime.parts import HEALTH_CHECK_PERIOD_S, networks_options, part_tables, parts_of, write_tables
 from pipeline.runtime.replicas import ModelReplica
 from pipeline.runtime.served import served_by, server_name
@@ -47,6 +48,8 @@ def serve_file(recipe: Recipe) -> str:
         ConfigError: If a network is not finished, or the server would be open to other machines without keys.
     """
     config = recipe.serve
+    if config.mode == "process":
+        raise ConfigError('serve.mode = "process" uses no Ray; choose "replica" or "chain" for a file of Ray Serve')
     require_keys(config)
     served = served_by(recipe)
     recipe = served.recipe

@@ -1,14 +1,17 @@
 """What a server serves: the networks of a recipe as it is now, or those that an alias of the tracker names."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.errors import ConfigError
 from pipeline.recipe.champion import measured_cascade
-from pipeline.recipe.plan import finished_artifacts
+from pipeline.recipe.plan import finished_artifacts, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.runtime.tracking.aliases import evaluation_of
-from pipeline.workspace.store import Artifact
+from pipeline.workspace.lock import in_use
+from pipeline.workspace.store import Artifact, Workspace
 
 NEIGHBOUR_STEPS = ("download", "embed", "index")
 
@@ -20,8 +23,15 @@ class Served:
     recipe: Recipe
     artifacts: dict[str, Artifact]
     """The finished steps that a server reads, by name."""
-    notes: tuple[str, ...] = ()
-    """Lines for people: which version it is, and why there are no neighbours."""
+    version: str = ""
+    """Which version has the alias, for people; empty without one."""
+    lacks: str = ""
+    """Why there are no neighbours, for people; empty if there are."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What is said of it at the start."""
+        return [note for note in (self.version, self.lacks) if note]
 
 
 def served_by(recipe: Recipe) -> Served:
@@ -34,15 +44,15 @@ def served_by(recipe: Recipe) -> Served:
     alias = recipe.serve.networks
     if not alias:
         artifacts, why_no_neighbours = served_artifacts(recipe)
-        return Served(recipe, artifacts, (why_no_neighbours,) if why_no_neighbours else ())
+        return Served(recipe, artifacts, lacks=why_no_neighbours)
     version, evaluation = evaluation_of(recipe, alias)
     measured, artifacts = measured_cascade(recipe, evaluation, (*CASCADE_STEPS, *NEIGHBOUR_STEPS))
-    missing = [name for name in NEIGHBOUR_STEPS if name not in artifacts]
-    notes = [f"{alias} is version {version} of the tracker's model: evaluation {evaluation}"]
-    if missing:
-        artifacts = {name: artifact for name, artifact in artifacts.items() if name in CASCADE_STEPS}
-        notes.append(f"without neighbours: {', '.join(missing)} of that evaluation are not in the workspace any more")
-    return Served(measured, artifacts, tuple(notes))
+    which = f"{alias} is version {version} of the tracker's model: evaluation {evaluation}"
+    missing = ", ".join(name for name in NEIGHBOUR_STEPS if name not in artifacts)
+    if not missing:
+        return Served(measured, artifacts, which)
+    networks = {name: artifact for name, artifact in artifacts.items() if name in CASCADE_STEPS}
+    return Served(measured, networks, which, f"without neighbours: not in the workspace any more: {missing}")
 
 
 def served_artifacts(recipe: Recipe) -> tuple[dict[str, Artifact], str]:
@@ -56,6 +66,15 @@ def served_artifacts(recipe: Recipe) -> tuple[dict[str, Artifact], str]:
         return artifacts | finished_artifacts(recipe, NEIGHBOUR_STEPS), ""
     except ConfigError as error:
         return artifacts, f"without neighbours: {error}"
+
+
+def in_use_of(recipe: Recipe, artifacts: dict[str, Artifact]) -> AbstractContextManager[object]:
+    """Keep `unclip gc` from removing what is served."""
+    workspace = Workspace(recipe.workspace)
+    if workspace.is_local and not Path(workspace.root).is_dir():  # a folder of networks has no workspace
+        return nullcontext()
+    planned = {f"{step.name}/{step.key}" for step in make_plan(recipe)}
+    return in_use(workspace, sorted(planned | {f"{name}/{artifact.key}" for name, artifact in artifacts.items()}))
 
 
 def server_name(recipe: Recipe) -> str:

@@ -16,8 +16,8 @@ from pipeline.networks.quality import psnr_db
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import load_recipe, parse_recipe
 from pipeline.recipe.steps import CASCADE_STEPS
+from pipeline.runtime.loading import load_engine
 from pipeline.runtime.parts import write_tables
-from pipeline.runtime.replicas import _load_engine  # pyright: ignore[reportPrivateUsage]
 from tests.tiny.networks import make_cascade, save_cascade
 
 PROMPTS = ["a red circle", "a blue square"]
@@ -87,7 +87,7 @@ def test_float32_is_whole_on_a_gpu_unless_tf32_is_asked_for(float32_settings: No
 def test_a_replica_computes_as_its_recipe_says(folder: Path, float32_settings: None) -> None:
     del float32_settings
     recipe = load_recipe(folder, ["serve.precision=bfloat16"])
-    engine = _load_engine(write_tables(recipe, finished_artifacts(recipe, CASCADE_STEPS)))
+    engine = load_engine(write_tables(recipe, finished_artifacts(recipe, CASCADE_STEPS)))
     engine.close()
     types = {type(stage.network.forward).__name__ for stage in engine._cascade.stages}  # pyright: ignore
     assert types == {"function"}  # a method is what a network has of its own

@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from pipeline.errors import ConfigError
 from pipeline.recipe.paths import with_absolute_paths
 from pipeline.recipe.recipe import Recipe, parse_recipe
-from pipeline.runtime.front import FrontReplica
+from pipeline.runtime.front_replica import FrontReplica
 from pipeline.runtime.parts import networks_options, read_tables, write_tables
 from pipeline.runtime.serve_file import application, serve_file
 from pipeline.runtime.served import served_artifacts

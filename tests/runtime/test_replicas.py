@@ -24,7 +24,7 @@ from pipeline.errors import DataError
 from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.front import Front
-from pipeline.runtime.parts import part_tables, parts_of, write_tables
+from pipeline.runtime.parts import most_requests, part_tables, parts_of, write_tables
 from pipeline.runtime.remote_model import RemoteModel
 from pipeline.runtime.replicas import Hop, ModelReplica
 from pipeline.runtime.served import served_artifacts
@@ -72,7 +72,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> dict[int, FakeEngine]:
         loaded[tables["number"]] = FakeEngine(tables["number"])
         return loaded[tables["number"]]
 
-    monkeypatch.setattr(replicas_module, "_load_engine", load)
+    monkeypatch.setattr(replicas_module, "load_engine", load)
     monkeypatch.setattr(replicas_module, "_IDLE_POLL_S", 0.01)
     return loaded
 
@@ -206,7 +206,7 @@ def test_a_chain_of_deployments_samples_what_the_cascade_does(recipe: Recipe, co
         while handles[part].broadcast("reconfigure", part_tables(chain, tables, part)).results() != [None]:
             pass
     front = Front(chain.serve)
-    front.open(chain, artifacts, handles)
+    front.open(chain, artifacts, RemoteModel(handles, most_requests(chain.serve)))
     client = TestClient(front, base_url="http://127.0.0.1")
     body = {"prompt": "a", "seed": 3, "n": 2}
     trace_id = "1" * 32

@@ -32,6 +32,7 @@ from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
 from pipeline.recipe.serve_sections import ServeConfig
 from pipeline.recipe.steps import CASCADE_STEPS
+from pipeline.runtime.draining import finishing
 from pipeline.runtime.front import Front
 from pipeline.runtime.serve import serve_recipe
 from tests.ports import free_port, free_ports
@@ -238,7 +239,7 @@ def test_what_is_under_way_is_waited_for_as_long_as_somebody_works_on_it(
     monkeypatch.setattr(front_module, "_END_S", 0.01)
     front, lines = Front(ServeConfig()), list[str]()
     front.gate._count(1)
-    with pytest.raises(type(end)), serve_module._finishing(front, 0.01, lines.append):
+    with pytest.raises(type(end)), finishing(front, 0.01, lines.append):
         raise end
     assert [line.partition(" - ")[0] for line in lines] == said
     assert front.gate.reason

@@ -56,7 +56,7 @@ def test_the_champion_is_served_as_it_was_measured_whatever_the_recipe_says_now(
         assert served.recipe.decoder.model == champion.decoder.model
         assert served.recipe.upsampler_2 is not None
         assert served.recipe.serve == now.serve
-        assert f"evaluation {key}" in served.notes[0]
+        assert f"evaluation {key}" in served.version
     assert now.upsampler_2 is not None
     without = dataclasses.replace(now, upsampler_2=None)
     assert (
@@ -65,7 +65,7 @@ def test_the_champion_is_served_as_it_was_measured_whatever_the_recipe_says_now(
     manifest = artifact_of(Workspace(now.workspace), next(step for step in make_plan(now) if step.name == "index"))
     manifest.remove("manifest.json")
     served = served_by(now)
-    assert "without neighbours: index of that evaluation" in served.notes[1]
+    assert served.notes[1] == "without neighbours: not in the workspace any more: index"
     assert "embed" not in served.artifacts
     elsewhere = dataclasses.replace(now, workspace=str(tmp_path / "other"), tracking=tracked_by(now))
     with pytest.raises(ConfigError, match="was made in another workspace, or removed"):

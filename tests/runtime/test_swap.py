@@ -25,6 +25,7 @@ from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
 from pipeline.runtime.front import Front
 from pipeline.runtime.parts import write_tables
+from pipeline.runtime.remote_model import RemoteModel
 from pipeline.runtime.replicas import networks_application
 from pipeline.runtime.serve import _Watch, serve_recipe
 from pipeline.runtime.served import served_artifacts
@@ -50,7 +51,7 @@ def test_ray_serve_loads_a_recipe_and_swaps_it_for_another(
     watch = _Watch(recipe, artifacts, front, {"networks": handle}, lines.append, ExitStack())
     while handle.broadcast("reconfigure", write_tables(recipe, artifacts)).results() != [None]:
         pass
-    front.open(recipe, artifacts, {"networks": handle})
+    front.open(recipe, artifacts, RemoteModel({"networks": handle}))
     client = TestClient(front, base_url="http://127.0.0.1")
 
     def picture() -> Images:
@@ -101,7 +102,7 @@ def test_what_is_served_is_in_use_and_nothing_else(
     answers: list[Any] = [None]
     broadcast = SimpleNamespace(results=lambda **_: answers)
     handle: Any = SimpleNamespace(broadcast=lambda *_: broadcast)
-    monkeypatch.setattr(serve_module, "_in_use", note)
+    monkeypatch.setattr(serve_module, "in_use_of", note)
     monkeypatch.setattr(serve_module.serve, "run_many", lambda *_, **__: None)
     other = load_recipe(save_other(tmp_path / "others"))
     with ExitStack() as uses:
@@ -127,7 +128,7 @@ def test_the_gate_reopens_with_the_interface_that_it_had(recipe: Recipe, monkeyp
     handle: Any = object()
     artifacts, lines = served_artifacts(recipe)[0], list[str]()
     front = Front(recipe.serve)
-    front.open(recipe, artifacts, {"networks": handle})
+    front.open(recipe, artifacts, RemoteModel({"networks": handle}))
     app = front.gate._app
     watch = _Watch(recipe, artifacts, front, {"networks": handle}, lines.append, ExitStack())
     watch._look()

@@ -1,0 +1,49 @@
+"""Loads the networks of a recipe, or of a part of it, into an engine of this process."""
+
+from typing import TYPE_CHECKING
+
+from pipeline.recipe.steps import CASCADE_STEPS
+from pipeline.runtime.parts import NETWORKS, Tables, place_of, read_tables
+
+if TYPE_CHECKING:
+    from pipeline.serve.engine import Engine
+
+
+def load_engine(tables: Tables) -> "Engine":
+    """The networks of a recipe, with checksums compared, and the engine that samples them.
+
+    Args:
+        tables: See ``write_tables`` and ``part_tables``.
+
+    Raises:
+        DataError: If a network is damaged.
+    """
+    import torch
+
+    from pipeline.networks.arithmetic import Arithmetic
+    from pipeline.networks.cascade import load_cascade, network_configs
+    from pipeline.networks.files import verified_files
+    from pipeline.serve.engine import Engine
+    from pipeline.serve.memory import GpuMemory
+    from pipeline.serve.traces import open_traces
+
+    recipe, artifacts = read_tables(tables)
+    config, part, steps = recipe.serve, tables.get("part", NETWORKS), tables.get("steps")
+    place = place_of(config, part)
+    torch.set_num_threads(max(1, int(place.cpus_per_replica)))
+    networks = {name: artifact for name, artifact in artifacts.items() if name in CASCADE_STEPS}
+    for name in networks.keys() if steps is None else networks.keys() & steps:
+        verified_files(networks[name])
+    arithmetic = Arithmetic(config.precision, config.compiled)
+    arithmetic.set_up()
+    configs = network_configs(recipe)
+    cascade = load_cascade(networks, config.accelerator, configs, steps=steps, arithmetic=arithmetic)
+    return Engine(
+        cascade,
+        max_batch_size=place.max_batch_size,
+        max_waiting=config.max_queued_requests,
+        steps=steps,
+        device=config.accelerator,
+        traces=open_traces(config.traces, config.name or recipe.name),
+        memory=GpuMemory(place.gpus_per_replica) if config.accelerator == "cuda" else None,
+    )

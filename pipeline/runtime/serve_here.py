@@ -1,0 +1,202 @@
+"""``unclip serve`` with ``serve.mode = "process"``: the networks in the process that speaks HTTP, without Ray.
+
+The engine samples in a thread of its own. A swap loads a second engine beside the first, which is closed when its last
+request has its answer.
+"""
+
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from pipeline.errors import StepError, UnclipError
+from pipeline.recipe.recipe import Recipe
+from pipeline.runtime.draining import Announce, finishing, write_line
+from pipeline.runtime.front import Front
+from pipeline.runtime.loading import load_engine
+from pipeline.runtime.parts import NETWORKS, write_tables
+from pipeline.runtime.served import Served, in_use_of, served_by, server_name
+from pipeline.serve.guards import require_keys
+from pipeline.serve.http_server import HttpServer, listen, url_of
+from pipeline.serve.keeper import Kept
+
+if TYPE_CHECKING:
+    from pipeline.serve.engine import Engine
+
+_WATCH_EVERY_S = 1.0
+_IDLE_POLL_S = 0.2
+
+
+def serve_here(
+    recipe: Recipe,
+    *,
+    reload: Callable[[], Recipe] | None = None,
+    on_ready: Callable[[], None] | None = None,
+    announce: Announce = write_line,
+    kept: Kept | None = None,
+) -> None:
+    """Serve the trained cascade of a recipe until Ctrl-C (or SIGTERM); requests under way are finished first.
+
+    Args:
+        recipe: A checked recipe whose networks are finished.
+        reload: Reads the recipe again; SIGHUP then swaps to its networks of that time. None: SIGHUP is left alone.
+        on_ready: Called once requests are answered; None: nobody waits for that.
+        announce: Takes lines for people.
+        kept: Of the process that starts this one again if it is killed; None: there is none.
+
+    Raises:
+        ConfigError: If a network is not finished (names the command that finishes it), the keys or the hook cannot be
+            read, or the server would be open to other machines without keys.
+        DataError: If a network is damaged.
+        StepError: If the port is taken, the networks cannot be loaded, or the engine ends.
+    """
+    config = recipe.serve
+    require_keys(config)
+    front = Front(config)
+    with ExitStack() as stack:
+        stack.callback(front.close)
+        stack.enter_context(HttpServer(front, kept.listener if kept else listen(config.host, config.port)))
+        if kept:
+            kept.note_listening()
+        networks = stack.enter_context(_Networks(front, announce))
+        try:
+            served = served_by(recipe)
+            front.gate.close("the networks are loading")
+            networks.load(served)
+            announce(f"{server_name(recipe)} is served at {url_of(config.host, config.port)} - Ctrl-C ends it")
+            for note in served.notes:
+                announce(note)
+            if on_ready is not None:
+                on_ready()
+            with finishing(front, config.drain_s, announce):
+                networks.watch(reload)
+        except KeyboardInterrupt:
+            front.gate.close("the server has ended")
+
+
+class _Networks:
+    """What is served now, and what was served before and still has requests; a context manager.
+
+    Args:
+        front: The HTTP interface.
+        announce: Takes lines for people.
+    """
+
+    def __init__(self, front: Front, announce: Announce) -> None:
+        self._front = front
+        self._announce = announce
+        self._now: _Loaded | None = None
+        self._before: list[_Loaded] = []
+        """What ends with its last request."""
+        self._is_swap_requested = False
+
+    def __enter__(self) -> "_Networks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for loaded in (*self._before, self._now):
+            if loaded is not None:
+                loaded.close()
+
+    def load(self, served: Served) -> None:
+        """Load networks, and let new requests go to them.
+
+        Raises:
+            UnclipError: If they cannot be loaded; then those of before go on.
+        """
+        loaded = _Loaded(served, self._front)
+        self._front.gate.open(loaded)
+        self._front.upkeep.note_running({NETWORKS: 1})
+        before, self._now = self._now, loaded
+        if before is not None:
+            self._before = [one for one in self._before if one.engine.alive] + [before]
+            threading.Thread(target=before.close_when_idle, name="unclip-ending", daemon=True).start()
+
+    def watch(self, reload: Callable[[], Recipe] | None) -> None:
+        """Serve until Ctrl-C; SIGHUP swaps to the networks of ``reload``'s recipe.
+
+        Raises:
+            StepError: If the engine ends.
+        """
+        if reload is not None:
+            signal.signal(signal.SIGHUP, self._request_swap)
+        while self._now is not None and self._now.engine.alive:
+            time.sleep(_WATCH_EVERY_S)
+            if self._is_swap_requested and reload is not None:
+                self._is_swap_requested = False
+                try:
+                    self._swap(reload(), self._now)
+                except UnclipError as error:
+                    self._announce(f"not swapped, the networks of before go on: {error}")
+        raise StepError("serve: the engine has ended")
+
+    def _request_swap(self, _number: int, _frame: object) -> None:
+        self._is_swap_requested = True
+
+    def _swap(self, recipe: Recipe, now: "_Loaded") -> None:
+        served = served_by(dataclasses.replace(recipe, serve=now.served.recipe.serve))
+        if write_tables(served.recipe, served.artifacts) == write_tables(now.served.recipe, now.served.artifacts):
+            self._announce("nothing to swap: these networks are served already")
+            return
+        self._announce("loading other networks")
+        self.load(served)
+        self._announce("other networks are served")
+        if served.version:
+            self._announce(served.version)
+
+
+class _Loaded:
+    """Networks in an engine, and the API around them, which counts its requests.
+
+    Args:
+        served: What is loaded; it is in use until ``close``.
+        front: The HTTP interface.
+
+    Raises:
+        UnclipError: If the networks cannot be loaded.
+    """
+
+    def __init__(self, served: Served, front: Front) -> None:
+        self.served = served
+        self._num_requests = 0
+        self._uses = ExitStack()
+        with ExitStack() as uses:
+            uses.enter_context(in_use_of(served.recipe, served.artifacts))
+            self.engine: Engine = _load(served)
+            uses.callback(self.engine.close)
+            self._app: ASGIApp = front.build(served.recipe, served.artifacts, self.engine)
+            self._uses = uses.pop_all()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; all of them in the one thread that speaks HTTP."""
+        self._num_requests += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._num_requests -= 1
+
+    def close_when_idle(self) -> None:
+        """Close the engine after the last request; new ones go elsewhere already."""
+        time.sleep(_IDLE_POLL_S)  # one may be on its way here
+        while self._num_requests or not self.engine.idle:
+            time.sleep(_IDLE_POLL_S)
+        self.close()
+
+    def close(self) -> None:
+        """End the engine; its requests are answered with 503."""
+        self._uses.close()
+
+
+def _load(served: Served) -> "Engine":
+    try:
+        return load_engine(write_tables(served.recipe, served.artifacts))
+    except UnclipError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise StepError(f"serve: the networks cannot be loaded: {reason}") from error

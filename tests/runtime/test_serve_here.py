@@ -1,0 +1,130 @@
+"""``serve.mode = "process"``: the command without Ray, with the networks in the process that speaks HTTP."""
+
+import base64
+import concurrent.futures
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import psutil
+import pytest
+
+from pipeline.networks.cascade import load_cascade, network_configs
+from pipeline.recipe.recipe import Recipe
+from pipeline.runtime.served import served_by
+from tests.ports import free_port
+from tests.runtime.test_served import ALIAS, measured, promote
+from tests.tiny.command import start_unclip
+from tests.tiny.shards import pixels
+
+SLOW = "decoder.model.sampler.num_steps=300"
+QUICK = "decoder.model.sampler.num_steps=5"
+
+
+@dataclass(frozen=True)
+class Server:
+    recipe: Recipe
+    """Its champion; the other cascade is quick."""
+    folder: Path
+    url: str
+    process: subprocess.Popen[str]
+    seconds: float
+    """From the command to the line that says that it serves."""
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def ask(self, **fields: object) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/images/generations", json={"prompt": "a"} | fields, timeout=60)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    recipe = measured(tmp_path, SLOW)
+    promote(recipe)
+    port, begun_s = free_port(), time.monotonic()
+    words = ("--set", ALIAS[0], "--set", 'serve.mode="process"', "--port", str(port))
+    process = start_unclip("serve", str(tmp_path / "tiny.toml"), *words)
+    try:
+        server = Server(recipe, tmp_path, f"http://127.0.0.1:{port}", process, 0.0)
+        line = server.line()
+        assert f"tiny is served at {server.url}" in line, line + (process.stdout.read() if process.stdout else "")
+        yield Server(recipe, tmp_path, server.url, process, time.monotonic() - begun_s)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=10)
+
+
+def test_a_laptop_serves_swaps_to_a_new_champion_and_drains_without_ray(server: Server) -> None:
+    print(f"served after {server.seconds:.1f} s")
+    assert "champion is version 1 of the tracker's model" in server.line()
+    [serving] = psutil.Process(server.process.pid).children(recursive=True)  # the other one keeps the port
+    assert not [library.path for library in serving.memory_maps() if "/ray/" in library.path]
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+    answer = client.images.generate(prompt="a red circle", extra_body={"seed": 7, "neighbours": 2}).data or []
+    cascade = load_cascade(served_by(server.recipe).artifacts, "cpu", network_configs(server.recipe))
+    expected = cascade.sample(["a red circle"], [7]).images[0].numpy()
+    assert np.abs(pixels(base64.b64decode(answer[0].b64_json or "")).astype(int) - expected).mean() < 0.1
+    assert len((answer[0].model_extra or {})["neighbours"]) == 2
+    metrics = httpx.get(f"{server.url}/metrics").text
+    assert 'unclip_replicas{part="networks"} 1.0' in metrics
+    assert 'unclip_pictures_total{replica=""} 1.0' in metrics
+
+    answers, is_over = list[httpx.Response](), threading.Event()
+
+    def ask_on() -> None:
+        while not is_over.is_set():
+            answers.append(server.ask())
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(ask_on) for _ in range(3)]
+        try:
+            promote(measured(server.folder, QUICK))
+            server.process.send_signal(signal.SIGHUP)
+            assert server.line() == "loading other networks\n"
+            assert server.line() == "other networks are served\n"
+            assert "champion is version 2" in server.line()
+            server.process.send_signal(signal.SIGHUP)
+            assert server.line() == "nothing to swap: these networks are served already\n"
+            (server.folder / "workspace/mlflow.db").write_bytes(b"no database any more" * 100)
+            server.process.send_signal(signal.SIGHUP)
+            assert "not swapped, the networks of before go on: " in (line := server.line()), line
+            assert "does not answer" in line
+        finally:
+            is_over.set()
+            for client_ in clients:
+                client_.result()
+        assert {one.status_code for one in answers} == {200}
+        steps = [one.json()["usage"]["steps"] for one in answers]
+        assert {*steps} == {300 + 3 * 3, 5 + 3 * 3}
+
+        under_way = pool.submit(server.ask, num_inference_steps=900)
+        while not httpx.get(f"{server.url}/healthz").json()["active"]:
+            time.sleep(0.01)
+        os.killpg(server.process.pid, signal.SIGTERM)
+        while httpx.get(f"{server.url}/readyz").status_code != 503:
+            time.sleep(0.01)
+        assert server.ask().status_code == 503
+        assert under_way.result().status_code == 200
+    output, _ = server.process.communicate(timeout=60)
+    assert (server.process.returncode, "stopping; requests under way: 1" in output) == (0, True), output
+
+
+def test_a_process_that_is_killed_is_started_again(server: Server) -> None:
+    assert "champion is version 1" in server.line()
+    [serving] = psutil.Process(server.process.pid).children()
+    serving.kill()
+    assert "the server was killed by SIGKILL; it is started again" in server.line()
+    assert "tiny is served at" in server.line()
+    assert server.ask(num_inference_steps=1).status_code == 200
