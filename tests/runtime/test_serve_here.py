@@ -41,8 +41,11 @@ class Server:
     """From the command to the line that says that it serves."""
 
     def line(self) -> str:
+        """The next line, but for proposed commands."""
         assert self.process.stdout is not None
-        return self.process.stdout.readline()
+        while (line := self.process.stdout.readline()).startswith(("next:", "  ")):
+            pass
+        return line
 
     def ask(self, **fields: object) -> httpx.Response:
         return httpx.post(f"{self.url}/v1/images/generations", json={"prompt": "a"} | fields, timeout=60)
