@@ -32,6 +32,8 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         for name in self.env:
+            if name.startswith("UNCLIP_CACHE"):
+                raise ValueError(f"env.{name}: the cache has a table of its own, [cache]")
             if _SECRET.search(name):
                 raise ValueError(
                     f"env.{name}: a recipe is written beside the artifacts and sent to the tracker; put the name into "

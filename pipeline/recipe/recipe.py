@@ -21,6 +21,7 @@ from models.decoder.config import DecoderConfig
 from models.prior.config import PriorConfig
 from models.upsampler.config import UpsamplerConfig
 from pipeline.errors import ConfigError
+from pipeline.recipe.cache_section import CacheConfig
 from pipeline.recipe.folder import folder_tables
 from pipeline.recipe.job_sections import JobConfig
 from pipeline.recipe.pairs_sections import PairsConfig
@@ -39,6 +40,7 @@ from pipeline.recipe.sections import (
 from pipeline.recipe.serve_sections import ServeConfig
 from pipeline.recipe.steps import STEP_ROWS
 from pipeline.recipe.train_sections import ClipStepConfig, NetworkStepConfig, NoisyClipStepConfig
+from pipeline.workspace.cache import use_cache
 
 Json = dict[str, Any]
 SAMPLING = ("sampler", "num_candidates", "noise_level")
@@ -94,6 +96,8 @@ class Recipe:
     """Prices, for `plan --cost`."""
     job: JobConfig = JobConfig()
     """The environment of a submitted job."""
+    cache: CacheConfig = CacheConfig()
+    """Where machines keep files of an object store."""
 
     def __post_init__(self) -> None:
         if not self.name or self.name.startswith(".") or "/" in self.name:
@@ -178,7 +182,9 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     data = _read_tables(Path(path)) if path is not None else {}
     for override in overrides:
         _apply_override(data, override)
-    return parse_recipe(data, where=str(path or "defaults"))
+    recipe = parse_recipe(data, where=str(path or "defaults"))
+    use_cache(recipe.cache.folder, recipe.cache.gb, shared=recipe.cache.shared)
+    return recipe
 
 
 def parse_recipe(data: Json, *, where: str = "recipe") -> Recipe:

@@ -14,6 +14,7 @@ import psutil
 import ray
 
 from pipeline.errors import StepError
+from pipeline.workspace.cache import recipe_variables
 
 _CONNECT_TIMEOUT_S = 5.0
 
@@ -44,7 +45,8 @@ def connect(address: str = "") -> Generator[None]:
     on_termination = signal.getsignal(signal.SIGTERM)
     try:
         if address:
-            ray.init(address=address, **quiet)
+            variables = recipe_variables()
+            ray.init(address=address, runtime_env={"env_vars": variables} if variables else None, **quiet)
         else:
             _start_here(**quiet)
     except Exception as error:  # noqa: BLE001  (Ray itself raises a bare Exception when a busy machine starts it slowly)

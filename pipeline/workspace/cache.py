@@ -2,11 +2,13 @@
 
 A file is used only while the store names the same version (its ETag, or its time). ``UNCLIP_CACHE`` is the folder, by
 default one of this user's in the temporary folder; ``UNCLIP_CACHE_GB`` bounds it, by default to half of what its disk
-has free. The files that were not used for longest go first.
+has free. The files that were not used for longest go first. With ``UNCLIP_CACHE_SHARED=1`` the users of the folder's
+group share its files. A recipe sets all three by its table ``[cache]``.
 
-Beside each file ``<name>`` stands ``.<name>.cached`` with the version that it is. A process that fetches or removes the
-file holds a lock on it, so that the others wait, and read what it fetched. The time of this entry is when the file was
-used last, in seconds since the machine started: the time of day may jump.
+Beside each file ``<name>`` stands ``.<name>.cached``: a line of a fixed length, when the file was used last, in
+nanoseconds since the machine started (the time of day may jump, and the times of a file are its owner's to set), and
+the version that it is. A process that fetches or removes the file holds a lock on it, so that the others wait, and read
+what it fetched.
 """
 
 import contextlib
@@ -15,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Callable, Generator
@@ -22,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.workspace.disk import own_folder, require_own, translate_os_errors
 
 _GRACE_S = 60.0
@@ -30,8 +33,13 @@ _GRACE_S = 60.0
 _SHARE_BETWEEN_SCANS = 0.01
 _SUFFIX = ".cached"
 _PARTIAL = ".partial-"
+_NEW = ".new-"
 _BLOCK_BYTES = 1 << 20
+_FOLDER, _GIGABYTES, _SHARED = "UNCLIP_CACHE", "UNCLIP_CACHE_GB", "UNCLIP_CACHE_SHARED"
+_USE_BYTES = 21  # 20 digits and the end of the line
+_GROUP_FOLDER, _GROUP_FILE = 0o2770, 0o660
 
+_set_by_recipe: dict[str, str] = {}
 _added_bytes = float("inf")
 """Bytes that this process has added since it last looked at the size of the cache; the first time it looks at once."""
 
@@ -51,6 +59,24 @@ class Cached:
 
     version: Version
     sha256: str
+
+
+def use_cache(folder: str, gb: float, *, shared: bool) -> None:
+    """Use the cache that a recipe names, in this process and in those that it starts; what is empty stays as it was.
+
+    Args:
+        folder: The folder.
+        gb: Most gigabytes.
+        shared: Whether the users of the folder's group share it.
+    """
+    named = {_FOLDER: folder, _GIGABYTES: f"{gb:g}" if gb else "", _SHARED: "1" if shared else ""}
+    _set_by_recipe.update({name: value for name, value in named.items() if value})
+    os.environ.update(_set_by_recipe)
+
+
+def recipe_variables() -> dict[str, str]:
+    """The environment variables of the cache that a recipe names, for processes on other machines."""
+    return dict(_set_by_recipe)
 
 
 def cached_path(
@@ -78,6 +104,7 @@ def cached_path(
             _note_use(entry)
             return local, cached.sha256
         partial = local.with_name(f"{_PARTIAL}{local.name}")  # one at a time: the entry is locked
+        partial.unlink(missing_ok=True)  # of a process that was killed, perhaps another user's
         fetch(partial)
         fetched_bytes, sha256 = partial.stat().st_size, sha256_of(partial)
         if fetched_bytes != version.num_bytes:
@@ -119,12 +146,12 @@ def temporary_file(name: str) -> Generator[Path]:
     """
     root = _root() / "writing"
     with translate_os_errors(str(root)):
-        root.mkdir(exist_ok=True)
-        with (root / ".lock").open("w") as lock:  # nobody takes a new folder, not locked yet, for an abandoned one
+        _make_folder(root)
+        with _open_for_all(root / ".lock") as lock:  # nobody takes a new folder, not locked yet, for an abandoned one
             fcntl.flock(lock, fcntl.LOCK_EX)
             _remove_abandoned(root)
             folder = root / uuid.uuid4().hex
-            folder.mkdir()
+            _make_folder(folder)
             handle = os.open(folder, os.O_RDONLY)
             fcntl.flock(handle, fcntl.LOCK_EX)  # it ends with the process
     try:
@@ -146,7 +173,7 @@ def limit_bytes(used_bytes: int, root: Path) -> int:
     Raises:
         ConfigError: If ``UNCLIP_CACHE_GB`` is no positive number.
     """
-    setting = os.environ.get("UNCLIP_CACHE_GB", "")
+    setting = os.environ.get(_GIGABYTES, "")
     if not setting:
         return (shutil.disk_usage(root).free + used_bytes) // 2
     try:
@@ -159,12 +186,60 @@ def limit_bytes(used_bytes: int, root: Path) -> int:
 
 
 def _root() -> Path:
-    setting = os.environ.get("UNCLIP_CACHE", "")
+    setting = os.environ.get(_FOLDER, "")
     if not setting:
         return own_folder("unclip-cache")
+    if _is_shared():
+        return _require_shared(Path(setting))
     with translate_os_errors(setting):
         Path(setting).mkdir(parents=True, exist_ok=True)
     return require_own(Path(setting) / f"unclip-cache-{os.getuid()}", "set UNCLIP_CACHE to a folder of your own")
+
+
+def _is_shared() -> bool:
+    return os.environ.get(_SHARED, "") == "1"
+
+
+def _require_shared(folder: Path) -> Path:
+    """A folder that a group shares, and nobody else can write: what is in it is used as it is.
+
+    Raises:
+        StepError: If it is not one.
+    """
+    mode = folder.stat().st_mode if folder.is_dir() else 0
+    if not mode & stat.S_ISGID or not mode & stat.S_IWGRP or mode & stat.S_IWOTH or not os.access(folder, os.W_OK):
+        raise StepError(
+            f"{folder}: no folder that a group shares, this user among them; make it once, as its owner: "
+            f"install -d -g GROUP -m 2770 {folder}"
+        )
+    return folder
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.is_dir():
+        return
+    if not _is_shared():
+        folder.mkdir(exist_ok=True)
+        return
+    new = folder.with_name(f"{_NEW}{uuid.uuid4().hex}")
+    new.mkdir()
+    new.chmod(_GROUP_FOLDER)
+    try:
+        new.rename(folder)  # so that no other user finds it closed
+    except OSError:  # somebody else's is there, and has files
+        new.rmdir()
+
+
+def _open_for_all(path: Path) -> IO[bytes]:
+    """Open a file to read and write, which is made if it is not there; whoever uses the cache may do so."""
+    if not path.exists() and _is_shared():
+        new = path.with_name(f"{_NEW}{uuid.uuid4().hex}")
+        os.close(os.open(new, os.O_CREAT | os.O_EXCL))
+        new.chmod(_GROUP_FILE)
+        with contextlib.suppress(FileExistsError):
+            os.link(new, path)  # with its permissions, as a folder
+        new.unlink()
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
 
 
 def _place(uri: str) -> Path:
@@ -178,8 +253,8 @@ def _entry(local: Path) -> Generator[IO[bytes]]:
     """The opened and locked entry of a file; a lock on an entry that was removed in the meantime is taken anew."""
     path = local.with_name(f".{local.name}{_SUFFIX}")
     while True:
-        local.parent.mkdir(exist_ok=True)
-        with path.open("a+b") as entry:
+        _make_folder(local.parent)
+        with _open_for_all(path) as entry:
             fcntl.flock(entry, fcntl.LOCK_EX)
             if path.exists() and os.fstat(entry.fileno()).st_ino == path.stat().st_ino:
                 yield entry
@@ -187,7 +262,7 @@ def _entry(local: Path) -> Generator[IO[bytes]]:
 
 
 def _read(entry: IO[bytes]) -> Cached | None:
-    entry.seek(0)
+    entry.seek(_USE_BYTES)
     with contextlib.suppress(ValueError, KeyError, TypeError):
         data = json.loads(entry.read())
         return Cached(Version(**data["version"]), data["sha256"])
@@ -196,15 +271,28 @@ def _read(entry: IO[bytes]) -> Cached | None:
 
 def _put(entry: IO[bytes], source: Path, local: Path, cached: Cached) -> None:
     entry.truncate(0)  # killed between these lines, the file counts as unknown
+    if _is_shared():
+        source.chmod(_GROUP_FILE)
     source.replace(local)
-    entry.write(json.dumps(asdict(cached)).encode())
+    entry.seek(0)
+    entry.write(_use_now() + json.dumps(asdict(cached)).encode())
     entry.flush()
-    _note_use(entry)
 
 
 def _note_use(entry: IO[bytes]) -> None:
-    now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    os.utime(entry.fileno(), ns=(now_ns, now_ns))
+    entry.seek(0)
+    entry.write(_use_now())
+    entry.flush()
+
+
+def _use_now() -> bytes:
+    return b"%020d\n" % time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+def _last_use_ns(path: Path) -> int:
+    with path.open("rb") as entry:
+        use = entry.read(_USE_BYTES)
+    return int(use) if use.strip().isdigit() else 0
 
 
 def _make_room(new_bytes: int) -> None:
@@ -215,13 +303,12 @@ def _make_room(new_bytes: int) -> None:
     if _added_bytes < _SHARE_BETWEEN_SCANS * limit_bytes(0, root):
         return
     _added_bytes = 0
-    now, entries = time.clock_gettime(time.CLOCK_BOOTTIME), list[tuple[float, int, Path]]()
+    now_ns, entries = time.clock_gettime_ns(time.CLOCK_BOOTTIME), list[tuple[float, int, Path]]()
     for path in root.glob(f"*/.*{_SUFFIX}"):
         local = path.with_name(path.name[1 : -len(_SUFFIX)])
         with contextlib.suppress(FileNotFoundError):
-            age_s = now - path.stat().st_mtime
-            # Used when the machine had not been started anew, or by a release that noted the time of day.
-            age_s = age_s if age_s >= 0 else float("inf")
+            age_s = (now_ns - _last_use_ns(path)) / 1e9
+            age_s = age_s if age_s >= 0 else float("inf")  # used when the machine had not been started anew
             entries.append((age_s, local.stat().st_size, local))
     used = sum(num_bytes for _, num_bytes, _ in entries)
     limit = limit_bytes(used, root)
