@@ -34,6 +34,7 @@ from pipeline.data.rows import make_uid, numbered_names, pairs_schema, split_of
 from pipeline.data.sources import Source, list_of, named_list
 from pipeline.errors import DataError
 from pipeline.workspace.forgotten import CAUSE, Forgotten
+from pipeline.workspace.hashing import HashedFile
 from pipeline.workspace.manifest import ShardRecord, add_counts
 from pipeline.workspace.store import LIVE, Artifact
 
@@ -217,7 +218,8 @@ class PairsMaker:
         with (
             pq.ParquetFile(self._output.path(f"{READ}{name}.parquet")) as rows,
             self._output.write(f"{name}.parquet") as path,
-            pq.ParquetWriter(path, rows.schema_arrow, compression="zstd") as writer,
+            HashedFile(path) as stream,
+            pq.ParquetWriter(stream, rows.schema_arrow, compression="zstd") as writer,
         ):
             for batch in rows.iter_batches(ROW_GROUP_ROWS):
                 low, high = np.searchsorted(repeats, [row, row + batch.num_rows])

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from pipeline.data.causes import cause_of, is_in_class
 from pipeline.data.shards import index_tar, picture_span
+from pipeline.workspace.hashing import HashedFile
 
 SUCCESS = "success"
 FAILED_TO_DOWNLOAD, FAILED_TO_RESIZE = "failed_to_download", "failed_to_resize"
@@ -109,8 +110,9 @@ def write_shard(
         Numbers of rows: ``in`` = ``ok`` + ``failed_to_download`` + ``failed_to_resize``.
     """
     columns = {name: [row.values[name] for row in rows] for name in schema.names}
-    pq.write_table(pa.table(columns, schema=schema), files.parquet)
-    with files.tar.open("wb") as stream:
+    with HashedFile(files.parquet) as stream:
+        pq.write_table(pa.table(columns, schema=schema), stream)
+    with HashedFile(files.tar) as stream:
         for row in rows:
             if row.picture is not None:
                 _add_sample(stream, row, extension)

@@ -24,6 +24,7 @@ from pipeline.errors import DataError
 from pipeline.pictures import FORMATS
 from pipeline.workspace.files import UserFile, find_files, local_copy
 from pipeline.workspace.forgotten import CAUSE
+from pipeline.workspace.hashing import HashedFile
 from pipeline.workspace.store import Artifact
 
 BATCH_ROWS = 10_000
@@ -152,8 +153,8 @@ def take_in(uri: str, pairs: pa.Table, shard: str, output: Artifact) -> dict[str
     names = [f"{shard}.tar", f"{shard}.parquet", f"{shard}_stats.json"]
     output.link(names[0], uri)
     table = table_of(output.path(names[0]), shard, pairs)
-    with output.write(names[1]) as path:
-        pq.write_table(table, path)
+    with output.write(names[1]) as path, HashedFile(path) as stream:
+        pq.write_table(table, stream)
     num_forgotten = num_blank(table)
     num_ok = table.num_rows - num_forgotten
     counts = {"count": table.num_rows, "successes": num_ok, "failed_to_download": num_forgotten, "failed_to_resize": 0}

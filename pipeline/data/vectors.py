@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pipeline.data.rows import embeddings_schema
 from pipeline.data.shards import REPAIR_HINT, name_of, read_table
 from pipeline.errors import DataError
+from pipeline.workspace.hashing import HashedFile
 
 ROW_GROUP_ROWS = 1024
 """Rows of a row group; small, so that a writer holds few vectors in memory."""
@@ -60,7 +61,10 @@ def to_unit(vectors: NDArray[np.float16]) -> NDArray[np.float32]:
 
 def write_embeddings(tables: Iterable[pa.Table], path: Path, schema: pa.Schema) -> None:
     """Write tables in ``rows.embeddings_schema`` to one file; the same tables give the same bytes."""
-    with pq.ParquetWriter(path, schema.with_metadata(_ONE_PAGE), **WRITER_OPTIONS) as writer:
+    with (
+        HashedFile(path) as stream,
+        pq.ParquetWriter(stream, schema.with_metadata(_ONE_PAGE), **WRITER_OPTIONS) as writer,
+    ):
         for table in tables:
             rows = table.combine_chunks().replace_schema_metadata(_ONE_PAGE)
             writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)

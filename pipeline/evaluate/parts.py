@@ -35,6 +35,7 @@ from pipeline.pictures import square, to_png
 from pipeline.shapes.check import check
 from pipeline.shapes.draw import draw_array
 from pipeline.shapes.scene import Scene
+from pipeline.workspace.hashing import HashedFile
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.store import Artifact
 
@@ -399,7 +400,8 @@ def write_rows(rows: Sequence[Json], path: Path) -> None:
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     vector = pa.list_(pa.float32())
     arrays = {n: pa.array(values, vector if n in _VECTORS else None) for n, values in columns.items()}
-    pq.write_table(pa.table(arrays), path)
+    with HashedFile(path) as stream:
+        pq.write_table(pa.table(arrays), stream)
 
 
 def read_part(output: Artifact, part: Part) -> list[Json]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.selection import LABEL_COLUMNS
 from pipeline.errors import DataError
+from pipeline.workspace.hashing import HashedFile
 
 pc: Any = pyarrow.compute  # its functions are created at import, so a type checker does not know them
 Bools = NDArray[np.bool_]
@@ -143,5 +144,6 @@ def write_labels(
         if not columns["reason"][row]:
             for name in ("reason", "detail", "same_as", "same_as_shard"):
                 columns[name][row] = entry[name]
-    pq.write_table(pa.table(columns, schema=_LABELS), path)
+    with HashedFile(path) as stream:
+        pq.write_table(pa.table(columns, schema=_LABELS), stream)
     return count_reasons(columns["reason"]), np.array([not reason for reason in columns["reason"]], np.bool_)

@@ -34,6 +34,7 @@ from pipeline.filter.examples import EXAMPLES
 from pipeline.filter.labels import count_reasons
 from pipeline.forget.search import FAILURES, SHARDS_STAY
 from pipeline.workspace.forgotten import CAUSE, Forgotten, Rewrite
+from pipeline.workspace.hashing import HashedFile
 from pipeline.workspace.manifest import Manifest, add_counts, content_of
 from pipeline.workspace.store import ALL_RECORDS, LIVE, MANIFEST, RECORD_SUFFIX, Artifact
 
@@ -100,7 +101,8 @@ def _rewrite_pairs(artifact: Artifact, part: str, forgotten: Forgotten) -> None:
     with (
         pq.ParquetFile(artifact.path(name)) as rows,
         artifact.write(name) as path,
-        pq.ParquetWriter(path, rows.schema_arrow, compression="zstd") as writer,
+        HashedFile(path) as stream,
+        pq.ParquetWriter(stream, rows.schema_arrow, compression="zstd") as writer,
     ):
         for batch in rows.iter_batches(ROW_GROUP_ROWS):
             writer.write_table(blank_rows(pa.Table.from_batches([batch]), forgotten))
@@ -142,8 +144,8 @@ def _rewrite_taken_in(artifact: Artifact, shard: str, forgotten: Forgotten) -> t
     """Empty the rows in the table of a shard whose tar is its owner's, and stays."""
     name = f"{shard}.parquet"
     table = blank_rows(pq.read_table(artifact.path(name)), forgotten)
-    with artifact.write(name) as path:
-        pq.write_table(table, path)
+    with artifact.write(name) as path, HashedFile(path) as stream:
+        pq.write_table(table, stream)
     num_ok = Counter(table.column("status").to_pylist())[SUCCESS]
     num_failed = table.num_rows - num_ok
     stats = artifact.read_json(f"{shard}_stats.json")
@@ -179,8 +181,8 @@ def _labels_without(artifact: Artifact, shard: str, forgotten: Forgotten) -> Cou
     same_as: list[str] = table.column("same_as").to_pylist()
     copies = ["" if goes else uid for uid, goes in zip(same_as, forgotten.has(same_as), strict=True)]
     table = table.set_column(table.schema.get_field_index("same_as"), "same_as", pa.array(copies, pa.string()))
-    with artifact.write(name) as target:
-        pq.write_table(table, target)
+    with artifact.write(name) as target, HashedFile(target) as stream:
+        pq.write_table(table, stream)
     return count_reasons(table.column("reason").to_pylist())
 
 

@@ -15,6 +15,7 @@ from pipeline.retrieve.queries import QueryEncoder, to_direction
 from pipeline.retrieve.query_list import QUERY_COLUMNS
 from pipeline.retrieve.retriever import Results
 from pipeline.retrieve.search import Searcher, SearchOptions
+from pipeline.workspace.hashing import HashedFile
 
 _BATCH = 256
 NEIGHBOUR = pa.struct(
@@ -71,7 +72,8 @@ class PartSearcher:
         rows = pa.concat_tables(answers)
         for name in rows.column_names:
             shown = shown.append_column(name, rows.column(name))
-        pq.write_table(shown, target, compression="zstd")
+        with HashedFile(target) as stream:
+            pq.write_table(shown, stream, compression="zstd")
         return counts
 
     def _answer(self, queries: pa.Table, counts: Counter[str]) -> pa.Table:

@@ -27,6 +27,7 @@ from typing import IO
 
 from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.workspace.disk import own_folder, require_own, translate_os_errors
+from pipeline.workspace.hashing import sha256_of
 
 _GRACE_S = 60.0
 """A file that was used so recently stays: who asked for its path may not have opened it yet."""
@@ -159,12 +160,6 @@ def temporary_file(name: str) -> Generator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(handle)
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a local file, as hexadecimal digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def limit_bytes(used_bytes: int, root: Path) -> int:

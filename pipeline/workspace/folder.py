@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from pipeline.errors import DataError
-from pipeline.workspace.cache import Cached, Version, cached_path, keep, lookup, sha256_of, temporary_file
+from pipeline.workspace.cache import Cached, Version, cached_path, keep, lookup, temporary_file
 from pipeline.workspace.disk import translate_os_errors
+from pipeline.workspace.hashing import checksum_of_writing, sha256_of
 from pipeline.workspace.objects import RangedFile, file_system, stamp_of
 
 Json = dict[str, Any]
@@ -59,23 +60,32 @@ class Folder:
     def write(self, name: str) -> Generator[Path]:
         """A local path to write a file to; leaving the block without an error publishes it under ``name`` at once.
 
+        What ``HashedFile`` writes is not read again for its checksum.
+
         Raises:
             StepError: If the disk is full or the place cannot be written; nothing is left behind.
         """
         self._descriptions.pop(name, None)
         if not self._is_local:
-            with temporary_file(Path(name).name) as temporary, translate_os_errors(f"{self.uri}/{name}"):
+            with (
+                temporary_file(Path(name).name) as temporary,
+                checksum_of_writing(temporary) as checksum,
+                translate_os_errors(f"{self.uri}/{name}"),
+            ):
                 yield temporary
-                self._upload(temporary, name)
+                num_bytes = temporary.stat().st_size
+                self._upload(temporary, name, num_bytes, checksum(num_bytes) or sha256_of(temporary))
             return
         target = Path(self._base) / name
         with translate_os_errors(str(target)):
             target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}-{target.name}")
         try:
-            with translate_os_errors(f"{self.uri}/{name}"):
+            with translate_os_errors(f"{self.uri}/{name}"), checksum_of_writing(temporary) as checksum:
                 yield temporary
-                _publish(temporary, target)
+                num_bytes = _publish(temporary, target)
+                if sha256 := checksum(num_bytes):
+                    self._descriptions[name] = {"bytes": num_bytes, "sha256": sha256}
         finally:
             _remove(temporary)
 
@@ -284,9 +294,8 @@ class Folder:
             raise self._missing(name)
         return Version(stamp_of(info), int(info["size"]))
 
-    def _upload(self, temporary: Path, name: str) -> None:
+    def _upload(self, temporary: Path, name: str, num_bytes: int, sha256: str) -> None:
         """Upload a file; it moves into the cache, so that this machine neither fetches nor reads it again."""
-        sha256, num_bytes = sha256_of(temporary), temporary.stat().st_size
         self._files.put_file(str(temporary), f"{self._base}/{name}")
         self._descriptions[name] = {"bytes": num_bytes, "sha256": sha256}
         version = self._version(name)
@@ -326,9 +335,11 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _publish(temporary: Path, target: Path) -> None:
+def _publish(temporary: Path, target: Path) -> int:
+    """Give a file its name; returns its size in bytes."""
     with temporary.open("rb") as stream:
         os.fsync(stream.fileno())
+        num_bytes = os.fstat(stream.fileno()).st_size
         os.fchmod(stream.fileno(), 0o666 & ~_UMASK)  # safetensors makes files that only their owner may read
     temporary.replace(target)
     folder = os.open(target.parent, os.O_RDONLY)
@@ -336,6 +347,7 @@ def _publish(temporary: Path, target: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+    return num_bytes
 
 
 def _umask() -> int:
