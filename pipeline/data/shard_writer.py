@@ -187,7 +187,7 @@ def repeated_pictures(stats: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"digest": name, "urls": count, "url": examples[name]} for name, count in urls.most_common(_NUM_REPEATED)]
 
 
-def _add_sample(stream: IO[bytes], row: ShardRow, extension: str) -> None:
+def _add_sample(stream: HashedFile, row: ShardRow, extension: str) -> None:
     assert row.picture is not None
     key, caption = row.values["key"], row.values["caption"]
     files = {

@@ -5,10 +5,7 @@ import hashlib
 import io
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
+from typing import Any
 
 _written: dict[Path, tuple[int, str]] = {}
 """Files inside a block of ``checksum_of_writing``; sizes and checksums of those that are whole."""
@@ -26,7 +23,7 @@ class HashedFile(io.BufferedIOBase):
         self._file = path.open("wb")
         self._digest = hashlib.sha256()
 
-    def write(self, data: "Buffer", /) -> int:
+    def write(self, data: Any, /) -> int:
         """Write bytes."""
         self._digest.update(data)
         return self._file.write(data)
