@@ -199,7 +199,7 @@ def _add_sample(stream: HashedFile, row: ShardRow, extension: str) -> None:
         _write_member(stream, f"{key}.{suffix}", files[suffix])
 
 
-def _write_member(stream: IO[bytes], name: str, data: bytes) -> None:
+def _write_member(stream: HashedFile, name: str, data: bytes) -> None:
     """Add a file to a tar: ``tarfile`` writes the same bytes, and takes five times as long for the header."""
     header = bytearray(_HEADER)
     header[: len(name)] = name.encode()
