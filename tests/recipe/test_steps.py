@@ -89,7 +89,7 @@ def test_keys_of_the_shipped_recipes_hold_what_they_always_held(name: str) -> No
 
 
 def test_every_row_configures_a_field_of_the_recipe_and_every_section_of_a_step_has_a_row() -> None:
-    no_steps = {"serve", "tracking", "prices", "job", "name", "workspace", "seed"}
+    no_steps = {"serve", "tracking", "prices", "job", "cache", "name", "workspace", "seed"}
     fields = set(default_tables({row.name: {} for row in STEPS}))
     assert sorted(row.name for row in STEPS) == sorted(fields - no_steps)
 
