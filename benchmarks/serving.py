@@ -12,6 +12,7 @@ machine do not count; gaps too are of that clock. Rounds alternate, and ratios a
 """
 
 import argparse
+import asyncio
 import queue
 import statistics
 import tempfile
@@ -251,7 +252,7 @@ def neighbours(cascade: Cascade) -> dict[str, Any]:
         for number in range(60):
             start_s = time.perf_counter()
             vector = clip.encode_image(pictures[number : number + 1])[0].cpu().numpy()
-            index.search(vector[None], 10, "image")
+            asyncio.run(index.search(vector[None], 10, "image"))
             times.append(1000 * (time.perf_counter() - start_s))
     low, median, high = np.percentile(times[10:], [25, 50, 75])
     return _row(f"10 neighbours among {_INDEX_ROWS} rows, ms", float(median), -10, f"quartiles {low:.1f}, {high:.1f}")

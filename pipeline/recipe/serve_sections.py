@@ -67,6 +67,8 @@ class ServeConfig:
     """The first upsampler, in a chain."""
     upsampler_2: ServeStageConfig = ServeStageConfig()
     """The second upsampler, in a chain."""
+    neighbours: ServeStageConfig | None = None
+    """The index of the pairs, in a chain; without this table it is read by the process that speaks HTTP."""
     replicas: tuple[PositiveInt, PositiveInt] = (1, 1)
     """Fewest and most copies of the cascade; Ray Serve starts more while requests wait, and ends them again."""
     target_requests: PositiveFloat = 16.0
@@ -117,6 +119,10 @@ class ServeConfig:
             raise ValueError(f'precision = "{self.precision}" needs accelerator = "cuda"')
         stages = {name: getattr(self, name) for name in ("prior", "decoder", "upsampler_1", "upsampler_2")}
         unused = [f"serve.{name}" for name, stage in stages.items() if stage != ServeStageConfig()]
+        if self.neighbours is not None:
+            unused.append("serve.neighbours")
+            if (self.neighbours.gpus_per_replica, self.neighbours.max_batch_size) != (1.0, 0):
+                raise ValueError("neighbours: the index takes no GPU and has no batches")
         if self.mode == "process" and self.replicas != (1, 1):
             raise ValueError('replicas: one copy is all that serve.mode = "process" has')
         if self.mode != "chain" and unused:

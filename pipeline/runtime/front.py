@@ -21,7 +21,7 @@ from pipeline.serve.guards import Guards, GuardSettings
 from pipeline.serve.keys import KeyRing, Meter
 from pipeline.serve.metrics import HttpMetrics
 from pipeline.serve.picture_files import ModelCard
-from pipeline.serve.protocols import PictureModel
+from pipeline.serve.protocols import Neighbours, PictureModel
 from pipeline.serve.traces import open_traces
 from pipeline.serve.upkeep import Upkeep
 from pipeline.workspace.store import Artifact
@@ -70,24 +70,43 @@ class Front:
         self.upkeep.has_ended = True
         self.gate.wait_until_idle(_END_S)
 
-    def open(self, recipe: Recipe, artifacts: dict[str, Artifact], model: PictureModel) -> None:
+    def open(
+        self,
+        recipe: Recipe,
+        artifacts: dict[str, Artifact],
+        model: PictureModel,
+        neighbours: Neighbours | None = None,
+    ) -> None:
         """Pass new requests to the API of a recipe; those under way stay with the one before.
 
         Args:
             recipe: The recipe.
             artifacts: Its finished steps, by name.
             model: Its networks.
+            neighbours: Its index, if that is elsewhere; None: it is read here, if it is among the artifacts.
         """
-        self.gate.open(self.build(recipe, artifacts, model))
+        self.gate.open(self.build(recipe, artifacts, model, neighbours))
 
-    def build(self, recipe: Recipe, artifacts: dict[str, Artifact], model: PictureModel) -> ASGIApp:
+    def build(
+        self,
+        recipe: Recipe,
+        artifacts: dict[str, Artifact],
+        model: PictureModel,
+        neighbours: Neighbours | None = None,
+    ) -> ASGIApp:
         """The API of a recipe; arguments as ``open``."""
         side_px, longest_s = model_card(recipe, artifacts).image_px, recipe.serve.timeout_s
         guarded = GuardedModel(model, side_px, self._meter, self._hook, longest_s)
-        return _build_app(recipe, artifacts, cast("PictureModel", guarded), self._metrics)
+        return _build_app(recipe, artifacts, cast("PictureModel", guarded), neighbours, self._metrics)
 
 
-def _build_app(recipe: Recipe, artifacts: dict[str, Artifact], model: PictureModel, metrics: HttpMetrics) -> ASGIApp:
+def _build_app(
+    recipe: Recipe,
+    artifacts: dict[str, Artifact],
+    model: PictureModel,
+    neighbours: Neighbours | None,
+    metrics: HttpMetrics,
+) -> ASGIApp:
     from pipeline.retrieve.retriever import Retriever
     from pipeline.serve.api import ApiSettings, create_app
     from pipeline.serve.knn import LocalNeighbours
@@ -97,8 +116,7 @@ def _build_app(recipe: Recipe, artifacts: dict[str, Artifact], model: PictureMod
     settings = ApiSettings(
         model_card(recipe, artifacts), created=created, fetches_urls=recipe.serve.image_urls, metrics=metrics
     )
-    neighbours = None
-    if "index" in artifacts:
+    if neighbours is None and "index" in artifacts:
         neighbours = LocalNeighbours(Retriever.open(artifacts["index"]), metrics.neighbours.time)
     return create_app(model, neighbours, settings)
 

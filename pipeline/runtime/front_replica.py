@@ -10,8 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.recipe.serve_sections import ServeConfig
 from pipeline.runtime.front import Front
-from pipeline.runtime.parts import Tables, most_requests, read_tables
-from pipeline.runtime.remote_model import RemoteModel
+from pipeline.runtime.neighbours import remote_parts
+from pipeline.runtime.parts import Tables, read_tables
 from pipeline.runtime.served import server_name
 
 
@@ -43,7 +43,7 @@ class FrontReplica:
         """Serve a recipe; called by Ray Serve at the start, and when `serve deploy` brings another one."""
         recipe, artifacts = read_tables(tables)
         front = Front(replace(recipe.serve, name=server_name(recipe)))
-        front.open(recipe, artifacts, RemoteModel(self._handles, most_requests(recipe.serve), front.upkeep))
+        front.open(recipe, artifacts, *remote_parts(recipe, artifacts, self._handles, front.upkeep))
         closing = threading.Timer(recipe.serve.drain_s, self._front.close)  # its last requests are still under way
         closing.daemon = True
         closing.start()

@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe, to_dict
 from pipeline.runtime.environment import runtime_environment
 from pipeline.runtime.jobs import entrypoint, job_name
-from pipeline.runtime.parts import parts_of, place_of
+from pipeline.runtime.parts import needs_of_replica, parts_of, place_of
 from pipeline.runtime.serve_file import serve_file
 from pipeline.runtime.served import server_name
 from pipeline.serve.http_server import is_loopback
@@ -114,7 +114,7 @@ def _name(text: str) -> str:
 
 def _group(recipe: Recipe, part: str, group: dict[str, Any], image: str) -> dict[str, Any]:
     """Machines of which each takes one replica of a part."""
-    place, on_gpu = place_of(recipe.serve, part), recipe.serve.accelerator == "cuda"
+    place, on_gpu = place_of(recipe.serve, part), "GPU" in needs_of_replica(recipe.serve, part)
     own_gb, cpus = math.ceil(place.memory_gb_per_replica), math.ceil(place.cpus_per_replica) + _RAY_CPUS
     memory = f"{own_gb + _GB_PER_CPU if own_gb else _GB_PER_CPU * cpus}G"
     gpus = {"nvidia.com/gpu": str(math.ceil(place.gpus_per_replica))} if on_gpu else {}

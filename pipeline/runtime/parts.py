@@ -13,6 +13,8 @@ Tables = dict[str, Any]
 
 NETWORKS = "networks"
 """Name of the deployment that has all networks."""
+NEIGHBOURS = "neighbours"
+"""Name of the deployment that has the index."""
 _FIRST = "prior"
 """The part of a chain with CLIP, the prior, and what has no part of its own."""
 _BYTES_PER_GB = 1e9
@@ -23,7 +25,7 @@ HEALTH_CHECK_PERIOD_S = 1.0
 
 
 def parts_of(recipe: Recipe) -> dict[str, tuple[str, ...]]:
-    """The steps of each part of a cascade, by the name of its deployment; CLIP's part is the first."""
+    """The steps of each part, by the name of its deployment: CLIP's is the first, the index the last, without steps."""
     steps = [name for name in CASCADE_STEPS if getattr(recipe, name) is not None]
     if recipe.serve.mode != "chain":
         return {NETWORKS: tuple(steps)}
@@ -31,7 +33,7 @@ def parts_of(recipe: Recipe) -> dict[str, tuple[str, ...]]:
     for step in steps:
         part = "decoder" if step == "noisy_clip" else step if step in {"decoder", *recipe.upsamplers()} else _FIRST
         parts[part] = (*parts.get(part, ()), step)
-    return parts
+    return parts if recipe.serve.neighbours is None else {**parts, NEIGHBOURS: ()}
 
 
 def place_of(config: ServeConfig, part: str) -> ServeStageConfig:
@@ -101,7 +103,7 @@ def needs_of_replica(config: ServeConfig, part: str = NETWORKS) -> dict[str, flo
     """Ray's resources that one replica takes."""
     place = place_of(config, part)
     needs = {"CPU": place.cpus_per_replica}
-    if config.accelerator == "cuda":
+    if config.accelerator == "cuda" and part != NEIGHBOURS:
         needs["GPU"] = place.gpus_per_replica
     if place.memory_gb_per_replica:
         needs["memory"] = place.memory_gb_per_replica * _BYTES_PER_GB

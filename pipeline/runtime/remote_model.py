@@ -189,6 +189,14 @@ class RemoteModel:
         """See ``PictureModel``."""
         return await self._twice(lambda: self._call("embed_image", image))
 
+    async def ask(self, part: str, method: str, *arguments: Any, **settings: Any) -> Any:
+        """Call a method of a part by name.
+
+        Raises:
+            NotServing: If no replica of it answers.
+        """
+        return await self._twice(lambda: self._call(method, *arguments, handle=self._handles[part], **settings))
+
     async def stats(self) -> dict[str, int]:
         """See ``PictureModel``; the sums over all replicas."""
         sums = Counter[str]()
@@ -214,8 +222,10 @@ class RemoteModel:
         answers = await asyncio.gather(*map(of, self._handles.values()))
         return [cast("dict[str, Any]", answer) for some in answers for answer in some if isinstance(answer, dict)]
 
-    async def _call(self, method: str, *arguments: Any, handle: DeploymentHandle[Any] | None = None) -> Any:
-        response = getattr(handle or self._first, method).remote(*arguments)
+    async def _call(
+        self, method: str, *arguments: Any, handle: DeploymentHandle[Any] | None = None, **settings: Any
+    ) -> Any:
+        response = getattr(handle or self._first, method).remote(*arguments, **settings)
         try:
             return await self._while_served(response)
         except (asyncio.CancelledError, _NoReplica):  # a Ray that has ended is not called

@@ -22,6 +22,7 @@ from models.request import SampleRequest
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.loading import load_engine
 from pipeline.runtime.parts import (
+    NEIGHBOURS,
     Tables,
     networks_options,
     part_tables,
@@ -188,6 +189,13 @@ def _sent(result: Any, served: str) -> Any:
     return Hop(result.step, ray.put(result) if ray.is_initialized() else result, served)
 
 
+def replica_of(part: str) -> type[Any]:
+    """The class of a part's replicas."""
+    from pipeline.runtime.neighbours import NeighboursReplica
+
+    return NeighboursReplica if part == NEIGHBOURS else ModelReplica
+
+
 def networks_application(recipe: Recipe, artifacts: dict[str, Artifact]) -> serve.Application:
     """The networks of a recipe as an application of Ray Serve.
 
@@ -200,7 +208,7 @@ def networks_application(recipe: Recipe, artifacts: dict[str, Artifact]) -> serv
     def bind(part: str, *others: serve.Application) -> serve.Application:
         options = networks_options(recipe.serve, part)
         deployment: Any = serve.deployment(
-            ModelReplica, name=part, user_config=part_tables(recipe, tables, part), **options
+            replica_of(part), name=part, user_config=part_tables(recipe, tables, part), **options
         )
         # With a version of our own, Ray Serve sees when only the networks changed, and keeps the replicas.
         return deployment.options(version=version("unclip"), _internal=True).bind(*others)

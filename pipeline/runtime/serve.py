@@ -28,16 +28,16 @@ from pipeline.runtime.connection import connect, own_servers, require_alive
 from pipeline.runtime.draining import Announce, finishing, write_line
 from pipeline.runtime.front import Front
 from pipeline.runtime.kept_ray import KeptRay
+from pipeline.runtime.neighbours import remote_parts
 from pipeline.runtime.parts import (
     Tables,
-    most_requests,
     needs_of_replica,
     part_tables,
     parts_of,
     place_of,
     write_tables,
 )
-from pipeline.runtime.remote_model import Handles, RemoteModel, end_requests
+from pipeline.runtime.remote_model import Handles, end_requests
 from pipeline.runtime.replicas import networks_application
 from pipeline.runtime.served import in_use_of, served_by, server_name
 from pipeline.serve.gate import Gate
@@ -105,7 +105,7 @@ def serve_recipe(
             _require_room(recipe)
         try:
             with _deployed(recipe, artifacts, front.gate, announce, servers, shared=bool(address)) as handles:
-                front.open(recipe, artifacts, _remote_model(recipe, front, handles))
+                front.open(recipe, artifacts, *remote_parts(recipe, artifacts, handles, front.upkeep))
                 announce(f"{server_name(recipe)} is served at {url_of(config.host, config.port)} - Ctrl-C ends it")
                 for note in served.notes:
                     announce(note)
@@ -160,11 +160,6 @@ def _deployed(
             with suppress(ray.exceptions.RayError, TimeoutError):
                 serve.delete(application)
         del owner
-
-
-def _remote_model(recipe: Recipe, front: Front, handles: Handles) -> RemoteModel:
-    """The networks of a recipe in its replicas, as its front sees them."""
-    return RemoteModel(handles, most_requests(recipe.serve), front.upkeep)
 
 
 def application_name(recipe: Recipe) -> str:
@@ -388,9 +383,9 @@ class _Watch:
             return
         with ExitStack() as uses:
             uses.enter_context(in_use_of(recipe, artifacts))
-            app = self._front.build(
-                recipe, artifacts, _remote_model(recipe, self._front, self._handles)
-            )  # what can fail without the replicas fails here
+            # What can fail without the replicas fails here.
+            parts = remote_parts(recipe, artifacts, self._handles, self._front.upkeep)
+            app = self._front.build(recipe, artifacts, *parts)
             self._announce("loading other networks")
             try:
                 self._load(recipe, artifacts, new)

@@ -10,7 +10,7 @@ from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.front_replica import FrontReplica
 from pipeline.runtime.parts import HEALTH_CHECK_PERIOD_S, networks_options, part_tables, parts_of, write_tables
-from pipeline.runtime.replicas import ModelReplica
+from pipeline.runtime.replicas import replica_of
 from pipeline.runtime.served import served_by, server_name
 from pipeline.serve.guards import require_keys
 from pipeline.serve.http_server import is_loopback
@@ -34,7 +34,7 @@ def application(parts: dict[str, list[str]]) -> serve.Application:
     Args:
         parts: ``names``: the deployments of the networks, CLIP's first.
     """
-    networks: Any = {name: serve.deployment(ModelReplica, name=name) for name in parts["names"]}
+    networks: Any = {name: serve.deployment(replica_of(name), name=name) for name in parts["names"]}
     return _http.bind(**{name: deployment.bind() for name, deployment in networks.items()})
 
 

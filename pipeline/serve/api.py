@@ -199,7 +199,7 @@ def _clip_retrieval(model: PictureModel, neighbours: Neighbours | None, settings
     async def rows(request: Request) -> JSONResponse:
         body = parse(MetadataRequest, await read_json(request, TEXT_BODY_LIMIT_BYTES))
         index = require_index(body.indice_name)
-        return JSONResponse(metadata(index, body))
+        return JSONResponse(await metadata(index, body))
 
     return router
 

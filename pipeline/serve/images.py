@@ -32,7 +32,6 @@ from pipeline.serve.protocols import (
     PictureModel,
     Preview,
     SampledPictures,
-    Vectors,
 )
 from pipeline.serve.traces import current_traceparent, span
 from pipeline.serve.web import ApiError, error_event, server_event
@@ -276,14 +275,10 @@ class Generation:
         if not count or index is None:
             return [{}] * len(sampled.images)
 
-        def find(vectors: Sequence[Vectors]) -> list[dict[str, Any]]:
-            limit = index.near_copy
-            neighbours = index.search(np.stack(vectors), count, "image")
-            return [{"neighbours": [_neighbour(row, limit) for row in rows]} for rows in neighbours]
-
         with span("neighbours", pictures=len(sampled.images)):
             vectors = await asyncio.gather(*(self._model.embed_image(image) for image in sampled.images))
-            return await asyncio.to_thread(find, vectors)
+            found, limit = await asyncio.gather(index.search(np.stack(vectors), count, "image"), index.near_copy())
+        return [{"neighbours": [_neighbour(row, limit) for row in rows]} for rows in found]
 
     def _about(self, index: int) -> dict[str, Any]:
         """What is said of one picture: its seed, and its place among the frames of an edit."""

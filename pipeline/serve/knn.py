@@ -20,6 +20,7 @@ from pipeline.errors import DataError
 from pipeline.pictures import decode
 from pipeline.recipe.sections import DownloadConfig
 from pipeline.retrieve.copies import near_copy_similarity
+from pipeline.retrieve.index import Neighbour
 from pipeline.retrieve.retriever import Conditions, Retriever
 from pipeline.serve.protocols import Images, NeighbourRow, Neighbours, PictureModel, Vectors
 from pipeline.serve.traces import span
@@ -143,44 +144,62 @@ class LocalNeighbours:
         self._timed = timed
         self._near_copy = functools.cache(lambda: near_copy_similarity(retriever.index))
 
-    @property
-    def embed_dim(self) -> int:
+    async def embed_dim(self) -> int:
         """See ``Neighbours``."""
         return self._retriever.index.embed_dim
 
-    @property
-    def near_copy(self) -> float | None:
+    async def near_copy(self) -> float | None:
         """See ``Neighbours``; measured when it is first asked for."""
-        return self._near_copy()
+        return await asyncio.to_thread(self._near_copy)
 
-    def search(
-        self, vectors: Vectors, k: int, modality: Literal["image", "text"], *, distinct: bool = False
+    async def search(
+        self,
+        vectors: Vectors,
+        k: int,
+        modality: Literal["image", "text"],
+        *,
+        distinct: bool = False,
+        num_pictures: int = 0,
     ) -> list[list[NeighbourRow]]:
         """See ``Neighbours``."""
         conditions = Conditions(distinct=_DUPLICATE_COSINE, max_candidates=_MAX_CANDIDATES) if distinct else None
-        with self._timed():
-            results = self._retriever.search(vectors, k, modality, conditions)
-            rows = iter(self.rows([neighbour.id for result in results for neighbour in result.neighbours]))
-        return [
-            [NeighbourRow(neighbour.id, neighbour.similarity, next(rows)) for neighbour in result.neighbours]
-            for result in results
-        ]
 
-    def rows(self, ids: Sequence[int]) -> list[dict[str, Any]]:
+        def search() -> list[list[NeighbourRow]]:
+            with self._timed():
+                results = self._retriever.search(vectors, k, modality, conditions)
+                rows = iter(self._rows([neighbour.id for result in results for neighbour in result.neighbours]))
+            return [
+                [
+                    NeighbourRow(
+                        neighbour.id,
+                        neighbour.similarity,
+                        next(rows),
+                        self._picture(neighbour) if place < num_pictures else None,
+                    )
+                    for place, neighbour in enumerate(result.neighbours)
+                ]
+                for result in results
+            ]
+
+        return await asyncio.to_thread(search)
+
+    async def rows(self, ids: Sequence[int]) -> list[dict[str, Any]]:
         """See ``Neighbours``."""
+        return await asyncio.to_thread(self._rows, ids)
+
+    def _rows(self, ids: Sequence[int]) -> list[dict[str, Any]]:
         too_large = [number for number in ids if not 0 <= number < _MAX_ID]
         if too_large:
             raise ValueError(f"no row {too_large[0]}: an id has 53 bits")
         return self._retriever.index.rows(ids).to_pylist()
 
-    def picture(self, row: NeighbourRow) -> bytes | None:
-        """See ``Neighbours``."""
-        [neighbour] = self._retriever.index.neighbours(np.array([row.similarity]), np.array([row.id]))
+    def _picture(self, neighbour: Neighbour) -> bytes | None:
+        """The stored picture as a JPEG file; None if it cannot be read."""
         try:
             data = self._retriever.picture(neighbour)
-            image = None if data.startswith(_JPEG) else decode(data, where=f"row {row.id}")
+            image = None if data.startswith(_JPEG) else decode(data, where=f"row {neighbour.id}")
         except DataError as error:
-            _log.warning("no picture for row %d: %s", row.id, error)
+            _log.warning("no picture for row %d: %s", neighbour.id, error)
             return None
         if image is None:
             return data
@@ -212,38 +231,36 @@ async def find(model: PictureModel, neighbours: Neighbours, body: KnnRequest, *,
     if num_results == 0:
         return [[] for _ in vectors] if is_batch else []
     with span("neighbours", queries=len(vectors)):
-        answers = await asyncio.to_thread(_search, neighbours, vectors, num_results, body)
+        hits = await neighbours.search(
+            vectors, num_results, body.modality, distinct=bool(body.deduplicate), num_pictures=body.num_images
+        )
+    # Many pictures are large as text.
+    answers = await asyncio.to_thread(lambda: [_results(rows, body.num_images) for rows in hits])
     return answers if is_batch else answers[0]
 
 
-def metadata(neighbours: Neighbours, body: MetadataRequest) -> list[dict[str, Any]]:
+async def metadata(neighbours: Neighbours, body: MetadataRequest) -> list[dict[str, Any]]:
     """Answer a request for rows by number.
 
     Raises:
         ApiError: 400, if there is no such row.
     """
     try:
-        rows = neighbours.rows(body.ids)
+        rows = await neighbours.rows(body.ids)
     except ValueError as error:
         raise ApiError(400, f"ids: {error}", param="ids", code="invalid_value") from None
     return [{"id": number, "metadata": row} for number, row in zip(body.ids, rows, strict=True)]
 
 
-def _search(neighbours: Neighbours, vectors: Vectors, num_results: int, body: KnnRequest) -> list[list[Row]]:
-    hits = neighbours.search(vectors, num_results, body.modality, distinct=bool(body.deduplicate))
-    return [
-        [_result(neighbours, row, is_whole=place < body.num_images) for place, row in enumerate(rows)] for rows in hits
-    ]
-
-
-def _result(neighbours: Neighbours, row: NeighbourRow, *, is_whole: bool) -> Row:
-    result: Row = {}
-    if is_whole:
-        result |= row.columns
-        picture = neighbours.picture(row)
-        if picture is not None:
-            result["image"] = base64.b64encode(picture).decode()
-    return result | {"id": row.id, "similarity": row.similarity}
+def _results(rows: Sequence[NeighbourRow], num_whole: int) -> list[Row]:
+    """The nearest rows with all that is known of them, the others by number alone."""
+    results: list[Row] = []
+    for place, row in enumerate(rows):
+        result: Row = dict(row.columns) if place < num_whole else {}
+        if row.picture is not None:
+            result["image"] = base64.b64encode(row.picture).decode()
+        results.append(result | {"id": row.id, "similarity": row.similarity})
+    return results
 
 
 async def _queries(
@@ -266,7 +283,8 @@ async def _queries(
         raise ApiError(400, "give one of text, image, embedding_input", code="missing_parameter")
     is_batch = isinstance(body.embedding_input[0], list)
     vectors = cast("list[list[float]]", body.embedding_input if is_batch else [body.embedding_input])
-    return np.stack([_unit(vector, neighbours.embed_dim) for vector in vectors]), is_batch
+    width = await neighbours.embed_dim()
+    return np.stack([_unit(vector, width) for vector in vectors]), is_batch
 
 
 def _listed(value: str | list[str]) -> list[str]:

@@ -76,6 +76,11 @@ class EngineMetrics:
         return generate_latest(self.registry).decode()
 
 
+def search_times(registry: CollectorRegistry) -> Histogram:
+    """What is measured where the index is read."""
+    return Histogram("unclip_neighbours_seconds", "One search of the index.", buckets=_SECONDS, registry=registry)
+
+
 class HttpMetrics:
     """What the HTTP process measures."""
 
@@ -91,9 +96,7 @@ class HttpMetrics:
         self._refusals = Counter(
             "unclip_refusals", "Answers with an error status, by cause.", ["cause"], registry=self.registry
         )
-        self.neighbours = Histogram(
-            "unclip_neighbours_seconds", "One search of the index.", buckets=_SECONDS, registry=self.registry
-        )
+        self.neighbours = search_times(self.registry)
 
         self.encoding = Histogram(
             "unclip_encode_seconds",

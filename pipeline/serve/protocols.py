@@ -132,38 +132,49 @@ class NeighbourRow:
     similarity: float
     columns: dict[str, Any]
     """uid, url, caption, key, shard, split."""
+    picture: bytes | None = None
+    """The stored picture as a JPEG file, if it was asked for and can be read."""
 
 
 class Neighbours(Protocol):
-    """Nearest-neighbour search over the training pictures."""
+    """Nearest-neighbour search over the training pictures, here or in another process."""
 
-    @property
-    def embed_dim(self) -> int:
+    async def embed_dim(self) -> int:
         """Width D of a query, in features."""
         ...
 
-    @property
-    def near_copy(self) -> float | None:
+    async def near_copy(self) -> float | None:
         """The cosine above which a picture is a near copy of a training row's; None: too few held-out rows to say."""
         ...
 
-    def search(
-        self, vectors: Vectors, k: int, modality: Literal["image", "text"], *, distinct: bool = False
+    async def search(
+        self,
+        vectors: Vectors,
+        k: int,
+        modality: Literal["image", "text"],
+        *,
+        distinct: bool = False,
+        num_pictures: int = 0,
     ) -> list[list[NeighbourRow]]:
         """The ``k`` rows nearest to each of Q vectors (Q, D) of length one, the nearest first.
 
-        If ``distinct``, rows whose picture is nearly that of a nearer row are left out.
+        Args:
+            vectors: The queries.
+            k: Rows of each.
+            modality: What of the rows is compared.
+            distinct: Leave out rows whose picture is nearly that of a nearer row.
+            num_pictures: Rows of each query, from the nearest, that come with their stored pictures.
+
+        Raises:
+            NotServing: If the index is elsewhere, and does not answer.
         """
         ...
 
-    def rows(self, ids: Sequence[int]) -> list[dict[str, Any]]:
+    async def rows(self, ids: Sequence[int]) -> list[dict[str, Any]]:
         """The columns of rows by number.
 
         Raises:
             ValueError: If there is no such row.
+            NotServing: As ``search``.
         """
-        ...
-
-    def picture(self, row: NeighbourRow) -> bytes | None:
-        """The stored picture as a JPEG file; None if it cannot be read."""
         ...

@@ -1,5 +1,6 @@
 """The training pictures beside each picture that was sampled."""
 
+import asyncio
 import base64
 import json
 from typing import Any
@@ -68,5 +69,6 @@ def test_neighbours_without_an_index_are_refused_before_anything_is_sampled(serv
 def test_searches_are_timed_as_the_server_times_them(neighbours: LocalNeighbours) -> None:
     metrics = HttpMetrics()
     timed = LocalNeighbours(neighbours._retriever, metrics.neighbours.time)
-    timed.search(np.eye(timed.embed_dim, dtype=np.float32)[:2], 1, "image")
+    width = asyncio.run(timed.embed_dim())
+    asyncio.run(timed.search(np.eye(width, dtype=np.float32)[:2], 1, "image"))
     assert metrics.registry.get_sample_value("unclip_neighbours_seconds_count") == 1

@@ -1,0 +1,119 @@
+"""The index of the pairs as a deployment of its own, and the calls that reach it.
+
+A call names the index that it means, so that a request finds the one that belongs to its CLIP also while networks are
+swapped.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from prometheus_client import CollectorRegistry, generate_latest
+from ray import serve
+
+from pipeline.recipe.recipe import Recipe
+from pipeline.retrieve.retriever import Retriever
+from pipeline.runtime.parts import NEIGHBOURS, Tables, most_requests, parts_of, read_tables
+from pipeline.runtime.remote_model import Handles, RemoteModel
+from pipeline.serve.knn import LocalNeighbours
+from pipeline.serve.metrics import search_times
+from pipeline.serve.protocols import NeighbourRow, Vectors
+from pipeline.serve.upkeep import Upkeep
+from pipeline.workspace.store import Artifact
+
+_MOST_INDEXES = 2
+"""Of which one was served before a swap."""
+
+
+def remote_parts(
+    recipe: Recipe, artifacts: dict[str, Artifact], handles: Handles, upkeep: Upkeep
+) -> tuple[RemoteModel, "RemoteNeighbours | None"]:
+    """The networks of a recipe in their replicas, and its index, if it has a part of its own."""
+    model = RemoteModel(handles, most_requests(recipe.serve), upkeep)
+    is_apart = NEIGHBOURS in parts_of(recipe) and "index" in artifacts
+    return model, RemoteNeighbours(model, artifacts["index"].uri) if is_apart else None
+
+
+class NeighboursReplica:
+    """One copy of the index, which Ray Serve places."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._times = search_times(self._registry)
+        self._indexes: dict[str, LocalNeighbours] = {}
+        """By address, the last used one at the end."""
+
+    async def reconfigure(self, tables: Tables) -> None:
+        """Open the index of a recipe; called by Ray Serve at the start, and when the recipe that is served changes.
+
+        Args:
+            tables: See ``part_tables``.
+        """
+        _, artifacts = read_tables(tables)
+        if "index" in artifacts:
+            await self._index(artifacts["index"].uri)
+
+    async def _index(self, uri: str) -> LocalNeighbours:
+        index = self._indexes.pop(uri, None)
+        if index is None:
+            index = LocalNeighbours(await asyncio.to_thread(Retriever.open, Artifact(uri)), self._times.time)
+        self._indexes[uri] = index
+        while len(self._indexes) > _MOST_INDEXES:
+            del self._indexes[next(iter(self._indexes))]
+        return index
+
+    async def ask(self, uri: str, method: str, *arguments: Any, **settings: Any) -> Any:
+        """Call a method of ``protocols.Neighbours`` on an index."""
+        return await getattr(await self._index(uri), method)(*arguments, **settings)
+
+    async def stats(self) -> dict[str, int]:
+        """Nothing: these are counts of engines."""
+        return {}
+
+    async def metrics(self) -> dict[str, str]:
+        """See ``PictureModel``."""
+        name = serve.get_replica_context().replica_id.unique_id
+        return {name: generate_latest(self._registry).decode()}
+
+    async def end_requests(self) -> None:
+        """A search is short."""
+
+
+class RemoteNeighbours:
+    """A ``protocols.Neighbours`` that calls the replicas of the index.
+
+    Args:
+        model: Reaches all parts.
+        uri: Of the index.
+    """
+
+    def __init__(self, model: RemoteModel, uri: str) -> None:
+        self._model = model
+        self._uri = uri
+
+    async def embed_dim(self) -> int:
+        """See ``Neighbours``."""
+        return await self._ask("embed_dim")
+
+    async def near_copy(self) -> float | None:
+        """See ``Neighbours``."""
+        return await self._ask("near_copy")
+
+    async def search(
+        self,
+        vectors: Vectors,
+        k: int,
+        modality: Literal["image", "text"],
+        *,
+        distinct: bool = False,
+        num_pictures: int = 0,
+    ) -> list[list[NeighbourRow]]:
+        """See ``Neighbours``."""
+        return await self._ask("search", vectors, k, modality, distinct=distinct, num_pictures=num_pictures)
+
+    async def rows(self, ids: Sequence[int]) -> list[dict[str, Any]]:
+        """See ``Neighbours``."""
+        return await self._ask("rows", ids)
+
+    async def _ask(self, method: str, *arguments: Any, **settings: Any) -> Any:
+        return await self._model.ask(NEIGHBOURS, "ask", self._uri, method, *arguments, **settings)
