@@ -22,6 +22,8 @@ class ServeStageConfig:
     """Fewest and most copies; Ray Serve starts more while requests wait, and ends them again."""
     target_requests: PositiveFloat = 16.0
     """Requests of each copy, under way or waiting, above which another one is started."""
+    scale_down_after_s: NonNegativeFloat = 600.0
+    """How long fewer copies would do before one is ended, in seconds; it finishes its requests."""
     cpus_per_replica: PositiveFloat = 1.0
     """Logical CPUs of each; also its torch threads."""
     gpus_per_replica: PositiveFloat = 1.0
@@ -32,6 +34,25 @@ class ServeStageConfig:
     """Labels of Ray that its machines must have, beside those of serve.label_selector."""
     max_batch_size: int = 0
     """Pictures in one forward pass; 0: serve.max_batch_size."""
+
+    def __post_init__(self) -> None:
+        _require_order(self.replicas)
+
+
+@configclass
+class ServeGatewayConfig:
+    """The processes that speak HTTP, where Ray Serve places them: with --config-only and --manifest."""
+
+    replicas: tuple[PositiveInt, PositiveInt] = (1, 1)
+    """Fewest and most of them. Limits of keys hold over all of them, to what is used within half a second."""
+    target_requests: PositiveFloat = 100.0
+    """Requests of each, above which another one is started."""
+    scale_down_after_s: NonNegativeFloat = 600.0
+    """How long fewer of them would do before one is ended, in seconds; it finishes its requests."""
+    cpus_per_replica: NonNegativeFloat = 0.0
+    """Logical CPUs that each reserves."""
+    label_selector: dict[str, str] = field(default_factory=dict[str, str])
+    """Labels of Ray that their machines must have."""
 
     def __post_init__(self) -> None:
         _require_order(self.replicas)
@@ -67,12 +88,16 @@ class ServeConfig:
     """The first upsampler, in a chain."""
     upsampler_2: ServeStageConfig = ServeStageConfig()
     """The second upsampler, in a chain."""
+    gateway: ServeGatewayConfig = ServeGatewayConfig()
+    """The processes that speak HTTP; `unclip serve` itself is always one."""
     neighbours: ServeStageConfig | None = None
     """The index of the pairs, in a chain; without this table it is read by the process that speaks HTTP."""
     replicas: tuple[PositiveInt, PositiveInt] = (1, 1)
     """Fewest and most copies of the cascade; Ray Serve starts more while requests wait, and ends them again."""
     target_requests: PositiveFloat = 16.0
     """Requests of each copy, under way or waiting, above which another one is started."""
+    scale_down_after_s: NonNegativeFloat = 600.0
+    """How long fewer copies would do before one is ended, in seconds; it finishes its requests."""
     cpus_per_replica: PositiveFloat = 1.0
     """Logical CPUs of each; also its torch threads."""
     accelerator: Literal["cpu", "cuda"] = "cpu"

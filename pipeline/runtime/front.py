@@ -3,6 +3,7 @@
 It loads neither Ray nor torch: the networks are wherever its ``PictureModel`` finds them.
 """
 
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -35,25 +36,29 @@ class Front:
 
     Args:
         config: How it is guarded.
+        http_metrics: What all HTTP processes measure, if there are several.
 
     Raises:
         ConfigError: If a key, the safety hook or the log cannot be used, or traces need a package that is missing.
     """
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(
+        self, config: ServeConfig, http_metrics: Callable[[], Awaitable[dict[str, str]]] | None = None
+    ) -> None:
         self.gate = Gate()
-        self._meter = Meter()
-        self._metrics = HttpMetrics()
-        self.upkeep = Upkeep(self._metrics.registry)
+        self.meter = Meter()
+        self._http_metrics = http_metrics
+        self.metrics = HttpMetrics()
+        self.upkeep = Upkeep(self.metrics.registry)
         self._hook = load_hook(config.safety_hook) if config.safety_hook else None
         if config.provenance:
             Signer.read(Path(config.provenance))  # what cannot be read is said before anything starts
-        keys = KeyRing(Path(config.keys)) if config.keys else None
+        self.keys = KeyRing(Path(config.keys)) if config.keys else None
         settings = GuardSettings(config.hosts, config.access_log, config.log_prompts)
         self._traces = open_traces(config.traces, config.name)
         if self._traces is not None:
-            self._metrics.registry.register(self._traces.spans)
-        self._guards = Guards(self.gate, settings, keys, self._meter, self._metrics, self._traces)
+            self.metrics.registry.register(self._traces.spans)
+        self._guards = Guards(self.gate, settings, self.keys, self.meter, self.metrics, self._traces)
 
     def close(self) -> None:
         """Send the last spans."""
@@ -95,30 +100,23 @@ class Front:
         neighbours: Neighbours | None = None,
     ) -> ASGIApp:
         """The API of a recipe; arguments as ``open``."""
-        side_px, longest_s = model_card(recipe, artifacts).image_px, recipe.serve.timeout_s
-        guarded = GuardedModel(model, side_px, self._meter, self._hook, longest_s)
-        return _build_app(recipe, artifacts, cast("PictureModel", guarded), neighbours, self._metrics)
+        from pipeline.retrieve.retriever import Retriever
+        from pipeline.serve.api import ApiSettings, create_app
+        from pipeline.serve.knn import LocalNeighbours
 
-
-def _build_app(
-    recipe: Recipe,
-    artifacts: dict[str, Artifact],
-    model: PictureModel,
-    neighbours: Neighbours | None,
-    metrics: HttpMetrics,
-) -> ASGIApp:
-    from pipeline.retrieve.retriever import Retriever
-    from pipeline.serve.api import ApiSettings, create_app
-    from pipeline.serve.knn import LocalNeighbours
-
-    manifest = artifacts["decoder"].manifest()
-    created = int(manifest.created) if manifest else 0
-    settings = ApiSettings(
-        model_card(recipe, artifacts), created=created, fetches_urls=recipe.serve.image_urls, metrics=metrics
-    )
-    if neighbours is None and "index" in artifacts:
-        neighbours = LocalNeighbours(Retriever.open(artifacts["index"]), metrics.neighbours.time)
-    return create_app(model, neighbours, settings)
+        card = model_card(recipe, artifacts)
+        guarded = GuardedModel(model, card.image_px, self.meter, self._hook, recipe.serve.timeout_s)
+        manifest = artifacts["decoder"].manifest()
+        settings = ApiSettings(
+            card,
+            created=int(manifest.created) if manifest else 0,
+            fetches_urls=recipe.serve.image_urls,
+            metrics=self.metrics,
+            http_metrics=self._http_metrics,
+        )
+        if neighbours is None and "index" in artifacts:
+            neighbours = LocalNeighbours(Retriever.open(artifacts["index"]), self.metrics.neighbours.time)
+        return create_app(cast("PictureModel", guarded), neighbours, settings)
 
 
 def model_card(recipe: Recipe, artifacts: dict[str, Artifact]) -> ModelCard:

@@ -5,7 +5,7 @@ from typing import Any
 
 from pipeline.recipe.paths import with_absolute_paths
 from pipeline.recipe.recipe import Recipe, parse_recipe, to_dict
-from pipeline.recipe.serve_sections import ServeConfig, ServeStageConfig
+from pipeline.recipe.serve_sections import ServeConfig, ServeGatewayConfig, ServeStageConfig
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.workspace.store import Artifact
 
@@ -42,6 +42,7 @@ def place_of(config: ServeConfig, part: str) -> ServeStageConfig:
         return ServeStageConfig(
             replicas=config.replicas,
             target_requests=config.target_requests,
+            scale_down_after_s=config.scale_down_after_s,
             cpus_per_replica=config.cpus_per_replica,
             label_selector=config.label_selector,
             max_batch_size=config.max_batch_size,
@@ -76,17 +77,10 @@ def read_tables(tables: Tables) -> tuple[Recipe, dict[str, Artifact]]:
 def networks_options(config: ServeConfig, part: str = NETWORKS) -> dict[str, Any]:
     """How Ray Serve places a part of the networks, in the words of its configuration files."""
     place = place_of(config, part)
-    fewest, most = place.replicas
-    scaling = {
-        "min_replicas": fewest,
-        "max_replicas": most,
-        "target_ongoing_requests": place.target_requests,
-        "upscale_delay_s": _UPSCALE_DELAY_S,
-    }
     needs = needs_of_replica(config, part)
     memory = {"memory": int(needs.pop("memory"))} if "memory" in needs else {}
     return {
-        **({"num_replicas": fewest} if fewest == most else {"autoscaling_config": scaling}),
+        **scaling_of(place),
         "ray_actor_options": {
             **{f"num_{kind.lower()}s": number for kind, number in needs.items()},
             **memory,
@@ -96,6 +90,22 @@ def networks_options(config: ServeConfig, part: str = NETWORKS) -> dict[str, Any
         "max_ongoing_requests": place.max_batch_size + config.max_queued_requests + _SPARE_REQUESTS,
         "graceful_shutdown_timeout_s": config.drain_s,
         "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+    }
+
+
+def scaling_of(place: ServeStageConfig | ServeGatewayConfig) -> dict[str, Any]:
+    """How many copies Ray Serve runs, in the words of its configuration files."""
+    fewest, most = place.replicas
+    if fewest == most:
+        return {"num_replicas": fewest}
+    return {
+        "autoscaling_config": {
+            "min_replicas": fewest,
+            "max_replicas": most,
+            "target_ongoing_requests": place.target_requests,
+            "upscale_delay_s": _UPSCALE_DELAY_S,
+            "downscale_delay_s": place.scale_down_after_s,
+        }
     }
 
 

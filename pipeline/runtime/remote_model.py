@@ -209,18 +209,9 @@ class RemoteModel:
         return {name: text for texts in await self._of_all("metrics") for name, text in texts.items()}
 
     async def _of_all(self, method: str) -> list[dict[str, Any]]:
-        """The answers of all replicas that answer soon."""
-
-        async def of(handle: DeploymentHandle[Any]) -> list[Any]:
-            try:
-                # results_async would give up all answers for one that does not come.
-                results = handle.broadcast(method).results
-                return await asyncio.to_thread(results, timeout_s=_STATS_TIMEOUT_S, return_exceptions=True)
-            except (TimeoutError, *_UNAVAILABLE):
-                return []
-
-        answers = await asyncio.gather(*map(of, self._handles.values()))
-        return [cast("dict[str, Any]", answer) for some in answers for answer in some if isinstance(answer, dict)]
+        """The answers of all replicas of all parts."""
+        answers = await asyncio.gather(*(answers_of(handle, method) for handle in self._handles.values()))
+        return [answer for some in answers for answer in some]
 
     async def _call(
         self, method: str, *arguments: Any, handle: DeploymentHandle[Any] | None = None, **settings: Any
@@ -251,6 +242,17 @@ class RemoteModel:
                 return task.result()
         finally:
             task.cancel()
+
+
+async def answers_of(handle: DeploymentHandle[Any], method: str) -> list[dict[str, Any]]:
+    """The answers of all replicas of a deployment that answer soon."""
+    try:
+        # results_async would give up all answers for one that does not come.
+        results = handle.broadcast(method).results
+        answers = await asyncio.to_thread(results, timeout_s=_STATS_TIMEOUT_S, return_exceptions=True)
+    except (TimeoutError, *_UNAVAILABLE):
+        return []
+    return [cast("dict[str, Any]", answer) for answer in answers if isinstance(answer, dict)]
 
 
 def end_requests(handles: Handles) -> None:

@@ -9,13 +9,22 @@ from ray.serve.schema import ServeDeploySchema
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.front_replica import FrontReplica
-from pipeline.runtime.parts import HEALTH_CHECK_PERIOD_S, networks_options, part_tables, parts_of, write_tables
+from pipeline.runtime.ledger import Ledger
+from pipeline.runtime.parts import (
+    HEALTH_CHECK_PERIOD_S,
+    networks_options,
+    part_tables,
+    parts_of,
+    scaling_of,
+    write_tables,
+)
 from pipeline.runtime.replicas import replica_of
 from pipeline.runtime.served import served_by, server_name
 from pipeline.serve.guards import require_keys
 from pipeline.serve.http_server import is_loopback
 
 HTTP = "http"
+LEDGER = "ledger"
 _HTTP_REQUESTS = 1000
 """Most requests of one HTTP process; the engines decide how many may wait."""
 
@@ -25,17 +34,20 @@ PROXY_ENVIRONMENT = {
 }
 """Of every `ray start`: Ray Serve's proxies then answer in the API's form, and a dead one is missed for 4 s, not 28."""
 
+_LEDGER_TABLE = {"name": LEDGER, "num_replicas": 1, "ray_actor_options": {"num_cpus": 0}}
 _http: Any = serve.deployment(serve.ingress()(FrontReplica), name=HTTP)
 
 
-def application(parts: dict[str, list[str]]) -> serve.Application:
+def application(parts: dict[str, Any]) -> serve.Application:
     """What the file imports; the recipe comes with the options of its deployments.
 
     Args:
-        parts: ``names``: the deployments of the networks, CLIP's first.
+        parts: ``names``: the deployments of the parts, CLIP's first; ``shared``: whether several processes speak HTTP.
     """
     networks: Any = {name: serve.deployment(replica_of(name), name=name) for name in parts["names"]}
-    return _http.bind(**{name: deployment.bind() for name, deployment in networks.items()})
+    ledger: Any = serve.deployment(Ledger, name=LEDGER)
+    shared = {LEDGER: ledger.bind()} if parts["shared"] else {}
+    return _http.bind(**shared, **{name: deployment.bind() for name, deployment in networks.items()})
 
 
 def serve_file(recipe: Recipe) -> str:
@@ -54,10 +66,11 @@ def serve_file(recipe: Recipe) -> str:
     served = served_by(recipe)
     recipe = served.recipe
     tables = write_tables(recipe, served.artifacts)
+    gateway, is_shared = config.gateway, config.gateway.replicas[1] > 1
     http = {
         "name": HTTP,
-        "num_replicas": 1,
-        "ray_actor_options": {"num_cpus": 0},
+        **scaling_of(gateway),
+        "ray_actor_options": {"num_cpus": gateway.cpus_per_replica, "label_selector": gateway.label_selector},
         "max_ongoing_requests": _HTTP_REQUESTS,
         "graceful_shutdown_timeout_s": config.drain_s,
         "health_check_period_s": HEALTH_CHECK_PERIOD_S,
@@ -80,8 +93,8 @@ def serve_file(recipe: Recipe) -> str:
                 "name": server_name(recipe),
                 "route_prefix": "/",
                 "import_path": f"{__name__}:application",
-                "args": {"names": list(parts)},
-                "deployments": [http, *parts.values()],
+                "args": {"names": list(parts), "shared": is_shared},
+                "deployments": [http, *parts.values(), *([_LEDGER_TABLE] if is_shared else [])],
             }
         ],
     }

@@ -15,7 +15,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
@@ -61,6 +61,8 @@ class ApiSettings:
     """Whether a search may name a picture by its URL."""
     metrics: HttpMetrics = field(default_factory=HttpMetrics)
     """What the HTTP process measures."""
+    http_metrics: Callable[[], Awaitable[dict[str, str]]] | None = None
+    """What all HTTP processes measure, by name, if there are several."""
 
 
 def create_app(model: PictureModel, neighbours: Neighbours | None, settings: ApiSettings) -> FastAPI:
@@ -101,7 +103,12 @@ def _pages(model: PictureModel, settings: ApiSettings, *, has_neighbours: bool) 
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> PlainTextResponse:
-        return PlainTextResponse(settings.metrics.text(await model.metrics()), media_type=CONTENT_TYPE)
+        replicas = await model.metrics()
+        if settings.http_metrics is None:
+            text = settings.metrics.text(replicas)
+        else:
+            text = settings.metrics.text(replicas | await settings.http_metrics(), with_own=False)
+        return PlainTextResponse(text, media_type=CONTENT_TYPE)
 
     return router
 

@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,8 @@ from pipeline.errors import ConfigError
 Scope = Literal["images", "search", "metrics"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 Unit = Literal["requests", "pixels", "bytes"]
+Uses = dict[tuple[str, Unit], float]
+"""Amounts by the digest of a key and the unit."""
 _PREFIX = "unclip-"
 _MINUTE_S = 60.0
 
@@ -143,6 +146,10 @@ class KeyRing:
             self._stamp = stamp
         return self._keys.get(digest_of(secret))
 
+    def of_digest(self, sha256: str) -> Key | None:
+        """The key with a digest, as the file was when it was read last."""
+        return self._keys.get(sha256)
+
     def _stamp_of_file(self) -> tuple[int, ...]:
         try:
             status = self._path.stat()
@@ -163,6 +170,8 @@ class Meter:
 
     clock: Callable[[], float] = time.monotonic
     _buckets: dict[tuple[str, Unit], _Bucket] = field(default_factory=dict[tuple[str, Unit], _Bucket])
+    _uses: Uses = field(default_factory=dict[tuple[str, Unit], float])
+    _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def wait_s(self, key: Key, unit: Unit, amount: float = 1.0) -> float:
         """Seconds until ``amount`` may be used; 0: now. More than a whole bucket may be used when it is full."""
@@ -173,9 +182,22 @@ class Meter:
 
     def use(self, key: Key, unit: Unit, amount: float) -> None:
         """Take out of a bucket, below its bottom if need be."""
-        bucket, _ = self._filled(key, unit)
-        if bucket is not None:
-            bucket.level -= amount
+        with self._lock:
+            if getattr(key, unit):
+                self._uses[key.sha256, unit] = self._uses.get((key.sha256, unit), 0.0) + amount
+            self.charge(key, unit, amount)
+
+    def charge(self, key: Key, unit: Unit, amount: float) -> None:
+        """Take out of a bucket what was used in another process."""
+        with self._lock:
+            bucket, _ = self._filled(key, unit)
+            if bucket is not None:
+                bucket.level -= amount
+
+    def uses(self) -> Uses:
+        """What was used here since the start, of what has a limit."""
+        with self._lock:
+            return dict(self._uses)
 
     def rest(self, key: Key, unit: Unit) -> int:
         """What is left in a bucket."""
@@ -186,8 +208,9 @@ class Meter:
         limit: Any = getattr(key, unit)
         if not limit:
             return None, 0.0
-        now = self.clock()
-        bucket = self._buckets.setdefault((key.sha256, unit), _Bucket(float(limit), now))
-        bucket.level = min(float(limit), bucket.level + (now - bucket.filled_s) * limit / _MINUTE_S)
-        bucket.filled_s = now
-        return bucket, float(limit)
+        with self._lock:
+            now = self.clock()
+            bucket = self._buckets.setdefault((key.sha256, unit), _Bucket(float(limit), now))
+            bucket.level = min(float(limit), bucket.level + (now - bucket.filled_s) * limit / _MINUTE_S)
+            bucket.filled_s = now
+            return bucket, float(limit)

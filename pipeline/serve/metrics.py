@@ -118,13 +118,19 @@ class HttpMetrics:
         if status >= 400:
             self._refusals.labels(refused_by or _CAUSES.get(status, "other")).inc()
 
-    def text(self, replicas: Mapping[str, str]) -> str:
+    def own_text(self) -> str:
+        """Its samples alone, for another HTTP process."""
+        return generate_latest(self.registry).decode()
+
+    def text(self, replicas: Mapping[str, str], *, with_own: bool = True) -> str:
         """Its samples, and those of the replicas.
 
         Args:
             replicas: ``EngineMetrics.text`` of each, by name.
+            with_own: Whether its own samples are shown, without a name; no: they are among the others.
         """
-        merged: dict[str, Metric] = {metric.name: metric for metric in self.registry.collect()}
+        own = self.registry.collect() if with_own else ()
+        merged: dict[str, Metric] = {metric.name: metric for metric in own}
         for replica, text in sorted(replicas.items()):
             for family in text_string_to_metric_families(text):
                 whole = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))

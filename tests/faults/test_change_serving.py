@@ -1,7 +1,11 @@
 """Changes of a server under load, on a real Ray: another replica starts, other networks are swapped in, nobody sees an error."""
 
+import contextlib
 import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -11,13 +15,20 @@ import httpx
 import psutil
 import pytest
 
+from pipeline.runtime.serve_file import PROXY_ENVIRONMENT
+from pipeline.serve.keys import add_key
 from tests.faults.test_kill_serving import started
+from tests.ports import free_port
+from tests.ray_head import ray_head
+from tests.serve.test_metrics import values
+from tests.tiny.command import ROOT, unclip
 from tests.tiny.workspace import served_workspace
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
 _NUM_CLIENTS = 6
 _PATIENCE_S = 120.0
+_SLOW = "decoder.model.sampler.num_steps=900"
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -61,3 +72,64 @@ def test_a_replica_that_is_added_and_networks_that_are_swapped_cost_no_request(t
         steps = [json.loads(text)["usage"]["steps"] for _, _, text in answers]
         assert len({*steps}) == 2  # before and after the swap
         print(f"{len(answers)} requests")
+
+
+def test_two_http_processes_keep_the_limits_of_keys_and_drop_clients_that_leave(tmp_path: Path) -> None:
+    """The file of `--config-only` with two HTTP processes behind Ray Serve's proxies."""
+    served_workspace(tmp_path, overrides=(_SLOW,))
+    key = add_key(tmp_path / "keys.json", "alice", requests=30, scopes=["images", "metrics"])
+    other = add_key(tmp_path / "keys.json", "bob")
+    port = free_port()
+    words = ("--set", f"serve.keys={tmp_path / 'keys.json'}", "--set", "serve.gateway.replicas=[2, 2]", "--set", _SLOW)
+    done = unclip("serve", str(tmp_path / "tiny.toml"), "--config-only", "--port", str(port), *words, cwd=ROOT)
+    (tmp_path / "serve.yaml").write_text(done.stdout)
+    url = f"http://127.0.0.1:{port}"
+    with ray_head(environment={"PYTHONPATH": str(ROOT), **PROXY_ENVIRONMENT}) as head:
+        serve = str(Path(sys.executable).with_name("serve"))
+        environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+        subprocess.run(
+            [serve, "deploy", "--address", head.dashboard, str(tmp_path / "serve.yaml")], check=True, env=environment
+        )
+
+        def get(path: str, secret: str) -> httpx.Response | None:
+            with contextlib.suppress(httpx.TransportError):
+                return httpx.get(f"{url}{path}", headers={"Authorization": f"Bearer {secret}"}, timeout=20)
+            return None
+
+        wait_until(lambda: (ready := get("/readyz", "")) is not None and ready.status_code == 200)
+
+        def processes() -> dict[str, float]:
+            """Answers of `GET /v1/models` by each HTTP process."""
+            answer = get("/metrics", other)
+            assert answer is not None
+            found = values(answer.text) if answer.status_code == 200 else {}
+            name = "unclip_http_seconds_count"
+            return {
+                str(place): count for (first, *place), count in found.items() if first == name and "/v1/models" in place
+            }
+
+        wait_until(lambda: get("/v1/models", other) is not None and len(processes()) == 2)
+        statuses: list[int] = []
+        for _ in range(60):
+            answer = get("/v1/models", key)
+            assert answer is not None
+            statuses.append(answer.status_code)
+            time.sleep(0.1)
+        allowed = statuses.count(200)
+        print(f"{allowed} of 60 requests passed a limit of 30 over two processes")
+        assert {*statuses} == {200, 429}
+        assert 30 <= allowed <= 30 + 0.5 * 60 * 0.2 + 10  # what fills in the seconds of the test, and half a second
+
+        body = {"prompt": "a", "n": 4}
+        for _ in range(4):  # clients of both processes
+            with contextlib.suppress(httpx.TimeoutException):
+                httpx.post(
+                    f"{url}/v1/images/generations", json=body, headers={"Authorization": f"Bearer {other}"}, timeout=1
+                )
+
+        def health() -> dict[str, int]:
+            answer = get("/healthz", "")
+            return answer.json() if answer is not None and answer.status_code == 200 else {"dropped": 0, "active": 1}
+
+        wait_until(lambda: health()["dropped"] == 4 and not health()["active"])
+        assert health()["pictures"] == 0

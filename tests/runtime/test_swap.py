@@ -143,7 +143,7 @@ def test_the_gate_reopens_with_the_interface_that_it_had(recipe: Recipe, monkeyp
     state.deployments["networks"].status = "HEALTHY"
     watch._look()
     assert client.get("/readyz").json() == {"status": "ok"}
-    metrics = generate_latest(front._metrics.registry).decode()
+    metrics = generate_latest(front.metrics.registry).decode()
     assert 'unclip_replica_deaths_total{part="networks"} 1.0' in metrics
     assert 'unclip_replicas{part="networks"} 1.0' in metrics
 
