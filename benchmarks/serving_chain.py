@@ -22,9 +22,9 @@ from models.request import SampleRequest
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.serve_sections import ServeStageConfig
 from pipeline.runtime.connection import connect
+from pipeline.runtime.deployments import networks_application
 from pipeline.runtime.parts import parts_of
 from pipeline.runtime.remote_model import RemoteModel
-from pipeline.runtime.replicas import networks_application
 from pipeline.runtime.served import served_artifacts
 from pipeline.workspace.store import Artifact
 from tests.tiny.workspace import served_workspace

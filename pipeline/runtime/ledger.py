@@ -1,6 +1,6 @@
 """What the HTTP processes of one server tell each other, so that a key's limits hold over all of them.
 
-Each process counts by itself and answers at once. Every half second it says what its keys have used since its start, and
+Each process counts by itself and answers at once. Every half second it says what keys have used since its start, and
 hears it of the others. So a key may go above a limit by what it uses elsewhere within half a second, and a process that
 starts later begins as if nothing had been used.
 """

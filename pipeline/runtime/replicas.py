@@ -10,7 +10,6 @@ import json
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -19,18 +18,11 @@ from ray import ObjectRef, serve
 from ray.serve.handle import DeploymentHandle
 
 from models.request import SampleRequest
-from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.loading import load_engine
 from pipeline.runtime.parts import (
-    NEIGHBOURS,
     Tables,
-    networks_options,
-    part_tables,
-    parts_of,
-    write_tables,
 )
 from pipeline.serve.protocols import Accepted, Event, Images, NotServing, Preview, SampledPictures, Vectors
-from pipeline.workspace.store import Artifact
 
 if TYPE_CHECKING:
     from pipeline.serve.engine import Engine
@@ -187,31 +179,3 @@ def _sent(result: Any, served: str) -> Any:
     if isinstance(result, Accepted | Preview | SampledPictures):
         return result
     return Hop(result.step, ray.put(result) if ray.is_initialized() else result, served)
-
-
-def replica_of(part: str) -> type[Any]:
-    """The class of a part's replicas."""
-    from pipeline.runtime.neighbours import NeighboursReplica
-
-    return NeighboursReplica if part == NEIGHBOURS else ModelReplica
-
-
-def networks_application(recipe: Recipe, artifacts: dict[str, Artifact]) -> serve.Application:
-    """The networks of a recipe as an application of Ray Serve.
-
-    Args:
-        recipe: The recipe.
-        artifacts: Its finished steps, by name.
-    """
-    tables = write_tables(recipe, artifacts)
-
-    def bind(part: str, *others: serve.Application) -> serve.Application:
-        options = networks_options(recipe.serve, part)
-        deployment: Any = serve.deployment(
-            replica_of(part), name=part, user_config=part_tables(recipe, tables, part), **options
-        )
-        # With a version of our own, Ray Serve sees when only the networks changed, and keeps the replicas.
-        return deployment.options(version=version("unclip"), _internal=True).bind(*others)
-
-    first, *others = parts_of(recipe)
-    return bind(first, *map(bind, others))

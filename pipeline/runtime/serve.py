@@ -25,6 +25,7 @@ from ray.serve.schema import ApplicationStatusOverview
 from pipeline.errors import StepError, UnclipError
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.connection import connect, own_servers, require_alive
+from pipeline.runtime.deployments import networks_application
 from pipeline.runtime.draining import Announce, finishing, write_line
 from pipeline.runtime.front import Front
 from pipeline.runtime.kept_ray import KeptRay
@@ -38,7 +39,6 @@ from pipeline.runtime.parts import (
     write_tables,
 )
 from pipeline.runtime.remote_model import Handles, end_requests
-from pipeline.runtime.replicas import networks_application
 from pipeline.runtime.served import in_use_of, served_by, server_name
 from pipeline.serve.gate import Gate
 from pipeline.serve.guards import require_keys

@@ -8,6 +8,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe
+from pipeline.runtime.deployments import replica_of
 from pipeline.runtime.front_replica import FrontReplica
 from pipeline.runtime.ledger import Ledger
 from pipeline.runtime.parts import (
@@ -18,7 +19,6 @@ from pipeline.runtime.parts import (
     scaling_of,
     write_tables,
 )
-from pipeline.runtime.replicas import replica_of
 from pipeline.runtime.served import served_by, server_name
 from pipeline.serve.guards import require_keys
 from pipeline.serve.http_server import is_loopback

@@ -1,4 +1,4 @@
-"""Changes of a server under load, on a real Ray: another replica starts, other networks are swapped in, nobody sees an error."""
+"""Changes of a server under load, on a real Ray: replicas start and end, other networks are swapped in, nobody sees an error."""
 
 import contextlib
 import json
@@ -38,15 +38,17 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def test_a_replica_that_is_added_and_networks_that_are_swapped_cost_no_request(tmp_path: Path) -> None:
+def test_replicas_that_come_and_go_and_networks_that_are_swapped_cost_no_request(tmp_path: Path) -> None:
     served_workspace(tmp_path)
     recipe, answers, is_over = tmp_path / "tiny.toml", list[tuple[int, int, str]](), threading.Event()
-    changes = ("serve.replicas=[1, 2]", "serve.target_requests=2", "serve.cpus_per_replica=0.5")
+    is_quiet = threading.Event()
+    scaling = ("serve.replicas=[1, 2]", "serve.target_requests=2", "serve.scale_down_after_s=2")
+    changes = (*scaling, "serve.cpus_per_replica=0.5")
     with started(recipe, *changes) as (server, process):
 
         def ask_on(number: int) -> None:
             with httpx.Client(timeout=_PATIENCE_S) as client:
-                while not is_over.is_set():
+                while not (is_over.is_set() or (number and is_quiet.is_set())):
                     body = {"prompt": "a", "seed": number, "n": 2}
                     answer = client.post(f"{server.url}/v1/images/generations", json=body)
                     answers.append((number, answer.status_code, answer.text))
@@ -64,6 +66,11 @@ def test_a_replica_that_is_added_and_networks_that_are_swapped_cost_no_request(t
             wait_until(lambda: "other networks are served\n" in server.lines)
             num_swapped = len(answers)
             wait_until(lambda: len(answers) > num_swapped + 4 * _NUM_CLIENTS)
+            is_quiet.set()  # one client goes on, also with the replica that is ended
+            wait_until(lambda: 'unclip_replicas{part="networks"} 1.0' in server.metrics())
+            num_scaled = len(answers)
+            wait_until(lambda: len(answers) > num_scaled + 10)
+            assert "replica_deaths_total{" not in server.metrics()
         finally:
             is_over.set()
             for client in clients:

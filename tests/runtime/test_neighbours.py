@@ -15,11 +15,11 @@ from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import parse_recipe
 from pipeline.recipe.serve_sections import ServeStageConfig
 from pipeline.retrieve.retriever import Retriever
+from pipeline.runtime.deployments import replica_of
 from pipeline.runtime.front import Front
 from pipeline.runtime.loading import load_engine
 from pipeline.runtime.neighbours import NeighboursReplica, remote_parts
 from pipeline.runtime.parts import NEIGHBOURS, needs_of_replica, networks_options, part_tables, parts_of, write_tables
-from pipeline.runtime.replicas import replica_of
 from pipeline.runtime.served import served_artifacts
 from pipeline.serve.upkeep import Upkeep
 from pipeline.workspace.store import Artifact

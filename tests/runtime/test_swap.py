@@ -23,10 +23,10 @@ import pipeline.runtime.serve as serve_module
 from pipeline.errors import StepError, UnclipError
 from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
+from pipeline.runtime.deployments import networks_application
 from pipeline.runtime.front import Front
 from pipeline.runtime.parts import write_tables
 from pipeline.runtime.remote_model import RemoteModel
-from pipeline.runtime.replicas import networks_application
 from pipeline.runtime.serve import _Watch, serve_recipe
 from pipeline.runtime.served import served_artifacts
 from pipeline.serve.protocols import Images
