@@ -98,16 +98,16 @@ def test_two_http_processes_keep_the_limits_of_keys_and_drop_clients_that_leave(
             [serve, "deploy", "--address", head.dashboard, str(tmp_path / "serve.yaml")], check=True, env=environment
         )
 
-        def get(path: str, secret: str) -> httpx.Response | None:
-            with contextlib.suppress(httpx.TransportError):
+        def get(path: str, secret: str = other) -> httpx.Response | None:
+            with contextlib.suppress(httpx.ConnectError):
                 return httpx.get(f"{url}{path}", headers={"Authorization": f"Bearer {secret}"}, timeout=20)
             return None
 
-        wait_until(lambda: (ready := get("/readyz", "")) is not None and ready.status_code == 200)
+        wait_until(lambda: (ready := get("/readyz")) is not None and ready.status_code == 200)
 
         def processes() -> dict[str, float]:
             """Answers of `GET /v1/models` by each HTTP process."""
-            answer = get("/metrics", other)
+            answer = get("/metrics")
             assert answer is not None
             found = values(answer.text) if answer.status_code == 200 else {}
             name = "unclip_http_seconds_count"
@@ -115,7 +115,7 @@ def test_two_http_processes_keep_the_limits_of_keys_and_drop_clients_that_leave(
                 str(place): count for (first, *place), count in found.items() if first == name and "/v1/models" in place
             }
 
-        wait_until(lambda: get("/v1/models", other) is not None and len(processes()) == 2)
+        wait_until(lambda: get("/v1/models") is not None and len(processes()) == 2)
         statuses: list[int] = []
         for _ in range(60):
             answer = get("/v1/models", key)
@@ -135,7 +135,7 @@ def test_two_http_processes_keep_the_limits_of_keys_and_drop_clients_that_leave(
                 )
 
         def health() -> dict[str, int]:
-            answer = get("/healthz", "")
+            answer = get("/healthz")
             return answer.json() if answer is not None and answer.status_code == 200 else {"dropped": 0, "active": 1}
 
         wait_until(lambda: health()["dropped"] == 4 and not health()["active"])
