@@ -90,14 +90,16 @@ class RemoteNeighbours:
     def __init__(self, model: RemoteModel, uri: str) -> None:
         self._model = model
         self._uri = uri
+        self._facts: dict[str, Any] = {}
+        """What an index says once: a call costs as much as a search."""
 
     async def embed_dim(self) -> int:
         """See ``Neighbours``."""
-        return await self._ask("embed_dim")
+        return await self._ask_once("embed_dim")
 
     async def near_copy(self) -> float | None:
         """See ``Neighbours``."""
-        return await self._ask("near_copy")
+        return await self._ask_once("near_copy")
 
     async def search(
         self,
@@ -114,6 +116,11 @@ class RemoteNeighbours:
     async def rows(self, ids: Sequence[int]) -> list[dict[str, Any]]:
         """See ``Neighbours``."""
         return await self._ask("rows", ids)
+
+    async def _ask_once(self, fact: str) -> Any:
+        if fact not in self._facts:
+            self._facts[fact] = await self._ask(fact)
+        return self._facts[fact]
 
     async def _ask(self, method: str, *arguments: Any, **settings: Any) -> Any:
         return await self._model.ask(NEIGHBOURS, "ask", self._uri, method, *arguments, **settings)
