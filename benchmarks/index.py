@@ -2,19 +2,20 @@
 
     python -m benchmarks.index --target 0.99 --threads 1 --autofaiss PYTHON    # an interpreter that has autofaiss
     python -m benchmarks.index --rows 200000 --dim 128    # recall at 10, 100 and 1,000 neighbours, without autofaiss
+    python -m benchmarks.index --memory 1000000 5000000 --dim 64 --train-rows 40000 --queries 60    # bytes a row
 
 Rows are synthetic: points around centres, as CLIP's embeddings are, with z_text apart from z_image. The queries are not
 in the index. Both indices are searched in one process by the same FAISS, warm, in turn, with the same threads. Ours is
 one of two that a build makes, so its build is half of that. autofaiss has no recall target, but takes what its clock
 allows, so its graph is also searched with the least effort that reaches ours. Times stand twice: by the clock, and of
 the processor, which other programs change less. Ratios are of one run. Recall is that of queries which the build has
-not seen, over the recall target; floor 1.
+not seen, over the recall target; floor 1. Bytes a row are those of the smallest kind (RaBitQ) and one modality, beside
+the count by which `memory_gb` chooses a kind, and by which 100M rows of width 768 take 11 GB; floor: less than 20.
 """
 
 import argparse
 import json
 import os
-import resource
 import subprocess
 import tempfile
 import time
@@ -67,8 +68,12 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=500)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--autofaiss", default="", help="interpreter of an environment with autofaiss")
+    parser.add_argument("--memory", type=int, nargs="+", metavar="ROWS", help="only the memory of so many rows")
     parser.add_argument("--out", default="")
     args = parser.parse_args()
+    if args.memory:
+        publish("index_memory", [measure_memory(num_rows, args) for num_rows in args.memory], {"threads": args.threads})
+        return
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Workspace(folder), args)
     text = json.dumps(result, indent=1)
@@ -178,6 +183,31 @@ def measure(workspace: Workspace, args: argparse.Namespace) -> dict[str, Any]:
         result["build_ratio_by_clock"] = theirs["build_s"] / (build_s / 2)
         result["build_ratio_by_processor"] = theirs["build_cpu_s"] / (build_cpu_s / 2)
     return result
+
+
+def measure_memory(num_rows: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Memory and disk of an index with one bit a feature, and of its build."""
+    kind, width = "ivf_rabitq", args.dim
+    with tempfile.TemporaryDirectory() as folder:
+        workspace = Workspace(folder)
+        embed, output = workspace.artifact("embed", "e"), workspace.artifact("index", "i")
+        centres = np.random.default_rng(1).normal(size=(num_rows // 50, width)).astype(np.float32)
+        write_rows(embed, centres, num_rows)
+        config = IndexConfig(kind=kind, num_train_rows=args.train_rows, num_recall_queries=args.queries)
+        kinds.set_threads(args.threads)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak of this process begins anew (Linux: proc(5))
+        before_mb = _peak_mb()
+        build_index(embed, output, config, seed=0, num_threads=args.threads)
+        measured, counted = _size(output, f"{BASE_SEGMENT}/image.") / num_rows, kinds.row_bytes(kind, width)
+        return {
+            "rows": f"{num_rows:,} x {width}",
+            "bytes_a_row": measured,
+            "counted": counted,
+            "of_counted": measured / counted,
+            "build_peak_mb_over_start": _peak_mb() - before_mb,
+            "gb_for_100M_x_768": 100e6 * kinds.row_bytes(kind, 768) * measured / counted / 1e9,
+            "below": 20.0,
+        }
 
 
 def _searches_ms(
@@ -314,7 +344,9 @@ def _size(output: Artifact, start: str) -> int:
 
 
 def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Peak of this process's resident memory, in MB."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")) / 1e6
 
 
 if __name__ == "__main__":

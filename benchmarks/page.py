@@ -25,6 +25,7 @@ MODULES = {
     "reader": "reader",
     "index": "index",
     "index_recall": "index",
+    "index_memory": "index",
     "search": "search",
     "search_millions": "search",
     "serving": "serving",

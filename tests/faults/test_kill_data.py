@@ -1,4 +1,4 @@
-"""``kill -9`` of pairs, download and filter at twenty random moments: in the end the bytes are those of a calm run.
+"""``kill -9`` of pairs, download and the filters at twenty random moments: in the end the bytes are those of a calm run.
 
 ``test_kill.py`` kills drivers, workers and clusters of a real Ray; here the work of a step runs in one process, which
 is killed often and anywhere, also between the files of a shard and its record.
@@ -11,10 +11,12 @@ import signal
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from pipeline.data import duplicates, sources
 from pipeline.data.rows import make_uid
@@ -24,11 +26,12 @@ from pipeline.recipe.recipe import parse_recipe
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.download import DownloadWorker
 from pipeline.runtime.filter import run_filter
+from pipeline.runtime.filter_embeddings import run_filter_embeddings
 from pipeline.runtime.pairs import run_pairs
 from pipeline.shapes.server import serve_pictures
 from pipeline.workspace.store import RECORD_SUFFIX, Artifact
 from tests.data.hostile import HostileServer
-from tests.filter.planted import make_context, planted_pairs, tiny_recipe, without_ray
+from tests.filter.planted import embed_by_eye, make_context, planted_pairs, tiny_recipe, without_ray
 from tests.ports import free_port
 from tests.tiny.pairs import write_parts
 
@@ -145,14 +148,29 @@ def test_a_shard_whose_picture_server_was_killed_with_its_run_is_made_again(tmp_
 
 
 @_NUM_KILLS
-def test_filter_ends_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_kills: int) -> None:
+@pytest.mark.parametrize("name", ["filter", "filter_embeddings"])
+def test_filters_end_in_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_kills: int, name: str
+) -> None:
     without_ray(monkeypatch)
-    recipe = tiny_recipe(tmp_path, filter={"min_caption_words": 2, "duplicates": "near", "num_examples": 2})
-    context = make_context(tmp_path, "filter", recipe)
+    rules: dict[str, dict[str, Any]] = {
+        "filter": {"min_caption_words": 2, "duplicates": "near", "num_examples": 2},
+        "filter_embeddings": {"clip_score_share": 0.8, "max_similarity": 0.99, "num_examples": 2},
+    }
+    recipe = tiny_recipe(tmp_path, **{name: rules[name]})
+    context = make_context(tmp_path, name, recipe)
     planted_pairs().write(context.inputs["download"])
     num_shards = len(context.inputs["download"].shard_records())
-    run_filter(context)
+    if name == "filter_embeddings":
+        embed_by_eye(make_context(tmp_path, "embed", recipe))
+    run = {"filter": run_filter, "filter_embeddings": run_filter_embeddings}[name]
+
+    def work() -> None:
+        torch.set_num_threads(1)  # a forked process does not have the threads of its parent
+        run(context)
+
+    assert _finish(_start(work)) == 0
     num_files = len(_files(context.output))
     assert num_files > num_shards
     context.output.clear()
-    _kill_often(lambda: run_filter(context), context.output, num_kills=num_kills, num_files=num_files)
+    _kill_often(work, context.output, num_kills=num_kills, num_files=num_files)
