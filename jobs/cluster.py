@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import replace
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,10 @@ from jobs.options import (
 )
 from jobs.watch import Follower
 from pipeline.recipe.recipe import load_recipe
+from pipeline.workspace.store import Workspace
+
+if TYPE_CHECKING:
+    from pipeline.runtime.worker_logs import WorkerLog
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Job id, as `unclip jobs` lists it, or its beginning.")]
 
@@ -100,17 +104,56 @@ def jobs(address: JobAddress = DASHBOARD, json: AsJson = False) -> Next:
     return tuple(f"unclip {command} {rows[0].job_id} --address {address}" for command in ("logs", "stop"))
 
 
-def logs(job: JobId, address: JobAddress = DASHBOARD) -> Next:
-    """Print a job's log.
+def logs(
+    job: Annotated[
+        str,
+        typer.Argument(
+            metavar="JOB", help="Job id or its beginning; or the recipe of a run on this machine, such as my.toml."
+        ),
+    ],
+    worker: Annotated[
+        str, typer.Argument(metavar="[STEP[/WORKER]]", help="Workers whose logs are printed, in place of the job's.")
+    ] = "",
+    overrides: Overrides = None,
+    address: JobAddress = DASHBOARD,
+) -> Next:
+    """Print a job's log, or those of a step's workers: what they printed, and their errors in full.
 
-    Example: unclip logs demo-1a2b3c4d5e
+    Without a step, the names of the workers are said after the log.
+
+    Example: unclip logs demo-1a2b3c4d5e download/2
     """
+    if job.endswith(".toml"):
+        from pipeline.runtime.worker_logs import logs_here
+
+        _print_worker_logs(logs_here(Workspace(load_recipe(job, overrides or []).workspace).root), worker, [])
+        return (f"unclip status {recipe_words(job, overrides)}",)
+
     from pipeline.runtime.jobs import job_logs
     from pipeline.runtime.tunnel import reachable
+    from pipeline.runtime.worker_logs import logs_of_job
 
     with reachable(address) as url:
-        typer.echo(job_logs(job, address=url), nl=False)
-    return (f"unclip jobs --address {address}", f"unclip stop {job} --address {address}")
+        if not worker:
+            typer.echo(job_logs(job, address=url), nl=False)
+        found, gone = logs_of_job(job, address=url)
+        _print_worker_logs(found, worker, gone)
+    return (f"unclip logs {job} STEP --address {address}", f"unclip stop {job} --address {address}")
+
+
+def _print_worker_logs(logs: "list[WorkerLog]", words: str, gone: list[str]) -> None:
+    """Print the logs of the workers that are asked for; without any, the names of all."""
+    from pipeline.runtime.worker_logs import chosen
+
+    if not words:
+        names = ", ".join(dict.fromkeys(log.name for log in logs))
+        typer.echo(
+            f"logs of workers: {names}" if names else "no worker has begun on the machines that are there", err=True
+        )
+        return
+    for log in chosen(logs, words, gone):
+        typer.echo(f"== {log.name}{f' on {log.machine}' if log.machine else ''} ==")
+        typer.echo(log.read(), nl=False)
 
 
 def stop(job: JobId, address: JobAddress = DASHBOARD) -> Next:

@@ -13,6 +13,7 @@ import ray.exceptions
 
 from pipeline.errors import StepError
 from pipeline.runtime.placement import living_machines
+from pipeline.runtime.worker_logs import logged
 
 _LOOK_S = 5.0
 
@@ -27,7 +28,7 @@ def call(function: Callable[..., Any], *arguments: Any, options: dict[str, Any])
     Args:
         function: What to run; Ray sends it by reference.
         arguments: What it is called with.
-        options: Ray's options for the task.
+        options: Ray's options for the task; its name is "STEP: WHAT", and names its log.
 
     Raises:
         MachineLostError: If the task's machine has ended, or is cut off.
@@ -35,7 +36,9 @@ def call(function: Callable[..., Any], *arguments: Any, options: dict[str, Any])
         RayError: If its process ended.
     """
     task: Any = _located
-    values = task.options(num_returns="streaming", max_retries=0, **options).remote(function, *arguments)
+    values = task.options(num_returns="streaming", max_retries=0, **options).remote(
+        options.get("name", function.__name__), function, *arguments
+    )
     machine, is_missing = "", False
     while True:
         if not ray.wait([values], timeout=_LOOK_S)[0]:
@@ -82,6 +85,9 @@ def _first_line(error: Exception) -> str:
 
 
 @ray.remote
-def _located(function: Callable[..., Any], *arguments: Any) -> Generator[Any]:
+def _located(name: str, function: Callable[..., Any], *arguments: Any) -> Generator[Any]:
+    step, _, what = name.partition(": ")
     yield ray.get_runtime_context().get_node_id()
-    yield function(*arguments)
+    with logged(step, what or "work"):
+        value = function(*arguments)
+    yield value

@@ -19,6 +19,7 @@ from pipeline.errors import StepError, UnclipError
 from pipeline.recipe.sections import TaskResources
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.placement import cluster_has_roles, describe, unoffered, worker_options
+from pipeline.runtime.worker_logs import failures_logged, logged
 from pipeline.workspace.manifest import ShardRecord, add_counts
 from pipeline.workspace.progress import Progress, duration
 from pipeline.workspace.store import LIVE, Artifact
@@ -80,19 +81,21 @@ class _Actor:
     def __init__(self) -> None:
         self._worker: ShardWorker | None = None
 
-    def start(self, worker: type[ShardWorker], context: StepContext) -> tuple[float, str]:
+    def start(self, worker: type[ShardWorker], context: StepContext, number: int) -> tuple[float, str]:
         """Build the worker; not in __init__, where Ray would hide the error's class.
 
         Returns:
             How long it took, in seconds, and the name of the machine.
         """
         start = time.monotonic()
-        self._worker = worker(context)
+        with logged(context.step.name, str(number)):
+            self._worker = worker(context)
         return time.monotonic() - start, platform.node()
 
     def make(self, shard: str) -> ShardRecord:
         assert self._worker is not None
-        return self._worker(shard)
+        with failures_logged():
+            return self._worker(shard)
 
 
 @dataclass
@@ -168,6 +171,7 @@ class _Pool:
         """Which worker was lost last; empty: none."""
         self._options = worker_options(context.step.name, job.resources, has_roles=cluster_has_roles())
         self._worker = ray.put(job.worker)
+        self._num_added = 0
         for _ in range(min(job.resources.num_workers, len(waiting))):
             self._add_worker()
 
@@ -276,8 +280,11 @@ class _Pool:
         return self._losses[shard] <= self._job.resources.max_retries
 
     def _add_worker(self) -> None:
+        self._num_added += 1
         actor = cast("Any", _Actor).options(**self._options, max_concurrency=self._job.num_at_once).remote()
-        self._running[actor.start.remote(self._worker, self._context)] = _Running(actor, None, time.monotonic())
+        self._running[actor.start.remote(self._worker, self._context, self._num_added)] = _Running(
+            actor, None, time.monotonic()
+        )
 
 
 def _explain(error: ray.exceptions.RayTaskError, shard: str | None) -> BaseException:

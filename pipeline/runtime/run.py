@@ -27,6 +27,7 @@ from pipeline.runtime.forget import finish_forgetting
 from pipeline.runtime.placement import cluster_has_roles, controller_options, describe, unoffered, worker_options
 from pipeline.runtime.stopping import STOP, STOP_WAIT_S, request_stop
 from pipeline.runtime.tracking.run import Tracking, send_waiting
+from pipeline.runtime.worker_logs import logged, note_run
 from pipeline.workspace.forgotten import Pending
 from pipeline.workspace.lock import Lock, locked_workspace
 from pipeline.workspace.manifest import Manifest, content_of, has_content
@@ -115,6 +116,7 @@ def run_recipe(
         connect(address),
     ):
         workspace.artifact("recipes", recipe.name).write_json("resolved.json", to_dict(recipe))
+        note_run(workspace.root)
         may_start = at_once if address else fits_now
         if finish_forgetting(workspace, lock.check, recipe):
             statuses = plan_status(workspace, [status.step for status in statuses])
@@ -423,7 +425,8 @@ def _needs(context: StepContext) -> dict[str, float]:
 def _run_step(context: StepContext) -> StepResult:
     module, _, name = STEP_ROWS[context.step.name].runner.partition(":")
     function: Callable[[StepContext], StepResult] = getattr(importlib.import_module(module), name)
-    return function(context)
+    with logged(context.step.name, "controller"):
+        return function(context)
 
 
 def _result(reference: Any, context: StepContext, ended: Mapping[Any, StepError]) -> StepResult:

@@ -32,6 +32,7 @@ from pipeline.runtime.placement import (
 from pipeline.runtime.restarts import End, Restarts
 from pipeline.runtime.stopping import StopNotice, handle_sigterm, is_stop_requested
 from pipeline.runtime.validate import ValidationsBeside
+from pipeline.runtime.worker_logs import logged
 from pipeline.workspace.fence import begin_attempt
 from pipeline.workspace.progress import Progress
 from pipeline.workspace.store import LIVE, Workspace
@@ -170,7 +171,8 @@ def _run_ranked(config: dict[str, Any]) -> None:
     context: StepContext = config["context"]
     output, world = context.own_output, get_context()
     try:
-        end = _run_worker(context, world.get_world_rank(), world.get_world_size())
+        with logged(context.step.name, f"rank-{world.get_world_rank()}"):
+            end = _run_worker(context, world.get_world_rank(), world.get_world_size())
     except UnclipError as error:
         output.write_json(_ERROR, {"class": type(error).__name__, "message": str(error)})
         raise  # the other workers may be waiting for this one

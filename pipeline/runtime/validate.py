@@ -22,6 +22,7 @@ import ray
 from pipeline.recipe.train_sections import TrainResources
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.stopping import is_stop_requested
+from pipeline.runtime.worker_logs import logged
 from pipeline.train.results import read_beside, result_steps, write_beside
 from pipeline.workspace.progress import Progress
 from pipeline.workspace.store import Artifact
@@ -250,7 +251,8 @@ def _validate(context: StepContext, step: int) -> bool:
         device=torch.device("cuda" if resources.validation_gpus else "cpu"),
         num_threads=num_threads,
     )
-    return validate_beside(job, step)
+    with logged(name, f"validate-{step}"):
+        return validate_beside(job, step)
 
 
 def _reason(error: BaseException) -> str:

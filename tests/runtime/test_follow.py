@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.runtime.jobs import list_jobs
 from tests.ports import free_port
-from tests.tiny.command import ROOT
+from tests.tiny.command import ROOT, unclip
 from tests.tiny.recipe import write_recipe
 
 pytestmark = [pytest.mark.ray, pytest.mark.e2e, pytest.mark.timeout(240)]
@@ -62,3 +63,51 @@ def test_a_terminal_that_follows_a_job_has_its_live_table(head: Any, tmp_path: P
     code, text = _on_terminal("submit", *words)
     assert (code, "steps done" in text) == (0, False)
     assert "pairs: done in" in text
+    # Its workers' logs are read in the same way, by name.
+    [job] = {job.job_id for job in list_jobs(head.dashboard)}
+    done = unclip("logs", job, "--address", head.dashboard)
+    assert done.returncode == 0, done.stdout
+    assert "logs of workers: pairs/controller\n" in done.stdout
+    done = unclip("logs", job, "pairs", "--address", head.dashboard)
+    assert done.stdout.startswith("== pairs/controller on 127.0.0.1 ==\nnext:\n"), done.stdout
+    done = unclip("logs", job, "clip/9", "--address", head.dashboard)
+    assert (done.returncode, "clip/9: no log of that name; there are pairs/controller" in done.stdout) == (2, True)
+
+
+_BARRIER = """
+import sys, time
+from pathlib import Path
+import pipeline.runtime.jobs as jobs
+from jobs.cli import main
+
+folder, number, pack = Path(sys.argv.pop(1)), sys.argv.pop(1), jobs._pack
+
+def packs_when_both_have_looked(*arguments):
+    pack(*arguments)
+    (folder / number).touch()
+    while len(list(folder.iterdir())) < 2:
+        time.sleep(0.001)
+
+jobs._pack = packs_when_both_have_looked
+main()
+"""
+
+
+def test_of_two_submits_at_once_one_runs_and_the_other_follows_it(head: Any, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, port=free_port())
+    (tmp_path / "barrier").mkdir()
+    words = [str(path), "--set", "tracking.uri=off", "--until", "pairs", "--address", head.dashboard, "--follow"]
+    start = [sys.executable, "-c", _BARRIER, str(tmp_path / "barrier")]
+    both = [
+        subprocess.Popen(
+            [*start, number, "submit", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for number in "12"
+    ]
+    texts = [process.communicate(timeout=200)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], texts
+    assert sorted(words in text for text in texts for words in ["submitted to", "nothing new was started"]) == [
+        False, False, True, True,
+    ]  # fmt: skip
+    assert all("pairs: done in" in text for text in texts), texts
+    assert len(list_jobs(head.dashboard)) == 1
