@@ -31,7 +31,8 @@ mkdir_local=(srun --overlap --ntasks-per-node=1 mkdir -p "$local/cache" "$local/
 mapfile -t machines < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${machines[0]}
 address=$(srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
-common=(--block --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}"
+disk_gb=$(df --block-size=GB --output=avail "$local" | tail -n 1 | tr -d " ")
+common=(--block --resources="{\"disk_gb\": $disk_gb}" --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}"
     --temp-dir="/tmp/ray-$SLURM_JOB_ID" --object-spilling-directory="$local/spill")
 
 start() { # its machine, then the options of `ray start`

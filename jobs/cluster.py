@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,13 +16,15 @@ from jobs.options import (
     Until,
     print_json,
     print_next,
+    print_warning,
     recipe_words,
 )
 from jobs.watch import Follower
-from pipeline.recipe.recipe import load_recipe
+from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.workspace.store import Workspace
 
 if TYPE_CHECKING:
+    from pipeline.runtime.jobs import Submission
     from pipeline.runtime.worker_logs import WorkerLog
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Job id, as `unclip jobs` lists it, or its beginning.")]
@@ -58,29 +60,54 @@ def submit(
         typer.echo(ray_job(resolved, manifest, until), nl=False)
         return ("kubectl apply -f FILE", "kubectl get rayjobs")
 
-    from pipeline.runtime.follow import follow_job
+    if follow:
+        code = _follow_submitted(resolved, address=address, until=until, again=again, shown_as=words, json=json)
+        following = (f"unclip jobs --address {address}", f"unclip status {words}")
+        if code:
+            if not json:
+                print_next(f"unclip submit {words} --address {address} --follow", *following)
+            raise typer.Exit(code)
+        return following
+
     from pipeline.runtime.jobs import submit_recipe
     from pipeline.runtime.tunnel import reachable
 
     with reachable(address) as url:
         submitted = submit_recipe(resolved, address=url, until=until, again=again, shown_as=words)
-        submitted = replace(submitted, address=submitted.address if url == address else address)
-        if json:
-            print_json(submitted.to_dict())
-        else:
-            typer.echo(f"{submitted.job_id}: {submitted.message}")
-        following = tuple(f"unclip {command} {submitted.job_id} --address {address}" for command in ("logs", "stop"))
-        if follow:
-            with Follower(
-                sys.stderr if json else sys.stdout
-            ) as follower:  # one JSON document is all of standard output
-                code = follow_job(submitted.job_id, follower.write, url, follower.show if follower.is_live else None)
-            if code:
-                if not json:
-                    print_next(following[0], f"unclip submit {words} --address {address} --follow")
-                raise typer.Exit(code)
-            following = (f"unclip jobs --address {address}", f"unclip status {words}")
-    return following
+    _print_submission(submitted, address=address, json=json)
+    return tuple(f"unclip {command} {submitted.job_id} --address {address}" for command in ("logs", "stop"))
+
+
+def _print_submission(submitted: "Submission", *, address: str, json: bool) -> None:
+    """Print where a recipe was submitted to; of a tunnel, the address that the person has given."""
+    if address.startswith("ssh://"):
+        submitted = replace(submitted, address=address)
+    if json:
+        print_json(submitted.to_dict())
+    else:
+        typer.echo(f"{submitted.job_id}: {submitted.message}")
+
+
+def _follow_submitted(recipe: Recipe, *, address: str, json: bool, **options: Any) -> int:
+    """Submit a recipe, print what its job prints and, on a terminal, its table; returns its exit code."""
+    from pipeline.runtime import resubmit
+
+    submissions = list["Submission"]()
+    # With --json, one JSON document is all of standard output.
+    with Follower(sys.stderr if json else sys.stdout) as follower:
+
+        def announce(submitted: "Submission") -> None:
+            submissions.append(submitted)
+            if not json or len(submissions) == 1:
+                with follower.aside():
+                    _print_submission(submitted, address=address, json=json)
+
+        def warn(message: str) -> None:
+            with follower.aside():
+                print_warning(message)
+
+        seen = resubmit.Follower(announce, warn, follower.write, follower.show if follower.is_live else None)
+        return resubmit.submit_and_follow(recipe, seen, address=address, **options)
 
 
 def jobs(address: JobAddress = DASHBOARD, json: AsJson = False) -> Next:

@@ -4,7 +4,7 @@ import contextlib
 import re
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from typing import Any, Self, TextIO
 
 import typer
@@ -156,6 +156,15 @@ class Follower:
             self._lines.clear()
             self._stream.write("".join(f"{line}\n" for line in lines))
             self._draw()
+
+    @contextlib.contextmanager
+    def aside(self) -> Generator[None]:
+        """Take the table away inside the block, in which other lines are printed."""
+        self._lines.clear()
+        self._stream.write(f"{self._begun_line}\n" if self._begun_line else "")
+        self._stream.flush()
+        self._begun_line = ""
+        yield
 
     def show(self, table: str) -> None:
         """Draw the newest table that the run has published."""

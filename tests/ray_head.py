@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +31,15 @@ class RayHead:
 
 
 @contextlib.contextmanager
-def ray_head(*, num_cpus: int = 2, environment: dict[str, str] | None = None) -> Generator[RayHead]:
-    """``ray start --head --block``; RAY_AUTH_MODE is off unless ``environment`` says otherwise."""
+def ray_head(
+    *, num_cpus: int = 2, environment: dict[str, str] | None = None, ports: Sequence[int] = ()
+) -> Generator[RayHead]:
+    """``ray start --head --block``; RAY_AUTH_MODE is off unless ``environment`` says otherwise.
+
+    ``ports``: six, so that a head is where one before it was.
+    """
     folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # socket paths must stay short
-    gcs, dashboard, agent, agent_grpc, client, metrics = free_ports(6)
+    gcs, dashboard, agent, agent_grpc, client, metrics = ports or free_ports(6)
     command = [
         str(Path(sys.executable).with_name("ray")), "start", "--head", "--block",
         "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--temp-dir={folder}", f"--num-cpus={num_cpus}",

@@ -4,7 +4,7 @@ import re
 from dataclasses import field
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from models.configclass import configclass
 
@@ -29,6 +29,12 @@ class JobConfig:
     secrets: tuple[Variable, ...] = ()
     """Environment variables whose values `unclip submit` takes from its own environment. No recipe, artifact or log has
     the values; with `--manifest` they come from the Kubernetes secret ``unclip-job``."""
+
+    max_resubmissions: NonNegativeInt = 3
+    """How often `unclip submit --follow` submits the recipe again after its cluster, or the machine of its driver, was
+    lost; the run then continues. With `--manifest`, how often Kubernetes does (backoffLimit)."""
+    max_outage_s: NonNegativeFloat = 1800.0
+    """Seconds that `unclip submit --follow` waits for a lost cluster to answer again."""
 
     def __post_init__(self) -> None:
         for name in self.env:

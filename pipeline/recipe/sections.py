@@ -76,6 +76,9 @@ class TaskResources:
     step's role (unclip-role), if the cluster's machines have such a label, as those of cluster.yaml do."""
     memory_gb_per_worker: NonNegativeFloat = 0.0
     """Memory that Ray sets aside for each worker, in GB; 0: none, and Ray counts CPUs and GPUs alone."""
+    disk_gb_per_worker: NonNegativeFloat = 0.0
+    """Disk that Ray sets aside for each worker, in GB, on machines that say how much they have (the resource disk_gb,
+    as in cluster.yaml and deploy/; on one machine, what is free for the cache); 0: none."""
 
 
 @configclass

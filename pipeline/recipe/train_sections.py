@@ -201,6 +201,9 @@ class TrainResources:
     step's role (unclip-role), if the cluster's machines have such a label, as those of cluster.yaml do."""
     memory_gb_per_worker: NonNegativeFloat = 0.0
     """Memory that Ray sets aside for each worker, in GB; 0: none, and Ray counts CPUs and GPUs alone."""
+    disk_gb_per_worker: NonNegativeFloat = 0.0
+    """Disk that Ray sets aside for each worker, in GB, on machines that say how much they have (the resource disk_gb,
+    as in cluster.yaml and deploy/; on one machine, what is free for the cache); 0: none."""
     checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them: the same numbers from less memory, in about a
     third more time. Of a CLIP with a ResNet only the text tower."""
@@ -237,6 +240,11 @@ class TrainResources:
     def most_workers(self) -> int:
         """Workers that it takes if there is room."""
         return self.workers[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change."""
+        return self.fewest_workers < self.most_workers
 
     @property
     def validates_beside(self) -> bool:

@@ -13,8 +13,9 @@ from typing import Any
 import psutil
 import ray
 
-from pipeline.errors import StepError
-from pipeline.workspace.cache import recipe_variables
+from pipeline.errors import StepError, UnclipError
+from pipeline.runtime.placement import DISK
+from pipeline.workspace.cache import free_bytes, recipe_variables
 
 _CONNECT_TIMEOUT_S = 5.0
 
@@ -68,13 +69,21 @@ def _start_here(**options: Any) -> None:
     for tries_left in (1, 0):
         try:
             # At least two logical CPUs: a data step and a training must be able to run at the same time.
-            ray.init(address="local", num_cpus=max(2, os.cpu_count() or 1), include_dashboard=False, **options)
+            num_cpus = max(2, os.cpu_count() or 1)
+            ray.init(address="local", num_cpus=num_cpus, resources=_disk(), include_dashboard=False, **options)
         except Exception:
             ray.shutdown()  # ends what was started
             if not tries_left:
                 raise
         else:
             return
+
+
+def _disk() -> dict[str, float]:
+    """What this machine offers of disk to steps that ask for it: none if the cache's folder cannot be used."""
+    with contextlib.suppress(UnclipError, OSError):
+        return {DISK: free_bytes() // 1e9}
+    return {}
 
 
 def _require_listener(address: str) -> None:

@@ -58,6 +58,8 @@ def dashboard_client(address: str) -> tuple[JobSubmissionClient, str]:
         raise StepError(f"{no_answer} (something else does: HTTP {reply.status_code})")
     for name in _VERBOSE_LOGGERS:  # they log every upload and every closed connection
         logging.getLogger(name).setLevel(logging.WARNING)
+    # That a token which is there is used needs no notice.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     try:
         with _address_is_final():
             return _client(url), url

@@ -20,7 +20,7 @@ from ray.job_submission import JobSubmissionClient
 
 from pipeline.errors import StepError
 from pipeline.runtime.dashboard import DEFAULT_ADDRESS, dashboard_client
-from pipeline.runtime.jobs import exit_code_of, find_job, is_final, job_details, logs_of
+from pipeline.runtime.jobs import LostError, exit_code_of, find_job, is_final, job_details, logs_of
 
 _TABLE_S = 1.0
 _TIMEOUT_S = 5.0
@@ -66,7 +66,8 @@ def follow_job(job_id: str, write: Write, address: str = DEFAULT_ADDRESS, show: 
 
     Raises:
         ConfigError: If there is no such job, or more than one; names the candidates.
-        StepError: If no cluster answers, or it goes away before the job ends.
+        StepError: If no cluster answers.
+        LostError: If the cluster, or the machine of the job's driver, goes away before the job ends.
     """
     client, url = dashboard_client(address)
     name = str(find_job(client, job_id).submission_id)
@@ -82,6 +83,8 @@ def follow_job(job_id: str, write: Write, address: str = DEFAULT_ADDRESS, show: 
     if details.status.value == "FAILED" and not text:
         write(f"error: {_why_not_started(details.message or '')}\n")
     code = exit_code_of(details)
+    if code is None and details.driver_info is not None:  # it had begun, and nobody has seen its end
+        raise LostError(f"the machine of job {name} went away ({_first_line(details.message)}); finished work is kept")
     return StepError.exit_code if code is None else code
 
 
@@ -98,6 +101,10 @@ def _why_not_started(message: str) -> str:
         f"the environment of the job could not be made, and nothing was started: {why}; "
         "see job.pip and job.extras of the recipe"
     )
+
+
+def _first_line(message: str | None) -> str:
+    return next((line.strip() for line in (message or "").splitlines() if line.strip()), "Ray does not say why")
 
 
 async def _follow(

@@ -39,6 +39,10 @@ _FINAL = {"SUCCEEDED", "FAILED", "STOPPED"}
 _STOPPED_EXIT_CODE = 130
 
 
+class LostError(StepError):
+    """A job whose cluster, or whose driver's machine, has gone before its end."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One submitted recipe, as the cluster knows it."""
@@ -277,14 +281,13 @@ def job_details(client: JobSubmissionClient, name: str, url: str) -> JobDetails:
     """What the cluster says of a job now.
 
     Raises:
-        StepError: If the cluster has gone away.
+        LostError: If the cluster has gone away.
     """
     try:
         return client.get_job_info(name)
     except (RuntimeError, requests.exceptions.RequestException) as error:
-        raise StepError(
-            f"the cluster at {url} went away while job {name} ran ({type(error).__name__}); finished work is kept: "
-            "submit again when it is back"
+        raise LostError(
+            f"the cluster at {url} went away while job {name} ran ({type(error).__name__}); finished work is kept"
         ) from None
 
 

@@ -26,7 +26,6 @@ CLUSTER_FILE, _SERVICE_FILE = "deploy/kuberay/raycluster.yaml", "deploy/kuberay/
 SECRET = "unclip-job"
 """Kubernetes' secret with the values of ``job.secrets``, by the names of the variables."""
 _MOST_NAME = 47  # KubeRay's names of pods have no room for more
-_RETRIES = 3
 _UPGRADE = {"gatewayClassName": "istio", "maxSurgePercent": 25, "stepSizePercent": 5, "intervalSeconds": 10}
 _RAY_CPUS = 1
 _GB_PER_CPU = 4
@@ -67,7 +66,7 @@ def ray_job(recipe: Recipe, image: str, until: str = "") -> str:
             "submissionMode": "K8sJobMode",
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 600,
-            "backoffLimit": _RETRIES,
+            "backoffLimit": recipe.job.max_resubmissions,
             "runtimeEnvYAML": yaml.safe_dump(runtime_environment(recipe.job)),
             "rayClusterSpec": cluster,
         },

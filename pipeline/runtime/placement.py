@@ -17,6 +17,8 @@ from pipeline.recipe.train_sections import TrainResources
 
 ROLE = "unclip-role"
 """Label of a machine that says what it is there for."""
+DISK = "disk_gb"
+"""Resource of a machine that says what its disk has room for, in GB."""
 
 
 def worker_options(step: str, resources: TaskResources | TrainResources, *, has_roles: bool) -> dict[str, Any]:
@@ -37,14 +39,32 @@ def worker_options(step: str, resources: TaskResources | TrainResources, *, has_
         options["label_selector"] = labels
     if resources.memory_gb_per_worker:
         options["memory"] = int(resources.memory_gb_per_worker * 1e9)
+    if resources.disk_gb_per_worker:
+        options["resources"] = {DISK: resources.disk_gb_per_worker}
     return options
 
 
 def scaling_options(options: dict[str, Any]) -> dict[str, Any]:
     """The same options of a worker as Ray Train's ScalingConfig takes them."""
+    return {"resources_per_worker": amounts_of(options), "label_selector": options.get("label_selector")}
+
+
+def amounts_of(options: dict[str, Any]) -> dict[str, float]:
+    """What a worker with these options takes of a machine, in Ray's words."""
     amounts = {"CPU": options["num_cpus"], "GPU": options["num_gpus"], "memory": options.get("memory", 0)}
-    resources = {name: amount for name, amount in amounts.items() if amount}
-    return {"resources_per_worker": resources, "label_selector": options.get("label_selector")}
+    return {name: amount for name, amount in (amounts | options.get("resources", {})).items() if amount}
+
+
+def packing(options: dict[str, Any], num_workers: int) -> str:
+    """How Ray places the workers of a training: on one machine, if one that is there is large enough for all of them.
+
+    They wait for that machine then, also where there is room for them on several, between which a training is slower.
+    Of a larger training PACK fills the machines one after the other as far as they are free: Ray has no stricter word
+    for workers on several whole machines.
+    """
+    needs = {name: amount * num_workers for name, amount in amounts_of(options).items()}
+    fits = any(node["Alive"] and _has(node, needs, options) for node in ray.nodes())
+    return "STRICT_PACK" if fits else "PACK"
 
 
 def controller_options(*, has_roles: bool) -> dict[str, Any]:
@@ -73,19 +93,27 @@ def describe(options: dict[str, Any]) -> str:
     words = f"{options['num_cpus']:g} CPU" + (" and 1 GPU" if options["num_gpus"] else "")
     if "memory" in options:
         words += f", {options['memory'] / 1e9:g} GB"
+    if DISK in options.get("resources", {}):
+        words += f", {options['resources'][DISK]:g} GB of disk"
     labels = ", ".join(f"{name}={value}" for name, value in options.get("label_selector", {}).items())
     return f"{words} on a machine with {labels}" if labels else words
 
 
 def unoffered(options: dict[str, Any]) -> str:
     """The end of a sentence about a worker that waits, if no machine has what it asks for, free or not; else empty."""
-    if any(node["Alive"] and _offers(node, options) for node in ray.nodes()):
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if any(_has(node, amounts_of(options), options) for node in nodes):
         return ""
+    if DISK in options.get("resources", {}) and not any(DISK in node["Resources"] for node in nodes):
+        return (
+            f"; no machine that is there now says what disk it has: start Ray there with the resource {DISK}, as "
+            "cluster.yaml does"
+        )
     return "; no machine that is there now has that"
 
 
-def _offers(node: dict[str, Any], options: dict[str, Any]) -> bool:
-    amounts = {"CPU": options["num_cpus"], "GPU": options["num_gpus"], "memory": options.get("memory", 0)}
+def _has(node: dict[str, Any], amounts: dict[str, float], options: dict[str, Any]) -> bool:
+    """Whether a machine has these amounts, free or not, and the labels of the options."""
     has_amounts = all(node["Resources"].get(name, 0) >= amount for name, amount in amounts.items())
     return has_amounts and all(
         node["Labels"].get(name) == value or not value.replace("-", "").isalnum()  # Ray reads "!a" and "in(a, b)", too

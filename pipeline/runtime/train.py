@@ -25,6 +25,7 @@ from pipeline.runtime.placement import (
     cluster_has_roles,
     describe,
     living_machines,
+    packing,
     scaling_options,
     unoffered,
     worker_options,
@@ -143,6 +144,7 @@ def _fit_many(context: StepContext, resources: TrainResources) -> End:
             num_workers=resources.num_workers,
             use_gpu=num_gpus > 0,
             elastic_resize_monitor_interval_s=resources.resize_every_s,
+            placement_strategy="PACK" if resources.is_elastic else packing(options, resources.most_workers),
             **scaling_options(options),
         ),
         run_config=RunConfig(

@@ -37,7 +37,7 @@ def reachable(address: str) -> Generator[str]:
         try:
             yield url
         except StepError as error:
-            raise StepError(str(error).replace(url, address)) from None
+            raise type(error)(str(error).replace(url, address)) from None
 
 
 @contextlib.contextmanager

@@ -29,6 +29,8 @@ from pipeline.runtime.jobs import find_job
 _PREFIX, _RUN = "unclip-log", "unclip-run"
 _STREAMS = ("out", "err")
 _BEGINS = re.compile(r"^== unclip (\S+) begins ==$", re.MULTILINE)
+_OF_RAY = re.compile(r"^:(?:job_id|task_name|actor_name):.*\n", re.MULTILINE)
+"""Lines that Ray writes for itself."""
 _TIMEOUT_S = 20.0
 _MOST_SAME = 1000
 
@@ -194,7 +196,7 @@ def _logs(names: list[str], machine: str, read: Callable[[str], str]) -> list[Wo
 
 def own_part(text: str, name: str) -> str:
     """What a process has printed under a name: from each line that says so to the next such line."""
-    pieces = _BEGINS.split(text)
+    pieces = _BEGINS.split(_OF_RAY.sub("", text))
     return "".join(piece.lstrip("\n") for owner, piece in zip(pieces[1::2], pieces[2::2], strict=True) if owner == name)
 
 

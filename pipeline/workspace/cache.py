@@ -180,6 +180,11 @@ def limit_bytes(used_bytes: int, root: Path) -> int:
     return int(limit)
 
 
+def free_bytes() -> int:
+    """What is free on the disk of the cache."""
+    return shutil.disk_usage(_root()).free
+
+
 def _root() -> Path:
     setting = os.environ.get(_FOLDER, "")
     if not setting:

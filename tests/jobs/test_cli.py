@@ -113,8 +113,7 @@ def test_run_with_no_cluster_at_the_address_is_one_message(tmp_path: Path) -> No
 
 
 def test_submit_hands_on_its_options_and_keeps_json_apart_from_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.runtime import follow as following
-    from pipeline.runtime import jobs
+    from pipeline.runtime import jobs, resubmit
 
     request: dict[str, object] = {}
 
@@ -127,8 +126,8 @@ def test_submit_hands_on_its_options_and_keeps_json_apart_from_the_log(monkeypat
         write(f"the log at {address}\n")
         return 3
 
-    monkeypatch.setattr(jobs, "submit_recipe", submit)
-    monkeypatch.setattr(following, "follow_job", follow)
+    monkeypatch.setattr(resubmit, "submit_recipe", submit)
+    monkeypatch.setattr(resubmit, "follow_job", follow)
     words = ["--until", "embed", "--again", "--follow", "--address", "http://h:1", "--json"]
     done = unclip_here("submit", "configs/demo.toml", "--set", "seed=4", *words)
     assert (request["until"], request["again"], request["shown_as"]) == (

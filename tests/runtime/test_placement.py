@@ -4,18 +4,29 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReply, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import GangResourceRequest, ResourceRequest
 from ray.core.generated.common_pb2 import LabelSelectorOperator
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.recipe.sections import TaskResources
 from pipeline.recipe.steps import STEPS
 from pipeline.recipe.train_sections import TrainResources
-from pipeline.runtime.placement import controller_options, describe, scaling_options, worker_options
+from pipeline.runtime.placement import (
+    amounts_of,
+    controller_options,
+    describe,
+    packing,
+    scaling_options,
+    unoffered,
+    worker_options,
+)
+from tests.tiny.cluster import cluster_without_cpus
 from tests.tiny.command import ROOT
 
 # What Ray reads from AWS for these machines at `ray up`.
@@ -42,12 +53,10 @@ def _node_types() -> dict[str, NodeTypeConfig]:
 
 
 def _request(options: dict[str, Any]) -> ResourceRequest:
-    amounts = {"CPU": options["num_cpus"], "GPU": options.get("num_gpus", 0), "memory": options.get("memory", 0)}
+    amounts = amounts_of({"num_gpus": 0} | options)
     is_in = LabelSelectorOperator.LABEL_OPERATOR_IN
     labels = [(name, is_in, [value]) for name, value in options.get("label_selector", {}).items()]
-    return ResourceRequestUtil.make(
-        {k: v for k, v in amounts.items() if v}, label_selectors=[labels] if labels else None
-    )
+    return ResourceRequestUtil.make(amounts, label_selectors=[labels] if labels else None)
 
 
 def _schedule(workers: list[ResourceRequest], gangs: list[list[ResourceRequest]]) -> SchedulingReply:
@@ -110,6 +119,41 @@ def test_memory_counts_where_a_recipe_names_it() -> None:
         return _launch("download", TaskResources(num_workers=4, memory_gb_per_worker=memory_gb))["download"]
 
     assert (machines(0), machines(10), machines(20)) == (1, 2, 4)
+
+
+def test_disk_counts_where_a_recipe_names_it() -> None:
+    def launched(disk_gb: float, *, has_roles: bool) -> Counter[str]:
+        resources = TaskResources(num_workers=2, disk_gb_per_worker=disk_gb)
+        return _launch("download", resources, has_roles=has_roles)
+
+    assert [launched(gb, has_roles=True) for gb in (70, 100)] == [{"download": 1}, {"download": 2}]
+    assert not {"head", "download", "train"} & launched(300, has_roles=False).keys()
+    options = worker_options("download", TaskResources(disk_gb_per_worker=300), has_roles=True)
+    assert len(_schedule([_request(options)], []).infeasible_resource_requests) == 1
+    assert describe(options) == "1 CPU, 300 GB of disk on a machine with unclip-role=download"
+
+
+@pytest.mark.ray
+def test_workers_stay_together_on_a_machine_that_has_room_for_all_of_them() -> None:
+    options = worker_options("prior", TrainResources(), has_roles=False)
+    with cluster_without_cpus() as cluster:
+        small = [cluster.add_node(num_cpus=1, resources={"disk_gb": 50}) for _ in range(2)]
+        ray.init(address=cluster.address, log_to_driver=False)
+        try:
+            assert (packing(options, 1), packing(options, 2)) == ("STRICT_PACK", "PACK")
+            large = cluster.add_node(num_cpus=2)
+            assert (packing(options, 2), packing(options, 4)) == ("STRICT_PACK", "PACK")
+            group = placement_group([amounts_of(options)] * 2, strategy=packing(options, 2))
+            assert group.wait(30)
+            assert set(placement_group_table(group)["bundles_to_node_id"].values()) == {large.node_id}
+            remove_placement_group(group)
+            wants_disk = {"num_cpus": 1, "num_gpus": 0, "resources": {"disk_gb": 60.0}}
+            assert unoffered(wants_disk) == "; no machine that is there now has that"
+            for node in small:
+                cluster.remove_node(node)
+            assert "says what disk it has: start Ray there with the resource disk_gb" in unoffered(wants_disk)
+        finally:
+            ray.shutdown()
 
 
 def test_a_label_of_the_recipe_comes_before_the_role() -> None:
