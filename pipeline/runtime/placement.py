@@ -63,7 +63,7 @@ def packing(options: dict[str, Any], num_workers: int) -> str:
     for workers on several whole machines.
     """
     needs = {name: amount * num_workers for name, amount in amounts_of(options).items()}
-    fits = any(node["Alive"] and _has(node, needs, options) for node in ray.nodes())
+    fits = any(node["Alive"] and machine_has(node, needs, options) for node in ray.nodes())
     return "STRICT_PACK" if fits else "PACK"
 
 
@@ -102,7 +102,7 @@ def describe(options: dict[str, Any]) -> str:
 def unoffered(options: dict[str, Any]) -> str:
     """The end of a sentence about a worker that waits, if no machine has what it asks for, free or not; else empty."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    if any(_has(node, amounts_of(options), options) for node in nodes):
+    if any(machine_has(node, amounts_of(options), options) for node in nodes):
         return ""
     if DISK in options.get("resources", {}) and not any(DISK in node["Resources"] for node in nodes):
         return (
@@ -112,7 +112,7 @@ def unoffered(options: dict[str, Any]) -> str:
     return "; no machine that is there now has that"
 
 
-def _has(node: dict[str, Any], amounts: dict[str, float], options: dict[str, Any]) -> bool:
+def machine_has(node: dict[str, Any], amounts: dict[str, float], options: dict[str, Any]) -> bool:
     """Whether a machine has these amounts, free or not, and the labels of the options."""
     has_amounts = all(node["Resources"].get(name, 0) >= amount for name, amount in amounts.items())
     return has_amounts and all(

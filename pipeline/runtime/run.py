@@ -24,6 +24,7 @@ from pipeline.recipe.steps import STEP_ROWS
 from pipeline.runtime.connection import are_alive, connect, own_servers, require_alive
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.forget import finish_forgetting
+from pipeline.runtime.machines import LONGEST_LOOK_S, Machines
 from pipeline.runtime.placement import cluster_has_roles, controller_options, describe, unoffered, worker_options
 from pipeline.runtime.stopping import STOP, STOP_WAIT_S, request_stop
 from pipeline.runtime.tracking.run import Tracking, send_waiting
@@ -145,9 +146,12 @@ def _run_steps(
     failures, notices = list[UnclipError](), dict[str, str]()
     servers = own_servers()
     forecast, waits = _Forecast(recipe, waiting, observer, can_grow=not servers), _Waits(servers)
+    machines = Machines(recipe, () if servers else waiting)  # this machine has what it needs: it has come so far
+    machines.look(wait_s=LONGEST_LOOK_S)
     try:
         while waiting or running:
             require_alive(servers)
+            machines.look()
             lock.check()
             for step in [step for step in waiting if set(step.inputs) <= done]:
                 context = StepContext(recipe, step, workspace.root, retry_failed=retry_failed)
@@ -168,6 +172,7 @@ def _run_steps(
                 try:
                     manifest = _commit(context, _result(reference, context, late), tracking)
                 except UnclipError as error:  # what is not made from it goes on
+                    machines.look(wait_s=LONGEST_LOOK_S)  # one that has just come may be why
                     lost = dependents(waiting, context.step.name)
                     waiting = [step for step in waiting if step.name not in lost]
                     observer.failed(context.step, lost)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tomllib
 
-from jobs.job import DISTRIBUTIONS, LEAST_PYTHON, what_is_missing
+from pipeline.runtime.packages import DISTRIBUTIONS, LEAST_PYTHON, what_is_missing
 from tests.tiny.command import ROOT
 
 _PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -1,0 +1,82 @@
+"""A look at the machines of a cluster: whether each on which a step may run has the packages that steps need.
+
+All are looked at before the first step begins, those that come later when they come.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline.errors import ConfigError
+from pipeline.recipe.plan import Step
+from pipeline.recipe.recipe import Recipe
+from pipeline.runtime.packages import complaint
+from pipeline.runtime.placement import amounts_of, cluster_has_roles, machine_has, worker_options
+
+_EVERY_S = 5.0
+LONGEST_LOOK_S = 30.0
+"""A machine that has not answered by then is judged when it does."""
+
+
+class Machines:
+    """The machines of the connected cluster that have been looked at.
+
+    Args:
+        recipe: The recipe of the run.
+        steps: Its steps that are not done; none: no machine is looked at.
+    """
+
+    def __init__(self, recipe: Recipe, steps: Sequence[Step]) -> None:
+        has_roles = bool(steps) and cluster_has_roles()
+        sections = {step.name: getattr(recipe, step.name) for step in steps}
+        self._workers = [
+            worker_options(name, section.resources, has_roles=has_roles)
+            for name, section in sections.items()
+            if hasattr(section, "resources")
+        ]
+        self._asked: dict[str, Any] = {}
+        """What each machine's task will return, by the machine; None once it has answered or gone."""
+        self._looked_at = float("-inf")
+
+    def look(self, *, wait_s: float = 0.0) -> None:
+        """Ask the machines that have not been asked, and read the answers that are there.
+
+        Args:
+            wait_s: Longest time to wait for answers; 0: none, and not more often than every few seconds.
+
+        Raises:
+            ConfigError: If a machine lacks something; names machine, Python and packages, of all such machines.
+        """
+        if not self._workers or (not wait_s and time.monotonic() - self._looked_at < _EVERY_S):
+            return
+        self._looked_at = time.monotonic()
+        for node in ray.nodes():
+            if node["NodeID"] not in self._asked and self._may_work(node):
+                there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                self._asked[node["NodeID"]] = _look.options(scheduling_strategy=there).remote()
+        waiting = {task: machine for machine, task in self._asked.items() if task is not None}
+        answered, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=wait_s) if waiting else ([], [])
+        complaints = list[str]()
+        for task in answered:
+            self._asked[waiting[task]] = None
+            try:
+                complaints += filter(None, [ray.get(task)])
+            except ray.exceptions.RayError:  # the machine has gone, or gives up its task: its work will tell
+                continue
+        if complaints:
+            raise ConfigError(
+                f"{'; '.join(sorted(complaints))}: no step can run there; start the cluster's machines from an "
+                "environment with unclip's dependencies, as the setup_commands of cluster.yaml and the Dockerfile do"
+            )
+
+    def _may_work(self, node: dict[str, Any]) -> bool:
+        return node["Alive"] and any(machine_has(node, amounts_of(worker), worker) for worker in self._workers)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _look() -> str:
+    return complaint()

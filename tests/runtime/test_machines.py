@@ -1,0 +1,67 @@
+"""Machines of a cluster that lack packages: named before a step begins, or when they come."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from pipeline.errors import ConfigError
+from pipeline.recipe.plan import make_plan
+from pipeline.recipe.recipe import parse_recipe
+from pipeline.runtime.machines import Machines
+from tests.tiny.cluster import cluster_without_cpus
+from tests.tiny.command import ROOT
+from tests.tiny.recipe import tiny_tables
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+# Python reads this at its start: an interpreter in which two packages are not installed, for those who ask and import.
+_HIDES = """
+import importlib.abc, importlib.metadata, sys
+
+class Hidden(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"pyarrow", "safetensors"}:
+            raise ModuleNotFoundError(name)
+
+def version(name, real=importlib.metadata.version):
+    if name in {"pyarrow", "safetensors"}:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return real(name)
+
+sys.meta_path.insert(0, Hidden())
+importlib.metadata.version = version
+"""
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    with cluster_without_cpus() as cluster:
+        cluster.add_node(num_cpus=2)
+        ray.init(address=cluster.address, log_to_driver=False)
+        yield cluster
+        ray.shutdown()
+
+
+def test_a_machine_that_lacks_packages_is_named_with_its_python_and_them(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(_HIDES)
+    recipe = parse_recipe(tiny_tables(tmp_path))
+    machines = Machines(recipe, make_plan(recipe))
+    machines.look(wait_s=60)  # the one that is there lacks nothing; the head, which has no CPU, is not asked
+    # It comes later.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+        cluster.add_node(num_cpus=2)
+    with pytest.raises(
+        ConfigError, match=rf"^{sys.executable} of \S+ lacks pyarrow, safetensors: no step can run there"
+    ):
+        machines.look(wait_s=60)
+    machines.look(wait_s=60)  # said once
+    # One on which nothing of the recipe fits is nobody's business.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+        cluster.add_node(num_cpus=0)
+    machines.look(wait_s=60)
