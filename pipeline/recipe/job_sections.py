@@ -36,6 +36,10 @@ class JobConfig:
     max_outage_s: NonNegativeFloat = 1800.0
     """Seconds that `unclip submit --follow` waits for a lost cluster to answer again."""
 
+    boot_s: NonNegativeFloat = 300.0
+    """Seconds that machines of the cluster take to start. So long before a step begins, as far as the end of the steps
+    that it reads is foreseen, Ray's autoscaler is told what it needs; 0: when it begins."""
+
     def __post_init__(self) -> None:
         for name in self.env:
             if name.startswith("UNCLIP_CACHE"):

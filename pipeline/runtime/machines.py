@@ -23,11 +23,14 @@ LONGEST_LOOK_S = 30.0
 
 
 class Machines:
-    """The machines of the connected cluster that have been looked at.
+    """The machines of the connected cluster that have been looked at, from the start on.
 
     Args:
         recipe: The recipe of the run.
         steps: Its steps that are not done; none: no machine is looked at.
+
+    Raises:
+        ConfigError: As ``look``.
     """
 
     def __init__(self, recipe: Recipe, steps: Sequence[Step]) -> None:
@@ -41,6 +44,7 @@ class Machines:
         self._asked: dict[str, Any] = {}
         """What each machine's task will return, by the machine; None once it has answered or gone."""
         self._looked_at = float("-inf")
+        self.look(wait_s=LONGEST_LOOK_S)
 
     def look(self, *, wait_s: float = 0.0) -> None:
         """Ask the machines that have not been asked, and read the answers that are there.

@@ -20,6 +20,8 @@ from pipeline.workspace.progress import duration
 from pipeline.workspace.store import Workspace
 
 _LOOK_S = 2.0
+_AWAY = (StepError, RuntimeError, requests.exceptions.RequestException)
+"""What Ray's client raises at a dashboard that is away, or starts."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,7 @@ def submit_and_follow(
             )
             if not Workspace(recipe.workspace).is_local:  # the lock of the lost driver is left until then
                 time.sleep(EXPIRY_S)
-        except (
-            StepError,
-            RuntimeError,
-            requests.exceptions.RequestException,
-        ):  # also what a starting dashboard answers
+        except _AWAY:
             if not losses or time.monotonic() - lost_at > recipe.job.max_outage_s:
                 raise
             time.sleep(_LOOK_S)

@@ -26,6 +26,7 @@ from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.forget import finish_forgetting
 from pipeline.runtime.machines import LONGEST_LOOK_S, Machines
 from pipeline.runtime.placement import cluster_has_roles, controller_options, describe, unoffered, worker_options
+from pipeline.runtime.soon import Soon
 from pipeline.runtime.stopping import STOP, STOP_WAIT_S, request_stop
 from pipeline.runtime.tracking.run import Tracking, send_waiting
 from pipeline.runtime.worker_logs import logged, note_run
@@ -146,8 +147,8 @@ def _run_steps(
     failures, notices = list[UnclipError](), dict[str, str]()
     servers = own_servers()
     forecast, waits = _Forecast(recipe, waiting, observer, can_grow=not servers), _Waits(servers)
-    machines = Machines(recipe, () if servers else waiting)  # this machine has what it needs: it has come so far
-    machines.look(wait_s=LONGEST_LOOK_S)
+    # This machine has what it needs, for it has come so far.
+    machines, soon = Machines(recipe, () if servers else waiting), Soon(recipe, is_cluster=not servers)
     try:
         while waiting or running:
             require_alive(servers)
@@ -158,11 +159,13 @@ def _run_steps(
                 if not may_start(context, running.values()):
                     continue
                 waiting.remove(step)
+                soon.begins(step.name)
                 running[_start(context, tracking)] = context
                 observer.started(step)
             ready, _ = ray.wait(list(running), timeout=_POLL_S, num_returns=1)
             readings = _readings(running.values(), observer, tracking, notices)
             forecast.update(readings, done)
+            soon.update(waiting, done, readings)
             if ready:
                 require_alive(servers)  # otherwise every step would report a lost worker
             late = waits.end_late({key: running[key] for key in running.keys() - ready}, readings)
@@ -187,6 +190,8 @@ def _run_steps(
             _cancel(reference, servers)
             tracking.failed(context)
         raise
+    finally:
+        soon.end()
     if failures:
         raise type(failures[0])("; and ".join(map(str, failures)))
 

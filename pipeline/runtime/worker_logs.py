@@ -8,7 +8,6 @@ on this machine are files here, also when its Ray has ended.
 
 import contextlib
 import json
-import os
 import re
 import sys
 import traceback
@@ -113,9 +112,7 @@ def logs_here(workspace: str) -> list[WorkerLog]:
     Raises:
         StepError: If there has been none, or its logs have been removed.
     """
-    root = Path(os.environ.get("RAY_TMPDIR", "")) / "ray" if "RAY_TMPDIR" in os.environ else None
-    roots = {Path(get_default_ray_temp_dir()), *([root] if root else [])}
-    notes = [note for one in roots for note in one.glob(f"session_2*/logs/{_RUN}.*.json")]
+    notes = Path(get_default_ray_temp_dir()).glob(f"session_2*/logs/{_RUN}.*.json")
     ours = [note for note in notes if _workspace_of(note) == workspace]
     if not ours:
         raise StepError(

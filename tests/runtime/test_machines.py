@@ -12,9 +12,10 @@ from pipeline.errors import ConfigError
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import parse_recipe
 from pipeline.runtime.machines import Machines
+from tests.ports import free_port
 from tests.tiny.cluster import cluster_without_cpus
-from tests.tiny.command import ROOT
-from tests.tiny.recipe import tiny_tables
+from tests.tiny.command import ROOT, unclip
+from tests.tiny.recipe import tiny_tables, write_recipe
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -49,8 +50,9 @@ def cluster() -> Iterator[Cluster]:
 def test_a_machine_that_lacks_packages_is_named_with_its_python_and_them(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(_HIDES)
     recipe = parse_recipe(tiny_tables(tmp_path))
-    machines = Machines(recipe, make_plan(recipe))
-    machines.look(wait_s=60)  # the one that is there lacks nothing; the head, which has no CPU, is not asked
+    machines = Machines(
+        recipe, make_plan(recipe)
+    )  # the one that is there lacks nothing; the head, which has no CPU, is not asked
     # It comes later.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
@@ -65,3 +67,17 @@ def test_a_machine_that_lacks_packages_is_named_with_its_python_and_them(cluster
         patch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
         cluster.add_node(num_cpus=0)
     machines.look(wait_s=60)
+
+
+def test_a_run_starts_nothing_on_such_a_cluster(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(_HIDES)
+    recipe = write_recipe(tmp_path, port=free_port())
+    with cluster_without_cpus() as cluster:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+            cluster.add_node(num_cpus=2)
+        done = unclip("run", str(recipe), "--address", cluster.address, "--set", "tracking.uri=off")
+    assert done.returncode == 2, done.stdout
+    assert "lacks pyarrow, safetensors: no step can run there" in done.stdout
+    assert "starts" not in done.stdout
+    assert "Traceback" not in done.stdout
