@@ -8,6 +8,7 @@ starts it again. Until then its worker trains on, beside the one that was starte
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -36,10 +37,11 @@ _SETTINGS = ("--until", "prior", "--set", "tracking.uri=off", "--set", "job.max_
 
 
 class _Machine:
-    """A machine that joins a head, and is started again whenever its Ray ends, as by systemd."""
+    """A machine that joins a head, with files of its own, and is started again whenever its Ray ends, as by systemd."""
 
     def __init__(self, address: str, folder: Path) -> None:
         self.num_starts = 0
+        self._files = tempfile.mkdtemp(prefix="m", dir="/tmp")  # sockets: short paths
         self._address, self._folder = address, folder
         self._process: subprocess.Popen[bytes] | None = None
         self._ends = threading.Event()
@@ -49,7 +51,8 @@ class _Machine:
     def _supervise(self) -> None:
         command = [
             str(Path(sys.executable).with_name("ray")), "start", "--block", f"--address={self._address}",
-            "--node-ip-address=127.0.0.1", "--num-cpus=2", "--object-store-memory=80000000", "--disable-usage-stats",
+            "--node-ip-address=127.0.0.1", "--num-cpus=2", f"--temp-dir={self._files}",
+            "--object-store-memory=80000000", "--disable-usage-stats",
         ]  # fmt: skip
         environment = {"RAY_AUTH_MODE": "disabled", "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
         while not self._ends.is_set():
@@ -66,6 +69,7 @@ class _Machine:
         """Take it away."""
         self._ends.set()
         self._thread.join(30)
+        shutil.rmtree(self._files, ignore_errors=True)
 
 
 @contextmanager
