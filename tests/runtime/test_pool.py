@@ -53,7 +53,9 @@ class _Stage:
     def __call__(self, shard: str) -> ShardRecord:
         first = not self._output.exists(f"tried-{shard}")
         self._output.write_bytes(f"tried-{shard}", b"")
-        if shard == "dies" or (shard == "dies-once" and first):
+        if shard == "dies-beside" and first:  # when its partner has begun, which would hang once more else
+            _wait_for(lambda: self._output.exists("tried-hangs-once"))
+        if shard == "dies" or (shard in {"dies-once", "dies-beside"} and first):
             os.kill(os.getpid(), signal.SIGKILL)
         if shard == "hangs-once" and first:
             time.sleep(600)
@@ -92,7 +94,7 @@ def test_a_worker_makes_several_shards_at_once_and_all_come_back_when_it_is_lost
     records = _map(_context(tmp_path), "meets-a", "meets-b", "c", num_at_once=2)
     assert [record.shard for record in records] == ["meets-a", "meets-b", "c"]
     context = _context(tmp_path / "lost")
-    names = ["hangs-once", "dies-once", "c", "d"]
+    names = ["hangs-once", "dies-beside", "c", "d"]
     assert [record.shard for record in _map(context, *names, num_at_once=2)] == names
     assert set(context.output.shard_records()) == set(names)
 
