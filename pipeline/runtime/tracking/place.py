@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.tracking.outbox import RECORDS, SENT, Outbox, count_waiting
-from pipeline.runtime.tracking.tracker import Tracker
+from pipeline.runtime.tracking.tracker import Tracker, make_database
 from pipeline.workspace.store import Artifact, Workspace
 
 Json = dict[str, Any]
@@ -90,10 +90,11 @@ class Place:
 
     def tracker(self) -> Tracker:
         """Open the server."""
-        database = urllib.parse.urlsplit(self.uri).path[1:]
-        return Tracker(
-            self.uri, self.experiment, Path(database).absolute().parent / "mlflow" if self.is_local else None
-        )
+        if not self.is_local:
+            return Tracker(self.uri, self.experiment)
+        database = Path(urllib.parse.urlsplit(self.uri).path[1:]).absolute()
+        make_database(database)
+        return Tracker(self.uri, self.experiment, database.parent / "mlflow")
 
     def num_waiting(self) -> int:
         """Records that the tracker does not have yet: of this machine, or what another published; changes nothing."""

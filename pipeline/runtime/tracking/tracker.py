@@ -5,6 +5,7 @@ pipeline run, which is new in every workspace, and the step.
 """
 
 import base64
+import contextlib
 import io
 import itertools
 import logging
@@ -40,6 +41,27 @@ def prepare() -> None:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def make_database(path: Path) -> None:
+    """Make the sqlite database of a tracker, whole or not at all, if it is not there.
+
+    MLflow makes it by dozens of migrations, and could never go on from one that a full disk or a kill cut off.
+
+    Raises:
+        Exception: If the disk is full or cannot be written.
+    """
+    if path.exists():
+        return
+    prepare()
+    from mlflow.tracking import MlflowClient
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=path.parent) as folder:
+        new = Path(folder) / path.name
+        MlflowClient(tracking_uri=f"sqlite:///{new}").search_experiments(max_results=1)
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.link(new, path)
 
 
 def tags_by_alias(uri: str, name: str, alias: str) -> tuple[str, dict[str, str]]:
