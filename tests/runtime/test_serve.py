@@ -39,7 +39,7 @@ from tests.ports import free_port, free_ports
 from tests.readme import python_blocks
 from tests.tiny.cluster import cluster_without_cpus
 from tests.tiny.collector import Collector, collecting
-from tests.tiny.command import start_unclip
+from tests.tiny.command import is_proposal, start_unclip
 from tests.tiny.networks import make_cascade, save_cascade
 from tests.tiny.shards import pixels, plain_picture
 from tests.tiny.workspace import served_workspace
@@ -219,7 +219,7 @@ def test_ctrl_c_finishes_what_is_under_way_and_ends_everything_it_started(served
         assert under_way.result().status_code == 200
     output, _ = served.process.communicate(timeout=60)
     assert served.process.returncode == 0, output
-    assert output.strip() == "stopping; requests under way: 1 - Ctrl-C again ends them at once"
+    assert said(output) == ["stopping; requests under way: 1 - Ctrl-C again ends them at once"]
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive
     with pytest.raises(httpx.ConnectError):
@@ -300,7 +300,7 @@ def test_servers_share_a_cluster_whose_machines_come_later(tmp_path: Path) -> No
             assert (answer.status_code, answer.json()["error"]["code"]) == (404, "index_not_found")
             processes[0].terminate()
             output, _ = processes[0].communicate(timeout=60)
-            assert (processes[0].returncode, output.strip()) == (0, "stopping")
+            assert (processes[0].returncode, said(output)) == (0, ["stopping"])
         finally:
             for process in processes:
                 with contextlib.suppress(ProcessLookupError):
@@ -338,7 +338,14 @@ def swapped_under_load(process: subprocess.Popen[str], url: str) -> set[int]:
 
 def line_of(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
-    return process.stdout.readline() or f"ended: {process.wait(10)}"
+    while is_proposal(line := process.stdout.readline()):
+        pass
+    return line or f"ended: {process.wait(10)}"
+
+
+def said(output: str) -> list[str]:
+    """Lines without the proposed commands."""
+    return [line for line in output.strip().splitlines() if not is_proposal(line)]
 
 
 def ask(url: str, body: dict[str, Any]) -> httpx.Response:

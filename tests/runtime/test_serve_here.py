@@ -23,7 +23,7 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.served import served_by
 from tests.ports import free_port
 from tests.runtime.test_served import ALIAS, measured, promote
-from tests.tiny.command import start_unclip
+from tests.tiny.command import is_proposal, start_unclip
 from tests.tiny.shards import pixels
 
 SLOW = "decoder.model.sampler.num_steps=300"
@@ -43,7 +43,7 @@ class Server:
     def line(self) -> str:
         """The next line, but for proposed commands."""
         assert self.process.stdout is not None
-        while (line := self.process.stdout.readline()).startswith(("next:", "  ")):
+        while is_proposal(line := self.process.stdout.readline()):
             pass
         return line
 

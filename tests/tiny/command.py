@@ -34,6 +34,11 @@ def start_unclip(
     )
 
 
+def is_proposal(line: str) -> bool:
+    """Whether a line is of the commands that a command proposes at its end."""
+    return line.startswith(("next:", "  "))
+
+
 def unclip(
     *arguments: str,
     cwd: Path = ROOT,
