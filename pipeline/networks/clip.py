@@ -26,6 +26,7 @@ from pipeline.errors import DataError
 from pipeline.networks.contrast import ContrastiveObjective, Pairs
 from pipeline.networks.counting import Work, count
 from pipeline.networks.kind import NetworkKind
+from pipeline.workspace.hashing import HashedFile
 from pipeline.workspace.store import MANIFEST, Artifact
 
 if TYPE_CHECKING:
@@ -93,8 +94,8 @@ def save_clip_artifact(artifact: Artifact, clip: OpenClip) -> None:
         folder = Path(name)
         save_clip(clip, folder)
         for file in sorted(folder.iterdir(), key=lambda file: (file.name == CONFIG_FILE, file.name)):
-            with artifact.write(file.name) as path:
-                shutil.copyfile(file, path)
+            with artifact.write(file.name) as path, file.open("rb") as source, HashedFile(path) as target:
+                shutil.copyfileobj(source, target)
 
 
 def clip_folder(artifact: Artifact) -> Path:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.clip_config import ClipDims
 from pipeline.errors import DataError
 from pipeline.networks.table import kind_named, kind_of
+from pipeline.networks.tensor_file import save_tensors
 from pipeline.recipe.recipe import SAMPLING, to_dict
 from pipeline.workspace.store import Artifact
 
@@ -38,9 +39,9 @@ def save_network(
         dims: CLIP's widths; None for a network whose shape does not depend on them.
         state_dict: The weights, on any device.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    tensors = {name: tensor.detach().cpu() for name, tensor in state_dict.items()}
     with artifact.write(WEIGHTS) as path:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_tensors(tensors, path, {"format": "pt"})
     artifact.write_json(CONFIG, config_content(config, dims))
 
 

@@ -36,6 +36,7 @@ from pipeline.retrieve.segment import (
 from pipeline.retrieve.takedown import Takedown
 from pipeline.retrieve.tune import NUM_NEAREST, Truth, Tuned, fastest, tune
 from pipeline.retrieve.versions import Version
+from pipeline.workspace.hashing import HashedFile
 from pipeline.workspace.manifest import ShardRecord, add_counts
 from pipeline.workspace.store import LIVE, Artifact
 
@@ -55,6 +56,8 @@ class IndexSummary:
     counts: dict[str, int]
     """Rows: ``in`` = ``ok`` + each kind of row that is left out."""
     metrics: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+    """Size and SHA-256 of what was written, for the process that commits it."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,7 @@ class SegmentBuild:
             self._remove_others(modality, best.kind)
             description[modality] = {"kind": best.kind, "efforts": [effort.to_json() for effort in best.efforts]}
         self.output.write_json(f"{self.segment}/segment.json", description)
-        return IndexSummary(counts, _metrics(description, tried, embedded))
+        return IndexSummary(counts, _metrics(description, tried, embedded), self.output.known())
 
     def clear(self) -> None:
         """Remove what was written between the stages; a step's commit does this itself.
@@ -280,7 +283,7 @@ class SegmentBuild:
             index = self.read_coder(modality, kind)
             sizes = np.stack([self._load(name, f"{modality}.sizes") for name in names])
             positions = [self._load(name, f"{modality}.positions") for name in names]
-            with self.output.write(lists_file(self.segment, modality, kind)) as path, path.open("wb") as file:
+            with self.output.write(lists_file(self.segment, modality, kind)) as path, HashedFile(path) as file:
                 for block in _list_blocks(parts, positions, sizes):
                     file.write(block)
             with self.output.write(sizes_file(self.segment, modality, kind)) as path:

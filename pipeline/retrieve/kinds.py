@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.retrieve.embedded import Floats, Ids
+from pipeline.workspace.hashing import HashedFile
 
 faiss: Any = _faiss  # its types are incomplete
 
@@ -173,7 +174,7 @@ def search_lists_by_graph(coder: Any) -> None:
 
 def write(index: Any, path: Path) -> None:
     """Write a FAISS index; a Python file notices a full disk when it is closed, FAISS's own writer does not."""
-    with path.open("wb") as file:
+    with HashedFile(path) as file:
         faiss.write_index(index, faiss.PyCallbackIOWriter(file.write, 1 << 20))
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pipeline.data.vectors import RowGroups, StoredVectors
 from pipeline.errors import DataError
 from pipeline.retrieve.embedded import EmbeddedShards, Floats, Ids
+from pipeline.workspace.hashing import HashedFile
 from pipeline.workspace.store import Artifact
 
 BATCH_ROWS = 8192
@@ -144,7 +145,7 @@ class Rows:
 
 def write_rows(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
     """Write rows.arrow: batches of any size become batches of BATCH_ROWS rows."""
-    with path.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
+    with HashedFile(path) as file, pa.ipc.new_file(file, schema) as writer:
         waiting, num_waiting = list[pa.RecordBatch](), 0
         for batch in batches:
             waiting.append(batch)
@@ -161,7 +162,7 @@ def write_rows(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema)
 
 def write_array(path: Path, parts: Iterable[NDArray[Any]], shape: tuple[int, ...], dtype: Any) -> None:
     """Write a .npy file part by part; unlike a memory-mapped one, it notices a full disk."""
-    with path.open("wb") as file:
+    with HashedFile(path) as file:
         header = {"descr": npy.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
         npy.write_array_header_1_0(file, header)
         for part in parts:

@@ -55,3 +55,5 @@ class StepResult:
     """What the step measured."""
     num_workers: int = 1
     """Workers at a time, for node seconds."""
+    files: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    """Size and SHA-256 of files, known where they were written; the others are read for the manifest."""

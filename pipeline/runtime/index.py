@@ -35,7 +35,7 @@ def run_index(context: StepContext) -> StepResult:
     """
     summary = _build(context, _segment_build(context, (embeddings_of(context.inputs),)))
     Version(0, (BASE_SEGMENT,), "").write(context.output)
-    return StepResult(counts=summary.counts, metrics=summary.metrics, num_workers=summary.num_workers)
+    return StepResult(summary.counts, summary.metrics, summary.num_workers, summary.files)
 
 
 def append(recipe: Recipe, step: Step, embed: Artifact, check: Check) -> IndexSummary:
@@ -113,7 +113,7 @@ def _build(context: StepContext, build: SegmentBuild) -> _Built:
     worker = cast("type[ShardWorker]", functools.partial(PartWorker, build=build))
     map_shards(context, ShardJob(worker, parts, build.num_rows(), needs))
     summary: IndexSummary = run(_finish, build)
-    return _Built(summary.counts, summary.metrics, needs.num_workers)
+    return _Built(summary.counts, summary.metrics, summary.files, needs.num_workers)
 
 
 def _build_alone(build: SegmentBuild) -> IndexSummary:

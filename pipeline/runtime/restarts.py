@@ -23,6 +23,8 @@ class End:
     """Why it did not finish."""
     metrics: Json = field(default_factory=dict[str, Any])
     """What a finished one measured."""
+    files: Json = field(default_factory=dict[str, Any])
+    """Size and SHA-256 of the files that its first worker has written."""
     largest_pass: int = 0
     """Samples in one pass for which the memory did not suffice."""
     error: Exception | None = None

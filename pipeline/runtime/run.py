@@ -462,6 +462,7 @@ def _result(reference: Any, context: StepContext, ended: Mapping[Any, StepError]
 def _commit(context: StepContext, result: StepResult, tracking: Tracking) -> Manifest:
     step, output = context.step, context.output
     wall_s = Progress(output, waits=True).wall_s
+    output.learn(result.files)
     manifest = dataclasses.replace(
         manifest_of(step, output, result.counts, wall_s=wall_s, records=output.fold_records()),
         metrics=result.metrics,

@@ -68,14 +68,16 @@ def run_training(context: StepContext) -> StepResult:
     needs = context.recipe.trained()[context.step.name].resources
     metrics = {} if in_recipe == needs.micro_batch_size else {"micro_batch_size": needs.micro_batch_size}
     if not needs.validates_beside:
-        return StepResult(metrics=_fit(context) | metrics, num_workers=needs.most_workers)
+        end = _fit(context)
+        return StepResult({}, end.metrics | metrics, needs.most_workers, end.files)
     with ValidationsBeside(context, needs) as validations:
-        metrics |= _fit(context) | validations.finish()
-    return StepResult(metrics=metrics, num_workers=needs.most_workers)
+        end = _fit(context)
+        metrics |= end.metrics | validations.finish()
+    return StepResult({}, metrics, needs.most_workers, end.files)
 
 
-def _fit(context: StepContext) -> Json:
-    """Train, from the newest checkpoint after each loss, until the network is finished; returns its metrics."""
+def _fit(context: StepContext) -> End:
+    """Train, from the newest checkpoint after each loss, until the network is finished; returns how it ended."""
     restarts = Restarts(context)
     while True:
         context = replace(context, attempt=uuid.uuid4().hex)
@@ -83,7 +85,7 @@ def _fit(context: StepContext) -> Json:
         needs = context.recipe.trained()[context.step.name].resources
         end = (_fit_one if needs.most_workers == 1 else _fit_many)(context, needs)
         if end.kind == "finished":
-            return end.metrics | restarts.metrics
+            return replace(end, metrics=end.metrics | restarts.metrics)
         if end.kind == "preempted" and is_stop_requested(context.output):
             raise StepError(f"{context.step.name}: {end.cause}; run again to continue")
         context = restarts.next(end)
@@ -229,7 +231,7 @@ def _run_worker(context: StepContext, rank: int = 0, world_size: int = 1) -> End
         raise type(error)(f"{name}: {error}") from error
     if rank == 0:
         progress.update(section.train.total_steps, section.train.total_steps, "steps", "trained", force=True)
-    return End("finished", metrics=metrics)
+    return End("finished", metrics=metrics, files=output.known() if rank == 0 else {})
 
 
 def _out_of_memory(section: TrainedSection, world_size: int, cause: str) -> End:
@@ -300,4 +302,4 @@ def _load_clip(context: StepContext) -> StepResult:
         raise ConfigError(f"clip.name, clip.tag: {error}") from error
     save_clip_artifact(context.output, clip)
     progress.update(1, 1, "networks", force=True)
-    return StepResult(metrics={"num_parameters": num_parameters(clip.model)})
+    return StepResult(metrics={"num_parameters": num_parameters(clip.model)}, files=context.output.known())

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import DataError, ResumeError, StepError
 from pipeline.networks.files import network_content
+from pipeline.networks.tensor_file import save_tensors
 from pipeline.train.state import TrainState
 from pipeline.workspace.store import Artifact
 
@@ -116,7 +116,7 @@ class Snapshot:
                 )
         own, seal = file_name(name, self.number, self.num_files), _seal(header)
         with artifact.write(own) as path:
-            save_file(self.tensors, path, metadata=header | {"seal": seal})
+            save_tensors(self.tensors, path, header | {"seal": seal})
         if self.number > 0:
             artifact.write_json(_record_name(own), {"attempt": attempt, "seal": seal})
 

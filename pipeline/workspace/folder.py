@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -248,6 +248,14 @@ class Folder:
         """Size in bytes and SHA-256 of one published file; of one that this object uploaded or folded, as it was."""
         description = self._descriptions.pop(name, None)
         return self._described(name) if description is None else description
+
+    def known(self) -> dict[str, Json]:
+        """Size and SHA-256 of the files that this object has written and did not describe, by name."""
+        return dict(self._descriptions)
+
+    def learn(self, descriptions: Mapping[str, Json]) -> None:
+        """Take over what another process, which wrote the files, knows of them."""
+        self._descriptions |= descriptions
 
     def clear_temporaries(self) -> None:
         """Remove what a killed writer left behind; call only while no other writer is alive."""

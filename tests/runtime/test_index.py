@@ -49,6 +49,11 @@ def test_parts_are_built_by_workers_and_changed_like_an_index_of_one_part(tmp_pa
     result = runtime_index.run_index(context)  # two parts: a part has at least 65,536 rows
     assert result.counts == {"in": 80_000, "ok": 80_000}
     assert result.num_workers == 2
+    here = Artifact(context.output.uri)
+    large = {name for name in here.names() if name.endswith((".npy", ".arrow", ".faiss", ".lists"))}
+    large = {name for name in large if name.startswith("segment_")}
+    assert large
+    assert {name: result.files[name] for name in large} == {name: here.describe(name) for name in large}
     context.output.commit(dataclasses.replace(manifest_of(context.step, context.output), counts=result.counts))
     opened = NeighbourIndex.open(context.output)
     rows = [0, 65_535, 79_999]

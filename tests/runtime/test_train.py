@@ -73,6 +73,8 @@ def test_fit_trains_on_one_worker_and_on_two(tmp_path: Path) -> None:
             assert result.num_workers == num_workers
             assert result.metrics["num_steps"] == 4
             weights[num_workers] = load_file(context.output.path("model.safetensors"))
+            # What is committed on another machine is not read there.
+            assert result.files["model.safetensors"] == Artifact(context.output.uri).describe("model.safetensors")
         # This machine has room for both workers, so they may not be spread.
         assert {group["strategy"] for group in placement_group_table().values()} == {"STRICT_PACK"}
         # The same samples with the same random numbers, added up in another order.

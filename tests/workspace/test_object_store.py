@@ -161,6 +161,21 @@ def test_what_this_machine_wrote_is_neither_fetched_nor_read_back(bucket: str, s
     assert _fetches(s3_server, "00000.tar") == []
 
 
+def test_another_machine_commits_what_it_has_not_written_and_does_not_read(
+    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    artifact = Artifact(f"{bucket}/step/key")
+    with artifact.write("model.safetensors") as path:
+        path.write_bytes(_CONTENT)
+    monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "other"))
+    other = Artifact(artifact.uri)
+    other.learn(artifact.known())
+    described = other.describe_files()
+    assert _fetches(s3_server, "model.safetensors") == []
+    assert described == Artifact(artifact.uri).describe_files()
+    assert _fetches(s3_server, "model.safetensors") == [len(_CONTENT)]
+
+
 def test_no_request_is_made_that_says_what_is_known(
     bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
