@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,6 +23,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest test first: the others fill the time beside it."""
     items.sort(key=lambda item: "faults" not in item.path.parts)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _settings_of_ray() -> Generator[None]:
+    """Each file begins with its environment's settings: a process that has joined a Ray without tokens keeps that.
+
+    It then cannot start a Ray with tokens, although its environment says so.
+    """
+    yield
+    if "ray._raylet" in sys.modules:
+        from ray._private.authentication_test_utils import reset_auth_token_state
+
+        reset_auth_token_state()
 
 
 @pytest.fixture(scope="session")
