@@ -30,7 +30,16 @@ ERRORS: dict[int | str, Json] = {
     503: {"description": "Not ready; with Retry-After", "content": {"application/json": {"schema": _ERROR}}},
 }
 """The answers that every route may give beside its own."""
-_STREAM: Json = {"text/event-stream": {"schema": {"type": "string"}}}
+_EVENT: Json = {
+    "type": "object",
+    "description": "Each of the events",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"type": "string"},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+}
+_STREAM: Json = {"text/event-stream": {"schema": _EVENT}}
 _FILE: Json = {f"image/{form}": {"schema": {"type": "string", "format": "binary"}} for form in ("png", "jpeg", "webp")}
 PICTURES: dict[int | str, Json] = {
     200: {

@@ -55,27 +55,29 @@ def _jobs(head: Any) -> list[str]:
 
 def test_a_terminal_that_follows_a_job_has_its_live_table(head: Any, tmp_path: Path) -> None:
     path = write_recipe(tmp_path, port=free_port())
-    words = [str(path), "--set", "tracking.uri=off", "--until", "pairs", "--address", head.dashboard, "--follow"]
+    words = [str(path), "--set", "tracking.uri=off", "--until", "download", "--address", head.dashboard, "--follow"]
+    words += ["--set", "download.resources.max_rate_per_host=10.0"]  # the table is read every second
     code, text = _on_terminal("submit", *words)
     assert code == 0, text
-    assert "run: unknown time to go; 0 of 1 steps done" in text
-    assert "        pairs             " in text
-    assert "pairs: done in" in text
+    assert "of 2 steps done" in text
+    assert "        download          " in text
+    assert "download: done in" in text
     [file] = (head.folder / "session_latest/logs").glob("unclip-tiny-*.json")
-    assert json.loads(file.read_text())["num_steps"] == 1
+    assert json.loads(file.read_text())["num_steps"] == 2
     # Once more: it is done, its log is all there is.
     code, text = _on_terminal("submit", *words)
     assert (code, "steps done" in text) == (0, False)
-    assert "pairs: done in" in text
+    assert "download: done in" in text
     # Its workers' logs are read in the same way, by name.
     [job] = _jobs(head)
     done = unclip("logs", job, "--address", head.dashboard)
     assert done.returncode == 0, done.stdout
-    assert "logs of workers: pairs/controller\n" in done.stdout
+    assert "logs of workers: download/" in done.stdout
+    assert ", pairs/controller\n" in done.stdout
     done = unclip("logs", job, "pairs", "--address", head.dashboard)
     assert re.match(r"== pairs/controller on [0-9.]+ ==\nnext:\n", done.stdout), done.stdout
     done = unclip("logs", job, "clip/9", "--address", head.dashboard)
-    assert (done.returncode, "clip/9: no log of that name; there are pairs/controller" in done.stdout) == (2, True)
+    assert (done.returncode, "clip/9: no log of that name; there are download/" in done.stdout) == (2, True)
 
 
 _BARRIER = """

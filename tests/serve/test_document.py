@@ -61,6 +61,11 @@ def test_the_page_of_the_document_names_every_route_and_field_with_its_limits(
     assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
 
 
+def test_a_stream_is_described_by_its_events(document: dict[str, Any]) -> None:
+    answers = document["paths"]["/v1/images/generations"]["post"]["responses"]["200"]["content"]
+    assert answers["text/event-stream"]["schema"]["required"] == ["event", "data"]
+
+
 PATHS = {
     "GET": ["/", "/docs", "/healthz", "/metrics", "/v1/models", "/v1/models/{name}", "/indices-list"],
     "POST": [
