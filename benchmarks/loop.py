@@ -3,10 +3,11 @@
     python -m benchmarks.loop [--rounds 5] [--steps 80]
 
 A small upsampler is trained on few pictures, which are decoded once, as `unclip run` trains it: by one worker with two
-threads, and by two workers with one. The bare step is written out below: forward, backward, AdamW and average of the same network on one
-batch that stays in memory, started by ``torchrun`` and wrapped in DistributedDataParallel where there are two of them.
-Both run one after the other in each round, in an order that changes, with nothing of the other alive. Seconds of a step
-are taken between a line of the curve after the first steps and the last line, so that no start counts.
+threads, and by two workers with one. The bare step is written out below: forward, backward, AdamW and average of the
+same network on one batch that stays in memory, started by ``torchrun`` and wrapped in DistributedDataParallel where
+there are two of them. Both run one after the other in each round, in an order that changes, with nothing of the other
+alive. Seconds of a step are taken between a line of the curve after the first steps and the last line, so that no start
+counts.
 
 Required: one worker takes less than 3 % more than the bare step; two are at least .97 times as quick as ``torchrun``.
 """
