@@ -41,6 +41,8 @@ def prepare() -> None:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It prints what it also raises, with a traceback; the run says what was raised in a sentence.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def make_database(path: Path) -> None:
