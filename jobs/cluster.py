@@ -106,8 +106,8 @@ def _follow_submitted(recipe: Recipe, *, address: str, json: bool, **options: An
             with follower.aside():
                 print_warning(message)
 
-        seen = resubmit.Follower(announce, warn, follower.write, follower.show if follower.is_live else None)
-        return resubmit.submit_and_follow(recipe, seen, address=address, **options)
+        person = resubmit.Follower(announce, warn, follower.write, follower.show if follower.is_live else None)
+        return resubmit.submit_and_follow(recipe, person, address=address, **options)
 
 
 def jobs(address: JobAddress = DASHBOARD, json: AsJson = False) -> Next:
@@ -163,14 +163,14 @@ def logs(
     with reachable(address) as url:
         if not worker:
             typer.echo(job_logs(job, address=url), nl=False)
-        found, gone = logs_of_job(job, address=url)
-        _print_worker_logs(found, worker, gone)
+        worker_logs, lost_machines = logs_of_job(job, address=url)
+        _print_worker_logs(worker_logs, worker, lost_machines)
     return (f"unclip logs {job} STEP --address {address}", f"unclip stop {job} --address {address}")
 
 
-def _print_worker_logs(logs: "list[WorkerLog]", words: str, gone: list[str]) -> None:
+def _print_worker_logs(logs: "list[WorkerLog]", words: str, lost_machines: list[str]) -> None:
     """Print the logs of the workers that are asked for; without any, the names of all."""
-    from pipeline.runtime.worker_logs import chosen
+    from pipeline.runtime.worker_logs import logs_by_name
 
     if not words:
         names = ", ".join(dict.fromkeys(log.name for log in logs))
@@ -178,7 +178,7 @@ def _print_worker_logs(logs: "list[WorkerLog]", words: str, gone: list[str]) -> 
             f"logs of workers: {names}" if names else "no worker has begun on the machines that are there", err=True
         )
         return
-    for log in chosen(logs, words, gone):
+    for log in logs_by_name(logs, words, lost_machines):
         typer.echo(f"== {log.name}{f' on {log.machine}' if log.machine else ''} ==")
         typer.echo(log.read(), nl=False)
 

@@ -124,8 +124,8 @@ def search(
             typer.echo(f"contact sheet: {html}")
     for problem in [*([shortage] if shortage else []), *(f"no picture: {problem}" for problem in problems)]:
         typer.echo(problem, err=True)
-    words, found = recipe_words(recipe, overrides), results.neighbours
-    like_the_first = (f"unclip search {words} --uid {found[0].uid}",) if found else ()
+    words, neighbours = recipe_words(recipe, overrides), results.neighbours
+    like_the_first = (f"unclip search {words} --uid {neighbours[0].uid}",) if neighbours else ()
     return (*like_the_first, f"unclip serve {words}")
 
 

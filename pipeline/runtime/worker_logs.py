@@ -160,11 +160,11 @@ def logs_of_job(job_id: str, address: str = DEFAULT_ADDRESS) -> tuple[list[Worke
             raise StepError(f"the cluster at {url} does not answer ({type(error).__name__})") from None
         return reply
 
-    logs, gone = list[WorkerLog](), list[str]()
+    logs, lost_machines = list[WorkerLog](), list[str]()
     nodes = get("/api/v0/nodes", limit="10000").json()["data"]["result"]["result"]
     for node in nodes:
         if node["state"] != "ALIVE":
-            gone.append(node["node_ip"])
+            lost_machines.append(node["node_ip"])
             continue
 
         def read(name: str, node_id: str = node["node_id"]) -> str:
@@ -175,7 +175,7 @@ def logs_of_job(job_id: str, address: str = DEFAULT_ADDRESS) -> tuple[list[Worke
         groups = cast("dict[str, list[str]]", reply.json()["data"]["result"] or {}) if reply.ok else {}
         names = [name for group in groups.values() for name in group if name.endswith(".out")]
         logs += _logs(names, node["node_ip"], read)
-    return sorted(logs, key=lambda log: (log.step, log.worker, log.machine)), gone
+    return sorted(logs, key=lambda log: (log.step, log.worker, log.machine)), lost_machines
 
 
 def _logs(names: list[str], machine: str, read: Callable[[str], str]) -> list[WorkerLog]:
@@ -197,20 +197,20 @@ def own_part(text: str, name: str) -> str:
     return "".join(piece.lstrip("\n") for owner, piece in zip(pieces[1::2], pieces[2::2], strict=True) if owner == name)
 
 
-def chosen(logs: list[WorkerLog], words: str, gone: list[str]) -> list[WorkerLog]:
+def logs_by_name(logs: list[WorkerLog], words: str, lost_machines: list[str]) -> list[WorkerLog]:
     """The logs of a step, or of one of its workers.
 
     Args:
         logs: All of a run.
         words: ``STEP`` or ``STEP/WORKER``.
-        gone: Machines that have gone.
+        lost_machines: Machines that are no longer there.
 
     Raises:
         ConfigError: If there is none; names those that there are.
     """
-    found = [log for log in logs if words in {log.step, log.name}]
-    if not found:
+    of_name = [log for log in logs if words in {log.step, log.name}]
+    if not of_name:
         names = ", ".join(dict.fromkeys(log.name for log in logs)) or "none"
-        lost = f"; machines that have gone took theirs along: {', '.join(gone)}" if gone else ""
+        lost = f"; machines that have gone took theirs along: {', '.join(lost_machines)}" if lost_machines else ""
         raise ConfigError(f"{words}: no log of that name; there are {names}{lost}")
-    return found
+    return of_name

@@ -277,8 +277,8 @@ class Generation:
 
         with span("neighbours", pictures=len(sampled.images)):
             vectors = await asyncio.gather(*(self._model.embed_image(image) for image in sampled.images))
-            found, limit = await asyncio.gather(index.search(np.stack(vectors), count, "image"), index.near_copy())
-        return [{"neighbours": [_neighbour(row, limit) for row in rows]} for rows in found]
+            neighbours, limit = await asyncio.gather(index.search(np.stack(vectors), count, "image"), index.near_copy())
+        return [{"neighbours": [_neighbour(row, limit) for row in rows]} for rows in neighbours]
 
     def _about(self, index: int) -> dict[str, Any]:
         """What is said of one picture: its seed, and its place among the frames of an edit."""

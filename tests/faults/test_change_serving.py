@@ -109,10 +109,12 @@ def test_two_http_processes_keep_the_limits_of_keys_and_drop_clients_that_leave(
             """Answers of `GET /v1/models` by each HTTP process."""
             answer = get("/metrics")
             assert answer is not None
-            found = values(answer.text) if answer.status_code == 200 else {}
+            counts = values(answer.text) if answer.status_code == 200 else {}
             name = "unclip_http_seconds_count"
             return {
-                str(place): count for (first, *place), count in found.items() if first == name and "/v1/models" in place
+                str(place): count
+                for (first, *place), count in counts.items()
+                if first == name and "/v1/models" in place
             }
 
         wait_until(lambda: get("/v1/models") is not None and len(processes()) == 2)

@@ -104,8 +104,8 @@ def test_every_process_shows_what_all_of_them_measure() -> None:
 
     settings = ApiSettings(ModelCard("tiny", 32), metrics=mine, http_metrics=of_all)
     client = TestClient(create_app(Model(), None, settings))  # pyright: ignore[reportArgumentType]
-    found = values(client.get("/metrics").text)
-    counts = {key: value for key, value in found.items() if key[0] == "unclip_http_seconds_count"}
+    numbers = values(client.get("/metrics").text)
+    counts = {key: value for key, value in numbers.items() if key[0] == "unclip_http_seconds_count"}
     assert {frozenset(key[1:]): value for key, value in counts.items()} == {
         frozenset({"/", "200", "http#1"}): 1,
         frozenset({"/", "200", "http#2"}): 2,

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 from ray.cluster_utils import Cluster
 
 from pipeline.errors import ConfigError
@@ -13,7 +12,7 @@ from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import parse_recipe
 from pipeline.runtime.machines import Machines
 from tests.ports import free_port
-from tests.tiny.cluster import cluster_without_cpus
+from tests.tiny.cluster import cluster_without_cpus, joined_cluster
 from tests.tiny.command import ROOT, unclip
 from tests.tiny.recipe import tiny_tables, write_recipe
 
@@ -40,11 +39,8 @@ importlib.metadata.version = version
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    with cluster_without_cpus() as cluster:
-        cluster.add_node(num_cpus=2)
-        ray.init(address=cluster.address, log_to_driver=False)
+    with joined_cluster() as cluster:
         yield cluster
-        ray.shutdown()
 
 
 def test_a_machine_that_lacks_packages_is_named_with_its_python_and_them(cluster: Cluster, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from ray._private.worker import global_worker
 from ray.autoscaler.v2.sdk import get_cluster_resource_state
 from ray.cluster_utils import Cluster
@@ -18,7 +17,7 @@ from pipeline.runtime.soon import Soon
 from pipeline.workspace.progress import ProgressState
 from pipeline.workspace.store import Workspace
 from tests.ports import free_port
-from tests.tiny.cluster import cluster_without_cpus
+from tests.tiny.cluster import joined_cluster
 from tests.tiny.command import start_unclip
 from tests.tiny.recipe import tiny_tables, write_recipe
 
@@ -29,11 +28,8 @@ _FAR = {"zone": "far"}
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    with cluster_without_cpus() as cluster:
-        cluster.add_node(num_cpus=2)
-        ray.init(address=cluster.address, log_to_driver=False)
+    with joined_cluster() as cluster:
         yield cluster
-        ray.shutdown()
 
 
 def _demand() -> list[list[dict[str, float]]]:

@@ -9,7 +9,7 @@ import ray
 
 from pipeline.errors import ConfigError, StepError
 from pipeline.runtime.calls import call
-from pipeline.runtime.worker_logs import WorkerLog, chosen, logs_here, note_run, own_part
+from pipeline.runtime.worker_logs import WorkerLog, logs_by_name, logs_here, note_run, own_part
 from tests.ports import free_port
 from tests.tiny.command import unclip_here
 from tests.tiny.recipe import write_recipe
@@ -47,10 +47,10 @@ def test_a_process_that_did_several_tasks_is_divided_by_their_lines() -> None:
 
 def test_a_wrong_name_is_answered_with_those_that_there_are() -> None:
     logs = [WorkerLog("download", number, "10.0.0.1", str) for number in "12"]
-    assert [log.worker for log in chosen(logs, "download", [])] == ["1", "2"]
-    assert [log.worker for log in chosen(logs, "download/2", [])] == ["2"]
+    assert [log.worker for log in logs_by_name(logs, "download", [])] == ["1", "2"]
+    assert [log.worker for log in logs_by_name(logs, "download/2", [])] == ["2"]
     with pytest.raises(ConfigError, match=r"there are download/1, download/2; machines that have gone .*: 10\.0\.0\.9"):
-        chosen(logs, "download/3", ["10.0.0.9"])
+        logs_by_name(logs, "download/3", ["10.0.0.9"])
 
 
 def test_without_a_run_here_the_command_says_so(tmp_path: Path) -> None:

@@ -46,9 +46,9 @@ def test_pictures_whose_time_is_up_leave_at_the_next_step_and_their_neighbours_s
     wait_until(lambda: engine.counts()["dropped"] == 1)
     counts = engine.counts()
     assert (counts["expired"], counts["dropped"], counts["active"], counts["waiting"]) == (2, 1, 0, 0)
-    found = values(asyncio.run(engine.metrics())[""])
-    assert (found["unclip_requests_total", "expired"], found["unclip_requests_total", "cancelled"]) == (2, 1)
-    assert 0 < found["unclip_wasted_steps_total", "expired"] < 1000
+    counts = values(asyncio.run(engine.metrics())[""])
+    assert (counts["unclip_requests_total", "expired"], counts["unclip_requests_total", "cancelled"]) == (2, 1)
+    assert 0 < counts["unclip_wasted_steps_total", "expired"] < 1000
 
 
 def test_a_busy_engine_refuses_what_it_cannot_do_in_time(make_engine: Callable[..., Engine]) -> None:

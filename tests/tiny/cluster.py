@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Generator
 
 import pytest
+import ray
 from ray.cluster_utils import Cluster
 
 from tests.tiny.command import ROOT
@@ -20,3 +21,13 @@ def cluster_without_cpus() -> Generator[Cluster]:
             yield cluster
         finally:
             cluster.shutdown()
+
+
+@contextlib.contextmanager
+def joined_cluster() -> Generator[Cluster]:
+    """The same with one machine of two CPUs; this process is its driver."""
+    with cluster_without_cpus() as cluster:
+        cluster.add_node(num_cpus=2)
+        ray.init(address=cluster.address, log_to_driver=False)
+        yield cluster
+        ray.shutdown()
