@@ -1,6 +1,6 @@
 """Training of the large decoder and prior on a GPU: bf16, compiled, as a share of the FLOP/s of a matrix product there.
 
-    python -m benchmarks.gpu [--batch-size-decoder 64] [--batch-size-prior 256] [--steps 20] [--compile whole]
+    python -m benchmarks.gpu [--batch-size-decoder 192] [--batch-size-prior 256] [--steps 20] [--compile whole]
     python -m benchmarks.gpu --tiny --device cpu        the same path at tiny sizes, to check that it runs
 
 Needs only torch and jaxtyping. FLOPs are those of forward and backward on the meta device, without recomputation. The
@@ -122,6 +122,7 @@ def measure(
     peak: float,
     steps: int,
     *,
+    batch_size: int,
     compiled: str,
 ) -> dict[str, Any]:
     """One row: time, FLOPs, share of the peak, memory."""
@@ -144,6 +145,7 @@ def measure(
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return {
         "network": name,
+        "batch_size": batch_size,
         "parameters": num_parameters,
         "tflop_a_step": flops / 1e12,
         "step_s": seconds,
@@ -158,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch-size-decoder", type=int, default=64)
+    parser.add_argument("--batch-size-decoder", type=int, default=192)
     parser.add_argument("--batch-size-prior", type=int, default=256)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--compile", choices=("blocks", "whole", "none"), default="whole", help="What is compiled.")
@@ -170,14 +172,16 @@ def main() -> None:
     dims = ClipDims(embed_dim=16, text_width=16, context_length=8) if tiny else ClipDims()
     prior, decoder = (TINY_PRIOR, TINY_DECODER) if tiny else (PRIOR, DECODER)
     peak = measure_peak(device, (64,) if tiny else (4096, 8192, 16384))
+    sizes = {"decoder": arguments.batch_size_decoder, "prior": arguments.batch_size_prior}
     makes = {
-        "decoder": lambda: decoder_loss(decoder, dims, arguments.batch_size_decoder),
-        "prior": lambda: prior_loss(prior, dims, arguments.batch_size_prior),
+        "decoder": lambda: decoder_loss(decoder, dims, sizes["decoder"]),
+        "prior": lambda: prior_loss(prior, dims, sizes["prior"]),
     }
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     rows: list[dict[str, Any]] = []
     for network, make in makes.items():
-        rows.append(measure(network, make, device, peak, arguments.steps, compiled=arguments.compile))
+        compiled = arguments.compile
+        rows.append(measure(network, make, device, peak, arguments.steps, batch_size=sizes[network], compiled=compiled))
         print(json.dumps(rows[-1]), flush=True)
     settings = {"device": name, "peak_tflop_s": peak / 1e12, "compiled": arguments.compile}
     document = {

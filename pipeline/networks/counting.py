@@ -125,13 +125,25 @@ def count(run: Callable[[], object]) -> float:
     return counter.flops
 
 
+def backward_in_modes(loss: Tensor) -> None:
+    """The backward pass, with the modes that are entered also where blocks are run again.
+
+    torch leaves a mode of functions while it handles ``Tensor.backward`` or ``torch.autograd.backward``, so a block
+    that is recomputed would run other operations than it did in the forward pass. This asks their engine directly.
+    """
+    engine: Any = torch.autograd.Variable._execution_engine  # pyright: ignore[reportPrivateUsage]  (no other way in)
+    engine.run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
+
+
 def count_training_pass(network: nn.Module, run: Callable[[int], Tensor]) -> tuple[float, float]:
     """Operations of a forward and a backward pass of one sample, and the bytes saved between them."""
     network.train()
     with Counter() as counter:
         with Activations(network) as activations:
             loss = run(_COUNTED)
-        loss.backward()
+        backward_in_modes(loss)
     network.zero_grad(set_to_none=True)
     return counter.flops / _COUNTED, activations.num_bytes / _COUNTED
 

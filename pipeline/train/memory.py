@@ -26,7 +26,7 @@ from models.layers.unet import set_checkpointing
 from pipeline.clip.model import OpenClip
 from pipeline.data.order import Share
 from pipeline.networks.costs import build_clip
-from pipeline.networks.counting import FusedAttention, identity_of
+from pipeline.networks.counting import FusedAttention, backward_in_modes, identity_of
 from pipeline.networks.table import kind_of
 from pipeline.recipe.recipe import Recipe, TrainedSection
 from pipeline.recipe.train_sections import TrainConfig
@@ -340,7 +340,7 @@ class _Step:
             dropout.keys = torch.zeros(size, 2, dtype=torch.int32)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16"):
             loss = self.run(size)
-        loss.float().backward()
+        backward_in_modes(loss.float())
 
 
 def _free_gradient(parameter: Tensor) -> None:

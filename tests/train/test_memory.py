@@ -99,6 +99,16 @@ def test_a_gpu_computes_norms_in_float32_under_autocast() -> None:
     assert 1.1 < on_gpu.work / on_cpu.work < 2.5
 
 
+def test_blocks_that_are_run_again_are_counted_as_a_gpu_runs_them() -> None:
+    halves = {"precision": "bfloat16", "batch_size": 64}
+    kept, again = (
+        _counted(_changed("decoder", halves, {"accelerator": "cuda", "checkpointing": value}), "decoder")
+        for value in (False, True)
+    )
+    assert again.state == kept.state
+    assert again.work < kept.work
+
+
 def test_several_workers_keep_gradients_in_buckets_and_beside_them_while_they_add_up_parts() -> None:
     alone, two, parts = (
         _counted(_changed("upsampler_1", {"batch_size": 8}, resources), "upsampler_1")
