@@ -74,8 +74,8 @@ class ServeConfig:
     drain_s: NonNegativeFloat = 60.0
     """Longest time that requests under way are waited for at the end, in seconds."""
     timeout_s: NonNegativeFloat = 0.0
-    """Longest time from a request to its last picture, in seconds; then it is dropped, and answered with 504. A request
-    may have a shorter one (`timeout`). 0: none."""
+    """Longest time until the pictures, embeddings or neighbours of a request are there, in seconds; then it is dropped,
+    and answered with 504. A request may have a shorter one (`timeout`). 0: none."""
     mode: Literal["replica", "chain", "process"] = "replica"
     """replica: every copy has all networks. chain: CLIP and the prior, the decoder and each upsampler run apart, each
     as its table below says, and requests pass from one to the next. process: the networks run in the process that

@@ -102,7 +102,13 @@ class Retriever:
         return Conditions(parse_filter(where, self.fields) if where else None, distinct)
 
     def search(
-        self, vectors: Floats, k: int, modality: Modality = "image", conditions: Conditions | None = None
+        self,
+        vectors: Floats,
+        k: int,
+        modality: Modality = "image",
+        conditions: Conditions | None = None,
+        *,
+        check: Callable[[], object] = lambda: None,
     ) -> list[Results]:
         """Find the nearest rows that fulfil the conditions.
 
@@ -111,6 +117,7 @@ class Retriever:
             k: K.
             modality: Compare with pictures (z_image) or with captions (z_text).
             conditions: By default none.
+            check: Called between the parts of a long search, which ends with what it raises.
 
         Raises:
             ValueError: If the queries are not (Q, D).
@@ -125,6 +132,7 @@ class Retriever:
         while waiting := [query for query, one in enumerate(results) if one is None]:
             num_parts = -(-len(waiting) * num_candidates // _CANDIDATES_AT_ONCE)
             for part in np.array_split(np.array(waiting), num_parts):
+                check()
                 answers = self._search_once(vectors[part], k, modality, conditions, num_candidates, most)
                 for query, one in zip(part, answers, strict=True):
                     results[query] = one

@@ -105,7 +105,7 @@ class Front:
         from pipeline.serve.knn import LocalNeighbours
 
         card = model_card(recipe, artifacts)
-        guarded = GuardedModel(model, card.image_px, self.meter, self._hook, recipe.serve.timeout_s)
+        guarded = GuardedModel(model, card.image_px, self.meter, self._hook)
         manifest = artifacts["decoder"].manifest()
         settings = ApiSettings(
             card,
@@ -113,6 +113,7 @@ class Front:
             fetches_urls=recipe.serve.image_urls,
             metrics=self.metrics,
             http_metrics=self._http_metrics,
+            longest_s=recipe.serve.timeout_s,
         )
         if neighbours is None and "index" in artifacts:
             neighbours = LocalNeighbours(Retriever.open(artifacts["index"]), self.metrics.neighbours.time)

@@ -5,19 +5,23 @@ A replica that dies, or of which none runs, is noticed here: requests are begun 
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import ray.exceptions
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from models.request import SampleRequest
+from pipeline.runtime.parts import NEIGHBOURS
 from pipeline.runtime.replicas import Hop
+from pipeline.serve.deadlines import end_of
+from pipeline.serve.estimate import PartLoad, load_of_all
 from pipeline.serve.protocols import (
     DeadlinePassed,
     Event,
@@ -27,7 +31,6 @@ from pipeline.serve.protocols import (
     Preview,
     SampledPictures,
     Vectors,
-    end_of,
 )
 from pipeline.serve.upkeep import Upkeep
 
@@ -42,6 +45,7 @@ _STATS_TIMEOUT_S = 2.0
 _ABSENCE_POLL_S = 1.0
 _LONGEST_ABSENCE_S = 60.0
 """How long requests that are under way wait for a replica while none runs."""
+_LOADS_FRESH_S = 1.0
 _SMOOTHING = 0.1
 """Weight of the newest measurement in a running mean."""
 _UNAVAILABLE = (
@@ -84,25 +88,29 @@ class RemoteModel:
         self._num_open = 0
         self._mean_s = 0.0
         """Running mean of the time of a request."""
+        self._loads: Sequence[PartLoad] = ()
+        """What the later parts of a chain had to do when they were last asked."""
+        self._loads_s = -math.inf
+        self._asking: asyncio.Task[None] | None = None
 
     async def sample(self, request: SampleRequest, client: str = "") -> SampledPictures:
         """See ``PictureModel``."""
-        ends_s = end_of(request)
+        ends_s = end_of(request.timeout_s)
         with self._admitted():
             return await self._twice(lambda: self._pass_on(request, client, ends_s))
 
     async def _pass_on(self, request: SampleRequest, client: str, ends_s: float) -> SampledPictures:
         hop: Hop | None = None
         while True:
-            left = _left(request, hop, ends_s)
-            result = await self._call("sample", left, client, hop, handle=self._handle_of(hop))
+            left, later = _left(request, hop, ends_s), self._later(request, hop)
+            result = await self._call("sample", left, client, hop, later, handle=self._handle_of(hop))
             if not isinstance(result, Hop):
                 return result
             hop = result
 
     async def stream(self, request: SampleRequest, client: str = "", num_previews: int = 0) -> AsyncGenerator[Event]:
         """See ``PictureModel``. If a replica dies, what was sent of the stream is not sent again."""
-        ends_s = end_of(request)
+        ends_s = end_of(request.timeout_s)
         with self._admitted():
             sent = set[object]()
             has_begun_again = is_over = False
@@ -128,7 +136,8 @@ class RemoteModel:
         is_over = False
         while not is_over:
             streaming = self._handle_of(hop).options(stream=True)
-            events: Any = streaming.stream.remote(_left(request, hop, ends_s), client, num_previews, hop)
+            left, later = _left(request, hop, ends_s), self._later(request, hop)
+            events: Any = streaming.stream.remote(left, client, num_previews, hop, later)
             is_over = True
             try:
                 while True:
@@ -163,6 +172,25 @@ class RemoteModel:
 
     def _handle_of(self, hop: Hop | None) -> DeploymentHandle[Any]:
         return self._first if hop is None else self._handles.get(hop.step, self._first)
+
+    def _later(self, request: SampleRequest, hop: Hop | None) -> Sequence[PartLoad]:
+        """What the first part has to know of the others to tell whether the time of a new request suffices.
+
+        They are asked once a second while such requests come. No request waits for that: one that comes early is
+        taken, as by an engine that has measured nothing yet.
+        """
+        if hop is not None or not request.timeout_s or len(self._handles) == 1:
+            return ()
+        if (self._asking is None or self._asking.done()) and time.monotonic() - self._loads_s > _LOADS_FRESH_S:
+            self._loads_s = time.monotonic()
+            self._asking = asyncio.create_task(self._ask_loads())
+            self._asking.add_done_callback(_read_error)
+        return self._loads
+
+    async def _ask_loads(self) -> None:
+        _, *later = [handle for part, handle in self._handles.items() if part != NEIGHBOURS]
+        answers = await asyncio.gather(*(answers_of(handle, "load") for handle in later))
+        self._loads = [load_of_all(engines) for engines in answers if engines]
 
     @contextmanager
     def _admitted(self) -> Generator[None]:
@@ -208,7 +236,7 @@ class RemoteModel:
         """See ``PictureModel``."""
         return {name: text for texts in await self._of_all("metrics") for name, text in texts.items()}
 
-    async def _of_all(self, method: str) -> list[dict[str, Any]]:
+    async def _of_all(self, method: str) -> list[Any]:
         """The answers of all replicas of all parts."""
         answers = await asyncio.gather(*(answers_of(handle, method) for handle in self._handles.values()))
         return [answer for some in answers for answer in some]
@@ -244,7 +272,7 @@ class RemoteModel:
             task.cancel()
 
 
-async def answers_of(handle: DeploymentHandle[Any], method: str) -> list[dict[str, Any]]:
+async def answers_of(handle: DeploymentHandle[Any], method: str) -> list[Any]:
     """The answers of all replicas of a deployment that answer soon."""
     try:
         # results_async would give up all answers for one that does not come.
@@ -252,7 +280,7 @@ async def answers_of(handle: DeploymentHandle[Any], method: str) -> list[dict[st
         answers = await asyncio.to_thread(results, timeout_s=_STATS_TIMEOUT_S, return_exceptions=True)
     except (TimeoutError, *_UNAVAILABLE):
         return []
-    return [cast("dict[str, Any]", answer) for answer in answers if isinstance(answer, dict)]
+    return [answer for answer in answers if not isinstance(answer, BaseException)]
 
 
 def end_requests(handles: Handles) -> None:

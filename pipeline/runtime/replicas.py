@@ -22,6 +22,7 @@ from pipeline.runtime.loading import load_engine
 from pipeline.runtime.parts import (
     Tables,
 )
+from pipeline.serve.estimate import PartLoad
 from pipeline.serve.protocols import Accepted, Event, Images, NotServing, Preview, SampledPictures, Vectors
 
 if TYPE_CHECKING:
@@ -109,19 +110,26 @@ class ModelReplica:
             raise NotServing(f"the replica before this one has died ({type(error).__name__})") from None
         return hop.served, engine, work
 
-    async def sample(self, request: SampleRequest, client: str = "", hop: Hop | None = None) -> Any:
+    async def sample(
+        self, request: SampleRequest, client: str = "", hop: Hop | None = None, later: Sequence[PartLoad] = ()
+    ) -> Any:
         """See ``PictureModel``; a part of a chain may end with the way to the next one."""
         with self._under_way():
             served, engine, work = await self._continued(hop)
-            return _sent(await engine.sample(request, client, work), served)
+            return _sent(await engine.sample(request, client, work, later), served)
 
     async def stream(
-        self, request: SampleRequest, client: str = "", num_previews: int = 0, hop: Hop | None = None
+        self,
+        request: SampleRequest,
+        client: str = "",
+        num_previews: int = 0,
+        hop: Hop | None = None,
+        later: Sequence[PartLoad] = (),
     ) -> AsyncGenerator[Event | Hop]:
         """See ``PictureModel``; a part of a chain may end with the way to the next one."""
         with self._under_way():
             served, engine, work = await self._continued(hop)
-            async with aclosing(engine.stream(request, client, num_previews, work)) as events:
+            async with aclosing(engine.stream(request, client, num_previews, work, later)) as events:
                 async for event in events:
                     yield _sent(event, served)
 
@@ -147,6 +155,10 @@ class ModelReplica:
     async def embed_image(self, image: Images) -> Vectors:
         """See ``PictureModel``."""
         return await self._engine.embed_image(image)
+
+    async def load(self) -> PartLoad:
+        """What its engine has to do."""
+        return self._engine.load()
 
     async def stats(self) -> dict[str, int]:
         """See ``PictureModel``."""

@@ -18,13 +18,14 @@ import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from pipeline.serve.api_page import api_page
-from pipeline.serve.document import ERRORS, PICTURES, form_body, json_body
+from pipeline.serve.deadlines import end_of, until
+from pipeline.serve.document import ERRORS, IN_TIME, PICTURES, form_body, json_body
 from pipeline.serve.edits import EDITS, EditKind, edit_of
 from pipeline.serve.embeddings import EmbeddingRequest, embed
 from pipeline.serve.guards import client_of
@@ -48,6 +49,9 @@ _MAX_KNN_VALUES = 2 * MAX_NUMBERS  # an embedding, the commas of a text, and the
 _NOTES = "X-Unclip-Notes"  # the answer of a search is a list, which has no place for notes
 _MAX_COMMAS = 1 << 20  # of texts to embed, which may hold commas themselves
 
+T = TypeVar("T")
+Body = TypeVar("Body", bound=PictureOptions | EmbeddingRequest | KnnRequest | MetadataRequest)
+
 
 @dataclass(frozen=True)
 class ApiSettings:
@@ -63,6 +67,13 @@ class ApiSettings:
     """What the HTTP process measures."""
     http_metrics: Callable[[], Awaitable[dict[str, str]]] | None = None
     """What all HTTP processes measure, by name, if there are several."""
+    longest_s: float = 0.0
+    """Longest time until an answer, in seconds; 0: any."""
+
+    def timed(self, body: Body) -> Body:
+        """A checked body whose ``timeout`` is the shorter one of its own and the server's longest time."""
+        times_s = [time_s for time_s in (body.timeout, self.longest_s) if time_s]
+        return body.model_copy(update={"timeout": min(times_s)}) if times_s else body
 
 
 def create_app(model: PictureModel, neighbours: Neighbours | None, settings: ApiSettings) -> FastAPI:
@@ -131,7 +142,7 @@ def _openai(model: PictureModel, neighbours: Neighbours | None, settings: ApiSet
 
     @router.post("/images/generations", responses=PICTURES, openapi_extra=json_body(GenerationRequest))
     async def generations(request: Request) -> Response:
-        body = parse(GenerationRequest, await read_json(request, TEXT_BODY_LIMIT_BYTES))
+        body = settings.timed(parse(GenerationRequest, await read_json(request, TEXT_BODY_LIMIT_BYTES)))
         return await _answer(
             request,
             body,
@@ -144,7 +155,7 @@ def _openai(model: PictureModel, neighbours: Neighbours | None, settings: ApiSet
         @router.post(f"/images/{name}", name=name, responses=PICTURES, openapi_extra=form_of_kind)
         async def edits(request: Request) -> Response:
             form = await read_form(request, PICTURE_BODY_LIMIT_BYTES)
-            body = parse(kind.body, form.texts, is_form=True)
+            body = settings.timed(parse(kind.body, form.texts, is_form=True))
             check_options(body, settings.card)
             edit, notes = await decoding(edit_of, kind, body, form, settings.card.image_px)
             client = client_of(request)
@@ -159,12 +170,17 @@ def _openai(model: PictureModel, neighbours: Neighbours | None, settings: ApiSet
     for name, kind in EDITS.items():
         route(name, kind)
 
-    @router.post("/embeddings", openapi_extra=json_body(EmbeddingRequest))
+    @router.post("/embeddings", responses=IN_TIME, openapi_extra=json_body(EmbeddingRequest))
     async def embeddings(request: Request) -> JSONResponse:
         body = parse(EmbeddingRequest, await read_json(request, PICTURE_BODY_LIMIT_BYTES, _MAX_COMMAS))
-        return JSONResponse(await while_connected(request, embed(model, body, settings.card)))
+        return JSONResponse(await _in_time(request, settings.timed(body), embed(model, body, settings.card)))
 
     return router
+
+
+async def _in_time(request: Request, body: EmbeddingRequest | KnnRequest | MetadataRequest, work: Awaitable[T]) -> T:
+    """Wait for ``work`` while the client is there, and no longer than the body says."""
+    return await while_connected(request, until(end_of(body.timeout or 0.0), work))
 
 
 async def _answer(request: Request, body: PictureOptions, generation: Generation) -> Response:
@@ -194,19 +210,19 @@ def _clip_retrieval(model: PictureModel, neighbours: Neighbours | None, settings
     async def indices() -> list[str]:
         return [] if neighbours is None else [settings.card.name]
 
-    @router.post("/knn-service", openapi_extra=json_body(KnnRequest))
+    @router.post("/knn-service", responses=IN_TIME, openapi_extra=json_body(KnnRequest))
     async def knn(request: Request) -> JSONResponse:
         body = parse(KnnRequest, await read_json(request, PICTURE_BODY_LIMIT_BYTES, _MAX_KNN_VALUES))
         index = require_index(body.indice_name)
         work = find(model, index, body, fetches_urls=settings.fetches_urls)
         headers = {_NOTES: f"no effect: {', '.join(body.unused)}"} if body.unused else None
-        return JSONResponse(await while_connected(request, work), headers=headers)
+        return JSONResponse(await _in_time(request, settings.timed(body), work), headers=headers)
 
-    @router.post("/metadata", openapi_extra=json_body(MetadataRequest))
+    @router.post("/metadata", responses=IN_TIME, openapi_extra=json_body(MetadataRequest))
     async def rows(request: Request) -> JSONResponse:
         body = parse(MetadataRequest, await read_json(request, TEXT_BODY_LIMIT_BYTES))
         index = require_index(body.indice_name)
-        return JSONResponse(await metadata(index, body))
+        return JSONResponse(await _in_time(request, settings.timed(body), metadata(index, body)))
 
     return router
 

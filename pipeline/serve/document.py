@@ -30,6 +30,11 @@ ERRORS: dict[int | str, Json] = {
     503: {"description": "Not ready; with Retry-After", "content": {"application/json": {"schema": _ERROR}}},
 }
 """The answers that every route may give beside its own."""
+IN_TIME: dict[int | str, Json] = {
+    **ERRORS,
+    504: {"description": "Not finished within its timeout", "content": {"application/json": {"schema": _ERROR}}},
+}
+"""Those of a route whose body may have a timeout."""
 _EVENT: Json = {
     "type": "object",
     "description": "Each of the events",
@@ -46,11 +51,7 @@ PICTURES: dict[int | str, Json] = {
         "description": "Pictures as JSON, as events, or one as a file",
         "content": {"application/json": {}} | _STREAM | _FILE,
     },
-    **ERRORS,
-    504: {
-        "description": "Not finished within its timeout",
-        "content": {"application/json": {"schema": _ERROR}},
-    },
+    **IN_TIME,
 }
 """The answers of a route for pictures."""
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, cast
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from pipeline.serve.deadlines import Timeout
 from pipeline.serve.images import MAX_PROMPT_CHARS, require_model
 from pipeline.serve.knn import MAX_QUERIES
 from pipeline.serve.picture_files import ModelCard
@@ -42,6 +43,7 @@ class EmbeddingRequest(BaseModel):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     user: str | None = None
+    timeout: Timeout = None
 
 
 async def embed(model: PictureModel, body: EmbeddingRequest, card: ModelCard) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from models.pixels import to_uint8
 from models.request import EditError, SampleRequest
 from models.stage import PIXELS, Z_IMAGE, Batch, JoinedChains, enter_each
 from pipeline.clip.frozen import FrozenClip
+from pipeline.serve.deadlines import end_of, while_wanted
+from pipeline.serve.estimate import PartLoad, estimate_s
 from pipeline.serve.fair_queue import FairQueue
 from pipeline.serve.in_progress import Pending, Picture, show_preview
 from pipeline.serve.memory import TEXTS_AT_ONCE, DeviceMemory, MemoryLimits
@@ -41,7 +43,6 @@ from pipeline.serve.protocols import (
     SampledPictures,
     TooLittleTime,
     Vectors,
-    end_of,
 )
 from pipeline.serve.schedule import Schedule
 from pipeline.serve.served_stages import ServedStages
@@ -165,6 +166,7 @@ class Engine:
         work: Work | None = None,
         num_previews: int = 0,
         show: Callable[[Preview], None] | None = None,
+        later: Sequence[PartLoad] = (),
     ) -> Future[Any]:
         """Request pictures, or work for the next engine; cancelling the future drops the request.
 
@@ -174,6 +176,7 @@ class Engine:
             work: What is left of the request, from the engine before; never refused.
             num_previews: Previews of each picture.
             show: Called with each of them, by the engine's thread.
+            later: What the later parts of a chain have to do, in their order.
 
         Raises:
             ValueError: If the cascade cannot do what is requested.
@@ -184,13 +187,19 @@ class Engine:
         phase, is_last = self._stages.phase_of(request, work)
         spans = EngineSpans(self._traces, request.traceparent)
         pending = Pending(
-            phase, client, num_previews, show, spans, ends_s=end_of(request), num_steps=work.num_steps if work else 0
+            phase,
+            client,
+            num_previews,
+            show,
+            spans,
+            ends_s=end_of(request.timeout_s),
+            num_steps=work.num_steps if work else 0,
         )
         self._begin_phase(pending, phase, is_last=is_last)
         with self._changed:
             if self._closed:
                 raise NotServing("the engine is shutting down")
-            if work is None and (refusal := self._refusal(pending, request)):
+            if work is None and (refusal := self._refusal(pending, request, later)):
                 self._stats.refused += 1
                 self._metrics.requests.labels("refused").inc()
                 raise refusal
@@ -202,12 +211,19 @@ class Engine:
             self._changed.notify()
         return pending.future
 
-    async def sample(self, request: SampleRequest, client: str = "", work: Work | None = None) -> Any:
+    async def sample(
+        self, request: SampleRequest, client: str = "", work: Work | None = None, later: Sequence[PartLoad] = ()
+    ) -> Any:
         """See ``PictureModel``; cancelling the task drops the request. Part of a chain may return ``Work``."""
-        return await asyncio.wrap_future(self.submit(request, client, work=work))
+        return await asyncio.wrap_future(self.submit(request, client, work=work, later=later))
 
     async def stream(
-        self, request: SampleRequest, client: str = "", num_previews: int = 0, work: Work | None = None
+        self,
+        request: SampleRequest,
+        client: str = "",
+        num_previews: int = 0,
+        work: Work | None = None,
+        later: Sequence[PartLoad] = (),
     ) -> AsyncGenerator[Any]:
         """See ``PictureModel``; part of a chain may end with ``Work``."""
         loop, previews = asyncio.get_running_loop(), asyncio.Queue[Preview | None]()
@@ -215,7 +231,9 @@ class Engine:
         def show(preview: Preview) -> None:
             loop.call_soon_threadsafe(previews.put_nowait, preview)
 
-        future = asyncio.wrap_future(self.submit(request, client, work=work, num_previews=num_previews, show=show))
+        future = asyncio.wrap_future(
+            self.submit(request, client, work=work, num_previews=num_previews, show=show, later=later)
+        )
         future.add_done_callback(lambda _: previews.put_nowait(None))
         try:
             if work is None:
@@ -229,23 +247,25 @@ class Engine:
     async def embed_texts(self, texts: Sequence[str]) -> Vectors:
         """See ``PictureModel``."""
 
-        def embed() -> Vectors:
-            starts = range(0, len(texts), TEXTS_AT_ONCE)
-            with self._embedding:
-                return np.concatenate(
-                    [self._clip.embed_text(texts[start : start + TEXTS_AT_ONCE]).cpu().numpy() for start in starts]
-                )
+        def embed(check: Callable[[], None]) -> Vectors:
+            rows: list[Vectors] = []
+            for start in range(0, len(texts), TEXTS_AT_ONCE):
+                with self._embedding:
+                    check()
+                    rows.append(self._clip.embed_text(texts[start : start + TEXTS_AT_ONCE]).cpu().numpy())
+            return np.concatenate(rows)
 
-        return await asyncio.to_thread(embed)
+        return await while_wanted(embed)
 
     async def embed_image(self, image: Images) -> Vectors:
         """See ``PictureModel``."""
 
-        def embed() -> Vectors:
+        def embed(check: Callable[[], None]) -> Vectors:
             with self._embedding:
+                check()
                 return self._clip.encode_image(torch.from_numpy(image)[None])[0].cpu().numpy()
 
-        return await asyncio.to_thread(embed)
+        return await while_wanted(embed)
 
     async def stats(self) -> dict[str, int]:
         """See ``PictureModel``."""
@@ -280,18 +300,29 @@ class Engine:
         with self._changed:
             self._unended -= 1
 
-    def _refusal(self, pending: Pending, request: SampleRequest) -> Overloaded | None:
+    def load(self) -> PartLoad:
+        """What this engine has to do."""
+        with self._changed:
+            num_waiting = sum(pending.num_waiting for pending in self._waiting)
+            return self._load(len(self._active) + num_waiting)
+
+    def _load(self, pictures: float) -> PartLoad:
+        loads = {number: load for number, load in enumerate(self._schedule.loads) if self._stages.has(number)}
+        return PartLoad(loads, self._max_batch_size, pictures)
+
+    def _refusal(self, pending: Pending, request: SampleRequest, later: Sequence[PartLoad]) -> Overloaded | None:
         """Why a new request is not taken, if it is not; call with the lock held."""
         num_waiting = sum(not waiting.future.cancelled() for waiting in self._waiting)
         if num_waiting >= self._max_waiting:
             return Overloaded(f"{num_waiting} requests are waiting already", retry_after_s=self._wait_s())
-        if not request.timeout_s or not self._unended:
+        if not request.timeout_s or not (self._unended or any(part.pictures for part in later)):
             return None
         count = pending.num_waiting
         own = {} if request.edit else request.num_steps  # an edit may take a share of them
-        steps = {self._stages.number(stage): own.get(stage.name, 0) for stage in pending.phase.stages}
+        numbers = [*map(self._stages.number, pending.phase.stages), *pending.rest]
+        steps = {number: own.get(self._stages[number].name, 0) for number in numbers}
         num_ahead = len(self._active) + sum(min(count, waiting.num_waiting) for waiting in self._waiting)
-        needed_s = self._schedule.estimate_s(steps, count, num_ahead)
+        needed_s = estimate_s([self._load(num_ahead), *later], steps, count)
         if needed_s <= request.timeout_s:
             return None
         reason = f"timeout: {request.timeout_s:.3g} s are less than the {needed_s:.3g} s that it would take now"

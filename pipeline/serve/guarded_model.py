@@ -3,21 +3,19 @@
 import asyncio
 import importlib
 import logging
-import math
-import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 
 from models.request import SampleRequest
 from pipeline.errors import ConfigError
+from pipeline.serve.deadlines import end_of, until
 from pipeline.serve.guards import CURRENT, RequestFacts, refuse_above
 from pipeline.serve.keys import Meter
 from pipeline.serve.protocols import (
-    DeadlinePassed,
     Event,
     Images,
     NotServing,
@@ -26,15 +24,13 @@ from pipeline.serve.protocols import (
     Preview,
     SampledPictures,
     TooLittleTime,
-    end_of,
 )
 from pipeline.serve.web import ApiError
 
 _log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 _GRACE_S = 0.5
+"""How much longer the engine, which counts what it drops, may take to say that the time is up."""
 
 SafetyHook = Callable[[str, Images | None], str | None]
 """(prompt, picture) -> the reason to refuse it, or None.
@@ -63,19 +59,6 @@ def load_hook(name: str) -> SafetyHook:
     return cast("SafetyHook", hook)
 
 
-async def _until(ends_s: float, answer: Awaitable[T]) -> T:
-    """An answer of the networks. The engine, which counts what it drops, has half a second to say that time is up."""
-    left_s = None if ends_s == math.inf else max(0.0, ends_s - time.monotonic()) + _GRACE_S
-    limit = asyncio.timeout(left_s)
-    try:
-        async with limit:
-            return await answer
-    except TimeoutError:
-        if limit.expired():
-            raise DeadlinePassed("the time of the request was up before it was finished") from None
-        raise
-
-
 class GuardedModel:
     """A ``PictureModel`` that lets through what the guards allow.
 
@@ -84,7 +67,6 @@ class GuardedModel:
         image_px: Side of their pictures, in pixels.
         meter: What the keys have used.
         hook: Refuses prompts and pictures; None: nothing is refused.
-        longest_s: Longest time of a request, in seconds; 0: any.
     """
 
     def __init__(
@@ -93,33 +75,31 @@ class GuardedModel:
         image_px: int,
         meter: Meter,
         hook: SafetyHook | None = None,
-        longest_s: float = 0.0,
     ) -> None:
         self._model = model
         self._image_px = image_px
         self._meter = meter
         self._hook = hook
-        self._longest_s = longest_s
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     async def sample(self, request: SampleRequest, client: str = "") -> SampledPictures:
         """See ``PictureModel``."""
-        facts, request = await self._admit(request), self._timed(request)
+        facts, ends_s = await self._admit(request), end_of(request.timeout_s)
         with self._paying_back(facts):
-            sampled = await _until(end_of(request), self._model.sample(request, client))
+            sampled = await until(ends_s, self._model.sample(request, client), grace_s=_GRACE_S)
         return await self._checked(sampled, request, facts)
 
     async def stream(self, request: SampleRequest, client: str = "", num_previews: int = 0) -> AsyncGenerator[Event]:
         """See ``PictureModel``."""
-        facts, request = await self._admit(request), self._timed(request)
-        ends_s, events = end_of(request), self._model.stream(request, client, num_previews)
+        facts, ends_s = await self._admit(request), end_of(request.timeout_s)
+        events = self._model.stream(request, client, num_previews)
         try:
             with self._paying_back(facts):
-                accepted = await _until(ends_s, anext(events))
+                accepted = await until(ends_s, anext(events), grace_s=_GRACE_S)
             yield accepted
-            while (event := await _until(ends_s, anext(events, None))) is not None:
+            while (event := await until(ends_s, anext(events, None), grace_s=_GRACE_S)) is not None:
                 if isinstance(event, SampledPictures):
                     yield await self._checked(event, request, facts)
                 elif isinstance(event, Preview):
@@ -129,11 +109,6 @@ class GuardedModel:
                     yield event
         finally:
             await events.aclose()
-
-    def _timed(self, request: SampleRequest) -> SampleRequest:
-        """A request with the shorter one of its own and the server's longest time."""
-        times_s = [time_s for time_s in (request.timeout_s, self._longest_s) if time_s]
-        return replace(request, timeout_s=min(times_s)) if times_s else request
 
     async def _admit(self, request: SampleRequest) -> RequestFacts:
         facts = CURRENT.get() or RequestFacts("")

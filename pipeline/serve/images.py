@@ -20,6 +20,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from models.request import WALK_STEPS, Edit, Interpolation, SampleRequest, TextDiff, is_walk
+from pipeline.serve.deadlines import Timeout, end_of, until
 from pipeline.serve.picture_files import Format, ModelCard, encode_picture, made_with
 from pipeline.serve.protocols import (
     DeadlinePassed,
@@ -43,7 +44,6 @@ MAX_GUIDANCE = 100.0
 MAX_STEPS = 1000
 MAX_NEIGHBOURS = 20
 MAX_CANDIDATES = 16
-MAX_TIMEOUT_S = 3600.0
 _MAX_SEED = 2**63 - 1 - MAX_IMAGES
 _STEPS_OF_QUALITY = {"low": 0.5, "medium": 1, "standard": 1, "auto": 1, "high": 1.5, "hd": 1.5, "xhigh": 2, "max": 3}
 """Factors of the decoder's steps."""
@@ -74,7 +74,7 @@ class PictureOptions(BaseModel):
     guidance_scale: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)
     num_inference_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     neighbours: int | None = Field(default=None, ge=0, le=MAX_NEIGHBOURS)
-    timeout: float | None = Field(default=None, gt=0, le=MAX_TIMEOUT_S)
+    timeout: Timeout = None
 
     default_n: ClassVar[int] = 1
 
@@ -171,6 +171,7 @@ class Generation:
         self.side_px = side_of(body.size, card.image_px)
         request = sample_request(body, self.side_px, card.sampling, edit)
         self.request = replace(request, traceparent=current_traceparent())
+        self._ends_s = end_of(request.timeout_s)
 
     async def answer(self) -> dict[str, Any]:
         """The answer in one piece.
@@ -275,9 +276,12 @@ class Generation:
         if not count or index is None:
             return [{}] * len(sampled.images)
 
-        with span("neighbours", pictures=len(sampled.images)):
+        async def search() -> tuple[list[list[NeighbourRow]], float | None]:
             vectors = await asyncio.gather(*(self._model.embed_image(image) for image in sampled.images))
-            neighbours, limit = await asyncio.gather(index.search(np.stack(vectors), count, "image"), index.near_copy())
+            return await asyncio.gather(index.search(np.stack(vectors), count, "image"), index.near_copy())
+
+        with span("neighbours", pictures=len(sampled.images)):
+            neighbours, limit = await until(self._ends_s, search())
         return [{"neighbours": [_neighbour(row, limit) for row in rows]} for rows in neighbours]
 
     def _about(self, index: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from pipeline.recipe.sections import DownloadConfig
 from pipeline.retrieve.copies import near_copy_similarity
 from pipeline.retrieve.index import Neighbour
 from pipeline.retrieve.retriever import Conditions, Retriever
+from pipeline.serve.deadlines import Timeout, while_wanted
 from pipeline.serve.protocols import Images, NeighbourRow, Neighbours, PictureModel, Vectors
 from pipeline.serve.traces import span
 from pipeline.serve.uploads import bounded_picture, decode_base64, decoding
@@ -113,6 +114,7 @@ class KnnRequest(BaseModel):
     use_safety_model: bool | None = False
     use_violence_detector: bool | None = False
     aesthetic_score: float | Literal[""] | None = None
+    timeout: Timeout = None
 
     @property
     def unused(self) -> list[str]:
@@ -127,6 +129,7 @@ class MetadataRequest(BaseModel):
 
     ids: _Ids = Field(max_length=MAX_RESULT_IDS)
     indice_name: str | None = None
+    timeout: Timeout = None
 
 
 class LocalNeighbours:
@@ -164,9 +167,9 @@ class LocalNeighbours:
         """See ``Neighbours``."""
         conditions = Conditions(distinct=_DUPLICATE_COSINE, max_candidates=_MAX_CANDIDATES) if distinct else None
 
-        def search() -> list[list[NeighbourRow]]:
+        def search(check: Callable[[], None]) -> list[list[NeighbourRow]]:
             with self._timed():
-                results = self._retriever.search(vectors, k, modality, conditions)
+                results = self._retriever.search(vectors, k, modality, conditions, check=check)
                 rows = iter(self._rows([neighbour.id for result in results for neighbour in result.neighbours]))
             return [
                 [
@@ -174,14 +177,14 @@ class LocalNeighbours:
                         neighbour.id,
                         neighbour.similarity,
                         next(rows),
-                        self._picture(neighbour) if place < num_pictures else None,
+                        self._picture(neighbour, check) if place < num_pictures else None,
                     )
                     for place, neighbour in enumerate(result.neighbours)
                 ]
                 for result in results
             ]
 
-        return await asyncio.to_thread(search)
+        return await while_wanted(search)
 
     async def rows(self, ids: Sequence[int]) -> list[dict[str, Any]]:
         """See ``Neighbours``."""
@@ -193,8 +196,9 @@ class LocalNeighbours:
             raise ValueError(f"no row {too_large[0]}: an id has 53 bits")
         return self._retriever.index.rows(ids).to_pylist()
 
-    def _picture(self, neighbour: Neighbour) -> bytes | None:
+    def _picture(self, neighbour: Neighbour, check: Callable[[], None]) -> bytes | None:
         """The stored picture as a JPEG file; None if it cannot be read."""
+        check()
         try:
             data = self._retriever.picture(neighbour)
             image = None if data.startswith(_JPEG) else decode(data, where=f"row {neighbour.id}")

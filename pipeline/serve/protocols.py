@@ -3,8 +3,6 @@
 This module imports no torch, because the process that speaks HTTP does not need it.
 """
 
-import math
-import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -45,11 +43,6 @@ class TooLittleTime(Overloaded):
 
 class DeadlinePassed(Exception):
     """The time of a request is up before its pictures are sampled."""
-
-
-def end_of(request: SampleRequest) -> float:
-    """When the time of a request that comes now is up, by ``time.monotonic``; infinity if it has any."""
-    return time.monotonic() + request.timeout_s if request.timeout_s else math.inf
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,13 @@
 """Which pictures take the next step together, and how many of them a stage is given."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from time import monotonic
 
+from pipeline.serve.estimate import StageLoad
 from pipeline.serve.in_progress import Picture
-from pipeline.serve.step_times import StepTimes
 
 _STEPS_TO_TRUST = 64
 """Steps without a failure after which a stage is given twice as many pictures again."""
-
-
-@dataclass
-class _StageLoad:
-    """What is learned of one stage."""
-
-    limit: int
-    """Pictures that take a step together."""
-    times: StepTimes = field(default_factory=StepTimes)
-    """Of its steps."""
-    good_steps: int = 0
-    """Steps since the last failure."""
-    steps: int = 0
-    """Steps of the last picture that left it."""
 
 
 class Schedule:
@@ -35,7 +19,8 @@ class Schedule:
     """
 
     def __init__(self, num_stages: int, max_batch_size: int) -> None:
-        self._loads = [_StageLoad(max_batch_size) for _ in range(num_stages)]
+        self.loads = [StageLoad(max_batch_size) for _ in range(num_stages)]
+        """What is learned of each stage."""
         self._max_batch_size = max_batch_size
 
     def choose(self, by_stage: Mapping[int, Sequence[Picture]]) -> Sequence[Picture]:
@@ -52,7 +37,7 @@ class Schedule:
         number = min(moved_s, key=moved_s.__getitem__)
         if len(by_stage) == 1 or monotonic() - moved_s[number] <= self._longest_wait_s():
             number = max(by_stage, key=lambda number: (round(self._use(number, len(by_stage[number])), 1), -number))
-        limit = self._loads[number].limit
+        limit = self.loads[number].limit
         pictures = by_stage[number]
         if len(pictures) > limit:  # those that are nearest to their end
             pictures = sorted(pictures, key=lambda picture: picture.chain.position if picture.chain else -1)[-limit:]
@@ -60,7 +45,7 @@ class Schedule:
 
     def note_step(self, number: int, count: int, time_s: float) -> None:
         """Learn from a step of ``count`` pictures that succeeded."""
-        load = self._loads[number]
+        load = self.loads[number]
         load.times.add(count, time_s)
         load.good_steps += 1
         if load.good_steps % _STEPS_TO_TRUST == 0:
@@ -68,38 +53,21 @@ class Schedule:
 
     def note_failure(self, number: int, count: int) -> None:
         """Give a stage half of the ``count`` pictures with which a step failed."""
-        load = self._loads[number]
+        load = self.loads[number]
         load.good_steps = 0
         if count > 1:
             load.limit = count // 2
 
     def note_left(self, number: int, num_steps: int) -> None:
         """Learn how many steps a picture has taken in a stage that it left."""
-        self._loads[number].steps = num_steps
-
-    def estimate_s(self, steps: Mapping[int, int], count: int, num_ahead: int) -> float:
-        """How long a request takes from now to its last picture, in seconds: it passes its stages in full batches.
-
-        Args:
-            steps: Steps of the request in each stage, by its number; 0: as many as the last picture there.
-            count: Its pictures.
-            num_ahead: Pictures in progress, and those that are admitted before the last one of the request.
-        """
-        total = count + num_ahead
-        batch = min(total, self._max_batch_size)
-        pass_s = 0.0
-        for number, num_steps in steps.items():
-            load = self._loads[number]
-            size = min(batch, load.limit)
-            pass_s += (num_steps or load.steps) * load.times.of(size) * math.ceil(batch / size)
-        return pass_s * total / batch
+        self.loads[number].steps = num_steps
 
     def _use(self, number: int, count: int) -> float:
         """How well a step of a stage with ``count`` pictures would use its time: 1 is as well as the largest step."""
-        load = self._loads[number]
+        load = self.loads[number]
         most = min(load.limit, self._max_batch_size)
         return load.times.share(min(count, most), most)
 
     def _longest_wait_s(self) -> float:
         """The time that a full batch takes through all stages, in seconds."""
-        return sum(load.steps * load.times.of(load.limit) for load in self._loads)
+        return sum(load.steps * load.times.of(load.limit) for load in self.loads)

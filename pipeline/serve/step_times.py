@@ -34,7 +34,7 @@ class StepTimes:
         self.variance = (1 - weight) * (self.variance + weight * more * more)
         self.covariance = (1 - weight) * (self.covariance + weight * more * longer)
 
-    def of(self, count: int) -> float:
+    def of(self, count: float) -> float:
         """Expected time of a step of ``count`` pictures, in seconds; 0 before the first step."""
         if not self.num_steps:
             return 0.0

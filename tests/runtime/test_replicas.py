@@ -46,7 +46,7 @@ class FakeEngine:
         self.num_active = 0
         self.is_closed = False
 
-    async def sample(self, _request: SampleRequest, _client: str, _work: None) -> SampledPictures:
+    async def sample(self, _request: SampleRequest, _client: str, _work: None, _later: Any) -> SampledPictures:
         self.num_active += 1
         await self.may_answer.wait()
         self.num_active -= 1
@@ -229,6 +229,12 @@ def test_a_chain_of_deployments_samples_what_the_cascade_does(recipe: Recipe, co
     assert pixels(base64.b64decode(small["data"][0]["b64_json"])).shape == (16, 16, 3)
     stats = client.get("/healthz").json()
     assert (stats["requests"], stats["active"], stats["waiting"]) == (4, 0, 0)
+    decoder, upsampler = (handles[part].broadcast("load").results()[0] for part in ("decoder", "upsampler_1"))
+    assert (decoder.pictures, upsampler.pictures) == (0, 0)
+    assert not decoder.stages.keys() & upsampler.stages.keys()
+    passed = [load for part in (decoder, upsampler) for load in part.stages.values() if load.steps]
+    assert len(passed) >= 2
+    assert all(load.times.time_s > 0 for load in passed)
     stale: Any = {**tables, "artifacts": {**tables["artifacts"], "embed": "elsewhere"}}
     handles["decoder"].broadcast("reconfigure", {**stale, "part": "decoder", "steps": ["decoder"]}).results()
     assert client.post("/v1/images/generations", json=body).status_code == 200  # the older engine ends what it began

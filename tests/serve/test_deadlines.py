@@ -1,30 +1,40 @@
-"""Requests with a timeout: refused if it cannot be kept, and dropped at the next step when it is over."""
+"""Requests with a timeout: refused if it cannot be kept, and dropped when it is over, whatever works on them."""
 
 import asyncio
 import math
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import numpy as np
 import openai
 import pytest
+import torch
 from starlette.testclient import TestClient
 
+from models.cascade import Cascade
 from models.request import SampleRequest
+from pipeline.retrieve.retriever import Conditions
 from pipeline.runtime.remote_model import RemoteModel
 from pipeline.runtime.replicas import Hop
 from pipeline.serve.api import ApiSettings, create_app
+from pipeline.serve.deadlines import NotWanted
 from pipeline.serve.engine import Engine
+from pipeline.serve.estimate import PartLoad, StageLoad, estimate_s
 from pipeline.serve.guarded_model import GuardedModel
 from pipeline.serve.guards import Guards
 from pipeline.serve.keys import Meter
+from pipeline.serve.knn import LocalNeighbours
 from pipeline.serve.metrics import HttpMetrics
 from pipeline.serve.picture_files import ModelCard
-from pipeline.serve.protocols import Accepted, DeadlinePassed, SampledPictures, TooLittleTime
+from pipeline.serve.protocols import Accepted, DeadlinePassed, SampledPictures, TooLittleTime, Vectors
+from pipeline.serve.step_times import StepTimes
 from tests.serve.test_engine import wait_until
 from tests.serve.test_metrics import values
+from tests.tiny.shards import plain_picture
 
 LONG = {"decoder": 1000}
 """Steps of a request that nobody waits for to its end."""
@@ -94,7 +104,7 @@ def test_openais_client_is_told_once_that_time_is_up(server: Any) -> None:
 
 
 class Networks:
-    """Networks that never answer, or say at once that the time is too short."""
+    """Networks that never answer, say at once that the time is too short, or sample at once ("quick")."""
 
     def __init__(self) -> None:
         self.times_s = list[float]()
@@ -103,21 +113,56 @@ class Networks:
         self.times_s.append(request.timeout_s)
         if request.prompt == "short":
             raise TooLittleTime("timeout: too short", retry_after_s=7)
-        await asyncio.sleep(60)
-        raise AssertionError("never")
+        if request.prompt != "quick":
+            await never()
+        return SampledPictures(np.zeros((1, 16, 16, 3), np.uint8), None)
 
     async def stream(self, request: SampleRequest, client: str = "", _num_previews: int = 0) -> Any:
         yield Accepted()
         yield await self.sample(request, client)
 
+    async def embed_texts(self, texts: Sequence[str]) -> Vectors:
+        if texts != ["quick"]:
+            await never()
+        return np.eye(2, dtype=np.float32)[:1]
+
+    async def embed_image(self, _image: Any) -> Vectors:
+        return np.eye(2, dtype=np.float32)[0]
+
     async def metrics(self) -> dict[str, str]:
         return {}
 
 
+class Index:
+    """An index that never answers."""
+
+    async def near_copy(self) -> None:
+        return
+
+    async def search(self, *_: Any, **__: Any) -> Any:
+        await never()
+
+    async def rows(self, _ids: Any) -> Any:
+        await never()
+
+
+async def never() -> None:
+    """Wait, and note that it is not waited for any more."""
+    try:
+        await asyncio.sleep(60)
+    except asyncio.CancelledError:
+        CANCELLED.append(None)
+        raise
+    raise AssertionError("it was waited for")
+
+
+CANCELLED = list[None]()
+
+
 def test_the_recipe_bounds_the_time_and_hung_networks_are_not_waited_for() -> None:
     networks, metrics = Networks(), HttpMetrics()
-    behind: Any = GuardedModel(networks, 16, Meter(), longest_s=0.1)  # pyright: ignore[reportArgumentType]
-    app = create_app(behind, None, ApiSettings(ModelCard("tiny", 16), metrics=metrics))
+    behind: Any = GuardedModel(networks, 16, Meter())  # pyright: ignore[reportArgumentType]
+    app = create_app(behind, None, ApiSettings(ModelCard("tiny", 16), metrics=metrics, longest_s=0.1))
     client = TestClient(Guards(app, metrics=metrics), base_url="http://127.0.0.1")
 
     def post(**fields: Any) -> Any:
@@ -133,18 +178,115 @@ def test_the_recipe_bounds_the_time_and_hung_networks_are_not_waited_for() -> No
     assert values(client.get("/metrics").text)["unclip_refusals_total", "deadline"] == 4
 
 
+@pytest.mark.parametrize("longest_s", [0, 0.05])
+def test_embeddings_searches_and_neighbours_have_the_same_time(longest_s: float) -> None:
+    """The request's own, or the server's."""
+    metrics, own = HttpMetrics(), {} if longest_s else {"timeout": 0.05}
+    behind: Any = GuardedModel(Networks(), 16, Meter())  # pyright: ignore[reportArgumentType]
+    settings = ApiSettings(ModelCard("tiny", 16), metrics=metrics, longest_s=longest_s)
+    app = create_app(behind, Index(), settings)  # pyright: ignore[reportArgumentType]
+    client = TestClient(Guards(app, metrics=metrics), base_url="http://127.0.0.1")
+    search = {"modality": "image", "num_images": 1}
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/embeddings", {"input": "slow"}),
+        ("/knn-service", search | {"text": "slow"}),
+        ("/knn-service", search | {"text": "quick"}),
+        ("/metadata", {"ids": [1]}),
+        ("/v1/images/generations", {"prompt": "quick", "neighbours": 1}),
+    ]
+    CANCELLED.clear()
+    for number, (path, body) in enumerate(bodies):
+        answer = client.post(path, json=body | own)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (504, "deadline_exceeded", "timeout"), body
+        assert answer.headers["X-Should-Retry"] == "false"
+        assert len(CANCELLED) == number + 1
+        wrong = client.post(path, json=body | {"timeout": 0})
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "timeout")
+    stream = client.post("/v1/images/generations", json={"prompt": "quick", "neighbours": 1, "stream": True} | own).text
+    assert stream.count("event: ") == 1
+    assert '"code": "deadline_exceeded"' in stream
+    counts = values(client.get("/metrics").text)
+    assert counts["unclip_refusals_total", "deadline"] == len(bodies)
+    assert client.post("/v1/embeddings", json={"input": "quick"} | own).status_code == 200
+
+
+def test_embeddings_that_nobody_waits_for_end_with_their_part_or_do_not_begin(
+    cascade: Cascade, make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, begun, may_end = cascade.clip, list[str](), threading.Event()
+
+    def embed(texts: Sequence[str]) -> torch.Tensor:
+        begun.append(texts[0])
+        may_end.wait(60)
+        return torch.ones(len(texts), 2)
+
+    monkeypatch.setattr(clip, "embed_text", embed)
+    engine = make_engine()
+
+    async def leave() -> Vectors:
+        first = asyncio.create_task(engine.embed_texts(["first"] * 2048))
+        await asyncio.to_thread(wait_until, lambda: begun == ["first"])
+        waiting = asyncio.create_task(engine.embed_texts(["waiting"]))
+        picture = asyncio.create_task(engine.embed_image(np.zeros((8, 8, 3), np.uint8)))
+        await asyncio.sleep(0.05)
+        for task in (first, waiting, picture):
+            task.cancel()
+        await asyncio.wait([first, waiting, picture])
+        may_end.set()
+        return await engine.embed_texts(["last"])
+
+    encode = Mock(side_effect=AssertionError("a picture is encoded that nobody waits for"))
+    monkeypatch.setattr(clip, "encode_image", encode)
+    assert asyncio.run(leave()).shape == (1, 2)
+    assert begun == ["first", "last"]
+    encode.assert_not_called()
+
+
+def test_a_search_that_nobody_waits_for_reads_no_further_pictures(
+    neighbours: LocalNeighbours, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, read, may_end = LocalNeighbours(neighbours._retriever), list[int](), threading.Event()
+
+    def picture(neighbour: Any) -> bytes:
+        read.append(neighbour.id)
+        may_end.wait(60)
+        return plain_picture("red")
+
+    monkeypatch.setattr(own._retriever, "picture", picture)
+
+    async def leave() -> None:
+        width = await own.embed_dim()
+        vectors = np.eye(width, dtype=np.float32)[:2]
+        task = asyncio.create_task(own.search(vectors, 4, "image", num_pictures=4))
+        await asyncio.to_thread(wait_until, lambda: len(read) == 1)
+        task.cancel()
+        await asyncio.wait([task])
+        may_end.set()
+
+    asyncio.run(leave())  # which waits for its threads
+    assert len(read) == 1
+    with pytest.raises(NotWanted):  # before the first candidates, and before any further ones
+        own._retriever.search(
+            np.eye(asyncio.run(own.embed_dim()), dtype=np.float32)[:1],
+            2,
+            conditions=Conditions(distinct=0.9),
+            check=Mock(side_effect=NotWanted),
+        )
+
+
 def test_each_part_of_a_chain_gets_the_time_that_is_left() -> None:
     times_s = list[float]()
 
     class Part:
         """Stands for Ray's handle."""
 
-        async def remote(self, request: SampleRequest, _client: str, hop: Hop | None) -> Any:
+        async def remote(self, request: SampleRequest, _client: str, hop: Hop | None, _later: Any) -> Any:
             times_s.append(request.timeout_s)
             await asyncio.sleep(0.1)
             return Hop("decoder", None, "") if hop is None else SampledPictures(np.zeros((1, 2, 2, 3), np.uint8), None)
 
-    handle: Any = type("Handle", (), {"sample": Part()})()
+    handle: Any = type("Handle", (), {"sample": Part(), "broadcast": Mock(side_effect=TimeoutError)})()
     model = RemoteModel({"prior": handle, "decoder": handle})
     asyncio.run(model.sample(SampleRequest("a", (1,), timeout_s=5)))
     first_s, second_s = times_s
@@ -153,3 +295,84 @@ def test_each_part_of_a_chain_gets_the_time_that_is_left() -> None:
         asyncio.run(model.sample(SampleRequest("a", (1,), timeout_s=0.05)))
     assert len(times_s) == 3  # the second part was not asked
     assert not any(map(math.isinf, times_s))
+
+
+def part_load(number: int, step_s: float, pictures: float, num_engines: int = 1) -> PartLoad:
+    """A part with one stage of ten steps, each of which takes as long whatever it holds; up to 4 pictures."""
+    times = StepTimes()
+    for count in (1, 4):
+        times.add(count, step_s)
+    return PartLoad({number: StageLoad(4, times, steps=10)}, 4, pictures, num_engines)
+
+
+def test_a_request_passes_every_part_and_waits_where_most_has_to_be_done() -> None:
+    quick, slow = part_load(0, 0.01, 0), part_load(1, 0.1, 0)
+    assert estimate_s([quick], {0: 0}, 1) == pytest.approx(0.1)
+    assert estimate_s([quick, slow], {0: 0, 1: 0}, 1) == pytest.approx(1.1)
+    assert estimate_s([quick, slow], {0: 0, 1: 20}, 1) == pytest.approx(2.1)
+    assert estimate_s([quick, slow], {0: 0}, 1) == pytest.approx(0.1)  # it ends at the first one
+    # Seven pictures ahead of one fill the slow part twice, wherever they are now; two engines share them.
+    for quick_has, slow_has in ((0, 7), (7, 0)):
+        busy = [part_load(0, 0.01, quick_has), part_load(1, 0.1, slow_has)]
+        assert estimate_s(busy, {0: 0, 1: 0}, 1) == pytest.approx(2.1)
+    shared = [quick, part_load(1, 0.1, 6, num_engines=2)]
+    assert estimate_s(shared, {0: 0, 1: 0}, 1) == pytest.approx(1.1)
+
+
+def test_the_first_part_of_a_chain_refuses_what_the_others_cannot_do_in_time(cascade: Cascade) -> None:
+    engine = Engine(cascade, steps={"clip", "prior"})
+    try:
+        decoder = engine._stages.number(cascade.stages[1])
+        busy, idle = (part_load(decoder, 1.0, pictures) for pictures in (4, 0))
+        request = SampleRequest("a", (0,), timeout_s=15)
+        with pytest.raises(TooLittleTime, match="15 s are less than the 12") as refused:
+            engine.submit(SampleRequest("a", (0,), num_steps={"decoder": 100}, timeout_s=15), later=[busy])
+        assert 100 < refused.value.retry_after_s < 130
+        assert engine.submit(request, later=[busy]).result(60).step == "decoder"
+        with pytest.raises(TooLittleTime):
+            engine.submit(request, later=[part_load(decoder, 1.0, 12)])
+        assert engine.submit(SampleRequest("a", (0,), timeout_s=9), later=[idle]).result(60).step == "decoder"
+    finally:
+        engine.close()
+
+
+def test_the_parts_of_a_chain_are_asked_what_they_have_to_do_once_a_second() -> None:
+    given, calls = list[Any](), list[str]()
+
+    class First:
+        """Stands for Ray's handle."""
+
+        async def remote(self, _request: SampleRequest, _client: str, _hop: Any, later: Any) -> SampledPictures:
+            given.append(later)
+            return SampledPictures(np.zeros((1, 2, 2, 3), np.uint8), None)
+
+    def later_part(part: str, *engines: Any) -> Any:
+        def broadcast(method: str) -> Any:
+            calls.append(f"{part}: {method}")
+            return Mock(results=Mock(return_value=[*engines]))
+
+        return Mock(broadcast=broadcast)
+
+    new, old = part_load(1, 0.0, 2), part_load(1, 0.5, 3)
+    new.stages[1].times.num_steps = 0
+    model = RemoteModel(
+        {
+            "prior": Mock(sample=First()),
+            "decoder": later_part("decoder", new, old, RuntimeError("it starts")),
+            "upsampler_1": later_part("upsampler_1"),
+            "neighbours": later_part("neighbours"),
+        }
+    )
+
+    async def ask() -> None:
+        await model.sample(SampleRequest("a", (1,)))
+        assert not calls
+        for _ in range(3):
+            await model.sample(SampleRequest("a", (1,), timeout_s=5))
+            await asyncio.sleep(0.1)
+
+    asyncio.run(ask())
+    assert calls == ["decoder: load", "upsampler_1: load"]
+    assert [len(later) for later in given] == [0, 0, 1, 1]
+    [decoder] = given[-1]
+    assert (decoder.pictures, decoder.num_engines, decoder.stages[1].times.time_s) == (5, 2, 0.5)

@@ -65,13 +65,13 @@ def test_replicas_and_their_proxy_pass_the_object_whole() -> None:
     class Handled:
         """Stands for the engine behind a replica, and for Ray's handle before it."""
 
-        async def sample(self, request: SampleRequest, client: str, hop: None) -> SampledPictures:
-            assert (client, hop) == ("me", None)
+        async def sample(self, request: SampleRequest, client: str, hop: None, later: Any) -> SampledPictures:
+            assert (client, hop, later) == ("me", None, ())
             received.append(request)
             return SampledPictures(np.zeros((1, 2, 2, 3), np.uint8), None)
 
-        async def remote(self, request: SampleRequest, client: str, hop: None) -> SampledPictures:
-            return await self.sample(request, client, hop)
+        async def remote(self, request: SampleRequest, client: str, hop: None, later: Any) -> SampledPictures:
+            return await self.sample(request, client, hop, later)
 
         def close(self) -> None:
             """As the engine's."""

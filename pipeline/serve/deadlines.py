@@ -1,0 +1,67 @@
+"""The time of a request: what happens when it is over, and how work ends that nobody waits for any more."""
+
+import asyncio
+import math
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from typing import Annotated, TypeVar
+
+from pydantic import Field
+
+from pipeline.serve.protocols import DeadlinePassed
+
+T = TypeVar("T")
+
+MAX_TIMEOUT_S = 3600.0
+Timeout = Annotated[float | None, Field(gt=0, le=MAX_TIMEOUT_S)]
+"""The field ``timeout`` of a body: longest time until the answer, in seconds; None: as long as the server allows."""
+
+
+class NotWanted(Exception):
+    """Nobody waits for the result of this work."""
+
+
+def end_of(timeout_s: float) -> float:
+    """When the time of a request that comes now is up, by ``time.monotonic``; infinity if ``timeout_s`` is 0."""
+    return time.monotonic() + timeout_s if timeout_s else math.inf
+
+
+async def until(ends_s: float, answer: Awaitable[T], *, grace_s: float = 0.0) -> T:
+    """An answer that comes in time; if it does not, it is cancelled.
+
+    Args:
+        ends_s: When the time is up, by ``time.monotonic``.
+        answer: What is waited for.
+        grace_s: For how much longer it may say itself that its time is up, in seconds.
+
+    Raises:
+        DeadlinePassed: If the time is up.
+    """
+    limit = asyncio.timeout(None if ends_s == math.inf else max(0.0, ends_s - time.monotonic()) + grace_s)
+    try:
+        async with limit:
+            return await answer
+    except TimeoutError:
+        if limit.expired():
+            raise DeadlinePassed("the time of the request was up before it was finished") from None
+        raise
+
+
+async def while_wanted(work: Callable[[Callable[[], None]], T]) -> T:
+    """Run ``work`` in a thread, which can end early.
+
+    Args:
+        work: Gets a function to call between its parts. Once this coroutine is cancelled, that raises ``NotWanted``,
+            which ends the thread.
+    """
+    has_left = threading.Event()
+
+    def check() -> None:
+        if has_left.is_set():
+            raise NotWanted
+
+    try:
+        return await asyncio.to_thread(work, check)
+    finally:
+        has_left.set()
