@@ -109,8 +109,6 @@ def serve_recipe(
                 announce(f"{server_name(recipe)} is served at {url_of(config.host, config.port)} - Ctrl-C ends it")
                 for note in served.notes:
                     announce(note)
-                if config.gateway.replicas[1] > 1:
-                    announce("one process speaks HTTP; several (serve.gateway) take --config-only or --manifest")
                 if on_ready is not None:
                     on_ready()
                 with finishing(front, config.drain_s, announce):

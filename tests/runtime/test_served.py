@@ -10,8 +10,8 @@ import pytest
 
 from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
-from pipeline.recipe.recipe import Recipe, load_recipe
-from pipeline.runtime.served import served_by
+from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
+from pipeline.runtime.served import Served, served_by
 from pipeline.runtime.tracking.aliases import evaluation_of
 from pipeline.runtime.tracking.run import send_champion
 from pipeline.workspace.store import Workspace
@@ -70,6 +70,14 @@ def test_the_champion_is_served_as_it_was_measured_whatever_the_recipe_says_now(
     elsewhere = dataclasses.replace(now, workspace=str(tmp_path / "other"), tracking=tracked_by(now))
     with pytest.raises(ConfigError, match="was made in another workspace, or removed"):
         served_by(elsewhere)
+
+
+def test_a_recipe_with_several_http_processes_is_told_how_to_get_them() -> None:
+    one, several = ({"gateway": {"replicas": replicas}} for replicas in ([1, 1], [1, 3]))
+    assert not Served(parse_recipe({"serve": one}), {}).notes
+    [note] = Served(parse_recipe({"serve": several}), {}).notes
+    assert note.startswith("one process speaks HTTP here, serve.gateway.replicas = [1, 3] asks for more")
+    assert "--config-only > serve.yaml" in note
 
 
 def tracked_by(recipe: Recipe) -> Any:
