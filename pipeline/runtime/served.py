@@ -33,9 +33,9 @@ class Served:
         """What is said of it at the start."""
         fewest, most = self.recipe.serve.gateway.replicas
         gateway = (
-            f"one process speaks HTTP here, serve.gateway.replicas = [{fewest}, {most}] asks for more: write a file for "
-            "Ray Serve (unclip serve RECIPE --config-only > serve.yaml), start Ray as its first line says, and deploy it "
-            "(serve deploy serve.yaml); on Kubernetes: unclip serve RECIPE --manifest IMAGE"
+            f"one process speaks HTTP here, serve.gateway.replicas = [{fewest}, {most}] asks for more: write a file "
+            "for Ray Serve (unclip serve RECIPE --config-only > serve.yaml), start Ray as its first line says, and "
+            "deploy it (serve deploy serve.yaml); on Kubernetes: unclip serve RECIPE --manifest IMAGE"
         )
         return [note for note in (self.version, self.lacks, gateway if most > 1 else "") if note]
 
