@@ -37,6 +37,7 @@ MODULES = {
     "ablations": "ablations",
     "requests": "requests",
     "requests_sample": "requests",
+    "overhead": "overhead",
     "emoji_search": "emoji",
     "emoji": "emoji",
 }

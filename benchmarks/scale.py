@@ -45,7 +45,7 @@ def measure_ledger(shards: int, rows: int, gpus: int) -> str:
     """The records of a finished step, written as one file and read again."""
     del gpus
     with tempfile.TemporaryDirectory() as folder:
-        _finish(Artifact(f"{folder}/download/0123456789abcdef"), shards, rows)
+        finish(Artifact(f"{folder}/download/0123456789abcdef"), shards, rows)
         records = Artifact(f"{folder}/download/0123456789abcdef").shard_records()
     return f"{len(records):,} records read in one file"
 
@@ -61,7 +61,7 @@ def measure_planner(shards: int, rows: int, gpus: int) -> str:
         steps = make_plan(recipe)
         for step in steps:
             if step.name in {"download", "embed"}:
-                _finish(artifact_of(Workspace(folder), step), shards, rows, step.name, step.key)
+                finish(artifact_of(Workspace(folder), step), shards, rows, step.name, step.key)
         start = time.monotonic()
         statuses = plan_status(Workspace(folder), steps)
         done = sum(status.state == "done" for status in statuses)
@@ -125,7 +125,8 @@ def _any(_text: str) -> None:
     """Takes what is not looked at."""
 
 
-def _finish(artifact: Artifact, shards: int, rows: int, step: str = "s", key: str = "k") -> None:
+def finish(artifact: Artifact, shards: int, rows: int, step: str = "s", key: str = "k") -> None:
+    """Commit an artifact of so many shards, each with the record of a tar and a table that are not there."""
     files = {
         f"{n:06d}.{end}": {"bytes": 2 * 10**8, "sha256": f"{n:064d}"}
         for n in range(shards)

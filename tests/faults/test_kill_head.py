@@ -5,6 +5,7 @@ its jobs are forgotten, and a machine that was in it gives up after a while and 
 starts it again. Until then its worker trains on, beside the one that was started in its place.
 """
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -103,7 +104,8 @@ def _kill(head: RayHead) -> None:
     """kill -9 of all that runs on a head: its servers, its dashboard, and the drivers of its jobs."""
     family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
     for process in family:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended with the ones before it
+            process.kill()
     psutil.wait_procs(family, timeout=10)
 
 
