@@ -26,13 +26,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _settings_of_ray() -> Generator[None]:
+def _settings_of_a_files_ray() -> Generator[None]:
     """Each file begins with its environment's settings: a process that has joined a Ray without tokens keeps that.
 
     It then cannot start a Ray with tokens, although its environment says so.
     """
     yield
-    if "ray._raylet" in sys.modules:
+    _forget_settings_of_ray()
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_ray() -> Generator[None]:
+    """Each test, too, unless its file has one Ray for all of them."""
+    yield
+    _forget_settings_of_ray()
+
+
+def _forget_settings_of_ray() -> None:
+    if "ray._raylet" in sys.modules and not sys.modules["ray"].is_initialized():
         from ray._private.authentication_test_utils import reset_auth_token_state
 
         reset_auth_token_state()

@@ -1,8 +1,8 @@
 """Functions that run in a Ray task, perhaps on another machine; that its machine is cut off is noticed in seconds.
 
 Ray gives up a machine that does not answer within seconds, but waits for a task on it until its connection times out:
-minutes. So the task says first where it runs, and whoever waits for it looks whether that machine is still there. (An
-actor's end is told at once, as in ``pool.py``; but an actor never gets a process that has loaded torch already.)
+minutes. So the task says first where it runs, and whoever waits for it looks whether that machine is still there. Until
+it has said so, it is submitted again as soon as any machine has gone: it may have been on its way there. (An actor's end is told at once, as in ``pool.py``; but an actor never gets a process that has loaded torch already.)
 """
 
 from collections.abc import Callable, Generator
@@ -35,16 +35,23 @@ def call(function: Callable[..., Any], *arguments: Any, options: dict[str, Any])
         RayTaskError: If the function raised an error, which is its ``cause``.
         RayError: If its process ended.
     """
-    task: Any = _located
-    values = task.options(num_returns="streaming", max_retries=0, **options).remote(
-        options.get("name", function.__name__), function, *arguments
-    )
-    machine, is_missing = "", False
+
+    def submit() -> Any:
+        task: Any = _located
+        name = options.get("name", function.__name__)
+        return task.options(num_returns="streaming", max_retries=0, **options).remote(name, function, *arguments)
+
+    values, machine, is_missing, living = submit(), "", False, living_machines()
     while True:
         if not ray.wait([values], timeout=_LOOK_S)[0]:
             if is_missing:  # seen twice: what it has sent before may still be on its way
                 raise MachineLostError("it is cut off from the others")
-            is_missing = machine != "" and machine not in living_machines()
+            before, living = living, living_machines()
+            if machine:
+                is_missing = machine not in living
+            elif not before <= living:
+                ray.cancel(values, force=True)
+                values = submit()
             continue
         try:
             value: Any = ray.get(next(values))

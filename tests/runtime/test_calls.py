@@ -16,8 +16,9 @@ import pytest
 import ray
 
 from pipeline.errors import DataError, StepError
+from pipeline.runtime import calls
 from pipeline.runtime.calls import MachineLostError, call, call_again
-from pipeline.runtime.placement import controller_options
+from pipeline.runtime.placement import controller_options, living_machines
 from tests.ports import free_ports
 from tests.ray_head import end_with_children
 from tests.tiny.command import ROOT
@@ -40,6 +41,13 @@ def head(ray_head: Any) -> Generator[Any]:
 @pytest.fixture
 def far(head: Any) -> Generator[subprocess.Popen[bytes]]:
     """Another machine: processes of its own on this one."""
+    with _another_machine(head) as process:
+        yield process
+
+
+@contextlib.contextmanager
+def _another_machine(head: Any) -> Generator[subprocess.Popen[bytes]]:
+    before = living_machines()
     agent, grpc, metrics = free_ports(3)
     words = [
         "start", "--block", f"--address={head.address}", "--num-cpus=2", "--resources={\"far\": 2}",
@@ -53,14 +61,16 @@ def far(head: Any) -> Generator[subprocess.Popen[bytes]]:
         stderr=subprocess.DEVNULL, start_new_session=True,
     ) as process:  # fmt: skip
         deadline = time.monotonic() + 60
-        while "far" not in ray.cluster_resources():
+        while living_machines() <= before:
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        yield process
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for member in _family(process):
-                member.resume()
-        end_with_children(process)
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for member in _family(process):
+                    member.resume()
+            end_with_children(process)
 
 
 def _family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -72,14 +82,15 @@ def _sleeps(mark: str) -> None:
     time.sleep(3600)
 
 
-def _once_it_runs(mark: Path, act: Callable[[], None]) -> threading.Thread:
-    """Act a second after the marked function has begun; the time of the act is written into the mark."""
+def _once_it_runs(mark: Path, act: Callable[[], None], *, note_time: bool = True) -> threading.Thread:
+    """Act a second after the marked function has begun; the time of the act is written into the mark if wished."""
 
     def wait() -> None:
         while not mark.exists():
             time.sleep(0.05)
         time.sleep(1)
-        mark.write_text(str(time.monotonic()))
+        if note_time:
+            mark.write_text(str(time.monotonic()))
         act()
 
     thread = threading.Thread(target=wait)
@@ -102,6 +113,32 @@ def test_a_machine_that_ends_is_told_from_a_process_that_fails(far: subprocess.P
     with pytest.raises(MachineLostError):
         call(_sleeps, str(mark), options=_FAR)
     thread.join()
+
+
+def _says_no_place_at_first(_name: str, _function: Callable[..., Any], mark: str) -> Generator[str]:
+    if not Path(mark).exists():
+        Path(mark).write_text(str(os.getpid()))
+        time.sleep(3600)
+    yield ray.get_runtime_context().get_node_id()
+    yield "second"
+
+
+def test_a_task_is_submitted_again_if_a_machine_goes_before_it_has_said_where_it_runs(
+    head: Any, far: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "_located", ray.remote(_says_no_place_at_first))
+    mark = tmp_path / "mark"
+    with _another_machine(head) as other:
+
+        def silence_its_machine() -> None:
+            families = [_family(process) for process in (far, other)]
+            pid = int(mark.read_text())
+            for member in next(family for family in families if pid in {member.pid for member in family}):
+                member.suspend()
+
+        thread = _once_it_runs(mark, silence_its_machine, note_time=False)
+        assert call(_sleeps, str(mark), options=_FAR) == "second"
+        thread.join()
 
 
 def _dies_once(mark: str) -> str:
