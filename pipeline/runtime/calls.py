@@ -2,7 +2,9 @@
 
 Ray gives up a machine that does not answer within seconds, but waits for a task on it until its connection times out:
 minutes. So the task says first where it runs, and whoever waits for it looks whether that machine is still there. Until
-it has said so, it is submitted again as soon as any machine has gone: it may have been on its way there. (An actor's end is told at once, as in ``pool.py``; but an actor never gets a process that has loaded torch already.)
+it has said so, it is submitted again as soon as any machine has gone: it may have been on its way there.
+
+An actor's end is told at once, as in ``pool.py``; but an actor never gets a process that has loaded torch already.
 """
 
 from collections.abc import Callable, Generator
