@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import tempfile
 import zlib
 from typing import IO, Any
@@ -12,8 +13,10 @@ from pipeline.data.causes import FetchError
 
 Body = IO[bytes]
 
-_MEMORY_BYTES = 1 << 20
+MEMORY_BYTES = 1 << 20
 """Part of a body that stays in memory; the rest goes to a temporary file: hundreds of bodies arrive at once."""
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+"""Errors of the temporary file: no fault of the row."""
 _GZIP = b"\x1f\x8b"
 
 
@@ -25,7 +28,7 @@ async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> Body:
     """
     if (response.content_length or 0) > max_bytes:
         raise FetchError("body-size")
-    body: Body = tempfile.SpooledTemporaryFile(_MEMORY_BYTES)  # noqa: SIM115  (the caller closes it)
+    body: Body = tempfile.SpooledTemporaryFile(MEMORY_BYTES)  # noqa: SIM115  (the caller closes it)
     try:
         await _copy_body(response, body, max_bytes)
     except BaseException:  # also a cancellation: nobody else would close the file

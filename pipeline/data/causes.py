@@ -11,7 +11,7 @@ ALL = "all"
 
 CLASSES = {
     "url": "the URL is malformed",
-    "scheme": "the URL is not fetched: only http: and https: are, and file: in folders that the recipe allows",
+    "scheme": "the URL is not fetched: only http: and https: are, and files in folders that the recipe allows",
     "address": "the host has a private, loopback, link-local or metadata address, which the recipe does not allow",
     "file": "the file cannot be read",
     "dns": "the host's name has no address",

@@ -122,7 +122,8 @@ def read_rows(pairs: Pairs, shard: str, config: DownloadConfig) -> pa.Table:
 def address_rules(pairs: PairsConfig, config: DownloadConfig) -> AddressRules:
     """The addresses and files that a recipe's URLs may name; also the demo's server and a folder source's pictures."""
     networks = [*config.allowed_networks, *([_LOOPBACK] if pairs.source == "drawn" else [])]
-    folders = [*config.allowed_folders, *(["/"] if pairs.source == "folder" else [])]
+    own = [one.path if "://" in one.path else "/" for one in pairs.each()] if pairs.source == "folder" else []
+    folders = [*config.allowed_folders, *own]
     return AddressRules(networks, folders)
 
 

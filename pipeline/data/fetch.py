@@ -1,5 +1,7 @@
 """An asynchronous fetcher of pictures: one client, whose connections and resolved names are used again.
 
+A file of a store, in a folder that the recipe names, is read with the store's own credentials, and needs no opt-outs.
+
 Every URL has one deadline over everything: name, connection, TLS, redirects, body and further tries. The time that it
 waits for its host's turn (``Limits``) is not counted. What goes wrong is a ``FetchError`` of one class; temporary
 faults are tried again after a growing pause, or after the time that the host asks for. Each hop of a redirect is
@@ -11,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import email.utils
-import errno
 import os
 import random
 import time
@@ -25,11 +26,12 @@ import aiohttp
 from yarl import URL
 
 from pipeline.data import opt_outs
-from pipeline.data.bodies import Body, read_body
+from pipeline.data.bodies import DISK_ERRORS, Body, read_body
 from pipeline.data.causes import FetchError
 from pipeline.data.hosts import NO_LEASE, HostLimits, Limits
 from pipeline.data.opt_outs import PathRules
 from pipeline.data.resolver import HostCache, Resolver
+from pipeline.data.stores import StoreReader
 from pipeline.data.urls import AddressRules, Url, file_path, is_address, parse_url, refused_address
 from pipeline.recipe.sections import DownloadConfig
 
@@ -39,7 +41,8 @@ _BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 8.0
 _KEEP_ALIVE_S = 5.0
 _POLICY_TTL_S = 86_400.0
 _MAX_HEADER_BYTES = 16_384
-_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # of the temporary file: no fault of the row
+_STORED_AT_ONCE = 64
+"""Files of stores that come at once: they share one way, and all that come together share its time."""
 
 
 def user_agent(config: DownloadConfig) -> str:
@@ -74,6 +77,8 @@ class Fetcher:
         self._directives = {directive.strip().lower() for directive in config.disallowed_header_directives}
         self._policies = HostCache(self._policy, _POLICY_TTL_S)
         self._proxies = urllib.request.getproxies()
+        self._stores: dict[str, StoreReader] = {}
+        self._stored_turn = asyncio.Semaphore(_STORED_AT_ONCE)
         self.num_waiting = 0
         """Requests that wait for their host's turn."""
 
@@ -117,11 +122,15 @@ class Fetcher:
 
         Raises:
             FetchError: If it did not come; its class says why.
+            ConfigError: If a store cannot be reached with any file; says what to set.
         """
+        stored = self._rules.stored(text)
+        if stored is not None:
+            return await self._fetch_stored(*stored)
         path = file_path(text)
         if path is None:
             url = parse_url(text)
-            return await self._in_time(lambda deadline: self._retry(url, deadline))
+            return await self._in_time(lambda deadline: self._retry(lambda: self._follow(url, deadline), deadline))
         self._rules.require_file(path)
         return await self._in_time(lambda _: asyncio.to_thread(_read_file, path, self._config.max_body_bytes))
 
@@ -132,11 +141,18 @@ class Fetcher:
         except TimeoutError:
             raise FetchError("deadline") from None
 
-    async def _retry(self, url: Url, deadline: asyncio.Timeout, *, is_policy: bool = False) -> Body:
+    async def _fetch_stored(self, folder: str, name: str) -> Body:
+        if folder not in self._stores:
+            self._stores[folder] = StoreReader(folder, _STORED_AT_ONCE, self._config.timeout_s)
+        read, limit = self._stores[folder].read, self._config.max_body_bytes
+        async with self._stored_turn:  # outside of the deadline, as the wait for a host's turn
+            return await self._in_time(lambda deadline: self._retry(lambda: read(name, limit), deadline))
+
+    async def _retry(self, ask: Callable[[], Awaitable[Body]], deadline: asyncio.Timeout) -> Body:
         attempt = 0
         while True:
             try:
-                return await self._follow(url, deadline, is_policy=is_policy)
+                return await ask()
             except FetchError as error:
                 if attempt >= self._config.retries or not error.is_temporary:
                     raise
@@ -147,7 +163,7 @@ class Fetcher:
                 await asyncio.sleep(pause_s)
                 attempt += 1
 
-    async def _follow(self, url: Url, deadline: asyncio.Timeout, *, is_policy: bool) -> Body:
+    async def _follow(self, url: Url, deadline: asyncio.Timeout, *, is_policy: bool = False) -> Body:
         """Fetch a URL and the targets of its redirects."""
         for _ in range(_MAX_REDIRECTS + 1):
             self._rules.require_url(url)
@@ -180,7 +196,7 @@ class Fetcher:
                     limit = opt_outs.MAX_BYTES if is_policy else self._config.max_body_bytes
                     return await read_body(response, limit)
             except (aiohttp.ClientError, OSError, ValueError) as error:
-                if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+                if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                     raise
                 raise _translate(error) from error
 
@@ -256,7 +272,9 @@ class Fetcher:
             return b""
         url = parse_url(text)
         try:
-            with await self._in_time(lambda deadline: self._retry(url, deadline, is_policy=True)) as body:
+            with await self._in_time(
+                lambda deadline: self._retry(lambda: self._follow(url, deadline, is_policy=True), deadline)
+            ) as body:
                 return body.read()
         except FetchError as error:
             return error

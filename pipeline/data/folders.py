@@ -1,4 +1,4 @@
-"""Reads a folder of pictures with captions, in the usual layouts of image-text datasets, as ``file://`` pairs.
+"""Reads a folder of pictures with captions, in the usual layouts of image-text datasets, here or in an object store.
 
 The captions of a picture are the first of these:
 
@@ -8,14 +8,18 @@ The captions of a picture are the first of these:
    ``results_20130124.token``) or Karpathy's (``dataset_*.json``), anywhere, by the name of the picture alone.
 2. The file next to it with its name and ``.txt``, ``.caption`` or ``.json``.
 3. The words of its file name.
+
+In memory are the captions of the metadata files and annotations that a picture may be in (all rows of them), the names
+of a folder's sub-folders, and of its files those of a page (``pipeline.workspace.trees``), or as many as begin with the
+same letters up to their first dot: a picture and the file next to it are looked at together.
 """
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -23,9 +27,10 @@ import pyarrow as pa
 from pipeline.data.delimited import csv_records, lines_of
 from pipeline.data.json_lists import json_records
 from pipeline.data.list_columns import CAPTION_COLUMNS, NO_CAPTIONS, ListColumns, find_column
-from pipeline.data.lists import BATCH_ROWS, Span, explain_damage, list_columns, open_text, read_span
+from pipeline.data.lists import BATCH_ROWS, Span, explain_damage, file_columns, open_text, read_span
 from pipeline.data.reading import Reading
 from pipeline.errors import DataError
+from pipeline.workspace.trees import Tree
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -34,6 +39,11 @@ _ANNOTATIONS = ("captions_*.json", "dataset_*.json")
 _TOKENS = ("*.token", "*.token.txt")
 _TABLES = {"captions.txt": ",", "results.csv": "|"}
 _SOURCES = ("metadata", "sidecar", "name")
+_SIDECARS = (".txt", ".caption", ".json")
+_SIDECARS_AT_ONCE = 1000
+
+Row = tuple[str, str, str]
+"""URL, caption, and where the caption is from."""
 
 
 @dataclass
@@ -48,143 +58,210 @@ class _Metadata:
         key = PurePosixPath(name.replace("\\", "/")).as_posix()  # without ./ and doubled slashes
         self.captions.setdefault(key.rpartition("/")[2] if self.by_name_alone else key, []).append(caption or "")
 
-    def find(self, picture: Path, folder: Path) -> list[str]:
-        key = picture.name if self.by_name_alone else picture.relative_to(folder).as_posix()
+    def find(self, picture: str, folder: str) -> list[str]:
+        key = picture.rpartition("/")[2] if self.by_name_alone else picture[len(folder) :].lstrip("/")
         if key in self.captions:
             self.matched.add(key)
         return self.captions.get(key, [])
 
 
-def read_folder(folder: Path, caption_column: str, reading: Reading) -> Iterator[pa.Table]:
+def read_folder(folder: str, caption_column: str, reading: Reading) -> Iterator[pa.Table]:
     """Stream the pairs of a folder, by the relative paths of the pictures: files before folders.
 
     Args:
-        folder: The folder.
+        folder: Path or URI of the folder.
         caption_column: Column of the metadata files that holds the caption; empty: found by its name.
         reading: Counts metadata rows that could not be parsed; its notes count pairs by the source of their caption
             (``captions_from_metadata``, ``_sidecar``, ``_name``), and metadata names without a picture.
 
     Yields:
-        Tables of ``url`` (``file://``), ``caption`` and ``caption_source`` (metadata, sidecar or name).
+        Tables of ``url`` (``file://``, or the picture's URI in a store), ``caption`` and ``caption_source`` (metadata,
+        sidecar or name).
 
     Raises:
+        ConfigError: If a store cannot be reached; says what to set.
         DataError: If the folder has no pictures, or a metadata file lacks a column.
     """
-    require_pictures(folder)
-    files = [] if caption_column == NO_CAPTIONS else _annotation_files(folder)
-    annotations = [(file, _read_annotations(file, reading)) for file in files]
-    rows: list[tuple[str, str, str]] = []
+    tree = Tree(folder)
+    _require_pictures(tree)
     for source in _SOURCES:
         reading.notes[f"captions_from_{source}"] = 0
-    for picture, captions_of_picture in _captioned(
-        folder, [], [one for _, one in annotations], caption_column, reading
-    ):
-        captions, source = captions_of_picture, "metadata"
-        if not captions_of_picture:
-            try:
-                caption, source = _caption_of(picture)
-            except ValueError as error:
-                reading.malformed(0, str(error), str(picture))
-                continue
-            captions = [caption]
-        reading.notes[f"captions_from_{source}"] += len(captions)
-        rows += [(picture.resolve().as_uri(), caption, source) for caption in captions]
-        if len(rows) >= BATCH_ROWS:
-            yield _table(rows)
-            rows = []
-    for file, one in annotations:
-        _count_unmatched(file, one, reading)
+    reader = _Reader(tree, caption_column, reading)
+    rows: list[Row] = []
+    with explain_damage(folder):
+        for row in reader.rows():
+            reading.notes[f"captions_from_{row[2]}"] += 1
+            rows.append(row)
+            if len(rows) >= BATCH_ROWS:
+                yield _table(rows)
+                rows = []
     yield _table(rows)
 
 
-def count_pictures(folder: Path) -> int:
+def count_pictures(folder: str) -> int:
     """Number of pictures below a folder.
 
     Raises:
+        ConfigError: If a store cannot be reached; says what to set.
         DataError: If there is none.
     """
-    require_pictures(folder)
-    return sum(len(pictures) for _, pictures, _ in _walk(folder))
+    tree = Tree(folder)
+    _require_pictures(tree)
+    return sum(_is_picture(name) for name in tree.files())
 
 
-def has_pictures(folder: Path) -> bool:
-    """Whether there is a picture in a folder or below it."""
-    return any(pictures for _, pictures, _ in _walk(folder))
+def has_pictures(folder: str) -> bool:
+    """Whether there is a picture in a folder or below it; False if there is no such folder."""
+    tree = Tree(folder)
+    return tree.exists() and any(_is_picture(name) for name in tree.files())
 
 
-def require_pictures(folder: Path) -> None:
-    """Refuse a folder without pictures.
-
-    Raises:
-        DataError: If there is no folder, or no picture.
-    """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
-    if not has_pictures(folder):
-        raise DataError(f"{folder}: no pictures ({' '.join(sorted(PICTURE_SUFFIXES))}) in it or below it")
+def _require_pictures(tree: Tree) -> None:
+    if not tree.exists():
+        raise DataError(f"{tree.uri}: no such folder")
+    if not any(_is_picture(name) for name in tree.files()):
+        raise DataError(f"{tree.uri}: no pictures ({' '.join(sorted(PICTURE_SUFFIXES))}) in it or below it")
 
 
-def _walk(folder: Path) -> Iterator[tuple[Path, list[Path], list[Path]]]:
-    """Each folder with its pictures and its other files; files before folders."""
-    pictures, others, folders = _entries(folder)
-    yield folder, pictures, others
-    for one in folders:
-        yield from _walk(one)
+class _Reader:
+    """Reads the rows of one folder, and counts what is strange."""
 
+    def __init__(self, tree: Tree, column: str, reading: Reading) -> None:
+        self._tree = tree
+        self._column = column
+        self._reading = reading
+        self._metadata: dict[str, str] = {}
+        """Name of the metadata file of each folder that has one."""
+        self._annotations: list[tuple[str, _Metadata]] = []
 
-def _entries(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
-    """Pictures, other files and folders in a folder, sorted by name, without hidden ones and links upwards."""
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    folders = [entry for entry in entries if entry.is_dir()]
-    files = [entry for entry in entries if entry.is_file()]
-    return (
-        [file for file in files if _is_picture(file)],
-        [file for file in files if not _is_picture(file)],
-        [one for one in folders if not (one.is_symlink() and folder.resolve().is_relative_to(one.resolve()))],
-    )
+    def rows(self) -> Iterator[Row]:
+        """The rows of all pictures."""
+        if self._column != NO_CAPTIONS:
+            self._find_metadata()
+        yield from self._rows_of("", [])
+        for file, one in self._annotations:
+            _count_unmatched(self._tree.place(file), one, self._reading)
 
+    def _find_metadata(self) -> None:
+        """Look for the files that hold captions of many pictures."""
+        patterns, annotations = (*_ANNOTATIONS, *_TOKENS, *_TABLES), list[str]()
+        for file in self._tree.files():
+            folder, _, name = file.rpartition("/")
+            if name in METADATA:
+                self._metadata[folder] = min(name, self._metadata.get(folder, name), key=METADATA.index)
+            elif any(fnmatch(name, pattern) for pattern in patterns):
+                annotations.append(file)
+        for file in sorted(annotations, key=_files_before_folders):
+            self._annotations.append((file, _read_annotations(self._tree.place(file), self._reading)))
 
-def _captioned(
-    folder: Path, above: list[tuple[Path, _Metadata]], annotations: list[_Metadata], column: str, reading: Reading
-) -> Iterator[tuple[Path, list[str]]]:
-    """Every picture with its captions in metadata files, which may be none."""
-    pictures, _, folders = _entries(folder)
-    own = next((folder / name for name in METADATA if column != NO_CAPTIONS and (folder / name).is_file()), None)
-    metadata = [(folder, _read_metadata(own, column, reading))] if own else []
-    nearest_first = [*metadata, *above]
-    for picture in pictures:
+    def _rows_of(self, folder: str, above: list[tuple[str, _Metadata]]) -> Iterator[Row]:
+        """The rows of the pictures in a folder and below it.
+
+        Args:
+            folder: The folder.
+            above: Metadata of the folders above it, the nearest first.
+        """
+        metadata: list[tuple[str, _Metadata]] = []
+        own = _joined(folder, self._metadata.get(folder, ""))
+        if folder in self._metadata:
+            metadata = [(folder, _read_metadata(self._tree.place(own), self._column, self._reading))]
+        folders: list[str] = []
+        for names in self._groups(folder, folders):
+            yield from self._rows_of_files(folder, names, [*metadata, *above])
+        for name in folders:
+            yield from self._rows_of(_joined(folder, name), [*metadata, *above])
+        for _, one in metadata:
+            _count_unmatched(self._tree.place(own), one, self._reading)
+
+    def _groups(self, folder: str, folders: list[str]) -> Iterator[list[str]]:
+        """Names of a folder's files; those that are equal up to their first dot come together.
+
+        Args:
+            folder: The folder.
+            folders: Receives the names of its sub-folders.
+        """
+        kept: list[str] = []
+        for page in self._tree.pages(folder):
+            folders += [name for name in page.folders if name]
+            if "" in page.folders:
+                where = f"{self._tree.place(folder).rstrip('/')}//"
+                self._reading.malformed(0, "a folder without a name is left out: rename what is in it", where)
+            kept += page.files
+            last = kept[-1].partition(".")[0] if kept else ""  # more of them may be on the next page
+            yield [name for name in kept if name.partition(".")[0] != last]
+            kept = [name for name in kept if name.partition(".")[0] == last]
+        yield kept
+
+    def _rows_of_files(
+        self, folder: str, names: list[str], nearest_first: list[tuple[str, _Metadata]]
+    ) -> Iterator[Row]:
+        pictures, others = [name for name in names if _is_picture(name)], set(names)
+        for start in range(0, len(pictures), _SIDECARS_AT_ONCE):
+            some = pictures[start : start + _SIDECARS_AT_ONCE]
+            captions = {one: self._captions_of(_joined(folder, one), folder, nearest_first) for one in some}
+            sidecars = {one: name for one in some if not captions[one] and (name := _sidecar_of(one, others))}
+            contents = self._tree.read([_joined(folder, name) for name in sidecars.values()])
+            texts = dict(zip(sidecars, contents, strict=True))
+            for picture in some:
+                file, source = _joined(folder, picture), "metadata"
+                if picture in sidecars:
+                    source = "sidecar"
+                    captions[picture] = self._caption_in(sidecars[picture], texts[picture], file)
+                elif not captions[picture]:
+                    source = "name"
+                    captions[picture] = [_caption_by_name(picture)]
+                if captions[picture]:
+                    url = self._tree.url(file)
+                    yield from ((url, caption, source) for caption in captions[picture])
+
+    def _caption_in(self, sidecar: str, content: bytes, picture: str) -> list[str]:
+        """The caption in the file next to a picture; none if it cannot be read."""
+        try:
+            return [_caption_in(sidecar, content)]
+        except ValueError as error:
+            self._reading.malformed(0, str(error), self._tree.place(picture))
+            return []
+
+    def _captions_of(self, picture: str, folder: str, nearest_first: list[tuple[str, _Metadata]]) -> list[str]:
+        """Captions of a picture in metadata files and annotations; may be none."""
         captions = next((texts for place, one in nearest_first if (texts := one.find(picture, place))), [])
-        yield picture, captions or [caption for one in annotations for caption in one.find(picture, folder)]
-    for entry in folders:
-        yield from _captioned(entry, nearest_first, annotations, column, reading)
-    for _, one in metadata:
-        _count_unmatched(own or folder, one, reading)
+        return captions or [caption for _, one in self._annotations for caption in one.find(picture, folder)]
 
 
-def _count_unmatched(file: Path, metadata: _Metadata, reading: Reading) -> None:
+def _count_unmatched(file: str, metadata: _Metadata, reading: Reading) -> None:
     """Count the names in a metadata file that no picture has, and give the first as an example."""
     unmatched = [name for name in metadata.captions if name not in metadata.matched]
     reading.notes["metadata_without_picture"] += len(unmatched)
     if unmatched:
-        reading.name(0, f"names {len(unmatched)} files that are no pictures here, such as {unmatched[0]}", str(file))
+        reading.name(0, f"names {len(unmatched)} files that are no pictures here, such as {unmatched[0]}", file)
 
 
-def _is_picture(file: Path) -> bool:
-    return file.suffix.lower() in PICTURE_SUFFIXES
+def _is_picture(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in PICTURE_SUFFIXES
 
 
-def _table(rows: list[tuple[str, str, str]]) -> pa.Table:
+def _joined(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _files_before_folders(file: str) -> list[tuple[bool, str]]:
+    """The place of a file in the order of the rows."""
+    *folders, name = file.split("/")
+    return [*((True, folder) for folder in folders), (False, name)]
+
+
+def _table(rows: Sequence[Row]) -> pa.Table:
     names = ("url", "caption", "caption_source")
     columns = zip(*rows, strict=True) if rows else [[]] * len(names)
     return pa.table({name: pa.array(values, pa.string()) for name, values in zip(names, columns, strict=True)})
 
 
-def _read_metadata(file: Path, caption_column: str, reading: Reading) -> _Metadata:
-    names = list_columns(str(file))
-    name_column = find_column(names, "", NAME_COLUMNS, str(file))
-    caption = find_column(names, caption_column, CAPTION_COLUMNS, str(file))
+def _read_metadata(file: str, caption_column: str, reading: Reading) -> _Metadata:
+    names = file_columns(file)
+    name_column = find_column(names, "", NAME_COLUMNS, file)
+    caption = find_column(names, caption_column, CAPTION_COLUMNS, file)
     metadata, own_reading = _Metadata(), Reading()
-    for table in read_span(Span(str(file)), ListColumns(name_column, caption), own_reading):
+    for table in read_span(Span(file), ListColumns(name_column, caption), own_reading):
         for name, text in zip(table.column("url").to_pylist(), table.column("caption").to_pylist(), strict=True):
             if name:
                 metadata.add(name, text)
@@ -199,16 +276,11 @@ def _take_over(reading: Reading, own_reading: Reading) -> None:
         reading.name(example.line, example.reason, example.file)
 
 
-def _annotation_files(folder: Path) -> list[Path]:
-    patterns = (*_ANNOTATIONS, *_TOKENS, *_TABLES)
-    return [file for _, _, files in _walk(folder) for file in files if any(fnmatch(file.name, one) for one in patterns)]
-
-
-def _read_annotations(file: Path, reading: Reading) -> _Metadata:
+def _read_annotations(file: str, reading: Reading) -> _Metadata:
     metadata, own_reading = _Metadata(by_name_alone=True), Reading()
-    own_reading.begin(str(file))
-    with explain_damage(str(file)), open_text(str(file)) as stream:
-        if file.suffix == ".json":
+    own_reading.begin(file)
+    with explain_damage(file), open_text(file) as stream:
+        if file.endswith(".json"):
             records = (
                 (record.get("file_name"), record.get("caption")) for _, record in json_records(stream, own_reading)
             )
@@ -221,53 +293,50 @@ def _read_annotations(file: Path, reading: Reading) -> _Metadata:
     return metadata
 
 
-def _annotation_lines(file: Path, lines: Iterator[tuple[int, str]], own_reading: Reading) -> Iterator[tuple[str, str]]:
+def _annotation_lines(file: str, lines: Iterator[tuple[int, str]], own_reading: Reading) -> Iterator[tuple[str, str]]:
     """Names and captions: ``image,caption``, ``image| number| caption`` or ``image#number<TAB>caption``."""
-    delimiter = _TABLES.get(file.name, "\t")
+    delimiter = _TABLES.get(file.rpartition("/")[2], "\t")
     if delimiter == ",":
         records = csv_records(lines, own_reading)
     else:
         records = ((number, line.strip().split(delimiter)) for number, line in lines if line.strip())
     for number, cells in records:
         name = cells[0].partition("#")[0].strip()
-        if len(cells) > 1 and Path(name).suffix.lower() in PICTURE_SUFFIXES:
+        if len(cells) > 1 and _is_picture(name):
             yield name, cells[-1]
         elif number > 1:  # the first line may be a header
             own_reading.malformed(number, "no name of a picture with a caption")
 
 
-def _caption_of(file: Path) -> tuple[str, str]:
-    for suffix in (".txt", ".caption"):
-        sidecar = file.with_suffix(suffix)
-        if sidecar.is_file():
-            return _read_text(sidecar).strip(), "sidecar"
-    sidecar = file.with_suffix(".json")
-    if sidecar.is_file():
-        return _caption_in_json(sidecar), "sidecar"
-    words = re.sub(r"[^\w]+|_+", " ", file.stem).strip()
-    return re.sub(r"\s*\d+$", "", words) or words, "name"
+def _sidecar_of(picture: str, names: set[str]) -> str:
+    """The file next to a picture that holds its caption; empty if there is none."""
+    stem = PurePosixPath(picture).stem
+    return next((stem + suffix for suffix in _SIDECARS if stem + suffix in names), "")
 
 
-def _caption_in_json(sidecar: Path) -> str:
+def _caption_by_name(picture: str) -> str:
+    words = re.sub(r"[^\w]+|_+", " ", PurePosixPath(picture).stem).strip()
+    return re.sub(r"\s*\d+$", "", words) or words
+
+
+def _caption_in(sidecar: str, content: bytes) -> str:
     try:
-        value: Any = json.loads(_read_text(sidecar))
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{sidecar} is not UTF-8 ({error.reason} at byte {error.start})") from None
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return _caption_in_json(sidecar, text) if sidecar.endswith(".json") else text.strip()
+
+
+def _caption_in_json(sidecar: str, text: str) -> str:
+    try:
+        value: Any = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{sidecar.name} is no JSON ({error})") from None
+        raise ValueError(f"{sidecar} is no JSON ({error})") from None
     names = [name for name in CAPTION_COLUMNS if isinstance(value, dict) and isinstance(value.get(name), str)]
     if not names:
-        raise ValueError(f"{sidecar.name} has no text under {', '.join(CAPTION_COLUMNS)}")
-    return _whole(value[names[0]], sidecar)
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file.name} is not UTF-8 ({error.reason} at byte {error.start})") from None
-
-
-def _whole(text: str, sidecar: Path) -> str:
-    """Refuse half of a surrogate pair."""
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError(f"{sidecar.name} holds half of a surrogate pair, which is no character")
-    return text
+        raise ValueError(f"{sidecar} has no text under {', '.join(CAPTION_COLUMNS)}")
+    caption = str(value[names[0]])
+    if any("\ud800" <= letter <= "\udfff" for letter in caption):
+        raise ValueError(f"{sidecar} holds half of a surrogate pair, which is no character")
+    return caption

@@ -78,7 +78,15 @@ def list_columns(path: str) -> list[str]:
     Raises:
         DataError: If the file cannot be read.
     """
-    uri = list_files(path)[0].uri
+    return file_columns(list_files(path)[0].uri)
+
+
+def file_columns(uri: str) -> list[str]:
+    """``list_columns`` of one file, whose name is no pattern.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
     with explain_damage(uri):
         return _column_names(uri)
 

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pyarrow as pa
 
@@ -73,7 +72,7 @@ class Source:
         if config.source == "drawn":
             yield from drawn_batches(config.drawn, self.seed)
         elif config.source == "folder":
-            yield from read_folder(Path(config.path), config.caption_column, reading)
+            yield from read_folder(config.path, config.caption_column, reading)
         elif config.source == "shards":
             reading.begin(piece[0].uri)
             with explain_damage(piece[0].uri), local_copy(piece[0].uri) as tar:
@@ -149,7 +148,7 @@ def _count_one(config: PairsConfig) -> int:
     if config.source == "shards":
         count = count_samples(config.path)
     else:
-        count = count_list_rows(config.path) if config.source == "list" else count_pictures(Path(config.path))
+        count = count_list_rows(config.path) if config.source == "list" else count_pictures(config.path)
     return min(count, config.max_pairs or count)
 
 

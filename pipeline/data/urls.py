@@ -107,12 +107,14 @@ class AddressRules:
 
     Args:
         networks: Networks (CIDR) that are allowed beside the public internet, such as ``127.0.0.1/32``.
-        folders: Folders whose files ``file:`` URLs may name; ``/`` allows all.
+        folders: Folders whose files URLs may name: ``file:`` URLs those of a path (``/`` allows all), others those of a
+            URI, such as ``s3://bucket/folder``.
     """
 
     def __init__(self, networks: Sequence[str] = (), folders: Sequence[str] = ()) -> None:
         self._networks = [ipaddress.ip_network(network) for network in networks]
-        self._folders = [Path(folder).resolve() for folder in folders]
+        self._folders = [Path(folder).resolve() for folder in folders if "://" not in folder]
+        self._stored = [folder.rstrip("/") for folder in folders if "://" in folder]
 
     def allows(self, address: str) -> bool:
         """Whether a connection to an IP address is allowed."""
@@ -147,6 +149,22 @@ class AddressRules:
         resolved = path.resolve()
         if not any(resolved.is_relative_to(folder) for folder in self._folders):
             raise FetchError("scheme", "file: URLs are not fetched; download.allowed_folders allows a folder")
+
+    def stored(self, text: str) -> tuple[str, str] | None:
+        """The allowed folder of a store that a URL is in, and its path from there; None: it is of no such store.
+
+        Raises:
+            FetchError: If it is of a store of which other folders are allowed.
+        """
+        scheme, _, rest = text.partition("://")
+        if not any(folder.startswith(f"{scheme}://") for folder in self._stored):
+            return None
+        # A server, or what is on the way to it, may resolve dots.
+        if not {"", ".", ".."} & set(rest.split("/")):
+            for folder in self._stored:
+                if text.startswith(f"{folder}/"):
+                    return folder, text[len(folder) + 1 :]
+        raise FetchError("scheme", f"{scheme}: URLs are not fetched outside of the folders that the recipe names")
 
 
 def refused_address(address: str) -> FetchError:

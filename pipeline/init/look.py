@@ -2,20 +2,20 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 import pyarrow.compute
 
 from pipeline.data.captions import MOST_CAPTIONS
-from pipeline.data.folders import PICTURE_SUFFIXES, has_pictures
+from pipeline.data.folders import has_pictures
 from pipeline.data.list_columns import CAPTION_COLUMNS, NO_CAPTIONS, URL_COLUMNS, find_column
 from pipeline.data.lists import format_of, list_columns, list_files
 from pipeline.data.reading import Reading, name_examples
 from pipeline.data.sources import Source, count_pairs
 from pipeline.errors import ConfigError, DataError
-from pipeline.recipe.pairs_sections import FOLDERS_ARE_HERE, PairsConfig
-from pipeline.workspace.files import exists, find_files, is_remote
+from pipeline.recipe.pairs_sections import PairsConfig
+from pipeline.workspace.files import exists, find_files
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported
 _MOST_ROWS = 100_000
@@ -75,13 +75,11 @@ def _section(source: str, url_column: str, caption_column: str) -> tuple[PairsCo
     """The pairs section of a source, and what it holds, for a person."""
     if not exists(source):
         raise ConfigError(f"{source}: no such list or folder")
-    if Path(source).is_dir() and has_pictures(Path(source)):
+    if has_pictures(source):
         return PairsConfig(source="folder", path=source, caption_column=caption_column), "pictures in a folder"
     suffixes = {PurePath(file.uri).suffix.lower() for file in find_files(source)}
     if ".tar" in suffixes:
         return PairsConfig(source="shards", path=source), "pictures in shards (*.tar), which are taken in as they are"
-    if is_remote(source) and suffixes & PICTURE_SUFFIXES:
-        raise ConfigError(f"{source}: {FOLDERS_ARE_HERE}")
     names = list_columns(source)
     url = _find(names, url_column, URL_COLUMNS, source, "name one with --url-column")
     if caption_column == NO_CAPTIONS or format_of(list_files(source)[0].uri) == "txt":

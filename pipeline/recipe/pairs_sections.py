@@ -39,10 +39,7 @@ class PairsList:
     """How often a training sees a row of the list in one epoch."""
 
 
-FOLDERS_ARE_HERE = (
-    "pictures in a folder are read from a disk that every worker has; copy the folder there, or put the pictures into "
-    "shards (*.tar), which may stay where they are"
-)
+_NO_FOLDERS = ("http://", "https://", "file://")
 
 
 @configclass
@@ -55,7 +52,7 @@ class PairsConfig(StepSection):
     path: str = ""
     """The list (txt, csv, tsv, json, jsonl, ndjson, each also .gz or .zst, or parquet), a folder of its parts, or a
     pattern such as data/*.parquet; here or under s3://, gs://, https://. Or the folder of shards, there too, or of
-    pictures, on a disk that every worker has."""
+    pictures: on a disk that every worker has, or under s3://, gs://, az://."""
     url_column: str = ""
     """Column that holds the URL (list); empty: found by its name."""
     caption_column: str = ""
@@ -79,8 +76,10 @@ class PairsConfig(StepSection):
         elif self.source != "drawn" and not self.path:
             raise ValueError(f"path is required when source is {self.source!r}")
         for path in (one.path for one in self.each()):
-            if self.source == "folder" and "://" in path:
-                raise ValueError(f"{path}: {FOLDERS_ARE_HERE}")
+            if self.source == "folder" and path.startswith(_NO_FOLDERS):
+                raise ValueError(
+                    f"{path}: a folder of pictures is here or in a store (s3://, gs://, az://): web servers list none"
+                )
 
     def _check_lists(self) -> None:
         if self.source == "drawn":
@@ -123,5 +122,7 @@ class PairsConfig(StepSection):
         return (".tar",) if self.source == "shards" else ()
 
     def path_in_key(self, path: str) -> str:
-        """A folder's absolute path, because the URLs of its pictures contain it."""
-        return str(Path(path).resolve()) if self.source == "folder" else ""
+        """A folder's absolute path or URI, because the URLs of its pictures contain it."""
+        if self.source != "folder":
+            return ""
+        return path.rstrip("/") if "://" in path else str(Path(path).resolve())

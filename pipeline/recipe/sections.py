@@ -134,7 +134,8 @@ class DownloadConfig(StepSection):
     allowed_networks: tuple[str, ...] = ()
     """Networks that URLs may reach beside the public internet, such as "10.0.0.0/8". The demo's server is allowed."""
     allowed_folders: tuple[str, ...] = ()
-    """Folders of the workers whose files a list may name by file: URLs. A folder source needs none."""
+    """Folders whose files a list may name: of the workers' disks by file: URLs, of a store by their URIs, such as
+    "s3://bucket/pictures". A folder source needs none."""
     compute_hash: Literal["sha256", "md5", "sha512", "none"] = "sha256"
     """Checksum of the downloaded file, stored under this name."""
     hash_column: str = ""

@@ -13,7 +13,7 @@ from collections.abc import Collection, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.workspace.files import UserFile, find_files, is_remote
+from pipeline.workspace.files import UserFile, find_files, is_remote, remote_files
 
 _BLOCK_BYTES = 1 << 20
 _THREADS = 8
@@ -35,12 +35,17 @@ def fingerprint(uri: str, sizes_only: Collection[str] = ()) -> str:
         uri: Path or URI.
         sizes_only: Suffixes of files whose size stands for their content.
     """
+    digest = hashlib.sha256()
+    if is_remote(uri):  # as they are listed: there may be a hundred million
+        for file in remote_files(uri):
+            digest.update(f"{file.uri}\0{file.num_bytes} {file.stamp}\0".encode(errors="surrogateescape"))
+        return digest.hexdigest()[:16]
     files = find_files(uri)
-    if not is_remote(uri) and len(files) == 1 and Path(uri.removeprefix("file://")).is_file():
+    if len(files) == 1 and Path(uri.removeprefix("file://")).is_file():
         return _contents([files[0].uri])[0][:16]
-    read = [file for file in files if not is_remote(file.uri) and not _has_suffix(file, sizes_only)]
-    contents = dict(zip((file.uri for file in read), _contents([file.uri for file in read]), strict=True))
-    root, digest = os.path.commonpath([file.uri for file in files]) if files else "", hashlib.sha256()
+    read = [file.uri for file in files if not _has_suffix(file, sizes_only)]
+    contents = dict(zip(read, _contents(read), strict=True))
+    root = os.path.commonpath([file.uri for file in files]) if files else ""
     for file in files:
         content = contents.get(file.uri) or f"{file.num_bytes} {file.stamp}"
         digest.update(f"{file.uri.removeprefix(root)}\0{content}\0".encode(errors="surrogateescape"))
@@ -51,7 +56,7 @@ def unseen_files(uri: str, sizes_only: Collection[str] = ()) -> list[str]:
     """Files whose content is not part of ``fingerprint``, because only their size is known."""
     return [
         file.uri
-        for file in (find_files(uri) if is_remote(uri) or sizes_only else [])
+        for file in (remote_files(uri) if is_remote(uri) else find_files(uri) if sizes_only else [])
         if _has_suffix(file, sizes_only) or (is_remote(file.uri) and not file.stamp)
     ]
 

@@ -8,10 +8,10 @@ import contextlib
 import glob
 import os
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from pipeline.workspace.objects import ObjectStore, stamp_of
 
@@ -46,7 +46,8 @@ def exists(uri: str) -> bool:
     if not is_remote(uri):
         path = _local(uri)
         return Path(path).exists() or bool(_matching(path))
-    return bool(find_files(uri))
+    store = ObjectStore(uri)
+    return bool(store.glob(store.path)) if _PATTERN & set(store.path) else store.info(store.path) is not None
 
 
 def find_files(uri: str) -> list[UserFile]:
@@ -57,7 +58,7 @@ def find_files(uri: str) -> list[UserFile]:
         DataError: If the store does not answer.
     """
     if is_remote(uri):
-        return _find_remote(uri)
+        return list(remote_files(uri))
     path = _local(uri)
     if Path(path).is_file():
         names = [path]
@@ -72,6 +73,21 @@ def find_files(uri: str) -> list[UserFile]:
     else:
         names = [name for name in _matching(path) if Path(name).is_file()]
     return [UserFile(name, Path(name).stat().st_size, "") for name in sorted(names) if Path(name).is_file()]
+
+
+def remote_files(uri: str) -> Iterator[UserFile]:
+    """``find_files`` of a store, one after the other: of a folder on S3, a thousand are in memory at a time.
+
+    Raises:
+        ConfigError: If a package for this kind of store is missing.
+        DataError: If the store does not answer.
+    """
+    store = ObjectStore(uri)
+    for infos in _remote_infos(store):
+        for info in infos:
+            name = str(info["name"])
+            if not any(part.startswith(".") for part in name[len(store.path) :].split("/")):
+                yield UserFile(store.unstrip_protocol(name), int(info.get("size") or 0), stamp_of(info))
 
 
 def open_file(uri: str) -> IO[bytes]:
@@ -99,25 +115,27 @@ def local_copy(uri: str) -> Generator[Path]:
         yield target
 
 
-def _find_remote(uri: str) -> list[UserFile]:
-    store = ObjectStore(uri)
-    path, info = store.path, None if _PATTERN & set(store.path) else store.info(store.path)
+def _remote_infos(store: ObjectStore) -> Iterator[list[dict[str, Any]]]:
+    """What a store says of the file, or of the files of a folder or a pattern, sorted by name."""
+    path = store.path
     if _PATTERN & set(path):
-        infos = store.glob(path)
-    elif info is None:
-        return []
-    else:
-        infos = store.find(path) if info.get("type") == "directory" else {path: info}
-    names = [name for name, info in infos.items() if info.get("type") != "directory"]
-    visible = [name for name in names if not any(part.startswith(".") for part in name[len(path) :].split("/"))]
-    return [
-        UserFile(
-            store.unstrip_protocol(name),
-            int(infos[name].get("size") or 0),
-            stamp_of(infos[name]),
-        )
-        for name in sorted(visible)
-    ]
+        matching = store.glob(path)
+        yield [
+            matching[name] | {"name": name} for name in sorted(matching) if matching[name].get("type") != "directory"
+        ]
+        return
+    info = store.info(path)
+    if info is None:
+        return
+    if info.get("type") != "directory":
+        yield [info | {"name": path}]
+        return
+    start = ""
+    while True:
+        infos, start = store.page(path, start, deep=True)
+        yield infos
+        if not start:
+            return
 
 
 def _matching(pattern: str) -> list[str]:

@@ -54,6 +54,8 @@ _NO_CONNECTION = frozenset(
         "TimeoutError",
     }
 )
+_REFUSED_FILE = frozenset({"403", "AccessDenied", "InvalidObjectState"})  # the last is archived
+"""What S3 answers with 403 about one file; its other codes are about the credentials."""
 _MOST_SKEW_S = 900.0
 """S3 refuses what is signed with a time that is off by so much; it passes when the machine's clock is set right."""
 _PASSING_ERRNOS = frozenset({errno.EREMOTEIO, errno.EBUSY})  # s3fs's numbers for 500 and 503
@@ -103,6 +105,7 @@ class ObjectStore:
         except ValueError as error:
             raise ConfigError(f"{uri}: {error}") from None
         self.path = str(path)
+        self.is_s3 = self._kind == "s3"
         # s3fs would ask for the size first, to read a large file in several requests.
         self._one_request = {"max_concurrency": 1} if self._kind == "s3" else {}
         self._name = f"{self._scheme}://{self.path.strip('/').partition('/')[0]}"
@@ -145,6 +148,34 @@ class ObjectStore:
     def find(self, path: str) -> dict[str, dict[str, Any]]:
         """All files below a folder at any depth, by path."""
         return self._ask(lambda: cast("dict[str, dict[str, Any]]", self._files.find(path, detail=True)), missing={})
+
+    def page(self, path: str, start: str = "", *, deep: bool = False) -> tuple[list[dict[str, Any]], str]:
+        """Some of what is in a folder, sorted by path, as ``info`` describes it.
+
+        S3 gives a thousand entries. Other drivers have no pages: they give the whole folder.
+
+        Args:
+            path: The folder; one that is not there is empty.
+            start: What the call before returned; empty: from the beginning.
+            deep: The files at any depth, in place of the folder's own files and folders.
+
+        Returns:
+            The entries, and where the next ones start; empty: these were the last.
+        """
+        if not self.is_s3:
+            entries = list(self.find(path).values()) if deep else self._ask(lambda: self._files.ls(path), missing=[])
+            return sorted(entries, key=lambda entry: str(entry["name"])), ""
+        bucket, _, prefix = path.strip("/").partition("/")
+        request: Json = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "Delimiter": "" if deep else "/"}
+        request |= {"MaxKeys": _BATCH} | ({"ContinuationToken": start} if start else {})
+        files = self._files
+        page: Json = self._ask(lambda: files.call_s3("list_objects_v2", files.req_kw, **request), missing={})
+        found = [
+            entry | {"name": f"{bucket}/{entry['Key']}", "size": entry["Size"]} for entry in page.get("Contents", [])
+        ]
+        folders = [f"{bucket}/{entry['Prefix'][:-1]}" for entry in page.get("CommonPrefixes", [])]
+        found += [{"name": name, "size": 0, "type": "directory"} for name in folders]
+        return sorted(found, key=lambda entry: entry["name"]), page.get("NextContinuationToken", "")
 
     def glob(self, pattern: str) -> dict[str, dict[str, Any]]:
         """What matches a pattern, by path."""
@@ -299,6 +330,37 @@ class ObjectStore:
                 return
             request |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
+    def driver(self, num_connections: int, timeout_s: float) -> Any:
+        """A file system of fsspec of its own, for many files at once by somebody who tries again himself.
+
+        On S3 a request is then made once. The other drivers have a few tries of their own.
+
+        Args:
+            num_connections: Most requests at once.
+            timeout_s: Longest wait for one network operation, in seconds.
+        """
+        files = fsspec.url_to_fs(self._uri, use_listings_cache=False, skip_instance_cache=True)[0]
+        if self.is_s3:
+            files.retries = 1
+            files.config_kwargs = files.config_kwargs | {
+                "retries": {"total_max_attempts": 1},
+                "max_pool_connections": num_connections,
+                "connect_timeout": timeout_s,
+                "read_timeout": timeout_s,
+            }
+        return files
+
+    def fault_of_all(self, error: Exception) -> Exception | None:
+        """What a person is told of a driver's error that any file of the store has: no credentials, or a wrong clock.
+
+        None if it is of one file, or may pass.
+        """
+        names = {cls.__name__ for cls in type(error).__mro__}
+        code = str(_response_of(error).get("Error", {}).get("Code", ""))
+        is_refused = isinstance(error, PermissionError)
+        is_of_one = (not code or code in _REFUSED_FILE) if is_refused else not names & _NO_CREDENTIALS
+        return None if is_of_one and not _is_of_wrong_clock(error) else self._explained(error)
+
     def unstrip_protocol(self, path: str) -> str:
         """The URI of a path."""
         return str(self._files.unstrip_protocol(path))
@@ -381,14 +443,26 @@ def stamp_of(info: dict[str, Any]) -> str:
 
 def _is_of_wrong_clock(error: Exception) -> bool:
     """Whether a store refuses a request because this machine's time is wrong; the answer has the store's own."""
-    response: Any = getattr(error.__cause__, "response", None) or getattr(error, "response", None)
-    if not isinstance(response, dict):
-        return False
-    facts: Json = cast("Json", response).get("ResponseMetadata", {})
+    facts: Json = _response_of(error).get("ResponseMetadata", {})
     date: str = facts.get("HTTPHeaders", {}).get("date", "")
     if facts.get("HTTPStatusCode") != 403 or not date:
         return False
     return abs(email.utils.parsedate_to_datetime(date).timestamp() - time.time()) > _MOST_SKEW_S
+
+
+def _response_of(error: Exception) -> Json:
+    """What botocore says of an answer; empty if the error has none."""
+    responses: list[Any] = [getattr(one, "response", None) for one in (error.__cause__, error)]
+    return next((cast("Json", response) for response in responses if isinstance(response, dict)), {})
+
+
+def status_of(error: Exception) -> int:
+    """The HTTP status of a driver's error; 0 if it has none."""
+    status: Any = _response_of(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    status = status or getattr(error, "status", 0)  # aiohttp's ClientResponseError
+    status = status or getattr(error, "status_code", 0)  # azure's HttpResponseError
+    code = str(getattr(error, "code", ""))  # gcsfs's HttpError
+    return status if isinstance(status, int) and status else int(code) if code.isdigit() else 0
 
 
 def _passes(error: Exception) -> bool:

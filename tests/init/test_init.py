@@ -51,13 +51,17 @@ def test_write_recipe_takes_a_folder_of_pictures(tmp_path: Path) -> None:
     assert recipe.clip.train.batch_size == 4
 
 
-def test_write_recipe_refuses_a_folder_of_pictures_that_no_worker_has_on_its_disk(tmp_path: Path) -> None:
+def test_write_recipe_takes_a_folder_of_pictures_in_a_store(tmp_path: Path) -> None:
     store, out = fsspec.filesystem("memory"), tmp_path / "mine.toml"
     store.pipe("/photographs/train/0001.png", make_picture(0, kind="PNG"))
-    store.pipe("/photographs/metadata.csv", b"file_name,text\ntrain/0001.png,a red house\n")
-    with pytest.raises(ConfigError, match=r"memory://photographs: pictures in a folder are .*copy the folder"):
-        write_recipe("memory://photographs", str(out), gpu=False)
-    assert not out.exists()
+    store.pipe("/photographs/metadata.csv", b"file_name,text\ntrain/0001.png,a red house\n../0002.png,outside\n")
+    store.pipe("/photographs/.hidden/0002.png", b"")
+    summary = write_recipe("memory://photographs/", str(out), gpu=False)
+    assert summary.startswith("1 pictures in a folder")
+    assert "captions: 1 from metadata files" in summary
+    assert "1 names in metadata files are no pictures here" in summary
+    recipe = load_recipe(out)
+    assert (recipe.pairs.source, recipe.pairs.path) == ("folder", "memory://photographs/")
 
 
 def test_write_recipe_sizes_a_cpu_cascade_that_fits_together(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_load_recipe_round_trips_through_resolved_json(tmp_path: Path) -> None:
         ({"prior": {"train": {"num_steps": 1.5}}}, ["prior.train.num_steps"]),
         ({"seed": True}, ["seed"]),
         ({"pairs": {"source": "list"}}, ["pairs", "path is required"]),
-        ({"pairs": {"source": "folder", "path": "s3://a/b"}}, ["pairs", "s3://a/b", "copy the folder"]),
+        ({"pairs": {"source": "folder", "path": "https://a/b"}}, ["pairs", "https://a/b", "s3://", "web servers"]),
         ({"pairs": {"source": "ftp"}}, ["pairs.source", "'list'"]),
         ({"download": {"image_px": 8}}, ["decoder.model.image_px", "download.image_px"]),
         (
