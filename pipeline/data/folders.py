@@ -9,9 +9,9 @@ The captions of a picture are the first of these:
 2. The file next to it with its name and ``.txt``, ``.caption`` or ``.json``.
 3. The words of its file name.
 
-In memory are the captions of the metadata files and annotations that a picture may be in (all rows of them), the names
-of a folder's sub-folders, and of its files those of a page (``pipeline.workspace.trees``), or as many as begin with the
-same letters up to their first dot: a picture and the file next to it are looked at together.
+In memory are the names of all metadata files, the captions of those files and annotations that a picture may be in,
+the names of a folder's sub-folders, and of its files those of a page (``pipeline.workspace.trees``), or as many as are
+equal up to their first dot: a picture and the file next to it are looked at together.
 """
 
 import json

@@ -47,7 +47,7 @@ def exists(uri: str) -> bool:
         path = _local(uri)
         return Path(path).exists() or bool(_matching(path))
     store = ObjectStore(uri)
-    return bool(store.glob(store.path)) if _PATTERN & set(store.path) else store.info(store.path) is not None
+    return bool(store.glob(store.path)) if _is_pattern(store) else store.info(store.path) is not None
 
 
 def find_files(uri: str) -> list[UserFile]:
@@ -118,7 +118,7 @@ def local_copy(uri: str) -> Generator[Path]:
 def _remote_infos(store: ObjectStore) -> Iterator[list[dict[str, Any]]]:
     """What a store says of the file, or of the files of a folder or a pattern, sorted by name."""
     path = store.path
-    if _PATTERN & set(path):
+    if _is_pattern(store):
         matching = store.glob(path)
         yield [
             matching[name] | {"name": name} for name in sorted(matching) if matching[name].get("type") != "directory"
@@ -136,6 +136,11 @@ def _remote_infos(store: ObjectStore) -> Iterator[list[dict[str, Any]]]:
         yield infos
         if not start:
             return
+
+
+def _is_pattern(store: ObjectStore) -> bool:
+    """Whether a path is a pattern; the name of a file or folder may have brackets, too."""
+    return bool(_PATTERN & set(store.path)) and ("*" in store.path or store.info(store.path) is None)
 
 
 def _matching(pattern: str) -> list[str]:

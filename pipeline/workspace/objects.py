@@ -208,11 +208,10 @@ class ObjectStore:
     def _cat_missing(self, paths: Sequence[str], contents: dict[str, bytes]) -> None:
         """Add the files to ``contents`` that are not in it yet, also if others of them fail."""
         missing = [path for path in paths if path not in contents]
-        answers: dict[str, bytes | Exception] = self._files.cat(missing, on_error="return", **self._one_request)
-        by_end = {path.lstrip("/"): answer for path, answer in answers.items()}
+        # Not `cat`, which takes a name with brackets for a pattern.
+        answers: list[bytes | Exception] = self._files.cat_ranges(missing, None, None, **self._one_request)
         errors = list[Exception]()
-        for path in missing:
-            answer = by_end[path.lstrip("/")]
+        for path, answer in zip(missing, answers, strict=True):
             if isinstance(answer, Exception):
                 errors.append(answer)
             else:

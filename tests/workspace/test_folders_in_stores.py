@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import fsspec
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
 from pipeline.data.causes import FetchError
 from pipeline.data.download import Downloader, address_rules
@@ -28,14 +30,19 @@ from pipeline.data.urls import AddressRules
 from pipeline.errors import ConfigError, DataError
 from pipeline.init.recipe import write_recipe
 from pipeline.recipe.pairs_sections import PairsConfig
-from pipeline.recipe.plan import make_plan, unseen_inputs
-from pipeline.recipe.recipe import load_recipe
+from pipeline.recipe.plan import artifact_of, make_plan, unseen_inputs
+from pipeline.recipe.recipe import load_recipe, parse_recipe
 from pipeline.recipe.sections import DownloadConfig
+from pipeline.runtime.context import StepContext
 from pipeline.workspace import objects
+from pipeline.workspace.digests import fingerprint
+from pipeline.workspace.files import find_files
 from pipeline.workspace.objects import ObjectStore
-from pipeline.workspace.store import Artifact
+from pipeline.workspace.store import Artifact, Workspace
 from tests.data.conftest import make_picture
 from tests.s3_server import S3Server
+from tests.tiny.recipe import tiny_tables
+from tests.tiny.steps_here import run_step, steps_here
 from tests.workspace.conftest import use
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported
@@ -70,6 +77,7 @@ _SIDECARS = {
     "c d.json": b'{"caption": "in json"}',
     "strange/1.txt": b"caf\xe9",
     "strange/2.json": b"{",
+    "a[1]/x.txt": b"brackets",
     "readme.md": b"no picture",
 }
 
@@ -97,7 +105,7 @@ def _rows(folder: str, column: str = "") -> tuple[list[tuple[str, str, str]], Re
     """The rows of a folder, by the names of the pictures in it, and what was counted."""
     reading = Reading()
     rows = [row for table in read_folder(folder, column, reading) for row in table.to_pylist()]
-    urls = [row["url"] if "s3://" in folder else unquote(row["url"].removeprefix("file://")) for row in rows]
+    urls = [row["url"] if "://" in folder else unquote(row["url"].removeprefix("file://")) for row in rows]
     assert all(url.startswith(f"{folder}/") for url in urls)
     names = [url.removeprefix(f"{folder}/") for url in urls]
     return [(name, row["caption"], row["caption_source"]) for name, row in zip(names, rows, strict=True)], reading
@@ -116,7 +124,7 @@ def test_a_folder_in_a_store_has_the_pairs_of_the_same_folder_on_a_disk(
     there, reading_there = _rows(f"{bucket}/my pictures", column)
     assert there == here
     sources = Counter(source for _, _, source in here)
-    assert sources == ({"metadata": 7, "sidecar": 3, "name": 6} if not column else {"sidecar": 3, "name": 12})
+    assert sources == ({"metadata": 7, "sidecar": 4, "name": 5} if not column else {"sidecar": 4, "name": 11})
     assert (reading_there.counts, reading_there.notes) == (reading_here.counts, reading_here.notes)
     assert reading_here.counts == {"in": 2, "malformed": 2}  # strange/1.txt and strange/2.json
     examples = [one.replace(f"{bucket}/", f"{tmp_path}/") for one in name_examples([reading_there])]
@@ -320,12 +328,15 @@ def test_init_and_plan_know_a_folder_in_a_store_by_what_the_store_says_of_it(buc
     files = {f"train/{number}.jpg": make_picture(number) for number in range(12)}
     metadata = "file_name,text\n" + "".join(f"{number}.jpg,picture {number}\n" for number in range(12))
     _put(folder, files | {"train/metadata.csv": metadata.encode()})
+    _put(f"{bucket}/pictures [1]", {"1.jpg": b"", "2.jpg": b""})
+    assert (count_pictures(f"{bucket}/pictures [1]"), len(find_files(f"{bucket}/pictures [1]"))) == (2, 2)
     summary = write_recipe(folder, str(out), gpu=False)
     assert summary.startswith("12 pictures in a folder; sized for")
     assert "captions: 12 from metadata files" in summary
     recipe = load_recipe(out)
     assert (recipe.pairs.source, recipe.pairs.path) == ("folder", folder)
     keys = [make_plan(recipe)[0].key]
+    assert fingerprint(f"{bucket}/pictures [1]") != fingerprint(folder)  # the name of a folder, and no pattern
     keys.append(make_plan(replace(recipe, pairs=replace(recipe.pairs, path=f"{folder}/")))[0].key)
     assert keys[0] == keys[1]
     assert not unseen_inputs(recipe)
@@ -340,3 +351,47 @@ def test_init_and_plan_know_a_folder_in_a_store_by_what_the_store_says_of_it(buc
     rows = Pairs(output).read(0, 12, ["uid", "url", "caption"]).to_pylist()
     assert [row["uid"] for row in rows] == [make_uid(row["url"], row["caption"]) for row in rows]
     assert rows[1]["url"] == f"{folder}/train/1.jpg"
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_other_stores_give_a_folder_whole_and_a_picture_in_two_requests(
+    is_async: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _put_here(tmp_path / "pictures", _files())
+    for name, content in _files().items():
+        fsspec.filesystem("memory").pipe(f"/others/pictures/{name}", content)
+    if is_async:
+        driver = AsyncFileSystemWrapper(fsspec.filesystem("memory"), asynchronous=False)
+        monkeypatch.setattr(ObjectStore, "driver", lambda *_: driver)
+    assert _rows("memory://others/pictures")[0] == _rows(f"{tmp_path}/pictures")[0]
+    for name, result in [("b.JPEG", _files()["b.JPEG"]), ("missing.jpg", "file")]:
+        assert asyncio.run(_fetch(f"memory://others/pictures/{name}", _CONFIG)) == result
+    small = replace(_CONFIG, max_body_bytes=10)
+    assert asyncio.run(_fetch("memory://others/pictures/b.JPEG", small)) == "body-size"
+
+
+def test_the_steps_make_the_shards_of_the_same_folder_on_a_disk(
+    bucket: str, tmp_path: Path, s3_server: S3Server
+) -> None:
+    _put_here(tmp_path / "pictures", _files())
+    _put(f"{bucket}/pictures", _files())
+    tables: list[pa.Table] = []
+    with steps_here():
+        for place in (str(tmp_path), bucket):
+            pairs = {"source": "folder", "path": f"{place}/pictures"}
+            recipe = parse_recipe(tiny_tables(tmp_path / "w", pairs=pairs, download={"samples_per_shard": 100}))
+            s3_server.counted()
+            for step in make_plan(recipe)[:2]:
+                run_step(StepContext(recipe, step, recipe.workspace))
+            output = artifact_of(Workspace(recipe.workspace), make_plan(recipe)[1])
+            tables.append(pq.read_table(output.path("00000.parquet")))
+    names = ["key", "caption", "status", "width", "height", "original_width", "sha256"]
+    assert tables[0].select(names) == tables[1].select(names)
+    assert tables[1].column("status").to_pylist() == ["success"] * 16
+    requests = s3_server.counted()
+    pictures = Counter(
+        one.name for one in requests if one.kind == "GET" and Path(one.name).suffix in {".jpg", ".JPEG", ".webp"}
+    )
+    assert set(pictures.values()) == {1}
+    # A plan looks twice at all files, the pairs step three times, and at each folder.
+    assert sum(one.kind == "LIST" for one in requests) < 30
