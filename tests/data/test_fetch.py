@@ -389,7 +389,7 @@ def test_a_proxy_is_asked_for_the_rest(hostile: HostileServer, monkeypatch: pyte
 
 
 def test_large_bodies_leave_memory(hostile: HostileServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bodies, "_MEMORY_BYTES", 1000)
+    monkeypatch.setattr(bodies, "MEMORY_BYTES", 1000)
 
     async def run() -> bool:
         async with Fetcher(_CONFIG, AddressRules(_NEAR)) as fetcher:
