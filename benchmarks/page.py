@@ -9,6 +9,7 @@ FOLDER = Path(__file__).parent
 MODULES = {
     "train_step": "train_step",
     "train_step_dalle2": "train_step_dalle2",
+    "token_states": "token_states",
     "memory": "memory",
     "sharding": "sharding",
     "checkpoints": "checkpoints",

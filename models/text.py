@@ -59,6 +59,15 @@ class TextEncoding:
         return TextEncoding(self.pooled, F.pad(self.hidden, (0, 0, 0, extra)), mask, tokens)
 
 
+_LENGTH_MULTIPLE = 8
+"""Batches of captions are cut to a multiple of this many tokens, so that kernels see few different shapes."""
+
+
+def padded_length(longest: int, context_length: int) -> int:
+    """Tokens of a batch whose longest caption has ``longest``."""
+    return min(context_length, -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE)
+
+
 NUM_NULL_TOKENS = 2
 """Tokens of the empty caption: start and end of text."""
 

@@ -63,6 +63,17 @@ def load_clip(folder: Path) -> OpenClip:
         return build_clip(config["model_cfg"], config.get("preprocess_cfg", {}), state, source=f"local-dir:{folder}")
 
 
+def build_unloaded(folder: Path) -> OpenClip:
+    """Build a folder's CLIP with random weights from torch's global generator, without reading its own.
+
+    Raises:
+        ValueError: If the configuration is missing or unreadable.
+    """
+    with _name_folder(folder):
+        config = _read_config(folder)
+        return build_clip(config["model_cfg"], config.get("preprocess_cfg", {}), None, source=f"local-dir:{folder}")
+
+
 def load_inputs(folder: Path) -> ClipInputs:
     """Read how a folder's CLIP takes pictures and captions, without its weights.
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from models.clip_config import ClipDims
-from models.text import TextEncoding
+from models.text import TextEncoding, padded_length
 from pipeline.clip.library import TextTransformer, open_clip, text_global_pool
 from pipeline.clip.model import OpenClip
 from pipeline.errors import ConfigError
@@ -23,8 +23,6 @@ _NO_STATES = (
     "clip: the text tower of this CLIP has no causal states of CLIP's own tokens, and the prior and the decoder read "
     "them: it can embed and search, not train or sample; for that, choose a plain CLIP (for example ViT-L-14)"
 )
-_LENGTH_MULTIPLE = 8
-"""Batches of captions are cut to a multiple of this many tokens, so that kernels see few different shapes."""
 
 
 class FrozenText(nn.Module):
@@ -83,8 +81,7 @@ class FrozenText(nn.Module):
         if self.tower is None:
             raise ConfigError(_NO_STATES)
         mask = _token_mask(tokens, self.clip.tokenizer.eot_token_id)
-        longest = int(mask.sum(1).max())
-        length = min(tokens.shape[1], -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE)
+        length = padded_length(int(mask.sum(1).max()), tokens.shape[1])
         tokens = tokens[:, :length].to(self.device)
         hidden = self._hidden(self.tower, tokens).float()
         return TextEncoding(

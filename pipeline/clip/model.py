@@ -73,6 +73,17 @@ class OpenClip:
         del self.model.visual
         return replace(self, inputs=replace(self.inputs, model_config=config))
 
+    def without_text(self) -> OpenClip:
+        """The same CLIP with its image tower alone; the text tower of this one is gone, too."""
+        model: Any = self.model
+        for name in [name for name, _ in model.named_children() if name != "visual"]:
+            delattr(model, name)
+        for name in [name for name, _ in model.named_parameters(recurse=False) if not name.startswith("logit_")]:
+            delattr(model, name)
+        for name in [name for name, _ in model.named_buffers(recurse=False)]:
+            setattr(model, name, None)
+        return self
+
     def tokenize(self, captions: Sequence[str]) -> Int[Tensor, "B L"]:
         """See ``ClipInputs.tokenize``."""
         return self.inputs.tokenize(captions)
@@ -121,21 +132,22 @@ def describe_clip(name: str) -> OpenClip:
 
 
 def build_clip(
-    model_config: dict[str, Any], preprocess: dict[str, Any], state: dict[str, Tensor], source: str = ""
+    model_config: dict[str, Any], preprocess: dict[str, Any], state: dict[str, Tensor] | None, source: str = ""
 ) -> OpenClip:
     """Build a CLIP and load its weights.
 
     Args:
         model_config: open_clip's model configuration; without ``vision_cfg`` there is no image tower.
         preprocess: open_clip's preprocessing; OpenAI's values are the defaults.
-        state: Weights of the model.
+        state: Weights of the model; None: random ones.
         source: See ``ClipInputs``.
 
     Raises:
         RuntimeError: If the weights do not match the configuration.
     """
     clip = _assemble(model_config, preprocess, source)
-    clip.model.load_state_dict(state)
+    if state is not None:
+        clip.model.load_state_dict(state)
     return clip
 
 

@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from models.rows import concat_rows
-from models.text import TextEncoding
+from models.text import TextEncoding, padded_length
 from pipeline.data.mixture import Mixture
 from pipeline.data.order import WINDOW_ROWS, SampleOrder, Share
 from pipeline.data.shards import REPAIR_HINT, ShardPictures
+from pipeline.data.token_states import PackedText, read_states
 from pipeline.data.training_rows import ShardReader, ShardTable
 from pipeline.errors import DataError
 from pipeline.pictures import square
@@ -56,6 +57,8 @@ class Batch:
     """(B, D) in float16, as stored, or in float32, of length one; ``require_z_image`` gives the second."""
     negatives: tuple[str, ...] | None = None
     """Hard negatives of the captions."""
+    text: PackedText | None = None
+    """The captions as the embed step encoded them, if it stored that."""
 
     def __len__(self) -> int:
         return len(self.uids)
@@ -63,7 +66,8 @@ class Batch:
     @property
     def num_bytes(self) -> int:
         """Memory of its tensors."""
-        return sum(tensor.nbytes for tensor in (self.images, self.z_image) if tensor is not None)
+        tensors = sum(tensor.nbytes for tensor in (self.images, self.z_image) if tensor is not None)
+        return tensors + (0 if self.text is None else self.text.num_bytes)
 
     def rows(self, part: slice) -> Batch:
         """Some of the samples; shares their memory."""
@@ -74,7 +78,12 @@ class Batch:
             images=None if self.images is None else self.images[part],
             z_image=None if self.z_image is None else self.z_image[part],
             negatives=None if self.negatives is None else self.negatives[part],
+            text=None if self.text is None else self.text.rows(part),
         )
+
+    def encoded(self, encode: TextEncoder) -> TextEncoding:
+        """The captions as the frozen CLIP encodes them: stored, or else by ``encode``."""
+        return encode(self.captions) if self.text is None else self.text.encoding()
 
     def require_images(self) -> Tensor:
         """The pictures, for a training that reads them."""
@@ -99,7 +108,7 @@ class Batch:
             for name, tensor in (("images", self.images), ("z_image", self.z_image))
             if tensor is not None
         }
-        return replace(self, **tensors)
+        return replace(self, **tensors, text=None if self.text is None else self.text.to(device))
 
 
 @dataclass
@@ -151,6 +160,14 @@ class _Rows:
             vectors = np.empty((len(self), of_shard.shape[1]), np.float16) if vectors is None else vectors
             vectors[places] = of_shard
         return None if vectors is None else torch.from_numpy(vectors)
+
+    def text(self) -> PackedText | None:
+        """The stored captions; None if the training reads none."""
+        states = [table.states for table in self._tables if table.states is not None]
+        if not states:
+            return None
+        rows = [table.state_rows(rows) for table, rows in zip(self._tables, self._rows, strict=True)]
+        return read_states(states, rows, self._places)
 
 
 class _Uids(Sequence[str]):
@@ -228,6 +245,7 @@ class Samples:
             captions=tuple(rows.texts("caption")),
             images=self._images(rows, uids, shards, locations) if self._image_px else None,
             z_image=rows.vectors(),
+            text=rows.text(),
         )
 
     def _find(self, locations: NDArray[np.int64]) -> tuple[_Rows, dict[int, _OpenShard]]:
@@ -400,6 +418,5 @@ class CaptionTable:
             return self._encode(captions)
         rows = torch.tensor([self._row_of[caption] for caption in captions], device=table.mask.device)
         text: Any = table[rows]
-        longest = int(text.mask.sum(1).max())
-        length = min(text.mask.shape[1], -(-longest // 8) * 8)
+        length = padded_length(int(text.mask.sum(1).max()), text.mask.shape[1])
         return TextEncoding(text.pooled, text.hidden[:, :length], text.mask[:, :length], text.tokens[:, :length])

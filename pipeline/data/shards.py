@@ -257,7 +257,11 @@ def split_counts(path: Path) -> dict[str, int]:
     """Rows of a shard's table by split, without those that have no picture; for the shard's record."""
     names = [name for name in ("split", "status") if name in read_names(path)]
     table = read_table(path, names)
-    table = good_rows(table) if "status" in names else table
+    return splits_of(good_rows(table) if "status" in names else table)
+
+
+def splits_of(table: pa.Table) -> dict[str, int]:
+    """Rows of a table by split."""
     counts = Counter(table["split"].to_pylist())
     return {str(split): count for split, count in sorted(counts.items())}
 

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from pipeline.data.selection import Selection
 from pipeline.data.shards import ShardPictures, read_table
+from pipeline.data.token_states import EmptyCaption, StoredStates, read_empty, states_file
 from pipeline.data.vectors import StoredColumn
+from pipeline.errors import DataError
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.store import Artifact
 
@@ -43,6 +45,10 @@ class ShardTable:
     """z_image of every row of the file; None if the training does not read it."""
     file_rows: NDArray[np.int64] | None = None
     """(N,) place of each row in the file."""
+    states: StoredStates | None = None
+    """The captions of the shard as the embed step encoded them; None if the training does not read that."""
+    rows_of_states: NDArray[np.int64] | None = None
+    """(N,) place of each row among them."""
 
     def __len__(self) -> int:
         return self.columns.num_rows
@@ -59,6 +65,11 @@ class ShardTable:
         assert self.file_rows is not None
         return self.vectors.read(self.file_rows[rows])
 
+    def state_rows(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The places of some rows in ``states``."""
+        assert self.rows_of_states is not None
+        return self.rows_of_states[rows]
+
 
 class ShardReader:
     """Reads the rows of one split.
@@ -68,13 +79,19 @@ class ShardReader:
         embed: Embeddings; None if the training reads none. If given, its rows are the training's rows.
         split: ``train`` or ``validation``.
         selection: Rows to read; None: all. The embeddings that a filter writes need none.
+        states: The embed step with token states, whose shards hold every row of ``embed``; None: they are not read.
 
     Raises:
         DataError: If a shard is damaged or lacks a column.
     """
 
     def __init__(
-        self, download: Artifact | None, embed: Artifact | None, split: str, selection: Selection | None = None
+        self,
+        download: Artifact | None,
+        embed: Artifact | None,
+        split: str,
+        selection: Selection | None = None,
+        states: Artifact | None = None,
     ) -> None:
         rows = embed or download
         if rows is None:
@@ -84,6 +101,7 @@ class ShardReader:
         self._embed = embed
         self._split = split
         self._selection = selection
+        self._states = states
         records = rows.shard_records()
         self.shards = sorted(records)
         self.shard_lists = [records[shard].list_number for shard in self.shards]
@@ -99,13 +117,25 @@ class ShardReader:
         captions = pc.fill_null(table["caption"].cast(pa.string()), "")
         columns = pa.table({"uid": table["uid"], "key": table["key"], "caption": captions})
         vectors = StoredColumn(path, "z_image") if self._embed else None
-        return ShardTable(shard, columns, vectors, table[_FILE_ROW].to_numpy())
+        states = None if self._states is None else StoredStates(self._states.path(states_file(shard)))
+        rows_of_states = None if states is None else states.find(columns["uid"])
+        return ShardTable(shard, columns, vectors, table[_FILE_ROW].to_numpy(), states, rows_of_states)
 
     def pictures(self, shard: str) -> ShardPictures:
         """Open the pictures of a shard."""
         if self._download is None:
             raise ValueError("this training reads no pictures")
         return ShardPictures(self._download.path(f"{shard}.tar"), shard)
+
+    def empty_caption(self) -> EmptyCaption:
+        """The sizes of the CLIP that encoded the stored captions, and the empty one.
+
+        Raises:
+            DataError: If there is no shard, or the first one's captions are missing or damaged.
+        """
+        if self._states is None or not self.shards:
+            raise DataError(f"{self._rows.uri}: no shard with token states")
+        return read_empty(self._states.ranged(states_file(self.shards[0])))
 
     def captions(self) -> list[str]:
         """The distinct captions of the split, sorted; reads the caption column of every shard."""

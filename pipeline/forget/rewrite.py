@@ -29,6 +29,7 @@ from pipeline.data.shard_writer import (
     write_shard,
 )
 from pipeline.data.shards import TAKEN_IN, index_tar, read_names, read_schema, read_table, split_counts
+from pipeline.data.token_states import copy_states, states_file
 from pipeline.data.vectors import write_embeddings
 from pipeline.filter.examples import EXAMPLES
 from pipeline.filter.labels import count_reasons
@@ -187,10 +188,10 @@ def _labels_without(artifact: Artifact, shard: str, forgotten: Forgotten) -> Cou
 
 
 def _rewrite_embed(artifact: Artifact, shard: str, forgotten: Forgotten) -> None:
-    """Take the rows out of a shard's embeddings, and out of the rows that could not be embedded."""
-    names = [f"{shard}.parquet", f"{shard}{FAILURES}"]
+    """Take the rows out of a shard's embeddings and token states, and out of the rows that could not be embedded."""
+    names = [f"{shard}.parquet", f"{shard}{FAILURES}", states_file(shard)]
     if not artifact.exists(f"{shard}{RECORD_SUFFIX}"):
-        artifact.remove(names[0])
+        artifact.remove_all([names[0], names[2]])
         return
     num_ok, num_failed = _embeddings_without(artifact, names[0], forgotten), 0
     if artifact.exists(names[1]):
@@ -199,6 +200,10 @@ def _rewrite_embed(artifact: Artifact, shard: str, forgotten: Forgotten) -> None
         rows = [row for row, goes in zip(rows, is_forgotten, strict=True) if not goes]
         num_failed = len(rows)
         artifact.write_bytes(names[1], "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+    if artifact.exists(names[2]):
+        uids = read_table(artifact.path(names[0]), ["uid"])["uid"].combine_chunks()
+        with artifact.write(names[2]) as target:
+            copy_states(artifact.path(names[2]), target, uids)
     counts = artifact.shard_record(shard).counts | {"ok": num_ok}
     if "corrupt" in counts:
         counts["corrupt"] = num_failed

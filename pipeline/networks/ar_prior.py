@@ -48,7 +48,7 @@ class ArPriorObjective(nn.Module):
     def forward(self, batch: Batch, random: SampleRandom) -> Tensor:
         """Mean loss of the batch, in nats per component."""
         network, z_image = self.network, batch.require_z_image()
-        text = self._encode_text(batch.captions)
+        text = batch.encoded(self._encode_text)
         drop_prob = network.config.text_drop_prob
         keep = random.keep("text", drop_prob, z_image.device) if self.training else None
         tokens = network.tokenize(z_image)

@@ -41,6 +41,8 @@ _PICTURE_BYTES = 25_000
 """Of a stored picture at 256 px with its texts: LAION-400M takes 10 TB for 400 million."""
 _ROW_BYTES = 150
 """Of a row's uid, key, URL and caption."""
+_CAPTION_TOKENS = 20
+"""Of a caption, start and end included: an assumption; at most CLIP's context length."""
 
 
 @dataclass(frozen=True)
@@ -160,11 +162,13 @@ def _gigabytes(
 ) -> dict[str, float]:
     """Size of each step's files: as they are if it is finished, else estimated; an index is as large as its vectors."""
     with torch.device("meta"):
-        embed_dim = build_clip(recipe).dims.embed_dim
-    vectors = 2 * 2 * embed_dim
+        dims = build_clip(recipe).dims
+    vectors = 2 * 2 * dims.embed_dim
+    tokens = min(_CAPTION_TOKENS, dims.context_length)
+    states = tokens * (2 * dims.text_width + 4) + 2 * dims.embed_dim if recipe.embed.token_states else 0
     estimated: dict[str, float] = {
         "download": num_rows * _PICTURE_BYTES * (recipe.download.image_px / 256) ** 2,
-        "embed": num_rows * (vectors + _ROW_BYTES),
+        "embed": num_rows * (vectors + states + _ROW_BYTES),
         "index": num_rows * vectors,
         **{cost.name: cost.weights_bytes for cost in costs},
     }

@@ -98,8 +98,8 @@ def save_clip_artifact(artifact: Artifact, clip: OpenClip) -> None:
                 shutil.copyfileobj(source, target)
 
 
-def clip_folder(artifact: Artifact) -> Path:
-    """The local folder of a CLIP with all its files; an object store's are fetched.
+def clip_folder(artifact: Artifact, *, with_weights: bool = True) -> Path:
+    """The local folder of a CLIP with its files; an object store's are fetched, the weights only if they are wanted.
 
     Raises:
         DataError: If the configuration or the weights are missing.
@@ -107,13 +107,13 @@ def clip_folder(artifact: Artifact) -> Path:
     from pipeline.clip.files import CONFIG_FILE, WEIGHTS_FILE
 
     beside = {name for name in artifact.names() if "/" not in name and name.endswith((".json", ".model", ".txt"))}
-    for name in sorted(beside - {MANIFEST} | {WEIGHTS_FILE}):
+    for name in sorted(beside - {MANIFEST} | ({WEIGHTS_FILE} if with_weights else set())):
         artifact.path(name)
     return artifact.path(CONFIG_FILE).parent
 
 
-def load_clip_artifact(artifact: Artifact, device: torch.device | str = "cpu") -> FrozenClip:
-    """Read the frozen CLIP.
+def load_clip_artifact(artifact: Artifact, device: torch.device | str = "cpu", *, with_text: bool = True) -> FrozenClip:
+    """Read the frozen CLIP, without its text tower if it is to embed pictures alone.
 
     Raises:
         DataError: If it is missing or damaged, or has no image tower.
@@ -121,10 +121,26 @@ def load_clip_artifact(artifact: Artifact, device: torch.device | str = "cpu") -
     from pipeline.clip.files import NO_IMAGE_TOWER
     from pipeline.clip.frozen import FrozenClip
 
-    clip = load_text_artifact(artifact, device)
+    clip = load_text_artifact(artifact)
     if not isinstance(clip, FrozenClip):
         raise DataError(f"{artifact.uri}: {NO_IMAGE_TOWER}")
-    return clip
+    return (clip if with_text else FrozenClip(clip.clip.without_text())).to(device)
+
+
+def draw_as_loading(artifact: Artifact) -> None:
+    """Take from torch's global generator what loading the CLIP takes, so that the next network has the same weights.
+
+    open_clip draws weights before any are loaded. This draws them too, and keeps and reads none.
+
+    Raises:
+        DataError: If its configuration is missing or damaged.
+    """
+    from pipeline.clip.files import build_unloaded
+
+    try:
+        build_unloaded(clip_folder(artifact, with_weights=False))
+    except ValueError as error:
+        raise DataError(f"{artifact.uri}: {error}; remove it and run again") from error
 
 
 def load_text_artifact(

@@ -41,7 +41,7 @@ class DecoderObjective(nn.Module):
         network, config, z_image = self.network, self.network.config, batch.require_z_image()
         device = z_image.device
         x0 = resize_crop(to_pixels(batch.require_images()), config.image_px)
-        text = self._encode_text(batch.captions)
+        text = batch.encoded(self._encode_text)
         keep_image = random.keep("image", config.image_drop_prob, device) if self.training else None
         keep_text = random.keep("text", config.text_drop_prob, device) if self.training else None
         planes, keep_pooled = None, None

@@ -83,5 +83,10 @@ class NetworkKind(Generic[C, N]):
     compiled: Callable[[N], Sequence[nn.Module]] = _itself
     """The modules to compile with torch.compile; none if the forward cannot be one graph."""
 
+    @property
+    def takes_token_states(self) -> bool:
+        """Whether it is trained on captions of rows that are embedded, so that ``embed.token_states`` serves it."""
+        return self.captions and self.embeddings
+
 
 AnyKind = NetworkKind[Any, Any]

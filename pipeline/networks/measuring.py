@@ -43,7 +43,7 @@ class ValidationRows:
     batch: Batch
     """On the device of the network."""
     frozen_clip: FrozenText | None
-    """None for a network that does not read captions."""
+    """None for a network that reads no captions, or stored ones."""
     seed: int
     """Seed of the training."""
     shown: list[Tensor] = field(default_factory=list[Tensor])
@@ -63,6 +63,8 @@ class ValidationRows:
     @cached_property
     def text(self) -> TextEncoding:
         """The captions of the rows."""
+        if self.batch.text is not None:
+            return self.batch.text.encoding()
         return self.clip.encode_text(self.batch.captions)
 
     def show(self, pictures: Tensor) -> None:

@@ -39,7 +39,7 @@ class PriorObjective(nn.Module):
     def forward(self, batch: Batch, random: SampleRandom) -> Tensor:
         """Mean loss of the batch."""
         network, z_image = self.network, batch.require_z_image()
-        text = self._encode_text(batch.captions)
+        text = batch.encoded(self._encode_text)
         keep = random.keep("text", network.config.text_drop_prob, z_image.device) if self.training else None
         x0 = network.scale(z_image)
         condition = network.encode_condition(text, keep=keep)
@@ -79,7 +79,7 @@ def _measure_x0_variance(prior: Prior, encode: TextEncoder, train: Samples, seed
     noise = NoiseSource.from_seeds([derive_seed(seed, f"analytic/{row}") for row in range(len(batch))])
     with torch.no_grad():
         x0 = prior.scale(batch.require_z_image())
-        measure.update(prior_denoiser(prior, encode(batch.captions)), x0, noise)
+        measure.update(prior_denoiser(prior, batch.encoded(encode)), x0, noise)
     prior.x0_variance.copy_(measure.table())
 
 

@@ -66,6 +66,7 @@ _ADDED_LATER = {
     "model.image_norm": 1.0,
     "precision": "float32",
     "compiled": False,
+    "token_states": False,
     "import_from": "",
     "import_validation_prob": 0.02,
     "train.phases": [],

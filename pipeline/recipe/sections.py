@@ -264,6 +264,12 @@ class EmbedConfig(StepSection):
     float32 to 10 bits. The vectors are stored in float16 whatever this is."""
     compiled: bool = False
     """Run CLIP through torch.compile: faster on a GPU after a minute or two at the start of each worker."""
+    token_states: bool = False
+    """Also store what CLIP's text tower says of every token of a caption, in float16. Priors and decoder then read that
+    and run no text tower, whatever their clip_precision: a quarter of the step of a prior of the tower's size. It takes
+    twice the width of the text tower in bytes for each token of each row: with 20 tokens and width 768 31 kB a row, ten
+    times its embeddings and more than its picture at 256 px; 3 TB for 100 million rows, which each training reads in
+    each epoch. Two windows of train.shuffle_rows (12 GB) are in use at a time on each of its machines."""
     import_from: str = ""
     """Folder of embeddings in clip-retrieval's layout (img_emb, text_emb, metadata) to take over in place of computing
     them; then the step reads no pictures, and ``clip`` must be the model that made them."""
@@ -273,6 +279,8 @@ class EmbedConfig(StepSection):
     """Workers of this step. With cuda, each CPU of a worker beyond its first is a process that decodes pictures."""
 
     def __post_init__(self) -> None:
+        if self.token_states and self.import_from:
+            raise ValueError("token_states: the folder of import_from has none, and no caption is run through CLIP")
         if self.precision in {"tf32", "float16"} and self.resources.accelerator == "cpu":
             raise ValueError(f'precision = "{self.precision}" needs resources.accelerator = "cuda"')
 

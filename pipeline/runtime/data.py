@@ -84,8 +84,6 @@ class EmbedWorker:
 
     def __call__(self, shard: str) -> ShardRecord:
         """Embed one shard and commit it."""
-        from pipeline.data.vectors import write_embeddings
-
         start, paths = time.monotonic(), list[Path]()
         for source in (f"{shard}.tar", f"{shard}.parquet"):
             path = self._download.matching(source, self._records[shard].files[source])
@@ -93,12 +91,11 @@ class EmbedWorker:
                 where = f"embed: shard {shard}: {self._download.uri}/{source}"
                 raise DataError(f"{where} does not match its checksum; {REPAIR_HINT}")
             paths.append(path)
-        result = self._embedder(paths[0], paths[1], shard)
-        with self._output.write(f"{shard}.parquet") as path:
-            write_embeddings([result.table], path, result.table.schema)
-            splits = split_counts(path)
-        list_number = self._records[shard].list_number
-        return _commit_embeddings(self._output, shard, dict(result.counts), result.failures, splits, start, list_number)
+        result, names = self._embedder.write(paths[0], paths[1], shard, self._output)
+        list_number, counts = self._records[shard].list_number, dict(result.counts)
+        return _commit_embeddings(
+            self._output, shard, names, counts, result.failures, result.splits, start, list_number
+        )
 
 
 class EmbeddingsImporter:
@@ -121,7 +118,7 @@ class EmbeddingsImporter:
             part, share = self._parts[shard], self._config.import_validation_prob
             counts, failures = import_part(part, share, path, self._forgotten)
             splits = split_counts(path)
-        return _commit_embeddings(self._output, shard, dict(counts), failures, splits, start)
+        return _commit_embeddings(self._output, shard, [f"{shard}.parquet"], dict(counts), failures, splits, start)
 
 
 class EvaluateWorker:
@@ -165,16 +162,16 @@ def commit_shard(
 def _commit_embeddings(
     output: Artifact,
     shard: str,
+    names: list[str],
     counts: dict[str, int],
     failures: list[dict[str, str]],
     splits: dict[str, int],
     start: float,
     list_number: int = 0,
 ) -> ShardRecord:
-    names = [f"{shard}.parquet"]
     if failures:
-        names.append(_embed_failures_file(shard))
-        output.write_bytes(names[1], "".join(f"{json.dumps(failure)}\n" for failure in failures).encode())
+        names = [*names, _embed_failures_file(shard)]
+        output.write_bytes(names[-1], "".join(f"{json.dumps(failure)}\n" for failure in failures).encode())
     return commit_shard(output, shard, counts, names, start, splits, list_number)
 
 

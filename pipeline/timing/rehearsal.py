@@ -23,7 +23,6 @@ from pipeline.data.pairs import Pairs
 from pipeline.data.shard_writer import ShardFiles
 from pipeline.data.sources import source_of
 from pipeline.data.tars import take_in, tar_files
-from pipeline.data.vectors import write_embeddings
 from pipeline.errors import ConfigError, DataError
 from pipeline.networks.clip import clip_folder, save_clip_artifact
 from pipeline.recipe.recipe import Recipe
@@ -138,12 +137,10 @@ class Rehearsal:
         clip = clip_folder(self.artifact("clip"))
         embedder = Embedder(clip, config)
         loaded = clock.now()
-        name = f"{_SHARD}.parquet"
-        result = embedder(download.path(f"{_SHARD}.tar"), download.path(name), _SHARD)
-        with output.write(name) as target:
-            write_embeddings([result.table], target, result.table.schema)
+        tar, parquet = (download.path(f"{_SHARD}.{suffix}") for suffix in ("tar", "parquet"))
+        result, names = embedder.write(tar, parquet, _SHARD, output)
         done = clock.now()
-        self._commit(output, dict(result.counts), [name])
+        self._commit(output, dict(result.counts), names)
         return RowUnits(row_s=(done - loaded) / result.counts["in"], fixed_s=loaded - start)
 
     def index(self) -> RowUnits:

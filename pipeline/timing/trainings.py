@@ -59,10 +59,11 @@ class RehearsedTraining:
         read_s = clock.time(self._read)
         row_s = max(0.0, read_s - clock.time(self._read)) / self._num_distinct
         step_s = self.step_s()
-        captions = parts.train.reader.captions() if parts.clip is not None else []
+        clip = None if job.reads_states else parts.clip
+        captions = parts.train.reader.captions() if clip is not None else []
         caption_s = 0.0
-        if parts.clip is not None:
-            encode = parts.clip.encode_text
+        if clip is not None:
+            encode = clip.encode_text
             caption_s = clock.time(lambda: encode(captions)) / max(1, len(captions))
         save_s = end_s = 0.0
         if parts.validation.num_rows:
@@ -78,7 +79,7 @@ class RehearsedTraining:
             row_s=row_s,
             caption_s=caption_s,
             most_cached_rows=IMAGE_CACHE_BYTES / max(1, parts.train.row_bytes),
-            most_encoded_rows=math.inf if parts.clip is None else CAPTION_TABLE_BYTES / caption_bytes(parts.clip.dims),
+            most_encoded_rows=math.inf if clip is None else CAPTION_TABLE_BYTES / caption_bytes(clip.dims),
             save_s=save_s,
             end_s=end_s,
         )

@@ -16,8 +16,9 @@ from models.layers.unet import set_checkpointing
 from models.text import NullText, TextEncoding
 from pipeline.data.batches import CaptionTable, Samples, TextEncoder
 from pipeline.data.selection import embeddings_of, selection_of
+from pipeline.data.token_states import EmptyCaption
 from pipeline.data.training_rows import ShardReader
-from pipeline.networks.clip import load_clip_artifact, load_text_artifact
+from pipeline.networks.clip import draw_as_loading, load_clip_artifact, load_text_artifact
 from pipeline.networks.files import load_initial, save_network
 from pipeline.networks.kind import AnyKind
 from pipeline.networks.table import kind_of
@@ -72,6 +73,11 @@ class TrainJob:
         return kind_of(self.section.model)
 
     @property
+    def reads_states(self) -> bool:
+        """Whether the captions are read as the embed step encoded them, and none is encoded here."""
+        return self.recipe.embed.token_states and self.kind.takes_token_states
+
+    @property
     def has_weights(self) -> bool:
         """Whether this worker builds the first weights; where the state is divided, the first worker hands them out."""
         return self.rank == 0 or self.section.resources.shards_of(self.world_size) == 1
@@ -95,7 +101,7 @@ class Parts:
     publish: Callable[[nn.Module], None]
     """Write a network as the step's artifact."""
     clip: FrozenText | None
-    """For a kind that reads captions."""
+    """For a kind that reads captions, unless they are stored and no picture is embedded."""
 
 
 def assemble(job: TrainJob) -> Parts:
@@ -108,10 +114,11 @@ def assemble(job: TrainJob) -> Parts:
     kind = job.kind
     # The image tower only on the worker that measures pictures with it.
     with_images = kind.measures_pictures and job.rank == 0 and not job.section.resources.validates_beside
-    clip = load_frozen(job, with_images=with_images) if kind.captions else None
-    network = _create(job, clip)
+    clip = load_frozen(job, with_images=with_images)
     train, validation = (samples_of(job, split) for split in ("train", "validation"))
-    encode = text_encoder(clip) if clip is None else _caption_table(clip, train)
+    empty = _empty_caption(job, clip, train)
+    network = _create(job, empty)
+    encode = text_encoder(clip) if clip is None or job.reads_states else _caption_table(clip, train)
 
     def publish(trained: nn.Module) -> None:
         if kind.finish is not None:
@@ -120,19 +127,24 @@ def assemble(job: TrainJob) -> Parts:
             kind.publish(job.output, trained)
         else:
             config: Any = trained.config
-            save_network(job.output, config, None if clip is None else clip.dims, trained.state_dict())
+            save_network(job.output, config, None if empty is None else empty.dims, trained.state_dict())
 
     return Parts(network, lambda module: kind.objective(module, encode), train, validation, publish, clip)
 
 
-def load_frozen(job: TrainJob, *, with_images: bool) -> FrozenText:
-    """The frozen CLIP that the training reads, or its text tower alone.
+def load_frozen(job: TrainJob, *, with_images: bool) -> FrozenText | None:
+    """The frozen CLIP that the training runs, or one of its towers alone; None if it runs neither.
 
     Raises:
         DataError: If it is missing or damaged, or has no image tower.
     """
+    if not job.kind.captions or (job.reads_states and not with_images):
+        return None
     artifact, is_half = job.inputs["clip"], job.section.train.clip_precision == "bfloat16"
-    clip = load_clip_artifact(artifact) if with_images else load_text_artifact(artifact, with_images=False)
+    if with_images:
+        clip = load_clip_artifact(artifact, with_text=not job.reads_states)
+    else:
+        clip = load_text_artifact(artifact, with_images=False)
     return clip.to(job.device, torch.bfloat16) if is_half else clip.to(job.device)
 
 
@@ -141,9 +153,18 @@ def text_encoder(clip: FrozenText | None) -> TextEncoder:
     return _no_captions if clip is None else clip.encode_text
 
 
-def _create(job: TrainJob, clip: FrozenText | None) -> nn.Module:
+def _empty_caption(job: TrainJob, clip: FrozenText | None, train: Samples) -> EmptyCaption | None:
+    """What the network takes from the frozen CLIP; None of a kind that reads no captions."""
+    if job.reads_states:
+        if clip is None and job.has_weights:
+            draw_as_loading(job.inputs["clip"])
+        return train.reader.empty_caption()
+    return None if clip is None else EmptyCaption(clip.dims, clip.encode_text([""]))
+
+
+def _create(job: TrainJob, empty: EmptyCaption | None) -> nn.Module:
     kind, section = job.kind, job.section
-    dims = ClipDims() if clip is None else clip.dims
+    dims = ClipDims() if empty is None else empty.dims
     if kind.create_on_data is not None:
         network = kind.create_on_data(section.model, dims, embeddings_of(job.inputs))
     else:
@@ -152,11 +173,10 @@ def _create(job: TrainJob, clip: FrozenText | None) -> nn.Module:
     init_from = getattr(section, "init_from", "")
     if init_from and job.has_weights:
         load_initial(network, init_from)
-    if clip is not None:
-        empty = clip.encode_text([""])
+    if empty is not None:
         for module in network.modules():
             if isinstance(module, NullText):
-                module.set(empty)
+                module.set(empty.text)
     network = in_memory_order(kind, network)
     set_checkpointing(network, enabled=section.resources.checkpointing)
     return network
@@ -175,7 +195,8 @@ def samples_of(job: TrainJob, split: str) -> Samples:
     image_px: int = getattr(model, "image_px") if kind.pictures else 0  # noqa: B009  (kinds of pictures have it)
     download = job.inputs["download"] if kind.pictures else None
     embed = embeddings_of(job.inputs) if kind.embeddings else None
-    reader = ShardReader(download, embed, split, None if kind.embeddings else selection_of(job.inputs))
+    states = job.inputs["embed"] if job.reads_states else None
+    reader = ShardReader(download, embed, split, None if kind.embeddings else selection_of(job.inputs), states)
     config = job.section.train
     return Samples(
         reader,

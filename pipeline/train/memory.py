@@ -73,7 +73,7 @@ class WorkerMemory:
     gathered: int
     """Of a divided state: the layers outside of the network's blocks, whole, and a few blocks on their way."""
     clip: int
-    """The frozen CLIP of a network that reads captions."""
+    """The frozen CLIP of a network that reads captions, unless the embed step stored their token states."""
     work: int
     """Activations, copies in half precision and temporaries, at their peak in one step."""
     gpu: int
@@ -158,6 +158,10 @@ def count_memory(name: str, section: TrainedSection, recipe: Recipe, frozen: Ope
     samples = share.largest_part(resources.samples_a_pass)
     kind = kind_of(section.model)
     with_images = kind.measures_pictures and not resources.validates_beside
+    reads_states = recipe.embed.token_states and kind.takes_token_states
+    clip_bytes = 0
+    if kind.captions and (with_images or not reads_states):
+        clip_bytes = _clip_bytes(frozen, section.train, with_images=with_images, with_text=not reads_states)
     with torch.device("meta"):
         clip = build_clip(recipe) if kind.name == "clip" else frozen
         network: nn.Module = clip.model if kind.name == "clip" else kind.create(section.model, clip.dims)
@@ -176,17 +180,19 @@ def count_memory(name: str, section: TrainedSection, recipe: Recipe, frozen: Ope
     return WorkerMemory(
         name=name,
         samples=samples,
-        clip=_clip_bytes(frozen, section.train, with_images=with_images) if kind.captions else 0,
+        clip=clip_bytes,
         gpu=round(resources.gpu_memory_gb * 1e9),
         **parts,
     )
 
 
-def _clip_bytes(frozen: OpenClip, config: TrainConfig, *, with_images: bool) -> int:
+def _clip_bytes(frozen: OpenClip, config: TrainConfig, *, with_images: bool, with_text: bool) -> int:
     """Of the worker that measures pictures, where one does."""
-    image = frozen.model.visual if frozen.has_images and not with_images else nn.Module()
-    left_out = {*image.parameters(), *image.buffers()}
-    tensors = [tensor for tensor in (*frozen.model.parameters(), *frozen.model.buffers()) if tensor not in left_out]
+    tensors = [
+        tensor
+        for name, tensor in (*frozen.model.named_parameters(), *frozen.model.named_buffers())
+        if (with_images if name.startswith("visual.") else with_text or name.startswith("logit_"))
+    ]
     if config.clip_precision == "float32":
         return _bytes_of(tensors)
     return sum(tensor.nbytes // 2 if tensor.is_floating_point() else tensor.nbytes for tensor in tensors)

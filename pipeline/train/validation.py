@@ -37,7 +37,7 @@ class Validation:
 
     Args:
         job: The training.
-        clip: The frozen CLIP of a kind that reads captions, with its image tower for one that measures pictures.
+        clip: The frozen CLIP of ``load_frozen``, with its image tower for a kind that measures pictures.
         samples: The validation rows.
     """
 
@@ -47,8 +47,7 @@ class Validation:
     @staticmethod
     def alone(job: TrainJob) -> Validation:
         """A validation that shares nothing with a training in the same process."""
-        clip = load_frozen(job, with_images=job.kind.measures_pictures) if job.kind.captions else None
-        return Validation(job, clip, samples_of(job, "validation"))
+        return Validation(job, load_frozen(job, with_images=job.kind.measures_pictures), samples_of(job, "validation"))
 
     @torch.no_grad()
     def __call__(self, network: nn.Module) -> dict[str, float]:

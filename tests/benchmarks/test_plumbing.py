@@ -21,6 +21,7 @@ from benchmarks.sampler_steps import run as run_sampler_steps
 from benchmarks.serving import differences, load_networks, steps_after_leaving
 from benchmarks.serving import rates as serving_rates
 from benchmarks.side_by_side import compare, publish
+from benchmarks.token_states import run as run_token_states
 from benchmarks.train_step import DECODER, PRIOR
 from benchmarks.train_step import run as run_train_step
 from models.diffusion.samplers import SAMPLERS
@@ -61,6 +62,12 @@ def test_train_step_compares_equal_networks() -> None:
     rows = run_train_step(1, 2, replace(PRIOR, width=16, depth=1, num_heads=2), DECODER_TINY)
     assert [row.name for row in rows] == ["prior", "decoder"]
     assert all(row.ratio > 0 for row in rows)
+
+
+def test_token_states_give_the_same_step_from_the_same_files() -> None:
+    [row] = run_token_states(1, 2, sizes=((64, 1),), rows=8)
+    assert row["ratio"] > 0
+    assert row["row_bytes"] > 7 * 2 * 64  # the shortest caption
 
 
 _SAMPLING = """

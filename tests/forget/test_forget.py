@@ -50,6 +50,7 @@ from tests.data.hostile import HostileServer
 from tests.filter.planted import embed_by_eye, make_context, planted_pairs, tiny_recipe, without_ray
 from tests.tiny.command import unclip_here, unclip_json
 from tests.tiny.pairs import write_parts
+from tests.tiny.token_states import add_states
 
 _BY_URL, _BY_UID = "http://a/clean-5", "http://a/clean-9"
 """Two pairs to forget; the first is copied by others, which the filter leaves out as its copies."""
@@ -131,6 +132,7 @@ def _make(folder: Path) -> Made:
             counts = run_filter(context).counts
         elif step.name == "embed":
             embed_by_eye(context)
+            add_states(context.output)
         elif step.name == "filter_embeddings":
             counts = run_filter_embeddings(context).counts
         elif step.name == "index":
@@ -247,7 +249,7 @@ def test_what_is_left_is_whole(made: Made) -> None:
     left = {uid for shard in reader.shards for uid in _uids(reader.table(shard))}
     index = NeighbourIndex.open(made.artifact("index"))
     assert index.num_rows == len(left) == 26
-    vectors = ShardReader(None, embeddings_of(inputs), "train")
+    vectors = ShardReader(None, embeddings_of(inputs), "train", states=inputs["embed"])
     for shard in vectors.shards:
         table = vectors.table(shard)
         images = table.z_image(np.arange(len(table))).astype(np.float32)

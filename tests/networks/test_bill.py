@@ -51,6 +51,15 @@ def test_a_bill_is_hours_and_storage_at_the_prices_of_the_recipe(tmp_path: Path)
     assert bill.to_dict()["entries"][1]["money"] == pytest.approx(0.5 * cpu.amount)
 
 
+def test_token_states_are_in_the_storage_of_embed(tmp_path: Path) -> None:
+    plain = _recipe(tmp_path)
+    sizes = [
+        next(entry for entry in _bill(recipe).entries if entry.what == "storage").amounts["embed"]
+        for recipe in (plain, replace(plain, embed=replace(plain.embed, token_states=True)))
+    ]
+    assert sizes[1] - sizes[0] == pytest.approx(20_000 * (20 * (2 * 16 + 4) + 2 * 16) / 1e9)
+
+
 def test_files_of_a_finished_step_are_counted_as_they_are(tiny: Recipe) -> None:
     recipe = replace(tiny, prices=_recipe(Path("w")).prices)
     storage = next(entry for entry in _bill(recipe).entries if entry.what == "storage")

@@ -96,6 +96,22 @@ def test_a_training_fetches_its_data_once(counted: list[dict[str, list[Request]]
         assert 0 < besides / (_MORE - _FEW) <= _BESIDES_BYTES, step
 
 
+def test_token_states_cost_what_the_page_says(
+    counted: list[dict[str, list[Request]]], bucket: str, s3_server: S3Server, tmp_path: Path
+) -> None:
+    """A file more of each shard, and no weights of CLIP."""
+    recipe = counted_recipe(f"{bucket}/w", _FEW, _ROWS)
+    recipe = replace(recipe, embed=replace(recipe.embed, token_states=True))
+    requests = count_all_steps(recipe, s3_server, tmp_path / "cache", ("embed", "prior"))
+    more = {step: Counter(one.kind for one in requests[step]) for step in ("embed", "prior")}
+    for step, kinds in more.items():
+        kinds.subtract(Counter(one.kind for one in counted[0][step]))
+    assert {kind: count for kind, count in more["embed"].items() if count} == {"PUT": _FEW, "HEAD": _FEW}
+    fetched = [one.name for one in requests["prior"] if "GET" in one.kind and one.name.endswith((".arrow", ".parquet"))]
+    assert len(fetched) == len(set(fetched)) == 2 * _FEW
+    assert not [one.name for one in requests["prior"] if one.name.endswith("open_clip_model.safetensors")]
+
+
 def _checksums(recipe: Recipe) -> dict[str, dict[str, str]]:
     """Of the files of each step, without those that hold times."""
     checksums: dict[str, dict[str, str]] = {}
