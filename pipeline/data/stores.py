@@ -65,7 +65,7 @@ class StoreReader:
             return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._driver.loop))
         except FetchError:
             raise
-        except Exception as error:
+        except Exception as error:  # botocore, aiohttp and other drivers each raise their own
             raise self._translated(error) from error
 
     async def _stream_s3(self, path: str, max_bytes: int) -> Body:

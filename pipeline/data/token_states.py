@@ -236,8 +236,8 @@ class StoredStates:
         """Copy some rows to their places (by caption) and starts (by token) in a batch on the CPU."""
         pooled, tokens, hidden = to.pooled.numpy(), to.tokens.numpy(), to.hidden.numpy()
         columns = (self._batches, self._places, self._starts, self.lengths)
-        found = zip(places.tolist(), starts.tolist(), *(column[rows].tolist() for column in columns), strict=True)
-        for place, start, batch, row, first, length in found:
+        copies = zip(places.tolist(), starts.tolist(), *(column[rows].tolist() for column in columns), strict=True)
+        for place, start, batch, row, first, length in copies:
             pooled[place] = self._pooled[batch][row]
             tokens[start : start + length] = self._tokens[batch][first : first + length]
             hidden[start : start + length] = self._hidden[batch][first : first + length]

@@ -201,7 +201,7 @@ def _rewrite_embed(artifact: Artifact, shard: str, forgotten: Forgotten) -> None
         num_failed = len(rows)
         artifact.write_bytes(names[1], "".join(f"{json.dumps(row)}\n" for row in rows).encode())
     if artifact.exists(names[2]):
-        uids = read_table(artifact.path(names[0]), ["uid"])["uid"].combine_chunks()
+        uids = read_table(artifact.path(names[0]), ["uid"])["uid"].combine_chunks()  # of one shard
         with artifact.write(names[2]) as target:
             copy_states(artifact.path(names[2]), target, uids)
     counts = artifact.shard_record(shard).counts | {"ok": num_ok}

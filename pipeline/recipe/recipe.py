@@ -124,7 +124,10 @@ class Recipe:
                 raise ValueError(f"{name}.train.batch_size is {batch}: too few samples for {workers} workers")
             if trained.train.clip_precision != "float32" and "clip" not in STEP_ROWS[name].inputs:
                 raise ValueError(f"{name}.train.clip_precision: this training reads no frozen CLIP")
-
+        if self.embed.token_states and self.prior.train.clip_precision != "float32":
+            raise ValueError(
+                "prior.train.clip_precision: with embed.token_states a prior runs no frozen CLIP; remove it"
+            )
         if self.pairs.weights and self.embed.import_from:
             raise ValueError("pairs.lists have weights, but the rows of embed.import_from are of no list")
         self._require_noisy_clip()

@@ -170,12 +170,12 @@ class ObjectStore:
         request |= {"MaxKeys": _BATCH} | ({"ContinuationToken": start} if start else {})
         files = self._files
         page: Json = self._ask(lambda: files.call_s3("list_objects_v2", files.req_kw, **request), missing={})
-        found = [
+        entries = [
             entry | {"name": f"{bucket}/{entry['Key']}", "size": entry["Size"]} for entry in page.get("Contents", [])
         ]
         folders = [f"{bucket}/{entry['Prefix'][:-1]}" for entry in page.get("CommonPrefixes", [])]
-        found += [{"name": name, "size": 0, "type": "directory"} for name in folders]
-        return sorted(found, key=lambda entry: entry["name"]), page.get("NextContinuationToken", "")
+        entries += [{"name": name, "size": 0, "type": "directory"} for name in folders]
+        return sorted(entries, key=lambda entry: entry["name"]), page.get("NextContinuationToken", "")
 
     def glob(self, pattern: str) -> dict[str, dict[str, Any]]:
         """What matches a pattern, by path."""

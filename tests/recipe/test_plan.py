@@ -41,6 +41,8 @@ def test_fields_that_came_later_are_in_the_keys_of_those_alone_that_set_them() -
     assert keys() == keys("prior.train.clip_precision=float32")
     changed = keys("prior.train.clip_precision=bfloat16")
     assert {name for name, key in keys().items() if changed[name] != key} == {"prior", "evaluate"}
+    with pytest.raises(ConfigError, match=r"with embed\.token_states a prior runs no frozen CLIP"):
+        keys("prior.train.clip_precision=bfloat16", "embed.token_states=true")
     with pytest.raises(ConfigError, match=r"upsampler_1\.train\.clip_precision: this training reads no frozen CLIP"):
         load_recipe(None, ["upsampler_1.train.clip_precision=bfloat16"])
     assert fields() == fields("decoder.model.diffusion.loss=simple") == {"schedule"}

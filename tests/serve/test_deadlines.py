@@ -337,13 +337,13 @@ def test_the_first_part_of_a_chain_refuses_what_the_others_cannot_do_in_time(cas
 
 
 def test_the_parts_of_a_chain_are_asked_what_they_have_to_do_once_a_second() -> None:
-    given, calls = list[Any](), list[str]()
+    later_loads, calls = list[Any](), list[str]()
 
     class First:
         """Stands for Ray's handle."""
 
         async def remote(self, _request: SampleRequest, _client: str, _hop: Any, later: Any) -> SampledPictures:
-            given.append(later)
+            later_loads.append(later)
             return SampledPictures(np.zeros((1, 2, 2, 3), np.uint8), None)
 
     def later_part(part: str, *engines: Any) -> Any:
@@ -373,6 +373,6 @@ def test_the_parts_of_a_chain_are_asked_what_they_have_to_do_once_a_second() -> 
 
     asyncio.run(ask())
     assert calls == ["decoder: load", "upsampler_1: load"]
-    assert [len(later) for later in given] == [0, 0, 1, 1]
-    [decoder] = given[-1]
+    assert [len(later) for later in later_loads] == [0, 0, 1, 1]
+    [decoder] = later_loads[-1]
     assert (decoder.pictures, decoder.num_engines, decoder.stages[1].times.time_s) == (5, 2, 0.5)
