@@ -65,15 +65,14 @@ class EmbedWorker:
     """Makes shards of the embed step, several at a time."""
 
     def __init__(self, context: StepContext) -> None:
-        import torch
-
         from pipeline.data.chunks import ProcessDecoders
         from pipeline.data.embed import Embedder
         from pipeline.networks.arithmetic import Arithmetic
         from pipeline.networks.clip import clip_folder
+        from pipeline.networks.cores import use_cores
 
         config, folder = context.recipe.embed, clip_folder(context.inputs["clip"])
-        torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
+        use_cores(config.resources.cpus_per_worker)
         Arithmetic(config.precision).set_up()
         num_processes = int(config.resources.cpus_per_worker) - 1 if config.resources.accelerator == "cuda" else 0
         decoders = ProcessDecoders(folder, num_processes) if num_processes > 0 else None
@@ -125,12 +124,11 @@ class EvaluateWorker:
     """Samples and measures parts of the evaluate step."""
 
     def __init__(self, context: StepContext) -> None:
-        import torch
-
         from pipeline.evaluate.evaluate import make_runner, plan_work
+        from pipeline.networks.cores import use_cores
 
         recipe = context.recipe
-        torch.set_num_threads(max(1, int(recipe.evaluate.resources.cpus_per_worker)))
+        use_cores(recipe.evaluate.resources.cpus_per_worker)
         work = plan_work(recipe, context.inputs)
         self._parts = {part.name: part for part in work.parts}
         self._runner = make_runner(recipe, context.inputs, context.output, work)

@@ -87,11 +87,11 @@ class _EmbeddingWorker(PassWorker):
 
     def __init__(self, context: StepContext) -> None:
         super().__init__(context)
-        import torch
+        from pipeline.networks.cores import use_cores
 
         self._section = _section(context)
         self._embed = context.inputs["embed"]
-        torch.set_num_threads(max(1, int(self._section.resources.cpus_per_worker)))
+        use_cores(self._section.resources.cpus_per_worker)
 
     def _measures(self, shard: str) -> Any:
         """The measures of a shard, after the share of the CLIP score is decided."""

@@ -18,10 +18,9 @@ def load_engine(tables: Tables) -> "Engine":
     Raises:
         DataError: If a network is damaged.
     """
-    import torch
-
     from pipeline.networks.arithmetic import Arithmetic
     from pipeline.networks.cascade import load_cascade, network_configs
+    from pipeline.networks.cores import use_cores
     from pipeline.networks.files import verified_files
     from pipeline.serve.engine import Engine
     from pipeline.serve.memory import GpuMemory
@@ -30,7 +29,7 @@ def load_engine(tables: Tables) -> "Engine":
     recipe, artifacts = read_tables(tables)
     config, part, steps = recipe.serve, tables.get("part", NETWORKS), tables.get("steps")
     place = place_of(config, part)
-    torch.set_num_threads(max(1, int(place.cpus_per_replica)))
+    use_cores(place.cpus_per_replica)
     networks = {name: artifact for name, artifact in artifacts.items() if name in CASCADE_STEPS}
     for name in networks.keys() if steps is None else networks.keys() & steps:
         verified_files(networks[name])

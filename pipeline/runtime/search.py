@@ -111,15 +111,13 @@ class SearchWorker:
     """Answers parts of a batch search."""
 
     def __init__(self, context: StepContext) -> None:
-        import torch
-
+        from pipeline.networks.cores import use_cores
         from pipeline.retrieve.batch import PartSearcher
         from pipeline.retrieve.search import Searcher
 
         assert isinstance(context, SearchContext)
         resources = context.recipe.embed.resources
-        num_threads = max(1, int(resources.cpus_per_worker))
-        torch.set_num_threads(num_threads)
+        num_threads = use_cores(resources.cpus_per_worker)
         searcher = Searcher(context.artifacts, resources.accelerator)
         self._output = context.output
         self._answer = PartSearcher(searcher, context.options, self._output.path(QUERIES), num_threads)

@@ -46,7 +46,7 @@ Json = dict[str, Any]
 _END = f"{LIVE}end.json"
 _ERROR = f"{LIVE}error.json"
 # How often Ray Train's controller looks at its workers: every start and end of a training waits for it (default: 2 s).
-_RAY_TRAIN_SETTINGS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+_RAY_TRAIN_SETTINGS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1"}
 
 
 def run_clip(context: StepContext) -> StepResult:
@@ -192,6 +192,7 @@ def _run_worker(context: StepContext, rank: int = 0, world_size: int = 1) -> End
     progress = Progress(context.own_output, notice=context.notice)
     import torch
 
+    from pipeline.networks.cores import use_cores
     from pipeline.train.assemble import EarlierTraining, TrainJob
     from pipeline.train.job import run_job
     from pipeline.train.stop import StoppedError
@@ -199,8 +200,7 @@ def _run_worker(context: StepContext, rank: int = 0, world_size: int = 1) -> End
     name, output, workspace = context.step.name, context.own_output, Workspace(context.recipe.workspace)
     section = context.recipe.trained()[name]
     resources = section.resources
-    num_threads = max(1, int(resources.cpus_per_worker))
-    torch.set_num_threads(num_threads)
+    num_threads = use_cores(resources.cpus_per_worker)
     job = TrainJob(
         name=name,
         recipe=context.recipe,

@@ -235,13 +235,13 @@ def _validate(context: StepContext, step: int) -> bool:
     os.nice(_NICE)
     import torch
 
+    from pipeline.networks.cores import use_cores
     from pipeline.train.assemble import TrainJob
     from pipeline.train.validation import validate_beside
 
     name = context.step.name
     resources = context.recipe.trained()[name].resources
-    num_threads = max(1, int(resources.cpus_of_validation))
-    torch.set_num_threads(num_threads)
+    num_threads = use_cores(resources.cpus_of_validation)
     job = TrainJob(
         name=name,
         recipe=context.recipe,

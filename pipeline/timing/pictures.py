@@ -12,6 +12,7 @@ from models.cascade import Cascade
 from models.stage import PIXELS, Z_IMAGE, Batch, Stage
 from pipeline.evaluate.parts import NUM_RECONSTRUCTIONS
 from pipeline.networks.cascade import load_cascade, network_configs
+from pipeline.networks.cores import use_cores
 from pipeline.pictures import to_png
 from pipeline.recipe.recipe import Recipe
 from pipeline.timing.clock import Clock
@@ -35,8 +36,7 @@ def evaluation_units(recipe: Recipe, artifacts: Mapping[str, Artifact]) -> Evalu
         artifacts: Of every trained network, by step name.
     """
     config = recipe.evaluate
-    num_threads = max(1, int(config.resources.cpus_per_worker))
-    torch.set_num_threads(num_threads)
+    num_threads = use_cores(config.resources.cpus_per_worker)
     device = torch.device(config.resources.accelerator)
     clock = Clock(device, num_threads)
     start = clock.now()

@@ -25,6 +25,7 @@ from pipeline.data.sources import source_of
 from pipeline.data.tars import take_in, tar_files
 from pipeline.errors import ConfigError, DataError
 from pipeline.networks.clip import clip_folder, save_clip_artifact
+from pipeline.networks.cores import use_cores
 from pipeline.recipe.recipe import Recipe
 from pipeline.retrieve.build import build_index
 from pipeline.shapes.server import serve_pictures
@@ -183,9 +184,7 @@ class Rehearsal:
         return TrainingUnits(step_s=0.0, start_s=time.perf_counter() - start)
 
     def _clock(self, accelerator: str, cpus: float) -> Clock:
-        num_threads = max(1, int(cpus))
-        torch.set_num_threads(num_threads)
-        return Clock(torch.device(accelerator), num_threads)
+        return Clock(torch.device(accelerator), use_cores(cpus))
 
     def _commit(self, output: Artifact, counts: dict[str, int], names: list[str]) -> None:
         files = {name: output.describe(name) for name in names}

@@ -6,10 +6,9 @@ import math
 import time
 from collections.abc import Callable
 
-import torch
-
 from pipeline.data.batches import IMAGE_CACHE_BYTES, Batch, plan_order
 from pipeline.data.order import Share
+from pipeline.networks.cores import use_cores
 from pipeline.networks.diffusion_loss import draws_of
 from pipeline.timing.clock import Clock
 from pipeline.timing.units import TrainingUnits
@@ -30,7 +29,7 @@ class RehearsedTraining:
     """
 
     def __init__(self, job: TrainJob) -> None:
-        torch.set_num_threads(job.num_threads)
+        use_cores(job.num_threads)
         self.job = job
         self.clock = Clock(job.device, job.num_threads)
         start = self.clock.now()
