@@ -7,6 +7,7 @@ import sys
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from models.sample_random import SampleRandom
-from pipeline.clip.files import load_clip, load_pretrained, save_clip
+from pipeline.clip.files import draw_as_loading, load_clip, load_pretrained, save_clip
 from pipeline.clip.frozen import FrozenClip
 from pipeline.clip.library import open_clip
 from pipeline.clip.model import OpenClip, create_clip
@@ -24,6 +25,7 @@ from pipeline.networks.clip import CLIP as CLIP_KIND
 from pipeline.networks.clip import ClipObjective
 from pipeline.networks.contrast import Pairs, contrastive_loss
 from pipeline.pictures import Framing
+from pipeline.train.memory import LiveBytes
 from tests.tiny.command import ROOT
 from tests.tiny.networks import CLIP
 
@@ -201,6 +203,31 @@ def test_save_and_load_give_the_same_embeddings_and_bytes(frozen: FrozenClip, tm
     assert torch.equal(FrozenClip(loaded).encode_text(CAPTIONS).hidden, frozen.encode_text(CAPTIONS).hidden)
     for name in ("open_clip_config.json", "open_clip_model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+class _OnTheCpu(LiveBytes):
+    """Counts the tensors that have data."""
+
+    def _note(self, tensor: torch.Tensor) -> None:
+        if tensor.device.type == "cpu":
+            super()._note(tensor)
+
+
+@pytest.mark.parametrize("vision", ["vit", "resnet"])
+def test_what_loading_draws_is_drawn_again_in_the_memory_of_one_tensor(
+    vision: Literal["vit", "resnet"], tmp_path: Path
+) -> None:
+    clip = create_clip(replace(CONFIG, vision=vision, vision_width=64, patch_px=8))
+    save_clip(clip, tmp_path)
+    largest = max(parameter.nbytes for parameter in clip.model.parameters())
+    torch.manual_seed(1)
+    load_clip(tmp_path)
+    expected = torch.randn(20)
+    torch.manual_seed(1)
+    with _OnTheCpu([]) as live:
+        draw_as_loading(tmp_path)
+    assert torch.equal(torch.randn(20), expected)
+    assert largest <= live.peak < 1.1 * largest
 
 
 def test_saved_folder_is_read_by_open_clip_itself(frozen: FrozenClip, tmp_path: Path) -> None:

@@ -11,8 +11,11 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from pipeline.clip.inputs import ClipInputs, first_line, inputs_of
 from pipeline.clip.library import add_timm, open_clip
@@ -63,15 +66,33 @@ def load_clip(folder: Path) -> OpenClip:
         return build_clip(config["model_cfg"], config.get("preprocess_cfg", {}), state, source=f"local-dir:{folder}")
 
 
-def build_unloaded(folder: Path) -> OpenClip:
-    """Build a folder's CLIP with random weights from torch's global generator, without reading its own.
+def draw_as_loading(folder: Path) -> None:
+    """Take from torch's global generator what ``load_clip`` takes, in the memory of one tensor.
 
     Raises:
         ValueError: If the configuration is missing or unreadable.
     """
     with _name_folder(folder):
         config = _read_config(folder)
-        return build_clip(config["model_cfg"], config.get("preprocess_cfg", {}), None, source=f"local-dir:{folder}")
+        with torch.device("meta"), _Draws():
+            build_clip(config["model_cfg"], config.get("preprocess_cfg", {}), None, source=f"local-dir:{folder}")
+
+
+class _Draws(TorchDispatchMode):
+    """Where a tensor without data is filled with random numbers, takes them on the CPU, and keeps none."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            func(*tree_map(_on_cpu, args), **tree_map(_on_cpu, kwargs))
+        return func(*args, **kwargs)
+
+
+def _on_cpu(value: Any) -> Any:
+    """A tensor of the same shape and memory order on the CPU; any other value as it is, but for the device."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+    return torch.device("cpu") if isinstance(value, torch.device) else value
 
 
 def load_inputs(folder: Path) -> ClipInputs:

@@ -130,15 +130,15 @@ def load_clip_artifact(artifact: Artifact, device: torch.device | str = "cpu", *
 def draw_as_loading(artifact: Artifact) -> None:
     """Take from torch's global generator what loading the CLIP takes, so that the next network has the same weights.
 
-    open_clip draws weights before any are loaded. This draws them too, and keeps and reads none.
+    open_clip draws weights before any are loaded. This draws them too, one tensor after another, and keeps none.
 
     Raises:
         DataError: If its configuration is missing or damaged.
     """
-    from pipeline.clip.files import build_unloaded
+    from pipeline.clip import files
 
     try:
-        build_unloaded(clip_folder(artifact, with_weights=False))
+        files.draw_as_loading(clip_folder(artifact, with_weights=False))
     except ValueError as error:
         raise DataError(f"{artifact.uri}: {error}; remove it and run again") from error
 

@@ -137,20 +137,33 @@ def load_initial(network: nn.Module, folder: str) -> None:
     Raises:
         DataError: If they are missing, or of a network of another kind, shape, schedule or prediction.
     """
-    other = load_network(Artifact(folder))
+    copy_weights(load_network(Artifact(folder)), network, folder)
+
+
+def copy_weights(other: nn.Module, network: nn.Module, source: str) -> None:
+    """Load the weights of a trained network into a new one.
+
+    Args:
+        other: Where they are taken from.
+        network: Where they are put.
+        source: Where ``other`` was read, for messages.
+
+    Raises:
+        DataError: See ``load_initial``.
+    """
     ours, theirs = network.state_dict(), other.state_dict()
     differs = sorted(name for name in ours.keys() | theirs.keys() if _shape(ours, name) != _shape(theirs, name))
     if differs:
         raise DataError(
-            f"init_from {folder}: a {type(other).__name__} of another shape: {differs[0]} is "
+            f"init_from {source}: a {type(other).__name__} of another shape: {differs[0]} is "
             f"{_shape(theirs, differs[0])} there and {_shape(ours, differs[0])} in the recipe; "
-            f"take `model` from {folder}/{CONFIG}"
+            f"take `model` from {CONFIG} there, or from its recipe"
         )
     for name in kind_of(network.config).meaning:
         our_value, their_value = (attrgetter(name)(each.config) for each in (network, other))
         if our_value != their_value:
             raise DataError(
-                f"init_from {folder}: was trained with {name} = {their_value!r}, the recipe says {our_value!r}"
+                f"init_from {source}: was trained with {name} = {their_value!r}, the recipe says {our_value!r}"
             )
     network.load_state_dict(theirs)
 

@@ -319,6 +319,11 @@ class ClipStepConfig(StepSection):
         return [str(Path(path) / "open_clip_config.json"), *weights]
 
 
+def is_checkpoint(init_from: str) -> bool:
+    """Whether weights to start from are named by the file of a checkpoint, and not by a network's folder."""
+    return init_from.endswith(".safetensors")
+
+
 @configclass
 class NetworkStepConfig(StepSection, Generic[ModelT_co]):
     """A step that trains one network: its shape, its first weights, its optimisation, its workers."""
@@ -327,7 +332,9 @@ class NetworkStepConfig(StepSection, Generic[ModelT_co]):
     """The network, its diffusion and its sampler."""
     init_from: str = ""
     """Folder of a trained network (config.json, model.safetensors) to start from, of the same shape: from `unclip
-    import`, or another run's artifact. Empty: random weights."""
+    import`, or another run's artifact. Or a checkpoint of a training, which gives its averaged weights: a file
+    live/checkpoints/NUMBER.safetensors of its artifact, or a copy, because a training removes its old ones. Empty:
+    random weights."""
     train: TrainConfig = TrainConfig()
     """Its optimisation."""
     resources: TrainResources = TrainResources()
@@ -340,11 +347,11 @@ class NetworkStepConfig(StepSection, Generic[ModelT_co]):
     @property
     def finished_network(self) -> str:
         """See ``StepSection``."""
-        return self.init_from if self.train.num_steps == 0 else ""
+        return self.init_from if self.train.num_steps == 0 and not is_checkpoint(self.init_from) else ""
 
     def files_in_key(self, path: str) -> list[str]:
         """The weights of ``init_from``."""
-        return [f"{path}/model.safetensors"]
+        return [path if is_checkpoint(path) else f"{path}/model.safetensors"]
 
 
 @configclass

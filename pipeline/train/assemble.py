@@ -18,11 +18,14 @@ from pipeline.data.batches import CaptionTable, Samples, TextEncoder
 from pipeline.data.selection import embeddings_of, selection_of
 from pipeline.data.token_states import EmptyCaption
 from pipeline.data.training_rows import ShardReader
+from pipeline.errors import DataError
 from pipeline.networks.clip import draw_as_loading, load_clip_artifact, load_text_artifact
-from pipeline.networks.files import load_initial, save_network
+from pipeline.networks.files import copy_weights, create_network, load_initial, save_network
 from pipeline.networks.kind import AnyKind
 from pipeline.networks.table import kind_of
 from pipeline.recipe.recipe import Recipe, TrainedSection
+from pipeline.recipe.train_sections import is_checkpoint
+from pipeline.train.checkpoint import Checkpoint, DamagedCheckpointError
 from pipeline.workspace.store import Artifact
 
 if TYPE_CHECKING:
@@ -172,13 +175,28 @@ def _create(job: TrainJob, empty: EmptyCaption | None) -> nn.Module:
             network = kind.create(section.model, dims)
     init_from = getattr(section, "init_from", "")
     if init_from and job.has_weights:
-        load_initial(network, init_from)
+        if is_checkpoint(init_from):
+            copy_weights(_averaged(init_from), network, init_from)
+        else:
+            load_initial(network, init_from)
     if empty is not None:
         for module in network.modules():
             if isinstance(module, NullText):
                 module.set(empty.text)
     network = in_memory_order(kind, network)
     set_checkpointing(network, enabled=section.resources.checkpointing)
+    return network
+
+
+def _averaged(file: str) -> nn.Module:
+    """The averaged network of a checkpoint."""
+    folder, _, name = file.rpartition("/")
+    try:
+        checkpoint = Checkpoint(Artifact(folder or "."), name)
+        network = create_network(checkpoint.network, file)
+        network.load_state_dict(checkpoint.read("ema"))
+    except DamagedCheckpointError as error:
+        raise DataError(f"init_from {file}: {error}; name another checkpoint, or the folder of a network") from error
     return network
 
 

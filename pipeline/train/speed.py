@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -15,7 +16,9 @@ from pipeline.train.assemble import TrainJob
 
 _COUNT_AFTER_S = 30.0
 """Arithmetic is counted, and the peak measured, once a training has run for so long: both take about a second."""
-_PRODUCT_S = 0.1
+_PEAK_EVERY_S = 30.0
+"""The peak of CPUs is measured again so often, in a tenth of a second: whatever else runs on them comes and goes."""
+_NUM_PRODUCTS = 3
 _PRODUCT_SIDE = {"cpu": 1024, "cuda": 8192}
 
 
@@ -41,7 +44,9 @@ class Speed:
         self._start = self._read_at = clock()
         self._count_at = self._start + count_after_s
         self._stalled_s = 0.0
-        self._share_of_peak: float | None = None
+        self._flops_per_sample: float | None = None
+        self._peaks: dict[str, float] = {}
+        self._peak_at = -math.inf
 
     def timed(self, batches: Iterator[Batch]) -> Generator[Batch]:
         """The same batches; the time that the loop waits for them is added up."""
@@ -60,34 +65,54 @@ class Speed:
 
         Returns:
             ``samples_per_s`` of all workers, ``stalled_share`` of the time in which rank 0 waited for data,
-            ``peak_memory_gb`` of its GPU, or of its process; after a while ``mfu``: counted arithmetic over that of a
-            large matrix product in the same precision on the same device.
+            ``peak_memory_gb`` of its GPU, or of its process; ``eta_s``, the time to go at this rate; after a while
+            ``mfu``: counted arithmetic over the most that large matrix products have reached so far in the same
+            precision on the same device. It is left out where it would be above 1.
         """
         now = self._clock()
         seconds = max(now - self._read_at, 1e-9)
-        samples_per_s = (step - self._step) * self._job.section.train.batch_size / seconds
+        train, num_steps = self._job.section.train, step - self._step
+        samples_per_s = num_steps * train.batch_size / seconds
         numbers = {"samples_per_s": samples_per_s, "stalled_share": min(1.0, self._stalled_s / seconds)}
         numbers["peak_memory_gb"] = _peak_memory_gb(self._job.device)
-        if self._share_of_peak is None and now >= self._count_at:
-            self._share_of_peak = self._count(step)
-        if self._share_of_peak:
-            numbers["mfu"] = samples_per_s * self._share_of_peak
+        if num_steps:
+            numbers["eta_s"] = (train.total_steps - step) * seconds / num_steps
+        if now >= self._count_at:
+            mfu = self._mfu(step, samples_per_s)
+            if 0 < mfu <= 1:
+                numbers["mfu"] = mfu
         self._step, self._read_at, self._stalled_s = step, self._clock(), 0.0
         return numbers
 
-    def _count(self, step: int) -> float:
-        """Seconds that one sample would take all workers at their peak; 0 if this cannot be counted.
+    def _mfu(self, step: int, samples_per_s: float) -> float:
+        """Arithmetic at this rate over the peak of all workers; 0 if it cannot be counted.
 
         A GPU that the training fills has no room for the product: the training goes on without the number.
         """
+        if self._flops_per_sample is None:
+            self._flops_per_sample = self._count()
+        if not self._flops_per_sample:
+            return 0.0
+        device, precision = self._job.device, self._job.section.train.at(max(0, step - 1)).precision
+        peak, now = self._peaks.get(precision, 0.0), self._clock()
+        rate = samples_per_s * self._flops_per_sample / self._job.world_size
+        is_in_doubt = device.type == "cpu" or rate > peak  # others may have had the processors when it was measured
+        if not peak or (is_in_doubt and now >= self._peak_at + _PEAK_EVERY_S):
+            try:
+                peak = max(peak, measure_peak(device, precision))
+            except torch.OutOfMemoryError:
+                self._flops_per_sample = 0.0
+                return 0.0
+            self._peaks[precision], self._peak_at = peak, now
+        return rate / peak
+
+    def _count(self) -> float:
+        """Operations of a training step for each sample; 0 if this cannot be counted."""
         from pipeline.networks.costs import training_flops  # loads open_clip, which few trainings need
 
-        job = self._job
         try:
-            flops = training_flops(job.recipe, job.name)
-            precision = job.section.train.at(min(step, job.section.train.total_steps - 1)).precision
-            return flops / (measure_peak(job.device, precision) * job.world_size)
-        except (ConfigError, torch.OutOfMemoryError):
+            return training_flops(self._job.recipe, self._job.name)
+        except ConfigError:
             return 0.0
 
 
@@ -101,16 +126,22 @@ def describe_speed(numbers: dict[str, float]) -> str:
 
 
 def measure_peak(device: torch.device, precision: str) -> float:
-    """Operations per second of a large matrix product on a device: a multiplication and an addition are two."""
+    """Operations per second of a large matrix product on a device: a multiplication and an addition are two.
+
+    The quickest of a few products counts: the first loads its kernel. On CPUs its time is that of the calling thread,
+    one of those that compute it: while another program has the processor, it stands still.
+    """
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
     side = _PRODUCT_SIDE[device.type]
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     matrix = torch.ones(side, side, dtype=dtype, device=device)
-    _wait(device, matrix @ matrix)
-    begun, count = time.perf_counter(), 0
-    while time.perf_counter() - begun < _PRODUCT_S:
+    quickest = math.inf
+    for _ in range(_NUM_PRODUCTS):
+        _wait(device, matrix)
+        begun = clock()
         _wait(device, matrix @ matrix)
-        count += 1
-    return 2.0 * side**3 * count / (time.perf_counter() - begun)
+        quickest = min(quickest, clock() - begun)
+    return 2.0 * side**3 / quickest
 
 
 def _wait(device: torch.device, _: torch.Tensor) -> None:

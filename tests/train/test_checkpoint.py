@@ -19,7 +19,7 @@ from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.train_sections import TrainConfig
 from pipeline.sampling.at import checkpoint_networks
-from pipeline.train.assemble import TrainJob
+from pipeline.train.assemble import TrainJob, assemble
 from pipeline.train.checkpoint import Checkpoint, DamagedCheckpointError, Snapshot
 from pipeline.train.job import run_job
 from pipeline.train.results import BesideState, write_beside, write_result
@@ -319,3 +319,44 @@ def test_a_checkpoint_that_is_not_there_is_refused_by_those_that_are(
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DataError, match="take another checkpoint"), checkpoint_networks(recipe, ["upsampler_1@2"]):
         pass
+
+
+def _from(recipe: Recipe, init_from: Path, **train: int) -> Recipe:
+    section = recipe.upsampler_1
+    assert section is not None
+    changed = dataclasses.replace(section, init_from=str(init_from), train=dataclasses.replace(section.train, **train))
+    return dataclasses.replace(recipe, upsampler_1=changed)
+
+
+def test_a_training_starts_from_a_checkpoint_of_another(
+    training: tuple[Recipe, TrainJob, list[str]], tmp_path: Path
+) -> None:
+    recipe, job, _ = training
+    whole = job.output.path(checkpoint_name(4)).read_bytes()
+    file, other = tmp_path / "kept.safetensors", tmp_path / "other.safetensors"
+    file.write_bytes(whole)
+    started = _from(recipe, file, num_steps=0)
+    new = dataclasses.replace(job, recipe=started, output=Artifact(str(tmp_path / "new")))
+    run_job(new, no_watch)
+    with safe_open(file, "pt") as tensors:
+        for name, weight in load_network(new.output).state_dict().items():
+            assert torch.equal(weight, tensors.get_tensor(f"ema.{name}"))
+    assert not started.trained()["upsampler_1"].finished_network  # its weights are those of no folder
+
+    other.write_bytes(whole)
+    keys = [_key(each) for each in (recipe, started, _from(recipe, other, num_steps=0))]
+    assert keys[0] != keys[1] == keys[2]
+    other.write_bytes(whole[:-1])
+    assert _key(_from(recipe, other, num_steps=0)) != keys[1]
+    with pytest.raises(DataError, match=r"init_from .*other\.safetensors: .* name another checkpoint, or the folder"):
+        assemble(dataclasses.replace(new, recipe=_from(recipe, other)))
+    wide = _from(recipe, file)
+    unet = dataclasses.replace(wide.upsampler_1.model.unet, channels=2 * wide.upsampler_1.model.unet.channels)
+    model = dataclasses.replace(wide.upsampler_1.model, unet=unet)
+    wide = dataclasses.replace(wide, upsampler_1=dataclasses.replace(wide.upsampler_1, model=model))
+    with pytest.raises(DataError, match=r"init_from .*kept\.safetensors: a Upsampler of another shape"):
+        assemble(dataclasses.replace(new, recipe=wide))
+
+
+def _key(recipe: Recipe) -> str:
+    return next(step.key for step in make_plan(recipe) if step.name == "upsampler_1")

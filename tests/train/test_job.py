@@ -25,7 +25,7 @@ from pipeline.workspace.store import Artifact
 from tests.tiny.shards import EMBED_DIM
 from tests.tiny.training import no_watch, tiny_inputs, tiny_job, training_recipe
 
-_OF_THE_MACHINE = {"time", "samples_per_s", "stalled_share", "peak_memory_gb", "mfu"}
+_OF_THE_MACHINE = {"time", "samples_per_s", "stalled_share", "peak_memory_gb", "mfu", "eta_s"}
 
 
 def _contents(output: Path) -> dict[str, bytes]:

@@ -50,7 +50,7 @@ def _measured(recipe: Recipe, name: str, inputs: dict[str, Artifact], folder: Pa
     share = Share(job.section.train.batch_size)
     step = make_step(parts.objective(state.network).train(), job.section, share, seed=1)
     batch = parts.train.batch(torch.stack([torch.zeros(len(share)), torch.arange(len(share)) % 3], 1).long().numpy())
-    if name == "prior":  # captions of full length are counted
+    if name.startswith("prior"):  # captions of full length are counted
         batch = dataclasses.replace(batch, captions=("a red circle " * 9,) * len(batch))
     step(state, batch)
     state.step = 1
@@ -71,6 +71,7 @@ def _measured(recipe: Recipe, name: str, inputs: dict[str, Artifact], folder: Pa
         ("upsampler_1", {"batch_size": 32}, {"micro_batch_size": 8}),
         ("upsampler_1", {"batch_size": 32, "optimizer": "muon"}, {}),
         ("prior", {"batch_size": 64}, {}),
+        ("prior_2", {"batch_size": 64}, {}),
         ("decoder", {"batch_size": 16, "precision": "bfloat16"}, {}),
         ("clip", {"batch_size": 16}, {}),
         ("noisy_clip", {"batch_size": 32}, {}),
