@@ -1,13 +1,13 @@
 """Downloads against img2dataset: pictures per second, from the same server, list and cores.
 
-    python -m benchmarks.download [--rounds 3] [--pictures 3000]
+    python -m benchmarks.download [--rounds 3] [--pictures 6000]
 
 A process serves photographs with keep-alive from memory, on the same cores as both programs. Each round
 runs both, one after the other, as a command with a process a core and the same size, resize mode, encoding, checksum
 and shards; ours without Ray, whose workers do the same. Pictures per second are those of the shards:
 from the begin of the first to the end of the last, without the start of either program. Floor: 1.5 times img2dataset's.
-Processor milliseconds are those of all processes of a command for each picture, less those of a command with one
-picture.
+Processor milliseconds are those of all processes of a command for each picture, beyond those of a command with one
+shard for each process: img2dataset's processes load what they need with their first shard.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -46,6 +47,8 @@ _SIZES = {
 """Sets of pictures; the second has some of each size that lists of web pictures have."""
 _SHARD_ROWS = 500
 _IMAGE_PX = 256
+_AT_ONCE = 2
+"""Shards that a worker of ours makes at a time."""
 
 
 def photograph(seed: int, size: tuple[int, int]) -> bytes:
@@ -63,30 +66,47 @@ def photograph(seed: int, size: tuple[int, int]) -> bytes:
     return buffer.getvalue()
 
 
+class _Host(asyncio.Protocol):
+    """Answers one connection, with little work: both programs have it beside them on their cores.
+
+    Args:
+        answers: Whole answers of each set of pictures, by whether the connection stays open.
+    """
+
+    def __init__(self, answers: dict[bool, list[list[bytes]]]) -> None:
+        self._answers = answers
+        self._waiting = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._waiting += data
+        while b"\r\n\r\n" in self._waiting:
+            head, _, self._waiting = self._waiting.partition(b"\r\n\r\n")
+            path = head.split(b" ", 2)[1]
+            stays_open = b"connection: close" not in head.lower()
+            if path[1:2].isdigit():
+                answers = self._answers[stays_open][int(path[1:2])]
+                self._transport.write(answers[int(path[3:-4]) % len(answers)])
+            else:
+                self._transport.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+            if not stays_open:
+                self._transport.close()
+
+
 async def _serve(port_file: Path) -> None:
     sets = [[photograph(seed, size) for seed, size in enumerate(sizes)] for sizes in _SIZES.values()]
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            while True:
-                head = await reader.readuntil(b"\r\n\r\n")
-                path = head.split(b" ", 2)[1]
-                is_picture = path[1:2].isdigit()
-                files = sets[int(path[1:2])] if is_picture else [b""]
-                body = files[int(path[3:-4]) % len(files)] if is_picture else b""
-                status = b"200 OK" if is_picture else b"404 Not Found"
-                is_last = b"connection: close" in head.lower()
-                ending = b"Connection: close\r\n" if is_last else b""
-                length = str(len(body)).encode()
-                writer.write(
-                    b"HTTP/1.1 " + status + b"\r\nContent-Length: " + length + b"\r\n" + ending + b"\r\n" + body
-                )
-                await writer.drain()
-                if is_last:
-                    break
-        writer.close()
-
-    server = await asyncio.start_server(answer, "127.0.0.1", 0, backlog=1024)
+    heads = {True: "", False: "Connection: close\r\n"}
+    answers = {
+        stays_open: [
+            [f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n{head}\r\n".encode() + body for body in bodies]
+            for bodies in sets
+        ]
+        for stays_open, head in heads.items()
+    }
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: _Host(answers), "127.0.0.1", 0, backlog=1024)
     port_file.write_text(str(server.sockets[0].getsockname()[1]))
     await server.serve_forever()
 
@@ -168,10 +188,11 @@ def run_ours(table: Path, out: Path, num_processes: int) -> Run:
 def _download_ours(table: Path, out: Path, num_processes: int) -> None:
     rows = pq.read_table(table)
     shards = [f"{number:05d}" for number in range(-(-rows.num_rows // _SHARD_ROWS))]
-    workers = [
-        multiprocessing.get_context("spawn").Process(target=_work, args=(table, out, shards[first::num_processes]))
-        for first in range(num_processes)
-    ]
+    context = multiprocessing.get_context("spawn")
+    waiting: Any = context.Queue()
+    for shard in [*shards, *[""] * (num_processes * _AT_ONCE)]:
+        waiting.put(shard)
+    workers = [context.Process(target=_work, args=(table, out, waiting)) for _ in range(num_processes)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -179,8 +200,8 @@ def _download_ours(table: Path, out: Path, num_processes: int) -> None:
         assert worker.exitcode == 0
 
 
-def _work(table: Path, out: Path, shards: list[str]) -> None:
-    """Two shards at a time, as a worker of the step has."""
+def _work(table: Path, out: Path, waiting: Any) -> None:
+    """Take the next shard whenever one is done, and two at a time, as a worker of the step does."""
     from pipeline.data.download import Downloader
     from pipeline.data.shard_writer import ShardFiles
     from pipeline.data.urls import AddressRules
@@ -188,22 +209,23 @@ def _work(table: Path, out: Path, shards: list[str]) -> None:
 
     config = DownloadConfig(samples_per_shard=_SHARD_ROWS, image_px=_IMAGE_PX)
     rows = pq.read_table(table).select(["uid", "split", "caption", "url"])
-    with Downloader(config, AddressRules(["127.0.0.1/32"])) as downloader, ThreadPoolExecutor(2) as pool:
+    with Downloader(config, AddressRules(["127.0.0.1/32"])) as downloader, ThreadPoolExecutor(_AT_ONCE) as pool:
         gc.freeze()  # as the step's worker does
 
-        def make(shard: str) -> None:
-            part = rows.slice(int(shard) * _SHARD_ROWS, _SHARD_ROWS)
-            files = ShardFiles(out / f"{shard}.tar", out / f"{shard}.parquet", out / f"{shard}_stats.json")
-            downloader.download(part, shard, files)
+        def make(_: int) -> None:
+            while shard := waiting.get():
+                part = rows.slice(int(shard) * _SHARD_ROWS, _SHARD_ROWS)
+                files = ShardFiles(out / f"{shard}.tar", out / f"{shard}.parquet", out / f"{shard}_stats.json")
+                downloader.download(part, shard, files)
 
-        list(pool.map(make, shards))
+        list(pool.map(make, range(_AT_ONCE)))
 
 
 def main() -> None:
     """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--pictures", type=int, default=3000)
+    parser.add_argument("--pictures", type=int, default=6000)
     parser.add_argument("--serve", default="", help=argparse.SUPPRESS)
     parser.add_argument("--ours", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--img2dataset", default="", help=argparse.SUPPRESS)
@@ -229,7 +251,8 @@ def main() -> None:
 def _compare(folder: Path, url: str, kind: str, arguments: argparse.Namespace, cores: int) -> list[dict[str, object]]:
     """Rounds of one set of pictures, and their median."""
     folder.mkdir()
-    _write_list(folder / "warm.parquet", url, 1)
+    num_warm = cores * _SHARD_ROWS
+    _write_list(folder / "warm.parquet", url, num_warm)
     _write_list(folder / "table.parquet", url, arguments.pictures)
     both: list[tuple[str, Callable[[Path, Path, int], Run]]] = [("our", run_ours), ("their", run_theirs)]
     start_cpu_s = {name: run(folder / "warm.parquet", folder / f"{name}-warm", cores).cpu_s for name, run in both}
@@ -240,7 +263,8 @@ def _compare(folder: Path, url: str, kind: str, arguments: argparse.Namespace, c
             for name, run in both[:: 1 if number % 2 else -1]
         }
         assert all(result.pictures == arguments.pictures for result in results.values())
-        cpu_ms = {name: 1000 * (results[name].cpu_s - start_cpu_s[name]) / arguments.pictures for name, _ in both}
+        beyond = arguments.pictures - num_warm
+        cpu_ms = {name: 1000 * (results[name].cpu_s - start_cpu_s[name]) / beyond for name, _ in both}
         ours, theirs = results["our"], results["their"]
         rates = {"ours_per_s": ours.per_s, "theirs_per_s": theirs.per_s, "ratio": ours.per_s / theirs.per_s}
         times = {"our_cpu_ms": cpu_ms["our"], "their_cpu_ms": cpu_ms["their"]}

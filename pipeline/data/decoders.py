@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
+import fcntl
 import itertools
 import json
 import logging
@@ -19,7 +19,6 @@ import resource
 import signal
 import struct
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,7 +34,10 @@ _TRIES, _STARTS = 2, 3
 _PICTURES_AT_ONCE = 2
 _OOM_SCORE = b"800"
 _SPARE_BYTES = 256 << 20
-_HEADER = struct.Struct("<QQ")
+_PIPE_BYTES = 1 << 20
+"""A picture passes in one piece, so that each side is woken once for it."""
+_HEADER = struct.Struct("<QQQ")
+"""Of a message: number of the picture, bytes of its facts (JSON), bytes of the picture."""
 
 
 class Decoders:
@@ -71,10 +73,10 @@ class Decoders:
         """
         decoder = await self._free.get()
         try:
-            request = pickle.dumps((body.read(), boxes, checksum), protocol=5)
+            facts, data = json.dumps([boxes, checksum]).encode(), body.read()
             for number in range(_TRIES):
                 try:
-                    return await decoder.ask(request)
+                    return await decoder.ask(facts, data)
                 except DecoderLostError as error:
                     if error.is_last or number == _TRIES - 1:
                         raise FetchError("killer", error.reason) from None
@@ -126,7 +128,7 @@ class _Decoder:
             )
             self._num_starts += 1
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-                self._write(pickle.dumps(self._config), 0)
+                self._write(0, b"", pickle.dumps(self._config))
                 await self._read(_HEADER.size)
                 return
             status = await self.stop()
@@ -138,18 +140,22 @@ class _Decoder:
         process, self._process = self._process, None
         return None if process is None else await process.wait()
 
-    async def ask(self, request: bytes) -> StoredPicture:
+    async def ask(self, facts: bytes, data: bytes) -> StoredPicture:
         """Send a picture, and wait for its answer after those of the pictures before it.
+
+        Args:
+            facts: Boxes to blur and its checksum, as JSON.
+            data: The downloaded file.
 
         Raises:
             DecoderLostError: If the process ended with this picture.
         """
         number = next(self._numbers)
-        start = self._write(request, number)
+        start = self._write(number, facts, data)
         try:
             async with self._turn:  # its queue is in the order of the writes: nothing is awaited in between
                 while start != self._num_starts:  # a picture before this one took the process down
-                    start = self._write(request, number)
+                    start = self._write(number, facts, data)
                 return await self._wait(number)
         except asyncio.CancelledError:
             self._kill()  # its answer would be taken for that of the next picture
@@ -177,10 +183,10 @@ class _Decoder:
         return stopped if status is None else status
 
     async def _answer(self, number: int) -> StoredPicture:
-        json_bytes, data_bytes = _HEADER.unpack(await self._read(_HEADER.size))
-        answer = json.loads(await self._read(json_bytes))
-        data = await self._read(data_bytes)
-        if answer.pop("number") != number:
+        answered, num_facts, num_bytes = _HEADER.unpack(await self._read(_HEADER.size))
+        answer = json.loads(await self._read(num_facts))
+        data = await self._read(num_bytes)
+        if answered != number:
             raise OSError("an answer to another picture")
         if "cause" in answer:
             raise FetchError(answer["cause"], answer["detail"])
@@ -193,11 +199,10 @@ class _Decoder:
         assert self._process.stdout is not None
         return await self._process.stdout.readexactly(num_bytes)
 
-    def _write(self, message: bytes, number: int) -> int:
+    def _write(self, number: int, facts: bytes, data: bytes) -> int:
         """Send a message; returns the number of the process that gets it."""
         if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.write(_HEADER.pack(number, len(message)))
-            self._process.stdin.write(message)
+            self._process.stdin.write(_message(number, facts, data))
         return self._num_starts
 
     def _kill(self) -> None:
@@ -206,27 +211,32 @@ class _Decoder:
                 self._process.kill()
 
 
-def _answer(resizer: Resizer, request: tuple[bytes, Sequence[Sequence[float]], str]) -> tuple[dict[str, Any], bytes]:
+def _message(number: int, facts: bytes, data: bytes) -> bytes:
+    return b"".join((_HEADER.pack(number, len(facts), len(data)), facts, data))
+
+
+def _answer(resizer: Resizer, facts: bytes, data: bytes) -> tuple[dict[str, Any], bytes]:
+    boxes, checksum = json.loads(facts)
     try:
-        stored = resizer.store(*request)
+        stored = resizer.store(data, boxes, checksum)
     except FetchError as error:
         return {"cause": error.cause, "detail": error.detail}, b""
     except PictureError as error:
         return {"reason": error.reason, "detail": error.detail}, b""
     except MemoryError:
         return {"reason": "image needs too much memory", "detail": ""}, b""
-    values = dataclasses.asdict(stored)
+    values = vars(stored).copy()
     return values, values.pop("data")
 
 
-def _read_message(stream: IO[bytes]) -> tuple[int, Any] | None:
-    """The next message of the parent, with its number; None if it has ended."""
+def _read_message(stream: IO[bytes]) -> tuple[int, bytes, bytes] | None:
+    """The next message of the parent: number, facts and picture; None if it has ended."""
     header = stream.read(_HEADER.size)
     if len(header) < _HEADER.size:
         return None
-    number, num_bytes = _HEADER.unpack(header)
-    data = stream.read(num_bytes)
-    return (number, pickle.loads(data)) if len(data) == num_bytes else None
+    number, num_facts, num_bytes = _HEADER.unpack(header)
+    facts, data = stream.read(num_facts), stream.read(num_bytes)
+    return (number, facts, data) if len(data) == num_bytes else None
 
 
 def _limit_memory(config: DownloadConfig) -> None:
@@ -242,25 +252,26 @@ def main() -> int:
     """Serve the parent until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end is noticed here
     logging.getLogger("exifread").setLevel(logging.CRITICAL)
-    answers = os.fdopen(os.dup(1), "wb")
+    requests, answers = os.fdopen(os.dup(0), "rb", _PIPE_BYTES), os.fdopen(os.dup(1), "wb", _PIPE_BYTES)
+    with contextlib.suppress(OSError):  # a user has only so much of it
+        fcntl.fcntl(answers, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(2, 1)  # what a library prints must not be read as an answer
-    message = _read_message(sys.stdin.buffer)
+    message = _read_message(requests)
     if message is None:
         return 0
-    config: DownloadConfig = message[1]
+    config: DownloadConfig = pickle.loads(message[2])
     resizer = Resizer(config)
     keep_freed_memory()
     _limit_memory(config)
     os.dup2(quiet, 2)  # libtiff and libpng write a line for every damaged picture
     os.dup2(quiet, 1)
-    answers.write(_HEADER.pack(0, 0))
+    answers.write(_message(0, b"", b""))
     answers.flush()
-    while (message := _read_message(sys.stdin.buffer)) is not None:
-        values, data = _answer(resizer, message[1])
-        head = json.dumps(values | {"number": message[0]}).encode()
-        answers.write(_HEADER.pack(len(head), len(data)) + head)
-        answers.write(data)
+    while (message := _read_message(requests)) is not None:
+        number, facts, picture = message
+        values, data = _answer(resizer, facts, picture)
+        answers.write(_message(number, json.dumps(values).encode(), data))
         answers.flush()
     return 0
 

@@ -398,8 +398,10 @@ class _Failure:
 async def _report(
     results: Sequence[ShardRow | None], causes: Counter[str], tasks: Sequence[asyncio.Task[None]], call: OnProgress
 ) -> None:
-    while not all(task.done() for task in tasks):
+    is_last = False
+    while not is_last:
         await asyncio.wait(tasks, timeout=_PROGRESS_S)
+        is_last = all(task.done() for task in tasks)
         done = sum(row is not None for row in results)
         await asyncio.to_thread(call, done, causes.copy())
 

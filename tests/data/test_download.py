@@ -362,9 +362,9 @@ def test_a_picture_that_takes_its_decoder_down_twice_is_a_row_with_a_cause(
     write, wait, killed, large = decoders._Decoder._write, decoders._Decoder._wait, list[int](), _large_png()
     numbers: set[int] = set()
 
-    def note_large(decoder: Any, message: bytes, number: int) -> int:
-        numbers.update([number] if len(message) > len(large) else [])
-        return write(decoder, message, number)
+    def note_large(decoder: Any, number: int, facts: bytes, data: bytes) -> int:
+        numbers.update([number] if data == large else [])
+        return write(decoder, number, facts, data)
 
     async def kill_at_large(decoder: Any, number: int) -> StoredPicture:
         if number in numbers:
@@ -394,8 +394,8 @@ def test_many_pictures_through_few_decoders_come_back_to_their_rows(
     pictures = [make_picture(seed, size=(96 + seed % 7, 64)) for seed in range(120)]
     write, random = decoders._Decoder._write, np.random.default_rng(0)
 
-    def write_and_kill(decoder: Any, message: bytes, number: int) -> int:
-        start = write(decoder, message, number)
+    def write_and_kill(decoder: Any, number: int, facts: bytes, data: bytes) -> int:
+        start = write(decoder, number, facts, data)
         if number and random.random() < 0.05:
             decoder._kill()
         return start
