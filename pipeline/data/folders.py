@@ -10,8 +10,9 @@ The captions of a picture are the first of these:
 3. The words of its file name.
 
 In memory are the names of all metadata files, the captions of those files and annotations that a picture may be in,
-the names of a folder's sub-folders, and of its files those of a page (``pipeline.workspace.trees``), or as many as are
-equal up to their first dot: a picture and the file next to it are looked at together.
+the names of a folder's sub-folders, and of its files those of a page, of the next folders up to a million
+(``pipeline.workspace.trees``), or as many as are equal up to their first dot: a picture and the file next to it are
+looked at together.
 """
 
 import json
@@ -19,6 +20,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -30,7 +32,7 @@ from pipeline.data.list_columns import CAPTION_COLUMNS, NO_CAPTIONS, ListColumns
 from pipeline.data.lists import BATCH_ROWS, Span, explain_damage, file_columns, open_text, read_span
 from pipeline.data.reading import Reading
 from pipeline.errors import DataError
-from pipeline.workspace.trees import Tree
+from pipeline.workspace.trees import Page, Stretch, Tree, in_reading_order
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -41,6 +43,7 @@ _TABLES = {"captions.txt": ",", "results.csv": "|"}
 _SOURCES = ("metadata", "sidecar", "name")
 _SIDECARS = (".txt", ".caption", ".json")
 _SIDECARS_AT_ONCE = 1000
+_PART_PICTURES = 1_000_000
 
 Row = tuple[str, str, str]
 """URL, caption, and where the caption is from."""
@@ -65,12 +68,63 @@ class _Metadata:
         return self.captions.get(key, [])
 
 
-def read_folder(folder: str, caption_column: str, reading: Reading) -> Iterator[pa.Table]:
+@dataclass(frozen=True)
+class FolderPart:
+    """A part of a folder that is read by itself."""
+
+    stretch: Stretch
+    caption_files: tuple[str, ...]
+    """Paths of the metadata files and annotations that may hold captions of its pictures."""
+
+
+def folder_parts(folder: str, *, is_cut: bool = True) -> list[FolderPart]:
+    """The parts of a folder, in the order of its pairs: about a million pictures each.
+
+    The folder is listed once, in any order; of each thousand names the first is remembered.
+
+    Args:
+        folder: Path or URI of the folder.
+        is_cut: Whether it may have several parts.
+
+    Raises:
+        ConfigError: If a store cannot be reached; says what to set.
+        DataError: If the folder has no pictures.
+    """
+    tree = Tree(folder)
+    _require_folder(tree)
+    firsts, caption_files, nested = list[tuple[str, int]](), list[str](), set[str]()
+    for names in tree.runs():
+        caption_files += [name for name in names if _has_captions(name)]
+        _add_nested(nested, names)
+        pictures = [name for name in names if _is_picture(name)]
+        if pictures:
+            firsts.append((min(pictures, key=in_reading_order), len(pictures)))
+    if not firsts:
+        raise _no_pictures(tree)
+    cuts, num_since = [""], 0
+    for first, count in sorted(firsts, key=lambda one: in_reading_order(one[0])) if is_cut else ():
+        if num_since >= _PART_PICTURES:
+            cuts.append(_place_to_cut(first))
+            num_since = 0
+        num_since += count
+    caption_files.sort(key=in_reading_order)
+    parts: list[FolderPart] = []
+    for cut, stop in pairwise([*cuts, ""]):
+        stretch = Stretch(cut, stop, is_flat=bool(cut) and cut.rpartition("/")[0] not in nested)
+        own = [one for one in caption_files if _is_annotation(one) or stretch.has_some_of(one.rpartition("/")[0])]
+        parts.append(FolderPart(stretch, tuple(own)))
+    return parts
+
+
+def read_folder(
+    folder: str, caption_column: str, reading: Reading, part: FolderPart | None = None
+) -> Iterator[pa.Table]:
     """Stream the pairs of a folder, by the relative paths of the pictures: files before folders.
 
     Args:
         folder: Path or URI of the folder.
         caption_column: Column of the metadata files that holds the caption; empty: found by its name.
+        part: One of ``folder_parts``; None: the whole folder.
         reading: Counts metadata rows that could not be parsed; its notes count pairs by the source of their caption
             (``captions_from_metadata``, ``_sidecar``, ``_name``), and metadata names without a picture.
 
@@ -82,11 +136,11 @@ def read_folder(folder: str, caption_column: str, reading: Reading) -> Iterator[
         ConfigError: If a store cannot be reached; says what to set.
         DataError: If the folder has no pictures, or a metadata file lacks a column.
     """
-    tree = Tree(folder)
-    _require_pictures(tree)
+    if part is None:
+        part = folder_parts(folder, is_cut=False)[0]
     for source in _SOURCES:
         reading.notes[f"captions_from_{source}"] = 0
-    reader = _Reader(tree, caption_column, reading)
+    reader = _Reader(Tree(folder), caption_column, reading, part)
     rows: list[Row] = []
     with explain_damage(folder):
         for row in reader.rows():
@@ -106,8 +160,11 @@ def count_pictures(folder: str) -> int:
         DataError: If there is none.
     """
     tree = Tree(folder)
-    _require_pictures(tree)
-    return sum(_is_picture(name) for name in tree.files())
+    _require_folder(tree)
+    count = sum(_is_picture(name) for name in tree.files())
+    if not count:
+        raise _no_pictures(tree)
+    return count
 
 
 def has_pictures(folder: str) -> bool:
@@ -116,20 +173,50 @@ def has_pictures(folder: str) -> bool:
     return tree.exists() and any(_is_picture(name) for name in tree.files())
 
 
-def _require_pictures(tree: Tree) -> None:
+def _require_folder(tree: Tree) -> None:
     if not tree.exists():
         raise DataError(f"{tree.uri}: no such folder")
-    if not any(_is_picture(name) for name in tree.files()):
-        raise DataError(f"{tree.uri}: no pictures ({' '.join(sorted(PICTURE_SUFFIXES))}) in it or below it")
+
+
+def _no_pictures(tree: Tree) -> DataError:
+    return DataError(f"{tree.uri}: no pictures ({' '.join(sorted(PICTURE_SUFFIXES))}) in it or below it")
+
+
+def _has_captions(file: str) -> bool:
+    return file.rpartition("/")[2] in METADATA or _is_annotation(file)
+
+
+def _is_annotation(file: str) -> bool:
+    name = file.rpartition("/")[2]
+    return name not in METADATA and any(fnmatch(name, pattern) for pattern in (*_ANNOTATIONS, *_TOKENS, *_TABLES))
+
+
+def _add_nested(nested: set[str], names: Sequence[str]) -> None:
+    """Add the folders that have sub-folders with some files."""
+    for name in {name.rpartition("/")[0] for name in names}:
+        folder = name
+        while folder:
+            folder = folder.rpartition("/")[0]
+            if folder in nested:
+                break
+            nested.add(folder)
+
+
+def _place_to_cut(picture: str) -> str:
+    """The place before a picture and the files beside it, whose names are equal up to the first dot."""
+    folder, slash, name = picture.rpartition("/")
+    return f"{folder}{slash}{name.partition('.')[0]}."
 
 
 class _Reader:
-    """Reads the rows of one folder, and counts what is strange."""
+    """Reads the rows of one folder, or of a part of it, and counts what is strange."""
 
-    def __init__(self, tree: Tree, column: str, reading: Reading) -> None:
+    def __init__(self, tree: Tree, column: str, reading: Reading, part: FolderPart) -> None:
         self._tree = tree
         self._column = column
         self._reading = reading
+        self._part = part
+        self._stretch = part.stretch
         self._metadata: dict[str, str] = {}
         """Name of the metadata file of each folder that has one."""
         self._annotations: list[tuple[str, _Metadata]] = []
@@ -137,51 +224,67 @@ class _Reader:
     def rows(self) -> Iterator[Row]:
         """The rows of all pictures."""
         if self._column != NO_CAPTIONS:
-            self._find_metadata()
-        yield from self._rows_of("", [])
+            self._open_caption_files()
+        yield from self._rows_of("", self._tree.pages("", self._stretch), [])
         for file, one in self._annotations:
-            _count_unmatched(self._tree.place(file), one, self._reading)
+            self._count_unmatched(file, "", one)
 
-    def _find_metadata(self) -> None:
-        """Look for the files that hold captions of many pictures."""
-        patterns, annotations = (*_ANNOTATIONS, *_TOKENS, *_TABLES), list[str]()
-        for file in self._tree.files():
+    def _open_caption_files(self) -> None:
+        for file in self._part.caption_files:
             folder, _, name = file.rpartition("/")
-            if name in METADATA:
+            if _is_annotation(file):
+                self._annotations.append((file, _read_annotations(self._tree.place(file), self._reading_of(file))))
+            else:
                 self._metadata[folder] = min(name, self._metadata.get(folder, name), key=METADATA.index)
-            elif any(fnmatch(name, pattern) for pattern in patterns):
-                annotations.append(file)
-        for file in sorted(annotations, key=_files_before_folders):
-            self._annotations.append((file, _read_annotations(self._tree.place(file), self._reading)))
 
-    def _rows_of(self, folder: str, above: list[tuple[str, _Metadata]]) -> Iterator[Row]:
+    def _rows_of(self, folder: str, pages: Iterator[Page], above: list[tuple[str, _Metadata]]) -> Iterator[Row]:
         """The rows of the pictures in a folder and below it.
 
         Args:
             folder: The folder.
+            pages: Its entries.
             above: Metadata of the folders above it, the nearest first.
         """
         metadata: list[tuple[str, _Metadata]] = []
         own = _joined(folder, self._metadata.get(folder, ""))
         if folder in self._metadata:
-            metadata = [(folder, _read_metadata(self._tree.place(own), self._column, self._reading))]
+            metadata = [(folder, _read_metadata(self._tree.place(own), self._column, self._reading_of(own)))]
         folders: list[str] = []
-        for names in self._groups(folder, folders):
+        for names in self._groups(folder, pages, folders):
             yield from self._rows_of_files(folder, names, [*metadata, *above])
-        for name in folders:
-            yield from self._rows_of(_joined(folder, name), [*metadata, *above])
+        places = [_joined(folder, name) for name in sorted(folders)]  # a store sorts them with a slash at their ends
+        for place, own_pages in zip(places, self._tree.pages_of(places, self._stretch), strict=True):
+            yield from self._rows_of(place, own_pages, [*metadata, *above])
         for _, one in metadata:
-            _count_unmatched(self._tree.place(own), one, self._reading)
+            self._count_unmatched(own, folder, one)
 
-    def _groups(self, folder: str, folders: list[str]) -> Iterator[list[str]]:
+    def _reading_of(self, file: str) -> Reading:
+        """Counts what is strange in a caption file, which is read for several parts: that which has it counts."""
+        return self._reading if self._stretch.has(file) else Reading()
+
+    def _count_unmatched(self, file: str, folder: str, metadata: _Metadata) -> None:
+        """Count the names in a metadata file that no picture has, and give the first as an example.
+
+        Nobody counts them if its folder, which is all that it may be about, is cut into several parts.
+        """
+        if not self._stretch.has_all_of(folder):
+            return
+        unmatched = [name for name in metadata.captions if name not in metadata.matched]
+        self._reading.notes["metadata_without_picture"] += len(unmatched)
+        if unmatched:
+            reason = f"names {len(unmatched)} files that are no pictures here, such as {unmatched[0]}"
+            self._reading.name(0, reason, self._tree.place(file))
+
+    def _groups(self, folder: str, pages: Iterator[Page], folders: list[str]) -> Iterator[list[str]]:
         """Names of a folder's files; those that are equal up to their first dot come together.
 
         Args:
             folder: The folder.
+            pages: Its entries.
             folders: Receives the names of its sub-folders.
         """
         kept: list[str] = []
-        for page in self._tree.pages(folder):
+        for page in pages:
             folders += [name for name in page.folders if name]
             if "" in page.folders:
                 where = f"{self._tree.place(folder).rstrip('/')}//"
@@ -228,26 +331,12 @@ class _Reader:
         return captions or [caption for _, one in self._annotations for caption in one.find(picture, folder)]
 
 
-def _count_unmatched(file: str, metadata: _Metadata, reading: Reading) -> None:
-    """Count the names in a metadata file that no picture has, and give the first as an example."""
-    unmatched = [name for name in metadata.captions if name not in metadata.matched]
-    reading.notes["metadata_without_picture"] += len(unmatched)
-    if unmatched:
-        reading.name(0, f"names {len(unmatched)} files that are no pictures here, such as {unmatched[0]}", file)
-
-
 def _is_picture(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in PICTURE_SUFFIXES
 
 
 def _joined(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
-
-
-def _files_before_folders(file: str) -> list[tuple[bool, str]]:
-    """The place of a file in the order of the rows."""
-    *folders, name = file.split("/")
-    return [*((True, folder) for folder in folders), (False, name)]
 
 
 def _table(rows: Sequence[Row]) -> pa.Table:

@@ -49,6 +49,14 @@ class Span:
     """Size of the span."""
     list_number: int = 0
     """Which of the recipe's lists it is of, from 0."""
+    first_path: str = ""
+    """Of a part of a folder of pictures: path in it where the part begins; empty: at the beginning."""
+    stop_path: str = ""
+    """Path before which it ends; empty: at the end."""
+    is_flat: bool = False
+    """Whether the folder in which the part begins has no sub-folders."""
+    caption_files: Sequence[str] = ()
+    """Paths of the files in it that may hold captions of the part's pictures."""
 
 
 def list_files(path: str) -> list[UserFile]:

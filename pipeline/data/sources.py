@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from pipeline.data.captions import context_length
 from pipeline.data.drawn import drawn_batches
-from pipeline.data.folders import count_pictures, read_folder
+from pipeline.data.folders import FolderPart, count_pictures, folder_parts, read_folder
 from pipeline.data.list_columns import OWN_COLUMNS, ListColumns
 from pipeline.data.lists import Span, count_list_rows, explain_damage, extra_schemas, list_spans, read_span
 from pipeline.data.pairs import Part, cast_column, common_types
@@ -18,6 +18,7 @@ from pipeline.errors import DataError
 from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.recipe.recipe import Recipe
 from pipeline.workspace.files import UserFile, local_copy
+from pipeline.workspace.trees import Stretch
 
 PIECE_BYTES = 256 << 20
 """Files are read together, and cut where their format allows it, up to this size."""
@@ -39,7 +40,7 @@ class Source:
     def pieces(self) -> list[list[Span]]:
         """The pieces, in the order of the source; each is of one list.
 
-        Each tar is one; so is a drawn source, a folder, and a list with ``max_pairs``.
+        Each tar is one; so is a drawn source, a folder up to a million pictures, and what has ``max_pairs``.
 
         Raises:
             DataError: If the source is missing or of no known format.
@@ -72,7 +73,9 @@ class Source:
         if config.source == "drawn":
             yield from drawn_batches(config.drawn, self.seed)
         elif config.source == "folder":
-            yield from read_folder(config.path, config.caption_column, reading)
+            stretch = Stretch(piece[0].first_path, piece[0].stop_path, piece[0].is_flat)
+            part = FolderPart(stretch, tuple(piece[0].caption_files))
+            yield from read_folder(config.path, config.caption_column, reading, part)
         elif config.source == "shards":
             reading.begin(piece[0].uri)
             with explain_damage(piece[0].uri), local_copy(piece[0].uri) as tar:
@@ -157,11 +160,25 @@ def _pieces(config: PairsConfig) -> list[list[Span]]:
     if config.source == "shards":
         tars = tar_files(config.path)
         return [[Span(tar.uri, num_bytes=tar.num_bytes)] for tar in tars[: config.max_pairs or None]]
+    if config.source == "folder":
+        parts = folder_parts(config.path, is_cut=not config.max_pairs)
+        return [[_span_of(config.path, part)] for part in parts]
     if config.source != "list":
         return [[Span(config.path)]]
     if config.max_pairs:
         return [list_spans(config.path)]
     return _group(list_spans(config.path, PIECE_BYTES))
+
+
+def _span_of(folder: str, part: FolderPart) -> Span:
+    stretch = part.stretch
+    return Span(
+        folder,
+        first_path=stretch.first,
+        stop_path=stretch.stop,
+        is_flat=stretch.is_flat,
+        caption_files=part.caption_files,
+    )
 
 
 def _group(spans: Sequence[Span]) -> list[list[Span]]:

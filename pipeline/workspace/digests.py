@@ -9,14 +9,16 @@ import hashlib
 import os
 import sqlite3
 import time
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
 from pathlib import Path
 
 from pipeline.workspace.files import UserFile, find_files, is_remote, remote_files
 
 _BLOCK_BYTES = 1 << 20
 _THREADS = 8
+_SORTED_FILES = 1000
 _FRESH_S = 2.0
 """A file that was changed so shortly ago may be changed again within the resolution of its times: it is not cached."""
 _TABLE = (
@@ -36,10 +38,8 @@ def fingerprint(uri: str, sizes_only: Collection[str] = ()) -> str:
         sizes_only: Suffixes of files whose size stands for their content.
     """
     digest = hashlib.sha256()
-    if is_remote(uri):  # as they are listed: there may be a hundred million
-        for file in remote_files(uri):
-            digest.update(f"{file.uri}\0{file.num_bytes} {file.stamp}\0".encode(errors="surrogateescape"))
-        return digest.hexdigest()[:16]
+    if is_remote(uri):
+        return _fingerprint_of_listing(remote_files(uri))[:16]
     files = find_files(uri)
     if len(files) == 1 and Path(uri.removeprefix("file://")).is_file():
         return _contents([files[0].uri])[0][:16]
@@ -59,6 +59,16 @@ def unseen_files(uri: str, sizes_only: Collection[str] = ()) -> list[str]:
         for file in (remote_files(uri) if is_remote(uri) else find_files(uri) if sizes_only else [])
         if _has_suffix(file, sizes_only) or (is_remote(file.uri) and not file.stamp)
     ]
+
+
+def _fingerprint_of_listing(files: Iterator[UserFile]) -> str:
+    """Few files are digested in their order; of more, which a store lists in no order, the digests are added up."""
+    entries = (f"{file.uri}\0{file.num_bytes} {file.stamp}\0".encode(errors="surrogateescape") for file in files)
+    few = sorted(islice(entries, _SORTED_FILES))
+    if len(few) < _SORTED_FILES:
+        return hashlib.sha256(b"".join(few)).hexdigest()
+    total = sum(int.from_bytes(hashlib.sha256(entry).digest(), "big") for entry in chain(few, entries))
+    return hashlib.sha256(str(total).encode()).hexdigest()
 
 
 def _has_suffix(file: UserFile, suffixes: Collection[str]) -> bool:

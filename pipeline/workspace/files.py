@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
+from pipeline.workspace.key_ranges import list_all
 from pipeline.workspace.objects import ObjectStore, stamp_of
 
 _PATTERN = frozenset("*?[")
@@ -58,7 +59,7 @@ def find_files(uri: str) -> list[UserFile]:
         DataError: If the store does not answer.
     """
     if is_remote(uri):
-        return list(remote_files(uri))
+        return sorted(remote_files(uri), key=lambda file: file.uri)
     path = _local(uri)
     if Path(path).is_file():
         names = [path]
@@ -76,7 +77,9 @@ def find_files(uri: str) -> list[UserFile]:
 
 
 def remote_files(uri: str) -> Iterator[UserFile]:
-    """``find_files`` of a store, one after the other: of a folder on S3, a thousand are in memory at a time.
+    """``find_files`` of a store, one after the other.
+
+    Of a folder on S3, some thousands are in memory at a time; more than a thousand come in no order.
 
     Raises:
         ConfigError: If a package for this kind of store is missing.
@@ -116,7 +119,7 @@ def local_copy(uri: str) -> Generator[Path]:
 
 
 def _remote_infos(store: ObjectStore) -> Iterator[list[dict[str, Any]]]:
-    """What a store says of the file, or of the files of a folder or a pattern, sorted by name."""
+    """What a store says of the file, or of the files of a folder or a pattern."""
     path = store.path
     if _is_pattern(store):
         matching = store.glob(path)
@@ -129,6 +132,9 @@ def _remote_infos(store: ObjectStore) -> Iterator[list[dict[str, Any]]]:
         return
     if info.get("type") != "directory":
         yield [info | {"name": path}]
+        return
+    if store.lists_from_any_name:
+        yield from list_all(store, path)
         return
     start = ""
     while True:

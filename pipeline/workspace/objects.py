@@ -149,7 +149,14 @@ class ObjectStore:
         """All files below a folder at any depth, by path."""
         return self._ask(lambda: cast("dict[str, dict[str, Any]]", self._files.find(path, detail=True)), missing={})
 
-    def page(self, path: str, start: str = "", *, deep: bool = False) -> tuple[list[dict[str, Any]], str]:
+    @property
+    def lists_from_any_name(self) -> bool:
+        """Whether ``page`` can begin behind any name: names come in order, as they do not from a directory bucket."""
+        return self.is_s3 and not self.path.strip("/").partition("/")[0].endswith("--x-s3")
+
+    def page(
+        self, path: str, start: str = "", *, after: str = "", deep: bool = False, most: int = 0
+    ) -> tuple[list[dict[str, Any]], str]:
         """Some of what is in a folder, sorted by path, as ``info`` describes it.
 
         S3 gives a thousand entries. Other drivers have no pages: they give the whole folder.
@@ -157,7 +164,9 @@ class ObjectStore:
         Args:
             path: The folder; one that is not there is empty.
             start: What the call before returned; empty: from the beginning.
+            after: A path behind which the entries begin, whether it exists or not; of S3 alone.
             deep: The files at any depth, in place of the folder's own files and folders.
+            most: Most entries of S3; 0: a thousand.
 
         Returns:
             The entries, and where the next ones start; empty: these were the last.
@@ -167,7 +176,8 @@ class ObjectStore:
             return sorted(entries, key=lambda entry: str(entry["name"])), ""
         bucket, _, prefix = path.strip("/").partition("/")
         request: Json = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "Delimiter": "" if deep else "/"}
-        request |= {"MaxKeys": _BATCH} | ({"ContinuationToken": start} if start else {})
+        request |= {"MaxKeys": most or _BATCH} | ({"ContinuationToken": start} if start else {})
+        request |= {"StartAfter": after.partition("/")[2]} if after and not start else {}
         files = self._files
         page: Json = self._ask(lambda: files.call_s3("list_objects_v2", files.req_kw, **request), missing={})
         entries = [

@@ -4,6 +4,7 @@ import io
 import tarfile
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import tomli_w
 
@@ -13,8 +14,10 @@ from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import load_recipe
 from pipeline.workspace.store import Workspace
 from tests.data.conftest import make_picture
+from tests.s3_server import started
 from tests.tiny.command import unclip
 from tests.tiny.recipe import tiny_tables
+from tests.workspace.conftest import use
 
 
 def _write_tar(path: Path, numbers: range) -> None:
@@ -55,3 +58,38 @@ def test_workers_share_the_tasks_and_shards_are_taken_in_as_they_are(
     plan = unclip("plan", str(tmp_path / "recipe.toml")).stdout
     assert "pairs: a change of 4 files, such as" in plan
     assert "is noticed only by its size" in plan
+
+
+@pytest.mark.ray
+def test_a_folder_in_a_store_goes_through_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures and the files beside them are read by the run's process and by workers, which know the store by name."""
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "150")
+    with started() as server:
+        server.make_bucket("pictures")
+        for number in range(12):
+            name = f"pictures/mine/{number % 3}/{number:02d}"
+            server.put(f"{name}.jpg", make_picture(number))
+            server.put(f"{name}.txt", f"text {number}".encode())
+        server.put("pictures/mine/2/99.jpg", b"no picture")
+        changes = {
+            "pairs": {"source": "folder", "path": "s3://pictures/mine"},
+            "download": {"samples_per_shard": 5, "resources": {"num_workers": 2}},
+        }
+        (tmp_path / "recipe.toml").write_text(tomli_w.dumps(tiny_tables(tmp_path / "workspace", **changes)))
+        done = unclip(
+            *("run", str(tmp_path / "recipe.toml"), "--until", "download", "--set", "tracking.uri=off"),
+            environment=server.environment | {"UNCLIP_CACHE": str(tmp_path / "cache")},
+        )
+        assert done.returncode == 0, done.stdout
+        read = [request.name for request in server.counted() if request.kind == "GET" and request.name.endswith(".jpg")]
+        assert len(read) == len(set(read)) == 13
+        use(server.environment, monkeypatch)
+        recipe = load_recipe(tmp_path / "recipe.toml")
+        steps = make_plan(recipe, until="download")
+    output = artifact_of(Workspace(recipe.workspace), steps[1])
+    tables = [pq.read_table(output.path(f"{shard:05d}.parquet")) for shard in range(3)]
+    rows = [row for table in tables for row in table.to_pylist()]
+    assert [row["url"] for row in rows] == sorted(row["url"] for row in rows)
+    failed = [row for row in rows if row["status"] != "success"]
+    assert [(row["url"], row["error_message"]) for row in failed] == [("s3://pictures/mine/2/99.jpg", "not a picture")]
+    assert {row["caption"] for row in rows if row not in failed} == {f"text {number}" for number in range(12)}

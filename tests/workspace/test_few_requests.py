@@ -13,7 +13,7 @@ from pipeline.data.shards import split_counts
 from pipeline.data.training_rows import ShardReader
 from pipeline.filter import duplicates, semantic
 from pipeline.recipe.sections import IndexConfig
-from pipeline.retrieve import build as builds
+from pipeline.retrieve import parts
 from pipeline.retrieve.build import SegmentBuild
 from pipeline.runtime.filter import run_filter
 from pipeline.runtime.filter_embeddings import run_filter_embeddings
@@ -28,7 +28,7 @@ _DIM, _ROWS, _SHARDS = 256, 1024, 16
 def test_an_index_is_trained_on_a_sample_of_shards_that_are_not_fetched(
     bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(builds, "_MIN_PART_ROWS", 4 * _ROWS)  # several parts: other machines fetch the files
+    monkeypatch.setattr(parts, "_MIN_PART_ROWS", 4 * _ROWS)  # several parts: other machines fetch the files
     embed, output = Artifact(f"{bucket}/embed/k"), Artifact(f"{bucket}/index/k")
     vectors = np.random.default_rng(0).normal(size=(_SHARDS * _ROWS, _DIM)).astype(np.float32)
     make_embeddings(embed, vectors, vectors, _ROWS, held_out_every=50)

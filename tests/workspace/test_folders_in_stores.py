@@ -1,10 +1,11 @@
 """A folder of pictures in an object store: its pairs, its pictures, and what is strange about it."""
 
 import asyncio
+import itertools
 import json
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -15,11 +16,14 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.data.causes import FetchError
 from pipeline.data.download import Downloader, address_rules
 from pipeline.data.fetch import Fetcher
 from pipeline.data.folders import count_pictures, has_pictures, read_folder
+from pipeline.data.lists import Span
 from pipeline.data.make_pairs import write_pairs
 from pipeline.data.pairs import Pairs
 from pipeline.data.reading import Reading, name_examples
@@ -39,6 +43,7 @@ from pipeline.workspace.digests import fingerprint
 from pipeline.workspace.files import find_files
 from pipeline.workspace.objects import ObjectStore
 from pipeline.workspace.store import Artifact, Workspace
+from pipeline.workspace.trees import Stretch, in_reading_order
 from tests.data.conftest import make_picture
 from tests.s3_server import S3Server
 from tests.tiny.recipe import tiny_tables
@@ -162,7 +167,8 @@ def test_a_page_that_fails_is_asked_for_again_and_a_list_without_order_is_refuse
         assert len(_rows(f"{bucket}/folder")[0]) == 5
     page = ObjectStore.page
 
-    def reversed_pages(store: ObjectStore, path: str, start: str = "", *, deep: bool = False) -> Any:
+    def reversed_pages(store: ObjectStore, path: str, start: str = "", *, deep: bool = False, **others: Any) -> Any:
+        del others
         infos, _ = page(store, path, deep=deep)
         return (infos[:1], "") if start else (infos[1:], "more")
 
@@ -395,3 +401,81 @@ def test_the_steps_make_the_shards_of_the_same_folder_on_a_disk(
     assert set(pictures.values()) == {1}
     # A plan looks twice at all files, the pairs step three times, and at each folder.
     assert sum(one.kind == "LIST" for one in requests) < 30
+
+
+@pytest.mark.parametrize("pictures", [1, 2, 5])
+@pytest.mark.parametrize("page", [1000, 2, 1])
+def test_a_large_folder_is_cut_into_parts_whose_pairs_are_those_of_the_whole(
+    pictures: int, page: int, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ("train-more/1.jpg", "train/sub-2/1.jpg", "train/sub/more/1.jpg", "train/sub/more.jpg")
+    files = _files() | {name: make_picture(1) for name in more}
+    _put_here(tmp_path / "my pictures", files)
+    _put(f"{bucket}/my pictures", files)
+    whole, reading = _rows(f"{tmp_path}/my pictures")
+    monkeypatch.setattr(objects, "_BATCH", page)
+    monkeypatch.setattr("pipeline.workspace.trees._RUN", page)
+    monkeypatch.setattr("pipeline.data.folders._PART_PICTURES", pictures)
+    for place in (str(tmp_path), bucket):
+        source = Source(PairsConfig(source="folder", path=f"{place}/my pictures"))
+        pieces = source.pieces()
+        assert len(pieces) == 1 if page == 1000 else len(pieces) >= len(whole) // (2 * pictures)
+        rows, readings = list[tuple[str, str, str]](), [Reading() for _ in pieces]
+        for piece, one in zip(pieces, readings, strict=True):
+            again = [Span(**span) for span in json.loads(json.dumps([asdict(span) for span in piece]))]
+            for table in source.read(again, "00000", one):
+                names = [unquote(url).rpartition("my pictures/")[2] for url in table.column("url").to_pylist()]
+                rows += zip(
+                    names, table.column("caption").to_pylist(), table.column("caption_source").to_pylist(), strict=True
+                )
+        assert [(unquote(name), *rest) for name, *rest in whole] == rows
+        assert sum((one.counts for one in readings), Counter()) == reading.counts
+        for note in ("malformed_metadata", "captions_from_metadata", "captions_from_sidecar", "captions_from_name"):
+            assert sum(one.notes[note] for one in readings) == reading.notes[note]
+        if page == 1000:
+            assert readings[0].notes == reading.notes
+    output = Artifact(str(tmp_path / "pairs"))
+    summary = write_pairs(Source(PairsConfig(source="folder", path=f"{bucket}/my pictures")), output)
+    assert summary.counts == {"in": len(whole) + 2, "ok": len(whole), "malformed": 2}
+    urls = Pairs(output).read(0, len(whole), ["url"]).column("url").to_pylist()
+    assert [url.removeprefix(f"{bucket}/my pictures/") for url in urls] == [name for name, _, _ in whole]
+
+
+def test_a_part_of_a_folder_lists_little_of_the_rest(
+    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _put(f"{bucket}/flat", {f"{number:03d}.jpg": b"" for number in range(120)})
+    _put(f"{bucket}/deep", {f"{number:03d}/1.jpg": b"" for number in range(120)})
+    monkeypatch.setattr(objects, "_BATCH", 10)
+    monkeypatch.setattr("pipeline.data.folders._PART_PICTURES", 20)
+    for folder, most in (("flat", [4] * 6), ("deep", [34, *[26] * 5])):  # the first may find files in the folder itself
+        source = Source(PairsConfig(source="folder", path=f"{bucket}/{folder}"))
+        pieces = source.pieces()
+        assert len(pieces) == 6
+        for piece, most_lists in zip(pieces, most, strict=True):
+            s3_server.counted()
+            rows = sum(table.num_rows for table in source.read(piece, "00000", Reading()))
+            assert rows == 20
+            assert sum(request.kind == "LIST" for request in s3_server.counted()) <= most_lists
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.sets(
+        st.lists(st.sampled_from(["a", "a-", "a.b", "b", "c d"]), min_size=1, max_size=4).map("/".join), max_size=30
+    ),
+    st.lists(st.lists(st.sampled_from(["a", "a-", "b."]), min_size=1, max_size=3).map("/".join), max_size=4),
+)
+def test_each_file_is_in_one_stretch(files: set[str], cuts: list[str]) -> None:
+    places = ["", *sorted({f"{cut}x." for cut in cuts}, key=in_reading_order), ""]
+    stretches = [Stretch(*pair) for pair in itertools.pairwise(places)]
+    assert stretches[0].first == stretches[-1].stop == ""
+    order = sorted(files, key=in_reading_order)
+    assert [file for one in stretches for file in order if one.has(file)] == order
+    for file in files:
+        for folder in ["", *(file.rsplit("/", depth)[0] for depth in range(1, file.count("/") + 1))]:
+            holders = [one for one in stretches if one.has(file)]
+            assert all(one.has_some_of(folder) for one in holders)
+            inside = [one for one in files if one.startswith(f"{folder}/" if folder else "")]
+            for one in stretches:
+                assert not one.has_all_of(folder) or all(map(one.has, inside))
