@@ -69,7 +69,7 @@ def _num_examples(recipe: Recipe) -> int:
 def _shards_with_queries(recipe: Recipe) -> int:
     step = next(step for step in make_plan(recipe) if step.name == "index")
     embedded = EmbeddedShards.open([embeddings_of(StepContext(recipe, step, recipe.workspace).inputs)])
-    rows = choose_queries(embedded, recipe.index.num_recall_queries, np.random.default_rng(recipe.seed))
+    rows, _ = choose_queries(embedded, recipe.index.num_recall_queries, np.random.default_rng(recipe.seed))
     return len(np.unique(embedded.shard_of(rows)))
 
 

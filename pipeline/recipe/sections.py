@@ -302,8 +302,8 @@ class IndexConfig(StepSection):
     kind: Literal["auto", "flat", "ivf_sq8", "ivf_rabitq", "hnsw"] = "auto"
     """flat: exact; ivf_sq8 and ivf_rabitq: lists of rows of 8 bits and 1 bit a feature, re-ranked with the exact
     vectors; hnsw: a graph. auto: flat below 4,000 rows; else the fastest of flat (up to 50,000 rows), hnsw (up to
-    20,000) and ivf_sq8 that reaches the recall target within the memory budget, for each of z_image and z_text;
-    ivf_rabitq if none of them fits."""
+    20,000), ivf_sq8 and ivf_rabitq that reaches the recall target within the memory budget, each built and measured,
+    for each of z_image and z_text; ivf_rabitq if none of them fits."""
     memory_gb: PositiveFloat = 20.0
     """Budget of the index over z_image, and of that over z_text, in GB of memory; auto tries what fits."""
     num_train_rows: PositiveInt = 200_000

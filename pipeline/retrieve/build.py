@@ -17,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.data.rows import row_id
-from pipeline.data.vectors import VECTOR_COLUMNS, RowGroups, check_places, to_unit
+from pipeline.data.vectors import VECTOR_COLUMNS
 from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve import kinds
 from pipeline.retrieve.embedded import EmbeddedShards, Floats, Ids
+from pipeline.retrieve.parts import PartPlan, PartWriter, code_name, nearer, shards_of_parts
 from pipeline.retrieve.rows import Rows, repeated_positions, sorted_positions, write_array, write_rows
 from pipeline.retrieve.sample import choose_queries, choose_sample, read_rows
 from pipeline.retrieve.segment import (
@@ -34,7 +34,7 @@ from pipeline.retrieve.segment import (
     workspace_of,
 )
 from pipeline.retrieve.takedown import Takedown
-from pipeline.retrieve.tune import NUM_NEAREST, Truth, Tuned, fastest, tune
+from pipeline.retrieve.tune import Truth, Tuned, fastest, tune
 from pipeline.retrieve.versions import Version
 from pipeline.workspace.hashing import HashedFile
 from pipeline.workspace.manifest import ShardRecord, add_counts
@@ -46,7 +46,7 @@ _FLAT_BELOW_ROWS = 4_000
 _FLAT_UP_TO_ROWS = 50_000
 _GRAPH_UP_TO_ROWS = 20_000  # in order, on one thread: a second for 2,000 rows, longer for each as they get more
 _ROWS_PER_LIST = 39  # with a smaller sample, FAISS warns
-_MIN_PART_ROWS, _MAX_PARTS = 65_536, 256
+_ROWS_AT_ONCE = 65_536
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class SegmentBuild:
 
     def parts(self) -> list[str]:
         """Names of the parts, in order; each is some consecutive shards."""
-        return list(_Parts.of(self.segment, EmbeddedShards.open(self.sources)).shards)
+        return list(shards_of_parts(self.segment, EmbeddedShards.open(self.sources)))
 
     def num_rows(self) -> int:
         """Rows of the embeddings."""
@@ -103,8 +103,8 @@ class SegmentBuild:
             return
         self.clear()  # of a change that was given up, or of a removal that was stopped
         kinds.set_threads(self.num_threads)
-        is_alone = len(_Parts.of(self.segment, embedded).shards) == 1
-        query_rows = choose_queries(embedded, self.config.num_recall_queries, rng)
+        is_alone = len(shards_of_parts(self.segment, embedded)) == 1
+        query_rows, are_validation = choose_queries(embedded, self.config.num_recall_queries, rng)
         chosen = kinds_to_try(self.config, embedded.num_rows, embedded.embed_dim)
         listed: list[kinds.Kind] = [kind for kind in chosen if kinds.is_listed(kind)]
         if listed:
@@ -129,7 +129,8 @@ class SegmentBuild:
         queries = read_rows(embedded, halves, whole=is_alone)
         self._write_array("queries", np.concatenate([queries[name] for name in VECTOR_COLUMNS])[order])
         self._write_array("query_rows", query_rows[order])
-        self.output.write_json(self._live("plan.json"), {"kinds": chosen, **origin})
+        queries_of = "validation rows" if are_validation else "rows of any split"
+        self.output.write_json(self._live("plan.json"), {"kinds": chosen, "queries_of": queries_of, **origin})
 
     def add_part(self, name: str) -> ShardRecord:
         """Read the shards of one part, once, and write what the segment needs of them.
@@ -139,17 +140,27 @@ class SegmentBuild:
         """
         kinds.set_threads(self.num_threads)
         embedded = self._embedded()
-        part = _PartWriter(self, embedded)
-        for shard in _Parts.of(self.segment, embedded).shards[name]:
+        chosen = self.kinds_tried()
+        plan = PartPlan(
+            chosen,
+            {(one, kind): self.read_coder(one, kind) for one in MODALITIES for kind in chosen if kinds.is_listed(kind)},
+            np.array(self.read_array("queries")),
+            np.array(self.read_array("query_rows")),
+            np.load(self.output.path(self.deleted)) if self.deleted else np.zeros(0, np.int64),
+            self.takedown(),
+            self.on_gpu,
+        )
+        part = PartWriter(plan, embedded)
+        for shard in shards_of_parts(self.segment, embedded)[name]:
             part.add(shard)
-        part.write(name)
+        part.write(self.output, name)
         return ShardRecord(shard=name, counts=dict(part.counts), files={})
 
     def finish(self) -> IndexSummary:
         """Put the parts together, tune, and write the segment's description last."""
         kinds.set_threads(self.num_threads)
         embedded = self._embedded()
-        names = list(_Parts.of(self.segment, embedded).shards)
+        names = list(shards_of_parts(self.segment, embedded))
         records = self.output.shard_records()
         counts = add_counts([records[name].counts for name in names])
         self._join_rows(names)
@@ -164,10 +175,10 @@ class SegmentBuild:
         }
         with self.output.write(f"{self.segment}/hidden.npy") as path:
             write_array(path, [hidden], hidden.shape, np.int64)
-        truth = self._truth(names, rows)
+        truth, chosen = self._truth(names, rows), self.kinds_tried()
         tried: dict[Modality, dict[str, Tuned]] = {modality: {} for modality in MODALITIES}
         for modality in MODALITIES:
-            for kind in self.kinds_tried():
+            for kind in chosen:
                 if kind == "hnsw":
                     searcher = self._graph_without(names, modality, truth.own_positions)
                 else:
@@ -183,7 +194,10 @@ class SegmentBuild:
             self._remove_others(modality, best.kind)
             description[modality] = {"kind": best.kind, "efforts": [effort.to_json() for effort in best.efforts]}
         self.output.write_json(f"{self.segment}/segment.json", description)
-        return IndexSummary(counts, _metrics(description, tried, embedded), self.output.known())
+        metrics = _metrics(description, tried, embedded)
+        metrics |= {"num_recall_queries": len(truth.queries), "recall_queries": self._plan("queries_of")}
+        metrics["kinds_left_out"] = kinds_left_out(self.config, embedded.num_rows, embedded.embed_dim)
+        return IndexSummary(counts, metrics, self.output.known())
 
     def clear(self) -> None:
         """Remove what was written between the stages; a step's commit does this itself.
@@ -202,12 +216,15 @@ class SegmentBuild:
 
     def _embedded(self) -> EmbeddedShards:
         """The embeddings as the first stage opened them, so that no part reads the records of all shards again."""
-        plan = self.output.read_json(self._live("plan.json"))
-        return EmbeddedShards.from_json(plan["embedded"], workspace_of(self.output))
+        return EmbeddedShards.from_json(self._plan("embedded"), workspace_of(self.output))
 
     def kinds_tried(self) -> list[kinds.Kind]:
         """The kinds that the first stage chose."""
-        return self.output.read_json(self._live("plan.json"))["kinds"]
+        return self._plan("kinds")
+
+    def _plan(self, name: str) -> Any:
+        """What the first stage wrote down."""
+        return self.output.read_json(self._live("plan.json"))[name]
 
     def _write_array(self, name: str, values: NDArray[Any]) -> None:
         with self.output.write(self._live(f"{name}.npy")) as path:
@@ -253,8 +270,8 @@ class SegmentBuild:
                 self.output.read_json(f"{segment}/segment.json")["embedded"], workspace_of(self.output)
             )
             before = Rows(self.output, segment, embedded)  # with its deleted rows
-            for start in range(0, len(rows), _MIN_PART_ROWS):
-                part = np.asarray(rows.ids[start : start + _MIN_PART_ROWS])
+            for start in range(0, len(rows), _ROWS_AT_ONCE):
+                part = np.asarray(rows.ids[start : start + _ROWS_AT_ONCE])
                 hidden.append(np.flatnonzero(before.positions(part) >= 0) + start)
         all_hidden = np.unique(np.concatenate([np.zeros(0, np.int64), *hidden]))
         earlier = len(all_hidden) - counts.total()
@@ -268,7 +285,7 @@ class SegmentBuild:
                 (self._load(name, f"{modality}.nearest"), self._load(name, f"{modality}.nearest_places"))
                 for name in names
             ]
-            near, places = functools.reduce(_nearer, parts)
+            near, places = functools.reduce(nearer, parts)
             scores[modality] = near
             positions[modality] = rows.positions_of_places(places.reshape(-1)).reshape(places.shape)
         own = rows.positions_of_places(np.asarray(self.read_array("query_rows")))
@@ -276,7 +293,7 @@ class SegmentBuild:
 
     def _join_codes(self, names: Sequence[str], modality: Modality, kind: kinds.Kind) -> None:
         """Write the index of one kind: the codes of each list from every part, side by side."""
-        parts = [self._load(name, f"{modality}.{_code_name(kind)}") for name in names]
+        parts = [self._load(name, f"{modality}.{code_name(kind)}") for name in names]
         if kinds.is_exact(kind):
             index = self._exact(kind, parts)
         else:
@@ -363,151 +380,35 @@ def build_index(
 
 
 def kinds_to_try(config: IndexConfig, num_rows: int, embed_dim: int) -> list[kinds.Kind]:
-    """The kinds that fit into the memory budget; the fastest of them is kept.
-
-    Few rows are compared one by one, faster than any lists are visited. A graph of more than 20,000 rows takes too long
-    to build to be tried. One bit a feature is for what fits in no other way: its search reads many more exact vectors.
-    """
+    """The kinds that are built and measured, of which the fastest is kept; one bit a feature if nothing fits."""
     if config.kind != "auto":
         return [config.kind]
+    left_out = kinds_left_out(config, num_rows, embed_dim)
+    return [kind for kind in kinds.KINDS if kind not in left_out] or ["ivf_rabitq"]
+
+
+def kinds_left_out(config: IndexConfig, num_rows: int, embed_dim: int) -> dict[kinds.Kind, str]:
+    """Why the other kinds are not measured, by kind; for the manifest."""
+    if config.kind != "auto":
+        return {kind: f"index.kind is {config.kind}" for kind in kinds.KINDS if kind != config.kind}
     if num_rows < _FLAT_BELOW_ROWS:
-        return ["flat"]
-    chosen: list[kinds.Kind] = ["ivf_sq8"]
-    if num_rows <= _FLAT_UP_TO_ROWS:
-        chosen.insert(0, "flat")
-    if num_rows <= _GRAPH_UP_TO_ROWS:
-        chosen.append("hnsw")
-    budget = config.memory_gb * 1e9
-    fitting: list[kinds.Kind] = [kind for kind in chosen if num_rows * kinds.row_bytes(kind, embed_dim) <= budget]
-    return fitting or ["ivf_rabitq"]
+        reason = f"fewer than {_FLAT_BELOW_ROWS:,} rows are compared one by one faster than anything else is searched"
+        return {kind: reason for kind in kinds.KINDS if kind != "flat"}
+    left_out: dict[kinds.Kind, str] = {}
+    if num_rows > _FLAT_UP_TO_ROWS:
+        left_out["flat"] = f"more than {_FLAT_UP_TO_ROWS:,} rows take longer to compare one by one than lists to visit"
+    if num_rows > _GRAPH_UP_TO_ROWS:
+        left_out["hnsw"] = f"a graph of more than {_GRAPH_UP_TO_ROWS:,} rows takes too long to build"
+    for kind in kinds.KINDS:
+        memory_gb = num_rows * kinds.row_bytes(kind, embed_dim) / 1e9
+        if kind not in left_out and memory_gb > config.memory_gb:
+            left_out[kind] = f"it takes {memory_gb:.1f} GB; index.memory_gb is {config.memory_gb:g}"
+    return left_out
 
 
 def choose_num_lists(config: IndexConfig, num_rows: int) -> int:
     """The number of lists: four times the root of the rows, as far as the training sample allows."""
     return max(1, min(round(4 * num_rows**0.5), min(config.num_train_rows, num_rows) // _ROWS_PER_LIST))
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """The shards of each part, by its name."""
-
-    shards: dict[str, range]
-
-    @classmethod
-    def of(cls, segment: str, embedded: EmbeddedShards) -> "_Parts":
-        starts = embedded.starts
-        rows = max(_MIN_PART_ROWS, -(-int(starts[-1]) // _MAX_PARTS))
-        shards, first = dict[str, range](), 0
-        for last in range(1, len(starts)):
-            if starts[last] - starts[first] >= rows or last == len(starts) - 1:
-                shards[f"{LIVE}{segment}/part-{len(shards):06d}"] = range(first, last)
-                first = last
-        return cls(shards)
-
-
-class _PartWriter:
-    """Collects what a segment needs of some shards."""
-
-    def __init__(self, build: SegmentBuild, embedded: EmbeddedShards) -> None:
-        self._build = build
-        self._embedded = embedded
-        self._kinds: list[kinds.Kind] = build.kinds_tried()
-        listed: list[kinds.Kind] = [kind for kind in self._kinds if kinds.is_listed(kind)]
-        self._coders = {
-            (modality, kind): build.read_coder(modality, kind) for modality in MODALITIES for kind in listed
-        }
-        self._assign = {
-            modality: kinds.assigner(self._coders[modality, listed[0]], on_gpu=build.on_gpu)
-            for modality in (MODALITIES if listed else ())
-        }
-        self._queries = np.array(build.read_array("queries"))
-        self._query_rows = np.array(build.read_array("query_rows"))
-        self._deleted = np.load(build.output.path(build.deleted)) if build.deleted else np.zeros(0, np.int64)
-        self._takedown = build.takedown()
-        self.counts = Counter[str]({"in": 0, "ok": 0})
-        self._tables, self._ids, self._places = list[pa.Table](), list[Ids](), list[Ids]()
-        self._groups = list[NDArray[np.int64]]()
-        self._codes: dict[tuple[Modality, str], list[NDArray[Any]]] = {}
-        shape = len(self._queries), NUM_NEAREST
-        none = np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int64)
-        self._nearest: dict[Modality, tuple[Floats, Ids]] = dict.fromkeys(MODALITIES, none)
-
-    def add(self, shard: int) -> None:
-        """Take the rows of one shard."""
-        start, path = int(self._embedded.starts[shard]), self._embedded.path(shard)
-        vectors = self._embedded.read(shard, path)
-        groups = RowGroups.of_file(path, file=shard, first_row=start)
-        check_places(groups, vectors, path)
-        self._groups.append(np.column_stack([groups.first_rows, groups.files, groups.offsets]))
-        ids = np.array([row_id(uid) for uid in vectors.table.column("uid").to_pylist()], np.int64)
-        rows = np.flatnonzero(~np.isin(ids, self._deleted) & ~self._takedown.has(vectors.table))
-        self.counts.update({"in": len(ids), "ok": len(rows)})
-        if len(rows) < len(ids):
-            self.counts["deleted"] += len(ids) - len(rows)
-        self._places.append(start + rows)
-        self._ids.append(ids[rows])
-        name = pa.array([self._embedded.shards[shard][1]] * len(ids), pa.string())
-        self._tables.append(vectors.table.append_column("shard", name).take(pa.array(rows)))
-        for modality in MODALITIES:
-            self._code(modality, start + rows, to_unit(getattr(vectors, f"z_{modality}")[rows]))
-
-    def _code(self, modality: Modality, places: Ids, rows: Floats) -> None:
-        lists = self._assign[modality](rows) if self._assign else np.zeros(len(rows), np.int64)
-        self._codes.setdefault((modality, "lists"), []).append(lists)
-        for kind in self._kinds:
-            key = modality, _code_name(kind)
-            if kinds.is_listed(kind):
-                self._codes.setdefault(key, []).append(kinds.encode(self._coders[modality, kind], rows, lists))
-            elif kind == "flat" or "flat" not in self._kinds:
-                self._codes.setdefault(key, []).append(rows)
-        if not len(rows):
-            return
-        scores, numbers = kinds.nearest(self._queries, rows, min(NUM_NEAREST + 1, len(rows)))
-        nearest = places[numbers]
-        scores = np.where(nearest == self._query_rows[:, None], -np.inf, scores)
-        self._nearest[modality] = _nearer(self._nearest[modality], (scores, nearest))
-
-    def write(self, name: str) -> None:
-        """Write everything, with the codes sorted by list."""
-        tables = [table for table in self._tables if table.num_rows] or self._tables[:1]
-        schema = tables[0].schema
-        with self._build.output.write(f"{name}.rows.arrow") as path:
-            write_rows(path, (batch for table in tables for batch in table.to_batches()), schema)
-        self._array(f"{name}.ids", np.concatenate(self._ids))
-        self._array(f"{name}.places", np.concatenate(self._places))
-        self._array(f"{name}.groups", np.concatenate(self._groups))
-        for modality in MODALITIES:
-            self._array(f"{name}.{modality}.nearest", self._nearest[modality][0])
-            self._array(f"{name}.{modality}.nearest_places", self._nearest[modality][1])
-            lists = np.concatenate(self._codes[modality, "lists"])
-            order = np.argsort(lists, kind="stable")
-            if self._assign:
-                num_lists = int(next(iter(self._coders.values())).nlist)
-                self._array(f"{name}.{modality}.sizes", np.bincount(lists, minlength=num_lists))
-                self._array(f"{name}.{modality}.positions", order)
-            for kind in self._kinds:
-                parts = self._codes.pop((modality, _code_name(kind)), None)
-                if parts is not None:
-                    values = np.concatenate(parts)
-                    self._array(
-                        f"{name}.{modality}.{_code_name(kind)}", values[order] if kinds.is_listed(kind) else values
-                    )
-
-    def _array(self, name: str, values: NDArray[Any]) -> None:
-        with self._build.output.write(f"{name}.npy") as path:
-            write_array(path, [values], values.shape, values.dtype)
-
-
-def _nearer(one: tuple[Floats, Ids], other: tuple[Floats, Ids]) -> tuple[Floats, Ids]:
-    """The ``NUM_NEAREST`` rows of largest similarity among two sets, falling."""
-    scores, rows = np.concatenate([one[0], other[0]], axis=1), np.concatenate([one[1], other[1]], axis=1)
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :NUM_NEAREST]
-    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
-
-
-def _code_name(kind: kinds.Kind) -> str:
-    """The kinds that hold the vectors themselves share them."""
-    return kind if kinds.is_listed(kind) else "vectors"
 
 
 def _list_blocks(

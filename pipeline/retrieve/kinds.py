@@ -15,7 +15,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import faiss as _faiss
 import numpy as np
@@ -27,6 +27,7 @@ from pipeline.workspace.hashing import HashedFile
 faiss: Any = _faiss  # its types are incomplete
 
 Kind = Literal["flat", "ivf_sq8", "ivf_rabitq", "hnsw"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 Codes = NDArray[np.uint8]
 
 _HNSW_LINKS = 32

@@ -46,8 +46,12 @@ def choose_sample(num_rows: int, count: int, rng: np.random.Generator) -> Ids:
     return rows[rows < num_rows]
 
 
-def choose_queries(embedded: EmbeddedShards, count: int, rng: np.random.Generator) -> Ids:
-    """Random validation rows from random shards, ascending; random rows of any split if there are fewer than two."""
+def choose_queries(embedded: EmbeddedShards, count: int, rng: np.random.Generator) -> tuple[Ids, bool]:
+    """Random validation rows from random shards, ascending; random rows of any split if there are fewer than two.
+
+    Returns:
+        The rows, and whether they are validation rows.
+    """
     parts, num_rows = list[Ids](), 0
     for num_read, shard in enumerate(rng.permutation(len(embedded.shards)).tolist()):
         if (num_read >= _QUERY_SHARDS and num_rows >= count) or num_read == _MOST_QUERY_SHARDS:
@@ -58,8 +62,8 @@ def choose_queries(embedded: EmbeddedShards, count: int, rng: np.random.Generato
     rows = np.sort(np.concatenate(parts))
     if len(rows) < 2:
         count = min(count, max(2, embedded.num_rows // 10), embedded.num_rows)
-        return np.sort(rng.choice(embedded.num_rows, count, replace=False))
-    return np.sort(rng.choice(rows, min(count, len(rows)), replace=False))
+        return np.sort(rng.choice(embedded.num_rows, count, replace=False)), False
+    return np.sort(rng.choice(rows, min(count, len(rows)), replace=False)), True
 
 
 def read_rows(embedded: EmbeddedShards, rows: Mapping[str, Ids], *, whole: bool = False) -> dict[str, Floats]:

@@ -1,8 +1,9 @@
 """Measures an index against exact search, and finds the effort that reaches the requested recall.
 
 The queries are embeddings of validation rows, half pictures and half captions, as users send both and the two are far
-apart. They are not in the index: a query's own row is neither trained on nor counted among its neighbours. The effort
-is tuned on one half of them, and the recall is reported on the other.
+apart. Each is measured as in an index without its own row, which is neither trained on, nor counted among its
+neighbours, nor takes a candidate's place. The effort is tuned on one half of them, and the recall is reported on the
+other, with a 95 % interval.
 
 Legend: Q queries, D features, K neighbours.
 """

@@ -17,7 +17,7 @@ import pytest
 
 from pipeline.errors import DataError, StepError
 from pipeline.recipe.sections import IndexConfig
-from pipeline.retrieve import NeighbourIndex, build
+from pipeline.retrieve import NeighbourIndex, parts
 from pipeline.retrieve.build import build_index
 from pipeline.retrieve.changes import delete
 from pipeline.workspace.disk import translate_os_errors
@@ -46,7 +46,7 @@ def _digests(index: Artifact) -> dict[str, str]:
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A part for every shard."""
-    monkeypatch.setattr(build, "_MIN_PART_ROWS", 100)
+    monkeypatch.setattr(parts, "_MIN_PART_ROWS", 100)
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -67,9 +67,9 @@ def test_a_build_killed_at_random_moments_ends_in_the_same_bytes(embed: Artifact
     script = f"""
         import os, random, signal, sys, time
         from pipeline.recipe.sections import IndexConfig
-        from pipeline.retrieve import build
+        from pipeline.retrieve import build, parts
         from pipeline.workspace.store import Artifact
-        build._MIN_PART_ROWS = 100
+        parts._MIN_PART_ROWS = 100
         config = IndexConfig(kind="ivf_rabitq", num_recall_queries=20)
         rng, kills, limit_s = random.Random(0), 0, 0.005  # the first builds never end in time
         while True:

@@ -7,13 +7,15 @@ import pyarrow.parquet as pq
 import pytest
 
 import pipeline.retrieve.build
+import pipeline.retrieve.parts
 from pipeline.data.rows import make_uid, row_id
 from pipeline.data.vectors import ROW_GROUP_ROWS
 from pipeline.errors import DataError
 from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve import NeighbourIndex, kinds
-from pipeline.retrieve.build import build_index, kinds_to_try
+from pipeline.retrieve.build import build_index, kinds_left_out, kinds_to_try
 from pipeline.retrieve.efforts import Effort, effort_for
+from pipeline.retrieve.tune import _Measurement
 from pipeline.retrieve.tune import tune as tune_index
 from pipeline.workspace.store import Artifact, Workspace
 from tests.retrieve.conftest import DIM, NUM_ROWS, stored, unit
@@ -140,6 +142,35 @@ def test_a_graph_is_tuned_with_queries_that_are_no_nodes_of_it(
     assert index.num_rows == NUM_ROWS  # and in the index itself they are
 
 
+@pytest.mark.parametrize("kind", ["flat", "ivf_sq8", "ivf_rabitq"])
+def test_the_recall_of_a_query_is_that_in_an_index_without_its_row(
+    kind: kinds.Kind, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries are validation rows, which the index has; each is measured as if the index did not have it."""
+    compared = list[Any]()
+
+    def tune(searcher: Any, rows: Any, truth: Any, modality: Any, target: float, *, limit_ms: float) -> Any:
+        for query in range(0, len(truth.queries), 6):
+            others = np.delete(np.arange(len(rows)), truth.own_positions[query])
+            if kind == "flat":
+                index = kinds.new_exact(kind, DIM)
+            else:
+                index = kinds.read(tmp_path / f"index/index/live/segment_00000/{modality}.{kind}.faiss")
+            index.add(rows.vectors(others, f"z_{modality}"))
+            both = [_Measurement(one, rows, truth, modality) for one in (searcher, kinds.Searcher(kind, index, others))]
+            for effort in kinds.efforts(kind, searcher.max_effort):
+                for k in (10, 100):
+                    with_it, without = (one.recalls(k, np.array([query]), effort) for one in both)
+                    assert with_it == without
+                    compared.append(min(with_it.values()))
+        return tune_index(searcher, rows, truth, modality, target, limit_ms=limit_ms)
+
+    monkeypatch.setattr(pipeline.retrieve.build, "tune", tune)
+    build(_config(kind, num_recall_queries=60))
+    assert len(compared) >= 40
+    assert kind == "flat" or min(compared) < 0.9
+
+
 def test_a_higher_target_takes_more_effort(build: Build) -> None:
     efforts = [
         build(_config("ivf_sq8", recall_target=target), str(target)).read_json("segment_00000/segment.json")["image"]
@@ -164,12 +195,16 @@ def test_effort_grows_with_k_between_and_above_the_measured_k() -> None:
 
 def test_auto_tries_what_fits_into_the_memory_budget() -> None:
     assert kinds_to_try(_config("auto"), 3999, 512) == ["flat"]
-    assert kinds_to_try(_config("auto"), 20_000, 512) == ["flat", "ivf_sq8", "hnsw"]
-    assert kinds_to_try(_config("auto"), 50_000, 512) == ["flat", "ivf_sq8"]
-    assert kinds_to_try(_config("auto"), 100_000, 512) == ["ivf_sq8"]
+    assert kinds_to_try(_config("auto"), 20_000, 512) == ["flat", "ivf_sq8", "ivf_rabitq", "hnsw"]
+    assert kinds_to_try(_config("auto"), 50_000, 512) == ["flat", "ivf_sq8", "ivf_rabitq"]
+    assert kinds_to_try(_config("auto"), 100_000, 512) == ["ivf_sq8", "ivf_rabitq"]
     assert kinds_to_try(_config("auto"), 100_000_000, 768) == ["ivf_rabitq"]
     assert kinds_to_try(_config("auto", memory_gb=0.04), 100_000, 512) == ["ivf_rabitq"]
+    assert kinds_to_try(_config("auto", memory_gb=0.001), 100_000_000, 768) == ["ivf_rabitq"]  # the smallest, at least
     assert kinds_to_try(_config("hnsw"), 10, 512) == ["hnsw"]
+    left_out = kinds_left_out(_config("auto", memory_gb=0.04), 100_000, 512)
+    assert list(left_out) == ["flat", "hnsw", "ivf_sq8"]
+    assert left_out["ivf_sq8"] == "it takes 0.1 GB; index.memory_gb is 0.04"
 
 
 def test_auto_keeps_the_fastest_kind_that_reaches_the_target(tmp_path: Path) -> None:
@@ -177,10 +212,12 @@ def test_auto_keeps_the_fastest_kind_that_reaches_the_target(tmp_path: Path) -> 
     centres = rng.normal(size=(100, 16))
     vectors = unit(centres[rng.integers(0, 100, 4200)] + 0.5 * rng.normal(size=(4200, 16)))
     embed, output = (Workspace(str(tmp_path)).artifact(step, "k") for step in ("embed", "index"))
-    make_embeddings(embed, vectors, vectors, rows_per_shard=3000)
+    make_embeddings(embed, vectors, vectors, rows_per_shard=3000, held_out_every=50)
     metrics = build_index(embed, output, _config("auto", num_recall_queries=80), seed=0).metrics
     tried = metrics["image_tried"]
-    assert list(tried) == ["flat", "ivf_sq8", "hnsw"]
+    assert list(tried) == ["flat", "ivf_sq8", "ivf_rabitq", "hnsw"]
+    assert metrics["kinds_left_out"] == {}
+    assert (metrics["num_recall_queries"], metrics["recall_queries"]) == (80, "validation rows")
     best = min((name for name in tried if tried[name]["reaches_target"]), key=lambda name: tried[name]["latency_ms"])
     assert metrics["image_kind"] == best
     able = float("inf")
@@ -207,7 +244,7 @@ def test_rows_of_one_uid_or_of_one_id_are_found_once_and_counted(
         )
     other = make_uid("http://a/7", "caption 7")
     clash = row_id(make_uid("http://a/40", "caption 40"))
-    monkeypatch.setattr(pipeline.retrieve.build, "row_id", lambda uid: clash if uid == other else row_id(uid))
+    monkeypatch.setattr(pipeline.retrieve.parts, "row_id", lambda uid: clash if uid == other else row_id(uid))
     output = Workspace(str(tmp_path)).artifact("index", "k")
     summary = build_index(source, output, _config("flat"), seed=0)
     assert summary.counts == {"in": 60, "ok": 58, "duplicate_uid": 1, "id_collision": 1}
