@@ -230,7 +230,7 @@ def _count_divided(step: _Step, section: TrainedSection, samples: int, blocks: S
     whole, buffers = _bytes_of(network.parameters()), _bytes_of(network.buffers())
     in_blocks: set[Tensor] = {parameter for block in blocks for parameter in block.parameters()}
     largest = max((sum(parameter.numel() for parameter in block.parameters()) for block in blocks), default=0)
-    dtype = gathered_dtype(section.train)
+    dtype = gathered_dtype(section.train, section.resources.accelerator)
     step.gather_blocks(in_blocks, dtype)
     outside = _bytes_of(parameter for parameter in network.parameters() if parameter.dtype == torch.float32)
     if dtype == torch.float32:

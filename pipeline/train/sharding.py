@@ -158,7 +158,7 @@ def shard(
     The weights come from the first worker, one parameter after another: nobody else builds them, and no device ever has
     more of them than its rows and one whole parameter.
 
-    Under bfloat16 the blocks are gathered in it, and their gradients are added up in float32. What is outside of them
+    Under bfloat16 a GPU gathers the blocks in it, and their gradients are added up in float32. What is outside of them
     (temperatures, positions, the first and the last layer) is gathered in float32.
 
     Args:
@@ -179,7 +179,7 @@ def shard(
     numbers = {parameter for parameter in network.parameters() if parameter.ndim == 0}
     own = mesh if mesh.shape[0] > 1 else mesh[_SHARDS]
     policy = MixedPrecisionPolicy(
-        param_dtype=gathered_dtype(config), reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=gathered_dtype(config, device.type), reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     # A linear layer returns a view; no network of ours changes the output of a block in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -193,10 +193,13 @@ def shard(
     return Sharding(mesh, network, _part(network, shell), shell, names, shapes)
 
 
-def gathered_dtype(config: TrainConfig) -> torch.dtype:
-    """The type in which the blocks of a divided network are gathered: half, where every phase computes in it."""
+def gathered_dtype(config: TrainConfig, device_type: str) -> torch.dtype:
+    """The type in which the blocks of a divided network are gathered: half on a GPU, where every phase computes in it.
+
+    On a CPU autocast leaves norms as they are, and these take no input in float32 with weights in half precision.
+    """
     precisions = {config.precision, *(phase.precision or config.precision for phase in config.phases)}
-    return torch.bfloat16 if precisions == {"bfloat16"} else torch.float32
+    return torch.bfloat16 if precisions == {"bfloat16"} and device_type == "cuda" else torch.float32
 
 
 def is_sharded(objective: nn.Module) -> bool:
