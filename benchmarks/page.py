@@ -33,6 +33,7 @@ MODULES = {
     "serving_chain": "serving_chain",
     "serving_diffusers": "serving_diffusers",
     "serving_diffusers_gpu": "serving_diffusers",
+    "refusals": "refusals",
     "gpu": "gpu",
     "gpu_memory": "gpu_memory",
     "ablations": "ablations",

@@ -29,7 +29,14 @@ from pipeline.serve.document import ERRORS, IN_TIME, PICTURES, form_body, json_b
 from pipeline.serve.edits import EDITS, EditKind, edit_of
 from pipeline.serve.embeddings import EmbeddingRequest, embed
 from pipeline.serve.guards import client_of
-from pipeline.serve.images import Generation, GenerationRequest, PictureOptions, check_options, require_model
+from pipeline.serve.images import (
+    NOTES_HEADER,
+    Generation,
+    GenerationRequest,
+    PictureOptions,
+    check_options,
+    require_model,
+)
 from pipeline.serve.knn import MAX_NUMBERS, KnnRequest, MetadataRequest, find, metadata
 from pipeline.serve.metrics import CONTENT_TYPE, HttpMetrics
 from pipeline.serve.picture_files import ModelCard
@@ -46,7 +53,6 @@ from pipeline.serve.web import (
 TEXT_BODY_LIMIT_BYTES = 1 << 20
 PICTURE_BODY_LIMIT_BYTES = 24 << 20
 _MAX_KNN_VALUES = 2 * MAX_NUMBERS  # an embedding, the commas of a text, and the fields
-_NOTES = "X-Unclip-Notes"  # the answer of a search is a list, which has no place for notes
 _MAX_COMMAS = 1 << 20  # of texts to embed, which may hold commas themselves
 
 T = TypeVar("T")
@@ -187,8 +193,8 @@ async def _answer(request: Request, body: PictureOptions, generation: Generation
     if body.stream:
         return StreamingResponse(await generation.events(), media_type="text/event-stream")
     if body.response_format == "file":
-        file, media_type = await while_connected(request, generation.file())
-        return Response(file, media_type=media_type)
+        file, headers = await while_connected(request, generation.file())
+        return Response(file, headers=headers)
     return JSONResponse(await while_connected(request, generation.answer()))
 
 
@@ -215,7 +221,7 @@ def _clip_retrieval(model: PictureModel, neighbours: Neighbours | None, settings
         body = parse(KnnRequest, await read_json(request, PICTURE_BODY_LIMIT_BYTES, _MAX_KNN_VALUES))
         index = require_index(body.indice_name)
         work = find(model, index, body, fetches_urls=settings.fetches_urls)
-        headers = {_NOTES: f"no effect: {', '.join(body.unused)}"} if body.unused else None
+        headers = {NOTES_HEADER: f"no effect: {', '.join(body.unused)}"} if body.unused else None
         return JSONResponse(await _in_time(request, settings.timed(body), work), headers=headers)
 
     @router.post("/metadata", responses=IN_TIME, openapi_extra=json_body(MetadataRequest))

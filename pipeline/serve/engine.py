@@ -192,6 +192,7 @@ class Engine:
             num_previews,
             show,
             spans,
+            arrived_s=time.monotonic() - (work.taken_s if work else 0.0),
             ends_s=end_of(request.timeout_s),
             num_steps=work.num_steps if work else 0,
         )
@@ -480,8 +481,9 @@ class Engine:
         """End a request here: another engine does what is left."""
         step = self._stages.step_of(pending.rest[0]) if pending.rest else ""
         sent = portable(batch, [self._stages[number] for number in pending.rest])
+        taken_s = time.monotonic() - pending.arrived_s
         if pending.future.set_running_or_notify_cancel():
-            pending.future.set_result(Work(sent, pending.rest, step, pending.is_last, pending.num_steps))
+            pending.future.set_result(Work(sent, pending.rest, step, pending.is_last, pending.num_steps, taken_s))
         else:
             self._count_dropped({pending})
 

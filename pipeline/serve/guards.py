@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import ipaddress
 import json
+import logging
 import re
 import time
 import uuid
@@ -33,10 +34,11 @@ from pipeline.serve.web import ApiError
 if TYPE_CHECKING:
     from pipeline.serve.otlp import Traces
 
+_log = logging.getLogger(__name__)
+
 BODY_LIMIT_BYTES = 64 << 20
 """Of any route; each has a smaller limit of its own."""
 _BODY_TIMEOUT_S = 30.0
-_SEND_TIMEOUT_S = 60.0
 _OPEN_PATHS = {"/", "/docs", "/healthz", "/livez", "/openapi.json", "/readyz"}
 _SCOPES: tuple[tuple[str, KeyScope | None], ...] = (
     ("/metrics", "metrics"),
@@ -122,8 +124,7 @@ class Guards:
         if scope["type"] != "http":
             return  # Ray Serve asks for a lifespan, of which there is none; no websockets
         headers = Headers(scope=scope)
-        asked_id = headers.get("x-request-id", "")
-        facts = RequestFacts(asked_id if _REQUEST_ID.fullmatch(asked_id) else uuid.uuid4().hex)
+        facts = RequestFacts(request_id_of(headers))
         token = CURRENT.set(facts)
         trace = RequestTrace(self.traces, scope["path"], headers)
         started_s, status = time.monotonic(), 499
@@ -133,13 +134,10 @@ class Guards:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 answer = MutableHeaders(scope=message)
-                for name, value in _HEADERS.items():
-                    answer.setdefault(name, value)
-                answer["X-Request-Id"] = facts.request_id
+                add_headers(answer, facts.request_id)
                 self._add_limits(facts.key, answer)
             facts.bytes_sent += len(message.get("body", b""))
-            async with asyncio.timeout(_SEND_TIMEOUT_S):
-                await send(message)
+            await send(message)
 
         try:
             try:
@@ -247,6 +245,19 @@ class Guards:
             answer["x-ratelimit-remaining-requests"] = str(self.meter.rest(key, "requests"))
 
 
+def request_id_of(headers: Headers) -> str:
+    """The id of a request: the client's own, if it sends one, or a new one."""
+    own = headers.get("x-request-id", "")
+    return own if _REQUEST_ID.fullmatch(own) else uuid.uuid4().hex
+
+
+def add_headers(answer: MutableHeaders, request_id: str) -> None:
+    """Give an answer the headers that all have."""
+    for name, value in _HEADERS.items():
+        answer.setdefault(name, value)
+    answer["X-Request-Id"] = request_id
+
+
 def require_keys(config: ServeConfig) -> None:
     """Refuse to be open to other machines without keys.
 
@@ -302,6 +313,8 @@ class AccessLog:
     def __init__(self, settings: GuardSettings) -> None:
         self._prompts = settings.log_prompts
         self._path = Path(settings.access_log)
+        self._num_lost = 0
+        """Lines since the file could last be written."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._append("")
@@ -309,7 +322,7 @@ class AccessLog:
             raise ConfigError(f"serve.access_log: {self._path} cannot be written: {error.strerror}") from None
 
     def write(self, scope: Scope, facts: RequestFacts, status: int, duration_s: float) -> None:
-        """Write the line of one request."""
+        """Write the line of one request; it is left out, and counted, if the file cannot be written."""
         client = scope.get("client")
         line: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -328,7 +341,18 @@ class AccessLog:
         }
         if self._prompts:
             line["prompt"] = facts.prompt
-        self._append(json.dumps(line) + "\n")
+        try:
+            self._append(json.dumps(line) + "\n")
+        except OSError as error:  # a full disk, for example: requests are answered all the same
+            if not self._num_lost:
+                _log.error(
+                    "serve.access_log: %s cannot be written: %s; its lines are left out", self._path, error.strerror
+                )
+            self._num_lost += 1
+            return
+        if self._num_lost:
+            _log.warning("serve.access_log: %s is written again; lines left out: %d", self._path, self._num_lost)
+            self._num_lost = 0
 
     def _append(self, text: str) -> None:
         with self._path.open("a", encoding="utf-8") as file:  # opened anew each time, so that it can be rotated

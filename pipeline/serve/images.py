@@ -44,6 +44,9 @@ MAX_GUIDANCE = 100.0
 MAX_STEPS = 1000
 MAX_NEIGHBOURS = 20
 MAX_CANDIDATES = 16
+NOTES_HEADER = "X-Unclip-Notes"
+"""Of answers that are no objects, which have no place for notes."""
+SEED_HEADER = "X-Unclip-Seed"
 _MAX_SEED = 2**63 - 1 - MAX_IMAGES
 _STEPS_OF_QUALITY = {"low": 0.5, "medium": 1, "standard": 1, "auto": 1, "high": 1.5, "hd": 1.5, "xhigh": 2, "max": 3}
 """Factors of the decoder's steps."""
@@ -130,6 +133,9 @@ def check_options(body: PictureOptions, card: ModelCard) -> None:
     if body.response_format == "file" and (body.stream or body.num_images > 1):
         message = "response_format: 'file' is one picture (n = 1), and not streamed"
         raise ApiError(400, message, param="response_format", code="invalid_value")
+    if body.response_format == "file" and body.neighbours:
+        message = "neighbours: response_format 'file' is the picture alone, which has no place for them"
+        raise ApiError(400, message, param="neighbours", code="invalid_value")
     side_of(body.size, card.image_px)
 
 
@@ -192,10 +198,12 @@ class Generation:
         ]
         return {"created": int(time.time()), "data": data, **self._facts(), "usage": self._usage(sampled)}
 
-    async def file(self) -> tuple[bytes, str]:
-        """The only picture as a file, and its media type; raises as ``answer``."""
+    async def file(self) -> tuple[bytes, dict[str, str]]:
+        """The only picture as a file, and headers that say what an answer in JSON would; raises as ``answer``."""
         [file] = await self._files(await self._sample())
-        return file, f"image/{self._format}"
+        [seed], notes = self.request.seeds, self._facts().get("notes", [])
+        headers = {"Content-Type": f"image/{self._format}", SEED_HEADER: str(seed)}
+        return file, headers | ({NOTES_HEADER: "; ".join(notes)} if notes else {})
 
     async def events(self) -> AsyncIterator[str]:
         """Server-sent events: previews while the pictures are sampled, then the pictures.

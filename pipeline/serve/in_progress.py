@@ -31,6 +31,7 @@ class Pending:
     future: Future[Any] = field(default_factory=Future[Any])
     """``SampledPictures``, or ``Work`` for another engine."""
     arrived_s: float = field(default_factory=time.monotonic)
+    """When it came, by ``time.monotonic``; earlier by the time that it was in the engines before."""
     ends_s: float = math.inf
     """When its time is up, by ``time.monotonic``."""
     num_steps: int = 0

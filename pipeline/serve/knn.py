@@ -3,11 +3,11 @@
 import asyncio
 import base64
 import contextlib
-import functools
 import io
 import logging
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
@@ -48,6 +48,8 @@ _FETCHING = DownloadConfig(
     max_body_bytes=16 << 20, timeout_s=5, deadline_s=10.0, retries=0, robots_txt=False, tdm_reservation=False
 )
 """A person asks for one picture, to look at: the opt-outs of collections do not apply."""
+_MEASURING = ThreadPoolExecutor(1, "unclip-near-copy")
+"""Measures take seconds on a large index, and wait here for one another: other threads stay free for requests."""
 Row = dict[str, Any]
 _JPEG = b"\xff\xd8"
 
@@ -145,15 +147,19 @@ class LocalNeighbours:
     ) -> None:
         self._retriever = retriever
         self._timed = timed
-        self._near_copy = functools.cache(lambda: near_copy_similarity(retriever.index))
+        self._near_copy: Future[float | None] | None = None
+        """What was measured, or is being; None before anybody has asked."""
 
     async def embed_dim(self) -> int:
         """See ``Neighbours``."""
         return self._retriever.index.embed_dim
 
     async def near_copy(self) -> float | None:
-        """See ``Neighbours``; measured when it is first asked for."""
-        return await asyncio.to_thread(self._near_copy)
+        """See ``Neighbours``; measured when it is first asked for, once for all who ask meanwhile."""
+        measuring = self._near_copy
+        if measuring is None or (measuring.done() and measuring.exception()):
+            measuring = self._near_copy = _MEASURING.submit(near_copy_similarity, self._retriever.index)
+        return await asyncio.shield(asyncio.wrap_future(measuring))  # others wait for it, if this request is cancelled
 
     async def search(
         self,

@@ -53,7 +53,10 @@ class EngineMetrics:
         )
         self.stage = Histogram("unclip_stage_seconds", "A picture in a stage.", ["stage"], buckets=_SECONDS, **here)
         self.sampling = Histogram(
-            "unclip_sampling_seconds", "From a request to its last picture.", buckets=_SECONDS, **here
+            "unclip_sampling_seconds",
+            "From a request to its last picture; in a chain the time in all its parts.",
+            buckets=_SECONDS,
+            **here,
         )
         self.requests = Counter(
             "unclip_requests",

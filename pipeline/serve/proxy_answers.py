@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipeline.serve.guards import BODY_LIMIT_BYTES
+from pipeline.serve.guards import BODY_LIMIT_BYTES, add_headers, request_id_of
 from pipeline.serve.web import ApiError, error_event
 
 _log = logging.getLogger(__name__)
@@ -52,7 +52,9 @@ class ProxyAnswers:
                 break
             _log.warning("the HTTP process has died; passed on once more: %s %s", scope["method"], scope["path"])
         error = ApiError(503, f"not ready: {_ABSENT}; try again shortly", code="not_ready")
-        await error.response()(scope, receive, send)
+        response = error.response()
+        add_headers(response.headers, request_id_of(Headers(scope=scope)))
+        await response(scope, receive, send)
 
 
 class _Body:

@@ -28,6 +28,8 @@ class Work:
     """Whether this is the request's last phase."""
     num_steps: int
     """Network steps taken so far."""
+    taken_s: float = 0.0
+    """Time in the engines so far, in seconds."""
 
 
 def on_device(batch: Batch, device: torch.device | str) -> Batch:

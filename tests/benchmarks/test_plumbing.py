@@ -16,6 +16,7 @@ from benchmarks import side_by_side
 from benchmarks.loop import Sizes
 from benchmarks.loop import run as run_loop
 from benchmarks.memory import run as run_memory
+from benchmarks.refusals import BODIES, measure, running
 from benchmarks.sampler_steps import DecoderQuality
 from benchmarks.sampler_steps import run as run_sampler_steps
 from benchmarks.serving import differences, load_networks, steps_after_leaving
@@ -46,6 +47,14 @@ def test_compare_takes_turns_and_gives_the_median_of_the_ratios() -> None:
     assert calls[2:] == ["ours", "theirs", "theirs", "ours"] * 2
     assert 1.2 < comparison.ratio < 3
     assert comparison.low <= comparison.ratio <= comparison.high
+
+
+def test_refused_bodies_are_measured_in_a_server_of_its_own() -> None:
+    with running() as (url, server):
+        row = measure("no JSON", BODIES["no JSON"], url, server, 2)
+    assert row["status"] == 400
+    assert 0 < row["wall_ms"] <= row["wall_ms_90"]
+    assert row["memory_mb"] > 1e-6 * len(BODIES["no JSON"])  # it holds the body
 
 
 def test_publish_prints_a_table_and_writes_json(

@@ -22,7 +22,7 @@ from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import parse_recipe
 from pipeline.runtime.kuberay import ray_service
 from pipeline.runtime.placement import ROLE
-from pipeline.runtime.serve_file import PROXY_ENVIRONMENT
+from pipeline.runtime.serve_file import PROXY_ENVIRONMENT, application
 from tests.tiny.command import ROOT, unclip_here
 
 _SCHEMAS: dict[str, Any] = json.loads((Path(__file__).parent / "kuberay.json").read_text())
@@ -83,6 +83,9 @@ def test_every_cluster_on_kubernetes_asks_for_the_token_and_has_groups_by_role()
 def test_ray_serve_takes_the_services_file() -> None:
     config = ServeDeploySchema.model_validate(yaml.safe_load(_load("kuberay/rayservice.yaml")["spec"]["serveConfigV2"]))
     assert config.applications[0].import_path == "pipeline.runtime.serve_file:application"
+    deployments = config.applications[0].deployments
+    bound = application(config.applications[0].args)._bound_deployment
+    assert [one.name for one in deployments] == [bound.name, *bound.init_kwargs]
     cluster = _load("kuberay/rayservice.yaml")["spec"]["rayClusterConfig"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         [container] = group["template"]["spec"]["containers"]

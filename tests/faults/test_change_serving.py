@@ -29,6 +29,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 _NUM_CLIENTS = 6
 _PATIENCE_S = 120.0
 _SLOW = "decoder.model.sampler.num_steps=900"
+_OTHER = "decoder.model.sampler.num_steps=300"
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -81,22 +82,25 @@ def test_replicas_that_come_and_go_and_networks_that_are_swapped_cost_no_request
         print(f"{len(answers)} requests")
 
 
-def test_two_http_processes_keep_the_limits_of_keys_and_drop_clients_that_leave(tmp_path: Path) -> None:
-    """The file of `--config-only` with two HTTP processes behind Ray Serve's proxies."""
+def test_two_http_processes_keep_the_limits_of_keys_drop_who_leaves_and_are_swapped(tmp_path: Path) -> None:
+    """The file of `--config-only` with two HTTP processes behind Ray Serve's proxies, and another file under load."""
     served_workspace(tmp_path, overrides=(_SLOW,))
     key = add_key(tmp_path / "keys.json", "alice", requests=30, scopes=["images", "metrics"])
     other = add_key(tmp_path / "keys.json", "bob")
     port = free_port()
-    words = ("--set", f"serve.keys={tmp_path / 'keys.json'}", "--set", "serve.gateway.replicas=[2, 2]", "--set", _SLOW)
-    done = unclip("serve", str(tmp_path / "tiny.toml"), "--config-only", "--port", str(port), *words, cwd=ROOT)
-    (tmp_path / "serve.yaml").write_text(done.stdout)
+    words = ("--set", f"serve.keys={tmp_path / 'keys.json'}", "--set", "serve.gateway.replicas=[2, 2]")
     url = f"http://127.0.0.1:{port}"
     with ray_head(environment={"PYTHONPATH": str(ROOT), **PROXY_ENVIRONMENT}) as head:
-        serve = str(Path(sys.executable).with_name("serve"))
-        environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
-        subprocess.run(
-            [serve, "deploy", "--address", head.dashboard, str(tmp_path / "serve.yaml")], check=True, env=environment
-        )
+
+        def deploy(steps: str) -> None:
+            recipe, settings = str(tmp_path / "tiny.toml"), (*words, "--set", steps)
+            done = unclip("serve", recipe, "--config-only", "--port", str(port), *settings, cwd=ROOT)
+            (tmp_path / "serve.yaml").write_text(done.stdout)
+            command = [str(Path(sys.executable).with_name("serve")), "deploy", "--address", head.dashboard]
+            environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+            subprocess.run([*command, str(tmp_path / "serve.yaml")], check=True, env=environment)
+
+        deploy(_SLOW)
 
         def get(path: str, secret: str = other) -> httpx.Response | None:
             with contextlib.suppress(httpx.ConnectError):
@@ -142,3 +146,32 @@ def test_two_http_processes_keep_the_limits_of_keys_and_drop_clients_that_leave(
 
         wait_until(lambda: health()["dropped"] == 4 and not health()["active"])
         assert health()["pictures"] == 0
+        swap_under_load(url, other, lambda: deploy(_OTHER))
+
+
+def swap_under_load(url: str, secret: str, deploy: Callable[[], None]) -> None:
+    """Deploy other networks while clients ask for pictures: all of them are answered, by these or those."""
+    answers, is_over = list[httpx.Response](), threading.Event()
+
+    def ask_on() -> None:
+        with httpx.Client(timeout=_PATIENCE_S, headers={"Authorization": f"Bearer {secret}"}) as client:
+            while not is_over.is_set():
+                answers.append(client.post(f"{url}/v1/images/generations", json={"prompt": "a"}))
+
+    def steps() -> list[int]:
+        return [one.json()["usage"]["steps"] for one in answers if one.status_code == 200]
+
+    clients = [threading.Thread(target=ask_on) for _ in range(3)]
+    for client in clients:
+        client.start()
+    try:
+        wait_until(lambda: len(answers) > 3)
+        deploy()
+        wait_until(lambda: len(answers) > 10 and {*steps()[-6:]} == {300 + 3 * 3})
+    finally:
+        is_over.set()
+        for client in clients:
+            client.join()
+    assert [one.text for one in answers if one.status_code != 200] == []
+    assert {*steps()} == {900 + 3 * 3, 300 + 3 * 3}
+    print(f"{len(answers)} requests while another file was deployed")

@@ -27,14 +27,16 @@ from pipeline.errors import StepError
 from pipeline.runtime.serve_file import PROXY_ENVIRONMENT
 from tests.ports import free_port
 from tests.ray_head import ray_head
+from tests.serve.test_metrics import values
 from tests.tiny.command import ROOT, start_unclip, unclip
 from tests.tiny.workspace import served_workspace
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
 _NUM_CLIENTS = 3
-_BACK_S = 40.0
-"""Longest time until pictures are sampled again: a process that imports torch on a machine that does other things."""
+_PATIENCE_S = 60.0
+_BACK_S = 10.0
+"""Longest time until pictures are sampled again, on a machine that does nothing else."""
 _ENDED_S = 12.0
 """Longest time until a server has ended whose Ray is gone."""
 _SLOW = ("decoder.model.sampler.num_steps=400",)  # a second or more: it is killed in the middle
@@ -67,15 +69,17 @@ class Server:
 def ask(server: Server, body: dict[str, Any]) -> httpx.Response | None:
     """None: the connection was closed, as it is when the process at its other end is killed."""
     with contextlib.suppress(httpx.TransportError):
-        return httpx.post(f"{server.url}/v1/images/generations", json=body, timeout=_BACK_S)
+        return httpx.post(f"{server.url}/v1/images/generations", json=body, timeout=_PATIENCE_S)
     return None
 
 
-def kill_in_the_middle(server: Server, kill: Callable[[], None], *, num_others: int = 0) -> list[httpx.Response | None]:
+def kill_in_the_middle(
+    server: Server, kill: Callable[[], None], *, num_others: int = 0, comes_back: bool = True
+) -> list[httpx.Response | None]:
     """Kill while clients, and some others, wait for pictures; their answers, the last one's a stream."""
     bodies: list[dict[str, Any]] = [{"prompt": "a", "seed": number} for number in range(_NUM_CLIENTS)]
     bodies.append({"prompt": "a", "seed": 9, "stream": True, "partial_images": 2})
-    with concurrent.futures.ThreadPoolExecutor(len(bodies)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(len(bodies) + 1) as pool:
         answers = [pool.submit(ask, server, body) for body in bodies]
         deadline = time.monotonic() + 20
         while server.health().get("active", 0) < len(bodies) + num_others:
@@ -83,9 +87,19 @@ def kill_in_the_middle(server: Server, kill: Callable[[], None], *, num_others: 
             time.sleep(0.02)
         kill()
         killed_s = time.monotonic()
+        back = pool.submit(require_back_soon, server) if comes_back else None
         results = [answer.result() for answer in answers]
         print(f"under way: ended after {time.monotonic() - killed_s:.1f} s")
+        if back is not None:
+            back.result()
         return results
+
+
+def require_back_soon(server: Server) -> None:
+    """Pictures are sampled again within 10 s; later by as much as the machine has more to do than it has processors."""
+    seconds, load = seconds_until_back(server), os.getloadavg()[0] / (os.cpu_count() or 1)
+    print(f"back after {seconds:.1f} s, at a load of {load:.1f} for each processor")
+    assert seconds < _BACK_S * max(1.0, load)
 
 
 @contextlib.contextmanager
@@ -111,7 +125,7 @@ def require_answered(answers: list[httpx.Response | None]) -> None:
 def seconds_until_back(server: Server) -> float:
     """How long the server does not sample pictures; whatever it answers until then is 503 in the API's form."""
     started_s = time.monotonic()
-    while time.monotonic() < started_s + _BACK_S:
+    while time.monotonic() < started_s + _PATIENCE_S:
         answer = ask(server, {"prompt": "a", "seed": 1, "num_inference_steps": 1})
         if answer is not None and answer.status_code == 200:
             return time.monotonic() - started_s
@@ -119,7 +133,7 @@ def seconds_until_back(server: Server) -> float:
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
             assert answer.headers["Retry-After"]
         time.sleep(0.1)
-    raise AssertionError(f"not back after {_BACK_S} s")
+    raise AssertionError(f"not back after {_PATIENCE_S} s")
 
 
 @pytest.fixture(scope="module")
@@ -162,13 +176,11 @@ def own(folder: Path) -> Iterator[Server]:
 
 
 def test_a_replica_that_is_killed_costs_no_request(own: Server) -> None:
-    answers = kill_in_the_middle(own, own.find("ray::ServeReplica").kill)
-    require_answered(answers)
-    print(f"a replica: back after {seconds_until_back(own):.1f} s")
+    require_answered(kill_in_the_middle(own, own.find("ray::ServeReplica").kill))
     assert "a replica has died (networks), another one is started\n" in own.lines
     metrics = own.metrics()
     assert 'unclip_replica_deaths_total{part="networks"} 1.0' in metrics
-    assert f"unclip_begun_again_total {_NUM_CLIENTS + 1}.0" in metrics
+    assert values(metrics)["unclip_begun_again_total",] >= _NUM_CLIENTS + 1
 
 
 def test_a_controller_that_is_killed_costs_no_request_and_replaces_replicas_when_it_is_back(own: Server) -> None:
@@ -180,18 +192,14 @@ def test_a_controller_that_is_killed_costs_no_request_and_replaces_replicas_when
         own.find("ray::ServeReplica").kill()
 
     require_answered(kill_in_the_middle(own, kill_both))
-    print(f"controller and replica: back after {seconds_until_back(own):.1f} s")
 
 
 def test_a_server_whose_process_is_killed_answers_503_until_it_is_back(own: Server) -> None:
     [server] = [child for child in own.root.children() if not child.children()]  # the other one holds Ray
     replica = own.find("ray::ServeReplica")
-    started_s = time.monotonic()
     with retrying_client(own):
         answers = kill_in_the_middle(own, server.kill, num_others=1)
         assert answers == [None] * len(answers)  # nobody else holds their connections
-        assert time.monotonic() - started_s < 10
-        print(f"the server's process: back after {seconds_until_back(own):.1f} s")
     assert any(line.startswith("the server was killed by SIGKILL") for line in own.lines)
     assert not server.is_running()
     assert own.find("ray::ServeReplica") == replica  # the networks were not loaded again
@@ -209,7 +217,7 @@ def test_a_server_whose_ray_is_killed_answers_503_and_ends(folder: Path) -> None
             holder.kill()
 
         try:
-            answers = kill_in_the_middle(server, kill)
+            answers = kill_in_the_middle(server, kill, comes_back=False)
             print(f"Ray: answered after {time.monotonic() - killed_s[0]:.1f} s")
             *whole, stream = answers
             for answer in whole:
@@ -251,14 +259,12 @@ def test_an_http_process_behind_proxies_that_is_killed_costs_no_request(deployed
     assert [answer.status_code if answer else 0 for answer in whole] == [200] * _NUM_CLIENTS, answers
     assert stream is not None
     assert "event: image_generation.completed" in stream.text or '"code": "not_ready"' in stream.text
-    print(f"the HTTP process: back after {seconds_until_back(deployed):.1f} s")
 
 
 def test_a_proxy_that_is_killed_is_back_soon(deployed: Server) -> None:
     with retrying_client(deployed):
         answers = kill_in_the_middle(deployed, deployed.find("ray::ProxyActor").kill, num_others=1)
         assert answers == [None] * len(answers)  # nobody else holds their connections
-        print(f"a proxy: back after {seconds_until_back(deployed):.1f} s")
 
 
 def test_a_controller_behind_proxies_that_is_killed_costs_no_request(deployed: Server) -> None:

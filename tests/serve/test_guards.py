@@ -252,6 +252,22 @@ def test_the_access_log_is_json_lines_without_prompts_and_keys(keys: Path, tmp_p
         assert key not in log.read_text()
 
 
+def test_a_log_that_cannot_be_written_ends_no_request_and_its_lines_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = tmp_path / "access.jsonl"
+    app = guarded(GuardSettings(access_log=str(log)))
+    log.unlink()
+    log.mkdir()  # as good as a full disk
+    assert [ask(app).status_code for _ in range(3)] == [200] * 3
+    log.rmdir()
+    assert ask(app).status_code == 200
+    assert len(log.read_text().splitlines()) == 1
+    lost, back = (record.getMessage() for record in caplog.records if "access_log" in record.getMessage())
+    assert "cannot be written: Is a directory" in lost
+    assert back.endswith("lines left out: 3")
+
+
 def refuse_rude_and_bright(prompt: str, image: Images | None) -> str | None:
     if image is None:
         return "rude" if "rude" in prompt else None

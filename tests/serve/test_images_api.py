@@ -175,8 +175,13 @@ def test_file_answers_are_the_picture_and_png_says_what_made_it(server: Any, ser
         answer = post_to(url, body)
         assert post_to(url, {"prompt": PROMPT, "model": "dall-e-2"}).status_code == 200
         assert [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]] == ["tiny", "dall-e-2"]
-        assert post_to(url, body | {"output_format": "jpeg"}).content[:2] == b"\xff\xd8"
-    assert answer.headers["Content-Type"] == "image/png"
+        unseeded = {"prompt": PROMPT, "response_format": "file", "output_format": "jpeg", "style": "vivid"}
+        jpeg = post_to(url, unseeded)
+        again = post_to(url, unseeded | {"seed": int(jpeg.headers["X-Unclip-Seed"])})
+    assert again.content == jpeg.content
+    assert (jpeg.headers["Content-Type"], jpeg.headers["X-Unclip-Notes"]) == ("image/jpeg", "style: has no effect here")
+    assert (answer.headers["Content-Type"], answer.headers["X-Unclip-Seed"]) == ("image/png", "5")
+    assert "X-Unclip-Notes" not in answer.headers
     with Image.open(io.BytesIO(answer.content)) as picture:
         chunks: dict[str, str] = picture.text
     assert chunks["parameters"] == (
@@ -269,6 +274,7 @@ def test_models_are_listed_and_an_unknown_one_is_404(client: openai.OpenAI) -> N
         ({"prompt": "x", "size": "2x2"}, "size", "invalid_value"),
         ({"prompt": "x", "response_format": "png"}, "response_format", "invalid_value"),
         ({"prompt": "x", "response_format": "file", "n": 2}, "response_format", "invalid_value"),
+        ({"prompt": "x", "response_format": "file", "neighbours": 2}, "neighbours", "invalid_value"),
         ({"prompt": "x", "partial_images": 2}, "partial_images", "invalid_value"),
         ({"prompt": "x", "stream": True, "partial_images": 4}, "partial_images", "invalid_value"),
         ({"prompt": "x", "background": "transparent"}, "background", "invalid_value"),

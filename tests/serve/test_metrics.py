@@ -1,7 +1,10 @@
 import asyncio
+import dataclasses
 import json
 import re
+import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from models.cascade import Cascade
 from models.request import SampleRequest
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
@@ -48,6 +52,19 @@ def test_an_engine_measures_its_queue_steps_stages_and_requests(make_engine: Cal
     rows = sum(found["unclip_batch_pictures_sum", stage] for stage in ("prior", "decoder", "upsampler_1"))
     assert rows == sum(pictures.num_steps for pictures in sampled)
     assert (found["unclip_waiting_requests",], found["unclip_active_pictures",]) == (0, 0)
+
+
+def test_the_last_engine_of_a_chain_measures_the_time_in_all(cascade: Cascade) -> None:
+    first, last = (Engine(cascade, steps=steps) for steps in ({"clip", "prior"}, {"decoder", "upsampler_1"}))
+    with closing(first), closing(last):
+        request, begun_s = SampleRequest("a", (1,)), time.monotonic()
+        work = first.submit(request).result(60)
+        in_first_s = time.monotonic() - begun_s
+        assert 0 < work.taken_s <= in_first_s
+        last.submit(request, work=dataclasses.replace(work, taken_s=100.0)).result(60)
+        found = values(asyncio.run(last.metrics())[""])
+        assert 100 < found["unclip_sampling_seconds_sum",] < 100 + time.monotonic() - begun_s
+        assert values(asyncio.run(first.metrics())[""])["unclip_sampling_seconds_count",] == 0
 
 
 def test_steps_for_a_client_who_left_are_counted_as_wasted(make_engine: Callable[..., Engine]) -> None:

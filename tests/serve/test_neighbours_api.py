@@ -3,7 +3,9 @@
 import asyncio
 import base64
 import json
+import threading
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import numpy as np
@@ -12,11 +14,13 @@ import pytest
 import torch
 
 from pipeline.recipe.plan import artifact_of, make_plan
+from pipeline.serve import knn
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.knn import LocalNeighbours
 from pipeline.serve.metrics import HttpMetrics
 from pipeline.serve.picture_files import ModelCard
 from pipeline.workspace.store import Workspace
+from tests.serve.test_engine import wait_until
 from tests.tiny.shards import pixels, plain_picture
 
 
@@ -47,7 +51,7 @@ def test_a_near_copy_is_above_the_limit_and_of_a_training_row(
         route = f"{url}/v1/images/variations"
         near = httpx.post(route, data=form, files=files, timeout=60).json()["data"][0]["neighbours"]
         limit = near[4]["similarity"]
-        monkeypatch.setattr(own, "_near_copy", lambda: limit)
+        monkeypatch.setattr(own, "near_copy", AsyncMock(return_value=limit))
         again = httpx.post(route, data=form, files=files, timeout=60).json()["data"][0]["neighbours"]
         stream = httpx.post(route, data=form | {"stream": "true"}, files=files, timeout=60).text
     assert [one["id"] for one in again] == [one["id"] for one in near]
@@ -56,6 +60,34 @@ def test_a_near_copy_is_above_the_limit_and_of_a_training_row(
     assert True in flags[:4]
     completed = json.loads(stream.rpartition("data: ")[2])
     assert completed["neighbours"] == again
+
+
+def test_the_limit_of_near_copies_is_measured_once_for_all_who_ask_and_again_if_it_failed(
+    neighbours: LocalNeighbours, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, may_end, begun = LocalNeighbours(neighbours._retriever), threading.Event(), list[None]()
+
+    def measure(_index: Any) -> float:
+        begun.append(None)
+        if len(begun) == 1:
+            raise OSError("no disk")
+        assert may_end.wait(20)
+        return 0.5
+
+    async def ask() -> list[Any]:
+        with pytest.raises(OSError, match="no disk"):
+            await own.near_copy()
+        asking = [asyncio.create_task(own.near_copy()) for _ in range(4)]
+        await asyncio.to_thread(wait_until, lambda: len(begun) == 2)
+        asking[0].cancel()  # its client has left
+        await asyncio.sleep(0)
+        may_end.set()
+        return [*await asyncio.gather(*asking, return_exceptions=True), await own.near_copy()]
+
+    monkeypatch.setattr(knn, "near_copy_similarity", measure)
+    left, *limits = asyncio.run(ask())
+    assert isinstance(left, asyncio.CancelledError)
+    assert (limits, len(begun)) == ([0.5] * 4, 2)
 
 
 def test_neighbours_without_an_index_are_refused_before_anything_is_sampled(server: Any, serving: Any) -> None:

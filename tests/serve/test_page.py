@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import numpy as np
 import pytest
@@ -286,7 +287,7 @@ def test_a_result_shows_its_neighbours(page: Page, server: Any) -> None:
 
 
 def test_a_near_copy_is_flagged(page: Page, neighbours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "_near_copy", lambda: -1.0)  # everything is above it
+    monkeypatch.setattr(neighbours, "near_copy", AsyncMock(return_value=-1.0))  # everything is above it
     generate(page)
     expect(page.locator("#pictures").get_by_text("near copy")).to_be_visible()
     finished(page).click()

@@ -46,9 +46,11 @@ def test_a_request_whose_http_process_dies_is_passed_on_once_more() -> None:
     "outcomes", [(None, None), (PlainTextResponse("Path '/' not found.", 404),), (None, PlainTextResponse("busy", 503))]
 )
 def test_what_a_proxy_answers_itself_is_503_in_the_form_of_the_api(outcomes: tuple[Any, ...]) -> None:
-    answer = client_of(Proxy(*outcomes)).post("/v1/images/generations", content=b"body")
+    headers = {"X-Request-Id": "mine-1"}
+    answer = client_of(Proxy(*outcomes)).post("/v1/images/generations", content=b"body", headers=headers)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
     assert int(answer.headers["Retry-After"]) >= 1
+    assert (answer.headers["X-Request-Id"], answer.headers["X-Frame-Options"]) == ("mine-1", "DENY")
 
 
 def test_answers_of_the_http_process_and_health_checks_pass_as_they_are() -> None:

@@ -1,0 +1,83 @@
+"""Connections that stand still are ended, and those that move are not, over real sockets."""
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from pipeline.serve import http_server
+from pipeline.serve.http_server import HttpServer, listen
+from tests.ports import free_port
+
+_STILL_S = 0.5
+_NUM_BYTES = 32 << 20
+"""Of an answer that no buffer of the system holds."""
+
+
+async def _app(scope: Scope, receive: Receive, send: Send) -> None:
+    answer = Response(b"x" * _NUM_BYTES) if scope["path"] == "/large" else PlainTextResponse("here")
+    await answer(scope, receive, send)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpServer]:
+    monkeypatch.setattr(http_server, "_LONGEST_STILL_S", _STILL_S)
+    monkeypatch.setattr(http_server, "_LOOK_EVERY_TICKS", 1)
+    with HttpServer(_app, listen("127.0.0.1", free_port())) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def _connected(server: HttpServer, request: bytes) -> Iterator[socket.socket]:
+    with contextlib.closing(socket.socket()) as link:
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        link.settimeout(20)
+        link.connect(server._socket.getsockname())
+        link.sendall(request)
+        yield link
+
+
+def _wait_until_ended(server: HttpServer) -> float:
+    """Wait until the server holds no connection; how long that took."""
+    started_s = time.monotonic()
+    while not server._server.started or server._server.server_state.connections:
+        assert time.monotonic() < started_s + 20
+        time.sleep(0.01)
+    return time.monotonic() - started_s
+
+
+def _get(path: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [b"", b"GET / HTTP/1.1\r\nHost:", _get("/") + b"GET / HT"],
+    ids=["nothing", "half a head", "a second half"],
+)
+def test_a_client_that_sends_no_request_is_not_waited_for(server: HttpServer, request_: bytes) -> None:
+    with _connected(server, request_) as link:
+        if b"\r\n\r\n" in request_:
+            assert b"here" in link.recv(4096)
+        with contextlib.suppress(ConnectionResetError):
+            assert link.recv(4096) == b""
+        _wait_until_ended(server)
+
+
+def test_an_answer_that_is_not_read_is_given_up_and_one_that_is_read_slowly_is_not(server: HttpServer) -> None:
+    with _connected(server, _get("/large")) as link:
+        assert link.recv(4096).startswith(b"HTTP/1.1 200")
+        _wait_until_ended(server)  # its memory is free, although the client is still there
+    received, started_s = 0, time.monotonic()
+    with _connected(server, _get("/large")) as link:
+        while received < _NUM_BYTES:
+            data = link.recv(1 << 20)
+            assert data, f"ended after {received} bytes"
+            received += len(data)
+            if time.monotonic() < started_s + 3 * _STILL_S:
+                time.sleep(0.02)
+    assert time.monotonic() - started_s > 2 * _STILL_S
