@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.plan import Step, artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
 from pipeline.runtime.context import StepContext, StepResult
-from pipeline.runtime.tracking import run, tracker
+from pipeline.runtime.tracking import delivery, run, tracker
 from pipeline.runtime.tracking.outbox import RECORDS, SENT, Outbox
 from pipeline.runtime.tracking.place import Place
 from pipeline.runtime.tracking.records import new_points
@@ -125,6 +125,20 @@ def test_a_stopped_run_is_continued_in_its_parent_without_doubles(database: str,
     assert str(model.status) == "READY"
     text = client.download_artifacts(parent.info.run_id, "recipe.json", str(tmp_path))
     assert json.loads(Path(text).read_text())["name"] == "tracked"
+
+
+def test_readings_of_the_machine_are_curves_of_the_pipeline_run(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery, "_SYSTEM_EVERY_S", 0.1)
+    recipe = _recipe(database, "readings")
+    with Tracking(recipe, Workspace(str(tmp_path)), pytest.fail) as tracking:
+        tracking.started(_context(recipe, tmp_path))
+        time.sleep(1.5)
+    metrics = {run.data.tags["unclip.step"]: run.data.metrics for run in _runs(database, "readings")}
+    assert metrics["pipeline"]["system/system_memory_usage_megabytes"] > 100
+    assert 0 <= metrics["pipeline"]["system/cpu_utilization_percentage"] <= 100
+    assert not metrics["prior"]
 
 
 def test_two_workspaces_and_a_copied_one_have_runs_of_their_own(database: str, tmp_path: Path) -> None:
