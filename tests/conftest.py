@@ -21,8 +21,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test first: the others fill the time beside it."""
-    items.sort(key=lambda item: "faults" not in item.path.parts)
+    """The longest files first, those of faults and others with slow tests: the short ones fill the time beside them."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: ("faults" not in item.path.parts, item.path not in slow))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -32,16 +32,20 @@ class RayHead:
 
 @contextlib.contextmanager
 def ray_head(
-    *, num_cpus: int = 2, environment: dict[str, str] | None = None, ports: Sequence[int] = ()
+    *,
+    num_cpus: int = 2,
+    environment: dict[str, str] | None = None,
+    ports: Sequence[int] = (),
+    python: str = sys.executable,
 ) -> Generator[RayHead]:
     """``ray start --head --block``; RAY_AUTH_MODE is off unless ``environment`` says otherwise.
 
-    ``ports``: six, so that a head is where one before it was.
+    ``ports``: six, so that a head is where one before it was. ``python``: that of every process of the cluster.
     """
     folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # socket paths must stay short
     gcs, dashboard, agent, agent_grpc, client, metrics = ports or free_ports(6)
     command = [
-        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block",
+        python, "-c", "from ray.scripts.scripts import main; main()", "start", "--head", "--block",
         "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--temp-dir={folder}", f"--num-cpus={num_cpus}",
         "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
         f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}",
