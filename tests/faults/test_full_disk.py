@@ -10,7 +10,8 @@ from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import load_recipe
 from pipeline.workspace.store import Workspace
 from tests.ports import free_port
-from tests.tiny.command import unclip
+from tests.ray_head import ray_head
+from tests.tiny.command import ROOT, unclip
 from tests.tiny.recipe import write_recipe
 
 _SIZES_KB = (100, 250, 400, 2_000, 4_800, 64_000)
@@ -55,9 +56,20 @@ def _checksums(recipe: Path, workspace: Path) -> dict[str, dict[str, str]]:
 @pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_run_goes_on_from_a_full_disk_wherever_it_was(disk: _Disk, tmp_path: Path) -> None:
+def test_a_run_goes_on_from_a_full_disk_wherever_it_was(
+    disk: _Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     recipe, workspace = write_recipe(tmp_path, port=free_port()), disk.folder / "w"
-    command = ["run", str(recipe), "--set", f"workspace={workspace}"]
+    with ray_head(environment={"PYTHONPATH": str(ROOT)}) as head:  # one for all runs: each would start its own
+        _run_on_a_full_disk(["run", str(recipe), "--address", head.address], disk, workspace)
+    assert _checksums(recipe, workspace) == _checksums(recipe, tmp_path / "workspace")
+    assert not [path for path in workspace.rglob("*") if ".tmp-" in path.name]
+
+
+def _run_on_a_full_disk(run: list[str], disk: _Disk, workspace: Path) -> None:
+    """Run until the disk is large enough, and once where it is."""
+    command = [*run, "--set", f"workspace={workspace}"]
     for size_kb in _SIZES_KB[:-1]:
         disk.grow(size_kb)
         ended = unclip(*command, timeout_s=400)
@@ -69,7 +81,5 @@ def test_a_run_goes_on_from_a_full_disk_wherever_it_was(disk: _Disk, tmp_path: P
     assert ended.returncode == 0, ended.stdout
     assert "download: starts" not in ended.stdout  # what was finished stays finished
     assert "records wait" not in ended.stdout  # the tracker's database has all, too
-    calm = unclip("run", str(recipe), "--set", "tracking.uri=off", timeout_s=400)
+    calm = unclip(*run, "--set", "tracking.uri=off", timeout_s=400)
     assert calm.returncode == 0, calm.stdout
-    assert _checksums(recipe, workspace) == _checksums(recipe, tmp_path / "workspace")
-    assert not [path for path in workspace.rglob("*") if ".tmp-" in path.name]
