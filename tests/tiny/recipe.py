@@ -1,5 +1,6 @@
 """One tiny recipe: the demo's steps, every size shrunken; ``changes`` are laid over it, table by table."""
 
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,19 @@ def training(num_steps: int, *, batch_size: int, save_every_steps: int = 2, log_
     }
 
 
-def write_recipe(folder: Path, *, port: int, num_steps: int = 4, num_pairs: int = 64, save_every: int = 2) -> Path:
+def write_recipe(
+    folder: Path,
+    *,
+    port: int,
+    num_steps: int = 4,
+    num_pairs: int = 64,
+    save_every: int = 2,
+    long_trainings: Collection[str] = TRAINED,
+) -> Path:
     """Write a recipe whose every step runs into ``folder``; its workspace is beside it.
 
     One worker a step, because each of them loads torch and open_clip, which takes most of the time of such a run.
+    ``num_steps`` and ``save_every`` are those of ``long_trainings``; the other trainings are short.
     """
     one_worker = {"resources": {"num_workers": 1}}
     tables = tiny_tables(
@@ -79,7 +89,11 @@ def write_recipe(folder: Path, *, port: int, num_steps: int = 4, num_pairs: int 
         prior={"model": {"sampler": {"clip_x0": True}}},
         evaluate={"num_prompts": 8, "num_shown": 2, "num_images_per_shown": 2, "batch_size": 4, **one_worker},
     )
-    short = training(num_steps, batch_size=8, save_every_steps=save_every, log_every_steps=2)
+    long, short = (
+        training(steps, batch_size=8, save_every_steps=every, log_every_steps=2)
+        for steps, every in ((num_steps, save_every), (4, 2))
+    )
+    trainings = {name: long if name in long_trainings else short for name in TRAINED}
     path = folder / "tiny.toml"
-    path.write_text(tomli_w.dumps(merge(tables, dict.fromkeys(TRAINED, short))))
+    path.write_text(tomli_w.dumps(merge(tables, trainings)))
     return path
