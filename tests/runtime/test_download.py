@@ -22,10 +22,18 @@ from pipeline.runtime.pairs import run_pairs
 from pipeline.workspace.progress import read_progress
 from pipeline.workspace.store import MANIFEST, Artifact
 from tests.data.hostile import HostileServer
-from tests.tiny.command import unclip, unclip_json
+from tests.tiny.command import ROOT, unclip, unclip_json
 from tests.tiny.recipe import tiny_tables, training
 
 pytestmark = [pytest.mark.ray]
+
+
+@pytest.fixture(scope="module")
+def address(ray_head: Any) -> Generator[str]:
+    """A cluster for the commands of this file: each would start its own."""
+    with ray_head(environment={"PYTHONPATH": str(ROOT)}) as head, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        yield head.address
 
 
 @pytest.fixture
@@ -147,7 +155,7 @@ def test_a_retry_that_is_stopped_anywhere_is_finished_by_the_next_run(
         assert {name: output.describe(name) for name in record.files} == record.files, shard
 
 
-def test_the_command_tries_failed_rows_again(server: HostileServer, tmp_path: Path) -> None:
+def test_the_command_tries_failed_rows_again(server: HostileServer, tmp_path: Path, address: str) -> None:
     paths = ["ok?seed=1", "status?code=503&times=1", "status?code=500&times=1"]
     tables = _tables(tmp_path, [f"{server.url}/{path}" for path in paths])
     recipe = tmp_path / "recipe.json.toml"
@@ -158,13 +166,14 @@ def test_the_command_tries_failed_rows_again(server: HostileServer, tmp_path: Pa
             *(f"{name} = {json.dumps(value)}" for name, value in tables[section].items() if name != "resources"),
         ]
     recipe.write_text("\n".join(lines) + "\n")
-    assert unclip("run", str(recipe), "--until", "download").returncode == 0
-    done = unclip("run", str(recipe), "--until", "download", "--retry-failed", "http-503")
+    command = ("run", str(recipe), "--until", "download", "--address", address)
+    assert unclip(*command).returncode == 0
+    done = unclip(*command, "--retry-failed", "http-503")
     assert done.returncode == 0, done.stdout
     row = next(row for row in unclip_json("status", str(recipe)) if row["step"] == "download")
     assert row["state"] == "done"
     assert row["counts"]["ok"] == 2
-    done = unclip("run", "--retry-failed", str(recipe), "--until", "download")
+    done = unclip("run", "--retry-failed", *command[1:])
     assert "ran 1 step" in done.stdout, done.stdout
     row = next(row for row in unclip_json("status", str(recipe)) if row["step"] == "download")
     assert row["counts"]["ok"] == 3
@@ -173,7 +182,9 @@ def test_the_command_tries_failed_rows_again(server: HostileServer, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_embed_and_index_follow_the_rows_that_a_retry_brings(server: HostileServer, tmp_path: Path) -> None:
+def test_embed_and_index_follow_the_rows_that_a_retry_brings(
+    server: HostileServer, tmp_path: Path, address: str
+) -> None:
     paths = [*(f"ok?seed={row}" for row in range(9)), "status?code=503&times=1", "missing"]
     made = _tables(tmp_path, [f"{server.url}/{path}" for path in paths])
     one_worker = {"resources": {"num_workers": 1}}
@@ -192,16 +203,16 @@ def test_embed_and_index_follow_the_rows_that_a_retry_brings(server: HostileServ
     def rows() -> dict[str, Any]:
         return {row["step"]: row for row in unclip_json("status", str(recipe))}
 
-    done = unclip("run", str(recipe), "--until", "index")
+    done = unclip("run", str(recipe), "--until", "index", "--address", address)
     assert done.returncode == 0, done.stdout
     assert rows()["index"]["counts"] == {"in": 9, "ok": 9}
-    done = unclip("run", str(recipe), "--until", "download", "--retry-failed", "http-503")
+    done = unclip("run", str(recipe), "--until", "download", "--retry-failed", "http-503", "--address", address)
     assert done.returncode == 0, done.stdout
     after = rows()
     assert after["download"]["counts"]["ok"] == 10
     assert [after[step]["state"] for step in ("clip", "embed", "index")] == ["todo", "todo", "done"]
     assert "download was made anew, with other content" in after["embed"]["reasons"]
     assert after["index"]["reasons"] == ["runs again if embed, which is out of date, comes out different"]
-    done = unclip("run", str(recipe), "--until", "index")
+    done = unclip("run", str(recipe), "--until", "index", "--address", address)
     assert done.returncode == 0, done.stdout
     assert rows()["index"]["counts"] == {"in": 10, "ok": 10}
