@@ -9,7 +9,6 @@ pictures are: ``fit`` and ``encode``. Picture arrays are uint8 (H, W, 3).
 """
 
 import contextlib
-import ctypes
 import functools
 import io
 import struct
@@ -63,8 +62,6 @@ _TRANSPOSES = {
 _LONGEST_STRIP = 100
 """Times that a picture may be longer than wide before only its middle is resized: a strip of 1 x 20,000 px would take
 3 GB at the side of a network."""
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_KEPT_BYTES, _LARGEST_KEPT_BYTES = 64 << 20, 32 << 20
 _FIRST_SWAPPED = 5
 """From this orientation on, width and height are swapped."""
 
@@ -89,19 +86,6 @@ class PictureError(DataError):
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep up to 64 MiB of freed memory for the next picture.
-
-    By itself, glibc gives a picture's memory back to the system, which clears every page again for the next one: a
-    quarter of the time of decoding and resizing a photograph (docs/lab.md). C libraries without ``mallopt`` stay as
-    they are.
-    """
-    with contextlib.suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.allocator import keep_freed_memory
 from pipeline.clip.files import load_inputs
 from pipeline.clip.inputs import ClipInputs
 from pipeline.data.shards import ShardPictures
@@ -30,6 +31,7 @@ from pipeline.pictures import PictureError, Pixels, decode
 CHUNK_ROWS = 64
 """Rows that are decoded at a time."""
 _NUM_THREADS = 2  # decoding takes a few hundredths of the time of a network on the CPU
+_KEPT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,7 @@ def serve(folder: str, file: int) -> None:
     answers: Any = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing that a library prints may come between the answers
     torch.set_num_threads(1)
+    keep_freed_memory(_KEPT_BYTES)
     inputs = load_inputs(Path(folder))
     side_px = inputs.framing.side_px
     pixels = _share_pixels(file, (CHUNK_ROWS, side_px, side_px, 3))

@@ -22,18 +22,19 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
+from pipeline.allocator import keep_freed_memory
 from pipeline.data.bodies import Body
 from pipeline.data.causes import FetchError
 from pipeline.data.resize import Boxes, Resizer, StoredPicture
 from pipeline.errors import StepError
-from pipeline.pictures import PictureError, keep_freed_memory
+from pipeline.pictures import PictureError
 from pipeline.recipe.sections import DownloadConfig
 
 _LIMIT_S = 60.0
 _TRIES, _STARTS = 2, 3
 _PICTURES_AT_ONCE = 2
 _OOM_SCORE = b"800"
-_SPARE_BYTES = 256 << 20
+_SPARE_BYTES, _KEPT_BYTES = 256 << 20, 64 << 20
 _PIPE_BYTES = 1 << 20
 """A picture passes in one piece, so that each side is woken once for it."""
 _HEADER = struct.Struct("<QQQ")
@@ -262,7 +263,7 @@ def main() -> int:
         return 0
     config: DownloadConfig = pickle.loads(message[2])
     resizer = Resizer(config)
-    keep_freed_memory()
+    keep_freed_memory(_KEPT_BYTES)
     _limit_memory(config)
     os.dup2(quiet, 2)  # libtiff and libpng write a line for every damaged picture
     os.dup2(quiet, 1)
