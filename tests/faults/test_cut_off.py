@@ -88,7 +88,9 @@ def test_a_machine_that_is_cut_off_costs_what_it_was_doing(tmp_path: Path, monke
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     calm, wild = tmp_path / "calm", tmp_path / "wild"
     calm.mkdir()
-    path = write_recipe(calm, port=free_port(), num_steps=_NUM_STEPS, num_pairs=600, save_every=_SAVE_EVERY)
+    path = write_recipe(
+        calm, port=free_port(), num_steps=_NUM_STEPS, num_pairs=2400, save_every=_SAVE_EVERY, long_trainings={"prior"}
+    )
     alone = unclip("run", str(path), "--until", "prior", "--set", "tracking.uri=off", cwd=tmp_path, timeout_s=400)
     assert alone.returncode == 0, alone.stdout
     shutil.copytree(calm, wild)
