@@ -17,6 +17,7 @@ import os
 import pickle
 import resource
 import signal
+import socket
 import struct
 import sys
 from pathlib import Path
@@ -128,6 +129,7 @@ class _Decoder:
                 cwd=Path(__file__).parents[2],
             )
             self._num_starts += 1
+            _enlarge(self._process.stdin)
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):
                 self._write(0, b"", pickle.dumps(self._config))
                 await self._read(_HEADER.size)
@@ -210,6 +212,24 @@ class _Decoder:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
+
+
+def _enlarge(requests: asyncio.StreamWriter | None) -> None:
+    """Let two pictures of usual size be on their way, each written at once: two writes take ten times as long.
+
+    asyncio writes to a pair of sockets, from Python 3.12 on to a pipe.
+    """
+    if requests is None:
+        return
+    file = requests.get_extra_info("pipe").fileno()
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(file, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    with contextlib.suppress(OSError):
+        end = socket.socket(fileno=file)
+        try:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIPE_BYTES)
+        finally:
+            end.detach()
 
 
 def _message(number: int, facts: bytes, data: bytes) -> bytes:
