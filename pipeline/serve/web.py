@@ -201,17 +201,26 @@ def parse(model: type[Model], body: Mapping[str, Any], *, is_form: bool = False)
     try:
         return model.model_validate_strings(body) if is_form else model.model_validate(body)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        param = ".".join(str(part) for part in first["loc"]) or None
-        if first["type"] == "extra_forbidden":
-            message = f"unknown parameter: {param}{_similar(str(param), model)}"
-            raise ApiError(400, message, param=param, code="unknown_parameter") from None
-        if first["type"] == "missing":
-            raise ApiError(400, f"{param} is required", param=param, code="missing_parameter") from None
-        message, value = first["msg"].removeprefix("Value error, "), first["input"]
-        if message.startswith("Input should") and isinstance(value, str | int | float):
-            message = f"{message}, got {_shortened(value)}"
-        raise ApiError(400, f"{param}: {message}" if param else message, param=param, code="invalid_value") from None
+        raise _refusal(error, model) from None
+
+
+def _refusal(error: ValidationError, model: type[BaseModel]) -> ApiError:
+    """What is wrong with a body, which may be large: nothing that outlives the answer refers to it.
+
+    Without the context: a validator's own error leads by its frames to who keeps it, so that 24 MB would stay until the
+    next search for such circles.
+    """
+    first = error.errors(include_url=False, include_context=False)[0]
+    param = ".".join(str(part) for part in first["loc"]) or None
+    if first["type"] == "extra_forbidden":
+        message = f"unknown parameter: {param}{_similar(str(param), model)}"
+        return ApiError(400, message, param=param, code="unknown_parameter")
+    if first["type"] == "missing":
+        return ApiError(400, f"{param} is required", param=param, code="missing_parameter")
+    message, value = first["msg"].removeprefix("Value error, "), first["input"]
+    if message.startswith("Input should") and isinstance(value, str | int | float):
+        message = f"{message}, got {_shortened(value)}"
+    return ApiError(400, f"{param}: {message}" if param else message, param=param, code="invalid_value")
 
 
 def _shortened(value: str | float) -> str:

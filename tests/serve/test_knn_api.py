@@ -1,7 +1,9 @@
 import base64
 import dataclasses
+import gc
 import json
 import time
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +21,9 @@ from pipeline.data.vectors import to_unit
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.serve import knn
 from pipeline.serve.api import ApiSettings, create_app
+from pipeline.serve.knn import KnnRequest
 from pipeline.serve.picture_files import ModelCard
+from pipeline.serve.web import ApiError, parse
 from pipeline.workspace.store import Workspace
 from tests.tiny.shards import pixels, plain_picture
 from tests.tiny.workspace import COLOURS
@@ -294,3 +298,22 @@ def test_a_picture_is_fetched_where_that_is_on(
     monkeypatch.setattr(knn, "_FETCHING", small)
     message = post(fetching, image_url=f"{pictures}/red.png").json()["error"]["message"]
     assert message.startswith("image_url: body-size: ")
+
+
+def test_a_refused_text_is_freed_with_its_answer() -> None:
+    class Text(str):
+        """A text that can be watched."""
+
+    text, reason = Text("x" * 5000), ""
+    watched = weakref.ref(text)
+    gc.disable()
+    try:
+        try:
+            parse(KnnRequest, {"modality": "image", "num_images": 1, "text": text})
+        except ApiError as error:
+            reason = str(error)
+        del text
+        assert "4000 characters" in reason
+        assert watched() is None
+    finally:
+        gc.enable()
