@@ -107,6 +107,7 @@ class _Decoder:
     def __init__(self, config: DownloadConfig) -> None:
         self._config = config
         self._process: asyncio.subprocess.Process | None = None
+        self._requests: asyncio.StreamWriter | None = None
         self._turn = asyncio.Lock()
         self._numbers = itertools.count(1)
         """Of pictures."""
@@ -120,16 +121,21 @@ class _Decoder:
         """
         status = None
         for _ in range(_STARTS):
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "pipeline.data.decoders",
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                cwd=Path(__file__).parents[2],
-            )
+            ours, theirs = (
+                socket.socketpair()
+            )  # of ours, because uvloop, which Ray's workers take, does not show its own
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIPE_BYTES)
+            with theirs:
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    "pipeline.data.decoders",
+                    stdin=theirs.fileno(),
+                    stdout=asyncio.subprocess.PIPE,
+                    cwd=Path(__file__).parents[2],
+                )
+            _, self._requests = await asyncio.open_unix_connection(sock=ours)
             self._num_starts += 1
-            _enlarge(self._process.stdin)
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):
                 self._write(0, b"", pickle.dumps(self._config))
                 await self._read(_HEADER.size)
@@ -141,6 +147,9 @@ class _Decoder:
         """End the process; returns its exit status."""
         self._kill()
         process, self._process = self._process, None
+        requests, self._requests = self._requests, None
+        if requests is not None:
+            requests.close()
         return None if process is None else await process.wait()
 
     async def ask(self, facts: bytes, data: bytes) -> StoredPicture:
@@ -204,32 +213,14 @@ class _Decoder:
 
     def _write(self, number: int, facts: bytes, data: bytes) -> int:
         """Send a message; returns the number of the process that gets it."""
-        if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.write(_message(number, facts, data))
+        if self._requests is not None:
+            self._requests.write(_message(number, facts, data))
         return self._num_starts
 
     def _kill(self) -> None:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
-
-
-def _enlarge(requests: asyncio.StreamWriter | None) -> None:
-    """Let two pictures of usual size be on their way, each written at once: two writes take ten times as long.
-
-    asyncio writes to a pair of sockets, from Python 3.12 on to a pipe.
-    """
-    if requests is None:
-        return
-    file = requests.get_extra_info("pipe").fileno()
-    with contextlib.suppress(OSError):
-        fcntl.fcntl(file, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-    with contextlib.suppress(OSError):
-        end = socket.socket(fileno=file)
-        try:
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIPE_BYTES)
-        finally:
-            end.detach()
 
 
 def _message(number: int, facts: bytes, data: bytes) -> bytes:

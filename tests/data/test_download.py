@@ -424,6 +424,18 @@ def test_many_pictures_through_few_decoders_come_back_to_their_rows(
     assert sum(map(bool, stored)) > 90
 
 
+def test_decoders_work_in_the_event_loop_of_rays_workers() -> None:
+    uvloop = pytest.importorskip("uvloop")
+    picture = make_picture(0, size=(96, 64))
+
+    async def run() -> bytes:
+        async with decoders.Decoders(replace(_CONFIG, resize_mode="no", skip_reencode=True), 1) as pool:
+            return (await pool.store(io.BytesIO(picture))).data
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(run()) == picture
+
+
 def test_a_decoder_keeps_the_memory_of_a_picture_for_the_next_one() -> None:
     """Else the system clears its pages for every picture: a quarter of the time (docs/lab.md)."""
     picture = make_picture(0, size=(640, 480))
