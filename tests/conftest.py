@@ -47,6 +47,9 @@ def _forget_settings_of_ray() -> None:
     if "ray._raylet" in sys.modules and not sys.modules["ray"].is_initialized():
         from ray._private.authentication_test_utils import reset_auth_token_state
 
+        # A Ray of our own sets this for its process. A Ray without tokens that is joined later would not be heard.
+        if os.environ.get("RAY_AUTH_MODE") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            del os.environ["RAY_AUTH_MODE"]
         reset_auth_token_state()
 
 

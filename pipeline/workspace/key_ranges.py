@@ -109,8 +109,8 @@ class _Listing:
             raise DataError(f"{folder}: the store lists its files in no order; copy the folder to another bucket")
         wanted = [entry for entry in entries if not one.stop or entry["name"] <= one.stop]
         self._long.pop(one, None)
-        if more and len(wanted) == len(entries):
-            one.start = wanted[-1]["name"] if wanted else one.start
+        one.start = wanted[-1]["name"] if wanted else one.start
+        if more and len(wanted) == len(entries) and one.start != one.stop:
             self._long[one] = None
             self._list(one, more)
         return wanted
@@ -128,7 +128,7 @@ class _Listing:
                 return
             if one.middle:
                 continue
-            ends = (one.stop, f"{top}{chr(_LAST_ASCII)}", f"{top}{chr(_LAST)}")
+            ends = [one.stop] if one.stop else [f"{top}{chr(_LAST_ASCII)}", f"{top}{chr(_LAST)}"]
             one.middle = _between(one.start, next(end for end in ends if end > one.start))
             if one.middle:
                 look = self._threads.submit(self._store.page, self._folder, after=one.middle, deep=True, most=1)

@@ -79,8 +79,9 @@ def test_a_made_set_is_read_as_a_folder_of_captioned_pictures(
 ) -> None:
     make(packages, tmp_path / "pairs", ("red heart", "openmoji"))
     assert '"noto": 2' in capsys.readouterr().out  # drawings that a set lacks are told
-    config = PairsConfig(source="folder", path=str(tmp_path / "pairs/train"))
-    rows = [row for batch in Source(config).read([], "00000", Reading()) for row in batch.to_pylist()]
+    source = Source(PairsConfig(source="folder", path=str(tmp_path / "pairs/train")))
+    [piece] = source.pieces()
+    rows = [row for batch in source.read(piece, "00000", Reading()) for row in batch.to_pylist()]
     captions = [row["caption"] for row in rows]
     assert {row["caption_source"] for row in rows} == {"metadata"}
     assert len(rows) == 4 * (7 - 1)

@@ -66,6 +66,19 @@ def test_every_name_is_listed_once_whatever_the_names(names: set[str], page: int
     assert sorted(_listed(_Store(list(names), page))) == sorted(names)
 
 
+def test_a_range_that_ends_at_a_name_does_not_grow() -> None:
+    class SlowPages(_Store):
+        """A name behind a middle is there before the next page."""
+
+        def page(self, *path: str, most: int = 0, **places: Any) -> Any:
+            time.sleep(0 if most else 0.01)
+            return super().page(*path, most=most, **places)
+
+    # Z is the middle of what is left behind 5, and the last name of a page.
+    names = ["0", "5", "C", "Index", "K7", "KV", "P", "R", "X", "Z", "a", "d", "e", "f", "i", "l", "o", "v", "w", "y"]
+    assert sorted(_listed(SlowPages(names, 2))) == names
+
+
 @settings(deadline=None)
 @given(st.text(_LETTERS, max_size=5), st.text(_LETTERS, min_size=1, max_size=5))
 def test_a_middle_is_between(one: str, other: str) -> None:
