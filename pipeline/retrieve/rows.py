@@ -178,32 +178,32 @@ def sorted_positions(ids: Ids) -> Iterator[Ids]:
         yield positions[np.argsort(ids[positions], kind="stable")]
 
 
-def ranks_of(wanted: Ids, ids: Ids, order: Ids) -> Ids:
-    """How many ids are smaller than each wanted one, as ``np.searchsorted`` finds it in more and more steps.
+def ranks_of(targets: Ids, ids: Ids, order: Ids) -> Ids:
+    """How many ids are smaller than each of the targets, as ``np.searchsorted`` finds it in more and more steps.
 
-    Ids are hashes: the next guess is where an even spread between the two nearest known ids puts the wanted one. It
+    Ids are hashes: the next guess is where an even spread between the two nearest known ids puts the target. It
     takes about four rounds, of one look into the files each, whether there are a thousand rows or a billion.
 
     Args:
-        wanted: Ids to look for.
+        targets: Ids to look for.
         ids: The id of each position.
         order: The positions in ascending order of id.
     """
-    low, high = np.zeros(len(wanted), np.int64), np.full(len(wanted), len(order), np.int64)
-    low_id, high_id = np.zeros(len(wanted), np.int64), np.full(len(wanted), 1 << _ID_BITS, np.int64)
+    low, high = np.zeros(len(targets), np.int64), np.full(len(targets), len(order), np.int64)
+    low_id, high_id = np.zeros(len(targets), np.int64), np.full(len(targets), 1 << _ID_BITS, np.int64)
     for number in range(_EVEN_GUESSES + _ID_BITS):
         open_ = np.flatnonzero(low < high)
         if not len(open_):
             break
-        share = (wanted[open_] - low_id[open_]) / np.maximum(high_id[open_] - low_id[open_], 1)
+        share = (targets[open_] - low_id[open_]) / np.maximum(high_id[open_] - low_id[open_], 1)
         share = np.clip(share, 0, 1) if number < _EVEN_GUESSES else np.full(len(open_), 0.5)
         first, num_open = low[open_], high[open_] - low[open_]
         guesses = first + np.minimum((share * num_open).astype(np.int64), num_open - 1)
-        guessed = np.asarray(ids[order[guesses]])
-        is_below = guessed < wanted[open_]
+        guess_ids = np.asarray(ids[order[guesses]])
+        is_below = guess_ids < targets[open_]
         below, above = open_[is_below], open_[~is_below]
-        low[below], low_id[below] = guesses[is_below] + 1, guessed[is_below]
-        high[above], high_id[above] = guesses[~is_below], guessed[~is_below]
+        low[below], low_id[below] = guesses[is_below] + 1, guess_ids[is_below]
+        high[above], high_id[above] = guesses[~is_below], guess_ids[~is_below]
     return low
 
 

@@ -107,13 +107,13 @@ class _Listing:
         if entries and entries[0]["name"] <= one.start:
             folder = self._store.unstrip_protocol(self._folder)
             raise DataError(f"{folder}: the store lists its files in no order; copy the folder to another bucket")
-        wanted = [entry for entry in entries if not one.stop or entry["name"] <= one.stop]
+        own = [entry for entry in entries if not one.stop or entry["name"] <= one.stop]
         self._long.pop(one, None)
-        one.start = wanted[-1]["name"] if wanted else one.start
-        if more and len(wanted) == len(entries) and one.start != one.stop:
+        one.start = own[-1]["name"] if own else one.start
+        if more and len(own) == len(entries) and one.start != one.stop:
             self._long[one] = None
             self._list(one, more)
-        return wanted
+        return own
 
     def _cut(self, one: _Range, entries: list[Json]) -> None:
         rest = one.cut(entries[0]["name"] if entries else "")

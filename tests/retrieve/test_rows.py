@@ -30,13 +30,13 @@ def test_an_id_is_found_in_as_many_looks_among_many_rows_as_among_few(count: int
     rng = np.random.default_rng(0)
     ids = rng.integers(0, _MOST, count)
     order = np.argsort(ids, kind="stable")
-    wanted = np.concatenate([ids[rng.integers(0, count, 50)], rng.integers(0, _MOST, 50)])
+    targets = np.concatenate([ids[rng.integers(0, count, 50)], rng.integers(0, _MOST, 50)])
     counted: Any = _Counted(order)
-    np.testing.assert_array_equal(ranks_of(wanted, ids, counted), np.searchsorted(ids, wanted, sorter=order))
+    np.testing.assert_array_equal(ranks_of(targets, ids, counted), np.searchsorted(ids, targets, sorter=order))
     assert counted.num_reads <= 9  # halves would take 10, 17 and 22
     one = [_Counted(order) for _ in range(100)]
     for number, looks in enumerate(one):
-        ranks_of(wanted[number : number + 1], ids, looks)  # type: ignore[arg-type]
+        ranks_of(targets[number : number + 1], ids, looks)  # type: ignore[arg-type]
     assert np.mean([looks.num_reads for looks in one]) < 6
 
 
@@ -51,5 +51,5 @@ def test_ids_of_any_spread_are_found(spread: str) -> None:
     }[spread]
     order = rng.permutation(len(ids))
     order = order[np.argsort(ids[order], kind="stable")]
-    wanted = np.concatenate([ids[::7], ids[::11] + 1, [-5, 0, 1, _MOST - 1, _MOST + 10, 2**62]])
-    np.testing.assert_array_equal(ranks_of(wanted, ids, order), np.searchsorted(ids, wanted, sorter=order))
+    targets = np.concatenate([ids[::7], ids[::11] + 1, [-5, 0, 1, _MOST - 1, _MOST + 10, 2**62]])
+    np.testing.assert_array_equal(ranks_of(targets, ids, order), np.searchsorted(ids, targets, sorter=order))

@@ -56,9 +56,11 @@ class Chain:
 
     def of_part(self, stage: str) -> dict[tuple[str, ...], float]:
         """What the replica with the network of a stage measures, without its name."""
-        found = values(self.server.metrics())
-        [replica] = [key[1] for key in found if key[0] == "unclip_step_seconds_count" and key[2] == stage]
-        return {tuple(word for word in key if word != replica): count for key, count in found.items() if replica in key}
+        numbers = values(self.server.metrics())
+        [replica] = [key[1] for key in numbers if key[0] == "unclip_step_seconds_count" and key[2] == stage]
+        return {
+            tuple(word for word in key if word != replica): count for key, count in numbers.items() if replica in key
+        }
 
     def refusals(self) -> float:
         return values(self.server.metrics()).get(("unclip_refusals_total", "deadline"), 0.0)

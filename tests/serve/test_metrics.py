@@ -39,19 +39,19 @@ def test_an_engine_measures_its_queue_steps_stages_and_requests(make_engine: Cal
     first, second = engine.submit(SampleRequest("a", (1, 2))), engine.submit(SampleRequest("b", (3,)))
     sampled = first.result(60), second.result(60)
     text = asyncio.run(engine.metrics())[""]
-    found = values(text)
-    assert found["unclip_requests_total", "answered"] == 2
-    assert found["unclip_pictures_total",] == 3
-    assert found["unclip_queue_seconds_count",] == 2
-    assert found["unclip_admission_seconds_count",] == 2
-    assert found["unclip_admission_seconds_sum",] > 0
-    assert found["unclip_sampling_seconds_count",] == 2
+    numbers = values(text)
+    assert numbers["unclip_requests_total", "answered"] == 2
+    assert numbers["unclip_pictures_total",] == 3
+    assert numbers["unclip_queue_seconds_count",] == 2
+    assert numbers["unclip_admission_seconds_count",] == 2
+    assert numbers["unclip_admission_seconds_sum",] > 0
+    assert numbers["unclip_sampling_seconds_count",] == 2
     for stage in ("prior", "decoder", "upsampler_1"):
-        assert found["unclip_stage_seconds_count", stage] == 3
-        assert found["unclip_step_seconds_sum", stage] > 0
-    rows = sum(found["unclip_batch_pictures_sum", stage] for stage in ("prior", "decoder", "upsampler_1"))
+        assert numbers["unclip_stage_seconds_count", stage] == 3
+        assert numbers["unclip_step_seconds_sum", stage] > 0
+    rows = sum(numbers["unclip_batch_pictures_sum", stage] for stage in ("prior", "decoder", "upsampler_1"))
     assert rows == sum(pictures.num_steps for pictures in sampled)
-    assert (found["unclip_waiting_requests",], found["unclip_active_pictures",]) == (0, 0)
+    assert (numbers["unclip_waiting_requests",], numbers["unclip_active_pictures",]) == (0, 0)
 
 
 def test_the_last_engine_of_a_chain_measures_the_time_in_all(cascade: Cascade) -> None:
@@ -62,8 +62,8 @@ def test_the_last_engine_of_a_chain_measures_the_time_in_all(cascade: Cascade) -
         in_first_s = time.monotonic() - begun_s
         assert 0 < work.taken_s <= in_first_s
         last.submit(request, work=dataclasses.replace(work, taken_s=100.0)).result(60)
-        found = values(asyncio.run(last.metrics())[""])
-        assert 100 < found["unclip_sampling_seconds_sum",] < 100 + time.monotonic() - begun_s
+        numbers = values(asyncio.run(last.metrics())[""])
+        assert 100 < numbers["unclip_sampling_seconds_sum",] < 100 + time.monotonic() - begun_s
         assert values(asyncio.run(first.metrics())[""])["unclip_sampling_seconds_count",] == 0
 
 
@@ -77,10 +77,10 @@ def test_steps_for_a_client_who_left_are_counted_as_wasted(make_engine: Callable
     under_way.cancel()
     while not engine.counts()["dropped"]:
         pass
-    found = values(asyncio.run(engine.metrics())[""])
-    assert found["unclip_wasted_steps_total", "cancelled"] >= 1
-    assert found["unclip_requests_total", "cancelled"] == 1
-    assert found["unclip_requests_total", "refused"] == 1
+    numbers = values(asyncio.run(engine.metrics())[""])
+    assert numbers["unclip_wasted_steps_total", "cancelled"] >= 1
+    assert numbers["unclip_requests_total", "cancelled"] == 1
+    assert numbers["unclip_requests_total", "refused"] == 1
 
 
 def test_the_samples_of_all_replicas_stand_beside_each_other() -> None:
@@ -91,9 +91,9 @@ def test_the_samples_of_all_replicas_stand_beside_each_other() -> None:
         metrics.step.labels("decoder").observe(0.1)
         replicas[name] = metrics.text()
     text = HttpMetrics().text(replicas)
-    found = values(text)
-    assert (found["unclip_pictures_total", "a"], found["unclip_pictures_total", "b"]) == (1, 2)
-    assert found["unclip_step_seconds_count", "a", "decoder"] == 1
+    numbers = values(text)
+    assert (numbers["unclip_pictures_total", "a"], numbers["unclip_pictures_total", "b"]) == (1, 2)
+    assert numbers["unclip_step_seconds_count", "a", "decoder"] == 1
     assert text.count("# TYPE unclip_pictures_total counter") == 1
 
 
@@ -117,13 +117,13 @@ def test_answers_and_refusals_are_counted_by_route_and_cause() -> None:
     client.get("/v1/models", headers={"Host": "evil.example"})
     client.get("/v1/models/tiny")
     client.get("/anything/at/all")
-    found = values(client.get("/metrics").text)
-    assert found["unclip_http_seconds_count", "/v1/images/generations", "429"] == 1
-    assert found["unclip_http_seconds_count", "/v1/models/{name}", "200"] == 1
-    assert found["unclip_http_seconds_count", "other", "404"] == 1
-    causes = {key[1]: value for key, value in found.items() if key[0] == "unclip_refusals_total"}
+    numbers = values(client.get("/metrics").text)
+    assert numbers["unclip_http_seconds_count", "/v1/images/generations", "429"] == 1
+    assert numbers["unclip_http_seconds_count", "/v1/models/{name}", "200"] == 1
+    assert numbers["unclip_http_seconds_count", "other", "404"] == 1
+    causes = {key[1]: value for key, value in numbers.items() if key[0] == "unclip_refusals_total"}
     assert causes == {"queue": 1, "invalid": 1, "host": 1, "unknown": 1}
-    assert ("unclip_pictures_total", "r1") in found
+    assert ("unclip_pictures_total", "r1") in numbers
 
 
 def test_the_dashboard_shows_only_what_is_measured_and_all_of_it() -> None:
