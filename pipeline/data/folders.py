@@ -126,7 +126,9 @@ def read_folder(
         caption_column: Column of the metadata files that holds the caption; empty: found by its name.
         part: One of ``folder_parts``; None: the whole folder.
         reading: Counts metadata rows that could not be parsed; its notes count pairs by the source of their caption
-            (``captions_from_metadata``, ``_sidecar``, ``_name``), and metadata names without a picture.
+            (``captions_from_metadata``, ``_sidecar``, ``_name``), and metadata names without a picture
+            (``metadata_without_picture``) or, in annotations of a folder of several parts, not compared
+            (``annotations_not_compared``).
 
     Yields:
         Tables of ``url`` (``file://``, or the picture's URI in a store), ``caption`` and ``caption_source`` (metadata,
@@ -265,11 +267,17 @@ class _Reader:
     def _count_unmatched(self, file: str, folder: str, metadata: _Metadata) -> None:
         """Count the names in a metadata file that no picture has, and give the first as an example.
 
-        Nobody counts them if its folder, which is all that it may be about, is cut into several parts.
+        If its folder is cut into several parts, each part counts the names that it would have. Annotations say no
+        folder of a picture, so that no part can tell: their names are counted as not compared.
         """
-        if not self._stretch.has_all_of(folder):
+        is_whole = self._stretch.has_all_of(folder)
+        if metadata.by_name_alone and not is_whole:
+            own = self._stretch.has(file)
+            self._reading.notes["annotations_not_compared"] += len(metadata.captions) if own else 0
             return
         unmatched = [name for name in metadata.captions if name not in metadata.matched]
+        if not is_whole:
+            unmatched = [name for name in unmatched if self._stretch.has(_joined(folder, name))]
         self._reading.notes["metadata_without_picture"] += len(unmatched)
         if unmatched:
             reason = f"names {len(unmatched)} files that are no pictures here, such as {unmatched[0]}"

@@ -432,6 +432,10 @@ def test_a_large_folder_is_cut_into_parts_whose_pairs_are_those_of_the_whole(
         assert sum((one.counts for one in readings), Counter()) == reading.counts
         for note in ("malformed_metadata", "captions_from_metadata", "captions_from_sidecar", "captions_from_name"):
             assert sum(one.notes[note] for one in readings) == reading.notes[note]
+        # In parts, names that no picture has are counted where the names say a folder, as metadata does.
+        compared = [one.notes["metadata_without_picture"] for one in readings]
+        assert sum(compared) == reading.notes["metadata_without_picture"] == 2
+        assert sum(one.notes["annotations_not_compared"] for one in readings) == (0 if page == 1000 else 2)
         if page == 1000:
             assert readings[0].notes == reading.notes
     output = Artifact(str(tmp_path / "pairs"))
