@@ -20,7 +20,7 @@ from pipeline.retrieve.embedded import EmbeddedShards, Ids
 from pipeline.retrieve.rows import Rows, write_array
 from pipeline.retrieve.segment import workspace_of
 from pipeline.retrieve.takedown import Takedown
-from pipeline.retrieve.versions import Version, read_version, read_versions
+from pipeline.retrieve.versions import Version, describe_segment, read_version, read_versions
 from pipeline.workspace.store import LIVE, Artifact, Workspace
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported, and have no types
@@ -233,6 +233,7 @@ def publish_segment(build: SegmentBuild, *, replaces: bool, check: Check = _unlo
     segments, deleted = (*version.segments, build.segment), version.deleted
     if replaces:
         segments, deleted = (build.segment,), _write_deleted(build.output, number, _only_deleted_here(build, version))
+    describe_segment(build.output, build.segment)
     check()
     replace(version, number=number, segments=segments, deleted=deleted).write(build.output)
     build.clear()

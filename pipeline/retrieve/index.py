@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from pipeline.data.rows import require_columns
 from pipeline.errors import DataError
 from pipeline.retrieve.embedded import Floats, Ids
 from pipeline.retrieve.segment import Modality, Segment, workspace_of
-from pipeline.retrieve.versions import read_version
+from pipeline.retrieve.versions import Version, descriptions_of, read_version
 from pipeline.workspace.forgotten import require_whole_index
 from pipeline.workspace.store import Artifact
 
@@ -47,11 +48,13 @@ class NeighbourIndex:
         """Number of changes since the index was built."""
 
     @classmethod
-    def open(cls, index: Artifact) -> "NeighbourIndex":
+    def open(cls, index: Artifact, *, is_verified: bool = False) -> "NeighbourIndex":
         """Open the newest version of an index.
 
         Args:
             index: The index step's artifact. It names its embeddings, which hold the exact vectors.
+            is_verified: Whether all files of the index, but not its embeddings, are read first and compared with their
+                checksums; the time grows with the rows.
 
         Raises:
             DataError: If a file is missing or damaged, or the numbers of rows of two files differ.
@@ -60,11 +63,13 @@ class NeighbourIndex:
         require_whole_index(workspace_of(index), index.key)
         version = read_version(index)
         try:
+            if is_verified:
+                _verify(index, version)
             deleted = version.read_deleted(index)
             segments = [Segment(index, name, deleted) for name in version.segments]
         except (DataError, OSError):
             if read_version(index) != version:  # two changes since then have removed its files
-                return cls.open(index)
+                return cls.open(index, is_verified=is_verified)
             raise
         for segment in segments:
             require_columns(
@@ -198,6 +203,14 @@ class NeighbourIndex:
         return located
 
 
+def _verify(index: Artifact, version: Version) -> None:
+    """Compare the files of the segments with their checksums, several at a time."""
+    descriptions = descriptions_of(index, version)
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
+        list(threads.map(index.verify, descriptions, descriptions.values()))
+
+
+_FILES_AT_ONCE = 4
 _NEIGHBOUR_COLUMNS = ("uid", "url", "caption", "key", "shard")
 
 

@@ -11,9 +11,11 @@ import numpy as np
 
 from pipeline.retrieve.embedded import Ids
 from pipeline.workspace.manifest import parse_record
+from pipeline.workspace.objects import Json
 from pipeline.workspace.store import Artifact
 
 FIRST_VERSION = "index.json"
+_DESCRIPTIONS = "files.json"
 _CHANGE = re.compile(r"changes/\d{6}\.json")
 
 
@@ -58,6 +60,21 @@ def read_versions(index: Artifact) -> list[Version]:
         DataError: If a file is missing or damaged.
     """
     return [_read(index, name) for name in _files(index)]
+
+
+def describe_segment(index: Artifact, segment: str) -> None:
+    """Write size and SHA-256 of the files of a segment that no manifest describes, before a version names it."""
+    files = [name for name in index.names() if name.startswith(f"{segment}/")]
+    index.write_json(f"{segment}/{_DESCRIPTIONS}", {name: index.describe(name) for name in files})
+
+
+def descriptions_of(index: Artifact, version: Version) -> dict[str, Json]:
+    """Size and SHA-256 of the files of a version's segments, by name."""
+    manifest = index.manifest()
+    described = dict(manifest.files) if manifest else {}
+    for segment in version.segments:
+        described |= index.find_json(f"{segment}/{_DESCRIPTIONS}") or {}
+    return {name: one for name, one in described.items() if name.partition("/")[0] in version.segments}
 
 
 def _files(index: Artifact) -> list[str]:

@@ -116,7 +116,8 @@ class Front:
             longest_s=recipe.serve.timeout_s,
         )
         if neighbours is None and "index" in artifacts:
-            neighbours = LocalNeighbours(Retriever.open(artifacts["index"]), self.metrics.neighbours.time)
+            retriever = Retriever.open(artifacts["index"], is_verified=True)
+            neighbours = LocalNeighbours(retriever, self.metrics.neighbours.time)
         return create_app(cast("PictureModel", guarded), neighbours, settings)
 
 

@@ -56,7 +56,8 @@ class NeighboursReplica:
     async def _index(self, uri: str) -> LocalNeighbours:
         index = self._indexes.pop(uri, None)
         if index is None:
-            index = LocalNeighbours(await asyncio.to_thread(Retriever.open, Artifact(uri)), self._times.time)
+            retriever = await asyncio.to_thread(Retriever.open, Artifact(uri), is_verified=True)
+            index = LocalNeighbours(retriever, self._times.time)
         self._indexes[uri] = index
         while len(self._indexes) > _MOST_INDEXES:
             del self._indexes[next(iter(self._indexes))]

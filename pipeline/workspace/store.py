@@ -218,14 +218,18 @@ class Artifact(Folder):
             described[name] = shard_files[name] if name in shard_files else self.describe(name)
         return described
 
-    def verify(self, name: str) -> None:
-        """Check one file against the manifest.
+    def verify(self, name: str, description: Json | None = None) -> None:
+        """Check one file against what is recorded of it.
+
+        Args:
+            name: The file.
+            description: Its size and SHA-256; by default those of the manifest, if it has the file.
 
         Raises:
             DataError: If its size or checksum differs; names the file.
         """
-        manifest = self.manifest()
-        expected = manifest.files.get(name) if manifest else None
+        manifest = self.manifest() if description is None else None
+        expected = manifest.files.get(name) if manifest else description
         if expected is not None and self._described(name) != expected:
             raise DataError(f"{self.uri}/{name}: does not match its checksum; {self._mend()}")
 

@@ -132,6 +132,24 @@ def test_compact_keeps_the_rows_and_drops_the_deleted_ones(index: Any) -> None:
     assert _rows(NeighbourIndex.open(output), vectors) == set(range(48)) - {2, 30}
 
 
+def test_damage_of_any_segment_is_seen_by_its_checksum(index: Any) -> None:
+    output, workspace, vectors = index
+    described = output.describe_files()
+    output.commit(Manifest(step="index", key="i", step_version=1, section={}, inputs={}, files=described))
+    _append(output, _embed(workspace, "more", vectors[24:], first=24))
+    for segment in ("segment_00000", "segment_00001"):
+        place = output.path(f"{segment}/text.flat.faiss")
+        content = place.read_bytes()
+        place.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        NeighbourIndex.open(output)
+        with pytest.raises(DataError, match=f"{segment}/text.flat.faiss: does not match its checksum"):
+            NeighbourIndex.open(output, is_verified=True)
+        place.write_bytes(content)
+    _compact(output)
+    delete(output, [_uid(1)])  # the files of the first segments go; the manifest still describes them
+    assert NeighbourIndex.open(output, is_verified=True).num_rows == 47
+
+
 def test_an_append_that_was_given_up_is_no_part_of_the_next_one(index: Any) -> None:
     output, workspace, vectors = index
     given_up = segment_of_more(SegmentBuild((_embed(workspace, "x", vectors[24:40], first=24),), output, _CONFIG, 0))

@@ -11,7 +11,7 @@ import pytest
 from ray import serve
 from starlette.testclient import TestClient
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.recipe.recipe import parse_recipe
 from pipeline.recipe.serve_sections import ServeStageConfig
 from pipeline.retrieve.retriever import Retriever
@@ -90,9 +90,9 @@ def test_a_replica_keeps_the_index_of_before_until_there_is_a_third(
     artifacts, _ = served_artifacts(recipe)
     opened, real = list[str](), Retriever.open
 
-    def note(artifact: Artifact) -> Retriever:
+    def note(artifact: Artifact, *, is_verified: bool) -> Retriever:
         opened.append(artifact.uri)
-        return real(artifacts["index"])
+        return real(artifacts["index"], is_verified=is_verified)
 
     monkeypatch.setattr(Retriever, "open", note)
 
@@ -110,6 +110,23 @@ def test_a_replica_keeps_the_index_of_before_until_there_is_a_third(
 
     asyncio.run(swaps())
     assert [Path(uri).name for uri in opened] == ["a", "b", "c"]
+
+
+def test_an_index_with_a_flipped_bit_is_not_served(tmp_path: Path) -> None:
+    recipe = served_workspace(tmp_path)
+    artifacts, _ = served_artifacts(recipe)
+    rows = next(artifacts["index"].path("segment_00000").glob("image.*.faiss"))
+    damaged = bytearray(rows.read_bytes())
+    damaged[-1] ^= 1
+    rows.write_bytes(damaged)
+    Retriever.open(artifacts["index"])  # such damage is seen by its checksum alone
+    message = rf"{rows.name}: does not match its checksum; bring it back from a copy"
+    with pytest.raises(DataError, match=message):
+        asyncio.run(NeighboursReplica().reconfigure(write_tables(recipe, artifacts)))
+    engine, front = load_engine(write_tables(recipe, artifacts)), Front(recipe.serve)
+    with pytest.raises(DataError, match=message):
+        front.open(recipe, artifacts, engine)
+    engine.close()
 
 
 def test_the_index_takes_no_gpu_and_is_apart_in_a_chain_alone() -> None:
