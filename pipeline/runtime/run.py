@@ -24,6 +24,7 @@ from pipeline.recipe.steps import STEP_ROWS
 from pipeline.runtime.connection import are_alive, connect, own_servers, require_alive
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.forget import finish_forgetting
+from pipeline.runtime.head import watched_head
 from pipeline.runtime.machines import LONGEST_LOOK_S, Machines
 from pipeline.runtime.placement import cluster_has_roles, controller_options, describe, unoffered, worker_options
 from pipeline.runtime.soon import Soon
@@ -116,6 +117,7 @@ def run_recipe(
         locked_workspace(workspace, observer.warned) as lock,
         Tracking(recipe, workspace, observer.warned) as tracking,
         connect(address),
+        watched_head(address, observer.warned),
     ):
         workspace.artifact("recipes", recipe.name).write_json("resolved.json", to_dict(recipe))
         note_run(workspace.root)

@@ -16,6 +16,7 @@ from pipeline.retrieve.retriever import Retriever
 from pipeline.retrieve.search import STEPS, SearchOptions
 from pipeline.runtime.connection import connect, own_servers, require_alive
 from pipeline.runtime.context import StepContext
+from pipeline.runtime.head import watched_head
 from pipeline.runtime.placement import cluster_has_roles, controller_options
 from pipeline.runtime.pool import ShardJob, map_shards, total_counts
 from pipeline.runtime.run import Observer
@@ -98,7 +99,7 @@ def search_many(
             with output.write(QUERIES) as path:
                 write_queries(Path(queries), path)
             output.write_json(SEARCH, {"section": section, "inputs": inputs, "step_version": _VERSION})
-        with connect(address):
+        with connect(address), watched_head(address, observer.warned):
             counts = _answer(context, observer)
         manifest = manifest_of(step, output, counts, wall_s=Progress(output, waits=True).wall_s)
         held.check()

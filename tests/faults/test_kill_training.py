@@ -1,14 +1,17 @@
-"""``kill -9`` of a worker, a machine and the driver at ten random steps of one training on two workers.
+"""``kill -9`` of workers, machines, drivers, the head and the tracker at ten random steps of one training on two workers.
 
-Between them the driver is interrupted once. The final weights are those of a training that nobody disturbed.
+Between them the driver is interrupted once. The final weights are those of a training that nobody disturbed, and the
+tracker has every reading.
 """
 
 import json
 import random
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +27,34 @@ from tests.tiny.cluster import cluster_without_cpus
 from tests.tiny.command import start_unclip
 from tests.tiny.faults import train_workers
 from tests.tiny.recipe import write_recipe
+from tests.tiny.tracking_server import TrackingServer
 
-_NUM_STEPS, _SAVE_EVERY = 1200, 20
-_KILLS = ("worker", "driver", "machine", "worker", "interrupt", "worker", "driver", "machine", "worker", "driver")
+_NUM_STEPS, _SAVE_EVERY, _AWAY_S = 1200, 20, 5
+_KILLS = ("worker", "tracker", "machine", "driver", "interrupt", "worker", "head", "machine", "worker", "driver")
 
 
 class _Disturbed:
     """One training and what happens to it."""
 
-    def __init__(self, recipe: Path, cluster: Cluster) -> None:
-        self._recipe, self._cluster = recipe, cluster
-        self.machines: list[Any] = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    def __init__(self, recipe: Path, tracker: TrackingServer) -> None:
+        self._recipe, self._tracker = recipe, tracker
         self.output = _upsampler(recipe)
         self._run: subprocess.Popen[str] | None = None
         self._since = 0.0
+        self._start_of_tracker: threading.Timer | None = None
+        self._closing = ExitStack()
+        self._begin_cluster()
+
+    def _begin_cluster(self) -> None:
+        self._cluster: Cluster = self._closing.enter_context(cluster_without_cpus())
+        self._machines: list[Any] = [self._cluster.add_node(num_cpus=1) for _ in range(2)]
 
     def start(self) -> None:
         """Start a driver if none is there."""
         if self._run is None:
             resources = [f"upsampler_1.resources.{field}" for field in ("num_workers=2", "max_failures=10")]
             words = ["run", str(self._recipe), "--step", "upsampler_1", "--address", self._cluster.address]
-            for change in (*resources, "tracking.uri=off"):
+            for change in (*resources, f"tracking.uri={self._tracker.uri}"):
                 words += ["--set", change]
             self._run = start_unclip(*words)
 
@@ -61,10 +71,22 @@ class _Disturbed:
         """Kill something, or interrupt the driver."""
         assert self._run is not None
         if kind == "machine":
-            self._cluster.remove_node(self.machines.pop(0), allow_graceful=False)
-            self.machines.append(self._cluster.add_node(num_cpus=1))
+            self._cluster.remove_node(self._machines.pop(0), allow_graceful=False)
+            self._machines.append(self._cluster.add_node(num_cpus=1))
         elif kind == "worker":
             random.choice(train_workers()).kill()
+        elif kind == "tracker":
+            self._tracker.signal(signal.SIGKILL)
+            self._start_of_tracker = threading.Timer(_AWAY_S, self._tracker.start)
+            self._start_of_tracker.start()
+        elif kind == "head":
+            self._cluster.remove_node(self._cluster.head_node, allow_graceful=False)
+            output, _ = self._run.communicate(timeout=240)
+            assert self._run.returncode == 4, output
+            assert "the cluster went away: its head" in output
+            self._run = None
+            self._closing.close()
+            self._begin_cluster()
         else:
             self._run.send_signal(signal.SIGKILL if kind == "driver" else signal.SIGINT)
             output, _ = self._run.communicate(timeout=60)
@@ -75,8 +97,11 @@ class _Disturbed:
     def finish(self) -> None:
         """Let the driver come to its end."""
         assert self._run is not None
+        if self._start_of_tracker is not None:
+            self._start_of_tracker.join()
         output, _ = self._run.communicate(timeout=400)
         assert self._run.returncode == 0, output
+        self._closing.close()
 
 
 def _upsampler(recipe: Path) -> Artifact:
@@ -91,25 +116,37 @@ def _steps(output: Artifact, since: float) -> int:
     return state.done if state is not None and state.unit == "steps" and state.updated > since else 0
 
 
+def _tracked(tracker: TrackingServer, experiment: str) -> dict[int, float]:
+    """The loss at each step that the tracker has of the upsampler, in all runs."""
+    from mlflow.tracking import MlflowClient
+
+    client: Any = MlflowClient(tracker.uri)
+    runs = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    of_step = [run.info.run_id for run in runs if run.data.tags["unclip.step"] == "upsampler_1"]
+    return {point.step: point.value for run in of_step for point in client.get_metric_history(run, "loss")}
+
+
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    with cluster_without_cpus() as started:
-        yield started
+def tracker(tmp_path: Path) -> Iterator[TrackingServer]:
+    (tmp_path / "mlflow").mkdir()
+    server = TrackingServer(tmp_path / "mlflow")
+    yield server
+    server.close()
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_ten_kills_at_random_steps_change_no_weight(cluster: Cluster, tmp_path: Path) -> None:
+def test_ten_kills_at_random_steps_change_no_weight(tracker: TrackingServer, tmp_path: Path) -> None:
     seed, port = random.randrange(1 << 30), free_port()
     random.seed(seed)
-    trained: list[Artifact] = []
+    trained, tracked = list[Artifact](), dict[int, float]()
     for name, kills in (("wild", _KILLS), ("calm", ())):
         (tmp_path / name).mkdir()
         recipe = write_recipe(tmp_path / name, port=port, num_steps=_NUM_STEPS, save_every=_SAVE_EVERY)
         first = start_unclip("run", str(recipe), "--until", "download", "--set", "tracking.uri=off")
         assert first.wait(120) == 0, first.communicate()[0]
-        training = _Disturbed(recipe, cluster)
+        training = _Disturbed(recipe, tracker)
         for number, kind in enumerate(kills):
             training.start()
             part = _NUM_STEPS // (len(kills) + 1)
@@ -120,11 +157,12 @@ def test_ten_kills_at_random_steps_change_no_weight(cluster: Cluster, tmp_path: 
         training.start()
         training.finish()
         trained.append(training.output)
-        for machine in training.machines:
-            cluster.remove_node(machine)
+        if kills:
+            tracked = _tracked(tracker, load_recipe(recipe).name)
     weights = [output.path("model.safetensors").read_bytes() for output in trained]
     assert weights[0] == weights[1], f"seed {seed}"
     assert all(output.exists(MANIFEST) for output in trained)
     rows = [json.loads(line) for line in trained[0].path(METRICS).read_text().splitlines()]
-    steps = [row["step"] for row in rows if "loss" in row]
-    assert steps == sorted(set(steps))
+    losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    assert [row["step"] for row in rows if "loss" in row] == sorted(losses)
+    assert tracked == losses

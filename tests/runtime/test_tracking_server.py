@@ -1,13 +1,6 @@
 """A real `mlflow server` that is killed, hung, slow or broken in the middle of a run: the run does not notice."""
 
-import contextlib
-import http.client
-import http.server
-import os
 import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -20,120 +13,44 @@ from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.tracking.run import Tracking, send_waiting
 from pipeline.workspace.store import Workspace
-from tests.ports import free_ports
+from tests.tiny.tracking_server import TrackingServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 _NUM_POINTS = 200
 
 
-class Server:
-    """An mlflow server behind a proxy that can be slow, or answer 500."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._port, proxy_port = free_ports(2)
-        self.delay_s, self.is_broken = 0.0, False
-        self.start()
-        outer = self
-
-        class Proxy(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: object) -> None: ...
-
-            def do(self) -> None:
-                body = self.rfile.read(int(self.headers.get("content-length") or 0))
-                time.sleep(outer.delay_s)
-                status, answer = outer.ask(self.command, self.path, body, dict(self.headers))
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(answer)))
-                self.end_headers()
-                self.wfile.write(answer)
-
-            do_GET = do_POST = do_PATCH = do_PUT = do_DELETE = do
-
-        self._proxy = http.server.ThreadingHTTPServer(("127.0.0.1", proxy_port), Proxy)
-        self._proxy.daemon_threads = True
-        threading.Thread(target=self._proxy.serve_forever, daemon=True).start()
-        self.uri = f"http://127.0.0.1:{proxy_port}"
-
-    def ask(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
-        if self.is_broken:
-            return 500, b'{"error_code": "INTERNAL_ERROR", "message": "out of order"}'
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=120)
-        try:
-            connection.request(method, path, body, {**headers, "Host": f"127.0.0.1:{self._port}"})
-            response = connection.getresponse()
-            return response.status, response.read()
-        except OSError:
-            return 502, b"{}"
-        finally:
-            connection.close()
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self._port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self._folder}/server.db"]
-        command += ["--artifacts-destination", str(self._folder / "artifacts")]
-        environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        with (self._folder / "log.txt").open("ab") as log:
-            self._process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment, cwd=self._folder, start_new_session=True
-            )
-        deadline = time.monotonic() + 360
-        while True:
-            with contextlib.suppress(OSError):
-                connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5)
-                connection.request("GET", "/health")
-                if connection.getresponse().status == 200:
-                    return
-            if time.monotonic() > deadline:
-                self.signal(signal.SIGKILL)
-                pytest.fail((self._folder / "log.txt").read_text()[-2000:])
-            time.sleep(0.3)
-
-    def signal(self, number: int) -> None:
-        os.killpg(self._process.pid, number)
-        if number == signal.SIGKILL:
-            self._process.wait()
-
-    def close(self) -> None:
-        self._proxy.shutdown()
-        self.signal(signal.SIGKILL)
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[Server]:
-    server = Server(tmp_path_factory.mktemp("mlflow"))
+def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[TrackingServer]:
+    server = TrackingServer(tmp_path_factory.mktemp("mlflow"))
     yield server
     server.close()
 
 
-Change = Callable[[Server], None]
+Change = Callable[[TrackingServer], None]
 
 
-def _kill(server: Server) -> None:
+def _kill(server: TrackingServer) -> None:
     server.signal(signal.SIGKILL)
 
 
-def _hang(server: Server) -> None:
+def _hang(server: TrackingServer) -> None:
     server.signal(signal.SIGSTOP)
 
 
-def _go_on(server: Server) -> None:
+def _go_on(server: TrackingServer) -> None:
     server.signal(signal.SIGCONT)
 
 
-def _slow_down(server: Server) -> None:
+def _slow_down(server: TrackingServer) -> None:
     server.delay_s = 9.0
 
 
-def _break(server: Server) -> None:
+def _break(server: TrackingServer) -> None:
     server.is_broken = True
 
 
-def _mend(server: Server) -> None:
+def _mend(server: TrackingServer) -> None:
     server.delay_s, server.is_broken = 0.0, False
 
 
@@ -149,14 +66,14 @@ def _quickly(action: Callable[[], Any]) -> Any:
     return result
 
 
-def _recipe(server: Server, name: str) -> Recipe:
+def _recipe(server: TrackingServer, name: str) -> Recipe:
     return parse_recipe({"name": name, "tracking": {"uri": server.uri}})
 
 
 @pytest.mark.parametrize(
     ("name", "fail", "mend"),
     [
-        ("killed", _kill, Server.start),
+        ("killed", _kill, TrackingServer.start),
         ("hung", _hang, _go_on),
         ("slow", _slow_down, _mend),
         ("broken", _break, _mend),
@@ -164,7 +81,7 @@ def _recipe(server: Server, name: str) -> Recipe:
 )
 @pytest.mark.parametrize("when", ["before", "between"])
 def test_a_run_does_not_notice_and_nothing_is_lost_or_doubled(
-    name: str, fail: Change, mend: Change, when: str, server: Server, tmp_path: Path
+    name: str, fail: Change, mend: Change, when: str, server: TrackingServer, tmp_path: Path
 ) -> None:
     recipe, warnings = _recipe(server, f"{name}-{when}"), list[str]()
     context = StepContext(recipe, Step("prior", 1, {"train": {"num_steps": 9}}, {}), str(tmp_path))
@@ -208,7 +125,7 @@ def test_a_run_does_not_notice_and_nothing_is_lost_or_doubled(
     assert len(client.search_logged_models([child.info.experiment_id])) == 1
 
 
-def test_two_people_with_one_recipe_and_one_server_have_two_runs(server: Server, tmp_path: Path) -> None:
+def test_two_people_with_one_recipe_and_one_server_have_two_runs(server: TrackingServer, tmp_path: Path) -> None:
     recipe = _recipe(server, "two-people")
     for name in ("one", "two"):
         context = StepContext(recipe, Step("prior", 1, {}, {}), str(tmp_path / name))

@@ -46,6 +46,8 @@ def _map_here(context: StepContext, job: ShardJob) -> list[ShardRecord]:
         if name not in records:
             worker = worker or job.worker(context)
             records[name] = worker(name)
+    if isinstance(worker, download.DownloadWorker):
+        worker.close()  # its decoders: this process does not end
     job.on_record(list(records.values()))
     return [records[name] for name in job.shards]
 
