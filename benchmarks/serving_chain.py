@@ -23,7 +23,7 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.serve_sections import ServeStageConfig
 from pipeline.runtime.connection import connect
 from pipeline.runtime.deployments import networks_application
-from pipeline.runtime.parts import parts_of
+from pipeline.runtime.parts import digest_of, parts_of, write_tables
 from pipeline.runtime.remote_model import RemoteModel
 from pipeline.runtime.served import served_artifacts
 from pipeline.workspace.store import Artifact
@@ -69,7 +69,8 @@ def main() -> None:
 def _deploy(name: str, recipe: Recipe, artifacts: dict[str, Artifact]) -> RemoteModel:
     first = serve.run(networks_application(recipe, artifacts), name=name, route_prefix=None)
     first_part, *others = parts_of(recipe)
-    return RemoteModel({first_part: first, **{part: serve.get_deployment_handle(part, name) for part in others}})
+    handles = {first_part: first, **{part: serve.get_deployment_handle(part, name) for part in others}}
+    return RemoteModel(handles, digest_of(write_tables(recipe, artifacts)))
 
 
 async def _alternate(models: list[RemoteModel], rounds: int) -> list[list[float]]:

@@ -1,7 +1,14 @@
-"""The HTTP interface as a deployment of Ray Serve, behind its own proxies: for `serve deploy` and KubeRay."""
+"""The HTTP interface as a deployment of Ray Serve, behind its own proxies: for `serve deploy` and KubeRay.
 
+Ray Serve configures it at the same time as the networks, which take their time to load. So requests go to what was
+served before, or are answered with 503 at the start, until all replicas have the new networks.
+"""
+
+import asyncio
+import logging
 import threading
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray import serve
@@ -12,10 +19,29 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pipeline.recipe.serve_sections import ServeConfig
 from pipeline.runtime.front import Front
 from pipeline.runtime.ledger import Exchange
+from pipeline.runtime.lookout import Lookout
 from pipeline.runtime.neighbours import remote_parts
-from pipeline.runtime.parts import Tables, read_tables
-from pipeline.runtime.remote_model import answers_of
+from pipeline.runtime.parts import Tables, digest_of, read_tables
+from pipeline.runtime.remote_model import answers_of, are_served, turn_to
 from pipeline.runtime.served import server_name
+
+_log = logging.getLogger(__name__)
+
+_WATCH_EVERY_S = 1.0
+_LOOK_EVERY_S = 0.1
+_FIRST_LOOK_S = 3.0
+"""How long a process that starts looks for its networks before it answers: beside others it must not say 503."""
+
+
+@dataclass(frozen=True)
+class _Next:
+    """What is configured, and waits for its networks."""
+
+    front: Front
+    app: ASGIApp
+    served: str
+    """Digest of the networks."""
+    drain_s: float
 
 
 class FrontReplica:
@@ -31,6 +57,10 @@ class FrontReplica:
         self._handles = handles
         self._front = Front(ServeConfig())
         self._exchange: Exchange | None = None
+        self._next: _Next | None = None
+        self._lookout: Lookout | None = None
+        """None before anything is served."""
+        self._watch: threading.Thread | None = None
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The application, which exists before the recipe is known."""
@@ -45,20 +75,73 @@ class FrontReplica:
 
         return answer
 
-    def reconfigure(self, tables: Tables) -> None:
-        """Serve a recipe; called by Ray Serve at the start, and when `serve deploy` brings another one."""
+    async def reconfigure(self, tables: Tables) -> None:
+        """Serve a recipe once its networks are loaded.
+
+        Called by Ray Serve at the start, and when `serve deploy` brings another one.
+        """
         recipe, artifacts = read_tables(tables)
         config = replace(recipe.serve, name=server_name(recipe))
         front = Front(config, self._http_metrics if self._ledger is not None else None)
-        front.open(recipe, artifacts, *remote_parts(recipe, artifacts, self._handles, front.upkeep))
-        closing = threading.Timer(recipe.serve.drain_s, self._front.close)  # its last requests are still under way
-        closing.daemon = True
-        closing.start()
+        app = front.build(recipe, artifacts, *remote_parts(tables, self._handles, front.upkeep))
+        front.gate.close("the networks are loading")
+        if self._lookout is None:
+            self._front = front
+        self._next = _Next(front, app, digest_of(tables), recipe.serve.drain_s)
+        if self._watch is None:
+            await asyncio.to_thread(self._look_first)
+            self._watch = threading.Thread(target=self._run, name="unclip-watch", daemon=True)
+            self._watch.start()
+
+    def _look_first(self) -> None:
+        deadline_s = time.monotonic() + _FIRST_LOOK_S
+        while not self._turn_if_ready() and time.monotonic() < deadline_s:
+            time.sleep(_LOOK_EVERY_S)
+
+    def _run(self) -> None:
+        is_failing = False
+        while True:
+            time.sleep(_WATCH_EVERY_S)
+            try:
+                self.look()
+            except Exception as error:  # noqa: BLE001  (the next look may succeed; requests are answered meanwhile)
+                if not is_failing:
+                    _log.warning("the replicas cannot be looked after: %s", error)
+                is_failing = True
+            else:
+                is_failing = False
+
+    def look(self) -> None:
+        """Turn to what is configured if all replicas have its networks, and see how the replicas are."""
+        self._turn_if_ready()
+        if self._lookout is not None:
+            self._lookout.look()
+
+    def _turn_if_ready(self) -> bool:
+        coming = self._next
+        is_ready = coming is not None and are_served(self._handles, coming.served)
+        if coming is not None and is_ready:
+            self._turn_to(coming)
+        return is_ready
+
+    def _turn_to(self, coming: _Next) -> None:
+        before = self._front
+        coming.front.gate.open(coming.app)
+        self._front = coming.front
+        if self._next is coming:  # else another recipe has come meanwhile
+            self._next = None
+        turn_to(self._handles, coming.served)
+        application = serve.get_replica_context().app_name
+        self._lookout = Lookout(application, self._handles, coming.front, _log.warning)
+        if before is not coming.front:
+            closing = threading.Timer(coming.drain_s, before.close)  # its last requests are still under way
+            closing.daemon = True
+            closing.start()
         if self._exchange is not None:
             self._exchange.close()
-        self._front = front
-        if self._ledger is not None and front.keys is not None:
-            self._exchange = Exchange(self._ledger, front.meter, front.keys)
+            self._exchange = None
+        if self._ledger is not None and coming.front.keys is not None:
+            self._exchange = Exchange(self._ledger, coming.front.meter, coming.front.keys)
 
     async def own_metrics(self) -> dict[str, str]:
         """What this process measures, by its name."""

@@ -4,19 +4,17 @@ The process that starts Ray holds it and does nothing else. It is forked before 
 the server's keeper ends.
 """
 
-import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import psutil
 
 from pipeline.errors import StepError
-from pipeline.serve.keeper import Kept
+from pipeline.serve.keeper import Kept, Notes
 
 _LOOK_EVERY_S = 0.05
 _LONGEST_START_S = 120.0
@@ -26,7 +24,7 @@ class KeptRay:
     """A Ray that one process holds and others join; made before they are forked."""
 
     def __init__(self) -> None:
-        self._notes = tempfile.TemporaryFile()  # noqa: SIM115  (open in all processes, until the last one ends)
+        self._notes = Notes()
 
     def hold(self, kept: Kept) -> None:
         """Start Ray, and hold it until the keeper ends or this process is interrupted.
@@ -41,10 +39,10 @@ class KeptRay:
         try:
             with suppress(KeyboardInterrupt), connect():
                 servers = [server.pid for server in own_servers()]
-                self._note({"address": ray.get_runtime_context().gcs_address, "servers": servers})
+                self._notes.write({"address": ray.get_runtime_context().gcs_address, "servers": servers})
                 kept.wait_until_keeper_ends()
         except StepError as error:
-            self._note({"error": str(error)})
+            self._notes.write({"error": str(error)})
 
     @contextmanager
     def join(self) -> Generator[list[psutil.Process]]:
@@ -58,7 +56,7 @@ class KeptRay:
         from pipeline.runtime.connection import are_alive, connect, require_alive
 
         deadline_s = time.monotonic() + _LONGEST_START_S
-        while not (note := self._read()):
+        while not (note := self._notes.read()):
             if time.monotonic() > deadline_s:
                 raise StepError(f"serve: Ray has not started within {_LONGEST_START_S:g} s; run the command again")
             time.sleep(_LOOK_EVERY_S)
@@ -79,14 +77,6 @@ class KeptRay:
                 if not are_alive(servers):
                     _end_process(error)
                 raise
-
-    def _note(self, note: dict[str, Any]) -> None:
-        os.pwrite(self._notes.fileno(), json.dumps(note).encode() + b"\n", 0)
-
-    def _read(self) -> dict[str, Any]:
-        """What was noted; empty as long as nothing is."""
-        text = os.pread(self._notes.fileno(), 1 << 16, 0)
-        return json.loads(text) if text.endswith(b"\n") else {}
 
 
 def _end_process(error: StepError) -> NoReturn:

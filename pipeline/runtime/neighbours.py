@@ -11,9 +11,8 @@ from typing import Any, Literal
 from prometheus_client import CollectorRegistry, generate_latest
 from ray import serve
 
-from pipeline.recipe.recipe import Recipe
 from pipeline.retrieve.retriever import Retriever
-from pipeline.runtime.parts import NEIGHBOURS, Tables, most_requests, parts_of, read_tables
+from pipeline.runtime.parts import NEIGHBOURS, Tables, digest_of, most_requests, parts_of, read_tables
 from pipeline.runtime.remote_model import Handles, RemoteModel
 from pipeline.serve.knn import LocalNeighbours
 from pipeline.serve.metrics import search_times
@@ -25,11 +24,16 @@ _MOST_INDEXES = 2
 """Of which one was served before a swap."""
 
 
-def remote_parts(
-    recipe: Recipe, artifacts: dict[str, Artifact], handles: Handles, upkeep: Upkeep
-) -> tuple[RemoteModel, "RemoteNeighbours | None"]:
-    """The networks of a recipe in their replicas, and its index, if it has a part of its own."""
-    model = RemoteModel(handles, most_requests(recipe.serve), upkeep)
+def remote_parts(tables: Tables, handles: Handles, upkeep: Upkeep) -> tuple[RemoteModel, "RemoteNeighbours | None"]:
+    """The networks of a recipe in their replicas, and its index, if it has a part of its own.
+
+    Args:
+        tables: See ``write_tables``.
+        handles: Of the parts.
+        upkeep: What is known of the replicas.
+    """
+    recipe, artifacts = read_tables(tables)
+    model = RemoteModel(handles, digest_of(tables), most_requests(recipe.serve), upkeep)
     is_apart = NEIGHBOURS in parts_of(recipe) and "index" in artifacts
     return model, RemoteNeighbours(model, artifacts["index"].uri) if is_apart else None
 
@@ -42,6 +46,8 @@ class NeighboursReplica:
         self._times = search_times(self._registry)
         self._indexes: dict[str, LocalNeighbours] = {}
         """By address, the last used one at the end."""
+        self._newest = ""
+        """Digest of what was configured last."""
 
     async def reconfigure(self, tables: Tables) -> None:
         """Open the index of a recipe; called by Ray Serve at the start, and when the recipe that is served changes.
@@ -52,6 +58,14 @@ class NeighboursReplica:
         _, artifacts = read_tables(tables)
         if "index" in artifacts:
             await self._index(artifacts["index"].uri)
+        self._newest = digest_of(tables)
+
+    async def serves(self, served: str) -> bool:
+        """Whether it has read the index of what a digest names."""
+        return served == self._newest
+
+    async def turn_to(self, _served: str) -> None:
+        """Nothing: a call names its index, and the last two stay."""
 
     async def _index(self, uri: str) -> LocalNeighbours:
         index = self._indexes.pop(uri, None)

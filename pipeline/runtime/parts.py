@@ -1,5 +1,7 @@
 """The parts of the networks that Ray Serve places: their steps, their tables, and what each needs of a machine."""
 
+import hashlib
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -72,6 +74,12 @@ def write_tables(recipe: Recipe, artifacts: dict[str, Artifact]) -> Tables:
 def read_tables(tables: Tables) -> tuple[Recipe, dict[str, Artifact]]:
     """What ``write_tables`` wrote."""
     return parse_recipe(tables["recipe"]), {name: Artifact(uri) for name, uri in tables["artifacts"].items()}
+
+
+def digest_of(tables: Tables) -> str:
+    """Of what is served, the same for all parts of a chain: requests say by it which networks they mean."""
+    common = {name: value for name, value in tables.items() if name not in {"part", "steps"}}
+    return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def networks_options(config: ServeConfig, part: str = NETWORKS) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ from pipeline.serve.protocols import (
     Event,
     Images,
     NotServing,
+    OtherNetworks,
     Overloaded,
     Preview,
     SampledPictures,
@@ -45,6 +46,9 @@ _STATS_TIMEOUT_S = 2.0
 _ABSENCE_POLL_S = 1.0
 _LONGEST_ABSENCE_S = 60.0
 """How long requests that are under way wait for a replica while none runs."""
+_LONGEST_TURN_S = 10.0
+"""How long a request looks for a replica that has its networks, while others are swapped in."""
+_TURN_POLL_S = 0.1
 _LOADS_FRESH_S = 1.0
 _SMOOTHING = 0.1
 """Weight of the newest measurement in a running mean."""
@@ -70,19 +74,21 @@ class _Ended(NotServing):
 
 
 class RemoteModel:
-    """A ``protocols.PictureModel`` that calls the replicas.
+    """A ``protocols.PictureModel`` that calls the replicas, and means the same networks all its life.
 
     If a replica dies, what was asked of it is asked once more, of another one or of its successor: the same request has
     the same pictures.
 
     Args:
         handles: Of the deployments of ``ModelReplica``.
+        served: Digest of the networks that answer; see ``parts.digest_of``.
         most: Requests that may be in a chain at a time; 0: the engines decide.
         upkeep: What is known of the replicas.
     """
 
-    def __init__(self, handles: Handles, most: int = 0, upkeep: Upkeep | None = None) -> None:
+    def __init__(self, handles: Handles, served: str, most: int = 0, upkeep: Upkeep | None = None) -> None:
         self._handles = handles
+        self._served = served
         self._most = most
         self._upkeep = upkeep or Upkeep()
         self._num_open = 0
@@ -103,7 +109,7 @@ class RemoteModel:
         hop: Hop | None = None
         while True:
             left, later = _left(request, hop, ends_s), self._later(request, hop)
-            result = await self._call("sample", left, client, hop, later, handle=self._handle_of(hop))
+            result = await self._call("sample", self._served, left, client, hop, later, handle=self._handle_of(hop))
             if not isinstance(result, Hop):
                 return result
             hop = result
@@ -124,7 +130,7 @@ class RemoteModel:
                                 yield event
                     is_over = True
                 except NotServing as error:
-                    if has_begun_again or self._upkeep.has_ended:
+                    if has_begun_again or not self._may_begin_again(error):
                         raise
                     has_begun_again = True
                     self._note_again(error)
@@ -133,11 +139,11 @@ class RemoteModel:
         self, request: SampleRequest, client: str, num_previews: int, ends_s: float
     ) -> AsyncGenerator[Event]:
         hop: Hop | None = None
-        is_over = False
+        is_over, since_s = False, time.monotonic()
         while not is_over:
             streaming = self._handle_of(hop).options(stream=True)
             left, later = _left(request, hop, ends_s), self._later(request, hop)
-            events: Any = streaming.stream.remote(left, client, num_previews, hop, later)
+            events: Any = streaming.stream.remote(self._served, left, client, num_previews, hop, later)
             is_over = True
             try:
                 while True:
@@ -146,9 +152,12 @@ class RemoteModel:
                     except StopAsyncIteration:
                         break
                     if isinstance(event, Hop):
-                        hop, is_over = event, False
+                        hop, is_over, since_s = event, False, time.monotonic()
                     else:
                         yield event
+            except OtherNetworks as error:  # it comes before anything else
+                await _pause_in_turn(error, since_s)
+                is_over = False
             finally:
                 if not self._upkeep.has_ended:
                     events.cancel()
@@ -157,10 +166,14 @@ class RemoteModel:
         try:
             return await act()
         except NotServing as error:
-            if self._upkeep.has_ended:
+            if not self._may_begin_again(error):
                 raise
             self._note_again(error)
             return await act()
+
+    def _may_begin_again(self, error: NotServing) -> bool:
+        """Whether another replica may answer; networks that are gone do not come back."""
+        return not (self._upkeep.has_ended or isinstance(error, OtherNetworks))
 
     def _note_again(self, error: NotServing) -> None:
         _log.warning("%s; a request is begun once more", error)
@@ -211,11 +224,11 @@ class RemoteModel:
 
     async def embed_texts(self, texts: Sequence[str]) -> Vectors:
         """See ``PictureModel``."""
-        return await self._twice(lambda: self._call("embed_texts", texts))
+        return await self._twice(lambda: self._call("embed_texts", self._served, texts))
 
     async def embed_image(self, image: Images) -> Vectors:
         """See ``PictureModel``."""
-        return await self._twice(lambda: self._call("embed_image", image))
+        return await self._twice(lambda: self._call("embed_image", self._served, image))
 
     async def ask(self, part: str, method: str, *arguments: Any, **settings: Any) -> Any:
         """Call a method of a part by name.
@@ -243,6 +256,16 @@ class RemoteModel:
 
     async def _call(
         self, method: str, *arguments: Any, handle: DeploymentHandle[Any] | None = None, **settings: Any
+    ) -> Any:
+        since_s = time.monotonic()
+        while True:
+            try:
+                return await self._call_once(method, *arguments, handle=handle, **settings)
+            except OtherNetworks as error:
+                await _pause_in_turn(error, since_s)
+
+    async def _call_once(
+        self, method: str, *arguments: Any, handle: DeploymentHandle[Any] | None, **settings: Any
     ) -> Any:
         response = getattr(handle or self._first, method).remote(*arguments, **settings)
         try:
@@ -272,12 +295,31 @@ class RemoteModel:
             task.cancel()
 
 
+async def _pause_in_turn(error: OtherNetworks, since_s: float) -> None:
+    """Wait before another replica is asked.
+
+    Args:
+        error: What this one said.
+        since_s: When the first one was asked.
+
+    Raises:
+        OtherNetworks: If that was long ago.
+    """
+    if time.monotonic() - since_s > _LONGEST_TURN_S:
+        raise error
+    await asyncio.sleep(_TURN_POLL_S)
+
+
 async def answers_of(handle: DeploymentHandle[Any], method: str) -> list[Any]:
     """The answers of all replicas of a deployment that answer soon."""
+    return await asyncio.to_thread(answers_now, handle, method)
+
+
+def answers_now(handle: DeploymentHandle[Any], method: str, *arguments: Any) -> list[Any]:
+    """As ``answers_of``, for a thread that may wait."""
     try:
         # results_async would give up all answers for one that does not come.
-        results = handle.broadcast(method).results
-        answers = await asyncio.to_thread(results, timeout_s=_STATS_TIMEOUT_S, return_exceptions=True)
+        answers = handle.broadcast(method, *arguments).results(timeout_s=_STATS_TIMEOUT_S, return_exceptions=True)
     except (TimeoutError, *_UNAVAILABLE):
         return []
     return [answer for answer in answers if not isinstance(answer, BaseException)]
@@ -286,8 +328,19 @@ async def answers_of(handle: DeploymentHandle[Any], method: str) -> list[Any]:
 def end_requests(handles: Handles) -> None:
     """Cancel what a server that was killed has left under way: nobody waits for it."""
     for handle in handles.values():
-        with suppress(TimeoutError, *_UNAVAILABLE):
-            handle.broadcast("end_requests").results(timeout_s=_STATS_TIMEOUT_S, return_exceptions=True)
+        answers_now(handle, "end_requests")
+
+
+def are_served(handles: Handles, served: str) -> bool:
+    """Whether all replicas of all parts that answer have the networks of a digest, and some of each part do."""
+    answers = [answers_now(handle, "serves", served) for handle in handles.values()]
+    return all(some and all(some) for some in answers)
+
+
+def turn_to(handles: Handles, served: str) -> None:
+    """Let all replicas know which networks requests mean from now on, so that they end the others."""
+    for handle in handles.values():
+        answers_now(handle, "turn_to", served)
 
 
 def _read_error(task: asyncio.Task[Any] | asyncio.Future[Any]) -> None:

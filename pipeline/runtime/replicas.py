@@ -2,11 +2,12 @@
 
 A replica has all networks, or a part of them (``serve.mode = "chain"``). A request then goes from part to part: the
 process that speaks HTTP calls one after another, and what is left of the request stays in Ray's object store.
+
+Every call says by a digest which networks it means, and no others answer it. So a picture is of the networks that its
+file names, whatever is loaded meanwhile, and when.
 """
 
 import asyncio
-import hashlib
-import json
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
@@ -19,17 +20,26 @@ from ray.serve.handle import DeploymentHandle
 
 from models.request import SampleRequest
 from pipeline.runtime.loading import load_engine
-from pipeline.runtime.parts import (
-    Tables,
-)
+from pipeline.runtime.parts import Tables, digest_of
 from pipeline.serve.estimate import PartLoad
-from pipeline.serve.protocols import Accepted, Event, Images, NotServing, Preview, SampledPictures, Vectors
+from pipeline.serve.protocols import (
+    Accepted,
+    Event,
+    Images,
+    NotServing,
+    OtherNetworks,
+    Preview,
+    SampledPictures,
+    Vectors,
+)
 
 if TYPE_CHECKING:
     from pipeline.serve.engine import Engine
     from pipeline.serve.work import Work
 
 _IDLE_POLL_S = 0.2
+_LEAST_KEEP_S = 10.0
+"""How long networks stay at least once requests mean others: not all HTTP processes turn at the same time."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +50,6 @@ class Hop:
     """Step of the recipe whose network comes next; empty: CLIP's part."""
     work: Any
     """``serve.work.Work``, or Ray's reference to it."""
-    served: str
-    """Digest of what is served: other networks do not continue with it."""
 
 
 class ModelReplica:
@@ -53,9 +61,13 @@ class ModelReplica:
 
     def __init__(self, *others: DeploymentHandle[Any]) -> None:
         del others
-        self._served = ""
         self._engines: dict[str, Engine] = {}
-        """By digest of what they serve; those before the last are ending."""
+        """By digest of what they serve."""
+        self._served = ""
+        """What new requests mean; empty before anything is loaded."""
+        self._newest = ""
+        """What was configured last; other networks than ``_served`` from a swap's load until it is turned to."""
+        self._keep_s = 0.0
         self._loading = asyncio.Lock()
         self._ending: dict[str, asyncio.Task[None]] = {}
         """What ends an engine, by the digest of what it serves."""
@@ -63,7 +75,7 @@ class ModelReplica:
         """What is under way."""
 
     async def reconfigure(self, tables: Tables) -> None:
-        """Load the networks of a recipe; requests under way end with those that they began with.
+        """Load the networks of a recipe beside those that are served; ``turn_to`` then ends the others.
 
         Called by Ray Serve at the start, and when the recipe that is served changes.
 
@@ -71,25 +83,45 @@ class ModelReplica:
             tables: See ``write_tables`` and ``part_tables``.
         """
         async with self._loading:
-            served = _digest(tables)
-            if served == self._served:
-                return
-            if served in self._engines:  # it is ending, and goes on
+            newest = digest_of(tables)
+            if newest not in self._engines:
+                self._engines[newest] = await asyncio.to_thread(load_engine, tables)
+            elif newest in self._ending:
+                self._ending.pop(newest).cancel()
+            self._newest = newest
+            self._keep_s = max(tables["recipe"]["serve"]["drain_s"], _LEAST_KEEP_S)
+            self._served = self._served or newest
+            for other in self._engines.keys() - {newest, self._served}:  # of a swap that was given up
+                self._end_later(other, 0.0)
+
+    async def turn_to(self, served: str) -> None:
+        """Learn which networks new requests mean; all others end after ``serve.drain_s``, when they are idle."""
+        self._turn_to(served)
+
+    def _turn_to(self, served: str) -> None:
+        if served in self._engines and served != self._served:
+            self._served = served
+            if served in self._ending:
                 self._ending.pop(served).cancel()
-            else:
-                self._engines[served] = await asyncio.to_thread(load_engine, tables)
-            previous, self._served = self._served, served
-            if previous:
-                keep_s = tables["recipe"]["serve"]["drain_s"] if "part" in tables else 0.0
-                self._ending[previous] = asyncio.create_task(self._end_when_idle(previous, keep_s))
+            for other in self._engines.keys() - {served, self._newest}:
+                self._end_later(other, self._keep_s)
+
+    def _end_later(self, served: str, keep_s: float) -> None:
+        if served not in self._ending:
+            self._ending[served] = asyncio.create_task(self._end_when_idle(served, keep_s))
 
     async def _end_when_idle(self, served: str, keep_s: float) -> None:
-        """End an engine that serves no new requests; in a chain some are still with the parts before it."""
+        """End an engine that new requests do not mean; some are still on their way to it."""
         await asyncio.sleep(keep_s)
         while not self._engines[served].idle:
             await asyncio.sleep(_IDLE_POLL_S)
         engine = self._engines.pop(served)
+        del self._ending[served]
         await asyncio.to_thread(engine.close)
+
+    async def serves(self, served: str) -> bool:
+        """Whether it has these networks."""
+        return served in self._engines
 
     @property
     def _engine(self) -> "Engine":
@@ -97,29 +129,55 @@ class ModelReplica:
             raise NotServing("the networks are loading")
         return self._engines[self._served]
 
-    async def _continued(self, hop: Hop | None) -> "tuple[str, Engine, Work | None]":
-        """What is served, its engine, and what is left of a request."""
+    def _engine_of(self, served: str) -> "Engine":
+        """The engine of the networks that a request means.
+
+        Raises:
+            OtherNetworks: If there is none.
+        """
+        if served == self._newest:
+            self._turn_to(served)  # a replica that came during a swap may not have been told
+        if served not in self._engines:
+            raise OtherNetworks("other networks are served than those that the request means")
+        return self._engines[served]
+
+    async def _continued(self, served: str, hop: Hop | None) -> "tuple[Engine, Work | None]":
+        """The engine of a request, and what is left of it."""
+        engine = self._engine_of(served)
         if hop is None:
-            return self._served, self._engine, None
-        engine = self._engines.get(hop.served)
-        if engine is None:
-            raise NotServing("other networks are served since the request began")
+            return engine, None
         try:
-            work = await hop.work if isinstance(hop.work, ObjectRef) else hop.work
+            return engine, await hop.work if isinstance(hop.work, ObjectRef) else hop.work
         except ray.exceptions.RayError as error:
             raise NotServing(f"the replica before this one has died ({type(error).__name__})") from None
-        return hop.served, engine, work
 
     async def sample(
-        self, request: SampleRequest, client: str = "", hop: Hop | None = None, later: Sequence[PartLoad] = ()
+        self,
+        served: str,
+        request: SampleRequest,
+        client: str = "",
+        hop: Hop | None = None,
+        later: Sequence[PartLoad] = (),
     ) -> Any:
-        """See ``PictureModel``; a part of a chain may end with the way to the next one."""
+        """See ``PictureModel``; a part of a chain may end with the way to the next one.
+
+        Args:
+            served: Digest of the networks that the request means.
+            request: What to sample.
+            client: Who asks.
+            hop: What is left of the request.
+            later: What the later parts have to do.
+
+        Raises:
+            OtherNetworks: If they are not here, as in all calls that name networks.
+        """
         with self._under_way():
-            served, engine, work = await self._continued(hop)
-            return _sent(await engine.sample(request, client, work, later), served)
+            engine, work = await self._continued(served, hop)
+            return _sent(await engine.sample(request, client, work, later))
 
     async def stream(
         self,
+        served: str,
         request: SampleRequest,
         client: str = "",
         num_previews: int = 0,
@@ -128,10 +186,10 @@ class ModelReplica:
     ) -> AsyncGenerator[Event | Hop]:
         """See ``PictureModel``; a part of a chain may end with the way to the next one."""
         with self._under_way():
-            served, engine, work = await self._continued(hop)
+            engine, work = await self._continued(served, hop)
             async with aclosing(engine.stream(request, client, num_previews, work, later)) as events:
                 async for event in events:
-                    yield _sent(event, served)
+                    yield _sent(event)
 
     @contextmanager
     def _under_way(self) -> Generator[None]:
@@ -148,13 +206,13 @@ class ModelReplica:
         for task in self._requests:
             task.cancel()
 
-    async def embed_texts(self, texts: Sequence[str]) -> Vectors:
+    async def embed_texts(self, served: str, texts: Sequence[str]) -> Vectors:
         """See ``PictureModel``."""
-        return await self._engine.embed_texts(texts)
+        return await self._engine_of(served).embed_texts(texts)
 
-    async def embed_image(self, image: Images) -> Vectors:
+    async def embed_image(self, served: str, image: Images) -> Vectors:
         """See ``PictureModel``."""
-        return await self._engine.embed_image(image)
+        return await self._engine_of(served).embed_image(image)
 
     async def load(self) -> PartLoad:
         """What its engine has to do."""
@@ -180,14 +238,8 @@ class ModelReplica:
             engine.close()
 
 
-def _digest(tables: Tables) -> str:
-    """Of what is served, the same for all parts of a chain."""
-    common = {name: value for name, value in tables.items() if name not in {"part", "steps"}}
-    return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _sent(result: Any, served: str) -> Any:
+def _sent(result: Any) -> Any:
     """A result as another process gets it; what is left of a request goes by reference."""
     if isinstance(result, Accepted | Preview | SampledPictures):
         return result
-    return Hop(result.step, ray.put(result) if ray.is_initialized() else result, served)
+    return Hop(result.step, ray.put(result) if ray.is_initialized() else result)

@@ -8,10 +8,9 @@ import dataclasses
 import logging
 import re
 import signal
-import threading
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -20,7 +19,6 @@ import ray
 import ray.exceptions
 from ray import serve
 from ray.serve.api import RunTarget
-from ray.serve.schema import ApplicationStatusOverview
 
 from pipeline.errors import StepError, UnclipError
 from pipeline.recipe.recipe import Recipe
@@ -29,17 +27,19 @@ from pipeline.runtime.deployments import networks_application
 from pipeline.runtime.draining import Announce, finishing, write_line
 from pipeline.runtime.front import Front
 from pipeline.runtime.kept_ray import KeptRay
+from pipeline.runtime.lookout import Lookout, application_state, in_thread
 from pipeline.runtime.neighbours import remote_parts
 from pipeline.runtime.parts import (
     Tables,
+    digest_of,
     needs_of_replica,
     part_tables,
     parts_of,
     place_of,
     write_tables,
 )
-from pipeline.runtime.remote_model import Handles, end_requests
-from pipeline.runtime.served import in_use_of, served_by, server_name
+from pipeline.runtime.remote_model import Handles, end_requests, turn_to
+from pipeline.runtime.served import Served, in_use_of, served_by, served_last, server_name
 from pipeline.serve.gate import Gate
 from pipeline.serve.guards import require_keys
 from pipeline.serve.http_server import HttpServer, listen, url_of
@@ -49,10 +49,7 @@ from pipeline.workspace.store import Artifact
 _NAMESPACE = "unclip"
 _WATCH_EVERY_S = 1.0
 _LOOK_EVERY_S = 0.2
-_CONTROLLER_ANSWERS_S = 3.0
 _CLAIM_S = 5.0
-_RUNNING = {"RUNNING", "UPDATING", "RECOVERING"}
-"""States of replicas that take requests; a controller that was restarted looks at those that it finds: RECOVERING."""
 
 
 def serve_recipe(
@@ -96,7 +93,7 @@ def serve_recipe(
         stack.enter_context(HttpServer(front, kept.listener if kept else listen(config.host, config.port)))
         if kept:
             kept.note_listening()
-        served = served_by(recipe)
+        served = served_last(kept) or served_by(recipe)
         recipe, artifacts = served.recipe, served.artifacts
         uses = stack.enter_context(ExitStack())
         uses.enter_context(in_use_of(recipe, artifacts))
@@ -105,14 +102,15 @@ def serve_recipe(
             _require_room(recipe)
         try:
             with _deployed(recipe, artifacts, front.gate, announce, servers, shared=bool(address)) as handles:
-                front.open(recipe, artifacts, *remote_parts(recipe, artifacts, handles, front.upkeep))
+                front.open(recipe, artifacts, *remote_parts(write_tables(recipe, artifacts), handles, front.upkeep))
+                watch = _Watch(served, front, handles, announce, uses, kept)
                 announce(f"{server_name(recipe)} is served at {url_of(config.host, config.port)} - Ctrl-C ends it")
                 for note in served.notes:
                     announce(note)
                 if on_ready is not None:
                     on_ready()
                 with finishing(front, config.drain_s, announce):
-                    _Watch(recipe, artifacts, front, handles, announce, uses).run(reload, servers)
+                    watch.run(reload, servers)
         except KeyboardInterrupt:
             front.gate.close("the server has ended")
 
@@ -213,7 +211,7 @@ def _wait_until_ready(recipe: Recipe, gate: Gate, announce: Announce, servers: l
     """
     while True:
         require_alive(servers)
-        state = _application(recipe)
+        state = application_state(application_name(recipe))
         if state.status == "RUNNING":
             return
         if state.status == "DEPLOY_FAILED":
@@ -262,37 +260,36 @@ def _require_room(recipe: Recipe) -> None:
 
 
 class _Watch:
-    """Looks after the replicas of a server; while none runs, requests are answered with 503.
+    """Looks after the replicas of a server, and swaps their networks.
 
     Args:
-        recipe: The recipe that is served.
-        artifacts: Its finished steps, by name.
+        served: What is served.
         front: Its HTTP interface.
         handles: Of its replicas.
         announce: Takes lines for people.
         uses: Holds what is served in use until the end.
+        kept: Learns what is served, for the process that comes after this one; None: none does.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
-        artifacts: dict[str, Artifact],
+        served: Served,
         front: Front,
         handles: Handles,
         announce: Announce,
         uses: ExitStack,
+        kept: Kept | None = None,
     ) -> None:
-        self._recipe = recipe
-        self._artifacts = artifacts
+        self._served = served
         self._front = front
         self._handles = handles
         self._announce = announce
         self._uses = uses
+        self._kept = kept
+        self._lookout = Lookout(application_name(served.recipe), handles, front, announce)
         self._is_swap_requested = False
-        self._state: Future[ApplicationStatusOverview] | None = None
-        """What Ray Serve's controller was asked for and has not answered yet."""
-        self._unhealthy = set[str]()
-        """Parts of which a replica has died and is not replaced yet."""
+        self._swapping: Future[None] | None = None
+        served.remember(kept)
 
     def run(self, reload: Callable[[], Recipe] | None, servers: list[psutil.Process]) -> None:
         """Watch until Ctrl-C; SIGHUP swaps to the networks of ``reload``'s recipe.
@@ -310,140 +307,88 @@ class _Watch:
             time.sleep(_WATCH_EVERY_S)
             require_alive(servers)
             try:
-                self._look()
+                self._lookout.look()
             except ray.exceptions.RayError as error:
                 raise StepError(f"serve: Ray went away ({type(error).__name__})") from None
-            if self._is_swap_requested and reload is not None:
-                self._is_swap_requested = False
-                try:
-                    self.swap(reload())
-                except UnclipError as error:
-                    self._announce(f"not swapped, the networks of before go on: {error}")
+            if reload is not None:
+                self._swap_if_requested(reload)
+
+    def _swap_if_requested(self, reload: Callable[[], Recipe]) -> None:
+        """Begin a swap in a thread, because replicas take their time to load; look whether one is over."""
+        if self._swapping is None and self._is_swap_requested:
+            self._is_swap_requested = False
+            self._swapping = in_thread(lambda: self.swap(reload()))
+        if self._swapping is not None and self._swapping.done():
+            swapping, self._swapping = self._swapping, None
+            try:
+                swapping.result()
+            except UnclipError as error:
+                self._announce(f"not swapped, the networks of before go on: {error}")
 
     def _request_swap(self, _number: int, _frame: object) -> None:
         self._is_swap_requested = True
 
-    def _look(self) -> None:
-        state = self._state_of_application()
-        if state is None:
-            return
-        running = dict.fromkeys(self._handles, 0)
-        for part in running.keys() & state.deployments.keys():
-            deployment = state.deployments[part]
-            running[part] = sum(count for kind, count in deployment.replica_states.items() if kind in _RUNNING)
-            self._note_health(part, is_healthy=deployment.status != "UNHEALTHY")
-        self._front.upkeep.note_running(running)
-        gate = self._front.gate
-        gate.note = f"a replica has died: {', '.join(sorted(self._unhealthy))}" if self._unhealthy else ""
-        if not all(running.values()) and not gate.reason:
-            gate.close("no replica is running, others are started")
-            self._announce("no replica is running; requests are answered with 503 until others have started")
-        elif all(running.values()) and gate.reason:
-            gate.reopen()
-            self._announce("served again")
-
-    def _state_of_application(self) -> ApplicationStatusOverview | None:
-        """What runs; None if Ray Serve's controller does not answer, because it has died and is started again."""
-        is_late = self._state is not None
-        self._state = self._state or _in_thread(lambda: _application(self._recipe))
-        wait({self._state}, timeout=_CONTROLLER_ANSWERS_S)
-        if not self._state.done():
-            self._front.gate.note = "Ray Serve's controller does not answer: a replica that dies is not replaced"
-            if not is_late:
-                self._announce(f"{self._front.gate.note} until it has started again; requests are answered")
-            return None
-        answer, self._state = self._state, None
-        if is_late:
-            self._announce("Ray Serve's controller answers again")
-        return answer.result()
-
-    def _note_health(self, part: str, *, is_healthy: bool) -> None:
-        if is_healthy:
-            self._unhealthy.discard(part)
-        elif part not in self._unhealthy:
-            self._unhealthy.add(part)
-            self._front.upkeep.deaths.labels(part).inc()
-            self._announce(f"a replica has died ({part}), another one is started")
-
     def swap(self, recipe: Recipe) -> None:
-        """Let every replica load the networks of ``recipe`` beside its own, and then change over.
+        """Let every replica load the networks of ``recipe`` beside its own, and then send new requests to them.
 
-        Requests under way end with the networks that they began with. Where the server listens stays as it is.
+        Requests that came before end with the networks of before, which the replicas keep for ``serve.drain_s``.
+        Where the server listens stays as it is.
 
         Raises:
             UnclipError: If the networks are not finished, or a replica cannot load them; then all keep the old ones.
         """
-        served = served_by(dataclasses.replace(recipe, serve=self._recipe.serve))
+        served = served_by(dataclasses.replace(recipe, serve=self._served.recipe.serve))
         recipe, artifacts = served.recipe, served.artifacts
-        if parts_of(recipe) != parts_of(self._recipe):
+        if parts_of(recipe) != parts_of(self._served.recipe):
             raise StepError("serve: the recipe has other networks than the chain that is served; start the server anew")
-        old, new = (write_tables(*served) for served in ((self._recipe, self._artifacts), (recipe, artifacts)))
+        old, new = self._served.tables, served.tables
         if old == new:
             self._announce("nothing to swap: these networks are served already")
             return
         with ExitStack() as uses:
             uses.enter_context(in_use_of(recipe, artifacts))
             # What can fail without the replicas fails here.
-            parts = remote_parts(recipe, artifacts, self._handles, self._front.upkeep)
-            app = self._front.build(recipe, artifacts, *parts)
+            app = self._front.build(recipe, artifacts, *remote_parts(new, self._handles, self._front.upkeep))
             self._announce("loading other networks")
             try:
-                self._load(recipe, artifacts, new)
+                self._load(served)
             except Exception:
                 with suppress(ray.exceptions.RayError):  # the watch says that Ray went away
                     self._reconfigure(old)
                 raise
             self._uses.close()
             self._uses.enter_context(uses.pop_all())
-        self._recipe, self._artifacts = recipe, artifacts
+        self._served = served
+        served.remember(self._kept)
         self._front.gate.open(app)
+        turn_to(self._handles, digest_of(new))
         self._announce("other networks are served")
         if served.version:
             self._announce(served.version)
 
-    def _load(self, recipe: Recipe, artifacts: dict[str, Artifact], tables: Tables) -> None:
+    def _load(self, served: Served) -> None:
         with _errors_for_people():
-            replies = self._reconfigure(tables)
+            replies = self._reconfigure(served.tables)
         errors = [reply for reply in replies if isinstance(reply, Exception)]
         if errors or not replies:
             reason = _reason(str(errors[0])) if errors else "no replica is running"
             raise StepError(f"serve: the networks cannot be loaded: {reason}")
         # Replicas that start later load the same; those that have loaded it have nothing to do.
-        target = RunTarget(networks_application(recipe, artifacts), name=application_name(recipe), route_prefix=None)
+        application = networks_application(served.recipe, served.artifacts)
+        target = RunTarget(application, name=application_name(served.recipe), route_prefix=None)
         with _errors_for_people():
             serve.run_many([target], wait_for_applications_running=False)
 
     def _reconfigure(self, tables: Tables) -> list[Any]:
-        """Configure all replicas, the last part of a chain first: requests come to networks that are there."""
+        """Configure all replicas; their replies, or those of the first part that has an error or no replica."""
         replies: list[Any] = []
-        for part, handle in [*self._handles.items()][::-1]:
-            own = part_tables(self._recipe, tables, part)
+        for part, handle in self._handles.items():
+            own = part_tables(self._served.recipe, tables, part)
             some = handle.broadcast("reconfigure", own).results(return_exceptions=True)
             if not some or any(isinstance(reply, Exception) for reply in some):
                 return some
             replies += some
         return replies
-
-
-def _in_thread(question: Callable[[], ApplicationStatusOverview]) -> Future[ApplicationStatusOverview]:
-    """Ask in a thread that does not hold up the end of the process."""
-    answer = Future[ApplicationStatusOverview]()
-
-    def ask() -> None:
-        try:
-            answer.set_result(question())
-        except BaseException as error:  # noqa: BLE001  (raised where the answer is read)
-            answer.set_exception(error)
-
-    threading.Thread(target=ask, name="unclip-watch", daemon=True).start()
-    return answer
-
-
-def _application(recipe: Recipe) -> ApplicationStatusOverview:
-    state = serve.status().applications.get(application_name(recipe))
-    if state is None:
-        raise StepError("serve: the application was ended from elsewhere")
-    return state
 
 
 def _reason(text: str) -> str:

@@ -19,8 +19,8 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.draining import Announce, finishing, write_line
 from pipeline.runtime.front import Front
 from pipeline.runtime.loading import load_engine
-from pipeline.runtime.parts import NETWORKS, write_tables
-from pipeline.runtime.served import Served, in_use_of, served_by, server_name
+from pipeline.runtime.parts import NETWORKS
+from pipeline.runtime.served import Served, in_use_of, served_by, served_last, server_name
 from pipeline.serve.guards import require_keys
 from pipeline.serve.http_server import HttpServer, listen, url_of
 from pipeline.serve.keeper import Kept
@@ -63,9 +63,9 @@ def serve_here(
         stack.enter_context(HttpServer(front, kept.listener if kept else listen(config.host, config.port)))
         if kept:
             kept.note_listening()
-        networks = stack.enter_context(_Networks(front, announce))
+        networks = stack.enter_context(_Networks(front, announce, kept))
         try:
-            served = served_by(recipe)
+            served = served_last(kept) or served_by(recipe)
             front.gate.close("the networks are loading")
             networks.load(served)
             announce(f"{server_name(recipe)} is served at {url_of(config.host, config.port)} - Ctrl-C ends it")
@@ -85,11 +85,13 @@ class _Networks:
     Args:
         front: The HTTP interface.
         announce: Takes lines for people.
+        kept: Learns what is served, for the process that comes after this one; None: none does.
     """
 
-    def __init__(self, front: Front, announce: Announce) -> None:
+    def __init__(self, front: Front, announce: Announce, kept: Kept | None) -> None:
         self._front = front
         self._announce = announce
+        self._kept = kept
         self._now: _Loaded | None = None
         self._before: list[_Loaded] = []
         """What ends with its last request."""
@@ -110,6 +112,7 @@ class _Networks:
             UnclipError: If they cannot be loaded; then those of before go on.
         """
         loaded = _Loaded(served, self._front)
+        served.remember(self._kept)
         self._front.gate.open(loaded)
         self._front.upkeep.note_running({NETWORKS: 1})
         before, self._now = self._now, loaded
@@ -140,7 +143,7 @@ class _Networks:
 
     def _swap(self, recipe: Recipe, now: "_Loaded") -> None:
         served = served_by(dataclasses.replace(recipe, serve=now.served.recipe.serve))
-        if write_tables(served.recipe, served.artifacts) == write_tables(now.served.recipe, now.served.artifacts):
+        if served.tables == now.served.tables:
             self._announce("nothing to swap: these networks are served already")
             return
         self._announce("loading other networks")
@@ -194,7 +197,7 @@ class _Loaded:
 
 def _load(served: Served) -> "Engine":
     try:
-        return load_engine(write_tables(served.recipe, served.artifacts))
+        return load_engine(served.tables)
     except UnclipError:
         raise
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from pipeline.errors import ConfigError
@@ -9,7 +10,9 @@ from pipeline.recipe.champion import measured_cascade
 from pipeline.recipe.plan import finished_artifacts, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
+from pipeline.runtime.parts import Tables, read_tables, write_tables
 from pipeline.runtime.tracking.aliases import evaluation_of
+from pipeline.serve.keeper import Kept
 from pipeline.workspace.lock import in_use
 from pipeline.workspace.store import Artifact, Workspace
 
@@ -27,6 +30,16 @@ class Served:
     """Which version has the alias, for people; empty without one."""
     lacks: str = ""
     """Why there are no neighbours, for people; empty if there are."""
+
+    @cached_property
+    def tables(self) -> Tables:
+        """See ``write_tables``."""
+        return write_tables(self.recipe, self.artifacts)
+
+    def remember(self, kept: Kept | None) -> None:
+        """Leave a note of what is served now for the process that comes after this one."""
+        if kept is not None:
+            kept.notes.write({"tables": self.tables, "version": self.version, "lacks": self.lacks})
 
     @property
     def notes(self) -> list[str]:
@@ -59,6 +72,15 @@ def served_by(recipe: Recipe) -> Served:
         return Served(measured, artifacts, which)
     networks = {name: artifact for name, artifact in artifacts.items() if name in CASCADE_STEPS}
     return Served(measured, networks, which, f"without neighbours: not in the workspace any more: {missing}")
+
+
+def served_last(kept: Kept | None) -> Served | None:
+    """What the process before this one, which was killed, served last; None if there was none."""
+    note = kept.notes.read() if kept is not None else {}
+    if not note:
+        return None
+    recipe, artifacts = read_tables(note["tables"])
+    return Served(recipe, artifacts, note["version"], note["lacks"])
 
 
 def served_artifacts(recipe: Recipe) -> tuple[dict[str, Artifact], str]:

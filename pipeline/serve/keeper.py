@@ -4,18 +4,20 @@
 child that ends by itself ends the parent too, with its exit code. If it is killed (kill -9, out of memory), a process
 between answers 503 on the same socket, in the API's form, until the next child listens. Signals of the parent go to the
 child, which has a process group of its own, so that Ctrl-C reaches it once. What a killed child must not take along
-runs in a companion process, which the parent ends last.
+runs in a companion process, which the parent ends last, or stands in notes, which the next child reads.
 """
 
+import json
 import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -34,6 +36,24 @@ _MOST_EARLY_DEATHS = 5
 _LOOK_EVERY_S = 0.2
 
 
+class Notes:
+    """What a process leaves for others that are forked by the same one: a table, of which the last one counts."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  (open in all processes, until the last one ends)
+
+    def write(self, note: dict[str, Any]) -> None:
+        """Add a note; one that is cut off by the end of the process is none."""
+        os.lseek(self._file.fileno(), 0, os.SEEK_END)
+        os.write(self._file.fileno(), b"\n" + json.dumps(note).encode() + b"\n")
+
+    def read(self) -> dict[str, Any]:
+        """The last whole note; empty if there is none."""
+        size = os.fstat(self._file.fileno()).st_size
+        *lines, _ = os.pread(self._file.fileno(), size, 0).split(b"\n")
+        return next((json.loads(line) for line in reversed(lines) if line.startswith(b"{")), {})
+
+
 @dataclass(frozen=True)
 class Kept:
     """What a child has of its keeper."""
@@ -42,6 +62,8 @@ class Kept:
     """Where it answers."""
     keeper: int
     """Process id of the parent."""
+    notes: Notes = field(default_factory=Notes)
+    """What a child leaves for the next one."""
 
     def note_listening(self) -> None:
         """Say that this process answers; end it if its keeper dies."""
@@ -101,6 +123,8 @@ class _Keeper:
             started_s = time.monotonic()
             if self._is_child("_child"):
                 return self._kept
+            if self._is_ending:  # while there was no child that could be told
+                os.kill(self._child, signal.SIGTERM)
             _, status = os.waitpid(self._child, 0)
             self._child, code = 0, os.waitstatus_to_exitcode(status)
             if code >= 0 or self._is_ending or code == -signal.SIGHUP:
@@ -142,7 +166,8 @@ class _Keeper:
             return
         self._is_ending |= number != signal.SIGHUP
         if self._child:
-            os.kill(self._child, number)
+            with suppress(ProcessLookupError):  # it has ended, and ``run`` is about to learn of it
+                os.kill(self._child, number)
 
     def _end_others(self) -> None:
         self._end_stand_in()
@@ -152,7 +177,7 @@ class _Keeper:
             os.waitpid(self._companion, 0)
 
     def _end_stand_in(self) -> None:
-        if self._stand_in:
-            os.kill(self._stand_in, signal.SIGKILL)
-            os.waitpid(self._stand_in, 0)
-            self._stand_in = 0
+        stand_in, self._stand_in = self._stand_in, 0  # a signal may come in between
+        if stand_in:
+            os.kill(stand_in, signal.SIGKILL)
+            os.waitpid(stand_in, 0)

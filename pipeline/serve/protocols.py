@@ -20,6 +20,10 @@ class NotServing(Exception):
     """No networks are there to answer: they start, end, or have died."""
 
 
+class OtherNetworks(NotServing):
+    """Other networks are there than those that a request means: some are being swapped."""
+
+
 class Overloaded(Exception):
     """Too many requests wait; try again later.
 

@@ -33,7 +33,7 @@ def test_a_ray_that_has_ended_is_named() -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     own_ray = KeptRay()
-    own_ray._note({"address": "127.0.0.1:1", "servers": [ended.pid]})
+    own_ray._notes.write({"address": "127.0.0.1:1", "servers": [ended.pid]})
     with pytest.raises(StepError, match=rf"Ray has ended with the server \(process {ended.pid}\)"), own_ray.join():
         pass
 

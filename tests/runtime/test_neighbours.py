@@ -48,7 +48,7 @@ def test_a_chain_finds_the_same_neighbours_without_an_index_in_the_http_process(
         raise AssertionError("the index is opened in the HTTP process")
 
     monkeypatch.setattr(Retriever, "open", fail)
-    apart.open(chain, artifacts, *remote_parts(chain, artifacts, handles, Upkeep()))
+    apart.open(chain, artifacts, *remote_parts(tables, handles, Upkeep()))
     clients = [TestClient(front, base_url="http://127.0.0.1") for front in (here, apart)]
     picture = base64.b64encode(plain_picture("blue")).decode()
     found: dict[str, Any] = {"modality": "image", "num_images": 2, "num_result_ids": 4, "indice_name": "tiny"}

@@ -4,7 +4,7 @@ import asyncio
 import base64
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,11 +24,11 @@ from pipeline.errors import DataError
 from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.front import Front
-from pipeline.runtime.parts import most_requests, part_tables, parts_of, write_tables
+from pipeline.runtime.parts import digest_of, most_requests, part_tables, parts_of, write_tables
 from pipeline.runtime.remote_model import RemoteModel
 from pipeline.runtime.replicas import Hop, ModelReplica
 from pipeline.runtime.served import served_artifacts
-from pipeline.serve.protocols import Accepted, NotServing, Overloaded, Preview, SampledPictures
+from pipeline.serve.protocols import Accepted, NotServing, OtherNetworks, Overloaded, Preview, SampledPictures
 from pipeline.serve.upkeep import Upkeep
 from tests.tiny.collector import Collector, collecting
 from tests.tiny.shards import pixels, plain_picture
@@ -52,6 +52,16 @@ class FakeEngine:
         self.num_active -= 1
         return SampledPictures(np.full((1, 1, 1, 3), self.number, np.uint8), None)
 
+    async def embed_texts(self, _texts: Any) -> int:
+        return self.number
+
+    async def embed_image(self, _image: Any) -> int:
+        return self.number
+
+    async def stream(self, *_: Any) -> AsyncGenerator[Accepted]:
+        for _ in range(self.number):
+            yield Accepted()
+
     @property
     def idle(self) -> bool:
         return not self.num_active
@@ -59,6 +69,11 @@ class FakeEngine:
     def close(self) -> None:
         assert not self.num_active
         self.is_closed = True
+
+
+def tables(number: int, drain_s: float = 0.0, **others: Any) -> dict[str, Any]:
+    """Of what is served, as far as a replica reads it; the engine has this number."""
+    return {"number": number, "recipe": {"serve": {"drain_s": drain_s}}, **others}
 
 
 @pytest.fixture
@@ -74,31 +89,84 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> dict[int, FakeEngine]:
 
     monkeypatch.setattr(replicas_module, "load_engine", load)
     monkeypatch.setattr(replicas_module, "_IDLE_POLL_S", 0.01)
+    monkeypatch.setattr(replicas_module, "_LEAST_KEEP_S", 0.0)
     return loaded
 
 
-def test_a_request_ends_with_the_networks_that_it_began_with(engines: dict[int, FakeEngine]) -> None:
-    async def swap() -> tuple[SampledPictures, SampledPictures]:
+def test_a_request_is_answered_by_the_networks_that_it_means(engines: dict[int, FakeEngine]) -> None:
+    """Also those that come before the server turns to the networks that a replica has loaded already."""
+    old, new = digest_of(tables(1)), digest_of(tables(2))
+
+    async def swap() -> list[SampledPictures]:
         replica, request = ModelReplica(), SampleRequest("a", (1,))
-        with pytest.raises(NotServing, match="are loading"):
-            await replica.sample(request)
-        await replica.reconfigure({"number": 1})
-        first = asyncio.ensure_future(replica.sample(request))
+        with pytest.raises(OtherNetworks):
+            await replica.sample(old, request)
+        await replica.reconfigure(tables(1))
+        first = asyncio.ensure_future(replica.sample(old, request))
         await asyncio.sleep(0.01)
-        await replica.reconfigure({"number": 2})
-        second = asyncio.ensure_future(replica.sample(request))
+        await replica.reconfigure(tables(2))
+        assert (await replica.serves(old), await replica.serves(new)) == (True, True)
+        second = asyncio.ensure_future(replica.sample(old, request))  # others load
+        await asyncio.sleep(0.05)
+        assert not engines[1].is_closed
+        await replica.turn_to(new)
+        third = asyncio.ensure_future(replica.sample(new, request))
         engines[2].may_answer.set()
-        answer = await second
+        await third
         assert not engines[1].is_closed
         engines[1].may_answer.set()
-        pictures = await first
+        pictures = [await one for one in (first, second, third)]
         while not engines[1].is_closed:
             await asyncio.sleep(0.01)
+        with pytest.raises(OtherNetworks):
+            await replica.sample(old, request)
         assert not engines[2].is_closed
-        return pictures, answer
+        return pictures
 
-    first, second = asyncio.run(asyncio.wait_for(swap(), 30))
-    assert (first.images.max(), second.images.max()) == (1, 2)
+    pictures = asyncio.run(asyncio.wait_for(swap(), 30))
+    assert [one.images.max() for one in pictures] == [1, 1, 2]
+
+
+def test_embeddings_and_streams_are_of_the_networks_that_they_mean(engines: dict[int, FakeEngine]) -> None:
+    async def ask() -> None:
+        replica = ModelReplica()
+        for number in (1, 2):
+            await replica.reconfigure(tables(number))
+        for number in (1, 2):
+            served = digest_of(tables(number))
+            assert await replica.embed_texts(served, ["a"]) == number
+            assert await replica.embed_image(served, np.zeros((1, 1, 3), np.uint8)) == number
+            assert [event async for event in replica.stream(served, SampleRequest("a", (1,)))] == [Accepted()] * number
+        with pytest.raises(OtherNetworks):
+            await replica.embed_texts(digest_of(tables(3)), ["a"])
+
+    asyncio.run(ask())
+
+
+def test_a_replica_that_was_not_told_of_a_swap_learns_of_it_by_a_request(engines: dict[int, FakeEngine]) -> None:
+    async def swap() -> None:
+        replica = ModelReplica()
+        await replica.reconfigure(tables(1))
+        await replica.reconfigure(tables(2))
+        engines[2].may_answer.set()
+        await replica.sample(digest_of(tables(2)), SampleRequest("a", (1,)))
+        while not engines[1].is_closed:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(swap(), 30))
+
+
+def test_networks_of_a_swap_that_was_given_up_end_and_those_of_before_go_on(engines: dict[int, FakeEngine]) -> None:
+    async def swap() -> None:
+        replica = ModelReplica()
+        for number in (1, 2, 1):
+            await replica.reconfigure(tables(number, drain_s=60))
+        while not engines[2].is_closed:
+            await asyncio.sleep(0.01)
+        engines[1].may_answer.set()
+        assert (await replica.sample(digest_of(tables(1, 60)), SampleRequest("a", (1,)))).images.max() == 1
+
+    asyncio.run(asyncio.wait_for(swap(), 30))
 
 
 def test_networks_that_cannot_be_loaded_leave_the_old_ones_and_the_same_are_not_loaded_again(
@@ -106,14 +174,14 @@ def test_networks_that_cannot_be_loaded_leave_the_old_ones_and_the_same_are_not_
 ) -> None:
     async def swap() -> None:
         replica = ModelReplica()
-        await replica.reconfigure({"number": 1})
+        await replica.reconfigure(tables(1))
         loaded = engines[1]
-        await replica.reconfigure({"number": 1})
+        await replica.reconfigure(tables(1))
         assert engines[1] is loaded
         with pytest.raises(OSError, match="no such file"):
-            await replica.reconfigure({"number": -1})
+            await replica.reconfigure(tables(-1))
         loaded.may_answer.set()
-        assert (await replica.sample(SampleRequest("a", (1,)))).images.max() == 1
+        assert (await replica.sample(digest_of(tables(1)), SampleRequest("a", (1,)))).images.max() == 1
 
     asyncio.run(swap())
 
@@ -140,18 +208,19 @@ def test_networks_that_are_served_again_end_only_after_they_are_left_again(
     """A swap back and forth, while a part of a chain still keeps its networks for the requests under way."""
     keep_s = 0.2
 
-    def tables(number: int) -> dict[str, Any]:
-        return {"number": number, "part": "decoder", "recipe": {"serve": {"drain_s": keep_s}}}
+    async def turn_to(replica: ModelReplica, number: int) -> None:
+        await replica.reconfigure(tables(number, keep_s, part="decoder"))
+        await replica.turn_to(digest_of(tables(number, keep_s)))
 
     async def swap() -> None:
         errors = list[Any]()
         asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
         replica = ModelReplica()
-        await replica.reconfigure(tables(1))
-        await replica.reconfigure(tables(2))
+        await turn_to(replica, 1)
+        await turn_to(replica, 2)
         await asyncio.sleep(keep_s / 2)
-        await replica.reconfigure(tables(1))
-        await replica.reconfigure(tables(2))
+        await turn_to(replica, 1)
+        await turn_to(replica, 2)
         await asyncio.sleep(0.75 * keep_s)  # the time of the first swap is over, that of the last one is not
         assert not engines[1].is_closed
         while not engines[1].is_closed:
@@ -168,16 +237,18 @@ def test_a_request_whose_networks_end_while_its_work_comes_is_begun_again(
 ) -> None:
     async def hop() -> None:
         replica = ModelReplica()
-        await replica.reconfigure({"number": 1})
+        await replica.reconfigure(tables(1))
+        served = digest_of(tables(1))
         work = asyncio.get_running_loop().create_future()
         monkeypatch.setattr(replicas_module, "ObjectRef", asyncio.Future)
-        continued = asyncio.ensure_future(replica._continued(Hop("decoder", work, replica._served)))
+        continued = asyncio.ensure_future(replica._continued(served, Hop("decoder", work)))
         await asyncio.sleep(0)
-        await replica.reconfigure({"number": 2})
+        await replica.reconfigure(tables(2))
+        await replica.turn_to(digest_of(tables(2)))
         while not engines[1].is_closed:
             await asyncio.sleep(0.01)
         work.set_result("work")
-        _, engine, _ = await continued
+        engine, _ = await continued
         assert engine is engines[1]  # it raises NotServing, as an engine that is closed does
 
     asyncio.run(asyncio.wait_for(hop(), 30))
@@ -206,7 +277,7 @@ def test_a_chain_of_deployments_samples_what_the_cascade_does(recipe: Recipe, co
         while handles[part].broadcast("reconfigure", part_tables(chain, tables, part)).results() != [None]:
             pass
     front = Front(chain.serve)
-    front.open(chain, artifacts, RemoteModel(handles, most_requests(chain.serve)))
+    front.open(chain, artifacts, RemoteModel(handles, digest_of(tables), most_requests(chain.serve)))
     client = TestClient(front, base_url="http://127.0.0.1")
     body = {"prompt": "a", "seed": 3, "n": 2}
     trace_id = "1" * 32
@@ -242,7 +313,7 @@ def test_a_chain_of_deployments_samples_what_the_cascade_does(recipe: Recipe, co
 
 def test_a_chain_refuses_more_requests_than_it_may_hold(recipe: Recipe) -> None:
     never = SimpleNamespace(sample=SimpleNamespace(remote=lambda *_: asyncio.get_running_loop().create_future()))
-    model = RemoteModel({"prior": never}, most=1)  # pyright: ignore[reportArgumentType]
+    model = RemoteModel({"prior": never}, "one", most=1)  # pyright: ignore[reportArgumentType]
 
     async def ask() -> None:
         first = asyncio.ensure_future(model.sample(SampleRequest("a", (1,))))
@@ -261,7 +332,7 @@ def test_a_request_whose_replica_dies_is_begun_once_more() -> None:
     pictures, calls = SampledPictures(np.zeros((1, 1, 1, 3), np.uint8), None), list[str]()
 
     async def answer(outcomes: list[Any]) -> SampledPictures:
-        def remote(request: SampleRequest, *_: object) -> asyncio.Future[Any]:
+        def remote(_served: str, request: SampleRequest, *_: object) -> asyncio.Future[Any]:
             calls.append(request.prompt)
             future = asyncio.get_running_loop().create_future()
             outcome = outcomes.pop(0)
@@ -269,7 +340,7 @@ def test_a_request_whose_replica_dies_is_begun_once_more() -> None:
             return future
 
         handle: Any = SimpleNamespace(sample=SimpleNamespace(remote=remote))
-        return await RemoteModel({"networks": handle}).sample(SampleRequest("a", (1,)))
+        return await RemoteModel({"networks": handle}, "one").sample(SampleRequest("a", (1,)))
 
     died = [ray.exceptions.ActorDiedError() for _ in range(2)]
     assert asyncio.run(answer([died[0], pictures])) is pictures
@@ -314,7 +385,7 @@ def test_a_stream_whose_replica_dies_goes_on_where_it_was() -> None:
     pictures = SampledPictures(image[None], None)
 
     async def events(handle: Any) -> list[Any]:
-        model = RemoteModel({"networks": handle}, upkeep=upkeep)
+        model = RemoteModel({"networks": handle}, "one", upkeep=upkeep)
         received = list[Any]()
         try:
             async for event in model.stream(SampleRequest("a", (1,)), num_previews=3):
@@ -331,6 +402,60 @@ def test_a_stream_whose_replica_dies_goes_on_where_it_was() -> None:
     assert (sent, type(error)) == ([Accepted(), *previews[:2]], NotServing)
 
 
+class Turning:
+    """A handle of replicas of which the first ones that answer have other networks."""
+
+    def __init__(self, num_others: int) -> None:
+        self.num_others = num_others
+        self.served = set[str]()
+        self.sample = SimpleNamespace(remote=self._sample)
+        self.stream = SimpleNamespace(remote=self._stream)
+
+    def options(self, **_: bool) -> "Turning":
+        return self
+
+    def _has_others(self, served: str) -> bool:
+        self.served.add(served)
+        self.num_others -= 1
+        return self.num_others >= 0
+
+    def _sample(self, served: str, *_: object) -> asyncio.Future[Any]:
+        answer = asyncio.get_running_loop().create_future()
+        if self._has_others(served):
+            answer.set_exception(OtherNetworks("others"))
+        else:
+            answer.set_result(SampledPictures(np.zeros((1, 1, 1, 3), np.uint8), None))
+        return answer
+
+    def _stream(self, served: str, *_: object) -> Events:
+        handle: Any = SimpleNamespace(num_cancelled=0)
+        return Events(handle, [OtherNetworks("others")] if self._has_others(served) else [Accepted()])
+
+
+def test_a_request_looks_for_a_replica_that_has_its_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_module, "_TURN_POLL_S", 0.01)
+    upkeep = Upkeep()
+
+    async def sample(handle: Any) -> None:
+        await RemoteModel({"networks": handle}, "one", upkeep=upkeep).sample(SampleRequest("a", (1,)))
+
+    async def stream(handle: Any) -> None:
+        model = RemoteModel({"networks": handle}, "one", upkeep=upkeep)
+        assert [event async for event in model.stream(SampleRequest("a", (1,)))] == [Accepted()]
+
+    for ask in (sample, stream):
+        handle = Turning(5)
+        asyncio.run(ask(handle))
+        assert (handle.num_others, handle.served) == (-1, {"one"})
+        monkeypatch.setattr(remote_module, "_LONGEST_TURN_S", 0.05)
+        never = Turning(1000)
+        with pytest.raises(OtherNetworks):
+            asyncio.run(ask(never))
+        assert never.num_others > 900  # it is not begun again
+        monkeypatch.setattr(remote_module, "_LONGEST_TURN_S", 10)
+    assert upkeep.begun_again._value.get() == 0
+
+
 def test_texts_are_embedded_once_more_if_a_replica_dies() -> None:
     outcomes: list[Any] = [ray.exceptions.ActorDiedError(), np.ones((1, 2), np.float32)]
 
@@ -341,7 +466,7 @@ def test_texts_are_embedded_once_more_if_a_replica_dies() -> None:
 
     async def embed() -> Any:
         handle: Any = SimpleNamespace(embed_texts=SimpleNamespace(remote=remote))
-        return await RemoteModel({"networks": handle}).embed_texts(["a"])
+        return await RemoteModel({"networks": handle}, "one").embed_texts(["a"])
 
     assert asyncio.run(embed()).shape == (1, 2)
 
@@ -363,7 +488,7 @@ def test_a_client_that_leaves_leaves_no_complaint_behind() -> None:
     async def ask_and_leave() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
         handle: Any = SimpleNamespace(sample=SimpleNamespace(remote=lambda *_: Response()))
-        asking = asyncio.ensure_future(RemoteModel({"networks": handle}).sample(SampleRequest("a", (1,))))
+        asking = asyncio.ensure_future(RemoteModel({"networks": handle}, "one").sample(SampleRequest("a", (1,))))
         await asyncio.sleep(0.01)
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -388,7 +513,7 @@ def test_requests_do_not_wait_without_end_for_a_replica(monkeypatch: pytest.Monk
 
     async def ask() -> None:
         handle: Any = SimpleNamespace(sample=SimpleNamespace(remote=lambda *_: Never()))
-        model = RemoteModel({"networks": handle}, upkeep=upkeep)
+        model = RemoteModel({"networks": handle}, "one", upkeep=upkeep)
         upkeep.note_running({"networks": 1, "decoder": 0})
         with pytest.raises(NotServing, match=r"no replica has been running for 0\.1 s"):
             await model.sample(SampleRequest("a", (1,)))
@@ -405,13 +530,13 @@ def test_requests_end_with_ray_and_are_not_begun_again(monkeypatch: pytest.Monke
     upkeep, calls = Upkeep(), list[str]()
 
     async def ask() -> None:
-        def remote(request: SampleRequest, *_: object) -> asyncio.Future[Any]:
+        def remote(_served: str, request: SampleRequest, *_: object) -> asyncio.Future[Any]:
             calls.append(request.prompt)
             return asyncio.Future()
 
         handle: Any = SimpleNamespace(sample=SimpleNamespace(remote=remote))
         request = asyncio.ensure_future(
-            RemoteModel({"networks": handle}, upkeep=upkeep).sample(SampleRequest("a", (1,)))
+            RemoteModel({"networks": handle}, "one", upkeep=upkeep).sample(SampleRequest("a", (1,)))
         )
         await asyncio.sleep(0.1)
         assert not request.done()
@@ -446,4 +571,4 @@ def test_one_slow_replica_hides_no_others(monkeypatch: pytest.MonkeyPatch) -> No
         return [Answer({"requests": 1}), Answer(None), Answer({"requests": 2})]
 
     handle: Any = SimpleNamespace(broadcast=lambda _method: DeploymentBroadcastResponse(answers(), None))
-    assert asyncio.run(RemoteModel({"networks": handle}).stats()) == {"requests": 3}
+    assert asyncio.run(RemoteModel({"networks": handle}, "one").stats()) == {"requests": 3}

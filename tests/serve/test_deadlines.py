@@ -281,13 +281,13 @@ def test_each_part_of_a_chain_gets_the_time_that_is_left() -> None:
     class Part:
         """Stands for Ray's handle."""
 
-        async def remote(self, request: SampleRequest, _client: str, hop: Hop | None, _later: Any) -> Any:
+        async def remote(self, _served: str, request: SampleRequest, _client: str, hop: Hop | None, _later: Any) -> Any:
             times_s.append(request.timeout_s)
             await asyncio.sleep(0.1)
-            return Hop("decoder", None, "") if hop is None else SampledPictures(np.zeros((1, 2, 2, 3), np.uint8), None)
+            return Hop("decoder", None) if hop is None else SampledPictures(np.zeros((1, 2, 2, 3), np.uint8), None)
 
     handle: Any = type("Handle", (), {"sample": Part(), "broadcast": Mock(side_effect=TimeoutError)})()
-    model = RemoteModel({"prior": handle, "decoder": handle})
+    model = RemoteModel({"prior": handle, "decoder": handle}, "one")
     asyncio.run(model.sample(SampleRequest("a", (1,), timeout_s=5)))
     first_s, second_s = times_s
     assert 4 < second_s <= first_s - 0.1 < 5
@@ -342,7 +342,7 @@ def test_the_parts_of_a_chain_are_asked_what_they_have_to_do_once_a_second() -> 
     class First:
         """Stands for Ray's handle."""
 
-        async def remote(self, _request: SampleRequest, _client: str, _hop: Any, later: Any) -> SampledPictures:
+        async def remote(self, _served: str, _request: SampleRequest, _client: str, _hop: Any, later: Any) -> Any:
             later_loads.append(later)
             return SampledPictures(np.zeros((1, 2, 2, 3), np.uint8), None)
 
@@ -361,7 +361,8 @@ def test_the_parts_of_a_chain_are_asked_what_they_have_to_do_once_a_second() -> 
             "decoder": later_part("decoder", new, old, RuntimeError("it starts")),
             "upsampler_1": later_part("upsampler_1"),
             "neighbours": later_part("neighbours"),
-        }
+        },
+        "one",
     )
 
     async def ask() -> None:

@@ -70,7 +70,10 @@ def test_replicas_and_their_proxy_pass_the_object_whole() -> None:
             received.append(request)
             return SampledPictures(np.zeros((1, 2, 2, 3), np.uint8), None)
 
-        async def remote(self, request: SampleRequest, client: str, hop: None, later: Any) -> SampledPictures:
+        async def remote(
+            self, served: str, request: SampleRequest, client: str, hop: None, later: Any
+        ) -> SampledPictures:
+            assert served == "now"
             return await self.sample(request, client, hop, later)
 
         def close(self) -> None:
@@ -78,9 +81,9 @@ def test_replicas_and_their_proxy_pass_the_object_whole() -> None:
 
     replica = ModelReplica()
     replica._engines, replica._served = {"now": Handled()}, "now"
-    asyncio.run(replica.sample(request, "me"))
+    asyncio.run(replica.sample("now", request, "me"))
     handle: Any = type("Handle", (), {"sample": Handled()})()
-    asyncio.run(RemoteModel({"networks": handle}).sample(request, "me"))
+    asyncio.run(RemoteModel({"networks": handle}, "now").sample(request, "me"))
     assert received == [request, request]
     assert all(one is request for one in received)
 
