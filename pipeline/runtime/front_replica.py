@@ -61,6 +61,7 @@ class FrontReplica:
         self._lookout: Lookout | None = None
         """None before anything is served."""
         self._watch: threading.Thread | None = None
+        self._closed = threading.Event()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The application, which exists before the recipe is known."""
@@ -80,18 +81,22 @@ class FrontReplica:
 
         Called by Ray Serve at the start, and when `serve deploy` brings another one.
         """
+        coming = await asyncio.to_thread(self._prepare, tables)  # an index takes its time to be read
+        if self._lookout is None:
+            self._front = coming.front
+        self._next = coming
+        if self._watch is None:
+            await asyncio.to_thread(self._look_first)
+            self._watch = threading.Thread(target=self._run, name="unclip-watch", daemon=True)
+            self._watch.start()
+
+    def _prepare(self, tables: Tables) -> _Next:
         recipe, artifacts = read_tables(tables)
         config = replace(recipe.serve, name=server_name(recipe))
         front = Front(config, self._http_metrics if self._ledger is not None else None)
         app = front.build(recipe, artifacts, *remote_parts(tables, self._handles, front.upkeep))
         front.gate.close("the networks are loading")
-        if self._lookout is None:
-            self._front = front
-        self._next = _Next(front, app, digest_of(tables), recipe.serve.drain_s)
-        if self._watch is None:
-            await asyncio.to_thread(self._look_first)
-            self._watch = threading.Thread(target=self._run, name="unclip-watch", daemon=True)
-            self._watch.start()
+        return _Next(front, app, digest_of(tables), recipe.serve.drain_s)
 
     def _look_first(self) -> None:
         deadline_s = time.monotonic() + _FIRST_LOOK_S
@@ -100,8 +105,7 @@ class FrontReplica:
 
     def _run(self) -> None:
         is_failing = False
-        while True:
-            time.sleep(_WATCH_EVERY_S)
+        while not self._closed.wait(_WATCH_EVERY_S):
             try:
                 self.look()
             except Exception as error:  # noqa: BLE001  (the next look may succeed; requests are answered meanwhile)
@@ -110,6 +114,12 @@ class FrontReplica:
                 is_failing = True
             else:
                 is_failing = False
+
+    def close(self) -> None:
+        """End the watch."""
+        self._closed.set()
+        if self._watch is not None:
+            self._watch.join()
 
     def look(self) -> None:
         """Turn to what is configured if all replicas have its networks, and see how the replicas are."""

@@ -1,21 +1,30 @@
 """The parts of the networks as Ray Serve places them: tables, needs, and the files that name them."""
 
 import asyncio
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import generate_latest
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.testclient import TestClient
 
+import pipeline.runtime.front_replica as front_module
+import pipeline.runtime.lookout as lookout_module
 from pipeline.errors import ConfigError
 from pipeline.recipe.paths import with_absolute_paths
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.runtime.front_replica import FrontReplica
-from pipeline.runtime.parts import networks_options, read_tables, write_tables
+from pipeline.runtime.parts import digest_of, networks_options, read_tables, write_tables
 from pipeline.runtime.serve_file import application, serve_file
 from pipeline.runtime.served import served_artifacts
+from tests.serve.test_engine import wait_until
 
 
 def test_tables_hold_a_recipe_and_where_its_artifacts_are(recipe: Recipe) -> None:
@@ -83,14 +92,104 @@ def test_the_file_for_serve_deploy_names_what_it_imports(recipe: Recipe) -> None
         serve_file(open_to_all)
 
 
-def test_the_http_interface_of_serve_deploy_opens_with_its_recipe(recipe: Recipe) -> None:
-    front = FrontReplica(networks=object())  # pyright: ignore[reportArgumentType]
+class Parts:
+    """Stands for the handle of a part, and for what Ray Serve says of its replicas."""
+
+    def __init__(self) -> None:
+        self.replicas: list[set[str]] = []
+        """What each of those that take requests has, by digest."""
+        self.turns = list[str]()
+        self.is_healthy = True
+
+    def broadcast(self, method: str, *arguments: str) -> Any:
+        if not self.replicas:
+            raise DeploymentUnavailableError(DeploymentID("networks"))
+        if method == "turn_to":
+            self.turns += arguments
+        answers = [bool({*arguments} & networks) for networks in self.replicas]
+        return SimpleNamespace(results=lambda **_: answers)
+
+    def state(self, application: str) -> Any:
+        assert application == "mine"
+        one = SimpleNamespace(
+            replica_states={"RUNNING": len(self.replicas)}, status="HEALTHY" if self.is_healthy else "UNHEALTHY"
+        )
+        return SimpleNamespace(deployments={"networks": one})
+
+
+@pytest.fixture
+def networks() -> Parts:
+    return Parts()
+
+
+@pytest.fixture
+def front(networks: Parts, monkeypatch: pytest.MonkeyPatch) -> Iterator[FrontReplica]:
+    monkeypatch.setattr(lookout_module, "application_state", networks.state)
+    monkeypatch.setattr(front_module.serve, "get_replica_context", lambda: SimpleNamespace(app_name="mine"))
+    monkeypatch.setattr(front_module, "_FIRST_LOOK_S", 0.2)
+    monkeypatch.setattr(front_module, "_WATCH_EVERY_S", 0.02)
+    front = FrontReplica(networks=networks)  # pyright: ignore[reportArgumentType]
+    yield front
+    front.close()
+
+
+def test_the_http_interface_of_serve_deploy_opens_when_its_networks_are_loaded(
+    recipe: Recipe, networks: Parts, front: FrontReplica
+) -> None:
     client = TestClient(front.__serve_build_asgi_app__(), base_url="http://127.0.0.1")
     assert client.get("/readyz").status_code == 503
     no_message: Any = None
     asyncio.run(front.__serve_build_asgi_app__()({"type": "lifespan"}, no_message, no_message))
-    front.reconfigure(write_tables(recipe, served_artifacts(recipe)[0]))
+    first = write_tables(recipe, served_artifacts(recipe)[0])
+    asyncio.run(front.reconfigure(first))
+    assert client.get("/readyz").json()["error"]["message"].startswith("not ready: the networks are loading")
+    networks.replicas = [{digest_of(first)}]
+    wait_until(lambda: client.get("/readyz").status_code == 200)
     ready = client.get("/readyz")
     assert ready.status_code == 200
     assert "X-Request-Id" not in ready.headers  # Ray Serve's proxy adds it
     assert client.get("/v1/models").json()["data"][0]["id"] == "mine"
+
+
+def test_the_http_interface_of_serve_deploy_swaps_when_all_replicas_have_the_other_networks(
+    recipe: Recipe, networks: Parts, front: FrontReplica
+) -> None:
+    """Until then requests go to those of before, which the replicas keep."""
+    first = write_tables(recipe, served_artifacts(recipe)[0])
+    other = write_tables(replace(recipe, serve=replace(recipe.serve, name="other")), served_artifacts(recipe)[0])
+    client = TestClient(front.__serve_build_asgi_app__(), base_url="http://127.0.0.1")
+
+    def name() -> str:
+        return client.get("/v1/models").json()["data"][0]["id"]
+
+    networks.replicas = [{digest_of(first)}, {digest_of(first)}]
+    asyncio.run(front.reconfigure(first))
+    assert client.get("/readyz").status_code == 200  # at once: beside other HTTP processes it must not say 503
+    assert (name(), networks.turns) == ("mine", [digest_of(first)])
+    asyncio.run(front.reconfigure(other))
+    networks.replicas[0].add(digest_of(other))
+    time.sleep(0.3)
+    assert (name(), len(networks.turns)) == ("mine", 1)
+    networks.replicas[1].add(digest_of(other))
+    wait_until(lambda: name() == "other")
+    assert networks.turns[1:] == [digest_of(other)]
+
+
+def test_the_http_interface_of_serve_deploy_says_that_no_replica_runs(
+    recipe: Recipe, networks: Parts, front: FrontReplica
+) -> None:
+    tables = write_tables(recipe, served_artifacts(recipe)[0])
+    client = TestClient(front.__serve_build_asgi_app__(), base_url="http://127.0.0.1")
+    networks.replicas = [{digest_of(tables)}]
+    asyncio.run(front.reconfigure(tables))
+    networks.replicas, networks.is_healthy = [], False
+    wait_until(lambda: client.get("/readyz").status_code == 503)
+    assert "no replica is running" in client.get("/readyz").json()["error"]["message"]
+    upkeep = front._front.upkeep
+    wait_until(lambda: upkeep.absent_s > 0.1)  # the requests that wait learn it by this
+    networks.replicas = [{digest_of(tables)}]
+    wait_until(lambda: client.get("/readyz").status_code == 200)
+    metrics = generate_latest(front._front.metrics.registry).decode()
+    assert 'unclip_replica_deaths_total{part="networks"} 1.0' in metrics
+    assert 'unclip_replicas{part="networks"} 1.0' in metrics
+    assert client.get("/readyz").json()["note"] == "a replica has died: networks"

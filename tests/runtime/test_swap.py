@@ -1,6 +1,8 @@
 """A server whose networks are swapped for others, with Ray Serve in its local mode."""
 
 import base64
+import io
+import json
 import os
 import signal
 import threading
@@ -14,21 +16,25 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 from prometheus_client import generate_latest
 from ray import serve
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
+import pipeline.runtime.lookout as lookout_module
 import pipeline.runtime.serve as serve_module
 from pipeline.errors import StepError, UnclipError
 from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
 from pipeline.runtime.deployments import networks_application
 from pipeline.runtime.front import Front
-from pipeline.runtime.parts import write_tables
-from pipeline.runtime.remote_model import RemoteModel
+from pipeline.runtime.lookout import Lookout
+from pipeline.runtime.neighbours import remote_parts
 from pipeline.runtime.serve import _Watch, serve_recipe
-from pipeline.runtime.served import served_artifacts
+from pipeline.runtime.served import Served, served_artifacts
+from pipeline.serve.http_server import listen
+from pipeline.serve.keeper import Notes
 from pipeline.serve.protocols import Images
 from tests.models.tiny_models import randomise
 from tests.ports import free_port
@@ -41,37 +47,44 @@ def test_ray_serve_loads_a_recipe_and_swaps_it_for_another(
 ) -> None:
     """In Ray Serve's local mode: its own code around the replica, in this process."""
     save_other(tmp_path / "mine")
-    artifacts, _ = served_artifacts(recipe)
-    handle = serve.run(
-        networks_application(recipe, artifacts), name="local", route_prefix=None, _local_testing_mode=True
-    )
-    deployed: list[Any] = []
-    monkeypatch.setattr(serve_module.serve, "run_many", lambda targets, **_: deployed.extend(targets))
+    served = Served(recipe, served_artifacts(recipe)[0])
+    handle = local_handle(served)
+    deployed, during = list[Any](), list[Any]()
+
+    def deploy(targets: list[Any], **_: object) -> None:
+        """The replicas have loaded the new networks, and the server has yet to turn to them."""
+        deployed.extend(targets)
+        during.append(picture())
+
+    monkeypatch.setattr(serve_module.serve, "run_many", deploy)
     front, lines = Front(recipe.serve), list[str]()
-    watch = _Watch(recipe, artifacts, front, {"networks": handle}, lines.append, ExitStack())
-    while handle.broadcast("reconfigure", write_tables(recipe, artifacts)).results() != [None]:
-        pass
-    front.open(recipe, artifacts, RemoteModel({"networks": handle}))
+    front.open(recipe, served.artifacts, *remote_parts(served.tables, {"networks": handle}, front.upkeep))
+    watch = _Watch(served, front, {"networks": handle}, lines.append, ExitStack())
     client = TestClient(front, base_url="http://127.0.0.1")
 
-    def picture() -> Images:
+    def picture() -> tuple[Images, dict[str, str]]:
+        """A picture, and the networks that its file names."""
         [image] = client.post("/v1/images/generations", json={"prompt": "a", "seed": 3}).json()["data"]
-        return pixels(base64.b64decode(image["b64_json"])).astype(int)
+        file = base64.b64decode(image["b64_json"])
+        with Image.open(io.BytesIO(file)) as opened:
+            return pixels(file).astype(int), json.loads(opened.text["unclip"])["networks"]  # pyright: ignore[reportAttributeAccessIssue]
 
-    before = picture()
+    before, named = picture()
     assert client.get("/healthz").json()["pictures"] == 1
     watch.swap(recipe)
     assert lines == ["nothing to swap: these networks are served already"]
     watch.swap(load_recipe(tmp_path / "mine"))
     assert lines[1:] == ["loading other networks", "other networks are served"]
+    assert (during[0][0] == before).all()
+    assert during[0][1] == named
     expected = load_cascade(served_artifacts(load_recipe(tmp_path / "mine"))[0]).sample(["a"], [3]).images[0].numpy()
-    assert np.abs(picture() - expected).mean() < 0.1
+    assert np.abs(picture()[0] - expected).mean() < 0.1
     assert np.abs(before - expected).mean() > 1
     [target] = deployed  # for replicas that start later
     assert target.target._bound_deployment.user_config["artifacts"]["prior"] == str(tmp_path / "mine/prior")
     with pytest.raises(UnclipError):
         watch.swap(recipe_of_nothing(tmp_path))
-    assert np.abs(picture() - expected).mean() < 0.1
+    assert np.abs(picture()[0] - expected).mean() < 0.1
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("RuntimeError: the controller is gone")
@@ -79,11 +92,45 @@ def test_ray_serve_loads_a_recipe_and_swaps_it_for_another(
     monkeypatch.setattr(serve_module.serve, "run_many", fail)
     with pytest.raises(StepError, match="the controller is gone"):
         watch.swap(recipe)
-    assert np.abs(picture() - expected).mean() < 0.1  # the replicas have gone back
+    assert np.abs(picture()[0] - expected).mean() < 0.1  # the replicas have gone back
     monkeypatch.setattr(front, "build", fail)
     with pytest.raises(RuntimeError):
         watch.swap(recipe)
-    assert np.abs(picture() - expected).mean() < 0.1
+    assert np.abs(picture()[0] - expected).mean() < 0.1
+
+
+def test_a_swap_to_a_smaller_cascade_refuses_nothing_while_it_loads(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests ask by default for the side of the cascade that the server's page names."""
+    cascade = make_cascade()
+    cascade.stages = cascade.stages[:-1]
+    save_cascade(cascade, tmp_path / "small")
+    served = Served(recipe, served_artifacts(recipe)[0])
+    handle, front, sides = local_handle(served), Front(recipe.serve), list[int]()
+    front.open(recipe, served.artifacts, *remote_parts(served.tables, {"networks": handle}, front.upkeep))
+    client = TestClient(front, base_url="http://127.0.0.1")
+
+    def ask(*_: object, **__: object) -> None:
+        answer = client.post("/v1/images/generations", json={"prompt": "a", "size": "auto"})
+        assert answer.status_code == 200, answer.text
+        sides.append(pixels(base64.b64decode(answer.json()["data"][0]["b64_json"])).shape[0])
+
+    monkeypatch.setattr(serve_module.serve, "run_many", ask)
+    ask()
+    monkeypatch.setattr(serve_module, "parts_of", lambda _: {"networks": ()})
+    _Watch(served, front, {"networks": handle}, lambda _: None, ExitStack()).swap(load_recipe(tmp_path / "small"))
+    ask()
+    assert sides == [32, 32, 16]
+
+
+def local_handle(served: Served) -> Any:
+    """Of a replica in Ray Serve's local mode that has loaded its networks."""
+    application = networks_application(served.recipe, served.artifacts)
+    handle = serve.run(application, name="local", route_prefix=None, _local_testing_mode=True)
+    while handle.broadcast("reconfigure", served.tables).results() != [None]:
+        pass
+    return handle
 
 
 def test_what_is_served_is_in_use_and_nothing_else(
@@ -107,9 +154,8 @@ def test_what_is_served_is_in_use_and_nothing_else(
     other = load_recipe(save_other(tmp_path / "others"))
     with ExitStack() as uses:
         uses.enter_context(note(recipe))
-        watch = _Watch(
-            recipe, served_artifacts(recipe)[0], Front(recipe.serve), {"networks": handle}, lambda _: None, uses
-        )
+        served = Served(recipe, served_artifacts(recipe)[0])
+        watch = _Watch(served, Front(recipe.serve), {"networks": handle}, lambda _: None, uses)
         watch.swap(recipe)
         answers[0] = OSError("OSError: no such file")
         with pytest.raises(StepError, match="no such file"):
@@ -124,24 +170,22 @@ def test_what_is_served_is_in_use_and_nothing_else(
 def test_the_gate_reopens_with_the_interface_that_it_had(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     states = {"RUNNING": 0}
     state = SimpleNamespace(deployments={"networks": SimpleNamespace(replica_states=states, status="UNHEALTHY")})
-    monkeypatch.setattr(serve_module, "_application", lambda _recipe: state)
-    handle: Any = object()
-    artifacts, lines = served_artifacts(recipe)[0], list[str]()
-    front = Front(recipe.serve)
-    front.open(recipe, artifacts, RemoteModel({"networks": handle}))
+    monkeypatch.setattr(lookout_module, "application_state", lambda _application: state)
+    front, lines = Front(recipe.serve), list[str]()
+    front.gate.open(PlainTextResponse("here"))
     app = front.gate._app
-    watch = _Watch(recipe, artifacts, front, {"networks": handle}, lines.append, ExitStack())
-    watch._look()
+    lookout = Lookout("unclip-mine", ["networks"], front, lines.append)
+    lookout.look()
     assert front.gate.reason
     assert lines[0] == "a replica has died (networks), another one is started"
     states["RECOVERING"] = 1  # what a controller that was restarted finds
-    watch._look()
+    lookout.look()
     assert (front.gate.reason, front.gate._app is app, lines[-1]) == ("", True, "served again")
     assert len(lines) == 3
     client = TestClient(front, base_url="http://127.0.0.1")
     assert client.get("/readyz").json() == {"status": "ok", "note": "a replica has died: networks"}
     state.deployments["networks"].status = "HEALTHY"
-    watch._look()
+    lookout.look()
     assert client.get("/readyz").json() == {"status": "ok"}
     metrics = generate_latest(front.metrics.registry).decode()
     assert 'unclip_replica_deaths_total{part="networks"} 1.0' in metrics
@@ -154,26 +198,63 @@ def test_a_controller_that_does_not_answer_is_said_and_ends_nothing(
     may_answer = threading.Event()
     state = SimpleNamespace(deployments={"networks": SimpleNamespace(replica_states={"RUNNING": 1}, status="HEALTHY")})
 
-    def ask(_recipe: Recipe) -> Any:
+    def ask(_application: str) -> Any:
         may_answer.wait(10)
         return state
 
-    monkeypatch.setattr(serve_module, "_application", ask)
-    monkeypatch.setattr(serve_module, "_CONTROLLER_ANSWERS_S", 0.05)
-    front, lines, handle = Front(recipe.serve), list[str](), object()
-    watch = _Watch(recipe, {}, front, {"networks": handle}, lines.append, ExitStack())  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(lookout_module, "application_state", ask)
+    monkeypatch.setattr(lookout_module, "_CONTROLLER_ANSWERS_S", 0.05)
+    front, lines = Front(recipe.serve), list[str]()
+    lookout = Lookout("unclip-mine", ["networks"], front, lines.append)
     front.gate.open(PlainTextResponse("here"))
     client = TestClient(front, base_url="http://127.0.0.1")
-    watch._look()
-    watch._look()
+    lookout.look()
+    lookout.look()
     assert client.get("/readyz").json()["note"].startswith("Ray Serve's controller does not answer")
     assert client.get("/").text == "here"
     may_answer.set()
     while "note" in client.get("/readyz").json():
-        watch._look()
+        lookout.look()
     [silent, back] = lines
     assert silent.endswith("until it has started again; requests are answered")
     assert back == "Ray Serve's controller answers again"
+
+
+def test_replicas_are_looked_after_while_others_load(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica that loads for minutes, or without end."""
+    states, is_loading, may_end = {"RUNNING": 1}, threading.Event(), threading.Event()
+    looks, waited_in_vain = list[str](), list[bool]()
+    state = SimpleNamespace(deployments={"networks": SimpleNamespace(replica_states=states, status="HEALTHY")})
+    front, lines = Front(recipe.serve), list[str]()
+    front.gate.open(PlainTextResponse("here"))
+
+    def ask(_application: str) -> Any:
+        looks.append(front.gate.reason)
+        if is_loading.is_set():
+            states["RUNNING"] = 0
+        if len(looks) > 20:
+            raise KeyboardInterrupt
+        return state
+
+    def swap(_watch: _Watch, _recipe: Recipe) -> None:
+        is_loading.set()
+        waited_in_vain.append(not may_end.wait(10))
+
+    monkeypatch.setattr(lookout_module, "application_state", ask)
+    monkeypatch.setattr(serve_module, "_WATCH_EVERY_S", 0.01)
+    monkeypatch.setattr(_Watch, "swap", swap)
+    handle: Any = object()
+    watch = _Watch(Served(recipe, {}), front, {"networks": handle}, lines.append, ExitStack())
+    watch._request_swap(signal.SIGHUP, None)
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            watch.run(lambda: recipe, [])
+        assert not waited_in_vain
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        may_end.set()
+    assert "no replica is running; requests are answered with 503 until others have started" in lines
 
 
 def save_other(folder: Path) -> Path:
@@ -214,13 +295,19 @@ def test_a_server_answers_swaps_at_sighup_and_ends_at_ctrl_c(
 
     monkeypatch.setattr(serve_module, "connect", lambda _address: nullcontext())
     monkeypatch.setattr(serve_module, "_require_room", lambda _config: None)
-    monkeypatch.setattr(serve_module, "_application", lambda _recipe: running)
+    monkeypatch.setattr(serve_module, "application_state", lambda _application: running)
+    monkeypatch.setattr(lookout_module, "application_state", lambda _application: running)
     monkeypatch.setattr(serve_module, "_WATCH_EVERY_S", 0.05)
     monkeypatch.setattr(serve_module.serve, "start", lambda **_: None)
     monkeypatch.setattr(serve_module.serve, "run_many", run_many)
     lines, pictures, before = list[str](), list[str](), signal.getsignal(signal.SIGHUP)
-    served = replace(recipe, serve=replace(recipe.serve, port=free_port()))
+    served, notes = replace(recipe, serve=replace(recipe.serve, port=free_port())), Notes()
     url = f"http://127.0.0.1:{served.serve.port}/v1/images/generations"
+
+    def kept() -> Any:
+        return SimpleNamespace(
+            listener=listen("127.0.0.1", served.serve.port), notes=notes, note_listening=lambda: None
+        )
 
     def ask() -> None:
         pictures.append(httpx.post(url, json={"prompt": "a", "seed": 3}, timeout=60).json()["data"][0]["b64_json"])
@@ -232,10 +319,18 @@ def test_a_server_answers_swaps_at_sighup_and_ends_at_ctrl_c(
         if line == "other networks are served":
             threading.Thread(target=lambda: (ask(), os.kill(os.getpid(), signal.SIGINT))).start()
 
+    def announce_again(line: str) -> None:
+        lines.append(line)
+        if line.startswith("without neighbours"):
+            threading.Thread(target=lambda: (ask(), os.kill(os.getpid(), signal.SIGINT))).start()
+
     try:
-        serve_recipe(served, reload=lambda: load_recipe(tmp_path / "others"), announce=announce)
+        serve_recipe(served, reload=lambda: load_recipe(tmp_path / "others"), announce=announce, kept=kept())
+        serve_recipe(served, announce=announce_again, kept=kept())  # as after a kill
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert [line.split()[0] for line in lines] == ["mine", "without", "loading", "other", "stopping"]
-    assert len(set(pictures)) == 2
-    assert names == ["unclip-mine"] * 2  # another application would have been another name
+    words = [line.split()[0] for line in lines]
+    assert words == ["mine", "without", "loading", "other", "stopping", "mine", "without", "stopping"]
+    first, second, third = pictures
+    assert first != second == third
+    assert names == ["unclip-mine"] * 3  # another application would have been another name

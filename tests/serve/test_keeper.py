@@ -12,6 +12,8 @@ import httpx
 import psutil
 import pytest
 
+from pipeline.recipe.recipe import parse_recipe
+from pipeline.serve.keeper import Notes, _Keeper
 from tests.ports import free_port
 from tests.tiny.command import ROOT
 
@@ -114,6 +116,52 @@ def test_a_server_that_is_killed_is_started_again_and_503_is_answered_until_then
     assert not psutil.pid_exists(second)
     with pytest.raises(httpx.ConnectError):
         httpx.get(url)
+
+
+def test_notes_outlive_who_writes_them() -> None:
+    notes = Notes()
+    assert notes.read() == {}
+    for number in range(3):
+        if not (child := os.fork()):
+            notes.write({"number": number, "long": "a" * 100_000 if number < 2 else ""})
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert notes.read()["number"] == number
+    os.write(notes._file.fileno(), b'\n{"number": 3, "cut')  # killed while it writes
+    assert notes.read()["number"] == 2
+    notes.write({"number": 4})
+    assert notes.read() == {"number": 4}
+
+
+def test_a_signal_between_the_end_of_a_server_and_the_keepers_notice_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends the server with its own code, though there is nobody left to pass the signal on to."""
+    config = parse_recipe({"serve": {"port": free_port()}}).serve
+    keeper, real = _Keeper(config, print, None), os.waitpid
+
+    def wait_and_interrupt(pid: int, options: int) -> tuple[int, int]:
+        ended = real(pid, options)
+        os.kill(os.getpid(), signal.SIGTERM)  # its handler runs before the next line
+        return ended
+
+    monkeypatch.setattr(os, "waitpid", wait_and_interrupt)
+    monkeypatch.setattr(keeper, "_is_child", lambda name: setattr(keeper, name, end_at_once()))
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    handlers = [signal.getsignal(number) for number in numbers]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            keeper.run()
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+        keeper._kept.listener.close()
+    assert ended.value.code == 7
+
+
+def end_at_once() -> int:
+    """Process id of a child."""
+    if not (child := os.fork()):
+        os._exit(7)
+    return child
 
 
 def test_a_server_ends_with_its_keeper(start: Start) -> None:
