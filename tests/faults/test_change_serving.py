@@ -1,7 +1,6 @@
 """Changes of a server under load, on a real Ray: replicas start and end, other networks are swapped in, nobody sees an error."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -17,7 +16,7 @@ import pytest
 
 from pipeline.runtime.serve_file import PROXY_ENVIRONMENT
 from pipeline.serve.keys import add_key
-from tests.faults.test_kill_serving import started
+from tests.faults.test_kill_serving import named_steps, started
 from tests.ports import free_port
 from tests.ray_head import ray_head
 from tests.serve.test_metrics import values
@@ -39,9 +38,17 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
+def require_true(answers: list[httpx.Response]) -> list[int]:
+    """All answers have pictures, whose files name the networks that they are of; the steps of each answer."""
+    assert [one.text for one in answers if one.status_code != 200] == []
+    steps: list[int] = [one.json()["usage"]["steps"] for one in answers]
+    assert [named_steps(one) for one in answers] == steps
+    return steps
+
+
 def test_replicas_that_come_and_go_and_networks_that_are_swapped_cost_no_request(tmp_path: Path) -> None:
     served_workspace(tmp_path)
-    recipe, answers, is_over = tmp_path / "tiny.toml", list[tuple[int, int, str]](), threading.Event()
+    recipe, answers, is_over = tmp_path / "tiny.toml", list[httpx.Response](), threading.Event()
     is_quiet = threading.Event()
     scaling = ("serve.replicas=[1, 2]", "serve.target_requests=2", "serve.scale_down_after_s=2")
     changes = (*scaling, "serve.cpus_per_replica=0.5")
@@ -51,8 +58,7 @@ def test_replicas_that_come_and_go_and_networks_that_are_swapped_cost_no_request
             with httpx.Client(timeout=_PATIENCE_S) as client:
                 while not (is_over.is_set() or (number and is_quiet.is_set())):
                     body = {"prompt": "a", "seed": number, "n": 2}
-                    answer = client.post(f"{server.url}/v1/images/generations", json=body)
-                    answers.append((number, answer.status_code, answer.text))
+                    answers.append(client.post(f"{server.url}/v1/images/generations", json=body))
 
         clients = [threading.Thread(target=ask_on, args=(number,)) for number in range(_NUM_CLIENTS)]
         for client in clients:
@@ -76,9 +82,7 @@ def test_replicas_that_come_and_go_and_networks_that_are_swapped_cost_no_request
             is_over.set()
             for client in clients:
                 client.join()
-        assert [status for _, status, _ in answers if status != 200] == []
-        steps = [json.loads(text)["usage"]["steps"] for _, _, text in answers]
-        assert len({*steps}) == 2  # before and after the swap
+        assert len({*require_true(answers)}) == 2  # before and after the swap
         print(f"{len(answers)} requests")
 
 
@@ -172,6 +176,5 @@ def swap_under_load(url: str, secret: str, deploy: Callable[[], None]) -> None:
         is_over.set()
         for client in clients:
             client.join()
-    assert [one.text for one in answers if one.status_code != 200] == []
-    assert {*steps()} == {900 + 3 * 3, 300 + 3 * 3}
+    assert {*require_true(answers)} == {900 + 3 * 3, 300 + 3 * 3}
     print(f"{len(answers)} requests while another file was deployed")

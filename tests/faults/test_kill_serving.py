@@ -5,8 +5,11 @@ server's process, the one that holds Ray), and the file of `--config-only` behin
 proxy, the controller).
 """
 
+import base64
 import concurrent.futures
 import contextlib
+import io
+import json
 import os
 import signal
 import subprocess
@@ -22,6 +25,8 @@ import httpx
 import openai
 import psutil
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from pipeline.errors import StepError
 from pipeline.runtime.serve_file import PROXY_ENVIRONMENT
@@ -122,6 +127,17 @@ def require_answered(answers: list[httpx.Response | None]) -> None:
     assert kinds == ["partial_image", "partial_image", "completed"], kinds
 
 
+def named_steps(answer: httpx.Response) -> int:
+    """Network steps of the pictures of an answer, as their files name them."""
+    steps = 0
+    for picture in answer.json()["data"]:
+        with Image.open(io.BytesIO(base64.b64decode(picture["b64_json"]))) as file:
+            assert isinstance(file, PngImageFile)
+            sampling = json.loads(file.text["unclip"])["sampling"]
+        steps += sum(settings["num_steps"] for settings in sampling.values())
+    return steps
+
+
 def seconds_until_back(server: Server) -> float:
     """How long the server does not sample pictures; whatever it answers until then is 503 in the API's form."""
     started_s = time.monotonic()
@@ -206,6 +222,34 @@ def test_a_server_whose_process_is_killed_answers_503_until_it_is_back(own: Serv
     assert own.health()["dropped"] == len(answers) + 1  # nobody waits for these pictures any more
 
 
+def test_a_server_that_is_killed_after_a_swap_comes_back_with_the_networks_that_it_served(folder: Path) -> None:
+    recipe = folder / "swapped.toml"
+    recipe.write_text((folder / "tiny.toml").read_text())
+    with started(recipe, *_SLOW) as (server, _):
+
+        def steps() -> int:
+            answer = ask(server, {"prompt": "a", "seed": 1})
+            assert answer is not None
+            assert answer.status_code == 200, answer.text
+            assert named_steps(answer) == answer.json()["usage"]["steps"]
+            return answer.json()["usage"]["steps"]
+
+        assert steps() == 400 + 3 * 3
+        recipe.write_text(recipe.read_text().replace("num_steps = 3", "num_steps = 4"))
+        [serving] = [child for child in server.root.children() if not child.children()]
+        serving.send_signal(signal.SIGHUP)
+        deadline = time.monotonic() + _PATIENCE_S
+        while "other networks are served\n" not in server.lines:
+            assert time.monotonic() < deadline, server.lines
+            time.sleep(0.1)
+        assert steps() == 400 + 3 * 4
+        replica = server.find("ray::ServeReplica")
+        serving.kill()
+        seconds_until_back(server)
+        assert steps() == 400 + 3 * 4
+        assert server.find("ray::ServeReplica") == replica
+
+
 def test_a_server_whose_ray_is_killed_answers_503_and_ends(folder: Path) -> None:
     with started(folder / "tiny.toml", *_SLOW) as (server, process):
         [holder] = [child for child in server.root.children() if child.children()]
@@ -259,6 +303,13 @@ def test_an_http_process_behind_proxies_that_is_killed_costs_no_request(deployed
     assert [answer.status_code if answer else 0 for answer in whole] == [200] * _NUM_CLIENTS, answers
     assert stream is not None
     assert "event: image_generation.completed" in stream.text or '"code": "not_ready"' in stream.text
+
+
+def test_a_replica_behind_proxies_that_is_killed_costs_no_request(deployed: Server) -> None:
+    require_answered(kill_in_the_middle(deployed, deployed.find("ray::ServeReplica:tiny:networks").kill))
+    metrics = deployed.metrics()
+    assert 'unclip_replica_deaths_total{part="networks"} 1.0' in metrics
+    assert 'unclip_replicas{part="networks"} 1.0' in metrics
 
 
 def test_a_proxy_that_is_killed_is_back_soon(deployed: Server) -> None:

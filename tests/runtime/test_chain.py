@@ -2,7 +2,6 @@
 
 import base64
 import concurrent.futures
-import json
 import signal
 import subprocess
 import threading
@@ -22,7 +21,7 @@ from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
-from tests.faults.test_kill_serving import Server, started
+from tests.faults.test_kill_serving import Server, named_steps, started
 from tests.serve.test_metrics import values
 from tests.tiny.shards import pixels
 from tests.tiny.workspace import served_workspace
@@ -156,6 +155,7 @@ def test_networks_of_a_chain_are_swapped_under_load_without_an_error(chain: Chai
         for client in clients:
             client.result()
     assert [answer.text for answer in answers if answer.status_code != 200] == []
-    steps = [json.loads(answer.text)["usage"]["steps"] for answer in answers]
+    steps = [answer.json()["usage"]["steps"] for answer in answers]
+    assert [named_steps(answer) for answer in answers] == steps
     assert {*steps} == {2 * 4 * 3, 2 * 4 * 4}
     print(f"{len(answers)} requests")

@@ -144,24 +144,53 @@ def test_a_signal_between_the_end_of_a_server_and_the_keepers_notice_ends_it(mon
         return ended
 
     monkeypatch.setattr(os, "waitpid", wait_and_interrupt)
-    monkeypatch.setattr(keeper, "_is_child", lambda name: setattr(keeper, name, end_at_once()))
+    with_children(monkeypatch, keeper, [lambda: None])
+    with handlers_of_before(keeper), pytest.raises(SystemExit) as ended:
+        keeper.run()
+    assert ended.value.code == 7
+
+
+def test_a_signal_while_there_is_no_server_ends_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def announce(line: str) -> None:
+        assert line.startswith("the server was killed by SIGKILL")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    keeper = _Keeper(parse_recipe({"serve": {"port": free_port()}}).serve, announce, None)
+    with_children(monkeypatch, keeper, [kill_itself, lambda: time.sleep(5), lambda: time.sleep(5)])
+    with handlers_of_before(keeper), pytest.raises(SystemExit) as ended:
+        keeper.run()
+    assert ended.value.code == 128 + signal.SIGTERM
+
+
+def with_children(monkeypatch: pytest.MonkeyPatch, keeper: _Keeper, acts: list[Callable[[], object]]) -> None:
+    """Let each child of a keeper do one thing, and end."""
+    real = keeper._is_child
+
+    def fork(name: str) -> bool:
+        act = acts.pop(0)
+        if real(name):
+            act()
+            os._exit(7)
+        return False
+
+    monkeypatch.setattr(keeper, "_is_child", fork)
+
+
+def kill_itself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def handlers_of_before(keeper: _Keeper) -> Iterator[None]:
+    """Of this process, which the keeper takes for its own."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     handlers = [signal.getsignal(number) for number in numbers]
     try:
-        with pytest.raises(SystemExit) as ended:
-            keeper.run()
+        yield
     finally:
         for number, handler in zip(numbers, handlers, strict=True):
             signal.signal(number, handler)
         keeper._kept.listener.close()
-    assert ended.value.code == 7
-
-
-def end_at_once() -> int:
-    """Process id of a child."""
-    if not (child := os.fork()):
-        os._exit(7)
-    return child
 
 
 def test_a_server_ends_with_its_keeper(start: Start) -> None:
