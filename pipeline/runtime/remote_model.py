@@ -333,7 +333,7 @@ def end_requests(handles: Handles) -> None:
 
 def are_served(handles: Handles, served: str) -> bool:
     """Whether all replicas of all parts that answer have the networks of a digest, and some of each part do."""
-    answers = [answers_now(handle, "serves", served) for handle in handles.values()]
+    answers = (answers_now(handle, "serves", served) for handle in handles.values())
     return all(some and all(some) for some in answers)
 
 

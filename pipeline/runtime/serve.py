@@ -19,6 +19,7 @@ import ray
 import ray.exceptions
 from ray import serve
 from ray.serve.api import RunTarget
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from pipeline.errors import StepError, UnclipError
 from pipeline.recipe.recipe import Recipe
@@ -30,7 +31,6 @@ from pipeline.runtime.kept_ray import KeptRay
 from pipeline.runtime.lookout import Lookout, application_state, in_thread
 from pipeline.runtime.neighbours import remote_parts
 from pipeline.runtime.parts import (
-    Tables,
     digest_of,
     needs_of_replica,
     part_tables,
@@ -339,36 +339,36 @@ class _Watch:
         """
         served = served_by(dataclasses.replace(recipe, serve=self._served.recipe.serve))
         recipe, artifacts = served.recipe, served.artifacts
-        if parts_of(recipe) != parts_of(self._served.recipe):
-            raise StepError("serve: the recipe has other networks than the chain that is served; start the server anew")
-        old, new = self._served.tables, served.tables
-        if old == new:
+        if parts_of(recipe).keys() != parts_of(self._served.recipe).keys():
+            raise StepError("serve: the recipe has other parts than the chain that is served; start the server anew")
+        if served.tables == self._served.tables:
             self._announce("nothing to swap: these networks are served already")
             return
         with ExitStack() as uses:
             uses.enter_context(in_use_of(recipe, artifacts))
             # What can fail without the replicas fails here.
-            app = self._front.build(recipe, artifacts, *remote_parts(new, self._handles, self._front.upkeep))
+            parts = remote_parts(served.tables, self._handles, self._front.upkeep)
+            app = self._front.build(recipe, artifacts, *parts)
             self._announce("loading other networks")
             try:
                 self._load(served)
             except Exception:
                 with suppress(ray.exceptions.RayError):  # the watch says that Ray went away
-                    self._reconfigure(old)
+                    self._reconfigure(self._served)
                 raise
             self._uses.close()
             self._uses.enter_context(uses.pop_all())
         self._served = served
         served.remember(self._kept)
         self._front.gate.open(app)
-        turn_to(self._handles, digest_of(new))
+        turn_to(self._handles, digest_of(served.tables))
         self._announce("other networks are served")
         if served.version:
             self._announce(served.version)
 
     def _load(self, served: Served) -> None:
         with _errors_for_people():
-            replies = self._reconfigure(served.tables)
+            replies = self._reconfigure(served)
         errors = [reply for reply in replies if isinstance(reply, Exception)]
         if errors or not replies:
             reason = _reason(str(errors[0])) if errors else "no replica is running"
@@ -379,12 +379,15 @@ class _Watch:
         with _errors_for_people():
             serve.run_many([target], wait_for_applications_running=False)
 
-    def _reconfigure(self, tables: Tables) -> list[Any]:
+    def _reconfigure(self, served: Served) -> list[Any]:
         """Configure all replicas; their replies, or those of the first part that has an error or no replica."""
         replies: list[Any] = []
         for part, handle in self._handles.items():
-            own = part_tables(self._served.recipe, tables, part)
-            some = handle.broadcast("reconfigure", own).results(return_exceptions=True)
+            own = part_tables(served.recipe, served.tables, part)
+            try:
+                some = handle.broadcast("reconfigure", own).results(return_exceptions=True)
+            except DeploymentUnavailableError:  # none is running
+                return []
             if not some or any(isinstance(reply, Exception) for reply in some):
                 return some
             replies += some

@@ -35,6 +35,7 @@ def test_tables_hold_a_recipe_and_where_its_artifacts_are(recipe: Recipe) -> Non
     assert read == with_absolute_paths(recipe)
     assert {name: place.uri for name, place in places.items()} == {name: one.uri for name, one in artifacts.items()}
     assert all(Path(place.uri).is_absolute() for place in places.values())
+    assert digest_of(write_tables(read, places)) == digest_of(write_tables(recipe, artifacts))
 
 
 def test_tables_hold_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ import pytest
 from PIL import Image
 from prometheus_client import generate_latest
 from ray import serve
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
@@ -118,10 +120,12 @@ def test_a_swap_to_a_smaller_cascade_refuses_nothing_while_it_loads(
 
     monkeypatch.setattr(serve_module.serve, "run_many", ask)
     ask()
-    monkeypatch.setattr(serve_module, "parts_of", lambda _: {"networks": ()})
     _Watch(served, front, {"networks": handle}, lambda _: None, ExitStack()).swap(load_recipe(tmp_path / "small"))
     ask()
     assert sides == [32, 32, 16]
+    chain = replace(recipe, serve=replace(recipe.serve, mode="chain"))
+    with pytest.raises(StepError, match="other parts than the chain"):  # its deployments are there already
+        _Watch(Served(chain, {}), front, {}, lambda _: None, ExitStack()).swap(load_recipe(tmp_path / "small"))
 
 
 def local_handle(served: Served) -> Any:
@@ -147,7 +151,13 @@ def test_what_is_served_is_in_use_and_nothing_else(
             used.remove(one.workspace)
 
     answers: list[Any] = [None]
-    broadcast = SimpleNamespace(results=lambda **_: answers)
+
+    def results(**_: object) -> list[Any]:
+        if not answers:
+            raise DeploymentUnavailableError(DeploymentID("networks"))
+        return answers
+
+    broadcast = SimpleNamespace(results=results)
     handle: Any = SimpleNamespace(broadcast=lambda *_: broadcast)
     monkeypatch.setattr(serve_module, "in_use_of", note)
     monkeypatch.setattr(serve_module.serve, "run_many", lambda *_, **__: None)
@@ -160,8 +170,11 @@ def test_what_is_served_is_in_use_and_nothing_else(
         answers[0] = OSError("OSError: no such file")
         with pytest.raises(StepError, match="no such file"):
             watch.swap(other)
+        answers.clear()
+        with pytest.raises(StepError, match="no replica is running"):
+            watch.swap(other)
         assert used == [recipe.workspace]
-        answers[0] = None
+        answers.append(None)
         watch.swap(other)
         assert used == [other.workspace]
     assert used == []
