@@ -23,6 +23,7 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.served import served_by
 from tests.ports import free_port
 from tests.runtime.test_served import ALIAS, measured, promote
+from tests.serve.test_engine import wait_until
 from tests.tiny.command import is_proposal, start_unclip
 from tests.tiny.shards import pixels
 
@@ -98,6 +99,7 @@ def test_a_laptop_serves_swaps_to_a_new_champion_and_drains_without_ray(server: 
             assert server.line() == "loading other networks\n"
             assert server.line() == "other networks are served\n"
             assert "champion is version 2" in server.line()
+            wait_until(lambda: any(f'"steps":{5 + 3 * 3}' in one.text for one in answers))
             server.process.send_signal(signal.SIGHUP)
             assert server.line() == "nothing to swap: these networks are served already\n"
             (server.folder / "workspace/mlflow.db").write_bytes(b"no database any more" * 100)
