@@ -63,9 +63,22 @@ class ClipInputs:
 
     def tokenize(self, captions: Sequence[str]) -> Int[Tensor, "B L"]:
         """Token ids of captions, L = context length; longer captions are truncated."""
+        return self._tokenize(captions, self.context_length)
+
+    def cut_at(self, captions: Sequence[str]) -> list[int]:
+        """Tokens of each caption that are read, start and end included, if it has more; 0: all of it is read."""
+        if not captions:
+            return []
+        length = self.context_length
+        tokens, longer = self.tokenize(captions), self._tokenize([*captions, ""], length + 1)
+        # A caption that is cut has its end token in another place, or one token more where a short one is padded.
+        is_cut = (longer[:-1, :length] != tokens).any(dim=1) | (longer[:-1, length] != longer[-1, length])
+        return [length if cut else 0 for cut in is_cut.tolist()]
+
+    def _tokenize(self, captions: Sequence[str], length: int) -> Int[Tensor, "B L"]:
         if isinstance(self.tokenizer, SimpleTokenizer) and len(self.tokenizer.cache) > _MAX_CACHED_WORDS:
             self.tokenizer.cache.clear()  # it keeps every word that it has ever seen
-        return self.tokenizer([_shorten(caption) for caption in captions], context_length=self.context_length)
+        return self.tokenizer([_shorten(caption) for caption in captions], context_length=length)
 
 
 def inputs_of(model_config: dict[str, Any], preprocess: dict[str, Any], source: str) -> ClipInputs:

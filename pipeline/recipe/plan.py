@@ -114,6 +114,20 @@ def make_plan(recipe: Recipe, *, until: str = "") -> list[Step]:
     return steps_until(list(steps.values()), until)
 
 
+def recipe_key(recipe: Recipe) -> str:
+    """16 hex digits over the settings of all steps: those that can change an artifact or a picture.
+
+    The same recipe has the same key wherever its steps run and its files lie; no file of the user's is read for it.
+    """
+    tables = {
+        row.name: _without_added(without_resources(to_dict(section)))
+        for row in STEPS
+        if (section := getattr(recipe, row.name)) is not None
+    }
+    content = json.dumps({"seed": recipe.seed, **tables}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
 def steps_until(steps: list[Step], until: str) -> list[Step]:
     """The steps that ``until`` needs, itself included; all steps if ``until`` is empty.
 

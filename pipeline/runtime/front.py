@@ -11,6 +11,7 @@ from typing import cast
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from pipeline.recipe.plan import recipe_key
 from pipeline.recipe.provenance import Signer
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.serve_sections import ServeConfig
@@ -128,17 +129,22 @@ def model_card(recipe: Recipe, artifacts: dict[str, Artifact]) -> ModelCard:
         recipe: The recipe.
         artifacts: The finished steps, by name.
     """
-    networks = {
-        name: artifact.uri.rstrip("/").rpartition("/")[2]
-        for name, artifact in artifacts.items()
-        if name in CASCADE_STEPS
-    }
+    cascade = {name: artifact for name, artifact in artifacts.items() if name in CASCADE_STEPS}
+    networks = {name: artifact.uri.rstrip("/").rpartition("/")[2] for name, artifact in cascade.items()}
+    manifests = {name: artifact.manifest() for name, artifact in cascade.items()}
     stages = {name: getattr(recipe, name).model for name in networks if name != "clip"}
     return ModelCard(
         server_name(recipe),
         [recipe.decoder.model, *recipe.upsamplers().values()][-1].image_px,
         networks=networks,
+        recipe_key=recipe_key(recipe),
+        mlflow_runs={
+            name: manifest.tracking_run_id
+            for name, manifest in manifests.items()
+            if manifest is not None and manifest.tracking_run_id
+        },
         sampling={name: asdict(model.sampler) for name, model in stages.items() if hasattr(model, "sampler")},
+        num_timesteps=recipe.decoder.model.diffusion.num_timesteps,
         aliases=recipe.serve.aliases,
         version=version("unclip"),
         signer=Signer.read(Path(recipe.serve.provenance)) if recipe.serve.provenance else None,

@@ -230,6 +230,10 @@ class RemoteModel:
         """See ``PictureModel``."""
         return await self._twice(lambda: self._call("embed_image", self._served, image))
 
+    async def cut_at(self, texts: Sequence[str]) -> list[int]:
+        """See ``PictureModel``."""
+        return await self._twice(lambda: self._call("cut_at", texts))
+
     async def ask(self, part: str, method: str, *arguments: Any, **settings: Any) -> Any:
         """Call a method of a part by name.
 

@@ -214,6 +214,10 @@ class ModelReplica:
         """See ``PictureModel``."""
         return await self._engine_of(served).embed_image(image)
 
+    async def cut_at(self, texts: Sequence[str]) -> list[int]:
+        """See ``PictureModel``."""
+        return await self._engine.cut_at(texts)
+
     async def load(self) -> PartLoad:
         """What its engine has to do."""
         return self._engine.load()

@@ -15,7 +15,8 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -41,7 +42,7 @@ from pipeline.serve.knn import MAX_NUMBERS, KnnRequest, MetadataRequest, find, m
 from pipeline.serve.metrics import CONTENT_TYPE, HttpMetrics
 from pipeline.serve.picture_files import ModelCard
 from pipeline.serve.protocols import Neighbours, PictureModel
-from pipeline.serve.uploads import decoding, read_form
+from pipeline.serve.uploads import HeldPictures, decoding, read_form
 from pipeline.serve.web import (
     ApiError,
     install_error_handlers,
@@ -54,6 +55,8 @@ TEXT_BODY_LIMIT_BYTES = 1 << 20
 PICTURE_BODY_LIMIT_BYTES = 24 << 20
 _MAX_KNN_VALUES = 2 * MAX_NUMBERS  # an embedding, the commas of a text, and the fields
 _MAX_COMMAS = 1 << 20  # of texts to embed, which may hold commas themselves
+
+_NO_PICTURES = nullcontext()
 
 T = TypeVar("T")
 Body = TypeVar("Body", bound=PictureOptions | EmbeddingRequest | KnnRequest | MetadataRequest)
@@ -133,6 +136,7 @@ def _pages(model: PictureModel, settings: ApiSettings, *, has_neighbours: bool) 
 def _openai(model: PictureModel, neighbours: Neighbours | None, settings: ApiSettings) -> APIRouter:
     router = APIRouter(prefix="/v1")
     names, encoding = [settings.card.name, *settings.card.aliases], settings.metrics.encoding.time
+    held = HeldPictures()
 
     def entry(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": settings.created, "owned_by": "unclip"}
@@ -164,14 +168,11 @@ def _openai(model: PictureModel, neighbours: Neighbours | None, settings: ApiSet
             body = settings.timed(parse(kind.body, form.texts, is_form=True))
             check_options(body, settings.card)
             edit, notes = await decoding(edit_of, kind, body, form, settings.card.image_px)
-            client = client_of(request)
-            return await _answer(
-                request,
-                body,
-                Generation(
-                    model, body, settings.card, client, edit=edit, notes=notes, index=neighbours, encoding=encoding
-                ),
+            hold, client = held.hold(edit), client_of(request)
+            generation = Generation(
+                model, body, settings.card, client, edit=edit, notes=notes, index=neighbours, encoding=encoding
             )
+            return await _answer(request, body, generation, hold)
 
     for name, kind in EDITS.items():
         route(name, kind)
@@ -189,13 +190,24 @@ async def _in_time(request: Request, body: EmbeddingRequest | KnnRequest | Metad
     return await while_connected(request, until(end_of(body.timeout or 0.0), work))
 
 
-async def _answer(request: Request, body: PictureOptions, generation: Generation) -> Response:
+async def _answer(
+    request: Request, body: PictureOptions, generation: Generation, hold: AbstractContextManager[None] = _NO_PICTURES
+) -> Response:
+    """The answer in the form that the body asks for; ``hold`` ends with it."""
     if body.stream:
-        return StreamingResponse(await generation.events(), media_type="text/event-stream")
-    if body.response_format == "file":
-        file, headers = await while_connected(request, generation.file())
-        return Response(file, headers=headers)
-    return JSONResponse(await while_connected(request, generation.answer()))
+        return StreamingResponse(_holding(hold, await generation.events()), media_type="text/event-stream")
+    with hold:
+        if body.response_format == "file":
+            file, headers = await while_connected(request, generation.file())
+            return Response(file, headers=headers)
+        return JSONResponse(await while_connected(request, generation.answer()))
+
+
+async def _holding(hold: AbstractContextManager[None], events: AsyncGenerator[str]) -> AsyncGenerator[str]:
+    with hold:
+        async with aclosing(events):
+            async for event in events:
+                yield event
 
 
 def _clip_retrieval(model: PictureModel, neighbours: Neighbours | None, settings: ApiSettings) -> APIRouter:
@@ -221,8 +233,8 @@ def _clip_retrieval(model: PictureModel, neighbours: Neighbours | None, settings
         body = parse(KnnRequest, await read_json(request, PICTURE_BODY_LIMIT_BYTES, _MAX_KNN_VALUES))
         index = require_index(body.indice_name)
         work = find(model, index, body, fetches_urls=settings.fetches_urls)
-        headers = {NOTES_HEADER: f"no effect: {', '.join(body.unused)}"} if body.unused else None
-        return JSONResponse(await _in_time(request, settings.timed(body), work), headers=headers)
+        answer, notes = await _in_time(request, settings.timed(body), work)
+        return JSONResponse(answer, headers={NOTES_HEADER: "; ".join(notes)} if notes else None)
 
     @router.post("/metadata", responses=IN_TIME, openapi_extra=json_body(MetadataRequest))
     async def rows(request: Request) -> JSONResponse:

@@ -1,5 +1,6 @@
 """``POST /v1/embeddings``, as OpenAI's, of texts and of pictures: both are vectors of CLIP's joint space."""
 
+import asyncio
 import base64
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast
@@ -8,7 +9,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from pipeline.serve.deadlines import Timeout
-from pipeline.serve.images import MAX_PROMPT_CHARS, require_model
+from pipeline.serve.images import MAX_PROMPT_CHARS, note_of_cut, require_model
 from pipeline.serve.knn import MAX_QUERIES
 from pipeline.serve.picture_files import ModelCard
 from pipeline.serve.protocols import PictureModel, Vectors
@@ -17,6 +18,8 @@ from pipeline.serve.web import ApiError
 
 MAX_INPUTS = 2048
 _DATA_URL = "data:image/"
+_MAX_NAMED = 10
+"""Most inputs that a note names."""
 
 
 def _require_texts(value: Any) -> Any:
@@ -53,18 +56,33 @@ async def embed(model: PictureModel, body: EmbeddingRequest, card: ModelCard) ->
         ApiError: 404 for another model; 400, if a picture cannot be read, or another number of dimensions is requested.
     """
     require_model(body.model, card)
-    vectors = await _vectors(model, body.input)
-    width = vectors.shape[1]
-    if body.dimensions not in {None, width}:
-        message = f"dimensions: embeddings of this CLIP have {width} numbers, and no fewer"
-        raise ApiError(400, message, param="dimensions", code="invalid_value")
+    if body.dimensions is not None:
+        width = (await model.embed_texts([""])).shape[1]
+        if body.dimensions != width:
+            message = f"dimensions: embeddings of this CLIP have {width} numbers, and no fewer"
+            raise ApiError(400, message, param="dimensions", code="invalid_value")
+    vectors, cut = await asyncio.gather(_vectors(model, body.input), _cut_note(model, body.input))
+    notes = [*cut, *(["user: has no effect here"] if body.user is not None else [])]
     rows = [_encoded(row, body.encoding_format or "float") for row in vectors]
     return {
         "object": "list",
         "model": card.name,
         "data": [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)],
         "usage": {"prompt_tokens": 0, "total_tokens": 0},
+        **({"notes": notes} if notes else {}),
     }
+
+
+async def _cut_note(model: PictureModel, inputs: Sequence[str]) -> list[str]:
+    """A note on the texts that are longer than CLIP reads, if there are any: how many, and the first ones."""
+    places = [place for place, text in enumerate(inputs) if not text.startswith(_DATA_URL)]
+    cuts = await model.cut_at([inputs[place] for place in places]) if places else []
+    cut = [place for place, tokens in zip(places, cuts, strict=True) if tokens]
+    if not cut:
+        return []
+    named = ", ".join(map(str, cut[:_MAX_NAMED])) + (", ..." if len(cut) > _MAX_NAMED else "")
+    what = f"input: {len(cut)} of {len(inputs)} (index {named})" if len(inputs) > 1 else "input"
+    return [note_of_cut(what, max(cuts))]
 
 
 async def _vectors(model: PictureModel, inputs: Sequence[str]) -> Vectors:

@@ -268,6 +268,10 @@ class Engine:
 
         return await while_wanted(embed)
 
+    async def cut_at(self, texts: Sequence[str]) -> list[int]:
+        """See ``PictureModel``."""
+        return await asyncio.to_thread(self._clip.clip.inputs.cut_at, texts)
+
     async def stats(self) -> dict[str, int]:
         """See ``PictureModel``."""
         return self.counts() if self.alive else {}
@@ -499,6 +503,7 @@ class Engine:
             pending.future.set_result(SampledPictures(images, z_image, pending.num_steps))
         else:  # its client left after the last step
             self._count_dropped({pending})
+        pending.pictures = []  # they refer to it: an edit's pictures would stay until the next search for such circles
 
     def _note_finished(self, count: int) -> None:
         """Update the mean time of a picture."""

@@ -11,7 +11,7 @@ import base64
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -50,9 +50,13 @@ SEED_HEADER = "X-Unclip-Seed"
 _MAX_SEED = 2**63 - 1 - MAX_IMAGES
 _STEPS_OF_QUALITY = {"low": 0.5, "medium": 1, "standard": 1, "auto": 1, "high": 1.5, "hd": 1.5, "xhigh": 2, "max": 3}
 """Factors of the decoder's steps."""
+_QUALITY_OF = {"auto": "medium", "standard": "medium", "hd": "high"}
+"""The names of today for those that OpenAI's answers and events do not have any more."""
 _USER_ERROR = "invalid_request_error"
 _MEANINGLESS = ("style", "moderation", "complexity")
 """Accepted for clients that send them."""
+_TEXTS = ("prompt", "negative_prompt", "source", "target")
+"""Fields that CLIP reads, of any body."""
 
 
 class PictureOptions(BaseModel):
@@ -173,9 +177,9 @@ class Generation:
             message = "neighbours: this server has no index of the training pictures"
             raise ApiError(400, message, param="neighbours", code="index_not_found")
         self._index, self._encoding = index, encoding
-        self._model, self._body, self._card, self._client, self._notes = model, body, card, client, notes
+        self._model, self._body, self._card, self._client, self._notes = model, body, card, client, list(notes)
         self.side_px = side_of(body.size, card.image_px)
-        request = sample_request(body, self.side_px, card.sampling, edit)
+        request = sample_request(body, self.side_px, card, edit)
         self.request = replace(request, traceparent=current_traceparent())
         self._ends_s = end_of(request.timeout_s)
 
@@ -189,7 +193,8 @@ class Generation:
             NotServing: If no networks are there.
         """
         sampled = await self._sample()
-        files, neighbours = await asyncio.gather(self._files(sampled), self._neighbours(sampled))
+        work = asyncio.gather(self._files(sampled), self._neighbours(sampled), self._note_cuts())
+        files, neighbours, _ = await work
         form = f"data:image/{self._format};base64," if self._body.response_format == "url" else ""
         name = "url" if self._body.response_format == "url" else "b64_json"
         data = [
@@ -200,12 +205,13 @@ class Generation:
 
     async def file(self) -> tuple[bytes, dict[str, str]]:
         """The only picture as a file, and headers that say what an answer in JSON would; raises as ``answer``."""
-        [file] = await self._files(await self._sample())
+        sampled = await self._sample()
+        [file], _ = await asyncio.gather(self._files(sampled), self._note_cuts())
         [seed], notes = self.request.seeds, self._facts().get("notes", [])
         headers = {"Content-Type": f"image/{self._format}", SEED_HEADER: str(seed)}
         return file, headers | ({NOTES_HEADER: "; ".join(notes)} if notes else {})
 
-    async def events(self) -> AsyncIterator[str]:
+    async def events(self) -> AsyncGenerator[str]:
         """Server-sent events: previews while the pictures are sampled, then the pictures.
 
         The events begin when the request is accepted: until then it raises as ``answer``.
@@ -218,9 +224,11 @@ class Generation:
         return self._events(stream)
 
     async def _events(self, stream: AsyncGenerator[Event]) -> AsyncGenerator[str]:
-        facts = {"created_at": int(time.time()), **self._facts()}
+        created = int(time.time())
         kind = "image_generation" if self.request.edit is None else "image_edit"
         try:
+            await self._note_cuts()
+            facts = {"created_at": created, **self._facts()}
             async for event in stream:
                 if isinstance(event, Preview):
                     [file] = await self._encode([event.image], [None])
@@ -261,6 +269,13 @@ class Generation:
             return await self._model.sample(self.request, self._client)
         except ValueError as error:
             raise ApiError(400, str(error), code="invalid_value") from None
+
+    async def _note_cuts(self) -> None:
+        """Note which texts are longer than CLIP reads."""
+        texts = {name: text for name in _TEXTS if (text := getattr(self._body, name, None))}
+        if texts:
+            cuts = await until(self._ends_s, self._model.cut_at(list(texts.values())))
+            self._notes += [note_of_cut(name, tokens) for name, tokens in zip(texts, cuts, strict=True) if tokens]
 
     async def _files(self, sampled: SampledPictures) -> list[bytes]:
         return await self._encode(list(sampled.images), list(self.request.seeds))
@@ -315,11 +330,13 @@ class Generation:
         notes += self._notes
         if body.output_compression is not None and self._format == "png":
             notes.append("output_compression: has no effect on png, which loses nothing")
+        if body.stream and body.response_format == "url":
+            notes.append("response_format: events have b64_json alone, as OpenAI's")
         identifier = body.safety_identifier or body.user
         return {
             "background": "opaque",
             "output_format": self._format,
-            "quality": body.quality or "auto",
+            "quality": _QUALITY_OF.get(body.quality or "auto", body.quality),
             "size": f"{self.side_px}x{self.side_px}",
             **({"safety_identifier": identifier} if identifier else {}),
             **({"notes": notes} if notes else {}),
@@ -360,7 +377,7 @@ def side_of(size: str | None, image_px: int) -> int:
 def sample_request(
     body: PictureOptions,
     side_px: int = 0,
-    sampling: Mapping[str, Mapping[str, Any]] | None = None,
+    card: ModelCard | None = None,
     edit: Edit | None = None,
 ) -> SampleRequest:
     """The request to the cascade; without a seed in the body, the first seed is random.
@@ -368,7 +385,8 @@ def sample_request(
     Args:
         body: The checked body.
         side_px: Side of the pictures; the cascade ends at the first stage that reaches it.
-        sampling: How each stage is sampled by default, for ``quality``, which multiplies the decoder's steps.
+        card: How each stage is sampled by default, for ``quality``, which multiplies the decoder's steps as far as it
+            has that many.
         edit: The pictures that it starts from; the frames of a way from one picture to another share one seed.
     """
     first = secrets.randbelow(2**31) if body.seed is None else body.seed
@@ -377,9 +395,10 @@ def sample_request(
     prompt = body if isinstance(body, PromptOptions) else None
     scales = {"decoder": body.guidance_scale, "prior": prompt.prior_guidance_scale if prompt else None}
     num_steps, factor = body.num_inference_steps, _STEPS_OF_QUALITY[body.quality or "auto"]
-    usual = WALK_STEPS if is_walk(edit) else (sampling or {}).get("decoder", {}).get("num_steps")
-    if num_steps is None and factor != 1 and usual:
-        num_steps = min(MAX_STEPS, max(1, round(factor * usual)))
+    decoder = card.sampling.get("decoder", {}) if card else {}
+    usual = WALK_STEPS if is_walk(edit) else decoder.get("num_steps")
+    if num_steps is None and factor != 1 and usual and card:
+        num_steps = min(card.num_timesteps, max(1, round(factor * usual)))
     return SampleRequest(
         prompt.prompt if prompt else "",
         seeds,
@@ -393,11 +412,15 @@ def sample_request(
     )
 
 
+def note_of_cut(name: str, tokens: int) -> str:
+    """What an answer says of a text that is longer than CLIP reads."""
+    return f"{name}: CLIP reads {tokens} tokens, start and end included; what follows is cut off"
+
+
 def _neighbour(row: NeighbourRow, limit: float | None) -> dict[str, Any]:
-    """A row for an answer. Only what was trained on can be copied; without a limit nobody can tell."""
-    is_copy = None if limit is None else row.columns["split"] == "train" and row.similarity > limit
+    """A row for an answer."""
     columns = {name: row.columns[name] for name in ("uid", "url", "caption", "split")}
-    return {"id": row.id, **columns, "similarity": row.similarity, "near_copy": is_copy}
+    return {"id": row.id, **columns, "similarity": row.similarity, "near_copy": row.is_near_copy(limit)}
 
 
 def _base64(file: bytes) -> str:

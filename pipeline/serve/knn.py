@@ -3,9 +3,11 @@
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import io
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Annotated, Any, Literal, cast
@@ -23,6 +25,7 @@ from pipeline.retrieve.copies import near_copy_similarity
 from pipeline.retrieve.index import Neighbour
 from pipeline.retrieve.retriever import Conditions, Retriever
 from pipeline.serve.deadlines import Timeout, while_wanted
+from pipeline.serve.images import note_of_cut
 from pipeline.serve.protocols import Images, NeighbourRow, Neighbours, PictureModel, Vectors
 from pipeline.serve.traces import span
 from pipeline.serve.uploads import bounded_picture, decode_base64, decoding
@@ -42,7 +45,11 @@ _MAX_ID = 2**53
 _MAX_TEXT_CHARS = 4000
 MAX_QUERIES = 32
 """Most searches of one request."""
-UNUSED = ("use_safety_model", "use_violence_detector", "aesthetic_score")
+MAX_WHOLE_ROWS = 2000
+"""Most rows with pictures of all searches of one request: all are in memory at once."""
+_FETCHES_S = 30.0
+"""Longest time in which all pictures of one request are fetched, in seconds."""
+UNUSED = ("use_safety_model", "use_violence_detector", "aesthetic_score", "aesthetic_weight")
 """Fields of clip-retrieval's client that have no effect."""
 _FETCHING = DownloadConfig(
     max_body_bytes=16 << 20, timeout_s=5, deadline_s=10.0, retries=0, robots_txt=False, tdm_reservation=False
@@ -116,12 +123,24 @@ class KnnRequest(BaseModel):
     use_safety_model: bool | None = False
     use_violence_detector: bool | None = False
     aesthetic_score: float | Literal[""] | None = None
+    aesthetic_weight: float | Literal[""] | None = None
+    near_copy: bool | None = False
     timeout: Timeout = None
 
     @property
     def unused(self) -> list[str]:
         """Fields that were sent and had no effect. The client sends them by default, so they are not refused."""
-        return [name for name in UNUSED if getattr(self, name) not in {None, "", False}]
+        sent = [name for name in UNUSED if getattr(self, name) not in {None, "", False}]
+        return [name for name in sent if name != "aesthetic_weight" or "aesthetic_score" in sent]
+
+    @property
+    def query(self) -> tuple[str, list[Any], bool]:
+        """What is searched for: the field, its values, and whether they came as a list; no field if there is none."""
+        for name in ("text", "image", "image_url", "embedding_input"):
+            if value := getattr(self, name):
+                is_list = isinstance(value[0] if name == "embedding_input" else value, list)
+                return name, value if is_list else [value], is_list
+        return "", [], False
 
 
 class MetadataRequest(BaseModel):
@@ -218,7 +237,9 @@ class LocalNeighbours:
         return stream.getvalue()
 
 
-async def find(model: PictureModel, neighbours: Neighbours, body: KnnRequest, *, fetches_urls: bool = False) -> Any:
+async def find(
+    model: PictureModel, neighbours: Neighbours, body: KnnRequest, *, fetches_urls: bool = False
+) -> tuple[Any, list[str]]:
     """Answer a search: the rows nearest to a text, else a picture, else one of a URL, else an embedding.
 
     Args:
@@ -228,25 +249,29 @@ async def find(model: PictureModel, neighbours: Neighbours, body: KnnRequest, *,
         fetches_urls: Whether pictures of ``image_url`` are fetched.
 
     Returns:
-        A list of rows; of a list of texts, pictures or embeddings, a list of such lists.
+        A list of rows; of a list of texts, pictures or embeddings, a list of such lists. And notes on what had no
+        effect.
 
     Raises:
-        ApiError: 400, if there is nothing to search for, or it cannot be read.
+        ApiError: 400, if there is nothing to search for, it cannot be read, or too much is requested.
     """
-    if body.use_mclip:
-        message = "use_mclip: this server has one CLIP, which made the index; search without it"
-        raise ApiError(400, message, param="use_mclip", code="unsupported")
-    vectors, is_batch = await _queries(model, neighbours, body, fetches_urls=fetches_urls)
+    name, values, is_list = body.query
+    _refuse(body, name, len(values), fetches_urls=fetches_urls)
+    vectors = await _embed(model, neighbours, name, values)
+    notes = [f"no effect: {', '.join(body.unused)}"] if body.unused else []
+    if name == "text" and (tokens := max(await model.cut_at(values))):
+        notes.append(note_of_cut("text", tokens))
     num_results = max(body.num_images, body.num_result_ids or 0)
     if num_results == 0:
-        return [[] for _ in vectors] if is_batch else []
+        return [[] for _ in vectors] if is_list else [], notes
     with span("neighbours", queries=len(vectors)):
         hits = await neighbours.search(
             vectors, num_results, body.modality, distinct=bool(body.deduplicate), num_pictures=body.num_images
         )
+        limit = await neighbours.near_copy() if body.near_copy else None
     # Many pictures are large as text.
-    answers = await asyncio.to_thread(lambda: [_results(rows, body.num_images) for rows in hits])
-    return answers if is_batch else answers[0]
+    answers = await asyncio.to_thread(lambda: [_results(rows, body, limit) for rows in hits])
+    return answers if is_list else answers[0], notes
 
 
 async def metadata(neighbours: Neighbours, body: MetadataRequest) -> list[dict[str, Any]]:
@@ -262,57 +287,96 @@ async def metadata(neighbours: Neighbours, body: MetadataRequest) -> list[dict[s
     return [{"id": number, "metadata": row} for number, row in zip(body.ids, rows, strict=True)]
 
 
-def _results(rows: Sequence[NeighbourRow], num_whole: int) -> list[Row]:
+def _refuse(body: KnnRequest, name: str, num_queries: int, *, fetches_urls: bool) -> None:
+    """Refuse what this server cannot do, or what is too much, before anything is embedded.
+
+    Args:
+        body: The request.
+        name: The field that it searches for; empty: none.
+        num_queries: Values of that field.
+        fetches_urls: Whether pictures of ``image_url`` are fetched.
+
+    Raises:
+        ApiError: 400.
+    """
+    if body.use_mclip:
+        message = "use_mclip: this server has one CLIP, which made the index; search without it"
+        raise ApiError(400, message, param="use_mclip", code="unsupported")
+    if not name:
+        raise ApiError(400, "give one of text, image, embedding_input", code="missing_parameter")
+    if name == "image_url" and not fetches_urls:
+        message = "image_url: this server fetches no URLs (serve.image_urls); send the picture as image, base64"
+        raise ApiError(400, message, param="image_url", code="unsupported")
+    if body.near_copy and (name == "text" or body.modality == "text"):
+        message = "near_copy: is of a picture and pictures; search for a picture, with the modality image"
+        raise ApiError(400, message, param="near_copy", code="invalid_value")
+    for field, count, most in (
+        ("num_images", body.num_images, MAX_WHOLE_ROWS),
+        ("num_result_ids", body.num_result_ids or 0, MAX_RESULT_IDS),
+    ):
+        if num_queries * count > most:
+            message = f"{field}: {count} for each of {num_queries} searches; all of a request have at most {most:,}"
+            raise ApiError(400, message, param=field, code="invalid_value")
+
+
+def _results(rows: Sequence[NeighbourRow], body: KnnRequest, limit: float | None) -> list[Row]:
     """The nearest rows with all that is known of them, the others by number alone."""
     results: list[Row] = []
     for place, row in enumerate(rows):
-        result: Row = dict(row.columns) if place < num_whole else {}
+        result: Row = dict(row.columns) if place < body.num_images else {}
+        if result and body.near_copy:
+            result["near_copy"] = row.is_near_copy(limit)
         if row.picture is not None:
             result["image"] = base64.b64encode(row.picture).decode()
         results.append(result | {"id": row.id, "similarity": row.similarity})
     return results
 
 
-async def _queries(
-    model: PictureModel, neighbours: Neighbours, body: KnnRequest, *, fetches_urls: bool
-) -> tuple[Vectors, bool]:
-    """The queries (Q, D), of length one, and whether the request has a list of them."""
-    if body.text:
-        texts = _listed(body.text)
-        return await model.embed_texts(texts), isinstance(body.text, list)
-    if body.image:
-        pictures = [await decoding(decode_base64, text, "image") for text in _listed(body.image)]
-        return await _embed_pictures(model, pictures), isinstance(body.image, list)
-    if body.image_url:
-        if not fetches_urls:
-            message = "image_url: this server fetches no URLs (serve.image_urls); send the picture as image, base64"
-            raise ApiError(400, message, param="image_url", code="unsupported")
-        fetched = [await _fetch(url) for url in _listed(body.image_url)]
-        return await _embed_pictures(model, fetched), isinstance(body.image_url, list)
-    if not body.embedding_input:
-        raise ApiError(400, "give one of text, image, embedding_input", code="missing_parameter")
-    is_batch = isinstance(body.embedding_input[0], list)
-    vectors = cast("list[list[float]]", body.embedding_input if is_batch else [body.embedding_input])
-    width = await neighbours.embed_dim()
-    return np.stack([_unit(vector, width) for vector in vectors]), is_batch
+async def _embed(model: PictureModel, neighbours: Neighbours, name: str, values: Sequence[Any]) -> Vectors:
+    """The queries (Q, D), of length one; pictures one after another, because each is large.
+
+    Args:
+        model: Embeds texts and pictures.
+        neighbours: The index.
+        name: The field of the values.
+        values: Q texts, pictures in base64, URLs of pictures, or embeddings.
+
+    Raises:
+        ApiError: 400, if one cannot be read or fetched.
+    """
+    if name == "text":
+        return await model.embed_texts(values)
+    if name == "image":
+        rows = [await model.embed_image(await decoding(decode_base64, text, "image")) for text in values]
+    elif name == "image_url":
+        left_s, rows = _FETCHES_S, list[Vectors]()
+        for url in values:
+            started_s = time.monotonic()
+            picture = await _fetch(url, left_s)
+            left_s -= time.monotonic() - started_s
+            rows.append(await model.embed_image(picture))
+    else:
+        width = await neighbours.embed_dim()
+        rows = [_unit(vector, width) for vector in values]
+    return np.stack(rows)
 
 
-def _listed(value: str | list[str]) -> list[str]:
-    return value if isinstance(value, list) else [value]
-
-
-async def _embed_pictures(model: PictureModel, pictures: Sequence[Images]) -> Vectors:
-    return np.stack([await model.embed_image(picture) for picture in pictures])
-
-
-async def _fetch(url: str) -> Images:
+async def _fetch(url: str, longest_s: float) -> Images:
     """A picture of the public internet: every hop is checked, its size and time are limited (pipeline/data/fetch.py).
+
+    Args:
+        url: Its address.
+        longest_s: How long all of it may take, in seconds.
 
     Raises:
         ApiError: 400, if it does not come, or is no picture.
     """
+    if longest_s <= 0:
+        message = f"image_url: the pictures did not come within {_FETCHES_S:g} s; send fewer in one request"
+        raise ApiError(400, message, param="image_url", code="invalid_value")
+    config = dataclasses.replace(_FETCHING, deadline_s=min(_FETCHING.deadline_s, longest_s))
     try:
-        async with Fetcher(_FETCHING, AddressRules()) as fetcher:
+        async with Fetcher(config, AddressRules()) as fetcher:
             with await fetcher.fetch(url) as body:
                 data = body.read()
     except FetchError as error:

@@ -26,8 +26,14 @@ class ModelCard:
     """Side of the cascade's pictures, in pixels."""
     networks: Mapping[str, str] = field(default_factory=dict[str, str])
     """Key of each network's artifact, by step."""
+    recipe_key: str = ""
+    """See ``recipe.plan.recipe_key``."""
+    mlflow_runs: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Id of the MLflow run that trained a network, by step, of those whose manifest names one."""
     sampling: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     """How each stage is sampled unless a request changes it."""
+    num_timesteps: int = 1000
+    """Timesteps T of the decoder's chain: its most steps."""
     aliases: tuple[str, ...] = ()
     """Other names by which clients may call the model."""
     version: str = ""
@@ -118,6 +124,8 @@ def made_with(card: ModelCard, request: SampleRequest, seed: int, side_px: int) 
         **({"num_candidates": request.num_candidates} if request.num_candidates else {}),
         **({"edit": _edit_facts(request.edit)} if request.edit else {}),
         "networks": dict(card.networks),
+        "recipe_key": card.recipe_key,
+        "mlflow_runs": dict(card.mlflow_runs),
         "version": card.version,
         **C2PA,
     }

@@ -112,6 +112,10 @@ class PictureModel(Protocol):
         """z_image of a picture (H, W, 3), (D,), of length one."""
         ...
 
+    async def cut_at(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text that CLIP reads, start and end included, if it has more; 0: CLIP reads all of it."""
+        ...
+
     async def stats(self) -> dict[str, int]:
         """Counts of the engine; empty if it is not running."""
         ...
@@ -131,6 +135,14 @@ class NeighbourRow:
     """uid, url, caption, key, shard, split."""
     picture: bytes | None = None
     """The stored picture as a JPEG file, if it was asked for and can be read."""
+
+    def is_near_copy(self, limit: float | None) -> bool | None:
+        """Whether a picture of this similarity nearly copies this row: only what was trained on can be copied.
+
+        Args:
+            limit: See ``Neighbours.near_copy``; None: nobody can tell, and neither can this.
+        """
+        return None if limit is None else self.columns["split"] == "train" and self.similarity > limit
 
 
 class Neighbours(Protocol):

@@ -282,7 +282,7 @@ VALUES = {
     "prompt": PROMPT, "n": 1, "size": "16x16", "model": "tiny", "response_format": "b64_json", "quality": "low",
     "background": "opaque", "output_format": "jpeg", "output_compression": 50, "stream": False, "partial_images": 0,
     "user": "me", "safety_identifier": "me", "complexity": "low", "input_fidelity": "low", "frame_count": 3,
-    "frame_duration_ms": 100, "svg": {"model": "x"},
+    "frame_duration_ms": 100, "svg": {"model": "x"}, "style": "vivid", "moderation": "low",
 }  # fmt: skip
 """A value of each parameter of the client that is not a file."""
 CLIENTS_OWN = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
@@ -293,9 +293,14 @@ REFUSED = {"markup", "frame_count", "frame_duration_ms", "svg"}
 def test_every_parameter_of_openais_client_is_honoured_or_refused_by_name(client: openai.OpenAI) -> None:
     page = (Path(__file__).parents[2] / "docs/http.md").read_text()
     files = {"image": ("p.png", noisy_picture(1)), "mask": ("m.png", right_half()), "markup": ("m.png", right_half())}
-    for method, always in ((client.images.edit, ("image", "prompt")), (client.images.create_variation, ("image",))):
+    images, shared = client.images, {"model", "n", "user"}
+    for method, always in (
+        (images.generate, ("prompt",)),
+        (images.edit, ("image", "prompt")),
+        (images.create_variation, ("image",)),
+    ):
         names = [name for name in inspect.signature(method).parameters if name not in CLIENTS_OWN]
-        assert {"image", "model", "n", "user"} <= set(names)
+        assert shared | set(always) <= set(names)
         accepted = {name: (files | VALUES)[name] for name in names if name not in REFUSED}
         answer: Any = method(**accepted, extra_body=STEPS)
         assert len(answer.data) == 1

@@ -2,7 +2,7 @@ import base64
 import json
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +36,9 @@ class WhiteModel:
         yield Accepted()
         yield Preview(0, 0, np.full((16, 16, 3), 255, np.uint8))
         yield await self.sample(request)
+
+    async def cut_at(self, texts: Sequence[str]) -> list[int]:
+        return [0] * len(texts)
 
     async def stats(self) -> dict[str, int]:
         return {"requests": 1}
@@ -125,7 +128,7 @@ def test_what_a_key_uses_is_limited(keys: Path, limits: dict[str, int], expected
         assert [answer.headers["x-ratelimit-remaining-requests"] for answer in answers] == ["1", "0", "0"]
 
 
-class RefusingModel:
+class RefusingModel(WhiteModel):
     """Networks that refuse, each time for the next of these reasons, and then answer."""
 
     def __init__(self) -> None:

@@ -14,12 +14,20 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from openai.types import (
+    ImageEditCompletedEvent,
+    ImageEditPartialImageEvent,
+    ImageGenCompletedEvent,
+    ImageGenPartialImageEvent,
+    ImagesResponse,
+)
 from PIL import Image
 
 from models.cascade import Cascade, CascadeResult
 from models.decoder.stage import DecoderStage
 from models.request import SampleRequest
 from models.stage import DiffusionStage
+from pipeline.clip.inputs import count_tokens
 from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.steps import CASCADE_STEPS
@@ -100,6 +108,71 @@ def test_every_field_of_the_client_is_honoured_or_named_in_the_notes(server: Any
     )
     assert answer.usage.model_extra["pixels"] == 2 * 16 * 16
     assert answer.usage.model_extra["steps"] == 2 * (prior + round(1.5 * decoder) + upsampler)
+
+
+EVENTS = {
+    "image_generation.partial_image": ImageGenPartialImageEvent,
+    "image_generation.completed": ImageGenCompletedEvent,
+    "image_edit.partial_image": ImageEditPartialImageEvent,
+    "image_edit.completed": ImageEditCompletedEvent,
+}
+
+
+@pytest.mark.parametrize(
+    ("quality", "said"),
+    [(None, "medium"), ("auto", "medium"), ("standard", "medium"), ("hd", "high"), ("low", "low"), ("xhigh", "xhigh")],
+)
+def test_answers_and_events_are_exactly_what_the_client_declares(server: Any, quality: str | None, said: str) -> None:
+    """The client itself builds its models from any JSON, and checks nothing."""
+    body = {"prompt": PROMPT, "quality": quality, "user": "me", "num_inference_steps": 4}
+    answer = ImagesResponse.model_validate(post(server, body).json(), strict=True)
+    assert answer.quality == said
+    stream = {"stream": True, "partial_images": 1}
+    texts = [post(server, body | stream).text]
+    form = {name: str(value) for name, value in body.items() if value is not None}
+    files = {"image": encode_picture(np.zeros((32, 32, 3), np.uint8), 32)}
+    url = f"{server.url}/v1/images/edits"
+    texts.append(httpx.post(url, data=form | {"stream": "true", "partial_images": "1"}, files=files, timeout=60).text)
+    seen = set[str]()
+    for line in "\n".join(texts).splitlines():
+        if line.startswith("data: "):
+            data = json.loads(line.removeprefix("data: "))
+            event = EVENTS[data["type"]].model_validate(data, strict=True)
+            assert event.quality == said
+            seen.add(data["type"])
+    assert seen == EVENTS.keys()
+
+
+def test_a_stream_says_that_its_events_have_no_urls(client: openai.OpenAI) -> None:
+    *_, last = client.images.generate(prompt=PROMPT, stream=True, response_format="url")
+    assert pixels(base64.b64decode(last.b64_json)).shape == (32, 32, 3)
+    assert (last.model_extra or {})["notes"] == ["response_format: events have b64_json alone, as OpenAI's"]
+
+
+def test_a_text_that_is_longer_than_clip_reads_is_noted_in_every_form_of_answer(server: Any) -> None:
+    note = "{}: CLIP reads 32 tokens, start and end included; what follows is cut off"
+    whole, cut = (" ".join(["red"] * number) for number in (30, 31))
+    assert count_tokens([whole, cut]) == [32, 33]
+    assert "notes" not in post(server, {"prompt": whole, "negative_prompt": whole}).json()
+    answer = post(server, {"prompt": cut, "negative_prompt": cut}).json()
+    assert answer["notes"] == [note.format("prompt"), note.format("negative_prompt")]
+    same = [post(server, {"prompt": text, "seed": 5}).json()["data"][0]["b64_json"] for text in (cut, cut + " star")]
+    np.testing.assert_array_equal(*(pixels(base64.b64decode(picture)) for picture in same))
+    stream = post(server, {"prompt": cut, "stream": True, "partial_images": 1}).text
+    events = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: ")]
+    assert [event["notes"] for event in events] == [[note.format("prompt")]] * 2
+    file = post(server, {"prompt": cut, "response_format": "file"})
+    assert file.headers["X-Unclip-Notes"] == note.format("prompt")
+
+
+def test_quality_takes_no_more_steps_than_the_decoder_has_timesteps(server: Any, serving: Any) -> None:
+    limit = 2 * server.cascade.settings["decoder"]["num_steps"]
+    card = ModelCard("tiny", 32, sampling=server.cascade.settings, num_timesteps=limit)
+    with serving(create_app(server.engine, None, ApiSettings(card))) as url:
+        steps = [
+            post_to(url, {"prompt": "a", "quality": quality}).json()["usage"]["steps"] for quality in ("auto", "max")
+        ]
+    assert steps[1] - steps[0] == limit // 2
 
 
 def test_stream_shows_each_picture_as_it_comes(server: Any, client: openai.OpenAI) -> None:

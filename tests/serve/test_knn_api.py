@@ -6,6 +6,7 @@ import time
 import weakref
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock, Mock
 
 import httpx
 import numpy as np
@@ -19,7 +20,7 @@ from pipeline.data.rows import make_uid
 from pipeline.data.urls import AddressRules
 from pipeline.data.vectors import to_unit
 from pipeline.recipe.plan import artifact_of, make_plan
-from pipeline.serve import knn
+from pipeline.serve import knn, uploads
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.knn import KnnRequest
 from pipeline.serve.picture_files import ModelCard
@@ -241,9 +242,60 @@ def test_wrong_lists_of_queries_are_400_and_say_why(server: Any, body: dict[str,
     assert answer.json()["error"]["message"].startswith(words)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "param"),
+    [({"num_images": 1000}, "num_images"), ({"num_images": 1, "num_result_ids": 10_000}, "num_result_ids")],
+)
+def test_searches_that_would_fill_the_memory_are_refused_before_anything_is_embedded(
+    server: Any, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int], param: str
+) -> None:
+    monkeypatch.setattr(server.engine, "embed_texts", Mock(side_effect=AssertionError("it was embedded")))
+    answer = post(server, text=["a", "b", "c"], **sizes)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert f"{param}: {sizes[param]} for each of 3 searches; all of a request have at most" in answer.text
+    monkeypatch.undo()
+    assert post(server, text=["a", "b"], **sizes | {param: sizes[param] // 2}).status_code == 200
+
+
+def test_each_picture_is_embedded_before_the_next_is_decoded(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    acts, embed, read = list[str](), server.engine.embed_image, uploads.read
+    monkeypatch.setattr(server.engine, "embed_image", lambda image: acts.append("embedded") or embed(image))
+    monkeypatch.setattr(uploads, "read", lambda data, **options: acts.append("decoded") or read(data, **options))
+    pictures = [base64.b64encode(plain_picture(colour, 40)).decode() for colour in ("red", "blue", "green")]
+    assert len(post(server, image=pictures).json()) == 3
+    assert acts == ["decoded", "embedded"] * 3
+
+
+def test_a_picture_says_which_rows_it_nearly_copies(
+    server: Any, neighbours: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = base64.b64encode(plain_picture("red", 40)).decode()
+    plain = post(server, image=picture, num_images=10).json()
+    assert "near_copy" not in plain[0]
+    limit = plain[4]["similarity"]
+    monkeypatch.setattr(neighbours, "near_copy", AsyncMock(return_value=limit))
+    asked = post(server, image=picture, num_images=10, num_result_ids=10, near_copy=True).json()
+    expected = [one["split"] == "train" and one["similarity"] > limit for one in asked]
+    assert [one["near_copy"] for one in asked] == expected
+    assert True in expected
+    assert False in expected
+    for body in ({"text": "a"}, {"image": picture, "modality": "text"}):
+        refused = post(server, near_copy=True, **body)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "near_copy")
+
+
+def test_a_text_that_is_longer_than_clip_reads_is_noted_in_the_header(server: Any) -> None:
+    silent = {"use_safety_model": False, "use_violence_detector": False}
+    long = post(server, text=["red", " ".join(["red"] * 31)], **silent)
+    assert long.headers["X-Unclip-Notes"] == (
+        "text: CLIP reads 32 tokens, start and end included; what follows is cut off"
+    )
+    assert "X-Unclip-Notes" not in post(server, text=" ".join(["red"] * 30), **silent).headers
+
+
 def test_filters_that_have_no_effect_are_named_in_a_header(server: Any) -> None:
     sent = post(server, text="a", use_safety_model=True, use_violence_detector=False, aesthetic_score=9)
-    assert sent.headers["X-Unclip-Notes"] == "no effect: use_safety_model, aesthetic_score"
+    assert sent.headers["X-Unclip-Notes"] == "no effect: use_safety_model, aesthetic_score, aesthetic_weight"
     plain = post(server, text="a", use_safety_model=False, use_violence_detector=False, aesthetic_score="")
     assert "X-Unclip-Notes" not in plain.headers
 
@@ -294,6 +346,11 @@ def test_a_picture_is_fetched_where_that_is_on(
     [nearest, *_] = post(fetching, image_url=f"{pictures}/red.png").json()
     assert nearest["caption"] == "a red picture"
     assert "fetches no URLs" in post(server, image_url=f"{pictures}/red.png").json()["error"]["message"]
+    with monkeypatch.context() as patch:  # no time is left for the second one
+        patch.setattr(knn, "_FETCHES_S", 1e-9)
+        late = post(fetching, image_url=[f"{pictures}/red.png"] * 2).json()["error"]["message"]
+        assert late.startswith("image_url: ")
+    assert len(post(fetching, image_url=[f"{pictures}/red.png"] * 2).json()) == 2
     small = dataclasses.replace(knn._FETCHING, max_body_bytes=20)
     monkeypatch.setattr(knn, "_FETCHING", small)
     message = post(fetching, image_url=f"{pictures}/red.png").json()["error"]["message"]

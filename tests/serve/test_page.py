@@ -292,6 +292,24 @@ def test_a_near_copy_is_flagged(page: Page, neighbours: Any, monkeypatch: pytest
     expect(page.locator("#pictures").get_by_text("near copy")).to_be_visible()
     finished(page).click()
     expect(page.get_by_role("figure").first).to_contain_text("near copy")
+    page.keyboard.press("Escape")
+    drop(page, "red.png", plain_picture("red", 40))  # a picture that this server has not made
+    viewer = page.get_by_role("dialog")
+    expect(viewer.get_by_role("figure").first).to_contain_text("a red picture")
+    expect(viewer.get_by_role("figure").first).to_contain_text("near copy")
+    expect(viewer.get_by_role("status").first).to_contain_text("It is a near copy of")
+    viewer.get_by_role("tab", name="Change by text", exact=True).click()
+    for label, text in (("From", "red"), ("To", "blue"), ("Frames", "2")):
+        viewer.get_by_label(label, exact=True).fill(text)
+    viewer.get_by_role("button", name="Change by text", exact=True).click()
+    expect(viewer.locator("#view-frames output")).to_have_text("40 %, near copy")
+
+
+def test_a_prompt_that_is_cut_off_is_noted(page: Page) -> None:
+    page.get_by_label("Prompt", exact=True).fill(" ".join(["red"] * 31))
+    page.get_by_label("Pictures", exact=True).fill("1")
+    button(page, "Generate").click()
+    expect(page.get_by_role("status").first).to_contain_text("Note: prompt: CLIP reads 32 tokens")
 
 
 def open_with(page: Page, tool: str) -> Locator:
@@ -372,6 +390,14 @@ def test_a_text_changes_a_picture_and_a_slider_shows_the_way(page: Page) -> None
     for name, count in (("Keep this frame", 1), ("Keep all frames", 4)):
         viewer.get_by_role("button", name=name).click()
         expect(kept).to_have_count(count)  # hidden behind the dialog
+    page.keyboard.press("Escape")
+    kept.first.click()  # its name is no prompt
+    expect(viewer.get_by_text("Towards a blue star").first).to_be_visible()
+    expect(viewer.locator("dl")).not_to_contain_text("Prompt")
+    expect(viewer.get_by_role("button", name="Reuse all", exact=True)).not_to_be_visible()
+    with page.expect_download() as download:
+        viewer.get_by_role("button", name="Download").click()
+    assert re.fullmatch(r"tiny-towards-a-blue-star-change-by-text-seed\d+\.png", download.value.suggested_filename)
     viewer.get_by_role("tab", name="Variations", exact=True).click()
     expect(way).not_to_be_visible()
 

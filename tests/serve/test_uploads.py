@@ -6,17 +6,20 @@ import io
 import time
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from models.request import (
-    RawPicture,
-)
+from models.request import Interpolation, RawPicture, Variation
 from pipeline.sampling.masks import shrink_mask
-from pipeline.serve import uploads
-from tests.tiny.pictures import noisy_picture
+from pipeline.serve import api, uploads
+from pipeline.serve.api import ApiSettings, create_app
+from pipeline.serve.picture_files import ModelCard
+from pipeline.serve.protocols import Overloaded
+from tests.serve.test_engine import wait_until
+from tests.tiny.pictures import noisy_picture, png
 
 
 def test_no_more_than_two_pictures_of_clients_are_decoded_at_once_and_other_threads_stay_free(
@@ -59,6 +62,51 @@ def test_a_picture_with_a_mask_is_decoded_once_as_it_was_without(monkeypatch: py
     assert calls == ["image"]
     assert picture == uploads.raw_picture(stream.getvalue(), "image", 16)
     assert mask is not None
+
+
+def test_a_long_strip_is_sent_as_a_small_picture() -> None:
+    strip = uploads.bounded_picture(png(np.zeros((1024, 16_384, 3), np.uint8)), "image")
+    assert strip.nbytes < 13 << 20
+    assert strip.shape[1] / strip.shape[0] == pytest.approx(16, rel=0.01)
+
+
+def test_pictures_of_requests_under_way_are_bounded_until_each_request_ends() -> None:
+    held, one = uploads.HeldPictures(most_bytes=5000), uploads.raw_picture(noisy_picture(1), "image")
+    variation, interpolation = Variation(one), Interpolation((one, one), (0.0,))
+    assert len(one.levels) == 32 * 32 * 3
+    with held.hold(variation):
+        for edit in (variation, interpolation):
+            with pytest.raises(Overloaded, match="0 MB are edited or wait already"):
+                held.hold(edit)
+    with held.hold(interpolation):  # alone it is taken, however large
+        assert held.num_bytes == 2 * len(one.levels)
+    held.hold(variation)  # nobody waits for its request: the connection is gone before the answer began
+    assert held.num_bytes == 0
+
+
+def test_every_form_of_answer_to_an_edit_makes_room_again(
+    server: Any, serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = uploads.HeldPictures(most_bytes=5000)
+    monkeypatch.setattr(api, "HeldPictures", lambda: held)
+    settings = ApiSettings(ModelCard("tiny", 32))
+    seen = list[int]()
+    add = held.hold
+    monkeypatch.setattr(held, "hold", lambda edit: (add(edit), seen.append(held.num_bytes))[0])
+    with serving(create_app(server.engine, None, settings)) as url:
+
+        def post(**fields: str) -> int:
+            form, files = {"num_inference_steps": "2"} | fields, {"image": noisy_picture(1)}
+            return httpx.post(f"{url}/v1/images/variations", files=files, data=form, timeout=60).status_code
+
+        assert [post(), post(stream="true"), post(response_format="file"), post(size="8x8")] == [200] * 4
+        late = {"num_inference_steps": "1000", "timeout": "0.01"}
+        assert [post(**late), post(stream="true", **late), post(neighbours="1")] == [504, 200, 400]
+        wait_until(lambda: held.num_bytes == 0)
+        assert seen == [3072] * 7
+        with add(Variation(uploads.raw_picture(noisy_picture(1), "image"))):
+            assert post() == 429
+        assert post() == 200
 
 
 def test_a_smaller_mask_covers_every_pixel_that_it_touches() -> None:
