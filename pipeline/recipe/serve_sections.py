@@ -134,6 +134,9 @@ class ServeConfig:
     image_urls: bool = False
     """Whether a search may name a picture by its URL, which the server then fetches: from public addresses alone, up to
     16 MB, within 10 s."""
+    safe_rows: str = ""
+    """Which rows a search with use_safety_model or use_violence_detector finds, as `unclip search --where` takes it
+    ("punsafe < 0.1"). clip-retrieval's client sends both by default. Empty: they have no effect."""
     aliases: tuple[str, ...] = ()
     """Other names of the model, for clients that are built with one ("dall-e-2", "gpt-image-1")."""
 

@@ -112,6 +112,7 @@ class Front:
             card,
             created=int(manifest.created) if manifest else 0,
             fetches_urls=recipe.serve.image_urls,
+            safe_rows=recipe.serve.safe_rows,
             metrics=self.metrics,
             http_metrics=self._http_metrics,
             longest_s=recipe.serve.timeout_s,
@@ -119,6 +120,7 @@ class Front:
         if neighbours is None and "index" in artifacts:
             retriever = Retriever.open(artifacts["index"], is_verified=True)
             neighbours = LocalNeighbours(retriever, self.metrics.neighbours.time)
+            neighbours.require_filter(recipe.serve.safe_rows)
         return create_app(cast("PictureModel", guarded), neighbours, settings)
 
 

@@ -55,9 +55,10 @@ class NeighboursReplica:
         Args:
             tables: See ``part_tables``.
         """
-        _, artifacts = read_tables(tables)
+        recipe, artifacts = read_tables(tables)
         if "index" in artifacts:
-            await self._index(artifacts["index"].uri)
+            index = await self._index(artifacts["index"].uri)
+            await asyncio.to_thread(index.require_filter, recipe.serve.safe_rows)
         self._newest = digest_of(tables)
 
     async def serves(self, served: str) -> bool:
@@ -123,10 +124,12 @@ class RemoteNeighbours:
         modality: Literal["image", "text"],
         *,
         distinct: bool = False,
+        where: str = "",
         num_pictures: int = 0,
     ) -> list[list[NeighbourRow]]:
         """See ``Neighbours``."""
-        return await self._ask("search", vectors, k, modality, distinct=distinct, num_pictures=num_pictures)
+        settings: dict[str, Any] = {"distinct": distinct, "where": where, "num_pictures": num_pictures}
+        return await self._ask("search", vectors, k, modality, **settings)
 
     async def rows(self, ids: Sequence[int]) -> list[dict[str, Any]]:
         """See ``Neighbours``."""

@@ -72,6 +72,8 @@ class ApiSettings:
     """When the model was finished, in seconds since the epoch."""
     fetches_urls: bool = False
     """Whether a search may name a picture by its URL."""
+    safe_rows: str = ""
+    """Filter by columns of a search for safe rows alone; empty: there is none."""
     metrics: HttpMetrics = field(default_factory=HttpMetrics)
     """What the HTTP process measures."""
     http_metrics: Callable[[], Awaitable[dict[str, str]]] | None = None
@@ -232,7 +234,7 @@ def _clip_retrieval(model: PictureModel, neighbours: Neighbours | None, settings
     async def knn(request: Request) -> JSONResponse:
         body = parse(KnnRequest, await read_json(request, PICTURE_BODY_LIMIT_BYTES, _MAX_KNN_VALUES))
         index = require_index(body.indice_name)
-        work = find(model, index, body, fetches_urls=settings.fetches_urls)
+        work = find(model, index, body, fetches_urls=settings.fetches_urls, safe_rows=settings.safe_rows)
         answer, notes = await _in_time(request, settings.timed(body), work)
         return JSONResponse(answer, headers={NOTES_HEADER: "; ".join(notes)} if notes else None)
 

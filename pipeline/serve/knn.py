@@ -18,12 +18,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from pipeline.data.causes import CLASSES, FetchError
 from pipeline.data.fetch import Fetcher
 from pipeline.data.urls import AddressRules
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.pictures import decode
 from pipeline.recipe.sections import DownloadConfig
 from pipeline.retrieve.copies import near_copy_similarity
 from pipeline.retrieve.index import Neighbour
-from pipeline.retrieve.retriever import Conditions, Retriever
+from pipeline.retrieve.retriever import Retriever
 from pipeline.serve.deadlines import Timeout, while_wanted
 from pipeline.serve.images import note_of_cut
 from pipeline.serve.protocols import Images, NeighbourRow, Neighbours, PictureModel, Vectors
@@ -49,8 +49,8 @@ MAX_WHOLE_ROWS = 2000
 """Most rows with pictures of all searches of one request: all are in memory at once."""
 _FETCHES_S = 30.0
 """Longest time in which all pictures of one request are fetched, in seconds."""
-UNUSED = ("use_safety_model", "use_violence_detector", "aesthetic_score", "aesthetic_weight")
-"""Fields of clip-retrieval's client that have no effect."""
+SAFETY = ("use_safety_model", "use_violence_detector")
+"""Fields of clip-retrieval's client that ask for safe rows alone; which those are says the recipe (serve.safe_rows)."""
 _FETCHING = DownloadConfig(
     max_body_bytes=16 << 20, timeout_s=5, deadline_s=10.0, retries=0, robots_txt=False, tdm_reservation=False
 )
@@ -105,7 +105,8 @@ _Pictures = Annotated[str | list[str], PlainValidator(_check_texts)]
 class KnnRequest(BaseModel):
     """The body of a request; a list of texts, pictures or embeddings is as many searches, and a list of answers.
 
-    Other fields of clip-retrieval's client ask for filters by models that no server of ours has (``UNUSED``).
+    Of clip-retrieval's fields, ``aesthetic_score`` and ``aesthetic_weight`` have no effect: they add to the query what
+    an aesthetic picture has in one particular CLIP.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -128,10 +129,19 @@ class KnnRequest(BaseModel):
     timeout: Timeout = None
 
     @property
-    def unused(self) -> list[str]:
-        """Fields that were sent and had no effect. The client sends them by default, so they are not refused."""
-        sent = [name for name in UNUSED if getattr(self, name) not in {None, "", False}]
-        return [name for name in sent if name != "aesthetic_weight" or "aesthetic_score" in sent]
+    def is_safe(self) -> bool:
+        """Whether safe rows alone are asked for."""
+        return any(getattr(self, name) for name in SAFETY)
+
+    def unused(self, *, has_filter: bool) -> list[str]:
+        """Fields that were sent and had no effect. The client sends them by default, so they are not refused.
+
+        Args:
+            has_filter: Whether the recipe says which rows are safe.
+        """
+        safety = [name for name in SAFETY if getattr(self, name) and not has_filter]
+        aesthetic = ["aesthetic_score", "aesthetic_weight"] if self.aesthetic_score not in {None, ""} else []
+        return safety + [name for name in aesthetic if getattr(self, name) not in {None, ""}]
 
     @property
     def query(self) -> tuple[str, list[Any], bool]:
@@ -169,6 +179,20 @@ class LocalNeighbours:
         self._near_copy: Future[float | None] | None = None
         """What was measured, or is being; None before anybody has asked."""
 
+    def require_filter(self, where: str) -> None:
+        """Refuse a filter that its columns do not allow.
+
+        Args:
+            where: ``serve.safe_rows``.
+
+        Raises:
+            ConfigError: If it is no filter, or names a column that there is not.
+        """
+        try:
+            self._retriever.conditions(where)
+        except ConfigError as error:
+            raise ConfigError(f"serve.safe_rows: {error}") from None
+
     async def embed_dim(self) -> int:
         """See ``Neighbours``."""
         return self._retriever.index.embed_dim
@@ -187,12 +211,14 @@ class LocalNeighbours:
         modality: Literal["image", "text"],
         *,
         distinct: bool = False,
+        where: str = "",
         num_pictures: int = 0,
     ) -> list[list[NeighbourRow]]:
         """See ``Neighbours``."""
-        conditions = Conditions(distinct=_DUPLICATE_COSINE, max_candidates=_MAX_CANDIDATES) if distinct else None
 
         def search(check: Callable[[], None]) -> list[list[NeighbourRow]]:
+            conditions = self._retriever.conditions(where, _DUPLICATE_COSINE if distinct else None)
+            conditions = dataclasses.replace(conditions, max_candidates=_MAX_CANDIDATES)
             with self._timed():
                 results = self._retriever.search(vectors, k, modality, conditions, check=check)
                 rows = iter(self._rows([neighbour.id for result in results for neighbour in result.neighbours]))
@@ -238,7 +264,7 @@ class LocalNeighbours:
 
 
 async def find(
-    model: PictureModel, neighbours: Neighbours, body: KnnRequest, *, fetches_urls: bool = False
+    model: PictureModel, neighbours: Neighbours, body: KnnRequest, *, fetches_urls: bool = False, safe_rows: str = ""
 ) -> tuple[Any, list[str]]:
     """Answer a search: the rows nearest to a text, else a picture, else one of a URL, else an embedding.
 
@@ -247,6 +273,7 @@ async def find(
         neighbours: The index.
         body: What to look for.
         fetches_urls: Whether pictures of ``image_url`` are fetched.
+        safe_rows: Filter of a search for safe rows alone; empty: there is none.
 
     Returns:
         A list of rows; of a list of texts, pictures or embeddings, a list of such lists. And notes on what had no
@@ -258,7 +285,8 @@ async def find(
     name, values, is_list = body.query
     _refuse(body, name, len(values), fetches_urls=fetches_urls)
     vectors = await _embed(model, neighbours, name, values)
-    notes = [f"no effect: {', '.join(body.unused)}"] if body.unused else []
+    unused = body.unused(has_filter=bool(safe_rows))
+    notes = [f"no effect: {', '.join(unused)}"] if unused else []
     if name == "text" and (tokens := max(await model.cut_at(values))):
         notes.append(note_of_cut("text", tokens))
     num_results = max(body.num_images, body.num_result_ids or 0)
@@ -266,7 +294,12 @@ async def find(
         return [[] for _ in vectors] if is_list else [], notes
     with span("neighbours", queries=len(vectors)):
         hits = await neighbours.search(
-            vectors, num_results, body.modality, distinct=bool(body.deduplicate), num_pictures=body.num_images
+            vectors,
+            num_results,
+            body.modality,
+            distinct=bool(body.deduplicate),
+            where=safe_rows if body.is_safe else "",
+            num_pictures=body.num_images,
         )
         limit = await neighbours.near_copy() if body.near_copy else None
     # Many pictures are large as text.

@@ -163,6 +163,7 @@ class Neighbours(Protocol):
         modality: Literal["image", "text"],
         *,
         distinct: bool = False,
+        where: str = "",
         num_pictures: int = 0,
     ) -> list[list[NeighbourRow]]:
         """The ``k`` rows nearest to each of Q vectors (Q, D) of length one, the nearest first.
@@ -172,6 +173,7 @@ class Neighbours(Protocol):
             k: Rows of each.
             modality: What of the rows is compared.
             distinct: Leave out rows whose picture is nearly that of a nearer row.
+            where: Leave out rows for which this filter by columns (retrieve/where.py) does not hold; empty: none.
             num_pictures: Rows of each query, from the nearest, that come with their stored pictures.
 
         Raises:

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.recipe.plan import Step, artifact_of, finished_artifacts, make_plan, manifest_of, plan_status
+from pipeline.recipe.plan import (
+    Step,
+    artifact_of,
+    finished_artifacts,
+    make_plan,
+    manifest_of,
+    plan_status,
+    recipe_key,
+)
 from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.workspace.manifest import Manifest, content_of
 from pipeline.workspace.store import Workspace
@@ -47,6 +55,21 @@ def test_fields_that_came_later_are_in_the_keys_of_those_alone_that_set_them() -
         load_recipe(None, ["upsampler_1.train.clip_precision=bfloat16"])
     assert fields() == fields("decoder.model.diffusion.loss=simple") == {"schedule"}
     assert fields("decoder.model.diffusion.loss=vlb") == {"loss", "schedule"}
+
+
+def test_a_recipe_has_one_key_wherever_it_runs_and_another_for_other_pictures() -> None:
+    def key(*overrides: str) -> str:
+        return recipe_key(load_recipe("configs/demo.toml", overrides))
+
+    places = ("workspace=/elsewhere", "name=other", "serve.port=9", "decoder.resources.num_workers=[1, 1]")
+    assert {key(place) for place in places} == {key()}
+    changes = (
+        "seed=9",
+        "decoder.model.sampler.guidance_scale=9.0",
+        "prior.train.num_steps=999",
+        "pairs.drawn.num_pairs=9",
+    )
+    assert len({key(), *map(key, changes)}) == 5
 
 
 def test_initial_weights_count_by_their_content_and_not_by_their_place(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from pipeline.recipe.plan import artifact_of, make_plan
+from pipeline.serve.api import ApiSettings, create_app
+from pipeline.serve.picture_files import ModelCard
 from pipeline.workspace.store import Workspace
 from tests.tiny.shards import plain_picture
 
@@ -76,6 +78,20 @@ def test_ids_survive_the_clients_json_and_give_the_same_row(client: Any, server:
         f"{server.url}/metadata", json={"indice_name": "tiny", "ids": [int(float(one["id"])) for one in results]}
     ).json()
     assert [row["metadata"]["uid"] for row in rows] == [one["uid"] for one in results]
+
+
+def test_by_default_the_client_finds_only_rows_that_the_recipe_calls_safe(
+    clip_client: Any, server: Any, neighbours: Any, serving: Any
+) -> None:
+    settings = ApiSettings(ModelCard("tiny", 32), safe_rows="not contains(caption, 'red')")
+    with serving(create_app(server.engine, neighbours, settings)) as url:
+        query: dict[str, Any] = {"modality": clip_client.Modality.TEXT, "num_images": 10, "deduplicate": False}
+        found = [
+            clip_client.ClipClient(f"{url}/knn-service", "tiny", **query, **safety).query(text="a red picture")
+            for safety in ({}, {"use_safety_model": False, "use_violence_detector": False})
+        ]
+    assert [len(results) for results in found] == [9, 10]
+    assert "a red picture" not in {result["caption"] for result in found[0]}
 
 
 def test_an_address_of_a_picture_is_refused_in_words(client: Any) -> None:

@@ -4,6 +4,7 @@ import gc
 import json
 import time
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock, Mock
@@ -19,6 +20,7 @@ from fastapi.responses import RedirectResponse, Response
 from pipeline.data.rows import make_uid
 from pipeline.data.urls import AddressRules
 from pipeline.data.vectors import to_unit
+from pipeline.errors import ConfigError
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.serve import knn, uploads
 from pipeline.serve.api import ApiSettings, create_app
@@ -298,6 +300,30 @@ def test_filters_that_have_no_effect_are_named_in_a_header(server: Any) -> None:
     assert sent.headers["X-Unclip-Notes"] == "no effect: use_safety_model, aesthetic_score, aesthetic_weight"
     plain = post(server, text="a", use_safety_model=False, use_violence_detector=False, aesthetic_score="")
     assert "X-Unclip-Notes" not in plain.headers
+
+
+def test_a_search_for_safe_rows_finds_those_that_the_recipe_says_are_safe(
+    server: Any, neighbours: Any, serving: Any
+) -> None:
+    settings = ApiSettings(ModelCard("tiny", 32), safe_rows="not contains(caption, 'red')")
+    with serving(create_app(server.engine, neighbours, settings)) as url:
+        filtering, query = SimpleNamespace(url=url), {"text": "a red picture", "modality": "text"}
+        for body in ({"deduplicate": True}, {"use_violence_detector": False}, {"use_safety_model": None}):
+            safe = post(filtering, num_images=9, **query | {"aesthetic_score": 9} | body)
+            assert {row["caption"] for row in safe.json()} <= {f"a {colour} picture" for colour in COLOURS[1:]}
+            assert safe.json()
+            assert safe.headers["X-Unclip-Notes"] == "no effect: aesthetic_score, aesthetic_weight"
+        every = post(filtering, **query, use_safety_model=False, use_violence_detector=False)
+        assert every.json()[0]["caption"] == "a red picture"
+        assert "X-Unclip-Notes" not in every.headers
+    neighbours.require_filter("width >= 1")
+    with pytest.raises(ConfigError, match=r"^serve\.safe_rows: .*punsafe"):
+        neighbours.require_filter("punsafe < 0.1")
+
+
+def test_the_page_about_http_names_every_field_of_a_search() -> None:
+    page = (Path(__file__).parents[2] / "docs/http.md").read_text().partition("## Search")[2].partition("\n## ")[0]
+    assert all(f"`{name}`" in page for name in KnnRequest.model_fields)
 
 
 @pytest.fixture(scope="module")
