@@ -18,6 +18,7 @@ from PIL import Image
 from models.sample_random import SampleRandom
 from pipeline.clip.files import draw_as_loading, load_clip, load_pretrained, save_clip
 from pipeline.clip.frozen import FrozenClip
+from pipeline.clip.inputs import count_tokens, inputs_of
 from pipeline.clip.library import open_clip
 from pipeline.clip.model import OpenClip, create_clip
 from pipeline.data.batches import Batch
@@ -286,3 +287,34 @@ def test_create_clip_builds_the_vit_that_the_configuration_describes(tmp_path: P
     again = FrozenClip(load_clip(tmp_path)).encode_image(images)
     torch.testing.assert_close(again, FrozenClip(clip).encode_image(images))
     assert again.shape == (2, config.embed_dim)
+
+
+class Words:
+    """Stands for a tokenizer of Hugging Face: a token a word, an end token or none, and any token as padding."""
+
+    def __init__(self, padding: int, end: tuple[int, ...]) -> None:
+        self._padding, self._end = padding, end
+
+    def __call__(self, captions: list[str], context_length: int) -> torch.Tensor:
+        tokens = [[1, *(2 + len(word) for word in caption.split())] for caption in captions]
+        rows = [[*row[: context_length - len(self._end)], *self._end] for row in tokens]
+        return torch.tensor([row + [self._padding] * (context_length - len(row)) for row in rows])
+
+
+@pytest.mark.parametrize(("padding", "end"), [(2, (2,)), (0, (2,)), (0, ())])
+def test_whatever_the_tokenizer_a_caption_is_cut_only_if_it_has_more_tokens_than_are_read(
+    padding: int, end: tuple[int, ...]
+) -> None:
+    inputs = inputs_of({"text_cfg": {"context_length": 8}}, {"size": 32}, "")
+    vars(inputs)["tokenizer"] = Words(padding, end)
+    captions = [" ".join(["cat"] * number) for number in range(12)]
+    most = 8 - 1 - len(end)
+    assert inputs.cut_at(captions) == [8 if number > most else 0 for number in range(12)]
+    assert inputs.cut_at([]) == []
+
+
+def test_clips_own_tokenizer_cuts_what_it_counts_as_longer() -> None:
+    captions = [" ".join(["cat", "zyzzyva", "dog"] * 20)[:length] for length in range(0, 200, 3)]
+    inputs = inputs_of({"text_cfg": {"context_length": 20}}, {"size": 32}, "")
+    assert inputs.cut_at(captions) == [20 if tokens > 20 else 0 for tokens in count_tokens(captions)]
+    assert set(inputs.cut_at(captions)) == {0, 20}

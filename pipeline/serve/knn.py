@@ -191,7 +191,7 @@ class LocalNeighbours:
         try:
             self._retriever.conditions(where)
         except ConfigError as error:
-            raise ConfigError(f"serve.safe_rows: {error}") from None
+            raise ConfigError(f"serve.safe_rows: {str(error).removeprefix('--where: ')}") from None
 
     async def embed_dim(self) -> int:
         """See ``Neighbours``."""

@@ -316,8 +316,8 @@ def test_a_search_for_safe_rows_finds_those_that_the_recipe_says_are_safe(
         every = post(filtering, **query, use_safety_model=False, use_violence_detector=False)
         assert every.json()[0]["caption"] == "a red picture"
         assert "X-Unclip-Notes" not in every.headers
-    neighbours.require_filter("width >= 1")
-    with pytest.raises(ConfigError, match=r"^serve\.safe_rows: .*punsafe"):
+    neighbours.require_filter("clip_score >= 0")
+    with pytest.raises(ConfigError, match=r"^serve\.safe_rows: no column 'punsafe'; there are uid"):
         neighbours.require_filter("punsafe < 0.1")
 
 
