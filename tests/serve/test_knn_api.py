@@ -1,3 +1,4 @@
+import asyncio
 import base64
 import dataclasses
 import gc
@@ -372,15 +373,31 @@ def test_a_picture_is_fetched_where_that_is_on(
     [nearest, *_] = post(fetching, image_url=f"{pictures}/red.png").json()
     assert nearest["caption"] == "a red picture"
     assert "fetches no URLs" in post(server, image_url=f"{pictures}/red.png").json()["error"]["message"]
-    with monkeypatch.context() as patch:  # no time is left for the second one
-        patch.setattr(knn, "_FETCHES_S", 1e-9)
-        late = post(fetching, image_url=[f"{pictures}/red.png"] * 2).json()["error"]["message"]
-        assert late.startswith("image_url: ")
     assert len(post(fetching, image_url=[f"{pictures}/red.png"] * 2).json()) == 2
     small = dataclasses.replace(knn._FETCHING, max_body_bytes=20)
     monkeypatch.setattr(knn, "_FETCHING", small)
     message = post(fetching, image_url=f"{pictures}/red.png").json()["error"]["message"]
     assert message.startswith("image_url: body-size: ")
+
+
+def test_all_pictures_of_a_request_are_fetched_in_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch, left_s = knn._fetch, list[float]()
+
+    async def slow(_: str, longest_s: float) -> Any:
+        left_s.append(longest_s)
+        await asyncio.sleep(0.05)
+        return np.zeros((2, 2, 3), np.uint8)
+
+    monkeypatch.setattr(knn, "_fetch", slow)
+    model, nobody = AsyncMock(), AsyncMock()
+    model.embed_image.return_value = np.zeros(2, np.float32)
+    asyncio.run(knn._embed(model, nobody, "image_url", ["a", "b", "c"]))
+    first, second, third = left_s
+    assert first == knn._FETCHES_S
+    assert second <= first - 0.04
+    assert third <= second - 0.04
+    with pytest.raises(ApiError, match="did not come within 30 s"):
+        asyncio.run(fetch("http://example.com/a.png", 0.0))
 
 
 def test_a_refused_text_is_freed_with_its_answer() -> None:

@@ -78,8 +78,9 @@ def test_pictures_of_requests_under_way_are_bounded_until_each_request_ends() ->
         for edit in (variation, interpolation):
             with pytest.raises(Overloaded, match="0 MB are edited or wait already"):
                 held.hold(edit)
-    with held.hold(interpolation):  # alone it is taken, however large
+    with (large := held.hold(interpolation)):  # alone it is taken, however large
         assert held.num_bytes == 2 * len(one.levels)
+    assert (held.num_bytes, large.num_bytes) == (0, 0)  # also while an error refers to the request
     held.hold(variation)  # nobody waits for its request: the connection is gone before the answer began
     assert held.num_bytes == 0
 
