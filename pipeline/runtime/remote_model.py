@@ -232,7 +232,7 @@ class RemoteModel:
 
     async def cut_at(self, texts: Sequence[str]) -> list[int]:
         """See ``PictureModel``."""
-        return await self._twice(lambda: self._call("cut_at", texts))
+        return await self._twice(lambda: self._call("cut_at", self._served, texts))
 
     async def ask(self, part: str, method: str, *arguments: Any, **settings: Any) -> Any:
         """Call a method of a part by name.

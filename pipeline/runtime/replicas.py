@@ -214,9 +214,9 @@ class ModelReplica:
         """See ``PictureModel``."""
         return await self._engine_of(served).embed_image(image)
 
-    async def cut_at(self, texts: Sequence[str]) -> list[int]:
+    async def cut_at(self, served: str, texts: Sequence[str]) -> list[int]:
         """See ``PictureModel``."""
-        return await self._engine.cut_at(texts)
+        return await self._engine_of(served).cut_at(texts)
 
     async def load(self) -> PartLoad:
         """What its engine has to do."""

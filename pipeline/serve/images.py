@@ -273,9 +273,13 @@ class Generation:
     async def _note_cuts(self) -> None:
         """Note which texts are longer than CLIP reads."""
         texts = {name: text for name in _TEXTS if (text := getattr(self._body, name, None))}
-        if texts:
+        if not texts:
+            return
+        try:
             cuts = await until(self._ends_s, self._model.cut_at(list(texts.values())))
-            self._notes += [note_of_cut(name, tokens) for name, tokens in zip(texts, cuts, strict=True) if tokens]
+        except NotServing:  # they ended when they had sampled: pictures without a note are better than none
+            return
+        self._notes += [note_of_cut(name, tokens) for name, tokens in zip(texts, cuts, strict=True) if tokens]
 
     async def _files(self, sampled: SampledPictures) -> list[bytes]:
         return await self._encode(list(sampled.images), list(self.request.seeds))

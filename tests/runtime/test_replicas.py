@@ -58,6 +58,9 @@ class FakeEngine:
     async def embed_image(self, _image: Any) -> int:
         return self.number
 
+    async def cut_at(self, _texts: Any) -> list[int]:
+        return [self.number]
+
     async def stream(self, *_: Any) -> AsyncGenerator[Accepted]:
         for _ in range(self.number):
             yield Accepted()
@@ -136,6 +139,7 @@ def test_embeddings_and_streams_are_of_the_networks_that_they_mean(engines: dict
             served = digest_of(tables(number))
             assert await replica.embed_texts(served, ["a"]) == number
             assert await replica.embed_image(served, np.zeros((1, 1, 3), np.uint8)) == number
+            assert await replica.cut_at(served, ["a"]) == [number]
             assert [event async for event in replica.stream(served, SampleRequest("a", (1,)))] == [Accepted()] * number
         with pytest.raises(OtherNetworks):
             await replica.embed_texts(digest_of(tables(3)), ["a"])

@@ -9,6 +9,7 @@ import socket
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import numpy as np
@@ -34,6 +35,7 @@ from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
 from pipeline.serve.picture_files import ModelCard, encode_picture
+from pipeline.serve.protocols import NotServing
 from tests.tiny.shards import pixels
 from tests.tiny.workspace import served_workspace
 
@@ -163,6 +165,13 @@ def test_a_text_that_is_longer_than_clip_reads_is_noted_in_every_form_of_answer(
     assert [event["notes"] for event in events] == [[note.format("prompt")]] * 2
     file = post(server, {"prompt": cut, "response_format": "file"})
     assert file.headers["X-Unclip-Notes"] == note.format("prompt")
+
+
+def test_finished_pictures_are_sent_if_the_networks_have_ended_meanwhile(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.engine, "cut_at", AsyncMock(side_effect=NotServing("swapped")))
+    assert len(post(server, {"prompt": PROMPT, "n": 2}).json()["data"]) == 2
 
 
 def test_quality_takes_no_more_steps_than_the_decoder_has_timesteps(server: Any, serving: Any) -> None:
