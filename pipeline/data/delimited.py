@@ -126,7 +126,7 @@ def _byte_lines(stream: IO[bytes], start: int, stop: int | None) -> Iterator[byt
     while True:
         block = stream.read(_BLOCK_BYTES)
         if position == 0 and not rest and not long_bytes:
-            _refuse_utf16(block)
+            refuse_utf16(block)
             bom = len(_BOM) if block.startswith(_BOM) else 0
             position, block = bom, block[bom:]
         lines = (rest + block).split(b"\n")
@@ -146,6 +146,11 @@ def _byte_lines(stream: IO[bytes], start: int, stop: int | None) -> Iterator[byt
             rest, long_bytes = b"", long_bytes + len(rest)
 
 
-def _refuse_utf16(block: bytes) -> None:
+def refuse_utf16(block: bytes) -> None:
+    """Refuse a file by its first bytes.
+
+    Raises:
+        DataError: If it is UTF-16.
+    """
     if block[:2] in _UTF16:
         raise DataError("UTF-16; convert it to UTF-8, for example with iconv")

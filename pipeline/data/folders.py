@@ -15,7 +15,6 @@ the names of a folder's sub-folders, and of its files those of a page, of the ne
 looked at together.
 """
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,10 +26,10 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.data.delimited import csv_records, lines_of
-from pipeline.data.json_lists import json_records
+from pipeline.data.json_lists import json_records, parse_json
 from pipeline.data.list_columns import CAPTION_COLUMNS, NO_CAPTIONS, ListColumns, find_column
-from pipeline.data.lists import BATCH_ROWS, Span, explain_damage, file_columns, open_text, read_span
-from pipeline.data.reading import Reading
+from pipeline.data.lists import BATCH_ROWS, Span, explain_damage, file_columns, kind_of, open_text, read_span
+from pipeline.data.reading import MAX_CELL, Reading, has_surrogates, within_limit
 from pipeline.errors import DataError
 from pipeline.workspace.trees import Page, Stretch, Tree, in_reading_order
 
@@ -125,10 +124,10 @@ def read_folder(
         folder: Path or URI of the folder.
         caption_column: Column of the metadata files that holds the caption; empty: found by its name.
         part: One of ``folder_parts``; None: the whole folder.
-        reading: Counts metadata rows that could not be parsed; its notes count pairs by the source of their caption
-            (``captions_from_metadata``, ``_sidecar``, ``_name``), and metadata names without a picture
-            (``metadata_without_picture``) or, in annotations of a folder of several parts, not compared
-            (``annotations_not_compared``).
+        reading: Counts pictures that are left out; its notes count pairs by the source of their caption
+            (``captions_from_metadata``, ``_sidecar``, ``_name``), rows of metadata and captions of annotations that
+            are left out (``malformed_metadata``), and metadata names without a picture (``metadata_without_picture``)
+            or, in annotations of a folder of several parts, not compared (``annotations_not_compared``).
 
     Yields:
         Tables of ``url`` (``file://``, or the picture's URI in a store), ``caption`` and ``caption_source`` (metadata,
@@ -145,7 +144,7 @@ def read_folder(
     reader = _Reader(Tree(folder), caption_column, reading, part)
     rows: list[Row] = []
     with explain_damage(folder):
-        for row in reader.rows():
+        for row in within_limit(reader.rows(), reading):
             reading.notes[f"captions_from_{row[2]}"] += 1
             rows.append(row)
             if len(rows) >= BATCH_ROWS:
@@ -357,17 +356,22 @@ def _read_metadata(file: str, caption_column: str, reading: Reading) -> _Metadat
     names = file_columns(file)
     name_column = find_column(names, "", NAME_COLUMNS, file)
     caption = find_column(names, caption_column, CAPTION_COLUMNS, file)
-    metadata, own_reading = _Metadata(), Reading()
+    metadata, own_reading, num_nameless = _Metadata(), Reading(), 0
     for table in read_span(Span(file), ListColumns(name_column, caption), own_reading):
         for name, text in zip(table.column("url").to_pylist(), table.column("caption").to_pylist(), strict=True):
             if name:
                 metadata.add(name, text)
+            else:
+                num_nameless += 1
+    if num_nameless:
+        own_reading.counts["malformed"] += num_nameless
+        own_reading.name(0, f"{num_nameless} rows without a file name")
     _take_over(reading, own_reading)
     return metadata
 
 
 def _take_over(reading: Reading, own_reading: Reading) -> None:
-    """Count the malformed rows of a metadata file: they are no rows of the folder, whose rows are its pictures."""
+    """Count what is left out of a caption file: it is no row of the folder, whose rows are its pictures."""
     reading.notes["malformed_metadata"] += own_reading.counts["malformed"]
     for example in own_reading.examples:
         reading.name(example.line, example.reason, example.file)
@@ -379,19 +383,39 @@ def _read_annotations(file: str, reading: Reading) -> _Metadata:
     with explain_damage(file), open_text(file) as stream:
         if file.endswith(".json"):
             records = (
-                (record.get("file_name"), record.get("caption")) for _, record in json_records(stream, own_reading)
+                (number, record.get("file_name"), record.get("caption"))
+                for number, record in json_records(stream, own_reading)
             )
         else:
             records = _annotation_lines(file, lines_of(stream, own_reading), own_reading)
-        for name, caption in records:
-            if isinstance(name, str) and isinstance(caption, str):
+        for number, name, caption in records:
+            if fault := _fault_of(name, caption):
+                own_reading.malformed(number, fault)
+            else:
                 metadata.add(name, caption.strip())
     _take_over(reading, own_reading)
     return metadata
 
 
-def _annotation_lines(file: str, lines: Iterator[tuple[int, str]], own_reading: Reading) -> Iterator[tuple[str, str]]:
-    """Names and captions: ``image,caption``, ``image| number| caption`` or ``image#number<TAB>caption``."""
+def _fault_of(name: Any, caption: Any) -> str:
+    """Why a picture's name and its caption in annotations are left out; empty if they are not."""
+    if not isinstance(name, str) or not name:
+        return "no name of a picture"
+    if not isinstance(caption, str):
+        return f"the caption is {kind_of(caption)}"
+    return _fault_of_text(name) or _fault_of_text(caption)
+
+
+def _fault_of_text(text: str) -> str:
+    if len(text) > MAX_CELL:
+        return f"a text of {len(text)} characters; the limit is {MAX_CELL}"
+    return "not UTF-8, or half of a surrogate pair, which is no character" if has_surrogates(text) else ""
+
+
+def _annotation_lines(
+    file: str, lines: Iterator[tuple[int, str]], own_reading: Reading
+) -> Iterator[tuple[int, str, str]]:
+    """Line, name and caption: ``image,caption``, ``image| number| caption`` or ``image#number<TAB>caption``."""
     delimiter = _TABLES.get(file.rpartition("/")[2], "\t")
     if delimiter == ",":
         records = csv_records(lines, own_reading)
@@ -400,7 +424,7 @@ def _annotation_lines(file: str, lines: Iterator[tuple[int, str]], own_reading: 
     for number, cells in records:
         name = cells[0].partition("#")[0].strip()
         if len(cells) > 1 and _is_picture(name):
-            yield name, cells[-1]
+            yield number, name, cells[-1]
         elif number > 1:  # the first line may be a header
             own_reading.malformed(number, "no name of a picture with a caption")
 
@@ -422,18 +446,18 @@ def _caption_in(sidecar: str, content: bytes) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{sidecar} is not UTF-8 ({error.reason} at byte {error.start})") from None
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return _caption_in_json(sidecar, text) if sidecar.endswith(".json") else text.strip()
+    caption = _caption_in_json(sidecar, text) if sidecar.endswith(".json") else text.strip()
+    if fault := _fault_of_text(caption):
+        raise ValueError(f"{sidecar}: {fault}")
+    return caption
 
 
 def _caption_in_json(sidecar: str, text: str) -> str:
     try:
-        value: Any = json.loads(text)
+        value = parse_json(text)
     except ValueError as error:
         raise ValueError(f"{sidecar} is no JSON ({error})") from None
     names = [name for name in CAPTION_COLUMNS if isinstance(value, dict) and isinstance(value.get(name), str)]
     if not names:
         raise ValueError(f"{sidecar} has no text under {', '.join(CAPTION_COLUMNS)}")
-    caption = str(value[names[0]])
-    if any("\ud800" <= letter <= "\udfff" for letter in caption):
-        raise ValueError(f"{sidecar} holds half of a surrogate pair, which is no character")
-    return caption
+    return str(value[names[0]])

@@ -3,14 +3,17 @@
 A ``.json`` file holds a list of records, lines of records as jsonl has them, pandas' columns, COCO's images and
 annotations, or Karpathy's images and sentences. A list of records is read record by record; the other shapes are read
 whole.
+
+A byte that is not UTF-8 becomes half of a surrogate pair, which the reader of a text finds: it costs its row.
 """
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from typing import IO, Any, cast
 
-from pipeline.data.delimited import lines_of
+from pipeline.data.delimited import lines_of, refuse_utf16
 from pipeline.data.reading import Reading
 from pipeline.errors import DataError
 
@@ -19,7 +22,22 @@ Numbered = tuple[int, Record]
 """Line or number of a record in its file, from 1, and the record."""
 _BLOCK_BYTES = 1 << 20
 _LONGEST_RECORD = 16 << 20
+_DECODER = json.JSONDecoder()
+_PUNCTUATION = re.compile(r'"(?:[^"\\]++|\\.)*+"|["\[\]{},]', re.DOTALL)
+"""Whole texts, and what tells where a value ends; a lone quote begins a text that is not here whole."""
 _SHAPES = 'a list of records, such as [{"url": ..., "caption": ...}]'
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: If it is not JSON, or cannot be read: nested too deeply, or a number of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def jsonl_records(stream: IO[bytes], reading: Reading, start: int = 0, stop: int | None = None) -> Iterator[Numbered]:
@@ -28,8 +46,8 @@ def jsonl_records(stream: IO[bytes], reading: Reading, start: int = 0, stop: int
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             reading.malformed(number, f"not JSON ({error})")
             continue
         if isinstance(row, dict):
@@ -44,22 +62,57 @@ def json_records(stream: IO[bytes], reading: Reading) -> Iterator[Numbered]:
     Raises:
         DataError: If the file is damaged, or of none of the shapes.
     """
-    text = codecs.getreader("utf-8-sig")(stream)
-    head = ""
+    text, head = _Text(stream), ""
     while _may_be_lines(head) and (block := text.read(_BLOCK_BYTES)):
         head += block
+    refuse_utf16(head[:2].encode(errors="surrogateescape"))
     if head.lstrip().startswith("["):
         yield from _array_records(head, text, reading)
         return
     first_line, _, rest = head.lstrip().partition("\n")
     if rest.strip() and _is_record(first_line):
-        stream.seek(0)
-        yield from jsonl_records(stream, reading)
+        yield from jsonl_records(cast("IO[bytes]", _Again(head, text)), reading)
         return
-    records = _records_of(json.loads(head + text.read()))
+    try:
+        value = parse_json(head + text.read())
+    except ValueError as error:
+        raise DataError(f"damaged, or not what its name says: {error}") from None
+    records = _records_of(value)
     for number, record in enumerate(records, start=1):
         reading.at_line(number)
         yield number, record
+
+
+class _Text:
+    """The text of a stream of bytes.
+
+    Args:
+        stream: The stream; compressed ones cannot be read again from their beginning.
+    """
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+
+    def read(self, num_bytes: int = -1) -> str:
+        """The text of the next bytes; empty at the end."""
+        text, block = "", b"more"
+        while block and not text:  # a block may hold no whole letter
+            block = self._stream.read(num_bytes)
+            text = self._decoder.decode(block, final=not block)
+        return text
+
+
+class _Again:
+    """The bytes of a text whose head was read already, from its beginning."""
+
+    def __init__(self, head: str, rest: _Text) -> None:
+        self._head = head
+        self._rest = rest
+
+    def read(self, num_bytes: int) -> bytes:
+        head, self._head = self._head, ""
+        return (head or self._rest.read(num_bytes)).encode(errors="surrogateescape")
 
 
 def _may_be_lines(head: str) -> bool:
@@ -68,22 +121,17 @@ def _may_be_lines(head: str) -> bool:
     return is_record and not head.lstrip().partition("\n")[2].strip()
 
 
-def _array_records(buffer: str, text: Any, reading: Reading) -> Iterator[Numbered]:
-    """The records of a list, decoded one after the other."""
-    decoder, number = json.JSONDecoder(), 0
-    place = buffer.index("[") + 1
+def _array_records(buffer: str, text: _Text, reading: Reading) -> Iterator[Numbered]:
+    """The records of a list, decoded one after the other; one that cannot be read is counted as malformed."""
+    number, place = 0, buffer.index("[") + 1
     while True:
         while place < len(buffer) and buffer[place] in " \t\r\n,":
             place += 1
         if place < len(buffer) and buffer[place] == "]":
             reading.at_line(number)
             return
-        try:
-            value, end = decoder.raw_decode(buffer, place)
-            is_whole = end < len(buffer)  # a number at the end of the buffer may go on in the next block
-        except json.JSONDecodeError as error:
-            value, end, is_whole = error, place, False
-        if not is_whole:
+        value, end = _decoded(buffer, place)
+        if not place < end < len(buffer):  # a number at the end of the buffer may go on in the next block
             block = text.read(_BLOCK_BYTES) if len(buffer) - place < _LONGEST_RECORD else ""
             if not block:
                 raise DataError(
@@ -96,12 +144,39 @@ def _array_records(buffer: str, text: Any, reading: Reading) -> Iterator[Numbere
         if isinstance(value, dict):
             yield number, cast("Record", value)
         else:
-            reading.malformed(number, "no record, which begins with {")
+            reading.malformed(number, str(value) if isinstance(value, Exception) else "no record, which begins with {")
+
+
+def _decoded(buffer: str, place: int) -> tuple[Any, int]:
+    """A value, or why it cannot be read, and the place behind it; 0 if its end is not in the buffer."""
+    try:
+        return _DECODER.raw_decode(buffer, place)
+    except json.JSONDecodeError as error:
+        return error, 0
+    except ValueError as error:  # a number of thousands of digits
+        return error, _end_of_value(buffer, place)
+    except RecursionError:
+        return ValueError("nested too deeply"), _end_of_value(buffer, place)
+
+
+def _end_of_value(buffer: str, place: int) -> int:
+    """The place behind a value, without reading it; 0 if its end is not in the buffer."""
+    depth = 0
+    for match in _PUNCTUATION.finditer(buffer, place):
+        mark = match.group()
+        if mark == '"':
+            return 0
+        if not depth and mark in {",", "]", "}"}:  # behind a bare number
+            return match.start()
+        depth += (mark in {"[", "{"}) - (mark in {"]", "}"})
+        if not depth and mark in {"]", "}"}:
+            return match.end()
+    return 0
 
 
 def _is_record(line: str) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(parse_json(line), dict)
     except ValueError:
         return False
 
@@ -113,13 +188,13 @@ def _records_of(value: Any) -> list[Record]:
     tables = cast("Record", value)
     images, annotations, data = (_records(tables.get(name)) for name in ("images", "annotations", "data"))
     if images and annotations:
-        by_id = {image.get("id"): image for image in images}
-        return [by_id.get(one.get("image_id"), {}) | one for one in annotations]
+        by_id = {_hashable(image.get("id")): image for image in images}
+        return [by_id.get(_hashable(one.get("image_id")), {}) | one for one in annotations]
     if images and all("sentences" in image for image in images):
         return [
-            image | {"file_name": image.get("filename"), "caption": sentence.get("raw")}
+            image | {"file_name": image.get("filename"), "caption": caption}
             for image in images
-            for sentence in image["sentences"]
+            for caption in _sentences(image["sentences"])
         ]
     if data:
         return data
@@ -131,6 +206,17 @@ def _records_of(value: Any) -> list[Record]:
     if columns and len(columns) == len(tables) and len({len(column) for column in columns.values()}) == 1:
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     raise DataError(f"must hold {_SHAPES}, or COCO's images and annotations")
+
+
+def _hashable(value: Any) -> Any:
+    """An id; a list or a record in its place is its text."""
+    return json.dumps(value) if isinstance(value, list | dict) else value
+
+
+def _sentences(value: Any) -> list[Any]:
+    """The captions of an image; what stands in the place of one is left to the reader of captions."""
+    sentences = cast("list[Any]", value) if isinstance(value, list) else [value]
+    return [cast("Record", one).get("raw") if isinstance(one, dict) else one for one in sentences]
 
 
 def _records(value: Any) -> list[Record]:

@@ -10,7 +10,6 @@ import gzip
 import itertools
 import json
 import math
-import re
 import zlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from pipeline.data.delimited import csv_records, lines_of, tsv_records
 from pipeline.data.json_lists import json_records, jsonl_records
 from pipeline.data.list_columns import ListColumns, names_of
 from pipeline.data.parquet_lists import extra_types, open_parquet, parquet_tables, row_group_spans
-from pipeline.data.reading import MAX_CELL, Reading
+from pipeline.data.reading import MAX_CELL, Reading, has_surrogates, within_limit
 from pipeline.errors import DataError
 from pipeline.workspace.files import UserFile, find_files, open_file
 
@@ -32,7 +31,6 @@ COMPRESSIONS = ("gz", "zst")
 _CUT_AT_LINES = frozenset({"tsv", "jsonl", "ndjson", "txt"})
 _SAMPLE_BYTES = 8 << 20
 _FILES_TO_COUNT = 16
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -275,7 +273,7 @@ def _text_tables(span: Span, columns: ListColumns, reading: Reading) -> Iterator
                 for number, line in lines_of(stream, reading, span.start, span.stop)
                 if line.strip()
             )
-            yield from _row_tables(rows, [], reading)
+            yield from _row_tables(within_limit(rows, reading), [], reading)
         elif kind in _RECORDS:
             yield from _delimited_tables(span, stream, columns, reading)
         else:
@@ -294,9 +292,9 @@ def _delimited_tables(span: Span, stream: IO[bytes], columns: ListColumns, readi
         records = itertools.chain([first], records)
 
     def rows() -> Iterator[Values]:
-        for number, cells in records:
+        for number, cells in within_limit(records, reading):
             if len(cells) != len(names):
-                reading.malformed(number, f"{len(cells)} cells, not {len(names)}")
+                reading.leave_out(number, f"{len(cells)} cells, not {len(names)}")
             else:
                 yield number, [None if place is None else cells[place] for place in places]
 
@@ -308,6 +306,7 @@ def _json_tables(span: Span, stream: IO[bytes], columns: ListColumns, reading: R
         records = json_records(stream, reading)
     else:
         records = jsonl_records(stream, reading, span.start, span.stop)
+    records = within_limit(records, reading)
     first = list(itertools.islice(records, BATCH_ROWS))
     if not first:
         return
@@ -317,10 +316,11 @@ def _json_tables(span: Span, stream: IO[bytes], columns: ListColumns, reading: R
         for number, record in itertools.chain(first, records):
             try:
                 texts = [_as_url(record.get(url)), _as_caption(record.get(caption) if caption else None)]
-            except ValueError as error:
-                reading.malformed(number, str(error))
+                texts += [_as_text(record.get(name)) for name in others]
+            except (ValueError, RecursionError) as error:
+                reading.leave_out(number, str(error))
             else:
-                yield number, texts + [_as_text(record.get(name)) for name in others]
+                yield number, texts
 
     yield from _row_tables(rows(), columns.extra, reading)
 
@@ -328,10 +328,12 @@ def _json_tables(span: Span, stream: IO[bytes], columns: ListColumns, reading: R
 def _row_tables(rows: Iterator[Values], extra: Sequence[str], reading: Reading) -> Iterator[pa.Table]:
     names = ["url", "caption", *extra]
     while chunk := list(itertools.islice(rows, BATCH_ROWS)):
+        good = _without_large(chunk, reading)
         try:
-            yield _table(names, _without_large(chunk, reading))
+            table = _table(names, good)
         except UnicodeEncodeError:
-            yield _table(names, _without_surrogates(_without_large(chunk, Reading()), reading))
+            table = _table(names, _without_surrogates(good, reading))
+        yield table
 
 
 def _table(names: list[str], rows: list[Values]) -> pa.Table:
@@ -346,7 +348,7 @@ def _without_large(rows: list[Values], reading: Reading) -> list[Values]:
     for number, values in rows:
         size = max(len(values[0] or ""), len(values[1] or ""))
         if size > MAX_CELL:
-            reading.malformed(number, f"a URL or caption of {size} characters; the limit is {MAX_CELL}")
+            reading.leave_out(number, f"a URL or caption of {size} characters; the limit is {MAX_CELL}")
         else:
             good.append((number, values))
     return good
@@ -355,17 +357,17 @@ def _without_large(rows: list[Values], reading: Reading) -> list[Values]:
 def _without_surrogates(rows: list[Values], reading: Reading) -> list[Values]:
     good: list[Values] = []
     for number, values in rows:
-        if all(value is None or not _SURROGATE.search(value) for value in values):
-            good.append((number, values))
+        if any(value and has_surrogates(value) for value in values):
+            reading.leave_out(number, "not UTF-8, or half of a surrogate pair, which is no character")
         else:
-            reading.malformed(number, "half of a surrogate pair, which is no character")
+            good.append((number, values))
     return good
 
 
 def _as_url(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
-    raise ValueError(f"the URL is {_kind(value)}")
+    raise ValueError(f"the URL is {kind_of(value)}")
 
 
 def _as_caption(value: Any) -> str | None:
@@ -373,11 +375,12 @@ def _as_caption(value: Any) -> str | None:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
-    raise ValueError(f"the caption is {_kind(value)}")
+    raise ValueError(f"the caption is {kind_of(value)}")
 
 
-def _kind(value: Any) -> str:
-    kinds = {dict: "a record", list: "a list", bool: "true or false"}
+def kind_of(value: Any) -> str:
+    """What a value of JSON is that is no text, for people."""
+    kinds = {dict: "a record", list: "a list", bool: "true or false", type(None): "null"}
     return kinds.get(type(value), "not a number" if isinstance(value, float) else "a number")
 
 

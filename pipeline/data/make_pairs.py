@@ -72,6 +72,8 @@ class PairsMaker:
         self._pieces = [[Span(**span) for span in piece] for piece in output.read_json(_PIECES)]
         self._names = numbered_names(len(self._pieces))
         self._lists = [list_of(piece) for piece in self._pieces]
+        self._records = dict[str, ShardRecord]()
+        self._rows_before = [0]
 
     def phases(self) -> Iterator[list[str]]:
         """The tasks of each phase, by the names of their records; ask for a phase when the one before is done.
@@ -103,20 +105,22 @@ class PairsMaker:
         wall_s = round(time.monotonic() - start, 3)
         record = ShardRecord(shard=name, counts=counts, files=files, wall_s=wall_s)
         self._output.commit_shard(record)
+        self._records[name] = record
         return record
 
     def finish(self) -> PairsSummary:
         """Write the index, when every task is done."""
         records = self._output.shard_records()
-        readings = [Reading.from_dict(self._output.read_json(f"{READ}{name}.json")) for name in self._names]
+        readings = [Reading.from_dict(one) for one in self._output.read_jsons(self._reading_files)]
         parts = [records[name].counts for name in self._names]
         summary = PairsSummary(Counter(add_counts([dict(reading.counts) for reading in readings])))
         total = add_counts(parts)
         summary.counts["ok"] = total["ok"]
         if total["duplicate"]:
             summary.counts["duplicate"] = total["duplicate"]
-        notes = [self._output.read_json(f"{LIVE}parts/{name}.json") for name in self._names]
-        summary.metrics |= add_counts([dict(reading.notes) for reading in readings]) | add_counts(notes)
+        written = self._output.read_jsons([f"{LIVE}parts/{name}.json" for name in self._names])
+        notes = add_counts([one["notes"] for one in written])
+        summary.metrics |= add_counts([dict(reading.notes) for reading in readings]) | notes
         if num_captions := summary.metrics.get("captions_measured"):
             summary.metrics["context_length"] = self._source.context_length
             summary.metrics["long_caption_share"] = round(summary.metrics["long_captions"] / num_captions, 6)
@@ -124,7 +128,7 @@ class PairsMaker:
             summary.metrics["lists"] = self._count_lists(readings, parts)
         if examples := name_examples(readings):
             summary.metrics["malformed_rows"] = examples
-        schemas = [pq.read_schema(self._output.path(f"{name}.parquet")) for name in self._names]
+        schemas = [pa.schema([(name, pa.type_for_alias(kind)) for name, kind in one["columns"]]) for one in written]
         numbered = zip(self._names, parts, self._lists, strict=True)
         write_index(self._output, [Part(name, counts["ok"], number) for name, counts, number in numbered], schemas)
         return summary
@@ -139,8 +143,8 @@ class PairsMaker:
 
     def _read(self, name: str, on_rows: OnRows) -> dict[str, int]:
         number = self._names.index(name.removeprefix(READ))
-        reading = Reading()
-        limit = self._rows_left(number)
+        reading = Reading(limit=self._rows_left(number))
+        batches = () if reading.is_full else self._source.read(self._pieces[number], self._names[number], reading)
         with (
             self._output.write(f"{name}.runs") as runs_path,
             self._output.write(f"{name}.parquet") as path,
@@ -148,14 +152,11 @@ class PairsMaker:
             contextlib.closing(_PartWriter(path)) as writer,
         ):
             runs = RunWriter(stream, number)
-            for batch in self._source.read(self._pieces[number], self._names[number], reading) if limit != 0 else ():
-                rows = batch if limit is None else batch.slice(0, limit - reading.counts["in"])
-                table, uids = _to_pairs(rows, self._source.config.validation_prob, reading)
+            for batch in batches:
+                table, uids = _to_pairs(batch, self._source.config.validation_prob, reading)
                 runs.add(uids)
                 writer.write(table)
                 on_rows(reading.counts["in"])
-                if limit is not None and reading.counts["in"] >= limit:
-                    break
             runs.flush()
         self._output.write_json(f"{name}.json", reading.to_dict() | {"runs": [asdict(run) for run in runs.runs]})
         return dict(reading.counts)
@@ -174,12 +175,17 @@ class PairsMaker:
         """Rows that ``max_pairs`` leaves to a piece of its list; None: all."""
         if not self._source.config.max_pairs:
             return None
-        records = self._output.shard_records() if number else {}
-        before = [
-            name for name, of in zip(self._names[:number], self._lists, strict=False) if of == self._lists[number]
-        ]
-        rows_before = sum(records[f"{READ}{name}"].counts.get("in", 0) for name in before)
-        return max(0, self._source.config.max_pairs - rows_before)
+        while (place := len(self._rows_before)) <= number:
+            is_first = self._lists[place] != self._lists[place - 1]
+            self._rows_before.append(0 if is_first else self._rows_before[-1] + self._num_read(place - 1))
+        return max(0, self._source.config.max_pairs - self._rows_before[number])
+
+    def _num_read(self, number: int) -> int:
+        """Rows that were read of a piece; of one that another process has read, by its record."""
+        name = f"{READ}{self._names[number]}"
+        if name not in self._records:
+            self._records |= self._output.shard_records()
+        return self._records[name].counts.get("in", 0)
 
     @cached_property
     def _compared(self) -> list[str]:
@@ -194,13 +200,19 @@ class PairsMaker:
         return [
             (
                 self._output.path(f"{READ}{name}.runs"),
-                [
-                    Run(run["first"], tuple(run["bounds"]))
-                    for run in self._output.read_json(f"{READ}{name}.json")["runs"]
-                ],
+                [Run(run["first"], tuple(run["bounds"])) for run in reading["runs"]],
             )
-            for name in self._names
+            for name, reading in zip(self._names, self._output.read_jsons(self._reading_files), strict=True)
         ]
+
+    @property
+    def _reading_files(self) -> list[str]:
+        return [f"{READ}{name}.json" for name in self._names]
+
+    @cached_property
+    def _repeats(self) -> list[Path]:
+        """The files with the positions of repeated rows; known when all are compared."""
+        return [self._output.path(f"{group}.npy") for group in self._compared]
 
     def _compare(self, name: str) -> dict[str, int]:
         first, end = name.removeprefix(COMPARE).split("-")
@@ -210,8 +222,8 @@ class PairsMaker:
 
     def _write_part(self, name: str) -> dict[str, int]:
         number = self._names.index(name)
-        positions = [np.load(self._output.path(f"{group}.npy"), mmap_mode="r") for group in self._compared]
-        repeats = np.sort(np.concatenate([rows_of_piece(one, number) for one in positions]))
+        found = [rows_of_piece(np.load(path, mmap_mode="r"), number) for path in self._repeats]
+        repeats = np.sort(np.concatenate(found))
         notes: Counter[str] = Counter({"train": 0, "validation": 0, "empty_captions": 0})
         captions: list[str] = []
         num_rows = row = 0
@@ -238,7 +250,8 @@ class PairsMaker:
         if self._source.context_length:
             long_captions = count_long(captions, self._source.context_length)
             notes.update({"captions_measured": len(captions), "long_captions": long_captions})
-        self._output.write_json(f"{LIVE}parts/{name}.json", dict(notes))
+        columns = [[column.name, str(column.type)] for column in rows.schema_arrow]
+        self._output.write_json(f"{LIVE}parts/{name}.json", {"notes": dict(notes), "columns": columns})
         return {"in": row, "ok": num_rows, "duplicate": len(repeats)}
 
 

@@ -73,7 +73,8 @@ def parquet_tables(
             return
         needed = list(dict.fromkeys(name for name in (url, caption, *others) if name))
         for batch in parquet.iter_batches(batch_rows, row_groups=numbers, columns=needed):
-            table = pa.Table.from_batches([batch]).replace_schema_metadata(None)
+            num_rows = reading.take(batch.num_rows)
+            table = pa.Table.from_batches([batch.slice(0, num_rows)]).replace_schema_metadata(None)
             texts = [_text_column(table.column(url), url)]
             texts.append(_text_column(table.column(caption), caption) if caption else pa.nulls(len(table), pa.string()))
             is_bad = functools.reduce(pc.or_, [_is_bad(column) for column in texts])
@@ -83,13 +84,15 @@ def parquet_tables(
             )
             if pc.any(is_bad).as_py():
                 for number in pc.indices_nonzero(is_bad).to_pylist():
-                    reading.malformed(
+                    reading.leave_out(
                         row + number + 1, f"a URL or caption that is not UTF-8, or above {MAX_CELL} bytes"
                     )
                 result = result.filter(pc.invert(is_bad))
-            row += batch.num_rows
+            row += num_rows
             reading.at_line(row)
             yield result
+            if reading.is_full:
+                return
 
 
 def _text_column(column: Any, name: str) -> Any:

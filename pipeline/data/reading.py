@@ -1,13 +1,17 @@
 """What the readers of lists report: rows that they leave out, with file and line, and names that match nothing."""
 
+import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 NUM_EXAMPLES = 10
 """Malformed rows that are named; the others are counted."""
 MAX_CELL = 131_072
 """Longest URL or caption, in characters (Parquet: bytes): the limit of Python's csv module."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,23 @@ class Reading:
     """The first malformed rows."""
     lines: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
     """File, and lines or rows that were read, of each span."""
+    limit: int | None = None
+    """Most rows to read, in the order of the source, with those that are left out; None: all."""
+    num_taken: int = 0
+    """Rows that were read so far, if there is a limit."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the limit is reached."""
+        return self.limit is not None and self.num_taken >= self.limit
+
+    def take(self, num_rows: int = 1) -> int:
+        """Count the next rows of the source; returns how many of them are within the limit."""
+        if self.limit is None:
+            return num_rows
+        num_within = min(num_rows, self.limit - self.num_taken)
+        self.num_taken += num_within
+        return num_within
 
     def begin(self, file: str) -> None:
         """A reader begins with a span of a file."""
@@ -46,7 +67,18 @@ class Reading:
         self.lines[-1] = (self.lines[-1][0], line)
 
     def malformed(self, line: int, reason: str, file: str = "") -> None:
-        """Count a row that is left out; ``file`` if it is not of the file that the reader began with."""
+        """Count the next row of the source, which is left out; nothing if it is behind the limit.
+
+        Args:
+            line: Its line.
+            reason: What is wrong with it.
+            file: Its file, if that is not the one that the reader began with.
+        """
+        if self.take():
+            self.leave_out(line, reason, file)
+
+    def leave_out(self, line: int, reason: str, file: str = "") -> None:
+        """Count a row that is left out after it was taken."""
         self.counts["in"] += 1
         self.counts["malformed"] += 1
         self.name(line, reason, file)
@@ -78,6 +110,20 @@ class Reading:
         )
 
 
+def within_limit(rows: Iterator[T], reading: Reading) -> Iterator[T]:
+    """The rows within the limit of ``reading``, to which the reader of ``rows`` adds those that it leaves out."""
+    while not reading.is_full:
+        row = next(rows, None)
+        if row is None or not reading.take():
+            return
+        yield row
+
+
+def has_surrogates(text: str) -> bool:
+    """Whether a text holds half of a surrogate pair, or what stands in the place of a byte that is not UTF-8."""
+    return not text.isascii() and _SURROGATE.search(text) is not None
+
+
 def name_examples(readings: list[Reading]) -> list[str]:
     """The first malformed rows of all pieces, as ``file:line: reason``; lines are counted from the file's beginning."""
     names: list[str] = []
@@ -91,4 +137,5 @@ def name_examples(readings: list[Reading]) -> list[str]:
         for one in reading.examples:
             place = f"{one.file}:{starts[one.span] + one.line}" if one.line else one.file
             names.append(f"{place}: {one.reason}")
-    return names[:NUM_EXAMPLES]
+    # The name of a file may hold bytes that are not UTF-8.
+    return [name.encode(errors="backslashreplace").decode() for name in names[:NUM_EXAMPLES]]

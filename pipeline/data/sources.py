@@ -57,7 +57,7 @@ class Source:
         Args:
             piece: One of ``pieces``.
             name: Name of the part of the list that it becomes.
-            reading: Counts the rows that are left out.
+            reading: Counts the rows that are left out; its limit counts all rows.
 
         Yields:
             Tables of ``url`` and ``caption`` (strings or nulls) and other columns.
@@ -71,7 +71,10 @@ class Source:
 
     def _read(self, config: PairsConfig, piece: Sequence[Span], name: str, reading: Reading) -> Iterator[pa.Table]:
         if config.source == "drawn":
-            yield from drawn_batches(config.drawn, self.seed)
+            for batch in drawn_batches(config.drawn, self.seed):
+                yield batch.slice(0, reading.take(batch.num_rows))
+                if reading.is_full:
+                    return
         elif config.source == "folder":
             stretch = Stretch(piece[0].first_path, piece[0].stop_path, piece[0].is_flat)
             part = FolderPart(stretch, tuple(piece[0].caption_files))
@@ -84,6 +87,8 @@ class Source:
             columns = ListColumns(config.url_column, config.caption_column, self.extra_columns)
             types = common_types(extra_schemas(piece, columns))
             for span in piece:
+                if reading.is_full:
+                    return
                 for table in read_span(span, columns, reading):
                     by_name = {name: table.column(name) for name in table.column_names}
                     yield pa.table(by_name | {name: cast_column(by_name[name], types[name]) for name in types})

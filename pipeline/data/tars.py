@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.data.blank import BLANK, num_blank
-from pipeline.data.reading import MAX_CELL, Reading
+from pipeline.data.json_lists import parse_json
+from pipeline.data.reading import MAX_CELL, Reading, within_limit
 from pipeline.data.rows import make_uid
 from pipeline.data.shards import TAKEN_IN, index_tar, picture_span, sample_caption, sample_url
 from pipeline.errors import DataError
@@ -76,9 +77,12 @@ def read_tar(tar: Path, shard: str, reading: Reading) -> Iterator[TarSample]:
 def tar_tables(tar: Path, shard: str, extra: tuple[str, ...], reading: Reading) -> Iterator[pa.Table]:
     """The rows of a tar: ``url``, ``caption``, ``key`` and the fields of the json that are kept."""
     names, rows = ("url", "caption", "key", *extra), list[list[str | None]]()
-    for sample in read_tar(tar, shard, reading):
-        values = [sample.record.get(name) for name in extra]
-        texts = [one if one is None or isinstance(one, str) else json.dumps(one, sort_keys=True) for one in values]
+    for sample in within_limit(read_tar(tar, shard, reading), reading):
+        try:
+            texts = [_as_text(sample.record.get(name)) for name in extra]
+        except (ValueError, RecursionError) as error:
+            reading.leave_out(reading.lines[-1][1], f"key {sample.key}: {error}")
+            continue
         rows.append([sample.url, sample.caption, sample.key, *texts])
         if len(rows) == BATCH_ROWS:
             yield _table(names, rows)
@@ -200,14 +204,27 @@ def _sample(stream: IO[bytes], files: dict[str, tuple[int, int]], shard: str, ke
         raise ValueError("no picture")
     record: dict[str, Any] = {}
     if "json" in files:
-        value = json.loads(_read(stream, files["json"]))
+        value = parse_json(_read(stream, files["json"]))
         record = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
     caption = sample_caption(record, _read(stream, files["txt"]) if "txt" in files else b"")
     url = sample_url(record, shard, key)
-    (url + caption).encode()  # half of a surrogate pair is no character
+    (key + url + caption).encode()  # half of a surrogate pair is no character
     if max(len(url), len(caption)) > MAX_CELL:
         raise ValueError(f"a URL or caption longer than {MAX_CELL} characters")
     return TarSample(key, url, caption, record, picture)
+
+
+def _as_text(value: Any) -> str | None:
+    """A field of the json as text.
+
+    Raises:
+        ValueError: If it holds half of a surrogate pair.
+    """
+    if value is None:
+        return None
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    text.encode()
+    return text
 
 
 def _read(stream: IO[bytes], span: tuple[int, int]) -> bytes:

@@ -18,7 +18,8 @@ def run_pairs(context: StepContext) -> StepResult:
     resources, num_rows = recipe.pairs.resources, count_pairs(recipe.pairs)
     maker, num_workers = PairsMaker(source_of(recipe), output, Forgotten.read(context.root)), 1
     for names in maker.phases():
-        missing = [name for name in names if name not in output.shard_records()]
+        records = output.shard_records()  # every record of the step: once a phase, not once a name
+        missing = [name for name in names if name not in records]
         # The rows that max_pairs leaves to a piece depend on those before it.
         if len(missing) > 1 and resources.num_workers > 1 and not recipe.pairs.max_pairs:
             map_shards(context, ShardJob(PairsWorker, names, num_rows, resources))

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data.folders import count_pictures, read_folder
-from pipeline.data.reading import Reading, name_examples
+from pipeline.data.reading import MAX_CELL, Reading, name_examples
 
 
 def _pictures(folder: Path, *names: str) -> None:
@@ -102,6 +102,48 @@ def test_annotations_of_coco_and_flickr_give_a_pair_for_each_caption(name: str, 
     assert not reading.notes["malformed_metadata"]
 
 
+@pytest.mark.parametrize(
+    ("captions", "reason"),
+    [
+        ([{"image_id": 2, "caption": "of no image"}], "no name of a picture"),
+        ([{"image_id": 1, "caption": None}, {"image_id": 1, "caption": 5}], "the caption is null"),
+        ([{"image_id": 1, "caption": "half \ud83d"}], "not UTF-8, or half of a surrogate pair"),
+        ([{"image_id": [1], "caption": "of a list"}], "no name of a picture"),
+        ([{"image_id": 1, "caption": "x" * (MAX_CELL + 1)}], "a text of 131073 characters"),
+    ],
+)
+def test_a_strange_caption_of_annotations_is_counted_and_the_others_stay(
+    captions: list[dict[str, Any]], reason: str, tmp_path: Path
+) -> None:
+    _pictures(tmp_path, "b.jpg")
+    (tmp_path / "captions_val.json").write_text(json.dumps(_COCO | {"annotations": [*_COCO["annotations"], *captions]}))
+    rows, reading = _captions(tmp_path)
+    assert [caption for _, caption, _ in rows] == ["b one", "b two"]
+    assert reading.notes["malformed_metadata"] == len(captions)
+    assert name_examples([reading])[0].startswith(f"{tmp_path}/captions_val.json:3: {reason}")
+    assert not reading.counts["malformed"]
+
+
+def test_strange_images_and_sentences_of_annotations_stop_nothing(tmp_path: Path) -> None:
+    _pictures(tmp_path, "b.jpg", "c.jpg")
+    coco = {"images": [{"id": [1], "file_name": "c.jpg"}, *_COCO["images"]], "annotations": _COCO["annotations"]}
+    (tmp_path / "captions_val.json").write_text(json.dumps(coco))
+    karpathy = {"images": [{"filename": "c.jpg", "sentences": [{"raw": "c one"}, 5, {"tokens": []}]}]}
+    (tmp_path / "dataset_x.json").write_text(json.dumps(karpathy))
+    rows, reading = _captions(tmp_path)
+    assert [caption for _, caption, _ in rows] == ["b one", "b two", "c one"]
+    assert reading.notes["malformed_metadata"] == 2
+
+
+def test_a_row_of_metadata_without_a_file_name_is_counted(tmp_path: Path) -> None:
+    _pictures(tmp_path, "1.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\n1.png,one\n,two\n,three\n")
+    rows, reading = _captions(tmp_path)
+    assert [caption for _, caption, _ in rows] == ["one"]
+    assert reading.notes["malformed_metadata"] == 2
+    assert name_examples([reading]) == [f"{tmp_path}/metadata.csv: 2 rows without a file name"]
+
+
 def test_a_broken_line_of_metadata_is_counted_and_named(tmp_path: Path) -> None:
     _pictures(tmp_path, "1.png", "2.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "one"}\n{"file_name"\n')
@@ -118,7 +160,9 @@ def test_a_broken_line_of_metadata_is_counted_and_named(tmp_path: Path) -> None:
         ("2.txt", b"caf\xe9", "2.txt is not UTF-8"),
         ("2.json", b"{", "2.json is no JSON"),
         ("2.json", b'{"label": 3}', "2.json has no text under caption"),
-        ("2.json", b'{"caption": "half \\ud83d"}', "2.json holds half of a surrogate pair"),
+        ("2.json", b'{"caption": "half \\ud83d"}', "2.json: not UTF-8, or half of a surrogate pair"),
+        ("2.json", b"[" * 100_000, "2.json is no JSON (nested too deeply)"),
+        ("2.txt", b"x" * (MAX_CELL + 1), "2.txt: a text of 131073 characters; the limit is 131072"),
     ],
 )
 def test_a_strange_sidecar_costs_its_picture_and_no_other(

@@ -324,6 +324,54 @@ def test_half_of_an_emoji_is_counted_and_the_list_goes_on(kind: str, tmp_path: P
     assert reading.counts["malformed"] == 1
 
 
+_STRANGE_RECORDS = {
+    "not UTF-8": b'{"url": "http://a/2", "caption": "caf\xe9"}',
+    "not UTF-8, or": b'{"url": "http://a/2", "caption": "cut \\ud83d"}',
+    "nested too deeply": b'{"a": "]\\"", "caption": ' + b'[{"b}": ' * 50_000 + b"1" + b"}]" * 50_000 + b"}",
+    "nested too": b"[" * 100_000 + b"]" * 100_000,
+    "Exceeds the limit": b'{"url": "http://a/2", "caption": 1' + b"0" * 5000 + b"}",
+    "Exceeds the limit (4300": b"1" + b"0" * 5000,
+    "no record": b"[1, 2]",
+}
+
+
+@pytest.mark.parametrize("reason", _STRANGE_RECORDS)
+@pytest.mark.parametrize("block", [1 << 20, 1000])
+def test_a_strange_record_of_a_json_list_costs_itself_alone(
+    reason: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.data.json_lists._BLOCK_BYTES", block)
+    good = b'{"url": "http://a/%d", "caption": "caf\xc3\xa9"}'
+    (tmp_path / "list.json").write_bytes(b"[" + b", ".join([good % 1, _STRANGE_RECORDS[reason], good % 3]) + b"]")
+    pairs, reading = _rows(tmp_path / "list.json")
+    assert pairs == [("http://a/1", "caf\u00e9"), ("http://a/3", "caf\u00e9")]
+    assert reading.counts["malformed"] == 1
+    assert name_examples([reading])[0].startswith(f"{tmp_path}/list.json:2: {reason}")
+
+
+def test_two_kinds_of_strange_cells_may_stand_side_by_side(tmp_path: Path) -> None:
+    captions = ["fine", "x" * (MAX_CELL + 1), "cut \ud83d"]
+    rows = [{"url": f"http://a/{number}", "caption": caption} for number, caption in enumerate(captions)]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pairs, reading = _rows(tmp_path / "list.jsonl")
+    assert pairs == [("http://a/0", "fine")]
+    assert reading.counts["malformed"] == 2
+
+
+def test_a_json_list_in_utf16_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text('[{"url": "http://a/1", "caption": "c"}]', encoding="utf-16")
+    with pytest.raises(DataError, match=r"list\.json: UTF-16; convert it"):
+        _rows(tmp_path / "list.json")
+
+
+def test_lines_of_records_may_be_compressed_under_the_name_of_json(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"url": f"http://a/{number}", "caption": "c"}) + "\n" for number in range(3)).encode()
+    (tmp_path / "list.json.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "list.json.zst").write_bytes(pa.compress(lines, codec="zstd", asbytes=True))
+    for name in ("list.json.gz", "list.json.zst"):
+        assert len(_rows(tmp_path / name)[0]) == 3, name
+
+
 def test_an_unbalanced_quote_far_from_its_end_costs_one_row(tmp_path: Path) -> None:
     lines = [f"http://a/{number},caption {number}" for number in range(200_000)]
     lines[5] = 'http://a/5,"an open quote'

@@ -1,6 +1,8 @@
 """The pairs step at its joints: pieces, repeated rows across pieces, kills, one side for every picture."""
 
+import io
 import json
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -207,6 +209,95 @@ def test_max_pairs_counts_rows_over_all_files(tmp_path: Path, monkeypatch: pytes
     output = Artifact(str(tmp_path / "out"))
     assert write_pairs(limited, output).counts["in"] == 450
     assert len(source.pieces()) == 5
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "parquet", "folder", "shards"])
+def test_max_pairs_counts_malformed_rows_in_their_order(kind: str, tmp_path: Path) -> None:
+    """The first rows count, whatever is wrong behind them: 20 good ones, 10 malformed, 20 good, 10 malformed."""
+    path = _with_malformed_rows(tmp_path / f"list.{kind}", kind)
+    source = Source(PairsConfig(source=kind if kind in {"folder", "shards"} else "list", path=str(path)))
+    for limit, expected in {5: (5, 0), 20: (20, 0), 26: (20, 6), 45: (35, 10), 60: (40, 20), 90: (40, 20)}.items():
+        output = Artifact(str(tmp_path / f"out{limit}"))
+        summary = write_pairs(replace(source, config=replace(source.config, max_pairs=limit)), output)
+        assert (summary.counts["ok"], summary.counts["malformed"]) == expected, limit
+        assert summary.counts["in"] == sum(expected)
+
+
+def _with_malformed_rows(path: Path, kind: str) -> Path:
+    is_good = [number % 30 < 20 for number in range(60)]
+    urls = [f"http://a/{number:02d}.jpg" for number in range(60)]
+    if kind == "folder":
+        path.mkdir()
+        for number, good in enumerate(is_good):
+            (path / f"{number:02d}.jpg").touch()
+            (path / f"{number:02d}.txt").write_bytes(b"good" if good else b"\xff")
+    elif kind == "shards":
+        texts = {f"{number:02d}.txt": b"good" if good else b"\xff" for number, good in enumerate(is_good)}
+        _write_tar(path / "0.tar", texts | {f"{number:02d}.jpg": b"" for number in range(60)})
+    elif kind == "parquet":
+        captions = [b"good" if good else b"\xff" for good in is_good]
+        pq.write_table(pa.table({"url": urls, "caption": captions}), path)
+    elif kind == "json":
+        rows = [{"url": url, "caption": "c"} if good else 5 for url, good in zip(urls, is_good, strict=True)]
+        path.write_text(json.dumps(rows))
+    else:
+        mark = "," if kind == "csv" else "\t"
+        lines = [mark.join((url, "c")) if good else "no row" for url, good in zip(urls, is_good, strict=True)]
+        if kind == "jsonl":
+            rows = [{"url": url, "caption": "c"} for url in urls]
+            lines = [json.dumps(row) if good else "no row" for row, good in zip(rows, is_good, strict=True)]
+        path.write_text("\n".join(lines if kind == "jsonl" else [f"url{mark}caption", *lines]))
+    return path
+
+
+def _write_tar(path: Path, files: dict[str, bytes]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+class _Counted(Artifact):
+    """Counts how often all records are read, and the parts."""
+
+    num_ledgers = 0
+    parts: tuple[str, ...] = ()
+
+    def shard_records(self, *, live: bool = True) -> dict[str, ShardRecord]:
+        type(self).num_ledgers += 1
+        return super().shard_records(live=live)
+
+    def path(self, name: str) -> Path:
+        if "/" not in name and name.endswith(".parquet"):
+            type(self).parts += (name,)
+        return super().path(name)
+
+
+def test_the_records_of_all_tasks_are_read_once_a_phase_and_no_part_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_few = replace(_parts(tmp_path / "list", num_parts=40, rows=9), extra_columns=())
+    monkeypatch.setattr(sources, "PIECE_BYTES", 1)
+    monkeypatch.setattr(_Counted, "num_ledgers", 0)
+    monkeypatch.setattr(_Counted, "parts", ())
+    assert write_pairs(write_few, _Counted(str(tmp_path / "out"))).counts["in"] == 360
+    assert _Counted.num_ledgers <= 6  # of three phases, and of what lies between them
+    assert not _Counted.parts
+
+
+def test_max_pairs_reads_the_records_of_the_pieces_before_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(9):
+        _write_tar(tmp_path / f"in/{number}.tar", {f"{key}.{end}": b"" for key in "ab" for end in ("jpg", "txt")})
+    source = Source(PairsConfig(source="shards", path=str(tmp_path / "in"), max_pairs=13))
+    monkeypatch.setattr(_Counted, "num_ledgers", 0)
+    for num_reads in (0, 1):  # the second maker has made none of the pieces
+        maker = PairsMaker(source, _Counted(str(tmp_path / "out")))
+        names = next(maker.phases())
+        rows = [maker.make(name).counts.get("in", 0) for name in (names if not num_reads else reversed(names))]
+        assert sorted(rows) == [0, 0, 1, 2, 2, 2, 2, 2, 2]
+        assert _Counted.num_ledgers == num_reads
 
 
 def test_the_reader_reads_any_span_of_rows(tmp_path: Path) -> None:

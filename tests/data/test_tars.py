@@ -105,12 +105,15 @@ def test_a_tar_without_json_has_its_texts_and_urls_of_its_own(tmp_path: Path) ->
         ({"9.jpg": b"", "9.txt": b"caf\xe9"}, "key 9: 'utf-8' codec"),
         ({"9.jpg": b"", "9.json": b"{"}, "key 9: Expecting property name"),
         ({"9.jpg": b"", "9.json": b'{"caption": "\\ud83d"}'}, "key 9: .*surrogates not allowed"),
+        ({"9.jpg": b"", "9.json": b'{"caption": "c", "w": "\\ud83d"}'}, "key 9: .*surrogates not allowed"),
+        ({"9.jpg": b"", "9.json": b"[" * 100_000}, "key 9: nested too deeply"),
     ],
 )
 def test_a_strange_sample_is_counted_and_the_others_are_read(files: Files, reason: str, tmp_path: Path) -> None:
     _write_tar(tmp_path / "in/0.tar", _img2dataset(1) | files | _img2dataset(2))
     output = Artifact(str(tmp_path / "pairs"))
-    summary = write_pairs(Source(PairsConfig(source="shards", path=str(tmp_path / "in"))), output)
+    source = Source(PairsConfig(source="shards", path=str(tmp_path / "in")), extra_columns=("w",))
+    summary = write_pairs(source, output)
     assert summary.counts == {"in": 3, "ok": 2, "malformed": 1}
     [example] = summary.metrics["malformed_rows"]
     assert example.startswith(f"{tmp_path}/in/0.tar:")
