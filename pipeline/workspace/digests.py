@@ -55,7 +55,7 @@ def fingerprint(uri: str, sizes_only: Collection[str] = ()) -> str:
 def unseen_files(uri: str, sizes_only: Collection[str] = ()) -> list[str]:
     """Files whose content is not part of ``fingerprint``, because only their size is known."""
     return [
-        file.uri
+        _printable(file.uri)
         for file in (remote_files(uri) if is_remote(uri) else find_files(uri) if sizes_only else [])
         if _has_suffix(file, sizes_only) or (is_remote(file.uri) and not file.stamp)
     ]
@@ -78,7 +78,8 @@ def _has_suffix(file: UserFile, suffixes: Collection[str]) -> bool:
 def _contents(paths: list[str]) -> list[str]:
     """SHA-256 of the size and the bytes of each file, from the cache where that is possible."""
     stats = [_stat(path) for path in paths]
-    names = [os.path.abspath(path) for path in paths]  # noqa: PTH100  (resolving a million links takes long)
+    # SQLite cannot store bytes that are not UTF-8. Two files of one such name are told apart by their inodes.
+    names = [_printable(os.path.abspath(path)) for path in paths]  # noqa: PTH100  (resolving a million links is slow)
     with _cache() as cache:
         entries = _read_cache(cache, names)
         missing = [place for place, name in enumerate(names) if entries.get(name, (None,))[0] != stats[place]]
@@ -88,6 +89,11 @@ def _contents(paths: list[str]) -> list[str]:
         cacheable = [place for place in missing if now_ns - max(stats[place][1:3]) > _FRESH_S * 1e9]
         _write_cache(cache, [(names[place], *stats[place], digests[place]) for place in cacheable])
     return [digests[place] if place in digests else entries[name][1] for place, name in enumerate(names)]
+
+
+def _printable(path: str) -> str:
+    r"""A path in which bytes that are not UTF-8 are written as ``\udcXX``."""
+    return path.encode(errors="backslashreplace").decode()
 
 
 def _stat(path: str) -> Stat:

@@ -94,6 +94,22 @@ def test_a_file_that_keeps_its_time_and_size_is_seen_by_the_time_of_its_inode(tm
     assert fingerprint(str(file)) != before
 
 
+def test_a_name_that_is_not_utf8_is_cached_as_others_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    names = [b"caf\xe9.jpg", b"caf\xc3\xa9.jpg", b"caf\\udce9.jpg", b"a.jpg"]
+    for name in names:
+        (folder / os.fsdecode(name)).write_bytes(name)
+    reads = _reads(monkeypatch)
+    before = fingerprint(str(folder))
+    assert len(reads) == 4
+    reads.clear()
+    assert fingerprint(str(folder)) == before
+    assert {os.fsencode(name) for name in reads} <= {names[0], names[2]}  # they have one name in the cache
+    (folder / os.fsdecode(names[0])).write_bytes(b"changed")
+    assert fingerprint(str(folder)) != before
+
+
 def test_a_file_that_has_just_changed_is_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digests, "_FRESH_S", 2.0)
     (tmp_path / "list.csv").write_text("cat")
