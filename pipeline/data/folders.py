@@ -296,11 +296,22 @@ class _Reader:
             if "" in page.folders:
                 where = f"{self._tree.place(folder).rstrip('/')}//"
                 self._reading.malformed(0, "a folder without a name is left out: rename what is in it", where)
+            self._count_lost(folder, page.lost)
             kept += page.files
             last = kept[-1].partition(".")[0] if kept else ""  # more of them may be on the next page
             yield [name for name in kept if name.partition(".")[0] != last]
             kept = [name for name in kept if name.partition(".")[0] == last]
         yield kept
+
+    def _count_lost(self, folder: str, links: Sequence[str]) -> None:
+        """Count links that lead to no file: a picture, or a file with captions, is lost with each."""
+        for name in links:
+            place, reason = self._tree.place(_joined(folder, name)), "a link that leads to no file"
+            if _is_picture(name):
+                self._reading.malformed(0, reason, place)
+            elif name.endswith(_SIDECARS) or _has_captions(name):
+                self._reading.notes["malformed_metadata"] += 1
+                self._reading.name(0, reason, place)
 
     def _rows_of_files(
         self, folder: str, names: list[str], nearest_first: list[tuple[str, _Metadata]]

@@ -61,9 +61,12 @@ def list_files(path: str) -> list[UserFile]:
     """The files of a list, sorted by name.
 
     Raises:
-        DataError: If there is none of a known format, or if they are of several formats.
+        DataError: If there is none of a known format, or if they are of several formats, or if one is lost: a link
+            that leads to no file.
     """
-    files = find_files(path)
+    lost = list[str]()
+    files = find_files(path, lost)
+    require_parts(path, [name for name in lost if format_of(name) in FORMATS])
     if not files:
         raise DataError(f"{path}: no such list")
     readable = [file for file in files if format_of(file.uri) in FORMATS]
@@ -76,6 +79,19 @@ def list_files(path: str) -> list[UserFile]:
             f"{path}: holds files of several formats ({counts}); choose one, such as {path}/**/*.{kinds[0]}"
         )
     return readable
+
+
+def require_parts(path: str, lost: Sequence[str]) -> None:
+    """Refuse a list without some of its parts.
+
+    Raises:
+        DataError: If there are ``lost`` ones: links that lead to no file.
+    """
+    if lost:
+        raise DataError(
+            f"{path}: {len(lost)} of its files are links that lead to no file, such as {lost[0]}: "
+            "mend these links, or remove them"
+        )
 
 
 def list_columns(path: str) -> list[str]:

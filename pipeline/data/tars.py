@@ -18,6 +18,7 @@ from PIL import Image
 
 from pipeline.data.blank import BLANK, num_blank
 from pipeline.data.json_lists import parse_json
+from pipeline.data.lists import require_parts
 from pipeline.data.reading import MAX_CELL, Reading, within_limit
 from pipeline.data.rows import make_uid
 from pipeline.data.shards import TAKEN_IN, index_tar, picture_span, sample_caption, sample_url
@@ -94,9 +95,11 @@ def tar_files(path: str) -> list[UserFile]:
     """The tars at a path, sorted by name.
 
     Raises:
-        DataError: If there is none.
+        DataError: If there is none, or if one is lost: a link that leads to no file.
     """
-    files = [file for file in find_files(path) if file.uri.endswith(".tar")]
+    lost = list[str]()
+    files = [file for file in find_files(path, lost) if file.uri.endswith(".tar")]
+    require_parts(path, [name for name in lost if name.endswith(".tar")])
     if not files:
         raise DataError(f"{path}: no shards (*.tar) in it or below it")
     return files

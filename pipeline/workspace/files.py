@@ -9,10 +9,12 @@ import glob
 import os
 import tempfile
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any, cast
 
+from pipeline.errors import DataError
 from pipeline.workspace.key_ranges import list_all
 from pipeline.workspace.objects import ObjectStore, stamp_of
 
@@ -30,6 +32,66 @@ class UserFile:
     """Its size; 0 if the server does not say."""
     stamp: str
     """What the store says about its content (its ETag, or its time); empty for a local file."""
+
+
+@dataclass(frozen=True)
+class LocalEntries:
+    """What a local folder holds, by name, sorted; hidden entries (``.name``) are left out."""
+
+    files: list[str] = field(default_factory=list[str])
+    """Files."""
+    folders: list[str] = field(default_factory=list[str])
+    """Sub-folders, without links that lead back: to a folder in which this one lies, by its path or by its links."""
+    lost: list[str] = field(default_factory=list[str])
+    """Links that lead to no file and no folder."""
+
+
+def local_entries(root: str, folder: str = "") -> LocalEntries:
+    """What is in a local folder.
+
+    Args:
+        root: The folder that a person has named.
+        folder: Path, from there, of the folder to look at.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
+    found, links = LocalEntries(), list[str]()
+    place = os.path.join(root, folder)  # noqa: PTH118  (millions of them)
+    try:
+        with os.scandir(place or ".") as entries:  # which tells the kind of most entries without a call for each
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_symlink():
+                    links.append(entry.name)
+                elif entry.is_dir():
+                    found.folders.append(entry.name)
+                elif entry.is_file():
+                    found.files.append(entry.name)
+    except OSError as error:
+        raise DataError(f"{place}: cannot be read: {error.strerror}") from None
+    _follow(links, root, folder, found)
+    for names in (found.files, found.folders, found.lost):
+        names.sort()
+    return found
+
+
+def _follow(links: list[str], root: str, folder: str, found: LocalEntries) -> None:
+    """Add what the links in a folder lead to."""
+    if not links:
+        return
+    above = [os.path.realpath(one) for one in accumulate([root, *folder.split("/")], os.path.join)]
+    for name in links:
+        link = os.path.join(above[-1], name)  # noqa: PTH118
+        if os.path.isfile(link):  # noqa: PTH113  (no error for a link in a circle, and for one that may not be read)
+            found.files.append(name)
+        elif not os.path.isdir(link):  # noqa: PTH112
+            found.lost.append(name)
+        else:
+            target = os.path.join(os.path.realpath(link), "")  # noqa: PTH118
+            if not any(f"{one}/".startswith(target) for one in above):
+                found.folders.append(name)
 
 
 def is_remote(uri: str) -> bool:
@@ -51,29 +113,24 @@ def exists(uri: str) -> bool:
     return bool(store.glob(store.path)) if _is_pattern(store) else store.info(store.path) is not None
 
 
-def find_files(uri: str) -> list[UserFile]:
+def find_files(uri: str, lost: list[str] | None = None) -> list[UserFile]:
     """The file, or every file at any depth below a folder or of a pattern, sorted by name; hidden ones are left out.
+
+    Args:
+        uri: Path or URI.
+        lost: Receives local links that lead to no file, which are left out.
 
     Raises:
         ConfigError: If a package for this kind of store is missing.
-        DataError: If the store does not answer.
+        DataError: If the store does not answer, or a folder cannot be read.
     """
     if is_remote(uri):
         return sorted(remote_files(uri), key=lambda file: file.uri)
     path = _local(uri)
-    if Path(path).is_file():
-        names = [path]
-    elif Path(path).is_dir():
-        names = [
-            str(Path(folder) / name)
-            for folder, folders, files in os.walk(path, followlinks=True)
-            if not _drop_hidden(folders)
-            for name in files
-            if not name.startswith(".")
-        ]
-    else:
-        names = [name for name in _matching(path) if Path(name).is_file()]
-    return [UserFile(name, Path(name).stat().st_size, "") for name in sorted(names) if Path(name).is_file()]
+    names, no_files = _names_at(path)
+    if lost is not None:
+        lost += sorted(no_files)
+    return [UserFile(name, Path(name).stat().st_size, "") for name in sorted(names)]
 
 
 def remote_files(uri: str) -> Iterator[UserFile]:
@@ -149,15 +206,43 @@ def _is_pattern(store: ObjectStore) -> bool:
     return bool(_PATTERN & set(store.path)) and ("*" in store.path or store.info(store.path) is None)
 
 
+def _names_at(path: str) -> tuple[list[str], list[str]]:
+    """The local files at a path, in a folder or of a pattern, and links that lead to no file."""
+    if Path(path).is_file():
+        return [path], []
+    if not Path(path).is_dir():
+        names = _matching(path)
+        return [one for one in names if Path(one).is_file()], [one for one in names if not Path(one).exists()]
+    files, lost = list[str](), list[str]()
+    for folder, entries in _walk(path):
+        files += [str(Path(path) / folder / name) for name in entries.files]
+        lost += [str(Path(path) / folder / name) for name in entries.lost]
+    return files, lost
+
+
 def _matching(pattern: str) -> list[str]:
-    """Local names that match a pattern, which may be absolute."""
-    return glob.glob(pattern, recursive=True) if _PATTERN & set(pattern) else []  # noqa: PTH207
+    """Local names that match a pattern, which may be absolute; for ``**`` links that lead back are not followed."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        return glob.glob(pattern)  # noqa: PTH207
+    place = parts.index("**")
+    head, tail = "/".join(parts[:place]) or "/"[:place], "/".join(parts[place + 1 :]) or "*"
+    tops = _matching(head) if _PATTERN & set(head) else [head]
+    found = set[str]()
+    for top in [one for one in tops if Path(one).is_dir()]:
+        for folder, _ in _walk(top):
+            found.update(_matching(os.path.join(glob.escape(os.path.join(top, folder)), tail)))  # noqa: PTH118
+    return list(found)
 
 
-def _drop_hidden(folders: list[str]) -> bool:
-    """Take hidden folders out of a walk, in place; the walk visits the others in order of their names."""
-    folders[:] = sorted(name for name in folders if not name.startswith("."))
-    return False
+def _walk(root: str) -> Iterator[tuple[str, LocalEntries]]:
+    """Each folder below one, by its path from there, and what is in it; first that one itself."""
+    waiting = [""]
+    while waiting:
+        folder = waiting.pop()
+        entries = local_entries(root, folder)
+        yield folder, entries
+        waiting += [f"{folder}/{name}" if folder else name for name in entries.folders]
 
 
 def _local(uri: str) -> str:

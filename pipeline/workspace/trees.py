@@ -5,16 +5,15 @@ disk, give the names of one sub-folder at a time. What grows is the list of the 
 visited after its files.
 """
 
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
 from pipeline.errors import DataError
-from pipeline.workspace.files import is_remote
+from pipeline.workspace.files import is_remote, local_entries
 from pipeline.workspace.key_ranges import list_all
 from pipeline.workspace.objects import ObjectStore
 
@@ -33,6 +32,8 @@ class Page:
     """Names of its files."""
     folders: list[str]
     """Names of its sub-folders; an empty name is a folder that no disk can have (``//`` in the names of a store)."""
+    lost: list[str] = field(default_factory=list[str])
+    """Names of links that lead to no file."""
 
 
 @dataclass(frozen=True)
@@ -145,16 +146,21 @@ class Tree:
         Raises:
             DataError: If the store lists its names in no order.
         """
+        files, folders = stretch.files(folder), stretch.folders(folder)
         for page in self._pages(folder, stretch):
-            files, folders = stretch.files(folder), stretch.folders(folder)
-            yield Page(
-                [] if files is None else [name for name in page.files if files[0] <= name < (files[1] or _END)],
-                [] if folders is None else [one for one in page.folders if folders[0] <= one <= (folders[1] or _END)],
+            own, lost = (
+                [] if files is None else [name for name in names if files[0] <= name < (files[1] or _END)]
+                for names in (page.files, page.lost)
             )
+            below = (
+                [] if folders is None else [one for one in page.folders if folders[0] <= one <= (folders[1] or _END)]
+            )
+            yield Page(own, below, lost)
 
     def _pages(self, folder: str, stretch: Stretch) -> Iterator[Page]:
         if self._store is None:
-            yield _local_entries(Path(self.uri) / folder)
+            entries = local_entries(self.uri, folder)
+            yield Page(entries.files, entries.folders, entries.lost)
             return
         last = ""
         for names in self._listing(self._store, folder, *_names_to_list(folder, stretch), deep=False):
@@ -273,16 +279,3 @@ def _names_to_list(folder: str, stretch: Stretch) -> tuple[str, str]:
 
 def _joined(folder: str, name: str) -> str:
     return "/".join(part for part in (folder.rstrip("/"), name) if part)
-
-
-def _local_entries(folder: Path) -> Page:
-    """Files and folders, without hidden ones and without links upwards."""
-    here = folder.resolve()
-    with os.scandir(folder) as entries:  # which tells the kind of most entries without a call for each
-        visible = [entry for entry in entries if not entry.name.startswith(".")]
-    folders = [
-        entry.name
-        for entry in visible
-        if entry.is_dir() and not (entry.is_symlink() and here.is_relative_to(Path(entry.path).resolve()))
-    ]
-    return Page(sorted(entry.name for entry in visible if entry.is_file()), sorted(folders))

@@ -1,6 +1,7 @@
 """Captions of a folder of pictures: from metadata at any depth, annotations of datasets, sidecars, names."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 
 from pipeline.data.folders import count_pictures, read_folder
 from pipeline.data.reading import MAX_CELL, Reading, name_examples
+from pipeline.workspace.digests import fingerprint
+from pipeline.workspace.files import find_files
 
 
 def _pictures(folder: Path, *names: str) -> None:
@@ -183,8 +186,45 @@ def test_the_named_column_of_the_metadata_holds_the_caption(tmp_path: Path) -> N
     assert _captions(tmp_path, "-")[0][0][1:] == ("1", "name")
 
 
-def test_a_link_to_a_folder_above_is_not_followed_for_ever(tmp_path: Path) -> None:
-    _pictures(tmp_path, "a/1.png")
-    (tmp_path / "a/up").symlink_to(tmp_path)
-    assert count_pictures(str(tmp_path)) == 1
-    assert len(_captions(tmp_path)[0]) == 1
+@pytest.mark.parametrize(
+    ("links", "num_paths"),
+    [
+        ({"a/up": ""}, 2),
+        ({"a/up": "", "a/up too": "a", "b/up": "", "self": "."}, 2),
+        ({"up": "..", "a/up": "../.."}, 2),
+        ({"a/over": "b", "b/over": "a"}, 4),  # each picture is in two folders
+        ({"a/far": "../far", "../far/back": "a"}, 2),
+        ({"c": "a"}, 3),
+    ],
+)
+def test_links_are_followed_but_none_for_ever(links: dict[str, str], num_paths: int, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    _pictures(folder, "a/1.png", "b/2.png")
+    (tmp_path / "far").mkdir()
+    for link, target in links.items():
+        (folder / link).symlink_to(folder / target if target != "." else target)
+    assert count_pictures(str(folder)) == num_paths
+    assert len(_captions(folder)[0]) == num_paths
+    assert len(find_files(str(folder))) == num_paths
+    assert len(find_files(f"{folder}/**/*.png")) == num_paths
+
+
+def test_links_that_lead_nowhere_are_counted_and_the_others_are_read(tmp_path: Path) -> None:
+    _pictures(tmp_path, "1.png", "3.png")
+    for link, target in {"2.png": "nowhere", "3.txt": "nowhere", "loop": "loop", "4.png": "4.png"}.items():
+        (tmp_path / link).symlink_to(target)
+    (tmp_path / "1.txt").write_text("one")
+    captions, reading = _captions(tmp_path)
+    assert captions == [("1.png", "one", "sidecar"), ("3.png", "3", "name")]
+    assert reading.counts == {"in": 2, "malformed": 2}
+    assert reading.notes["malformed_metadata"] == 1
+    assert name_examples([reading])[0] == f"{tmp_path}/2.png: a link that leads to no file"
+
+
+def test_pictures_whose_names_are_not_utf8_are_pairs_and_can_be_named(tmp_path: Path) -> None:
+    for name in (b"caf\xe9.jpg", b"caf\xe9.txt", b"th\xe9.jpg"):
+        (tmp_path / os.fsdecode(name)).write_bytes(b"\xff" if name.endswith(b"txt") else b"")
+    captions, reading = _captions(tmp_path)
+    assert captions == [("th%E9.jpg", "th", "name")]
+    name_examples([reading])[0].encode()
+    assert len(fingerprint(str(tmp_path))) == 16
