@@ -11,15 +11,14 @@ The captions of a picture are the first of these:
 
 In memory are the names of all metadata files, the captions of those files and annotations that a picture may be in,
 the names of a folder's sub-folders, and of its files those of a page, of the next folders up to a million
-(``pipeline.workspace.trees``), or as many as are equal up to their first dot: a picture and the file next to it are
-looked at together.
+(``pipeline.workspace.trees``), and those from a picture to the file next to it.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -102,8 +101,9 @@ def folder_parts(folder: str, *, is_cut: bool = True) -> list[FolderPart]:
         raise _no_pictures(tree)
     cuts, num_since = [""], 0
     for first, count in sorted(firsts, key=lambda one: in_reading_order(one[0])) if is_cut else ():
-        if num_since >= _PART_PICTURES:
-            cuts.append(_place_to_cut(first))
+        place = _place_to_cut(first)
+        if num_since >= _PART_PICTURES and in_reading_order(place) > in_reading_order(cuts[-1]):
+            cuts.append(place)
             num_since = 0
         num_since += count
     caption_files.sort(key=in_reading_order)
@@ -204,9 +204,59 @@ def _add_nested(nested: set[str], names: Sequence[str]) -> None:
 
 
 def _place_to_cut(picture: str) -> str:
-    """The place before a picture and the files beside it, whose names are equal up to the first dot."""
+    """The place before a picture and the files beside it, whose names are equal up to the last dot."""
     folder, slash, name = picture.rpartition("/")
-    return f"{folder}{slash}{name.partition('.')[0]}."
+    return f"{folder}{slash}{name.rpartition('.')[0]}."
+
+
+class _Waiting:
+    """Names of a folder's files that wait for the files next to them; names come, and leave, in their order.
+
+    The names of ``a.jpg``, of the files next to it, and of all files between them begin with ``a.``.
+    """
+
+    def __init__(self) -> None:
+        self._names = list[str]()
+        """From the first picture that waits."""
+        self._sidecars = list[str]()
+        """Those before it that may be next to a picture that is still to come."""
+
+    def add(self, names: Sequence[str]) -> list[str]:
+        """Add the next names; returns those that wait no longer, with the files next to them."""
+        is_blocked = bool(self._names)
+        self._names += names
+        if not names or (is_blocked and self._waits(self._names[0])):
+            return []
+        end = next(
+            (place for place, name in enumerate(self._names) if self._waits(name) and _is_picture(name)),
+            len(self._names),
+        )
+        ready = [*self._sidecars, *self._names[:end]]
+        self._sidecars = [name for name in ready if name.endswith(_SIDECARS) and self._waits(name)]
+        self._names = self._names[end:]
+        return ready
+
+    def rest(self) -> list[str]:
+        """The names that wait, when there are no more."""
+        return [*self._sidecars, *self._names]
+
+    def _waits(self, name: str) -> bool:
+        """Whether a file next to this one may come behind the last one."""
+        return self._names[-1].startswith(f"{name.rpartition('.')[0]}.")
+
+
+def _sidecars_over_edges(tree: Tree, stretch: Stretch) -> dict[str, list[str]]:
+    """Files with captions that may lie on the other side of a stretch's ends than their pictures, by folder.
+
+    The files next to ``a.jpg`` lie around ``a.b.jpg``, where a stretch may begin with ``a.b.``.
+    """
+    found: dict[str, list[str]] = {}
+    for edge in (stretch.first, stretch.stop):
+        folder, _, name = edge.rpartition("/")
+        stems = accumulate(name.split(".")[:-2], lambda stem, part: f"{stem}.{part}")
+        names = [stem + suffix for stem in stems for suffix in _SIDECARS]
+        found.setdefault(folder, []).extend(name for name in names if tree.has(_joined(folder, name)))
+    return found
 
 
 class _Reader:
@@ -221,6 +271,7 @@ class _Reader:
         self._metadata: dict[str, str] = {}
         """Name of the metadata file of each folder that has one."""
         self._annotations: list[tuple[str, _Metadata]] = []
+        self._over_edges = _sidecars_over_edges(tree, part.stretch)
 
     def rows(self) -> Iterator[Row]:
         """The rows of all pictures."""
@@ -283,25 +334,22 @@ class _Reader:
             self._reading.name(0, reason, self._tree.place(file))
 
     def _groups(self, folder: str, pages: Iterator[Page], folders: list[str]) -> Iterator[list[str]]:
-        """Names of a folder's files; those that are equal up to their first dot come together.
+        """Names of a folder's files; a picture and the file next to it come together.
 
         Args:
             folder: The folder.
             pages: Its entries.
             folders: Receives the names of its sub-folders.
         """
-        kept: list[str] = []
+        waiting = _Waiting()
         for page in pages:
             folders += [name for name in page.folders if name]
             if "" in page.folders:
                 where = f"{self._tree.place(folder).rstrip('/')}//"
                 self._reading.malformed(0, "a folder without a name is left out: rename what is in it", where)
             self._count_lost(folder, page.lost)
-            kept += page.files
-            last = kept[-1].partition(".")[0] if kept else ""  # more of them may be on the next page
-            yield [name for name in kept if name.partition(".")[0] != last]
-            kept = [name for name in kept if name.partition(".")[0] == last]
-        yield kept
+            yield waiting.add(page.files)
+        yield waiting.rest()
 
     def _count_lost(self, folder: str, links: Sequence[str]) -> None:
         """Count links that lead to no file: a picture, or a file with captions, is lost with each."""
@@ -316,7 +364,7 @@ class _Reader:
     def _rows_of_files(
         self, folder: str, names: list[str], nearest_first: list[tuple[str, _Metadata]]
     ) -> Iterator[Row]:
-        pictures, others = [name for name in names if _is_picture(name)], set(names)
+        pictures, others = [name for name in names if _is_picture(name)], {*names, *self._over_edges.get(folder, ())}
         for start in range(0, len(pictures), _SIDECARS_AT_ONCE):
             some = pictures[start : start + _SIDECARS_AT_ONCE]
             captions = {one: self._captions_of(_joined(folder, one), folder, nearest_first) for one in some}

@@ -111,6 +111,14 @@ class Tree:
             return Path(self.uri).is_dir()
         return (self._store.info(self._store.path) or {}).get("type") == "directory"
 
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        if self._store is None:
+            return Path(self.place(name)).is_file()
+        return (self._store.file_info(_joined(self._store.path, name)) or {"type": "none"}).get(
+            "type", "file"
+        ) == "file"
+
     def place(self, name: str) -> str:
         """Path or URI of a file, for people and for readers of files."""
         return f"{self.uri}/{name}" if self._store is not None else str(Path(self.uri) / name)

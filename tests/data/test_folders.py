@@ -8,8 +8,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pipeline.data.folders import count_pictures, read_folder
+from pipeline.data.folders import _is_picture, _sidecar_of, _Waiting, count_pictures, read_folder
 from pipeline.data.reading import MAX_CELL, Reading, name_examples
 from pipeline.workspace.digests import fingerprint
 from pipeline.workspace.files import find_files
@@ -69,6 +71,37 @@ def test_names_without_a_picture_are_counted_and_one_is_named(tmp_path: Path) ->
     assert name_examples([reading]) == [
         f"{tmp_path}/metadata.csv: names 2 files that are no pictures here, such as 2.png"
     ]
+
+
+_STEM = st.lists(st.sampled_from(["a", "b", "0", "a-"]), min_size=1, max_size=3).map(".".join)
+
+
+@given(st.sets(st.tuples(_STEM, st.sampled_from([".jpg", ".BMP", ".txt", ".json", ".caption", ".x", ""]))), st.data())
+@settings(deadline=None, max_examples=300)
+def test_files_that_come_in_pages_have_their_captions_beside_them(
+    files: set[tuple[str, str]], data: st.DataObject
+) -> None:
+    """Whatever the pages: pictures in their order, each together with the files that may hold its caption."""
+    names = sorted({stem + suffix for stem, suffix in files})
+    waiting, groups, start = _Waiting(), list[list[str]](), 0
+    while start < len(names):
+        stop = data.draw(st.integers(start + 1, len(names)))
+        groups.append(waiting.add(names[start:stop]))
+        start = stop
+    groups.append(waiting.rest())
+    found = [(one, _sidecar_of(one, set(group))) for group in groups for one in group if _is_picture(one)]
+    assert found == [(one, _sidecar_of(one, set(names))) for one in names if _is_picture(one)]
+
+
+@pytest.mark.parametrize("name", ["frame.{:07d}.jpg", "{:07d}.jpg", "clip.{:07d}.a.jpg", "frame{:07d}"])
+def test_few_names_wait_whatever_they_have_in_common(name: str) -> None:
+    """Names that are equal up to their first dot were looked at again at each page: a million took hours."""
+    waiting, pages, num_out = _Waiting(), 50, 0
+    for page in range(pages):
+        names = [name.format(100 * page + number) for number in range(100)]
+        num_out += len(waiting.add([*names, f"{names[-1]}.txt"]))
+        assert len(waiting.rest()) < 10
+    assert num_out + len(waiting.rest()) >= 100 * pages
 
 
 _KARPATHY = {

@@ -445,6 +445,36 @@ def test_a_large_folder_is_cut_into_parts_whose_pairs_are_those_of_the_whole(
     assert [url.removeprefix(f"{bucket}/my pictures/") for url in urls] == [name for name, _, _ in whole]
 
 
+@pytest.mark.parametrize("in_store", [False, True])
+def test_a_folder_of_names_with_one_beginning_is_cut_between_them(
+    in_store: bool, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = [f"frame.{number:04d}.jpg" for number in range(12)]
+    texts = {name.replace("jpg", "txt"): name.encode() for name in frames[::2]}
+    # Captions of the first and the second lie behind, or before, a picture between them, where a part may begin.
+    names = ("frame.-.bmp", "frame.-.c.bmp", "frame.-.txt", "frame.+.caption", "frame.+.d.jpg", "frame.+.jpg")
+    files = dict.fromkeys(frames, b"") | texts | {name: name.encode() for name in (*names, "frame.bmp")}
+    place = f"{bucket}/film" if in_store else str(tmp_path / "film")
+    (_put if in_store else _put_here)(place if in_store else Path(place), files)
+    whole, _ = _rows(place)
+    for page, pictures in [(3, 2), (1, 5)] if in_store else itertools.product((1, 2, 3, 7), (1, 2, 5)):
+        monkeypatch.setattr(objects, "_BATCH", page)
+        monkeypatch.setattr("pipeline.workspace.trees._RUN", page)
+        monkeypatch.setattr("pipeline.data.folders._PART_PICTURES", pictures)
+        source = Source(PairsConfig(source="folder", path=place))
+        pieces = source.pieces()
+        readings = [Reading() for _ in pieces]
+        rows = [
+            tuple(row.values())
+            for piece, reading in zip(pieces, readings, strict=True)
+            for table in source.read(piece, "00000", reading)
+            for row in table.to_pylist()
+        ]
+        assert [(unquote(url).rpartition("/")[2], *rest) for url, *rest in rows] == whole
+        assert len(readings) > 1
+        assert max(sum(one.notes.values()) for one in readings) <= page + pictures
+
+
 def test_a_part_of_a_folder_lists_little_of_the_rest(
     bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
