@@ -19,9 +19,14 @@ from pipeline.data.rows import make_uid, numbered_names, split_of
 from pipeline.data.sources import Source
 from pipeline.errors import DataError
 from pipeline.recipe.pairs_sections import PairsConfig
+from pipeline.recipe.plan import make_plan
+from pipeline.recipe.recipe import parse_recipe
+from pipeline.runtime.context import StepContext
+from pipeline.runtime.pairs import run_pairs
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.store import LIVE, Artifact
 from tests.tiny.pairs import write_parts
+from tests.tiny.recipe import tiny_tables
 
 
 def _parts(folder: Path, num_parts: int = 5, rows: int = 300) -> Source:
@@ -259,45 +264,50 @@ def _write_tar(path: Path, files: dict[str, bytes]) -> None:
             tar.addfile(member, io.BytesIO(content))
 
 
-class _Counted(Artifact):
-    """Counts how often all records are read, and the parts."""
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is read of the artifacts of this process: ``records`` of all tasks, or a file by its name."""
+    made: list[str] = []
+    shard_records, path = Artifact.shard_records, Artifact.path
 
-    num_ledgers = 0
-    parts: tuple[str, ...] = ()
+    def records_noted(self: Artifact, *, live: bool = True) -> dict[str, ShardRecord]:
+        made.append("records")
+        return shard_records(self, live=live)
 
-    def shard_records(self, *, live: bool = True) -> dict[str, ShardRecord]:
-        type(self).num_ledgers += 1
-        return super().shard_records(live=live)
+    def path_noted(self: Artifact, name: str) -> Path:
+        made.append(name)
+        return path(self, name)
 
-    def path(self, name: str) -> Path:
-        if "/" not in name and name.endswith(".parquet"):
-            type(self).parts += (name,)
-        return super().path(name)
+    monkeypatch.setattr(Artifact, "shard_records", records_noted)
+    monkeypatch.setattr(Artifact, "path", path_noted)
+    return made
 
 
+@pytest.mark.parametrize("max_pairs", [0, 1000])
 def test_the_records_of_all_tasks_are_read_once_a_phase_and_no_part_is_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    max_pairs: int, calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_few = replace(_parts(tmp_path / "list", num_parts=40, rows=9), extra_columns=())
+    _parts(tmp_path / "list", num_parts=40, rows=9)
     monkeypatch.setattr(sources, "PIECE_BYTES", 1)
-    monkeypatch.setattr(_Counted, "num_ledgers", 0)
-    monkeypatch.setattr(_Counted, "parts", ())
-    assert write_pairs(write_few, _Counted(str(tmp_path / "out"))).counts["in"] == 360
-    assert _Counted.num_ledgers <= 6  # of three phases, and of what lies between them
-    assert not _Counted.parts
+    pairs = {"source": "list", "path": str(tmp_path / "list"), "resources": {"num_workers": 1}, "max_pairs": max_pairs}
+    recipe = parse_recipe(tiny_tables(tmp_path / "w", pairs=pairs))
+    context = StepContext(recipe, make_plan(recipe)[0], recipe.workspace)
+    assert run_pairs(context).counts["in"] == 360
+    assert len(Pairs(context.output).parts) == (1 if max_pairs else 40)
+    assert calls.count("records") <= 6  # of three phases, and of what lies between them
+    assert not [name for name in calls if "/" not in name and name.endswith(".parquet")]
 
 
-def test_max_pairs_reads_the_records_of_the_pieces_before_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_max_pairs_reads_the_records_of_the_pieces_before_once(calls: list[str], tmp_path: Path) -> None:
     for number in range(9):
         _write_tar(tmp_path / f"in/{number}.tar", {f"{key}.{end}": b"" for key in "ab" for end in ("jpg", "txt")})
     source = Source(PairsConfig(source="shards", path=str(tmp_path / "in"), max_pairs=13))
-    monkeypatch.setattr(_Counted, "num_ledgers", 0)
     for num_reads in (0, 1):  # the second maker has made none of the pieces
-        maker = PairsMaker(source, _Counted(str(tmp_path / "out")))
+        maker = PairsMaker(source, Artifact(str(tmp_path / "out")))
         names = next(maker.phases())
         rows = [maker.make(name).counts.get("in", 0) for name in (names if not num_reads else reversed(names))]
         assert sorted(rows) == [0, 0, 1, 2, 2, 2, 2, 2, 2]
-        assert _Counted.num_ledgers == num_reads
+        assert calls.count("records") == num_reads
 
 
 def test_the_reader_reads_any_span_of_rows(tmp_path: Path) -> None:
