@@ -124,6 +124,9 @@ def _remarks(pairs: PairsConfig, reading: Reading, notes: Counter[str], num_rows
         remarks.append(f"captions: {', '.join(counts)}")
         if unmatched := reading.notes["metadata_without_picture"]:
             remarks.append(f"{unmatched} names in metadata files are no pictures here")
-    if malformed := reading.counts["malformed"] + reading.notes["malformed_metadata"]:
-        remarks.append(f"{malformed} of {num_rows} rows cannot be read, such as {name_examples([reading])[0]}")
+    malformed, captions = reading.counts["malformed"], reading.notes["malformed_metadata"]
+    counts = [f"{malformed} of {num_rows} rows"] if malformed else []
+    counts += [f"{captions} captions in metadata and annotations"] if captions else []
+    if counts:
+        remarks.append(f"{' and '.join(counts)} cannot be read, such as {name_examples([reading])[0]}")
     return remarks

@@ -166,7 +166,7 @@ _ODD_CAPTIONS = {
     "captions_from_name": "captions from the picture's name alone",
     "metadata_without_picture": "names in metadata without a picture",
     "annotations_not_compared": "names in annotations not compared with the pictures (the folder is read in parts)",
-    "malformed_metadata": "lines of metadata that could not be read",
+    "malformed_metadata": "captions in metadata and annotations that could not be read",
 }
 
 

@@ -208,6 +208,15 @@ def test_write_recipe_counts_empty_and_long_captions_and_rows_that_cannot_be_rea
     assert f"1 of 6 rows cannot be read, such as {tmp_path}/list.csv:7: 3 cells, not 2" in summary
 
 
+def test_write_recipe_counts_captions_of_metadata_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "in/1.png")
+    (tmp_path / "in/metadata.csv").write_text("file_name,text\n1.png,one\n,two\n")
+    summary = write_recipe(str(tmp_path / "in"), str(tmp_path / "mine.toml"), gpu=False)
+    reason = f"{tmp_path}/in/metadata.csv: 1 rows without a file name"
+    assert f"1 captions in metadata and annotations cannot be read, such as {reason}" in summary
+
+
 def test_write_recipe_says_where_the_captions_of_a_folder_come_from(tmp_path: Path) -> None:
     (tmp_path / "in/train").mkdir(parents=True)
     for name in ("1.png", "2.png", "3.png"):
