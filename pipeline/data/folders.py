@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from itertools import accumulate, pairwise
 from pathlib import PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 
@@ -440,14 +440,8 @@ def _read_annotations(file: str, reading: Reading) -> _Metadata:
     metadata, own_reading = _Metadata(by_name_alone=True), Reading()
     own_reading.begin(file)
     with explain_damage(file), open_text(file) as stream:
-        if file.endswith(".json"):
-            records = (
-                (number, record.get("file_name"), record.get("caption"))
-                for number, record in json_records(stream, own_reading)
-            )
-        else:
-            records = _annotation_lines(file, lines_of(stream, own_reading), own_reading)
-        for number, name, caption in records:
+        read = _annotation_records if file.endswith(".json") else _annotation_lines
+        for number, name, caption in read(file, stream, own_reading):
             if fault := _fault_of(name, caption):
                 own_reading.malformed(number, fault)
             else:
@@ -471,11 +465,16 @@ def _fault_of_text(text: str) -> str:
     return "not UTF-8, or half of a surrogate pair, which is no character" if has_surrogates(text) else ""
 
 
-def _annotation_lines(
-    file: str, lines: Iterator[tuple[int, str]], own_reading: Reading
-) -> Iterator[tuple[int, str, str]]:
+def _annotation_records(file: str, stream: IO[bytes], own_reading: Reading) -> Iterator[tuple[int, Any, Any]]:
+    """Number, name and caption of each record of a JSON file."""
+    del file
+    for number, record in json_records(stream, own_reading):
+        yield number, record.get("file_name"), record.get("caption")
+
+
+def _annotation_lines(file: str, stream: IO[bytes], own_reading: Reading) -> Iterator[tuple[int, Any, Any]]:
     """Line, name and caption: ``image,caption``, ``image| number| caption`` or ``image#number<TAB>caption``."""
-    delimiter = _TABLES.get(file.rpartition("/")[2], "\t")
+    lines, delimiter = lines_of(stream, own_reading), _TABLES.get(file.rpartition("/")[2], "\t")
     if delimiter == ",":
         records = csv_records(lines, own_reading)
     else:

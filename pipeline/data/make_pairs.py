@@ -209,11 +209,6 @@ class PairsMaker:
     def _reading_files(self) -> list[str]:
         return [f"{READ}{name}.json" for name in self._names]
 
-    @cached_property
-    def _repeats(self) -> list[Path]:
-        """The files with the positions of repeated rows; known when all are compared."""
-        return [self._output.path(f"{group}.npy") for group in self._compared]
-
     def _compare(self, name: str) -> dict[str, int]:
         first, end = name.removeprefix(COMPARE).split("-")
         with self._output.write(f"{name}.npy") as path, path.open("wb") as stream:
@@ -222,8 +217,8 @@ class PairsMaker:
 
     def _write_part(self, name: str) -> dict[str, int]:
         number = self._names.index(name)
-        found = [rows_of_piece(np.load(path, mmap_mode="r"), number) for path in self._repeats]
-        repeats = np.sort(np.concatenate(found))
+        files = (self._output.path(f"{group}.npy") for group in self._compared)
+        repeats = np.sort(np.concatenate([rows_of_piece(np.load(file, mmap_mode="r"), number) for file in files]))
         notes: Counter[str] = Counter({"train": 0, "validation": 0, "empty_captions": 0})
         captions: list[str] = []
         num_rows = row = 0

@@ -112,6 +112,9 @@ class Reading:
 
 def within_limit(rows: Iterator[T], reading: Reading) -> Iterator[T]:
     """The rows within the limit of ``reading``, to which the reader of ``rows`` adds those that it leaves out."""
+    if reading.limit is None:
+        yield from rows
+        return
     while not reading.is_full:
         row = next(rows, None)
         if row is None or not reading.take():

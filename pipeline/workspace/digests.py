@@ -19,6 +19,8 @@ from pipeline.workspace.files import UserFile, find_files, is_remote, remote_fil
 _BLOCK_BYTES = 1 << 20
 _THREADS = 8
 _SORTED_FILES = 1000
+_RUN = 10_000
+"""Files whose digests are looked up, and computed, together."""
 _FRESH_S = 2.0
 """A file that was changed so shortly ago may be changed again within the resolution of its times: it is not cached."""
 _TABLE = (
@@ -43,12 +45,14 @@ def fingerprint(uri: str, sizes_only: Collection[str] = ()) -> str:
     files = find_files(uri)
     if len(files) == 1 and Path(uri.removeprefix("file://")).is_file():
         return _contents([files[0].uri])[0][:16]
-    read = [file.uri for file in files if not _has_suffix(file, sizes_only)]
-    contents = dict(zip(read, _contents(read), strict=True))
-    root = os.path.commonpath([file.uri for file in files]) if files else ""
-    for file in files:
-        content = contents.get(file.uri) or f"{file.num_bytes} {file.stamp}"
-        digest.update(f"{file.uri.removeprefix(root)}\0{content}\0".encode(errors="surrogateescape"))
+    root = os.path.commonpath([files[0].uri, files[-1].uri]) if files else ""  # they are sorted
+    for start in range(0, len(files), _RUN):
+        run = files[start : start + _RUN]
+        read = [file.uri for file in run if not _has_suffix(file, sizes_only)]
+        contents = dict(zip(read, _contents(read), strict=True))
+        for file in run:
+            content = contents.get(file.uri) or f"{file.num_bytes} {file.stamp}"
+            digest.update(f"{file.uri.removeprefix(root)}\0{content}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
 
 

@@ -8,7 +8,9 @@ import contextlib
 import glob
 import os
 import tempfile
+from collections import deque
 from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -20,9 +22,11 @@ from pipeline.workspace.objects import ObjectStore, stamp_of
 
 _PATTERN = frozenset("*?[")
 _READ_BYTES = 8 << 20
+_FOLDERS_AHEAD = 16
+Infos = list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class UserFile:
     """One file of a user."""
 
@@ -175,7 +179,32 @@ def local_copy(uri: str) -> Generator[Path]:
         yield target
 
 
-def _remote_infos(store: ObjectStore) -> Iterator[list[dict[str, Any]]]:
+def infos_below(store: ObjectStore, folder: str) -> Iterator[Infos]:
+    """The files at any depth in a folder of a store that gives a folder whole: folder after folder, in any order.
+
+    In memory are the entries of sixteen folders, which are asked for at a time, and the names of those to come.
+    """
+    waiting, under_way = [folder.rstrip("/")], deque[tuple[str, Future[tuple[Infos, str]]]]()
+    with ThreadPoolExecutor(_FOLDERS_AHEAD) as threads:
+        try:
+            while waiting or under_way:
+                while waiting and len(under_way) < _FOLDERS_AHEAD:
+                    under_way.append((waiting[-1], threads.submit(store.page, waiting.pop())))
+                place, future = under_way.popleft()
+                infos, _ = future.result()
+                yield [info for info in infos if info.get("type") != "directory"]
+                below = {str(info["name"]).rstrip("/") for info in infos if info.get("type") == "directory"}
+                # Some drivers name the folder itself, and a folder without a name that lies in it.
+                waiting += [name for name in sorted(below) if name != place and not _hidden(name)]
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _hidden(name: str) -> bool:
+    return name.rpartition("/")[2].startswith(".")
+
+
+def _remote_infos(store: ObjectStore) -> Iterator[Infos]:
     """What a store says of the file, or of the files of a folder or a pattern."""
     path = store.path
     if _is_pattern(store):
@@ -190,8 +219,8 @@ def _remote_infos(store: ObjectStore) -> Iterator[list[dict[str, Any]]]:
     if info.get("type") != "directory":
         yield [info | {"name": path}]
         return
-    if store.lists_from_any_name:
-        yield from list_all(store, path)
+    if store.lists_from_any_name or not store.is_s3:
+        yield from (list_all if store.is_s3 else infos_below)(store, path)
         return
     start = ""
     while True:

@@ -1,8 +1,8 @@
 """A person's folder of many files, here or in an object store, which is never listed whole.
 
 S3 is listed in pages of a thousand names, of several sub-folders or ranges of names at a time. Other stores, and a
-disk, give the names of one sub-folder at a time. What grows is the list of the sub-folders of one folder, which are
-visited after its files.
+disk, give a sub-folder at once: of one with very many files their drivers hold about a kilobyte for each. What grows
+besides is the list of the sub-folders of one folder, which are visited after its files.
 """
 
 from collections import deque
@@ -13,7 +13,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from pipeline.errors import DataError
-from pipeline.workspace.files import is_remote, local_entries
+from pipeline.workspace.files import infos_below, is_remote, local_entries
 from pipeline.workspace.key_ranges import list_all
 from pipeline.workspace.objects import ObjectStore
 
@@ -223,12 +223,12 @@ class Tree:
 
     def _all_names(self, store: ObjectStore) -> Iterator[list[str]]:
         """Names of all files from the tree's own folder, in any order."""
-        if not store.lists_from_any_name:
+        if store.is_s3 and not store.lists_from_any_name:
             yield from self._listing(store, "", "", "", deep=True)
             return
         skipped = len(store.path.strip("/")) + 1
-        for infos in list_all(store, store.path):
-            yield [str(info["name"])[skipped:] for info in infos]
+        for infos in (list_all if store.is_s3 else infos_below)(store, store.path):
+            yield [str(info["name"]).lstrip("/")[skipped:] for info in infos]
 
     def _listing(self, store: ObjectStore, folder: str, first: str, last: str, *, deep: bool) -> Iterator[list[str]]:
         """Names from the folder, page by page; those of folders end with a slash.

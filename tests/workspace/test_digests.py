@@ -69,6 +69,19 @@ def test_a_moved_folder_is_the_same_and_its_times_do_not_count(tmp_path: Path) -
     assert fingerprint(str(tmp_path / "two")) == before
 
 
+def test_the_digest_of_a_folder_does_not_depend_on_how_many_files_are_looked_up_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Digests of a release before: the key of a step stays what it was."""
+    for name in ("b/1", "b-/1", "b/c d/2", "b.txt", "b/.hidden"):
+        (tmp_path / "list" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "list" / name).write_text(name)
+    for num_files in (1, 2, 10_000):
+        monkeypatch.setattr(digests, "_RUN", num_files)
+        assert fingerprint(str(tmp_path / "list")) == "b7df53b24cd51f8e"
+        assert fingerprint(str(tmp_path / "list/b")) == "2db22c4edf905a0b"
+
+
 def test_a_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "list"
     folder.mkdir()

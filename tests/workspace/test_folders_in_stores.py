@@ -376,6 +376,26 @@ def test_other_stores_give_a_folder_whole_and_a_picture_in_two_requests(
     assert asyncio.run(_fetch("memory://others/pictures/b.JPEG", small)) == "body-size"
 
 
+def test_other_stores_are_listed_by_sub_folders_and_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver of gs:// and az:// holds a kilobyte for each name of what it lists."""
+    names = [f"{a}/{b}/{number}.jpg" for a in range(5) for b in range(9) for number in range(3)]
+    for name in ["top.jpg", *names, ".hidden/1.jpg", "0/.hidden.jpg"]:
+        fsspec.filesystem("memory").pipe(f"/listed/{name}", b"")
+    page, sizes = ObjectStore.page, list[int]()
+
+    def page_noted(store: ObjectStore, path: str, *args: Any, **others: Any) -> Any:
+        infos, start = page(store, path, *args, **others)
+        sizes.append(len(infos))
+        return infos, start
+
+    monkeypatch.setattr(ObjectStore, "page", page_noted)
+    files = find_files("memory://listed")
+    assert [file.uri.partition("/listed/")[2] for file in files] == sorted(["top.jpg", *names])
+    assert count_pictures("memory://listed") == len(files)
+    assert max(sizes) <= 10
+    assert len(sizes) == 2 * (1 + 5 + 45)
+
+
 def test_the_steps_make_the_shards_of_the_same_folder_on_a_disk(
     bucket: str, tmp_path: Path, s3_server: S3Server
 ) -> None:
