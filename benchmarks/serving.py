@@ -13,7 +13,9 @@ machine do not count; gaps too are of that clock. Rounds alternate, and ratios a
 
 import argparse
 import asyncio
+import json
 import queue
+import socket
 import statistics
 import tempfile
 import time
@@ -39,8 +41,12 @@ from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan
 from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.recipe.sections import Precision
 from pipeline.recipe.steps import CASCADE_STEPS
+from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
+from pipeline.serve.guards import Guards
+from pipeline.serve.http_server import HttpServer, listen
 from pipeline.serve.knn import LocalNeighbours
+from pipeline.serve.picture_files import ModelCard
 from pipeline.serve.protocols import Preview
 from pipeline.shapes.captions import canonical_caption
 from pipeline.shapes.scene import evaluation_scenes
@@ -196,20 +202,32 @@ def first_preview(cascade: Cascade, prompt: str, rounds: int, clock: Clock) -> d
 
 
 def steps_after_leaving(cascade: Cascade, prompt: str, num_clients: int, latest: int) -> dict[str, Any]:
-    """Most steps that end for a client after it left, at a random one of its first ``latest`` steps."""
-    most = 0
+    """Most steps that end for a client after it hung up, at a random one of its first ``latest`` steps."""
+    counts = list[int]()
     with closing(Engine(cascade)) as engine:
-        for number, share in enumerate(np.random.default_rng(0).random(num_clients)):
-            before = engine.counts()["steps"]
-            future = engine.submit(SampleRequest(prompt, (number,)))
-            while engine.counts()["steps"] < before + 1 + int(latest * share):
-                time.sleep(0.001)
-            left_at = engine.counts()["steps"]
-            future.cancel()
-            while engine.counts()["active"]:
-                time.sleep(0.001)
-            most = max(most, engine.counts()["steps"] - left_at)
-    return _row("steps for a client after it left, at most", most, -1, f"{num_clients} clients")
+        app, listener = create_app(engine, None, ApiSettings(ModelCard("benchmark", 0))), listen("127.0.0.1", 0)
+        address = listener.getsockname()
+        with HttpServer(Guards(app), listener):
+            for number, share in enumerate(np.random.default_rng(0).random(num_clients)):
+                before = engine.counts()["steps"]
+                with closing(_request_picture(address, prompt, number)):
+                    while engine.counts()["steps"] < before + 1 + int(latest * share):
+                        time.sleep(0.001)
+                    left_at = engine.counts()["steps"]
+                while engine.counts()["active"]:
+                    time.sleep(0.001)
+                counts.append(engine.counts()["steps"] - left_at)
+    note = f"{num_clients} clients over HTTP; mean {statistics.mean(counts):.2f}, the step that it left in included"
+    return _row("steps for a client after it left, at most", max(counts), -1, note)
+
+
+def _request_picture(address: Any, prompt: str, seed: int) -> socket.socket:
+    """The connection of a client that has sent its request."""
+    body = json.dumps({"prompt": prompt, "seed": seed}).encode()
+    link = socket.create_connection(address)
+    head = b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+    link.sendall(head % len(body) + body)
+    return link
 
 
 def differences(cascade: Cascade, crowds: dict[str, Images], most: int) -> list[dict[str, Any]]:

@@ -8,9 +8,7 @@ import contextlib
 import ipaddress
 import json
 import logging
-import re
 import time
-import uuid
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -29,7 +27,7 @@ from pipeline.serve.keys import Key, KeyRing, Meter
 from pipeline.serve.keys import Scope as KeyScope
 from pipeline.serve.metrics import HttpMetrics
 from pipeline.serve.traces import RequestTrace
-from pipeline.serve.web import ApiError
+from pipeline.serve.web import ApiError, add_headers, request_id_of
 
 if TYPE_CHECKING:
     from pipeline.serve.otlp import Traces
@@ -50,17 +48,6 @@ _SCOPES: tuple[tuple[str, KeyScope | None], ...] = (
     ("/indices-list", "search"),
 )
 """What a key must open, by the beginning of a path; None: any key will do."""
-_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
-_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-    "Cache-Control": "no-store",
-}
-"""Of every answer, unless it has its own."""
 
 
 @dataclass
@@ -243,19 +230,6 @@ class Guards:
         if key and key.requests:
             answer["x-ratelimit-limit-requests"] = str(key.requests)
             answer["x-ratelimit-remaining-requests"] = str(self.meter.rest(key, "requests"))
-
-
-def request_id_of(headers: Headers) -> str:
-    """The id of a request: the client's own, if it sends one, or a new one."""
-    own = headers.get("x-request-id", "")
-    return own if _REQUEST_ID.fullmatch(own) else uuid.uuid4().hex
-
-
-def add_headers(answer: MutableHeaders, request_id: str) -> None:
-    """Give an answer the headers that all have."""
-    for name, value in _HEADERS.items():
-        answer.setdefault(name, value)
-    answer["X-Request-Id"] = request_id
 
 
 def require_keys(config: ServeConfig) -> None:

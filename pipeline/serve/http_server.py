@@ -1,9 +1,11 @@
 """The socket of a server, the thread that answers on it, and the end of connections that stand still."""
 
+import asyncio
 import ipaddress
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
@@ -11,8 +13,10 @@ from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from pipeline.errors import StepError
+from pipeline.serve.web import ApiError, add_headers
 
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 65
@@ -35,6 +39,7 @@ class HttpServer:
         self._socket = listener
         config = uvicorn.Config(
             app,
+            http=_protocol(),
             log_config=None,
             log_level="critical",  # the gate logs what fails
             access_log=False,
@@ -59,6 +64,20 @@ class HttpServer:
         self._server.should_exit = True
         self._thread.join()
         self._socket.close()
+
+
+def _protocol() -> type[asyncio.Protocol]:
+    """Uvicorn's protocol, which would answer in plain text what it cannot read."""
+
+    def send_400_response(connection: Any, _message: str) -> None:
+        error = ApiError(400, "this is no HTTP request that can be read", code="invalid_request").response()
+        add_headers(error.headers, uuid.uuid4().hex)
+        error.headers["Connection"] = "close"
+        lines = (b"%b: %b\r\n" % header for header in error.raw_headers)
+        connection.transport.write(b"HTTP/1.1 400 Bad Request\r\n%b\r\n%b" % (b"".join(lines), error.body))
+        connection.transport.close()
+
+    return type("Protocol", (AutoHTTPProtocol,), {"send_400_response": send_400_response})
 
 
 class _Server(uvicorn.Server):

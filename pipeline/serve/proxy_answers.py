@@ -11,8 +11,8 @@ from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipeline.serve.guards import BODY_LIMIT_BYTES, add_headers, request_id_of
-from pipeline.serve.web import ApiError, error_event
+from pipeline.serve.guards import BODY_LIMIT_BYTES
+from pipeline.serve.web import ApiError, add_headers, error_event, request_id_of
 
 _log = logging.getLogger(__name__)
 

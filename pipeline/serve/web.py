@@ -3,6 +3,8 @@
 import asyncio
 import json
 import math
+import re
+import uuid
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from difflib import get_close_matches
 from typing import Any, TypeVar, cast
@@ -10,7 +12,9 @@ from typing import Any, TypeVar, cast
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from pipeline.serve.protocols import DeadlinePassed, NotServing, Overloaded
 
@@ -21,10 +25,20 @@ Model = TypeVar("Model", bound=BaseModel)
 _RETRY_AFTER_S = 2
 """Where nothing better is known."""
 _CLIENT_CLOSED_STATUS = 499
-_DISCONNECT_POLL_S = 0.2
 _MAX_ESCAPES = 1 << 20  # of strings: the parser takes 30 ns for each; PHP writes a slash of base64 as one
 _MAX_SHOWN_CHARS = 60
 """Of a wrong value that an error repeats."""
+_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-store",
+}
+"""Of every answer, unless it has its own."""
 _TYPES = {
     401: "authentication_error",
     429: "rate_limit_error",
@@ -135,18 +149,21 @@ async def read_body(request: Request, limit_bytes: int) -> AsyncGenerator[bytes]
     """The body in chunks, up to a limit.
 
     Raises:
-        ApiError: 413 above it.
+        ApiError: 413 above it; 499 if the client leaves before the end, which nobody reads.
     """
     too_large = ApiError(413, f"the body is above {limit_bytes} bytes", code="body_too_large")
     declared = request.headers.get("content-length", "0")
     if not declared.isdecimal() or int(declared) > limit_bytes:
         raise too_large
     num_bytes = 0
-    async for chunk in request.stream():
-        num_bytes += len(chunk)
-        if num_bytes > limit_bytes:
-            raise too_large
-        yield chunk
+    try:
+        async for chunk in request.stream():
+            num_bytes += len(chunk)
+            if num_bytes > limit_bytes:
+                raise too_large
+            yield chunk
+    except ClientDisconnect:
+        raise _client_left() from None
 
 
 async def read_json(request: Request, limit_bytes: int, max_values: int | None = None) -> Json:
@@ -236,18 +253,42 @@ def _similar(param: str, model: type[BaseModel]) -> str:
     return f"; do you mean {near[0]}?" if near else ""
 
 
+def request_id_of(headers: Headers) -> str:
+    """The id of a request: the client's own, if it sends one, or a new one."""
+    own = headers.get("x-request-id", "")
+    return own if _REQUEST_ID.fullmatch(own) else uuid.uuid4().hex
+
+
+def add_headers(answer: MutableHeaders, request_id: str) -> None:
+    """Give an answer the headers that all have."""
+    for name, value in _HEADERS.items():
+        answer.setdefault(name, value)
+    answer["X-Request-Id"] = request_id
+
+
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
-    """Wait for ``work``, and cancel it if the client disconnects.
+    """Wait for ``work``, and cancel it as soon as the client disconnects.
 
     Raises:
         ApiError: 499, if the client has disconnected; nobody reads it.
     """
-    task = asyncio.ensure_future(work)
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_until_disconnected(request))
     try:
-        while not task.done():
-            await asyncio.wait({task}, timeout=_DISCONNECT_POLL_S)
-            if not task.done() and await request.is_disconnected():
-                raise ApiError(_CLIENT_CLOSED_STATUS, "the client has disconnected")
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            leaving.result()
+            raise _client_left()
         return task.result()
     finally:
         task.cancel()
+        leaving.cancel()
+
+
+async def _until_disconnected(request: Request) -> None:
+    """Wait until the client of a request whose body was read has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _client_left() -> ApiError:
+    return ApiError(_CLIENT_CLOSED_STATUS, "the client has disconnected")

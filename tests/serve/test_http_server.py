@@ -1,6 +1,7 @@
 """Connections that stand still are ended, and those that move are not, over real sockets."""
 
 import contextlib
+import json
 import socket
 import time
 from collections.abc import Iterator
@@ -81,3 +82,19 @@ def test_an_answer_that_is_not_read_is_given_up_and_one_that_is_read_slowly_is_n
             if time.monotonic() < started_s + 3 * _STILL_S:
                 time.sleep(0.02)
     assert time.monotonic() - started_s > 2 * _STILL_S
+
+
+@pytest.mark.parametrize("request_", [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n"])
+def test_what_is_no_http_is_refused_in_the_form_of_the_api(server: HttpServer, request_: bytes) -> None:
+    with _connected(server, request_) as link:
+        answer = b""
+        while received := link.recv(4096):  # until the connection is ended
+            answer += received
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status, *lines = head.decode().splitlines()
+    headers = dict(line.lower().split(": ", 1) for line in lines)
+    assert status == "HTTP/1.1 400 Bad Request"
+    assert json.loads(body)["error"]["code"] == "invalid_request"
+    assert (headers["content-type"], headers["content-length"]) == ("application/json", str(len(body)))
+    assert (headers["x-frame-options"], headers["x-content-type-options"]) == ("deny", "nosniff")
+    assert headers["x-request-id"]
