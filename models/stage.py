@@ -86,6 +86,21 @@ class Chain:
         """Whether every step is taken."""
         return self.position == len(self.timesteps)
 
+    def saved(self) -> Callable[[], None]:
+        """A function that puts the chain back to where it is now, so that a step that fails can be taken again.
+
+        It may be called once, and then the chain has to be joined anew.
+        """
+        state, position = self.state, self.position
+        noise = [(generator, generator.get_state()) for generator in self.noise.generators]
+
+        def put_back() -> None:
+            self.state, self.position = state, position
+            for generator, before in noise:
+                generator.set_state(before)
+
+        return put_back
+
 
 class JoinedChains(Protocol):
     """Chains that take their steps together."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -76,7 +77,10 @@ class _JoinedTokens:
         self.chains = list(chains)
         self._stage = stage
         states = [chain.state for chain in chains]
-        self._state = concat_rows(states)
+        # A chain that was put back to an earlier step says itself where it is; the tokens beyond are sampled anew.
+        positions = [chain.position for chain, state in zip(chains, states, strict=True) for _ in state.tokens]
+        position = torch.tensor(positions, device=states[0].position.device)
+        self._state = replace(concat_rows(states), position=position)
         ends = accumulate(((len(state.dot), len(state.tokens)) for state in states), _add, initial=(0, 0))
         for chain, (begin, end) in zip(chains, pairwise(ends), strict=True):
             chain.state = self._state.part(slice(begin[0], end[0]), slice(begin[1], end[1]))

@@ -5,6 +5,7 @@ import math
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, TypeVar
 
 from pydantic import Field
@@ -16,6 +17,10 @@ T = TypeVar("T")
 MAX_TIMEOUT_S = 3600.0
 Timeout = Annotated[float | None, Field(gt=0, le=MAX_TIMEOUT_S)]
 """The field ``timeout`` of a body: longest time until the answer, in seconds; None: as long as the server allows."""
+
+
+_THREADS = ThreadPoolExecutor(8, "unclip-search")
+"""Of work that takes long. It holds none of the threads that the whole process shares, which write pictures' files."""
 
 
 class NotWanted(Exception):
@@ -62,6 +67,6 @@ async def while_wanted(work: Callable[[Callable[[], None]], T]) -> T:
             raise NotWanted
 
     try:
-        return await asyncio.to_thread(work, check)
+        return await asyncio.wrap_future(_THREADS.submit(work, check))
     finally:
         has_left.set()

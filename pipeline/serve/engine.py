@@ -1,7 +1,7 @@
 """The engine samples the pictures of many requests together, each at its own step.
 
 One thread runs the networks. Between two steps it drops the pictures of cancelled requests, admits waiting ones in fair
-shares (pipeline/serve/fair_queue.py), and chooses the stage that takes a step next (schedule.py).
+shares (fair_queue.py, cost.py), and chooses the stage that takes a step next (schedule.py).
 An engine may have some of the cascade's stages alone (served_stages.py); what is left of a request then goes to another
 one (work.py).
 A picture is a batch of one item: it equals the picture that ``Cascade.sample_request`` samples alone. A request that
@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 
 from models.cascade import Cascade, Phase
@@ -27,11 +26,13 @@ from models.pixels import to_uint8
 from models.request import EditError, SampleRequest
 from models.stage import PIXELS, Z_IMAGE, Batch, JoinedChains, enter_each
 from pipeline.clip.frozen import FrozenClip
-from pipeline.serve.deadlines import end_of, while_wanted
+from pipeline.serve.cost import cost_of
+from pipeline.serve.deadlines import end_of
+from pipeline.serve.embedder import Embedder
 from pipeline.serve.estimate import PartLoad, estimate_s
 from pipeline.serve.fair_queue import FairQueue
 from pipeline.serve.in_progress import Pending, Picture, show_preview
-from pipeline.serve.memory import TEXTS_AT_ONCE, DeviceMemory, MemoryLimits
+from pipeline.serve.memory import DeviceMemory, MemoryLimits
 from pipeline.serve.metrics import EngineMetrics
 from pipeline.serve.protocols import (
     Accepted,
@@ -113,12 +114,10 @@ class Engine:
         traces: "Traces | None" = None,
         memory: DeviceMemory | None = None,
     ) -> None:
-        self._cascade = cascade
         self._stages = ServedStages(cascade, steps, device)
         self._limits = MemoryLimits(cascade, self._stages, memory, device) if memory else None
         self._turn = memory.turn if memory else nullcontext()
-        self._embedding = threading.Lock()
-        """Embeddings are made one after another, so that their memory is bounded."""
+        self._embedder = Embedder(cast("FrozenClip", cascade.clip))
         self._schedule = Schedule(len(self._stages), max_batch_size)
         self._joined: list[JoinedChains | None] = [None] * len(self._stages)
         """The chains of each stage that took its last step."""
@@ -134,9 +133,9 @@ class Engine:
         self._unended = 0
         """Requests without an answer; one that enters, or goes to its next phase, neither waits nor is active."""
         self._picture_s = 0.0
-        """Running mean of the time between two finished pictures, while there is work."""
+        """Running mean of the time between two pictures that end here, while there is work."""
         self._since_s = 0.0
-        """When the last picture was finished, or the first one came after a pause."""
+        """When the last picture ended, or the first one came after a pause."""
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="unclip-engine", daemon=True)
@@ -185,9 +184,12 @@ class Engine:
             NotServing: If the engine is closed.
         """
         phase, is_last = self._stages.phase_of(request, work)
+        if self._limits:
+            self._limits.require_room(request)
         spans = EngineSpans(self._traces, request.traceparent)
         pending = Pending(
             phase,
+            request,
             client,
             num_previews,
             show,
@@ -247,26 +249,11 @@ class Engine:
 
     async def embed_texts(self, texts: Sequence[str]) -> Vectors:
         """See ``PictureModel``."""
-
-        def embed(check: Callable[[], None]) -> Vectors:
-            rows: list[Vectors] = []
-            for start in range(0, len(texts), TEXTS_AT_ONCE):
-                with self._embedding:
-                    check()
-                    rows.append(self._clip.embed_text(texts[start : start + TEXTS_AT_ONCE]).cpu().numpy())
-            return np.concatenate(rows)
-
-        return await while_wanted(embed)
+        return await self._embedder.texts(texts)
 
     async def embed_image(self, image: Images) -> Vectors:
         """See ``PictureModel``."""
-
-        def embed(check: Callable[[], None]) -> Vectors:
-            with self._embedding:
-                check()
-                return self._clip.encode_image(torch.from_numpy(image)[None])[0].cpu().numpy()
-
-        return await while_wanted(embed)
+        return await self._embedder.image(image)
 
     async def cut_at(self, texts: Sequence[str]) -> list[int]:
         """See ``PictureModel``."""
@@ -282,10 +269,6 @@ class Engine:
         self._metrics.waiting.set(counts["waiting"])
         self._metrics.active.set(counts["active"])
         return {"": self._metrics.text()}
-
-    @property
-    def _clip(self) -> FrozenClip:
-        return cast("FrozenClip", self._cascade.clip)
 
     def close(self) -> None:
         """Stop after the current step; unanswered requests fail with ``NotServing``."""
@@ -364,15 +347,14 @@ class Engine:
     def _take_waiting(self) -> list[tuple[Pending, int]]:
         """The next requests, each with the number of pictures for which there is room; call with the lock held."""
         counts: dict[Pending, int] = {}
-        room = self._max_batch_size - len(self._active)
-        if self._limits and len(self._waiting):
-            room = self._limits.admissible(room, len(self._active))
-        for _ in range(room):
-            if not len(self._waiting):
-                break
+        active, entering = [picture.pending.request for picture in self._active], list[SampleRequest]()
+        while len(self._waiting) and len(active) + len(entering) < self._max_batch_size:
             pending = self._waiting.next()
+            entering.append(pending.request)
+            if self._limits and (counts or active) and not self._limits.admits(entering, active):
+                break
             counts[pending] = counts.get(pending, 0) + 1
-            self._waiting.serve(pending, 1.0)
+            self._waiting.serve(pending, pending.cost)
             if counts[pending] == pending.num_waiting:
                 self._waiting.remove(pending)
         return list(counts.items())
@@ -388,6 +370,7 @@ class Engine:
         if not pending.phase.stages:  # another engine has them; the pictures are there as soon as they are encoded
             with self._changed:
                 self._waiting.remove(pending)
+                self._note_gone(pending.phase.num_items)
             self._hand_on(pending, pending.batch)
             return
         first = len(pending.pictures)
@@ -399,6 +382,7 @@ class Engine:
     def _advance(self, pictures: Sequence[Picture]) -> None:
         """Take pictures of one stage one step further; if that fails, fewer of them are tried together."""
         number = self._number(pictures[0])
+        put_back = [picture.saved() for picture in pictures]
         try:
             started = time.monotonic()
             self._step(number, pictures)
@@ -413,8 +397,8 @@ class Engine:
                 self._fail([pictures[0].pending], error)
                 return
             _log.warning("a step of %s failed for %d pictures: %s", self._stages[number].name, len(pictures), error)
-            for picture in pictures:  # noise may have been drawn, so they begin the stage again
-                picture.chain = None
+            for put_one_back in put_back:
+                put_one_back()
             with self._changed:
                 self._stats.halved += 1
 
@@ -429,6 +413,8 @@ class Engine:
             joined = self._joined[number] = stage.join(chains)
         with self._metrics.step.labels(stage.name).time():
             joined.advance()
+        # All results before anything is noted: if one cannot be computed, the step is taken again.
+        results = [stage.leave(chain) for chain in chains if chain.finished]
         self._metrics.batch.labels(stage.name).observe(len(pictures))
         for picture in pictures:
             picture.pending.num_steps += 1
@@ -436,8 +422,6 @@ class Engine:
             picture.moved_s = time.monotonic()
             self._guarded([picture.pending], partial(show_preview, stage, picture))
         leaving = [picture for picture, chain in zip(pictures, chains, strict=True) if chain.finished]
-        # All results before any picture moves: if one cannot be computed, all of them are still in this stage.
-        results = [stage.leave(chain) for chain in chains if chain.finished]
         if leaving:
             self._schedule.note_left(number, max(len(chain.timesteps) for chain in chains if chain.finished))
             self._joined[number] = None
@@ -454,7 +438,7 @@ class Engine:
             self._stats.pictures += num_sampled
             self._metrics.pictures.inc(num_sampled)
             self._active = [picture for picture in self._active if picture not in complete]
-            self._note_finished(num_sampled)
+            self._note_gone(len(complete))
         for pending in {picture.pending for picture in complete}:
             if pending.finished:
                 self._guarded([pending], partial(self._end_phase, pending))
@@ -462,6 +446,8 @@ class Engine:
     def _begin_phase(self, pending: Pending, phase: Phase, *, is_last: bool) -> None:
         """Let a request begin with those stages of a phase that come first and are this engine's."""
         pending.phase, pending.rest = self._stages.split(phase)
+        stages = {self._stages.number(stage): stage for stage in pending.phase.stages}
+        pending.cost = cost_of(stages, pending.request, self._schedule.loads)
         pending.is_last, pending.batch, pending.pictures = is_last, None, []
         pending.spans.wait()
 
@@ -505,8 +491,8 @@ class Engine:
             self._count_dropped({pending})
         pending.pictures = []  # they refer to it: an edit's pictures would stay until the next search for such circles
 
-    def _note_finished(self, count: int) -> None:
-        """Update the mean time of a picture."""
+    def _note_gone(self, count: int) -> None:
+        """Update the mean time between two pictures that make room for others: answered, or in another engine now."""
         if count:
             now = time.monotonic()
             taken_s = (now - self._since_s) / count
@@ -527,7 +513,7 @@ class Engine:
             self._fail(requests, error)
 
     def _fail(self, requests: Iterable[Pending], error: Exception) -> None:
-        failed = set(requests)
+        failed = {pending for pending in requests if not pending.future.done()}  # a cancelled one is dropped
         for pending in failed:
             if pending.future.set_running_or_notify_cancel():
                 pending.future.set_exception(error)

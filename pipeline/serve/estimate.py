@@ -19,7 +19,9 @@ class StageLoad:
     times: StepTimes = field(default_factory=StepTimes)
     """Of its steps."""
     good_steps: int = 0
-    """Steps since the last failure."""
+    """Steps of so many pictures since the limit was changed."""
+    too_many: int = 0
+    """Pictures with which a step failed, the fewest lately; 0: none."""
     steps: int = 0
     """Steps of the last picture that left it."""
 

@@ -5,10 +5,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from models.cascade import Phase
 from models.pixels import to_uint8
+from models.request import SampleRequest
 from models.stage import PIXELS, Batch, Chain, Stage
 from pipeline.serve.protocols import Preview
 from pipeline.serve.traces import EngineSpans
@@ -20,6 +22,7 @@ class Pending:
 
     phase: Phase
     """What is sampled now."""
+    request: SampleRequest
     client: str
     """Who asks."""
     num_previews: int = 0
@@ -40,6 +43,8 @@ class Pending:
     """Stages of the phase that another engine has, by number."""
     is_last: bool = True
     """Whether the phase is the request's last."""
+    cost: float = 1.0
+    """Of one picture of the phase, for fair shares; see cost.py."""
     batch: Batch | None = None
     """All items of the phase, with the captions encoded; None before the first is admitted."""
     pictures: list["Picture"] = field(default_factory=list["Picture"])
@@ -77,11 +82,26 @@ class Picture:
         """Whether it has left its last stage."""
         return self.stage == len(self.pending.phase.stages)
 
+    @property
+    def position(self) -> int:
+        """Steps taken in its stage; -1 before it enters."""
+        return self.chain.position if self.chain else -1
+
+    def saved(self) -> Callable[[], None]:
+        """See ``Chain.saved``; a picture that has not entered its stage enters it again."""
+        return self.chain.saved() if self.chain else partial(setattr, self, "chain", None)
+
 
 def show_preview(stage: Stage, picture: Picture) -> None:
     """Show a picture's present state if it is time for one of its previews."""
     pending, chain = picture.pending, picture.chain
-    if pending.show is None or chain is None or chain.finished or PIXELS in picture.batch.values:
+    if (
+        pending.show is None
+        or pending.future.done()
+        or chain is None
+        or chain.finished
+        or PIXELS in picture.batch.values
+    ):
         return
     places = _preview_places(len(chain.timesteps), pending.num_previews)
     if stage.makes == PIXELS and chain.position in places:

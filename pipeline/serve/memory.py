@@ -8,7 +8,7 @@ time.
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,11 +20,11 @@ from models.stage import PIXELS, Z_IMAGE, Batch, Stage
 from models.text import TextEncoding
 from pipeline.clip.frozen import FrozenClip
 from pipeline.errors import StepError
+from pipeline.serve.cost import candidates
+from pipeline.serve.embedder import TEXTS_AT_ONCE
 from pipeline.serve.in_progress import Picture
 from pipeline.serve.served_stages import ServedStages
 
-TEXTS_AT_ONCE = 64
-"""Captions that an engine embeds together."""
 _COUNTS = (1, 2, 4)
 """Pictures that are measured, as far as they fit; the fewest and the most give the line."""
 _STEPS = 2
@@ -119,40 +119,72 @@ class MemoryLimits:
         self._stages = stages
         self._lines: dict[str, _Line] = {}
         """By the step of the recipe whose network it is; edits have other stages of the same networks."""
+        self._measured: list[tuple[Stage, _Line]] = []
         self._kept = 0.0
         """What a picture in progress keeps between its steps, in bytes."""
         for stage in cascade.stages:
             if stages.has(stages.number(stage)):
                 self._measure(stage, cascade, device)
         self._reserved = self._clip_bytes(cascade.clip) if stages.has_clip else 0
+        self._free_at_start = self._free_bytes()
 
     def fitting(self, number: int, pictures: Sequence[Picture]) -> list[Picture]:
         """Those of ``pictures`` that may take a step together now, at least one: the nearest to their end."""
-        stage, most = self._stages[number], self._lines[self._stages.step_of(number)].most(self._free_bytes())
+        stage, most = self._stages[number], self._line(number).most(self._free_bytes())
         fitting, taken = list[Picture](), 0.0
-        for picture in sorted(pictures, key=_position, reverse=True):
-            taken += _weight(stage, picture)
+        for picture in sorted(pictures, key=lambda picture: picture.position, reverse=True):
+            taken += _weight(stage, picture.pending.request)
             if fitting and taken > most:
                 break
             fitting.append(picture)
         return fitting
 
-    def admissible(self, most: int, num_active: int) -> int:
-        """How many pictures, up to ``most``, may begin, so that one of any stage can still take a step."""
-        largest = max((line.fixed + line.each for line in self._lines.values()), default=0.0)
-        room = (self._free_bytes() - largest) / max(self._kept, 1.0)
-        return max(int(num_active == 0), min(most, int(room)))
+    def admits(self, entering: Sequence[SampleRequest], active: Sequence[SampleRequest]) -> bool:
+        """Whether pictures may begin beside those in progress, so that one of any stage can still take a step.
+
+        Args:
+            entering: The request of each picture that would begin.
+            active: That of each in progress.
+        """
+        steps = (
+            line.fixed + line.each * _weight(stage, one)
+            for stage, line in self._measured
+            for one in (*entering, *active)
+        )
+        kept = self._kept * sum(
+            max((_weight(stage, one) for stage, _ in self._measured), default=0) for one in entering
+        )
+        return max(steps, default=0.0) + kept <= self._free_bytes()
+
+    def require_room(self, request: SampleRequest) -> None:
+        """Refuse a picture that does not fit alone.
+
+        Raises:
+            ValueError: If the request asks for more candidates than there was memory for at the start.
+        """
+        for stage, line in self._measured:
+            most = max(1.0, line.most(self._free_at_start))
+            if _weight(stage, request) > most:
+                count = int(most * getattr(stage, "num_candidates", 1))
+                message = f"this server has memory for {count} candidates of a picture at most"
+                raise ValueError(f"num_candidates = {request.num_candidates}: {message}")
+
+    def _line(self, number: int) -> _Line:
+        return self._lines[self._stages.step_of(number)]
 
     def _free_bytes(self) -> float:
         return _USABLE * self._memory.free_bytes() - self._reserved
 
     def _measure(self, stage: Stage, cascade: Cascade, device: torch.device | str) -> None:
-        peaks: dict[int, int] = {}
-        for count in _COUNTS:
+        usual, peaks = getattr(stage, "num_candidates", 1), dict[float, int]()
+        # A picture with one candidate is a part of one with as many as usual.
+        sizes = {1 / usual: (1, 1)} | {float(count): (count, usual) for count in _COUNTS}
+        for size, (count, num_candidates) in sizes.items():
+            request = SampleRequest("", tuple(range(count)), num_candidates=num_candidates)
             try:
-                peaks[count], kept = self._memory.measure(lambda: _try(stage, cascade, count, device))  # noqa: B023
+                peaks[size], kept = self._memory.measure(lambda: _try(stage, cascade, request, device))  # noqa: B023
             except MemoryError:
-                if not peaks:
+                if size <= 1:
                     free_gb = self._memory.free_bytes() / _BYTES_PER_GB
                     raise StepError(
                         f"serve: one picture of {stage.name} does not fit into the {free_gb:.2f} GB that are free on "
@@ -162,7 +194,8 @@ class MemoryLimits:
             self._kept = max(self._kept, kept / count)
         (first, peak), (last, highest) = min(peaks.items()), max(peaks.items())
         each = (highest - peak) / (last - first) if last > first else peak
-        self._lines[self._stages.step_of(self._stages.number(stage))] = _Line(peak - each * first, each)
+        line = self._lines[self._stages.step_of(self._stages.number(stage))] = _Line(peak - each * first, each)
+        self._measured.append((stage, line))
 
     def _clip_bytes(self, clip: Any) -> int:
         """What embeddings take, which are made beside the steps."""
@@ -173,20 +206,14 @@ class MemoryLimits:
         return max(texts, self._memory.measure(lambda: clip.encode_image(picture))[0])
 
 
-def _position(picture: Picture) -> int:
-    return picture.chain.position if picture.chain else -1
+def _weight(stage: Stage, request: SampleRequest) -> float:
+    """Rows of a picture, in those that were measured, which were guided."""
+    return max(1.0, candidates(stage, request))
 
 
-def _weight(stage: Stage, picture: Picture) -> float:
-    """Rows of a picture, in those that were measured: a request may ask a prior for more candidates."""
-    request = picture.batch.request
-    usual = getattr(stage, "num_candidates", 0)
-    return max(1.0, request.num_candidates / usual) if request and usual else 1.0
-
-
-def _try(stage: Stage, cascade: Cascade, count: int, device: torch.device | str) -> object:
-    """A few steps of ``count`` pictures; the chain that they leave."""
-    dims = cascade.clip.dims
+def _try(stage: Stage, cascade: Cascade, request: SampleRequest, device: torch.device | str) -> object:
+    """A few steps of a request's pictures, guided if they can be; the chain that they leave."""
+    dims, count = cascade.clip.dims, len(request.seeds)
     shape = (count, dims.context_length)
     text = TextEncoding(
         torch.zeros(count, dims.embed_dim, device=device),
@@ -197,11 +224,12 @@ def _try(stage: Stage, cascade: Cascade, count: int, device: torch.device | str)
     values = {Z_IMAGE: F.normalize(torch.ones(count, dims.embed_dim, device=device), dim=-1)}
     if stage.low_res_px is not None:
         values[PIXELS] = torch.zeros(count, 3, stage.low_res_px, stage.low_res_px, device=device)
-    request = SampleRequest("", tuple(range(count)), guidance_scale={stage.name: _GUIDED})
+    guided = replace(request, guidance_scale={stage.name: _GUIDED})
     try:
-        stage.check(request)
+        stage.check(guided)
+        request = guided
     except ValueError:  # it has no guidance
-        request = SampleRequest("", request.seeds)
+        pass
     with torch.inference_mode():
         chain = stage.enter(Batch(text, request.seeds, values, request))
         joined = stage.join([chain])

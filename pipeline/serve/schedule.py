@@ -7,7 +7,9 @@ from pipeline.serve.estimate import StageLoad
 from pipeline.serve.in_progress import Picture
 
 _STEPS_TO_TRUST = 64
-"""Steps without a failure after which a stage is given twice as many pictures again."""
+"""Full steps without a failure after which a stage is given more pictures again."""
+_STEPS_TO_FORGET = 4096
+"""Full steps without a failure after which as many pictures as have failed are tried again: memory may be free now."""
 
 
 class Schedule:
@@ -37,26 +39,30 @@ class Schedule:
         number = min(moved_s, key=moved_s.__getitem__)
         if len(by_stage) == 1 or monotonic() - moved_s[number] <= self._longest_wait_s():
             number = max(by_stage, key=lambda number: (round(self._use(number, len(by_stage[number])), 1), -number))
-        limit = self.loads[number].limit
-        pictures = by_stage[number]
-        if len(pictures) > limit:  # those that are nearest to their end
-            pictures = sorted(pictures, key=lambda picture: picture.chain.position if picture.chain else -1)[-limit:]
-        return pictures
+        # Those that are nearest to their end; of equal ones those that came first.
+        return sorted(by_stage[number], key=lambda one: one.position, reverse=True)[: self.loads[number].limit]
 
     def note_step(self, number: int, count: int, time_s: float) -> None:
         """Learn from a step of ``count`` pictures that succeeded."""
         load = self.loads[number]
         load.times.add(count, time_s)
+        if count < load.limit:  # it says nothing of larger steps
+            return
         load.good_steps += 1
-        if load.good_steps % _STEPS_TO_TRUST == 0:
-            load.limit = min(2 * load.limit, self._max_batch_size)
+        if load.good_steps >= _STEPS_TO_FORGET:
+            load.too_many = 0
+        most = (load.limit + load.too_many) // 2 if load.too_many else min(2 * load.limit, self._max_batch_size)
+        if most > load.limit and load.good_steps >= _STEPS_TO_TRUST:
+            load.limit, load.good_steps = most, 0
 
     def note_failure(self, number: int, count: int) -> None:
-        """Give a stage half of the ``count`` pictures with which a step failed."""
+        """Give a stage half of the ``count`` pictures with which a step failed, and later as many as do not fail."""
         load = self.loads[number]
         load.good_steps = 0
         if count > 1:
-            load.limit = count // 2
+            load.limit, load.too_many = count // 2, count
+        else:  # this picture was what failed in the steps before, too
+            load.limit, load.too_many = self._max_batch_size, 0
 
     def note_left(self, number: int, num_steps: int) -> None:
         """Learn how many steps a picture has taken in a stage that it left."""

@@ -26,13 +26,13 @@ class StepTimes:
 
     def add(self, count: int, time_s: float) -> None:
         """Learn from a step of ``count`` pictures."""
-        self.num_steps += 1
-        weight = max(_NEWEST, 1 / self.num_steps)
+        weight = max(_NEWEST, 1 / (self.num_steps + 1))
         more, longer = count - self.count, time_s - self.time_s
         self.count += weight * more
         self.time_s += weight * longer
         self.variance = (1 - weight) * (self.variance + weight * more * more)
         self.covariance = (1 - weight) * (self.covariance + weight * more * longer)
+        self.num_steps += 1  # last, because other threads read the line
 
     def of(self, count: float) -> float:
         """Expected time of a step of ``count`` pictures, in seconds; 0 before the first step."""

@@ -5,6 +5,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest.mock import Mock
 
@@ -20,6 +21,7 @@ from models.request import SampleRequest
 from pipeline.retrieve.retriever import Conditions
 from pipeline.runtime.remote_model import RemoteModel
 from pipeline.runtime.replicas import Hop
+from pipeline.serve import deadlines
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.deadlines import NotWanted
 from pipeline.serve.engine import Engine
@@ -246,6 +248,32 @@ def test_embeddings_that_nobody_waits_for_end_with_their_part_or_do_not_begin(
     encode.assert_not_called()
 
 
+def test_embeddings_and_searches_hold_no_thread_that_others_need(
+    cascade: Cascade, make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end, engine, width = threading.Event(), make_engine(), cascade.clip.dims.embed_dim
+
+    def embed(texts: Sequence[str]) -> torch.Tensor:
+        may_end.wait(60)
+        return torch.ones(len(texts), width)
+
+    monkeypatch.setattr(cascade.clip, "embed_text", embed)
+
+    async def ask_many() -> list[Any]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        searches = [deadlines.while_wanted(lambda _: may_end.wait(60)) for _ in range(20)]
+        waiting = asyncio.gather(*(engine.embed_texts(["a"]) for _ in range(20)), *searches)
+        await asyncio.sleep(0)
+        await asyncio.wait_for(asyncio.to_thread(lambda: None), 5)  # as the files of pictures are written
+        assert not waiting.done()
+        may_end.set()
+        return await waiting
+
+    answers = asyncio.run(ask_many())
+    assert [one.shape for one in answers[:20]] == [(1, width)] * 20
+    assert answers[20:] == [True] * 20
+
+
 def test_a_search_that_nobody_waits_for_reads_no_further_pictures(
     neighbours: LocalNeighbours, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,7 +295,9 @@ def test_a_search_that_nobody_waits_for_reads_no_further_pictures(
         await asyncio.wait([task])
         may_end.set()
 
-    asyncio.run(leave())  # which waits for its threads
+    with ThreadPoolExecutor(1) as threads:  # whose end is waited for
+        monkeypatch.setattr(deadlines, "_THREADS", threads)
+        asyncio.run(leave())
     assert len(read) == 1
     with pytest.raises(NotWanted):  # before the first candidates, and before any further ones
         own._retriever.search(

@@ -352,17 +352,28 @@ def test_clients_and_requests_share_equally(make_engine: Callable[..., Engine]) 
     assert not any(future.done() for future in futures)
 
 
-def test_a_full_engine_says_when_to_come_back(make_engine: Callable[..., Engine]) -> None:
-    engine = make_engine(max_batch_size=2, max_waiting=1)
-    engine.submit(SampleRequest("a", tuple(range(6)))).result(60)
-    futures = [engine.submit(SampleRequest("a", (0, 1)))]
-    wait_until(lambda: engine.counts()["active"] == 2)
-    futures.append(engine.submit(SampleRequest("a", (2, 3))))
-    with pytest.raises(Overloaded) as caught:
-        engine.submit(SampleRequest("a", (4,)))
-    assert 0 < caught.value.retry_after_s < 60
-    for future in futures:
-        future.result(60)
+@pytest.mark.parametrize("steps", [None, {"clip", "prior"}])
+def test_a_full_engine_says_when_to_come_back(cascade: Cascade, steps: set[str] | None) -> None:
+    """The estimate is near the time until one more may wait; that of a part of a chain, too."""
+    networks = [stage.network for stage in cascade.stages]  # pyright: ignore[reportAttributeAccessIssue]
+    hooks = [network.register_forward_pre_hook(lambda *_: time.sleep(0.02)) for network in networks]
+    try:
+        with closing(Engine(cascade, max_batch_size=2, max_waiting=2, steps=steps)) as engine:
+            engine.submit(SampleRequest("a", tuple(range(6)))).result(60)
+            futures = [engine.submit(SampleRequest("a", (0, 1)))]
+            wait_until(lambda: engine.counts()["active"] == 2)
+            futures += [engine.submit(SampleRequest("a", (seed, seed + 1))) for seed in (2, 4)]
+            with pytest.raises(Overloaded) as caught:
+                engine.submit(SampleRequest("a", (6,)))
+            started_s = time.monotonic()
+            wait_until(lambda: engine.counts()["waiting"] < 2)
+            waited_s = time.monotonic() - started_s
+            for future in futures:
+                future.result(60)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert waited_s / 4 < caught.value.retry_after_s < 4 * waited_s
 
 
 def test_a_smaller_side_ends_at_the_first_stage_that_reaches_it(

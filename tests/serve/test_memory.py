@@ -93,11 +93,26 @@ def test_pictures_wait_for_the_memory_that_those_in_progress_keep(
 ) -> None:
     use(device := Device(40, kept=500))
     limits = MemoryLimits(cascade, ServedStages(cascade, None, "cpu"), device, "cpu")
-    # 5,000 bytes are free, a step of one picture takes up to 1,400.
-    assert limits.admissible(16, 3) == 7
-    assert limits.admissible(4, 3) == 4
+    usual, several = SampleRequest("a", (0,)), SampleRequest("a", (0,), num_candidates=6)
+    # 5,000 bytes are free, a step of one picture takes up to 1,400, with three times as many candidates 2,200.
+    assert limits.admits([usual] * 7, [usual] * 3)
+    assert not limits.admits([usual] * 8, [usual] * 3)
+    assert limits.admits([usual] * 5, [several])
+    assert not limits.admits([usual] * 6, [several])
+    assert limits.admits([several, usual, usual], [])  # which keeps as much as three, too
+    assert not limits.admits([several, several], [])
     device.room = 2
-    assert (limits.admissible(16, 3), limits.admissible(16, 0)) == (0, 1)
+    assert not limits.admits([usual], [usual] * 3)
+
+
+def test_more_candidates_than_there_is_memory_for_are_refused_before_they_wait(
+    make_engine: Callable[..., Engine], use: Callable[[Device], Device]
+) -> None:
+    engine = make_engine(memory=use(Device(13)))
+    with pytest.raises(ValueError, match="num_candidates = 7: this server has memory for 6 candidates of a picture"):
+        engine.submit(SampleRequest("a", (0,), num_candidates=7))
+    assert engine.submit(SampleRequest("a", (0,), num_candidates=6)).result(60).images.shape == (1, 32, 32, 3)
+    assert engine.counts()["requests"] == 1
 
 
 def test_a_picture_that_does_not_fit_is_said_at_the_start(cascade: Cascade, use: Callable[[Device], Device]) -> None:
