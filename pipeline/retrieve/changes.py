@@ -15,7 +15,7 @@ import pyarrow.compute
 
 from pipeline.data.rows import row_id
 from pipeline.errors import ConfigError, DataError
-from pipeline.retrieve.build import SegmentBuild
+from pipeline.retrieve.build import IndexSummary, SegmentBuild
 from pipeline.retrieve.embedded import EmbeddedShards, Ids
 from pipeline.retrieve.rows import Rows, write_array
 from pipeline.retrieve.segment import workspace_of
@@ -222,20 +222,26 @@ def segment_of_all(build: SegmentBuild) -> SegmentBuild:
     )
 
 
-def publish_segment(build: SegmentBuild, *, replaces: bool, check: Check = _unlocked) -> None:
-    """Make a finished segment part of the index, or all of it; ``check`` is called before the commit.
+def publish_segment(build: SegmentBuild, summary: IndexSummary, *, replaces: bool, check: Check = _unlocked) -> None:
+    """Make a finished segment part of the index, or all of it.
 
     A segment that replaces all others has no deleted rows. What the list of takedowns names need not be deleted a
     second time, so that its row comes back when it is taken off the list and appended.
+
+    Args:
+        build: The build.
+        summary: What its ``finish`` returned, in this process or another: its files are not read for their checksums.
+        replaces: Whether it is all of the index from now on.
+        check: Called before the commit.
     """
     version = read_version(build.output)
-    number = version.number + 1
-    segments, deleted = (*version.segments, build.segment), version.deleted
+    new = replace(version, number=version.number + 1, segments=(*version.segments, build.segment))
     if replaces:
-        segments, deleted = (build.segment,), _write_deleted(build.output, number, _only_deleted_here(build, version))
-    describe_segment(build.output, build.segment)
+        new = _with_deleted(build.output, new, _only_deleted_here(build, version))
+        new = replace(new, segments=(build.segment,))
+    describe_segment(build.output, build.segment, summary.files)
     check()
-    replace(version, number=number, segments=segments, deleted=deleted).write(build.output)
+    new.write(build.output)
     build.clear()
     _remove_old_files(build.output)
 
@@ -274,22 +280,23 @@ def _ids_of(names: Iterable[str]) -> Ids:
 def _publish_deleted(
     index: Artifact, version: Version, deleted: Ids, is_unchanged: Any, unknown: tuple[str, ...]
 ) -> Change:
-    number = version.number + 1
     changed, unchanged = int((~is_unchanged).sum()), int(is_unchanged.sum())
     if not changed:
         return Change(version.number, 0, unchanged, unknown)
-    replace(version, number=number, deleted=_write_deleted(index, number, deleted)).write(index)
+    new = _with_deleted(index, replace(version, number=version.number + 1), deleted)
+    new.write(index)
     _remove_old_files(index)
-    return Change(number, changed, unchanged, unknown)
+    return Change(new.number, changed, unchanged, unknown)
 
 
-def _write_deleted(index: Artifact, number: int, deleted: Ids) -> str:
-    """Write the sorted ids of deleted rows; returns the file's name, empty if there are none."""
-    name = f"changes/deleted-{number:06d}.npy" if len(deleted) else ""
-    if name:
-        with index.write(name) as path:
-            write_array(path, [deleted], deleted.shape, np.int64)
-    return name
+def _with_deleted(index: Artifact, version: Version, deleted: Ids) -> Version:
+    """A version with these deleted rows, whose sorted ids are written if there are any."""
+    if not len(deleted):
+        return replace(version, deleted="", deleted_described={})
+    name = f"changes/deleted-{version.number:06d}.npy"
+    with index.write(name) as path:
+        write_array(path, [deleted], deleted.shape, np.int64)
+    return replace(version, deleted=name, deleted_described=index.describe(name))
 
 
 def _new_name(index: Artifact) -> str:

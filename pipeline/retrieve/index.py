@@ -1,6 +1,7 @@
 """Opens and searches the neighbour index: its newest version, which is a list of segments and of deleted rows."""
 
 import itertools
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,12 +11,16 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data.rows import require_columns
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StepError
 from pipeline.retrieve.embedded import Floats, Ids
 from pipeline.retrieve.segment import Modality, Segment, workspace_of
 from pipeline.retrieve.versions import Version, descriptions_of, read_version
 from pipeline.workspace.forgotten import require_whole_index
+from pipeline.workspace.hashing import sha256_of
+from pipeline.workspace.objects import Json
 from pipeline.workspace.store import Artifact
+
+_log = logging.getLogger(__name__)
 
 ROW_COLUMNS = ("uid", "key", "shard", "url", "caption", "split")
 
@@ -48,29 +53,35 @@ class NeighbourIndex:
         """Number of changes since the index was built."""
 
     @classmethod
-    def open(cls, index: Artifact, *, is_verified: bool = False) -> "NeighbourIndex":
-        """Open the newest version of an index.
+    def open(cls, index: Artifact, *, version_number: int | None = None, is_verified: bool = False) -> "NeighbourIndex":
+        """Open a version of an index.
 
         Args:
             index: The index step's artifact. It names its embeddings, which hold the exact vectors.
+            version_number: The version, of which the files stay until the second change after it; None: the newest.
             is_verified: Whether all files of the index, but not its embeddings, are read first and compared with their
                 checksums; the time grows with the rows.
 
         Raises:
             DataError: If a file is missing or damaged, or the numbers of rows of two files differ.
-            StepError: If rows of its embeddings are being forgotten at this moment.
+            StepError: If rows of its embeddings are being forgotten at this moment, or the version is gone.
         """
         require_whole_index(workspace_of(index), index.key)
-        version = read_version(index)
+        version = read_version(index, version_number)
         try:
             if is_verified:
                 _verify(index, version)
             deleted = version.read_deleted(index)
             segments = [Segment(index, name, deleted) for name in version.segments]
         except (DataError, OSError):
-            if read_version(index) != version:  # two changes since then have removed its files
+            newest = read_version(index)
+            if newest == version or not _is_gone(index, version):
+                raise
+            if version_number is None:  # two changes since then have removed its files
                 return cls.open(index, is_verified=is_verified)
-            raise
+            raise StepError(
+                f"{index.uri}: version {version.number} is gone: the index has version {newest.number} by now"
+            ) from None
         for segment in segments:
             require_columns(
                 segment.rows.column_names, list(ROW_COLUMNS), where=f"{index.uri}/{segment.name}/rows.arrow"
@@ -203,11 +214,42 @@ class NeighbourIndex:
         return located
 
 
+def _is_gone(index: Artifact, version: Version) -> bool:
+    """Whether changes since a version have removed some of its files."""
+    files = [f"{segment}/segment.json" for segment in version.segments]
+    return not all(map(index.exists, [*files, version.deleted] if version.deleted else files))
+
+
 def _verify(index: Artifact, version: Version) -> None:
-    """Compare the files of the segments with their checksums, several at a time."""
+    """Compare the files of a version with their checksums, several at a time; tells which ones have none."""
     descriptions = descriptions_of(index, version)
+    described = {name.partition("/")[0] for name in descriptions if name != version.deleted}
+    unknown = [name for name in version.segments if name not in described]
+    unknown += [version.deleted] if version.deleted and version.deleted not in descriptions else []
+    if unknown:
+        _log.warning(
+            "%s: no checksums are recorded of %s, which an earlier release wrote, so damage there is not seen; "
+            "`unclip compact` writes them anew, with checksums",
+            index.uri,
+            ", ".join(unknown),
+        )
+    files = Artifact(index.uri)  # which remembers nothing of what this process wrote
     with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
-        list(threads.map(index.verify, descriptions, descriptions.values()))
+        list(threads.map(lambda name: _verify_file(files, name, descriptions[name]), descriptions))
+
+
+def _verify_file(index: Artifact, name: str, described: Json) -> None:
+    """Compare one file with its record; of a store, what is fetched for it is the copy that is opened afterwards.
+
+    A copy in this machine's cache was compared when it came, but its disk may have changed it since: it is read again,
+    and fetched again if it differs.
+    """
+    path = index.matching(name, described)
+    if path is not None and "://" in index.uri and sha256_of(path) != described["sha256"]:
+        path.unlink(missing_ok=True)
+        path = index.matching(name, described)
+    if path is None:
+        raise DataError(f"{index.uri}/{name}: does not match its checksum; {index.mend()}")
 
 
 _FILES_AT_ONCE = 4

@@ -77,9 +77,9 @@ class Retriever:
         self._pictures: Callable[[str], StoredPictures] = functools.cache(_pictures_of)
 
     @classmethod
-    def open(cls, index: Artifact, *, is_verified: bool = False) -> "Retriever":
+    def open(cls, index: Artifact, *, version_number: int | None = None, is_verified: bool = False) -> "Retriever":
         """Open the index of a finished step; arguments and errors as ``NeighbourIndex.open``."""
-        return cls(NeighbourIndex.open(index, is_verified=is_verified))
+        return cls(NeighbourIndex.open(index, version_number=version_number, is_verified=is_verified))
 
     @functools.cached_property
     def fields(self) -> dict[str, pa.DataType]:

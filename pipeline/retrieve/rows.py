@@ -55,12 +55,12 @@ class Rows:
             num_batches = reader.num_record_batches
             last: int = reader.get_batch(num_batches - 1).num_rows if num_batches else 0
         except (pa.ArrowInvalid, OSError, ValueError, EOFError) as error:
-            raise DataError(f"{where}: damaged ({error}); remove {artifact.uri} and run the step again") from error
+            raise DataError(f"{where}: damaged ({error}); {artifact.mend()}") from error
         num_rows = max(0, num_batches - 1) * BATCH_ROWS + last
         sizes = {"ids.npy": len(self.ids), "order.npy": len(self._order), "places.npy": len(self._places)}
         for name, size in sizes.items():
             if size != num_rows:
-                raise DataError(f"{where}: {size} rows in {name}, {num_rows} in rows.arrow")
+                raise DataError(f"{where}: {size} rows in {name}, {num_rows} in rows.arrow; {artifact.mend()}")
         self.shards = shards
         self._batch = functools.lru_cache(_CACHED_BATCHES)(reader.get_batch)
         self._batch_columns = functools.lru_cache(_CACHED_BATCHES)(self._read_batch_columns)

@@ -40,15 +40,17 @@ class Searcher:
     Args:
         artifacts: The artifacts of ``STEPS``, by step name.
         device: Torch device of CLIP.
+        version_number: Version of the index; None: the newest.
 
     Raises:
         DataError: If a file is missing or damaged.
+        StepError: If the version is gone.
     """
 
-    def __init__(self, artifacts: dict[str, Artifact], device: str = "cpu") -> None:
+    def __init__(self, artifacts: dict[str, Artifact], device: str = "cpu", version_number: int | None = None) -> None:
         self._artifacts = artifacts
         self._device = device
-        self.retriever = Retriever.open(artifacts["index"])
+        self.retriever = Retriever.open(artifacts["index"], version_number=version_number)
 
     @classmethod
     def open(cls, recipe: Recipe, device: str = "cpu") -> "Searcher":

@@ -51,9 +51,8 @@ class Segment:
         self.sides = {modality: _open_side(artifact, name, modality, description[modality]) for modality in MODALITIES}
         for modality, side in self.sides.items():
             if side.searcher.num_rows != len(self.rows):
-                raise DataError(
-                    f"{artifact.uri}/{name}: {side.searcher.num_rows} vectors of {modality}, {len(self.rows)} rows"
-                )
+                counts = f"{side.searcher.num_rows} vectors of {modality}, {len(self.rows)} rows"
+                raise DataError(f"{artifact.uri}/{name}: {counts}; {artifact.mend()}")
         hidden = np.load(artifact.path(f"{name}/hidden.npy"))
         positions = self.rows.positions(deleted)
         self._left_out = np.union1d(hidden, positions[positions >= 0])
@@ -146,7 +145,7 @@ def open_searcher(artifact: Artifact, segment: str, modality: Modality, kind: ki
             lists = kinds.Lists(sizes, int(index.code_size))
             kinds.map_lists(index, lists, artifact.path(lists_file(segment, modality, kind)))
     except (RuntimeError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: damaged ({error}); remove {artifact.uri} and run the step again") from error
+        raise DataError(f"{path}: damaged ({error}); {artifact.mend()}") from error
     return kinds.Searcher(kind, index)
 
 

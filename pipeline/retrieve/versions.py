@@ -5,7 +5,9 @@ names. The newest number is the index; the files of earlier versions stay until 
 """
 
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +31,8 @@ class Version:
     """Folders of the segments; an id is searched in this order."""
     deleted: str
     """File with the sorted ids of deleted rows; empty: none is deleted."""
+    deleted_described: Json = field(default_factory=dict[str, Any])
+    """Size and SHA-256 of that file; empty if an earlier release wrote it, or there is none."""
 
     @property
     def file(self) -> str:
@@ -44,13 +48,13 @@ class Version:
         return np.load(index.path(self.deleted)) if self.deleted else np.zeros(0, np.int64)
 
 
-def read_version(index: Artifact) -> Version:
-    """The newest version.
+def read_version(index: Artifact, number: int | None = None) -> Version:
+    """The newest version, or that of a number.
 
     Raises:
         DataError: If its file is missing or damaged.
     """
-    return _read(index, _files(index)[-1])
+    return _read(index, _files(index)[-1] if number is None else Version(number, (), "").file)
 
 
 def read_versions(index: Artifact) -> list[Version]:
@@ -62,19 +66,27 @@ def read_versions(index: Artifact) -> list[Version]:
     return [_read(index, name) for name in _files(index)]
 
 
-def describe_segment(index: Artifact, segment: str) -> None:
-    """Write size and SHA-256 of the files of a segment that no manifest describes, before a version names it."""
+def describe_segment(index: Artifact, segment: str, known: Mapping[str, Json]) -> None:
+    """Write size and SHA-256 of the files of a segment that no manifest describes, before a version names it.
+
+    Args:
+        index: The index.
+        segment: The segment's folder.
+        known: What the process that wrote the files knows of them; the others are read.
+    """
+    index.learn(known)
     files = [name for name in index.names() if name.startswith(f"{segment}/")]
     index.write_json(f"{segment}/{_DESCRIPTIONS}", {name: index.describe(name) for name in files})
 
 
 def descriptions_of(index: Artifact, version: Version) -> dict[str, Json]:
-    """Size and SHA-256 of the files of a version's segments, by name."""
+    """Size and SHA-256 of the files of a version, its segments' and that of its deleted rows, by name."""
     manifest = index.manifest()
     described = dict(manifest.files) if manifest else {}
     for segment in version.segments:
         described |= index.find_json(f"{segment}/{_DESCRIPTIONS}") or {}
-    return {name: one for name, one in described.items() if name.partition("/")[0] in version.segments}
+    descriptions = {name: one for name, one in described.items() if name.partition("/")[0] in version.segments}
+    return descriptions | ({version.deleted: version.deleted_described} if version.deleted_described else {})
 
 
 def _files(index: Artifact) -> list[str]:

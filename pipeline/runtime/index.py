@@ -92,7 +92,7 @@ def _change(context: StepContext, build: SegmentBuild, check: Check, *, replaces
         summary = _build(context, build)
     finally:
         context.output.remove(PROGRESS)
-    publish_segment(build, replaces=replaces, check=check)
+    publish_segment(build, summary, replaces=replaces, check=check)
     return summary
 
 

@@ -3,6 +3,7 @@
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.exceptions
@@ -43,6 +44,8 @@ class SearchContext(StepContext):
     """The finished steps that it reads."""
     folder: str
     """Where the answers go; empty: into the workspace, under its key."""
+    index_version: int
+    """Version of the index that every worker searches, whatever changes the index meanwhile."""
 
     @property
     def output(self) -> Artifact:
@@ -61,6 +64,9 @@ def search_many(
 ) -> tuple[Artifact, Manifest]:
     """Answer every query of a file; what an earlier run of the same search has answered is kept.
 
+    A search is of the version that the index has when it begins. After a change of the index (append, delete, restore,
+    compact) the same command is another search.
+
     Args:
         recipe: A recipe whose index is built. ``[embed.resources]`` says how many workers answer, and on what device.
         queries: List of queries, see ``query_list``.
@@ -75,17 +81,20 @@ def search_many(
     Raises:
         ConfigError: If the index is not built yet, the filter is wrong, or ``out`` holds answers of another search.
         DataError: If the queries cannot be read, or a file of the index is damaged.
-        StepError: If a worker was lost too often, the folder cannot be written, or another run writes to it.
+        StepError: If a worker was lost too often, the folder cannot be written, another run writes to it, or the index
+            was changed so often meanwhile that its version is gone.
     """
     artifacts = finished_artifacts(recipe, STEPS)
     if not Path(queries).is_file():
         raise ConfigError(f"--queries {queries}: no such file")
-    Retriever.open(artifacts["index"]).conditions(options.where, options.distinct)  # refuses a wrong filter before Ray
-    section = asdict(options) | {"queries": fingerprint(queries)}
+    retriever = Retriever.open(artifacts["index"])
+    retriever.conditions(options.where, options.distinct)  # refuses a wrong filter before Ray
+    section = asdict(options) | {"queries": fingerprint(queries)} | _state_of(artifacts["index"], retriever)
     inputs = {name: artifact.key for name, artifact in artifacts.items()}
     step = Step("search", _VERSION, section, inputs)
     where = Workspace(out) if out else Workspace(recipe.workspace)
-    context = SearchContext(recipe, step, where.root, options, artifacts, where.root if out else "")
+    folder, version = where.root if out else "", retriever.index.version
+    context = SearchContext(recipe, step, where.root, options, artifacts, folder, version)
     output = context.output
     _require_same_search(output, step)
     manifest = output.manifest()
@@ -119,7 +128,7 @@ class SearchWorker:
         assert isinstance(context, SearchContext)
         resources = context.recipe.embed.resources
         num_threads = use_cores(resources.cpus_per_worker)
-        searcher = Searcher(context.artifacts, resources.accelerator)
+        searcher = Searcher(context.artifacts, resources.accelerator, context.index_version)
         self._output = context.output
         self._answer = PartSearcher(searcher, context.options, self._output.path(QUERIES), num_threads)
 
@@ -164,6 +173,12 @@ def _run_search(context: SearchContext) -> dict[str, int]:
     parts = [f"{number:0{_PART_DIGITS}d}" for number in range(num_parts(queries))]
     num_rows = pq.read_metadata(queries).num_rows
     return total_counts(map_shards(context, ShardJob(SearchWorker, parts, num_rows, context.recipe.embed.resources)))
+
+
+def _state_of(index: Artifact, retriever: Retriever) -> dict[str, Any]:
+    """What tells the answers of an index from those before a change of it, or before it was built anew."""
+    manifest = index.manifest()
+    return {"index_version": retriever.index.version, "index_created": manifest.created if manifest else 0.0}
 
 
 def _require_same_search(output: Artifact, step: Step) -> None:

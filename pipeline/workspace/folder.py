@@ -269,7 +269,7 @@ class Folder:
         try:
             return json.loads(content)
         except ValueError as error:
-            raise DataError(f"{self.uri}/{name}: not valid JSON ({error}); {self._mend()}") from None
+            raise DataError(f"{self.uri}/{name}: not valid JSON ({error}); {self.mend()}") from None
 
     def _described(self, name: str) -> Json:
         if self._is_local:
@@ -289,12 +289,12 @@ class Folder:
         """SHA-256 of a file by its record; empty if there is none."""
         return ""
 
-    def _mend(self) -> str:
+    def mend(self) -> str:
         """What to do about a damaged file of a finished step, without deleting what a person might need."""
         return f"bring it back from a copy, or move {self.uri} away and run the step again"
 
     def _missing(self, name: str) -> DataError:
-        return DataError(f"{self.uri}: no file {name}; {self._mend()}")
+        return DataError(f"{self.uri}: no file {name}; {self.mend()}")
 
     def _version(self, name: str) -> Version:
         info = self._files.file_info(f"{self._base}/{name}")
@@ -319,7 +319,7 @@ class Folder:
                     raise _DiffersError(f"{self.uri}/{name}")
                 return
             if self._recorded_sha256(name) not in {"", sha256}:
-                raise DataError(f"{self.uri}/{name}: does not match its checksum; {self._mend()}")
+                raise DataError(f"{self.uri}/{name}: does not match its checksum; {self.mend()}")
 
         def fetch(path: Path) -> None:
             try:

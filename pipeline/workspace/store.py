@@ -185,9 +185,9 @@ class Artifact(Folder):
         try:
             return Manifest.from_dict(json.loads(content))
         except ValueError as error:
-            raise DataError(f"{self.uri}/{MANIFEST}: not valid JSON ({error}); {self._mend()}") from None
+            raise DataError(f"{self.uri}/{MANIFEST}: not valid JSON ({error}); {self.mend()}") from None
         except DataError as error:
-            mend = "use its release" if "newer" in str(error) else self._mend()
+            mend = "use its release" if "newer" in str(error) else self.mend()
             raise DataError(f"{self.uri}/{MANIFEST}: {error}; {mend}") from None
 
     def commit(self, manifest: Manifest) -> None:
@@ -231,7 +231,7 @@ class Artifact(Folder):
         manifest = self.manifest() if description is None else None
         expected = manifest.files.get(name) if manifest else description
         if expected is not None and self._described(name) != expected:
-            raise DataError(f"{self.uri}/{name}: does not match its checksum; {self._mend()}")
+            raise DataError(f"{self.uri}/{name}: does not match its checksum; {self.mend()}")
 
     def _recorded_sha256(self, name: str) -> str:
         record = f"{name.partition('.')[0]}{RECORD_SUFFIX}"
@@ -257,5 +257,5 @@ class Artifact(Folder):
         try:
             return ShardRecord.from_dict(json.loads(content))
         except (DataError, ValueError) as error:
-            mend = self._mend() if self.exists(MANIFEST) else "remove this record: its shard alone is made again"
+            mend = self.mend() if self.exists(MANIFEST) else "remove this record: its shard alone is made again"
             raise DataError(f"{self.uri}/{name}: {error}; {mend}") from None

@@ -86,8 +86,7 @@ class Made:
         build.prepare()
         for part in build.parts():
             build.output.commit_shard(build.add_part(part))
-        build.finish()
-        publish_segment(build, replaces=True)
+        publish_segment(build, build.finish(), replaces=True)
 
     def finish(self) -> Pending | None:
         return finish(self.workspace, self.compact, _unlocked)

@@ -1,3 +1,5 @@
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from pipeline.data.rows import make_uid, row_id
 from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve import NeighbourIndex
-from pipeline.retrieve.build import SegmentBuild, build_index
+from pipeline.retrieve.build import IndexSummary, SegmentBuild, build_index
 from pipeline.retrieve.changes import (
     delete,
     delete_everywhere,
@@ -24,8 +26,10 @@ from pipeline.retrieve.changes import (
 from pipeline.retrieve.embedded import EmbeddedShards
 from pipeline.retrieve.takedown import Takedown
 from pipeline.retrieve.versions import read_version
+from pipeline.workspace import folder
 from pipeline.workspace.forgotten import Forgotten
 from pipeline.workspace.manifest import Manifest
+from pipeline.workspace.objects import ObjectStore
 from pipeline.workspace.store import Artifact, Workspace
 from tests.retrieve.conftest import unit
 from tests.tiny.shards import make_embeddings
@@ -47,25 +51,25 @@ def _embed(
     return artifact
 
 
-def _build(build: SegmentBuild) -> dict[str, int]:
+def _build(build: SegmentBuild) -> IndexSummary:
     build.prepare()
     for name in build.parts():
         build.output.commit_shard(build.add_part(name))
-    return build.finish().counts
+    return build.finish()
 
 
 def _append(index: Artifact, embed: Artifact) -> dict[str, int]:
     build = segment_of_more(SegmentBuild((embed,), index, _CONFIG, 0))
-    counts = _build(build)
-    publish_segment(build, replaces=False)
-    return counts
+    summary = _build(build)
+    publish_segment(build, summary, replaces=False)
+    return summary.counts
 
 
 def _compact(index: Artifact) -> dict[str, int]:
     build = segment_of_all(SegmentBuild((), index, _CONFIG, 0))
-    counts = _build(build)
-    publish_segment(build, replaces=True)
-    return counts
+    summary = _build(build)
+    publish_segment(build, summary, replaces=True)
+    return summary.counts
 
 
 def _rows(index: NeighbourIndex, vectors: NDArray[np.float32]) -> set[int]:
@@ -132,22 +136,100 @@ def test_compact_keeps_the_rows_and_drops_the_deleted_ones(index: Any) -> None:
     assert _rows(NeighbourIndex.open(output), vectors) == set(range(48)) - {2, 30}
 
 
-def test_damage_of_any_segment_is_seen_by_its_checksum(index: Any) -> None:
-    output, workspace, vectors = index
+def _describe(output: Artifact) -> None:
+    """Commit the index with the checksums of its first segment."""
     described = output.describe_files()
     output.commit(Manifest(step="index", key="i", step_version=1, section={}, inputs={}, files=described))
+
+
+def _flip_last_bit(place: Path) -> None:
+    content = place.read_bytes()
+    place.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_damage_of_any_file_of_a_version_is_seen_by_its_checksum(index: Any, caplog: pytest.LogCaptureFixture) -> None:
+    output, workspace, vectors = index
+    _describe(output)
     _append(output, _embed(workspace, "more", vectors[24:], first=24))
-    for segment in ("segment_00000", "segment_00001"):
-        place = output.path(f"{segment}/text.flat.faiss")
-        content = place.read_bytes()
-        place.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    delete(output, [_uid(2), _uid(3)])
+    flat = "text.flat.faiss"
+    for name in (f"segment_00000/{flat}", f"segment_00001/{flat}", "changes/deleted-000002.npy"):
+        _flip_last_bit(output.path(name))
         NeighbourIndex.open(output)
-        with pytest.raises(DataError, match=f"{segment}/text.flat.faiss: does not match its checksum"):
+        with pytest.raises(DataError, match=f"{name}: does not match its checksum; bring it back from a copy"):
             NeighbourIndex.open(output, is_verified=True)
-        place.write_bytes(content)
+        _flip_last_bit(output.path(name))
+    assert restore(output, [_uid(2), _uid(3)]).changed == 2
     _compact(output)
     delete(output, [_uid(1)])  # the files of the first segments go; the manifest still describes them
     assert NeighbourIndex.open(output, is_verified=True).num_rows == 47
+    assert not caplog.records
+
+
+def test_what_has_no_checksums_is_named_in_one_warning(index: Any, caplog: pytest.LogCaptureFixture) -> None:
+    output, workspace, vectors = index
+    _describe(output)
+    _append(output, _embed(workspace, "more", vectors[24:], first=24))
+    delete(output, [_uid(2)])
+    output.remove("segment_00001/files.json")  # as an earlier release left the index
+    written = output.read_json("changes/000002.json")
+    output.write_json("changes/000002.json", {name: written[name] for name in ("number", "segments", "deleted")})
+    assert NeighbourIndex.open(output, is_verified=True).num_rows == 47
+    [record] = caplog.records
+    assert "no checksums are recorded of segment_00001, changes/deleted-000002.npy" in record.getMessage()
+
+
+def test_damage_between_the_build_of_a_segment_and_its_commit_is_not_taken_for_its_content(index: Any) -> None:
+    output, workspace, vectors = index
+    _describe(output)
+    build = segment_of_more(SegmentBuild((_embed(workspace, "more", vectors[24:], first=24),), output, _CONFIG, 0))
+    summary = _build(build)
+    _flip_last_bit(output.path("segment_00001/text.flat.faiss"))
+    driver = replace(build, output=Artifact(output.uri))  # another process, which did not write the files
+    publish_segment(driver, summary, replaces=False)
+    with pytest.raises(DataError, match=r"segment_00001/text.flat.faiss: does not match its checksum"):
+        NeighbourIndex.open(output, is_verified=True)
+
+
+def test_the_files_of_a_store_are_fetched_once_and_a_damaged_copy_of_them_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "writer"))
+    monkeypatch.setattr(folder, "stamp_of", lambda info: str(info["created"]))  # else no copy of it is used twice
+    workspace, fetched = Workspace(f"memory://{tmp_path.name}"), Counter[str]()
+    vectors, output = unit(np.random.default_rng(0).normal(size=(24, _DIM))), workspace.artifact("index", "i")
+    build_index(_embed(workspace, "base", vectors), output, _CONFIG, seed=0)
+    _describe(output)
+    delete(output, [_uid(3)])
+    monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "reader"))
+    for method in ("get_file", "open"):
+        real = getattr(ObjectStore, method)
+
+        def count(self: ObjectStore, path: str, *rest: Any, real: Any = real) -> Any:
+            fetched[path.rpartition("/i/")[2]] += 1
+            return real(self, path, *rest)
+
+        monkeypatch.setattr(ObjectStore, method, count)
+    assert NeighbourIndex.open(Artifact(output.uri), is_verified=True).num_rows == 23
+    names = {name for name in output.names() if name.startswith("segment_")} | {"changes/deleted-000001.npy"}
+    assert fetched == dict.fromkeys(names, 1)
+    copy = output.path("segment_00000/text.flat.faiss")
+    whole = copy.read_bytes()
+    _flip_last_bit(copy)
+    assert NeighbourIndex.open(Artifact(output.uri), is_verified=True).num_rows == 23
+    assert copy.read_bytes() == whole
+    assert fetched == dict.fromkeys(names, 1) | {"segment_00000/text.flat.faiss": 2}
+
+
+def test_a_version_stays_open_until_its_files_are_gone(index: Any) -> None:
+    output, _, vectors = index
+    delete(output, [_uid(3)])
+    assert _rows(NeighbourIndex.open(output, version_number=0), vectors) == set(range(24))
+    _compact(output)
+    assert _rows(NeighbourIndex.open(output, version_number=1), vectors) == set(range(24)) - {3}
+    delete(output, [_uid(4)])
+    with pytest.raises(StepError, match="version 1 is gone: the index has version 3 by now"):
+        NeighbourIndex.open(output, version_number=1)
 
 
 def test_an_append_that_was_given_up_is_no_part_of_the_next_one(index: Any) -> None:
@@ -248,9 +330,9 @@ def test_nothing_is_committed_after_the_lock_was_lost(index: Any) -> None:
             change()
     assert (output.names(), Takedown.read(workspace.root).names) == (before, ())
     build = segment_of_all(SegmentBuild((), output, _CONFIG, 0))
-    _build(build)
+    summary = _build(build)
     with pytest.raises(StepError, match="lost"):
-        publish_segment(build, replaces=True, check=lost)
+        publish_segment(build, summary, replaces=True, check=lost)
     assert read_version(output).number == 0
 
 

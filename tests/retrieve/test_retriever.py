@@ -171,8 +171,7 @@ def test_rows_of_several_sources_have_their_own_columns_and_pictures(tmp_path: P
         build.prepare()
         for part_name in build.parts():
             index.commit_shard(build.add_part(part_name))
-        build.finish()
-        publish_segment(build, replaces=False)
+        publish_segment(build, build.finish(), replaces=False)
     search = Retriever.open(index)
 
     def numbers(where: str) -> list[int]:

@@ -14,10 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.errors import StepError
+from pipeline.errors import ConfigError, StepError
+from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe
+from pipeline.retrieve.changes import delete, restore
+from pipeline.retrieve.query_list import num_parts
 from pipeline.retrieve.search import STEPS, Query, Searcher, SearchOptions
 from pipeline.runtime import search
+from pipeline.runtime.context import StepContext
+from pipeline.runtime.pool import total_counts
 from pipeline.workspace.lock import used_artifacts
 from pipeline.workspace.progress import read_progress
 from pipeline.workspace.store import Artifact, Workspace
@@ -138,6 +143,61 @@ def test_a_search_marks_what_it_reads(
             recipe, str(folder / "queries.txt"), SearchOptions(), cast("Any", _Nobody()), out=str(tmp_path / "out")
         )
     assert used == set(STEPS)
+
+
+def _answer_here(context: StepContext, _: object) -> dict[str, int]:
+    """Answer all parts in this process."""
+    assert isinstance(context, search.SearchContext)
+    worker = search.SearchWorker(context)
+    return total_counts([worker(f"{number:05d}") for number in range(num_parts(context.output.path(search.QUERIES)))])
+
+
+def test_a_search_after_a_change_of_the_index_is_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, queries = served_workspace(tmp_path), tmp_path / "queries.txt"
+    queries.write_text("a red picture")
+    index = finished_artifacts(recipe, STEPS)["index"]
+    monkeypatch.setattr(search, "connect", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(search, "_answer", _answer_here)
+
+    def urls(out: Path | str = "") -> tuple[set[str], str]:
+        observer: Any = _Nobody()
+        answers, _ = search.search_many(recipe, str(queries), SearchOptions(k=10), observer, out=str(out))
+        [neighbours] = pq.read_table(answers.path("00000.parquet")).column("neighbours").to_pylist()
+        return {one["url"] for one in neighbours}, answers.uri
+
+    red = "http://127.0.0.1:1/red.jpg"
+    everything, folder = urls()
+    assert red in everything
+    assert urls() == (everything, folder)
+    delete(index, [red])
+    later, later_folder = urls()
+    assert (later, later_folder != folder) == (everything - {red}, True)
+
+    def answer_after_a_change(context: StepContext, observer: object) -> dict[str, int]:
+        assert restore(index, [red]).changed == 1
+        return _answer_here(context, observer)
+
+    monkeypatch.setattr(search, "_answer", answer_after_a_change)
+    assert urls(tmp_path / "out")[0] == everything - {red}  # of the version with which it began
+    with pytest.raises(ConfigError, match=r"holds the answers of another search \(index_version: 1 -> 2\)"):
+        urls(tmp_path / "out")
+
+
+def test_a_search_whose_version_of_the_index_is_gone_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, queries = served_workspace(tmp_path), tmp_path / "queries.txt"
+    queries.write_text("a red picture")
+    index = finished_artifacts(recipe, STEPS)["index"]
+    delete(index, ["http://127.0.0.1:1/red.jpg"])
+
+    def answer_after_changes(context: StepContext, observer: object) -> dict[str, int]:
+        for colour in ("blue", "green"):
+            delete(index, [f"http://127.0.0.1:1/{colour}.jpg"])
+        return _answer_here(context, observer)
+
+    monkeypatch.setattr(search, "connect", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(search, "_answer", answer_after_changes)
+    with pytest.raises(StepError, match="version 1 is gone: the index has version 3 by now"):
+        search.search_many(recipe, str(queries), SearchOptions(), cast("Any", _Nobody()))
 
 
 def test_a_second_run_of_the_same_search_waits_its_turn(folder: Path, recipe: Recipe, tmp_path: Path) -> None:
