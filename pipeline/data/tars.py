@@ -30,6 +30,7 @@ from pipeline.workspace.hashing import HashedFile
 from pipeline.workspace.store import Artifact
 
 BATCH_ROWS = 10_000
+_HINT = "bring this file back from a copy, or leave it out of the folder"
 _SIZES = ("width", "height", "original_width", "original_height")
 
 
@@ -65,7 +66,7 @@ def read_tar(tar: Path, shard: str, reading: Reading) -> Iterator[TarSample]:
     Raises:
         DataError: If the file is no tar, or is damaged.
     """
-    members = index_tar(tar)
+    members = index_tar(tar, hint=_HINT)
     with tar.open("rb") as stream:
         for number, key in enumerate(sorted(members), start=1):
             reading.at_line(number)
@@ -113,7 +114,7 @@ def count_samples(path: str) -> int:
     """
     files = tar_files(path)
     with local_copy(files[0].uri) as tar:
-        count = len(index_tar(tar))
+        count = len(index_tar(tar, hint=_HINT))
     return round(count * sum(file.num_bytes for file in files) / max(1, files[0].num_bytes))
 
 

@@ -144,3 +144,14 @@ def test_max_pairs_stops_in_the_middle_of_the_shards(tmp_path: Path) -> None:
     pairs, _, counts = _make(tmp_path / "in", tmp_path / "out", max_pairs=3)
     assert counts["ok"] == 3
     assert [part.num_rows for part in pairs.parts] == [2, 1, 0]
+
+
+def test_a_damaged_tar_of_a_person_is_theirs_to_mend(tmp_path: Path) -> None:
+    tar = tmp_path / "in/00000.tar"
+    _write_tar(tar, _img2dataset(1))
+    _, shards, _ = _make(tmp_path / "in", tmp_path / "out")
+    tar.write_bytes(tar.read_bytes()[:-20_000])
+    with pytest.raises(DataError, match=rf"truncated after .*; it is a link to {tar}: bring that file back"):
+        good_samples(shards.path("00000.tar"), shards.path("00000.parquet"), "00000")
+    with pytest.raises(DataError, match=r"truncated after .*; bring this file back from a copy, or leave it out"):
+        _make(tmp_path / "in", tmp_path / "again")
