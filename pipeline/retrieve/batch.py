@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import ConfigError
 from pipeline.retrieve.embedded import Floats
 from pipeline.retrieve.queries import QueryEncoder, to_direction
-from pipeline.retrieve.query_list import QUERY_COLUMNS
+from pipeline.retrieve.query_list import PROBLEM, QUERY_COLUMNS
 from pipeline.retrieve.retriever import Results
 from pipeline.retrieve.search import Searcher, SearchOptions
 from pipeline.workspace.hashing import HashedFile
@@ -68,7 +68,7 @@ class PartSearcher:
             queries = parquet.read_row_group(part)
         counts: Counter[str] = Counter({"in": 0, "ok": 0, "fewer": 0, "failed": 0})
         answers = [self._answer(queries.slice(start, _BATCH), counts) for start in range(0, len(queries), _BATCH)]
-        shown = queries.drop_columns([name for name in ("embedding",) if name in queries.column_names])
+        shown = queries.drop_columns([name for name in ("embedding", PROBLEM) if name in queries.column_names])
         rows = pa.concat_tables(answers)
         for name in rows.column_names:
             shown = shown.append_column(name, rows.column(name))
@@ -107,7 +107,7 @@ def encode_rows(queries: pa.Table, encoder: QueryEncoder, embed_dim: int) -> tup
         Vectors (N, D), and for each row a message, or an empty one; the vector of a row with a message means nothing.
     """
     total = np.zeros((len(queries), embed_dim), np.float32)
-    problems = [""] * len(queries)
+    problems = [problem or "" for problem in queries.column(PROBLEM).to_pylist()]
     is_empty = np.ones(len(queries), bool)
     for name in (name for name in QUERY_COLUMNS if name in queries.column_names):
         values = queries.column(name).to_pylist()

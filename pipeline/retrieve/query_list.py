@@ -1,17 +1,22 @@
-"""A user's list of queries, as one Parquet file with a row group for each part."""
+"""A user's list of queries, as one Parquet file with a row group for each part.
+
+A row that cannot be read, or holds something else than a query, keeps its place and its number, with what is wrong with
+it: it fails alone. A list is refused if its first part has no query at all.
+"""
 
 import io
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from pipeline.data.delimited import csv_records, lines_of, tsv_records
+from pipeline.data.json_lists import jsonl_records
+from pipeline.data.reading import Reading
 from pipeline.data.vectors import to_arrow
 from pipeline.errors import DataError
 
@@ -19,9 +24,13 @@ PART_ROWS = 2048
 """Queries of a part."""
 QUERY_COLUMNS = ("text", "image", "uid", "embedding")
 """What a row may hold; several in one row are added."""
+PROBLEM = "problem"
+"""Column of what is wrong with a row of the list; null if nothing is."""
 
+_T = TypeVar("_T")
 _OTHER_NAMES = {"query": "text", "caption": "text", "prompt": "text", "path": "image", "vector": "embedding"}
-_BLOCK_BYTES = 8 << 20
+_Row = tuple[dict[str, Any], str]
+"""What a row holds, by our names, and what is wrong with it."""
 
 
 def write_queries(source: Path, target: Path) -> int:
@@ -37,11 +46,12 @@ def write_queries(source: Path, target: Path) -> int:
         Number of queries.
 
     Raises:
-        DataError: If the list cannot be read, has none of these columns, or is empty.
+        DataError: If the list cannot be read, has none of these columns, none of the first part's rows is a query, or
+            it is empty.
     """
     try:
         tables = _READERS[_suffix(source)](source)
-        num_rows = _write(source, tables, target)
+        num_rows = _write(tables, target)
     except KeyError:
         raise DataError(f"{source}: not a list of queries; it may be {', '.join(_READERS)}") from None
     except FileNotFoundError:
@@ -58,12 +68,14 @@ def num_parts(queries: Path) -> int:
     return pq.read_metadata(queries).num_row_groups
 
 
-def _write(source: Path, tables: Iterable[pa.Table], target: Path) -> int:
+def _write(tables: Iterable[pa.Table], target: Path) -> int:
     num_rows, waiting, writer = 0, list[pa.Table](), None
     try:
         for table in itertools.chain(tables, [None]):
             if table is not None:
-                waiting.append(_named(table, source))
+                problems = table.column(PROBLEM) if PROBLEM in table.column_names else pa.nulls(len(table), pa.string())
+                table = table.select([name for name in QUERY_COLUMNS if name in table.column_names])  # noqa: PLW2901
+                waiting.append(table.append_column(PROBLEM, problems))
             while waiting and (table is None or sum(map(len, waiting)) >= PART_ROWS):
                 whole = pa.concat_tables(waiting)
                 part = whole.slice(0, PART_ROWS)
@@ -81,19 +93,125 @@ def _write(source: Path, tables: Iterable[pa.Table], target: Path) -> int:
     return num_rows
 
 
+def _text_tables(source: Path) -> Iterator[pa.Table]:
+    with pa.input_stream(str(source)) as stream:
+        lines = (
+            line.rstrip(b"\r\n").decode("utf-8" if number else "utf-8-sig", "replace")
+            for number, line in enumerate(io.BufferedReader(cast("Any", stream)))
+        )
+        while chunk := list(itertools.islice(lines, PART_ROWS)):
+            yield pa.table({"text": _texts(chunk)})
+
+
+def _json_tables(source: Path) -> Iterator[pa.Table]:
+    reading = _InOrder(source)
+    with pa.input_stream(str(source)) as stream:
+        records = jsonl_records(cast("IO[bytes]", stream), reading)
+        yield from _row_tables(
+            (_json_row(number, record, why) for number, record, why in reading.rows(records)), source
+        )
+
+
+def _json_row(number: int, record: dict[str, Any] | None, problem: str) -> _Row:
+    values: dict[str, Any] = {}
+    for name, value in (record or {}).items():
+        ours = _query_column(name)
+        if ours and values.get(ours) is None:
+            try:
+                values[ours] = _checked(ours, value)
+            except (TypeError, ValueError, OverflowError) as error:
+                problem = problem or f"{name}: {error}"
+    return values, f"line {number}: {problem}" if problem else ""
+
+
+def _checked(name: str, value: Any) -> Any:
+    """A value of JSON for one of our columns.
+
+    Raises:
+        TypeError: If it is of another type.
+        ValueError: If it is a text with half a character.
+        OverflowError: If one of its numbers is too large.
+    """
+    if value is None:
+        return None
+    if name == "embedding":
+        if not isinstance(value, list) or any(type(one) not in {int, float} for one in cast("list[Any]", value)):
+            raise TypeError("not a list of numbers")
+        return [float(one) for one in cast("list[Any]", value)]
+    if not isinstance(value, str):
+        raise TypeError("not a text")
+    value.encode()  # half of a surrogate pair is no character
+    return value
+
+
+def _delimited_tables(source: Path) -> Iterator[pa.Table]:
+    reading, split = _InOrder(source), tsv_records if _suffix(source) == ".tsv" else csv_records
+    with pa.input_stream(str(source)) as stream:
+        records = split(lines_of(cast("IO[bytes]", stream), reading), reading)
+        header = next(records, (0, list[str]()))[1]
+        places = dict[str, int]()
+        for place, name in enumerate(header):
+            if ours := _query_column(name.strip()):
+                places.setdefault(ours, place)
+        if header and not places:
+            raise _without_queries(source, header)
+        if "embedding" in places:
+            raise DataError(f"{source}: column {header[places['embedding']]} is text, not lists of numbers")
+
+        def rows() -> Iterator[_Row]:
+            for number, cells, problem in reading.rows(records):
+                values: dict[str, Any] = dict.fromkeys(places)
+                if cells is not None and len(cells) == len(header):
+                    values = {name: cells[place] for name, place in places.items()}
+                elif cells is not None:
+                    problem = f"{len(cells)} cells, not {len(header)}"  # noqa: PLW2901
+                yield values, f"line {number}: {problem}" if problem else ""
+
+        yield from _row_tables(rows(), source)
+
+
+def _row_tables(rows: Iterator[_Row], source: Path) -> Iterator[pa.Table]:
+    """Tables of the columns that the first part has.
+
+    Raises:
+        DataError: If it has none.
+    """
+    names = list[str]()
+    while chunk := list(itertools.islice(rows, PART_ROWS)):
+        if not names:
+            names = [name for name in QUERY_COLUMNS if any(name in values for values, _ in chunk)]
+            if not names:
+                problem = next((problem for _, problem in chunk if problem), "")
+                raise DataError(f"{source}: {problem}") if problem else _without_queries(source, [])
+        columns: dict[str, Any] = {}
+        for name in names:
+            column = [values.get(name) for values, _ in chunk]
+            columns[name] = pa.array(column, pa.list_(pa.float32())) if name == "embedding" else _texts(column)
+        columns[PROBLEM] = pa.array([problem or _unlike(values, names) for values, problem in chunk], pa.string())
+        yield pa.table(columns)
+
+
+def _unlike(values: dict[str, Any], names: list[str]) -> str | None:
+    new = [name for name, value in values.items() if value is not None and name not in names]
+    return f"it has {new[0]}, unlike the first {PART_ROWS:,} rows" if new else None
+
+
+def _parquet_tables(source: Path) -> Iterator[pa.Table]:
+    with pq.ParquetFile(source) as parquet:
+        for batch in parquet.iter_batches(batch_size=PART_ROWS):
+            yield _named(pa.Table.from_batches([batch]), source)
+
+
 def _named(table: pa.Table, source: Path) -> pa.Table:
-    """The columns that are queries, under our names; empty texts become null."""
+    """The columns of a typed table that are queries, under our names."""
     columns: dict[str, Any] = {}
     for name in table.column_names:
         ours = _query_column(name)
         if ours and ours not in columns:
             columns[ours] = _typed(table.column(name), ours, f"{source}: column {name}")
     if not columns:
-        raise DataError(
-            f"{source}: no column {', '.join(QUERY_COLUMNS)} (or {', '.join(_OTHER_NAMES)}); "
-            f"it has {', '.join(table.column_names)}"
-        )
-    return pa.table({name: columns[name] for name in QUERY_COLUMNS if name in columns})
+        raise _without_queries(source, table.column_names)
+    return pa.table(columns)
 
 
 def _typed(column: pa.ChunkedArray, name: str, where: str) -> Any:
@@ -104,29 +222,17 @@ def _typed(column: pa.ChunkedArray, name: str, where: str) -> Any:
         raise DataError(f"{where} is {kind}, not lists of numbers")
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
         raise DataError(f"{where} is {kind}, not text")
-    texts = column.cast(pa.string()).to_pylist()
-    return pa.array([text if text and text.strip() else None for text in texts], pa.string())
+    return _texts(column.cast(pa.string()).to_pylist())
 
 
-def _text_tables(source: Path) -> Iterator[pa.Table]:
-    with pa.input_stream(str(source)) as stream:
-        lines = (line.decode("utf-8-sig" if number == 0 else "utf-8", "replace") for number, line in _lines(stream))
-        while chunk := list(itertools.islice(lines, PART_ROWS)):
-            yield pa.table({"text": pa.array(chunk, pa.string())})
+def _texts(values: Iterable[str | None]) -> Any:
+    """A column of texts; empty ones become null."""
+    return pa.array([text if text and text.strip() else None for text in values], pa.string())
 
 
-def _json_tables(source: Path) -> Iterator[pa.Table]:
-    with pa.input_stream(str(source)) as stream:
-        rows = ((number, _record(line, source, number)) for number, line in _lines(stream) if line.strip())
-        names: dict[str, None] = {}
-        while chunk := list(itertools.islice(rows, PART_ROWS)):
-            for number, row in chunk:
-                new = [name for name in row if name not in names and _query_column(name)]
-                if new and number >= PART_ROWS:
-                    raise DataError(f"{source}: line {number + 1}: has {new[0]}, unlike the first {PART_ROWS} lines")
-                names |= dict.fromkeys(new)
-            shown = names or chunk[0][1]
-            yield pa.table({name: [row.get(name) for _, row in chunk] for name in shown})
+def _without_queries(source: Path, names: list[str]) -> DataError:
+    columns = f"no column {', '.join(QUERY_COLUMNS)} (or {', '.join(_OTHER_NAMES)})"
+    return DataError(f"{source}: {columns}" + (f"; it has {', '.join(names)}" if names else ""))
 
 
 def _query_column(name: str) -> str:
@@ -135,37 +241,30 @@ def _query_column(name: str) -> str:
     return ours if ours in QUERY_COLUMNS else ""
 
 
-def _record(line: bytes, source: Path, number: int) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{source}: line {number + 1}: not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise DataError(f'{source}: line {number + 1}: not an object, as {{"text": ...}}')
-    return row
+class _InOrder(Reading):
+    """Keeps the rows that a reader of lists leaves out, between those that it reads.
 
+    Args:
+        source: The list.
+    """
 
-def _csv_tables(source: Path) -> Iterator[pa.Table]:
-    delimiter = "\t" if _suffix(source) == ".tsv" else ","
-    with pa.input_stream(str(source)) as stream:
-        reader = pa_csv.open_csv(
-            stream,
-            read_options=pa_csv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False),
-            parse_options=pa_csv.ParseOptions(
-                delimiter=delimiter, newlines_in_values=True, quote_char=False if delimiter == "\t" else '"'
-            ),
-            convert_options=pa_csv.ConvertOptions(
-                column_types=dict.fromkeys([*QUERY_COLUMNS, *_OTHER_NAMES], pa.string())
-            ),
-        )
-        for batch in reader:
-            yield pa.Table.from_batches([batch])
+    def __init__(self, source: Path) -> None:
+        super().__init__(lines=[(str(source), 0)])
+        self._left_out: list[tuple[int, str]] = []
 
+    def malformed(self, line: int, reason: str, file: str = "") -> None:
+        """Keep a row that is left out."""
+        del file
+        self._left_out.append((line, reason))
 
-def _parquet_tables(source: Path) -> Iterator[pa.Table]:
-    with pq.ParquetFile(source) as parquet:
-        for batch in parquet.iter_batches(batch_size=PART_ROWS):
-            yield pa.Table.from_batches([batch])
+    def rows(self, records: Iterator[tuple[int, _T]]) -> Iterator[tuple[int, _T | None, str]]:
+        """All rows in their order: line, and the record or what is wrong with it."""
+        for record in itertools.chain(records, [None]):
+            left_out, self._left_out = self._left_out, []
+            for line, reason in left_out:
+                yield line, None, reason
+            if record is not None:
+                yield *record, ""
 
 
 def _vector_tables(source: Path) -> Iterator[pa.Table]:
@@ -176,15 +275,10 @@ def _vector_tables(source: Path) -> Iterator[pa.Table]:
         yield pa.table({"embedding": to_arrow(vectors[start : start + PART_ROWS])})
 
 
-def _lines(stream: Any) -> Iterator[tuple[int, bytes]]:
-    """Number and content of each line, without its end."""
-    return ((number, line.rstrip(b"\r\n")) for number, line in enumerate(io.BufferedReader(stream)))
-
-
 _READERS: dict[str, Callable[[Path], Iterator[pa.Table]]] = {
     ".txt": _text_tables,
-    ".csv": _csv_tables,
-    ".tsv": _csv_tables,
+    ".csv": _delimited_tables,
+    ".tsv": _delimited_tables,
     ".jsonl": _json_tables,
     ".ndjson": _json_tables,
     ".parquet": _parquet_tables,

@@ -30,7 +30,7 @@ from pipeline.workspace.store import LIVE, Artifact, Workspace
 QUERIES = "queries.parquet"
 SEARCH = "search.json"
 
-_VERSION = 1
+_VERSION = 2
 _POLL_S = 0.5
 _PART_DIGITS = 5
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,9 @@ _TEXTS = ["a red circle", 'with "quotes", a comma', "caf\u00e9"]
 def _read(source: Path, tmp_path: Path) -> pa.Table:
     target = tmp_path / "queries.parquet"
     assert write_queries(source, target) == pq.read_metadata(target).num_rows
-    return pq.read_table(target)
+    table = pq.read_table(target)
+    assert table.column("problem").null_count == len(table)
+    return table.drop_columns(["problem"])
 
 
 @pytest.mark.parametrize("name", ["q.txt", "q.txt.gz", "q.csv", "q.tsv", "q.jsonl", "q.ndjson.gz", "q.parquet"])
@@ -74,13 +77,72 @@ def test_empty_lines_are_no_texts_and_keep_their_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "problems"),
+    [
+        (
+            "q.jsonl",
+            [
+                '{"text": "first"}',
+                '{"text": 5}',
+                "[1]",
+                '{"text": ',
+                '{"text": ' + "[" * 200_000,
+                '{"text": "\\ud83d"}',
+                '{"embedding": [1, "a"]}',
+                '{"embedding": [1' + "0" * 400 + "]}",
+                '{"text": "last", "embedding": [1, 2.5]}',
+            ],
+            {
+                1: "line 2: text: not a text",
+                2: "line 3: no record",
+                3: "line 4: not JSON",
+                4: "line 5: not JSON",
+                5: "line 6: text: .*surrogate",
+                6: "line 7: embedding: not a list of numbers",
+                7: "line 8: embedding: .*too large",
+            },
+        ),
+        (
+            "q.csv",
+            ["id,text", "1,first", "2", "3,a,b", '4,"open', "5,last"],
+            {1: "3: 1 c", 2: "4: 3 c", 3: "5: a quote"},
+        ),
+        ("q.tsv", ["id\ttext", "1\tfirst", "2", "5\tlast"], {1: "line 3: 1 cells, not 2"}),
+    ],
+)
+def test_a_row_that_is_no_query_keeps_its_place_and_stops_nothing(
+    name: str, content: list[str], problems: dict[int, str], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text("\n".join(content))
+    target = tmp_path / "queries.parquet"
+    num_rows = write_queries(tmp_path / name, target)
+    table = pq.read_table(target)
+    assert table.column("query").to_pylist() == [*range(num_rows)]
+    texts = table.column("text").to_pylist()
+    assert (texts[0], texts[-1], set(texts[1:-1])) == ("first", "last", {None})
+    found = {row: problem for row, problem in enumerate(table.column("problem").to_pylist()) if problem}
+    assert found.keys() == problems.keys()
+    assert all(re.search(words, found[row]) for row, words in problems.items()), found
+
+
+def test_what_only_later_rows_have_fails_them_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(query_list, "PART_ROWS", 2)
+    rows = [{"text": "a"}, {"text": "b"}, {"text": "c", "uid": "u"}, {"text": "d", "uid": None}]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert write_queries(tmp_path / "q.jsonl", tmp_path / "queries.parquet") == 4
+    problems = pq.read_table(tmp_path / "queries.parquet").column("problem").to_pylist()
+    assert problems == [None, None, "it has uid, unlike the first 2 rows", None]
+
+
+@pytest.mark.parametrize(
     ("name", "content", "words"),
     [
         ("q.csv", "id,name\n1,a\n", "no column text, image, uid, embedding .*it has id, name"),
-        ("q.jsonl", '{"text": "a"}\n[1]\n', "line 2: not an object"),
-        ("q.jsonl", '{"text": "a"}\n{"text": \n', "line 2: not JSON"),
-        ("q.jsonl", '{"text": 3}\n', "column text is int64, not text"),
-        ("q.jsonl", '{"embedding": "a"}\n', "column embedding is string, not lists"),
+        ("q.csv", "text,vector\na,b\n", "column vector is text, not lists of numbers"),
+        ("q.jsonl", '[1]\n{"text": \n', "line 1: no record, which begins with {"),
+        ("q.jsonl", '{"text": 3}\n', "line 1: text: not a text"),
+        ("q.jsonl", '{"embedding": "a"}\n', "line 1: embedding: not a list of numbers"),
+        ("q.jsonl", '{"id": "a"}\n', "no column text, image"),
         ("q.csv", "text\n", "holds no queries"),
         ("q.txt", "", "holds no queries"),
         ("q.parquet", "junk", "cannot be read"),

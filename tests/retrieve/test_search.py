@@ -281,20 +281,23 @@ def test_a_part_holds_a_row_for_each_query_with_its_neighbours(searcher: Searche
         {"image": "none.png"},
         {"embedding": [1.0] * 3},
         {"text": "b", "uid": "none"},
+        {"text": 5},
     ]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     write_queries(tmp_path / "q.jsonl", tmp_path / "q.parquet")
     answer = PartSearcher(searcher, SearchOptions(k=3), tmp_path / "q.parquet", 1)
-    assert answer(0, tmp_path / "a.parquet") == {"in": 9, "ok": 5, "fewer": 0, "failed": 4}
+    assert answer(0, tmp_path / "a.parquet") == {"in": 10, "ok": 5, "fewer": 0, "failed": 5}
     answers = pq.read_table(tmp_path / "a.parquet").to_pylist()
-    assert [row["status"] for row in answers] == ["ok"] * 5 + ["failed"] * 4
+    assert [row["status"] for row in answers] == ["ok"] * 5 + ["failed"] * 5
     assert [row["error_message"] for row in answers[5:]] == [
         "nothing to look for",
         "image: none.png: no such file",
         "embedding: float64 of shape (3,); this index takes 16 numbers",
         "uid: uid none: no row of the index has it",
+        "line 10: text: not a text",
     ]
-    assert [row["neighbours"] for row in answers[5:]] == [[]] * 4
+    assert [row["neighbours"] for row in answers[5:]] == [[]] * 5
+    assert "problem" not in answers[0]
     queries = [
         [Query("text", "a blue picture")],
         [Query("image", str(tmp_path / "red.png"))],
@@ -309,4 +312,4 @@ def test_a_part_holds_a_row_for_each_query_with_its_neighbours(searcher: Searche
             scores = [one["similarity"] for one in row["neighbours"]]
             assert scores == pytest.approx([one.similarity for one in expected], abs=1e-5)
     short = PartSearcher(searcher, SearchOptions(k=3, where="key < '0000001'"), tmp_path / "q.parquet", 1)
-    assert short(0, tmp_path / "b.parquet") == {"in": 9, "ok": 0, "fewer": 5, "failed": 4}
+    assert short(0, tmp_path / "b.parquet") == {"in": 10, "ok": 0, "fewer": 5, "failed": 5}
