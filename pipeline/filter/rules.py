@@ -6,6 +6,7 @@ Legend: N rows of a shard.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,7 @@ COLUMN_RULES = (
 )
 """Columns of LAION-400M and LAION-5B, DataComp and COYO-700M."""
 _TAGS = ("NSFW",)
+_SHA256 = re.compile("[0-9a-fA-F]{64}")
 
 
 class RowRules:
@@ -182,7 +184,9 @@ class RowRules:
         """Digests and hashes of the rows that stay so far; of the others they are zero."""
         rows = list(zip(table["key"].to_pylist(), table["uid"].to_pylist(), strict=True))
         has_digest = "sha256" in table.column_names
-        digests: list[str] = [text or "" for text in table["sha256"].to_pylist()] if has_digest else ["" for _ in rows]
+        # A tar that was taken in may hold anything under this name.
+        texts: list[str | None] = table["sha256"].to_pylist() if has_digest else [None for _ in rows]
+        digests = [text if text and _SHA256.fullmatch(text) else "" for text in texts]
         is_near, one_caption = self._config.duplicates == "near", self._config.same_caption_only
         pictures = ShardPictures(tar, shard) if is_near or "" in digests else None
         hashes = [_NO_HASH for _ in rows]
@@ -229,14 +233,14 @@ def find_column(names: list[str], known: tuple[str, ...], field: str) -> str:
 
 def to_number(value: Any) -> float | None:
     """A number of a column, as a number or text; the length of a list (also as JSON); None if there is none."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return None
-    if isinstance(value, (list, tuple)):
-        return float(len(value))
-    return float(value) if isinstance(value, (int, float)) and not math.isnan(value) else None
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+        if isinstance(value, (list, tuple)):
+            return float(len(value))
+        number = float(value) if isinstance(value, (int, float)) else math.nan
+    except (ValueError, OverflowError, RecursionError):  # no JSON; digits beyond a float; lists in lists without end
+        return None
+    return None if math.isnan(number) else number
 
 
 def _group(caption: str) -> int:

@@ -116,6 +116,26 @@ def test_a_picture_keeps_its_captions_if_only_pairs_are_compared(tmp_path: Path)
     assert {name: labels[_uid(planted, name)]["reason"] for name in planted.pairs} == planted.reasons
 
 
+@pytest.mark.parametrize("cell", ["1" + "0" * 400, "[" * 200_000, "nan", "none", ""])
+def test_a_cell_that_is_no_number_is_a_missing_number(cell: str, tmp_path: Path) -> None:
+    planted = Planted({}, {})
+    planted.add("good", "", pair("", "a", encode(scene_picture(1)), punsafe="0.25"))
+    planted.add("odd", "no_nsfw", pair("", "b", encode(scene_picture(2)), punsafe=cell))
+    _, labels = _filtered(tmp_path, planted, {"max_nsfw": 0.5})
+    assert {name: labels[_uid(planted, name)]["reason"] for name in planted.pairs} == planted.reasons
+
+
+@pytest.mark.parametrize("text", ["no digits", "ab", "ff" * 16, "0x" + "a" * 62])
+def test_a_checksum_that_is_none_is_computed_from_the_picture(text: str, tmp_path: Path) -> None:
+    planted = Planted({}, {})
+    picture, other = encode(scene_picture(1)), encode(scene_picture(2))
+    planted.add("one", "", pair("", "a", picture))
+    planted.add("again", "duplicate", pair("", "b", picture, sha256=text))
+    planted.add("other", "", pair("", "c", other, sha256=text))  # the same text, of another picture
+    _, labels = _filtered(tmp_path, planted, {"duplicates": "exact"})
+    assert {name: labels[_uid(planted, name)]["reason"] for name in planted.pairs} == planted.reasons
+
+
 def test_columns_of_laion_coyo_and_datacomp_decide(tmp_path: Path) -> None:
     planted = Planted({}, {})
     values = {
