@@ -97,8 +97,10 @@ def _job(context: StepContext, worker: type[ShardWorker], shards: list[str], num
     is_retry = worker is RetryWorker
     watch = _Watch(output)
 
-    def judge(records: list[ShardRecord]) -> None:
-        _require_success(records, config, output, is_last=len(records) == len(shards))
+    def note_records(records: list[ShardRecord]) -> None:
+        watch.add(records)
+        if not is_retry:
+            watch.require_success(config, is_last=watch.num_records == len(shards))
 
     def split_lost(shard: str, losses: int) -> bool:
         return _split(output, config, shard, losses)
@@ -110,7 +112,7 @@ def _job(context: StepContext, worker: type[ShardWorker], shards: list[str], num
         config.resources,
         num_at_once=1 if is_retry else _AT_ONCE,
         limit_s=_SILENCE_S + 2 * config.deadline_s,
-        on_record=(lambda _records: None) if is_retry else judge,
+        on_records=note_records,
         output=_staged(output, context.retry_failed) if is_retry else None,
         note=watch.note,
         read=watch.read,
@@ -287,7 +289,8 @@ class _Watch:
     def __init__(self, output: Artifact) -> None:
         self._output = output
         self._causes: Counter[str] = Counter()
-        self._num_records = 0
+        self._counts: Counter[str] = Counter()
+        self._records: list[ShardRecord] = []
         self._readings: dict[str, tuple[float, ShardReading, dict[str, int]]] = {}
 
     def read(self, shard: str) -> ShardReading:
@@ -303,12 +306,52 @@ class _Watch:
         self._readings[shard] = (now, reading, causes)
         return reading
 
-    def note(self, records: list[ShardRecord]) -> str:
-        """The most frequent causes of failures until now."""
-        for record in records[self._num_records :]:
+    def add(self, records: list[ShardRecord]) -> None:
+        """Take note of shards that are finished."""
+        self._records += records
+        for record in records:
             self._causes.update(record.causes)
+            self._counts.update(record.counts)
             self._readings.pop(record.shard, None)
-        self._num_records = len(records)
+
+    @property
+    def num_records(self) -> int:
+        """Shards that are finished."""
+        return len(self._records)
+
+    def require_success(self, config: DownloadConfig, *, is_last: bool) -> None:
+        """Stop a download of which too little comes through.
+
+        Bad shards are tried again by the next run, since the cause may be gone by then.
+
+        Args:
+            config: The recipe's section.
+            is_last: Whether all shards are finished; else a few rows say nothing.
+
+        Raises:
+            StepError: If so many rows failed; names the causes.
+        """
+        counts = self._counts
+        if not counts or (counts["in"] < _MIN_ROWS_TO_JUDGE and not is_last):
+            return
+        if counts["ok"] and counts["ok"] >= config.min_success_prob * counts["in"]:
+            return
+        for record in self._records:
+            if record.counts["ok"] < max(1, config.min_success_prob * record.counts["in"]):
+                for name in (f"{record.shard}{RECORD_SUFFIX}", *record.files):
+                    self._output.remove(name)
+        top_causes = "; ".join(
+            f"{count} x {cause}" + (f" ({CLASSES[cause]})" if cause in CLASSES else "")
+            for cause, count in self._causes.most_common(5)
+        )
+        raise StepError(
+            f"download: only {counts['ok']} of {counts['in']} rows came through (download.min_success_prob is "
+            f"{config.min_success_prob}); most frequent causes: {top_causes}. Mend the list or the network and run "
+            "again"
+        )
+
+    def note(self) -> str:
+        """The most frequent causes of failures until now."""
         causes = sum((Counter(causes) for _, _, causes in self._readings.values()), self._causes.copy())
         shown = ", ".join(f"{count} {cause}" for cause, count in causes.most_common(_NUM_SHOWN))
         return f"failed: {shown}" if shown else ""
@@ -400,23 +443,3 @@ def _has_class(record: ShardRecord, failed_class: str) -> bool:
 
 def _causes(records: list[ShardRecord]) -> Counter[str]:
     return sum((Counter(record.causes) for record in records), Counter[str]())
-
-
-def _require_success(records: list[ShardRecord], config: DownloadConfig, output: Artifact, *, is_last: bool) -> None:
-    counts = total_counts(records)
-    if not counts or (counts["in"] < _MIN_ROWS_TO_JUDGE and not is_last):
-        return
-    if counts["ok"] and counts["ok"] >= config.min_success_prob * counts["in"]:
-        return
-    causes = _causes(records).most_common(5)
-    for record in records:  # bad shards are tried again by the next run, since the cause may be gone by then
-        if record.counts["ok"] < max(1, config.min_success_prob * record.counts["in"]):
-            for name in (f"{record.shard}{RECORD_SUFFIX}", *record.files):
-                output.remove(name)
-    top_causes = "; ".join(
-        f"{count} x {cause}" + (f" ({CLASSES[cause]})" if cause in CLASSES else "") for cause, count in causes
-    )
-    raise StepError(
-        f"download: only {counts['ok']} of {counts['in']} rows came through (download.min_success_prob is "
-        f"{config.min_success_prob}); most frequent causes: {top_causes}. Mend the list or the network and run again"
-    )

@@ -4,6 +4,7 @@ Every pass is a pool of workers that commits shard by shard under ``live/``.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -63,6 +64,12 @@ class Passes:
     ) -> list[ShardRecord]:
         """Make the shards of one pass, or of ``names``, that are not committed yet; ``worker`` takes the step."""
         output = part_of(self._context.output, folder) if folder else self._context.output
+        counts = Counter[str]()
+
+        def add(records: list[ShardRecord]) -> None:
+            for record in records:
+                counts.update(record.counts)
+
         job = ShardJob(
             cast("type[ShardWorker]", worker),
             names or self._shards,
@@ -70,7 +77,8 @@ class Passes:
             self._section.resources,
             unit="parts" if names else "rows",
             output=output,
-            note=lambda records: "; ".join(filter(None, [title, describe(total_counts(records))])),
+            on_records=add,
+            note=lambda: "; ".join(filter(None, [title, describe(counts)])),
         )
         return map_shards(self._context, job)
 

@@ -66,12 +66,13 @@ class ShardJob:
     on_loss: Callable[[str, int], bool] | None = None
     """Called when a shard lost its worker, with how often it did; returns whether it is tried again. None: it is up to
     ``max_retries`` times."""
-    on_record: Callable[[list[ShardRecord]], None] = field(default=lambda _records: None)
-    """Called with all records so far whenever one is added; may raise to end the step."""
+    on_records: Callable[[list[ShardRecord]], None] = field(default=lambda _records: None)
+    """Called with each record once: first with those that were committed before, then with the new ones as they come;
+    may raise to end the step. What it does must not grow with the records so far: there are a hundred thousand."""
     unit: str = "rows"
     """What ``num_rows`` counts, for the progress."""
-    note: Callable[[list[ShardRecord]], str] = field(default=lambda _records: "")
-    """What the progress says of the records so far."""
+    note: Callable[[], str] = field(default=lambda: "")
+    """What the progress says, asked at each of its readings."""
     output: Artifact | None = None
     """Where the shards are committed; None: the step's artifact."""
 
@@ -129,22 +130,22 @@ def map_shards(context: StepContext, job: ShardJob) -> list[ShardRecord]:
     progress = Progress(context.output, waits=True)
     done = sum(record.counts["in"] for record in records.values())
     try:
+        job.on_records(list(records.values()))
         while pool.is_busy:
             if pool.first_start_s is not None:
                 progress.begin(ago_s=pool.first_start_s)
             progress.notice = pool.notice
-            message = pool.message() or job.note(list(records.values()))
+            message = pool.message() or job.note()
             progress.update(
                 done + pool.num_rows_under_way, job.num_rows, job.unit, message, workers=Counter(pool.hosts.values())
             )
-            for record in pool.poll():
-                records[record.shard] = record
-                done += record.counts["in"]
-                job.on_record(list(records.values()))
+            new = pool.poll()
+            records |= {record.shard: record for record in new}
+            done += sum(record.counts["in"] for record in new)
+            job.on_records(new)
     finally:
         pool.close()
-    job.on_record(list(records.values()))
-    progress.update(job.num_rows, job.num_rows, job.unit, job.note(list(records.values())), force=True)
+    progress.update(job.num_rows, job.num_rows, job.unit, job.note(), force=True)
     return [records[name] for name in job.shards]
 
 

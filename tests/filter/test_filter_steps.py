@@ -16,9 +16,12 @@ from pipeline.data.vectors import read_vectors
 from pipeline.errors import ConfigError, StepError
 from pipeline.evaluate.prompts import choose_rows
 from pipeline.retrieve.embedded import EmbeddedShards
+from pipeline.runtime import filter as filters
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.filter import MeasureWorker, run_filter
 from pipeline.runtime.filter_embeddings import run_filter_embeddings
+from pipeline.runtime.pool import ShardJob
+from pipeline.workspace.manifest import ShardRecord
 from tests.filter.planted import (
     Planted,
     caption_of,
@@ -208,6 +211,28 @@ def test_a_filter_that_keeps_nothing_stops_the_run_and_says_why(tmp_path: Path) 
     planted_pairs(3).write(context.inputs["download"])
     with pytest.raises(StepError, match=r"no row stays: 4 left out: 4 short_caption; loosen \[filter\]"):
         run_filter(context)
+
+
+def test_the_progress_of_a_pass_counts_each_record_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[ShardJob] = []
+
+    def take(_: StepContext, job: ShardJob) -> list[ShardRecord]:
+        jobs.append(job)
+        return []
+
+    monkeypatch.setattr(filters, "map_shards", take)
+    context = make_context(tmp_path, "filter", tiny_recipe(tmp_path, filter={}))
+    filters.Passes(context, ["a", "b", "c"], 30).run(MeasureWorker, filters.MEASURES, "measuring")
+    [job], left_out = jobs, ({"language": 2}, {"language": 1, "nsfw": 4}, {})
+    records = [
+        ShardRecord(shard=shard, counts={"in": 10, "ok": 10 - sum(counts.values())} | counts, files={})
+        for shard, counts in zip("abc", left_out, strict=True)
+    ]
+    assert job.note() == "measuring"
+    job.on_records(records[:2])
+    assert job.note() == job.note() == "measuring; 7 left out: 4 nsfw, 3 language"
+    job.on_records(records[2:])
+    assert job.note() == "measuring; 7 left out: 4 nsfw, 3 language"
 
 
 def test_a_killed_filter_continues_and_ends_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

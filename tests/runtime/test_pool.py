@@ -137,14 +137,25 @@ def test_map_shards_counts_no_time_before_its_workers_have_a_place(tmp_path: Pat
 
 
 def test_map_shards_stops_when_it_is_asked_to(tmp_path: Path) -> None:
+    heard: list[str] = []
+
     def stop(records: list[ShardRecord]) -> None:
-        if len(records) == 2:
+        heard.extend(record.shard for record in records)
+        if len(heard) >= 2:
             raise StepError("enough")
 
     context = _context(tmp_path)
     with pytest.raises(StepError, match="enough"):
-        _map(context, *(f"s{i}" for i in range(40)), on_record=stop)
+        _map(context, *(f"s{i}" for i in range(40)), on_records=stop)
     assert len(context.output.shard_records()) < 40
+
+
+def test_map_shards_tells_each_record_once_those_of_before_first(tmp_path: Path) -> None:
+    context, heard = _context(tmp_path), list[list[str]]()
+    _map(context, "a", "c")
+    _map(context, *"abcd", on_records=lambda records: heard.append([record.shard for record in records]))
+    assert heard[0] == ["a", "c"]
+    assert [shard for shards in heard[1:] for shard in shards] == ["b", "d"]
 
 
 def _worker_names() -> list[str]:
@@ -157,7 +168,7 @@ def _worker_names() -> list[str]:
 
 def test_no_worker_is_left_behind(tmp_path: Path) -> None:
     workers: list[str] = []
-    _map(_context(tmp_path), "a", "b", resources=_TWO, on_record=lambda _records: workers.extend(_worker_names()))
+    _map(_context(tmp_path), "a", "b", resources=_TWO, on_records=lambda _records: workers.extend(_worker_names()))
     assert workers
     give_up = time.monotonic() + 10
     while _worker_names() and time.monotonic() < give_up:
@@ -222,10 +233,15 @@ def test_a_pass_commits_in_its_own_folder_and_the_progress_says_what_it_has(tmp_
     context = _context(tmp_path)
     output = Artifact(f"{context.output.uri}/live/pass")
 
-    def note(records: list[ShardRecord]) -> str:
-        return f"{len(records)} of them"
+    shards: list[str] = []
 
-    job = ShardJob(_Pass, ["a", "b"], 4, _ONE, unit="parts", note=note, output=output)
+    def add(records: list[ShardRecord]) -> None:
+        shards.extend(record.shard for record in records)
+
+    def note() -> str:
+        return f"{len(shards)} of them"
+
+    job = ShardJob(_Pass, ["a", "b"], 4, _ONE, unit="parts", on_records=add, note=note, output=output)
     assert [record.shard for record in map_shards(context, job)] == ["a", "b"]
     assert context.output.shard_records() == {}
     assert list(output.shard_records()) == ["a", "b"]

@@ -48,7 +48,7 @@ def _map_here(context: StepContext, job: ShardJob) -> list[ShardRecord]:
             records[name] = worker(name)
     if isinstance(worker, download.DownloadWorker):
         worker.close()  # its decoders: this process does not end
-    job.on_record(list(records.values()))
+    job.on_records(list(records.values()))
     return [records[name] for name in job.shards]
 
 
