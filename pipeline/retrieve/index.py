@@ -192,14 +192,20 @@ class NeighbourIndex:
         numbers = np.asarray(ids, np.int64).reshape(-1)
         return np.any([segment.positions(numbers) >= 0 for segment in self._segments], axis=0)
 
-    def source_of(self, number: int) -> Artifact:
-        """The embed step's artifact that a row comes from; its manifest names the download with the row's picture.
+    def sources_of(self, ids: Sequence[int] | Ids) -> Ids:
+        """The embed step's artifact that each row comes from, as its number in ``sources``.
+
+        Its manifest names the download with the row's picture.
 
         Raises:
             ValueError: If no search returns such a row.
         """
-        [(segment, _, positions)] = self._locate(np.array([number], np.int64))
-        return segment.rows.source_of(int(positions[0]))
+        numbers, places = np.asarray(ids, np.int64).reshape(-1), {one.uri: n for n, one in enumerate(self.sources)}
+        sources = np.empty(len(numbers), np.int64)
+        for segment, chosen, positions in self._locate(numbers):
+            own = np.array([places[source.uri] for source in segment.rows.shards.sources], np.int64)
+            sources[chosen] = own[segment.rows.sources_of(positions)]
+        return sources
 
     def _locate(self, ids: Ids) -> list[tuple[Segment, Ids, Ids]]:
         """Each segment that has some of the rows: which of ``ids``, and their positions."""

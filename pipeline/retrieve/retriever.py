@@ -28,6 +28,8 @@ MAX_CANDIDATES = 1_000_000
 
 _FIRST_CANDIDATES = 4
 _MORE_CANDIDATES = 4
+_DISTINCT_ROWS = 1024
+"""Candidates that are compared with the kept rows at once: 3 MB of vectors at D = 768."""
 _CANDIDATES_AT_ONCE = 1 << 22  # of all queries: 50 MB of ids and similarities
 
 
@@ -182,11 +184,12 @@ class Retriever:
         if not stored:
             return rows.select(list(names))
         shards, keys = (rows.column(name).to_pylist() for name in ("shard", "key"))
-        sources = self._sources(ids)
+        of_index = self.index.sources
+        sources = self.index.sources_of(ids) if len(of_index) > 1 else np.zeros(len(ids), np.int64)
         parts, places = list[pa.Table](), list[int]()
-        for source in dict.fromkeys(sources):
-            own = [place for place, one in enumerate(sources) if one == source]
-            columns = self._columns(source)
+        for source in np.unique(sources).tolist():
+            own: list[int] = np.flatnonzero(sources == source).tolist()
+            columns = self._columns(of_index[source].uri)
             present = [name for name in stored if name in columns.fields]
             taken = columns.take([shards[place] for place in own], [keys[place] for place in own], present)
             missing = {name: pa.nulls(len(own), self.fields[name]) for name in stored if name not in present}
@@ -202,8 +205,9 @@ class Retriever:
         Raises:
             DataError: If it cannot be read; names shard, key and uid.
         """
-        [source] = self._sources(np.array([neighbour.id], np.int64))
-        return self._pictures(source).read(neighbour.shard, neighbour.key, neighbour.uid)
+        [source] = self.index.sources_of([neighbour.id])
+        pictures = self._pictures(self.index.sources[source].uri)
+        return pictures.read(neighbour.shard, neighbour.key, neighbour.uid)
 
     def id_of(self, uid: str) -> int | None:
         """The id of a row by its uid; None if there is none."""
@@ -219,21 +223,26 @@ class Retriever:
         return np.isin(ids, candidates[passed])
 
     def _distinct(self, ids: Ids, limit: float, k: int) -> list[int]:
-        """Places of the first K rows that are no near-duplicates of a row before them."""
+        """Places of the first K rows that are no near-duplicates of a row before them.
+
+        Vectors are read in blocks until there are K: those of a million candidates are gigabytes.
+        """
         kept: list[int] = []
-        vectors = self.index.vectors(ids)
-        for place, vector in enumerate(vectors):
-            if not kept or float((vectors[kept] @ vector).max()) < limit:
-                kept.append(place)
+        vectors = np.empty((0, self.index.embed_dim), np.float32)
+        """Of the kept rows."""
+        for start in range(0, len(ids), _DISTINCT_ROWS):
+            block = self.index.vectors(ids[start : start + _DISTINCT_ROWS])
+            is_new = (block @ vectors.T).max(axis=1, initial=-np.inf) < limit
+            similarities, own = block @ block.T, list[int]()
+            for row in np.flatnonzero(is_new).tolist():
+                if similarities[row, own].max(initial=-np.inf) < limit:
+                    own.append(row)
+            own = own[: k - len(kept)]
+            kept += [start + row for row in own]
             if len(kept) == k:
                 break
+            vectors = np.concatenate([vectors, block[own]])
         return kept
-
-    def _sources(self, ids: Ids) -> list[str]:
-        """The embed step's artifact of each row, by its URI."""
-        if len(self.index.sources) == 1:
-            return [self.index.sources[0].uri] * len(ids)
-        return [self.index.source_of(int(number)).uri for number in ids]
 
 
 def _columns_of(embed: str) -> StoredColumns:

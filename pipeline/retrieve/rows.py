@@ -138,10 +138,13 @@ class Rows:
         batch = self._batch(number)
         return [batch.column(name) for name in names]
 
-    def source_of(self, position: int) -> Artifact:
-        """The embed step's artifact that a row comes from."""
-        shard = int(self.shards.shard_of(np.asarray(self._places[[position]]))[0])
-        return self.shards.sources[self.shards.shards[shard][0]]
+    def sources_of(self, positions: Ids) -> Ids:
+        """The embed step's artifact that each row comes from, as its number in ``shards.sources``."""
+        return self._source_of_shard[self.shards.shard_of(np.asarray(self._places[positions]))]
+
+    @functools.cached_property
+    def _source_of_shard(self) -> Ids:
+        return np.array([source for source, _ in self.shards.shards], np.int64)
 
 
 def write_rows(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:

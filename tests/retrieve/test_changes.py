@@ -113,7 +113,7 @@ def test_appended_rows_are_found_once_and_with_their_pictures_source(index: Any)
     assert _append(output, more) == {"in": 28, "ok": 24, "already_indexed": 4}
     opened = NeighbourIndex.open(output)
     assert _rows(opened, vectors) == set(range(48)) - {2}
-    assert opened.source_of(row_id(_uid(40))).uri == more.uri
+    assert opened.sources[opened.sources_of([row_id(_uid(40))])[0]].uri == more.uri
     assert delete(output, ["http://a/40"]).changed == 1
     assert _append(output, more)["ok"] == 0
     assert _rows(NeighbourIndex.open(output), vectors) == set(range(48)) - {2, 40}

@@ -97,7 +97,7 @@ def test_index_rows_belong_to_their_vectors(embed: Artifact, build: Build) -> No
         "http://a/1100",
     ]
     np.testing.assert_allclose(index.vectors(ids, "text"), stored(embed, "z_text")[[2999, 5, 2999, 1100]], atol=1e-6)
-    assert index.source_of(ids[0]).uri == embed.uri
+    assert index.sources[index.sources_of([ids[0]])[0]].uri == embed.uri
     assert index.has([*ids, 17]).tolist() == [True] * 4 + [False]
     assert index.rows([]).num_rows == 0
     with pytest.raises(ValueError, match="no row 17"):

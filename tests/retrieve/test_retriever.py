@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -107,6 +108,26 @@ def test_near_duplicates_are_one_row_and_k_rows_survive(search: Retriever, data:
     assert rows.tolist() == expected[:40]
 
 
+def test_near_duplicates_are_read_in_blocks_and_no_further_than_k(
+    search: Retriever, data: tuple[Artifact, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, distinct = _vectors(data)[:1], Conditions(distinct=0.97)
+    whole, sizes, read = search.search(query, 40, conditions=distinct), list[int](), search.index.vectors
+
+    def note(ids: NDArray[np.int64], *rest: Any) -> NDArray[np.float32]:
+        sizes.append(len(ids))
+        return read(ids, *rest)
+
+    monkeypatch.setattr(search.index, "vectors", note)
+    monkeypatch.setattr(retriever, "_DISTINCT_ROWS", 7)
+    assert search.search(query, 40, conditions=distinct) == whole
+    assert max(sizes) == 7
+    [ids] = search.index.search(query, 3000)[1]
+    sizes.clear()
+    assert search._distinct(ids, 0.97, 2) == [0, 5]
+    assert sum(sizes) == 7  # of 3,000
+
+
 def test_both_conditions_hold_at_once(search: Retriever, data: tuple[Artifact, Artifact]) -> None:
     conditions = search.conditions("width == 512", distinct=0.97)
     [results] = search.search(_vectors(data)[:1], 30, conditions=conditions)
@@ -144,7 +165,9 @@ def test_columns_come_in_the_order_of_the_rows(data: tuple[Artifact, Artifact]) 
         columns.take(["00000"], ["none"], ["width"])
 
 
-def test_rows_of_several_sources_have_their_own_columns_and_pictures(tmp_path: Path) -> None:
+def test_rows_of_several_sources_have_their_own_columns_and_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two downloads whose shards and keys have the same names; one of them has a column more, one has none."""
     workspace, config = Workspace(str(tmp_path)), IndexConfig(kind="flat", num_recall_queries=2)
     vectors = unit(np.random.default_rng(0).normal(size=(9, 8)))
@@ -184,6 +207,11 @@ def test_rows_of_several_sources_have_their_own_columns_and_pictures(tmp_path: P
     [results] = search.search(vectors[:1], 9)
     results = {int(one.caption.split()[1]): one for one in results.neighbours}
     assert [search.picture(results[row]) for row in (0, 5)] == [b"first", b"second"]
+    located: list[int] = []
+    locate = search.index._locate
+    monkeypatch.setattr(search.index, "_locate", lambda ids: (located.append(len(ids)), locate(ids))[1])
+    widths = search.columns(np.array([results[row].id for row in (8, 0, 4, 1)]), ["width"])
+    assert (widths.column("width").to_pylist(), located) == ([None, 0, 1, 0], [4, 4])  # of all rows, not one by one
     with pytest.raises(DataError, match="these embeddings name no download"):
         search.picture(results[8])
 

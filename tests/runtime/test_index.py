@@ -68,7 +68,7 @@ def test_parts_are_built_by_workers_and_changed_like_an_index_of_one_part(tmp_pa
     assert runtime_index.compact(recipe, context.step, lambda: None).counts["deleted"] == 1
     compacted = NeighbourIndex.open(context.output)
     assert (compacted.num_rows, compacted.version) == (80_049, 3)
-    assert compacted.source_of(row_id(make_uid("http://a/5", "caption 5"))).uri == embed.uri
+    assert compacted.sources[compacted.sources_of([row_id(make_uid("http://a/5", "caption 5"))])[0]].uri == embed.uri
     assert not [name for name in context.output.names() if name.startswith("live/")]
 
 
