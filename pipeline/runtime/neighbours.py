@@ -44,8 +44,8 @@ class NeighboursReplica:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._times = search_times(self._registry)
-        self._indexes: dict[str, LocalNeighbours] = {}
-        """By address, the last used one at the end."""
+        self._indexes: dict[str, asyncio.Task[LocalNeighbours]] = {}
+        """What opens each index, or has opened it, by address; the last used one at the end."""
         self._newest = ""
         """Digest of what was configured last."""
 
@@ -69,14 +69,20 @@ class NeighboursReplica:
         """Nothing: a call names its index, and the last two stay."""
 
     async def _index(self, uri: str) -> LocalNeighbours:
-        index = self._indexes.pop(uri, None)
-        if index is None:
-            retriever = await asyncio.to_thread(Retriever.open, Artifact(uri), is_verified=True)
-            index = LocalNeighbours(retriever, self._times.time)
-        self._indexes[uri] = index
+        """An index; of several calls that need it first, one opens it and the others wait for that."""
+        opening = self._indexes.pop(uri, None) or asyncio.create_task(asyncio.to_thread(self._open, uri))
+        self._indexes[uri] = opening
         while len(self._indexes) > _MOST_INDEXES:
             del self._indexes[next(iter(self._indexes))]
-        return index
+        try:
+            return await asyncio.shield(opening)  # a call that is given up does not end it for the others
+        except Exception:
+            if self._indexes.get(uri) is opening:  # the next call tries again
+                del self._indexes[uri]
+            raise
+
+    def _open(self, uri: str) -> LocalNeighbours:
+        return LocalNeighbours(Retriever.open(Artifact(uri), is_verified=True), self._times.time)
 
     async def ask(self, uri: str, method: str, *arguments: Any, **settings: Any) -> Any:
         """Call a method of ``protocols.Neighbours`` on an index."""

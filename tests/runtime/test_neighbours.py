@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,38 @@ def test_a_replica_keeps_the_index_of_before_until_there_is_a_third(
 
     asyncio.run(swaps())
     assert [Path(uri).name for uri in opened] == ["a", "b", "c"]
+
+
+def test_calls_that_need_an_index_at_once_open_it_once_and_a_failure_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = served_workspace(tmp_path)
+    artifacts, _ = served_artifacts(recipe)
+    opened, may_open, real = list[str](), threading.Event(), Retriever.open
+
+    def slowly(artifact: Artifact, *, is_verified: bool) -> Retriever:
+        opened.append(artifact.uri)
+        assert may_open.wait(30)
+        if len(opened) == 1:
+            raise DataError("a disk that is away for a moment")
+        return real(artifact, is_verified=is_verified)
+
+    monkeypatch.setattr(Retriever, "open", slowly)
+
+    async def ask() -> None:
+        replica, uri = NeighboursReplica(), artifacts["index"].uri
+        calls = [asyncio.create_task(replica.ask(uri, "embed_dim")) for _ in range(3)]
+        while not opened:
+            await asyncio.sleep(0.01)
+        calls[0].cancel()
+        may_open.set()
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(one) for one in results] == [asyncio.CancelledError, DataError, DataError]
+        widths = await asyncio.gather(*(replica.ask(uri, "embed_dim") for _ in range(3)))
+        assert len(set(widths)) == 1
+
+    asyncio.run(ask())
+    assert len(opened) == 2
 
 
 def test_an_index_with_a_flipped_bit_is_not_served(tmp_path: Path) -> None:
