@@ -3,7 +3,7 @@
 Equal pictures have equal digests, so a part takes the digests with one remainder. Hashes that differ in at most d bits
 agree in at least one of d + 1 pieces of their bits, so near pictures are searched once for each piece, among those that
 agree in it; a part takes the values of the piece with one remainder. The first row stays, in the order of shards and
-keys. Legend: N rows of a part.
+keys, unless another part leaves it out (``left_out``). Legend: N rows of a part.
 """
 
 from collections.abc import Iterator, Sequence
@@ -52,15 +52,12 @@ def search_parts(config: FilterConfig, num_rows: int) -> list[Part]:
     return [Part(piece, remainder, divisor) for piece in pieces for remainder in range(divisor)]
 
 
-def find_duplicates(
-    gathered: Artifact, bundles: Sequence[Bundle], shards: Sequence[str], part: Part, config: FilterConfig
-) -> pa.Table:
+def find_duplicates(gathered: Artifact, bundles: Sequence[Bundle], part: Part, config: FilterConfig) -> pa.Table:
     """The duplicates of one part, in the layout of ``duplicates_table``; memory is that of ``ROWS_PER_PART`` rows.
 
     Args:
         gathered: The files of the bundles, see ``gather_measures``.
         bundles: All bundles.
-        shards: Names of the shards, sorted.
         part: The part.
         config: The recipe's section.
     """
@@ -73,12 +70,13 @@ def find_duplicates(
     return duplicates_table(
         [
             {
-                "shard": shards[numbers[again]],
+                "number": int(numbers[again]),
                 "row": int(places[again]),
                 "reason": reason,
                 "detail": "",
                 "same_as": uids[first].as_py(),
-                "same_as_shard": shards[numbers[first]],
+                "same_as_number": int(numbers[first]),
+                "same_as_row": int(places[first]),
             }
             for again, first in pairs.items()
         ]

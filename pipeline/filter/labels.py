@@ -6,7 +6,7 @@ Legend: N rows of a shard.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ Bools = NDArray[np.bool_]
 _LABELS = pa.schema([(name, pa.string()) for name in LABEL_COLUMNS])
 _DUPLICATES = pa.schema(
     [
-        ("shard", pa.string()),
+        ("number", pa.int32()),
         ("row", pa.int32()),
         ("reason", pa.string()),
         ("detail", pa.string()),
         ("same_as", pa.string()),
-        ("same_as_shard", pa.string()),
+        ("same_as_number", pa.int32()),
+        ("same_as_row", pa.int32()),
     ]
 )
 _GROUP_ROWS = 1 << 14
@@ -103,19 +104,23 @@ def map_table(path: Path) -> pa.Table:
 
 
 def duplicates_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
-    """Rows that are left out as duplicates, sorted by shard and row."""
-    return pa.Table.from_pylist(sorted(rows, key=lambda row: (row["shard"], row["row"])), schema=_DUPLICATES)
+    """What one part of a search found, sorted by shard and row.
+
+    Args:
+        rows: Of each row that was found again, ``number`` of its shard and ``row`` in it, ``reason`` and ``detail``;
+            of its first row, the uid ``same_as``, ``same_as_number`` and ``same_as_row``.
+    """
+    return pa.Table.from_pylist(sorted(rows, key=lambda row: (row["number"], row["row"])), schema=_DUPLICATES)
 
 
 def write_duplicates(table: pa.Table, path: Path) -> None:
-    """Write ``duplicates_table`` so that the rows of one shard can be read alone."""
+    """Write ``duplicates_table``, or the findings of a bundle, so that the rows of one shard can be read alone."""
     pq.write_table(table, path, row_group_size=_GROUP_ROWS)
 
 
-def duplicates_of_shard(files: Iterable[Path], shard: str) -> Iterator[dict[str, Any]]:
-    """The duplicates of one shard, by file; where several files have a row, the first file counts."""
-    for file in files:
-        yield from pq.read_table(file, filters=[("shard", "=", shard)]).to_pylist()
+def duplicates_of_shard(findings: Path, number: int) -> list[dict[str, Any]]:
+    """Why rows of one shard are left out, from the findings of its bundle."""
+    return pq.read_table(findings, filters=[("number", "=", number)]).to_pylist()
 
 
 def write_labels(
@@ -125,7 +130,7 @@ def write_labels(
 
     Args:
         measures: Columns ``uid``, ``key``, ``reason`` and ``detail`` of the shard's rows, sorted by key.
-        duplicates: Rows to leave out beside those that have a reason.
+        duplicates: Rows to leave out beside those that have a reason, see ``duplicates_of_shard``.
         path: File to write.
         where: Step and shard, for messages.
 

@@ -200,7 +200,6 @@ def write_bundle(
 def find_semantic_duplicates(
     gathered: Artifact,
     bundles: Sequence[Bundle],
-    shards: Sequence[str],
     group: Group,
     max_similarity: float,
     device: str = "cpu",
@@ -210,7 +209,6 @@ def find_semantic_duplicates(
     Args:
         gathered: The files of the bundles, see ``write_bundle``.
         bundles: All bundles.
-        shards: Names of the shards, sorted.
         group: The group.
         max_similarity: The recipe's threshold.
         device: Torch device.
@@ -229,12 +227,13 @@ def find_semantic_duplicates(
                 uid = uids[int(first)].as_py()
                 duplicates.append(
                     {
-                        "shard": shards[numbers[again]],
+                        "number": int(numbers[again]),
                         "row": int(rows[again]),
                         "reason": "semantic_duplicate",
                         "detail": f"similarity {similarity[place]:.3f}",
                         "same_as": uid,
-                        "same_as_shard": shards[numbers[first]],
+                        "same_as_number": int(numbers[first]),
+                        "same_as_row": int(rows[first]),
                     }
                 )
     return duplicates_table(duplicates)

@@ -65,6 +65,7 @@ _BEFORE_EVALUATE = (
     StepRow(
         name="filter",
         title="Filter",
+        version=2,
         inputs=("download",),
         runner="pipeline.runtime.filter:run_filter",
         role="download",

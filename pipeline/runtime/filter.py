@@ -6,9 +6,10 @@ Every pass is a pool of workers that commits shard by shard under ``live/``.
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
-from pathlib import Path
+from functools import partial
 from typing import Any, cast
+
+import numpy as np
 
 from pipeline.data.selection import label_file
 from pipeline.errors import StepError
@@ -25,6 +26,7 @@ from pipeline.filter.labels import (
     write_labels,
     write_table,
 )
+from pipeline.filter.left_out import find_left_out, findings_of_bundle, starts_of
 from pipeline.recipe.sections import FilterConfig
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.data import commit_shard
@@ -33,10 +35,16 @@ from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.progress import Progress
 from pipeline.workspace.store import LIVE, Artifact
 
-MEASURES, GATHERED, DUPLICATES = (f"{LIVE}{name}" for name in ("measures", "gathered", "duplicates"))
+MEASURES, GATHERED, FOUND = (f"{LIVE}{name}" for name in ("measures", "gathered", "found"))
 """Folders of the passes inside the artifact: what each row says about itself, what a search reads, what it finds."""
+LEFT_OUT, FINDINGS = (f"{LIVE}{name}" for name in ("left_out", "findings"))
+"""What was found, put together: which rows are left out, and why, by bundle of shards."""
+ALL = "all"
+"""Name of the only file of a pass."""
 ONE_PART = {"in": 1, "ok": 1}
 """Counts of a pass over parts, not rows."""
+Place = tuple[str, int]
+"""File with the findings of a shard, and the shard's number in it."""
 
 
 def part_of(output: Artifact, folder: str) -> Artifact:
@@ -82,6 +90,24 @@ class Passes:
         )
         return map_shards(self._context, job)
 
+    def put_together(self, parts: Sequence[str], sizes: Sequence[int]) -> dict[str, Place]:
+        """Put together what a search found, in two passes; returns where each shard's findings are.
+
+        Args:
+            parts: Names of the search's parts, in the order in which they count.
+            sizes: Rows of each shard.
+        """
+        bundles = {bundle.name: bundle for bundle in plan_bundles(len(self._shards))}
+        worker = partial(LeftOutWorker, parts=parts, sizes=sizes)
+        self.run(worker, LEFT_OUT, "putting together what was found", [ALL])
+        worker = partial(FindingsWorker, parts=parts, sizes=sizes, shards=self._shards, bundles=bundles)
+        self.run(worker, FINDINGS, "putting together what was found", list(bundles))
+        return {
+            self._shards[number]: (f"{bundle.name}.parquet", number)
+            for bundle in bundles.values()
+            for number in range(bundle.first, bundle.stop)
+        }
+
     def finish(self, records: list[ShardRecord]) -> StepResult:
         """Write the examples; the result of the step.
 
@@ -109,12 +135,14 @@ def run_filter(context: StepContext) -> StepResult:
     measures = passes.run(MeasureWorker, MEASURES, "measuring")
     num_staying, shards = total_counts(measures).get("ok", 0), list(download)
     parts = {part.name: part for part in search_parts(_section(context), num_staying)} if num_staying else {}
+    places: dict[str, Place] = {}
     if parts:
         bundles = {bundle.name: bundle for bundle in plan_bundles(len(shards))}
         passes.run(partial(GatherWorker, shards=shards, bundles=bundles), GATHERED, "gathering", list(bundles))
-        worker = partial(DuplicateWorker, shards=shards, bundles=list(bundles.values()), parts=parts)
-        passes.run(worker, DUPLICATES, "searching duplicates", list(parts))
-    return passes.finish(passes.run(LabelWorker, "", "labelling"))
+        worker = partial(DuplicateWorker, bundles=list(bundles.values()), parts=parts)
+        passes.run(worker, FOUND, "searching duplicates", list(parts))
+        places = passes.put_together(list(parts), [record.counts["in"] for record in measures])
+    return passes.finish(passes.run(partial(LabelWorker, places=places), "", "labelling"))
 
 
 def _section(context: StepContext) -> FilterConfig:
@@ -135,12 +163,9 @@ class PassWorker:
         """The folder of one pass."""
         return part_of(self.output, folder)
 
-    @cached_property
-    def duplicate_files(self) -> list[Path]:
-        """What the search found, in the order in which it counts."""
-        folder = self.part(DUPLICATES)
-        names = [name for name in folder.names() if name.endswith(".parquet")]
-        return [folder.path(name) for name in names]  # "exact" sorts before "near": the first reason counts
+    def duplicates(self, place: Place | None) -> list[dict[str, Any]]:
+        """What the search found of a shard; None: it found nothing."""
+        return duplicates_of_shard(self.part(FINDINGS).path(place[0]), place[1]) if place else []
 
 
 class MeasureWorker(PassWorker):
@@ -190,36 +215,99 @@ class DuplicateWorker(PassWorker):
 
     Args:
         context: The step.
-        shards: Names of all shards.
         bundles: All bundles of gathered rows.
         parts: The parts of the search, by name.
     """
 
-    def __init__(
-        self, context: StepContext, shards: Sequence[str], bundles: Sequence[Bundle], parts: Mapping[str, Part]
-    ) -> None:
+    def __init__(self, context: StepContext, bundles: Sequence[Bundle], parts: Mapping[str, Part]) -> None:
         super().__init__(context)
-        self._shards = shards
         self._bundles = bundles
         self._parts = parts
 
     def __call__(self, shard: str) -> ShardRecord:
         """Search one part."""
-        start, output, section = time.monotonic(), self.part(DUPLICATES), _section(self.context)
-        table = find_duplicates(self.part(GATHERED), self._bundles, self._shards, self._parts[shard], section)
+        start, output, section = time.monotonic(), self.part(FOUND), _section(self.context)
+        table = find_duplicates(self.part(GATHERED), self._bundles, self._parts[shard], section)
+        with output.write(f"{shard}.parquet") as path:
+            write_duplicates(table, path)
+        return commit_shard(output, shard, ONE_PART, [], start)
+
+
+class LeftOutWorker(PassWorker):
+    """Finds the rows that are left out, from what all parts of a search found.
+
+    Args:
+        context: The step.
+        parts: Names of the parts.
+        sizes: Rows of each shard.
+    """
+
+    def __init__(self, context: StepContext, parts: Sequence[str], sizes: Sequence[int]) -> None:
+        super().__init__(context)
+        self._parts = parts
+        self._starts = starts_of(sizes)
+
+    def __call__(self, shard: str) -> ShardRecord:
+        """Find them all."""
+        start, output = time.monotonic(), self.part(LEFT_OUT)
+        is_out = find_left_out(self.part(FOUND), self._parts, self._starts)
+        with output.write(f"{shard}.npy") as path, path.open("wb") as file:
+            np.save(file, is_out)
+        return commit_shard(output, shard, ONE_PART, [], start)
+
+
+class FindingsWorker(PassWorker):
+    """Brings together what was found of many shards: one finding for each row that is left out.
+
+    Args:
+        context: The step.
+        parts: Names of the search's parts, in the order in which they count.
+        sizes: Rows of each shard.
+        shards: Names of all shards.
+        bundles: The bundles, by name.
+    """
+
+    def __init__(
+        self,
+        context: StepContext,
+        parts: Sequence[str],
+        sizes: Sequence[int],
+        shards: Sequence[str],
+        bundles: Mapping[str, Bundle],
+    ) -> None:
+        super().__init__(context)
+        self._parts = parts
+        self._starts = starts_of(sizes)
+        self._shards = shards
+        self._bundles = bundles
+        self._is_out = np.load(self.part(LEFT_OUT).path(f"{ALL}.npy"), mmap_mode="r").view(np.ndarray)
+
+    def __call__(self, shard: str) -> ShardRecord:
+        """Bring one bundle together."""
+        start, output, bundle = time.monotonic(), self.part(FINDINGS), self._bundles[shard]
+        table = findings_of_bundle(self.part(FOUND), self._parts, bundle, self._shards, self._starts, self._is_out)
         with output.write(f"{shard}.parquet") as path:
             write_duplicates(table, path)
         return commit_shard(output, shard, ONE_PART, [], start)
 
 
 class LabelWorker(PassWorker):
-    """The last pass of ``filter``: the labels."""
+    """The last pass of ``filter``: the labels.
+
+    Args:
+        context: The step.
+        places: Where the findings of each shard are; empty if there was no search.
+    """
+
+    def __init__(self, context: StepContext, places: Mapping[str, Place]) -> None:
+        super().__init__(context)
+        self._places = places
 
     def __call__(self, shard: str) -> ShardRecord:
         """Label the rows of one shard."""
         start, name = time.monotonic(), label_file(shard)
         measures = map_table(self.part(MEASURES).path(f"{shard}.arrow"))
         with self.output.write(name) as path:
-            duplicates = duplicates_of_shard(self.duplicate_files, shard)
+            duplicates = self.duplicates(self._places.get(shard))
             counts, stays = write_labels(measures, duplicates, path, where=f"filter: shard {shard}")
         return commit_shard(self.output, shard, counts, [name], start, count_splits(measures, stays))

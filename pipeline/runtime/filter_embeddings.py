@@ -13,7 +13,6 @@ from pipeline.data.shards import read_names, read_schema, read_table
 from pipeline.filter.gathered import Bundle, plan_bundles
 from pipeline.filter.labels import (
     count_reasons,
-    duplicates_of_shard,
     map_table,
     write_duplicates,
     write_labels,
@@ -22,7 +21,7 @@ from pipeline.filter.labels import (
 from pipeline.recipe.sections import FilterEmbeddingsConfig
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.data import commit_shard
-from pipeline.runtime.filter import DUPLICATES, GATHERED, MEASURES, ONE_PART, Passes, PassWorker, part_of
+from pipeline.runtime.filter import ALL, FOUND, GATHERED, MEASURES, ONE_PART, Passes, PassWorker, Place, part_of
 from pipeline.runtime.pool import total_counts
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.store import LIVE, Artifact
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 CENTROIDS, CLUSTERS = (f"{LIVE}{name}" for name in ("centroids", "clustered"))
 """Folders of two passes inside the artifact: the clusters, and the rows of each shard by cluster."""
 _LEAST_SCORE = f"{LIVE}least_score.json"
-_ALL = "all"
 
 
 def run_filter_embeddings(context: StepContext) -> StepResult:
@@ -51,13 +49,14 @@ def run_filter_embeddings(context: StepContext) -> StepResult:
     passes = Passes(context, shards, sum(record.counts["ok"] for record in embed.values()))
     records = passes.run(ScoreWorker, MEASURES, "scoring")
     metrics: dict[str, float] = {}
+    places: dict[str, Place] = {}
     if config.clip_score_share < 1 and total_counts(records).get("ok"):
         measures = part_of(output, MEASURES)
         files = (measures.path(f"{shard}.arrow") for shard in shards)
         metrics["least_clip_score"] = least_score_of_share(files, config.clip_score_share)
         output.write_json(_LEAST_SCORE, metrics)
     if config.max_similarity < 1 and total_counts(records).get("ok"):
-        passes.run(CentroidWorker, CENTROIDS, "clustering", [_ALL])
+        passes.run(CentroidWorker, CENTROIDS, "clustering", [ALL])
         passes.run(ClusterWorker, CLUSTERS, "clustering")
         metrics["num_clusters"] = len(_centroids(output))
         planned = plan_groups(part_of(output, CLUSTERS), shards, int(metrics["num_clusters"]))
@@ -65,9 +64,10 @@ def run_filter_embeddings(context: StepContext) -> StepResult:
         bundles = {bundle.name: bundle for bundle in plan_bundles(len(shards))}
         gather = partial(GatherClustersWorker, shards=shards, bundles=bundles, groups=planned)
         passes.run(gather, GATHERED, "gathering", list(bundles))
-        worker = partial(SemanticWorker, shards=shards, bundles=list(bundles.values()), groups=groups)
-        passes.run(worker, DUPLICATES, "searching semantic duplicates", list(groups))
-    result = passes.finish(passes.run(KeepWorker, "", "labelling"))
+        worker = partial(SemanticWorker, bundles=list(bundles.values()), groups=groups)
+        passes.run(worker, FOUND, "searching semantic duplicates", list(groups))
+        places = passes.put_together(list(groups), [record.counts["in"] for record in records])
+    result = passes.finish(passes.run(partial(KeepWorker, places=places), "", "labelling"))
     return StepResult(counts=result.counts, metrics=metrics, num_workers=result.num_workers)
 
 
@@ -78,7 +78,7 @@ def _section(context: StepContext) -> FilterEmbeddingsConfig:
 
 
 def _centroids(output: Artifact) -> NDArray[np.float32]:
-    with part_of(output, CENTROIDS).path(f"{_ALL}.npy").open("rb") as file:
+    with part_of(output, CENTROIDS).path(f"{ALL}.npy").open("rb") as file:
         return np.load(file)
 
 
@@ -194,16 +194,12 @@ class SemanticWorker(_EmbeddingWorker):
 
     Args:
         context: The step.
-        shards: Names of all shards.
         bundles: All bundles of gathered rows.
         groups: The groups of clusters, by name.
     """
 
-    def __init__(
-        self, context: StepContext, shards: Sequence[str], bundles: Sequence[Bundle], groups: "Mapping[str, Group]"
-    ) -> None:
+    def __init__(self, context: StepContext, bundles: Sequence[Bundle], groups: "Mapping[str, Group]") -> None:
         super().__init__(context)
-        self._shards = shards
         self._bundles = bundles
         self._groups = groups
 
@@ -211,20 +207,26 @@ class SemanticWorker(_EmbeddingWorker):
         """Compare the rows of one group of clusters."""
         from pipeline.filter.semantic import find_semantic_duplicates
 
-        start, output = time.monotonic(), self.part(DUPLICATES)
+        start, output = time.monotonic(), self.part(FOUND)
         limit, device = self._section.max_similarity, self._section.resources.accelerator
         group = self._groups[shard]
-        table = find_semantic_duplicates(self.part(GATHERED), self._bundles, self._shards, group, limit, device)
+        table = find_semantic_duplicates(self.part(GATHERED), self._bundles, group, limit, device)
         with output.write(f"{shard}.parquet") as path:
             write_duplicates(table, path)
         return commit_shard(output, shard, ONE_PART, [], start)
 
 
 class KeepWorker(_EmbeddingWorker):
-    """The last pass of ``filter_embeddings``: the labels, and the embeddings of the rows that stay."""
+    """The last pass of ``filter_embeddings``: the labels, and the embeddings of the rows that stay.
 
-    def __init__(self, context: StepContext) -> None:
+    Args:
+        context: The step.
+        places: Where the findings of each shard are; empty if there was no search.
+    """
+
+    def __init__(self, context: StepContext, places: Mapping[str, Place]) -> None:
         super().__init__(context)
+        self._places = places
         self._lists = {name: record.list_number for name, record in self._embed.shard_records().items()}
 
     def __call__(self, shard: str) -> ShardRecord:
@@ -234,7 +236,7 @@ class KeepWorker(_EmbeddingWorker):
 
         start, names = time.monotonic(), [label_file(shard), f"{shard}.parquet"]
         with self.output.write(names[0]) as path:
-            duplicates = duplicates_of_shard(self.duplicate_files, shard)
+            duplicates = self.duplicates(self._places.get(shard))
             where = f"filter_embeddings: shard {shard}"
             counts, stays = write_labels(self._measures(shard), duplicates, path, where=where)
         path = self._embed.path(names[1])

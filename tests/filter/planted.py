@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from pipeline.data.rows import make_uid
 from pipeline.data.selection import selection_of
 from pipeline.data.shards import StoredPictures, good_rows
 from pipeline.recipe.plan import Step, artifact_of, make_plan, manifest_of
@@ -67,6 +68,10 @@ class Planted:
         """Add one pair."""
         self.pairs[name] = replace(sample, url=f"http://a/{name}")
         self.reasons[name] = reason
+
+    def uid(self, name: str) -> str:
+        """The uid of a pair."""
+        return make_uid(self.pairs[name].url, self.pairs[name].caption)
 
     def write(self, download: Artifact) -> None:
         """Write the pairs as committed shards, in their order."""

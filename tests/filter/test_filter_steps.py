@@ -55,11 +55,6 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     without_ray(monkeypatch)
 
 
-def _uid(planted: Planted, name: str) -> str:
-    sample = planted.pairs[name]
-    return make_uid(sample.url, sample.caption)
-
-
 def _filtered(tmp_path: Path, planted: Planted, rules: dict[str, Any]) -> tuple[StepContext, dict[str, dict[str, str]]]:
     context = make_context(tmp_path, "filter", tiny_recipe(tmp_path, filter=rules))
     planted.write(context.inputs["download"])
@@ -72,7 +67,7 @@ def _filtered(tmp_path: Path, planted: Planted, rules: dict[str, Any]) -> tuple[
 def test_every_planted_fault_is_left_out_for_its_reason_and_clean_rows_stay(tmp_path: Path) -> None:
     planted = planted_pairs()
     context, labels = _filtered(tmp_path, planted, RULES)
-    assert {name: labels[_uid(planted, name)]["reason"] for name in planted.pairs} == planted.reasons
+    assert {name: labels[planted.uid(name)]["reason"] for name in planted.pairs} == planted.reasons
     manifest = context.output.manifest()
     assert manifest is not None
     assert manifest.counts == count(planted.reasons)
@@ -82,8 +77,8 @@ def test_every_planted_fault_is_left_out_for_its_reason_and_clean_rows_stay(tmp_
         "mirrored": "clean-6",
         "late copy": "clean-3",
     }.items():
-        assert labels[_uid(planted, name)]["same_as"] == _uid(planted, original)
-    assert "de" in labels[_uid(planted, "german")]["detail"]
+        assert labels[planted.uid(name)]["same_as"] == planted.uid(original)
+    assert "de" in labels[planted.uid("german")]["detail"]
     assert not [name for name in context.output.names() if name.startswith("live/")]
 
 
@@ -95,7 +90,7 @@ def test_the_report_gets_examples_of_every_reason_with_their_pictures(tmp_path: 
     assert {reason: len(entries) for reason, entries in examples.items()} == {
         reason: min(2, number) for reason, number in count(planted.reasons).items() if reason not in {"in", "ok"}
     }
-    again = next(entry for entry in examples["duplicate"] if entry["uid"] == _uid(planted, "same file"))
+    again = next(entry for entry in examples["duplicate"] if entry["uid"] == planted.uid("same file"))
     assert again["stays"]["caption"] == caption_of(5)
     pictures = [Image.open(context.output.path(item["file"])) for item in again["pictures"]]
     assert np.array_equal(*(np.asarray(picture) for picture in pictures))
@@ -116,7 +111,7 @@ def test_a_picture_keeps_its_captions_if_only_pairs_are_compared(tmp_path: Path)
     planted.add("three", "duplicate", pair("", "a caption", picture))
     planted.add("four", "near_duplicate", pair("", "another caption", copy))
     _, labels = _filtered(tmp_path, planted, {"duplicates": "near", "same_caption_only": True})
-    assert {name: labels[_uid(planted, name)]["reason"] for name in planted.pairs} == planted.reasons
+    assert {name: labels[planted.uid(name)]["reason"] for name in planted.pairs} == planted.reasons
 
 
 @pytest.mark.parametrize("cell", ["1" + "0" * 400, "[" * 200_000, "nan", "none", ""])
@@ -125,7 +120,7 @@ def test_a_cell_that_is_no_number_is_a_missing_number(cell: str, tmp_path: Path)
     planted.add("good", "", pair("", "a", encode(scene_picture(1)), punsafe="0.25"))
     planted.add("odd", "no_nsfw", pair("", "b", encode(scene_picture(2)), punsafe=cell))
     _, labels = _filtered(tmp_path, planted, {"max_nsfw": 0.5})
-    assert {name: labels[_uid(planted, name)]["reason"] for name in planted.pairs} == planted.reasons
+    assert {name: labels[planted.uid(name)]["reason"] for name in planted.pairs} == planted.reasons
 
 
 @pytest.mark.parametrize("text", ["no digits", "ab", "ff" * 16, "0x" + "a" * 62])
@@ -136,7 +131,7 @@ def test_a_checksum_that_is_none_is_computed_from_the_picture(text: str, tmp_pat
     planted.add("again", "duplicate", pair("", "b", picture, sha256=text))
     planted.add("other", "", pair("", "c", other, sha256=text))  # the same text, of another picture
     _, labels = _filtered(tmp_path, planted, {"duplicates": "exact"})
-    assert {name: labels[_uid(planted, name)]["reason"] for name in planted.pairs} == planted.reasons
+    assert {name: labels[planted.uid(name)]["reason"] for name in planted.pairs} == planted.reasons
 
 
 def test_columns_of_laion_coyo_and_datacomp_decide(tmp_path: Path) -> None:
@@ -178,7 +173,7 @@ def test_columns_of_laion_coyo_and_datacomp_decide(tmp_path: Path) -> None:
         planted.add(name, reason, pair("", caption_of(number), encode(scene_picture(number)), **columns))
     rules = {"max_watermark": 0.8, "max_nsfw": 0.5, "nsfw_tags": ["UNLIKELY"], "max_faces": 1, "min_similarity": 0.28}
     _, labels = _filtered(tmp_path, planted, rules)
-    assert {name: labels[_uid(planted, name)]["reason"] for name in planted.pairs} == planted.reasons
+    assert {name: labels[planted.uid(name)]["reason"] for name in planted.pairs} == planted.reasons
 
 
 def test_a_rule_without_its_column_says_how_to_bring_it(tmp_path: Path) -> None:
@@ -196,7 +191,7 @@ def test_short_captions_are_no_other_language(tmp_path: Path) -> None:
         planted.add(caption, "", pair("", caption, encode(scene_picture(number))))
     planted.add("french", "language", pair("", "un chat noir sur un canape", encode(scene_picture(4))))
     _, labels = _filtered(tmp_path, planted, {"languages": ["en"]})
-    assert {name: labels[_uid(planted, name)]["reason"] for name in planted.pairs} == planted.reasons
+    assert {name: labels[planted.uid(name)]["reason"] for name in planted.pairs} == planted.reasons
 
 
 def test_an_unknown_language_is_refused_with_the_languages_there_are(tmp_path: Path) -> None:
@@ -287,8 +282,8 @@ def test_wrong_captions_and_semantic_duplicates_are_left_out_after_the_cheap_rul
     planted.add("moved", "semantic_duplicate", pair("", f"as before, {caption_of(9)}", encode(moved)))
     context = _run_both(tmp_path, planted, min_clip_score=0.9, max_similarity=0.998)
     labels = labels_of(output_of(context.recipe, "filter")) | labels_of(context.output)
-    assert {name: labels[_uid(planted, name)]["reason"] for name in planted.pairs} == planted.reasons
-    assert labels[_uid(planted, "moved")]["same_as"] == _uid(planted, "clean-9")
+    assert {name: labels[planted.uid(name)]["reason"] for name in planted.pairs} == planted.reasons
+    assert labels[planted.uid("moved")]["same_as"] == planted.uid("clean-9")
     counts = [output_of(context.recipe, name).manifest().counts for name in ("filter", "filter_embeddings")]
     assert counts[0]["in"] == len(planted.pairs)
     assert counts[1]["in"] == counts[0]["ok"]
@@ -300,7 +295,7 @@ def test_trainings_the_index_and_the_evaluation_read_what_stays(tmp_path: Path) 
     planted.add("wrong", "clip_score", pair("", caption_of(71), encode(scene_picture(70))))
     context = _run_both(tmp_path, planted, min_clip_score=0.9)
     inputs = {name: output_of(context.recipe, name) for name in ("download", "embed", "filter", "filter_embeddings")}
-    staying = {_uid(planted, name) for name, reason in planted.reasons.items() if not reason}
+    staying = {planted.uid(name) for name, reason in planted.reasons.items() if not reason}
     of_pictures = ShardReader(inputs["download"], None, "train", selection_of(inputs))
     of_embeddings = ShardReader(None, embeddings_of(inputs), "train")
     of_both = ShardReader(inputs["download"], embeddings_of(inputs), "train")

@@ -82,10 +82,10 @@ def test_small_parts_find_what_one_part_finds(
         with files.write(bundle.file) as path:
             gathered.write_batches(gathered.gather_measures(measures, shards, bundle, config), path)
 
-    def find() -> set[tuple[str, int, str, str]]:
+    def find() -> set[tuple[int, int, str, str]]:
         parts = duplicates.search_parts(config, num_rows)
-        tables = [duplicates.find_duplicates(files, bundles, shards, part, config).to_pylist() for part in parts]
-        return {(row["shard"], row["row"], row["reason"], row["same_as"]) for rows in tables for row in rows}
+        tables = [duplicates.find_duplicates(files, bundles, part, config).to_pylist() for part in parts]
+        return {(row["number"], row["row"], row["reason"], row["same_as"]) for rows in tables for row in rows}
 
     whole = find()
     monkeypatch.setattr(duplicates, "ROWS_PER_PART", rows_per_part)

@@ -90,10 +90,11 @@ def _duplicates(folder: Path, z: Floats, scores: Floats, *, rows_per_group: int,
     for bundle in bundles:
         with files.write(bundle.file) as path:
             semantic.write_bundle(clusters, shards, bundle, groups, path)
-    tables_of_groups = [semantic.find_semantic_duplicates(files, bundles, shards, group, 0.95) for group in groups]
+    tables_of_groups = [semantic.find_semantic_duplicates(files, bundles, group, 0.95) for group in groups]
     rows = [row for table in tables_of_groups for row in table.to_pylist()]
-    uid_of = {(shard, row): uid.as_py() for shard in shards for row, uid in enumerate(tables[shard]["uid"])}
-    return {uid_of[row["shard"], row["row"]]: row["same_as"] for row in rows}
+    uids = [tables[shard]["uid"].to_pylist() for shard in shards]
+    assert all(uids[row["same_as_number"]][row["same_as_row"]] == row["same_as"] for row in rows)
+    return {uids[row["number"]][row["row"]]: row["same_as"] for row in rows}
 
 
 def test_groups_of_clusters_find_what_one_group_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
