@@ -45,6 +45,7 @@ tag = "openai"
 import_from = {folder}
 """
 _UID = re.compile(r"[0-9a-f]{32}")
+_NUMBER = re.compile(r"[0-9]+")
 
 
 def export_embeddings(embed: Artifact, folder: Path) -> int:
@@ -99,13 +100,19 @@ def find_parts(folder: Path) -> list[NpyPart]:
     numbers = {path.stem.removeprefix("img_emb_"): path for path in folder.glob("img_emb/img_emb_*.npy")}
     if not numbers:
         raise DataError(f"{folder}: no img_emb/img_emb_*.npy; it is no folder of embeddings of clip-retrieval")
+    for number, path in numbers.items():
+        if not _NUMBER.fullmatch(number):
+            raise DataError(f"{path}: {number} is no number of a part; rename or move this file away")
     parts: list[NpyPart] = []
     names = numbered_names(len(numbers))
     for place, number in enumerate(sorted(numbers, key=int)):
         text, metadata = folder / f"text_emb/text_emb_{number}.npy", folder / f"metadata/metadata_{number}.parquet"
         for path in (text, metadata):
             if not path.is_file():
-                raise DataError(f"{path} is missing: each part needs embeddings of pictures and of texts, and metadata")
+                raise DataError(
+                    f"{path} is missing: each part needs embeddings of pictures and of texts, and metadata; "
+                    "clip-retrieval writes all three with --enable_text True --enable_image True --enable_metadata True"
+                )
         shapes = {str(path): _open_array(path).shape for path in (numbers[number], text)}
         num_rows, embed_dim = next(iter(shapes.values()))
         rows = pq.read_metadata(metadata).num_rows

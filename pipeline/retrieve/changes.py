@@ -52,7 +52,7 @@ def _unlocked() -> None:
 def delete(index: Artifact, names: Sequence[str], check: Check = _unlocked) -> Change:
     """Let no search return the rows of some uids or URLs.
 
-    The rows stay in the files until `unclip index compact`; they are not added again by an append.
+    The rows stay in the files until `unclip compact`; they are not added again by an append.
 
     Args:
         index: The index.

@@ -184,8 +184,8 @@ class Retriever:
         if not stored:
             return rows.select(list(names))
         shards, keys = (rows.column(name).to_pylist() for name in ("shard", "key"))
-        of_index = self.index.sources
-        sources = self.index.sources_of(ids) if len(of_index) > 1 else np.zeros(len(ids), np.int64)
+        of_index, num_sources = self.index.sources, len(self.index.sources)
+        sources = self.index.sources_of(ids) if num_sources > 1 else np.zeros(len(ids), np.int64)
         parts, places = list[pa.Table](), list[int]()
         for source in np.unique(sources).tolist():
             own: list[int] = np.flatnonzero(sources == source).tolist()
@@ -206,7 +206,7 @@ class Retriever:
             DataError: If it cannot be read; names shard, key and uid.
         """
         [source] = self.index.sources_of([neighbour.id])
-        pictures = self._pictures(self.index.sources[source].uri)
+        pictures = self._pictures(self.index.sources[int(source)].uri)
         return pictures.read(neighbour.shard, neighbour.key, neighbour.uid)
 
     def id_of(self, uid: str) -> int | None:
@@ -228,8 +228,7 @@ class Retriever:
         Vectors are read in blocks until there are K: those of a million candidates are gigabytes.
         """
         kept: list[int] = []
-        vectors = np.empty((0, self.index.embed_dim), np.float32)
-        """Of the kept rows."""
+        vectors = np.empty((0, self.index.embed_dim), np.float32)  # of the kept rows
         for start in range(0, len(ids), _DISTINCT_ROWS):
             block = self.index.vectors(ids[start : start + _DISTINCT_ROWS])
             is_new = (block @ vectors.T).max(axis=1, initial=-np.inf) < limit

@@ -132,8 +132,11 @@ def test_parts_come_in_order_of_their_numbers_and_must_fit_together(tmp_path: Pa
     with pytest.raises(DataError, match="part 0: rows differ"):
         find_parts(part("metadata", "0", num_meta=2))
     (part("missing", "0") / "text_emb/text_emb_0.npy").unlink()
-    with pytest.raises(DataError, match=r"text_emb_0\.npy is missing"):
+    with pytest.raises(DataError, match=r"text_emb_0\.npy is missing: .* with --enable_text True"):
         find_parts(tmp_path / "missing")
+    for number in ("part", "\u00b2", "1-2"):
+        with pytest.raises(DataError, match=rf"img_emb_{number}.npy: {number} is no number of a part"):
+            find_parts(part(f"named-{number}", number))
     with pytest.raises(DataError, match="no folder of embeddings of clip-retrieval"):
         find_parts(tmp_path)
     (part("damaged", "0") / "img_emb/img_emb_0.npy").write_bytes(b"no array")
