@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import resource
 import shutil
 import time
 from collections.abc import Generator
@@ -45,8 +46,8 @@ def _context(recipe: Recipe, root: Path, name: str = "prior", inputs: dict[str, 
     return StepContext(recipe, Step(name, 1, {"train": {"num_steps": 1}}, inputs or {}), str(root))
 
 
-def _write_rows(context: StepContext, num_rows: int) -> None:
-    rows = [{"step": step, "time": 1000 + step, "loss": 1 / (step + 1)} for step in range(num_rows)]
+def _write_rows(context: StepContext, num_rows: int, *, begun: int = 1000) -> None:
+    rows = [{"step": step, "time": begun + step, "loss": 1 / (step + 1)} for step in range(num_rows)]
     context.output.write_bytes("metrics.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows).encode())
 
 
@@ -125,6 +126,61 @@ def test_a_stopped_run_is_continued_in_its_parent_without_doubles(database: str,
     assert str(model.status) == "READY"
     text = client.download_artifacts(parent.info.run_id, "recipe.json", str(tmp_path))
     assert json.loads(Path(text).read_text())["name"] == "tracked"
+
+
+def test_a_training_that_begins_again_at_its_first_step_has_another_child(database: str, tmp_path: Path) -> None:
+    """Its inputs have changed, or somebody has removed a checkpoint that did not fit: the old curve is not its own."""
+    recipe, workspace = _recipe(database, "again"), Workspace(str(tmp_path))
+    context = _context(recipe, tmp_path)
+    with _stopped(recipe, workspace) as tracking:
+        tracking.started(context)
+        _write_rows(context, 50)
+        tracking.forward(context)
+        tracking.failed(context)
+    for num_rows in (2, 4):  # the run is stopped once more, and goes on in the new child
+        with _stopped(recipe, workspace) as tracking:
+            tracking.started(context)
+            _write_rows(context, num_rows, begun=2000)
+            tracking.forward(context)
+            run_id = tracking.run_id(context, 60)
+            tracking.failed(context)
+    runs = {run.info.run_name: run for run in _runs(database, "again")}
+    assert runs.keys() == {"tracked", "prior", "prior (2)"}
+    assert runs["prior (2)"].info.run_id == run_id
+    assert runs["prior (2)"].data.params == runs["prior"].data.params
+    assert {run.data.tags["unclip.step"] for run in runs.values()} == {"pipeline", "prior"}
+    assert (runs["prior"].info.status, runs["prior (2)"].info.status) == ("KILLED", "FAILED")
+    assert [step for step, _, _ in _history(database, runs["prior"].info.run_id)] == list(range(50))
+    assert _history(database, run_id) == [(step, 1 / (step + 1), 1000 * (2000 + step)) for step in range(4)]
+
+
+def test_a_full_disk_loses_nothing_of_a_curve_and_is_said_once(tmp_path: Path) -> None:
+    recipe, warnings = _recipe(f"http://127.0.0.1:{free_port()}"), list[str]()
+    context = _context(recipe, tmp_path)
+    with Tracking(recipe, Workspace(str(tmp_path)), warnings.append) as tracking:
+        _write_rows(context, 40)
+        (records,) = (tmp_path / "tracking").glob(f"*/{RECORDS}")
+        with _files_of_at_most(records.stat().st_size):
+            tracking.started(context)
+            tracking.forward(context)
+            tracking.forward(context)
+        full = [warning for warning in warnings if "gets what follows when there is room again" in warning]
+        assert len(full) == 1
+        tracking.forward(context)
+    said = [json.loads(line) for line in records.read_text().splitlines()]
+    of_step = [(record["op"], len(record.get("points", ()))) for record in said if record["run"][1] == "prior"]
+    assert of_step == [("start", 0), ("inputs", 0), ("metrics", 40)]
+
+
+@contextlib.contextmanager
+def _files_of_at_most(num_bytes: int) -> Generator[None]:
+    """A disk that is full when a file has this size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_readings_of_the_machine_are_curves_of_the_pipeline_run(

@@ -59,7 +59,7 @@ class Delivery:
         """There is something to deliver."""
         self._wake.set()
 
-    def run_id(self, run: tuple[str, str], wait_s: float) -> str:
+    def run_id(self, run: tuple[str, ...], wait_s: float) -> str:
         """MLflow's id of a run; waits until it is known, at most ``wait_s`` and not for a server that fails."""
         deadline = time.monotonic() + wait_s
         while True:

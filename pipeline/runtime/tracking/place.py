@@ -45,7 +45,7 @@ class Place:
         tracker = hashlib.sha256(f"{recipe.tracking.uri} {self.experiment}".encode()).hexdigest()[:8]
         self._folder = f"tracking/{tracker}"
         self._lock = threading.Lock()
-        self.state: Json = {}
+        self.state: Json = {"attempts": {}, "curves": {}}
 
     def open(self) -> Outbox:
         """Bring what another machine published here, and read it.
@@ -60,13 +60,14 @@ class Place:
                 self._workspace.restore(f"{self._folder}/{name}")
         outbox, where = Outbox(folder), self._identity(folder)
         with contextlib.suppress(FileNotFoundError, ValueError):
-            self.state = json.loads((folder / _STATE).read_text())
+            self.state |= json.loads((folder / _STATE).read_text())
         if self.state.get("place") != where:
-            self.state = {"place": where, "attempts": {}, "forwarded": {}}
+            self.state = {"place": where, "attempts": {}, "curves": {}}
             self.save()
         elif not self._workspace.is_local:
             # A killed run may have written points that were not published, or into a database that was not.
-            self.state["forwarded"] = {}
+            for curves in self.state["curves"].values():
+                curves["last"] = {}
         return outbox
 
     def restore_database(self) -> None:

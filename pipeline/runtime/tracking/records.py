@@ -55,6 +55,11 @@ def datasets_of(context: StepContext) -> list[Json]:
     return datasets
 
 
+def begun_at(lines: list[str]) -> float:
+    """When the first loss of a training's curves was measured: another time, if they have begun anew; 0 without any."""
+    return next((row.get("time", 0.0) for row in map(json.loads, lines) if "loss" in row), 0.0)
+
+
 def new_points(lines: list[str], last: dict[str, int]) -> list[list[Any]]:
     """Points [name, value, time in ms, step] beyond the last step of each curve, which moves on."""
     points: list[list[Any]] = []

@@ -7,6 +7,7 @@ The driver alone speaks, and only to an ``Outbox`` in the workspace; a thread de
 import base64
 import hashlib
 import json
+import threading
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from pipeline.runtime.tracking.delivery import Delivery
 from pipeline.runtime.tracking.outbox import Outbox
 from pipeline.runtime.tracking.place import OFF, Place, check_scheme
 from pipeline.runtime.tracking.records import (
+    begun_at,
     code_tags,
     datasets_of,
     model_record,
@@ -59,6 +61,9 @@ class Tracking:
         self._attempt = ""
         self._begun_ms = 0
         self._seen: dict[str, Any] = {}
+        self._unwritten: list[Json] = []
+        self._is_full = False
+        self._lock = threading.Lock()
         self._outbox: Outbox | None = None
         self._delivery: Delivery | None = None
 
@@ -85,23 +90,36 @@ class Tracking:
         if kind is None:
             del self._place.state["attempts"][self._recipe.name]
             self._save()
-        self._say({"op": "finish", "run": self._run(""), "status": status, "tags": {}, "time_ms": now_ms()})
+        self._say(self._finish_record(self._run(""), status))
+        if self._unwritten:
+            self._warn(f"{self._place.kept_in} has no room: the tracker does not get {len(self._unwritten)} records")
         _close(self._place, self._outbox, self._delivery, self._warn)
 
     def started(self, context: StepContext) -> None:
         """Begin, or continue, the step's run."""
         if self._outbox is None:
             return
+        self._say(*self._child_records(context, self._curves(context.step.name)["number"]))
+
+    def _child_records(self, context: StepContext, number: int) -> list[Json]:
+        """The beginning of the step's run: the first one in this pipeline run, or one whose curves began anew."""
         step = context.step
         tags = {"unclip.key": step.key, "unclip.artifact": context.output.uri}
         tags |= {f"input.{name}": key for name, key in step.inputs.items()}
-        self._say(
-            self._start_record(step.name, step.name, params_of(step.section), tags),
-            {"op": "inputs", "run": self._run(step.name), "datasets": datasets_of(context)},
-        )
+        title = step.name if number == 1 else f"{step.name} ({number})"
+        start = self._start_record(step.name, title, params_of(step.section), tags)
+        run = self._run(step.name, number)
+        return [start | {"run": run}, {"op": "inputs", "run": run, "datasets": datasets_of(context)}]
 
-    def forward(self, context: StepContext) -> None:
-        """Send the new points of the step's curves."""
+    def forward(self, context: StepContext, *, is_last: bool = False) -> None:
+        """Send the new points of the step's curves; curves that have begun anew, from the first step, as another run.
+
+        What a full disk does not take is read again at the next call.
+
+        Args:
+            context: The step.
+            is_last: Whether there is no other call.
+        """
         if self._outbox is None or not context.output.exists(METRICS):
             return
         path, name = context.output.path(METRICS), context.step.name
@@ -109,21 +127,38 @@ class Tracking:
         stamp = (str(path), facts.st_mtime_ns, facts.st_size)
         if self._seen.get(name) == stamp:
             return
-        self._seen[name] = stamp
-        last: dict[str, int] = self._place.state["forwarded"].setdefault(f"{self._attempt}/{name}", {})
-        points = new_points(path.read_text(encoding="utf-8").splitlines(), last)
+        lines = path.read_text(encoding="utf-8").splitlines()
+        curves: Json = self._curves(name)
+        begun, records = begun_at(lines), list[Json]()
+        if begun and curves["begun"] not in {0.0, begun}:
+            records += [
+                self._finish_record(self._run(name), "KILLED"),
+                *self._child_records(context, curves["number"] + 1),
+            ]
+            curves = {"number": curves["number"] + 1, "begun": begun, "last": {}}
+        curves["begun"] = begun or curves["begun"]
+        points, run = new_points(lines, curves["last"]), self._run(name, curves["number"])
         if points:
-            self._say({"op": "metrics", "run": self._run(name), "points": points}, *self._grids(context, points))
+            records += [{"op": "metrics", "run": run, "points": points}, *self._grids(context, run, points)]
+            if not self._say(*records, is_kept=is_last):
+                return
+            self._place.state["curves"][f"{self._attempt}/{name}"] = curves
             self._save()
+        self._seen[name] = stamp
 
-    def _grids(self, context: StepContext, points: list[list[Any]]) -> list[Json]:
+    def _curves(self, step: str) -> Json:
+        """What was sent of a step's curves: the number of their run, when they began, the last step of each."""
+        sent: Json = self._place.state["curves"].get(f"{self._attempt}/{step}", {"number": 1, "begun": 0.0, "last": {}})
+        return sent | {"last": dict(sent["last"])}
+
+    def _grids(self, context: StepContext, run: list[str], points: list[list[Any]]) -> list[Json]:
         """The grids of the validations whose losses are new, with their bytes: the commit removes the files."""
         records: list[Json] = []
         for name, _, time_ms, step in points:
             if name == "val_loss" and context.output.exists(grid_name(step)):
                 png = base64.b64encode(context.output.path(grid_name(step)).read_bytes()).decode()
                 facts = {"key": "validation", "png": png, "step": step, "time_ms": time_ms}
-                records.append({"op": "image", "run": self._run(context.step.name), **facts})
+                records.append({"op": "image", "run": run, **facts})
         return records
 
     def finished(self, context: StepContext, result: StepResult) -> str:
@@ -131,7 +166,7 @@ class Tracking:
         if self._outbox is None or self._delivery is None:
             return ""
         name, now = context.step.name, now_ms()
-        self.forward(context)
+        self.forward(context, is_last=True)
         # Under a name of its own, so that no point is added to a curve.
         flat = flatten(result.metrics | {"rows": result.counts})
         points = [
@@ -154,19 +189,17 @@ class Tracking:
                 for file in pictures
             ),
             *self._model_records(context),
-            {"op": "finish", "run": run, "status": "FINISHED", "tags": {}, "time_ms": now},
+            self._finish_record(run, "FINISHED"),
         )
         return self.run_id(context, _DATABASE_WAIT_S if self._place.is_local else 0.0)
 
     def run_id(self, context: StepContext, wait_s: float = 0.0) -> str:
         """MLflow's id of a step's run; empty if it is not known after ``wait_s`` seconds."""
-        return self._delivery.run_id((self._attempt, context.step.name), wait_s) if self._delivery else ""
+        return self._delivery.run_id(tuple(self._run(context.step.name)), wait_s) if self._delivery else ""
 
     def failed(self, context: StepContext) -> None:
         """Close the step's run as failed."""
-        self._say(
-            {"op": "finish", "run": self._run(context.step.name), "status": "FAILED", "tags": {}, "time_ms": now_ms()}
-        )
+        self._say(self._finish_record(self._run(context.step.name), "FAILED"))
 
     def _model_records(self, context: StepContext) -> list[Json]:
         """A trained network as a model; a measured cascade as a version, the newest candidate."""
@@ -184,15 +217,18 @@ class Tracking:
         previous = attempts.get(self._recipe.name, {})
         if previous.get("recipe") != digest:
             attempts[self._recipe.name] = previous = {"name": uuid.uuid4().hex, "recipe": digest, "time_ms": now_ms()}
-            forwarded, names = self._place.state["forwarded"], {attempt["name"] for attempt in attempts.values()}
-            self._place.state["forwarded"] = {
-                run: forwarded[run] for run in forwarded if run.partition("/")[0] in names
-            }
+            curves, names = self._place.state["curves"], {attempt["name"] for attempt in attempts.values()}
+            self._place.state["curves"] = {run: curves[run] for run in curves if run.partition("/")[0] in names}
             self._save()
         self._attempt, self._begun_ms = str(previous["name"]), int(previous["time_ms"])
 
-    def _run(self, step: str) -> list[str]:
-        return [self._attempt, step]
+    def _run(self, step: str, number: int = 0) -> list[str]:
+        """The name of a step's run; 0: the newest, if its curves have begun anew."""
+        number = number or self._curves(step)["number"]
+        return [self._attempt, step] + ([str(number)] if number > 1 else [])
+
+    def _finish_record(self, run: list[str], status: str) -> Json:
+        return {"op": "finish", "run": run, "status": status, "tags": {}, "time_ms": now_ms()}
 
     def _start_record(self, step: str, title: str, params: Json, tags: dict[str, str]) -> Json:
         run = {"op": "start", "run": self._run(step), "name": title, "params": params, "time_ms": now_ms()}
@@ -202,17 +238,33 @@ class Tracking:
         now = now_ms()
         seconds = (now - self._begun_ms) // 1000
         points = [[name, value, now, seconds] for name, value in readings.items()]
-        self._say({"op": "metrics", "run": self._run(""), "points": points})
+        self._say({"op": "metrics", "run": self._run(""), "points": points}, is_kept=False)
 
-    def _say(self, *records: Json) -> None:
+    def _say(self, *records: Json, is_kept: bool = True) -> bool:
+        """Write what the tracker is to get, and before it what a full disk has not taken; whether it was written.
+
+        Args:
+            records: What it is to get.
+            is_kept: Whether it is written with a later one if there is no room now.
+        """
         if self._outbox is None:
-            return
-        try:
-            self._outbox.append(records)
-        except OSError as error:
-            self._warn(f"{self._place.kept_in}: {error}; the tracker does not get {records[0]['op']}")
+            return False
+        with self._lock:
+            waiting = [*self._unwritten, *records]
+            try:
+                self._outbox.append(waiting)
+            except OSError as error:
+                if not self._is_full:
+                    self._warn(
+                        f"{self._place.kept_in}: {error}; the tracker gets what follows when there is room again"
+                    )
+                self._is_full = True
+                self._unwritten = waiting if is_kept else self._unwritten
+                return False
+            self._unwritten, self._is_full = [], False
         if self._delivery is not None:
             self._delivery.wake()
+        return True
 
     def _save(self) -> None:
         try:

@@ -25,6 +25,7 @@ _MAX_BATCH = 1000
 _MAX_PARAMS = 100
 _MAX_VALUE_CHARS = 500
 _PARENT = "pipeline"
+_CHILD = "unclip.child"
 _PASSING = {401, 403, 408, 425, 429}
 """Refusals that a person or time may lift: a password, too many requests."""
 _MOST_TRIES = 3
@@ -105,8 +106,9 @@ class Tracker:
         self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         self._name = experiment
         self._experiment_id = self._experiment(None if files is None else files.as_uri())
-        self.run_ids: dict[tuple[str, str], str] = {}
-        """MLflow's run id of each (pipeline run, step); the step of the parent is empty."""
+        self.run_ids: dict[tuple[str, ...], str] = {}
+        """MLflow's run id of each (pipeline run, step), or (pipeline run, step, "2") of a step whose curves began anew.
+        The step of the parent is empty."""
         self._actions: dict[str, Callable[[Json], None]] = {
             "start": self._start,
             "inputs": self._log_inputs,
@@ -165,18 +167,21 @@ class Tracker:
         """Begin, or continue, a run: a parent, or the child of one."""
         from mlflow.entities import Param, RunTag
 
-        attempt, step = record["run"]
+        run = tuple(record["run"])
+        attempt, step, *number = run
         own = {"unclip.run": attempt, "unclip.step": step or _PARENT}
+        if number:
+            own[_CHILD] = number[0]
         parent = {"mlflow.parentRunId": self._run_id([attempt, ""])} if step else {}
-        runs = self._search(attempt, step)
+        runs = self._search(run)
         if not runs:
             tags = record["tags"] | own | parent
-            run = self._client.create_run(self._experiment_id, record["time_ms"], tags, record["name"])
+            created = self._client.create_run(self._experiment_id, record["time_ms"], tags, record["name"])
             # A request that went unanswered may have been answered since.
-            runs = self._search(attempt, step) or [run.info.run_id]
+            runs = self._search(run) or [created.info.run_id]
             for double in runs[1:]:
                 self._client.delete_run(double)
-        self.run_ids[attempt, step] = runs[0]
+        self.run_ids[run] = runs[0]
         self._client.update_run(runs[0], status="RUNNING")
         self._client.log_batch(runs[0], tags=[RunTag(name, value) for name, value in record["tags"].items()])
         entries = [Param(name, str(value)[:_MAX_VALUE_CHARS]) for name, value in record["params"].items()]
@@ -292,17 +297,21 @@ class Tracker:
         Raises:
             RefusedError: If the server does not have it any more.
         """
-        attempt, step = run
-        if (attempt, step) not in self.run_ids:
-            runs = self._search(attempt, step)
+        if tuple(run) not in self.run_ids:
+            runs = self._search(run)
             if not runs:
-                raise RefusedError(f"the server does not have the run of {step or 'the pipeline'} any more")
-            self.run_ids[attempt, step] = runs[0]
-        return self.run_ids[attempt, step]
+                raise RefusedError(f"the server does not have the run of {run[1] or 'the pipeline'} any more")
+            self.run_ids[tuple(run)] = runs[0]
+        return self.run_ids[tuple(run)]
 
-    def _search(self, attempt: str, step: str) -> list[str]:
-        """Ids of the runs of a (pipeline run, step), the oldest first: one, or more after unanswered requests."""
+    def _search(self, run: Sequence[str]) -> list[str]:
+        """Ids of the runs of a step in a pipeline run, the oldest first: one, or more after unanswered requests.
+
+        Of a step whose curves began anew, the first run is the oldest of all; the others have numbers.
+        """
+        attempt, step, *number = run
         where = f"tags.`unclip.run` = '{attempt}' and tags.`unclip.step` = '{step or _PARENT}'"
+        where += "".join(f" and tags.`{_CHILD}` = '{child}'" for child in number)
         runs = self._client.search_runs([self._experiment_id], where, order_by=["attributes.start_time ASC"])
         return [run.info.run_id for run in runs]
 
