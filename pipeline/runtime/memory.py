@@ -21,6 +21,9 @@ Json = dict[str, Any]
 _PART = f"{LIVE}micro_batch.json"
 _PROCESS_GB = 1.5
 """Of a worker on CPUs, beside its tensors: the libraries, and the rows that are read ahead."""
+_LEAST_SHARE = 0.5
+"""Of a worker's share of its machine, for its tensors: where shares are small, many workers have the same libraries in
+memory once."""
 
 
 def with_counted_part(context: StepContext) -> StepContext:
@@ -30,7 +33,7 @@ def with_counted_part(context: StepContext) -> StepContext:
 
     Raises:
         ConfigError: If the shape of a pretrained CLIP is not known there.
-        StepError: If not even the smallest part fits; says what would make it fit.
+        StepError: If not even the smallest part fits, or there is no room at all; says what would make it fit.
     """
     name, resources = context.step.name, context.recipe.trained()[context.step.name].resources
     if resources.micro_batch_size != "auto":
@@ -56,7 +59,7 @@ def _count(name: str, context: StepContext) -> Json:
 
     recipe = context.recipe
     section = recipe.trained()[name]
-    room_gb = _room_gb(section.resources)
+    room_gb = _room_gb(name, section.resources)
     section = replace(section, resources=replace(section.resources, gpu_memory_gb=room_gb))
     with torch.device("meta"):
         frozen = build_clip(recipe)
@@ -70,11 +73,24 @@ def _count(name: str, context: StepContext) -> Json:
     return {"samples": memory.samples, "words": words}
 
 
-def _room_gb(resources: TrainResources) -> float:
-    """Memory of a worker's tensors, in 10^9 bytes."""
+def _room_gb(name: str, resources: TrainResources) -> float:
+    """Memory of a worker's tensors, in 10^9 bytes.
+
+    Raises:
+        StepError: If what Ray sets aside for a worker on CPUs is not enough for its process alone.
+    """
     if resources.accelerator == "cuda":
         import torch
 
         return resources.gpu_memory_gb or torch.cuda.get_device_properties(0).total_memory / 1e9
-    share = resources.cpus_per_worker / (os.cpu_count() or 1)
-    return (resources.memory_gb_per_worker or psutil.virtual_memory().total / 1e9 * share) - _PROCESS_GB
+    if resources.memory_gb_per_worker:
+        room_gb = resources.memory_gb_per_worker - _PROCESS_GB
+        if room_gb <= 0:
+            raise StepError(
+                f"{name}: resources.memory_gb_per_worker is {resources.memory_gb_per_worker:g}, and a worker takes "
+                f"{_PROCESS_GB} GB beside its tensors; set more, or 0 for its share of the machine, or a number as "
+                "micro_batch_size"
+            )
+        return room_gb
+    share_gb = psutil.virtual_memory().total / 1e9 * min(1.0, resources.cpus_per_worker / (os.cpu_count() or 1))
+    return max(share_gb - _PROCESS_GB, _LEAST_SHARE * share_gb)

@@ -4,18 +4,16 @@ The driver asks through a file beside the training's progress, because it shares
 workers.
 """
 
-import contextlib
 import signal
 import threading
 import time
+import traceback
 from types import FrameType
 from typing import Any, Self
 
 import ray
-import ray.exceptions
 from ray._private.state import state as ray_state
 
-from pipeline.errors import UnclipError
 from pipeline.workspace.store import LIVE, Artifact
 
 STOP = f"{LIVE}stop"
@@ -79,7 +77,7 @@ class StopNotice:
 
     def __init__(self, output: Artifact, *, reads_requests: bool) -> None:
         self._output, self._reads_requests = output, reads_requests
-        self._reason = ""
+        self._reason, self._drain_due = "", 0.0
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stop notice", daemon=True)
         self._is_main = threading.current_thread() is threading.main_thread()
@@ -103,16 +101,25 @@ class StopNotice:
         return "its process got SIGTERM" if _termination.is_noted else self._reason
 
     def _watch(self) -> None:
-        drain_due = 0.0
+        failures = set[str]()
         while not self._reason and not self._ends.wait(_POLL_S):
-            # A store or a head that does not answer for a moment is asked again.
-            with contextlib.suppress(UnclipError, OSError, ray.exceptions.RayError):
-                if self._reads_requests and is_stop_requested(self._output):
-                    self._reason = "the run was asked to end"
-                elif ray.is_initialized() and time.monotonic() >= drain_due:
-                    drain_due = time.monotonic() + _DRAIN_POLL_S
-                    if is_leaving(ray.get_runtime_context().get_node_id(), time.time()):
-                        self._reason = "its machine is taken away"
+            for look in (self._request, self._drain):
+                try:
+                    self._reason = self._reason or look()
+                except Exception as error:  # noqa: BLE001  (a store or a head that does not answer is asked again)
+                    if type(error).__name__ not in failures:
+                        traceback.print_exc()  # into the worker's log, once for each kind
+                    failures.add(type(error).__name__)
+
+    def _request(self) -> str:
+        return "the run was asked to end" if self._reads_requests and is_stop_requested(self._output) else ""
+
+    def _drain(self) -> str:
+        if not ray.is_initialized() or time.monotonic() < self._drain_due:
+            return ""
+        self._drain_due = time.monotonic() + _DRAIN_POLL_S
+        is_drained = is_leaving(ray.get_runtime_context().get_node_id(), time.time())
+        return "its machine is taken away" if is_drained else ""
 
 
 def is_leaving(node_id: str, now: float) -> bool:

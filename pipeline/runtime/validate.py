@@ -18,9 +18,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
+from ray._private.state import available_resources_per_node
 
 from pipeline.recipe.train_sections import TrainResources
 from pipeline.runtime.context import StepContext
+from pipeline.runtime.placement import amounts_of, cluster_has_roles, machine_has, worker_options
 from pipeline.runtime.stopping import is_stop_requested
 from pipeline.runtime.worker_logs import logged
 from pipeline.train.results import read_beside, result_steps, write_beside
@@ -163,7 +165,7 @@ class ValidationsBeside:
 
     def __init__(self, context: StepContext, resources: TrainResources) -> None:
         self._context, self._resources = context, resources
-        self._amounts = {"CPU": resources.cpus_of_validation, "GPU": resources.validation_gpus}
+        self._options = validation_options(context.step.name, resources, has_roles=cluster_has_roles())
         self._validations = Validations(context.output, self._start, self._lacks, resources.hang_timeout_s)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="validations", daemon=True)
@@ -215,17 +217,29 @@ class ValidationsBeside:
 
     def _start(self, step: int) -> Task:
         name = f"{self._context.step.name}: validate step {step}"
-        options = {"num_cpus": self._amounts["CPU"], "num_gpus": self._amounts["GPU"], "name": name}
-        reference = _validate.options(**options).remote(self._context, step)
+        reference = _validate.options(name=name, **self._options).remote(self._context, step)
         return Task(step, reference.future(), lambda: ray.cancel(reference, force=True), time.monotonic())
 
     def _lacks(self) -> str:
-        free = ray.available_resources()
-        return " and ".join(
-            f"only {free.get(name, 0.0):g} of {amount:g} {name} was free"
-            for name, amount in self._amounts.items()
-            if free.get(name, 0.0) < amount
-        )
+        return lacks(self._options)
+
+
+def validation_options(step: str, resources: TrainResources, *, has_roles: bool) -> Json:
+    """Ray's options for a validation beside a training: on the machines that are there for its workers, too."""
+    amounts = {"num_cpus": resources.cpus_of_validation, "num_gpus": resources.validation_gpus}
+    labels = worker_options(step, resources, has_roles=has_roles).get("label_selector")
+    return amounts | ({"label_selector": labels} if labels else {})
+
+
+def lacks(options: Json) -> str:
+    """What no machine has free for a task with these options at this moment; empty if one has room for it."""
+    free, amounts = available_resources_per_node(), amounts_of(options)
+    rooms = [
+        free.get(node["NodeID"], {}) for node in ray.nodes() if node["Alive"] and machine_has(node, amounts, options)
+    ]
+    if any(all(room.get(name, 0.0) >= amount for name, amount in amounts.items()) for room in rooms):
+        return ""
+    return f"no machine had {' and '.join(f'{amount:g} {name}' for name, amount in amounts.items())} free"
 
 
 # A process of its own, because it gives way to others for as long as it lives. It can be tried again because of such

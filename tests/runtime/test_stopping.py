@@ -73,6 +73,28 @@ def test_a_training_ends_when_the_driver_asks(
     assert job.output.exists(STOP)
 
 
+def test_a_fault_of_any_kind_leaves_the_later_notices_to_be_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stopping, "_POLL_S", 0.01)
+    looks: list[Artifact] = []
+
+    def look(output: Artifact) -> bool:
+        looks.append(output)
+        if len(looks) < 4:
+            raise ValueError("an answer that nobody can read")
+        return True
+
+    monkeypatch.setattr(stopping, "is_stop_requested", look)
+    with StopNotice(Artifact(str(tmp_path)), reads_requests=True) as notice:
+        end = time.monotonic() + 10
+        while not notice():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert notice() == "the run was asked to end"
+    assert capsys.readouterr().err.count("ValueError: an answer that nobody can read") == 1
+
+
 def test_a_second_sigterm_and_one_outside_of_a_training_are_handled_as_before(tmp_path: Path) -> None:
     received: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))

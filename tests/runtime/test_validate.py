@@ -18,12 +18,14 @@ from pipeline.recipe.recipe import parse_recipe
 from pipeline.recipe.train_sections import TrainResources
 from pipeline.runtime.connection import connect
 from pipeline.runtime.context import StepContext
+from pipeline.runtime.placement import ROLE
 from pipeline.runtime.train import run_training
-from pipeline.runtime.validate import Task, Validations
+from pipeline.runtime.validate import Task, Validations, lacks, validation_options
 from pipeline.train.results import BesideState, read_beside, write_result
 from pipeline.train.resume import checkpoint_name
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Artifact
+from tests.tiny.cluster import cluster_without_cpus
 from tests.tiny.recipe import tiny_tables
 from tests.tiny.training import upsampler_context
 
@@ -183,6 +185,28 @@ def test_a_fault_of_looking_itself_is_counted_once(cluster: _Cluster) -> None:
     for error in itertools.repeat(OSError("no answer"), 3):
         cluster.validations.fails(error)
     assert cluster.state == BesideState(failed=1, reason="OSError: no answer")
+
+
+@pytest.mark.ray
+def test_a_validation_needs_room_on_one_machine_of_those_for_the_training() -> None:
+    resources = TrainResources(num_workers=2, validation_cpus=2.0)
+    options = validation_options("prior", resources, has_roles=True)
+    assert options == {"num_cpus": 2.0, "num_gpus": 0.0, "label_selector": {ROLE: "train"}}
+    alone = validation_options("prior", resources, has_roles=False)
+    with cluster_without_cpus() as cluster:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1, labels={ROLE: "train"})
+        ray.init(address=cluster.address, log_to_driver=False)
+        try:
+            assert ray.available_resources()["CPU"] == 2
+            assert lacks(alone) == "no machine had 2 CPU free"
+            cluster.add_node(num_cpus=2, labels={ROLE: "download"})
+            assert lacks(alone) == ""
+            assert lacks(options) == "no machine had 2 CPU free"
+            cluster.add_node(num_cpus=2, labels={ROLE: "train"})
+            assert lacks(options) == ""
+        finally:
+            ray.shutdown()
 
 
 def _context(workspace: Path, **resources: object) -> StepContext:
