@@ -140,7 +140,8 @@ class TrainResources:
     micro_batch_size: NonNegativeInt | Literal["auto"] = 0
     """Most samples in one forward and backward pass of a worker, which bounds its memory; 0: its whole share of the
     batch; "auto": all of it or the largest power of two that fits, counted as `plan --cost` counts it, once, before the
-    first step, against the GPU's memory, or on CPUs against memory_gb_per_worker or the worker's share of its machine.
+    first step, against the GPU's memory, or on CPUs against memory_gb_per_worker or the worker's share of its machine,
+    less 1.5 GB for its process, or half of a share below 3 GB.
     The parts' gradients are added up: the same training up to rounding. A contrastive loss (clip, noisy_clip) computes
     its features twice then. Not for a CLIP with a ResNet, whose batch norms depend on the part."""
     num_shards: NonNegativeInt = 1
@@ -166,9 +167,9 @@ class TrainResources:
     kept besides the newest, of a loss the lowest, of others the highest; empty: none."""
     validation: Literal["auto", "in_line", "beside"] = "auto"
     """Who computes loss and measures of each checkpoint on validation rows: in_line, the first worker, for whom the
-    others wait; beside, another process on CPUs or a GPU that are free at that moment, for which nobody waits: if
-    nothing is free, or the one before still runs, the checkpoint is skipped, which the progress says. The finished
-    network is always validated. auto: beside with several workers on GPUs, else in_line."""
+    others wait; beside, another process on CPUs or a GPU that are free at that moment, on one machine with the workers'
+    labels, for which nobody waits: if none has room, or the one before still runs, the checkpoint is skipped, which the
+    progress says. The finished network is always validated. auto: beside with several workers on GPUs, else in_line."""
     validation_cpus: NonNegativeFloat = 0.0
     """CPUs of a validation beside the training; also its torch threads. 0: as many as a worker has."""
     validation_gpus: NonNegativeFloat = 0.0
@@ -180,12 +181,13 @@ class TrainResources:
     """Steps in all whose loss or gradient may be not finite: they change no weight and are counted. One more stops the
     training, which says in which step, samples and parameters; run again with a larger number it goes on."""
     max_failures: NonNegativeInt = 2
-    """Restarts from the newest checkpoint after an error or a lost worker."""
+    """Restarts from the newest checkpoint after an error, or a lost worker whose machine is still there."""
     max_preemptions: NonNegativeInt = 1000
     """Restarts after a machine was lost or taken away, or a worker got SIGTERM. Where there is notice, the training
     writes a checkpoint first, so that nothing is lost."""
     max_out_of_memory: NonNegativeInt = 4
-    """Restarts after memory did not suffice, each with half the micro_batch_size: the same training up to rounding."""
+    """Restarts after memory did not suffice, of the GPU or of the machine (Ray or the kernel has ended a worker), each
+    with half the micro_batch_size: the same training up to rounding."""
     resize_every_s: PositiveFloat = 300.0
     """With [fewest, most] workers: seconds between looks whether there is room for more, who then begin with all others
     at the newest checkpoint."""

@@ -31,6 +31,13 @@ class End:
     """The error that it failed with, where a person should see all of it."""
 
 
+def out_of_memory(section: TrainedSection, num_workers: int, cause: str) -> End:
+    """The end of a start in which a worker had too little memory."""
+    share = -(-section.train.batch_size // num_workers)
+    largest = min(section.resources.samples_a_pass or share, share)
+    return End("out_of_memory", f"out of memory with {largest} samples at a time ({cause})", largest_pass=largest)
+
+
 class Restarts:
     """The starts of one training so far.
 

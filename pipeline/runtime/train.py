@@ -16,10 +16,10 @@ import ray.exceptions
 from pipeline import errors
 from pipeline.errors import ConfigError, StepError, UnclipError
 from pipeline.recipe.plan import earlier_trainings
-from pipeline.recipe.recipe import TrainedSection
 from pipeline.recipe.train_sections import TrainResources
 from pipeline.runtime.calls import MachineLostError, call
 from pipeline.runtime.context import StepContext, StepResult
+from pipeline.runtime.lost_workers import end_of, forget_places, here, last_line, note_places
 from pipeline.runtime.memory import with_counted_part
 from pipeline.runtime.placement import (
     cluster_has_roles,
@@ -30,7 +30,7 @@ from pipeline.runtime.placement import (
     unoffered,
     worker_options,
 )
-from pipeline.runtime.restarts import End, Restarts
+from pipeline.runtime.restarts import End, Restarts, out_of_memory
 from pipeline.runtime.stopping import StopNotice, handle_sigterm, is_stop_requested
 from pipeline.runtime.validate import ValidationsBeside
 from pipeline.runtime.worker_logs import logged
@@ -103,38 +103,31 @@ def _options(context: StepContext, resources: TrainResources) -> Json:
 
 def _fit_one(context: StepContext, resources: TrainResources) -> End:
     """Train on one worker, a task."""
+    forget_places(context.output)
     options = _options(context, resources)
     machines = living_machines()
     try:
-        return call(_run_worker, context, options={"name": f"{context.step.name}: train", **options})
+        return call(_run_alone, context, options={"name": f"{context.step.name}: train", **options})
     except MachineLostError as error:
         return End("preempted", f"a machine was lost ({error})")
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UnclipError):
             raise error.cause from None
-        return End("failed", _last_line(error), error=error)
-    except ray.exceptions.OutOfMemoryError as error:
-        section = context.recipe.trained()[context.step.name]
-        return _out_of_memory(section, 1, _last_line(error))
+        return End("failed", last_line(error), error=error)
     except ray.exceptions.RayError as error:
-        return _lost(machines, _last_line(error))
+        return end_of(context, error, machines)
 
 
 def _fit_many(context: StepContext, resources: TrainResources) -> End:
     """Train on several workers: Ray Train forms the process group, and another one when there is room for more."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2._internal.execution.callback import WorkerCallback
     from ray.train.v2.api.exceptions import PreemptionError
-
-    class HandleTermination(WorkerCallback):
-        def after_init_train_context(self) -> None:
-            """Called in the main thread of a worker, before the training begins in another one."""
-            handle_sigterm()
 
     output = context.output
     for file in (_ERROR, _END):
         output.remove(file)
+    forget_places(output)
     os.environ.update({key: value for key, value in _RAY_TRAIN_SETTINGS.items() if key not in os.environ})
     num_gpus = _num_gpus(resources)
     options = _options(context, resources)
@@ -153,7 +146,7 @@ def _fit_many(context: StepContext, resources: TrainResources) -> End:
             name=f"{context.step.name}-{context.step.key}",
             storage_path=f"{output.uri}/{LIVE}ray",
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
-            callbacks=[HandleTermination()],  # pyright: ignore[reportArgumentType]  (Ray takes all of its kinds)
+            callbacks=_callbacks(context),
         ),
     )
     machines = living_machines()
@@ -161,11 +154,38 @@ def _fit_many(context: StepContext, resources: TrainResources) -> End:
         trainer.fit()
     except PreemptionError:
         return End("preempted", "its machine was taken away")
-    except TrainingFailedError as error:
+    except (TrainingFailedError, ray.exceptions.RayError) as error:  # the latter if the controller itself is lost
         _raise_reported(context)
-        return End(**output.read_json(_END)) if output.exists(_END) else _lost(machines, _cause(error))
+        return End(**output.read_json(_END)) if output.exists(_END) else end_of(context, error, machines)
     _raise_reported(context)
     return End(**output.read_json(_END))
+
+
+def _callbacks(context: StepContext) -> list[Any]:
+    """What Ray Train calls: in a worker before it trains, and in its controller when there are workers."""
+    from ray.train.v2._internal.execution.callback import WorkerCallback, WorkerGroupCallback
+
+    class HandleTermination(WorkerCallback):
+        def after_init_train_context(self) -> None:
+            """Called in the main thread of a worker, before the training begins in another one."""
+            handle_sigterm()
+
+    class NotePlaces(WorkerGroupCallback):
+        def before_worker_group_start(self, worker_group_context: Any) -> None:  # noqa: ARG002  (Ray's signature)
+            """Called before each group of workers, also of another number."""
+            forget_places(context.own_output)
+
+        def after_worker_group_start(self, worker_group: Any) -> None:
+            """Called when all workers of a group are there, before they train."""
+            note_places(context.own_output, worker_group.execute(here))
+
+    return [HandleTermination(), NotePlaces()]
+
+
+def _run_alone(context: StepContext) -> End:
+    """The only worker; runs in a process of its own."""
+    note_places(context.own_output, [here()])
+    return _run_worker(context)
 
 
 def _run_ranked(config: dict[str, Any]) -> None:
@@ -226,26 +246,12 @@ def _run_worker(context: StepContext, rank: int = 0, world_size: int = 1) -> End
     except (RuntimeError, MemoryError) as error:  # torch has a class of its own for a GPU's memory alone
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
-        return _out_of_memory(section, world_size, str(error).partition("\n")[0])
+        return out_of_memory(section, world_size, str(error).partition("\n")[0])
     except UnclipError as error:
         raise type(error)(f"{name}: {error}") from error
     if rank == 0:
         progress.update(section.train.total_steps, section.train.total_steps, "steps", "trained", force=True)
     return End("finished", metrics=metrics, files=output.known() if rank == 0 else {})
-
-
-def _out_of_memory(section: TrainedSection, world_size: int, cause: str) -> End:
-    """The end of a training whose worker has too little memory."""
-    share = -(-section.train.batch_size // world_size)
-    largest = min(section.resources.samples_a_pass or share, share)
-    return End("out_of_memory", f"out of memory with {largest} samples at a time ({cause})", largest_pass=largest)
-
-
-def _lost(machines: set[str], cause: str) -> End:
-    """The end of a training that lost a worker: with one of the machines that were there, or alone."""
-    if machines <= living_machines():
-        return End("failed", f"a worker failed ({cause})")
-    return End("preempted", f"a machine was lost ({cause})")
 
 
 def _device(resources: TrainResources, world_size: int) -> "torch.device":
@@ -273,17 +279,6 @@ def _raise_reported(context: StepContext) -> None:
     if context.output.exists(_ERROR):
         reported = context.output.read_json(_ERROR)
         raise getattr(errors, reported["class"])(reported["message"])
-
-
-def _cause(error: Exception) -> str:
-    """The first worker's own error, in one line."""
-    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    return _last_line(next(iter(failures.values()), error))
-
-
-def _last_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1]
 
 
 def _load_clip(context: StepContext) -> StepResult:

@@ -23,10 +23,10 @@ from pipeline.recipe.schedule import needs_of
 from pipeline.runtime.connection import connect
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.train import run_training
-from pipeline.workspace.progress import METRICS
+from pipeline.workspace.progress import METRICS, read_progress
 from pipeline.workspace.store import Artifact
 from tests.tiny.cluster import cluster_without_cpus
-from tests.tiny.faults import FaultyContext, train_workers
+from tests.tiny.faults import FaultyContext, train_controllers, train_workers
 from tests.tiny.recipe import tiny_tables
 from tests.tiny.training import upsampler_context
 
@@ -99,9 +99,15 @@ def test_a_machine_that_is_lost_and_one_that_comes(cluster: Cluster, tmp_path: P
         _wait_for(output, [2, 1], done)
         cluster.add_node(num_cpus=1)
         _wait_for(output, [2, 1, 2], done)
-        assert ray.get(task).metrics["num_steps"] == NUM_STEPS
+        metrics = ray.get(task).metrics
         alone = upsampler_context(_recipe(tmp_path / "alone", num_workers=1))
         ray.get(ray.remote(num_cpus=0)(run_training).remote(alone))
+    assert (metrics["num_steps"], metrics["num_preemptions"]) == (NUM_STEPS, 1)
+    assert "num_failures" not in metrics  # that budget is for workers
+    progress = read_progress(output)
+    assert progress is not None
+    assert progress.notice.startswith("a machine was lost (")
+    assert progress.notice.endswith("); it goes on from its newest checkpoint")
     assert [number for number, _ in _parts(output)] == [2, 1, 2]
     assert sum(steps for _, steps in _parts(output)) == NUM_STEPS
     weights = [load_file(context.output.path("model.safetensors")) for context in (for_both, alone)]
@@ -183,10 +189,10 @@ def test_a_machine_that_is_drained_with_notice(cluster: Cluster, tmp_path: Path)
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 @pytest.mark.slow
-def test_workers_that_get_sigterm_are_killed_or_raise_begin_again(tmp_path: Path) -> None:
+def test_workers_that_get_sigterm_are_killed_or_raise_and_a_lost_controller_begin_again(tmp_path: Path) -> None:
     resources = {"num_workers": 2, "cpus_per_worker": 0.5}
     disturbed, calm = (
-        upsampler_context(_recipe(tmp_path / name, num_steps=400, **resources)) for name in ("wild", "calm")
+        upsampler_context(_recipe(tmp_path / name, num_steps=800, **resources)) for name in ("wild", "calm")
     )
     with connect():
         start = ray.remote(num_cpus=0, max_retries=0)(run_training).remote
@@ -195,9 +201,15 @@ def test_workers_that_get_sigterm_are_killed_or_raise_begin_again(tmp_path: Path
         for number, kill in enumerate((signal.SIGTERM, signal.SIGKILL)):
             _wait_for_steps(disturbed.output, 100 * (number + 1))
             train_workers()[number].send_signal(kill)
+        _wait_for_steps(disturbed.output, 300)
+        (controller,) = train_controllers()
+        controller.kill()
         metrics = ray.get(task).metrics
         ray.get(start(calm))
-        assert (metrics["num_preemptions"], metrics["num_failures"]) == (1, 1)
+        assert (metrics["num_preemptions"], metrics["num_failures"]) == (1, 2)
+        progress = read_progress(disturbed.output)
+        assert progress is not None
+        assert progress.notice.startswith("a worker failed (")
         assert _weights(disturbed) == _weights(calm)
         for num_workers in (1, 2):
             recipe = _recipe(tmp_path / str(num_workers), num_steps=6, num_workers=num_workers, cpus_per_worker=0.5)

@@ -43,9 +43,18 @@ class FaultyContext(StepContext):
 
 def train_workers() -> list[psutil.Process]:
     """The workers of Ray Train below this process."""
-    workers: list[psutil.Process] = []
+    return _processes("RayTrainWorker")
+
+
+def train_controllers() -> list[psutil.Process]:
+    """The controllers of Ray Train below this process."""
+    return _processes("TrainController")
+
+
+def _processes(word: str) -> list[psutil.Process]:
+    found: list[psutil.Process] = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "RayTrainWorker" in " ".join(child.cmdline()):
-                workers.append(child)
-    return workers
+            if word in " ".join(child.cmdline()):
+                found.append(child)
+    return found
