@@ -39,5 +39,9 @@ class Embedder:
         """Embed a picture (H, W, 3): (D,)."""
         return await self._run(lambda: self._clip.encode_image(torch.from_numpy(image)[None])[0])
 
+    async def cut_at(self, texts: Sequence[str]) -> list[int]:
+        """See ``PictureModel``; it needs no network, and does not wait."""
+        return await asyncio.to_thread(self._clip.clip.inputs.cut_at, texts)
+
     async def _run(self, embed: Callable[[], torch.Tensor]) -> Vectors:
         return await asyncio.wrap_future(self._thread.submit(lambda: embed().cpu().numpy()))

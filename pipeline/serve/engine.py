@@ -257,7 +257,7 @@ class Engine:
 
     async def cut_at(self, texts: Sequence[str]) -> list[int]:
         """See ``PictureModel``."""
-        return await asyncio.to_thread(self._clip.clip.inputs.cut_at, texts)
+        return await self._embedder.cut_at(texts)
 
     async def stats(self) -> dict[str, int]:
         """See ``PictureModel``."""
