@@ -20,17 +20,22 @@ DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 _GZIP = b"\x1f\x8b"
 
 
-async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> Body:
+async def read_body(response: aiohttp.ClientResponse, max_bytes: int, *, is_cut: bool = False) -> Body:
     """The body, its content encoding undone.
 
+    Args:
+        response: The answer.
+        max_bytes: Largest body, before and after its encoding is undone.
+        is_cut: Whether a larger one is cut after so many bytes; else it is refused.
+
     Raises:
-        FetchError: If it is larger than ``max_bytes``, before or after that.
+        FetchError: If it is larger, or its end or its encoding is wrong.
     """
-    if (response.content_length or 0) > max_bytes:
+    if (response.content_length or 0) > max_bytes and not is_cut:
         raise FetchError("body-size")
     body: Body = tempfile.SpooledTemporaryFile(MEMORY_BYTES)  # noqa: SIM115  (the caller closes it)
     try:
-        await _copy_body(response, body, max_bytes)
+        await _copy_body(response, body, max_bytes, is_cut=is_cut)
     except BaseException:  # also a cancellation: nobody else would close the file
         body.close()
         raise
@@ -38,7 +43,7 @@ async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> Body:
     return body
 
 
-async def _copy_body(response: aiohttp.ClientResponse, body: Body, max_bytes: int) -> None:
+async def _copy_body(response: aiohttp.ClientResponse, body: Body, max_bytes: int, *, is_cut: bool) -> None:
     encoding = "".join(filter(str.isprintable, response.headers.get("Content-Encoding", ""))).strip().lower()[:40]
     decoder: Any = None
     num_bytes = 0
@@ -49,10 +54,12 @@ async def _copy_body(response: aiohttp.ClientResponse, body: Body, max_bytes: in
             data = chunk if decoder is None else decoder.decompress(chunk, max_bytes + 1)
         except zlib.error:
             raise FetchError("encoding", encoding) from None
+        body.write(data[: max_bytes - num_bytes])
         num_bytes += len(data)
         if num_bytes > max_bytes or (decoder is not None and decoder.unconsumed_tail):
+            if is_cut:
+                return
             raise FetchError("body-size")
-        body.write(data)
     if decoder is not None and not decoder.eof:
         raise FetchError("body-cut", encoding)
 

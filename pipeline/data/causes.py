@@ -29,6 +29,7 @@ CLASSES = {
     "x-robots-tag": "opted out by the header X-Robots-Tag",
     "robots-txt": "opted out by the host's robots.txt, or it cannot be read",
     "tdm": "opted out by a TDM reservation: the header or /.well-known/tdmrep.json",
+    "boxes": "the list's boxes to blur are malformed, so the picture is not fetched",
     "hash": "the file does not have the checksum that the list gives",
     "forgotten": "the pair was forgotten (`unclip forget`), so it is not fetched",
     "killer": "the picture took its decoder or its worker down, or kept it busy for too long",

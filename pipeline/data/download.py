@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
-import json
+import logging
 import tempfile
 import threading
 import time
@@ -21,12 +21,13 @@ from typing import IO, Any, TypeVar, cast
 
 import pyarrow as pa
 
+from pipeline.data.bodies import DISK_ERRORS
 from pipeline.data.causes import FetchError
 from pipeline.data.decoders import Decoders
 from pipeline.data.fetch import Fetcher
 from pipeline.data.hosts import Limits
 from pipeline.data.pairs import Pairs
-from pipeline.data.resize import Boxes, StoredPicture
+from pipeline.data.resize import Boxes, StoredPicture, read_boxes
 from pipeline.data.rows import numbered_names, require_columns
 from pipeline.data.shard_writer import (
     FAILED_TO_DOWNLOAD,
@@ -44,12 +45,14 @@ from pipeline.data.shard_writer import (
 )
 from pipeline.data.shards import REPAIR_HINT
 from pipeline.data.urls import AddressRules
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, UnclipError
 from pipeline.pictures import PictureError
 from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.recipe.sections import DownloadConfig
 from pipeline.workspace.disk import translate_os_errors
 from pipeline.workspace.forgotten import CAUSE
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 OnProgress = Callable[[int, Counter[str]], None]
@@ -61,6 +64,7 @@ _RESERVED = frozenset({"caption", "url", "md5", "sha256", "sha512"} | dict(RESUL
 _MEMORY_BYTES = 64 << 20
 """Part of a shard's stored pictures that stays in memory until they are written."""
 _PROGRESS_S = 2.0
+_LOGGED_CHARS = 1000
 _LOOPBACK = "127.0.0.1/32"
 
 
@@ -156,6 +160,8 @@ class Downloader:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="downloads")
         self._stack = contextlib.AsyncExitStack()
         self._num_done = self._num_waits = 0
+        self._unforeseen = set[str]()
+        """Types of the errors that were logged."""
 
     def __enter__(self) -> Downloader:
         self._thread.start()
@@ -208,6 +214,8 @@ class Downloader:
         files: ShardFiles,
         wanted: str,
         on_progress: OnProgress | None = None,
+        *,
+        only: range | None = None,
     ) -> Counter[str] | None:
         """Try the failed rows of a written shard again, and keep the rest as it is.
 
@@ -217,6 +225,7 @@ class Downloader:
             files: The files to write; its table and tar hold the good rows of before, byte for byte.
             wanted: Class of the failures (``pipeline.data.causes``), or ``all``.
             on_progress: Receives the progress; rows that are kept count as finished.
+            only: Numbers of the rows that may be tried; default: all.
 
         Returns:
             Numbers of rows; None if no row came through: then nothing is written.
@@ -234,7 +243,7 @@ class Downloader:
             merged, schema = read_shard(old.tar, old.parquet, stream)
             if [row.values["uid"] for row in merged] != rows.column("uid").to_pylist():
                 raise DataError(f"download: {old.parquet}: it has other rows than the pairs; {REPAIR_HINT}")
-            failed = failed_rows(merged, wanted)
+            failed = [number for number in failed_rows(merged, wanted) if only is None or number in only]
             keys = [merged[number].values["key"] for number in failed]
             kept = rows.num_rows - len(failed)
             again = self.fetch_rows(
@@ -351,9 +360,34 @@ class Downloader:
         return cast("list[ShardRow]", results)
 
     async def _fetch_one(self, request: _Request) -> StoredPicture | _Failure:
-        """Fetch and store a picture; nothing that a row brings ends the shard."""
+        """Fetch and store a picture; nothing that a row or a host brings ends the shard.
+
+        Raises:
+            UnclipError: If no row can be fetched: a store has no credentials, decoders do not start.
+            OSError: If the disk is full.
+        """
+        try:
+            return await self._fetch_and_store(request)
+        except UnclipError:
+            raise
+        except Exception as error:  # each such row would end its shard at every run, and with it the step
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                raise
+            kind = type(error).__name__
+            if kind not in self._unforeseen:
+                self._unforeseen.add(kind)
+                _log.warning(
+                    "%s: unforeseen, so its row is left out; the next of its kind are not logged",
+                    request.url[:_LOGGED_CHARS],
+                    exc_info=error,
+                )
+            return _Failure(FAILED_TO_DOWNLOAD, "other", f"other: {kind}")
+
+    async def _fetch_and_store(self, request: _Request) -> StoredPicture | _Failure:
         if not request.url:  # every pair has a URL, until it is forgotten
             return _Failure(FAILED_TO_DOWNLOAD, CAUSE, CAUSE)
+        if request.boxes is None:  # a face that the list wants blurred must not be stored as it is
+            return _Failure(FAILED_TO_DOWNLOAD, "boxes", "boxes")
         try:
             body = await self._fetcher.fetch(request.url)
         except FetchError as error:
@@ -384,7 +418,8 @@ class _Request:
     """What is fetched; rows with equal requests share one."""
 
     url: str
-    boxes: Boxes
+    boxes: Boxes | None
+    """None: they are malformed."""
     checksum: str
 
 
@@ -417,13 +452,7 @@ def _requests(rows: pa.Table, config: DownloadConfig) -> list[_Request]:
         return rows.column(column).to_pylist() if column else [None] * rows.num_rows
 
     columns = zip(rows.column("url").to_pylist(), values(config.blur_column), values(config.hash_column), strict=True)
-    return [_Request(url or "", _boxes(boxes), str(checksum or "")) for url, boxes, checksum in columns]
-
-
-def _boxes(value: Any) -> Boxes:
-    """Boxes of a row as numbers; lists in CSV are text."""
-    boxes = json.loads(value) if isinstance(value, str) and value else value
-    return tuple(tuple(float(side) for side in box) for box in boxes or ())
+    return [_Request(url or "", read_boxes(boxes), str(checksum or "")) for url, boxes, checksum in columns]
 
 
 def _stored_columns(rows: pa.Table, config: DownloadConfig) -> pa.Table:

@@ -11,6 +11,7 @@ checked against the address rules and the host's opt-outs.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import email.utils
 import os
@@ -18,7 +19,7 @@ import random
 import time
 import urllib.request
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,6 +42,9 @@ _BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 8.0
 _KEEP_ALIVE_S = 5.0
 _POLICY_TTL_S = 86_400.0
 _MAX_HEADER_BYTES = 16_384
+_ANSWERED_OTHERWISE = frozenset({"redirects", "url", "scheme"})
+"""A robots.txt that leads nowhere counts as none, like a status of 3xx or 4xx (RFC 9309, 2.3.1.2 and 2.3.1.3)."""
+_HOST_IS_AWAY = frozenset({"dns", "connect", "tls", "timeout", "deadline", "lost", "address"})
 _STORED_AT_ONCE = 64
 """Files of stores that come at once: they share one way, and all that come together share its time."""
 
@@ -85,9 +89,10 @@ class Fetcher:
     async def __aenter__(self) -> Fetcher:
         proxies = {URL(proxy).raw_host or "" for proxy in self._proxies.values()}
         self._proxy_hosts = proxies
+        self._resolver = Resolver(self._rules, proxies)
         connector = aiohttp.TCPConnector(
             limit=0,
-            resolver=Resolver(self._rules, proxies),
+            resolver=self._resolver,
             use_dns_cache=False,  # the resolver has its own
             keepalive_timeout=_KEEP_ALIVE_S,
         )
@@ -169,23 +174,25 @@ class Fetcher:
             self._rules.require_url(url)
             if url.host in self._proxy_hosts:
                 raise refused_address(url.host)
+            await self._require_resolved(url)
             if not is_policy:
                 await self._require_allowed(url)
             answer = await self._get(url, deadline, is_policy=is_policy)
             if not isinstance(answer, Url):
                 return answer
-            if answer.origin == url.origin and not answer.user:
-                answer = Url(answer.scheme, answer.host, answer.port, answer.target, url.user, url.password)
+            if answer.origin == url.origin and not answer.login:
+                answer = replace(answer, login=url.login)
             url = answer
         raise FetchError("redirects", f"more than {_MAX_REDIRECTS}")
 
     async def _get(self, url: Url, deadline: asyncio.Timeout, *, is_policy: bool) -> Body | Url:
         """One request: the body, or the target of a redirect."""
-        auth = aiohttp.BasicAuth(url.user, url.password, "utf-8") if url.user else None
+        # As browsers send it: aiohttp refuses a user name with a colon.
+        headers = {"Authorization": f"Basic {base64.b64encode(url.login).decode()}"} if url.login else {}
         async with self._slot(url.host, deadline):
             try:
                 async with self._session.get(
-                    URL(url.text, encoded=True), allow_redirects=False, auth=auth, proxy=self._proxy_of(url)
+                    URL(url.text, encoded=True), allow_redirects=False, headers=headers, proxy=self._proxy_of(url)
                 ) as response:
                     if response.status in _REDIRECTS:
                         return _target_of(response, url)
@@ -194,7 +201,7 @@ class Fetcher:
                     if not is_policy:
                         self._require_headers(response)
                     limit = opt_outs.MAX_BYTES if is_policy else self._config.max_body_bytes
-                    return await read_body(response, limit)
+                    return await read_body(response, limit, is_cut=is_policy)
             except (aiohttp.ClientError, OSError, ValueError) as error:
                 if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                     raise
@@ -232,10 +239,27 @@ class Fetcher:
         proxy = self._proxies.get(url.scheme) or self._proxies.get("all")
         if not proxy:
             return None
-        is_near = url.host == "localhost" or (is_address(url.host) and not AddressRules().allows(url.host))
+        name = url.host.rstrip(".")
+        is_loopback = name == "localhost" or name.endswith(".localhost")
+        is_near = is_loopback or (is_address(url.host) and not AddressRules().allows(url.host))
         if is_near or urllib.request.proxy_bypass(url.host):
             return None
         return proxy
+
+    async def _require_resolved(self, url: Url) -> None:
+        """Refuse a name whose addresses are not allowed where a proxy would resolve it; others are checked when used.
+
+        Raises:
+            FetchError: If it has such an address, or none that this machine knows.
+        """
+        if self._config.resources.trust_proxy or is_address(url.host) or self._proxy_of(url) is None:
+            return
+        try:
+            await self._resolver.require_allowed(url.host)
+        except FetchError as error:
+            if error.cause != "dns":
+                raise
+            raise FetchError("dns", f"{error.detail}; see download.resources.trust_proxy") from None
 
     async def _require_allowed(self, url: Url) -> None:
         """Refuse a path that the host's robots.txt or tdmrep.json opts out.
@@ -252,19 +276,19 @@ class Fetcher:
             raise FetchError("tdm", opt_outs.TDM_PATH)
 
     async def _policy(self, origin: str) -> _Policy | FetchError:
-        """What a host's two files allow; an error if it cannot be reached (then its pictures cannot be either)."""
+        """What a host's two files allow; an error if its robots.txt cannot be read, which then allows nothing."""
         robots, tdm = await asyncio.gather(
             self._policy_file(origin + opt_outs.ROBOTS_PATH, is_used=self._config.robots_txt),
             self._policy_file(origin + opt_outs.TDM_PATH, is_used=self._config.tdm_reservation),
         )
         if isinstance(robots, FetchError):
-            status = robots.cause.removeprefix("http-")
-            if status.startswith("5") or status == "429":  # RFC 9309, 2.3.1.4: a server that fails allows nothing
-                return FetchError("robots-txt", f"it cannot be read: {robots.cause}")
-            if robots.cause in {"dns", "connect", "tls", "timeout", "deadline", "lost", "address"}:
+            if robots.cause in _HOST_IS_AWAY:
                 return _Final(robots.cause, f"{robots.detail} (robots.txt)".strip())
+            is_none = robots.cause in _ANSWERED_OTHERWISE or robots.cause.startswith(("http-3", "http-4"))
+            if not is_none or robots.cause == "http-429":  # RFC 9309, 2.3.1.4: a server that fails allows nothing
+                return FetchError("robots-txt", f"it cannot be read: {robots.cause}")
             robots = b""
-        rules = opt_outs.parse_robots(robots.decode("utf-8", "replace"), self._token)
+        rules = opt_outs.parse_robots(robots, self._token)
         return _Policy(rules, opt_outs.parse_tdm(b"" if isinstance(tdm, FetchError) else tdm))
 
     async def _policy_file(self, text: str, *, is_used: bool) -> bytes | FetchError:
@@ -325,7 +349,7 @@ def _seconds_of(date: str) -> float | None:
     """A date of a header in seconds since the epoch; None if it is none."""
     try:
         return email.utils.parsedate_to_datetime(date).timestamp()
-    except (ValueError, TypeError):
+    except (ArithmeticError, LookupError, TypeError, ValueError):  # years and hours of any number of digits
         return None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import heapq
 import itertools
 import time
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from typing import Protocol
 
 NO_LEASE = 0
 """Returned in place of a lease if the host asks to wait for too long."""
+LONGEST_PAUSE_S = 3600.0
+"""Of what a host asks for: one answer of a host that many pictures share must not end them all for the whole run."""
 
 
 class Limits(Protocol):
@@ -40,6 +43,8 @@ class _Host:
     next_start: float = 0.0
     """Earliest start of the next request, on the monotonic clock."""
     waiting: int = 0
+    is_listed: bool = False
+    """Whether it is among those that are to be forgotten at a time."""
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -58,10 +63,13 @@ class HostLimits:
         self._max_rate = max_rate
         self._lease_s = lease_s
         self._hosts: dict[str, _Host] = {}
+        self._idle: list[tuple[float, str]] = []
+        """Heap of the times at which hosts that have no request may be forgotten."""
         self._numbers = itertools.count(NO_LEASE + 1)
 
     async def acquire(self, host: str, patience_s: float) -> int:
         """See ``Limits``; requests to a host start in the order in which they asked."""
+        self._forget_idle()
         state = self._hosts.setdefault(host, _Host())
         state.waiting += 1
         try:
@@ -90,10 +98,11 @@ class HostLimits:
             self._forget(host, state)
 
     async def pause(self, host: str, seconds: float) -> None:
-        """See ``Limits``."""
+        """See ``Limits``; not for longer than ``LONGEST_PAUSE_S``."""
         state = self._hosts.setdefault(host, _Host())
-        state.next_start = max(state.next_start, time.monotonic() + seconds)
+        state.next_start = max(state.next_start, time.monotonic() + min(seconds, LONGEST_PAUSE_S))
         state.changed.set()
+        self._forget(host, state)
 
     def _wait_s(self, state: _Host) -> float:
         """Seconds until the next request may start, if nothing changes before; 0: now."""
@@ -105,6 +114,23 @@ class HostLimits:
         return max(0.0, state.next_start - now)
 
     def _forget(self, host: str, state: _Host) -> None:
-        """Drop a host of which nothing is to be remembered: lists have millions of hosts."""
-        if not state.waiting and not state.leases and state.next_start <= time.monotonic():
+        """Drop a host of which nothing is to be remembered, now or when it may be asked again.
+
+        Lists have millions of hosts, most of which are asked once.
+        """
+        if state.waiting or state.leases:
+            return
+        if state.next_start <= time.monotonic():
             self._hosts.pop(host, None)
+        elif not state.is_listed:
+            state.is_listed = True
+            heapq.heappush(self._idle, (state.next_start, host))
+
+    def _forget_idle(self) -> None:
+        now = time.monotonic()
+        while self._idle and self._idle[0][0] <= now:
+            _, host = heapq.heappop(self._idle)
+            state = self._hosts.get(host)
+            if state is not None:
+                state.is_listed = False
+                self._forget(host, state)

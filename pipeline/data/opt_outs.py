@@ -1,78 +1,142 @@
 """Opt-outs of a host: robots.txt (RFC 9309), X-Robots-Tag, and TDM reservations (W3C TDMRep), as pure functions.
 
 ``robots.txt`` and ``/.well-known/tdmrep.json`` name paths by the same patterns: ``*`` stands for any characters, ``$``
-for the end, and the longest pattern that matches decides.
+for the end, and the longest pattern that matches decides. Patterns and paths are compared by their octets, so that it
+does not matter which of them are percent-encoded. All that a host sends is read without an error: what is malformed
+says nothing.
 """
 
 from __future__ import annotations
 
-import functools
+import codecs
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 ROBOTS_PATH = "/robots.txt"
 TDM_PATH = "/.well-known/tdmrep.json"
 MAX_BYTES = 512_000
 """Bytes of such a file that are read; RFC 9309 demands at least 500 KiB."""
 
+_WITH_VALUE = frozenset({"max-image-preview", "max-snippet", "max-video-preview", "unavailable_after"})
+"""Directives of X-Robots-Tag with a colon of their own."""
+_AGENT = re.compile(r"\*|[a-z]\S*")
+_ENCODED_MARK = re.compile(b"%3[Ff]")
+_STARS = re.compile(rb"\*+")
+
+
+def _octets(text: bytes) -> bytes:
+    """The octets of a path or a pattern; an encoded question mark stays apart from the one that begins a query."""
+    return unquote_to_bytes(_ENCODED_MARK.sub(b"%253F", text))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Whether the paths of one pattern may be fetched."""
+
+    parts: tuple[bytes, ...]
+    """Octets between the stars."""
+    is_whole: bool
+    """Whether the path ends with the last part."""
+    is_allowed: bool
+
+    @classmethod
+    def of(cls, pattern: bytes, *, is_allowed: bool) -> Rule:
+        """A rule from its pattern."""
+        parts = tuple(map(_octets, _STARS.split(pattern.removesuffix(b"$"))))
+        return cls(parts, pattern.endswith(b"$"), is_allowed)
+
+    @property
+    def length(self) -> int:
+        """Octets of the pattern."""
+        return sum(map(len, self.parts)) + len(self.parts) - 1 + self.is_whole
+
+    def matches(self, octets: bytes) -> bool:
+        """Whether a path with its query matches; in time that does not grow with the number of stars."""
+        first, *others = self.parts
+        if not octets.startswith(first):
+            return False
+        if not others:
+            return not self.is_whole or len(octets) == len(first)
+        place = len(first)
+        for part in others[:-1]:
+            found = octets.find(part, place)
+            if found < 0:
+                return False
+            place = found + len(part)
+        if self.is_whole:
+            return octets.endswith(others[-1]) and len(octets) - len(others[-1]) >= place
+        return octets.find(others[-1], place) >= 0
+
 
 @dataclass(frozen=True)
 class PathRules:
     """Which paths may be fetched."""
 
-    rules: tuple[tuple[str, bool], ...] = ()
-    """Pattern of a path, and whether it is allowed."""
+    rules: tuple[Rule, ...] = ()
 
     def allows(self, target: str) -> bool:
         """Whether the rule with the longest pattern allows a path with its query; of equals, the one that allows."""
-        matching = [(len(pattern), allowed) for pattern, allowed in self.rules if _regex(pattern).match(target)]
+        octets = _octets(target.encode())
+        matching = [(rule.length, rule.is_allowed) for rule in self.rules if rule.matches(octets)]
         return max(matching)[1] if matching else True
 
 
 EVERYTHING = PathRules()
 """Allows every path."""
-NOTHING = PathRules((("/", False),))
+NOTHING = PathRules((Rule.of(b"/", is_allowed=False),))
 """Allows no path."""
 
 
-def parse_robots(text: str, token: str) -> PathRules:
+def parse_robots(data: bytes, token: str) -> PathRules:
     """The rules of a robots.txt for one user agent.
 
     Args:
-        text: The file.
+        data: The file, or its first ``MAX_BYTES``: then the line that is cut does not count.
         token: Product token of the user agent; groups that name it replace those of ``*``.
     """
-    groups: dict[str, list[tuple[str, bool]]] = {}
+    if len(data) >= MAX_BYTES:
+        data = data[: max(data.rfind(b"\n"), data.rfind(b"\r")) + 1]
+    groups: dict[str, list[Rule]] = {}
     agents: list[str] = []
     in_rules = False
-    for line in text.lstrip("\ufeff").splitlines():
-        field, _, value = (part.strip() for part in line.partition("#")[0].partition(":"))
+    for line in re.split(b"[\r\n]+", data.removeprefix(codecs.BOM_UTF8)):
+        field, _, value = (part.strip() for part in line.partition(b"#")[0].partition(b":"))
         field = field.lower()
-        if field == "user-agent":
+        if field == b"user-agent":
             if in_rules:
                 agents, in_rules = [], False
-            agents.append(value.lower())
-            groups.setdefault(value.lower(), [])
-        elif field in {"allow", "disallow"}:
+            agents.append(_product(value.decode("utf-8", "replace")))
+            groups.setdefault(agents[-1], [])
+        elif field in {b"allow", b"disallow"}:
             in_rules = True
             if value:
                 for agent in agents:
-                    groups[agent].append((value, field == "allow"))
-    return PathRules(tuple(groups.get(token.lower(), groups.get("*", []))))
+                    groups[agent].append(Rule.of(value, is_allowed=field == b"allow"))
+    return PathRules(tuple(groups.get(_product(token), groups.get("*", []))))
 
 
 def parse_tdm(data: bytes) -> PathRules:
-    """The reservations of a ``tdmrep.json``; a file that is none reserves nothing."""
+    """The reservations of a ``tdmrep.json``; a file that is none reserves nothing.
+
+    A list that was cut after ``MAX_BYTES`` reserves everything: its owner has more to say than is read.
+    """
+    if len(data) >= MAX_BYTES:
+        return NOTHING if data.lstrip().startswith(b"[") else EVERYTHING
     try:
         entries: Any = json.loads(data)
-    except ValueError:
+    except (RecursionError, ValueError):
         return EVERYTHING
-    entries = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-    rules = [(str(entry.get("location", "")), str(entry.get("tdm-reservation")) != "1") for entry in entries]
-    return PathRules(tuple(rule for rule in rules if rule[0]))
+    rules = list[Rule]()
+    for entry in entries if isinstance(entries, list) else []:
+        location = entry.get("location") if isinstance(entry, dict) else None
+        if isinstance(location, str) and location:
+            is_reserved = entry.get("tdm-reservation") in (1, "1")
+            rules.append(Rule.of(location.encode("utf-8", "replace"), is_allowed=not is_reserved))
+    return PathRules(tuple(rules))
 
 
 def reserves_rights(headers: Mapping[str, str]) -> bool:
@@ -85,26 +149,22 @@ def opting_directive(values: Iterable[str], token: str, directives: Collection[s
 
     Args:
         values: The headers' values: ``directive, ...`` for all, or ``agent: directive, ...`` for one user agent.
+            Some directives have values after a colon, too: ``max-snippet: 5``.
         token: Product token of the user agent.
-        directives: Directives that forbid.
+        directives: Directives that forbid, in lower case.
     """
+    ours = _product(token)
     for value in values:
-        agent, colon, rest = value.partition(":")
-        if colon and agent.strip().lower() != token.lower():
-            continue
-        for directive in (rest if colon else value).split(","):
-            if directive.strip().lower() in directives:
-                return directive.strip().lower()
+        is_for_us = True
+        for item in value.lower().split(","):
+            start, colon, rest = (part.strip() for part in item.partition(":"))
+            if colon and start not in {*_WITH_VALUE, *directives} and _AGENT.fullmatch(start):
+                is_for_us, start = _product(start) in {"*", ours}, rest.partition(":")[0].strip()
+            if is_for_us and start in directives:
+                return start
     return ""
 
 
-@functools.lru_cache(maxsize=4096)
-def _regex(pattern: str) -> re.Pattern[str]:
-    is_whole = pattern.endswith("$")
-    parts = (pattern[:-1] if is_whole else pattern).split("*")
-    # Groups that cannot be given back: a pattern of many stars must not take exponential time.
-    body = re.escape(parts[0]) + "".join(f"(?>.*?{re.escape(part)})" for part in parts[1:-1])
-    if len(parts) == 1:
-        return re.compile(body + ("$" if is_whole else ""), re.DOTALL)
-    last = re.escape(parts[-1])
-    return re.compile(f"{body}.*{last}$" if is_whole else f"{body}.*?{last}", re.DOTALL)
+def _product(agent: str) -> str:
+    """The name of a user agent, without its version."""
+    return re.split(r"[\s/]", agent.strip().lower(), maxsplit=1)[0]

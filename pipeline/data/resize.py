@@ -23,6 +23,8 @@ Boxes = Sequence[Sequence[float]]
 _PILLOW_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _HASH_OF_LENGTH = {32: "md5", 64: "sha256", 128: "sha512"}
 _WHERE = "download"
+_FARTHEST = 1.0
+"""Distance of a box's edge from the picture, as a share of its side: some are a little outside, and pixels far."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,25 @@ class StoredPicture:
     """EXIF tags as JSON; None if they are damaged."""
     digest: str
     """Checksum of the downloaded file; empty if the recipe wants none."""
+
+
+def read_boxes(value: Any) -> Boxes | None:
+    """Boxes of a row as numbers, None if they are malformed; lists in CSV are text."""
+    try:
+        if isinstance(value, str):
+            value = json.loads(value) if value.strip() else None
+        if not isinstance(value, list | None):
+            return None
+        boxes = [[float(side) for side in box] for box in ([] if value is None else value)]
+    except (ArithmeticError, RecursionError, TypeError, ValueError):
+        return None
+    return tuple(map(tuple, boxes)) if all(map(_is_box, boxes)) else None
+
+
+def _is_box(sides: Sequence[float]) -> bool:
+    if len(sides) != 4 or not all(-_FARTHEST <= side <= 1 + _FARTHEST for side in sides):  # NaN is not in there
+        return False
+    return sides[0] <= sides[2] and sides[1] <= sides[3]
 
 
 class Resizer:

@@ -54,7 +54,9 @@ class HostCache(Generic[T]):
             task.cancel()
 
     def _ttl_of(self, task: asyncio.Task[T | FetchError]) -> float:
-        is_error = task.done() and (task.cancelled() or isinstance(task.result(), FetchError))
+        if not task.done():
+            return self._ttl_s
+        is_error = task.cancelled() or task.exception() is not None or isinstance(task.result(), FetchError)
         return _FAILURE_TTL_S if is_error else self._ttl_s
 
 
@@ -94,6 +96,16 @@ class Resolver(aiohttp.abc.AbstractResolver):
             )
             for address in allowed
         ]
+
+    async def require_allowed(self, host: str) -> None:
+        """Refuse a name of which any address is not allowed: another machine, which resolves it again, may take that.
+
+        Raises:
+            FetchError: If it has such an address, or none.
+        """
+        for address in await self._names.get(host):
+            if not self._rules.allows(address):
+                raise refused_address(address)
 
     async def close(self) -> None:
         """Forget every name; threads that still wait end by themselves."""

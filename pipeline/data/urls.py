@@ -28,8 +28,15 @@ _FORBIDDEN_IN_HOST = re.compile(r"[\x00-\x20\x7f#%/:<>?@\[\\\]^|]")
 _IPV4_LIKE = re.compile(r"(?:.*\.)?(?:0[xX][0-9A-Fa-f]*|[0-9]+)\.?")
 _DOT, _DOTS = {".", "%2e"}, {"..", ".%2e", "%2e.", "%2e%2e"}
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+_LONE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+"""Halves of a character, without those that stand for the bytes of a header (surrogateescape)."""
 _KEPT_HOSTS = 4096
-_METADATA = frozenset({ipaddress.ip_address("168.63.129.16")})  # Azure's host agent has a public address
+_NOT_PUBLIC = tuple(
+    ipaddress.ip_network(network)
+    for network in ("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24", "3fff::/20", "fec0::/10")
+)
+"""What Python's tables hold for public: Azure's host agent, IETF's protocols (Oracle's metadata is 192.0.0.192), relays
+of 6to4, documentation, and the private addresses of before 2004."""
 _EMBEDDED = {ipaddress.ip_network("64:ff9b::/96"): 0, ipaddress.ip_network("2002::/16"): 80}
 """IPv6 networks (NAT64, 6to4) with the place of the IPv4 address in theirs, in bits from the right."""
 
@@ -44,8 +51,8 @@ class Url:
     port: int
     target: str
     """Path and query, percent-encoded."""
-    user: str = ""
-    password: str = ""
+    login: bytes = b""
+    """User and password, as ``user:password``; empty: none."""
 
     @property
     def origin(self) -> str:
@@ -56,7 +63,7 @@ class Url:
 
     @property
     def text(self) -> str:
-        """The whole URL, without user and password."""
+        """The whole URL, without its login."""
         return self.origin + self.target
 
     @property
@@ -75,7 +82,7 @@ def parse_url(text: str, base: Url | None = None) -> Url:
     Raises:
         FetchError: If it has another scheme than http and https, or no valid host.
     """
-    text = text.strip(_STRIPPED)
+    text = _LONE.sub("\ufffd", text).strip(_STRIPPED)
     for unwanted in "\t\n\r":
         text = text.replace(unwanted, "")
     match = _SCHEME.fullmatch(text)
@@ -90,10 +97,9 @@ def parse_url(text: str, base: Url | None = None) -> Url:
     authority = re.match(r"[^/\\?]*", rest)
     assert authority is not None
     userinfo, _, host_port = authority[0].rpartition("@")
-    user, _, password = userinfo.partition(":")
     host, port = _read_host(host_port, _DEFAULT_PORTS[scheme])
     target = _encode_target(rest[authority.end() :])
-    return Url(scheme, host, port, target, unquote(user), unquote(password))
+    return Url(scheme, host, port, target, _read_login(userinfo))
 
 
 def file_path(text: str) -> Path | None:
@@ -129,7 +135,8 @@ class AddressRules:
                 return False
         if any(ip in network for network in self._networks):
             return True
-        return ip.is_global and not ip.is_multicast and not ip.is_reserved and ip not in _METADATA
+        is_refused = ip.is_multicast or ip.is_reserved or any(ip in network for network in _NOT_PUBLIC)
+        return ip.is_global and not is_refused
 
     def require_url(self, url: Url) -> None:
         """Refuse a URL whose host is an address that is not allowed; names are checked once they are resolved.
@@ -141,13 +148,16 @@ class AddressRules:
             raise refused_address(url.host)
 
     def require_file(self, path: Path) -> None:
-        """Refuse a file outside of the allowed folders.
+        """Refuse a file outside of the allowed folders; where none is, the disk is not looked at.
 
         Raises:
-            FetchError: If the file, its links followed, is in none of them.
+            FetchError: If the file, its links followed, is in none of them, or no file can have such a path.
         """
-        resolved = path.resolve()
-        if not any(resolved.is_relative_to(folder) for folder in self._folders):
+        try:
+            is_inside = any(path.resolve().is_relative_to(folder) for folder in self._folders)
+        except (OSError, RuntimeError, ValueError):  # links that go round; zero bytes, and halves of characters
+            raise FetchError("file", "it has no path of a file") from None
+        if not is_inside:
             raise FetchError("scheme", "file: URLs are not fetched; download.allowed_folders allows a folder")
 
     def stored(self, text: str) -> tuple[str, str] | None:
@@ -197,9 +207,17 @@ def _absolute(text: str, base: Url) -> str:
 @functools.lru_cache(_KEPT_HOSTS)
 def _read_host(text: str, default_port: int) -> tuple[str, int]:
     match = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::([0-9]*))?", text)
-    if match is None or not match[1] or int(match[2] or 0) > 65535:
+    if match is None or not match[1]:
         raise FetchError("url", "it has no valid host")
-    return _read_name(match[1]), int(match[2] or default_port)
+    port = int(match[2].lstrip("0")[:6] or "0") if match[2] else default_port  # six digits are too many already
+    if port > 65535:
+        raise FetchError("url", "its port is above 65535")
+    return _read_name(match[1]), port
+
+
+def _read_login(userinfo: str) -> bytes:
+    user, _, password = userinfo.encode("utf-8", "surrogateescape").partition(b":")
+    return unquote_to_bytes(user) + b":" + unquote_to_bytes(password) if user or password else b""
 
 
 def _read_name(text: str) -> str:

@@ -91,6 +91,9 @@ class DownloadResources(TaskResources):
     """Most requests of all workers together to one host at once; 0: no limit."""
     max_rate_per_host: NonNegativeFloat = 0.0
     """Most requests of all workers together to one host, per second; 0: no limit."""
+    trust_proxy: bool = False
+    """Behind a proxy (http_proxy, https_proxy): names are resolved by the proxy alone, which must refuse your own side.
+    Else they are resolved here first, and refused if an address is not public."""
 
 
 @configclass

@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import ray
 
 from pipeline.data.causes import CLASSES, is_in_class
-from pipeline.data.hosts import HostLimits, Limits
-from pipeline.data.shard_writer import ShardFiles, failure_causes
+from pipeline.data.shard_writer import FAILURES, ShardFiles, failure_causes
 from pipeline.data.shards import split_counts
-from pipeline.data.splits import Split
+from pipeline.data.splits import Part, Split
 from pipeline.errors import StepError
 from pipeline.recipe.sections import DownloadConfig
 from pipeline.runtime.context import StepContext, StepResult
+from pipeline.runtime.host_limits import find_limits, shared_limits
 from pipeline.runtime.picture_servers import answers, served_pictures
 from pipeline.runtime.pool import ShardJob, ShardReading, ShardWorker, map_shards, total_counts
 from pipeline.runtime.taken_in import take_in_shards
@@ -41,11 +40,8 @@ _NUM_SHOWN = 4
 _AT_ONCE = 2
 _MOST_LOSSES = 60
 """Workers that one shard may lose: ten find a row among a thousand."""
-_LEASE_SPARE_S = 60.0
 _SILENCE_S = 180.0
 _READ_EVERY_S = 2.0
-_LIMITS = "download-limits"
-_REQUESTS_AT_ONCE = 10_000
 _STAGED = "retry-"
 
 
@@ -73,7 +69,7 @@ def run_download(context: StepContext) -> StepResult:
     with contextlib.ExitStack() as stack:
         if is_drawn and (failed_class or set(shards) - set(output.shard_records())):
             stack.enter_context(served_pictures(context.recipe.pairs.drawn.port))
-        stack.enter_context(_shared_limits(context))
+        stack.enter_context(shared_limits(context))
         records = map_shards(context, _job(context, DownloadWorker, shards, num_rows))
         if failed_class:
             failed = [record.shard for record in records if _has_class(record, failed_class)]
@@ -95,6 +91,7 @@ def _job(context: StepContext, worker: type[ShardWorker], shards: list[str], num
     """The work on some shards: the first download of all, or another try of failed rows."""
     config, output = context.recipe.download, context.output
     is_retry = worker is RetryWorker
+    made_in = _staged(output, context.retry_failed) if is_retry else output
     watch = _Watch(output)
 
     def note_records(records: list[ShardRecord]) -> None:
@@ -103,7 +100,7 @@ def _job(context: StepContext, worker: type[ShardWorker], shards: list[str], num
             watch.require_success(config, is_last=watch.num_records == len(shards))
 
     def split_lost(shard: str, losses: int) -> bool:
-        return _split(output, config, shard, losses)
+        return _split(made_in, config, shard, losses)
 
     return ShardJob(
         worker,
@@ -112,8 +109,8 @@ def _job(context: StepContext, worker: type[ShardWorker], shards: list[str], num
         config.resources,
         num_at_once=1 if is_retry else _AT_ONCE,
         limit_s=_SILENCE_S + 2 * config.deadline_s,
-        on_records=note_records,
-        output=_staged(output, context.retry_failed) if is_retry else None,
+        on_record=(lambda _records: None) if is_retry else judge,
+        output=made_in if is_retry else None,
         note=watch.note,
         read=watch.read,
         on_loss=split_lost,
@@ -134,7 +131,7 @@ class DownloadWorker:
         self._pairs = Pairs(context.inputs["pairs"])
         rules = address_rules(context.recipe.pairs, config)
         num_decoders = max(1, int(config.resources.cpus_per_worker))
-        downloader = Downloader(config, rules, _find_limits(context), num_decoders=num_decoders)
+        downloader = Downloader(config, rules, find_limits(context), num_decoders=num_decoders)
         self._stack = contextlib.ExitStack()  # left open: a worker's process ends, and its decoders with it
         self._downloader = self._stack.enter_context(downloader)
         gc.freeze()  # the collector went through all modules again and again: a fifth of the time of fetching
@@ -152,7 +149,10 @@ class DownloadWorker:
             else:
                 counts = self._download_in_parts(rows, shard, split, files)
             causes, splits = _facts_of(files)
-        return self._commit(output, shard, dict(counts), causes, splits, start)
+        record = self._commit(output, shard, dict(counts), causes, splits, start)
+        if split is not None:
+            output.remove(_split_name(shard))  # a shard that is made again must not be joined from these parts
+        return record
 
     def close(self) -> None:
         """End its decoders, where it is not the process that ends."""
@@ -167,14 +167,10 @@ class DownloadWorker:
 
     def _download_in_parts(self, rows: pa.Table, shard: str, split: Split, files: ShardFiles) -> Counter[str]:
         """Download a shard that took its workers down, part by part; what is done before a loss is kept."""
-        parts = Artifact(f"{self._output.uri}/{LIVE}parts/{shard}")
-        while (part := split.begin()) is not None:
-            _write_split(self._output, shard, split)
-            with _written(parts, f"{part[0]}-{part[1]}") as part_files:
-                part_rows = rows.slice(part[0], part[1] - part[0])
-                self._download(part_rows, shard, part_files, first=part[0])
-            split.finish()
-            _write_split(self._output, shard, split)
+        parts = _parts(self._output, shard)
+        for start, stop in _begun(self._output, shard, split):
+            with _written(parts, f"{start}-{stop}") as part_files:
+                self._download(rows.slice(start, stop - start), shard, part_files, first=start)
         made = [ShardFiles(*map(parts.path, _names(f"{start}-{stop}"))) for start, stop in split.done]
         return self._downloader.join(rows, shard, made, split.killers, files)
 
@@ -221,66 +217,46 @@ class RetryWorker(DownloadWorker):
         staged = _staged(output, failed_class)
         rows = read_rows(self._pairs, shard, self._config)
         old = ShardFiles(*map(output.path, _names(shard)))
+        split = _read_split(staged, shard)
         with tempfile.TemporaryDirectory() as folder:
-            files = ShardFiles(*(Path(folder) / name for name in _names(shard)))
-            counts = self._downloader.retry(rows, old, files, failed_class, self._reporter(shard))
-            if counts is None:
+            files: ShardFiles | None = _files_in(folder, shard)
+            if split is not None:
+                files = self._retry_in_parts(rows, shard, old, split)
+            elif self._downloader.retry(rows, old, files, failed_class, self._reporter(shard)) is None:
+                files = None
+            if files is None:
                 record = dataclasses.replace(output.shard_record(shard), files={})
                 staged.commit_shard(record)
                 return record
             causes, splits = _facts_of(files)
-            for source in files:
-                with staged.write(source.name) as target:
-                    shutil.copyfile(source, target)
-        return self._commit(staged, shard, dict(counts), causes, splits, start)
+            counts = _counts_of(files)
+            _copy(files, staged, shard)
+        return self._commit(staged, shard, counts, causes, splits, start)
 
+    def _retry_in_parts(self, rows: pa.Table, shard: str, old: ShardFiles, split: Split) -> ShardFiles | None:
+        """Try the failed rows of a shard that took its workers down, part by part.
 
-class ClusterLimits:
-    """The limits of hosts that all workers share.
+        Each part goes on from the shard that the parts before it made. Rows that took workers down stay as they were.
 
-    Args:
-        actor: The actor that holds them.
-    """
-
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
-
-    async def acquire(self, host: str, patience_s: float) -> int:
-        """See ``pipeline.data.hosts.Limits``."""
-        return await self._actor.acquire.remote(host, patience_s)
-
-    async def release(self, host: str, lease: int) -> None:
-        """See ``pipeline.data.hosts.Limits``."""
-        self._actor.release.remote(host, lease)
-
-    async def pause(self, host: str, seconds: float) -> None:
-        """See ``pipeline.data.hosts.Limits``."""
-        self._actor.pause.remote(host, seconds)
-
-
-@contextlib.contextmanager
-def _shared_limits(context: StepContext) -> Generator[None]:
-    """An actor with the limits of hosts, inside the block, if the recipe has any."""
-    config = context.recipe.download
-    needs = config.resources
-    if not needs.max_per_host and not needs.max_rate_per_host:
-        yield
-        return
-    options = {"name": f"{_LIMITS}-{context.output.uri}", "num_cpus": 0, "max_concurrency": _REQUESTS_AT_ONCE}
-    actor_class: Any = ray.remote(HostLimits)
-    lease_s = config.deadline_s + _LEASE_SPARE_S
-    actor = actor_class.options(**options).remote(needs.max_per_host, needs.max_rate_per_host, lease_s=lease_s)
-    try:
-        yield
-    finally:
-        ray.kill(actor)
-
-
-def _find_limits(context: StepContext) -> Limits | None:
-    needs = context.recipe.download.resources
-    if not needs.max_per_host and not needs.max_rate_per_host:
-        return None
-    return ClusterLimits(ray.get_actor(f"{_LIMITS}-{context.output.uri}"))
+        Returns:
+            The last shard that was made; None if no row came through.
+        """
+        failed_class = self._context.retry_failed
+        staged = _staged(self._output, failed_class)
+        parts = _parts(staged, shard)
+        newest: ShardFiles | None = None
+        for part in split.done:  # in the order in which they were made
+            newest = _find_files(parts, part) or newest
+        for part in _begun(staged, shard, split):
+            with tempfile.TemporaryDirectory() as folder:
+                files = _files_in(folder, shard)
+                tried = self._downloader.retry(
+                    rows, newest or old, files, failed_class, self._reporter(shard), only=range(*part)
+                )
+                if tried is not None:
+                    _copy(files, parts, _part_name(part))
+            newest = _find_files(parts, part) or newest
+        return newest
 
 
 class _Watch:
@@ -373,12 +349,40 @@ def _split(output: Artifact, config: DownloadConfig, shard: str, losses: int) ->
 
 
 def _read_split(output: Artifact, shard: str) -> Split | None:
-    split = output.find_json(f"{LIVE}split-{shard}.json")
+    split = output.find_json(_split_name(shard))
     return None if split is None else Split.from_dict(split)
 
 
 def _write_split(output: Artifact, shard: str, split: Split) -> None:
-    output.write_json(f"{LIVE}split-{shard}.json", split.to_dict())
+    output.write_json(_split_name(shard), split.to_dict())
+
+
+def _begun(output: Artifact, shard: str, split: Split) -> Generator[Part]:
+    """The parts of a shard that are not made yet, each noted before and after its turn."""
+    while (part := split.begin()) is not None:
+        _write_split(output, shard, split)
+        yield part
+        split.finish()
+        _write_split(output, shard, split)
+
+
+def _split_name(shard: str) -> str:
+    return f"{LIVE}split-{shard}.json"
+
+
+def _parts(output: Artifact, shard: str) -> Artifact:
+    """Where the parts of a shard are."""
+    return Artifact(f"{output.uri}/{LIVE}parts/{shard}")
+
+
+def _part_name(part: Part) -> str:
+    return f"{part[0]}-{part[1]}"
+
+
+def _find_files(parts: Artifact, part: Part) -> ShardFiles | None:
+    """The files of a part, if it has any; its statistics are written last."""
+    names = _names(_part_name(part))
+    return ShardFiles(*map(parts.path, names)) if parts.exists(names[-1]) else None
 
 
 def _names(shard: str) -> tuple[str, str, str]:
@@ -415,7 +419,27 @@ def _facts_of(files: ShardFiles) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _causes_of(files: ShardFiles) -> dict[str, int]:
-    return dict(failure_causes([json.loads(files.stats.read_text(encoding="utf-8"))]))
+    return dict(failure_causes([_stats_of(files)]))
+
+
+def _counts_of(files: ShardFiles) -> dict[str, int]:
+    stats = _stats_of(files)
+    return {"in": stats["count"], "ok": stats["successes"], **{status: stats[status] for status in FAILURES}}
+
+
+def _stats_of(files: ShardFiles) -> dict[str, Any]:
+    return json.loads(files.stats.read_text(encoding="utf-8"))
+
+
+def _files_in(folder: str, shard: str) -> ShardFiles:
+    return ShardFiles(*(Path(folder) / name for name in _names(shard)))
+
+
+def _copy(files: ShardFiles, output: Artifact, name: str) -> None:
+    """Publish the files of a shard under a name, the statistics last."""
+    for source, target_name in zip(files, _names(name), strict=True):
+        with output.write(target_name) as target:
+            shutil.copyfile(source, target)
 
 
 def _staged(output: Artifact, failed_class: str) -> Artifact:

@@ -124,6 +124,12 @@ class HostileServer:
             return _send(connection, b"", status=text.removeprefix("status "))
         if text == "stall":
             return _stall()
+        if text == "cut":
+            connection.sendall(_head(1000) + b"User-agent: *")
+            return False
+        if text == "garbage":
+            connection.sendall(b"220 mail.example.com ESMTP\r\n" * 3)
+            return False
         return _send(connection, text.encode())
 
     def do_ok(self, connection: socket.socket, _target: str, query: dict[str, str]) -> bool:
@@ -219,12 +225,17 @@ class HostileServer:
         return _send(connection, b"", status="302 Found", headers=f"Location: {unquote(query['url'])}\r\n")
 
     def do_status(self, connection: socket.socket, target: str, query: dict[str, str]) -> bool:
-        """?code=, with Retry-After ?after= or by the server's ?clock=, for the first ?times= requests; then a picture."""
+        """?code=, for the first ?times= requests; then a picture.
+
+        With Retry-After ?after=, and Date ?date=; or with both by the server's ?clock=.
+        """
         with self._lock:
             count = self.requests[target]
         if count > int(query.get("times", "1000000")):
             return _send(connection, make_picture(0))
         after = f"Retry-After: {query['after']}\r\n" if "after" in query else ""
+        if "date" in query:
+            after += f"Date: {query['date']}\r\n"
         if "clock" in query:  # a date in two seconds, by a clock that is off by so many
             now = time.time() + float(query["clock"])
             dates = [formatdate(moment, usegmt=True) for moment in (now, now + 2)]

@@ -25,6 +25,7 @@ from PIL import Image
 from pipeline.data import decoders, download, shard_writer
 from pipeline.data.causes import FetchError
 from pipeline.data.download import Downloader, check_columns, download_shard, read_rows, shard_names
+from pipeline.data.fetch import Fetcher
 from pipeline.data.resize import Resizer, StoredPicture
 from pipeline.data.rows import make_uid
 from pipeline.data.shard_writer import ShardFiles, failure_causes, key_of, repeated_pictures
@@ -258,6 +259,83 @@ def test_rows_have_their_boxes_and_their_checksums(server: PictureServer, tmp_pa
     blurred, plain = _stored(files.tar), _stored(_download(rows, tmp_path / "plain")[0].tar)
     assert blurred["0000300.jpg"] == plain["0000300.jpg"]
     assert blurred["0000301.jpg"] != plain["0000301.jpg"]
+
+
+_ODD_URLS = {
+    "http://h:" + "1" * 5000 + "/a.jpg": "url",
+    "file:///tmp/%00x": "scheme",
+    "{url}/status?code=429&after=Wed,%2021%20Oct%2099999999999999999999%2007:28:00%20GMT": "http-429",
+    "{url}/ok?unforeseen": "other",
+    "{url}/ok?memory": "other",
+}
+
+
+def test_nothing_that_a_row_brings_ends_its_shard(
+    hostile: HostileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile.tdm["127.0.0.1"] = "[" * 100_000
+    get = Fetcher._get
+
+    async def get_or_raise(fetcher: Fetcher, url: Any, *arguments: Any, **options: Any) -> Any:
+        if "unforeseen" in url.target or "memory" in url.target:
+            raise RecursionError if "unforeseen" in url.target else MemoryError
+        return await get(fetcher, url, *arguments, **options)
+
+    monkeypatch.setattr(Fetcher, "_get", get_or_raise)
+    login = f"{hostile.url}/ok?seed=2".replace("//", "//a%3Ab@")
+    urls = [f"{hostile.url}/ok?seed=1", *(url.replace("{url}", hostile.url) for url in _ODD_URLS), login]
+    files, counts = _download(_rows_of(urls), tmp_path)
+    messages = pq.read_table(files.parquet).column("error_message").to_pylist()
+    causes = [message and message.partition(":")[0] for message in messages]
+    assert causes == [None, *_ODD_URLS.values(), None]
+    assert messages[4:6] == ["other: RecursionError", "other: MemoryError"]
+    assert counts["ok"] == 2
+
+
+@pytest.mark.parametrize(
+    "error", [ConfigError("no credentials"), StepError("the clock is wrong"), OSError(errno.ENOSPC, "full")]
+)
+def test_what_no_row_brings_ends_the_shard(
+    server: PictureServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    async def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Fetcher, "fetch", fail)
+    with pytest.raises(StepError if isinstance(error, OSError) else type(error)):
+        _download(_rows(server.url, ["jpg/1", "jpg/2"]), tmp_path)
+
+
+_BOXES = {
+    None: True,
+    "": True,
+    "[]": True,
+    "null": True,
+    "[[0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1]]": True,
+    "[[-0.1, 0, 0.5, 1.02]]": True,
+    "[[0.1, 0.2, 0.3]]": False,
+    "[[0.1, 0.2, 0.3, NaN]]": False,
+    "[[0.1, 0.2, 0.3, 1e999]]": False,
+    "[[0.3, 0.2, 0.1, 0.4]]": False,
+    "[[120, 30, 200, 80]]": False,
+    "[0.1, 0.2, 0.3, 0.4]": False,
+    '{"x": 1}': False,
+    "5": False,
+    "[[0.1, 0.2": False,
+    "faces": False,
+    "[" * 100_000: False,
+    "9" * 5000: False,
+}
+
+
+def test_a_picture_whose_boxes_are_malformed_is_not_stored(server: PictureServer, tmp_path: Path) -> None:
+    rows = _rows(server.url, [f"jpg/{5000 + i}" for i in range(len(_BOXES))]).append_column(
+        "faces", pa.array(list(_BOXES))
+    )
+    files, _ = _download(rows, tmp_path, replace(_CONFIG, blur_column="faces"))
+    messages = pq.read_table(files.parquet).column("error_message").to_pylist()
+    assert messages == [None if is_good else "boxes" for is_good in _BOXES.values()]
+    assert not any(server.requests[f"/jpg/{5000 + i}"] for i, is_good in enumerate(_BOXES.values()) if not is_good)
 
 
 def test_read_rows_reads_one_shard_of_any_parts_and_row_groups(tmp_path: Path) -> None:

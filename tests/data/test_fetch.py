@@ -1,6 +1,7 @@
 """The fetcher against a server and names that do everything wrong: every URL has its class, and ends in time."""
 
 import asyncio
+import base64
 import socket
 import time
 from collections.abc import Generator, Sequence
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pipeline.data import bodies
+from pipeline.data import bodies, fetch, hosts
 from pipeline.data.causes import CLASSES, FetchError
 from pipeline.data.fetch import Fetcher, user_agent
 from pipeline.data.hosts import HostLimits, Limits
@@ -75,6 +78,9 @@ _FAULTS = {
     "/status?code=500": "http-500",
     "/status?code=429": "http-429",
     "/status?code=503&after=1": "http-503",
+    "/status?code=429&after=Wed,%2021%20Oct%2099999999999999999999%2007:28:00%20GMT": "http-429",
+    "/status?code=503&after=Fri,%2027%20Nov%202026%2007:28:00%20GMT&date=Wed,%2021%20Oct%20999999999999%2007:28:00": "http-503",
+    "/status?code=503&date=Mon,%2001%20Jan%200001%2000:00:00%20%2B2359": "http-503",
     "/gzip?what=picture": _PICTURE,
     "/gzip?what=lie": _PICTURE,
     "/gzip?what=bomb": "body-size",
@@ -88,6 +94,7 @@ _FAULTS = {
     "/to?url=http://": "url",
     "/header?name=X-Robots-Tag&value=noai": "x-robots-tag",
     "/header?name=X-Robots-Tag&value=other:noai": _PICTURE,
+    "/header?name=X-Robots-Tag&value=noai,%20max-image-preview:large": "x-robots-tag",
     "/header?name=tdm-reservation&value=1": "tdm",
 }
 
@@ -231,6 +238,19 @@ def test_retry_after_is_honoured_for_the_whole_host(hostile: HostileServer) -> N
     assert 1 < asyncio.run(run()) < 3
 
 
+_DATES = (
+    st.text(max_size=30)
+    | st.from_regex(r"(Wed, )?[0-9]{1,3} Oct [0-9]{1,25} [0-9]{1,25}:28:00( GMT| [+-][0-9]{1,25})?", fullmatch=True)
+    | st.integers(0, 6000).map(lambda count: "9" * count)
+)
+
+
+@given(_DATES, _DATES)
+def test_any_date_to_retry_after_is_a_time_or_none(value: str, date: str) -> None:
+    wait_s = fetch._retry_after_s({"Retry-After": value, "Date": date})
+    assert wait_s is None or wait_s >= 0
+
+
 @pytest.mark.parametrize("off_s", [86_400, -86_400])
 def test_a_date_to_retry_after_is_read_by_the_clock_of_the_server(hostile: HostileServer, off_s: int) -> None:
     config = replace(_CONFIG, retries=1, deadline_s=5)
@@ -267,8 +287,12 @@ def test_urls_go_out_as_browsers_send_them(hostile: HostileServer) -> None:
 
 def test_user_names_are_sent_and_stay_with_their_host(hostile: HostileServer) -> None:
     here = f"us%65r:p%40ss@127.0.0.1:{hostile.port}"
+    odd = "a%3Ab:%FF\u00e9"
     other = f"http://127.0.0.2:{hostile.port}/ok?other"
     _fetch([f"http://{here}/ok?own", f"http://{here}/to?url=/ok?same", f"http://{here}/to?url={other}"])
+    assert _cause(_fetch([f"http://{odd}@127.0.0.1:{hostile.port}/ok?odd"])[0]) == _PICTURE
+    login = base64.b64encode(b"a:b:\xff\xc3\xa9").decode()
+    assert f"authorization: basic {login}".lower() in hostile.heads["/ok?odd"].lower()
     assert "authorization: basic dxnlcjpwqhnz" in hostile.heads["/ok?own"].lower()
     assert "authorization: basic" in hostile.heads["/ok?same"].lower()
     assert "authorization" not in hostile.heads["/ok?other"].lower()
@@ -300,6 +324,18 @@ def test_robots_txt_is_asked_for_once_and_decides_by_path(hostile: HostileServer
     assert all(isinstance(one, bytes) for one in _fetch(urls, replace(_CONFIG, robots_txt=False)))
 
 
+def test_a_robots_txt_counts_as_far_as_it_is_read_and_one_that_cannot_be_read_allows_nothing(
+    hostile: HostileServer,
+) -> None:
+    hostile.robots["127.0.0.1"] = "User-agent: *\nDisallow: /ok?seed=3\n" + "# long\n" * 100_000
+    hostile.robots["127.0.0.2"], hostile.robots["127.0.0.3"] = "cut", "garbage"
+    paths = [(1, "/ok?seed=3"), (1, "/ok?seed=7"), (2, "/ok"), (3, "/ok")]
+    results = _fetch([f"http://127.0.0.{host}:{hostile.port}{path}" for host, path in paths])
+    details = [one.detail if isinstance(one, FetchError) else "picture" for one in results]
+    assert details == ["", "picture", "it cannot be read: body-cut", "it cannot be read: protocol"]
+    assert {one.cause for one in results if isinstance(one, FetchError)} == {"robots-txt"}
+
+
 def test_a_redirect_does_not_lead_around_robots_txt(hostile: HostileServer) -> None:
     hostile.robots["127.0.0.2"] = "User-agent: *\nDisallow: /\n"
     (result,) = _fetch([f"{hostile.url}/to?url=http://127.0.0.2:{hostile.port}/ok"])
@@ -319,9 +355,10 @@ def test_reservations_of_text_and_data_mining_are_honoured(hostile: HostileServe
     hostile.tdm["127.0.0.1"] = (
         '[{"location": "/ok*", "tdm-reservation": 1}, {"location": "/ok?seed=7", "tdm-reservation": 0}]'
     )
-    hostile.tdm["127.0.0.2"] = "not JSON"
-    urls = [f"http://127.0.0.{host}:{hostile.port}/ok?seed={seed}" for host, seed in ((1, 3), (1, 7), (2, 3))]
-    assert ["picture" if isinstance(one, bytes) else one.cause for one in _fetch(urls)] == ["tdm", "picture", "picture"]
+    hostile.tdm["127.0.0.2"], hostile.tdm["127.0.0.3"] = "not JSON", "[" * 100_000
+    urls = [f"http://127.0.0.{host}:{hostile.port}/ok?seed={seed}" for host, seed in ((1, 3), (1, 7), (2, 3), (3, 3))]
+    causes = ["picture" if isinstance(one, bytes) else one.cause for one in _fetch(urls)]
+    assert causes == ["tdm", "picture", "picture", "picture"]
     assert all(isinstance(one, bytes) for one in _fetch(urls, replace(_CONFIG, tdm_reservation=False)))
 
 
@@ -371,6 +408,46 @@ def test_limits_forget_hosts(hostile: HostileServer) -> None:
     assert limits._hosts == {}
 
 
+@pytest.mark.parametrize("is_paused", [False, True])
+def test_limits_forget_hosts_that_were_to_wait(is_paused: bool) -> None:
+    async def run() -> tuple[int, int]:
+        limits: Any = HostLimits(0, 0 if is_paused else 5.0)
+        for number in range(1000):
+            lease = await limits.acquire(f"host-{number}", 1)
+            if is_paused:
+                await limits.pause(f"host-{number}", 0.2)
+            await limits.release(f"host-{number}", lease)
+        await asyncio.sleep(0.3)
+        await limits.acquire("last", 1)
+        return len(limits._hosts), len(limits._idle)
+
+    assert asyncio.run(run()) == (1, 0)
+
+
+def test_limits_remember_a_host_until_it_may_be_asked_again() -> None:
+    async def run() -> float:
+        limits = HostLimits(0, 2.0)
+        await limits.release("a", await limits.acquire("a", 1))
+        await limits.release("b", await limits.acquire("b", 1))
+        start = time.monotonic()
+        await limits.acquire("a", 1)
+        return time.monotonic() - start
+
+    assert 0.4 < asyncio.run(run()) < 1
+
+
+@pytest.mark.parametrize("seconds", [1e9, float("inf")])
+def test_no_host_is_paused_for_the_whole_run(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    monkeypatch.setattr(hosts, "LONGEST_PAUSE_S", 0.3)
+
+    async def run() -> int:
+        limits = HostLimits()
+        await limits.pause("a", seconds)
+        return await limits.acquire("a", 1)
+
+    assert asyncio.run(run()) != hosts.NO_LEASE
+
+
 def test_no_proxy_is_asked_for_the_loopback(hostile: HostileServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.3:1")
     monkeypatch.setenv("no_proxy", "")
@@ -379,13 +456,43 @@ def test_no_proxy_is_asked_for_the_loopback(hostile: HostileServer, monkeypatch:
     assert _cause(proxied) == "connect"  # it asked the proxy, where nobody listens
 
 
-def test_a_proxy_is_asked_for_the_rest(hostile: HostileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_is_asked_for_the_rest(names: Names, hostile: HostileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    names["pictures.example"] = (0, ["93.184.215.14"])
     monkeypatch.setenv("http_proxy", hostile.url)
     monkeypatch.setenv("no_proxy", "")
     (result,) = _fetch(["http://pictures.example/ok"], networks=())
     assert "http://pictures.example/robots.txt" in hostile.heads
     assert _cause(result) == _PICTURE
     assert _cause(_fetch([f"{hostile.url}/ok"], networks=())[0]) == "address"
+
+
+_BEHIND_PROXIES: dict[str, tuple[list[str], str, str]] = {
+    "public.example": (["93.184.215.14"], _PICTURE, _PICTURE),
+    "metadata.google.internal": (["169.254.169.254"], "address", _PICTURE),
+    "intranet": (["10.1.2.3"], "address", _PICTURE),
+    "both.example": (["93.184.215.14", "10.1.2.3"], "address", _PICTURE),
+    "unknown.example": ([], "dns", _PICTURE),
+    "foo.localhost": (["127.0.0.2"], "address", "address"),
+    "localhost.": (["127.0.0.2"], "address", "address"),
+    "169.254.169.254": ([], "address", "address"),
+}
+"""Names with what the system resolves them to, and what comes of them: as they are, and if the proxy is trusted."""
+
+
+@pytest.mark.parametrize("is_trusted", [False, True])
+def test_no_proxy_is_asked_for_a_name_of_our_side_unless_it_is_trusted(
+    names: Names, hostile: HostileServer, monkeypatch: pytest.MonkeyPatch, is_trusted: bool
+) -> None:
+    names |= {name: (0, addresses) for name, (addresses, _, _) in _BEHIND_PROXIES.items() if addresses}
+    monkeypatch.setenv("http_proxy", hostile.url)
+    monkeypatch.setenv("no_proxy", "")
+    config = replace(_CONFIG, resources=DownloadResources(trust_proxy=is_trusted))
+    results = _fetch([f"http://{name}/ok" for name in _BEHIND_PROXIES], config, networks=())
+    causes = dict(zip(_BEHIND_PROXIES, map(_cause, results), strict=True))
+    assert causes == {name: expected[1 + is_trusted] for name, expected in _BEHIND_PROXIES.items()}
+    asked = {name for name in _BEHIND_PROXIES if f"http://{name}/robots.txt" in hostile.heads}
+    assert asked == {name for name, cause in causes.items() if cause == _PICTURE}
+    assert is_trusted or "trust_proxy" in str(results[4])
 
 
 def test_large_bodies_leave_memory(hostile: HostileServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,91 @@
+"""The limits of hosts that all workers of a download share: one actor holds them (``pipeline.data.hosts``)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from pipeline.data.hosts import HostLimits, Limits
+from pipeline.errors import StepError
+from pipeline.runtime.context import StepContext
+from pipeline.runtime.placement import cluster_has_roles, controller_options
+
+_NAME = "download-limits"
+_LEASE_SPARE_S = 60.0
+_REQUESTS_OF_A_ROW = 3
+"""Waits of one URL at once: its own, and those for its host's two files of opt-outs."""
+_SPARE_REQUESTS = 1000
+
+
+class ClusterLimits:
+    """The limits of hosts that all workers share.
+
+    Args:
+        actor: The actor that holds them. If its process is lost, it starts again and knows of no request: for as long
+            as those under way last, a host may have more than it should.
+    """
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    async def acquire(self, host: str, patience_s: float) -> int:
+        """See ``pipeline.data.hosts.Limits``.
+
+        Raises:
+            StepError: If the actor is gone for good.
+        """
+        try:
+            return await self._actor.acquire.remote(host, patience_s)
+        except ray.exceptions.RayActorError as error:
+            raise StepError(
+                f"download: the process that keeps download.resources.max_per_host and max_rate_per_host is gone "
+                f"({type(error).__name__}); run again to continue"
+            ) from error
+
+    async def release(self, host: str, lease: int) -> None:
+        """See ``pipeline.data.hosts.Limits``."""
+        self._actor.release.remote(host, lease)
+
+    async def pause(self, host: str, seconds: float) -> None:
+        """See ``pipeline.data.hosts.Limits``."""
+        self._actor.pause.remote(host, seconds)
+
+
+@contextlib.contextmanager
+def shared_limits(context: StepContext) -> Generator[None]:
+    """An actor with the limits of hosts, inside the block, if the recipe has any; on the machine that stays."""
+    config = context.recipe.download
+    needs = config.resources
+    if not needs.max_per_host and not needs.max_rate_per_host:
+        yield
+        return
+    options = controller_options(has_roles=cluster_has_roles()) | {
+        "name": _name(context),
+        "max_restarts": -1,
+        "max_task_retries": -1,
+        # Beyond it, the calls that give a slot back would stand behind those that wait for one.
+        "max_concurrency": needs.num_workers * needs.num_connections * _REQUESTS_OF_A_ROW + _SPARE_REQUESTS,
+    }
+    actor_class: Any = ray.remote(HostLimits)
+    lease_s = config.deadline_s + _LEASE_SPARE_S
+    actor = actor_class.options(**options).remote(needs.max_per_host, needs.max_rate_per_host, lease_s=lease_s)
+    try:
+        yield
+    finally:
+        ray.kill(actor)
+
+
+def find_limits(context: StepContext) -> Limits | None:
+    """The limits of ``shared_limits`` in a worker; None if the recipe has none."""
+    needs = context.recipe.download.resources
+    if not needs.max_per_host and not needs.max_rate_per_host:
+        return None
+    return ClusterLimits(ray.get_actor(_name(context)))
+
+
+def _name(context: StepContext) -> str:
+    return f"{_NAME}-{context.output.uri}"
