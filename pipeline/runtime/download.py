@@ -227,11 +227,16 @@ class RetryWorker(DownloadWorker):
             if files is None:
                 record = dataclasses.replace(output.shard_record(shard), files={})
                 staged.commit_shard(record)
-                return record
-            causes, splits = _facts_of(files)
-            counts = _counts_of(files)
-            _copy(files, staged, shard)
-        return self._commit(staged, shard, counts, causes, splits, start)
+            else:
+                causes, splits = _facts_of(files)
+                counts = _counts_of(files)
+                _copy(files, staged, shard)
+                record = self._commit(staged, shard, counts, causes, splits, start)
+        if split is not None:
+            staged.remove(_split_name(shard))
+            parts = _parts(staged, shard)
+            parts.remove_all(parts.names())
+        return record
 
     def _retry_in_parts(self, rows: pa.Table, shard: str, old: ShardFiles, split: Split) -> ShardFiles | None:
         """Try the failed rows of a shard that took its workers down, part by part.

@@ -1,5 +1,6 @@
 """The download step on a real Ray: rows that take workers down, other tries of failed rows, limits of the cluster."""
 
+import asyncio
 import json
 import os
 import signal
@@ -11,13 +12,18 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 import tomli_w
 
+from pipeline.data.download import Downloader
+from pipeline.data.splits import Split
+from pipeline.errors import StepError
 from pipeline.recipe.plan import make_plan, manifest_of
 from pipeline.recipe.recipe import parse_recipe
 from pipeline.runtime import download
 from pipeline.runtime.context import StepContext, StepResult
-from pipeline.runtime.download import DownloadWorker, run_download
+from pipeline.runtime.download import DownloadWorker, RetryWorker, run_download
+from pipeline.runtime.host_limits import find_limits, shared_limits
 from pipeline.runtime.pairs import run_pairs
 from pipeline.workspace.progress import read_progress
 from pipeline.workspace.store import MANIFEST, Artifact
@@ -78,20 +84,28 @@ def _messages(output: Artifact, shard: str = "00000") -> list[str | None]:
     return pq.read_table(output.path(f"{shard}.parquet")).column("error_message").to_pylist()
 
 
-class _Fragile(DownloadWorker):
-    """Dies as soon as it fetches a URL with ``killer`` in it."""
+def _die_of_killers(worker: Any) -> None:
+    """Let the worker's process die as soon as it fetches a URL with ``killer`` in it."""
+    fetch = worker._downloader._fetch_one
 
+    async def fetch_or_die(request: Any) -> Any:
+        if "killer" in request.url:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return await fetch(request)
+
+    worker._downloader._fetch_one = fetch_or_die
+
+
+class _Fragile(DownloadWorker):
     def __init__(self, context: StepContext) -> None:
         super().__init__(context)
-        downloader: Any = self._downloader
-        fetch = downloader._fetch_one
+        _die_of_killers(self)
 
-        async def fetch_or_die(request: Any) -> Any:
-            if "killer" in request.url:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return await fetch(request)
 
-        downloader._fetch_one = fetch_or_die
+class _FragileRetry(RetryWorker):
+    def __init__(self, context: StepContext) -> None:
+        super().__init__(context)
+        _die_of_killers(self)
 
 
 @pytest.mark.slow
@@ -111,6 +125,79 @@ def test_a_row_that_takes_workers_down_is_found_and_labelled(
     assert _messages(context.output, "00001") == ["killer: its worker was lost twice", None, None]
     with tarfile.open(context.output.path("00001.tar")) as tar:
         assert [name for name in tar.getnames() if name.endswith("jpg")] == ["000011.jpg", "000012.jpg"]
+    split = context.output.find_json(download._split_name("00001"))
+    assert split is None  # else a shard that is made again would be joined from its old parts
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.timeout(600)
+def test_another_try_finds_the_row_that_takes_workers_down(
+    server: HostileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = "status?code=503&times=1"
+    paths = ["ok?seed=1", f"{busy}&n=1", f"{busy}&killer", f"{busy}&n=3", "missing", "ok?seed=2"]
+    urls = [f"{server.url}/{path}" for path in paths]
+    context = _context(_tables(tmp_path, urls, samples_per_shard=6))
+    assert run_download(context).counts["ok"] == 2
+    monkeypatch.setattr(download, "RetryWorker", _FragileRetry)
+    monkeypatch.setattr(download, "_MOST_LOSSES", 10)
+    result = run_download(replace(context, retry_failed="all"))
+    assert result.counts == {"in": 6, "ok": 4, "failed_to_download": 2, "failed_to_resize": 0}
+    messages = [None, None, "http-503: Busy", None, "http-404: Not Found", None]
+    assert _messages(context.output) == messages
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_retry_in_parts_goes_on_from_the_parts_that_are_done(
+    server: HostileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = "status?code=503&times=1"
+    urls = [f"{server.url}/{busy}&n={row}" for row in range(4)]
+    context = replace(_context(_tables(tmp_path, urls, samples_per_shard=4)), retry_failed="http")
+    output, staged = context.output, download._staged(context.output, "http")
+    assert run_download(replace(context, retry_failed="")).counts["ok"] == 0
+    download._write_split(staged, "00000", Split([(0, 2), (2, 3)], killers=[3]))
+    retry, tried = Downloader.retry, list[range | None]()
+
+    def retry_and_stop(*arguments: Any, only: range | None = None) -> Any:
+        tried.append(only)
+        if len(tried) == 2:
+            raise KeyboardInterrupt
+        return retry(*arguments, only=only)
+
+    monkeypatch.setattr(Downloader, "retry", retry_and_stop)
+    worker = RetryWorker(context)
+    with pytest.raises(KeyboardInterrupt):
+        worker("00000")
+    record = worker("00000")
+    assert tried == [range(2), range(2, 3), range(2, 3)]
+    worker.close()
+    assert record.counts == {"in": 4, "ok": 3, "failed_to_download": 1, "failed_to_resize": 0}
+    assert record.causes == {"http-503": 1}
+    assert not [name for name in staged.names() if "split" in name or "parts" in name]
+    assert _messages(staged) == [None, None, None, "http-503: Busy"]
+    assert _messages(output) == ["http-503: Busy"] * 4
+    assert [server.requests[f"127.0.0.1/{busy}&n={row}"] for row in range(4)] == [2, 2, 2, 1]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_the_limits_of_hosts_outlive_their_process(tmp_path: Path) -> None:
+    context = _context(_tables(tmp_path, ["http://a.example/a.jpg"], resources={"max_per_host": 1}))
+
+    async def use() -> None:
+        limits = find_limits(context)
+        assert limits is not None
+        assert await limits.acquire("a", 1)
+        actor = limits._actor  # type: ignore[attr-defined]
+        ray.kill(actor, no_restart=False)
+        assert await limits.acquire("a", 1)  # it knows of no lease any more
+        ray.kill(actor)
+        with pytest.raises(StepError, match="max_per_host"):
+            await limits.acquire("a", 1)
+
+    with shared_limits(context):
+        asyncio.run(asyncio.wait_for(use(), 60))
 
 
 @pytest.mark.usefixtures("local_ray")
