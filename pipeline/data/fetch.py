@@ -16,6 +16,7 @@ import contextlib
 import email.utils
 import os
 import random
+import stat
 import time
 import urllib.request
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -322,7 +323,10 @@ class _Final(FetchError):
 
 def _read_file(path: Path, max_bytes: int) -> Body:
     try:
-        if path.stat().st_size > max_bytes:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):  # a device has no end, and a pipe waits for ever
+            raise FetchError("file", "it is no regular file")
+        if info.st_size > max_bytes:
             raise FetchError("body-size")
         return path.open("rb")
     except (OSError, ValueError) as error:

@@ -33,7 +33,7 @@ def _octets(text: bytes) -> bytes:
     return unquote_to_bytes(_ENCODED_MARK.sub(b"%253F", text))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Rule:
     """Whether the paths of one pattern may be fetched."""
 
@@ -55,7 +55,7 @@ class Rule:
         return sum(map(len, self.parts)) + len(self.parts) - 1 + self.is_whole
 
     def matches(self, octets: bytes) -> bool:
-        """Whether a path with its query matches; in time that does not grow with the number of stars."""
+        """Whether a path with its query matches; nothing is tried twice, so many stars cost no time."""
         first, *others = self.parts
         if not octets.startswith(first):
             return False

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import os
 import socket
 import time
 from collections.abc import Generator, Sequence
@@ -181,13 +182,15 @@ def test_schemes_that_read_the_worker_are_refused_and_allowed_folders_are_not(tm
     inside, outside, link = tmp_path / "in" / "a b.jpg", tmp_path / "out.jpg", tmp_path / "in" / "link.jpg"
     inside.parent.mkdir()
     inside.write_bytes(b"inside")
+    os.mkfifo(inside.parent / "pipe.jpg")
     outside.write_bytes(b"outside")
     link.symlink_to(outside)
     urls = [inside.as_uri(), outside.as_uri(), link.as_uri(), (inside.parent / "none.jpg").as_uri()]
+    urls += [(inside.parent / "pipe.jpg").as_uri()]
     urls += ["data:image/png;base64,AAAA", "ftp://example.com/a.jpg", "gopher://127.0.0.1/"]
     assert {_cause(result) for result in _fetch(urls)} == {"scheme"}
     causes = [_cause(result) for result in _fetch(urls, folders=[str(inside.parent)])]
-    assert causes == ["6 bytes", "scheme", "scheme", "file", "scheme", "scheme", "scheme"]
+    assert causes == ["6 bytes", "scheme", "scheme", "file", "file", "scheme", "scheme", "scheme"]
 
 
 def test_a_name_that_points_elsewhere_later_is_checked_again(names: Names, hostile: HostileServer) -> None:
