@@ -116,6 +116,7 @@ class Fetcher:
     async def __aexit__(self, *_: object) -> None:
         self._policies.close()
         await self._session.close()
+        await self._resolver.close()
 
     async def fetch(self, text: str) -> Body:
         """Fetch the picture of a row.

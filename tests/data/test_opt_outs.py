@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from urllib.parse import quote
 
 import pytest
@@ -70,6 +71,14 @@ def test_a_path_of_a_robots_txt_that_is_no_utf_8_is_the_path_of_its_bytes() -> N
 def test_a_group_names_its_agent_with_or_without_a_version(agent: str) -> None:
     rules = parse_robots(f"User-agent: *\nDisallow:\n\nUser-agent: {agent}\nDisallow: /".encode(), "unclip")
     assert not rules.allows("/a.jpg")
+
+
+def test_a_robots_txt_of_many_rules_holds_nobody_up() -> None:
+    lines = [f"Disallow: /*{number}*.gif$" for number in range(20_000)]
+    rules = parse_robots("\n".join(["User-agent: *", *lines, "Disallow: /" + "*a" * 10_000]).encode(), "unclip")
+    start = time.process_time()
+    assert rules.allows("/" + "a" * 5000 + ".jpg")
+    assert time.process_time() - start < 0.5
 
 
 def test_the_start_of_a_robots_txt_that_is_too_long_counts_without_the_line_that_is_cut() -> None:
