@@ -244,6 +244,8 @@ class Downloader:
             if [row.values["uid"] for row in merged] != rows.column("uid").to_pylist():
                 raise DataError(f"download: {old.parquet}: it has other rows than the pairs; {REPAIR_HINT}")
             failed = [number for number in failed_rows(merged, wanted) if only is None or number in only]
+            if not failed:
+                return None
             keys = [merged[number].values["key"] for number in failed]
             kept = rows.num_rows - len(failed)
             again = self.fetch_rows(

@@ -559,7 +559,9 @@ def test_retry_tries_failed_rows_of_a_class_and_keeps_the_rest(hostile: HostileS
         assert downloader.download(rows, "00003", old)["ok"] == 2
         hostile.requests.clear()
         (tmp_path / "new").mkdir()
-        assert downloader.retry(rows, old, _files(tmp_path / "none"), "http-404") is None
+        assert downloader.retry(rows, old, _files(tmp_path / "none"), "http-404", lambda *_: None) is None
+        none = downloader.retry(rows, old, _files(tmp_path / "none"), "all", lambda *_: None, only=range(1))
+        assert none is None
         assert list((tmp_path / "none").iterdir()) == []
         hostile.requests[f"127.0.0.1/{paths[1]}"] = hostile.requests[f"127.0.0.1/{paths[2]}"] = 1
         new = _files(tmp_path / "new")
