@@ -6,7 +6,7 @@ import copy
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -18,7 +18,9 @@ def create_average(network: Network) -> Network:
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, network: nn.Module, decay: float, num_updates: int) -> None:
+def update_average(
+    average: nn.Module, network: nn.Module, decay: float, num_updates: int, skips: Tensor | None = None
+) -> None:
     """Move the average towards the network: average = d average + (1 - d) network.
 
     Early on d is (1 + n) / (10 + n), so that the first weights do not linger: after 1,200 steps at 0.9999 the
@@ -29,11 +31,14 @@ def update_average(average: nn.Module, network: nn.Module, decay: float, num_upd
         network: The network in training.
         decay: Largest d, in [0, 1) (arXiv:2204.06125, table 3: 0.9999).
         num_updates: n, this update included. Whole-number buffers are copied.
+        skips: A bool of shape () on the device: whether the average stays as it is, which the host need not know.
     """
     decay = min(decay, (1 + num_updates) / (10 + num_updates))
     averages, sources = average.state_dict(), network.state_dict()
     floats = [name for name, tensor in sources.items() if tensor.is_floating_point()]
     lerp: Any = get_ema_multi_avg_fn(decay)  # one fused call for all tensors
+    if skips is not None:  # moved towards itself, it stays
+        sources |= {name: torch.where(skips, averages[name], sources[name]) for name in floats}
     lerp([averages[name] for name in floats], [sources[name] for name in floats], 0)
     for name in sources.keys() - set(floats):
         averages[name].copy_(sources[name])

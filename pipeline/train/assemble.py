@@ -26,6 +26,7 @@ from pipeline.networks.table import kind_of
 from pipeline.recipe.recipe import Recipe, TrainedSection
 from pipeline.recipe.train_sections import is_checkpoint
 from pipeline.train.checkpoint import Checkpoint, DamagedCheckpointError
+from pipeline.train.resume import checkpoint_steps
 from pipeline.workspace.store import Artifact
 
 if TYPE_CHECKING:
@@ -174,7 +175,8 @@ def _create(job: TrainJob, empty: EmptyCaption | None) -> nn.Module:
         with contextlib.nullcontext() if job.has_weights else torch.device("meta"):
             network = kind.create(section.model, dims)
     init_from = getattr(section, "init_from", "")
-    if init_from and job.has_weights:
+    # A training with checkpoints of its own goes on without the file, which may be gone by then.
+    if init_from and job.has_weights and not checkpoint_steps(job.output):
         if is_checkpoint(init_from):
             copy_weights(_averaged(init_from), network, init_from)
         else:
@@ -191,8 +193,11 @@ def _create(job: TrainJob, empty: EmptyCaption | None) -> nn.Module:
 def _averaged(file: str) -> nn.Module:
     """The averaged network of a checkpoint."""
     folder, _, name = file.rpartition("/")
+    artifact = Artifact(folder or ".")
+    if not artifact.exists(name):
+        raise DataError(f"init_from {file}: no such file; name another checkpoint, or the folder of a network")
     try:
-        checkpoint = Checkpoint(Artifact(folder or "."), name)
+        checkpoint = Checkpoint(artifact, name)
         network = create_network(checkpoint.network, file)
         network.load_state_dict(checkpoint.read("ema"))
     except DamagedCheckpointError as error:

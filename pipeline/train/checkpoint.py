@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -151,6 +152,40 @@ def _wait_for_seal(artifact: Artifact, own: str, attempt: str, ends: Callable[[]
     raise StepError(f"{artifact.uri}/{own}: its worker did not write it before the training ended")
 
 
+class _File:
+    """One file of a checkpoint, looked at and opened once: of an object store each look is a request.
+
+    Raises:
+        DamagedCheckpointError: If its header is cut short or changed.
+        ResumeError: If another release wrote it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._tensors: Any = safe_open(path, "pt")
+            header: dict[str, str] = dict(self._tensors.metadata() or {})
+        except (SafetensorError, OSError, ValueError, RuntimeError, UnicodeDecodeError) as error:
+            raise DamagedCheckpointError(f"it is cut short or not readable: {error}") from None
+        self.header = _checked(header, path)
+        """Without its checksum."""
+        self.checksums: dict[str, str] = json.loads(self.header["checksums"])
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor, compared with its checksum.
+
+        Raises:
+            DamagedCheckpointError: If it is cut short or changed.
+        """
+        try:
+            tensor: Tensor = self._tensors.get_tensor(name)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise DamagedCheckpointError(f"{self._path.name} is cut short or not readable: {error}") from None
+        if _checksum(tensor) != self.checksums.get(name):
+            raise DamagedCheckpointError(f"{name} does not match its checksum")
+        return tensor
+
+
 class Checkpoint:
     """A checkpoint that is there; its tensors are compared with their checksums when they are read.
 
@@ -165,7 +200,8 @@ class Checkpoint:
 
     def __init__(self, artifact: Artifact, name: str) -> None:
         self._artifact, self._name = artifact, name
-        header = _read_header(artifact.path(name))
+        first = _File(artifact.path(name))
+        header = first.header
         self.step = int(header["step"])
         self.digest = header["digest"]
         """Key of the step that it belongs to."""
@@ -173,7 +209,8 @@ class Checkpoint:
         """``config.json`` of its network."""
         self._seals: list[str] = json.loads(header.get("seals", '[""]'))
         self._shapes: dict[str, list[int]] = json.loads(header.get("shapes", "{}"))
-        self._checksums: dict[int, dict[str, str]] = {0: json.loads(header["checksums"])}
+        self._files: dict[int, _File] = {0: first}
+        self._opening = [threading.Lock() for _ in self._seals]
 
     def read(self, part: str, rows: Rows = lambda _: None) -> dict[str, Tensor]:
         """The tensors ``<part>.<rest>``, by their rest, with the rows that are asked for.
@@ -182,51 +219,43 @@ class Checkpoint:
             DamagedCheckpointError: If one of them, or a file, is cut short, changed or missing.
         """
         start = f"{part}."
-        names = [name.removeprefix(start) for name in self._checksums[0] if name.startswith(start)]
+        names = [name.removeprefix(start) for name in self._files[0].checksums if name.startswith(start)]
         with ThreadPoolExecutor(_NUM_THREADS) as threads:  # hashing large buffers releases the interpreter's lock
             tensors = threads.map(lambda name: self._tensor(start + name, rows(name)), names)
             return dict(zip(names, tensors, strict=True))
 
     def _tensor(self, name: str, rows: slice | None) -> Tensor:
         if name not in self._shapes:
-            whole = self._piece(0, name)
+            whole = self._file(0).tensor(name)
             return whole if rows is None else whole[rows]
         num_rows = self._shapes[name][0]
         most = -(-num_rows // len(self._seals))
         rows = rows or slice(0, num_rows)
         pieces = [
-            self._piece(number, name)[max(0, rows.start - number * most) : rows.stop - number * most]
+            self._file(number).tensor(name)[max(0, rows.start - number * most) : rows.stop - number * most]
             for number in range(rows.start // most, -(-rows.stop // most))
         ]
-        return torch.cat(pieces) if pieces else self._piece(0, name)[:0]
+        return torch.cat(pieces) if pieces else self._file(0).tensor(name)[:0]
 
-    def _piece(self, number: int, name: str) -> Tensor:
+    def _file(self, number: int) -> _File:
+        with self._opening[number]:  # of several threads one fetches it
+            if number not in self._files:
+                self._files[number] = self._opened(number)
+            return self._files[number]
+
+    def _opened(self, number: int) -> _File:
         try:
             path = self._artifact.path(file_name(self._name, number, len(self._seals)))
         except DataError:
             raise DamagedCheckpointError(f"file {number + 1} of {len(self._seals)} is missing") from None
-        if number not in self._checksums:
-            header = _read_header(path)
-            if _seal(header) != self._seals[number]:
-                raise DamagedCheckpointError(f"{path.name} is of another checkpoint")
-            self._checksums[number] = json.loads(header["checksums"])
-        try:
-            with safe_open(path, "pt") as file:
-                tensor: Tensor = file.get_tensor(name)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise DamagedCheckpointError(f"{path.name} is cut short or not readable: {error}") from None
-        if _checksum(tensor) != self._checksums[number].get(name):
-            raise DamagedCheckpointError(f"{name} does not match its checksum")
-        return tensor
+        file = _File(path)
+        if _seal(file.header) != self._seals[number]:
+            raise DamagedCheckpointError(f"{path.name} is of another checkpoint")
+        return file
 
 
-def _read_header(path: Path) -> dict[str, str]:
+def _checked(header: dict[str, str], path: Path) -> dict[str, str]:
     """The header of a file, compared with its checksum and without it."""
-    try:
-        with safe_open(path, "pt") as file:
-            header: dict[str, str] = dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError, RuntimeError, UnicodeDecodeError) as error:
-        raise DamagedCheckpointError(f"it is cut short or not readable: {error}") from None
     if header.get("format") == _EARLIER_FORMAT:
         raise ResumeError(f"{path}: format {_EARLIER_FORMAT}, this unclip reads {FORMAT}; remove it to start again")
     if header.pop("seal", "") != _seal(header):

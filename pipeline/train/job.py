@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -21,7 +22,7 @@ from pipeline.train.assemble import Parts, TrainJob, assemble
 from pipeline.train.diagnosis import describe, find_culprits, find_culprits_together, of_all_workers
 from pipeline.train.loop import learning_rate, make_step, random_of_step, train
 from pipeline.train.results import read_beside, read_result, result_steps
-from pipeline.train.resume import CheckpointWriter, Keep, load_newest_checkpoint, require_measure
+from pipeline.train.resume import CheckpointWriter, Damage, Keep, load_newest_checkpoint, require_measure
 from pipeline.train.sharding import create_mesh, is_sharded, shard
 from pipeline.train.speed import Speed, describe_speed
 from pipeline.train.state import TrainState, create_state
@@ -58,13 +59,13 @@ def run_job(job: TrainJob, watch: Watch, wants_stop: WantsStop = never) -> Json:
     config, resources = section.train, section.resources
     parts = assemble(job)
     objective, state = start_training(job, parts)
-    damages: list[str] = []
+    damages: list[Damage] = []
     log = continue_training(state, job, damages.append)
-    note = f"; continued from step {state.step}: {'; '.join(damages)}" if damages else ""
+    note = _note_of_start(state.step, log, damages)
     order = plan_order(parts.train, job.seed, where=job.name, batch_size=config.batch_size)
     share = Share(config.batch_size, job.rank, job.world_size)
     validation = Validation(job, parts.clip, parts.validation)
-    writer = CheckpointWriter(job.output, job.digest, _keep(job, state))
+    writer = CheckpointWriter(job.output, job.digest, _keep(job, state), [damage.step for damage in damages])
 
     def report(state: TrainState) -> None:
         if is_first:
@@ -112,6 +113,15 @@ def run_job(job: TrainJob, watch: Watch, wants_stop: WantsStop = never) -> Json:
     return log.summary() | counts | {name: number for name, number in events.items() if number} | origin_of(job)
 
 
+def _note_of_start(step: int, log: MetricsLog, damages: list[Damage]) -> str:
+    """What a person should know of where a training begins."""
+    if damages:
+        return f"; continued from step {step}: {'; '.join(damage.text for damage in damages)}"
+    if step == 0 and log.reached:
+        return f"; begun at step 0: there is no checkpoint, though the curves reach step {log.reached}"
+    return ""
+
+
 def _stopped(job: TrainJob, state: TrainState, log: MetricsLog, reason: str) -> StoppedError:
     """The end of a training whose last checkpoint is written, and its curves with it."""
     if job.rank == 0:
@@ -148,7 +158,7 @@ def _explain(objective: nn.Module, job: TrainJob, number: int, batch: Batch) -> 
     return describe(of_all_workers(find_culprits(bare, batch, random, place, parts)))
 
 
-def continue_training(state: TrainState, job: TrainJob, warn: Callable[[str], None]) -> MetricsLog:
+def continue_training(state: TrainState, job: TrainJob, warn: Callable[[Damage], None]) -> MetricsLog:
     """Load the newest checkpoint of this training, or of the one that its last phases continue; returns its metrics.
 
     Raises:
@@ -193,22 +203,31 @@ class MetricsLog:
 
     def __init__(self, artifact: Artifact, step: int, before: Artifact | None = None) -> None:
         self._artifact, before = artifact, before or artifact
-        lines = before.path(METRICS).read_text(encoding="utf-8").splitlines() if step and before.exists(METRICS) else []
-        self.rows: list[Json] = [row for row in map(json.loads, lines) if row["step"] <= step]
+        lines = before.path(METRICS).read_text(encoding="utf-8").splitlines() if before.exists(METRICS) else []
+        rows: list[Json] = [json.loads(line) for line in lines]
+        self.reached: int = max((row["step"] for row in rows), default=0)
+        """Last step of the curves of the start before."""
+        self.rows = [row for row in rows if row["step"] <= step] if step else []
         self.note = ""
         """What to say of validations that did not take place."""
         self._validated = {row["step"] for row in self.rows if "val_loss" in row}
         self._due = 0.0
 
     def add_losses(self, state: TrainState, rate: float, speed: dict[str, float], workers: int) -> str:
-        """Add the mean loss since the last log line, the last gradient norm, rate and speed; returns it in words."""
+        """Add the mean loss since the last log line, the last gradient norm, rate and speed; returns it in words.
+
+        A loss or a norm that is not finite is left out: JSON has no such numbers, and 0 would be a wrong one.
+        """
         total, count = state.loss_sum.tolist()
-        loss = total / max(count, 1)
-        row = {"step": state.step, "time": _now(), "loss": loss, "grad_norm": float(state.grad_norm), "lr": rate}
-        row["workers"] = workers
+        row = {"step": state.step, "time": _now()}
+        row |= {"loss": total / count} if count else {}
+        norm = float(state.grad_norm)
+        row |= {"grad_norm": norm} if math.isfinite(norm) else {}
+        row |= {"lr": rate, "workers": workers}
         self.rows.append(row | {name: float(f"{value:.4g}") for name, value in speed.items()})
         self._flush_if_due(state.step)
-        return f"loss {loss:.4f}, {describe_speed(speed)}"
+        words = f"loss {total / count:.4f}" if count else "no step with a finite loss since the last line"
+        return f"{words}, {describe_speed(speed)}"
 
     def _flush_if_due(self, step: int) -> None:
         """Publish the rows so often that curves are seen as they happen, and writing takes at most 1 % of the time."""

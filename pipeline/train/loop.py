@@ -102,7 +102,8 @@ def make_step(
             group["lr"] = learning_rate(config, state.step)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
-        update_average(state.ema, state.network, config.ema_decay, state.step + 1)
+        may_skip = section.resources.max_bad_steps > 0
+        update_average(state.ema, state.network, config.ema_decay, state.step + 1, skips if may_skip else None)
 
     return step
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -20,6 +21,8 @@ from pipeline.workspace.store import LIVE, Artifact
 CHECKPOINTS = f"{LIVE}checkpoints/"
 KEPT_STATE = "state/"
 _SUFFIX = ".safetensors"
+_WAITS_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+"""A minute in all: so long a machine may keep what NFS once told it of a folder."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,19 @@ class Keep:
     best_by: str = ""
     """Besides them the best of those that were validated, by this measure: of a loss the lowest, of any other measure
     the highest. Empty: none."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A checkpoint that was passed over."""
+
+    step: int
+    reason: str
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return f"the checkpoint of step {self.step} is damaged ({self.reason})"
 
 
 def checkpoint_name(step: int) -> str:
@@ -65,10 +81,13 @@ class CheckpointWriter:
         artifact: The artifact of the running step.
         digest: Key of the training: seed, configuration and inputs.
         keep: Which checkpoints stay.
+        damaged: Steps of checkpoints that this start has passed over: they are removed when there is a new one.
     """
 
-    def __init__(self, artifact: Artifact, digest: str, keep: Keep) -> None:
-        self._artifact, self._digest, self._keep = artifact, digest, keep
+    def __init__(self, artifact: Artifact, digest: str, keep: Keep, damaged: Collection[int] = ()) -> None:
+        self._artifact, self._digest, self._keep, self._damaged = artifact, digest, keep, set(damaged)
+        if _rank() == 0:  # before any worker of this start writes: they wait for the attempt
+            artifact.clear_temporaries(CHECKPOINTS)
         self._attempt = _shared_by_all(uuid.uuid4().hex)
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
@@ -124,7 +143,8 @@ class CheckpointWriter:
             name = checkpoint_name(snapshot.step)
             snapshot.publish(self._artifact, name, self._digest, self._attempt, self._ends.is_set)
             if snapshot.number == 0:
-                _remove_others(self._artifact, snapshot.step, self._keep)
+                _remove_others(self._artifact, snapshot.step, self._keep, self._damaged - {snapshot.step})
+                self._damaged.clear()
         except Exception as error:  # noqa: BLE001  (it is raised where the training waits)
             self._failure = error
 
@@ -136,14 +156,17 @@ def save_checkpoint(state: TrainState, artifact: Artifact, digest: str, keep: Ke
         writer.wait()
 
 
-def _remove_others(artifact: Artifact, step: int, keep: Keep) -> None:
-    """Remove the checkpoints that are not to be kept, and what is left of those that were never whole."""
+def _remove_others(artifact: Artifact, step: int, keep: Keep, damaged: Collection[int]) -> None:
+    """Remove the checkpoints that are not to be kept, and what is left of those that were never whole.
+
+    Later ones stay unless they are damaged: if they were not seen at the start, they may be all there is of many days.
+    """
     committed = _committed(artifact, CHECKPOINTS)
-    earlier = [number for number in sorted(committed) if number <= step]
+    earlier = [number for number in sorted(committed) if number <= step and number not in damaged]
     in_validation = read_beside(artifact).running
     stays = {_best_of(artifact, earlier, keep.best_by), in_validation, *earlier[-keep.num_newest :]}
     for number, name in committed.items():
-        if number not in stays:  # later ones were found damaged; their other files are overwritten
+        if (number <= step or number in damaged) and number not in stays:  # its other files go, or are overwritten
             artifact.remove(name)
     for name in artifact.names():
         number = name.removeprefix(CHECKPOINTS).partition(".")[0]
@@ -155,7 +178,7 @@ def load_newest_checkpoint(
     state: TrainState,
     artifact: Artifact,
     digest: str,
-    warn: Callable[[str], None] = lambda _: None,
+    warn: Callable[[Damage], None] = lambda _: None,
     *,
     last_step: int | None = None,
 ) -> bool:
@@ -165,7 +188,7 @@ def load_newest_checkpoint(
         state: The state to load into.
         artifact: The artifact of the running step, or of the training that it continues.
         digest: Key of that training.
-        warn: Receives a sentence about each damaged checkpoint that is passed over.
+        warn: Receives each damaged checkpoint that is passed over.
         last_step: The newest step that may be taken; None: any.
 
     Raises:
@@ -173,8 +196,7 @@ def load_newest_checkpoint(
             damaged (the work of days must not start again without a word), all of them are later than ``last_step``, or
             workers see different ones.
     """
-    steps, damages = _committed(artifact, KEPT_STATE) | _committed(artifact, CHECKPOINTS), list[str]()
-    _require_same(sorted(steps))
+    steps, damages = _seen_by_all(artifact), list[str]()
     for step, name in sorted(steps.items(), reverse=True):
         if last_step is not None and step > last_step:
             continue
@@ -189,7 +211,7 @@ def load_newest_checkpoint(
         damage = next(filter(None, _gathered(damage)), "")  # all workers take the same one
         if damage or put is None:
             damages.append(f"{where}: {damage}")
-            warn(f"the checkpoint of step {step} is damaged ({damage})")
+            warn(Damage(step, damage))
             continue
         try:
             put()
@@ -209,14 +231,24 @@ def load_newest_checkpoint(
     return False
 
 
-def _require_same(steps: list[int]) -> None:
-    """All workers must continue from the same checkpoint; they cannot if the workspace is not shared."""
-    views = sorted(set(_gathered(", ".join(map(str, steps)) or "none")))
-    if len(views) > 1:
-        raise ResumeError(
-            f"workers see different checkpoints (steps {' and '.join(views)}): put the workspace on storage that all "
-            "nodes share"
-        )
+def _seen_by_all(artifact: Artifact) -> dict[int, str]:
+    """The first files of the checkpoints, by their step; all workers must continue from the same one.
+
+    Raises:
+        ResumeError: If workers see different ones, also after a minute, as they do if the workspace is not shared.
+    """
+    views = list[str]()
+    for wait_s in (*_WAITS_S, None):
+        steps = _committed(artifact, KEPT_STATE) | _committed(artifact, CHECKPOINTS)
+        views = sorted(set(_gathered(", ".join(map(str, sorted(steps))) or "none")))
+        if len(views) == 1:
+            return steps
+        if wait_s is not None:  # storage over a network shows a file to other machines some seconds later
+            time.sleep(wait_s)
+    raise ResumeError(
+        f"workers see different checkpoints (steps {' and '.join(views)}): put the workspace on storage that all "
+        "nodes share"
+    )
 
 
 def require_measure(name: str, measures: Mapping[str, float]) -> None:

@@ -7,6 +7,7 @@ gathered when it is run, and freed again. Legend: S workers that share one copy 
 from __future__ import annotations
 
 import copy
+import datetime
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout  # pyright: ignore[reportPrivateUsage]
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -137,12 +139,19 @@ class Sharding:
 
 
 def create_mesh(resources: TrainResources, device: torch.device, world_size: int) -> DeviceMesh | None:
-    """The workers (R, S) of a training whose state is divided; None if each has all of it."""
+    """The workers (R, S) of a training whose state is divided; None if each has all of it.
+
+    Groups of a part of the workers would wait as long as torch's default says (10 min with NCCL, 30 with gloo) for one
+    that hangs, whatever the recipe allows.
+    """
     shards = resources.shards_of(world_size)
     if shards == 1:
         return None
     copies = (world_size // shards, shards)
-    return init_device_mesh(device.type, copies, mesh_dim_names=(_REPLICAS, _SHARDS))
+    mesh = init_device_mesh(device.type, copies, mesh_dim_names=(_REPLICAS, _SHARDS))
+    for name in (_REPLICAS, _SHARDS):
+        _set_pg_timeout(datetime.timedelta(seconds=resources.hang_timeout_s), mesh[name].get_group())
+    return mesh
 
 
 def shard(

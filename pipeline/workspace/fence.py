@@ -64,6 +64,11 @@ class FencedArtifact(Artifact):
         self._require_newest()
         super().remove_all(names)
 
+    def clear_temporaries(self, start: str = "") -> None:
+        """As ``Artifact.clear_temporaries``; see ``write``."""
+        self._require_newest()
+        super().clear_temporaries(start)
+
     def _require_newest(self) -> None:
         state = self.find_json(_ATTEMPT)
         if state is None or state.get("attempt") != self._attempt:

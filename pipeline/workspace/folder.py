@@ -9,14 +9,15 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from pipeline.errors import DataError
 from pipeline.workspace.cache import Cached, Version, cached_path, keep, lookup, temporary_file
-from pipeline.workspace.disk import translate_os_errors
+from pipeline.workspace.disk import files_below, is_there, translate_os_errors
 from pipeline.workspace.hashing import checksum_of_writing, sha256_of
 from pipeline.workspace.objects import RangedFile, file_system, stamp_of
 
@@ -131,10 +132,9 @@ class Folder:
         """
         if not self._is_local:
             return self._cached(name, self._version(name))
-        local = Path(self._base) / name
-        if not local.exists():
+        if not self.exists(name):
             raise self._missing(name)
-        return local
+        return Path(self._base) / name
 
     def matching(self, name: str, described: Json) -> Path | None:
         """As ``path``, of a file that is compared with its size and SHA-256 in a record; None if it differs.
@@ -199,14 +199,17 @@ class Folder:
         return self._parsed(name, content)
 
     def exists(self, name: str) -> bool:
-        """Whether the folder has the file."""
-        return bool(self._files.exists(f"{self._base}/{name}"))
+        """Whether the folder has the file.
+
+        Raises:
+            StepError: If the storage does not answer, which is no answer; so of every listing.
+        """
+        path = f"{self._base}/{name}"
+        return is_there(path) if self._is_local else bool(self._files.exists(path))
 
     def names(self) -> list[str]:
         """Every published file, by its path inside the folder, sorted."""
-        paths = list(cast("Sequence[str]", self._files.find(self._base)))
-        names = [path[len(self._base) :].lstrip("/") for path in paths]
-        return sorted(name for name in names if _TEMPORARY not in name)
+        return sorted(name for name in self._all_names() if _TEMPORARY not in name)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file, also of those that are being written, by its path inside the folder.
@@ -216,9 +219,13 @@ class Folder:
         if not self._is_local:
             files = self._files.find(self._base)
             return {path[len(self._base) :].lstrip("/"): int(info["size"]) for path, info in files.items()}
-        base = Path(self._base)
-        files = [path for path in base.rglob("*") if path.is_symlink() or path.is_file()]
-        return {str(path.relative_to(base)): 0 if path.is_symlink() else path.stat().st_size for path in files}
+        sizes: dict[str, int] = {}
+        for name, entry in files_below(self._base):
+            with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+                facts = entry.stat(follow_symlinks=False)
+                if stat.S_ISREG(facts.st_mode) or stat.S_ISLNK(facts.st_mode):
+                    sizes[name] = 0 if stat.S_ISLNK(facts.st_mode) else facts.st_size
+        return sizes
 
     def remove(self, name: str) -> None:
         """Remove one file if it is there."""
@@ -257,13 +264,25 @@ class Folder:
         """Take over what another process, which wrote the files, knows of them."""
         self._descriptions |= descriptions
 
-    def clear_temporaries(self) -> None:
-        """Remove what a killed writer left behind; call only while no other writer is alive."""
+    def clear_temporaries(self, start: str = "") -> None:
+        """Remove what killed writers left behind; call only while no other writer is alive.
+
+        Args:
+            start: What the names of their files begin with; a folder in an object store.
+        """
         if not self._is_local:
-            self._files.abort_uploads(self._base)
-        elif Path(self._base).exists():
-            for path in Path(self._base).rglob(f"{_TEMPORARY}*"):
-                _remove(path)
+            self._files.abort_uploads(f"{self._base}/{start}".rstrip("/"))
+            return
+        for name in list(self._all_names()):
+            place, temporary, rest = f"/{name}".partition(f"/{_TEMPORARY}")
+            if temporary and name.startswith(start):
+                _remove(Path(f"{self._base}{place}{temporary}{rest.partition('/')[0]}"))
+
+    def _all_names(self) -> Iterator[str]:
+        """Every file, also those that are being written."""
+        if self._is_local:
+            return (name for name, _ in files_below(self._base))
+        return (path[len(self._base) :].lstrip("/") for path in self._files.find(self._base))
 
     def _parsed(self, name: str, content: bytes) -> Any:
         try:

@@ -191,7 +191,7 @@ class Artifact(Folder):
             raise DataError(f"{self.uri}/{MANIFEST}: {error}; {mend}") from None
 
     def commit(self, manifest: Manifest) -> None:
-        """Publish the manifest, and with it the artifact; then remove the live files.
+        """Publish the manifest, and with it the artifact; then remove the live files, and what killed writers left.
 
         Raises:
             StepError: If another run has committed the artifact in an object store.
@@ -201,7 +201,8 @@ class Artifact(Folder):
             self.write_bytes(MANIFEST, content)
         elif not self._files.create(f"{self._base}/{MANIFEST}", content):
             raise StepError(f"{self.uri}: another run has committed this step; run again to go on from there")
-        self.remove_all([name for name in self.names() if name.startswith(LIVE)])
+        self.remove_all([name for name in self._all_names() if name.startswith(LIVE)])
+        self.clear_temporaries()
 
     def describe_files(self, records: Mapping[str, ShardRecord] | None = None) -> dict[str, Json]:
         """Size and SHA-256 of every published file but the manifest and the live ones, for the manifest.

@@ -19,12 +19,14 @@ from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.train_sections import TrainConfig
 from pipeline.sampling.at import checkpoint_networks
+from pipeline.train import resume
 from pipeline.train.assemble import TrainJob, assemble
 from pipeline.train.checkpoint import Checkpoint, DamagedCheckpointError, Snapshot
 from pipeline.train.job import run_job
 from pipeline.train.results import BesideState, write_beside, write_result
 from pipeline.train.resume import (
     CheckpointWriter,
+    Damage,
     Keep,
     checkpoint_name,
     checkpoint_steps,
@@ -76,7 +78,7 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
 def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(tmp_path: Path, damage: str) -> None:
     artifact = _saved(tmp_path)
-    path, warnings = artifact.path(checkpoint_name(4)), list[str]()
+    path, warnings = artifact.path(checkpoint_name(4)), list[Damage]()
     whole = path.read_bytes()
     flipped = whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]
     path.write_bytes({"flipped": flipped, "cut": whole[:-9], "empty": b""}[damage])
@@ -84,8 +86,8 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(tmp_path: Path,
     assert load_newest_checkpoint(state, artifact, "key", warnings.append)
     assert state.step == 2
     assert torch.equal(state.network.state_dict()["weight"], _state(2).network.state_dict()["weight"])
-    assert len(warnings) == 1
-    assert warnings[0].startswith("the checkpoint of step 4 is damaged")
+    assert [warning.step for warning in warnings] == [4]
+    assert warnings[0].text.startswith("the checkpoint of step 4 is damaged (")
 
 
 def test_a_training_whose_checkpoints_are_all_damaged_does_not_start_again(tmp_path: Path) -> None:
@@ -149,13 +151,52 @@ def test_a_measure_that_is_not_a_number_is_never_the_best(tmp_path: Path) -> Non
     assert checkpoint_steps(artifact) == [4, 8]
 
 
-def test_later_checkpoints_that_were_passed_over_do_not_count_as_the_newest(tmp_path: Path) -> None:
-    artifact = _saved(tmp_path)
+@pytest.mark.parametrize("next_step", [3, 4, 5])
+def test_a_checkpoint_that_was_passed_over_does_not_count_as_the_newest(tmp_path: Path, next_step: int) -> None:
+    artifact, damages = _saved(tmp_path), list[Damage]()
     path = artifact.path(checkpoint_name(4))
     path.write_bytes(path.read_bytes()[:-1])
-    save_checkpoint(_state(3), artifact, "key", Keep(1))
-    assert checkpoint_steps(artifact) == [3]
+    assert load_newest_checkpoint(_state(), artifact, "key", damages.append)
+    with CheckpointWriter(artifact, "key", Keep(2), [damage.step for damage in damages]) as writer:
+        writer.save(_state(next_step))
+    assert checkpoint_steps(artifact) == [2, next_step]
+    assert load_newest_checkpoint(_state(), artifact, "key", damages.append)
+    assert len(damages) == 1
+
+
+def test_later_checkpoints_that_were_not_seen_at_the_start_are_not_removed(tmp_path: Path) -> None:
+    artifact, state = _saved(tmp_path, (4, 6)), _state()
+    save_checkpoint(_state(2), artifact, "key", Keep(1))
+    assert checkpoint_steps(artifact) == [2, 4, 6]
+    assert load_newest_checkpoint(state, artifact, "key")
+    assert state.step == 6
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_removed_by_the_next_start(tmp_path: Path) -> None:
+    artifact = _saved(tmp_path)
+    half, other = (tmp_path / place / ".tmp-0123-half" for place in ("live/checkpoints", "live"))
+    half.write_bytes(b"half")
+    other.write_bytes(b"of a process that may be alive")
+    with CheckpointWriter(artifact, "key", Keep(1)):
+        assert not half.exists()
+    assert other.exists()
+
+
+def test_workers_wait_until_storage_shows_all_of_them_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact, views = _saved(tmp_path), list[str]()
+
+    def gather(value: str) -> list[str]:
+        views.append(value)
+        return [value, "2"] if len(views) <= num_late else [value, value]
+
+    num_late = 3
+    monkeypatch.setattr(resume, "_gathered", gather)
+    monkeypatch.setattr(resume, "_WAITS_S", (0.0,) * 4)
     assert load_newest_checkpoint(_state(), artifact, "key")
+    assert views[:4] == ["2, 4"] * 4
+    num_late = 99
+    with pytest.raises(ResumeError, match=r"workers see different checkpoints \(steps 2 and 2, 4\)"):
+        load_newest_checkpoint(_state(), artifact, "key")
 
 
 @pytest.fixture
@@ -356,6 +397,32 @@ def test_a_training_starts_from_a_checkpoint_of_another(
     wide = dataclasses.replace(wide, upsampler_1=dataclasses.replace(wide.upsampler_1, model=model))
     with pytest.raises(DataError, match=r"init_from .*kept\.safetensors: a Upsampler of another shape"):
         assemble(dataclasses.replace(new, recipe=wide))
+
+
+def test_a_training_goes_on_when_the_checkpoint_that_it_started_from_is_gone(
+    training: tuple[Recipe, TrainJob, list[str]], tmp_path: Path
+) -> None:
+    recipe, job, _ = training
+    file = tmp_path / "kept.safetensors"
+    file.write_bytes(job.output.path(checkpoint_name(4)).read_bytes())
+    calm, wild = (
+        dataclasses.replace(job, recipe=_from(recipe, file), output=Artifact(str(tmp_path / name)))
+        for name in ("calm", "wild")
+    )
+    run_job(calm, no_watch)
+
+    def kill(done: int, total: int, message: str) -> None:
+        if done == 5:
+            file.unlink()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(wild, kill)
+    run_job(wild, no_watch)
+    weights = [each.output.path("model.safetensors").read_bytes() for each in (calm, wild)]
+    assert weights[0] == weights[1]
+    with pytest.raises(DataError, match=r"init_from .*kept\.safetensors: no such file; name another checkpoint"):
+        assemble(dataclasses.replace(wild, output=Artifact(str(tmp_path / "new"))))
 
 
 def _key(recipe: Recipe) -> str:

@@ -1,5 +1,7 @@
 import dataclasses
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,15 @@ from models.decoder.network import Decoder
 from models.decoder.stage import DecoderStage
 from models.prior.config import PriorConfig
 from models.prior.network import EMBEDDING_SCALE
-from pipeline.errors import DataError, ResumeError
+from pipeline.errors import DataError, ResumeError, StepError
 from pipeline.networks.cascade import load_cascade
 from pipeline.networks.clip import load_clip_artifact
 from pipeline.networks.files import load_network
 from pipeline.recipe.recipe import Recipe
 from pipeline.train.assemble import TrainJob, assemble
 from pipeline.train.job import run_job
-from pipeline.train.resume import checkpoint_name
+from pipeline.train.resume import checkpoint_name, checkpoint_steps
+from pipeline.workspace import disk
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Artifact
 from tests.tiny.shards import EMBED_DIM
@@ -67,6 +70,54 @@ def test_a_killed_training_ends_in_the_same_bytes(tmp_path: Path, name: str) -> 
     assert [row["step"] for row in rows if "val_loss" in row] == [2, 4, 6]
     assert metrics["num_steps"] == 6
     assert metrics["val_loss"] > 0
+
+
+@pytest.fixture
+def killed(tmp_path: Path) -> TrainJob:
+    """A training that was killed after its checkpoint of step 4."""
+
+    def kill(done: int, total: int, message: str) -> None:
+        if done == 5:
+            raise _KilledError
+
+    job = tiny_job("upsampler_1", tiny_inputs(tmp_path), tmp_path / "output")
+    with pytest.raises(_KilledError):
+        run_job(job, kill)
+    return job
+
+
+def test_a_training_whose_checkpoints_cannot_be_listed_does_not_begin_again(
+    killed: TrainJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, scandir = checkpoint_steps(killed.output), os.scandir
+
+    def fail(path: str) -> Any:
+        if str(path).rstrip("/").endswith("live/checkpoints"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(disk, "_WAITS_S", (0.0,))
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(StepError, match=r"live/checkpoints/: cannot be read: Stale"):
+        run_job(killed, no_watch)
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert checkpoint_steps(killed.output) == checkpoints == [2, 4]
+
+
+def test_a_training_says_that_it_begins_at_step_0_though_its_curves_went_further(killed: TrainJob) -> None:
+    messages: list[str] = []
+
+    def note(done: int, total: int, message: str) -> None:
+        messages.append(f"{done} {message}")
+
+    run_job(killed, note)
+    assert messages[0] == "4 training"
+    for step in checkpoint_steps(killed.output):
+        killed.output.remove(checkpoint_name(step))
+    messages.clear()
+    run_job(killed, note)
+    assert messages[0] == "0 training; begun at step 0: there is no checkpoint, though the curves reach step 6"
+    assert messages[-1].endswith(messages[0].partition("training")[2])
 
 
 def _changed(name: str, **changes: Any) -> Recipe:

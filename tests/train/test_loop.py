@@ -154,11 +154,13 @@ def test_bad_steps_are_skipped_and_counted_up_to_their_budget(optimizer: Literal
     state, step = _start(config, max_bad_steps=2)
     losses: list[list[float]] = []
     changed: list[bool] = []
+    moved: list[bool] = []
 
     def poisoned(state: TrainState, batch: Batch) -> None:
-        before = create_average(state.network)
+        before = create_average(state.network), create_average(state.ema)
         step(state, Batch(("nan", *batch.uids[1:]), batch.captions) if state.step in {2, 5, 7} else batch)
-        changed.append(not _same(before, state.network))
+        changed.append(not _same(before[0], state.network))
+        moved.append(not _same(before[1], state.ema))
 
     def explain(state: TrainState) -> str:
         return f"; {int(state.num_bad)} in all"
@@ -171,6 +173,7 @@ def test_bad_steps_are_skipped_and_counted_up_to_their_budget(optimizer: Literal
             _nothing, lambda state: losses.append(state.loss_sum.tolist()), explain,
         )  # fmt: skip
     assert changed == [True, True, False, True, True, False, True, False]
+    assert moved == changed
     assert [count for _, count in losses] == [2, 2]  # of the steps that were finite
     assert all(total > 0 for total, _ in losses)
 

@@ -209,7 +209,15 @@ def test_a_bad_step_is_explained_and_a_larger_budget_goes_on(
     def note(done: int, total: int, message: str) -> None:
         messages.append(f"{done} {message}")
 
-    metrics = run_job(_job(_recipe(tmp_path, max_bad_steps=6), inputs), note)
+    again = _job(_recipe(tmp_path, max_bad_steps=6), inputs)
+    metrics = run_job(again, note)
     assert messages[0].startswith("2 ")  # the same key: from its checkpoint
     assert metrics["num_skipped_steps"] >= 1
     assert "steps not finite and skipped" in messages[-1]
+    lines = again.output.path(METRICS).read_text().splitlines()
+    rows = [row for row in (json.loads(line, parse_constant=pytest.fail) for line in lines) if "lr" in row]
+    skipped = [row for row in rows if "loss" not in row]  # every step has a line
+    assert len(rows) == 6
+    assert len(skipped) == metrics["num_skipped_steps"]
+    assert not [row for row in skipped if "grad_norm" in row]
+    assert any("no step with a finite loss since the last line" in message for message in messages)

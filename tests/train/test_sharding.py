@@ -22,13 +22,13 @@ from pipeline.data.batches import plan_order
 from pipeline.data.order import Share
 from pipeline.networks.costs import build_clip
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.train_sections import TrainConfig, TrainPhase
+from pipeline.recipe.train_sections import TrainConfig, TrainPhase, TrainResources
 from pipeline.train.assemble import TrainJob, assemble
 from pipeline.train.job import run_job, start_training
 from pipeline.train.loop import make_step
 from pipeline.train.memory import count_memory
 from pipeline.train.resume import CheckpointWriter, Keep, checkpoint_name, checkpoint_steps, load_newest_checkpoint
-from pipeline.train.sharding import gathered_dtype
+from pipeline.train.sharding import create_mesh, gathered_dtype
 from pipeline.train.state import TrainState
 from pipeline.train.stop import StoppedError
 from pipeline.workspace.store import Artifact
@@ -145,7 +145,7 @@ def _go_on(case: _Case, inputs: dict[str, Artifact], folder: str, share: Share, 
     """Continue up to a step, and write a checkpoint."""
     job, state, take = _start(case, inputs, folder, share, 0)
     damages: list[str] = []
-    load_newest_checkpoint(state, job.output, "key", damages.append)
+    load_newest_checkpoint(state, job.output, "key", lambda damage: damages.append(damage.text))
     first_step = state.step
     take(last_step - state.step)
     with CheckpointWriter(job.output, "key", Keep(3)) as writer:
@@ -193,6 +193,14 @@ def _stop_and_go_on(inputs: dict[str, Artifact], folder: str, rank: int, world_s
     return {"ends": ends, "steps": steps}
 
 
+def _timeouts_s(resources: TrainResources) -> list[float]:
+    """How long a worker waits in each of its groups, in seconds."""
+    mesh = create_mesh(resources, CPU, 4)
+    assert mesh is not None
+    backends = [mesh[name].get_group()._get_backend(CPU) for name in mesh.mesh_dim_names or ()]
+    return [backend.options._timeout.total_seconds() for backend in backends]
+
+
 def _work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.compile = functools.partial(torch.compile, backend="eager")  # without the code generator, which takes minutes
@@ -224,6 +232,7 @@ def _work_together(number: int, rank: int, world_size: int, inputs: dict[str, Ar
         return results | {("stopped", 2, 0): _stop_and_go_on(inputs, folder, rank, 2)}
     share = Share(CASES["decoder"].batch_size, rank, world_size)
     if number == 0:
+        results["timeouts", 4, 2] = {"s": _timeouts_s(TrainResources(num_workers=4, num_shards=2, hang_timeout_s=77))}
         results["decoder", 4, 1] = _train(CASES["decoder"], inputs, folder, share, 1)
     if number == 3 and rank == 0:  # a bit of the second of three files
         file = Path(f"{folder}/out") / checkpoint_name(2).replace(".safetensors", ".2-of-3.safetensors")
@@ -324,6 +333,10 @@ def test_workers_end_after_the_same_step_if_one_wants_to_and_go_on_as_if_they_ha
         assert stopped["steps"] == [2, 3]
     weights = [(folder / name / "model.safetensors").read_bytes() for name in ("run-2", "stopped")]
     assert weights[0] == weights[1]
+
+
+def test_groups_of_some_workers_wait_no_longer_than_the_recipe_says(trained: list[Results]) -> None:
+    assert [results["timeouts", 4, 2]["s"] for results in trained] == [[77.0, 77.0]] * 4
 
 
 def test_four_workers_hold_less_than_a_third_of_what_each_holds_alone(trained: list[Results]) -> None:

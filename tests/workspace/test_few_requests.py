@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.data.selection import selection_of
 from pipeline.data.shards import split_counts
@@ -17,6 +18,8 @@ from pipeline.retrieve import parts
 from pipeline.retrieve.build import SegmentBuild
 from pipeline.runtime.filter import run_filter
 from pipeline.runtime.filter_embeddings import run_filter_embeddings
+from pipeline.train.checkpoint import Checkpoint, Snapshot
+from pipeline.train.resume import checkpoint_name
 from pipeline.workspace.store import Artifact
 from tests.filter.planted import commit, embed_by_eye, make_context, output_of, tiny_recipe, without_ray
 from tests.s3_server import S3Server
@@ -95,6 +98,23 @@ def test_a_build_that_begins_anew_removes_the_old_files_with_one_request(bucket:
     SegmentBuild((), output, IndexConfig(), seed=0).clear()
     assert Counter(one.kind for one in s3_server.counted()) == {"DELETE": 2, "LIST": 2}
     assert output.names() == ["live/segment_00001/other.json"]
+
+
+def test_a_checkpoint_is_read_with_one_look_at_each_of_its_files(
+    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    artifact, name, num_files = Artifact(f"{bucket}/prior/k"), checkpoint_name(4), 3
+    whole = {f"network.{number}": torch.randn(6, 2) for number in range(40)}
+    for number in (2, 1, 0):
+        rows = {key: tensor[2 * number : 2 * number + 2].clone() for key, tensor in whole.items()}
+        shapes = {key: [6, 2] for key in whole}
+        Snapshot(4, {}, rows, shapes, number, num_files).publish(artifact, name, "key", "attempt")
+    monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "of-another-machine"))
+    s3_server.counted()
+    read = Checkpoint(artifact, name).read("network")
+    assert all(torch.equal(read[key.removeprefix("network.")], tensor) for key, tensor in whole.items())
+    requests = [one for one in s3_server.counted() if one.name.endswith(".safetensors")]
+    assert Counter(one.kind for one in requests) == {"HEAD": num_files, "GET": num_files}
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

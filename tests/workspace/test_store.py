@@ -11,9 +11,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import faiss
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +24,7 @@ from safetensors.numpy import save_file
 
 from pipeline.data.rows import make_uid, split_of
 from pipeline.errors import DataError, StepError
-from pipeline.workspace import lock
+from pipeline.workspace import disk, lock
 from pipeline.workspace.disk import translate_os_errors
 from pipeline.workspace.lock import in_use, used_artifacts
 from pipeline.workspace.manifest import Manifest, ShardRecord, add_counts, check_counts
@@ -132,6 +133,84 @@ def test_manifest_is_the_commit_and_drops_live_files(tmp_path: Path) -> None:
     assert manifest is not None
     assert list(manifest.files) == ["data.bin"]
     assert artifact.names() == ["data.bin", "manifest.json"]
+
+
+def test_a_commit_removes_what_killed_writers_left(tmp_path: Path) -> None:
+    artifact = Artifact(f"{tmp_path}/step/key")
+    artifact.write_bytes("a.tmp-b.bin", b"a name that only looks like it")
+    for name in ("sub", "live/checkpoints", ".tmp-folder"):
+        folder = tmp_path / "step/key" / name
+        folder.mkdir(parents=True)
+        (folder / ".tmp-0123-half").write_bytes(b"half")
+    artifact.commit(_manifest())
+    left = [str(path.relative_to(artifact.uri)) for path in Path(artifact.uri).rglob("*") if path.is_file()]
+    assert sorted(left) == ["a.tmp-b.bin", "manifest.json"]
+    assert not (tmp_path / "step/key/.tmp-folder").exists()
+
+
+def _fail(monkeypatch: pytest.MonkeyPatch, name: str, code: int, times: int) -> list[str]:
+    """Let a call of the system fail for some paths and so many times; returns the paths for which it did."""
+    call: Callable[..., Any] = getattr(os, name)
+    failed: list[str] = []
+
+    def fail(path: Any, *arguments: Any, **options: Any) -> Any:
+        if str(path).endswith(("/sub", "/sub/", "/data.bin")) and len(failed) < times:
+            failed.append(str(path))
+            raise OSError(code, os.strerror(code), str(path))
+        return call(path, *arguments, **options)
+
+    monkeypatch.setattr(os, name, fail)
+    monkeypatch.setattr(disk, "_WAITS_S", (0.0, 0.0))
+    return failed
+
+
+_LOOKS: dict[str, Callable[[Artifact], Any]] = {
+    "names": Artifact.names,
+    "sizes": Artifact.sizes,
+    "describe_files": Artifact.describe_files,
+    "clear_temporaries": Artifact.clear_temporaries,
+    "exists": lambda artifact: artifact.exists("data.bin"),
+    "path": lambda artifact: artifact.path("data.bin"),
+}
+
+
+@pytest.mark.parametrize("name", _LOOKS)
+def test_storage_that_does_not_answer_is_not_taken_for_an_empty_folder(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact, look = Artifact(f"{tmp_path}/step/key"), _LOOKS[name]
+    artifact.write_bytes("data.bin", b"1")
+    artifact.write_bytes("sub/deep/other.bin", b"23")
+    expected, call = look(artifact), "stat" if name in {"exists", "path"} else "scandir"
+    with monkeypatch.context() as patch:
+        failed = _fail(patch, call, errno.ESTALE, times=2)
+        assert look(artifact) == expected  # it passes
+        assert len(failed) == 2
+    for code, words, tries in ((errno.EIO, "see that this storage", 3), (errno.EACCES, "permission denied", 1)):
+        with monkeypatch.context() as patch:
+            failed = _fail(patch, call, code, times=99)
+            with pytest.raises(StepError, match=rf"^{artifact.uri}/(sub/?|data\.bin): cannot be read: .*{words}"):
+                look(artifact)
+            assert len(failed) == tries
+
+
+def test_a_listing_has_links_and_hidden_files_and_follows_nothing(tmp_path: Path) -> None:
+    artifact = Artifact(f"{tmp_path}/step/key")
+    assert artifact.names() == []
+    assert artifact.sizes() == {}
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "file").touch()
+    for name in ("b/2.bin", "b-/1.bin", "a.bin", ".hidden"):
+        artifact.write_bytes(name, b"12")
+    for name, target in (("folder", elsewhere), ("broken", tmp_path / "none")):
+        (Path(artifact.uri) / name).symlink_to(target)
+    files, base = fsspec.url_to_fs(artifact.uri)
+    names = [path[len(base) + 1 :] for path in files.find(base)]
+    assert artifact.names() == sorted(names) == [".hidden", "a.bin", "b-/1.bin", "b/2.bin", "broken", "folder"]
+    assert artifact.sizes() == {name: 0 if name in {"broken", "folder"} else 2 for name in names}
+    assert not artifact.exists("broken")
+    assert Artifact(f"{artifact.uri}/a.bin").names() == []
 
 
 def test_manifest_of_another_schema_is_refused(tmp_path: Path) -> None:
