@@ -101,7 +101,7 @@ _BEFORE_EVALUATE = (
     StepRow(
         name="decoder",
         title="Decoder",
-        version=4,
+        version=5,
         inputs=("download", "clip", "embed", "filter_embeddings"),
         runner=_TRAINING,
         role="train",
@@ -119,7 +119,7 @@ _BEFORE_EVALUATE = (
     StepRow(
         name="prior",
         title="Prior",
-        version=3,
+        version=4,
         inputs=("clip", "embed", "filter_embeddings"),
         runner=_TRAINING,
         role="train",
@@ -130,7 +130,7 @@ _BEFORE_EVALUATE = (
     StepRow(
         name="prior_2",
         title="Prior 2",
-        version=3,
+        version=4,
         inputs=("clip", "embed", "filter_embeddings"),
         runner=_TRAINING,
         role="train",
@@ -140,7 +140,7 @@ _BEFORE_EVALUATE = (
     StepRow(
         name="noisy_clip",
         title="Noisy CLIP",
-        version=3,
+        version=4,
         inputs=("download", "filter", "clip", "filter_embeddings"),
         runner=_TRAINING,
         role="train",

@@ -153,8 +153,18 @@ def load_frozen(job: TrainJob, *, with_images: bool) -> FrozenText | None:
 
 
 def text_encoder(clip: FrozenText | None) -> TextEncoder:
-    """The encoder of captions, batch by batch; of a kind that reads none, one that is never called."""
-    return _no_captions if clip is None else clip.encode_text
+    """The encoder of captions, batch by batch; of a kind that reads none, one that is never called.
+
+    It computes in the type of its weights: called in a training step, it is inside of the training's autocast.
+    """
+    if clip is None:
+        return _no_captions
+
+    def encode(captions: Sequence[str]) -> TextEncoding:
+        with torch.autocast(clip.device.type, enabled=False):
+            return clip.encode_text(captions)
+
+    return encode
 
 
 def _empty_caption(job: TrainJob, clip: FrozenText | None, train: Samples) -> EmptyCaption | None:
@@ -240,8 +250,8 @@ def _no_captions(captions: Sequence[str]) -> TextEncoding:
 def _caption_table(clip: FrozenText, train: Samples) -> TextEncoder:
     """An encoder that encodes all captions once if they are few, else batch by batch."""
     if train.num_rows * caption_bytes(clip.dims) > CAPTION_TABLE_BYTES:
-        return CaptionTable(clip.encode_text, None)
-    return CaptionTable(clip.encode_text, train.reader.captions())
+        return CaptionTable(text_encoder(clip), None)
+    return CaptionTable(text_encoder(clip), train.reader.captions())
 
 
 def caption_bytes(dims: ClipDims) -> int:

@@ -153,6 +153,23 @@ def test_half_precision_loses_nearly_the_same_and_leaves_full_weights(tmp_path: 
     assert {tensor.dtype for tensor in weights if tensor.is_floating_point()} <= {torch.float32, torch.float64}
 
 
+@pytest.mark.parametrize("clip_precision", ["float32", "bfloat16"])
+def test_captions_are_encoded_in_the_precision_of_the_recipe_whatever_the_training_computes_in(
+    tmp_path: Path, clip_precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.train.assemble.CAPTION_TABLE_BYTES", 0)  # batch by batch, as of long lists
+    recipe = _changed("prior", train__precision="bfloat16", train__clip_precision=clip_precision)
+    parts = assemble(tiny_job("prior", tiny_inputs(tmp_path), tmp_path / "out", recipe))
+    encode: Any = parts.objective(parts.network)._encode_text
+    expected = encode(["a red circle"])
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = encode(["a red circle"])
+    assert torch.equal(actual.hidden, expected.hidden)
+    assert torch.equal(actual.pooled, expected.pooled)
+    rounded = expected.hidden.bfloat16().float()
+    assert torch.equal(expected.hidden, rounded) == (clip_precision == "bfloat16")
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own question
 @pytest.mark.parametrize("name", ["clip", "decoder"])
 def test_a_compiled_training_is_the_same_but_for_rounding(
