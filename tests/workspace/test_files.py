@@ -1,11 +1,14 @@
 """A user's files, here, in an object store and on a web server."""
 
 import contextlib
+import errno
 import functools
+import os
 import threading
 from collections.abc import Generator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -46,6 +49,25 @@ def _write_list(path: Path) -> None:
     else:
         text = "\n".join(["URL,TEXT", *(",".join(row.values()) for row in rows)])
         path.write_bytes(pa.compress(text.encode(), codec="gzip" if path.suffix == ".gz" else "zstd", asbytes=True))
+
+
+def test_files_of_a_folder_that_cannot_be_read_are_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part.parquet").touch()
+    assert len(find_files(str(tmp_path))) == 2
+    scandir = os.scandir
+
+    def fail(path: str) -> Any:
+        if path == str(tmp_path / "b"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(DataError, match=rf"^{tmp_path}/b: cannot be read: Permission denied"):
+        find_files(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["list.parquet", "list.csv.gz", "list.csv.zst"])
