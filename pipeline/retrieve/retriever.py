@@ -184,8 +184,8 @@ class Retriever:
         if not stored:
             return rows.select(list(names))
         shards, keys = (rows.column(name).to_pylist() for name in ("shard", "key"))
-        of_index, num_sources = self.index.sources, len(self.index.sources)
-        sources = self.index.sources_of(ids) if num_sources > 1 else np.zeros(len(ids), np.int64)
+        of_index = list(self.index.sources)
+        sources = self.index.sources_of(ids) if len(of_index) > 1 else np.zeros(len(ids), np.int64)
         parts, places = list[pa.Table](), list[int]()
         for source in np.unique(sources).tolist():
             own: list[int] = np.flatnonzero(sources == source).tolist()

@@ -109,7 +109,7 @@ def _job(context: StepContext, worker: type[ShardWorker], shards: list[str], num
         config.resources,
         num_at_once=1 if is_retry else _AT_ONCE,
         limit_s=_SILENCE_S + 2 * config.deadline_s,
-        on_record=(lambda _records: None) if is_retry else judge,
+        on_records=note_records,
         output=made_in if is_retry else None,
         note=watch.note,
         read=watch.read,

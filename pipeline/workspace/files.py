@@ -131,23 +131,10 @@ def find_files(uri: str, lost: list[str] | None = None) -> list[UserFile]:
     if is_remote(uri):
         return sorted(remote_files(uri), key=lambda file: file.uri)
     path = _local(uri)
-    if Path(path).is_file():
-        names = [path]
-    elif Path(path).is_dir():
-        names = [
-            str(Path(folder) / name)
-            for folder, folders, files in os.walk(path, onerror=_refuse, followlinks=True)
-            if not _drop_hidden(folders)
-            for name in files
-            if not name.startswith(".")
-        ]
-    else:
-        names = [name for name in _matching(path) if Path(name).is_file()]
-    return [UserFile(name, Path(name).stat().st_size, "") for name in sorted(names) if Path(name).is_file()]
-
-
-def _refuse(error: OSError) -> None:
-    raise DataError(f"{error.filename}: cannot be read: {error.strerror}; its files would be left out without a word")
+    names, no_files = _names_at(path)
+    if lost is not None:
+        lost += sorted(no_files)
+    return [UserFile(name, Path(name).stat().st_size, "") for name in sorted(names)]
 
 
 def remote_files(uri: str) -> Iterator[UserFile]:

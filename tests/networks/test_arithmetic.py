@@ -89,7 +89,7 @@ def test_a_replica_computes_as_its_recipe_says(folder: Path, float32_settings: N
     recipe = load_recipe(folder, ["serve.precision=bfloat16"])
     engine = load_engine(write_tables(recipe, finished_artifacts(recipe, CASCADE_STEPS)))
     engine.close()
-    types = {type(stage.network.forward).__name__ for stage in engine._cascade.stages}  # pyright: ignore
+    types = {type(stage.network.forward).__name__ for stage in engine._stages}  # pyright: ignore
     assert types == {"function"}  # a method is what a network has of its own
 
 

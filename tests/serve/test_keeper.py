@@ -169,8 +169,10 @@ def with_children(monkeypatch: pytest.MonkeyPatch, keeper: _Keeper, acts: list[C
     def fork(name: str) -> bool:
         act = acts.pop(0)
         if real(name):
-            act()
-            os._exit(7)
+            try:
+                act()
+            finally:
+                os._exit(7)  # whatever comes: nothing of this copy of the tests may go on
         return False
 
     monkeypatch.setattr(keeper, "_is_child", fork)
@@ -182,9 +184,9 @@ def kill_itself() -> None:
 
 @contextlib.contextmanager
 def handlers_of_before(keeper: _Keeper) -> Iterator[None]:
-    """Of this process, which the keeper takes for its own."""
+    """Of this process, which the keeper takes for its own, and its children have: those that a process begins with."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    handlers = [signal.getsignal(number) for number in numbers]
+    handlers = [signal.signal(number, signal.SIG_DFL) for number in numbers]
     try:
         yield
     finally:

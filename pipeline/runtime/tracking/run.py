@@ -127,15 +127,15 @@ class Tracking:
         stamp = (str(path), facts.st_mtime_ns, facts.st_size)
         if self._seen.get(name) == stamp:
             return
-        lines = path.read_text(encoding="utf-8").splitlines()
         curves: Json = self._curves(name)
+        lines = path.read_text(encoding="utf-8").splitlines()
         begun, records = begun_at(lines), list[Json]()
         if begun and curves["begun"] not in {0.0, begun}:
             records += [
                 self._finish_record(self._run(name), "KILLED"),
                 *self._child_records(context, curves["number"] + 1),
             ]
-            curves = {"number": curves["number"] + 1, "begun": begun, "last": {}}
+            curves.update(number=curves["number"] + 1, begun=begun, last={})
         curves["begun"] = begun or curves["begun"]
         points, run = new_points(lines, curves["last"]), self._run(name, curves["number"])
         if points:
