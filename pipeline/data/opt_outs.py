@@ -63,10 +63,10 @@ class Rule:
             return not self.is_whole or len(octets) == len(first)
         place = len(first)
         for part in others[:-1]:
-            found = octets.find(part, place)
-            if found < 0:
+            begin = octets.find(part, place)
+            if begin < 0:
                 return False
-            place = found + len(part)
+            place = begin + len(part)
         if self.is_whole:
             return octets.endswith(others[-1]) and len(octets) - len(others[-1]) >= place
         return octets.find(others[-1], place) >= 0

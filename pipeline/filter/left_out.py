@@ -27,23 +27,23 @@ def starts_of(sizes: Sequence[int]) -> Rows:
     return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
 
 
-def find_left_out(found: Artifact, parts: Sequence[str], starts: Rows) -> Bools:
+def find_left_out(results: Artifact, parts: Sequence[str], starts: Rows) -> Bools:
     """Whether each row is left out, (N,): whether a row that stays was found for it.
 
     Memory is three bytes a row, and 16 for each finding whose first row is one of another finding.
 
     Args:
-        found: ``<part>.parquet`` of every part, see ``duplicates_table``.
+        results: ``<part>.parquet`` of every part, see ``duplicates_table``.
         parts: Names of the parts.
         starts: See ``starts_of``.
     """
     is_open, is_out = np.zeros(starts[-1], np.bool_), np.zeros(starts[-1], np.bool_)
-    for again, _ in _findings(found, parts, starts):
+    for again, _ in _findings(results, parts, starts):
         is_open[again] = True
-    is_found, nobody = is_open.copy(), np.zeros(0, np.int64)
+    is_repeat, nobody = is_open.copy(), np.zeros(0, np.int64)
     chains = [(nobody, nobody)]
-    for again, first in _findings(found, parts, starts):
-        is_chained = is_found[first]
+    for again, first in _findings(results, parts, starts):
+        is_chained = is_repeat[first]
         is_out[again[~is_chained]] = True
         chains.append((again[is_chained], first[is_chained]))
     is_open &= ~is_out
@@ -58,14 +58,14 @@ def find_left_out(found: Artifact, parts: Sequence[str], starts: Rows) -> Bools:
 
 
 def findings_of_bundle(
-    found: Artifact, parts: Sequence[str], bundle: Bundle, shards: Sequence[str], starts: Rows, is_out: Bools
+    results: Artifact, parts: Sequence[str], bundle: Bundle, shards: Sequence[str], starts: Rows, is_out: Bools
 ) -> pa.Table:
     """Why rows of a bundle's shards are left out, one finding for each, sorted by shard and row.
 
     Memory is that of the findings of a bundle.
 
     Args:
-        found: See ``find_left_out``.
+        results: See ``find_left_out``.
         parts: Names of the parts, in the order in which they count.
         bundle: The bundle.
         shards: Names of all shards.
@@ -76,23 +76,23 @@ def findings_of_bundle(
         ``number`` of the shard, ``row``, ``reason``, ``detail``, ``same_as`` and ``same_as_shard`` of a row that stays.
     """
     tables = list[pa.Table]()
-    is_told = np.zeros(starts[bundle.stop] - starts[bundle.first], np.bool_)
+    has_reason = np.zeros(starts[bundle.stop] - starts[bundle.first], np.bool_)
     here: Any = [("number", ">=", bundle.first), ("number", "<", bundle.stop)]
     for part in parts:
-        table = pq.read_table(found.path(f"{part}.parquet"), filters=here)
+        table = pq.read_table(results.path(f"{part}.parquet"), filters=here)
         again, first = _rows_of(table, starts)
         own = again - starts[bundle.first]
-        counts = is_out[again] & ~is_out[first] & ~is_told[own]
-        is_told[own[counts]] = True
+        counts = is_out[again] & ~is_out[first] & ~has_reason[own]
+        has_reason[own[counts]] = True
         tables.append(table.filter(pa.array(counts)))
     findings = pa.concat_tables(tables).sort_by([("number", "ascending"), ("row", "ascending")])
     names = pa.array(shards, pa.string()).take(findings["same_as_number"])
     return findings.append_column("same_as_shard", names).drop_columns(["same_as_number", "same_as_row"])
 
 
-def _findings(found: Artifact, parts: Sequence[str], starts: Rows) -> Iterator[tuple[Rows, Rows]]:
+def _findings(results: Artifact, parts: Sequence[str], starts: Rows) -> Iterator[tuple[Rows, Rows]]:
     for part in parts:
-        yield _rows_of(pq.read_table(found.path(f"{part}.parquet"), columns=list(_PLACES)), starts)
+        yield _rows_of(pq.read_table(results.path(f"{part}.parquet"), columns=list(_PLACES)), starts)
 
 
 def _rows_of(table: pa.Table, starts: Rows) -> tuple[Rows, Rows]:

@@ -216,17 +216,17 @@ class RowRules:
         }
 
 
-def find_column(names: list[str], known: tuple[str, ...], field: str) -> str:
-    """The first of the known names that a table has.
+def find_column(names: list[str], candidates: tuple[str, ...], field: str) -> str:
+    """The first of some names that a table has.
 
     Raises:
         ConfigError: If it has none; says how to bring the column there.
     """
-    for name in known:
+    for name in candidates:
         if name in names:
             return name
     raise ConfigError(
-        f"filter.{field}: the shards have no column {' or '.join(known)}; if the list has it, name it in "
+        f"filter.{field}: the shards have no column {' or '.join(candidates)}; if the list has it, name it in "
         "download.extra_columns"
     )
 

@@ -66,15 +66,15 @@ def read_versions(index: Artifact) -> list[Version]:
     return [_read(index, name) for name in _files(index)]
 
 
-def describe_segment(index: Artifact, segment: str, known: Mapping[str, Json]) -> None:
+def describe_segment(index: Artifact, segment: str, descriptions: Mapping[str, Json]) -> None:
     """Write size and SHA-256 of the files of a segment that no manifest describes, before a version names it.
 
     Args:
         index: The index.
         segment: The segment's folder.
-        known: What the process that wrote the files knows of them; the others are read.
+        descriptions: Of files, by the process that wrote them; the others are read.
     """
-    index.learn(known)
+    index.learn(descriptions)
     files = [name for name in index.names() if name.startswith(f"{segment}/")]
     index.write_json(f"{segment}/{_DESCRIPTIONS}", {name: index.describe(name) for name in files})
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.data.selection import label_file
 from pipeline.errors import StepError
@@ -35,7 +36,7 @@ from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.progress import Progress
 from pipeline.workspace.store import LIVE, Artifact
 
-MEASURES, GATHERED, FOUND = (f"{LIVE}{name}" for name in ("measures", "gathered", "found"))
+MEASURES, GATHERED, RESULTS = (f"{LIVE}{name}" for name in ("measures", "gathered", "results"))
 """Folders of the passes inside the artifact: what each row says about itself, what a search reads, what it finds."""
 LEFT_OUT, FINDINGS = (f"{LIVE}{name}" for name in ("left_out", "findings"))
 """What was found, put together: which rows are left out, and why, by bundle of shards."""
@@ -140,7 +141,7 @@ def run_filter(context: StepContext) -> StepResult:
         bundles = {bundle.name: bundle for bundle in plan_bundles(len(shards))}
         passes.run(partial(GatherWorker, shards=shards, bundles=bundles), GATHERED, "gathering", list(bundles))
         worker = partial(DuplicateWorker, bundles=list(bundles.values()), parts=parts)
-        passes.run(worker, FOUND, "searching duplicates", list(parts))
+        passes.run(worker, RESULTS, "searching duplicates", list(parts))
         places = passes.put_together(list(parts), [record.counts["in"] for record in measures])
     return passes.finish(passes.run(partial(LabelWorker, places=places), "", "labelling"))
 
@@ -162,6 +163,13 @@ class PassWorker:
     def part(self, folder: str) -> Artifact:
         """The folder of one pass."""
         return part_of(self.output, folder)
+
+    def commit_duplicates(self, folder: str, name: str, table: pa.Table, start: float) -> ShardRecord:
+        """Write and commit what one part of a pass found."""
+        output = self.part(folder)
+        with output.write(f"{name}.parquet") as path:
+            write_duplicates(table, path)
+        return commit_shard(output, name, ONE_PART, [], start)
 
     def duplicates(self, place: Place | None) -> list[dict[str, Any]]:
         """What the search found of a shard; None: it found nothing."""
@@ -226,11 +234,9 @@ class DuplicateWorker(PassWorker):
 
     def __call__(self, shard: str) -> ShardRecord:
         """Search one part."""
-        start, output, section = time.monotonic(), self.part(FOUND), _section(self.context)
+        start, section = time.monotonic(), _section(self.context)
         table = find_duplicates(self.part(GATHERED), self._bundles, self._parts[shard], section)
-        with output.write(f"{shard}.parquet") as path:
-            write_duplicates(table, path)
-        return commit_shard(output, shard, ONE_PART, [], start)
+        return self.commit_duplicates(RESULTS, shard, table, start)
 
 
 class LeftOutWorker(PassWorker):
@@ -250,7 +256,7 @@ class LeftOutWorker(PassWorker):
     def __call__(self, shard: str) -> ShardRecord:
         """Find them all."""
         start, output = time.monotonic(), self.part(LEFT_OUT)
-        is_out = find_left_out(self.part(FOUND), self._parts, self._starts)
+        is_out = find_left_out(self.part(RESULTS), self._parts, self._starts)
         with output.write(f"{shard}.npy") as path, path.open("wb") as file:
             np.save(file, is_out)
         return commit_shard(output, shard, ONE_PART, [], start)
@@ -284,11 +290,9 @@ class FindingsWorker(PassWorker):
 
     def __call__(self, shard: str) -> ShardRecord:
         """Bring one bundle together."""
-        start, output, bundle = time.monotonic(), self.part(FINDINGS), self._bundles[shard]
-        table = findings_of_bundle(self.part(FOUND), self._parts, bundle, self._shards, self._starts, self._is_out)
-        with output.write(f"{shard}.parquet") as path:
-            write_duplicates(table, path)
-        return commit_shard(output, shard, ONE_PART, [], start)
+        start, bundle = time.monotonic(), self._bundles[shard]
+        table = findings_of_bundle(self.part(RESULTS), self._parts, bundle, self._shards, self._starts, self._is_out)
+        return self.commit_duplicates(FINDINGS, shard, table, start)
 
 
 class LabelWorker(PassWorker):

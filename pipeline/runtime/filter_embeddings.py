@@ -14,14 +14,13 @@ from pipeline.filter.gathered import Bundle, plan_bundles
 from pipeline.filter.labels import (
     count_reasons,
     map_table,
-    write_duplicates,
     write_labels,
     write_table,
 )
 from pipeline.recipe.sections import FilterEmbeddingsConfig
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.data import commit_shard
-from pipeline.runtime.filter import ALL, FOUND, GATHERED, MEASURES, ONE_PART, Passes, PassWorker, Place, part_of
+from pipeline.runtime.filter import ALL, GATHERED, MEASURES, ONE_PART, RESULTS, Passes, PassWorker, Place, part_of
 from pipeline.runtime.pool import total_counts
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.store import LIVE, Artifact
@@ -65,7 +64,7 @@ def run_filter_embeddings(context: StepContext) -> StepResult:
         gather = partial(GatherClustersWorker, shards=shards, bundles=bundles, groups=planned)
         passes.run(gather, GATHERED, "gathering", list(bundles))
         worker = partial(SemanticWorker, bundles=list(bundles.values()), groups=groups)
-        passes.run(worker, FOUND, "searching semantic duplicates", list(groups))
+        passes.run(worker, RESULTS, "searching semantic duplicates", list(groups))
         places = passes.put_together(list(groups), [record.counts["in"] for record in records])
     result = passes.finish(passes.run(partial(KeepWorker, places=places), "", "labelling"))
     return StepResult(counts=result.counts, metrics=metrics, num_workers=result.num_workers)
@@ -207,13 +206,11 @@ class SemanticWorker(_EmbeddingWorker):
         """Compare the rows of one group of clusters."""
         from pipeline.filter.semantic import find_semantic_duplicates
 
-        start, output = time.monotonic(), self.part(FOUND)
+        start = time.monotonic()
         limit, device = self._section.max_similarity, self._section.resources.accelerator
         group = self._groups[shard]
         table = find_semantic_duplicates(self.part(GATHERED), self._bundles, group, limit, device)
-        with output.write(f"{shard}.parquet") as path:
-            write_duplicates(table, path)
-        return commit_shard(output, shard, ONE_PART, [], start)
+        return self.commit_duplicates(RESULTS, shard, table, start)
 
 
 class KeepWorker(_EmbeddingWorker):

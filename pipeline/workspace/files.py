@@ -60,7 +60,7 @@ def local_entries(root: str, folder: str = "") -> LocalEntries:
     Raises:
         DataError: If it cannot be read.
     """
-    found, links = LocalEntries(), list[str]()
+    content, links = LocalEntries(), list[str]()
     place = os.path.join(root, folder)  # noqa: PTH118  (millions of them)
     try:
         with os.scandir(place or ".") as entries:  # which tells the kind of most entries without a call for each
@@ -70,18 +70,18 @@ def local_entries(root: str, folder: str = "") -> LocalEntries:
                 if entry.is_symlink():
                     links.append(entry.name)
                 elif entry.is_dir():
-                    found.folders.append(entry.name)
+                    content.folders.append(entry.name)
                 elif entry.is_file():
-                    found.files.append(entry.name)
+                    content.files.append(entry.name)
     except OSError as error:
         raise DataError(f"{place}: cannot be read: {error.strerror}") from None
-    _follow(links, root, folder, found)
-    for names in (found.files, found.folders, found.lost):
+    _follow(links, root, folder, content)
+    for names in (content.files, content.folders, content.lost):
         names.sort()
-    return found
+    return content
 
 
-def _follow(links: list[str], root: str, folder: str, found: LocalEntries) -> None:
+def _follow(links: list[str], root: str, folder: str, content: LocalEntries) -> None:
     """Add what the links in a folder lead to."""
     if not links:
         return
@@ -89,13 +89,13 @@ def _follow(links: list[str], root: str, folder: str, found: LocalEntries) -> No
     for name in links:
         link = os.path.join(above[-1], name)  # noqa: PTH118
         if os.path.isfile(link):  # noqa: PTH113  (no error for a link in a circle, and for one that may not be read)
-            found.files.append(name)
+            content.files.append(name)
         elif not os.path.isdir(link):  # noqa: PTH112
-            found.lost.append(name)
+            content.lost.append(name)
         else:
             target = os.path.join(os.path.realpath(link), "")  # noqa: PTH118
             if not any(f"{one}/".startswith(target) for one in above):
-                found.folders.append(name)
+                content.folders.append(name)
 
 
 def is_remote(uri: str) -> bool:
@@ -257,11 +257,11 @@ def _matching(pattern: str) -> list[str]:
     place = parts.index("**")
     head, tail = "/".join(parts[:place]) or "/"[:place], "/".join(parts[place + 1 :]) or "*"
     tops = _matching(head) if _PATTERN & set(head) else [head]
-    found = set[str]()
+    names = set[str]()
     for top in [one for one in tops if Path(one).is_dir()]:
         for folder, _ in _walk(top):
-            found.update(_matching(os.path.join(glob.escape(os.path.join(top, folder)), tail)))  # noqa: PTH118
-    return list(found)
+            names.update(_matching(os.path.join(glob.escape(os.path.join(top, folder)), tail)))  # noqa: PTH118
+    return list(names)
 
 
 def _walk(root: str) -> Iterator[tuple[str, LocalEntries]]:

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.folders import _is_picture, _sidecar_of, _Waiting, count_pictures, read_folder
+from pipeline.data.caption_files import is_picture, sidecar_of
+from pipeline.data.folders import _Waiting, count_pictures, read_folder
 from pipeline.data.reading import MAX_CELL, Reading, name_examples
 from pipeline.workspace.digests import fingerprint
 from pipeline.workspace.files import find_files
@@ -89,8 +90,8 @@ def test_files_that_come_in_pages_have_their_captions_beside_them(
         groups.append(waiting.add(names[start:stop]))
         start = stop
     groups.append(waiting.rest())
-    found = [(one, _sidecar_of(one, set(group))) for group in groups for one in group if _is_picture(one)]
-    assert found == [(one, _sidecar_of(one, set(names))) for one in names if _is_picture(one)]
+    pairs = [(one, sidecar_of(one, set(group))) for group in groups for one in group if is_picture(one)]
+    assert pairs == [(one, sidecar_of(one, set(names))) for one in names if is_picture(one)]
 
 
 @pytest.mark.parametrize("name", ["frame.{:07d}.jpg", "{:07d}.jpg", "clip.{:07d}.a.jpg", "frame{:07d}"])

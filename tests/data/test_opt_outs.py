@@ -102,7 +102,7 @@ def test_any_bytes_are_read_without_an_error(data: bytes, token: str) -> None:
         parse_tdm(data),
         parse_tdm(b'[{"location": "' + data + b'", "tdm-reservation": 1}]'),
     ):
-        rules.allows("/a.jpg?b=%zz")
+        assert rules.allows("/a.jpg?b=%zz") in {True, False}
 
 
 _JSON = st.recursive(
@@ -115,7 +115,7 @@ _JSON = st.recursive(
 
 @given(_JSON)
 def test_any_json_is_read_without_an_error(value: object) -> None:
-    parse_tdm(json.dumps([value]).encode()).allows("/a.jpg")
+    assert parse_tdm(json.dumps([value]).encode()).allows("/a.jpg") in {True, False}
 
 
 def test_json_without_an_end_is_read_without_an_error() -> None:

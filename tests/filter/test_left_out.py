@@ -34,7 +34,7 @@ Findings = dict[int, int]
 
 
 def _write(folder: Path, parts: list[Findings]) -> tuple[Artifact, list[str]]:
-    found, names = Artifact(str(folder)), [f"part-{number}" for number in range(len(parts))]
+    output, names = Artifact(str(folder)), [f"part-{number}" for number in range(len(parts))]
     for name, findings in zip(names, parts, strict=True):
         rows: list[dict[str, Any]] = [
             {
@@ -48,9 +48,9 @@ def _write(folder: Path, parts: list[Findings]) -> tuple[Artifact, list[str]]:
             }
             for again, first in findings.items()
         ]
-        with found.write(f"{name}.parquet") as path:
+        with output.write(f"{name}.parquet") as path:
             write_duplicates(duplicates_table(rows), path)
-    return found, names
+    return output, names
 
 
 def _expected(parts: list[Findings]) -> dict[int, tuple[str, int]]:
@@ -76,13 +76,13 @@ def test_a_row_is_left_out_if_one_that_stays_was_found_for_it(
     tmp_path_factory: pytest.TempPathFactory, parts: list[Findings]
 ) -> None:
     folder, starts = tmp_path_factory.mktemp("parts"), starts_of(_SIZES)
-    found, names = _write(folder, parts)
-    is_out, expected = find_left_out(found, names, starts), _expected(parts)
+    output, names = _write(folder, parts)
+    is_out, expected = find_left_out(output, names, starts), _expected(parts)
     assert {row for row, out in enumerate(is_out.tolist()) if out} == expected.keys()
     results: dict[int, tuple[str, int]] = {}
     for bundle in (Bundle("a", 0, 2), Bundle("b", 2, 5)):
         findings = folder / f"{bundle.name}.parquet"
-        write_duplicates(findings_of_bundle(found, names, bundle, _SHARDS, starts, is_out), findings)
+        write_duplicates(findings_of_bundle(output, names, bundle, _SHARDS, starts, is_out), findings)
         for number in range(bundle.first, bundle.stop):
             for one in duplicates_of_shard(findings, number):
                 first = int(one["same_as"].split()[1])

@@ -120,9 +120,9 @@ def test_a_row_that_is_no_query_keeps_its_place_and_stops_nothing(
     assert table.column("query").to_pylist() == [*range(num_rows)]
     texts = table.column("text").to_pylist()
     assert (texts[0], texts[-1], set(texts[1:-1])) == ("first", "last", {None})
-    found = {row: problem for row, problem in enumerate(table.column("problem").to_pylist()) if problem}
-    assert found.keys() == problems.keys()
-    assert all(re.search(words, found[row]) for row, words in problems.items()), found
+    problems_of_rows = {row: problem for row, problem in enumerate(table.column("problem").to_pylist()) if problem}
+    assert problems_of_rows.keys() == problems.keys()
+    assert all(re.search(words, problems_of_rows[row]) for row, words in problems.items()), problems_of_rows
 
 
 def test_what_only_later_rows_have_fails_them_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,14 +94,14 @@ def test_a_machine_of_the_training_that_does_not_answer_is_lost(
     monkeypatch.setenv("RAY_health_check_failure_threshold", "2")
     with joined_cluster() as cluster:
         leaving = cluster.add_node(num_cpus=1)
-        gone: str = leaving.node_id
-        (stays, *_) = living_machines() - {gone}
-        note_places(context.output, [Place(stays, 0), Place(gone, 0)])
+        lost: str = leaving.node_id
+        (stays, *_) = living_machines() - {lost}
+        note_places(context.output, [Place(stays, 0), Place(lost, 0)])
         assert end_of(context, _PEER, set()) == End("failed", f"a worker failed ({_PEER})")
         cluster.remove_node(leaving, allow_graceful=False)
         assert end_of(context, _PEER, set()) == End("preempted", f"a machine was lost ({_PEER})")
-        assert gone not in living_machines()  # so that the next workers are not sent there
+        assert lost not in living_machines()  # so that the next workers are not sent there
         note_places(context.output, [Place(stays, 0)])
-        assert end_of(context, _PEER, {stays, gone}).kind == "failed"  # it was none of the training's
+        assert end_of(context, _PEER, {stays, lost}).kind == "failed"  # it was none of the training's
         forget_places(context.output)
-        assert end_of(context, _PEER, {stays, gone}).kind == "preempted"  # no worker had begun
+        assert end_of(context, _PEER, {stays, lost}).kind == "preempted"  # no worker had begun

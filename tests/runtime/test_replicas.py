@@ -153,9 +153,11 @@ def test_a_replica_that_was_not_told_of_a_swap_learns_of_it_by_a_request(engines
         await replica.reconfigure(tables(1))
         await replica.reconfigure(tables(2))
         engines[2].may_answer.set()
-        await replica.sample(digest_of(tables(2)), SampleRequest("a", (1,)))
+        answer = await replica.sample(digest_of(tables(2)), SampleRequest("a", (1,)))
+        assert answer.images.max() == 2  # of the new networks
         while not engines[1].is_closed:
             await asyncio.sleep(0.01)
+        assert not engines[2].is_closed
 
     asyncio.run(asyncio.wait_for(swap(), 30))
 

@@ -86,12 +86,12 @@ def test_by_default_the_client_finds_only_rows_that_the_recipe_calls_safe(
     settings = ApiSettings(ModelCard("tiny", 32), safe_rows="not contains(caption, 'red')")
     with serving(create_app(server.engine, neighbours, settings)) as url:
         query: dict[str, Any] = {"modality": clip_client.Modality.TEXT, "num_images": 10, "deduplicate": False}
-        found = [
+        answers = [
             clip_client.ClipClient(f"{url}/knn-service", "tiny", **query, **safety).query(text="a red picture")
             for safety in ({}, {"use_safety_model": False, "use_violence_detector": False})
         ]
-    assert [len(results) for results in found] == [9, 10]
-    assert "a red picture" not in {result["caption"] for result in found[0]}
+    assert [len(results) for results in answers] == [9, 10]
+    assert "a red picture" not in {result["caption"] for result in answers[0]}
 
 
 def test_an_address_of_a_picture_is_refused_in_words(client: Any) -> None:

@@ -135,14 +135,14 @@ def test_answers_and_events_are_exactly_what_the_client_declares(server: Any, qu
     files = {"image": encode_picture(np.zeros((32, 32, 3), np.uint8), 32)}
     url = f"{server.url}/v1/images/edits"
     texts.append(httpx.post(url, data=form | {"stream": "true", "partial_images": "1"}, files=files, timeout=60).text)
-    seen = set[str]()
+    types = set[str]()
     for line in "\n".join(texts).splitlines():
         if line.startswith("data: "):
             data = json.loads(line.removeprefix("data: "))
             event = EVENTS[data["type"]].model_validate(data, strict=True)
             assert event.quality == said
-            seen.add(data["type"])
-    assert seen == EVENTS.keys()
+            types.add(data["type"])
+    assert types == EVENTS.keys()
 
 
 def test_a_stream_says_that_its_events_have_no_urls(client: openai.OpenAI) -> None:

@@ -217,8 +217,8 @@ def test_a_list_of_queries_gets_a_list_of_answers(server: Any) -> None:
     assert [places(rows) for rows in post(server, text=texts).json()] == alone
     assert [places(rows) for rows in post(server, text=texts[:1]).json()] == alone[:1]
     pictures = [base64.b64encode(plain_picture(colour, 40)).decode() for colour in ("red", "blue")]
-    found = post(server, image=pictures).json()
-    assert [rows[0]["caption"] for rows in found] == texts
+    answers = post(server, image=pictures).json()
+    assert [rows[0]["caption"] for rows in answers] == texts
     vectors = np.array(embeddings(server).column("z_image").to_pylist(), np.float32)
     several = [places(rows) for rows in post(server, embedding_input=vectors[2:4].tolist()).json()]
     assert several == [places(post(server, embedding_input=vectors[row].tolist()).json()) for row in (2, 3)]

@@ -3,7 +3,7 @@
 import asyncio
 import concurrent.futures
 import io
-import time
+import threading
 from typing import Any
 
 import httpx
@@ -25,12 +25,12 @@ from tests.tiny.pictures import noisy_picture, png
 def test_no_more_than_two_pictures_of_clients_are_decoded_at_once_and_other_threads_stay_free(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    running, most, read = list[int](), list[int](), uploads.read
+    running, most, read, may_end = list[int](), list[int](), uploads.read, threading.Event()
 
     def slow(data: bytes, **options: Any) -> Any:
         running.append(1)
         most.append(len(running))
-        time.sleep(0.01)
+        assert may_end.wait(30)
         try:
             return read(data, **options)
         finally:
@@ -43,6 +43,7 @@ def test_no_more_than_two_pictures_of_clients_are_decoded_at_once_and_other_thre
         decoded = asyncio.gather(*(uploads.decoding(uploads.raw_picture, noisy_picture(1), "image") for _ in range(12)))
         await asyncio.wait_for(asyncio.to_thread(lambda: None), 5)
         assert not decoded.done()
+        may_end.set()
         return await decoded
 
     pictures = asyncio.run(decode_many())
@@ -91,9 +92,9 @@ def test_every_form_of_answer_to_an_edit_makes_room_again(
     held = uploads.HeldPictures(most_bytes=5000)
     monkeypatch.setattr(api, "HeldPictures", lambda: held)
     settings = ApiSettings(ModelCard("tiny", 32))
-    seen = list[int]()
+    sizes = list[int]()
     add = held.hold
-    monkeypatch.setattr(held, "hold", lambda edit: (add(edit), seen.append(held.num_bytes))[0])
+    monkeypatch.setattr(held, "hold", lambda edit: (add(edit), sizes.append(held.num_bytes))[0])
     with serving(create_app(server.engine, None, settings)) as url:
 
         def post(**fields: str) -> int:
@@ -104,7 +105,7 @@ def test_every_form_of_answer_to_an_edit_makes_room_again(
         late = {"num_inference_steps": "1000", "timeout": "0.01"}
         assert [post(**late), post(stream="true", **late), post(neighbours="1")] == [504, 200, 400]
         wait_until(lambda: held.num_bytes == 0)
-        assert seen == [3072] * 7
+        assert sizes == [3072] * 7
         with add(Variation(uploads.raw_picture(noisy_picture(1), "image"))):
             assert post() == 429
         assert post() == 200

@@ -71,8 +71,8 @@ def _filtered(root: str, num_shards: int, folder: Path, server: S3Server) -> tup
     server.counted()
     commit(contexts["filter_embeddings"], run_filter_embeddings(contexts["filter_embeddings"]))
     requests += server.counted()
-    num_parts = len({one.name for one in requests if "live/found/" in one.name and "PUT" in one.kind})
-    return Counter(one.kind for one in requests if "/found" not in one.name), num_parts
+    num_parts = len({one.name for one in requests if "live/results/" in one.name and "PUT" in one.kind})
+    return Counter(one.kind for one in requests if "/results" not in one.name), num_parts
 
 
 def test_a_search_for_duplicates_asks_for_no_shard_in_each_of_its_parts(
