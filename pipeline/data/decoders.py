@@ -121,9 +121,8 @@ class _Decoder:
         """
         status = None
         for _ in range(_STARTS):
-            ours, theirs = (
-                socket.socketpair()
-            )  # of ours, because uvloop, which Ray's workers take, does not show its own
+            # A pair of our own, because uvloop, which Ray's workers take, does not show the one that it makes.
+            ours, theirs = socket.socketpair()
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIPE_BYTES)
             with theirs:
                 self._process = await asyncio.create_subprocess_exec(
