@@ -30,6 +30,7 @@ MODULES = {
     "search": "search",
     "search_millions": "search",
     "serving": "serving",
+    "serving_crowds": "serving_crowds",
     "serving_chain": "serving_chain",
     "serving_diffusers": "serving_diffusers",
     "serving_diffusers_gpu": "serving_diffusers",

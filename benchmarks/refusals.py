@@ -21,10 +21,10 @@ import numpy as np
 import psutil
 
 from benchmarks.side_by_side import publish
+from pipeline.recipe.picture_card import ModelCard
 from pipeline.serve.api import PICTURE_BODY_LIMIT_BYTES, ApiSettings, create_app
 from pipeline.serve.guards import Guards
 from pipeline.serve.http_server import HttpServer, listen
-from pipeline.serve.picture_files import ModelCard
 from pipeline.serve.protocols import Neighbours, PictureModel
 from tests.ports import free_port
 

@@ -1,14 +1,14 @@
-"""The server's engine beside the bare sampler: pictures a second, latency, previews, steps wasted, equality in a crowd.
+"""The server's engine beside the bare sampler: pictures a second, latency, previews, steps wasted.
 
     unclip run configs/demo.toml
     python -m benchmarks.serving configs/demo.toml [--clients 16] [--gap-s 0.3] [--rounds 3] [--threads 1]
 
-Networks that are not trained yet have random weights of the recipe's sizes, which take the same time; but they magnify
-rounding, so that pictures are then not compared. Every client requests a picture, and the next one when it has it; all
-begin together, or a gap after the client before. Pictures are counted between two ends of pictures: when every client
-has its first one, and when every client has two more. The bare sampler takes batches of its best size, and of one
-picture for each client. All times but ``neighbours`` are processor times of this process, so that other programs on the
-machine do not count; gaps too are of that clock. Rounds alternate, and ratios are of one round.
+Networks that are not trained yet have random weights of the recipe's sizes, which take the same time. Every client
+requests a picture, and the next one when it has it; all begin together, or a gap after the client before. Pictures are
+counted between two ends of pictures: when every client has its first one, and when every client has two more. The bare
+sampler takes batches of its best size, and of one picture for each client. All times but ``neighbours`` are processor
+times of this process, so that other programs on the machine do not count; gaps too are of that clock. Rounds alternate,
+and ratios are of one round.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from benchmarks.search import make_index
 from benchmarks.side_by_side import publish
@@ -37,6 +36,7 @@ from pipeline.clip.frozen import FrozenClip
 from pipeline.errors import ConfigError
 from pipeline.networks.arithmetic import Arithmetic
 from pipeline.networks.cascade import load_cascade, network_configs
+from pipeline.recipe.picture_card import ModelCard
 from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan
 from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.recipe.sections import Precision
@@ -46,15 +46,11 @@ from pipeline.serve.engine import Engine
 from pipeline.serve.guards import Guards
 from pipeline.serve.http_server import HttpServer, listen
 from pipeline.serve.knn import LocalNeighbours
-from pipeline.serve.picture_files import ModelCard
 from pipeline.serve.protocols import Preview
 from pipeline.shapes.captions import canonical_caption
 from pipeline.shapes.scene import evaluation_scenes
 from pipeline.workspace.store import Artifact, Workspace
 from tests.tiny.workspace import write_networks
-
-Images = dict[tuple[str, int], NDArray[np.uint8]]
-"""Pictures (1, H, W, 3) by prompt and seed."""
 
 _BATCH_SIZES = (8, 16, 32)
 Clock = Callable[[], float]
@@ -72,14 +68,13 @@ class Crowd:
     rate: float
     """Pictures a second."""
     rows_per_step: float
-    images: Images
 
 
 def load_networks(recipe: Recipe, precision: Precision | None = None) -> Cascade:
     """The recipe's trained networks, or random ones of its sizes; ``precision`` replaces the recipe's."""
     arithmetic = Arithmetic(precision or recipe.serve.precision, recipe.serve.compiled)
     arithmetic.set_up()
-    artifacts = _trained(recipe)
+    artifacts = finished_networks(recipe)
     if not artifacts:
         with tempfile.TemporaryDirectory() as folder:
             workspace = Workspace(folder)
@@ -90,7 +85,7 @@ def load_networks(recipe: Recipe, precision: Precision | None = None) -> Cascade
     return load_cascade(artifacts, recipe.serve.accelerator, network_configs(recipe), arithmetic=arithmetic)
 
 
-def _trained(recipe: Recipe) -> dict[str, Artifact]:
+def finished_networks(recipe: Recipe) -> dict[str, Artifact]:
     """The recipe's trained networks; empty if one is not finished."""
     try:
         return finished_artifacts(recipe, CASCADE_STEPS)
@@ -105,8 +100,8 @@ def rates(
     rounds: int,
     sizes: Sequence[int] = _BATCH_SIZES,
     clock: Clock = time.process_time,
-) -> tuple[list[dict[str, Any]], dict[str, Images]]:
-    """The engine's rate as a share of the bare sampler's, for both ways to begin, and pictures of each."""
+) -> list[dict[str, Any]]:
+    """The engine's rate as a share of the bare sampler's, for both ways to begin."""
     by_size = {size: _bare_rate(cascade, prompts, size, clock) for size in sizes}
     best = max(by_size, key=by_size.__getitem__)
     bare_sizes = sorted({best, len(prompts)})
@@ -124,12 +119,11 @@ def rates(
             rate = statistics.median(bare[size] for bare, _ in results[begin])
             note = f"bare: {rate:.2f} a second; {batch:.1f} pictures a step; {min(shares):.2f} .. {max(shares):.2f}"
             rows.append(_row(what, statistics.median(shares), floor, note))
-    return rows, {begin: crowds[-1][1].images for begin, crowds in results.items()}
+    return rows
 
 
 def serve_crowd(cascade: Cascade, prompts: Sequence[str], gap_s: float, clock: Clock, num_pictures: int = 2) -> Crowd:
     """A client for each prompt requests pictures one after another, until all have ``num_pictures`` after the first."""
-    images: Images = {}
     ended: queue.SimpleQueue[tuple[int, float]] = queue.SimpleQueue()
     counts = [0] * len(prompts)
     ends: list[float] = []
@@ -138,14 +132,11 @@ def serve_crowd(cascade: Cascade, prompts: Sequence[str], gap_s: float, clock: C
         engine.submit(SampleRequest(prompts[0], (0,))).result()  # the engine learns how long its stages take
 
         def ask(number: int) -> None:
-            key = (prompts[number], counts[number])
-
             def note(future: Any) -> None:
                 if future.exception() is None:  # else the engine is closed
-                    images[key] = future.result().images
                     ended.put((number, clock()))
 
-            engine.submit(SampleRequest(key[0], (key[1],))).add_done_callback(note)
+            engine.submit(SampleRequest(prompts[number], (counts[number],))).add_done_callback(note)
 
         begun, start_s = 0, clock()
         while len(window) < 2:
@@ -166,7 +157,7 @@ def serve_crowd(cascade: Cascade, prompts: Sequence[str], gap_s: float, clock: C
             ask(number)
     (first_s, before), (last_s, after) = window
     rate = sum(first_s < end_s <= last_s for end_s in ends) / (last_s - first_s)
-    return Crowd(rate, (after["rows"] - before["rows"]) / (after["steps"] - before["steps"]), images)
+    return Crowd(rate, (after["rows"] - before["rows"]) / (after["steps"] - before["steps"]))
 
 
 def latency(cascade: Cascade, prompt: str, rounds: int, clock: Clock) -> dict[str, Any]:
@@ -228,20 +219,6 @@ def _request_picture(address: Any, prompt: str, seed: int) -> socket.socket:
     head = b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
     link.sendall(head % len(body) + body)
     return link
-
-
-def differences(cascade: Cascade, crowds: dict[str, Images], most: int) -> list[dict[str, Any]]:
-    """Pictures of the crowds beside the same ones sampled alone."""
-    levels: list[NDArray[np.int64]] = []
-    for images in crowds.values():
-        for (prompt, seed), image in list(images.items())[:: max(1, len(images) // most)]:
-            alone = cascade.sample([prompt], [seed]).images.numpy()
-            levels.append(np.abs(image.astype(np.int64) - alone))
-    difference = np.stack(levels)
-    return [
-        _row("alone and in a crowd: largest difference, levels", int(difference.max()), -1, f"{len(levels)} pictures"),
-        _row("alone and in a crowd: values that differ, %", 100 * float((difference > 0).mean()), -0.1),
-    ]
 
 
 def precisions(recipe: Recipe, cascade: Cascade, prompts: Sequence[str], clock: Clock) -> list[dict[str, Any]]:
@@ -316,13 +293,10 @@ def main() -> None:
     cascade = load_networks(recipe)
     prompts = [canonical_caption(scene.scene) for scene in evaluation_scenes(arguments.clients, 0)]
     cascade.sample(prompts[:1], [0])  # warm
-    rows, crowds = rates(cascade, prompts, arguments.gap_s, arguments.rounds, clock=clock)
-    is_trained = bool(_trained(recipe))
-    if is_trained:
-        rows += differences(cascade, crowds, most=8)
+    rows = rates(cascade, prompts, arguments.gap_s, arguments.rounds, clock=clock)
     rows += [measure(cascade, prompts[0], arguments.rounds, clock) for measure in (latency, first_preview)]
     rows.append(steps_after_leaving(cascade, prompts[0], _LEAVERS, latest=40))
-    if is_trained and recipe.serve.precision != "float32":
+    if finished_networks(recipe) and recipe.serve.precision != "float32":
         rows += precisions(recipe, cascade, prompts, clock)
     if recipe.serve.accelerator == "cpu":  # the search runs on processors
         rows.append(neighbours(cascade))

@@ -43,13 +43,13 @@ from models.stage import DiffusionStage
 from pipeline.clip.frozen import FrozenClip
 from pipeline.networks.arithmetic import Arithmetic
 from pipeline.networks.counting import Counter
+from pipeline.recipe.picture_card import ModelCard
 from pipeline.recipe.recipe import load_recipe
 from pipeline.recipe.sections import Precision
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
 from pipeline.serve.guards import Guards
 from pipeline.serve.http_server import HttpServer, listen
-from pipeline.serve.picture_files import ModelCard
 from tests.ports import free_port
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

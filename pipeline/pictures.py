@@ -14,7 +14,7 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -345,11 +345,11 @@ def to_png(picture: Picture) -> bytes:
     return buffer.getvalue()
 
 
-def with_text(png: bytes, name: str, text: str) -> bytes:
-    """A PNG file with one more text chunk (iTXt: PNG, 3rd edition, 11.3.3.4), in front of its pixels."""
-    body = b"iTXt" + name.encode("latin-1") + b"\0\0\0\0\0" + text.encode()
-    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
-    return png[:_PNG_HEAD_BYTES] + chunk + png[_PNG_HEAD_BYTES:]
+def with_texts(png: bytes, texts: Mapping[str, str]) -> bytes:
+    """A PNG file with more text chunks (iTXt: PNG, 3rd edition, 11.3.3.4), in front of its pixels."""
+    bodies = [b"iTXt" + name.encode("latin-1") + b"\0\0\0\0\0" + text.encode() for name, text in texts.items()]
+    chunks = [struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body)) for body in bodies]
+    return png[:_PNG_HEAD_BYTES] + b"".join(chunks) + png[_PNG_HEAD_BYTES:]
 
 
 def thumbnail(image: Image.Image, largest_px: int = 256) -> Image.Image:

@@ -4,25 +4,22 @@ It loads neither Ray nor torch: the networks are wherever its ``PictureModel`` f
 """
 
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pipeline.recipe.plan import recipe_key
+from pipeline.recipe.picture_card import model_card
 from pipeline.recipe.provenance import Signer
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.serve_sections import ServeConfig
-from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.runtime.served import server_name
 from pipeline.serve.gate import Gate
 from pipeline.serve.guarded_model import GuardedModel, load_hook
 from pipeline.serve.guards import Guards, GuardSettings
 from pipeline.serve.keys import KeyRing, Meter
 from pipeline.serve.metrics import HttpMetrics
-from pipeline.serve.picture_files import ModelCard
 from pipeline.serve.protocols import Neighbours, PictureModel
 from pipeline.serve.traces import open_traces
 from pipeline.serve.upkeep import Upkeep
@@ -105,7 +102,9 @@ class Front:
         from pipeline.serve.api import ApiSettings, create_app
         from pipeline.serve.knn import LocalNeighbours
 
-        card = model_card(recipe, artifacts)
+        signer = Signer.read(Path(recipe.serve.provenance)) if recipe.serve.provenance else None
+        made_with = model_card(recipe, artifacts)
+        card = replace(made_with, name=server_name(recipe), aliases=recipe.serve.aliases, signer=signer)
         guarded = GuardedModel(model, card.image_px, self.meter, self._hook)
         manifest = artifacts["decoder"].manifest()
         settings = ApiSettings(
@@ -122,32 +121,3 @@ class Front:
             neighbours = LocalNeighbours(retriever, self.metrics.neighbours.time)
             neighbours.require_filter(recipe.serve.safe_rows)
         return create_app(cast("PictureModel", guarded), neighbours, settings)
-
-
-def model_card(recipe: Recipe, artifacts: dict[str, Artifact]) -> ModelCard:
-    """What the server's pictures are made with.
-
-    Args:
-        recipe: The recipe.
-        artifacts: The finished steps, by name.
-    """
-    cascade = {name: artifact for name, artifact in artifacts.items() if name in CASCADE_STEPS}
-    networks = {name: artifact.uri.rstrip("/").rpartition("/")[2] for name, artifact in cascade.items()}
-    manifests = {name: artifact.manifest() for name, artifact in cascade.items()}
-    stages = {name: getattr(recipe, name).model for name in networks if name != "clip"}
-    return ModelCard(
-        server_name(recipe),
-        [recipe.decoder.model, *recipe.upsamplers().values()][-1].image_px,
-        networks=networks,
-        recipe_key=recipe_key(recipe),
-        mlflow_runs={
-            name: manifest.tracking_run_id
-            for name, manifest in manifests.items()
-            if manifest is not None and manifest.tracking_run_id
-        },
-        sampling={name: asdict(model.sampler) for name, model in stages.items() if hasattr(model, "sampler")},
-        num_timesteps=recipe.decoder.model.diffusion.num_timesteps,
-        aliases=recipe.serve.aliases,
-        version=version("unclip"),
-        signer=Signer.read(Path(recipe.serve.provenance)) if recipe.serve.provenance else None,
-    )

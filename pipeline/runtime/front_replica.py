@@ -5,6 +5,7 @@ served before, or are answered with 503 at the start, until all replicas have th
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -12,14 +13,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pipeline.errors import StepError
 from pipeline.recipe.serve_sections import ServeConfig
 from pipeline.runtime.front import Front
 from pipeline.runtime.ledger import Exchange
-from pipeline.runtime.lookout import Lookout
+from pipeline.runtime.lookout import Lookout, application_state
 from pipeline.runtime.neighbours import remote_parts
 from pipeline.runtime.parts import Tables, digest_of, read_tables
 from pipeline.runtime.remote_model import answers_of, are_served, turn_to
@@ -30,7 +33,7 @@ _log = logging.getLogger(__name__)
 _WATCH_EVERY_S = 1.0
 _LOOK_EVERY_S = 0.1
 _FIRST_LOOK_S = 3.0
-"""How long a process that starts looks for its networks before it answers: beside others it must not say 503."""
+"""How long a process that starts looks for its networks before it answers, and between two looks at others like it."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +102,23 @@ class FrontReplica:
         return _Next(front, app, digest_of(tables), recipe.serve.drain_s)
 
     def _look_first(self) -> None:
-        deadline_s = time.monotonic() + _FIRST_LOOK_S
-        while not self._turn_if_ready() and time.monotonic() < deadline_s:
-            time.sleep(_LOOK_EVERY_S)
+        """Wait for the networks while other processes answer: beside them this one must not say 503."""
+        is_beside_others = True
+        while is_beside_others and not self._closed.is_set():
+            deadline_s = time.monotonic() + _FIRST_LOOK_S
+            while time.monotonic() < deadline_s:
+                if self._turn_if_ready():
+                    return
+                time.sleep(_LOOK_EVERY_S)
+            is_beside_others = self._others_answer()
+
+    def _others_answer(self) -> bool:
+        """Whether Ray Serve sends requests to another process of this deployment, as it does not yet to this one."""
+        context = serve.get_replica_context()
+        with contextlib.suppress(StepError, RayError, TimeoutError):
+            states = application_state(context.app_name).deployments[context.deployment].replica_states
+            return states.get("RUNNING", 0) > 0
+        return False
 
     def _run(self) -> None:
         is_failing = False

@@ -25,7 +25,8 @@ from pipeline.data.vectors import read_vectors, to_unit
 from pipeline.errors import ConfigError
 from pipeline.grid import Block, draw_grid
 from pipeline.networks.cascade import load_cascade, network_configs
-from pipeline.pictures import read_file, square, to_png
+from pipeline.pictures import read_file, square, to_png, with_texts
+from pipeline.recipe.picture_card import ModelCard, model_card
 from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
@@ -119,20 +120,21 @@ def edit_recipe(
                 frames = EDITS[edit](editor, sources, options)
             except EditError as error:
                 raise ConfigError(f"{edit}: {error}") from None
-        return _write(out_dir, edit, editor, sources, frames)
+        return _write(out_dir, edit, editor, sources, frames, model_card(recipe, artifacts))
 
 
-def _write(out_dir: Path, edit: str, editor: Editor, sources: Sources, frames: Frames) -> list[Json]:
+def _write(out_dir: Path, edit: str, editor: Editor, sources: Sources, frames: Frames, card: ModelCard) -> list[Json]:
     originals = [square(picture, editor.side_px) for picture in sources.pictures]
     for number, original in enumerate(originals):
         (out_dir / f"source-{number}.png").write_bytes(to_png(original))
     rows: list[Json] = []
     pictures: list[Pixels] = list(frames.result.images.numpy())
     for number, (picture, row) in enumerate(zip(pictures, frames.rows, strict=True)):
-        name = f"{number:03d}.png"
-        (out_dir / name).write_bytes(to_png(picture))
+        name, settings = f"{number:03d}.png", {"settings": asdict(editor.settings)}
+        text = json.dumps({"edit": {"kind": edit}} | row | settings | card.facts(), ensure_ascii=False)
+        (out_dir / name).write_bytes(with_texts(to_png(picture), {"unclip": text}))
         about = {"file": name, "edit": edit, "sources": list(sources.files), "label": frames.label}
-        rows.append(about | row | {"settings": asdict(editor.settings)})
+        rows.append(about | row | settings)
     (out_dir / EDITS_FILE).write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows), encoding="utf-8")
     # An interpolation is shown between its two pictures.
     before, after = originals[:1], originals[1:]

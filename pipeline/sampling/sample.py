@@ -7,7 +7,6 @@ effect of other words.
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,14 @@ from torch import Tensor
 
 from models.cascade import Cascade
 from models.editor import ImageEncoder
+from models.request import SampleRequest
 from models.stage import Watch
 from pipeline.errors import ConfigError
 from pipeline.grid import Block, draw_grid
 from pipeline.networks.cascade import load_cascade, network_configs
-from pipeline.pictures import to_png, with_text
+from pipeline.pictures import to_png, with_texts
 from pipeline.recipe.garbage import in_use_of
+from pipeline.recipe.picture_card import made_with, model_card
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
@@ -78,12 +79,10 @@ def sample_recipe(
         batch_size=recipe.evaluate.batch_size,
         watch=watch,
     )
-    networks = {name: artifact.key for name, artifact in artifacts.items()}
+    card = model_card(recipe, artifacts)
     for row in rows:
-        facts = {"recipe": recipe.name, "networks": networks, "version": version("unclip")}
-        facts |= {name: row[name] for name in ("prompt", "seed")}
-        path = out_dir / row["file"]
-        path.write_bytes(with_text(path.read_bytes(), "unclip", json.dumps(facts, ensure_ascii=False)))
+        path, request = out_dir / row["file"], SampleRequest(row["prompt"], (row["seed"],))
+        path.write_bytes(with_texts(path.read_bytes(), made_with(card, request, row["seed"], card.image_px)))
     return rows
 
 

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
+from pipeline.recipe.picture_card import ModelCard
 from pipeline.serve.api_page import api_page
 from pipeline.serve.deadlines import end_of, until
 from pipeline.serve.document import ERRORS, IN_TIME, PICTURES, form_body, json_body
@@ -40,7 +41,6 @@ from pipeline.serve.images import (
 )
 from pipeline.serve.knn import MAX_NUMBERS, KnnRequest, MetadataRequest, find, metadata
 from pipeline.serve.metrics import CONTENT_TYPE, HttpMetrics
-from pipeline.serve.picture_files import ModelCard
 from pipeline.serve.protocols import Neighbours, PictureModel
 from pipeline.serve.uploads import HeldPictures, decoding, read_form
 from pipeline.serve.web import (

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal, cast
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from pipeline.recipe.picture_card import ModelCard
 from pipeline.serve.deadlines import Timeout
 from pipeline.serve.images import MAX_PROMPT_CHARS, note_of_cut, require_model
 from pipeline.serve.knn import MAX_QUERIES
-from pipeline.serve.picture_files import ModelCard
 from pipeline.serve.protocols import PictureModel, Vectors
 from pipeline.serve.uploads import decode_base64, decoding
 from pipeline.serve.web import ApiError

@@ -20,8 +20,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from models.request import WALK_STEPS, Edit, Interpolation, SampleRequest, TextDiff, is_walk
+from pipeline.recipe.picture_card import ModelCard, made_with
 from pipeline.serve.deadlines import Timeout, end_of, until
-from pipeline.serve.picture_files import Format, ModelCard, encode_picture, made_with
+from pipeline.serve.picture_files import Format, encode_picture
 from pipeline.serve.protocols import (
     DeadlinePassed,
     Event,

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,8 +20,9 @@ from benchmarks.memory import run as run_memory
 from benchmarks.refusals import BODIES, measure, running
 from benchmarks.sampler_steps import DecoderQuality
 from benchmarks.sampler_steps import run as run_sampler_steps
-from benchmarks.serving import differences, load_networks, steps_after_leaving
+from benchmarks.serving import load_networks, steps_after_leaving
 from benchmarks.serving import rates as serving_rates
+from benchmarks.serving_crowds import differences
 from benchmarks.side_by_side import compare, publish
 from benchmarks.token_states import run as run_token_states
 from benchmarks.train_step import DECODER, PRIOR
@@ -124,17 +126,25 @@ def test_sampler_steps_compares_every_sampler(tmp_path: Path) -> None:
 def test_serving_compares_crowds_with_the_bare_sampler(tmp_path: Path) -> None:
     cascade = load_networks(served_workspace(tmp_path, port=free_port()))
     prompts = ["a", "b", "c"]
-    rows, crowds = serving_rates(cascade, prompts, 0.01, 1, sizes=(2,))
+    rows = serving_rates(cascade, prompts, 0.01, 1, sizes=(2,))
     assert [row["what"] for row in rows] == [
         f"3 clients, {begin}: share of the bare rate in batches of {size}"
         for begin in ("together", "apart")
         for size in (2, 3)
     ]
     assert all(0 < row["value"] < 3 for row in rows)
-    assert {key[0] for images in crowds.values() for key in images} == set(prompts)
-    largest, _ = differences(cascade, crowds, most=2)
-    assert largest["value"] < 16
     assert steps_after_leaving(cascade, "a", 2, 5)["value"] <= 1
+
+
+def test_serving_crowds_compares_pictures_of_random_requests_with_the_same_alone(tmp_path: Path) -> None:
+    cascade = load_networks(served_workspace(tmp_path, port=free_port()))
+    levels = differences(cascade, 1, 8)
+    assert levels.rows / levels.steps > 1
+    assert levels.pictures >= 4
+    assert levels.largest < 16
+    levels.add(np.zeros((1, 2, 2, 3), np.uint8), np.full((1, 2, 2, 3), 20, np.uint8))
+    assert levels.largest == 20
+    assert levels.different >= 12
 
 
 def test_gpu_benchmark_counts_and_times_on_any_device(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from pipeline.errors import ConfigError, StepError
-from pipeline.pictures import to_png, with_text
+from pipeline.pictures import to_png, with_texts
 from pipeline.recipe.garbage import Garbage, find_garbage, in_use_of, remove_garbage
 from pipeline.recipe.lineage import mermaid, trace, write_origin
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
@@ -45,14 +45,14 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def _picture(folder: Path, networks: dict[str, str]) -> Path:
     facts = {"prompt": "a red \N{SNOWMAN}", "seed": 3, "networks": networks}
-    png = with_text(to_png(np.zeros((4, 4, 3), np.uint8)), "unclip", json.dumps(facts, ensure_ascii=False))
+    png = with_texts(to_png(np.zeros((4, 4, 3), np.uint8)), {"unclip": json.dumps(facts, ensure_ascii=False)})
     (folder / "picture.png").write_bytes(png)
     return folder / "picture.png"
 
 
 def test_a_text_chunk_leaves_the_pixels_alone() -> None:
     pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    with Image.open(io.BytesIO(with_text(to_png(pixels), "unclip", "\N{SNOWMAN}"))) as image:
+    with Image.open(io.BytesIO(with_texts(to_png(pixels), {"parameters": "a", "unclip": "\N{SNOWMAN}"}))) as image:
         image.load()
         assert image.info["unclip"] == "\N{SNOWMAN}"
         assert np.array_equal(np.asarray(image), pixels)

@@ -11,8 +11,9 @@ from PIL import Image, PngImagePlugin
 from models.request import SampleRequest
 from pipeline.errors import ConfigError
 from pipeline.recipe.lineage import _picture_facts
+from pipeline.recipe.picture_card import ModelCard, made_with
 from pipeline.recipe.provenance import CHUNK, Signer
-from pipeline.serve.picture_files import ModelCard, encode_picture, made_with
+from pipeline.serve.picture_files import encode_picture
 
 
 @pytest.fixture

@@ -5,10 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from models.request import SampleRequest
+from pipeline.recipe.picture_card import made_with, model_card
 from pipeline.recipe.plan import recipe_key
-from pipeline.runtime.front import model_card
 from pipeline.runtime.served import served_artifacts
-from pipeline.serve.picture_files import made_with
 from tests.tiny.workspace import served_workspace
 
 

@@ -10,6 +10,7 @@ import yaml
 from starlette.testclient import TestClient
 
 from pipeline.errors import ConfigError
+from pipeline.recipe.picture_card import ModelCard
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.runtime import ledger as ledger_module
 from pipeline.runtime.ledger import Exchange, Ledger
@@ -17,7 +18,6 @@ from pipeline.runtime.serve_file import application, serve_file
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.keys import KeyRing, Meter, add_key
 from pipeline.serve.metrics import HttpMetrics
-from pipeline.serve.picture_files import ModelCard
 from tests.serve.test_engine import wait_until
 from tests.serve.test_metrics import values
 

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,6 +102,8 @@ class Parts:
         """What each of those that take requests has, by digest."""
         self.turns = list[str]()
         self.is_healthy = True
+        self.num_fronts = 0
+        """Other HTTP processes that take requests."""
 
     def broadcast(self, method: str, *arguments: str) -> Any:
         if not self.replicas:
@@ -115,7 +118,9 @@ class Parts:
         one = SimpleNamespace(
             replica_states={"RUNNING": len(self.replicas)}, status="HEALTHY" if self.is_healthy else "UNHEALTHY"
         )
-        return SimpleNamespace(deployments={"networks": one})
+        return SimpleNamespace(
+            deployments={"networks": one, "http": SimpleNamespace(replica_states={"RUNNING": self.num_fronts})}
+        )
 
 
 @pytest.fixture
@@ -126,7 +131,9 @@ def networks() -> Parts:
 @pytest.fixture
 def front(networks: Parts, monkeypatch: pytest.MonkeyPatch) -> Iterator[FrontReplica]:
     monkeypatch.setattr(lookout_module, "application_state", networks.state)
-    monkeypatch.setattr(front_module.serve, "get_replica_context", lambda: SimpleNamespace(app_name="mine"))
+    monkeypatch.setattr(front_module, "application_state", networks.state)
+    context = SimpleNamespace(app_name="mine", deployment="http")
+    monkeypatch.setattr(front_module.serve, "get_replica_context", lambda: context)
     monkeypatch.setattr(front_module, "_FIRST_LOOK_S", 0.2)
     monkeypatch.setattr(front_module, "_WATCH_EVERY_S", 0.02)
     front = FrontReplica(networks=networks)  # pyright: ignore[reportArgumentType]
@@ -150,6 +157,24 @@ def test_the_http_interface_of_serve_deploy_opens_when_its_networks_are_loaded(
     assert ready.status_code == 200
     assert "X-Request-Id" not in ready.headers  # Ray Serve's proxy adds it
     assert client.get("/v1/models").json()["data"][0]["id"] == "mine"
+
+
+def test_an_http_process_that_starts_beside_others_takes_no_request_before_its_networks_are_loaded(
+    recipe: Recipe, networks: Parts, front: FrontReplica
+) -> None:
+    """Ray Serve sends it none until its ``reconfigure`` is over; alone, it says 503 after a moment."""
+    networks.num_fronts = 1
+    tables = write_tables(recipe, served_artifacts(recipe)[0])
+    with ThreadPoolExecutor() as threads:
+        configured = threads.submit(lambda: asyncio.run(front.reconfigure(tables)))
+        try:
+            with pytest.raises(TimeoutError):
+                configured.result(timeout=5 * 0.2)
+        finally:
+            networks.replicas = [{digest_of(tables)}]
+        configured.result(timeout=60)
+    client = TestClient(front.__serve_build_asgi_app__(), base_url="http://127.0.0.1")
+    assert client.get("/readyz").status_code == 200
 
 
 def test_the_http_interface_of_serve_deploy_swaps_when_all_replicas_have_the_other_networks(

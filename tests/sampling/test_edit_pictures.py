@@ -71,7 +71,13 @@ def test_every_edit_writes_pictures_grid_and_rows(
     lines = [json.loads(line) for line in (tmp_path / "edits.jsonl").read_text().splitlines()]
     assert lines == json.loads(json.dumps(rows))
     assert all(row["edit"] == edit and row["sources"] == used and row["seed"] >= 5 for row in rows)
-    assert all(Image.open(tmp_path / row["file"]).size == (32, 32) for row in rows)
+    for row in rows:
+        with Image.open(tmp_path / row["file"]) as image:
+            assert image.size == (32, 32)
+            image.load()
+            facts = json.loads(image.info["unclip"])
+        assert (facts["edit"]["kind"], facts["seed"]) == (edit, row["seed"])
+        assert {"clip", "prior", "decoder", "upsampler_2"} <= facts["networks"].keys()
 
 
 def _pixels(path: Path) -> np.ndarray:

@@ -7,7 +7,7 @@ from PIL import Image
 
 from models.cascade import Cascade
 from pipeline.errors import ConfigError, StepError
-from pipeline.recipe.plan import make_plan
+from pipeline.recipe.plan import make_plan, recipe_key
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.sampling.sample import sample_prompts, sample_recipe
 from tests.tiny.workspace import evaluated_tables
@@ -30,8 +30,11 @@ def test_sample_recipe_writes_pictures_grid_and_rows(tiny: Recipe, tmp_path: Pat
     with Image.open(tmp_path / rows[0]["file"]) as image:
         assert image.size == (32, 32)
         image.load()
-        facts = json.loads(image.info["unclip"])
+        facts, parameters = json.loads(image.info["unclip"]), image.info["parameters"].splitlines()
     assert (facts["prompt"], facts["seed"]) == (PROMPTS[0], 3)
+    assert facts["recipe_key"] == recipe_key(tiny)
+    assert parameters[0] == PROMPTS[0]
+    assert "CFG scale: 1.5, Seed: 3, Size: 32x32" in parameters[1]  # as in the files of a server
     assert facts["networks"] == {step.name: step.key for step in make_plan(tiny) if step.name in facts["networks"]}
     assert {"clip", "prior", "decoder", "upsampler_2"} <= facts["networks"].keys()
 

@@ -25,6 +25,7 @@ from models.upsampler.stage import UpsamplerStage
 from pipeline.clip.frozen import FrozenClip
 from pipeline.clip.model import create_clip
 from pipeline.networks.cascade import load_cascade
+from pipeline.recipe.picture_card import ModelCard
 from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
@@ -32,7 +33,6 @@ from pipeline.retrieve.retriever import Retriever
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
 from pipeline.serve.knn import LocalNeighbours
-from pipeline.serve.picture_files import ModelCard
 from pipeline.workspace.store import Workspace
 from tests.models.tiny_models import CONVOLUTION, UNET, randomise
 from tests.tiny.networks import CLIP

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipeline.recipe.picture_card import ModelCard
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.serve.api import ApiSettings, create_app
-from pipeline.serve.picture_files import ModelCard
 from pipeline.workspace.store import Workspace
 from tests.tiny.shards import plain_picture
 

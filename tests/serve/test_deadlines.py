@@ -18,6 +18,7 @@ from starlette.testclient import TestClient
 
 from models.cascade import Cascade
 from models.request import SampleRequest
+from pipeline.recipe.picture_card import ModelCard
 from pipeline.retrieve.retriever import Conditions
 from pipeline.runtime.remote_model import RemoteModel
 from pipeline.runtime.replicas import Hop
@@ -31,7 +32,6 @@ from pipeline.serve.guards import Guards
 from pipeline.serve.keys import Meter
 from pipeline.serve.knn import LocalNeighbours
 from pipeline.serve.metrics import HttpMetrics
-from pipeline.serve.picture_files import ModelCard
 from pipeline.serve.protocols import Accepted, DeadlinePassed, SampledPictures, TooLittleTime, Vectors
 from pipeline.serve.step_times import StepTimes
 from tests.serve.test_engine import wait_until

@@ -8,10 +8,10 @@ import pytest
 from fastapi import FastAPI
 
 from pipeline.errors import StepError
+from pipeline.recipe.picture_card import ModelCard
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.gate import Gate
 from pipeline.serve.http_server import HttpServer, is_loopback, listen, url_of
-from pipeline.serve.picture_files import ModelCard
 from tests.ports import free_port
 
 

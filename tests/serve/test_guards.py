@@ -14,11 +14,11 @@ from starlette.testclient import TestClient
 
 from models.request import SampleRequest
 from pipeline.errors import ConfigError
+from pipeline.recipe.picture_card import ModelCard
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.guarded_model import GuardedModel, load_hook
 from pipeline.serve.guards import Guards, GuardSettings
 from pipeline.serve.keys import KeyRing, Meter, add_key, read_keys, revoke_key
-from pipeline.serve.picture_files import ModelCard
 from pipeline.serve.protocols import Accepted, Images, NotServing, Overloaded, Preview, SampledPictures
 from tests.tiny.command import unclip_here
 from tests.tiny.shards import pixels

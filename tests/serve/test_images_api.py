@@ -30,11 +30,12 @@ from models.request import SampleRequest
 from models.stage import DiffusionStage
 from pipeline.clip.inputs import count_tokens
 from pipeline.networks.cascade import load_cascade
+from pipeline.recipe.picture_card import ModelCard
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
-from pipeline.serve.picture_files import ModelCard, encode_picture
+from pipeline.serve.picture_files import encode_picture
 from pipeline.serve.protocols import NotServing
 from tests.tiny.shards import pixels
 from tests.tiny.workspace import served_workspace

@@ -22,11 +22,11 @@ from pipeline.data.rows import make_uid
 from pipeline.data.urls import AddressRules
 from pipeline.data.vectors import to_unit
 from pipeline.errors import ConfigError
+from pipeline.recipe.picture_card import ModelCard
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.serve import knn, uploads
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.knn import KnnRequest
-from pipeline.serve.picture_files import ModelCard
 from pipeline.serve.web import ApiError, parse
 from pipeline.workspace.store import Workspace
 from tests.tiny.shards import pixels, plain_picture

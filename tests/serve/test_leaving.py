@@ -7,12 +7,12 @@ import pytest
 from fastapi import Request
 from starlette.types import Message
 
+from pipeline.recipe.picture_card import ModelCard
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.guarded_model import GuardedModel
 from pipeline.serve.guards import Guards
 from pipeline.serve.keys import Meter
 from pipeline.serve.metrics import HttpMetrics
-from pipeline.serve.picture_files import ModelCard
 from pipeline.serve.web import ApiError, while_connected
 from tests.serve.test_deadlines import Networks
 from tests.serve.test_metrics import values

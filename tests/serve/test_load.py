@@ -12,9 +12,9 @@ import psutil
 import pytest
 from fastapi import FastAPI
 
+from pipeline.recipe.picture_card import ModelCard
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
-from pipeline.serve.picture_files import ModelCard
 from tests.serve.conftest import Server
 
 NUM_CLIENTS = 64

@@ -14,11 +14,11 @@ from starlette.testclient import TestClient
 
 from models.cascade import Cascade
 from models.request import SampleRequest
+from pipeline.recipe.picture_card import ModelCard
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
 from pipeline.serve.guards import Guards
 from pipeline.serve.metrics import EngineMetrics, HttpMetrics
-from pipeline.serve.picture_files import ModelCard
 from pipeline.serve.protocols import Overloaded
 
 ROOT = Path(__file__).parents[2]

@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pipeline.recipe.picture_card import ModelCard
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.serve import knn
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.knn import LocalNeighbours
 from pipeline.serve.metrics import HttpMetrics
-from pipeline.serve.picture_files import ModelCard
 from pipeline.workspace.store import Workspace
 from tests.serve.test_engine import wait_until
 from tests.tiny.shards import pixels, plain_picture

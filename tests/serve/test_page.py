@@ -14,10 +14,10 @@ import pytest
 from PIL import Image, PngImagePlugin
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Route, expect, sync_playwright
 
+from pipeline.recipe.picture_card import ModelCard
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.guards import Guards
 from pipeline.serve.keys import KeyRing, add_key
-from pipeline.serve.picture_files import ModelCard
 from tests.tiny.shards import plain_picture
 
 CHROMIUM = shutil.which("chromium")

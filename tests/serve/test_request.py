@@ -12,10 +12,10 @@ import pytest
 from models.cascade import Cascade
 from models.request import SampleRequest
 from models.stage import Batch, Chain
+from pipeline.recipe.picture_card import ModelCard
 from pipeline.serve import images
 from pipeline.serve.engine import Engine
 from pipeline.serve.images import Generation, GenerationRequest
-from pipeline.serve.picture_files import ModelCard
 from pipeline.serve.protocols import SampledPictures
 
 

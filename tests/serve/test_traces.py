@@ -12,13 +12,13 @@ from starlette.testclient import TestClient
 from models.cascade import Cascade
 from models.request import SampleRequest
 from pipeline.errors import ConfigError
+from pipeline.recipe.picture_card import ModelCard
 from pipeline.recipe.serve_sections import ServeConfig
 from pipeline.serve import otlp
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
 from pipeline.serve.guards import Guards
 from pipeline.serve.knn import LocalNeighbours
-from pipeline.serve.picture_files import ModelCard
 from pipeline.serve.traces import open_traces
 from tests.ports import free_port
 from tests.serve.conftest import Server

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from models.request import Interpolation, RawPicture, Variation
+from pipeline.recipe.picture_card import ModelCard
 from pipeline.sampling.masks import shrink_mask
 from pipeline.serve import api, uploads
 from pipeline.serve.api import ApiSettings, create_app
-from pipeline.serve.picture_files import ModelCard
 from pipeline.serve.protocols import Overloaded
 from tests.serve.test_engine import wait_until
 from tests.tiny.pictures import noisy_picture, png
