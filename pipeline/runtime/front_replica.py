@@ -22,7 +22,7 @@ from pipeline.errors import StepError
 from pipeline.recipe.serve_sections import ServeConfig
 from pipeline.runtime.front import Front
 from pipeline.runtime.ledger import Exchange
-from pipeline.runtime.lookout import Lookout, application_state
+from pipeline.runtime.lookout import Lookout, application_state, num_replicas
 from pipeline.runtime.neighbours import remote_parts
 from pipeline.runtime.parts import Tables, digest_of, read_tables
 from pipeline.runtime.remote_model import answers_of, are_served, turn_to
@@ -116,8 +116,8 @@ class FrontReplica:
         """Whether Ray Serve sends requests to another process of this deployment, as it does not yet to this one."""
         context = serve.get_replica_context()
         with contextlib.suppress(StepError, RayError, TimeoutError):
-            states = application_state(context.app_name).deployments[context.deployment].replica_states
-            return states.get("RUNNING", 0) > 0
+            deployment = application_state(context.app_name).deployments[context.deployment]
+            return num_replicas(deployment, {"RUNNING"}) > 0
         return False
 
     def _run(self) -> None:

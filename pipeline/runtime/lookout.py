@@ -1,12 +1,12 @@
 """Looks after the replicas of a server, from each process that speaks HTTP."""
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, wait
 from typing import TypeVar
 
 from ray import serve
-from ray.serve.schema import ApplicationStatusOverview
+from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview
 
 from pipeline.errors import StepError
 from pipeline.runtime.draining import Announce
@@ -52,7 +52,7 @@ class Lookout:
         running = dict.fromkeys(self._parts, 0)
         for part in running.keys() & state.deployments.keys():
             deployment = state.deployments[part]
-            running[part] = sum(count for kind, count in deployment.replica_states.items() if kind in _RUNNING)
+            running[part] = num_replicas(deployment, _RUNNING)
             self._note_health(part, is_healthy=deployment.status != "UNHEALTHY")
         self._front.upkeep.note_running(running)
         gate = self._front.gate
@@ -112,3 +112,8 @@ def application_state(application: str) -> ApplicationStatusOverview:
     if state is None:
         raise StepError("serve: the application was ended from elsewhere")
     return state
+
+
+def num_replicas(deployment: DeploymentStatusOverview, states: Collection[str]) -> int:
+    """How many replicas of a deployment are in one of these states, which Ray Serve names."""
+    return sum(count for state, count in deployment.replica_states.items() if state in states)
