@@ -72,10 +72,12 @@ _KILLS: dict[str, tuple[Callable[[psutil.Process, psutil.Process], None], int]] 
     "interrupt": (_interrupt, 130),
 }
 """How, and the exit code of the driver."""
-_SOME = {("decoder", kind) for kind in ("workers", "cluster", "interrupt")}
+_SOME = {("decoder", kind) for kind in ("workers", "interrupt")}
 """Download, embed, filter and searches have quick kill tests of their own."""
 _ALL = {(name, kind) for name in _STEPS for kind in _KILLS if kind != "interrupt"} - {
-    *((name, kind) for name in ("decoder", "upsampler_2") for kind in _KILLS),  # above; the other upsampler is alike
+    *_SOME,
+    ("decoder", "driver"),  # as the upsampler's
+    *(("upsampler_2", kind) for kind in _KILLS),  # the other upsampler is alike
     *((name, "driver") for name in ("download", "embed", "index")),  # often enough in test_kill_drivers.py
 }
 
