@@ -1,7 +1,8 @@
 """What a recipe costs in money: GPU and CPU hours, storage and requests, at the prices in its ``prices`` table.
 
-The hours of a step are those of its last run with the same settings, or measured ones (``plan --time``); without them
-a training and the embeddings are counted by their arithmetic. A step that has neither is named, and is not counted.
+The hours of a step are those of its last run on the same inputs with the same settings, or measured ones (``plan
+--time``); without them a training and the embeddings are counted by their arithmetic. A step that has neither is named,
+and is not counted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """How long the rest of a run takes: from measured or recorded times of its steps, and from the rates of running ones.
 
 `unclip plan --time` and `unclip init` measure, and write ``recipes/<name>/times.json`` into the workspace. A step that
-was not measured takes the time of its last run with the same settings; the seed makes no difference to it.
+was not measured takes the time of its last run on the same inputs with the same settings; the seed makes no difference
+to it. Other inputs may have other numbers of rows, or larger networks: of them a recorded time says nothing.
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from pipeline.errors import DataError
 from pipeline.recipe.plan import Step, StepStatus, artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe, to_dict
 from pipeline.recipe.schedule import Load, Machine, Span, needs_of, schedule, this_machine
 from pipeline.recipe.train_sections import TrainResources
-from pipeline.workspace.manifest import parse_record
+from pipeline.workspace.manifest import Manifest, parse_record
 from pipeline.workspace.progress import ProgressState, duration, read_progress
 from pipeline.workspace.store import Artifact, Workspace
 
@@ -84,7 +84,11 @@ class Remaining:
 
 def time_keys(recipe: Recipe) -> dict[str, str]:
     """A key for the time of each step: of its fields with `resources`, and those of its inputs, without the seed."""
-    plan = make_plan(dataclasses.replace(recipe, seed=0))
+    return _time_keys(recipe, make_plan(dataclasses.replace(recipe, seed=0)))
+
+
+def _time_keys(recipe: Recipe, plan: Sequence[Step]) -> dict[str, str]:
+    """``time_keys`` from the plan with seed 0."""
     keys: dict[str, str] = {}
     for step in plan:
         resources = to_dict(getattr(recipe, step.name)).get("resources", {})
@@ -101,13 +105,13 @@ def save_times(recipe: Recipe, times: Mapping[str, StepTime], crowding: float) -
 
 def load_times(recipe: Recipe, steps: Sequence[Step]) -> tuple[dict[str, StepTime], Machine]:
     """The known times of a recipe's steps by name, and this machine."""
-    workspace, record = Workspace(recipe.workspace), _read_times(_home(recipe))
-    keys, times = time_keys(recipe), dict[str, StepTime]()
+    record, plan = _read_times(_home(recipe)), make_plan(dataclasses.replace(recipe, seed=0))
+    keys, times = _time_keys(recipe, plan), dict[str, StepTime]()
     for step in steps:
-        measured = record.steps.get(keys[step.name])
-        earlier = _recorded(workspace, step, recipe, record.crowding) if measured is None else None
-        if (value := measured or earlier) is not None:
-            times[step.name] = value
+        if measured := record.steps.get(keys[step.name]):
+            times[step.name] = measured
+    unmeasured = [step.name for step in steps if step.name not in times]
+    times |= _recorded_times(recipe, plan, unmeasured, record.crowding)
     return times, this_machine(record.crowding)
 
 
@@ -218,15 +222,48 @@ def _share(workspace: Workspace, status: StepStatus) -> float:
     return 0.0 if state is None else min(1.0, state.done / max(state.total, 1))
 
 
-def _recorded(workspace: Workspace, step: Step, recipe: Recipe, crowding: float) -> StepTime | None:
-    """The time of the newest artifact that was made with the same settings and any seed; None if there is none."""
-    for manifest in workspace.manifests(step.name)[0]:
-        if _without_seed(manifest.section) == _without_seed(step.section):
-            resources = getattr(getattr(recipe, step.name), "resources", None)
-            if isinstance(resources, TrainResources) or resources is None:
-                return StepTime(manifest.wall_s / crowding)
-            return StepTime(0.0, manifest.node_s / crowding)
-    return None
+def _recorded_times(recipe: Recipe, plan: Sequence[Step], names: Sequence[str], crowding: float) -> dict[str, StepTime]:
+    """Times of the newest artifacts that were made on the same inputs with the same settings and any one seed.
+
+    Args:
+        recipe: The recipe.
+        plan: Its whole plan, with any seed.
+        names: The steps to find times of; those that have none are absent from the result.
+        crowding: Of the machine on which they ran.
+    """
+    if not names:
+        return {}
+    workspace = Workspace(recipe.workspace)
+    made = {step.name: workspace.manifests(step.name)[0] for step in plan}
+    seeds = {recipe.seed, *(one.section["seed"] for some in made.values() for one in some if "seed" in one.section)}
+    plans = [_with_seed(plan, seed) for seed in seeds]
+    times: dict[str, StepTime] = {}
+    for name in names:
+        keys = {steps[name].key for steps in plans}
+        manifest = next((one for one in made[name] if one.key in keys), None)
+        if manifest is not None and (value := _recorded_time(recipe, manifest, crowding)) is not None:
+            times[name] = value
+    return times
+
+
+def _with_seed(plan: Sequence[Step], seed: int) -> dict[str, Step]:
+    """The steps of the same recipe with another seed, by name; no file is read for it."""
+    steps: dict[str, Step] = {}
+    for step in plan:
+        section = step.section | ({"seed": seed} if "seed" in step.section else {})
+        inputs = {name: steps[name].key for name in step.inputs}
+        steps[step.name] = dataclasses.replace(step, section=section, inputs=inputs)
+    return steps
+
+
+def _recorded_time(recipe: Recipe, manifest: Manifest, crowding: float) -> StepTime | None:
+    """The time of a finished step; None for a training by another number of workers than the recipe has now."""
+    resources = getattr(getattr(recipe, manifest.step), "resources", None)
+    if not isinstance(resources, TrainResources):
+        return StepTime(0.0, manifest.node_s / crowding)
+    if round(manifest.node_s / (manifest.wall_s or 1.0)) != resources.most_workers:
+        return None
+    return StepTime(manifest.wall_s / crowding)
 
 
 def _read_times(home: Artifact) -> Times:
@@ -236,10 +273,6 @@ def _read_times(home: Artifact) -> Times:
         if times is not None:
             return parse_record(Times, times)
     return Times()
-
-
-def _without_seed(section: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in section.items() if name != "seed"}
 
 
 def _home(recipe: Recipe) -> Artifact:

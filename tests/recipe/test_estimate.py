@@ -96,14 +96,44 @@ def test_damaged_times_stop_no_run(tmp_path: Path, text: str) -> None:
 
 def test_a_step_that_was_not_measured_takes_the_time_of_its_last_run(tmp_path: Path) -> None:
     recipe = _recipe(tmp_path)
-    for name, workers in (("decoder", 1), ("embed", 2)):
-        step = _step(recipe, name)
-        output = artifact_of(Workspace(recipe.workspace), step)
-        manifest = manifest_of(step, output, wall_s=40.0)
-        output.commit(replace(manifest, node_s=workers * manifest.wall_s))
+    _finish(recipe, {"decoder": 1, "embed": 2})
     again = replace(recipe, seed=1)
     known, _ = load_times(again, make_plan(again))
     assert known == {"decoder": StepTime(40.0), "embed": StepTime(0.0, 80.0)}
+    _finish(again, {"decoder": 1}, wall_s=30.0)
+    for either in (recipe, again, replace(recipe, seed=2)):
+        known, _ = load_times(either, make_plan(either))
+        assert known["decoder"] == StepTime(30.0)  # the newest
+
+
+def test_the_time_of_a_trial_run_is_not_that_of_the_full_run(tmp_path: Path) -> None:
+    for name, num_rows in (("trial", 10), ("full", 10_000)):
+        rows = (f"http://127.0.0.1/{row}.png,a\n" for row in range(num_rows))
+        (tmp_path / f"{name}.csv").write_text("url,caption\n" + "".join(rows))
+    trial = _recipe(tmp_path / "w", pairs={"source": "list", "path": str(tmp_path / "trial.csv")})
+    _finish(trial, {"pairs": 1, "download": 1, "decoder": 1})
+    known, _ = load_times(trial, make_plan(trial))
+    assert set(known) == {"pairs", "download", "decoder"}
+    full = replace(trial, pairs=replace(trial.pairs, path=str(tmp_path / "full.csv")))
+    capped = replace(trial, pairs=replace(trial.pairs, max_pairs=5))
+    for other in (full, capped):
+        assert load_times(other, make_plan(other))[0] == {}
+
+
+def test_the_time_of_an_evaluation_is_that_of_its_own_networks(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path)
+    _finish(recipe, {"evaluate": 1})
+    wider = _recipe(tmp_path, decoder={"model": {"unet": {"channels": 16}}})
+    assert "evaluate" in load_times(recipe, make_plan(recipe))[0]
+    assert "evaluate" not in load_times(wider, make_plan(wider))[0]
+
+
+def test_the_time_of_a_training_is_that_of_as_many_workers(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, decoder={"resources": {"num_workers": 2}})
+    _finish(recipe, {"decoder": 2})
+    assert load_times(recipe, make_plan(recipe))[0] == {"decoder": StepTime(40.0)}
+    alone = _recipe(tmp_path)
+    assert load_times(alone, make_plan(alone))[0] == {}
 
 
 def test_status_counts_an_interrupted_step_from_where_it_stopped(tmp_path: Path) -> None:
@@ -120,3 +150,12 @@ def test_status_counts_an_interrupted_step_from_where_it_stopped(tmp_path: Path)
 
 def _step(recipe: Recipe, name: str) -> Step:
     return next(step for step in make_plan(recipe) if step.name == name)
+
+
+def _finish(recipe: Recipe, workers: Mapping[str, int], wall_s: float = 40.0) -> None:
+    """Commit empty artifacts of some steps, which took ``wall_s`` on so many workers."""
+    for name, count in workers.items():
+        step = _step(recipe, name)
+        output = artifact_of(Workspace(recipe.workspace), step)
+        manifest = manifest_of(step, output, wall_s=wall_s)
+        output.commit(replace(manifest, node_s=count * manifest.wall_s))
