@@ -80,6 +80,12 @@ def bucket_groups(num_rows: int) -> list[tuple[int, int]]:
     return [(first, min(_NUM_BUCKETS, first + width)) for first in range(0, _NUM_BUCKETS, width)]
 
 
+def count_rows(files: Iterable[tuple[Path, Sequence[Run]]], buckets: tuple[int, int]) -> int:
+    """Number of rows in a range [first, end) of buckets of all files of runs."""
+    first, end = buckets
+    return sum(run.bounds[end] - run.bounds[first] for _, runs in files for run in runs)
+
+
 def repeated_positions(files: Sequence[tuple[Path, Sequence[Run]]], buckets: tuple[int, int]) -> Positions:
     """Positions, sorted, of the rows in a range of buckets whose uid an earlier row has.
 

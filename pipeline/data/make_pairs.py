@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from pipeline.data.blank import blank_rows, num_blank
 from pipeline.data.captions import MOST_CAPTIONS, count_long
-from pipeline.data.duplicates import Run, RunWriter, bucket_groups, repeated_positions, rows_of_piece
+from pipeline.data.duplicates import Run, RunWriter, bucket_groups, count_rows, repeated_positions, rows_of_piece
 from pipeline.data.lists import Span
 from pipeline.data.pairs import ROW_GROUP_ROWS, Part, cast_column, plain_type, write_index
 from pipeline.data.reading import Reading, name_examples
@@ -159,7 +159,7 @@ class PairsMaker:
                 on_rows(reading.counts["in"])
             runs.flush()
         self._output.write_json(f"{name}.json", reading.to_dict() | {"runs": [asdict(run) for run in runs.runs]})
-        return dict(reading.counts)
+        return {"in": 0, "ok": 0} | dict(reading.counts)  # a piece may have no rows
 
     def _require_rows(self) -> None:
         records = self._output.shard_records()
@@ -211,9 +211,11 @@ class PairsMaker:
 
     def _compare(self, name: str) -> dict[str, int]:
         first, end = name.removeprefix(COMPARE).split("-")
+        repeats = repeated_positions(self._runs, (int(first), int(end)))
         with self._output.write(f"{name}.npy") as path, path.open("wb") as stream:
-            np.save(stream, repeated_positions(self._runs, (int(first), int(end))))
-        return {}
+            np.save(stream, repeats)
+        num_rows = count_rows(self._runs, (int(first), int(end)))
+        return {"in": num_rows, "ok": num_rows - len(repeats), "duplicate": len(repeats)}
 
     def _write_part(self, name: str) -> dict[str, int]:
         number = self._names.index(name)

@@ -47,7 +47,7 @@ _BEFORE_EVALUATE = (
     StepRow(
         name="pairs",
         title="Pairs",
-        version=3,
+        version=4,
         runner="pipeline.runtime.pairs:run_pairs",
         role="download",
         files={"path": "content"},

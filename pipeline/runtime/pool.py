@@ -8,7 +8,7 @@ commits it, and a lost worker costs one shard.
 import platform
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -128,7 +128,7 @@ def map_shards(context: StepContext, job: ShardJob) -> list[ShardRecord]:
     records = {name: committed[name] for name in job.shards if name in committed}
     pool = _Pool(context, job, deque(name for name in job.shards if name not in records))
     progress = Progress(context.output, waits=True)
-    done = sum(record.counts["in"] for record in records.values())
+    done = _num_rows(records.values())
     try:
         job.on_records(list(records.values()))
         while pool.is_busy:
@@ -141,12 +141,17 @@ def map_shards(context: StepContext, job: ShardJob) -> list[ShardRecord]:
             )
             new = pool.poll()
             records |= {record.shard: record for record in new}
-            done += sum(record.counts["in"] for record in new)
+            done += _num_rows(new)
             job.on_records(new)
     finally:
         pool.close()
     progress.update(job.num_rows, job.num_rows, job.unit, job.note(), force=True)
     return [records[name] for name in job.shards]
+
+
+def _num_rows(records: Iterable[ShardRecord]) -> int:
+    """Rows of some shards; none of a shard whose record counts nothing."""
+    return sum(record.counts.get("in", 0) for record in records)
 
 
 def total_counts(records: list[ShardRecord]) -> dict[str, int]:

@@ -1,23 +1,112 @@
-"""The pairs step on Ray: tasks of several workers, and shards that are taken in as they are."""
+"""The pairs step with several workers: its tasks, its pool, and shards that are taken in as they are."""
 
 import io
 import tarfile
+from collections import deque
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tomli_w
 
+from pipeline.data import duplicates, sources
 from pipeline.data.pairs import Pairs
 from pipeline.data.shards import good_samples
 from pipeline.recipe.plan import artifact_of, make_plan
-from pipeline.recipe.recipe import load_recipe
+from pipeline.recipe.recipe import load_recipe, parse_recipe
+from pipeline.runtime import pool
+from pipeline.runtime.context import StepContext
+from pipeline.runtime.pairs import run_pairs
+from pipeline.runtime.pool import ShardJob
+from pipeline.workspace.manifest import ShardRecord, add_counts
+from pipeline.workspace.progress import Progress
 from pipeline.workspace.store import Workspace
 from tests.data.conftest import make_picture
 from tests.s3_server import started
 from tests.tiny.command import unclip
 from tests.tiny.recipe import tiny_tables
 from tests.workspace.conftest import use
+
+
+class _PoolHere:
+    """The pool's workers in this process, where a test sets how many rows are compared at once."""
+
+    first_start_s = 0.0
+    notice = ""
+    num_rows_under_way = 0
+    stops_behind: str = ""
+    """Start of the name of the task behind which the run stops."""
+
+    def __init__(self, context: StepContext, job: ShardJob, waiting: deque[str]) -> None:
+        self._waiting = waiting
+        self._worker = job.worker(context)
+        self.hosts: dict[str, str] = {}
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._waiting)
+
+    def message(self) -> str:
+        return ""
+
+    def poll(self) -> list[ShardRecord]:
+        record = self._worker(self._waiting.popleft())
+        if self.stops_behind and record.shard.startswith(self.stops_behind):
+            raise KeyboardInterrupt
+        return [record]
+
+    def close(self) -> None:
+        pass
+
+
+def _write_list(folder: Path) -> None:
+    """A list of five parts: 200 rows, the same rows once more, and a part without rows."""
+    folder.mkdir()
+    for part in range(5):
+        urls = [f"http://a/{part % 2}/{number}" for number in range(100 if part < 4 else 0)]
+        columns = [pa.array(urls, pa.string())] * 2
+        pq.write_table(pa.table(columns, names=["url", "caption"]), folder / f"{part}.parquet")
+
+
+@pytest.mark.parametrize("stops_behind", ["", "live/read/", "live/compare/", "00"])
+def test_several_workers_share_a_list_that_is_compared_in_groups(
+    stops_behind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool counts the rows of each task, also of those that an earlier run has made."""
+    monkeypatch.setattr(pool, "_Pool", _PoolHere)
+    monkeypatch.setattr(sources, "PIECE_BYTES", 1)
+    monkeypatch.setattr(duplicates, "GROUP_ROWS", 100)
+    _write_list(tmp_path / "list")
+    pairs = {"source": "list", "path": str(tmp_path / "list"), "resources": {"num_workers": 2}}
+    recipe = parse_recipe(tiny_tables(tmp_path / "w", pairs=pairs))
+    context = StepContext(recipe, make_plan(recipe)[0], recipe.workspace)
+    if stops_behind:
+        monkeypatch.setattr(_PoolHere, "stops_behind", stops_behind)
+        with pytest.raises(KeyboardInterrupt):
+            run_pairs(context)
+        monkeypatch.setattr(_PoolHere, "stops_behind", "")
+    shown = _note_progress(monkeypatch)
+    assert run_pairs(context).counts == {"in": 400, "ok": 200, "duplicate": 200}
+    records = context.output.shard_records()
+    compared = [record.counts for name, record in records.items() if name.startswith("live/compare/")]
+    assert len(compared) == 4
+    assert add_counts(compared) == {"in": 400, "ok": 200, "duplicate": 200}
+    assert max(shown) == 400
+
+
+def _note_progress(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows that the progress shows as done from now on."""
+    shown: list[int] = []
+    update = Progress.update
+
+    def noted(progress: Progress, done: int, *values: Any, **settings: Any) -> None:
+        shown.append(done)
+        update(progress, done, *values, **settings)
+
+    monkeypatch.setattr(Progress, "update", noted)
+    return shown
 
 
 def _write_tar(path: Path, numbers: range) -> None:
