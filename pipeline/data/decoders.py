@@ -75,30 +75,9 @@ class Decoders:
         """
         decoder = await self._free.get()
         try:
-            facts, data = json.dumps([boxes, checksum]).encode(), body.read()
-            for number in range(_TRIES):
-                try:
-                    return await decoder.ask(facts, data)
-                except DecoderLostError as error:
-                    if error.is_last or number == _TRIES - 1:
-                        raise FetchError("killer", error.reason) from None
-            raise AssertionError
+            return await decoder.ask(json.dumps([boxes, checksum]).encode(), body.read())
         finally:
             self._free.put_nowait(decoder)
-
-
-class DecoderLostError(Exception):
-    """A decoder that ended, or was ended, with a picture.
-
-    Args:
-        reason: How.
-        is_last: Whether another try makes no sense.
-    """
-
-    def __init__(self, reason: str, *, is_last: bool = False) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.is_last = is_last
 
 
 class _Decoder:
@@ -111,10 +90,13 @@ class _Decoder:
         self._turn = asyncio.Lock()
         self._numbers = itertools.count(1)
         """Of pictures."""
-        self._num_starts = 0
+        self._asked: dict[int, tuple[bytes, bytes]] = {}
+        """Facts and file of each picture without an answer, in the order of their turns."""
+        self._is_ready = False
+        """Whether the process has, or gets as they come, all pictures in ``_asked``."""
 
     async def start(self) -> None:
-        """Start the process, send it the recipe's section, and wait until it is ready.
+        """Start the process, send it the recipe's section, wait until it is ready, and send it what was asked.
 
         Raises:
             StepError: If it ends again and again before it is ready.
@@ -134,16 +116,19 @@ class _Decoder:
                     cwd=Path(__file__).parents[2],
                 )
             _, self._requests = await asyncio.open_unix_connection(sock=ours)
-            self._num_starts += 1
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):
                 self._write(0, b"", pickle.dumps(self._config))
                 await self._read(_HEADER.size)
+                self._is_ready = True
+                for number, (facts, data) in self._asked.items():
+                    self._write(number, facts, data)
                 return
             status = await self.stop()
         raise StepError(f"download: a process that decodes pictures does not start (status {status}); see its log")
 
     async def stop(self) -> int | None:
         """End the process; returns its exit status."""
+        self._is_ready = False
         self._kill()
         process, self._process = self._process, None
         requests, self._requests = self._requests, None
@@ -154,43 +139,57 @@ class _Decoder:
     async def ask(self, facts: bytes, data: bytes) -> StoredPicture:
         """Send a picture, and wait for its answer after those of the pictures before it.
 
+        A picture whose process ends is sent to the next one at once, before the pictures that wait behind it: only
+        the picture that is being decoded loses a try.
+
         Args:
             facts: Boxes to blur and its checksum, as JSON.
             data: The downloaded file.
 
         Raises:
-            DecoderLostError: If the process ended with this picture.
+            FetchError: As ``Decoders.store``.
+            PictureError: As ``Decoders.store``.
         """
         number = next(self._numbers)
-        start = self._write(number, facts, data)
+        self._asked[number] = (facts, data)
+        if self._is_ready:
+            self._write(number, facts, data)
         try:
-            async with self._turn:  # its queue is in the order of the writes: nothing is awaited in between
-                while start != self._num_starts:  # a picture before this one took the process down
-                    start = self._write(number, facts, data)
+            async with self._turn:  # its queue is in the order of ``_asked``: nothing is awaited in between
                 return await self._wait(number)
         except asyncio.CancelledError:
-            self._kill()  # its answer would be taken for that of the next picture
+            self._is_ready = False  # its answer would be taken for that of the next picture
+            self._kill()
             raise
+        finally:
+            del self._asked[number]
 
     async def _wait(self, number: int) -> StoredPicture:
-        try:
-            async with asyncio.timeout(_LIMIT_S):
-                return await self._answer(number)
-        except TimeoutError:
-            await self._restart()
-            raise DecoderLostError(f"decoding took longer than {_LIMIT_S:.0f} s", is_last=True) from None
-        except (OSError, asyncio.IncompleteReadError):
-            status = await self._restart()
-            raise DecoderLostError(f"its decoder ended with status {status}") from None
+        num_lost = 0
+        while True:
+            if not self._is_ready:
+                await self.stop()
+                await self.start()
+            try:
+                async with asyncio.timeout(_LIMIT_S):
+                    return await self._answer(number)
+            except TimeoutError:
+                await self.stop()
+                raise FetchError("killer", f"decoding took longer than {_LIMIT_S:.0f} s") from None
+            except (OSError, asyncio.IncompleteReadError):
+                if not self._is_ready:  # ended because another picture was cancelled
+                    continue
+                status, num_lost = await self._end(), num_lost + 1
+                if num_lost == _TRIES:
+                    raise FetchError("killer", f"its decoder ended with status {status}") from None
 
-    async def _restart(self) -> int | None:
-        """Replace the process; returns the exit status of the old one."""
+    async def _end(self) -> int | None:
+        """End a process that does not answer; returns its exit status, its own if it ended by itself."""
         process, status = self._process, None
         if process is not None:
-            with contextlib.suppress(TimeoutError):  # a process that ended by itself tells how
+            with contextlib.suppress(TimeoutError):
                 status = await asyncio.wait_for(process.wait(), 0.2)
         stopped = await self.stop()
-        await self.start()
         return stopped if status is None else status
 
     async def _answer(self, number: int) -> StoredPicture:
@@ -210,11 +209,9 @@ class _Decoder:
         assert self._process.stdout is not None
         return await self._process.stdout.readexactly(num_bytes)
 
-    def _write(self, number: int, facts: bytes, data: bytes) -> int:
-        """Send a message; returns the number of the process that gets it."""
-        if self._requests is not None:
-            self._requests.write(_message(number, facts, data))
-        return self._num_starts
+    def _write(self, number: int, facts: bytes, data: bytes) -> None:
+        assert self._requests is not None
+        self._requests.write(_message(number, facts, data))
 
     def _kill(self) -> None:
         if self._process is not None:

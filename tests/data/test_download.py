@@ -437,21 +437,15 @@ def _large_png() -> bytes:
 def test_a_picture_that_takes_its_decoder_down_twice_is_a_row_with_a_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, wait, killed, large = decoders._Decoder._write, decoders._Decoder._wait, list[int](), _large_png()
-    numbers: set[int] = set()
-
-    def note_large(decoder: Any, number: int, facts: bytes, data: bytes) -> int:
-        numbers.update([number] if data == large else [])
-        return write(decoder, number, facts, data)
+    answer, killed, large = decoders._Decoder._answer, list[int](), _large_png()
 
     async def kill_at_large(decoder: Any, number: int) -> StoredPicture:
-        if number in numbers:
+        if decoder._asked[number][1] == large:
             killed.append(decoder._process.pid)
             os.kill(decoder._process.pid, signal.SIGKILL)
-        return await wait(decoder, number)
+        return await answer(decoder, number)
 
-    monkeypatch.setattr(decoders._Decoder, "_write", note_large)
-    monkeypatch.setattr(decoders._Decoder, "_wait", kill_at_large)
+    monkeypatch.setattr(decoders._Decoder, "_answer", kill_at_large)
     names = ["small.jpg", "large.png", "last.jpg"]
     for name in names:
         (tmp_path / name).write_bytes(large if name == "large.png" else make_picture(0))
@@ -465,6 +459,40 @@ def test_a_picture_that_takes_its_decoder_down_twice_is_a_row_with_a_cause(
     assert _decoders() == []
 
 
+def test_a_decoder_that_ends_once_costs_no_picture() -> None:
+    """All that it has is sent to the next process in the same order, so no picture loses a try to another's answer."""
+    picture, config = _large_png(), replace(_CONFIG, max_image_area_px=1e8)
+
+    async def run() -> tuple[list[StoredPicture], list[psutil.Process]]:
+        async with decoders.Decoders(config, 1) as pool:
+            tasks = [asyncio.create_task(pool.store(io.BytesIO(picture))) for _ in range(12)]
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            [first] = _decoders()
+            first.kill()
+            stored = await asyncio.gather(*tasks)
+            return stored, [first, *_decoders()]
+
+    stored, processes = asyncio.run(run())
+    assert len(stored) == 12
+    assert len({process.pid for process in processes}) == 2
+
+
+def test_a_picture_that_is_no_longer_asked_for_costs_those_beside_it_no_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoders, "_TRIES", 1)
+    picture, config = _large_png(), replace(_CONFIG, max_image_area_px=1e8)
+
+    async def run() -> list[Any]:
+        async with decoders.Decoders(config, 1) as pool:
+            tasks = [asyncio.create_task(pool.store(io.BytesIO(picture))) for _ in range(6)]
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            tasks[2].cancel()  # it waits behind the second, which is being decoded
+            return await asyncio.gather(*tasks, return_exceptions=True)
+
+    stored = asyncio.run(run())
+    assert isinstance(stored.pop(2), asyncio.CancelledError)
+    assert [type(one) for one in stored] == [StoredPicture] * 5
+
+
 def test_many_pictures_through_few_decoders_come_back_to_their_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -472,11 +500,10 @@ def test_many_pictures_through_few_decoders_come_back_to_their_rows(
     pictures = [make_picture(seed, size=(96 + seed % 7, 64)) for seed in range(120)]
     write, random = decoders._Decoder._write, np.random.default_rng(0)
 
-    def write_and_kill(decoder: Any, number: int, facts: bytes, data: bytes) -> int:
-        start = write(decoder, number, facts, data)
+    def write_and_kill(decoder: Any, number: int, facts: bytes, data: bytes) -> None:
+        write(decoder, number, facts, data)
         if number and random.random() < 0.05:
             decoder._kill()
-        return start
 
     monkeypatch.setattr(decoders._Decoder, "_write", write_and_kill)
     config = replace(_CONFIG, resize_mode="no", skip_reencode=True)
