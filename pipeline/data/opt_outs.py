@@ -100,23 +100,27 @@ def parse_robots(data: bytes, token: str) -> PathRules:
     """
     if len(data) >= MAX_BYTES:
         data = data[: max(data.rfind(b"\n"), data.rfind(b"\r")) + 1]
+    ours = _product(token)
     groups: dict[str, list[Rule]] = {}
-    agents: list[str] = []
+    agents = set[str]()  # of the group that is read, without those that do not matter: there may be thousands
     in_rules = False
     for line in re.split(b"[\r\n]+", data.removeprefix(codecs.BOM_UTF8)):
         field, _, value = (part.strip() for part in line.partition(b"#")[0].partition(b":"))
         field = field.lower()
         if field == b"user-agent":
             if in_rules:
-                agents, in_rules = [], False
-            agents.append(_product(value.decode("utf-8", "replace")))
-            groups.setdefault(agents[-1], [])
+                agents, in_rules = set(), False
+            agent = _product(value.decode("utf-8", "replace"))
+            if agent in {ours, "*"}:
+                agents.add(agent)
+                groups.setdefault(agent, [])
         elif field in {b"allow", b"disallow"}:
             in_rules = True
-            if value:
+            if value and agents:
+                rule = Rule.of(value, is_allowed=field == b"allow")
                 for agent in agents:
-                    groups[agent].append(Rule.of(value, is_allowed=field == b"allow"))
-    return PathRules(tuple(groups.get(_product(token), groups.get("*", []))))
+                    groups[agent].append(rule)
+    return PathRules(tuple(groups.get(ours, groups.get("*", []))))
 
 
 def parse_tdm(data: bytes) -> PathRules:

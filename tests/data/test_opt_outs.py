@@ -81,6 +81,17 @@ def test_a_robots_txt_of_many_rules_holds_nobody_up() -> None:
     assert time.process_time() - start < 0.5
 
 
+def test_a_robots_txt_of_many_agents_in_one_group_holds_nobody_up() -> None:
+    agents = [f"User-agent: a{number}" for number in range(15_000)]
+    lines = [*agents, "User-agent: unclip", "User-agent: *", *["Disallow: /x"] * 15_000, "Disallow: /private"]
+    data = "\n".join(lines).encode()
+    start = time.process_time()
+    for token in ("unclip", "other"):
+        rules = parse_robots(data, token)
+        assert [rules.allows(path) for path in ("/private/a.jpg", "/a.jpg")] == [False, True]
+    assert time.process_time() - start < 2
+
+
 def test_the_start_of_a_robots_txt_that_is_too_long_counts_without_the_line_that_is_cut() -> None:
     start = b"\xef\xbb\xbfUser-agent: *\nDisallow: /private\n"
     filler = b"#" + b"x" * (MAX_BYTES - len(start) - 13) + b"\nDisallow: /"
