@@ -2,10 +2,10 @@
 
 A file of a store, in a folder that the recipe names, is read with the store's own credentials, and needs no opt-outs.
 
-Every URL has one deadline over everything: name, connection, TLS, redirects, body and further tries. The time that it
-waits for its host's turn (``Limits``) is not counted. What goes wrong is a ``FetchError`` of one class; temporary
-faults are tried again after a growing pause, or after the time that the host asks for. Each hop of a redirect is
-checked against the address rules and the host's opt-outs.
+Every URL has one deadline over everything: name, connection, TLS, redirects, body and further tries. The time that it,
+or the robots.txt that it needs, waits for the host's turn (``Limits``) is not counted. What goes wrong is a
+``FetchError`` of one class; temporary faults are tried again after a growing pause, or after the time that the host
+asks for. Each hop of a redirect is checked against the address rules and the host's opt-outs.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from yarl import URL
 from pipeline.data import opt_outs
 from pipeline.data.bodies import DISK_ERRORS, Body, read_body
 from pipeline.data.causes import FetchError
+from pipeline.data.clocks import Clock, SharedStops
 from pipeline.data.hosts import NO_LEASE, HostLimits, Limits
 from pipeline.data.opt_outs import PathRules
 from pipeline.data.resolver import HostCache, Resolver
@@ -81,6 +82,7 @@ class Fetcher:
         self._token = config.user_agent_token.strip().lower()
         self._directives = {directive.strip().lower() for directive in config.disallowed_header_directives}
         self._policies = HostCache(self._policy, _POLICY_TTL_S)
+        self._policy_stops = SharedStops()
         self._proxies = urllib.request.getproxies()
         self._stores: dict[str, StoreReader] = {}
         self._stored_turn = asyncio.Semaphore(_STORED_AT_ONCE)
@@ -137,14 +139,14 @@ class Fetcher:
         path = file_path(text)
         if path is None:
             url = parse_url(text)
-            return await self._in_time(lambda deadline: self._retry(lambda: self._follow(url, deadline), deadline))
+            return await self._in_time(lambda clock: self._retry(lambda: self._follow(url, clock), clock))
         self._rules.require_file(path)
         return await self._in_time(lambda _: asyncio.to_thread(_read_file, path, self._config.max_body_bytes))
 
-    async def _in_time(self, work: Callable[[asyncio.Timeout], Awaitable[Body]]) -> Body:
+    async def _in_time(self, work: Callable[[Clock], Awaitable[Body]]) -> Body:
         try:
             async with asyncio.timeout(self._config.deadline_s) as deadline:
-                return await work(deadline)
+                return await work(Clock(deadline))
         except TimeoutError:
             raise FetchError("deadline") from None
 
@@ -153,9 +155,9 @@ class Fetcher:
             self._stores[folder] = StoreReader(folder, _STORED_AT_ONCE, self._config.timeout_s)
         read, limit = self._stores[folder].read, self._config.max_body_bytes
         async with self._stored_turn:  # outside of the deadline, as the wait for a host's turn
-            return await self._in_time(lambda deadline: self._retry(lambda: read(name, limit), deadline))
+            return await self._in_time(lambda clock: self._retry(lambda: read(name, limit), clock))
 
-    async def _retry(self, ask: Callable[[], Awaitable[Body]], deadline: asyncio.Timeout) -> Body:
+    async def _retry(self, ask: Callable[[], Awaitable[Body]], clock: Clock) -> Body:
         attempt = 0
         while True:
             try:
@@ -165,21 +167,21 @@ class Fetcher:
                     raise
                 backoff_s = min(_BACKOFF_S * 2**attempt, _LONGEST_BACKOFF_S) * random.uniform(0.5, 1.5)
                 pause_s = max(backoff_s, error.retry_after_s or 0.0)
-                if asyncio.get_running_loop().time() + pause_s >= (deadline.when() or 0.0):
+                if pause_s >= clock.left_s:
                     raise
                 await asyncio.sleep(pause_s)
                 attempt += 1
 
-    async def _follow(self, url: Url, deadline: asyncio.Timeout, *, is_policy: bool = False) -> Body:
-        """Fetch a URL and the targets of its redirects."""
+    async def _follow(self, url: Url, clock: Clock, *, policy_of: str = "") -> Body:
+        """Fetch a URL and the targets of its redirects; ``policy_of`` is the origin of which it is a policy, if any."""
         for _ in range(_MAX_REDIRECTS + 1):
             self._rules.require_url(url)
             if url.host in self._proxy_hosts:
                 raise refused_address(url.host)
             await self._require_resolved(url)
-            if not is_policy:
-                await self._require_allowed(url)
-            answer = await self._get(url, deadline, is_policy=is_policy)
+            if not policy_of:
+                await self._require_allowed(url, clock)
+            answer = await self._get(url, clock, policy_of)
             if not isinstance(answer, Url):
                 return answer
             if answer.origin == url.origin and not answer.login:
@@ -187,11 +189,11 @@ class Fetcher:
             url = answer
         raise FetchError("redirects", f"more than {_MAX_REDIRECTS}")
 
-    async def _get(self, url: Url, deadline: asyncio.Timeout, *, is_policy: bool) -> Body | Url:
+    async def _get(self, url: Url, clock: Clock, policy_of: str) -> Body | Url:
         """One request: the body, or the target of a redirect."""
         # As browsers send it: aiohttp refuses a user name with a colon.
         headers = {"Authorization": f"Basic {base64.b64encode(url.login).decode()}"} if url.login else {}
-        async with self._slot(url.host, deadline):
+        async with self._slot(url.host, clock, policy_of):
             try:
                 async with self._session.get(
                     URL(url.text, encoded=True), allow_redirects=False, headers=headers, proxy=self._proxy_of(url)
@@ -200,26 +202,23 @@ class Fetcher:
                         return _target_of(response, url)
                     if not 200 <= response.status < 300:
                         raise await self._refusal(url, response)
-                    if not is_policy:
-                        self._require_headers(response)
-                    limit = opt_outs.MAX_BYTES if is_policy else self._config.max_body_bytes
-                    return await read_body(response, limit, is_cut=is_policy)
+                    if policy_of:
+                        return await read_body(response, opt_outs.MAX_BYTES, is_cut=True)
+                    self._require_headers(response)
+                    return await read_body(response, self._config.max_body_bytes)
             except (aiohttp.ClientError, OSError, ValueError) as error:
                 if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                     raise
                 raise _translate(error) from error
 
     @contextlib.asynccontextmanager
-    async def _slot(self, host: str, deadline: asyncio.Timeout) -> AsyncGenerator[None]:
-        loop = asyncio.get_running_loop()
-        remaining_s = (deadline.when() or 0.0) - loop.time()
-        deadline.reschedule(None)
+    async def _slot(self, host: str, clock: Clock, policy_of: str) -> AsyncGenerator[None]:
         self.num_waiting += 1
         try:
-            lease = await self._limits.acquire(host, self._config.deadline_s)
+            with clock.stopped(), self._policy_stops.stopped(policy_of):
+                lease = await self._limits.acquire(host, self._config.deadline_s)
         finally:
             self.num_waiting -= 1
-        deadline.reschedule(loop.time() + remaining_s)
         if lease == NO_LEASE:
             raise FetchError("http-429", "the host asks to wait for longer than download.deadline_s")
         try:
@@ -263,7 +262,7 @@ class Fetcher:
                 raise
             raise FetchError("dns", f"{error.detail}; see download.resources.trust_proxy") from None
 
-    async def _require_allowed(self, url: Url) -> None:
+    async def _require_allowed(self, url: Url, clock: Clock) -> None:
         """Refuse a path that the host's robots.txt or tdmrep.json opts out.
 
         Raises:
@@ -271,7 +270,8 @@ class Fetcher:
         """
         if not self._config.robots_txt and not self._config.tdm_reservation:
             return
-        policy = await self._policies.get(url.origin)
+        with self._policy_stops.joined(url.origin, clock):
+            policy = await self._policies.get(url.origin)
         if not policy.robots.allows(url.target):
             raise FetchError("robots-txt")
         if not policy.tdm.allows(url.target):
@@ -280,8 +280,8 @@ class Fetcher:
     async def _policy(self, origin: str) -> _Policy | FetchError:
         """What a host's two files allow; an error if its robots.txt cannot be read, which then allows nothing."""
         robots, tdm = await asyncio.gather(
-            self._policy_file(origin + opt_outs.ROBOTS_PATH, is_used=self._config.robots_txt),
-            self._policy_file(origin + opt_outs.TDM_PATH, is_used=self._config.tdm_reservation),
+            self._policy_file(origin, opt_outs.ROBOTS_PATH, is_used=self._config.robots_txt),
+            self._policy_file(origin, opt_outs.TDM_PATH, is_used=self._config.tdm_reservation),
         )
         if isinstance(robots, FetchError):
             if robots.cause in _HOST_IS_AWAY:
@@ -293,13 +293,13 @@ class Fetcher:
         rules = opt_outs.parse_robots(robots, self._token)
         return _Policy(rules, opt_outs.parse_tdm(b"" if isinstance(tdm, FetchError) else tdm))
 
-    async def _policy_file(self, text: str, *, is_used: bool) -> bytes | FetchError:
+    async def _policy_file(self, origin: str, path: str, *, is_used: bool) -> bytes | FetchError:
         if not is_used:
             return b""
-        url = parse_url(text)
+        url = parse_url(origin + path)
         try:
             with await self._in_time(
-                lambda deadline: self._retry(lambda: self._follow(url, deadline, is_policy=True), deadline)
+                lambda clock: self._retry(lambda: self._follow(url, clock, policy_of=origin), clock)
             ) as body:
                 return body.read()
         except FetchError as error:

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import os
 import socket
 import time
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from pipeline.data import bodies, fetch, hosts
 from pipeline.data.causes import CLASSES, FetchError
+from pipeline.data.clocks import Clock, SharedStops
 from pipeline.data.fetch import Fetcher, user_agent
 from pipeline.data.hosts import HostLimits, Limits
 from pipeline.data.urls import AddressRules
@@ -383,6 +385,49 @@ def test_waiting_for_a_turn_does_not_count_as_slowness(hostile: HostileServer) -
     results = _fetch([f"{hostile.url}/wait?s=0.2&n={n}" for n in range(8)], config)
     assert {_cause(result) for result in results} == {_PICTURE}
     assert time.monotonic() - start > 1.5
+
+
+class _SlowTurns(HostLimits):
+    """Every turn comes later than the deadline of a URL."""
+
+    async def acquire(self, host: str, patience_s: float) -> int:
+        await asyncio.sleep(0.8)
+        return await super().acquire(host, patience_s)
+
+
+@pytest.mark.parametrize("path", ["/ok", "/to?url=http://127.0.0.2:{port}/ok"])
+def test_waiting_for_the_turn_of_robots_txt_does_not_count_as_slowness(hostile: HostileServer, path: str) -> None:
+    url = hostile.url + path.format(port=hostile.port)
+    results = _fetch([url] * 3, replace(_CONFIG, deadline_s=0.6), limits=_SlowTurns())
+    assert [_cause(result) for result in results] == [_PICTURE] * 3
+    assert hostile.requests["127.0.0.1/robots.txt"] == 1
+
+
+def test_a_clock_stands_still_while_what_it_waits_for_does_and_ends_by_itself() -> None:
+    async def ends(*, stop_s: float, join_s: float) -> float:
+        """Seconds until a deadline of .2 s that joins others after a while, which stand still from the start on."""
+        stops, loop = SharedStops(), asyncio.get_running_loop()
+
+        async def stop() -> None:
+            with stops.stopped("a"), stops.stopped("a"):
+                await asyncio.sleep(stop_s)
+
+        stopping, start = asyncio.create_task(stop()), loop.time()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.2) as deadline:
+                await asyncio.sleep(join_s)
+                with stops.joined("a", Clock(deadline)):
+                    await asyncio.sleep(10)
+        seconds = loop.time() - start
+        await stopping
+        assert (stops._clocks, stops._num_stops) == ({}, {})
+        return seconds
+
+    async def run() -> list[float]:
+        cases = [(0.0, 0.0), (0.4, 0.0), (0.4, 0.1), (0.4, 0.3)]
+        return list(await asyncio.gather(*(ends(stop_s=stop_s, join_s=join_s) for stop_s, join_s in cases)))
+
+    assert asyncio.run(run()) == pytest.approx([0.2, 0.6, 0.5, 0.2], abs=0.14)
 
 
 def test_a_host_gets_no_more_requests_a_second_than_allowed(hostile: HostileServer) -> None:
