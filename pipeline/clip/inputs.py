@@ -10,12 +10,12 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from pipeline.clip.library import SimpleTokenizer, open_clip
+from pipeline.clip.library import open_clip
+from pipeline.clip.tokenizer import ClipTokenizer
 from pipeline.errors import ConfigError
 from pipeline.pictures import Framing
 
 _MAX_CAPTION_CHARS = 2048
-_MAX_CACHED_WORDS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ClipInputs:
             options = text.get("tokenizer_kwargs")
             if not options:
                 return _plain_tokenizer(self.context_length)
-            return SimpleTokenizer(context_length=self.context_length, **options)
+            return ClipTokenizer(context_length=self.context_length, **options)
         try:
             return open_clip.get_tokenizer(self.source)
         except ImportError as error:
@@ -76,8 +76,6 @@ class ClipInputs:
         return [length if cut else 0 for cut in is_cut.tolist()]
 
     def _tokenize(self, captions: Sequence[str], length: int) -> Int[Tensor, "B L"]:
-        if isinstance(self.tokenizer, SimpleTokenizer) and len(self.tokenizer.cache) > _MAX_CACHED_WORDS:
-            self.tokenizer.cache.clear()  # it keeps every word that it has ever seen
         return self.tokenizer([_shorten(caption) for caption in captions], context_length=length)
 
 
@@ -115,14 +113,11 @@ def first_line(error: Exception) -> str:
 
 
 @lru_cache(maxsize=4)
-def _plain_tokenizer(context_length: int) -> SimpleTokenizer:
+def _plain_tokenizer(context_length: int) -> ClipTokenizer:
     """CLIP's own tokenizer; making one takes half a second, so all CLIPs of a process share it."""
-    return SimpleTokenizer(context_length=context_length)
+    return ClipTokenizer(context_length=context_length)
 
 
 def _shorten(caption: str) -> str:
-    """A caption of at most ``_MAX_CAPTION_CHARS``: more than any context length holds.
-
-    CLIP's tokenizer takes time with the square of a word's length: minutes for a page without spaces.
-    """
+    """A caption of at most ``_MAX_CAPTION_CHARS``: more than any context length holds."""
     return caption if len(caption) <= _MAX_CAPTION_CHARS else " ".join(caption.split())[:_MAX_CAPTION_CHARS]

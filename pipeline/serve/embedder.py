@@ -1,8 +1,9 @@
 """Embeddings of texts and pictures, made beside the steps of an engine."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,13 +12,14 @@ from pipeline.clip.frozen import FrozenClip
 from pipeline.serve.protocols import Images, Vectors
 
 TEXTS_AT_ONCE = 64
-"""Captions that are embedded together."""
+"""Captions that are embedded, or looked at, together: between them, a request that nobody waits for ends."""
 
 
 class Embedder:
     """Makes embeddings one after another, so that their memory is bounded, in a thread that ends with this object.
 
     Those that wait hold no thread that other work of the process needs, and do not begin if nobody waits for them.
+    Another thread looks how long texts are, which needs no network.
 
     Args:
         clip: The frozen CLIP.
@@ -26,22 +28,27 @@ class Embedder:
     def __init__(self, clip: FrozenClip) -> None:
         self._clip = clip
         self._thread = ThreadPoolExecutor(1, "unclip-embed")
+        self._reader = ThreadPoolExecutor(1, "unclip-tokens")
 
     async def texts(self, texts: Sequence[str]) -> Vectors:
         """Embed texts, (B, D); between ``TEXTS_AT_ONCE`` and the next ones, others have their turn."""
-        rows: list[Vectors] = []
-        for start in range(0, len(texts), TEXTS_AT_ONCE):
-            some = texts[start : start + TEXTS_AT_ONCE]
-            rows.append(await self._run(lambda some=some: self._clip.embed_text(some)))
-        return np.concatenate(rows)
+        return np.concatenate([await self._run(partial(self._clip.embed_text, some)) for some in _parts(texts)])
 
     async def image(self, image: Images) -> Vectors:
         """Embed a picture (H, W, 3): (D,)."""
         return await self._run(lambda: self._clip.encode_image(torch.from_numpy(image)[None])[0])
 
     async def cut_at(self, texts: Sequence[str]) -> list[int]:
-        """See ``PictureModel``; it needs no network, and does not wait."""
-        return await asyncio.to_thread(self._clip.clip.inputs.cut_at, texts)
+        """See ``PictureModel``; it waits for no embedding."""
+        cuts: list[int] = []
+        for some in _parts(texts):
+            cuts += await asyncio.wrap_future(self._reader.submit(self._clip.clip.inputs.cut_at, some))
+        return cuts
 
     async def _run(self, embed: Callable[[], torch.Tensor]) -> Vectors:
         return await asyncio.wrap_future(self._thread.submit(lambda: embed().cpu().numpy()))
+
+
+def _parts(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """``TEXTS_AT_ONCE`` of them at a time."""
+    return (texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE))

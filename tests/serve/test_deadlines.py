@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -246,6 +247,34 @@ def test_embeddings_that_nobody_waits_for_end_with_their_part_or_do_not_begin(
     assert asyncio.run(leave()).shape == (1, 2)
     assert begun == ["first", "last"]
     encode.assert_not_called()
+
+
+def test_texts_that_nobody_waits_for_are_looked_at_no_further_and_hold_no_thread_that_others_need(
+    cascade: Cascade, make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_end, engine = list[int](), threading.Event(), make_engine()
+
+    def cut_at(texts: Sequence[str]) -> list[int]:
+        begun.append(len(texts))
+        may_end.wait(60)
+        return [len(text) for text in texts]
+
+    inputs = SimpleNamespace(cut_at=cut_at)
+    monkeypatch.setattr(cascade.clip, "clip", SimpleNamespace(inputs=inputs))
+
+    async def leave() -> list[int]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        first = asyncio.create_task(engine.cut_at(["a"] * 2048))
+        waiting = asyncio.create_task(engine.cut_at(["a"]))
+        await asyncio.wait_for(asyncio.to_thread(wait_until, lambda: len(begun) == 1), 60)
+        for task in (first, waiting):
+            task.cancel()
+        await asyncio.wait([first, waiting])
+        may_end.set()
+        return await engine.cut_at(["ab"] * 65 + [""])
+
+    assert asyncio.run(leave()) == [2] * 65 + [0]
+    assert begun == [64, 64, 2]
 
 
 def test_embeddings_and_searches_hold_no_thread_that_others_need(
