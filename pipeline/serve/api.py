@@ -30,15 +30,9 @@ from pipeline.serve.deadlines import end_of, until
 from pipeline.serve.document import ERRORS, IN_TIME, PICTURES, form_body, json_body
 from pipeline.serve.edits import EDITS, EditKind, edit_of
 from pipeline.serve.embeddings import EmbeddingRequest, embed
+from pipeline.serve.generation import NOTES_HEADER, Generation
 from pipeline.serve.guards import client_of
-from pipeline.serve.images import (
-    NOTES_HEADER,
-    Generation,
-    GenerationRequest,
-    PictureOptions,
-    check_options,
-    require_model,
-)
+from pipeline.serve.images import GenerationRequest, PictureOptions, check_options, require_model
 from pipeline.serve.knn import MAX_NUMBERS, KnnRequest, MetadataRequest, find, metadata
 from pipeline.serve.metrics import CONTENT_TYPE, HttpMetrics
 from pipeline.serve.protocols import Neighbours, PictureModel

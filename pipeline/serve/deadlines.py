@@ -4,9 +4,10 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, TypeVar
+from contextlib import contextmanager
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 
@@ -51,6 +52,23 @@ async def until(ends_s: float, answer: Awaitable[T], *, grace_s: float = 0.0) ->
         if limit.expired():
             raise DeadlinePassed("the time of the request was up before it was finished") from None
         raise
+
+
+@contextmanager
+def beside(work: Coroutine[Any, Any, T]) -> Generator[asyncio.Task[T]]:
+    """Work that goes on beside a block from its beginning; if the block ends before it does, it is cancelled."""
+    task = asyncio.create_task(work)
+    task.add_done_callback(_read_error)
+    try:
+        yield task
+    finally:
+        task.cancel()
+
+
+def _read_error(task: asyncio.Task[Any]) -> None:
+    """Let asyncio not complain of an error that nobody waits for, because the block has failed already."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def while_wanted(work: Callable[[Callable[[], None]], T]) -> T:

@@ -1,7 +1,7 @@
 """Requests that start from pictures: OpenAI's edits and variations, and the edits of the command line.
 
 Each is one row of ``EDITS``: its body, its pictures, and the edit that they make. The body is a form, and the answer
-has the form of a generation's (pipeline/serve/images.py).
+has the form of a generation's (pipeline/serve/generation.py).
 """
 
 from collections.abc import Callable

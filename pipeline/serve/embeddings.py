@@ -1,6 +1,5 @@
 """``POST /v1/embeddings``, as OpenAI's, of texts and of pictures: both are vectors of CLIP's joint space."""
 
-import asyncio
 import base64
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast
@@ -9,7 +8,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from pipeline.recipe.picture_card import ModelCard
-from pipeline.serve.deadlines import Timeout
+from pipeline.serve.deadlines import Timeout, beside
 from pipeline.serve.images import MAX_PROMPT_CHARS, note_of_cut, require_model
 from pipeline.serve.knn import MAX_QUERIES
 from pipeline.serve.protocols import PictureModel, Vectors
@@ -61,8 +60,9 @@ async def embed(model: PictureModel, body: EmbeddingRequest, card: ModelCard) ->
         if body.dimensions != width:
             message = f"dimensions: embeddings of this CLIP have {width} numbers, and no fewer"
             raise ApiError(400, message, param="dimensions", code="invalid_value")
-    vectors, cut = await asyncio.gather(_vectors(model, body.input), _cut_note(model, body.input))
-    notes = [*cut, *(["user: has no effect here"] if body.user is not None else [])]
+    with beside(_cut_note(model, body.input)) as cut:
+        vectors = await _vectors(model, body.input)
+        notes = [*await cut, *(["user: has no effect here"] if body.user is not None else [])]
     rows = [_encoded(row, body.encoding_format or "float") for row in vectors]
     return {
         "object": "list",

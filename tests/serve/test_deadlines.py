@@ -23,13 +23,15 @@ from pipeline.recipe.picture_card import ModelCard
 from pipeline.retrieve.retriever import Conditions
 from pipeline.runtime.remote_model import RemoteModel
 from pipeline.runtime.replicas import Hop
-from pipeline.serve import deadlines
+from pipeline.serve import deadlines, generation
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.deadlines import NotWanted
 from pipeline.serve.engine import Engine
 from pipeline.serve.estimate import PartLoad, StageLoad, estimate_s
+from pipeline.serve.generation import Generation
 from pipeline.serve.guarded_model import GuardedModel
 from pipeline.serve.guards import Guards
+from pipeline.serve.images import GenerationRequest
 from pipeline.serve.keys import Meter
 from pipeline.serve.knn import LocalNeighbours
 from pipeline.serve.metrics import HttpMetrics
@@ -182,6 +184,59 @@ def test_the_recipe_bounds_the_time_and_hung_networks_are_not_waited_for() -> No
     assert (refused.status_code, refused.headers["Retry-After"]) == (429, "7")
     assert networks.times_s == [0.1, 0.05, 0.1, 0.1, 0.1]
     assert values(client.get("/metrics").text)["unclip_refusals_total", "deadline"] == 4
+
+
+class NoNotes(Networks):
+    """Networks that sample, but never say which texts they cut: their CLIP has died."""
+
+    async def cut_at(self, _texts: Sequence[str]) -> list[int]:
+        await never()
+        raise AssertionError
+
+
+def test_finished_pictures_do_not_wait_for_the_notes_on_their_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as long as the request would, and its timeout is none of theirs."""
+    monkeypatch.setattr(generation, "_LONGEST_NOTE_S", 0.3)
+    networks: Any = NoNotes()
+    app = create_app(networks, None, ApiSettings(ModelCard("tiny", 16)))
+    client = TestClient(app, base_url="http://127.0.0.1")
+    CANCELLED.clear()
+    forms: list[dict[str, Any]] = [{}, {"stream": True}, {"response_format": "file"}]
+    answers = [client.post("/v1/images/generations", json={"prompt": "quick", "timeout": 0.2} | form) for form in forms]
+    assert [answer.status_code for answer in answers] == [200] * 3
+    whole, stream, file = answers
+    assert "notes" not in whole.json()
+    assert "event: image_generation.completed" in stream.text
+    assert "X-Unclip-Notes" not in file.headers
+    assert len(CANCELLED) == 3
+
+
+def test_texts_are_looked_at_while_the_pictures_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "_LONGEST_NOTE_S", 0.0)
+    networks: Any = Networks()
+    is_looked_at = asyncio.Event()
+
+    async def cut_at(texts: Sequence[str]) -> list[int]:
+        is_looked_at.set()
+        return [8] * len(texts)
+
+    async def sample(*_: Any) -> SampledPictures:
+        await asyncio.wait_for(is_looked_at.wait(), 20)
+        return SampledPictures(np.zeros((1, 16, 16, 3), np.uint8), None)
+
+    monkeypatch.setattr(networks, "cut_at", cut_at)
+    monkeypatch.setattr(networks, "sample", sample)
+    request = Generation(networks, GenerationRequest(prompt="a"), ModelCard("tiny", 16))
+    assert asyncio.run(request.answer())["notes"][0].startswith("prompt: CLIP reads 8 tokens")
+
+
+def test_texts_of_refused_embeddings_are_looked_at_no_further() -> None:
+    networks: Any = NoNotes()
+    app = create_app(networks, None, ApiSettings(ModelCard("tiny", 16)))
+    client = TestClient(app, base_url="http://127.0.0.1")
+    CANCELLED.clear()
+    answer = client.post("/v1/embeddings", json={"input": ["quick", "data:image/png;base64,AAAA"]})
+    assert (answer.status_code, len(CANCELLED)) == (400, 1)
 
 
 @pytest.mark.parametrize("longest_s", [0, 0.05])

@@ -13,12 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pipeline.errors import DataError
 from pipeline.recipe.picture_card import ModelCard
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.serve import knn
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.knn import LocalNeighbours
 from pipeline.serve.metrics import HttpMetrics
+from pipeline.serve.protocols import NotServing
 from pipeline.workspace.store import Workspace
 from tests.serve.test_engine import wait_until
 from tests.tiny.shards import pixels, plain_picture
@@ -60,6 +62,22 @@ def test_a_near_copy_is_above_the_limit_and_of_a_training_row(
     assert True in flags[:4]
     completed = json.loads(stream.rpartition("data: ")[2])
     assert completed["neighbours"] == again
+
+
+@pytest.mark.parametrize("error", [NotServing("no replica is ready"), DataError("index: damaged"), OSError("gone")])
+def test_pictures_are_sent_although_their_neighbours_cannot_be_found(
+    server: Any, neighbours: LocalNeighbours, serving: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    own = LocalNeighbours(neighbours._retriever)
+    monkeypatch.setattr(own, "search", AsyncMock(side_effect=error))
+    body = {"prompt": "a red picture", "neighbours": 3, "num_inference_steps": 2}
+    note = "neighbours: the index of the training pictures does not answer"
+    with serving(create_app(server.engine, own, ApiSettings(ModelCard("tiny", 32)))) as url:
+        answer = httpx.post(f"{url}/v1/images/generations", json=body, timeout=60).json()
+        stream = httpx.post(f"{url}/v1/images/generations", json=body | {"stream": True}, timeout=60).text
+    assert answer["data"][0].keys() == {"b64_json", "seed"}
+    completed = json.loads(stream.rpartition("data: ")[2])
+    assert answer["notes"] == completed["notes"] == [note]
 
 
 def test_the_limit_of_near_copies_is_measured_once_for_all_who_ask_and_again_if_it_failed(

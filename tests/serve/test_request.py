@@ -13,9 +13,10 @@ from models.cascade import Cascade
 from models.request import SampleRequest
 from models.stage import Batch, Chain
 from pipeline.recipe.picture_card import ModelCard
-from pipeline.serve import images
+from pipeline.serve import generation, images
 from pipeline.serve.engine import Engine
-from pipeline.serve.images import Generation, GenerationRequest
+from pipeline.serve.generation import Generation
+from pipeline.serve.images import GenerationRequest
 from pipeline.serve.protocols import SampledPictures
 
 
@@ -43,7 +44,7 @@ class Stage:
 
 def test_a_new_field_reaches_the_stage_through_every_layer(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        images, "sample_request", lambda body, *_: TilingRequest(body.prompt, (body.seed,), tiling=True)
+        generation, "sample_request", lambda body, *_: TilingRequest(body.prompt, (body.seed,), tiling=True)
     )
     last = Stage(cascade.stages[-1])
     engine = Engine(Cascade(cascade.clip, [*cascade.stages[:-1], last]))
