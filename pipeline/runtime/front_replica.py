@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pipeline.errors import StepError
 from pipeline.recipe.serve_sections import ServeConfig
 from pipeline.runtime.front import Front
+from pipeline.runtime.keeping import keeping_what_is_served
 from pipeline.runtime.ledger import Exchange
 from pipeline.runtime.lookout import Lookout, application_state, num_replicas
 from pipeline.runtime.neighbours import remote_parts
@@ -82,9 +83,15 @@ class FrontReplica:
     async def reconfigure(self, tables: Tables) -> None:
         """Serve a recipe once its networks are loaded.
 
-        Called by Ray Serve at the start, and when `serve deploy` brings another one.
+        Called by Ray Serve at the start, and when `serve deploy` brings another one. What cannot be served leaves what
+        is served already.
         """
-        coming = await asyncio.to_thread(self._prepare, tables)  # an index takes its time to be read
+        self._next = None
+        with keeping_what_is_served(is_serving=self._lookout is not None):
+            await self._expect(await asyncio.to_thread(self._prepare, tables))  # an index takes its time to be read
+
+    async def _expect(self, coming: _Next) -> None:
+        """Turn to what is configured when its networks are there."""
         if self._lookout is None:
             self._front = coming.front
         self._next = coming

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from ray import serve
 
 from pipeline.retrieve.retriever import Retriever
+from pipeline.runtime.keeping import keeping_what_is_served
 from pipeline.runtime.parts import NEIGHBOURS, Tables, digest_of, most_requests, parts_of, read_tables
 from pipeline.runtime.remote_model import Handles, RemoteModel
 from pipeline.serve.knn import LocalNeighbours
@@ -50,10 +51,21 @@ class NeighboursReplica:
         """Digest of what was configured last."""
 
     async def reconfigure(self, tables: Tables) -> None:
-        """Open the index of a recipe; called by Ray Serve at the start, and when the recipe that is served changes.
+        """As ``prepare``; an index that cannot be opened leaves those that are open.
+
+        Called by Ray Serve at the start, and when the recipe that is served changes.
+        """
+        with keeping_what_is_served(is_serving=bool(self._newest)):
+            await self.prepare(tables)
+
+    async def prepare(self, tables: Tables) -> None:
+        """Open the index of a recipe.
 
         Args:
             tables: See ``part_tables``.
+
+        Raises:
+            DataError: If it is damaged.
         """
         recipe, artifacts = read_tables(tables)
         if "index" in artifacts:

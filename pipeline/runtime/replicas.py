@@ -19,6 +19,7 @@ from ray import ObjectRef, serve
 from ray.serve.handle import DeploymentHandle
 
 from models.request import SampleRequest
+from pipeline.runtime.keeping import keeping_what_is_served
 from pipeline.runtime.loading import load_engine
 from pipeline.runtime.parts import Tables, digest_of
 from pipeline.serve.estimate import PartLoad
@@ -67,6 +68,10 @@ class ModelReplica:
         """What new requests mean; empty before anything is loaded."""
         self._newest = ""
         """What was configured last; other networks than ``_served`` from a swap's load until it is turned to."""
+        self._lacking = ""
+        """What it loads now or could not load; empty: neither."""
+        self._is_behind = False
+        """Whether requests mean what it could not load: Ray Serve then replaces it."""
         self._keep_s = 0.0
         self._loading = asyncio.Lock()
         self._ending: dict[str, asyncio.Task[None]] = {}
@@ -75,20 +80,31 @@ class ModelReplica:
         """What is under way."""
 
     async def reconfigure(self, tables: Tables) -> None:
-        """Load the networks of a recipe beside those that are served; ``turn_to`` then ends the others.
+        """As ``prepare``; networks that cannot be loaded leave what is served already.
 
         Called by Ray Serve at the start, and when the recipe that is served changes.
+        """
+        with keeping_what_is_served(is_serving=bool(self._served)):
+            await self.prepare(tables)
+
+    async def prepare(self, tables: Tables) -> None:
+        """Load the networks of a recipe beside those that are served; ``turn_to`` then ends the others.
 
         Args:
             tables: See ``write_tables`` and ``part_tables``.
+
+        Raises:
+            DataError: If a network is damaged; as for other errors, what is served stays.
         """
         async with self._loading:
             newest = digest_of(tables)
             if newest not in self._engines:
+                self._lacking = newest
                 self._engines[newest] = await asyncio.to_thread(load_engine, tables)
             elif newest in self._ending:
                 self._ending.pop(newest).cancel()
             self._newest = newest
+            self._lacking, self._is_behind = "", False
             self._keep_s = max(tables["recipe"]["serve"]["drain_s"], _LEAST_KEEP_S)
             self._served = self._served or newest
             for other in self._engines.keys() - {newest, self._served}:  # of a swap that was given up
@@ -105,6 +121,8 @@ class ModelReplica:
                 self._ending.pop(served).cancel()
             for other in self._engines.keys() - {served, self._newest}:
                 self._end_later(other, self._keep_s)
+        elif served == self._lacking and not self._loading.locked():
+            self._is_behind = True
 
     def _end_later(self, served: str, keep_s: float) -> None:
         if served not in self._ending:
@@ -135,7 +153,7 @@ class ModelReplica:
         Raises:
             OtherNetworks: If there is none.
         """
-        if served == self._newest:
+        if served in {self._newest, self._lacking}:
             self._turn_to(served)  # a replica that came during a swap may not have been told
         if served not in self._engines:
             raise OtherNetworks("other networks are served than those that the request means")
@@ -236,6 +254,8 @@ class ModelReplica:
         """Called by Ray Serve, which replaces a replica that raises."""
         if not self._engine.alive:
             raise RuntimeError("the engine has ended")
+        if self._is_behind:
+            raise RuntimeError("requests mean networks that this replica could not load")
 
     def __del__(self) -> None:
         for engine in getattr(self, "_engines", {}).values():

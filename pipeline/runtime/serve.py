@@ -385,7 +385,7 @@ class _Watch:
         for part, handle in self._handles.items():
             own = part_tables(served.recipe, served.tables, part)
             try:
-                some = handle.broadcast("reconfigure", own).results(return_exceptions=True)
+                some = handle.broadcast("prepare", own).results(return_exceptions=True)
             except DeploymentUnavailableError:  # none is running
                 return []
             if not some or any(isinstance(reply, Exception) for reply in some):

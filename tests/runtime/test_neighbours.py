@@ -20,7 +20,16 @@ from pipeline.runtime.deployments import replica_of
 from pipeline.runtime.front import Front
 from pipeline.runtime.loading import load_engine
 from pipeline.runtime.neighbours import NeighboursReplica, remote_parts
-from pipeline.runtime.parts import NEIGHBOURS, needs_of_replica, networks_options, part_tables, parts_of, write_tables
+from pipeline.runtime.parts import (
+    NEIGHBOURS,
+    Tables,
+    digest_of,
+    needs_of_replica,
+    networks_options,
+    part_tables,
+    parts_of,
+    write_tables,
+)
 from pipeline.runtime.served import served_artifacts
 from pipeline.serve.upkeep import Upkeep
 from pipeline.workspace.store import Artifact
@@ -156,10 +165,22 @@ def test_an_index_with_a_flipped_bit_is_not_served(tmp_path: Path) -> None:
     message = rf"{rows.name}: does not match its checksum; bring it back from a copy"
     with pytest.raises(DataError, match=message):
         asyncio.run(NeighboursReplica().reconfigure(write_tables(recipe, artifacts)))
+    without = {name: artifact for name, artifact in artifacts.items() if name != "index"}
+    asyncio.run(swapped(write_tables(recipe, without), write_tables(recipe, artifacts)))
     engine, front = load_engine(write_tables(recipe, artifacts)), Front(recipe.serve)
     with pytest.raises(DataError, match=message):
         front.open(recipe, artifacts, engine)
     engine.close()
+
+
+async def swapped(before: Tables, damaged: Tables) -> None:
+    """A replica that serves goes on, and says that it has not what a swap brings."""
+    replica = NeighboursReplica()
+    await replica.reconfigure(before)
+    await replica.reconfigure(damaged)
+    assert (await replica.serves(digest_of(before)), await replica.serves(digest_of(damaged))) == (True, False)
+    with pytest.raises(DataError):
+        await replica.prepare(damaged)
 
 
 def test_the_index_takes_no_gpu_and_is_apart_in_a_chain_alone() -> None:

@@ -201,6 +201,25 @@ def test_the_http_interface_of_serve_deploy_swaps_when_all_replicas_have_the_oth
     assert networks.turns[1:] == [digest_of(other)]
 
 
+def test_a_file_of_serve_deploy_that_an_http_process_cannot_serve_leaves_what_is_served(
+    recipe: Recipe, networks: Parts, front: FrontReplica, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ray Serve would end a process whose ``reconfigure`` raises, and start one that cannot serve the file either."""
+    artifacts, keys = served_artifacts(recipe)[0], str(tmp_path / "keys.json")
+    first = write_tables(recipe, artifacts)
+    bad = write_tables(replace(recipe, serve=replace(recipe.serve, name="bad", keys=keys)), artifacts)
+    with pytest.raises(ConfigError, match="no such file of keys"):
+        asyncio.run(front.reconfigure(bad))  # nothing is served yet
+    networks.replicas = [{digest_of(first), digest_of(bad)}]
+    asyncio.run(front.reconfigure(first))
+    asyncio.run(front.reconfigure(bad))
+    assert "not swapped, what was served before goes on: ConfigError" in caplog.text
+    time.sleep(5 * 0.02)
+    client = TestClient(front.__serve_build_asgi_app__(), base_url="http://127.0.0.1")
+    assert client.get("/v1/models").json()["data"][0]["id"] == "mine"
+    assert digest_of(bad) not in networks.turns
+
+
 def test_the_http_interface_of_serve_deploy_says_that_no_replica_runs(
     recipe: Recipe, networks: Parts, front: FrontReplica
 ) -> None:

@@ -176,18 +176,53 @@ def test_networks_of_a_swap_that_was_given_up_end_and_those_of_before_go_on(engi
 
 
 def test_networks_that_cannot_be_loaded_leave_the_old_ones_and_the_same_are_not_loaded_again(
-    engines: dict[int, FakeEngine],
+    engines: dict[int, FakeEngine], caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Ray Serve would end a replica whose ``reconfigure`` raises; ``unclip serve`` has to learn of the error."""
+    old, bad = digest_of(tables(1)), digest_of(tables(-1))
+
     async def swap() -> None:
         replica = ModelReplica()
+        with pytest.raises(OSError, match="no such file"):
+            await replica.reconfigure(tables(-1))  # nothing is served that could go on
         await replica.reconfigure(tables(1))
         loaded = engines[1]
         await replica.reconfigure(tables(1))
         assert engines[1] is loaded
         with pytest.raises(OSError, match="no such file"):
-            await replica.reconfigure(tables(-1))
+            await replica.prepare(tables(-1))
+        assert not caplog.messages
+        await replica.reconfigure(tables(-1))
+        assert caplog.messages == ["not swapped, what was served before goes on: OSError: no such file"]
+        assert (await replica.serves(old), await replica.serves(bad)) == (True, False)
         loaded.may_answer.set()
-        assert (await replica.sample(digest_of(tables(1)), SampleRequest("a", (1,)))).images.max() == 1
+        assert (await replica.sample(old, SampleRequest("a", (1,)))).images.max() == 1
+        await replica.check_health()
+
+    asyncio.run(swap())
+
+
+def test_a_replica_is_replaced_if_requests_mean_what_it_could_not_load(engines: dict[int, FakeEngine]) -> None:
+    """The others have loaded it: this one would take requests, and answer none."""
+    bad = digest_of(tables(-1))
+
+    async def swap() -> None:
+        replica = ModelReplica()
+        await replica.reconfigure(tables(1))
+        await replica.reconfigure(tables(-1))
+        with pytest.raises(OtherNetworks):
+            await replica.embed_texts(digest_of(tables(2)), ["a"])  # of a swap long ago
+        await replica.check_health()
+        with pytest.raises(OtherNetworks):
+            await replica.embed_texts(bad, ["a"])
+        with pytest.raises(RuntimeError, match="could not load"):
+            await replica.check_health()
+        await replica.reconfigure(tables(3))
+        await replica.check_health()
+        await replica.reconfigure(tables(-1))
+        await replica.turn_to(bad)
+        with pytest.raises(RuntimeError, match="could not load"):
+            await replica.check_health()
 
     asyncio.run(swap())
 
