@@ -18,7 +18,8 @@ from pipeline.shapes.server import HOST
 from pipeline.shapes.url_list import FAULTS, url_table
 
 EVALUATION = "evaluation.parquet"
-_NUM_EVALUATION_SCENES = 280  # the largest possible number; evaluate reads the first of them, and their kinds alternate
+NUM_EVALUATION_SCENES = 280
+"""The largest possible number; evaluate reads the first of them, and their kinds alternate."""
 
 
 def drawn_batches(config: DrawnConfig, seed: int) -> Iterator[pa.Table]:
@@ -36,7 +37,7 @@ def drawn_batches(config: DrawnConfig, seed: int) -> Iterator[pa.Table]:
 
 def write_evaluation(path: Path, seed: int) -> int:
     """Write ``evaluation.parquet`` (prompt, kind, and the scene as JSON) and return its number of rows."""
-    scenes = evaluation_scenes(_NUM_EVALUATION_SCENES, seed)
+    scenes = evaluation_scenes(NUM_EVALUATION_SCENES, seed)
     columns = {
         "prompt": [canonical_caption(item.scene) for item in scenes],
         "kind": [item.kind for item in scenes],

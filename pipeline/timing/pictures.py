@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 
 from models.cascade import Cascade
 from models.stage import PIXELS, Z_IMAGE, Batch, Stage
+from pipeline.data.drawn import NUM_EVALUATION_SCENES
 from pipeline.evaluate.parts import NUM_RECONSTRUCTIONS
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.networks.cores import use_cores
@@ -61,7 +64,15 @@ def evaluation_units(recipe: Recipe, artifacts: Mapping[str, Artifact]) -> Evalu
         row_s=sum(by_stage[name] for name in before) + second_s,
         reconstruction_s=sum(by_stage[name] for name in [*of_pictures, *enlarging]) + embed_s,
         num_reconstructions=NUM_RECONSTRUCTIONS,
+        most_prompts=most_prompts(recipe),
     )
+
+
+def most_prompts(recipe: Recipe) -> float:
+    """Prompts of the recipe's file, or of the drawn source; without bound where they are captions of rows."""
+    if path := recipe.evaluate.prompts_path:
+        return sum(bool(line.strip()) for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines())
+    return NUM_EVALUATION_SCENES if recipe.pairs.source == "drawn" else math.inf
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from pipeline.data.embed import Embedder
 from pipeline.data.make_pairs import write_pairs
 from pipeline.data.pairs import Pairs
 from pipeline.data.shard_writer import ShardFiles
-from pipeline.data.sources import source_of
+from pipeline.data.sources import Source, source_of
 from pipeline.data.tars import take_in, tar_files
 from pipeline.errors import ConfigError, DataError
 from pipeline.networks.clip import clip_folder, save_clip_artifact
@@ -39,6 +39,7 @@ from pipeline.workspace.store import Artifact, Workspace
 NUM_ROWS = 256
 """Rows of a rehearsal: half of them for training, half for validation."""
 _SHARD = "00000"
+_WHOLE_PAIRS = "pairs-of-a-tar"
 _LEAST_ROWS = 8
 _DEADLINE_S = 5.0
 
@@ -79,6 +80,8 @@ class Rehearsal:
     def pairs(self) -> RowUnits:
         """Write the pairs."""
         output, source, config = self.artifact("pairs"), source_of(self.recipe), self.recipe.pairs
+        if config.source == "shards":
+            return self._pairs_of_a_tar(source, output)
         clock = Clock(torch.device("cpu"), 1)
         one_row = replace(config, max_pairs=1, drawn=replace(config.drawn, num_pairs=1))
         fixed_s = clock.time(lambda: write_pairs(replace(source, config=one_row), self.artifact("pairs-of-one")))
@@ -121,14 +124,39 @@ class Rehearsal:
         self._commit(output, dict(counts), names)
         return RowUnits(row_s=seconds / counts["in"])
 
-    def _take_in(self, output: Artifact) -> RowUnits:
-        """Take in the first shard, or the rows of it that the rehearsal has."""
-        rows = Pairs(self.artifact("pairs")).part(_SHARD)
+    @cached_property
+    def _first_tar(self) -> tuple[str, float]:
+        """The first tar of the shards on this machine's disk, and the seconds in which a remote one was fetched."""
+        folder, uri, start = self.artifact("tar"), tar_files(self.recipe.pairs.path)[0].uri, time.perf_counter()
+        folder.link(f"{_SHARD}.tar", uri)
+        return str(folder.path(f"{_SHARD}.tar")), time.perf_counter() - start
+
+    def _pairs_of_a_tar(self, source: Source, output: Artifact) -> RowUnits:
+        """Write the pairs of the first tar, and the few of the rehearsal.
+
+        A tar is opened, listed and hashed whole, however few of its rows are used. So the time of both steps that read
+        it is that of a whole one, for each of its rows.
+        """
+        tar, fetched_s = self._first_tar
+        whole, few = (replace(source.config, path=tar, max_pairs=most) for most in (0, NUM_ROWS))
         start = time.perf_counter()
-        names = take_in(tar_files(self.recipe.pairs.path)[0].uri, rows, _SHARD, output)
-        self.num_good = rows.num_rows
-        self._commit(output, {"in": rows.num_rows, "ok": rows.num_rows}, list(names))
-        return RowUnits(row_s=(time.perf_counter() - start) / max(1, rows.num_rows))
+        summary = write_pairs(replace(source, config=whole), self.artifact(_WHOLE_PAIRS))
+        seconds = fetched_s + time.perf_counter() - start
+        self.num_pairs = write_pairs(replace(source, config=few), output).counts["ok"]
+        return RowUnits(row_s=seconds / summary.counts["in"])
+
+    def _take_in(self, output: Artifact) -> RowUnits:
+        """Take in the first tar whole, and the rows of it that the rehearsal has."""
+        tar, fetched_s = self._first_tar
+        whole, few = (Pairs(self.artifact(name)).part(_SHARD) for name in (_WHOLE_PAIRS, "pairs"))
+        start = time.perf_counter()
+        take_in(tar, whole, _SHARD, self.artifact("download-of-a-tar"))
+        seconds = fetched_s + time.perf_counter() - start
+        files = take_in(tar, few, _SHARD, output)
+        output.learn(files)
+        self.num_good = few.num_rows
+        self._commit(output, {"in": few.num_rows, "ok": few.num_rows}, list(files))
+        return RowUnits(row_s=seconds / max(1, whole.num_rows))
 
     def embed(self) -> RowUnits:
         """Embed the rows."""

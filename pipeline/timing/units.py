@@ -62,6 +62,8 @@ class EvaluationUnits:
     """What a reconstructed row takes beyond that: its picture from z_image, and its enlargements."""
     num_reconstructions: int
     """Rows that are reconstructed."""
+    most_prompts: float = math.inf
+    """Prompts that there are: scenes of the drawn source, or lines of a file. Captions are as many as rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +106,9 @@ def step_times(recipe: Recipe, units: Units) -> dict[str, StepTime]:
         seconds = training_seconds(section, unit, good_rows - validation_rows)
         times[name] = StepTime(units.process_s + seconds)
     if units.evaluation is not None:
-        times["evaluate"] = _evaluation_time(recipe, units.evaluation, units.process_s, validation_rows)
+        # Training rows stand in for validation rows where there are none: ``pipeline.evaluate.prompts.held_out_rows``.
+        num_rows = validation_rows or good_rows
+        times["evaluate"] = _evaluation_time(recipe, units.evaluation, units.process_s, num_rows)
     return times
 
 
@@ -121,13 +125,17 @@ def training_seconds(section: TrainedSection, unit: TrainingUnits, num_rows: int
     return unit.start_s + work_s + saves * unit.save_s + unit.end_s
 
 
-def _evaluation_time(recipe: Recipe, unit: EvaluationUnits, process_s: float, validation_rows: int) -> StepTime:
+def _evaluation_time(recipe: Recipe, unit: EvaluationUnits, process_s: float, held_out_rows: int) -> StepTime:
     """The parts of an evaluation are few, so that workers wait for the last one: their schedule gives the time."""
     config = recipe.evaluate
-    num_rows = min(config.num_prompts, validation_rows)
-    num_prompts = config.num_prompts if recipe.pairs.source == "drawn" or config.prompts_path else num_rows
+    is_drawn = recipe.pairs.source == "drawn" and not config.prompts_path
+    num_rows = min(config.num_prompts, held_out_rows)
+    most_prompts = unit.most_prompts if is_drawn or config.prompts_path else num_rows
+    num_prompts = int(min(config.num_prompts, most_prompts))
     num_samples = num_prompts + min(config.num_shown, num_prompts) * (config.num_images_per_shown - 1)
-    parts = [size * unit.sample_s for size in _part_sizes(num_samples, config.batch_size)]
+    num_trained = config.num_trained_prompts if is_drawn else 0
+    sizes = [size for total in (num_samples, num_trained) for size in _part_sizes(total, config.batch_size)]
+    parts = [size * unit.sample_s for size in sizes]
     of_rows = [size * unit.row_s for size in _part_sizes(num_rows, config.batch_size)]
     if of_rows:
         of_rows[0] += min(unit.num_reconstructions, num_rows) * unit.reconstruction_s

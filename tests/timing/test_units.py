@@ -1,10 +1,15 @@
 """The arithmetic from measured pieces to the time of a step has known answers."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.shapes.scene import evaluation_scenes
+from pipeline.timing.pictures import most_prompts
 from pipeline.timing.units import (
     EvaluationUnits,
     RowUnits,
@@ -16,16 +21,23 @@ from pipeline.timing.units import (
 )
 from tests.tiny.recipe import tiny_tables, training
 
+_EVALUATE = {
+    "num_prompts": 20,
+    "num_trained_prompts": 10,
+    "num_shown": 4,
+    "num_images_per_shown": 3,
+    "batch_size": 16,
+}
 
-def _recipe(folder: Path) -> Recipe:
-    return parse_recipe(
-        tiny_tables(
-            folder,
-            pairs={"validation_prob": 0.25},
-            decoder=training(100, batch_size=8, save_every_steps=30),
-            evaluate={"num_prompts": 20, "num_shown": 4, "num_images_per_shown": 3, "batch_size": 16},
-        )
+
+def _recipe(folder: Path, **changes: Any) -> Recipe:
+    tables = tiny_tables(
+        folder,
+        pairs={"validation_prob": 0.25} | changes.get("pairs", {}),
+        decoder=training(100, batch_size=8, save_every_steps=30),
+        evaluate=_EVALUATE | changes.get("evaluate", {}),
     )
+    return parse_recipe(tables)
 
 
 @pytest.mark.parametrize(
@@ -60,14 +72,49 @@ def test_step_times_count_the_rows_that_each_step_gets(tmp_path: Path) -> None:
     }
 
 
+_EVALUATION = EvaluationUnits(start_s=1.0, sample_s=2.0, row_s=0.5, reconstruction_s=3.0, num_reconstructions=6)
+
+
 def test_evaluation_time_is_that_of_its_parts_on_its_workers(tmp_path: Path) -> None:
-    unit = EvaluationUnits(start_s=1.0, sample_s=2.0, row_s=0.5, reconstruction_s=3.0, num_reconstructions=6)
-    times = step_times(_recipe(tmp_path), Units(process_s=5.0, num_rows=100, evaluation=unit))
-    # 20 prompts and 4 x 2 further pictures in parts of 14; 20 of 25 validation rows in parts of 10, 6 reconstructed.
+    times = step_times(_recipe(tmp_path), Units(process_s=5.0, num_rows=100, evaluation=_EVALUATION))
+    # 20 prompts and 4 x 2 further pictures in parts of 14; 10 trained prompts; 20 of 25 validation rows in parts of 10,
+    # 6 reconstructed.
     assert times["evaluate"].fixed_s == 6.0
-    assert times["evaluate"].shared_s == 2 * makespan([28, 28, 5 + 18, 5], 2) == 2 * (28 + 23)
+    assert times["evaluate"].shared_s == 2 * makespan([28, 28, 20, 5 + 18, 5], 2) == 2 * (28 + 20 + 5)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "evaluate", "num_samples", "num_rows"),
+    [
+        ({}, {"num_prompts": 400}, 280 + 8 + 10, 250),  # there are 280 drawn scenes
+        ({}, {"num_prompts": 20, "num_trained_prompts": 0}, 20 + 8, 20),
+        ({"source": "list"}, {}, 20 + 8, 20),  # only the drawn source has trained scenes
+        ({"source": "list", "validation_prob": 0.01}, {}, 10 + 8, 10),
+        ({"source": "list", "validation_prob": 0.0}, {}, 20 + 8, 20),  # training rows stand in
+        ({}, {"prompts_path": "prompts.txt"}, 3 + 3 * 2, 20),
+        ({"source": "list"}, {"prompts_path": "prompts.txt"}, 3 + 3 * 2, 20),
+    ],
+)
+def test_evaluation_time_counts_the_pictures_and_rows_that_there_are(
+    pairs: dict[str, Any], evaluate: dict[str, Any], num_samples: int, num_rows: int, tmp_path: Path
+) -> None:
+    recipe = _recipe(
+        tmp_path, pairs={"path": "pairs.csv"} | pairs, evaluate=evaluate | {"resources": {"num_workers": 1}}
+    )
+    most = {"most_prompts": 3} if "prompts_path" in evaluate else {"most_prompts": 280} if not pairs else {}
+    unit = replace(_EVALUATION, reconstruction_s=0.0, **most)
+    times = step_times(recipe, Units(process_s=0.0, num_rows=1000, evaluation=unit))
+    assert times["evaluate"].shared_s == pytest.approx(num_samples * 2.0 + num_rows * 0.5)
 
 
 @pytest.mark.parametrize(("workers", "seconds"), [(1, 12), (2, 8), (3, 5), (9, 5)])
 def test_makespan_gives_each_part_to_the_first_free_worker(workers: int, seconds: float) -> None:
     assert makespan([3, 4, 5], workers) == seconds
+
+
+def test_prompts_of_a_file_are_its_lines(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"a fox\n\n  \na \xffox\n")
+    assert most_prompts(_recipe(tmp_path, evaluate={"prompts_path": str(path)})) == 2
+    assert most_prompts(_recipe(tmp_path)) == len(evaluation_scenes(280, 0))
+    assert most_prompts(_recipe(tmp_path, pairs={"source": "list", "path": "pairs.csv"})) == math.inf
