@@ -116,8 +116,7 @@ class Snapshot:
                     ]
                 )
         own, seal = file_name(name, self.number, self.num_files), _seal(header)
-        with artifact.write(own) as path:
-            save_tensors(self.tensors, path, header | {"seal": seal})
+        artifact.write_whole(own, lambda path: save_tensors(self.tensors, path, header | {"seal": seal}))
         if self.number > 0:
             artifact.write_json(_record_name(own), {"attempt": attempt, "seal": seal})
 

@@ -25,7 +25,9 @@ _PASSING_ERRNOS = frozenset(
     {errno.ESTALE, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EAGAIN}
 )
 """What storage over a network says while its server restarts, or another machine has just changed a folder."""
-_WAITS_S = (0.1, 0.3, 1.0, 3.0, 6.0)
+_PATIENCE_S = 300.0
+"""As an object store has it: a server that is started again is away for a minute or two."""
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 15.0
 
 
 @contextlib.contextmanager
@@ -58,12 +60,12 @@ def files_below(folder: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
     again. One that is not there, or is removed meanwhile, is empty.
 
     Raises:
-        StepError: If a folder cannot be read, also after some seconds; names it.
+        StepError: If a folder cannot be read, also after minutes; names it.
     """
     starts = [""]
     while starts:
         start = starts.pop()
-        for entry, is_folder in _ask(_entries, f"{folder}/{start}") or ():
+        for entry, is_folder in _found(_entries, f"{folder}/{start}") or ():
             if is_folder:
                 starts.append(f"{start}{entry.name}/")
             else:
@@ -76,7 +78,25 @@ def is_there(path: str) -> bool:
     Raises:
         StepError: If that cannot be found out; names the path.
     """
-    return _ask(os.stat, path) is not None
+    return facts_of(path) is not None
+
+
+def facts_of(path: str) -> os.stat_result | None:
+    """Size and times of a file, or of what a link leads to; None if there is no such file.
+
+    Raises:
+        StepError: If they cannot be found out; names the path.
+    """
+    return _found(os.stat, path)
+
+
+def content_of(path: str) -> bytes | None:
+    """The content of a small file; None if there is none.
+
+    Raises:
+        StepError: If it cannot be read; names the path.
+    """
+    return _found(lambda path: Path(path).read_bytes(), path)
 
 
 def _entries(folder: str) -> list[tuple[os.DirEntry[str], bool]]:
@@ -85,24 +105,40 @@ def _entries(folder: str) -> list[tuple[os.DirEntry[str], bool]]:
         return [(entry, entry.is_dir(follow_symlinks=False)) for entry in entries]
 
 
-def _ask(action: Callable[[str], T], path: str) -> T | None:
-    """The answer of a disk about a path, after some tries where a failure may pass; None if there is no such path.
+def _found(look: Callable[[str], T], path: str) -> T | None:
+    """What a look at a path gives; None if there is no such path."""
+    try:
+        return patiently(lambda: look(path), path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def patiently(action: Callable[[], T], where: str, what: str = "read") -> T:
+    """What an action on a disk gives, done again for five minutes while it fails for a reason that may pass.
+
+    Args:
+        action: Must be whole by itself: of a file that is written, all from its beginning.
+        where: The path, for the message.
+        what: What is done to it, for the message.
 
     Raises:
-        StepError: If the disk does not answer; names the path.
+        FileNotFoundError, NotADirectoryError: If the path is not there, which is an answer.
+        StepError: If the disk fails in another way, or for longer; names the path.
     """
-    for wait_s in (*_WAITS_S, None):
+    end, wait_s = time.monotonic() + _PATIENCE_S, _FIRST_WAIT_S
+    while True:
         try:
-            return action(path)
+            return action()
         except (FileNotFoundError, NotADirectoryError):
-            return None
+            raise
         except OSError as error:
-            if error.errno not in _PASSING_ERRNOS or wait_s is None:
-                reason = _DISK_REASONS.get(error.errno or 0, "")
-                reason = reason or f"{error.strerror}: see that this storage is mounted and answers, and run again"
-                raise StepError(f"{path}: cannot be read: {reason}") from error
-            time.sleep(wait_s)
-    raise AssertionError
+            may_pass = error.errno in _PASSING_ERRNOS
+            if not may_pass or time.monotonic() + wait_s > end:
+                mend = "see that this storage is mounted and answers" if may_pass else "mend it"
+                reason = _DISK_REASONS.get(error.errno or 0, f"{error.strerror or error}: {mend}, and run again")
+                raise StepError(f"{where}: cannot be {what}: {reason}") from error
+        time.sleep(wait_s)
+        wait_s = min(3 * wait_s, _LONGEST_WAIT_S)
 
 
 def own_folder(name: str) -> Path:

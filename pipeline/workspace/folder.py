@@ -11,13 +11,13 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from pipeline.errors import DataError
 from pipeline.workspace.cache import Cached, Version, cached_path, keep, lookup, temporary_file
-from pipeline.workspace.disk import files_below, is_there, translate_os_errors
+from pipeline.workspace.disk import content_of, files_below, is_there, patiently, translate_os_errors
 from pipeline.workspace.hashing import checksum_of_writing, sha256_of
 from pipeline.workspace.objects import RangedFile, file_system, stamp_of
 
@@ -90,6 +90,23 @@ class Folder:
         finally:
             _remove(temporary)
 
+    def write_whole(self, name: str, make: Callable[[Path], object]) -> None:
+        """As ``write``; the file is made again if storage that is mounted does not take it for a moment.
+
+        Args:
+            name: The file.
+            make: Writes all of it to a local path, each time it is called.
+
+        Raises:
+            StepError: As ``write``, or if the storage takes nothing for minutes.
+        """
+
+        def write() -> None:
+            with self.write(name) as path:
+                make(path)
+
+        patiently(write, f"{self.uri}/{name}", "written")
+
     def link(self, name: str, uri: str) -> None:
         """Publish a user's file under ``name``: by a link if both are on local disks, else by a copy.
 
@@ -114,8 +131,7 @@ class Folder:
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a small file whole."""
         if self._is_local:
-            with self.write(name) as path:
-                path.write_bytes(data)
+            self.write_whole(name, lambda path: path.write_bytes(data))
         else:
             self._descriptions.pop(name, None)
             self._files.pipe_file(f"{self._base}/{name}", data)
@@ -161,16 +177,51 @@ class Folder:
             return self._cached(name, version)
         return cast("RangedFile", self._files.open(f"{self._base}/{name}"))
 
+    def find_bytes(self, name: str) -> bytes | None:
+        """The content of a small file, or None if there is none.
+
+        Raises:
+            StepError: If the storage does not give it, which is no answer.
+        """
+        path = f"{self._base}/{name}"
+        if self._is_local:
+            return content_of(path)
+        try:
+            return cast("bytes", self._files.cat_file(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def read_bytes(self, name: str) -> bytes:
+        """The content of a small file.
+
+        Raises:
+            DataError: If it is missing.
+        """
+        content = self.find_bytes(name)
+        if content is None:
+            raise self._missing(name)
+        return content
+
+    def read_many(self, names: Sequence[str]) -> Iterable[bytes]:
+        """The contents of small files, many at a time from an object store.
+
+        Raises:
+            DataError: If one is missing.
+        """
+        if self._is_local:
+            return map(self.read_bytes, names)
+        try:
+            return cast("list[bytes]", self._files.cat_files([f"{self._base}/{name}" for name in names]))
+        except FileNotFoundError:
+            raise self._missing(min(set(names) - set(self.names()), default=", ".join(names))) from None
+
     def read_json(self, name: str) -> Any:
         """Read a JSON file.
 
         Raises:
             DataError: If it is missing or malformed.
         """
-        try:
-            return self._parsed(name, self._files.cat_file(f"{self._base}/{name}"))
-        except FileNotFoundError:
-            raise self._missing(name) from None
+        return self._parsed(name, self.read_bytes(name))
 
     def read_jsons(self, names: Sequence[str]) -> list[Any]:
         """Read JSON files, many at a time from an object store.
@@ -178,13 +229,7 @@ class Folder:
         Raises:
             DataError: If one is missing or malformed.
         """
-        if self._is_local:
-            return [self.read_json(name) for name in names]
-        try:
-            contents = self._files.cat_files([f"{self._base}/{name}" for name in names])
-        except FileNotFoundError:
-            raise self._missing(min(set(names) - set(self.names()), default=", ".join(names))) from None
-        return [self._parsed(name, content) for name, content in zip(names, contents, strict=True)]
+        return [self._parsed(name, content) for name, content in zip(names, self.read_many(names), strict=True)]
 
     def find_json(self, name: str) -> Any:
         """Read a JSON file, or None if there is none.
@@ -192,11 +237,8 @@ class Folder:
         Raises:
             DataError: If it is malformed.
         """
-        try:
-            content = self._files.cat_file(f"{self._base}/{name}")
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        return self._parsed(name, content)
+        content = self.find_bytes(name)
+        return None if content is None else self._parsed(name, content)
 
     def exists(self, name: str) -> bool:
         """Whether the folder has the file.
@@ -229,8 +271,12 @@ class Folder:
 
     def remove(self, name: str) -> None:
         """Remove one file if it is there."""
+        path = f"{self._base}/{name}"
         with contextlib.suppress(FileNotFoundError):
-            self._files.rm_file(f"{self._base}/{name}")
+            if self._is_local:
+                patiently(lambda: os.unlink(path), path, "removed")  # noqa: PTH108  (a string, as a URI is)
+            else:
+                self._files.rm_file(path)
 
     def remove_all(self, names: Collection[str]) -> None:
         """Remove files, a thousand with one request where the store can."""
@@ -293,7 +339,7 @@ class Folder:
     def _described(self, name: str) -> Json:
         if self._is_local:
             local = self.path(name)
-            return {"bytes": local.stat().st_size, "sha256": sha256_of(local)}
+            return patiently(lambda: {"bytes": local.stat().st_size, "sha256": sha256_of(local)}, str(local))
         version = self._version(name)
         cached = lookup(f"{self.uri}/{name}", version)
         if cached is not None:

@@ -127,9 +127,7 @@ def read_progress(artifact: Artifact) -> ProgressState | None:
 
 def last_error(artifact: Artifact) -> str:
     """Why a step stopped at its last start: the last line of what was written then; empty if nothing was."""
-    if not artifact.exists(ERROR):
-        return ""
-    lines = artifact.path(ERROR).read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = (artifact.find_bytes(ERROR) or b"").decode(errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 

@@ -144,15 +144,16 @@ class Artifact(Folder):
             live: Whether shards of this artifact may be live files themselves; else nothing in ``live/`` is read.
         """
         if self.exists(MANIFEST):
-            with contextlib.suppress(FileNotFoundError):
-                return self._folded(self._files.cat_file(f"{self._base}/{ALL_RECORDS}"))
+            content = self.find_bytes(ALL_RECORDS)
+            if content is not None:
+                return self._folded(content)
         records = {name: self._record(name, content) for name, content in self._record_files(live=live)}
         return {record.shard: record for name, record in records.items() if name == f"{record.shard}{RECORD_SUFFIX}"}
 
     def shard_record(self, shard: str) -> ShardRecord:
         """One committed shard."""
         name = f"{shard}{RECORD_SUFFIX}"
-        return self._record(name, self._files.cat_file(f"{self._base}/{name}"))
+        return self._record(name, self.read_bytes(name))
 
     def fold_records(self) -> dict[str, ShardRecord]:
         """Write the records of all shards but the live ones into one file, before the step is committed; returns them.
@@ -178,9 +179,8 @@ class Artifact(Folder):
         Raises:
             DataError: If there is one that cannot be read; names the file and says what to do.
         """
-        try:
-            content = self._files.cat_file(f"{self._base}/{MANIFEST}")
-        except (FileNotFoundError, NotADirectoryError):
+        content = self.find_bytes(MANIFEST)
+        if content is None:
             return None
         try:
             return Manifest.from_dict(json.loads(content))
@@ -236,17 +236,14 @@ class Artifact(Folder):
 
     def _recorded_sha256(self, name: str) -> str:
         record = f"{name.partition('.')[0]}{RECORD_SUFFIX}"
-        with contextlib.suppress(FileNotFoundError):
-            files = self._record(record, self._files.cat_file(f"{self._base}/{record}")).files
-            return str(files[name]["sha256"]) if name in files else ""
-        return ""
+        content = self.find_bytes(record)
+        files = {} if content is None else self._record(record, content).files
+        return str(files[name]["sha256"]) if name in files else ""
 
     def _record_files(self, *, live: bool) -> Iterator[tuple[str, bytes]]:
         names = [name for name in self.names() if name.endswith(RECORD_SUFFIX) and name != ALL_RECORDS]
         names = [name for name in names if live or not name.startswith(LIVE)]
-        paths = [f"{self._base}/{name}" for name in names]
-        contents = map(self._files.cat_file, paths) if self._is_local else self._files.cat_files(paths)
-        return zip(names, contents, strict=True)
+        return zip(names, self.read_many(names), strict=True)
 
     def _folded(self, content: bytes) -> dict[str, ShardRecord]:
         try:

@@ -29,6 +29,7 @@ from pipeline.workspace.manifest import Manifest, content_of
 from pipeline.workspace.store import Artifact, Workspace
 from tests.ports import free_port
 from tests.tiny.recipe import tiny_tables
+from tests.tiny.storage import fail_calls
 
 Json = dict[str, Any]
 
@@ -170,6 +171,25 @@ def test_a_full_disk_loses_nothing_of_a_curve_and_is_said_once(tmp_path: Path) -
     said = [json.loads(line) for line in records.read_text().splitlines()]
     of_step = [(record["op"], len(record.get("points", ()))) for record in said if record["run"][1] == "prior"]
     assert of_step == [("start", 0), ("inputs", 0), ("metrics", 40)]
+
+
+@pytest.mark.parametrize("end", ["metrics.jsonl", ".png"])
+def test_curves_and_grids_that_cannot_be_read_for_a_moment_are_read_again(
+    tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = _recipe(f"http://127.0.0.1:{free_port()}")
+    context = _context(recipe, tmp_path)
+    with Tracking(recipe, Workspace(str(tmp_path)), lambda _: None) as tracking:
+        row = {"step": 4, "time": 1004, "loss": 0.5, "val_loss": 0.5}
+        context.output.write_bytes("metrics.jsonl", json.dumps(row).encode())
+        context.output.write_bytes(grid_name(4), b"png")
+        (records,) = (tmp_path / "tracking").glob(f"*/{RECORDS}")
+        with monkeypatch.context() as patch:
+            failed = fail_calls(patch, "open", times=2, ends=(end,))
+            tracking.forward(context)
+            assert len(failed) == 2
+    said = [json.loads(line) for line in records.read_text().splitlines()]
+    assert [record["op"] for record in said if record["run"][1] == "prior"] == ["metrics", "image"]
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Checkpoints: damage is found and said, the one before is used; which ones stay; how one is sampled from."""
 
 import dataclasses
+import errno
 import threading
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from pipeline.train.resume import (
 )
 from pipeline.train.state import TrainState, create_state
 from pipeline.workspace.store import Artifact, Workspace
+from tests.tiny.storage import fail_calls
 from tests.tiny.training import no_watch, tiny_inputs, training_recipe
 
 
@@ -284,6 +286,18 @@ def test_a_checkpoint_is_the_state_of_its_step_whatever_the_training_does_while_
         goes_on.set()
     assert checkpoint_steps(artifact) == [2]
     assert torch.equal(Checkpoint(artifact, checkpoint_name(2)).read("network")["weight"], before)
+
+
+def test_a_checkpoint_that_storage_does_not_take_for_a_moment_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = Artifact(str(tmp_path))
+    with monkeypatch.context() as patch:
+        failed = fail_calls(patch, "fsync", code=errno.EIO, times=2)
+        save_checkpoint(_state(4), artifact, "key", Keep(1))
+        assert len(failed) == 2
+    _read(artifact)
+    assert [path.name for path in (tmp_path / "live/checkpoints").iterdir()] == ["00000004.safetensors"]
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_the_training_at_the_next_one(

@@ -16,6 +16,7 @@ from pipeline.workspace.fence import FencedArtifact, begin_attempt
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.store import LIVE, Artifact
 from tests.tiny.command import ROOT
+from tests.tiny.storage import fail_calls
 from tests.tiny.training import no_watch, tiny_inputs, tiny_job, training_recipe
 
 _HANGS = """
@@ -102,3 +103,13 @@ def test_only_the_newest_start_writes_and_removes(tmp_path: Path) -> None:
             change()
     second.remove("a.json")
     assert output.names() == ["live/attempt.json"]
+
+
+def test_a_start_is_not_taken_for_an_older_one_where_the_storage_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin_attempt(Artifact(str(tmp_path)), "first")
+    failed = fail_calls(monkeypatch, "open", ends=("attempt.json",))
+    FencedArtifact(str(tmp_path), "first").write_json("a.json", 1)
+    assert len(failed) == 1
+    assert Artifact(str(tmp_path)).read_json("a.json") == 1

@@ -1,7 +1,5 @@
 import dataclasses
-import errno
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +20,10 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.train.assemble import TrainJob, assemble
 from pipeline.train.job import run_job
 from pipeline.train.resume import checkpoint_name, checkpoint_steps
-from pipeline.workspace import disk
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Artifact
 from tests.tiny.shards import EMBED_DIM
+from tests.tiny.storage import fail_calls
 from tests.tiny.training import no_watch, tiny_inputs, tiny_job, training_recipe
 
 _OF_THE_MACHINE = {"time", "samples_per_s", "stalled_share", "peak_memory_gb", "mfu", "eta_s"}
@@ -89,18 +87,11 @@ def killed(tmp_path: Path) -> TrainJob:
 def test_a_training_whose_checkpoints_cannot_be_listed_does_not_begin_again(
     killed: TrainJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints, scandir = checkpoint_steps(killed.output), os.scandir
-
-    def fail(path: str) -> Any:
-        if str(path).rstrip("/").endswith("live/checkpoints"):
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(disk, "_WAITS_S", (0.0,))
-    monkeypatch.setattr(os, "scandir", fail)
-    with pytest.raises(StepError, match=r"live/checkpoints/: cannot be read: Stale"):
-        run_job(killed, no_watch)
-    monkeypatch.setattr(os, "scandir", scandir)
+    checkpoints = checkpoint_steps(killed.output)
+    with monkeypatch.context() as patch:
+        fail_calls(patch, "scandir", times=99, ends=("live/checkpoints", "live/checkpoints/"))
+        with pytest.raises(StepError, match=r"live/checkpoints/: cannot be read: Stale"):
+            run_job(killed, no_watch)
     assert checkpoint_steps(killed.output) == checkpoints == [2, 4]
 
 

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.workspace.progress import PROGRESS, Progress, ProgressState, read_progress
+from pipeline.workspace.progress import ERROR, PROGRESS, Progress, ProgressState, last_error, read_progress
 from pipeline.workspace.store import Artifact
+from tests.tiny.storage import fail_calls
 
 
 def _wall_s(artifact: Artifact) -> float:
@@ -20,6 +21,19 @@ def test_a_reading_with_a_field_of_a_later_release_is_read(tmp_path: Path) -> No
     state = read_progress(artifact)
     assert state is not None
     assert state.done == 3
+
+
+def test_a_reading_is_taken_again_where_the_storage_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = Artifact(str(tmp_path))
+    assert last_error(artifact) == ""
+    Progress(artifact).update(3, 9, "rows", force=True)
+    artifact.write_bytes(ERROR, b"first\nlast\n\n")
+    expected = read_progress(artifact)
+    for read, answer in ((read_progress, expected), (last_error, "last")):
+        with monkeypatch.context() as patch:
+            failed = fail_calls(patch, "open")
+            assert read(artifact) == answer
+            assert len(failed) == 1
 
 
 def test_progress_counts_the_work_and_not_the_waiting(tmp_path: Path) -> None:

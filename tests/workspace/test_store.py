@@ -24,11 +24,12 @@ from safetensors.numpy import save_file
 
 from pipeline.data.rows import make_uid, split_of
 from pipeline.errors import DataError, StepError
-from pipeline.workspace import disk, lock
+from pipeline.workspace import lock
 from pipeline.workspace.disk import translate_os_errors
 from pipeline.workspace.lock import in_use, used_artifacts
 from pipeline.workspace.manifest import Manifest, ShardRecord, add_counts, check_counts
 from pipeline.workspace.store import Artifact, Workspace
+from tests.tiny.storage import fail_calls
 
 
 def _manifest(**changes: object) -> Manifest:
@@ -148,20 +149,7 @@ def test_a_commit_removes_what_killed_writers_left(tmp_path: Path) -> None:
     assert not (tmp_path / "step/key/.tmp-folder").exists()
 
 
-def _fail(monkeypatch: pytest.MonkeyPatch, name: str, code: int, times: int) -> list[str]:
-    """Let a call of the system fail for some paths and so many times; returns the paths for which it did."""
-    call: Callable[..., Any] = getattr(os, name)
-    failed: list[str] = []
-
-    def fail(path: Any, *arguments: Any, **options: Any) -> Any:
-        if str(path).endswith(("/sub", "/sub/", "/data.bin")) and len(failed) < times:
-            failed.append(str(path))
-            raise OSError(code, os.strerror(code), str(path))
-        return call(path, *arguments, **options)
-
-    monkeypatch.setattr(os, name, fail)
-    monkeypatch.setattr(disk, "_WAITS_S", (0.0, 0.0))
-    return failed
+_ENDS = ("/sub", "/sub/", "data.bin", ".json")
 
 
 _LOOKS: dict[str, Callable[[Artifact], Any]] = {
@@ -183,15 +171,67 @@ def test_storage_that_does_not_answer_is_not_taken_for_an_empty_folder(
     artifact.write_bytes("sub/deep/other.bin", b"23")
     expected, call = look(artifact), "stat" if name in {"exists", "path"} else "scandir"
     with monkeypatch.context() as patch:
-        failed = _fail(patch, call, errno.ESTALE, times=2)
+        failed = fail_calls(patch, call, times=2, ends=_ENDS)
         assert look(artifact) == expected  # it passes
         assert len(failed) == 2
-    for code, words, tries in ((errno.EIO, "see that this storage", 3), (errno.EACCES, "permission denied", 1)):
+    for code, words, is_passing in ((errno.EIO, "see that this storage", True), (errno.EACCES, "permission", False)):
         with monkeypatch.context() as patch:
-            failed = _fail(patch, call, code, times=99)
+            failed = fail_calls(patch, call, code=code, times=99, ends=_ENDS)
             with pytest.raises(StepError, match=rf"^{artifact.uri}/(sub/?|data\.bin): cannot be read: .*{words}"):
                 look(artifact)
-            assert len(failed) == tries
+            assert (len(failed) > 1) == is_passing
+
+
+_READS: dict[str, Callable[[Artifact], Any]] = {
+    "find_json": lambda artifact: artifact.find_json("value.json"),
+    "read_json": lambda artifact: artifact.read_json("value.json"),
+    "read_jsons": lambda artifact: artifact.read_jsons(["value.json"]),
+    "describe": lambda artifact: artifact.describe("data.bin"),
+    "manifest": Artifact.manifest,
+    "shard_record": lambda artifact: artifact.shard_record("00000"),
+    "shard_records": Artifact.shard_records,
+}
+
+
+@pytest.mark.parametrize("name", _READS)
+def test_a_file_that_another_machine_has_just_replaced_is_read_again(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact, read = Artifact(f"{tmp_path}/step/key"), _READS[name]
+    artifact.write_bytes("data.bin", b"1")
+    artifact.write_json("value.json", {"a": 1})
+    artifact.commit_shard(ShardRecord(shard="00000", counts={"in": 1, "ok": 1}, files={}))
+    artifact.commit(_manifest())
+    artifact = Artifact(artifact.uri)  # which has not written them
+    expected = read(artifact)
+    with monkeypatch.context() as patch:
+        failed = fail_calls(patch, "open", ends=_ENDS)
+        assert read(artifact) == expected
+        assert len(failed) == 1
+    with monkeypatch.context() as patch:
+        fail_calls(patch, "open", times=99, ends=_ENDS)
+        with pytest.raises(StepError, match=rf"^{artifact.uri}/.*: cannot be read: Stale file handle: see that"):
+            read(artifact)
+
+
+def test_a_small_file_is_written_whole_again_where_the_storage_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = Artifact(f"{tmp_path}/step/key")
+    for call in ("open", "fsync", "replace", "unlink"):
+        artifact.write_bytes("old.bin", b"old")
+        with monkeypatch.context() as patch:
+            failed = fail_calls(patch, call, code=errno.EIO, times=2)
+            artifact.write_bytes("data.bin", b"new")
+            artifact.remove("old.bin")
+            assert len(failed) == 2
+        assert artifact.path("data.bin").read_bytes() == b"new"
+        assert artifact.names() == ["data.bin"]
+    with monkeypatch.context() as patch:
+        fail_calls(patch, "fsync", code=errno.EIO, times=99)
+        with pytest.raises(StepError, match=rf"^{artifact.uri}/data\.bin: cannot be written: Input/output error: see"):
+            artifact.write_bytes("data.bin", b"newer")
+    assert artifact.path("data.bin").read_bytes() == b"new"
 
 
 def test_a_listing_has_links_and_hidden_files_and_follows_nothing(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from pipeline.runtime.tracking.records import (
 )
 from pipeline.runtime.tracking.tracker import now_ms
 from pipeline.train.results import grid_name
+from pipeline.workspace.disk import content_of, facts_of
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Workspace
 
@@ -122,13 +123,13 @@ class Tracking:
         """
         if self._outbox is None or not context.output.exists(METRICS):
             return
-        path, name = context.output.path(METRICS), context.step.name
-        facts = path.stat()
-        stamp = (str(path), facts.st_mtime_ns, facts.st_size)
+        path, name = str(context.output.path(METRICS)), context.step.name
+        facts = facts_of(path)
+        stamp = (path, facts.st_mtime_ns, facts.st_size) if facts else None
         if self._seen.get(name) == stamp:
             return
         curves: Json = self._curves(name)
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = (content_of(path) or b"").decode().splitlines()
         begun, records = begun_at(lines), list[Json]()
         if begun and curves["begun"] not in {0.0, begun}:
             records += [
@@ -155,8 +156,9 @@ class Tracking:
         """The grids of the validations whose losses are new, with their bytes: the commit removes the files."""
         records: list[Json] = []
         for name, _, time_ms, step in points:
-            if name == "val_loss" and context.output.exists(grid_name(step)):
-                png = base64.b64encode(context.output.path(grid_name(step)).read_bytes()).decode()
+            grid = context.output.find_bytes(grid_name(step)) if name == "val_loss" else None
+            if grid is not None:
+                png = base64.b64encode(grid).decode()
                 facts = {"key": "validation", "png": png, "step": step, "time_ms": time_ms}
                 records.append({"op": "image", "run": run, **facts})
         return records
