@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute
 
+from pipeline.data.pairs import cast_column
 from pipeline.data.shards import REPAIR_HINT, read_schema, read_table
 from pipeline.errors import DataError
 from pipeline.workspace.store import Artifact
@@ -81,3 +82,17 @@ class StoredColumns:
 
     def _empty(self, names: Sequence[str]) -> pa.Table:
         return pa.table({name: pa.array([], self.fields[name]) for name in names})
+
+
+def common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    """A type for a column that two sources have: that of both, the wider of two numbers, else text."""
+    fields = [pa.schema([("", kind)]) for kind in (one, other)]
+    try:
+        return pa.unify_schemas(fields, promote_options="permissive").field(0).type
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return pa.string()
+
+
+def as_type(column: Any, kind: pa.DataType) -> Any:
+    """A column of a source in the common type of all of them."""
+    return cast_column(column, kind) if pa.types.is_string(kind) else column.cast(kind, safe=False)

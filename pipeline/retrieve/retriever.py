@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline.data.rows import row_id
 from pipeline.data.shards import StoredPictures
 from pipeline.errors import DataError
-from pipeline.retrieve.columns import StoredColumns
+from pipeline.retrieve.columns import StoredColumns, as_type, common_type
 from pipeline.retrieve.embedded import Floats, Ids
 from pipeline.retrieve.index import Neighbour, NeighbourIndex
 from pipeline.retrieve.segment import Modality
@@ -85,10 +85,14 @@ class Retriever:
 
     @functools.cached_property
     def fields(self) -> dict[str, pa.DataType]:
-        """Type of every column that a filter may name: those of the index, and of the tables of embed and download."""
-        fields = {
-            name: kind for source in self.index.sources for name, kind in self._columns(source.uri).fields.items()
-        }
+        """Type of every column that a filter may name: those of the index, and of the tables of embed and download.
+
+        A column that is a number in one source and text in another is text: ``number(NAME)`` reads it.
+        """
+        fields = dict[str, pa.DataType]()
+        for source in self.index.sources:
+            for name, kind in self._columns(source.uri).fields.items():
+                fields[name] = common_type(fields.get(name, kind), kind)
         return fields | {field.name: field.type for field in self.index.rows([]).schema}
 
     def conditions(self, where: str = "", distinct: float | None = None) -> Conditions:
@@ -192,10 +196,11 @@ class Retriever:
             columns = self._columns(of_index[source].uri)
             present = [name for name in stored if name in columns.fields]
             taken = columns.take([shards[place] for place in own], [keys[place] for place in own], present)
-            missing = {name: pa.nulls(len(own), self.fields[name]) for name in stored if name not in present}
-            parts.append(pa.table({name: missing[name] if name in missing else taken[name] for name in stored}))
+            typed = {name: as_type(taken[name], self.fields[name]) for name in present}
+            missing = {name: pa.nulls(len(own), self.fields[name]) for name in stored if name not in typed}
+            parts.append(pa.table({name: missing[name] if name in missing else typed[name] for name in stored}))
             places += own
-        table = pa.concat_tables(parts, promote_options="permissive").take(pa.array(np.argsort(places)))
+        table = pa.concat_tables(parts).take(pa.array(np.argsort(places)))
         chosen = {name: table.column(name) if name in stored else rows.column(name) for name in names}
         return pa.table(chosen)
 

@@ -75,8 +75,9 @@ def describe_segment(index: Artifact, segment: str, descriptions: Mapping[str, J
         descriptions: Of files, by the process that wrote them; the others are read.
     """
     index.learn(descriptions)
-    files = [name for name in index.names() if name.startswith(f"{segment}/")]
-    index.write_json(f"{segment}/{_DESCRIPTIONS}", {name: index.describe(name) for name in files})
+    target = f"{segment}/{_DESCRIPTIONS}"  # a change that was stopped here may have left one, which does not count
+    files = [name for name in index.names() if name.startswith(f"{segment}/") and name != target]
+    index.write_json(target, {name: index.describe(name) for name in files})
 
 
 def descriptions_of(index: Artifact, version: Version) -> dict[str, Json]:

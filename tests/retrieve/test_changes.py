@@ -191,6 +191,22 @@ def test_damage_between_the_build_of_a_segment_and_its_commit_is_not_taken_for_i
         NeighbourIndex.open(output, is_verified=True)
 
 
+def test_an_append_that_was_stopped_before_its_commit_is_finished_by_the_next_one(index: Any) -> None:
+    output, workspace, vectors = index
+    _describe(output)
+    build = segment_of_more(SegmentBuild((_embed(workspace, "more", vectors[24:], first=24),), output, _CONFIG, 0))
+    summary = _build(build)
+
+    def lost() -> None:
+        raise StepError("the lock is lost")
+
+    with pytest.raises(StepError, match="the lock is lost"):
+        publish_segment(build, summary, replaces=False, check=lost)
+    assert NeighbourIndex.open(output, is_verified=True).num_rows == 24
+    publish_segment(build, _build(build), replaces=False)
+    assert NeighbourIndex.open(output, is_verified=True).num_rows == 48
+
+
 def test_the_files_of_a_store_are_fetched_once_and_a_damaged_copy_of_them_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

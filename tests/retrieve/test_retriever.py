@@ -168,7 +168,7 @@ def test_columns_come_in_the_order_of_the_rows(data: tuple[Artifact, Artifact]) 
 def test_rows_of_several_sources_have_their_own_columns_and_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two downloads whose shards and keys have the same names; one of them has a column more, one has none."""
+    """Downloads whose shards and keys have the same names; one of them has other columns and types, one has none."""
     workspace, config = Workspace(str(tmp_path)), IndexConfig(kind="flat", num_recall_queries=2)
     vectors = unit(np.random.default_rng(0).normal(size=(9, 8)))
     index = workspace.artifact("index", "i")
@@ -179,9 +179,9 @@ def test_rows_of_several_sources_have_their_own_columns_and_pictures(
         inputs = {} if name == "third" else {"download": name}
         embed.commit(Manifest(step="embed", key=name, step_version=1, section={}, inputs={"clip": "c"} | inputs))
         rows = pq.read_table(embed.path("00000.parquet")).select(["key", "uid"]).to_pylist()
-        columns = {"key": [row["key"] for row in rows], "width": [number] * 3}
-        if name == "second":
-            columns["height"] = [7, 8, 9]
+        columns = {"key": [row["key"] for row in rows], "width": [number] * 3, "score": [0.25, 0.5, None]}
+        if name == "second":  # as a list in csv
+            columns |= {"width": [1.0] * 3, "height": [7, 8, 9], "score": ["0.5", "0.75", "none"]}
         with download.write("00000.parquet") as path:
             pq.write_table(pa.table(columns), path)
         with download.write("00000.tar") as path:
@@ -203,6 +203,10 @@ def test_rows_of_several_sources_have_their_own_columns_and_pictures(
 
     assert numbers("width >= 1") == [3, 4, 5]
     assert numbers("height > 7") == [4, 5]
+    assert numbers("number(score) >= 0.5") == [1, 3, 4]
+    assert numbers("score is None or contains(score, 'none')") == [2, 5, 6, 7, 8]
+    with pytest.raises(ConfigError, match=r"score is text; number\(NAME\) reads a text as a number"):
+        search.conditions("score >= 0.5")
     assert numbers("height is None and split == 'train'") == [0, 1, 2, 6, 7, 8]
     [results] = search.search(vectors[:1], 9)
     results = {int(one.caption.split()[1]): one for one in results.neighbours}
