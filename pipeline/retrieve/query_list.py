@@ -4,7 +4,6 @@ A row that cannot be read, or holds something else than a query, keeps its place
 it: it fails alone. A list is refused if its first part has no query at all.
 """
 
-import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -56,6 +55,8 @@ def write_queries(source: Path, target: Path) -> int:
         raise DataError(f"{source}: not a list of queries; it may be {', '.join(_READERS)}") from None
     except FileNotFoundError:
         raise DataError(f"{source}: no such file") from None
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from None
     except (pa.ArrowInvalid, OSError, ValueError, EOFError) as error:
         raise DataError(f"{source}: cannot be read: {error}") from None
     if not num_rows:
@@ -94,22 +95,20 @@ def _write(tables: Iterable[pa.Table], target: Path) -> int:
 
 
 def _text_tables(source: Path) -> Iterator[pa.Table]:
+    reading = _InOrder(source)
     with pa.input_stream(str(source)) as stream:
-        lines = (
-            line.rstrip(b"\r\n").decode("utf-8" if number else "utf-8-sig", "replace")
-            for number, line in enumerate(io.BufferedReader(cast("Any", stream)))
+        lines = lines_of(cast("IO[bytes]", stream), reading)
+        yield from _row_tables(
+            ({"text": text and text.rstrip("\r\n")}, f"line {number}: {why}" if why else "")
+            for number, text, why in reading.rows(lines)
         )
-        while chunk := list(itertools.islice(lines, PART_ROWS)):
-            yield pa.table({"text": _texts(chunk)})
 
 
 def _json_tables(source: Path) -> Iterator[pa.Table]:
     reading = _InOrder(source)
     with pa.input_stream(str(source)) as stream:
         records = jsonl_records(cast("IO[bytes]", stream), reading)
-        yield from _row_tables(
-            (_json_row(number, record, why) for number, record, why in reading.rows(records)), source
-        )
+        yield from _row_tables(_json_row(number, record, why) for number, record, why in reading.rows(records))
 
 
 def _json_row(number: int, record: dict[str, Any] | None, problem: str) -> _Row:
@@ -154,9 +153,9 @@ def _delimited_tables(source: Path) -> Iterator[pa.Table]:
             if ours := _query_column(name.strip()):
                 places.setdefault(ours, place)
         if header and not places:
-            raise _without_queries(source, header)
+            raise _without_queries(header)
         if "embedding" in places:
-            raise DataError(f"{source}: column {header[places['embedding']]} is text, not lists of numbers")
+            raise DataError(f"column {header[places['embedding']]} is text, not lists of numbers")
 
         def rows() -> Iterator[_Row]:
             for number, cells, problem in reading.rows(records):
@@ -167,10 +166,10 @@ def _delimited_tables(source: Path) -> Iterator[pa.Table]:
                     problem = f"{len(cells)} cells, not {len(header)}"  # noqa: PLW2901
                 yield values, f"line {number}: {problem}" if problem else ""
 
-        yield from _row_tables(rows(), source)
+        yield from _row_tables(rows())
 
 
-def _row_tables(rows: Iterator[_Row], source: Path) -> Iterator[pa.Table]:
+def _row_tables(rows: Iterator[_Row]) -> Iterator[pa.Table]:
     """Tables of the columns that the first part has.
 
     Raises:
@@ -182,7 +181,7 @@ def _row_tables(rows: Iterator[_Row], source: Path) -> Iterator[pa.Table]:
             names = [name for name in QUERY_COLUMNS if any(name in values for values, _ in chunk)]
             if not names:
                 problem = next((problem for _, problem in chunk if problem), "")
-                raise DataError(f"{source}: {problem}") if problem else _without_queries(source, [])
+                raise DataError(problem) if problem else _without_queries([])
         columns: dict[str, Any] = {}
         for name in names:
             column = [values.get(name) for values, _ in chunk]
@@ -199,30 +198,44 @@ def _unlike(values: dict[str, Any], names: list[str]) -> str | None:
 def _parquet_tables(source: Path) -> Iterator[pa.Table]:
     with pq.ParquetFile(source) as parquet:
         for batch in parquet.iter_batches(batch_size=PART_ROWS):
-            yield _named(pa.Table.from_batches([batch]), source)
+            yield _named(pa.Table.from_batches([batch]))
 
 
-def _named(table: pa.Table, source: Path) -> pa.Table:
-    """The columns of a typed table that are queries, under our names."""
-    columns: dict[str, Any] = {}
+def _named(table: pa.Table) -> pa.Table:
+    """The columns of a typed table that are queries, under our names, and what is wrong with its rows."""
+    columns = dict[str, Any]()
+    problems: list[str | None] = [None] * len(table)
     for name in table.column_names:
         ours = _query_column(name)
-        if ours and ours not in columns:
-            columns[ours] = _typed(table.column(name), ours, f"{source}: column {name}")
+        if ours == "embedding" and ours not in columns:
+            columns[ours] = _vectors(table.column(name), name)
+        elif ours and ours not in columns:
+            columns[ours] = _decoded(table.column(name), name, problems)
     if not columns:
-        raise _without_queries(source, table.column_names)
-    return pa.table(columns)
+        raise _without_queries(table.column_names)
+    return pa.table(columns | {PROBLEM: pa.array(problems, pa.string())})
 
 
-def _typed(column: pa.ChunkedArray, name: str, where: str) -> Any:
+def _vectors(column: pa.ChunkedArray, name: str) -> Any:
     kind = column.type
-    if name == "embedding":
-        if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind):
-            return column.cast(pa.list_(pa.float32()))
-        raise DataError(f"{where} is {kind}, not lists of numbers")
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind):
+        return column.cast(pa.list_(pa.float32()))
+    raise DataError(f"column {name} is {kind}, not lists of numbers")
+
+
+def _decoded(column: pa.ChunkedArray, name: str, problems: list[str | None]) -> Any:
+    """A column of texts; notes in ``problems`` which rows have none, because a writer need not check them."""
+    kind = column.type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-        raise DataError(f"{where} is {kind}, not text")
-    return _texts(column.cast(pa.string()).to_pylist())
+        raise DataError(f"column {name} is {kind}, not text")
+    texts = list[str | None]()
+    for row, cell in enumerate(column.cast(pa.large_binary()).to_pylist()):
+        try:
+            texts.append(cell if cell is None else cell.decode())
+        except UnicodeDecodeError as error:
+            texts.append(None)
+            problems[row] = f"{name}: not UTF-8 ({error.reason} at byte {error.start})"
+    return _texts(texts)
 
 
 def _texts(values: Iterable[str | None]) -> Any:
@@ -230,9 +243,9 @@ def _texts(values: Iterable[str | None]) -> Any:
     return pa.array([text if text and text.strip() else None for text in values], pa.string())
 
 
-def _without_queries(source: Path, names: list[str]) -> DataError:
+def _without_queries(names: list[str]) -> DataError:
     columns = f"no column {', '.join(QUERY_COLUMNS)} (or {', '.join(_OTHER_NAMES)})"
-    return DataError(f"{source}: {columns}" + (f"; it has {', '.join(names)}" if names else ""))
+    return DataError(columns + (f"; it has {', '.join(names)}" if names else ""))
 
 
 def _query_column(name: str) -> str:
@@ -270,7 +283,7 @@ class _InOrder(Reading):
 def _vector_tables(source: Path) -> Iterator[pa.Table]:
     vectors = np.load(source, mmap_mode="r", allow_pickle=False)
     if vectors.ndim != 2 or vectors.dtype.kind != "f":
-        raise DataError(f"{source}: {vectors.dtype} of shape {vectors.shape}, not floats (N, D)")
+        raise DataError(f"{vectors.dtype} of shape {vectors.shape}, not floats (N, D)")
     for start in range(0, len(vectors), PART_ROWS):
         yield pa.table({"embedding": to_arrow(vectors[start : start + PART_ROWS])})
 

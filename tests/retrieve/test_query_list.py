@@ -125,6 +125,28 @@ def test_a_row_that_is_no_query_keeps_its_place_and_stops_nothing(
     assert all(re.search(words, problems_of_rows[row]) for row, words in problems.items()), problems_of_rows
 
 
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("q.txt", "line 2: not UTF-8 (invalid start byte at byte 1 of the line)"),
+        ("q.csv", "line 3: not UTF-8 (invalid start byte at byte 1 of the line)"),
+        ("q.parquet", "caption: not UTF-8 (invalid start byte at byte 1)"),
+    ],
+)
+def test_a_row_that_is_no_text_fails_alone(name: str, problem: str, tmp_path: Path) -> None:
+    cells = [b"cat", b"d\xff\xfe", b"caf\xc3\xa9", b""]
+    if name == "q.parquet":
+        column = pa.array(cells, pa.binary()).cast(pa.string(), safe=False)
+        pq.write_table(pa.table({"caption": column, "uid": ["a", "b", None, "d"]}), tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(b"\n".join([b"text"] * (name == "q.csv") + cells[:3]) + b"\n")
+    target = tmp_path / "queries.parquet"
+    num_rows = write_queries(tmp_path / name, target)
+    table = pq.read_table(target)
+    assert table.column("text").to_pylist() == ["cat", None, "caf\u00e9", None][:num_rows]
+    assert table.column("problem").to_pylist() == [None, problem, None, None][:num_rows]
+
+
 def test_what_only_later_rows_have_fails_them_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(query_list, "PART_ROWS", 2)
     rows = [{"text": "a"}, {"text": "b"}, {"text": "c", "uid": "u"}, {"text": "d", "uid": None}]
@@ -145,6 +167,7 @@ def test_what_only_later_rows_have_fails_them_alone(tmp_path: Path, monkeypatch:
         ("q.jsonl", '{"id": "a"}\n', "no column text, image"),
         ("q.csv", "text\n", "holds no queries"),
         ("q.txt", "", "holds no queries"),
+        ("q.csv", "\ufeff".encode("utf-16").decode("latin-1"), "UTF-16; convert it to UTF-8"),
         ("q.parquet", "junk", "cannot be read"),
         ("q.npy", "junk", "cannot be read"),
         ("q.doc", "a", "not a list of queries; it may be .txt, .csv"),
@@ -154,6 +177,6 @@ def test_what_only_later_rows_have_fails_them_alone(tmp_path: Path, monkeypatch:
 )
 def test_a_wrong_list_is_refused_by_name(name: str, content: str | None, words: str, tmp_path: Path) -> None:
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_text(content, encoding="latin-1")
     with pytest.raises(DataError, match=rf"{name}.*: .*{words}"):
         write_queries(tmp_path / name, tmp_path / "queries.parquet")
