@@ -30,7 +30,7 @@ from pipeline.workspace.store import LIVE, Artifact, Workspace
 QUERIES = "queries.parquet"
 SEARCH = "search.json"
 
-_VERSION = 2
+_VERSION = 3
 _POLL_S = 0.5
 _PART_DIGITS = 5
 
@@ -86,7 +86,8 @@ def search_many(
     """
     artifacts = finished_artifacts(recipe, STEPS)
     if not Path(queries).is_file():
-        raise ConfigError(f"--queries {queries}: no such file")
+        hint = "; the list must be on this machine: copy it from its store first" if "://" in queries else ""
+        raise ConfigError(f"--queries {queries}: no such file{hint}")
     retriever = Retriever.open(artifacts["index"])
     retriever.conditions(options.where, options.distinct)  # refuses a wrong filter before Ray
     section = asdict(options) | {"queries": fingerprint(queries)} | _state_of(artifacts["index"], retriever)

@@ -118,6 +118,7 @@ def test_a_finished_search_is_not_made_again_and_another_one_is_refused(
         (["--where", "widht > 3"], 2, "no column 'widht'"),
         (["--html", "a.html"], 2, "--queries takes no text"),
         (["--queries", "none.txt"], 2, "--queries none.txt: no such file"),
+        (["--queries", "s3://a/q.txt"], 2, "q.txt: no such file; the list must be on this machine: copy it from"),
     ],
 )
 def test_wrong_batch_searches_are_one_message(
