@@ -1,8 +1,8 @@
 """The records of json, jsonl and ndjson files, and the annotation files of COCO and Flickr.
 
 A ``.json`` file holds a list of records, lines of records as jsonl has them, pandas' columns, COCO's images and
-annotations, or Karpathy's images and sentences. A list of records is read record by record; the other shapes are read
-whole.
+annotations, or Karpathy's images and sentences. Lists of records, of which several may follow each other, are read
+record by record; the other shapes are read whole.
 
 A byte that is not UTF-8 becomes half of a surrogate pair, which the reader of a text finds: it costs its row.
 """
@@ -25,6 +25,9 @@ _LONGEST_RECORD = 16 << 20
 _DECODER = json.JSONDecoder()
 _PUNCTUATION = re.compile(r'"(?:[^"\\]++|\\.)*+"|["\[\]{},]', re.DOTALL)
 """Whole texts, and what tells where a value ends; a lone quote begins a text that is not here whole."""
+_EDGE = re.compile(r'\}(?=\s*+,\s*+\{\s*+"\Z)')
+"""The end of a record in what seems to be a text, and goes on to the first name of the next record."""
+_NAMED_CHARACTERS = 20
 _SHAPES = 'a list of records, such as [{"url": ..., "caption": ...}]'
 
 
@@ -67,7 +70,7 @@ def json_records(stream: IO[bytes], reading: Reading) -> Iterator[Numbered]:
         head += block
     refuse_utf16(head[:2].encode(errors="surrogateescape"))
     if head.lstrip().startswith("["):
-        yield from _array_records(head, text, reading)
+        yield from _array_records(head.lstrip(), text, reading)
         return
     first_line, _, rest = head.lstrip().partition("\n")
     if rest.strip() and _is_record(first_line):
@@ -122,24 +125,8 @@ def _may_be_lines(head: str) -> bool:
 
 
 def _array_records(buffer: str, text: _Text, reading: Reading) -> Iterator[Numbered]:
-    """The records of a list, decoded one after the other; one that cannot be read is counted as malformed."""
-    number, place = 0, buffer.index("[") + 1
-    while True:
-        while place < len(buffer) and buffer[place] in " \t\r\n,":
-            place += 1
-        if place < len(buffer) and buffer[place] == "]":
-            reading.at_line(number)
-            return
-        value, end = _decoded(buffer, place)
-        if not place < end < len(buffer):  # a number at the end of the buffer may go on in the next block
-            block = text.read(_BLOCK_BYTES) if len(buffer) - place < _LONGEST_RECORD else ""
-            if not block:
-                raise DataError(
-                    f"record {number + 1}: {value if isinstance(value, Exception) else 'the list does not end'}"
-                )
-            buffer, place = buffer[place:] + block, 0
-            continue
-        place, number = end, number + 1
+    """The records of lists, decoded one after the other; one that cannot be read is counted as malformed."""
+    for number, value in _values(buffer, text):
         reading.at_line(number)
         if isinstance(value, dict):
             yield number, cast("Record", value)
@@ -147,27 +134,68 @@ def _array_records(buffer: str, text: _Text, reading: Reading) -> Iterator[Numbe
             reading.malformed(number, str(value) if isinstance(value, Exception) else "no record, which begins with {")
 
 
+def _values(buffer: str, text: _Text) -> Iterator[tuple[int, Any]]:
+    """The values of a list, and of lists behind it, with their numbers from 1; of one that cannot be read, why.
+
+    Raises:
+        DataError: If a list does not end, or something that is no list is behind it.
+    """
+    number, place, in_list = 1, 0, False
+    while True:
+        while place < len(buffer) and buffer[place] in " \t\r\n,":
+            place += 1
+        mark = buffer[place : place + 1]
+        if mark == ("]" if in_list else "["):
+            place, in_list = place + 1, not in_list
+            continue
+        if mark and not in_list:
+            rest = ascii(buffer[place : place + _NAMED_CHARACTERS])
+            raise DataError(f"behind record {number - 1} and the end of its list is {rest}, which begins no other list")
+        value, end = _decoded(buffer, place) if mark else (None, 0)
+        if place < end < len(buffer):  # a number at the end of the buffer may go on in the next block
+            yield number, value
+            number, place = number + 1, end
+            continue
+        block = text.read(_BLOCK_BYTES) if len(buffer) - place < _LONGEST_RECORD else ""
+        if not block and not in_list:
+            return
+        if not block:
+            raise DataError(f"record {number}: {value if isinstance(value, Exception) else 'the list does not end'}")
+        buffer, place = buffer[place:] + block, 0
+
+
 def _decoded(buffer: str, place: int) -> tuple[Any, int]:
     """A value, or why it cannot be read, and the place behind it; 0 if its end is not in the buffer."""
     try:
         return _DECODER.raw_decode(buffer, place)
     except json.JSONDecodeError as error:
-        return error, 0
+        reason = ValueError(f"not JSON ({error.msg}: character {error.pos - place + 1} of the record)")
+        return reason, _end_of_value(buffer, place, error.pos)
     except ValueError as error:  # a number of thousands of digits
-        return error, _end_of_value(buffer, place)
+        return error, _end_of_value(buffer, place, len(buffer))
     except RecursionError:
-        return ValueError("nested too deeply"), _end_of_value(buffer, place)
+        return ValueError("nested too deeply"), _end_of_value(buffer, place, len(buffer))
 
 
-def _end_of_value(buffer: str, place: int) -> int:
-    """The place behind a value, without reading it; 0 if its end is not in the buffer."""
+def _end_of_value(buffer: str, place: int, fault: int) -> int:
+    """The place behind a value, without reading it; 0 if its end is not in the buffer.
+
+    Args:
+        buffer: The text.
+        place: Where the value begins.
+        fault: The first character that is no JSON; the length of the buffer if there is none. The quotes before it are
+            those of texts. If one is missing behind it, or one too many, a text seems to begin at a record's end, and
+            to go on to the next record's first name: the value ends there.
+    """
     depth = 0
     for match in _PUNCTUATION.finditer(buffer, place):
         mark = match.group()
         if mark == '"':
             return 0
-        if not depth and mark in {",", "]", "}"}:  # behind a bare number
-            return match.start()
+        if fault <= match.end() and fault < len(buffer) and (edge := _EDGE.search(mark)):
+            return match.start() + edge.end()
+        if not depth and mark in {",", "]", "}"}:  # behind a bare number, or one } too many
+            return max(match.start(), place + 1)
         depth += (mark in {"[", "{"}) - (mark in {"]", "}"})
         if not depth and mark in {"]", "}"}:
             return match.end()

@@ -90,28 +90,6 @@ def test_tsv_is_read_as_by_pythons_own_reader_without_quotes(
     assert not reading.counts["malformed"]
 
 
-_VALUE = st.none() | st.booleans() | st.integers() | st.floats() | _TEXT | st.lists(_TEXT, max_size=2)
-
-
-@given(rows=st.lists(st.fixed_dictionaries({"url": _TEXT, "caption": _VALUE}), min_size=1, max_size=12))
-@settings(max_examples=60, deadline=None)
-@pytest.mark.parametrize("kind", ["jsonl", "json"])
-def test_json_is_read_as_by_pythons_own_reader_and_captions_are_texts_or_numbers(
-    tmp_path_factory: pytest.TempPathFactory, kind: str, rows: list[dict[str, Any]]
-) -> None:
-    path = tmp_path_factory.mktemp("json") / f"list.{kind}"
-    path.write_text("\n".join(map(json.dumps, rows)) if kind == "jsonl" else json.dumps(rows, indent=1))
-    pairs, reading = _rows(path)
-
-    def is_caption(value: Any) -> bool:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
-        return value is None or isinstance(value, str) or is_number
-
-    good = [row for row in rows if is_caption(row["caption"])]
-    assert pairs == [(row["url"], None if row["caption"] is None else str(row["caption"])) for row in good]
-    assert reading.counts["malformed"] == len(rows) - len(good)
-
-
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=60),
     num_bytes=st.integers(1, 400),
@@ -326,31 +304,6 @@ def test_half_of_an_emoji_is_counted_and_the_list_goes_on(kind: str, tmp_path: P
     assert reading.counts["malformed"] == 1
 
 
-_STRANGE_RECORDS = {
-    "not UTF-8": b'{"url": "http://a/2", "caption": "caf\xe9"}',
-    "not UTF-8, or": b'{"url": "http://a/2", "caption": "cut \\ud83d"}',
-    "nested too deeply": b'{"a": "]\\"", "caption": ' + b'[{"b}": ' * 2_000 + b"1" + b"}]" * 2_000 + b"}",
-    "nested too": b"[" * 2_000 + b"]" * 2_000,
-    "Exceeds the limit": b'{"url": "http://a/2", "caption": 1' + b"0" * 5000 + b"}",
-    "Exceeds the limit (4300": b"1" + b"0" * 5000,
-    "no record": b"[1, 2]",
-}
-
-
-@pytest.mark.parametrize("reason", _STRANGE_RECORDS)
-@pytest.mark.parametrize("block", [1 << 20, 1000])
-def test_a_strange_record_of_a_json_list_costs_itself_alone(
-    reason: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipeline.data.json_lists._BLOCK_BYTES", block)
-    good = b'{"url": "http://a/%d", "caption": "caf\xc3\xa9"}'
-    (tmp_path / "list.json").write_bytes(b"[" + b", ".join([good % 1, _STRANGE_RECORDS[reason], good % 3]) + b"]")
-    pairs, reading = _rows(tmp_path / "list.json")
-    assert pairs == [("http://a/1", "caf\u00e9"), ("http://a/3", "caf\u00e9")]
-    assert reading.counts["malformed"] == 1
-    assert name_examples([reading])[0].startswith(f"{tmp_path}/list.json:2: {reason}")
-
-
 def test_two_kinds_of_strange_cells_may_stand_side_by_side(tmp_path: Path) -> None:
     captions = ["fine", "x" * (MAX_CELL + 1), "cut \ud83d"]
     rows = [{"url": f"http://a/{number}", "caption": caption} for number, caption in enumerate(captions)]
@@ -360,20 +313,6 @@ def test_two_kinds_of_strange_cells_may_stand_side_by_side(tmp_path: Path) -> No
     assert reading.counts["malformed"] == 2
 
 
-def test_a_json_list_in_utf16_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "list.json").write_text('[{"url": "http://a/1", "caption": "c"}]', encoding="utf-16")
-    with pytest.raises(DataError, match=r"list\.json: UTF-16; convert it"):
-        _rows(tmp_path / "list.json")
-
-
-def test_lines_of_records_may_be_compressed_under_the_name_of_json(tmp_path: Path) -> None:
-    lines = "".join(json.dumps({"url": f"http://a/{number}", "caption": "c"}) + "\n" for number in range(3)).encode()
-    (tmp_path / "list.json.gz").write_bytes(gzip.compress(lines))
-    (tmp_path / "list.json.zst").write_bytes(pa.compress(lines, codec="zstd", asbytes=True))
-    for name in ("list.json.gz", "list.json.zst"):
-        assert len(_rows(tmp_path / name)[0]) == 3, name
-
-
 def test_an_unbalanced_quote_far_from_its_end_costs_one_row(tmp_path: Path) -> None:
     lines = [f"http://a/{number},caption {number}" for number in range(200_000)]
     lines[5] = 'http://a/5,"an open quote'
@@ -381,58 +320,6 @@ def test_an_unbalanced_quote_far_from_its_end_costs_one_row(tmp_path: Path) -> N
     pairs, reading = _rows(tmp_path / "list.csv")
     assert len(pairs) == len(lines) - 1
     assert name_examples([reading]) == [f"{tmp_path}/list.csv:7: a quote is opened and not closed"]
-
-
-_COCO = {
-    "images": [
-        {"id": 1, "file_name": "a.jpg", "coco_url": "http://c/a.jpg"},
-        {"id": 2, "file_name": "b.jpg", "coco_url": "http://c/b.jpg"},
-    ],
-    "annotations": [
-        {"id": 9, "image_id": 2, "caption": "b one"},
-        {"id": 8, "image_id": 1, "caption": "a one"},
-        {"id": 7, "image_id": 2, "caption": "b two"},
-    ],
-}
-
-
-def test_cocos_annotations_are_a_list_with_a_row_for_each_caption(tmp_path: Path) -> None:
-    (tmp_path / "captions.json").write_text(json.dumps(_COCO))
-    pairs, _ = _rows(tmp_path / "captions.json")
-    assert pairs == [("http://c/b.jpg", "b one"), ("http://c/a.jpg", "a one"), ("http://c/b.jpg", "b two")]
-
-
-@pytest.mark.parametrize("indent", [None, 2])
-def test_json_of_every_shape_is_read(indent: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.data.json_lists._BLOCK_BYTES", 7)  # every record lies across blocks
-    rows = [{"url": f"http://a/{number}", "caption": "x" * number} for number in range(20)]
-    shapes = {
-        "records": rows,
-        "data": {"data": rows},
-        "columns": {name: [row[name] for row in rows] for name in rows[0]},
-        "pandas": {name: {str(place): row[name] for place, row in enumerate(rows)} for name in rows[0]},
-    }
-    expected = [(row["url"], row["caption"]) for row in rows]
-    for name, shape in shapes.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(shape, indent=indent))
-        assert _rows(tmp_path / f"{name}.json")[0] == expected, name
-    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)))
-    assert _rows(tmp_path / "lines.json")[0] == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('[{"url": "u", "caption": "c"}, {"url"', r"record 2"),
-        ('[{"url": "u", "caption": "c"}', r"the list does not end"),
-        ('{"url": 3}', r"must hold a list of records"),
-        ("", r"damaged"),
-    ],
-)
-def test_damaged_json_is_one_sentence(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "list.json").write_text(text)
-    with pytest.raises(DataError, match=rf"list\.json: .*{message}"):
-        _rows(tmp_path / "list.json")
 
 
 def test_parts_lie_at_any_depth_and_hidden_files_are_no_parts(tmp_path: Path) -> None:

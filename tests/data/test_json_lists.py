@@ -1,0 +1,208 @@
+"""The records of JSON files: every one is read as Python's own reader reads it, or counted with its number."""
+
+import contextlib
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.list_columns import ListColumns
+from pipeline.data.lists import list_spans, read_span
+from pipeline.data.reading import Reading, name_examples
+from pipeline.errors import DataError
+
+_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), max_size=20)
+
+
+def _rows(path: Path) -> tuple[list[Any], Reading]:
+    """(url, caption) of every row that was read, and what was left out."""
+    reading = Reading()
+    tables = [table for span in list_spans(str(path)) for table in read_span(span, ListColumns(), reading)]
+    return [(row["url"], row["caption"]) for table in tables for row in table.to_pylist()], reading
+
+
+_VALUE = st.none() | st.booleans() | st.integers() | st.floats() | _TEXT | st.lists(_TEXT, max_size=2)
+
+
+@given(rows=st.lists(st.fixed_dictionaries({"url": _TEXT, "caption": _VALUE}), min_size=1, max_size=12))
+@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_json_is_read_as_by_pythons_own_reader_and_captions_are_texts_or_numbers(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, rows: list[dict[str, Any]]
+) -> None:
+    path = tmp_path_factory.mktemp("json") / f"list.{kind}"
+    path.write_text("\n".join(map(json.dumps, rows)) if kind == "jsonl" else json.dumps(rows, indent=1))
+    pairs, reading = _rows(path)
+
+    def is_caption(value: Any) -> bool:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+        return value is None or isinstance(value, str) or is_number
+
+    good = [row for row in rows if is_caption(row["caption"])]
+    assert pairs == [(row["url"], None if row["caption"] is None else str(row["caption"])) for row in good]
+    assert reading.counts["malformed"] == len(rows) - len(good)
+
+
+_STRANGE_RECORDS = {
+    "not UTF-8": b'{"url": "http://a/2", "caption": "caf\xe9"}',
+    "not UTF-8, or": b'{"url": "http://a/2", "caption": "cut \\ud83d"}',
+    "nested too deeply": b'{"a": "]\\"", "caption": ' + b'[{"b}": ' * 2_000 + b"1" + b"}]" * 2_000 + b"}",
+    "nested too": b"[" * 2_000 + b"]" * 2_000,
+    "Exceeds the limit": b'{"url": "http://a/2", "caption": 1' + b"0" * 5000 + b"}",
+    "Exceeds the limit (4300": b"1" + b"0" * 5000,
+    "no record": b"[1, 2]",
+    "no record, which": b"7",
+    "not JSON (Invalid control character at: character ": b'{"url": "http://a/2", "caption": "a\ttab"}',
+    "not JSON (Invalid control": b'{"url": "http://a/2", "caption": "a\nline", "boxes": [{"x": 1}, {"x": 2}]}',
+    "not JSON (Invalid \\escape: character ": b'{"url": "http://a/2", "caption": "C:\\x"}',
+    "not JSON (Expecting ',' delimiter: character ": b'{"url": "http://a/2" "caption": "b"}',
+    "not JSON (Expecting ',' delimiter": b'{"url": "http://a/2", "caption": "a "big" cat"}',
+    "not JSON (Expecting ',' ": b'{"url": "http://a/2", "caption": "a 5" screen"}',
+    "not JSON (Expecting ',": b'{"url": "http://a/2", "caption": "no end}',
+    "not JSON (Expecting value: character 1 of the record)": b"}",
+    "not JSON (Expecting value: character 1": b"None",
+    "not JSON (Expecting property name": b"{'url': 'http://a/2'}",
+}
+
+
+@pytest.mark.parametrize("reason", _STRANGE_RECORDS)
+@pytest.mark.parametrize("block", [1 << 20, 1000])
+def test_a_strange_record_of_a_json_list_costs_itself_alone(
+    reason: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.data.json_lists._BLOCK_BYTES", block)
+    good = b'{"url": "http://a/%d", "caption": "caf\xc3\xa9"}'
+    (tmp_path / "list.json").write_bytes(b"[" + b", ".join([good % 1, _STRANGE_RECORDS[reason], good % 3]) + b"]")
+    pairs, reading = _rows(tmp_path / "list.json")
+    assert pairs == [("http://a/1", "caf\u00e9"), ("http://a/3", "caf\u00e9")]
+    assert reading.counts["malformed"] == 1
+    assert name_examples([reading])[0].startswith(f"{tmp_path}/list.json:2: {reason}")
+
+
+@given(
+    damaged=st.integers(0, 3),
+    place=st.integers(0, 60),
+    mark=st.sampled_from('"\\}{[],:\t'),
+    replaces=st.booleans(),
+    block=st.sampled_from([1 << 20, 50]),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_damaged_record_takes_no_other_with_it_unless_the_list_is_refused(
+    tmp_path_factory: pytest.TempPathFactory, damaged: int, place: int, mark: str, replaces: bool, block: int
+) -> None:
+    path = tmp_path_factory.mktemp("json") / "list.json"
+    texts = [
+        json.dumps({"url": f"http://a/{number}", "caption": 'a [1] "b"', "n": [{"x": 1}, {}]}) for number in range(4)
+    ]
+    text = texts[damaged]
+    texts[damaged] = text[:place] + mark + text[place + replaces :]
+    path.write_text(f"[{', '.join(texts)}]")
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(DataError):
+        patch.setattr("pipeline.data.json_lists._BLOCK_BYTES", block)
+        urls = [url for url, _ in _rows(path)[0]]
+        others = [f"http://a/{number}" for number in range(4) if number != damaged]
+        assert [url for url in urls if url in others] == others
+
+
+@given(
+    captions=st.lists(_TEXT | st.sampled_from(["}, {", "]", '"}, {"', "\\", "[{"]), max_size=5),
+    block=st.integers(1, 40),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_record_of_a_json_list_may_lie_across_blocks_anywhere(
+    tmp_path_factory: pytest.TempPathFactory, captions: list[str], block: int
+) -> None:
+    rows = [{"url": f"http://a/{number}", "caption": caption} for number, caption in enumerate(captions)]
+    path = tmp_path_factory.mktemp("json") / "list.json"
+    path.write_text(json.dumps(rows, ensure_ascii=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.data.json_lists._BLOCK_BYTES", block)
+        assert _rows(path)[0] == [tuple(row.values()) for row in rows]
+
+
+@given(lists=st.lists(st.lists(st.integers(0, 99), max_size=4), min_size=1, max_size=5), block=st.integers(1, 40))
+@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("between", ["\n", "", " ,\r\n"])
+def test_lists_that_follow_each_other_in_a_file_are_read(
+    tmp_path_factory: pytest.TempPathFactory, between: str, lists: list[list[int]], block: int
+) -> None:
+    path = tmp_path_factory.mktemp("json") / "list.json"
+    records = [[{"url": f"http://a/{number}", "caption": "c"} for number in one] for one in lists]
+    path.write_text(between.join(map(json.dumps, records)) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.data.json_lists._BLOCK_BYTES", block)
+        pairs, reading = _rows(path)
+    assert [url for url, _ in pairs] == [f"http://a/{number}" for one in lists for number in one]
+    assert not reading.counts["malformed"]
+
+
+def test_a_json_list_in_utf16_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text('[{"url": "http://a/1", "caption": "c"}]', encoding="utf-16")
+    with pytest.raises(DataError, match=r"list\.json: UTF-16; convert it"):
+        _rows(tmp_path / "list.json")
+
+
+def test_lines_of_records_may_be_compressed_under_the_name_of_json(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"url": f"http://a/{number}", "caption": "c"}) + "\n" for number in range(3)).encode()
+    (tmp_path / "list.json.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "list.json.zst").write_bytes(pa.compress(lines, codec="zstd", asbytes=True))
+    for name in ("list.json.gz", "list.json.zst"):
+        assert len(_rows(tmp_path / name)[0]) == 3, name
+
+
+_COCO = {
+    "images": [
+        {"id": 1, "file_name": "a.jpg", "coco_url": "http://c/a.jpg"},
+        {"id": 2, "file_name": "b.jpg", "coco_url": "http://c/b.jpg"},
+    ],
+    "annotations": [
+        {"id": 9, "image_id": 2, "caption": "b one"},
+        {"id": 8, "image_id": 1, "caption": "a one"},
+        {"id": 7, "image_id": 2, "caption": "b two"},
+    ],
+}
+
+
+def test_cocos_annotations_are_a_list_with_a_row_for_each_caption(tmp_path: Path) -> None:
+    (tmp_path / "captions.json").write_text(json.dumps(_COCO))
+    pairs, _ = _rows(tmp_path / "captions.json")
+    assert pairs == [("http://c/b.jpg", "b one"), ("http://c/a.jpg", "a one"), ("http://c/b.jpg", "b two")]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_of_every_shape_is_read(indent: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.data.json_lists._BLOCK_BYTES", 7)  # every record lies across blocks
+    rows = [{"url": f"http://a/{number}", "caption": "x" * number} for number in range(20)]
+    shapes = {
+        "records": rows,
+        "data": {"data": rows},
+        "columns": {name: [row[name] for row in rows] for name in rows[0]},
+        "pandas": {name: {str(place): row[name] for place, row in enumerate(rows)} for name in rows[0]},
+    }
+    expected = [(row["url"], row["caption"]) for row in rows]
+    for name, shape in shapes.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(shape, indent=indent))
+        assert _rows(tmp_path / f"{name}.json")[0] == expected, name
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)))
+    assert _rows(tmp_path / "lines.json")[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"url": "u", "caption": "c"}, {"url"', r"record 2"),
+        ('[{"url": "u", "caption": "c"}', r"the list does not end"),
+        ('[{"url": "u"}, {"url": "v"}]\n{"url": "w"}', r"behind record 2 and the end of its list is '.\"url"),
+        ('{"url": 3}', r"must hold a list of records"),
+        ("", r"damaged"),
+    ],
+)
+def test_damaged_json_is_one_sentence(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text(text)
+    with pytest.raises(DataError, match=rf"list\.json: .*{message}"):
+        _rows(tmp_path / "list.json")
