@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
-from pipeline.errors import StepError
+from pipeline.errors import StepError, UnclipError
 from pipeline.runtime.front import Front
 from pipeline.serve.gate import Gate
 
@@ -16,6 +16,11 @@ def write_line(line: str) -> None:
     """Announce on standard output."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
+
+
+def named(error: BaseException) -> str:
+    """An error for people: those that are not ours need their names, because their texts may be one word."""
+    return str(error) if isinstance(error, UnclipError) else f"{type(error).__name__}: {error}"
 
 
 @contextmanager

@@ -8,6 +8,8 @@ import logging
 from collections.abc import Generator
 from contextlib import contextmanager
 
+from pipeline.runtime.draining import named
+
 _log = logging.getLogger(__name__)
 
 
@@ -19,4 +21,4 @@ def keeping_what_is_served(*, is_serving: bool) -> Generator[None]:
     except Exception as error:
         if not is_serving:
             raise
-        _log.error("not swapped, what was served before goes on: %s: %s", type(error).__name__, error)
+        _log.error("not swapped, what was served before goes on: %s", named(error))

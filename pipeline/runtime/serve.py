@@ -7,7 +7,6 @@ its own, and answers in the API's form while the networks load, end or have died
 import dataclasses
 import logging
 import re
-import signal
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
@@ -21,11 +20,11 @@ from ray import serve
 from ray.serve.api import RunTarget
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from pipeline.errors import StepError, UnclipError
+from pipeline.errors import StepError
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.connection import connect, own_servers, require_alive
 from pipeline.runtime.deployments import networks_application
-from pipeline.runtime.draining import Announce, finishing, write_line
+from pipeline.runtime.draining import Announce, finishing, named, write_line
 from pipeline.runtime.front import Front
 from pipeline.runtime.kept_ray import KeptRay
 from pipeline.runtime.lookout import Lookout, application_state, in_thread
@@ -43,7 +42,7 @@ from pipeline.runtime.served import Served, in_use_of, served_by, served_last, s
 from pipeline.serve.gate import Gate
 from pipeline.serve.guards import require_keys
 from pipeline.serve.http_server import HttpServer, listen, url_of
-from pipeline.serve.keeper import Kept
+from pipeline.serve.keeper import Kept, SwapRequests
 from pipeline.workspace.store import Artifact
 
 _NAMESPACE = "unclip"
@@ -84,6 +83,9 @@ def serve_recipe(
     config = recipe.serve
     announce = announce or write_line
     require_keys(config)
+    swap_requests = kept.swap_requests if kept else SwapRequests()
+    if reload is not None:
+        swap_requests.listen()
     # Networks that are swapped in keep the name, by which the application is found.
     recipe = dataclasses.replace(recipe, serve=dataclasses.replace(config, name=server_name(recipe)))
     front = Front(config)
@@ -103,7 +105,7 @@ def serve_recipe(
         try:
             with _deployed(recipe, artifacts, front.gate, announce, servers, shared=bool(address)) as handles:
                 front.open(recipe, artifacts, *remote_parts(write_tables(recipe, artifacts), handles, front.upkeep))
-                watch = _Watch(served, front, handles, announce, uses, kept)
+                watch = _Watch(served, front, handles, announce, uses, swap_requests, kept)
                 announce(f"{server_name(recipe)} is served at {url_of(config.host, config.port)} - Ctrl-C ends it")
                 for note in served.notes:
                     announce(note)
@@ -268,6 +270,7 @@ class _Watch:
         handles: Of its replicas.
         announce: Takes lines for people.
         uses: Holds what is served in use until the end.
+        swap_requests: When to swap.
         kept: Learns what is served, for the process that comes after this one; None: none does.
     """
 
@@ -278,6 +281,7 @@ class _Watch:
         handles: Handles,
         announce: Announce,
         uses: ExitStack,
+        swap_requests: SwapRequests,
         kept: Kept | None = None,
     ) -> None:
         self._served = served
@@ -287,12 +291,12 @@ class _Watch:
         self._uses = uses
         self._kept = kept
         self._lookout = Lookout(application_name(served.recipe), handles, front, announce)
-        self._is_swap_requested = False
+        self._swap_requests = swap_requests
         self._swapping: Future[None] | None = None
-        served.remember(kept)
+        served.remember(kept, announce)
 
     def run(self, reload: Callable[[], Recipe] | None, servers: list[psutil.Process]) -> None:
-        """Watch until Ctrl-C; SIGHUP swaps to the networks of ``reload``'s recipe.
+        """Watch until Ctrl-C, and swap to the networks of ``reload``'s recipe when that is requested.
 
         Args:
             reload: See ``serve_recipe``.
@@ -301,8 +305,6 @@ class _Watch:
         Raises:
             StepError: If Ray or the application goes away.
         """
-        if reload is not None:
-            signal.signal(signal.SIGHUP, self._request_swap)
         while True:
             time.sleep(_WATCH_EVERY_S)
             require_alive(servers)
@@ -315,18 +317,14 @@ class _Watch:
 
     def _swap_if_requested(self, reload: Callable[[], Recipe]) -> None:
         """Begin a swap in a thread, because replicas take their time to load; look whether one is over."""
-        if self._swapping is None and self._is_swap_requested:
-            self._is_swap_requested = False
+        if self._swapping is None and self._swap_requests.take():
             self._swapping = in_thread(lambda: self.swap(reload()))
         if self._swapping is not None and self._swapping.done():
             swapping, self._swapping = self._swapping, None
             try:
                 swapping.result()
-            except UnclipError as error:
-                self._announce(f"not swapped, the networks of before go on: {error}")
-
-    def _request_swap(self, _number: int, _frame: object) -> None:
-        self._is_swap_requested = True
+            except Exception as error:  # noqa: BLE001  (whatever it is: the networks of before go on)
+                self._announce(f"not swapped, the networks of before go on: {named(error)}")
 
     def swap(self, recipe: Recipe) -> None:
         """Let every replica load the networks of ``recipe`` beside its own, and then send new requests to them.
@@ -359,9 +357,9 @@ class _Watch:
             self._uses.close()
             self._uses.enter_context(uses.pop_all())
         self._served = served
-        served.remember(self._kept)
         self._front.gate.open(app)
         turn_to(self._handles, digest_of(served.tables))
+        served.remember(self._kept, self._announce)
         self._announce("other networks are served")
         if served.version:
             self._announce(served.version)

@@ -5,7 +5,6 @@ request has its answer.
 """
 
 import dataclasses
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -16,14 +15,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pipeline.errors import StepError, UnclipError
 from pipeline.recipe.recipe import Recipe
-from pipeline.runtime.draining import Announce, finishing, write_line
+from pipeline.runtime.draining import Announce, finishing, named, write_line
 from pipeline.runtime.front import Front
 from pipeline.runtime.loading import load_engine
 from pipeline.runtime.parts import NETWORKS
 from pipeline.runtime.served import Served, in_use_of, served_by, served_last, server_name
 from pipeline.serve.guards import require_keys
 from pipeline.serve.http_server import HttpServer, listen, url_of
-from pipeline.serve.keeper import Kept
+from pipeline.serve.keeper import Kept, SwapRequests
 
 if TYPE_CHECKING:
     from pipeline.serve.engine import Engine
@@ -57,6 +56,9 @@ def serve_here(
     """
     config = recipe.serve
     require_keys(config)
+    swap_requests = kept.swap_requests if kept else SwapRequests()
+    if reload is not None:
+        swap_requests.listen()
     front = Front(config)
     with ExitStack() as stack:
         stack.callback(front.close)
@@ -74,7 +76,7 @@ def serve_here(
             if on_ready is not None:
                 on_ready()
             with finishing(front, config.drain_s, announce):
-                networks.watch(reload)
+                networks.watch(reload, swap_requests)
         except KeyboardInterrupt:
             front.gate.close("the server has ended")
 
@@ -95,7 +97,6 @@ class _Networks:
         self._now: _Loaded | None = None
         self._before: list[_Loaded] = []
         """What ends with its last request."""
-        self._is_swap_requested = False
 
     def __enter__(self) -> "_Networks":
         return self
@@ -112,34 +113,28 @@ class _Networks:
             UnclipError: If they cannot be loaded; then those of before go on.
         """
         loaded = _Loaded(served, self._front)
-        served.remember(self._kept)
         self._front.gate.open(loaded)
+        served.remember(self._kept, self._announce)
         self._front.upkeep.note_running({NETWORKS: 1})
         before, self._now = self._now, loaded
         if before is not None:
             self._before = [one for one in self._before if one.engine.alive] + [before]
             threading.Thread(target=before.close_when_idle, name="unclip-ending", daemon=True).start()
 
-    def watch(self, reload: Callable[[], Recipe] | None) -> None:
-        """Serve until Ctrl-C; SIGHUP swaps to the networks of ``reload``'s recipe.
+    def watch(self, reload: Callable[[], Recipe] | None, swap_requests: SwapRequests) -> None:
+        """Serve until Ctrl-C, and swap to the networks of ``reload``'s recipe when that is requested.
 
         Raises:
             StepError: If the engine ends.
         """
-        if reload is not None:
-            signal.signal(signal.SIGHUP, self._request_swap)
         while self._now is not None and self._now.engine.alive:
             time.sleep(_WATCH_EVERY_S)
-            if self._is_swap_requested and reload is not None:
-                self._is_swap_requested = False
+            if reload is not None and swap_requests.take():
                 try:
                     self._swap(reload(), self._now)
-                except UnclipError as error:
-                    self._announce(f"not swapped, the networks of before go on: {error}")
+                except Exception as error:  # noqa: BLE001  (whatever it is: the networks of before go on)
+                    self._announce(f"not swapped, the networks of before go on: {named(error)}")
         raise StepError("serve: the engine has ended")
-
-    def _request_swap(self, _number: int, _frame: object) -> None:
-        self._is_swap_requested = True
 
     def _swap(self, recipe: Recipe, now: "_Loaded") -> None:
         served = served_by(dataclasses.replace(recipe, serve=now.served.recipe.serve))

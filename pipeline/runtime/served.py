@@ -1,5 +1,6 @@
 """What a server serves: the networks of a recipe as it is now, or those that an alias of the tracker names."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,10 +37,17 @@ class Served:
         """See ``write_tables``."""
         return write_tables(self.recipe, self.artifacts)
 
-    def remember(self, kept: Kept | None) -> None:
-        """Leave a note of what is served now for the process that comes after this one."""
-        if kept is not None:
+    def remember(self, kept: Kept | None, announce: Callable[[str], None]) -> None:
+        """Leave a note of what is served now for the process that comes after this one; say so if that fails."""
+        if kept is None:
+            return
+        try:
             kept.notes.write({"tables": self.tables, "version": self.version, "lacks": self.lacks})
+        except OSError as error:
+            announce(
+                f"no note of what is served could be written ({error}): if this process is killed, the next one serves "
+                "what was noted before, or else what the recipe says then"
+            )
 
     @property
     def notes(self) -> list[str]:

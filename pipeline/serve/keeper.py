@@ -3,10 +3,12 @@
 ``keep`` forks: the child serves, and the parent holds the listening socket and does nothing else that could fail. A
 child that ends by itself ends the parent too, with its exit code. If it is killed (kill -9, out of memory), a process
 between answers 503 on the same socket, in the API's form, until the next child listens. Signals of the parent go to the
-child, which has a process group of its own, so that Ctrl-C reaches it once. What a killed child must not take along
+child, which has a process group of its own, so that Ctrl-C reaches it once. SIGHUP is noted until the child has time
+for it, also while it starts. What a killed child must not take along
 runs in a companion process, which the parent ends last, or stands in notes, which the next child reads.
 """
 
+import errno
 import json
 import os
 import signal
@@ -43,15 +45,41 @@ class Notes:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  (open in all processes, until the last one ends)
 
     def write(self, note: dict[str, Any]) -> None:
-        """Add a note; one that is cut off by the end of the process is none."""
+        """Add a note; one that is cut off by the end of the process is none.
+
+        Raises:
+            OSError: If it cannot be written, as on a full disk; the note before it is then the last one.
+        """
+        line = b"\n" + json.dumps(note).encode() + b"\n"
         os.lseek(self._file.fileno(), 0, os.SEEK_END)
-        os.write(self._file.fileno(), b"\n" + json.dumps(note).encode() + b"\n")
+        if os.write(self._file.fileno(), line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), tempfile.gettempdir())
 
     def read(self) -> dict[str, Any]:
         """The last whole note; empty if there is none."""
         size = os.fstat(self._file.fileno()).st_size
         *lines, _ = os.pread(self._file.fileno(), size, 0).split(b"\n")
         return next((json.loads(line) for line in reversed(lines) if line.startswith(b"{")), {})
+
+
+class SwapRequests:
+    """SIGHUP asks a server to swap to the networks of its recipe as it is then; noted until it has time for that."""
+
+    def __init__(self) -> None:
+        self._is_requested = False
+
+    def listen(self) -> None:
+        """Note the signals from now on: without that SIGHUP would end the process."""
+        signal.signal(signal.SIGHUP, self.note)
+
+    def note(self, _number: int = 0, _frame: FrameType | None = None) -> None:
+        """Take a request."""
+        self._is_requested = True
+
+    def take(self) -> bool:
+        """Whether there was a request since the last call."""
+        is_requested, self._is_requested = self._is_requested, False
+        return is_requested
 
 
 @dataclass(frozen=True)
@@ -64,6 +92,8 @@ class Kept:
     """Process id of the parent."""
     notes: Notes = field(default_factory=Notes)
     """What a child leaves for the next one."""
+    swap_requests: SwapRequests = field(default_factory=SwapRequests)
+    """Heard from the start of a child on."""
 
     def note_listening(self) -> None:
         """Say that this process answers; end it if its keeper dies."""
@@ -127,7 +157,7 @@ class _Keeper:
                 os.kill(self._child, signal.SIGTERM)
             _, status = os.waitpid(self._child, 0)
             self._child, code = 0, os.waitstatus_to_exitcode(status)
-            if code >= 0 or self._is_ending or code == -signal.SIGHUP:
+            if code >= 0 or self._is_ending:
                 self._end_others()
                 raise SystemExit(code if code >= 0 else 128 - code)
             killer = signal.Signals(-code).name
@@ -153,10 +183,14 @@ class _Keeper:
         pid = os.fork()
         if pid:
             setattr(self, name, pid)
+            if name == "_child":
+                self._kept.swap_requests.take()  # the child has it
         else:
             os.setpgid(0, 0)
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
+            if name == "_child":
+                self._kept.swap_requests.listen()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._handlers)
         return not pid
 
@@ -168,6 +202,8 @@ class _Keeper:
         if self._child:
             with suppress(ProcessLookupError):  # it has ended, and ``run`` is about to learn of it
                 os.kill(self._child, number)
+        elif number == signal.SIGHUP:
+            self._kept.swap_requests.note()  # for the next one
 
     def _end_others(self) -> None:
         self._end_stand_in()

@@ -213,7 +213,7 @@ def test_a_file_of_serve_deploy_that_an_http_process_cannot_serve_leaves_what_is
     networks.replicas = [{digest_of(first), digest_of(bad)}]
     asyncio.run(front.reconfigure(first))
     asyncio.run(front.reconfigure(bad))
-    assert "not swapped, what was served before goes on: ConfigError" in caplog.text
+    assert f"not swapped, what was served before goes on: {keys}: no such file of keys" in caplog.text
     time.sleep(5 * 0.02)
     client = TestClient(front.__serve_build_asgi_app__(), base_url="http://127.0.0.1")
     assert client.get("/v1/models").json()["data"][0]["id"] == "mine"

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -18,9 +19,15 @@ import openai
 import psutil
 import pytest
 
+import pipeline.runtime.serve_here as here_module
+from pipeline.errors import StepError
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.serve_sections import ServeConfig
+from pipeline.runtime.front import Front
+from pipeline.runtime.serve_here import _Networks
 from pipeline.runtime.served import served_by
+from pipeline.serve.keeper import SwapRequests
 from tests.ports import free_port
 from tests.runtime.test_served import ALIAS, measured, promote
 from tests.serve.test_engine import wait_until
@@ -124,6 +131,24 @@ def test_a_laptop_serves_swaps_to_a_new_champion_and_drains_without_ray(server: 
         assert under_way.result().status_code == 200
     output, _ = server.process.communicate(timeout=60)
     assert (server.process.returncode, "stopping; requests under way: 1" in output) == (0, True), output
+
+
+def test_a_swap_that_fails_in_whatever_way_ends_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a manifest that this user may not read; the networks of before go on."""
+    engine, lines = SimpleNamespace(alive=True), list[str]()
+
+    def reload() -> Recipe:
+        requests.note()
+        engine.alive = len(lines) < 1
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(here_module, "_WATCH_EVERY_S", 0.01)
+    networks, requests = _Networks(Front(ServeConfig()), lines.append, None), SwapRequests()
+    networks._now = SimpleNamespace(engine=engine)  # pyright: ignore[reportAttributeAccessIssue]
+    requests.note()
+    with pytest.raises(StepError, match="the engine has ended"):
+        networks.watch(reload, requests)
+    assert lines == ["not swapped, the networks of before go on: PermissionError: [Errno 13] Permission denied"] * 2
 
 
 def test_a_process_that_is_killed_is_started_again(server: Server) -> None:

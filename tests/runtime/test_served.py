@@ -1,6 +1,7 @@
 """Networks that an alias of the tracker names, on a real database of MLflow."""
 
 import dataclasses
+import os
 import socket
 import threading
 from pathlib import Path
@@ -14,6 +15,7 @@ from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
 from pipeline.runtime.served import Served, served_by
 from pipeline.runtime.tracking.aliases import evaluation_of
 from pipeline.runtime.tracking.run import send_champion
+from pipeline.serve.keeper import Kept
 from pipeline.workspace.store import Workspace
 from tests.ports import free_port
 from tests.tiny.recipe import write_recipe
@@ -78,6 +80,24 @@ def test_a_recipe_with_several_http_processes_is_told_how_to_get_them() -> None:
     [note] = Served(parse_recipe({"serve": several}), {}).notes
     assert note.startswith("one process speaks HTTP here, serve.gateway.replicas = [1, 3] asks for more")
     assert "--config-only > serve.yaml" in note
+
+
+def test_a_server_whose_note_cannot_be_written_says_so_and_goes_on() -> None:
+    """As on a full disk; the process after a kill then has the note of before."""
+    served, lines = Served(parse_recipe({}), {}), list[str]()
+    with socket.socket() as listener:
+        kept = Kept(listener, 0)
+        served.remember(None, lines.append)
+        served.remember(kept, lines.append)
+        assert not lines
+        full = os.open("/dev/full", os.O_RDWR)
+        try:
+            os.dup2(full, kept.notes._file.fileno())
+            served.remember(kept, lines.append)
+        finally:
+            os.close(full)
+    assert len(lines) == 1
+    assert lines[0].startswith("no note of what is served could be written ([Errno 28]")
 
 
 def tracked_by(recipe: Recipe) -> Any:

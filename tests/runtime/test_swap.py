@@ -36,7 +36,7 @@ from pipeline.runtime.neighbours import remote_parts
 from pipeline.runtime.serve import _Watch, serve_recipe
 from pipeline.runtime.served import Served, served_artifacts
 from pipeline.serve.http_server import listen
-from pipeline.serve.keeper import Notes
+from pipeline.serve.keeper import Notes, SwapRequests
 from pipeline.serve.protocols import Images
 from tests.models.tiny_models import randomise
 from tests.ports import free_port
@@ -61,7 +61,7 @@ def test_ray_serve_loads_a_recipe_and_swaps_it_for_another(
     monkeypatch.setattr(serve_module.serve, "run_many", deploy)
     front, lines = Front(recipe.serve), list[str]()
     front.open(recipe, served.artifacts, *remote_parts(served.tables, {"networks": handle}, front.upkeep))
-    watch = _Watch(served, front, {"networks": handle}, lines.append, ExitStack())
+    watch = _Watch(served, front, {"networks": handle}, lines.append, ExitStack(), SwapRequests())
     client = TestClient(front, base_url="http://127.0.0.1")
 
     def picture() -> tuple[Images, dict[str, str]]:
@@ -120,12 +120,16 @@ def test_a_swap_to_a_smaller_cascade_refuses_nothing_while_it_loads(
 
     monkeypatch.setattr(serve_module.serve, "run_many", ask)
     ask()
-    _Watch(served, front, {"networks": handle}, lambda _: None, ExitStack()).swap(load_recipe(tmp_path / "small"))
+    _Watch(served, front, {"networks": handle}, lambda _: None, ExitStack(), SwapRequests()).swap(
+        load_recipe(tmp_path / "small")
+    )
     ask()
     assert sides == [32, 32, 16]
     chain = replace(recipe, serve=replace(recipe.serve, mode="chain"))
     with pytest.raises(StepError, match="other parts than the chain"):  # its deployments are there already
-        _Watch(Served(chain, {}), front, {}, lambda _: None, ExitStack()).swap(load_recipe(tmp_path / "small"))
+        _Watch(Served(chain, {}), front, {}, lambda _: None, ExitStack(), SwapRequests()).swap(
+            load_recipe(tmp_path / "small")
+        )
 
 
 def local_handle(served: Served) -> Any:
@@ -165,7 +169,7 @@ def test_what_is_served_is_in_use_and_nothing_else(
     with ExitStack() as uses:
         uses.enter_context(note(recipe))
         served = Served(recipe, served_artifacts(recipe)[0])
-        watch = _Watch(served, Front(recipe.serve), {"networks": handle}, lambda _: None, uses)
+        watch = _Watch(served, Front(recipe.serve), {"networks": handle}, lambda _: None, uses, SwapRequests())
         watch.swap(recipe)
         answers[0] = OSError("OSError: no such file")
         with pytest.raises(StepError, match="no such file"):
@@ -257,17 +261,41 @@ def test_replicas_are_looked_after_while_others_load(recipe: Recipe, monkeypatch
     monkeypatch.setattr(serve_module, "_WATCH_EVERY_S", 0.01)
     monkeypatch.setattr(_Watch, "swap", swap)
     handle: Any = object()
-    watch = _Watch(Served(recipe, {}), front, {"networks": handle}, lines.append, ExitStack())
-    watch._request_swap(signal.SIGHUP, None)
-    before = signal.getsignal(signal.SIGHUP)
+    watch = _Watch(Served(recipe, {}), front, {"networks": handle}, lines.append, ExitStack(), SwapRequests())
+    watch._swap_requests.note()
     try:
         with pytest.raises(KeyboardInterrupt):
             watch.run(lambda: recipe, [])
         assert not waited_in_vain
     finally:
-        signal.signal(signal.SIGHUP, before)
         may_end.set()
     assert "no replica is running; requests are answered with 503 until others have started" in lines
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), StepError("of ours"), MemoryError()])
+def test_a_swap_that_fails_in_whatever_way_ends_no_server(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """As a manifest that this user may not read; the networks of before go on."""
+    lines, looks = list[str](), list[int]()
+
+    def look(_lookout: Lookout) -> None:
+        looks.append(len(lines))
+        if len(looks) > 200 or lines:
+            raise KeyboardInterrupt
+
+    def reload() -> Recipe:
+        raise error
+
+    monkeypatch.setattr(Lookout, "look", look)
+    monkeypatch.setattr(serve_module, "_WATCH_EVERY_S", 0.01)
+    requests = SwapRequests()
+    requests.note()
+    watch = _Watch(Served(recipe, {}), Front(recipe.serve), {}, lines.append, ExitStack(), requests)
+    with pytest.raises(KeyboardInterrupt):
+        watch.run(reload, [])
+    name = "" if isinstance(error, UnclipError) else f"{type(error).__name__}: "
+    assert lines == [f"not swapped, the networks of before go on: {name}{error}"]
 
 
 def save_other(folder: Path) -> Path:
@@ -319,7 +347,10 @@ def test_a_server_answers_swaps_at_sighup_and_ends_at_ctrl_c(
 
     def kept() -> Any:
         return SimpleNamespace(
-            listener=listen("127.0.0.1", served.serve.port), notes=notes, note_listening=lambda: None
+            listener=listen("127.0.0.1", served.serve.port),
+            notes=notes,
+            swap_requests=SwapRequests(),
+            note_listening=lambda: os.kill(os.getpid(), signal.SIGHUP),  # long before the networks are loaded
         )
 
     def ask() -> None:
@@ -328,7 +359,7 @@ def test_a_server_answers_swaps_at_sighup_and_ends_at_ctrl_c(
     def announce(line: str) -> None:
         lines.append(line)
         if line.startswith("without neighbours"):
-            threading.Thread(target=lambda: (ask(), os.kill(os.getpid(), signal.SIGHUP))).start()
+            ask()  # of the networks that it started with
         if line == "other networks are served":
             threading.Thread(target=lambda: (ask(), os.kill(os.getpid(), signal.SIGINT))).start()
 

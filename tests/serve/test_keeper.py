@@ -118,7 +118,7 @@ def test_a_server_that_is_killed_is_started_again_and_503_is_answered_until_then
         httpx.get(url)
 
 
-def test_notes_outlive_who_writes_them() -> None:
+def test_notes_outlive_who_writes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     notes = Notes()
     assert notes.read() == {}
     for number in range(3):
@@ -131,6 +131,18 @@ def test_notes_outlive_who_writes_them() -> None:
     assert notes.read()["number"] == 2
     notes.write({"number": 4})
     assert notes.read() == {"number": 4}
+
+    def write_half(handle: int, line: bytes) -> int:
+        return real(handle, line[: len(line) // 2])
+
+    real = os.write
+    monkeypatch.setattr(os, "write", write_half)  # as a disk that is nearly full
+    with pytest.raises(OSError, match="No space left"):
+        notes.write({"number": 5})
+    assert notes.read() == {"number": 4}
+    monkeypatch.undo()
+    notes.write({"number": 6})
+    assert notes.read() == {"number": 6}
 
 
 def test_a_signal_between_the_end_of_a_server_and_the_keepers_notice_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +172,31 @@ def test_a_signal_while_there_is_no_server_ends_the_next_one(monkeypatch: pytest
     with handlers_of_before(keeper), pytest.raises(SystemExit) as ended:
         keeper.run()
     assert ended.value.code == 128 + signal.SIGTERM
+
+
+def test_a_swap_that_is_requested_while_a_server_starts_or_there_is_none_is_noted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a handler SIGHUP ends a process, and with the server all that it serves."""
+
+    def announce(line: str) -> None:
+        assert line.startswith("the server was killed by SIGKILL")
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    def swap_and_die() -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        if keeper._kept.swap_requests.take():
+            kill_itself()
+
+    def end_if_requested() -> None:
+        os._exit(5 if keeper._kept.swap_requests.take() and not keeper._kept.swap_requests.take() else 6)
+
+    keeper = _Keeper(parse_recipe({"serve": {"port": free_port()}}).serve, announce, None)
+    with_children(monkeypatch, keeper, [swap_and_die, lambda: time.sleep(5), end_if_requested])
+    with handlers_of_before(keeper), pytest.raises(SystemExit) as ended:
+        keeper.run()
+    assert ended.value.code == 5
+    assert not keeper._kept.swap_requests.take()  # it was the child's
 
 
 def with_children(monkeypatch: pytest.MonkeyPatch, keeper: _Keeper, acts: list[Callable[[], object]]) -> None:
