@@ -176,6 +176,14 @@ def test_objective_takes_hard_negatives_in_training_alone_and_repeats_them_by_se
     assert losses[True][2] == losses[False][2]
 
 
+def test_hard_negatives_of_training_swap_only_what_is_read() -> None:
+    head, tail = " ".join(f"word{number}" for number in range(CONFIG.context_length)), "a cat and a dog"
+    captions = (f"{head} {tail}", tail, "a dog and a cat")
+    objective = ClipObjective(CLIP_KIND.create(replace(CONFIG, hard_negatives=True), CONFIG.dims()))
+    batch = objective.prepare(Batch(captions, captions), SampleRandom.of_samples(1, range(3)))
+    assert batch.negatives == (captions[0], "a dog and a cat", "a cat and a dog")
+
+
 def test_open_clip_is_loaded_without_wandb_which_others_may_still_load() -> None:
     code = "import sys, pipeline.clip.library; sys.exit('wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
@@ -318,3 +326,12 @@ def test_clips_own_tokenizer_cuts_what_it_counts_as_longer() -> None:
     inputs = inputs_of({"text_cfg": {"context_length": 20}}, {"size": 32}, "")
     assert inputs.cut_at(captions) == [20 if tokens > 20 else 0 for tokens in count_tokens(captions)]
     assert set(inputs.cut_at(captions)) == {0, 20}
+
+
+def test_whole_words_are_those_of_the_longest_beginning_that_is_not_cut() -> None:
+    inputs = inputs_of({"text_cfg": {"context_length": 20}}, {"size": 32}, "")
+    for caption in (" ".join(["cat", "zyzzyva", "don't", "dog,"] * number) for number in range(8)):
+        words = caption.split()
+        whole = [n for n in range(len(words) + 1) if inputs.cut_at([" ".join(words[:n])]) == [0]]
+        assert inputs.num_whole_words(caption) == max(whole)
+    assert inputs.num_whole_words("cat " + "x" * 100_000) == 1  # at once: its tokens are not counted

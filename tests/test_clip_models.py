@@ -187,6 +187,9 @@ def test_a_hugging_face_tokenizer_is_read_from_the_clips_folder_without_a_networ
     tokens = clip.clip.tokenize(["a red circle", "a purple circle"])
     assert tokens[:, :5].tolist() == [[3, 4, 5, 1, 0], [3, 2, 5, 1, 0]]
     assert clip.embed_text(["a red circle"]).shape == (1, 16)
+    length = clip.clip.inputs.context_length
+    assert clip.clip.inputs.num_whole_words("a red circle") == 3
+    assert clip.clip.inputs.num_whole_words("red " * length) == length - 2
 
 
 def test_a_caption_without_spaces_is_tokenised_at_once() -> None:

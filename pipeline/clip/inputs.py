@@ -75,6 +75,35 @@ class ClipInputs:
         is_cut = (longer[:-1, :length] != tokens).any(dim=1) | (longer[:-1, length] != longer[-1, length])
         return [length if cut else 0 for cut in is_cut.tolist()]
 
+    def num_whole_words(self, caption: str) -> int:
+        """Words at a caption's beginning, by spaces, all of whose tokens are read."""
+        words = caption.split()
+        num_tokens, num_chars = 2, 0  # the start and the end token
+        for number, word in enumerate(words):
+            num_chars += len(word) + 1
+            if num_chars > _MAX_CAPTION_CHARS:
+                return number
+            num_tokens += self._num_tokens(word)
+            if num_tokens > self.context_length:
+                return number
+        return len(words)
+
+    def _num_tokens(self, word: str) -> int:
+        """Tokens of a word of at most ``_MAX_CAPTION_CHARS``, at least 1."""
+        known = self._tokens_of_words
+        if word not in known:
+            if len(known) >= _MAX_CACHED_WORDS:
+                known.clear()
+            tokenizer = self.tokenizer
+            is_plain = isinstance(tokenizer, SimpleTokenizer)
+            tokens = tokenizer.encode(word) if is_plain else tokenizer.tokenizer.encode(word, add_special_tokens=False)
+            known[word] = max(1, len(tokens))
+        return known[word]
+
+    @cached_property
+    def _tokens_of_words(self) -> dict[str, int]:
+        return {}
+
     def _tokenize(self, captions: Sequence[str], length: int) -> Int[Tensor, "B L"]:
         return self.tokenizer([_shorten(caption) for caption in captions], context_length=length)
 

@@ -36,8 +36,9 @@ from pipeline.evaluate.order import (
     frechet_statistic,
     mean_statistic,
 )
-from pipeline.evaluate.parts import Part, check_pixels, picture_seed, read_part, write_rows
+from pipeline.evaluate.parts import check_pixels, picture_seed, read_part, write_rows
 from pipeline.evaluate.prompts import PromptSet, choose_prompts
+from pipeline.evaluate.work import Part
 from pipeline.grid import Block, draw_grid
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.pictures import decode, to_png
@@ -109,7 +110,7 @@ def ablation_step(recipe: Recipe, *, num_prompts: int, num_shown: int) -> Step:
     fields = {name: steps["evaluate"].section.get(name) for name in ("prompts_path", "content", "seed")}
     inputs = {name: steps[name].key for name in (*_INPUTS, *CASCADE_STEPS) if name in steps}
     fields |= sampling_tables(recipe)
-    return Step(_STEP, 4, fields | {"num_prompts": num_prompts, "num_shown": num_shown}, inputs)
+    return Step(_STEP, 5, fields | {"num_prompts": num_prompts, "num_shown": num_shown}, inputs)
 
 
 def plan_variants(variants: tuple[str, ...], num_prompts: int, batch_size: int) -> list[Part]:

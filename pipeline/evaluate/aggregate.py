@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from pipeline.evaluate.checks import held_out_check, parse_flags, pixel_check
 from pipeline.evaluate.metrics import FeatureSums, cosine, frechet_distance, mean_of, r_precision, rate_of
-from pipeline.evaluate.parts import ENLARGED, Part, read_part
+from pipeline.evaluate.parts import ENLARGED, read_part
 from pipeline.evaluate.prompts import PromptSet, choose_rows
 from pipeline.evaluate.sets import NUM_NEIGHBOURS, cmmd, precision_recall
+from pipeline.evaluate.work import Part
 from pipeline.retrieve import Neighbour, NeighbourIndex
 from pipeline.workspace.store import Artifact
 

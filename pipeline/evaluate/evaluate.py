@@ -1,19 +1,18 @@
 """The evaluate step without Ray: its plan, the worker that runs its parts, and the files made from all parts."""
 
 import json
-import random
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from pipeline.data.negatives import bigrams_of, hard_negatives
+from pipeline.data.negatives import bigrams_of
 from pipeline.data.selection import embeddings_of
 from pipeline.data.training_rows import sample_captions
 from pipeline.evaluate.aggregate import Aggregate, TrainingNeighbours
 from pipeline.evaluate.features import FeatureExtractor
 from pipeline.evaluate.gallery import Gallery
-from pipeline.evaluate.parts import PartRunner, Work, plan_parts, samples_of
+from pipeline.evaluate.parts import PartRunner
 from pipeline.evaluate.prompts import choose_prompts, held_out_rows, trained_prompts
+from pipeline.evaluate.work import Work, plan_parts, samples_of
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.recipe.recipe import Recipe
 from pipeline.sampling.sample import SAMPLES
@@ -34,13 +33,6 @@ def plan_work(recipe: Recipe, inputs: Mapping[str, Artifact]) -> Work:
     prompts = choose_prompts(config.prompts_path, inputs["pairs"], embeddings_of(inputs), config.num_prompts)
     trained = trained_prompts(config.num_trained_prompts if prompts.source == "drawn" else 0, recipe.seed)
     rows, _ = held_out_rows(embeddings_of(inputs), config.num_prompts)
-    bigrams = bigrams_of(sample_captions(embeddings_of(inputs)))
-
-    def negative_of(caption: str) -> str:
-        return next(iter(hard_negatives(caption, bigrams, 1, random.Random(f"{recipe.seed} {caption}"))), "")
-
-    prompts = replace(prompts, prompts=tuple(replace(p, negative=negative_of(p.text)) for p in prompts.prompts))
-    rows = [replace(row, negative=negative_of(row.caption)) for row in rows]
     samples = samples_of(len(prompts.prompts), config.num_shown, config.num_images_per_shown)
     counts = {"samples": len(samples), "trained": len(trained.prompts), "validation": len(rows)}
     return Work(prompts, trained, rows, samples, plan_parts(counts, config.batch_size))
@@ -54,7 +46,8 @@ def make_runner(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact
     extractor = FeatureExtractor(path, device) if path else None
     configs = network_configs(recipe)
     cascade = load_cascade(networks, device, configs)
-    runner = PartRunner(cascade, work, inputs["download"], output, recipe.seed, extractor)
+    bigrams = bigrams_of(sample_captions(embeddings_of(inputs)))
+    runner = PartRunner(cascade, work, inputs["download"], output, recipe.seed, extractor, bigrams)
     if recipe.prior_2 is not None:
         second, config = {"prior": inputs["prior_2"]}, {"prior": configs["prior_2"]}
         runner.second = load_cascade(second, device, config, cascade.clip)

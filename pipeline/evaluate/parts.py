@@ -5,11 +5,9 @@ aggregate.py computes the numbers of all parts.
 """
 
 import json
-import math
+import random
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,10 +22,12 @@ from models.pixels import resize, to_pixels, to_uint8
 from models.stage import PIXELS, Z_IMAGE, Batch, DiffusionStage
 from pipeline.clip.frozen import FrozenClip
 from pipeline.data import batches
+from pipeline.data.negatives import Bigrams, hard_negatives
 from pipeline.data.shards import StoredPictures
 from pipeline.errors import DataError
 from pipeline.evaluate.features import FeatureExtractor
 from pipeline.evaluate.prompts import PromptSet, Row
+from pipeline.evaluate.work import Part, Work
 from pipeline.networks.bound import bound_of
 from pipeline.networks.measuring import ValidationRows, num_pictures
 from pipeline.networks.quality import psnr_db, sharpness, ssim
@@ -69,57 +69,6 @@ _VECTORS = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Part:
-    """A run of consecutive items of one kind."""
-
-    kind: str
-    """``samples``, ``trained`` (samples of trained combinations) or ``validation``."""
-    number: int
-    start: int
-    stop: int
-
-    @property
-    def name(self) -> str:
-        """Name of the part's files and of its record."""
-        return f"parts/{self.kind}-{self.number:05d}"
-
-
-def plan_parts(counts: Mapping[str, int], batch_size: int) -> list[Part]:
-    """Cut the items of each kind into parts of nearly equal size, of at most ``batch_size`` items each."""
-    parts: list[Part] = []
-    for kind, total in counts.items():
-        count = math.ceil(total / batch_size)
-        ends = [total * i // count for i in range(count + 1)] if count else [0]
-        parts += [Part(kind, i, start, stop) for i, (start, stop) in enumerate(pairwise(ends))]
-    return parts
-
-
-def samples_of(num_prompts: int, num_shown: int, num_images: int) -> list[tuple[int, int]]:
-    """(prompt number, image number) of each sample: one of every prompt, then the further ones of the shown prompts."""
-    shown = range(min(num_shown, num_prompts))
-    return [(i, 0) for i in range(num_prompts)] + [(i, j) for i in shown for j in range(1, num_images)]
-
-
-@dataclass(frozen=True)
-class Work:
-    """Everything that an evaluation samples and measures; a function of the recipe and its inputs."""
-
-    prompts: PromptSet
-    trained: PromptSet
-    """Prompts of trained combinations, for the difference to the held-out ones; empty for other sources."""
-    rows: Sequence[Row]
-    """Validation rows, for the measures of each network."""
-    samples: Sequence[tuple[int, int]]
-    """(prompt number, image number) of each sample."""
-    parts: Sequence[Part]
-
-    @property
-    def num_items(self) -> int:
-        """Number of samples and rows together."""
-        return len(self.samples) + len(self.trained.prompts) + len(self.rows)
-
-
 class PartRunner:
     """Samples and measures parts; each worker builds one.
 
@@ -130,6 +79,7 @@ class PartRunner:
         output: The evaluate step's artifact.
         seed: The recipe's seed.
         extractor: Features for a second Frechet distance; None: only CLIP's.
+        bigrams: Pairs of words of the corpus, for the hard negatives of captions.
     """
 
     def __init__(
@@ -140,6 +90,7 @@ class PartRunner:
         output: Artifact,
         seed: int,
         extractor: FeatureExtractor | None = None,
+        bigrams: Bigrams = frozenset(),
     ) -> None:
         self._cascade = cascade
         self._clip = cast("FrozenClip", cascade.clip)
@@ -151,6 +102,7 @@ class PartRunner:
         self._seed = seed
         self._samples = work.samples
         self._extractor = extractor
+        self._bigrams = bigrams
         self._sides_px = list(cascade.sides_px.values())
         self.second: Cascade | None = None
         """The recipe's second prior alone, if it has one; only its embeddings are measured."""
@@ -206,9 +158,8 @@ class PartRunner:
                 for side_px, stage in zip(self._sides_px, result.pictures.values(), strict=True):
                     self._write_picture(f"stages/{i:05d}-{side_px}.png", stage[n].numpy(), names)
         self._add_real(rows)
-        contrast = self._contrast(z_text, [prompt.negative for prompt in prompts])
-        for row, prompt, direction in zip(rows, prompts, contrast, strict=True):
-            row |= {"negative": prompt.negative, "margin": _dot(row["z_image"], direction)}
+        for row, (negative, direction) in zip(rows, self._contrast([p.text for p in prompts], z_text), strict=True):
+            row |= {"negative": negative, "margin": _dot(row["z_image"], direction)}
             row["margin_real"] = _dot(row["z_real"], direction)
         return rows
 
@@ -228,15 +179,26 @@ class PartRunner:
             for number, prompt, seed, picture in zip(numbers, prompts, seeds, pictures, strict=True)
         ]
 
-    def _contrast(self, z_text: Array, negatives: Sequence[str]) -> list[Array | None]:
-        """z_text of each caption minus that of its hard negative; None without a negative."""
-        places = [place for place, negative in enumerate(negatives) if negative]
-        contrast: list[Array | None] = [None] * len(negatives)
+    def _contrast(self, captions: Sequence[str], z_text: Array) -> list[tuple[str, Array | None]]:
+        """A hard negative of each caption, and z_text of the caption minus that of the negative.
+
+        ("", None) where there is no negative, or CLIP reads none: its tokenizer may leave out what differs.
+        """
+        negatives = [self._negative_of(caption) for caption in captions]
+        tokens = self._clip.clip.tokenize([*captions, *negatives])
+        is_read = (tokens[: len(captions)] != tokens[len(captions) :]).any(dim=1).tolist()
+        places = [place for place, negative in enumerate(negatives) if negative and is_read[place]]
+        contrast: list[tuple[str, Array | None]] = [("", None)] * len(captions)
         if places:
             z_negative = self._clip.encode_text([negatives[place] for place in places]).z_text.cpu().numpy()
             for place, z in zip(places, z_negative, strict=True):
-                contrast[place] = z_text[place] - z
+                contrast[place] = (negatives[place], z_text[place] - z)
         return contrast
+
+    def _negative_of(self, caption: str) -> str:
+        """A hard negative of a caption by the recipe's seed; empty if there is none."""
+        rng, num_words = random.Random(f"{self._seed} {caption}"), self._clip.clip.inputs.num_whole_words(caption)
+        return next(iter(hard_negatives(caption, self._bigrams, 1, rng, num_words)), "")
 
     def _add_real(self, rows: list[Json]) -> None:
         """Add to the first sample of each prompt the real picture of its scene, or the picture whose caption it is."""
@@ -283,9 +245,9 @@ class PartRunner:
             | dict.fromkeys(f"{prefix}{name}" for prefix in ("", "bicubic_") for name in ENLARGED)
             for row, z in zip(rows, z_prior, strict=True)
         ]
-        contrast = self._contrast(batch.text.z_text.cpu().numpy(), [row.negative for row in rows])
-        for column, row, direction in zip(columns, rows, contrast, strict=True):
-            column |= {"negative": row.negative, "margin": _dot(row.z_image, direction)}
+        contrast = self._contrast([row.caption for row in rows], batch.text.z_text.cpu().numpy())
+        for column, row, (negative, direction) in zip(columns, rows, contrast, strict=True):
+            column |= {"negative": negative, "margin": _dot(row.z_image, direction)}
         if self.second is not None:
             second = _finite(self._embeddings(self.second, batch), "prior_2")
             for column, z in zip(columns, second, strict=True):

@@ -37,8 +37,6 @@ class Prompt:
     """What the picture should show, for the pixel check (drawn source)."""
     row: "Row | None" = None
     """The picture whose caption it is (validation captions)."""
-    negative: str = ""
-    """The same words in another order (``pipeline.data.negatives``), or empty if there is no such caption."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,6 @@ class Row:
     """(D,), length one."""
     z_text: NDArray[np.float16]
     """(D,), length one."""
-    negative: str = ""
-    """A hard negative of the caption, as for a prompt."""
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,8 @@ class ClipObjective(ContrastiveObjective):
             return batch
         bigrams = bigrams_of_all(batch.captions)
         seeds = random.seeds("negatives").tolist()
-        return replace(batch, negatives=tuple(map(_reordered, batch.captions, repeat(bigrams), seeds)))
+        num_words = map(self._clip.inputs.num_whole_words, batch.captions)
+        return replace(batch, negatives=tuple(map(_reordered, batch.captions, repeat(bigrams), seeds, num_words)))
 
     def encode(self, batch: Batch, random: SampleRandom) -> Pairs:
         """The features of a batch."""
@@ -81,9 +82,9 @@ def bigrams_of_all(captions: Sequence[str]) -> Bigrams:
     return frozenset().union(*parts)
 
 
-def _reordered(caption: str, bigrams: Bigrams, seed: int) -> str:
+def _reordered(caption: str, bigrams: Bigrams, seed: int, num_words: int) -> str:
     """A hard negative of a caption; the caption itself where there is none."""
-    return next(iter(hard_negatives(caption, bigrams, 1, Random(seed))), caption)
+    return next(iter(hard_negatives(caption, bigrams, 1, Random(seed), num_words)), caption)
 
 
 def save_clip_artifact(artifact: Artifact, clip: OpenClip) -> None:

@@ -74,7 +74,7 @@ _BEFORE_EVALUATE = (
     StepRow(
         name="clip",
         title="CLIP",
-        version=3,
+        version=4,
         inputs=("download", "filter"),
         runner="pipeline.runtime.train:run_clip",
         role="train",
@@ -168,7 +168,7 @@ STEPS = (
     StepRow(
         name="evaluate",
         title="Evaluation",
-        version=6,
+        version=7,
         inputs=tuple(row.name for row in _BEFORE_EVALUATE),
         runner="pipeline.runtime.data:run_evaluate",
         samples=True,

@@ -1,4 +1,5 @@
 import random
+import tracemalloc
 from itertools import combinations_with_replacement
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tests.tiny.shards import drawn_sample, write_shard
 
 
 def _all(caption: str, bigrams: Bigrams) -> set[str]:
-    return set(hard_negatives(caption, bigrams, 10**6, random.Random(0)))
+    return set(hard_negatives(caption, bigrams, 10**6, random.Random(0), len(caption.split())))
 
 
 def _plain_swaps(caption: str, bigrams: Bigrams) -> set[str]:
@@ -61,12 +62,42 @@ def test_case_is_ignored_and_punctuation_belongs_to_its_word() -> None:
 def test_the_choice_depends_on_the_state_of_the_generator_alone() -> None:
     captions = [canonical_caption(training_scene(0, index)) for index in range(300)]
     bigrams, caption = bigrams_of(captions), "a large red star above a small blue circle on a white background"
-    assert hard_negatives(caption, bigrams, 2, random.Random(5)) == hard_negatives(
-        caption, bigrams, 2, random.Random(5)
+    assert hard_negatives(caption, bigrams, 2, random.Random(5), 99) == hard_negatives(
+        caption, bigrams, 2, random.Random(5), 99
     )
-    negatives = {hard_negatives(caption, bigrams, 1, random.Random(seed))[0] for seed in range(40)}
+    negatives = {hard_negatives(caption, bigrams, 1, random.Random(seed), 99)[0] for seed in range(40)}
     assert len(negatives) > 5
     assert negatives <= _all(caption, bigrams)
+
+
+@pytest.mark.parametrize("num_words", [5, 7, 9])
+def test_only_the_words_that_are_read_change_places(num_words: int) -> None:
+    words = ["a", "red", "star", "above", "a", "blue", "cross", "on", "a", "gray", "field"]
+    bigrams = bigrams_of([" ".join([a, b]) for a in words for b in words])
+    negatives = hard_negatives(" ".join(words), bigrams, 10**6, random.Random(0), num_words)
+    heads = [negative.split()[:num_words] for negative in negatives]
+    assert len(heads) > 10
+    assert all(sorted(head) == sorted(words[:num_words]) for head in heads)
+    assert all(negative.split()[num_words:] == words[num_words:] for negative in negatives)
+
+
+def test_a_swap_that_makes_a_new_pair_with_the_first_word_behind_is_none() -> None:
+    words, corpus = "one two three four", ["one two three", "two one", "one three", "three four"]
+    assert hard_negatives(words, bigrams_of(corpus), 9, random.Random(0), 3) == ["two one three four"]
+    assert hard_negatives(words, bigrams_of([*corpus, "three two", "two four"]), 99, random.Random(0), 3) != [
+        "two one three four"
+    ]
+
+
+def test_a_caption_of_tags_takes_little_memory() -> None:
+    """Every order of a shop's ten words is a negative: some 16,000 swaps, of which one is kept."""
+    words = [f"tag{number % 10}" for number in range(60)]
+    bigrams = bigrams_of([f"{a} {b}" for a in set(words) for b in set(words)])
+    tracemalloc.start()
+    assert len(hard_negatives(" ".join(words * 100), bigrams, 1, random.Random(0), 60)) == 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 @pytest.mark.parametrize("num_captions", [6, 9, 1000])

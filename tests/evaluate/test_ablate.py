@@ -28,8 +28,9 @@ from pipeline.clip.model import create_clip
 from pipeline.errors import ConfigError
 from pipeline.evaluate import metrics as m
 from pipeline.evaluate.ablate import AblationRunner, ablate_recipe, ablation_step, plan_variants
-from pipeline.evaluate.parts import Part, picture_seed, read_part
+from pipeline.evaluate.parts import picture_seed, read_part
 from pipeline.evaluate.prompts import Prompt, PromptSet, choose_prompts
+from pipeline.evaluate.work import Part
 from pipeline.networks.table import kind_of
 from pipeline.recipe.plan import artifact_of, inputs_of
 from pipeline.recipe.recipe import Recipe, parse_recipe

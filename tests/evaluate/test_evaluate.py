@@ -15,15 +15,17 @@ from models.decoder.stage import DecoderStage
 from models.diffusion.process import Diffusion
 from models.pixels import resize, to_pixels, to_uint8
 from models.prior.stage import PriorStage
+from pipeline.data.negatives import bigrams_of
 from pipeline.data.shards import StoredPictures
 from pipeline.data.vectors import read_vectors
 from pipeline.errors import DataError
 from pipeline.evaluate import metrics as m
 from pipeline.evaluate.evaluate import finish, make_runner, plan_work, summarise
 from pipeline.evaluate.features import FeatureExtractor
-from pipeline.evaluate.parts import Part, PartRunner, Work, picture_seed, plan_parts, read_part, samples_of
+from pipeline.evaluate.parts import PartRunner, picture_seed, read_part
 from pipeline.evaluate.prompts import choose_prompts, choose_rows
 from pipeline.evaluate.sets import cmmd, precision_recall
+from pipeline.evaluate.work import Part, Work, plan_parts, samples_of
 from pipeline.networks.cascade import load_cascade
 from pipeline.networks.quality import psnr_db, sharpness
 from pipeline.pictures import square
@@ -135,19 +137,45 @@ def test_preference_compares_each_caption_with_its_words_in_another_order(
     output, work, metrics = evaluated
     rows = [row for part in work.parts if part.kind == "samples" for row in read_part(output, part)]
     firsts = [row for row in rows if row["image_number"] == 0]
-    prompts = [prompt for prompt in work.prompts.prompts if prompt.negative]
-    assert 0 < len(prompts) < len(firsts)
-    assert all(sorted(prompt.negative.split()) == sorted(prompt.text.split()) for prompt in prompts)
+    reordered = [row for row in firsts if row["negative"]]
+    assert 0 < len(reordered) < len(firsts)
+    assert all(sorted(row["negative"].split()) == sorted(row["prompt"].split()) for row in reordered)
     clip: Any = cascade.clip
     for column, name in (("z_image", "generated"), ("z_real", "real")):
         hits = 0
-        for row in (row for row in firsts if row["negative"]):
+        for row in reordered:
             own, other = clip.encode_text([row["prompt"], row["negative"]]).z_text.numpy() @ row[column]
             hits += bool(own > other)
         rate = metrics["preference"][name]
-        assert (rate["hits"], rate["total"]) == (hits, len(prompts))
-        assert rate["without_negative"] == len(firsts) - len(prompts)
+        assert (rate["hits"], rate["total"]) == (hits, len(reordered))
+        assert rate["without_negative"] == len(firsts) - len(reordered)
     assert metrics["preference"]["chance"] == 0.5
+
+
+def test_negatives_are_of_what_clip_reads_of_a_caption(tiny: Recipe, cascade: Cascade, tmp_path: Path) -> None:
+    work, download = plan_work(tiny, _inputs(tiny)), _inputs(tiny)["download"]
+    clip: Any = cascade.clip
+    words = [f"word{number}" for number in range(60)]
+    head, tail = " ".join(words[:50]), "a cat and a dog"  # the tail is behind the end of what is read
+    captions = [f"{head} {tail}", f"{tail} {head}", tail]
+    assert clip.clip.inputs.cut_at([head])[0] == clip.clip.inputs.context_length
+    bigrams = bigrams_of(["a dog and a cat", "cat word0"])
+    runner = PartRunner(cascade, work, download, Artifact(str(tmp_path)), 0, None, bigrams)
+    z_text = clip.encode_text(captions).z_text.cpu().numpy()
+    (none, no_direction), (long, direction), (short, _) = runner._contrast(captions, z_text)
+    assert (none, no_direction) == ("", None)
+    assert long == f"a dog and a cat {head}"
+    assert short == "a dog and a cat"
+    assert np.abs(direction).max() > 0
+
+
+def test_a_negative_that_the_tokenizer_reads_as_its_caption_is_none(
+    tiny: Recipe, cascade: Cascade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip: Any = cascade.clip
+    runner = PartRunner(cascade, plan_work(tiny, _inputs(tiny)), _inputs(tiny)["download"], Artifact(str(tmp_path)), 0)
+    monkeypatch.setattr(runner, "_negative_of", lambda caption: caption.replace("dog", "DOG"))
+    assert runner._contrast(["a cat and a dog"], clip.encode_text(["a cat and a dog"]).z_text.numpy()) == [("", None)]
 
 
 def test_failures_are_the_pictures_in_which_something_is_wrong(
