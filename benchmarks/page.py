@@ -68,11 +68,16 @@ def main() -> None:
             parts.append(f"## {title.rstrip('.')}\n\n{body}\n")
             last_module = module
         document = json.loads(path.read_text(encoding="utf-8"))
-        versions = ", ".join(f"{package} {version}" for package, version in document["versions"].items())
-        parts.append(
-            f"Measured with {versions}, {document['machine']['threads']} thread(s):\n\n{_table(document['rows'])}\n"
-        )
+        parts.append(f"{measured_with(document)}:\n\n{_table(document['rows'])}\n")
     print("\n".join(parts), end="")
+
+
+def measured_with(document: dict[str, Any]) -> str:
+    """The versions, the threads and, where the results name it, the device of a measurement."""
+    versions = ", ".join(f"{package} {version}" for package, version in document["versions"].items())
+    device = document["settings"].get("device")
+    threads = f"{document['machine']['threads']} thread(s)"
+    return f"Measured with {versions}, {threads}{f', on {device}' if device else ''}"
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
