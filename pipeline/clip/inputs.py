@@ -16,6 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.pictures import Framing
 
 _MAX_CAPTION_CHARS = 2048
+_MAX_COUNTED_WORDS, _MAX_COUNTED_CHARS = 1 << 18, 64
 
 
 @dataclass(frozen=True)
@@ -90,18 +91,21 @@ class ClipInputs:
 
     def _num_tokens(self, word: str) -> int:
         """Tokens of a word of at most ``_MAX_CAPTION_CHARS``, at least 1."""
-        known = self._tokens_of_words
-        if word not in known:
-            if len(known) >= _MAX_CACHED_WORDS:
-                known.clear()
+        count = self._counts.get(word)
+        if count is None:
             tokenizer = self.tokenizer
-            is_plain = isinstance(tokenizer, SimpleTokenizer)
+            is_plain = isinstance(tokenizer, ClipTokenizer)
             tokens = tokenizer.encode(word) if is_plain else tokenizer.tokenizer.encode(word, add_special_tokens=False)
-            known[word] = max(1, len(tokens))
-        return known[word]
+            count = max(1, len(tokens))
+            if len(word) <= _MAX_COUNTED_CHARS:
+                if len(self._counts) >= _MAX_COUNTED_WORDS:
+                    self._counts.clear()
+                self._counts[word] = count
+        return count
 
     @cached_property
-    def _tokens_of_words(self) -> dict[str, int]:
+    def _counts(self) -> dict[str, int]:
+        """Tokens of the words that were counted: cleaning a word takes ten times as long as looking it up."""
         return {}
 
     def _tokenize(self, captions: Sequence[str], length: int) -> Int[Tensor, "B L"]:
