@@ -74,15 +74,16 @@ def run_job(job: TrainJob, watch: Watch, wants_stop: WantsStop = never) -> Json:
             watch(state.step, config.total_steps, f"{text}{note_of_skips}{log.note}{note}")
 
     def validate(average: nn.Module | None) -> None:
-        if is_first and average is not None:
-            if not resources.validates_beside:
-                validation.write(average, state.step)
+        """Measure the network, unless others do, and publish the curves."""
+        if is_first and average is not None and not resources.validates_beside:
+            validation.write(average, state.step)
+        if is_first:
             log.flush(state.step)
 
     def save(state: TrainState) -> None:
         is_due = state.step % resources.save_every_steps == 0  # else the training ends early, and may have little time
         validate(state.average if is_due and not resources.validates_beside else None)
-        writer.save(state)
+        writer.save(state)  # after the curves: what it holds is not trained again, so no later start writes their rows
 
     def explain(state: TrainState) -> str:
         number = int(state.bad_step) - 1
@@ -203,7 +204,7 @@ class MetricsLog:
 
     def __init__(self, artifact: Artifact, step: int, before: Artifact | None = None) -> None:
         self._artifact, before = artifact, before or artifact
-        lines = before.path(METRICS).read_text(encoding="utf-8").splitlines() if before.exists(METRICS) else []
+        lines = (before.find_bytes(METRICS) or b"").decode().splitlines()
         rows: list[Json] = [json.loads(line) for line in lines]
         self.reached: int = max((row["step"] for row in rows), default=0)
         """Last step of the curves of the start before."""

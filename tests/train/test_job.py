@@ -18,7 +18,7 @@ from pipeline.networks.clip import load_clip_artifact
 from pipeline.networks.files import load_network
 from pipeline.recipe.recipe import Recipe
 from pipeline.train.assemble import TrainJob, assemble
-from pipeline.train.job import run_job
+from pipeline.train.job import MetricsLog, run_job
 from pipeline.train.resume import checkpoint_name, checkpoint_steps
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Artifact
@@ -109,6 +109,37 @@ def test_a_training_says_that_it_begins_at_step_0_though_its_curves_went_further
     run_job(killed, note)
     assert messages[0] == "0 training; begun at step 0: there is no checkpoint, though the curves reach step 6"
     assert messages[-1].endswith(messages[0].partition("training")[2])
+
+
+def test_a_killed_training_that_is_validated_beside_loses_no_row_of_its_curves(tmp_path: Path) -> None:
+    recipe = _changed("upsampler_1", resources__validation="beside")
+    job = tiny_job("upsampler_1", tiny_inputs(tmp_path), tmp_path / "output", recipe)
+
+    def kill(done: int, total: int, message: str) -> None:
+        if done == 5:
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        run_job(job, kill)
+    assert checkpoint_steps(job.output) == [2, 4]
+    assert _steps_of_losses(job) == [1, 2, 3, 4]
+    run_job(job, no_watch)
+    assert _steps_of_losses(job) == [1, 2, 3, 4, 5, 6]
+
+
+def test_curves_that_cannot_be_read_for_a_moment_are_continued(
+    killed: TrainJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = _steps_of_losses(killed)
+    with monkeypatch.context() as patch:
+        failed = fail_calls(patch, "open", ends=(METRICS,))
+        assert [row["step"] for row in MetricsLog(killed.output, 4).rows if "loss" in row] == before == [1, 2, 3, 4]
+        assert len(failed) == 1
+
+
+def _steps_of_losses(job: TrainJob) -> list[int]:
+    rows = map(json.loads, job.output.path(METRICS).read_text().splitlines())
+    return [row["step"] for row in rows if "loss" in row]
 
 
 def _changed(name: str, **changes: Any) -> Recipe:
