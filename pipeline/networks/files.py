@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.clip_config import ClipDims
 from pipeline.errors import DataError
 from pipeline.networks.table import kind_named, kind_of
-from pipeline.networks.tensor_file import save_tensors
+from pipeline.networks.tensor_file import open_tensors, save_tensors
 from pipeline.recipe.recipe import SAMPLING, to_dict
 from pipeline.workspace.store import Artifact
 
@@ -40,8 +39,7 @@ def save_network(
         state_dict: The weights, on any device.
     """
     tensors = {name: tensor.detach().cpu() for name, tensor in state_dict.items()}
-    with artifact.write(WEIGHTS) as path:
-        save_tensors(tensors, path, {"format": "pt"})
+    artifact.write_whole(WEIGHTS, lambda path: save_tensors(tensors, path, {"format": "pt"}))
     artifact.write_json(CONFIG, config_content(config, dims))
 
 
@@ -92,8 +90,9 @@ def load_network(
     network = create_network(artifact.read_json(CONFIG), where, requested)
     path = artifact.path(WEIGHTS)
     try:
-        network.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError, OSError) as error:
+        weights = open_tensors(path)
+        network.load_state_dict({name: weights.get_tensor(name) for name in weights.keys()})  # noqa: SIM118
+    except (SafetensorError, RuntimeError, FileNotFoundError) as error:
         raise DataError(f"{path}: not the weights of {where}: {error}; remove {artifact.uri} and run again") from error
     return network.to(device).eval().requires_grad_(requires_grad=False)
 

@@ -1,15 +1,21 @@
-"""Writes safetensors files tensor by tensor.
+"""Writes safetensors files tensor by tensor, and opens them, patient with storage that fails for a moment.
 
-The library's own writer copies all tensors in memory first, and what it has written must be read for its checksum.
+The library's own writer copies all tensors in memory first, and what it has written must be read for its checksum. The
+errors of its reader do not tell storage that fails from a file that is damaged or missing.
 """
 
+import errno
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pipeline.workspace.disk import patiently
 from pipeline.workspace.hashing import HashedFile
 
 _TYPES = {
@@ -54,3 +60,31 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             stream.write(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def open_tensors(path: Path) -> Any:
+    """What ``safe_open`` gives of a file.
+
+    Raises:
+        FileNotFoundError: If there is no file.
+        SafetensorError, RuntimeError, ValueError: If it is damaged.
+        StepError: If the storage does not give it, also after minutes.
+        MemoryError: If there is no memory to map it.
+    """
+    return patiently(lambda: _open(path), str(path))
+
+
+def _open(path: Path) -> Any:
+    """As ``open_tensors``; storage that does not give the file is an OSError with its number."""
+    with path.open("rb") as stream:
+        stream.read(1)
+    try:
+        return safe_open(path, "pt")
+    except (OSError, RuntimeError, SafetensorError) as error:
+        quoted = re.search(r"\((?:os error )?(\d+)\)$", str(error))  # as safetensors and torch write it
+        if quoted is None and not isinstance(error, OSError):
+            raise
+        number = int(quoted[1]) if quoted else errno.EIO  # safetensors says of any failure that there is no such file
+        if number == errno.ENOMEM:
+            raise MemoryError(str(error)) from error
+        raise OSError(number, str(error)) from error

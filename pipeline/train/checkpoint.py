@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline.errors import DataError, ResumeError, StepError
 from pipeline.networks.files import network_content
-from pipeline.networks.tensor_file import save_tensors
+from pipeline.networks.tensor_file import open_tensors, save_tensors
 from pipeline.train.state import TrainState
 from pipeline.workspace.store import Artifact
 
@@ -157,14 +157,15 @@ class _File:
     Raises:
         DamagedCheckpointError: If its header is cut short or changed.
         ResumeError: If another release wrote it.
+        StepError, MemoryError: If the storage does not give it, or there is no memory for it: that is no damage.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._tensors: Any = safe_open(path, "pt")
+            self._tensors = open_tensors(path)
             header: dict[str, str] = dict(self._tensors.metadata() or {})
-        except (SafetensorError, OSError, ValueError, RuntimeError, UnicodeDecodeError) as error:
+        except (FileNotFoundError, SafetensorError, ValueError, RuntimeError) as error:
             raise DamagedCheckpointError(f"it is cut short or not readable: {error}") from None
         self.header = _checked(header, path)
         """Without its checksum."""
@@ -178,7 +179,7 @@ class _File:
         """
         try:
             tensor: Tensor = self._tensors.get_tensor(name)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        except (SafetensorError, ValueError, RuntimeError) as error:
             raise DamagedCheckpointError(f"{self._path.name} is cut short or not readable: {error}") from None
         if _checksum(tensor) != self.checksums.get(name):
             raise DamagedCheckpointError(f"{name} does not match its checksum")
@@ -195,6 +196,7 @@ class Checkpoint:
     Raises:
         DamagedCheckpointError: If the header is cut short or changed.
         ResumeError: If another release wrote it.
+        StepError, MemoryError: If the storage does not give it, or there is no memory for it: that is no damage.
     """
 
     def __init__(self, artifact: Artifact, name: str) -> None:

@@ -81,7 +81,7 @@ class CheckpointWriter:
         artifact: The artifact of the running step.
         digest: Key of the training: seed, configuration and inputs.
         keep: Which checkpoints stay.
-        damaged: Steps of checkpoints that this start has passed over: they are removed when there is a new one.
+        damaged: Steps of checkpoints that this start has passed over: they are removed when there is a later one.
     """
 
     def __init__(self, artifact: Artifact, digest: str, keep: Keep, damaged: Collection[int] = ()) -> None:
@@ -144,7 +144,7 @@ class CheckpointWriter:
             snapshot.publish(self._artifact, name, self._digest, self._attempt, self._ends.is_set)
             if snapshot.number == 0:
                 _remove_others(self._artifact, snapshot.step, self._keep, self._damaged - {snapshot.step})
-                self._damaged.clear()
+                self._damaged = {step for step in self._damaged if step > snapshot.step}
         except Exception as error:  # noqa: BLE001  (it is raised where the training waits)
             self._failure = error
 
@@ -159,14 +159,15 @@ def save_checkpoint(state: TrainState, artifact: Artifact, digest: str, keep: Ke
 def _remove_others(artifact: Artifact, step: int, keep: Keep, damaged: Collection[int]) -> None:
     """Remove the checkpoints that are not to be kept, and what is left of those that were never whole.
 
-    Later ones stay unless they are damaged: if they were not seen at the start, they may be all there is of many days.
+    Later ones stay, whether they were seen at the start or not: they may be all there is of many days, and one that was
+    passed over may be whole after all (a machine with bad memory). Of the earlier ones, those are no newest ones.
     """
     committed = _committed(artifact, CHECKPOINTS)
     earlier = [number for number in sorted(committed) if number <= step and number not in damaged]
     in_validation = read_beside(artifact).running
     stays = {_best_of(artifact, earlier, keep.best_by), in_validation, *earlier[-keep.num_newest :]}
     for number, name in committed.items():
-        if (number <= step or number in damaged) and number not in stays:  # its other files go, or are overwritten
+        if number <= step and number not in stays:  # its other files go, or are overwritten
             artifact.remove(name)
     for name in artifact.names():
         number = name.removeprefix(CHECKPOINTS).partition(".")[0]

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from pipeline.errors import ConfigError, DataError, ResumeError, StepError
+from pipeline.networks import tensor_file
 from pipeline.networks.files import load_network
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe
@@ -36,6 +37,7 @@ from pipeline.train.resume import (
     save_checkpoint,
 )
 from pipeline.train.state import TrainState, create_state
+from pipeline.workspace import disk
 from pipeline.workspace.store import Artifact, Workspace
 from tests.tiny.storage import fail_calls
 from tests.tiny.training import no_watch, tiny_inputs, training_recipe
@@ -153,17 +155,89 @@ def test_a_measure_that_is_not_a_number_is_never_the_best(tmp_path: Path) -> Non
     assert checkpoint_steps(artifact) == [4, 8]
 
 
-@pytest.mark.parametrize("next_step", [3, 4, 5])
-def test_a_checkpoint_that_was_passed_over_does_not_count_as_the_newest(tmp_path: Path, next_step: int) -> None:
-    artifact, damages = _saved(tmp_path), list[Damage]()
+@pytest.mark.parametrize(("next_step", "left"), [(3, [2, 3, 4]), (4, [2, 4]), (5, [2, 5])])
+def test_a_checkpoint_that_was_passed_over_stays_until_a_later_one_and_does_not_count_as_the_newest(
+    tmp_path: Path, next_step: int, left: list[int]
+) -> None:
+    artifact, damages, state = _saved(tmp_path), list[Damage](), _state()
     path = artifact.path(checkpoint_name(4))
-    path.write_bytes(path.read_bytes()[:-1])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
     assert load_newest_checkpoint(_state(), artifact, "key", damages.append)
     with CheckpointWriter(artifact, "key", Keep(2), [damage.step for damage in damages]) as writer:
         writer.save(_state(next_step))
-    assert checkpoint_steps(artifact) == [2, next_step]
-    assert load_newest_checkpoint(_state(), artifact, "key", damages.append)
-    assert len(damages) == 1
+    assert checkpoint_steps(artifact) == left
+    assert load_newest_checkpoint(state, artifact, "key", damages.append)
+    assert state.step == next_step
+    assert [damage.step for damage in damages] == ([4, 4] if next_step == 3 else [4])
+    if next_step == 3:
+        path.write_bytes(whole)  # it was the reading machine that was at fault
+        assert load_newest_checkpoint(state, artifact, "key")
+        assert state.step == 4
+
+
+def test_a_checkpoint_that_was_passed_over_goes_when_the_training_is_beyond_it(tmp_path: Path) -> None:
+    artifact = _saved(tmp_path)
+    with CheckpointWriter(artifact, "key", Keep(2), [4]) as writer:
+        for step in (3, 5, 7):
+            writer.save(_state(step))
+    assert checkpoint_steps(artifact) == [5, 7]
+
+
+_ERRORS: tuple[Exception, ...] = (
+    OSError("Stale file handle (os error 116)"),
+    FileNotFoundError("No such file or directory: 00000004.safetensors"),
+    RuntimeError("unable to open file <4> in read-only mode: Input/output error (5)"),
+    SafetensorError("I/O error: Input/output error (os error 5)"),
+)
+"""What safetensors and torch say where the storage fails."""
+
+
+@pytest.mark.parametrize("error", _ERRORS)
+def test_a_checkpoint_that_storage_does_not_give_is_not_taken_for_a_damaged_one(
+    tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact, state, calls = _saved(tmp_path), _state(), list[str]()
+
+    def fail(path: Path, *arguments: Any) -> Any:
+        calls.append(path.name)
+        if len(calls) <= num_failures:
+            raise error
+        return safe_open(path, *arguments)
+
+    num_failures = 1
+    monkeypatch.setattr(tensor_file, "safe_open", fail)
+    monkeypatch.setattr(disk, "_FIRST_WAIT_S", 0.01)
+    assert load_newest_checkpoint(state, artifact, "key", lambda damage: pytest.fail(damage.text))
+    assert state.step == 4
+    assert calls == ["00000004.safetensors"] * 2
+    num_failures = 99
+    monkeypatch.setattr(disk, "_PATIENCE_S", 0.1)
+    with pytest.raises(StepError, match=r"00000004\.safetensors: cannot be read: .*see that this storage"):
+        load_newest_checkpoint(state, artifact, "key", lambda damage: pytest.fail(damage.text))
+    assert checkpoint_steps(artifact) == [2, 4]
+
+
+def test_a_checkpoint_that_cannot_be_opened_is_not_taken_for_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = _saved(tmp_path)
+    for code, words in ((errno.EACCES, "permission denied"), (errno.ESTALE, "Stale file handle: see that")):
+        with monkeypatch.context() as patch:
+            fail_calls(patch, "open", code=code, times=99, ends=("00000004.safetensors",))
+            with pytest.raises(StepError, match=f"cannot be read: {words}"):
+                load_newest_checkpoint(_state(), artifact, "key", lambda damage: pytest.fail(damage.text))
+
+
+def test_no_memory_for_a_checkpoint_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = _saved(tmp_path)
+
+    def fail(*arguments: Any) -> Any:
+        raise RuntimeError("unable to mmap 512 bytes from file <4>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(tensor_file, "safe_open", fail)
+    with pytest.raises(MemoryError, match="Cannot allocate memory"):
+        load_newest_checkpoint(_state(), artifact, "key", lambda damage: pytest.fail(damage.text))
 
 
 def test_later_checkpoints_that_were_not_seen_at_the_start_are_not_removed(tmp_path: Path) -> None:

@@ -315,13 +315,24 @@ def test_a_seed_of_its_own_for_every_network(tmp_path: Path) -> None:
     assert jobs[0].seed != jobs[1].seed
 
 
-def test_load_network_names_a_damaged_file(tmp_path: Path) -> None:
+def test_load_network_names_a_damaged_file_and_storage_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs = tiny_inputs(tmp_path)
     output = Artifact(str(tmp_path / "out"))
     run_job(tiny_job("upsampler_1", inputs, tmp_path / "out", training_recipe(1)), no_watch)
     with pytest.raises(DataError, match="of kind upsampler, but the recipe's is of kind prior"):
         load_network(output, requested=PriorConfig())
     weights = output.path("model.safetensors").read_bytes()
+    for times in (1, 99):
+        with monkeypatch.context() as patch:
+            failed = fail_calls(patch, "open", times=times, ends=("model.safetensors",))
+            if times == 1:
+                load_network(output)
+            else:
+                with pytest.raises(StepError, match=r"model\.safetensors: cannot be read: Stale file handle: see that"):
+                    load_network(output)
+            assert failed
     output.write_bytes("model.safetensors", weights[:-100])
     with pytest.raises(DataError, match=r"model\.safetensors: not the weights of"):
         load_network(output)
