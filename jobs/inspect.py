@@ -232,9 +232,12 @@ def _print_times(recipe: Recipe, statuses: list[StepStatus], *, json: bool) -> N
         else:
             ends = f"{clock_time(span.start_s)} to {clock_time(span.end_s)}"
             typer.echo(f"{status.step.name:<17} {duration(span.end_s - span.start_s):>9}   {ends}")
+    seconds = f"about {duration(run.seconds)}"
+    if run.untimed:
+        seconds = f"at least {duration(run.seconds)} besides {', '.join(run.untimed)} (a few rows do not tell its time)"
     typer.echo(
-        f"run: about {duration(run.seconds)} on {machine.cpus:g} CPUs; with all of them busy, work takes "
-        f"{machine.crowding:.2f} times as long; measured in {duration(measured_s)}"
+        f"run: {seconds} on {machine.cpus:g} CPUs; with all of them busy, work takes {machine.crowding:.2f} times as "
+        f"long; measured in {duration(measured_s)}"
     )
 
 

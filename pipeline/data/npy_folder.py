@@ -124,6 +124,15 @@ def find_parts(folder: Path) -> list[NpyPart]:
     return parts
 
 
+def count_rows(folder: Path) -> int:
+    """Rows of all parts of a folder.
+
+    Raises:
+        DataError: See ``find_parts``.
+    """
+    return sum(part.num_rows for part in find_parts(folder))
+
+
 def import_part(
     part: NpyPart, validation_prob: float, target: Path, forgotten: Forgotten | None = None
 ) -> tuple[Counter[str], list[dict[str, str]]]:

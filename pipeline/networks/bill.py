@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipeline.data.npy_folder import count_rows
 from pipeline.data.sources import count_pairs
 from pipeline.networks.costs import PEAK_FLOPS, UTILISATION, NetworkCost, build_clip
 from pipeline.networks.table import kind_of
@@ -102,7 +104,9 @@ def recipe_bill(recipe: Recipe, costs: Sequence[NetworkCost]) -> Bill | None:
     if prices.is_empty:
         return None
     num_rows, statuses = count_pairs(recipe.pairs), plan_status(Workspace(recipe.workspace), make_plan(recipe))
-    gpu_hours, cpu_hours, untimed = _hours(recipe, statuses, costs, num_rows)
+    folder = recipe.embed.import_from
+    num_embedded = count_rows(Path(folder)) if folder else num_rows
+    gpu_hours, cpu_hours, untimed = _hours(recipe, statuses, costs, num_embedded)
     reads, writes = requests_of(recipe, num_rows)
     entries = (
         Entry("GPU", "hours", prices.gpu_hour, gpu_hours),
@@ -111,7 +115,7 @@ def recipe_bill(recipe: Recipe, costs: Sequence[NetworkCost]) -> Bill | None:
             "storage",
             f"GB for {prices.storage_months:g} months",
             prices.storage_gb_month * prices.storage_months,
-            _gigabytes(recipe, statuses, costs, num_rows),
+            _gigabytes(recipe, statuses, costs, num_rows, num_embedded),
         ),
         Entry("reading requests", "thousand", prices.reads_1000, reads),
         Entry("writing requests", "thousand", prices.writes_1000, writes),
@@ -137,13 +141,14 @@ def _short(amount: float) -> str:
 
 
 def _hours(
-    recipe: Recipe, statuses: Sequence[StepStatus], costs: Sequence[NetworkCost], num_rows: int
+    recipe: Recipe, statuses: Sequence[StepStatus], costs: Sequence[NetworkCost], num_embedded: int
 ) -> tuple[dict[str, float], dict[str, float], list[str]]:
     """GPU and CPU hours by step, and the steps of which no time is known."""
     times, _ = load_times(recipe, [status.step for status in statuses])
     counted = {cost.name: cost.hours(recipe.prices.gpu) for cost in costs}
     clip = next(cost for cost in costs if cost.name == "clip")
-    counted["embed"] = num_rows * clip.sampling_flops / (PEAK_FLOPS[recipe.prices.gpu] * UTILISATION) / 3600
+    if not recipe.embed.import_from:  # imported embeddings run through no network
+        counted["embed"] = num_embedded * clip.sampling_flops / (PEAK_FLOPS[recipe.prices.gpu] * UTILISATION) / 3600
     gpu_hours, cpu_hours, untimed = dict[str, float](), dict[str, float](), list[str]()
     for step in (status.step for status in statuses):
         needs, time = needs_of(getattr(recipe, step.name)), times.get(step.name)
@@ -159,7 +164,7 @@ def _hours(
 
 
 def _gigabytes(
-    recipe: Recipe, statuses: Sequence[StepStatus], costs: Sequence[NetworkCost], num_rows: int
+    recipe: Recipe, statuses: Sequence[StepStatus], costs: Sequence[NetworkCost], num_rows: int, num_embedded: int
 ) -> dict[str, float]:
     """Size of each step's files: as they are if it is finished, else estimated; an index is as large as its vectors."""
     with torch.device("meta"):
@@ -169,8 +174,8 @@ def _gigabytes(
     states = tokens * (2 * dims.text_width + 4) + 2 * dims.embed_dim if recipe.embed.token_states else 0
     estimated: dict[str, float] = {
         "download": num_rows * _PICTURE_BYTES * (recipe.download.image_px / 256) ** 2,
-        "embed": num_rows * (vectors + states + _ROW_BYTES),
-        "index": num_rows * vectors,
+        "embed": num_embedded * (vectors + states + _ROW_BYTES),
+        "index": num_embedded * vectors,
         **{cost.name: cost.weights_bytes for cost in costs},
     }
     manifests = {status.step.name: status.manifest for status in statuses if status.manifest and status.state == "done"}

@@ -96,11 +96,24 @@ def _time_keys(recipe: Recipe, plan: Sequence[Step]) -> dict[str, str]:
     return keys
 
 
-def save_times(recipe: Recipe, times: Mapping[str, StepTime], crowding: float) -> None:
-    """Keep measured times in the recipe's workspace, in place of earlier ones."""
-    keys = time_keys(recipe)
-    record = Times({keys[name]: value for name, value in times.items()}, crowding, time.time())
-    _home(recipe).write_json(TIMES, dataclasses.asdict(record))
+def save_times(recipe: Recipe, times: Mapping[str, StepTime], crowding: float | None) -> float:
+    """Keep measured times in the recipe's workspace. Those of other steps stay as long as their settings are the same.
+
+    Args:
+        recipe: The recipe.
+        times: By step name.
+        crowding: See ``Machine``; None if it was not measured: then the one of before stays.
+
+    Returns:
+        The crowding that is kept.
+    """
+    keys, home = time_keys(recipe), _home(recipe)
+    earlier = _read_times(home)
+    others = {key: value for key, value in earlier.steps.items() if key in keys.values()}
+    measured = {keys[name]: value for name, value in times.items()}
+    record = Times(others | measured, earlier.crowding if crowding is None else crowding, time.time())
+    home.write_json(TIMES, dataclasses.asdict(record))
+    return record.crowding
 
 
 def load_times(recipe: Recipe, steps: Sequence[Step]) -> tuple[dict[str, StepTime], Machine]:

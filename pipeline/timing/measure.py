@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from pipeline.data.npy_folder import count_rows
 from pipeline.data.sources import count_pairs
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe
@@ -18,7 +19,7 @@ from pipeline.timing.companion import companions, start_of_a_process_s
 from pipeline.timing.pictures import evaluation_units
 from pipeline.timing.rehearsal import Rehearsal
 from pipeline.timing.trainings import RehearsedTraining
-from pipeline.timing.units import RowUnits, TrainingUnits, Units, training_seconds
+from pipeline.timing.units import EvaluationUnits, RowUnits, TrainingUnits, Units, training_seconds
 from pipeline.workspace.store import Artifact
 
 _MOST_COMPANIONS = 7
@@ -26,57 +27,72 @@ Watch = Callable[[str], None]
 """Called with what is measured next."""
 
 
-def measure(recipe: Recipe, finished: Mapping[str, Artifact], watch: Watch = lambda _what: None) -> Units:
-    """Measure every step of a recipe that is not finished.
+def measure(
+    recipe: Recipe,
+    finished: Mapping[str, Artifact],
+    watch: Watch = lambda _what: None,
+    only: Collection[str] | None = None,
+) -> Units:
+    """Measure steps of a recipe that are not finished.
 
     Args:
         recipe: The recipe.
         finished: The artifacts of its finished steps, by name.
         watch: Called before each step.
+        only: The steps to measure; None: all that are not finished.
 
     Raises:
         ConfigError: If this machine does not have the GPUs or CPUs of a step, or a pretrained CLIP is not known here.
         DataError: If the source has no usable row.
     """
-    todo = [name for name in STEP_ROWS if getattr(recipe, name) is not None and name not in finished]
-    _require_machine(recipe, todo)
+    names = [name for name in STEP_ROWS if getattr(recipe, name) is not None and name not in finished]
+    todo = names if only is None else [name for name in names if name in only]
+    taken = _taken(recipe, todo, finished)
+    _require_machine(recipe, todo, taken)
     num_threads = torch.get_num_threads()
     try:
         with tempfile.TemporaryDirectory(prefix="unclip-time-") as folder:
-            return _measure(recipe, Rehearsal(recipe, Path(folder), finished), todo, watch)
+            return _measure(recipe, Rehearsal(recipe, Path(folder), finished), todo, taken, watch)
     finally:
         torch.set_num_threads(num_threads)
 
 
-def _measure(recipe: Recipe, rehearsal: Rehearsal, todo: Collection[str], watch: Watch) -> Units:
-    rows, trainings = dict[str, RowUnits](), dict[str, TrainingUnits]()
+def _taken(recipe: Recipe, todo: Collection[str], finished: Collection[str]) -> list[str]:
+    """The steps that a rehearsal takes, each after its inputs: those to measure (not evaluate), and what they read.
 
-    def take(name: str) -> None:
+    A finished network is read as it is. The rows of a finished data step are many, so the rehearsal makes a few itself.
+    """
+    networks = {*recipe.trained()} & {*finished}
+    names = {*todo} - {"evaluate"}
+    if recipe.embed.import_from:  # the few pictures of a rehearsal are not those of the imported rows
+        names -= {name for name in recipe.trained() if {"download", "embed"} <= {*STEP_ROWS[name].inputs}}
+    for name in reversed(STEP_ROWS):
+        if name in names and getattr(recipe, name).reads_inputs:
+            names |= {one for one in STEP_ROWS[name].inputs if getattr(recipe, one) is not None} - networks
+    return [name for name in STEP_ROWS if name in names]
+
+
+def _measure(recipe: Recipe, rehearsal: Rehearsal, todo: Collection[str], taken: Sequence[str], watch: Watch) -> Units:
+    rows, trainings = dict[str, RowUnits](), dict[str, TrainingUnits]()
+    watch("start of a process")
+    process_s = start_of_a_process_s()
+    for name in taken:
         watch(name)
         if name in recipe.trained():
             trainings[name] = rehearsal.training(name)
-        else:
-            rows[name] = getattr(rehearsal, name)()
-
-    watch("start of a process")
-    process_s = start_of_a_process_s()
-    # In the order of their inputs; a finished step gives the next ones what they read, except its rows, which are many.
-    if set(todo) - {"evaluate"}:
-        take("pairs")
-        take("download")
-        if "clip" in todo:
-            take("clip")
-        take("embed")
-    for name in todo:
-        if name == "index" or (name in recipe.trained() and name != "clip"):
-            take(name)
-    watch("evaluate")
-    evaluation = evaluation_units(recipe, rehearsal.artifacts) if "evaluate" in todo else None
-    success = rehearsal.num_good / rehearsal.num_pairs if rehearsal.num_pairs else 1.0
+        elif (unit := rehearsal.rows(name)) is not None:
+            rows[name] = unit
+    evaluation: EvaluationUnits | None = None
+    if "evaluate" in todo and {*recipe.trained()} & {*todo} <= trainings.keys():
+        watch("evaluate")
+        evaluation = evaluation_units(recipe, rehearsal.artifacts)
+    is_import = bool(recipe.embed.import_from)
     units = Units(
         process_s=process_s,
-        num_rows=count_pairs(recipe.pairs),
-        success=success,
+        num_rows=0 if is_import and "pairs" not in taken else count_pairs(recipe.pairs),
+        num_imported=count_rows(Path(recipe.embed.import_from)) if is_import else None,
+        success=rehearsal.num_good / rehearsal.num_pairs if rehearsal.num_pairs else 1.0,
+        kept=rehearsal.kept,
         rows=rows,
         trainings=trainings,
         evaluation=evaluation,
@@ -91,8 +107,7 @@ def _crowding(recipe: Recipe, rehearsal: Rehearsal, units: Units) -> float:
     on_cpu = {name: section for name, section in sections.items() if section.resources.accelerator == "cpu"}
     if not on_cpu:
         return 1.0
-    num_rows = round(units.num_rows * units.success)
-    name = max(on_cpu, key=lambda name: training_seconds(on_cpu[name], units.trainings[name], num_rows))
+    name = max(on_cpu, key=lambda name: training_seconds(on_cpu[name], units.trainings[name], units.rows_of(name)))
     count = min(_MOST_COMPANIONS, int(this_machine().cpus // on_cpu[name].resources.cpus_per_worker) - 1)
     if count < 1:
         return 1.0
@@ -102,14 +117,14 @@ def _crowding(recipe: Recipe, rehearsal: Rehearsal, units: Units) -> float:
         return max(1.0, training.step_s() / units.trainings[name].step_s)
 
 
-def _require_machine(recipe: Recipe, names: Collection[str]) -> None:
-    """Refuse a recipe that cannot run on this machine.
+def _require_machine(recipe: Recipe, todo: Collection[str], taken: Collection[str]) -> None:
+    """Refuse a recipe that cannot be measured on this machine.
 
     Raises:
-        ConfigError: If it has too few GPUs or CPUs for a step.
+        ConfigError: If it has too few GPUs for a step that is taken, or too few CPUs for one that will run.
     """
     machine = this_machine()
-    needs = {name: needs_of(getattr(recipe, name)) for name in names}
+    needs = {name: needs_of(getattr(recipe, name)) for name in STEP_ROWS if name in {*todo, *taken}}
     on_gpu = [name for name, need in needs.items() if need.gpus * need.num_workers > torch.cuda.device_count()]
     if on_gpu:
         raise ConfigError(
@@ -117,7 +132,7 @@ def _require_machine(recipe: Recipe, names: Collection[str]) -> None:
             "their time can be measured only on the machine that will train. Run `unclip plan RECIPE --time` there, or "
             "count the arithmetic with `unclip plan RECIPE --cost`"
         )
-    large = [name for name, need in needs.items() if need.cpus * need.num_workers > machine.cpus]
+    large = [name for name in todo if needs[name].cpus * needs[name].num_workers > machine.cpus]
     if large:
         raise ConfigError(
             f"{', '.join(large)}: the workers need more CPUs than the {machine.cpus:g} of this machine, so a run here "

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from pipeline.clip.model import describe_clip
@@ -19,11 +22,18 @@ from pipeline.data.download import Downloader, address_rules, read_rows
 from pipeline.data.drawn import EVALUATION, write_evaluation
 from pipeline.data.embed import Embedder
 from pipeline.data.make_pairs import write_pairs
+from pipeline.data.npy_folder import NpyPart, find_parts, import_part
 from pipeline.data.pairs import Pairs
+from pipeline.data.selection import label_file
 from pipeline.data.shard_writer import ShardFiles
+from pipeline.data.shards import read_names, read_schema, read_table
 from pipeline.data.sources import Source, source_of
 from pipeline.data.tars import take_in, tar_files
+from pipeline.data.vectors import write_embeddings
 from pipeline.errors import ConfigError, DataError
+from pipeline.filter.labels import map_table, write_labels, write_table
+from pipeline.filter.rules import RowRules
+from pipeline.filter.scores import ScoreRules
 from pipeline.networks.clip import clip_folder, save_clip_artifact
 from pipeline.networks.cores import use_cores
 from pipeline.recipe.recipe import Recipe
@@ -41,6 +51,9 @@ NUM_ROWS = 256
 _SHARD = "00000"
 _WHOLE_PAIRS = "pairs-of-a-tar"
 _LEAST_ROWS = 8
+_IMPORTED_ROWS = 1 << 14
+"""Rows of embeddings that are taken over for the time: fewer would mostly show how long files take to open."""
+_KINDS = ("img", "text", "metadata")
 _DEADLINE_S = 5.0
 
 
@@ -63,10 +76,14 @@ class Rehearsal:
         self.recipe = replace(recipe, workspace=str(folder), pairs=pairs, download=download)
         self._workspace = Workspace(str(folder))
         self._finished = {name: artifact for name, artifact in finished.items() if name in recipe.trained()}
+        self._folder = folder
+        self._num_embedded = 0
         self.num_good = 0
         """Rows that the download brought."""
         self.num_pairs = 0
         """Rows of the pairs."""
+        self.kept = dict[str, float]()
+        """Share of its rows that a filter has kept, by step."""
 
     def artifact(self, name: str) -> Artifact:
         """The artifact of a step: finished, or rehearsed."""
@@ -76,6 +93,18 @@ class Rehearsal:
     def artifacts(self) -> dict[str, Artifact]:
         """The artifacts of all steps, by name."""
         return {name: self.artifact(name) for name in ("pairs", "download", "embed", *self.recipe.trained())}
+
+    def rows(self, name: str) -> RowUnits | None:
+        """Take a step that trains nothing; None if its time cannot be told from a few rows."""
+        takes: dict[str, Callable[[], RowUnits | None]] = {
+            "pairs": self.pairs,
+            "download": self.download,
+            "filter": self.filter,
+            "embed": self.embed,
+            "filter_embeddings": self.filter_embeddings,
+            "index": self.index,
+        }
+        return takes[name]() if name in takes else None
 
     def pairs(self) -> RowUnits:
         """Write the pairs."""
@@ -158,8 +187,63 @@ class Rehearsal:
         self._commit(output, {"in": few.num_rows, "ok": few.num_rows}, list(files))
         return RowUnits(row_s=seconds / max(1, whole.num_rows))
 
+    def filter(self) -> RowUnits:
+        """Measure and label the rows by themselves; the search for duplicates is not part of the time.
+
+        All rows of the rehearsal stay for the other steps.
+
+        Raises:
+            ConfigError: If a rule cannot be applied.
+        """
+        config, output, download = self.recipe.filter, self.artifact("filter"), self.artifact("download")
+        assert config is not None
+        clock = self._clock("cpu", config.resources.cpus_per_worker)
+        start = clock.now()
+        rules = RowRules(config)
+        loaded = clock.now()
+        measures = rules(*(download.path(f"{_SHARD}.{suffix}") for suffix in ("tar", "parquet")), _SHARD)
+        return self._label("filter", output, measures, clock, start, loaded)
+
+    def filter_embeddings(self) -> RowUnits | None:
+        """Score and label the rows by themselves, as ``filter``; None with semantic duplicates.
+
+        The comparisons of these grow faster than the rows.
+
+        Raises:
+            ConfigError: If the weights of a head cannot be used.
+        """
+        config, output = self.recipe.filter_embeddings, self.artifact("filter_embeddings")
+        assert config is not None
+        if config.max_similarity < 1:
+            return None
+        clock = self._clock(config.resources.accelerator, config.resources.cpus_per_worker)
+        path = self.artifact("embed").path(f"{_SHARD}.parquet")
+        start = clock.now()
+        rules = ScoreRules(config, int(read_schema(path).field("z_image").type.list_size))
+        loaded = clock.now()
+        measures = rules(path)
+        table = read_table(path, read_names(path))
+        with output.write(f"{_SHARD}.parquet") as copy:
+            write_embeddings([table], copy, table.schema)
+        units = self._label("filter_embeddings", output, measures, clock, start, loaded)
+        self.kept["filter_embeddings"] *= config.clip_score_share
+        return units
+
+    def _label(
+        self, name: str, output: Artifact, measures: pa.Table, clock: Clock, start: float, loaded: float
+    ) -> RowUnits:
+        """Write the labels of measured rows; gives the times since ``start`` and ``loaded``, and sets ``kept``."""
+        with output.write(f"{_SHARD}.arrow") as path:
+            write_table(measures, path)
+        with output.write(label_file(_SHARD)) as path:
+            counts, _ = write_labels(map_table(output.path(f"{_SHARD}.arrow")), (), path, where=name)
+        self.kept[name] = counts.get("ok", 0) / max(1, counts["in"])
+        return RowUnits(row_s=(clock.now() - loaded) / max(1, counts["in"]), fixed_s=loaded - start)
+
     def embed(self) -> RowUnits:
-        """Embed the rows."""
+        """Embed the rows, or take over a few of those that others have embedded."""
+        if self.recipe.embed.import_from:
+            return self._import()
         config, download, output = self.recipe.embed, self.artifact("download"), self.artifact("embed")
         clock = self._clock(config.resources.accelerator, config.resources.cpus_per_worker)
         start = clock.now()
@@ -170,7 +254,25 @@ class Rehearsal:
         result, names = embedder.write(tar, parquet, _SHARD, output)
         done = clock.now()
         self._commit(output, dict(result.counts), names)
+        self._num_embedded = result.counts["ok"]
         return RowUnits(row_s=(done - loaded) / result.counts["in"], fixed_s=loaded - start)
+
+    def _import(self) -> RowUnits:
+        """Take over rows of the first part of ``import_from``: many for the time, few for the other steps."""
+        parts = [part for part in find_parts(Path(self.recipe.embed.import_from)) if part.num_rows]
+        if not parts:
+            raise DataError(f"embed: {self.recipe.embed.import_from}: no rows")
+        clock = self._clock("cpu", self.recipe.embed.resources.cpus_per_worker)
+        row_s = 0.0
+        for count, output in ((_IMPORTED_ROWS, self.artifact("embed-of-a-slice")), (NUM_ROWS, self.artifact("embed"))):
+            part, name = _first_rows(parts[0], count, self._folder), f"{_SHARD}.parquet"
+            start = clock.now()
+            with output.write(name) as path:
+                counts, _ = import_part(part, 0.5, path)
+            self._commit(output, dict(counts), [name])
+            row_s = row_s or (clock.now() - start) / part.num_rows
+            self._num_embedded = counts["ok"]
+        return RowUnits(row_s=row_s)
 
     def index(self) -> RowUnits:
         """Build the index; the kinds for many rows take longer for each row than the one that these few get."""
@@ -179,7 +281,7 @@ class Rehearsal:
         seconds = clock.time(
             lambda: build_index(self.artifact("embed"), self.artifact("index"), config, seed=self.recipe.seed)
         )
-        return RowUnits(row_s=seconds / self.num_good)
+        return RowUnits(row_s=seconds / max(1, self._num_embedded))
 
     def job(self, name: str) -> TrainJob:
         """A training on the rehearsal's rows."""
@@ -217,6 +319,17 @@ class Rehearsal:
     def _commit(self, output: Artifact, counts: dict[str, int], names: list[str]) -> None:
         files = {name: output.describe(name) for name in names}
         output.commit_shard(ShardRecord(shard=_SHARD, counts=counts, files=files))
+
+
+def _first_rows(part: NpyPart, most: int, folder: Path) -> NpyPart:
+    """A part of no more than the first ``most`` rows of another one, with files in ``folder``."""
+    with pq.ParquetFile(part.metadata) as file:
+        table = pa.Table.from_batches([next(file.iter_batches(most))])
+    paths = {kind: folder / f"{kind}-{most}.{'parquet' if kind == 'metadata' else 'npy'}" for kind in _KINDS}
+    pq.write_table(table, paths["metadata"])
+    for source, kind in ((part.img, "img"), (part.text, "text")):
+        np.save(paths[kind], np.load(source, mmap_mode="r")[: table.num_rows])
+    return replace(part, num_rows=table.num_rows, **paths)
 
 
 @contextmanager

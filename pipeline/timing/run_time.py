@@ -26,7 +26,8 @@ def measure_run(recipe: Recipe, statuses: Sequence[StepStatus], watch: Watch) ->
     """
     workspace = Workspace(recipe.workspace)
     finished = {status.step.name: artifact_of(workspace, status.step) for status in statuses if status.state == "done"}
-    units = measure(recipe, finished, watch)
-    times, machine = step_times(recipe, units), this_machine(units.crowding)
-    save_times(recipe, times, units.crowding)
+    todo = [status.step.name for status in statuses if status.state != "done"]
+    units = measure(recipe, finished, watch, todo)
+    times = {name: value for name, value in step_times(recipe, units).items() if name in todo}
+    machine = this_machine(save_times(recipe, times, units.crowding if units.trainings else None))
     return remaining_from(recipe, statuses, times, machine), machine

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.recipe.estimate import StepTime
 from pipeline.recipe.recipe import Recipe, TrainedSection
+from pipeline.recipe.steps import STEP_ROWS
 from pipeline.recipe.train_sections import ClipStepConfig
 
 
@@ -74,8 +75,12 @@ class Units:
     """Start of a worker's process, with its imports."""
     num_rows: int
     """Rows of the source."""
+    num_imported: int | None = None
+    """Rows of embeddings that others made (``embed.import_from``); None: the download's are embedded."""
     success: float = 1.0
-    """Share of them that the download brings."""
+    """Share of the rows that the download brings."""
+    kept: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Share of its rows that a filter keeps, by step."""
     rows: dict[str, RowUnits] = field(default_factory=dict[str, RowUnits])
     """By data step."""
     trainings: dict[str, TrainingUnits] = field(default_factory=dict[str, TrainingUnits])
@@ -83,6 +88,17 @@ class Units:
     evaluation: EvaluationUnits | None = None
     crowding: float = 1.0
     """See ``Machine``."""
+
+    def rows_of(self, name: str) -> int:
+        """Rows that a step gets."""
+        if name in {"pairs", "download"}:
+            return self.num_rows
+        inputs, rows = STEP_ROWS[name].inputs, self.num_rows * self.success
+        if name != "filter":
+            rows *= self.kept.get("filter", 1.0)
+        if self.num_imported is not None and (name == "embed" or "embed" in inputs):
+            rows = self.num_imported
+        return round(rows * self.kept.get("filter_embeddings", 1.0) if "filter_embeddings" in inputs else rows)
 
 
 def step_times(recipe: Recipe, units: Units) -> dict[str, StepTime]:
@@ -96,20 +112,23 @@ def step_times(recipe: Recipe, units: Units) -> dict[str, StepTime]:
         Times by step name.
     """
     times: dict[str, StepTime] = {}
-    good_rows = round(units.num_rows * units.success)
     for name, unit in units.rows.items():
-        count = units.num_rows if name in {"pairs", "download"} else good_rows
-        times[name] = StepTime(units.process_s + unit.fixed_s, count * unit.row_s)
-    validation_rows = round(good_rows * recipe.pairs.validation_prob)
+        times[name] = StepTime(units.process_s + unit.fixed_s, units.rows_of(name) * unit.row_s)
     for name, unit in units.trainings.items():
-        section = recipe.trained()[name]
-        seconds = training_seconds(section, unit, good_rows - validation_rows)
-        times[name] = StepTime(units.process_s + seconds)
+        num_rows = units.rows_of(name) - _validation_rows(recipe, units, name)
+        times[name] = StepTime(units.process_s + training_seconds(recipe.trained()[name], unit, num_rows))
     if units.evaluation is not None:
         # Training rows stand in for validation rows where there are none: ``pipeline.evaluate.prompts.held_out_rows``.
-        num_rows = validation_rows or good_rows
+        num_rows = _validation_rows(recipe, units, "evaluate") or units.rows_of("evaluate")
         times["evaluate"] = _evaluation_time(recipe, units.evaluation, units.process_s, num_rows)
     return times
+
+
+def _validation_rows(recipe: Recipe, units: Units, name: str) -> int:
+    """Rows of a step that are set aside for validation."""
+    is_imported = units.num_imported is not None and "embed" in STEP_ROWS[name].inputs
+    share = recipe.embed.import_validation_prob if is_imported else recipe.pairs.validation_prob
+    return round(units.rows_of(name) * share)
 
 
 def training_seconds(section: TrainedSection, unit: TrainingUnits, num_rows: int) -> float:

@@ -12,8 +12,10 @@ from typer.testing import CliRunner
 from jobs import inspect
 from jobs.cli import app
 from pipeline.errors import ConfigError
+from pipeline.recipe.estimate import Remaining
 from pipeline.recipe.plan import Step, artifact_of, chosen_steps, make_plan, manifest_of
 from pipeline.recipe.recipe import load_recipe
+from pipeline.recipe.schedule import Machine, Span
 from pipeline.runtime.tracking.place import Place
 from pipeline.workspace.lock import holder_of, locked_workspace
 from pipeline.workspace.progress import PROGRESS, ProgressState
@@ -167,3 +169,12 @@ def test_a_dry_run_says_what_would_run_and_runs_nothing(recipe: Path) -> None:
     assert json.loads(text) == [{"step": "pairs", "key": pairs.key, "reasons": ["it is made anew"]}]
     assert artifact.manifest() is not None
     assert run("--dry-run", "--step", "pairs")[1].splitlines()[-1] == "nothing to do"
+
+
+def test_a_time_without_all_steps_is_a_least_time(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*_: object) -> tuple[Remaining, Machine]:
+        return Remaining({"pairs": Span(0, 90)}, ("filter_embeddings",)), Machine(cpus=2)
+
+    monkeypatch.setattr("pipeline.timing.run_time.measure_run", measured)
+    lines = CliRunner().invoke(app, ["plan", str(recipe), "--time"]).stdout.splitlines()
+    assert "run: at least 90 s besides filter_embeddings (a few rows do not tell its time) on 2 CPUs" in lines[-1]

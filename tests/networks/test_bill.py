@@ -4,14 +4,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from pipeline.data.npy_folder import export_embeddings
+from pipeline.data.vectors import to_unit
 from pipeline.networks.bill import REQUESTS, Bill, format_bill, recipe_bill, requests_of
 from pipeline.networks.costs import recipe_costs
 from pipeline.recipe.estimate import StepTime, save_times
 from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.workspace.store import Artifact
 from tests.scaling_page import counted_by_hand, value
 from tests.tiny.recipe import tiny_tables
+from tests.tiny.shards import make_embeddings
 
 _PRICES = {"gpu_hour": 2.0, "cpu_hour": 0.5, "storage_gb_month": 0.02, "storage_months": 3.0, "writes_1000": 5.0}
 _GPU = {"resources": {"accelerator": "cuda"}}
@@ -58,6 +63,19 @@ def test_token_states_are_in_the_storage_of_embed(tmp_path: Path) -> None:
         for recipe in (plain, replace(plain, embed=replace(plain.embed, token_states=True)))
     ]
     assert sizes[1] - sizes[0] == pytest.approx(20_000 * (20 * (2 * 16 + 4) + 2 * 16) / 1e9)
+
+
+def test_imported_embeddings_are_billed_by_their_own_rows_and_no_network(tmp_path: Path) -> None:
+    embed = Artifact(str(tmp_path / "embed"))
+    vectors = to_unit(np.random.default_rng(0).standard_normal((30, 16)).astype(np.float16))
+    make_embeddings(embed, vectors, vectors, 20)
+    export_embeddings(embed, tmp_path / "folder")
+    recipe = _recipe(tmp_path / "w")
+    bill = _bill(replace(recipe, embed=replace(recipe.embed, import_from=str(tmp_path / "folder"))))
+    by_name = {entry.what: entry.amounts for entry in bill.entries}
+    assert set(by_name["GPU"]) == {"decoder"}
+    assert "embed" in bill.notes[0]  # no time is known of it
+    assert by_name["storage"]["index"] == pytest.approx(30 * 2 * 2 * 16 / 1e9)
 
 
 def test_files_of_a_finished_step_are_counted_as_they_are(tiny: Recipe) -> None:

@@ -3,23 +3,33 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from pipeline.data.npy_folder import export_embeddings
+from pipeline.data.vectors import to_unit
 from pipeline.errors import ConfigError, DataError
 from pipeline.networks.table import NETWORKS, kind_of
-from pipeline.recipe.estimate import load_times
+from pipeline.recipe.estimate import StepTime, load_times, save_times
 from pipeline.recipe.plan import make_plan, plan_status
 from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.recipe.steps import STEP_ROWS
 from pipeline.timing.measure import measure
 from pipeline.timing.rehearsal import Rehearsal
 from pipeline.timing.run_time import measure_run
-from pipeline.workspace.store import Workspace
+from pipeline.timing.units import step_times
+from pipeline.workspace.store import Artifact, Workspace
 from tests.tiny.recipe import TRAINED, UNET, merge, tiny_tables, training
+from tests.tiny.shards import make_embeddings
 
 _KINDS = {
     "prior_2": {"model": {"kind": "autoregressive", "width": 16, "depth": 1, "num_heads": 2, "num_components": 4}},
     "noisy_clip": {"model": {"image_px": 8, "tower": {**UNET, "attention_resolutions": []}}},
     "evaluate": {"num_prompts": 6, "num_shown": 2, "batch_size": 4},
+}
+_FILTERS = {
+    "filter": {"min_caption_words": 2, "duplicates": "near"},
+    "filter_embeddings": {"clip_score_share": 0.5},
 }
 
 
@@ -30,9 +40,10 @@ def _recipe(folder: Path, **changes: object) -> Recipe:
 
 
 def test_every_step_and_every_kind_of_network_is_measured_and_kept_for_the_run(tmp_path: Path) -> None:
-    recipe = _recipe(tmp_path, **_KINDS)
+    recipe = _recipe(tmp_path, **_KINDS, **_FILTERS)
     assert {kind_of(section.model) for section in recipe.trained().values()} == set(NETWORKS)
     steps = make_plan(recipe)
+    assert {step.name for step in steps} == set(STEP_ROWS)
     run, measured = measure_run(recipe, plan_status(Workspace(recipe.workspace), steps), lambda _what: None)
     assert set(run.spans) == {step.name for step in steps}
     assert run.untimed == ()
@@ -42,6 +53,50 @@ def test_every_step_and_every_kind_of_network_is_measured_and_kept_for_the_run(t
     times, machine = load_times(recipe, steps)
     assert set(times) == set(run.spans)
     assert machine == measured
+
+
+def test_a_part_of_a_recipe_is_measured_alone_and_leaves_the_other_times(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, decoder={"resources": {"accelerator": "cuda", "cpus_per_worker": 4096.0}})
+    workspace = Workspace(recipe.workspace)
+    save_times(recipe, {"prior": StepTime(7.0), "download": StepTime(9999.0)}, 1.5)
+    watched: list[str] = []
+    run, machine = measure_run(recipe, plan_status(workspace, make_plan(recipe, until="download")), watched.append)
+    assert set(run.spans) == {"pairs", "download"}
+    assert watched == ["start of a process", "pairs", "download", "workers side by side"]
+    times, machine = load_times(recipe, make_plan(recipe))
+    assert set(times) == {"pairs", "download", "prior"}
+    assert times["download"] != StepTime(9999.0)
+    assert machine.crowding == 1.5  # no training was measured
+
+
+def test_data_steps_that_only_a_rehearsal_takes_need_their_gpu_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    recipe = _recipe(tmp_path, embed={"resources": {"accelerator": "cuda"}})
+    finished = {name: Artifact(str(tmp_path / name)) for name in ("pairs", "download", "clip", "embed")}
+    with pytest.raises(ConfigError, match=r"^embed: accelerator is \"cuda\""):
+        measure(recipe, finished, only=["prior"])
+
+
+def test_semantic_duplicates_are_not_timed(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, filter_embeddings={"max_similarity": 0.9})
+    assert Rehearsal(recipe, tmp_path / "rehearsal", {}).rows("filter_embeddings") is None
+
+
+def test_imported_embeddings_are_measured_as_they_are(tmp_path: Path) -> None:
+    folder, embed = tmp_path / "embeddings", Artifact(str(tmp_path / "embed"))
+    vectors = to_unit(np.random.default_rng(0).standard_normal((320, 16)).astype(np.float16))
+    make_embeddings(embed, vectors, vectors, 300)
+    export_embeddings(embed, folder)
+    recipe = _recipe(tmp_path / "w", embed={"import_from": str(folder)}, pairs={"source": "list", "path": "/no/where"})
+    # The decoder would read pictures of these rows, of which the rehearsal has none; so it is not timed.
+    units = measure(recipe, {}, only=["embed", "index", "decoder", "evaluate"])
+    assert units.evaluation is None
+    assert (set(units.rows), units.trainings, units.num_rows, units.num_imported) == ({"embed", "index"}, {}, 0, 320)
+    assert units.rows["embed"].row_s > 0
+    times = step_times(recipe, units)
+    assert times["index"].shared_s == pytest.approx(320 * units.rows["index"].row_s)
 
 
 def test_a_gpu_recipe_on_a_machine_without_gpu_is_refused_with_what_to_do(

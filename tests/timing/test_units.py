@@ -118,3 +118,24 @@ def test_prompts_of_a_file_are_its_lines(tmp_path: Path) -> None:
     assert most_prompts(_recipe(tmp_path, evaluate={"prompts_path": str(path)})) == 2
     assert most_prompts(_recipe(tmp_path)) == len(evaluation_scenes(280, 0))
     assert most_prompts(_recipe(tmp_path, pairs={"source": "list", "path": "pairs.csv"})) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("num_imported", "rows"),
+    [
+        (None, {"pairs": 1000, "download": 1000, "filter": 800, "embed": 400, "index": 200, "decoder": 200}),
+        (50, {"pairs": 1000, "embed": 50, "index": 25, "prior": 25, "filter": 800, "upsampler_1": 200}),
+    ],
+)
+def test_steps_get_the_rows_that_come_stay_or_are_imported(num_imported: int | None, rows: dict[str, int]) -> None:
+    kept = {"filter": 0.5, "filter_embeddings": 0.5}
+    units = Units(process_s=0.0, num_rows=1000, success=0.8, kept=kept, num_imported=num_imported)
+    assert {name: units.rows_of(name) for name in rows} == rows
+
+
+def test_imported_embeddings_have_a_validation_share_of_their_own(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, evaluate={"resources": {"num_workers": 1}})
+    recipe = replace(recipe, embed=replace(recipe.embed, import_from="folder", import_validation_prob=0.01))
+    units = Units(process_s=0.0, num_rows=0, num_imported=1000, evaluation=replace(_EVALUATION, reconstruction_s=0.0))
+    # 28 samples, 10 of trained combinations, and 10 of 1000 rows.
+    assert step_times(recipe, units)["evaluate"].shared_s == pytest.approx(38 * 2.0 + 10 * 0.5)
