@@ -85,7 +85,9 @@ class Reading:
 
     def name(self, line: int, reason: str, file: str = "") -> None:
         """Name a malformed row without counting it, unless enough are named."""
-        if file and len(self.examples) < NUM_EXAMPLES:
+        if file:
+            if len(self.examples) == NUM_EXAMPLES:  # it comes behind them, and would be a span more in memory
+                return
             self.begin(file)
         self.examples.append(Malformed(self.lines[-1][0], line, len(self.lines) - 1, reason))
         self.examples = sorted(self.examples, key=lambda one: (one.span, one.line))[:NUM_EXAMPLES]

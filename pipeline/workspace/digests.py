@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
 
-from pipeline.workspace.files import UserFile, find_files, is_remote, remote_files
+from pipeline.workspace.files import UserFile, find_files, folder_of, is_remote, remote_files
 
 _BLOCK_BYTES = 1 << 20
 _THREADS = 8
@@ -35,6 +35,8 @@ Stat = tuple[int, int, int, int]
 def fingerprint(uri: str, sizes_only: Collection[str] = ()) -> str:
     """A digest of a user's input: the content of a file; the names and contents of all files of a folder or pattern.
 
+    Of a local folder or pattern, a name is the path from the folder that the person has written out.
+
     Args:
         uri: Path or URI.
         sizes_only: Suffixes of files whose size stands for their content.
@@ -45,7 +47,7 @@ def fingerprint(uri: str, sizes_only: Collection[str] = ()) -> str:
     files = find_files(uri)
     if len(files) == 1 and Path(uri.removeprefix("file://")).is_file():
         return _contents([files[0].uri])[0][:16]
-    root = os.path.commonpath([files[0].uri, files[-1].uri]) if files else ""  # they are sorted
+    root = folder_of(uri)
     for start in range(0, len(files), _RUN):
         run = files[start : start + _RUN]
         read = [file.uri for file in run if not _has_suffix(file, sizes_only)]

@@ -23,6 +23,8 @@ from pipeline.workspace.objects import ObjectStore, stamp_of
 _PATTERN = frozenset("*?[")
 _READ_BYTES = 8 << 20
 _FOLDERS_AHEAD = 16
+_OF_A_DISK = "lost+found"
+"""Folder at the root of each ext4 disk, for what a repair finds; only the machine's owner may read it."""
 Infos = list[dict[str, Any]]
 
 
@@ -40,7 +42,7 @@ class UserFile:
 
 @dataclass(frozen=True)
 class LocalEntries:
-    """What a local folder holds, by name, sorted; hidden entries (``.name``) are left out."""
+    """What a local folder holds, by name, sorted; hidden entries (``.name``, a disk's ``lost+found``) are left out."""
 
     files: list[str] = field(default_factory=list[str])
     """Files."""
@@ -65,7 +67,7 @@ def local_entries(root: str, folder: str = "") -> LocalEntries:
     try:
         with os.scandir(place or ".") as entries:  # which tells the kind of most entries without a call for each
             for entry in entries:
-                if entry.name.startswith("."):
+                if entry.name.startswith(".") or entry.name == _OF_A_DISK:
                     continue
                 if entry.is_symlink():
                     links.append(entry.name)
@@ -74,7 +76,8 @@ def local_entries(root: str, folder: str = "") -> LocalEntries:
                 elif entry.is_file():
                     content.files.append(entry.name)
     except OSError as error:
-        raise DataError(f"{place}: cannot be read: {error.strerror}") from None
+        what = "; allow this user to read it, or name other folders" if isinstance(error, PermissionError) else ""
+        raise DataError(f"{place}: cannot be read: {error.strerror}{what}") from None
     _follow(links, root, folder, content)
     for names in (content.files, content.folders, content.lost):
         names.sort()
@@ -247,6 +250,15 @@ def _names_at(path: str) -> tuple[list[str], list[str]]:
         files += [str(Path(path) / folder / name) for name in entries.files]
         lost += [str(Path(path) / folder / name) for name in entries.lost]
     return files, lost
+
+
+def folder_of(uri: str) -> str:
+    """The local folder of the files that a path or a pattern names: the part that a person has written out."""
+    path = _local(uri)
+    if Path(path).is_dir():
+        return str(Path(path))
+    parts = path.split("/")
+    return "/".join(parts[: next((place for place, part in enumerate(parts) if _PATTERN & set(part)), -1)])
 
 
 def _matching(pattern: str) -> list[str]:

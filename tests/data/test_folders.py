@@ -255,6 +255,15 @@ def test_links_that_lead_nowhere_are_counted_and_the_others_are_read(tmp_path: P
     assert name_examples([reading])[0] == f"{tmp_path}/2.png: a link that leads to no file"
 
 
+def test_what_is_strange_behind_ten_examples_is_counted_and_takes_the_name_of_no_other_file(tmp_path: Path) -> None:
+    _pictures(tmp_path, *(f"{number:02d}.png" for number in range(3)))
+    (tmp_path / "metadata.csv").write_text("file_name,text\n" + "a,b,c\n" * 10 + "00.png,zero\n")
+    (tmp_path / "zz.png").symlink_to("nowhere")
+    _, reading = _captions(tmp_path)
+    assert name_examples([reading]) == [f"{tmp_path}/metadata.csv:{line}: 3 cells, not 2" for line in range(2, 12)]
+    assert (reading.notes["malformed_metadata"], reading.counts["malformed"]) == (10, 1)
+
+
 def test_pictures_whose_names_are_not_utf8_are_pairs_and_can_be_named(tmp_path: Path) -> None:
     for name in (b"caf\xe9.jpg", b"caf\xe9.txt", b"th\xe9.jpg"):
         (tmp_path / os.fsdecode(name)).write_bytes(b"\xff" if name.endswith(b"txt") else b"")

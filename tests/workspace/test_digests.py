@@ -59,6 +59,24 @@ def test_a_changed_sidecar_of_the_same_length_is_seen(name: str, tmp_path: Path)
     assert fingerprint(str(folder)) != before
 
 
+@pytest.mark.parametrize("pattern", ["", "/*/*.jpg", "/**/*.jpg", "/**"])
+@pytest.mark.parametrize("num_files", [1, 2])
+def test_a_sub_folder_of_another_name_is_seen_also_if_all_files_are_in_it(
+    num_files: int, pattern: str, tmp_path: Path
+) -> None:
+    """The pairs of a folder have its names in their URLs."""
+    for number in range(num_files):
+        path = tmp_path / f"set/2024/{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    before = fingerprint(f"{tmp_path}/set{pattern}")
+    (tmp_path / "set/2024").rename(tmp_path / "set/archive")
+    assert fingerprint(f"{tmp_path}/set{pattern}") != before
+    (tmp_path / "set/archive").rename(tmp_path / "set/2024")
+    (tmp_path / "set").rename(tmp_path / "moved")
+    assert fingerprint(f"{tmp_path}/moved{pattern}") == before
+
+
 def test_a_moved_folder_is_the_same_and_its_times_do_not_count(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "one/a.txt").write_text("a")

@@ -25,6 +25,7 @@ from pipeline.recipe.recipe import load_recipe
 from pipeline.workspace.digests import fingerprint, unseen_files
 from pipeline.workspace.files import exists, find_files, local_copy, open_file
 from pipeline.workspace.store import Artifact
+from pipeline.workspace.trees import Tree
 
 
 @contextlib.contextmanager
@@ -58,16 +59,33 @@ def test_files_of_a_folder_that_cannot_be_read_are_not_left_out(
         (tmp_path / name).mkdir()
         (tmp_path / name / "part.parquet").touch()
     assert len(find_files(str(tmp_path))) == 2
+    _refuse(str(tmp_path / "b"), monkeypatch)
+    for path in (str(tmp_path), f"{tmp_path}/**/*.parquet"):
+        with pytest.raises(DataError, match=rf"^{tmp_path}/b: cannot be read: Permission denied; allow this user"):
+            find_files(path)
+
+
+def _refuse(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nobody read a folder; root, as whom tests may run, may read every one."""
     scandir = os.scandir
 
-    def fail(path: str) -> Any:
-        if path == str(tmp_path / "b"):
+    def refuse(path: str) -> Any:
+        if path == folder:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", fail)
-    with pytest.raises(DataError, match=rf"^{tmp_path}/b: cannot be read: Permission denied"):
-        find_files(str(tmp_path))
+    monkeypatch.setattr(os, "scandir", refuse)
+
+
+def test_a_disk_that_is_mounted_where_the_files_are_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "a").mkdir()
+    for name in ("a/part.parquet", "a/1.jpg"):
+        (tmp_path / name).touch()
+    _refuse(str(tmp_path / "lost+found"), monkeypatch)
+    for path in (str(tmp_path), f"{tmp_path}/**/*.parquet"):
+        assert f"{tmp_path}/a/part.parquet" in [file.uri for file in find_files(path)]
+    assert list(Tree(str(tmp_path)).files()) == ["a/1.jpg", "a/part.parquet"]
 
 
 @pytest.mark.parametrize("name", ["list.parquet", "list.csv.gz", "list.csv.zst"])
