@@ -22,7 +22,15 @@ from jobs.options import (
     recipe_words,
 )
 from pipeline.recipe.estimate import status_remaining
-from pipeline.recipe.plan import StepStatus, artifact_of, dependents, make_plan, plan_status, unseen_inputs
+from pipeline.recipe.plan import (
+    StepStatus,
+    artifact_of,
+    dependents,
+    make_plan,
+    passing_inputs,
+    plan_status,
+    unseen_inputs,
+)
 from pipeline.recipe.recipe import Recipe, json_schema, load_recipe, to_dict
 from pipeline.workspace.forgotten import Forgotten, Pending
 from pipeline.workspace.lock import holder_of
@@ -77,7 +85,7 @@ def plan(
     for status in statuses:
         why = "; ".join(status.reasons)
         typer.echo(f"{status.step.name:<17} {status.step.key}  {status.state:<8} {why}".rstrip())
-    for note in [*unseen_inputs(resolved), *_forgotten_notes(workspace, statuses)]:
+    for note in [*unseen_inputs(resolved), *passing_inputs(resolved), *_forgotten_notes(workspace, statuses)]:
         typer.echo(note)
     typer.echo(f"{len(todo)} of {len(statuses)} steps to run: {', '.join(todo)}" if todo else "nothing to do")
     return (f"unclip plan {words} --time", run) if todo else after

@@ -16,10 +16,11 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.recipe.recipe import SAMPLING, Recipe, flatten, to_dict, without_resources
 from pipeline.recipe.sections import StepSection
 from pipeline.recipe.steps import STEPS, StepRow
+from pipeline.recipe.train_sections import is_checkpoint
 from pipeline.workspace.digests import fingerprint, unseen_files
 from pipeline.workspace.files import exists
 from pipeline.workspace.manifest import Manifest, ShardRecord, has_content
-from pipeline.workspace.store import Artifact, Workspace
+from pipeline.workspace.store import LIVE, Artifact, Workspace
 
 Json = dict[str, Any]
 
@@ -348,6 +349,19 @@ def unseen_inputs(recipe: Recipe) -> list[str]:
     return notes
 
 
+def passing_inputs(recipe: Recipe) -> list[str]:
+    """A sentence for each checkpoint of a running training that another one starts from: it will be removed.
+
+    The key of the other one holds its content, so there is no plan without it, also when that training has begun.
+    """
+    return [
+        f"{name}: init_from {path} is removed when its training is beyond it, and this recipe has no plan without it: "
+        "copy it elsewhere and name the copy (the same content goes on with the same training)"
+        for name, section in recipe.trained().items()
+        if is_checkpoint(path := getattr(section, "init_from", "")) and f"{LIVE}checkpoints/" in path
+    ]
+
+
 def _lists_in_key(row: StepRow, lists: Sequence[StepSection], tables: Sequence[Json]) -> Json:
     """Each list of pairs, by its number from 1; its weight changes none of its rows."""
     return {
@@ -362,9 +376,13 @@ def _local_inputs(row: StepRow, section: StepSection, where: str = "") -> Json:
     entries: Json = {}
     for name, path in section.local_paths(row.files).items():
         if not exists(path):
-            raise ConfigError(
-                f"{row.name}: {where}{path} does not exist; relative paths start at the folder where you run unclip"
-            )
+            mend = "relative paths start at the folder where you run unclip"
+            if name == "init_from" and is_checkpoint(path):
+                mend += (
+                    ". A training removes its old checkpoints: name a copy (the same content goes on with the same "
+                    "training), another checkpoint, or the folder of a network"
+                )
+            raise ConfigError(f"{row.name}: {where}{path} does not exist; {mend}")
         content = [fingerprint(file, section.known_by_size) for file in section.files_in_key(path)]
         entries |= {name: section.path_in_key(path), row.files[name]: content if len(content) > 1 else content[0]}
     return entries

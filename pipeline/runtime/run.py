@@ -17,7 +17,7 @@ import ray.exceptions
 from pipeline.errors import ConfigError, DataError, StepError, UnclipError
 from pipeline.recipe.estimate import Remaining, load_times, remaining
 from pipeline.recipe.garbage import read_artifacts
-from pipeline.recipe.plan import Step, StepStatus, artifact_of, dependents, manifest_of, plan_status
+from pipeline.recipe.plan import Step, StepStatus, artifact_of, dependents, manifest_of, passing_inputs, plan_status
 from pipeline.recipe.recipe import Recipe, to_dict
 from pipeline.recipe.schedule import needs_of
 from pipeline.recipe.steps import STEP_ROWS
@@ -108,6 +108,8 @@ def run_recipe(
     for status in statuses:
         if status.state == "unreadable":
             raise DataError(status.reasons[0])
+    for note in passing_inputs(recipe):
+        observer.warned(note)
     workspace = Workspace(recipe.workspace)
     is_all_done = all(status.state == "done" for status in statuses)
     if is_all_done and not retry_failed and not force and Pending.read(workspace.root) is None:

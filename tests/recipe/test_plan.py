@@ -4,7 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from jobs.cli import app
 from pipeline.errors import ConfigError
 from pipeline.recipe.plan import (
     Step,
@@ -12,6 +14,7 @@ from pipeline.recipe.plan import (
     finished_artifacts,
     make_plan,
     manifest_of,
+    passing_inputs,
     plan_status,
     recipe_key,
 )
@@ -82,6 +85,39 @@ def test_initial_weights_count_by_their_content_and_not_by_their_place(tmp_path:
     assert key("one") == key("same") != key("other")
     with pytest.raises(ConfigError, match="nowhere does not exist"):
         key("nowhere")
+
+
+def test_a_checkpoint_that_will_be_removed_is_said_and_its_copy_continues_the_same_training(tmp_path: Path) -> None:
+    def recipe(file: Path | str) -> Recipe:
+        return load_recipe("configs/demo.toml", [f"decoder.init_from={file}", f"workspace={tmp_path}/workspace"])
+
+    checkpoint, copy = tmp_path / "live/checkpoints/00000004.safetensors", tmp_path / "kept.safetensors"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_text("a")
+    (note,) = passing_inputs(recipe(checkpoint))
+    assert note.startswith(f"decoder: init_from {checkpoint} is removed when its training is beyond it")
+    key = _keys(recipe(checkpoint))["decoder"]
+    copy.write_text("a")
+    checkpoint.unlink()
+    with pytest.raises(
+        ConfigError, match=r"decoder: .*00000004\.safetensors does not exist; .* name a copy \(the same"
+    ):
+        make_plan(recipe(checkpoint))
+    assert _keys(recipe(copy))["decoder"] == key
+    assert not passing_inputs(recipe(copy))
+    assert not passing_inputs(recipe(""))
+    with pytest.raises(ConfigError, match=r"nowhere does not exist; relative paths .* unclip$"):
+        make_plan(recipe("nowhere"))
+
+
+def test_plan_says_which_checkpoint_will_be_removed(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "live/checkpoints/00000004.safetensors"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_text("a")
+    words = ["--set", f"decoder.init_from={checkpoint}", "--set", f"workspace={tmp_path}/workspace"]
+    assert (
+        "copy it elsewhere and name the copy" in CliRunner().invoke(app, ["plan", "configs/demo.toml", *words]).stdout
+    )
 
 
 @pytest.mark.parametrize(

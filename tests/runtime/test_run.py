@@ -5,6 +5,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -111,6 +112,16 @@ def test_what_is_read_is_not_made_anew(tmp_path: Path) -> None:
         pytest.raises(ConfigError, match="--force: clip is in use by process"),
     ):
         run._to_make_anew(workspace, statuses, {"clip"})
+
+
+def test_a_run_warns_of_a_checkpoint_that_will_be_removed(tmp_path: Path) -> None:
+    warnings = list[str]()
+    observer: Any = SimpleNamespace(warned=warnings.append)
+    for file, is_said in (("live/checkpoints/00000004.safetensors", True), ("kept.safetensors", False)):
+        warnings.clear()
+        changes = [f"workspace={tmp_path}", "tracking.uri=off", f"decoder.init_from={tmp_path}/{file}"]
+        run.run_recipe(load_recipe(_DEMO, changes), [], observer)
+        assert ["copy it elsewhere and name the copy" in warning for warning in warnings] == [True] * is_said
 
 
 @pytest.mark.ray
