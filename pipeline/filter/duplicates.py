@@ -12,19 +12,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from pipeline.filter.gathered import Bundle, read_batches
 from pipeline.filter.hashes import NUM_BITS, THUMB_BYTES, Hashes, Thumbs, find_near
-from pipeline.filter.labels import duplicates_table
+from pipeline.filter.labels import Rows, duplicates_table, sorted_duplicates
 from pipeline.recipe.sections import FilterConfig
 from pipeline.workspace.store import Artifact
 
 ROWS_PER_PART = 2_000_000
-"""Rows of a part: 140 MB of digests and uids, or 560 MB of hashes, colours and uids, and as much again while they are
-sorted."""
-
-Rows = NDArray[np.int64]
+"""Rows of a part: 140 MB of digests and uids, or 560 MB of hashes, colours and uids; twice as much again while they are
+sorted, and up to 200 MB of what is found."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ def search_parts(config: FilterConfig, num_rows: int) -> list[Part]:
 
 
 def find_duplicates(gathered: Artifact, bundles: Sequence[Bundle], part: Part, config: FilterConfig) -> pa.Table:
-    """The duplicates of one part, in the layout of ``duplicates_table``; memory is that of ``ROWS_PER_PART`` rows.
+    """The duplicates of one part, in the layout of ``sorted_duplicates``; memory is that of ``ROWS_PER_PART`` rows.
 
     Args:
         gathered: The files of the bundles, see ``gather_measures``.
@@ -62,29 +59,14 @@ def find_duplicates(gathered: Artifact, bundles: Sequence[Bundle], part: Part, c
         config: The recipe's section.
     """
     if part.piece < 0:
-        rows, pairs = _find_exact(gathered, bundles, part)
-    else:
-        rows, pairs = _find_near(gathered, bundles, part, config.max_hash_distance)
-    numbers, places, uids = rows["number"].to_numpy(), rows["row"].to_numpy(), rows["uid"]
-    reason = "duplicate" if part.piece < 0 else "near_duplicate"
-    return duplicates_table(
-        [
-            {
-                "number": int(numbers[again]),
-                "row": int(places[again]),
-                "reason": reason,
-                "detail": "",
-                "same_as": uids[first].as_py(),
-                "same_as_number": int(numbers[first]),
-                "same_as_row": int(places[first]),
-            }
-            for again, first in pairs.items()
-        ]
-    )
+        rows, again, first = _find_exact(gathered, bundles, part)
+        return sorted_duplicates([duplicates_table(rows, again, first, "duplicate")])
+    rows, again, first = _find_near(gathered, bundles, part, config.max_hash_distance)
+    return sorted_duplicates([duplicates_table(rows, again, first, "near_duplicate")])
 
 
-def _find_exact(gathered: Artifact, bundles: Sequence[Bundle], part: Part) -> tuple[pa.Table, dict[int, int]]:
-    """The part's N rows; and for each repeated one its first, both by position."""
+def _find_exact(gathered: Artifact, bundles: Sequence[Bundle], part: Part) -> tuple[pa.Table, Rows, Rows]:
+    """The part's N rows; the positions of the repeated ones, (M,), and of the first of each, (M,)."""
     places: list[pa.Table] = []
     keys: list[Hashes] = []
     for table in read_batches(gathered, bundles):
@@ -98,13 +80,12 @@ def _find_exact(gathered: Artifact, bundles: Sequence[Bundle], part: Part) -> tu
     is_new = np.ones(len(order), np.bool_)
     is_new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
     firsts = order[np.maximum.accumulate(np.where(is_new, np.arange(len(order)), 0))] if len(order) else order
-    pairs = dict(zip(order[~is_new].tolist(), firsts[~is_new].tolist(), strict=True))
-    return pa.concat_tables(places).combine_chunks(), pairs
+    return pa.concat_tables(places).combine_chunks(), order[~is_new], firsts[~is_new]
 
 
 def _find_near(
     gathered: Artifact, bundles: Sequence[Bundle], part: Part, max_distance: int
-) -> tuple[pa.Table, dict[int, int]]:
+) -> tuple[pa.Table, Rows, Rows]:
     """As ``_find_exact``; of the rows that agree in the part's piece of their bits."""
     start, stop = (NUM_BITS * (part.piece + i) // (max_distance + 1) for i in (0, 1))
     shift, mask = np.uint64(start), np.uint64((1 << (stop - start)) - 1)
@@ -117,13 +98,14 @@ def _find_near(
         columns.append(hashes[rows])
         thumbs.append(_fixed(table["thumb"], THUMB_BYTES)[rows])
     hashes, colours = np.concatenate(columns), np.concatenate(thumbs)
-    pairs: dict[int, int] = {}
+    firsts = np.full(len(hashes), -1, np.int64)
     for members in _buckets(hashes[:, :2] >> shift & mask):
         direct, mirrored, groups = hashes[members].T
         same_as = find_near(direct, mirrored, colours[members], groups, max_distance)
         again = np.flatnonzero(same_as >= 0)
-        pairs |= dict(zip(members[again].tolist(), members[same_as[again]].tolist(), strict=True))
-    return pa.concat_tables(places).combine_chunks(), pairs
+        firsts[members[again]] = members[same_as[again]]
+    again = np.flatnonzero(firsts >= 0)
+    return pa.concat_tables(places).combine_chunks(), again, firsts[again]
 
 
 def _buckets(values: Hashes) -> Iterator[Rows]:

@@ -2,7 +2,7 @@
 
 A filter step makes several passes over its shards. Each pass commits its files shard by shard, so that a killed step
 continues, and a pass holds one shard at a time, or one part of the search for duplicates.
-Legend: N rows of a shard.
+Legend: N rows of a shard, M rows that were found again.
 """
 
 from collections import Counter
@@ -22,6 +22,7 @@ from pipeline.workspace.hashing import HashedFile
 
 pc: Any = pyarrow.compute  # its functions are created at import, so a type checker does not know them
 Bools = NDArray[np.bool_]
+Rows = NDArray[np.int64]
 _LABELS = pa.schema([(name, pa.string()) for name in LABEL_COLUMNS])
 _DUPLICATES = pa.schema(
     [
@@ -103,18 +104,35 @@ def map_table(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def duplicates_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
-    """What one part of a search found, sorted by shard and row.
+def duplicates_table(rows: pa.Table, again: Rows, first: Rows, reason: str, details: Sequence[str] = ()) -> pa.Table:
+    """What a search found among some rows; in columns, because a part may find a million of them.
 
     Args:
-        rows: Of each row that was found again, ``number`` of its shard and ``row`` in it, ``reason`` and ``detail``;
-            of its first row, the uid ``same_as``, ``same_as_number`` and ``same_as_row``.
+        rows: ``number`` of the shard, ``row`` in it, and ``uid`` of the rows that were searched.
+        again: Positions in ``rows`` of those that were found again, (M,).
+        first: Positions of the first row of each, (M,).
+        reason: Why they are left out.
+        details: More about each, (M,); by default nothing.
     """
-    return pa.Table.from_pylist(sorted(rows, key=lambda row: (row["number"], row["row"])), schema=_DUPLICATES)
+    places = {name: rows[name].take(pa.array(first)) for name in ("number", "row", "uid")}
+    columns = [
+        rows["number"].take(pa.array(again)),
+        rows["row"].take(pa.array(again)),
+        pa.repeat(pa.scalar(reason), len(again)),
+        pa.array(details, pa.string()) if details else pa.repeat(pa.scalar(""), len(again)),
+        *(places[name] for name in ("uid", "number", "row")),
+    ]
+    return pa.table(columns, names=_DUPLICATES.names).cast(_DUPLICATES)
+
+
+def sorted_duplicates(tables: Iterable[pa.Table]) -> pa.Table:
+    """Tables of ``duplicates_table`` as one, sorted by shard and row."""
+    joined = pa.concat_tables([_DUPLICATES.empty_table(), *tables])
+    return joined.sort_by([("number", "ascending"), ("row", "ascending")])
 
 
 def write_duplicates(table: pa.Table, path: Path) -> None:
-    """Write ``duplicates_table``, or the findings of a bundle, so that the rows of one shard can be read alone."""
+    """Write ``sorted_duplicates``, or the findings of a bundle, so that the rows of one shard can be read alone."""
     pq.write_table(table, path, row_group_size=_GROUP_ROWS)
 
 

@@ -33,7 +33,7 @@ def find_left_out(results: Artifact, parts: Sequence[str], starts: Rows) -> Bool
     Memory is three bytes a row, and 16 for each finding whose first row is one of another finding.
 
     Args:
-        results: ``<part>.parquet`` of every part, see ``duplicates_table``.
+        results: ``<part>.parquet`` of every part, see ``sorted_duplicates``.
         parts: Names of the parts.
         starts: See ``starts_of``.
     """

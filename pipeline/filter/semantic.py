@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pipeline.data.shards import read_table
 from pipeline.data.vectors import to_arrow, to_numpy, to_unit
 from pipeline.filter.gathered import Bundle
-from pipeline.filter.labels import duplicates_table, map_table
+from pipeline.filter.labels import duplicates_table, map_table, sorted_duplicates
 from pipeline.filter.scores import CLIP_SCORE, stays
 from pipeline.workspace.store import Artifact
 
@@ -204,7 +204,7 @@ def find_semantic_duplicates(
     max_similarity: float,
     device: str = "cpu",
 ) -> pa.Table:
-    """The duplicates of a group of clusters, in the layout of ``duplicates_table``; see ``ROWS_PER_GROUP``.
+    """The duplicates of a group of clusters, in the layout of ``sorted_duplicates``; see ``ROWS_PER_GROUP``.
 
     Args:
         gathered: The files of the bundles, see ``write_bundle``.
@@ -213,30 +213,23 @@ def find_semantic_duplicates(
         max_similarity: The recipe's threshold.
         device: Torch device.
     """
-    duplicates: list[dict[str, object]] = []
-    for piece in _pieces(gathered, bundles, group):
-        clusters = piece["cluster"].to_numpy()
-        numbers, rows = piece["number"].to_numpy(), piece["row"].to_numpy()
-        order = np.lexsort((rows, numbers, -piece[CLIP_SCORE].to_numpy(), clusters))
-        borders = np.flatnonzero(np.diff(clusters[order])) + 1
-        vectors, groups, uids = to_numpy(piece["z"]), piece["group"].to_numpy(), piece["uid"]
-        for members in np.split(order, borders):
-            same_as, similarity = near_rows(to_unit(vectors[members]), groups[members], max_similarity, device)
-            for place in np.flatnonzero(same_as >= 0).tolist():
-                again, first = members[place], members[same_as[place]]
-                uid = uids[int(first)].as_py()
-                duplicates.append(
-                    {
-                        "number": int(numbers[again]),
-                        "row": int(rows[again]),
-                        "reason": "semantic_duplicate",
-                        "detail": f"similarity {similarity[place]:.3f}",
-                        "same_as": uid,
-                        "same_as_number": int(numbers[first]),
-                        "same_as_row": int(rows[first]),
-                    }
-                )
-    return duplicates_table(duplicates)
+    pieces = _pieces(gathered, bundles, group)
+    return sorted_duplicates([_find_in_piece(piece, max_similarity, device) for piece in pieces])
+
+
+def _find_in_piece(piece: pa.Table, max_similarity: float, device: str) -> pa.Table:
+    clusters, scores = piece["cluster"].to_numpy(), piece[CLIP_SCORE].to_numpy()
+    order = np.lexsort((piece["row"].to_numpy(), piece["number"].to_numpy(), -scores, clusters))
+    borders = np.flatnonzero(np.diff(clusters[order])) + 1
+    vectors, groups = to_numpy(piece["z"]), piece["group"].to_numpy()
+    again, first, details = list[Ints](), list[Ints](), list[str]()
+    for members in np.split(order, borders):
+        same_as, similarity = near_rows(to_unit(vectors[members]), groups[members], max_similarity, device)
+        near = np.flatnonzero(same_as >= 0)
+        again.append(members[near])
+        first.append(members[same_as[near]])
+        details += [f"similarity {one:.3f}" for one in similarity[near].tolist()]
+    return duplicates_table(piece, np.concatenate(again), np.concatenate(first), "semantic_duplicate", details)
 
 
 def near_rows(z: Floats, groups: Ints, max_similarity: float, device: str = "cpu") -> tuple[Ints, Floats]:

@@ -1,9 +1,11 @@
 """Perceptual hashes on drawn pictures, and the search in parts of bounded size."""
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
@@ -92,3 +94,27 @@ def test_small_parts_find_what_one_part_finds(
     assert len(duplicates.search_parts(config, num_rows)) == 6 * -(-num_rows // rows_per_part)
     assert {row[2] for row in whole} == {"duplicate", "near_duplicate"}
     assert find() == whole
+
+
+def test_what_a_part_finds_is_held_in_columns(tmp_path: Path) -> None:
+    """A part may find a million rows: as Python's objects they took more memory than the rows themselves."""
+    num_rows, files, config = 20_000, Artifact(str(tmp_path)), FilterConfig(duplicates="exact")
+    table = pa.table(
+        {
+            "number": pa.array(np.zeros(num_rows), pa.int32()),
+            "row": pa.array(np.arange(num_rows), pa.int32()),
+            "uid": [f"{row:032x}" for row in range(num_rows)],
+            "digest": pa.array([b"same placeholder"] * num_rows, pa.binary(16)),
+            "group": pa.array(np.zeros(num_rows), pa.uint64()),
+        }
+    )
+    bundles = [gathered.Bundle("gathered-00", 0, 1)]
+    with files.write(bundles[0].file) as path:
+        gathered.write_batches([table], path)
+    [part] = duplicates.search_parts(config, num_rows)
+    tracemalloc.start()
+    found = duplicates.find_duplicates(files, bundles, part, config)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (found.num_rows, set(found["same_as"].to_pylist())) == (num_rows - 1, {f"{0:032x}"})
+    assert peak < 300 * num_rows

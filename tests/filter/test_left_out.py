@@ -1,15 +1,16 @@
 """What the parts of a search found, put together: every row that is left out names one that stays."""
 
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.filter.gathered import Bundle
 from pipeline.filter.hashes import PictureHash
-from pipeline.filter.labels import duplicates_of_shard, duplicates_table, write_duplicates
+from pipeline.filter.labels import duplicates_of_shard, duplicates_table, sorted_duplicates, write_duplicates
 from pipeline.filter.left_out import find_left_out, findings_of_bundle, starts_of
 from pipeline.runtime.filter import run_filter
 from pipeline.workspace.store import Artifact
@@ -35,21 +36,12 @@ Findings = dict[int, int]
 
 def _write(folder: Path, parts: list[Findings]) -> tuple[Artifact, list[str]]:
     output, names = Artifact(str(folder)), [f"part-{number}" for number in range(len(parts))]
+    numbers, places = zip(*_ROWS, strict=True)
+    rows = pa.table({"number": numbers, "row": places, "uid": [f"uid {row}" for row in range(len(_ROWS))]})
     for name, findings in zip(names, parts, strict=True):
-        rows: list[dict[str, Any]] = [
-            {
-                "number": _ROWS[again][0],
-                "row": _ROWS[again][1],
-                "reason": name,
-                "detail": "",
-                "same_as": f"uid {first}",
-                "same_as_number": _ROWS[first][0],
-                "same_as_row": _ROWS[first][1],
-            }
-            for again, first in findings.items()
-        ]
+        again, first = np.array(list(findings), np.int64), np.array(list(findings.values()), np.int64)
         with output.write(f"{name}.parquet") as path:
-            write_duplicates(duplicates_table(rows), path)
+            write_duplicates(sorted_duplicates([duplicates_table(rows, again, first, name)]), path)
     return output, names
 
 
