@@ -21,7 +21,7 @@ from pipeline.filter.hashes import THUMB_BYTES, PictureHash, hash_picture
 from pipeline.filter.labels import Labels
 from pipeline.filter.language import LanguageClassifier
 from pipeline.pictures import PictureError
-from pipeline.recipe.sections import FilterConfig
+from pipeline.recipe.sections import FILTER_COLUMNS, FilterConfig
 
 _ROW_COLUMNS = ("uid", "key", "caption", "split", "status")
 _NO_HASH = PictureHash(0, 0, bytes(THUMB_BYTES))
@@ -38,25 +38,20 @@ class ColumnRule:
     """Value of the field without the rule."""
     is_most: bool
     """Whether the limit is the largest value that stays; else it is the smallest."""
-    columns: tuple[str, ...]
-    """Names of the column in known lists; the first one that a shard has is read."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the column in known lists."""
+        return FILTER_COLUMNS[self.field]
 
 
 COLUMN_RULES = (
-    ColumnRule("watermark", "max_watermark", 1.0, True, ("pwatermark", "watermark_score")),
-    ColumnRule("nsfw", "max_nsfw", 1.0, True, ("punsafe", "nsfw_score_opennsfw2")),
-    ColumnRule("faces", "max_faces", -1, True, ("face_bboxes", "num_faces")),
-    ColumnRule(
-        "similarity",
-        "min_similarity",
-        -1.0,
-        False,
-        ("similarity", "clip_l14_similarity_score", "clip_similarity_vitl14", "clip_b32_similarity_score"),
-    ),
-    ColumnRule("aesthetic", "min_aesthetic", 0.0, False, ("aesthetic", "AESTHETIC_SCORE", "aesthetic_score_laion_v2")),
+    ColumnRule("watermark", "max_watermark", 1.0, True),
+    ColumnRule("nsfw", "max_nsfw", 1.0, True),
+    ColumnRule("faces", "max_faces", -1, True),
+    ColumnRule("similarity", "min_similarity", -1.0, False),
+    ColumnRule("aesthetic", "min_aesthetic", 0.0, False),
 )
-"""Columns of LAION-400M and LAION-5B, DataComp and COYO-700M."""
-_TAGS = ("NSFW",)
 _SHA256 = re.compile("[0-9a-fA-F]{64}")
 
 
@@ -112,7 +107,7 @@ class RowRules:
         config = self._config
         more = [find_column(names, rule.columns, rule.field) for rule in self._column_rules()]
         if config.nsfw_tags:
-            more.append(find_column(names, _TAGS, "nsfw_tags"))
+            more.append(find_column(names, FILTER_COLUMNS["nsfw_tags"], "nsfw_tags"))
         if config.min_image_px or config.max_aspect_ratio:
             more += ["original_width", "original_height"]
         if config.duplicates != "keep" and "sha256" in names:
@@ -175,7 +170,7 @@ class RowRules:
                 _value_of(name, values),
             )
         if self._config.nsfw_tags:
-            tags = ["" if tag is None else str(tag) for tag in table[_TAGS[0]].to_pylist()]
+            tags = ["" if tag is None else str(tag) for tag in table[FILTER_COLUMNS["nsfw_tags"][0]].to_pylist()]
             labels.leave_out((tag not in self._config.nsfw_tags for tag in tags), "nsfw_tag", _value_of("NSFW", tags))
 
     def _measure_pictures(

@@ -26,6 +26,7 @@ from pipeline.recipe.folder import folder_tables
 from pipeline.recipe.job_sections import JobConfig
 from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.recipe.sections import (
+    FILTER_COLUMNS,
     DownloadConfig,
     DownloadResources,
     EmbedConfig,
@@ -130,7 +131,18 @@ class Recipe:
             )
         if self.pairs.weights and self.embed.import_from:
             raise ValueError("pairs.lists have weights, but the rows of embed.import_from are of no list")
+        self._require_filter_columns()
         self._require_noisy_clip()
+
+    def _require_filter_columns(self) -> None:
+        """Check that the columns that the filter reads reach the shards: it would notice after the whole download."""
+        for name, columns in FILTER_COLUMNS.items():
+            is_on = self.filter is not None and getattr(self.filter, name) != getattr(FilterConfig(), name)
+            if is_on and not {*columns} & {*self.download.extra_columns}:
+                raise ValueError(
+                    f"filter.{name} reads the list's column {' or '.join(columns)}; "
+                    "name the one that it has in download.extra_columns"
+                )
 
     def _require_noisy_clip(self) -> None:
         """Check that the noisy CLIP has the decoder's picture size, timesteps and noise schedule."""

@@ -21,6 +21,22 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 """Of networks that are not trained."""
 
+FILTER_COLUMNS = {
+    "max_watermark": ("pwatermark", "watermark_score"),
+    "max_nsfw": ("punsafe", "nsfw_score_opennsfw2"),
+    "nsfw_tags": ("NSFW",),
+    "max_faces": ("face_bboxes", "num_faces"),
+    "min_similarity": (
+        "similarity",
+        "clip_l14_similarity_score",
+        "clip_similarity_vitl14",
+        "clip_b32_similarity_score",
+    ),
+    "min_aesthetic": ("aesthetic", "AESTHETIC_SCORE", "aesthetic_score_laion_v2"),
+}
+"""For fields of ``[filter]`` that read a column of the list, its names in LAION-400M and LAION-5B, DataComp and
+COYO-700M; the first one that a shard has is read."""
+
 
 class StepSection:
     """What the plan asks a step's section; these answers hold for most sections."""

@@ -15,6 +15,7 @@ from pipeline.data.training_rows import ShardReader
 from pipeline.data.vectors import read_vectors
 from pipeline.errors import ConfigError, StepError
 from pipeline.evaluate.prompts import choose_rows
+from pipeline.recipe.sections import FILTER_COLUMNS
 from pipeline.retrieve.embedded import EmbeddedShards
 from pipeline.runtime import filter as filters
 from pipeline.runtime.context import StepContext
@@ -56,7 +57,9 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _filtered(tmp_path: Path, planted: Planted, rules: dict[str, Any]) -> tuple[StepContext, dict[str, dict[str, str]]]:
-    context = make_context(tmp_path, "filter", tiny_recipe(tmp_path, filter=rules))
+    columns = sorted(name for names in FILTER_COLUMNS.values() for name in names)
+    recipe = tiny_recipe(tmp_path, filter=rules, download={"extra_columns": columns})
+    context = make_context(tmp_path, "filter", recipe)
     planted.write(context.inputs["download"])
     result = run_filter(context)
     labels = labels_of(commit(context, result))
@@ -177,7 +180,9 @@ def test_columns_of_laion_coyo_and_datacomp_decide(tmp_path: Path) -> None:
 
 
 def test_a_rule_without_its_column_says_how_to_bring_it(tmp_path: Path) -> None:
-    context = make_context(tmp_path, "filter", tiny_recipe(tmp_path, filter={"max_watermark": 0.5}))
+    columns = {"extra_columns": ["pwatermark"]}
+    recipe = tiny_recipe(tmp_path, filter={"max_watermark": 0.5}, download=columns)
+    context = make_context(tmp_path, "filter", recipe)
     planted_pairs(3).write(context.inputs["download"])
     with pytest.raises(
         ConfigError, match=r"filter\.max_watermark: .* pwatermark or watermark_score.*download\.extra_columns"

@@ -231,11 +231,18 @@ def test_respacing_takes_sections_that_just_fit_their_chain() -> None:
         ("workspace=", "workspace is empty"),
         ("download.encode_format=png", r"encode_quality must be 0\.\.9 for png, got 95"),
         ("prior.train.warmup_steps=1001", r"warmup_steps must be in 0\.\.num_steps, got 1001"),
+        ("filter.max_nsfw=0.5", "max_nsfw reads the list's column punsafe or nsfw_score_opennsfw2; name the one that"),
+        ("filter.nsfw_tags=['UNSURE']", r"nsfw_tags reads the list's column NSFW; .* in download\.extra_columns"),
     ],
 )
 def test_load_recipe_refuses_what_does_not_go_together(override: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load_recipe(None, [override])
+
+
+def test_a_filter_reads_any_of_the_names_of_its_column() -> None:
+    overrides = ["filter.max_nsfw=0.5", "filter.min_caption_words=3", "download.extra_columns=['nsfw_score_opennsfw2']"]
+    assert load_recipe(None, overrides).filter is not None
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", '"seed"', "null"])
