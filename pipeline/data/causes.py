@@ -88,6 +88,6 @@ def is_class(name: str) -> bool:
     return name in {ALL, *CLASSES, *PICTURE_FAULTS} or (name.startswith("http-") and name[5:].isdigit())
 
 
-def is_in_class(cause: str, wanted: str) -> bool:
-    """Whether ``--retry-failed WANTED`` means a cause: ``http`` means every HTTP status, ``all`` every cause."""
-    return wanted in {ALL, cause} or cause.startswith(f"{wanted}-")
+def is_in_class(cause: str, failed_class: str) -> bool:
+    """Whether ``--retry-failed CLASS`` means a cause: ``http`` means every HTTP status, ``all`` every cause."""
+    return failed_class in {ALL, cause} or cause.startswith(f"{failed_class}-")

@@ -212,7 +212,7 @@ class Downloader:
         rows: pa.Table,
         old: ShardFiles,
         files: ShardFiles,
-        wanted: str,
+        failed_class: str,
         on_progress: OnProgress | None = None,
         *,
         only: range | None = None,
@@ -223,7 +223,7 @@ class Downloader:
             rows: The rows of ``read_rows``.
             old: The shard.
             files: The files to write; its table and tar hold the good rows of before, byte for byte.
-            wanted: Class of the failures (``pipeline.data.causes``), or ``all``.
+            failed_class: Class of the failures (``pipeline.data.causes``), or ``all``.
             on_progress: Receives the progress; rows that are kept count as finished.
             only: Numbers of the rows that may be tried; default: all.
 
@@ -243,7 +243,7 @@ class Downloader:
             merged, schema = read_shard(old.tar, old.parquet, stream)
             if [row.values["uid"] for row in merged] != rows.column("uid").to_pylist():
                 raise DataError(f"download: {old.parquet}: it has other rows than the pairs; {REPAIR_HINT}")
-            failed = [number for number in failed_rows(merged, wanted) if only is None or number in only]
+            failed = [number for number in failed_rows(merged, failed_class) if only is None or number in only]
             if not failed:
                 return None
             keys = [merged[number].values["key"] for number in failed]

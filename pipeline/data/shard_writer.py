@@ -150,10 +150,10 @@ def read_shard(tar: Path, parquet: Path, stream: IO[bytes]) -> tuple[list[ShardR
     return rows, table.schema
 
 
-def failed_rows(rows: Sequence[ShardRow], wanted: str) -> list[int]:
+def failed_rows(rows: Sequence[ShardRow], failed_class: str) -> list[int]:
     """Numbers of the failed rows whose cause is in a class."""
     causes = [cause_of(row.values["error_message"] or SUCCESS) for row in rows]
-    return [number for number, cause in enumerate(causes) if cause != SUCCESS and is_in_class(cause, wanted)]
+    return [number for number, cause in enumerate(causes) if cause != SUCCESS and is_in_class(cause, failed_class)]
 
 
 def causes_of(rows: Sequence[ShardRow]) -> Counter[str]:
