@@ -142,7 +142,8 @@ def test_serving_crowds_compares_pictures_of_random_requests_with_the_same_alone
     assert levels.rows / levels.steps > 1
     assert levels.pictures >= 4
     assert levels.largest < 16
-    levels.add(np.zeros((1, 2, 2, 3), np.uint8), np.full((1, 2, 2, 3), 20, np.uint8))
+    assert levels.psnr_db(levels) == [pytest.approx(108.13, abs=0.01)] * levels.pictures  # no noise
+    levels.add(np.zeros((1, 2, 2, 3), np.uint8), np.full((1, 2, 2, 3), 20, np.uint8), (9, 9))
     assert levels.largest == 20
     assert levels.different >= 12
 
