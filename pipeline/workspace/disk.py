@@ -72,6 +72,15 @@ def files_below(folder: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
                 yield f"{start}{entry.name}", entry
 
 
+def names_in(folder: str) -> list[str]:
+    """Names of what is directly in a folder, in any order; none if there is no such folder.
+
+    Raises:
+        StepError: If it cannot be read; names it.
+    """
+    return [entry.name for entry, _ in _found(_entries, folder) or ()]
+
+
 def is_there(path: str) -> bool:
     """Whether there is such a file or folder, or what a link leads to.
 

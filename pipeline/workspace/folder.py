@@ -88,7 +88,8 @@ class Folder:
                 if sha256 := checksum(num_bytes):
                     self._descriptions[name] = {"bytes": num_bytes, "sha256": sha256}
         finally:
-            _remove(temporary)
+            with contextlib.suppress(OSError):  # what is left of it is removed by `clear_temporaries`
+                _remove(temporary)
 
     def write_whole(self, name: str, make: Callable[[Path], object]) -> None:
         """As ``write``; the file is made again if storage that is mounted does not take it for a moment.
@@ -322,7 +323,8 @@ class Folder:
         for name in list(self._all_names()):
             place, temporary, rest = f"/{name}".partition(f"/{_TEMPORARY}")
             if temporary and name.startswith(start):
-                _remove(Path(f"{self._base}{place}{temporary}{rest.partition('/')[0]}"))
+                path = Path(f"{self._base}{place}{temporary}{rest.partition('/')[0]}")
+                patiently(lambda path=path: _remove(path), str(path), "removed")
 
     def _all_names(self) -> Iterator[str]:
         """Every file, also those that are being written."""

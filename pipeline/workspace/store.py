@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError, StepError
-from pipeline.workspace.disk import own_folder
+from pipeline.workspace.disk import names_in, own_folder
 from pipeline.workspace.folder import Folder, description_of, json_bytes
 from pipeline.workspace.manifest import Manifest, ShardRecord
 from pipeline.workspace.objects import ObjectStore
@@ -67,8 +67,7 @@ class Workspace:
         if not self.is_local:
             store = ObjectStore(f"{self.root}/{step}")
             return store.folders(store.path)
-        folder = Path(self.root) / step
-        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        return sorted(names_in(f"{self.root}/{step}"))
 
     def check(self) -> None:
         """Make sure that the place of the workspace answers.

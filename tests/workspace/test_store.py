@@ -234,6 +234,33 @@ def test_a_small_file_is_written_whole_again_where_the_storage_failed(
     assert artifact.path("data.bin").read_bytes() == b"new"
 
 
+def test_temporary_files_and_keys_are_found_where_the_storage_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = Workspace(str(tmp_path))
+    artifact = workspace.artifact("step", "key")
+    with monkeypatch.context() as patch:
+        fail_calls(patch, "unlink", code=errno.EIO)
+        artifact.write_bytes("data.bin", b"1")  # what failed is only to remove the temporary file
+    half = tmp_path / "step/key/.tmp-0123-half"
+    half.write_bytes(b"half")
+    with monkeypatch.context() as patch:
+        failed = fail_calls(patch, "unlink", times=2)
+        artifact.clear_temporaries()
+        assert len(failed) == 2
+    assert not half.exists()
+    assert artifact.names() == ["data.bin"]
+    with monkeypatch.context() as patch:
+        failed = fail_calls(patch, "scandir", times=2)
+        assert workspace.keys("step") == ["key"]
+        assert len(failed) == 2
+    with monkeypatch.context() as patch:
+        fail_calls(patch, "scandir", times=99)
+        with pytest.raises(StepError, match=rf"^{tmp_path}/step: cannot be read: Stale"):
+            workspace.keys("step")
+    assert workspace.keys("other") == []
+
+
 def test_a_listing_has_links_and_hidden_files_and_follows_nothing(tmp_path: Path) -> None:
     artifact = Artifact(f"{tmp_path}/step/key")
     assert artifact.names() == []
