@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
-
 from pipeline.errors import UnclipError
+from pipeline.machine import free_memory_bytes, num_cpus
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import STEPS
 from pipeline.workspace.store import Workspace
@@ -25,7 +24,6 @@ from pipeline.workspace.store import Workspace
 State = Literal["ok", "warning", "problem"]
 
 _DRIVER = Path("/proc/driver/nvidia/version")
-_MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _SHARED = Path("/dev/shm")
 _LEAST_PYTHON = (3, 11)
 _LEAST_DISK_GB, _LITTLE_DISK_GB = 1.0, 10.0
@@ -69,7 +67,8 @@ def examine(recipe: Recipe | None) -> Iterator[Finding]:
         places[cache] = "cache"
     for place, name in places.items():
         yield check_disk(place, name)
-    yield check_memory(memory_bytes())
+    yield check_cpus(num_cpus(), os.cpu_count() or 1)
+    yield check_memory(free_memory_bytes())
     yield check_shared_memory(_SHARED)
     yield check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     yield check_socket_path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
@@ -152,25 +151,18 @@ def check_disk(place: str, name: str) -> Finding:
     )
 
 
+def check_cpus(num_usable: int, num_there: int) -> Finding:
+    """A run may keep some of the machine's CPUs busy."""
+    if num_usable < num_there:
+        return Finding("CPUs", "ok", f"{num_usable} of the machine's {num_there}: the container or job has no more")
+    return Finding("CPUs", "ok", f"{num_usable}")
+
+
 def check_memory(num_bytes: float) -> Finding:
     """There is memory for a training beside Ray."""
     mend = "end other programs, or raise the container's limit; Ray alone takes about 1 GB"
     text = f"{num_bytes / 1e9:.1f} GB available"
     return _graded("memory", num_bytes / 1e9, _LEAST_MEMORY_GB, _LITTLE_MEMORY_GB, text, mend)
-
-
-def memory_bytes() -> float:
-    """Memory that this machine has left, or its container."""
-    available = float(psutil.virtual_memory().available)
-    try:
-        limit = float(_MEMORY_LIMIT.read_text())
-        used = float(_MEMORY_LIMIT.with_name("memory.current").read_text())
-    except (OSError, ValueError):  # no container, or "max"
-        return available
-    stat = _MEMORY_LIMIT.with_name("memory.stat")
-    values = dict(line.split() for line in stat.read_text().splitlines()) if stat.is_file() else {}
-    reclaimable = float(values.get("inactive_file", 0))  # files' pages, which give way to a program's
-    return min(available, limit - used + reclaimable)
 
 
 def check_shared_memory(place: Path) -> Finding:

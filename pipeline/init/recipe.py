@@ -1,6 +1,5 @@
 """``unclip init``: look at a person's pairs and write a short recipe for them and for this machine."""
 
-import os
 import tomllib
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from pipeline.init.sizes import (
     default_steps,
     gpu_tables,
 )
+from pipeline.machine import num_cpus
 from pipeline.recipe.estimate import save_times
 from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.recipe.recipe import Recipe, parse_recipe
@@ -63,7 +63,7 @@ def write_recipe(
     look = look_at(source, url_column, caption_column)
     pairs, num_pairs = look.pairs, look.num_pairs
     on_gpu = Path("/proc/driver/nvidia/version").exists() if gpu is None else gpu
-    machine = "one GPU" if on_gpu else f"{os.cpu_count()} CPU cores"
+    machine = "one GPU" if on_gpu else f"{num_cpus()} CPU cores"
     sized_for = machine if minutes is None else f"{machine} and {minutes:g} minutes"
     # A comment cannot hold a line end, but a file's name can.
     header = f"{source}: {look.count} pairs, sized for {sized_for}. `unclip config {out}` prints every field."

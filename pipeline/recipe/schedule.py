@@ -8,11 +8,11 @@ hyperthreads do, arithmetic units.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.machine import num_cpus
 from pipeline.recipe.sections import TaskResources
 from pipeline.recipe.train_sections import TrainResources
 
@@ -92,9 +92,19 @@ class _Active:
 
 
 def this_machine(crowding: float = 1.0) -> Machine:
-    """This machine as the run's own Ray divides it: at least two logical CPUs."""
+    """This machine as the run's own Ray divides it: two CPUs also where there is one, which the workers take in turns.
+
+    Args:
+        crowding: As it was measured by the time of processors, which does not pass while a worker waits for one.
+    """
     num_gpus = len(list(_GPUS.iterdir())) if _GPUS.is_dir() else 0
-    return Machine(max(2, os.cpu_count() or 1), num_gpus, crowding)
+    cpus = logical_cpus()
+    return Machine(cpus, num_gpus, crowding * cpus / num_cpus())
+
+
+def logical_cpus() -> int:
+    """CPUs of the run's own Ray, at least two: a data step and a training must be able to run at the same time."""
+    return max(2, num_cpus())
 
 
 def needs_of(section: object) -> Needs:

@@ -14,6 +14,7 @@ import psutil
 import ray
 
 from pipeline.errors import StepError, UnclipError
+from pipeline.recipe.schedule import logical_cpus
 from pipeline.runtime.placement import DISK
 from pipeline.workspace.cache import free_bytes, recipe_variables
 
@@ -68,9 +69,7 @@ def _start_here(**options: Any) -> None:
     """Start a Ray of our own; where the machine is so busy that its first server is given up, once more."""
     for tries_left in (1, 0):
         try:
-            # At least two logical CPUs: a data step and a training must be able to run at the same time.
-            num_cpus = max(2, os.cpu_count() or 1)
-            ray.init(address="local", num_cpus=num_cpus, resources=_disk(), include_dashboard=False, **options)
+            ray.init(address="local", num_cpus=logical_cpus(), resources=_disk(), include_dashboard=False, **options)
         except Exception:
             ray.shutdown()  # ends what was started
             if not tries_left:

@@ -9,20 +9,19 @@ import contextlib
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.machine import num_oom_kills
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.placement import living_machines
 from pipeline.runtime.restarts import End, out_of_memory
 from pipeline.workspace.store import LIVE, Artifact
 
 _PLACES = f"{LIVE}workers.json"
-_VMSTAT = Path("/proc/vmstat")
 _LOOK_S = 1.0
 _LONGEST_LOOK_S = 90.0
 """Longer than Ray needs to miss a machine, and than one that is busy needs to start a process."""
@@ -35,12 +34,12 @@ class Place:
     machine: str
     """Ray's id."""
     oom_kills: int
-    """Processes that the machine's kernel has ended for want of memory since it booted; 0 where it does not say."""
+    """Processes of the worker's container, job or machine that the kernel has ended so far for want of memory."""
 
 
 def here() -> Place:
     """The place of this process."""
-    return Place(ray.get_runtime_context().get_node_id(), _oom_kills())
+    return Place(ray.get_runtime_context().get_node_id(), num_oom_kills())
 
 
 def note_places(output: Artifact, places: Sequence[Place]) -> None:
@@ -67,14 +66,16 @@ def end_of(context: StepContext, error: Exception, before: Collection[str]) -> E
     failures = {rank: getattr(failure, "health_check_failure", failure) for rank, failure in by_rank.items()}
     num_workers = len(places) or section.resources.most_workers
     if any(isinstance(failure, ray.exceptions.OutOfMemoryError) for failure in failures.values()):
-        return out_of_memory(section, num_workers, "Ray has ended a worker: the memory of its machine was used up")
+        words = "Ray has ended a worker: the memory of its machine was used up"
+        return out_of_memory(section, num_workers, words, is_own=False)
     machines, cause = {place.machine for place in places} or set(before), last_line(next(iter(by_rank.values())))
     answers = _answers(machines)
     if machines - answers.keys():
         return End("preempted", f"a machine was lost ({cause})")
     died = [rank for rank, failure in failures.items() if isinstance(failure, ray.exceptions.RayError)]
     if any(answers[place.machine].oom_kills > place.oom_kills for rank, place in enumerate(places) if rank in died):
-        return out_of_memory(section, num_workers, "the kernel has ended a worker: the memory was used up")
+        words = "a worker was killed, and the kernel has ended a process there for want of memory"
+        return out_of_memory(section, num_workers, words, is_own=False)
     return End("failed", f"a worker failed ({cause})")
 
 
@@ -105,12 +106,3 @@ def _answers(machines: Collection[str]) -> dict[str, Place]:
 @ray.remote(num_cpus=0, max_retries=0)
 def _answer() -> Place:
     return here()
-
-
-def _oom_kills() -> int:
-    with contextlib.suppress(OSError):
-        for line in _VMSTAT.read_text(encoding="ascii").splitlines():
-            name, _, count = line.partition(" ")
-            if name == "oom_kill":
-                return int(count)
-    return 0

@@ -1,13 +1,11 @@
 """The largest part of a batch that fits into a worker's memory, where a recipe leaves it open."""
 
 import json
-import os
 from dataclasses import asdict, replace
 from typing import Any
 
-import psutil
-
 from pipeline.errors import StepError
+from pipeline.machine import memory_bytes, num_cpus
 from pipeline.recipe.train_sections import TrainResources
 from pipeline.runtime.calls import call_again
 from pipeline.runtime.context import StepContext
@@ -92,5 +90,5 @@ def _room_gb(name: str, resources: TrainResources) -> float:
                 "micro_batch_size"
             )
         return room_gb
-    share_gb = psutil.virtual_memory().total / 1e9 * min(1.0, resources.cpus_per_worker / (os.cpu_count() or 1))
+    share_gb = memory_bytes() / 1e9 * min(1.0, resources.cpus_per_worker / num_cpus())
     return max(share_gb - _PROCESS_GB, _LEAST_SHARE * share_gb)

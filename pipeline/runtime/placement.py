@@ -115,7 +115,13 @@ def unoffered(options: dict[str, Any]) -> str:
 def machine_has(node: dict[str, Any], amounts: dict[str, float], options: dict[str, Any]) -> bool:
     """Whether a machine has these amounts, free or not, and the labels of the options."""
     has_amounts = all(node["Resources"].get(name, 0) >= amount for name, amount in amounts.items())
-    return has_amounts and all(
-        node["Labels"].get(name) == value or not value.replace("-", "").isalnum()  # Ray reads "!a" and "in(a, b)", too
-        for name, value in options.get("label_selector", {}).items()
-    )
+    labels, selector = node["Labels"], options.get("label_selector", {})
+    return has_amounts and all(_selects(value, labels.get(name)) for name, value in selector.items())
+
+
+def _selects(value: str, label: str | None) -> bool:
+    """Whether Ray's selector, ``a``, ``in(a, b)`` or its negation ``!a`` or ``!in(a, b)``, takes a label, or none."""
+    is_negated, terms = value.startswith("!"), value.removeprefix("!")
+    if terms.startswith("in(") and terms.endswith(")"):
+        terms = terms[3:-1]
+    return (label in [term.strip() for term in terms.split(",")]) != is_negated

@@ -31,11 +31,17 @@ class End:
     """The error that it failed with, where a person should see all of it."""
 
 
-def out_of_memory(section: TrainedSection, num_workers: int, cause: str) -> End:
-    """The end of a start in which a worker had too little memory."""
+def out_of_memory(section: TrainedSection, num_workers: int, cause: str, *, is_own: bool = True) -> End:
+    """The end of a start in which a worker had too little memory, for itself or (not ``is_own``) beside others.
+
+    Where less at a time is not possible, the latter is an error like others: it need not come again.
+    """
     share = -(-section.train.batch_size // num_workers)
     largest = min(section.resources.samples_a_pass or share, share)
-    return End("out_of_memory", f"out of memory with {largest} samples at a time ({cause})", largest_pass=largest)
+    if not is_own and not _can_be_halved(section, largest):
+        return End("failed", f"a worker failed ({cause})")
+    words = f"{'' if is_own else 'perhaps '}out of memory with {largest} samples at a time ({cause})"
+    return End("out_of_memory", words, largest_pass=largest)
 
 
 class Restarts:
@@ -70,7 +76,7 @@ class Restarts:
         notice = f"{end.cause}; it goes on from its newest checkpoint"
         if end.kind == "out_of_memory":
             half = (end.largest_pass + 1) // 2
-            if half == end.largest_pass or not _goes_in_parts(section):
+            if not _can_be_halved(section, end.largest_pass):
                 raise StepError(
                     f"{name}: {end.cause}, and less is not possible; set resources.checkpointing, or num_shards = 0 "
                     "with more workers, or make the network smaller; `unclip plan --cost` counts its memory"
@@ -98,9 +104,10 @@ def _limits(section: TrainedSection) -> dict[Kind, int]:
     }
 
 
-def _goes_in_parts(section: TrainedSection) -> bool:
-    """Whether ``micro_batch_size`` may be set: the batch norms of a ResNet need the batch undivided."""
-    return not (isinstance(section, ClipStepConfig) and section.model.vision == "resnet")
+def _can_be_halved(section: TrainedSection, largest_pass: int) -> bool:
+    """Whether a pass may have fewer samples: the batch norms of a ResNet need the batch undivided."""
+    is_resnet = isinstance(section, ClipStepConfig) and section.model.vision == "resnet"
+    return largest_pass > 1 and not is_resnet
 
 
 def with_micro_batch(recipe: Recipe, name: str, size: int) -> Recipe:

@@ -63,8 +63,12 @@ class Validations:
     def __init__(
         self, output: Artifact, start: Callable[[int], Task], lacks: Callable[[], str], limit_s: float
     ) -> None:
+        # Loaded here, before a thread looks: Ray Train loads torch in this one, and two at once end the process.
+        from pipeline.train.resume import checkpoint_steps
+
         self._output, self._start, self._lacks, self._limit_s = output, start, lacks, limit_s
-        self._seen = set(result_steps(output))
+        # Of an earlier start: what is free before this one's workers are placed is what they are about to take.
+        self._seen = {*result_steps(output), *checkpoint_steps(output)}
         self._task: Task | None = None
         self.state = replace(read_beside(output), running=-1)
         write_beside(output, self.state)
@@ -171,9 +175,6 @@ class ValidationsBeside:
         self._thread = threading.Thread(target=self._watch, name="validations", daemon=True)
 
     def __enter__(self) -> Self:
-        # Loaded before the thread begins: Ray Train loads torch in this one, and two at once end the process.
-        import pipeline.train.resume  # noqa: F401  # pyright: ignore[reportUnusedImport]
-
         self._thread.start()
         return self
 

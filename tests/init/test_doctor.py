@@ -90,15 +90,9 @@ def test_a_disk_without_room_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (finding.state, finding.mend.startswith("free some space")) == ("problem", True)
 
 
-def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "memory.max").write_text("3000000\n")
-    (tmp_path / "memory.current").write_text("1000000\n")
-    monkeypatch.setattr(doctor, "_MEMORY_LIMIT", tmp_path / "memory.max")
-    assert doctor.memory_bytes() == 2_000_000
-    (tmp_path / "memory.stat").write_text("anon 100000\ninactive_file 600000\nactive_file 300000\n")
-    assert doctor.memory_bytes() == 2_600_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert doctor.memory_bytes() > 2_000_000
+def test_a_container_s_or_job_s_share_of_the_cpus_is_said() -> None:
+    assert doctor.check_cpus(64, 64).text == "64"
+    assert doctor.check_cpus(2, 64).text == "2 of the machine's 64: the container or job has no more"
 
 
 def test_a_recipe_that_asks_for_a_gpu_is_seen(tmp_path: Path) -> None:
@@ -117,4 +111,15 @@ def test_the_command_ends_with_code_4_where_a_run_would_stop(tmp_path: Path, mon
     assert bad.exit_code == 4
     states = {finding["name"]: finding["state"] for finding in json.loads(bad.stdout)}
     assert [name for name, state in states.items() if state == "problem"] == ["tracker"]
-    assert {"Python", "torch", "faiss", "ray", "memory", "/dev/shm", "open files", "TMPDIR", "proxy"} <= states.keys()
+    assert {
+        "Python",
+        "torch",
+        "faiss",
+        "ray",
+        "CPUs",
+        "memory",
+        "/dev/shm",
+        "open files",
+        "TMPDIR",
+        "proxy",
+    } <= states.keys()

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.recipe import schedule as module
 from pipeline.recipe.recipe import parse_recipe
-from pipeline.recipe.schedule import Load, Machine, Needs, Span, needs_of, schedule
+from pipeline.recipe.schedule import Load, Machine, Needs, Span, needs_of, schedule, this_machine
 from tests.tiny.recipe import tiny_tables
 
 _CPU = Needs(cpus=1.0)
@@ -34,6 +35,17 @@ def test_side_by_side_is_slower_by_the_crowding() -> None:
     spans = schedule([_load("a", 10), _load("b", 4)], Machine(cpus=2, crowding=1.5))
     assert spans["b"] == Span(0, 6)  # both at two thirds of their speed
     assert spans["a"] == Span(0, 6 + (10 - 4))  # alone again
+
+
+@pytest.mark.parametrize(("num_cpus", "cpus", "end_s"), [(8, 8, 10 * (1 + 0.5 / 7)), (2, 2, 15), (1, 2, 30)])
+def test_a_run_has_the_cpus_that_it_may_use_and_two_that_take_turns_where_that_is_one(
+    num_cpus: int, cpus: int, end_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "num_cpus", lambda: num_cpus)
+    machine = this_machine(crowding=1.5)
+    assert machine.cpus == cpus
+    spans = schedule([_load("a", 10), _load("b", 10)], machine)
+    assert spans["b"].end_s == pytest.approx(end_s)
 
 
 @pytest.mark.parametrize(("busy", "slowdown"), [(0, 1.0), (1, 1.0), (2.5, 1.25), (4, 1.5), (9, 1.5)])

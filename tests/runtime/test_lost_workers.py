@@ -8,12 +8,14 @@ import ray.exceptions
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
+from pipeline.errors import StepError
+from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import parse_recipe
 from pipeline.runtime import lost_workers
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.lost_workers import Place, end_of, forget_places, note_places
 from pipeline.runtime.placement import living_machines
-from pipeline.runtime.restarts import End
+from pipeline.runtime.restarts import End, Restarts, out_of_memory
 from tests.tiny.cluster import joined_cluster
 from tests.tiny.recipe import tiny_tables
 from tests.tiny.training import upsampler_context
@@ -52,7 +54,7 @@ def _answer(monkeypatch: pytest.MonkeyPatch, *answers: Place) -> None:
         (_PLACES, _KILLED, "failed", "a worker failed ([gloo] Connection closed by peer)"),
         (_PLACES[:1], _KILLED, "preempted", "a machine was lost ([gloo] Connection closed by peer)"),
         (_PLACES, _FULL, "out_of_memory", "Ray has ended a worker: the memory of its machine was used up"),
-        ([_PLACES[0], replace(_PLACES[1], oom_kills=6)], _KILLED, "out_of_memory", "the kernel has ended a worker"),
+        ([_PLACES[0], replace(_PLACES[1], oom_kills=6)], _KILLED, "out_of_memory", "perhaps out of memory with 2"),
         ([replace(_PLACES[0], oom_kills=4), _PLACES[1]], _KILLED, "failed", "a worker failed"),  # not where it was
         ([_PLACES[0], replace(_PLACES[1], oom_kills=6)], _PEER, "failed", "a worker failed"),  # not a worker of ours
     ],
@@ -69,6 +71,27 @@ def test_each_loss_costs_a_budget_of_its_own(
     end = end_of(context, _failed(lost), set())
     assert (end.kind, cause in end.cause) == (kind, True), end
     assert end.largest_pass == (2 if kind == "out_of_memory" else 0)
+
+
+def test_a_kill_for_memory_is_a_failure_where_a_worker_cannot_take_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else may have used the memory up: a ResNet CLIP begins again as after other failures."""
+    clip = {"train": {"batch_size": 4}, "resources": {"num_workers": 2}}
+    recipe = parse_recipe(tiny_tables(tmp_path, clip=clip))
+    assert recipe.clip.model.vision == "resnet"
+    step = next(step for step in make_plan(recipe) if step.name == "clip")
+    context = StepContext(recipe, step, recipe.workspace)
+    note_places(context.output, _PLACES)
+    _answer(monkeypatch, _PLACES[0], replace(_PLACES[1], oom_kills=6))
+    restarts = Restarts(context)
+    for lost in (_KILLED, _FULL):
+        end = end_of(context, _failed(lost), set())
+        assert end.kind == "failed"
+        assert "memory" in restarts.next(end).notice
+    assert restarts.metrics == {"num_failures": 2}
+    with pytest.raises(StepError, match=r"out of memory with 2 samples at a time \(CUDA.*less is not possible"):
+        restarts.next(out_of_memory(recipe.clip, 2, "CUDA out of memory"))
 
 
 @pytest.mark.parametrize(

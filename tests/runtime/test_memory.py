@@ -1,12 +1,13 @@
-"""The memory of a worker against which ``micro_batch_size = "auto"`` is counted, on CPUs."""
+"""What a run takes of the CPUs and the memory that it may use: for its own Ray, and for ``micro_batch_size = "auto"``."""
 
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pipeline.errors import StepError
+from pipeline.recipe import schedule
 from pipeline.recipe.train_sections import TrainResources
-from pipeline.runtime import memory
+from pipeline.runtime import connection, memory
 
 
 @pytest.mark.parametrize(
@@ -22,8 +23,8 @@ from pipeline.runtime import memory
 def test_a_worker_on_cpus_has_room_on_ordinary_machines(
     total_gb: float, num_cpus: int, resources: dict[str, int], room_gb: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(total=total_gb * 1e9))
-    monkeypatch.setattr(memory.os, "cpu_count", lambda: num_cpus)
+    monkeypatch.setattr(memory, "memory_bytes", lambda: total_gb * 1e9)
+    monkeypatch.setattr(memory, "num_cpus", lambda: num_cpus)
     assert memory._room_gb("prior", TrainResources(**resources)) == pytest.approx(room_gb)
 
 
@@ -32,3 +33,12 @@ def test_a_worker_without_room_for_its_process_is_refused_before_anything_is_cou
     """A room of 0 would be one without a limit, in which everything fits."""
     with pytest.raises(StepError, match=rf"prior: resources.memory_gb_per_worker is {gb:g}, and a worker takes 1.5 GB"):
         memory._room_gb("prior", TrainResources(memory_gb_per_worker=gb))
+
+
+def test_a_ray_of_our_own_has_the_cpus_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = dict[str, Any]()
+    monkeypatch.setattr(connection.ray, "init", lambda **options: started.update(options))
+    for num_cpus, logical in ((3, 3), (1, 2)):
+        monkeypatch.setattr(schedule, "num_cpus", lambda num_cpus=num_cpus: num_cpus)
+        connection._start_here()
+        assert started["num_cpus"] == logical

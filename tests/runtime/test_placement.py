@@ -21,6 +21,7 @@ from pipeline.runtime.placement import (
     amounts_of,
     controller_options,
     describe,
+    machine_has,
     packing,
     scaling_options,
     unoffered,
@@ -154,6 +155,45 @@ def test_workers_stay_together_on_a_machine_that_has_room_for_all_of_them() -> N
             assert "says what disk it has: start Ray there with the resource disk_gb" in unoffered(wants_disk)
         finally:
             ray.shutdown()
+
+
+@pytest.mark.parametrize(
+    "selector", ["p4d.24xlarge", "with_underscore", "spot", "in(spot, p4d.24xlarge)", "in(inside)"]
+)
+def test_a_machine_without_a_label_is_not_the_one_that_is_asked_for(selector: str) -> None:
+    options = {"label_selector": {"type": selector}}
+    for labels in ({}, {"type": "other"}):
+        assert not machine_has({"Resources": {}, "Labels": labels}, {}, options)
+        assert machine_has({"Resources": {}, "Labels": labels}, {}, {"label_selector": {"type": f"!{selector}"}})
+    label = selector.removeprefix("in(").removesuffix(")").split(", ")[-1]
+    assert machine_has({"Resources": {}, "Labels": {"type": label}}, {}, options)
+    assert not machine_has(
+        {"Resources": {}, "Labels": {"type": label}}, {}, {"label_selector": {"type": f"!{selector}"}}
+    )
+
+
+@pytest.mark.ray
+def test_selectors_are_read_as_ray_reads_them() -> None:
+    with cluster_without_cpus() as cluster:
+        ray.init(address=cluster.address, log_to_driver=False)
+        try:
+            node = cluster.add_node(num_cpus=1, labels={"type": "p4d.24xlarge"})
+            plain = cluster.add_node(num_cpus=1)
+            for selector in ("p4d.24xlarge", "!p4d.24xlarge", "in(a, p4d.24xlarge)", "!in(a, p4d.24xlarge)"):
+                task = _where.options(num_cpus=1, label_selector={"type": selector}).remote()
+                machines = {machine["NodeID"]: machine for machine in ray.nodes()}
+                has = [
+                    machine_has(machines[id], {"CPU": 1}, {"label_selector": {"type": selector}})
+                    for id in (node.node_id, plain.node_id)
+                ]
+                assert has == [ray.get(task, timeout=60) == id for id in (node.node_id, plain.node_id)], selector
+        finally:
+            ray.shutdown()
+
+
+@ray.remote
+def _where() -> str:
+    return ray.get_runtime_context().get_node_id()
 
 
 def test_a_label_of_the_recipe_comes_before_the_role() -> None:

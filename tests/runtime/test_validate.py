@@ -108,6 +108,20 @@ def test_a_checkpoint_for_which_nothing_is_free_is_skipped_for_good(cluster: _Cl
     assert read_beside(_Cluster(cluster.output).output).skipped == 1  # counted over all starts
 
 
+def test_a_start_takes_no_checkpoint_of_the_one_before_for_one_of_its_own(cluster: _Cluster) -> None:
+    """A driver that was killed: its next one has the machines free before the workers are placed."""
+    cluster.lacks = "only 0 of 1 CPU was free"
+    cluster.look_at(2)
+    cluster.lacks = ""
+    cluster.look_at(4)  # begun, and ended with the driver
+    again = _Cluster(cluster.output)
+    again.look_at()
+    assert not again.tasks
+    assert again.state == BesideState(skipped=1, reason="only 0 of 1 CPU was free")
+    again.look_at(6)
+    assert list(again.tasks) == [6]
+
+
 def test_a_killed_validation_and_one_without_its_checkpoint_change_nothing_but_the_counts(cluster: _Cluster) -> None:
     cluster.look_at(2)
     cluster.tasks[2].set_exception(MemoryError("no\n12 GB left\n"))
