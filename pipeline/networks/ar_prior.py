@@ -25,7 +25,7 @@ from pipeline.data.vectors import read_vectors, to_unit
 from pipeline.errors import ConfigError, DataError
 from pipeline.networks.counting import Work, count, first_steps, full_captions
 from pipeline.networks.kind import NetworkKind
-from pipeline.networks.measuring import ValidationRows, cosines_to_captions
+from pipeline.networks.measuring import COSINES_TO_CAPTIONS, ValidationRows, cosines_to_captions
 from pipeline.workspace.store import Artifact
 
 MEASURED_ROWS = 200_000
@@ -130,6 +130,7 @@ AR_PRIOR = NetworkKind(
     objective=ArPriorObjective,
     work=_work,
     measure=_measure,
+    measures=COSINES_TO_CAPTIONS,
     stage=lambda name, networks: ArPriorStage.of(networks[name], name),
     embeddings=True,
     captions=True,

@@ -100,6 +100,7 @@ DECODER = NetworkKind(
     objective=DecoderObjective,
     work=_work,
     measure=_measure,
+    measures=("cos_z_image", "cos_unrelated_image"),
     stage=lambda name, networks: DecoderStage.of(networks[name], networks.get("noisy_clip"), name),
     denoiser=_denoiser,
     pictures=True,

@@ -51,6 +51,8 @@ class NetworkKind(Generic[C, N]):
     """The work to count on the meta device: (network, the recipe's CLIP) -> work."""
     measure: Callable[[N, ValidationRows], dict[str, float]] | None = None
     """Sample-quality metrics on a few validation rows during training, by name."""
+    measures: tuple[str, ...] = ()
+    """Names of those metrics."""
     denoiser: Callable[[N, ValidationRows], tuple[Denoise, Tensor]] | None = None
     """For a diffusion of pictures: the network under the conditions of these rows, unguided, and the true pictures in
     [-1, 1], (B, 3, H, W)."""

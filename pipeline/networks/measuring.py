@@ -87,6 +87,9 @@ def mean_cosine(a: Tensor, b: Tensor) -> float:
     return float(F.cosine_similarity(a.double(), b.double()).mean())
 
 
+COSINES_TO_CAPTIONS = ("cos_z_image", "cos_z_text", "cos_unrelated_text")
+
+
 def cosines_to_captions(z_image: Tensor, rows: ValidationRows) -> dict[str, float]:
     """Mean cosine of sampled embeddings (B, D) to the true z_image, to z_text, and to another caption's z_text."""
     z_text = rows.text.z_text

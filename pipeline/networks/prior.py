@@ -17,7 +17,7 @@ from pipeline.data.batches import Batch, Samples, TextEncoder
 from pipeline.networks.counting import Work, count_chain, first_steps, full_captions
 from pipeline.networks.diffusion_loss import DiffusionLoss
 from pipeline.networks.kind import OF_DIFFUSION, NetworkKind
-from pipeline.networks.measuring import ValidationRows, cosines_to_captions, sample_few_steps
+from pipeline.networks.measuring import COSINES_TO_CAPTIONS, ValidationRows, cosines_to_captions, sample_few_steps
 
 _ANALYTIC_ROWS = 512
 
@@ -90,6 +90,7 @@ PRIOR = NetworkKind(
     objective=PriorObjective,
     work=_work,
     measure=_measure,
+    measures=COSINES_TO_CAPTIONS,
     stage=lambda name, networks: PriorStage.of(networks[name], name),
     embeddings=True,
     captions=True,

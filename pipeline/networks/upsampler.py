@@ -99,6 +99,7 @@ UPSAMPLER = NetworkKind(
     objective=lambda network, _: UpsamplerObjective(network),
     work=_work,
     measure=_measure,
+    measures=("psnr_db", "bicubic_psnr_db"),
     stage=lambda name, networks: UpsamplerStage.of(networks[name], int(name.rpartition("_")[2]) - 1),
     denoiser=_denoiser,
     pictures=True,

@@ -120,8 +120,11 @@ def machine_has(node: dict[str, Any], amounts: dict[str, float], options: dict[s
 
 
 def _selects(value: str, label: str | None) -> bool:
-    """Whether Ray's selector, ``a``, ``in(a, b)`` or its negation ``!a`` or ``!in(a, b)``, takes a label, or none."""
+    """Whether Ray's selector takes a label, or none: ``a``, ``in(a,b)``, and their negations ``!a`` and ``!in(a,b)``.
+
+    For Ray (2.60), too, a space after the comma is a part of the label.
+    """
     is_negated, terms = value.startswith("!"), value.removeprefix("!")
     if terms.startswith("in(") and terms.endswith(")"):
         terms = terms[3:-1]
-    return (label in [term.strip() for term in terms.split(",")]) != is_negated
+    return (label in terms.split(",")) != is_negated

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.data.batches import Batch, iterate_batches, plan_order
+from pipeline.data.batches import Batch, Samples, iterate_batches, plan_order
 from pipeline.data.order import Share
 from pipeline.errors import ResumeError
 from pipeline.networks.diffusion_loss import draws_of
@@ -65,7 +65,7 @@ def run_job(job: TrainJob, watch: Watch, wants_stop: WantsStop = never) -> Json:
     order = plan_order(parts.train, job.seed, where=job.name, batch_size=config.batch_size)
     share = Share(config.batch_size, job.rank, job.world_size)
     validation = Validation(job, parts.clip, parts.validation)
-    writer = CheckpointWriter(job.output, job.digest, _keep(job, state), [damage.step for damage in damages])
+    writer = CheckpointWriter(job.output, job.digest, _keep(job, parts.validation), [damage.step for damage in damages])
 
     def report(state: TrainState) -> None:
         if is_first:
@@ -271,7 +271,7 @@ def _now() -> float:
     return round(time.time(), 3)
 
 
-def _keep(job: TrainJob, state: TrainState) -> Keep:
+def _keep(job: TrainJob, validation: Samples) -> Keep:
     """Which checkpoints stay.
 
     Raises:
@@ -279,7 +279,6 @@ def _keep(job: TrainJob, state: TrainState) -> Keep:
     """
     resources = job.section.resources
     if resources.keep_best:
-        average = state.average
-        if job.rank == 0 and average is not None:
-            require_measure(resources.keep_best, Validation.alone(job)(average))
+        measures = ("val_loss", *(f"val_{name}" for name in job.kind.measures))
+        require_measure(resources.keep_best, measures if validation.num_rows else ())
     return Keep(resources.num_checkpoints, resources.keep_best)

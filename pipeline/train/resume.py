@@ -6,7 +6,7 @@ import math
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Self
 
@@ -252,7 +252,7 @@ def _seen_by_all(artifact: Artifact) -> dict[int, str]:
     )
 
 
-def require_measure(name: str, measures: Mapping[str, float]) -> None:
+def require_measure(name: str, measures: Collection[str]) -> None:
     """Refuse a measure that a training does not take.
 
     Raises:

@@ -62,7 +62,7 @@ from models.toy.network import Toy
 from pipeline.data.batches import Batch, TextEncoder
 from pipeline.networks.counting import Work, count
 from pipeline.networks.kind import NetworkKind
-from pipeline.networks.measuring import ValidationRows, cosines_to_captions
+from pipeline.networks.measuring import COSINES_TO_CAPTIONS, ValidationRows, cosines_to_captions
 
 
 class ToyObjective(nn.Module):
@@ -97,6 +97,7 @@ TOY = NetworkKind(
     objective=ToyObjective,
     work=_work,
     measure=_measure,
+    measures=COSINES_TO_CAPTIONS,
     embeddings=True,
     captions=True,
     meaning=("scale",),

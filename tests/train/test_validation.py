@@ -17,6 +17,7 @@ from models.decoder.network import Decoder
 from models.prior.network import Prior
 from models.upsampler.network import Upsampler
 from pipeline.clip.frozen import FrozenClip
+from pipeline.errors import ConfigError
 from pipeline.networks.clip import load_clip_artifact
 from pipeline.networks.measuring import NUM_EMBEDDINGS
 from pipeline.train.assemble import TrainJob, assemble
@@ -48,6 +49,7 @@ def network_and_measures(name: str, inputs: dict[str, Artifact], folder: Path) -
     def measures(network: nn.Module) -> dict[str, float]:
         values = validation(network)
         assert values.pop("val_loss") > 0
+        assert tuple(values) == tuple(f"val_{name}" for name in job.kind.measures)
         return {name.removeprefix("val_"): value for name, value in values.items()}
 
     return parts.network.eval(), measures
@@ -207,6 +209,21 @@ def test_a_training_that_is_validated_beside_it_loads_no_image_tower(
     assert in_line is not None
     assert beside is not None
     assert (in_line.clip.has_images, beside.clip.has_images) == (True, False)
+
+
+@pytest.mark.parametrize("name", ["prior", "decoder", "upsampler_1", "clip"])
+def test_whether_the_best_can_be_kept_is_known_without_a_network(
+    name: str, inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No worker loads another CLIP for it, or validates while the others wait."""
+    monkeypatch.setattr(Validation, "__call__", lambda *_: pytest.fail("it has validated"))
+    monkeypatch.setattr("pipeline.train.validation.load_frozen", lambda *_, **__: pytest.fail("it has loaded a CLIP"))
+    kind = tiny_job(name, inputs, tmp_path / "kind").kind
+    for measure in ("loss", *kind.measures):
+        run_job(_beside(name, inputs, tmp_path / measure, keep_best=f"val_{measure}"), no_watch)
+    words = ", ".join(f"val_{measure}" for measure in ("loss", *kind.measures))
+    with pytest.raises(ConfigError, match=f"keep_best = 'val_beauty': the measures of this training are {words}$"):
+        run_job(_beside(name, inputs, tmp_path / "beauty", keep_best="val_beauty"), no_watch)
 
 
 def test_the_best_of_the_checkpoints_that_are_validated_beside_is_kept(
