@@ -8,9 +8,11 @@ from pipeline.errors import StepError
 from pipeline.recipe.recipe import Recipe, TrainedSection
 from pipeline.recipe.train_sections import ClipStepConfig
 from pipeline.runtime.context import StepContext
+from pipeline.workspace.store import LIVE
 
 Json = dict[str, Any]
 Kind = Literal["finished", "preempted", "out_of_memory", "failed"]
+_COUNTED = f"{LIVE}restarts.json"
 _COUNTS = {"preempted": "num_preemptions", "out_of_memory": "num_out_of_memory", "failed": "num_failures"}
 
 
@@ -45,7 +47,7 @@ def out_of_memory(section: TrainedSection, num_workers: int, cause: str, *, is_o
 
 
 class Restarts:
-    """The starts of one training so far.
+    """The starts of one training: how many are left to this run, and how many there were in all runs.
 
     Args:
         context: The step.
@@ -54,6 +56,7 @@ class Restarts:
     def __init__(self, context: StepContext) -> None:
         self._context = context
         self._counts = Counter[Kind]()
+        self._in_all_runs = Counter[str](context.output.find_json(_COUNTED) or {})
 
     def next(self, end: End) -> StepContext:
         """The step as the next start runs it, after one that did not finish.
@@ -65,6 +68,8 @@ class Restarts:
         context, name = self._context, self._context.step.name
         section = context.recipe.trained()[name]
         self._counts[end.kind] += 1
+        self._in_all_runs[_COUNTS[end.kind]] += 1
+        context.output.write_json(_COUNTED, self._in_all_runs)
         limit = _limits(section)[end.kind]
         if self._counts[end.kind] > limit:
             if end.error is not None:
@@ -88,8 +93,8 @@ class Restarts:
 
     @property
     def metrics(self) -> Json:
-        """How often it began again, for the manifest."""
-        return {_COUNTS[kind]: count for kind, count in self._counts.items()}
+        """How often a start of it ended before it was finished, in this run and in those before, for the manifest."""
+        return dict(self._in_all_runs)
 
 
 _WORDS = {"preempted": "was preempted", "out_of_memory": "ran out of memory", "failed": "failed"}

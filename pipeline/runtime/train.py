@@ -66,18 +66,21 @@ def run_training(context: StepContext) -> StepResult:
     in_recipe = context.recipe.trained()[context.step.name].resources.micro_batch_size
     context = with_counted_part(context)
     needs = context.recipe.trained()[context.step.name].resources
-    metrics = {} if in_recipe == needs.micro_batch_size else {"micro_batch_size": needs.micro_batch_size}
     if not needs.validates_beside:
-        end = _fit(context)
-        return StepResult({}, end.metrics | metrics, needs.most_workers, end.files)
+        end = _fit(context, in_recipe)
+        return StepResult({}, end.metrics, needs.most_workers, end.files)
     with ValidationsBeside(context, needs) as validations:
-        end = _fit(context)
-        metrics |= end.metrics | validations.finish()
+        end = _fit(context, in_recipe)
+        metrics = end.metrics | validations.finish()
     return StepResult({}, metrics, needs.most_workers, end.files)
 
 
-def _fit(context: StepContext) -> End:
-    """Train, from the newest checkpoint after each loss, until the network is finished; returns how it ended."""
+def _fit(context: StepContext, micro_batch_in_recipe: int | str) -> End:
+    """Train, from the newest checkpoint after each loss, until the network is finished; returns how it ended.
+
+    Its metrics say how often it began again, and the ``micro_batch_size`` that it ended with if that is another one
+    than the recipe's.
+    """
     restarts = Restarts(context)
     while True:
         context = replace(context, attempt=uuid.uuid4().hex)
@@ -85,7 +88,9 @@ def _fit(context: StepContext) -> End:
         needs = context.recipe.trained()[context.step.name].resources
         end = (_fit_one if needs.most_workers == 1 else _fit_many)(context, needs)
         if end.kind == "finished":
-            return replace(end, metrics=end.metrics | restarts.metrics)
+            size = needs.micro_batch_size
+            ended_with = {} if size == micro_batch_in_recipe else {"micro_batch_size": size}
+            return replace(end, metrics=end.metrics | restarts.metrics | ended_with)
         if end.kind == "preempted" and is_stop_requested(context.output):
             raise StepError(f"{context.step.name}: {end.cause}; run again to continue")
         context = restarts.next(end)

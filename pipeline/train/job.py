@@ -33,6 +33,7 @@ from pipeline.workspace.store import LIVE, MANIFEST, Artifact
 
 Json = dict[str, Any]
 _ORIGIN = f"{LIVE}origin.json"
+_DAMAGED = f"{LIVE}damaged.json"
 _FLUSH_S = 5.0
 Watch = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, message) by rank 0 at every log line."""
@@ -61,7 +62,7 @@ def run_job(job: TrainJob, watch: Watch, wants_stop: WantsStop = never) -> Json:
     objective, state = start_training(job, parts)
     damages: list[Damage] = []
     log = continue_training(state, job, damages.append)
-    note = _note_of_start(state.step, log, damages)
+    note, num_damaged = _note_of_start(state.step, log, damages), _count_damaged(job, damages)
     order = plan_order(parts.train, job.seed, where=job.name, batch_size=config.batch_size)
     share = Share(config.batch_size, job.rank, job.world_size)
     validation = Validation(job, parts.clip, parts.validation)
@@ -110,8 +111,17 @@ def run_job(job: TrainJob, watch: Watch, wants_stop: WantsStop = never) -> Json:
     validate(average)
     parts.publish(average)
     counts = {"num_parameters": num_parameters(average), "num_steps": state.step}
-    events = {"num_damaged_checkpoints": len(damages), "num_skipped_steps": int(state.num_bad)}
+    events = {"num_damaged_checkpoints": num_damaged, "num_skipped_steps": int(state.num_bad)}
     return log.summary() | counts | {name: number for name, number in events.items() if number} | origin_of(job)
+
+
+def _count_damaged(job: TrainJob, damages: list[Damage]) -> int:
+    """How many checkpoints this start and those before have passed over, of which a note is left for those after."""
+    before = set[int](job.output.find_json(_DAMAGED) or [])
+    steps = before | {damage.step for damage in damages}
+    if job.rank == 0 and steps != before:
+        job.output.write_json(_DAMAGED, sorted(steps))
+    return len(steps)
 
 
 def _note_of_start(step: int, log: MetricsLog, damages: list[Damage]) -> str:

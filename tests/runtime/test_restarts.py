@@ -64,6 +64,7 @@ def test_a_training_goes_on_with_half_the_micro_batch_and_is_the_same(
         "(resources.micro_batch_size = 1), the same training"
     )
     assert metrics["num_out_of_memory"] == 2
+    assert (metrics["micro_batch_size"], "micro_batch_size" in expected) == (1, False)  # the recipe says: all 4
     assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     weights = [load_file(context.output.path("model.safetensors")) for context in (calm, scarce)]
     for name, weight in weights[0].items():
@@ -124,5 +125,9 @@ def test_preemptions_and_errors_have_budgets_of_their_own(tmp_path: Path) -> Non
     restarts.next(drained)
     with pytest.raises(StepError, match="training was preempted more than 3 times: its machine is taken away"):
         restarts.next(drained)
+    again = Restarts(upsampler_context(_recipe(tmp_path, max_failures=1, max_preemptions=3)))  # of the next run
+    assert again.metrics == {"num_preemptions": 4, "num_failures": 2}  # the last of each has ended a run
+    again.next(lost)  # with budgets of its own
+    assert again.metrics == {"num_preemptions": 4, "num_failures": 3}
     with pytest.raises(ZeroDivisionError):  # a person sees all of an error
         restarts.next(End("failed", "division by zero", error=ZeroDivisionError()))

@@ -142,6 +142,20 @@ def _steps_of_losses(job: TrainJob) -> list[int]:
     return [row["step"] for row in rows if "loss" in row]
 
 
+def test_a_damaged_checkpoint_counts_also_after_another_start(killed: TrainJob) -> None:
+    path = killed.output.path(checkpoint_name(4))
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+    def kill(done: int, total: int, message: str) -> None:
+        if done == 3:
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        run_job(killed, kill)
+    killed.output.remove(checkpoint_name(4))
+    assert run_job(killed, no_watch)["num_damaged_checkpoints"] == 1
+
+
 def _changed(name: str, **changes: Any) -> Recipe:
     """The recipe with fields of one step's section changed, ``section__field`` inside its tables."""
     section: Any = getattr(training_recipe(), name)
