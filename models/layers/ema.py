@@ -31,14 +31,18 @@ def update_average(
         network: The network in training.
         decay: Largest d, in [0, 1) (arXiv:2204.06125, table 3: 0.9999).
         num_updates: n, this update included. Whole-number buffers are copied.
-        skips: A bool of shape () on the device: whether the average stays as it is, which the host need not know.
+        skips: A bool of shape () on the device: whether the average stays as it is, which the host need not know. The
+            network is finite also then.
     """
     decay = min(decay, (1 + num_updates) / (10 + num_updates))
     averages, sources = average.state_dict(), network.state_dict()
     floats = [name for name, tensor in sources.items() if tensor.is_floating_point()]
-    lerp: Any = get_ema_multi_avg_fn(decay)  # one fused call for all tensors
-    if skips is not None:  # moved towards itself, it stays
-        sources |= {name: torch.where(skips, averages[name], sources[name]) for name in floats}
-    lerp([averages[name] for name in floats], [sources[name] for name in floats], 0)
+    if skips is None:
+        lerp: Any = get_ema_multi_avg_fn(decay)  # one fused call for all tensors
+        lerp([averages[name] for name in floats], [sources[name] for name in floats], 0)
+    else:  # the fused call takes no number of the device, and a choice between whole tensors would be a copy of all
+        weight = (~skips).double() * (1 - decay)
+        for name in floats:
+            averages[name].lerp_(sources[name], weight.to(averages[name].dtype))
     for name in sources.keys() - set(floats):
         averages[name].copy_(sources[name])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from models.layers.ema import create_average, update_average
 from pipeline.data.order import Share
 from pipeline.networks.costs import build_clip
 from pipeline.recipe.recipe import Recipe, load_recipe
@@ -60,6 +61,14 @@ def _measured(recipe: Recipe, name: str, inputs: dict[str, Artifact], folder: Pa
         step(state, batch)
     clip = 0 if parts.clip is None else sum(tensor.nbytes for tensor in parts.clip.model.state_dict().values())
     return sum(tensor.nbytes for tensor in own) + live.peak + clip
+
+
+def test_an_average_that_may_skip_steps_takes_no_copy_of_the_weights() -> None:
+    network = nn.Sequential(*(nn.Linear(100, 100) for _ in range(4)))
+    average = create_average(network)
+    with LiveBytes([*network.state_dict().values(), *average.state_dict().values()]) as live:
+        update_average(average, network, 0.9, 1, skips=torch.tensor(False))
+    assert live.peak < 100
 
 
 @pytest.mark.parametrize(

@@ -38,3 +38,15 @@ def test_average_copies_whole_number_buffers() -> None:
     network.num_batches_tracked += 5
     update_average(average, network, decay=0.9, num_updates=1)
     assert average.num_batches_tracked == 5
+
+
+def test_an_average_that_may_skip_moves_or_stays_to_the_last_bit() -> None:
+    network = torch.nn.Linear(40, 30)
+    expected, before = create_average(network), create_average(network)
+    torch.nn.init.normal_(network.weight)
+    update_average(expected, network, decay=0.3, num_updates=1000)
+    for skips, weights in ((False, expected), (True, before)):
+        average = create_average(before)
+        update_average(average, network, 0.3, 1000, skips=torch.tensor(skips))
+        assert torch.equal(average.weight, weights.weight)
+        assert torch.equal(average.bias, weights.bias)
