@@ -26,8 +26,9 @@ from pipeline.runtime.ledger import Exchange
 from pipeline.runtime.lookout import Lookout, application_state, num_replicas
 from pipeline.runtime.neighbours import remote_parts
 from pipeline.runtime.parts import Tables, digest_of, read_tables
-from pipeline.runtime.remote_model import answers_of, are_served, turn_to
+from pipeline.runtime.remote_model import answers_of, are_served
 from pipeline.runtime.served import server_name
+from pipeline.runtime.turns import Turns
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +62,10 @@ class FrontReplica:
         self._handles = handles
         self._front = Front(ServeConfig())
         self._exchange: Exchange | None = None
+        self._turns = Turns(handles)
         self._next: _Next | None = None
+        self._is_refused = False
+        """Whether what is configured cannot be served here: other processes may turn to it all the same."""
         self._lookout: Lookout | None = None
         """None before anything is served."""
         self._watch: threading.Thread | None = None
@@ -87,8 +91,10 @@ class FrontReplica:
         is served already.
         """
         self._next = None
+        self._is_refused = True
         with keeping_what_is_served(is_serving=self._lookout is not None):
             await self._expect(await asyncio.to_thread(self._prepare, tables))  # an index takes its time to be read
+            self._is_refused = False
 
     async def _expect(self, coming: _Next) -> None:
         """Turn to what is configured when its networks are there."""
@@ -148,6 +154,7 @@ class FrontReplica:
     def look(self) -> None:
         """Turn to what is configured if all replicas have its networks, and see how the replicas are."""
         self._turn_if_ready()
+        self._turns.look(is_behind=self._is_refused)
         if self._lookout is not None:
             self._lookout.look()
 
@@ -164,7 +171,7 @@ class FrontReplica:
         self._front = coming.front
         if self._next is coming:  # else another recipe has come meanwhile
             self._next = None
-        turn_to(self._handles, coming.served)
+        self._turns.turn_to(coming.served, lambda: coming.front.gate.num_requests)
         application = serve.get_replica_context().app_name
         self._lookout = Lookout(application, self._handles, coming.front, _log.warning)
         if before is not coming.front:

@@ -38,6 +38,8 @@ class Lookout:
         """What Ray Serve's controller was asked for and has not answered yet."""
         self._unhealthy = set[str]()
         """Parts of which a replica has died and is not replaced yet."""
+        self.is_updating = False
+        """Whether Ray Serve has yet to bring all replicas to what was deployed last."""
 
     def look(self) -> None:
         """Look once.
@@ -50,8 +52,9 @@ class Lookout:
         if state is None:
             return
         running = dict.fromkeys(self._parts, 0)
-        for part in running.keys() & state.deployments.keys():
-            deployment = state.deployments[part]
+        deployments = {part: state.deployments[part] for part in running.keys() & state.deployments.keys()}
+        self.is_updating = any(deployment.status == "UPDATING" for deployment in deployments.values())
+        for part, deployment in deployments.items():
             running[part] = num_replicas(deployment, _RUNNING)
             self._note_health(part, is_healthy=deployment.status != "UNHEALTHY")
         self._front.upkeep.note_running(running)

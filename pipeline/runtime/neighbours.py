@@ -80,6 +80,9 @@ class NeighboursReplica:
     async def turn_to(self, _served: str) -> None:
         """Nothing: a call names its index, and the last two stay."""
 
+    async def keep(self, _served: str) -> None:
+        """Nothing, as ``turn_to``."""
+
     async def _index(self, uri: str) -> LocalNeighbours:
         """An index; of several calls that need it first, one opens it and the others wait for that."""
         opening = self._indexes.pop(uri, None) or asyncio.create_task(asyncio.to_thread(self._open, uri))

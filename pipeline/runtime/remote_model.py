@@ -331,8 +331,7 @@ def answers_now(handle: DeploymentHandle[Any], method: str, *arguments: Any) -> 
 
 def end_requests(handles: Handles) -> None:
     """Cancel what a server that was killed has left under way: nobody waits for it."""
-    for handle in handles.values():
-        answers_now(handle, "end_requests")
+    tell(handles, "end_requests")
 
 
 def are_served(handles: Handles, served: str) -> bool:
@@ -341,10 +340,10 @@ def are_served(handles: Handles, served: str) -> bool:
     return all(some and all(some) for some in answers)
 
 
-def turn_to(handles: Handles, served: str) -> None:
-    """Let all replicas know which networks requests mean from now on, so that they end the others."""
+def tell(handles: Handles, method: str, *arguments: Any) -> None:
+    """Call a method of all replicas of all parts, and wait for their answers, though not for long."""
     for handle in handles.values():
-        answers_now(handle, "turn_to", served)
+        answers_now(handle, method, *arguments)
 
 
 def _read_error(task: asyncio.Task[Any] | asyncio.Future[Any]) -> None:

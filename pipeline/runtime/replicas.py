@@ -8,6 +8,7 @@ file names, whatever is loaded meanwhile, and when.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ class ModelReplica:
         self._loading = asyncio.Lock()
         self._ending: dict[str, asyncio.Task[None]] = {}
         """What ends an engine, by the digest of what it serves."""
+        self._needed_s: dict[str, float] = {}
+        """When an engine that ends was needed last, by the same."""
         self._requests = set[asyncio.Task[Any]]()
         """What is under way."""
 
@@ -111,8 +114,13 @@ class ModelReplica:
                 self._end_later(other, 0.0)
 
     async def turn_to(self, served: str) -> None:
-        """Learn which networks new requests mean; all others end after ``serve.drain_s``, when they are idle."""
+        """Learn which networks new requests mean; all others end ``serve.drain_s`` after they were needed last."""
         self._turn_to(served)
+
+    async def keep(self, served: str) -> None:
+        """Learn that requests of networks of before are under way, here or in another part: these are still needed."""
+        if served in self._ending:
+            self._needed_s[served] = time.monotonic()
 
     def _turn_to(self, served: str) -> None:
         if served in self._engines and served != self._served:
@@ -130,11 +138,11 @@ class ModelReplica:
 
     async def _end_when_idle(self, served: str, keep_s: float) -> None:
         """End an engine that new requests do not mean; some are still on their way to it."""
-        await asyncio.sleep(keep_s)
-        while not self._engines[served].idle:
+        self._needed_s[served] = time.monotonic()
+        while time.monotonic() - self._needed_s[served] < keep_s or not self._engines[served].idle:
             await asyncio.sleep(_IDLE_POLL_S)
         engine = self._engines.pop(served)
-        del self._ending[served]
+        del self._ending[served], self._needed_s[served]
         await asyncio.to_thread(engine.close)
 
     async def serves(self, served: str) -> bool:
@@ -147,12 +155,15 @@ class ModelReplica:
             raise NotServing("the networks are loading")
         return self._engines[self._served]
 
-    def _engine_of(self, served: str) -> "Engine":
-        """The engine of the networks that a request means.
+    async def _engine_of(self, served: str) -> "Engine":
+        """The engine of the networks that a request means; while it is being loaded, the request waits.
 
         Raises:
             OtherNetworks: If there is none.
         """
+        if served == self._lacking and self._loading.locked():
+            async with self._loading:
+                pass
         if served in {self._newest, self._lacking}:
             self._turn_to(served)  # a replica that came during a swap may not have been told
         if served not in self._engines:
@@ -161,7 +172,7 @@ class ModelReplica:
 
     async def _continued(self, served: str, hop: Hop | None) -> "tuple[Engine, Work | None]":
         """The engine of a request, and what is left of it."""
-        engine = self._engine_of(served)
+        engine = await self._engine_of(served)
         if hop is None:
             return engine, None
         try:
@@ -226,15 +237,15 @@ class ModelReplica:
 
     async def embed_texts(self, served: str, texts: Sequence[str]) -> Vectors:
         """See ``PictureModel``."""
-        return await self._engine_of(served).embed_texts(texts)
+        return await (await self._engine_of(served)).embed_texts(texts)
 
     async def embed_image(self, served: str, image: Images) -> Vectors:
         """See ``PictureModel``."""
-        return await self._engine_of(served).embed_image(image)
+        return await (await self._engine_of(served)).embed_image(image)
 
     async def cut_at(self, served: str, texts: Sequence[str]) -> list[int]:
         """See ``PictureModel``."""
-        return await self._engine_of(served).cut_at(texts)
+        return await (await self._engine_of(served)).cut_at(texts)
 
     async def load(self) -> PartLoad:
         """What its engine has to do."""

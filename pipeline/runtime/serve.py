@@ -6,10 +6,8 @@ its own, and answers in the API's form while the networks load, end or have died
 
 import dataclasses
 import logging
-import re
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -18,27 +16,20 @@ import ray
 import ray.exceptions
 from ray import serve
 from ray.serve.api import RunTarget
-from ray.serve.exceptions import DeploymentUnavailableError
 
 from pipeline.errors import StepError
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.connection import connect, own_servers, require_alive
 from pipeline.runtime.deployments import networks_application
-from pipeline.runtime.draining import Announce, finishing, named, write_line
+from pipeline.runtime.draining import Announce, finishing, write_line
 from pipeline.runtime.front import Front
 from pipeline.runtime.kept_ray import KeptRay
-from pipeline.runtime.lookout import Lookout, application_state, in_thread
+from pipeline.runtime.lookout import application_state
 from pipeline.runtime.neighbours import remote_parts
-from pipeline.runtime.parts import (
-    digest_of,
-    needs_of_replica,
-    part_tables,
-    parts_of,
-    place_of,
-    write_tables,
-)
-from pipeline.runtime.remote_model import Handles, end_requests, turn_to
-from pipeline.runtime.served import Served, in_use_of, served_by, served_last, server_name
+from pipeline.runtime.parts import needs_of_replica, parts_of, place_of, write_tables
+from pipeline.runtime.remote_model import Handles, end_requests
+from pipeline.runtime.served import in_use_of, served_by, served_last, server_name
+from pipeline.runtime.watch import Watch, application_name, errors_for_people
 from pipeline.serve.gate import Gate
 from pipeline.serve.guards import require_keys
 from pipeline.serve.http_server import HttpServer, listen, url_of
@@ -46,7 +37,6 @@ from pipeline.serve.keeper import Kept, SwapRequests
 from pipeline.workspace.store import Artifact
 
 _NAMESPACE = "unclip"
-_WATCH_EVERY_S = 1.0
 _LOOK_EVERY_S = 0.2
 _CLAIM_S = 5.0
 
@@ -105,7 +95,7 @@ def serve_recipe(
         try:
             with _deployed(recipe, artifacts, front.gate, announce, servers, shared=bool(address)) as handles:
                 front.open(recipe, artifacts, *remote_parts(write_tables(recipe, artifacts), handles, front.upkeep))
-                watch = _Watch(served, front, handles, announce, uses, swap_requests, kept)
+                watch = Watch(served, front, handles, announce, uses, swap_requests, kept)
                 announce(f"{server_name(recipe)} is served at {url_of(config.host, config.port)} - Ctrl-C ends it")
                 for note in served.notes:
                     announce(note)
@@ -146,7 +136,7 @@ def _deployed(
     application = application_name(recipe)
     owner = _claim(application) if shared else None
     try:
-        with _errors_for_people():
+        with errors_for_people():
             serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
             target = RunTarget(networks_application(recipe, artifacts), name=application, route_prefix=None)
             [first] = serve.run_many([target], wait_for_applications_running=False)
@@ -160,11 +150,6 @@ def _deployed(
             with suppress(ray.exceptions.RayError, TimeoutError):
                 serve.delete(application)
         del owner
-
-
-def application_name(recipe: Recipe) -> str:
-    """Name of the recipe's application in Ray Serve."""
-    return f"unclip-{server_name(recipe)}"
 
 
 @ray.remote(num_cpus=0)
@@ -190,19 +175,6 @@ def _claim(application: str) -> Any:
         raise StepError(
             f"serve: {name!r} is served on this cluster already; give this server another name (--name) or end that one"
         )
-
-
-@contextmanager
-def _errors_for_people() -> Generator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise StepError(f"serve: a replica could not start: {_reason(str(error))}") from None
-    except ray.exceptions.RayError as error:
-        raise StepError(
-            f"serve: Ray Serve could not start ({type(error).__name__}); if the machine was only too busy, the same "
-            "command works again"
-        ) from None
 
 
 def _wait_until_ready(recipe: Recipe, gate: Gate, announce: Announce, servers: list[psutil.Process]) -> None:
@@ -259,143 +231,6 @@ def _require_room(recipe: Recipe) -> None:
                 f"serve: {num_replicas} replicas need {number:g} {name}, this machine has "
                 f"{total.get(name, 0.0):g}; see serve.replicas, serve.cpus_per_replica and serve.accelerator"
             )
-
-
-class _Watch:
-    """Looks after the replicas of a server, and swaps their networks.
-
-    Args:
-        served: What is served.
-        front: Its HTTP interface.
-        handles: Of its replicas.
-        announce: Takes lines for people.
-        uses: Holds what is served in use until the end.
-        swap_requests: When to swap.
-        kept: Learns what is served, for the process that comes after this one; None: none does.
-    """
-
-    def __init__(
-        self,
-        served: Served,
-        front: Front,
-        handles: Handles,
-        announce: Announce,
-        uses: ExitStack,
-        swap_requests: SwapRequests,
-        kept: Kept | None = None,
-    ) -> None:
-        self._served = served
-        self._front = front
-        self._handles = handles
-        self._announce = announce
-        self._uses = uses
-        self._kept = kept
-        self._lookout = Lookout(application_name(served.recipe), handles, front, announce)
-        self._swap_requests = swap_requests
-        self._swapping: Future[None] | None = None
-        served.remember(kept, announce)
-
-    def run(self, reload: Callable[[], Recipe] | None, servers: list[psutil.Process]) -> None:
-        """Watch until Ctrl-C, and swap to the networks of ``reload``'s recipe when that is requested.
-
-        Args:
-            reload: See ``serve_recipe``.
-            servers: Of our own Ray; empty on a shared cluster.
-
-        Raises:
-            StepError: If Ray or the application goes away.
-        """
-        while True:
-            time.sleep(_WATCH_EVERY_S)
-            require_alive(servers)
-            try:
-                self._lookout.look()
-            except ray.exceptions.RayError as error:
-                raise StepError(f"serve: Ray went away ({type(error).__name__})") from None
-            if reload is not None:
-                self._swap_if_requested(reload)
-
-    def _swap_if_requested(self, reload: Callable[[], Recipe]) -> None:
-        """Begin a swap in a thread, because replicas take their time to load; look whether one is over."""
-        if self._swapping is None and self._swap_requests.take():
-            self._swapping = in_thread(lambda: self.swap(reload()))
-        if self._swapping is not None and self._swapping.done():
-            swapping, self._swapping = self._swapping, None
-            try:
-                swapping.result()
-            except Exception as error:  # noqa: BLE001  (whatever it is: the networks of before go on)
-                self._announce(f"not swapped, the networks of before go on: {named(error)}")
-
-    def swap(self, recipe: Recipe) -> None:
-        """Let every replica load the networks of ``recipe`` beside its own, and then send new requests to them.
-
-        Requests that came before end with the networks of before, which the replicas keep for ``serve.drain_s``.
-        Where the server listens stays as it is.
-
-        Raises:
-            UnclipError: If the networks are not finished, or a replica cannot load them; then all keep the old ones.
-        """
-        served = served_by(dataclasses.replace(recipe, serve=self._served.recipe.serve))
-        recipe, artifacts = served.recipe, served.artifacts
-        if parts_of(recipe).keys() != parts_of(self._served.recipe).keys():
-            raise StepError("serve: the recipe has other parts than the chain that is served; start the server anew")
-        if served.tables == self._served.tables:
-            self._announce("nothing to swap: these networks are served already")
-            return
-        with ExitStack() as uses:
-            uses.enter_context(in_use_of(recipe, artifacts))
-            # What can fail without the replicas fails here.
-            parts = remote_parts(served.tables, self._handles, self._front.upkeep)
-            app = self._front.build(recipe, artifacts, *parts)
-            self._announce("loading other networks")
-            try:
-                self._load(served)
-            except Exception:
-                with suppress(ray.exceptions.RayError):  # the watch says that Ray went away
-                    self._reconfigure(self._served)
-                raise
-            self._uses.close()
-            self._uses.enter_context(uses.pop_all())
-        self._served = served
-        self._front.gate.open(app)
-        turn_to(self._handles, digest_of(served.tables))
-        served.remember(self._kept, self._announce)
-        self._announce("other networks are served")
-        if served.version:
-            self._announce(served.version)
-
-    def _load(self, served: Served) -> None:
-        with _errors_for_people():
-            replies = self._reconfigure(served)
-        errors = [reply for reply in replies if isinstance(reply, Exception)]
-        if errors or not replies:
-            reason = _reason(str(errors[0])) if errors else "no replica is running"
-            raise StepError(f"serve: the networks cannot be loaded: {reason}")
-        # Replicas that start later load the same; those that have loaded it have nothing to do.
-        application = networks_application(served.recipe, served.artifacts)
-        target = RunTarget(application, name=application_name(served.recipe), route_prefix=None)
-        with _errors_for_people():
-            serve.run_many([target], wait_for_applications_running=False)
-
-    def _reconfigure(self, served: Served) -> list[Any]:
-        """Configure all replicas; their replies, or those of the first part that has an error or no replica."""
-        replies: list[Any] = []
-        for part, handle in self._handles.items():
-            own = part_tables(served.recipe, served.tables, part)
-            try:
-                some = handle.broadcast("prepare", own).results(return_exceptions=True)
-            except DeploymentUnavailableError:  # none is running
-                return []
-            if not some or any(isinstance(reply, Exception) for reply in some):
-                return some
-            replies += some
-        return replies
-
-
-def _reason(text: str) -> str:
-    """The last error that a replica's traceback names."""
-    errors = re.findall(r"^(?:\w+\.)*(\w*(?:Error|Exception)): (.+)$", text, re.MULTILINE)
-    return f"{errors[-1][0]}: {errors[-1][1]}" if errors else text.strip().splitlines()[-1]
 
 
 def _quieten() -> None:

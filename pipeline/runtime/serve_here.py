@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from pipeline.errors import StepError, UnclipError
 from pipeline.recipe.recipe import Recipe
@@ -113,7 +113,7 @@ class _Networks:
             UnclipError: If they cannot be loaded; then those of before go on.
         """
         loaded = _Loaded(served, self._front)
-        self._front.gate.open(loaded)
+        self._front.gate.open(loaded.app)
         served.remember(self._kept, self._announce)
         self._front.upkeep.note_running({NETWORKS: 1})
         before, self._now = self._now, loaded
@@ -149,7 +149,7 @@ class _Networks:
 
 
 class _Loaded:
-    """Networks in an engine, and the API around them, which counts its requests.
+    """Networks in an engine, and the API around them.
 
     Args:
         served: What is loaded; it is in use until ``close``.
@@ -161,27 +161,19 @@ class _Loaded:
 
     def __init__(self, served: Served, front: Front) -> None:
         self.served = served
-        self._num_requests = 0
         self._uses = ExitStack()
         with ExitStack() as uses:
             uses.enter_context(in_use_of(served.recipe, served.artifacts))
             self.engine: Engine = _load(served)
             uses.callback(self.engine.close)
-            self._app: ASGIApp = front.build(served.recipe, served.artifacts, self.engine)
+            self.app: ASGIApp = front.build(served.recipe, served.artifacts, self.engine)
             self._uses = uses.pop_all()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; all of them in the one thread that speaks HTTP."""
-        self._num_requests += 1
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._num_requests -= 1
+        self._num_requests = front.gate.requests_of(self.app)
 
     def close_when_idle(self) -> None:
         """Close the engine after the last request; new ones go elsewhere already."""
         time.sleep(_IDLE_POLL_S)  # one may be on its way here
-        while self._num_requests or not self.engine.idle:
+        while self._num_requests() or not self.engine.idle:
             time.sleep(_IDLE_POLL_S)
         self.close()
 

@@ -7,6 +7,7 @@ GET /readyz  200 while pictures can be requested, with a note of what is amiss, 
 import logging
 import threading
 import time
+from collections.abc import Callable
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -28,7 +29,8 @@ class Gate:
         self._reason = "the server starts"
         self.note = ""
         """What is amiss although requests are answered."""
-        self._num_requests = 0
+        self._num_requests: dict[ASGIApp, int] = {}
+        """Requests under way, by where they were passed."""
         self._lock = threading.Lock()
 
     @property
@@ -37,9 +39,19 @@ class Gate:
         return self._reason
 
     @property
+    def app(self) -> ASGIApp | None:
+        """Where requests are passed; None before it is opened first."""
+        return self._app
+
+    @property
     def num_requests(self) -> int:
         """Requests under way."""
-        return self._num_requests
+        with self._lock:
+            return sum(self._num_requests.values())
+
+    def requests_of(self, app: ASGIApp | None) -> Callable[[], int]:
+        """Counts the requests under way that were passed to ``app``."""
+        return lambda: self._num_requests.get(app, 0) if app is not None else 0
 
     def open(self, app: ASGIApp) -> None:
         """Pass new requests to ``app``; those under way stay where they are."""
@@ -56,9 +68,9 @@ class Gate:
     def wait_until_idle(self, timeout_s: float) -> bool:
         """Wait until no request is under way; False if the time runs out first. Not for the thread of the requests."""
         deadline = time.monotonic() + timeout_s
-        while self._num_requests and time.monotonic() < deadline:
+        while self.num_requests and time.monotonic() < deadline:
             time.sleep(_POLL_S)
-        return not self._num_requests
+        return not self.num_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -75,18 +87,20 @@ class Gate:
             await self._pass_on(self._app, scope, receive, send)
 
     async def _pass_on(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        self._count(1)
+        self._count(app, 1)
         try:
             await app(scope, receive, send)
         except Exception:  # the API has answered; uvicorn is quiet, so this is the line of the log
             _log.exception("%s %s failed", scope["method"], scope["path"])
             raise
         finally:
-            self._count(-1)
+            self._count(app, -1)
 
-    def _count(self, change: int) -> None:
+    def _count(self, app: ASGIApp, change: int) -> None:
         with self._lock:
-            self._num_requests += change
+            number = self._num_requests.pop(app, 0) + change
+            if number:
+                self._num_requests[app] = number
 
 
 def _refusal(reason: str) -> JSONResponse:

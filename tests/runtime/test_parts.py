@@ -101,6 +101,8 @@ class Parts:
         self.replicas: list[set[str]] = []
         """What each of those that take requests has, by digest."""
         self.turns = list[str]()
+        self.kept = set[str]()
+        """What is still needed, by digest."""
         self.is_healthy = True
         self.num_fronts = 0
         """Other HTTP processes that take requests."""
@@ -110,6 +112,8 @@ class Parts:
             raise DeploymentUnavailableError(DeploymentID("networks"))
         if method == "turn_to":
             self.turns += arguments
+        if method == "keep":
+            self.kept |= {*arguments}
         answers = [bool({*arguments} & networks) for networks in self.replicas]
         return SimpleNamespace(results=lambda **_: answers)
 
@@ -218,6 +222,7 @@ def test_a_file_of_serve_deploy_that_an_http_process_cannot_serve_leaves_what_is
     client = TestClient(front.__serve_build_asgi_app__(), base_url="http://127.0.0.1")
     assert client.get("/v1/models").json()["data"][0]["id"] == "mine"
     assert digest_of(bad) not in networks.turns
+    assert networks.kept == {digest_of(first)}  # other processes may have turned to the other ones
 
 
 def test_the_http_interface_of_serve_deploy_says_that_no_replica_runs(

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import gc
+import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
@@ -28,6 +29,7 @@ from pipeline.runtime.parts import digest_of, most_requests, part_tables, parts_
 from pipeline.runtime.remote_model import RemoteModel
 from pipeline.runtime.replicas import Hop, ModelReplica
 from pipeline.runtime.served import served_artifacts
+from pipeline.runtime.turns import Turns
 from pipeline.serve.protocols import Accepted, NotServing, OtherNetworks, Overloaded, Preview, SampledPictures
 from pipeline.serve.upkeep import Upkeep
 from tests.tiny.collector import Collector, collecting
@@ -162,6 +164,94 @@ def test_a_replica_that_was_not_told_of_a_swap_learns_of_it_by_a_request(engines
     asyncio.run(asyncio.wait_for(swap(), 30))
 
 
+def test_a_request_waits_for_networks_that_are_loading(
+    engines: dict[int, FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a replica that takes requests before it has what they mean; without its own it would look idle."""
+    may_load, load = threading.Event(), replicas_module.load_engine
+
+    def slowly(tables: Any) -> Any:
+        if tables["number"] != 1:
+            assert may_load.wait(30)
+        return load(tables)
+
+    monkeypatch.setattr(replicas_module, "load_engine", slowly)
+
+    async def swap() -> None:
+        replica, served = ModelReplica(), digest_of(tables(2))
+        await replica.reconfigure(tables(1))
+        loading = asyncio.ensure_future(replica.reconfigure(tables(2)))
+        await asyncio.sleep(0.05)
+        answer = asyncio.ensure_future(replica.embed_texts(served, ["a"]))
+        assert await replica.embed_texts(digest_of(tables(1)), ["a"]) == 1
+        with pytest.raises(OtherNetworks):
+            await replica.embed_texts(digest_of(tables(3)), ["a"])
+        assert not answer.done()
+        may_load.set()
+        assert await answer == 2
+        await loading
+        may_load.clear()
+        loading = asyncio.ensure_future(replica.reconfigure(tables(-1)))
+        await asyncio.sleep(0.05)
+        answer = asyncio.ensure_future(replica.embed_texts(digest_of(tables(-1)), ["a"]))
+        await asyncio.sleep(0.05)
+        may_load.set()
+        with pytest.raises(OtherNetworks):
+            await answer
+        await loading
+
+    asyncio.run(asyncio.wait_for(swap(), 30))
+
+
+def test_networks_of_before_stay_while_requests_of_them_are_in_other_parts(engines: dict[int, FakeEngine]) -> None:
+    keep_s = 0.1
+
+    async def swap() -> None:
+        replica, old = ModelReplica(), digest_of(tables(1, keep_s))
+        for number in (1, 2):
+            await replica.reconfigure(tables(number, keep_s))
+        await replica.turn_to(digest_of(tables(2, keep_s)))
+        for _ in range(10):
+            await replica.keep(old)
+            await replica.keep(digest_of(tables(2, keep_s)))  # nothing ends them
+            await asyncio.sleep(keep_s / 2)
+        assert not engines[1].is_closed
+        assert await replica.embed_texts(old, ["a"]) == 1
+        while not engines[1].is_closed:
+            await asyncio.sleep(0.01)
+        await replica.keep(old)
+        with pytest.raises(OtherNetworks):
+            await replica.embed_texts(old, ["a"])
+
+    asyncio.run(asyncio.wait_for(swap(), 30))
+
+
+def test_a_process_says_which_networks_its_requests_still_need() -> None:
+    told, open_requests = list[tuple[str, str]](), {"a": 1, "b": 0, "c": 1}
+
+    def broadcast(method: str, served: str) -> Any:
+        told.append((method, served))
+        return SimpleNamespace(results=lambda **_: [None])
+
+    def look(**settings: bool) -> list[tuple[str, str]]:
+        told.clear()
+        turns.look(**settings)
+        return sorted(told)
+
+    handle: Any = SimpleNamespace(broadcast=broadcast)
+    turns = Turns({"prior": handle})
+    for served in ("a", "b", "c"):
+        turns.turn_to(served, lambda served=served: open_requests[served])
+    assert told == [("turn_to", "a"), ("turn_to", "b"), ("turn_to", "c")]
+    assert look() == [("keep", "a")]
+    assert look(is_behind=True) == [("keep", "a"), ("keep", "c")]
+    open_requests["a"] = 0
+    assert look() == []
+    open_requests["c"] = 5
+    turns.turn_to("a", lambda: 1)
+    assert look() == [("keep", "c")]
+
+
 def test_networks_of_a_swap_that_was_given_up_end_and_those_of_before_go_on(engines: dict[int, FakeEngine]) -> None:
     async def swap() -> None:
         replica = ModelReplica()
@@ -273,9 +363,11 @@ def test_networks_that_are_served_again_end_only_after_they_are_left_again(
     asyncio.run(asyncio.wait_for(swap(), 30))
 
 
-def test_a_request_whose_networks_end_while_its_work_comes_is_begun_again(
+def test_a_request_whose_networks_end_while_its_work_comes_ends_with_them(
     engines: dict[int, FakeEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The process that it came from has died, or has said nothing for ``serve.drain_s``."""
+
     async def hop() -> None:
         replica = ModelReplica()
         await replica.reconfigure(tables(1))
@@ -290,7 +382,7 @@ def test_a_request_whose_networks_end_while_its_work_comes_is_begun_again(
             await asyncio.sleep(0.01)
         work.set_result("work")
         engine, _ = await continued
-        assert engine is engines[1]  # it raises NotServing, as an engine that is closed does
+        assert engine is engines[1]  # which raises NotServing: these networks do not come back
 
     asyncio.run(asyncio.wait_for(hop(), 30))
 

@@ -26,6 +26,7 @@ from starlette.testclient import TestClient
 
 import pipeline.runtime.lookout as lookout_module
 import pipeline.runtime.serve as serve_module
+import pipeline.runtime.watch as watch_module
 from pipeline.errors import StepError, UnclipError
 from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
@@ -33,8 +34,10 @@ from pipeline.runtime.deployments import networks_application
 from pipeline.runtime.front import Front
 from pipeline.runtime.lookout import Lookout
 from pipeline.runtime.neighbours import remote_parts
-from pipeline.runtime.serve import _Watch, serve_recipe
+from pipeline.runtime.parts import digest_of, parts_of
+from pipeline.runtime.serve import serve_recipe
 from pipeline.runtime.served import Served, served_artifacts
+from pipeline.runtime.watch import Watch
 from pipeline.serve.http_server import listen
 from pipeline.serve.keeper import Notes, SwapRequests
 from pipeline.serve.protocols import Images
@@ -61,7 +64,7 @@ def test_ray_serve_loads_a_recipe_and_swaps_it_for_another(
     monkeypatch.setattr(serve_module.serve, "run_many", deploy)
     front, lines = Front(recipe.serve), list[str]()
     front.open(recipe, served.artifacts, *remote_parts(served.tables, {"networks": handle}, front.upkeep))
-    watch = _Watch(served, front, {"networks": handle}, lines.append, ExitStack(), SwapRequests())
+    watch = Watch(served, front, {"networks": handle}, lines.append, ExitStack(), SwapRequests())
     client = TestClient(front, base_url="http://127.0.0.1")
 
     def picture() -> tuple[Images, dict[str, str]]:
@@ -120,14 +123,14 @@ def test_a_swap_to_a_smaller_cascade_refuses_nothing_while_it_loads(
 
     monkeypatch.setattr(serve_module.serve, "run_many", ask)
     ask()
-    _Watch(served, front, {"networks": handle}, lambda _: None, ExitStack(), SwapRequests()).swap(
+    Watch(served, front, {"networks": handle}, lambda _: None, ExitStack(), SwapRequests()).swap(
         load_recipe(tmp_path / "small")
     )
     ask()
     assert sides == [32, 32, 16]
     chain = replace(recipe, serve=replace(recipe.serve, mode="chain"))
     with pytest.raises(StepError, match="other parts than the chain"):  # its deployments are there already
-        _Watch(Served(chain, {}), front, {}, lambda _: None, ExitStack(), SwapRequests()).swap(
+        Watch(Served(chain, {}), front, {}, lambda _: None, ExitStack(), SwapRequests()).swap(
             load_recipe(tmp_path / "small")
         )
 
@@ -161,15 +164,17 @@ def test_what_is_served_is_in_use_and_nothing_else(
             raise DeploymentUnavailableError(DeploymentID("networks"))
         return answers
 
-    broadcast = SimpleNamespace(results=results)
-    handle: Any = SimpleNamespace(broadcast=lambda *_: broadcast)
-    monkeypatch.setattr(serve_module, "in_use_of", note)
+    def broadcast(method: str, *_: object) -> Any:
+        return SimpleNamespace(results=results if method == "prepare" else lambda **_: [True])
+
+    handle: Any = SimpleNamespace(broadcast=broadcast)
+    monkeypatch.setattr(watch_module, "in_use_of", note)
     monkeypatch.setattr(serve_module.serve, "run_many", lambda *_, **__: None)
     other = load_recipe(save_other(tmp_path / "others"))
     with ExitStack() as uses:
         uses.enter_context(note(recipe))
         served = Served(recipe, served_artifacts(recipe)[0])
-        watch = _Watch(served, Front(recipe.serve), {"networks": handle}, lambda _: None, uses, SwapRequests())
+        watch = Watch(served, Front(recipe.serve), {"networks": handle}, lambda _: None, uses, SwapRequests())
         watch.swap(recipe)
         answers[0] = OSError("OSError: no such file")
         with pytest.raises(StepError, match="no such file"):
@@ -253,15 +258,15 @@ def test_replicas_are_looked_after_while_others_load(recipe: Recipe, monkeypatch
             raise KeyboardInterrupt
         return state
 
-    def swap(_watch: _Watch, _recipe: Recipe) -> None:
+    def swap(_watch: Watch, _recipe: Recipe) -> None:
         is_loading.set()
         waited_in_vain.append(not may_end.wait(10))
 
     monkeypatch.setattr(lookout_module, "application_state", ask)
-    monkeypatch.setattr(serve_module, "_WATCH_EVERY_S", 0.01)
-    monkeypatch.setattr(_Watch, "swap", swap)
+    monkeypatch.setattr(watch_module, "_WATCH_EVERY_S", 0.01)
+    monkeypatch.setattr(Watch, "swap", swap)
     handle: Any = object()
-    watch = _Watch(Served(recipe, {}), front, {"networks": handle}, lines.append, ExitStack(), SwapRequests())
+    watch = Watch(Served(recipe, {}), front, {"networks": handle}, lines.append, ExitStack(), SwapRequests())
     watch._swap_requests.note()
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -288,14 +293,114 @@ def test_a_swap_that_fails_in_whatever_way_ends_no_server(
         raise error
 
     monkeypatch.setattr(Lookout, "look", look)
-    monkeypatch.setattr(serve_module, "_WATCH_EVERY_S", 0.01)
+    monkeypatch.setattr(watch_module, "_WATCH_EVERY_S", 0.01)
     requests = SwapRequests()
     requests.note()
-    watch = _Watch(Served(recipe, {}), Front(recipe.serve), {}, lines.append, ExitStack(), requests)
+    watch = Watch(Served(recipe, {}), Front(recipe.serve), {}, lines.append, ExitStack(), requests)
     with pytest.raises(KeyboardInterrupt):
         watch.run(reload, [])
     name = "" if isinstance(error, UnclipError) else f"{type(error).__name__}: "
     assert lines == [f"not swapped, the networks of before go on: {name}{error}"]
+
+
+class Replicas:
+    """Stands for the handle of a part whose replicas load at once."""
+
+    def __init__(self, *digests: str) -> None:
+        self.replicas = [{digest} for digest in digests]
+        """What each has that takes requests."""
+        self.told = list[str]()
+
+    def broadcast(self, method: str, argument: Any = None) -> Any:
+        return SimpleNamespace(results=lambda **_: self._answers(method, argument))
+
+    def _answers(self, method: str, argument: Any) -> list[Any]:
+        if not self.replicas:
+            raise DeploymentUnavailableError(DeploymentID("networks"))
+        if method == "prepare":
+            self.told.append(digest_of(argument))
+            for replica in self.replicas:
+                replica.add(digest_of(argument))
+        if method == "serves":
+            return [argument in replica for replica in self.replicas]
+        return [None for _ in self.replicas]
+
+
+def test_replicas_that_start_during_a_swap_have_the_networks_before_requests_mean_them(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They start with the networks of before, and Ray Serve updates none while others start."""
+    served = Served(recipe, served_artifacts(recipe)[0])
+    old, front = digest_of(served.tables), Front(recipe.serve)
+    handle: Any = Replicas(old)
+    front.gate.open(before := PlainTextResponse("before"))
+    watch = Watch(served, front, {"networks": handle}, lambda _: None, ExitStack(), SwapRequests())
+
+    def deploy(*_: object, **__: object) -> None:
+        handle.replicas.append({old})
+        assert front.gate.app is before
+
+    opened = list[bool]()
+    monkeypatch.setattr(serve_module.serve, "run_many", deploy)
+    monkeypatch.setattr(front.gate, "open", lambda _app: opened.append(all(len(one) == 2 for one in handle.replicas)))
+    watch.swap(load_recipe(save_other(tmp_path / "others")))
+    assert (opened, len(handle.replicas)) == ([True], 2)
+    new = handle.told[-1]
+    handle.replicas.append({old})  # another one, after the swap
+    states = {"RUNNING": 3}
+    deployment = SimpleNamespace(replica_states=states, status="UPDATING")
+    state = SimpleNamespace(deployments={"networks": deployment})
+    monkeypatch.setattr(lookout_module, "application_state", lambda _application: state)
+    watch._must_tell = False
+    look(watch)
+    assert new in handle.replicas[-1]
+    deployment.status = "HEALTHY"
+    num_told = len(handle.told)
+    look(watch)
+    assert len(handle.told) == num_told
+
+
+def look(watch: Watch) -> None:
+    """Look once, and wait for what that begins."""
+    watch._lookout.look()
+    watch._work(None)
+    if watch._working is not None:
+        watch._working.result(10)
+        watch._work(None)
+
+
+def test_the_way_back_reaches_all_parts_though_one_has_no_replica(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = replace(recipe, serve=replace(recipe.serve, mode="chain"))
+    served = Served(chain, served_artifacts(chain)[0])
+    old = digest_of(served.tables)
+    handles: Any = {part: Replicas(old) for part in parts_of(chain)}
+
+    def fail(*_: object, **__: object) -> None:
+        handles["prior"].replicas.clear()
+        raise RuntimeError("RuntimeError: the controller is gone")
+
+    monkeypatch.setattr(serve_module.serve, "run_many", fail)
+    watch = Watch(served, Front(chain.serve), handles, lambda _: None, ExitStack(), SwapRequests())
+    with pytest.raises(StepError, match="the controller is gone"):
+        watch.swap(load_recipe(save_other(tmp_path / "others")))
+    assert [handles[part].told[-1] == old for part in parts_of(chain)] == [False, True, True]
+
+
+def test_a_server_that_comes_after_one_that_was_killed_in_a_swap_tells_its_replicas_what_is_served(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else they keep what the other one has let them load beside it."""
+    served = Served(recipe, served_artifacts(recipe)[0])
+    deployment = SimpleNamespace(replica_states={"RUNNING": 1}, status="HEALTHY")
+    state = SimpleNamespace(deployments={"networks": deployment})
+    monkeypatch.setattr(lookout_module, "application_state", lambda _application: state)
+    handle: Any = Replicas(digest_of(served.tables))
+    watch = Watch(served, Front(recipe.serve), {"networks": handle}, lambda _: None, ExitStack(), SwapRequests())
+    for _ in range(3):
+        look(watch)
+    assert handle.told == [digest_of(served.tables)]
 
 
 def save_other(folder: Path) -> Path:
@@ -338,7 +443,7 @@ def test_a_server_answers_swaps_at_sighup_and_ends_at_ctrl_c(
     monkeypatch.setattr(serve_module, "_require_room", lambda _config: None)
     monkeypatch.setattr(serve_module, "application_state", lambda _application: running)
     monkeypatch.setattr(lookout_module, "application_state", lambda _application: running)
-    monkeypatch.setattr(serve_module, "_WATCH_EVERY_S", 0.05)
+    monkeypatch.setattr(watch_module, "_WATCH_EVERY_S", 0.05)
     monkeypatch.setattr(serve_module.serve, "start", lambda **_: None)
     monkeypatch.setattr(serve_module.serve, "run_many", run_many)
     lines, pictures, before = list[str](), list[str](), signal.getsignal(signal.SIGHUP)

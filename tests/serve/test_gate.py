@@ -54,13 +54,15 @@ def test_what_is_under_way_ends_and_what_is_new_is_refused(gate: Gate, url: str)
     thread.start()
     assert has_begun.wait(10)
     gate.close("the server is stopping")
-    assert gate.num_requests == 1
+    other = FastAPI()
+    assert (gate.num_requests, gate.requests_of(app)(), gate.requests_of(other)()) == (1, 1, 0)
     assert not gate.wait_until_idle(0.01)
     assert httpx.get(f"{url}/slow").status_code == 503
     may_end.set()
     assert gate.wait_until_idle(10)
     thread.join()
     assert (answers[0].status_code, answers[0].json()) == (200, "done")
+    assert (gate.num_requests, gate.requests_of(app)()) == (0, 0)
 
 
 def test_a_failure_that_nothing_caught_has_the_form_of_the_api(gate: Gate, url: str) -> None:
