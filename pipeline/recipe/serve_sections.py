@@ -72,8 +72,8 @@ class ServeConfig:
     port: Port = 8000
     """Port to listen on."""
     drain_s: NonNegativeFloat = 60.0
-    """Longest time that requests under way are waited for at the end, in seconds; so long networks also stay in memory
-    once others are swapped in."""
+    """Longest time that requests under way are waited for at the end, in seconds; so long, and while requests of them
+    are under way, networks also stay in memory once others are swapped in."""
     timeout_s: NonNegativeFloat = 0.0
     """Longest time until the pictures, embeddings or neighbours of a request are there, in seconds; then it is dropped,
     and answered with 504. A request may have a shorter one (`timeout`). 0: none."""
