@@ -1,7 +1,7 @@
 """Looks after the replicas of a server, from each process that speaks HTTP."""
 
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from typing import TypeVar
 
@@ -11,6 +11,7 @@ from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview
 from pipeline.errors import StepError
 from pipeline.runtime.draining import Announce
 from pipeline.runtime.front import Front
+from pipeline.runtime.parts import NEIGHBOURS
 
 _CONTROLLER_ANSWERS_S = 3.0
 _RUNNING = {"RUNNING", "UPDATING", "RECOVERING"}
@@ -21,6 +22,8 @@ T = TypeVar("T")
 
 class Lookout:
     """Tells a server what Ray Serve says of its replicas; while none runs, requests are answered with 503.
+
+    An index that is away closes nothing: pictures need none, and a search fails by itself.
 
     Args:
         application: Its name in Ray Serve.
@@ -59,13 +62,21 @@ class Lookout:
             self._note_health(part, is_healthy=deployment.status != "UNHEALTHY")
         self._front.upkeep.note_running(running)
         gate = self._front.gate
-        gate.note = f"a replica has died: {', '.join(sorted(self._unhealthy))}" if self._unhealthy else ""
-        if not all(running.values()) and not gate.reason:
+        gate.note = "; ".join(self._notes(running))
+        is_running = all(number for part, number in running.items() if part != NEIGHBOURS)
+        if not is_running and not gate.reason:
             gate.close("no replica is running, others are started")
             self._announce("no replica is running; requests are answered with 503 until others have started")
-        elif all(running.values()) and gate.reason:
+        elif is_running and gate.reason:
             gate.reopen()
             self._announce("served again")
+
+    def _notes(self, running: Mapping[str, int]) -> Iterator[str]:
+        """What is amiss although requests are answered."""
+        if self._unhealthy:
+            yield f"a replica has died: {', '.join(sorted(self._unhealthy))}"
+        if running.get(NEIGHBOURS) == 0:
+            yield "no replica of the index is running: pictures have no neighbours, and nothing is found"
 
     def _state_of_application(self) -> ApplicationStatusOverview | None:
         """What runs; None if Ray Serve's controller does not answer, because it has died and is started again."""

@@ -45,7 +45,9 @@ Handles = Mapping[str, DeploymentHandle[Any]]
 _STATS_TIMEOUT_S = 2.0
 _ABSENCE_POLL_S = 1.0
 _LONGEST_ABSENCE_S = 60.0
-"""How long requests that are under way wait for a replica while none runs."""
+"""How long requests that are under way wait for a replica of a part while none runs."""
+_LONGEST_ABSENCE_OF_INDEX_S = 5.0
+"""The same for the index: finished pictures wait for their neighbours, and are sent without them then."""
 _LONGEST_TURN_S = 10.0
 """How long a request looks for a replica that has its networks, while others are swapped in."""
 _TURN_POLL_S = 0.1
@@ -109,7 +111,7 @@ class RemoteModel:
         hop: Hop | None = None
         while True:
             left, later = _left(request, hop, ends_s), self._later(request, hop)
-            result = await self._call("sample", self._served, left, client, hop, later, handle=self._handle_of(hop))
+            result = await self._call(self._part_of(hop), "sample", self._served, left, client, hop, later)
             if not isinstance(result, Hop):
                 return result
             hop = result
@@ -141,14 +143,15 @@ class RemoteModel:
         hop: Hop | None = None
         is_over, since_s = False, time.monotonic()
         while not is_over:
-            streaming = self._handle_of(hop).options(stream=True)
+            part = self._part_of(hop)
+            streaming = self._handles[part].options(stream=True)
             left, later = _left(request, hop, ends_s), self._later(request, hop)
             events: Any = streaming.stream.remote(self._served, left, client, num_previews, hop, later)
             is_over = True
             try:
                 while True:
                     try:
-                        event = await self._while_served(anext(events))
+                        event = await self._while_served(part, anext(events))
                     except StopAsyncIteration:
                         break
                     if isinstance(event, Hop):
@@ -172,19 +175,19 @@ class RemoteModel:
             return await act()
 
     def _may_begin_again(self, error: NotServing) -> bool:
-        """Whether another replica may answer; networks that are gone do not come back."""
-        return not (self._upkeep.has_ended or isinstance(error, OtherNetworks))
+        """Whether another replica may answer: networks that are gone do not come back, and one was waited for."""
+        return not (self._upkeep.has_ended or isinstance(error, OtherNetworks | _NoReplica))
 
     def _note_again(self, error: NotServing) -> None:
         _log.warning("%s; a request is begun once more", error)
         self._upkeep.begun_again.inc()
 
     @property
-    def _first(self) -> DeploymentHandle[Any]:
-        return next(iter(self._handles.values()))
+    def _first(self) -> str:
+        return next(iter(self._handles))
 
-    def _handle_of(self, hop: Hop | None) -> DeploymentHandle[Any]:
-        return self._first if hop is None else self._handles.get(hop.step, self._first)
+    def _part_of(self, hop: Hop | None) -> str:
+        return hop.step if hop is not None and hop.step in self._handles else self._first
 
     def _later(self, request: SampleRequest, hop: Hop | None) -> Sequence[PartLoad]:
         """What the first part has to know of the others to tell whether the time of a new request suffices.
@@ -224,15 +227,15 @@ class RemoteModel:
 
     async def embed_texts(self, texts: Sequence[str]) -> Vectors:
         """See ``PictureModel``."""
-        return await self._twice(lambda: self._call("embed_texts", self._served, texts))
+        return await self._twice(lambda: self._call(self._first, "embed_texts", self._served, texts))
 
     async def embed_image(self, image: Images) -> Vectors:
         """See ``PictureModel``."""
-        return await self._twice(lambda: self._call("embed_image", self._served, image))
+        return await self._twice(lambda: self._call(self._first, "embed_image", self._served, image))
 
     async def cut_at(self, texts: Sequence[str]) -> list[int]:
         """See ``PictureModel``."""
-        return await self._twice(lambda: self._call("cut_at", self._served, texts))
+        return await self._twice(lambda: self._call(self._first, "cut_at", self._served, texts))
 
     async def ask(self, part: str, method: str, *arguments: Any, **settings: Any) -> Any:
         """Call a method of a part by name.
@@ -240,7 +243,7 @@ class RemoteModel:
         Raises:
             NotServing: If no replica of it answers.
         """
-        return await self._twice(lambda: self._call(method, *arguments, handle=self._handles[part], **settings))
+        return await self._twice(lambda: self._call(part, method, *arguments, **settings))
 
     async def stats(self) -> dict[str, int]:
         """See ``PictureModel``; the sums over all replicas."""
@@ -258,32 +261,29 @@ class RemoteModel:
         answers = await asyncio.gather(*(answers_of(handle, method) for handle in self._handles.values()))
         return [answer for some in answers for answer in some]
 
-    async def _call(
-        self, method: str, *arguments: Any, handle: DeploymentHandle[Any] | None = None, **settings: Any
-    ) -> Any:
+    async def _call(self, part: str, method: str, *arguments: Any, **settings: Any) -> Any:
         since_s = time.monotonic()
         while True:
             try:
-                return await self._call_once(method, *arguments, handle=handle, **settings)
+                return await self._call_once(part, method, *arguments, **settings)
             except OtherNetworks as error:
                 await _pause_in_turn(error, since_s)
 
-    async def _call_once(
-        self, method: str, *arguments: Any, handle: DeploymentHandle[Any] | None, **settings: Any
-    ) -> Any:
-        response = getattr(handle or self._first, method).remote(*arguments, **settings)
+    async def _call_once(self, part: str, method: str, *arguments: Any, **settings: Any) -> Any:
+        response = getattr(self._handles[part], method).remote(*arguments, **settings)
         try:
-            return await self._while_served(response)
+            return await self._while_served(part, response)
         except (asyncio.CancelledError, _NoReplica):  # a Ray that has ended is not called
             response.cancel()
             raise
 
-    async def _while_served(self, answer: Awaitable[T]) -> T:
-        """An answer of a replica, unless none has run for long: Ray Serve would wait for one without end.
+    async def _while_served(self, part: str, answer: Awaitable[T]) -> T:
+        """An answer of a replica of a part, unless none has run for long: Ray Serve would wait for one without end.
 
         Raises:
             NotServing: If the replica dies, no one comes, or Ray has ended.
         """
+        longest_s = _LONGEST_ABSENCE_OF_INDEX_S if part == NEIGHBOURS else _LONGEST_ABSENCE_S
         task = asyncio.ensure_future(answer)
         task.add_done_callback(_read_error)
         try:
@@ -292,8 +292,8 @@ class RemoteModel:
                     await asyncio.wait({task}, timeout=_ABSENCE_POLL_S)
                     if self._upkeep.has_ended and not task.done():
                         raise _Ended
-                    if self._upkeep.absent_s > _LONGEST_ABSENCE_S and not task.done():
-                        raise _NoReplica(f"no replica has been running for {_LONGEST_ABSENCE_S:g} s")
+                    if self._upkeep.absent_s(part) > longest_s and not task.done():
+                        raise _NoReplica(f"no replica of {part} has been running for {longest_s:g} s")
                 return task.result()
         finally:
             task.cancel()
@@ -335,9 +335,9 @@ def end_requests(handles: Handles) -> None:
 
 
 def are_served(handles: Handles, served: str) -> bool:
-    """Whether all replicas of all parts that answer have the networks of a digest, and some of each part do."""
-    answers = (answers_now(handle, "serves", served) for handle in handles.values())
-    return all(some and all(some) for some in answers)
+    """Whether all replicas that answer have the networks of a digest, and some of each part do, but for the index."""
+    answers = {part: answers_now(handle, "serves", served) for part, handle in handles.items()}
+    return all(all(some) and (some or part == NEIGHBOURS) for part, some in answers.items())
 
 
 def tell(handles: Handles, method: str, *arguments: Any) -> None:

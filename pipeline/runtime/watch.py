@@ -26,7 +26,7 @@ from pipeline.runtime.draining import Announce, named
 from pipeline.runtime.front import Front
 from pipeline.runtime.lookout import Lookout, in_thread
 from pipeline.runtime.neighbours import remote_parts
-from pipeline.runtime.parts import digest_of, part_tables, parts_of
+from pipeline.runtime.parts import NEIGHBOURS, digest_of, part_tables, parts_of
 from pipeline.runtime.remote_model import Handles, are_served
 from pipeline.runtime.served import Served, in_use_of, served_by, server_name
 from pipeline.runtime.turns import Turns
@@ -159,7 +159,7 @@ class Watch:
             with errors_for_people():
                 replies = self._prepare(served, part)
             errors = [reply for reply in replies if isinstance(reply, Exception)]
-            if errors or not replies:
+            if errors or not (replies or part == NEIGHBOURS):  # an index that is away holds up no networks
                 reason = _reason(str(errors[0])) if errors else "no replica is running"
                 raise StepError(f"serve: the networks cannot be loaded: {reason}")
         # Replicas that start later load the same; those that have loaded it have nothing to do.

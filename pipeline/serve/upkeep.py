@@ -20,20 +20,21 @@ class Upkeep:
         self.begun_again = Counter(
             "unclip_begun_again", "Requests that were begun once more because a replica died.", registry=registry
         )
-        self._absent_since_s: float | None = None
+        self._absent_since_s: dict[str, float] = {}
+        """Since when no replica of a part has run, by its name."""
         self.has_ended = False
         """Whether no replica will run again, because Ray is gone: no request waits for one."""
 
-    @property
-    def absent_s(self) -> float:
-        """For how long no replica of some part has run, in seconds; 0 while there is one of each."""
-        return 0.0 if self._absent_since_s is None else time.monotonic() - self._absent_since_s
+    def absent_s(self, part: str) -> float:
+        """For how long no replica of a part has run, in seconds; 0 while there is one."""
+        since_s = self._absent_since_s.get(part)
+        return 0.0 if since_s is None else time.monotonic() - since_s
 
     def note_running(self, running: Mapping[str, int]) -> None:
         """Learn how many replicas of each part run."""
         for part, number in running.items():
             self._running.labels(part).set(number)
-        if all(running.values()):
-            self._absent_since_s = None
-        elif self._absent_since_s is None:
-            self._absent_since_s = time.monotonic()
+            if number:
+                self._absent_since_s.pop(part, None)
+            else:
+                self._absent_since_s.setdefault(part, time.monotonic())

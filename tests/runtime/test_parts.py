@@ -236,7 +236,7 @@ def test_the_http_interface_of_serve_deploy_says_that_no_replica_runs(
     wait_until(lambda: client.get("/readyz").status_code == 503)
     assert "no replica is running" in client.get("/readyz").json()["error"]["message"]
     upkeep = front._front.upkeep
-    wait_until(lambda: upkeep.absent_s > 0.1)  # the requests that wait learn it by this
+    wait_until(lambda: upkeep.absent_s("networks") > 0.1)  # the requests that wait learn it by this
     networks.replicas = [{digest_of(tables)}]
     wait_until(lambda: client.get("/readyz").status_code == 200)
     metrics = generate_latest(front._front.metrics.registry).decode()

@@ -25,7 +25,7 @@ from pipeline.errors import DataError
 from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.front import Front
-from pipeline.runtime.parts import digest_of, most_requests, part_tables, parts_of, write_tables
+from pipeline.runtime.parts import NEIGHBOURS, digest_of, most_requests, part_tables, parts_of, write_tables
 from pipeline.runtime.remote_model import RemoteModel
 from pipeline.runtime.replicas import Hop, ModelReplica
 from pipeline.runtime.served import served_artifacts
@@ -203,20 +203,26 @@ def test_a_request_waits_for_networks_that_are_loading(
     asyncio.run(asyncio.wait_for(swap(), 30))
 
 
-def test_networks_of_before_stay_while_requests_of_them_are_in_other_parts(engines: dict[int, FakeEngine]) -> None:
-    keep_s = 0.1
+def test_networks_of_before_stay_while_requests_of_them_are_in_other_parts(
+    engines: dict[int, FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_s, now_s = 10.0, 0.0
+    monkeypatch.setattr(replicas_module, "time", SimpleNamespace(monotonic=lambda: now_s))
 
     async def swap() -> None:
-        replica, old = ModelReplica(), digest_of(tables(1, keep_s))
+        nonlocal now_s
+        replica, old, new = ModelReplica(), digest_of(tables(1, keep_s)), digest_of(tables(2, keep_s))
         for number in (1, 2):
             await replica.reconfigure(tables(number, keep_s))
-        await replica.turn_to(digest_of(tables(2, keep_s)))
-        for _ in range(10):
+        await replica.turn_to(new)
+        for _ in range(3):
+            now_s += 0.9 * keep_s
             await replica.keep(old)
-            await replica.keep(digest_of(tables(2, keep_s)))  # nothing ends them
-            await asyncio.sleep(keep_s / 2)
+            await replica.keep(new)  # which nothing ends
+            await asyncio.sleep(0.05)
         assert not engines[1].is_closed
         assert await replica.embed_texts(old, ["a"]) == 1
+        now_s += 1.1 * keep_s
         while not engines[1].is_closed:
             await asyncio.sleep(0.01)
         await replica.keep(old)
@@ -637,6 +643,7 @@ def test_a_client_that_leaves_leaves_no_complaint_behind() -> None:
 def test_requests_do_not_wait_without_end_for_a_replica(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_module, "_ABSENCE_POLL_S", 0.01)
     monkeypatch.setattr(remote_module, "_LONGEST_ABSENCE_S", 0.1)
+    monkeypatch.setattr(remote_module, "_LONGEST_ABSENCE_OF_INDEX_S", 0.05)
     upkeep, cancelled = Upkeep(), list[str]()
 
     class Never(asyncio.Future[Any]):
@@ -645,15 +652,19 @@ def test_requests_do_not_wait_without_end_for_a_replica(monkeypatch: pytest.Monk
             return super().cancel(msg)
 
     async def ask() -> None:
-        handle: Any = SimpleNamespace(sample=SimpleNamespace(remote=lambda *_: Never()))
-        model = RemoteModel({"networks": handle}, "one", upkeep=upkeep)
-        upkeep.note_running({"networks": 1, "decoder": 0})
-        with pytest.raises(NotServing, match=r"no replica has been running for 0\.1 s"):
+        never = SimpleNamespace(remote=lambda *_: Never())
+        handle: Any = SimpleNamespace(sample=never, ask=never)
+        model = RemoteModel({"networks": handle, NEIGHBOURS: handle}, "one", upkeep=upkeep)
+        upkeep.note_running({"networks": 0})
+        with pytest.raises(NotServing, match=r"no replica of networks has been running for 0\.1 s"):
             await model.sample(SampleRequest("a", (1,)))
         assert cancelled
-        upkeep.note_running({"networks": 1, "decoder": 1})
+        assert upkeep.begun_again._value.get() == 0
+        upkeep.note_running({"networks": 1, NEIGHBOURS: 0})
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(model.sample(SampleRequest("a", (1,))), 0.3)
+        with pytest.raises(NotServing, match=r"no replica of neighbours has been running for 0\.05 s"):
+            await model.ask(NEIGHBOURS, "ask", "uri", "search")
 
     asyncio.run(ask())
 

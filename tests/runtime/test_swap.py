@@ -30,11 +30,12 @@ import pipeline.runtime.watch as watch_module
 from pipeline.errors import StepError, UnclipError
 from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
+from pipeline.recipe.serve_sections import ServeStageConfig
 from pipeline.runtime.deployments import networks_application
 from pipeline.runtime.front import Front
 from pipeline.runtime.lookout import Lookout
 from pipeline.runtime.neighbours import remote_parts
-from pipeline.runtime.parts import digest_of, parts_of
+from pipeline.runtime.parts import NEIGHBOURS, digest_of, parts_of
 from pipeline.runtime.serve import serve_recipe
 from pipeline.runtime.served import Served, served_artifacts
 from pipeline.runtime.watch import Watch
@@ -212,6 +213,42 @@ def test_the_gate_reopens_with_the_interface_that_it_had(recipe: Recipe, monkeyp
     metrics = generate_latest(front.metrics.registry).decode()
     assert 'unclip_replica_deaths_total{part="networks"} 1.0' in metrics
     assert 'unclip_replicas{part="networks"} 1.0' in metrics
+
+
+def test_an_index_that_is_away_closes_nothing(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No picture needs it; a search then fails by itself."""
+    index = SimpleNamespace(replica_states={"RUNNING": 0}, status="HEALTHY")
+    networks = SimpleNamespace(replica_states={"RUNNING": 1}, status="HEALTHY")
+    state = SimpleNamespace(deployments={"prior": networks, NEIGHBOURS: index})
+    monkeypatch.setattr(lookout_module, "application_state", lambda _application: state)
+    front, lines = Front(recipe.serve), list[str]()
+    front.gate.open(PlainTextResponse("here"))
+    lookout = Lookout("unclip-mine", ["prior", NEIGHBOURS], front, lines.append)
+    client = TestClient(front, base_url="http://127.0.0.1")
+    lookout.look()
+    assert client.get("/readyz").json()["note"].startswith("no replica of the index is running")
+    assert front.upkeep.absent_s(NEIGHBOURS) > 0
+    assert front.upkeep.absent_s("prior") == 0
+    index.replica_states["RUNNING"] = 1
+    lookout.look()
+    assert client.get("/readyz").json() == {"status": "ok"}
+    assert (lines, front.upkeep.absent_s(NEIGHBOURS)) == ([], 0)
+
+
+def test_networks_are_swapped_although_the_index_is_away(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = replace(recipe, serve=replace(recipe.serve, mode="chain", neighbours=ServeStageConfig()))
+    served = Served(chain, served_artifacts(chain)[0])
+    handles: Any = {part: Replicas(digest_of(served.tables)) for part in parts_of(chain)}
+    handles[NEIGHBOURS].replicas.clear()
+    lines, front = list[str](), Front(chain.serve)
+    monkeypatch.setattr(serve_module.serve, "run_many", lambda *_, **__: None)
+    Watch(served, front, handles, lines.append, ExitStack(), SwapRequests()).swap(
+        load_recipe(save_other(tmp_path / "others"))
+    )
+    assert lines == ["loading other networks", "other networks are served"]
+    assert front.gate.app is not None
 
 
 def test_a_controller_that_does_not_answer_is_said_and_ends_nothing(
