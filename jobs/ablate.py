@@ -28,7 +28,7 @@ def ablate(
     from pipeline.evaluate.ablate import ablate_recipe
     from pipeline.recipe.plan import make_plan
     from pipeline.report.ablation import format_ablation
-    from pipeline.report.report import write_report
+    from pipeline.report.report import update_report
     from pipeline.workspace.store import Workspace
 
     def watch(variant: str, done: int, total: int) -> None:
@@ -36,13 +36,12 @@ def ablate(
 
     output, result = ablate_recipe(resolved, num_prompts=num_prompts, num_shown=num_shown, watch=watch)
     workspace = Workspace(resolved.workspace)
-    report = workspace.local_root / "report.html"
     words = recipe_words(recipe, overrides)
-    write_report(workspace, make_plan(resolved), resolved, report, words)
+    report = update_report(workspace, make_plan(resolved), resolved, words)
     if json:
         print_json(result | {"artifact": output.uri})
         return ()
     typer.echo(format_ablation(result))
     typer.echo(f"pictures: {output.path('ablation.png')}")
-    typer.echo(f"report: {workspace.publish('report.html')}")
+    typer.echo(f"report: {report}")
     return (f'unclip sample {words} "your prompt" --out out', f"unclip promote {words}")

@@ -107,14 +107,16 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, address: RayAddres
         watcher.close()
     artifact = artifact_of(workspace, steps[-1])
     metrics = artifact.read_json("metrics.json")
+    from pipeline.report.report import format_metrics, update_report
+
+    words = recipe_words(recipe, overrides)
+    report = update_report(workspace, make_plan(resolved), resolved, words)
     if json:
         print_json(metrics)
         return ()
-    from pipeline.report.report import format_metrics
-
     typer.echo(format_metrics(metrics))
     typer.echo(f"pictures: {artifact.uri}")
-    words = recipe_words(recipe, overrides)
+    typer.echo(f"report: {report}")
     return (
         f'unclip sample {words} "your prompt" --out out',
         f"unclip serve {words}",

@@ -143,7 +143,6 @@ def run(
     if dry_run:
         _print_dry_run([item for item in before if item.step.name in ran], forced, json=json)
         return (f"unclip run {words}",) if ran else (f"unclip status {words}",)
-    report = workspace.local_root / "report.html"
     if ran or Pending.read(workspace.root) is not None:
         from jobs.watch import Watcher
         from pipeline.runtime.follow import TablePublisher
@@ -154,22 +153,20 @@ def run(
             run_recipe(resolved, before, watcher, address=address, retry_failed=retry_failed, force=forced)
         finally:
             watcher.close()
-        from pipeline.report.report import write_report
-
-        write_report(workspace, steps, resolved, report, words)
     else:
         from pipeline.runtime.tracking.run import send_waiting
 
         send_waiting(resolved, workspace, print_warning)
-    where = workspace.publish("report.html")
+    from pipeline.report.report import update_report
+
+    where = update_report(workspace, steps, resolved, words)
     wall_s = round(time.monotonic() - begun, 1)
     if json:
         print_json({"ran": ran, "wall_s": wall_s, "workspace": workspace.root, "report": where})
         return ()
     number = "1 step" if len(ran) == 1 else f"{len(ran)} steps"
     typer.echo(f"ran {number} in {wall_s:.0f} s" if ran else f"nothing to do: all {len(before)} steps are done")
-    if report.exists():
-        typer.echo(f"report: {where}")
+    typer.echo(f"report: {where}")
     return _next(words, {status.step.name for status in before}, has_shapes=resolved.pairs.source == "drawn")
 
 

@@ -1,5 +1,7 @@
 """The report: one self-contained HTML page of a recipe's results so far, and the same numbers as text."""
 
+import hashlib
+import json
 import platform
 import shlex
 import time
@@ -23,7 +25,10 @@ from pipeline.workspace.store import Workspace
 
 Json = dict[str, Any]
 
+REPORT = "report.html"
 _TEMPLATE = "report.html"
+_HEAD_BYTES = 512
+"""Of a page: what holds the mark of its results."""
 _SOURCES = {
     "drawn": "pictures of shapes that the project draws itself",
     "list": "the pictures of a URL list",
@@ -35,6 +40,28 @@ _NOVELTIES_ABOUT = (
     "objects that training never shows together, minus samples of trained combinations, with the 95 % interval of the "
     "difference. A prompt with two novelties counts in both columns."
 )
+
+
+def update_report(workspace: Workspace, steps: list[Step], recipe: Recipe, recipe_file: str) -> str:
+    """Write the workspace's page unless it is this recipe's, of the results that there are now.
+
+    Recipes that share a workspace share the page, and a command may end between its last result and the page: so every
+    command that shows the page asks here.
+
+    Returns:
+        Where the page is.
+
+    Raises:
+        DataError: If an artifact's file is damaged; names it.
+        StepError: If the page cannot be written.
+    """
+    path, done = workspace.local_root / REPORT, finished_steps(workspace, steps)
+    mark = _results_mark(workspace, done, [step.name for step in steps], recipe, recipe_file)
+    with translate_os_errors(str(path)):
+        head = path.read_bytes()[:_HEAD_BYTES] if path.exists() else b""
+    if mark.encode() not in head:
+        write_report(workspace, steps, recipe, path, recipe_file)
+    return workspace.publish(REPORT)
 
 
 def write_report(workspace: Workspace, steps: list[Step], recipe: Recipe, path: Path, recipe_file: str = "") -> None:
@@ -51,11 +78,10 @@ def write_report(workspace: Workspace, steps: list[Step], recipe: Recipe, path: 
         DataError: If an artifact's file is damaged; names it.
         StepError: If the page cannot be written.
     """
-    done = finished_steps(workspace, steps)
-    view = build_view(
-        done, [step.name for step in steps], recipe, recipe_file or shlex.quote(f"configs/{recipe.name}.toml")
-    )
-    view["ablation"] = _ablation_view(sections.ablation_of(workspace, done, recipe))
+    done, names = finished_steps(workspace, steps), [step.name for step in steps]
+    view = build_view(done, names, recipe, recipe_file or shlex.quote(f"configs/{recipe.name}.toml"))
+    view["results"] = _results_mark(workspace, done, names, recipe, recipe_file)
+    view["ablation"] = _ablation_view(sections.ablation_of(sections.newest_ablation(workspace, done, recipe)))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=False
     )
@@ -66,6 +92,15 @@ def write_report(workspace: Workspace, steps: list[Step], recipe: Recipe, path: 
         partial = path.with_name(f".tmp-{path.name}")
         partial.write_text(page, encoding="utf-8")
         partial.replace(path)
+
+
+def _results_mark(workspace: Workspace, done: Done, step_names: list[str], recipe: Recipe, recipe_file: str) -> str:
+    """16 hex digits that change with everything that the page shows."""
+    results = [(step.artifact.uri, step.manifest.created) for step in done.values()]
+    ablation = sections.newest_ablation(workspace, done, recipe)
+    results += [(ablation.artifact.uri, ablation.manifest.created)] if ablation else []
+    shown = [recipe.name, recipe_file, step_names, results, sections.recipe_changes(recipe)]
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
 
 
 def finished_steps(workspace: Workspace, steps: list[Step]) -> Done:

@@ -85,8 +85,16 @@ def inline_entry(artifact: Artifact, entry: Json) -> Json:
     return inlined
 
 
-def ablation_of(workspace: Workspace, done: Done, recipe: Recipe) -> Json | None:
-    """The newest result of ``unclip ablate`` on these networks, sampled as the recipe says; None if there is none."""
+@dataclass(frozen=True)
+class Ablation:
+    """A finished ``unclip ablate``."""
+
+    artifact: Artifact
+    manifest: Manifest
+
+
+def newest_ablation(workspace: Workspace, done: Done, recipe: Recipe) -> Ablation | None:
+    """The newest ablation of these networks, sampled as the recipe says; None if there is none."""
     keys = {name: finished.step.key for name, finished in done.items()}
     tables = sampling_tables(recipe)
     for manifest in workspace.manifests("ablate")[0]:
@@ -95,9 +103,16 @@ def ablation_of(workspace: Workspace, done: Done, recipe: Recipe) -> Json | None
             manifest.section.get(name) == table for name, table in tables.items()
         )
         if is_same and artifact.exists("ablation.json"):
-            result: Json = artifact.read_json("ablation.json")
-            return result | {"shown": [inline_entry(artifact, entry) for entry in result["shown"]]}
+            return Ablation(artifact, manifest)
     return None
+
+
+def ablation_of(ablation: Ablation | None) -> Json | None:
+    """The numbers of an ablation, and its pictures as ``data:`` URIs."""
+    if ablation is None:
+        return None
+    result: Json = ablation.artifact.read_json("ablation.json")
+    return result | {"shown": [inline_entry(ablation.artifact, entry) for entry in result["shown"]]}
 
 
 def training_of(done: Done, recipe: Recipe) -> list[Json]:

@@ -35,6 +35,11 @@ _CREATED = 1_760_000_000.0
 
 def make_recipe(workspace: Path, **tables: Any) -> Recipe:
     """A recipe of the demo's shape: 16 px decoder, upsamplers to 64 and 128 px."""
+    return parse_recipe(recipe_tables(workspace, **tables))
+
+
+def recipe_tables(workspace: Path, **tables: Any) -> dict[str, Any]:
+    """The tables of such a recipe, as a file holds them."""
     unet = {"channels": 32, "channel_mults": [1, 2], "num_res_blocks": 1, "attention_resolutions": []}
     upsampler = {"crop_px": 16, "unet": unet, "sampler": {"num_steps": 8, "respacing": ""}}
     data = {
@@ -48,7 +53,7 @@ def make_recipe(workspace: Path, **tables: Any) -> Recipe:
         "upsampler_1": {"model": {**upsampler, "image_px": 64, "low_res_px": 16}},
         "upsampler_2": {"model": {**upsampler, "image_px": 128, "low_res_px": 64}},
     }
-    return parse_recipe(data | tables)
+    return data | tables
 
 
 _DOWNLOAD_METRICS = {
