@@ -160,6 +160,8 @@ class Downloader:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="downloads")
         self._stack = contextlib.AsyncExitStack()
         self._num_done = self._num_waits = 0
+        self.busy_s = 0.0
+        """Seconds of all requests together, each from its turn at a connection to its stored picture or failure."""
         self._unforeseen = set[str]()
         """Types of the errors that were logged."""
 
@@ -341,7 +343,9 @@ class Downloader:
 
         async def work(request: _Request, numbers: list[int]) -> None:
             async with self._connections:
+                start = time.monotonic()
                 outcome = await self._fetch_one(request)
+                self.busy_s += time.monotonic() - start
             picture = _append(scratch, outcome.data) if isinstance(outcome, StoredPicture) else None
             for number in numbers:
                 results[number] = ShardRow(self._values(stored[number], keys[number], outcome), picture)

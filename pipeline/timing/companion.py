@@ -45,9 +45,12 @@ def start_of_a_process_s() -> float:
 
 @contextlib.contextmanager
 def _start(job: TrainJob | None) -> Generator[subprocess.Popen[bytes]]:
+    # A recipe's relative paths start at the person's folder, so this process starts there, too; with -P it imports
+    # nothing that lies there.
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
     child = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.timing.companion"],
-        cwd=Path(__file__).parents[2],
+        [sys.executable, "-P", "-m", "pipeline.timing.companion"],
+        env=os.environ | {"PYTHONPATH": path},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,  # Ctrl-C reaches the parent alone

@@ -137,13 +137,14 @@ class Rehearsal:
         rules = address_rules(self.recipe.pairs, config)
         with _pictures(self.recipe), Downloader(config, rules) as downloader, contextlib.ExitStack() as stack:
             files = ShardFiles(*(stack.enter_context(output.write(name)) for name in names))
-            start, before_s = time.perf_counter(), _processor_s()
+            before_s = _processor_s()
             counts = downloader.download(rows, _SHARD, files)
             # With a local server, its time and the worker's are added: they share the cores.
-            processor_s = _processor_s() - before_s
-            wall_s = time.perf_counter() - start
-        is_local = self.recipe.pairs.source == "drawn"
-        seconds = processor_s if is_local else max(wall_s, processor_s)
+            seconds = _processor_s() - before_s
+        if self.recipe.pairs.source != "drawn":
+            # A real worker fetches rows of the next shards meanwhile: a dead host holds up one connection alone.
+            num_at_once = min(config.resources.num_connections, rows.num_rows)
+            seconds = max(seconds, downloader.busy_s / num_at_once)
         self.num_good = counts["ok"]
         if self.num_good < min(_LEAST_ROWS, self.num_pairs):
             raise DataError(
@@ -168,10 +169,10 @@ class Rehearsal:
         """
         tar, fetched_s = self._first_tar
         whole, few = (replace(source.config, path=tar, max_pairs=most) for most in (0, NUM_ROWS))
+        self.num_pairs = write_pairs(replace(source, config=few), output).counts["ok"]  # first: it loads the tokenizer
         start = time.perf_counter()
         summary = write_pairs(replace(source, config=whole), self.artifact(_WHOLE_PAIRS))
         seconds = fetched_s + time.perf_counter() - start
-        self.num_pairs = write_pairs(replace(source, config=few), output).counts["ok"]
         return RowUnits(row_s=seconds / summary.counts["in"])
 
     def _take_in(self, output: Artifact) -> RowUnits:
