@@ -26,17 +26,18 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 
 from pipeline.recipe.picture_card import ModelCard
 from pipeline.serve.api_page import api_page
-from pipeline.serve.deadlines import end_of, until
+from pipeline.serve.deadlines import end_of, left_of, until
 from pipeline.serve.document import ERRORS, IN_TIME, PICTURES, form_body, json_body
 from pipeline.serve.edits import EDITS, EditKind, edit_of
 from pipeline.serve.embeddings import EmbeddingRequest, embed
 from pipeline.serve.generation import NOTES_HEADER, Generation
 from pipeline.serve.guards import client_of
+from pipeline.serve.held import HeldBodies, HeldPictures, end_body
 from pipeline.serve.images import GenerationRequest, PictureOptions, check_options, require_model
 from pipeline.serve.knn import MAX_NUMBERS, KnnRequest, MetadataRequest, find, metadata
 from pipeline.serve.metrics import CONTENT_TYPE, HttpMetrics
 from pipeline.serve.protocols import Neighbours, PictureModel
-from pipeline.serve.uploads import HeldPictures, decoding, read_form
+from pipeline.serve.uploads import decoding, read_form
 from pipeline.serve.web import (
     ApiError,
     install_error_handlers,
@@ -91,6 +92,7 @@ def create_app(model: PictureModel, neighbours: Neighbours | None, settings: Api
     """
     app = FastAPI(title="unclip", version="1", docs_url=None, redoc_url=None, responses=ERRORS)
     install_error_handlers(app)
+    app.add_middleware(HeldBodies)
     app.include_router(_openai(model, neighbours, settings))
     app.include_router(_clip_retrieval(model, neighbours, settings))
     app.include_router(_pages(model, settings, has_neighbours=neighbours is not None))
@@ -163,8 +165,13 @@ def _openai(model: PictureModel, neighbours: Neighbours | None, settings: ApiSet
             form = await read_form(request, PICTURE_BODY_LIMIT_BYTES)
             body = settings.timed(parse(kind.body, form.texts, is_form=True))
             check_options(body, settings.card)
-            edit, notes = await decoding(edit_of, kind, body, form, settings.card.image_px)
-            hold, client = held.hold(edit), client_of(request)
+            ends_s = end_of(body.timeout or 0.0)
+            decoded = decoding(edit_of, kind, body, form, settings.card.image_px)
+            edit, notes = await while_connected(request, until(ends_s, decoded))
+            body = body.model_copy(update={"timeout": left_of(ends_s) or None})
+            hold, client = held.hold_edit(edit), client_of(request)
+            del form  # its files are not needed any more, and pictures take long
+            end_body(request)
             generation = Generation(
                 model, body, settings.card, client, edit=edit, notes=notes, index=neighbours, encoding=encoding
             )

@@ -33,6 +33,18 @@ def end_of(timeout_s: float) -> float:
     return time.monotonic() + timeout_s if timeout_s else math.inf
 
 
+def left_of(ends_s: float) -> float:
+    """What is left of the time of a request, in seconds, as ``end_of`` takes it; 0 if it is infinite.
+
+    Raises:
+        DeadlinePassed: If nothing is.
+    """
+    left_s = ends_s - time.monotonic()
+    if left_s <= 0:
+        raise DeadlinePassed("the time of the request was up before it was finished")
+    return 0.0 if left_s == math.inf else left_s
+
+
 async def until(ends_s: float, answer: Awaitable[T], *, grace_s: float = 0.0) -> T:
     """An answer that comes in time; if it does not, it is cancelled.
 

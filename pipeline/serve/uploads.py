@@ -3,10 +3,10 @@
 import asyncio
 import binascii
 import hashlib
-import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from math import sqrt
 from typing import ParamSpec, TypeVar
 
@@ -16,11 +16,11 @@ from PIL import Image
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from models.request import Edit, Interpolation, RawMask, RawPicture
+from models.request import RawMask, RawPicture
 from pipeline.errors import ConfigError
 from pipeline.pictures import PictureError, on_white, read, resize, square
 from pipeline.sampling.masks import Mask, centre_square, masked_pixels, shrink_mask, transparent_pixels
-from pipeline.serve.protocols import Images, Overloaded
+from pipeline.serve.protocols import Images
 from pipeline.serve.web import ApiError, read_body
 
 FILE_FIELDS = ("image", "mask")
@@ -34,8 +34,6 @@ _MAX_MEMORY_BYTES = 512 << 20
 _DECODERS = ThreadPoolExecutor(2, "unclip-decode")
 """More would need the memory of as many pictures: any number of clients may send the largest one. Those that wait do so
 here, and hold no thread that other requests need."""
-_MAX_HELD_BYTES = 512 << 20
-"""Largest memory of the decoded pictures of all requests under way."""
 _MAX_SHORTER_PX = 1024
 _MAX_SENT_PX = 1 << 22
 """Largest area of a picture that is sent to the networks, in pixels; a longer strip is resized."""
@@ -46,55 +44,16 @@ T = TypeVar("T")
 
 
 async def decoding(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run what decodes pictures of clients in one of the threads for it."""
-    return await asyncio.wrap_future(_DECODERS.submit(work, *args, **kwargs))
+    """Run what decodes pictures of clients in one of the threads for it; it does not begin if nobody waits for it."""
+    job = [partial(work, *args, **kwargs)]
 
+    def run() -> T:
+        return job.pop()()
 
-@dataclass(eq=False)
-class Hold:
-    """The pictures of one request under way; a context manager that ends with the request.
-
-    One that is never entered ends when nothing refers to it any more.
-    """
-
-    num_bytes: int = 0
-
-    def __enter__(self) -> None:
-        """Nothing: it began when the pictures were decoded."""
-
-    def __exit__(self, *_: object) -> None:
-        """Make room for others."""
-        self.num_bytes = 0
-
-
-class HeldPictures:
-    """The decoded pictures of requests under way. Each waits as long as its request, so their bytes are bounded.
-
-    Args:
-        most_bytes: Largest sum.
-    """
-
-    def __init__(self, most_bytes: int = _MAX_HELD_BYTES) -> None:
-        self._most_bytes = most_bytes
-        self._holds = weakref.WeakSet[Hold]()
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the pictures of all requests under way."""
-        return sum(hold.num_bytes for hold in self._holds)
-
-    def hold(self, edit: Edit) -> Hold:
-        """Count the pictures of another request, until it ends.
-
-        Raises:
-            Overloaded: If those of the requests before leave no room for them.
-        """
-        pictures = edit.pictures if isinstance(edit, Interpolation) else (edit.picture,)
-        hold, before = Hold(sum(len(picture.levels) for picture in pictures)), self.num_bytes
-        if before and before + hold.num_bytes > self._most_bytes:
-            raise Overloaded(f"pictures of {before / 1e6:.0f} MB are edited or wait already")
-        self._holds.add(hold)
-        return hold
+    try:
+        return await asyncio.wrap_future(_DECODERS.submit(run))
+    finally:
+        job.clear()  # what is cancelled lies in the queue until its turn comes, and would keep its files so long
 
 
 @dataclass(frozen=True)

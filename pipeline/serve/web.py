@@ -16,6 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from pipeline.serve.held import note_body
 from pipeline.serve.protocols import DeadlinePassed, NotServing, Overloaded
 
 Json = dict[str, Any]
@@ -150,6 +151,7 @@ async def read_body(request: Request, limit_bytes: int) -> AsyncGenerator[bytes]
 
     Raises:
         ApiError: 413 above it; 499 if the client leaves before the end, which nobody reads.
+        Overloaded: If the bodies of the other requests under way leave no room for it.
     """
     too_large = ApiError(413, f"the body is above {limit_bytes} bytes", code="body_too_large")
     declared = request.headers.get("content-length", "0")
@@ -161,6 +163,7 @@ async def read_body(request: Request, limit_bytes: int) -> AsyncGenerator[bytes]
             num_bytes += len(chunk)
             if num_bytes > limit_bytes:
                 raise too_large
+            note_body(request, num_bytes)
             yield chunk
     except ClientDisconnect:
         raise _client_left() from None

@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import io
 import threading
+import time
 from typing import Any
 
 import httpx
@@ -17,6 +18,7 @@ from pipeline.recipe.picture_card import ModelCard
 from pipeline.sampling.masks import shrink_mask
 from pipeline.serve import api, uploads
 from pipeline.serve.api import ApiSettings, create_app
+from pipeline.serve.held import HeldBodies, HeldBytes, HeldPictures
 from pipeline.serve.protocols import Overloaded
 from tests.serve.test_engine import wait_until
 from tests.tiny.pictures import noisy_picture, png
@@ -72,29 +74,107 @@ def test_a_long_strip_is_sent_as_a_small_picture() -> None:
 
 
 def test_pictures_of_requests_under_way_are_bounded_until_each_request_ends() -> None:
-    held, one = uploads.HeldPictures(most_bytes=5000), uploads.raw_picture(noisy_picture(1), "image")
+    held, one = HeldPictures(most_bytes=5000), uploads.raw_picture(noisy_picture(1), "image")
     variation, interpolation = Variation(one), Interpolation((one, one), (0.0,))
     assert len(one.levels) == 32 * 32 * 3
-    with held.hold(variation):
+    with held.hold_edit(variation):
         for edit in (variation, interpolation):
-            with pytest.raises(Overloaded, match="0 MB are edited or wait already"):
-                held.hold(edit)
-    with (large := held.hold(interpolation)):  # alone it is taken, however large
+            with pytest.raises(Overloaded, match="pictures to edit of 0 MB are under way already"):
+                held.hold_edit(edit)
+    with (large := held.hold_edit(interpolation)):  # alone it is taken, however large
         assert held.num_bytes == 2 * len(one.levels)
     assert (held.num_bytes, large.num_bytes) == (0, 0)  # also while an error refers to the request
-    held.hold(variation)  # nobody waits for its request: the connection is gone before the answer began
+    held.hold_edit(variation)  # nobody waits for its request: the connection is gone before the answer began
     assert held.num_bytes == 0
+
+
+def test_who_is_refused_comes_back_when_one_of_those_before_is_likely_to_have_ended() -> None:
+    held = HeldBytes("bodies", 100)
+    first = held.hold(60)
+    first.began_s -= 30
+    with pytest.raises(Overloaded) as unknown:
+        held.hold(60)
+    first.end()
+    assert held.num_bytes == 0
+    holds = [held.hold(40), held.hold(40)]
+    with pytest.raises(Overloaded) as refused:
+        held.hold(40)
+    assert unknown.value.retry_after_s == 0
+    assert refused.value.retry_after_s == pytest.approx(15, abs=1)
+    assert [hold.num_bytes for hold in holds] == [40, 40]
+
+
+def test_bodies_of_requests_under_way_are_bounded_in_sum(
+    server: Any, serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that are small are taken always, and that of an edit counts until its pictures are decoded."""
+    monkeypatch.setattr(api, "HeldBodies", lambda app: HeldBodies(app, most_bytes=1 << 20))
+    has_come, may_end, edit_of = threading.Event(), threading.Event(), api.edit_of
+    monkeypatch.setattr(api, "edit_of", lambda *some: (has_come.set(), may_end.wait(60), edit_of(*some))[2])
+    files = {"image": noisy_picture(1) + bytes(800_000)}  # behind the end of the PNG
+    texts = b'{"input": "a"' + b" " * 320_000 + b"}"
+    app = create_app(server.engine, None, ApiSettings(ModelCard("tiny", 32)))
+    with serving(app) as url, concurrent.futures.ThreadPoolExecutor() as threads:
+
+        def edit() -> int:
+            form = {"num_inference_steps": "200"}
+            return httpx.post(f"{url}/v1/images/variations", files=files, data=form, timeout=60).status_code
+
+        def embed() -> httpx.Response:
+            return httpx.post(f"{url}/v1/embeddings", content=texts, timeout=60)
+
+        assert embed().status_code == 200
+        first = threads.submit(edit)
+        assert has_come.wait(60)
+        error = embed().json()["error"]
+        assert (error["code"], error["message"]) == (
+            "overloaded",
+            "bodies of requests of 1 MB are under way already; try again later",
+        )
+        assert httpx.post(f"{url}/v1/embeddings", json={"input": "a"}, timeout=60).status_code == 200
+        may_end.set()
+        wait_until(lambda: embed().status_code == 200)
+        assert not first.done()
+        assert first.result() == 200
+
+
+def test_pictures_are_decoded_in_the_time_of_their_request_and_while_its_client_is_there(
+    server: Any, serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded, requests, edit_of, sample = list[Any](), list[Any](), api.edit_of, server.engine.sample
+    monkeypatch.setattr(api, "edit_of", lambda *some: (time.sleep(0.3), decoded.append(None), edit_of(*some))[2])
+    monkeypatch.setattr(
+        server.engine, "sample", lambda request, *rest: (requests.append(request), sample(request, *rest))[1]
+    )
+    may_end = threading.Event()
+    busy = [uploads._DECODERS.submit(may_end.wait, 60) for _ in range(2)]
+    with serving(create_app(server.engine, None, ApiSettings(ModelCard("tiny", 32)))) as url:
+
+        def post(longest_s: float, **fields: str) -> httpx.Response:
+            files, form = {"image": noisy_picture(1)}, {"num_inference_steps": "2"} | fields
+            return httpx.post(f"{url}/v1/images/variations", files=files, data=form, timeout=longest_s)
+
+        late = post(60, timeout="0.1")
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+        with pytest.raises(httpx.ReadTimeout):
+            post(0.2)
+        time.sleep(0.3)  # in which the server sees that its client has left
+        may_end.set()
+        assert post(60, timeout="30").status_code == 200
+    assert len(decoded) == 1
+    assert requests[0].timeout_s < 30 - 0.3
+    assert all(one.result() for one in busy)
 
 
 def test_every_form_of_answer_to_an_edit_makes_room_again(
     server: Any, serving: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = uploads.HeldPictures(most_bytes=5000)
+    held = HeldPictures(most_bytes=5000)
     monkeypatch.setattr(api, "HeldPictures", lambda: held)
     settings = ApiSettings(ModelCard("tiny", 32))
     sizes = list[int]()
-    add = held.hold
-    monkeypatch.setattr(held, "hold", lambda edit: (add(edit), sizes.append(held.num_bytes))[0])
+    add = held.hold_edit
+    monkeypatch.setattr(held, "hold_edit", lambda edit: (add(edit), sizes.append(held.num_bytes))[0])
     with serving(create_app(server.engine, None, settings)) as url:
 
         def post(**fields: str) -> int:
