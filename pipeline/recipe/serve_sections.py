@@ -75,8 +75,8 @@ class ServeConfig:
     """Longest time that requests under way are waited for at the end, in seconds; so long, and while requests of them
     are under way, networks also stay in memory once others are swapped in."""
     timeout_s: NonNegativeFloat = 0.0
-    """Longest time until the pictures, embeddings or neighbours of a request are there, in seconds; then it is dropped,
-    and answered with 504. A request may have a shorter one (`timeout`). 0: none."""
+    """Longest time from when a request has come until its pictures, embeddings or neighbours are there, in seconds;
+    then it is dropped, and answered with 504. A request may have a shorter one (`timeout`). 0: none."""
     mode: Literal["replica", "chain", "process"] = "replica"
     """replica: every copy has all networks. chain: CLIP and the prior, the decoder and each upsampler run apart, each
     as its table below says, and requests pass from one to the next. process: the networks run in the process that
@@ -101,6 +101,10 @@ class ServeConfig:
     """How long fewer copies would do before one is ended, in seconds; it finishes its requests."""
     cpus_per_replica: PositiveFloat = 1.0
     """Logical CPUs of each; also its torch threads."""
+    gpus_per_replica: PositiveFloat = 1.0
+    """GPUs of each with serve.accelerator = "cuda"; copies that share one have fractions, and as much of its memory."""
+    memory_gb_per_replica: NonNegativeFloat = 0.0
+    """Memory of each that Ray reserves, in GB; 0: none."""
     accelerator: Literal["cpu", "cuda"] = "cpu"
     """Device of each."""
     precision: Precision = "float32"

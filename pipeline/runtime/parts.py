@@ -46,6 +46,8 @@ def place_of(config: ServeConfig, part: str) -> ServeStageConfig:
             target_requests=config.target_requests,
             scale_down_after_s=config.scale_down_after_s,
             cpus_per_replica=config.cpus_per_replica,
+            gpus_per_replica=config.gpus_per_replica,
+            memory_gb_per_replica=config.memory_gb_per_replica,
             label_selector=config.label_selector,
             max_batch_size=config.max_batch_size,
         )

@@ -188,7 +188,8 @@ class MemoryLimits:
                     free_gb = self._memory.free_bytes() / _BYTES_PER_GB
                     raise StepError(
                         f"serve: one picture of {stage.name} does not fit into the {free_gb:.2f} GB that are free on "
-                        "this device; give each replica a larger share of one (serve.gpus_per_replica)"
+                        "this device; give each replica a larger share of one (serve.gpus_per_replica; in a chain that "
+                        "of its part, such as serve.decoder.gpus_per_replica)"
                     ) from None
                 break
             self._kept = max(self._kept, kept / count)

@@ -64,6 +64,17 @@ def test_a_chain_places_each_part_by_its_own_table() -> None:
         parse_recipe({"serve": {"decoder": decoder}})
 
 
+@pytest.mark.parametrize("mode", ["replica", "process"])
+def test_copies_of_everything_share_a_gpu_as_those_of_a_part_do(mode: str) -> None:
+    table = {"mode": mode, "accelerator": "cuda", "gpus_per_replica": 0.25, "memory_gb_per_replica": 3}
+    config = parse_recipe({"serve": table}).serve
+    options = networks_options(config)["ray_actor_options"]
+    assert options == {"num_cpus": 1.0, "num_gpus": 0.25, "memory": 3 * 10**9, "label_selector": {}}
+    of_part = {"gpus_per_replica": 0.25, "memory_gb_per_replica": 3}
+    chain = parse_recipe({"serve": {"mode": "chain", "accelerator": "cuda", "decoder": of_part}}).serve
+    assert networks_options(chain, "decoder")["ray_actor_options"] == options
+
+
 def test_replicas_are_a_number_or_scale_between_two() -> None:
     fixed = networks_options(parse_recipe({"serve": {"replicas": [2, 2], "accelerator": "cuda"}}).serve)
     assert fixed["num_replicas"] == 2

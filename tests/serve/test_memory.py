@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models.cascade import Cascade
 from models.request import SampleRequest
 from pipeline.errors import StepError
+from pipeline.recipe.recipe import parse_recipe
 from pipeline.serve.engine import Engine
 from pipeline.serve.memory import GpuMemory, MemoryLimits
 from pipeline.serve.served_stages import ServedStages
@@ -116,8 +117,11 @@ def test_more_candidates_than_there_is_memory_for_are_refused_before_they_wait(
 
 
 def test_a_picture_that_does_not_fit_is_said_at_the_start(cascade: Cascade, use: Callable[[Device], Device]) -> None:
-    with pytest.raises(StepError, match=r"one picture of prior does not fit into the 0\.00 GB .*gpus_per_replica"):
+    with pytest.raises(StepError, match=r"one picture of prior does not fit into the 0\.00 GB ") as refused:
         Engine(cascade, memory=use(Device(1)))
+    assert "serve.gpus_per_replica" in str(refused.value)
+    for table in ({"gpus_per_replica": 0.5}, {"mode": "chain", "decoder": {"gpus_per_replica": 0.5}}):
+        parse_recipe({"serve": table})  # the fields that the error names
     use(device := Device(1))  # one fits, two do not
     limits = MemoryLimits(cascade, ServedStages(cascade, ["upsampler_1"], "cpu"), device, "cpu")
     assert limits._lines["upsampler_1"].each == _FIXED + _EACH
