@@ -1,10 +1,9 @@
 """The numbers of a whole evaluation, from all its parts, and its list of samples.
 
-Legend: N samples (the first of each prompt), M validation rows, D features of an embedding.
+Legend: N samples (the first of each prompt), M measured rows, D features of an embedding.
 """
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,9 @@ from numpy.typing import NDArray
 from pipeline.evaluate.checks import held_out_check, parse_flags, pixel_check
 from pipeline.evaluate.metrics import FeatureSums, cosine, frechet_distance, mean_of, r_precision, rate_of
 from pipeline.evaluate.parts import ENLARGED, read_part
-from pipeline.evaluate.prompts import PromptSet, choose_rows
+from pipeline.evaluate.prompts import choose_rows
 from pipeline.evaluate.sets import NUM_NEIGHBOURS, cmmd, precision_recall
-from pipeline.evaluate.work import Part
+from pipeline.evaluate.work import Work
 from pipeline.retrieve import Neighbour, NeighbourIndex
 from pipeline.workspace.store import Artifact
 
@@ -34,15 +33,14 @@ class Aggregate:
 
     Args:
         output: The evaluate step's artifact.
-        parts: All its parts, committed.
-        prompts: What was sampled.
-        trained: The prompts of trained combinations.
+        work: What was sampled and measured; all its parts are committed.
     """
 
-    def __init__(self, output: Artifact, parts: Sequence[Part], prompts: PromptSet, trained: PromptSet) -> None:
-        self.prompts = prompts
-        self._trained = trained
-        tables = {kind: [read_part(output, part) for part in parts if part.kind == kind] for kind in _KINDS}
+    def __init__(self, output: Artifact, work: Work) -> None:
+        self.prompts = work.prompts
+        self._trained = work.trained
+        self._rows_split = work.rows_split
+        tables = {kind: [read_part(output, part) for part in work.parts if part.kind == kind] for kind in _KINDS}
         self._parts = [[row for row in rows if row["image_number"] == 0] for rows in tables["samples"]]
         self.samples = sorted(
             (row for rows in tables["samples"] for row in rows), key=lambda r: (r["prompt_number"], r["image_number"])
@@ -54,6 +52,8 @@ class Aggregate:
     def measure(self, embed: Artifact, neighbours: "TrainingNeighbours") -> Json:
         """All numbers of metrics.json, without those that cannot be measured on this source of prompts."""
         metrics: Json = {"num_prompts": len(self.firsts), "prompts": self.prompts.source}
+        metrics["num_prompts_in_file"] = self.prompts.num_in_file
+        metrics["rows"] = {"validation": "validation", "train": "training"}[self._rows_split]
         metrics["pixel_check"] = pixel_check(self.firsts, self.prompts)
         metrics["held_out"] = held_out_check(self.firsts, self.prompts, self._trained_rows, self._trained)
         metrics["clip_score"] = self._clip_scores()
@@ -115,7 +115,7 @@ class Aggregate:
     def _preference(self) -> Json:
         """Share of pictures that CLIP finds nearer to their caption than to the caption's hard negative.
 
-        The real pictures are those of the prompts, else the validation rows; 1/2 is chance.
+        The real pictures are those of the prompts, else the measured rows; 1/2 is chance.
         """
         real = [row["margin_real"] for row in self.firsts] if self._has_real() else [row["margin"] for row in self.rows]
         margins = {"generated": [row["margin"] for row in self.firsts], "real": real}
@@ -162,7 +162,7 @@ class Aggregate:
         return sum(sums[1:], start=sums[0])
 
     def _prior(self, column: str) -> Json:
-        """Cosines of a prior's samples for validation captions."""
+        """Cosines of a prior's samples for the captions of the rows."""
         if not self.rows or column not in self.rows[0]:
             return {}
         z_prior, z_image, z_text = (matrix(self.rows, name) for name in (column, "z_image", "z_text"))
@@ -202,11 +202,17 @@ class Aggregate:
         return {stage: mean_of([row[stage] for row in rows]) for stage in (rows[0] if rows else ())}
 
     def _memorisation(self, neighbours: "TrainingNeighbours") -> Json:
-        """Similarity of samples, and of real unseen pictures, to their nearest training pictures."""
+        """Similarity of samples, and of real unseen pictures, to their nearest training pictures.
+
+        Without validation rows only drawn pictures are unseen: a training picture's nearest one is itself.
+        """
+        is_unseen = self._rows_split == "validation" or self.prompts.source == "drawn"
         real = matrix(self.firsts, "z_real") if self._has_real() else matrix(self.rows, "z_image")
         nearest = neighbours.similarity(matrix(self.firsts, "z_image"))
         if not nearest.size or not real.size:
             return {}
+        if not is_unseen:
+            return {"generated": mean_of(nearest)}
         nearest_real = neighbours.similarity(real)
         bound = float(np.quantile(nearest_real, _CLOSE_QUANTILE))
         return {

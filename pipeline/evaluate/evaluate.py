@@ -32,10 +32,10 @@ def plan_work(recipe: Recipe, inputs: Mapping[str, Artifact]) -> Work:
     config = recipe.evaluate
     prompts = choose_prompts(config.prompts_path, inputs["pairs"], embeddings_of(inputs), config.num_prompts)
     trained = trained_prompts(config.num_trained_prompts if prompts.source == "drawn" else 0, recipe.seed)
-    rows, _ = held_out_rows(embeddings_of(inputs), config.num_prompts)
+    rows, split = held_out_rows(embeddings_of(inputs), config.num_prompts)
     samples = samples_of(len(prompts.prompts), config.num_shown, config.num_images_per_shown)
     counts = {"samples": len(samples), "trained": len(trained.prompts), "validation": len(rows)}
-    return Work(prompts, trained, rows, samples, plan_parts(counts, config.batch_size))
+    return Work(prompts, trained, rows, split, samples, plan_parts(counts, config.batch_size))
 
 
 def make_runner(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact, work: Work) -> PartRunner:
@@ -56,7 +56,7 @@ def make_runner(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact
 
 def finish(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact, work: Work) -> Json:
     """Write metrics.json, samples.jsonl, pictures.json and the grids from the committed parts; return the metrics."""
-    aggregate = Aggregate(output, work.parts, work.prompts, work.trained)
+    aggregate = Aggregate(output, work)
     neighbours = TrainingNeighbours(inputs["index"])
     metrics = aggregate.measure(embeddings_of(inputs), neighbours)
     for name, section in (("prior", recipe.prior), ("prior_2", recipe.prior_2)):

@@ -1,4 +1,4 @@
-"""Choice of the prompts and validation rows that are sampled and measured; none of them was trained on.
+"""Choice of the prompts and rows that are sampled and measured; none was trained on if there are validation rows.
 
 Rows are taken in the order of their uids. Uids are hashes, so this is a fixed random sample that does not depend on
 the shards.
@@ -36,7 +36,7 @@ class Prompt:
     scene: Scene | None = None
     """What the picture should show, for the pixel check (drawn source)."""
     row: "Row | None" = None
-    """The picture whose caption it is (validation captions)."""
+    """The picture whose caption it is (captions)."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class PromptSet:
     source: str
     """``drawn``, ``captions`` (of validation rows), ``training captions`` (there are no validation rows), ``file``;
     ``trained`` for combinations that training shows (drawn source)."""
+    num_in_file: int = 0
+    """Prompts in the file, of which these are the first; 0: there is no file."""
 
     @cached_property
     def partners(self) -> tuple[int | None, ...]:
@@ -89,7 +91,7 @@ def choose_prompts(path: str, pairs: Artifact, embed: Artifact, num_prompts: int
     """
     if path:
         texts = _read_lines(path)
-        return PromptSet(tuple(Prompt(text) for text in texts[:num_prompts]), "file")
+        return PromptSet(tuple(Prompt(text) for text in texts[:num_prompts]), "file", len(texts))
     if pairs.exists(EVALUATION):
         return PromptSet(tuple(_read_scenes(pairs)[:num_prompts]), "drawn")
     rows, split = held_out_rows(embed, num_prompts, distinct=True)

@@ -13,7 +13,7 @@ class Part:
     """A run of consecutive items of one kind."""
 
     kind: str
-    """``samples``, ``trained`` (samples of trained combinations) or ``validation``."""
+    """``samples``, ``trained`` (samples of trained combinations) or ``validation`` (rows)."""
     number: int
     start: int
     stop: int
@@ -48,7 +48,9 @@ class Work:
     trained: PromptSet
     """Prompts of trained combinations, for the difference to the held-out ones; empty for other sources."""
     rows: Sequence[Row]
-    """Validation rows, for the measures of each network."""
+    """For the measures of each network."""
+    rows_split: str
+    """Split of the rows: ``validation``, or ``train`` if there are no validation rows."""
     samples: Sequence[tuple[int, int]]
     """(prompt number, image number) of each sample."""
     parts: Sequence[Part]

@@ -341,11 +341,13 @@ class EvaluateConfig(StepSection):
     """Pictures and numbers from the finished cascade."""
 
     num_prompts: PositiveInt = 240
-    """Prompts sampled for the numbers; none of them was trained on."""
+    """Most prompts sampled for the numbers. None of them was trained on, unless there are no validation rows; of a file
+    the first ones are taken."""
     num_trained_prompts: Annotated[int, Field(ge=0, le=280)] = 120
     """Drawn source: prompts of trained combinations, to compare the held-out ones with; 0: no comparison."""
     prompts_path: str = ""
-    """Text file of prompts, one a line; empty: the drawn source's held-out scenes, or validation captions."""
+    """Text file of prompts, one a line; empty: the drawn source's held-out scenes, or validation captions (training
+    captions if there are no validation rows)."""
     features_path: str = ""
     """TorchScript file of a feature extractor, for a Frechet distance beside CLIP's (Inception: FID); runs its code."""
     num_shown: PositiveInt = 16

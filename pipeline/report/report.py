@@ -19,7 +19,15 @@ from pipeline.report import sections
 from pipeline.report.ablation import ablation_rows, order_rows, order_titles, order_verdict
 from pipeline.report.filter import filter_of
 from pipeline.report.sections import Done, Finished
-from pipeline.report.tables import failure_groups, measure_rows, novelty_groups, quality_groups, tiles_of
+from pipeline.report.tables import (
+    failure_groups,
+    measure_rows,
+    novelty_groups,
+    prompts_about,
+    quality_groups,
+    rows_of,
+    tiles_of,
+)
 from pipeline.workspace.disk import translate_os_errors
 from pipeline.workspace.store import Workspace
 
@@ -132,6 +140,7 @@ def build_view(done: Done, step_names: list[str], recipe: Recipe, recipe_file: s
         "pictures": pictures,
         "has_checks": bool(metrics.get("pixel_check")),
         "samples_about": _samples_about(metrics, recipe),
+        "rows": rows_of(metrics),
         "stages_about": _stages_about(recipe),
         "neighbours_about": _neighbours_about(metrics),
         "quality": quality_groups(metrics),
@@ -213,6 +222,8 @@ def format_metrics(metrics: Json) -> str:
             cells = "".join(f"  {100 * cell['rate']:7.1f}% {_points(cell, 1):>24}" for cell in row["cells"])
             lines.append(f"  {row['name']:50}{100 * row['trained']['rate']:13.1f}%{cells}")
         lines.append("")
+    if about := prompts_about(metrics):
+        lines += [about, ""]
     rows = measure_rows(metrics)
     if rows:
         lines.append(f"{'measure':52}{'samples':>12}{'95 %':>16}{'ceiling':>12}{'floor':>12}")
@@ -294,12 +305,8 @@ def _missing(done: Done, step_names: list[str]) -> str:
 
 
 def _samples_about(metrics: Json, recipe: Recipe) -> str:
-    prompts = {
-        "drawn": "Prompts whose combination of colour, shape and background, or of two objects, was never trained on.",
-        "captions": "Captions of validation pictures, which were never trained on.",
-        "file": "Prompts from your own file.",
-    }.get(metrics.get("prompts", ""), "")
-    return f"{prompts} {recipe.evaluate.num_images_per_shown} seeds each, not picked. Click a picture to enlarge it."
+    about = f"{recipe.evaluate.num_images_per_shown} seeds each, not picked. Click a picture to enlarge it."
+    return f"{prompts_about(metrics)} {about}".lstrip()
 
 
 def _stages_about(recipe: Recipe) -> str:
@@ -331,7 +338,7 @@ def _failures_about(metrics: Json) -> str:
 def _neighbours_about(metrics: Json) -> str:
     memorisation = metrics.get("memorisation")
     text = "Each sample and the training pictures nearest to it in the CLIP space, with their cosine similarity."
-    if not memorisation:
+    if "closer_than_real" not in (memorisation or {}):
         return text
     return (
         f"{text} {100 * memorisation['closer_than_real']['rate']:.1f} % of the samples lie closer to a training "

@@ -131,6 +131,23 @@ def tiles_of(metrics: Json) -> list[Json]:
     return tiles
 
 
+def prompts_about(metrics: Json) -> str:
+    """What was sampled, as a sentence; empty where the metrics do not say."""
+    count, in_file = metrics.get("num_prompts", 0), metrics.get("num_prompts_in_file", 0)
+    cut = f": the first {count:,} of {in_file:,}, by evaluate.num_prompts" if in_file > count else ""
+    return {
+        "drawn": "Prompts whose combination of colour, shape and background, or of two objects, was never trained on.",
+        "captions": "Captions of validation pictures, which were never trained on.",
+        "training captions": "Captions of training pictures: there are no validation rows, so these were trained on.",
+        "file": f"Prompts from your own file{cut}.",
+    }.get(metrics.get("prompts", ""), "")
+
+
+def rows_of(metrics: Json) -> str:
+    """The rows on which each network was measured: validation, or training where there are no others."""
+    return metrics.get("rows", "validation")
+
+
 def measure_rows(metrics: Json) -> list[Json]:
     """The measures that need no scenes, each with its floor and its ceiling."""
     rows = [
@@ -214,7 +231,8 @@ def measure_rows(metrics: Json) -> list[Json]:
                 "bits_per_dim",
                 (name, "", ""),
                 f"{STEP_ROWS[name].title}: bits per dimension",
-                "Bound on -log2 of the probability of a validation picture, per pixel and colour; lower is better.",
+                f"Bound on -log2 of the probability of a {rows_of(metrics)} picture, per pixel and colour; lower is "
+                "better.",
                 ranged=False,
             )
             for name in metrics.get("bits_per_dim", {})
@@ -224,7 +242,7 @@ def measure_rows(metrics: Json) -> list[Json]:
             "memorisation",
             ("generated", "real", ""),
             "Nearest training picture",
-            "Similarity of each sample to its nearest training picture; ceiling: the same for real, unseen pictures.",
+            f"Similarity of each sample to its nearest training picture; {_unseen_about(metrics)}.",
             ranged=False,
         ),
         _row(
@@ -277,6 +295,12 @@ def _without_negative(metrics: Json) -> str:
     return f" {rate['without_negative']} captions have no such order." if rate and rate["without_negative"] else ""
 
 
+def _unseen_about(metrics: Json) -> str:
+    if "real" in metrics.get("memorisation", {}):
+        return "ceiling: the same for real, unseen pictures"
+    return "no ceiling: there are no validation rows, so no real picture is unseen"
+
+
 def _prior(metrics: Json, key: str, title: str) -> list[Json | None]:
     kind = metrics.get(key, {}).get("kind", "")
     title = f"{title} ({kind})" if kind else title
@@ -286,7 +310,7 @@ def _prior(metrics: Json, key: str, title: str) -> list[Json | None]:
             key,
             ("z_image", "", "unrelated_image"),
             f"{title}: to z_image",
-            "Cosine to the true z_image of validation captions; floor: the z_image of another picture.",
+            f"Cosine to the true z_image of {rows_of(metrics)} captions; floor: the z_image of another picture.",
         ),
         _row(
             metrics,
@@ -301,7 +325,7 @@ def _prior(metrics: Json, key: str, title: str) -> list[Json | None]:
 def _upsampler(metrics: Json, number: int) -> list[Json]:
     """Similarity to the real picture, and sharpness; the floor is bicubic enlargement."""
     measured = metrics.get(f"upsampler_{number}", {})
-    about = "Validation pictures shrunk and enlarged again; floor: bicubic enlargement."
+    about = f"{rows_of(metrics).capitalize()} pictures shrunk and enlarged again; floor: bicubic enlargement."
     rows: list[Json] = []
     for key, name, why in (
         ("psnr_db", "PSNR", about),

@@ -333,7 +333,8 @@ def test_other_sources_are_measured_on_validation_captions_without_a_pixel_check
     work, metrics = _run(recipe, output)
     validation = choose_rows(_inputs(recipe)["embed"], 100, "validation")
     assert {prompt.text for prompt in work.prompts.prompts} <= {row.caption for row in validation}
-    assert metrics["prompts"] == "captions"
+    assert (metrics["prompts"], metrics["rows"]) == ("captions", "validation")
+    assert set(metrics["memorisation"]) == {"generated", "real", "closer_than_real"}
     assert "pixel_check" not in metrics
     assert "upsampler_1" not in metrics
     assert "prior_2" not in metrics
@@ -348,12 +349,35 @@ def test_other_sources_are_measured_on_validation_captions_without_a_pixel_check
     assert all(picture["preferred"] for picture in group["pictures"])
 
 
+def test_without_validation_rows_the_evaluation_says_so_and_calls_no_trained_picture_unseen(tmp_path: Path) -> None:
+    pairs = {"source": "list", "path": str(tmp_path / "list.csv")}
+    (tmp_path / "list.csv").write_text("url,caption\n")
+    absent = dict.fromkeys(("upsampler_1", "upsampler_2", "prior_2"))
+    recipe = evaluated_workspace(tmp_path / "workspace", has_validation=False, pairs=pairs, **absent)
+    _, metrics = _run(recipe, Artifact(str(tmp_path / "out")))
+    assert (metrics["prompts"], metrics["rows"]) == ("training captions", "training")
+    assert set(metrics["memorisation"]) == {"generated"}
+    text = format_metrics(metrics)
+    assert "Captions of training pictures: there are no validation rows, so these were trained on." in text
+    assert "Memorisation rate" not in text
+
+
+def test_drawn_pictures_are_unseen_without_validation_rows_too(tmp_path: Path) -> None:
+    absent = dict.fromkeys(("upsampler_1", "upsampler_2", "prior_2"))
+    recipe = evaluated_workspace(tmp_path / "workspace", has_validation=False, **absent)
+    _, metrics = _run(recipe, Artifact(str(tmp_path / "out")))
+    assert (metrics["prompts"], metrics["rows"]) == ("drawn", "training")
+    assert set(metrics["memorisation"]) == {"generated", "real", "closer_than_real"}
+
+
 def test_prompts_of_a_file_are_drawn_in_its_order(tiny: Recipe, tmp_path: Path) -> None:
     inputs, path = _inputs(tiny), tmp_path / "prompts.txt"
     path.write_text("a red circle\n\n  a blue star \n")
     prompts = choose_prompts(str(path), inputs["pairs"], inputs["embed"], 10)
     assert [prompt.text for prompt in prompts.prompts] == ["a red circle", "a blue star"]
-    assert prompts.source == "file"
+    assert (prompts.source, prompts.num_in_file) == ("file", 2)
+    first = choose_prompts(str(path), inputs["pairs"], inputs["embed"], 1)
+    assert ([prompt.text for prompt in first.prompts], first.num_in_file) == (["a red circle"], 2)
     path.write_text("\n")
     with pytest.raises(DataError, match="no prompts"):
         choose_prompts(str(path), inputs["pairs"], inputs["embed"], 10)

@@ -206,6 +206,34 @@ def test_measures_that_say_nothing_have_no_bar_or_no_row() -> None:
     assert measure_rows({"cmmd": {"generated": math.inf}, "recall": {"generated": math.nan}}) == []
 
 
+def test_report_says_that_a_file_of_prompts_was_cut(recipe: Recipe, tmp_path: Path) -> None:
+    steps = {step.name: step for step in fill_workspace(recipe)}
+    metrics = {**METRICS, "prompts": "file", "num_prompts_in_file": 1000}
+    artifact_of(Workspace(recipe.workspace), steps["evaluate"]).write_json("metrics.json", metrics)
+    sentence = "Prompts from your own file: the first 240 of 1,000, by evaluate.num_prompts."
+    for text in (_report(recipe, tmp_path / "report.html"), format_metrics(metrics)):
+        assert sentence in text
+    assert "Prompts from your own file." in format_metrics(metrics | {"num_prompts_in_file": 240})
+
+
+def test_report_of_trained_pictures_calls_nothing_unseen_or_validation(recipe: Recipe, tmp_path: Path) -> None:
+    steps = {step.name: step for step in fill_workspace(recipe)}
+    metrics = {
+        **METRICS,
+        "prompts": "training captions",
+        "rows": "training",
+        "memorisation": {"generated": {"mean": 1}},
+    }
+    artifact_of(Workspace(recipe.workspace), steps["evaluate"]).write_json("metrics.json", metrics)
+    text = _report(recipe, tmp_path / "report.html")
+    measures = text.partition('id="quality"')[2].partition('id="failures"')[0]
+    assert "trained on" in text.partition('id="samples"')[2].partition('id="quality"')[0]
+    assert "Nearest training picture" in measures
+    assert "real, unseen" not in measures
+    assert "alidation" not in measures.replace("there are no validation rows", "")
+    assert "CLIP embeds training pictures" in text
+
+
 def test_pixel_check_is_printed_in_its_order_and_only_where_something_was_checked() -> None:
     one, two = quality_groups(METRICS)
     assert [row["name"] for row in one["rows"]] == [

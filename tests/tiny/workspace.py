@@ -45,10 +45,12 @@ def evaluated_tables(workspace: Path, **changes: Any) -> Tables:
     return merge(tables, changes)
 
 
-def evaluated_workspace(workspace: Path, **changes: Any) -> Recipe:
-    """All that ``evaluate`` reads: pairs of the demo, every fifth for validation."""
+def evaluated_workspace(workspace: Path, *, has_validation: bool = True, **changes: Any) -> Recipe:
+    """All that ``evaluate`` reads: pairs of the demo, every fifth for validation, or none."""
     recipe = parse_recipe(evaluated_tables(workspace, **changes))
-    samples = (drawn_sample(i, seed=recipe.seed, is_validation=i % 5 == 0) for i in range(NUM_PICTURES))
+    samples = (
+        drawn_sample(i, seed=recipe.seed, is_validation=has_validation and i % 5 == 0) for i in range(NUM_PICTURES)
+    )
     finish_workspace(recipe, samples, "png")
     return recipe
 
