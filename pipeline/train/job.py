@@ -218,6 +218,8 @@ class MetricsLog:
         rows: list[Json] = [json.loads(line) for line in lines]
         self.reached: int = max((row["step"] for row in rows), default=0)
         """Last step of the curves of the start before."""
+        first = rows[0] if rows and step else {}
+        self._begun: float = first.pop("begun", first.get("time", _now()))  # also where no row is old enough to stay
         self.rows = [row for row in rows if row["step"] <= step] if step else []
         self.note = ""
         """What to say of validations that did not take place."""
@@ -251,7 +253,8 @@ class MetricsLog:
     def flush(self, step: int) -> None:
         """Publish all rows, with the results of the validations up to a step, whoever computed them."""
         self._take_results(step)
-        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        rows = [row | ({} if number else {"begun": self._begun}) for number, row in enumerate(self.rows)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
         self._artifact.write_bytes(METRICS, text.encode())
 
     def _take_results(self, step: int) -> None:

@@ -49,6 +49,7 @@ def _context(recipe: Recipe, root: Path, name: str = "prior", inputs: dict[str, 
 
 def _write_rows(context: StepContext, num_rows: int, *, begun: int = 1000) -> None:
     rows = [{"step": step, "time": begun + step, "loss": 1 / (step + 1)} for step in range(num_rows)]
+    rows[0]["begun"] = begun
     context.output.write_bytes("metrics.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows).encode())
 
 
@@ -415,6 +416,6 @@ def test_outbox_is_delivered_by_one_process(tmp_path: Path) -> None:
 
 def test_points_are_new_by_curve_because_a_step_writes_its_validation_later() -> None:
     last: dict[str, int] = {}
-    assert new_points(['{"step": 2, "time": 7.5, "loss": 1.0}'], last) == [["loss", 1.0, 7500, 2]]
+    assert new_points(['{"step": 2, "time": 7.5, "loss": 1.0, "begun": 5}'], last) == [["loss", 1.0, 7500, 2]]
     lines = ['{"step": 2, "time": 7.5, "loss": 1.0}', '{"step": 2, "time": 8, "val_loss": 3}']
     assert new_points(lines, last) == [["val_loss", 3.0, 8000, 2]]

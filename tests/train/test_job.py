@@ -17,6 +17,7 @@ from pipeline.networks.cascade import load_cascade
 from pipeline.networks.clip import load_clip_artifact
 from pipeline.networks.files import load_network
 from pipeline.recipe.recipe import Recipe
+from pipeline.runtime.tracking.records import begun_at
 from pipeline.train.assemble import TrainJob, assemble
 from pipeline.train.job import MetricsLog, run_job
 from pipeline.train.resume import checkpoint_name, checkpoint_steps
@@ -26,7 +27,7 @@ from tests.tiny.shards import EMBED_DIM
 from tests.tiny.storage import fail_calls
 from tests.tiny.training import no_watch, tiny_inputs, tiny_job, training_recipe
 
-_OF_THE_MACHINE = {"time", "samples_per_s", "stalled_share", "peak_memory_gb", "mfu", "eta_s"}
+_OF_THE_MACHINE = {"time", "samples_per_s", "stalled_share", "peak_memory_gb", "mfu", "eta_s", "begun"}
 
 
 def _contents(output: Path) -> dict[str, bytes]:
@@ -135,6 +136,26 @@ def test_curves_that_cannot_be_read_for_a_moment_are_continued(
         failed = fail_calls(patch, "open", ends=(METRICS,))
         assert [row["step"] for row in MetricsLog(killed.output, 4).rows if "loss" in row] == before == [1, 2, 3, 4]
         assert len(failed) == 1
+
+
+def test_a_training_has_begun_anew_only_if_it_has_no_checkpoint(tmp_path: Path) -> None:
+    recipe = _changed("upsampler_1", resources__log_every_steps=4)  # and a checkpoint after every second step
+    job, begun = tiny_job("upsampler_1", tiny_inputs(tmp_path), tmp_path / "output", recipe), list[float]()
+
+    def kill(done: int, total: int, message: str) -> None:
+        if done == 4:
+            begun.append(begun_at(job.output.path(METRICS).read_text().splitlines()))
+            raise _KilledError  # before the checkpoint of that step
+
+    for without_checkpoints in (False, False, True):
+        for step in checkpoint_steps(job.output) if without_checkpoints else []:
+            job.output.remove(checkpoint_name(step))
+        with pytest.raises(_KilledError):
+            run_job(job, kill)
+    assert begun[0] == begun[1] < begun[2]
+    run_job(job, no_watch)
+    rows = [json.loads(line) for line in job.output.path(METRICS).read_text().splitlines()]
+    assert [row["begun"] for row in rows if "begun" in row] == begun[2:]
 
 
 def _steps_of_losses(job: TrainJob) -> list[int]:

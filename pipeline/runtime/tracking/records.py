@@ -56,8 +56,8 @@ def datasets_of(context: StepContext) -> list[Json]:
 
 
 def begun_at(lines: list[str]) -> float:
-    """When the first loss of a training's curves was measured: another time, if they have begun anew; 0 without any."""
-    return next((row.get("time", 0.0) for row in map(json.loads, lines) if "loss" in row), 0.0)
+    """When a training has begun: at another time, if it has begun anew; 0 if its curves have no row yet."""
+    return json.loads(lines[0]).get("begun", 0.0) if lines else 0.0
 
 
 def new_points(lines: list[str], last: dict[str, int]) -> list[list[Any]]:
@@ -66,7 +66,7 @@ def new_points(lines: list[str], last: dict[str, int]) -> list[list[Any]]:
     for row in map(json.loads, lines):
         step, time_ms = int(row["step"]), int(1000 * row.get("time", 0)) or now_ms()
         for name, value in row.items():
-            if name in {"step", "time"} or not isinstance(value, int | float) or step <= last.get(name, -1):
+            if name in {"step", "time", "begun"} or not isinstance(value, int | float) or step <= last.get(name, -1):
                 continue
             points.append([name, float(value), time_ms, step])
             last[name] = step
