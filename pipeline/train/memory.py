@@ -221,7 +221,9 @@ def _count_divided(step: _Step, section: TrainedSection, samples: int, blocks: S
     """The parts of the memory of a worker that divides the state with others.
 
     While a block runs, the next is gathered: both with their copies on the way (FSDP gathers into one tensor and copies
-    out of it), and in the backward pass the gradients of one are sent while those of the next are computed.
+    out of it), and in the backward pass the gradients of one are sent while those of the next are computed. That is
+    counted by FSDP's rules and was never measured: on a CPU it cannot be seen (FSDP frees a block's memory and keeps
+    its tensors), and no GPU has run a divided training.
     """
     network, num_shards = step.network, section.resources.shards
     step.take(samples)

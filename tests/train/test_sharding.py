@@ -17,6 +17,8 @@ import torch
 import torch.distributed
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.data.batches import plan_order
 from pipeline.data.order import Share
@@ -38,7 +40,7 @@ NUM_STEPS = 3
 Results = dict[tuple[str, int, int], dict[str, Any]]
 """What trainings came to, by (case, workers, shards)."""
 CPU = torch.device("cpu")
-FACTS = {"bytes", "compiled"}
+FACTS = {"bytes", "compiled", "buckets", "beside"}
 
 
 @dataclass(frozen=True)
@@ -93,16 +95,45 @@ CASES = {
     "upsampler": _Case("upsampler_1", 4, train={"optimizer": "muon", "weight_decay": 0.1}),
     "two copies": _Case("upsampler_1", 4, 2, train={"optimizer": "muon", "batch_size": 5}),
 }
+_IN_PARTS = dataclasses.replace(CASES["decoder"], resources={"micro_batch_size": 1})
+
+
+class _Sent:
+    """The buckets in which DistributedDataParallel adds up gradients, if a training has any; sizes are in bytes."""
+
+    def __init__(self, objective: nn.Module, state: TrainState) -> None:
+        self._network, self._buckets, self.beside = state.network, dict[int, torch.Tensor](), 0
+        if isinstance(objective, DistributedDataParallel):
+            objective.register_comm_hook(None, self._send)
+            objective.register_forward_pre_hook(self._note)
+            state.optimizer.register_step_pre_hook(self._note)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all buckets."""
+        return sum(bucket.nbytes for bucket in self._buckets.values())
+
+    def _send(self, _: None, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        self._buckets[bucket.index()] = bucket.buffer()
+        return allreduce_hook(None, bucket)
+
+    def _note(self, *_: object) -> None:
+        """Most bytes of gradients that are not in the buckets, before a pass and before the optimizer's step."""
+        buckets = {bucket.untyped_storage().data_ptr() for bucket in self._buckets.values()}
+        gradients = [parameter.grad for parameter in self._network.parameters() if parameter.grad is not None]
+        beside = [gradient.nbytes for gradient in gradients if gradient.untyped_storage().data_ptr() not in buckets]
+        self.beside = max(self.beside, sum(beside))
 
 
 def _start(
     case: _Case, inputs: dict[str, Artifact], folder: str, share: Share, num_shards: int
-) -> tuple[TrainJob, TrainState, Callable[[int], list[float]]]:
-    """A training, and a function that takes some steps and returns the loss and the norm of each."""
+) -> tuple[TrainJob, TrainState, _Sent, Callable[[int], list[float]]]:
+    """A training, what it sends, and a function that takes some steps and returns the loss and the norm of each."""
     recipe, output = case.recipe(share.world_size, num_shards), Artifact(f"{folder}/out")
     job = TrainJob(case.step, recipe, inputs, output, "key", CPU, rank=share.rank, world_size=share.world_size)
     parts = assemble(job)
     objective, state = start_training(job, parts)
+    sent = _Sent(objective, state)
     step = make_step(objective, job.section, share, seed=job.seed)
     order = plan_order(parts.train, job.seed, where=case.name)
 
@@ -116,16 +147,17 @@ def _start(
             state.step += 1
         return history
 
-    return job, state, take
+    return job, state, sent, take
 
 
 def _train(case: _Case, inputs: dict[str, Artifact], folder: str, share: Share, num_shards: int) -> dict[str, Any]:
     """Some steps: losses, norms and the whole weights, on the first worker; the bytes of the state, on each."""
-    job, state, take = _start(case, inputs, folder, share, num_shards)
+    job, state, sent, take = _start(case, inputs, folder, share, num_shards)
     network = state.network if state.sharding is None else state.sharding.network
     history, compiled = torch.tensor(take(NUM_STEPS)), _compiled_modules(network)
     words = "network" if compiled == {network} else "blocks" if compiled == set(job.kind.blocks(network)) else ""
-    return {"compiled": words, "bytes": _state_bytes(state), "history": history} | _weights(state)
+    facts = {"compiled": words, "bytes": _state_bytes(state), "buckets": sent.num_bytes, "beside": sent.beside}
+    return facts | {"history": history} | _weights(state)
 
 
 def _compiled_modules(network: nn.Module) -> set[nn.Module]:
@@ -143,7 +175,7 @@ def _weights(state: TrainState) -> dict[str, torch.Tensor]:
 
 def _go_on(case: _Case, inputs: dict[str, Artifact], folder: str, share: Share, last_step: int) -> dict[str, Any]:
     """Continue up to a step, and write a checkpoint."""
-    job, state, take = _start(case, inputs, folder, share, 0)
+    job, state, _, take = _start(case, inputs, folder, share, 0)
     damages: list[str] = []
     load_newest_checkpoint(state, job.output, "key", lambda damage: damages.append(damage.text))
     first_step = state.step
@@ -234,6 +266,7 @@ def _work_together(number: int, rank: int, world_size: int, inputs: dict[str, Ar
     if number == 0:
         results["timeouts", 4, 2] = {"s": _timeouts_s(TrainResources(num_workers=4, num_shards=2, hang_timeout_s=77))}
         results["decoder", 4, 1] = _train(CASES["decoder"], inputs, folder, share, 1)
+        results["decoder in parts", 4, 1] = _train(_IN_PARTS, inputs, folder, share, 1)
     if number == 3 and rank == 0:  # a bit of the second of three files
         file = Path(f"{folder}/out") / checkpoint_name(2).replace(".safetensors", ".2-of-3.safetensors")
         whole = file.read_bytes()
@@ -342,6 +375,20 @@ def test_groups_of_some_workers_wait_no_longer_than_the_recipe_says(trained: lis
 def test_four_workers_hold_less_than_a_third_of_what_each_holds_alone(trained: list[Results]) -> None:
     divided, alone = (max(results["decoder", 4, shards]["bytes"] for results in trained) for shards in (0, 1))
     assert divided <= 0.30 * alone
+
+
+@pytest.mark.parametrize("case", ["decoder", "decoder in parts"])
+def test_the_buckets_of_several_workers_are_as_large_as_they_are_counted(trained: list[Results], case: str) -> None:
+    """They hold the gradients; a worker that adds up parts first has its own gradients beside them."""
+    recipe = (_IN_PARTS if case == "decoder in parts" else CASES[case]).recipe(4, 1)
+    with torch.device("meta"):
+        clip = build_clip(recipe)
+    counted = count_memory("decoder", recipe.decoder, recipe, clip)
+    assert (counted.buckets > 0) == (case == "decoder in parts")
+    measured = [results[case, 4, 1] for results in trained]
+    sizes = max(facts["buckets"] for facts in measured), max(facts["beside"] for facts in measured)
+    assert sizes == pytest.approx((counted.gradients, counted.buckets), rel=0.1)
+    assert not any(results["decoder", 4, 0]["buckets"] for results in trained)  # FSDP has none
 
 
 def test_the_state_of_a_divided_training_is_as_large_as_it_is_counted(trained: list[Results]) -> None:
