@@ -35,27 +35,30 @@ class Front:
     Args:
         config: How it is guarded.
         http_metrics: What all HTTP processes measure, if there are several.
+        before: What this process has served until now: its counts go on, also those of what keys have used.
 
     Raises:
         ConfigError: If a key, the safety hook or the log cannot be used, or traces need a package that is missing.
     """
 
     def __init__(
-        self, config: ServeConfig, http_metrics: Callable[[], Awaitable[dict[str, str]]] | None = None
+        self,
+        config: ServeConfig,
+        http_metrics: Callable[[], Awaitable[dict[str, str]]] | None = None,
+        before: "Front | None" = None,
     ) -> None:
         self.gate = Gate()
-        self.meter = Meter()
+        self.meter = before.meter if before else Meter()
         self._http_metrics = http_metrics
-        self.metrics = HttpMetrics()
-        self.upkeep = Upkeep(self.metrics.registry)
+        self.metrics = before.metrics if before else HttpMetrics()
+        self.upkeep = before.upkeep if before else Upkeep(self.metrics.registry)
         self._hook = load_hook(config.safety_hook) if config.safety_hook else None
         if config.provenance:
             Signer.read(Path(config.provenance))  # what cannot be read is said before anything starts
         self.keys = KeyRing(Path(config.keys)) if config.keys else None
         settings = GuardSettings(config.hosts, config.access_log, config.log_prompts)
-        self._traces = open_traces(config.traces, config.name)
-        if self._traces is not None:
-            self.metrics.registry.register(self._traces.spans)
+        spans = self.metrics.spans if config.traces else None
+        self._traces = open_traces(config.traces, config.name, spans)
         self._guards = Guards(self.gate, settings, self.keys, self.meter, self.metrics, self._traces)
 
     def close(self) -> None:

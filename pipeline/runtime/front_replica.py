@@ -62,6 +62,9 @@ class FrontReplica:
         self._handles = handles
         self._front = Front(ServeConfig())
         self._exchange: Exchange | None = None
+        """One for all that is served: under another name, others would take its uses for new ones."""
+        self._lock = threading.Lock()
+        """Of what is served and what is waited for: Ray Serve configures while the watch looks."""
         self._turns = Turns(handles)
         self._next: _Next | None = None
         self._is_refused = False
@@ -90,27 +93,34 @@ class FrontReplica:
         Called by Ray Serve at the start, and when `serve deploy` brings another one. What cannot be served leaves what
         is served already.
         """
-        self._next = None
         self._is_refused = True
+        await asyncio.to_thread(self._expect, None)
         with keeping_what_is_served(is_serving=self._lookout is not None):
-            await self._expect(await asyncio.to_thread(self._prepare, tables))  # an index takes its time to be read
+            await asyncio.to_thread(lambda: self._expect(self._prepare(tables)))  # an index takes its time to be read
             self._is_refused = False
-
-    async def _expect(self, coming: _Next) -> None:
-        """Turn to what is configured when its networks are there."""
-        if self._lookout is None:
-            self._front = coming.front
-        self._next = coming
         if self._watch is None:
             await asyncio.to_thread(self._look_first)
             self._watch = threading.Thread(target=self._run, name="unclip-watch", daemon=True)
             self._watch.start()
 
+    def _expect(self, coming: _Next | None) -> None:
+        """Turn to this when its networks are there, and give up what else was waited for."""
+        with self._lock:
+            given_up, self._next = self._next, coming
+            if coming is not None and self._lookout is None:
+                self._front = coming.front
+        if given_up is not None:
+            given_up.front.close()
+
     def _prepare(self, tables: Tables) -> _Next:
         recipe, artifacts = read_tables(tables)
         config = replace(recipe.serve, name=server_name(recipe))
-        front = Front(config, self._http_metrics if self._ledger is not None else None)
-        app = front.build(recipe, artifacts, *remote_parts(tables, self._handles, front.upkeep))
+        front = Front(config, self._http_metrics if self._ledger is not None else None, before=self._front)
+        try:
+            app = front.build(recipe, artifacts, *remote_parts(tables, self._handles, front.upkeep))
+        except Exception:
+            front.close()
+            raise
         front.gate.close("the networks are loading")
         return _Next(front, app, digest_of(tables), recipe.serve.drain_s)
 
@@ -160,29 +170,28 @@ class FrontReplica:
 
     def _turn_if_ready(self) -> bool:
         coming = self._next
-        is_ready = coming is not None and are_served(self._handles, coming.served)
-        if coming is not None and is_ready:
-            self._turn_to(coming)
-        return is_ready
+        return coming is not None and are_served(self._handles, coming.served) and self._turn_to(coming)
 
-    def _turn_to(self, coming: _Next) -> None:
-        before = self._front
-        coming.front.gate.open(coming.app)
-        self._front = coming.front
-        if self._next is coming:  # else another recipe has come meanwhile
-            self._next = None
-        self._turns.turn_to(coming.served, lambda: coming.front.gate.num_requests)
+    def _turn_to(self, coming: _Next) -> bool:
+        """Serve what is configured, unless something else has been configured meanwhile; whether it is served."""
         application = serve.get_replica_context().app_name
-        self._lookout = Lookout(application, self._handles, coming.front, _log.warning)
+        with self._lock:
+            if self._next is not coming:
+                return False
+            self._next = None
+            before, self._front = self._front, coming.front
+            coming.front.gate.open(coming.app)
+            self._lookout = Lookout(application, self._handles, coming.front, _log.warning)
+        self._turns.turn_to(coming.served, lambda: coming.front.gate.num_requests)
         if before is not coming.front:
             closing = threading.Timer(coming.drain_s, before.close)  # its last requests are still under way
             closing.daemon = True
             closing.start()
-        if self._exchange is not None:
-            self._exchange.close()
-            self._exchange = None
         if self._ledger is not None and coming.front.keys is not None:
-            self._exchange = Exchange(self._ledger, coming.front.meter, coming.front.keys)
+            if self._exchange is None:
+                self._exchange = Exchange(self._ledger, coming.front.meter, coming.front.keys)
+            self._exchange.keys = coming.front.keys
+        return True
 
     async def own_metrics(self) -> dict[str, str]:
         """What this process measures, by its name."""

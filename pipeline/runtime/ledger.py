@@ -47,7 +47,8 @@ class Exchange:
     """
 
     def __init__(self, ledger: DeploymentHandle[Any], meter: Meter, keys: KeyRing) -> None:
-        self._ledger, self._meter, self._keys = ledger, meter, keys
+        self._ledger, self._meter = ledger, meter
+        self.keys = keys
         self._who = uuid.uuid4().hex
         self._heard: dict[str, Uses] | None = None
         """What each of the others has used, by process; None before they were heard first."""
@@ -78,7 +79,7 @@ class Exchange:
         for who, uses in others.items():
             before = self._heard.get(who, {})
             for (digest, unit), amount in uses.items():
-                key = self._keys.of_digest(digest)
+                key = self.keys.of_digest(digest)
                 if key is not None:
                     self._meter.charge(key, unit, amount - before.get((digest, unit), 0.0))
             self._heard[who] = uses

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import prometheus_client
@@ -84,6 +85,15 @@ def search_times(registry: CollectorRegistry) -> Histogram:
     return Histogram("unclip_neighbours_seconds", "One search of the index.", buckets=_SECONDS, registry=registry)
 
 
+def span_counter(registry: CollectorRegistry | None = None) -> Counter:
+    """Counts spans by outcome.
+
+    Args:
+        registry: Where it is shown; None: nowhere yet.
+    """
+    return Counter("unclip_spans", "Spans of traces: sent to the collector, or lost.", ["outcome"], registry=registry)
+
+
 class HttpMetrics:
     """What the HTTP process measures."""
 
@@ -107,6 +117,11 @@ class HttpMetrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+
+    @cached_property
+    def spans(self) -> Counter:
+        """Spans of the traces, which are shown once there are traces."""
+        return span_counter(self.registry)
 
     def note(self, route: str, status: int, duration_s: float, refused_by: str) -> None:
         """Count an answer.

@@ -21,6 +21,8 @@ from opentelemetry.trace import Span, SpanKind, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from prometheus_client import Counter
 
+from pipeline.serve.metrics import span_counter
+
 _log = logging.getLogger(__name__)
 
 _PATH = "/v1/traces"
@@ -41,16 +43,15 @@ class Traces:
     Args:
         endpoint: URL of the collector; without a path, it is that of OTLP's traces.
         service: Name of the server.
+        spans: Counts them by outcome; None: a counter of its own.
     """
 
-    def __init__(self, endpoint: str, service: str) -> None:
+    def __init__(self, endpoint: str, service: str, spans: Counter | None = None) -> None:
         if not urlsplit(endpoint).path.strip("/"):
             endpoint = endpoint.rstrip("/") + _PATH
         # It logs every try; the exporter below says once when the collector fails, and once when it is back.
         logging.getLogger("opentelemetry.exporter.otlp.proto.http").setLevel(logging.CRITICAL)
-        self.spans = Counter(
-            "unclip_spans", "Spans of traces: sent to the collector, or lost.", ["outcome"], registry=None
-        )
+        self.spans = span_counter() if spans is None else spans
         exporter = _CountingExporter(OTLPSpanExporter(endpoint), endpoint, self.spans)
         place = {"service.name": service, "service.instance.id": f"{socket.gethostname()}:{os.getpid()}"}
         self._provider = TracerProvider(resource=Resource.create(place), shutdown_on_exit=False)

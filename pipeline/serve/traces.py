@@ -19,18 +19,21 @@ from starlette.datastructures import Headers
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
+    from prometheus_client import Counter
+
     from pipeline.serve.otlp import Attributes, Traces
 
 _PROBES = {"/livez", "/readyz", "/healthz", "/metrics"}
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 
-def open_traces(endpoint: str, service: str) -> Traces | None:
+def open_traces(endpoint: str, service: str, spans: Counter | None = None) -> Traces | None:
     """The way to a collector; None without an ``endpoint``.
 
     Args:
         endpoint: See ``otlp.Traces``.
         service: Name of the server; empty: unclip.
+        spans: See ``otlp.Traces``.
 
     Raises:
         ConfigError: If the packages are missing.
@@ -43,7 +46,7 @@ def open_traces(endpoint: str, service: str) -> Traces | None:
         raise ConfigError(
             f"serve.traces: no module {error.name or 'opentelemetry'}: pip install 'unclip[traces]'"
         ) from None
-    return Traces(endpoint, service or "unclip")
+    return Traces(endpoint, service or "unclip", spans)
 
 
 class RequestTrace:

@@ -20,6 +20,7 @@ class Upkeep:
         self.begun_again = Counter(
             "unclip_begun_again", "Requests that were begun once more because a replica died.", registry=registry
         )
+        self._parts = set[str]()
         self._absent_since_s: dict[str, float] = {}
         """Since when no replica of a part has run, by its name."""
         self.has_ended = False
@@ -31,7 +32,11 @@ class Upkeep:
         return 0.0 if since_s is None else time.monotonic() - since_s
 
     def note_running(self, running: Mapping[str, int]) -> None:
-        """Learn how many replicas of each part run."""
+        """Learn how many replicas of each part run; there are no other parts."""
+        for part in self._parts - running.keys():
+            self._running.remove(part)
+            self._absent_since_s.pop(part, None)
+        self._parts = {*running}
         for part, number in running.items():
             self._running.labels(part).set(number)
             if number:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -21,10 +22,12 @@ import pipeline.runtime.lookout as lookout_module
 from pipeline.errors import ConfigError
 from pipeline.recipe.paths import with_absolute_paths
 from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.runtime.front import Front
 from pipeline.runtime.front_replica import FrontReplica
 from pipeline.runtime.parts import digest_of, networks_options, read_tables, write_tables
 from pipeline.runtime.serve_file import application, serve_file
 from pipeline.runtime.served import served_artifacts
+from pipeline.serve.keys import add_key
 from tests.serve.test_engine import wait_until
 
 
@@ -197,7 +200,7 @@ def test_the_http_interface_of_serve_deploy_swaps_when_all_replicas_have_the_oth
 ) -> None:
     """Until then requests go to those of before, which the replicas keep."""
     first = write_tables(recipe, served_artifacts(recipe)[0])
-    other = write_tables(replace(recipe, serve=replace(recipe.serve, name="other")), served_artifacts(recipe)[0])
+    other = renamed(recipe, "other")
     client = TestClient(front.__serve_build_asgi_app__(), base_url="http://127.0.0.1")
 
     def name() -> str:
@@ -216,13 +219,91 @@ def test_the_http_interface_of_serve_deploy_swaps_when_all_replicas_have_the_oth
     assert networks.turns[1:] == [digest_of(other)]
 
 
+def renamed(recipe: Recipe, name: str, **changes: Any) -> dict[str, Any]:
+    """The tables of the same networks under another name."""
+    serving = replace(recipe.serve, name=name, **changes)
+    return write_tables(replace(recipe, serve=serving), served_artifacts(recipe)[0])
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> list[Front]:
+    """The HTTP interfaces that were closed."""
+    fronts, real = list[Front](), Front.close
+
+    def note(front: Front) -> None:
+        fronts.append(front)
+        real(front)
+
+    monkeypatch.setattr(Front, "close", note)
+    return fronts
+
+
+def test_what_keys_have_used_and_what_was_measured_outlives_serve_deploy(
+    recipe: Recipe, networks: Parts, front: FrontReplica, closed: list[Front], tmp_path: Path
+) -> None:
+    """With traces, whose spans are measured too."""
+    secret = add_key(tmp_path / "keys.json", "alice", requests=2)
+    settings: dict[str, Any] = {"keys": str(tmp_path / "keys.json"), "traces": "http://127.0.0.1:9", "drain_s": 0.0}
+    tables = [renamed(recipe, f"number-{number}", **settings) for number in range(3)]
+    client = TestClient(front.__serve_build_asgi_app__(), base_url="http://127.0.0.1")
+
+    def get() -> int:
+        return client.get("/v1/models", headers={"Authorization": f"Bearer {secret}"}).status_code
+
+    networks.replicas = [{digest_of(tables[0]), digest_of(tables[2])}]
+    front._ledger = Mock(**{"exchange.remote.return_value.result.return_value": {}})
+    asyncio.run(front.reconfigure(tables[0]))
+    exchange, first = front._exchange, front._front
+    assert exchange is not None
+    assert [get() for _ in range(3)] == [200, 200, 429]
+    asyncio.run(front.reconfigure(tables[1]))
+    given_up = front._next
+    asyncio.run(front.reconfigure(tables[2]))
+    wait_until(lambda: networks.turns[-1] == digest_of(tables[2]))
+    assert front._front is not first
+    assert get() == 429
+    measured = generate_latest(front._front.metrics.registry).decode()
+    assert 'unclip_http_seconds_count{route="/v1/models",status="200"} 2.0' in measured
+    wait_until(lambda: first in closed)
+    assert given_up is not None
+    assert closed == [given_up.front, first]
+    assert front._exchange is exchange  # under another name, others would charge its uses once more
+    wait_until(lambda: exchange.keys is front._front.keys)
+    exchange.close()
+
+
+def test_a_second_file_before_the_first_one_is_served_is_the_one_that_is(
+    recipe: Recipe, networks: Parts, front: FrontReplica, closed: list[Front], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes while the replicas are asked for the first one's networks."""
+    first, second = (renamed(recipe, name, drain_s=0.0) for name in ("first", "second"))
+    networks.replicas = [{digest_of(first), digest_of(second)}]
+    expected = list[Front]()
+
+    def ask(*_: object) -> bool:
+        if not expected:
+            expected.append(front._front)
+            front._expect(front._prepare(second))
+            expected.append(front._front)
+        return True
+
+    monkeypatch.setattr(front_module, "are_served", ask)
+    asyncio.run(front.reconfigure(first))
+    client = TestClient(front.__serve_build_asgi_app__(), base_url="http://127.0.0.1")
+    wait_until(lambda: client.get("/readyz").status_code == 200)
+    assert client.get("/v1/models").json()["data"][0]["id"] == "second"
+    wait_until(lambda: bool(networks.turns))
+    assert networks.turns == [digest_of(second)]
+    time.sleep(0.1)
+    assert (closed, front._front) == ([expected[0]], expected[1])
+
+
 def test_a_file_of_serve_deploy_that_an_http_process_cannot_serve_leaves_what_is_served(
     recipe: Recipe, networks: Parts, front: FrontReplica, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Ray Serve would end a process whose ``reconfigure`` raises, and start one that cannot serve the file either."""
-    artifacts, keys = served_artifacts(recipe)[0], str(tmp_path / "keys.json")
-    first = write_tables(recipe, artifacts)
-    bad = write_tables(replace(recipe, serve=replace(recipe.serve, name="bad", keys=keys)), artifacts)
+    keys, first = str(tmp_path / "keys.json"), write_tables(recipe, served_artifacts(recipe)[0])
+    bad = renamed(recipe, "bad", keys=keys)
     with pytest.raises(ConfigError, match="no such file of keys"):
         asyncio.run(front.reconfigure(bad))  # nothing is served yet
     networks.replicas = [{digest_of(first), digest_of(bad)}]
