@@ -48,11 +48,11 @@ def write_queries(source: Path, target: Path) -> int:
         DataError: If the list cannot be read, has none of these columns, none of the first part's rows is a query, or
             it is empty.
     """
+    reader = _READERS.get(_suffix(source))
+    if reader is None:
+        raise DataError(f"{source}: not a list of queries; it may be {', '.join(_READERS)}")
     try:
-        tables = _READERS[_suffix(source)](source)
-        num_rows = _write(tables, target)
-    except KeyError:
-        raise DataError(f"{source}: not a list of queries; it may be {', '.join(_READERS)}") from None
+        num_rows = _write(reader(source), target)
     except FileNotFoundError:
         raise DataError(f"{source}: no such file") from None
     except DataError as error:
@@ -205,31 +205,35 @@ def _named(table: pa.Table) -> pa.Table:
     """The columns of a typed table that are queries, under our names, and what is wrong with its rows."""
     columns = dict[str, Any]()
     problems: list[str | None] = [None] * len(table)
-    for name in table.column_names:
+    for place, name in enumerate(table.column_names):  # several may have one name; the first counts
         ours = _query_column(name)
         if ours == "embedding" and ours not in columns:
-            columns[ours] = _vectors(table.column(name), name)
+            columns[ours] = _vectors(table.column(place), name)
         elif ours and ours not in columns:
-            columns[ours] = _decoded(table.column(name), name, problems)
+            columns[ours] = _decoded(table.column(place), name, problems)
     if not columns:
         raise _without_queries(table.column_names)
     return pa.table(columns | {PROBLEM: pa.array(problems, pa.string())})
 
 
 def _vectors(column: pa.ChunkedArray, name: str) -> Any:
-    kind = column.type
-    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind):
-        return column.cast(pa.list_(pa.float32()))
-    raise DataError(f"column {name} is {kind}, not lists of numbers")
+    kind: Any = column.type
+    is_list = pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind)
+    if not (is_list and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))):
+        raise DataError(f"column {name} is {kind}, not lists of numbers")
+    return column.cast(pa.list_(pa.float32()))
 
 
 def _decoded(column: pa.ChunkedArray, name: str, problems: list[str | None]) -> Any:
     """A column of texts; notes in ``problems`` which rows have none, because a writer need not check them."""
-    kind = column.type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-        raise DataError(f"column {name} is {kind}, not text")
+    kind: Any = column.type
+    if pa.types.is_dictionary(kind):  # a category of pandas
+        kind = kind.value_type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    if not (is_text or pa.types.is_null(kind)):
+        raise DataError(f"column {name} is {column.type}, not text")
     texts = list[str | None]()
-    for row, cell in enumerate(column.cast(pa.large_binary()).to_pylist()):
+    for row, cell in enumerate(column.cast(kind).cast(pa.large_binary()).to_pylist()):
         try:
             texts.append(cell if cell is None else cell.decode())
         except UnicodeDecodeError as error:
@@ -281,7 +285,9 @@ class _InOrder(Reading):
 
 
 def _vector_tables(source: Path) -> Iterator[pa.Table]:
-    vectors = np.load(source, mmap_mode="r", allow_pickle=False)
+    vectors: Any = np.load(source, mmap_mode="r", allow_pickle=False)
+    if not isinstance(vectors, np.ndarray):
+        raise DataError("several arrays (.npz), not one of floats (N, D)")
     if vectors.ndim != 2 or vectors.dtype.kind != "f":
         raise DataError(f"{vectors.dtype} of shape {vectors.shape}, not floats (N, D)")
     for start in range(0, len(vectors), PART_ROWS):

@@ -125,6 +125,27 @@ def test_a_row_that_is_no_query_keeps_its_place_and_stops_nothing(
     assert all(re.search(words, problems_of_rows[row]) for row, words in problems.items()), problems_of_rows
 
 
+def test_texts_of_any_arrow_type_are_texts_and_the_first_of_two_columns_counts(tmp_path: Path) -> None:
+    texts = pa.array(_TEXTS)
+    for column in (texts.dictionary_encode(), texts.cast(pa.large_string()), texts.cast(pa.string_view())):
+        pq.write_table(pa.table([column, pa.array(["x"] * 3)], names=["text", "text"]), tmp_path / "q.parquet")
+        assert _read(tmp_path / "q.parquet", tmp_path).column("text").to_pylist() == _TEXTS
+
+
+@pytest.mark.parametrize("cells", [[[[1.0]]], [[{"a": 1}]], [["1"]], [1.0]])
+def test_a_column_of_other_things_than_lists_of_numbers_is_refused(cells: list[object], tmp_path: Path) -> None:
+    pq.write_table(pa.table({"vector": cells}), tmp_path / "q.parquet")
+    with pytest.raises(DataError, match=r"q\.parquet: column vector is .*, not lists of numbers"):
+        write_queries(tmp_path / "q.parquet", tmp_path / "queries.parquet")
+
+
+def test_several_arrays_in_one_file_are_refused(tmp_path: Path) -> None:
+    with (tmp_path / "q.npy").open("wb") as stream:
+        np.savez(stream, a=np.zeros((2, 3)))
+    with pytest.raises(DataError, match=r"q\.npy: several arrays \(\.npz\)"):
+        write_queries(tmp_path / "q.npy", tmp_path / "queries.parquet")
+
+
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
