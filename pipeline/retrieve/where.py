@@ -38,7 +38,7 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: lambda left, right: left + right,
     ast.Sub: lambda left, right: left - right,
     ast.Mult: lambda left, right: left * right,
-    ast.Div: lambda left, right: left / right,
+    ast.Div: lambda left, right: left / compute.if_else(right == 0, pa.scalar(None, pa.float64()), right),
 }
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "contains": lambda column, text: compute.match_substring(column, text, ignore_case=True),
@@ -69,8 +69,16 @@ class RowFilter:
     """A pyarrow.compute.Expression."""
 
     def keep(self, rows: pa.Table) -> list[bool]:
-        """For each row of a table with the filter's columns, whether it passes."""
-        kept = rows.select(self.columns).append_column("", pa.array(range(rows.num_rows))).filter(self.expression)
+        """For each row of a table with the filter's columns, whether it passes.
+
+        Raises:
+            ConfigError: If a value is too large for what it is compared with.
+        """
+        numbered = rows.select(self.columns).append_column("", pa.array(range(rows.num_rows)))
+        try:
+            kept = numbered.filter(self.expression)
+        except pa.ArrowInvalid as error:
+            raise ConfigError(f"--where {self.text!r}: cannot be computed: {error}") from None
         passes = [False] * rows.num_rows
         for place in kept.column("").to_pylist():
             passes[place] = True
@@ -152,9 +160,33 @@ class _Parser:
                 raise self._refusal(
                     whole, "needs a list after `in`, such as (1, 2); for a part of a text: contains(caption, 'cat')"
                 )
-            inside = self._value(left).isin([self._constant(item) for item in right.elts])
-            return inside if isinstance(operator, ast.In) else ~inside & self._value(left).is_valid()
-        return _COMPARISONS[type(operator)](self._value(left), self._value(right))
+            value = self._as_float(left) if any(map(self._is_float, right.elts)) else self._value(left)
+            inside = value.isin([self._constant(item) for item in right.elts])
+            return inside if isinstance(operator, ast.In) else ~inside & value.is_valid()
+        values = [
+            self._as_float(one) if self._is_float(other) else self._value(one)
+            for one, other in ((left, right), (right, left))
+        ]
+        return _COMPARISONS[type(operator)](*values)
+
+    def _is_float(self, node: ast.expr) -> bool:
+        """Whether the values of an expression are floats."""
+        if isinstance(node, ast.Name):
+            return cast("Any", pa.types).is_floating(self._type_of(node))
+        if isinstance(node, ast.Call):
+            return isinstance(node.func, ast.Name) and node.func.id == "number"
+        return isinstance(node, ast.BinOp) or any(
+            isinstance(one, ast.Constant) and isinstance(one.value, float) for one in ast.walk(node)
+        )
+
+    def _as_float(self, node: ast.expr) -> Any:
+        """A value that is compared with a float: Arrow refuses integers that the smallest float type does not hold."""
+        value = self._value(node)
+        is_integer = isinstance(node, ast.Name) and cast("Any", pa.types).is_integer(self._type_of(node))
+        return value.cast(pa.float64(), safe=False) if is_integer else value
+
+    def _type_of(self, node: ast.Name) -> pa.DataType:
+        return self._fields.get(self._names.get(node.id, node.id), pa.null())
 
     def _value(self, node: ast.expr) -> Any:
         if isinstance(node, ast.Name):
@@ -162,7 +194,8 @@ class _Parser:
         if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
             operate, left, right = _ARITHMETIC[type(node.op)], self._value(node.left), self._value(node.right)
             self._tried(operate(left, right) == 0, node)  # before the cast, which takes texts too
-            return operate(left.cast(pa.float64()), right.cast(pa.float64()))  # int32 would overflow without a word
+            # int32 would overflow without a word; int64 is rounded.
+            return operate(left.cast(pa.float64(), safe=False), right.cast(pa.float64(), safe=False))
         if isinstance(node, ast.Call):
             return self._call(node)
         return pc.scalar(self._constant(node))

@@ -15,6 +15,8 @@ _ROWS = pa.table(
         "similarity": ["0.3", "abc", " -1e-3", ""],
         "clip score": pa.array([0.1, 0.2, 0.3, 0.4], pa.float32()),
         "is_photo": [True, False, None, True],
+        "num_bytes": pa.array([20_000_001, 0, None, 2**53 + 1], pa.int64()),
+        "hash": pa.array([2**63, 1, 2, None], pa.uint64()),
     }
 )
 _FIELDS = {field.name: field.type for field in _ROWS.schema}
@@ -41,11 +43,24 @@ _FIELDS = {field.name: field.type for field in _ROWS.schema}
         ("lower(caption) == 'a cat'", [0]),
         ("matches(caption, '^.o')", [1]),
         ("width > -5", [0, 1, 3]),
+        # Integers beyond what a float holds exactly: Arrow takes the smallest float type, and refused them.
+        ("num_bytes > 0.5", [0, 3]),
+        ("20000000.5 < num_bytes", [0, 3]),
+        ("num_bytes >= number(similarity)", [0]),
+        ("num_bytes not in (0.5, 0)", [0, 3]),
+        ("num_bytes + 1 > width", [0, 3]),
+        ("num_bytes == 9007199254740993", [3]),
+        ("width / num_bytes < 1", [0, 3]),  # a division by zero is a missing value
     ],
 )
 def test_a_filter_keeps_the_rows_for_which_it_holds(text: str, passes: list[int]) -> None:
     kept = parse_filter(text, _FIELDS).keep(_ROWS)
     assert [row for row, is_kept in enumerate(kept) if is_kept] == passes
+
+
+def test_a_value_that_cannot_be_compared_is_one_message() -> None:
+    with pytest.raises(ConfigError, match=r"--where 'hash < 5': cannot be computed: Integer value 9223372036854775808"):
+        parse_filter("hash < 5", _FIELDS).keep(_ROWS)
 
 
 def test_a_filter_names_the_columns_that_it_reads() -> None:
