@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pipeline.evaluate.metrics import Rate, difference_of, rate_of
 from pipeline.evaluate.prompts import PromptSet
-from pipeline.shapes.check import GIVEN, guess_levels
+from pipeline.shapes.check import GIVEN, condition_of, guess_levels
 from pipeline.shapes.scene import NOVELTIES, Scene, novelties
 
 Json = dict[str, Any]
@@ -22,7 +22,8 @@ def pixel_check(rows: Sequence[Json], prompts: PromptSet) -> Json:
     """Rates by number of objects and attribute: generated, real (the ceiling) and guess (the floor).
 
     The guess is the rate of the same pictures checked against other prompts or, where that says nothing, the mean of
-    ``guess_levels``. ``binding, given both shapes`` and the like are the rates of GIVEN: among those pictures alone.
+    ``guess_levels``. ``binding, given both shapes`` and the like are the rates of GIVEN: among the pictures
+    alone in which the other attribute is correct.
 
     Args:
         rows: One for each prompt: ``prompt_number``, ``check``, ``check_shuffled`` and, if there is a real picture,
@@ -38,7 +39,7 @@ def pixel_check(rows: Sequence[Json], prompts: PromptSet) -> Json:
         guesses = (parse_flags(row["check_shuffled"]) or {}) | guess_levels(right, scene)
         table = tallies.setdefault(group_of(scene), {name: {} for name in sorted(right)})
         for kind, flags, condition in (("generated", right, right), ("real", real, real), ("guess", guesses, right)):
-            for name, value in _with_conditions(flags, condition).items():
+            for name, value in _with_conditions(flags, condition, scene).items():
                 table.setdefault(name, {}).setdefault(kind, []).append(value)
     return {
         group: {
@@ -117,14 +118,18 @@ def _tally(
             continue
         for kind in kinds_of(scene):
             own = rates.setdefault((group_of(scene), kind), {})
-            for name, flag in _with_conditions(flags, flags).items():
+            for name, flag in _with_conditions(flags, flags, scene).items():
                 own[name] = own.get(name, Rate(0, 0)) + rate_of([bool(flag)])
     return rates
 
 
-def _with_conditions(values: Mapping[str, float], right: Flags) -> dict[str, float]:
+def _with_conditions(values: Mapping[str, float], right: Flags, scene: Scene) -> dict[str, float]:
     """Values by attribute, with those of GIVEN again under a name of their own where ``right`` has the condition."""
-    given = {f"{name}, given {other}": values[name] for name, other in GIVEN.items() if name in values and right[other]}
+    given = {
+        f"{name}, given {condition}": values[name]
+        for name, condition in GIVEN.items()
+        if name in values and right[condition_of(name, scene)]
+    }
     return {**values, **given}
 
 

@@ -84,7 +84,7 @@ class Gallery:
             failure: Json = {name: row[name] for name in ("file", "prompt", "seed")}
             if scene is not None and flags is not None:
                 title, has_failed = group_of(scene), not flags["everything"]
-                failure["wrong"] = faults(flags)
+                failure["wrong"] = faults(flags, scene)
             elif row["margin"] is not None:
                 title, has_failed = "captions with a hard negative", row["margin"] <= 0
                 failure["preferred"] = row["negative"]

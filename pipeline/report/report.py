@@ -322,7 +322,8 @@ def _quality_about(metrics: Json) -> str:
         "ceiling. The floor, guessed, is chance: the same samples checked against other prompts and, for attributes "
         "that tie objects together, the same colours and shapes in random order, place and size. A row with "
         "\u201cgiven\u201d counts only the samples in which the other attribute is right: how well objects are drawn "
-        "does not bound it."
+        "does not bound it. \u201cWhich is which\u201d is right with both colours, or both shapes where the colours "
+        "are equal."
     )
 
 

@@ -16,7 +16,7 @@ NAMES = {
     "binding": "Colour on its shape",
     "binding, given both shapes": "Colour on its shape, given both shapes",
     "relation": "Relation",
-    "relation, given both colours": "Relation, given both colours",
+    "relation, given which is which": "Relation, given which is which",
     "size": "Size",
     "sizes": "Both sizes",
     "background": "Background",

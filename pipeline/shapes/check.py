@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from pipeline.shapes.perceive import PerceivedObject, Perception, perceive
 from pipeline.shapes.scene import RADIUS, RELATIONS, Scene
 
-GIVEN = {"binding": "both shapes", "relation": "both colours"}
-"""Attributes that cannot be correct without another one: their share of the pictures in which that one is correct says
-whether objects and words belong together, however well the objects are drawn."""
-_FOLLOWS_FROM = {"binding": ("both colours", "both shapes"), "sizes": ("binding",), "relation": ("both colours",)}
+GIVEN = {"binding": "both shapes", "relation": "which is which"}
+"""Attributes that cannot be correct without another one (``condition_of``), with its name in the tables: their share of
+the pictures in which that one is correct says whether objects and words belong together, however well the objects are
+drawn."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,26 @@ def compare(perception: Perception, scene: Scene) -> CheckResult:
     return CheckResult(len(scene.objects), correct)
 
 
-def faults(correct: Mapping[str, bool]) -> list[str]:
+def condition_of(attribute: str, scene: Scene) -> str:
+    """The attribute without which one of GIVEN cannot be correct, for a scene of two objects.
+
+    The relation needs what tells the objects apart: their colours, or their shapes if the colours are equal.
+    """
+    first, second = scene.objects
+    identity = "both shapes" if first.colour == second.colour else "both colours"
+    return {"binding": "both shapes", "relation": identity}[attribute]
+
+
+def faults(correct: Mapping[str, bool], scene: Scene) -> list[str]:
     """The attributes that are wrong, without those that must be wrong because another one is."""
+    causes: dict[str, tuple[str, ...]] = {}
+    if len(scene.objects) == 2:
+        relation = condition_of("relation", scene)
+        causes = {"binding": ("both colours", "both shapes"), "sizes": ("binding",), "relation": (relation,)}
     return [
         name
         for name, is_correct in correct.items()
-        if not is_correct and name != "everything" and all(correct[cause] for cause in _FOLLOWS_FROM.get(name, ()))
+        if not is_correct and name != "everything" and all(correct[cause] for cause in causes.get(name, ()))
     ]
 
 
@@ -81,7 +95,6 @@ def _compare_two(objects: tuple[PerceivedObject, ...], scene: Scene) -> dict[str
     names = ("both colours", "both shapes", "binding", "sizes", "relation")
     if len(objects) < 2:
         return dict.fromkeys(names, False)
-    first, second = scene.objects
     orders = list(permutations(objects))
     correct = {
         "both colours": any(_agree(order, scene, "colour") for order in orders),
@@ -89,7 +102,7 @@ def _compare_two(objects: tuple[PerceivedObject, ...], scene: Scene) -> dict[str
         "binding": any(_agree(order, scene, "colour", "shape") for order in orders),
         "sizes": any(_agree(order, scene, "colour", "shape", "size") for order in orders),
     }
-    identity = "colour" if first.colour != second.colour else "shape"
+    identity = "shape" if condition_of("relation", scene) == "both shapes" else "colour"
     correct["relation"] = any(_agree(order, scene, identity) and _is_in_relation(order, scene) for order in orders)
     return correct
 
@@ -138,7 +151,7 @@ def guess_levels(correct: Mapping[str, bool], scene: Scene) -> dict[str, float]:
     first, second = scene.objects
     share_attribute = first.colour == second.colour or first.shape == second.shape
     binding = (correct["both colours"] and correct["both shapes"]) * (1.0 if share_attribute else 0.5)
-    can_identify = correct["both shapes" if first.colour == second.colour else "both colours"]
+    can_identify = correct[condition_of("relation", scene)]
     sizes = binding / len(RADIUS) ** 2
     return count | {
         "binding": binding,

@@ -52,10 +52,22 @@ def test_an_attribute_given_another_counts_only_the_pictures_that_have_the_other
     assert (binding["generated"]["hits"], binding["generated"]["total"]) == (3, 4)
     assert binding["generated"]["low"] < 0.75 < binding["generated"]["high"]
     assert (binding["guess"]["rate"], binding["guess"]["total"]) == (0.5, 4)
-    relation = table["relation, given both colours"]
+    relation = table["relation, given which is which"]
     assert (relation["generated"]["hits"], relation["generated"]["total"]) == (2, 8)
     assert relation["guess"]["rate"] == 0.25
     assert (relation["real"]["hits"], relation["real"]["total"]) == (10, 10)
+
+
+def test_objects_of_one_colour_are_told_apart_by_their_shapes() -> None:
+    """Ten pictures with both colours right, seven with the shapes too, and four of these with the relation."""
+    first, second = SCENE.objects
+    of_one_colour = PromptSet(
+        (Prompt("", scene=replace(SCENE, objects=(first, replace(second, colour="red")))),), "drawn"
+    )
+    rows = [_row({"both colours": True, "both shapes": n < 7, "relation": n < 4}) for n in range(10)]
+    relation = pixel_check(rows, of_one_colour)["two objects"]["relation, given which is which"]
+    assert (relation["generated"]["hits"], relation["generated"]["total"]) == (4, 7)
+    assert relation["guess"]["rate"] == 0.25
 
 
 def test_the_guess_of_a_given_attribute_knows_which_colours_are_wrong() -> None:

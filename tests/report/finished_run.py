@@ -97,7 +97,7 @@ METRICS: dict[str, Any] = {
             "both shapes": _rates(71, 120, 6),
             "binding": _rates(58, 120, 2),
             "relation": _rates(88, 120, 28),
-            "relation, given both colours": {
+            "relation, given which is which": {
                 "generated": Rate(60, 97).to_dict(),
                 "real": Rate(120, 120).to_dict(),
                 "guess": {"rate": 0.24, "total": 97},

@@ -172,7 +172,7 @@ def test_guess_levels_depend_on_what_the_picture_shows() -> None:
 
 def test_faults_name_the_causes_and_not_what_follows_from_them() -> None:
     right = flags_of(RED_CIRCLE_LEFT, RED_CIRCLE_LEFT)
-    assert faults(right) == []
+    assert faults(right, RED_CIRCLE_LEFT) == []
     circle, square = RED_CIRCLE_LEFT.objects
     for objects, wrong_names in (
         ((circle, replace(square, shape="star")), ["both shapes"]),  # binding and sizes follow
@@ -181,7 +181,12 @@ def test_faults_name_the_causes_and_not_what_follows_from_them() -> None:
         ((circle, replace(square, size="medium")), ["sizes"]),
         ((circle,), ["count", "both colours", "both shapes"]),
     ):
-        assert faults(flags_of(Scene(objects, "white"), RED_CIRCLE_LEFT)) == wrong_names
+        assert faults(flags_of(Scene(objects, "white"), RED_CIRCLE_LEFT), RED_CIRCLE_LEFT) == wrong_names
+    of_one_colour = replace(RED_CIRCLE_LEFT, objects=(circle, replace(square, colour="red")))
+    shown = Scene((circle, replace(square, colour="red", shape="star")), "white")
+    assert faults(flags_of(shown, of_one_colour), of_one_colour) == ["both shapes"]  # the relation follows
+    one = Scene((circle,), "white")
+    assert faults({"colour": False, "shape": True, "everything": False}, one) == ["colour"]
 
 
 def test_description_says_what_the_picture_shows() -> None:
