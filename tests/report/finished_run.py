@@ -57,6 +57,7 @@ def recipe_tables(workspace: Path, **tables: Any) -> dict[str, Any]:
 
 
 _DOWNLOAD_METRICS = {
+    "failures": {"http-404": 4, "timeout": 3, "image cannot be decoded": 3},
     "one_pixel": 17,
     "repeated": [{"digest": "0" * 64, "urls": 1234, "url": "www.example.com/none.png"}],
 }
@@ -237,8 +238,6 @@ def fill_workspace(recipe: Recipe, *, until: str = "evaluate", num_shown: int = 
             _write_losses(artifact, step, recipe.trained()[step.name].train.num_steps)
         if step.name == "download":
             counts = {"in": 8012, "ok": 8000, "failed_to_download": 9, "failed_to_resize": 3}
-            status = {"success": 8000, "http-404": 4, "timeout": 3, "image cannot be decoded": 3}
-            artifact.write_json("00000_stats.json", {"status_dict": status})
             artifact.write_bytes("00000.tar", b"x" * 5_000_000)
         if step.name == "index":
             artifact.write_json(

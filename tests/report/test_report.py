@@ -17,7 +17,7 @@ from pipeline.recipe.pairs_sections import PairsConfig, PairsList
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe
 from pipeline.report.report import duration, format_metrics, short_count, write_report
-from pipeline.report.sections import covered_s, num_parameters, recipe_changes
+from pipeline.report.sections import Finished, covered_s, download_of, num_parameters, recipe_changes
 from pipeline.report.tables import measure_rows, quality_groups, tiles_of
 from pipeline.shapes.captions import canonical_caption
 from pipeline.shapes.scene import evaluation_scenes
@@ -309,6 +309,22 @@ def test_every_measure_is_on_the_page_and_in_the_terminal(recipe: Recipe, tmp_pa
         assert name in page
         assert all(value in page for value in values)
     assert "validation 0.0457" in page
+
+
+def test_failures_of_the_download_are_those_of_its_manifest_and_none_is_left_out(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path / "w")
+    step = next(step for step in make_plan(recipe) if step.name == "download")
+    output = artifact_of(Workspace(recipe.workspace), step)
+    causes = {f"http-{400 + number}": 10 * number for number in range(1, 12)}
+    counts = {"in": 1000, "ok": 300, "failed_to_download": 700}
+    manifest = replace(manifest_of(step, output, counts), metrics={"failures": causes})
+    section = download_of({"download": Finished(step, Artifact(str(tmp_path / "absent")), manifest)})
+    assert section is not None
+    errors = {error["reason"]: error["count"] for error in section["errors"]}
+    assert list(errors)[:2] == ["http-411", "http-410"]
+    assert errors["other causes"] == 10 + 20 + 30 + (700 - sum(causes.values()))
+    assert sum(errors.values()) == 700
+    assert max(error["share"] for error in section["errors"]) == 1
 
 
 def test_report_names_what_is_odd_about_the_list_of_pairs(recipe: Recipe, tmp_path: Path) -> None:
