@@ -66,6 +66,12 @@ def test_readme_file_tree_matches_the_repository() -> None:
     assert named == top
 
 
+def test_readme_names_every_page_once() -> None:
+    text = (ROOT / "README.md").read_text().partition("| page | says |\n")[2]
+    named = re.findall(r"\[docs/([a-z]+)\.md\]", text.partition("\n\n")[0])
+    assert sorted(named) == sorted(path.stem for path in (ROOT / "docs").glob("*.md"))
+
+
 def test_readme_lists_the_commands_in_the_groups_of_the_help() -> None:
     text = (ROOT / "README.md").read_text()
     tables = re.findall(r"^\| (\w+) \| \|\n\|---\|---\|\n((?:\|.*\n)+)", text, re.MULTILINE)
