@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -23,10 +24,12 @@ class Embedder:
 
     Args:
         clip: The frozen CLIP.
+        computing: Held while it computes; see ``DeviceMemory``.
     """
 
-    def __init__(self, clip: FrozenClip) -> None:
+    def __init__(self, clip: FrozenClip, computing: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         self._clip = clip
+        self._computing = computing
         self._thread = ThreadPoolExecutor(1, "unclip-embed")
         self._reader = ThreadPoolExecutor(1, "unclip-tokens")
 
@@ -46,7 +49,11 @@ class Embedder:
         return cuts
 
     async def _run(self, embed: Callable[[], torch.Tensor]) -> Vectors:
-        return await asyncio.wrap_future(self._thread.submit(lambda: embed().cpu().numpy()))
+        def run() -> Vectors:
+            with self._computing():
+                return embed().cpu().numpy()
+
+        return await asyncio.wrap_future(self._thread.submit(run))
 
 
 def _parts(texts: Sequence[str]) -> Iterator[Sequence[str]]:

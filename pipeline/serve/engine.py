@@ -116,8 +116,8 @@ class Engine:
     ) -> None:
         self._stages = ServedStages(cascade, steps, device)
         self._limits = MemoryLimits(cascade, self._stages, memory, device) if memory else None
-        self._turn = memory.turn if memory else nullcontext()
-        self._embedder = Embedder(cast("FrozenClip", cascade.clip))
+        self._computing = memory.computing if memory else nullcontext
+        self._embedder = Embedder(cast("FrozenClip", cascade.clip), self._computing)
         self._schedule = Schedule(len(self._stages), max_batch_size)
         self._joined: list[JoinedChains | None] = [None] * len(self._stages)
         """The chains of each stage that took its last step."""
@@ -333,7 +333,8 @@ class Engine:
                     self._drop()
                     entering = self._take_waiting()
                 for pending, count in entering:
-                    self._guarded([pending], partial(self._enter, pending, count))
+                    with self._computing():
+                        self._guarded([pending], partial(self._enter, pending, count))
                 if self._active:
                     by_stage: dict[int, list[Picture]] = {}
                     for picture in self._active:
@@ -341,7 +342,7 @@ class Engine:
                     pictures = self._schedule.choose(by_stage)
                     if self._limits:
                         pictures = self._limits.fitting(self._number(pictures[0]), pictures)
-                    with self._turn:
+                    with self._computing():
                         self._advance(pictures)
 
     def _take_waiting(self) -> list[tuple[Pending, int]]:

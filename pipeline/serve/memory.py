@@ -6,8 +6,8 @@ time.
 """
 
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -38,8 +38,7 @@ _BYTES_PER_GB = 1e9
 class DeviceMemory(Protocol):
     """The memory of a device."""
 
-    @property
-    def turn(self) -> AbstractContextManager[Any]:
+    def computing(self) -> AbstractContextManager[None]:
         """Held by whoever computes, so that a measurement sees its own memory alone."""
         ...
 
@@ -52,6 +51,43 @@ class DeviceMemory(Protocol):
         ...
 
 
+class Quiet:
+    """Lets any number of threads compute together, or one measure alone: it waits for those that compute already."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._num_computing = 0
+        self._is_measuring = False
+
+    @contextmanager
+    def computing(self) -> Generator[None]:
+        """For whoever computes."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_measuring)
+            self._num_computing += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_computing -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def measuring(self) -> Generator[None]:
+        """For whoever measures."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_measuring)
+            self._is_measuring = True
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._num_computing)
+            yield
+        finally:
+            with self._changed:
+                self._is_measuring = False
+                self._changed.notify_all()
+
+
 class GpuMemory:
     """The memory of this process's GPU.
 
@@ -59,11 +95,16 @@ class GpuMemory:
         share: Of the GPU, if other processes have the rest: its allocator takes no more.
     """
 
-    turn = threading.Lock()
+    _quiet = Quiet()
+    """Of all engines of this process: networks that a swap loads are measured beside those that work."""
 
     def __init__(self, share: float = 1.0) -> None:
         self._share = min(1.0, share)
         torch.cuda.set_per_process_memory_fraction(self._share)
+
+    def computing(self) -> AbstractContextManager[None]:
+        """See ``DeviceMemory``."""
+        return self._quiet.computing()
 
     def free_bytes(self) -> int:
         """See ``DeviceMemory``."""
@@ -73,7 +114,7 @@ class GpuMemory:
 
     def measure(self, act: Callable[[], object]) -> tuple[int, int]:
         """See ``DeviceMemory``."""
-        with self.turn:
+        with self._quiet.measuring():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -126,7 +167,9 @@ class MemoryLimits:
             if stages.has(stages.number(stage)):
                 self._measure(stage, cascade, device)
         self._reserved = self._clip_bytes(cascade.clip) if stages.has_clip else 0
-        self._free_at_start = self._free_bytes()
+        self._most_free = 0.0
+        """The most that was ever free, in bytes: at the start, networks that a swap replaces may be there as well."""
+        self._free_bytes()
 
     def fitting(self, number: int, pictures: Sequence[Picture]) -> list[Picture]:
         """Those of ``pictures`` that may take a step together now, at least one: the nearest to their end."""
@@ -160,10 +203,11 @@ class MemoryLimits:
         """Refuse a picture that does not fit alone.
 
         Raises:
-            ValueError: If the request asks for more candidates than there was memory for at the start.
+            ValueError: If the request asks for more candidates than there was ever memory for.
         """
+        self._free_bytes()
         for stage, line in self._measured:
-            most = max(1.0, line.most(self._free_at_start))
+            most = max(1.0, line.most(self._most_free))
             if _weight(stage, request) > most:
                 count = int(most * getattr(stage, "num_candidates", 1))
                 message = f"this server has memory for {count} candidates of a picture at most"
@@ -173,7 +217,9 @@ class MemoryLimits:
         return self._lines[self._stages.step_of(number)]
 
     def _free_bytes(self) -> float:
-        return _USABLE * self._memory.free_bytes() - self._reserved
+        free = _USABLE * self._memory.free_bytes() - self._reserved
+        self._most_free = max(self._most_free, free)
+        return free
 
     def _measure(self, stage: Stage, cascade: Cascade, device: torch.device | str) -> None:
         usual, peaks = getattr(stage, "num_candidates", 1), dict[float, int]()

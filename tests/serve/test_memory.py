@@ -1,10 +1,15 @@
 """Batches that fit into memory; a device that counts the rows of each call of a network stands for a GPU."""
 
+import asyncio
 import math
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,8 +19,9 @@ from models.request import SampleRequest
 from pipeline.errors import StepError
 from pipeline.recipe.recipe import parse_recipe
 from pipeline.serve.engine import Engine
-from pipeline.serve.memory import GpuMemory, MemoryLimits
+from pipeline.serve.memory import GpuMemory, MemoryLimits, Quiet
 from pipeline.serve.served_stages import ServedStages
+from tests.serve.test_engine import wait_until
 
 _FIXED, _EACH = 1000, 100
 
@@ -23,7 +29,7 @@ _FIXED, _EACH = 1000, 100
 class Device:
     """Has room for calls of so many rows, in bytes; a call of a network takes ``_FIXED`` and ``_EACH`` a row."""
 
-    turn = nullcontext()
+    computing = staticmethod(nullcontext)
 
     def __init__(self, room: int, kept: int = 0) -> None:
         self.room = room
@@ -116,6 +122,81 @@ def test_more_candidates_than_there_is_memory_for_are_refused_before_they_wait(
     assert engine.counts()["requests"] == 1
 
 
+def test_what_was_loaded_beside_other_networks_takes_as_many_candidates_as_alone_once_they_are_gone(
+    cascade: Cascade, use: Callable[[Device], Device]
+) -> None:
+    use(device := Device(8))
+    limits = MemoryLimits(cascade, ServedStages(cascade, None, "cpu"), device, "cpu")
+    request = SampleRequest("a", (0,), num_candidates=6)
+    with pytest.raises(ValueError, match="this server has memory for 4 candidates"):
+        limits.require_room(request)
+    device.room = 13  # the others are gone
+    limits.require_room(request)
+    device.room = 4  # pictures in progress keep the rest for a while
+    limits.require_room(request)
+
+
+def test_whoever_measures_is_alone_and_those_who_compute_are_not() -> None:
+    quiet, log, may_end = Quiet(), list[str](), threading.Event()
+
+    def compute(name: str) -> None:
+        with quiet.computing():
+            log.append(f"{name} begins")
+            may_end.wait(60)
+            log.append(f"{name} ends")
+
+    def measure() -> None:
+        with quiet.measuring():
+            log.append("measured")
+            time.sleep(0.05)
+            log.append("over")
+
+    with ThreadPoolExecutor() as threads:
+        running = [threads.submit(compute, name) for name in ("one", "two")]
+        wait_until(lambda: len(log) == 2)  # together
+        running.append(threads.submit(measure))
+        time.sleep(0.1)
+        running.append(threads.submit(compute, "late"))
+        time.sleep(0.1)
+        assert len(log) == 2
+        may_end.set()
+        for one in running:
+            one.result()
+    assert log[4:] == ["measured", "over", "late begins", "late ends"]
+
+
+def test_steps_captions_and_embeddings_are_all_computed_where_a_measurement_waits_for_them(
+    cascade: Cascade,
+    make_engine: Callable[..., Engine],
+    monkeypatch: pytest.MonkeyPatch,
+    use: Callable[[Device], Device],
+) -> None:
+    device, names, is_held = use(Device(40)), list[tuple[str, bool]](), threading.local()
+
+    @contextmanager
+    def computing() -> Iterator[None]:
+        is_held.value = True
+        yield
+        is_held.value = False
+
+    def watch(name: str) -> None:
+        act = getattr(cascade.clip, name)
+        noted = lambda *some: (names.append((name, getattr(is_held, "value", False))), act(*some))[1]  # noqa: E731
+        monkeypatch.setattr(cascade.clip, name, noted)
+
+    monkeypatch.setattr(device, "computing", computing)
+    engine = make_engine(memory=device)
+    decoder: Any = cascade.stages[1]
+    steps = decoder.network.register_forward_pre_hook(lambda *_: names.append(("step", is_held.value)))
+    for name in ("encode_text", "embed_text", "encode_image"):
+        watch(name)
+    engine.submit(SampleRequest("a", (0,))).result(60)
+    asyncio.run(engine.embed_texts(["a"]))
+    asyncio.run(engine.embed_image(np.zeros((8, 8, 3), np.uint8)))
+    steps.remove()
+    assert {*names} == {("step", True), ("encode_text", True), ("embed_text", True), ("encode_image", True)}
+
+
 def test_a_picture_that_does_not_fit_is_said_at_the_start(cascade: Cascade, use: Callable[[Device], Device]) -> None:
     with pytest.raises(StepError, match=r"one picture of prior does not fit into the 0\.00 GB ") as refused:
         Engine(cascade, memory=use(Device(1)))
@@ -151,4 +232,5 @@ def test_a_share_of_a_gpu_is_all_that_is_free_and_a_full_one_is_a_memory_error(m
 
     with pytest.raises(MemoryError, match="full"):
         half.measure(fail)
-    assert not GpuMemory.turn.locked()
+    with half.computing():  # a measurement that failed keeps nobody from it
+        pass
