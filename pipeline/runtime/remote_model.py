@@ -216,7 +216,8 @@ class RemoteModel:
             Overloaded: If there are too many.
         """
         if self._most and self._num_open >= self._most:
-            raise Overloaded(f"{self._num_open} requests are under way already", retry_after_s=self._mean_s)
+            next_s = self._mean_s / self._num_open  # until one of them is likely to leave
+            raise Overloaded(f"{self._num_open} requests are under way already", retry_after_s=next_s)
         self._num_open += 1
         begun_s = time.monotonic()
         try:

@@ -36,7 +36,7 @@ from pipeline.serve.images import GenerationRequest
 from pipeline.serve.keys import Meter
 from pipeline.serve.knn import LocalNeighbours
 from pipeline.serve.metrics import HttpMetrics
-from pipeline.serve.protocols import Accepted, DeadlinePassed, SampledPictures, TooLittleTime, Vectors
+from pipeline.serve.protocols import Accepted, DeadlinePassed, Overloaded, SampledPictures, TooLittleTime, Vectors
 from pipeline.serve.step_times import StepTimes
 from pipeline.serve.web import ApiError
 from tests.serve.test_engine import wait_until
@@ -421,6 +421,32 @@ def test_each_part_of_a_chain_gets_the_time_that_is_left() -> None:
         asyncio.run(model.sample(SampleRequest("a", (1,), timeout_s=0.05)))
     assert len(times_s) == 3  # the second part was not asked
     assert not any(map(math.isinf, times_s))
+
+
+def test_a_full_chain_says_when_one_of_its_requests_is_likely_to_leave() -> None:
+    may_end = asyncio.Event()
+
+    class Part:
+        """Stands for Ray's handle."""
+
+        async def remote(self, _served: str, request: SampleRequest, *_: Any) -> Any:
+            await (asyncio.sleep(0.4) if request.prompt == "first" else may_end.wait())
+            return SampledPictures(np.zeros((1, 2, 2, 3), np.uint8), None)
+
+    handle: Any = type("Handle", (), {"sample": Part()})()
+
+    async def fill() -> float:
+        model = RemoteModel({"prior": handle}, "one", most=4)
+        await model.sample(SampleRequest("first", (1,)))
+        open_ones = [asyncio.create_task(model.sample(SampleRequest("a", (seed,)))) for seed in range(4)]
+        await asyncio.sleep(0.05)
+        with pytest.raises(Overloaded, match="4 requests are under way already") as refused:
+            await model.sample(SampleRequest("a", (9,)))
+        may_end.set()
+        await asyncio.gather(*open_ones)
+        return refused.value.retry_after_s
+
+    assert 0.1 <= asyncio.run(fill()) < 0.4  # of four that take 0.4 s each, one leaves every 0.1 s
 
 
 def part_load(number: int, step_s: float, pictures: float, num_engines: int = 1) -> PartLoad:
