@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from pipeline.runtime.serve_file import PROXY_ENVIRONMENT
+from pipeline.runtime.served import served_artifacts
 from pipeline.serve.keys import add_key
 from tests.faults.test_kill_serving import named_steps, started
 from tests.ports import free_port
@@ -29,6 +30,9 @@ _NUM_CLIENTS = 6
 _PATIENCE_S = 120.0
 _SLOW = "decoder.model.sampler.num_steps=900"
 _OTHER = "decoder.model.sampler.num_steps=300"
+_DAMAGED = "decoder.model.sampler.num_steps=200"
+_DAMAGED_S = 10.0
+"""Ray Serve updates a replica within a second or two."""
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -88,7 +92,7 @@ def test_replicas_that_come_and_go_and_networks_that_are_swapped_cost_no_request
 
 def test_two_http_processes_keep_the_limits_of_keys_drop_who_leaves_and_are_swapped(tmp_path: Path) -> None:
     """The file of `--config-only` with two HTTP processes behind Ray Serve's proxies, and another file under load."""
-    served_workspace(tmp_path, overrides=(_SLOW,))
+    recipe = served_workspace(tmp_path, overrides=(_SLOW,))
     key = add_key(tmp_path / "keys.json", "alice", requests=30, scopes=["images", "metrics"])
     other = add_key(tmp_path / "keys.json", "bob")
     port = free_port()
@@ -97,8 +101,8 @@ def test_two_http_processes_keep_the_limits_of_keys_drop_who_leaves_and_are_swap
     with ray_head(environment={"PYTHONPATH": str(ROOT), **PROXY_ENVIRONMENT}) as head:
 
         def deploy(steps: str) -> None:
-            recipe, settings = str(tmp_path / "tiny.toml"), (*words, "--set", steps)
-            done = unclip("serve", recipe, "--config-only", "--port", str(port), *settings, cwd=ROOT)
+            path, settings = str(tmp_path / "tiny.toml"), (*words, "--set", steps)
+            done = unclip("serve", path, "--config-only", "--port", str(port), *settings, cwd=ROOT)
             (tmp_path / "serve.yaml").write_text(done.stdout)
             command = [str(Path(sys.executable).with_name("serve")), "deploy", "--address", head.dashboard]
             environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
@@ -151,6 +155,28 @@ def test_two_http_processes_keep_the_limits_of_keys_drop_who_leaves_and_are_swap
         wait_until(lambda: health()["dropped"] == 4 and not health()["active"])
         assert health()["pictures"] == 0
         swap_under_load(url, other, lambda: deploy(_OTHER))
+        damage(served_artifacts(recipe)[0]["decoder"].path("model.safetensors"))
+        deploy(_DAMAGED)
+        ask_in_vain(url, other, head.folder)
+
+
+def damage(weights: Path) -> None:
+    """Flip a bit of a file that was loaded before."""
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.chmod(0o644)
+    weights.write_bytes(content)
+
+
+def ask_in_vain(url: str, secret: str, logs: Path) -> None:
+    """Networks that cannot be loaded were deployed: those of before answer, and a log says why."""
+    answers, deadline = list[httpx.Response](), time.monotonic() + _DAMAGED_S
+    with httpx.Client(timeout=_PATIENCE_S, headers={"Authorization": f"Bearer {secret}"}) as client:
+        while time.monotonic() < deadline:
+            answers.append(client.post(f"{url}/v1/images/generations", json={"prompt": "a"}))
+    assert {*require_true(answers)} == {300 + 3 * 3}
+    said = [path for path in logs.rglob("*.err") if "not swapped, what was served before" in path.read_text()]
+    assert len(said) == 1
 
 
 def swap_under_load(url: str, secret: str, deploy: Callable[[], None]) -> None:
