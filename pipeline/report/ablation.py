@@ -4,7 +4,7 @@ from itertools import pairwise
 from typing import Any
 
 from pipeline.evaluate.order import HOLDS, OPEN, PAPER_ORDER, REVERSED, VARIANTS
-from pipeline.report.tables import NAMES, rank
+from pipeline.report.tables import NAMES, prompts_about, rank
 
 Json = dict[str, Any]
 
@@ -83,7 +83,8 @@ def format_ablation(result: Json) -> str:
     for row in order_rows(result):
         cells = "".join(f"{cell['text'] + ' ' + cell['verdict']:>40}" for cell in row["cells"])
         lines.append(f"  {row['name']:<40}{cells}")
-    return "\n".join([*lines, "", *order_verdict(result)])
+    about = prompts_about(result)
+    return "\n".join([*lines, "", *([about] if about else []), *order_verdict(result)])
 
 
 def _comparisons(result: Json) -> list[tuple[str, list[Json]]]:

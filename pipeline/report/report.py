@@ -29,6 +29,7 @@ from pipeline.report.tables import (
     tiles_of,
 )
 from pipeline.workspace.disk import translate_os_errors
+from pipeline.workspace.manifest import content_of
 from pipeline.workspace.store import Workspace
 
 Json = dict[str, Any]
@@ -103,10 +104,10 @@ def write_report(workspace: Workspace, steps: list[Step], recipe: Recipe, path: 
 
 
 def _results_mark(workspace: Workspace, done: Done, step_names: list[str], recipe: Recipe, recipe_file: str) -> str:
-    """16 hex digits that change with everything that the page shows."""
-    results = [(step.artifact.uri, step.manifest.created) for step in done.values()]
+    """16 hex digits that change with everything that the page shows; pairs that are forgotten change what is shown."""
     ablation = sections.newest_ablation(workspace, done, recipe)
-    results += [(ablation.artifact.uri, ablation.manifest.created)] if ablation else []
+    manifests = [*(finished.manifest for finished in done.values()), *([ablation.manifest] if ablation else [])]
+    results = [(one.key, one.created, one.counts, one.metrics, content_of(one)) for one in manifests]
     shown = [recipe.name, recipe_file, step_names, results, sections.recipe_changes(recipe)]
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
 
@@ -358,6 +359,7 @@ def _ablation_view(result: Json | None) -> Json | None:
         "order": order_rows(result),
         "verdict": order_verdict(result),
         "num_prompts": result["num_prompts"],
+        "prompts_about": prompts_about(result),
     }
 
 

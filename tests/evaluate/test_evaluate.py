@@ -15,11 +15,12 @@ from models.decoder.stage import DecoderStage
 from models.diffusion.process import Diffusion
 from models.pixels import resize, to_pixels, to_uint8
 from models.prior.stage import PriorStage
-from pipeline.data.negatives import bigrams_of
+from pipeline.data.negatives import Bigrams, bigrams_of
 from pipeline.data.shards import StoredPictures
 from pipeline.data.vectors import read_vectors
 from pipeline.errors import DataError
 from pipeline.evaluate import metrics as m
+from pipeline.evaluate import parts
 from pipeline.evaluate.evaluate import finish, make_runner, plan_work, summarise
 from pipeline.evaluate.features import FeatureExtractor
 from pipeline.evaluate.parts import PartRunner, picture_seed, read_part
@@ -153,29 +154,38 @@ def test_preference_compares_each_caption_with_its_words_in_another_order(
 
 
 def test_negatives_are_of_what_clip_reads_of_a_caption(tiny: Recipe, cascade: Cascade, tmp_path: Path) -> None:
-    work, download = plan_work(tiny, _inputs(tiny)), _inputs(tiny)["download"]
     clip: Any = cascade.clip
     words = [f"word{number}" for number in range(60)]
     head, tail = " ".join(words[:50]), "a cat and a dog"  # the tail is behind the end of what is read
     captions = [f"{head} {tail}", f"{tail} {head}", tail]
     assert clip.clip.inputs.cut_at([head])[0] == clip.clip.inputs.context_length
     bigrams = bigrams_of(["a dog and a cat", "cat word0"])
-    runner = PartRunner(cascade, work, download, Artifact(str(tmp_path)), 0, None, bigrams)
-    z_text = clip.encode_text(captions).z_text.cpu().numpy()
-    (none, no_direction), (long, direction), (short, _) = runner._contrast(captions, z_text)
-    assert (none, no_direction) == ("", None)
-    assert long == f"a dog and a cat {head}"
-    assert short == "a dog and a cat"
-    assert np.abs(direction).max() > 0
+    rows = _rows_of_captions(tiny, cascade, captions, bigrams, tmp_path)
+    assert [row["negative"] for row in rows] == ["", f"a dog and a cat {head}", "a dog and a cat"]
+    assert [row["margin"] is None for row in rows] == [True, False, False]
+    assert rows[1]["margin"] != 0
 
 
 def test_a_negative_that_the_tokenizer_reads_as_its_caption_is_none(
     tiny: Recipe, cascade: Cascade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clip: Any = cascade.clip
-    runner = PartRunner(cascade, plan_work(tiny, _inputs(tiny)), _inputs(tiny)["download"], Artifact(str(tmp_path)), 0)
-    monkeypatch.setattr(runner, "_negative_of", lambda caption: caption.replace("dog", "DOG"))
-    assert runner._contrast(["a cat and a dog"], clip.encode_text(["a cat and a dog"]).z_text.numpy()) == [("", None)]
+    monkeypatch.setattr(parts, "hard_negatives", lambda caption, *_: [caption.replace("dog", "DOG")])
+    (row,) = _rows_of_captions(tiny, cascade, ["a cat and a dog"], frozenset(), tmp_path)
+    assert (row["negative"], row["margin"]) == ("", None)
+
+
+def _rows_of_captions(
+    recipe: Recipe, cascade: Cascade, captions: list[str], bigrams: Bigrams, folder: Path
+) -> list[dict[str, Any]]:
+    """A part of measured rows, with other captions."""
+    work, output = plan_work(recipe, _inputs(recipe)), Artifact(str(folder))
+    rows = [dataclasses.replace(work.rows[0], caption=caption) for caption in captions]
+    part = Part("validation", 0, 0, len(rows))
+    runner = PartRunner(
+        cascade, dataclasses.replace(work, rows=rows), _inputs(recipe)["download"], output, 0, None, bigrams
+    )
+    runner.run(part)
+    return read_part(output, part)
 
 
 def test_failures_are_the_pictures_in_which_something_is_wrong(

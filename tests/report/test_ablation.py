@@ -76,3 +76,4 @@ def test_the_terminal_shows_both_tables_and_the_verdict() -> None:
     assert next(line for line in lines if "both colours" in line).split()[4:] == ["80.0%", "60.0%", "73.3%", "3.3%"]
     assert next(line for line in lines if "relation " in line and "reversed" in line).endswith("holds")
     assert lines[-4:] == order_verdict(RESULT)
+    assert "so these were trained on." in format_ablation(RESULT | {"prompts": "training captions"})

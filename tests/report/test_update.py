@@ -1,5 +1,6 @@
 """The page that commands point to is this recipe's, of the results that there are now."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,17 @@ def test_a_recipe_that_shares_the_workspace_gets_a_page_of_its_own(recipe: Recip
     fill_workspace(other)
     assert "<title>hour" in _update(other)
     assert _update(recipe) == ours
+
+
+def test_a_page_that_shows_a_forgotten_pair_is_written_again(recipe: Recipe) -> None:
+    """Forgetting keeps the time of a manifest, and takes the pair out of its measures and files."""
+    steps = {step.name: step for step in fill_workspace(recipe)}
+    assert "www.example.com/none.png" in _update(recipe)
+    download = artifact_of(Workspace(recipe.workspace), steps["download"])
+    manifest = download.manifest()
+    assert manifest is not None
+    download.write_json("manifest.json", replace(manifest, metrics=manifest.metrics | {"repeated": []}).to_dict())
+    assert "www.example.com/none.png" not in _update(recipe)
 
 
 def _longer() -> dict[str, object]:
