@@ -218,7 +218,7 @@ class MetricsLog:
         rows: list[Json] = [json.loads(line) for line in lines]
         self.reached: int = max((row["step"] for row in rows), default=0)
         """Last step of the curves of the start before."""
-        first = rows[0] if rows and step else {}
+        first: Json = rows[0] if rows and step else {}
         self._begun: float = first.pop("begun", first.get("time", _now()))  # also where no row is old enough to stay
         self.rows = [row for row in rows if row["step"] <= step] if step else []
         self.note = ""
