@@ -36,6 +36,7 @@ _NICE = 5
 """By how much a validation gives way to the trainings of its machine."""
 _MAX_REASON_CHARS = 200
 _ENDS = "the run was asked to end"
+_RUN_ENDED = "the run ended before it"
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,15 @@ class Validations:
 
         self._output, self._start, self._lacks, self._limit_s = output, start, lacks, limit_s
         # Of an earlier start: what is free before this one's workers are placed is what they are about to take.
-        self._seen = {*result_steps(output), *checkpoint_steps(output)}
+        results = result_steps(output)
+        self._seen = {*results, *checkpoint_steps(output)}
         self._task: Task | None = None
-        self.state = replace(read_beside(output), running=-1)
-        write_beside(output, self.state)
+        before = read_beside(output)
+        self.state = replace(before, running=-1)
+        if before.running in {-1, *results}:
+            write_beside(output, self.state)
+        else:
+            self._note(failed=1, reason=_RUN_ENDED)
 
     def look(self) -> None:
         """Take the result of the running validation if it has one, and start that of the newest new checkpoint.
@@ -104,12 +110,13 @@ class Validations:
             self._begin(last_step)
             self._wait(wants_end)
 
-    def end(self) -> None:
-        """End the running validation."""
+    def end(self, reason: str = _RUN_ENDED) -> None:
+        """End the running validation, which counts as failed."""
         if self._task is not None:
             self._task.cancel()
             self._task = None
             self._change(running=-1)
+            self._note(failed=1, reason=reason)
 
     def fails(self, error: Exception) -> None:
         """Say that looking itself has failed, once for each cause."""
@@ -124,8 +131,7 @@ class Validations:
         self._collect()
         while self._task is not None:
             if wants_end():
-                self.end()
-                self._note(failed=1, reason=_ENDS)
+                self.end(_ENDS)
                 return
             left_s = self._task.begun + self._limit_s - time.monotonic()
             with contextlib.suppress(Exception):  # ``_collect`` reads it

@@ -117,7 +117,7 @@ def test_a_start_takes_no_checkpoint_of_the_one_before_for_one_of_its_own(cluste
     again = _Cluster(cluster.output)
     again.look_at()
     assert not again.tasks
-    assert again.state == BesideState(skipped=1, reason="only 0 of 1 CPU was free")
+    assert again.state == BesideState(skipped=1, failed=1, reason="the run ended before it")
     again.look_at(6)
     assert list(again.tasks) == [6]
 
@@ -174,7 +174,7 @@ def test_a_failed_training_ends_its_validation(cluster: _Cluster) -> None:
     cluster.look_at(2)
     cluster.validations.end()
     assert cluster.cancelled == [2]
-    assert cluster.state.running == -1
+    assert cluster.state == BesideState(failed=1, reason="the run ended before it")
 
 
 @pytest.mark.parametrize(
