@@ -174,9 +174,12 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
 
 
 def cast_column(column: Any, kind: Any) -> Any:
-    """A column in another type; what has no text of its own (lists, records) becomes JSON."""
+    """A column in another type; what has no text of its own (lists, records) becomes JSON.
+
+    Integers beyond 2^53 become the nearest float where another file of the list has floats.
+    """
     try:
-        return column.cast(kind)
+        return column.cast(kind, safe=not pa.types.is_floating(kind))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         values: list[Any] = column.to_pylist()
         return pa.array([one if one is None else json.dumps(one, sort_keys=True, default=str) for one in values], kind)

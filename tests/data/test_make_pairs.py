@@ -157,6 +157,7 @@ def test_the_share_of_validation_pictures_is_that_of_the_recipe(prob: float) -> 
 _DIFFERENT: dict[str, list[dict[str, Any]]] = {
     "null in the first part": [{"w": None}, {"w": "no"}],
     "int and double": [{"w": 1}, {"w": 1.5}],
+    "large int and double": [{"w": 2**53 + 1}, {"w": 1.5}],
     "int and text": [{"w": 1}, {"w": "one"}],
     "a list and text": [{"w": [1, 2]}, {"w": "one"}],
 }
@@ -173,7 +174,8 @@ def test_columns_of_different_types_stop_nothing(
         pair = {"url": f"http://a/{number}", "caption": "c"}
         pq.write_table(pa.Table.from_pylist([pair | row]), tmp_path / f"list/{number}.parquet")
     config = PairsConfig(source="list", path=str(tmp_path / "list"))
-    for extra, expected in {(): None, ("w",): {"int and double": [1.0, 1.5]}.get(name, "texts")}.items():
+    numbers = {"int and double": [1.0, 1.5], "large int and double": [2.0**53, 1.5]}
+    for extra, expected in {(): None, ("w",): numbers.get(name, "texts")}.items():
         output = Artifact(str(tmp_path / f"out{len(extra)}"))
         assert write_pairs(Source(config, extra_columns=extra), output).counts == {"in": 2, "ok": 2}
         values = Pairs(output).read(0, 2, extra).to_pydict()
