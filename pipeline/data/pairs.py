@@ -130,7 +130,8 @@ class Pairs:
                         low, high = max(start, group_start), min(stop, group_start + num_rows)
                         if low < high:
                             table = parquet.read_row_group(group, columns=list(columns)).select(list(columns))
-                            yield table.slice(low - group_start, high - low).cast(schema)
+                            # Types only widen; a large integer becomes the nearest float.
+                            yield table.slice(low - group_start, high - low).cast(schema, safe=False)
                         group_start += num_rows
             except (pa.ArrowInvalid, OSError) as error:
                 raise DataError(f"{path}: damaged ({error}); run the pairs step again") from error

@@ -338,9 +338,9 @@ def _failures_about(metrics: Json) -> str:
 
 
 def _neighbours_about(metrics: Json) -> str:
-    memorisation = metrics.get("memorisation")
+    memorisation = metrics.get("memorisation") or {}
     text = "Each sample and the training pictures nearest to it in the CLIP space, with their cosine similarity."
-    if "closer_than_real" not in (memorisation or {}):
+    if "closer_than_real" not in memorisation:
         return text
     return (
         f"{text} {100 * memorisation['closer_than_real']['rate']:.1f} % of the samples lie closer to a training "

@@ -202,7 +202,7 @@ class Rehearsal:
         start = clock.now()
         rules = RowRules(config)
         loaded = clock.now()
-        measures = rules(*(download.path(f"{_SHARD}.{suffix}") for suffix in ("tar", "parquet")), _SHARD)
+        measures = rules(download.path(f"{_SHARD}.tar"), download.path(f"{_SHARD}.parquet"), _SHARD)
         return self._label("filter", output, measures, clock, start, loaded)
 
     def filter_embeddings(self) -> RowUnits | None:
