@@ -7,6 +7,7 @@ import sys
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -335,3 +336,19 @@ def test_whole_words_are_those_of_the_longest_beginning_that_is_not_cut() -> Non
         whole = [n for n in range(len(words) + 1) if inputs.cut_at([" ".join(words[:n])]) == [0]]
         assert inputs.num_whole_words(caption) == max(whole)
     assert inputs.num_whole_words("cat " + "x" * 100_000) == 1  # at once: its tokens are not counted
+
+
+def test_words_of_a_hugging_face_tokenizer_are_counted_by_its_own_tokens() -> None:
+    inputs = inputs_of({"text_cfg": {"context_length": 10}}, {"size": 32}, "")
+    asked: list[str] = []
+
+    def encode(word: str, *, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        asked.append(word)
+        return [1] * len(word)  # a token for each letter, and two at most of start and end
+
+    vars(inputs)["tokenizer"] = SimpleNamespace(tokenizer=SimpleNamespace(encode=encode))
+    assert [inputs.num_whole_words(text) for text in ("", "a cat", "cat cat ab", "cat cat abc", "a " * 20)] == [
+        0, 2, 3, 2, 8,
+    ]  # fmt: skip
+    assert sorted(asked) == ["a", "ab", "abc", "cat"]  # each word once
