@@ -2,33 +2,20 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.train_sections import NetworkStepConfig
+from pipeline.recipe.steps import STEPS, StepRow
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """The recipe with its local paths made absolute."""
-    clip = recipe.clip
-    if clip.source == "pretrained":
-        clip = dataclasses.replace(clip, name=_existing(clip.name), tag=_existing(clip.tag))
-    networks = {
-        name: dataclasses.replace(section, init_from=_absolute(section.init_from))
-        for name, section in recipe.trained().items()
-        if isinstance(section, NetworkStepConfig)
-    }
+    """The recipe with its local paths made absolute: the files that its steps read, and those of server and tracker."""
+    steps = {row.name: _with_absolute_files(section, row) for row in STEPS if (section := getattr(recipe, row.name))}
     lists = tuple(dataclasses.replace(one, path=_absolute(one.path)) for one in recipe.pairs.lists)
     return dataclasses.replace(
         recipe,
-        **networks,
+        **steps | {"pairs": dataclasses.replace(steps["pairs"], lists=lists)},
         workspace=_absolute(recipe.workspace),
-        pairs=dataclasses.replace(recipe.pairs, path=_absolute(recipe.pairs.path), lists=lists),
-        clip=clip,
-        evaluate=dataclasses.replace(
-            recipe.evaluate,
-            prompts_path=_absolute(recipe.evaluate.prompts_path),
-            features_path=_absolute(recipe.evaluate.features_path),
-        ),
         serve=dataclasses.replace(
             recipe.serve,
             keys=_absolute(recipe.serve.keys),
@@ -39,12 +26,15 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     )
 
 
+def _with_absolute_files(section: Any, row: StepRow) -> Any:
+    """The section of a step with the files that its row names."""
+    return dataclasses.replace(
+        section, **{name: _absolute(path) for name, path in section.local_paths(row.files).items()}
+    )
+
+
 def _absolute(path: str) -> str:
     return path if not path or "://" in path else str(Path(path).absolute())
-
-
-def _existing(path: str) -> str:
-    return _absolute(path) if path and Path(path).exists() else path
 
 
 def _absolute_database(uri: str) -> str:

@@ -91,7 +91,7 @@ def _measure(recipe: Recipe, rehearsal: Rehearsal, todo: Collection[str], taken:
         process_s=process_s,
         num_rows=0 if is_import and "pairs" not in taken else count_pairs(recipe.pairs),
         num_imported=count_rows(Path(recipe.embed.import_from)) if is_import else None,
-        success=rehearsal.num_good / rehearsal.num_pairs if rehearsal.num_pairs else 1.0,
+        success=rehearsal.num_good / rehearsal.num_read if rehearsal.num_read else 1.0,
         kept=rehearsal.kept,
         rows=rows,
         trainings=trainings,

@@ -78,10 +78,12 @@ class Rehearsal:
         self._finished = {name: artifact for name, artifact in finished.items() if name in recipe.trained()}
         self._folder = folder
         self._num_embedded = 0
-        self.num_good = 0
-        """Rows that the download brought."""
+        self.num_read = 0
+        """Rows of the source that were read; repeated and damaged ones are no pairs."""
         self.num_pairs = 0
         """Rows of the pairs."""
+        self.num_good = 0
+        """Rows that the download brought."""
         self.kept = dict[str, float]()
         """Share of its rows that a filter has kept, by step."""
 
@@ -116,7 +118,7 @@ class Rehearsal:
         fixed_s = clock.time(lambda: write_pairs(replace(source, config=one_row), self.artifact("pairs-of-one")))
         start = clock.now()
         summary = write_pairs(source, output)
-        self.num_pairs = summary.counts["ok"]
+        self.num_read, self.num_pairs = summary.counts["in"], summary.counts["ok"]
         row_s = max(0.0, clock.now() - start - fixed_s) / summary.counts["in"]
         if config.source == "drawn":
             with output.write(EVALUATION) as path:
@@ -169,7 +171,8 @@ class Rehearsal:
         """
         tar, fetched_s = self._first_tar
         whole, few = (replace(source.config, path=tar, max_pairs=most) for most in (0, NUM_ROWS))
-        self.num_pairs = write_pairs(replace(source, config=few), output).counts["ok"]  # first: it loads the tokenizer
+        counts = write_pairs(replace(source, config=few), output).counts  # first, because it loads the tokenizer
+        self.num_read, self.num_pairs = counts["in"], counts["ok"]
         start = time.perf_counter()
         summary = write_pairs(replace(source, config=whole), self.artifact(_WHOLE_PAIRS))
         seconds = fetched_s + time.perf_counter() - start

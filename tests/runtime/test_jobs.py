@@ -225,6 +225,9 @@ def test_paths_of_a_shipped_recipe_are_absolute(tmp_path: Path, monkeypatch: pyt
             "pairs": {"source": "list", "path": "list.csv"},
             "clip": {"source": "pretrained", "name": "clip", "tag": "laion2b"},
             "prior": {"init_from": "prior"},
+            "embed": {"import_from": "embeddings"},
+            "filter_embeddings": {"aesthetic_weights": "head.pth"},
+            "evaluate": {"prompts_path": "prompts.txt"},
             "serve": {"keys": "keys.json", "access_log": "access.jsonl"},
             "tracking": {"uri": "sqlite:///runs.db"},
         }
@@ -234,6 +237,10 @@ def test_paths_of_a_shipped_recipe_are_absolute(tmp_path: Path, monkeypatch: pyt
     assert shipped.pairs.path == str(tmp_path / "list.csv")
     assert (shipped.clip.name, shipped.clip.tag) == (str(tmp_path / "clip"), "laion2b")
     assert shipped.prior.init_from == str(tmp_path / "prior")
+    assert shipped.embed.import_from == str(tmp_path / "embeddings")
+    assert shipped.filter_embeddings is not None
+    assert shipped.filter_embeddings.aesthetic_weights == str(tmp_path / "head.pth")
+    assert shipped.evaluate.prompts_path == str(tmp_path / "prompts.txt")
     assert shipped.decoder == recipe.decoder
     assert (shipped.serve.keys, shipped.serve.access_log) == (
         str(tmp_path / "keys.json"),

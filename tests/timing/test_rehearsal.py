@@ -20,6 +20,7 @@ from pipeline.data.tars import take_in
 from pipeline.errors import StepError
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.timing.companion import companions
+from pipeline.timing.measure import measure
 from pipeline.timing.rehearsal import Rehearsal
 from pipeline.workspace.store import Artifact
 from tests.tiny.recipe import tiny_tables
@@ -118,6 +119,12 @@ def test_one_slow_url_holds_up_its_own_connection_alone(
 def test_rows_wait_for_slow_hosts_as_many_at_a_time_as_there_are_connections(address: str, tmp_path: Path) -> None:
     urls = [f"{address}/{row}-0.2" for row in range(16)]
     assert _download_row_s(_list_recipe(tmp_path, urls, 2), tmp_path / "rehearsal") >= 0.2 / 2
+
+
+def test_repeated_rows_are_no_rows_of_the_next_steps(address: str, tmp_path: Path) -> None:
+    urls = [f"{address}/{row}-0" for row in range(8)]
+    units = measure(_list_recipe(tmp_path, [*urls, *urls], 4), {}, only=["download"])
+    assert (units.num_rows, units.rows_of("embed")) == (16, 8)
 
 
 class _MakesAFolder:
