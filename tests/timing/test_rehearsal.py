@@ -5,6 +5,7 @@ import os
 import tarfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Generator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from pipeline.data.download import Downloader
 from pipeline.data.make_pairs import write_pairs
 from pipeline.data.pairs import Pairs
 from pipeline.data.sources import source_of
@@ -116,9 +118,17 @@ def test_one_slow_url_holds_up_its_own_connection_alone(
 ) -> None:
     monkeypatch.setattr("pipeline.timing.rehearsal._DEADLINE_S", 4.0)
     urls = [f"{address}/{row}-0" for row in range(63)]
-    start = time.monotonic()
+    walls_s, download = list[float](), Downloader.download
+
+    def timed(*args: Any) -> Counter[str]:
+        start = time.monotonic()
+        counts = download(*args)
+        walls_s.append(time.monotonic() - start)
+        return counts
+
+    monkeypatch.setattr(Downloader, "download", timed)
     row_s = _download_row_s(_list_recipe(tmp_path, [*urls, f"{address}/dead-60"], 64), tmp_path / "rehearsal")
-    assert row_s < 0.6 * (time.monotonic() - start) / 64  # on a busy machine the other rows wait for two seconds, too
+    assert row_s < 0.7 * walls_s[0] / 64  # on a busy machine the other rows wait for two seconds, too
 
 
 def test_rows_wait_for_slow_hosts_as_many_at_a_time_as_there_are_connections(address: str, tmp_path: Path) -> None:
