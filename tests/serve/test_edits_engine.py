@@ -29,6 +29,7 @@ from models.request import (
     StartPicture,
     TextDiff,
     Variation,
+    is_walk,
 )
 from pipeline.serve import served_stages
 from pipeline.serve.engine import Engine
@@ -131,19 +132,26 @@ def test_random_requests_that_come_and_go_are_each_as_alone(cascade: Cascade, mo
         if rng.random() < 0.3:
             rng.choice(jobs)[1].cancel()
         time.sleep(rng.random() * 0.02)
-    num_answers = 0
+    walks, num_others = list[bool](), 0
     try:
         for request, future in jobs:
             with contextlib.suppress(concurrent.futures.CancelledError, EditError):
                 answer = future.result(120)
-                num_answers += 1
                 whole = run_phases(editor, request) if request.edit else cascade.sample_request(request)
-                # Another batch rounds otherwise, which these networks carry further; another picture is 20 levels away.
-                assert np.abs(answer.images.astype(int) - whole.images.numpy()).mean() < 3, request
+                np.testing.assert_allclose(answer.z_image, whole.z_image, atol=2e-4)
+                if is_walk(request.edit):
+                    # An inversion by untrained networks carries the rounding of another batch further, now and then
+                    # (3 of some 80): a little of such a picture differs. Another picture is 20 levels away.
+                    walks.append(almost_equal(answer.images, whole.images))
+                    assert np.abs(answer.images.astype(int) - whole.images.numpy()).mean() < 3, request
+                else:
+                    num_others += 1
+                    assert almost_equal(answer.images, whole.images), request
         counts = engine.counts()
     finally:
         engine.close()
-    assert num_answers > 40
+    assert len(walks) + num_others > 40
+    assert sum(walks) >= 0.9 * len(walks) > 0
     assert counts["active"] == counts["waiting"] == 0
     assert counts["rows"] / counts["steps"] > 1.5
 
