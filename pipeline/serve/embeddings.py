@@ -12,7 +12,7 @@ from pipeline.serve.deadlines import Timeout, beside
 from pipeline.serve.images import MAX_PROMPT_CHARS, note_of_cut, require_model
 from pipeline.serve.knn import MAX_QUERIES
 from pipeline.serve.protocols import PictureModel, Vectors
-from pipeline.serve.uploads import decode_base64, decoding
+from pipeline.serve.uploads import decode_base64, embed_picture
 from pipeline.serve.web import ApiError
 
 MAX_INPUTS = 2048
@@ -92,7 +92,7 @@ async def _vectors(model: PictureModel, inputs: Sequence[str]) -> Vectors:
     rows: list[Vectors] = []
     for item in inputs:
         if item.startswith(_DATA_URL):
-            rows.append(await model.embed_image(await decoding(decode_base64, item, "input")))
+            rows.append(await embed_picture(model, decode_base64, item, "input"))
         else:
             rows.append(next(of_texts))
     return np.stack(rows)

@@ -25,10 +25,11 @@ from pipeline.retrieve.copies import near_copy_similarity
 from pipeline.retrieve.index import Neighbour
 from pipeline.retrieve.retriever import Retriever
 from pipeline.serve.deadlines import Timeout, while_wanted
+from pipeline.serve.held import HeldBytes
 from pipeline.serve.images import note_of_cut
-from pipeline.serve.protocols import Images, NeighbourRow, Neighbours, PictureModel, Vectors
+from pipeline.serve.protocols import NeighbourRow, Neighbours, PictureModel, Vectors
 from pipeline.serve.traces import span
-from pipeline.serve.uploads import bounded_picture, decode_base64, decoding
+from pipeline.serve.uploads import bounded_picture, decode_base64, embed_picture
 from pipeline.serve.web import ApiError
 
 _log = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ MAX_WHOLE_ROWS = 2000
 """Most rows with pictures of all searches of one request: all are in memory at once."""
 _FETCHES_S = 30.0
 """Longest time in which all pictures of one request are fetched, in seconds."""
+_FETCHED = HeldBytes("pictures of URLs", 512 << 20)
+"""Files that were fetched, and wait for the decoder."""
 SAFETY = ("use_safety_model", "use_violence_detector")
 """Fields of clip-retrieval's client that ask for safe rows alone; which those are says the recipe (serve.safe_rows)."""
 _FETCHING = DownloadConfig(
@@ -380,29 +383,30 @@ async def _embed(model: PictureModel, neighbours: Neighbours, name: str, values:
     if name == "text":
         return await model.embed_texts(values)
     if name == "image":
-        rows = [await model.embed_image(await decoding(decode_base64, text, "image")) for text in values]
+        rows = [await embed_picture(model, decode_base64, text, "image") for text in values]
     elif name == "image_url":
         left_s, rows = _FETCHES_S, list[Vectors]()
         for url in values:
             started_s = time.monotonic()
-            picture = await _fetch(url, left_s)
+            data = await _fetch(url, left_s)
             left_s -= time.monotonic() - started_s
-            rows.append(await model.embed_image(picture))
+            with _FETCHED.hold(len(data)):
+                rows.append(await embed_picture(model, bounded_picture, data, "image_url"))
     else:
         width = await neighbours.embed_dim()
         rows = [_unit(vector, width) for vector in values]
     return np.stack(rows)
 
 
-async def _fetch(url: str, longest_s: float) -> Images:
-    """A picture of the public internet: every hop is checked, its size and time are limited (pipeline/data/fetch.py).
+async def _fetch(url: str, longest_s: float) -> bytes:
+    """A file of the public internet: every hop is checked, its size and time are limited (pipeline/data/fetch.py).
 
     Args:
         url: Its address.
         longest_s: How long all of it may take, in seconds.
 
     Raises:
-        ApiError: 400, if it does not come, or is no picture.
+        ApiError: 400, if it does not come.
     """
     if longest_s <= 0:
         message = f"image_url: the pictures did not come within {_FETCHES_S:g} s; send fewer in one request"
@@ -411,11 +415,10 @@ async def _fetch(url: str, longest_s: float) -> Images:
     try:
         async with Fetcher(config, AddressRules()) as fetcher:
             with await fetcher.fetch(url) as body:
-                data = body.read()
+                return body.read()
     except FetchError as error:
         message = f"image_url: {error.cause}: {CLASSES.get(error.cause.partition('-')[0], error.cause)}"
         raise ApiError(400, message, param="image_url", code="invalid_value") from None
-    return await decoding(bounded_picture, data, "image_url")
 
 
 def _unit(values: Sequence[float], width: int) -> Vectors:

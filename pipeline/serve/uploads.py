@@ -20,7 +20,8 @@ from models.request import RawMask, RawPicture
 from pipeline.errors import ConfigError
 from pipeline.pictures import PictureError, on_white, read, resize, square
 from pipeline.sampling.masks import Mask, centre_square, masked_pixels, shrink_mask, transparent_pixels
-from pipeline.serve.protocols import Images
+from pipeline.serve.held import HeldBytes
+from pipeline.serve.protocols import Images, PictureModel, Vectors
 from pipeline.serve.web import ApiError, read_body
 
 FILE_FIELDS = ("image", "mask")
@@ -34,6 +35,8 @@ _MAX_MEMORY_BYTES = 512 << 20
 _DECODERS = ThreadPoolExecutor(2, "unclip-decode")
 """More would need the memory of as many pictures: any number of clients may send the largest one. Those that wait do so
 here, and hold no thread that other requests need."""
+_TO_EMBED = HeldBytes("pictures to embed", 512 << 20)
+"""Those that are decoded and wait for CLIP: a file of a few bytes may be a large picture."""
 _MAX_SHORTER_PX = 1024
 _MAX_SENT_PX = 1 << 22
 """Largest area of a picture that is sent to the networks, in pixels; a longer strip is resized."""
@@ -54,6 +57,18 @@ async def decoding(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T
         return await asyncio.wrap_future(_DECODERS.submit(run))
     finally:
         job.clear()  # what is cancelled lies in the queue until its turn comes, and would keep its files so long
+
+
+async def embed_picture(model: PictureModel, decode: Callable[P, Images], *args: P.args, **kwargs: P.kwargs) -> Vectors:
+    """Decode a client's picture as ``decoding`` does, and embed it, (D,).
+
+    Raises:
+        ApiError: As ``decode``.
+        Overloaded: If the pictures of others that wait for CLIP leave no room for it.
+    """
+    image = await decoding(decode, *args, **kwargs)
+    with _TO_EMBED.hold(image.nbytes):
+        return await model.embed_image(image)
 
 
 @dataclass(frozen=True)

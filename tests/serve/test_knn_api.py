@@ -29,6 +29,7 @@ from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.knn import KnnRequest
 from pipeline.serve.web import ApiError, parse
 from pipeline.workspace.store import Workspace
+from tests.tiny.pictures import noisy_picture
 from tests.tiny.shards import pixels, plain_picture
 from tests.tiny.workspace import COLOURS
 
@@ -386,7 +387,7 @@ def test_all_pictures_of_a_request_are_fetched_in_one_time(monkeypatch: pytest.M
     async def slow(_: str, longest_s: float) -> Any:
         left_s.append(longest_s)
         await asyncio.sleep(0.05)
-        return np.zeros((2, 2, 3), np.uint8)
+        return noisy_picture(1)
 
     monkeypatch.setattr(knn, "_fetch", slow)
     model, nobody = AsyncMock(), AsyncMock()

@@ -1,11 +1,14 @@
 """Pictures that clients send: how often and where they are decoded, and their masks."""
 
 import asyncio
+import base64
 import concurrent.futures
 import io
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import numpy as np
@@ -16,8 +19,9 @@ from PIL import Image
 from models.request import Interpolation, RawPicture, Variation
 from pipeline.recipe.picture_card import ModelCard
 from pipeline.sampling.masks import shrink_mask
-from pipeline.serve import api, uploads
+from pipeline.serve import api, knn, uploads
 from pipeline.serve.api import ApiSettings, create_app
+from pipeline.serve.embeddings import EmbeddingRequest, embed
 from pipeline.serve.held import HeldBodies, HeldBytes, HeldPictures
 from pipeline.serve.protocols import Overloaded
 from tests.serve.test_engine import wait_until
@@ -164,6 +168,46 @@ def test_pictures_are_decoded_in_the_time_of_their_request_and_while_its_client_
     assert len(decoded) == 1
     assert requests[0].timeout_s < 30 - 0.3
     assert all(one.result() for one in busy)
+
+
+@pytest.mark.parametrize(
+    ("route", "room", "name", "most_bytes"),
+    [
+        ("embeddings", uploads, "_TO_EMBED", 5000),
+        ("image", uploads, "_TO_EMBED", 5000),
+        ("image_url", uploads, "_TO_EMBED", 5000),
+        ("image_url", knn, "_FETCHED", 500),
+    ],
+)
+def test_pictures_that_wait_for_clip_are_bounded_in_sum(
+    monkeypatch: pytest.MonkeyPatch, route: str, room: Any, name: str, most_bytes: int
+) -> None:
+    """Once they are decoded each is larger than the file that a client sent; files that were fetched are bounded, too."""
+    held, may_end = HeldBytes("pictures", most_bytes), asyncio.Event()
+    monkeypatch.setattr(room, name, held)
+    monkeypatch.setattr(knn, "_fetch", AsyncMock(return_value=noisy_picture(1)))
+    text = base64.b64encode(noisy_picture(1)).decode()
+
+    async def embed_image(_image: Any) -> Any:
+        await may_end.wait()
+        return np.zeros(2, np.float32)
+
+    async def ask(networks: Any) -> Any:
+        if route == "embeddings":
+            body = EmbeddingRequest(input=[f"data:image/png;base64,{text}"])
+            return await embed(networks, body, ModelCard("tiny", 32))
+        return await knn._embed(networks, networks, route, [text])
+
+    async def ask_three() -> list[Any]:
+        networks = SimpleNamespace(embed_image=embed_image)
+        asking = [asyncio.create_task(ask(networks)) for _ in range(3)]
+        await asyncio.to_thread(wait_until, lambda: sum(one.done() for one in asking) == 2)
+        may_end.set()
+        return await asyncio.gather(*asking, return_exceptions=True)
+
+    answers = asyncio.run(ask_three())
+    assert sum(isinstance(answer, Overloaded) for answer in answers) == 2
+    assert held.num_bytes == 0
 
 
 def test_every_form_of_answer_to_an_edit_makes_room_again(
