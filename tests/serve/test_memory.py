@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -29,14 +29,15 @@ _FIXED, _EACH = 1000, 100
 class Device:
     """Has room for calls of so many rows, in bytes; a call of a network takes ``_FIXED`` and ``_EACH`` a row."""
 
-    computing = staticmethod(nullcontext)
-
     def __init__(self, room: int, kept: int = 0) -> None:
         self.room = room
         self.kept = kept
         self.peak = 0
         self.rows: dict[str, int] = {}
         """Most rows of a call, by the class of the network."""
+
+    def computing(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def free_bytes(self) -> int:
         return math.ceil((_FIXED + self.room * _EACH) / 0.9)
@@ -181,7 +182,11 @@ def test_steps_captions_and_embeddings_are_all_computed_where_a_measurement_wait
 
     def watch(name: str) -> None:
         act = getattr(cascade.clip, name)
-        noted = lambda *some: (names.append((name, getattr(is_held, "value", False))), act(*some))[1]  # noqa: E731
+
+        def noted(*some: Any) -> Any:
+            names.append((name, getattr(is_held, "value", False)))
+            return act(*some)
+
         monkeypatch.setattr(cascade.clip, name, noted)
 
     monkeypatch.setattr(device, "computing", computing)
