@@ -238,7 +238,7 @@ def test_what_is_under_way_is_waited_for_as_long_as_somebody_works_on_it(
 ) -> None:
     monkeypatch.setattr(front_module, "_END_S", 0.01)
     front, lines = Front(ServeConfig()), list[str]()
-    front.gate._count(1)
+    front.gate._count(front, 1)
     with pytest.raises(type(end)), finishing(front, 0.01, lines.append):
         raise end
     assert [line.partition(" - ")[0] for line in lines] == said
