@@ -123,6 +123,7 @@ def _says_no_place_at_first(_name: str, _function: Callable[..., Any], mark: str
     yield "second"
 
 
+@pytest.mark.slow
 def test_a_task_is_submitted_again_if_a_machine_goes_before_it_has_said_where_it_runs(
     head: Any, far: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,7 @@ def _jobs(head: Any) -> list[str]:
     return [job["job_id"] for job in json.loads(unclip("jobs", "--address", head.dashboard, "--json").stdout)]
 
 
+@pytest.mark.slow
 def test_a_terminal_that_follows_a_job_has_its_live_table(head: Any, tmp_path: Path) -> None:
     path = write_recipe(tmp_path, port=free_port())
     words = [str(path), "--set", "tracking.uri=off", "--until", "download", "--address", head.dashboard, "--follow"]

@@ -53,6 +53,7 @@ class _KilledError(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(400)
 def test_a_training_sees_the_rows_of_each_list_as_its_weight_says(

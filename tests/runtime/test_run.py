@@ -141,6 +141,7 @@ def test_sigterm_ends_a_run_with_one_line_and_keeps_what_is_finished(
     assert list(tmp_path.rglob("pairs/*/manifest.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_step_made_from_an_input_that_was_made_anew_runs_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -84,6 +84,7 @@ def test_only_what_is_needed_soon_and_is_not_there_is_asked_for(cluster: Cluster
     assert asked({}) == []
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_a_run_asks_for_the_machines_of_a_step_before_it_begins(cluster: Cluster, tmp_path: Path) -> None:
     path = write_recipe(tmp_path, port=free_port(), num_steps=300)

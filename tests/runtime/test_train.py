@@ -80,6 +80,11 @@ def test_fit_trains_on_one_worker_and_on_two(tmp_path: Path) -> None:
         # The same samples with the same random numbers, added up in another order.
         assert _gap(weights[1], weights[2]) < 1e-4
 
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_errors_of_a_training_name_the_step_and_the_file(tmp_path: Path) -> None:
+    with connect():
         context = upsampler_context(_recipe(tmp_path / "nan", num_workers=1, learning_rate=1e38))
         with pytest.raises(StepError, match="upsampler_1: step 2: loss or gradient is not finite"):
             _step(context)

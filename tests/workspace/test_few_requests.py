@@ -75,6 +75,7 @@ def _filtered(root: str, num_shards: int, folder: Path, server: S3Server) -> tup
     return Counter(one.kind for one in requests if "/results" not in one.name), num_parts
 
 
+@pytest.mark.slow
 def test_a_search_for_duplicates_asks_for_no_shard_in_each_of_its_parts(
     bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
