@@ -31,11 +31,11 @@ REQUESTS: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
     "pairs": ((0, 36), (0, 26)),
     "download": ((7, 10), (4, 11)),
     "filter": ((12, 29), (4, 28)),
-    "clip": ((6, 17), (0, 15)),
+    "clip": ((6, 18), (0, 15)),
     "embed": ((6, 17), (2, 10)),
     "index": ((5, 83), (0, 38)),
-    "prior": ((4, 26), (0, 16)),
-    "decoder": ((7, 27), (0, 16)),
+    "prior": ((4, 27), (0, 16)),
+    "decoder": ((7, 28), (0, 16)),
 }
 """Requests of a step that read (GET, HEAD), and that write or list (PUT, LIST): for each shard, and for the step. It is
 the table of docs/scaling.md, which a test measures, of few shards: of many, a page of a listing for each thousand files
