@@ -3,12 +3,13 @@
     unclip run configs/demo.toml
     python -m benchmarks.serving_crowds configs/demo.toml [--crowds 4] [--requests 24] [--precisions float32 bfloat16]
 
-Each crowd is a seeded draw: requests that arrive at random times (exponential gaps, half of a picture's own time in the
-mean), each with its own caption, seed, guidance, decoder steps, size and, one in four, a negative prompt; one in six is
-cancelled after a random wait. Every picture of the others is sampled again alone, by the bare sampler, in the same
-precision, and compared level by level. Required in float32: at most 1 grey level, in less than 0.1 % of the values. In
-bfloat16 the arithmetic of a batch rounds otherwise, which 50 steps carry on; what is required there is that pictures
-alone are those of float32 within 40 dB (PSNR, median). The networks must be trained: random ones magnify rounding.
+Each crowd is a seeded draw: requests that arrive at random times (exponential gaps, an eighth of a picture's time alone
+in the mean), each with its own caption, seed, guidance, decoder steps, size and, one in four, a negative prompt; one in
+six is cancelled after a random wait. Every picture of the others is sampled again alone, by the bare sampler, in the
+same precision, and compared level by level. Required in float32: at most 1 grey level, in less than 0.1 % of the
+values. In bfloat16 the arithmetic of a batch rounds otherwise, which 50 steps carry on; what is required there is that
+pictures alone are those of float32 within 40 dB (PSNR, median). The networks must be trained: random ones magnify
+rounding.
 """
 
 import argparse
@@ -120,7 +121,7 @@ def differences(cascade: Cascade, num_crowds: int, num_requests: int) -> Differe
     for seed in range(num_crowds):
         draws = random.Random(seed)
         requests = [draw_request(draws, captions, sides_px) for _ in range(num_requests)]
-        images, counts = serve_crowd(cascade, requests, picture_s / 2, draws)
+        images, counts = serve_crowd(cascade, requests, picture_s / 8, draws)
         for number, crowd in images.items():
             result.add(crowd, cascade.sample_request(requests[number]).images.numpy(), (seed, number))
         result.steps += counts["steps"]
