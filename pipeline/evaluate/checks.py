@@ -125,12 +125,12 @@ def _tally(
 
 def _with_conditions(values: Mapping[str, float], right: Flags, scene: Scene) -> dict[str, float]:
     """Values by attribute, with those of GIVEN again under a name of their own where ``right`` has the condition."""
-    given = {
+    conditional = {
         f"{name}, given {condition}": values[name]
         for name, condition in GIVEN.items()
         if name in values and right[condition_of(name, scene)]
     }
-    return {**values, **given}
+    return {**values, **conditional}
 
 
 def _rate(values: list[float]) -> Json:

@@ -113,8 +113,8 @@ def test_what_a_part_finds_is_held_in_columns(tmp_path: Path) -> None:
         gathered.write_batches([table], path)
     [part] = duplicates.search_parts(config, num_rows)
     tracemalloc.start()
-    found = duplicates.find_duplicates(files, bundles, part, config)
+    findings = duplicates.find_duplicates(files, bundles, part, config)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert (found.num_rows, set(found["same_as"].to_pylist())) == (num_rows - 1, {f"{0:032x}"})
+    assert (findings.num_rows, set(findings["same_as"].to_pylist())) == (num_rows - 1, {f"{0:032x}"})
     assert peak < 300 * num_rows

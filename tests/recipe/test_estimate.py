@@ -77,12 +77,12 @@ def test_measured_times_are_kept_for_the_same_settings_and_any_seed(tmp_path: Pa
     recipe = _recipe(tmp_path)
     save_times(recipe, _times(), 1.25)
     for same in (recipe, replace(recipe, seed=7)):
-        known, machine = load_times(same, make_plan(same))
-        assert known == _times()
+        times, machine = load_times(same, make_plan(same))
+        assert times == _times()
         assert machine.crowding == 1.25
     other = _recipe(tmp_path, decoder={"train": {"num_steps": 7}})
-    known, _ = load_times(other, make_plan(other))
-    assert set(_TIMES) - set(known) == {"decoder", "evaluate"}  # evaluate reads the decoder
+    times, _ = load_times(other, make_plan(other))
+    assert set(_TIMES) - set(times) == {"decoder", "evaluate"}  # evaluate reads the decoder
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"steps": 3}'])
@@ -90,20 +90,20 @@ def test_damaged_times_stop_no_run(tmp_path: Path, text: str) -> None:
     recipe = _recipe(tmp_path)
     save_times(recipe, _times(), 1.25)
     (tmp_path / "recipes/tiny/times.json").write_text(text)
-    known, machine = load_times(recipe, make_plan(recipe))
-    assert (known, machine.crowding) == ({}, 1.0)
+    times, machine = load_times(recipe, make_plan(recipe))
+    assert (times, machine.crowding) == ({}, 1.0)
 
 
 def test_a_step_that_was_not_measured_takes_the_time_of_its_last_run(tmp_path: Path) -> None:
     recipe = _recipe(tmp_path)
     _finish(recipe, {"decoder": 1, "embed": 2})
     again = replace(recipe, seed=1)
-    known, _ = load_times(again, make_plan(again))
-    assert known == {"decoder": StepTime(40.0), "embed": StepTime(0.0, 80.0)}
+    times, _ = load_times(again, make_plan(again))
+    assert times == {"decoder": StepTime(40.0), "embed": StepTime(0.0, 80.0)}
     _finish(again, {"decoder": 1}, wall_s=30.0)
     for either in (recipe, again, replace(recipe, seed=2)):
-        known, _ = load_times(either, make_plan(either))
-        assert known["decoder"] == StepTime(30.0)  # the newest
+        times, _ = load_times(either, make_plan(either))
+        assert times["decoder"] == StepTime(30.0)  # the newest
 
 
 def test_the_time_of_a_trial_run_is_not_that_of_the_full_run(tmp_path: Path) -> None:
@@ -112,8 +112,8 @@ def test_the_time_of_a_trial_run_is_not_that_of_the_full_run(tmp_path: Path) -> 
         (tmp_path / f"{name}.csv").write_text("url,caption\n" + "".join(rows))
     trial = _recipe(tmp_path / "w", pairs={"source": "list", "path": str(tmp_path / "trial.csv")})
     _finish(trial, {"pairs": 1, "download": 1, "decoder": 1})
-    known, _ = load_times(trial, make_plan(trial))
-    assert set(known) == {"pairs", "download", "decoder"}
+    times, _ = load_times(trial, make_plan(trial))
+    assert set(times) == {"pairs", "download", "decoder"}
     full = replace(trial, pairs=replace(trial.pairs, path=str(tmp_path / "full.csv")))
     capped = replace(trial, pairs=replace(trial.pairs, max_pairs=5))
     for other in (full, capped):

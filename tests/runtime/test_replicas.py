@@ -233,22 +233,22 @@ def test_networks_of_before_stay_while_requests_of_them_are_in_other_parts(
 
 
 def test_a_process_says_which_networks_its_requests_still_need() -> None:
-    told, open_requests = list[tuple[str, str]](), {"a": 1, "b": 0, "c": 1}
+    calls, open_requests = list[tuple[str, str]](), {"a": 1, "b": 0, "c": 1}
 
     def broadcast(method: str, served: str) -> Any:
-        told.append((method, served))
+        calls.append((method, served))
         return SimpleNamespace(results=lambda **_: [None])
 
     def look(**settings: bool) -> list[tuple[str, str]]:
-        told.clear()
+        calls.clear()
         turns.look(**settings)
-        return sorted(told)
+        return sorted(calls)
 
     handle: Any = SimpleNamespace(broadcast=broadcast)
     turns = Turns({"prior": handle})
     for served in ("a", "b", "c"):
         turns.turn_to(served, lambda served=served: open_requests[served])
-    assert told == [("turn_to", "a"), ("turn_to", "b"), ("turn_to", "c")]
+    assert calls == [("turn_to", "a"), ("turn_to", "b"), ("turn_to", "c")]
     assert look() == [("keep", "a")]
     assert look(is_behind=True) == [("keep", "a"), ("keep", "c")]
     open_requests["a"] = 0

@@ -346,7 +346,7 @@ class Replicas:
     def __init__(self, *digests: str) -> None:
         self.replicas = [{digest} for digest in digests]
         """What each has that takes requests."""
-        self.told = list[str]()
+        self.prepared_digests = list[str]()
 
     def broadcast(self, method: str, argument: Any = None) -> Any:
         return SimpleNamespace(results=lambda **_: self._answers(method, argument))
@@ -355,7 +355,7 @@ class Replicas:
         if not self.replicas:
             raise DeploymentUnavailableError(DeploymentID("networks"))
         if method == "prepare":
-            self.told.append(digest_of(argument))
+            self.prepared_digests.append(digest_of(argument))
             for replica in self.replicas:
                 replica.add(digest_of(argument))
         if method == "serves":
@@ -382,7 +382,7 @@ def test_replicas_that_start_during_a_swap_have_the_networks_before_requests_mea
     monkeypatch.setattr(front.gate, "open", lambda _app: opened.append(all(len(one) == 2 for one in handle.replicas)))
     watch.swap(load_recipe(save_other(tmp_path / "others")))
     assert (opened, len(handle.replicas)) == ([True], 2)
-    new = handle.told[-1]
+    new = handle.prepared_digests[-1]
     handle.replicas.append({old})  # another one, after the swap
     states = {"RUNNING": 3}
     deployment = SimpleNamespace(replica_states=states, status="UPDATING")
@@ -392,9 +392,9 @@ def test_replicas_that_start_during_a_swap_have_the_networks_before_requests_mea
     look(watch)
     assert new in handle.replicas[-1]
     deployment.status = "HEALTHY"
-    num_told = len(handle.told)
+    num_prepared = len(handle.prepared_digests)
     look(watch)
-    assert len(handle.told) == num_told
+    assert len(handle.prepared_digests) == num_prepared
 
 
 def look(watch: Watch) -> None:
@@ -422,7 +422,7 @@ def test_the_way_back_reaches_all_parts_though_one_has_no_replica(
     watch = Watch(served, Front(chain.serve), handles, lambda _: None, ExitStack(), SwapRequests())
     with pytest.raises(StepError, match="the controller is gone"):
         watch.swap(load_recipe(save_other(tmp_path / "others")))
-    assert [handles[part].told[-1] == old for part in parts_of(chain)] == [False, True, True]
+    assert [handles[part].prepared_digests[-1] == old for part in parts_of(chain)] == [False, True, True]
 
 
 def test_a_server_that_comes_after_one_that_was_killed_in_a_swap_tells_its_replicas_what_is_served(
@@ -437,7 +437,7 @@ def test_a_server_that_comes_after_one_that_was_killed_in_a_swap_tells_its_repli
     watch = Watch(served, Front(recipe.serve), {"networks": handle}, lambda _: None, ExitStack(), SwapRequests())
     for _ in range(3):
         look(watch)
-    assert handle.told == [digest_of(served.tables)]
+    assert handle.prepared_digests == [digest_of(served.tables)]
 
 
 def save_other(folder: Path) -> Path:
