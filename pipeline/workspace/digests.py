@@ -54,7 +54,8 @@ def fingerprint(uri: str, sizes_only: Collection[str] = ()) -> str:
         contents = dict(zip(read, _contents(read), strict=True))
         for file in run:
             content = contents.get(file.uri) or f"{file.num_bytes} {file.stamp}"
-            digest.update(f"{file.uri.removeprefix(root)}\0{content}\0".encode(errors="surrogateescape"))
+            name = file.uri.removeprefix(root).removeprefix("/")  # in the current folder, no slash follows the root
+            digest.update(f"/{name}\0{content}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
 
 

@@ -77,6 +77,18 @@ def test_a_sub_folder_of_another_name_is_seen_also_if_all_files_are_in_it(
     assert fingerprint(f"{tmp_path}/moved{pattern}") == before
 
 
+@pytest.mark.parametrize("relative", [".", "./", "*.csv", "[ab].csv", "./*.csv", "**/*.csv", "sub", "sub/*", "../list"])
+def test_a_relative_path_has_the_digest_of_the_absolute_one(
+    relative: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job gets absolute paths: with another digest it would begin another pipeline."""
+    for name in ("a.csv", "b.csv", "sub/c.csv", "sub/d.csv"):
+        (tmp_path / "list" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "list" / name).write_text(name)
+    monkeypatch.chdir(tmp_path / "list")
+    assert fingerprint(relative) == fingerprint(str(Path(relative).absolute()))
+
+
 def test_a_moved_folder_is_the_same_and_its_times_do_not_count(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "one/a.txt").write_text("a")
