@@ -1,6 +1,7 @@
 """The artifacts of a workspace that no given recipe needs."""
 
 import contextlib
+import os
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pipeline.recipe.lineage import indexed_embeddings
 from pipeline.recipe.plan import artifact_of, earlier_trainings, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import STEPS
+from pipeline.workspace.files import is_remote
 from pipeline.workspace.lock import in_use, used_artifacts
 from pipeline.workspace.store import Workspace
 
@@ -38,7 +40,8 @@ def find_garbage(workspace: Workspace, recipes: Sequence[Recipe]) -> tuple[list[
     """What may be removed, the largest first; and what stays for another reason than a recipe.
 
     What a recipe's plan holds is needed, finished or not; so is all that it was made from, the embeddings that an index
-    of it reads, be they of another recipe, and the trainings that an unfinished one of it continues.
+    of it reads, be they of another recipe, the trainings that an unfinished one of it continues, and the artifacts of
+    which it names files: without the network that a training starts from there is no plan, also when it is finished.
 
     Raises:
         ConfigError: If a recipe has another workspace.
@@ -52,6 +55,7 @@ def find_garbage(workspace: Workspace, recipes: Sequence[Recipe]) -> tuple[list[
             needed.add((step.name, step.key))
             if artifact_of(workspace, step).manifest() is None:
                 needed |= {(step.name, key) for key, _ in earlier_trainings(step)}
+        needed |= _with_named_files(workspace, recipe)
     needed = _with_inputs(workspace, needed)
     used = read_artifacts(workspace) | _with_champions(workspace)
     garbage: list[Garbage] = []
@@ -100,7 +104,8 @@ def in_use_of(recipe: Recipe, steps: Collection[str]) -> Generator[None]:
     Who may only read the workspace cannot say so, and reads all the same.
     """
     workspace = Workspace(recipe.workspace)
-    artifacts = [f"{step.name}/{step.key}" for step in make_plan(recipe) if step.name in steps]
+    read = {(step.name, step.key) for step in make_plan(recipe) if step.name in steps}
+    artifacts = [f"{step}/{key}" for step, key in sorted(read | _with_named_files(workspace, recipe, steps))]
     with contextlib.ExitStack() as stack:
         if not workspace.is_local or Path(workspace.root).is_dir():  # a folder of networks has no workspace
             with contextlib.suppress(ConfigError, StepError):
@@ -123,6 +128,38 @@ def _with_champions(workspace: Workspace) -> dict[tuple[str, str], str]:
     for artifact, owner in champions(workspace).items():
         kept |= dict.fromkeys(_with_inputs(workspace, {artifact}), owner)
     return kept
+
+
+def _with_named_files(
+    workspace: Workspace, recipe: Recipe, steps: Collection[str] | None = None
+) -> set[tuple[str, str]]:
+    """The artifacts of a workspace in which files lie that a recipe names, in the sections of some steps or of all."""
+    sections = [(row, getattr(recipe, row.name)) for row in STEPS if steps is None or row.name in steps]
+    paths = [
+        str(getattr(one, name))
+        for row, section in sections
+        if section is not None
+        for one in section.each()
+        for name in row.files
+    ]
+    roots = _places(workspace.root)
+    inside = [
+        place.removeprefix(f"{root}/").split("/")
+        for path in paths
+        if path
+        for place in _places(path)
+        for root in roots
+        if place.startswith(f"{root}/")
+    ]
+    return {(parts[0], parts[1]) for parts in inside if len(parts) > 1}
+
+
+def _places(path: str) -> set[str]:
+    """Where a path or URI leads: of a local path as it is written, and with its links followed."""
+    if is_remote(path):
+        return {path.rstrip("/")}
+    local = path.removeprefix("file://")
+    return {os.path.abspath(local), os.path.realpath(local)}  # noqa: PTH100  (strings, as URIs are)
 
 
 def _with_inputs(workspace: Workspace, artifacts: set[tuple[str, str]]) -> set[tuple[str, str]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pipeline.recipe.recipe import Recipe, parse_recipe, to_dict
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.sampling import sample
 from pipeline.workspace.lock import in_use, used_artifacts
-from pipeline.workspace.store import MANIFEST, Workspace
+from pipeline.workspace.store import MANIFEST, Artifact, Workspace
 from tests.tiny.recipe import tiny_tables, write_recipe
 
 
@@ -146,6 +147,42 @@ def test_the_training_that_an_unfinished_one_continues_stays(recipe: Recipe, tmp
     assert ("prior", keys["prior"]) not in {(one.step, one.key) for one in find_garbage(workspace, [longer])[0]}
     _finish(longer)
     assert ("prior", keys["prior"]) in {(one.step, one.key) for one in find_garbage(workspace, [longer])[0]}
+
+
+def _network(artifact: Artifact, name: str = "model.safetensors") -> str:
+    """An artifact with a file of weights, and nothing else; the path of the file."""
+    artifact.write_bytes(name, b"weights")
+    return f"{artifact.uri}/{name}"
+
+
+def _names(garbage: Sequence[Garbage]) -> set[tuple[str, str]]:
+    return {(one.step, one.key) for one in garbage}
+
+
+@pytest.mark.parametrize("named", ["folder", "checkpoint", "link", "file URI"])
+def test_the_network_that_a_recipe_starts_from_stays(recipe: Recipe, tmp_path: Path, named: str) -> None:
+    workspace, key = Workspace(recipe.workspace), "e" * 16
+    artifact, other = workspace.artifact("decoder", key), workspace.artifact("decoder", "f" * 16)
+    init_from = artifact.uri
+    if named == "checkpoint":
+        init_from = _network(artifact, "live/checkpoints/00000040.safetensors")
+    else:
+        _network(artifact)
+    _network(other)
+    if named == "link":
+        (tmp_path / "link").symlink_to(artifact.uri)
+        init_from = str(tmp_path / "link")
+    start = {"init_from": f"file://{init_from}" if named == "file URI" else init_from}
+    started = parse_recipe(tiny_tables(tmp_path / "workspace", decoder=start))
+    _finish(started)
+    garbage, others = find_garbage(workspace, [started])
+    assert _names(garbage) == {("decoder", "f" * 16)}
+    assert others == []
+    assert ("decoder", key) in _names(find_garbage(workspace, [recipe])[0])
+    with in_use_of(started, {"decoder"}):  # it may be served as it is
+        assert ("decoder", key) not in _names(find_garbage(workspace, [recipe])[0])
+    with in_use_of(started, {"prior"}):
+        assert ("decoder", key) in _names(find_garbage(workspace, [recipe])[0])
 
 
 def test_what_is_served_and_what_an_index_reads_stays(recipe: Recipe, tmp_path: Path) -> None:
