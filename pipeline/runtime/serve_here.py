@@ -118,8 +118,13 @@ class _Networks:
         self._front.upkeep.note_running({NETWORKS: 1})
         before, self._now = self._now, loaded
         if before is not None:
-            self._before = [one for one in self._before if one.engine.alive] + [before]
-            threading.Thread(target=before.close_when_idle, name="unclip-ending", daemon=True).start()
+            self._before.append(before)
+            threading.Thread(target=self._end, args=(before,), name="unclip-ending", daemon=True).start()
+
+    def _end(self, before: "_Loaded") -> None:
+        """Let go of networks after their last request: nothing else has them then, and their memory is free."""
+        before.close_when_idle()
+        self._before.remove(before)
 
     def watch(self, reload: Callable[[], Recipe] | None, swap_requests: SwapRequests) -> None:
         """Serve until Ctrl-C, and swap to the networks of ``reload``'s recipe when that is requested.

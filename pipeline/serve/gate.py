@@ -51,7 +51,12 @@ class Gate:
 
     def requests_of(self, app: ASGIApp | None) -> Callable[[], int]:
         """Counts the requests under way that were passed to ``app``."""
-        return lambda: self._num_requests.get(app, 0) if app is not None else 0
+
+        def count() -> int:
+            with self._lock:
+                return self._num_requests.get(app, 0) if app is not None else 0
+
+        return count
 
     def open(self, app: ASGIApp) -> None:
         """Pass new requests to ``app``; those under way stay where they are."""

@@ -3,21 +3,25 @@
 import base64
 import concurrent.futures
 import contextlib
+import gc
 import os
 import signal
 import subprocess
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import numpy as np
 import openai
 import psutil
 import pytest
+from fastapi import FastAPI
 
 import pipeline.runtime.serve_here as here_module
 from pipeline.errors import StepError
@@ -149,6 +153,37 @@ def test_a_swap_that_fails_in_whatever_way_ends_no_server(monkeypatch: pytest.Mo
     with pytest.raises(StepError, match="the engine has ended"):
         networks.watch(reload, requests)
     assert lines == ["not swapped, the networks of before go on: PermissionError: [Errno 13] Permission denied"] * 2
+
+
+def test_networks_of_before_leave_the_memory_with_their_last_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Engine:
+        alive, idle = True, False
+
+        def close(self) -> None:
+            self.alive = False
+
+    monkeypatch.setattr(here_module, "_IDLE_POLL_S", 0.01)
+    monkeypatch.setattr(here_module, "_load", lambda _: Engine())
+    monkeypatch.setattr(here_module, "in_use_of", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(Front, "build", lambda *_: FastAPI())
+    served: Any = SimpleNamespace(recipe=None, artifacts={}, tables={}, remember=lambda *_: None)
+
+    def now() -> weakref.ref[Any]:
+        assert networks._now is not None
+        return weakref.ref(networks._now.engine)
+
+    def is_gone() -> bool:
+        gc.collect()
+        return before() is None
+
+    with _Networks(Front(ServeConfig()), str, None) as networks:
+        networks.load(served)
+        before = now()
+        networks.load(served)
+        assert not is_gone()  # a request is under way
+        before().idle = True
+        wait_until(is_gone)
+        assert now()().alive
 
 
 def test_a_process_that_is_killed_is_started_again(server: Server) -> None:

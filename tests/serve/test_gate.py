@@ -1,3 +1,4 @@
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -18,6 +19,15 @@ from tests.ports import free_port
 @pytest.fixture
 def gate() -> Gate:
     return Gate()
+
+
+@pytest.fixture
+def often_switched() -> Iterator[None]:
+    """Python goes from thread to thread after each few operations."""
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval_s)
 
 
 @pytest.fixture
@@ -63,6 +73,25 @@ def test_what_is_under_way_ends_and_what_is_new_is_refused(gate: Gate, url: str)
     thread.join()
     assert (answers[0].status_code, answers[0].json()) == (200, "done")
     assert (gate.num_requests, gate.requests_of(app)()) == (0, 0)
+
+
+@pytest.mark.usefixtures("often_switched")
+def test_a_request_under_way_is_counted_while_others_come_and_go(gate: Gate) -> None:
+    app, is_over = FastAPI(), threading.Event()
+
+    def come_and_go() -> None:
+        while not is_over.is_set():
+            gate._count(app, 1)
+            gate._count(app, -1)
+
+    gate._count(app, 1)
+    others = threading.Thread(target=come_and_go)
+    others.start()
+    num_requests = gate.requests_of(app)
+    counts = {num_requests() for _ in range(20_000)}
+    is_over.set()
+    others.join()
+    assert counts <= {1, 2}
 
 
 def test_a_failure_that_nothing_caught_has_the_form_of_the_api(gate: Gate, url: str) -> None:
