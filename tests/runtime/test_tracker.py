@@ -174,6 +174,34 @@ def test_a_full_disk_loses_nothing_of_a_curve_and_is_said_once(tmp_path: Path) -
     assert of_step == [("start", 0), ("inputs", 0), ("metrics", 40)]
 
 
+def test_a_full_disk_at_the_end_hides_no_error_of_the_run(database: str, tmp_path: Path) -> None:
+    messages = list[str]()
+    tracking = Tracking(_recipe(database, "full"), Workspace(str(tmp_path)), messages.append)
+    tracking.__enter__()
+    (records,) = (tmp_path / "tracking").glob(f"*/{RECORDS}")
+    outbox = Outbox(records.parent)
+    while outbox.num_bytes:
+        time.sleep(0.02)
+    with _files_of_at_most(0):
+        tracking.__exit__(StepError, StepError("the disk is full"), None)
+    assert "does not get 1 records" in messages[-1]
+
+
+def test_a_folder_that_cannot_be_made_costs_the_curves_and_no_run(tmp_path: Path) -> None:
+    recipe, workspace, messages = _recipe("http://127.0.0.1:1"), Workspace(str(tmp_path)), list[str]()
+    (tmp_path / "tracking").write_text("a file in the place of the folder")
+    context = _context(recipe, tmp_path)
+    with Tracking(recipe, workspace, messages.append) as tracking:
+        tracking.started(context)
+        _write_rows(context, 2)
+        tracking.forward(context)
+        assert tracking.finished(context, StepResult()) == ""
+        tracking.failed(context)
+    send_waiting(recipe, workspace, messages.append, {"op": "alias"})
+    assert len(messages) == 2
+    assert all("the tracker gets nothing" in message for message in messages)
+
+
 @pytest.mark.parametrize("end", ["metrics.jsonl", ".png"])
 def test_curves_and_grids_that_cannot_be_read_for_a_moment_are_read_again(
     tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch

@@ -5,8 +5,10 @@ The driver alone speaks, and only to an ``Outbox`` in the workspace; a thread de
 """
 
 import base64
+import contextlib
 import hashlib
 import json
+import sqlite3
 import threading
 import uuid
 from collections.abc import Callable
@@ -72,7 +74,9 @@ class Tracking:
         if self._place.uri == OFF:
             return self
         check_scheme(self._place.uri)
-        self._outbox = self._place.open()
+        self._outbox = _opened(self._place, self._warn)
+        if self._outbox is None:
+            return self
         self._begin_attempt()
         self._delivery = _delivery_of(self._place, self._outbox, self._warn)
         tables = shareable(self._recipe)
@@ -290,7 +294,9 @@ def send_waiting(recipe: Recipe, workspace: Workspace, warn: Callable[[str], Non
     check_scheme(place.uri)
     if not records and not place.num_waiting():
         return
-    outbox = place.open()
+    outbox = _opened(place, warn)
+    if outbox is None:
+        return
     if records:
         try:
             outbox.append(records)
@@ -316,6 +322,15 @@ def send_champion(recipe: Recipe, step: Step, reason: str, warn: Callable[[str],
     send_waiting(recipe, workspace, warn, record | {"reason": reason})
 
 
+def _opened(place: Place, warn: Callable[[str], None]) -> Outbox | None:
+    """The outbox; None, with a warning, if its disk does not take it."""
+    try:
+        return place.open()
+    except (OSError, UnclipError) as error:
+        warn(f"{place.kept_in}: {error}; the tracker gets nothing of this run")
+        return None
+
+
 def _delivery_of(place: Place, outbox: Outbox, warn: Callable[[str], None]) -> Delivery:
     def publish() -> None:
         try:
@@ -334,8 +349,9 @@ def _close(place: Place, outbox: Outbox, delivery: Delivery, warn: Callable[[str
             "recipe sends them, also if all its steps are done"
         )
     else:
-        outbox.compact()
+        with contextlib.suppress(OSError):  # a full disk; the next run compacts it
+            outbox.compact()
     try:
         place.publish()  # also what a failed or interrupted run has tracked
-    except UnclipError as error:
+    except (OSError, sqlite3.Error, UnclipError) as error:
         warn(f"what the tracker did not get is not in the workspace: {error}")
