@@ -40,7 +40,8 @@ _NUM_SHOWN = 4
 _AT_ONCE = 2
 _MOST_LOSSES = 60
 """Workers that one shard may lose: ten find a row among a thousand."""
-_SILENCE_S = 180.0
+_SILENCE_S = 300.0
+"""As long as a worker waits for storage before it gives up (pipeline/workspace/objects.py)."""
 _READ_EVERY_S = 2.0
 _STAGED = "retry-"
 

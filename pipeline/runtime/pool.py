@@ -26,6 +26,8 @@ from pipeline.workspace.store import LIVE, Artifact
 
 _POLL_S = 1.0
 _SLOW_START_S = 20.0
+_LONGEST_LOOK = 0.25
+"""Most that counts between two looks at a shard, as a share of the limit."""
 
 
 class ShardWorker(Protocol):
@@ -104,9 +106,23 @@ class _Running:
     actor: Any
     shard: str | None
     """None while the worker starts."""
-    changed: float
-    """When its reading changed, on the monotonic clock."""
+    looked: float
+    """When its reading was looked at last, on the monotonic clock."""
+    silent_s: float = 0.0
+    """Time without a new reading, in seconds."""
     reading: ShardReading = ShardReading()
+
+    def is_silent(self, reading: ShardReading, limit_s: float) -> bool:
+        """Take note of a reading; whether there was no new one for ``limit_s``.
+
+        A look that itself waited for storage counts for a part of its time: the worker has most likely waited too.
+        """
+        now = time.monotonic()
+        self.silent_s += min(now - self.looked, _LONGEST_LOOK * limit_s)
+        self.looked = now
+        if reading != self.reading:
+            self.reading, self.silent_s = reading, 0.0
+        return self.silent_s > limit_s
 
 
 def map_shards(context: StepContext, job: ShardJob) -> list[ShardRecord]:
@@ -200,15 +216,12 @@ class _Pool:
         """Wait a moment; returns the new records, and replaces lost workers."""
         ready, _ = ray.wait(list(self._running), num_returns=1, timeout=_POLL_S)
         records = [record for reference in ready if (record := self._collect(reference)) is not None]
-        limit_s = self._job.limit_s
+        limit_s = self._job.limit_s or float("inf")
         for reference, running in list(self._running.items()):
             if running.shard is None:
                 continue
-            reading = self._job.read(running.shard)
-            if reading != running.reading:
-                running.reading, running.changed = reading, time.monotonic()
-            is_late = time.monotonic() - running.changed > (limit_s or float("inf"))
-            if is_late and reference in self._running:
+            is_silent = running.is_silent(self._job.read(running.shard), limit_s)
+            if is_silent and reference in self._running:
                 self._handle_loss(running, f"nothing came of it for {limit_s:.0f} s")
         return records
 

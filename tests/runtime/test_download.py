@@ -25,6 +25,7 @@ from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.download import DownloadWorker, RetryWorker, run_download
 from pipeline.runtime.host_limits import find_limits, shared_limits
 from pipeline.runtime.pairs import run_pairs
+from pipeline.workspace import disk, objects
 from pipeline.workspace.progress import read_progress
 from pipeline.workspace.store import MANIFEST, Artifact
 from tests.data.hostile import HostileServer
@@ -210,6 +211,10 @@ def test_all_workers_together_keep_the_limits_of_a_host(server: HostileServer, t
     state = read_progress(context.output)
     assert state is not None
     assert (state.done, state.message) == (12, "")
+
+
+def test_a_worker_may_be_silent_for_as_long_as_it_waits_for_storage() -> None:
+    assert max(objects._PATIENCE_S, disk._PATIENCE_S) <= download._SILENCE_S
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -209,6 +209,24 @@ class _Slow(_Stage):
         return super().__call__(shard)
 
 
+def test_a_driver_that_waits_for_storage_does_not_hold_it_against_a_worker(tmp_path: Path) -> None:
+    beats, losses = iter(range(1000)), list[str]()
+
+    def read(_shard: str) -> ShardReading:
+        """The first is nothing new, after a wait that is longer than the limit."""
+        beat = next(beats)
+        if not beat:
+            time.sleep(2)
+        return ShardReading(beat=beat)
+
+    def on_loss(shard: str, _number: int) -> bool:
+        losses.append(shard)
+        return True
+
+    _map(_context(tmp_path), "a", limit_s=1, read=read, on_loss=on_loss)
+    assert losses == []
+
+
 def test_map_shards_asks_whether_a_lost_shard_is_tried_again(tmp_path: Path) -> None:
     context, losses = _context(tmp_path), list[tuple[str, int]]()
 
