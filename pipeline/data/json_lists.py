@@ -25,8 +25,13 @@ _LONGEST_RECORD = 16 << 20
 _DECODER = json.JSONDecoder()
 _PUNCTUATION = re.compile(r'"(?:[^"\\]++|\\.)*+"|["\[\]{},]', re.DOTALL)
 """Whole texts, and what tells where a value ends; a lone quote begins a text that is not here whole."""
-_EDGE = re.compile(r'\}(?=\s*+,\s*+\{\s*+"\Z)')
-"""The end of a record in what seems to be a text, and goes on to the first name of the next record."""
+_EDGE = re.compile(r'(?:\A"|\})(?=\s*+,\s*+\{\s*+"\Z)')
+"""The end of a record in what seems to be a text, and goes on to the first name of the next record: a brace, or the
+text's own quote in its place."""
+_BLANK = re.compile(r"\s*+\Z")
+_LIST_END = re.compile(r"(?:\A|\})\s*+\]\Z")
+"""The end of a list, in what is left of its last record behind the first character that is no JSON."""
+_NEXT_RECORD = re.compile(r'[,}\]]\s*+(?:\[\s*+)?\{\s*+"')
 _NAMED_CHARACTERS = 20
 _SHAPES = 'a list of records, such as [{"url": ..., "caption": ...}]'
 
@@ -152,15 +157,21 @@ def _values(buffer: str, text: _Text) -> Iterator[tuple[int, Any]]:
             rest = ascii(buffer[place : place + _NAMED_CHARACTERS])
             raise DataError(f"behind record {number - 1} and the end of its list is {rest}, which begins no other list")
         value, end = _decoded(buffer, place) if mark else (None, 0)
-        if place < end < len(buffer):  # a number at the end of the buffer may go on in the next block
+        is_fault = isinstance(value, Exception)
+        # A number at the end of the buffer may go on in the next block, and the last record may take the list's end.
+        if place < end < len(buffer) and not (is_fault and _BLANK.match(buffer, end)):
             yield number, value
             number, place = number + 1, end
             continue
-        block = text.read(_BLOCK_BYTES) if len(buffer) - place < _LONGEST_RECORD else ""
+        is_too_long = len(buffer) - place >= _LONGEST_RECORD
+        block = "" if is_too_long else text.read(_BLOCK_BYTES)
         if not block and not in_list:
             return
+        if not block and is_fault and not is_too_long and _is_last_record(buffer[place:].rstrip()):
+            yield number, value
+            return
         if not block:
-            raise DataError(f"record {number}: {value if isinstance(value, Exception) else 'the list does not end'}")
+            raise DataError(f"record {number}: {value if is_fault else 'the list does not end'}")
         buffer, place = buffer[place:] + block, 0
 
 
@@ -185,13 +196,16 @@ def _end_of_value(buffer: str, place: int, fault: int) -> int:
         place: Where the value begins.
         fault: The first character that is no JSON; the length of the buffer if there is none. The quotes before it are
             those of texts. If one is missing behind it, or one too many, a text seems to begin at a record's end, and
-            to go on to the next record's first name: the value ends there.
+            to go on to the next record's first name: the value ends there. If a brace stands in the place of a
+            name, the value's own brace is missing, and the next record begins.
     """
     depth = 0
     for match in _PUNCTUATION.finditer(buffer, place):
         mark = match.group()
         if mark == '"':
             return 0
+        if mark == "{" and match.start() == fault and depth == 1 and buffer[place:fault].rstrip().endswith(","):
+            return fault
         if fault <= match.end() and fault < len(buffer) and (edge := _EDGE.search(mark)):
             return match.start() + edge.end()
         if not depth and mark in {",", "]", "}"}:  # behind a bare number, or one } too many
@@ -200,6 +214,20 @@ def _end_of_value(buffer: str, place: int, fault: int) -> int:
         if not depth and mark in {"]", "}"}:
             return match.end()
     return 0
+
+
+def _is_last_record(rest: str) -> bool:
+    """Whether the rest of a file is one record that is no JSON, and the end of its list.
+
+    A file that is cut in a record is not taken for it, nor one in which another record may follow.
+    """
+    try:
+        json.loads(rest)
+    except json.JSONDecodeError as error:
+        return bool(_LIST_END.search(rest[error.pos :])) and not _NEXT_RECORD.search(rest)
+    except (ValueError, RecursionError):
+        return False
+    return False
 
 
 def _is_record(line: str) -> bool:

@@ -67,6 +67,7 @@ _STRANGE_RECORDS = {
     "not JSON (Expecting value: character 1 of the record)": b"}",
     "not JSON (Expecting value: character 1": b"None",
     "not JSON (Expecting property name": b"{'url': 'http://a/2'}",
+    "not JSON (": b'{"url": "http://a/2", "caption": "b""',
 }
 
 
@@ -82,6 +83,57 @@ def test_a_strange_record_of_a_json_list_costs_itself_alone(
     assert pairs == [("http://a/1", "caf\u00e9"), ("http://a/3", "caf\u00e9")]
     assert reading.counts["malformed"] == 1
     assert name_examples([reading])[0].startswith(f"{tmp_path}/list.json:2: {reason}")
+
+
+@pytest.mark.parametrize("end", ["]", " ]\n"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        '{"url": "http://a/9", "caption": "x""}',
+        '{"url": "http://a/9", "caption": "x}',
+        '{"url": "http://a/9", "caption": "x"',
+        '{"url": "http://a/9", "caption": x"}',
+        '{"url": "http://a/9", "n": [{"x": 1}], "caption": "a "big" cat}',
+    ],
+)
+@pytest.mark.parametrize("block", [1 << 20, 50])
+def test_a_damaged_record_at_the_end_of_a_json_list_costs_itself_alone(
+    record: str, end: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.data.json_lists._BLOCK_BYTES", block)
+    good = [json.dumps({"url": f"http://a/{number}", "caption": "c"}) for number in range(5)]
+    (tmp_path / "list.json").write_text(f"[{', '.join([*good, record])}{end}")
+    pairs, reading = _rows(tmp_path / "list.json")
+    assert pairs == [(f"http://a/{number}", "c") for number in range(5)]
+    assert name_examples([reading])[0].startswith(f"{tmp_path}/list.json:6: not JSON (")
+
+
+@pytest.mark.parametrize("block", [1 << 20, 50])
+def test_a_record_without_its_last_brace_ends_where_the_next_one_begins(
+    block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.data.json_lists._BLOCK_BYTES", block)
+    records = [json.dumps({"url": f"http://a/{number}", "caption": "c", "n": [{"x": 1}]}) for number in range(4)]
+    records[1] = records[1][:-1]
+    (tmp_path / "list.json").write_text(f"[{', '.join(records)}]")
+    pairs, reading = _rows(tmp_path / "list.json")
+    assert pairs == [(f"http://a/{number}", "c") for number in (0, 2, 3)]
+    assert reading.counts["malformed"] == 1
+
+
+def test_a_record_inside_a_damaged_one_is_no_row(tmp_path: Path) -> None:
+    damaged = '{"url": "http://a/1", "caption": "c", "thumb" {"url": "http://t/1", "caption": "c"}}'
+    (tmp_path / "list.json").write_text(f'[{damaged}, {{"url": "http://a/2", "caption": "c"}}]')
+    assert _rows(tmp_path / "list.json")[0] == [("http://a/2", "c")]
+
+
+def test_a_json_list_that_is_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    records = [{"url": f"http://a/{number}", "caption": "a [1]", "n": [{"x": [1]}]} for number in range(2)]
+    text = json.dumps(records)
+    for end in range(1, len(text)):
+        (tmp_path / "list.json").write_text(text[:end])
+        with pytest.raises(DataError, match="record"):
+            _rows(tmp_path / "list.json")
 
 
 @given(
