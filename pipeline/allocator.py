@@ -1,4 +1,4 @@
-"""The memory that a process has freed: kept for its next picture or step, or given back to the system."""
+"""The memory of a process: what it has freed, kept for its next picture or step; and errors that say that it lacks."""
 
 from __future__ import annotations
 
@@ -26,3 +26,10 @@ def keep_freed_memory(num_bytes: int) -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK_BYTES)
         mallopt(_M_TRIM_THRESHOLD, num_bytes)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice, of a GPU or of the machine: torch has a class of its own for a GPU's alone."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)

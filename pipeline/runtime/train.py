@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import ray.exceptions
 
 from pipeline import errors
+from pipeline.allocator import is_out_of_memory
 from pipeline.errors import ConfigError, StepError, UnclipError
 from pipeline.recipe.plan import earlier_trainings
 from pipeline.recipe.train_sections import TrainResources
@@ -215,8 +216,6 @@ def _run_ranked(config: dict[str, Any]) -> None:
 def _run_worker(context: StepContext, rank: int = 0, world_size: int = 1) -> End:
     """Train on one worker; runs in a process of its own, which starts when it has its CPUs."""
     progress = Progress(context.own_output, notice=context.notice)
-    import torch
-
     from pipeline.networks.cores import use_cores
     from pipeline.train.assemble import EarlierTraining, TrainJob
     from pipeline.train.job import run_job
@@ -248,8 +247,8 @@ def _run_worker(context: StepContext, rank: int = 0, world_size: int = 1) -> End
         if rank == 0:
             progress.update(error.step, section.train.total_steps, "steps", str(error), force=True)
         return End("preempted", str(error))
-    except (RuntimeError, MemoryError) as error:  # torch has a class of its own for a GPU's memory alone
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         return out_of_memory(section, world_size, str(error).partition("\n")[0])
     except UnclipError as error:

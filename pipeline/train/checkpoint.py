@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from pipeline.allocator import is_out_of_memory
 from pipeline.errors import DataError, ResumeError, StepError
 from pipeline.networks.files import network_content
 from pipeline.networks.tensor_file import open_tensors, save_tensors
@@ -180,6 +181,8 @@ class _File:
         try:
             tensor: Tensor = self._tensors.get_tensor(name)
         except (SafetensorError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise DamagedCheckpointError(f"{self._path.name} is cut short or not readable: {error}") from None
         if _checksum(tensor) != self.checksums.get(name):
             raise DamagedCheckpointError(f"{name} does not match its checksum")
@@ -258,7 +261,7 @@ class Checkpoint:
 def _checked(header: dict[str, str], path: Path) -> dict[str, str]:
     """The header of a file, compared with its checksum and without it."""
     if header.get("format") == _EARLIER_FORMAT:
-        raise ResumeError(f"{path}: format {_EARLIER_FORMAT}, this unclip reads {FORMAT}; remove it to start again")
+        raise ResumeError(f"{path}: format {_EARLIER_FORMAT}, this unclip reads {FORMAT}; move it away to start again")
     if header.pop("seal", "") != _seal(header):
         raise DamagedCheckpointError("its header does not match its checksum")
     if header["format"] != FORMAT:

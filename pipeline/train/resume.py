@@ -12,6 +12,7 @@ from typing import Self
 
 import torch.distributed
 
+from pipeline.allocator import is_out_of_memory
 from pipeline.errors import ConfigError, ResumeError
 from pipeline.train.checkpoint import Checkpoint, DamagedCheckpointError, Snapshot, restore
 from pipeline.train.results import read_beside, read_result
@@ -196,6 +197,7 @@ def load_newest_checkpoint(
         ResumeError: If a checkpoint belongs to another configuration or does not fit the network, if all of them are
             damaged (the work of days must not start again without a word), all of them are later than ``last_step``, or
             workers see different ones.
+        MemoryError, RuntimeError: If memory does not suffice for it; see ``is_out_of_memory``.
     """
     steps, damages = _seen_by_all(artifact), list[str]()
     for step, name in sorted(steps.items(), reverse=True):
@@ -205,7 +207,10 @@ def load_newest_checkpoint(
         try:
             checkpoint = Checkpoint(artifact, name)
             if checkpoint.digest != digest:
-                raise ResumeError(f"{where}: was written under another recipe; remove {artifact.uri} to start again")
+                raise ResumeError(
+                    f"{where}: was written under another recipe; bring it back to where it was, or move {artifact.uri} "
+                    "away to start again"
+                )
             put = restore(state, checkpoint)
         except DamagedCheckpointError as error:
             damage = str(error)
@@ -217,12 +222,14 @@ def load_newest_checkpoint(
         try:
             put()
         except RuntimeError as error:
+            if is_out_of_memory(error):  # it may pass, or need smaller parts: a start for that has a budget of its own
+                raise
             raise ResumeError(f"{where}: does not fit the network: {error}") from error
         return True
     if damages:
         raise ResumeError(
-            f"no checkpoint is whole: {'; '.join(damages)}; bring one back from a copy, or remove "
-            f"{artifact.uri}/{CHECKPOINTS} to start again"
+            f"no checkpoint is whole: {'; '.join(damages)}; bring one back from a copy, or move "
+            f"{artifact.uri}/{CHECKPOINTS} away to start again"
         )
     if steps:
         raise ResumeError(

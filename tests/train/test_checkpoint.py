@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.train_sections import TrainConfig
 from pipeline.sampling.at import checkpoint_networks
+from pipeline.train import checkpoint as checkpoint_module
 from pipeline.train import resume
 from pipeline.train.assemble import TrainJob, assemble
 from pipeline.train.checkpoint import Checkpoint, DamagedCheckpointError, Snapshot
@@ -92,6 +94,39 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(tmp_path: Path,
     assert torch.equal(state.network.state_dict()["weight"], _state(2).network.state_dict()["weight"])
     assert [warning.step for warning in warnings] == [4]
     assert warnings[0].text.startswith("the checkpoint of step 4 is damaged (")
+
+
+_NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", _NO_MEMORY)
+@pytest.mark.parametrize("place", ["network", "tensor"])
+def test_memory_that_does_not_suffice_for_a_checkpoint_is_no_fault_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, place: str
+) -> None:
+    artifact, state, warnings = _saved(tmp_path), _state(), list[Damage]()
+
+    def fail(*_: object) -> None:
+        raise error
+
+    if place == "network":
+        monkeypatch.setattr(state.network, "load_state_dict", fail)
+    else:
+        opened = SimpleNamespace(metadata=safe_open(artifact.path(checkpoint_name(4)), "pt").metadata, get_tensor=fail)
+        monkeypatch.setattr(checkpoint_module, "open_tensors", lambda _: opened)
+    with pytest.raises(type(error)) as raised:
+        load_newest_checkpoint(state, artifact, "key", warnings.append)
+    assert raised.value is error
+    assert warnings == []
+
+
+def test_a_checkpoint_of_another_shape_does_not_fit(tmp_path: Path) -> None:
+    state = create_state(nn.Linear(4, 2), TrainConfig(), torch.device("cpu"))
+    with pytest.raises(ResumeError, match="does not fit the network: Error"):
+        load_newest_checkpoint(state, _saved(tmp_path), "key")
 
 
 def test_a_training_whose_checkpoints_are_all_damaged_does_not_start_again(tmp_path: Path) -> None:
