@@ -23,13 +23,14 @@ from pipeline.grid import Block, draw_grid
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.pictures import to_png, with_texts
 from pipeline.recipe.garbage import in_use_of
-from pipeline.recipe.picture_card import made_with, model_card
+from pipeline.recipe.picture_card import ModelCard, made_with, model_card
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.sampling.at import checkpoint_networks
 from pipeline.sampling.preview import Preview
 from pipeline.workspace.disk import translate_os_errors
+from pipeline.workspace.store import Artifact
 
 Json = dict[str, Any]
 
@@ -69,21 +70,37 @@ def sample_recipe(
     with in_use_of(recipe, CASCADE_STEPS), checkpoint_networks(recipe, at) as live:
         artifacts = finished_artifacts(recipe, set(CASCADE_STEPS) - live.keys()) | live
         cascade = load_cascade(artifacts, accelerator, network_configs(recipe))
-    rows = sample_prompts(
+    return sample_prompts(
         cascade,
         prompts,
         num_images=num_images,
         seed=seed,
-        out_dir=out_dir,
+        out=PictureFolder(out_dir, model_card(recipe, artifacts)),
         num_candidates=num_candidates,
         batch_size=recipe.evaluate.batch_size,
         watch=watch,
     )
-    card = model_card(recipe, artifacts)
-    for row in rows:
-        path, request = out_dir / row["file"], SampleRequest(row["prompt"], (row["seed"],))
-        path.write_bytes(with_texts(path.read_bytes(), made_with(card, request, row["seed"], card.image_px)))
-    return rows
+
+
+@dataclass(frozen=True)
+class PictureFolder:
+    """Where pictures are written, and what their files say."""
+
+    path: Path
+    """Created if missing; files of an earlier call are replaced."""
+    card: ModelCard | None = None
+    """What they are made with; None: their files say nothing."""
+
+    def write(self, name: str, picture: NDArray[np.uint8], prompt: str, seed: int) -> None:
+        """Write a picture whole: a run that is killed leaves no half of one, and none that does not say what made it.
+
+        Raises:
+            StepError: If it cannot be written.
+        """
+        card, texts = self.card, dict[str, str]()
+        if card is not None:
+            texts = made_with(card, SampleRequest(prompt, (seed,)), seed, card.image_px)
+        Artifact(str(self.path.resolve())).write_bytes(name, with_texts(to_png(picture), texts))
 
 
 def sample_prompts(
@@ -92,7 +109,7 @@ def sample_prompts(
     *,
     num_images: int,
     seed: int,
-    out_dir: Path,
+    out: PictureFolder,
     num_candidates: int = 0,
     batch_size: int = 16,
     watch: Watch | None = None,
@@ -104,7 +121,7 @@ def sample_prompts(
         prompts: What the pictures show.
         num_images: Pictures of each prompt.
         seed: Seed of each prompt's first picture; its others have the following seeds.
-        out_dir: Folder, created if missing; files of an earlier call are replaced.
+        out: The folder.
         num_candidates: Pictures sampled of each prompt; those with the highest CLIP score are kept, the best first.
             0: ``num_images``, in the order of their seeds, without scores.
         batch_size: Pictures sampled at a time.
@@ -124,22 +141,22 @@ def sample_prompts(
     seeds = range(seed, seed + (num_candidates or num_images))
     rows: list[Json] = []
     blocks: list[Block] = []
-    with translate_os_errors(str(out_dir)):
-        out_dir.mkdir(parents=True, exist_ok=True)
-        with Preview(out_dir, watch) as preview:
+    with translate_os_errors(str(out.path)):
+        out.path.mkdir(parents=True, exist_ok=True)
+        with Preview(out.path, watch) as preview:
             groups = _sample(cascade, prompts, seeds, batch_size, preview, scored=num_candidates > 0)
             for number, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
                 best = sorted(group, key=lambda one: -(one.score or 0.0))[:num_images]  # a stable sort
                 for rank, one in enumerate(best):
                     name = f"{number:03d}-{rank}.png"
-                    (out_dir / name).write_bytes(to_png(one.picture))
+                    out.write(name, one.picture, prompt, one.seed)
                     row: Json = {"file": name, "prompt": prompt, "seed": one.seed, "settings": cascade.settings}
                     rows.append(row if one.score is None else row | {"clip_score": one.score})
                 tags = [f"{one.score:.3f}" for one in best if one.score is not None]
                 blocks.append(Block([one.picture for one in best], prompt, tags))
         lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
-        (out_dir / SAMPLES).write_text(lines, encoding="utf-8")
-        (out_dir / GRID).write_bytes(to_png(sample_grid(blocks)))
+        (out.path / SAMPLES).write_text(lines, encoding="utf-8")
+        (out.path / GRID).write_bytes(to_png(sample_grid(blocks)))
     return rows
 
 
