@@ -187,6 +187,9 @@ class Generation:
             cuts = await self._model.cut_at(list(texts.values())) if texts else []
         except NotServing:
             return []
+        except Exception:  # noqa: BLE001  (whatever it is: pictures without notes are better than none)
+            _log.exception("pictures are sent without notes on texts that CLIP cuts off")
+            return []
         return [note_of_cut(name, tokens) for name, tokens in zip(texts, cuts, strict=True) if tokens]
 
     async def _note_cuts(self, cuts: asyncio.Task[list[str]]) -> None:

@@ -168,11 +168,13 @@ def test_a_text_that_is_longer_than_clip_reads_is_noted_in_every_form_of_answer(
     assert file.headers["X-Unclip-Notes"] == note.format("prompt")
 
 
-def test_finished_pictures_are_sent_if_the_networks_have_ended_meanwhile(
-    server: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [NotServing("swapped"), RuntimeError("the tokenizer fails")])
+def test_finished_pictures_are_sent_even_if_their_texts_cannot_be_looked_at(
+    server: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(server.engine, "cut_at", AsyncMock(side_effect=NotServing("swapped")))
+    monkeypatch.setattr(server.engine, "cut_at", AsyncMock(side_effect=error))
     assert len(post(server, {"prompt": PROMPT, "n": 2}).json()["data"]) == 2
+    assert "image_generation.completed" in post(server, {"prompt": PROMPT, "stream": True}).text
 
 
 def test_quality_takes_no_more_steps_than_the_decoder_has_timesteps(server: Any, serving: Any) -> None:
