@@ -7,13 +7,15 @@ from pipeline.runtime.parts import NETWORKS, Tables, place_of, read_tables
 
 if TYPE_CHECKING:
     from pipeline.serve.engine import Engine
+    from pipeline.serve.metrics import EngineMetrics
 
 
-def load_engine(tables: Tables) -> "Engine":
+def load_engine(tables: Tables, metrics: "EngineMetrics | None" = None) -> "Engine":
     """The networks of a recipe, with checksums compared, and the engine that samples them.
 
     Args:
         tables: See ``write_tables`` and ``part_tables``.
+        metrics: Of all engines of this process; None: it is alone.
 
     Raises:
         DataError: If a network is damaged.
@@ -24,6 +26,7 @@ def load_engine(tables: Tables) -> "Engine":
     from pipeline.networks.files import verified_files
     from pipeline.serve.engine import Engine
     from pipeline.serve.memory import GpuMemory
+    from pipeline.serve.metrics import EngineMetrics
     from pipeline.serve.traces import open_traces
 
     recipe, artifacts = read_tables(tables)
@@ -37,12 +40,15 @@ def load_engine(tables: Tables) -> "Engine":
     arithmetic.set_up()
     configs = network_configs(recipe)
     cascade = load_cascade(networks, config.accelerator, configs, steps=steps, arithmetic=arithmetic)
+    metrics = metrics or EngineMetrics()
+    spans = metrics.spans if config.traces else None
     return Engine(
         cascade,
         max_batch_size=place.max_batch_size,
         max_waiting=config.max_queued_requests,
         steps=steps,
         device=config.accelerator,
-        traces=open_traces(config.traces, config.name or recipe.name),
+        traces=open_traces(config.traces, config.name or recipe.name, spans),
         memory=GpuMemory(place.gpus_per_replica) if config.accelerator == "cuda" else None,
+        metrics=metrics,
     )

@@ -24,6 +24,7 @@ from pipeline.runtime.keeping import keeping_what_is_served
 from pipeline.runtime.loading import load_engine
 from pipeline.runtime.parts import Tables, digest_of
 from pipeline.serve.estimate import PartLoad
+from pipeline.serve.metrics import EngineMetrics
 from pipeline.serve.protocols import (
     Accepted,
     Event,
@@ -65,6 +66,7 @@ class ModelReplica:
         del others
         self._engines: dict[str, Engine] = {}
         """By digest of what they serve."""
+        self._metrics = EngineMetrics()
         self._served = ""
         """What new requests mean; empty before anything is loaded."""
         self._newest = ""
@@ -103,7 +105,7 @@ class ModelReplica:
             newest = digest_of(tables)
             if newest not in self._engines:
                 self._lacking = newest
-                self._engines[newest] = await asyncio.to_thread(load_engine, tables)
+                self._engines[newest] = await asyncio.to_thread(load_engine, tables, self._metrics)
             elif newest in self._ending:
                 self._ending.pop(newest).cancel()
             self._newest = newest
@@ -248,7 +250,7 @@ class ModelReplica:
         return await (await self._engine_of(served)).cut_at(texts)
 
     async def load(self) -> PartLoad:
-        """What its engine has to do."""
+        """What its engines have to do."""
         return self._engine.load()
 
     async def stats(self) -> dict[str, int]:

@@ -23,6 +23,7 @@ from pipeline.runtime.served import Served, in_use_of, served_by, served_last, s
 from pipeline.serve.guards import require_keys
 from pipeline.serve.http_server import HttpServer, listen, url_of
 from pipeline.serve.keeper import Kept, SwapRequests
+from pipeline.serve.metrics import EngineMetrics
 
 if TYPE_CHECKING:
     from pipeline.serve.engine import Engine
@@ -94,6 +95,7 @@ class _Networks:
         self._front = front
         self._announce = announce
         self._kept = kept
+        self._metrics = EngineMetrics()
         self._now: _Loaded | None = None
         self._before: list[_Loaded] = []
         """What ends with its last request."""
@@ -112,7 +114,7 @@ class _Networks:
         Raises:
             UnclipError: If they cannot be loaded; then those of before go on.
         """
-        loaded = _Loaded(served, self._front)
+        loaded = _Loaded(served, self._front, self._metrics)
         self._front.gate.open(loaded.app)
         served.remember(self._kept, self._announce)
         self._front.upkeep.note_running({NETWORKS: 1})
@@ -159,17 +161,18 @@ class _Loaded:
     Args:
         served: What is loaded; it is in use until ``close``.
         front: The HTTP interface.
+        metrics: Of all engines.
 
     Raises:
         UnclipError: If the networks cannot be loaded.
     """
 
-    def __init__(self, served: Served, front: Front) -> None:
+    def __init__(self, served: Served, front: Front, metrics: EngineMetrics) -> None:
         self.served = served
         self._uses = ExitStack()
         with ExitStack() as uses:
             uses.enter_context(in_use_of(served.recipe, served.artifacts))
-            self.engine: Engine = _load(served)
+            self.engine: Engine = _load(served, metrics)
             uses.callback(self.engine.close)
             self.app: ASGIApp = front.build(served.recipe, served.artifacts, self.engine)
             self._uses = uses.pop_all()
@@ -187,9 +190,9 @@ class _Loaded:
         self._uses.close()
 
 
-def _load(served: Served) -> "Engine":
+def _load(served: Served, metrics: EngineMetrics) -> "Engine":
     try:
-        return load_engine(served.tables)
+        return load_engine(served.tables, metrics)
     except UnclipError:
         raise
     except Exception as error:

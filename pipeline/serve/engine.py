@@ -98,6 +98,7 @@ class Engine:
         device: Of its networks.
         traces: Where the spans of requests go; closed with the engine. None: nothing is recorded.
         memory: Of that device, which then bounds how many pictures are taken; None: ``max_batch_size`` alone does.
+        metrics: Of all engines of this process, while networks are swapped; None: it is alone.
 
     Raises:
         StepError: If one picture does not fit into the memory.
@@ -113,6 +114,7 @@ class Engine:
         device: torch.device | str = "cpu",
         traces: "Traces | None" = None,
         memory: DeviceMemory | None = None,
+        metrics: EngineMetrics | None = None,
     ) -> None:
         self._stages = ServedStages(cascade, steps, device)
         self._limits = MemoryLimits(cascade, self._stages, memory, device) if memory else None
@@ -124,10 +126,8 @@ class Engine:
         self._max_batch_size = max_batch_size
         self._max_waiting = max_waiting
         self._stats = EngineStats()
-        self._metrics = EngineMetrics()
+        self._metrics = metrics or EngineMetrics()
         self._traces = traces
-        if traces is not None:
-            self._metrics.registry.register(traces.spans)
         self._waiting: FairQueue[Pending] = FairQueue()
         self._active: list[Picture] = []
         self._unended = 0
@@ -138,6 +138,7 @@ class Engine:
         """When the last picture ended, or the first one came after a pause."""
         self._changed = threading.Condition()
         self._closed = False
+        self._metrics.begin(self)
         self._thread = threading.Thread(target=self._run, name="unclip-engine", daemon=True)
         self._thread.start()
 
@@ -156,6 +157,11 @@ class Engine:
         with self._changed:
             self._stats.waiting, self._stats.active = len(self._waiting), len(self._active)
             return asdict(self._stats)
+
+    def num_unfinished(self) -> int:
+        """Pictures that wait or are in progress."""
+        with self._changed:
+            return len(self._active) + sum(pending.num_waiting for pending in self._waiting)
 
     def submit(
         self,
@@ -199,10 +205,11 @@ class Engine:
             num_steps=work.num_steps if work else 0,
         )
         self._begin_phase(pending, phase, is_last=is_last)
+        num_beside = self._metrics.num_beside(self)
         with self._changed:
             if self._closed:
                 raise NotServing("the engine is shutting down")
-            if work is None and (refusal := self._refusal(pending, request, later)):
+            if work is None and (refusal := self._refusal(pending, request, later, num_beside)):
                 self._stats.refused += 1
                 self._metrics.requests.labels("refused").inc()
                 raise refusal
@@ -260,14 +267,11 @@ class Engine:
         return await self._embedder.cut_at(texts)
 
     async def stats(self) -> dict[str, int]:
-        """See ``PictureModel``."""
-        return self.counts() if self.alive else {}
+        """See ``PictureModel``; of all engines of this process."""
+        return self._metrics.counts() if self.alive else {}
 
     async def metrics(self) -> dict[str, str]:
-        """See ``PictureModel``."""
-        counts = self.counts()
-        self._metrics.waiting.set(counts["waiting"])
-        self._metrics.active.set(counts["active"])
+        """See ``PictureModel``; of all engines of this process."""
         return {"": self._metrics.text()}
 
     def close(self) -> None:
@@ -281,6 +285,7 @@ class Engine:
         for pending in unanswered:
             if pending.future.set_running_or_notify_cancel():
                 pending.future.set_exception(NotServing("the engine is shutting down"))
+        self._metrics.end(self)
         if self._traces is not None:
             self._traces.close()
 
@@ -289,27 +294,27 @@ class Engine:
             self._unended -= 1
 
     def load(self) -> PartLoad:
-        """What this engine has to do."""
-        with self._changed:
-            num_waiting = sum(pending.num_waiting for pending in self._waiting)
-            return self._load(len(self._active) + num_waiting)
+        """What this engine has to do, and those of before, which take their time of the same device."""
+        return self._load(self.num_unfinished() + self._metrics.num_beside(self))
 
     def _load(self, pictures: float) -> PartLoad:
         loads = {number: load for number, load in enumerate(self._schedule.loads) if self._stages.has(number)}
         return PartLoad(loads, self._max_batch_size, pictures)
 
-    def _refusal(self, pending: Pending, request: SampleRequest, later: Sequence[PartLoad]) -> Overloaded | None:
+    def _refusal(
+        self, pending: Pending, request: SampleRequest, later: Sequence[PartLoad], num_beside: int
+    ) -> Overloaded | None:
         """Why a new request is not taken, if it is not; call with the lock held."""
         num_waiting = sum(not waiting.future.cancelled() for waiting in self._waiting)
         if num_waiting >= self._max_waiting:
             return Overloaded(f"{num_waiting} requests are waiting already", retry_after_s=self._wait_s())
-        if not request.timeout_s or not (self._unended or any(part.pictures for part in later)):
+        if not request.timeout_s or not (self._unended or num_beside or any(part.pictures for part in later)):
             return None
         count = pending.num_waiting
         own = {} if request.edit else request.num_steps  # an edit may take a share of them
         numbers = [*map(self._stages.number, pending.phase.stages), *pending.rest]
         steps = {number: own.get(self._stages[number].name, 0) for number in numbers}
-        num_ahead = len(self._active) + sum(min(count, waiting.num_waiting) for waiting in self._waiting)
+        num_ahead = len(self._active) + sum(min(count, waiting.num_waiting) for waiting in self._waiting) + num_beside
         needed_s = estimate_s([self._load(num_ahead), *later], steps, count)
         if needed_s <= request.timeout_s:
             return None

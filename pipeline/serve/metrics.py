@@ -3,9 +3,10 @@
 ``GET /metrics`` shows all of them: the samples of a replica have its name as the label ``replica``.
 """
 
+from collections import Counter as Counts
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -33,10 +34,24 @@ _CAUSES = {
 """Of an answer that no guard refused."""
 
 
+class Measured(Protocol):
+    """An engine, as far as it is counted."""
+
+    def counts(self) -> dict[str, int]:
+        """``engine.EngineStats`` as plain numbers."""
+        ...
+
+    def num_unfinished(self) -> int:
+        """Pictures that wait or are in progress."""
+        ...
+
+
 class EngineMetrics:
-    """What one engine measures."""
+    """What the engines of a process measure: the one of what is served, and those of before that finish beside it."""
 
     def __init__(self) -> None:
+        self._engines: list[Measured] = []
+        self._ended = Counts[str]()
         self.registry = CollectorRegistry()
         here: dict[str, Any] = {"registry": self.registry}
         self.queue = Histogram(
@@ -75,8 +90,37 @@ class EngineMetrics:
         self.waiting = Gauge("unclip_waiting_requests", "Requests that wait for admission.", **here)
         self.active = Gauge("unclip_active_pictures", "Pictures in progress.", **here)
 
+    @cached_property
+    def spans(self) -> Counter:
+        """Spans of the traces, which are shown once there are traces."""
+        return span_counter(self.registry)
+
+    def begin(self, engine: Measured) -> None:
+        """Count an engine from now on."""
+        self._engines.append(engine)
+
+    def end(self, engine: Measured) -> None:
+        """Keep the counts of an engine that has ended, and let go of it."""
+        if engine in self._engines:
+            self._engines.remove(engine)
+            self._ended.update(engine.counts())
+
+    def counts(self) -> dict[str, int]:
+        """The sums over all engines, those that have ended too; not with the lock of one of them held."""
+        counts = self._ended.copy()
+        for engine in [*self._engines]:
+            counts.update(engine.counts())
+        return dict(counts)
+
+    def num_beside(self, engine: Measured) -> int:
+        """Pictures that wait or are in progress in the other engines, on the same device; as ``counts``."""
+        return sum(other.num_unfinished() for other in [*self._engines] if other is not engine)
+
     def text(self) -> str:
         """All of it, as Prometheus reads it."""
+        counts = self.counts()
+        self.waiting.set(counts.get("waiting", 0))
+        self.active.set(counts.get("active", 0))
         return generate_latest(self.registry).decode()
 
 

@@ -42,8 +42,10 @@ class FakeEngine:
 
     alive = True
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, metrics: Any = None) -> None:
         self.number = number
+        self.metrics = metrics
+        """Where it is counted."""
         self.may_answer = asyncio.Event()
         self.num_active = 0
         self.is_closed = False
@@ -86,10 +88,10 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> dict[int, FakeEngine]:
     """The engines that were loaded, by the number in their tables."""
     loaded: dict[int, FakeEngine] = {}
 
-    def load(tables: Any) -> FakeEngine:
+    def load(tables: Any, metrics: Any) -> FakeEngine:
         if tables["number"] < 0:
             raise OSError("no such file")
-        loaded[tables["number"]] = FakeEngine(tables["number"])
+        loaded[tables["number"]] = FakeEngine(tables["number"], metrics)
         return loaded[tables["number"]]
 
     monkeypatch.setattr(replicas_module, "load_engine", load)
@@ -110,6 +112,7 @@ def test_a_request_is_answered_by_the_networks_that_it_means(engines: dict[int, 
         first = asyncio.ensure_future(replica.sample(old, request))
         await asyncio.sleep(0.01)
         await replica.reconfigure(tables(2))
+        assert engines[1].metrics is engines[2].metrics
         assert (await replica.serves(old), await replica.serves(new)) == (True, True)
         second = asyncio.ensure_future(replica.sample(old, request))  # others load
         await asyncio.sleep(0.05)
@@ -170,10 +173,10 @@ def test_a_request_waits_for_networks_that_are_loading(
     """Of a replica that takes requests before it has what they mean; without its own it would look idle."""
     may_load, load = threading.Event(), replicas_module.load_engine
 
-    def slowly(tables: Any) -> Any:
+    def slowly(tables: Any, metrics: Any) -> Any:
         if tables["number"] != 1:
             assert may_load.wait(30)
-        return load(tables)
+        return load(tables, metrics)
 
     monkeypatch.setattr(replicas_module, "load_engine", slowly)
 

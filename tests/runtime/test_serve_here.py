@@ -163,7 +163,7 @@ def test_networks_of_before_leave_the_memory_with_their_last_request(monkeypatch
             self.alive = False
 
     monkeypatch.setattr(here_module, "_IDLE_POLL_S", 0.01)
-    monkeypatch.setattr(here_module, "_load", lambda _: Engine())
+    monkeypatch.setattr(here_module, "_load", lambda *_: Engine())
     monkeypatch.setattr(here_module, "in_use_of", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(Front, "build", lambda *_: FastAPI())
     served: Any = SimpleNamespace(recipe=None, artifacts={}, tables={}, remember=lambda *_: None)

@@ -19,7 +19,7 @@ from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
 from pipeline.serve.guards import Guards
 from pipeline.serve.metrics import EngineMetrics, HttpMetrics
-from pipeline.serve.protocols import Overloaded
+from pipeline.serve.protocols import Overloaded, TooLittleTime
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,6 +81,32 @@ def test_steps_for_a_client_who_left_are_counted_as_wasted(make_engine: Callable
     assert numbers["unclip_wasted_steps_total", "cancelled"] >= 1
     assert numbers["unclip_requests_total", "cancelled"] == 1
     assert numbers["unclip_requests_total", "refused"] == 1
+
+
+def test_engines_of_before_are_counted_while_they_finish_and_after(cascade: Cascade) -> None:
+    metrics = EngineMetrics()
+    before, now = (Engine(cascade, max_batch_size=1, metrics=metrics) for _ in range(2))
+    with closing(now):
+        with closing(before):
+            for engine in (before, now):
+                engine.submit(SampleRequest("a", (1,))).result(60)
+            under_way = before.submit(SampleRequest("a", (1, 2), num_steps={"prior": 1000}))
+            while not before.counts()["active"]:
+                pass
+            counts = asyncio.run(now.stats())
+            assert (counts["requests"], counts["pictures"], counts["active"]) == (3, 2, 1)
+            assert now.load().pictures == 2
+            numbers = values(asyncio.run(now.metrics())[""])
+            assert (numbers["unclip_pictures_total",], numbers["unclip_active_pictures",]) == (2, 1)
+            with pytest.raises(TooLittleTime):  # this engine is idle, its device is not
+                now.submit(SampleRequest("a", (0,), timeout_s=1e-9))
+            under_way.cancel()
+            while not before.counts()["dropped"]:
+                pass
+        before.close()  # once more
+        counts = asyncio.run(now.stats())
+        assert (counts["requests"], counts["refused"], counts["dropped"], counts["active"]) == (3, 1, 1, 0)
+        assert values(asyncio.run(now.metrics())[""])["unclip_requests_total", "answered"] == 2
 
 
 def test_the_samples_of_all_replicas_stand_beside_each_other() -> None:

@@ -19,6 +19,7 @@ from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
 from pipeline.serve.guards import Guards
 from pipeline.serve.knn import LocalNeighbours
+from pipeline.serve.metrics import EngineMetrics
 from pipeline.serve.traces import open_traces
 from tests.ports import free_port
 from tests.serve.conftest import Server
@@ -42,8 +43,9 @@ def client_of(app: Any, traces: Any) -> TestClient:
 @contextmanager
 def traced(cascade: Cascade, url: str, index: LocalNeighbours | None = None) -> Generator[TestClient]:
     """The API around an engine, each with its own way to the collector, as in two processes; sent at the end."""
-    of_http, of_engine = open_traces(url, "hats"), open_traces(url, "hats")
-    engine = Engine(cascade, max_batch_size=4, traces=of_engine)
+    metrics = EngineMetrics()
+    of_http, of_engine = open_traces(url, "hats"), open_traces(url, "hats", metrics.spans)
+    engine = Engine(cascade, max_batch_size=4, traces=of_engine, metrics=metrics)
     try:
         yield client_of(create_app(engine, index, ApiSettings(ModelCard("tiny", 32))), of_http)
     finally:
