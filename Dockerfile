@@ -24,6 +24,7 @@ COPY --chown=unclip models models
 COPY --chown=unclip pipeline pipeline
 COPY --chown=unclip jobs jobs
 COPY --chown=unclip configs configs
+COPY --chown=unclip deploy deploy
 RUN python -m venv /home/unclip/venv
 
 FROM base AS cpu

@@ -2,6 +2,7 @@
 
 from json import dumps
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -21,6 +22,7 @@ from jobs.options import (
 from jobs.watch import SamplingWatcher
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe, load_recipe
+from pipeline.recipe.steps import CASCADE_STEPS
 
 
 def sample(
@@ -81,10 +83,10 @@ def sample(
     count = "1 picture" if len(rows) == 1 else f"{len(rows)} pictures"
     typer.echo(f"{count} in {out}; all at a glance: {Path(out) / 'grid.png'}")
     words = recipe_words(recipe, overrides)
-    return (
-        f"unclip lineage {Path(out) / rows[0]['file']} --workspace {resolved.workspace}",
-        f"unclip serve {words}",
-    )
+    lineage = f"unclip lineage {quote(str(Path(out) / rows[0]['file']))} --workspace {quote(resolved.workspace)}"
+    sections = [getattr(resolved, name) for name in CASCADE_STEPS]
+    is_traced = any(section is not None and not section.finished_network for section in sections)
+    return (*((lineage,) if is_traced else ()), f"unclip serve {words}")
 
 
 def evaluate(recipe: RecipePath, overrides: Overrides = None, address: RayAddress = "", json: AsJson = False) -> Next:

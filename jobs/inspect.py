@@ -242,7 +242,8 @@ def _print_times(recipe: Recipe, statuses: list[StepStatus], *, json: bool) -> N
             typer.echo(f"{status.step.name:<17} {duration(span.end_s - span.start_s):>9}   {ends}")
     seconds = f"about {duration(run.seconds)}"
     if run.untimed:
-        seconds = f"at least {duration(run.seconds)} besides {', '.join(run.untimed)} (a few rows do not tell its time)"
+        names = ", ".join(run.untimed)
+        seconds = f"at least {duration(run.seconds)} besides {names} (whose time a few rows here do not tell)"
     typer.echo(
         f"run: {seconds} on {machine.cpus:g} CPUs; with all of them busy, work takes {machine.crowding:.2f} times as "
         f"long; measured in {duration(measured_s)}"

@@ -49,7 +49,9 @@ def init(
     minutes: Annotated[
         float | None,
         typer.Option(
-            "--minutes", help="Time that the whole run may take here; default: by the number of pairs.", min=0
+            "--minutes",
+            help="Longest time of the whole run on this machine; default: set by the number of pairs.",
+            min=0,
         ),
     ] = None,
     time: Annotated[
@@ -88,8 +90,9 @@ def _time_of(path: str, *, is_measured: bool) -> str:
             measure_run(recipe, statuses, print_measured)
     except UnclipError as error:
         return f"not known: {error}"
-    seconds = status_remaining(recipe, statuses).seconds
-    return f"about {duration(seconds)} on this machine"
+    remaining = status_remaining(recipe, statuses)
+    seconds = f"{'at least' if remaining.untimed else 'about'} {duration(remaining.seconds)}"
+    return f"{seconds} on this machine{remaining.besides}"
 
 
 def run(

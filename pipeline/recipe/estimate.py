@@ -2,7 +2,7 @@
 
 `unclip plan --time` and `unclip init` measure, and write ``recipes/<name>/times.json`` into the workspace. A step that
 was not measured takes the time of its last run on the same inputs with the same settings; the seed makes no difference
-to it. Other inputs may have other numbers of rows, or larger networks: of them a recorded time says nothing.
+to it. A time recorded on other inputs is not used: they may have more rows, or larger networks.
 """
 
 from __future__ import annotations
@@ -74,12 +74,16 @@ class Remaining:
             return f"at least {duration(self.seconds)} to go" if self.spans else "unknown time to go"
         return f"{duration(self.seconds)} to go"
 
+    @property
+    def besides(self) -> str:
+        """Which steps are not in that time, as the end of a sentence; empty: all are."""
+        return f" besides {', '.join(self.untimed)}" if self.untimed else ""
+
     def explain(self, recipe: str) -> str:
         """The time to go, and how steps of unknown time get one; ``recipe`` as words of a command."""
         if not self.untimed:
             return self.text
-        names = f" besides {', '.join(self.untimed)}" if self.spans else ""
-        return f"{self.text}{names}; `unclip plan {recipe} --time` measures it"
+        return f"{self.text}{self.besides if self.spans else ''}; `unclip plan {recipe} --time` measures it"
 
 
 def time_keys(recipe: Recipe) -> dict[str, str]:

@@ -52,7 +52,7 @@ _NOVELTIES_ABOUT = (
 
 
 def update_report(workspace: Workspace, steps: list[Step], recipe: Recipe, recipe_file: str) -> str:
-    """Write the workspace's page unless it is this recipe's, of the results that there are now.
+    """Write the workspace's page unless it already shows the newest results of this recipe.
 
     Recipes that share a workspace share the page, and a command may end between its last result and the page: so every
     command that shows the page asks here.

@@ -3,6 +3,7 @@
 import copy
 import http.server
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import parse_recipe
-from pipeline.runtime.kuberay import ray_service
+from pipeline.runtime.kuberay import CLUSTER_FILE, ray_service
 from pipeline.runtime.placement import ROLE
 from pipeline.runtime.serve_file import PROXY_ENVIRONMENT, application
 from tests.tiny.command import ROOT, unclip_here
@@ -149,6 +150,16 @@ def test_google_clouds_cluster_is_what_ray_up_takes_and_has_the_roles_of_the_oth
     assert profiles == {role: {"Name": "unclip-workspace"} for role in _ROLES} | {"head": {"Name": "unclip-head"}}
     made = (ROOT / "deploy/aws-roles.sh").read_text()
     assert "for role in unclip-workspace unclip-head" in made
+    accounts = {
+        role: kind["node_config"]["serviceAccounts"][0]["email"].partition("@")[0]
+        for role, kind in _load("gcp.yaml")["available_node_types"].items()
+    }
+    assert accounts == dict.fromkeys(_ROLES, "unclip") | {"head": "unclip-head"}
+
+
+def test_the_image_has_the_folders_that_the_program_reads() -> None:
+    copied = re.findall(r"^COPY --chown=unclip (\w+) \1$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert {Path(CLUSTER_FILE).parts[0], "models", "pipeline", "jobs", "configs"} == set(copied)
 
 
 def _checker(name: str) -> str:

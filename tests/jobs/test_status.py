@@ -177,4 +177,6 @@ def test_a_time_without_all_steps_is_a_least_time(recipe: Path, monkeypatch: pyt
 
     monkeypatch.setattr("pipeline.timing.run_time.measure_run", measured)
     lines = CliRunner().invoke(app, ["plan", str(recipe), "--time"]).stdout.splitlines()
-    assert "run: at least 90 s besides filter_embeddings (a few rows do not tell its time) on 2 CPUs" in lines[-1]
+    assert (
+        "run: at least 90 s besides filter_embeddings (whose time a few rows here do not tell) on 2 CPUs" in lines[-1]
+    )

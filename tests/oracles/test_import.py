@@ -51,7 +51,8 @@ def test_imported_folder_is_sampled_at_once_as_its_own_pipeline_does(
     if form == "moved":
         Path("mine").rename(source)
     # compare_pipeline's first seed: its noise is what the pipeline was given.
-    unclip("sample", source, "a red circle", "-n", "2", "--seed", "11", "--out", "out")
+    output = unclip("sample", source, "a red circle", "-n", "2", "--seed", "11", "--out", "out")
+    assert "unclip lineage" not in output  # its networks are in no workspace
     ours = np.stack([np.array(Image.open(f"out/000-{number}.png")) for number in range(2)]).astype(int)
     theirs = np.load(written[1] / "pictures.npy") * 255
     assert theirs.std() > 20
