@@ -143,6 +143,7 @@ def _details(node: Node) -> dict[str, str]:
         "recipes": ", ".join(node.recipes),
         "versions": ", ".join(f"{name} {version}" for name, version in node.versions.items()),
         "MLflow run": node.tracking_run_id,
+        "weights": node.weights and f"SHA-256 {node.weights}",
     }
     return {name: value for name, value in details.items() if value}
 

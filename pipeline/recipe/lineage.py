@@ -52,6 +52,8 @@ class Node:
     """Of the project and of the packages that shaped its bytes."""
     tracking_run_id: str = ""
     """MLflow run, or empty."""
+    weights: str = ""
+    """SHA-256 of a network's file of weights; empty for other steps."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Lineage:
     nodes: tuple[Node, ...]
     """The last step first; each before its inputs."""
     notes: tuple[str, ...]
-    """What could not be found out."""
+    """What could not be found out, and weights that are not those that the picture names."""
 
     def to_dict(self) -> Json:
         """As JSON."""
@@ -103,11 +105,22 @@ def trace(what: str, workspace: str = "") -> Lineage:
             waiting += [*nodes[step, key].inputs.items(), *nodes[step, key].others]
     if all(node.state == "missing" for node in nodes.values()):
         raise ConfigError(f"{what}: none of its artifacts is in {place.root}; name their workspace with --workspace")
+    notes += _other_weights(facts.get("weights", {}), [nodes[root] for root in roots.items()])
     order = {row.name: number for number, row in enumerate(STEPS)}
     ordered = sorted(
         nodes.values(), key=lambda node: -order.get(node.step, len(order))
     )  # of one step, as they were reached
     return Lineage(what, facts, place.root, tuple(ordered), tuple(notes))
+
+
+def _other_weights(weights: Mapping[str, str], networks: Sequence[Node]) -> list[str]:
+    """A note on each network whose weights are not those that a picture names."""
+    return [
+        f"{node.step} {node.key} is not what the picture was made with: its weights have the SHA-256 {node.weights}, "
+        f"those of the picture {weights[node.step]}"
+        for node in networks
+        if node.weights and weights.get(node.step, node.weights) != node.weights
+    ]
 
 
 def mermaid(lineage: Lineage) -> str:
@@ -163,7 +176,8 @@ def _picture_facts(path: Path) -> Json:
         with Image.open(path) as image:
             image.load()  # a chunk may stand behind the pixels
             facts = json.loads(image.info["unclip"])
-            return {**facts, **_signature(image), "networks": dict(facts["networks"])}
+            weights = dict(facts.get("weights", {}))
+            return {**facts, **_signature(image), "networks": dict(facts["networks"]), "weights": weights}
     except (OSError, UnidentifiedImageError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{path}: no picture of this program, or another one has removed its metadata") from None
 
@@ -220,7 +234,14 @@ def _done(artifact: Artifact, manifest: Manifest, recipes: tuple[str, ...]) -> N
         settings=_settings(manifest.section),
         versions=manifest.versions,
         tracking_run_id=manifest.tracking_run_id,
+        weights=weights_of(manifest),
     )
+
+
+def weights_of(network: Manifest) -> str:
+    """SHA-256 of the only file of weights of a network; empty if it has none, or several."""
+    files = [name for name in network.files if "/" not in name and name.endswith(".safetensors")]
+    return network.files[files[0]]["sha256"] if len(files) == 1 else ""
 
 
 def _settings(section: Json) -> Json:

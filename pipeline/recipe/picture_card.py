@@ -6,12 +6,16 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from typing import Any
 
-from models.request import WALK_STEPS, Edit, RawMask, RawPicture, SampleRequest, StartPicture, is_walk
+from models.request import WALK_STEPS, Edit, RawMask, RawPicture, SampleRequest, is_walk
+from pipeline.recipe.lineage import weights_of
 from pipeline.recipe.plan import recipe_key
 from pipeline.recipe.provenance import C2PA, Signer
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.workspace.store import Artifact
+
+_HASH_DIGITS = 10
+"""A1111's hash of a model: so many of the first digits of its file's SHA-256."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class ModelCard:
     """Side of the cascade's pictures, in pixels."""
     networks: Mapping[str, str] = field(default_factory=dict[str, str])
     """Key of each network's artifact, by step."""
+    weights: Mapping[str, str] = field(default_factory=dict[str, str])
+    """SHA-256 of each network's file of weights, by step, of those that have a manifest."""
     recipe_key: str = ""
     """See ``recipe.plan.recipe_key``."""
     mlflow_runs: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -44,6 +50,7 @@ class ModelCard:
         return {
             "recipe": self.name,
             "networks": dict(self.networks),
+            "weights": dict(self.weights),
             "recipe_key": self.recipe_key,
             "mlflow_runs": dict(self.mlflow_runs),
             "version": self.version,
@@ -60,17 +67,16 @@ def model_card(recipe: Recipe, artifacts: dict[str, Artifact]) -> ModelCard:
     """
     cascade = {name: artifact for name, artifact in artifacts.items() if name in CASCADE_STEPS}
     networks = {name: artifact.key for name, artifact in cascade.items()}
-    manifests = {name: artifact.manifest() for name, artifact in cascade.items()}
+    manifests = {name: manifest for name, artifact in cascade.items() if (manifest := artifact.manifest()) is not None}
     stages = {name: getattr(recipe, name).model for name in networks if name != "clip"}
     return ModelCard(
         recipe.name,
         [recipe.decoder.model, *recipe.upsamplers().values()][-1].image_px,
         networks=networks,
+        weights={name: weights for name, manifest in manifests.items() if (weights := weights_of(manifest))},
         recipe_key=recipe_key(recipe),
         mlflow_runs={
-            name: manifest.tracking_run_id
-            for name, manifest in manifests.items()
-            if manifest is not None and manifest.tracking_run_id
+            name: manifest.tracking_run_id for name, manifest in manifests.items() if manifest.tracking_run_id
         },
         sampling={name: asdict(model.sampler) for name, model in stages.items() if hasattr(model, "sampler")},
         num_timesteps=recipe.decoder.model.diffusion.num_timesteps,
@@ -79,7 +85,7 @@ def model_card(recipe: Recipe, artifacts: dict[str, Artifact]) -> ModelCard:
 
 
 def made_with(card: ModelCard, request: SampleRequest, seed: int, side_px: int) -> dict[str, str]:
-    """The text chunks of a PNG: A1111's ``parameters``, which other viewers read, and all of it as JSON.
+    """The text chunks of the PNG of a request; see ``texts_of``.
 
     Args:
         card: What the pictures are made with.
@@ -87,11 +93,17 @@ def made_with(card: ModelCard, request: SampleRequest, seed: int, side_px: int) 
         seed: Of this picture.
         side_px: Side of the file's picture, in pixels.
     """
-    walk = {"decoder": {"method": "ddim", "num_steps": WALK_STEPS, "guidance_scale": 1.0, "respacing": ""}}
-    usual = {
-        stage: {**settings, **(walk if is_walk(request.edit) else {}).get(stage, {})}
-        for stage, settings in card.sampling.items()
-    }
+    usual = dict(card.sampling)
+    if is_walk(request.edit) and "decoder" in usual:
+        usual["decoder"] = {
+            **usual["decoder"],
+            "method": "ddim",
+            "num_steps": min(WALK_STEPS, card.num_timesteps),
+            "guidance_scale": 1.0,
+            "respacing": "",
+            "eta": getattr(request.edit, "eta", 0.0),
+            "clip_guidance_scale": 0.0,
+        }
     sampling = {
         stage: {
             **settings,
@@ -100,22 +112,7 @@ def made_with(card: ModelCard, request: SampleRequest, seed: int, side_px: int) 
         }
         for stage, settings in usual.items()
     }
-    decoder = sampling.get("decoder", {})
     facts = {
-        "Steps": decoder.get("num_steps"),
-        "Sampler": decoder.get("method"),
-        "CFG scale": decoder.get("guidance_scale"),
-        "Seed": seed,
-        "Size": f"{side_px}x{side_px}",
-        "Denoising strength": request.edit.strength if isinstance(request.edit, StartPicture) else None,
-        "Model hash": card.networks.get("decoder", "")[:10] or None,
-        "Model": card.name,
-        "Version": f"unclip {card.version}",
-    }
-    lines = [request.prompt, *([f"Negative prompt: {request.negative_prompt}"] if request.negative_prompt else [])]
-    lines.append(", ".join(f"{name}: {value}" for name, value in facts.items() if value is not None))
-    everything = {
-        **card.facts(),
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
         "seed": seed,
@@ -124,7 +121,33 @@ def made_with(card: ModelCard, request: SampleRequest, seed: int, side_px: int) 
         **({"num_candidates": request.num_candidates} if request.num_candidates else {}),
         **({"edit": _edit_facts(request.edit)} if request.edit else {}),
     }
-    return {"parameters": "\n".join(lines), "unclip": json.dumps(everything, ensure_ascii=False)}
+    return texts_of(card, facts)
+
+
+def texts_of(card: ModelCard, facts: Mapping[str, Any]) -> dict[str, str]:
+    """The text chunks of a PNG: A1111's ``parameters``, which other viewers read, and all of it as JSON.
+
+    Args:
+        card: What the picture is made with.
+        facts: What its JSON says beside that: ``prompt``, ``negative_prompt``, ``seed``, ``side_px``, ``sampling`` of
+            each stage by name, and of an edit ``edit``.
+    """
+    decoder = facts["sampling"].get("decoder", {})
+    parameters = {
+        "Steps": decoder.get("num_steps"),
+        "Sampler": decoder.get("method"),
+        "CFG scale": decoder.get("guidance_scale"),
+        "Seed": facts["seed"],
+        "Size": f"{facts['side_px']}x{facts['side_px']}",
+        "Denoising strength": facts.get("edit", {}).get("strength"),
+        "Model hash": card.weights.get("decoder", "")[:_HASH_DIGITS] or None,
+        "Model": card.name,
+        "Version": f"unclip {card.version}",
+    }
+    negative = facts["negative_prompt"]
+    lines = [facts["prompt"], *([f"Negative prompt: {negative}"] if negative else [])]
+    lines.append(", ".join(f"{name}: {value}" for name, value in parameters.items() if value is not None))
+    return {"parameters": "\n".join(lines), "unclip": json.dumps({**card.facts(), **facts}, ensure_ascii=False)}
 
 
 def _edit_facts(edit: Edit) -> dict[str, Any]:

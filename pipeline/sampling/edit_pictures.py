@@ -26,7 +26,7 @@ from pipeline.errors import ConfigError
 from pipeline.grid import Block, draw_grid
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.pictures import read_file, square, to_png, with_texts
-from pipeline.recipe.picture_card import ModelCard, model_card
+from pipeline.recipe.picture_card import ModelCard, model_card, texts_of
 from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
@@ -35,6 +35,7 @@ from pipeline.sampling.masks import masked_pixels
 from pipeline.sampling.preview import Preview
 from pipeline.sampling.sample import GRID
 from pipeline.workspace.disk import translate_os_errors
+from pipeline.workspace.hashing import sha256_of
 from pipeline.workspace.store import Artifact, Workspace
 
 Json = dict[str, Any]
@@ -56,6 +57,8 @@ class Sources:
     pictures: tuple[Image.Image, ...]
     embed: Artifact
     """The embed step, for its principal components."""
+    digests: tuple[str, ...] = ()
+    """SHA-256 of the files."""
 
     @property
     def names(self) -> list[str]:
@@ -110,7 +113,8 @@ def edit_recipe(
     pictures = tuple(read_file(file) for file in files)
     artifacts = finished_artifacts(recipe, CASCADE_STEPS)
     embed = next(step for step in make_plan(recipe, until="embed") if step.name == "embed")
-    sources = Sources(tuple(files), pictures, artifact_of(Workspace(recipe.workspace), embed))
+    digests = tuple(sha256_of(Path(file)) for file in files)
+    sources = Sources(tuple(files), pictures, artifact_of(Workspace(recipe.workspace), embed), digests)
     cascade = load_cascade(artifacts, recipe.evaluate.resources.accelerator, network_configs(recipe))
     with translate_os_errors(str(out_dir)):
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -131,8 +135,17 @@ def _write(out_dir: Path, edit: str, editor: Editor, sources: Sources, frames: F
     pictures: list[Pixels] = list(frames.result.images.numpy())
     for number, (picture, row) in enumerate(zip(pictures, frames.rows, strict=True)):
         name, settings = f"{number:03d}.png", {"settings": asdict(editor.settings)}
-        text = json.dumps({"edit": {"kind": edit}} | row | settings | card.facts(), ensure_ascii=False)
-        (out_dir / name).write_bytes(with_texts(to_png(picture), {"unclip": text}))
+        own = {key: value for key, value in row.items() if key not in {"prompt", "seed"}}
+        made_by = {"kind": edit, "sources": list(sources.digests), **own, **settings}
+        facts = {
+            "prompt": row.get("prompt", ""),
+            "negative_prompt": "",
+            "seed": row["seed"],
+            "side_px": editor.side_px,
+            "sampling": {**card.sampling, "decoder": _sampler(editor, row)},
+            "edit": made_by,
+        }
+        (out_dir / name).write_bytes(with_texts(to_png(picture), texts_of(card, facts)))
         about = {"file": name, "edit": edit, "sources": list(sources.files), "label": frames.label}
         rows.append(about | row | settings)
     (out_dir / EDITS_FILE).write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows), encoding="utf-8")
@@ -146,6 +159,15 @@ def _write(out_dir: Path, edit: str, editor: Editor, sources: Sources, frames: F
     cell_px = min(max(editor.side_px, _CELL_PX[0]), _CELL_PX[1])
     (out_dir / GRID).write_bytes(to_png(draw_grid(blocks, cell_px=cell_px)))
     return rows
+
+
+def _sampler(editor: Editor, row: Json) -> Json:
+    """How the decoder was sampled for a frame."""
+    walk, usual, scale = asdict(editor.latent_walk.sampler), editor.decoder.sampler, editor.settings.prompt_guidance
+    if "prompt" not in row:
+        return walk | {"eta": row.get("eta", walk["eta"])}
+    guidance_scale = usual.guidance_scale if scale is None else scale
+    return walk | {"guidance_scale": guidance_scale, "clip_guidance_scale": usual.clip_guidance_scale}
 
 
 # ---- the edits -----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """From a picture, a folder or an artifact back to the pairs; and what no recipe needs."""
 
 import dataclasses
+import hashlib
 import io
 import json
 from collections.abc import Sequence
@@ -44,8 +45,8 @@ def recipe(tmp_path: Path) -> Recipe:
     return parse_recipe(tiny_tables(tmp_path / "workspace"))
 
 
-def _picture(folder: Path, networks: dict[str, str]) -> Path:
-    facts = {"prompt": "a red \N{SNOWMAN}", "seed": 3, "networks": networks}
+def _picture(folder: Path, networks: dict[str, str], **others: Any) -> Path:
+    facts = {"prompt": "a red \N{SNOWMAN}", "seed": 3, "networks": networks, **others}
     png = with_texts(to_png(np.zeros((4, 4, 3), np.uint8)), {"unclip": json.dumps(facts, ensure_ascii=False)})
     (folder / "picture.png").write_bytes(png)
     return folder / "picture.png"
@@ -73,6 +74,29 @@ def test_a_picture_leads_to_its_pairs(recipe: Recipe, tmp_path: Path) -> None:
     assert (nodes["decoder"].recipes, nodes["decoder"].num_shards) == ((recipe.name,), 1)
     assert nodes["decoder"].settings["train.num_steps"] == recipe.decoder.train.num_steps
     assert f"  clip_{keys['clip']} --> decoder_{keys['decoder']}" in mermaid(lineage).splitlines()
+
+
+def test_weights_that_are_not_those_of_the_picture_are_named(recipe: Recipe, tmp_path: Path) -> None:
+    keys, weights = _finish(recipe), hashlib.sha256(b"weights").hexdigest()
+    step = next(step for step in make_plan(recipe) if step.name == "prior")
+    prior = artifact_of(Workspace(recipe.workspace), step)
+    prior.write_bytes("model.safetensors", b"weights")
+    prior.remove(MANIFEST)
+    prior.commit(manifest_of(step, prior))
+    networks = {"prior": keys["prior"], "decoder": keys["decoder"]}
+    for digests in ({"prior": weights}, {"decoder": weights}, {}):  # the decoder has no file of weights
+        same = trace(str(_picture(tmp_path, networks, weights=digests)), recipe.workspace)
+        assert same.facts["weights"] == digests
+        assert same.notes == ()
+        assert {node.step: node.weights for node in same.nodes if node.weights} == {"prior": weights}
+    picture = str(_picture(tmp_path, networks, weights={"prior": "0" * 64}))
+    [note] = trace(picture, recipe.workspace).notes
+    assert note.startswith(f"prior {keys['prior']} is not what the picture was made with: ")
+    assert weights in note
+    assert "0" * 64 in note
+    printed = CliRunner().invoke(app, ["lineage", picture, "--workspace", recipe.workspace, "--nearest", "0"]).stdout
+    assert f"weights: SHA-256 {weights}" in printed
+    assert f"note: {note}" in printed
 
 
 def test_lineage_takes_artifacts_checkpoints_folders_and_keys(recipe: Recipe, tmp_path: Path) -> None:

@@ -1,14 +1,23 @@
 """What the HTTP interface of a recipe says of its networks."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
 
-from models.request import SampleRequest
-from pipeline.recipe.picture_card import made_with, model_card
+import pytest
+
+from models.request import RawPicture, SampleRequest, TextDiff, Variation
+from pipeline.networks.diffusers import export_native
+from pipeline.recipe.picture_card import ModelCard, made_with, model_card
 from pipeline.recipe.plan import recipe_key
+from pipeline.recipe.recipe import load_recipe
+from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.runtime.served import served_artifacts
 from tests.tiny.workspace import served_workspace
+
+REQUEST = SampleRequest("a", (1,))
+PICTURE = RawPicture(1, 1, bytes(3))
 
 
 def test_a_picture_names_its_recipe_its_networks_and_the_runs_that_trained_them(tmp_path: Path) -> None:
@@ -18,9 +27,35 @@ def test_a_picture_names_its_recipe_its_networks_and_the_runs_that_trained_them(
     assert manifest is not None
     artifacts["decoder"].commit(replace(manifest, tracking_run_id="0123abcd"))
     card = model_card(recipe, artifacts)
-    facts = json.loads(made_with(card, SampleRequest("a", (1,)), 1, 32)["unclip"])
+    facts = json.loads(made_with(card, REQUEST, 1, 32)["unclip"])
     assert facts["recipe_key"] == recipe_key(recipe)
     assert facts["mlflow_runs"] == {"decoder": "0123abcd"}
     assert facts["networks"].keys() == {"clip", "prior", "decoder", "upsampler_1", "upsampler_2"}
     assert facts["networks"]["decoder"] == artifacts["decoder"].key
+    assert facts["weights"].keys() == facts["networks"].keys()
+    for name, weights in facts["weights"].items():
+        file = "open_clip_model.safetensors" if name == "clip" else "model.safetensors"
+        assert weights == hashlib.sha256(artifacts[name].path(file).read_bytes()).hexdigest()
+    assert f"Model hash: {facts['weights']['decoder'][:10]}, " in made_with(card, REQUEST, 1, 32)["parameters"]
     assert card.num_timesteps == 300
+
+
+def test_networks_of_a_folder_have_no_digests(tmp_path: Path) -> None:
+    recipe = served_workspace(tmp_path)
+    artifacts, _ = served_artifacts(recipe)
+    export_native({name: artifacts[name] for name in CASCADE_STEPS if name in artifacts}, tmp_path / "folder")
+    folder = load_recipe(tmp_path / "folder")
+    card = model_card(folder, served_artifacts(folder)[0])
+    texts = made_with(card, REQUEST, 1, 32)
+    assert json.loads(texts["unclip"])["weights"] == {}
+    assert "Model hash" not in texts["parameters"]
+
+
+@pytest.mark.parametrize("edit", [Variation(PICTURE, 0.5), TextDiff(PICTURE, "a", "b", (0.0,))])
+def test_a_picture_from_the_noise_of_another_says_how_ddim_made_it(edit: Variation | TextDiff) -> None:
+    recipes = {"method": "ddpm", "num_steps": 7, "guidance_scale": 3.0, "eta": 1.0, "clip_guidance_scale": 2.0}
+    card = ModelCard("tiny", 32, sampling={"decoder": recipes}, num_timesteps=40)
+    sampler = json.loads(made_with(card, replace(REQUEST, edit=edit), 1, 32)["unclip"])["sampling"]["decoder"]
+    assert (sampler["method"], sampler["num_steps"], sampler["guidance_scale"]) == ("ddim", 40, 1.0)
+    assert sampler["eta"] == (0.5 if isinstance(edit, Variation) else 0.0)
+    assert sampler["clip_guidance_scale"] == 0.0

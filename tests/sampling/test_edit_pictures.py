@@ -1,5 +1,6 @@
 """Edits through files: what is written, and what is refused in words."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -75,8 +76,19 @@ def test_every_edit_writes_pictures_grid_and_rows(
         with Image.open(tmp_path / row["file"]) as image:
             assert image.size == (32, 32)
             image.load()
-            facts = json.loads(image.info["unclip"])
+            facts, parameters = json.loads(image.info["unclip"]), image.info["parameters"].splitlines()
         assert (facts["edit"]["kind"], facts["seed"]) == (edit, row["seed"])
+        assert facts["edit"]["sources"] == [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in used]
+        assert facts["edit"]["settings"] == row["settings"]
+        own = row.keys() - {"file", "edit", "sources", "label", "seed", "prompt", "settings"}
+        assert {name: facts["edit"][name] for name in own} == {name: row[name] for name in own}
+        assert facts["prompt"] == parameters[0] == row.get("prompt", "")
+        scale = 1.5 if "prompt" in row else 1.0
+        decoder = facts["sampling"]["decoder"]
+        assert (decoder["method"], decoder["num_steps"], decoder["guidance_scale"]) == ("ddim", 3, scale)
+        assert decoder["eta"] == row.get("eta", 0.0)
+        assert f"Steps: 3, Sampler: ddim, CFG scale: {scale}, Seed: {row['seed']}, Size: 32x32, " in parameters[1]
+        assert ("Denoising strength: 0.6, " in parameters[1]) == (edit == "sdedit")
         assert {"clip", "prior", "decoder", "upsampler_2"} <= facts["networks"].keys()
 
 

@@ -252,7 +252,7 @@ def test_a_stream_that_nobody_reads_is_dropped(serving: Any, tmp_path: Path) -> 
 
 def test_file_answers_are_the_picture_and_png_says_what_made_it(server: Any, serving: Any) -> None:
     card = ModelCard(
-        "tiny", 32, networks={"decoder": "abcdef0123456789"}, version="1.2",
+        "tiny", 32, networks={"decoder": "0" * 16}, weights={"decoder": "abcdef0123" + "4" * 54}, version="1.2",
         sampling={"decoder": {"method": "ddpm", "num_steps": 7, "guidance_scale": 2.0}}, aliases=("dall-e-2",),
     )  # fmt: skip
     body = {"prompt": PROMPT, "negative_prompt": "blue", "seed": 5, "guidance_scale": 4, "response_format": "file"}
