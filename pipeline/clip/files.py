@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from pipeline.allocator import is_out_of_memory
 from pipeline.clip.inputs import ClipInputs, first_line, inputs_of
 from pipeline.clip.library import add_timm, open_clip
 from pipeline.clip.model import OpenClip, build_clip, wrap_clip
@@ -156,6 +157,8 @@ def _name_folder(folder: Path) -> Generator[None]:
     try:
         yield
     except (OSError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+        if is_out_of_memory(error):
+            raise
         files = f"{CONFIG_FILE}, {WEIGHTS_FILE}"
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"{folder} is not an open_clip folder ({files}): {reason[:_MAX_REASON_CHARS]}") from error

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from random import Random
@@ -95,8 +96,12 @@ def save_clip_artifact(artifact: Artifact, clip: OpenClip) -> None:
         folder = Path(name)
         save_clip(clip, folder)
         for file in sorted(folder.iterdir(), key=lambda file: (file.name == CONFIG_FILE, file.name)):
-            with artifact.write(file.name) as path, file.open("rb") as source, HashedFile(path) as target:
-                shutil.copyfileobj(source, target)
+            artifact.write_whole(file.name, partial(_copy, file))
+
+
+def _copy(file: Path, path: Path) -> None:
+    with file.open("rb") as source, HashedFile(path) as target:
+        shutil.copyfileobj(source, target)
 
 
 def clip_folder(artifact: Artifact, *, with_weights: bool = True) -> Path:
@@ -141,7 +146,7 @@ def draw_as_loading(artifact: Artifact) -> None:
     try:
         files.draw_as_loading(clip_folder(artifact, with_weights=False))
     except ValueError as error:
-        raise DataError(f"{artifact.uri}: {error}; remove it and run again") from error
+        raise DataError(f"{artifact.uri}: {error}; {artifact.mend()}") from error
 
 
 def load_text_artifact(
@@ -158,7 +163,7 @@ def load_text_artifact(
     try:
         clip = load_clip(clip_folder(artifact))
     except ValueError as error:
-        raise DataError(f"{artifact.uri}: {error}; remove it and run again") from error
+        raise DataError(f"{artifact.uri}: {error}; {artifact.mend()}") from error
     return freeze(clip if with_images or not clip.has_images else clip.without_images()).to(device)
 
 

@@ -13,11 +13,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from models.clip_config import ClipDims
+from pipeline.allocator import is_out_of_memory
 from pipeline.errors import DataError
 from pipeline.networks.table import kind_named, kind_of
-from pipeline.networks.tensor_file import open_tensors, save_tensors
+from pipeline.networks.tensor_file import read_tensors, save_tensors
 from pipeline.recipe.recipe import SAMPLING, to_dict
-from pipeline.workspace.store import Artifact
+from pipeline.workspace.store import Artifact, UserArtifact
 
 SCHEMA_VERSION = 1
 CONFIG = "config.json"
@@ -85,15 +86,17 @@ def load_network(
     Raises:
         DataError: If a file is missing, of a newer schema, damaged, of another kind than the recipe's, or its
             weights are not those of the configuration.
+        MemoryError, RuntimeError: If memory does not suffice; see ``is_out_of_memory``.
     """
     where = f"{artifact.uri}/{CONFIG}"
     network = create_network(artifact.read_json(CONFIG), where, requested)
     path = artifact.path(WEIGHTS)
     try:
-        weights = open_tensors(path)
-        network.load_state_dict({name: weights.get_tensor(name) for name in weights.keys()})  # noqa: SIM118
+        network.load_state_dict(read_tensors(path))
     except (SafetensorError, RuntimeError, FileNotFoundError) as error:
-        raise DataError(f"{path}: not the weights of {where}: {error}; remove {artifact.uri} and run again") from error
+        if is_out_of_memory(error):
+            raise
+        raise DataError(f"{path}: not the weights of {where}: {error}; {artifact.mend()}") from error
     return network.to(device).eval().requires_grad_(requires_grad=False)
 
 
@@ -119,7 +122,7 @@ def create_network(content: dict[str, Any], where: str, requested: NetworkConfig
         dims = TypeAdapter(ClipDims).validate_json(json.dumps(content["dims"] or {}))
         return kind.create(_sampled_as(config, requested), dims)
     except (ValidationError, ValueError, KeyError) as error:
-        raise DataError(f"{where}: {error}; train the step again") from error
+        raise DataError(f"{where}: {error}; use the release that wrote it, or bring it back from a copy") from error
 
 
 def _sampled_as(config: NetworkConfig, requested: NetworkConfig | None) -> NetworkConfig:
@@ -136,7 +139,7 @@ def load_initial(network: nn.Module, folder: str) -> None:
     Raises:
         DataError: If they are missing, or of a network of another kind, shape, schedule or prediction.
     """
-    copy_weights(load_network(Artifact(folder)), network, folder)
+    copy_weights(load_network(UserArtifact(folder)), network, folder)
 
 
 def copy_weights(other: nn.Module, network: nn.Module, source: str) -> None:

@@ -74,6 +74,12 @@ def open_tensors(path: Path) -> Any:
     return patiently(lambda: _open(path), str(path))
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, by name; raises as ``open_tensors`` and, of damage, as ``get_tensor``."""
+    file = open_tensors(path)
+    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
 def _open(path: Path) -> Any:
     """As ``open_tensors``; storage that does not give the file is an OSError with its number."""
     with path.open("rb") as stream:

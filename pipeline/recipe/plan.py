@@ -20,7 +20,7 @@ from pipeline.recipe.train_sections import is_checkpoint
 from pipeline.workspace.digests import fingerprint, unseen_files
 from pipeline.workspace.files import exists
 from pipeline.workspace.manifest import Manifest, ShardRecord, has_content
-from pipeline.workspace.store import LIVE, Artifact, Workspace
+from pipeline.workspace.store import LIVE, Artifact, UserArtifact, Workspace
 
 Json = dict[str, Any]
 
@@ -325,7 +325,7 @@ def finished_artifacts(recipe: Recipe, names: Collection[str]) -> dict[str, Arti
             folder = getattr(recipe, name).finished_network
             if not folder:
                 raise ConfigError(f"{name} is not finished under this recipe; first: unclip run RECIPE")
-            artifacts[name] = Artifact(folder if "://" in folder else str(Path(folder).resolve()))
+            artifacts[name] = UserArtifact(folder if "://" in folder else str(Path(folder).resolve()))
     return artifacts
 
 

@@ -6,10 +6,9 @@ import contextlib
 import tempfile
 from collections.abc import Generator, Sequence
 
-from safetensors.torch import save_file
-
 from pipeline.errors import ConfigError, DataError
 from pipeline.networks.files import CONFIG, WEIGHTS
+from pipeline.networks.tensor_file import save_tensors
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import STEP_ROWS
@@ -65,7 +64,6 @@ def _averaged(recipe: Recipe, name: str, number: str, folder: str) -> Artifact:
     except DamagedCheckpointError as error:
         raise DataError(f"{training.uri}/{name_of_file}: {error}; take another checkpoint") from None
     network = Artifact(f"{folder}/{step.key}@{step_number}")  # what a picture says of its networks
-    with network.write(WEIGHTS) as file:
-        save_file(average, file, metadata={"format": "pt"})
+    network.write_whole(WEIGHTS, lambda path: save_tensors(average, path, {"format": "pt"}))
     network.write_json(CONFIG, checkpoint.network)
     return network

@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.diffusion.noise import derive_seed
@@ -19,6 +18,7 @@ from pipeline.data.batches import Batch, Samples
 from pipeline.grid import Block, draw_grid
 from pipeline.networks.files import CONFIG, config_content, create_network
 from pipeline.networks.measuring import NUM_EMBEDDINGS, ValidationRows, num_pictures
+from pipeline.networks.tensor_file import read_tensors
 from pipeline.pictures import to_png
 from pipeline.train.assemble import TrainJob, in_memory_order, load_frozen, samples_of, text_encoder
 from pipeline.train.checkpoint import Checkpoint
@@ -121,7 +121,7 @@ def validate_beside(job: TrainJob, step: int) -> bool:
     output = job.output
     if step == job.section.train.total_steps:
         files = [name for name in output.names() if "/" not in name and name.endswith(".safetensors")]
-        weights = load_file(output.path(files[0]))
+        weights = read_tensors(output.path(files[0]))
         content = output.read_json(CONFIG) if output.exists(CONFIG) else config_content(job.section.model, None)
     elif output.exists(checkpoint_name(step)):
         checkpoint = Checkpoint(output, checkpoint_name(step))

@@ -256,3 +256,11 @@ class Artifact(Folder):
         except (DataError, ValueError) as error:
             mend = self.mend() if self.exists(MANIFEST) else "remove this record: its shard alone is made again"
             raise DataError(f"{self.uri}/{name}: {error}; {mend}") from None
+
+
+class UserArtifact(Artifact):
+    """A folder of a person's own that is laid out like an artifact, such as one of ``init_from``: no step makes it."""
+
+    def mend(self) -> str:
+        """See ``Folder``."""
+        return f"bring {self.uri} back from where it came from, or name another folder in the recipe"

@@ -1,5 +1,6 @@
 """What a network draws while it is trained: against what is known of the networks, with the same seeds each time."""
 
+import errno
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +28,7 @@ from pipeline.train.resume import checkpoint_name, checkpoint_steps
 from pipeline.train.validation import Validation, validate_beside
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Artifact
+from tests.tiny.storage import fail_calls
 from tests.tiny.training import no_watch, tiny_inputs, tiny_job, training_recipe
 
 
@@ -177,6 +179,16 @@ def test_whoever_validates_a_checkpoint_gets_the_numbers_of_the_training(
     assert log.summary().keys() >= expected[6].keys()
     job.output.remove(checkpoint_name(2))
     assert not validate_beside(job, 2)
+
+
+def test_the_finished_network_is_read_again_where_storage_fails_for_a_moment(
+    inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = _beside("upsampler_1", inputs, tmp_path)
+    run_job(job, no_watch)
+    failed = fail_calls(monkeypatch, "open", code=errno.EIO, ends=("model.safetensors",))
+    assert validate_beside(job, 6)
+    assert len(failed) == 1
 
 
 def test_a_training_puts_results_from_beside_into_its_curves_and_says_what_was_left_out(
