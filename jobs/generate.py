@@ -151,15 +151,18 @@ def serve(
     def load() -> Recipe:
         return load_recipe(recipe, [*(overrides or []), *changes])
 
+    def note(line: str) -> None:
+        typer.echo(line, err=True)  # the file is written to standard output
+
     if manifest:
         from pipeline.runtime.kuberay import ray_service
 
-        typer.echo(ray_service(load(), manifest), nl=False)
+        typer.echo(ray_service(load(), manifest, note), nl=False)
         return ("kubectl apply -f FILE", "kubectl get rayservices")
     if config_only:
         from pipeline.runtime.serve_file import serve_file
 
-        typer.echo(serve_file(load()), nl=False)
+        typer.echo(serve_file(load(), note), nl=False)
         return ("serve deploy FILE", "serve status")
 
     from pipeline.runtime.kept_ray import KeptRay

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,19 +98,35 @@ def remove_garbage(
 
 
 @contextlib.contextmanager
-def in_use_of(recipe: Recipe, steps: Collection[str]) -> Generator[None]:
+def in_use_of(
+    recipe: Recipe,
+    steps: Collection[str],
+    others: Iterable[tuple[str, str]] = (),
+    warn: Callable[[str], None] = lambda _: None,
+) -> Generator[None]:
     """Say inside a block that some steps of a recipe are being read, so that `unclip gc` leaves them.
 
     Who may only read the workspace cannot say so, and reads all the same.
+
+    Args:
+        recipe: The recipe.
+        steps: Names of the steps.
+        others: Step and key of further artifacts.
+        warn: Receives a sentence if it cannot be said.
     """
-    workspace = Workspace(recipe.workspace)
+    workspace, stack = Workspace(recipe.workspace), contextlib.ExitStack()
     read = {(step.name, step.key) for step in make_plan(recipe) if step.name in steps}
-    artifacts = [f"{step}/{key}" for step, key in sorted(read | _with_named_files(workspace, recipe, steps))]
-    with contextlib.ExitStack() as stack:
-        if not workspace.is_local or Path(workspace.root).is_dir():  # a folder of networks has no workspace
-            with contextlib.suppress(ConfigError, StepError):
-                stack.enter_context(in_use(workspace, artifacts))
+    read |= _with_named_files(workspace, recipe, steps) | {*others}
+    if not workspace.is_local or Path(workspace.root).is_dir():  # a folder of networks has no workspace
+        try:
+            stack.enter_context(in_use(workspace, [f"{step}/{key}" for step, key in sorted(read)]))
+        except (ConfigError, StepError) as error:
+            warn(f"`unclip gc` cannot see what is read here, and may remove it: {error}")
+    try:
         yield
+    finally:
+        with contextlib.suppress(ConfigError, StepError):  # the store is away: it counts as read for a minute more
+            stack.close()
 
 
 def read_artifacts(workspace: Workspace) -> dict[tuple[str, str], str]:

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from pipeline.runtime.lookout import Lookout, application_state, num_replicas
 from pipeline.runtime.neighbours import remote_parts
 from pipeline.runtime.parts import Tables, digest_of, read_tables
 from pipeline.runtime.remote_model import answers_of, are_served
-from pipeline.runtime.served import server_name
+from pipeline.runtime.served import Served, server_name
 from pipeline.runtime.turns import Turns
 
 _log = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ class _Next:
     served: str
     """Digest of the networks."""
     drain_s: float
+    ending: ExitStack
+    """Closes the front, and ends the use of what it serves."""
 
 
 class FrontReplica:
@@ -73,6 +76,8 @@ class FrontReplica:
         """None before anything is served."""
         self._watch: threading.Thread | None = None
         self._closed = threading.Event()
+        self._endings = ExitStack()
+        """Of all that is served, waited for, or still has requests."""
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The application, which exists before the recipe is known."""
@@ -110,19 +115,20 @@ class FrontReplica:
             if coming is not None and self._lookout is None:
                 self._front = coming.front
         if given_up is not None:
-            given_up.front.close()
+            given_up.ending.close()
 
     def _prepare(self, tables: Tables) -> _Next:
         recipe, artifacts = read_tables(tables)
         config = replace(recipe.serve, name=server_name(recipe))
-        front = Front(config, self._http_metrics if self._ledger is not None else None, before=self._front)
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(Served(recipe, artifacts).in_use(_log.warning))
+            front = Front(config, self._http_metrics if self._ledger is not None else None, before=self._front)
+            stack.callback(front.close)
             app = front.build(recipe, artifacts, *remote_parts(tables, self._handles, front.upkeep))
-        except Exception:
-            front.close()
-            raise
-        front.gate.close("the networks are loading")
-        return _Next(front, app, digest_of(tables), recipe.serve.drain_s)
+            front.gate.close("the networks are loading")
+            ending = stack.pop_all()
+        self._endings.callback(ending.close)
+        return _Next(front, app, digest_of(tables), recipe.serve.drain_s, ending)
 
     def _look_first(self) -> None:
         """Wait for the networks while other processes answer: beside them this one must not say 503."""
@@ -156,10 +162,11 @@ class FrontReplica:
                 is_failing = False
 
     def close(self) -> None:
-        """End the watch."""
+        """End the watch, and the use of what is served."""
         self._closed.set()
         if self._watch is not None:
             self._watch.join()
+        self._endings.close()
 
     def look(self) -> None:
         """Turn to what is configured if all replicas have its networks, and see how the replicas are."""
@@ -179,14 +186,16 @@ class FrontReplica:
             if self._next is not coming:
                 return False
             self._next = None
-            before, self._front = self._front, coming.front
+            self._front = coming.front
             coming.front.gate.open(coming.app)
             self._lookout = Lookout(application, self._handles, coming.front, _log.warning)
-        self._turns.turn_to(coming.served, lambda: coming.front.gate.num_requests)
-        if before is not coming.front:
-            closing = threading.Timer(coming.drain_s, before.close)  # its last requests are still under way
+
+        def end() -> None:  # after a while: a request may be on its way from the guards to the gate
+            closing = threading.Timer(coming.drain_s, coming.ending.close)
             closing.daemon = True
             closing.start()
+
+        self._turns.turn_to(coming.served, lambda: coming.front.gate.num_requests, end)
         if self._ledger is not None and coming.front.keys is not None:
             if self._exchange is None:
                 self._exchange = Exchange(self._ledger, coming.front.meter, coming.front.keys)

@@ -15,6 +15,7 @@ import yaml
 
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe, to_dict
+from pipeline.runtime.draining import Announce
 from pipeline.runtime.environment import runtime_environment
 from pipeline.runtime.jobs import entrypoint, job_name
 from pipeline.runtime.parts import needs_of_replica, parts_of, place_of
@@ -79,15 +80,17 @@ def _from_secret(name: str) -> dict[str, Any]:
     return {"name": name, "valueFrom": {"secretKeyRef": {"name": SECRET, "key": name}}}
 
 
-def ray_service(recipe: Recipe, image: str) -> str:
+def ray_service(recipe: Recipe, image: str, announce: Announce) -> str:
     """The manifest of a server, in YAML, with a kind of machine for each part of the networks.
 
     Args:
         recipe: A checked recipe whose networks are finished, in a workspace that is a URI.
         image: As for ``ray_job``.
+        announce: As for ``serve_file``.
 
     Raises:
-        ConfigError: As ``ray_job`` and ``serve_file``, or if the server would listen on its own machine alone.
+        ConfigError: As ``ray_job`` and ``serve_file``, if the server would listen on its own machine alone, or if a
+            part may run on machines of several labels.
     """
     _require_bucket(recipe)
     if is_loopback(recipe.serve.host):
@@ -99,7 +102,7 @@ def ray_service(recipe: Recipe, image: str) -> str:
     manifest["metadata"]["name"] = _name(f"unclip-{server_name(recipe)}")
     spec = manifest["spec"]
     spec["upgradeStrategy"] = {"type": "NewClusterWithIncrementalUpgrade", "clusterUpgradeOptions": _UPGRADE}
-    spec["serveConfigV2"] = serve_file(recipe)
+    spec["serveConfigV2"] = serve_file(recipe, announce)
     cluster = spec["rayClusterConfig"]
     [group] = cluster["workerGroupSpecs"]
     cluster["workerGroupSpecs"] = [_group(recipe, part, group, image) for part in parts_of(recipe)]
@@ -114,6 +117,12 @@ def _name(text: str) -> str:
 def _group(recipe: Recipe, part: str, group: dict[str, Any], image: str) -> dict[str, Any]:
     """Machines of which each takes one replica of a part."""
     place, on_gpu = place_of(recipe.serve, part), "GPU" in needs_of_replica(recipe.serve, part)
+    for name, value in place.label_selector.items():
+        if value.startswith(("!", "in(")):
+            raise ConfigError(
+                f"--manifest: the label_selector of {part} has {name} = {value}, but there is one kind of machine for "
+                "each part; name its label"
+            )
     own_gb, cpus = math.ceil(place.memory_gb_per_replica), math.ceil(place.cpus_per_replica) + _RAY_CPUS
     memory = f"{own_gb + _GB_PER_CPU if own_gb else _GB_PER_CPU * cpus}G"
     gpus = {"nvidia.com/gpu": str(math.ceil(place.gpus_per_replica))} if on_gpu else {}

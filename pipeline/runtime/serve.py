@@ -27,8 +27,9 @@ from pipeline.runtime.kept_ray import KeptRay
 from pipeline.runtime.lookout import application_state
 from pipeline.runtime.neighbours import remote_parts
 from pipeline.runtime.parts import needs_of_replica, parts_of, place_of, write_tables
+from pipeline.runtime.placement import machine_has
 from pipeline.runtime.remote_model import Handles, end_requests
-from pipeline.runtime.served import in_use_of, served_by, served_last, server_name
+from pipeline.runtime.served import served_by, served_last, server_name
 from pipeline.runtime.watch import Watch, application_name, errors_for_people
 from pipeline.serve.gate import Gate
 from pipeline.serve.guards import require_keys
@@ -88,7 +89,7 @@ def serve_recipe(
         served = served_last(kept) or served_by(recipe)
         recipe, artifacts = served.recipe, served.artifacts
         uses = stack.enter_context(ExitStack())
-        uses.enter_context(in_use_of(recipe, artifacts))
+        uses.enter_context(served.in_use(announce))
         servers = stack.enter_context(own_ray.join() if own_ray else _connected(address))
         if not address:
             _require_room(recipe)
@@ -202,7 +203,7 @@ def missing_machine(recipe: Recipe) -> str:
     """What is waited for, if no machine of the cluster is large enough for a replica; empty if one is."""
     for part in parts_of(recipe):
         needs, labels_of = needs_of_replica(recipe.serve, part), place_of(recipe.serve, part).label_selector
-        if not any(_fits(node, needs, labels_of) for node in ray.nodes()):
+        if not any(node["Alive"] and machine_has(node, needs, {"label_selector": labels_of}) for node in ray.nodes()):
             size = " and ".join(f"{number:g} {kind}" for kind, number in needs.items())
             labels = ", ".join(f"{name}={value}" for name, value in labels_of.items())
             return (
@@ -210,11 +211,6 @@ def missing_machine(recipe: Recipe) -> str:
                 "one"
             )
     return ""
-
-
-def _fits(node: dict[str, Any], needs: dict[str, float], labels: dict[str, str]) -> bool:
-    is_large = all(node["Resources"].get(kind, 0.0) >= number for kind, number in needs.items())
-    return bool(node["Alive"]) and is_large and labels.items() <= node["Labels"].items()
 
 
 def _require_room(recipe: Recipe) -> None:

@@ -9,6 +9,7 @@ from ray.serve.schema import ServeDeploySchema
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.deployments import replica_of
+from pipeline.runtime.draining import Announce
 from pipeline.runtime.front_replica import FrontReplica
 from pipeline.runtime.ledger import Ledger
 from pipeline.runtime.parts import (
@@ -50,11 +51,12 @@ def application(parts: dict[str, Any]) -> serve.Application:
     return _http.bind(**shared, **{name: deployment.bind() for name, deployment in networks.items()})
 
 
-def serve_file(recipe: Recipe) -> str:
+def serve_file(recipe: Recipe, announce: Announce) -> str:
     """The file, in YAML. Another file with other networks swaps them without a restart.
 
     Args:
         recipe: A checked recipe whose networks are finished.
+        announce: Takes lines for people: which version has an alias, and why there are no neighbours.
 
     Raises:
         ConfigError: If a network is not finished, or the server would be open to other machines without keys.
@@ -64,6 +66,8 @@ def serve_file(recipe: Recipe) -> str:
         raise ConfigError('serve.mode = "process" uses no Ray; choose "replica" or "chain" for a file of Ray Serve')
     require_keys(config)
     served = served_by(recipe)
+    for fact in served.facts:
+        announce(fact)
     recipe = served.recipe
     tables = write_tables(recipe, served.artifacts)
     gateway, is_shared = config.gateway, config.gateway.replicas[1] > 1

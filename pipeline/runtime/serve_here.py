@@ -19,7 +19,7 @@ from pipeline.runtime.draining import Announce, finishing, named, write_line
 from pipeline.runtime.front import Front
 from pipeline.runtime.loading import load_engine
 from pipeline.runtime.parts import NETWORKS
-from pipeline.runtime.served import Served, in_use_of, served_by, served_last, server_name
+from pipeline.runtime.served import Served, served_by, served_last, server_name
 from pipeline.serve.guards import require_keys
 from pipeline.serve.http_server import HttpServer, listen, url_of
 from pipeline.serve.keeper import Kept, SwapRequests
@@ -114,7 +114,7 @@ class _Networks:
         Raises:
             UnclipError: If they cannot be loaded; then those of before go on.
         """
-        loaded = _Loaded(served, self._front, self._metrics)
+        loaded = _Loaded(served, self._front, self._metrics, self._announce)
         self._front.gate.open(loaded.app)
         served.remember(self._kept, self._announce)
         self._front.upkeep.note_running({NETWORKS: 1})
@@ -151,8 +151,8 @@ class _Networks:
         self._announce("loading other networks")
         self.load(served)
         self._announce("other networks are served")
-        if served.version:
-            self._announce(served.version)
+        for fact in served.facts:
+            self._announce(fact)
 
 
 class _Loaded:
@@ -162,16 +162,17 @@ class _Loaded:
         served: What is loaded; it is in use until ``close``.
         front: The HTTP interface.
         metrics: Of all engines.
+        announce: Takes lines for people.
 
     Raises:
         UnclipError: If the networks cannot be loaded.
     """
 
-    def __init__(self, served: Served, front: Front, metrics: EngineMetrics) -> None:
+    def __init__(self, served: Served, front: Front, metrics: EngineMetrics, announce: Announce) -> None:
         self.served = served
         self._uses = ExitStack()
         with ExitStack() as uses:
-            uses.enter_context(in_use_of(served.recipe, served.artifacts))
+            uses.enter_context(served.in_use(announce))
             self.engine: Engine = _load(served, metrics)
             uses.callback(self.engine.close)
             self.app: ASGIApp = front.build(served.recipe, served.artifacts, self.engine)

@@ -1,21 +1,20 @@
 """What a server serves: the networks of a recipe as it is now, or those that an alias of the tracker names."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from pipeline.errors import ConfigError
 from pipeline.recipe.champion import measured_cascade
-from pipeline.recipe.plan import finished_artifacts, make_plan
+from pipeline.recipe.garbage import in_use_of
+from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.steps import CASCADE_STEPS
+from pipeline.recipe.steps import CASCADE_STEPS, STEP_ROWS
 from pipeline.runtime.parts import Tables, read_tables, write_tables
 from pipeline.runtime.tracking.aliases import evaluation_of
 from pipeline.serve.keeper import Kept
-from pipeline.workspace.lock import in_use
-from pipeline.workspace.store import Artifact, Workspace
+from pipeline.workspace.store import Artifact
 
 NEIGHBOUR_STEPS = ("download", "embed", "index")
 
@@ -49,6 +48,16 @@ class Served:
                 "what was noted before, or else what the recipe says then"
             )
 
+    def in_use(self, warn: Callable[[str], None]) -> AbstractContextManager[None]:
+        """Keep `unclip gc` from removing what is served; ``warn`` receives a sentence if that cannot be done."""
+        artifacts = ((name, artifact.key) for name, artifact in self.artifacts.items())
+        return in_use_of(self.recipe, STEP_ROWS, artifacts, warn)
+
+    @property
+    def facts(self) -> list[str]:
+        """What is said of these networks whenever they begin to be served, and of a file that names them."""
+        return [fact for fact in (self.version, self.lacks) if fact]
+
     @property
     def notes(self) -> list[str]:
         """What is said of it at the start."""
@@ -58,7 +67,7 @@ class Served:
             "for Ray Serve (unclip serve RECIPE --config-only > serve.yaml), start Ray as its first line says, and "
             "deploy it (serve deploy serve.yaml); on Kubernetes: unclip serve RECIPE --manifest IMAGE"
         )
-        return [note for note in (self.version, self.lacks, gateway if most > 1 else "") if note]
+        return [*self.facts, gateway] if most > 1 else self.facts
 
 
 def served_by(recipe: Recipe) -> Served:
@@ -102,15 +111,6 @@ def served_artifacts(recipe: Recipe) -> tuple[dict[str, Artifact], str]:
         return artifacts | finished_artifacts(recipe, NEIGHBOUR_STEPS), ""
     except ConfigError as error:
         return artifacts, f"without neighbours: {error}"
-
-
-def in_use_of(recipe: Recipe, artifacts: dict[str, Artifact]) -> AbstractContextManager[object]:
-    """Keep `unclip gc` from removing what is served."""
-    workspace = Workspace(recipe.workspace)
-    if workspace.is_local and not Path(workspace.root).is_dir():  # a folder of networks has no workspace
-        return nullcontext()
-    planned = {f"{step.name}/{step.key}" for step in make_plan(recipe)}
-    return in_use(workspace, sorted(planned | {f"{name}/{artifact.key}" for name, artifact in artifacts.items()}))
 
 
 def server_name(recipe: Recipe) -> str:

@@ -18,6 +18,8 @@ class _Meant:
     """Digest of the networks."""
     num_requests: Callable[[], int]
     """How many requests that mean them are under way in this process."""
+    ended: Callable[[], object]
+    """Called when requests mean others, and the last of these has its answer."""
 
 
 class Turns:
@@ -27,19 +29,26 @@ class Turns:
         handles: Of the parts.
         served: Digest of the networks that requests mean now; empty: none yet.
         num_requests: How many of those requests are under way.
+        ended: Called once requests mean others and the last of those has its answer.
     """
 
-    def __init__(self, handles: Handles, served: str = "", num_requests: Callable[[], int] = lambda: 0) -> None:
+    def __init__(
+        self,
+        handles: Handles,
+        served: str = "",
+        num_requests: Callable[[], int] = lambda: 0,
+        ended: Callable[[], object] = lambda: None,
+    ) -> None:
         self._handles = handles
-        self._now = _Meant(served, num_requests)
+        self._now = _Meant(served, num_requests, ended)
         self._before: list[_Meant] = []
         self._lock = threading.Lock()
 
-    def turn_to(self, served: str, num_requests: Callable[[], int]) -> None:
+    def turn_to(self, served: str, num_requests: Callable[[], int], ended: Callable[[], object] = lambda: None) -> None:
         """Let all replicas know what requests mean from now on, so that they end the other networks in time."""
         with self._lock:
             self._before.append(self._now)
-            self._now = _Meant(served, num_requests)
+            self._now = _Meant(served, num_requests, ended)
         tell(self._handles, "turn_to", served)
 
     def look(self, *, is_behind: bool = False) -> None:
@@ -49,9 +58,13 @@ class Turns:
             is_behind: Whether other processes may mean other networks than this one does.
         """
         with self._lock:
-            self._before = [meant for meant in self._before if meant.num_requests()]
+            before, self._before, over = self._before, [], list[_Meant]()
+            for meant in before:
+                (self._before if meant.num_requests() else over).append(meant)
             needed = {meant.served for meant in self._before} - {self._now.served}
             if is_behind:
                 needed.add(self._now.served)
+        for meant in over:
+            meant.ended()
         for served in needed:
             tell(self._handles, "keep", served)

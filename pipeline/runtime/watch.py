@@ -28,7 +28,7 @@ from pipeline.runtime.lookout import Lookout, in_thread
 from pipeline.runtime.neighbours import remote_parts
 from pipeline.runtime.parts import NEIGHBOURS, digest_of, part_tables, parts_of
 from pipeline.runtime.remote_model import Handles, are_served
-from pipeline.runtime.served import Served, in_use_of, served_by, server_name
+from pipeline.runtime.served import Served, served_by, server_name
 from pipeline.runtime.turns import Turns
 from pipeline.serve.keeper import Kept, SwapRequests
 
@@ -66,15 +66,18 @@ class Watch:
         self._handles = handles
         self._announce = announce
         self._uses = uses
+        """Of what is served, and of what was while requests of it are under way."""
         self._kept = kept
         self._lookout = Lookout(application_name(served.recipe), handles, front, announce)
-        self._turns = Turns(handles, digest_of(served.tables), front.gate.requests_of(front.gate.app))
+        num_requests, ended = front.gate.requests_of(front.gate.app), self._hold(uses.pop_all())
+        self._turns = Turns(handles, digest_of(served.tables), num_requests, ended)
         self._swap_requests = swap_requests
         self._working: Future[None] | None = None
         """A swap, or what tells replicas once more what is served."""
         self._must_tell = True
         """Whether replicas may have other networks than those that are served: a server before this one may have been
         killed in the middle of a swap."""
+        self._is_telling_again = False
         served.remember(kept, announce)
 
     def run(self, reload: Callable[[], Recipe] | None, servers: list[psutil.Process]) -> None:
@@ -104,13 +107,29 @@ class Watch:
                 self._working = in_thread(lambda: self.swap(reload()))
             elif self._must_tell or self._lookout.is_updating:
                 self._must_tell = False
-                self._working = in_thread(lambda: self._tell(self._served))
+                self._working = in_thread(self._tell_what_is_served)
         if self._working is not None and self._working.done():
             working, self._working = self._working, None
             try:
                 working.result()
             except Exception as error:  # noqa: BLE001  (whatever it is: the networks of before go on)
                 self._announce(f"not swapped, the networks of before go on: {named(error)}")
+
+    def _tell_what_is_served(self) -> None:
+        """Let the replicas load what they lack of it; if they cannot be told, say so once, and try it again."""
+        try:
+            self._tell(self._served)
+        except Exception as error:  # noqa: BLE001  (whatever it is, it may have passed a second later)
+            if not self._is_telling_again:
+                self._announce(f"new replicas cannot be told what is served; it is tried again: {named(error)}")
+            self._must_tell = self._is_telling_again = True
+        else:
+            self._is_telling_again = False
+
+    def _hold(self, uses: ExitStack) -> Callable[[], object]:
+        """Hold what is in use until the end of the server, or until what is returned is called."""
+        self._uses.callback(uses.close)
+        return lambda: in_thread(uses.close)  # a store that is away holds up nothing
 
     def swap(self, recipe: Recipe) -> None:
         """Let every replica load the networks of ``recipe`` beside its own, and then send new requests to them.
@@ -129,7 +148,7 @@ class Watch:
             self._announce("nothing to swap: these networks are served already")
             return
         with ExitStack() as uses:
-            uses.enter_context(in_use_of(recipe, artifacts))
+            uses.enter_context(served.in_use(self._announce))
             # What can fail without the replicas fails here.
             parts = remote_parts(served.tables, self._handles, self._front.upkeep)
             app = self._front.build(recipe, artifacts, *parts)
@@ -139,15 +158,14 @@ class Watch:
             except Exception:
                 self._tell(self._served)
                 raise
-            self._uses.close()
-            self._uses.enter_context(uses.pop_all())
+            ended = self._hold(uses.pop_all())
         self._served = served
         self._front.gate.open(app)
-        self._turns.turn_to(digest_of(served.tables), self._front.gate.requests_of(app))
+        self._turns.turn_to(digest_of(served.tables), self._front.gate.requests_of(app), ended)
         served.remember(self._kept, self._announce)
         self._announce("other networks are served")
-        if served.version:
-            self._announce(served.version)
+        for fact in served.facts:
+            self._announce(fact)
 
     def _load(self, served: Served) -> None:
         """Let all replicas load networks, also those that start meanwhile.

@@ -97,8 +97,8 @@ def test_serve_prints_a_rayservice_with_machines_for_each_part_of_a_chain(monkey
     decoder = {"replicas": [1, 3], "memory_gb_per_replica": 6, "label_selector": {"gpu": "h100"}}
     serve = {"mode": "chain", "host": "0.0.0.0", "keys": "keys.json", "accelerator": "cuda", "decoder": decoder}
     recipe = parse_recipe({"name": "my model", "workspace": "s3://b/w", "serve": serve})
-    monkeypatch.setattr("pipeline.runtime.kuberay.serve_file", lambda _: "applications: []\n")
-    service = yaml.safe_load(ray_service(recipe, "host/unclip"))
+    monkeypatch.setattr("pipeline.runtime.kuberay.serve_file", lambda *_: "applications: []\n")
+    service = yaml.safe_load(ray_service(recipe, "host/unclip", pytest.fail))
     _validate(service)
     assert service["metadata"]["name"] == "unclip-my-model"
     groups = {group["groupName"]: group for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]}
@@ -109,9 +109,21 @@ def test_serve_prints_a_rayservice_with_machines_for_each_part_of_a_chain(monkey
     assert container["image"] == "host/unclip:gpu"
     assert container["resources"]["limits"] == {"memory": "10G", "nvidia.com/gpu": "1"}
     long = replace(recipe, name="a" * 60 + " small ")
-    assert yaml.safe_load(ray_service(long, "host/unclip"))["metadata"]["name"] == "a" * 41 + "-small"  # KubeRay: 47
+    assert (
+        yaml.safe_load(ray_service(long, "host/unclip", pytest.fail))["metadata"]["name"] == "a" * 41 + "-small"
+    )  # KubeRay: 47
     with pytest.raises(ConfigError, match=r"serve\.host: 127\.0\.0\.1 is seen by its own machine alone"):
-        ray_service(parse_recipe({"workspace": "s3://b/w"}), "host/unclip")
+        ray_service(parse_recipe({"workspace": "s3://b/w"}), "host/unclip", pytest.fail)
+
+
+@pytest.mark.parametrize("value", ["in(H100,H200)", "!T4", "!in(T4,L4)"])
+def test_a_kind_of_machine_has_one_label_of_each_name(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kubernetes would refuse a label like that."""
+    serve = {"host": "0.0.0.0", "keys": "keys.json", "label_selector": {"gpu": value}}
+    recipe = parse_recipe({"workspace": "s3://b/w", "serve": serve})
+    monkeypatch.setattr("pipeline.runtime.kuberay.serve_file", lambda *_: "applications: []\n")
+    with pytest.raises(ConfigError, match=f"gpu = {re.escape(value)}, but"):
+        ray_service(recipe, "host/unclip", pytest.fail)
 
 
 def test_submit_prints_a_rayjob_with_the_recipe_and_a_cluster_of_its_own(tmp_path: Path) -> None:

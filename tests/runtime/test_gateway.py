@@ -117,7 +117,7 @@ def test_the_file_scales_the_http_processes_and_shares_their_limits(recipe: Reci
         tables = {"serve": {"gateway": gateway}}
         changed = parse_recipe(tables).serve.gateway
         served = dataclasses.replace(recipe, serve=dataclasses.replace(recipe.serve, gateway=changed))
-        [one] = yaml.safe_load(serve_file(served))["applications"]
+        [one] = yaml.safe_load(serve_file(served, lambda _: None))["applications"]
         return one, application(one["args"])._bound_deployment
 
     one, bound = written()

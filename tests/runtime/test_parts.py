@@ -16,19 +16,26 @@ from prometheus_client import generate_latest
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.testclient import TestClient
+from typer.testing import CliRunner
 
 import pipeline.runtime.front_replica as front_module
 import pipeline.runtime.lookout as lookout_module
+from jobs.cli import app
 from pipeline.errors import ConfigError
 from pipeline.recipe.paths import with_absolute_paths
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.runtime.front import Front
 from pipeline.runtime.front_replica import FrontReplica
 from pipeline.runtime.parts import digest_of, networks_options, read_tables, write_tables
+from pipeline.runtime.serve import missing_machine
 from pipeline.runtime.serve_file import application, serve_file
-from pipeline.runtime.served import served_artifacts
+from pipeline.runtime.served import served_artifacts, served_by
 from pipeline.serve.keys import add_key
+from pipeline.workspace.lock import used_artifacts
+from pipeline.workspace.store import Workspace
 from tests.serve.test_engine import wait_until
+from tests.tiny.networks import make_cascade, save_cascade
+from tests.tiny.workspace import served_workspace
 
 
 def test_tables_hold_a_recipe_and_where_its_artifacts_are(recipe: Recipe) -> None:
@@ -92,7 +99,10 @@ def test_replicas_are_a_number_or_scale_between_two() -> None:
 
 
 def test_the_file_for_serve_deploy_names_what_it_imports(recipe: Recipe) -> None:
-    file = yaml.safe_load(serve_file(recipe))
+    lines = list[str]()
+    file = yaml.safe_load(serve_file(recipe, lines.append))
+    [line] = lines
+    assert line.startswith("without neighbours")
     [served] = file["applications"]
     assert served["name"] == "mine"
     assert served["import_path"] == "pipeline.runtime.serve_file:application"
@@ -101,11 +111,39 @@ def test_the_file_for_serve_deploy_names_what_it_imports(recipe: Recipe) -> None
     bound = application(served["args"])._bound_deployment
     assert names == {bound.name, bound.init_kwargs["networks"]._bound_deployment.name}
     chain = replace(recipe, serve=replace(recipe.serve, mode="chain"))
-    names = [one["name"] for one in yaml.safe_load(serve_file(chain))["applications"][0]["deployments"]]
+    names = [one["name"] for one in yaml.safe_load(serve_file(chain, lines.append))["applications"][0]["deployments"]]
     assert names == ["http", "prior", "decoder", "upsampler_1"]
     open_to_all = parse_recipe({"serve": {"host": "0.0.0.0"}})
     with pytest.raises(ConfigError, match=r"serve\.host: 0\.0\.0\.0 is open"):
-        serve_file(open_to_all)
+        serve_file(open_to_all, lines.append)
+
+
+@pytest.mark.parametrize("words", [("--config-only",), ("--manifest", "IMAGE")])
+def test_the_command_says_what_its_file_lacks(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On standard error: the file is on standard output."""
+    save_cascade(make_cascade(), tmp_path / "mine")
+    add_key(tmp_path / "keys.json", "alice")
+    monkeypatch.setattr("pipeline.runtime.kuberay._require_bucket", lambda _: None)
+    settings = ("--host", "0.0.0.0", "--set", f"serve.keys={tmp_path / 'keys.json'}")
+    done = CliRunner().invoke(app, ["serve", str(tmp_path / "mine"), *settings, *words])
+    assert done.exit_code == 0, done.output
+    assert done.stderr.startswith("without neighbours")
+    assert yaml.safe_load(done.stdout)
+
+
+def test_a_machine_is_large_enough_if_ray_selects_its_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = {"Alive": True, "Resources": {"CPU": 4.0}, "Labels": {"gpu": "H200", "zone": "a"}}
+    monkeypatch.setattr("pipeline.runtime.serve.ray.nodes", lambda: [node])
+
+    def missing(**selector: str) -> str:
+        return missing_machine(parse_recipe({"serve": {"label_selector": selector}}))
+
+    assert missing(gpu="in(H100,H200)", zone="!b") == ""
+    assert missing(gpu="in(H100,L4)").startswith("a replica needs a machine with 1 CPU and gpu=in(H100,L4)")
+    node["Alive"] = False
+    assert missing(zone="a")
 
 
 class Parts:
@@ -236,6 +274,44 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> list[Front]:
 
     monkeypatch.setattr(Front, "close", note)
     return fronts
+
+
+def test_what_an_http_process_of_serve_deploy_serves_is_in_use(
+    networks: Parts, front: FrontReplica, closed: list[Front], tmp_path: Path
+) -> None:
+    """Also while requests of before a swap are under way, and while other networks load."""
+    changes = ("serve.drain_s=0", "serve.timeout_s=600")
+    recipes = [
+        served_workspace(tmp_path, overrides=(*changes, f"prior.model.diffusion.num_timesteps={number}"))
+        for number in (200, 300, 400)
+    ]
+    tables = [served_by(recipe).tables for recipe in recipes]
+    first, refused, second = (served_by(recipe).artifacts["prior"].key for recipe in recipes)
+    workspace = Workspace(recipes[0].workspace)
+
+    def used() -> set[str]:
+        names = [name.partition("/") for name in used_artifacts(workspace)]
+        assert {step for step, _, _ in names} >= {"decoder", "index", "embed", "download"}
+        return {key for step, _, key in names if step == "prior"}
+
+    networks.replicas = [{digest_of(tables[0]), digest_of(tables[2])}]
+    asyncio.run(front.reconfigure(tables[0]))
+    assert used() == {first}
+    served = front._front
+    under_way = served.gate.app
+    assert under_way is not None
+    served.gate._count(under_way, 1)
+    asyncio.run(front.reconfigure(tables[1]))
+    assert used() == {first, refused}
+    asyncio.run(front.reconfigure(tables[2]))
+    wait_until(lambda: networks.turns[-1] == digest_of(tables[2]))
+    front.look()
+    assert (used(), served in closed) == ({first, second}, False)
+    served.gate._count(under_way, -1)
+    wait_until(lambda: used() == {second})
+    assert served in closed
+    front.close()
+    assert used_artifacts(workspace) == {}
 
 
 def test_what_keys_have_used_and_what_was_measured_outlives_serve_deploy(

@@ -26,12 +26,13 @@ from fastapi import FastAPI
 import pipeline.runtime.serve_here as here_module
 from pipeline.errors import StepError
 from pipeline.networks.cascade import load_cascade, network_configs
-from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.recipe.serve_sections import ServeConfig
 from pipeline.runtime.front import Front
 from pipeline.runtime.serve_here import _Networks
-from pipeline.runtime.served import served_by
+from pipeline.runtime.served import Served, served_by
 from pipeline.serve.keeper import SwapRequests
+from pipeline.workspace.store import Artifact
 from tests.ports import free_port
 from tests.runtime.test_served import ALIAS, measured, promote
 from tests.serve.test_engine import wait_until
@@ -155,6 +156,16 @@ def test_a_swap_that_fails_in_whatever_way_ends_no_server(monkeypatch: pytest.Mo
     assert lines == ["not swapped, the networks of before go on: PermissionError: [Errno 13] Permission denied"] * 2
 
 
+def test_a_swap_that_loses_the_index_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, lines = parse_recipe({}), list[str]()
+    now: Any = SimpleNamespace(served=Served(recipe, {}))
+    coming = Served(recipe, {"prior": Artifact("prior/0")}, "champion is version 2", "without neighbours: no index")
+    monkeypatch.setattr(here_module, "served_by", lambda _: coming)
+    monkeypatch.setattr(_Networks, "load", lambda *_: None)
+    _Networks(Front(ServeConfig()), lines.append, None)._swap(recipe, now)
+    assert lines == ["loading other networks", "other networks are served", coming.version, coming.lacks]
+
+
 def test_networks_of_before_leave_the_memory_with_their_last_request(monkeypatch: pytest.MonkeyPatch) -> None:
     class Engine:
         alive, idle = True, False
@@ -164,9 +175,10 @@ def test_networks_of_before_leave_the_memory_with_their_last_request(monkeypatch
 
     monkeypatch.setattr(here_module, "_IDLE_POLL_S", 0.01)
     monkeypatch.setattr(here_module, "_load", lambda *_: Engine())
-    monkeypatch.setattr(here_module, "in_use_of", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(Front, "build", lambda *_: FastAPI())
-    served: Any = SimpleNamespace(recipe=None, artifacts={}, tables={}, remember=lambda *_: None)
+    served: Any = SimpleNamespace(
+        recipe=None, artifacts={}, tables={}, remember=lambda *_: None, in_use=lambda _: contextlib.nullcontext()
+    )
 
     def now() -> weakref.ref[Any]:
         assert networks._now is not None

@@ -4,6 +4,8 @@ import dataclasses
 import os
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,30 @@ def test_a_server_whose_note_cannot_be_written_says_so_and_goes_on() -> None:
             os.close(full)
     assert len(lines) == 1
     assert lines[0].startswith("no note of what is served could be written ([Errno 28]")
+
+
+def test_who_may_only_read_the_workspace_serves_and_says_what_gc_cannot_see(tmp_path: Path) -> None:
+    served, lines = Served(parse_recipe({"workspace": str(tmp_path)}), {}), list[str]()
+    (tmp_path / "uses").touch()  # no folder can be made here
+    with served.in_use(lines.append):
+        [line] = lines
+    assert line.startswith("`unclip gc` cannot see what is read here, and may remove it: ")
+    assert str(tmp_path / "uses") in line
+
+
+def test_a_use_that_cannot_be_taken_back_ends_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store is away; what is not renewed counts for a minute more."""
+
+    @contextmanager
+    def in_use(*_: object) -> Iterator[None]:
+        yield
+        raise StepError("no answer")
+
+    monkeypatch.setattr("pipeline.recipe.garbage.in_use", in_use)
+    served, lines = Served(parse_recipe({"workspace": str(tmp_path)}), {}), list[str]()
+    with served.in_use(lines.append):
+        lines.append("served")
+    assert lines == ["served"]
 
 
 def tracked_by(recipe: Recipe) -> Any:

@@ -44,6 +44,7 @@ from pipeline.serve.keeper import Notes, SwapRequests
 from pipeline.serve.protocols import Images
 from tests.models.tiny_models import randomise
 from tests.ports import free_port
+from tests.serve.test_engine import wait_until
 from tests.tiny.networks import make_cascade, save_cascade
 from tests.tiny.shards import pixels
 
@@ -80,7 +81,9 @@ def test_ray_serve_loads_a_recipe_and_swaps_it_for_another(
     watch.swap(recipe)
     assert lines == ["nothing to swap: these networks are served already"]
     watch.swap(load_recipe(tmp_path / "mine"))
-    assert lines[1:] == ["loading other networks", "other networks are served"]
+    assert lines[1:3] == ["loading other networks", "other networks are served"]
+    [_, _, _, lacks] = lines
+    assert lacks.startswith("without neighbours")
     assert (during[0][0] == before).all()
     assert during[0][1] == named
     expected = load_cascade(served_artifacts(load_recipe(tmp_path / "mine"))[0]).sample(["a"], [3]).images[0].numpy()
@@ -151,12 +154,12 @@ def test_what_is_served_is_in_use_and_nothing_else(
     used = list[str]()
 
     @contextmanager
-    def note(one: Recipe, _: object = None) -> Iterator[None]:
-        used.append(one.workspace)
+    def note(one: Served, _: object = None) -> Iterator[None]:
+        used.append(one.recipe.workspace)
         try:
             yield
         finally:
-            used.remove(one.workspace)
+            used.remove(one.recipe.workspace)
 
     answers: list[Any] = [None]
 
@@ -169,13 +172,15 @@ def test_what_is_served_is_in_use_and_nothing_else(
         return SimpleNamespace(results=results if method == "prepare" else lambda **_: [True])
 
     handle: Any = SimpleNamespace(broadcast=broadcast)
-    monkeypatch.setattr(watch_module, "in_use_of", note)
+    monkeypatch.setattr(Served, "in_use", note)
     monkeypatch.setattr(serve_module.serve, "run_many", lambda *_, **__: None)
     other = load_recipe(save_other(tmp_path / "others"))
+    front = Front(recipe.serve)
+    front.gate.open(app := PlainTextResponse("before"))
     with ExitStack() as uses:
-        uses.enter_context(note(recipe))
         served = Served(recipe, served_artifacts(recipe)[0])
-        watch = Watch(served, Front(recipe.serve), {"networks": handle}, lambda _: None, uses, SwapRequests())
+        uses.enter_context(note(served))
+        watch = Watch(served, front, {"networks": handle}, lambda _: None, uses, SwapRequests())
         watch.swap(recipe)
         answers[0] = OSError("OSError: no such file")
         with pytest.raises(StepError, match="no such file"):
@@ -185,8 +190,13 @@ def test_what_is_served_is_in_use_and_nothing_else(
             watch.swap(other)
         assert used == [recipe.workspace]
         answers.append(None)
+        front.gate._count(app, 1)
         watch.swap(other)
-        assert used == [other.workspace]
+        watch._turns.look()
+        assert used == [recipe.workspace, other.workspace]  # a request of before is under way
+        front.gate._count(app, -1)
+        watch._turns.look()
+        wait_until(lambda: used == [other.workspace])
     assert used == []
 
 
@@ -247,7 +257,7 @@ def test_networks_are_swapped_although_the_index_is_away(
     Watch(served, front, handles, lines.append, ExitStack(), SwapRequests()).swap(
         load_recipe(save_other(tmp_path / "others"))
     )
-    assert lines == ["loading other networks", "other networks are served"]
+    assert lines[:2] == ["loading other networks", "other networks are served"]
     assert front.gate.app is not None
 
 
@@ -440,6 +450,27 @@ def test_a_server_that_comes_after_one_that_was_killed_in_a_swap_tells_its_repli
     assert handle.prepared_digests == [digest_of(served.tables)]
 
 
+def test_replicas_that_cannot_be_told_what_is_served_are_told_again(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Served(recipe, served_artifacts(recipe)[0])
+    handle: Any = Replicas(digest_of(served.tables))
+    real, errors, lines = handle.broadcast, [OSError("busy"), OSError("busy")], list[str]()
+
+    def broadcast(*arguments: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return real(*arguments)
+
+    monkeypatch.setattr(handle, "broadcast", broadcast)
+    monkeypatch.setattr(Lookout, "look", lambda _: None)
+    watch = Watch(served, Front(recipe.serve), {"networks": handle}, lines.append, ExitStack(), SwapRequests())
+    for _ in range(4):
+        look(watch)
+    assert handle.prepared_digests == [digest_of(served.tables)]
+    assert lines == ["new replicas cannot be told what is served; it is tried again: OSError: busy"]
+
+
 def save_other(folder: Path) -> Path:
     """Other networks than the fixture's."""
     other = make_cascade()
@@ -500,7 +531,7 @@ def test_a_server_answers_swaps_at_sighup_and_ends_at_ctrl_c(
 
     def announce(line: str) -> None:
         lines.append(line)
-        if line.startswith("without neighbours"):
+        if line.startswith("without neighbours") and not pictures:
             ask()  # of the networks that it started with
         if line == "other networks are served":
             threading.Thread(target=lambda: (ask(), os.kill(os.getpid(), signal.SIGINT))).start()
@@ -516,7 +547,7 @@ def test_a_server_answers_swaps_at_sighup_and_ends_at_ctrl_c(
     finally:
         signal.signal(signal.SIGHUP, before)
     words = [line.split()[0] for line in lines]
-    assert words == ["mine", "without", "loading", "other", "stopping", "mine", "without", "stopping"]
+    assert words == ["mine", "without", "loading", "other", "without", "stopping", "mine", "without", "stopping"]
     first, second, third = pictures
     assert first != second == third
     assert names == ["unclip-mine"] * 3  # another application would have been another name
