@@ -34,6 +34,7 @@ from pipeline.runtime.worker_logs import logged, note_run
 from pipeline.workspace.forgotten import Pending
 from pipeline.workspace.lock import Lock, locked_workspace
 from pipeline.workspace.manifest import Manifest, content_of, has_content
+from pipeline.workspace.outage import warnings_to
 from pipeline.workspace.progress import ERROR, Progress, ProgressState, duration, read_progress
 from pipeline.workspace.store import INPUTS, MANIFEST, Workspace
 
@@ -116,6 +117,7 @@ def run_recipe(
         send_waiting(recipe, workspace, observer.warned)
         return
     with (
+        warnings_to(observer.warned),
         locked_workspace(workspace, observer.warned) as lock,
         Tracking(recipe, workspace, observer.warned) as tracking,
         connect(address),

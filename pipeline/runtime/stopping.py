@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
@@ -21,6 +22,8 @@ STOP_WAIT_S = 300.0
 """Longest time for a training to end after it was asked: a step, and writing a checkpoint."""
 _POLL_S = 1.0
 _DRAIN_POLL_S = 5.0
+_LAST_LOOK_S = 5.0
+"""Longest wait for a look that is under way when the training has ended."""
 NOTICE_S = 120.0
 """A training on a machine that Ray takes away goes on until so long before that."""
 
@@ -68,7 +71,9 @@ def handle_sigterm() -> None:
 
 
 class StopNotice:
-    """Whether a worker's training should end early; inside a ``with`` block a thread looks for reasons.
+    """Whether a worker's training should end early; inside a ``with`` block threads look for reasons.
+
+    Ray is asked by a thread of its own: a look at storage that is away takes minutes, as long as a machine's notice.
 
     Args:
         output: The artifact of the training.
@@ -76,22 +81,27 @@ class StopNotice:
     """
 
     def __init__(self, output: Artifact, *, reads_requests: bool) -> None:
-        self._output, self._reads_requests = output, reads_requests
+        self._output = output
         self._reason, self._drain_due = "", 0.0
         self._ends = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="stop notice", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._watch, args=(look,), name="stop notice", daemon=True)
+            for look in (self._drain, *([self._request] if reads_requests else []))
+        ]
         self._is_main = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> Self:
         if self._is_main:
             _termination.install()
         _termination.is_training, _termination.is_noted = True, False
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._ends.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join(_LAST_LOOK_S)
         _termination.is_training = False
         if self._is_main:
             _termination.restore()
@@ -100,19 +110,19 @@ class StopNotice:
         """Why; empty if it should go on."""
         return "its process got SIGTERM" if _termination.is_noted else self._reason
 
-    def _watch(self) -> None:
+    def _watch(self, look: Callable[[], str]) -> None:
         failures = set[str]()
         while not self._reason and not self._ends.wait(_POLL_S):
-            for look in (self._request, self._drain):
-                try:
-                    self._reason = self._reason or look()
-                except Exception as error:  # noqa: BLE001  (a store or a head that does not answer is asked again)
-                    if type(error).__name__ not in failures:
-                        traceback.print_exc()  # into the worker's log, once for each kind
-                    failures.add(type(error).__name__)
+            try:
+                if reason := look():
+                    self._reason = reason
+            except Exception as error:  # noqa: BLE001  (a store or a head that does not answer is asked again)
+                if type(error).__name__ not in failures:
+                    traceback.print_exc()  # into the worker's log, once for each kind
+                failures.add(type(error).__name__)
 
     def _request(self) -> str:
-        return "the run was asked to end" if self._reads_requests and is_stop_requested(self._output) else ""
+        return "the run was asked to end" if is_stop_requested(self._output) else ""
 
     def _drain(self) -> str:
         if not ray.is_initialized() or time.monotonic() < self._drain_due:

@@ -4,12 +4,12 @@ import contextlib
 import errno
 import os
 import tempfile
-import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 from pipeline.errors import StepError, UnclipError
+from pipeline.workspace.outage import Outage
 
 T = TypeVar("T")
 
@@ -125,6 +125,8 @@ def _found(look: Callable[[str], T], path: str) -> T | None:
 def patiently(action: Callable[[], T], where: str, what: str = "read") -> T:
     """What an action on a disk gives, done again for five minutes while it fails for a reason that may pass.
 
+    After ten seconds a warning says so.
+
     Args:
         action: Must be whole by itself: of a file that is written, all from its beginning.
         where: The path, for the message.
@@ -134,7 +136,7 @@ def patiently(action: Callable[[], T], where: str, what: str = "read") -> T:
         FileNotFoundError, NotADirectoryError: If the path is not there, which is an answer.
         StepError: If the disk fails in another way, or for longer; names the path.
     """
-    end, wait_s = time.monotonic() + _PATIENCE_S, _FIRST_WAIT_S
+    outage, wait_s = Outage(where), _FIRST_WAIT_S
     while True:
         try:
             return action()
@@ -142,11 +144,11 @@ def patiently(action: Callable[[], T], where: str, what: str = "read") -> T:
             raise
         except OSError as error:
             may_pass = error.errno in _PASSING_ERRNOS
-            if not may_pass or time.monotonic() + wait_s > end:
+            if not may_pass or outage.lasted_s + wait_s > _PATIENCE_S:
                 mend = "see that this storage is mounted and answers" if may_pass else "mend it"
                 reason = _DISK_REASONS.get(error.errno or 0, f"{error.strerror or error}: {mend}, and run again")
                 raise StepError(f"{where}: cannot be {what}: {reason}") from error
-        time.sleep(wait_s)
+            outage.wait(wait_s, error)
         wait_s = min(3 * wait_s, _LONGEST_WAIT_S)
 
 

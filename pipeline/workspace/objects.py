@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 import fsspec
 
 from pipeline.errors import ConfigError, DataError, StepError
+from pipeline.workspace.outage import Outage
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -396,7 +397,7 @@ class ObjectStore:
 
     def _ask(self, action: Callable[[], T], **missing: T) -> T:
         """Make a request, again while its failure may pass; ``missing`` is the answer if there is no such file."""
-        wait_s, start = 0.2, time.monotonic()
+        wait_s, outage = 0.2, Outage(self._name)
         while True:
             try:
                 answer = action()
@@ -410,12 +411,12 @@ class ObjectStore:
                 raise
             except Exception as error:
                 patience_s = _PATIENCE_S if self._name in _answered else _FIRST_PATIENCE_S
-                if not _passes(error) or time.monotonic() - start > patience_s:
+                if not _passes(error) or outage.lasted_s > patience_s:
                     raise self._explained(error) from error
+                outage.wait(wait_s, error)
             else:
                 _answered.add(self._name)
                 return answer
-            time.sleep(wait_s)
             wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
 
     def _explained(self, error: Exception) -> Exception:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -93,6 +94,28 @@ def test_a_fault_of_any_kind_leaves_the_later_notices_to_be_seen(
             time.sleep(0.01)
         assert notice() == "the run was asked to end"
     assert capsys.readouterr().err.count("ValueError: an answer that nobody can read") == 1
+
+
+def test_a_drain_is_seen_while_the_storage_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look at the storage waits for minutes, which is all the notice that a machine has."""
+    monkeypatch.setattr(stopping, "_POLL_S", 0.01)
+    monkeypatch.setattr(stopping, "_LAST_LOOK_S", 0.01)
+    looks, answers = threading.Event(), threading.Event()
+
+    def look(output: Artifact) -> bool:
+        looks.set()
+        return answers.wait() and False
+
+    monkeypatch.setattr(stopping, "is_stop_requested", look)
+    monkeypatch.setattr(StopNotice, "_drain", lambda _: "its machine is taken away" if looks.is_set() else "")
+    with StopNotice(Artifact(str(tmp_path)), reads_requests=True) as notice:
+        end = time.monotonic() + 10
+        while not notice() and time.monotonic() < end:
+            time.sleep(0.01)
+        reason = notice()
+        is_blocked = not answers.is_set()
+    answers.set()
+    assert (reason, is_blocked) == ("its machine is taken away", True)
 
 
 def test_a_second_sigterm_and_one_outside_of_a_training_are_handled_as_before(tmp_path: Path) -> None:
