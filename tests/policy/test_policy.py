@@ -102,6 +102,14 @@ def test_generated_pages_are_current(page: str, module: str) -> None:
     assert f"-m {module} > docs/{page}.md" in (ROOT / "Makefile").read_text()
 
 
+def test_the_page_of_formats_names_the_files_of_running_steps() -> None:
+    page = (ROOT / "docs/formats.md").read_text()
+    code = "".join(path.read_text() for path in (ROOT / "pipeline").rglob("*.py"))
+    names = set(re.findall(r"\{LIVE\}([a-z_]+\.[a-z]+)", code))
+    assert names >= {"progress.json", "error.txt"}
+    assert [name for name in sorted(names) if not re.search(rf"[`/]{re.escape(name)}`", page)] == []
+
+
 def test_nothing_names_a_machine_or_a_registry() -> None:
     pattern = re.compile(r"(^|[^A-Za-z0-9_.])/(work|root|farm)/|index-url|extra-index|find-links *=")
     mentions = [
