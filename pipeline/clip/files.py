@@ -67,6 +67,17 @@ def load_clip(folder: Path) -> OpenClip:
         return build_clip(config["model_cfg"], config.get("preprocess_cfg", {}), state, source=f"local-dir:{folder}")
 
 
+def load_shape(folder: Path) -> OpenClip:
+    """As ``load_clip``, without weights: on torch's meta device, and from the configuration alone.
+
+    Raises:
+        ValueError: If the configuration is missing or unreadable.
+    """
+    with _name_folder(folder), torch.device("meta"):
+        config = _read_config(folder)
+        return build_clip(config["model_cfg"], config.get("preprocess_cfg", {}), None, source=f"local-dir:{folder}")
+
+
 def draw_as_loading(folder: Path) -> None:
     """Take from torch's global generator what ``load_clip`` takes, in the memory of one tensor.
 

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from models.cascade import Cascade, TextEncoder
+from models.text import NullText
 from pipeline.errors import DataError
 from pipeline.networks.arithmetic import Arithmetic
 from pipeline.networks.clip import load_text_artifact
-from pipeline.networks.files import NetworkConfig, load_network
+from pipeline.networks.files import CONFIG, NetworkConfig, create_network, load_network
 from pipeline.networks.table import NETWORKS, kind_of
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
@@ -33,7 +34,7 @@ def load_cascade(
         device: Device to load to.
         configs: The recipe's configurations by step name (`network_configs`), with the present sampler settings.
         clip: The frozen CLIP, if it is already loaded.
-        steps: Steps whose networks are sampled here; the others keep their shapes alone. None: all.
+        steps: Steps whose networks are sampled here; of the others the shapes are made, and no weights read. None: all.
         arithmetic: How the networks compute; of those that diffuse.
 
     Raises:
@@ -46,7 +47,7 @@ def load_cascade(
             network = load_network(artifacts[name], device, settings.get(name))
             arithmetic.prepare(network, kind_of(network.config), device)
             return network
-        return _without_weights(load_network(artifacts[name], "cpu", settings.get(name)))
+        return _shape_of(artifacts[name], settings.get(name), clip if "clip" in steps else None)
 
     if clip is None:
         clip = load_text_artifact(artifacts["clip"], device if steps is None or "clip" in steps else "meta")
@@ -60,12 +61,23 @@ def load_cascade(
         raise DataError(f"the networks do not fit together: {error}; run the recipe again") from error
 
 
-def _without_weights(network: nn.Module) -> nn.Module:
-    """Keep the shapes of a network alone, and its empty caption, which the first stage of an edit reads."""
-    for name, part in network.named_children():
-        if name != "null_text":
-            part.to("meta")
-    return network
+def _shape_of(artifact: Artifact, requested: NetworkConfig | None, clip: TextEncoder | None) -> nn.Module:
+    """A network without weights, on torch's meta device.
+
+    Args:
+        artifact: Its artifact, of which the configuration alone is read.
+        requested: See ``load_network``.
+        clip: The frozen CLIP, whose empty caption it has: the first stage of an edit reads it. None: it has none.
+
+    Raises:
+        DataError: As ``create_network``.
+    """
+    with torch.device("meta"):
+        network = create_network(artifact.read_json(CONFIG), f"{artifact.uri}/{CONFIG}", requested)
+    if clip is not None and hasattr(network, "null_text"):
+        network.null_text = NullText(clip.dims)
+        network.null_text.set(clip.encode_text([""]))
+    return network.eval().requires_grad_(requires_grad=False)
 
 
 def network_configs(recipe: Recipe) -> dict[str, NetworkConfig]:

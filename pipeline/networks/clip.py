@@ -154,14 +154,18 @@ def load_text_artifact(
 ) -> FrozenText:
     """Read the frozen CLIP, with its image tower if it has one and ``with_images`` is set.
 
+    On torch's meta device it has no weights, and none are read.
+
     Raises:
         DataError: If it is missing or damaged.
     """
-    from pipeline.clip.files import load_clip
+    from pipeline.clip.files import load_clip, load_shape
     from pipeline.clip.frozen import freeze
 
+    has_weights = torch.device(device).type != "meta"
     try:
-        clip = load_clip(clip_folder(artifact))
+        folder = clip_folder(artifact, with_weights=has_weights)
+        clip = load_clip(folder) if has_weights else load_shape(folder)
     except ValueError as error:
         raise DataError(f"{artifact.uri}: {error}; {artifact.mend()}") from error
     return freeze(clip if with_images or not clip.has_images else clip.without_images()).to(device)
