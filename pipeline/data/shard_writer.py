@@ -9,7 +9,7 @@ import json
 import tarfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -169,7 +169,7 @@ def failure_causes(stats: Sequence[dict[str, Any]]) -> Counter[str]:
     return causes
 
 
-def repeated_pictures(stats: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def repeated_pictures(stats: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The files that most URLs share: most often a host's placeholder ("image not available").
 
     Args:

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ _SILENCE_S = 300.0
 """As long as a worker waits for storage before it gives up (pipeline/workspace/objects.py)."""
 _READ_EVERY_S = 2.0
 _STAGED = "retry-"
+_STATS_AT_ONCE = 256
 
 
 def run_download(context: StepContext) -> StepResult:
@@ -58,7 +59,6 @@ def run_download(context: StepContext) -> StepResult:
         return take_in_shards(context)
     from pipeline.data.download import check_columns, shard_names
     from pipeline.data.pairs import Pairs
-    from pipeline.data.shard_writer import repeated_pictures
 
     config, output, pairs = context.recipe.download, context.output, Pairs(context.inputs["pairs"])
     num_rows = pairs.num_rows
@@ -73,19 +73,40 @@ def run_download(context: StepContext) -> StepResult:
         stack.enter_context(shared_limits(context))
         records = map_shards(context, _job(context, DownloadWorker, shards, num_rows))
         if failed_class:
-            failed = [record.shard for record in records if _has_class(record, failed_class)]
-            num_failed = sum(record.counts["in"] for record in records if record.shard in set(failed))
-            map_shards(context, _job(context, RetryWorker, failed, num_failed))
+            _try_again(context, records, failed_class)
             _adopt(output)
             records = list(output.shard_records().values())
-    counts, stats = total_counts(records), output.read_jsons([f"{shard}_stats.json" for shard in shards])
+    counts = total_counts(records)
     metrics: dict[str, Any] = {
         "success": counts["ok"] / counts["in"],
         "failures": dict(_causes(records).most_common(_NUM_CAUSES)),
-        "one_pixel": sum(one.get("one_pixel", 0) for one in stats),
-        "repeated": repeated_pictures(stats),
+        **_oddities(output, shards),
     }
     return StepResult(counts=counts, metrics=metrics, num_workers=config.resources.num_workers)
+
+
+def _try_again(context: StepContext, records: Sequence[ShardRecord], failed_class: str) -> None:
+    """Try the failed rows of a class again; shards that gained are committed aside."""
+    failed = [record for record in records if _has_class(record, failed_class)]
+    num_rows = sum(record.counts["in"] for record in failed)
+    map_shards(context, _job(context, RetryWorker, [record.shard for record in failed], num_rows))
+
+
+def _oddities(output: Artifact, shards: Sequence[str]) -> dict[str, Any]:
+    """Placeholders and pictures of one pixel, from the totals of all shards, of which a few are in memory at once."""
+    from pipeline.data.shard_writer import repeated_pictures
+
+    num_one_pixel = 0
+
+    def all_stats() -> Generator[dict[str, Any]]:
+        nonlocal num_one_pixel
+        for start in range(0, len(shards), _STATS_AT_ONCE):
+            for stats in output.read_jsons([f"{shard}_stats.json" for shard in shards[start : start + _STATS_AT_ONCE]]):
+                num_one_pixel += stats.get("one_pixel", 0)
+                yield stats
+
+    repeated = repeated_pictures(all_stats())
+    return {"one_pixel": num_one_pixel, "repeated": repeated}
 
 
 def _job(context: StepContext, worker: type[ShardWorker], shards: list[str], num_rows: int) -> ShardJob:

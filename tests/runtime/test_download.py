@@ -26,6 +26,7 @@ from pipeline.runtime.download import DownloadWorker, RetryWorker, run_download
 from pipeline.runtime.host_limits import find_limits, shared_limits
 from pipeline.runtime.pairs import run_pairs
 from pipeline.workspace import disk, objects
+from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.progress import read_progress
 from pipeline.workspace.store import MANIFEST, Artifact
 from tests.data.hostile import HostileServer
@@ -245,6 +246,49 @@ def test_a_retry_that_is_stopped_anywhere_is_finished_by_the_next_run(
     assert output.describe("00002.tar") == kept
     for shard, record in output.shard_records().items():
         assert {name: output.describe(name) for name in record.files} == record.files, shard
+
+
+class _CountedName(str):
+    """A name of a shard that counts how often it is looked up."""
+
+    num_hashes = 0
+
+    def __hash__(self) -> int:
+        _CountedName.num_hashes += 1
+        return super().__hash__()
+
+
+def test_the_shards_of_another_try_are_chosen_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[Any] = []
+    monkeypatch.setattr(download, "map_shards", lambda _context, job: jobs.append(job))
+    context = _context(_tables(tmp_path, ["http://a.example/a.jpg"]))
+    counts = {"in": 2, "ok": 1, "failed_to_download": 1, "failed_to_resize": 0}
+    causes = [{"http-404": 1} if number % 2 else {"timeout": 1} for number in range(1000)]
+    records = [
+        ShardRecord(shard=_CountedName(number), counts=counts, files={}, causes=one)
+        for number, one in enumerate(causes)
+    ]
+    download._try_again(replace(context, retry_failed="http"), records, "http")
+    [job] = jobs
+    assert (job.shards, job.num_rows) == ([str(number) for number in range(1, 1000, 2)], 1000)
+    assert _CountedName.num_hashes <= 2 * len(records)
+
+
+def test_totals_of_shards_are_read_some_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, shards = Artifact(str(tmp_path)), [f"{number:05d}" for number in range(7)]
+    for shard in shards:
+        output.write_json(f"{shard}_stats.json", {"one_pixel": 1, "repeated": {"d": {"urls": 2, "url": f"u{shard}"}}})
+    monkeypatch.setattr(download, "_STATS_AT_ONCE", 3)
+    read, sizes = Artifact.read_jsons, list[int]()
+
+    def read_few(artifact: Artifact, names: Sequence[str]) -> list[Any]:
+        sizes.append(len(names))
+        return read(artifact, names)
+
+    monkeypatch.setattr(Artifact, "read_jsons", read_few)
+    repeated = [{"digest": "d", "urls": 14, "url": "u00000"}]
+    assert download._oddities(output, shards) == {"one_pixel": 7, "repeated": repeated}
+    assert sizes == [3, 3, 1]
 
 
 def test_the_command_tries_failed_rows_again(server: HostileServer, tmp_path: Path, address: str) -> None:
