@@ -25,7 +25,7 @@ from pipeline.data.make_pairs import write_pairs
 from pipeline.data.npy_folder import NpyPart, find_parts, import_part
 from pipeline.data.pairs import Pairs
 from pipeline.data.selection import label_file
-from pipeline.data.shard_writer import ShardFiles
+from pipeline.data.shard_writer import ShardFiles, failure_causes
 from pipeline.data.shards import read_names, read_schema, read_table
 from pipeline.data.sources import Source, source_of
 from pipeline.data.tars import take_in, tar_files
@@ -70,8 +70,9 @@ class Rehearsal:
         shapes = replace(recipe.pairs.drawn, num_pairs=NUM_ROWS, num_faulty=0, port=_free_port())
         first_list = recipe.pairs.each()[0]
         pairs = replace(first_list, max_pairs=NUM_ROWS, validation_prob=0.5, drawn=shapes)
-        # A dead host may take its deadline in a real run; a rehearsal waits less long for a row.
         deadline_s = min(recipe.download.deadline_s, _DEADLINE_S)
+        self._spared_s = recipe.download.deadline_s - deadline_s
+        """How much longer a real run waits for a dead host."""
         download = replace(recipe.download, samples_per_shard=NUM_ROWS, retries=0, deadline_s=deadline_s)
         self.recipe = replace(recipe, workspace=str(folder), pairs=pairs, download=download)
         self._workspace = Workspace(str(folder))
@@ -146,7 +147,8 @@ class Rehearsal:
         if self.recipe.pairs.source != "drawn":
             # A real worker fetches rows of the next shards meanwhile: a dead host holds up one connection alone.
             num_at_once = min(config.resources.num_connections, rows.num_rows)
-            seconds = max(seconds, downloader.busy_s / num_at_once)
+            num_late = failure_causes([output.read_json(names[2])])["deadline"]
+            seconds = max(seconds, (downloader.busy_s + num_late * self._spared_s) / num_at_once)
         self.num_good = counts["ok"]
         if self.num_good < min(_LEAST_ROWS, self.num_pairs):
             raise DataError(

@@ -136,6 +136,16 @@ def test_rows_wait_for_slow_hosts_as_many_at_a_time_as_there_are_connections(add
     assert _download_row_s(_list_recipe(tmp_path, urls, 2), tmp_path / "rehearsal") >= 0.2 / 2
 
 
+def test_dead_hosts_take_the_deadline_of_a_real_run(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.timing.rehearsal._DEADLINE_S", 1.0)
+    urls = [f"{address}/{row}-{seconds}" for row in range(16) for seconds in (0, 60)]
+    recipe = _list_recipe(tmp_path, urls, 32)
+    waits_s = 16 * recipe.download.deadline_s / 32
+    assert _download_row_s(recipe, tmp_path / "rehearsal") * 32 >= waits_s > 1.0
+
+
 def test_repeated_rows_are_no_rows_of_the_next_steps(address: str, tmp_path: Path) -> None:
     urls = [f"{address}/{row}-0" for row in range(8)]
     units = measure(_list_recipe(tmp_path, [*urls, *urls], 4), {}, only=["download"])
