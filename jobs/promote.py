@@ -33,7 +33,7 @@ def promote_(
 
     resolved, words = load_recipe(recipe, overrides or []), recipe_words(recipe, overrides)
     step, manifest = evaluated(resolved, words)
-    promotion, is_new = promote(resolved, step, manifest, by=by, reason=reason, force=force)
+    promotion, is_new = promote(resolved, step, manifest, print_warning, by=by, reason=reason, force=force)
     if is_new:
         send_champion(resolved, step, promotion.reason, print_warning)
     if json:

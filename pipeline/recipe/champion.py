@@ -1,7 +1,8 @@
 """The champion of a recipe: the measured cascade that a person has chosen, with the measures and the reason."""
 
+import math
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ from pipeline.errors import ConfigError
 from pipeline.recipe.plan import Step, artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe, to_dict
 from pipeline.recipe.steps import CASCADE_STEPS
+from pipeline.workspace.lock import locked
 from pipeline.workspace.manifest import Manifest, parse_record
 from pipeline.workspace.store import Artifact, Workspace
 
@@ -16,6 +18,7 @@ Json = dict[str, Any]
 
 DEFAULT_MEASURE = "clip_score.generated"
 _FILE = "champion.json"
+_LOCK = ".promotions"
 _CONFIG = "config.json"
 """Of a network's artifact."""
 _CHANGES_LITTLE = {"seed", "batch_size", "num_shown", "num_images_per_shown"}
@@ -128,7 +131,14 @@ def measured_cascade(recipe: Recipe, key: str, names: Collection[str]) -> tuple[
 
 
 def promote(
-    recipe: Recipe, step: Step, manifest: Manifest, *, by: str, reason: str, force: bool
+    recipe: Recipe,
+    step: Step,
+    manifest: Manifest,
+    warn: Callable[[str], None],
+    *,
+    by: str,
+    reason: str,
+    force: bool,
 ) -> tuple[Promotion, bool]:
     """Make a measured cascade the champion if it is better than the present one.
 
@@ -136,6 +146,7 @@ def promote(
         recipe: The recipe.
         step: Its evaluation.
         manifest: The evaluation's commit.
+        warn: Receives a sentence if the lock of a dead process is broken.
         by: The measure that decides, by its dotted name.
         reason: A person's words; stored with the two numbers.
         force: Promote it whatever the measure says; needs a reason.
@@ -144,9 +155,10 @@ def promote(
         The choice, and whether it changes anything.
 
     Raises:
-        ConfigError: If there is no such measure, the present champion is as good, or was measured in another way.
+        ConfigError: If there is no such measure, it is no number, the present champion is as good, or was measured in
+            another way.
+        StepError: If another process promotes a cascade of this workspace at the moment.
     """
-    workspace = Workspace(recipe.workspace)
     measures = {name: float(value) for name, value in manifest.metrics.items() if isinstance(value, int | float)}
     if by not in measures:
         raise ConfigError(f"--by {by}: the evaluation has no such measure; it has {', '.join(sorted(measures))}")
@@ -157,16 +169,20 @@ def promote(
         for name, value in manifest.section.items()
         if not isinstance(value, dict) and name not in _CHANGES_LITTLE
     }
-    promotions = read_promotions(workspace, recipe.name)
-    before = promotions.champion
-    if before is not None and before.evaluate == step.key:
-        return before, False
-    numbers = _compare(before, measures, settings, by, force=force)
-    new = Promotion(
-        step.key, step.inputs, measures, settings, by, f"{numbers}; {reason}" if reason else numbers, time.time()
-    )
-    file = {"promotions": [asdict(one) for one in (*promotions.promotions, new)]}
-    _artifact(workspace, recipe.name).write_json(_FILE, file)
+    workspace = Workspace(recipe.workspace)
+    # A lock of its own: the workspace's is held by runs, for weeks.
+    with locked(f"{workspace.root}/{_LOCK}", f"{workspace.root}: another champion is being chosen", warn) as lock:
+        promotions = read_promotions(workspace, recipe.name)
+        before = promotions.champion
+        if before is not None and before.evaluate == step.key:
+            return before, False
+        numbers = _compare(before, measures, settings, by, force=force)
+        new = Promotion(
+            step.key, step.inputs, measures, settings, by, f"{numbers}; {reason}" if reason else numbers, time.time()
+        )
+        file = {"promotions": [asdict(one) for one in (*promotions.promotions, new)]}
+        lock.check()
+        _artifact(workspace, recipe.name).write_json(_FILE, file)
     return new, True
 
 
@@ -177,6 +193,8 @@ def _compare(before: Promotion | None, measures: dict[str, float], settings: Jso
         ConfigError: If the champion stays.
     """
     now = measures[by]
+    if not math.isfinite(now) and not force:
+        raise ConfigError(f"--by {by}: the evaluation measured {now}; --force and a --reason promote it anyway")
     if before is None:
         return f"{by} {now:.4g}, the first champion"
     if by not in before.measures:
@@ -192,6 +210,7 @@ def _compare(before: Promotion | None, measures: dict[str, float], settings: Jso
         )
     is_lower = by.startswith(_LOWER_IS_BETTER)
     is_better = now < before.measures[by] if is_lower else now > before.measures[by]
+    is_better = is_better or not math.isfinite(before.measures[by])
     if not is_better and not force:
         rule = "lower" if is_lower else "higher"
         raise ConfigError(f"{numbers}: no better ({rule} is better); promote it anyway with --force and a --reason")

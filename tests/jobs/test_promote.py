@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from pipeline.errors import ConfigError
+from pipeline.recipe import champion
 from pipeline.recipe.champion import read_promotions
 from pipeline.recipe.garbage import find_garbage
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe, load_recipe
+from pipeline.workspace.lock import locked_workspace
 from pipeline.workspace.store import Workspace
 from tests.tiny.recipe import tiny_tables
 
@@ -56,9 +59,9 @@ def test_the_better_cascade_becomes_champion_and_the_worse_one_only_by_force(pat
     done = _promote(path, "--set", "seed=1", "--json")
     assert json.loads(done.stdout)["evaluate"] == keys[0]
     assert _promote(path, "--set", "seed=2", "--reason", "sharper").exit_code == 0
-    champion = read_promotions(workspace, "tiny").champion
-    assert champion is not None
-    assert champion.reason == f"clip_score.generated 0.4 against 0.3 of {keys[0]}; sharper"
+    choice = read_promotions(workspace, "tiny").champion
+    assert choice is not None
+    assert choice.reason == f"clip_score.generated 0.4 against 0.3 of {keys[0]}; sharper"
     assert "no better (higher is better)" in str(_promote(path, "--set", "seed=3").exception)
     assert "no better" not in str(_promote(path, "--set", "seed=3", "--by", "cmmd.generated").exception)  # lower is
     assert _promote(path, "--set", "seed=2", "--force", "--reason", "sharper").exit_code == 0
@@ -79,9 +82,43 @@ def test_measures_of_other_settings_do_not_compare_and_unknown_ones_are_named(pa
     assert "it has clip_score.generated" in str(_promote(path, "--by", "beauty").exception)
 
 
+def test_two_who_promote_at_once_do_not_lose_a_choice(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is written whole: the second one would put back what it has read."""
+    recipes = [load_recipe(str(path), [f"seed={seed}"]) for seed in (1, 2)]
+    keys = [_measure(recipe, clip_score__generated=0.1 * seed) for seed, recipe in enumerate(recipes, 1)]
+    compare, others = champion._compare, list[str]()
+
+    def compare_slowly(*arguments: Any, **options: Any) -> str:
+        monkeypatch.setattr(champion, "_compare", compare)
+        others.append(str(_promote(path, "--set", "seed=2").exception))
+        return compare(*arguments, **options)
+
+    monkeypatch.setattr(champion, "_compare", compare_slowly)
+    assert _promote(path, "--set", "seed=1").exit_code == 0
+    assert "another champion is being chosen (process" in others[0]
+    assert _promote(path, "--set", "seed=2").exit_code == 0
+    assert [one.evaluate for one in read_promotions(Workspace(recipes[0].workspace), "tiny").promotions] == keys
+
+
+def test_a_champion_is_chosen_beside_a_run(path: Path) -> None:
+    recipe = load_recipe(str(path))
+    _measure(recipe, clip_score__generated=0.3)
+    with locked_workspace(Workspace(recipe.workspace), pytest.fail):
+        assert _promote(path).exit_code == 0
+
+
+def test_a_measure_that_is_no_number_becomes_champion_by_force_and_stays_for_no_other(path: Path) -> None:
+    for seed, score in ((1, math.nan), (2, 0.3)):
+        _measure(load_recipe(str(path), [f"seed={seed}"]), clip_score__generated=score)
+    assert "the evaluation measured nan" in str(_promote(path, "--set", "seed=1").exception)
+    assert _promote(path, "--set", "seed=1", "--force", "--reason", "sharper").exit_code == 0
+    assert _promote(path, "--set", "seed=2").exit_code == 0
+    assert "the evaluation measured nan" in str(_promote(path, "--set", "seed=1").exception)
+
+
 def test_gc_leaves_the_champion_with_all_that_it_was_made_from(path: Path) -> None:
-    champion, other = load_recipe(str(path), ["seed=1"]), load_recipe(str(path), ["seed=2"])
-    key = _measure(champion, clip_score__generated=0.3)
+    best, other = load_recipe(str(path), ["seed=1"]), load_recipe(str(path), ["seed=2"])
+    key = _measure(best, clip_score__generated=0.3)
     _measure(other, clip_score__generated=0.3)
     workspace = Workspace(other.workspace)
     garbage, _ = find_garbage(workspace, [other])
