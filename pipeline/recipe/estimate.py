@@ -275,13 +275,16 @@ def _with_seed(plan: Sequence[Step], seed: int) -> dict[str, Step]:
 
 
 def _recorded_time(recipe: Recipe, manifest: Manifest, crowding: float) -> StepTime | None:
-    """The time of a finished step; None for a training by another number of workers than the recipe has now."""
+    """The time of a finished step; None for a training by another number of workers than the recipe has now.
+
+    That of a training by a changing number is taken as that of the fewest, as which it is planned.
+    """
     resources = getattr(getattr(recipe, manifest.step), "resources", None)
     if not isinstance(resources, TrainResources):
         return StepTime(0.0, manifest.node_s / crowding)
-    if round(manifest.node_s / (manifest.wall_s or 1.0)) != resources.most_workers:
+    if not resources.fewest_workers <= round(manifest.node_s / (manifest.wall_s or 1.0)) <= resources.most_workers:
         return None
-    return StepTime(manifest.wall_s / crowding)
+    return StepTime(manifest.node_s / resources.fewest_workers / crowding)
 
 
 def _read_times(home: Artifact) -> Times:

@@ -54,6 +54,6 @@ class StepResult:
     metrics: dict[str, Any] = field(default_factory=dict[str, Any])
     """What the step measured."""
     num_workers: int = 1
-    """Workers at a time, for node seconds."""
+    """Workers at a time, for node seconds; those of a training, which may change, are counted by its progress."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     """Size and SHA-256 of files, known where they were written; the others are read for the manifest."""

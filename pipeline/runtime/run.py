@@ -467,13 +467,14 @@ def _result(reference: Any, context: StepContext, ended: Mapping[Any, StepError]
 
 def _commit(context: StepContext, result: StepResult, tracking: Tracking) -> Manifest:
     step, output = context.step, context.output
-    wall_s = Progress(output, waits=True).wall_s
+    progress = Progress(output, waits=True)
+    wall_s, is_training = progress.wall_s, step.name in context.recipe.trained()
     output.learn(result.files)
     manifest = dataclasses.replace(
         manifest_of(step, output, result.counts, wall_s=wall_s, records=output.fold_records()),
         metrics=result.metrics,
         input_contents=output.read_json(INPUTS),
-        node_s=round(wall_s * result.num_workers, 3),
+        node_s=round(progress.node_s if is_training else wall_s * result.num_workers, 3),
         versions={name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         tracking_run_id=tracking.finished(context, result),
     )

@@ -69,11 +69,11 @@ def run_training(context: StepContext) -> StepResult:
     needs = context.recipe.trained()[context.step.name].resources
     if not needs.validates_beside:
         end = _fit(context, in_recipe)
-        return StepResult({}, end.metrics, needs.most_workers, end.files)
+        return StepResult(metrics=end.metrics, files=end.files)
     with ValidationsBeside(context, needs) as validations:
         end = _fit(context, in_recipe)
         metrics = end.metrics | validations.finish()
-    return StepResult({}, metrics, needs.most_workers, end.files)
+    return StepResult(metrics=metrics, files=end.files)
 
 
 def _fit(context: StepContext, micro_batch_in_recipe: int | str) -> End:

@@ -32,6 +32,8 @@ class ProgressState:
     """Workers at work, by the name of their machine; empty while it is not known."""
     notice: str = ""
     """Why the step began again, or which worker was lost last, if any."""
+    node_s: float = 0.0
+    """``wall_s`` times the workers of each start; only trainings count them."""
 
     @property
     def age_s(self) -> float:
@@ -68,10 +70,19 @@ class Progress:
         every_s: Least time between two writes, in seconds.
         waits: Whether the work still waits for its CPUs or GPUs: the clock starts at `begin`.
         notice: Why the step begins again, if it does.
+        num_workers: Workers of this start, for ``node_s``.
     """
 
-    def __init__(self, artifact: Artifact, *, every_s: float = 1.0, waits: bool = False, notice: str = "") -> None:
-        self._artifact = artifact
+    def __init__(
+        self,
+        artifact: Artifact,
+        *,
+        every_s: float = 1.0,
+        waits: bool = False,
+        notice: str = "",
+        num_workers: int = 1,
+    ) -> None:
+        self._artifact, self._num_workers = artifact, num_workers
         self.notice = notice
         """Part of each reading from now on."""
         self._every_s = every_s
@@ -80,11 +91,17 @@ class Progress:
         self._first: tuple[float, int] | None = None
         previous = read_progress(artifact)
         self._earlier_s = previous.wall_s if previous else 0.0
+        self._earlier_node_s = previous.node_s if previous else 0.0
 
     @property
     def wall_s(self) -> float:
         """Seconds of work on the step over all its starts."""
         return self._earlier_s + self._worked_s()
+
+    @property
+    def node_s(self) -> float:
+        """The same, times the workers of each start."""
+        return self._earlier_node_s + self._worked_s() * self._num_workers
 
     def begin(self, *, ago_s: float = 0.0) -> None:
         """Start the clock of a step that waited; the work began ``ago_s`` seconds before this call."""
@@ -110,8 +127,19 @@ class Progress:
         first_s, first_done = self._first or (now, done)
         rate = (done - first_done) / max(now - first_s, 1e-9)
         eta_s = (total - done) / rate if rate > 0 else 0.0
-        wall_s, updated, machines = self.wall_s, time.time(), dict(workers or {})
-        state = ProgressState(done, total, unit, rate, eta_s, message, wall_s, updated, machines, self.notice)
+        state = ProgressState(
+            done=done,
+            total=total,
+            unit=unit,
+            rate=rate,
+            eta_s=eta_s,
+            message=message,
+            wall_s=self.wall_s,
+            updated=time.time(),
+            workers=dict(workers or {}),
+            notice=self.notice,
+            node_s=self.node_s,
+        )
         self._artifact.write_json(PROGRESS, asdict(state))
         self._written_at = now
 

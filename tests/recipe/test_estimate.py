@@ -155,6 +155,14 @@ def test_the_time_of_a_training_is_that_of_as_many_workers(tmp_path: Path) -> No
     assert load_times(alone, make_plan(alone))[0] == {}
 
 
+def test_a_training_by_a_changing_number_of_workers_is_planned_as_one_by_the_fewest(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, decoder={"resources": {"num_workers": [1, 4]}})
+    _finish(recipe, {"decoder": 2.5})
+    assert load_times(recipe, make_plan(recipe))[0] == {"decoder": StepTime(100.0)}
+    wider = _recipe(tmp_path, decoder={"resources": {"num_workers": [3, 4]}})
+    assert load_times(wider, make_plan(wider))[0] == {}
+
+
 def test_status_counts_an_interrupted_step_from_where_it_stopped(tmp_path: Path) -> None:
     recipe = _recipe(tmp_path)
     save_times(recipe, _times(), 1.0)
@@ -171,7 +179,7 @@ def _step(recipe: Recipe, name: str) -> Step:
     return next(step for step in make_plan(recipe) if step.name == name)
 
 
-def _finish(recipe: Recipe, workers: Mapping[str, int], wall_s: float = 40.0) -> None:
+def _finish(recipe: Recipe, workers: Mapping[str, float], wall_s: float = 40.0) -> None:
     """Commit empty artifacts of some steps, which took ``wall_s`` on so many workers."""
     for name, count in workers.items():
         step = _step(recipe, name)

@@ -106,6 +106,7 @@ def test_a_machine_that_is_lost_and_one_that_comes(cluster: Cluster, tmp_path: P
     assert "num_failures" not in metrics  # that budget is for workers
     progress = read_progress(output)
     assert progress is not None
+    assert progress.wall_s < progress.node_s < 2 * progress.wall_s
     assert progress.notice.startswith("a machine was lost (")
     assert progress.notice.endswith("); it goes on from its newest checkpoint")
     assert [number for number, _ in _parts(output)] == [2, 1, 2]

@@ -18,11 +18,12 @@ from pipeline.recipe.plan import artifact_of, make_plan, manifest_of, plan_statu
 from pipeline.recipe.recipe import load_recipe
 from pipeline.runtime import run
 from pipeline.runtime.connection import connect
-from pipeline.runtime.context import StepContext
+from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.run import at_once, fits_now
+from pipeline.runtime.tracking.run import Tracking
 from pipeline.workspace.lock import in_use
 from pipeline.workspace.progress import Progress, read_progress
-from pipeline.workspace.store import Workspace
+from pipeline.workspace.store import INPUTS, Workspace
 from tests.ports import free_port
 from tests.tiny.command import ROOT, start_unclip, unclip, unclip_here
 from tests.tiny.recipe import write_recipe
@@ -68,6 +69,21 @@ def test_a_step_lets_the_one_before_it_take_its_room_first(tmp_path: Path, monke
         clock.setattr(time, "time", lambda: later)
         assert fits_now(steps["prior"], [steps["decoder"]])  # it had its head start
     assert fits_now(steps["prior"], [_works(steps["decoder"])])
+
+
+def test_the_machine_time_of_a_training_is_that_of_the_workers_it_had(tmp_path: Path) -> None:
+    steps = _contexts(tmp_path, "tracking.uri=off")
+    for name, expected_s in (("decoder", 25.0), ("embed", 40.0)):
+        context = steps[name]
+        for num_workers, seconds in ((3, 5), (2, 5)):  # a machine was lost
+            start = Progress(context.output, waits=True, num_workers=num_workers)
+            start.begin(ago_s=seconds)
+            start.update(1, 2, "steps", force=True)
+        context.output.write_json(INPUTS, {})
+        tracking = Tracking(context.recipe, context.workspace, pytest.fail)
+        manifest = run._commit(context, StepResult(num_workers=4), tracking)
+        assert manifest.wall_s == pytest.approx(10, abs=0.2)
+        assert manifest.node_s == pytest.approx(expected_s, abs=0.8)
 
 
 def test_all_workers_of_a_training_and_their_gpus_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

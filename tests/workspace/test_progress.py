@@ -73,6 +73,17 @@ def test_progress_of_a_second_start_adds_to_the_first(tmp_path: Path) -> None:
     assert read_progress(artifact).rate == 0  # type: ignore[union-attr]
 
 
+def test_the_workers_of_each_start_are_counted(tmp_path: Path) -> None:
+    artifact = Artifact(str(tmp_path))
+    for num_workers, seconds in ((4, 10), (2, 5)):
+        start = Progress(artifact, waits=True, num_workers=num_workers)
+        start.begin(ago_s=seconds)
+        start.update(1, 2, "steps", force=True)
+        Progress(artifact, waits=True).update(0, 1, "", "waiting for 1 x 1 CPU", force=True)
+    assert 15 <= Progress(artifact, waits=True).wall_s < 15.2
+    assert 50 <= Progress(artifact, waits=True).node_s < 50.5
+
+
 def test_progress_writes_at_its_own_pace_and_at_the_end(tmp_path: Path) -> None:
     artifact = Artifact(str(tmp_path))
     progress = Progress(artifact, every_s=60)
