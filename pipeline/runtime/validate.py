@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -65,39 +65,43 @@ class Validations:
         self, output: Artifact, start: Callable[[int], Task], lacks: Callable[[], str], limit_s: float
     ) -> None:
         # Loaded here, before a thread looks: Ray Train loads torch in this one, and two at once end the process.
-        from pipeline.train.resume import checkpoint_steps
+        from pipeline.train.resume import checkpoint_stamps
 
         self._output, self._start, self._lacks, self._limit_s = output, start, lacks, limit_s
         # Of an earlier start: what is free before this one's workers are placed is what they are about to take.
-        results = result_steps(output)
-        self._seen = {*results, *checkpoint_steps(output)}
+        before, there, results = read_beside(output), checkpoint_stamps(output), result_steps(output)
+        failed = before.running not in {-1, *results}
+        missed = [] if before.seen is None else _unseen(there, before.seen, results)
         self._task: Task | None = None
-        before = read_beside(output)
-        self.state = replace(before, running=-1)
-        if before.running in {-1, *results}:
-            write_beside(output, self.state)
+        self.state = replace(before, running=-1, seen=there)
+        if failed or missed:
+            self._note(skipped=len(missed), failed=int(failed), reason=_RUN_ENDED)
         else:
-            self._note(failed=1, reason=_RUN_ENDED)
+            write_beside(output, self.state)
 
     def look(self) -> None:
         """Take the result of the running validation if it has one, and start that of the newest new checkpoint.
 
         Only a checkpoint that has just been committed is validated: then the training has its workers, and nothing is
-        taken from it that it waits for.
+        taken from it that it waits for. One that is written again, because it was damaged, is a new one.
         """
-        from pipeline.train.resume import checkpoint_steps
+        from pipeline.train.resume import checkpoint_stamps
 
         self._collect()
-        new = [step for step in checkpoint_steps(self._output) if step not in self._seen]
-        self._seen |= set(new)
-        if not new:
+        there, seen = checkpoint_stamps(self._output), self.state.seen or {}
+        if not _unseen(there, seen):
             return
-        reason = "the one before still ran" if self._task else self._lacks()
-        if not reason:
-            self._begin(new[-1])
-        passed_over = len(new) - (not reason)
-        if passed_over:
-            self._note(skipped=passed_over, reason=reason or "a newer checkpoint was there")
+        new = _unseen(there, seen, result_steps(self._output))
+        reason = "" if not new else "the one before still ran" if self._task else self._lacks()
+        begins = new[-1:] if not reason else []
+        fields: Json = {"seen": there}
+        if passed_over := len(new) - len(begins):
+            words = reason or "a newer checkpoint was there"
+            fields |= {"skipped": self.state.skipped + passed_over, "reason": words}
+        if begins:
+            self._begin(begins[0], **fields)
+        else:
+            self._change(**fields)
 
     def finish(self, last_step: int, wants_end: Callable[[], bool]) -> None:
         """Wait for the running validation, and for that of the finished network, unless the run is asked to end."""
@@ -123,9 +127,9 @@ class Validations:
         if _reason(error) != self.state.reason:
             self._note(failed=1, reason=_reason(error))
 
-    def _begin(self, step: int) -> None:
+    def _begin(self, step: int, **fields: Any) -> None:
         self._task = self._start(step)
-        self._change(running=step)
+        self._change(running=step, **fields)
 
     def _wait(self, wants_end: Callable[[], bool]) -> None:
         self._collect()
@@ -163,6 +167,11 @@ class Validations:
     def _change(self, **fields: Any) -> None:
         self.state = replace(self.state, **fields)
         write_beside(self._output, self.state)
+
+
+def _unseen(there: Mapping[int, str], seen: Mapping[int, str], results: Collection[int] = ()) -> list[int]:
+    """The steps whose checkpoints were not there as they are now, and that have no result."""
+    return [step for step, stamp in there.items() if seen.get(step) != stamp and step not in results]
 
 
 class ValidationsBeside:

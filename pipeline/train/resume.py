@@ -6,7 +6,7 @@ import math
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -65,9 +65,20 @@ def checkpoint_steps(artifact: Artifact) -> list[int]:
     return sorted(_committed(artifact, CHECKPOINTS))
 
 
+def checkpoint_stamps(artifact: Artifact) -> dict[int, str]:
+    """What changes when a checkpoint is written again, by its step, of those of ``checkpoint_steps``."""
+    stamps = artifact.stamps(CHECKPOINTS)
+    return {step: stamps[name] for step, name in sorted(_first_files(stamps, CHECKPOINTS).items())}
+
+
 def _committed(artifact: Artifact, folder: str) -> dict[int, str]:
-    """The first files in a folder, by their step: each is the last that is written of its checkpoint."""
-    names = [name for name in artifact.names() if name.startswith(folder)]
+    """The first files in a folder, by their step."""
+    return _first_files(artifact.names(), folder)
+
+
+def _first_files(all_names: Iterable[str], folder: str) -> dict[int, str]:
+    """Those of the names in a folder that are the last to be written of their checkpoint, by its step."""
+    names = [name for name in all_names if name.startswith(folder)]
     steps = {name: name.removeprefix(folder).removesuffix(_SUFFIX) for name in names}
     return {int(stem): name for name, stem in steps.items() if stem.isdigit()}
 

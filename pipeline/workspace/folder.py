@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from pipeline.errors import DataError
 from pipeline.workspace.cache import Cached, Version, cached_path, keep, lookup, temporary_file
-from pipeline.workspace.disk import content_of, files_below, is_there, patiently, translate_os_errors
+from pipeline.workspace.disk import content_of, facts_of, files_below, is_there, patiently, translate_os_errors
 from pipeline.workspace.hashing import checksum_of_writing, sha256_of
 from pipeline.workspace.objects import RangedFile, file_system, stamp_of
 
@@ -269,6 +269,19 @@ class Folder:
                 if stat.S_ISREG(facts.st_mode) or stat.S_ISLNK(facts.st_mode):
                     sizes[name] = 0 if stat.S_ISLNK(facts.st_mode) else facts.st_size
         return sizes
+
+    def stamps(self, folder: str) -> dict[str, str]:
+        """What changes when a file is written again, for each published file below a folder inside this one, by name.
+
+        Args:
+            folder: Path inside this folder, with a slash at its end.
+        """
+        below = f"{self._base}/{folder}".rstrip("/")
+        if self._is_local:
+            facts = {name: facts_of(f"{below}/{name}") for name, _ in files_below(below) if _TEMPORARY not in name}
+            return {f"{folder}{name}": f"{one.st_mtime_ns} {one.st_size}" for name, one in facts.items() if one}
+        files = self._files.find(below)
+        return {path[len(self._base) :].lstrip("/"): stamp_of(info) for path, info in files.items()}
 
     def remove(self, name: str) -> None:
         """Remove one file if it is there."""

@@ -21,7 +21,7 @@ from pipeline.runtime.context import StepContext
 from pipeline.runtime.placement import ROLE
 from pipeline.runtime.train import run_training
 from pipeline.runtime.validate import Task, Validations, lacks, validation_options
-from pipeline.train.results import BesideState, read_beside, write_result
+from pipeline.train.results import BesideState, read_beside, write_beside, write_result
 from pipeline.train.resume import checkpoint_name
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Artifact
@@ -55,9 +55,10 @@ class _Cluster:
 
     @property
     def state(self) -> BesideState:
+        """What became of them, whatever was looked at."""
         state = read_beside(self.output)
         assert state == self.validations.state
-        return state
+        return replace(state, seen=None)
 
 
 def _goes_on() -> bool:
@@ -120,6 +121,51 @@ def test_a_start_takes_no_checkpoint_of_the_one_before_for_one_of_its_own(cluste
     assert again.state == BesideState(skipped=1, failed=1, reason="the run ended before it")
     again.look_at(6)
     assert list(again.tasks) == [6]
+
+
+def test_a_checkpoint_that_is_written_again_after_damage_is_validated(cluster: _Cluster) -> None:
+    cluster.look_at(2)
+    cluster.end(2)
+    cluster.lacks = "no machine had 1 CPU free"
+    cluster.look_at(4)
+    cluster.output.write_bytes(checkpoint_name(4), b"damaged")
+    again = _Cluster(cluster.output)  # its training continues from step 2
+    again.look_at()
+    assert not again.tasks
+    again.output.write_bytes(checkpoint_name(2), b"the same")
+    again.output.write_bytes(checkpoint_name(4), b"whole")
+    again.validations.look()
+    assert list(again.tasks) == [4]
+    again.end(4)
+    again.output.write_bytes(checkpoint_name(4), b"whole again")
+    again.validations.look()
+    assert list(again.tasks) == [4]  # its result stays true
+
+
+def test_a_checkpoint_that_nobody_has_looked_at_is_counted(cluster: _Cluster) -> None:
+    cluster.look_at(2)
+    cluster.end(2)
+    cluster.look_at()
+    cluster.output.write_bytes(checkpoint_name(4), b"")  # and the driver is killed
+    again = _Cluster(cluster.output)
+    assert again.state == BesideState(skipped=1, reason="the run ended before it")
+    again.look_at()
+    assert not again.tasks
+    assert _Cluster(cluster.output).state.skipped == 1
+    write_beside(cluster.output, BesideState(skipped=3))  # of a release that does not say what was there
+    assert _Cluster(cluster.output).state == BesideState(skipped=3)
+
+
+def test_a_checkpoint_whose_look_fails_is_looked_at_again(cluster: _Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> str:
+        raise OSError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster.validations, "_lacks", fail)
+        with pytest.raises(OSError, match="no answer"):
+            cluster.look_at(2)
+    cluster.look_at()
+    assert list(cluster.tasks) == [2]
 
 
 def test_a_killed_validation_and_one_without_its_checkpoint_change_nothing_but_the_counts(cluster: _Cluster) -> None:

@@ -462,6 +462,11 @@ def test_an_artifact_in_a_store_is_sized_and_destroyed(bucket: str) -> None:
     artifact = workspace.artifact("prior", "key")
     artifact.write_bytes("live/checkpoint", b"12345")
     assert artifact.sizes() == {"live/checkpoint": 5}
+    first = artifact.stamps("live/")
+    assert list(first) == ["live/checkpoint"]
+    assert artifact.stamps("live/") == first
+    artifact.write_bytes("live/checkpoint", b"54321")
+    assert artifact.stamps("live/") != first
     assert workspace.keys("prior") == ["key"]
     artifact.destroy()
     assert workspace.keys("prior") == []

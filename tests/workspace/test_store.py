@@ -155,6 +155,7 @@ _ENDS = ("/sub", "/sub/", "data.bin", ".json")
 _LOOKS: dict[str, Callable[[Artifact], Any]] = {
     "names": Artifact.names,
     "sizes": Artifact.sizes,
+    "stamps": lambda artifact: artifact.stamps("sub/"),
     "describe_files": Artifact.describe_files,
     "clear_temporaries": Artifact.clear_temporaries,
     "exists": lambda artifact: artifact.exists("data.bin"),
@@ -259,6 +260,19 @@ def test_temporary_files_and_keys_are_found_where_the_storage_failed(
         with pytest.raises(StepError, match=rf"^{tmp_path}/step: cannot be read: Stale"):
             workspace.keys("step")
     assert workspace.keys("other") == []
+
+
+def test_a_file_that_is_written_again_has_another_stamp(tmp_path: Path) -> None:
+    artifact = Artifact(f"{tmp_path}/step/key")
+    assert artifact.stamps("live/checkpoints/") == {}
+    for name in ("1.bin", "live/checkpoints/1.bin", "live/checkpoints/2.bin", "live/checkpoints/.tmp-0123-3.bin"):
+        artifact.write_bytes(name, b"1")
+    first = artifact.stamps("live/checkpoints/")
+    assert sorted(first) == ["live/checkpoints/1.bin", "live/checkpoints/2.bin"]
+    assert artifact.stamps("live/checkpoints/") == first
+    artifact.write_bytes("live/checkpoints/2.bin", b"22")
+    second = artifact.stamps("live/checkpoints/")
+    assert [name for name in first if first[name] != second[name]] == ["live/checkpoints/2.bin"]
 
 
 def test_a_listing_has_links_and_hidden_files_and_follows_nothing(tmp_path: Path) -> None:
