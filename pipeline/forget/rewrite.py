@@ -193,12 +193,12 @@ def _rewrite_embed(artifact: Artifact, shard: str, forgotten: Forgotten) -> None
     if not artifact.exists(f"{shard}{RECORD_SUFFIX}"):
         artifact.remove_all([names[0], names[2]])
         return
-    num_ok, num_failed = _embeddings_without(artifact, names[0], forgotten), 0
+    num_ok, causes = _embeddings_without(artifact, names[0], forgotten), Counter[str]()
     if artifact.exists(names[1]):
         rows = [json.loads(line) for line in artifact.path(names[1]).read_text(encoding="utf-8").splitlines()]
         is_forgotten = forgotten.has_rows([row["uid"] for row in rows], [row["url"] for row in rows])
         rows = [row for row, goes in zip(rows, is_forgotten, strict=True) if not goes]
-        num_failed = len(rows)
+        causes = Counter(row["reason"] for row in rows)
         artifact.write_bytes(names[1], "".join(f"{json.dumps(row)}\n" for row in rows).encode())
     if artifact.exists(names[2]):
         uids = read_table(artifact.path(names[0]), ["uid"])["uid"].combine_chunks()  # of one shard
@@ -206,9 +206,9 @@ def _rewrite_embed(artifact: Artifact, shard: str, forgotten: Forgotten) -> None
             copy_states(artifact.path(names[2]), target, uids)
     counts = artifact.shard_record(shard).counts | {"ok": num_ok}
     if "corrupt" in counts:
-        counts["corrupt"] = num_failed
+        counts["corrupt"] = causes.total()
     counts["in"] = sum(count for name, count in counts.items() if name != "in")
-    _commit(artifact, shard, [name for name in names if artifact.exists(name)], counts)
+    _commit(artifact, shard, [name for name in names if artifact.exists(name)], counts, dict(causes))
 
 
 def _rewrite_filtered(artifact: Artifact, shard: str, forgotten: Forgotten) -> None:

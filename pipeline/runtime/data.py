@@ -1,6 +1,5 @@
 """The steps that train nothing, without pairs, download, index and the filters: embed, evaluate."""
 
-import itertools
 import json
 import time
 from collections import Counter
@@ -33,10 +32,10 @@ def run_embed(context: StepContext) -> StepResult:
         sizes, worker = {name: record.counts["ok"] for name, record in shards.items()}, EmbedWorker
     job = ShardJob(worker, list(sizes), sum(sizes.values()), config.resources, num_at_once=_EMBEDDED_AT_ONCE)
     records = map_shards(context, job)
-    failures = _embed_failures(context.output, records)
+    causes = sum((Counter(record.causes) for record in records), Counter[str]())
     metrics: dict[str, object] = {
         "arithmetic": f"{config.precision}, TF32 {'on' if config.has_tf32 else 'off'}",
-        "failures": dict(failures.most_common(_NUM_CAUSES)),
+        "failures": dict(causes.most_common(_NUM_CAUSES)),
     }
     return StepResult(counts=total_counts(records), metrics=metrics, num_workers=config.resources.num_workers)
 
@@ -146,12 +145,17 @@ def commit_shard(
     start: float,
     splits: dict[str, int] | None = None,
     list_number: int = 0,
+    causes: dict[str, int] | None = None,
 ) -> ShardRecord:
     """Commit a shard whose files ``names`` are published; ``start`` is when its work began, by ``time.monotonic``."""
-    files = {name: output.describe(name) for name in names}
-    wall_s = round(time.monotonic() - start, 3)
     record = ShardRecord(
-        shard=shard, counts=counts, files=files, splits=splits or {}, list_number=list_number, wall_s=wall_s
+        shard=shard,
+        counts=counts,
+        files={name: output.describe(name) for name in names},
+        causes=causes or {},
+        splits=splits or {},
+        list_number=list_number,
+        wall_s=round(time.monotonic() - start, 3),
     )
     output.commit_shard(record)
     return record
@@ -168,17 +172,7 @@ def _commit_embeddings(
     list_number: int = 0,
 ) -> ShardRecord:
     if failures:
-        names = [*names, _embed_failures_file(shard)]
+        names = [*names, f"{shard}_failures.jsonl"]  # a reader of a folder of embeddings takes all its Parquet files
         output.write_bytes(names[-1], "".join(f"{json.dumps(failure)}\n" for failure in failures).encode())
-    return commit_shard(output, shard, counts, names, start, splits, list_number)
-
-
-def _embed_failures_file(shard: str) -> str:
-    return f"{shard}_failures.jsonl"  # a reader of a folder of embeddings takes all its Parquet files
-
-
-def _embed_failures(output: Artifact, records: list[ShardRecord]) -> Counter[str]:
-    """Rows that could not be embedded, by reason."""
-    names = [name for record in records if (name := _embed_failures_file(record.shard)) in record.files]
-    lines = itertools.chain.from_iterable(output.path(name).read_text(encoding="utf-8").splitlines() for name in names)
-    return Counter(json.loads(line)["reason"] for line in lines)
+    causes = dict(Counter(failure["reason"] for failure in failures))
+    return commit_shard(output, shard, counts, names, start, splits, list_number, causes)

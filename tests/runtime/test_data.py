@@ -120,6 +120,8 @@ def test_run_embed_names_its_corrupt_rows_and_takes_exported_embeddings_over(tmp
     result = data.run_embed(embed)
     assert result.counts == {"in": 40, "ok": 39, "corrupt": 1}
     assert result.metrics == {"arithmetic": "float32, TF32 off", "failures": {"not a picture": 1}}
+    causes = [record.causes for record in embed.output.shard_records().values()]
+    assert causes == [{}, {}, {}, {"not a picture": 1}, {}]  # so that the end of the step reads no file of a shard
     [line] = embed.output.path("00003_failures.jsonl").read_text().splitlines()
     url = "http://127.0.0.1/35.png"
     assert (json.loads(line)["url"], json.loads(line)["uid"]) == (url, make_uid(url, drawn_sample(35).caption))
