@@ -25,10 +25,12 @@ class StoredColumns:
     Args:
         artifacts: Steps that write a table ``<shard>.parquet`` with a column ``key`` for each shard. A column that
             several of them have is read from the first.
+        shard: The name of a shard, whose tables say which columns there are; the other shards have the same.
     """
 
-    def __init__(self, artifacts: Sequence[Artifact]) -> None:
+    def __init__(self, artifacts: Sequence[Artifact], shard: str) -> None:
         self._artifacts = artifacts
+        self._shard = shard
         self._read = functools.lru_cache(_CACHED_SHARDS)(self._read_columns)
 
     @functools.cached_property
@@ -40,10 +42,12 @@ class StoredColumns:
     def _schemas(self) -> list[tuple[Artifact, dict[str, pa.DataType]]]:
         schemas: list[tuple[Artifact, dict[str, pa.DataType]]] = []
         for artifact in self._artifacts:
-            shard = next((name for name in artifact.names() if name.endswith(_SUFFIX)), None)
-            if shard is None:  # its files were moved away; filters by the others' columns need none of them
+            table = f"{self._shard}{_SUFFIX}"
+            if not artifact.exists(
+                table
+            ):  # its files were moved away; filters by the others' columns need none of them
                 continue
-            schema = read_schema(artifact.ranged(shard))
+            schema = read_schema(artifact.ranged(table))
             columns = {field.name: field.type for field in schema if not pa.types.is_nested(field.type)}
             schemas.append((artifact, columns))
         return schemas

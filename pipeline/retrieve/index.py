@@ -1,5 +1,6 @@
 """Opens and searches the neighbour index: its newest version, which is a list of segments and of deleted rows."""
 
+import functools
 import itertools
 import logging
 from collections.abc import Sequence
@@ -103,6 +104,15 @@ class NeighbourIndex:
         """Artifacts of the embed steps that the rows come from, each once."""
         by_uri = {source.uri: source for segment in self._segments for source in segment.rows.shards.sources}
         return tuple(by_uri.values())
+
+    @functools.cached_property
+    def first_shards(self) -> dict[str, str]:
+        """The name of the first shard of each source, by the source's URI."""
+        return {
+            shards.sources[source].uri: name
+            for shards in (segment.rows.shards for segment in self._segments)
+            for source, name in reversed(shards.shards)
+        }
 
     def search(self, vectors: Floats, k: int, modality: Modality = "image") -> tuple[Floats, Ids]:
         """Find the nearest rows.

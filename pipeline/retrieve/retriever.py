@@ -75,7 +75,7 @@ class Retriever:
 
     def __init__(self, index: NeighbourIndex) -> None:
         self.index = index
-        self._columns: Callable[[str], StoredColumns] = functools.cache(_columns_of)
+        self._columns: Callable[[str], StoredColumns] = functools.cache(self._columns_of)
         self._pictures: Callable[[str], StoredPictures] = functools.cache(_pictures_of)
 
     @classmethod
@@ -219,6 +219,10 @@ class Retriever:
         number = row_id(uid)
         return number if self.index.has([number])[0] and self.index.rows([number])["uid"][0].as_py() == uid else None
 
+    def _columns_of(self, embed: str) -> StoredColumns:
+        download = _download_of(embed)
+        return StoredColumns([Artifact(embed), *([download] if download else [])], self.index.first_shards[embed])
+
     def _passed(self, ids: Ids, where: RowFilter | None) -> NDArray[np.bool_]:
         """Which of ``ids`` are rows that pass the filter, in the same shape."""
         if where is None:
@@ -247,11 +251,6 @@ class Retriever:
                 break
             vectors = np.concatenate([vectors, block[own]])
         return kept
-
-
-def _columns_of(embed: str) -> StoredColumns:
-    download = _download_of(embed)
-    return StoredColumns([Artifact(embed), *([download] if download else [])])
 
 
 def _pictures_of(embed: str) -> StoredPictures:

@@ -152,8 +152,20 @@ def test_a_filter_by_an_unknown_column_lists_the_columns(search: Retriever) -> N
         search.conditions("z_image > 3")
 
 
+def test_a_filter_lists_no_artifact_to_learn_its_columns(search: Retriever, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred thousand shards are minutes of listings, in every worker."""
+
+    def names(_artifact: Artifact) -> list[str]:
+        raise AssertionError("all files were listed")
+
+    monkeypatch.setattr(Artifact, "names", names)
+    fields = Retriever(search.index).fields
+    assert fields["width"] == pa.int32()
+    assert fields["caption"] == pa.string()
+
+
 def test_columns_come_in_the_order_of_the_rows(data: tuple[Artifact, Artifact]) -> None:
-    columns = StoredColumns(list(data))
+    columns = StoredColumns(list(data), "00001")
     shards, keys = ["00001", "00000", "00001"], ["0000100001", "0000000050", "0000100000"]
     table = columns.take(shards, keys, ["width", "caption"])
     assert table.to_pydict() == {
