@@ -11,12 +11,17 @@ def run_pairs(context: StepContext) -> StepResult:
     """Write the list of pairs; several workers share the tasks of each phase, if there is more than one task."""
     progress = Progress(context.output)
     from pipeline.data.drawn import EVALUATION, write_evaluation
-    from pipeline.data.make_pairs import PairsMaker
+    from pipeline.data.make_pairs import READ, PairsMaker
     from pipeline.data.sources import count_pairs, source_of
 
     recipe, output = context.recipe, context.output
     resources, num_rows = recipe.pairs.resources, count_pairs(recipe.pairs)
     maker, num_workers = PairsMaker(source_of(recipe), output, Forgotten.read(context.root)), 1
+    before = 0
+
+    def note(done: int) -> None:
+        progress.update(before + done, max(before + done, num_rows), "rows")
+
     for names in maker.phases():
         records = output.shard_records()  # every record of the step: once a phase, not once a name
         missing = [name for name in names if name not in records]
@@ -25,13 +30,14 @@ def run_pairs(context: StepContext) -> StepResult:
             map_shards(context, ShardJob(PairsWorker, names, num_rows, resources))
             num_workers = resources.num_workers
         else:
-            for name in missing:
-                maker.make(name, lambda done: progress.update(done, max(done, num_rows), "rows"))
+            for name in names:
+                record = records.get(name) or maker.make(name, note)
+                before += record.counts.get("in", 0) if name.startswith(READ) else 0
     summary = maker.finish()
     if recipe.pairs.source == "drawn":
         with output.write(EVALUATION) as path:
             summary.metrics["evaluation_prompts"] = write_evaluation(path, recipe.seed)
-    progress.update(summary.counts["ok"], summary.counts["ok"], "rows", force=True)
+    progress.update(summary.counts["in"], summary.counts["in"], "rows", force=True)
     return StepResult(counts=dict(summary.counts), metrics=summary.metrics, num_workers=num_workers)
 
 

@@ -12,6 +12,7 @@ import pytest
 import tomli_w
 
 from pipeline.data import duplicates, sources
+from pipeline.data.make_pairs import PairsMaker
 from pipeline.data.pairs import Pairs
 from pipeline.data.shards import good_samples
 from pipeline.recipe.plan import artifact_of, make_plan
@@ -94,6 +95,23 @@ def test_several_workers_share_a_list_that_is_compared_in_groups(
     assert len(compared) == 4
     assert add_counts(compared) == {"in": 400, "ok": 200, "duplicate": 200}
     assert max(shown) == 400
+
+
+def test_the_progress_of_one_process_counts_the_pieces_before_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those of an earlier run."""
+    monkeypatch.setattr(sources, "PIECE_BYTES", 1)
+    _write_list(tmp_path / "list")
+    pairs = {"source": "list", "path": str(tmp_path / "list"), "resources": {"num_workers": 1}}
+    recipe = parse_recipe(tiny_tables(tmp_path / "w", pairs=pairs))
+    context = StepContext(recipe, make_plan(recipe)[0], recipe.workspace)
+    maker = PairsMaker(sources.source_of(recipe), context.output)
+    for name in next(maker.phases())[:2]:
+        maker.make(name)
+    shown = _note_progress(monkeypatch)
+    run_pairs(context)
+    assert shown == [300, 400, 400]
 
 
 def _note_progress(monkeypatch: pytest.MonkeyPatch) -> list[int]:
