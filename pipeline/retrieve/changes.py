@@ -4,6 +4,7 @@ Each change writes new files and then a new version; the files of a version neve
 opened. The files of the version before stay, for a reader that is opening it; older ones are removed.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -81,9 +82,10 @@ def restore(index: Artifact, names: Sequence[str]) -> Change:
 
 def _restore(index: Artifact, version: Version, ids: Ids, unknown: Sequence[str]) -> Change:
     before = version.read_deleted(index)
-    compacted = [name for name in unknown if row_id(name) in before]
-    ids = np.union1d(ids, np.array([row_id(name) for name in compacted], np.int64))
-    rest = tuple(name for name in unknown if name not in compacted)
+    numbers = _ids_of(unknown)
+    is_compacted = np.isin(numbers, before)
+    ids = np.union1d(ids, numbers[is_compacted])
+    rest = tuple(itertools.compress(unknown, ~is_compacted))
     return _publish_deleted(index, version, np.setdiff1d(before, ids), ~np.isin(ids, before), rest)
 
 

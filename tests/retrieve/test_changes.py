@@ -25,7 +25,7 @@ from pipeline.retrieve.changes import (
 )
 from pipeline.retrieve.embedded import EmbeddedShards
 from pipeline.retrieve.takedown import Takedown
-from pipeline.retrieve.versions import read_version
+from pipeline.retrieve.versions import Version, read_version
 from pipeline.workspace import folder
 from pipeline.workspace.forgotten import Forgotten
 from pipeline.workspace.manifest import Manifest
@@ -298,6 +298,25 @@ def test_a_restored_pair_comes_back_after_a_compaction_and_one_that_is_on_no_lis
     restore_everywhere(workspace, ["http://a/5"])
     assert _append(output, base)["ok"] == 1
     assert _rows(NeighbourIndex.open(output), vectors) == set(range(24)) - {3, 7}
+
+
+class _Deleted(np.ndarray[Any, Any]):
+    """Ids that are not looked through for each name: of 100,000 names that is minutes."""
+
+    def __contains__(self, number: object) -> bool:
+        raise AssertionError(f"all ids were looked through for {number}")
+
+
+def test_restored_names_are_looked_up_all_at_once(index: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = index[0]
+    delete(output, [_uid(row) for row in (3, 5, 7)])
+    _compact(output)
+    deleted = read_version(output).read_deleted(output).view(_Deleted)
+    monkeypatch.setattr(Version, "read_deleted", lambda _version, _index: deleted)
+    change = restore(output, [_uid(3), "http://a/none", _uid(7), _uid(8)])
+    assert (change.changed, change.unchanged, change.unknown) == (2, 1, ("http://a/none",))
+    monkeypatch.undo()
+    assert read_version(output).read_deleted(output).tolist() == [row_id(_uid(5))]
 
 
 def test_a_pair_that_was_deleted_by_both_its_names_says_which_one_is_left(index: Any) -> None:
