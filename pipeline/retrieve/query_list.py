@@ -1,7 +1,7 @@
 """A user's list of queries, as one Parquet file with a row group for each part.
 
 A row that cannot be read, or holds something else than a query, keeps its place and its number, with what is wrong with
-it: it fails alone. A list is refused if its first part has no query at all.
+it: it fails alone. A list is refused if it is empty, or has no column of queries.
 """
 
 import itertools
@@ -45,8 +45,8 @@ def write_queries(source: Path, target: Path) -> int:
         Number of queries.
 
     Raises:
-        DataError: If the list cannot be read, has none of these columns, none of the first part's rows is a query, or
-            it is empty.
+        DataError: If the list cannot be read, has none of these columns (of JSON, in none of the first part's rows),
+            or it is empty.
     """
     reader = _READERS.get(_suffix(source))
     if reader is None:
@@ -221,7 +221,7 @@ def _vectors(column: pa.ChunkedArray, name: str) -> Any:
     is_list = pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind)
     if not (is_list and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))):
         raise DataError(f"column {name} is {kind}, not lists of numbers")
-    return column.cast(pa.list_(pa.float32()))
+    return column.cast(pa.list_(pa.float32()), safe=False)  # a safe cast refuses integers that float32 rounds
 
 
 def _decoded(column: pa.ChunkedArray, name: str, problems: list[str | None]) -> Any:

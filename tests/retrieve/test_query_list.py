@@ -54,6 +54,11 @@ def test_vectors_are_queries(tmp_path: Path) -> None:
     assert table.column("uid").to_pylist() == ["a", None, "b"]
 
 
+def test_integers_that_float32_rounds_are_vectors(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"vector": [[1, 2], [2**24 + 1, 0]]}), tmp_path / "q.parquet")
+    assert _read(tmp_path / "q.parquet", tmp_path).column("embedding").to_pylist() == [[1, 2], [2**24, 0]]
+
+
 @pytest.mark.parametrize("name", ["q.txt", "q.parquet", "q.jsonl"])
 def test_parts_have_equal_sizes_whatever_the_blocks_of_the_file(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
