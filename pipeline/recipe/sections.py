@@ -234,6 +234,14 @@ class FilterConfig(StepSection):
     resources: TaskResources = TaskResources()
     """Workers of this step."""
 
+    def __post_init__(self) -> None:
+        if self.min_language_prob != FilterConfig.min_language_prob and not self.languages:
+            raise ValueError("min_language_prob needs languages")
+        if self.max_hash_distance != FilterConfig.max_hash_distance and self.duplicates != "near":
+            raise ValueError('max_hash_distance needs duplicates = "near"')
+        if self.same_caption_only and self.duplicates == "keep":
+            raise ValueError("same_caption_only needs duplicates")
+
 
 @configclass
 class FilterEmbeddingsConfig(StepSection):
@@ -270,6 +278,8 @@ class FilterEmbeddingsConfig(StepSection):
         for limit, weights, default in (("min_aesthetic", "aesthetic_weights", 0.0), ("max_nsfw", "nsfw_weights", 1.0)):
             if getattr(self, limit) != default and not getattr(self, weights):
                 raise ValueError(f"{limit} needs {weights}")
+        if self.same_caption_only and self.max_similarity == 1:
+            raise ValueError("same_caption_only needs max_similarity")
 
 
 @configclass

@@ -332,6 +332,22 @@ def test_filters_change_the_keys_of_the_steps_that_read_what_stays() -> None:
     assert {name for name in plain if plain[name] == costly[name]} == {"pairs", "download", "clip", "embed"}
 
 
+@pytest.mark.parametrize(
+    ("idle", "needs"),
+    [
+        ("filter.min_language_prob=0.2", "filter.languages=['en']"),
+        ("filter.max_hash_distance=3", "filter.duplicates='near'"),
+        ("filter.same_caption_only=true", "filter.duplicates='exact'"),
+        ("filter_embeddings.same_caption_only=true", "filter_embeddings.max_similarity=0.9"),
+    ],
+)
+def test_a_field_of_a_filter_that_does_nothing_is_refused(idle: str, needs: str) -> None:
+    names = [override.partition("=")[0].partition(".")[2] for override in (idle, needs)]
+    with pytest.raises(ConfigError, match=" needs ".join(names)):
+        load_recipe(None, [idle])
+    load_recipe(None, [idle, needs])
+
+
 def test_a_limit_of_a_head_needs_its_weights(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="min_aesthetic needs aesthetic_weights"):
         load_recipe(None, ["filter_embeddings.min_aesthetic=5.0"])
