@@ -48,7 +48,7 @@ COMMANDS: dict[str, dict[str, tuple[Callable[..., Next], str]]] = {
         "run": (start.run, "Run every step that is not done."),
         "status": (inspect.status, "Show where every step stands."),
         "lineage": (origins.lineage, "Show what a picture or an artifact was made from."),
-        "gc": (origins.gc, "Remove the artifacts that no recipe needs."),
+        "gc": (origins.gc, "List, or remove, what no recipe needs."),
         "forget": (forget.forget, "Take pairs out of everything, for good."),
         "config": (inspect.config, "Print the resolved recipe, or the schema."),
         "evaluate": (generate.evaluate, "Measure the trained cascade."),

@@ -19,8 +19,10 @@ from jobs.options import (
     print_json,
     print_measured,
     print_next,
+    print_warning,
     recipe_words,
 )
+from pipeline.errors import ConfigError, DataError
 from pipeline.recipe.estimate import status_remaining
 from pipeline.recipe.plan import (
     StepStatus,
@@ -97,8 +99,11 @@ def _print_cost(resolved: Recipe, *, json: bool) -> None:
     from pipeline.networks.costs import format_costs, recipe_costs
     from pipeline.train.fitting import format_memory, recipe_memory
 
-    costs, memories = recipe_costs(resolved), recipe_memory(resolved)
-    bill = recipe_bill(resolved, costs)
+    costs, memories, bill = recipe_costs(resolved), recipe_memory(resolved), None
+    try:
+        bill = recipe_bill(resolved, costs)
+    except (ConfigError, DataError) as error:  # the list need not be here to count the networks
+        print_warning(f"the money is not counted: {error}")
     if json:
         of_workers = {memory.name: memory.to_dict() for memory in memories}
         networks = [network.to_dict() | {"worker_memory": of_workers.get(network.name)} for network in costs]

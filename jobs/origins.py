@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.options import AsJson, Next, print_json, print_warning
-from pipeline.errors import UnclipError
+from jobs.options import AsJson, Next, Overrides, print_json, print_warning, recipe_words
+from pipeline.errors import ConfigError, UnclipError
 from pipeline.recipe.lineage import Lineage, Node, mermaid, trace
 from pipeline.recipe.recipe import load_recipe
 from pipeline.workspace.progress import duration
 from pipeline.workspace.store import Workspace
 
 if TYPE_CHECKING:
+    from pipeline.recipe.garbage import LastRun
     from pipeline.retrieve.index import Neighbour
+
+_FIELDS_SHOWN = 4
 
 
 def lineage(
@@ -74,24 +77,34 @@ def _nearest(picture: str, lineage: Lineage, count: int) -> "tuple[list[Neighbou
 
 def gc(
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Every recipe whose artifacts stay.")],
+    overrides: Overrides = None,
     delete: Annotated[bool, typer.Option("--delete", help="Remove them; without it they are only listed.")] = False,
     json: AsJson = False,
 ) -> Next:
     """List the artifacts of a workspace that none of these recipes needs; with --delete, remove them.
 
+    What the last run of each recipe has made stays, too, although it was run with other --set.
+
     Example: unclip gc my.toml other.toml
     """
-    from pipeline.recipe.garbage import find_garbage, remove_garbage
+    from pipeline.recipe.garbage import find_garbage, last_runs, remove_garbage
     from pipeline.workspace.lock import locked_workspace
 
-    loaded = [load_recipe(recipe) for recipe in recipes]
+    if overrides and len(recipes) > 1:
+        raise ConfigError("gc --set changes one recipe; name one, or write each into a file of its own")
+    loaded = [load_recipe(recipe, overrides or []) for recipe in recipes]
     workspace = Workspace(loaded[0].workspace)
     workspace.check()
+    if not workspace.keys(""):  # the lock would make it
+        raise ConfigError(f"{workspace.root}: no workspace is here; relative paths start at the folder where you are")
     with locked_workspace(workspace, print_warning) as lock:  # what runs is not looked at, nor touched
-        garbage, others = find_garbage(workspace, loaded)
+        runs = last_runs(workspace, loaded)
+        garbage, others = find_garbage(workspace, [*loaded, *(run.recipe for run in runs)])
         if delete:
             garbage, begun = remove_garbage(workspace, garbage, lock.check)
             others += begun
+    for run in runs:
+        print_warning(f"{_describe_run(run)}; what that run made stays")
     total = sum(one.num_bytes for one in garbage)
     if json:
         rows = [dataclasses.asdict(one) for one in garbage]
@@ -107,8 +120,16 @@ def gc(
     verdict = "removed" if delete else "not needed"
     typer.echo(f"{len(garbage)} artifacts, {_size(total)}: {verdict}")
     if garbage and not delete:
-        return (f"unclip gc {shlex.join(recipes)} --delete",)
-    return (f"unclip status {shlex.quote(recipes[0])}",)
+        words = shlex.join(recipes) if len(recipes) > 1 else recipe_words(recipes[0], overrides)
+        return (f"unclip gc {words} --delete",)
+    return (f"unclip status {recipe_words(recipes[0], overrides)}",)
+
+
+def _describe_run(run: "LastRun") -> str:
+    """The recipe's name, and a few of the fields that it was last run with."""
+    fields = [f"{name} = {value}" for name, value in run.changes.items()]
+    more = f" and {len(fields) - _FIELDS_SHOWN} more" if len(fields) > _FIELDS_SHOWN else ""
+    return f"{run.recipe.name} was last run with {', '.join(fields[:_FIELDS_SHOWN])}{more}"
 
 
 def _print_lineage(lineage: Lineage, pairs: "list[Neighbour]") -> None:

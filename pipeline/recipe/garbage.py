@@ -3,15 +3,15 @@
 import contextlib
 import os
 from collections.abc import Callable, Collection, Generator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.champion import champions
-from pipeline.recipe.lineage import indexed_embeddings
+from pipeline.recipe.lineage import RESOLVED, indexed_embeddings
 from pipeline.recipe.plan import artifact_of, earlier_trainings, make_plan
-from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.steps import STEPS
+from pipeline.recipe.recipe import Recipe, flatten, parse_recipe, to_dict, without_resources
+from pipeline.recipe.steps import STEP_ROWS, STEPS
 from pipeline.workspace.files import is_remote
 from pipeline.workspace.lock import in_use, used_artifacts
 from pipeline.workspace.store import Workspace
@@ -34,6 +34,47 @@ class Kept:
     step: str
     key: str
     why: str
+
+
+@dataclass(frozen=True)
+class LastRun:
+    """A recipe as it was when it was last run, if it has changed since."""
+
+    recipe: Recipe
+    changes: dict[str, object]
+    """The fields that differ, by dotted name, as they were then."""
+
+
+def last_runs(workspace: Workspace, recipes: Sequence[Recipe]) -> list[LastRun]:
+    """The last runs of these recipes that made other artifacts: with ``--set``, or before a recipe was changed.
+
+    Raises:
+        ConfigError: If such a run cannot be planned any more: what it needs is not known.
+    """
+    runs: list[LastRun] = []
+    for recipe in recipes:
+        stored = workspace.artifact("recipes", recipe.name)
+        if not stored.exists(RESOLVED):
+            continue
+        keys = {step.key for step in make_plan(recipe)}
+        try:
+            last = replace(parse_recipe(stored.read_json(RESOLVED)), workspace=recipe.workspace)
+            is_same = {step.key for step in make_plan(last)} <= keys
+        except ConfigError as error:
+            raise ConfigError(
+                f"what the last run of {recipe.name} needs is not known: {stored.uri}/{RESOLVED}: {error}; try again "
+                "in the folder where it was run, or remove that file if you need nothing of the run"
+            ) from None
+        if not is_same:
+            fields, now = _fields_of_steps(last), _fields_of_steps(recipe)
+            changes = {name: value for name, value in fields.items() if name not in now or now[name] != value}
+            runs.append(LastRun(last, changes))
+    return runs
+
+
+def _fields_of_steps(recipe: Recipe) -> dict[str, object]:
+    fields = flatten(without_resources(to_dict(recipe)))
+    return {name: value for name, value in fields.items() if name == "seed" or name.partition(".")[0] in STEP_ROWS}
 
 
 def find_garbage(workspace: Workspace, recipes: Sequence[Recipe]) -> tuple[list[Garbage], list[Kept]]:

@@ -18,6 +18,8 @@ from pipeline.workspace.store import Artifact, Workspace
 Json = dict[str, Any]
 
 ORIGIN = "unclip.json"
+RESOLVED = "resolved.json"
+"""The recipe of the last run, in ``recipes/<name>``."""
 """File of an exported folder that says which artifacts its networks are."""
 _KEY = re.compile(r"[0-9a-f]{16}")
 _KEY_START = re.compile(r"[0-9a-f]{6,16}")
@@ -255,10 +257,10 @@ def _plans(workspace: Workspace) -> tuple[dict[str, list[Step]], list[str]]:
     notes: list[str] = []
     for name in workspace.keys("recipes"):
         artifact = workspace.artifact("recipes", name)
-        if not artifact.exists("resolved.json"):
+        if not artifact.exists(RESOLVED):
             continue
         try:
-            plans[name] = make_plan(parse_recipe(artifact.read_json("resolved.json")))
+            plans[name] = make_plan(parse_recipe(artifact.read_json(RESOLVED)))
         except UnclipError as error:
             notes.append(f"recipe {name}: its plan is not known any more: {error}")
     return plans, notes

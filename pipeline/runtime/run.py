@@ -17,6 +17,7 @@ import ray.exceptions
 from pipeline.errors import ConfigError, DataError, StepError, UnclipError
 from pipeline.recipe.estimate import Remaining, load_times, remaining
 from pipeline.recipe.garbage import read_artifacts
+from pipeline.recipe.lineage import RESOLVED
 from pipeline.recipe.plan import Step, StepStatus, artifact_of, dependents, manifest_of, passing_inputs, plan_status
 from pipeline.recipe.recipe import Recipe, to_dict
 from pipeline.recipe.schedule import needs_of
@@ -123,7 +124,7 @@ def run_recipe(
         connect(address),
         watched_head(address, observer.warned),
     ):
-        workspace.artifact("recipes", recipe.name).write_json("resolved.json", to_dict(recipe))
+        workspace.artifact("recipes", recipe.name).write_json(RESOLVED, to_dict(recipe))
         note_run(workspace.root)
         may_start = at_once if address else fits_now
         if finish_forgetting(workspace, lock.check, recipe):

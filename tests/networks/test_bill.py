@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from jobs.cli import app
 from pipeline.data.npy_folder import export_embeddings
 from pipeline.data.vectors import to_unit
 from pipeline.networks.bill import REQUESTS, Bill, format_bill, recipe_bill, requests_of
@@ -15,7 +17,7 @@ from pipeline.recipe.estimate import StepTime, save_times
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.workspace.store import Artifact
 from tests.scaling_page import counted_by_hand, value
-from tests.tiny.recipe import tiny_tables
+from tests.tiny.recipe import tiny_tables, write_recipe
 from tests.tiny.shards import make_embeddings
 
 _PRICES = {"gpu_hour": 2.0, "cpu_hour": 0.5, "storage_gb_month": 0.02, "storage_months": 3.0, "writes_1000": 5.0}
@@ -108,3 +110,13 @@ def test_requests_are_counted_for_an_object_store_alone() -> None:
     assert writes["download"] == pytest.approx(4.011)
     assert reads["upsampler_1"] == reads["clip"]  # both read pictures and captions alone
     assert "evaluate" not in reads
+
+
+def test_the_cost_of_networks_needs_no_list(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, port=1)
+    changes = ["pairs.source=list", f"pairs.path={tmp_path}/none.csv", "prices.gpu_hour=2"]
+    words = [word for change in changes for word in ("--set", change)]
+    result = CliRunner().invoke(app, ["plan", str(path), "--cost", *words])
+    assert result.exit_code == 0, result.output
+    assert "decoder" in result.stdout
+    assert "the money is not counted: " in result.stderr

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from models.ar_prior.config import ArPriorConfig
+from pipeline.errors import ConfigError
+from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe, load_recipe
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -94,3 +96,13 @@ def test_recipes_on_public_clips_name_weights_that_open_clip_knows() -> None:
              if recipe.clip.source == "pretrained"}  # fmt: skip
     assert set(named) == {"karlo", "laion-vit-l14"}
     assert set(named.values()) <= public
+
+
+def test_recipes_for_a_list_do_not_run_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = {path.stem for path in CONFIGS.glob("*.toml") if load_recipe(path).pairs.source == "drawn"}
+    assert drawn == {"demo", "demo-hour", "single-gpu"}
+    monkeypatch.chdir(tmp_path)
+    for name in ("laion-vit-l14", "karlo", "dalle2-paper"):
+        recipe = load_recipe(CONFIGS / f"{name}.toml")
+        with pytest.raises(ConfigError, match=r"pairs: (laion|pairs)/ does not exist; relative paths start"):
+            make_plan(recipe)

@@ -19,7 +19,7 @@ from pipeline.pictures import to_png, with_texts
 from pipeline.recipe.garbage import Garbage, find_garbage, in_use_of, remove_garbage
 from pipeline.recipe.lineage import mermaid, trace, write_origin
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
-from pipeline.recipe.recipe import Recipe, parse_recipe, to_dict
+from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe, to_dict
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.sampling import sample
 from pipeline.workspace.lock import in_use, used_artifacts
@@ -302,3 +302,41 @@ def test_the_command_removes_only_when_told(tmp_path: Path) -> None:
     assert workspace.keys("prior") == ["f" * 16]
     assert "1 artifacts, 2.0 KB: removed" in CliRunner().invoke(app, ["gc", str(path), "--delete"]).stdout
     assert workspace.keys("prior") == []
+
+
+def test_what_the_last_run_of_a_recipe_made_stays_whatever_it_was_run_with(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, port=1)
+    workspace = Workspace(str(tmp_path / "workspace"))
+    keys = _finish(load_recipe(path, ["seed=1", "embed.batch_size=3"]))
+    workspace.artifact("prior", "f" * 16).write_bytes("live/checkpoint", bytes(2000))
+    result = CliRunner().invoke(app, ["gc", str(path), "--delete"])
+    assert "1 artifacts, 2.0 KB: removed" in result.stdout, result.output
+    assert "was last run with seed = 1, embed.batch_size = 3; what that run made stays" in result.stderr
+    assert all(workspace.keys(step) == [key] for step, key in keys.items())
+    _finish(load_recipe(path))
+    changed = CliRunner().invoke(app, ["gc", str(path), "--set", "seed=1", "--set", "embed.batch_size=3"])
+    assert changed.stdout.startswith("0 artifacts"), (
+        changed.output
+    )  # those of the last run, and of the fields that are named
+    old = CliRunner().invoke(app, ["gc", str(path)])
+    assert f"prior             {keys['prior']}" in old.stdout
+    assert "was last run" not in old.stderr
+
+
+def test_gc_removes_nothing_if_the_last_run_cannot_be_planned(tmp_path: Path) -> None:
+    path, rows = write_recipe(tmp_path, port=1), tmp_path / "rows.csv"
+    rows.write_text("url,caption\nhttp://a/1.jpg,a\n")
+    _finish(load_recipe(path, ["pairs.source=list", f"pairs.path={rows}"]))
+    rows.unlink()
+    result = CliRunner().invoke(app, ["gc", str(path), "--delete"])
+    assert isinstance(result.exception, ConfigError)
+    assert "what the last run of tiny needs is not known" in str(result.exception)
+    assert "rows.csv does not exist" in str(result.exception)
+
+
+@pytest.mark.parametrize("words", [["gc", "{path}"], ["gc", "{path}", "{path}", "--set", "seed=1"]])
+def test_gc_refuses_what_it_cannot_mean(tmp_path: Path, words: list[str]) -> None:
+    path = write_recipe(tmp_path, port=1)
+    result = CliRunner().invoke(app, [word.format(path=path) for word in words])
+    assert isinstance(result.exception, ConfigError)
+    assert not (tmp_path / "workspace").exists()
