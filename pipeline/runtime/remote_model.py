@@ -9,6 +9,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -37,12 +38,17 @@ from pipeline.serve.upkeep import Upkeep
 
 _log = logging.getLogger(__name__)
 
+_ASKING = ThreadPoolExecutor(8, "unclip-asking")
+"""Waits for the answers of all replicas; files of finished pictures are made by other threads, and do not wait."""
+
 T = TypeVar("T")
 
 Handles = Mapping[str, DeploymentHandle[Any]]
 """Of the parts, by name; CLIP's is the first."""
 
 _STATS_TIMEOUT_S = 2.0
+_STATS_FRESH_S = 0.5
+"""How long the counts of all replicas are passed on: anybody may ask for them, as often as they like."""
 _ABSENCE_POLL_S = 1.0
 _LONGEST_ABSENCE_S = 60.0
 """How long requests that are under way wait for a replica of a part while none runs."""
@@ -100,6 +106,9 @@ class RemoteModel:
         """What the later parts of a chain had to do when they were last asked."""
         self._loads_s = -math.inf
         self._asking: asyncio.Task[None] | None = None
+        self._counting: asyncio.Task[dict[str, int]] | None = None
+        """The counts of all replicas, or what asks for them."""
+        self._counted_s = -math.inf
 
     async def sample(self, request: SampleRequest, client: str = "") -> SampledPictures:
         """See ``PictureModel``."""
@@ -247,10 +256,18 @@ class RemoteModel:
         return await self._twice(lambda: self._call(part, method, *arguments, **settings))
 
     async def stats(self) -> dict[str, int]:
-        """See ``PictureModel``; the sums over all replicas."""
+        """See ``PictureModel``; the sums over all replicas, which are asked once for all who want to know."""
+        counting = self._counting
+        if counting is None or (counting.done() and time.monotonic() - self._counted_s > _STATS_FRESH_S):
+            counting = self._counting = asyncio.create_task(self._count())
+            counting.add_done_callback(_read_error)
+        return dict(await asyncio.shield(counting))
+
+    async def _count(self) -> dict[str, int]:
         sums = Counter[str]()
         for counts in await self._of_all("stats"):
             sums.update(counts)
+        self._counted_s = time.monotonic()
         return dict(sums)
 
     async def metrics(self) -> dict[str, str]:
@@ -317,7 +334,7 @@ async def _pause_in_turn(error: OtherNetworks, since_s: float) -> None:
 
 async def answers_of(handle: DeploymentHandle[Any], method: str) -> list[Any]:
     """The answers of all replicas of a deployment that answer soon."""
-    return await asyncio.to_thread(answers_now, handle, method)
+    return await asyncio.get_running_loop().run_in_executor(_ASKING, answers_now, handle, method)
 
 
 def answers_now(handle: DeploymentHandle[Any], method: str, *arguments: Any) -> list[Any]:

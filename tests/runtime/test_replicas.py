@@ -719,3 +719,45 @@ def test_one_slow_replica_hides_no_others(monkeypatch: pytest.MonkeyPatch) -> No
 
     handle: Any = SimpleNamespace(broadcast=lambda _method: DeploymentBroadcastResponse(answers(), None))
     assert asyncio.run(RemoteModel({"networks": handle}, "one").stats()) == {"requests": 3}
+
+
+def test_however_many_ask_for_the_counts_the_replicas_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_module, "_STATS_FRESH_S", 1e6)
+    calls, may_answer = list[str](), threading.Event()
+
+    def results(**_: Any) -> list[dict[str, int]]:
+        assert may_answer.wait(30)
+        return [{"requests": len(calls)}]
+
+    def broadcast(method: str) -> Any:
+        calls.append(method)
+        return SimpleNamespace(results=results)
+
+    handle: Any = SimpleNamespace(broadcast=broadcast)
+    model = RemoteModel({"networks": handle}, "one")
+
+    async def ask() -> None:
+        first, *others = [asyncio.ensure_future(model.stats()) for _ in range(50)]
+        await asyncio.sleep(0)
+        first.cancel()  # the others still get the answer
+        may_answer.set()
+        assert await asyncio.gather(*others) == [{"requests": 1}] * 49
+        assert await model.stats() == {"requests": 1}
+        monkeypatch.setattr(remote_module, "_STATS_FRESH_S", -1.0)
+        assert await model.stats() == {"requests": 2}
+
+    asyncio.run(asyncio.wait_for(ask(), 30))
+    assert calls == ["stats"] * 2
+
+
+def test_answers_of_replicas_are_awaited_in_threads_of_their_own() -> None:
+    """The others make files of pictures; whoever asks how the replicas are must not take them."""
+    threads = list[str]()
+
+    def results(**_: Any) -> list[dict[str, int]]:
+        threads.append(threading.current_thread().name)
+        return [{}]
+
+    handle: Any = SimpleNamespace(broadcast=lambda _: SimpleNamespace(results=results))
+    asyncio.run(RemoteModel({"networks": handle}, "one").stats())
+    assert [name.rpartition("_")[0] for name in threads] == ["unclip-asking"]
