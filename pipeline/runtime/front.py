@@ -103,7 +103,7 @@ class Front:
         """The API of a recipe; arguments as ``open``."""
         from pipeline.retrieve.retriever import Retriever
         from pipeline.serve.api import ApiSettings, create_app
-        from pipeline.serve.knn import LocalNeighbours
+        from pipeline.serve.local_neighbours import LocalNeighbours
 
         signer = Signer.read(Path(recipe.serve.provenance)) if recipe.serve.provenance else None
         made_with = model_card(recipe, artifacts)

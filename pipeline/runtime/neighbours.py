@@ -15,7 +15,7 @@ from pipeline.retrieve.retriever import Retriever
 from pipeline.runtime.keeping import keeping_what_is_served
 from pipeline.runtime.parts import NEIGHBOURS, Tables, digest_of, most_requests, parts_of, read_tables
 from pipeline.runtime.remote_model import Handles, RemoteModel
-from pipeline.serve.knn import LocalNeighbours
+from pipeline.serve.local_neighbours import LocalNeighbours
 from pipeline.serve.metrics import search_times
 from pipeline.serve.protocols import NeighbourRow, Vectors
 from pipeline.serve.upkeep import Upkeep

@@ -34,7 +34,8 @@ from pipeline.serve.generation import NOTES_HEADER, Generation
 from pipeline.serve.guards import client_of
 from pipeline.serve.held import HeldBodies, HeldPictures, end_body
 from pipeline.serve.images import GenerationRequest, PictureOptions, check_options, require_model
-from pipeline.serve.knn import MAX_NUMBERS, KnnRequest, MetadataRequest, find, metadata
+from pipeline.serve.knn import find, metadata
+from pipeline.serve.knn_bodies import MAX_NUMBERS, KnnRequest, MetadataRequest
 from pipeline.serve.metrics import CONTENT_TYPE, HttpMetrics
 from pipeline.serve.protocols import Neighbours, PictureModel
 from pipeline.serve.uploads import decoding, read_form

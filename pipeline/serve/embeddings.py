@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pipeline.recipe.picture_card import ModelCard
 from pipeline.serve.deadlines import Timeout, beside
 from pipeline.serve.images import MAX_PROMPT_CHARS, note_of_cut, require_model
-from pipeline.serve.knn import MAX_QUERIES
+from pipeline.serve.knn_bodies import MAX_QUERIES
 from pipeline.serve.protocols import PictureModel, Vectors
 from pipeline.serve.uploads import decode_base64, embed_picture
 from pipeline.serve.web import ApiError
@@ -22,7 +22,7 @@ _MAX_NAMED = 10
 
 
 def _require_texts(value: Any) -> Any:
-    """Make a list of one text, and refuse another list at its first wrong item, as knn.py does."""
+    """Make a list of one text, and refuse another list at its first wrong item, as knn_bodies.py does."""
     items = cast("list[Any]", value if isinstance(value, list) else [value])
     if not all(isinstance(item, str) for item in items):
         raise ValueError("give texts, or pictures as data URLs; lists of token numbers are those of another tokenizer")

@@ -32,7 +32,7 @@ from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.retrieve.retriever import Retriever
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
-from pipeline.serve.knn import LocalNeighbours
+from pipeline.serve.local_neighbours import LocalNeighbours
 from pipeline.workspace.store import Workspace
 from tests.models.tiny_models import CONVOLUTION, UNET, randomise
 from tests.tiny.networks import CLIP

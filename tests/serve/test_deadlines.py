@@ -34,7 +34,7 @@ from pipeline.serve.guarded_model import GuardedModel
 from pipeline.serve.guards import Guards
 from pipeline.serve.images import GenerationRequest
 from pipeline.serve.keys import Meter
-from pipeline.serve.knn import LocalNeighbours
+from pipeline.serve.local_neighbours import LocalNeighbours
 from pipeline.serve.metrics import HttpMetrics
 from pipeline.serve.protocols import Accepted, DeadlinePassed, Overloaded, SampledPictures, TooLittleTime, Vectors
 from pipeline.serve.step_times import StepTimes

@@ -24,9 +24,9 @@ from pipeline.data.vectors import to_unit
 from pipeline.errors import ConfigError
 from pipeline.recipe.picture_card import ModelCard
 from pipeline.recipe.plan import artifact_of, make_plan
-from pipeline.serve import knn, uploads
+from pipeline.serve import knn, local_neighbours, uploads
 from pipeline.serve.api import ApiSettings, create_app
-from pipeline.serve.knn import KnnRequest
+from pipeline.serve.knn_bodies import KnnRequest
 from pipeline.serve.web import ApiError, parse
 from pipeline.workspace.store import Workspace
 from tests.tiny.pictures import noisy_picture
@@ -143,7 +143,7 @@ def test_without_near_duplicates_there_are_still_k_rows(server: Any, monkeypatch
     table = embeddings(server)
     vectors = to_unit(np.array(table.column("z_image").to_pylist(), np.float16))
     limit = float(np.median(vectors @ vectors.T))  # random weights see all pictures as much the same
-    monkeypatch.setattr(knn, "_DUPLICATE_COSINE", limit)
+    monkeypatch.setattr(local_neighbours, "_DUPLICATE_COSINE", limit)
     expected: list[int] = []
     for row in np.argsort(-(vectors @ vectors[4])):
         if all(vectors[row] @ vectors[one] < limit for one in expected):

@@ -16,9 +16,9 @@ import torch
 from pipeline.errors import DataError
 from pipeline.recipe.picture_card import ModelCard
 from pipeline.recipe.plan import artifact_of, make_plan
-from pipeline.serve import knn
+from pipeline.serve import local_neighbours
 from pipeline.serve.api import ApiSettings, create_app
-from pipeline.serve.knn import LocalNeighbours
+from pipeline.serve.local_neighbours import LocalNeighbours
 from pipeline.serve.metrics import HttpMetrics
 from pipeline.serve.protocols import NotServing
 from pipeline.workspace.store import Workspace
@@ -102,7 +102,7 @@ def test_the_limit_of_near_copies_is_measured_once_for_all_who_ask_and_again_if_
         may_end.set()
         return [*await asyncio.gather(*asking, return_exceptions=True), await own.near_copy()]
 
-    monkeypatch.setattr(knn, "near_copy_similarity", measure)
+    monkeypatch.setattr(local_neighbours, "near_copy_similarity", measure)
     left, *limits = asyncio.run(ask())
     assert isinstance(left, asyncio.CancelledError)
     assert (limits, len(begun)) == ([0.5] * 4, 2)

@@ -18,7 +18,7 @@ from pipeline.serve import otlp
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
 from pipeline.serve.guards import Guards
-from pipeline.serve.knn import LocalNeighbours
+from pipeline.serve.local_neighbours import LocalNeighbours
 from pipeline.serve.metrics import EngineMetrics
 from pipeline.serve.traces import open_traces
 from tests.ports import free_port
