@@ -11,7 +11,7 @@ ORACLES = diffusers==0.37.1 k-diffusion==0.1.1.post1 transformers==5.23.0 tokeni
 # Empty is unset: every worker imports some 3,000 modules, twice as slowly where containers forbid to keep their bytecode.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all lint docs clean setup
+.PHONY: demo test test-all coverage lint docs clean setup
 
 demo: .venv/.ready
 	$(BIN)/unclip run configs/demo.toml
@@ -20,7 +20,10 @@ test: .venv/.dev lint
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-all: .venv/.dev lint
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+coverage: .venv/.dev
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" --cov
 
 lint: .venv/.dev
 	$(BIN)/ruff format --check .
