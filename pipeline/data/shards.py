@@ -212,6 +212,20 @@ def read_table(path: Path | IO[bytes], columns: Sequence[str], *, use_threads: b
         raise DataError(f"{name_of(path)}: damaged ({error}); {REPAIR_HINT}") from error
 
 
+def read_groups(path: Path | IO[bytes], columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Read columns of a table, a row group at a time.
+
+    Raises:
+        DataError: If the table is damaged; names the file.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group, list(columns))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{name_of(path)}: damaged ({error}); {REPAIR_HINT}") from error
+
+
 def find_rows(
     path: Path | IO[bytes], keys: Sequence[str], values: pa.Array, columns: Sequence[str]
 ) -> Iterator[dict[str, Any]]:

@@ -8,8 +8,10 @@ from pipeline.errors import StepError
 from pipeline.forget.rewrite import rewrite
 from pipeline.forget.search import Search
 from pipeline.recipe.garbage import read_artifacts
+from pipeline.recipe.steps import STEPS
 from pipeline.retrieve.changes import delete, remove_earlier_versions
 from pipeline.retrieve.takedown import Takedown
+from pipeline.train.results import RESULTS
 from pipeline.workspace.forgotten import Forgotten, Pending
 from pipeline.workspace.store import Artifact, Workspace
 
@@ -71,6 +73,8 @@ def finish(workspace: Workspace, compact_index: Callable[[str], None], check: Ca
     for step, key in work.removals:
         check()
         workspace.artifact(step, key).destroy()
+    if work.rewrites:
+        _remove_grids(workspace, check)
     for key in work.indexes:
         index = workspace.artifact("index", key)
         if index.manifest() is None:  # somebody has removed it since
@@ -86,6 +90,17 @@ def finish(workspace: Workspace, compact_index: Callable[[str], None], check: Ca
     (workspace.local_root / REPORT).unlink(missing_ok=True)
     pending.remove(workspace.root)
     return work
+
+
+def _remove_grids(workspace: Workspace, check: Callable[[], None]) -> None:
+    """Remove what trainings under way show beside the true pictures of some rows; the next validations show others."""
+    for row in STEPS:
+        for key in workspace.keys(row.name) if row.trains else ():
+            artifact = workspace.artifact(row.name, key)
+            check()
+            artifact.remove_all(
+                [name for name in artifact.names() if name.startswith(RESULTS) and name.endswith(".png")]
+            )
 
 
 def _write(workspace: Workspace, pending: Pending, check: Callable[[], None]) -> None:

@@ -136,7 +136,7 @@ class Pending:
     indexes: tuple[str, ...] = ()
     """Keys of the indexes that read embeddings of ``rewrites``: they are built anew after these."""
     removals: tuple[tuple[str, str], ...] = ()
-    """Step and key of artifacts that are removed and made anew: evaluations that show a pair, and unfinished work."""
+    """Step and key of artifacts that are removed and made anew: those that show a pair, and unfinished work."""
     has_begun: bool = False
     """Whether the rewriting has begun: from then on the places in ``indexes`` are not those of the embeddings."""
 

@@ -34,6 +34,7 @@ from pipeline.recipe.plan import artifact_of, inputs_of, make_plan, manifest_of,
 from pipeline.recipe.recipe import Recipe, to_dict
 from pipeline.recipe.sections import DownloadConfig
 from pipeline.retrieve import NeighbourIndex
+from pipeline.retrieve.batch import NEIGHBOUR
 from pipeline.retrieve.build import SegmentBuild, build_index
 from pipeline.retrieve.changes import publish_segment, segment_of_all
 from pipeline.retrieve.takedown import Takedown
@@ -220,6 +221,48 @@ def test_forgotten_pairs_are_in_no_file_and_everything_else_is(made: Made) -> No
     assert not made.artifact("evaluate").names()
     assert made.workspace.artifact("", "").uri.rstrip("/") == made.workspace.root
     assert not (Path(made.workspace.root) / PENDING).exists()
+
+
+def _answers(workspace: Workspace, key: str, row: dict[str, str]) -> Artifact:
+    """A batch search that found one row."""
+    output = workspace.artifact("search", key)
+    near = [{name: row.get(name) for name in NEIGHBOUR.names}]
+    with output.write("00000.parquet") as path:
+        pq.write_table(pa.table({"text": ["a", "b"], "neighbours": pa.array([[], near], pa.list_(NEIGHBOUR))}), path)
+    return output
+
+
+def test_what_people_look_at_goes_too(made: Made) -> None:
+    workspace = made.workspace
+    rows = {row["url"]: row for row in pq.read_table(made.artifact("pairs").path("00000.parquet")).to_pylist()}
+    row, other = rows[_BY_UID], rows["http://a/clean-11"]
+    ablations = [workspace.artifact("ablate", key) for key in ("shown", "other", "unfinished")]
+    for artifact, caption in zip(ablations, (row["caption"], other["caption"]), strict=False):
+        artifact.write_json("ablation.json", {"shown": [{"prompt": caption}]})
+        artifact.write_bytes("manifest.json", b"{}")
+    ablations[2].write_bytes("samples/z_image/00000.png", b"picture")
+    searches = [_answers(workspace, "found", row), _answers(workspace, "other", other)]
+    with workspace.artifact("search", "query").write("queries.parquet") as path:
+        pq.write_table(pa.table({"uid": [None, row["uid"]], "embedding": [[1.0], None]}), path)
+    decoder = made.artifact("decoder")
+    for name in ("00000002.png", "00000002.json"):
+        decoder.write_bytes(f"live/validation/{name}", b"{}")
+    _forget(made, row["uid"])
+    made.finish()
+    contents = _texts(workspace)
+    assert row["uid"] not in contents
+    assert row["caption"] not in contents.replace(other["caption"], "")
+    assert (workspace.keys("ablate"), workspace.keys("search")) == (["other"], ["other"])
+    assert searches[1].names() == ["00000.parquet"]
+    assert [name for name in decoder.names() if name.startswith("live/")] == ["live/validation/00000002.json"]
+
+
+def test_a_search_that_alone_has_a_pair_goes(made: Made) -> None:
+    _answers(made.workspace, "one", {"uid": "gone", "url": "http://gone/"})
+    _answers(made.workspace, "two", {"uid": "gone, too", "url": "http://gone/"})
+    _forget(made, "http://gone/")
+    made.finish()
+    assert made.workspace.keys("search") == []
 
 
 def test_what_is_left_is_whole(made: Made) -> None:
