@@ -17,6 +17,8 @@ import pytest
 from pipeline.runtime.serve_file import PROXY_ENVIRONMENT
 from pipeline.runtime.served import served_artifacts
 from pipeline.serve.keys import add_key
+from pipeline.workspace.lock import used_artifacts
+from pipeline.workspace.store import Workspace
 from tests.faults.test_kill_serving import named_steps, started
 from tests.ports import free_port
 from tests.ray_head import ray_head
@@ -130,6 +132,8 @@ def test_two_http_processes_keep_the_limits_of_keys_drop_who_leaves_and_are_swap
             }
 
         wait_until(lambda: get("/v1/models") is not None and len(processes()) == 2)
+        decoder = served_artifacts(recipe)[0]["decoder"]
+        assert f"decoder/{decoder.key}" in used_artifacts(Workspace(recipe.workspace))
         statuses: list[int] = []
         for _ in range(60):
             answer = get("/v1/models", key)
@@ -155,7 +159,7 @@ def test_two_http_processes_keep_the_limits_of_keys_drop_who_leaves_and_are_swap
         wait_until(lambda: health()["dropped"] == 4 and not health()["active"])
         assert health()["pictures"] == 0
         swap_under_load(url, other, lambda: deploy(_OTHER))
-        damage(served_artifacts(recipe)[0]["decoder"].path("model.safetensors"))
+        damage(decoder.path("model.safetensors"))
         deploy(_DAMAGED)
         ask_in_vain(url, other, head.folder)
 
