@@ -112,26 +112,32 @@ def encode_rows(queries: pa.Table, encoder: QueryEncoder, embed_dim: int) -> tup
     for name in (name for name in QUERY_COLUMNS if name in queries.column_names):
         values = queries.column(name).to_pylist()
         rows = [row for row, value in enumerate(values) if value is not None]
-        is_empty[rows] = False
-        if name == "text":
-            if rows:
-                total[rows] += encoder.texts([values[row] for row in rows])
+        if not rows:
             continue
-        for row in rows:
-            try:
-                total[row] += _encode(name, values[row], encoder, embed_dim)
-            except (ConfigError, ValueError) as error:
-                problems[row] = problems[row] or f"{name}: {error}"
+        is_empty[rows] = False
+        vectors, wrong = _encode(name, [values[row] for row in rows], encoder, embed_dim)
+        total[rows] += vectors
+        for row, problem in zip(rows, wrong, strict=True):
+            problems[row] = problems[row] or (f"{name}: {problem}" if problem else "")
     lengths = np.linalg.norm(total, axis=1, keepdims=True)
     for row in np.flatnonzero((lengths[:, 0] < 1e-6) | is_empty):
         problems[row] = problems[row] or "nothing to look for"
     return total / np.maximum(lengths, 1e-12), problems
 
 
-def _encode(name: str, value: Any, encoder: QueryEncoder, embed_dim: int) -> Floats:
+def _encode(name: str, values: list[Any], encoder: QueryEncoder, embed_dim: int) -> tuple[Floats, list[str]]:
+    """Vectors (N, D) of some values of a column, zero where something is wrong with the value, and what that is."""
+    if name == "text":
+        return encoder.texts(values), [""] * len(values)
     if name == "image":
-        return encoder.picture(value)
-    return encoder.row(value) if name == "uid" else to_direction(value, embed_dim)
+        return encoder.pictures(values)
+    vectors, problems = np.zeros((len(values), embed_dim), np.float32), [""] * len(values)
+    for place, value in enumerate(values):
+        try:
+            vectors[place] = encoder.row(value) if name == "uid" else to_direction(value, embed_dim)
+        except (ConfigError, ValueError) as error:
+            problems[place] = str(error)
+    return vectors, problems
 
 
 def _status(results: Results) -> str:

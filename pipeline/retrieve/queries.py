@@ -18,6 +18,8 @@ from pipeline.retrieve.retriever import Retriever
 QueryKind = Literal["text", "image", "embedding", "uid"]
 
 _BATCH = 256
+_PICTURES = 32
+"""Picture files that are embedded at once."""
 _LEAST_LENGTH = 1e-6
 
 
@@ -75,8 +77,32 @@ class QueryEncoder:
         Raises:
             ConfigError: If it cannot be read.
         """
-        pixels = self._clip.clip.inputs.framing(read_file(path))
-        return self._clip.encode_image(torch.from_numpy(pixels)[None])[0].cpu().numpy()
+        return self._embed_pictures([self._pixels(path)])[0]
+
+    def pictures(self, paths: Sequence[str]) -> tuple[Floats, list[str]]:
+        """z_image of picture files, (N, D), several at a time.
+
+        Returns:
+            The vectors, zero for a file that cannot be read; and for each file why it cannot, empty if it can.
+        """
+        vectors, problems = np.zeros((len(paths), self._retriever.index.embed_dim), np.float32), [""] * len(paths)
+        for start in range(0, len(paths), _PICTURES):
+            pixels = dict[int, Any]()
+            for place in range(start, min(start + _PICTURES, len(paths))):
+                try:
+                    pixels[place] = self._pixels(paths[place])
+                except ConfigError as error:
+                    problems[place] = str(error)
+            if pixels:
+                vectors[list(pixels)] = self._embed_pictures(list(pixels.values()))
+        return vectors, problems
+
+    def _pixels(self, path: str) -> Any:
+        """What the network sees of a picture file, uint8 (H, W, 3)."""
+        return self._clip.clip.inputs.framing(read_file(path))
+
+    def _embed_pictures(self, pixels: Sequence[Any]) -> Floats:
+        return self._clip.encode_image(torch.from_numpy(np.stack(pixels))).cpu().numpy()
 
     def row(self, uid: str) -> Floats:
         """z_image of a row of the index, (D,).

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
 
+from pipeline.clip.frozen import FrozenClip
 from pipeline.errors import ConfigError
 from pipeline.pictures import read_file
 from pipeline.recipe.recipe import Recipe
+from pipeline.retrieve.batch import encode_rows
 from pipeline.retrieve.queries import Query
 from pipeline.retrieve.search import Searcher, SearchOptions
 from tests.tiny.command import ROOT, unclip_here, unclip_json
@@ -86,6 +89,28 @@ def test_a_picture_with_alpha_is_the_same_as_query_and_as_stored(searcher: Searc
     one, two = (searcher.encoder.picture(str(tmp_path / name)) for name in ("alpha.png", "stored.png"))
     np.testing.assert_array_equal(one, two)
     assert np.abs(one - searcher.encoder.picture(_black(tmp_path))).max() > 1e-3
+
+
+def test_pictures_of_a_list_are_embedded_together_and_one_that_is_none_fails_alone(
+    searcher: Searcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [str(tmp_path / f"{colour}.png") for colour in ("red", "junk", "green", "blue")]
+    for path in paths:
+        Path(path).write_bytes(b"junk" if "junk" in path else plain_picture(Path(path).stem, 40))
+    alone = [searcher.encoder.picture(paths[place]) for place in (0, 2, 3)]
+    sizes, encode = list[int](), FrozenClip.encode_image
+
+    def count(clip: FrozenClip, images: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(images))
+        return encode(clip, images)
+
+    monkeypatch.setattr(FrozenClip, "encode_image", count)
+    queries = pa.table({"image": [*paths, None], "problem": pa.nulls(5, pa.string())})
+    vectors, problems = encode_rows(queries, searcher.encoder, searcher.retriever.index.embed_dim)
+    assert sizes == [3]
+    np.testing.assert_allclose(vectors[[0, 2, 3]], alone, atol=1e-5)
+    assert [problems[place] for place in (0, 2, 3, 4)] == ["", "", "", "nothing to look for"]
+    assert problems[1].startswith(f"image: {paths[1]}: ")
 
 
 def _black(folder: Path) -> str:
