@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError, DataError
+from pipeline.recipe.initial_files import missing_files, num_files
 from pipeline.recipe.recipe import SAMPLING, Recipe, flatten, to_dict, without_resources
 from pipeline.recipe.sections import StepSection
 from pipeline.recipe.steps import STEPS, StepRow
@@ -20,7 +21,7 @@ from pipeline.recipe.train_sections import is_checkpoint
 from pipeline.workspace.digests import fingerprint, unseen_files
 from pipeline.workspace.files import exists
 from pipeline.workspace.manifest import Manifest, ShardRecord, has_content
-from pipeline.workspace.store import LIVE, Artifact, UserArtifact, Workspace
+from pipeline.workspace.store import LIVE, MANIFEST, Artifact, UserArtifact, Workspace
 
 Json = dict[str, Any]
 
@@ -92,7 +93,7 @@ def make_plan(recipe: Recipe, *, until: str = "") -> list[Step]:
         until: Last step; the plan holds it and what it needs. Empty: all.
 
     Raises:
-        ConfigError: If ``until`` is no step of this recipe, or a local input does not exist.
+        ConfigError: If ``until`` is no step of this recipe, or a local input does not exist or lacks files.
     """
     steps, fields = dict[str, Step](), flatten(to_dict(recipe))
     for row in STEPS:
@@ -112,6 +113,7 @@ def make_plan(recipe: Recipe, *, until: str = "") -> list[Step]:
         tables = tables | sampling_tables(recipe) if row.samples else _without_sampling(tables)
         inputs = {name: steps[name].key for name in row.inputs if name in steps and section.reads_inputs}
         steps[row.name] = Step(row.name, row.version, tables, inputs)
+        _require_whole(recipe, section, steps[row.name])
     return steps_until(list(steps.values()), until)
 
 
@@ -356,10 +358,34 @@ def passing_inputs(recipe: Recipe) -> list[str]:
     """
     return [
         f"{name}: init_from {path} is removed when its training is beyond it, and this recipe has no plan without it: "
-        "copy it elsewhere and name the copy (the same content goes on with the same training)"
+        f"{_to_copy(path)} elsewhere and name the copy (the same content goes on with the same training)"
         for name, section in recipe.trained().items()
         if is_checkpoint(path := getattr(section, "init_from", "")) and f"{LIVE}checkpoints/" in path
     ]
+
+
+def _to_copy(path: str) -> str:
+    """The words for copying a checkpoint, all files of it."""
+    count = num_files(path)
+    return "copy it" if count == 1 else f"copy its {count} files ({Path(path).stem}.*) under their names"
+
+
+def _require_whole(recipe: Recipe, section: StepSection, step: Step) -> None:
+    """Refuse a start from a checkpoint of which files are missing; a training that has begun needs them no more.
+
+    Raises:
+        ConfigError: Names the first that is missing.
+    """
+    path: str = getattr(section, "init_from", "")
+    missing = missing_files(path) if is_checkpoint(path) else []
+    if not missing:
+        return
+    begun = (MANIFEST, f"{LIVE}checkpoints/")
+    if not any(name.startswith(begun) for name in artifact_of(Workspace(recipe.workspace), step).names()):
+        raise ConfigError(
+            f"{step.name}: init_from {path} is the first of {num_files(path)} files of a checkpoint, and {missing[0]} "
+            f"is not beside it: copy all of {Path(path).stem}.* there, under their names"
+        )
 
 
 def _lists_in_key(row: StepRow, lists: Sequence[StepSection], tables: Sequence[Json]) -> Json:
@@ -380,7 +406,8 @@ def _local_inputs(row: StepRow, section: StepSection, where: str = "") -> Json:
             if name == "init_from" and is_checkpoint(path):
                 mend += (
                     ". A training removes its old checkpoints: name a copy (the same content goes on with the same "
-                    "training), another checkpoint, or the folder of a network"
+                    "training; of a divided state, NUMBER.*, copy all files), another checkpoint, or the folder of a "
+                    "network"
                 )
             raise ConfigError(f"{row.name}: {where}{path} does not exist; {mend}")
         content = [fingerprint(file, section.known_by_size) for file in section.files_in_key(path)]

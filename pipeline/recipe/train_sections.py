@@ -335,8 +335,8 @@ class NetworkStepConfig(StepSection, Generic[ModelT_co]):
     init_from: str = ""
     """Folder of a trained network (config.json, model.safetensors) to start from, of the same shape: from `unclip
     import`, or another run's artifact. Or a checkpoint of a training, which gives its averaged weights: a file
-    live/checkpoints/NUMBER.safetensors of its artifact, or a copy, because a training removes its old ones. Empty:
-    random weights."""
+    live/checkpoints/NUMBER.safetensors of its artifact, or a copy, because a training removes its old ones (of a state
+    that was divided, copy all its files, NUMBER.*). Empty: random weights."""
     train: TrainConfig = TrainConfig()
     """Its optimisation."""
     resources: TrainResources = TrainResources()

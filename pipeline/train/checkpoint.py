@@ -30,6 +30,7 @@ from pipeline.allocator import is_out_of_memory
 from pipeline.errors import DataError, ResumeError, StepError
 from pipeline.networks.files import network_content
 from pipeline.networks.tensor_file import open_tensors, save_tensors
+from pipeline.recipe.initial_files import file_name
 from pipeline.train.state import TrainState
 from pipeline.workspace.store import Artifact
 
@@ -130,11 +131,6 @@ class Snapshot:
 
     def _first_row(self, name: str) -> int:
         return self.number * -(-self.shapes[name][0] // self.num_files) if name in self.shapes else 0
-
-
-def file_name(name: str, number: int, num_files: int) -> str:
-    """Name of a file of a checkpoint, by the name of its first."""
-    return name if number == 0 else name.replace(".safetensors", f".{number + 1}-of-{num_files}.safetensors")
 
 
 def _record_name(own: str) -> str:

@@ -1,9 +1,11 @@
 """Keys, order, reasons."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from jobs.cli import app
@@ -19,8 +21,9 @@ from pipeline.recipe.plan import (
     recipe_key,
 )
 from pipeline.recipe.recipe import Recipe, load_recipe
+from pipeline.train.checkpoint import Snapshot
 from pipeline.workspace.manifest import Manifest, content_of
-from pipeline.workspace.store import Workspace
+from pipeline.workspace.store import Artifact, Workspace
 
 
 def _commit(workspace: Workspace, step: Step) -> None:
@@ -108,6 +111,36 @@ def test_a_checkpoint_that_will_be_removed_is_said_and_its_copy_continues_the_sa
     assert not passing_inputs(recipe(""))
     with pytest.raises(ConfigError, match=r"nowhere does not exist; relative paths .* unclip$"):
         make_plan(recipe("nowhere"))
+
+
+def test_a_copy_of_a_part_of_a_divided_checkpoint_is_refused_until_its_training_has_begun(tmp_path: Path) -> None:
+    def recipe(folder: Path) -> Recipe:
+        path = folder / "00000004.safetensors"
+        return load_recipe("configs/demo.toml", [f"decoder.init_from={path}", f"workspace={tmp_path}/workspace"])
+
+    original, copy = tmp_path / "live/checkpoints", tmp_path / "copy"
+    for number in (2, 1, 0):
+        part = Snapshot(4, {}, {"ema.a": torch.ones(1)}, {"ema.a": [3]}, number, 3)
+        part.publish(Artifact(str(original)), "00000004.safetensors", "key", "attempt")
+    assert _keys(recipe(original))["decoder"]
+    (note,) = passing_inputs(recipe(original))
+    assert ": copy its 3 files (00000004.*) under their names elsewhere and name the copy" in note
+    copy.mkdir()
+    for name in ("00000004.safetensors", "00000004.2-of-3.safetensors"):
+        shutil.copy(original / name, copy)
+    with pytest.raises(
+        ConfigError, match=r"decoder: .* is the first of 3 files .* 00000004\.3-of-3\.safetensors is not"
+    ):
+        make_plan(recipe(copy))
+    shutil.copy(original / "00000004.3-of-3.safetensors", copy)
+    key = _keys(recipe(copy))["decoder"]
+    (copy / "00000004.2-of-3.safetensors").unlink()
+    output = Workspace(f"{tmp_path}/workspace").artifact("decoder", key)
+    output.write_bytes("live/progress.json", b"{}")  # it has waited for machines, and not begun
+    with pytest.raises(ConfigError, match=r"00000004\.2-of-3\.safetensors is not beside it: copy all of 00000004\.\*"):
+        make_plan(recipe(copy))
+    output.write_bytes("live/checkpoints/00000002.safetensors", b"")
+    assert _keys(recipe(copy))["decoder"] == key
 
 
 def test_plan_says_which_checkpoint_will_be_removed(tmp_path: Path) -> None:

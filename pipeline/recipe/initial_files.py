@@ -1,0 +1,34 @@
+"""The files of a checkpoint, by name and without torch: one, or several if the training's state was divided.
+
+A plan looks for them before anything runs, and the checkpoints themselves are written under these names.
+"""
+
+import json
+from pathlib import Path
+
+_SUFFIX = ".safetensors"
+_MOST_HEADER_BYTES = 100_000_000
+"""As safetensors has it."""
+
+
+def file_name(first: str, number: int, num_files: int) -> str:
+    """Name of a file of a checkpoint, by the name of its first; numbers begin at 0."""
+    return first if number == 0 else first.replace(_SUFFIX, f".{number + 1}-of-{num_files}{_SUFFIX}")
+
+
+def num_files(path: str) -> int:
+    """How many files a checkpoint has, by the header of its first; 1 for a file that says nothing of others."""
+    try:
+        with Path(path).open("rb") as stream:
+            num_bytes = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(num_bytes) if num_bytes <= _MOST_HEADER_BYTES else b"")
+        return len(json.loads(header["__metadata__"]["seals"]))
+    except (OSError, ValueError, KeyError, TypeError):  # no checkpoint, or a damaged one: the training says which
+        return 1
+
+
+def missing_files(path: str) -> list[str]:
+    """Names of the files of a checkpoint that are not beside its first."""
+    first, count = Path(path), num_files(path)
+    names = [file_name(first.name, number, count) for number in range(1, count)]
+    return [name for name in names if not (first.parent / name).exists()]
