@@ -26,6 +26,7 @@ from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.host_limits import find_limits, shared_limits
 from pipeline.runtime.picture_servers import answers, served_pictures
 from pipeline.runtime.pool import ShardJob, ShardReading, ShardWorker, map_shards, total_counts
+from pipeline.runtime.retries import ask_retry, end_retry, waiting_retries
 from pipeline.runtime.taken_in import take_in_shards
 from pipeline.shapes.server import HOST
 from pipeline.workspace.manifest import ShardRecord
@@ -48,7 +49,7 @@ _STATS_AT_ONCE = 256
 
 
 def run_download(context: StepContext) -> StepResult:
-    """Download every shard of pairs, and try failed rows again if the run asks for it.
+    """Download every shard of pairs, and try failed rows again if this run, or one that was stopped, asks for it.
 
     The drawn source's pictures are served meanwhile.
 
@@ -63,19 +64,19 @@ def run_download(context: StepContext) -> StepResult:
     config, output, pairs = context.recipe.download, context.output, Pairs(context.inputs["pairs"])
     num_rows = pairs.num_rows
     check_columns(config, pairs.columns, pairs.where)
+    if context.retry_failed:
+        ask_retry(output, context.retry_failed)
+    retries = waiting_retries(output)
     _adopt(output)
     shards = shard_names(pairs.list_rows, config.samples_per_shard)
-    failed_class = context.retry_failed
     is_drawn = context.recipe.pairs.source == "drawn"
     with contextlib.ExitStack() as stack:
-        if is_drawn and (failed_class or set(shards) - set(output.shard_records())):
+        if is_drawn and (retries or set(shards) - set(output.shard_records())):
             stack.enter_context(served_pictures(context.recipe.pairs.drawn.port))
         stack.enter_context(shared_limits(context))
         records = map_shards(context, _job(context, DownloadWorker, shards, num_rows))
-        if failed_class:
-            _try_again(context, records, failed_class)
-            _adopt(output)
-            records = list(output.shard_records().values())
+        for failed_class in retries:
+            records = _try_again(context, records, failed_class)
     counts = total_counts(records)
     metrics: dict[str, Any] = {
         "success": counts["ok"] / counts["in"],
@@ -85,11 +86,21 @@ def run_download(context: StepContext) -> StepResult:
     return StepResult(counts=counts, metrics=metrics, num_workers=config.resources.num_workers)
 
 
-def _try_again(context: StepContext, records: Sequence[ShardRecord], failed_class: str) -> None:
-    """Try the failed rows of a class again; shards that gained are committed aside."""
+def _try_again(context: StepContext, records: Sequence[ShardRecord], failed_class: str) -> list[ShardRecord]:
+    """Try the failed rows of a class again; shards that an earlier run tried are not tried once more.
+
+    Shards that gained are committed aside, and take the place of the old ones when all are tried.
+
+    Returns:
+        The records of all shards.
+    """
+    output, context = context.output, dataclasses.replace(context, retry_failed=failed_class)
     failed = [record for record in records if _has_class(record, failed_class)]
     num_rows = sum(record.counts["in"] for record in failed)
     map_shards(context, _job(context, RetryWorker, [record.shard for record in failed], num_rows))
+    end_retry(output, failed_class)
+    _adopt(output)
+    return list(output.shard_records().values())
 
 
 def _oddities(output: Artifact, shards: Sequence[str]) -> dict[str, Any]:
@@ -475,9 +486,12 @@ def _staged(output: Artifact, failed_class: str) -> Artifact:
 
 
 def _adopt(output: Artifact) -> None:
-    """Put the shards that gained rows in the place of the old ones; it may be stopped anywhere, and done again."""
-    names = [name.split("/")[1] for name in output.names() if name.startswith(f"{LIVE}{_STAGED}")]
-    for folder in sorted(set(names)):
+    """Put the shards that gained rows in the place of the old ones; it may be stopped anywhere, and done again.
+
+    Those of another try that is not done stay: their records say which shards were tried.
+    """
+    names = {name.split("/")[1] for name in output.names() if name.startswith(f"{LIVE}{_STAGED}")}
+    for folder in sorted(names - {f"{_STAGED}{failed_class}" for failed_class in waiting_retries(output)}):
         staged = Artifact(f"{output.uri}/{LIVE}{folder}")
         for shard, record in staged.shard_records().items():
             for name in record.files:

@@ -28,6 +28,7 @@ from pipeline.runtime.forget import finish_forgetting
 from pipeline.runtime.head import watched_head
 from pipeline.runtime.machines import LONGEST_LOOK_S, Machines
 from pipeline.runtime.placement import cluster_has_roles, controller_options, describe, unoffered, worker_options
+from pipeline.runtime.retries import ask_retry, waiting_retries
 from pipeline.runtime.soon import Soon
 from pipeline.runtime.stopping import STOP, STOP_WAIT_S, request_stop
 from pipeline.runtime.tracking.run import Tracking, send_waiting
@@ -130,7 +131,8 @@ def run_recipe(
         if finish_forgetting(workspace, lock.check, recipe):
             statuses = plan_status(workspace, [status.step for status in statuses])
         if retry_failed:
-            statuses = [_reopened(workspace, status) for status in statuses]
+            statuses = [_reopened(workspace, status, retry_failed) for status in statuses]
+        _tell_retries(workspace, statuses, retry_failed, observer)
         statuses = _to_make_anew(workspace, statuses, force)
         while any(status.state != "done" for status in statuses):
             _run_steps(recipe, workspace, statuses, observer, tracking, may_start, lock, retry_failed)
@@ -311,12 +313,23 @@ def _forget_if_inputs_changed(context: StepContext) -> None:
     output.write_json(INPUTS, {name: content_of(manifest) for name, manifest in manifests.items()})
 
 
-def _reopened(workspace: Workspace, status: StepStatus) -> StepStatus:
+def _reopened(workspace: Workspace, status: StepStatus, failed_class: str) -> StepStatus:
     """The download as an unfinished step, so that it runs again; its shards stay."""
     if status.step.name != "download":
         return status
-    artifact_of(workspace, status.step).remove(MANIFEST)
+    output = artifact_of(workspace, status.step)
+    ask_retry(output, failed_class)  # first, so that a run that is stopped here leaves it to the next one
+    output.remove(MANIFEST)
     return dataclasses.replace(status, state="partial", manifest=None)
+
+
+def _tell_retries(workspace: Workspace, statuses: Sequence[StepStatus], retry_failed: str, observer: Observer) -> None:
+    """Say which other tries of failed rows this run finishes, for one that was stopped."""
+    for status in statuses:
+        if status.step.name == "download" and status.state != "done":
+            classes = [one for one in waiting_retries(artifact_of(workspace, status.step)) if one != retry_failed]
+            if classes:
+                observer.warned(f"download: goes on to try failed rows again ({', '.join(classes)}), which was stopped")
 
 
 def _to_make_anew(workspace: Workspace, statuses: Sequence[StepStatus], force: Collection[str]) -> list[StepStatus]:

@@ -25,6 +25,7 @@ from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.download import DownloadWorker, RetryWorker, run_download
 from pipeline.runtime.host_limits import find_limits, shared_limits
 from pipeline.runtime.pairs import run_pairs
+from pipeline.runtime.retries import ask_retry, end_retry, waiting_retries
 from pipeline.workspace import disk, objects
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.progress import read_progress
@@ -218,6 +219,45 @@ def test_a_worker_may_be_silent_for_as_long_as_it_waits_for_storage() -> None:
     assert max(objects._PATIENCE_S, disk._PATIENCE_S) <= download._SILENCE_S
 
 
+class _StopsOnce(RetryWorker):
+    """Ends the step at the second shard, once."""
+
+    def __call__(self, shard: str) -> ShardRecord:
+        if shard == "00001" and not self._context.output.exists("live/stopped.json"):
+            self._context.output.write_json("live/stopped.json", True)
+            raise StepError("stopped")
+        return super().__call__(shard)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_retry_that_is_stopped_while_it_fetches_is_finished_by_the_next_run(
+    server: HostileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "RetryWorker", _StopsOnce)
+    busy = "status?code=503"
+    paths = ["missing", f"{busy}&n=0", f"{busy}&times=1&n=1", "ok", f"{busy}&times=1&n=2", f"{busy}&times=1&n=3"]
+    context = _context(_tables(tmp_path, [f"{server.url}/{path}" for path in paths], samples_per_shard=2))
+    assert run_download(context).counts["ok"] == 1
+    with pytest.raises(StepError, match="stopped"):
+        run_download(replace(context, retry_failed="http-503"))
+    result = run_download(context)
+    assert result.counts == {"in": 6, "ok": 4, "failed_to_download": 2, "failed_to_resize": 0}
+    requests = [server.requests[f"127.0.0.1/{path}"] for path in paths]
+    assert requests == [1, 2, 2, 1, 2, 2]  # what was tried before the stop is not tried once more
+    assert waiting_retries(context.output) == []
+
+
+def test_a_class_that_is_asked_for_takes_in_narrower_ones_that_wait(tmp_path: Path) -> None:
+    output = Artifact(str(tmp_path))
+    for failed_class in ("http-503", "timeout", "http", "http-404"):
+        ask_retry(output, failed_class)
+    assert waiting_retries(output) == ["timeout", "http"]
+    end_retry(output, "timeout")
+    assert waiting_retries(output) == ["http"]
+    ask_retry(output, "all")
+    assert waiting_retries(output) == ["all"]
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_a_retry_that_is_stopped_anywhere_is_finished_by_the_next_run(
     server: HostileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -292,7 +332,7 @@ def test_totals_of_shards_are_read_some_at_a_time(tmp_path: Path, monkeypatch: p
 
 
 def test_the_command_tries_failed_rows_again(server: HostileServer, tmp_path: Path, address: str) -> None:
-    paths = ["ok?seed=1", "status?code=503&times=1", "status?code=500&times=1"]
+    paths = ["ok?seed=1", "status?code=503&times=1", "status?code=500&times=1", "status?code=502&times=1"]
     tables = _tables(tmp_path, [f"{server.url}/{path}" for path in paths])
     recipe = tmp_path / "recipe.json.toml"
     lines = [f'workspace = "{tables["workspace"]}"', 'tracking.uri = "off"']
@@ -309,11 +349,18 @@ def test_the_command_tries_failed_rows_again(server: HostileServer, tmp_path: Pa
     row = next(row for row in unclip_json("status", str(recipe)) if row["step"] == "download")
     assert row["state"] == "done"
     assert row["counts"]["ok"] == 2
+    output = Artifact(row["artifact"])
+    ask_retry(output, "http-500")
+    output.remove(MANIFEST)  # as a run leaves it that is stopped before the first shard
+    done = unclip(*command)
+    assert "goes on to try failed rows again (http-500)" in done.stdout
+    row = next(row for row in unclip_json("status", str(recipe)) if row["step"] == "download")
+    assert row["counts"]["ok"] == 3
     done = unclip("run", "--retry-failed", *command[1:])
     assert "ran 1 step" in done.stdout, done.stdout
     row = next(row for row in unclip_json("status", str(recipe)) if row["step"] == "download")
-    assert row["counts"]["ok"] == 3
-    assert Artifact(row["artifact"]).exists(MANIFEST)
+    assert row["counts"]["ok"] == 4
+    assert output.exists(MANIFEST)
 
 
 @pytest.mark.slow
