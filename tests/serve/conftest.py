@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
+import openai
 import pytest
 import torch
 import uvicorn
@@ -125,3 +126,8 @@ def server(recipe: Recipe, neighbours: LocalNeighbours) -> Iterator[Server]:
     with _serving(create_app(engine, neighbours, ApiSettings(card, created=1_700_000_000))) as url:
         yield Server(url, recipe, cascade, engine)
     engine.close()
+
+
+@pytest.fixture
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)

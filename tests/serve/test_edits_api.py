@@ -27,11 +27,6 @@ PROMPT = "a large red circle on a white background"
 STEPS = {"num_inference_steps": "3"}
 
 
-@pytest.fixture
-def client(server: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
-
-
 @pytest.fixture(scope="module")
 def editor(server: Any) -> Editor:
     return Editor(server.cascade, EditSettings(num_steps=3))

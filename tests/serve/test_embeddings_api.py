@@ -16,11 +16,6 @@ from tests.serve.test_edits_api import CLIENTS_OWN
 from tests.tiny.pictures import noisy_picture, tensor
 
 
-@pytest.fixture
-def client(server: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
-
-
 @pytest.mark.parametrize("form", ["float", "base64"])
 def test_openais_client_embeds_texts_and_pictures(server: Any, client: openai.OpenAI, form: Any) -> None:
     picture = noisy_picture(1)

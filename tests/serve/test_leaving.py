@@ -1,14 +1,23 @@
 """Clients that leave while their body is read or their answer is made."""
 
 import asyncio
+import contextlib
+import socket
+import time
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import Request
 from starlette.types import Message
 
+from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.picture_card import ModelCard
+from pipeline.recipe.plan import finished_artifacts
+from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.serve.api import ApiSettings, create_app
+from pipeline.serve.engine import Engine
 from pipeline.serve.guarded_model import GuardedModel
 from pipeline.serve.guards import Guards
 from pipeline.serve.keys import Meter
@@ -16,6 +25,7 @@ from pipeline.serve.metrics import HttpMetrics
 from pipeline.serve.web import ApiError, while_connected
 from tests.serve.test_deadlines import Networks
 from tests.serve.test_metrics import values
+from tests.tiny.workspace import served_workspace
 
 END_OF_BODY: Message = {"type": "http.request", "body": b"", "more_body": False}
 
@@ -86,3 +96,38 @@ def test_a_body_that_its_client_breaks_off_is_no_error_of_the_server(path: str, 
     assert statuses == [499]  # which nobody reads
     refusals = {key[1]: count for key, count in values(metrics.text({})).items() if key[0] == "unclip_refusals_total"}
     assert refusals == {"client left": 1}
+
+
+def test_a_stream_that_nobody_reads_is_dropped(serving: Any, tmp_path: Path) -> None:
+    slow = served_workspace(tmp_path, overrides=("decoder.model.sampler.num_steps=400",))
+    engine = Engine(load_cascade(finished_artifacts(slow, CASCADE_STEPS)), max_batch_size=4)
+    app = create_app(engine, None, ApiSettings(ModelCard("slow", 32)))
+    with contextlib.closing(engine), serving(app) as url:
+        body = {"prompt": "a", "n": 4, "stream": True, "partial_images": 3}
+        with httpx.stream("POST", f"{url}/v1/images/generations", json=body, timeout=60) as answer:
+            next(answer.iter_lines())
+        deadline = time.monotonic() + 20
+        while not (now := engine.counts())["dropped"]:
+            assert time.monotonic() < deadline, now
+            time.sleep(0.02)
+    assert now["active"] == now["pictures"] == 0
+
+
+def test_a_client_that_leaves_is_dropped(serving: Any, tmp_path: Path) -> None:
+    slow = served_workspace(tmp_path, overrides=("decoder.model.sampler.num_steps=400",))  # time enough to leave
+    engine = Engine(load_cascade(finished_artifacts(slow, CASCADE_STEPS)), max_batch_size=4, max_waiting=3)
+    body = b'{"prompt": "a", "n": 10}'
+    with contextlib.closing(engine), serving(create_app(engine, None, ApiSettings(ModelCard("slow", 32)))) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with contextlib.closing(socket.create_connection((host, int(port)))) as link:
+            link.sendall(
+                b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            )
+            while not httpx.get(f"{url}/healthz").json()["requests"]:
+                time.sleep(0.01)
+        deadline = time.monotonic() + 20
+        while not (now := httpx.get(f"{url}/healthz").json())["dropped"]:
+            assert time.monotonic() < deadline, now
+            time.sleep(0.02)
+    assert now["active"] == now["waiting"] == 0
+    assert now["pictures"] < 10

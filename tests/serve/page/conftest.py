@@ -1,0 +1,37 @@
+"""A browser, and a visit of the page by a new visitor."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
+
+from tests.serve.page.visit import CHROMIUM, DESKTOP, FLAGS, PATIENCE_MS
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=[DESKTOP])
+def page(browser: Browser, server: Any, request: Any) -> Iterator[Page]:
+    """A visit of the page by a new visitor; an error in the browser's console fails the test."""
+    width, height = request.param
+    with browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True) as context:
+        context.set_default_timeout(PATIENCE_MS)
+        page = context.new_page()
+        errors: list[str] = []
+
+        def note(message: ConsoleMessage) -> None:
+            if message.type in {"error", "warning"}:
+                errors.append(message.text)
+
+        page.on("console", note)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(server.url)
+        yield page
+        assert not errors

@@ -1,0 +1,99 @@
+"""Files that come to the page, and its search: settings of a PNG, neighbours, near copies."""
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import AsyncMock
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.serve.page.visit import PROMPT, both_widths, button, drop, finished, generate, needs_browser, png
+from tests.tiny.shards import plain_picture
+
+pytestmark = needs_browser
+
+
+def test_a_dropped_png_of_the_server_brings_its_settings_back(page: Page, server: Any) -> None:
+    page.get_by_label("Negative prompt").fill("a blue star")
+    page.get_by_label("Guidance", exact=True).fill("4")
+    seed = page.get_by_label("Seed", exact=True)
+    seed.fill("9007199254740993")  # 2**53 + 1: no double holds it
+    generate(page, steps=3)
+    finished(page).click()
+    with page.expect_download() as download:
+        button(page, "Download").click()
+    assert download.value.suggested_filename == "tiny-a-large-red-circle-seed9007199254740993.png"
+    file = Path(download.value.path()).read_bytes()
+    page.reload()
+    assert seed.input_value() != "9007199254740993"
+    drop(page, "picture.png", file)
+    expect(page.get_by_role("status").first).to_contain_text("The settings of picture.png are in the form")
+    values = [
+        page.get_by_label(name, exact=True).input_value() for name in ("Prompt", "Negative prompt", "Guidance", "Steps")
+    ]
+    assert values == [PROMPT, "a blue star", "4", "3"]
+    assert seed.input_value() == "9007199254740993"
+    kept = page.get_by_role("region", name="History").get_by_role("button", name=PROMPT)
+    expect(kept).to_have_count(1)  # it was there already
+    drop(page, "other.png", png({"parameters": PROMPT + "\nSteps: 20, Seed: 1, Size: 64x64"}))
+    expect(kept).to_have_count(2)
+
+
+def test_a_png_of_another_program_brings_its_settings_back(page: Page) -> None:
+    parameters = "a cat\nand a dog\nNegative prompt: rain, snow\nSteps: 20, Sampler: Euler, CFG scale: 7.5, Seed: 42, Size: 64x64"
+    page.get_by_label("Picture from your files").set_input_files(
+        {"name": "cat.png", "mimeType": "image/png", "buffer": png({"parameters": parameters})}
+    )
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a cat\nand a dog")
+    expect(page.get_by_label("Negative prompt")).to_have_value("rain, snow")
+    for name, value in (("Guidance", "7.5"), ("Steps", "20"), ("Seed", "42")):
+        expect(page.get_by_label(name, exact=True)).to_have_value(value)
+    expect(page.get_by_role("combobox", name="Size")).to_have_value("32x32")  # this server's largest
+
+
+def test_what_is_no_picture_is_refused_in_words(page: Page) -> None:
+    drop(page, "notes.png", b"no picture at all")
+    expect(page.get_by_role("status").first).to_have_text("notes.png is no picture that this browser can read.")
+
+
+@both_widths
+def test_the_data_is_searched_by_text_and_by_a_picture(page: Page) -> None:
+    button(page, "Search").first.click()
+    page.get_by_role("searchbox").fill("a green picture")
+    page.get_by_label("Compare with").select_option("captions")
+    page.get_by_role("search").get_by_role("button", name="Search", exact=True).click()
+    first = page.get_by_role("figure").first
+    expect(first).to_contain_text("a green picture")
+    expect(first).to_contain_text("1.00")
+    expect(first.get_by_role("link")).to_have_attribute("href", "http://127.0.0.1:1/green.jpg")
+    page.get_by_label("Compare with").select_option("pictures")
+    drop(page, "blue.png", plain_picture("blue", 40))
+    expect(first).to_contain_text("a blue picture")
+    button(page, "Open result 1").click()
+    expect(page.get_by_role("dialog")).to_contain_text("A picture of the data")
+
+
+def test_a_result_shows_its_neighbours(page: Page, server: Any) -> None:
+    drop(page, "red.png", plain_picture("red", 40))
+    viewer = page.get_by_role("dialog")
+    expect(viewer.get_by_role("figure").first).to_contain_text("a red picture")
+    expect(viewer.get_by_role("tab", selected=True)).to_have_text("Neighbours")
+
+
+def test_a_near_copy_is_flagged(page: Page, neighbours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "near_copy", AsyncMock(return_value=-1.0))  # everything is above it
+    generate(page)
+    expect(page.locator("#pictures").get_by_text("near copy")).to_be_visible()
+    finished(page).click()
+    expect(page.get_by_role("figure").first).to_contain_text("near copy")
+    page.keyboard.press("Escape")
+    drop(page, "red.png", plain_picture("red", 40))  # a picture that this server has not made
+    viewer = page.get_by_role("dialog")
+    expect(viewer.get_by_role("figure").first).to_contain_text("a red picture")
+    expect(viewer.get_by_role("figure").first).to_contain_text("near copy")
+    expect(viewer.get_by_role("status").first).to_contain_text("It is a near copy of")
+    viewer.get_by_role("tab", name="Change by text", exact=True).click()
+    for label, text in (("From", "red"), ("To", "blue"), ("Frames", "2")):
+        viewer.get_by_label(label, exact=True).fill(text)
+    viewer.get_by_role("button", name="Change by text", exact=True).click()
+    expect(viewer.locator("#view-frames output")).to_have_text("40 %, near copy")
