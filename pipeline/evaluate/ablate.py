@@ -110,7 +110,7 @@ def ablation_step(recipe: Recipe, *, num_prompts: int, num_shown: int) -> Step:
     fields = {name: steps["evaluate"].section.get(name) for name in ("prompts_path", "content", "seed")}
     inputs = {name: steps[name].key for name in (*_INPUTS, *CASCADE_STEPS) if name in steps}
     fields |= sampling_tables(recipe)
-    return Step(_STEP, 5, fields | {"num_prompts": num_prompts, "num_shown": num_shown}, inputs)
+    return Step(_STEP, 6, fields | {"num_prompts": num_prompts, "num_shown": num_shown}, inputs)
 
 
 def plan_variants(variants: tuple[str, ...], num_prompts: int, batch_size: int) -> list[Part]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pipeline.evaluate.checks import held_out_check, parse_flags, pixel_check
 from pipeline.evaluate.metrics import FeatureSums, cosine, frechet_distance, mean_of, r_precision, rate_of
 from pipeline.evaluate.parts import ENLARGED, read_part
-from pipeline.evaluate.prompts import choose_rows
+from pipeline.evaluate.prompts import first_images
 from pipeline.evaluate.sets import NUM_NEIGHBOURS, cmmd, precision_recall
 from pipeline.evaluate.work import Work
 from pipeline.retrieve import Neighbour, NeighbourIndex
@@ -136,9 +136,9 @@ class Aggregate:
         frechet: Json = {"generated": frechet_distance(self._sums("z_image"), self._sums("z_real")), "count": count}
         mmd: Json = {"generated": cmmd(generated, real), "count": count}
         manifolds = {"generated": (generated, real)}
-        train = choose_rows(embed, 2 * count, "train")
+        train = first_images(embed, 2 * count, "train")
         if len(train) == 2 * count:
-            z_image = np.array([row.z_image for row in train], np.float64)
+            z_image = train.astype(np.float64)
             halves = (z_image[::2], z_image[1::2])
             frechet["real"] = frechet_distance(*(FeatureSums.of(half) for half in halves))
             mmd["real"] = cmmd(*halves)

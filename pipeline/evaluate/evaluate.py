@@ -29,13 +29,14 @@ def plan_work(recipe: Recipe, inputs: Mapping[str, Artifact]) -> Work:
     Raises:
         DataError: If there is no prompt, or an input breaks its schema.
     """
-    config = recipe.evaluate
-    prompts = choose_prompts(config.prompts_path, inputs["pairs"], embeddings_of(inputs), config.num_prompts)
+    config, embed = recipe.evaluate, embeddings_of(inputs)
+    held_out = held_out_rows(embed, config.num_prompts)
+    prompts = choose_prompts(config.prompts_path, inputs["pairs"], embed, config.num_prompts, held_out)
     trained = trained_prompts(config.num_trained_prompts if prompts.source == "drawn" else 0, recipe.seed)
-    rows, split = held_out_rows(embeddings_of(inputs), config.num_prompts)
     samples = samples_of(len(prompts.prompts), config.num_shown, config.num_images_per_shown)
-    counts = {"samples": len(samples), "trained": len(trained.prompts), "validation": len(rows)}
-    return Work(prompts, trained, rows, split, samples, plan_parts(counts, config.batch_size))
+    counts = {"samples": len(samples), "trained": len(trained.prompts), "validation": len(held_out.rows)}
+    parts = plan_parts(counts, config.batch_size)
+    return Work(prompts, trained, held_out.rows, held_out.split, samples, parts)
 
 
 def make_runner(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact, work: Work) -> PartRunner:

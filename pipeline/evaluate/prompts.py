@@ -4,9 +4,9 @@ Rows are taken in the order of their uids. Uids are hashes, so this is a fixed r
 the shards.
 """
 
-import heapq
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,16 +14,24 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.data.drawn import EVALUATION
 from pipeline.data.rows import require_columns
-from pipeline.data.vectors import read_vectors
+from pipeline.data.shards import read_table
 from pipeline.errors import DataError
+from pipeline.retrieve.embedded import EmbeddedShards
+from pipeline.retrieve.sample import read_rows
 from pipeline.shapes.captions import canonical_caption
 from pipeline.shapes.scene import Object, Scene, trained_scenes
 from pipeline.workspace.store import Artifact
+
+pc: Any = pyarrow.compute  # its functions are created at import, so a type checker does not know them
+_ROW = "row"
+_SHARDS_AT_ONCE = 64
+_THREADS = 16  # an object store answers many requests at a time
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,16 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Rows of one split, in the order of their uids."""
+
+    rows: tuple[Row, ...]
+    captioned: tuple[Row, ...]
+    """The first row of each caption."""
+    split: str
+
+
+@dataclass(frozen=True)
 class PromptSet:
     """All prompts of an evaluation, and where they come from."""
 
@@ -77,14 +95,18 @@ class PromptSet:
         return tuple(partners[number] for number in range(len(self.prompts)))
 
 
-def choose_prompts(path: str, pairs: Artifact, embed: Artifact, num_prompts: int) -> PromptSet:
+def choose_prompts(
+    path: str, pairs: Artifact, embed: Artifact, num_prompts: int, held_out: Choice | None = None
+) -> PromptSet:
     """Choose the prompts to sample: from a file, else from the drawn source, else validation captions.
 
     Args:
         path: Text file with one prompt on each line; or empty.
         pairs: The pairs step.
         embed: The embed step.
-        num_prompts: Most prompts; if there are fewer, all are taken.
+        num_prompts: Most prompts; if there are fewer, all are taken. A caption is taken once, and an empty one only
+            if there is no other.
+        held_out: Its ``held_out_rows``, as many; None: they are read if the prompts are captions.
 
     Raises:
         DataError: If there is no prompt, or a file breaks its schema.
@@ -94,9 +116,9 @@ def choose_prompts(path: str, pairs: Artifact, embed: Artifact, num_prompts: int
         return PromptSet(tuple(Prompt(text) for text in texts[:num_prompts]), "file", len(texts))
     if pairs.exists(EVALUATION):
         return PromptSet(tuple(_read_scenes(pairs)[:num_prompts]), "drawn")
-    rows, split = held_out_rows(embed, num_prompts, distinct=True)
-    prompts = tuple(Prompt(row.caption, row=row) for row in rows)
-    return PromptSet(prompts, "captions" if split == "validation" else "training captions")
+    held_out = held_out or held_out_rows(embed, num_prompts)
+    prompts = tuple(Prompt(row.caption, row=row) for row in held_out.captioned or held_out.rows[:1])
+    return PromptSet(prompts, "captions" if held_out.split == "validation" else "training captions")
 
 
 def trained_prompts(num_prompts: int, seed: int) -> PromptSet:
@@ -105,50 +127,101 @@ def trained_prompts(num_prompts: int, seed: int) -> PromptSet:
     return PromptSet(tuple(Prompt(canonical_caption(scene), scene=scene) for scene in scenes), "trained")
 
 
-def held_out_rows(embed: Artifact, num_rows: int, *, distinct: bool = False) -> tuple[list[Row], str]:
-    """Validation rows, or training rows if there are no validation rows; and the name of their split.
+def held_out_rows(embed: Artifact, num_rows: int) -> Choice:
+    """Validation rows, or training rows if there are no validation rows.
 
     Args:
         embed: The embed step.
         num_rows: Most rows.
-        distinct: Take each caption once.
 
     Raises:
-        DataError: If nothing is embedded.
+        DataError: If nothing is embedded, or a shard is damaged.
     """
     for split in ("validation", "train"):
-        rows = choose_rows(embed, num_rows, split, distinct=distinct)
-        if rows:
-            return rows, split
+        choice = choose_rows(embed, num_rows, split)
+        if choice.rows:
+            return choice
     raise DataError(f"{embed.uri}: no rows: nothing was downloaded, or no picture could be read")
 
 
-def choose_rows(embed: Artifact, num_rows: int, split: str, *, distinct: bool = False) -> list[Row]:
-    """The ``num_rows`` rows of a split whose uids come first, in the order of their uids."""
-    places = heapq.nsmallest(num_rows * (4 if distinct else 1), _places(embed, split))
-    if distinct:
-        first: dict[str, tuple[str, str, int, str]] = {}
-        for place in places:
-            first.setdefault(place[3], place)
-        places = list(first.values())[:num_rows]
-    rows: dict[str, Row] = {}
-    for shard in sorted({place[1] for place in places}):
-        vectors = read_vectors(embed.path(f"{shard}.parquet"))
-        for uid, _, number, caption in (place for place in places if place[1] == shard):
-            key = vectors.table.column("key")[number].as_py()
-            rows[uid] = Row(uid, key, shard, caption, vectors.z_image[number], vectors.z_text[number])
-    return [rows[place[0]] for place in places]
+def choose_rows(embed: Artifact, num_rows: int, split: str) -> Choice:
+    """The rows of a split whose uids come first, and the first row of each caption, at most ``num_rows`` of each."""
+
+    def select(rows: pa.Table) -> pa.Table:
+        return rows.take(pa.array(np.union1d(np.arange(min(num_rows, len(rows))), _of_captions(rows, num_rows))))
+
+    places = _first_places(embed, split, ("key", "caption"), select)
+    if not places.num_rows:
+        return Choice((), (), split)
+    embedded, numbers = EmbeddedShards.open([embed]), places[_ROW].to_numpy()
+    order = np.argsort(numbers)
+    vectors = read_rows(embedded, dict.fromkeys(("z_image", "z_text"), numbers[order]))
+    halves = {name: np.empty_like(values, np.float16) for name, values in vectors.items()}
+    for name, values in vectors.items():
+        halves[name][order] = values
+    shards = [embedded.shards[shard][1] for shard in embedded.shard_of(numbers).tolist()]
+    texts = (places[name].to_pylist() for name in ("uid", "key", "caption"))
+    rows = [
+        Row(uid, key, shard, caption, z_image, z_text)
+        for uid, key, caption, shard, z_image, z_text in zip(*texts, shards, *halves.values(), strict=True)
+    ]
+    return Choice(tuple(rows[:num_rows]), tuple(rows[place] for place in _of_captions(places, num_rows)), split)
 
 
-def _places(embed: Artifact, split: str) -> Iterator[tuple[str, str, int, str]]:
-    """(uid, shard, row number, caption) of every row of a split."""
-    for shard in embed.shard_records():
-        path = embed.path(f"{shard}.parquet")
-        table = _read(path, ["uid", "split", "caption"])
-        columns = (table.column(name).to_pylist() for name in ("uid", "split", "caption"))
-        for number, (uid, row_split, caption) in enumerate(zip(*columns, strict=True)):
-            if row_split == split:
-                yield uid, shard, number, caption or ""
+def first_images(embed: Artifact, num_rows: int, split: str) -> NDArray[np.float32]:
+    """z_image of the ``num_rows`` rows of a split whose uids come first, (N, D), of length one, in their order."""
+    numbers = _first_places(embed, split, (), lambda rows: rows.slice(0, num_rows))[_ROW].to_numpy()
+    if not len(numbers):
+        return np.zeros((0, 0), np.float32)
+    order = np.argsort(numbers)
+    vectors = read_rows(EmbeddedShards.open([embed]), {"z_image": numbers[order]})["z_image"]
+    return vectors[np.argsort(order)]
+
+
+def _first_places(
+    embed: Artifact, split: str, columns: Sequence[str], select: Callable[[pa.Table], pa.Table]
+) -> pa.Table:
+    """Columns of some rows of a split, in the order of their uids, and their numbers through all shards.
+
+    Of each shard these columns alone are fetched, once; memory is that of a run of shards.
+
+    Args:
+        embed: The embed step.
+        split: The split.
+        columns: Further columns of strings; null becomes empty.
+        select: Chooses among rows in the order of their uids; what it leaves out of some rows is not in the result.
+    """
+    records = embed.shard_records()
+    starts = np.cumsum([0, *(record.counts["ok"] for record in records.values())]).tolist()
+    shards = [
+        (name, start)
+        for (name, record), start in zip(records.items(), starts, strict=False)
+        if not record.splits or record.splits.get(split)
+    ]
+
+    def read(shard: tuple[str, int]) -> pa.Table:
+        name, start = shard
+        rows = read_table(embed.ranged(f"{name}.parquet"), ["uid", "split", *columns], use_threads=False)
+        texts = {column: pc.fill_null(rows[column].cast(pa.string()), "") for column in ("uid", *columns)}
+        numbers = pa.array(np.arange(start, start + rows.num_rows))
+        return pa.table(texts | {_ROW: numbers}).filter(pc.equal(rows["split"], split))
+
+    schema = pa.schema([*((name, pa.string()) for name in ("uid", *columns)), (_ROW, pa.int64())])
+    chosen = schema.empty_table()
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for first in range(0, len(shards), _SHARDS_AT_ONCE):
+            rows = pa.concat_tables([chosen, *threads.map(read, shards[first : first + _SHARDS_AT_ONCE])])
+            chosen = select(rows.sort_by([("uid", "ascending"), (_ROW, "ascending")]).combine_chunks())
+    return chosen
+
+
+def _of_captions(rows: pa.Table, count: int) -> NDArray[np.int64]:
+    """The places of the first row of each caption, ascending, at most ``count``; rows without a caption are none."""
+    captions = pa.concat_arrays([pa.array([], pa.string()), *rows["caption"].chunks])
+    has_text = np.flatnonzero(pc.not_equal(pc.utf8_trim_whitespace(captions), "").to_numpy(zero_copy_only=False))
+    codes = captions.dictionary_encode().indices.to_numpy()
+    _, firsts = np.unique(codes[has_text], return_index=True)
+    return has_text[np.sort(firsts)][:count]
 
 
 def _read_scenes(pairs: Artifact) -> list[Prompt]:

@@ -42,7 +42,10 @@ def samples_of(num_prompts: int, num_shown: int, num_images: int) -> list[tuple[
 
 @dataclass(frozen=True)
 class Work:
-    """Everything that an evaluation samples and measures; a function of the recipe and its inputs."""
+    """Everything that an evaluation samples and measures; a function of the recipe and its inputs.
+
+    It is made once, by the process that runs the step, and travels to the workers.
+    """
 
     prompts: PromptSet
     trained: PromptSet

@@ -168,7 +168,7 @@ STEPS = (
     StepRow(
         name="evaluate",
         title="Evaluation",
-        version=7,
+        version=8,
         inputs=tuple(row.name for row in _BEFORE_EVALUATE),
         runner="pipeline.runtime.data:run_evaluate",
         samples=True,

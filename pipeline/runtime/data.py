@@ -3,7 +3,9 @@
 import json
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.data.selection import selection_of
 from pipeline.data.shards import REPAIR_HINT, split_counts
@@ -14,6 +16,9 @@ from pipeline.workspace.forgotten import Forgotten
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.progress import Progress
 from pipeline.workspace.store import Artifact
+
+if TYPE_CHECKING:
+    from pipeline.evaluate.work import Work
 
 _NUM_CAUSES = 20
 _EMBEDDED_AT_ONCE = 2  # by one worker: while one shard is read or written, the other has the network
@@ -51,6 +56,7 @@ def run_evaluate(context: StepContext) -> StepResult:
 
     resources = context.recipe.evaluate.resources
     work = plan_work(context.recipe, context.inputs)
+    context = EvaluateContext(**vars(context), work=work)
     job = ShardJob(EvaluateWorker, [part.name for part in work.parts], work.num_items, resources)
     records = map_shards(context, job)
     progress = Progress(context.output)
@@ -119,18 +125,25 @@ class EmbeddingsImporter:
         return _commit_embeddings(self._output, shard, [f"{shard}.parquet"], dict(counts), failures, splits, start)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluateContext(StepContext):
+    """An evaluation, with its work: to choose the rows, all shards are looked at."""
+
+    work: "Work"
+
+
 class EvaluateWorker:
     """Samples and measures parts of the evaluate step."""
 
     def __init__(self, context: StepContext) -> None:
-        from pipeline.evaluate.evaluate import make_runner, plan_work
+        from pipeline.evaluate.evaluate import make_runner
         from pipeline.networks.cores import use_cores
 
+        assert isinstance(context, EvaluateContext)
         recipe = context.recipe
         use_cores(recipe.evaluate.resources.cpus_per_worker)
-        work = plan_work(recipe, context.inputs)
-        self._parts = {part.name: part for part in work.parts}
-        self._runner = make_runner(recipe, context.inputs, context.output, work)
+        self._parts = {part.name: part for part in context.work.parts}
+        self._runner = make_runner(recipe, context.inputs, context.output, context.work)
 
     def __call__(self, shard: str) -> ShardRecord:
         """Sample and measure one part and commit it."""

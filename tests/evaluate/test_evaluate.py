@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,16 @@ from models.diffusion.process import Diffusion
 from models.pixels import resize, to_pixels, to_uint8
 from models.prior.stage import PriorStage
 from pipeline.data.negatives import Bigrams, bigrams_of
+from pipeline.data.rows import make_uid
 from pipeline.data.shards import StoredPictures
-from pipeline.data.vectors import read_vectors
+from pipeline.data.vectors import read_vectors, to_unit
 from pipeline.errors import DataError
 from pipeline.evaluate import metrics as m
 from pipeline.evaluate import parts
 from pipeline.evaluate.evaluate import finish, make_runner, plan_work, summarise
 from pipeline.evaluate.features import FeatureExtractor
 from pipeline.evaluate.parts import PartRunner, picture_seed, read_part
-from pipeline.evaluate.prompts import choose_prompts, choose_rows
+from pipeline.evaluate.prompts import choose_prompts, choose_rows, first_images
 from pipeline.evaluate.sets import cmmd, precision_recall
 from pipeline.evaluate.work import Part, Work, plan_parts, samples_of
 from pipeline.networks.cascade import load_cascade
@@ -38,7 +41,9 @@ from pipeline.shapes.check import check, describe
 from pipeline.shapes.draw import draw_array
 from pipeline.shapes.perceive import perceive
 from pipeline.shapes.scene import is_held_out
+from pipeline.workspace import folder
 from pipeline.workspace.store import Artifact, Workspace
+from tests.tiny.shards import write_vectors
 from tests.tiny.workspace import NUM_PICTURES, evaluate_step, evaluated_workspace
 
 
@@ -342,7 +347,7 @@ def test_other_sources_are_measured_on_validation_captions_without_a_pixel_check
     output = Artifact(str(tmp_path / "out"))
     work, metrics = _run(recipe, output)
     validation = choose_rows(_inputs(recipe)["embed"], 100, "validation")
-    assert {prompt.text for prompt in work.prompts.prompts} <= {row.caption for row in validation}
+    assert {prompt.text for prompt in work.prompts.prompts} == {row.caption for row in validation.rows}
     assert (metrics["prompts"], metrics["rows"]) == ("captions", "validation")
     assert set(metrics["memorisation"]) == {"generated", "real", "closer_than_real"}
     assert "pixel_check" not in metrics
@@ -393,13 +398,65 @@ def test_prompts_of_a_file_are_drawn_in_its_order(tiny: Recipe, tmp_path: Path) 
         choose_prompts(str(path), inputs["pairs"], inputs["embed"], 10)
 
 
-def test_rows_are_chosen_by_uid_whatever_the_number_asked(tiny: Recipe) -> None:
-    embed = _inputs(tiny)["embed"]
-    few, many = choose_rows(embed, 3, "train"), choose_rows(embed, 9, "train")
-    assert [row.uid for row in few] == [row.uid for row in many][:3]
-    assert [row.uid for row in many] == sorted(row.uid for row in many)
-    captions = [row.caption for row in choose_rows(embed, 30, "train", distinct=True)]
-    assert len(set(captions)) == len(captions)
+def _embeddings(artifact: Artifact, captions: Sequence[str | None], rows_per_shard: int) -> list[dict[str, Any]]:
+    """Commit shards with a training row for each caption; the rows in the order of their uids."""
+    rng, rows = np.random.default_rng(0), list[dict[str, Any]]()
+    for start in range(0, len(captions), rows_per_shard):
+        shard = f"{start // rows_per_shard:05d}"
+        part = [
+            {
+                "uid": make_uid(str(number), ""),
+                "key": f"{shard}{number}",
+                "url": "",
+                "caption": caption,
+                "split": "train",
+            }
+            for number, caption in enumerate(captions[start : start + rows_per_shard], start)
+        ]
+        z_image, z_text = rng.standard_normal((2, len(part), 8))
+        write_vectors(
+            artifact, shard, part, *(to_unit(z.astype(np.float16)).astype(np.float16) for z in (z_image, z_text))
+        )
+        rows += [row | {"shard": shard, "z_image": z} for row, z in zip(part, z_image, strict=True)]
+    return sorted(rows, key=lambda row: row["uid"])
+
+
+def test_rows_are_chosen_by_uid_whatever_the_number_asked(tmp_path: Path) -> None:
+    embed = Artifact(str(tmp_path))
+    rows = _embeddings(embed, [f"caption {number}" for number in range(700)], 7)
+    choice = choose_rows(embed, 40, "train")
+    assert [(row.uid, row.key, row.caption, row.shard) for row in choice.rows] == [
+        (row["uid"], row["key"], row["caption"], row["shard"]) for row in rows[:40]
+    ]
+    assert [row.uid for row in choice.captioned] == [row["uid"] for row in rows[:40]]
+    expected = to_unit(np.array([row["z_image"] for row in rows[:40]], np.float16))
+    np.testing.assert_allclose(np.array([row.z_image for row in choice.rows], np.float32), expected, atol=2e-3)
+    np.testing.assert_allclose(first_images(embed, 40, "train"), expected, atol=2e-3)
+    assert [row.uid for row in choose_rows(embed, 3, "train").rows] == [row["uid"] for row in rows[:3]]
+    assert not choose_rows(embed, 3, "validation").rows
+    assert len(first_images(embed, 3, "validation")) == 0
+
+
+def test_a_caption_is_one_prompt_and_an_empty_one_is_none(tmp_path: Path) -> None:
+    embed, pairs = Artifact(str(tmp_path / "embed")), Artifact(str(tmp_path / "pairs"))
+    captions = ["photo" if number % 10 else f"caption {number}" for number in range(500)]
+    captions[10:13] = ["", " ", None]
+    rows = _embeddings(embed, captions, 20)
+    texts = [prompt.text for prompt in choose_prompts("", pairs, embed, 40).prompts]
+    assert texts == [one for one in dict.fromkeys(row["caption"] for row in rows) if (one or "").strip()][:40]
+    assert len(texts) == 40
+    without = Artifact(str(tmp_path / "without"))
+    _embeddings(without, ["", None], 2)
+    assert [prompt.text for prompt in choose_prompts("", pairs, without, 40).prompts] == [""]
+
+
+def test_of_shards_in_a_store_little_else_than_the_chosen_rows_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    embed = Artifact(f"memory://{uuid.uuid4().hex}")
+    rows = _embeddings(embed, [f"caption {number}" for number in range(300)], 100)
+    monkeypatch.setattr(folder, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(Artifact, "path", lambda _, name: pytest.fail(f"{name} is fetched whole"))
+    assert [row.uid for row in choose_rows(embed, 5, "train").rows] == [row["uid"] for row in rows[:5]]
+    assert len(first_images(embed, 5, "train")) == 5
 
 
 @pytest.mark.parametrize("damage", ["column", "scene", "bytes"])

@@ -318,7 +318,7 @@ def test_trainings_the_index_and_the_evaluation_read_what_stays(tmp_path: Path) 
     assert shards.num_rows == len(staying)
     indexed = [shards.read(number) for number in range(len(shards.shards))]
     assert {uid for vectors in indexed for uid in vectors.table["uid"].to_pylist()} == staying
-    assert {row.uid for row in choose_rows(embeddings_of(inputs), 1000, "train")} == staying
+    assert {row.uid for row in choose_rows(embeddings_of(inputs), 1000, "train").rows} == staying
     whole = {}
     for shard in inputs["embed"].shard_records():
         vectors = read_vectors(inputs["embed"].path(f"{shard}.parquet"))
