@@ -1,9 +1,13 @@
 """What the page of benchmarks says beside its numbers."""
 
+import ast
+import json
 from typing import Any
 
+import pytest
+
 from benchmarks.ablations import table_of
-from benchmarks.page import measured_with
+from benchmarks.page import FOLDER, MODULES, measured_with, rows_of
 
 
 def test_a_measurement_names_its_device_where_the_results_do() -> None:
@@ -18,3 +22,32 @@ def test_a_row_of_the_ablation_has_the_time_of_its_trainings() -> None:
     runs = [{"recipe": "demo", "seed": seed, "train_s": 100.0 + 20 * seed, "pixel_check": checks} for seed in (0, 1)]
     (row,) = table_of(runs)
     assert (row["train_s"], row["one object: colour"], row["two objects: binding"]) == (110, "50.0 +- 0.0", None)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_number_with_a_floor_says_whether_it_holds(name: str) -> None:
+    path = FOLDER / "results" / f"{name}.json"
+    if not path.exists():
+        return
+    rows = rows_of(name, json.loads(path.read_text()))
+    limits = ("floor", "at_most", "below", "floor_s", "floor_ms", "floor_mb")
+    for row in rows:
+        if any(row.get(limit) is not None for limit in limits):
+            assert row["holds"] in {"yes", "no", "undecided", True, False}, row
+    text = ast.get_docstring(ast.parse((FOLDER / f"{MODULES[name]}.py").read_text())) or ""
+    if "floor" in text.lower() or "required" in text.lower():
+        assert [row for row in rows if row.get("holds") not in {None, ""}], name
+
+
+@pytest.mark.parametrize(
+    ("ratio", "low", "high", "holds"),
+    [(1.6, 1.5, 1.7, "yes"), (1.4, 1.2, 1.48, "no"), (1.6, 1.4, 1.7, "undecided"), (1.4, 1.2, 1.5, "undecided")],
+)
+def test_an_interval_that_decides_nothing_says_so(ratio: float, low: float, high: float, holds: str) -> None:
+    row = {"ratio": ratio, "low": low, "high": high, "floor": 1.5}
+    assert [one["holds"] for one in rows_of("any", {"rows": [row, row | {"floor": None}]})] == [holds, ""]
+
+
+def test_a_row_with_two_floors_has_the_worse_verdict() -> None:
+    row = {"wall_ms": 60.0, "wall_ms_90": 90.0, "floor_ms": 200, "memory_mb": 101.0, "floor_mb": 100}
+    assert [one["holds"] for one in rows_of("any", {"rows": [row]})] == ["no"]
