@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -34,6 +34,9 @@ from pipeline.workspace.store import LIVE, MANIFEST, Artifact
 Json = dict[str, Any]
 _ORIGIN = f"{LIVE}origin.json"
 _DAMAGED = f"{LIVE}damaged.json"
+_PASSED = f"{LIVE}passed.jsonl"
+"""Rows of the curves beyond the checkpoint that a start continued from: if it has passed over a later one that is whole
+after all (a machine with bad memory), the next start goes on from there."""
 _FLUSH_S = 5.0
 Watch = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, message) by rank 0 at every log line."""
@@ -214,13 +217,15 @@ class MetricsLog:
 
     def __init__(self, artifact: Artifact, step: int, before: Artifact | None = None) -> None:
         self._artifact, before = artifact, before or artifact
-        lines = (before.find_bytes(METRICS) or b"").decode().splitlines()
-        rows: list[Json] = [json.loads(line) for line in lines]
-        self.reached: int = max((row["step"] for row in rows), default=0)
+        rows = _rows(before, METRICS)
+        self.reached: int = _last_step(rows)
         """Last step of the curves of the start before."""
+        if step > self.reached:
+            rows += [row for row in _rows(before, _PASSED) if row["step"] > self.reached]
         first: Json = rows[0] if rows and step else {}
         self._begun: float = first.pop("begun", first.get("time", _now()))  # also where no row is old enough to stay
         self.rows = [row for row in rows if row["step"] <= step] if step else []
+        self._passed = [row for row in rows if row["step"] > step] if step and before is artifact else []
         self.note = ""
         """What to say of validations that did not take place."""
         self._validated = {row["step"] for row in self.rows if "val_loss" in row}
@@ -253,9 +258,17 @@ class MetricsLog:
     def flush(self, step: int) -> None:
         """Publish all rows, with the results of the validations up to a step, whoever computed them."""
         self._take_results(step)
+        self._keep_passed()
         rows = [row | ({} if number else {"begun": self._begun}) for number, row in enumerate(self.rows)]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        self._artifact.write_bytes(METRICS, text.encode())
+        self._artifact.write_bytes(METRICS, _as_lines(rows))
+
+    def _keep_passed(self) -> None:
+        """Write the rows beyond the checkpoint aside, once, before the curves are written without them."""
+        if self._passed:
+            last = _last_step(self._passed)
+            rows = self._passed + [row for row in _rows(self._artifact, _PASSED) if row["step"] > last]
+            self._artifact.write_bytes(_PASSED, _as_lines(rows))
+            self._passed = []
 
     def _take_results(self, step: int) -> None:
         for number in result_steps(self._artifact):
@@ -272,6 +285,19 @@ class MetricsLog:
         for row in self.rows:
             last |= {name: value for name, value in row.items() if name == "loss" or name.startswith("val_")}
         return last
+
+
+def _rows(artifact: Artifact, name: str) -> list[Json]:
+    """The rows of a file of lines; none if there is no such file."""
+    return [json.loads(line) for line in (artifact.find_bytes(name) or b"").decode().splitlines()]
+
+
+def _as_lines(rows: Sequence[Json]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def _last_step(rows: Sequence[Json]) -> int:
+    return max((row["step"] for row in rows), default=0)
 
 
 def _prefetches(job: TrainJob) -> bool:

@@ -96,6 +96,27 @@ def test_a_training_whose_checkpoints_cannot_be_listed_does_not_begin_again(
     assert checkpoint_steps(killed.output) == checkpoints == [2, 4]
 
 
+def test_curves_beyond_a_checkpoint_that_is_whole_after_all_are_kept(killed: TrainJob) -> None:
+    newest = killed.output.path(checkpoint_name(4))
+    whole = newest.read_bytes()
+    before = killed.output.read_bytes(METRICS)
+
+    def kill(done: int, total: int, message: str) -> None:
+        if done == 3:
+            raise _KilledError
+
+    for _ in range(2):  # starts that see it as damaged, as on a machine with bad memory
+        newest.write_bytes(whole[:-1])
+        with pytest.raises(_KilledError):
+            run_job(killed, kill)
+        newest.write_bytes(whole)
+    assert _steps_of_losses(killed)[-1] < 4
+    run_job(killed, no_watch)
+    assert _steps_of_losses(killed) == [1, 2, 3, 4, 5, 6]
+    rows = [json.loads(line) for line in killed.output.read_bytes(METRICS).splitlines()]
+    assert json.loads(before.splitlines()[-1]) in rows  # step 4 was not trained again
+
+
 def test_a_training_says_that_it_begins_at_step_0_though_its_curves_went_further(killed: TrainJob) -> None:
     messages: list[str] = []
 
