@@ -195,6 +195,7 @@ class FrontReplica:
             closing.daemon = True
             closing.start()
 
+        coming.front.upkeep.served = coming.served
         self._turns.turn_to(coming.served, lambda: coming.front.gate.num_requests, end)
         if self._ledger is not None and coming.front.keys is not None:
             if self._exchange is None:

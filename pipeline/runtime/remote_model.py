@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import ray.exceptions
@@ -57,6 +57,8 @@ _LONGEST_ABSENCE_OF_INDEX_S = 5.0
 _LONGEST_TURN_S = 10.0
 """How long a request looks for a replica that has its networks, while others are swapped in."""
 _TURN_POLL_S = 0.1
+_LONGEST_TURN_POLL_S = 1.0
+"""The first and the longest pause before another replica is asked; each is twice as long as the one before."""
 _LOADS_FRESH_S = 1.0
 _SMOOTHING = 0.1
 """Weight of the newest measurement in a running mean."""
@@ -79,6 +81,14 @@ class _Ended(NotServing):
 
     def __init__(self) -> None:
         super().__init__("the server has ended")
+
+
+@dataclass
+class _Search:
+    """The search of one call for a replica that has its networks."""
+
+    num_refusals: int = 0
+    since_s: float = field(default_factory=time.monotonic)
 
 
 class RemoteModel:
@@ -150,10 +160,10 @@ class RemoteModel:
         self, request: SampleRequest, client: str, num_previews: int, ends_s: float
     ) -> AsyncGenerator[Event]:
         hop: Hop | None = None
-        is_over, since_s = False, time.monotonic()
+        is_over, search = False, _Search()
         while not is_over:
             part = self._part_of(hop)
-            streaming = self._handles[part].options(stream=True)
+            streaming = self._replicas(part, search).options(stream=True)
             left, later = _left(request, hop, ends_s), self._later(request, hop)
             events: Any = streaming.stream.remote(self._served, left, client, num_previews, hop, later)
             is_over = True
@@ -164,11 +174,11 @@ class RemoteModel:
                     except StopAsyncIteration:
                         break
                     if isinstance(event, Hop):
-                        hop, is_over, since_s = event, False, time.monotonic()
+                        hop, is_over, search = event, False, _Search()
                     else:
                         yield event
             except OtherNetworks as error:  # it comes before anything else
-                await _pause_in_turn(error, since_s)
+                await self._look_on(part, search, error)
                 is_over = False
             finally:
                 if not self._upkeep.has_ended:
@@ -280,15 +290,46 @@ class RemoteModel:
         return [answer for some in answers for answer in some]
 
     async def _call(self, part: str, method: str, *arguments: Any, **settings: Any) -> Any:
-        since_s = time.monotonic()
+        search = _Search()
         while True:
             try:
-                return await self._call_once(part, method, *arguments, **settings)
+                response = getattr(self._replicas(part, search), method).remote(*arguments, **settings)
+                return await self._answer(part, response)
             except OtherNetworks as error:
-                await _pause_in_turn(error, since_s)
+                await self._look_on(part, search, error)
 
-    async def _call_once(self, part: str, method: str, *arguments: Any, **settings: Any) -> Any:
-        response = getattr(self._handles[part], method).remote(*arguments, **settings)
+    def _replicas(self, part: str, search: "_Search") -> DeploymentHandle[Any]:
+        """The replicas of a part; once one has refused, first those that have said that they have the networks.
+
+        Not before: after a death of Ray Serve's controller the replicas that came since have said it alone, and would
+        get all requests.
+        """
+        handle = self._handles[part]
+        return handle.options(multiplexed_model_id=self._served) if search.num_refusals else handle
+
+    async def _look_on(self, part: str, search: "_Search", error: OtherNetworks) -> None:
+        """Wait before another replica is asked.
+
+        Args:
+            part: Whose replicas.
+            search: What is looked for; counts one more refusal.
+            error: What the last replica said.
+
+        Raises:
+            OtherNetworks: If that takes too long; or at once if none has these networks, and none will have: others are
+                served by now.
+        """
+        search.num_refusals += 1
+        is_replaced = self._upkeep.served not in {"", self._served}
+        if search.num_refusals > 1 and is_replaced:
+            answers = await answers_of(self._handles[part], "serves", self._served)
+            if answers and not any(answers):
+                raise error
+        if time.monotonic() - search.since_s > _LONGEST_TURN_S:
+            raise error
+        await asyncio.sleep(min(_TURN_POLL_S * 2 ** (search.num_refusals - 1), _LONGEST_TURN_POLL_S))
+
+    async def _answer(self, part: str, response: Any) -> Any:
         try:
             return await self._while_served(part, response)
         except (asyncio.CancelledError, _NoReplica):  # a Ray that has ended is not called
@@ -317,24 +358,9 @@ class RemoteModel:
             task.cancel()
 
 
-async def _pause_in_turn(error: OtherNetworks, since_s: float) -> None:
-    """Wait before another replica is asked.
-
-    Args:
-        error: What this one said.
-        since_s: When the first one was asked.
-
-    Raises:
-        OtherNetworks: If that was long ago.
-    """
-    if time.monotonic() - since_s > _LONGEST_TURN_S:
-        raise error
-    await asyncio.sleep(_TURN_POLL_S)
-
-
-async def answers_of(handle: DeploymentHandle[Any], method: str) -> list[Any]:
+async def answers_of(handle: DeploymentHandle[Any], method: str, *arguments: Any) -> list[Any]:
     """The answers of all replicas of a deployment that answer soon."""
-    return await asyncio.get_running_loop().run_in_executor(_ASKING, answers_now, handle, method)
+    return await asyncio.get_running_loop().run_in_executor(_ASKING, answers_now, handle, method, *arguments)
 
 
 def answers_now(handle: DeploymentHandle[Any], method: str, *arguments: Any) -> list[Any]:

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from pipeline.serve.work import Work
 
 _IDLE_POLL_S = 0.2
+_MOST_ANNOUNCED = 3
+"""Networks that the router knows a replica by: what is served, what a swap brings, and what still finishes."""
 _LEAST_KEEP_S = 10.0
 """How long networks stay at least once requests mean others: not all HTTP processes turn at the same time."""
 
@@ -114,6 +116,13 @@ class ModelReplica:
             self._served = self._served or newest
             for other in self._engines.keys() - {newest, self._served}:  # of a swap that was given up
                 self._end_later(other, 0.0)
+            if ray.is_initialized() and ray.get_runtime_context().get_actor_id():
+                await self._announce(newest)
+
+    @serve.multiplexed(max_num_models_per_replica=_MOST_ANNOUNCED)
+    async def _announce(self, served: str) -> str:
+        """Let Ray Serve's router know that these networks are here; calls that look for them then come here first."""
+        return served
 
     async def turn_to(self, served: str) -> None:
         """Learn which networks new requests mean; all others end ``serve.drain_s`` after they were needed last."""

@@ -161,6 +161,7 @@ class Watch:
             ended = self._hold(uses.pop_all())
         self._served = served
         self._front.gate.open(app)
+        self._front.upkeep.served = digest_of(served.tables)
         self._turns.turn_to(digest_of(served.tables), self._front.gate.requests_of(app), ended)
         served.remember(self._kept, self._announce)
         self._announce("other networks are served")

@@ -25,6 +25,8 @@ class Upkeep:
         """Since when no replica of a part has run, by its name."""
         self.has_ended = False
         """Whether no replica will run again, because Ray is gone: no request waits for one."""
+        self.served = ""
+        """Digest of what new requests mean since the last swap; empty: there was none."""
 
     def absent_s(self, part: str) -> float:
         """For how long no replica of a part has run, in seconds; 0 while there is one."""

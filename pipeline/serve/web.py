@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from pipeline.serve.held import note_body
-from pipeline.serve.protocols import DeadlinePassed, NotServing, Overloaded
+from pipeline.serve.protocols import DeadlinePassed, NotServing, OtherNetworks, Overloaded
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -25,6 +25,8 @@ Model = TypeVar("Model", bound=BaseModel)
 
 _RETRY_AFTER_S = 2
 """Where nothing better is known."""
+_SWAPPED_S = 1
+"""After a swap: what is served by now answers at once."""
 _CLIENT_CLOSED_STATUS = 499
 _MAX_ESCAPES = 1 << 20  # of strings: the parser takes 30 ns for each; PHP writes a slash of base64 as one
 _MAX_SHOWN_CHARS = 60
@@ -130,7 +132,8 @@ def install_error_handlers(app: FastAPI) -> None:
         return ApiError(429, f"{error}; try again later", code="overloaded", retry_after_s=wait_s).response()
 
     async def on_absence(_: Request, error: Exception) -> JSONResponse:
-        return ApiError(503, f"{error}; try again shortly", code="not_ready").response()
+        wait_s = _SWAPPED_S if isinstance(error, OtherNetworks) else _RETRY_AFTER_S
+        return ApiError(503, f"{error}; try again shortly", code="not_ready", retry_after_s=wait_s).response()
 
     async def on_end(_: Request, error: Exception) -> JSONResponse:
         return ApiError(504, f"timeout: {error}", param="timeout", code="deadline_exceeded").response()

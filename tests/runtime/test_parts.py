@@ -213,6 +213,7 @@ def test_the_http_interface_of_serve_deploy_opens_when_its_networks_are_loaded(
     assert ready.status_code == 200
     assert "X-Request-Id" not in ready.headers  # Ray Serve's proxy adds it
     assert client.get("/v1/models").json()["data"][0]["id"] == "mine"
+    wait_until(lambda: front._front.upkeep.served == digest_of(first))
 
 
 def test_an_http_process_that_starts_beside_others_takes_no_request_before_its_networks_are_loaded(

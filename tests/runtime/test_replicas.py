@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray.exceptions
+from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentBroadcastResponse
 from starlette.testclient import TestClient
@@ -32,6 +33,7 @@ from pipeline.runtime.served import served_artifacts
 from pipeline.runtime.turns import Turns
 from pipeline.serve.protocols import Accepted, NotServing, OtherNetworks, Overloaded, Preview, SampledPictures
 from pipeline.serve.upkeep import Upkeep
+from pipeline.serve.web import install_error_handlers
 from tests.tiny.collector import Collector, collecting
 from tests.tiny.shards import pixels, plain_picture
 from tests.tiny.workspace import served_workspace
@@ -550,11 +552,19 @@ class Turning:
     def __init__(self, num_others: int) -> None:
         self.num_others = num_others
         self.served = set[str]()
+        self.preferred = list[str]()
+        """Networks that the router is asked to look for."""
         self.sample = SimpleNamespace(remote=self._sample)
         self.stream = SimpleNamespace(remote=self._stream)
 
-    def options(self, **_: bool) -> "Turning":
+    def options(self, multiplexed_model_id: str = "", **_: bool) -> "Turning":
+        self.preferred += [multiplexed_model_id] * bool(multiplexed_model_id)
         return self
+
+    def broadcast(self, method: str, served: str) -> Any:
+        assert method == "serves"
+        self.served.add(served)
+        return SimpleNamespace(results=lambda **_: [False, self.num_others < 0])
 
     def _has_others(self, served: str) -> bool:
         self.served.add(served)
@@ -588,7 +598,7 @@ def test_a_request_looks_for_a_replica_that_has_its_networks(monkeypatch: pytest
     for ask in (sample, stream):
         handle = Turning(5)
         asyncio.run(ask(handle))
-        assert (handle.num_others, handle.served) == (-1, {"one"})
+        assert (handle.num_others, handle.served, handle.preferred) == (-1, {"one"}, ["one"] * 5)
         monkeypatch.setattr(remote_module, "_LONGEST_TURN_S", 0.05)
         never = Turning(1000)
         with pytest.raises(OtherNetworks):
@@ -596,6 +606,37 @@ def test_a_request_looks_for_a_replica_that_has_its_networks(monkeypatch: pytest
         assert never.num_others > 900  # it is not begun again
         monkeypatch.setattr(remote_module, "_LONGEST_TURN_S", 10)
     assert upkeep.begun_again._value.get() == 0
+
+
+def test_a_request_whose_networks_are_gone_does_not_wait_for_them() -> None:
+    upkeep = Upkeep()
+
+    async def ask() -> int:
+        handle: Any = Turning(1000)
+        with pytest.raises(OtherNetworks):
+            await RemoteModel({"networks": handle}, "one", upkeep=upkeep).sample(SampleRequest("a", (1,)))
+        return 1000 - handle.num_others
+
+    upkeep.served = "another"
+    assert asyncio.run(ask()) == 2  # one replica may not have been told yet
+    app = FastAPI()
+    install_error_handlers(app)
+
+    @app.get("/")
+    def fail() -> None:
+        raise OtherNetworks("others")
+
+    answer = TestClient(app).get("/")
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+
+
+def test_a_request_of_what_is_served_waits_for_a_replica_that_loads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_module, "_TURN_POLL_S", 0.001)
+    upkeep = Upkeep()
+    upkeep.served = "one"
+    handle: Any = Turning(6)
+    sampling = RemoteModel({"networks": handle}, "one", upkeep=upkeep).sample(SampleRequest("a", (1,)))
+    assert asyncio.run(sampling).images.shape == (1, 1, 1, 3)
 
 
 def test_texts_are_embedded_once_more_if_a_replica_dies() -> None:

@@ -76,8 +76,9 @@ def test_ray_serve_loads_a_recipe_and_swaps_it_for_another(
     before, named = picture()
     assert client.get("/healthz").json()["pictures"] == 1
     watch.swap(recipe)
-    assert lines == ["nothing to swap: these networks are served already"]
+    assert (lines, front.upkeep.served) == (["nothing to swap: these networks are served already"], "")
     watch.swap(load_recipe(tmp_path / "mine"))
+    assert front.upkeep.served == digest_of(watch._served.tables) != digest_of(served.tables)
     assert lines[1:3] == ["loading other networks", "other networks are served"]
     [_, _, _, lacks] = lines
     assert lacks.startswith("without neighbours")
