@@ -38,7 +38,7 @@ class Measured(Protocol):
     """An engine, as far as it is counted."""
 
     def counts(self) -> dict[str, int]:
-        """``engine.EngineStats`` as plain numbers."""
+        """``engine_loop.EngineStats`` as plain numbers."""
         ...
 
     def num_unfinished(self) -> int:

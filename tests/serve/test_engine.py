@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from models.cascade import Cascade
 from models.request import SampleRequest
 from models.stage import Chain
-from pipeline.serve import engine as engine_module
+from pipeline.serve import engine_loop as loop_module
 from pipeline.serve.engine import Engine
 from pipeline.serve.protocols import NotServing, Overloaded
 from tests.tiny.pictures import almost_equal
@@ -184,13 +184,13 @@ def test_a_client_that_leaves_after_the_last_step_is_counted(
 ) -> None:
     engine = make_engine(max_batch_size=1)
     futures: list[Future[Any]] = []
-    convert = engine_module.to_uint8
+    convert = loop_module.to_uint8
 
     def leave(images: Any) -> Any:
         futures[0].cancel()
         return convert(images)
 
-    monkeypatch.setattr(engine_module, "to_uint8", leave)
+    monkeypatch.setattr(loop_module, "to_uint8", leave)
     futures.append(engine.submit(SampleRequest("a", (0,))))
     wait_until(lambda: engine.counts()["dropped"] == 1)
     assert futures[0].cancelled()
@@ -309,7 +309,7 @@ def test_a_preview_or_an_answer_that_fails_ends_its_request_alone(
     assert almost_equal(other.result(60).images, cascade.sample(["b"], [1]).images.numpy())
     engine = make_engine(max_batch_size=4)
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.serve.engine.to_uint8", fail)
+        patch.setattr("pipeline.serve.engine_loop.to_uint8", fail)
         with pytest.raises(RuntimeError, match="nobody listens"):
             engine.submit(SampleRequest("a", (0, 1))).result(60)
     assert engine.submit(SampleRequest("b", (1,))).result(60).images.shape == (1, 32, 32, 3)
