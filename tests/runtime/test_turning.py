@@ -53,7 +53,9 @@ OLD, NEW = tables(1), tables(2)
 @pytest.fixture
 def handle() -> Iterator[DeploymentHandle[Any]]:
     """Of two replicas, of which the first one has the networks of before a swap, too."""
-    deployment: Any = serve.deployment(Replica, name="networks", ray_actor_options={"num_cpus": 0.1})
+    deployment: Any = serve.deployment(
+        Replica, name="networks", ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=64
+    )
 
     def run(served: Tables, count: int) -> Any:
         # With a version of our own the replica stays.
