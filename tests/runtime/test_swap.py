@@ -33,6 +33,7 @@ from pipeline.runtime.deployments import networks_application
 from pipeline.runtime.front import Front
 from pipeline.runtime.lookout import Lookout
 from pipeline.runtime.neighbours import remote_parts
+from pipeline.runtime.parts import digest_of
 from pipeline.runtime.serve import serve_recipe
 from pipeline.runtime.served import Served, served_artifacts
 from pipeline.runtime.watch import Watch
