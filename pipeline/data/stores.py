@@ -12,7 +12,8 @@ from typing import Any
 
 from pipeline.data.bodies import DISK_ERRORS, MEMORY_BYTES, Body
 from pipeline.data.causes import FetchError
-from pipeline.workspace.objects import ObjectStore, status_of
+from pipeline.workspace.objects import ObjectStore
+from pipeline.workspace.store_errors import status_of
 
 _CHUNK_BYTES = 256 << 10
 _CUT = frozenset({"ClientPayloadError", "IncompleteRead", "IncompleteReadError", "ResponseStreamingError"})

@@ -13,7 +13,7 @@ from pipeline.data.shards import REPAIR_HINT
 from pipeline.data.vectors import VECTOR_COLUMNS, RowGroups, to_unit
 from pipeline.errors import DataError
 from pipeline.retrieve.embedded import EmbeddedShards, Floats, Ids
-from pipeline.workspace.objects import RangedFile
+from pipeline.workspace.ranged_file import RangedFile
 
 BLOCK_ROWS = 64
 """Rows that are chosen together from many: 100 kB of vectors of width 768, which an object store sends in little more

@@ -19,7 +19,8 @@ from pipeline.errors import DataError
 from pipeline.workspace.cache import Cached, Version, cached_path, keep, lookup, temporary_file
 from pipeline.workspace.disk import content_of, facts_of, files_below, is_there, patiently, translate_os_errors
 from pipeline.workspace.hashing import checksum_of_writing, sha256_of
-from pipeline.workspace.objects import RangedFile, file_system, stamp_of
+from pipeline.workspace.objects import file_system, stamp_of
+from pipeline.workspace.ranged_file import RangedFile
 
 Json = dict[str, Any]
 

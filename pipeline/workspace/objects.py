@@ -5,12 +5,7 @@ passes (500, 503, a closed connection, a server that is down for a while) is mad
 sentence: a package, a credential, a bucket or an endpoint that is missing.
 """
 
-import contextlib
-import email.utils
-import errno
 import functools
-import io
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -18,6 +13,8 @@ import fsspec
 
 from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.workspace.outage import Outage
+from pipeline.workspace.ranged_file import RangedFile
+from pipeline.workspace.store_errors import NO_CREDENTIALS, REFUSED_FILE, is_of_wrong_clock, passes, response_of
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -31,35 +28,6 @@ _CREDENTIALS = {
     "azure": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_STORAGE_CONNECTION_STRING",
 }
 _ENDPOINTS = {"s3": "; is AWS_ENDPOINT_URL right, and AWS_REGION?"}
-_NO_CREDENTIALS = frozenset(
-    {
-        "ClientAuthenticationError",
-        "DefaultCredentialsError",
-        "NoCredentialsError",
-        "PartialCredentialsError",
-        "PermissionError",
-        "ProfileNotFound",
-        "RefreshError",
-        "TokenRetrievalError",
-        "UnauthorizedSSOTokenError",
-    }
-)
-_NO_CONNECTION = frozenset(
-    {
-        "ClientError",  # aiohttp's; botocore's class of this name is told apart by its response
-        "ConnectionError",
-        "HTTPClientError",
-        "IncompleteRead",
-        "ServiceRequestError",
-        "ServiceResponseError",
-        "TimeoutError",
-    }
-)
-_REFUSED_FILE = frozenset({"403", "AccessDenied", "InvalidObjectState"})  # the last is archived
-"""What S3 answers with 403 about one file; its other codes are about the credentials."""
-_MOST_SKEW_S = 900.0
-"""S3 refuses what is signed with a time that is off by so much; it passes when the machine's clock is set right."""
-_PASSING_ERRNOS = frozenset({errno.EREMOTEIO, errno.EBUSY})  # s3fs's numbers for 500 and 503
 _FIRST_PATIENCE_S = 10.0
 _PATIENCE_S = 300.0
 _LONGEST_WAIT_S = 15.0
@@ -366,10 +334,10 @@ class ObjectStore:
         None if it is of one file, or may pass.
         """
         names = {cls.__name__ for cls in type(error).__mro__}
-        code = str(_response_of(error).get("Error", {}).get("Code", ""))
+        code = str(response_of(error).get("Error", {}).get("Code", ""))
         is_refused = isinstance(error, PermissionError)
-        is_of_one = (not code or code in _REFUSED_FILE) if is_refused else not names & _NO_CREDENTIALS
-        return None if is_of_one and not _is_of_wrong_clock(error) else self._explained(error)
+        is_of_one = (not code or code in REFUSED_FILE) if is_refused else not names & NO_CREDENTIALS
+        return None if is_of_one and not is_of_wrong_clock(error) else self._explained(error)
 
     def unstrip_protocol(self, path: str) -> str:
         """The URI of a path."""
@@ -411,7 +379,7 @@ class ObjectStore:
                 raise
             except Exception as error:
                 patience_s = _PATIENCE_S if self._name in _answered else _FIRST_PATIENCE_S
-                if not _passes(error) or outage.lasted_s > patience_s:
+                if not passes(error) or outage.lasted_s > patience_s:
                     raise self._explained(error) from error
                 outage.wait(wait_s, error)
             else:
@@ -424,14 +392,14 @@ class ObjectStore:
         text = " ".join(str(error).split()) or type(error).__name__
         if type(error).__name__ == "FileExpired":
             return DataError(f"{self._uri}: a file was replaced while it was read; run again")
-        if _is_of_wrong_clock(error):
+        if is_of_wrong_clock(error):
             return StepError(f"{self._uri}: this machine's clock is wrong ({text}); set it, then run again")
-        if names & _NO_CREDENTIALS:
+        if names & NO_CREDENTIALS:
             mend = _CREDENTIALS.get(self._kind, "check the credentials")
             return ConfigError(f"{self._uri}: no access ({text}); {mend}")
-        if _passes(error) and self._name not in _answered:
+        if passes(error) and self._name not in _answered:
             return ConfigError(f"{self._uri}: no answer ({text}){_ENDPOINTS.get(self._kind, '')}")
-        if _passes(error):
+        if passes(error):
             return StepError(
                 f"{self._uri}: no answer for {_PATIENCE_S / 60:.0f} minutes ({text}); finished work is kept, run again"
             )
@@ -449,94 +417,3 @@ def _permitted(action: Callable[[], Any]) -> Json:
 def stamp_of(info: dict[str, Any]) -> str:
     """What a store says about a file's content: its checksum or ETag, else its time; empty if it says nothing."""
     return next((f"{key}={info[key]}" for key in _STAMPS if info.get(key)), "")
-
-
-def _is_of_wrong_clock(error: Exception) -> bool:
-    """Whether a store refuses a request because this machine's time is wrong; the answer has the store's own."""
-    facts: Json = _response_of(error).get("ResponseMetadata", {})
-    date: str = facts.get("HTTPHeaders", {}).get("date", "")
-    if facts.get("HTTPStatusCode") != 403 or not date:
-        return False
-    return abs(email.utils.parsedate_to_datetime(date).timestamp() - time.time()) > _MOST_SKEW_S
-
-
-def _response_of(error: Exception) -> Json:
-    """What botocore says of an answer; empty if the error has none."""
-    responses: list[Any] = [getattr(one, "response", None) for one in (error.__cause__, error)]
-    return next((cast("Json", response) for response in responses if isinstance(response, dict)), {})
-
-
-def status_of(error: Exception) -> int:
-    """The HTTP status of a driver's error; 0 if it has none."""
-    status: Any = _response_of(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    status = status or getattr(error, "status", 0)  # aiohttp's ClientResponseError
-    status = status or getattr(error, "status_code", 0)  # azure's HttpResponseError
-    code = str(getattr(error, "code", ""))  # gcsfs's HttpError
-    return status if isinstance(status, int) and status else int(code) if code.isdigit() else 0
-
-
-def _passes(error: Exception) -> bool:
-    """Whether a request that failed so may succeed later."""
-    if isinstance(error, PermissionError):
-        return _is_of_wrong_clock(error)
-    response: Any = getattr(error, "response", None)  # botocore's ClientError
-    if isinstance(response, dict):
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status >= 500 or status in {408, 429}
-    status = getattr(error, "status", None)  # aiohttp's ClientResponseError
-    if isinstance(status, int) and status:
-        return status >= 500 or status in {408, 429}
-    code = getattr(error, "code", None)  # gcsfs's HttpError
-    if isinstance(code, int | str) and str(code) in {"408", "429", "500", "502", "503", "504"}:
-        return True
-    if isinstance(error, OSError) and error.errno in _PASSING_ERRNOS:
-        return True
-    return bool({cls.__name__ for cls in type(error).__mro__} & _NO_CONNECTION)
-
-
-class RangedFile(io.BufferedReader):
-    """A file of a store, read by ranges."""
-
-    def __init__(self, store: ObjectStore, path: str, buffer_bytes: int) -> None:
-        super().__init__(_RawFile(store, path), buffer_bytes)
-        self._store = store
-        self._path = path
-
-    def read_ranges(self, starts: list[int], stops: list[int]) -> list[bytes]:
-        """See ``ObjectStore.read_ranges``: not a byte more is fetched."""
-        return self._store.read_ranges(self._path, starts, stops)
-
-
-class _RawFile(io.RawIOBase):
-    def __init__(self, store: ObjectStore, path: str) -> None:
-        self._store = store
-        self.name = store.unstrip_protocol(path)
-        self._file, self._size = store.opened(path)
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = start + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        stop = min(self._position + len(buffer), self._size)
-        data = self._store.read_range(self._file, self._position, stop) if stop > self._position else b""
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-    def close(self) -> None:
-        if not self.closed:
-            with contextlib.suppress(Exception):
-                self._file.close()
-        super().close()
