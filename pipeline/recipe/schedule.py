@@ -1,8 +1,8 @@
 """When each step of a run starts and ends, from the time that its work takes and the CPUs and GPUs that it needs.
 
-The rules are those of `unclip run` on one machine (``pipeline.runtime.run.fits_now``): the steps whose inputs are done
-start in the order of the plan, each as soon as its CPUs and GPUs are free. A data step starts with one worker and adds
-others while CPUs are free. Side by side every worker is slower, because the cores share caches, memory and, as
+The rules are those of `unclip run` on one machine (``pipeline.runtime.admission.fits_now``): the steps whose inputs are
+done start in the order of the plan, each as soon as its CPUs and GPUs are free. A data step starts with one worker and
+adds others while CPUs are free. Side by side every worker is slower, because the cores share caches, memory and, as
 hyperthreads do, arithmetic units.
 """
 

@@ -2,85 +2,38 @@
 
 import contextlib
 import dataclasses
-import importlib
-import platform
 import time
-import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
-from importlib.metadata import version
-from typing import Any, Protocol
+from collections.abc import Collection, Sequence
+from typing import Any
 
-import psutil
 import ray
 import ray.exceptions
 
-from pipeline.errors import ConfigError, DataError, StepError, UnclipError
-from pipeline.recipe.estimate import Remaining, load_times, remaining
+from pipeline.errors import ConfigError, DataError, UnclipError
 from pipeline.recipe.garbage import read_artifacts
 from pipeline.recipe.lineage import RESOLVED
-from pipeline.recipe.plan import Step, StepStatus, artifact_of, dependents, manifest_of, passing_inputs, plan_status
+from pipeline.recipe.plan import StepStatus, artifact_of, dependents, passing_inputs, plan_status
 from pipeline.recipe.recipe import Recipe, to_dict
-from pipeline.recipe.schedule import needs_of
-from pipeline.recipe.steps import STEP_ROWS
+from pipeline.runtime.admission import Admission, Waits, at_once, fits_now
 from pipeline.runtime.connection import are_alive, connect, own_servers, require_alive
-from pipeline.runtime.context import StepContext, StepResult
+from pipeline.runtime.context import StepContext
 from pipeline.runtime.forget import finish_forgetting
 from pipeline.runtime.head import watched_head
 from pipeline.runtime.machines import LONGEST_LOOK_S, Machines
-from pipeline.runtime.placement import cluster_has_roles, controller_options, describe, unoffered, worker_options
+from pipeline.runtime.observer import Forecast, Observer
 from pipeline.runtime.retries import ask_retry, waiting_retries
 from pipeline.runtime.soon import Soon
-from pipeline.runtime.stopping import STOP, STOP_WAIT_S, request_stop
+from pipeline.runtime.step_task import cancel_step, commit_step, result_of, start_step
+from pipeline.runtime.stopping import STOP_WAIT_S, request_stop
 from pipeline.runtime.tracking.run import Tracking, send_waiting
-from pipeline.runtime.worker_logs import logged, note_run
+from pipeline.runtime.worker_logs import note_run
 from pipeline.workspace.forgotten import Pending
 from pipeline.workspace.lock import Lock, locked_workspace
-from pipeline.workspace.manifest import Manifest, content_of, has_content
 from pipeline.workspace.outage import warnings_to
-from pipeline.workspace.progress import ERROR, Progress, ProgressState, duration, read_progress
-from pipeline.workspace.store import INPUTS, MANIFEST, Workspace
+from pipeline.workspace.progress import ERROR, ProgressState, read_progress
+from pipeline.workspace.store import MANIFEST, Workspace
 
-_PACKAGES = (
-    "unclip",
-    "torch",
-    "open_clip_torch",
-    "ray",
-    "pyarrow",
-    "img2dataset",
-    "numpy",
-    "opencv-python-headless",
-    "pillow",
-)
 _POLL_S = 0.5
-_STEP_RETRIES = 2
-_HEAD_START_S = 20.0
-_FORECAST_S = 5.0
-
-
-Admission = Callable[[StepContext, Collection[StepContext]], bool]
-"""(step, submitted steps) -> whether to submit it now."""
-
-
-class Observer(Protocol):
-    """Receives the events of a run."""
-
-    def started(self, step: Step) -> None:
-        """A step was submitted to Ray."""
-
-    def progressed(self, step: Step, state: ProgressState) -> None:
-        """The progress of a running step was read."""
-
-    def remaining(self, rest: Remaining) -> None:
-        """The time to go of the whole run was estimated again."""
-
-    def finished(self, step: Step, manifest: Manifest) -> None:
-        """A step was committed."""
-
-    def failed(self, step: Step, lost: Collection[str]) -> None:
-        """A step failed, and the waiting steps ``lost``, which are made from it, are not run."""
-
-    def warned(self, message: str) -> None:
-        """Something went wrong that does not stop the run."""
 
 
 def run_recipe(
@@ -155,7 +108,7 @@ def _run_steps(
     running: dict[Any, StepContext] = {}
     failures, notices = list[UnclipError](), dict[str, str]()
     servers = own_servers()
-    forecast, waits = _Forecast(recipe, waiting, observer, can_grow=not servers), _Waits(servers)
+    forecast, waits = Forecast(recipe, waiting, observer, can_grow=not servers), Waits(servers)
     # This machine has what it needs, for it has come so far.
     machines, soon = Machines(recipe, () if servers else waiting), Soon(recipe, is_cluster=not servers)
     try:
@@ -169,7 +122,7 @@ def _run_steps(
                     continue
                 waiting.remove(step)
                 soon.begins(step.name)
-                running[_start(context, tracking)] = context
+                running[start_step(context, tracking)] = context
                 observer.started(step)
             ready, _ = ray.wait(list(running), timeout=_POLL_S, num_returns=1)
             readings = _readings(running.values(), observer, tracking, notices)
@@ -182,7 +135,7 @@ def _run_steps(
                 lock.check()
                 context = running.pop(reference)
                 try:
-                    manifest = _commit(context, _result(reference, context, late), tracking)
+                    manifest = commit_step(context, result_of(reference, context, late), tracking)
                 except UnclipError as error:  # what is not made from it goes on
                     machines.look(wait_s=LONGEST_LOOK_S)  # one that has just come may be why
                     lost = dependents(waiting, context.step.name)
@@ -196,18 +149,13 @@ def _run_steps(
         if isinstance(error, KeyboardInterrupt):
             _end_trainings(running, observer, tracking, lock)
         for reference, context in running.items():
-            _cancel(reference, servers)
+            cancel_step(reference, servers)
             tracking.failed(context)
         raise
     finally:
         soon.end()
     if failures:
         raise type(failures[0])("; and ".join(map(str, failures)))
-
-
-def _cancel(reference: Any, servers: list[psutil.Process]) -> None:
-    if are_alive(servers):
-        ray.cancel(reference, force=True)
 
 
 def _end_trainings(running: dict[Any, StepContext], observer: Observer, tracking: Tracking, lock: Lock) -> None:
@@ -234,7 +182,7 @@ def _end_trainings(running: dict[Any, StepContext], observer: Observer, tracking
                 context = running.pop(reference)
                 try:
                     lock.check()
-                    manifest = _commit(context, _result(reference, context, {}), tracking)
+                    manifest = commit_step(context, result_of(reference, context, {}), tracking)
                 except UnclipError as error:
                     observer.warned(str(error))
                     _noted(error, context, tracking, None)
@@ -246,19 +194,6 @@ def _is_training(context: StepContext) -> bool:
     """Whether a step trains just now, so that it can write a checkpoint."""
     state = read_progress(context.output)
     return context.step.name in context.recipe.trained() and state is not None and state.unit == "steps"
-
-
-def _start(context: StepContext, tracking: Tracking) -> Any:
-    """Submit a step; returns Ray's reference to its result."""
-    context.output.clear_temporaries()
-    _forget_if_inputs_changed(context)
-    for name in (ERROR, STOP):
-        context.output.remove(name)
-    # Submitted first: to submit to a Ray that is killed at the first sign of progress hangs for a minute.
-    reference = _run_step.options(**controller_options(has_roles=cluster_has_roles())).remote(context)
-    Progress(context.output, waits=True).update(0, 1, "", "starting", force=True)
-    tracking.started(context)
-    return reference
 
 
 def _readings(
@@ -295,24 +230,6 @@ def _noted(error: UnclipError, context: StepContext, tracking: Tracking, observe
     return error
 
 
-def _forget_if_inputs_changed(context: StepContext) -> None:
-    """Remove what a step made from other bytes of its inputs, finished or not, and note the bytes of today."""
-    output, manifests = context.output, dict[str, Manifest]()
-    for name, artifact in context.inputs.items():
-        manifest = artifact.manifest()
-        if manifest is not None:
-            manifests[name] = manifest
-    before: dict[str, str] = output.find_json(INPUTS) or {}
-    is_same = before.keys() == manifests.keys() and all(
-        has_content(manifests[name], content) for name, content in before.items()
-    )
-    if output.exists(MANIFEST) or (before and not is_same):
-        output.clear()
-    elif before:
-        return  # what was begun with rows that were forgotten since keeps their content: its manifest says so
-    output.write_json(INPUTS, {name: content_of(manifest) for name, manifest in manifests.items()})
-
-
 def _reopened(workspace: Workspace, status: StepStatus, failed_class: str) -> StepStatus:
     """The download as an unfinished step, so that it runs again; its shards stay."""
     if status.step.name != "download":
@@ -345,152 +262,3 @@ def _to_make_anew(workspace: Workspace, statuses: Sequence[StepStatus], force: C
         StepStatus(status.step, "todo", ("it is made anew",), None) if status.step.name in forced else status
         for status in statuses
     ]
-
-
-class _Forecast:
-    """Tells the observer the time to go of the whole run, every few seconds.
-
-    Args:
-        recipe: The recipe.
-        steps: The steps that are not done.
-        observer: Who is told.
-        can_grow: Whether machines may join, so that the resources are asked for again each time. A Ray of this run's
-            own has those of this machine; asking it would hang for a minute if it were killed at that moment.
-    """
-
-    def __init__(self, recipe: Recipe, steps: Sequence[Step], observer: Observer, *, can_grow: bool) -> None:
-        self._can_grow = can_grow
-        self._resources = ray.cluster_resources()
-        self._recipe = recipe
-        self._steps = list(steps)
-        self._observer = observer
-        self._times, self._machine = load_times(recipe, steps)
-        self._estimated_at = float("-inf")
-
-    def update(self, readings: Mapping[str, ProgressState], done: Collection[str]) -> None:
-        """Estimate again from the readings of the running steps."""
-        if time.monotonic() - self._estimated_at < _FORECAST_S:
-            return
-        self._estimated_at = time.monotonic()
-        if self._can_grow:
-            self._resources = ray.cluster_resources()
-        cpus, gpus = (self._resources.get(name, 0) for name in ("CPU", "GPU"))
-        machine = dataclasses.replace(self._machine, cpus=cpus, gpus=gpus)
-        steps = [step for step in self._steps if step.name not in done]
-        self._observer.remaining(remaining(self._recipe, steps, readings, self._times, machine))
-
-
-class _Waits:
-    """Since when which trainings wait for machines.
-
-    Args:
-        servers: The servers of our own Ray.
-    """
-
-    def __init__(self, servers: list[psutil.Process]) -> None:
-        self._servers = servers
-        self._since: dict[str, float] = {}
-
-    def end_late(
-        self, running: Mapping[Any, StepContext], readings: Mapping[str, ProgressState]
-    ) -> dict[Any, StepError]:
-        """End the trainings that have waited for longer than their recipe allows; returns what each waited for.
-
-        Args:
-            running: The running steps, by Ray's reference.
-            readings: Their newest readings, by name.
-        """
-        late: dict[Any, StepError] = {}
-        for reference, context in running.items():
-            name, trained = context.step.name, context.recipe.trained()
-            if name not in trained or name not in readings or readings[name].has_begun:
-                self._since.pop(name, None)
-            elif time.monotonic() - self._since.setdefault(name, time.monotonic()) > trained[name].resources.max_wait_s:
-                late[reference] = self._error(context)
-                _cancel(reference, self._servers)
-        return late
-
-    def _error(self, context: StepContext) -> StepError:
-        name = context.step.name
-        resources = context.recipe.trained()[name].resources
-        options = worker_options(name, resources, has_roles=cluster_has_roles())
-        return StepError(
-            f"{name}: waited {duration(time.monotonic() - self._since[name])} for {resources.fewest_workers} x "
-            f"{describe(options)}{unoffered(options)}. Add machines, or change {name}.resources (label_selector, "
-            "num_workers, max_wait_s), and run again: its checkpoints are kept"
-        )
-
-
-def at_once(_context: StepContext, _running: Collection[StepContext]) -> bool:
-    """On a cluster, submit every ready step, so that the autoscaler sees the demand."""
-    return True
-
-
-def fits_now(context: StepContext, running: Collection[StepContext]) -> bool:
-    """On our own Ray, submit a step when its resources are free, in the order of the plan.
-
-    Ray places waiting tasks in no fixed order; an upsampler that starts before the decoder makes the whole run minutes
-    longer.
-    """
-    return not running or (
-        not any(_is_starting(other) for other in running)
-        and all(ray.available_resources().get(name, 0) >= amount for name, amount in _needs(context).items())
-    )
-
-
-def _is_starting(context: StepContext) -> bool:
-    """Whether a step may soon take resources that seem free."""
-    state = read_progress(context.output)
-    # A reading of a later time than now was written before the clock went back.
-    return state is not None and not state.has_begun and 0 <= time.time() - state.updated < _HEAD_START_S
-
-
-def _needs(context: StepContext) -> dict[str, float]:
-    """Resources that a step needs to begin: of all workers of a training, of one worker of any other step."""
-    needs = needs_of(getattr(context.recipe, context.step.name))
-    return {"CPU": needs.num_workers * needs.cpus, "GPU": needs.num_workers * needs.gpus}
-
-
-@ray.remote(num_cpus=0, max_retries=_STEP_RETRIES)
-def _run_step(context: StepContext) -> StepResult:
-    module, _, name = STEP_ROWS[context.step.name].runner.partition(":")
-    function: Callable[[StepContext], StepResult] = getattr(importlib.import_module(module), name)
-    with logged(context.step.name, "controller"):
-        return function(context)
-
-
-def _result(reference: Any, context: StepContext, ended: Mapping[Any, StepError]) -> StepResult:
-    """The result of a step that Ray has finished, or that was ended before."""
-    name, output = context.step.name, context.output
-    if reference in ended:
-        raise ended[reference]
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, UnclipError):
-            raise cause from None
-        output.write_bytes(ERROR, "".join(traceback.format_exception(error)).encode())
-        raise StepError(f"{name}: {type(cause).__name__}: {cause}; details in {output.uri}/{ERROR}") from None
-    except ray.exceptions.RayError as error:
-        raise StepError(
-            f"{name}: lost its worker {_STEP_RETRIES + 1} times ({type(error).__name__}); "
-            f"what it finished is kept in {output.uri}; run again to continue"
-        ) from None
-
-
-def _commit(context: StepContext, result: StepResult, tracking: Tracking) -> Manifest:
-    step, output = context.step, context.output
-    progress = Progress(output, waits=True)
-    wall_s, is_training = progress.wall_s, step.name in context.recipe.trained()
-    output.learn(result.files)
-    manifest = dataclasses.replace(
-        manifest_of(step, output, result.counts, wall_s=wall_s, records=output.fold_records()),
-        metrics=result.metrics,
-        input_contents=output.read_json(INPUTS),
-        node_s=round(progress.node_s if is_training else wall_s * result.num_workers, 3),
-        versions={name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
-        tracking_run_id=tracking.finished(context, result),
-    )
-    output.commit(manifest)
-    return manifest

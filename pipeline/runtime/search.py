@@ -18,9 +18,9 @@ from pipeline.retrieve.search import STEPS, SearchOptions
 from pipeline.runtime.connection import connect, own_servers, require_alive
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.head import watched_head
+from pipeline.runtime.observer import Observer
 from pipeline.runtime.placement import cluster_has_roles, controller_options
 from pipeline.runtime.pool import ShardJob, map_shards, total_counts
-from pipeline.runtime.run import Observer
 from pipeline.workspace.digests import fingerprint
 from pipeline.workspace.lock import locked
 from pipeline.workspace.manifest import Manifest, ShardRecord

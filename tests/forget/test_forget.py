@@ -41,7 +41,7 @@ from pipeline.retrieve.takedown import Takedown
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.filter import run_filter
 from pipeline.runtime.filter_embeddings import run_filter_embeddings
-from pipeline.runtime.run import _forget_if_inputs_changed  # pyright: ignore[reportPrivateUsage]
+from pipeline.runtime.step_task import forget_if_inputs_changed
 from pipeline.workspace import folder
 from pipeline.workspace.forgotten import FORGOTTEN, PENDING, Forgotten, Pending
 from pipeline.workspace.lock import in_use, locked_workspace
@@ -505,11 +505,11 @@ def test_a_training_under_way_goes_on_and_says_so_when_it_is_done(made: Made) ->
     context = make_context(Path(made.recipe.workspace), "prior", made.recipe)
     output = context.output
     output.clear()
-    _forget_if_inputs_changed(context)
+    forget_if_inputs_changed(context)
     output.write_bytes("live/checkpoint", b"weights")
     _forget(made, _BY_URL)
     made.finish()
-    _forget_if_inputs_changed(context)
+    forget_if_inputs_changed(context)
     assert output.exists("live/checkpoint")
     output.commit(dataclasses.replace(manifest_of(step, output), input_contents=output.read_json(INPUTS)))
     manifest = output.manifest()

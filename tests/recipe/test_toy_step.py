@@ -43,14 +43,14 @@ from pathlib import Path
 from pipeline.recipe.plan import make_plan, manifest_of
 from pipeline.recipe.recipe import load_recipe
 from pipeline.report.report import write_report
-from pipeline.runtime import run
+from pipeline.runtime import step_task
 from pipeline.runtime.context import StepContext
 from pipeline.workspace.store import Workspace
 
 recipe = load_recipe(Path("toy.toml"))
 for step in make_plan(recipe, until="tally"):
     context = StepContext(recipe, step, recipe.workspace)
-    result = run._run_step._function(context)  # what Ray calls in the worker
+    result = step_task.run_step._function(context)  # what Ray calls in the worker
     context.output.commit(manifest_of(step, context.output, result.counts, wall_s=1.0))
 write_report(Workspace(recipe.workspace), make_plan(recipe), recipe, Path("report.html"), "toy.toml")
 """

@@ -16,10 +16,10 @@ from pipeline.data.pairs import Part, write_index
 from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of, plan_status
 from pipeline.recipe.recipe import load_recipe
-from pipeline.runtime import run
+from pipeline.runtime import run, step_task
+from pipeline.runtime.admission import at_once, fits_now
 from pipeline.runtime.connection import connect
 from pipeline.runtime.context import StepContext, StepResult
-from pipeline.runtime.run import at_once, fits_now
 from pipeline.runtime.tracking.run import Tracking
 from pipeline.workspace.lock import in_use
 from pipeline.workspace.progress import Progress, read_progress
@@ -81,7 +81,7 @@ def test_the_machine_time_of_a_training_is_that_of_the_workers_it_had(tmp_path: 
             start.update(1, 2, "steps", force=True)
         context.output.write_json(INPUTS, {})
         tracking = Tracking(context.recipe, context.workspace, pytest.fail)
-        manifest = run._commit(context, StepResult(num_workers=4), tracking)
+        manifest = step_task.commit_step(context, StepResult(num_workers=4), tracking)
         assert manifest.wall_s == pytest.approx(10, abs=0.2)
         assert manifest.node_s == pytest.approx(expected_s, abs=0.8)
 
@@ -113,7 +113,7 @@ def test_what_is_forced_stays_until_its_step_starts_and_partial_work_goes_on(tmp
     assert [status.state for status in after] == [before[0].state, before[1].state, "todo"]
     assert steps["prior"].output.manifest() is not None
     assert steps["decoder"].output.exists("live/checkpoint-5.safetensors")
-    run._forget_if_inputs_changed(steps["prior"])  # its start
+    step_task.forget_if_inputs_changed(steps["prior"])  # its start
     assert steps["prior"].output.manifest() is None
 
 

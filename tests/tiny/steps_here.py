@@ -18,7 +18,7 @@ from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.recipe.sections import FilterConfig
 from pipeline.recipe.steps import STEP_ROWS
 from pipeline.retrieve.build import build_index
-from pipeline.runtime import data, download, run
+from pipeline.runtime import data, download, step_task
 from pipeline.runtime import filter as filters
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.pool import ShardJob
@@ -64,7 +64,7 @@ def steps_here() -> Generator[None]:
 
 def run_step(context: StepContext) -> None:
     """Run and commit one step, inside ``steps_here``."""
-    run._forget_if_inputs_changed(context)
+    step_task.forget_if_inputs_changed(context)
     step = context.step.name
     if step == "index":
         config = context.recipe.index
@@ -75,7 +75,7 @@ def run_step(context: StepContext) -> None:
     else:
         module, _, name = STEP_ROWS[step].runner.partition(":")
         result = getattr(importlib.import_module(module), name)(context)
-    run._commit(context, result, cast("Any", _NoTracking()))
+    step_task.commit_step(context, result, cast("Any", _NoTracking()))
 
 
 def counted_recipe(workspace: str, num_shards: int, shard_rows: int) -> Recipe:
