@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import json
-import time
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,18 +18,13 @@ from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.causes import FetchError
-from pipeline.data.download import Downloader, address_rules
-from pipeline.data.fetch import Fetcher
 from pipeline.data.folders import count_pictures, has_pictures, read_folder
 from pipeline.data.lists import Span
 from pipeline.data.make_pairs import write_pairs
 from pipeline.data.pairs import Pairs
 from pipeline.data.reading import Reading, name_examples
 from pipeline.data.rows import make_uid
-from pipeline.data.shard_writer import ShardFiles
 from pipeline.data.sources import Source
-from pipeline.data.urls import AddressRules
 from pipeline.errors import ConfigError, DataError
 from pipeline.init.recipe import write_recipe
 from pipeline.recipe.pairs_sections import PairsConfig
@@ -48,62 +42,10 @@ from tests.data.conftest import make_picture
 from tests.s3_server import S3Server
 from tests.tiny.recipe import tiny_tables
 from tests.tiny.steps_here import run_step, steps_here
+from tests.tiny.strange_folder import fetch, put, put_here, strange_files
 from tests.workspace.conftest import use
 
-pc: Any = pyarrow.compute  # its functions are made when it is imported
 _CONFIG = DownloadConfig(image_px=32, retries=1)
-
-
-def _annotations() -> dict[str, bytes]:
-    table = pa.Table.from_pylist([{"file_name": "1.png", "text": "from parquet"}])
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    coco = {
-        "images": [{"id": 1, "file_name": "coco.jpg"}],
-        "annotations": [{"image_id": 1, "caption": "coco one"}, {"image_id": 1, "caption": "coco two"}],
-    }
-    return {
-        "train/metadata.csv": b"file_name,text\na 1.jpg,in train\nsub/9.png,far below\nno.jpg,nothing\n../up.jpg,up\n",
-        "train/sub/metadata.jsonl": b'{"file_name": "8.png", "text": "near"}\n{"file_name"\n',
-        "train/deep/er/metadata.parquet": sink.getvalue().to_pybytes(),
-        "annotations/captions_train2017.json": json.dumps(coco).encode(),
-        "flickr/results.csv": b"image_name| comment_number| comment\nf.jpg| 0| flickr\n",
-    }
-
-
-_PICTURES = (
-    "up.jpg", "b.JPEG", "b.c.png", "c d.webp", "e\u00e9 #1?.png", "train/a 1.jpg", "train/a 2.jpg", "train/sub/8.png",
-    "train/sub/9.png", "train/deep/er/1.png", "train2017/coco.jpg", "flickr/pictures/f.jpg", "strange/1.jpg",
-    "strange/2.jpg", "strange/3.jpg", ".hidden.jpg", ".git/1.jpg", "a[1]/x.jpg", "100%/x.jpg",
-)  # fmt: skip
-_SIDECARS = {
-    "b.txt": b"beside it\r\nin two lines\n",
-    "b.c.caption": b"dots in its name",
-    "c d.json": b'{"caption": "in json"}',
-    "strange/1.txt": b"caf\xe9",
-    "strange/2.json": b"{",
-    "a[1]/x.txt": b"brackets",
-    "readme.md": b"no picture",
-}
-
-
-def _files() -> dict[str, bytes]:
-    kinds = {"jpg": "JPEG", "peg": "JPEG", "png": "PNG", "ebp": "WEBP"}
-    pictures = {name: make_picture(seed, kind=kinds[name[-3:].lower()]) for seed, name in enumerate(_PICTURES)}
-    return pictures | _SIDECARS | _annotations()
-
-
-def _put(folder: str, files: dict[str, bytes]) -> None:
-    """Write files as another machine does."""
-    store = ObjectStore(folder)
-    for name, content in files.items():
-        store.pipe_file(f"{store.path}/{name}", content)
-
-
-def _put_here(folder: Path, files: dict[str, bytes]) -> None:
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
 
 
 def _rows(folder: str, column: str = "") -> tuple[list[tuple[str, str, str]], Reading]:
@@ -121,9 +63,9 @@ def _rows(folder: str, column: str = "") -> tuple[list[tuple[str, str, str]], Re
 def test_a_folder_in_a_store_has_the_pairs_of_the_same_folder_on_a_disk(
     page: int, column: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _put_here(tmp_path / "my pictures", _files())
-    _put(f"{bucket}/my pictures", _files())
-    _put(f"{bucket}/my pictures, others", {"1.png": make_picture(1)})  # begins with the folder's name
+    put_here(tmp_path / "my pictures", strange_files())
+    put(f"{bucket}/my pictures", strange_files())
+    put(f"{bucket}/my pictures, others", {"1.png": make_picture(1)})  # begins with the folder's name
     monkeypatch.setattr(objects, "_BATCH", page)
     here, reading_here = _rows(f"{tmp_path}/my pictures", column)
     there, reading_there = _rows(f"{bucket}/my pictures", column)
@@ -141,7 +83,7 @@ def test_a_large_folder_is_read_page_by_page(bucket: str, s3_server: S3Server, m
     """However many files a folder has, one request tells of few, and the files beside pictures come with them."""
     names = [f"{number:02d}" for number in range(40)]
     files = {f"{name}.jpg": b"" for name in names} | {f"{name}.txt": name.encode() for name in names}
-    _put(f"{bucket}/large", files)
+    put(f"{bucket}/large", files)
     monkeypatch.setattr(objects, "_BATCH", 7)
     s3_server.counted()
     rows = iter(read_folder(f"{bucket}/large", "", Reading()))
@@ -160,7 +102,7 @@ def test_a_large_folder_is_read_page_by_page(bucket: str, s3_server: S3Server, m
 def test_a_page_that_fails_is_asked_for_again_and_a_list_without_order_is_refused(
     bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _put(f"{bucket}/folder", {f"{number}.jpg": b"" for number in range(5)})
+    put(f"{bucket}/folder", {f"{number}.jpg": b"" for number in range(5)})
     monkeypatch.setattr(objects, "_BATCH", 2)
     for kind in ("500", "reset", "throttled"):
         s3_server.fail(kind, "GET", "/bucket", times=1)
@@ -180,7 +122,7 @@ def test_a_page_that_fails_is_asked_for_again_and_a_list_without_order_is_refuse
 def test_what_is_strange_in_a_store_is_counted_and_what_is_missing_is_one_sentence(
     bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _put(f"{bucket}/folder", {"": b"", "sub/": b"", "1.jpg": b"", "/2.jpg": b"", "sub//3.jpg": b"", "../4.jpg": b""})
+    put(f"{bucket}/folder", {"": b"", "sub/": b"", "1.jpg": b"", "/2.jpg": b"", "sub//3.jpg": b"", "../4.jpg": b""})
     rows, reading = _rows(f"{bucket}/folder")
     assert [name for name, _, _ in rows] == ["1.jpg"]
     assert reading.counts == {"in": 2, "malformed": 2}
@@ -191,7 +133,7 @@ def test_what_is_strange_in_a_store_is_counted_and_what_is_missing_is_one_senten
         _rows(f"{bucket}/none")
     with pytest.raises(DataError, match=r"s3://no-such-bucket/folder: no such folder"):
         _rows("s3://no-such-bucket/folder")
-    _put(f"{bucket}/empty", {"list.csv": b"url,caption\nhttp://a/1.jpg,one\n"})
+    put(f"{bucket}/empty", {"list.csv": b"url,caption\nhttp://a/1.jpg,one\n"})
     with pytest.raises(DataError, match=r"/empty: no pictures \(\.bmp"):
         _rows(f"{bucket}/empty")
     assert not has_pictures(f"{bucket}/empty/list.csv")
@@ -207,134 +149,12 @@ def test_what_is_strange_in_a_store_is_counted_and_what_is_missing_is_one_senten
         _rows(f"{bucket}/folder")
 
 
-def _download(folder: str, out: Path, urls: list[str], config: DownloadConfig = _CONFIG) -> dict[str, str]:
-    """What became of each URL in a download of a recipe with this folder."""
-    names = [url.rpartition("/")[2] for url in urls]
-    columns = {
-        "uid": [make_uid(url, "") for url in urls],
-        "split": ["train"] * len(urls),
-        "caption": names,
-        "url": urls,
-    }
-    rules = address_rules(PairsConfig(source="folder", path=folder), config)
-    out.mkdir()
-    files = ShardFiles(out / "00000.tar", out / "00000.parquet", out / "00000_stats.json")
-    with Downloader(config, rules) as downloader:
-        downloader.download(pa.table(columns), "00000", files)
-    rows = pq.read_table(files.parquet, columns=["url", "status", "error_message"]).to_pylist()
-    return {row["url"]: row["error_message"] or row["status"] for row in rows}
-
-
-def test_pictures_of_a_store_are_read_once_each_and_faults_are_labelled(
-    bucket: str, s3_server: S3Server, tmp_path: Path
-) -> None:
-    good = {name: content for name, content in _files().items() if name in _PICTURES}
-    faults = {
-        "corrupt.jpg": b"no picture",
-        "empty.jpg": b"",
-        "cut.jpg": make_picture(1)[:-600],
-        "large.jpg": bytes(99_999),
-    }
-    files, folder = good | faults, f"{bucket}/my pictures"
-    _put(folder, files)
-    _put(f"{bucket}/my pictures 2", {"1.jpg": make_picture(1)})
-    _put_here(tmp_path / "here", files)
-    config = replace(_CONFIG, max_body_bytes=90_000)
-    names = [*files, "missing.jpg"]
-    outside = [f"{bucket}/my pictures 2/1.jpg", f"{folder}/../my pictures 2/1.jpg", "s3://other/1.jpg", "gs://b/1.jpg"]
-    s3_server.counted()
-    there = _download(folder, tmp_path / "1", [f"{folder}/{name}" for name in names] + outside, config)
-    requests = s3_server.counted()
-    assert {request.kind for request in requests} == {"GET"}
-    assert len(requests) == len({request.name for request in requests}) == len(names)
-    local = [(tmp_path / "here" / name).as_uri() for name in names]
-    here = _download(str(tmp_path / "here"), tmp_path / "2", local, config)
-    of_files = [there[f"{folder}/{name}"] for name in names]
-    assert of_files == [here[url] for url in local]
-    assert of_files == [
-        *["success"] * len(good),
-        *["not a picture", "not a picture", "image file is truncated", "body-size", "file: No such file or directory"],
-    ]
-    assert [there[url].partition(":")[0] for url in outside] == ["scheme"] * 4
-    tables = [
-        pq.read_table(tmp_path / f"{number}/00000.parquet").filter(pc.field("status") == "success") for number in (1, 2)
-    ]
-    assert tables[0].column("sha256").to_pylist() == tables[1].column("sha256").to_pylist()
-
-
-async def _fetch(url: str, config: DownloadConfig) -> bytes | str:
-    """The content of a file, or the class of its failure."""
-    async with Fetcher(config, AddressRules(folders=[url.rpartition("/")[0]])) as fetcher:
-        try:
-            with await fetcher.fetch(url) as body:
-                return body.read()
-        except FetchError as error:
-            return error.cause
-
-
-@pytest.mark.parametrize(
-    ("kind", "cause", "requests"),
-    # aiohttp asks again by itself when a connection is closed before an answer
-    [("500", "http-500", 1), ("throttled", "http-503", 1), ("reset", "lost", 2), ("half", "body-cut", 1)],
-)
-def test_a_store_is_asked_as_often_as_the_recipe_says(
-    kind: str, cause: str, requests: int, bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("AWS_MAX_ATTEMPTS")  # a driver has its own idea
-    _put(f"{bucket}/folder", {"1.jpg": b"content"})
-    for retries, faults, result in [(0, 1, cause), (1, 2, cause), (1, 1, b"content")]:
-        s3_server.fail(kind, "GET", "1.jpg", times=faults * requests)
-        s3_server.counted()
-        assert asyncio.run(_fetch(f"{bucket}/folder/1.jpg", replace(_CONFIG, retries=retries))) == result
-        assert len(s3_server.counted()) == faults * requests + (faults <= retries)
-
-
-@pytest.mark.parametrize(("limits", "cause"), [({"timeout_s": 1}, "timeout"), ({"deadline_s": 0.7}, "deadline")])
-def test_a_store_that_is_slow_costs_a_picture_its_deadline_and_no_more(
-    limits: dict[str, Any], cause: str, bucket: str, s3_server: S3Server
-) -> None:
-    _put(f"{bucket}/folder", {"1.jpg": b"content"})
-    s3_server.fail("slow", "GET", "1.jpg", seconds=4.0)
-    start = time.monotonic()
-    assert asyncio.run(_fetch(f"{bucket}/folder/1.jpg", replace(_CONFIG, retries=0, **limits))) == cause
-    assert time.monotonic() - start < 3.5
-
-
-def test_a_download_without_credentials_ends_with_one_sentence(
-    bucket: str, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _put(f"{bucket}/folder", {"1.jpg": make_picture(1)})
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", "/nowhere")
-    use({"AWS_ENDPOINT_URL": s3_server.endpoint}, monkeypatch)
-    with pytest.raises(ConfigError, match=r"/folder: no access .*AWS_ACCESS_KEY_ID"):
-        _download(f"{bucket}/folder", tmp_path / "out", [f"{bucket}/folder/1.jpg"])
-
-
-def test_a_list_names_files_of_a_store_only_in_folders_that_are_allowed(bucket: str, tmp_path: Path) -> None:
-    _put(bucket, {"a/1.jpg": make_picture(1), "b/1.jpg": make_picture(1)})
-    urls = [f"{bucket}/a/1.jpg", f"{bucket}/b/1.jpg"]
-    results: list[list[str]] = []
-    for number, allowed in enumerate([(), (f"{bucket}/a",)]):
-        results.append(
-            list(
-                _download(
-                    str(tmp_path), tmp_path / str(number), urls, replace(_CONFIG, allowed_folders=allowed)
-                ).values()
-            )
-        )
-    assert results[0] == ["scheme: s3: URLs are not fetched"] * 2
-    assert results[1][0] == "success"
-    assert results[1][1].startswith("scheme: s3: URLs are not fetched outside of the folders")
-
-
 def test_init_and_plan_know_a_folder_in_a_store_by_what_the_store_says_of_it(bucket: str, tmp_path: Path) -> None:
     folder, out = f"{bucket}/pictures", tmp_path / "mine.toml"
     files = {f"train/{number}.jpg": make_picture(number) for number in range(12)}
     metadata = "file_name,text\n" + "".join(f"{number}.jpg,picture {number}\n" for number in range(12))
-    _put(folder, files | {"train/metadata.csv": metadata.encode()})
-    _put(f"{bucket}/pictures [1]", {"1.jpg": b"", "2.jpg": b""})
+    put(folder, files | {"train/metadata.csv": metadata.encode()})
+    put(f"{bucket}/pictures [1]", {"1.jpg": b"", "2.jpg": b""})
     assert (count_pictures(f"{bucket}/pictures [1]"), len(find_files(f"{bucket}/pictures [1]"))) == (2, 2)
     summary = write_recipe(folder, str(out), gpu=False)
     assert summary.startswith("12 pictures in a folder; sized for")
@@ -347,9 +167,9 @@ def test_init_and_plan_know_a_folder_in_a_store_by_what_the_store_says_of_it(buc
     assert keys[0] == keys[1]
     assert not unseen_inputs(recipe)
     for name, content in [("train/1.jpg", make_picture(99)), ("train/metadata.csv", metadata.upper().encode())]:
-        _put(folder, {name: content})
+        put(folder, {name: content})
         keys.append(make_plan(recipe)[0].key)
-    _put(f"{bucket}/moved", files | {"train/metadata.csv": metadata.encode()})
+    put(f"{bucket}/moved", files | {"train/metadata.csv": metadata.encode()})
     keys.append(make_plan(replace(recipe, pairs=replace(recipe.pairs, path=f"{bucket}/moved")))[0].key)
     assert len(set(keys)) == 4
     output = Artifact(str(tmp_path / "pairs"))
@@ -363,17 +183,17 @@ def test_init_and_plan_know_a_folder_in_a_store_by_what_the_store_says_of_it(buc
 def test_other_stores_give_a_folder_whole_and_a_picture_in_two_requests(
     is_async: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _put_here(tmp_path / "pictures", _files())
-    for name, content in _files().items():
+    put_here(tmp_path / "pictures", strange_files())
+    for name, content in strange_files().items():
         fsspec.filesystem("memory").pipe(f"/others/pictures/{name}", content)
     if is_async:
         driver = AsyncFileSystemWrapper(fsspec.filesystem("memory"), asynchronous=False)
         monkeypatch.setattr(ObjectStore, "driver", lambda *_: driver)
     assert _rows("memory://others/pictures")[0] == _rows(f"{tmp_path}/pictures")[0]
-    for name, result in [("b.JPEG", _files()["b.JPEG"]), ("missing.jpg", "file")]:
-        assert asyncio.run(_fetch(f"memory://others/pictures/{name}", _CONFIG)) == result
+    for name, result in [("b.JPEG", strange_files()["b.JPEG"]), ("missing.jpg", "file")]:
+        assert asyncio.run(fetch(f"memory://others/pictures/{name}", _CONFIG)) == result
     small = replace(_CONFIG, max_body_bytes=10)
-    assert asyncio.run(_fetch("memory://others/pictures/b.JPEG", small)) == "body-size"
+    assert asyncio.run(fetch("memory://others/pictures/b.JPEG", small)) == "body-size"
 
 
 def test_other_stores_are_listed_by_sub_folders_and_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,8 +219,8 @@ def test_other_stores_are_listed_by_sub_folders_and_never_whole(monkeypatch: pyt
 def test_the_steps_make_the_shards_of_the_same_folder_on_a_disk(
     bucket: str, tmp_path: Path, s3_server: S3Server
 ) -> None:
-    _put_here(tmp_path / "pictures", _files())
-    _put(f"{bucket}/pictures", _files())
+    put_here(tmp_path / "pictures", strange_files())
+    put(f"{bucket}/pictures", strange_files())
     tables: list[pa.Table] = []
     with steps_here():
         for place in (str(tmp_path), bucket):
@@ -429,9 +249,9 @@ def test_a_large_folder_is_cut_into_parts_whose_pairs_are_those_of_the_whole(
     pictures: int, page: int, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = ("train-more/1.jpg", "train/sub-2/1.jpg", "train/sub/more/1.jpg", "train/sub/more.jpg")
-    files = _files() | {name: make_picture(1) for name in more}
-    _put_here(tmp_path / "my pictures", files)
-    _put(f"{bucket}/my pictures", files)
+    files = strange_files() | {name: make_picture(1) for name in more}
+    put_here(tmp_path / "my pictures", files)
+    put(f"{bucket}/my pictures", files)
     whole, reading = _rows(f"{tmp_path}/my pictures")
     monkeypatch.setattr(objects, "_BATCH", page)
     monkeypatch.setattr("pipeline.workspace.trees._RUN", page)
@@ -475,7 +295,7 @@ def test_a_folder_of_names_with_one_beginning_is_cut_between_them(
     names = ("frame.-.bmp", "frame.-.c.bmp", "frame.-.txt", "frame.+.caption", "frame.+.d.jpg", "frame.+.jpg")
     files = dict.fromkeys(frames, b"") | texts | {name: name.encode() for name in (*names, "frame.bmp")}
     place = f"{bucket}/film" if in_store else str(tmp_path / "film")
-    (_put if in_store else _put_here)(place if in_store else Path(place), files)
+    (put if in_store else put_here)(place if in_store else Path(place), files)
     whole, _ = _rows(place)
     for page, pictures in [(3, 2), (1, 5)] if in_store else itertools.product((1, 2, 3, 7), (1, 2, 5)):
         monkeypatch.setattr(objects, "_BATCH", page)
@@ -498,8 +318,8 @@ def test_a_folder_of_names_with_one_beginning_is_cut_between_them(
 def test_a_part_of_a_folder_lists_little_of_the_rest(
     bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _put(f"{bucket}/flat", {f"{number:03d}.jpg": b"" for number in range(120)})
-    _put(f"{bucket}/deep", {f"{number:03d}/1.jpg": b"" for number in range(120)})
+    put(f"{bucket}/flat", {f"{number:03d}.jpg": b"" for number in range(120)})
+    put(f"{bucket}/deep", {f"{number:03d}/1.jpg": b"" for number in range(120)})
     monkeypatch.setattr(objects, "_BATCH", 10)
     monkeypatch.setattr("pipeline.data.folders._PART_PICTURES", 20)
     for folder, most in (("flat", [4] * 6), ("deep", [34, *[26] * 5])):  # the first may find files in the folder itself
