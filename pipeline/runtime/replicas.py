@@ -117,7 +117,7 @@ class ModelReplica:
             for other in self._engines.keys() - {newest, self._served}:  # of a swap that was given up
                 self._end_later(other, 0.0)
             if ray.is_initialized() and ray.get_runtime_context().get_actor_id():
-                await self._announce(newest)
+                await self._announce(newest)  # pyright: ignore[reportCallIssue]  (Ray types it as a coroutine)
 
     @serve.multiplexed(max_num_models_per_replica=_MOST_ANNOUNCED)
     async def _announce(self, served: str) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import ray
-import ray.exceptions
 
 from pipeline.errors import ConfigError, DataError, UnclipError
 from pipeline.recipe.garbage import read_artifacts
