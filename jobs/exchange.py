@@ -34,31 +34,35 @@ def export(
     from pipeline.clip.frozen import FrozenText
     from pipeline.networks.cascade import load_cascade, network_configs
     from pipeline.networks.diffusers import export_diffusers, export_native
+    from pipeline.recipe.garbage import in_use_of
     from pipeline.recipe.lineage import write_origin
     from pipeline.recipe.plan import finished_artifacts
     from pipeline.recipe.steps import CASCADE_STEPS
 
-    artifacts = finished_artifacts(resolved, CASCADE_STEPS)
-    if native:
-        export_native(artifacts, Path(native))
-        write_origin(Path(native), resolved, artifacts)
-        typer.echo(f"{', '.join(artifacts)} in {native}")
-        folder = shlex.quote(native)
-        return (f'unclip sample {folder} "your prompt" --out out', f"unclip lineage {folder}")
-    cascade = load_cascade(artifacts, configs=network_configs(resolved))
-    assert isinstance(cascade.clip, FrozenText)
-    for note in export_diffusers(cascade, cascade.clip, Path(diffusers)):
-        typer.echo(f"note: {note}")
-    write_origin(Path(diffusers), resolved, artifacts)
-    typer.echo(f"diffusers' UnCLIPPipeline loads {diffusers}")
-    return (f"unclip lineage {shlex.quote(diffusers)}",)
+    with in_use_of(resolved, CASCADE_STEPS):
+        artifacts = finished_artifacts(resolved, CASCADE_STEPS)
+        if native:
+            export_native(artifacts, Path(native))
+            write_origin(Path(native), resolved, artifacts)
+            typer.echo(f"{', '.join(artifacts)} in {native}")
+            folder = shlex.quote(native)
+            return (f'unclip sample {folder} "your prompt" --out out', f"unclip lineage {folder}")
+        cascade = load_cascade(artifacts, configs=network_configs(resolved))
+        assert isinstance(cascade.clip, FrozenText)
+        for note in export_diffusers(cascade, cascade.clip, Path(diffusers)):
+            typer.echo(f"note: {note}")
+        write_origin(Path(diffusers), resolved, artifacts)
+        typer.echo(f"diffusers' UnCLIPPipeline loads {diffusers}")
+        return (f"unclip lineage {shlex.quote(diffusers)}",)
 
 
 def _export_embeddings(recipe: Recipe, folder: Path) -> None:
     from pipeline.data.npy_folder import export_embeddings
+    from pipeline.recipe.garbage import in_use_of
     from pipeline.recipe.plan import finished_artifacts
 
-    num_rows = export_embeddings(finished_artifacts(recipe, ("embed",))["embed"], folder)
+    with in_use_of(recipe, ("embed",)):
+        num_rows = export_embeddings(finished_artifacts(recipe, ("embed",))["embed"], folder)
     typer.echo(f"{num_rows} embeddings of pictures and of texts in {folder}, for embedding-reader and clip-retrieval")
 
 

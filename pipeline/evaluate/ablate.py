@@ -42,6 +42,7 @@ from pipeline.evaluate.work import Part
 from pipeline.grid import Block, draw_grid
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.pictures import decode, to_png
+from pipeline.recipe.garbage import in_use_of
 from pipeline.recipe.plan import Step, artifact_of, finished_artifacts, make_plan, manifest_of, sampling_tables
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
@@ -77,31 +78,33 @@ def ablate_recipe(recipe: Recipe, *, num_prompts: int, num_shown: int, watch: Wa
     """
     workspace = Workspace(recipe.workspace)
     step = ablation_step(recipe, num_prompts=num_prompts, num_shown=num_shown)
-    output, inputs = artifact_of(workspace, step), finished_artifacts(recipe, step.inputs)
-    if output.manifest() is None:
-        start = time.monotonic()
-        output.clear_temporaries()
-        prompts = choose_prompts(recipe.evaluate.prompts_path, inputs["pairs"], embeddings_of(inputs), num_prompts)
-        networks = {name: artifact for name, artifact in inputs.items() if name in CASCADE_STEPS}
-        accelerator = recipe.evaluate.resources.accelerator
-        runner = AblationRunner(load_cascade(networks, accelerator, network_configs(recipe)), prompts, output)
-        parts = plan_variants(runner.variants, len(prompts.prompts), recipe.evaluate.batch_size)
-        for part in parts:
-            if part.name not in output.shard_records():
-                runner.run(part, recipe.seed, num_shown)
-            watch(part.kind, part.stop, len(prompts.prompts))
-        shown = [
-            {
-                "prompt": prompt.text,
-                "pictures": [{"file": _picture_name(name, n), "label": VARIANTS[name]} for name in runner.variants],
-            }
-            for n, prompt in enumerate(prompts.prompts[:num_shown])
-        ]
-        output.write_json(RESULT, summarise(output, parts, prompts, runner.references()) | {"shown": shown})
-        output.write_bytes(GRID, to_png(_grid(output, runner.variants, prompts, num_shown)))
-        counts = add_counts([record.counts for record in output.shard_records().values()])
-        output.commit(manifest_of(step, output, counts, wall_s=time.monotonic() - start))
-    return output, output.read_json(RESULT)
+    output = artifact_of(workspace, step)
+    with in_use_of(recipe, step.inputs, [(_STEP, step.key)]):
+        inputs = finished_artifacts(recipe, step.inputs)
+        if output.manifest() is None:
+            start = time.monotonic()
+            output.clear_temporaries()
+            prompts = choose_prompts(recipe.evaluate.prompts_path, inputs["pairs"], embeddings_of(inputs), num_prompts)
+            networks = {name: artifact for name, artifact in inputs.items() if name in CASCADE_STEPS}
+            accelerator = recipe.evaluate.resources.accelerator
+            runner = AblationRunner(load_cascade(networks, accelerator, network_configs(recipe)), prompts, output)
+            parts = plan_variants(runner.variants, len(prompts.prompts), recipe.evaluate.batch_size)
+            for part in parts:
+                if part.name not in output.shard_records():
+                    runner.run(part, recipe.seed, num_shown)
+                watch(part.kind, part.stop, len(prompts.prompts))
+            shown = [
+                {
+                    "prompt": prompt.text,
+                    "pictures": [{"file": _picture_name(name, n), "label": VARIANTS[name]} for name in runner.variants],
+                }
+                for n, prompt in enumerate(prompts.prompts[:num_shown])
+            ]
+            output.write_json(RESULT, summarise(output, parts, prompts, runner.references()) | {"shown": shown})
+            output.write_bytes(GRID, to_png(_grid(output, runner.variants, prompts, num_shown)))
+            counts = add_counts([record.counts for record in output.shard_records().values()])
+            output.commit(manifest_of(step, output, counts, wall_s=time.monotonic() - start))
+        return output, output.read_json(RESULT)
 
 
 def ablation_step(recipe: Recipe, *, num_prompts: int, num_shown: int) -> Step:

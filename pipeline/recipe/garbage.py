@@ -16,6 +16,11 @@ from pipeline.workspace.files import is_remote
 from pipeline.workspace.lock import in_use, used_artifacts
 from pipeline.workspace.store import Workspace
 
+RESULTS = ("ablate", "search")
+"""What commands of no step write under keys of their own; it stays as long as all that it was made from."""
+SEARCH = "search.json"
+"""What a batch search is of, before it is finished, too."""
+
 
 @dataclass(frozen=True)
 class Garbage:
@@ -83,6 +88,7 @@ def find_garbage(workspace: Workspace, recipes: Sequence[Recipe]) -> tuple[list[
     What a recipe's plan holds is needed, finished or not; so is all that it was made from, the embeddings that an index
     of it reads, be they of another recipe, the trainings that an unfinished one of it continues, and the artifacts of
     which it names files: without the network that a training starts from there is no plan, also when it is finished.
+    An ablation or a batch search stays with what it was made from; of an ablation that was stopped nobody knows that.
 
     Raises:
         ConfigError: If a recipe has another workspace.
@@ -101,16 +107,29 @@ def find_garbage(workspace: Workspace, recipes: Sequence[Recipe]) -> tuple[list[
     used = read_artifacts(workspace) | _with_champions(workspace)
     garbage: list[Garbage] = []
     others: list[Kept] = []
-    for row in STEPS:
-        for key in workspace.keys(row.name):
-            if (row.name, key) in needed:
-                continue
-            if owner := used.get((row.name, key)):
-                others.append(Kept(row.name, key, f"in use by {owner}"))
-                continue
-            artifact = workspace.artifact(row.name, key)
-            garbage.append(Garbage(row.name, key, sum(artifact.sizes().values()), artifact.manifest() is not None))
+    places = [(row.name, key) for row in STEPS for key in workspace.keys(row.name)]
+    for step, key in places + _left_results(workspace, needed | used.keys()):
+        if (step, key) in needed:
+            continue
+        if owner := used.get((step, key)):
+            others.append(Kept(step, key, f"in use by {owner}"))
+            continue
+        artifact = workspace.artifact(step, key)
+        garbage.append(Garbage(step, key, sum(artifact.sizes().values()), artifact.manifest() is not None))
     return sorted(garbage, key=lambda one: -one.num_bytes), others
+
+
+def _left_results(workspace: Workspace, staying: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Ablations and batch searches of what does not stay, and those that do not say of what they are."""
+    left: list[tuple[str, str]] = []
+    for step in RESULTS:
+        for key in workspace.keys(step):
+            artifact = workspace.artifact(step, key)
+            manifest = artifact.manifest()
+            inputs = manifest.inputs if manifest else (artifact.find_json(SEARCH) or {}).get("inputs", {})
+            if not inputs or not all(one in staying for one in inputs.items()):
+                left.append((step, key))
+    return left
 
 
 def remove_garbage(

@@ -9,7 +9,7 @@ import ray
 import ray.exceptions
 
 from pipeline.errors import ConfigError, StepError, UnclipError
-from pipeline.recipe.garbage import in_use_of
+from pipeline.recipe.garbage import SEARCH, in_use_of
 from pipeline.recipe.plan import Step, finished_artifacts, manifest_of
 from pipeline.recipe.recipe import Recipe
 from pipeline.retrieve.query_list import num_parts, write_queries
@@ -28,7 +28,6 @@ from pipeline.workspace.progress import Progress, read_progress
 from pipeline.workspace.store import LIVE, Artifact, Workspace
 
 QUERIES = "queries.parquet"
-SEARCH = "search.json"
 
 _VERSION = 3
 _POLL_S = 0.5
@@ -103,7 +102,8 @@ def search_many(
         return output, manifest
     place = f"{output.uri}: another run writes these answers"
     lock = f"{output.uri}/{LIVE}lock" if where.is_local else f"{output.uri}.lock"  # a commit removes the live files
-    with in_use_of(recipe, STEPS), locked(lock, place, observer.warned) as held:
+    own = [] if out else [(step.name, step.key)]
+    with in_use_of(recipe, STEPS, own), locked(lock, place, observer.warned) as held:
         output.clear_temporaries()
         if not output.exists(SEARCH):
             with output.write(QUERIES) as path:

@@ -26,6 +26,7 @@ from pipeline.errors import ConfigError
 from pipeline.grid import Block, draw_grid
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.pictures import read_file, square, to_png, with_texts
+from pipeline.recipe.garbage import in_use_of
 from pipeline.recipe.picture_card import ModelCard, model_card, texts_of
 from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan
 from pipeline.recipe.recipe import Recipe
@@ -111,20 +112,21 @@ def edit_recipe(
         StepError: If the folder cannot be written.
     """
     pictures = tuple(read_file(file) for file in files)
-    artifacts = finished_artifacts(recipe, CASCADE_STEPS)
-    embed = next(step for step in make_plan(recipe, until="embed") if step.name == "embed")
-    digests = tuple(sha256_of(Path(file)) for file in files)
-    sources = Sources(tuple(files), pictures, artifact_of(Workspace(recipe.workspace), embed), digests)
-    cascade = load_cascade(artifacts, recipe.evaluate.resources.accelerator, network_configs(recipe))
-    with translate_os_errors(str(out_dir)):
-        out_dir.mkdir(parents=True, exist_ok=True)
-        with Preview(out_dir, watch) as preview:
-            try:
-                editor = Editor(cascade, settings, preview)
-                frames = EDITS[edit](editor, sources, options)
-            except EditError as error:
-                raise ConfigError(f"{edit}: {error}") from None
-        return _write(out_dir, edit, editor, sources, frames, model_card(recipe, artifacts))
+    with in_use_of(recipe, (*CASCADE_STEPS, "embed")):
+        artifacts = finished_artifacts(recipe, CASCADE_STEPS)
+        embed = next(step for step in make_plan(recipe, until="embed") if step.name == "embed")
+        digests = tuple(sha256_of(Path(file)) for file in files)
+        sources = Sources(tuple(files), pictures, artifact_of(Workspace(recipe.workspace), embed), digests)
+        cascade = load_cascade(artifacts, recipe.evaluate.resources.accelerator, network_configs(recipe))
+        with translate_os_errors(str(out_dir)):
+            out_dir.mkdir(parents=True, exist_ok=True)
+            with Preview(out_dir, watch) as preview:
+                try:
+                    editor = Editor(cascade, settings, preview)
+                    frames = EDITS[edit](editor, sources, options)
+                except EditError as error:
+                    raise ConfigError(f"{edit}: {error}") from None
+            return _write(out_dir, edit, editor, sources, frames, model_card(recipe, artifacts))
 
 
 def _write(out_dir: Path, edit: str, editor: Editor, sources: Sources, frames: Frames, card: ModelCard) -> list[Json]:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,18 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from jobs.cli import app
+from models.editor import EditSettings
 from pipeline.errors import ConfigError, StepError
+from pipeline.evaluate.ablate import ablate_recipe
 from pipeline.pictures import to_png, with_texts
 from pipeline.recipe.garbage import Garbage, find_garbage, in_use_of, remove_garbage
 from pipeline.recipe.lineage import mermaid, trace, write_origin
-from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
+from pipeline.recipe.plan import Step, artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe, to_dict
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.sampling import sample
+from pipeline.sampling.edit_options import EditOptions
+from pipeline.sampling.edit_pictures import edit_recipe
 from pipeline.workspace.lock import in_use, used_artifacts
 from pipeline.workspace.store import MANIFEST, Artifact, Workspace
 from tests.tiny.recipe import tiny_tables, write_recipe
@@ -340,3 +344,60 @@ def test_gc_refuses_what_it_cannot_mean(tmp_path: Path, words: list[str]) -> Non
     result = CliRunner().invoke(app, [word.format(path=path) for word in words])
     assert isinstance(result.exception, ConfigError)
     assert not (tmp_path / "workspace").exists()
+
+
+def test_ablations_and_searches_stay_with_what_they_were_made_from(recipe: Recipe, tmp_path: Path) -> None:
+    old = parse_recipe(tiny_tables(tmp_path / "workspace", embed={"precision": "bfloat16"}))
+    workspace, old_keys, keys = Workspace(recipe.workspace), _finish(old), _finish(recipe)
+    for key, of in (("old", old_keys), ("new", keys)):
+        inputs = {name: of[name] for name in ("clip", "index")}
+        workspace.artifact("search", key).write_json("search.json", {"inputs": inputs})
+        step, output = Step("ablate", 1, {"of": key}, inputs), workspace.artifact("ablate", key)
+        output.commit(dataclasses.replace(manifest_of(step, output, {}), key=key))
+    workspace.artifact("ablate", "stopped").write_bytes("parts/prior-00000.parquet", b"rows")
+    results = {("search", "old"), ("ablate", "old"), ("ablate", "stopped")}
+    garbage, _ = find_garbage(workspace, [recipe])
+    assert {one for one in _names(garbage) if one[0] in {"search", "ablate"}} == results
+    assert not {one[0] for one in _names(find_garbage(workspace, [recipe, old])[0])} - {"ablate"}
+    with in_use_of(recipe, (), [("ablate", "stopped")]):
+        assert ("ablate", "stopped") not in _names(find_garbage(workspace, [recipe])[0])
+
+
+@pytest.mark.parametrize("command", ["edit", "export", "export embeddings", "ablate"])
+def test_commands_mark_what_they_read(recipe: Recipe, tmp_path: Path, monkeypatch: Any, command: str) -> None:
+    keys, used = _finish(recipe), set[str]()
+
+    def stop(*_: object, **__: object) -> None:
+        used.update(used_artifacts(Workspace(recipe.workspace)))
+        raise ConfigError("stopped")
+
+    run, place, reads = {
+        "edit": (_edit, "pipeline.sampling.edit_pictures.load_cascade", {*CASCADE_STEPS, "embed"}),
+        "export": (_export("--native"), "pipeline.networks.diffusers.export_native", {*CASCADE_STEPS}),
+        "export embeddings": (_export("--embeddings"), "pipeline.data.npy_folder.export_embeddings", {"embed"}),
+        "ablate": (_ablate, "pipeline.evaluate.ablate.choose_prompts", {*CASCADE_STEPS, "pairs", "embed"}),
+    }[command]
+    monkeypatch.setattr(place, stop)
+    with pytest.raises(ConfigError, match="stopped"):
+        run(recipe, tmp_path)
+    marked = {f"{name}/{key}" for name, key in keys.items() if name in reads}
+    assert {one for one in used if not one.startswith("ablate/")} == marked
+    assert any(one.startswith("ablate/") for one in used) == (command == "ablate")
+
+
+def _edit(recipe: Recipe, folder: Path) -> None:
+    picture = _picture(folder, {})
+    edit_recipe(recipe, "vary", [str(picture)], EditOptions(), EditSettings(), out_dir=folder / "out")
+
+
+def _export(option: str) -> Callable[[Recipe, Path], None]:
+    def run(recipe: Recipe, folder: Path) -> None:
+        (folder / "recipe.json").write_text(json.dumps(to_dict(recipe)))
+        words = ["export", str(folder / "recipe.json"), option, str(folder / "out")]
+        CliRunner().invoke(app, words, catch_exceptions=False)
+
+    return run
+
+
+def _ablate(recipe: Recipe, _: Path) -> None:
+    ablate_recipe(recipe, num_prompts=1, num_shown=1, watch=lambda *_: None)
