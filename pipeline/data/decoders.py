@@ -33,6 +33,8 @@ from pipeline.recipe.sections import DownloadConfig
 
 _LIMIT_S = 60.0
 _TRIES, _STARTS = 2, 3
+_PAUSE_S = 2.0
+"""Before a process that does not start is started again; twice as long before the last time."""
 _PICTURES_AT_ONCE = 2
 _OOM_SCORE = b"800"
 _SPARE_BYTES, _KEPT_BYTES = 256 << 20, 64 << 20
@@ -99,32 +101,41 @@ class _Decoder:
         """Start the process, send it the recipe's section, wait until it is ready, and send it what was asked.
 
         Raises:
-            StepError: If it ends again and again before it is ready.
+            StepError: If it cannot be started, or ends before it is ready, again and again.
         """
-        status = None
-        for _ in range(_STARTS):
-            # A pair of our own, because uvloop, which Ray's workers take, does not show the one that it makes.
-            ours, theirs = socket.socketpair()
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIPE_BYTES)
-            with theirs:
-                self._process = await asyncio.create_subprocess_exec(
-                    sys.executable,
-                    "-m",
-                    "pipeline.data.decoders",
-                    stdin=theirs.fileno(),
-                    stdout=asyncio.subprocess.PIPE,
-                    cwd=Path(__file__).parents[2],
-                )
-            _, self._requests = await asyncio.open_unix_connection(sock=ours)
-            with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+        reason = ""
+        for number in range(_STARTS):
+            await asyncio.sleep(number * _PAUSE_S)  # the machine may be short of memory or processes for a moment
+            try:
+                await self._launch()
                 self._write(0, b"", pickle.dumps(self._config))
                 await self._read(_HEADER.size)
                 self._is_ready = True
-                for number, (facts, data) in self._asked.items():
-                    self._write(number, facts, data)
+                for asked, (facts, data) in self._asked.items():
+                    self._write(asked, facts, data)
+            except (OSError, asyncio.IncompleteReadError) as error:
+                status = await self.stop()
+                reason = str(error) if status is None else f"status {status}"
+            else:
                 return
-            status = await self.stop()
-        raise StepError(f"download: a process that decodes pictures does not start (status {status}); see its log")
+        raise StepError(f"download: a process that decodes pictures does not start ({reason}); see its log")
+
+    async def _launch(self) -> None:
+        with contextlib.ExitStack() as stack:
+            # A pair of our own, because uvloop, which Ray's workers take, does not show the one that it makes.
+            ours, theirs = map(stack.enter_context, socket.socketpair())
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIPE_BYTES)
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "pipeline.data.decoders",
+                stdin=theirs.fileno(),
+                stdout=asyncio.subprocess.PIPE,
+                cwd=Path(__file__).parents[2],
+            )
+            theirs.close()
+            _, self._requests = await asyncio.open_unix_connection(sock=ours)
+            stack.pop_all()
 
     async def stop(self) -> int | None:
         """End the process; returns its exit status."""

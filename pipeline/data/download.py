@@ -329,7 +329,8 @@ class Downloader:
         config = self._config
         self._connections = asyncio.Semaphore(config.resources.num_connections)
         self._decoders = await self._stack.enter_async_context(Decoders(config, self._num_decoders))
-        self._fetcher = await self._stack.enter_async_context(Fetcher(config, self._rules, self._limits))
+        fetcher = Fetcher(config, self._rules, self._limits, self._connections)
+        self._fetcher = await self._stack.enter_async_context(fetcher)
 
     async def _fetch_rows(
         self, rows: pa.Table, keys: Sequence[str], scratch: IO[bytes], on_progress: OnProgress | None

@@ -72,13 +72,23 @@ class Fetcher:
         config: The recipe's section.
         rules: Addresses and files that URLs may name.
         limits: Limits of hosts that several workers share; default: those of this fetcher alone.
+        connections: What each caller of ``fetch`` holds one of. It is given back while a URL waits for the turn of a
+            host with limits, so that a crowded host holds up no other. None: nothing is held.
     """
 
-    def __init__(self, config: DownloadConfig, rules: AddressRules, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        config: DownloadConfig,
+        rules: AddressRules,
+        limits: Limits | None = None,
+        connections: asyncio.Semaphore | None = None,
+    ) -> None:
         resources = config.resources
         self._config = config
         self._rules = rules
         self._limits = limits or HostLimits(resources.max_per_host, resources.max_rate_per_host)
+        has_limits = bool(resources.max_per_host or resources.max_rate_per_host)
+        self._connections = connections if has_limits else None
         self._token = config.user_agent_token.strip().lower()
         self._directives = {directive.strip().lower() for directive in config.disallowed_header_directives}
         self._policies = HostCache(self._policy, _POLICY_TTL_S)
@@ -213,18 +223,33 @@ class Fetcher:
 
     @contextlib.asynccontextmanager
     async def _slot(self, host: str, clock: Clock, policy_of: str) -> AsyncGenerator[None]:
-        self.num_waiting += 1
+        lease = NO_LEASE
         try:
-            with clock.stopped(), self._policy_stops.stopped(policy_of):
-                lease = await self._limits.acquire(host, self._config.deadline_s)
+            self.num_waiting += 1
+            try:
+                with clock.stopped(), self._policy_stops.stopped(policy_of):
+                    async with self._without_connection(is_row=not policy_of):
+                        lease = await self._limits.acquire(host, self._config.deadline_s)
+            finally:
+                self.num_waiting -= 1
+            if lease == NO_LEASE:
+                raise FetchError("http-429", "the host asks to wait for longer than download.deadline_s")
+            yield
         finally:
-            self.num_waiting -= 1
-        if lease == NO_LEASE:
-            raise FetchError("http-429", "the host asks to wait for longer than download.deadline_s")
+            if lease != NO_LEASE:
+                await self._limits.release(host, lease)
+
+    @contextlib.asynccontextmanager
+    async def _without_connection(self, *, is_row: bool = True) -> AsyncGenerator[None]:
+        """Give a row's connection to another one inside ``async with``; what fetches a host's policy has none."""
+        if self._connections is None or not is_row:
+            yield
+            return
+        self._connections.release()
         try:
             yield
         finally:
-            await self._limits.release(host, lease)
+            await self._connections.acquire()
 
     async def _refusal(self, url: Url, response: aiohttp.ClientResponse) -> FetchError:
         retry_after_s = None
@@ -270,8 +295,9 @@ class Fetcher:
         """
         if not self._config.robots_txt and not self._config.tdm_reservation:
             return
-        with self._policy_stops.joined(url.origin, clock):
-            policy = await self._policies.get(url.origin)
+        async with self._without_connection():
+            with self._policy_stops.joined(url.origin, clock):
+                policy = await self._policies.get(url.origin)
         if not policy.robots.allows(url.target):
             raise FetchError("robots-txt")
         if not policy.tdm.allows(url.target):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import weakref
 from collections.abc import Generator
 from typing import Any
 
@@ -16,9 +18,9 @@ from pipeline.runtime.placement import cluster_has_roles, controller_options
 
 _NAME = "download-limits"
 _LEASE_SPARE_S = 60.0
-_REQUESTS_OF_A_ROW = 3
-"""Waits of one URL at once: its own, and those for its host's two files of opt-outs."""
 _SPARE_REQUESTS = 1000
+SHARDS_AT_ONCE = 2
+"""Shards that one worker downloads at a time."""
 
 
 class ClusterLimits:
@@ -31,6 +33,8 @@ class ClusterLimits:
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
+        self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        """One request of this worker asks for a host at a time, so that few wait at the actor if it is crowded."""
 
     async def acquire(self, host: str, patience_s: float) -> int:
         """See ``pipeline.data.hosts.Limits``.
@@ -38,8 +42,11 @@ class ClusterLimits:
         Raises:
             StepError: If the actor is gone for good.
         """
+        turn = self._turns.get(host) or asyncio.Lock()
+        self._turns[host] = turn
         try:
-            return await self._actor.acquire.remote(host, patience_s)
+            async with turn:
+                return await self._actor.acquire.remote(host, patience_s)
         except ray.exceptions.RayActorError as error:
             raise StepError(
                 f"download: the process that keeps download.resources.max_per_host and max_rate_per_host is gone "
@@ -67,8 +74,9 @@ def shared_limits(context: StepContext) -> Generator[None]:
         "name": _name(context),
         "max_restarts": -1,
         "max_task_retries": -1,
-        # Beyond it, the calls that give a slot back would stand behind those that wait for one.
-        "max_concurrency": needs.num_workers * needs.num_connections * _REQUESTS_OF_A_ROW + _SPARE_REQUESTS,
+        # Beyond it, the calls that give a slot back would stand behind those that wait for one: one for each host of
+        # the rows that a worker has begun.
+        "max_concurrency": needs.num_workers * SHARDS_AT_ONCE * config.samples_per_shard + _SPARE_REQUESTS,
     }
     actor_class: Any = ray.remote(HostLimits)
     lease_s = config.deadline_s + _LEASE_SPARE_S

@@ -138,6 +138,17 @@ def test_download_shard_spares_a_host_and_gives_the_same_bytes(server: PictureSe
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("robots_txt", [False, True])
+def test_a_crowded_host_holds_up_no_other(hostile: HostileServer, tmp_path: Path, *, robots_txt: bool) -> None:
+    resources = DownloadResources(max_per_host=1, num_connections=2)
+    config = replace(_CONFIG, resources=resources, robots_txt=robots_txt, tdm_reservation=False)
+    crowded = [f"{hostile.url}/wait?n={number}" for number in range(12)]
+    other = f"http://127.0.0.2:{hostile.port}/ok"
+    with Downloader(config, _NEAR) as downloader:
+        assert downloader.download(_rows_of([*crowded, other]), "00003", _files(tmp_path))["ok"] == 13
+    assert hostile.times["127.0.0.2"][-1] < hostile.times["127.0.0.1"][8]
+
+
 def test_download_shard_without_any_picture_is_an_empty_tar(server: PictureServer, tmp_path: Path) -> None:
     files, counts = _download(_rows(server.url, ["gone/3", "gone/4"]), tmp_path)
     assert counts["ok"] == 0
@@ -475,6 +486,44 @@ def test_a_decoder_that_ends_once_costs_no_picture() -> None:
     stored, processes = asyncio.run(run())
     assert len(stored) == 12
     assert len({process.pid for process in processes}) == 2
+
+
+def test_a_machine_that_starts_no_decoder_for_a_moment_costs_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoders, "_PAUSE_S", 0.01)
+    start, failures = asyncio.create_subprocess_exec, [BlockingIOError(errno.EAGAIN, "Try again")] * 2
+
+    async def start_or_fail(*arguments: Any, **options: Any) -> Any:
+        if _is_lost and failures:
+            raise failures.pop()
+        return await start(*arguments, **options)
+
+    async def run() -> StoredPicture:
+        async with decoders.Decoders(_CONFIG, 1) as pool:
+            [process] = _decoders()
+            process.kill()
+            _is_lost.append(True)
+            return await pool.store(io.BytesIO(make_picture(0)))
+
+    _is_lost: list[bool] = []
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start_or_fail)
+    assert _sizes(asyncio.run(run()))[:2] == (32, 32)
+    assert failures == []
+
+
+def test_a_machine_that_starts_no_decoder_ends_the_step_and_fails_no_row(
+    server: PictureServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoders, "_PAUSE_S", 0.01)
+
+    async def fail(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    with Downloader(_CONFIG, _NEAR) as downloader:
+        [process] = _decoders()
+        process.kill()
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", fail)
+        with pytest.raises(StepError, match=r"does not start .*Resource temporarily unavailable"):
+            downloader.download(_rows(server.url, ["jpg/1", "jpg/2"]), "00003", _files(tmp_path))
 
 
 def test_a_picture_that_is_no_longer_asked_for_costs_those_beside_it_no_try(monkeypatch: pytest.MonkeyPatch) -> None:
