@@ -99,7 +99,7 @@ class TaskResources:
 
 @configclass
 class DownloadResources(TaskResources):
-    """Where and how wide the download runs; changes no bytes."""
+    """Where and how wide the download runs, and when it stops; changes no bytes."""
 
     num_connections: PositiveInt = 256
     """URLs of one worker that are fetched or decoded at once (img2dataset: thread_count)."""
@@ -110,6 +110,9 @@ class DownloadResources(TaskResources):
     trust_proxy: bool = False
     """Behind a proxy (http_proxy, https_proxy): names are resolved by the proxy alone, which must refuse your own side.
     Else they are resolved here first, and refused if an address is not public."""
+    min_success_prob: Prob = 0.05
+    """The step stops below this share of good rows: something is wrong with the list or the network. Another value
+    keeps what was downloaded."""
 
 
 @configclass
@@ -171,8 +174,6 @@ class DownloadConfig(StepSection):
     """Leave out what a host's robots.txt forbids."""
     tdm_reservation: bool = True
     """Leave out what is reserved by the header tdm-reservation or by /.well-known/tdmrep.json."""
-    min_success_prob: Prob = 0.05
-    """The step fails below this share of good rows: something is wrong with the list or the network."""
     resources: DownloadResources = DownloadResources()
     """Workers of this step."""
 

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from pipeline.data.splits import Part, Split
 from pipeline.errors import StepError
 from pipeline.recipe.sections import DownloadConfig
 from pipeline.runtime.context import StepContext, StepResult
-from pipeline.runtime.host_limits import find_limits, shared_limits
+from pipeline.runtime.host_limits import SHARDS_AT_ONCE, find_limits, shared_limits
 from pipeline.runtime.picture_servers import answers, served_pictures
 from pipeline.runtime.pool import ShardJob, ShardReading, ShardWorker, map_shards, total_counts
 from pipeline.runtime.retries import ask_retry, end_retry, waiting_retries
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 _MIN_ROWS_TO_JUDGE = 1000
 _NUM_CAUSES = 20
 _NUM_SHOWN = 4
-_AT_ONCE = 2
 _MOST_LOSSES = 60
 """Workers that one shard may lose: ten find a row among a thousand."""
 _SILENCE_S = 300.0
@@ -46,6 +45,8 @@ _SILENCE_S = 300.0
 _READ_EVERY_S = 2.0
 _STAGED = "retry-"
 _STATS_AT_ONCE = 256
+_TOO_FEW = f"{LIVE}too-few.json"
+"""There if the step was stopped because too few rows came through."""
 
 
 def run_download(context: StepContext) -> StepResult:
@@ -68,6 +69,8 @@ def run_download(context: StepContext) -> StepResult:
         ask_retry(output, context.retry_failed)
     retries = waiting_retries(output)
     _adopt(output)
+    if output.exists(_TOO_FEW):
+        _remove_bad(output, config)
     shards = shard_names(pairs.list_rows, config.samples_per_shard)
     is_drawn = context.recipe.pairs.source == "drawn"
     with contextlib.ExitStack() as stack:
@@ -140,7 +143,7 @@ def _job(context: StepContext, worker: type[ShardWorker], shards: list[str], num
         shards,
         num_rows,
         config.resources,
-        num_at_once=1 if is_retry else _AT_ONCE,
+        num_at_once=1 if is_retry else SHARDS_AT_ONCE,
         limit_s=_SILENCE_S + 2 * config.deadline_s,
         on_records=note_records,
         output=made_in if is_retry else None,
@@ -336,7 +339,7 @@ class _Watch:
     def require_success(self, config: DownloadConfig, *, is_last: bool) -> None:
         """Stop a download of which too little comes through.
 
-        Bad shards are tried again by the next run, since the cause may be gone by then.
+        Bad shards are made again by the next run, since the cause may be gone by then, unless its limit is lower.
 
         Args:
             config: The recipe's section.
@@ -346,22 +349,18 @@ class _Watch:
             StepError: If so many rows failed; names the causes.
         """
         counts = self._counts
-        if not counts or (counts["in"] < _MIN_ROWS_TO_JUDGE and not is_last):
+        if not counts or (counts["in"] < _MIN_ROWS_TO_JUDGE and not is_last) or _is_enough(counts, config):
             return
-        if counts["ok"] and counts["ok"] >= config.min_success_prob * counts["in"]:
-            return
-        for record in self._records:
-            if record.counts["ok"] < max(1, config.min_success_prob * record.counts["in"]):
-                for name in (f"{record.shard}{RECORD_SUFFIX}", *record.files):
-                    self._output.remove(name)
+        self._output.write_json(_TOO_FEW, config.resources.min_success_prob)
         top_causes = "; ".join(
             f"{count} x {cause}" + (f" ({CLASSES[cause]})" if cause in CLASSES else "")
             for cause, count in self._causes.most_common(5)
         )
         raise StepError(
-            f"download: only {counts['ok']} of {counts['in']} rows came through (download.min_success_prob is "
-            f"{config.min_success_prob}); most frequent causes: {top_causes}. Mend the list or the network and run "
-            "again"
+            f"download: only {counts['ok']} of {counts['in']} rows came through "
+            f"(download.resources.min_success_prob is {config.resources.min_success_prob}); most frequent causes: "
+            f"{top_causes}. Mend the list or the network and run again: shards below that share are made again. With a "
+            "lower share, which is no part of the key, all are kept"
         )
 
     def note(self) -> str:
@@ -369,6 +368,22 @@ class _Watch:
         causes = sum((Counter(causes) for _, _, causes in self._readings.values()), self._causes.copy())
         shown = ", ".join(f"{count} {cause}" for cause, count in causes.most_common(_NUM_SHOWN))
         return f"failed: {shown}" if shown else ""
+
+
+def _is_enough(counts: Mapping[str, int], config: DownloadConfig) -> bool:
+    """Whether so many rows came through as the recipe asks for, and one at the least."""
+    return counts["ok"] >= max(1, config.resources.min_success_prob * counts["in"])
+
+
+def _remove_bad(output: Artifact, config: DownloadConfig) -> None:
+    """After a stop because of too few good rows: remove the bad shards, unless enough came through by now's limit."""
+    records = list(output.shard_records().values())
+    if records and not _is_enough(total_counts(records), config):
+        for record in records:
+            if not _is_enough(record.counts, config):
+                for name in (f"{record.shard}{RECORD_SUFFIX}", *record.files):
+                    output.remove(name)
+    output.remove(_TOO_FEW)
 
 
 def _split(output: Artifact, config: DownloadConfig, shard: str, losses: int) -> bool:

@@ -348,10 +348,17 @@ def test_plan_status_tells_todo_from_partial(tmp_path: Path) -> None:
     assert plan_status(workspace, steps)[0].reasons == ("never run",)
 
 
-def test_sparing_hosts_changes_no_key() -> None:
-    plain, sparing = (load_recipe("configs/demo.toml", [f"download.resources.max_per_host={most}"]) for most in (0, 4))
-    assert plain.download != sparing.download
-    assert _keys(plain) == _keys(sparing)
+@pytest.mark.parametrize("field", ["max_per_host=4", "min_success_prob=0.01"])
+def test_what_spares_hosts_or_stops_a_download_changes_no_key(field: str) -> None:
+    plain, other = (load_recipe("configs/demo.toml", changes) for changes in ([], [f"download.resources.{field}"]))
+    assert plain.download != other.download
+    assert _keys(plain) == _keys(other)
+    assert recipe_key(plain) == recipe_key(other)
+
+
+def test_a_field_that_left_the_key_of_the_download_keeps_its_place_there() -> None:
+    download = next(step for step in make_plan(load_recipe(None)) if step.name == "download")
+    assert download.section["min_success_prob"] == 0.05
 
 
 def test_filters_change_the_keys_of_the_steps_that_read_what_stays() -> None:

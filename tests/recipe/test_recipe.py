@@ -171,7 +171,7 @@ def test_load_recipe_malformed_file_is_one_message(tmp_path: Path, text: str, wo
     [
         *("seed=-1", "pairs.drawn.num_pairs=0", "pairs.drawn.image_px=8", "pairs.drawn.port=70000"),
         *("pairs.drawn.num_faulty=-1", "pairs.max_pairs=-1", "pairs.validation_prob=1.0", "download.image_px=0"),
-        *("download.retries=-1", "download.min_success_prob=1.5", "download.encode_quality=101"),
+        *("download.retries=-1", "download.resources.min_success_prob=1.5", "download.encode_quality=101"),
         *("download.max_aspect_ratio=0.5", "download.deadline_s=0", "download.resources.max_per_host=-1"),
         *(
             "embed.batch_size=0",

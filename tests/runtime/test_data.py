@@ -151,7 +151,7 @@ def test_run_download_explains_a_dead_list_and_tries_again(tmp_path: Path) -> No
     _commit(pairs, run_pairs(pairs))
     with pytest.raises(StepError, match=r"only 0 of 6 rows came through .*6 x connect \(the host does not"):
         run_download(download)
-    assert download.output.shard_records() == {}
+    assert set(download.output.shard_records()) == {"00000", "00001"}  # the next run makes them again
     assert artifact_of(Workspace(download.root), download.step).manifest() is None
 
 

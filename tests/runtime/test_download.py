@@ -56,13 +56,12 @@ def _tables(folder: Path, urls: Sequence[str], **settings: Any) -> dict[str, Any
     (folder / "list.csv").write_text(
         "\n".join(["url,caption", *(f'"{url}",caption {i}' for i, url in enumerate(urls))])
     )
-    resources = {"num_workers": 1, "cpus_per_worker": 0.5} | settings.pop("resources", {})
+    resources = {"num_workers": 1, "cpus_per_worker": 0.5, "min_success_prob": 0.0} | settings.pop("resources", {})
     fixed = {
         "image_px": 64,
         "retries": 0,
         "deadline_s": 20.0,
         "allowed_networks": ["127.0.0.1/32"],
-        "min_success_prob": 0.0,
     }
     return {
         "workspace": str(folder / "workspace"),
@@ -329,6 +328,27 @@ def test_totals_of_shards_are_read_some_at_a_time(tmp_path: Path, monkeypatch: p
     repeated = [{"digest": "d", "urls": 14, "url": "u00000"}]
     assert download._oddities(output, shards) == {"one_pixel": 7, "repeated": repeated}
     assert sizes == [3, 3, 1]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_download_that_was_stopped_for_too_few_rows_goes_on_with_a_lower_share(
+    server: HostileServer, tmp_path: Path
+) -> None:
+    paths = ["ok?seed=1", "ok?seed=2", *(f"missing?n={number}" for number in range(6))]
+    urls = [f"{server.url}/{path}" for path in paths]
+    tables = _tables(tmp_path, urls, samples_per_shard=2, resources={"min_success_prob": 0.5})
+    high = _context(tables)
+    tables["download"]["resources"]["min_success_prob"] = 0.2
+    low = replace(high, recipe=parse_recipe(tables))
+    assert make_plan(low.recipe, until="download")[-1] == high.step
+    with pytest.raises(StepError, match=r"only 2 of 8 rows .*min_success_prob is 0\.5.*lower share"):
+        run_download(high)
+    with pytest.raises(StepError, match="only 2 of 8 rows"):
+        run_download(high)
+    requests = [server.requests[f"127.0.0.1/{path}"] for path in paths]
+    assert requests == [1] * 2 + [2] * 6  # shards below the share are made again, the others not
+    assert run_download(low).counts["ok"] == 2
+    assert [server.requests[f"127.0.0.1/{path}"] for path in paths] == requests
 
 
 def test_the_command_tries_failed_rows_again(server: HostileServer, tmp_path: Path, address: str) -> None:
