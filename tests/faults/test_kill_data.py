@@ -24,7 +24,7 @@ from pipeline.errors import StepError
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import parse_recipe
 from pipeline.runtime.context import StepContext
-from pipeline.runtime.download import DownloadWorker
+from pipeline.runtime.download_workers import DownloadWorker
 from pipeline.runtime.filter import run_filter
 from pipeline.runtime.filter_embeddings import run_filter_embeddings
 from pipeline.runtime.pairs import run_pairs

@@ -22,7 +22,8 @@ from pipeline.recipe.plan import make_plan, manifest_of
 from pipeline.recipe.recipe import parse_recipe
 from pipeline.runtime import download
 from pipeline.runtime.context import StepContext, StepResult
-from pipeline.runtime.download import DownloadWorker, RetryWorker, run_download
+from pipeline.runtime.download import run_download
+from pipeline.runtime.download_workers import DownloadWorker, RetryWorker, _split_name, staged_in, write_split
 from pipeline.runtime.host_limits import find_limits, shared_limits
 from pipeline.runtime.pairs import run_pairs
 from pipeline.runtime.retries import ask_retry, end_retry, waiting_retries
@@ -127,7 +128,7 @@ def test_a_row_that_takes_workers_down_is_found_and_labelled(
     assert _messages(context.output, "00001") == ["killer: its worker was lost twice", None, None]
     with tarfile.open(context.output.path("00001.tar")) as tar:
         assert [name for name in tar.getnames() if name.endswith("jpg")] == ["000011.jpg", "000012.jpg"]
-    split = context.output.find_json(download._split_name("00001"))
+    split = context.output.find_json(_split_name("00001"))
     assert split is None  # else a shard that is made again would be joined from its old parts
 
 
@@ -157,9 +158,9 @@ def test_a_retry_in_parts_goes_on_from_the_parts_that_are_done(
     busy = "status?code=503&times=1"
     urls = [*(f"{server.url}/{busy}&n={row}" for row in range(4)), f"{server.url}/ok"]
     context = replace(_context(_tables(tmp_path, urls, samples_per_shard=5)), retry_failed="http")
-    output, staged = context.output, download._staged(context.output, "http")
+    output, staged = context.output, staged_in(context.output, "http")
     assert run_download(replace(context, retry_failed="")).counts["ok"] == 1
-    download._write_split(staged, "00000", Split([(0, 2), (2, 3)], killers=[3]))
+    write_split(staged, "00000", Split([(0, 2), (2, 3)], killers=[3]))
     retry, tried = Downloader.retry, list[range | None]()
 
     def retry_and_stop(*arguments: Any, only: range | None = None) -> Any:

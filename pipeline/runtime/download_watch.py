@@ -1,0 +1,111 @@
+"""What the driver of a download knows of its shards, and when too few rows come through."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+
+from pipeline.data.causes import CLASSES
+from pipeline.errors import StepError
+from pipeline.recipe.sections import DownloadConfig
+from pipeline.runtime.pool import ShardReading, total_counts
+from pipeline.workspace.manifest import ShardRecord
+from pipeline.workspace.store import LIVE, RECORD_SUFFIX, Artifact
+
+_MIN_ROWS_TO_JUDGE = 1000
+_NUM_SHOWN = 4
+_READ_EVERY_S = 2.0
+TOO_FEW = f"{LIVE}too-few.json"
+"""There if the step was stopped because too few rows came through."""
+
+
+class DownloadWatch:
+    """What the driver knows of unfinished shards, from small files that their workers write."""
+
+    def __init__(self, output: Artifact) -> None:
+        self._output = output
+        self._causes: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
+        self._records: list[ShardRecord] = []
+        self._readings: dict[str, tuple[float, ShardReading, dict[str, int]]] = {}
+
+    def read(self, shard: str) -> ShardReading:
+        """How far a shard is; looked at every few seconds."""
+        now = time.monotonic()
+        read_at, reading, _ = self._readings.get(shard, (float("-inf"), ShardReading(), {}))
+        if now - read_at < _READ_EVERY_S:
+            return reading
+        causes = dict[str, int]()
+        values = self._output.find_json(progress_name(shard))
+        if values is not None:
+            reading, causes = ShardReading(values["rows"], values["beat"]), values["causes"]
+        self._readings[shard] = (now, reading, causes)
+        return reading
+
+    def add(self, records: list[ShardRecord]) -> None:
+        """Take note of shards that are finished."""
+        self._records += records
+        for record in records:
+            self._causes.update(record.causes)
+            self._counts.update(record.counts)
+            self._readings.pop(record.shard, None)
+
+    @property
+    def num_records(self) -> int:
+        """Shards that are finished."""
+        return len(self._records)
+
+    def require_success(self, config: DownloadConfig, *, is_last: bool) -> None:
+        """Stop a download of which too little comes through.
+
+        Bad shards are made again by the next run, since the cause may be gone by then, unless its limit is lower.
+
+        Args:
+            config: The recipe's section.
+            is_last: Whether all shards are finished; else a few rows say nothing.
+
+        Raises:
+            StepError: If so many rows failed; names the causes.
+        """
+        counts = self._counts
+        if not counts or (counts["in"] < _MIN_ROWS_TO_JUDGE and not is_last) or _is_enough(counts, config):
+            return
+        self._output.write_json(TOO_FEW, config.resources.min_success_prob)
+        top_causes = "; ".join(
+            f"{count} x {cause}" + (f" ({CLASSES[cause]})" if cause in CLASSES else "")
+            for cause, count in self._causes.most_common(5)
+        )
+        raise StepError(
+            f"download: only {counts['ok']} of {counts['in']} rows came through "
+            f"(download.resources.min_success_prob is {config.resources.min_success_prob}); most frequent causes: "
+            f"{top_causes}. Mend the list or the network and run again: shards below that share are made again. With a "
+            "lower share, which is no part of the key, all are kept"
+        )
+
+    def note(self) -> str:
+        """The most frequent causes of failures until now."""
+        causes = sum((Counter(causes) for _, _, causes in self._readings.values()), self._causes.copy())
+        shown = ", ".join(f"{count} {cause}" for cause, count in causes.most_common(_NUM_SHOWN))
+        return f"failed: {shown}" if shown else ""
+
+
+def _is_enough(counts: Mapping[str, int], config: DownloadConfig) -> bool:
+    """Whether so many rows came through as the recipe asks for, and one at the least."""
+    return counts["ok"] >= max(1, config.resources.min_success_prob * counts["in"])
+
+
+def remove_bad_shards(output: Artifact, config: DownloadConfig) -> None:
+    """After a stop because of too few good rows: remove the bad shards, unless enough came through by now's limit."""
+    records = list(output.shard_records().values())
+    if records and not _is_enough(total_counts(records), config):
+        for record in records:
+            if not _is_enough(record.counts, config):
+                for name in (f"{record.shard}{RECORD_SUFFIX}", *record.files):
+                    output.remove(name)
+    output.remove(TOO_FEW)
+
+
+def progress_name(shard: str) -> str:
+    """The small file in which a worker says how far a shard is."""
+    return f"{LIVE}shard-{shard}.json"
