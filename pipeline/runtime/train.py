@@ -215,7 +215,7 @@ def _run_ranked(config: dict[str, Any]) -> None:
 
 def _run_worker(context: StepContext, rank: int = 0, world_size: int = 1) -> End:
     """Train on one worker; runs in a process of its own, which starts when it has its CPUs."""
-    progress = Progress(context.own_output, notice=context.notice)
+    progress = Progress(context.own_output, notice=context.notice, num_workers=world_size)
     from pipeline.networks.cores import use_cores
     from pipeline.train.assemble import EarlierTraining, TrainJob
     from pipeline.train.job import run_job
